@@ -1,0 +1,204 @@
+//! The two halves of a virtio device and what passes between them.
+//!
+//! ```text
+//!   vCPU threads                         worker thread (one per queue group)
+//!   VirtioDevice  ── Activation ──────►  QueueHandler::activate
+//!   (features,                           QueueHandler::queue_ready   ◄── doorbell
+//!    config space) ◄── Interrupt ──────  QueueHandler::source_ready  ◄── tap, timer, …
+//!                 ── reset ───────────►  QueueHandler::reset
+//! ```
+//!
+//! Virtio 1.2 §2 (basic facilities) and §3 (initialisation) give the order:
+//! features are acknowledged once, then queues are set up, then DRIVER_OK
+//! activates. A device that fails while active sets DEVICE_NEEDS_RESET and
+//! stands still until the driver resets it.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use virtio_queue::Queue;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::worker::EventSources;
+
+/// Guest RAM as every device sees it: an immutable map behind an atomic
+/// pointer, so that later hotplug swaps the map without stopping a device.
+pub type GuestRam = GuestMemoryAtomic<GuestMemoryMmap<()>>;
+
+/// Named `u64` counters of one device, as `vm.counters` shows them.
+pub type Counters = BTreeMap<&'static str, u64>;
+
+/// How a device tells the driver that something happened (virtio 1.2 §2.3).
+///
+/// Called from worker threads and from the VMM's control thread; never blocks.
+pub trait Interrupt: Send + Sync {
+    /// Used buffer notification for the queue with this index.
+    fn signal_queue(&self, queue_index: u16);
+    /// Configuration change notification; also moves the configuration generation on.
+    fn signal_config(&self);
+    /// The device cannot go on: sets DEVICE_NEEDS_RESET and notifies the driver.
+    fn signal_needs_reset(&self);
+}
+
+/// One enabled queue, handed to the worker at activation.
+#[derive(Debug)]
+pub struct ActiveQueue {
+    /// Queue number on the wire. Not the position in [`Activation::queues`]:
+    /// a driver may leave queues disabled.
+    pub index: u16,
+    /// Validated against guest RAM by the transport before activation.
+    pub queue: Queue,
+}
+
+/// What a worker gets when the driver has set DRIVER_OK.
+pub struct Activation {
+    /// Guest RAM; load it once per batch of work, not once per descriptor.
+    pub mem: GuestRam,
+    /// Feature bits offered by the device and accepted by the driver.
+    pub features: u64,
+    /// The enabled queues of this worker's group, in ascending order of index.
+    pub queues: Vec<ActiveQueue>,
+    /// The way back to the driver.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+impl fmt::Debug for Activation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Activation")
+            .field("features", &format_args!("{:#x}", self.features))
+            .field("queues", &self.queues)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The configuration half of a device.
+///
+/// Called under a lock by whichever vCPU thread touches a register, and by the
+/// VMM's control thread. Must not block, must not panic on any input.
+pub trait VirtioDevice: Send {
+    /// Virtio device id (virtio 1.2 §5): 1 net, 2 block, 3 console, 4 entropy, 5 balloon.
+    fn device_type(&self) -> u32;
+
+    /// Maximum size of each queue; the length is the number of queues.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// Feature bits on offer, VIRTIO_F_VERSION_1 included.
+    fn features(&self) -> u64;
+
+    /// The driver has accepted `features` (a subset of what was offered) with
+    /// FEATURES_OK. Called once between two resets.
+    fn ack_features(&mut self, _features: u64) {}
+
+    /// Reads the device configuration space. Bytes past its end read as zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+
+    /// Writes the device configuration space. Writes that make no sense are
+    /// dropped and counted.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    /// The queue halves, taken once when the device is put behind its
+    /// transport. Each gets a worker thread.
+    fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>>;
+
+    /// Which handler (position in `take_handlers`) serves this queue under the
+    /// accepted features. `None`: nobody, kicks on it are ignored.
+    fn handler_of_queue(&self, _queue_index: u16, _features: u64) -> Option<usize> {
+        Some(0)
+    }
+
+    /// Called once by the transport before the guest runs.
+    fn set_interrupt(&mut self, _interrupt: Arc<dyn Interrupt>) {}
+
+    /// The driver wrote 0 to the status register. The workers are reset by the
+    /// transport; this resets what the configuration half remembers.
+    fn reset(&mut self) {}
+
+    /// Counters for `vm.counters`; an empty map leaves the device out.
+    fn counters(&self) -> Counters {
+        Counters::new()
+    }
+}
+
+/// Why a worker gave up on its device until the next reset.
+///
+/// Only for faults that make going on impossible (rings that point outside of
+/// guest RAM, a host descriptor that is gone). A bad request is answered with
+/// an error status or dropped and counted, and is not a `WorkerError`.
+#[derive(Debug, thiserror::Error)]
+pub enum WorkerError {
+    /// The ring itself cannot be read or written.
+    #[error("virtqueue {index} is unusable: {reason}")]
+    Queue {
+        /// Queue number.
+        index: u16,
+        /// What the queue code said; it has no `std::error::Error`.
+        reason: String,
+    },
+    /// Registering or using a host descriptor failed.
+    #[error("{what} failed")]
+    Host {
+        /// The operation, e.g. "epoll_ctl".
+        what: &'static str,
+        /// The system's answer.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// The queue half of a device; every method runs on its worker thread.
+pub trait QueueHandler: Send {
+    /// Name of the worker thread, at most 15 bytes: `_disk0`, `_net1_qp0`, `__balloon`.
+    fn name(&self) -> String;
+
+    /// The driver is ready. Own event sources (tap, timer, ring completion) are
+    /// registered here with `sources.add`; the queues' doorbells already are.
+    ///
+    /// # Errors
+    /// Sets DEVICE_NEEDS_RESET.
+    fn activate(
+        &mut self,
+        activation: Activation,
+        sources: &mut EventSources,
+    ) -> Result<(), WorkerError>;
+
+    /// The doorbell of a queue rang (already drained), or the VM was resumed.
+    /// Must work off what is available, within a bound per call, and must not
+    /// wait for the guest.
+    ///
+    /// # Errors
+    /// Sets DEVICE_NEEDS_RESET.
+    fn queue_ready(&mut self, queue_index: u16) -> Result<(), WorkerError>;
+
+    /// A source registered in `activate` (or one in [`QueueHandler::idle_sources`]) is readable.
+    ///
+    /// # Errors
+    /// Sets DEVICE_NEEDS_RESET.
+    fn source_ready(
+        &mut self,
+        _token: u32,
+        _sources: &mut EventSources,
+    ) -> Result<(), WorkerError> {
+        Ok(())
+    }
+
+    /// Descriptors watched even while the device is not active (host commands),
+    /// with the token `source_ready` is called with.
+    fn idle_sources(&self) -> Vec<(RawFd, u32)> {
+        Vec::new()
+    }
+
+    /// Gives up queues, drops requests in flight (waits for those the kernel
+    /// holds). Sources registered in `activate` have been removed by the caller.
+    /// Idempotent.
+    fn reset(&mut self);
+
+    /// Called when the VM pauses: requests in flight are finished before this
+    /// returns, so that guest RAM stands still.
+    fn pause(&mut self) {}
+}
+
+/// A doorbell as the transport keeps it: one per queue, written by KVM.
+pub type Doorbell = EventFd;

@@ -1,0 +1,91 @@
+//! What a PCI function on our bus is, and what it needs from the VMM.
+//!
+//! The bus itself (ECAM, CF8/CFC, address windows) lives in the VMM; this
+//! module holds the seam between both.
+
+use std::io;
+
+use vmm_sys_util::eventfd::EventFd;
+
+/// A message-signalled interrupt as the driver programmed it (PCI 3.0 §6.8.2).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MsiMessage {
+    /// Message address, both halves.
+    pub address: u64,
+    /// Message data.
+    pub data: u32,
+}
+
+/// The interrupt vectors of one function. Implemented by the VMM on top of
+/// KVM's GSI routing and irqfds.
+pub trait MsiVectors: Send + Sync {
+    /// Routes `vector` to `message`; from then on [`MsiVectors::trigger`] injects.
+    ///
+    /// # Errors
+    /// The host refused the route; the vector stays disabled.
+    fn enable(&self, vector: u16, message: MsiMessage) -> io::Result<()>;
+    /// Takes the route away. Idempotent.
+    ///
+    /// # Errors
+    /// The host refused.
+    fn disable(&self, vector: u16) -> io::Result<()>;
+    /// Injects an enabled vector; never blocks.
+    ///
+    /// # Errors
+    /// The vector is not enabled or the host refused.
+    fn trigger(&self, vector: u16) -> io::Result<()>;
+}
+
+/// One base address register pair (all of ours are memory BARs).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Bar {
+    /// Register number 0–5 (the lower one of a 64-bit pair).
+    pub index: u8,
+    /// Size in bytes, a power of two.
+    pub size_bytes: u64,
+    /// 64-bit prefetchable-capable BAR.
+    pub is_64bit: bool,
+    /// Address programmed now.
+    pub address: u64,
+    /// Whether memory decoding is on, i.e. the function answers at `address`.
+    pub decoded: bool,
+}
+
+/// A write-only location that KVM turns into an eventfd without leaving the kernel.
+#[derive(Debug)]
+pub struct DoorbellRegister<'a> {
+    /// BAR it lies in.
+    pub bar_index: u8,
+    /// Offset in that BAR.
+    pub offset: u64,
+    /// Written on any access of any width to that address.
+    pub event: &'a EventFd,
+}
+
+/// A PCI function. Called by vCPU threads, serialised by the implementation;
+/// never blocks.
+pub trait PciFunction: Send + Sync {
+    /// The device's id in the API, e.g. `_disk0`.
+    fn id(&self) -> &str;
+    /// Reads configuration space; `offset + data.len() <= 4096`, 1, 2 or 4 bytes, naturally aligned.
+    fn config_read(&self, offset: u16, data: &mut [u8]);
+    /// Writes configuration space. Returns true when an entry of
+    /// [`PciFunction::bars`] may have changed, so that the bus remaps.
+    fn config_write(&self, offset: u16, data: &[u8]) -> bool;
+    /// The BARs with their present addresses.
+    fn bars(&self) -> Vec<Bar>;
+    /// Programs a BAR as firmware would, before the guest runs (decoding stays as it is).
+    fn set_bar_address(&self, index: u8, address: u64);
+    /// Reads from a BAR; any length and offset inside it.
+    fn bar_read(&self, index: u8, offset: u64, data: &mut [u8]);
+    /// Writes to a BAR; any length and offset inside it.
+    fn bar_write(&self, index: u8, offset: u64, data: &[u8]);
+    /// The doorbells, for the bus to register with KVM wherever the BAR is mapped.
+    fn with_doorbells(&self, visit: &mut dyn FnMut(DoorbellRegister<'_>));
+    /// Stops device threads from touching guest RAM; returns when they have.
+    fn pause(&self);
+    /// Undoes [`PciFunction::pause`].
+    fn resume(&self);
+    /// Back to the state at power-on (VM reset); BAR addresses are kept.
+    fn reset(&self);
+}
