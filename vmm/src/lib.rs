@@ -1,1 +1,3 @@
-//! Placeholder.
+//! The virtual machine monitor: from a configuration to a running guest and the API that steers it.
+
+pub mod vm;
