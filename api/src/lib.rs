@@ -1,1 +1,31 @@
-//! Placeholder.
+//! The contract: everything that crosses the API socket, and nothing else.
+//!
+//! This crate holds the wire types of the REST API (serde only), the syntax of the command line options that produce
+//! them, the table of endpoints, and a small synchronous client. The VMM, `ch-remote` and the fleet manager all speak
+//! through these types, so a field exists once. The crate depends on no other crate of ours and starts no thread.
+//!
+//! Conventions of the wire, which are Cloud Hypervisor's:
+//! - sizes are bytes as `u64`, durations carry their unit in the name;
+//! - unknown fields are ignored on input, so a newer client can talk to an older VMM;
+//! - an unset optional field is left out on output;
+//! - new fields may appear, an existing field never changes its meaning.
+
+mod ascii_json;
+mod balloon_stats;
+pub mod config;
+mod error;
+mod event;
+mod info;
+mod reclaim;
+mod resize;
+
+pub use ascii_json::to_ascii_json;
+pub use balloon_stats::{BALLOON_STAT_TAGS, BalloonStats, BalloonStatsResponse};
+pub use config::VmConfig;
+pub use error::{ErrorBody, error_chain};
+pub use event::{Event, EventTimestamp};
+pub use info::{DeviceNode, PciDeviceInfo, VmCounters, VmInfo, VmState, VmmPingResponse};
+pub use reclaim::{
+    GuestSample, LastBatch, LatencySummary, ReclaimPath, ReclaimStats, ReportingStatus,
+};
+pub use resize::VmResize;

@@ -1,0 +1,129 @@
+//! Guest RAM.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::serde_rules::enabled;
+
+/// RAM of a VM that does not say otherwise: 512 MiB.
+pub const DEFAULT_MEMORY_BYTES: u64 = 512 << 20;
+
+/// Guest RAM: its size, what it is made of, and how it may grow.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct MemoryConfig {
+    /// RAM at boot, bytes. 0 when zones describe it.
+    pub size: u64,
+    /// Let the host merge equal pages (KSM).
+    #[serde(default)]
+    pub mergeable: bool,
+    /// How RAM is added to a running guest.
+    #[serde(default)]
+    pub hotplug_method: HotplugMethod,
+    /// Most bytes that can be added to a running guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hotplug_size: Option<u64>,
+    /// Bytes already added.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hotplugged_size: Option<u64>,
+    /// Back RAM with a shared mapping, so that another process can map it too.
+    #[serde(default)]
+    pub shared: bool,
+    /// Back RAM with huge pages from the host's pool.
+    #[serde(default)]
+    pub hugepages: bool,
+    /// Size of those huge pages, bytes; the host's default when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hugepage_size: Option<u64>,
+    /// Allocate all of RAM before the guest starts.
+    #[serde(default)]
+    pub prefault: bool,
+    /// Have the host account for all of RAM up front.
+    #[serde(default)]
+    pub reserve: bool,
+    /// Ask for transparent huge pages.
+    #[serde(default = "enabled")]
+    pub thp: bool,
+    /// RAM in parts of different kinds; `size` must be 0 then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zones: Option<Vec<MemoryZoneConfig>>,
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self {
+            size: DEFAULT_MEMORY_BYTES,
+            mergeable: false,
+            hotplug_method: HotplugMethod::default(),
+            hotplug_size: None,
+            hotplugged_size: None,
+            shared: false,
+            hugepages: false,
+            hugepage_size: None,
+            prefault: false,
+            reserve: false,
+            thp: true,
+            zones: None,
+        }
+    }
+}
+
+impl MemoryConfig {
+    /// RAM in bytes, over all zones and with what was added; `None` when the sum does not fit 64 bits.
+    pub fn total_bytes(&self) -> Option<u64> {
+        let own = self.size.checked_add(self.hotplugged_size.unwrap_or(0))?;
+        self.zones.iter().flatten().try_fold(own, |sum, zone| {
+            sum.checked_add(zone.size)?
+                .checked_add(zone.hotplugged_size.unwrap_or(0))
+        })
+    }
+}
+
+/// One part of guest RAM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct MemoryZoneConfig {
+    /// Name of the zone.
+    pub id: String,
+    /// RAM at boot, bytes.
+    pub size: u64,
+    /// File or directory the zone is backed by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub file: Option<PathBuf>,
+    /// Back the zone with a shared mapping.
+    #[serde(default)]
+    pub shared: bool,
+    /// Back the zone with huge pages from the host's pool.
+    #[serde(default)]
+    pub hugepages: bool,
+    /// Size of those huge pages, bytes; the host's default when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hugepage_size: Option<u64>,
+    /// Host NUMA node the zone is taken from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_numa_node: Option<u32>,
+    /// Most bytes that can be added to a running guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hotplug_size: Option<u64>,
+    /// Bytes already added.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hotplugged_size: Option<u64>,
+    /// Allocate the zone before the guest starts.
+    #[serde(default)]
+    pub prefault: bool,
+    /// Have the host account for the zone up front.
+    #[serde(default)]
+    pub reserve: bool,
+    /// Let the host merge equal pages (KSM).
+    #[serde(default)]
+    pub mergeable: bool,
+}
+
+/// How RAM is added to a running guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub enum HotplugMethod {
+    /// ACPI memory devices.
+    #[default]
+    Acpi,
+    /// virtio-mem.
+    VirtioMem,
+}

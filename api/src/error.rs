@@ -1,0 +1,58 @@
+//! The error body and the one function that turns an error into it.
+//!
+//! A failed request is answered with a JSON array of strings: the chain of causes, outermost first. Both binaries
+//! print the same chain on standard error, so there is exactly one place that walks it.
+
+use std::error::Error;
+
+use serde::{Deserialize, Serialize};
+
+/// Most links of a chain that are shown. A chain longer than this is a cycle or a bug, never information.
+const CHAIN_LINKS_MAX: usize = 32;
+
+/// The body of every 4xx and 5xx answer: the chain of causes, outermost first.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(transparent)]
+pub struct ErrorBody(pub Vec<String>);
+
+impl ErrorBody {
+    /// The body that describes `error`.
+    pub fn new(error: &(dyn Error + 'static)) -> Self {
+        Self(error_chain(error))
+    }
+
+    /// The body upstream sends for a path it does not know.
+    pub fn not_found() -> Self {
+        Self(vec!["Not Found".to_owned()])
+    }
+}
+
+/// The texts of `error` and of all its sources, outermost first.
+///
+/// An error type tells its own layer in `Display` and names its cause as the source, so no text appears twice.
+pub fn error_chain(error: &(dyn Error + 'static)) -> Vec<String> {
+    std::iter::successors(Some(error), |&link| link.source())
+        .take(CHAIN_LINKS_MAX)
+        .map(ToString::to_string)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("outer")]
+    struct Outer(#[source] std::io::Error);
+
+    #[test]
+    fn error_chain_nested_error_lists_outermost_first() {
+        let error = Outer(std::io::Error::other("inner"));
+        assert_eq!(error_chain(&error), ["outer", "inner"]);
+        assert_eq!(
+            serde_json::to_string(&ErrorBody::new(&error)).unwrap(),
+            r#"["outer","inner"]"#
+        );
+    }
+}

@@ -1,0 +1,92 @@
+//! Answers that describe the VMM and the VM.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::VmConfig;
+
+/// `GET /vm.counters`: device id, then counter name, then value. Values only grow during the life of a device.
+pub type VmCounters = BTreeMap<String, BTreeMap<String, u64>>;
+
+/// `GET /vmm.ping`: the VMM is alive, and which one it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct VmmPingResponse {
+    /// Version with the commit it was built from.
+    #[serde(default)]
+    pub build_version: String,
+    /// Version of the program.
+    pub version: String,
+    /// Process id of the VMM, in its own pid namespace.
+    #[serde(default)]
+    pub pid: i64,
+    /// Optional parts this build has, by name.
+    #[serde(default)]
+    pub features: Vec<String>,
+}
+
+/// Where in its life the VM is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize)]
+pub enum VmState {
+    /// A configuration is stored; nothing runs.
+    Created,
+    /// The vCPUs run.
+    Running,
+    /// Known to clients; a VM that was shut down is shown as `Created`, because its configuration can be booted again.
+    Shutdown,
+    /// The vCPUs are stopped and can be resumed.
+    Paused,
+    /// Stopped by a debugger.
+    BreakPoint,
+}
+
+impl fmt::Display for VmState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+/// `GET /vm.info`.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+pub struct VmInfo {
+    /// The configuration as it is now, with generated ids and with what `vm.resize` changed.
+    pub config: VmConfig,
+    /// Where in its life the VM is.
+    pub state: VmState,
+    /// Bytes of RAM the guest may use: configured RAM less what the guest says is in the balloon.
+    #[serde(default)]
+    pub memory_actual_size: u64,
+    /// Devices of a booted VM by id; absent before boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_tree: Option<BTreeMap<String, DeviceNode>>,
+}
+
+/// One device in `VmInfo::device_tree`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct DeviceNode {
+    /// The device's id, equal to its key in the map.
+    pub id: String,
+    /// Bus resources the device holds, in upstream's form (an enum with data, for example
+    /// `{"PciBar":{"index":0,"base":…,"size":…,"type_":"Mmio64","prefetchable":false}}`).
+    #[serde(default)]
+    pub resources: Vec<serde_json::Value>,
+    /// The device this one hangs below.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<String>,
+    /// The devices that hang below this one.
+    #[serde(default)]
+    pub children: Vec<String>,
+    /// PCI address as `0000:00:05.0`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pci_bdf: Option<String>,
+}
+
+/// Answer to a hot-add: which device it became.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct PciDeviceInfo {
+    /// The device's id, the caller's own or a generated one.
+    pub id: String,
+    /// PCI address as `0000:00:05.0`.
+    pub bdf: String,
+}

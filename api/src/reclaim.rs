@@ -1,0 +1,139 @@
+//! `GET /vm.reclaim-stats`: how much memory came back to the host, and how.
+//!
+//! Three figures describe the same memory from three sides and must not be added up: *ballooned* is what the guest
+//! gave up, *reported* (`report.requested_bytes`) is what it offered over time, *reclaimed* is what is not resident on
+//! the host right now. Only the last one is measured from the page tables.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::BalloonStats;
+
+/// `GET /vm.reclaim-stats`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct ReclaimStats {
+    /// Guest RAM as configured, bytes.
+    pub configured_bytes: u64,
+    /// Guest RAM that occupies host memory now, bytes, measured by `residency_method`.
+    pub resident_bytes: u64,
+    /// Configured guest RAM that does not occupy host memory now, bytes: `configured_bytes - resident_bytes`. It holds
+    /// what was given back and what was never touched.
+    pub reclaimed_bytes: u64,
+    /// Guest RAM in the host's swap, bytes; absent when the method cannot tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub swapped_bytes: Option<u64>,
+    /// Bytes the guest says are in the balloon.
+    pub ballooned_bytes: u64,
+    /// Bytes the operator wants in the balloon.
+    pub balloon_target_bytes: u64,
+    /// What guest RAM is made of, which decides how it can be discarded: `anonymous-private`, `memfd-shared`, …
+    #[serde(default)]
+    pub backing: String,
+    /// How `resident_bytes` was measured.
+    #[serde(default)]
+    pub residency_method: String,
+    /// What that measurement cost, µs.
+    #[serde(default)]
+    pub resident_sample_us: u64,
+    /// How old that measurement is, ms.
+    #[serde(default)]
+    pub resident_age_ms: u64,
+    /// Whether the guest can report free pages, and if not, why.
+    #[serde(default)]
+    pub reporting: ReportingStatus,
+    /// Memory the guest reported as free (reporting queue).
+    #[serde(default)]
+    pub report: ReclaimPath,
+    /// Memory the guest put into the balloon (inflate queue).
+    #[serde(default)]
+    pub inflate: ReclaimPath,
+    /// The guest's own view, from the statistics queue; absent before the first sample.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest: Option<GuestSample>,
+}
+
+/// Whether free page reporting is at work.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct ReportingStatus {
+    /// True when the guest's reports are accepted and acted upon.
+    pub active: bool,
+    /// Why it is not active; absent when it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// What came in over one queue since the VM booted, and what became of it. Every requested byte ends in exactly one of
+/// `discarded_bytes`, `skipped_bytes` and `failed_bytes`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct ReclaimPath {
+    /// Bytes the guest named.
+    pub requested_bytes: u64,
+    /// Ranges the guest named, before merging.
+    pub requested_ranges: u64,
+    /// Bytes the host kernel was asked to take back, successfully.
+    pub discarded_bytes: u64,
+    /// Ranges the host kernel took back, after merging.
+    pub discarded_ranges: u64,
+    /// Bytes left alone on purpose, by reason.
+    #[serde(default)]
+    pub skipped_bytes: BTreeMap<String, u64>,
+    /// Bytes for which the host kernel refused.
+    pub failed_bytes: u64,
+    /// Ranges for which the host kernel refused.
+    pub failed_ranges: u64,
+    /// Batches: buffers the guest handed over, each answered as one.
+    pub batches: u64,
+    /// System calls made to discard.
+    pub discard_syscalls: u64,
+    /// Time from taking a batch off the queue to its answer, µs.
+    #[serde(default)]
+    pub latency_us: LatencySummary,
+    /// The most recent batch; absent before the first.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_batch: Option<LastBatch>,
+}
+
+impl ReclaimPath {
+    /// Bytes left alone for any reason.
+    pub fn skipped_bytes_total(&self) -> u64 {
+        self.skipped_bytes
+            .values()
+            .fold(0, |sum, bytes| sum.saturating_add(*bytes))
+    }
+}
+
+/// A distribution of durations, in the unit that the name of the field holding it gives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct LatencySummary {
+    /// Number of durations seen.
+    pub count: u64,
+    /// Half of them took no longer; an upper bound from a histogram.
+    pub p50: u64,
+    /// Ninety-nine in a hundred took no longer; an upper bound from a histogram.
+    pub p99: u64,
+    /// The longest.
+    pub max: u64,
+}
+
+/// One batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct LastBatch {
+    /// Bytes discarded.
+    pub bytes: u64,
+    /// Ranges the guest named.
+    pub ranges: u64,
+    /// Time from taking it off the queue to its answer, µs.
+    pub latency_us: u64,
+    /// How long ago it was answered, ms.
+    pub age_ms: u64,
+}
+
+/// The guest's statistics with their age.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct GuestSample {
+    /// The statistics the guest sent.
+    pub stats: BalloonStats,
+    /// How long ago they arrived, ms.
+    pub age_ms: u64,
+}
