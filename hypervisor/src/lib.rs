@@ -1,1 +1,30 @@
-//! Placeholder.
+//! KVM, and nothing but KVM: a thin typed layer over its system calls.
+//!
+//! ```text
+//!   Kvm (/dev/kvm) ──create_vm──► Vm (slots, routes, event descriptors)
+//!                                  └──create_vcpu──► Vcpu (registers, run)
+//! ```
+//!
+//! Nothing here decides anything about a machine: which memory, which CPUID,
+//! which routes is the caller's business. What this crate adds to
+//! `kvm-ioctls` is one error type that names the failed operation, exits as an
+//! enum that has only what an x86-64 VMM can meet, and a safe way to interrupt
+//! a running vCPU ([`kick`]).
+
+mod error;
+mod exit;
+mod irq;
+pub mod kick;
+mod kvm;
+mod vcpu;
+mod vm;
+
+pub use error::{Error, Result};
+pub use exit::{SystemEvent, VmExit};
+pub use irq::{GsiRoute, IoAddress, MsiMessage};
+pub use kvm::{Kvm, REQUIRED_CAPABILITIES};
+pub use vcpu::Vcpu;
+pub use vm::{MemorySlot, Vm};
+
+/// The KVM structures that appear in this crate's signatures.
+pub use kvm_bindings as bindings;

@@ -1,0 +1,90 @@
+//! The one error of this crate: which operation the kernel refused, and why.
+
+use std::io;
+use std::path::PathBuf;
+
+/// Shorthand for this crate's results.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why KVM cannot do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no KVM device on this host.
+    #[error("{} does not exist: is the kvm module loaded and virtualization enabled?", path.display())]
+    DeviceMissing {
+        /// The device that was tried.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The KVM device is there, but this process may not use it.
+    #[error("No permission to open {}: is this user in the kvm group?", path.display())]
+    DeviceNotPermitted {
+        /// The device that was tried.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The KVM device cannot be opened for another reason.
+    #[error("Cannot open {}", path.display())]
+    DeviceOpen {
+        /// The device that was tried.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The path names something that is not the KVM device.
+    #[error("{} is not a KVM device", path.display())]
+    NotKvm {
+        /// The path that was tried.
+        path: PathBuf,
+    },
+    /// The kernel speaks another KVM API.
+    #[error("KVM API version {found} is not the supported version {expected}")]
+    ApiVersion {
+        /// What the kernel answered.
+        found: i32,
+        /// What this crate was written for.
+        expected: i32,
+    },
+    /// The kernel's KVM lacks something no guest can do without.
+    #[error("KVM on this host lacks the required capability {name}")]
+    MissingCapability {
+        /// The capability without its `KVM_CAP_` prefix.
+        name: &'static str,
+    },
+    /// More interrupt routes than KVM takes in one table.
+    #[error("{count} interrupt routes are more than KVM can hold")]
+    TooManyRoutes {
+        /// How many were asked for.
+        count: usize,
+    },
+    /// KVM took some of the model specific registers and refused the next.
+    #[error("KVM accepted only {done} of {count} model specific registers")]
+    MsrsRefused {
+        /// How many were taken.
+        done: usize,
+        /// How many were given.
+        count: usize,
+    },
+    /// A system call on a KVM descriptor failed.
+    #[error("{operation} failed")]
+    Ioctl {
+        /// The operation as the kernel's KVM documentation names it.
+        operation: &'static str,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Wraps the error of one KVM call, for use in `map_err`.
+pub(crate) fn ioctl(operation: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
+    move |error| Error::Ioctl {
+        operation,
+        source: error.into(),
+    }
+}

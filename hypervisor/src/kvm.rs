@@ -1,0 +1,173 @@
+//! The system handle: `/dev/kvm`, what it can do, and new virtual machines.
+
+use std::ffi::CString;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::Cap;
+
+use crate::error::{Error, Result, ioctl};
+use crate::vm::Vm;
+
+const KVM_PATH: &str = "/dev/kvm";
+
+/// `KVM_API_VERSION` in the type the kernel answers with. Frozen at 12 since 2007.
+const API_VERSION: i32 = KVM_API_VERSION.cast_signed();
+
+/// CPUID leaf 1, ECX bit 5: VMX. Intel SDM volume 2, CPUID.
+const LEAF1_ECX_VMX: u32 = 1 << 5;
+/// CPUID leaf 0x8000_0001, ECX bit 2: SVM. AMD APM volume 3, appendix E.
+const LEAF80000001_ECX_SVM: u32 = 1 << 2;
+
+/// Everything the VMM relies on; without one of these no machine is created.
+pub const REQUIRED_CAPABILITIES: [(&str, Cap); 18] = [
+    ("ADJUST_CLOCK", Cap::AdjustClock),
+    ("EXT_CPUID", Cap::ExtCpuid),
+    ("GET_TSC_KHZ", Cap::GetTscKhz),
+    ("IMMEDIATE_EXIT", Cap::ImmediateExit),
+    ("IOEVENTFD", Cap::Ioeventfd),
+    ("IRQCHIP", Cap::Irqchip),
+    ("IRQFD", Cap::Irqfd),
+    ("IRQ_ROUTING", Cap::IrqRouting),
+    ("MP_STATE", Cap::MpState),
+    ("SET_IDENTITY_MAP_ADDR", Cap::SetIdentityMapAddr),
+    ("SET_TSS_ADDR", Cap::SetTssAddr),
+    ("SIGNAL_MSI", Cap::SignalMsi),
+    ("SPLIT_IRQCHIP", Cap::SplitIrqchip),
+    ("TSC_DEADLINE_TIMER", Cap::TscDeadlineTimer),
+    ("USER_MEMORY", Cap::UserMemory),
+    ("USER_NMI", Cap::UserNmi),
+    ("VCPU_EVENTS", Cap::VcpuEvents),
+    ("XSAVE", Cap::Xsave),
+];
+
+/// An open `/dev/kvm` that has everything in [`REQUIRED_CAPABILITIES`].
+#[derive(Debug)]
+pub struct Kvm {
+    fd: kvm_ioctls::Kvm,
+}
+
+impl Kvm {
+    /// Opens `/dev/kvm` and checks that this host can run our machines.
+    ///
+    /// # Errors
+    /// The device is missing, not permitted, speaks another API version or
+    /// lacks a capability; each is an [`Error`] of its own.
+    pub fn open() -> Result<Self> {
+        Self::open_at(Path::new(KVM_PATH))
+    }
+
+    /// As [`Kvm::open`], with the device at another path.
+    ///
+    /// # Errors
+    /// As [`Kvm::open`].
+    pub fn open_at(path: &Path) -> Result<Self> {
+        let open_error = |source: io::Error| {
+            let path = path.to_path_buf();
+            match source.kind() {
+                io::ErrorKind::NotFound => Error::DeviceMissing { path, source },
+                io::ErrorKind::PermissionDenied => Error::DeviceNotPermitted { path, source },
+                _ => Error::DeviceOpen { path, source },
+            }
+        };
+        let c_path = CString::new(path.as_os_str().as_bytes())
+            .map_err(|nul| open_error(io::Error::new(io::ErrorKind::InvalidInput, nul)))?;
+        let fd =
+            kvm_ioctls::Kvm::new_with_path(&c_path).map_err(|error| open_error(error.into()))?;
+        let kvm = Self { fd };
+        kvm.check_api_version(path)?;
+        kvm.check_capabilities()?;
+        Ok(kvm)
+    }
+
+    fn check_api_version(&self, path: &Path) -> Result<()> {
+        match self.fd.get_api_version() {
+            API_VERSION => Ok(()),
+            found if found < 0 => Err(Error::NotKvm {
+                path: path.to_path_buf(),
+            }),
+            found => Err(Error::ApiVersion {
+                found,
+                expected: API_VERSION,
+            }),
+        }
+    }
+
+    fn check_capabilities(&self) -> Result<()> {
+        for (name, capability) in REQUIRED_CAPABILITIES {
+            if !self.fd.check_extension(capability) {
+                return Err(Error::MissingCapability { name });
+            }
+        }
+        Ok(())
+    }
+
+    /// Creates an empty machine: no memory, no interrupt controller, no vCPU.
+    ///
+    /// # Errors
+    /// `KVM_CREATE_VM` failed.
+    pub fn create_vm(&self) -> Result<Vm> {
+        loop {
+            match self.fd.create_vm() {
+                Ok(fd) => return Ok(Vm::new(fd)),
+                // The kernel gives up half-way when a signal arrives; it asks to be called again.
+                Err(error) if error.errno() == libc::EINTR => {}
+                Err(error) => return Err(ioctl("KVM_CREATE_VM")(error)),
+            }
+        }
+    }
+
+    /// The CPUID leaves this host's KVM can give to a guest.
+    ///
+    /// # Errors
+    /// `KVM_GET_SUPPORTED_CPUID` failed.
+    pub fn supported_cpuid(&self) -> Result<CpuId> {
+        self.fd
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))
+    }
+
+    /// The most vCPUs one machine may have (`KVM_CAP_MAX_VCPUS`).
+    #[must_use]
+    pub fn max_vcpus(&self) -> usize {
+        self.fd.get_max_vcpus()
+    }
+
+    /// Whether a guest on this host can itself run KVM: VMX or SVM is among the
+    /// supported features and its state can be saved.
+    ///
+    /// # Errors
+    /// `KVM_GET_SUPPORTED_CPUID` failed.
+    pub fn supports_nested(&self) -> Result<bool> {
+        if self.fd.check_extension_int(Cap::NestedState) <= 0 {
+            return Ok(false);
+        }
+        let cpuid = self.supported_cpuid()?;
+        Ok(cpuid.as_slice().iter().any(|leaf| match leaf.function {
+            1 => leaf.ecx & LEAF1_ECX_VMX != 0,
+            0x8000_0001 => leaf.ecx & LEAF80000001_ECX_SVM != 0,
+            _ => false,
+        }))
+    }
+
+    /// Whether APIC ids above 254 are possible (`KVM_CAP_X2APIC_API`).
+    #[must_use]
+    pub fn supports_x2apic_api(&self) -> bool {
+        self.fd.check_extension_int(Cap::X2ApicApi) > 0
+    }
+
+    /// Whether a paused guest can be told so (`KVM_CAP_KVMCLOCK_CTRL`).
+    #[must_use]
+    pub fn supports_kvmclock_ctrl(&self) -> bool {
+        self.fd.check_extension(Cap::KvmclockCtrl)
+    }
+}
+
+impl AsRawFd for Kvm {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.fd.as_raw_fd()
+    }
+}
