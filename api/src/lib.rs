@@ -13,15 +13,18 @@
 mod ascii_json;
 mod balloon_stats;
 pub mod config;
+mod endpoints;
 mod error;
 mod event;
 mod info;
+pub mod options;
 mod reclaim;
 mod resize;
 
 pub use ascii_json::to_ascii_json;
 pub use balloon_stats::{BALLOON_STAT_TAGS, BalloonStats, BalloonStatsResponse};
 pub use config::VmConfig;
+pub use endpoints::{API_PREFIX, Endpoint, Method};
 pub use error::{ErrorBody, error_chain};
 pub use event::{Event, EventTimestamp};
 pub use info::{DeviceNode, PciDeviceInfo, VmCounters, VmInfo, VmState, VmmPingResponse};

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::serde_rules::is_false;
+use crate::options::{OptionError, Options};
 
 /// The virtio-balloon device.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -27,4 +28,41 @@ pub struct BalloonConfig {
     /// Slot on that segment; the next free one when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pci_device_id: Option<u8>,
+}
+
+impl BalloonConfig {
+    /// Syntax of `--balloon`.
+    pub const SYNTAX: &str = "Balloon parameters \"size=<balloon_size>,deflate_on_oom=on|off,\
+        free_page_reporting=on|off,iommu=on|off,id=<device_id>,pci_segment=<segment_id>,\
+        pci_device_id=<pci_slot>\"";
+
+    /// Reads the value of `--balloon`. The size is 0 when it is not given.
+    ///
+    /// # Errors
+    /// An unknown key or a malformed value.
+    pub fn parse(text: &str) -> Result<Self, OptionError> {
+        let options = Options::parse(
+            "balloon",
+            text,
+            &[
+                "size",
+                "deflate_on_oom",
+                "free_page_reporting",
+                "iommu",
+                "id",
+                "pci_segment",
+                "pci_device_id",
+            ],
+            &[],
+        )?;
+        Ok(Self {
+            size: options.bytes("size")?.unwrap_or(0),
+            deflate_on_oom: options.toggle("deflate_on_oom")?.unwrap_or(false),
+            free_page_reporting: options.toggle("free_page_reporting")?.unwrap_or(false),
+            iommu: options.toggle("iommu")?.unwrap_or(false),
+            id: options.string("id"),
+            pci_segment: options.parsed("pci_segment")?.unwrap_or(0),
+            pci_device_id: options.parsed("pci_device_id")?,
+        })
+    }
 }

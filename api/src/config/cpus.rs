@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::serde_rules::enabled;
+use crate::options::{OptionError, Options, ValueError, parse_strings};
 
 /// vCPUs of a VM that does not say otherwise.
 pub const DEFAULT_VCPUS: u32 = 1;
@@ -99,4 +100,105 @@ pub enum CoreScheduling {
     Vcpu,
     /// The host decides.
     Off,
+}
+
+impl CpusConfig {
+    /// Syntax of `--cpus`.
+    pub const SYNTAX: &str = "vCPU parameters \"boot=<boot_vcpus>,max=<max_vcpus>,\
+        topology=<threads_per_core>:<cores_per_die>:<dies_per_package>:<packages>,kvm_hyperv=on|off,\
+        max_phys_bits=<maximum_number_of_physical_bits>,affinity=<list_of_vcpus_with_their_associated_cpuset>,\
+        features=<list_of_features_to_enable>,nested=on|off,core_scheduling=vm|vcpu|off\"";
+
+    /// Reads the value of `--cpus`. `max` is `boot` when it is not given.
+    ///
+    /// # Errors
+    /// An unknown key or a malformed value.
+    pub fn parse(text: &str) -> Result<Self, OptionError> {
+        let options = Options::parse(
+            "cpus",
+            text,
+            &[
+                "boot",
+                "max",
+                "topology",
+                "kvm_hyperv",
+                "max_phys_bits",
+                "affinity",
+                "features",
+                "nested",
+                "core_scheduling",
+                "profile",
+            ],
+            &[],
+        )?;
+        options.unsupported("profile")?;
+        let boot_vcpus = options.parsed("boot")?.unwrap_or(DEFAULT_VCPUS);
+        let affinity = options.integer_map("affinity")?.map(|pairs| {
+            pairs
+                .into_iter()
+                .map(|(vcpu, host_cpus)| CpuAffinity { vcpu, host_cpus })
+                .collect()
+        });
+        Ok(Self {
+            boot_vcpus,
+            max_vcpus: options.parsed("max")?.unwrap_or(boot_vcpus),
+            topology: options.read("topology", CpuTopology::parse)?,
+            kvm_hyperv: options.toggle("kvm_hyperv")?.unwrap_or(false),
+            max_phys_bits: options
+                .parsed("max_phys_bits")?
+                .unwrap_or(DEFAULT_MAX_PHYS_BITS),
+            affinity,
+            features: options
+                .read("features", CpuFeatures::parse)?
+                .unwrap_or_default(),
+            nested: options.toggle("nested")?.unwrap_or(true),
+            core_scheduling: options
+                .word(
+                    "core_scheduling",
+                    &[
+                        ("vm", CoreScheduling::Vm),
+                        ("vcpu", CoreScheduling::Vcpu),
+                        ("off", CoreScheduling::Off),
+                    ],
+                )?
+                .unwrap_or_default(),
+        })
+    }
+}
+
+impl CpuTopology {
+    fn parse(text: &str) -> Result<Self, ValueError> {
+        let malformed = || ValueError::Topology(text.to_owned());
+        let counts: Vec<u16> = text
+            .split(':')
+            .map(|count| count.parse().map_err(|_| malformed()))
+            .collect::<Result<_, _>>()?;
+        let [threads_per_core, cores_per_die, dies_per_package, packages] = counts[..] else {
+            return Err(malformed());
+        };
+        Ok(Self {
+            threads_per_core,
+            cores_per_die,
+            dies_per_package,
+            packages,
+        })
+    }
+}
+
+impl CpuFeatures {
+    fn parse(text: &str) -> Result<Self, ValueError> {
+        let mut features = Self::default();
+        for name in parse_strings(text) {
+            match name.as_str() {
+                "amx" => features.amx = true,
+                _ => {
+                    return Err(ValueError::Word {
+                        word: name,
+                        known: "amx".to_owned(),
+                    });
+                }
+            }
+        }
+        Ok(features)
+    }
 }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::rate_limit::RateLimiterConfig;
 use super::serde_rules::{enabled, is_false};
+use crate::options::{OptionError, Options};
 
 /// Queues of a disk that does not say otherwise.
 pub const DEFAULT_DISK_NUM_QUEUES: usize = 1;
@@ -143,3 +144,101 @@ pub struct VirtQueueAffinity {
     /// Host CPUs its worker may run on, by the host's numbers.
     pub host_cpus: Vec<usize>,
 }
+
+impl DiskConfig {
+    /// Syntax of `--disk`.
+    pub const SYNTAX: &str = "Disk parameters \"path=<disk_image_path>,readonly=on|off,direct=on|off,iommu=on|off,\
+        num_queues=<number_of_queues>,queue_size=<size_of_each_queue>,\
+        queue_affinity=<list_of_queue_indices_with_their_associated_cpuset>,\
+        image_type=raw|qcow2|vhd|vhdx|vmdk,sparse=on|off,backing_files=on|off,\
+        lock_granularity=byte-range|full,serial=<serial_number>,\
+        vhost_user=on|off,socket=<vhost_user_socket_path>,\
+        bw_size=<bytes>,bw_one_time_burst=<bytes>,bw_refill_time=<ms>,\
+        ops_size=<io_ops>,ops_one_time_burst=<io_ops>,ops_refill_time=<ms>,\
+        rate_limit_group=<group_id>,id=<device_id>,pci_segment=<segment_id>,pci_device_id=<pci_slot>\"";
+
+    /// Reads the value of one `--disk`.
+    ///
+    /// # Errors
+    /// An unknown key or a malformed value.
+    pub fn parse(text: &str) -> Result<Self, OptionError> {
+        let options = Options::parse("disk", text, DISK_KEYS, &[])?;
+        let queue_affinity = options.integer_map("queue_affinity")?.map(|pairs| {
+            pairs
+                .into_iter()
+                .map(|(queue_index, host_cpus)| VirtQueueAffinity {
+                    queue_index,
+                    host_cpus,
+                })
+                .collect()
+        });
+        Ok(Self {
+            path: options.text("path").map(PathBuf::from),
+            readonly: options.toggle("readonly")?.unwrap_or(false),
+            direct: options.toggle("direct")?.unwrap_or(false),
+            iommu: options.toggle("iommu")?.unwrap_or(false),
+            num_queues: options
+                .parsed("num_queues")?
+                .unwrap_or(DEFAULT_DISK_NUM_QUEUES),
+            queue_size: options
+                .parsed("queue_size")?
+                .unwrap_or(DEFAULT_DISK_QUEUE_SIZE),
+            vhost_user: options.toggle("vhost_user")?.unwrap_or(false),
+            vhost_socket: options.text("socket").map(PathBuf::from),
+            rate_limit_group: options.string("rate_limit_group"),
+            rate_limiter_config: RateLimiterConfig::from_options(&options)?,
+            id: options.string("id"),
+            pci_segment: options.parsed("pci_segment")?.unwrap_or(0),
+            pci_device_id: options.parsed("pci_device_id")?,
+            serial: options.string("serial"),
+            queue_affinity,
+            backing_files: options.toggle("backing_files")?.unwrap_or(false),
+            sparse: options.toggle("sparse")?.unwrap_or(true),
+            image_type: options.word("image_type", IMAGE_TYPE_WORDS)?,
+            lock_granularity: options
+                .word(
+                    "lock_granularity",
+                    &[
+                        ("byte-range", LockGranularity::ByteRange),
+                        ("full", LockGranularity::Full),
+                    ],
+                )?
+                .unwrap_or_default(),
+        })
+    }
+}
+
+const DISK_KEYS: &[&str] = &[
+    "path",
+    "readonly",
+    "direct",
+    "iommu",
+    "num_queues",
+    "queue_size",
+    "queue_affinity",
+    "image_type",
+    "sparse",
+    "backing_files",
+    "lock_granularity",
+    "serial",
+    "vhost_user",
+    "socket",
+    "bw_size",
+    "bw_one_time_burst",
+    "bw_refill_time",
+    "ops_size",
+    "ops_one_time_burst",
+    "ops_refill_time",
+    "rate_limit_group",
+    "id",
+    "pci_segment",
+    "pci_device_id",
+];
+
+const IMAGE_TYPE_WORDS: &[(&str, ImageType)] = &[
+    ("raw", ImageType::Raw),
+    ("qcow2", ImageType::Qcow2),
+    ("vhd", ImageType::FixedVhd),
+    ("vhdx", ImageType::Vhdx),
+    ("vmdk", ImageType::FlatVmdk),
+];

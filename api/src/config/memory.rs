@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::serde_rules::enabled;
+use crate::options::{OptionError, OptionFault, Options};
 
 /// RAM of a VM that does not say otherwise: 512 MiB.
 pub const DEFAULT_MEMORY_BYTES: u64 = 512 << 20;
@@ -126,4 +127,113 @@ pub enum HotplugMethod {
     Acpi,
     /// virtio-mem.
     VirtioMem,
+}
+
+impl MemoryConfig {
+    /// Syntax of `--memory`.
+    pub const SYNTAX: &str = "Memory parameters \"size=<guest_memory_size>,mergeable=on|off,shared=on|off,\
+        hugepages=on|off,hugepage_size=<hugepage_size>,hotplug_method=acpi|virtio-mem,\
+        hotplug_size=<hotpluggable_memory_size>,hotplugged_size=<hotplugged_memory_size>,prefault=on|off,\
+        reserve=on|off,thp=on|off\"";
+
+    /// Reads the value of `--memory` with those of every `--memory-zone`.
+    ///
+    /// # Errors
+    /// An unknown key, a malformed value, or a zone without a name.
+    pub fn parse<S: AsRef<str>>(text: &str, zones: &[S]) -> Result<Self, OptionError> {
+        let options = Options::parse(
+            "memory",
+            text,
+            &[
+                "size",
+                "mergeable",
+                "shared",
+                "hugepages",
+                "hugepage_size",
+                "hotplug_method",
+                "hotplug_size",
+                "hotplugged_size",
+                "prefault",
+                "reserve",
+                "thp",
+            ],
+            &[],
+        )?;
+        let zones: Vec<_> = zones
+            .iter()
+            .map(|zone| MemoryZoneConfig::parse(zone.as_ref()))
+            .collect::<Result<_, _>>()?;
+        Ok(Self {
+            size: options.bytes("size")?.unwrap_or(DEFAULT_MEMORY_BYTES),
+            mergeable: options.toggle("mergeable")?.unwrap_or(false),
+            hotplug_method: options
+                .word(
+                    "hotplug_method",
+                    &[
+                        ("acpi", HotplugMethod::Acpi),
+                        ("virtio-mem", HotplugMethod::VirtioMem),
+                    ],
+                )?
+                .unwrap_or_default(),
+            hotplug_size: options.bytes("hotplug_size")?,
+            hotplugged_size: options.bytes("hotplugged_size")?,
+            shared: options.toggle("shared")?.unwrap_or(false),
+            hugepages: options.toggle("hugepages")?.unwrap_or(false),
+            hugepage_size: options.bytes("hugepage_size")?,
+            prefault: options.toggle("prefault")?.unwrap_or(false),
+            reserve: options.toggle("reserve")?.unwrap_or(false),
+            thp: options.toggle("thp")?.unwrap_or(true),
+            zones: (!zones.is_empty()).then_some(zones),
+        })
+    }
+}
+
+impl MemoryZoneConfig {
+    /// Syntax of `--memory-zone`.
+    pub const SYNTAX: &str = "User defined memory zone parameters \"id=<zone_identifier>,size=<guest_memory_region_size>,\
+        file=<backing_file>,shared=on|off,hugepages=on|off,hugepage_size=<hugepage_size>,\
+        host_numa_node=<node_id>,hotplug_size=<hotpluggable_memory_size>,\
+        hotplugged_size=<hotplugged_memory_size>,prefault=on|off,reserve=on|off,mergeable=on|off\"";
+
+    /// Reads the value of one `--memory-zone`.
+    ///
+    /// # Errors
+    /// An unknown key, a malformed value, or no `id`.
+    pub fn parse(text: &str) -> Result<Self, OptionError> {
+        let options = Options::parse(
+            "memory-zone",
+            text,
+            &[
+                "id",
+                "size",
+                "file",
+                "shared",
+                "hugepages",
+                "hugepage_size",
+                "host_numa_node",
+                "hotplug_size",
+                "hotplugged_size",
+                "prefault",
+                "reserve",
+                "mergeable",
+            ],
+            &[],
+        )?;
+        Ok(Self {
+            id: options
+                .string("id")
+                .ok_or_else(|| options.refuse(OptionFault::MissingKey { key: "id" }))?,
+            size: options.bytes("size")?.unwrap_or(DEFAULT_MEMORY_BYTES),
+            file: options.text("file").map(PathBuf::from),
+            shared: options.toggle("shared")?.unwrap_or(false),
+            hugepages: options.toggle("hugepages")?.unwrap_or(false),
+            hugepage_size: options.bytes("hugepage_size")?,
+            host_numa_node: options.parsed("host_numa_node")?,
+            hotplug_size: options.bytes("hotplug_size")?,
+            hotplugged_size: options.bytes("hotplugged_size")?,
+            prefault: options.toggle("prefault")?.unwrap_or(false),
+            reserve: options.toggle("reserve")?.unwrap_or(false),
+            mergeable: options.toggle("mergeable")?.unwrap_or(false),
+        })
+    }
 }

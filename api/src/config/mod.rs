@@ -12,6 +12,7 @@ mod disk;
 mod mac;
 mod memory;
 mod net;
+mod path_or_fd;
 mod payload;
 mod platform;
 mod rate_limit;
@@ -33,6 +34,7 @@ pub use disk::{
 pub use mac::{MacAddr, MacAddrError};
 pub use memory::{DEFAULT_MEMORY_BYTES, HotplugMethod, MemoryConfig, MemoryZoneConfig};
 pub use net::{DEFAULT_NET_NUM_QUEUES, DEFAULT_NET_QUEUE_SIZE, INVALID_FD, NetConfig, VhostMode};
+pub use path_or_fd::PathOrFd;
 pub use payload::PayloadConfig;
 pub use platform::{DEFAULT_IOMMU_ADDRESS_WIDTH_BITS, DEFAULT_NUM_PCI_SEGMENTS, PlatformConfig};
 pub use rate_limit::{RateLimiterConfig, TokenBucket};
@@ -171,5 +173,7 @@ impl VmConfig {
     }
 }
 
+#[cfg(test)]
+mod parse_tests;
 #[cfg(test)]
 mod tests;

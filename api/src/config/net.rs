@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::mac::MacAddr;
 use super::rate_limit::RateLimiterConfig;
 use super::serde_rules::{enabled, is_false};
+use crate::options::{OptionError, Options};
 
 /// Queues of an interface that does not say otherwise: one pair.
 pub const DEFAULT_NET_NUM_QUEUES: usize = 2;
@@ -135,3 +136,82 @@ pub enum VhostMode {
     /// The VMM listens.
     Server,
 }
+
+impl NetConfig {
+    /// Syntax of `--net`.
+    pub const SYNTAX: &str = "Network parameters \"tap=<if_name>,ip=<ip_addr>,mask=<net_mask>,mac=<mac_addr>,\
+        fd=<fd1,fd2...>,host_mac=<mac_addr>,mtu=<bytes>,iommu=on|off,num_queues=<number_of_queues>,\
+        queue_size=<size_of_each_queue>,id=<device_id>,\
+        vhost_user=<vhost_user_enable>,socket=<vhost_user_socket_path>,vhost_mode=client|server,\
+        bw_size=<bytes>,bw_one_time_burst=<bytes>,bw_refill_time=<ms>,\
+        ops_size=<io_ops>,ops_one_time_burst=<io_ops>,ops_refill_time=<ms>,\
+        pci_segment=<segment_id>,pci_device_id=<pci_slot>,\
+        offload_tso=on|off,offload_ufo=on|off,offload_csum=on|off\"";
+
+    /// Reads the value of one `--net`. Descriptors named here are the calling process's own.
+    ///
+    /// # Errors
+    /// An unknown key or a malformed value.
+    pub fn parse(text: &str) -> Result<Self, OptionError> {
+        let options = Options::parse("net", text, NET_KEYS, &[])?;
+        Ok(Self {
+            tap: options.string("tap"),
+            ip: options.parsed("ip")?,
+            mask: options.parsed("mask")?,
+            mac: options.parsed("mac")?.unwrap_or_else(MacAddr::random_local),
+            host_mac: options.parsed("host_mac")?,
+            mtu: options.parsed("mtu")?,
+            iommu: options.toggle("iommu")?.unwrap_or(false),
+            num_queues: options
+                .parsed("num_queues")?
+                .unwrap_or(DEFAULT_NET_NUM_QUEUES),
+            queue_size: options
+                .parsed("queue_size")?
+                .unwrap_or(DEFAULT_NET_QUEUE_SIZE),
+            vhost_user: options.toggle("vhost_user")?.unwrap_or(false),
+            vhost_socket: options.text("socket").map(PathBuf::from),
+            vhost_mode: options
+                .word(
+                    "vhost_mode",
+                    &[("client", VhostMode::Client), ("server", VhostMode::Server)],
+                )?
+                .unwrap_or_default(),
+            id: options.string("id"),
+            fds: options.integers("fd")?,
+            rate_limiter_config: RateLimiterConfig::from_options(&options)?,
+            pci_segment: options.parsed("pci_segment")?.unwrap_or(0),
+            pci_device_id: options.parsed("pci_device_id")?,
+            offload_tso: options.toggle("offload_tso")?.unwrap_or(true),
+            offload_ufo: options.toggle("offload_ufo")?.unwrap_or(true),
+            offload_csum: options.toggle("offload_csum")?.unwrap_or(true),
+        })
+    }
+}
+
+const NET_KEYS: &[&str] = &[
+    "tap",
+    "ip",
+    "mask",
+    "mac",
+    "fd",
+    "host_mac",
+    "mtu",
+    "iommu",
+    "num_queues",
+    "queue_size",
+    "id",
+    "vhost_user",
+    "socket",
+    "vhost_mode",
+    "bw_size",
+    "bw_one_time_burst",
+    "bw_refill_time",
+    "ops_size",
+    "ops_one_time_burst",
+    "ops_refill_time",
+    "pci_segment",
+    "pci_device_id",
+    "offload_tso",
+    "offload_ufo",
+    "offload_csum",
+];

@@ -1,0 +1,175 @@
+//! The kinds of value an option can have.
+
+use std::fmt::Display;
+use std::str::FromStr;
+
+use thiserror::Error;
+
+use super::split;
+
+/// Most integers a list may expand to. More host CPUs than this do not exist, and `[0-18446744073709551615]` must not
+/// use up the memory of the machine.
+pub const INTEGER_LIST_MAX: usize = 1 << 16;
+
+/// Integers, each with a list of integers.
+pub(crate) type IntegerMap<K, V> = Vec<(K, Vec<V>)>;
+
+/// Why a text is not a value of the kind asked for.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ValueError {
+    /// Not a switch.
+    #[error("{0:?} is not on, off, true or false")]
+    Toggle(String),
+    /// Not a size.
+    #[error("{0:?} is not a number of bytes with an optional suffix K, M, G or T")]
+    Bytes(String),
+    /// A size above 64 bits.
+    #[error("{0:?} is more than 64 bits can hold")]
+    BytesTooLarge(String),
+    /// Not an integer in range.
+    #[error("{0:?} is not a number, or out of range")]
+    Integer(String),
+    /// A range that ends before it begins.
+    #[error("the range {0:?} ends before it begins")]
+    RangeBackwards(String),
+    /// More than [`INTEGER_LIST_MAX`] integers.
+    #[error("the list has more than {INTEGER_LIST_MAX} entries")]
+    ListTooLong,
+    /// Brackets or quotes that do not match.
+    #[error("{0:?} is not a list")]
+    List(String),
+    /// Not `key@list`.
+    #[error("{0:?} is not of the form <number>@[<list>]")]
+    Pair(String),
+    /// Not `threads:cores:dies:packages`.
+    #[error(
+        "{0:?} is not of the form <threads_per_core>:<cores_per_die>:<dies_per_package>:<packages>"
+    )]
+    Topology(String),
+    /// Not one of a few words.
+    #[error("{word:?} is not one of {known}")]
+    Word {
+        /// The word as given.
+        word: String,
+        /// The words there are.
+        known: String,
+    },
+    /// The type's own parser refused the text.
+    #[error("{0}")]
+    Refused(String),
+}
+
+/// `on`, `off`, `true` or `false`, in any case.
+///
+/// # Errors
+/// [`ValueError::Toggle`] for anything else.
+pub fn parse_toggle(text: &str) -> Result<bool, ValueError> {
+    match text.to_ascii_lowercase().as_str() {
+        "on" | "true" => Ok(true),
+        "off" | "false" => Ok(false),
+        _ => Err(ValueError::Toggle(text.to_owned())),
+    }
+}
+
+/// A number of bytes: decimal digits with an optional binary suffix `K`, `M`, `G` or `T`, upper case only.
+///
+/// # Errors
+/// [`ValueError::Bytes`] when it is not of that form, [`ValueError::BytesTooLarge`] when it does not fit 64 bits.
+pub fn parse_bytes(text: &str) -> Result<u64, ValueError> {
+    let text = text.trim();
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K') => (&text[..text.len() - 1], 10),
+        Some(b'M') => (&text[..text.len() - 1], 20),
+        Some(b'G') => (&text[..text.len() - 1], 30),
+        Some(b'T') => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    // The standard parser would accept a plus sign.
+    if digits.is_empty() || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+        return Err(ValueError::Bytes(text.to_owned()));
+    }
+    digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|number| number.checked_mul(1 << shift))
+        .ok_or_else(|| ValueError::BytesTooLarge(text.to_owned()))
+}
+
+pub(super) fn parse_with<T: FromStr<Err: Display>>(text: &str) -> Result<T, ValueError> {
+    text.parse()
+        .map_err(|error: T::Err| ValueError::Refused(error.to_string()))
+}
+
+pub(super) fn parse_word<T: Copy>(
+    text: &str,
+    table: &[(&'static str, T)],
+) -> Result<T, ValueError> {
+    let found = table
+        .iter()
+        .find(|(word, _)| word.eq_ignore_ascii_case(text));
+    found.map(|(_, value)| *value).ok_or_else(|| {
+        let known: Vec<_> = table.iter().map(|(word, _)| *word).collect();
+        ValueError::Word {
+            word: text.to_owned(),
+            known: known.join(", "),
+        }
+    })
+}
+
+pub(crate) fn parse_strings(text: &str) -> Vec<String> {
+    // The settings splitter has already found the brackets balanced; a list it cannot cut is one item.
+    split::list(text).unwrap_or_else(|_| vec![text.to_owned()])
+}
+
+pub(super) fn parse_integers<T: TryFrom<u64>>(text: &str) -> Result<Vec<T>, ValueError> {
+    let items = split::list(text.trim()).map_err(|_| ValueError::List(text.to_owned()))?;
+    let mut integers = Vec::new();
+    for item in &items {
+        let (first, last) = match item.split_once('-') {
+            Some((first, last)) => (parse_integer(first)?, parse_integer(last)?),
+            None => {
+                let only = parse_integer(item)?;
+                (only, only)
+            }
+        };
+        if last < first {
+            return Err(ValueError::RangeBackwards(item.clone()));
+        }
+        if last - first >= (INTEGER_LIST_MAX - integers.len()) as u64 {
+            return Err(ValueError::ListTooLong);
+        }
+        for integer in first..=last {
+            integers
+                .push(T::try_from(integer).map_err(|_| ValueError::Integer(integer.to_string()))?);
+        }
+    }
+    Ok(integers)
+}
+
+fn parse_integer(text: &str) -> Result<u64, ValueError> {
+    let malformed = || ValueError::Integer(text.to_owned());
+    let digits = text.trim();
+    if !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+        return Err(malformed());
+    }
+    digits.parse().map_err(|_| malformed())
+}
+
+pub(super) fn parse_integer_map<K, V>(text: &str) -> Result<IntegerMap<K, V>, ValueError>
+where
+    K: TryFrom<u64>,
+    V: TryFrom<u64>,
+{
+    let pairs = split::list(text).map_err(|_| ValueError::List(text.to_owned()))?;
+    pairs
+        .iter()
+        .map(|pair| {
+            let (key, values) = pair
+                .split_once('@')
+                .ok_or_else(|| ValueError::Pair(pair.clone()))?;
+            let key = parse_integer(key)?;
+            let key = K::try_from(key).map_err(|_| ValueError::Integer(key.to_string()))?;
+            Ok((key, parse_integers(values)?))
+        })
+        .collect()
+}
