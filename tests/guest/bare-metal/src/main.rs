@@ -1,0 +1,70 @@
+//! A guest without an operating system, for tests of the machine itself.
+//!
+//! It is started through the PVH entry point, takes the name of a scenario from
+//! the kernel command line (`scenario=NAME`), drives the virtual hardware
+//! directly and prints one line a check on COM1:
+//!
+//! ```text
+//! PASS balloon_report_discards
+//! FAIL balloon_report_discards: block 3 reads 0x5a5a5a5a
+//! DONE 12 passed, 0 failed
+//! ```
+//!
+//! Then it powers off through ACPI, or with `stay` on the command line halts so
+//! that the host can look at the machine.
+
+#![no_std]
+#![no_main]
+
+mod balloon;
+mod console;
+mod hostile;
+mod interrupts;
+mod machine;
+mod memory;
+mod pci;
+mod queue;
+mod registers;
+mod report;
+mod virtio;
+
+use core::arch::global_asm;
+
+use report::Report;
+
+global_asm!(include_str!("boot.s"), options(att_syntax));
+
+/// Called by the boot code with the physical address of `hvm_start_info`.
+#[unsafe(no_mangle)]
+extern "C" fn guest_main(start_info: u64) -> ! {
+    interrupts::install();
+    let command_line = machine::command_line(start_info);
+    let mut report = Report::new();
+    match machine::option(command_line, "scenario=") {
+        Some("pci") => pci::scenario(&mut report),
+        Some("balloon") => balloon::scenario(&mut report),
+        Some("hostile") => hostile::scenario(&mut report),
+        Some("registers") => registers::scenario(&mut report),
+        Some("triple-fault") => machine::triple_fault(),
+        Some("reset") => machine::reset(),
+        Some("spin") => loop {
+            core::hint::spin_loop();
+        },
+        other => report.fail("scenario", format_args!("unknown scenario {other:?}")),
+    }
+    report.done();
+    if command_line.split(' ').any(|word| word == "stay") {
+        machine::halt_forever();
+    }
+    machine::power_off()
+}
+
+#[panic_handler]
+fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
+    console::line(format_args!("FAIL panic: {info}"));
+    machine::power_off()
+}
+
+/// Referenced by the precompiled core library, never called: panics abort.
+#[unsafe(no_mangle)]
+extern "C" fn rust_eh_personality() {}

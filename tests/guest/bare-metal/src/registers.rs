@@ -1,0 +1,116 @@
+//! Nonsense at every register: ports, PCI configuration, BARs, in every width.
+//! The machine passes when it is still there and its PCI bus still answers.
+
+use crate::machine::{inb, inl, inw, outb, outl, outw};
+use crate::memory::{read, write};
+use crate::pci::{Function, VENDOR_VIRTIO};
+use crate::report::Report;
+use crate::virtio::Device;
+
+/// Accesses a round: each is an exit to the VMM.
+const ACCESSES: u32 = 4000;
+/// The legacy ports, without the ones that end the machine on purpose
+/// (0x64 i8042, 0x600–0x603 ACPI sleep, 0x402 prints).
+const PORTS: &[u16] = &[
+    0x20, 0x21, 0x40, 0x43, 0x60, 0x61, 0x62, 0x63, 0x70, 0x71, 0x80, 0x92, 0xa0, 0xe9, 0x2f8,
+    0x3f9, 0x3fa, 0x3fb, 0x3fc, 0x3fd, 0x3fe, 0x3ff, 0x608, 0x60a, 0xcf8, 0xcf9, 0xcfa, 0xcfb,
+    0xcfc, 0xcfd, 0xcfe, 0xcff, 0xffff,
+];
+
+/// A linear congruential generator: the same noise every run.
+struct Noise(u32);
+
+impl Noise {
+    fn next(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        self.0 ^ self.0 >> 16
+    }
+}
+
+pub fn scenario(report: &mut Report) {
+    let mut noise = Noise(42);
+    ports(&mut noise);
+    report.pass("ports_survive_noise");
+    for device in Device::all() {
+        bar(&device, &mut noise);
+    }
+    report.pass("bars_survive_noise");
+    configuration(&mut noise);
+    report.pass("configuration_survives_noise");
+    interrupt_controller(&mut noise);
+    report.pass("ioapic_survives_noise");
+    let found = Function::all()
+        .filter(|function| function.vendor() == VENDOR_VIRTIO)
+        .count();
+    report.check(
+        "pci_answers_after_noise",
+        found > 0,
+        format_args!("no virtio function left"),
+    );
+    let broken = Device::all().find(|device| !device.reset());
+    report.check(
+        "devices_reset_after_noise",
+        broken.is_none(),
+        format_args!("slot {:?}", broken.map(|device| device.function.slot)),
+    );
+}
+
+fn ports(noise: &mut Noise) {
+    for _ in 0..ACCESSES {
+        let port = PORTS[noise.next() as usize % PORTS.len()];
+        let value = noise.next();
+        match value % 6 {
+            0 => outb(port, value as u8),
+            1 => outw(port, value as u16),
+            2 => outl(port, value),
+            3 => drop(inb(port)),
+            4 => drop(inw(port)),
+            _ => drop(inl(port)),
+        }
+        // An ECAM-like write through the ports may have moved a BAR: put the
+        // address register back to something harmless.
+        outl(0xcf8, 0);
+    }
+}
+
+fn bar(device: &Device, noise: &mut Noise) {
+    for _ in 0..ACCESSES {
+        let address = device.bar + u64::from(noise.next() % (512 << 10));
+        access(address, noise);
+    }
+}
+
+fn configuration(noise: &mut Noise) {
+    for function in Function::all().filter(|function| function.slot != 0) {
+        for _ in 0..ACCESSES / 8 {
+            // BARs and the command register are left alone: a BAR moved over
+            // this program's memory would be its own fault.
+            let register = 0x18 + noise.next() as u16 % (4096 - 0x18 - 8);
+            access(
+                0xe800_0000 + (u64::from(function.slot) << 15) + u64::from(register),
+                noise,
+            );
+        }
+    }
+}
+
+fn interrupt_controller(noise: &mut Noise) {
+    for _ in 0..ACCESSES {
+        access(0xfec0_0000 + u64::from(noise.next() % 0x100), noise);
+    }
+}
+
+fn access(address: u64, noise: &mut Noise) {
+    let value = noise.next();
+    match value % 6 {
+        0 => write(address, value as u8),
+        1 => write(address & !1, value as u16),
+        2 => write(address & !3, value),
+        3 => write(
+            address & !7,
+            u64::from(value) << 32 | u64::from(noise.next()),
+        ),
+        4 => drop(read::<u32>(address & !3)),
+        _ => drop(read::<u8>(address)),
+    }
+}
