@@ -49,8 +49,12 @@ pub struct ActiveQueue {
     /// Queue number on the wire. Not the position in [`Activation::queues`]:
     /// a driver may leave queues disabled.
     pub index: u16,
-    /// Validated against guest RAM by the transport before activation.
+    /// Validated against guest RAM by the transport before activation; its
+    /// event index is on if VIRTIO_F_EVENT_IDX was accepted.
     pub queue: Queue,
+    /// The doorbell, watched by the worker. A handler that stops at its bound
+    /// with work left writes 1 to it and is called again after the others.
+    pub doorbell: Arc<Doorbell>,
 }
 
 /// What a worker gets when the driver has set DRIVER_OK.
@@ -145,6 +149,12 @@ pub enum WorkerError {
         /// The system's answer.
         #[source]
         source: std::io::Error,
+    },
+    /// The worker thread takes no commands.
+    #[error("the worker thread does not answer: {reason}")]
+    Unresponsive {
+        /// What the channel said.
+        reason: &'static str,
     },
 }
 

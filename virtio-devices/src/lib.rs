@@ -11,6 +11,8 @@
 
 pub mod device;
 pub mod pci;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod testing;
 pub mod worker;
 
 pub use device::{

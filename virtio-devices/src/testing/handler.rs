@@ -1,0 +1,219 @@
+//! Drives a queue handler directly, on the test's own thread.
+
+use std::collections::BTreeMap;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::QueueT;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::interrupt::MockInterrupt;
+use super::queue::{Chain, DriverQueue, Segment, Used};
+use super::ram::TestRam;
+use crate::device::{Activation, ActiveQueue, Doorbell, QueueHandler, WorkerError};
+use crate::worker::{EventSources, Wake};
+
+/// Entries of the queues that are not said otherwise.
+const QUEUE_SIZE: u16 = 64;
+/// Bytes of RAM that are not said otherwise.
+const RAM_BYTES: usize = 64 << 20;
+
+/// A queue handler with a driver in front of it and no thread in between.
+///
+/// ```ignore
+/// let mut harness = HandlerHarness::new(handler, features);
+/// harness.add_queue(0, 64);
+/// harness.activate().unwrap();
+/// let chain = harness.queue(0).push(&[Segment::Writable(16)]);
+/// harness.kick(0).unwrap();
+/// let used = harness.queue(0).pop_used().unwrap();
+/// ```
+pub struct HandlerHarness<H> {
+    /// The handler, for a test that wants to look inside.
+    pub handler: H,
+    /// What it signals.
+    pub interrupt: Arc<MockInterrupt>,
+    /// Guest RAM.
+    pub ram: TestRam,
+    features: u64,
+    queues: BTreeMap<u16, DriverQueue>,
+    doorbells: BTreeMap<u16, Arc<Doorbell>>,
+    sources: EventSources,
+}
+
+impl<H> std::fmt::Debug for HandlerHarness<H> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HandlerHarness")
+            .field("features", &self.features)
+            .field("queues", &self.queues)
+            .finish_non_exhaustive()
+    }
+}
+
+impl<H: QueueHandler> HandlerHarness<H> {
+    /// `features` are those the driver accepted. 64 MiB of RAM at 0.
+    pub fn new(handler: H, features: u64) -> Self {
+        Self::with_ram(handler, features, TestRam::new(RAM_BYTES))
+    }
+
+    /// The same in RAM of the test's making.
+    pub fn with_ram(handler: H, features: u64, ram: TestRam) -> Self {
+        let sources = EventSources::new().expect("epoll descriptors are to be had");
+        for (fd, token) in handler.idle_sources() {
+            sources.watch_idle(fd, token).expect("source can be polled");
+        }
+        Self {
+            handler,
+            interrupt: Arc::new(MockInterrupt::default()),
+            ram,
+            features,
+            queues: BTreeMap::new(),
+            doorbells: BTreeMap::new(),
+            sources,
+        }
+    }
+
+    /// Lays out queue `index`. The next activation hands it over.
+    pub fn add_queue(&mut self, index: u16, size: u16) -> &mut DriverQueue {
+        let queue = DriverQueue::new(&self.ram, size);
+        let doorbell = EventFd::new(EFD_NONBLOCK).expect("eventfds are to be had");
+        self.doorbells.insert(index, Arc::new(doorbell));
+        self.queues.insert(index, queue);
+        self.queue(index)
+    }
+
+    /// Lays out queues `0..count` of 64 entries each.
+    pub fn add_queues(&mut self, count: u16) {
+        for index in 0..count {
+            self.add_queue(index, QUEUE_SIZE);
+        }
+    }
+
+    /// The driver's side of queue `index`.
+    pub fn queue(&mut self, index: u16) -> &mut DriverQueue {
+        self.queues
+            .get_mut(&index)
+            .expect("the test has added that queue")
+    }
+
+    /// Sets DRIVER_OK, so to speak.
+    ///
+    /// # Errors
+    /// What the handler says.
+    pub fn activate(&mut self) -> Result<(), WorkerError> {
+        let queues = self.queues.iter().map(|(index, driver)| {
+            let mut queue = driver.device_queue();
+            queue.set_event_idx(self.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
+            ActiveQueue {
+                index: *index,
+                queue,
+                doorbell: Arc::clone(&self.doorbells[index]),
+            }
+        });
+        let activation = Activation {
+            mem: self.ram.mem(),
+            features: self.features,
+            queues: queues.collect(),
+            interrupt: self.interrupt.clone(),
+        };
+        self.handler.activate(activation, &mut self.sources)
+    }
+
+    /// Rings the doorbell of queue `index` and serves it, again for as long as
+    /// the handler asks for more.
+    ///
+    /// # Errors
+    /// What the handler says.
+    pub fn kick(&mut self, index: u16) -> Result<(), WorkerError> {
+        let doorbell = Arc::clone(&self.doorbells[&index]);
+        doorbell.write(1).expect("doorbell is not full");
+        while doorbell.read().is_ok() {
+            self.handler.queue_ready(index)?;
+        }
+        Ok(())
+    }
+
+    /// Pushes one chain, kicks, and takes the answer, if there is one by then.
+    ///
+    /// # Errors
+    /// What the handler says.
+    pub fn request(
+        &mut self,
+        index: u16,
+        segments: &[Segment<'_>],
+    ) -> Result<(Chain, Option<Used>), WorkerError> {
+        let chain = self.queue(index).push(segments);
+        self.kick(index)?;
+        let used = self.queue(index).pop_used();
+        Ok((chain, used))
+    }
+
+    /// Waits up to `timeout_ms` for the handler's own sources and serves those
+    /// that are ready. Returns how many were.
+    ///
+    /// # Errors
+    /// What the handler says.
+    pub fn serve_sources(&mut self, timeout_ms: i32) -> Result<usize, WorkerError> {
+        let mut served = 0;
+        for wake in self.sources.wait(timeout_ms)? {
+            match wake {
+                Wake::Source(token) if self.sources.has_source(token) => {
+                    self.handler.source_ready(token, &mut self.sources)?;
+                    served += 1;
+                }
+                Wake::Idle(token) => {
+                    self.handler.source_ready(token, &mut self.sources)?;
+                    served += 1;
+                }
+                Wake::Source(_) | Wake::Doorbell(_) | Wake::Command => {}
+            }
+        }
+        Ok(served)
+    }
+
+    /// Resets as the worker would and clears the driver's side as well.
+    pub fn reset(&mut self) {
+        self.sources.clear();
+        self.handler.reset();
+        for queue in self.queues.values_mut() {
+            queue.clear();
+        }
+    }
+}
+
+/// So that what [`VirtioDevice::take_handlers`](crate::VirtioDevice::take_handlers)
+/// returns fits into a harness.
+impl QueueHandler for Box<dyn QueueHandler> {
+    fn name(&self) -> String {
+        (**self).name()
+    }
+
+    fn activate(
+        &mut self,
+        activation: Activation,
+        sources: &mut EventSources,
+    ) -> Result<(), WorkerError> {
+        (**self).activate(activation, sources)
+    }
+
+    fn queue_ready(&mut self, queue_index: u16) -> Result<(), WorkerError> {
+        (**self).queue_ready(queue_index)
+    }
+
+    fn source_ready(&mut self, token: u32, sources: &mut EventSources) -> Result<(), WorkerError> {
+        (**self).source_ready(token, sources)
+    }
+
+    fn idle_sources(&self) -> Vec<(RawFd, u32)> {
+        (**self).idle_sources()
+    }
+
+    fn reset(&mut self) {
+        (**self).reset();
+    }
+
+    fn pause(&mut self) {
+        (**self).pause();
+    }
+}

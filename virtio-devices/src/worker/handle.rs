@@ -1,0 +1,221 @@
+//! The near end of a worker thread: what the transport and the control thread hold.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::ThreadStart;
+use super::sources::EventSources;
+use super::thread::WorkerThread;
+use crate::device::{Activation, QueueHandler, WorkerError};
+
+/// Commands on their way at one time. The guest can cause one activation and
+/// one reset (the transport takes no further one before the reset is done), the
+/// control thread a pause, a resume, a reset and a stop: six, so eight never fill.
+const COMMANDS_PENDING_MAX: usize = 8;
+
+/// Virtual size of a worker's stack; only touched pages cost memory. Handlers
+/// keep their buffers on the heap.
+const STACK_BYTES: usize = 256 << 10;
+
+/// What a worker thread can be told. `SyncSender<()>`s are acknowledgements.
+pub(super) enum Command {
+    Activate(Box<Activation>),
+    Reset(Option<SyncSender<()>>),
+    Pause(SyncSender<()>),
+    Resume,
+    Stop,
+}
+
+/// Figures both ends see.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    /// Resets asked for.
+    pub(super) resets_requested: AtomicU64,
+    /// Resets finished; equal to the above when the worker stands still.
+    pub(super) resets_done: AtomicU64,
+    /// How often the handler gave up.
+    pub(super) failures: AtomicU64,
+}
+
+/// Makes worker threads.
+#[derive(Debug)]
+pub struct Worker {}
+
+impl Worker {
+    /// Starts the thread that owns `handler`, named after it. `thread_start`
+    /// runs on it before anything else.
+    ///
+    /// # Errors
+    /// No descriptor or no thread to be had.
+    pub fn spawn(
+        handler: Box<dyn QueueHandler>,
+        thread_start: ThreadStart,
+    ) -> Result<WorkerHandle, WorkerError> {
+        let wake = Arc::new(
+            EventFd::new(EFD_NONBLOCK).map_err(|source| WorkerError::Host {
+                what: "eventfd",
+                source,
+            })?,
+        );
+        let sources = EventSources::new()?;
+        sources.watch_commands(&wake)?;
+        for (fd, token) in handler.idle_sources() {
+            sources.watch_idle(fd, token)?;
+        }
+
+        let progress = Arc::new(Progress::default());
+        let (sender, receiver) = sync_channel(COMMANDS_PENDING_MAX);
+        // A thread name with a NUL inside would panic in std.
+        let name = handler.name().replace('\0', "");
+        let thread = WorkerThread::new(
+            name.clone(),
+            handler,
+            sources,
+            (Arc::clone(&wake), receiver),
+            Arc::clone(&progress),
+        );
+        let join = std::thread::Builder::new()
+            .name(name.clone())
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                thread_start(&name);
+                thread.run();
+            })
+            .map_err(|source| WorkerError::Host {
+                what: "starting a worker thread",
+                source,
+            })?;
+        Ok(WorkerHandle {
+            commands: sender,
+            wake,
+            progress,
+            join: Some(join),
+        })
+    }
+}
+
+/// The near end of a worker thread. Dropping it stops and joins the thread.
+#[derive(Debug)]
+pub struct WorkerHandle {
+    commands: SyncSender<Command>,
+    wake: Arc<EventFd>,
+    progress: Arc<Progress>,
+    join: Option<JoinHandle<()>>,
+}
+
+impl WorkerHandle {
+    /// Hands the queues over; returns at once (called by vCPU threads). A
+    /// handler that cannot activate tells the driver through its interrupt.
+    ///
+    /// # Errors
+    /// [`WorkerError::Unresponsive`]: the thread is gone or takes no commands.
+    pub fn activate(&self, activation: Activation) -> Result<(), WorkerError> {
+        self.post(Command::Activate(Box::new(activation)))
+    }
+
+    /// Asks for a reset and returns at once (called by vCPU threads);
+    /// [`WorkerHandle::reset_done`] tells when the handler has let go of the queues.
+    pub fn request_reset(&self) {
+        self.progress
+            .resets_requested
+            .fetch_add(1, Ordering::SeqCst);
+        if self.post(Command::Reset(None)).is_err() {
+            // Cannot happen while the thread lives, see COMMANDS_PENDING_MAX; and a
+            // dead thread is covered by reset_done.
+            log::error!("{}: worker took no reset command", self.name());
+        }
+    }
+
+    /// Whether every reset asked for is finished. A thread that is gone touches
+    /// nothing any more, so it counts as reset.
+    pub fn reset_done(&self) -> bool {
+        let done = self.progress.resets_done.load(Ordering::SeqCst);
+        done == self.progress.resets_requested.load(Ordering::SeqCst) || self.is_finished()
+    }
+
+    /// Resets and returns when the handler has let go of the queues. For the
+    /// control thread; waits for host I/O at most, never for the guest.
+    pub fn reset_and_wait(&self) {
+        self.progress
+            .resets_requested
+            .fetch_add(1, Ordering::SeqCst);
+        self.call(|ack| Command::Reset(Some(ack)));
+    }
+
+    /// Returns when the handler has finished its requests in flight and the
+    /// thread touches guest RAM no more. For the control thread.
+    pub fn pause(&self) {
+        self.call(Command::Pause);
+    }
+
+    /// Undoes [`WorkerHandle::pause`]; every active queue is looked at again.
+    pub fn resume(&self) {
+        self.send(Command::Resume);
+    }
+
+    /// How often the handler gave up on its device until a reset.
+    pub fn failures(&self) -> u64 {
+        self.progress.failures.load(Ordering::Relaxed)
+    }
+
+    fn name(&self) -> &str {
+        self.join
+            .as_ref()
+            .and_then(|join| join.thread().name())
+            .unwrap_or("worker")
+    }
+
+    fn is_finished(&self) -> bool {
+        self.join.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Sends without ever waiting.
+    fn post(&self, command: Command) -> Result<(), WorkerError> {
+        self.commands
+            .try_send(command)
+            .map_err(|error| WorkerError::Unresponsive {
+                reason: match error {
+                    TrySendError::Full(_) => "too many commands are pending",
+                    TrySendError::Disconnected(_) => "the thread has ended",
+                },
+            })?;
+        self.ring();
+        Ok(())
+    }
+
+    /// Sends, waiting for room. Fails only if the thread is gone, which every
+    /// caller treats as "it stands still".
+    fn send(&self, command: Command) -> bool {
+        let sent = self.commands.send(command).is_ok();
+        self.ring();
+        sent
+    }
+
+    fn call(&self, command: impl FnOnce(SyncSender<()>) -> Command) {
+        let (ack, done) = sync_channel(1);
+        if self.send(command(ack)) {
+            // An error means that the thread ended, hence stands still.
+            done.recv().ok();
+        }
+    }
+
+    fn ring(&self) {
+        // The counter would have to stand at u64::MAX - 1 for this to fail.
+        self.wake.write(1).ok();
+    }
+}
+
+impl Drop for WorkerHandle {
+    fn drop(&mut self) {
+        self.send(Command::Stop);
+        if let Some(join) = self.join.take()
+            && join.join().is_err()
+        {
+            log::error!("a worker thread panicked");
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! Worker threads: one per queue handler, created with the device, driven by commands.
+//!
+//! Threads are made before the guest runs because seccomp filters are inherited:
+//! a thread born on a vCPU thread would carry that filter too.
+//!
+//! ```text
+//!            activate              fault                 resume
+//!   Idle ───────────────► Active ─────────► Failed      Paused ──► as before
+//!    ▲                      │                  │          ▲
+//!    └───────── reset ──────┴──────────────────┘          └─ pause, from any state
+//! ```
+//!
+//! * *Idle*: only commands and the handler's idle sources are served.
+//! * *Active*: doorbells and the handler's own sources too.
+//! * *Failed*: as idle; the driver has been told DEVICE_NEEDS_RESET. Entered
+//!   when a handler returns an error, which is logged once and counted.
+//! * *Paused*: commands only. Doorbells are level-triggered and not drained, so
+//!   a kick that arrives now is found again at resume. An activation that
+//!   arrives now waits for resume, a reset does not.
+
+mod handle;
+mod sources;
+#[cfg(test)]
+mod tests;
+mod thread;
+
+use std::sync::Arc;
+
+pub use handle::{Worker, WorkerHandle};
+pub use sources::EventSources;
+#[cfg(any(test, feature = "test-utils"))]
+pub(crate) use sources::Wake;
+
+/// What the VMM runs first on every new worker thread, with the thread's name:
+/// the place to install a seccomp filter.
+pub type ThreadStart = Arc<dyn Fn(&str) + Send + Sync>;

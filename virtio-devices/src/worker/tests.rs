@@ -1,0 +1,285 @@
+//! The worker's promises, with a handler that answers every chain.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{EventSources, Worker, WorkerHandle};
+use crate::device::{
+    Activation, ActiveQueue, Doorbell, GuestRam, Interrupt, QueueHandler, WorkerError,
+};
+use crate::testing::{DriverQueue, MockInterrupt, Segment, TestRam, wait_until};
+
+const SOURCE: u32 = 7;
+const IDLE: u32 = 8;
+
+/// What the test sees of the handler.
+#[derive(Debug)]
+struct Seen {
+    source: EventFd,
+    idle: EventFd,
+    source_wakes: AtomicU64,
+    idle_wakes: AtomicU64,
+    resets: AtomicU64,
+    pauses: AtomicU64,
+    fail: AtomicBool,
+}
+
+struct Echo {
+    seen: Arc<Seen>,
+    active: Option<(GuestRam, Queue, Arc<dyn Interrupt>)>,
+}
+
+impl QueueHandler for Echo {
+    fn name(&self) -> String {
+        "_echo".into()
+    }
+
+    fn activate(
+        &mut self,
+        mut activation: Activation,
+        sources: &mut EventSources,
+    ) -> Result<(), WorkerError> {
+        sources.add(self.seen.source.as_raw_fd(), SOURCE)?;
+        let queue = activation.queues.remove(0).queue;
+        self.active = Some((activation.mem, queue, activation.interrupt));
+        Ok(())
+    }
+
+    fn queue_ready(&mut self, index: u16) -> Result<(), WorkerError> {
+        if self.seen.fail.load(Ordering::SeqCst) {
+            return Err(WorkerError::Queue {
+                index,
+                reason: "the test says so".into(),
+            });
+        }
+        let (mem, queue, interrupt) = self.active.as_mut().expect("active");
+        let mem = mem.memory();
+        while let Some(chain) = queue.iter(&*mem).unwrap().next().map(|c| c.head_index()) {
+            queue.add_used(&*mem, chain, 0).unwrap();
+        }
+        interrupt.signal_queue(index);
+        Ok(())
+    }
+
+    fn source_ready(&mut self, token: u32, _: &mut EventSources) -> Result<(), WorkerError> {
+        let (event, count) = match token {
+            SOURCE => (&self.seen.source, &self.seen.source_wakes),
+            _ => (&self.seen.idle, &self.seen.idle_wakes),
+        };
+        event.read().unwrap();
+        count.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn idle_sources(&self) -> Vec<(RawFd, u32)> {
+        vec![(self.seen.idle.as_raw_fd(), IDLE)]
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        self.seen.resets.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn pause(&mut self) {
+        self.seen.pauses.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+struct Rig {
+    seen: Arc<Seen>,
+    worker: WorkerHandle,
+    interrupt: Arc<MockInterrupt>,
+    doorbell: Arc<Doorbell>,
+    driver: DriverQueue,
+    ram: TestRam,
+}
+
+impl Rig {
+    fn new() -> Self {
+        let event = || EventFd::new(EFD_NONBLOCK).unwrap();
+        let seen = Arc::new(Seen {
+            source: event(),
+            idle: event(),
+            source_wakes: AtomicU64::new(0),
+            idle_wakes: AtomicU64::new(0),
+            resets: AtomicU64::new(0),
+            pauses: AtomicU64::new(0),
+            fail: AtomicBool::new(false),
+        });
+        let handler = Box::new(Echo {
+            seen: Arc::clone(&seen),
+            active: None,
+        });
+        let ram = TestRam::new(1 << 20);
+        Self {
+            seen,
+            worker: Worker::spawn(handler, Arc::new(|_: &str| {})).unwrap(),
+            interrupt: Arc::new(MockInterrupt::default()),
+            doorbell: Arc::new(event()),
+            driver: DriverQueue::new(&ram, 16),
+            ram,
+        }
+    }
+
+    fn activate(&self) {
+        self.worker
+            .activate(Activation {
+                mem: self.ram.mem(),
+                features: 0,
+                queues: vec![ActiveQueue {
+                    index: 3,
+                    queue: self.driver.device_queue(),
+                    doorbell: Arc::clone(&self.doorbell),
+                }],
+                interrupt: self.interrupt.clone(),
+            })
+            .unwrap();
+    }
+
+    fn push_and_kick(&mut self) {
+        self.driver.push(&[Segment::Readable(b"x")]);
+        self.doorbell.write(1).unwrap();
+    }
+}
+
+#[test]
+fn worker_kicked_before_and_after_activation_answers() {
+    let mut rig = Rig::new();
+    rig.push_and_kick();
+    rig.activate();
+    rig.driver.wait_used();
+    rig.push_and_kick();
+    rig.driver.wait_used();
+    wait_until("the notification", || rig.interrupt.queue_signals(3) >= 2);
+}
+
+#[test]
+fn worker_paused_keeps_kicks_for_resume() {
+    let mut rig = Rig::new();
+    rig.activate();
+    rig.worker.pause();
+    assert_eq!(rig.seen.pauses.load(Ordering::SeqCst), 1);
+    rig.push_and_kick();
+    // A second pause is acknowledged by a thread that has had every chance to
+    // serve the kick wrongly.
+    rig.worker.pause();
+    assert_eq!(rig.driver.used_idx(), 0);
+    rig.worker.resume();
+    rig.driver.wait_used();
+}
+
+#[test]
+fn worker_activated_while_paused_starts_at_resume() {
+    let mut rig = Rig::new();
+    rig.worker.pause();
+    rig.push_and_kick();
+    rig.activate();
+    rig.worker.pause();
+    assert_eq!(rig.driver.used_idx(), 0);
+    rig.worker.resume();
+    rig.driver.wait_used();
+}
+
+#[test]
+fn worker_reset_lets_go_and_can_be_activated_again() {
+    let mut rig = Rig::new();
+    rig.activate();
+    rig.worker.request_reset();
+    wait_until("the reset", || rig.worker.reset_done());
+    assert_eq!(rig.seen.resets.load(Ordering::SeqCst), 1);
+    rig.push_and_kick();
+    rig.worker.reset_and_wait();
+    assert_eq!(rig.driver.used_idx(), 0);
+    rig.driver.clear();
+    rig.activate();
+    rig.push_and_kick();
+    rig.driver.wait_used();
+}
+
+#[test]
+fn worker_reset_while_paused_is_done_and_stays_paused() {
+    let mut rig = Rig::new();
+    rig.activate();
+    rig.worker.pause();
+    rig.worker.reset_and_wait();
+    assert!(rig.worker.reset_done());
+    rig.activate();
+    rig.push_and_kick();
+    rig.worker.pause();
+    assert_eq!(rig.driver.used_idx(), 0);
+    rig.worker.resume();
+    rig.driver.wait_used();
+}
+
+#[test]
+fn worker_whose_handler_fails_stands_still_until_reset() {
+    let mut rig = Rig::new();
+    rig.activate();
+    rig.seen.fail.store(true, Ordering::SeqCst);
+    rig.push_and_kick();
+    wait_until("NEEDS_RESET", || rig.interrupt.needs_reset());
+    assert_eq!(rig.worker.failures(), 1);
+
+    rig.seen.fail.store(false, Ordering::SeqCst);
+    rig.push_and_kick();
+    rig.worker.pause();
+    rig.worker.resume();
+    assert_eq!(rig.driver.used_idx(), 0);
+
+    rig.worker.reset_and_wait();
+    rig.driver.clear();
+    rig.activate();
+    rig.push_and_kick();
+    rig.driver.wait_used();
+}
+
+#[test]
+fn worker_serves_idle_sources_always_and_own_sources_while_active() {
+    let rig = Rig::new();
+    rig.seen.source.write(1).unwrap();
+    rig.seen.idle.write(1).unwrap();
+    wait_until("the idle source", || {
+        rig.seen.idle_wakes.load(Ordering::SeqCst) == 1
+    });
+    assert_eq!(rig.seen.source_wakes.load(Ordering::SeqCst), 0);
+    rig.activate();
+    wait_until("the source", || {
+        rig.seen.source_wakes.load(Ordering::SeqCst) == 1
+    });
+    rig.worker.reset_and_wait();
+    rig.seen.source.write(1).unwrap();
+    rig.seen.idle.write(1).unwrap();
+    wait_until("the idle source again", || {
+        rig.seen.idle_wakes.load(Ordering::SeqCst) == 2
+    });
+    assert_eq!(rig.seen.source_wakes.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn worker_dropped_resets_the_handler_and_ends() {
+    let rig = Rig::new();
+    rig.activate();
+    let seen = Arc::clone(&rig.seen);
+    drop(rig);
+    assert_eq!(seen.resets.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn worker_runs_the_start_hook_first_on_its_named_thread() {
+    let seen = Rig::new().seen;
+    let names = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let names_of_hook = Arc::clone(&names);
+    let hook = Arc::new(move |name: &str| {
+        let thread = std::thread::current();
+        assert_eq!(thread.name(), Some(name));
+        names_of_hook.lock().unwrap().push(name.to_owned());
+    });
+    let handler = Box::new(Echo { seen, active: None });
+    drop(Worker::spawn(handler, hook).unwrap());
+    assert_eq!(*names.lock().unwrap(), ["_echo"]);
+}

@@ -1,0 +1,214 @@
+//! The loop of a worker thread.
+
+use std::error::Error;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::handle::{Command, Progress};
+use super::sources::{EventSources, Wake};
+use crate::device::{Activation, Interrupt, QueueHandler, WorkerError};
+
+/// Whether the thread goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flow {
+    Continue,
+    Stop,
+}
+
+/// Everything a worker thread owns.
+pub(super) struct WorkerThread {
+    name: String,
+    handler: Box<dyn QueueHandler>,
+    sources: EventSources,
+    wake: Arc<EventFd>,
+    commands: Receiver<Command>,
+    progress: Arc<Progress>,
+    /// Present while the device is active.
+    interrupt: Option<Arc<dyn Interrupt>>,
+    paused: bool,
+    /// An activation that arrived while paused.
+    deferred: Option<Box<Activation>>,
+}
+
+impl WorkerThread {
+    pub(super) fn new(
+        name: String,
+        handler: Box<dyn QueueHandler>,
+        sources: EventSources,
+        (wake, commands): (Arc<EventFd>, Receiver<Command>),
+        progress: Arc<Progress>,
+    ) -> Self {
+        Self {
+            name,
+            handler,
+            sources,
+            wake,
+            commands,
+            progress,
+            interrupt: None,
+            paused: false,
+            deferred: None,
+        }
+    }
+
+    /// Runs until told to stop or until the near end is gone.
+    pub(super) fn run(mut self) {
+        while self.turn() == Flow::Continue {}
+        self.reset();
+    }
+
+    fn turn(&mut self) -> Flow {
+        if self.paused {
+            // Sleeping on the channel instead of on the descriptors leaves kicks pending.
+            return match self.commands.recv() {
+                Ok(command) => self.obey(command),
+                Err(_) => Flow::Stop,
+            };
+        }
+        let wakes = match self.sources.wait(-1) {
+            Ok(wakes) => wakes,
+            Err(error) => {
+                self.fail(&error);
+                return Flow::Stop;
+            }
+        };
+        if wakes.contains(&Wake::Command) {
+            // A command may make the other wake-ups stale. They are level-triggered
+            // and come again if they are not.
+            return self.obey_all();
+        }
+        for wake in wakes {
+            if let Err(error) = self.serve(wake) {
+                self.fail(&error);
+                break;
+            }
+        }
+        Flow::Continue
+    }
+
+    fn obey_all(&mut self) -> Flow {
+        // Drained before the channel: a command sent after this rings again.
+        // EAGAIN is as good, the channel is looked at anyway.
+        self.wake.read().ok();
+        loop {
+            match self.commands.try_recv() {
+                Ok(command) => {
+                    if self.obey(command) == Flow::Stop {
+                        return Flow::Stop;
+                    }
+                }
+                Err(TryRecvError::Empty) => return Flow::Continue,
+                Err(TryRecvError::Disconnected) => return Flow::Stop,
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) -> Flow {
+        match command {
+            Command::Activate(activation) if self.paused => self.deferred = Some(activation),
+            Command::Activate(activation) => self.activate(*activation),
+            Command::Reset(ack) => {
+                self.reset();
+                self.progress.resets_done.fetch_add(1, Ordering::SeqCst);
+                if let Some(ack) = ack {
+                    acknowledge(&ack);
+                }
+            }
+            Command::Pause(ack) => {
+                if !self.paused {
+                    self.handler.pause();
+                    self.paused = true;
+                }
+                acknowledge(&ack);
+            }
+            Command::Resume => self.resume(),
+            Command::Stop => return Flow::Stop,
+        }
+        Flow::Continue
+    }
+
+    fn activate(&mut self, activation: Activation) {
+        // Whatever was active before is gone; the transport resets first, so this
+        // is for callers that do not.
+        self.sources.clear();
+        self.interrupt = Some(Arc::clone(&activation.interrupt));
+        let outcome = activation
+            .queues
+            .iter()
+            .try_for_each(|active| self.sources.add_doorbell(active.index, &active.doorbell))
+            .and_then(|()| self.handler.activate(activation, &mut self.sources));
+        if let Err(error) = outcome {
+            self.fail(&error);
+        }
+    }
+
+    fn resume(&mut self) {
+        if !self.paused {
+            return;
+        }
+        self.paused = false;
+        if let Some(activation) = self.deferred.take() {
+            self.activate(*activation);
+            return;
+        }
+        // Work that the handler put off for the pause has no kick of its own.
+        for index in self.sources.queue_indices() {
+            if let Err(error) = self.handler.queue_ready(index) {
+                self.fail(&error);
+                return;
+            }
+        }
+    }
+
+    fn serve(&mut self, wake: Wake) -> Result<(), WorkerError> {
+        match wake {
+            Wake::Doorbell(index) if self.sources.drain_doorbell(index) => {
+                self.handler.queue_ready(index)
+            }
+            Wake::Source(token) if self.sources.has_source(token) => {
+                self.handler.source_ready(token, &mut self.sources)
+            }
+            Wake::Idle(token) => self.handler.source_ready(token, &mut self.sources),
+            // Removed by what was served just before.
+            Wake::Doorbell(_) | Wake::Source(_) | Wake::Command => Ok(()),
+        }
+    }
+
+    fn reset(&mut self) {
+        self.sources.clear();
+        self.interrupt = None;
+        self.deferred = None;
+        self.handler.reset();
+    }
+
+    /// Stands still until the next reset.
+    fn fail(&mut self, error: &WorkerError) {
+        self.sources.clear();
+        let before = self.progress.failures.fetch_add(1, Ordering::Relaxed);
+        let cause = error
+            .source()
+            .map_or_else(String::new, |source| format!(": {source}"));
+        // A guest can cause this over and over by resetting its device.
+        let level = if before == 0 {
+            log::Level::Error
+        } else {
+            log::Level::Debug
+        };
+        log::log!(
+            level,
+            "{}: device stands still until the driver resets it: {error}{cause}",
+            self.name
+        );
+        if let Some(interrupt) = self.interrupt.take() {
+            interrupt.signal_needs_reset();
+        }
+    }
+}
+
+fn acknowledge(ack: &SyncSender<()>) {
+    // The channel holds one message, so this never waits; nobody listening is fine.
+    ack.send(()).ok();
+}
