@@ -1,1 +1,11 @@
-//! Placeholder.
+//! What the tests that run whole machines share: a VMM as a child process, its
+//! serial console, waiting for conditions, and a client that reads answers the
+//! way upstream's does.
+
+pub mod bare_metal;
+pub mod literal_client;
+pub mod outcome;
+pub mod paths;
+pub mod serial;
+pub mod vmm;
+pub mod wait;

@@ -1,0 +1,77 @@
+//! Runs a scenario of the guest without an operating system.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+
+use crate::paths::workspace;
+use crate::vmm::Vmm;
+use crate::wait::wait_for;
+
+/// Where KVM emulates guest code a scenario takes seconds; a busy machine makes it minutes.
+pub const SCENARIO_DEADLINE: Duration = Duration::from_secs(300);
+
+/// Builds the guest and returns its image.
+///
+/// # Errors
+/// It does not build.
+pub fn image() -> Result<PathBuf> {
+    let folder = workspace().join("tests/guest/bare-metal");
+    let status = Command::new("cargo")
+        .args(["build", "--release", "--quiet"])
+        .current_dir(&folder)
+        // Flags meant for the host's programs would break a program without a host.
+        .env_remove("RUSTFLAGS")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS")
+        .env_remove("CARGO_BUILD_TARGET")
+        .env("CARGO_TARGET_DIR", folder.join("target"))
+        .status()
+        .context("run cargo")?;
+    ensure!(status.success(), "the bare-metal guest does not build");
+    Ok(folder.join("target/x86_64-unknown-linux-gnu/release/bare-metal-guest"))
+}
+
+/// Starts a machine that runs `scenario`, with `arguments` for the VMM.
+///
+/// # Errors
+/// The VMM does not start.
+pub fn start(scenario: &str, arguments: &[&str]) -> Result<Vmm> {
+    let image = image()?;
+    let command_line = format!("scenario={scenario}");
+    let kernel = image.to_str().context("path is not UTF-8")?;
+    let mut all = vec![
+        "--kernel",
+        kernel,
+        "--cmdline",
+        &command_line,
+        "--serial",
+        "file=@/serial",
+        "--console",
+        "off",
+    ];
+    if !arguments.contains(&"--memory") {
+        all.extend(["--memory", "size=256M"]);
+    }
+    all.extend(arguments);
+    Vmm::spawn(&all)
+}
+
+/// Waits for the closing line and requires that no check failed.
+///
+/// # Errors
+/// A check failed, or the guest did not come to its end.
+pub fn expect_all_passed(vmm: &Vmm) -> Result<()> {
+    let text = wait_for("the guest's closing line", SCENARIO_DEADLINE, || {
+        let text = vmm.text("serial");
+        Ok(text.contains("DONE ").then_some(text))
+    })
+    .with_context(|| format!("serial: {}\nerrors: {}", vmm.text("serial"), vmm.stderr()))?;
+    ensure!(
+        !text.contains("FAIL ") && text.contains("PASS "),
+        "the guest says:\n{text}\nerrors: {}",
+        vmm.stderr()
+    );
+    Ok(())
+}

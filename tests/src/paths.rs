@@ -1,0 +1,53 @@
+//! Where the programs, kernels and images under test are.
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+/// The workspace this test was built from.
+pub fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the tests crate lies in the workspace")
+        .to_path_buf()
+}
+
+/// One of our programs: from `PATH` inside the testbed, else the release build.
+///
+/// # Errors
+/// There is no such program.
+pub fn program(name: &str) -> Result<PathBuf> {
+    let in_path = env::var_os("PATH")
+        .into_iter()
+        .flat_map(|path| env::split_paths(&path).collect::<Vec<_>>())
+        .map(|folder| folder.join(name))
+        .find(|file| file.is_file());
+    let built = workspace().join("target/release").join(name);
+    // Outside the testbed a program of that name in PATH is somebody else's.
+    let choice = if env::var_os("TESTBED").is_some() {
+        in_path
+    } else {
+        None
+    };
+    match choice.or_else(|| built.is_file().then_some(built)) {
+        Some(found) => Ok(found),
+        None => bail!("{name} is not built: run `cargo build --release`"),
+    }
+}
+
+/// A guest image: `vmlinux`, `bzImage` or `initramfs.cpio.gz`.
+///
+/// # Errors
+/// There is no such image.
+pub fn guest(name: &str) -> Result<PathBuf> {
+    let built = workspace().join("target/guest");
+    [
+        PathBuf::from("/guest").join(name),
+        built.join("stock").join(name),
+        built.join(name),
+    ]
+    .into_iter()
+    .find(|file| file.is_file())
+    .with_context(|| format!("no guest {name}: run `cargo xtask guest build`"))
+}

@@ -1,0 +1,184 @@
+//! A `cloud-hypervisor` process under test.
+
+use std::fs::{self, File};
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::literal_client::{Answer, request};
+use crate::paths;
+use crate::wait::wait_for;
+
+/// For a process to start listening or to end: generous, machines are shared.
+pub const PROCESS_DEADLINE: Duration = Duration::from_secs(60);
+
+/// A running VMM with a folder of its own; killed when dropped.
+#[derive(Debug)]
+pub struct Vmm {
+    child: Child,
+    folder: TempDir,
+}
+
+impl Vmm {
+    /// Starts the VMM with an API socket and `arguments`, in which `@` at the
+    /// start of a path stands for the test's own folder. Waits for the socket.
+    ///
+    /// # Errors
+    /// The program is not there, or ended before it listened.
+    pub fn start(arguments: &[&str]) -> Result<Vmm> {
+        let mut vmm = Self::spawn(arguments)?;
+        let socket = vmm.socket();
+        wait_for("API socket", PROCESS_DEADLINE, || {
+            if let Some(status) = vmm.child.try_wait()? {
+                anyhow::bail!("the VMM ended ({status}): {}", vmm.stderr());
+            }
+            Ok(request(&socket, "GET", "vmm.ping", None).ok())
+        })?;
+        Ok(vmm)
+    }
+
+    /// Starts the VMM without waiting for anything.
+    ///
+    /// # Errors
+    /// The program cannot be started.
+    pub fn spawn(arguments: &[&str]) -> Result<Vmm> {
+        let folder = tempfile::Builder::new().prefix("vmm-test-").tempdir()?;
+        let here = folder
+            .path()
+            .to_str()
+            .context("temporary path is not UTF-8")?;
+        let child = Command::new(paths::program("cloud-hypervisor")?)
+            .arg("--api-socket")
+            .arg(folder.path().join("api.sock"))
+            .args(arguments.iter().map(|argument| argument.replace('@', here)))
+            .stdin(Stdio::null())
+            .stdout(File::create(folder.path().join("stdout"))?)
+            .stderr(File::create(folder.path().join("stderr"))?)
+            .spawn()
+            .context("start cloud-hypervisor")?;
+        Ok(Vmm { child, folder })
+    }
+
+    /// The API socket.
+    pub fn socket(&self) -> PathBuf {
+        self.folder.path().join("api.sock")
+    }
+
+    /// The test's own folder.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// What a file in the test's folder holds, lossily; empty when it is not there.
+    pub fn text(&self, name: &str) -> String {
+        fs::read(self.folder.path().join(name))
+            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
+            .unwrap_or_default()
+    }
+
+    /// What the VMM printed to its error output.
+    pub fn stderr(&self) -> String {
+        self.text("stderr")
+    }
+
+    /// Process id.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// One API request.
+    ///
+    /// # Errors
+    /// The wire broke; an error status is an answer.
+    pub fn request(&self, method: &str, endpoint: &str, body: Option<&str>) -> Result<Answer> {
+        request(&self.socket(), method, endpoint, body)
+    }
+
+    /// A GET that must answer 200 with JSON.
+    ///
+    /// # Errors
+    /// It did not.
+    pub fn get(&self, endpoint: &str) -> Result<Value> {
+        let answer = self.request("GET", endpoint, None)?;
+        ensure!(answer.status == 200, "GET {endpoint}: {answer:?}");
+        answer.json()
+    }
+
+    /// A PUT that must succeed.
+    ///
+    /// # Errors
+    /// It did not.
+    pub fn put(&self, endpoint: &str, body: Option<&str>) -> Result<Answer> {
+        let answer = self.request("PUT", endpoint, body)?;
+        ensure!(
+            matches!(answer.status, 200 | 204),
+            "PUT {endpoint}: {answer:?}"
+        );
+        Ok(answer)
+    }
+
+    /// Waits until the process has ended.
+    ///
+    /// # Errors
+    /// It did not end in time.
+    pub fn wait_exit(&mut self, deadline: Duration) -> Result<ExitStatus> {
+        let child = &mut self.child;
+        wait_for("end of the VMM", deadline, || Ok(child.try_wait()?))
+            .with_context(|| format!("error output: {}", self.text("stderr")))
+    }
+
+    /// Waits for the end and requires exit status 0.
+    ///
+    /// # Errors
+    /// It ended otherwise.
+    pub fn expect_clean_exit(&mut self, deadline: Duration) -> Result<()> {
+        let status = self.wait_exit(deadline)?;
+        ensure!(
+            status.success(),
+            "exit {:?}, signal {:?}: {}",
+            status.code(),
+            status.signal(),
+            self.stderr()
+        );
+        Ok(())
+    }
+
+    /// Sends a signal to the process.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn signal(&self, signal: &str) -> Result<()> {
+        let status = Command::new("kill")
+            .args([format!("-{signal}"), self.pid().to_string()])
+            .status()?;
+        ensure!(status.success(), "kill -{signal}");
+        Ok(())
+    }
+
+    /// Resident set of the process in bytes, guest RAM included.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn resident_bytes(&self) -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()))?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .context("no VmRSS")?;
+        let kib: u64 = line.trim().trim_end_matches("kB").trim().parse()?;
+        Ok(kib << 10)
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        // Already ended is as good as killed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,167 @@
+//! The machine and the balloon driven by a guest without an operating system,
+//! directly on this machine's KVM.
+
+use std::fs::File;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, start};
+use integration_tests::wait::wait_for;
+
+/// Balloon with reporting, as most scenarios want it.
+const BALLOON: &[&str] = &["--balloon", "size=0,free_page_reporting=on"];
+
+/// False, with the reason printed, where there is no KVM at all.
+fn kvm_opens() -> bool {
+    match File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => true,
+        Err(error) => {
+            eprintln!("SKIPPED: /dev/kvm does not open: {error}");
+            false
+        }
+    }
+}
+
+/// Runs a scenario to its end: all checks pass, the guest powers off, the VMM exits 0.
+fn runs(scenario: &str, arguments: &[&str]) -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let mut vmm = start(scenario, arguments)?;
+    expect_all_passed(&vmm)?;
+    vmm.expect_clean_exit(SCENARIO_DEADLINE)?;
+    ensure!(!vmm.socket().exists(), "the API socket was left behind");
+    Ok(())
+}
+
+#[test]
+fn pci_both_ways_in_agree() -> Result<()> {
+    runs("pci", BALLOON)
+}
+
+#[test]
+fn balloon_private_memory_discards_exactly() -> Result<()> {
+    runs("balloon", BALLOON)
+}
+
+#[test]
+fn balloon_shared_memory_discards_exactly() -> Result<()> {
+    runs(
+        "balloon",
+        &[BALLOON, &["--memory", "size=256M,shared=on"]].concat(),
+    )
+}
+
+#[test]
+fn hostile_guest_private_memory_is_contained() -> Result<()> {
+    runs("hostile", BALLOON)
+}
+
+#[test]
+fn hostile_guest_shared_memory_is_contained() -> Result<()> {
+    runs(
+        "hostile",
+        &[BALLOON, &["--memory", "size=256M,shared=on"]].concat(),
+    )
+}
+
+#[test]
+fn noise_at_every_register_is_contained() -> Result<()> {
+    runs("registers", BALLOON)
+}
+
+/// Both ask for a reset, so the guest starts anew for ever: seen by its boot count.
+fn starts_again_after(scenario: &str) -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let vmm = start(scenario, &["--event-monitor", "path=@/events"])?;
+    wait_for("two reboots", SCENARIO_DEADLINE, || {
+        Ok((vmm.text("events").matches("\"rebooted\"").count() >= 2).then_some(()))
+    })
+    .with_context(|| vmm.stderr())
+}
+
+#[test]
+fn i8042_reset_reboots() -> Result<()> {
+    starts_again_after("reset")
+}
+
+#[test]
+fn triple_fault_reboots() -> Result<()> {
+    starts_again_after("triple-fault")
+}
+
+#[test]
+fn reclaim_stats_after_balloon_scenario_add_up() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let mut vmm = start(
+        "balloon",
+        &[BALLOON, &["--cmdline", "scenario=balloon stay"]].concat(),
+    )?;
+    expect_all_passed(&vmm)?;
+    let stats = vmm.get("vm.reclaim-stats")?;
+    let figure = |path: &str| stats.pointer(path).and_then(serde_json::Value::as_u64);
+    // Eight blocks of 2 MiB in one chain, then 256 scattered frames in another.
+    ensure!(
+        figure("/report/requested_bytes") == Some(16 << 20),
+        "{stats:#}"
+    );
+    ensure!(
+        figure("/report/discarded_bytes") == Some(16 << 20),
+        "{stats:#}"
+    );
+    ensure!(figure("/report/requested_ranges") == Some(8), "{stats:#}");
+    ensure!(figure("/report/failed_bytes") == Some(0), "{stats:#}");
+    ensure!(
+        figure("/inflate/discarded_bytes") == Some(1 << 20),
+        "{stats:#}"
+    );
+    ensure!(figure("/ballooned_bytes") == Some(256 * 4096), "{stats:#}");
+    ensure!(figure("/configured_bytes") == Some(256 << 20), "{stats:#}");
+    let resident = figure("/resident_bytes").context("resident_bytes")?;
+    // The guest touched well under 64 MiB and gave most of it back.
+    ensure!(resident > 0 && resident < 64 << 20, "{stats:#}");
+
+    let guest = vmm.get("vm.balloon-stats")?;
+    ensure!(
+        guest.pointer("/stats/free_memory") == Some(&123_456_789.into())
+            && guest.pointer("/stats/total_memory") == Some(&987_654_321.into()),
+        "{guest:#}"
+    );
+    vmm.put("vmm.shutdown", None)?;
+    vmm.expect_clean_exit(Duration::from_secs(60))
+}
+
+#[test]
+fn spinning_guest_delays_no_request() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let mut vmm = start("spin", BALLOON)?;
+    wait_for("running guest", SCENARIO_DEADLINE, || {
+        let info = vmm.get("vm.info").ok();
+        Ok(info.filter(|info| info["state"] == "Running"))
+    })?;
+    let started = std::time::Instant::now();
+    // This guest will never send statistics: the request must end by itself,
+    // and meanwhile others must be served.
+    std::thread::scope(|scope| -> Result<()> {
+        let slow = scope.spawn(|| vmm.request("GET", "vm.balloon-stats", None));
+        for _ in 0..20 {
+            vmm.get("vm.info")?;
+        }
+        let info_done = started.elapsed();
+        let answer = slow.join().expect("the thread does not panic")?;
+        ensure!(answer.status == 500, "{answer:?}");
+        ensure!(
+            info_done < started.elapsed(),
+            "vm.info waited for the guest"
+        );
+        Ok(())
+    })?;
+    vmm.put("vmm.shutdown", None)?;
+    vmm.expect_clean_exit(Duration::from_secs(60))
+}
