@@ -1,3 +1,4 @@
 //! The virtual machine monitor: from a configuration to a running guest and the API that steers it.
 
+pub mod api;
 pub mod vm;

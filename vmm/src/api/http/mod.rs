@@ -1,0 +1,17 @@
+//! HTTP on a UNIX socket: `micro_http` parses and formats, our own loop serves.
+//!
+//! Bounds: ten clients, a head of 16 KiB, a body of 4 MiB, 64 descriptors, one request at a time on each connection, and a
+//! deadline on everything a client can be slow at. The wire has upstream's form, because its `ch-remote` parses it by
+//! hand.
+
+mod connection;
+mod framing;
+mod receive;
+mod reply;
+mod server;
+#[cfg(test)]
+mod tests;
+
+pub use connection::Deadlines;
+pub use reply::{Answer, Reply};
+pub use server::{CONNECTIONS_MAX, HTTP_THREAD, Handler, HttpServer, HttpServerError};
