@@ -1,4 +1,5 @@
 //! The virtual machine monitor: from a configuration to a running guest and the API that steers it.
 
 pub mod api;
+pub mod memory;
 pub mod vm;

@@ -1,0 +1,237 @@
+//! The guest physical address map of an x86-64 machine.
+//!
+//! ```text
+//!   0x0        boot GDT, start info, zero page, stack, command line (below 640 KiB)
+//!   0xa0000    ACPI tables from here, SMBIOS at 0xf0000
+//!   0x100000   kernel, … initramfs at the end of low RAM
+//!   0xc0000000 32-bit PCI window            (RAM stops here and goes on at 4 GiB)
+//!   0xe8000000 ECAM          0xf8000000 KVM's own pages
+//!   0xfec00000 I/O APIC      0xfee00000 local APIC
+//!   4 GiB      rest of RAM
+//!   …          64-bit PCI window, then platform registers, up to the last address
+//! ```
+//!
+//! The addresses are Cloud Hypervisor's, so that firmware and tools written for
+//! it find everything in its place.
+
+use std::ops::Range;
+
+use super::MemoryError;
+
+/// Bytes in a KiB, MiB, GiB.
+pub const KIB: u64 = 1 << 10;
+/// See [`KIB`].
+pub const MIB: u64 = 1 << 20;
+/// See [`KIB`].
+pub const GIB: u64 = 1 << 30;
+
+/// Size of a base page, bytes.
+pub const PAGE_BYTES: u64 = 4 * KIB;
+
+/// Boot GDT.
+pub const BOOT_GDT_START: u64 = 0x500;
+/// Boot IDT: one empty descriptor.
+pub const BOOT_IDT_START: u64 = 0x520;
+/// PVH `hvm_start_info`.
+pub const PVH_INFO_START: u64 = 0x6000;
+/// PVH `hvm_modlist_entry`.
+pub const PVH_MODLIST_START: u64 = 0x6040;
+/// PVH memory map, one page.
+pub const PVH_MEMMAP_START: u64 = 0x7000;
+/// bzImage zero page; the PVH memory map is not used by that protocol.
+pub const ZERO_PAGE_START: u64 = 0x7000;
+/// Initial stack pointer.
+pub const BOOT_STACK_POINTER: u64 = 0x8ff0;
+/// Kernel command line.
+pub const CMDLINE_START: u64 = 0x2_0000;
+/// Room for the command line with its final zero.
+pub const CMDLINE_MAX_BYTES: u64 = 64 * KIB;
+/// A word at this address holds the segment of the extended BIOS data area.
+pub const EBDA_POINTER: u64 = 0x40e;
+/// End of conventional memory in the memory map, and the extended BIOS data area.
+pub const EBDA_START: u64 = 0xa_0000;
+/// ACPI root pointer; the tables follow it, up to SMBIOS.
+pub const RSDP_START: u64 = EBDA_START;
+/// SMBIOS entry point and structures.
+pub const SMBIOS_START: u64 = 0xf_0000;
+/// Room for SMBIOS.
+pub const SMBIOS_MAX_BYTES: u64 = HIGH_RAM_START - SMBIOS_START;
+/// RAM above the first MiB; kernels are loaded from here on.
+pub const HIGH_RAM_START: u64 = 0x10_0000;
+
+/// 32-bit PCI window. RAM below 4 GiB ends where it starts.
+pub const MEM_32BIT_DEVICES_START: u64 = 3 * GIB;
+/// Size of the 32-bit PCI window.
+pub const MEM_32BIT_DEVICES_BYTES: u64 = 640 * MIB;
+/// ECAM, one MiB a segment.
+pub const PCI_MMCONFIG_START: u64 = MEM_32BIT_DEVICES_START + MEM_32BIT_DEVICES_BYTES;
+/// Room for 256 segments.
+pub const PCI_MMCONFIG_BYTES: u64 = 256 * MIB;
+/// ECAM of one segment with its one bus.
+pub const PCI_MMIO_CONFIG_BYTES_PER_SEGMENT: u64 = MIB;
+/// KVM's real mode task state segment, three pages.
+pub const KVM_TSS_START: u64 = 0xf800_0000;
+/// KVM's real mode page table, one page.
+pub const KVM_IDENTITY_MAP_START: u64 = KVM_TSS_START + 3 * PAGE_BYTES;
+/// I/O APIC registers.
+pub const IOAPIC_START: u64 = 0xfec0_0000;
+/// Size of the I/O APIC's registers.
+pub const IOAPIC_BYTES: u64 = 0x20;
+/// Local APIC registers.
+pub const APIC_START: u64 = 0xfee0_0000;
+/// RAM that did not fit below [`MEM_32BIT_DEVICES_START`].
+pub const RAM_64BIT_START: u64 = 4 * GIB;
+
+/// Registers of the platform's own devices, at the end of the address space.
+pub const PLATFORM_DEVICE_AREA_BYTES: u64 = MIB;
+/// The last bytes of the address space stay free: some guests cannot address them.
+const TOP_RESERVED_BYTES: u64 = 64 * KIB;
+/// The 64-bit device area starts at a memory block border, so that RAM added later meets one.
+const DEVICE_AREA_ALIGN_BYTES: u64 = 128 * MIB;
+/// The least 64-bit window: 2048 devices of 512 KiB, more than the buses have slots for.
+const DEVICE_AREA_MIN_BYTES: u64 = GIB;
+
+/// The least RAM: the first MiB with the boot structures and one for a payload.
+pub const MIN_RAM_BYTES: u64 = 2 * MIB;
+/// The narrowest physical address that this map has room in.
+const PHYS_BITS_MIN: u8 = 33;
+/// The widest physical address of an x86-64 processor.
+pub const PHYS_BITS_MAX: u8 = 52;
+
+const _: () = {
+    assert!(BOOT_GDT_START + 4 * 8 <= BOOT_IDT_START);
+    assert!(PVH_INFO_START + 56 <= PVH_MODLIST_START);
+    assert!(PVH_MODLIST_START + 32 <= PVH_MEMMAP_START);
+    assert!(PVH_MEMMAP_START + PAGE_BYTES <= BOOT_STACK_POINTER);
+    assert!(CMDLINE_START + CMDLINE_MAX_BYTES <= EBDA_START);
+    assert!(RSDP_START < SMBIOS_START && SMBIOS_START < HIGH_RAM_START);
+    assert!(PCI_MMCONFIG_START == 0xe800_0000);
+    assert!(PCI_MMCONFIG_START + PCI_MMCONFIG_BYTES <= KVM_TSS_START);
+    assert!(KVM_IDENTITY_MAP_START + PAGE_BYTES <= IOAPIC_START);
+    assert!(APIC_START + PAGE_BYTES <= RAM_64BIT_START);
+    assert!(MIN_RAM_BYTES > HIGH_RAM_START);
+};
+
+/// Where one machine's RAM and device areas lie.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AddressMap {
+    /// RAM from 0, and the rest from 4 GiB if there is any.
+    pub ram: Vec<Range<u64>>,
+    /// 64-bit PCI window.
+    pub devices_64bit: Range<u64>,
+    /// Registers of the platform's own devices.
+    pub platform_devices: Range<u64>,
+}
+
+impl AddressMap {
+    /// Lays out `ram_bytes` of RAM in `phys_bits` of physical address.
+    ///
+    /// # Errors
+    /// [`MemoryError::TooSmall`], [`MemoryError::NotPageMultiple`],
+    /// [`MemoryError::AddressSpace`].
+    pub fn new(ram_bytes: u64, phys_bits: u8) -> Result<Self, MemoryError> {
+        if ram_bytes < MIN_RAM_BYTES {
+            return Err(MemoryError::TooSmall {
+                bytes: ram_bytes,
+                min_bytes: MIN_RAM_BYTES,
+            });
+        }
+        if !ram_bytes.is_multiple_of(PAGE_BYTES) {
+            return Err(MemoryError::NotPageMultiple {
+                bytes: ram_bytes,
+                page_bytes: PAGE_BYTES,
+            });
+        }
+        let no_room = MemoryError::AddressSpace {
+            bytes: ram_bytes,
+            phys_bits,
+        };
+        if !(PHYS_BITS_MIN..=PHYS_BITS_MAX).contains(&phys_bits) {
+            return Err(no_room);
+        }
+        let low_bytes = ram_bytes.min(MEM_32BIT_DEVICES_START);
+        let high_bytes = ram_bytes - low_bytes;
+        // No overflow: `phys_bits` is at least 33 and at most 52.
+        let platform_end = (1 << phys_bits) - TOP_RESERVED_BYTES;
+        let platform_start = platform_end - PLATFORM_DEVICE_AREA_BYTES;
+        let devices_start = RAM_64BIT_START
+            .checked_add(high_bytes)
+            .and_then(|end| end.checked_next_multiple_of(DEVICE_AREA_ALIGN_BYTES));
+        let Some(devices_start) =
+            devices_start.filter(|start| start + DEVICE_AREA_MIN_BYTES <= platform_start)
+        else {
+            return Err(no_room);
+        };
+        let low = 0..low_bytes;
+        let high = RAM_64BIT_START..RAM_64BIT_START + high_bytes;
+        Ok(Self {
+            ram: [low, high]
+                .into_iter()
+                .filter(|range| !range.is_empty())
+                .collect(),
+            devices_64bit: devices_start..platform_start,
+            platform_devices: platform_start..platform_end,
+        })
+    }
+
+    /// First address after low RAM.
+    pub fn low_ram_end(&self) -> u64 {
+        self.ram[0].end
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn map_small_ram_is_one_range() {
+        let map = AddressMap::new(512 * MIB, 46).unwrap();
+        assert_eq!(map.ram, std::slice::from_ref(&(0..512 * MIB)));
+        assert_eq!(map.devices_64bit.start, RAM_64BIT_START);
+        assert_eq!(map.platform_devices.end, (1 << 46) - 64 * KIB);
+        assert_eq!(map.platform_devices.end - map.platform_devices.start, MIB);
+        assert_eq!(map.devices_64bit.end, map.platform_devices.start);
+    }
+
+    #[test]
+    fn map_three_gib_is_still_one_range() {
+        let map = AddressMap::new(3 * GIB, 46).unwrap();
+        assert_eq!(map.ram, std::slice::from_ref(&(0..3 * GIB)));
+    }
+
+    #[test]
+    fn map_large_ram_goes_around_the_hole() {
+        let map = AddressMap::new(6 * GIB + PAGE_BYTES, 46).unwrap();
+        assert_eq!(map.ram, [0..3 * GIB, 4 * GIB..7 * GIB + PAGE_BYTES]);
+        assert_eq!(map.devices_64bit.start, 7 * GIB + 128 * MIB);
+        assert_eq!(map.low_ram_end(), 3 * GIB);
+    }
+
+    #[test]
+    fn map_bad_sizes_are_told_apart() {
+        assert!(matches!(
+            AddressMap::new(0, 46),
+            Err(MemoryError::TooSmall { bytes: 0, .. })
+        ));
+        assert!(matches!(
+            AddressMap::new(64 * MIB + 1, 46),
+            Err(MemoryError::NotPageMultiple { .. })
+        ));
+        for bytes in [1 << 46, 1 << 62, !(PAGE_BYTES - 1)] {
+            assert!(matches!(
+                AddressMap::new(bytes, 46),
+                Err(MemoryError::AddressSpace { phys_bits: 46, .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn map_narrow_address_space_is_refused() {
+        for phys_bits in [0, 32, 53, 255] {
+            assert!(AddressMap::new(64 * MIB, phys_bits).is_err());
+        }
+        assert!(AddressMap::new(8 * GIB, 33).is_err());
+        assert!(AddressMap::new(8 * GIB, 36).is_ok());
+    }
+}
