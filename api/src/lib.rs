@@ -12,6 +12,7 @@
 
 mod ascii_json;
 mod balloon_stats;
+pub mod client;
 pub mod config;
 mod endpoints;
 mod error;
@@ -23,6 +24,7 @@ mod resize;
 
 pub use ascii_json::to_ascii_json;
 pub use balloon_stats::{BALLOON_STAT_TAGS, BalloonStats, BalloonStatsResponse};
+pub use client::{Client, ClientError};
 pub use config::VmConfig;
 pub use endpoints::{API_PREFIX, Endpoint, Method};
 pub use error::{ErrorBody, error_chain};

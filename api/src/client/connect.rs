@@ -1,0 +1,91 @@
+//! Connects to a UNIX socket, for no longer than the deadline.
+//!
+//! The standard library's `connect` waits without end when the other side's backlog is full, which is the state of a VMM
+//! that hangs while somebody keeps asking it. Linux takes the send timeout of the socket as the limit of `connect` too
+//! (`net/unix/af_unix.c`, `unix_stream_connect`), but it has to be set before connecting, which the standard library
+//! gives no chance for.
+
+#![allow(unsafe_code)]
+// UNSAFETY: three plain system calls on a descriptor and structures of our own, for which no safe wrapper is at hand.
+
+use std::io;
+use std::mem;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+
+use super::{ClientError, Deadline};
+
+pub(super) fn connect(
+    socket: &Path,
+    deadline: Option<Deadline>,
+) -> Result<UnixStream, ClientError> {
+    let failed = |source: io::Error| {
+        let socket = socket.to_owned();
+        match (source.kind(), deadline) {
+            (io::ErrorKind::NotFound, _) => ClientError::NoSocket { socket, source },
+            (io::ErrorKind::ConnectionRefused, _) => ClientError::Refused { socket, source },
+            (io::ErrorKind::WouldBlock, Some(deadline)) => deadline.missed(),
+            _ => ClientError::Connect { socket, source },
+        }
+    };
+    let address = address_of(socket).map_err(failed)?;
+    let stream = new_socket().map_err(failed)?;
+    loop {
+        let limit = deadline.map(Deadline::remaining).transpose()?;
+        stream.set_write_timeout(limit).map_err(failed)?;
+        match connect_to(&stream, &address) {
+            Ok(()) => return Ok(stream),
+            // A signal came in between; the attempt left nothing behind.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(failed(error)),
+        }
+    }
+}
+
+/// The address of a path; a path too long for one, or with a zero byte in it, is an error.
+fn address_of(socket: &Path) -> io::Result<libc::sockaddr_un> {
+    let path = socket.as_os_str().as_bytes();
+    // SAFETY: `sockaddr_un` is plain data for which all zeroes is a valid value.
+    let mut address: libc::sockaddr_un = unsafe { mem::zeroed() };
+    // The terminating zero is part of the address, so one byte stays free for it.
+    if path.is_empty() || path.len() >= address.sun_path.len() || path.contains(&0) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "the path is not valid for a UNIX socket",
+        ));
+    }
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    for (to, &from) in address.sun_path.iter_mut().zip(path) {
+        *to = from.cast_signed();
+    }
+    Ok(address)
+}
+
+fn new_socket() -> io::Result<UnixStream> {
+    // SAFETY: `socket` takes no pointer.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was just made by us, is valid and has no other owner.
+    Ok(UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) }))
+}
+
+fn connect_to(stream: &UnixStream, address: &libc::sockaddr_un) -> io::Result<()> {
+    let length = mem::size_of::<libc::sockaddr_un>() as libc::socklen_t;
+    // SAFETY: the pointer is to a `sockaddr_un` that lives through the call, and `length` is its size.
+    let result = unsafe {
+        libc::connect(
+            stream.as_raw_fd(),
+            std::ptr::from_ref(address).cast(),
+            length,
+        )
+    };
+    if result == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}

@@ -1,0 +1,245 @@
+//! Puts an HTTP response together from pieces of any size.
+//!
+//! Only what an API of this kind sends is understood: a status line whose reason phrase may be absent (RFC 9112
+//! section 4), headers in any case, and a body whose length is given. Without a length there is no body, which is how
+//! upstream's client reads it too.
+
+use thiserror::Error;
+
+/// Most bytes of status line and headers.
+pub const RESPONSE_HEAD_BYTES_MAX: usize = 64 << 10;
+/// Most bytes of a body. `vm.info` of the largest VM is below a megabyte.
+pub const RESPONSE_BODY_BYTES_MAX: usize = 16 << 20;
+/// Most characters of a line shown in an error.
+const LINE_CHARS_SHOWN: usize = 80;
+const HEAD_END: &[u8] = b"\r\n\r\n";
+
+/// Why bytes are not a response.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ResponseError {
+    /// Closed before the first byte.
+    #[error("the connection was closed without an answer")]
+    Nothing,
+    /// Closed within the headers or the body.
+    #[error("the connection was closed after {bytes} bytes of an answer that is not complete")]
+    Truncated {
+        /// Bytes that came.
+        bytes: usize,
+    },
+    /// The first line is no status line.
+    #[error("{line:?} is not an HTTP status line")]
+    StatusLine {
+        /// The line, shortened.
+        line: String,
+    },
+    /// Headers without end.
+    #[error("the headers are longer than {RESPONSE_HEAD_BYTES_MAX} bytes")]
+    HeadTooLong,
+    /// A length that is no number, or two lengths that differ.
+    #[error("{value:?} is not a body length")]
+    ContentLength {
+        /// The value, shortened.
+        value: String,
+    },
+    /// A body above the limit.
+    #[error("a body of {bytes} bytes is more than {RESPONSE_BODY_BYTES_MAX}")]
+    BodyTooLong {
+        /// Its length.
+        bytes: u64,
+    },
+    /// A transfer coding. Nothing that speaks this API uses one.
+    #[error("the transfer coding {coding:?} is not supported")]
+    TransferEncoding {
+        /// The coding, shortened.
+        coding: String,
+    },
+    /// A body that is not text.
+    #[error("the body is not UTF-8")]
+    NotText,
+}
+
+/// A complete response.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Response {
+    pub(super) status: u16,
+    pub(super) body: String,
+}
+
+impl Response {
+    pub(super) fn is_success(&self) -> bool {
+        (200..300).contains(&self.status)
+    }
+}
+
+/// Collects bytes until they are a response.
+#[derive(Debug, Default)]
+pub(super) struct ResponseReader {
+    bytes: Vec<u8>,
+    head: Option<Head>,
+    /// How far the end of the head has been looked for, so that a drip of bytes does not make the search quadratic.
+    searched: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Head {
+    status: u16,
+    length: usize,
+    body_length: usize,
+}
+
+impl ResponseReader {
+    pub(super) fn push(&mut self, piece: &[u8]) {
+        self.bytes.extend_from_slice(piece);
+    }
+
+    /// The response, once all of it is there. Bytes after its end are ignored: the connection carries one answer.
+    pub(super) fn response(&mut self) -> Result<Option<Response>, ResponseError> {
+        loop {
+            let Some(head) = self.head()? else {
+                return Ok(None);
+            };
+            // `100 Continue` announces the answer and is none itself.
+            if (100..200).contains(&head.status) {
+                self.bytes.drain(..head.length);
+                self.head = None;
+                self.searched = 0;
+                continue;
+            }
+            let end = head.length + head.body_length;
+            if self.bytes.len() < end {
+                return Ok(None);
+            }
+            let body = std::str::from_utf8(&self.bytes[head.length..end])
+                .map_err(|_| ResponseError::NotText)?;
+            return Ok(Some(Response {
+                status: head.status,
+                body: body.to_owned(),
+            }));
+        }
+    }
+
+    /// What it means that the connection was closed now.
+    pub(super) fn closed(&self) -> ResponseError {
+        match self.bytes.len() {
+            0 => ResponseError::Nothing,
+            bytes => ResponseError::Truncated { bytes },
+        }
+    }
+
+    fn head(&mut self) -> Result<Option<Head>, ResponseError> {
+        if self.head.is_some() {
+            return Ok(self.head);
+        }
+        let from = self.searched.saturating_sub(HEAD_END.len() - 1);
+        let end = self.bytes[from..]
+            .windows(HEAD_END.len())
+            .position(|window| window == HEAD_END);
+        self.searched = self.bytes.len();
+        match end {
+            Some(end) if from + end <= RESPONSE_HEAD_BYTES_MAX => {
+                self.head = Some(parse_head(
+                    &self.bytes[..from + end],
+                    from + end + HEAD_END.len(),
+                )?);
+                Ok(self.head)
+            }
+            None if self.bytes.len() <= RESPONSE_HEAD_BYTES_MAX => {
+                // Garbage is told from an unfinished answer as soon as it can be, not when the sender closes.
+                check_start(&self.bytes)?;
+                Ok(None)
+            }
+            _ => Err(ResponseError::HeadTooLong),
+        }
+    }
+}
+
+fn check_start(bytes: &[u8]) -> Result<(), ResponseError> {
+    let start = b"HTTP/1.";
+    if bytes
+        .iter()
+        .zip(start)
+        .all(|(byte, expected)| byte == expected)
+    {
+        return Ok(());
+    }
+    Err(ResponseError::StatusLine {
+        line: shorten(&String::from_utf8_lossy(bytes)),
+    })
+}
+
+fn parse_head(head: &[u8], length: usize) -> Result<Head, ResponseError> {
+    check_start(head)?;
+    let text = String::from_utf8_lossy(head);
+    let mut lines = text.split("\r\n");
+    let status = parse_status(lines.next().unwrap_or_default())?;
+    let mut body_length = None;
+    for (name, value) in lines.filter_map(|line| line.split_once(':')) {
+        let value = value.trim();
+        if name.eq_ignore_ascii_case("transfer-encoding") && !value.eq_ignore_ascii_case("identity")
+        {
+            return Err(ResponseError::TransferEncoding {
+                coding: shorten(value),
+            });
+        }
+        if name.eq_ignore_ascii_case("content-length") {
+            let bytes = parse_length(value)?;
+            if body_length.is_some_and(|first| first != bytes) {
+                return Err(ResponseError::ContentLength {
+                    value: shorten(value),
+                });
+            }
+            body_length = Some(bytes);
+        }
+    }
+    // These statuses have no body, whatever the headers say (RFC 9112 section 6.3).
+    let bodyless = status == 204 || status == 304 || status < 200;
+    let body_length = if bodyless {
+        0
+    } else {
+        body_length.unwrap_or(0)
+    };
+    Ok(Head {
+        status,
+        length,
+        body_length,
+    })
+}
+
+/// The status of `HTTP/1.1 200 ` or `HTTP/1.1 200 OK`.
+fn parse_status(line: &str) -> Result<u16, ResponseError> {
+    let malformed = || ResponseError::StatusLine {
+        line: shorten(line),
+    };
+    let mut words = line.split(' ');
+    let version = words.next().unwrap_or_default();
+    let status = words.next().unwrap_or_default();
+    if !matches!(version, "HTTP/1.1" | "HTTP/1.0") || status.len() != 3 {
+        return Err(malformed());
+    }
+    if !status.bytes().all(|digit| digit.is_ascii_digit()) {
+        return Err(malformed());
+    }
+    status
+        .parse()
+        .ok()
+        .filter(|status| *status >= 100)
+        .ok_or_else(malformed)
+}
+
+fn parse_length(value: &str) -> Result<usize, ResponseError> {
+    let malformed = || ResponseError::ContentLength {
+        value: shorten(value),
+    };
+    if value.is_empty() || !value.bytes().all(|digit| digit.is_ascii_digit()) {
+        return Err(malformed());
+    }
+    let bytes: u64 = value.parse().map_err(|_| malformed())?;
+    usize::try_from(bytes)
+        .ok()
+        .filter(|bytes| *bytes <= RESPONSE_BODY_BYTES_MAX)
+        .ok_or(ResponseError::BodyTooLong { bytes })
+}
+
+fn shorten(text: &str) -> String {
+    text.chars().take(LINE_CHARS_SHOWN).collect()
+}
