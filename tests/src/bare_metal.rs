@@ -33,7 +33,8 @@ pub fn image() -> Result<PathBuf> {
     Ok(folder.join("target/x86_64-unknown-linux-gnu/release/bare-metal-guest"))
 }
 
-/// Starts a machine that runs `scenario`, with `arguments` for the VMM.
+/// Starts a machine that runs `scenario`, with `arguments` for the VMM. Their
+/// own command line or memory take the place of the usual ones.
 ///
 /// # Errors
 /// The VMM does not start.
@@ -44,13 +45,14 @@ pub fn start(scenario: &str, arguments: &[&str]) -> Result<Vmm> {
     let mut all = vec![
         "--kernel",
         kernel,
-        "--cmdline",
-        &command_line,
         "--serial",
         "file=@/serial",
         "--console",
         "off",
     ];
+    if !arguments.contains(&"--cmdline") {
+        all.extend(["--cmdline", &command_line]);
+    }
     if !arguments.contains(&"--memory") {
         all.extend(["--memory", "size=256M"]);
     }
