@@ -1,0 +1,214 @@
+//! The balloon with a real guest: up, down, out of memory, reporting.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use integration_tests::linux::{Guest, Machine};
+use integration_tests::outcome::{Outcome, Test};
+use integration_tests::tests;
+use integration_tests::vmm::PROCESS_DEADLINE;
+use integration_tests::wait::wait_for;
+use serde_json::Value;
+
+pub(crate) fn tests() -> Vec<Test> {
+    tests![
+        balloon_inflates_and_deflates,
+        balloon_gives_way_before_the_guest_runs_out_of_memory,
+        reporting_private_memory_comes_back,
+        reporting_shared_memory_comes_back,
+        reporting_leaves_used_memory_alone,
+        statistics_carry_every_tag,
+        balloon_target_survives_a_reboot,
+    ]
+}
+
+const MIB: u64 = 1 << 20;
+/// Mainline reports two seconds after a free, then a sixteenth every two seconds.
+const RECLAIM_DEADLINE: Duration = Duration::from_secs(120);
+
+/// One figure of `vm.reclaim-stats`.
+fn figure(guest: &Guest, pointer: &str) -> Result<u64> {
+    let stats = guest.vmm.get("vm.reclaim-stats")?;
+    stats
+        .pointer(pointer)
+        .and_then(Value::as_u64)
+        .with_context(|| format!("no {pointer} in {stats:#}"))
+}
+
+fn resize(guest: &Guest, bytes: u64) -> Result<()> {
+    let body = format!("{{\"desired_balloon\":{bytes}}}");
+    guest.vmm.put("vm.resize", Some(&body)).map(drop)
+}
+
+/// Waits until `vm.info` shows this much memory.
+fn wait_actual(guest: &Guest, bytes: u64) -> Result<()> {
+    wait_for("memory_actual_size", RECLAIM_DEADLINE, || {
+        let info = guest.vmm.get("vm.info")?;
+        Ok((info["memory_actual_size"] == bytes).then_some(()))
+    })
+}
+
+fn balloon_inflates_and_deflates() -> Result<Outcome> {
+    let mut guest = Machine {
+        arguments: &["--balloon", "size=0"],
+        ..Machine::default()
+    }
+    .serve()?;
+    // Touched and freed: without reporting the host keeps it.
+    guest.command("alloc 300M")?;
+    guest.command("free")?;
+    let before = figure(&guest, "/resident_bytes")?;
+    ensure!(before > 300 * MIB, "resident {} MiB", before / MIB);
+    let total = guest.memory_bytes("total")?;
+
+    resize(&guest, 256 * MIB)?;
+    wait_actual(&guest, 256 * MIB)?;
+    let inflated = figure(&guest, "/resident_bytes")?;
+    ensure!(
+        inflated + 150 * MIB < before,
+        "resident {} → {} MiB",
+        before / MIB,
+        inflated / MIB
+    );
+    ensure!(figure(&guest, "/ballooned_bytes")? == 256 * MIB);
+    ensure!(figure(&guest, "/inflate/discarded_bytes")? == 256 * MIB);
+    ensure!(figure(&guest, "/inflate/failed_bytes")? == 0);
+    ensure!(
+        guest.memory_bytes("total")? + 250 * MIB < total,
+        "the guest keeps its memory"
+    );
+
+    resize(&guest, 0)?;
+    wait_actual(&guest, 512 * MIB)?;
+    guest.command("alloc 300M seed=5")?;
+    guest.command("verify")?;
+    Ok(Outcome::Passed)
+}
+
+fn balloon_gives_way_before_the_guest_runs_out_of_memory() -> Result<Outcome> {
+    let mut guest = Machine {
+        arguments: &["--balloon", "size=300M,deflate_on_oom=on"],
+        ..Machine::default()
+    }
+    .serve()?;
+    wait_actual(&guest, 212 * MIB)?;
+    // More than is left outside the balloon.
+    guest.command("alloc 300M seed=9")?;
+    guest.command("verify")?;
+    let ballooned = figure(&guest, "/ballooned_bytes")?;
+    ensure!(
+        ballooned < 300 * MIB,
+        "{} MiB still ballooned",
+        ballooned / MIB
+    );
+    Ok(Outcome::Passed)
+}
+
+/// Touches 700 MiB of 1 GiB, frees it, and waits for it on the host.
+fn comes_back(memory: &str) -> Result<Outcome> {
+    let mut guest = Machine {
+        memory,
+        arguments: &["--balloon", "size=0,free_page_reporting=on"],
+        ..Machine::default()
+    }
+    .serve()?;
+    guest.command("alloc 700M")?;
+    let touched = figure(&guest, "/resident_bytes")?;
+    ensure!(touched > 700 * MIB, "resident {} MiB", touched / MIB);
+    guest.command("free")?;
+    let resident = wait_for("the guest's memory on the host", RECLAIM_DEADLINE, || {
+        let resident = figure(&guest, "/resident_bytes")?;
+        Ok((resident < 150 * MIB).then_some(resident))
+    })
+    .with_context(|| {
+        format!(
+            "{:#}",
+            guest.vmm.get("vm.reclaim-stats").unwrap_or_default()
+        )
+    })?;
+    let stats = guest.vmm.get("vm.reclaim-stats")?;
+    ensure!(stats["reporting"]["active"] == true, "{stats:#}");
+    ensure!(stats["report"]["failed_bytes"] == 0, "{stats:#}");
+    ensure!(
+        stats["reclaimed_bytes"].as_u64() >= Some((1 << 30) - 150 * MIB),
+        "{stats:#}"
+    );
+    println!(
+        "     {memory}: {} → {} MiB resident, latency {}",
+        touched / MIB,
+        resident / MIB,
+        stats["report"]["latency_us"]
+    );
+    // And it can be used again.
+    guest.command("alloc 500M seed=11")?;
+    guest.command("verify")?;
+    guest.end()?;
+    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    Ok(Outcome::Passed)
+}
+
+fn reporting_private_memory_comes_back() -> Result<Outcome> {
+    comes_back("size=1G")
+}
+
+fn reporting_shared_memory_comes_back() -> Result<Outcome> {
+    comes_back("size=1G,shared=on")
+}
+
+/// Memory held through many rounds of freeing and reporting keeps its contents.
+fn reporting_leaves_used_memory_alone() -> Result<Outcome> {
+    let mut guest = Machine {
+        cpus: "boot=2",
+        arguments: &["--balloon", "size=0,free_page_reporting=on"],
+        ..Machine::default()
+    }
+    .serve()?;
+    guest.command("alloc 64M seed=77")?;
+    for round in 1..=3 {
+        guest.command(&format!("alloc 128M seed={round}"))?;
+        guest.command(&format!("verify {round}"))?;
+        let before = figure(&guest, "/report/discarded_bytes")?;
+        guest.command(&format!("free {round}"))?;
+        wait_for("another report", RECLAIM_DEADLINE, || {
+            let now = figure(&guest, "/report/discarded_bytes")?;
+            Ok((now > before + 64 * MIB).then_some(()))
+        })?;
+        guest.command("verify 0")?;
+    }
+    Ok(Outcome::Passed)
+}
+
+fn statistics_carry_every_tag() -> Result<Outcome> {
+    let mut guest = Machine {
+        arguments: &["--balloon", "size=0"],
+        ..Machine::default()
+    }
+    .serve()?;
+    let answer = guest.vmm.get("vm.balloon-stats")?;
+    let stats = answer["stats"].as_object().context("stats")?;
+    ensure!(
+        stats.len() == 16,
+        "{} of 16 statistics: {answer:#}",
+        stats.len()
+    );
+    let total = guest.memory_bytes("total")?;
+    ensure!(
+        answer["stats"]["total_memory"] == total,
+        "{answer:#}, guest {total}"
+    );
+    Ok(Outcome::Passed)
+}
+
+fn balloon_target_survives_a_reboot() -> Result<Outcome> {
+    let mut guest = Machine {
+        arguments: &["--balloon", "size=0"],
+        ..Machine::default()
+    }
+    .serve()?;
+    resize(&guest, 128 * MIB)?;
+    wait_actual(&guest, 384 * MIB)?;
+    guest.vmm.put("vm.reboot", None)?;
+    guest.wait_init()?;
+    wait_actual(&guest, 384 * MIB)?;
+    Ok(Outcome::Passed)
+}

@@ -1,0 +1,117 @@
+//! Kernels of both formats, few and many vCPUs, little and much memory.
+
+use std::fs;
+
+use anyhow::{Result, ensure};
+use integration_tests::linux::Machine;
+use integration_tests::outcome::{Outcome, Test};
+use integration_tests::tests;
+use integration_tests::vmm::PROCESS_DEADLINE;
+
+pub(crate) fn tests() -> Vec<Test> {
+    tests![
+        pvh_kernel_with_one_vcpu_boots,
+        bzimage_with_four_vcpus_boots,
+        pvh_kernel_with_sixteen_vcpus_boots,
+        memory_around_the_pci_hole_is_all_there,
+        topology_is_what_was_asked_for,
+        affinity_pins_the_vcpu_thread,
+        clock_is_kvmclock,
+    ]
+}
+
+/// Boots, compares the number of processors and ends cleanly.
+fn boots_with(kernel: &str, cpus: &str, count: u32) -> Result<Outcome> {
+    let mut guest = Machine {
+        kernel,
+        cpus,
+        ..Machine::default()
+    }
+    .serve()?;
+    let text = guest.shell("echo processors $(nproc)")?;
+    ensure!(
+        text.contains(&format!("processors {count}\n"))
+            || text.contains(&format!("processors {count}\r")),
+        "{text}"
+    );
+    guest.end()?;
+    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    ensure!(
+        !guest.vmm.socket().exists(),
+        "the API socket was left behind"
+    );
+    Ok(Outcome::Passed)
+}
+
+fn pvh_kernel_with_one_vcpu_boots() -> Result<Outcome> {
+    boots_with("vmlinux", "boot=1", 1)
+}
+
+fn bzimage_with_four_vcpus_boots() -> Result<Outcome> {
+    boots_with("bzImage", "boot=4", 4)
+}
+
+fn pvh_kernel_with_sixteen_vcpus_boots() -> Result<Outcome> {
+    boots_with("vmlinux", "boot=16", 16)
+}
+
+fn memory_around_the_pci_hole_is_all_there() -> Result<Outcome> {
+    let mut guest = Machine {
+        memory: "size=6G",
+        ..Machine::default()
+    }
+    .serve()?;
+    let total = guest.memory_bytes("total")?;
+    // The kernel keeps some for itself; what lies behind the hole is half of it all.
+    ensure!(total > 5800 << 20, "the guest sees {} MiB", total >> 20);
+    guest.end()?;
+    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    Ok(Outcome::Passed)
+}
+
+fn topology_is_what_was_asked_for() -> Result<Outcome> {
+    let mut guest = Machine {
+        cpus: "boot=4,topology=2:2:1:1",
+        ..Machine::default()
+    }
+    .serve()?;
+    let text = guest.shell(
+        "cd /sys/devices/system/cpu; echo T $(cat cpu0/topology/thread_siblings_list) \
+         C $(cat cpu0/topology/core_siblings_list) P $(cat cpu3/topology/physical_package_id)",
+    )?;
+    ensure!(text.contains("T 0-1 C 0-3 P 0"), "{text}");
+    Ok(Outcome::Passed)
+}
+
+fn affinity_pins_the_vcpu_thread() -> Result<Outcome> {
+    let guest = Machine {
+        cpus: "boot=2,affinity=[0@[1],1@[0]]",
+        ..Machine::default()
+    }
+    .serve()?;
+    let mut pinned = Vec::new();
+    for task in fs::read_dir(format!("/proc/{}/task", guest.vmm.pid()))? {
+        let task = task?.path();
+        let name = fs::read_to_string(task.join("comm"))?;
+        if name.starts_with("vcpu") {
+            let status = fs::read_to_string(task.join("status"))?;
+            let allowed = status
+                .lines()
+                .find_map(|line| line.strip_prefix("Cpus_allowed_list:"))
+                .unwrap_or_default();
+            pinned.push(format!("{}@{}", name.trim(), allowed.trim()));
+        }
+    }
+    pinned.sort();
+    ensure!(pinned == ["vcpu0@1", "vcpu1@0"], "{pinned:?}");
+    Ok(Outcome::Passed)
+}
+
+fn clock_is_kvmclock() -> Result<Outcome> {
+    let mut guest = Machine::default().serve()?;
+    let text = guest.shell(
+        "cat /sys/devices/system/clocksource/clocksource0/available_clocksource; grep -c x2apic /proc/cpuinfo",
+    )?;
+    ensure!(text.contains("kvm-clock"), "{text}");
+    Ok(Outcome::Passed)
+}

@@ -1,0 +1,122 @@
+//! Network interfaces: a real tap, real packets, checked contents.
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use integration_tests::linux::Machine;
+use integration_tests::outcome::{Outcome, Test};
+use integration_tests::tests;
+use integration_tests::vmm::PROCESS_DEADLINE;
+use integration_tests::wait::wait_for;
+
+pub(crate) fn tests() -> Vec<Test> {
+    tests![
+        net_carries_data_both_ways_unchanged,
+        net_with_two_queue_pairs_carries_data,
+        two_nets_keep_their_addresses,
+    ]
+}
+
+const TRANSFER_BYTES: usize = 4 << 20;
+const ACCEPT_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Bytes that repeat with no power of two, so that a lost or doubled packet shows.
+fn noise() -> Vec<u8> {
+    let mut state = 0x2545_f491u32;
+    (0..TRANSFER_BYTES)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 17;
+            state ^= state << 5;
+            state.to_le_bytes()[1]
+        })
+        .collect()
+}
+
+fn carries_data(options: &str) -> Result<Outcome> {
+    let net =
+        format!("tap=vmtest0,ip=192.168.249.1,mask=255.255.255.0,mac=12:34:56:78:90:ab{options}");
+    let mut guest = Machine {
+        cpus: "boot=2",
+        arguments: &["--net", &net],
+        ..Machine::default()
+    }
+    .serve()?;
+    guest.shell("ip addr add 192.168.249.2/24 dev eth0 && ip link set eth0 up")?;
+    let text = guest.shell("cat /sys/class/net/eth0/address; ping -c 3 -W 20 192.168.249.1")?;
+    ensure!(text.contains("12:34:56:78:90:ab"), "{text}");
+
+    let data = noise();
+    let listener = TcpListener::bind("192.168.249.1:0")?;
+    listener.set_nonblocking(true)?;
+    let port = listener.local_addr()?.port();
+    // The guest sends back what it receives, over a file, so both ways are used in full.
+    guest.serial.send(&format!(
+        "sh nc 192.168.249.1 {port} > /tmp/data < /dev/null; nc 192.168.249.1 {port} < /tmp/data"
+    ))?;
+    accept(&listener)?.write_all(&data)?;
+    let mut back = Vec::new();
+    accept(&listener)?.read_to_end(&mut back)?;
+    ensure!(
+        back.len() == data.len(),
+        "{} of {} bytes came back",
+        back.len(),
+        data.len()
+    );
+    ensure!(back == data, "the data changed on its way");
+    guest.serial.expect("ok sh 0", ACCEPT_DEADLINE)?;
+
+    let counters = guest.vmm.get("vm.counters")?;
+    for name in ["rx_bytes", "tx_bytes"] {
+        let bytes = counters
+            .pointer(&format!("/_net0/{name}"))
+            .and_then(serde_json::Value::as_u64);
+        ensure!(bytes >= Some(TRANSFER_BYTES as u64), "{name}: {counters:#}");
+    }
+    guest.end()?;
+    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    wait_for("the tap to vanish", PROCESS_DEADLINE, || {
+        Ok((!Path::new("/sys/class/net/vmtest0").exists()).then_some(()))
+    })?;
+    Ok(Outcome::Passed)
+}
+
+fn accept(listener: &TcpListener) -> Result<std::net::TcpStream> {
+    let stream = wait_for("connection from the guest", ACCEPT_DEADLINE, || {
+        Ok(listener.accept().ok().map(|(stream, _)| stream))
+    })?;
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(ACCEPT_DEADLINE))?;
+    stream.set_write_timeout(Some(ACCEPT_DEADLINE))?;
+    Ok(stream)
+}
+
+fn net_carries_data_both_ways_unchanged() -> Result<Outcome> {
+    carries_data("")
+}
+
+fn net_with_two_queue_pairs_carries_data() -> Result<Outcome> {
+    carries_data(",num_queues=4,queue_size=512")
+}
+
+fn two_nets_keep_their_addresses() -> Result<Outcome> {
+    let mut guest = Machine {
+        arguments: &[
+            "--net",
+            "tap=vmtest1,mac=12:34:56:00:00:01,mtu=1400",
+            "--net",
+            "tap=vmtest2,mac=12:34:56:00:00:02",
+        ],
+        ..Machine::default()
+    }
+    .serve()?;
+    let text = guest.shell(
+        "cd /sys/class/net; echo A $(cat eth0/address) $(cat eth0/mtu) $(cat eth1/address)",
+    )?;
+    text.find("A 12:34:56:00:00:01 1400 12:34:56:00:00:02")
+        .with_context(|| text.clone())?;
+    Ok(Outcome::Passed)
+}

@@ -1,0 +1,211 @@
+//! A Linux guest that is steered over its serial port.
+
+use std::env;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+
+use crate::paths;
+use crate::serial::Serial;
+use crate::vmm::Vmm;
+
+/// From the start of the VMM to the guest's init, under emulation, on a busy machine.
+pub const BOOT_DEADLINE: Duration = Duration::from_secs(120);
+/// For one command in the guest: touching memory is slow under emulation.
+pub const COMMAND_DEADLINE: Duration = Duration::from_secs(120);
+
+/// What to boot; every field has the plainest value.
+#[derive(Debug, Clone)]
+pub struct Machine<'a> {
+    /// `vmlinux` (PVH) or `bzImage`.
+    pub kernel: &'a str,
+    /// `--cpus`.
+    pub cpus: &'a str,
+    /// `--memory`.
+    pub memory: &'a str,
+    /// More options for the VMM; `@` stands for the test's folder.
+    pub arguments: &'a [&'a str],
+    /// More for the kernel command line.
+    pub command_line: &'a str,
+    /// What the guest's init runs; the default serves commands on the serial port.
+    pub script: &'a str,
+    /// What it does when the script has ended: `poweroff`, `reboot` or `stay`.
+    pub end: &'a str,
+}
+
+impl Default for Machine<'_> {
+    fn default() -> Self {
+        Self {
+            kernel: "vmlinux",
+            cpus: "boot=1",
+            memory: "size=512M",
+            arguments: &[],
+            command_line: "",
+            script: "guest-mem serve /dev/ttyS0",
+            end: "poweroff",
+        }
+    }
+}
+
+impl Machine<'_> {
+    /// The kernel command line for this machine.
+    pub fn full_command_line(&self) -> String {
+        format!(
+            "console=ttyS0 quiet panic=-1 {} {} guest.end={} guest.run={}",
+            env::var("GUEST_CMDLINE_EXTRA").unwrap_or_default(),
+            self.command_line,
+            self.end,
+            STANDARD.encode(self.script)
+        )
+    }
+
+    /// The VMM's arguments for this machine.
+    ///
+    /// # Errors
+    /// A guest image is not built.
+    pub fn vmm_arguments(&self) -> Result<Vec<String>> {
+        let text = |path: std::path::PathBuf| {
+            path.into_os_string()
+                .into_string()
+                .ok()
+                .context("path is not UTF-8")
+        };
+        let mut all: Vec<String> = vec![
+            "--kernel".into(),
+            text(paths::guest(self.kernel)?)?,
+            "--initramfs".into(),
+            text(paths::guest("initramfs.cpio.gz")?)?,
+            "--cmdline".into(),
+            self.full_command_line(),
+            "--cpus".into(),
+            self.cpus.into(),
+            "--memory".into(),
+            self.memory.into(),
+            "--serial".into(),
+            "socket=@/serial.sock".into(),
+            "--console".into(),
+            "off".into(),
+        ];
+        all.extend(self.arguments.iter().map(|argument| (*argument).to_owned()));
+        Ok(all)
+    }
+
+    /// Boots and waits for the guest's init.
+    ///
+    /// # Errors
+    /// The VMM or the guest did not come up.
+    pub fn boot(&self) -> Result<Guest> {
+        let arguments = self.vmm_arguments()?;
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let vmm = Vmm::start(&arguments)?;
+        let serial = Serial::connect(&vmm.folder().join("serial.sock"), BOOT_DEADLINE)
+            .with_context(|| vmm.stderr())?;
+        let mut guest = Guest { vmm, serial };
+        guest.wait_init()?;
+        Ok(guest)
+    }
+
+    /// Boots and waits until the guest answers commands.
+    ///
+    /// # Errors
+    /// It did not come up.
+    pub fn serve(&self) -> Result<Guest> {
+        let mut guest = self.boot()?;
+        guest.wait_serving()?;
+        Ok(guest)
+    }
+}
+
+/// A booted guest.
+#[derive(Debug)]
+pub struct Guest {
+    /// The VMM it runs in.
+    pub vmm: Vmm,
+    /// Its serial port.
+    pub serial: Serial,
+}
+
+impl Guest {
+    /// Waits until the guest's init has started (again).
+    ///
+    /// # Errors
+    /// It did not.
+    pub fn wait_init(&mut self) -> Result<()> {
+        self.serial
+            .expect("guest: init", BOOT_DEADLINE)
+            .with_context(|| self.vmm.stderr())?;
+        Ok(())
+    }
+
+    /// Waits until the command server answers.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn wait_serving(&mut self) -> Result<()> {
+        // What is sent before the terminal is raw may be echoed or lost: ask
+        // until the first answer.
+        for _ in 0..40 {
+            self.serial.send("ping")?;
+            if self
+                .serial
+                .expect("ok ping", Duration::from_secs(3))
+                .is_ok()
+            {
+                return Ok(());
+            }
+        }
+        self.serial.expect("ok ping", Duration::from_secs(1))?;
+        Ok(())
+    }
+
+    /// Has the guest carry out one command; its answer without the `ok`.
+    ///
+    /// # Errors
+    /// The guest answered with an error or not at all.
+    pub fn command(&mut self, line: &str) -> Result<String> {
+        let verb = line.split(' ').next().unwrap_or(line);
+        self.serial.send(line)?;
+        let answer = self
+            .serial
+            .expect(&format!("ok {verb}"), COMMAND_DEADLINE)?;
+        Ok(answer)
+    }
+
+    /// Runs a shell command in the guest that must succeed; all it printed.
+    ///
+    /// # Errors
+    /// It failed.
+    pub fn shell(&mut self, script: &str) -> Result<String> {
+        let before = self.serial.text().len();
+        let answer = self.command(&format!("sh {script}"))?;
+        ensure!(
+            answer.ends_with("sh 0"),
+            "{script}: {answer}; {}",
+            &self.serial.text()[before..]
+        );
+        Ok(self.serial.text()[before..].to_owned())
+    }
+
+    /// One figure in bytes out of the guest's `mem` answer: `total`, `free` or `available`.
+    ///
+    /// # Errors
+    /// The guest does not answer.
+    pub fn memory_bytes(&mut self, name: &str) -> Result<u64> {
+        let answer = self.command("mem")?;
+        answer
+            .split(' ')
+            .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+            .and_then(|value| value.parse().ok())
+            .with_context(|| format!("no {name} in {answer:?}"))
+    }
+
+    /// Ends the command server, after which the guest's init ends the machine.
+    ///
+    /// # Errors
+    /// The guest does not answer.
+    pub fn end(&mut self) -> Result<()> {
+        self.command("exit").map(drop)
+    }
+}
