@@ -1,5 +1,7 @@
 //! The virtual machine monitor: from a configuration to a running guest and the API that steers it.
 
 pub mod api;
+pub mod bus;
+pub mod interrupt;
 pub mod memory;
 pub mod vm;

@@ -1,0 +1,250 @@
+//! Address spaces of the guest: which device answers at which port or address.
+//!
+//! One [`Bus`] for port I/O and one for memory-mapped I/O. vCPU threads look
+//! devices up on every exit; PCI moves ranges when the guest programs a BAR.
+//! The lock is held only to find the device, never while it works: a device
+//! may change the very bus it is called through.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+/// Something that answers reads and writes in a range of addresses.
+///
+/// Called by vCPU threads, several at a time. `offset` counts from the start of
+/// the device's range, and `offset + data.len()` never passes its end. Any
+/// length may come; nothing may panic or block.
+pub trait BusDevice: Send + Sync {
+    /// Fills all of `data`.
+    fn read(&self, offset: u64, data: &mut [u8]);
+    /// Takes all of `data`.
+    fn write(&self, offset: u64, data: &[u8]);
+}
+
+/// Why a range cannot be changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum BusError {
+    /// Part of the range belongs to another device.
+    #[error("{base:#x}+{bytes:#x} overlaps the device at {other_base:#x}+{other_bytes:#x}")]
+    Overlap {
+        /// Start of the refused range.
+        base: u64,
+        /// Its length.
+        bytes: u64,
+        /// Start of the range that is there.
+        other_base: u64,
+        /// Its length.
+        other_bytes: u64,
+    },
+    /// The range is empty or goes past the end of the address space.
+    #[error("{base:#x}+{bytes:#x} is not a range of addresses")]
+    NotARange {
+        /// Start of the refused range.
+        base: u64,
+        /// Its length.
+        bytes: u64,
+    },
+}
+
+struct Entry {
+    bytes: u64,
+    device: Arc<dyn BusDevice>,
+}
+
+/// An address space with non-overlapping ranges.
+#[derive(Default)]
+pub struct Bus {
+    ranges: RwLock<BTreeMap<u64, Entry>>,
+    missed: AtomicU64,
+}
+
+impl fmt::Debug for Bus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
+        f.debug_map()
+            .entries(ranges.iter().map(|(base, entry)| (base, entry.bytes)))
+            .finish()
+    }
+}
+
+impl Bus {
+    /// An empty address space.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Puts `device` at `base..base + bytes`.
+    ///
+    /// # Errors
+    /// The range is taken, even in part, or is none.
+    pub fn insert(
+        &self,
+        base: u64,
+        bytes: u64,
+        device: Arc<dyn BusDevice>,
+    ) -> Result<(), BusError> {
+        let last = bytes
+            .checked_sub(1)
+            .and_then(|extent| base.checked_add(extent))
+            .ok_or(BusError::NotARange { base, bytes })?;
+        let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
+        // Ranges do not overlap, so only the last one that starts at or before
+        // our end can reach into ours.
+        if let Some((&other_base, other)) = ranges.range(..=last).next_back()
+            && other_base + (other.bytes - 1) >= base
+        {
+            return Err(BusError::Overlap {
+                base,
+                bytes,
+                other_base,
+                other_bytes: other.bytes,
+            });
+        }
+        ranges.insert(base, Entry { bytes, device });
+        Ok(())
+    }
+
+    /// Takes the device that starts at `base` away; false if there is none.
+    /// Accesses that have already found it may still be running.
+    pub fn remove(&self, base: u64) -> bool {
+        let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
+        ranges.remove(&base).is_some()
+    }
+
+    /// Reads; all ones where nothing answers, as on an undriven bus.
+    pub fn read(&self, address: u64, data: &mut [u8]) {
+        match self.resolve(address, data.len()) {
+            Some((device, offset)) => device.read(offset, data),
+            None => {
+                self.missed.fetch_add(1, Ordering::Relaxed);
+                data.fill(0xff);
+            }
+        }
+    }
+
+    /// Writes; dropped where nothing answers.
+    pub fn write(&self, address: u64, data: &[u8]) {
+        match self.resolve(address, data.len()) {
+            Some((device, offset)) => device.write(offset, data),
+            None => {
+                self.missed.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Accesses that hit nothing or straddled the end of a device.
+    pub fn missed(&self) -> u64 {
+        self.missed.load(Ordering::Relaxed)
+    }
+
+    fn resolve(&self, address: u64, bytes: usize) -> Option<(Arc<dyn BusDevice>, u64)> {
+        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
+        let (base, entry) = ranges.range(..=address).next_back()?;
+        let offset = address - base;
+        let end = offset.checked_add(bytes as u64)?;
+        (end <= entry.bytes).then(|| (Arc::clone(&entry.device), offset))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::sync::Mutex;
+
+    /// Answers with the low byte of each offset and remembers writes.
+    #[derive(Default)]
+    struct Recorder {
+        writes: Mutex<Vec<(u64, Vec<u8>)>>,
+    }
+
+    impl BusDevice for Recorder {
+        fn read(&self, offset: u64, data: &mut [u8]) {
+            for (i, byte) in data.iter_mut().enumerate() {
+                *byte = (offset as u8).wrapping_add(i as u8);
+            }
+        }
+
+        fn write(&self, offset: u64, data: &[u8]) {
+            self.writes.lock().unwrap().push((offset, data.to_vec()));
+        }
+    }
+
+    #[test]
+    fn access_inside_a_range_reaches_the_device_with_its_offset() {
+        let bus = Bus::new();
+        let device = Arc::new(Recorder::default());
+        bus.insert(0x1000, 0x10, device.clone()).unwrap();
+        let mut data = [0; 4];
+        bus.read(0x100c, &mut data);
+        assert_eq!(data, [0xc, 0xd, 0xe, 0xf]);
+        bus.write(0x1002, &[1, 2]);
+        assert_eq!(*device.writes.lock().unwrap(), [(2, vec![1, 2])]);
+        assert_eq!(bus.missed(), 0);
+    }
+
+    #[test]
+    fn access_past_the_end_reads_ones_and_is_counted() {
+        let bus = Bus::new();
+        let device = Arc::new(Recorder::default());
+        bus.insert(0x1000, 0x10, device.clone()).unwrap();
+        for address in [0x100d, 0x1010, 0xfff, u64::MAX - 1] {
+            let mut data = [0; 4];
+            bus.read(address, &mut data);
+            assert_eq!(data, [0xff; 4], "{address:#x}");
+            bus.write(address, &data);
+        }
+        assert!(device.writes.lock().unwrap().is_empty());
+        assert_eq!(bus.missed(), 8);
+    }
+
+    #[test]
+    fn insert_of_impossible_ranges_is_refused() {
+        let bus = Bus::new();
+        let device = Arc::new(Recorder::default());
+        assert!(matches!(
+            bus.insert(0, 0, device.clone()),
+            Err(BusError::NotARange { .. })
+        ));
+        assert!(matches!(
+            bus.insert(u64::MAX, 2, device.clone()),
+            Err(BusError::NotARange { .. })
+        ));
+        bus.insert(u64::MAX, 1, device.clone()).unwrap();
+        assert!(bus.insert(0, u64::MAX, device).is_ok());
+    }
+
+    #[test]
+    fn removed_range_is_free_again() {
+        let bus = Bus::new();
+        let device = Arc::new(Recorder::default());
+        bus.insert(0x1000, 0x10, device.clone()).unwrap();
+        assert!(!bus.remove(0x1001));
+        assert!(bus.remove(0x1000));
+        bus.insert(0xff8, 0x10, device).unwrap();
+    }
+
+    proptest! {
+        #[test]
+        fn insert_agrees_with_a_byte_map(ranges in prop::collection::vec((0u64..64, 1u64..16), 1..20)) {
+            let bus = Bus::new();
+            let mut taken = [false; 96];
+            for (base, bytes) in ranges {
+                let cells = &mut taken[base as usize..(base + bytes) as usize];
+                let free = cells.iter().all(|cell| !cell);
+                prop_assert_eq!(
+                    bus.insert(base, bytes, Arc::new(Recorder::default())).is_ok(),
+                    free
+                );
+                if free {
+                    cells.fill(true);
+                }
+            }
+            for (address, taken) in taken.into_iter().enumerate() {
+                prop_assert_eq!(bus.resolve(address as u64, 1).is_some(), taken);
+            }
+        }
+    }
+}

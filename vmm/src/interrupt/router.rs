@@ -1,0 +1,171 @@
+//! The owner of KVM's interrupt routing table and of the GSI numbers in it.
+//!
+//! KVM takes only whole tables and waits for all vCPUs to leave the old one, so
+//! a table is set only when it differs from the one in force.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virtio_devices::pci::MsiMessage;
+
+use super::{IOAPIC_PIN_COUNT, InterruptBackend, Route};
+
+/// GSIs there are, pins included: `KVM_MAX_IRQ_ROUTES` on x86
+/// (include/linux/kvm_host.h), which bounds both the numbers and the table.
+pub const GSI_COUNT_MAX: u32 = 4096;
+
+#[derive(Default)]
+struct State {
+    routes: BTreeMap<u32, MsiMessage>,
+    /// Handed out, routed or not.
+    allocated: BTreeSet<u32>,
+}
+
+/// Hands out GSIs and keeps their routes.
+pub struct GsiRouter {
+    backend: Arc<dyn InterruptBackend>,
+    state: Mutex<State>,
+}
+
+impl fmt::Debug for GsiRouter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_map().entries(self.state().routes.iter()).finish()
+    }
+}
+
+impl GsiRouter {
+    /// An empty table over the pins of the I/O APIC and all MSI numbers.
+    #[must_use]
+    pub fn new(backend: Arc<dyn InterruptBackend>) -> Self {
+        Self {
+            backend,
+            state: Mutex::new(State::default()),
+        }
+    }
+
+    /// Takes a GSI for a message-signalled interrupt.
+    ///
+    /// # Errors
+    /// All [`GSI_COUNT_MAX`] are in use.
+    pub fn allocate(&self) -> io::Result<u32> {
+        let mut state = self.state();
+        let first = u32::from(IOAPIC_PIN_COUNT);
+        let free = (first..GSI_COUNT_MAX)
+            .find(|gsi| !state.allocated.contains(gsi))
+            .ok_or_else(|| io::Error::from_raw_os_error(libc::ENOSPC))?;
+        state.allocated.insert(free);
+        Ok(free)
+    }
+
+    /// Gives a GSI back and forgets its route.
+    ///
+    /// # Errors
+    /// The host refused the smaller table.
+    pub fn release(&self, gsi: u32) -> io::Result<()> {
+        let mut state = self.state();
+        state.allocated.remove(&gsi);
+        self.update(&mut state, gsi, None)
+    }
+
+    /// Routes `gsi` to `message`, or nowhere.
+    ///
+    /// # Errors
+    /// The host refused the table; the old route stays.
+    pub fn set_route(&self, gsi: u32, message: Option<MsiMessage>) -> io::Result<()> {
+        let mut state = self.state();
+        self.update(&mut state, gsi, message)
+    }
+
+    /// What routes are set in.
+    pub fn backend(&self) -> &dyn InterruptBackend {
+        self.backend.as_ref()
+    }
+
+    fn update(&self, state: &mut State, gsi: u32, message: Option<MsiMessage>) -> io::Result<()> {
+        let before = match message {
+            Some(message) => state.routes.insert(gsi, message),
+            None => state.routes.remove(&gsi),
+        };
+        if before == message {
+            return Ok(());
+        }
+        let table: Vec<Route> = state
+            .routes
+            .iter()
+            .map(|(&gsi, &message)| Route { gsi, message })
+            .collect();
+        self.backend.set_routes(&table).inspect_err(|_refused| {
+            match before {
+                Some(before) => state.routes.insert(gsi, before),
+                None => state.routes.remove(&gsi),
+            };
+        })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fake::FakeBackend;
+    use super::*;
+
+    fn message(data: u32) -> Option<MsiMessage> {
+        Some(MsiMessage {
+            address: 0xfee0_0000,
+            data,
+        })
+    }
+
+    #[test]
+    fn gsi_numbers_start_after_the_pins_and_are_reused() {
+        let router = GsiRouter::new(Arc::new(FakeBackend::default()));
+        assert_eq!(router.allocate().unwrap(), 24);
+        assert_eq!(router.allocate().unwrap(), 25);
+        router.release(24).unwrap();
+        assert_eq!(router.allocate().unwrap(), 24);
+        assert_eq!(router.allocate().unwrap(), 26);
+    }
+
+    #[test]
+    fn gsi_numbers_end_with_the_table() {
+        let router = GsiRouter::new(Arc::new(FakeBackend::default()));
+        for _ in 24..GSI_COUNT_MAX {
+            router.allocate().unwrap();
+        }
+        assert!(router.allocate().is_err());
+    }
+
+    #[test]
+    fn table_is_set_whole_and_only_when_it_changed() {
+        let backend = Arc::new(FakeBackend::default());
+        let router = GsiRouter::new(backend.clone());
+        router.set_route(30, message(1)).unwrap();
+        router.set_route(30, message(1)).unwrap();
+        router.set_route(31, message(2)).unwrap();
+        router.set_route(30, None).unwrap();
+        router.set_route(30, None).unwrap();
+        let lengths: Vec<usize> = backend.notes().tables.iter().map(Vec::len).collect();
+        assert_eq!(lengths, [1, 2, 1]);
+        assert_eq!(backend.notes().tables[2][0].gsi, 31);
+    }
+
+    #[test]
+    fn refused_route_leaves_the_old_one() {
+        let backend = Arc::new(FakeBackend::default());
+        let router = GsiRouter::new(backend.clone());
+        router.set_route(30, message(1)).unwrap();
+        backend.notes().refuse = true;
+        assert!(router.set_route(30, message(2)).is_err());
+        assert!(router.set_route(31, message(3)).is_err());
+        backend.notes().refuse = false;
+        router.set_route(32, message(4)).unwrap();
+        let table = backend.notes().tables.last().cloned().unwrap();
+        assert_eq!(table.len(), 2);
+        assert_eq!(table[0].message.data, 1);
+    }
+}
