@@ -4,4 +4,5 @@ pub mod api;
 pub mod bus;
 pub mod interrupt;
 pub mod memory;
+pub mod pci;
 pub mod vm;

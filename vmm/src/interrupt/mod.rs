@@ -13,6 +13,7 @@
 //! the pins of the I/O APIC, the others are handed out to MSI-X vectors.
 
 mod ioapic;
+mod kvm;
 mod router;
 mod vectors;
 

@@ -1,0 +1,125 @@
+//! Where a function's BARs answer now, kept equal to what the guest programmed.
+
+use std::fmt;
+use std::sync::Arc;
+
+use virtio_devices::pci::{Bar, PciFunction};
+
+use super::{DoorbellBackend, MemoryWindows};
+use crate::bus::{Bus, BusDevice};
+
+/// A BAR on the MMIO bus.
+struct BarDevice {
+    function: Arc<dyn PciFunction>,
+    index: u8,
+}
+
+impl BusDevice for BarDevice {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.function.bar_read(self.index, offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.function.bar_write(self.index, offset, data);
+    }
+}
+
+/// What mapping a BAR needs.
+pub(super) struct Fabric<'a> {
+    pub(super) mmio: &'a Bus,
+    pub(super) doorbells: &'a dyn DoorbellBackend,
+    pub(super) windows: &'a MemoryWindows,
+}
+
+/// The BARs of one function that answer on the MMIO bus.
+#[derive(Default)]
+pub(super) struct Mappings {
+    mapped: Vec<Bar>,
+}
+
+impl fmt::Debug for Mappings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(&self.mapped).finish()
+    }
+}
+
+impl Mappings {
+    /// Takes away what moved or is no longer decoded, then maps what is new.
+    ///
+    /// A BAR the guest put outside of the windows or over another one does not
+    /// answer until it is moved. Returns how many of those there are.
+    pub(super) fn update(&mut self, function: &Arc<dyn PciFunction>, fabric: &Fabric<'_>) -> u64 {
+        let wanted: Vec<Bar> = function
+            .bars()
+            .into_iter()
+            .filter(|bar| bar.decoded)
+            .collect();
+        self.mapped.retain(|bar| {
+            let stays = wanted.contains(bar);
+            if !stays {
+                unmap(function, bar, fabric);
+            }
+            stays
+        });
+        let mut refused = 0;
+        for bar in wanted {
+            if self.mapped.contains(&bar) {
+                continue;
+            }
+            if map(function, &bar, fabric) {
+                self.mapped.push(bar);
+            } else {
+                refused += 1;
+            }
+        }
+        refused
+    }
+
+    /// Takes everything away.
+    pub(super) fn clear(&mut self, function: &Arc<dyn PciFunction>, fabric: &Fabric<'_>) {
+        for bar in self.mapped.drain(..) {
+            unmap(function, &bar, fabric);
+        }
+    }
+}
+
+fn map(function: &Arc<dyn PciFunction>, bar: &Bar, fabric: &Fabric<'_>) -> bool {
+    if !fabric.windows.forwards(bar.address, bar.size_bytes) {
+        return false;
+    }
+    let device = Arc::new(BarDevice {
+        function: Arc::clone(function),
+        index: bar.index,
+    });
+    if let Err(error) = fabric.mmio.insert(bar.address, bar.size_bytes, device) {
+        log::debug!("BAR {} of {}: {error}", bar.index, function.id());
+        return false;
+    }
+    function.with_doorbells(&mut |doorbell| {
+        if doorbell.bar_index == bar.index
+            && let Err(error) = fabric
+                .doorbells
+                .register_doorbell(bar.address + doorbell.offset, doorbell.event)
+        {
+            // Not fatal: the write then reaches `bar_write`, which rings it.
+            log::warn!("Doorbell of {} stays slow: {error}", function.id());
+        }
+    });
+    true
+}
+
+fn unmap(function: &Arc<dyn PciFunction>, bar: &Bar, fabric: &Fabric<'_>) {
+    function.with_doorbells(&mut |doorbell| {
+        if doorbell.bar_index == bar.index
+            && let Err(error) = fabric
+                .doorbells
+                .unregister_doorbell(bar.address + doorbell.offset, doorbell.event)
+        {
+            log::warn!(
+                "Doorbell of {} cannot be taken away: {error}",
+                function.id()
+            );
+        }
+    });
+    fabric.mmio.remove(bar.address);
+}

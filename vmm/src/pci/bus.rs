@@ -1,0 +1,233 @@
+//! Slots, and configuration cycles on their way to the function in one.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+
+use virtio_devices::pci::PciFunction;
+use vm_allocator::RangeInclusive;
+
+use super::bars::{Fabric, Mappings};
+use super::{Bdf, DoorbellBackend, HostBridge, MemoryWindows, PciError, SLOT_COUNT};
+use crate::bus::Bus;
+
+/// Configuration space of one function in bytes.
+const CONFIG_BYTES: u64 = 0x1000;
+
+struct Slot {
+    function: Arc<dyn PciFunction>,
+    /// Also serialises remapping of this function.
+    mappings: Mutex<Mappings>,
+    /// Address space taken for its BARs.
+    ranges: Vec<RangeInclusive>,
+}
+
+/// The one bus of the one segment.
+///
+/// Lock order: a slot's `mappings` before `windows`. The slot table is never
+/// locked while a function is called.
+pub struct PciBus {
+    slots: RwLock<[Option<Arc<Slot>>; SLOT_COUNT as usize]>,
+    windows: Mutex<MemoryWindows>,
+    /// Weak, because the MMIO bus holds our ECAM window and BARs.
+    mmio: Weak<Bus>,
+    doorbells: Arc<dyn DoorbellBackend>,
+    unmapped_bars: AtomicU64,
+}
+
+impl fmt::Debug for PciBus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list()
+            .entries(
+                self.functions()
+                    .iter()
+                    .map(|(bdf, function)| format!("{bdf} {}", function.id())),
+            )
+            .finish()
+    }
+}
+
+impl PciBus {
+    /// A bus with nothing but the host bridge. BARs are mapped on `mmio`.
+    #[must_use]
+    pub fn new(
+        mmio: &Arc<Bus>,
+        windows: MemoryWindows,
+        doorbells: Arc<dyn DoorbellBackend>,
+    ) -> Self {
+        let mut slots = [const { None }; SLOT_COUNT as usize];
+        slots[0] = Some(Arc::new(Slot {
+            function: Arc::new(HostBridge::default()),
+            mappings: Mutex::default(),
+            ranges: Vec::new(),
+        }));
+        Self {
+            slots: RwLock::new(slots),
+            windows: Mutex::new(windows),
+            mmio: Arc::downgrade(mmio),
+            doorbells,
+            unmapped_bars: AtomicU64::new(0),
+        }
+    }
+
+    /// Puts `function` into `slot`, or into the next free one, and places its BARs.
+    ///
+    /// # Errors
+    /// No such slot, no free slot, or no address space; nothing changed then.
+    pub fn add(&self, function: Arc<dyn PciFunction>, slot: Option<u8>) -> Result<Bdf, PciError> {
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let slot = match slot {
+            Some(slot) if slot == 0 || slot >= SLOT_COUNT => {
+                return Err(PciError::SlotOutOfRange(slot));
+            }
+            Some(slot) if slots[usize::from(slot)].is_some() => {
+                return Err(PciError::SlotInUse(slot));
+            }
+            Some(slot) => slot,
+            None => (1..SLOT_COUNT)
+                .find(|slot| slots[usize::from(*slot)].is_none())
+                .ok_or(PciError::BusFull)?,
+        };
+        let ranges = self.place_bars(function.as_ref())?;
+        let entry = Arc::new(Slot {
+            function,
+            mappings: Mutex::default(),
+            ranges,
+        });
+        slots[usize::from(slot)] = Some(Arc::clone(&entry));
+        drop(slots);
+        self.remap(&entry);
+        Ok(Bdf { slot })
+    }
+
+    /// Takes the function out of its slot; `None` if there is none or it is the
+    /// host bridge. The guest must have let go of it.
+    pub fn remove(&self, bdf: Bdf) -> Option<Arc<dyn PciFunction>> {
+        if bdf.slot == 0 {
+            return None;
+        }
+        let entry = {
+            let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+            slots.get_mut(usize::from(bdf.slot))?.take()?
+        };
+        let mut mappings = lock(&entry.mappings);
+        let mut windows = lock(&self.windows);
+        if let Some(mmio) = self.mmio.upgrade() {
+            mappings.clear(&entry.function, &self.fabric(&mmio, &windows));
+        }
+        for range in &entry.ranges {
+            windows.free(range);
+        }
+        Some(Arc::clone(&entry.function))
+    }
+
+    /// Every function with its place, the host bridge first.
+    pub fn functions(&self) -> Vec<(Bdf, Arc<dyn PciFunction>)> {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        (0..SLOT_COUNT)
+            .zip(slots.iter())
+            .filter_map(|(slot, entry)| {
+                let function = Arc::clone(&entry.as_ref()?.function);
+                Some((Bdf { slot }, function))
+            })
+            .collect()
+    }
+
+    /// How often the guest programmed a BAR to where it cannot answer.
+    pub fn unmapped_bars(&self) -> u64 {
+        self.unmapped_bars.load(Ordering::Relaxed)
+    }
+
+    /// Reads configuration space of any length at any offset.
+    pub(super) fn config_read(&self, slot: u8, offset: u16, data: &mut [u8]) {
+        let end = u64::from(offset) + data.len() as u64;
+        let Some(entry) = self.slot(slot).filter(|_| end <= CONFIG_BYTES) else {
+            data.fill(0xff);
+            return;
+        };
+        let mut at = 0;
+        while at < data.len() {
+            let piece = aligned_piece(offset + at as u16, data.len() - at);
+            let part = &mut data[at..at + piece];
+            entry.function.config_read(offset + at as u16, part);
+            at += piece;
+        }
+    }
+
+    /// Writes configuration space of any length at any offset.
+    pub(super) fn config_write(&self, slot: u8, offset: u16, data: &[u8]) {
+        let end = u64::from(offset) + data.len() as u64;
+        let Some(entry) = self.slot(slot).filter(|_| end <= CONFIG_BYTES) else {
+            return;
+        };
+        let mut at = 0;
+        let mut moved = false;
+        while at < data.len() {
+            let piece = aligned_piece(offset + at as u16, data.len() - at);
+            let part = &data[at..at + piece];
+            moved |= entry.function.config_write(offset + at as u16, part);
+            at += piece;
+        }
+        if moved {
+            self.remap(&entry);
+        }
+    }
+
+    fn slot(&self, slot: u8) -> Option<Arc<Slot>> {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        slots.get(usize::from(slot))?.clone()
+    }
+
+    fn place_bars(&self, function: &dyn PciFunction) -> Result<Vec<RangeInclusive>, PciError> {
+        let mut windows = lock(&self.windows);
+        let mut ranges = Vec::new();
+        for bar in function.bars() {
+            match windows.allocate(function.id(), &bar) {
+                Ok(range) => {
+                    function.set_bar_address(bar.index, range.start());
+                    ranges.push(range);
+                }
+                Err(error) => {
+                    ranges.iter().for_each(|range| windows.free(range));
+                    return Err(error);
+                }
+            }
+        }
+        Ok(ranges)
+    }
+
+    fn remap(&self, entry: &Slot) {
+        // Without the MMIO bus the machine is being taken apart.
+        let Some(mmio) = self.mmio.upgrade() else {
+            return;
+        };
+        let mut mappings = lock(&entry.mappings);
+        let windows = lock(&self.windows);
+        let refused = mappings.update(&entry.function, &self.fabric(&mmio, &windows));
+        self.unmapped_bars.fetch_add(refused, Ordering::Relaxed);
+    }
+
+    fn fabric<'a>(&'a self, mmio: &'a Bus, windows: &'a MemoryWindows) -> Fabric<'a> {
+        Fabric {
+            mmio,
+            doorbells: self.doorbells.as_ref(),
+            windows,
+        }
+    }
+}
+
+/// The longest piece of 1, 2 or 4 bytes that is naturally aligned.
+fn aligned_piece(offset: u16, left: usize) -> usize {
+    match (offset % 4, left) {
+        (0, 4..) => 4,
+        (0 | 2, 2..) => 2,
+        _ => 1,
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,267 @@
+//! The bus as a guest sees it, through both ways into configuration space.
+
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::super::fake::{BAR_BYTES, DOORBELL_OFFSET, FakeDoorbells, FakeFunction};
+use super::super::{CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, ECAM_BYTES, Ecam};
+use super::*;
+
+const ECAM_BASE: u64 = 0xe800_0000;
+const MMIO64_BASE: u64 = 0x1_0000_0000;
+const MMIO64_END: u64 = 0x2_0000_0000;
+
+struct Guest {
+    mmio: Arc<Bus>,
+    ports: Bus,
+    pci: Arc<PciBus>,
+    doorbells: Arc<FakeDoorbells>,
+}
+
+impl Guest {
+    fn new() -> Self {
+        let mmio = Arc::new(Bus::new());
+        let ports = Bus::new();
+        let doorbells = Arc::new(FakeDoorbells::default());
+        let windows =
+            MemoryWindows::new(0xc000_0000..0xe800_0000, MMIO64_BASE..MMIO64_END).unwrap();
+        let pci = Arc::new(PciBus::new(&mmio, windows, doorbells.clone()));
+        mmio.insert(ECAM_BASE, ECAM_BYTES, Arc::new(Ecam::new(&pci)))
+            .unwrap();
+        let config_ports = Arc::new(ConfigPorts::new(pci.clone()));
+        ports
+            .insert(CONFIG_PORT_BASE, CONFIG_PORT_BYTES, config_ports)
+            .unwrap();
+        Self {
+            mmio,
+            ports,
+            pci,
+            doorbells,
+        }
+    }
+
+    fn ecam_read(&self, slot: u8, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        self.mmio
+            .read(ECAM_BASE + (u64::from(slot) << 15) + offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn ecam_write(&self, slot: u8, offset: u64, value: u32) {
+        let address = ECAM_BASE + (u64::from(slot) << 15) + offset;
+        self.mmio.write(address, &value.to_le_bytes());
+    }
+
+    fn doorbells(&self) -> Vec<u64> {
+        let addresses = self.doorbells.addresses.lock().unwrap();
+        addresses.iter().copied().collect()
+    }
+}
+
+#[test]
+fn host_bridge_is_at_slot_zero() {
+    let guest = Guest::new();
+    assert_eq!(guest.ecam_read(0, 0), 0x0d57_8086);
+    assert_eq!(guest.ecam_read(0, 8), 0x0600_0000);
+    assert_eq!(guest.ecam_read(1, 0), 0xffff_ffff);
+    // Function 1 of slot 0.
+    assert_eq!(guest.ecam_read(0, 0x1000), 0xffff_ffff);
+}
+
+#[test]
+fn slots_are_given_out_in_order_or_as_asked() {
+    let guest = Guest::new();
+    let add = |slot| guest.pci.add(Arc::new(FakeFunction::new("_f")), slot);
+    assert_eq!(add(None).unwrap().to_string(), "0000:00:01.0");
+    assert_eq!(add(Some(3)).unwrap().to_string(), "0000:00:03.0");
+    assert_eq!(add(None).unwrap().slot(), 2);
+    assert_eq!(add(None).unwrap().slot(), 4);
+    assert_eq!(add(Some(31)).unwrap().to_string(), "0000:00:1f.0");
+    assert!(matches!(add(Some(3)), Err(PciError::SlotInUse(3))));
+    assert!(matches!(add(Some(0)), Err(PciError::SlotOutOfRange(0))));
+    assert!(matches!(add(Some(32)), Err(PciError::SlotOutOfRange(32))));
+    while let Ok(bdf) = add(None) {
+        assert!(bdf.slot() < 31);
+    }
+    assert!(matches!(add(None), Err(PciError::BusFull)));
+    assert_eq!(guest.pci.functions().len(), 32);
+}
+
+#[test]
+fn config_ports_reach_a_function_only_when_enabled() {
+    let guest = Guest::new();
+    guest
+        .pci
+        .add(Arc::new(FakeFunction::new("_f")), Some(2))
+        .unwrap();
+    let select = |value: u32| guest.ports.write(0xcf8, &value.to_le_bytes());
+    let read = |port: u64, bytes: usize| {
+        let mut data = vec![0; bytes];
+        guest.ports.read(port, &mut data);
+        data
+    };
+    select(0x8000_1000);
+    assert_eq!(read(0xcf8, 4), 0x8000_1000_u32.to_le_bytes());
+    assert_eq!(read(0xcfc, 4), [0xf4, 0x1a, 0x45, 0x10]);
+    assert_eq!(read(0xcfe, 2), [0x45, 0x10]);
+    assert_eq!(read(0xcff, 1), [0x10]);
+    // Bus 1, function 1, not enabled.
+    for address in [0x8001_1000, 0x8000_1100, 0x0000_1000] {
+        select(address);
+        assert_eq!(read(0xcfc, 4), [0xff; 4], "{address:#x}");
+    }
+}
+
+#[test]
+fn byte_write_to_the_address_register_changes_that_byte() {
+    // Linux's probe: outb(1, 0xcfb), then the register must still be usable.
+    let guest = Guest::new();
+    guest.ports.write(0xcfb, &[0x01]);
+    let mut data = [0; 4];
+    guest.ports.read(0xcf8, &mut data);
+    assert_eq!(data, [0, 0, 0, 1]);
+    guest.ports.write(0xcf8, &0x8000_0000_u32.to_le_bytes());
+    guest.ports.read(0xcf8, &mut data);
+    assert_eq!(data, [0, 0, 0, 0x80]);
+}
+
+#[test]
+fn odd_accesses_are_cut_into_aligned_pieces() {
+    let guest = Guest::new();
+    let function = Arc::new(FakeFunction::new("_f"));
+    guest.pci.add(function.clone(), Some(1)).unwrap();
+    let mut data = [0; 7];
+    guest.mmio.read(ECAM_BASE + 0x8001, &mut data);
+    assert_eq!(data[..3], [0x1a, 0x45, 0x10]);
+    let accesses = &function.registers.lock().unwrap().config_accesses;
+    assert_eq!(*accesses, [(1, 1), (2, 2), (4, 4)]);
+}
+
+#[test]
+fn access_across_the_end_of_a_function_reads_ones() {
+    let guest = Guest::new();
+    let function = Arc::new(FakeFunction::new("_f"));
+    guest.pci.add(function.clone(), Some(1)).unwrap();
+    let mut data = [0; 4];
+    guest.mmio.read(ECAM_BASE + 0x8ffe, &mut data);
+    assert_eq!(data, [0xff; 4]);
+    assert!(
+        function
+            .registers
+            .lock()
+            .unwrap()
+            .config_accesses
+            .is_empty()
+    );
+}
+
+#[test]
+fn bar_answers_where_it_is_decoded_and_takes_its_doorbell_along() {
+    let guest = Guest::new();
+    let function = Arc::new(FakeFunction::new("_f"));
+    guest.pci.add(function.clone(), Some(1)).unwrap();
+    assert_eq!(guest.ecam_read(1, 0x14), 1);
+    assert!(guest.doorbells().is_empty());
+
+    guest.ecam_write(1, 4, 2);
+    let mut data = [0; 2];
+    guest.mmio.read(MMIO64_BASE + 0x42, &mut data);
+    assert_eq!(data, [0x42; 2]);
+    assert_eq!(guest.doorbells(), [MMIO64_BASE + DOORBELL_OFFSET]);
+    guest.mmio.write(MMIO64_BASE + 1, &[7]);
+    assert_eq!(
+        function.registers.lock().unwrap().bar_writes,
+        [(1, vec![7])]
+    );
+
+    guest.ecam_write(1, 0x10, 0x10_0000);
+    guest.mmio.read(MMIO64_BASE + 0x42, &mut data);
+    assert_eq!(data, [0xff; 2]);
+    guest.mmio.read(MMIO64_BASE + 0x10_0042, &mut data);
+    assert_eq!(data, [0x42; 2]);
+    assert_eq!(
+        guest.doorbells(),
+        [MMIO64_BASE + 0x10_0000 + DOORBELL_OFFSET]
+    );
+
+    guest.ecam_write(1, 4, 0);
+    guest.mmio.read(MMIO64_BASE + 0x10_0042, &mut data);
+    assert_eq!(data, [0xff; 2]);
+    assert!(guest.doorbells().is_empty());
+}
+
+#[test]
+fn bar_outside_the_windows_or_over_another_does_not_answer() {
+    let guest = Guest::new();
+    for slot in [1, 2] {
+        let function = Arc::new(FakeFunction::new("_f"));
+        guest.pci.add(function, Some(slot)).unwrap();
+        guest.ecam_write(slot, 4, 2);
+    }
+    assert_eq!(guest.doorbells().len(), 2);
+    // Over the other BAR.
+    guest.ecam_write(2, 0x10, 0);
+    assert_eq!(guest.doorbells(), [MMIO64_BASE + DOORBELL_OFFSET]);
+    assert_eq!(guest.pci.unmapped_bars(), 1);
+    // Onto the configuration space, then into RAM.
+    guest.ecam_write(2, 0x14, 0);
+    guest.ecam_write(2, 0x10, ECAM_BASE as u32);
+    assert_eq!(guest.doorbells().len(), 1);
+    assert_eq!(guest.ecam_read(0, 0), 0x0d57_8086);
+    // And back.
+    guest.ecam_write(2, 0x10, BAR_BYTES as u32);
+    guest.ecam_write(2, 0x14, 1);
+    assert_eq!(guest.doorbells().len(), 2);
+}
+
+#[test]
+fn removed_function_leaves_slot_addresses_and_doorbells() {
+    let guest = Guest::new();
+    let bdf = guest
+        .pci
+        .add(Arc::new(FakeFunction::new("_f")), None)
+        .unwrap();
+    guest.ecam_write(1, 4, 2);
+    assert_eq!(guest.pci.remove(bdf).unwrap().id(), "_f");
+    assert!(guest.pci.remove(bdf).is_none());
+    assert!(guest.doorbells().is_empty());
+    assert_eq!(guest.ecam_read(1, 0), 0xffff_ffff);
+    let function = Arc::new(FakeFunction::new("_g"));
+    guest.pci.add(function.clone(), None).unwrap();
+    assert_eq!(function.bars()[0].address, MMIO64_BASE);
+}
+
+#[test]
+fn dropped_machine_leaves_no_cycle() {
+    let guest = Guest::new();
+    let function = Arc::new(FakeFunction::new("_f"));
+    guest.pci.add(function.clone(), None).unwrap();
+    guest.ecam_write(1, 4, 2);
+    drop(guest);
+    assert_eq!(Arc::strong_count(&function), 1);
+}
+
+proptest! {
+    #[test]
+    fn random_accesses_never_panic(
+        accesses in prop::collection::vec(
+            (0u64..(1 << 17), 0u64..8, prop::collection::vec(any::<u8>(), 0..9), any::<bool>()),
+            0..100,
+        )
+    ) {
+        let guest = Guest::new();
+        guest.pci.add(Arc::new(FakeFunction::new("_f")), Some(1)).unwrap();
+        guest.pci.add(Arc::new(FakeFunction::new("_g")), Some(2)).unwrap();
+        for (offset, port, mut data, is_write) in accesses {
+            if is_write {
+                guest.ports.write(CONFIG_PORT_BASE + port, &data);
+                guest.mmio.write(ECAM_BASE + offset, &data);
+                guest.mmio.write(ECAM_BASE + 0x8000 + offset % 0x20, &data);
+            } else {
+                guest.ports.read(CONFIG_PORT_BASE + port, &mut data);
+                guest.mmio.read(ECAM_BASE + offset, &mut data);
+            }
+        }
+    }
+}

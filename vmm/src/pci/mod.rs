@@ -1,0 +1,135 @@
+//! The PCI bus: one segment, one bus of 32 slots, one function each.
+//!
+//! ```text
+//!  port 0xcf8/0xcfc ─ ConfigPorts ─┐
+//!                                  ├─► PciBus ─ slots ─► PciFunction
+//!  0xe800_0000 ────── Ecam ────────┘     │ BARs moved: remap
+//!                                        └─► MMIO bus + doorbells (ioeventfd)
+//! ```
+//!
+//! What a function is stands in [`virtio_devices::pci`]; here is what a host
+//! bridge and its firmware do: answer configuration cycles (PCI 3.0 §3.2.2.3.2,
+//! PCI Express 3.0 §7.2.2), place BARs and forward memory accesses to them.
+
+mod bars;
+mod bus;
+mod config_access;
+mod host_bridge;
+mod windows;
+
+#[cfg(test)]
+mod fake;
+
+use std::fmt;
+use std::io;
+
+use vmm_sys_util::eventfd::EventFd;
+
+pub use bus::PciBus;
+pub use config_access::{CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, ECAM_BYTES, Ecam};
+pub use host_bridge::HostBridge;
+pub use windows::MemoryWindows;
+
+use crate::bus::BusError;
+
+/// Slots of the bus; slot 0 is the host bridge's.
+pub const SLOT_COUNT: u8 = 32;
+
+/// Where a function sits, shown as `0000:00:05.0`. Segment, bus and function
+/// number are always zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Bdf {
+    slot: u8,
+}
+
+impl Bdf {
+    /// The device number, below [`SLOT_COUNT`].
+    #[must_use]
+    pub fn slot(self) -> u8 {
+        self.slot
+    }
+}
+
+impl fmt::Display for Bdf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "0000:00:{:02x}.0", self.slot)
+    }
+}
+
+/// Registers doorbells with the hypervisor: guest writes to an address ring an
+/// eventfd without leaving the kernel.
+pub trait DoorbellBackend: Send + Sync {
+    /// A write of any width to `address` rings `event` from now on.
+    ///
+    /// # Errors
+    /// The host refused, e.g. because it has too many.
+    fn register_doorbell(&self, address: u64, event: &EventFd) -> io::Result<()>;
+    /// Undoes [`DoorbellBackend::register_doorbell`].
+    ///
+    /// # Errors
+    /// It was not registered.
+    fn unregister_doorbell(&self, address: u64, event: &EventFd) -> io::Result<()>;
+}
+
+impl DoorbellBackend for hypervisor::Vm {
+    fn register_doorbell(&self, address: u64, event: &EventFd) -> io::Result<()> {
+        self.register_ioeventfd(event, hypervisor::IoAddress::Mmio(address), None)
+            .map_err(io::Error::other)
+    }
+
+    fn unregister_doorbell(&self, address: u64, event: &EventFd) -> io::Result<()> {
+        self.unregister_ioeventfd(event, hypervisor::IoAddress::Mmio(address), None)
+            .map_err(io::Error::other)
+    }
+}
+
+/// Why a function cannot be put on the bus.
+#[derive(Debug, thiserror::Error)]
+pub enum PciError {
+    /// The wanted device number is 0 (host bridge) or not below 32.
+    #[error("PCI device number {0} is not between 1 and 31")]
+    SlotOutOfRange(u8),
+    /// The wanted device number is taken.
+    #[error("PCI device number {0} is already in use")]
+    SlotInUse(u8),
+    /// All 31 slots are taken.
+    #[error("No free PCI device number: all 31 are in use")]
+    BusFull,
+    /// A BAR's size is no power of two of at least 16 bytes.
+    #[error("BAR {index} of {id} cannot have a size of {bytes} bytes")]
+    BarSize {
+        /// The function.
+        id: String,
+        /// BAR number.
+        index: u8,
+        /// What it asked for.
+        bytes: u64,
+    },
+    /// No room for a BAR.
+    #[error("No room for BAR {index} of {id} ({bytes} bytes)")]
+    NoAddressSpace {
+        /// The function.
+        id: String,
+        /// BAR number.
+        index: u8,
+        /// What it asked for.
+        bytes: u64,
+        /// What the allocator said.
+        #[source]
+        source: vm_allocator::Error,
+    },
+    /// An address window is empty or wraps around.
+    #[error("PCI memory window {base:#x}+{bytes:#x} is not usable")]
+    Window {
+        /// Start.
+        base: u64,
+        /// Length.
+        bytes: u64,
+        /// What the allocator said.
+        #[source]
+        source: vm_allocator::Error,
+    },
+    /// A register window of the bus itself collides with something.
+    #[error("Cannot place the PCI configuration space")]
+    Place(#[from] BusError),
+}

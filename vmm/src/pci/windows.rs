@@ -1,0 +1,168 @@
+//! The address ranges the host bridge forwards to PCI, and who got which part.
+//!
+//! Firmware's part of the work: there is none between us and a directly booted
+//! kernel, so BARs are placed here before the guest runs.
+
+use std::ops::Range;
+
+use virtio_devices::pci::Bar;
+use vm_allocator::{AddressAllocator, AllocPolicy, RangeInclusive};
+
+use super::PciError;
+
+/// BARs share no page, so that the guest can map each on its own.
+const BAR_ALIGNMENT_MIN: u64 = 0x1000;
+/// The smallest memory BAR there is (PCI 3.0 §6.2.5.1).
+const BAR_BYTES_MIN: u64 = 16;
+
+/// The 32-bit and the 64-bit window of the bus.
+#[derive(Debug)]
+pub struct MemoryWindows {
+    mmio32: Window,
+    mmio64: Window,
+}
+
+#[derive(Debug)]
+struct Window {
+    range: Range<u64>,
+    allocator: AddressAllocator,
+}
+
+impl Window {
+    fn new(range: Range<u64>) -> Result<Self, PciError> {
+        let base = range.start;
+        let bytes = range.end.saturating_sub(range.start);
+        let allocator = AddressAllocator::new(base, bytes).map_err(|source| PciError::Window {
+            base,
+            bytes,
+            source,
+        })?;
+        Ok(Self { range, allocator })
+    }
+}
+
+impl MemoryWindows {
+    /// Windows over these guest physical addresses: `mmio32` below 4 GiB,
+    /// `mmio64` above all RAM.
+    ///
+    /// # Errors
+    /// A window is empty.
+    pub fn new(mmio32: Range<u64>, mmio64: Range<u64>) -> Result<Self, PciError> {
+        Ok(Self {
+            mmio32: Window::new(mmio32)?,
+            mmio64: Window::new(mmio64)?,
+        })
+    }
+
+    /// Takes room for a BAR of function `id`.
+    ///
+    /// # Errors
+    /// The size is impossible or there is no room.
+    pub(super) fn allocate(&mut self, id: &str, bar: &Bar) -> Result<RangeInclusive, PciError> {
+        let bytes = bar.size_bytes;
+        if !bytes.is_power_of_two() || bytes < BAR_BYTES_MIN {
+            return Err(PciError::BarSize {
+                id: id.to_owned(),
+                index: bar.index,
+                bytes,
+            });
+        }
+        let window = if bar.is_64bit {
+            &mut self.mmio64
+        } else {
+            &mut self.mmio32
+        };
+        window
+            .allocator
+            .allocate(bytes, bytes.max(BAR_ALIGNMENT_MIN), AllocPolicy::FirstMatch)
+            .map_err(|source| PciError::NoAddressSpace {
+                id: id.to_owned(),
+                index: bar.index,
+                bytes,
+                source,
+            })
+    }
+
+    /// Gives back what [`MemoryWindows::allocate`] returned.
+    pub(super) fn free(&mut self, range: &RangeInclusive) {
+        let window = if self.mmio32.range.contains(&range.start()) {
+            &mut self.mmio32
+        } else {
+            &mut self.mmio64
+        };
+        if let Err(error) = window.allocator.free(range) {
+            log::error!(
+                "PCI address {:#x} was not allocated: {error}",
+                range.start()
+            );
+        }
+    }
+
+    /// Whether the host bridge forwards this range, which is all that a guest
+    /// can make a BAR answer at.
+    pub(super) fn forwards(&self, address: u64, bytes: u64) -> bool {
+        let Some(end) = address.checked_add(bytes) else {
+            return false;
+        };
+        [&self.mmio32, &self.mmio64]
+            .iter()
+            .any(|window| window.range.start <= address && end <= window.range.end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bar(size_bytes: u64, is_64bit: bool) -> Bar {
+        Bar {
+            index: 0,
+            size_bytes,
+            is_64bit,
+            address: 0,
+            decoded: false,
+        }
+    }
+
+    fn windows() -> MemoryWindows {
+        MemoryWindows::new(0xc000_0000..0xe800_0000, 0x1_0000_0000..0x2_0000_0000).unwrap()
+    }
+
+    #[test]
+    fn bars_go_to_the_window_of_their_width_naturally_aligned() {
+        let mut windows = windows();
+        let small = windows.allocate("_a", &bar(0x1000, true)).unwrap();
+        let large = windows.allocate("_b", &bar(0x8_0000, true)).unwrap();
+        let low = windows.allocate("_c", &bar(16, false)).unwrap();
+        assert_eq!(small.start(), 0x1_0000_0000);
+        assert_eq!(large.start(), 0x1_0008_0000);
+        assert_eq!(low.start(), 0xc000_0000);
+        windows.free(&large);
+        assert_eq!(windows.allocate("_b", &bar(0x8_0000, true)).unwrap(), large);
+    }
+
+    #[test]
+    fn impossible_bars_are_refused() {
+        let mut windows = windows();
+        for bytes in [0, 8, 0x1800] {
+            assert!(matches!(
+                windows.allocate("_a", &bar(bytes, true)),
+                Err(PciError::BarSize { .. })
+            ));
+        }
+        assert!(matches!(
+            windows.allocate("_a", &bar(1 << 40, true)),
+            Err(PciError::NoAddressSpace { .. })
+        ));
+    }
+
+    #[test]
+    fn only_ranges_inside_one_window_are_forwarded() {
+        let windows = windows();
+        assert!(windows.forwards(0xc000_0000, 0x1000));
+        assert!(windows.forwards(0x1_ffff_f000, 0x1000));
+        assert!(!windows.forwards(0x1_ffff_f000, 0x1001));
+        assert!(!windows.forwards(0, 0x1000));
+        assert!(!windows.forwards(u64::MAX, 2));
+    }
+}
