@@ -24,8 +24,6 @@ use crate::bus::BusDevice;
 
 /// Pins of the I/O APIC, GSI 0–23.
 pub const IOAPIC_PIN_COUNT: u8 = 24;
-/// Size of its register window in bytes.
-pub const IOAPIC_BYTES: u64 = 0x1000;
 
 // Registers in the window.
 const IOREGSEL: u64 = 0x00;
@@ -430,7 +428,7 @@ mod tests {
         #[test]
         fn random_accesses_never_panic(
             accesses in prop::collection::vec(
-                (0u64..IOAPIC_BYTES, prop::collection::vec(any::<u8>(), 0..9), any::<bool>(), any::<u8>()),
+                (0u64..0x1000, prop::collection::vec(any::<u8>(), 0..9), any::<bool>(), any::<u8>()),
                 0..200,
             )
         ) {

@@ -76,7 +76,7 @@ pub const KVM_IDENTITY_MAP_START: u64 = KVM_TSS_START + 3 * PAGE_BYTES;
 /// I/O APIC registers.
 pub const IOAPIC_START: u64 = 0xfec0_0000;
 /// Size of the I/O APIC's registers.
-pub const IOAPIC_BYTES: u64 = 0x20;
+pub const IOAPIC_BYTES: u64 = PAGE_BYTES;
 /// Local APIC registers.
 pub const APIC_START: u64 = 0xfee0_0000;
 /// RAM that did not fit below [`MEM_32BIT_DEVICES_START`].
