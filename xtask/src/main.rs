@@ -1,1 +1,50 @@
-fn main() {}
+//! The project's own commands: `cargo xtask …`.
+//!
+//! Each command does its own set-up on a fresh Debian machine with Rust, packages included,
+//! and says what it installs and why.
+
+mod apt;
+mod guest;
+mod paths;
+mod testbed;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Debug, Parser)]
+#[command(
+    name = "cargo xtask",
+    about = "Build, test and demonstrate this project"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// The kernel and the initramfs of test guests
+    #[command(subcommand)]
+    Guest(GuestCommand),
+    /// A host whose KVM boots Linux, real or emulated
+    #[command(subcommand)]
+    Testbed(testbed::Command),
+}
+
+#[derive(Debug, Subcommand)]
+enum GuestCommand {
+    /// Build target/guest/{stock/vmlinux,stock/bzImage,initramfs.cpio.gz}
+    Build,
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Guest(GuestCommand::Build) => guest::build().map(|_| ExitCode::SUCCESS),
+        Command::Testbed(command) => testbed::run(command),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

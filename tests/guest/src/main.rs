@@ -1,0 +1,35 @@
+//! The static program inside test guests and inside the testbed's outer machine.
+//!
+//! As process 1 it is the init of one of the two, told apart by [`outer::PLAN_ARGV`], which
+//! only the outer machine's initramfs has. Under the name `guest-mem` it is the tool that
+//! allocates, frees and verifies memory for a test.
+
+mod cmdline;
+mod disk;
+mod init;
+mod mem;
+mod outer;
+mod pattern;
+mod serve;
+mod size;
+mod sys;
+mod tool;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    if std::process::id() == 1 {
+        if std::path::Path::new(outer::PLAN_ARGV).exists() {
+            outer::main();
+        }
+        init::main();
+    }
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match tool::run(&args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("guest-mem: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,328 @@
+//! Process 1 of the testbed's outer machine: runs one command on a root that looks like the
+//! host's, and hands its output and status back.
+//!
+//! ```text
+//! 9p "root" (the host's /, read-only) ─┐
+//! tmpfs ──────────────────────────────┴─ overlay = / : everything readable, writes are lost
+//!   /guest  links to kernels and initramfs      /share  9p "share", read-write
+//!   /opt/vmm/bin  our binaries, copied to memory, first in PATH
+//! COMMAND ── pipe ── this process ── virtio port "testbed.stdout" / "testbed.stderr"
+//!                                  └ virtio port "testbed.status": "start SECONDS", "exit N"
+//! ```
+//!
+//! The command writes to pipes and not to the ports themselves, because a port can be opened
+//! once only and scripts reopen /dev/stdout.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::sys;
+
+/// The command and its arguments, NUL-separated. Only the outer machine's initramfs has it.
+pub(crate) const PLAN_ARGV: &str = "/testbed/argv";
+/// Its environment as NUL-separated `KEY=VALUE`.
+const PLAN_ENV: &str = "/testbed/env";
+/// Its working directory.
+const PLAN_CWD: &str = "/testbed/cwd";
+/// Files to be copied into [`BIN_DIR`], NUL-separated paths of the host.
+const PLAN_BINS: &str = "/testbed/bins";
+/// What `/guest` links to, NUL-separated `NAME=PATH`.
+const PLAN_GUEST: &str = "/testbed/guest";
+
+const ROOT: &str = "/newroot";
+const BIN_DIR: &str = "/opt/vmm/bin";
+
+/// Bytes moved from a pipe to a port at once.
+const PUMP_BYTES: usize = 64 * 1024;
+/// How long a poll waits for output before it looks whether the command has ended.
+const POLL_MS: i32 = 20;
+
+/// Never returns: process 1 must not end.
+pub(crate) fn main() -> ! {
+    let status = match prepare_and_run() {
+        Ok(status) => status,
+        Err(error) => {
+            // The kernel console is shown by the host when no status arrives.
+            println!("testbed: {error}");
+            finish();
+        }
+    };
+    if let Err(error) = say(&format!("exit {status}")) {
+        println!("testbed: telling the status: {error}");
+    }
+    finish();
+}
+
+fn prepare_and_run() -> io::Result<i32> {
+    for (source, target, kind) in [
+        ("proc", "/proc", "proc"),
+        ("sysfs", "/sys", "sysfs"),
+        ("devtmpfs", "/dev", "devtmpfs"),
+    ] {
+        step(target, sys::mount(source, target, kind, 0, ""))?;
+    }
+    let plan = Plan::read()?;
+    build_root()?;
+    fill_root(&plan)?;
+    let [stdout, stderr] = ["testbed.stdout", "testbed.stderr"].map(open_port);
+    let (stdout, stderr) = (stdout?, stderr?);
+    step("chroot", sys::chroot(ROOT))?;
+    environment_for_kvm()?;
+    say(&format!("start {}", uptime()))?;
+    run(&plan, stdout, stderr)
+}
+
+/// Names the step in the error, so that the one line on the console is enough.
+fn step<T>(what: &str, result: io::Result<T>) -> io::Result<T> {
+    result.map_err(|error| io::Error::new(error.kind(), format!("{what}: {error}")))
+}
+
+/// What the host wants to be run.
+#[derive(Debug)]
+struct Plan {
+    argv: Vec<String>,
+    env: Vec<String>,
+    cwd: String,
+    bins: Vec<String>,
+    guest: Vec<String>,
+}
+
+impl Plan {
+    fn read() -> io::Result<Self> {
+        let list = |path: &str| -> io::Result<Vec<String>> {
+            let text = step(path, fs::read_to_string(path))?;
+            Ok(text.split_terminator('\0').map(str::to_string).collect())
+        };
+        Ok(Self {
+            argv: list(PLAN_ARGV)?,
+            env: list(PLAN_ENV)?,
+            cwd: step(PLAN_CWD, fs::read_to_string(PLAN_CWD))?,
+            bins: list(PLAN_BINS)?,
+            guest: list(PLAN_GUEST)?,
+        })
+    }
+}
+
+/// Puts a throw-away writable layer over the host's root and moves the kernel's file systems in.
+fn build_root() -> io::Result<()> {
+    let ninep = "trans=virtio,version=9p2000.L,cache=loose,msize=524288";
+    step(
+        "9p root",
+        sys::mount("root", "/lower", "9p", libc::MS_RDONLY, ninep),
+    )?;
+    step(
+        "tmpfs",
+        sys::mount("tmpfs", "/layer", "tmpfs", 0, "size=90%"),
+    )?;
+    fs::create_dir_all("/layer/upper")?;
+    fs::create_dir_all("/layer/work")?;
+    let layers = "lowerdir=/lower,upperdir=/layer/upper,workdir=/layer/work";
+    step("overlay", sys::mount("overlay", ROOT, "overlay", 0, layers))?;
+    for (source, path, kind) in [
+        ("proc", "/proc", "proc"),
+        ("sysfs", "/sys", "sysfs"),
+        ("devtmpfs", "/dev", "devtmpfs"),
+        ("devpts", "/dev/pts", "devpts"),
+        ("tmpfs", "/dev/shm", "tmpfs"),
+        ("tmpfs", "/run", "tmpfs"),
+        ("cgroup2", "/sys/fs/cgroup", "cgroup2"),
+        ("debugfs", "/sys/kernel/debug", "debugfs"),
+    ] {
+        step(
+            path,
+            sys::mount(source, &format!("{ROOT}{path}"), kind, 0, ""),
+        )?;
+    }
+    // Absent unless the host gave a directory to share.
+    if has_share() {
+        let ninep = "trans=virtio,version=9p2000.L,cache=mmap,msize=524288";
+        let target = format!("{ROOT}/share");
+        step("9p share", sys::mount("share", &target, "9p", 0, ninep))?;
+    }
+    Ok(())
+}
+
+fn has_share() -> bool {
+    let Ok(devices) = fs::read_dir("/sys/bus/virtio/drivers/9pnet_virtio") else {
+        return false;
+    };
+    devices.flatten().any(|device| {
+        fs::read_to_string(device.path().join("mount_tag"))
+            .is_ok_and(|tag| tag.trim_end_matches(['\0', '\n']) == "share")
+    })
+}
+
+fn fill_root(plan: &Plan) -> io::Result<()> {
+    let bin_dir = format!("{ROOT}{BIN_DIR}");
+    fs::create_dir_all(&bin_dir)?;
+    for bin in &plan.bins {
+        let name = Path::new(bin).file_name().unwrap_or_default();
+        let target = Path::new(&bin_dir).join(name);
+        step(bin, fs::copy(format!("/lower{bin}"), target))?;
+    }
+    fs::create_dir_all(format!("{ROOT}/guest"))?;
+    for link in &plan.guest {
+        if let Some((name, path)) = link.split_once('=') {
+            step(
+                name,
+                std::os::unix::fs::symlink(path, format!("{ROOT}/guest/{name}")),
+            )?;
+        }
+    }
+    Ok(())
+}
+
+fn environment_for_kvm() -> io::Result<()> {
+    step("hostname", sys::set_hostname("testbed"))?;
+    step("loopback", sys::loopback_up())?;
+    // The host attaches a disk only as swap, and has written the header.
+    if Path::new("/dev/vda").exists() {
+        step("swapon", sys::swapon("/dev/vda"))?;
+    }
+    // Without the controllers turned on, no cgroup below the root can limit anything.
+    step(
+        "cgroup controllers",
+        fs::write(
+            "/sys/fs/cgroup/cgroup.subtree_control",
+            "+cpu +memory +pids +cpuset",
+        ),
+    )
+}
+
+/// Finds a virtio port by name; udev, which would make the link, does not run here.
+fn open_port(name: &str) -> io::Result<File> {
+    for port in step("virtio ports", fs::read_dir("/sys/class/virtio-ports"))?.flatten() {
+        let found = fs::read_to_string(port.path().join("name")).unwrap_or_default();
+        if found.trim_end() == name {
+            let device = Path::new("/dev").join(port.file_name());
+            return step(name, OpenOptions::new().write(true).open(device));
+        }
+    }
+    Err(io::Error::other(format!("no virtio port {name}")))
+}
+
+/// One line on the status port, which is opened anew each time.
+fn say(line: &str) -> io::Result<()> {
+    open_port("testbed.status")?.write_all(format!("{line}\n").as_bytes())
+}
+
+fn uptime() -> String {
+    let text = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    text.split(' ').next().unwrap_or("?").to_string()
+}
+
+fn run(plan: &Plan, stdout: File, stderr: File) -> io::Result<i32> {
+    let (program, args) = plan
+        .argv
+        .split_first()
+        .ok_or_else(|| io::Error::other("no command"))?;
+    let mut command = Command::new(program);
+    command.args(args).env_clear().process_group(0);
+    for pair in &plan.env {
+        if let Some((key, value)) = pair.split_once('=') {
+            command.env(key, value);
+        }
+    }
+    // std looks the program up in the child's PATH only if it was set on the command.
+    if Path::new(&plan.cwd).is_dir() {
+        command.current_dir(&plan.cwd);
+    }
+    command.stdin(Stdio::null());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut child = match command.spawn() {
+        Ok(child) => child,
+        Err(error) => {
+            let mut stderr = stderr;
+            stderr.write_all(format!("testbed: {program}: {error}\n").as_bytes())?;
+            // As a shell says it: 127 not found, 126 found but not executable.
+            return Ok(if error.kind() == io::ErrorKind::NotFound {
+                127
+            } else {
+                126
+            });
+        }
+    };
+    let from = (child.stdout.take(), child.stderr.take());
+    drop(command);
+    let pid = child.id();
+    let mut out = Stream::new(from.0, stdout)?;
+    let mut err = Stream::new(from.1, stderr)?;
+    let mut status = None;
+    while status.is_none() {
+        pump(&mut out, &mut err, POLL_MS)?;
+        while let Some((ended, code)) = sys::reap_one() {
+            if ended == pid {
+                status = Some(code);
+            }
+        }
+        if out.from.is_none() && err.from.is_none() && status.is_none() {
+            status = Some(sys::reap_until(pid));
+        }
+    }
+    // What the command left running ends with it, which closes the pipes.
+    sys::kill_all();
+    while out.from.is_some() || err.from.is_some() {
+        pump(&mut out, &mut err, -1)?;
+    }
+    Ok(status.unwrap_or(-1))
+}
+
+/// One direction of output.
+#[derive(Debug)]
+struct Stream<R> {
+    /// None once the last writer has closed.
+    from: Option<R>,
+    to: File,
+}
+
+impl<R: io::Read + AsRawFd> Stream<R> {
+    fn new(from: Option<R>, to: File) -> io::Result<Self> {
+        if let Some(from) = &from {
+            sys::set_nonblocking(from)?;
+        }
+        Ok(Self { from, to })
+    }
+
+    fn pollable(&self) -> Option<&dyn AsRawFd> {
+        self.from.as_ref().map(|from| from as &dyn AsRawFd)
+    }
+
+    fn copy_once(&mut self) -> io::Result<()> {
+        let Some(from) = &mut self.from else {
+            return Ok(());
+        };
+        let mut buffer = [0; PUMP_BYTES];
+        match from.read(&mut buffer) {
+            Ok(0) => self.from = None,
+            Ok(count) => self.to.write_all(&buffer[..count])?,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+}
+
+fn pump<A, B>(out: &mut Stream<A>, err: &mut Stream<B>, timeout_ms: i32) -> io::Result<()>
+where
+    A: io::Read + AsRawFd,
+    B: io::Read + AsRawFd,
+{
+    let ready = sys::wait_readable(&[out.pollable(), err.pollable()], timeout_ms);
+    if ready[0] {
+        out.copy_once()?;
+    }
+    if ready[1] {
+        err.copy_once()?;
+    }
+    Ok(())
+}
+
+fn finish() -> ! {
+    let error = sys::end_machine(libc::RB_POWER_OFF);
+    println!("testbed: powering off: {error}");
+    sys::reap_for_ever()
+}

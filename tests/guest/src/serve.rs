@@ -1,0 +1,233 @@
+//! The line protocol by which a test on the host steers memory inside the guest.
+//!
+//! One command a line, one answer a line, `ok …` or `err …`:
+//!
+//! | Command | Answer |
+//! | --- | --- |
+//! | `ping` | `ok ping` |
+//! | `alloc BYTES [seed=N] [huge=default\|always\|never]` | `ok alloc ID BYTES bytes` |
+//! | `verify [ID]` | `ok verify BYTES bytes` |
+//! | `free [ID]` | `ok free BYTES bytes` |
+//! | `mem` | `ok mem total=… free=… available=…` (bytes) |
+//! | `disk-fill PATH BYTES SEED`, `disk-verify PATH BYTES SEED` | `ok disk-fill BYTES bytes` … |
+//! | `sh COMMAND…` | the command's output, then `ok sh STATUS` |
+//! | `exit` | `ok exit`, and the server ends |
+//!
+//! Without an ID `verify` and `free` mean every region.
+
+use std::collections::BTreeMap;
+use std::io::{self, BufRead, Write};
+use std::process::Command;
+
+use crate::disk;
+use crate::mem::{Region, Wish};
+use crate::size;
+use crate::sys::HugePages;
+
+/// Longest command accepted; a longer line is an error of the test.
+const LINE_BYTES_MAX: u64 = 64 * 1024;
+
+/// The regions a test holds, by the number it was told.
+#[derive(Debug, Default)]
+pub(crate) struct Server {
+    regions: BTreeMap<u64, Region>,
+    next_id: u64,
+}
+
+impl Server {
+    /// Serves until `exit` or the end of input.
+    pub(crate) fn run(
+        &mut self,
+        input: &mut dyn BufRead,
+        output: &mut dyn Write,
+    ) -> io::Result<()> {
+        loop {
+            let mut line = Vec::new();
+            let got = io::Read::take(&mut *input, LINE_BYTES_MAX).read_until(b'\n', &mut line)?;
+            if got == 0 {
+                return Ok(());
+            }
+            let line = String::from_utf8_lossy(&line);
+            let line = line.trim();
+            if line.is_empty() {
+                continue;
+            }
+            let answer = match self.command(line, output) {
+                Ok(answer) => format!("ok {answer}\n"),
+                Err(error) => format!("err {error}\n"),
+            };
+            output.write_all(answer.as_bytes())?;
+            output.flush()?;
+            if line == "exit" {
+                return Ok(());
+            }
+        }
+    }
+
+    fn command(&mut self, line: &str, output: &mut dyn Write) -> Result<String, String> {
+        let (verb, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
+        let words: Vec<&str> = rest.split_ascii_whitespace().collect();
+        match (verb, words.as_slice()) {
+            ("ping" | "exit", []) => Ok(verb.into()),
+            ("alloc", [bytes, options @ ..]) => self.alloc(wish(bytes, options)?),
+            ("verify", id) => {
+                let mut bytes = 0;
+                for key in self.chosen(id)? {
+                    let region = &self.regions[&key];
+                    region.verify().map_err(|e| format!("verify {key}: {e}"))?;
+                    bytes += region.bytes();
+                }
+                Ok(format!("verify {bytes} bytes"))
+            }
+            ("free", id) => {
+                let keys = self.chosen(id)?;
+                let freed = keys.iter().filter_map(|key| self.regions.remove(key));
+                let bytes: u64 = freed.map(|region| region.bytes()).sum();
+                Ok(format!("free {bytes} bytes"))
+            }
+            ("mem", []) => meminfo(),
+            ("disk-fill", [path, bytes, seed]) => {
+                let (bytes, seed) = (size::parse(bytes)?, size::parse(seed)?);
+                disk::fill(path, bytes, seed).map(|()| format!("disk-fill {bytes} bytes"))
+            }
+            ("disk-verify", [path, bytes, seed]) => {
+                let (bytes, seed) = (size::parse(bytes)?, size::parse(seed)?);
+                disk::verify(path, bytes, seed).map(|()| format!("disk-verify {bytes} bytes"))
+            }
+            ("sh", [_, ..]) => shell(rest, output),
+            _ => Err(format!("unknown command {line:?}")),
+        }
+    }
+
+    fn alloc(&mut self, wish: Wish) -> Result<String, String> {
+        let region = Region::new(wish)?;
+        let id = self.next_id;
+        self.next_id += 1;
+        self.regions.insert(id, region);
+        Ok(format!("alloc {id} {} bytes", wish.bytes))
+    }
+
+    fn chosen(&self, id: &[&str]) -> Result<Vec<u64>, String> {
+        match id {
+            [] => Ok(self.regions.keys().copied().collect()),
+            [id] => {
+                let id = id.parse().map_err(|_| format!("{id:?} is no region"))?;
+                if self.regions.contains_key(&id) {
+                    Ok(vec![id])
+                } else {
+                    Err(format!("no region {id}"))
+                }
+            }
+            _ => Err("one region at most".into()),
+        }
+    }
+}
+
+/// Reads `alloc`'s words.
+pub(crate) fn wish(bytes: &str, options: &[&str]) -> Result<Wish, String> {
+    let mut wish = Wish {
+        bytes: size::parse(bytes)?,
+        seed: None,
+        huge: HugePages::Default,
+    };
+    for option in options {
+        match option.split_once('=') {
+            Some(("seed", seed)) => wish.seed = Some(size::parse(seed)?),
+            Some(("huge", "default")) => wish.huge = HugePages::Default,
+            Some(("huge", "always")) => wish.huge = HugePages::Always,
+            Some(("huge", "never")) => wish.huge = HugePages::Never,
+            _ => return Err(format!("unknown option {option:?}")),
+        }
+    }
+    Ok(wish)
+}
+
+fn shell(script: &str, output: &mut dyn Write) -> Result<String, String> {
+    let done = Command::new("/bin/sh")
+        .args(["-c", script])
+        .output()
+        .map_err(|error| format!("starting /bin/sh: {error}"))?;
+    for text in [&done.stdout, &done.stderr] {
+        output.write_all(text).map_err(|error| error.to_string())?;
+    }
+    match done.status.code() {
+        Some(code) => Ok(format!("sh {code}")),
+        None => Ok("sh signal".into()),
+    }
+}
+
+fn meminfo() -> Result<String, String> {
+    let text = std::fs::read_to_string("/proc/meminfo").map_err(|error| error.to_string())?;
+    let field = |name: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+            .and_then(|rest| rest.split_ascii_whitespace().next()?.parse::<u64>().ok())
+            .map(|kib| kib * 1024)
+            .ok_or_else(|| format!("no {name} in /proc/meminfo"))
+    };
+    Ok(format!(
+        "mem total={} free={} available={}",
+        field("MemTotal")?,
+        field("MemFree")?,
+        field("MemAvailable")?
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn talk(input: &str) -> Vec<String> {
+        let mut output = Vec::new();
+        Server::default()
+            .run(&mut input.as_bytes(), &mut output)
+            .unwrap();
+        let text = String::from_utf8(output).unwrap();
+        text.lines().map(str::to_string).collect()
+    }
+
+    #[test]
+    fn server_allocates_verifies_and_frees() {
+        let answers =
+            talk("ping\nalloc 1M seed=5\nalloc 64K\r\nverify\nfree 0\nfree\nexit\nping\n");
+        assert_eq!(
+            answers,
+            [
+                "ok ping",
+                "ok alloc 0 1048576 bytes",
+                "ok alloc 1 65536 bytes",
+                "ok verify 1114112 bytes",
+                "ok free 1048576 bytes",
+                "ok free 65536 bytes",
+                "ok exit"
+            ]
+        );
+    }
+
+    #[test]
+    fn server_answers_nonsense_with_an_error() {
+        for line in [
+            "jump",
+            "alloc",
+            "alloc x",
+            "free 7",
+            "alloc 1M huge=maybe",
+            "alloc 0",
+        ] {
+            let answers = talk(line);
+            assert_eq!(answers.len(), 1);
+            assert!(answers[0].starts_with("err "), "{line}: {}", answers[0]);
+        }
+    }
+
+    #[test]
+    fn server_runs_shell_and_tells_its_status() {
+        assert_eq!(talk("sh echo hi; exit 3"), ["hi", "ok sh 3"]);
+    }
+
+    #[test]
+    fn server_tells_memory_in_bytes() {
+        let answers = talk("mem");
+        assert!(answers[0].starts_with("ok mem total="), "{}", answers[0]);
+    }
+}

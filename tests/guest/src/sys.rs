@@ -1,0 +1,297 @@
+//! The few system calls of an init that std does not offer, with their errors as `io::Error`.
+#![allow(unsafe_code)]
+// UNSAFETY: mount, reboot, waitpid, chroot and ioctl have no safe wrapper in std.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::os::fd::AsRawFd as _;
+use std::ptr;
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+fn c_string(text: &str) -> io::Result<CString> {
+    CString::new(text).map_err(io::Error::other)
+}
+
+/// mount(2) after creating the mount point.
+pub(crate) fn mount(
+    source: &str,
+    target: &str,
+    kind: &str,
+    flags: libc::c_ulong,
+    data: &str,
+) -> io::Result<()> {
+    std::fs::create_dir_all(target).or_else(|error| {
+        // A file may be the target of a bind mount.
+        if std::path::Path::new(target).exists() {
+            Ok(())
+        } else {
+            Err(error)
+        }
+    })?;
+    let (source, target) = (c_string(source)?, c_string(target)?);
+    let (kind, data) = (c_string(kind)?, c_string(data)?);
+    // SAFETY: all four pointers are NUL-terminated strings that live until the call returns.
+    check(unsafe {
+        libc::mount(
+            source.as_ptr(),
+            target.as_ptr(),
+            kind.as_ptr(),
+            flags,
+            data.as_ptr().cast(),
+        )
+    })?;
+    Ok(())
+}
+
+/// chroot(2) into `path` and change to its root.
+pub(crate) fn chroot(path: &str) -> io::Result<()> {
+    let path = c_string(path)?;
+    // SAFETY: a NUL-terminated string that lives until the call returns.
+    check(unsafe { libc::chroot(path.as_ptr()) })?;
+    std::env::set_current_dir("/")
+}
+
+/// Writes dirty data out and ends the machine. Returns only if the kernel refuses.
+pub(crate) fn end_machine(how: libc::c_int) -> io::Error {
+    // SAFETY: both calls take no pointers.
+    unsafe {
+        libc::sync();
+        libc::reboot(how);
+    }
+    io::Error::last_os_error()
+}
+
+/// Reaps children until `pid` has ended and returns its status as a shell would say it.
+pub(crate) fn reap_until(pid: u32) -> i32 {
+    loop {
+        let mut status = 0;
+        // SAFETY: `status` is valid for writing during the call.
+        let ended = unsafe { libc::waitpid(-1, &raw mut status, 0) };
+        if ended < 0 && io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+            return -1;
+        }
+        if ended == pid.cast_signed() {
+            return shell_status(status);
+        }
+    }
+}
+
+/// Reaps one ended child without waiting: its process id and shell status.
+pub(crate) fn reap_one() -> Option<(u32, i32)> {
+    let mut status = 0;
+    // SAFETY: `status` is valid for writing during the call.
+    let ended = unsafe { libc::waitpid(-1, &raw mut status, libc::WNOHANG) };
+    (ended > 0).then(|| (ended.cast_unsigned(), shell_status(status)))
+}
+
+/// Reaps whatever ends, for ever.
+pub(crate) fn reap_for_ever() -> ! {
+    loop {
+        // SAFETY: waitpid accepts a null status pointer; pause takes nothing.
+        unsafe {
+            if libc::waitpid(-1, ptr::null_mut(), 0) < 0 {
+                // No child is left: one may still be handed over later.
+                libc::usleep(100_000);
+            }
+        }
+    }
+}
+
+fn shell_status(status: libc::c_int) -> i32 {
+    if libc::WIFSIGNALED(status) {
+        128 + libc::WTERMSIG(status)
+    } else {
+        libc::WEXITSTATUS(status)
+    }
+}
+
+/// Kills every process but this one.
+pub(crate) fn kill_all() {
+    // SAFETY: kill takes no pointers; -1 never includes the caller itself.
+    unsafe {
+        libc::kill(-1, libc::SIGKILL);
+    }
+}
+
+/// Brings the loopback interface up.
+pub(crate) fn loopback_up() -> io::Result<()> {
+    // SAFETY: ioctl reads `request`, which is fully initialised and outlives the calls; the
+    // socket is closed once.
+    unsafe {
+        let socket = check(libc::socket(
+            libc::AF_INET,
+            libc::SOCK_DGRAM | libc::SOCK_CLOEXEC,
+            0,
+        ))?;
+        let mut request: libc::ifreq = std::mem::zeroed();
+        for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+            *to = (*from).cast_signed();
+        }
+        request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+        let result = check(libc::ioctl(socket, libc::SIOCSIFFLAGS, &raw const request));
+        libc::close(socket);
+        result.map(drop)
+    }
+}
+
+/// Sets the host name.
+pub(crate) fn set_hostname(name: &str) -> io::Result<()> {
+    // SAFETY: the pointer is valid for `name.len()` bytes.
+    check(unsafe { libc::sethostname(name.as_ptr().cast(), name.len()) })?;
+    Ok(())
+}
+
+/// Turns on swapping to a device that has a swap header.
+pub(crate) fn swapon(device: &str) -> io::Result<()> {
+    let device = c_string(device)?;
+    // SAFETY: a NUL-terminated string that lives until the call returns.
+    check(unsafe { libc::swapon(device.as_ptr(), 0) })?;
+    Ok(())
+}
+
+/// Lines in, lines out, nothing echoed: a terminal that a test on the other end steers.
+pub(crate) fn make_terminal_raw(terminal: &File) -> io::Result<()> {
+    // SAFETY: tcgetattr fills `settings`, which is zeroed and large enough; tcsetattr reads it.
+    unsafe {
+        let mut settings: libc::termios = std::mem::zeroed();
+        check(libc::tcgetattr(terminal.as_raw_fd(), &raw mut settings))?;
+        libc::cfmakeraw(&raw mut settings);
+        check(libc::tcsetattr(
+            terminal.as_raw_fd(),
+            libc::TCSANOW,
+            &raw const settings,
+        ))?;
+    }
+    Ok(())
+}
+
+/// For a child before exec: a session of its own with `stdin` as its terminal, so that Ctrl-C
+/// works in the interactive shell.
+pub(crate) fn own_session_on_stdin() -> io::Result<()> {
+    // SAFETY: neither call takes a pointer.
+    unsafe {
+        check(libc::setsid())?;
+        check(libc::ioctl(0, libc::TIOCSCTTY, 0))?;
+    }
+    Ok(())
+}
+
+/// Waits until one of the files can be read or has hung up, or `timeout_ms` has passed.
+/// The answer says for each file whether it is ready.
+pub(crate) fn wait_readable(
+    files: &[Option<&dyn std::os::fd::AsRawFd>; 2],
+    timeout_ms: i32,
+) -> [bool; 2] {
+    let mut polls = files.map(|file| libc::pollfd {
+        // A negative descriptor is skipped by poll.
+        fd: file.map_or(-1, std::os::fd::AsRawFd::as_raw_fd),
+        events: libc::POLLIN,
+        revents: 0,
+    });
+    // SAFETY: `polls` is valid for both reading and writing during the call.
+    let count = unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, timeout_ms) };
+    polls.map(|poll| count > 0 && poll.revents != 0)
+}
+
+/// Makes `file` non-blocking.
+pub(crate) fn set_nonblocking(file: &dyn std::os::fd::AsRawFd) -> io::Result<()> {
+    // SAFETY: fcntl with F_SETFL takes no pointer.
+    check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) })?;
+    Ok(())
+}
+
+/// An anonymous private mapping that is unmapped when dropped.
+#[derive(Debug)]
+pub(crate) struct Mapping {
+    address: *mut u64,
+    bytes: usize,
+}
+
+/// Whether the mapping asks for or refuses huge pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HugePages {
+    Default,
+    Always,
+    Never,
+}
+
+impl Mapping {
+    /// Maps `bytes` (rounded up to pages by the kernel), not yet populated.
+    pub(crate) fn new(bytes: usize, huge: HugePages) -> io::Result<Self> {
+        let advice = match huge {
+            HugePages::Default => None,
+            HugePages::Always => Some(libc::MADV_HUGEPAGE),
+            HugePages::Never => Some(libc::MADV_NOHUGEPAGE),
+        };
+        // SAFETY: an anonymous mapping at an address of the kernel's choice touches no
+        // existing memory; madvise is given exactly that mapping.
+        unsafe {
+            let address = libc::mmap(
+                ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            );
+            if address == libc::MAP_FAILED {
+                return Err(io::Error::last_os_error());
+            }
+            let mapping = Self {
+                address: address.cast(),
+                bytes,
+            };
+            if let Some(advice) = advice {
+                check(libc::madvise(address, bytes, advice))?;
+            }
+            Ok(mapping)
+        }
+    }
+
+    /// The mapping as words.
+    pub(crate) fn words(&self) -> &[u64] {
+        // SAFETY: the mapping is readable, zero-initialised by the kernel, aligned to a page,
+        // and lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(self.address, self.bytes / 8) }
+    }
+
+    /// The mapping as words to be written.
+    pub(crate) fn words_mut(&mut self) -> &mut [u64] {
+        // SAFETY: as in `words`, and `&mut self` makes it the only reference.
+        unsafe { std::slice::from_raw_parts_mut(self.address, self.bytes / 8) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: exactly the range that mmap returned, unmapped once.
+        unsafe {
+            libc::munmap(self.address.cast(), self.bytes);
+        }
+    }
+}
+
+/// Blocks in `read` until the power button is pressed on one input event device.
+pub(crate) fn wait_power_button(device: &mut File) -> io::Result<()> {
+    const EV_KEY: u16 = 1;
+    const KEY_POWER: u16 = 116;
+    // struct input_event on 64 bits: two 8-byte time fields, type, code, value.
+    let mut event = [0u8; 24];
+    loop {
+        device.read_exact(&mut event)?;
+        let kind = u16::from_ne_bytes([event[16], event[17]]);
+        let code = u16::from_ne_bytes([event[18], event[19]]);
+        let value = u32::from_ne_bytes([event[20], event[21], event[22], event[23]]);
+        if (kind, code, value) == (EV_KEY, KEY_POWER, 1) {
+            return Ok(());
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! The guests' initramfs: busybox, our init and `guest-mem`.
+
+use std::fs;
+use std::io::Write as _;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+use flate2::{Compression, write::GzEncoder};
+
+use super::{cpio, programs};
+use crate::apt::{self, Need};
+
+const BUSYBOX: Need = Need {
+    package: "busybox-static",
+    why: "shell and tools inside test guests",
+};
+
+/// Writes the initramfs if its contents have changed.
+pub(crate) fn build(path: &Path) -> Result<()> {
+    apt::ensure(&[BUSYBOX])?;
+    let program = programs::build()?;
+    let program = fs::read(&program).with_context(|| format!("reading {}", program.display()))?;
+    let compressed = gzip(&archive(&program)?)?;
+    if fs::read(path).is_ok_and(|old| old == compressed) {
+        return Ok(());
+    }
+    let beside = path.with_extension(format!("new-{}", std::process::id()));
+    fs::write(&beside, compressed).with_context(|| format!("writing {}", beside.display()))?;
+    fs::rename(&beside, path).with_context(|| format!("creating {}", path.display()))
+}
+
+fn archive(program: &[u8]) -> Result<Vec<u8>> {
+    let busybox = fs::read("/bin/busybox").context("reading /bin/busybox")?;
+    let mut archive = cpio::Archive::default();
+    for name in ["bin", "dev", "etc", "proc", "run", "sys", "tmp"] {
+        archive.directory(name);
+    }
+    // Process 1 gets its standard streams from this node, before /dev is mounted.
+    archive.character_device("dev/console", 0o600, (5, 1));
+    archive.file("init", 0o755, program);
+    archive.symlink("bin/guest-mem", "/init");
+    archive.file("bin/busybox", 0o755, &busybox);
+    for applet in applets()? {
+        archive.symlink(&format!("bin/{applet}"), "busybox");
+    }
+    archive.symlink("sbin", "bin");
+    archive.file("etc/passwd", 0o644, b"root::0:0:root:/:/bin/sh\n");
+    archive.file("etc/group", 0o644, b"root:x:0:\n");
+    Ok(archive.finish())
+}
+
+/// Every tool that this busybox has, by its own word.
+fn applets() -> Result<Vec<String>> {
+    let output = Command::new("/bin/busybox")
+        .arg("--list")
+        .output()
+        .context("starting busybox")?;
+    if !output.status.success() {
+        bail!("busybox --list failed ({})", output.status);
+    }
+    let list = String::from_utf8(output.stdout).context("the list of busybox applets")?;
+    Ok(list
+        .lines()
+        .filter(|name| *name != "busybox")
+        .map(str::to_string)
+        .collect())
+}
+
+fn gzip(bytes: &[u8]) -> Result<Vec<u8>> {
+    // The kernel is made to unpack gzip and nothing else.
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+    encoder.write_all(bytes).context("compressing")?;
+    encoder.finish().context("compressing")
+}

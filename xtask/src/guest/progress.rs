@@ -1,0 +1,123 @@
+//! Runs a long build: live progress on a terminal, a line now and then in a log, everything
+//! in a file that is quoted when the build fails.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead as _, BufReader, IsTerminal as _, Write as _};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+/// Between two lines of progress where there is no terminal: CI shows life, logs stay short.
+const LINE_INTERVAL: Duration = Duration::from_secs(30);
+/// Between two updates of a terminal's line.
+const TERMINAL_INTERVAL: Duration = Duration::from_millis(200);
+/// Lines of the log quoted when the build fails.
+const QUOTED_LINES: usize = 30;
+
+/// A build that says one line a step.
+#[derive(Debug)]
+pub(crate) struct Steps<'a> {
+    pub(crate) what: &'a str,
+    /// Roughly how many steps a full build takes.
+    pub(crate) expected: usize,
+    /// Continues the count of an interrupted build.
+    pub(crate) log: &'a Path,
+}
+
+impl Steps<'_> {
+    /// Runs `command` to its end.
+    pub(crate) fn run(&self, mut command: Command) -> Result<()> {
+        let mut count = std::fs::read_to_string(self.log)
+            .unwrap_or_default()
+            .lines()
+            .filter(|line| is_step(line))
+            .count();
+        let mut log = self.open_log()?;
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(self.open_log()?)
+            .spawn()
+            .with_context(|| format!("starting {:?}", command.get_program()))?;
+        let stdout = child.stdout.take().context("the build's output is piped")?;
+        let mut shown = Instant::now();
+        let started = Instant::now();
+        let terminal = std::io::stderr().is_terminal();
+        let interval = if terminal {
+            TERMINAL_INTERVAL
+        } else {
+            LINE_INTERVAL
+        };
+        self.show(count, started, terminal);
+        for line in BufReader::new(stdout).lines() {
+            let line = line.context("reading the build's output")?;
+            writeln!(log, "{line}").with_context(|| format!("writing {}", self.log.display()))?;
+            count += usize::from(is_step(&line));
+            if shown.elapsed() >= interval {
+                self.show(count, started, terminal);
+                shown = Instant::now();
+            }
+        }
+        let status = child.wait().context("waiting for the build")?;
+        if terminal {
+            eprintln!();
+        }
+        if !status.success() {
+            self.quote_log();
+            bail!(
+                "{} failed ({status}); all of its output: {}",
+                self.what,
+                self.log.display()
+            );
+        }
+        eprintln!("{}: done in {} s", self.what, started.elapsed().as_secs());
+        Ok(())
+    }
+
+    fn open_log(&self) -> Result<File> {
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(self.log)
+            .with_context(|| format!("opening {}", self.log.display()))
+    }
+
+    fn show(&self, count: usize, started: Instant, terminal: bool) {
+        let Self { what, expected, .. } = self;
+        let seconds = started.elapsed().as_secs();
+        if terminal {
+            eprint!("\r{what}: step {count} of about {expected}, {seconds} s ");
+        } else {
+            eprintln!("{what}: step {count} of about {expected}, {seconds} s");
+        }
+    }
+
+    fn quote_log(&self) {
+        let text = std::fs::read_to_string(self.log).unwrap_or_default();
+        let lines: Vec<&str> = text.lines().collect();
+        for line in &lines[lines.len().saturating_sub(QUOTED_LINES)..] {
+            eprintln!("  | {line}");
+        }
+    }
+}
+
+/// Kbuild says each step as two blanks, a word in capitals, and a file.
+fn is_step(line: &str) -> bool {
+    line.strip_prefix("  ")
+        .and_then(|rest| rest.chars().next())
+        .is_some_and(|first| first.is_ascii_uppercase())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_step;
+
+    #[test]
+    fn step_of_kbuild_is_recognised() {
+        assert!(is_step("  CC      mm/page_alloc.o"));
+        assert!(!is_step("make[2]: Entering directory"));
+        assert!(!is_step("Kernel: arch/x86/boot/bzImage is ready"));
+    }
+}
