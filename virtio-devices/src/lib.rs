@@ -9,8 +9,10 @@
 //! This crate knows no KVM, no HTTP and no command line: interrupts, doorbells
 //! and threads come in through the traits in [`pci`] and [`worker`].
 
+pub mod balloon;
 pub mod device;
 pub mod pci;
+pub mod reclaim;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
 pub mod worker;

@@ -1,0 +1,136 @@
+//! The balloon's configuration space (virtio 1.2 §5.5.4).
+//!
+//! | Offset | Field | Written by |
+//! | --- | --- | --- |
+//! | 0 | `num_pages` | device: pages it asks for |
+//! | 4 | `actual` | driver: pages it has given |
+//! | 8 | `free_page_hint_cmd_id` | device; zero, as hinting is not offered |
+//! | 12 | `poison_val` | driver, with PAGE_POISON |
+//!
+//! All are 32 bits, little endian. Reads may come in any size; a write counts
+//! only if it is one whole field.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+const ACTUAL_OFFSET: u64 = 4;
+const POISON_VAL_OFFSET: u64 = 12;
+const FIELDS: usize = 4;
+const FIELD_BYTES: usize = 4;
+const SPACE_BYTES: usize = FIELDS * FIELD_BYTES;
+
+/// The fields, written by vCPU and API threads and read by everybody. Each is
+/// independent of the others, so no ordering is asked for.
+#[derive(Debug, Default)]
+pub(super) struct ConfigSpace {
+    num_pages: AtomicU32,
+    actual: AtomicU32,
+    poison_val: AtomicU32,
+}
+
+/// What a write to the configuration space was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ConfigWrite {
+    /// `actual` has a new value.
+    Actual(u32),
+    /// `poison_val` has a new value.
+    PoisonVal,
+    /// Not a field a driver may write, or not all of one.
+    Ignored,
+}
+
+impl ConfigSpace {
+    pub(super) fn num_pages(&self) -> u32 {
+        self.num_pages.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_num_pages(&self, pages: u32) {
+        self.num_pages.store(pages, Ordering::Relaxed);
+    }
+
+    pub(super) fn actual(&self) -> u32 {
+        self.actual.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn poison_val(&self) -> u32 {
+        self.poison_val.load(Ordering::Relaxed)
+    }
+
+    /// The driver is gone, and with it what it has told; what the host asked for stays.
+    pub(super) fn forget_driver(&self) {
+        self.actual.store(0, Ordering::Relaxed);
+        self.poison_val.store(0, Ordering::Relaxed);
+    }
+
+    pub(super) fn read(&self, offset: u64, data: &mut [u8]) {
+        let fields = [self.num_pages(), self.actual(), 0, self.poison_val()];
+        let mut space = [0_u8; SPACE_BYTES];
+        for (bytes, field) in space.chunks_exact_mut(FIELD_BYTES).zip(fields) {
+            bytes.copy_from_slice(&field.to_le_bytes());
+        }
+        let from = usize::try_from(offset).unwrap_or(usize::MAX);
+        let present = space.get(from..).unwrap_or_default();
+        let len = present.len().min(data.len());
+        data[..len].copy_from_slice(&present[..len]);
+        data[len..].fill(0);
+    }
+
+    pub(super) fn write(&self, offset: u64, data: &[u8]) -> ConfigWrite {
+        let Ok(bytes) = <[u8; FIELD_BYTES]>::try_from(data) else {
+            return ConfigWrite::Ignored;
+        };
+        let value = u32::from_le_bytes(bytes);
+        match offset {
+            ACTUAL_OFFSET => {
+                self.actual.store(value, Ordering::Relaxed);
+                ConfigWrite::Actual(value)
+            }
+            POISON_VAL_OFFSET => {
+                self.poison_val.store(value, Ordering::Relaxed);
+                ConfigWrite::PoisonVal
+            }
+            _ => ConfigWrite::Ignored,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn space_read_past_its_end_gives_zeros() {
+        let config = ConfigSpace::default();
+        config.set_num_pages(0x0403_0201);
+        for offset in [0_u64, 1, 3, 15, 16, 17, u64::MAX] {
+            let mut data = [0xff; 32];
+            config.read(offset, &mut data);
+            assert_eq!(data[0], if offset < 4 { offset as u8 + 1 } else { 0 });
+            assert!(data[4..].iter().all(|byte| *byte == 0), "offset {offset}");
+        }
+    }
+
+    #[test]
+    fn space_write_other_than_one_whole_field_is_ignored() {
+        let config = ConfigSpace::default();
+        for (offset, len) in [
+            (0, 4),
+            (4, 3),
+            (4, 8),
+            (5, 4),
+            (8, 4),
+            (16, 4),
+            (u64::MAX, 4),
+            (4, 0),
+        ] {
+            assert_eq!(config.write(offset, &vec![0xff; len]), ConfigWrite::Ignored);
+        }
+        assert_eq!(
+            (config.num_pages(), config.actual(), config.poison_val()),
+            (0, 0, 0)
+        );
+        assert_eq!(
+            config.write(4, &7_u32.to_le_bytes()),
+            ConfigWrite::Actual(7)
+        );
+    }
+}

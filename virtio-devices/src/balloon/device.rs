@@ -1,0 +1,154 @@
+//! The configuration half of the balloon.
+
+use std::io;
+use std::sync::Arc;
+
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::config::ConfigWrite;
+use super::handle::BalloonHandle;
+use super::numbering::QUEUE_SIZES;
+use super::shared::Shared;
+use super::spec::{
+    VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
+    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1, VIRTIO_ID_BALLOON,
+};
+use super::worker::BalloonWorker;
+use super::{bytes_of_pages, pages_of_bytes};
+use crate::device::{Counters, GuestRam, Interrupt, QueueHandler, VirtioDevice};
+use crate::reclaim::{DiscardEngine, smallest_reclaimable_page_bytes};
+
+/// Blocks a guest reports are at most this large (4 MiB, the largest block of
+/// the x86-64 buddy allocator): behind larger pages a report frees nothing.
+const REPORTED_BLOCK_BYTES_MAX: u64 = 4 << 20;
+
+/// How to make a balloon.
+#[derive(Debug)]
+pub struct BalloonParams {
+    /// The memory it takes from.
+    pub ram: GuestRam,
+    /// Bytes asked of the guest from the start.
+    pub size_bytes: u64,
+    /// Let the guest take pages back before it runs out of memory.
+    pub deflate_on_oom: bool,
+    /// Let the guest report what it has free.
+    pub free_page_reporting: bool,
+}
+
+/// A virtio balloon, as its transport sees it.
+#[derive(Debug)]
+pub struct Balloon {
+    shared: Arc<Shared>,
+    /// Until the transport takes it.
+    worker: Option<BalloonWorker>,
+}
+
+impl Balloon {
+    /// A balloon, and the handle by which the VMM steers and reads it.
+    ///
+    /// Call it before any seccomp filter is in place, or allow `pidfd_open`,
+    /// `process_madvise`, `mmap` and `munmap`: it tries what the kernel can.
+    ///
+    /// # Errors
+    /// No event descriptor is to be had.
+    pub fn new(params: BalloonParams) -> io::Result<(Self, BalloonHandle)> {
+        Self::with_engine(params, DiscardEngine::new)
+    }
+
+    /// As [`Balloon::new`], with a discard engine of the caller's making.
+    ///
+    /// # Errors
+    /// No event descriptor is to be had.
+    pub fn with_engine(
+        params: BalloonParams,
+        engine: impl FnOnce(Arc<crate::reclaim::DiscardSwitch>) -> DiscardEngine,
+    ) -> io::Result<(Self, BalloonHandle)> {
+        let offered = features_on_offer(&params);
+        let BalloonParams {
+            ram,
+            size_bytes,
+            free_page_reporting,
+            ..
+        } = params;
+        let refill = EventFd::new(EFD_NONBLOCK)?;
+        let shared = Arc::new(Shared::new(ram, offered, free_page_reporting, refill));
+        shared.config.set_num_pages(pages_of_bytes(size_bytes));
+        let engine = engine(Arc::clone(&shared.switch));
+        let worker = BalloonWorker::new(Arc::clone(&shared), engine);
+        let handle = BalloonHandle::new(Arc::clone(&shared));
+        let balloon = Self {
+            shared,
+            worker: Some(worker),
+        };
+        Ok((balloon, handle))
+    }
+}
+
+fn features_on_offer(params: &BalloonParams) -> u64 {
+    let mut features = VIRTIO_F_VERSION_1 | VIRTIO_BALLOON_F_STATS_VQ;
+    if params.deflate_on_oom {
+        features |= VIRTIO_BALLOON_F_DEFLATE_ON_OOM;
+    }
+    if params.free_page_reporting && reports_can_free(&params.ram.memory()) {
+        // A guest that clears or poisons its free pages reports only to a device
+        // that wants to know the value.
+        features |= VIRTIO_BALLOON_F_REPORTING | VIRTIO_BALLOON_F_PAGE_POISON;
+    }
+    features
+}
+
+/// Whether any region is made of pages a report can cover.
+fn reports_can_free(mem: &GuestMemoryMmap<()>) -> bool {
+    smallest_reclaimable_page_bytes(mem).is_some_and(|bytes| bytes <= REPORTED_BLOCK_BYTES_MAX)
+}
+
+impl VirtioDevice for Balloon {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BALLOON
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        self.shared.offered
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.shared.config.read(offset, data);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        match self.shared.config.write(offset, data) {
+            ConfigWrite::Actual(pages) => {
+                if bytes_of_pages(pages) > self.shared.ram_bytes() {
+                    self.shared.ledger.faults().actual_beyond_ram += 1;
+                }
+            }
+            ConfigWrite::PoisonVal => {}
+            ConfigWrite::Ignored => self.shared.ledger.faults().config_writes_ignored += 1,
+        }
+    }
+
+    fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
+        let worker = self.worker.take();
+        worker
+            .into_iter()
+            .map(|worker| Box::new(worker) as Box<dyn QueueHandler>)
+            .collect()
+    }
+
+    fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {
+        self.shared.set_interrupt(interrupt);
+    }
+
+    fn reset(&mut self) {
+        self.shared.config.forget_driver();
+    }
+
+    fn counters(&self) -> Counters {
+        BalloonHandle::new(Arc::clone(&self.shared)).counters()
+    }
+}

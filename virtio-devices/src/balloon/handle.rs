@@ -1,0 +1,224 @@
+//! The balloon as the VMM holds it: target, figures, statistics.
+//!
+//! Every call may come from any thread. Only [`BalloonHandle::request_stats`]
+//! waits for the guest, and only until its caller's deadline.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::accounting::{GuestFaults, Path, PathFigures};
+use super::shared::Shared;
+use super::spec::VIRTIO_BALLOON_F_REPORTING;
+use super::stats::{StatsError, StatsSample};
+use super::{bytes_of_pages, pages_of_bytes};
+use crate::device::Counters;
+use crate::reclaim::{DiscardSwitch, Extent, InhibitGuard, InhibitReason};
+
+/// One balloon; clones are the same balloon.
+#[derive(Clone, Debug)]
+pub struct BalloonHandle {
+    shared: Arc<Shared>,
+}
+
+/// Whether free pages reach us and are discarded, and if not, why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReportingState {
+    /// The guest reports and reports are discarded.
+    Active,
+    /// Reporting is not configured.
+    NotConfigured,
+    /// All guest RAM is made of pages larger than the blocks guests report, or
+    /// of files that must not be punched.
+    BackingUnsuitable,
+    /// No driver is running yet.
+    DriverNotReady,
+    /// The driver does not report: too old, or built without it.
+    GuestDeclined,
+    /// The driver reports but has not enabled the queue.
+    QueueNotEnabled,
+    /// Reports arrive but the guest wants to find this value in its free pages.
+    PagePoison(u32),
+    /// Reports arrive but discarding is switched off.
+    Inhibited(InhibitReason),
+}
+
+impl ReportingState {
+    /// Whether reports are discarded.
+    #[must_use]
+    pub fn is_active(self) -> bool {
+        self == Self::Active
+    }
+}
+
+impl std::fmt::Display for ReportingState {
+    /// Ends the sentence "reporting is …".
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Active => f.write_str("active"),
+            Self::NotConfigured => f.write_str("inactive: not configured"),
+            Self::BackingUnsuitable => {
+                f.write_str("inactive: guest memory is backed by pages that reports cannot free")
+            }
+            Self::DriverNotReady => f.write_str("inactive: no balloon driver is running"),
+            Self::GuestDeclined => f.write_str("inactive: the guest's driver does not report"),
+            Self::QueueNotEnabled => {
+                f.write_str("inactive: the guest's driver has not enabled the queue")
+            }
+            Self::PagePoison(value) => write!(
+                f,
+                "inactive: the guest relies on finding {value:#010x} in its free pages"
+            ),
+            Self::Inhibited(reason) => {
+                write!(f, "inactive: discarding is inhibited by {}", reason.name())
+            }
+        }
+    }
+}
+
+/// Everything there is to know about a balloon at one moment.
+#[derive(Clone, Debug)]
+pub struct BalloonSnapshot {
+    /// RAM the guest has been given.
+    pub ram_bytes: u64,
+    /// What the host asks the guest to give.
+    pub target_bytes: u64,
+    /// What the guest says it has given, at most all of its RAM.
+    pub actual_bytes: u64,
+    /// What came by free page reporting.
+    pub report: PathFigures,
+    /// What came by inflation.
+    pub inflate: PathFigures,
+    /// What the guest took back: chains and bytes.
+    pub deflated: Extent,
+    /// What the guest did wrong.
+    pub faults: GuestFaults,
+    /// Whether reporting works.
+    pub reporting: ReportingState,
+    /// The last statistics, however old.
+    pub stats: Option<StatsSample>,
+}
+
+impl BalloonHandle {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self { shared }
+    }
+
+    /// Asks the guest to have given `bytes`, in whole pages of 4 KiB, and
+    /// returns at once; the guest works towards it in its own time.
+    pub fn set_target_bytes(&self, bytes: u64) {
+        self.shared.config.set_num_pages(pages_of_bytes(bytes));
+        self.shared.signal_config();
+    }
+
+    /// What the host asks the guest to give.
+    #[must_use]
+    pub fn target_bytes(&self) -> u64 {
+        bytes_of_pages(self.shared.config.num_pages())
+    }
+
+    /// What the guest says it has given. It may lie, so this is cut to its RAM.
+    #[must_use]
+    pub fn actual_bytes(&self) -> u64 {
+        self.shared.actual_bytes()
+    }
+
+    /// Fresh statistics from the guest. Callers that come while a request stands share it.
+    ///
+    /// # Errors
+    /// No driver sends statistics, it has not answered until `deadline` (a paused
+    /// machine never does), or it went away.
+    pub fn request_stats(&self, deadline: Instant) -> Result<StatsSample, StatsError> {
+        self.shared.stats.request(deadline, || {
+            if let Err(e) = self.shared.refill.write(1) {
+                // Only a counter at its limit refuses, and then the worker is
+                // about to wake anyway.
+                log::debug!("balloon: statistics request not signalled: {e}");
+            }
+        })
+    }
+
+    /// The last statistics, however old, without asking the guest.
+    #[must_use]
+    pub fn cached_stats(&self) -> Option<StatsSample> {
+        self.shared.stats.latest()
+    }
+
+    /// Turns discarding off, for both reports and inflation, until the guard is dropped.
+    #[must_use]
+    pub fn inhibit(&self, reason: InhibitReason) -> InhibitGuard {
+        self.shared.switch.inhibit(reason)
+    }
+
+    /// The switch behind [`BalloonHandle::inhibit`].
+    #[must_use]
+    pub fn switch(&self) -> &Arc<DiscardSwitch> {
+        &self.shared.switch
+    }
+
+    /// Whether free page reporting works, and if not, why.
+    #[must_use]
+    pub fn reporting(&self) -> ReportingState {
+        let shared = &self.shared;
+        if !shared.reporting_configured {
+            return ReportingState::NotConfigured;
+        }
+        if !shared.offers_reporting() {
+            return ReportingState::BackingUnsuitable;
+        }
+        let Some(driver) = shared.driver() else {
+            return ReportingState::DriverNotReady;
+        };
+        if driver.features & VIRTIO_BALLOON_F_REPORTING == 0 {
+            return ReportingState::GuestDeclined;
+        }
+        if !driver.has_reporting_queue {
+            return ReportingState::QueueNotEnabled;
+        }
+        if let Some(value) = shared.poison(driver.features) {
+            return ReportingState::PagePoison(value);
+        }
+        match shared.switch.inhibited() {
+            Some(reason) => ReportingState::Inhibited(reason),
+            None => ReportingState::Active,
+        }
+    }
+
+    /// All figures.
+    #[must_use]
+    pub fn snapshot(&self) -> BalloonSnapshot {
+        let shared = &self.shared;
+        BalloonSnapshot {
+            ram_bytes: shared.ram_bytes(),
+            target_bytes: self.target_bytes(),
+            actual_bytes: self.actual_bytes(),
+            report: shared.ledger.path(Path::Report).clone(),
+            inflate: shared.ledger.path(Path::Inflate).clone(),
+            deflated: *shared.ledger.deflate(),
+            faults: *shared.ledger.faults(),
+            reporting: self.reporting(),
+            stats: self.cached_stats(),
+        }
+    }
+
+    /// The figures as named numbers, for `vm.counters`.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        let snapshot = self.snapshot();
+        let mut counters = Counters::from([
+            ("target_bytes", snapshot.target_bytes),
+            ("actual_bytes", snapshot.actual_bytes),
+            ("deflate_chains", snapshot.deflated.ranges),
+            ("deflate_bytes", snapshot.deflated.bytes),
+        ]);
+        counters.extend(super::counters::of_path(
+            &super::counters::REPORT,
+            &snapshot.report,
+        ));
+        counters.extend(super::counters::of_path(
+            &super::counters::INFLATE,
+            &snapshot.inflate,
+        ));
+        counters.extend(snapshot.faults.iter());
+        counters
+    }
+}

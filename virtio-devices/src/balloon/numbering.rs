@@ -1,0 +1,135 @@
+//! Which queue is which.
+//!
+//! The standard gives each queue a fixed number (virtio 1.2 §5.5.2): statistics
+//! 2, hinting 3, reporting 4. Linux numbers only the queues it uses, without
+//! gaps (`vp_find_vqs` in drivers/virtio/virtio_pci_common.c): with statistics
+//! and reporting but no hinting, reporting is 3. Neither announces which it
+//! does, but the set of queues the driver has enabled gives it away.
+
+use super::spec::{
+    VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ,
+};
+
+/// What a queue carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum QueueRole {
+    Inflate,
+    Deflate,
+    Stats,
+    Hint,
+    Reporting,
+}
+
+/// The queues in their standard order, with the feature each depends on. The
+/// position is the fixed number.
+const ROLES: [(QueueRole, u64); 5] = [
+    (QueueRole::Inflate, 0),
+    (QueueRole::Deflate, 0),
+    (QueueRole::Stats, VIRTIO_BALLOON_F_STATS_VQ),
+    (QueueRole::Hint, VIRTIO_BALLOON_F_FREE_PAGE_HINT),
+    (QueueRole::Reporting, VIRTIO_BALLOON_F_REPORTING),
+];
+
+/// Largest size of each queue. 128 for page frame numbers is what drivers know;
+/// Linux refuses to report with fewer than 32 entries, and newer drivers put as
+/// many ranges in a report as the queue has entries. Numbers 2 and 3 mean
+/// different queues in the two schemes, so all three get the same.
+pub(super) const QUEUE_SIZES: [u16; ROLES.len()] = [128, 128, 256, 256, 256];
+
+/// The role of each queue number under one negotiated set of features.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Numbering([Option<QueueRole>; ROLES.len()]);
+
+impl Numbering {
+    /// The numbering that explains `enabled`, by preference the one of Linux.
+    pub(super) fn of(features: u64, enabled: impl Iterator<Item = u16> + Clone) -> Self {
+        let dense = Self::dense(features);
+        let fixed = Self::fixed(features);
+        if !dense.explains(enabled.clone()) && fixed.explains(enabled) {
+            fixed
+        } else {
+            dense
+        }
+    }
+
+    fn dense(features: u64) -> Self {
+        let mut roles = [None; ROLES.len()];
+        let negotiated = ROLES.iter().filter(|(_, bit)| features & bit == *bit);
+        for (slot, (role, _)) in roles.iter_mut().zip(negotiated) {
+            *slot = Some(*role);
+        }
+        Self(roles)
+    }
+
+    fn fixed(features: u64) -> Self {
+        Self(ROLES.map(|(role, bit)| (features & bit == bit).then_some(role)))
+    }
+
+    fn explains(&self, mut enabled: impl Iterator<Item = u16>) -> bool {
+        enabled.all(|index| self.role(index).is_some())
+    }
+
+    /// What the queue with this number carries; `None` for one nobody negotiated.
+    pub(super) fn role(&self, index: u16) -> Option<QueueRole> {
+        self.0.get(usize::from(index)).copied().flatten()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const STATS: u64 = VIRTIO_BALLOON_F_STATS_VQ;
+    const HINT: u64 = VIRTIO_BALLOON_F_FREE_PAGE_HINT;
+    const REPORTING: u64 = VIRTIO_BALLOON_F_REPORTING;
+
+    fn roles(features: u64, enabled: &[u16]) -> Vec<Option<QueueRole>> {
+        let numbering = Numbering::of(features, enabled.iter().copied());
+        enabled.iter().map(|at| numbering.role(*at)).collect()
+    }
+
+    #[test]
+    fn numbering_of_linux_leaves_no_gaps() {
+        for (features, index) in [
+            (REPORTING, 2),
+            (REPORTING | STATS, 3),
+            (REPORTING | HINT, 3),
+            (REPORTING | STATS | HINT, 4),
+        ] {
+            let enabled: Vec<u16> = (0..=index).collect();
+            let last = roles(features, &enabled).pop().flatten();
+            assert_eq!(last, Some(QueueRole::Reporting), "features {features:#x}");
+        }
+    }
+
+    #[test]
+    fn numbering_of_the_standard_is_recognised_by_its_gaps() {
+        use QueueRole::{Deflate, Hint, Inflate, Reporting, Stats};
+        let base = [Some(Inflate), Some(Deflate)];
+        for (features, extra, expected) in [
+            (REPORTING, vec![4], vec![Some(Reporting)]),
+            (
+                REPORTING | STATS,
+                vec![2, 4],
+                vec![Some(Stats), Some(Reporting)],
+            ),
+            (
+                REPORTING | HINT,
+                vec![3, 4],
+                vec![Some(Hint), Some(Reporting)],
+            ),
+        ] {
+            let enabled = [vec![0, 1], extra].concat();
+            assert_eq!(
+                roles(features, &enabled),
+                [base.to_vec(), expected].concat()
+            );
+        }
+    }
+
+    #[test]
+    fn queue_without_its_feature_has_no_role() {
+        assert_eq!(roles(STATS, &[0, 1, 2, 3, 4])[3..], [None, None]);
+        assert_eq!(Numbering::of(!0, 0..5).role(5), None);
+    }
+}

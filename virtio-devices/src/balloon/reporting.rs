@@ -1,0 +1,25 @@
+//! The reporting queue: free ranges, each a buffer the device may write to (virtio 1.2 §5.5.6.7).
+//!
+//! The guest has isolated the pages and waits; nobody uses them until the chain
+//! is answered. So they are discarded first and answered afterwards, always.
+
+use super::accounting::GuestFaults;
+use super::chain::{self, Chain};
+use crate::reclaim::GuestRange;
+
+/// Adds the ranges of a chain to `claims`.
+///
+/// A buffer the device may only read cannot be one of the driver's free pages:
+/// to discard it would be to write to it.
+pub(super) fn gather(chain: Chain<'_>, claims: &mut Vec<GuestRange>, faults: &mut GuestFaults) {
+    chain::each_descriptor(chain, faults, |descriptor, faults| {
+        if descriptor.is_write_only() {
+            claims.push(GuestRange {
+                start: descriptor.addr().0,
+                bytes: u64::from(descriptor.len()),
+            });
+        } else {
+            faults.descriptors_wrong_direction += 1;
+        }
+    });
+}

@@ -1,0 +1,114 @@
+//! What the configuration half, the worker and the handle have in common.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::accounting::Ledger;
+use super::bytes_of_pages;
+use super::config::ConfigSpace;
+use super::spec::{VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING};
+use super::stats::StatsCell;
+use crate::device::{GuestRam, Interrupt};
+use crate::reclaim::DiscardSwitch;
+
+pub(super) struct Shared {
+    pub(super) ram: GuestRam,
+    /// Feature bits on offer.
+    pub(super) offered: u64,
+    /// The operator wants free page reporting.
+    pub(super) reporting_configured: bool,
+    pub(super) config: ConfigSpace,
+    pub(super) ledger: Ledger,
+    pub(super) stats: StatsCell,
+    pub(super) switch: Arc<DiscardSwitch>,
+    /// Tells the worker that somebody wants statistics.
+    pub(super) refill: EventFd,
+    driver: Mutex<Option<ActiveDriver>>,
+    interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
+}
+
+/// The driver that is running now.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ActiveDriver {
+    pub(super) features: u64,
+    pub(super) has_reporting_queue: bool,
+}
+
+impl Shared {
+    pub(super) fn new(
+        ram: GuestRam,
+        offered: u64,
+        reporting_configured: bool,
+        refill: EventFd,
+    ) -> Self {
+        Self {
+            ram,
+            offered,
+            reporting_configured,
+            config: ConfigSpace::default(),
+            ledger: Ledger::default(),
+            stats: StatsCell::default(),
+            switch: Arc::default(),
+            refill,
+            driver: Mutex::new(None),
+            interrupt: Mutex::new(None),
+        }
+    }
+
+    pub(super) fn ram_bytes(&self) -> u64 {
+        self.ram.memory().iter().map(GuestMemoryRegion::len).sum()
+    }
+
+    /// What the guest says it has given, cut to what there is.
+    pub(super) fn actual_bytes(&self) -> u64 {
+        bytes_of_pages(self.config.actual()).min(self.ram_bytes())
+    }
+
+    pub(super) fn driver(&self) -> Option<ActiveDriver> {
+        *lock(&self.driver)
+    }
+
+    pub(super) fn set_driver(&self, driver: Option<ActiveDriver>) {
+        *lock(&self.driver) = driver;
+    }
+
+    pub(super) fn set_interrupt(&self, interrupt: Arc<dyn Interrupt>) {
+        *lock(&self.interrupt) = Some(interrupt);
+    }
+
+    /// Tells the driver to read the configuration space again.
+    pub(super) fn signal_config(&self) {
+        let interrupt = lock(&self.interrupt).clone();
+        if let Some(interrupt) = interrupt {
+            interrupt.signal_config();
+        }
+    }
+
+    /// The value the guest fills free pages with, if it is one that a discarded
+    /// page (all zeros) would not have.
+    pub(super) fn poison(&self, features: u64) -> Option<u32> {
+        let told = features & VIRTIO_BALLOON_F_PAGE_POISON != 0;
+        Some(self.config.poison_val()).filter(|value| told && *value != 0)
+    }
+
+    pub(super) fn offers_reporting(&self) -> bool {
+        self.offered & VIRTIO_BALLOON_F_REPORTING != 0
+    }
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared")
+            .field("offered", &format_args!("{:#x}", self.offered))
+            .field("config", &self.config)
+            .field("driver", &self.driver())
+            .finish_non_exhaustive()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Single stores: a thread cannot die half-way through one.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,216 @@
+//! Guest memory statistics (virtio 1.2 §5.5.6.3): tags, and asking for a fresh set.
+//!
+//! The driver hands the device one buffer of statistics at start. The device
+//! keeps it, and by returning it asks for a new one:
+//!
+//! ```text
+//!            request            buffer returned            buffer comes back
+//!   parked ──────────► wanted ──────────────────► with guest ──────────────► parked
+//!                                                      │                (callers wake)
+//!                                    deadline passes: the caller gives up, the
+//!                                    request stands and serves the next caller
+//! ```
+//!
+//! Only the caller waits, on its own thread and with its own deadline; the
+//! worker and the VMM's control loop never do. A guest that never answers
+//! leaves one request standing, however many callers come.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use super::accounting::GuestFaults;
+
+/// Declares the tags and, from the same list, their names in `vm.balloon-stats`.
+macro_rules! stat_tags {
+    ($($number:literal $tag:ident $name:literal,)+) => {
+        /// A statistic a driver may send (VIRTIO_BALLOON_S_* in include/uapi/linux/virtio_balloon.h).
+        /// Memory is in bytes; the rest counts events since the guest started.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[repr(u16)]
+        pub enum StatTag {
+            $(#[doc = $name] $tag = $number,)+
+        }
+
+        impl StatTag {
+            /// Every tag, in the order of its number.
+            pub const ALL: [Self; [$($number),+].len()] = [$(Self::$tag),+];
+
+            /// Name of the statistic in the API.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self {
+                    $(Self::$tag => $name,)+
+                }
+            }
+        }
+    };
+}
+
+stat_tags! {
+    0 SwapIn "swap_in",
+    1 SwapOut "swap_out",
+    2 MajorFaults "major_faults",
+    3 MinorFaults "minor_faults",
+    4 FreeMemory "free_memory",
+    5 TotalMemory "total_memory",
+    6 AvailableMemory "available_memory",
+    7 DiskCaches "disk_caches",
+    8 HugetlbAllocations "hugetlb_allocations",
+    9 HugetlbFailures "hugetlb_failures",
+    10 OomKills "oom_kills",
+    11 AllocStalls "alloc_stalls",
+    12 AsyncScans "async_scans",
+    13 DirectScans "direct_scans",
+    14 AsyncReclaims "async_reclaims",
+    15 DirectReclaims "direct_reclaims",
+}
+
+/// Bytes of a statistics buffer looked at: room for 409 tags of ten bytes.
+pub(super) const STATS_BYTES_MAX: usize = 4096;
+
+/// An entry is a packed `{ le16 tag; le64 value; }`.
+const ENTRY_BYTES: usize = 10;
+
+/// One set of statistics. What the guest says, not what is: never trust it with
+/// more than the guest's own comfort.
+#[derive(Clone, Copy, Debug)]
+pub struct StatsSample {
+    values: [Option<u64>; StatTag::ALL.len()],
+    /// When the buffer arrived.
+    pub taken: Instant,
+}
+
+impl StatsSample {
+    pub(super) fn parse(bytes: &[u8], taken: Instant, faults: &mut GuestFaults) -> Self {
+        let mut values = [None; StatTag::ALL.len()];
+        let entries = bytes.chunks_exact(ENTRY_BYTES);
+        if !entries.remainder().is_empty() {
+            faults.stats_ragged += 1;
+        }
+        for entry in entries {
+            let (tag, value) = entry.split_at(2);
+            let tag = u16::from_le_bytes(tag.try_into().expect("split at two"));
+            let value = u64::from_le_bytes(value.try_into().expect("ten less two"));
+            match values.get_mut(usize::from(tag)) {
+                Some(slot) => *slot = Some(value),
+                None => faults.stats_unknown_tags += 1,
+            }
+        }
+        Self { values, taken }
+    }
+
+    /// The value of a statistic, if the driver sends it.
+    #[must_use]
+    pub fn get(&self, tag: StatTag) -> Option<u64> {
+        self.values[tag as usize]
+    }
+
+    /// The statistics the driver has sent.
+    pub fn iter(&self) -> impl Iterator<Item = (StatTag, u64)> + '_ {
+        StatTag::ALL
+            .into_iter()
+            .filter_map(|tag| Some((tag, self.get(tag)?)))
+    }
+}
+
+/// Why there is no fresh sample.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum StatsError {
+    /// No driver, or one without a statistics queue.
+    #[error("the guest has no balloon driver that sends statistics")]
+    NotNegotiated,
+    /// The guest has not refilled the buffer before the deadline.
+    #[error("the guest has not sent statistics in time")]
+    TimedOut,
+    /// The driver was reset while we waited.
+    #[error("the guest has reset its balloon driver")]
+    Reset,
+}
+
+/// Where callers and the worker meet.
+#[derive(Debug, Default)]
+pub(super) struct StatsCell {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    latest: Option<StatsSample>,
+    /// A driver with a statistics queue is running.
+    active: bool,
+    /// Somebody wants a fresh sample.
+    wanted: bool,
+    /// Counts samples, so that a waiting caller notices his.
+    arrivals: u64,
+    /// Counts resets, so that a waiting caller notices one.
+    resets: u64,
+}
+
+impl StatsCell {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Every change of the state is a few plain stores that cannot panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn latest(&self) -> Option<StatsSample> {
+        self.lock().latest
+    }
+
+    /// Waits for a fresh sample until `deadline`; `wake` tells the worker and is
+    /// called only if no request is standing.
+    pub(super) fn request(
+        &self,
+        deadline: Instant,
+        wake: impl FnOnce(),
+    ) -> Result<StatsSample, StatsError> {
+        let mut state = self.lock();
+        if !state.active {
+            return Err(StatsError::NotNegotiated);
+        }
+        let (arrivals, resets) = (state.arrivals, state.resets);
+        if !state.wanted {
+            state.wanted = true;
+            wake();
+        }
+        let patience = deadline.saturating_duration_since(Instant::now());
+        let waited = self.changed.wait_timeout_while(state, patience, |state| {
+            state.arrivals == arrivals && state.resets == resets
+        });
+        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if state.resets != resets {
+            Err(StatsError::Reset)
+        } else if state.arrivals != arrivals {
+            state.latest.ok_or(StatsError::Reset)
+        } else {
+            Err(StatsError::TimedOut)
+        }
+    }
+
+    /// Whether the worker should return the buffer it has parked.
+    pub(super) fn is_wanted(&self) -> bool {
+        self.lock().wanted
+    }
+
+    pub(super) fn publish(&self, sample: StatsSample) {
+        let mut state = self.lock();
+        state.latest = Some(sample);
+        state.wanted = false;
+        state.arrivals += 1;
+        self.changed.notify_all();
+    }
+
+    pub(super) fn activate(&self) {
+        self.lock().active = true;
+    }
+
+    /// Forgets the driver, and with it the last sample: it is of a kernel that is gone.
+    pub(super) fn reset(&self) {
+        let mut state = self.lock();
+        state.active = false;
+        state.wanted = false;
+        state.latest = None;
+        state.resets += 1;
+        self.changed.notify_all();
+    }
+}

@@ -1,0 +1,357 @@
+//! The queue half of the balloon, on its own thread.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+
+use super::accounting::{GuestFaults, Path};
+use super::numbering::{Numbering, QueueRole};
+use super::shared::{ActiveDriver, Shared};
+use super::stats::{STATS_BYTES_MAX, StatsSample};
+use super::{chain, inflate, reporting};
+use crate::device::{Activation, GuestRam, Interrupt, QueueHandler, WorkerError};
+use crate::reclaim::{DiscardEngine, Extent, GuestRange, Outcome, SkipReason};
+use crate::worker::EventSources;
+
+/// A batch is worked off when it has this many ranges: four full vectors. One
+/// chain may take it past that by what a chain may hold.
+const BATCH_RANGES_MAX: usize = 4096;
+
+/// Token of the descriptor that says somebody wants statistics.
+const REFILL: u32 = 0;
+
+/// Serves all queues of the balloon.
+#[derive(Debug)]
+pub(super) struct BalloonWorker {
+    shared: Arc<Shared>,
+    engine: DiscardEngine,
+    active: Option<Active>,
+    batch: Batch,
+    /// Page frame numbers or statistics of one chain.
+    bytes: Vec<u8>,
+    /// Not yet in the ledger.
+    faults: GuestFaults,
+}
+
+/// What exists only while a driver is running.
+struct Active {
+    ram: GuestRam,
+    features: u64,
+    interrupt: Arc<dyn Interrupt>,
+    queues: Vec<RoleQueue>,
+    /// Head of the statistics chain we keep until somebody asks.
+    parked: Option<u16>,
+}
+
+struct RoleQueue {
+    index: u16,
+    role: QueueRole,
+    queue: Queue,
+}
+
+/// Ranges collected, and the chains that wait for them to be discarded.
+#[derive(Debug, Default)]
+struct Batch {
+    claims: Vec<GuestRange>,
+    heads: Vec<u16>,
+}
+
+impl std::fmt::Debug for Active {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let roles = self.queues.iter().map(|q| (q.index, q.role));
+        f.debug_struct("Active")
+            .field("features", &format_args!("{:#x}", self.features))
+            .field("queues", &roles.collect::<Vec<_>>())
+            .field("parked", &self.parked)
+            .finish_non_exhaustive()
+    }
+}
+
+impl BalloonWorker {
+    pub(super) fn new(shared: Arc<Shared>, engine: DiscardEngine) -> Self {
+        Self {
+            shared,
+            engine,
+            active: None,
+            batch: Batch::default(),
+            bytes: Vec::new(),
+            faults: GuestFaults::default(),
+        }
+    }
+
+    fn serve(&mut self, active: &mut Active, queue_index: u16) -> Result<(), WorkerError> {
+        let Some(at) = active.queues.iter().position(|q| q.index == queue_index) else {
+            return Ok(());
+        };
+        let mem = active.ram.memory().into_inner();
+        let role = active.queues[at].role;
+        let answered = match role {
+            QueueRole::Inflate => self.serve_discards(active, at, Path::Inflate, &mem)?,
+            QueueRole::Reporting => self.serve_discards(active, at, Path::Report, &mem)?,
+            QueueRole::Deflate => self.serve_deflate(&mut active.queues[at], &mem)?,
+            QueueRole::Stats => self.serve_stats(active, at, &mem)?,
+            // Not offered, so never negotiated.
+            QueueRole::Hint => false,
+        };
+        if answered {
+            notify(&mut active.queues[at], &mem, active.interrupt.as_ref())?;
+        }
+        Ok(())
+    }
+
+    /// Inflate and reporting: collect, discard, answer.
+    fn serve_discards(
+        &mut self,
+        active: &mut Active,
+        at: usize,
+        path: Path,
+        mem: &GuestMemoryMmap<()>,
+    ) -> Result<bool, WorkerError> {
+        let index = active.queues[at].index;
+        let available = chain::available(&active.queues[at].queue, index, mem)?;
+        self.batch.clear();
+        let mut started = Instant::now();
+        for _ in 0..available {
+            let Some(chain) = chain::take(&mut active.queues[at].queue, index, mem)? else {
+                break;
+            };
+            self.batch.heads.push(chain.head_index());
+            let (claims, faults) = (&mut self.batch.claims, &mut self.faults);
+            match path {
+                Path::Inflate => inflate::gather(chain, mem, &mut self.bytes, claims, faults),
+                Path::Report => reporting::gather(chain, claims, faults),
+            }
+            if claims.len() >= BATCH_RANGES_MAX {
+                self.finish_batch(active, at, path, mem, started)?;
+                started = Instant::now();
+            }
+        }
+        self.finish_batch(active, at, path, mem, started)?;
+        Ok(available > 0)
+    }
+
+    /// Discards what has been collected and only then answers its chains.
+    fn finish_batch(
+        &mut self,
+        active: &mut Active,
+        at: usize,
+        path: Path,
+        mem: &GuestMemoryMmap<()>,
+        started: Instant,
+    ) -> Result<(), WorkerError> {
+        if self.batch.heads.is_empty() {
+            return Ok(());
+        }
+        // Pages in the balloon are allocated ones: poison is no matter there.
+        let poisoned = path == Path::Report && self.shared.poison(active.features).is_some();
+        let outcome = if poisoned {
+            skip_all(&self.batch.claims, SkipReason::PagePoison)
+        } else {
+            self.engine.discard(&active.ram, &mut self.batch.claims)
+        };
+        let RoleQueue { index, queue, .. } = &mut active.queues[at];
+        for head in &self.batch.heads {
+            chain::answer(queue, *index, mem, *head, &mut self.faults)?;
+        }
+        let chains = self.batch.heads.len() as u64;
+        self.batch.clear();
+        let mut figures = self.shared.ledger.path(path);
+        let first_failure = figures.failed.ranges == 0 && outcome.failed.ranges > 0;
+        figures.record(&outcome, chains, started.elapsed());
+        drop(figures);
+        // Once: the counters tell the rest, and a guest could repeat it at will.
+        if let Some(e) = outcome.first_error.filter(|_| first_failure) {
+            log::warn!("balloon: guest memory cannot be given back ({path:?}): {e}");
+        }
+        Ok(())
+    }
+
+    fn serve_deflate(
+        &mut self,
+        at: &mut RoleQueue,
+        mem: &GuestMemoryMmap<()>,
+    ) -> Result<bool, WorkerError> {
+        let available = chain::available(&at.queue, at.index, mem)?;
+        let mut deflated = Extent::default();
+        for _ in 0..available {
+            let Some(chain) = chain::take(&mut at.queue, at.index, mem)? else {
+                break;
+            };
+            let head = chain.head_index();
+            inflate::count_deflated(chain, &mut deflated, &mut self.faults);
+            chain::answer(&mut at.queue, at.index, mem, head, &mut self.faults)?;
+        }
+        self.shared.ledger.deflate().add_all(deflated);
+        Ok(available > 0)
+    }
+
+    /// Takes in statistics and keeps their buffer. Returns whether one was answered.
+    fn serve_stats(
+        &mut self,
+        active: &mut Active,
+        at: usize,
+        mem: &GuestMemoryMmap<()>,
+    ) -> Result<bool, WorkerError> {
+        let RoleQueue { index, queue, .. } = &mut active.queues[at];
+        let mut answered = false;
+        for _ in 0..chain::available(queue, *index, mem)? {
+            let Some(chain) = chain::take(queue, *index, mem)? else {
+                break;
+            };
+            let head = chain.head_index();
+            chain::read(
+                chain,
+                mem,
+                STATS_BYTES_MAX,
+                &mut self.bytes,
+                &mut self.faults,
+            );
+            // The standard allows one buffer. We keep the newest.
+            if let Some(older) = active.parked.replace(head) {
+                self.faults.stats_surplus_buffers += 1;
+                chain::answer(queue, *index, mem, older, &mut self.faults)?;
+                answered = true;
+            }
+            let sample = StatsSample::parse(&self.bytes, Instant::now(), &mut self.faults);
+            self.shared.stats.publish(sample);
+        }
+        Ok(answered)
+    }
+
+    /// Returns the parked statistics buffer if somebody wants a new one.
+    fn request_refill(&mut self, active: &mut Active) -> Result<(), WorkerError> {
+        if !self.shared.stats.is_wanted() {
+            return Ok(());
+        }
+        let stats_queue = active
+            .queues
+            .iter_mut()
+            .find(|q| q.role == QueueRole::Stats);
+        // Without a buffer there is nothing to return: it is with the guest,
+        // and when it comes it answers the request.
+        let (Some(at), Some(head)) = (stats_queue, active.parked.take()) else {
+            return Ok(());
+        };
+        let mem = active.ram.memory().into_inner();
+        chain::answer(&mut at.queue, at.index, &mem, head, &mut self.faults)?;
+        notify(at, &mem, active.interrupt.as_ref())
+    }
+
+    /// Runs `work` on the active state, if there is one, and books the faults.
+    fn while_active(
+        &mut self,
+        work: impl FnOnce(&mut Self, &mut Active) -> Result<(), WorkerError>,
+    ) -> Result<(), WorkerError> {
+        // Taken out for the call, so that both halves can be changed at once.
+        let Some(mut active) = self.active.take() else {
+            return Ok(());
+        };
+        let result = work(self, &mut active);
+        self.active = Some(active);
+        if self.faults != GuestFaults::default() {
+            self.shared.ledger.faults().add_all(&self.faults);
+            self.faults = GuestFaults::default();
+        }
+        result
+    }
+}
+
+impl QueueHandler for BalloonWorker {
+    fn name(&self) -> String {
+        "__balloon".to_owned()
+    }
+
+    fn activate(
+        &mut self,
+        activation: Activation,
+        _sources: &mut EventSources,
+    ) -> Result<(), WorkerError> {
+        let enabled = activation.queues.iter().map(|queue| queue.index);
+        let numbering = Numbering::of(activation.features, enabled);
+        let mut queues = Vec::with_capacity(activation.queues.len());
+        for active in activation.queues {
+            match numbering.role(active.index) {
+                Some(role) => queues.push(RoleQueue {
+                    index: active.index,
+                    role,
+                    queue: active.queue,
+                }),
+                None => self.shared.ledger.faults().queues_unexplained += 1,
+            }
+        }
+        let has = |role| queues.iter().any(|queue| queue.role == role);
+        if has(QueueRole::Stats) {
+            self.shared.stats.activate();
+        }
+        self.shared.set_driver(Some(ActiveDriver {
+            features: activation.features,
+            has_reporting_queue: has(QueueRole::Reporting),
+        }));
+        self.active = Some(Active {
+            ram: activation.mem,
+            features: activation.features,
+            interrupt: activation.interrupt,
+            queues,
+            parked: None,
+        });
+        Ok(())
+    }
+
+    fn queue_ready(&mut self, queue_index: u16) -> Result<(), WorkerError> {
+        self.while_active(|worker, active| worker.serve(active, queue_index))
+    }
+
+    fn source_ready(&mut self, token: u32, _sources: &mut EventSources) -> Result<(), WorkerError> {
+        if token != REFILL {
+            return Ok(());
+        }
+        if let Err(e) = self.shared.refill.read() {
+            // Nothing to read: somebody was faster. What is wanted tells.
+            log::debug!("balloon: statistics request without a signal: {e}");
+        }
+        self.while_active(Self::request_refill)
+    }
+
+    fn idle_sources(&self) -> Vec<(RawFd, u32)> {
+        vec![(self.shared.refill.as_raw_fd(), REFILL)]
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        self.batch.clear();
+        self.shared.set_driver(None);
+        self.shared.stats.reset();
+    }
+}
+
+impl Batch {
+    fn clear(&mut self) {
+        self.claims.clear();
+        self.heads.clear();
+    }
+}
+
+/// The outcome of not even trying.
+fn skip_all(claims: &[GuestRange], reason: SkipReason) -> Outcome {
+    let mut outcome = Outcome::default();
+    for claim in claims {
+        outcome.requested.add(claim.bytes);
+    }
+    outcome.skipped.add(reason, outcome.requested.bytes);
+    outcome
+}
+
+fn notify(
+    at: &mut RoleQueue,
+    mem: &GuestMemoryMmap<()>,
+    interrupt: &dyn Interrupt,
+) -> Result<(), WorkerError> {
+    let needed = at.queue.needs_notification(mem);
+    if needed.map_err(|e| chain::unusable(at.index, &e))? {
+        interrupt.signal_queue(at.index);
+    }
+    Ok(())
+}

@@ -1,0 +1,140 @@
+//! What stands behind each region of guest RAM, and so how its pages are given back.
+#![allow(unsafe_code)]
+// UNSAFETY: `fstatfs` and `sysconf` have no safe wrapper among our dependencies.
+
+use std::fs::File;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, RawFd};
+
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+
+/// The kinds of mapping guest RAM may be made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Backing {
+    /// Private anonymous memory: `MADV_DONTNEED` frees it.
+    AnonymousPrivate,
+    /// A file mapped shared (memfd, hugetlbfs, tmpfs): the file owns the pages,
+    /// so only a hole in the file frees them.
+    SharedFile {
+        /// The file. Valid as long as the memory map it was taken from.
+        fd: RawFd,
+        /// Where in the file the region begins.
+        file_start: u64,
+    },
+    /// A file mapped private: never punched, because the file is somebody else's.
+    PrivateFile,
+    /// Neither clearly private nor backed by a file we could punch.
+    Unsupported,
+}
+
+/// One region as the planner sees it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct RegionLayout {
+    pub(super) guest_start: u64,
+    pub(super) bytes: u64,
+    /// Address of the mapping in this process.
+    pub(super) host_start: usize,
+    /// Size of the pages behind it; a power of two.
+    pub(super) page_bytes: u64,
+    pub(super) backing: Backing,
+}
+
+impl RegionLayout {
+    fn of(region: &GuestRegionMmap<()>) -> Self {
+        let flags = region.flags();
+        let file = region.file_offset();
+        let shared = flags & libc::MAP_SHARED != 0;
+        let private = flags & libc::MAP_PRIVATE != 0;
+        let backing = match file {
+            None if private && !shared => Backing::AnonymousPrivate,
+            Some(file) if shared => Backing::SharedFile {
+                fd: file.file().as_raw_fd(),
+                file_start: file.start(),
+            },
+            Some(_) if private => Backing::PrivateFile,
+            _ => Backing::Unsupported,
+        };
+        let huge_bytes = match file {
+            Some(file) => hugetlbfs_page_bytes(file.file()),
+            None => anonymous_huge_page_bytes(flags),
+        };
+        Self {
+            guest_start: region.start_addr().raw_value(),
+            bytes: region.len(),
+            host_start: region.as_ptr() as usize,
+            page_bytes: huge_bytes.unwrap_or_else(base_page_bytes),
+            backing,
+        }
+    }
+
+    /// First guest physical address after the region.
+    pub(super) fn guest_end(&self) -> u64 {
+        // The memory map has checked that it exists.
+        self.guest_start.saturating_add(self.bytes)
+    }
+}
+
+/// The regions of a memory map in ascending order.
+pub(super) fn layout_of(mem: &GuestMemoryMmap<()>) -> Vec<RegionLayout> {
+    mem.iter().map(RegionLayout::of).collect()
+}
+
+/// Page size of a file on hugetlbfs; `None` on any other file system.
+fn hugetlbfs_page_bytes(file: &File) -> Option<u64> {
+    let stat = file_system(file)?;
+    (stat.f_type == libc::HUGETLBFS_MAGIC).then(|| u64::try_from(stat.f_bsize).ok())?
+}
+
+/// Whether the file lives in memory, so that its blocks are pages.
+pub(super) fn is_memory_file(file: &File) -> bool {
+    file_system(file)
+        .is_some_and(|s| s.f_type == libc::TMPFS_MAGIC || s.f_type == libc::HUGETLBFS_MAGIC)
+}
+
+fn file_system(file: &File) -> Option<libc::statfs> {
+    let mut stat = MaybeUninit::<libc::statfs>::uninit();
+    // SAFETY: the descriptor is open for the whole call and `stat` is large
+    // enough for what the kernel writes.
+    let ret = unsafe { libc::fstatfs(file.as_raw_fd(), stat.as_mut_ptr()) };
+    // SAFETY: the kernel fills the structure whenever it returns zero.
+    (ret == 0).then(|| unsafe { stat.assume_init() })
+}
+
+/// Page size of an anonymous `MAP_HUGETLB` mapping, from its flags.
+fn anonymous_huge_page_bytes(flags: i32) -> Option<u64> {
+    /// The largest huge page of x86-64. Where the flags leave the size to the
+    /// system we assume it: too large a page only makes us skip more.
+    const LARGEST_HUGE_PAGE_BYTES: u64 = 1 << 30;
+    if flags & libc::MAP_HUGETLB == 0 {
+        return None;
+    }
+    let shift = (flags >> libc::MAP_HUGE_SHIFT) & libc::MAP_HUGE_MASK;
+    Some(if shift == 0 {
+        LARGEST_HUGE_PAGE_BYTES
+    } else {
+        1 << shift
+    })
+}
+
+/// The page size of the host.
+pub(super) fn base_page_bytes() -> u64 {
+    // SAFETY: `sysconf` reads a constant of the system.
+    let bytes = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    u64::try_from(bytes).expect("every Linux has a page size")
+}
+
+/// The smallest backing page among the regions that can be discarded at all;
+/// `None` if there is no such region.
+#[must_use]
+pub fn smallest_reclaimable_page_bytes(mem: &GuestMemoryMmap<()>) -> Option<u64> {
+    mem.iter()
+        .map(RegionLayout::of)
+        .filter(|region| {
+            matches!(
+                region.backing,
+                Backing::AnonymousPrivate | Backing::SharedFile { .. }
+            )
+        })
+        .map(|region| region.page_bytes)
+        .min()
+}

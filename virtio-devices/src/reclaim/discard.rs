@@ -1,0 +1,291 @@
+//! The discard engine: carries a plan out with the fewest system calls the kernel allows.
+//!
+//! | Backing | Call | Calls per batch |
+//! | --- | --- | --- |
+//! | private anonymous, Linux ≥ 6.13 | `process_madvise(MADV_DONTNEED)` | 1 per 1024 pieces |
+//! | private anonymous, older | `madvise(MADV_DONTNEED)` | 1 per piece |
+//! | shared file | `fallocate(PUNCH_HOLE)` | 1 per piece; no vector form exists |
+//!
+//! `MADV_DONTNEED` on a shared file would only unmap: the pages stay in the file.
+#![allow(unsafe_code)]
+// UNSAFETY: this module decides that memory may be discarded, which is what the
+// functions in `sys` ask their caller to vouch for.
+
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Weak};
+
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+
+use super::backing::{Backing, RegionLayout, layout_of};
+use super::ranges::{GuestRange, Piece, SkipReason, SkippedBytes, plan};
+use super::switch::DiscardSwitch;
+use super::sys::{self, HostSpan, VECTOR_SPANS_MAX};
+use crate::device::GuestRam;
+
+/// A number of ranges and the bytes in them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Extent {
+    /// How many ranges.
+    pub ranges: u64,
+    /// How many bytes in all of them.
+    pub bytes: u64,
+}
+
+impl Extent {
+    /// Counts one more range.
+    pub fn add(&mut self, bytes: u64) {
+        self.add_all(Self { ranges: 1, bytes });
+    }
+
+    /// Counts everything `other` has counted.
+    pub fn add_all(&mut self, other: Self) {
+        self.ranges = self.ranges.saturating_add(other.ranges);
+        self.bytes = self.bytes.saturating_add(other.bytes);
+    }
+}
+
+/// What became of one batch. Every byte requested is in exactly one of
+/// `discarded`, `failed` and `skipped`.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// As claimed, before anything was checked.
+    pub requested: Extent,
+    /// Given back to the host. Ranges are counted after uniting.
+    pub discarded: Extent,
+    /// The system call said no. Ranges are counted after uniting.
+    pub failed: Extent,
+    /// Never tried.
+    pub skipped: SkippedBytes,
+    /// System calls made.
+    pub syscalls: u64,
+    /// Why the first range that failed did.
+    pub first_error: Option<io::Error>,
+}
+
+/// Discards guest memory. One per worker thread; keeps its buffers from batch to batch.
+#[derive(Debug)]
+pub struct DiscardEngine {
+    /// This process, if its kernel discards by vector.
+    vectors: Option<BorrowedFd<'static>>,
+    switch: Arc<DiscardSwitch>,
+    /// The map `regions` was made from. Weak: it identifies the map without
+    /// keeping unplugged memory mapped, and its address cannot be reused while we hold it.
+    known: Weak<GuestMemoryMmap<()>>,
+    regions: Vec<RegionLayout>,
+    pieces: Vec<Piece>,
+    spans: Vec<HostSpan>,
+}
+
+impl DiscardEngine {
+    /// An engine that obeys `switch` and uses the best calls this kernel has.
+    #[must_use]
+    pub fn new(switch: Arc<DiscardSwitch>) -> Self {
+        Self::with_vectors(switch, sys::vector_advice())
+    }
+
+    /// An engine that behaves as on a kernel without vectors, for tests and comparisons.
+    #[must_use]
+    pub fn without_vectors(switch: Arc<DiscardSwitch>) -> Self {
+        Self::with_vectors(switch, None)
+    }
+
+    fn with_vectors(switch: Arc<DiscardSwitch>, vectors: Option<BorrowedFd<'static>>) -> Self {
+        Self {
+            vectors,
+            switch,
+            known: Weak::new(),
+            regions: Vec::new(),
+            pieces: Vec::new(),
+            spans: Vec::with_capacity(VECTOR_SPANS_MAX),
+        }
+    }
+
+    /// Whether one call discards many ranges on this kernel.
+    #[must_use]
+    pub fn has_vectors(&self) -> bool {
+        self.vectors.is_some()
+    }
+
+    /// The switch this engine obeys.
+    #[must_use]
+    pub fn switch(&self) -> &Arc<DiscardSwitch> {
+        &self.switch
+    }
+
+    /// Discards what of `claims` is whole pages of guest RAM, and says exactly
+    /// what that was. Sorts `claims`. After it returns, discarded memory reads
+    /// as zero and costs the host nothing until it is touched again.
+    pub fn discard(&mut self, ram: &GuestRam, claims: &mut [GuestRange]) -> Outcome {
+        let mut outcome = Outcome {
+            requested: requested(claims),
+            ..Outcome::default()
+        };
+        // A reference of our own, so that the map and the switch can be held
+        // beside `self`.
+        let switch = Arc::clone(&self.switch);
+        let Ok(_batch) = switch.begin() else {
+            self.pieces.clear();
+            outcome
+                .skipped
+                .add(SkipReason::Inhibited, outcome.requested.bytes);
+            return outcome;
+        };
+        // Held until the last system call: it keeps mappings and files open.
+        let mem = ram.memory().into_inner();
+        self.refresh(&mem);
+        outcome.skipped = plan(&self.regions, claims, &mut self.pieces);
+        self.carry_out(&mut outcome);
+        self.settle(&mut outcome);
+        outcome
+    }
+
+    fn refresh(&mut self, mem: &Arc<GuestMemoryMmap<()>>) {
+        if !std::ptr::eq(self.known.as_ptr(), Arc::as_ptr(mem)) {
+            self.known = Arc::downgrade(mem);
+            self.regions = layout_of(mem);
+        }
+    }
+
+    /// Walks the pieces, whole runs of anonymous ones at a time.
+    fn carry_out(&mut self, outcome: &mut Outcome) {
+        let mut at = 0;
+        while at < self.pieces.len() {
+            let region = self.regions[self.pieces[at].region];
+            match region.backing {
+                Backing::AnonymousPrivate => at = self.discard_anonymous_run(at, outcome),
+                Backing::SharedFile { fd, file_start } => {
+                    let piece = &mut self.pieces[at];
+                    outcome.syscalls += 1;
+                    // SAFETY: the planner has checked that the piece consists of
+                    // whole pages of this region, which the guest has given up;
+                    // `discard` keeps the file open.
+                    let punched =
+                        unsafe { sys::punch_hole(fd, file_start + piece.offset, piece.bytes) };
+                    record(piece, punched, outcome);
+                    at += 1;
+                }
+                Backing::PrivateFile | Backing::Unsupported => {
+                    unreachable!("the planner makes no pieces of {:?}", region.backing)
+                }
+            }
+        }
+    }
+
+    /// Discards the anonymous pieces from `first` on, at most a vector full, and
+    /// returns where it stopped.
+    fn discard_anonymous_run(&mut self, first: usize, outcome: &mut Outcome) -> usize {
+        self.spans.clear();
+        for piece in &self.pieces[first..] {
+            let region = &self.regions[piece.region];
+            if self.spans.len() == VECTOR_SPANS_MAX || region.backing != Backing::AnonymousPrivate {
+                break;
+            }
+            self.spans.push(region.span(piece));
+        }
+        let end = first + self.spans.len();
+        let mut next = first;
+        // One range needs no vector, and the plain call is a little cheaper.
+        if self.spans.len() > 1 {
+            next += self.discard_by_vector(first, outcome);
+        }
+        // What the vector did not reach: everything on old kernels, otherwise
+        // from the first range that failed.
+        for piece in &mut self.pieces[next..end] {
+            let mut span = self.regions[piece.region].span(piece);
+            span.start += to_usize(piece.discarded_bytes);
+            span.bytes -= to_usize(piece.discarded_bytes);
+            outcome.syscalls += 1;
+            // SAFETY: whole pages of guest RAM that the guest has given up;
+            // `discard` keeps the mapping alive.
+            let discarded = unsafe { sys::discard_span(span) };
+            record(piece, discarded, outcome);
+        }
+        end
+    }
+
+    /// Tries `self.spans` in one call; returns how many were discarded whole.
+    fn discard_by_vector(&mut self, first: usize, outcome: &mut Outcome) -> usize {
+        let Some(pidfd) = self.vectors else {
+            return 0;
+        };
+        outcome.syscalls += 1;
+        // SAFETY: the planner has checked that every span is whole pages of
+        // guest RAM, which the guest has given up; `discard` keeps the mapping alive.
+        let advised = match unsafe { sys::discard_vector(pidfd, &self.spans) } {
+            Ok(bytes) => bytes as u64,
+            Err(e) => {
+                // Forbidden or gone: it will not come back, so stop asking.
+                if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) {
+                    self.vectors = None;
+                }
+                0
+            }
+        };
+        let mut left = advised;
+        for (done, piece) in self.pieces[first..first + self.spans.len()]
+            .iter_mut()
+            .enumerate()
+        {
+            piece.discarded_bytes = left.min(piece.bytes);
+            left -= piece.discarded_bytes;
+            if piece.discarded_bytes < piece.bytes {
+                return done;
+            }
+        }
+        self.spans.len()
+    }
+
+    fn settle(&self, outcome: &mut Outcome) {
+        for piece in &self.pieces {
+            if piece.discarded_bytes > 0 {
+                outcome.discarded.add(piece.discarded_bytes);
+            }
+            if piece.discarded_bytes < piece.bytes {
+                outcome.failed.add(piece.bytes - piece.discarded_bytes);
+            }
+        }
+    }
+
+    /// What the last batch discarded, as guest ranges in ascending order.
+    pub fn discarded_ranges(&self) -> impl Iterator<Item = GuestRange> + '_ {
+        self.pieces
+            .iter()
+            .filter(|piece| piece.discarded_bytes > 0)
+            .map(|piece| GuestRange {
+                start: self.regions[piece.region].guest_start + piece.offset,
+                bytes: piece.discarded_bytes,
+            })
+    }
+}
+
+impl RegionLayout {
+    fn span(&self, piece: &Piece) -> HostSpan {
+        HostSpan {
+            start: self.host_start + to_usize(piece.offset),
+            bytes: to_usize(piece.bytes),
+        }
+    }
+}
+
+fn record(piece: &mut Piece, result: io::Result<()>, outcome: &mut Outcome) {
+    match result {
+        Ok(()) => piece.discarded_bytes = piece.bytes,
+        Err(e) => {
+            outcome.first_error.get_or_insert(e);
+        }
+    }
+}
+
+fn requested(claims: &[GuestRange]) -> Extent {
+    let mut requested = Extent::default();
+    for claim in claims {
+        requested.add(claim.bytes);
+    }
+    requested
+}
+
+/// Pieces lie inside mappings of this process, so they fit its addresses.
+fn to_usize(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("a mapped length is an address")
+}

@@ -1,0 +1,173 @@
+//! Reading which pages of our own mappings are present or swapped, from `/proc/self/pagemap`.
+//!
+//! Both ways walk the page tables under the read side of the memory map lock:
+//! faults of vCPU threads go on beside them.
+//!
+//! * `PAGEMAP_SCAN` (Linux ≥ 6.7, Documentation/admin-guide/mm/pagemap.rst)
+//!   answers with ranges and steps over absent page tables and over huge pages
+//!   at once: its price is that of the page tables that exist.
+//! * Reading the file gives eight bytes for each page of the range, there or not.
+#![allow(unsafe_code)]
+// UNSAFETY: the scan is an ioctl that takes addresses.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use super::backing::base_page_bytes;
+
+/// Bytes of a range by where they are; the rest is nowhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Held {
+    /// Mapped to a page of RAM (for the scan: other than the shared zero page).
+    pub(super) present: u64,
+    /// Written out to swap.
+    pub(super) swapped: u64,
+}
+
+/// `/proc/self/pagemap`, opened once: it stays bound to this process's memory map.
+#[derive(Debug)]
+pub(super) struct Pagemap {
+    file: File,
+    scans: bool,
+}
+
+impl Pagemap {
+    pub(super) fn open() -> io::Result<Self> {
+        let file = File::open("/proc/self/pagemap")?;
+        let mut pagemap = Self { file, scans: true };
+        pagemap.scans = pagemap.scan(0, 0).is_ok();
+        Ok(pagemap)
+    }
+
+    /// As on a kernel without the scan, for tests.
+    #[cfg(test)]
+    pub(super) fn open_without_scan() -> io::Result<Self> {
+        let file = File::open("/proc/self/pagemap")?;
+        Ok(Self { file, scans: false })
+    }
+
+    pub(super) fn scans(&self) -> bool {
+        self.scans
+    }
+
+    /// What is held of `[start, end)`; both page aligned.
+    pub(super) fn held(&self, start: u64, end: u64) -> io::Result<Held> {
+        if self.scans {
+            self.scan(start, end)
+        } else {
+            self.read(start, end)
+        }
+    }
+
+    fn scan(&self, start: u64, end: u64) -> io::Result<Held> {
+        let mut held = Held::default();
+        let mut regions = [PageRegion::default(); SCAN_REGIONS];
+        let mut arg = PmScanArg {
+            size: size_of::<PmScanArg>() as u64,
+            start,
+            end,
+            vec: regions.as_mut_ptr() as u64,
+            vec_len: SCAN_REGIONS as u64,
+            category_inverted: PAGE_IS_PFNZERO,
+            category_mask: PAGE_IS_PFNZERO,
+            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            return_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            ..PmScanArg::default()
+        };
+        loop {
+            // SAFETY: `arg` is the structure this request takes and says so in
+            // `size`; the kernel writes at most `vec_len` entries to `vec`,
+            // which is an array of that many. Other memory is only looked at.
+            let found = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
+            let Ok(found) = usize::try_from(found) else {
+                let e = io::Error::last_os_error();
+                if e.kind() == io::ErrorKind::Interrupted {
+                    continue;
+                }
+                return Err(e);
+            };
+            for region in regions.iter().take(found) {
+                let bytes = region.end.saturating_sub(region.start);
+                if region.categories & PAGE_IS_PRESENT != 0 {
+                    held.present += bytes;
+                } else {
+                    held.swapped += bytes;
+                }
+            }
+            // The kernel stops early only when the array is full, so every
+            // further turn begins later: the loop ends.
+            if arg.walk_end >= end || arg.walk_end <= arg.start {
+                return Ok(held);
+            }
+            arg.start = arg.walk_end;
+        }
+    }
+
+    fn read(&self, start: u64, end: u64) -> io::Result<Held> {
+        let page = base_page_bytes();
+        let mut held = Held::default();
+        let mut buffer = [0_u8; READ_ENTRIES * ENTRY_BYTES];
+        let (mut at, last) = (start / page, end / page);
+        while at < last {
+            let entries = READ_ENTRIES.min(usize::try_from(last - at).unwrap_or(READ_ENTRIES));
+            let window = &mut buffer[..entries * ENTRY_BYTES];
+            self.file.read_exact_at(window, at * ENTRY_BYTES as u64)?;
+            for entry in window.chunks_exact(ENTRY_BYTES) {
+                let entry = u64::from_ne_bytes(entry.try_into().expect("chunks of eight"));
+                if entry & ENTRY_PRESENT != 0 {
+                    held.present += page;
+                } else if entry & ENTRY_SWAPPED != 0 {
+                    held.swapped += page;
+                }
+            }
+            at += entries as u64;
+        }
+        Ok(held)
+    }
+}
+
+/// Ranges one scan call returns: 12 KiB of stack, few calls even when scattered.
+const SCAN_REGIONS: usize = 512;
+/// Pages one read covers: 16 KiB of stack.
+const READ_ENTRIES: usize = 2048;
+const ENTRY_BYTES: usize = 8;
+/// Bits of an entry of the file.
+const ENTRY_PRESENT: u64 = 1 << 63;
+const ENTRY_SWAPPED: u64 = 1 << 62;
+
+// The scan as include/uapi/linux/fs.h of Linux 6.7 defines it.
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
+const PAGE_IS_PFNZERO: u64 = 1 << 5;
+/// `_IOWR('f', 16, struct pm_scan_arg)`.
+pub(super) const PAGEMAP_SCAN: libc::Ioctl = 0xc060_6610;
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+struct PmScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+// The request number carries the size of the structure in bits 16 to 29.
+const _: () = assert!((PAGEMAP_SCAN as usize >> 16) & 0x3fff == size_of::<PmScanArg>());

@@ -1,0 +1,248 @@
+//! The pure half of the discard engine: from claimed ranges to pieces that may be discarded.
+//!
+//! The rule, in terms of sets: take the union of all claimed bytes, intersect it
+//! with each RAM region, and keep the backing pages that lie in it *whole*. A
+//! page of which only a part was given up still holds the guest's data.
+//! Uniting comes before cutting, so 512 adjacent 4 KiB claims free one 2 MiB
+//! page, and a claim that crosses from one region into the next is served in both.
+
+use super::backing::{Backing, RegionLayout};
+
+/// A range of guest physical memory somebody claims is free. Nothing about it
+/// has been checked: it may be empty, wrap around or lie outside of RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuestRange {
+    /// First guest physical address.
+    pub start: u64,
+    /// Length; zero claims nothing.
+    pub bytes: u64,
+}
+
+/// Why bytes that were asked for have not been discarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(usize)]
+pub enum SkipReason {
+    /// No RAM there.
+    OutsideRam,
+    /// Named before in the same batch.
+    Duplicate,
+    /// Part of a 4 KiB page that was not given up whole.
+    Unaligned,
+    /// Part of a backing page (hugetlb) that was not given up whole.
+    BackingPageLarger,
+    /// A private mapping of a file: dropping the page would bring the file's
+    /// bytes back, and the file may be the template of other machines.
+    PrivateFile,
+    /// A mapping this engine does not know how to discard safely.
+    UnsupportedBacking,
+    /// Discarding is switched off; see [`super::InhibitReason`].
+    Inhibited,
+    /// The guest fills its free pages with a value other than zero and relies on
+    /// finding it again.
+    PagePoison,
+}
+
+impl SkipReason {
+    /// Every reason, in the order of [`SkippedBytes`].
+    pub const ALL: [Self; 8] = [
+        Self::OutsideRam,
+        Self::Duplicate,
+        Self::Unaligned,
+        Self::BackingPageLarger,
+        Self::PrivateFile,
+        Self::UnsupportedBacking,
+        Self::Inhibited,
+        Self::PagePoison,
+    ];
+
+    /// Name in counters and answers.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::OutsideRam => "outside_ram",
+            Self::Duplicate => "duplicate",
+            Self::Unaligned => "unaligned",
+            Self::BackingPageLarger => "backing_page_larger",
+            Self::PrivateFile => "private_file",
+            Self::UnsupportedBacking => "unsupported_backing",
+            Self::Inhibited => "inhibited",
+            Self::PagePoison => "page_poison",
+        }
+    }
+}
+
+/// Bytes not discarded, by reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SkippedBytes([u64; SkipReason::ALL.len()]);
+
+impl SkippedBytes {
+    /// Bytes skipped for `reason`.
+    #[must_use]
+    pub fn get(&self, reason: SkipReason) -> u64 {
+        self.0[reason as usize]
+    }
+
+    /// Bytes skipped for whatever reason.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.0.iter().fold(0, |sum, b| sum.saturating_add(*b))
+    }
+
+    /// Every reason with its bytes, zeros included.
+    pub fn iter(&self) -> impl Iterator<Item = (SkipReason, u64)> + '_ {
+        SkipReason::ALL.into_iter().map(|r| (r, self.get(r)))
+    }
+
+    /// Counts `bytes` more for `reason`.
+    pub fn add(&mut self, reason: SkipReason, bytes: u64) {
+        let slot = &mut self.0[reason as usize];
+        *slot = slot.saturating_add(bytes);
+    }
+
+    /// Counts everything `other` has counted.
+    pub fn add_all(&mut self, other: &Self) {
+        for (reason, bytes) in other.iter() {
+            self.add(reason, bytes);
+        }
+    }
+}
+
+/// Whole backing pages inside one region, ready to be discarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Piece {
+    /// Position in the layout.
+    pub(super) region: usize,
+    /// From the start of the region; a multiple of its page size.
+    pub(super) offset: u64,
+    /// Not zero; a multiple of the region's page size.
+    pub(super) bytes: u64,
+    /// What the system calls have really freed of it.
+    pub(super) discarded_bytes: u64,
+}
+
+/// The smallest unit a guest can give up (virtio 1.2 §5.5.6: balloon pages are 4 KiB).
+const GUEST_PAGE_BYTES: u64 = 4096;
+
+/// Fills `pieces` with what of `claims` may be discarded and returns what may not, by reason.
+///
+/// `claims` is sorted in place. `regions` is in ascending order and free of
+/// overlaps, as guest memory maps are. Exactly:
+/// Σ claims = Σ pieces + Σ skipped (saturating at `u64::MAX`).
+pub(super) fn plan(
+    regions: &[RegionLayout],
+    claims: &mut [GuestRange],
+    pieces: &mut Vec<Piece>,
+) -> SkippedBytes {
+    pieces.clear();
+    claims.sort_unstable_by_key(|claim| claim.start);
+    let mut planner = Planner {
+        regions,
+        first_region: 0,
+        pieces,
+        skipped: SkippedBytes::default(),
+    };
+    let mut united: Option<(u64, u64)> = None;
+    for claim in claims.iter().filter(|claim| claim.bytes > 0) {
+        let end = claim.start.saturating_add(claim.bytes);
+        // What would lie above the last address there is.
+        planner
+            .skipped
+            .add(SkipReason::OutsideRam, claim.bytes - (end - claim.start));
+        united = Some(match united {
+            Some((start, known_end)) if claim.start <= known_end => {
+                let again = known_end.min(end) - claim.start;
+                planner.skipped.add(SkipReason::Duplicate, again);
+                (start, known_end.max(end))
+            }
+            Some((start, known_end)) => {
+                planner.place(start, known_end);
+                (claim.start, end)
+            }
+            None => (claim.start, end),
+        });
+    }
+    if let Some((start, end)) = united {
+        planner.place(start, end);
+    }
+    planner.skipped
+}
+
+/// One sweep over the regions, in step with ascending ranges.
+struct Planner<'a> {
+    regions: &'a [RegionLayout],
+    /// Regions before this one end before everything still to come.
+    first_region: usize,
+    pieces: &'a mut Vec<Piece>,
+    skipped: SkippedBytes,
+}
+
+impl Planner<'_> {
+    /// Places `[start, end)`, which begins after everything placed before.
+    fn place(&mut self, start: u64, end: u64) {
+        while self
+            .regions
+            .get(self.first_region)
+            .is_some_and(|region| region.guest_end() <= start)
+        {
+            self.first_region += 1;
+        }
+        let mut outside = end - start;
+        for (at, region) in self.regions.iter().enumerate().skip(self.first_region) {
+            if region.guest_start >= end {
+                break;
+            }
+            let low = start.max(region.guest_start);
+            let high = end.min(region.guest_end());
+            outside -= high - low;
+            self.cut(at, low - region.guest_start, high - region.guest_start);
+        }
+        self.skipped.add(SkipReason::OutsideRam, outside);
+    }
+
+    /// Cuts `[low, high)` of a region, in offsets, down to whole backing pages.
+    fn cut(&mut self, at: usize, low: u64, high: u64) {
+        let region = &self.regions[at];
+        let wrong_backing = match region.backing {
+            Backing::PrivateFile => Some(SkipReason::PrivateFile),
+            Backing::Unsupported => Some(SkipReason::UnsupportedBacking),
+            Backing::AnonymousPrivate | Backing::SharedFile { .. } => None,
+        };
+        if let Some(reason) = wrong_backing {
+            self.skipped.add(reason, high - low);
+            return;
+        }
+        let Some((low, high)) = self.align(low, high, GUEST_PAGE_BYTES, SkipReason::Unaligned)
+        else {
+            return;
+        };
+        let Some((low, high)) =
+            self.align(low, high, region.page_bytes, SkipReason::BackingPageLarger)
+        else {
+            return;
+        };
+        self.pieces.push(Piece {
+            region: at,
+            offset: low,
+            bytes: high - low,
+            discarded_bytes: 0,
+        });
+    }
+
+    /// The whole pages in `[low, high)`; what falls off is counted for `reason`.
+    fn align(
+        &mut self,
+        low: u64,
+        high: u64,
+        page_bytes: u64,
+        reason: SkipReason,
+    ) -> Option<(u64, u64)> {
+        let first = low.checked_next_multiple_of(page_bytes).unwrap_or(u64::MAX);
+        let last = high - high % page_bytes;
+        if first >= last {
+            self.skipped.add(reason, high - low);
+            return None;
+        }
+        self.skipped.add(reason, (high - low) - (last - first));
+        Some((first, last))
+    }
+}

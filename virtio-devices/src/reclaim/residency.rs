@@ -1,0 +1,272 @@
+//! How much of guest RAM the host really holds, measured and not inferred.
+//!
+//! Private memory is looked up in the page tables ([`super::pagemap`]). For a
+//! shared file in memory (memfd, tmpfs, hugetlbfs) the page tables would tell
+//! only what this process has mapped; the file itself knows its pages, so its
+//! allocated blocks are taken. They include what the host has swapped out.
+//!
+//! A sample stops no vCPU and waits for no guest. It is cached, and longer the
+//! more it costs, so that a flood of questions can never take more than
+//! 1/[`REST_PER_COST`] of a core.
+#![allow(unsafe_code)]
+// UNSAFETY: `fstat`, `sysinfo` and `mincore` have no safe wrapper among our dependencies.
+
+use std::fs::File;
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+
+use super::backing::{base_page_bytes, is_memory_file};
+use super::pagemap::{Held, Pagemap};
+use crate::device::GuestRam;
+
+/// Samples younger than this are always good enough.
+const SAMPLE_AGE_MIN: Duration = Duration::from_millis(100);
+/// A sample is kept at least this many times as long as it took.
+const REST_PER_COST: u32 = 100;
+
+/// Measuring failed; there is no figure rather than a wrong one.
+#[derive(Debug, thiserror::Error)]
+pub enum ResidencyError {
+    /// `/proc/self/pagemap` cannot be opened.
+    #[error("cannot open the page map of this process")]
+    OpenPagemap(#[source] io::Error),
+    /// The page tables behind guest RAM cannot be read.
+    #[error("cannot look up which pages of guest RAM are resident")]
+    Lookup(#[source] io::Error),
+    /// The file behind guest RAM cannot be examined.
+    #[error("cannot examine the file behind guest RAM")]
+    Stat(#[source] io::Error),
+}
+
+/// How page tables are read on this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ResidencyMethod {
+    /// `PAGEMAP_SCAN`; the shared zero page counts as absent.
+    PagemapScan,
+    /// Entry by entry; the shared zero page counts as resident.
+    PagemapRead,
+}
+
+impl ResidencyMethod {
+    /// As declared in answers.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::PagemapScan => "pagemap-scan",
+            Self::PagemapRead => "pagemap-read",
+        }
+    }
+}
+
+/// One measurement of all of guest RAM.
+#[derive(Clone, Copy, Debug)]
+pub struct ResidencySample {
+    /// RAM the guest has been given.
+    pub configured_bytes: u64,
+    /// Of it, held in host RAM.
+    pub resident_bytes: u64,
+    /// Of it, held in host swap.
+    pub swapped_bytes: u64,
+    /// When it was measured.
+    pub taken: Instant,
+    /// How long measuring took.
+    pub cost_us: u64,
+    /// How page tables were read.
+    pub method: ResidencyMethod,
+}
+
+impl ResidencySample {
+    /// Guest RAM that occupies no host RAM: never touched, given back, or swapped out.
+    #[must_use]
+    pub fn reclaimed_bytes(&self) -> u64 {
+        self.configured_bytes.saturating_sub(self.resident_bytes)
+    }
+}
+
+/// Measures guest RAM; shared by all threads that ask.
+#[derive(Debug)]
+pub struct ResidencyProbe {
+    ram: GuestRam,
+    pagemap: Pagemap,
+    last: Mutex<Option<ResidencySample>>,
+}
+
+impl ResidencyProbe {
+    /// A probe for this RAM, following every later change of its map.
+    ///
+    /// # Errors
+    /// The page map of this process cannot be opened.
+    pub fn new(ram: GuestRam) -> Result<Self, ResidencyError> {
+        let pagemap = Pagemap::open().map_err(ResidencyError::OpenPagemap)?;
+        Ok(Self::with_pagemap(ram, pagemap))
+    }
+
+    pub(super) fn with_pagemap(ram: GuestRam, pagemap: Pagemap) -> Self {
+        Self {
+            ram,
+            pagemap,
+            last: Mutex::new(None),
+        }
+    }
+
+    /// The present state, or a sample young enough. Callers that come while one
+    /// is being taken wait for it and share it.
+    ///
+    /// # Errors
+    /// The host refuses to tell.
+    pub fn sample(&self) -> Result<ResidencySample, ResidencyError> {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(sample) = *last {
+            let rest = Duration::from_micros(sample.cost_us).saturating_mul(REST_PER_COST);
+            if sample.taken.elapsed() < rest.max(SAMPLE_AGE_MIN) {
+                return Ok(sample);
+            }
+        }
+        let sample = self.measure()?;
+        *last = Some(sample);
+        Ok(sample)
+    }
+
+    /// A measurement made now, whatever it costs.
+    ///
+    /// # Errors
+    /// The host refuses to tell.
+    pub fn measure(&self) -> Result<ResidencySample, ResidencyError> {
+        let taken = Instant::now();
+        let mem = self.ram.memory();
+        let held = self.held(&mem)?;
+        let configured_bytes = mem.iter().map(GuestMemoryRegion::len).sum();
+        Ok(ResidencySample {
+            configured_bytes,
+            resident_bytes: held.present.min(configured_bytes),
+            swapped_bytes: held.swapped.min(configured_bytes),
+            taken,
+            cost_us: u64::try_from(taken.elapsed().as_micros()).unwrap_or(u64::MAX),
+            method: if self.pagemap.scans() {
+                ResidencyMethod::PagemapScan
+            } else {
+                ResidencyMethod::PagemapRead
+            },
+        })
+    }
+
+    fn held(&self, mem: &GuestMemoryMmap<()>) -> Result<Held, ResidencyError> {
+        let swap_in_use = swap_in_use();
+        let mut total = Held::default();
+        let mut files: Vec<FileFigures> = Vec::new();
+        for region in mem.iter() {
+            let shared = region.flags() & libc::MAP_SHARED != 0;
+            let memory_file = region
+                .file_offset()
+                .map(vm_memory::FileOffset::file)
+                .filter(|file| shared && is_memory_file(file));
+            let Some(file) = memory_file else {
+                let start = region.as_ptr() as u64;
+                let end = start + region.len().next_multiple_of(base_page_bytes());
+                let held = self.pagemap.held(start, end);
+                let held = held.map_err(ResidencyError::Lookup)?;
+                total.present += held.present;
+                total.swapped += held.swapped;
+                continue;
+            };
+            let (id, allocated) = allocation(file).map_err(ResidencyError::Stat)?;
+            let cached = if swap_in_use {
+                cached_bytes(region.as_ptr(), region.len()).map_err(ResidencyError::Lookup)?
+            } else {
+                allocated
+            };
+            match files.iter_mut().find(|known| known.id == id) {
+                Some(known) => known.cached += cached,
+                None => files.push(FileFigures {
+                    id,
+                    allocated,
+                    cached,
+                }),
+            }
+        }
+        for file in files {
+            // Looked at moments apart: pages that came in between are in RAM.
+            let swapped = file.allocated.saturating_sub(file.cached);
+            total.swapped += swapped;
+            total.present += file.allocated - swapped;
+        }
+        Ok(total)
+    }
+}
+
+/// One file in memory. Several regions may show parts of it; its pages count once.
+struct FileFigures {
+    id: FileId,
+    /// Bytes of its pages, in RAM or in swap.
+    allocated: u64,
+    /// Of its mapped parts, bytes in RAM.
+    cached: u64,
+}
+
+type FileId = (libc::dev_t, libc::ino_t);
+
+/// The identity of a file in memory and the bytes of its pages, swapped ones included.
+fn allocation(file: &File) -> io::Result<(FileId, u64)> {
+    /// `st_blocks` counts in these, whatever the file system (stat(2)).
+    const BLOCK_BYTES: u64 = 512;
+    let mut stat = MaybeUninit::<libc::stat>::uninit();
+    // SAFETY: the descriptor is open and `stat` is large enough.
+    if unsafe { libc::fstat(file.as_raw_fd(), stat.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has filled it, as it returned zero.
+    let stat = unsafe { stat.assume_init() };
+    let blocks = u64::try_from(stat.st_blocks).unwrap_or(0);
+    Ok((
+        (stat.st_dev, stat.st_ino),
+        blocks.saturating_mul(BLOCK_BYTES),
+    ))
+}
+
+/// Whether the host has anything in swap; if not, none of the guest is.
+fn swap_in_use() -> bool {
+    let mut info = MaybeUninit::<libc::sysinfo>::zeroed();
+    // SAFETY: the structure is large enough, and all zeros is a valid value of it.
+    let (ret, info) = unsafe { (libc::sysinfo(info.as_mut_ptr()), info.assume_init()) };
+    ret != 0 || info.totalswap > info.freeswap
+}
+
+/// Bytes of a shared mapping whose pages are in RAM, mapped or not.
+fn cached_bytes(start: *mut u8, bytes: u64) -> io::Result<u64> {
+    /// Pages per call: 32 KiB of stack, 128 MiB of guest RAM.
+    const WINDOW_PAGES: u64 = 32 * 1024;
+    let page = base_page_bytes();
+    let mut window = [0_u8; WINDOW_PAGES as usize];
+    let mut cached = 0;
+    let mut offset = 0;
+    while offset < bytes {
+        let len = (WINDOW_PAGES * page).min(bytes - offset);
+        // SAFETY: the range lies in a mapping the caller keeps alive, and the
+        // window has a byte for each of its pages. Nothing is changed in it.
+        let ret = unsafe {
+            libc::mincore(
+                start
+                    .wrapping_add(usize::try_from(offset).expect("inside a mapping"))
+                    .cast(),
+                usize::try_from(len).expect("inside a mapping"),
+                window.as_mut_ptr(),
+            )
+        };
+        if ret != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let pages = usize::try_from(len.div_ceil(page)).expect("at most the window");
+        let in_ram = window[..pages]
+            .iter()
+            .filter(|byte| **byte & 1 != 0)
+            .count();
+        cached += in_ram as u64 * page;
+        offset += len;
+    }
+    Ok(cached)
+}

@@ -1,0 +1,145 @@
+//! The switch that turns discarding off.
+//!
+//! A page that a device has pinned for DMA, or that is being copied out of the
+//! machine, must not be replaced under it: the device would go on using the old
+//! page while the guest sees a new one. Whoever has such a need holds a
+//! [`InhibitGuard`]; several may, for the same or different reasons, and
+//! discarding comes back when the last one lets go.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Why discarding is off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(usize)]
+pub enum InhibitReason {
+    /// A device has guest memory pinned for DMA.
+    PinnedMemory,
+    /// Guest memory is being written out (snapshot, migration, dump).
+    MemoryExport,
+    /// Guest memory is still being brought in.
+    MemoryImport,
+}
+
+impl InhibitReason {
+    const ALL: [Self; 3] = [Self::PinnedMemory, Self::MemoryExport, Self::MemoryImport];
+
+    /// Name in counters and answers.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::PinnedMemory => "pinned_memory",
+            Self::MemoryExport => "memory_export",
+            Self::MemoryImport => "memory_import",
+        }
+    }
+}
+
+/// Shared by the engine and everybody who may have to stop it.
+#[derive(Debug, Default)]
+pub struct DiscardSwitch {
+    holders: [AtomicU32; InhibitReason::ALL.len()],
+    /// Batches between their look at `holders` and their last system call.
+    batches_running: AtomicU32,
+}
+
+impl DiscardSwitch {
+    /// Turns discarding off until the guard is dropped. A batch that has begun
+    /// goes on: see [`InhibitGuard::is_settled`].
+    #[must_use]
+    pub fn inhibit(self: &Arc<Self>, reason: InhibitReason) -> InhibitGuard {
+        self.holders[reason as usize].fetch_add(1, Ordering::SeqCst);
+        InhibitGuard {
+            switch: Arc::clone(self),
+            reason,
+        }
+    }
+
+    /// The first reason discarding is off for, if it is.
+    #[must_use]
+    pub fn inhibited(&self) -> Option<InhibitReason> {
+        InhibitReason::ALL
+            .into_iter()
+            .find(|reason| self.holders[*reason as usize].load(Ordering::SeqCst) > 0)
+    }
+
+    /// Begins a batch, unless discarding is off.
+    ///
+    /// The engine announces itself before it looks, and a guard counts itself
+    /// before it looks for running batches; with sequential consistency at
+    /// least one of the two sees the other.
+    pub(super) fn begin(&self) -> Result<BatchGuard<'_>, InhibitReason> {
+        self.batches_running.fetch_add(1, Ordering::SeqCst);
+        let batch = BatchGuard(self);
+        match self.inhibited() {
+            None => Ok(batch),
+            Some(reason) => Err(reason),
+        }
+    }
+}
+
+/// Keeps discarding off while it lives.
+#[derive(Debug)]
+pub struct InhibitGuard {
+    switch: Arc<DiscardSwitch>,
+    reason: InhibitReason,
+}
+
+impl InhibitGuard {
+    /// Whether no batch is running any more. Once true it stays true for the
+    /// life of the guard: from then on no page of the guest is discarded.
+    #[must_use]
+    pub fn is_settled(&self) -> bool {
+        self.switch.batches_running.load(Ordering::SeqCst) == 0
+    }
+
+    /// Why this guard exists.
+    #[must_use]
+    pub fn reason(&self) -> InhibitReason {
+        self.reason
+    }
+}
+
+impl Drop for InhibitGuard {
+    fn drop(&mut self) {
+        self.switch.holders[self.reason as usize].fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// One batch of the engine.
+#[derive(Debug)]
+pub(super) struct BatchGuard<'a>(&'a DiscardSwitch);
+
+impl Drop for BatchGuard<'_> {
+    fn drop(&mut self) {
+        self.0.batches_running.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn switch_with_two_holders_opens_when_both_let_go() {
+        let switch = Arc::new(DiscardSwitch::default());
+        let first = switch.inhibit(InhibitReason::PinnedMemory);
+        let second = switch.inhibit(InhibitReason::PinnedMemory);
+        drop(first);
+        assert_eq!(switch.inhibited(), Some(InhibitReason::PinnedMemory));
+        drop(second);
+        assert_eq!(switch.inhibited(), None);
+    }
+
+    #[test]
+    fn guard_taken_during_a_batch_settles_when_it_ends() {
+        let switch = Arc::new(DiscardSwitch::default());
+        let batch = switch.begin().expect("nobody inhibits");
+        let guard = switch.inhibit(InhibitReason::MemoryExport);
+        assert!(!guard.is_settled());
+        drop(batch);
+        assert!(guard.is_settled());
+        assert_eq!(switch.begin().err(), Some(InhibitReason::MemoryExport));
+        assert!(guard.is_settled(), "a refused batch leaves nothing behind");
+    }
+}

@@ -1,0 +1,170 @@
+//! The system calls that give memory back. Nothing in here decides anything.
+#![allow(unsafe_code)]
+// UNSAFETY: discarding memory and calling without a libc wrapper cannot be done safely.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::OnceLock;
+
+/// A span of this process's memory. Same layout as `struct iovec`, but without
+/// a raw pointer, so that whoever keeps a list of them stays `Send`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct HostSpan {
+    pub(super) start: usize,
+    pub(super) bytes: usize,
+}
+
+const _: () = assert!(size_of::<HostSpan>() == size_of::<libc::iovec>());
+const _: () = assert!(align_of::<HostSpan>() == align_of::<libc::iovec>());
+const _: () =
+    assert!(std::mem::offset_of!(HostSpan, bytes) == std::mem::offset_of!(libc::iovec, iov_len));
+
+/// Longest vector the kernel takes (`UIO_MAXIOV` in include/uapi/linux/uio.h).
+pub(super) const VECTOR_SPANS_MAX: usize = 1024;
+
+/// A descriptor of this very process if its kernel discards vectors of it.
+///
+/// Linux does since 6.13 (`process_madvise(2)`); whether this kernel does, and
+/// whether we are allowed to, is tried once per process on a page of our own.
+pub(super) fn vector_advice() -> Option<BorrowedFd<'static>> {
+    static SELF: OnceLock<Option<OwnedFd>> = OnceLock::new();
+    SELF.get_or_init(|| {
+        let pidfd = open_self().ok()?;
+        scratch_page_is_discarded(&pidfd).then_some(pidfd)
+    })
+    .as_ref()
+    .map(std::os::fd::AsFd::as_fd)
+}
+
+fn open_self() -> io::Result<OwnedFd> {
+    // SAFETY: both calls take and return plain integers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let fd = RawFd::try_from(fd).expect("descriptors are small integers");
+    // SAFETY: the kernel has just given this descriptor to us and to nobody else.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Writes to a fresh page, discards it by vector and looks whether it is zero.
+fn scratch_page_is_discarded(pidfd: &OwnedFd) -> bool {
+    const SCRATCH_BYTES: usize = 4096;
+    // SAFETY: a new private mapping, placed by the kernel, aliases nothing.
+    let page = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            SCRATCH_BYTES,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        )
+    };
+    if page == libc::MAP_FAILED {
+        return false;
+    }
+    let byte = page.cast::<u8>();
+    // SAFETY: the mapping is writable and ours alone.
+    unsafe { byte.write_volatile(1) };
+    let span = HostSpan {
+        start: page as usize,
+        bytes: SCRATCH_BYTES,
+    };
+    // SAFETY: nobody else knows the page.
+    let advised = unsafe { discard_vector(std::os::fd::AsFd::as_fd(pidfd), &[span]) };
+    // SAFETY: the mapping is still there and readable.
+    let gone = unsafe { byte.read_volatile() } == 0;
+    // SAFETY: unmaps exactly what was mapped above; `byte` is not used again.
+    unsafe { libc::munmap(page, SCRATCH_BYTES) };
+    advised.is_ok_and(|bytes| bytes == SCRATCH_BYTES) && gone
+}
+
+/// `process_madvise(MADV_DONTNEED)` on this process. Returns the bytes advised:
+/// fewer than asked for when one of the spans failed.
+///
+/// # Safety
+/// Every span is page aligned memory whose content its owner has given up.
+pub(super) unsafe fn discard_vector(
+    pidfd: BorrowedFd<'_>,
+    spans: &[HostSpan],
+) -> io::Result<usize> {
+    debug_assert!(spans.len() <= VECTOR_SPANS_MAX);
+    retry_interrupted(|| {
+        // SAFETY: `spans` has the layout of `iovec` and outlives the call; the
+        // caller answers for the content.
+        let advised = unsafe {
+            libc::syscall(
+                libc::SYS_process_madvise,
+                pidfd.as_raw_fd(),
+                spans.as_ptr().cast::<libc::iovec>(),
+                spans.len(),
+                libc::MADV_DONTNEED,
+                0,
+            )
+        };
+        usize::try_from(advised).map_err(|_| io::Error::last_os_error())
+    })
+}
+
+/// `madvise(MADV_DONTNEED)` on one span.
+///
+/// # Safety
+/// As for [`discard_vector`].
+pub(super) unsafe fn discard_span(span: HostSpan) -> io::Result<()> {
+    retry_interrupted(|| {
+        // SAFETY: the caller answers for the content; the address stays mapped.
+        let ret = unsafe {
+            libc::madvise(
+                span.start as *mut libc::c_void,
+                span.bytes,
+                libc::MADV_DONTNEED,
+            )
+        };
+        check(ret)
+    })
+}
+
+/// `fallocate(PUNCH_HOLE | KEEP_SIZE)`: frees the pages of a file and unmaps
+/// them wherever they are mapped.
+///
+/// # Safety
+/// `fd` is open, and the content of the range has been given up by its owner.
+pub(super) unsafe fn punch_hole(fd: RawFd, offset: u64, bytes: u64) -> io::Result<()> {
+    let too_far = |_| io::Error::from_raw_os_error(libc::EFBIG);
+    let offset = libc::off_t::try_from(offset).map_err(too_far)?;
+    let bytes = libc::off_t::try_from(bytes).map_err(too_far)?;
+    retry_interrupted(|| {
+        // SAFETY: `fallocate` touches no memory of this process but mapped file
+        // pages, whose content the caller answers for.
+        let ret = unsafe {
+            libc::fallocate(
+                fd,
+                libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                offset,
+                bytes,
+            )
+        };
+        check(ret)
+    })
+}
+
+fn check(ret: libc::c_int) -> io::Result<()> {
+    if ret == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// A signal (a vCPU kick, a profiler) is no reason to give up; each attempt is
+/// bounded, so this ends when the signals do.
+fn retry_interrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match call() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}
