@@ -34,3 +34,6 @@ pub use reclaim::{
     GuestSample, LastBatch, LatencySummary, ReclaimPath, ReclaimStats, ReportingStatus,
 };
 pub use resize::VmResize;
+
+/// The OpenAPI description of what is served.
+pub const OPENAPI_YAML: &str = include_str!("../openapi/cloud-hypervisor.yaml");

@@ -1,0 +1,480 @@
+//! One value of every wire type, with every field set.
+//!
+//! Structs are written out in full: a field added to a type does not compile here until it has a sample, and then not
+//! pass until it has a description.
+
+use std::collections::BTreeMap;
+
+use api::config::*;
+use api::*;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+/// A type with its schema.
+pub(crate) struct Sample {
+    /// Name of its schema.
+    pub(crate) schema: &'static str,
+    /// The value with every field set.
+    pub(crate) full: Value,
+    /// Decodes into the type and encodes again.
+    pub(crate) round_trip: fn(&Value) -> Result<Value, String>,
+}
+
+fn sample<T: Serialize + DeserializeOwned>(schema: &'static str, value: &T) -> Sample {
+    Sample {
+        schema,
+        full: serde_json::to_value(value).unwrap(),
+        round_trip: |json| {
+            let value: T =
+                serde_json::from_value(json.clone()).map_err(|error| error.to_string())?;
+            serde_json::to_value(value).map_err(|error| error.to_string())
+        },
+    }
+}
+
+pub(crate) fn samples() -> Vec<Sample> {
+    [answers(), config_sections(), config_parts()]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+fn answers() -> Vec<Sample> {
+    vec![
+        sample(
+            "ErrorBody",
+            &ErrorBody(vec!["outer".to_owned(), "inner".to_owned()]),
+        ),
+        sample("VmmPingResponse", &ping()),
+        sample("VmState", &VmState::Running),
+        sample("VmInfo", &info()),
+        sample("DeviceNode", &device_node()),
+        sample(
+            "VmCounters",
+            &VmCounters::from([(
+                "_disk0".to_owned(),
+                BTreeMap::from([("read_ops".to_owned(), 1)]),
+            )]),
+        ),
+        sample(
+            "VmResize",
+            &VmResize {
+                desired_vcpus: Some(1),
+                desired_ram: Some(2),
+                desired_balloon: Some(3),
+            },
+        ),
+        sample("BalloonStatsResponse", &balloon_stats_response()),
+        sample("BalloonStats", &balloon_stats()),
+        sample("ReclaimStats", &reclaim_stats()),
+        sample("ReportingStatus", &reporting_status()),
+        sample("ReclaimPath", &reclaim_path()),
+        sample("LatencySummary", &latency()),
+        sample("LastBatch", &last_batch()),
+        sample("GuestSample", &guest_sample()),
+    ]
+}
+
+fn config_sections() -> Vec<Sample> {
+    vec![
+        sample("VmConfig", &vm_config()),
+        sample("PayloadConfig", &payload()),
+        sample("CpusConfig", &cpus()),
+        sample("MemoryConfig", &memory()),
+        sample("DiskConfig", &disk()),
+        sample("NetConfig", &net()),
+        sample("RngConfig", &rng()),
+        sample("BalloonConfig", &balloon()),
+        sample("SerialConfig", &serial()),
+        sample("ConsoleConfig", &console()),
+        sample("DebugConsoleConfig", &debug_console()),
+        sample("PlatformConfig", &platform()),
+    ]
+}
+
+fn config_parts() -> Vec<Sample> {
+    vec![
+        sample("CpuTopology", &topology()),
+        sample(
+            "CpuAffinity",
+            &CpuAffinity {
+                vcpu: 0,
+                host_cpus: vec![1],
+            },
+        ),
+        sample("CpuFeatures", &CpuFeatures { amx: true }),
+        sample("CoreSchedulingMode", &CoreScheduling::Vcpu),
+        sample("HotplugMethod", &HotplugMethod::VirtioMem),
+        sample("MemoryZoneConfig", &zone()),
+        sample("TokenBucket", &bucket()),
+        sample("RateLimiterConfig", &rate_limiter()),
+        sample(
+            "VirtQueueAffinity",
+            &VirtQueueAffinity {
+                queue_index: 0,
+                host_cpus: vec![1],
+            },
+        ),
+        sample("ImageType", &ImageType::Raw),
+        sample("LockGranularity", &LockGranularity::Full),
+        sample("VhostMode", &VhostMode::Server),
+        sample("ConsoleMode", &ConsoleOutputMode::Tty),
+    ]
+}
+
+fn ping() -> VmmPingResponse {
+    VmmPingResponse {
+        build_version: "b".to_owned(),
+        version: "v".to_owned(),
+        pid: 1,
+        features: vec!["kvm".to_owned()],
+    }
+}
+
+fn info() -> VmInfo {
+    VmInfo {
+        config: vm_config(),
+        state: VmState::Running,
+        memory_actual_size: 1,
+        device_tree: Some(BTreeMap::from([("_disk0".to_owned(), device_node())])),
+    }
+}
+
+fn device_node() -> DeviceNode {
+    DeviceNode {
+        id: "_disk0".to_owned(),
+        resources: vec![json!({"PciBar": {"index": 0}})],
+        parent: Some("p".to_owned()),
+        children: vec!["c".to_owned()],
+        pci_bdf: Some("0000:00:05.0".to_owned()),
+    }
+}
+
+fn balloon_stats() -> BalloonStats {
+    let mut stats = BalloonStats::default();
+    for &(_, tag) in BALLOON_STAT_TAGS {
+        assert!(stats.set(tag, u64::from(tag)));
+    }
+    stats
+}
+
+fn balloon_stats_response() -> BalloonStatsResponse {
+    BalloonStatsResponse {
+        balloon_actual: 1,
+        last_update: 2,
+        age_ms: Some(3),
+        stats: balloon_stats(),
+    }
+}
+
+fn reclaim_stats() -> ReclaimStats {
+    ReclaimStats {
+        configured_bytes: 1,
+        resident_bytes: 2,
+        reclaimed_bytes: 3,
+        swapped_bytes: Some(4),
+        ballooned_bytes: 5,
+        balloon_target_bytes: 6,
+        backing: "anonymous-private".to_owned(),
+        residency_method: "pagemap".to_owned(),
+        resident_sample_us: 7,
+        resident_age_ms: 8,
+        reporting: reporting_status(),
+        report: reclaim_path(),
+        inflate: reclaim_path(),
+        guest: Some(guest_sample()),
+    }
+}
+
+fn reporting_status() -> ReportingStatus {
+    ReportingStatus {
+        active: false,
+        reason: Some("not negotiated".to_owned()),
+    }
+}
+
+fn reclaim_path() -> ReclaimPath {
+    ReclaimPath {
+        requested_bytes: 1,
+        requested_ranges: 2,
+        discarded_bytes: 3,
+        discarded_ranges: 4,
+        skipped_bytes: BTreeMap::from([("hole".to_owned(), 5)]),
+        failed_bytes: 6,
+        failed_ranges: 7,
+        batches: 8,
+        discard_syscalls: 9,
+        latency_us: latency(),
+        last_batch: Some(last_batch()),
+    }
+}
+
+fn latency() -> LatencySummary {
+    LatencySummary {
+        count: 1,
+        p50: 2,
+        p99: 3,
+        max: 4,
+    }
+}
+
+fn last_batch() -> LastBatch {
+    LastBatch {
+        bytes: 1,
+        ranges: 2,
+        latency_us: 3,
+        age_ms: 4,
+    }
+}
+
+fn guest_sample() -> GuestSample {
+    GuestSample {
+        stats: balloon_stats(),
+        age_ms: 1,
+    }
+}
+
+fn vm_config() -> VmConfig {
+    let some = || Some(json!([{"x": 1}]));
+    VmConfig {
+        cpus: cpus(),
+        memory: memory(),
+        payload: Some(payload()),
+        disks: Some(vec![disk()]),
+        net: Some(vec![net()]),
+        rng: rng(),
+        balloon: Some(balloon()),
+        serial: serial(),
+        console: console(),
+        debug_console: debug_console(),
+        platform: Some(platform()),
+        iommu: true,
+        watchdog: true,
+        pvpanic: true,
+        landlock_enable: true,
+        unsupported: UnsupportedSections {
+            fs: some(),
+            pmem: some(),
+            devices: some(),
+            user_devices: some(),
+            vdpa: some(),
+            vsock: some(),
+            numa: some(),
+            pci_segments: some(),
+            tpm: some(),
+            rtc: some(),
+            rate_limit_groups: some(),
+            generic_vhost_user: some(),
+            landlock_rules: some(),
+        },
+    }
+}
+
+fn payload() -> PayloadConfig {
+    PayloadConfig {
+        firmware: Some("/f".into()),
+        kernel: Some("/k".into()),
+        cmdline: Some("c".to_owned()),
+        initramfs: Some("/i".into()),
+    }
+}
+
+fn cpus() -> CpusConfig {
+    CpusConfig {
+        boot_vcpus: 4,
+        max_vcpus: 4,
+        topology: Some(topology()),
+        kvm_hyperv: true,
+        max_phys_bits: 40,
+        affinity: Some(vec![CpuAffinity {
+            vcpu: 0,
+            host_cpus: vec![1],
+        }]),
+        features: CpuFeatures { amx: true },
+        nested: false,
+        core_scheduling: CoreScheduling::Off,
+    }
+}
+
+fn topology() -> CpuTopology {
+    CpuTopology {
+        threads_per_core: 2,
+        cores_per_die: 2,
+        dies_per_package: 1,
+        packages: 1,
+    }
+}
+
+fn memory() -> MemoryConfig {
+    MemoryConfig {
+        size: 0,
+        mergeable: true,
+        hotplug_method: HotplugMethod::VirtioMem,
+        hotplug_size: Some(1),
+        hotplugged_size: Some(2),
+        shared: true,
+        hugepages: true,
+        hugepage_size: Some(3),
+        prefault: true,
+        reserve: true,
+        thp: false,
+        zones: Some(vec![zone()]),
+    }
+}
+
+fn zone() -> MemoryZoneConfig {
+    MemoryZoneConfig {
+        id: "z".to_owned(),
+        size: 1,
+        file: Some("/f".into()),
+        shared: true,
+        hugepages: true,
+        hugepage_size: Some(2),
+        host_numa_node: Some(1),
+        hotplug_size: Some(3),
+        hotplugged_size: Some(4),
+        prefault: true,
+        reserve: true,
+        mergeable: true,
+    }
+}
+
+fn bucket() -> TokenBucket {
+    TokenBucket {
+        size: 1,
+        one_time_burst: Some(2),
+        refill_time: 3,
+    }
+}
+
+fn rate_limiter() -> RateLimiterConfig {
+    RateLimiterConfig {
+        bandwidth: Some(bucket()),
+        ops: Some(bucket()),
+    }
+}
+
+fn disk() -> DiskConfig {
+    DiskConfig {
+        path: Some("/d".into()),
+        readonly: true,
+        direct: true,
+        iommu: true,
+        num_queues: 2,
+        queue_size: 64,
+        vhost_user: true,
+        vhost_socket: Some("/s".into()),
+        rate_limit_group: Some("g".to_owned()),
+        rate_limiter_config: Some(rate_limiter()),
+        id: Some("d".to_owned()),
+        pci_segment: 1,
+        pci_device_id: Some(2),
+        serial: Some("s".to_owned()),
+        queue_affinity: Some(vec![VirtQueueAffinity {
+            queue_index: 0,
+            host_cpus: vec![1],
+        }]),
+        backing_files: true,
+        sparse: false,
+        image_type: Some(ImageType::Raw),
+        lock_granularity: LockGranularity::Full,
+    }
+}
+
+fn net() -> NetConfig {
+    NetConfig {
+        tap: Some("t".to_owned()),
+        ip: Some([10, 0, 0, 1].into()),
+        mask: Some([255, 0, 0, 0].into()),
+        mac: MacAddr([2, 0, 0, 0, 0, 1]),
+        host_mac: Some(MacAddr([2, 0, 0, 0, 0, 2])),
+        mtu: Some(1400),
+        iommu: true,
+        num_queues: 4,
+        queue_size: 64,
+        vhost_user: true,
+        vhost_socket: Some("/s".into()),
+        vhost_mode: VhostMode::Server,
+        id: Some("n".to_owned()),
+        fds: Some(vec![INVALID_FD]),
+        rate_limiter_config: Some(rate_limiter()),
+        pci_segment: 1,
+        pci_device_id: Some(2),
+        offload_tso: false,
+        offload_ufo: false,
+        offload_csum: false,
+    }
+}
+
+fn rng() -> RngConfig {
+    RngConfig {
+        src: "/r".into(),
+        iommu: true,
+        id: Some("r".to_owned()),
+        pci_segment: 1,
+        pci_device_id: Some(2),
+    }
+}
+
+fn balloon() -> BalloonConfig {
+    BalloonConfig {
+        size: 1,
+        deflate_on_oom: true,
+        free_page_reporting: true,
+        iommu: true,
+        id: Some("b".to_owned()),
+        pci_segment: 1,
+        pci_device_id: Some(2),
+    }
+}
+
+fn serial() -> SerialConfig {
+    SerialConfig {
+        file: Some("/f".into()),
+        mode: ConsoleOutputMode::File,
+        socket: Some("/s".into()),
+    }
+}
+
+fn console() -> ConsoleConfig {
+    ConsoleConfig {
+        file: Some("/f".into()),
+        mode: ConsoleOutputMode::File,
+        socket: Some("/s".into()),
+        iommu: true,
+        id: Some("c".to_owned()),
+        pci_segment: 1,
+        pci_device_id: Some(2),
+    }
+}
+
+fn debug_console() -> DebugConsoleConfig {
+    DebugConsoleConfig {
+        file: Some("/f".into()),
+        mode: ConsoleOutputMode::File,
+        iobase: Some(0xe9),
+    }
+}
+
+fn platform() -> PlatformConfig {
+    let text = || Some("t".to_owned());
+    PlatformConfig {
+        num_pci_segments: 2,
+        iommu_segments: Some(vec![1]),
+        iommu_address_width_bits: 48,
+        system_serial_number: text(),
+        system_uuid: text(),
+        oem_strings: Some(vec!["o".to_owned()]),
+        system_manufacturer: text(),
+        system_product_name: text(),
+        system_version: text(),
+        system_family: text(),
+        system_sku_number: text(),
+        chassis_asset_tag: text(),
+        iommufd: true,
+        vfio_p2p_dma: false,
+        tdx: true,
+        sev_snp: true,
+    }
+}
