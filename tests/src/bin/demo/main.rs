@@ -1,0 +1,127 @@
+//! The main job on real input: a Linux guest touches memory, frees it, and the
+//! host gets it back, seen through the REST API.
+//!
+//! Runs where KVM boots Linux: `cargo xtask demo` starts it in the testbed with
+//! the folder for its results as the only argument.
+
+mod chart;
+mod recording;
+
+use std::fs;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use integration_tests::linux::{Guest, Machine};
+use recording::{Phase, Recording, Sample};
+
+const MIB: u64 = 1 << 20;
+/// What the guest has, and what it touches and frees.
+const GUEST_BYTES: u64 = 1024 * MIB;
+const TOUCH_BYTES: u64 = 700 * MIB;
+/// Between two samples of the API.
+const SAMPLE_INTERVAL: Duration = Duration::from_millis(200);
+/// How long the guest is watched while nothing changes, before and at the top.
+const CALM: Duration = Duration::from_secs(1);
+/// Mainline's reporting works every two seconds: no change for longer than
+/// that means that it has finished.
+const SETTLED: Duration = Duration::from_secs(5);
+/// After this the demonstration ends, settled or not.
+const SETTLE_DEADLINE: Duration = Duration::from_secs(90);
+/// Changes of residency below this are the guest's own life.
+const NOISE_BYTES: u64 = 2 * MIB;
+
+fn main() -> Result<()> {
+    let folder: PathBuf = std::env::args_os()
+        .nth(1)
+        .context("usage: demo FOLDER")?
+        .into();
+    fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+
+    println!("Booting an unmodified Linux kernel with 1 GiB and a balloon that takes reports …");
+    let mut guest = Machine {
+        memory: "size=1G",
+        cpus: "boot=2",
+        arguments: &["--balloon", "size=0,free_page_reporting=on"],
+        ..Machine::default()
+    }
+    .serve()?;
+
+    let mut recording = Recording::new(GUEST_BYTES);
+    watch(&guest, &mut recording, Phase::Idle, CALM)?;
+    println!("The guest touches {} MiB:", TOUCH_BYTES / MIB);
+    touch(&mut guest, &mut recording)?;
+    watch(&guest, &mut recording, Phase::Touched, CALM)?;
+    println!("The guest frees them:");
+    guest.command("free")?;
+    recording.freed();
+    settle(&guest, &mut recording)?;
+
+    let result = recording.result()?;
+    fs::write(folder.join("demo.json"), recording.to_json(&result)?)?;
+    fs::write(folder.join("demo.svg"), chart::svg(&recording, &result))?;
+    guest.end()?;
+    println!("{}", result.sentence());
+    Ok(())
+}
+
+/// Samples the API once and shows the sample.
+fn sample(guest: &Guest, recording: &mut Recording, phase: Phase) -> Result<Sample> {
+    let stats = guest.vmm.get("vm.reclaim-stats")?;
+    let sample = recording.add(phase, &stats)?;
+    println!(
+        "{}",
+        chart::terminal_line(&sample, GUEST_BYTES, std::io::stdout().is_terminal())
+    );
+    Ok(sample)
+}
+
+fn watch(guest: &Guest, recording: &mut Recording, phase: Phase, time: Duration) -> Result<()> {
+    let start = Instant::now();
+    while start.elapsed() < time {
+        sample(guest, recording, phase)?;
+        std::thread::park_timeout(SAMPLE_INTERVAL);
+    }
+    Ok(())
+}
+
+/// The guest works on its own while the API is watched.
+fn touch(guest: &mut Guest, recording: &mut Recording) -> Result<()> {
+    let Guest { vmm, serial } = guest;
+    std::thread::scope(|scope| {
+        let touching = scope.spawn(|| -> Result<String> {
+            serial.send(&format!("alloc {TOUCH_BYTES}"))?;
+            serial.expect("ok alloc", Duration::from_secs(120))
+        });
+        while !touching.is_finished() {
+            let stats = vmm.get("vm.reclaim-stats")?;
+            let sample = recording.add(Phase::Touching, &stats)?;
+            println!(
+                "{}",
+                chart::terminal_line(&sample, GUEST_BYTES, std::io::stdout().is_terminal())
+            );
+            std::thread::park_timeout(SAMPLE_INTERVAL);
+        }
+        match touching.join() {
+            Ok(answer) => answer.map(drop),
+            Err(_) => bail!("the thread that talks to the guest panicked"),
+        }
+    })
+}
+
+/// Samples until residency has not fallen for a while.
+fn settle(guest: &Guest, recording: &mut Recording) -> Result<()> {
+    let start = Instant::now();
+    let (mut lowest, mut lowest_at) = (u64::MAX, Instant::now());
+    while start.elapsed() < SETTLE_DEADLINE {
+        let sample = sample(guest, recording, Phase::Freed)?;
+        if sample.resident_bytes + NOISE_BYTES < lowest {
+            (lowest, lowest_at) = (sample.resident_bytes, Instant::now());
+        } else if lowest_at.elapsed() > SETTLED && sample.discarded_bytes > 0 {
+            return Ok(());
+        }
+        std::thread::park_timeout(SAMPLE_INTERVAL);
+    }
+    Ok(())
+}
