@@ -1,10 +1,191 @@
-//! stub
-use anyhow::Result;
+//! `cargo xtask testbed run -- COMMAND…`: COMMAND as root on a host whose KVM boots Linux.
+//!
+//! That host is this machine if its KVM is found to do it, else an outer machine emulated by
+//! QEMU. COMMAND finds the same in both: our binaries in PATH, kernels and initramfs under
+//! `/guest`, the shared directory at `/share`, and in its environment `TESTBED` and
+//! `GUEST_CMDLINE_EXTRA`.
+
+mod bins;
+mod direct;
+mod emulated;
+mod probe;
+mod swap;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::guest::{self, Artefacts};
+
+/// Exit status for a command that ran out of time, as timeout(1) has it.
+const TIMED_OUT: u8 = 124;
+
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
-    Run,
+    /// Run a command as root on a host whose KVM boots Linux
+    Run(Options),
+    /// The half of a direct run that is inside its own namespaces
+    #[command(hide = true)]
+    Inside(direct::Inside),
 }
-pub(crate) fn run(_c: Command) -> Result<ExitCode> {
-    Ok(ExitCode::SUCCESS)
+
+/// What the caller wants.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Memory of the emulated host (with suffix K, M or G)
+    #[arg(long, default_value = "4G", value_parser = parse_size)]
+    memory: u64,
+    /// Processors of the emulated host
+    #[arg(long, default_value_t = 2)]
+    cpus: u32,
+    /// Directory that the command finds read-write at /share
+    #[arg(long, value_name = "DIR")]
+    share: Option<PathBuf>,
+    /// End everything after this many seconds, with status 124
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<u64>,
+    /// Count instructions instead of time: repeatable, one processor, always emulated
+    #[arg(long)]
+    icount: bool,
+    /// Swap space of the emulated host (with suffix K, M or G); none if not given
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    swap: Option<u64>,
+    /// Where to run: try this machine's KVM first, or insist on one of the two
+    #[arg(long, value_enum, default_value = "auto")]
+    host: HostChoice,
+    /// Profile of our binaries; they are built first
+    #[arg(long, default_value = "release")]
+    profile: String,
+    /// More options for QEMU, split at blanks (for devices of the emulated host)
+    #[arg(long, value_name = "OPTIONS", allow_hyphen_values = true)]
+    qemu: Option<String>,
+    /// Show the console of the emulated host on stderr
+    #[arg(long)]
+    console: bool,
+    /// The command and its arguments
+    #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<OsString>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum HostChoice {
+    Auto,
+    Direct,
+    Emulated,
+}
+
+/// Everything a host needs to run the command.
+#[derive(Debug)]
+struct Job {
+    options: Options,
+    artefacts: Artefacts,
+    bins: Vec<PathBuf>,
+    share: Option<PathBuf>,
+}
+
+/// How the command ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Exit(u8),
+    TimedOut,
+}
+
+impl Job {
+    fn timeout(&self) -> Option<Duration> {
+        self.options.timeout.map(Duration::from_secs)
+    }
+
+    /// What `/guest` has: a name there and the file here.
+    fn guest_files(&self) -> [(&'static str, &PathBuf); 3] {
+        [
+            ("vmlinux", &self.artefacts.vmlinux),
+            ("bzImage", &self.artefacts.bzimage),
+            ("initramfs.cpio.gz", &self.artefacts.initramfs),
+        ]
+    }
+}
+
+/// Runs one subcommand and returns the status the program ends with.
+pub(crate) fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Run(options) => Ok(match run_job(options)? {
+            Outcome::Exit(status) => ExitCode::from(status),
+            Outcome::TimedOut => {
+                eprintln!("testbed: the command ran out of time");
+                ExitCode::from(TIMED_OUT)
+            }
+        }),
+        Command::Inside(inside) => direct::inside(&inside).map(ExitCode::from),
+    }
+}
+
+fn run_job(options: Options) -> Result<Outcome> {
+    let share = match &options.share {
+        Some(dir) => Some(
+            dir.canonicalize()
+                .with_context(|| format!("--share {}", dir.display()))?,
+        ),
+        None => None,
+    };
+    let artefacts = guest::build()?;
+    let bins = bins::build(&options.profile)?;
+    let direct = match options.host {
+        _ if options.icount && options.host == HostChoice::Direct => {
+            bail!("--icount counts in emulation only")
+        }
+        HostChoice::Direct => true,
+        HostChoice::Emulated => false,
+        HostChoice::Auto => !options.icount && probe::kvm_boots_linux()?,
+    };
+    let job = Job {
+        options,
+        artefacts,
+        bins,
+        share,
+    };
+    if direct {
+        direct::run(&job)
+    } else {
+        emulated::run(&job)
+    }
+}
+
+/// Bytes, with an optional binary suffix.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.chars().last() {
+        Some('K' | 'k') => (&text[..text.len() - 1], 10),
+        Some('M' | 'm') => (&text[..text.len() - 1], 20),
+        Some('G' | 'g') => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    match digits
+        .parse::<u64>()
+        .ok()
+        .and_then(|n| n.checked_mul(1 << shift))
+    {
+        Some(0) | None => Err(format!("{text:?} is no size, such as 512M or 4G")),
+        Some(bytes) => Ok(bytes),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse_size;
+
+    #[test]
+    fn size_with_suffix_is_binary() {
+        assert_eq!(parse_size("4G"), Ok(4 << 30));
+        assert_eq!(parse_size("512m"), Ok(512 << 20));
+        assert_eq!(parse_size("4096"), Ok(4096));
+    }
+
+    #[test]
+    fn size_that_is_none_is_refused() {
+        for text in ["", "0", "G", "4T", "-1", "1.5G", "99999999999G"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
 }

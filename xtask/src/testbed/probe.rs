@@ -1,0 +1,4 @@
+//! stub
+pub(crate) fn kvm_boots_linux() -> anyhow::Result<bool> {
+    Ok(false)
+}
