@@ -10,9 +10,12 @@
 //! and threads come in through the traits in [`pci`] and [`worker`].
 
 pub mod balloon;
+pub mod block;
 pub mod device;
+mod guest_buffers;
 pub mod pci;
 pub mod reclaim;
+mod served_queue;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
 pub mod worker;

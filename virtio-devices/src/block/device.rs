@@ -1,0 +1,231 @@
+//! The configuration half of a disk, and what both halves share.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
+
+use super::config_space::{self, CONFIG_BYTES, WRITEBACK_AT};
+use super::counters::BlockCounters;
+use super::engine::new_engine;
+use super::flights::Flights;
+use super::image::Image;
+use super::queue::BlockQueue;
+use super::request::Rules;
+use super::{BlockError, BlockParams, QUEUE_SIZE_MAX, QUEUES_MAX};
+use crate::device::{Counters, QueueHandler, VirtioDevice};
+
+/// Device id (virtio 1.2 §5).
+const VIRTIO_ID_BLOCK: u32 = 2;
+const QUEUE_SIZE_MIN: u16 = 4;
+/// Longest name a Linux thread can have.
+const THREAD_NAME_BYTES: usize = 15;
+const SERIAL_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+
+/// What the configuration half and all queues know.
+#[derive(Debug)]
+pub(super) struct DiskState {
+    params: BlockParams,
+    image: Arc<Image>,
+    serial: [u8; SERIAL_BYTES],
+    /// Atomic so that a later resize needs no lock.
+    capacity_sectors: AtomicU64,
+    writeback: AtomicBool,
+    counters: BlockCounters,
+}
+
+impl DiskState {
+    pub(super) fn rules(&self) -> Rules {
+        Rules {
+            capacity_sectors: self.capacity_sectors.load(Ordering::Acquire),
+            readonly: self.params.readonly,
+            discard: !self.params.readonly && self.params.sparse,
+            write_zeroes: !self.params.readonly,
+            unmap: self.params.sparse,
+            protect_sector_0: self.params.autodetect,
+        }
+    }
+
+    /// Padded with zeroes to the 20 bytes of GET_ID.
+    pub(super) fn serial(&self) -> &[u8] {
+        &self.serial
+    }
+
+    pub(super) fn is_block_device(&self) -> bool {
+        self.image.is_block_device()
+    }
+
+    pub(super) fn writeback(&self) -> bool {
+        self.writeback.load(Ordering::Acquire)
+    }
+
+    pub(super) fn counters(&self) -> &BlockCounters {
+        &self.counters
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.params.path
+    }
+}
+
+/// A virtio disk (virtio 1.2 §5.2).
+pub struct Block {
+    disk: Arc<DiskState>,
+    features: u64,
+    queue_sizes: Vec<u16>,
+    handlers: Vec<Box<dyn QueueHandler>>,
+}
+
+impl fmt::Debug for Block {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Block")
+            .field("disk", &self.disk)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Block {
+    /// Opens and locks the image, and makes the I/O engines. Everything is given
+    /// back when the device is dropped.
+    ///
+    /// # Errors
+    /// See [`BlockError`]; nothing is left behind.
+    pub fn new(params: BlockParams) -> Result<Self, BlockError> {
+        check(&params)?;
+        let image = Arc::new(Image::open(&params)?);
+        let serial = params.serial.as_deref().unwrap_or(image.default_serial());
+        let disk = Arc::new(DiskState {
+            serial: padded(serial),
+            capacity_sectors: AtomicU64::new(image.sectors()),
+            writeback: AtomicBool::new(true),
+            counters: BlockCounters::new(),
+            image,
+            params,
+        });
+        let params = &disk.params;
+        let handlers = (0..params.num_queues)
+            .map(|index| new_queue(&disk, index))
+            .collect::<Result<_, _>>()
+            .map_err(|source| BlockError::Engine {
+                path: params.path.clone(),
+                source,
+            })?;
+        Ok(Self {
+            features: config_space::features(params),
+            queue_sizes: vec![params.queue_size; usize::from(params.num_queues)],
+            handlers,
+            disk,
+        })
+    }
+
+    /// Size the guest sees, in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.disk.capacity_sectors.load(Ordering::Acquire) * super::SECTOR_BYTES
+    }
+
+    fn config(&self) -> [u8; CONFIG_BYTES] {
+        config_space::bytes(
+            &self.disk.params,
+            self.disk.image.topology(),
+            self.disk.capacity_sectors.load(Ordering::Acquire),
+            self.disk.writeback(),
+        )
+    }
+}
+
+fn check(params: &BlockParams) -> Result<(), BlockError> {
+    let BlockParams {
+        num_queues,
+        queue_size,
+        ..
+    } = *params;
+    if !(1..=QUEUES_MAX).contains(&num_queues) {
+        return Err(BlockError::QueueCount { num_queues });
+    }
+    if !queue_size.is_power_of_two() || !(QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&queue_size) {
+        return Err(BlockError::QueueSize { queue_size });
+    }
+    match params.serial.as_ref().map(String::len) {
+        Some(bytes) if bytes > SERIAL_BYTES => Err(BlockError::SerialTooLong { bytes }),
+        _ => Ok(()),
+    }
+}
+
+/// A derived serial may be longer than fits; the front tells disks apart well enough.
+fn padded(serial: &str) -> [u8; SERIAL_BYTES] {
+    let mut padded = [0; SERIAL_BYTES];
+    let len = serial.len().min(SERIAL_BYTES);
+    padded[..len].copy_from_slice(&serial.as_bytes()[..len]);
+    padded
+}
+
+fn new_queue(disk: &Arc<DiskState>, index: u16) -> std::io::Result<Box<dyn QueueHandler>> {
+    let depth = disk.params.queue_size;
+    let engine = new_engine(disk.params.engine, &disk.image, depth)?;
+    let flights = Flights::new(engine, depth);
+    let name = thread_name(&disk.params.id, &format!("_q{index}"));
+    Ok(Box::new(BlockQueue::new(name, Arc::clone(disk), flights)))
+}
+
+/// `id` shortened so that the suffix, which tells threads apart, still fits.
+fn thread_name(id: &str, suffix: &str) -> String {
+    let room = THREAD_NAME_BYTES - suffix.len();
+    let mut end = id.len().min(room);
+    while !id.is_char_boundary(end) {
+        end -= 1;
+    }
+    format!("{}{suffix}", &id[..end])
+}
+
+impl VirtioDevice for Block {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_BLOCK
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let space = self.config();
+        let at = usize::try_from(offset).unwrap_or(usize::MAX);
+        let known = space.get(at..).unwrap_or_default();
+        let count = known.len().min(data.len());
+        data[..count].copy_from_slice(&known[..count]);
+        data[count..].fill(0);
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        match data {
+            [value @ (0 | 1)] if offset == WRITEBACK_AT as u64 => {
+                self.disk.writeback.store(*value == 1, Ordering::Release);
+            }
+            _ => {
+                self.disk.counters.add_bad_request();
+            }
+        }
+    }
+
+    fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
+        std::mem::take(&mut self.handlers)
+    }
+
+    fn handler_of_queue(&self, queue_index: u16, _features: u64) -> Option<usize> {
+        let index = usize::from(queue_index);
+        (index < self.queue_sizes.len()).then_some(index)
+    }
+
+    fn reset(&mut self) {
+        self.disk.writeback.store(true, Ordering::Release);
+    }
+
+    fn counters(&self) -> Counters {
+        self.disk.counters.snapshot()
+    }
+}

@@ -1,0 +1,121 @@
+//! The few system calls on a disk image that std does not have.
+
+#![allow(unsafe_code)]
+// UNSAFETY: raw system calls on a descriptor we own; each takes plain numbers or
+// a pointer to a local of the size the kernel writes.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+
+/// `statx` mask bit for the direct I/O fields (linux/stat.h, since 6.1).
+const STATX_DIOALIGN: u32 = 0x2000;
+/// Size of `struct statx`, and where its direct I/O fields are (linux/stat.h).
+const STATX_BYTES: usize = 256;
+const STATX_DIO_MEM_ALIGN_AT: usize = 152;
+const STATX_DIO_OFFSET_ALIGN_AT: usize = 156;
+
+/// Unnumbered block device ioctls (linux/fs.h); not in libc.
+const BLKDISCARD: libc::Ioctl = 0x1277;
+
+/// Alignment that direct I/O on `file` wants: (memory, offset and length), in
+/// bytes. `None`: the kernel or the file system does not say.
+pub(super) fn dio_alignment(file: &File) -> Option<(u32, u32)> {
+    let mut buffer = [0u64; STATX_BYTES / 8];
+    // SAFETY: the path is an empty C string, which AT_EMPTY_PATH makes mean the
+    // descriptor itself; the buffer has the size and alignment of `struct statx`.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_statx,
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            STATX_DIOALIGN,
+            buffer.as_mut_ptr(),
+        )
+    };
+    let field = |at: usize| {
+        let word = buffer[at / 8].to_ne_bytes();
+        u32::from_ne_bytes([
+            word[at % 8],
+            word[at % 8 + 1],
+            word[at % 8 + 2],
+            word[at % 8 + 3],
+        ])
+    };
+    let (mask, mem, offset) = (
+        field(0),
+        field(STATX_DIO_MEM_ALIGN_AT),
+        field(STATX_DIO_OFFSET_ALIGN_AT),
+    );
+    (result == 0 && mask & STATX_DIOALIGN != 0 && mem != 0 && offset != 0).then_some((mem, offset))
+}
+
+/// Sizes a block device tells about itself, in bytes (linux/fs.h `BLK*GET`).
+#[derive(Debug, Clone, Copy)]
+pub(super) struct BlockDeviceSizes {
+    pub(super) logical: u32,
+    pub(super) physical: u32,
+    pub(super) io_min: u32,
+    pub(super) io_opt: u32,
+}
+
+/// Asks a block device for its sizes.
+///
+/// # Errors
+/// The ioctl failed, e.g. because this is no block device.
+pub(super) fn block_device_sizes(file: &File) -> io::Result<BlockDeviceSizes> {
+    let get = |request: libc::Ioctl| {
+        let mut value: libc::c_uint = 0;
+        // SAFETY: each of the requests below writes one (unsigned) int.
+        let result = unsafe { libc::ioctl(file.as_raw_fd(), request, &mut value) };
+        if result < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(value)
+    };
+    Ok(BlockDeviceSizes {
+        logical: get(libc::BLKSSZGET)?,
+        physical: get(libc::BLKPBSZGET)?,
+        io_min: get(libc::BLKIOMIN)?,
+        io_opt: get(libc::BLKIOOPT)?,
+    })
+}
+
+/// Discards a range of a block device.
+///
+/// # Errors
+/// The device does not support it, or the range is bad.
+pub(super) fn block_device_discard(fd: RawFd, offset: u64, bytes: u64) -> io::Result<()> {
+    let range = [offset, bytes];
+    // SAFETY: BLKDISCARD reads two u64.
+    let result = unsafe { libc::ioctl(fd, BLKDISCARD, range.as_ptr()) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Takes an open-file-description lock on `[0, bytes)`, or on the whole file
+/// whatever its size for 0, without waiting.
+///
+/// # Errors
+/// `WouldBlock`: somebody else has a lock in the way.
+pub(super) fn lock(file: &File, exclusive: bool, bytes: u64) -> io::Result<()> {
+    let kind = if exclusive {
+        libc::F_WRLCK
+    } else {
+        libc::F_RDLCK
+    };
+    // SAFETY: `flock` is plain data, for which all zeroes are a valid value.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = kind as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    lock.l_len = i64::try_from(bytes).unwrap_or(0);
+    // SAFETY: F_OFD_SETLK reads one `struct flock` with `l_pid` 0.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}

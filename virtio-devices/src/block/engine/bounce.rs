@@ -1,0 +1,141 @@
+//! Direct I/O for guests whose buffers or sectors are not aligned for it.
+//!
+//! Linux aligns what it sends, firmware may not. Such transfers go through an
+//! aligned buffer, synchronously and piece by piece: they are rare, and a
+//! bounded buffer matters more than their speed.
+
+#![allow(unsafe_code)]
+// UNSAFETY: copies between the bounce buffer and guest memory given as raw vectors.
+
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use crate::block::image::{DioAlignment, Image};
+
+/// Most bytes moved by one call; a multiple of every sane block size.
+const BOUNCE_BYTES: usize = 256 << 10;
+
+/// An aligned buffer, allocated when first needed.
+pub(super) struct Bounce {
+    align: DioAlignment,
+    memory: Vec<u8>,
+}
+
+/// A transfer widened to whole blocks.
+#[derive(Debug, Clone, Copy)]
+struct Window {
+    /// Aligned offset in the image.
+    start: u64,
+    /// Aligned length, at most [`BOUNCE_BYTES`].
+    len: usize,
+    /// Where the wanted bytes begin in the window.
+    skip: usize,
+    /// How many are wanted from there.
+    wanted: usize,
+}
+
+impl Bounce {
+    pub(super) fn new(align: DioAlignment) -> Self {
+        Self {
+            align,
+            memory: Vec::new(),
+        }
+    }
+
+    /// Whether the kernel would refuse this transfer as it is.
+    pub(super) fn is_needed(&self, offset: u64, vectors: &[libc::iovec]) -> bool {
+        !offset.is_multiple_of(self.align.offset as u64)
+            || vectors.iter().any(|piece| {
+                !(piece.iov_base as usize).is_multiple_of(self.align.memory)
+                    || !piece.iov_len.is_multiple_of(self.align.offset)
+            })
+    }
+
+    /// Reads into the front of `into`; returns the bytes moved.
+    ///
+    /// # Safety
+    /// `into` describes writable memory.
+    pub(super) unsafe fn read(
+        &mut self,
+        image: &Image,
+        offset: u64,
+        into: &[libc::iovec],
+    ) -> io::Result<usize> {
+        let window = self.window(offset, into);
+        let buffer = self.buffer(window.len);
+        let got = image.file().read_at(buffer, window.start)?;
+        let wanted = window.wanted.min(got.saturating_sub(window.skip));
+        let mut source = &buffer[window.skip..window.skip + wanted];
+        for piece in into {
+            let count = piece.iov_len.min(source.len());
+            // SAFETY: the piece is writable for `iov_len >= count` bytes by the caller's
+            // promise; guest RAM cannot overlap a buffer of ours.
+            unsafe {
+                std::ptr::copy_nonoverlapping(source.as_ptr(), piece.iov_base.cast(), count);
+            }
+            source = &source[count..];
+        }
+        Ok(wanted)
+    }
+
+    /// Writes from the front of `from`; returns the bytes moved.
+    ///
+    /// # Safety
+    /// `from` describes readable memory.
+    pub(super) unsafe fn write(
+        &mut self,
+        image: &Image,
+        offset: u64,
+        from: &[libc::iovec],
+    ) -> io::Result<usize> {
+        let window = self.window(offset, from);
+        let whole_blocks = window.wanted == window.len;
+        // Two writes to parts of one block must not overtake each other between
+        // reading and writing it. Writes of whole blocks need no such care: to
+        // overlap with those is the guest's own race.
+        let _one_at_a_time = (!whole_blocks).then(|| image.lock_partial_writes());
+        let buffer = self.buffer(window.len);
+        if !whole_blocks {
+            let got = image.file().read_at(buffer, window.start)?;
+            buffer[got..].fill(0);
+        }
+        let mut target = &mut buffer[window.skip..window.skip + window.wanted];
+        for piece in from {
+            let count = piece.iov_len.min(target.len());
+            // SAFETY: the piece is readable for `iov_len >= count` bytes by the caller's
+            // promise; guest RAM cannot overlap a buffer of ours.
+            unsafe {
+                std::ptr::copy_nonoverlapping(
+                    piece.iov_base.cast_const().cast(),
+                    target.as_mut_ptr(),
+                    count,
+                );
+            }
+            target = &mut target[count..];
+        }
+        let put = image.file().write_at(buffer, window.start)?;
+        Ok(window.wanted.min(put.saturating_sub(window.skip)))
+    }
+
+    fn window(&self, offset: u64, vectors: &[libc::iovec]) -> Window {
+        let block = self.align.offset;
+        let skip = (offset % block as u64) as usize;
+        let total: usize = vectors.iter().map(|piece| piece.iov_len).sum();
+        let wanted = total.min(BOUNCE_BYTES - skip);
+        Window {
+            start: offset - skip as u64,
+            len: (skip + wanted).next_multiple_of(block),
+            skip,
+            wanted,
+        }
+    }
+
+    fn buffer(&mut self, len: usize) -> &mut [u8] {
+        let align = self.align.memory;
+        if self.memory.is_empty() {
+            self.memory.resize(BOUNCE_BYTES + align, 0);
+        }
+        let at = self.memory.as_ptr().align_offset(align);
+        &mut self.memory[at..at + len]
+    }
+}

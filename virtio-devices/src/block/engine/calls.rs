@@ -1,0 +1,145 @@
+//! Operations carried out by system calls, at once. All of them for the
+//! synchronous engine; for io_uring those it cannot do.
+
+#![allow(unsafe_code)]
+// UNSAFETY: preadv, pwritev and pwrite on vectors whose validity is the caller's
+// promise; fallocate takes plain numbers.
+
+use std::io;
+use std::sync::Arc;
+
+use super::IoOperation;
+use super::bounce::Bounce;
+use crate::block::disk_sys;
+use crate::block::image::Image;
+
+/// Zeroes written at once where the file system cannot zero a range itself.
+pub(in crate::block) const ZERO_BUFFER_BYTES: u64 = 64 << 10;
+
+/// Aligned for direct I/O on any device.
+#[repr(C, align(4096))]
+struct ZeroBuffer([u8; ZERO_BUFFER_BYTES as usize]);
+
+static ZEROES: ZeroBuffer = ZeroBuffer([0; ZERO_BUFFER_BYTES as usize]);
+
+/// The zeroes for a [`IoOperation::WriteZeroBuffer`] of `bytes`.
+pub(super) fn zeroes(bytes: u64) -> &'static [u8] {
+    &ZEROES.0[..bytes.min(ZERO_BUFFER_BYTES) as usize]
+}
+
+/// The same as a vector to be written, never read into.
+fn zeroes_vector(bytes: u64) -> libc::iovec {
+    let zeroes = zeroes(bytes);
+    libc::iovec {
+        iov_base: zeroes.as_ptr().cast_mut().cast(),
+        iov_len: zeroes.len(),
+    }
+}
+
+pub(super) const PUNCH_HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+pub(super) const ZERO_RANGE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
+
+/// Does operations on one image, with what is needed for misaligned direct I/O.
+pub(super) struct Calls {
+    image: Arc<Image>,
+    bounce: Option<Bounce>,
+}
+
+impl Calls {
+    pub(super) fn new(image: Arc<Image>) -> Self {
+        let bounce = image.dio().map(Bounce::new);
+        Self { image, bounce }
+    }
+
+    /// Whether only [`Calls::perform`] can do this: misaligned direct I/O, and
+    /// ioctls.
+    pub(super) fn must_perform(&self, operation: &IoOperation<'_>) -> bool {
+        match (operation, &self.bounce) {
+            (IoOperation::DeviceDiscard { .. }, _) => true,
+            (
+                IoOperation::Read { offset, into: v } | IoOperation::Write { offset, from: v },
+                Some(bounce),
+            ) => bounce.is_needed(*offset, v),
+            (IoOperation::WriteZeroBuffer { offset, bytes }, Some(bounce)) => {
+                bounce.is_needed(*offset, &[zeroes_vector(*bytes)])
+            }
+            _ => false,
+        }
+    }
+
+    /// Carries out an operation: bytes moved, or the negated errno.
+    ///
+    /// # Safety
+    /// The vectors and the memory behind them are valid.
+    pub(super) unsafe fn perform(&mut self, operation: &IoOperation<'_>) -> i32 {
+        loop {
+            // SAFETY: passed on.
+            let result = unsafe { self.try_perform(operation) };
+            match result {
+                Ok(bytes) => return i32::try_from(bytes).unwrap_or(i32::MAX),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return -error.raw_os_error().unwrap_or(libc::EIO),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`Calls::perform`].
+    unsafe fn try_perform(&mut self, operation: &IoOperation<'_>) -> io::Result<usize> {
+        let fd = self.image.fd();
+        match *operation {
+            // SAFETY: passed on.
+            IoOperation::Read { offset, into } => unsafe { self.read(offset, into) },
+            // SAFETY: passed on.
+            IoOperation::Write { offset, from } => unsafe { self.write(offset, from) },
+            IoOperation::WriteZeroBuffer { offset, bytes } => {
+                // SAFETY: the zeroes are static.
+                unsafe { self.write(offset, &[zeroes_vector(bytes)]) }
+            }
+            IoOperation::Sync => self.image.file().sync_data().map(|()| 0),
+            IoOperation::PunchHole { offset, bytes } => fallocate(fd, PUNCH_HOLE, offset, bytes),
+            IoOperation::ZeroRange { offset, bytes } => fallocate(fd, ZERO_RANGE, offset, bytes),
+            IoOperation::DeviceDiscard { offset, bytes } => {
+                disk_sys::block_device_discard(fd, offset, bytes).map(|()| 0)
+            }
+        }
+    }
+
+    /// # Safety
+    /// `into` describes writable memory.
+    unsafe fn read(&mut self, offset: u64, into: &[libc::iovec]) -> io::Result<usize> {
+        if let Some(bounce) = &mut self.bounce
+            && bounce.is_needed(offset, into)
+        {
+            // SAFETY: passed on.
+            return unsafe { bounce.read(&self.image, offset, into) };
+        }
+        let (fd, count) = (self.image.fd(), into.len() as i32);
+        // SAFETY: the caller's promise covers the vectors, of which there are `count`.
+        bytes_moved(unsafe { libc::preadv(fd, into.as_ptr(), count, offset as i64) })
+    }
+
+    /// # Safety
+    /// `from` describes readable memory.
+    unsafe fn write(&mut self, offset: u64, from: &[libc::iovec]) -> io::Result<usize> {
+        if let Some(bounce) = &mut self.bounce
+            && bounce.is_needed(offset, from)
+        {
+            // SAFETY: passed on.
+            return unsafe { bounce.write(&self.image, offset, from) };
+        }
+        let (fd, count) = (self.image.fd(), from.len() as i32);
+        // SAFETY: the caller's promise covers the vectors, of which there are `count`.
+        bytes_moved(unsafe { libc::pwritev(fd, from.as_ptr(), count, offset as i64) })
+    }
+}
+
+fn fallocate(fd: i32, mode: i32, offset: u64, bytes: u64) -> io::Result<usize> {
+    // SAFETY: takes numbers only; offsets are inside the image, so they fit an i64.
+    let result = unsafe { libc::fallocate(fd, mode, offset as i64, bytes as i64) };
+    bytes_moved(result as isize)
+}
+
+fn bytes_moved(result: isize) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}

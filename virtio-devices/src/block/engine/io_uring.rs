@@ -1,0 +1,167 @@
+//! The engine on io_uring: one ring for each queue, completions announced on an
+//! eventfd.
+//!
+//! The image is not registered with the ring. A ring is torn down some time after
+//! it is closed, or after its process has died, and would hold the image and its
+//! lock until then: a quick restart would find its own disk in use.
+
+#![allow(unsafe_code)]
+// UNSAFETY: submission queue entries carry raw pointers; the promise that they
+// stay valid until completion is the caller's (`IoEngine::submit`).
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+
+use io_uring::{IoUring, Probe, opcode, squeue, types};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::calls::{Calls, PUNCH_HOLE, ZERO_RANGE, zeroes};
+use super::{Completion, IoEngine, IoOperation};
+use crate::block::image::Image;
+
+/// What the ring must be able to do.
+const OPCODES: [u8; 5] = [
+    opcode::Readv::CODE,
+    opcode::Writev::CODE,
+    opcode::Write::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+];
+
+pub(super) struct IoUringEngine {
+    /// Kept open by `calls`.
+    image: types::Fd,
+    ring: IoUring,
+    event: EventFd,
+    calls: Calls,
+    /// Completions of what the ring could not do.
+    done: Vec<Completion>,
+}
+
+impl IoUringEngine {
+    /// Sets the ring up. Called on the control thread, so that workers need
+    /// no right to make rings.
+    ///
+    /// # Errors
+    /// The kernel has no io_uring, forbids it, or lacks an operation.
+    pub(super) fn new(image: Arc<Image>, depth: u16) -> io::Result<Self> {
+        let ring = IoUring::new(u32::from(depth))?;
+        let submitter = ring.submitter();
+        let mut probe = Probe::new();
+        submitter.register_probe(&mut probe)?;
+        if !OPCODES.iter().all(|code| probe.is_supported(*code)) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
+        submitter.register_eventfd(event.as_raw_fd())?;
+        Ok(Self {
+            image: types::Fd(image.fd()),
+            ring,
+            event,
+            calls: Calls::new(image),
+            done: Vec::new(),
+        })
+    }
+
+    /// Enters the kernel until it has taken everything, and waits for `want`.
+    fn enter(&self, want: usize) -> io::Result<()> {
+        loop {
+            match self.ring.submit_and_wait(want) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+/// The entry for an operation, `None` for those that are not the ring's.
+fn entry(image: types::Fd, operation: &IoOperation<'_>) -> Option<squeue::Entry> {
+    Some(match *operation {
+        IoOperation::Read { offset, into } => {
+            opcode::Readv::new(image, into.as_ptr(), into.len() as u32)
+                .offset(offset)
+                .build()
+        }
+        IoOperation::Write { offset, from } => {
+            opcode::Writev::new(image, from.as_ptr(), from.len() as u32)
+                .offset(offset)
+                .build()
+        }
+        IoOperation::WriteZeroBuffer { offset, bytes } => {
+            let zeroes = zeroes(bytes);
+            opcode::Write::new(image, zeroes.as_ptr(), zeroes.len() as u32)
+                .offset(offset)
+                .build()
+        }
+        IoOperation::Sync => opcode::Fsync::new(image)
+            .flags(types::FsyncFlags::DATASYNC)
+            .build(),
+        IoOperation::PunchHole { offset, bytes } => opcode::Fallocate::new(image, bytes)
+            .offset(offset)
+            .mode(PUNCH_HOLE)
+            .build(),
+        IoOperation::ZeroRange { offset, bytes } => opcode::Fallocate::new(image, bytes)
+            .offset(offset)
+            .mode(ZERO_RANGE)
+            .build(),
+        IoOperation::DeviceDiscard { .. } => return None,
+    })
+}
+
+impl IoEngine for IoUringEngine {
+    fn completion_fd(&self) -> Option<RawFd> {
+        Some(self.event.as_raw_fd())
+    }
+
+    fn acknowledge(&mut self) {
+        // Reading fails only when nothing was there to read.
+        self.event.read().ok();
+    }
+
+    unsafe fn submit(&mut self, id: u16, operation: &IoOperation<'_>) -> io::Result<()> {
+        let entry = match entry(self.image, operation) {
+            Some(entry) if !self.calls.must_perform(operation) => entry,
+            _ => {
+                // SAFETY: the memory is valid until the completion is reaped, hence now.
+                let result = unsafe { self.calls.perform(operation) };
+                self.done.push(Completion { id, result });
+                return Ok(());
+            }
+        };
+        let entry = entry.user_data(u64::from(id));
+        // SAFETY: the caller keeps vectors and memory valid until completion.
+        let mut pushed = unsafe { self.ring.submission().push(&entry) };
+        if pushed.is_err() {
+            // Full: hand over what is in it, which empties it.
+            self.enter(0)?;
+            // SAFETY: as above.
+            pushed = unsafe { self.ring.submission().push(&entry) };
+        }
+        pushed.map_err(|_| io::ErrorKind::WouldBlock.into())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        if self.ring.submission().is_empty() {
+            return Ok(());
+        }
+        self.enter(0)
+    }
+
+    fn wait(&mut self) -> io::Result<()> {
+        if !self.done.is_empty() {
+            return self.flush();
+        }
+        self.enter(1)
+    }
+
+    fn reap(&mut self, completions: &mut Vec<Completion>) {
+        completions.append(&mut self.done);
+        completions.extend(self.ring.completion().map(|entry| Completion {
+            // Set by `submit` from a u16.
+            id: entry.user_data() as u16,
+            result: entry.result(),
+        }));
+    }
+}

@@ -1,0 +1,124 @@
+//! How I/O on an image gets done: by io_uring, or by system calls on the
+//! worker thread. Which is the default, and why, is in
+//! `docs/decisions/0010-block-io-engine.md`.
+
+#![allow(unsafe_code)]
+// UNSAFETY: declares `IoEngine::submit`, whose callers promise that memory stays.
+
+mod bounce;
+mod calls;
+mod io_uring;
+mod sync;
+
+use std::io;
+use std::os::fd::RawFd;
+use std::sync::Arc;
+
+use super::image::Image;
+use io_uring::IoUringEngine;
+use sync::SyncEngine;
+
+pub(super) use calls::ZERO_BUFFER_BYTES;
+
+/// Which engine serves a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum EngineChoice {
+    /// io_uring where the kernel has it and lets us, else system calls.
+    #[default]
+    Auto,
+    /// io_uring, or an error.
+    IoUring,
+    /// System calls on the worker thread, one at a time.
+    Sync,
+}
+
+/// One operation on the image. Offsets and lengths in bytes.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum IoOperation<'a> {
+    Read {
+        offset: u64,
+        into: &'a [libc::iovec],
+    },
+    Write {
+        offset: u64,
+        from: &'a [libc::iovec],
+    },
+    /// Writes up to [`ZERO_BUFFER_BYTES`] zeroes.
+    WriteZeroBuffer { offset: u64, bytes: u64 },
+    /// `fdatasync`.
+    Sync,
+    /// Deallocates; reads as zeroes afterwards.
+    PunchHole { offset: u64, bytes: u64 },
+    /// Zeroes and keeps allocated.
+    ZeroRange { offset: u64, bytes: u64 },
+    /// BLKDISCARD on a block device; contents undefined afterwards.
+    DeviceDiscard { offset: u64, bytes: u64 },
+}
+
+/// The end of an operation.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Completion {
+    /// As given to `submit`.
+    pub(super) id: u16,
+    /// Bytes moved (may be fewer than asked), or the negated errno.
+    pub(super) result: i32,
+}
+
+/// Carries out operations for one queue, on that queue's worker thread.
+pub(super) trait IoEngine: Send {
+    /// Becomes readable when operations have completed. `None`: they always
+    /// have when `submit` returns.
+    fn completion_fd(&self) -> Option<RawFd>;
+
+    /// Drains what made `completion_fd` readable. Before `reap`, not after, or
+    /// a completion in between goes unnoticed.
+    fn acknowledge(&mut self) {}
+
+    /// Starts an operation. There are never more at once than the depth the
+    /// engine was made for.
+    ///
+    /// # Safety
+    /// The vectors and the memory behind them stay valid until the completion
+    /// with this `id` has been reaped.
+    ///
+    /// # Errors
+    /// The operation has not been started and will not complete.
+    unsafe fn submit(&mut self, id: u16, operation: &IoOperation<'_>) -> io::Result<()>;
+
+    /// Hands what was submitted to the kernel.
+    ///
+    /// # Errors
+    /// The kernel refused; the operations are still pending and the call may be repeated.
+    fn flush(&mut self) -> io::Result<()>;
+
+    /// Blocks until something can be reaped. Only with operations pending.
+    ///
+    /// # Errors
+    /// As `flush`.
+    fn wait(&mut self) -> io::Result<()>;
+
+    /// Appends all completions there are now.
+    fn reap(&mut self, completions: &mut Vec<Completion>);
+}
+
+/// Makes the engine for one queue of `depth` requests.
+///
+/// # Errors
+/// io_uring was demanded and is not to be had.
+pub(super) fn new_engine(
+    choice: EngineChoice,
+    image: &Arc<Image>,
+    depth: u16,
+) -> io::Result<Box<dyn IoEngine>> {
+    if choice == EngineChoice::Sync {
+        return Ok(Box::new(SyncEngine::new(Arc::clone(image))));
+    }
+    match IoUringEngine::new(Arc::clone(image), depth) {
+        Ok(engine) => Ok(Box::new(engine)),
+        Err(error) if choice == EngineChoice::Auto => {
+            log::info!("no io_uring ({error}); disk I/O by system calls");
+            Ok(Box::new(SyncEngine::new(Arc::clone(image))))
+        }
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,154 @@
+//! The jobs an I/O engine holds. Bounded by the queue size: a guest that makes
+//! more available than its ring has entries waits.
+
+#![allow(unsafe_code)]
+// UNSAFETY: owns the promise of `IoEngine::submit`: a job, and with it the memory
+// its operation points to, stays in its slot untouched until the engine has
+// reported the operation's completion, even when this is dropped.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::time::Duration;
+
+use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_S_IOERR;
+
+use super::engine::{Completion, IoEngine};
+use super::job::{Job, Progress};
+
+/// Pause before the kernel is asked again when it fails to take operations that
+/// must be waited for. Seen under memory pressure only.
+const WAIT_RETRY: Duration = Duration::from_millis(1);
+
+/// A job that has ended.
+#[derive(Debug)]
+pub(super) struct Landed {
+    pub(super) job: Job,
+    /// Status byte for the guest.
+    pub(super) status: u8,
+    /// Set if the host is to blame.
+    pub(super) host_errno: Option<i32>,
+}
+
+/// Jobs in flight and the engine that carries them out.
+pub(super) struct Flights {
+    engine: Box<dyn IoEngine>,
+    slots: Vec<Option<Job>>,
+    free: Vec<u16>,
+    completions: Vec<Completion>,
+}
+
+impl Flights {
+    /// Room for `depth` jobs; `engine` was made for as many.
+    pub(super) fn new(engine: Box<dyn IoEngine>, depth: u16) -> Self {
+        Self {
+            engine,
+            slots: (0..depth).map(|_| None).collect(),
+            free: (0..depth).rev().collect(),
+            completions: Vec::new(),
+        }
+    }
+
+    pub(super) fn completion_fd(&self) -> Option<RawFd> {
+        self.engine.completion_fd()
+    }
+
+    pub(super) fn acknowledge(&mut self) {
+        self.engine.acknowledge();
+    }
+
+    pub(super) fn is_full(&self) -> bool {
+        self.free.is_empty()
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.free.len() == self.slots.len()
+    }
+
+    /// Starts a job; only if not full. One the engine does not take has landed.
+    pub(super) fn start(&mut self, job: Job, landed: &mut Vec<Landed>) {
+        let id = self.free.pop().expect("callers check is_full");
+        self.slots[usize::from(id)] = Some(job);
+        self.submit(id, landed);
+    }
+
+    /// Hands what was started to the kernel.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub(super) fn flush(&mut self) -> io::Result<()> {
+        self.engine.flush()
+    }
+
+    /// Collects ended jobs and continues those with more to do.
+    ///
+    /// # Errors
+    /// The kernel refused what is to be continued; it is still pending.
+    pub(super) fn land(&mut self, landed: &mut Vec<Landed>) -> io::Result<()> {
+        loop {
+            let mut completions = std::mem::take(&mut self.completions);
+            self.engine.reap(&mut completions);
+            let any = !completions.is_empty();
+            for completion in completions.drain(..) {
+                self.complete(completion, landed);
+            }
+            self.completions = completions;
+            if !any {
+                return self.engine.flush();
+            }
+        }
+    }
+
+    /// Waits until no job is in flight; ended ones are collected in `landed`.
+    pub(super) fn drain(&mut self, landed: &mut Vec<Landed>) {
+        while !self.is_empty() {
+            let result = self.engine.wait().and_then(|()| self.land(landed));
+            if let Err(error) = result {
+                // Nothing but waiting is safe: the kernel may still write guest RAM.
+                log::warn!("waiting for disk I/O in flight: {error}");
+                std::thread::sleep(WAIT_RETRY);
+            }
+        }
+    }
+
+    fn submit(&mut self, id: u16, landed: &mut Vec<Landed>) {
+        let job = self.slots[usize::from(id)]
+            .as_ref()
+            .expect("submit is called on filled slots");
+        // SAFETY: the job stays in its slot, and its vectors on their heap, until
+        // `complete` gets this id back; `drop` waits for that too. While it is
+        // there, nobody changes it. An error means the engine does not have it.
+        if let Err(error) = unsafe { self.engine.submit(id, &job.operation()) } {
+            let errno = error.raw_os_error().unwrap_or(libc::EIO);
+            self.finish(id, VIRTIO_BLK_S_IOERR as u8, Some(errno), landed);
+        }
+    }
+
+    fn complete(&mut self, completion: Completion, landed: &mut Vec<Landed>) {
+        let id = completion.id;
+        let job = self.slots[usize::from(id)]
+            .as_mut()
+            .expect("engines report each id once");
+        match job.advance(completion.result) {
+            Progress::Again => self.submit(id, landed),
+            Progress::Done { status, host_errno } => self.finish(id, status, host_errno, landed),
+        }
+    }
+
+    fn finish(&mut self, id: u16, status: u8, host_errno: Option<i32>, landed: &mut Vec<Landed>) {
+        let job = self.slots[usize::from(id)]
+            .take()
+            .expect("only filled slots finish");
+        self.free.push(id);
+        landed.push(Landed {
+            job,
+            status,
+            host_errno,
+        });
+    }
+}
+
+impl Drop for Flights {
+    fn drop(&mut self) {
+        self.drain(&mut Vec::new());
+    }
+}

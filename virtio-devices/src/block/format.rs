@@ -1,0 +1,81 @@
+//! Recognises disk image formats by their signatures.
+//!
+//! Serving a qcow2 file as a raw disk would show the guest the container
+//! instead of its contents, so a known signature is an error. The opposite
+//! danger, a guest writing a signature into a raw image to have the next start
+//! misread it, is why sector 0 of an image with a guessed format is protected.
+
+use std::fmt;
+
+/// Bytes at the front that decide ([`detect`]); one sector.
+pub(super) const HEADER_BYTES: usize = 512;
+
+/// What an image file is, as far as its signature tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ImageFormat {
+    /// No known signature: the file is the disk.
+    Raw,
+    /// QEMU copy-on-write, any version.
+    Qcow2,
+    /// Virtual PC, dynamic or fixed.
+    Vhd,
+    /// Hyper-V.
+    Vhdx,
+    /// VMware, sparse extent or descriptor file.
+    Vmdk,
+}
+
+impl fmt::Display for ImageFormat {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+            Self::Vhd => "vhd",
+            Self::Vhdx => "vhdx",
+            Self::Vmdk => "vmdk",
+        })
+    }
+}
+
+/// Decides from the first [`HEADER_BYTES`] and the last sector of the file
+/// (both may be shorter for a short file).
+pub(super) fn detect(header: &[u8], footer: &[u8]) -> ImageFormat {
+    /// Signatures at offset 0.
+    const FRONT: [(&[u8], ImageFormat); 5] = [
+        (b"QFI\xfb", ImageFormat::Qcow2),
+        (b"conectix", ImageFormat::Vhd),
+        (b"vhdxfile", ImageFormat::Vhdx),
+        (b"KDMV", ImageFormat::Vmdk),
+        (b"# Disk DescriptorFile", ImageFormat::Vmdk),
+    ];
+    for (magic, format) in FRONT {
+        if header.starts_with(magic) {
+            return format;
+        }
+    }
+    // A fixed VHD is a raw disk followed by a footer sector.
+    if footer.starts_with(b"conectix") {
+        return ImageFormat::Vhd;
+    }
+    ImageFormat::Raw
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn detect_known_signatures_names_format() {
+        assert_eq!(detect(b"QFI\xfb\0\0\0\x03", b""), ImageFormat::Qcow2);
+        assert_eq!(detect(b"vhdxfile", b""), ImageFormat::Vhdx);
+        assert_eq!(detect(b"KDMV\x01", b""), ImageFormat::Vmdk);
+        assert_eq!(detect(&[0; 512], b"conectix\0"), ImageFormat::Vhd);
+    }
+
+    #[test]
+    fn detect_anything_else_is_raw() {
+        assert_eq!(detect(b"", b""), ImageFormat::Raw);
+        assert_eq!(detect(&[0xeb; 512], &[0; 512]), ImageFormat::Raw);
+        assert_eq!(detect(b"QFI", b"conecti"), ImageFormat::Raw);
+    }
+}

@@ -1,0 +1,274 @@
+//! Opens and locks what is behind a disk: a raw image file or a host block device.
+
+use std::fs::{File, Metadata, OpenOptions};
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::format::{self, HEADER_BYTES, ImageFormat};
+use super::{BlockError, BlockParams, LockGranularity, SECTOR_BYTES, disk_sys};
+
+/// Direct I/O alignment assumed where the kernel does not tell: the largest
+/// logical block in use.
+const DIO_ALIGN_FALLBACK_BYTES: u32 = 4096;
+
+/// Alignment that direct I/O demands, in bytes (powers of two).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct DioAlignment {
+    pub(super) memory: usize,
+    /// Of file offsets and of the length of each piece.
+    pub(super) offset: usize,
+}
+
+/// What the guest is told about block sizes, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Topology {
+    pub(super) logical: u32,
+    pub(super) physical: u32,
+    pub(super) io_min: u32,
+    pub(super) io_opt: u32,
+}
+
+/// An opened, locked image. The lock lives as long as the descriptor.
+#[derive(Debug)]
+pub(super) struct Image {
+    file: File,
+    block_device: bool,
+    dio: Option<DioAlignment>,
+    bytes: u64,
+    topology: Topology,
+    default_serial: String,
+    partial_writes: Mutex<()>,
+}
+
+impl Image {
+    /// Opens `params.path`, checks its format and locks it.
+    pub(super) fn open(params: &BlockParams) -> Result<Self, BlockError> {
+        let path = &params.path;
+        let stat = std::fs::metadata(path).map_err(|source| BlockError::Open {
+            path: path.clone(),
+            source,
+        })?;
+        let block_device = stat.file_type().is_block_device();
+        if !block_device && !stat.is_file() {
+            return Err(BlockError::NotADisk { path: path.clone() });
+        }
+        if params.autodetect {
+            refuse_container(path)?;
+        }
+        let file = open_file(params)?;
+        lock(&file, params)?;
+        let bytes = file_bytes(&file).map_err(|source| BlockError::Inspect {
+            path: path.clone(),
+            source,
+        })?;
+        if bytes % SECTOR_BYTES != 0 {
+            log::warn!(
+                "{}: size of {bytes} bytes is not a multiple of {SECTOR_BYTES}; \
+                 the guest does not see the last {} bytes",
+                path.display(),
+                bytes % SECTOR_BYTES
+            );
+        }
+        let dio = params.direct.then(|| dio_alignment(&file, block_device));
+        if let Some(align) = dio
+            && !(bytes / SECTOR_BYTES * SECTOR_BYTES).is_multiple_of(align.offset as u64)
+        {
+            return Err(BlockError::DirectSize {
+                path: path.clone(),
+                bytes,
+                block_bytes: align.offset,
+            });
+        }
+        let topology =
+            topology(&file, block_device, dio).map_err(|source| BlockError::Inspect {
+                path: path.clone(),
+                source,
+            })?;
+        Ok(Self {
+            file,
+            block_device,
+            dio,
+            bytes,
+            topology,
+            default_serial: serial_of(&stat),
+            partial_writes: Mutex::new(()),
+        })
+    }
+
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
+    pub(super) fn fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+
+    pub(super) fn is_block_device(&self) -> bool {
+        self.block_device
+    }
+
+    /// `Some` when opened for direct I/O.
+    pub(super) fn dio(&self) -> Option<DioAlignment> {
+        self.dio
+    }
+
+    /// Held while part of a block is read, changed and written back.
+    pub(super) fn lock_partial_writes(&self) -> MutexGuard<'_, ()> {
+        // The lock protects no data that a panic could have left half-done.
+        self.partial_writes
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Size when opened.
+    pub(super) fn sectors(&self) -> u64 {
+        self.bytes / SECTOR_BYTES
+    }
+
+    pub(super) fn topology(&self) -> Topology {
+        self.topology
+    }
+
+    /// Serial derived from device and inode, the same at every start.
+    pub(super) fn default_serial(&self) -> &str {
+        &self.default_serial
+    }
+}
+
+/// Refuses a file with the signature of a format that is not served.
+fn refuse_container(path: &Path) -> Result<(), BlockError> {
+    let inspect = |source| BlockError::Inspect {
+        path: path.to_path_buf(),
+        source,
+    };
+    let file = File::open(path).map_err(|source| BlockError::Open {
+        path: path.to_path_buf(),
+        source,
+    })?;
+    let bytes = file_bytes(&file).map_err(inspect)?;
+    let mut header = [0; HEADER_BYTES];
+    let mut footer = [0; HEADER_BYTES];
+    let front = read_up_to(&file, &mut header, 0).map_err(inspect)?;
+    let back_at = bytes.saturating_sub(HEADER_BYTES as u64);
+    let back = read_up_to(&file, &mut footer, back_at).map_err(inspect)?;
+    match format::detect(&header[..front], &footer[..back]) {
+        ImageFormat::Raw => {
+            log::warn!(
+                "{}: no image_type given; taken as raw, and writes to sector 0 are refused",
+                path.display()
+            );
+            Ok(())
+        }
+        format => Err(BlockError::UnsupportedFormat {
+            path: path.to_path_buf(),
+            format,
+        }),
+    }
+}
+
+/// Fills as much of `buffer` as the file has from `offset` on.
+fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+    let mut done = 0;
+    while done < buffer.len() {
+        match file.read_at(&mut buffer[done..], offset + done as u64) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(done)
+}
+
+fn open_file(params: &BlockParams) -> Result<File, BlockError> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(!params.readonly);
+    if params.direct {
+        options.custom_flags(libc::O_DIRECT);
+    }
+    options.open(&params.path).map_err(|source| {
+        let path = params.path.clone();
+        if params.direct && source.raw_os_error() == Some(libc::EINVAL) {
+            BlockError::NoDirectIo { path, source }
+        } else {
+            BlockError::Open { path, source }
+        }
+    })
+}
+
+fn lock(file: &File, params: &BlockParams) -> Result<(), BlockError> {
+    let bytes = match params.lock_granularity {
+        LockGranularity::Full => 0,
+        LockGranularity::ByteRange => file_bytes(file).map_err(|source| BlockError::Inspect {
+            path: params.path.clone(),
+            source,
+        })?,
+    };
+    disk_sys::lock(file, !params.readonly, bytes).map_err(|source| {
+        let path = params.path.clone();
+        match source.raw_os_error() {
+            Some(libc::EAGAIN | libc::EACCES) => BlockError::Locked {
+                path,
+                access: if params.readonly {
+                    "reading"
+                } else {
+                    "writing"
+                },
+                source,
+            },
+            _ => BlockError::Lock { path, source },
+        }
+    })
+}
+
+/// Size of a file or block device; `stat` says 0 for the latter.
+fn file_bytes(mut file: &File) -> io::Result<u64> {
+    use std::io::{Seek, SeekFrom};
+    file.seek(SeekFrom::End(0))
+}
+
+fn dio_alignment(file: &File, block_device: bool) -> DioAlignment {
+    let (memory, offset) = disk_sys::dio_alignment(file)
+        .or_else(|| {
+            let logical = block_device
+                .then(|| disk_sys::block_device_sizes(file).ok())??
+                .logical;
+            Some((logical, logical))
+        })
+        .unwrap_or((DIO_ALIGN_FALLBACK_BYTES, DIO_ALIGN_FALLBACK_BYTES));
+    DioAlignment {
+        memory: memory as usize,
+        offset: offset as usize,
+    }
+}
+
+/// A block device passes its sizes on. An image file is a disk of 512-byte
+/// logical blocks whatever file system holds it: partition tables count in
+/// logical blocks, and an image must mean the same on every host. What direct
+/// I/O would like instead is shown as the physical block size.
+fn topology(file: &File, block_device: bool, dio: Option<DioAlignment>) -> io::Result<Topology> {
+    if block_device {
+        let sizes = disk_sys::block_device_sizes(file)?;
+        return Ok(Topology {
+            logical: sizes.logical,
+            physical: sizes.physical.max(sizes.logical),
+            io_min: sizes.io_min,
+            io_opt: sizes.io_opt,
+        });
+    }
+    let sector = SECTOR_BYTES as u32;
+    let physical = dio.map_or(sector, |align| (align.offset as u32).max(sector));
+    Ok(Topology {
+        logical: sector,
+        physical,
+        io_min: physical,
+        io_opt: 0,
+    })
+}
+
+fn serial_of(stat: &Metadata) -> String {
+    format!("{}{}{}", stat.dev(), stat.rdev(), stat.ino())
+}

@@ -1,0 +1,192 @@
+//! virtio-blk (virtio 1.2 §5.2): raw image files and host block devices.
+//!
+//! ```text
+//!   device     configuration half: features, configuration space
+//!   queue      one worker per virtqueue: takes chains, completes them
+//!   request    a descriptor chain read as a request, checked
+//!   job        a request as a sequence of I/O operations
+//!   flights    jobs the I/O engine holds, bounded by the queue size
+//!   engine     io_uring, or system calls on the worker itself
+//!   image      opening, locking, sizes        format   signatures
+//!   config_space   what the guest reads       counters what we count
+//! ```
+//!
+//! A FLUSH covers what was completed before it was made available, as the
+//! standard has it: data of completed writes is in the page cache or on the
+//! device, and the flush is an `fdatasync` of the one file behind all queues.
+
+mod config_space;
+mod counters;
+mod device;
+mod disk_sys;
+mod engine;
+mod flights;
+mod format;
+mod image;
+mod job;
+mod queue;
+mod request;
+
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::path::PathBuf;
+
+pub use device::Block;
+pub use engine::EngineChoice;
+pub use format::ImageFormat;
+
+/// Unit of addresses and capacity on the wire, whatever the block size.
+pub const SECTOR_BYTES: u64 = 512;
+
+/// Largest queue: a request may fill the ring with its pieces, and the kernel
+/// takes 1024 of them in one call.
+pub const QUEUE_SIZE_MAX: u16 = 1024;
+
+/// Most queues of one disk.
+pub const QUEUES_MAX: u16 = 256;
+
+/// How much of the image file is locked against other processes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LockGranularity {
+    /// The bytes that exist when it is opened.
+    #[default]
+    ByteRange,
+    /// The whole file, growth included.
+    Full,
+}
+
+/// Everything that makes a disk.
+#[derive(Debug, Clone)]
+pub struct BlockParams {
+    /// Names the worker threads, e.g. `_disk0`.
+    pub id: String,
+    /// Image file or block device.
+    pub path: PathBuf,
+    /// The guest may not write; the image is locked for reading only.
+    pub readonly: bool,
+    /// Bypass the host's page cache.
+    pub direct: bool,
+    /// Number of queues, 1 to [`QUEUES_MAX`].
+    pub num_queues: u16,
+    /// Entries of each queue: a power of two from 4 to [`QUEUE_SIZE_MAX`].
+    pub queue_size: u16,
+    /// Up to 20 bytes for GET_ID; made from device and inode if absent.
+    pub serial: Option<String>,
+    /// Discarded ranges become holes. Off: nothing is ever deallocated.
+    pub sparse: bool,
+    /// No image_type was given: refuse known container formats and writes to
+    /// sector 0.
+    pub autodetect: bool,
+    /// What to lock.
+    pub lock_granularity: LockGranularity,
+    /// How to do I/O.
+    pub engine: EngineChoice,
+}
+
+/// Why a disk cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockError {
+    /// The path cannot be opened.
+    #[error("cannot open disk image {}", path.display())]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A directory, socket, character device…
+    #[error("{} is neither a regular file nor a block device", path.display())]
+    NotADisk {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The file system cannot bypass the page cache.
+    #[error("{} does not support direct I/O (direct=on)", path.display())]
+    NoDirectIo {
+        /// The image.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The last block of the image could not be written without growing it.
+    #[error(
+        "{}: direct I/O needs a size in multiples of {block_bytes} bytes, not {bytes}",
+        path.display()
+    )]
+    DirectSize {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// What direct I/O can address.
+        block_bytes: usize,
+    },
+    /// Size or block sizes cannot be found out.
+    #[error("cannot inspect disk image {}", path.display())]
+    Inspect {
+        /// The image.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A container format we do not read.
+    #[error("{} is a {format} image, which is not supported (only raw is)", path.display())]
+    UnsupportedFormat {
+        /// The image.
+        path: PathBuf,
+        /// What it is.
+        format: ImageFormat,
+    },
+    /// Another process, or another disk of this one, has it.
+    #[error("cannot lock {} for {access}: it is in use by another process", path.display())]
+    Locked {
+        /// The image.
+        path: PathBuf,
+        /// "reading" or "writing".
+        access: &'static str,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Locking does not work here.
+    #[error("cannot lock {}", path.display())]
+    Lock {
+        /// The image.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Number of queues out of range.
+    #[error("{num_queues} queues are not possible: 1 to {QUEUES_MAX} are")]
+    QueueCount {
+        /// What was asked for.
+        num_queues: u16,
+    },
+    /// Queue size out of range.
+    #[error("queue size {queue_size} is not a power of two from 4 to {QUEUE_SIZE_MAX}")]
+    QueueSize {
+        /// What was asked for.
+        queue_size: u16,
+    },
+    /// Serial too long for GET_ID.
+    #[error("serial of {bytes} bytes is longer than 20")]
+    SerialTooLong {
+        /// Its length.
+        bytes: usize,
+    },
+    /// The I/O engine cannot be set up.
+    #[error("cannot set up the I/O engine of {}", path.display())]
+    Engine {
+        /// The image.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}

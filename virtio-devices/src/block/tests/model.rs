@@ -1,0 +1,133 @@
+//! Any sequence of requests does to the file what it does to an array.
+
+use proptest::prelude::*;
+
+use super::*;
+
+const SECTORS: u64 = 96;
+
+#[derive(Debug, Clone)]
+enum Action {
+    Write {
+        sector: u64,
+        sectors: u64,
+        fill: u8,
+    },
+    Read {
+        sector: u64,
+        sectors: u64,
+    },
+    Discard {
+        sector: u64,
+        sectors: u64,
+    },
+    WriteZeroes {
+        sector: u64,
+        sectors: u64,
+        unmap: bool,
+    },
+    Flush,
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    // Some ranges reach past the end on purpose.
+    let span = (0..SECTORS + 4, 1..20u64);
+    prop_oneof![
+        (span.clone(), any::<u8>()).prop_map(|((sector, sectors), fill)| Action::Write {
+            sector,
+            sectors,
+            fill
+        }),
+        span.clone()
+            .prop_map(|(sector, sectors)| Action::Read { sector, sectors }),
+        span.clone()
+            .prop_map(|(sector, sectors)| Action::Discard { sector, sectors }),
+        (span, any::<bool>()).prop_map(|((sector, sectors), unmap)| Action::WriteZeroes {
+            sector,
+            sectors,
+            unmap
+        }),
+        Just(Action::Flush),
+    ]
+}
+
+/// Bytes of a span, or nothing if it does not fit the disk.
+fn bytes_of(sector: u64, sectors: u64) -> Option<std::ops::Range<usize>> {
+    (sector + sectors <= SECTORS).then(|| {
+        let (start, end) = (sector * 512, (sector + sectors) * 512);
+        start as usize..end as usize
+    })
+}
+
+fn play(actions: &[Action], engine: EngineChoice, direct: bool) {
+    let file = image(SECTORS);
+    let mut model: Vec<u8> = std::fs::read(file.path()).unwrap();
+    let mut rig = Rig::new(BlockParams {
+        engine,
+        direct,
+        ..params(&file)
+    });
+    let status_of = |range: &Option<_>| if range.is_some() { S_OK } else { S_IOERR };
+    for action in actions {
+        match *action {
+            Action::Write {
+                sector,
+                sectors,
+                fill,
+            } => {
+                let data: Vec<u8> = (0..sectors * 512)
+                    .map(|at| fill.wrapping_add((at / 512) as u8))
+                    .collect();
+                let range = bytes_of(sector, sectors);
+                assert_eq!(rig.write(sector, &data), status_of(&range));
+                if let Some(range) = range {
+                    model[range].copy_from_slice(&data);
+                }
+            }
+            Action::Read { sector, sectors } => {
+                let range = bytes_of(sector, sectors);
+                let (status, data) = rig.read(sector, (sectors * 512) as u32);
+                assert_eq!(status, status_of(&range));
+                if let Some(range) = range {
+                    assert!(data == model[range], "read returned something else");
+                }
+            }
+            Action::Discard { sector, sectors } => {
+                let range = bytes_of(sector, sectors);
+                let wire = super::range(sector, sectors as u32, 0);
+                assert_eq!(rig.on_range(11, wire), status_of(&range));
+                if let Some(range) = range {
+                    // Files, unlike devices, read as zeroes where they were punched.
+                    model[range].fill(0);
+                }
+            }
+            Action::WriteZeroes {
+                sector,
+                sectors,
+                unmap,
+            } => {
+                let range = bytes_of(sector, sectors);
+                let wire = super::range(sector, sectors as u32, u32::from(unmap));
+                assert_eq!(rig.on_range(13, wire), status_of(&range));
+                if let Some(range) = range {
+                    model[range].fill(0);
+                }
+            }
+            Action::Flush => assert_eq!(rig.flush(), S_OK),
+        }
+    }
+    drop(rig);
+    assert!(std::fs::read(file.path()).unwrap() == model, "file differs");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 48, ..ProptestConfig::default() })]
+
+    #[test]
+    fn disk_under_any_sequence_equals_an_array(
+        actions in prop::collection::vec(action(), 1..40),
+    ) {
+        play(&actions, EngineChoice::Sync, false);
+        play(&actions, EngineChoice::Auto, false);
+    }
+}

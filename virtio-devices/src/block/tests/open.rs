@@ -1,0 +1,144 @@
+//! What can be opened, and what is said about the rest.
+
+use super::*;
+
+fn refused(params: BlockParams) -> BlockError {
+    Block::new(params).expect_err("must be refused")
+}
+
+#[test]
+fn missing_file_is_named() {
+    let file = image(8);
+    let error = refused(BlockParams {
+        path: "/nonexistent/disk.raw".into(),
+        ..params(&file)
+    });
+    assert_eq!(
+        error.to_string(),
+        "cannot open disk image /nonexistent/disk.raw"
+    );
+}
+
+#[test]
+fn directory_and_character_device_are_no_disks() {
+    let file = image(8);
+    for path in ["/tmp", "/dev/null"] {
+        let error = refused(BlockParams {
+            path: path.into(),
+            ..params(&file)
+        });
+        assert!(matches!(error, BlockError::NotADisk { .. }), "{error}");
+    }
+}
+
+#[test]
+fn container_is_refused_only_when_the_format_was_not_given() {
+    let mut file = NamedTempFile::new().unwrap();
+    file.write_all(b"QFI\xfb\0\0\0\x03").unwrap();
+    file.write_all(&[0; 4096]).unwrap();
+    let error = refused(BlockParams {
+        autodetect: true,
+        ..params(&file)
+    });
+    assert!(error.to_string().contains("is a qcow2 image"), "{error}");
+    assert!(Block::new(params(&file)).is_ok());
+}
+
+#[test]
+fn odd_size_is_cut_to_sectors() {
+    let mut file = image(3);
+    file.write_all(&[0; 100]).unwrap();
+    assert_eq!(Block::new(params(&file)).unwrap().size_bytes(), 1536);
+}
+
+#[test]
+fn empty_image_is_an_empty_disk() {
+    let file = image(0);
+    let mut rig = Rig::new(BlockParams {
+        autodetect: true,
+        ..params(&file)
+    });
+    assert_eq!(rig.block.size_bytes(), 0);
+    assert_eq!(rig.read(0, 512).0, S_IOERR);
+}
+
+#[test]
+fn second_writer_is_refused_until_the_first_is_gone() {
+    for lock_granularity in [LockGranularity::ByteRange, LockGranularity::Full] {
+        let file = image(8);
+        let writer = || BlockParams {
+            lock_granularity,
+            ..params(&file)
+        };
+        let reader = || BlockParams {
+            readonly: true,
+            ..writer()
+        };
+        let first = Block::new(writer()).unwrap();
+        assert!(matches!(refused(writer()), BlockError::Locked { .. }));
+        assert!(matches!(refused(reader()), BlockError::Locked { .. }));
+        drop(first);
+        let _first = Block::new(reader()).unwrap();
+        let _second = Block::new(reader()).expect("readers share");
+        let error = refused(writer());
+        assert!(error.to_string().contains("for writing"), "{error}");
+    }
+}
+
+#[test]
+fn numbers_out_of_range_are_refused() {
+    let file = image(8);
+    for num_queues in [0, 257] {
+        let error = refused(BlockParams {
+            num_queues,
+            ..params(&file)
+        });
+        assert!(matches!(error, BlockError::QueueCount { .. }));
+    }
+    for queue_size in [0, 2, 100, 2048] {
+        let error = refused(BlockParams {
+            queue_size,
+            ..params(&file)
+        });
+        assert!(matches!(error, BlockError::QueueSize { .. }));
+    }
+    let error = refused(BlockParams {
+        serial: Some("x".repeat(21)),
+        ..params(&file)
+    });
+    assert!(matches!(error, BlockError::SerialTooLong { bytes: 21 }));
+}
+
+#[test]
+fn dropped_disk_gives_its_descriptors_back() {
+    fn open_descriptors_of(path: &std::path::Path) -> usize {
+        std::fs::read_dir("/proc/self/fd")
+            .unwrap()
+            .filter_map(|entry| std::fs::read_link(entry.unwrap().path()).ok())
+            .filter(|target| target == path)
+            .count()
+    }
+    let file = image(8);
+    let before = open_descriptors_of(file.path());
+    let rig = Rig::new(params(&file));
+    assert!(open_descriptors_of(file.path()) > before);
+    drop(rig);
+    assert_eq!(open_descriptors_of(file.path()), before);
+}
+
+#[test]
+fn worker_names_fit_a_thread() {
+    let file = image(8);
+    let mut block = Block::new(BlockParams {
+        id: "a-very-long-identifier".into(),
+        num_queues: 12,
+        ..params(&file)
+    })
+    .unwrap();
+    let names: Vec<String> = crate::VirtioDevice::take_handlers(&mut block)
+        .iter()
+        .map(|handler| handler.name())
+        .collect();
+    assert!(names.iter().all(|name| name.len() <= 15));
+    assert_eq!(names[11], "a-very-long_q11");
+}

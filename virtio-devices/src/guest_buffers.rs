@@ -1,0 +1,222 @@
+//! Guest buffers as host I/O vectors, so that a disk or a tap reads and writes
+//! guest RAM without a copy in between (virtio 1.2 §2.7).
+//!
+//! Everything in a descriptor is a claim. [`ChainBuffers::collect`] resolves it
+//! against guest RAM once; what comes out is valid host memory for as long as
+//! the value lives, because each [`GuestBuffers`] keeps the memory map alive.
+
+#![allow(unsafe_code)]
+// UNSAFETY: the kernel is handed raw pointers into guest RAM (`iovec`), and small
+// pieces are copied through `VolatileSlice`s made from those pointers.
+
+use virtio_queue::DescriptorChain;
+use vm_memory::atomic::GuestMemoryLoadGuard;
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+
+/// The memory map as a worker holds it for one batch of work.
+pub(crate) type RamGuard = GuestMemoryLoadGuard<GuestMemoryMmap<()>>;
+
+/// Most vectors the kernel takes in one call (`UIO_MAXIOV`).
+pub(crate) const IOVECS_MAX: usize = 1024;
+
+/// Why a descriptor chain cannot be served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ChainError {
+    /// No descriptor could be read: the head is out of the table, or the table out of RAM.
+    #[error("descriptor chain is empty")]
+    Empty,
+    /// The chain loops, points out of its table, or exceeds 4 GiB.
+    #[error("descriptor chain has no end")]
+    Unterminated,
+    /// A buffer is not (entirely) guest RAM.
+    #[error("descriptor points out of guest RAM")]
+    OutOfRam,
+    /// A device-readable buffer follows a device-writable one (virtio 1.2 §2.7.4.2).
+    #[error("device-readable descriptor after a device-writable one")]
+    WrongOrder,
+    /// More pieces than [`IOVECS_MAX`].
+    #[error("descriptor chain has too many pieces")]
+    TooManyPieces,
+}
+
+/// A list of pieces of guest RAM, in order.
+pub(crate) struct GuestBuffers {
+    iovecs: Vec<libc::iovec>,
+    bytes: usize,
+    ram: RamGuard,
+}
+
+// SAFETY: the pointers refer to the mapping kept alive by `ram`, which is `Send`;
+// guest RAM may be accessed from any thread.
+unsafe impl Send for GuestBuffers {}
+
+impl std::fmt::Debug for GuestBuffers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("GuestBuffers")
+            .field("pieces", &self.iovecs.len())
+            .field("bytes", &self.bytes)
+            .finish_non_exhaustive()
+    }
+}
+
+impl GuestBuffers {
+    pub(crate) fn new(ram: &RamGuard) -> Self {
+        Self {
+            iovecs: Vec::new(),
+            bytes: 0,
+            ram: ram.clone(),
+        }
+    }
+
+    /// Sum of the lengths of all pieces.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The pieces as the kernel wants them; at most [`IOVECS_MAX`].
+    pub(crate) fn iovecs(&self) -> &[libc::iovec] {
+        &self.iovecs
+    }
+
+    /// Appends `len` bytes of guest RAM at `addr`, joined to the last piece where
+    /// both are neighbours on the host. A length of 0 appends nothing.
+    fn push(&mut self, addr: GuestAddress, len: usize) -> Result<(), ChainError> {
+        // Split borrows: the slices borrow the map, the pieces are appended to.
+        let Self { iovecs, bytes, ram } = self;
+        for slice in GuestMemoryBackend::get_slices(&**ram, addr, len) {
+            let slice = slice.map_err(|_| ChainError::OutOfRam)?;
+            let base = slice.ptr_guard_mut().as_ptr();
+            *bytes += slice.len();
+            if let Some(last) = iovecs.last_mut()
+                && last.iov_base.cast::<u8>().wrapping_add(last.iov_len) == base
+            {
+                last.iov_len += slice.len();
+                continue;
+            }
+            if iovecs.len() == IOVECS_MAX {
+                return Err(ChainError::TooManyPieces);
+            }
+            iovecs.push(libc::iovec {
+                iov_base: base.cast(),
+                iov_len: slice.len(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Drops the first `count` bytes (all if there are fewer).
+    pub(crate) fn advance(&mut self, count: usize) {
+        let mut left = count.min(self.bytes);
+        self.bytes -= left;
+        let mut whole = 0;
+        for piece in &mut self.iovecs {
+            if left < piece.iov_len {
+                piece.iov_base = piece.iov_base.cast::<u8>().wrapping_add(left).cast();
+                piece.iov_len -= left;
+                break;
+            }
+            left -= piece.iov_len;
+            whole += 1;
+        }
+        self.iovecs.drain(..whole);
+    }
+
+    /// Takes the last byte away as a buffer of its own; `None` if there is none.
+    pub(crate) fn split_last_byte(&mut self) -> Option<Self> {
+        let last = self.iovecs.last_mut()?;
+        last.iov_len -= 1;
+        let byte = libc::iovec {
+            iov_base: last.iov_base.cast::<u8>().wrapping_add(last.iov_len).cast(),
+            iov_len: 1,
+        };
+        if last.iov_len == 0 {
+            self.iovecs.pop();
+        }
+        self.bytes -= 1;
+        Some(Self {
+            iovecs: vec![byte],
+            bytes: 1,
+            ram: self.ram.clone(),
+        })
+    }
+
+    /// Copies from the front into `out` and returns how many bytes there were.
+    pub(crate) fn copy_out(&self, out: &mut [u8]) -> usize {
+        let mut done = 0;
+        for slice in self.slices() {
+            if done == out.len() {
+                break;
+            }
+            done += slice.copy_to(&mut out[done..]);
+        }
+        done
+    }
+
+    /// Copies `data` to the front and returns how many bytes found room.
+    pub(crate) fn copy_in(&self, data: &[u8]) -> usize {
+        let mut done = 0;
+        for slice in self.slices() {
+            if done == data.len() {
+                break;
+            }
+            let count = slice.len().min(data.len() - done);
+            slice.copy_from(&data[done..done + count]);
+            done += count;
+        }
+        done
+    }
+
+    fn slices(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
+        self.iovecs.iter().map(|piece| {
+            // SAFETY: `iov_base..+iov_len` came from a slice of guest RAM checked in
+            // `push` and only ever shrunk; the mapping outlives `self` through `ram`.
+            unsafe { VolatileSlice::new(piece.iov_base.cast(), piece.iov_len) }
+        })
+    }
+}
+
+/// A whole descriptor chain, split by direction.
+#[derive(Debug)]
+pub(crate) struct ChainBuffers {
+    /// What the device may read, in order.
+    pub(crate) readable: GuestBuffers,
+    /// What the device may write, in order.
+    pub(crate) writable: GuestBuffers,
+}
+
+impl ChainBuffers {
+    /// Resolves every descriptor of `chain`.
+    ///
+    /// # Errors
+    /// The chain is malformed; nothing of it has been touched.
+    pub(crate) fn collect(
+        chain: DescriptorChain<&GuestMemoryMmap<()>>,
+        ram: &RamGuard,
+    ) -> Result<Self, ChainError> {
+        let mut buffers = Self {
+            readable: GuestBuffers::new(ram),
+            writable: GuestBuffers::new(ram),
+        };
+        let mut last_has_next = None;
+        let mut writing = false;
+        for descriptor in chain {
+            last_has_next = Some(descriptor.has_next());
+            let target = if descriptor.is_write_only() {
+                writing = true;
+                &mut buffers.writable
+            } else if writing {
+                return Err(ChainError::WrongOrder);
+            } else {
+                &mut buffers.readable
+            };
+            target.push(descriptor.addr(), descriptor.len() as usize)?;
+        }
+        // The iterator stops silently at a descriptor it cannot follow; a chain
+        // that ended by itself ends with a descriptor without NEXT.
+        match last_has_next {
+            None => Err(ChainError::Empty),
+            Some(true) => Err(ChainError::Unterminated),
+            Some(false) => Ok(buffers),
+        }
+    }
+}
