@@ -52,10 +52,10 @@ pub(crate) fn ensure_from_backports(need: Need) -> Result<()> {
     if !offers(need.package, &suite) {
         update()?;
     }
-    if !offers(need.package, &suite) {
-        if let Err(error) = add_backports(&suite).and_then(|()| update()) {
-            eprintln!("note: no {suite}: {error:#}");
-        }
+    if !offers(need.package, &suite)
+        && let Err(error) = add_backports(&suite).and_then(|()| update())
+    {
+        eprintln!("note: no {suite}: {error:#}");
     }
     if offers(need.package, &suite) {
         return install(&[need.package], Some(&suite));

@@ -16,16 +16,14 @@
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read as _, Write as _};
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::process::CommandExt as _;
-use std::process::{Child, Command, ExitStatus};
-use std::sync::mpsc;
+use std::process::Command;
 use std::thread::{self, JoinHandle};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 
-use super::{Job, Outcome, swap};
+use super::{Job, Outcome, process, swap};
 use crate::apt::{self, Need};
 use crate::guest::{cpio, programs};
 
@@ -80,7 +78,9 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
     inherited.extend(swap.iter().map(|file| file.as_raw_fd()));
     inherited
         .extend([&stdout_end, &stderr_end, &status_end, &console_end].map(|end| end.as_raw_fd()));
-    let child = spawn(&mut command, inherited)?;
+    // QEMU's own words are for us, not for the command's output.
+    command.stdout(io::stderr());
+    let child = process::spawn_tied(&mut command, inherited)?;
     // Only QEMU must hold the writing ends, or the readers below never see the end.
     drop((command, stdout_end, stderr_end, status_end, console_end));
 
@@ -91,7 +91,7 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
         status: thread::spawn(move || io::read_to_string(status)),
         console: thread::spawn(move || keep_tail(console, show_console)),
     };
-    let Some(ended) = wait(child, job)? else {
+    let Some(ended) = process::wait(child, job.timeout())? else {
         readers.join();
         return Ok(Outcome::TimedOut);
     };
@@ -135,7 +135,7 @@ impl Readers {
 /// Processor, memory, kernel.
 fn machine(command: &mut Command, job: &Job) {
     let options = &job.options;
-    let mut append = String::from("console=ttyS0 quiet panic=-1 mitigations=off");
+    let mut append = String::from("console=ttyS0 quiet panic=-1");
     command.args([
         "-nodefaults",
         "-no-user-config",
@@ -277,67 +277,6 @@ fn memfd(contents: &[u8]) -> Result<File> {
     };
     file.write_all(contents).context("filling a memfd")?;
     Ok(file)
-}
-
-/// Starts QEMU so that it cannot outlive this process. Must be called on the main thread: the
-/// kernel sends the signal when the thread that forked ends.
-#[allow(unsafe_code)]
-// UNSAFETY: prctl and pre_exec are unsafe by signature.
-fn spawn(command: &mut Command, inherited: Vec<RawFd>) -> Result<Child> {
-    let parent = std::process::id();
-    command.stdin(std::process::Stdio::null());
-    // QEMU's own words are for us, not for the command's output.
-    command.stdout(io::stderr());
-    // SAFETY: the closure makes system calls on numbers and allocates nothing; the files stay
-    // open until after the fork because the caller owns them.
-    unsafe {
-        command.pre_exec(move || {
-            for fd in &inherited {
-                libc::fcntl(*fd, libc::F_SETFD, 0);
-            }
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
-            // The parent may have died before the line above.
-            if libc::getppid().cast_unsigned() != parent {
-                return Err(io::Error::from_raw_os_error(libc::ESRCH));
-            }
-            Ok(())
-        });
-    }
-    command
-        .spawn()
-        .with_context(|| format!("starting {PROGRAM}"))
-}
-
-/// Waits for QEMU's end; `None` if time ran out and it was killed.
-fn wait(mut child: Child, job: &Job) -> Result<Option<ExitStatus>> {
-    let Some(timeout) = job.timeout() else {
-        return Ok(Some(child.wait().context("waiting for QEMU")?));
-    };
-    let pid = child.id();
-    let (sender, receiver) = mpsc::channel();
-    let waiter = thread::spawn(move || {
-        let ended = child.wait();
-        // The receiver is gone only after a timeout, when nobody asks any more.
-        sender.send(()).ok();
-        ended
-    });
-    let in_time = receiver.recv_timeout(timeout).is_ok();
-    if !in_time {
-        kill(pid);
-    }
-    let ended = waiter.join().expect("the waiting thread does not panic");
-    let ended = ended.context("waiting for QEMU")?;
-    Ok(in_time.then_some(ended))
-}
-
-#[allow(unsafe_code)]
-// UNSAFETY: kill(2) by number has no safe wrapper in std.
-fn kill(pid: u32) {
-    // SAFETY: no pointers. The process is our child and at worst already a zombie that the
-    // waiting thread is about to reap; the number is not reused in between in practice.
-    unsafe {
-        libc::kill(pid.cast_signed(), libc::SIGKILL);
-    }
 }
 
 fn copy(mut from: PipeReader, mut to: impl io::Write) {

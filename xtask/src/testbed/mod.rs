@@ -8,7 +8,9 @@
 mod bins;
 mod direct;
 mod emulated;
+mod guest_memory;
 mod probe;
+mod process;
 mod swap;
 
 use std::ffi::OsString;
@@ -138,7 +140,7 @@ fn run_job(options: Options) -> Result<Outcome> {
         }
         HostChoice::Direct => true,
         HostChoice::Emulated => false,
-        HostChoice::Auto => !options.icount && probe::kvm_boots_linux()?,
+        HostChoice::Auto => !options.icount && kvm_boots_linux(&artefacts, &bins)?,
     };
     let job = Job {
         options,
@@ -151,6 +153,14 @@ fn run_job(options: Options) -> Result<Outcome> {
     } else {
         emulated::run(&job)
     }
+}
+
+fn kvm_boots_linux(artefacts: &Artefacts, bins: &[PathBuf]) -> Result<bool> {
+    let vmm = bins
+        .iter()
+        .find(|bin| bin.ends_with("cloud-hypervisor"))
+        .context("cloud-hypervisor is not among our binaries")?;
+    probe::kvm_boots_linux(artefacts, vmm)
 }
 
 /// Bytes, with an optional binary suffix.

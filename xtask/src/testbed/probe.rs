@@ -1,4 +1,155 @@
-//! stub
-pub(crate) fn kvm_boots_linux() -> anyhow::Result<bool> {
-    Ok(false)
+//! Does this machine's KVM boot Linux? Tried, not guessed.
+//!
+//! `/dev/kvm` and every capability may be there and yet each instruction of an ordinary guest
+//! be emulated, a thousand times slower. So two guests are run, each bounded in time: a loop of
+//! four million instructions, and if that is quick, the test kernel under our own VMM. The
+//! answer holds until the next boot of the machine.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+use kvm_ioctls::{Kvm, VcpuExit};
+
+use super::guest_memory::GuestPage;
+use crate::guest::Artefacts;
+use crate::paths;
+
+/// Turns of the loop; two instructions each.
+const LOOP_TURNS: u32 = 2_000_000;
+/// A processor takes a few milliseconds, nested or not; the emulation met in practice a second.
+const LOOP_MAX: Duration = Duration::from_millis(250);
+/// When a KVM that neither runs nor fails is given up.
+const LOOP_HANGS: Duration = Duration::from_secs(10);
+/// From the start of our VMM to the guest's init; a second or so where it works.
+const BOOT_MAX: Duration = Duration::from_secs(30);
+
+/// What the guest's init prints first.
+const INIT_MARKER: &str = "guest: init";
+
+/// Tries, or remembers the answer of an earlier try since the machine booted.
+pub(crate) fn kvm_boots_linux(artefacts: &Artefacts, vmm: &Path) -> Result<bool> {
+    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("the boot id")?;
+    let memory = paths::cache()?.join("kvm-boots-linux");
+    let answer = |verdict: bool| format!("{} {verdict}\n", boot_id.trim());
+    if let Ok(old) = fs::read_to_string(&memory) {
+        for verdict in [false, true] {
+            if old == answer(verdict) {
+                return Ok(verdict);
+            }
+        }
+    }
+    let remember = |verdict: bool| {
+        fs::write(&memory, answer(verdict)).with_context(|| format!("writing {}", memory.display()))
+    };
+    if let Err(reason) = try_loop() {
+        eprintln!("testbed: this machine's KVM is not used: {reason:#}");
+        remember(false)?;
+        return Ok(false);
+    }
+    if let Err(reason) = try_linux(artefacts, vmm) {
+        // Not remembered: the fault may be our VMM's, which changes.
+        eprintln!("testbed: this machine's KVM is not used: {reason:#}");
+        return Ok(false);
+    }
+    remember(true)?;
+    Ok(true)
+}
+
+/// Runs the loop on a thread of its own, because nothing can interrupt a KVM that hangs.
+fn try_loop() -> Result<()> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        // The receiver is gone only after a timeout, when nobody asks any more.
+        sender.send(run_loop()).ok();
+    });
+    let took = match receiver.recv_timeout(LOOP_HANGS) {
+        Ok(result) => result?,
+        Err(_) => bail!("a small guest did not end in {} s", LOOP_HANGS.as_secs()),
+    };
+    if took > LOOP_MAX {
+        bail!(
+            "it took {} ms for {} instructions, so it emulates them",
+            took.as_millis(),
+            2 * LOOP_TURNS
+        );
+    }
+    Ok(())
+}
+
+/// Runs a counting loop in real mode and returns how long it took.
+fn run_loop() -> Result<Duration> {
+    let mut code = vec![0x66, 0xb9]; // mov ecx, LOOP_TURNS
+    code.extend(LOOP_TURNS.to_le_bytes());
+    code.extend([0x66, 0x49]); // dec ecx
+    code.extend([0x75, 0xfc]); // jnz to the dec
+    code.push(0xf4); // hlt
+
+    let kvm = Kvm::new().context("opening /dev/kvm")?;
+    let vm = kvm.create_vm().context("creating a VM")?;
+    let page = GuestPage::new(&vm, &code)?;
+    let mut vcpu = vm.create_vcpu(0).context("creating a vCPU")?;
+    let mut sregs = vcpu.get_sregs().context("reading registers")?;
+    sregs.cs.base = 0;
+    sregs.cs.selector = 0;
+    vcpu.set_sregs(&sregs).context("setting registers")?;
+    let mut regs = vcpu.get_regs().context("reading registers")?;
+    regs.rip = page.address();
+    regs.rflags = 2;
+    vcpu.set_regs(&regs).context("setting registers")?;
+    let started = Instant::now();
+    match vcpu.run().context("running a small guest")? {
+        VcpuExit::Hlt => Ok(started.elapsed()),
+        other => bail!("a small guest ended with {other:?}"),
+    }
+}
+
+/// Boots the test kernel until its init says so.
+fn try_linux(artefacts: &Artefacts, vmm: &Path) -> Result<()> {
+    let mut child = Command::new(vmm)
+        .arg("--kernel")
+        .arg(&artefacts.vmlinux)
+        .arg("--initramfs")
+        .arg(&artefacts.initramfs)
+        .args(["--cmdline", "console=ttyS0 quiet panic=-1 guest.run=OgoK"])
+        .args([
+            "--memory",
+            "size=512M",
+            "--serial",
+            "tty",
+            "--console",
+            "off",
+        ])
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .with_context(|| format!("starting {}", vmm.display()))?;
+    let stdout = child.stdout.take().context("the VMM's output is piped")?;
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        let found = BufReader::new(stdout)
+            .lines()
+            .map_while(Result::ok)
+            .any(|line| line.contains(INIT_MARKER));
+        // The receiver is gone only after a timeout, when nobody asks any more.
+        sender.send(found).ok();
+    });
+    let found = receiver.recv_timeout(BOOT_MAX);
+    // It may have ended by itself already.
+    child.kill().ok();
+    child.wait().context("waiting for the VMM")?;
+    match found {
+        Ok(true) => Ok(()),
+        Ok(false) => bail!("the test kernel did not reach its init"),
+        Err(_) => bail!(
+            "the test kernel did not reach its init in {} s",
+            BOOT_MAX.as_secs()
+        ),
+    }
 }
