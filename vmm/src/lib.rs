@@ -1,8 +1,11 @@
 //! The virtual machine monitor: from a configuration to a running guest and the API that steers it.
 
+pub mod acpi;
 pub mod api;
 pub mod bus;
 pub mod interrupt;
+pub mod legacy;
 pub mod memory;
 pub mod pci;
+pub mod serial;
 pub mod vm;

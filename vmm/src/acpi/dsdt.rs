@@ -1,0 +1,234 @@
+//! The differentiated description table: the devices, in ACPI machine language.
+
+use acpi_tables::aml::{
+    AddressSpace, AddressSpaceCacheable, And, Arg, BufferData, Device, EISAName, Equal, Field,
+    FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local,
+    Memory32Fixed, Method, Name, Notify, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate,
+    Return, Store, Uuid, ZERO,
+};
+use acpi_tables::sdt::Sdt;
+use acpi_tables::{Aml, AmlSink};
+
+use super::fixed::HEADER_BYTES;
+use super::{AcpiParams, OEM_ID, OEM_REVISION};
+use crate::legacy::{GED_BYTES, GED_IRQ, GED_POWER_BUTTON, S5_SLEEP_TYPE};
+use crate::memory::layout;
+use crate::pci::{CONFIG_PORT_BASE, CONFIG_PORT_BYTES};
+use crate::serial::{SERIAL_IRQ, SERIAL_PORTS};
+
+/// From 2 on integers have 64 bits.
+const DSDT_REVISION: u8 = 6;
+/// Notification of a power button that it was pressed (ACPI 6.5 §5.6.6).
+const BUTTON_PRESSED: u8 = 0x80;
+/// Functions of the PCI firmware specification's `_DSM` (3.3, §4.6).
+const PCI_DSM_UUID: &str = "e5c937d0-3553-4d7a-9117-ea4d19c3434d";
+/// "Preserve PCI boot configuration".
+const PCI_DSM_PRESERVE_BOOT_CONFIG: u8 = 5;
+
+/// All devices of the machine.
+pub(super) fn dsdt(params: &AcpiParams) -> Vec<u8> {
+    let mut aml = Vec::new();
+    pci_host_bridge(params, &mut aml);
+    motherboard(&mut aml);
+    if params.has_serial {
+        serial_port(&mut aml);
+    }
+    power_button(&mut aml);
+    generic_event_device(params.ged_address, &mut aml);
+    sleep_state(&mut aml);
+
+    let mut dsdt = Sdt::new(
+        *b"DSDT",
+        HEADER_BYTES,
+        DSDT_REVISION,
+        OEM_ID,
+        *b"CHDSDT  ",
+        OEM_REVISION,
+    );
+    dsdt.append_slice(&aml);
+    dsdt.as_slice().to_vec()
+}
+
+fn pci_host_bridge(params: &AcpiParams, aml: &mut Vec<u8>) {
+    let config_ports = CONFIG_PORT_BASE as u16;
+    let after_config_ports = config_ports + CONFIG_PORT_BYTES as u16;
+    let mmio32 = &params.pci_mmio32;
+    let mmio64 = &params.pci_mmio64;
+    let not_cacheable = AddressSpaceCacheable::NotCacheable;
+    Device::new(
+        Path::new("_SB_.PC00"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0A08")),
+            &Name::new(Path::new("_CID"), &EISAName::new("PNP0A03")),
+            &Name::new(Path::new("_SEG"), &ZERO),
+            &Name::new(Path::new("_BBN"), &ZERO),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![
+                    &AddressSpace::new_bus_number(0u16, 0u16),
+                    &IO::new(config_ports, config_ports, 1, CONFIG_PORT_BYTES as u8),
+                    &AddressSpace::new_io(0u16, config_ports - 1, None),
+                    &AddressSpace::new_io(after_config_ports, 0xffff, None),
+                    &AddressSpace::new_memory(
+                        not_cacheable,
+                        true,
+                        mmio32.start as u32,
+                        (mmio32.end - 1) as u32,
+                        None,
+                    ),
+                    &AddressSpace::new_memory(
+                        not_cacheable,
+                        true,
+                        mmio64.start,
+                        mmio64.end - 1,
+                        None,
+                    ),
+                ]),
+            ),
+            &PciDsm,
+        ],
+    )
+    .to_aml_bytes(aml);
+}
+
+/// Answers that BARs must stay where they are: there is no firmware that could
+/// place them again after a reset.
+struct PciDsm;
+
+impl Aml for PciDsm {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        let supported = 1 << PCI_DSM_PRESERVE_BOOT_CONFIG | 1;
+        Method::new(
+            Path::new("_DSM"),
+            4,
+            false,
+            vec![
+                &If::new(
+                    &Equal::new(&Arg(0), &Uuid::new(PCI_DSM_UUID)),
+                    vec![
+                        &If::new(
+                            &Equal::new(&Arg(2), &ZERO),
+                            vec![&Return::new(&BufferData::new(vec![supported]))],
+                        ),
+                        &If::new(
+                            &Equal::new(&Arg(2), &PCI_DSM_PRESERVE_BOOT_CONFIG),
+                            vec![&Return::new(&ZERO)],
+                        ),
+                    ],
+                ),
+                &Return::new(&BufferData::new(vec![0])),
+            ],
+        )
+        .to_aml_bytes(sink);
+    }
+}
+
+/// Keeps the guest from putting anything over the PCI configuration space,
+/// which by the PCI firmware specification (§4.1.2) must not be in the host
+/// bridge's own resources.
+fn motherboard(aml: &mut Vec<u8>) {
+    Device::new(
+        Path::new("_SB_.MBRD"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0C02")),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![&Memory32Fixed::new(
+                    true,
+                    layout::PCI_MMCONFIG_START as u32,
+                    layout::PCI_MMIO_CONFIG_BYTES_PER_SEGMENT as u32,
+                )]),
+            ),
+        ],
+    )
+    .to_aml_bytes(aml);
+}
+
+fn serial_port(aml: &mut Vec<u8>) {
+    let (port, count) = SERIAL_PORTS;
+    Device::new(
+        Path::new("_SB_.COM1"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0501")),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(Path::new("_DDN"), &"COM1"),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![
+                    &interrupt(SERIAL_IRQ),
+                    &IO::new(port, port, 1, count as u8),
+                ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(aml);
+}
+
+/// An edge-triggered, active-high interrupt that is not shared.
+fn interrupt(number: u8) -> Interrupt {
+    Interrupt::new(true, true, false, false, u32::from(number))
+}
+
+fn power_button(aml: &mut Vec<u8>) {
+    Device::new(
+        Path::new("_SB_.PWRB"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0C0C")),
+            &Name::new(Path::new("_UID"), &ZERO),
+        ],
+    )
+    .to_aml_bytes(aml);
+}
+
+/// Interrupt → `_EVT` → the event byte → the device that is notified.
+fn generic_event_device(address: u64, aml: &mut Vec<u8>) {
+    Device::new(
+        Path::new("_SB_.GED_"),
+        vec![
+            &Name::new(Path::new("_HID"), &"ACPI0013"),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![&interrupt(GED_IRQ)]),
+            ),
+            &OpRegion::new(
+                Path::new("GDST"),
+                OpRegionSpace::SystemMemory,
+                &address,
+                &GED_BYTES,
+            ),
+            &Field::new(
+                Path::new("GDST"),
+                FieldAccessType::Byte,
+                FieldLockRule::NoLock,
+                FieldUpdateRule::WriteAsZeroes,
+                vec![FieldEntry::Named(*b"GDAT", 8)],
+            ),
+            &Method::new(
+                Path::new("_EVT"),
+                1,
+                true,
+                vec![
+                    &Store::new(&Local(0), &Path::new("GDAT")),
+                    &And::new(&Local(1), &Local(0), &GED_POWER_BUTTON),
+                    &If::new(
+                        &Equal::new(&Local(1), &GED_POWER_BUTTON),
+                        vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &BUTTON_PRESSED)],
+                    ),
+                ],
+            ),
+        ],
+    )
+    .to_aml_bytes(aml);
+}
+
+/// What to write into the sleep control register for power-off.
+fn sleep_state(aml: &mut Vec<u8>) {
+    Name::new(
+        Path::new("_S5_"),
+        &Package::new(vec![&S5_SLEEP_TYPE, &ZERO, &ZERO, &ZERO]),
+    )
+    .to_aml_bytes(aml);
+}

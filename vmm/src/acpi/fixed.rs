@@ -1,0 +1,101 @@
+//! The tables that are plain data: FADT, MADT, MCFG.
+
+use acpi_tables::fadt::{FADTBuilder, Flags};
+use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
+use acpi_tables::mcfg::MCFG;
+use acpi_tables::sdt::Sdt;
+
+use super::{OEM_ID, OEM_REVISION, VcpuEntry, bytes_of};
+use crate::legacy::{ACPI_POWER_PORTS, CMOS_CENTURY, PM_TIMER_PORTS, RESET_VALUE};
+use crate::memory::layout;
+use crate::serial::SERIAL_IRQ;
+
+/// Bytes of the header every table starts with.
+pub(super) const HEADER_BYTES: u32 = 36;
+
+/// FADT `IAPC_BOOT_ARCH`: no VGA to probe for. There is no keyboard either, its
+/// bit is clear.
+const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
+const HYPERVISOR_ID: u64 = u64::from_le_bytes(*b"CLOUDHYP");
+
+/// Fixed ACPI description table, for a platform without fixed hardware.
+pub(super) fn fadt(dsdt_address: u64) -> Vec<u8> {
+    let power_port = |bits| io_port(ACPI_POWER_PORTS.0, bits, AccessSize::ByteAccess);
+    let mut fadt = FADTBuilder::new(OEM_ID, *b"CHFACP  ", OEM_REVISION)
+        .dsdt_64(dsdt_address)
+        .flag(Flags::HwReducedAcpi)
+        .flag(Flags::Wbinvd)
+        .flag(Flags::ResetRegSup)
+        .flag(Flags::TmrValExt)
+        // Buttons, if any, are devices and not fixed registers.
+        .flag(Flags::PwrButton)
+        .flag(Flags::SlpButton);
+    fadt.century = CMOS_CENTURY;
+    fadt.iapc_boot_arch = BOOT_ARCH_NO_VGA.into();
+    fadt.reset_reg = power_port(8);
+    fadt.reset_value = RESET_VALUE;
+    fadt.sleep_control_reg = power_port(8);
+    fadt.sleep_status_reg = power_port(8);
+    fadt.x_pm_tmr_blk = io_port(PM_TIMER_PORTS.0, 32, AccessSize::DwordAccess);
+    fadt.hypervisor_vendor_identity = HYPERVISOR_ID.into();
+    bytes_of(&fadt.finalize())
+}
+
+fn io_port(port: u16, bits: u8, access: AccessSize) -> GAS {
+    GAS::new(AddressSpace::SystemIo, bits, 0, access, u64::from(port))
+}
+
+/// Revision that knows processors that are not there yet (ACPI 6.3).
+const MADT_REVISION: u8 = 5;
+const MADT_IO_APIC: u8 = 1;
+const MADT_INTERRUPT_OVERRIDE: u8 = 2;
+const MADT_X2APIC: u8 = 9;
+const X2APIC_ENABLED: u32 = 1 << 0;
+const X2APIC_ONLINE_CAPABLE: u32 = 1 << 1;
+/// Polarity and trigger mode as on the ISA bus: high, edge.
+const FLAGS_CONFORM_TO_BUS: u16 = 0;
+
+/// Multiple APIC description table.
+pub(super) fn madt(vcpus: &[VcpuEntry]) -> Vec<u8> {
+    let mut entries = Vec::new();
+    // Address of the local APICs, then flags: no PICs.
+    entries.extend((layout::APIC_START as u32).to_le_bytes());
+    entries.extend(0_u32.to_le_bytes());
+    for (uid, vcpu) in (0_u32..).zip(vcpus) {
+        let flags = if vcpu.enabled {
+            X2APIC_ENABLED
+        } else {
+            X2APIC_ONLINE_CAPABLE
+        };
+        entries.extend([MADT_X2APIC, 16, 0, 0]);
+        entries.extend(vcpu.apic_id.to_le_bytes());
+        entries.extend(flags.to_le_bytes());
+        entries.extend(uid.to_le_bytes());
+    }
+    // I/O APIC 0 serves the interrupts from 0 on.
+    entries.extend([MADT_IO_APIC, 12, 0, 0]);
+    entries.extend((layout::IOAPIC_START as u32).to_le_bytes());
+    entries.extend(0_u32.to_le_bytes());
+    // ISA interrupt 4 is the interrupt of the same number.
+    entries.extend([MADT_INTERRUPT_OVERRIDE, 10, 0, SERIAL_IRQ]);
+    entries.extend(u32::from(SERIAL_IRQ).to_le_bytes());
+    entries.extend(FLAGS_CONFORM_TO_BUS.to_le_bytes());
+
+    let mut madt = Sdt::new(
+        *b"APIC",
+        HEADER_BYTES,
+        MADT_REVISION,
+        OEM_ID,
+        *b"CHMADT  ",
+        OEM_REVISION,
+    );
+    madt.append_slice(&entries);
+    madt.as_slice().to_vec()
+}
+
+/// Where PCI configuration space is mapped: one segment with one bus.
+pub(super) fn mcfg() -> Vec<u8> {
+    let mut mcfg = MCFG::new(OEM_ID, *b"CHMCFG  ", OEM_REVISION);
+    mcfg.add_ecam(layout::PCI_MMCONFIG_START, 0, 0, 0);
+    bytes_of(&mcfg)
+}

@@ -1,0 +1,135 @@
+//! ACPI tables: how the guest learns what machine it is in (ACPI 6.5).
+//!
+//! ```text
+//! RSDP (0xa0000) ─► XSDT ─┬─► FADT ─► DSDT    power, reset, timer; devices
+//!                         ├─► MADT            processors, I/O APIC
+//!                         └─► MCFG            PCI configuration space
+//! ```
+//!
+//! The platform is hardware-reduced: no fixed-feature registers, events come
+//! through the generic event device.
+
+mod dsdt;
+mod fixed;
+
+use std::ops::Range;
+
+use acpi_tables::Aml;
+use acpi_tables::rsdp::Rsdp;
+use acpi_tables::xsdt::XSDT;
+use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
+
+use crate::memory::layout;
+
+/// The name this platform is known by.
+const OEM_ID: [u8; 6] = *b"CLOUDH";
+const OEM_REVISION: u32 = 1;
+/// Tables start at a cache line.
+const TABLE_ALIGNMENT: u64 = 64;
+
+/// A vCPU as the guest is told of it, in order of its number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VcpuEntry {
+    /// Local APIC id.
+    pub apic_id: u32,
+    /// Runs from the start; otherwise it may come online later.
+    pub enabled: bool,
+}
+
+/// What of the machine differs from one to the next.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AcpiParams {
+    /// Every vCPU there can be.
+    pub vcpus: Vec<VcpuEntry>,
+    /// 32-bit PCI window.
+    pub pci_mmio32: Range<u64>,
+    /// 64-bit PCI window.
+    pub pci_mmio64: Range<u64>,
+    /// The generic event device's register.
+    pub ged_address: u64,
+    /// Whether there is a serial port.
+    pub has_serial: bool,
+}
+
+/// Why the tables cannot be placed.
+#[derive(Debug, thiserror::Error)]
+pub enum AcpiError {
+    /// They reach into what follows.
+    #[error("ACPI tables of {bytes} bytes do not fit into {max_bytes} bytes")]
+    TooLarge {
+        /// What they need.
+        bytes: u64,
+        /// What there is.
+        max_bytes: u64,
+    },
+    /// Guest RAM is not there.
+    #[error("Cannot write an ACPI table to guest memory at {address:#x}")]
+    Write {
+        /// Start of the table.
+        address: u64,
+        /// What guest memory said.
+        #[source]
+        source: GuestMemoryError,
+    },
+}
+
+/// Builds all tables and writes them to guest memory; returns where the root
+/// pointer is.
+///
+/// # Errors
+/// They do not fit, or there is no guest RAM where they belong.
+pub fn build<M: GuestMemory>(params: &AcpiParams, memory: &M) -> Result<GuestAddress, AcpiError> {
+    let mut placer = Placer::new(layout::RSDP_START + Rsdp::len() as u64);
+    let dsdt = placer.place(dsdt::dsdt(params));
+    let mut xsdt = XSDT::new(OEM_ID, *b"CHXSDT  ", OEM_REVISION);
+    for table in [fixed::fadt(dsdt), fixed::madt(&params.vcpus), fixed::mcfg()] {
+        xsdt.add_entry(placer.place(table));
+    }
+    let xsdt = placer.place(bytes_of(&xsdt));
+
+    let bytes = placer.next - layout::RSDP_START;
+    let max_bytes = layout::SMBIOS_START - layout::RSDP_START;
+    if bytes > max_bytes {
+        return Err(AcpiError::TooLarge { bytes, max_bytes });
+    }
+    placer
+        .tables
+        .push((layout::RSDP_START, bytes_of(&Rsdp::new(OEM_ID, xsdt))));
+    for (address, table) in placer.tables {
+        memory
+            .write_slice(&table, GuestAddress(address))
+            .map_err(|source| AcpiError::Write { address, source })?;
+    }
+    Ok(GuestAddress(layout::RSDP_START))
+}
+
+/// Gives each table an address after the one before.
+struct Placer {
+    next: u64,
+    tables: Vec<(u64, Vec<u8>)>,
+}
+
+impl Placer {
+    fn new(start: u64) -> Self {
+        Self {
+            next: start,
+            tables: Vec::new(),
+        }
+    }
+
+    fn place(&mut self, table: Vec<u8>) -> u64 {
+        let address = self.next.next_multiple_of(TABLE_ALIGNMENT);
+        self.next = address + table.len() as u64;
+        self.tables.push((address, table));
+        address
+    }
+}
+
+fn bytes_of(table: &dyn Aml) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    table.to_aml_bytes(&mut bytes);
+    bytes
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,182 @@
+//! The tables as a guest finds them, starting from the root pointer.
+
+use super::*;
+use vm_memory::GuestMemoryMmap;
+
+type Memory = GuestMemoryMmap<()>;
+
+fn memory(bytes: usize) -> Memory {
+    Memory::from_ranges(&[(GuestAddress(0), bytes)]).unwrap()
+}
+
+fn params(vcpus: u32) -> AcpiParams {
+    AcpiParams {
+        vcpus: (0..vcpus)
+            .map(|apic_id| VcpuEntry {
+                apic_id,
+                enabled: apic_id == 0,
+            })
+            .collect(),
+        pci_mmio32: 0xc000_0000..0xe800_0000,
+        pci_mmio64: 0x1_0000_0000..0x3fff_ffe0_0000,
+        ged_address: 0x3fff_ffe0_0000,
+        has_serial: true,
+    }
+}
+
+fn bytes(memory: &Memory, address: u64, count: usize) -> Vec<u8> {
+    let mut data = vec![0; count];
+    memory.read_slice(&mut data, GuestAddress(address)).unwrap();
+    data
+}
+
+fn sum(bytes: &[u8]) -> u8 {
+    bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
+}
+
+fn u32_at(data: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(data[at..at + 4].try_into().unwrap())
+}
+
+fn u64_at(data: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(data[at..at + 8].try_into().unwrap())
+}
+
+/// A table by its own length, with its checksum checked.
+fn table(memory: &Memory, address: u64) -> Vec<u8> {
+    let header = bytes(memory, address, 36);
+    let length = u32_at(&header, 4);
+    assert!(address + u64::from(length) <= layout::SMBIOS_START);
+    let table = bytes(memory, address, length as usize);
+    assert_eq!(sum(&table), 0, "{:?}", &table[..4]);
+    assert_eq!(&table[10..16], b"CLOUDH");
+    table
+}
+
+/// Tables the root pointer leads to, by signature; the DSDT last.
+fn tables(memory: &Memory, rsdp: GuestAddress) -> Vec<(String, Vec<u8>)> {
+    let rsdp = bytes(memory, rsdp.0, 36);
+    assert_eq!(&rsdp[..8], b"RSD PTR ");
+    assert_eq!(sum(&rsdp[..20]), 0);
+    assert_eq!(sum(&rsdp), 0);
+    let xsdt = table(memory, u64_at(&rsdp, 24));
+    let mut found: Vec<_> = xsdt[36..]
+        .chunks(8)
+        .map(|entry| table(memory, u64_at(entry, 0)))
+        .collect();
+    let dsdt = u64_at(&found[0], 140);
+    found.push(table(memory, dsdt));
+    found
+        .into_iter()
+        .map(|table| (String::from_utf8(table[..4].to_vec()).unwrap(), table))
+        .collect()
+}
+
+#[test]
+fn tables_are_reachable_from_the_root_pointer_and_sum_up() {
+    let memory = memory(2 << 20);
+    let rsdp = build(&params(2), &memory).unwrap();
+    assert_eq!(rsdp, GuestAddress(0xa0000));
+    let names: Vec<_> = tables(&memory, rsdp)
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect();
+    assert_eq!(names, ["FACP", "APIC", "MCFG", "DSDT"]);
+}
+
+#[test]
+fn fadt_names_reset_sleep_and_timer_registers() {
+    let memory = memory(2 << 20);
+    let rsdp = build(&params(1), &memory).unwrap();
+    let (_, fadt) = &tables(&memory, rsdp)[0];
+    assert_eq!(fadt.len(), 276);
+    assert_eq!(fadt[8], 6);
+    let flags = u32_at(fadt, 112);
+    assert_eq!(
+        flags & (1 << 20 | 1 << 10 | 1 << 8),
+        1 << 20 | 1 << 10 | 1 << 8
+    );
+    // Space id, width, offset, access size, address.
+    assert_eq!(fadt[116..120], [1, 8, 0, 1]);
+    assert_eq!(u64_at(fadt, 120), 0x600);
+    assert_eq!(fadt[128], 1);
+    assert_eq!(fadt[208..212], [1, 32, 0, 3]);
+    assert_eq!(u64_at(fadt, 212), 0x608);
+    assert_eq!(u64_at(fadt, 248), 0x600);
+    assert_eq!(u64_at(fadt, 260), 0x600);
+}
+
+#[test]
+fn madt_lists_every_vcpu_the_io_apic_and_the_serial_interrupt() {
+    let memory = memory(2 << 20);
+    let rsdp = build(&params(300), &memory).unwrap();
+    let (_, madt) = &tables(&memory, rsdp)[1];
+    assert_eq!(madt.len(), 44 + 300 * 16 + 12 + 10);
+    let vcpu = |index: usize| &madt[44 + index * 16..44 + (index + 1) * 16];
+    assert_eq!(vcpu(0), [9, 16, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(
+        vcpu(299),
+        [9, 16, 0, 0, 0x2b, 1, 0, 0, 2, 0, 0, 0, 0x2b, 1, 0, 0]
+    );
+    let rest = &madt[44 + 300 * 16..];
+    assert_eq!(rest[..12], [1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0]);
+    assert_eq!(rest[12..], [2, 10, 0, 4, 4, 0, 0, 0, 0, 0]);
+}
+
+#[test]
+fn mcfg_names_one_bus() {
+    let memory = memory(2 << 20);
+    let rsdp = build(&params(1), &memory).unwrap();
+    let (_, mcfg) = &tables(&memory, rsdp)[2];
+    assert_eq!(mcfg.len(), 60);
+    assert_eq!(u64_at(mcfg, 44), 0xe800_0000);
+    assert_eq!(mcfg[52..56], [0, 0, 0, 0]);
+}
+
+#[test]
+fn dsdt_has_the_serial_port_only_if_the_machine_has() {
+    let with = super::dsdt::dsdt(&params(1));
+    let without = super::dsdt::dsdt(&AcpiParams {
+        has_serial: false,
+        ..params(1)
+    });
+    let names_com1 = |table: &[u8]| table.windows(4).any(|name| name == b"COM1");
+    assert!(names_com1(&with));
+    assert!(!names_com1(&without));
+    for name in [
+        b"PC00", b"MBRD", b"PWRB", b"GED_", b"_S5_", b"_EVT", b"_DSM",
+    ] {
+        assert!(with.windows(4).any(|found| found == name), "{name:?}");
+    }
+}
+
+#[test]
+fn too_many_vcpus_do_not_fit() {
+    let memory = memory(2 << 20);
+    assert!(matches!(
+        build(&params(0x5_0000 / 16), &memory),
+        Err(AcpiError::TooLarge { .. })
+    ));
+}
+
+#[test]
+fn missing_ram_is_an_error() {
+    let memory = memory(0x1000);
+    assert!(matches!(
+        build(&params(1), &memory),
+        Err(AcpiError::Write { .. })
+    ));
+}
+
+/// Writes the tables to a directory for a disassembler:
+/// `ACPI_DUMP=DIR cargo test -p vmm acpi_dump -- --ignored`, then `iasl -d DIR/*.aml`.
+#[test]
+#[ignore = "writes files for inspection by hand"]
+fn acpi_dump() {
+    let directory = std::path::PathBuf::from(std::env::var_os("ACPI_DUMP").unwrap());
+    let memory = memory(2 << 20);
+    let rsdp = build(&params(2), &memory).unwrap();
+    for (name, table) in tables(&memory, rsdp) {
+        std::fs::write(directory.join(name).with_extension("aml"), table).unwrap();
+    }
+}

@@ -1,0 +1,280 @@
+//! The real-time clock and its 128 bytes of RAM (Motorola MC146818A).
+//!
+//! The time is the host's, in UTC, and cannot be set. The size of RAM stands
+//! where firmware has looked for it since the PC AT.
+
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::bus::BusDevice;
+
+const RAM_BYTES: usize = 128;
+/// Bit 7 of the index port masks NMIs, which nobody sends.
+const INDEX_MASK: u8 = 0x7f;
+
+// Clock registers.
+const SECONDS: u8 = 0x00;
+const MINUTES: u8 = 0x02;
+const HOURS: u8 = 0x04;
+const DAY_OF_WEEK: u8 = 0x06;
+const DAY_OF_MONTH: u8 = 0x07;
+const MONTH: u8 = 0x08;
+const YEAR: u8 = 0x09;
+/// RAM byte that holds the century; the FADT tells the guest.
+pub const CMOS_CENTURY: u8 = 0x32;
+const STATUS_A: u8 = 0x0a;
+const STATUS_B: u8 = 0x0b;
+const STATUS_C: u8 = 0x0c;
+const STATUS_D: u8 = 0x0d;
+
+/// 32.768 kHz time base, 1024 Hz periodic rate, no update in progress.
+const STATUS_A_RESET: u8 = 0x26;
+const STATUS_B_BINARY: u8 = 1 << 2;
+const STATUS_B_24_HOURS: u8 = 1 << 1;
+/// RAM and time are valid: the battery is fine.
+const STATUS_D_VALID: u8 = 1 << 7;
+const HOURS_PM: u8 = 1 << 7;
+
+// Memory size in units of 64 KiB: above 16 MiB, and above 4 GiB.
+const ABOVE_16_MIB: u8 = 0x34;
+const ABOVE_4_GIB: u8 = 0x5b;
+const MEMORY_UNIT_SHIFT: u32 = 16;
+const MIB_16: u64 = 16 << 20;
+
+struct State {
+    index: u8,
+    ram: [u8; RAM_BYTES],
+}
+
+/// Ports 0x70 (index) and 0x71 (data).
+pub struct Cmos {
+    state: Mutex<State>,
+}
+
+impl fmt::Debug for Cmos {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cmos").finish_non_exhaustive()
+    }
+}
+
+impl Cmos {
+    /// A clock in a machine with this much RAM below and above 4 GiB.
+    #[must_use]
+    pub fn new(low_ram_bytes: u64, high_ram_bytes: u64) -> Self {
+        let mut ram = [0; RAM_BYTES];
+        let low = low_ram_bytes.saturating_sub(MIB_16) >> MEMORY_UNIT_SHIFT;
+        let low = u16::try_from(low).unwrap_or(u16::MAX);
+        ram[usize::from(ABOVE_16_MIB)..][..2].copy_from_slice(&low.to_le_bytes());
+        // Three bytes: up to 1 TiB can be told.
+        let high = (high_ram_bytes >> MEMORY_UNIT_SHIFT).min(0xff_ffff);
+        ram[usize::from(ABOVE_4_GIB)..][..3].copy_from_slice(&high.to_le_bytes()[..3]);
+        ram[usize::from(STATUS_A)] = STATUS_A_RESET;
+        ram[usize::from(STATUS_B)] = STATUS_B_24_HOURS;
+        Self {
+            state: Mutex::new(State { index: 0, ram }),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn read(&self, now: SystemTime) -> u8 {
+        let clock = Clock::at(now);
+        let status_b = self.ram[usize::from(STATUS_B)];
+        let encode = |value: u8| encode(value, status_b);
+        match self.index {
+            SECONDS => encode(clock.second),
+            MINUTES => encode(clock.minute),
+            HOURS if status_b & STATUS_B_24_HOURS != 0 => encode(clock.hour),
+            HOURS => {
+                let pm = if clock.hour >= 12 { HOURS_PM } else { 0 };
+                encode((clock.hour + 11) % 12 + 1) | pm
+            }
+            DAY_OF_WEEK => encode(clock.day_of_week),
+            DAY_OF_MONTH => encode(clock.day),
+            MONTH => encode(clock.month),
+            YEAR => encode((clock.year % 100) as u8),
+            CMOS_CENTURY => encode((clock.year / 100 % 100) as u8),
+            // No interrupt is ever pending.
+            STATUS_C => 0,
+            STATUS_D => STATUS_D_VALID,
+            index => self.ram[usize::from(index)],
+        }
+    }
+}
+
+/// A value as status register B asks for it: binary or BCD.
+fn encode(value: u8, status_b: u8) -> u8 {
+    if status_b & STATUS_B_BINARY != 0 {
+        value
+    } else {
+        (value / 10) << 4 | (value % 10)
+    }
+}
+
+impl BusDevice for Cmos {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        let state = self.state();
+        if let Some(byte) = data.first_mut() {
+            *byte = if offset == 0 {
+                state.index
+            } else {
+                state.read(SystemTime::now())
+            };
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let Some(&value) = data.first() else {
+            return;
+        };
+        let mut state = self.state();
+        if offset == 0 {
+            state.index = value & INDEX_MASK;
+        } else {
+            // Clock registers are written too, but never read from RAM.
+            let index = usize::from(state.index);
+            state.ram[index] = value;
+        }
+    }
+}
+
+/// A point of time as a calendar and clock show it, in UTC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Clock {
+    year: u64,
+    month: u8,
+    day: u8,
+    /// 1 is Sunday.
+    day_of_week: u8,
+    hour: u8,
+    minute: u8,
+    second: u8,
+}
+
+impl Clock {
+    fn at(now: SystemTime) -> Self {
+        // A host clock before 1970 is shown as 1970.
+        let seconds = now
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |elapsed| elapsed.as_secs());
+        let days = seconds / 86_400;
+        let (year, month, day) = date_of(days);
+        Self {
+            year,
+            month,
+            day,
+            // 1970-01-01 was a Thursday.
+            day_of_week: ((days + 4) % 7) as u8 + 1,
+            hour: (seconds / 3_600 % 24) as u8,
+            minute: (seconds / 60 % 60) as u8,
+            second: (seconds % 60) as u8,
+        }
+    }
+}
+
+/// Year, month and day of a day counted from 1970-01-01.
+///
+/// Years are taken to start in March, so that the leap day is the last of one:
+/// then a month's first day is a linear function of its number.
+fn date_of(days: u64) -> (u64, u8, u8) {
+    const DAYS_400_YEARS: u64 = 146_097;
+    const DAYS_0000_03_01_TO_1970: u64 = 719_468;
+    let days = days + DAYS_0000_03_01_TO_1970;
+    let day_of_era = days % DAYS_400_YEARS;
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let march_month = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * march_month + 2) / 5 + 1;
+    let month = if march_month < 10 {
+        march_month + 3
+    } else {
+        march_month - 9
+    };
+    let year = days / DAYS_400_YEARS * 400 + year_of_era + u64::from(month <= 2);
+    (year, month as u8, day as u8)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    fn read(cmos: &Cmos, index: u8) -> u8 {
+        cmos.write(0, &[index]);
+        let mut byte = [0];
+        cmos.read(1, &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn calendar_knows_leap_years_and_weekdays() {
+        let date = |seconds| Clock::at(UNIX_EPOCH + Duration::from_secs(seconds));
+        let shown = |clock: Clock| (clock.year, clock.month, clock.day, clock.day_of_week);
+        assert_eq!(shown(date(0)), (1970, 1, 1, 5));
+        assert_eq!(shown(date(951_782_400)), (2000, 2, 29, 3));
+        assert_eq!(shown(date(951_868_800)), (2000, 3, 1, 4));
+        assert_eq!(shown(date(1_735_689_599)), (2024, 12, 31, 3));
+        assert_eq!(shown(date(4_107_542_400)), (2100, 3, 1, 2));
+        let clock = date(1_735_689_599);
+        assert_eq!((clock.hour, clock.minute, clock.second), (23, 59, 59));
+    }
+
+    #[test]
+    fn time_comes_in_the_format_of_status_b() {
+        let now = UNIX_EPOCH + Duration::from_secs(1_735_689_599);
+        let mut state = State {
+            index: HOURS,
+            ram: [0; RAM_BYTES],
+        };
+        assert_eq!(state.read(now), 0x11 | HOURS_PM);
+        state.ram[usize::from(STATUS_B)] = STATUS_B_24_HOURS;
+        assert_eq!(state.read(now), 0x23);
+        state.ram[usize::from(STATUS_B)] = STATUS_B_24_HOURS | STATUS_B_BINARY;
+        assert_eq!(state.read(now), 23);
+        state.index = CMOS_CENTURY;
+        assert_eq!(state.read(now), 20);
+    }
+
+    #[test]
+    fn midnight_and_noon_are_twelve_o_clock() {
+        let mut state = State {
+            index: HOURS,
+            ram: [0; RAM_BYTES],
+        };
+        state.ram[usize::from(STATUS_B)] = STATUS_B_BINARY;
+        assert_eq!(state.read(UNIX_EPOCH), 12);
+        let noon = UNIX_EPOCH + Duration::from_secs(12 * 3_600);
+        assert_eq!(state.read(noon), 12 | HOURS_PM);
+    }
+
+    #[test]
+    fn memory_size_is_where_firmware_looks() {
+        let cmos = Cmos::new(3 << 30, 3 << 30);
+        assert_eq!(read(&cmos, 0x34), 0x00);
+        assert_eq!(read(&cmos, 0x35), 0xbf);
+        assert_eq!(
+            [read(&cmos, 0x5b), read(&cmos, 0x5c), read(&cmos, 0x5d)],
+            [0x00, 0xc0, 0x00]
+        );
+        let small = Cmos::new(8 << 20, 0);
+        assert_eq!(read(&small, 0x35), 0);
+    }
+
+    #[test]
+    fn ram_keeps_what_is_written_and_status_d_does_not() {
+        let cmos = Cmos::new(1 << 30, 0);
+        cmos.write(0, &[0x8f]);
+        cmos.write(1, &[0x0a]);
+        assert_eq!(read(&cmos, 0x0f), 0x0a);
+        cmos.write(0, &[STATUS_D]);
+        cmos.write(1, &[0]);
+        assert_eq!(read(&cmos, STATUS_D), STATUS_D_VALID);
+    }
+}

@@ -1,0 +1,78 @@
+//! The register behind ACPI's generic event device (ACPI 6.5 §5.6.9).
+//!
+//! An event sets a bit and pulses the interrupt; the DSDT's method reads the
+//! byte, which clears it, and notifies the device concerned.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+use crate::bus::BusDevice;
+use crate::interrupt::IrqLine;
+
+/// Size of the register in bytes.
+pub const GED_BYTES: u64 = 1;
+/// I/O APIC pin of the device: the first that no ISA device ever had.
+pub const GED_IRQ: u8 = 16;
+/// The power button was pressed.
+pub const GED_POWER_BUTTON: u8 = 8;
+
+/// The event byte.
+#[derive(Debug)]
+pub struct Ged {
+    pending: AtomicU8,
+    line: IrqLine,
+}
+
+impl Ged {
+    /// No events; pulses `line` when there are.
+    #[must_use]
+    pub fn new(line: IrqLine) -> Self {
+        Self {
+            pending: AtomicU8::new(0),
+            line,
+        }
+    }
+
+    /// Presses the power button. What becomes of it is up to the guest.
+    ///
+    /// # Errors
+    /// The host refused the interrupt the guest has programmed.
+    pub fn press_power_button(&self) -> std::io::Result<()> {
+        self.pending.fetch_or(GED_POWER_BUTTON, Ordering::AcqRel);
+        self.line.trigger()
+    }
+}
+
+impl BusDevice for Ged {
+    fn read(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if let Some(byte) = data.first_mut() {
+            *byte = self.pending.swap(0, Ordering::AcqRel);
+        }
+    }
+
+    fn write(&self, _offset: u64, _data: &[u8]) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::interrupt::{GsiRouter, Ioapic, fake::FakeBackend};
+    use std::sync::Arc;
+
+    #[test]
+    fn power_button_interrupts_and_is_read_once() {
+        let backend = Arc::new(FakeBackend::default());
+        let router = Arc::new(GsiRouter::new(backend.clone()));
+        let ioapic = Arc::new(Ioapic::new(router));
+        ioapic.write(0, &[0x10 + 2 * GED_IRQ]);
+        ioapic.write(0x10, &0x39_u32.to_le_bytes());
+        let ged = Ged::new(ioapic.line(GED_IRQ).unwrap());
+        ged.press_power_button().unwrap();
+        assert_eq!(backend.notes().messages[0].data, 0x39);
+        let mut byte = [0];
+        ged.read(0, &mut byte);
+        assert_eq!(byte, [8]);
+        ged.read(0, &mut byte);
+        assert_eq!(byte, [0]);
+    }
+}

@@ -1,0 +1,136 @@
+//! Devices at fixed ports and the platform's event device.
+//!
+//! | Where | Device |
+//! | --- | --- |
+//! | 0x61–0x64 | [`I8042`]: reset through the keyboard controller |
+//! | 0x70–0x71 | [`Cmos`]: memory size and time of day |
+//! | 0x80 | [`DebugPort`]: boot progress codes |
+//! | 0xe9 | [`DebugConsole`]: text, if asked for |
+//! | 0x402 | [`FirmwareDebug`]: text from firmware |
+//! | 0x600 | [`AcpiPower`]: power-off and reset |
+//! | 0x608 | [`PmTimer`]: ACPI's clock |
+//! | platform MMIO | [`Ged`]: power button and later hotplug events |
+//!
+//! There is no PIC, no PIT and no HPET; their ports read all ones.
+
+mod acpi_power;
+mod cmos;
+mod debug;
+mod ged;
+mod i8042;
+mod pm_timer;
+
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+pub use acpi_power::{AcpiPower, RESET_VALUE, S5_SLEEP_TYPE};
+pub use cmos::{CMOS_CENTURY, Cmos};
+pub use debug::{DebugConsole, DebugPort, FirmwareDebug};
+pub use ged::{GED_BYTES, GED_IRQ, GED_POWER_BUTTON, Ged};
+pub use i8042::I8042;
+pub use pm_timer::PmTimer;
+
+use crate::bus::{Bus, BusDevice, BusError};
+
+/// First port and number of ports of a device.
+pub type Ports = (u16, u16);
+
+/// Keyboard controller.
+pub const I8042_PORTS: Ports = (0x61, 4);
+/// Real-time clock and its RAM.
+pub const CMOS_PORTS: Ports = (0x70, 2);
+/// Boot progress codes.
+pub const DEBUG_PORTS: Ports = (0x80, 1);
+/// Debug console, unless configured elsewhere.
+pub const DEBUG_CONSOLE_PORTS: Ports = (0xe9, 1);
+/// Firmware's debug text.
+pub const FIRMWARE_DEBUG_PORTS: Ports = (0x402, 1);
+/// ACPI reset register, sleep control and sleep status.
+pub const ACPI_POWER_PORTS: Ports = (0x600, 4);
+/// ACPI power management timer.
+pub const PM_TIMER_PORTS: Ports = (0x608, 4);
+
+/// Puts `device` at `ports`.
+///
+/// # Errors
+/// The ports are taken.
+pub fn insert(
+    bus: &Bus,
+    (first, count): Ports,
+    device: Arc<dyn BusDevice>,
+) -> Result<(), BusError> {
+    bus.insert(u64::from(first), u64::from(count), device)
+}
+
+/// Tells the control thread. It may hear the same thing twice: a guest tries
+/// several ways to reset.
+fn raise(event: &EventFd, what: &str) {
+    log::info!("The guest asks for a {what}");
+    if let Err(error) = event.write(1) {
+        log::error!("The control thread cannot be told of a {what}: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    //! Every device against random accesses, and helpers to make them.
+
+    use super::*;
+    use crate::interrupt::{GsiRouter, Ioapic, fake::FakeBackend};
+    use crate::vm::VmSignals;
+    use proptest::prelude::*;
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    pub(super) fn signals() -> Arc<VmSignals> {
+        let event = || EventFd::new(EFD_NONBLOCK).unwrap();
+        Arc::new(VmSignals {
+            shutdown: event(),
+            reset: event(),
+            failed: event(),
+        })
+    }
+
+    pub(super) fn is_raised(event: &EventFd) -> bool {
+        event.read().is_ok()
+    }
+
+    fn devices() -> Vec<(Ports, Arc<dyn BusDevice>)> {
+        let router = Arc::new(GsiRouter::new(Arc::new(FakeBackend::default())));
+        let line = Arc::new(Ioapic::new(router)).line(GED_IRQ).unwrap();
+        vec![
+            (I8042_PORTS, Arc::new(I8042::new(signals()))),
+            (CMOS_PORTS, Arc::new(Cmos::new(1 << 30, 0))),
+            (DEBUG_PORTS, Arc::new(DebugPort::new())),
+            (
+                DEBUG_CONSOLE_PORTS,
+                Arc::new(DebugConsole::new(Box::new(std::io::sink()))),
+            ),
+            (FIRMWARE_DEBUG_PORTS, Arc::new(FirmwareDebug::new())),
+            (ACPI_POWER_PORTS, Arc::new(AcpiPower::new(signals()))),
+            (PM_TIMER_PORTS, Arc::new(PmTimer::new())),
+            ((0x1000, GED_BYTES as u16), Arc::new(Ged::new(line))),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn random_accesses_never_panic(
+            accesses in prop::collection::vec(
+                (any::<prop::sample::Index>(), 0u16..4, prop::collection::vec(any::<u8>(), 0..9), any::<bool>()),
+                0..200,
+            )
+        ) {
+            let bus = Bus::new();
+            let mut ports = Vec::new();
+            for (range, device) in devices() {
+                insert(&bus, range, device).unwrap();
+                ports.push(range.0);
+            }
+            for (device, offset, mut data, is_write) in accesses {
+                let address = u64::from(device.get(&ports) + offset);
+                if is_write { bus.write(address, &data) } else { bus.read(address, &mut data) }
+            }
+        }
+    }
+}
