@@ -250,7 +250,13 @@ impl BalloonWorker {
             return Ok(());
         };
         let result = work(self, &mut active);
-        self.active = Some(active);
+        if result.is_ok() {
+            self.active = Some(active);
+        } else {
+            // Nothing is served from here to the next reset: whoever waits
+            // for statistics, or asks whether reports arrive, must know.
+            self.reset();
+        }
         if self.faults != GuestFaults::default() {
             self.shared.ledger.faults().add_all(&self.faults);
             self.faults = GuestFaults::default();

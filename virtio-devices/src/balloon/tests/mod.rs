@@ -1,0 +1,7 @@
+//! The balloon behind real queues, driven by a driver that is sometimes hostile.
+
+mod config;
+mod hostile;
+mod queues;
+mod rig;
+mod stats;

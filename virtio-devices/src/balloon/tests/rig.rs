@@ -1,0 +1,115 @@
+//! A balloon with a driver in front of it.
+
+use std::sync::Arc;
+
+use vm_memory::GuestAddress;
+
+use crate::balloon::spec::{
+    VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1,
+};
+use crate::balloon::{Balloon, BalloonHandle, BalloonParams, BalloonSnapshot};
+use crate::device::{QueueHandler, VirtioDevice};
+use crate::reclaim::DiscardEngine;
+use crate::testing::{HandlerHarness, Segment, TestRam};
+
+pub(super) const PAGE: u64 = 4096;
+pub(super) const RAM_BYTES: u64 = 64 << 20;
+/// First page of the RAM the tests give away; rings and buffers lie below.
+pub(super) const FREE_PFN: u64 = (32 << 20) / PAGE;
+
+/// Numbers as Linux counts them with statistics and reporting.
+pub(super) const INFLATE: u16 = 0;
+pub(super) const DEFLATE: u16 = 1;
+pub(super) const STATS: u16 = 2;
+pub(super) const REPORTING: u16 = 3;
+
+pub(super) const LINUX_FEATURES: u64 =
+    VIRTIO_F_VERSION_1 | VIRTIO_BALLOON_F_STATS_VQ | VIRTIO_BALLOON_F_REPORTING;
+
+pub(super) struct Rig {
+    pub(super) balloon: Balloon,
+    pub(super) handle: BalloonHandle,
+    pub(super) harness: HandlerHarness<Box<dyn QueueHandler>>,
+}
+
+impl Rig {
+    /// A running driver with all queues of [`LINUX_FEATURES`].
+    pub(super) fn new() -> Self {
+        let mut rig = Self::idle(LINUX_FEATURES);
+        rig.harness.add_queue(INFLATE, 128);
+        rig.harness.add_queue(DEFLATE, 128);
+        rig.harness.add_queue(STATS, 64);
+        rig.harness.add_queue(REPORTING, 32);
+        rig.harness.activate().unwrap();
+        rig
+    }
+
+    /// No queue yet, and not active.
+    pub(super) fn idle(features: u64) -> Self {
+        let ram = TestRam::new(RAM_BYTES as usize);
+        let params = BalloonParams {
+            ram: ram.mem(),
+            size_bytes: 0,
+            deflate_on_oom: true,
+            free_page_reporting: true,
+        };
+        // Without vectors, so that the number of system calls is the same on
+        // every kernel; the engine's own tests compare both ways.
+        let (mut balloon, handle) =
+            Balloon::with_engine(params, DiscardEngine::without_vectors).unwrap();
+        let handler = balloon.take_handlers().remove(0);
+        let harness = HandlerHarness::with_ram(handler, features, ram);
+        balloon.set_interrupt(Arc::clone(&harness.interrupt) as _);
+        Self {
+            balloon,
+            handle,
+            harness,
+        }
+    }
+
+    pub(super) fn snapshot(&self) -> BalloonSnapshot {
+        self.handle.snapshot()
+    }
+
+    /// Fills `count` pages with ones.
+    pub(super) fn dirty(&self, first_pfn: u64, count: u64) {
+        let ones = vec![1; (count * PAGE) as usize];
+        self.harness
+            .ram
+            .write(GuestAddress(first_pfn * PAGE), &ones);
+    }
+
+    /// Pages of `count` that are not all ones any more; they must be all zeros.
+    pub(super) fn gone(&self, first_pfn: u64, count: u64) -> Vec<u64> {
+        let mut gone = Vec::new();
+        for pfn in first_pfn..first_pfn + count {
+            let page = self
+                .harness
+                .ram
+                .read(GuestAddress(pfn * PAGE), PAGE as usize);
+            if page.iter().all(|byte| *byte == 0) {
+                gone.push(pfn);
+            } else {
+                assert!(
+                    page.iter().all(|byte| *byte == 1),
+                    "page {pfn:#x} is damaged"
+                );
+            }
+        }
+        gone
+    }
+
+    /// Sends one chain and expects its answer, of length zero.
+    pub(super) fn send(&mut self, queue: u16, segments: &[Segment<'_>]) {
+        let (chain, used) = self.harness.request(queue, segments).unwrap();
+        let used = used.expect("the chain is answered");
+        assert_eq!((used.head, used.len), (u32::from(chain.head), 0));
+    }
+}
+
+/// Page frame numbers as they lie in memory.
+pub(super) fn pfns(pfns: impl IntoIterator<Item = u64>) -> Vec<u8> {
+    pfns.into_iter()
+        .flat_map(|pfn| u32::try_from(pfn).unwrap().to_le_bytes())
+        .collect()
+}

@@ -1,0 +1,172 @@
+//! Statistics: taken in by tag, asked for on demand, never waited for by the worker.
+
+use std::time::{Duration, Instant};
+
+use super::rig::{Rig, STATS};
+use crate::balloon::{StatTag, StatsError};
+use crate::testing::{DEADLINE, Segment, wait_until};
+
+fn entry(tag: u16, value: u64) -> Vec<u8> {
+    [tag.to_le_bytes().as_slice(), &value.to_le_bytes()].concat()
+}
+
+fn send(rig: &mut Rig, entries: &[Vec<u8>]) {
+    let buffer = entries.concat();
+    rig.harness.queue(STATS).push(&[Segment::Readable(&buffer)]);
+    rig.harness.kick(STATS).unwrap();
+}
+
+/// Plays the worker's and the driver's part while callers wait: serves the
+/// request, and refills the buffer with `value` when it comes back.
+fn refill(rig: &mut Rig, value: u64) {
+    wait_until("the buffer to come back", || {
+        rig.harness.serve_sources(10).unwrap();
+        rig.harness.queue(STATS).pop_used().is_some()
+    });
+    send(rig, &[entry(4, value)]);
+}
+
+#[test]
+fn statistics_are_taken_by_tag_and_strange_ones_skipped() {
+    let mut rig = Rig::new();
+    send(
+        &mut rig,
+        &[entry(5, 512), entry(0x8001, 7), entry(16, 8), entry(4, 100)],
+    );
+    let sample = rig.handle.cached_stats().unwrap();
+    assert_eq!(sample.get(StatTag::TotalMemory), Some(512));
+    assert_eq!(sample.get(StatTag::FreeMemory), Some(100));
+    assert_eq!(sample.iter().count(), 2);
+    assert_eq!(rig.snapshot().faults.stats_unknown_tags, 2);
+    assert_eq!(
+        rig.harness.queue(STATS).pop_used(),
+        None,
+        "the buffer is kept"
+    );
+}
+
+#[test]
+fn every_tag_has_its_number_and_a_name_of_its_own() {
+    let mut names: Vec<_> = StatTag::ALL.map(StatTag::name).to_vec();
+    for (number, tag) in StatTag::ALL.into_iter().enumerate() {
+        assert_eq!(tag as usize, number);
+    }
+    names.sort_unstable();
+    names.dedup();
+    assert_eq!(names.len(), 16);
+}
+
+#[test]
+fn request_without_a_driver_fails_at_once() {
+    let rig = Rig::idle(super::rig::LINUX_FEATURES);
+    let refused = rig.handle.request_stats(Instant::now() + DEADLINE);
+    assert_eq!(refused.unwrap_err(), StatsError::NotNegotiated);
+}
+
+#[test]
+fn request_returns_the_buffer_and_brings_a_fresh_sample() {
+    let mut rig = Rig::new();
+    send(&mut rig, &[entry(4, 1)]);
+    let handle = rig.handle.clone();
+    let caller = std::thread::spawn(move || handle.request_stats(Instant::now() + DEADLINE));
+    refill(&mut rig, 2);
+    let sample = caller.join().unwrap().unwrap();
+    assert_eq!(sample.get(StatTag::FreeMemory), Some(2));
+    assert_eq!(rig.harness.interrupt.queue_signals(STATS), 1);
+}
+
+#[test]
+fn callers_that_come_together_share_one_refill() {
+    let mut rig = Rig::new();
+    send(&mut rig, &[entry(4, 1)]);
+    let callers: Vec<_> = (0..8)
+        .map(|_| {
+            let handle = rig.handle.clone();
+            std::thread::spawn(move || handle.request_stats(Instant::now() + DEADLINE))
+        })
+        .collect();
+    // Callers that came after the refill ask again; the guest answers as often.
+    let mut value = 1;
+    wait_until("all callers to have a sample", || {
+        rig.harness.serve_sources(1).unwrap();
+        if rig.harness.queue(STATS).pop_used().is_some() {
+            value += 1;
+            send(&mut rig, &[entry(4, value)]);
+        }
+        callers.iter().all(std::thread::JoinHandle::is_finished)
+    });
+    for caller in callers {
+        assert!(caller.join().unwrap().unwrap().get(StatTag::FreeMemory) >= Some(2));
+    }
+}
+
+#[test]
+fn request_to_a_guest_that_does_not_answer_times_out_and_stands() {
+    let mut rig = Rig::new();
+    send(&mut rig, &[entry(4, 1)]);
+    for _ in 0..3 {
+        let soon = Instant::now() + Duration::from_millis(5);
+        let late = rig.handle.request_stats(soon);
+        assert_eq!(late.unwrap_err(), StatsError::TimedOut);
+        rig.harness.serve_sources(0).unwrap();
+    }
+    assert_eq!(rig.harness.queue(STATS).used_idx(), 1, "asked once");
+    let cached = rig.handle.cached_stats().unwrap();
+    assert_eq!(cached.get(StatTag::FreeMemory), Some(1));
+
+    // The late answer serves whoever asks next, without another refill.
+    let handle = rig.handle.clone();
+    let caller = std::thread::spawn(move || handle.request_stats(Instant::now() + DEADLINE));
+    refill(&mut rig, 9);
+    wait_until("the caller, or his second request", || {
+        rig.harness.serve_sources(1).unwrap();
+        if rig.harness.queue(STATS).pop_used().is_some() {
+            send(&mut rig, &[entry(4, 9)]);
+        }
+        caller.is_finished()
+    });
+    let sample = caller.join().unwrap().unwrap();
+    assert_eq!(sample.get(StatTag::FreeMemory), Some(9));
+}
+
+#[test]
+fn request_before_the_first_buffer_is_answered_by_it() {
+    let mut rig = Rig::new();
+    let handle = rig.handle.clone();
+    let caller = std::thread::spawn(move || handle.request_stats(Instant::now() + DEADLINE));
+    wait_until("the request", || rig.harness.serve_sources(10).unwrap() > 0);
+    send(&mut rig, &[entry(4, 3)]);
+    let sample = caller.join().unwrap().unwrap();
+    assert_eq!(sample.get(StatTag::FreeMemory), Some(3));
+}
+
+#[test]
+fn reset_wakes_callers_and_forgets_buffer_and_sample() {
+    let mut rig = Rig::new();
+    send(&mut rig, &[entry(4, 1)]);
+    let handle = rig.handle.clone();
+    let caller = std::thread::spawn(move || handle.request_stats(Instant::now() + DEADLINE));
+    wait_until("the request", || rig.harness.serve_sources(10).unwrap() > 0);
+    rig.harness.reset();
+    assert_eq!(caller.join().unwrap().unwrap_err(), StatsError::Reset);
+    assert!(rig.handle.cached_stats().is_none());
+
+    rig.harness.activate().unwrap();
+    send(&mut rig, &[entry(4, 5)]);
+    assert_eq!(rig.harness.queue(STATS).used_idx(), 0);
+    let handle = rig.handle.clone();
+    let caller = std::thread::spawn(move || handle.request_stats(Instant::now() + DEADLINE));
+    refill(&mut rig, 6);
+    assert!(caller.join().unwrap().is_ok());
+}
+
+#[test]
+fn surplus_buffer_is_given_back_and_the_newest_kept() {
+    let mut rig = Rig::new();
+    send(&mut rig, &[entry(4, 1)]);
+    send(&mut rig, &[entry(4, 2)]);
+    assert_eq!(rig.harness.queue(STATS).used_idx(), 1);
+    assert_eq!(rig.snapshot().faults.stats_surplus_buffers, 1);
+    let cached = rig.handle.cached_stats().unwrap();
+    assert_eq!(cached.get(StatTag::FreeMemory), Some(2));
+}

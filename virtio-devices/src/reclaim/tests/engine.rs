@@ -1,0 +1,231 @@
+//! The discard engine on real mappings: what is zero afterwards, and what is not.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+
+use super::terrain::{Kind, PAGE, Plot, Terrain};
+use crate::reclaim::{
+    DiscardEngine, DiscardSwitch, GuestRange, InhibitReason, Outcome, SkipReason,
+};
+
+const PAGE_BYTES: u64 = PAGE as u64;
+
+/// Both engines: with vectors, if this kernel has them, and without.
+fn engines() -> [DiscardEngine; 2] {
+    [
+        DiscardEngine::new(Arc::default()),
+        DiscardEngine::without_vectors(Arc::default()),
+    ]
+}
+
+fn pages(first: u64, count: u64) -> GuestRange {
+    GuestRange {
+        start: first * PAGE_BYTES,
+        bytes: count * PAGE_BYTES,
+    }
+}
+
+fn plot(guest_page: u64, pages: usize, kind: Kind) -> Plot {
+    Plot {
+        guest_page,
+        pages,
+        kind,
+    }
+}
+
+fn assert_balanced(outcome: &Outcome) {
+    assert_eq!(
+        outcome.requested.bytes,
+        outcome.discarded.bytes + outcome.failed.bytes + outcome.skipped.total()
+    );
+}
+
+fn kinds() -> impl Strategy<Value = Kind> {
+    prop_oneof![
+        4 => Just(Kind::Anonymous),
+        3 => Just(Kind::Memfd),
+        1 => Just(Kind::PrivateFile),
+        1 => Just(Kind::ReadOnlyMemfd),
+    ]
+}
+
+fn plot_lists() -> impl Strategy<Value = Vec<Plot>> {
+    vec((0..6_u64, 1..24_usize, kinds()), 1..5).prop_map(|shapes| {
+        let mut at = 0;
+        let mut plots = Vec::new();
+        for (gap, pages, kind) in shapes {
+            at += gap;
+            plots.push(plot(at, pages, kind));
+            at += pages as u64;
+        }
+        plots
+    })
+}
+
+fn claim_lists() -> impl Strategy<Value = Vec<GuestRange>> {
+    let whole = (0..100_u64, 0..12_u64).prop_map(|(first, count)| pages(first, count));
+    let ragged = (0..100 * PAGE_BYTES, 0..6 * PAGE_BYTES)
+        .prop_map(|(start, bytes)| GuestRange { start, bytes });
+    let wild = (any::<u64>(), any::<u32>()).prop_map(|(start, bytes)| GuestRange {
+        start,
+        bytes: u64::from(bytes),
+    });
+    vec(prop_oneof![6 => whole, 3 => ragged, 1 => wild], 0..24)
+}
+
+/// Guest pages that lie whole in the union of the claims, byte by byte.
+fn given_up(claims: &[GuestRange], page: u64) -> bool {
+    let (start, end) = (
+        u128::from(page * PAGE_BYTES),
+        u128::from((page + 1) * PAGE_BYTES),
+    );
+    let mut reached = start;
+    let mut sorted = claims.to_vec();
+    sorted.sort_by_key(|claim| claim.start);
+    for claim in sorted {
+        let claim_end = u128::from(claim.start) + u128::from(claim.bytes);
+        if u128::from(claim.start) <= reached {
+            reached = reached.max(claim_end);
+        }
+    }
+    reached >= end
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(150))]
+
+    #[test]
+    fn engine_zeroes_the_intersection_and_nothing_else(
+        plots in plot_lists(),
+        claims in claim_lists(),
+    ) {
+        for mut engine in engines() {
+            let terrain = Terrain::new(&plots);
+            let outcome = engine.discard(&terrain.ram, &mut claims.clone());
+            assert_balanced(&outcome);
+            let mut expected = Vec::new();
+            let mut refused = 0;
+            for (at, plot) in plots.iter().enumerate() {
+                for page in 0..plot.pages {
+                    match plot.kind {
+                        _ if !given_up(&claims, plot.guest_page + page as u64) => {}
+                        Kind::Anonymous | Kind::Memfd => expected.push((at, page)),
+                        Kind::ReadOnlyMemfd => refused += PAGE_BYTES,
+                        Kind::PrivateFile => {}
+                    }
+                }
+            }
+            prop_assert_eq!(outcome.discarded.bytes, expected.len() as u64 * PAGE_BYTES);
+            prop_assert_eq!(outcome.failed.bytes, refused);
+            prop_assert_eq!(terrain.zeroed(), expected);
+            let told: u64 = engine.discarded_ranges().map(|range| range.bytes).sum();
+            prop_assert_eq!(told, outcome.discarded.bytes);
+        }
+    }
+}
+
+#[test]
+fn engine_with_vectors_discards_scattered_pages_in_one_call() {
+    let mut engine = DiscardEngine::new(Arc::default());
+    if !engine.has_vectors() {
+        eprintln!("skipped: this kernel does not discard by vector");
+        return;
+    }
+    let terrain = Terrain::new(&[
+        plot(0, 600, Kind::Anonymous),
+        plot(600, 600, Kind::Anonymous),
+    ]);
+    let mut claims: Vec<_> = (0..1200).step_by(2).map(|page| pages(page, 1)).collect();
+    let outcome = engine.discard(&terrain.ram, &mut claims);
+    assert_eq!((outcome.discarded.ranges, outcome.syscalls), (600, 1));
+    assert_eq!(terrain.zeroed().len(), 600);
+}
+
+#[test]
+fn engine_splits_vectors_at_the_longest_the_kernel_takes() {
+    for mut engine in engines() {
+        let terrain = Terrain::new(&[plot(0, 4200, Kind::Anonymous)]);
+        let mut claims: Vec<_> = (0..2100).map(|at| pages(2 * at, 1)).collect();
+        let outcome = engine.discard(&terrain.ram, &mut claims);
+        assert_eq!(outcome.discarded.bytes, 2100 * PAGE_BYTES);
+        let calls = if engine.has_vectors() { 3 } else { 2100 };
+        assert_eq!(outcome.syscalls, calls);
+        assert_eq!(terrain.zeroed().len(), 2100);
+    }
+}
+
+#[test]
+fn contiguous_pages_cost_one_call_whatever_the_kernel() {
+    for mut engine in engines() {
+        for kind in [Kind::Anonymous, Kind::Memfd] {
+            let terrain = Terrain::new(&[plot(0, 256, kind)]);
+            let mut claims: Vec<_> = (0..256).rev().map(|page| pages(page, 1)).collect();
+            let outcome = engine.discard(&terrain.ram, &mut claims);
+            assert_eq!(
+                (outcome.syscalls, outcome.discarded.ranges),
+                (1, 1),
+                "{kind:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn range_the_kernel_refuses_fails_alone() {
+    for mut engine in engines() {
+        let terrain = Terrain::new(&[plot(0, 12, Kind::Anonymous)]);
+        terrain.lock_page(0, 4);
+        let mut claims = [pages(0, 2), pages(4, 1), pages(6, 2), pages(10, 1)];
+        let outcome = engine.discard(&terrain.ram, &mut claims);
+        assert_balanced(&outcome);
+        assert_eq!(
+            (outcome.failed.ranges, outcome.failed.bytes),
+            (1, PAGE_BYTES)
+        );
+        let error = outcome.first_error.expect("the first failure is told");
+        assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
+        let pages: Vec<_> = terrain.zeroed().iter().map(|(_, page)| *page).collect();
+        assert_eq!(pages, [0, 1, 6, 7, 10]);
+    }
+}
+
+#[test]
+fn private_file_is_left_alone_and_counted() {
+    let terrain = Terrain::new(&[plot(0, 8, Kind::PrivateFile)]);
+    let outcome = engines()[0].discard(&terrain.ram, &mut [pages(0, 8)]);
+    assert_eq!(outcome.skipped.get(SkipReason::PrivateFile), 8 * PAGE_BYTES);
+    assert_eq!((outcome.syscalls, terrain.zeroed()), (0, vec![]));
+}
+
+#[test]
+fn inhibited_engine_discards_nothing_until_the_guard_goes() {
+    let switch = Arc::<DiscardSwitch>::default();
+    let mut engine = DiscardEngine::new(Arc::clone(&switch));
+    let terrain = Terrain::new(&[plot(0, 4, Kind::Anonymous)]);
+    let guard = switch.inhibit(InhibitReason::PinnedMemory);
+    let outcome = engine.discard(&terrain.ram, &mut [pages(0, 4)]);
+    assert_eq!(outcome.skipped.get(SkipReason::Inhibited), 4 * PAGE_BYTES);
+    assert_eq!((outcome.syscalls, terrain.zeroed()), (0, vec![]));
+    assert_eq!(engine.discarded_ranges().count(), 0);
+    drop(guard);
+    let outcome = engine.discard(&terrain.ram, &mut [pages(0, 4)]);
+    assert_eq!(outcome.discarded.bytes, 4 * PAGE_BYTES);
+}
+
+#[test]
+fn engine_follows_a_memory_map_that_changes() {
+    let first = Terrain::new(&[plot(0, 4, Kind::Anonymous)]);
+    let second = Terrain::new(&[plot(0, 8, Kind::Anonymous)]);
+    let mut engine = DiscardEngine::new(Arc::default());
+    engine.discard(&first.ram, &mut [pages(0, 1)]);
+    let new_map: Arc<GuestMemoryMmap<()>> = second.ram.memory().into_inner();
+    first.ram.lock().unwrap().replace((*new_map).clone());
+    let outcome = engine.discard(&first.ram, &mut [pages(5, 2)]);
+    assert_eq!(outcome.discarded.bytes, 2 * PAGE_BYTES);
+    let zeroed: BTreeSet<_> = second.zeroed().into_iter().collect();
+    assert_eq!(zeroed, BTreeSet::from([(0, 5), (0, 6)]));
+}

@@ -1,0 +1,6 @@
+//! Tests of the discard engine and the residency probe, on a model and on real mappings.
+
+mod engine;
+mod plan;
+mod residency;
+mod terrain;
