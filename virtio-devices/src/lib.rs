@@ -18,6 +18,7 @@ pub mod reclaim;
 mod served_queue;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
+pub mod transport;
 pub mod worker;
 
 pub use device::{

@@ -1,9 +1,16 @@
 //! What a PCI function on our bus is, and what it needs from the VMM.
 //!
 //! The bus itself (ECAM, CF8/CFC, address windows) lives in the VMM; this
-//! module holds the seam between both.
+//! module holds the seam between both, and the two building blocks that every
+//! function has: its configuration space and MSI-X.
+
+mod config_space;
+mod msix;
 
 use std::io;
+
+pub use config_space::{ConfigSpace, Identity};
+pub use msix::{MSIX_CAPABILITY_ID, MSIX_ENTRY_BYTES, MSIX_VECTORS_MAX, MsixLines, MsixTable};
 
 use vmm_sys_util::eventfd::EventFd;
 

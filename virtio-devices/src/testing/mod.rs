@@ -1,18 +1,28 @@
 //! A mock driver: plays the guest against a device, well-behaved or hostile.
 //!
-//! [`HandlerHarness`] calls a [`QueueHandler`](crate::QueueHandler) directly,
-//! without threads. It is built on [`TestRam`] and [`DriverQueue`], the driver's side of a split
+//! Two levels:
+//! * [`HandlerHarness`] calls a [`QueueHandler`](crate::QueueHandler) directly, without threads;
+//! * [`MockPciDriver`] drives a whole PCI function through registers, as Linux does.
+//!   [`conformance`] puts a device through everything all devices must survive.
+//!
+//! Both share [`TestRam`] and [`DriverQueue`], the driver's side of a split
 //! queue (virtio 1.2 §2.7). Everything here panics on misuse: it is test code.
 
+mod conformance;
+mod driver;
 mod handler;
 mod interrupt;
 mod queue;
 mod ram;
+mod vectors;
 
+pub use conformance::conformance;
+pub use driver::{MockPciDriver, Windows, common};
 pub use handler::HandlerHarness;
 pub use interrupt::MockInterrupt;
 pub use queue::{Buffer, Chain, Desc, DriverQueue, INDIRECT, NEXT, Segment, Used, WRITE};
 pub use ram::TestRam;
+pub use vectors::MockVectors;
 
 use std::time::{Duration, Instant};
 

@@ -1,0 +1,450 @@
+//! The PCI function: registers in front, a device and its workers behind.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::{Queue, QueueT};
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::common_config::{CommonConfig, Effects};
+use super::counters::TransportCounters;
+use super::interrupt::PciInterrupt;
+use super::layout::{
+    BAR_BYTES, BAR_INDEX, CAP_BAR, CAP_LENGTH, CAP_OFFSET, CAP_PCI_CFG_DATA, Header,
+    NOTIFY_MULTIPLIER, NOTIFY_OFFSET, QUEUES_MAX, Region,
+};
+use super::{LifecycleListener, TransportError, VirtioPciParams, vectors_needed};
+use crate::device::{
+    Activation, ActiveQueue, Counters, Doorbell, GuestRam, Interrupt, VirtioDevice,
+};
+use crate::pci::{Bar, DoorbellRegister, MsixLines, MsixTable, PciFunction};
+use crate::worker::{Worker, WorkerHandle};
+
+/// Feature bits of the transport itself that this one cannot do (virtio 1.2 §6):
+/// PACKED, IN_ORDER, SR_IOV, NOTIFICATION_DATA, NOTIF_CONFIG_DATA, RING_RESET.
+const FEATURES_NOT_OFFERED: u64 = 1 << 34 | 1 << 35 | 1 << 37 | 1 << 38 | 1 << 39 | 1 << 40;
+
+/// A virtio device as a PCI function.
+pub struct VirtioPciFunction {
+    id: String,
+    device: Arc<Mutex<dyn VirtioDevice>>,
+    mem: GuestRam,
+    interrupt: Arc<PciInterrupt>,
+    lines: Arc<MsixLines>,
+    doorbells: Vec<Arc<Doorbell>>,
+    workers: Vec<WorkerHandle>,
+    counters: Arc<TransportCounters>,
+    listener: Option<Arc<dyn LifecycleListener>>,
+    /// Where the PCI_CFG capability lies; it never moves.
+    window_at: u16,
+    state: Mutex<State>,
+}
+
+/// What vCPU threads change, one at a time.
+#[derive(Debug)]
+struct State {
+    header: Header,
+    msix: MsixTable,
+    common: CommonConfig,
+    /// Queues were handed to the workers since the last reset.
+    active: bool,
+}
+
+impl fmt::Debug for VirtioPciFunction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VirtioPciFunction")
+            .field("id", &self.id)
+            .field("state", &self.state)
+            .finish_non_exhaustive()
+    }
+}
+
+impl VirtioPciFunction {
+    /// Puts a device behind the transport and starts its worker threads.
+    ///
+    /// # Errors
+    /// The device's queues make no sense, or the host has no descriptor or
+    /// thread left. Nothing is left behind.
+    pub fn new(params: VirtioPciParams) -> Result<Arc<Self>, TransportError> {
+        let VirtioPciParams {
+            id,
+            device,
+            mem,
+            vectors,
+            thread_start,
+            listener,
+        } = params;
+        let mut locked = lock(&device);
+        let queue_sizes = locked.queue_sizes().to_vec();
+        check_queues(&queue_sizes)?;
+
+        let msix = MsixTable::new(vectors_needed(&*locked), vectors);
+        let lines = msix.lines();
+        let interrupt = Arc::new(PciInterrupt::new(Arc::clone(&lines), queue_sizes.len()));
+        let counters = Arc::new(TransportCounters::default());
+        let offered = locked.features() & !FEATURES_NOT_OFFERED | 1 << VIRTIO_F_VERSION_1;
+        let doorbells = queue_sizes
+            .iter()
+            .map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new))
+            .collect::<Result<_, _>>()
+            .map_err(TransportError::Doorbell)?;
+        let workers = locked
+            .take_handlers()
+            .into_iter()
+            .map(|handler| Worker::spawn(handler, Arc::clone(&thread_start)))
+            .collect::<Result<_, _>>()
+            .map_err(TransportError::Worker)?;
+        locked.set_interrupt(interrupt.clone());
+
+        let state = State {
+            header: Header::new(locked.device_type(), &msix),
+            msix,
+            common: CommonConfig::new(
+                Arc::clone(&interrupt),
+                Arc::clone(&counters),
+                offered,
+                &queue_sizes,
+            ),
+            active: false,
+        };
+        drop(locked);
+        Ok(Arc::new(Self {
+            id,
+            device,
+            mem,
+            interrupt,
+            lines,
+            doorbells,
+            workers,
+            counters,
+            listener,
+            window_at: state.header.window,
+            state: Mutex::new(state),
+        }))
+    }
+
+    /// The configuration half behind this function.
+    pub fn device(&self) -> &Arc<Mutex<dyn VirtioDevice>> {
+        &self.device
+    }
+
+    /// What the transport has counted; the device's own are
+    /// [`VirtioDevice::counters`].
+    pub fn transport_counters(&self) -> Counters {
+        let mut counters = self.counters.read();
+        let failures = self.workers.iter().map(WorkerHandle::failures).sum();
+        counters.insert("worker_failures", failures);
+        counters.insert("undelivered_interrupts", self.lines.undelivered());
+        counters
+    }
+
+    fn lock_state(&self) -> MutexGuard<'_, State> {
+        let mut state = lock(&self.state);
+        self.finish_reset_if_done(&mut state);
+        state
+    }
+
+    fn apply(&self, state: &mut State, effects: Effects) {
+        if effects.reset {
+            self.begin_reset(state);
+            if state.active {
+                self.workers.iter().for_each(WorkerHandle::request_reset);
+            }
+            self.finish_reset_if_done(state);
+        }
+        if effects.features_ok {
+            lock(&self.device).ack_features(state.common.accepted());
+        }
+        if effects.driver_ok {
+            self.activate(state);
+        }
+    }
+
+    fn begin_reset(&self, state: &mut State) {
+        self.counters.resets.add();
+        state.common.begin_reset();
+        lock(&self.device).reset();
+        if state.active
+            && let Some(listener) = &self.listener
+        {
+            listener.device_reset(&self.id);
+        }
+    }
+
+    fn finish_reset_if_done(&self, state: &mut State) {
+        if state.common.is_resetting() && self.workers.iter().all(WorkerHandle::reset_done) {
+            state.active = false;
+            state.common.finish_reset();
+        }
+    }
+
+    /// Hands the enabled queues to the workers. A driver that set them up wrongly
+    /// is told DEVICE_NEEDS_RESET.
+    fn activate(&self, state: &mut State) {
+        let features = state.common.accepted();
+        let Some(queues) = self.build_queues(state, features) else {
+            self.interrupt.signal_needs_reset();
+            return;
+        };
+        let mut groups: Vec<Vec<ActiveQueue>> = self.workers.iter().map(|_| Vec::new()).collect();
+        {
+            let device = lock(&self.device);
+            for (index, queue) in queues {
+                let group = device
+                    .handler_of_queue(index, features)
+                    .and_then(|handler| groups.get_mut(handler));
+                if let Some(group) = group {
+                    group.push(ActiveQueue {
+                        index,
+                        queue,
+                        doorbell: Arc::clone(&self.doorbells[usize::from(index)]),
+                    });
+                }
+            }
+        }
+        state.active = true;
+        self.counters.activations.add();
+        for (worker, queues) in self.workers.iter().zip(groups) {
+            if queues.is_empty() {
+                continue;
+            }
+            let activation = Activation {
+                mem: self.mem.clone(),
+                features,
+                queues,
+                interrupt: self.interrupt.clone(),
+            };
+            if let Err(error) = worker.activate(activation) {
+                log::error!("{}: {error}", self.id);
+                self.interrupt.signal_needs_reset();
+            }
+        }
+        if let Some(listener) = &self.listener {
+            listener.device_activated(&self.id);
+        }
+    }
+
+    /// The enabled queues, or `None` if one of them cannot be used.
+    fn build_queues(&self, state: &State, features: u64) -> Option<Vec<(u16, Queue)>> {
+        let mem = self.mem.memory();
+        let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        state
+            .common
+            .enabled_queues()
+            .map(|(index, config)| match config.build(&*mem, event_idx) {
+                Ok(queue) => Some((index, queue)),
+                Err(fault) => {
+                    self.counters.bad_queue_rings.add();
+                    log::debug!("{}: queue {index}: {fault}", self.id);
+                    None
+                }
+            })
+            .collect()
+    }
+
+    fn notify(&self, offset: u64) {
+        let index = usize::try_from(offset / u64::from(NOTIFY_MULTIPLIER)).unwrap_or(usize::MAX);
+        match self.doorbells.get(index) {
+            // Fails only when the counter is full, and then the bell is ringing anyway.
+            Some(doorbell) => drop(doorbell.write(1)),
+            None => self.counters.bad_notifications.add(),
+        }
+    }
+
+    /// Where the PCI_CFG window points, if that is a place one can access
+    /// (§4.1.4.9): `length` bytes, naturally aligned, in BAR0.
+    fn window(&self, access_offset: u16) -> Option<(u64, usize)> {
+        let state = self.lock_state();
+        let window = self.window_at;
+        let byte = |at: u16| {
+            let mut data = [0];
+            state.header.space.read(window + at, &mut data);
+            data[0]
+        };
+        let dword = |at: u16| {
+            let mut data = [0; 4];
+            state.header.space.read(window + at, &mut data);
+            u32::from_le_bytes(data)
+        };
+        let (bar, offset, length) = (byte(CAP_BAR), dword(CAP_OFFSET), dword(CAP_LENGTH));
+        let valid = access_offset == window + CAP_PCI_CFG_DATA
+            && bar == BAR_INDEX
+            && matches!(length, 1 | 2 | 4)
+            && offset.is_multiple_of(length)
+            && u64::from(offset) < BAR_BYTES;
+        if !valid {
+            self.counters.bad_window_accesses.add();
+        }
+        valid.then_some((u64::from(offset), length as usize))
+    }
+
+    fn touches_window(&self, offset: u16, length: usize) -> bool {
+        let start = usize::from(self.window_at + CAP_PCI_CFG_DATA);
+        let offset = usize::from(offset);
+        offset < start + 4 && start < offset + length
+    }
+}
+
+impl PciFunction for VirtioPciFunction {
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        if self.touches_window(offset, data.len()) {
+            data.fill(0);
+            if let Some((at, length)) = self.window(offset) {
+                let length = length.min(data.len());
+                self.bar_read(BAR_INDEX, at, &mut data[..length]);
+            }
+            return;
+        }
+        self.lock_state().header.space.read(offset, data);
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) -> bool {
+        if self.touches_window(offset, data.len()) {
+            if let Some((at, length)) = self.window(offset) {
+                self.bar_write(BAR_INDEX, at, &data[..length.min(data.len())]);
+            }
+            return false;
+        }
+        let mut state = self.lock_state();
+        let before = bar(&state);
+        state.header.space.write(offset, data);
+        let control = state.header.msix_control;
+        let (start, end) = (usize::from(offset), usize::from(offset) + data.len());
+        if start < usize::from(control) + 2 && usize::from(control) < end {
+            let mut value = [0; 2];
+            state.header.space.read(control, &mut value);
+            state.msix.set_control(u16::from_le_bytes(value));
+        }
+        bar(&state) != before
+    }
+
+    fn bars(&self) -> Vec<Bar> {
+        vec![bar(&self.lock_state())]
+    }
+
+    fn set_bar_address(&self, index: u8, address: u64) {
+        if index == BAR_INDEX {
+            self.lock_state()
+                .header
+                .space
+                .set_bar_address(index, address);
+        }
+    }
+
+    fn bar_read(&self, index: u8, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if index != BAR_INDEX {
+            return;
+        }
+        match Region::of(offset) {
+            Some((Region::Common, at)) => {
+                // Under the device's lock, in which it changes its configuration, the
+                // generation read here belongs to what was read before.
+                let state = self.lock_state();
+                let _device = lock(&self.device);
+                state.common.read(at, data);
+            }
+            Some((Region::Isr, _)) => {
+                if let Some(first) = data.first_mut() {
+                    *first = self.interrupt.take_isr();
+                }
+            }
+            Some((Region::Device, at)) => lock(&self.device).read_config(at, data),
+            Some((Region::MsixTable, at)) => self.lock_state().msix.read_table(at, data),
+            Some((Region::MsixPending, at)) => self.lock_state().msix.read_pending(at, data),
+            Some((Region::Notify, _)) | None => {}
+        }
+    }
+
+    fn bar_write(&self, index: u8, offset: u64, data: &[u8]) {
+        if index != BAR_INDEX {
+            return;
+        }
+        match Region::of(offset) {
+            Some((Region::Common, at)) => {
+                let mut state = self.lock_state();
+                let effects = state.common.write(at, data);
+                self.apply(&mut state, effects);
+            }
+            Some((Region::Device, at)) => lock(&self.device).write_config(at, data),
+            Some((Region::Notify, at)) => self.notify(at),
+            Some((Region::MsixTable, at)) => self.lock_state().msix.write_table(at, data),
+            Some((Region::Isr | Region::MsixPending, _)) | None => {
+                self.counters.bad_register_writes.add();
+            }
+        }
+    }
+
+    fn with_doorbells(&self, visit: &mut dyn FnMut(DoorbellRegister<'_>)) {
+        for (index, doorbell) in (0u64..).zip(&self.doorbells) {
+            visit(DoorbellRegister {
+                bar_index: BAR_INDEX,
+                offset: NOTIFY_OFFSET + index * u64::from(NOTIFY_MULTIPLIER),
+                event: doorbell,
+            });
+        }
+    }
+
+    fn pause(&self) {
+        self.workers.iter().for_each(WorkerHandle::pause);
+    }
+
+    fn resume(&self) {
+        self.workers.iter().for_each(WorkerHandle::resume);
+    }
+
+    fn reset(&self) {
+        let mut state = self.lock_state();
+        self.begin_reset(&mut state);
+        if state.active {
+            self.workers.iter().for_each(WorkerHandle::reset_and_wait);
+        }
+        self.finish_reset_if_done(&mut state);
+        state.msix.reset();
+        let control = state.header.msix_control;
+        state.header.space.write(control, &[0; 2]);
+        state.header.space.reset_command();
+        // A kick of the old guest is none of the new one's.
+        for doorbell in &self.doorbells {
+            // EAGAIN: it was silent.
+            doorbell.read().ok();
+        }
+    }
+}
+
+fn bar(state: &State) -> Bar {
+    Bar {
+        index: BAR_INDEX,
+        size_bytes: BAR_BYTES,
+        is_64bit: true,
+        address: state.header.space.bar_address(BAR_INDEX),
+        decoded: state.header.space.memory_decoded(),
+    }
+}
+
+fn check_queues(queue_sizes: &[u16]) -> Result<(), TransportError> {
+    if queue_sizes.len() > QUEUES_MAX {
+        return Err(TransportError::TooManyQueues {
+            queues: queue_sizes.len(),
+        });
+    }
+    for (index, &size) in queue_sizes.iter().enumerate() {
+        if Queue::new(size).is_err() {
+            return Err(TransportError::QueueSize { index, size });
+        }
+    }
+    Ok(())
+}
+
+/// A thread that panicked while it held a lock has been reported; the registers
+/// it left are as good as any a guest could write.
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,106 @@
+//! Virtio over PCI, modern only (virtio 1.2 §4.1).
+//!
+//! ```text
+//!  BAR0, 512 KiB            who answers
+//!  0x00000 common config    CommonConfig, under the function's lock
+//!  0x02000 ISR              PciInterrupt, lock-free
+//!  0x04000 device config    VirtioDevice, under the device's lock
+//!  0x06000 notify           doorbells: KVM ioeventfds, or by hand
+//!  0x08000 MSI-X table      MsixTable, under the function's lock
+//!  0x48000 pending bits     MsixTable, under the function's lock
+//! ```
+//!
+//! The life of a device, as the driver drives it through `device_status`:
+//!
+//! ```text
+//!  0 ─ACKNOWLEDGE─ DRIVER ─FEATURES_OK─ DRIVER_OK ──────────► active
+//!  ▲      features not a subset, or without VERSION_1: bit stays 0
+//!  │      rings outside of RAM, misaligned: DEVICE_NEEDS_RESET, counted
+//!  └──── write 0: workers let go first; until then the old status is read back
+//! ```
+//!
+//! Lock order: function, then device. Interrupts take neither, so a device may
+//! signal while it holds its own lock.
+
+mod common_config;
+mod counters;
+mod function;
+mod interrupt;
+mod layout;
+mod queue_config;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::{Arc, Mutex};
+
+pub use function::VirtioPciFunction;
+pub use interrupt::PciInterrupt;
+pub use layout::{BAR_BYTES, BAR_INDEX, NOTIFY_MULTIPLIER, NOTIFY_OFFSET};
+
+use crate::device::{GuestRam, VirtioDevice, WorkerError};
+use crate::pci::MsiVectors;
+use crate::worker::ThreadStart;
+
+/// Told when a driver starts or resets a device. Called on a vCPU thread with
+/// the function's lock held: must neither block nor call back.
+pub trait LifecycleListener: Send + Sync {
+    /// DRIVER_OK was set and the queues were handed over.
+    fn device_activated(&self, id: &str);
+    /// The driver, or a reset of the VM, took the device back.
+    fn device_reset(&self, id: &str);
+}
+
+/// What a PCI function is made of.
+pub struct VirtioPciParams {
+    /// The device's id in the API, e.g. `_disk0`.
+    pub id: String,
+    /// The configuration half.
+    pub device: Arc<Mutex<dyn VirtioDevice>>,
+    /// Guest RAM.
+    pub mem: GuestRam,
+    /// At least [`vectors_needed`] of the device.
+    pub vectors: Arc<dyn MsiVectors>,
+    /// Runs first on every worker thread.
+    pub thread_start: ThreadStart,
+    /// For the event monitor.
+    pub listener: Option<Arc<dyn LifecycleListener>>,
+}
+
+impl std::fmt::Debug for VirtioPciParams {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("VirtioPciParams")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Number of MSI-X vectors of a device: one a queue, one for configuration changes.
+pub fn vectors_needed(device: &dyn VirtioDevice) -> u16 {
+    u16::try_from(device.queue_sizes().len() + 1).unwrap_or(u16::MAX)
+}
+
+/// Why a device cannot be put behind the transport.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportError {
+    /// More queues than there can be vectors.
+    #[error("a device with {queues} queues does not fit a PCI function")]
+    TooManyQueues {
+        /// Queues the device asked for.
+        queues: usize,
+    },
+    /// A queue's size is not one that a split queue can have.
+    #[error("queue {index} cannot have {size} entries")]
+    QueueSize {
+        /// Queue number.
+        index: usize,
+        /// Entries the device asked for.
+        size: u16,
+    },
+    /// No eventfd to be had.
+    #[error("cannot create a doorbell")]
+    Doorbell(#[source] io::Error),
+    /// A worker thread could not be started.
+    #[error("cannot start a worker thread")]
+    Worker(#[source] WorkerError),
+}
