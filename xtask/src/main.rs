@@ -4,6 +4,8 @@
 //! and says what it installs and why.
 
 mod apt;
+mod ci;
+mod demo;
 mod guest;
 mod paths;
 mod testbed;
@@ -30,6 +32,10 @@ enum Command {
     /// A host whose KVM boots Linux, real or emulated
     #[command(subcommand)]
     Testbed(testbed::Command),
+    /// Boot a Linux guest, have it touch and free memory, and show the host getting it back
+    Demo,
+    /// Everything that a change must pass
+    Ci(ci::Options),
 }
 
 #[derive(Debug, Subcommand)]
@@ -42,6 +48,8 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Guest(GuestCommand::Build) => guest::build().map(|_| ExitCode::SUCCESS),
         Command::Testbed(command) => testbed::run(command),
+        Command::Demo => demo::run(),
+        Command::Ci(options) => ci::run(&options),
     };
     result.unwrap_or_else(|error| {
         eprintln!("error: {error:#}");

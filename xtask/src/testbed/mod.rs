@@ -25,6 +25,9 @@ use crate::guest::{self, Artefacts};
 /// Exit status for a command that ran out of time, as timeout(1) has it.
 const TIMED_OUT: u8 = 124;
 
+const DEFAULT_CPUS: u32 = 2;
+const DEFAULT_PROFILE: &str = "release";
+
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Command {
     /// Run a command as root on a host whose KVM boots Linux
@@ -41,7 +44,7 @@ pub(crate) struct Options {
     #[arg(long, default_value = "4G", value_parser = parse_size)]
     memory: u64,
     /// Processors of the emulated host
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = DEFAULT_CPUS)]
     cpus: u32,
     /// Directory that the command finds read-write at /share
     #[arg(long, value_name = "DIR")]
@@ -59,7 +62,7 @@ pub(crate) struct Options {
     #[arg(long, value_enum, default_value = "auto")]
     host: HostChoice,
     /// Profile of our binaries; they are built first
-    #[arg(long, default_value = "release")]
+    #[arg(long, default_value = DEFAULT_PROFILE)]
     profile: String,
     /// More options for QEMU, split at blanks (for devices of the emulated host)
     #[arg(long, value_name = "OPTIONS", allow_hyphen_values = true)]
@@ -108,6 +111,23 @@ impl Job {
             ("initramfs.cpio.gz", &self.artefacts.initramfs),
         ]
     }
+}
+
+/// Runs `command` with `share` at /share and otherwise the defaults of `testbed run`.
+pub(crate) fn run_command(command: Vec<OsString>, memory: u64, share: PathBuf) -> Result<ExitCode> {
+    run(Command::Run(Options {
+        memory,
+        cpus: DEFAULT_CPUS,
+        share: Some(share),
+        timeout: None,
+        icount: false,
+        swap: None,
+        host: HostChoice::Auto,
+        profile: DEFAULT_PROFILE.into(),
+        qemu: None,
+        console: false,
+        command,
+    }))
 }
 
 /// Runs one subcommand and returns the status the program ends with.

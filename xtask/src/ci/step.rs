@@ -1,0 +1,201 @@
+//! The steps, as a table, and how one is run.
+
+use std::ffi::OsString;
+use std::io::{BufRead as _, BufReader};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result};
+
+use super::count::{Counts, closing_line};
+use crate::paths;
+
+/// What a step needs besides the source.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Runs anywhere.
+    Host,
+    /// Boots Linux guests or builds them.
+    Guests,
+}
+
+/// One step.
+#[derive(Debug)]
+pub(crate) struct Step {
+    pub(crate) name: &'static str,
+    pub(crate) kind: Kind,
+    /// Steps that must have passed.
+    pub(crate) needs: &'static [&'static str],
+    command: &'static [&'static str],
+}
+
+const fn host(name: &'static str, command: &'static [&'static str]) -> Step {
+    Step {
+        name,
+        kind: Kind::Host,
+        needs: &[],
+        command,
+    }
+}
+
+const fn guests(
+    name: &'static str,
+    needs: &'static [&'static str],
+    command: &'static [&'static str],
+) -> Step {
+    Step {
+        name,
+        kind: Kind::Guests,
+        needs,
+        command,
+    }
+}
+
+/// Seconds for all VM tests together: they take a few minutes; a guest that hangs costs its own
+/// deadline.
+const VM_TESTS_TIMEOUT: &str = "2400";
+
+/// The steps in their order. [`Step::words`] fills in the words in braces.
+pub(crate) const STEPS: &[Step] = &[
+    host("format", &["{cargo}", "fmt", "--all", "--check"]),
+    host(
+        "clippy",
+        &[
+            "{cargo}",
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--",
+            "-D",
+            "warnings",
+        ],
+    ),
+    host(
+        "build",
+        &[
+            "{cargo}",
+            "build",
+            "--release",
+            "--package",
+            "cloud-hypervisor",
+            "--package",
+            "ch-remote",
+        ],
+    ),
+    host(
+        "unit tests",
+        &[
+            "{cargo}",
+            "{test}",
+            "--workspace",
+            "--lib",
+            "--bins",
+            "--tests",
+            "--no-fail-fast",
+        ],
+    ),
+    host("doc tests", &["{cargo}", "test", "--workspace", "--doc"]),
+    // Each once, without measuring: that they still run at all.
+    host(
+        "benchmarks",
+        &["{cargo}", "test", "--workspace", "--benches"],
+    ),
+    host(
+        "test programs",
+        &[
+            "{cargo}",
+            "build",
+            "--package",
+            "integration-tests",
+            "--bins",
+        ],
+    ),
+    guests("guest", &[], &["{cargo}", "xtask", "guest", "build"]),
+    guests(
+        "vm tests",
+        &["build", "test programs", "guest"],
+        &[
+            "{cargo}",
+            "xtask",
+            "testbed",
+            "run",
+            "--memory",
+            "4G",
+            "--timeout",
+            VM_TESTS_TIMEOUT,
+            "--",
+            "{vm-tests}",
+        ],
+    ),
+];
+
+impl Step {
+    /// Runs the step and shows its output: whether it passed, and its tests.
+    pub(crate) fn run(&self) -> Result<(bool, Counts)> {
+        let words = self.words();
+        let (program, args) = words.split_first().context("a step has a command")?;
+        let mut child = Command::new(program)
+            .args(args)
+            .current_dir(paths::workspace())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("starting {}", program.display()))?;
+        let stdout = child.stdout.take().context("the step's output is piped")?;
+        let mut counts = Counts::default();
+        for line in BufReader::new(stdout).split(b'\n') {
+            let line = line.context("reading the step's output")?;
+            let line = String::from_utf8_lossy(&line);
+            println!("{line}");
+            if let Some(more) = closing_line(&line) {
+                counts += more;
+            }
+        }
+        let status = child.wait().context("waiting for the step")?;
+        Ok((status.success(), counts))
+    }
+
+    fn words(&self) -> Vec<OsString> {
+        let mut words = Vec::new();
+        for word in self.command {
+            match *word {
+                "{cargo}" => words.push(cargo()),
+                "{test}" if has_nextest() => words.extend(["nextest".into(), "run".into()]),
+                "{test}" => words.push("test".into()),
+                "{vm-tests}" => words.push(paths::target().join("debug/vm-tests").into()),
+                word => words.push(word.into()),
+            }
+        }
+        words
+    }
+}
+
+fn cargo() -> OsString {
+    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
+
+/// nextest is quicker and kills a test that hangs, but is not part of Rust.
+fn has_nextest() -> bool {
+    Command::new(cargo())
+        .args(["nextest", "--version"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::STEPS;
+
+    #[test]
+    fn step_needs_only_earlier_steps() {
+        for (index, step) in STEPS.iter().enumerate() {
+            for need in step.needs {
+                assert!(
+                    STEPS[..index].iter().any(|earlier| earlier.name == *need),
+                    "{need}"
+                );
+            }
+        }
+    }
+}
