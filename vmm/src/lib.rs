@@ -3,6 +3,8 @@
 pub mod acpi;
 pub mod api;
 pub mod bus;
+pub mod config;
+pub mod control;
 pub mod interrupt;
 pub mod legacy;
 pub mod memory;

@@ -1,3 +1,10 @@
 //! The REST API: an HTTP server on a UNIX socket, and what its endpoints do.
 
+mod dispatch;
 pub mod http;
+mod socket;
+#[cfg(test)]
+mod tests;
+
+pub use dispatch::{Dispatcher, QUERY_THREAD};
+pub use socket::{ApiSocket, ApiSocketError};

@@ -96,10 +96,8 @@ impl Drop for HttpServer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Release);
         self.mailbox.wake_up();
-        if let Some(thread) = self.thread.take() {
-            if thread.join().is_err() {
-                log::error!("The thread {HTTP_THREAD} panicked");
-            }
+        if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
+            log::error!("The thread {HTTP_THREAD} panicked");
         }
     }
 }

@@ -1,0 +1,303 @@
+//! The API socket: made, locked, and taken away again.
+//!
+//! A lock on `<path>.lock` tells a running VMM from the remains of one that was killed, whose socket is replaced.
+
+// UNSAFETY: open file description locks and inherited descriptors have no safe interface in the standard library.
+#![allow(unsafe_code)]
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use api::config::PathOrFd;
+
+/// Why the API socket could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum ApiSocketError {
+    /// Another process holds the lock.
+    #[error("The API socket {} is in use by another process", path.display())]
+    InUse {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The lock file cannot be made or locked.
+    #[error("Cannot lock {}", path.display())]
+    Lock {
+        /// The lock file.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// What lies at the path is no socket.
+    #[error("{} exists and is no socket", path.display())]
+    NotASocket {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The socket cannot be made.
+    #[error("Cannot create the API socket {}", path.display())]
+    Bind {
+        /// The socket.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The inherited descriptor is not a listening UNIX socket.
+    #[error("File descriptor {fd} is no listening UNIX socket")]
+    Descriptor {
+        /// The descriptor.
+        fd: i32,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A listening socket; its files disappear when this is dropped.
+#[derive(Debug)]
+pub struct ApiSocket {
+    listener: UnixListener,
+    files: Option<SocketFiles>,
+}
+
+impl ApiSocket {
+    /// Makes the socket, or takes over the inherited one.
+    ///
+    /// # Errors
+    /// It is in use or cannot be made; nothing is left behind then.
+    pub fn open(place: &PathOrFd) -> Result<Self, ApiSocketError> {
+        match place {
+            PathOrFd::Path(path) => Self::bind(path),
+            PathOrFd::Fd(fd) => Ok(Self {
+                listener: inherited(*fd)
+                    .map_err(|source| ApiSocketError::Descriptor { fd: *fd, source })?,
+                files: None,
+            }),
+        }
+    }
+
+    /// The listening end.
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    pub fn listener(&self) -> io::Result<UnixListener> {
+        self.listener.try_clone()
+    }
+
+    fn bind(path: &Path) -> Result<Self, ApiSocketError> {
+        let mut files = SocketFiles::lock(path)?;
+        remove_stale(path)?;
+        let listener = UnixListener::bind(path).map_err(|source| ApiSocketError::Bind {
+            path: path.to_owned(),
+            source,
+        })?;
+        files.socket = Some(path.to_owned());
+        Ok(Self {
+            listener,
+            files: Some(files),
+        })
+    }
+
+    /// True for a socket that was made here, not inherited.
+    pub fn has_path(&self) -> bool {
+        self.files.is_some()
+    }
+}
+
+/// What lies in the file system; removed when dropped. The lock is given up last.
+#[derive(Debug)]
+struct SocketFiles {
+    socket: Option<PathBuf>,
+    lock_path: PathBuf,
+    _lock: File,
+}
+
+impl SocketFiles {
+    fn lock(socket: &Path) -> Result<Self, ApiSocketError> {
+        let mut lock_path = socket.as_os_str().to_owned();
+        lock_path.push(".lock");
+        let lock_path = PathBuf::from(lock_path);
+        let fail = |source| ApiSocketError::Lock {
+            path: lock_path.clone(),
+            source,
+        };
+        loop {
+            let file = OpenOptions::new()
+                .create(true)
+                .truncate(false)
+                .write(true)
+                .mode(0o600)
+                .open(&lock_path)
+                .map_err(fail)?;
+            if !try_lock(&file).map_err(fail)? {
+                return Err(ApiSocketError::InUse {
+                    path: socket.to_owned(),
+                });
+            }
+            // Its last owner may have removed the file between our open and our lock: a lock on a file without a name
+            // keeps nobody out.
+            let ours = file.metadata().map_err(fail)?;
+            match fs::metadata(&lock_path) {
+                Ok(named) if named.ino() == ours.ino() => {
+                    return Ok(Self {
+                        socket: None,
+                        lock_path,
+                        _lock: file,
+                    });
+                }
+                Ok(_) => {}
+                Err(error) if error.kind() == ErrorKind::NotFound => {}
+                Err(error) => return Err(fail(error)),
+            }
+        }
+    }
+}
+
+impl Drop for SocketFiles {
+    fn drop(&mut self) {
+        for path in self.socket.iter().chain([&self.lock_path]) {
+            if let Err(error) = fs::remove_file(path) {
+                log::warn!("Cannot remove {}: {error}", path.display());
+            }
+        }
+    }
+}
+
+/// Removes the socket of a VMM that was killed, and nothing that is no socket.
+fn remove_stale(path: &Path) -> Result<(), ApiSocketError> {
+    use std::os::unix::fs::FileTypeExt;
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => Err(ApiSocketError::NotASocket {
+            path: path.to_owned(),
+        }),
+        Ok(_) => fs::remove_file(path).map_err(|source| ApiSocketError::Bind {
+            path: path.to_owned(),
+            source,
+        }),
+        // Whatever else is wrong, binding says it better.
+        Err(_) => Ok(()),
+    }
+}
+
+/// Takes a write lock on the whole file without waiting; false when another holds it.
+fn try_lock(file: &File) -> io::Result<bool> {
+    // SAFETY: `flock` is plain data for which all zeroes is a valid value: the whole file from its start.
+    let mut lock: libc::flock = unsafe { std::mem::zeroed() };
+    lock.l_type = libc::F_WRLCK as libc::c_short;
+    lock.l_whence = libc::SEEK_SET as libc::c_short;
+    // SAFETY: the descriptor is open for the whole call and the structure is what this command reads.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } {
+        0 => Ok(true),
+        _ => match io::Error::last_os_error() {
+            error if error.kind() == ErrorKind::WouldBlock => Ok(false),
+            error if error.raw_os_error() == Some(libc::EACCES) => Ok(false),
+            error => Err(error),
+        },
+    }
+}
+
+fn inherited(fd: i32) -> io::Result<UnixListener> {
+    let mut listening: libc::c_int = 0;
+    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: `listening` and `length` are live and of the sizes this option is documented to write.
+    let asked = unsafe {
+        libc::getsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_ACCEPTCONN,
+            (&raw mut listening).cast(),
+            &mut length,
+        )
+    };
+    if asked != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    if listening == 0 {
+        return Err(ErrorKind::InvalidInput.into());
+    }
+    // SAFETY: the descriptor is open, and the parent handed it to this process for this use alone.
+    let listener = unsafe { UnixListener::from_raw_fd(fd) };
+    Ok(listener)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::os::fd::IntoRawFd;
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+
+    fn entries(dir: &Path) -> usize {
+        fs::read_dir(dir).unwrap().count()
+    }
+
+    #[test]
+    fn api_socket_second_owner_is_refused_and_nothing_is_left_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = PathOrFd::Path(dir.path().join("s"));
+        let first = ApiSocket::open(&place).unwrap();
+        assert!(matches!(
+            ApiSocket::open(&place),
+            Err(ApiSocketError::InUse { .. })
+        ));
+        UnixStream::connect(dir.path().join("s")).unwrap();
+        drop(first);
+        assert_eq!(entries(dir.path()), 0);
+        drop(ApiSocket::open(&place).unwrap());
+        assert_eq!(entries(dir.path()), 0);
+    }
+
+    #[test]
+    fn api_socket_of_a_killed_owner_is_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let socket = ApiSocket::open(&PathOrFd::Path(path.clone())).unwrap();
+        UnixStream::connect(&path).unwrap();
+        drop(socket);
+    }
+
+    #[test]
+    fn api_socket_does_not_remove_what_is_no_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("precious");
+        fs::write(&path, "data").unwrap();
+        assert!(matches!(
+            ApiSocket::open(&PathOrFd::Path(path.clone())),
+            Err(ApiSocketError::NotASocket { .. })
+        ));
+        assert_eq!(fs::read(&path).unwrap(), b"data");
+        assert_eq!(entries(dir.path()), 1);
+    }
+
+    #[test]
+    fn api_socket_in_a_missing_folder_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let place = PathOrFd::Path(dir.path().join("none/s"));
+        assert!(matches!(
+            ApiSocket::open(&place),
+            Err(ApiSocketError::Lock { .. })
+        ));
+    }
+
+    #[test]
+    fn api_socket_inherited_must_listen() {
+        let dir = tempfile::tempdir().unwrap();
+        let listener = UnixListener::bind(dir.path().join("s")).unwrap();
+        let socket = ApiSocket::open(&PathOrFd::Fd(listener.into_raw_fd())).unwrap();
+        assert!(!socket.has_path());
+        let file = tempfile::tempfile().unwrap();
+        assert!(matches!(
+            ApiSocket::open(&PathOrFd::Fd(file.as_raw_fd())),
+            Err(ApiSocketError::Descriptor { .. })
+        ));
+    }
+}

@@ -1,0 +1,639 @@
+//! Every endpoint in every state, through the socket, with a machine that is none.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use api::config::PathOrFd;
+use api::{
+    BalloonStatsResponse, DeviceNode, Endpoint, ReclaimStats, VmConfig, VmCounters, VmmPingResponse,
+};
+use serde_json::{Value, json};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::http::{Deadlines, HttpServer};
+use super::*;
+use crate::control::{
+    ControlSetup, ControlThread, Ending, Machine, MachineObserver, PublishedView,
+};
+use crate::vm::{BalloonStatsError, ThreadStart, VmContext, VmError, VmSignals};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Machines are made in another thread from a configuration alone, so its command line tells them how to behave.
+#[derive(Debug)]
+struct FakeMachine {
+    observer: FakeObserver,
+}
+
+#[derive(Debug, Clone)]
+struct FakeObserver {
+    ram_bytes: u64,
+    balloon_bytes: Option<Arc<AtomicU64>>,
+    wedged: bool,
+}
+
+/// Holds somebody up while a test looks at everybody else.
+struct Gate(Mutex<bool>, Condvar);
+
+/// Closed while a test wants a machine to be slow to make.
+static SLOW: Gate = Gate::open();
+/// Closed while a test wants a guest not to answer.
+static WEDGED: Gate = Gate::open();
+
+impl Gate {
+    const fn open() -> Self {
+        Self(Mutex::new(true), Condvar::new())
+    }
+
+    fn set(&self, open: bool) {
+        *self.0.lock().unwrap() = open;
+        self.1.notify_all();
+    }
+
+    fn pass(&self) {
+        drop(self.1.wait_while(self.0.lock().unwrap(), |open| !*open));
+    }
+}
+
+impl Machine for FakeMachine {
+    type Observer = FakeObserver;
+
+    fn new(config: &mut VmConfig, _context: &VmContext) -> Result<Self, VmError> {
+        let behaviour = config.payload.clone().unwrap().cmdline.unwrap_or_default();
+        if behaviour == "broken" {
+            return Err(VmError::MissingBalloon);
+        }
+        if behaviour == "slow" {
+            SLOW.pass();
+        }
+        Ok(Self {
+            observer: FakeObserver {
+                ram_bytes: config.memory.total_bytes().unwrap(),
+                balloon_bytes: config
+                    .balloon
+                    .as_ref()
+                    .map(|balloon| Arc::new(AtomicU64::new(balloon.size))),
+                wedged: behaviour == "wedged",
+            },
+        })
+    }
+
+    fn boot(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn shutdown(self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn power_button(&self) -> Result<(), VmError> {
+        Ok(())
+    }
+
+    fn resize_balloon(&self, bytes: u64) -> Result<(), VmError> {
+        let actual = self.observer.balloon_bytes.as_ref();
+        actual
+            .ok_or(VmError::MissingBalloon)?
+            .store(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn observer(&self) -> FakeObserver {
+        self.observer.clone()
+    }
+}
+
+impl FakeObserver {
+    fn balloon(&self) -> Result<u64, BalloonStatsError> {
+        let actual = self.balloon_bytes.as_ref();
+        Ok(actual
+            .ok_or(BalloonStatsError::MissingBalloon)?
+            .load(Ordering::Relaxed))
+    }
+}
+
+impl MachineObserver for FakeObserver {
+    fn memory_actual_size_bytes(&self) -> u64 {
+        self.ram_bytes - self.balloon().unwrap_or(0)
+    }
+
+    fn counters(&self) -> VmCounters {
+        BTreeMap::from([("_disk0".to_owned(), BTreeMap::new())])
+    }
+
+    fn balloon_stats(&self, deadline: Instant) -> Result<BalloonStatsResponse, BalloonStatsError> {
+        assert!(deadline > Instant::now());
+        if self.wedged {
+            WEDGED.pass();
+        }
+        let balloon_actual = self.balloon()?;
+        Ok(BalloonStatsResponse {
+            balloon_actual,
+            ..Default::default()
+        })
+    }
+
+    fn reclaim_stats(&self) -> Result<ReclaimStats, BalloonStatsError> {
+        Ok(ReclaimStats {
+            ballooned_bytes: self.balloon()?,
+            ..Default::default()
+        })
+    }
+
+    fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
+        BTreeMap::from([("__balloon".to_owned(), DeviceNode::default())])
+    }
+}
+
+type Events = Arc<Mutex<Vec<String>>>;
+
+struct Vmm {
+    dir: tempfile::TempDir,
+    signals: Arc<VmSignals>,
+    events: Events,
+    control: Option<ControlThread>,
+    view: Arc<PublishedView>,
+    _server: HttpServer,
+    _socket: ApiSocket,
+}
+
+fn vmm_with(no_shutdown: bool) -> Vmm {
+    let dir = tempfile::tempdir().unwrap();
+    let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    let signals = Arc::new(VmSignals {
+        shutdown: event(),
+        reset: event(),
+        failed: event(),
+    });
+    let events = Events::default();
+    let recorded = Arc::clone(&events);
+    let sink: crate::vm::EventSink = Arc::new(move |source, event, _| {
+        recorded.lock().unwrap().push(format!("{source} {event}"));
+    });
+    let thread_start: ThreadStart = Arc::new(|_| {});
+    let context = VmContext {
+        signals: Arc::clone(&signals),
+        thread_start: Arc::clone(&thread_start),
+        events: Arc::clone(&sink),
+    };
+    let view = Arc::new(PublishedView::default());
+    let control = ControlThread::start::<FakeMachine>(ControlSetup {
+        view: Arc::clone(&view),
+        make_context: Box::new(move |_| context.clone()),
+        signals: Arc::clone(&signals),
+        events: sink,
+        no_shutdown,
+        on_start: Box::new(|| {}),
+    })
+    .unwrap();
+    let socket = ApiSocket::open(&PathOrFd::Path(dir.path().join("s"))).unwrap();
+    let identity = VmmPingResponse {
+        version: "1".to_owned(),
+        ..Default::default()
+    };
+    let dispatcher = Dispatcher::new(Arc::clone(&view), control.handle(), identity, thread_start);
+    let server = HttpServer::start(
+        socket.listener().unwrap(),
+        dispatcher,
+        Deadlines::default(),
+        || {},
+    )
+    .unwrap();
+    Vmm {
+        dir,
+        signals,
+        events,
+        control: Some(control),
+        view,
+        _server: server,
+        _socket: socket,
+    }
+}
+
+fn vmm() -> Vmm {
+    vmm_with(false)
+}
+
+#[derive(Debug)]
+struct Response {
+    status: u16,
+    body: Value,
+}
+
+impl Vmm {
+    fn send(&self, method: &str, path: &str, body: Option<&str>) -> UnixStream {
+        let mut stream = UnixStream::connect(self.dir.path().join("s")).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        write!(stream, "{method} {path} HTTP/1.1\r\nHost: localhost\r\n").unwrap();
+        if let Some(body) = body {
+            write!(stream, "Content-Length: {}\r\n\r\n{body}", body.len()).unwrap();
+        } else {
+            write!(stream, "\r\n").unwrap();
+        }
+        stream
+    }
+
+    fn raw(&self, method: &str, path: &str, body: Option<&str>) -> Response {
+        receive(&mut self.send(method, path, body))
+    }
+
+    fn call(&self, endpoint: Endpoint, body: Option<&str>) -> Response {
+        self.raw(endpoint.method().as_str(), &endpoint.path(), body)
+    }
+
+    fn ok(&self, endpoint: Endpoint, body: Option<&str>) -> Value {
+        let response = self.call(endpoint, body);
+        assert_eq!(
+            response.status,
+            endpoint.success_status(),
+            "{endpoint:?}: {response:?}"
+        );
+        response.body
+    }
+
+    fn create(&self, cmdline: &str) {
+        let config = json!({
+            "payload": {"kernel": "/k", "cmdline": cmdline},
+            "disks": [{"path": "/d"}],
+            "balloon": {"size": 0},
+        });
+        self.ok(Endpoint::VmCreate, Some(&config.to_string()));
+    }
+
+    fn state(&self) -> Value {
+        self.ok(Endpoint::VmInfo, None)["state"].clone()
+    }
+
+    fn wait_until(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !condition(self) {
+            assert!(Instant::now() < deadline, "{what}");
+            std::thread::yield_now();
+        }
+    }
+
+    fn has_event(&self, event: &str) -> bool {
+        self.events.lock().unwrap().iter().any(|seen| seen == event)
+    }
+
+    fn join(mut self) -> Ending {
+        self.control.take().unwrap().join()
+    }
+}
+
+fn receive(stream: &mut UnixStream) -> Response {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        head.push(byte[0]);
+    }
+    let head = String::from_utf8(head).unwrap();
+    let status = head["HTTP/1.1 ".len()..].split('\r').next().unwrap();
+    let mut body = Vec::new();
+    if let Some((_, rest)) = head.split_once("Content-Length: ") {
+        body.resize(rest.split('\r').next().unwrap().parse().unwrap(), 0);
+        stream.read_exact(&mut body).unwrap();
+    }
+    Response {
+        status: status.trim().parse().unwrap(),
+        body: match body.is_empty() {
+            true => Value::Null,
+            false => serde_json::from_slice(&body).unwrap(),
+        },
+    }
+}
+
+const RESIZE: &str = r#"{"desired_balloon": 4096}"#;
+const CONFIG: &str = r#"{"payload": {"kernel": "/k"}}"#;
+
+fn body_of(endpoint: Endpoint) -> Option<&'static str> {
+    match endpoint {
+        Endpoint::VmCreate => Some(CONFIG),
+        Endpoint::VmResize => Some(RESIZE),
+        _ => None,
+    }
+}
+
+/// Status in the states "nothing", "Created", "Running", "Paused".
+fn expected(endpoint: Endpoint) -> [u16; 4] {
+    match endpoint {
+        Endpoint::VmmPing | Endpoint::VmmShutdown => [200; 4],
+        Endpoint::VmInfo => [404, 200, 200, 200],
+        Endpoint::VmCreate => [204, 500, 500, 500],
+        Endpoint::VmBoot => [404, 204, 500, 500],
+        Endpoint::VmReboot => [404, 404, 204, 204],
+        Endpoint::VmPause => [500, 500, 204, 500],
+        Endpoint::VmResume => [500, 500, 500, 204],
+        Endpoint::VmShutdown | Endpoint::VmPowerButton => [500, 500, 204, 204],
+        Endpoint::VmCounters | Endpoint::VmReclaimStats => [500, 500, 200, 200],
+        Endpoint::VmBalloonStats => [500, 500, 200, 500],
+        Endpoint::VmResize => [404, 204, 204, 204],
+        Endpoint::VmDelete => [204; 4],
+    }
+}
+
+#[test]
+fn endpoints_answer_in_every_state_as_upstream_does() {
+    for &endpoint in Endpoint::ALL {
+        for (state, status) in expected(endpoint).into_iter().enumerate() {
+            let vmm = vmm();
+            if state > 0 {
+                vmm.create("");
+            }
+            if state > 1 {
+                vmm.ok(Endpoint::VmBoot, None);
+            }
+            if state > 2 {
+                vmm.ok(Endpoint::VmPause, None);
+            }
+            let response = vmm.call(endpoint, body_of(endpoint));
+            assert_eq!(
+                response.status, status,
+                "{endpoint:?} in state {state}: {response:?}"
+            );
+            if status >= 400 {
+                let chain = response.body.as_array().unwrap();
+                assert_eq!(chain[0], "Error from API", "{endpoint:?}");
+                assert!(chain.len() >= 3, "{endpoint:?}: {chain:?}");
+            } else {
+                assert_eq!(response.body.is_null(), endpoint.response().is_none());
+            }
+        }
+    }
+}
+
+#[test]
+fn endpoints_refuse_other_methods_and_wrong_bodies_with_400() {
+    let vmm = vmm();
+    for &endpoint in Endpoint::ALL {
+        let other = match endpoint.method() {
+            api::Method::Get => "PUT",
+            api::Method::Put => "GET",
+        };
+        for method in [other, "POST", "DELETE"] {
+            assert_eq!(
+                vmm.raw(method, &endpoint.path(), None).status,
+                400,
+                "{method} {endpoint:?}"
+            );
+        }
+        let wrong = match body_of(endpoint) {
+            Some(_) => None,
+            None => Some("{}"),
+        };
+        assert_eq!(vmm.call(endpoint, wrong).status, 400, "{endpoint:?}");
+    }
+    for path in [
+        "/",
+        "/api/v1/vm.unknown",
+        "/api/v1/vm.info/x",
+        "/api/v1/vm.snapshot",
+    ] {
+        let response = vmm.raw("GET", path, None);
+        assert_eq!(
+            (response.status, response.body),
+            (404, json!(["Not Found"])),
+            "{path}"
+        );
+    }
+}
+
+#[test]
+fn endpoints_refuse_what_is_no_json() {
+    let vmm = vmm();
+    for (endpoint, body) in [
+        (Endpoint::VmCreate, "not json"),
+        (Endpoint::VmCreate, r#"{"cpus": 7}"#),
+        (Endpoint::VmResize, r#"{"desired_balloon": -1}"#),
+    ] {
+        let response = vmm.call(endpoint, Some(body));
+        assert_eq!(response.status, 400);
+        assert_eq!(response.body[0], "Failed to deserialize JSON");
+        assert!(response.body[1].is_string());
+    }
+    let deep = "[".repeat(1 << 20);
+    assert_eq!(vmm.call(Endpoint::VmCreate, Some(&deep)).status, 400);
+}
+
+#[test]
+fn endpoints_error_chain_names_the_request_and_the_cause() {
+    let vmm = vmm();
+    assert_eq!(
+        vmm.call(Endpoint::VmPause, None).body,
+        json!([
+            "Error from API",
+            "The VM could not be paused",
+            "VM is not running"
+        ])
+    );
+    assert_eq!(
+        vmm.call(Endpoint::VmBoot, None).body,
+        json!([
+            "Error from API",
+            "The VM could not boot",
+            "VM config is missing"
+        ])
+    );
+    vmm.ok(Endpoint::VmCreate, Some(CONFIG));
+    vmm.ok(Endpoint::VmBoot, None);
+    assert_eq!(
+        vmm.call(Endpoint::VmResize, Some(RESIZE)).body,
+        json!([
+            "Error from API",
+            "The VM could not be resized",
+            "Missing virtio-balloon, can't proceed as expected"
+        ])
+    );
+}
+
+#[test]
+fn boot_of_a_configuration_that_makes_no_sense_is_400() {
+    let vmm = vmm();
+    let config = json!({"payload": {"kernel": "/k"}, "balloon": {"size": 512 << 20}});
+    vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+    let response = vmm.call(Endpoint::VmBoot, None);
+    assert_eq!(response.status, 400);
+    assert_eq!(response.body[2], "Failed to validate config");
+    assert_eq!(vmm.state(), "Created");
+}
+
+#[test]
+fn boot_that_fails_leaves_the_configuration_and_nothing_else() {
+    let vmm = vmm();
+    vmm.create("broken");
+    for _ in 0..2 {
+        assert_eq!(vmm.call(Endpoint::VmBoot, None).status, 500);
+        assert_eq!(vmm.state(), "Created");
+    }
+    let info = vmm.ok(Endpoint::VmInfo, None);
+    assert!(info["config"]["disks"][0].get("id").is_none());
+}
+
+#[test]
+fn resize_of_the_balloon_shows_in_info_and_survives_shutdown() {
+    let vmm = vmm();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    vmm.ok(
+        Endpoint::VmResize,
+        Some(r#"{"desired_balloon": 268435456, "desired_vcpus": 1, "desired_ram": 536870912}"#),
+    );
+    let info = vmm.ok(Endpoint::VmInfo, None);
+    assert_eq!(info["memory_actual_size"], 256 << 20);
+    assert_eq!(info["config"]["balloon"]["size"], 256 << 20);
+    assert_eq!(info["config"]["disks"][0]["id"], "_disk0");
+    assert!(info["device_tree"]["__balloon"].is_object());
+    vmm.ok(Endpoint::VmShutdown, None);
+    let info = vmm.ok(Endpoint::VmInfo, None);
+    assert_eq!(info["state"], "Created");
+    assert_eq!(info["memory_actual_size"], 512 << 20);
+    assert!(info.get("device_tree").is_none());
+    assert_eq!(info["config"]["balloon"]["size"], 256 << 20);
+}
+
+#[test]
+fn resize_of_a_running_vm_refuses_hotplug_before_it_touches_the_balloon() {
+    let vmm = vmm();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    for body in [
+        r#"{"desired_vcpus": 2, "desired_balloon": 4096}"#,
+        r#"{"desired_ram": 4096, "desired_balloon": 4096}"#,
+    ] {
+        assert_eq!(vmm.call(Endpoint::VmResize, Some(body)).status, 500);
+    }
+    assert_eq!(
+        vmm.ok(Endpoint::VmInfo, None)["config"]["balloon"]["size"],
+        0
+    );
+}
+
+#[test]
+fn reads_are_answered_while_a_boot_takes_its_time() {
+    let vmm = vmm();
+    vmm.create("slow");
+    SLOW.set(false);
+    let mut boot = vmm.send("PUT", "/api/v1/vm.boot", None);
+    vmm.wait_until("booting", |vmm| vmm.has_event("vm booting"));
+    assert_eq!(vmm.state(), "Created");
+    vmm.ok(Endpoint::VmmPing, None);
+    SLOW.set(true);
+    assert_eq!(receive(&mut boot).status, 204);
+    assert_eq!(vmm.state(), "Running");
+}
+
+#[test]
+fn wedged_guest_delays_nobody_but_who_asked_it() {
+    let vmm = vmm();
+    vmm.create("wedged");
+    vmm.ok(Endpoint::VmBoot, None);
+    WEDGED.set(false);
+    let mut asked: Vec<_> = (0..4)
+        .map(|_| vmm.send("GET", "/api/v1/vm.balloon-stats", None))
+        .collect();
+    vmm.ok(Endpoint::VmInfo, None);
+    vmm.ok(Endpoint::VmCounters, None);
+    vmm.ok(Endpoint::VmPause, None);
+    vmm.ok(Endpoint::VmResume, None);
+    WEDGED.set(true);
+    for stream in &mut asked {
+        assert_eq!(receive(stream).status, 200);
+    }
+}
+
+#[test]
+fn guest_power_off_ends_the_vmm() {
+    let vmm = vmm();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    vmm.signals.shutdown.write(1).unwrap();
+    let events = Arc::clone(&vmm.events);
+    assert_eq!(vmm.join(), Ending::Regular);
+    let events = events.lock().unwrap();
+    assert_eq!(
+        events[events.len() - 3..],
+        ["vmm shutdown", "vm shutdown", "vm deleted"]
+    );
+}
+
+#[test]
+fn guest_power_off_with_no_shutdown_leaves_the_configuration() {
+    let vmm = vmm_with(true);
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    vmm.signals.shutdown.write(1).unwrap();
+    vmm.wait_until("shut down", |vmm| vmm.view.get().machine.is_none());
+    assert_eq!(vmm.state(), "Created");
+    vmm.ok(Endpoint::VmBoot, None);
+    vmm.ok(Endpoint::VmmShutdown, None);
+    assert_eq!(vmm.join(), Ending::Regular);
+}
+
+#[test]
+fn guest_reset_starts_the_machine_anew_once() {
+    let vmm = vmm();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    vmm.signals.reset.write(1).unwrap();
+    vmm.wait_until("rebooted", |vmm| vmm.has_event("vm rebooted"));
+    assert_eq!(vmm.state(), "Running");
+    vmm.ok(Endpoint::VmmShutdown, None);
+    let events = Arc::clone(&vmm.events);
+    assert_eq!(vmm.join(), Ending::Regular);
+    let seen = events.lock().unwrap();
+    assert_eq!(
+        seen[..],
+        [
+            "vmm starting",
+            "vm booting",
+            "vm booted",
+            "vm rebooting",
+            "vm booting",
+            "vm booted",
+            "vm rebooted",
+            "vmm shutdown",
+            "vm shutdown",
+            "vm deleted"
+        ]
+    );
+}
+
+#[test]
+fn machine_that_fails_ends_the_vmm_with_a_failure() {
+    let vmm = vmm();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    vmm.signals.failed.write(1).unwrap();
+    assert_eq!(vmm.join(), Ending::MachineFailed);
+}
+
+#[test]
+fn signals_without_a_machine_change_nothing() {
+    let vmm = vmm();
+    for signal in [
+        &vmm.signals.shutdown,
+        &vmm.signals.reset,
+        &vmm.signals.failed,
+    ] {
+        signal.write(1).unwrap();
+    }
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    assert_eq!(vmm.state(), "Running");
+    assert!(!vmm.has_event("vm rebooting"));
+}

@@ -1,0 +1,143 @@
+//! Disks, network devices and PCI slots.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use api::VmConfig;
+use api::config::{DiskConfig, NetConfig};
+
+use super::error::{DeviceFault, ValidationError};
+
+/// Two descriptors make the smallest useful request.
+const QUEUE_SIZE_MIN: u16 = 2;
+/// Ring entries for which the transport has room; virtio itself would allow 32768.
+const QUEUE_SIZE_MAX: u16 = 1024;
+/// The smallest MTU of IPv6 (RFC 8200 section 5), and upstream's limit.
+const MTU_MIN: u16 = 1280;
+/// Descriptors up to here are the standard streams.
+const LAST_STANDARD_FD: i32 = 2;
+const PCI_SLOTS: std::ops::RangeInclusive<u8> = 1..=31;
+
+pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
+    let vcpus = usize::try_from(config.cpus.boot_vcpus).unwrap_or(usize::MAX);
+    for (index, disk) in config.disks.iter().flatten().enumerate() {
+        check_disk(disk, vcpus).map_err(|fault| at("disk", index, disk.id.as_deref(), fault))?;
+    }
+    for (index, net) in config.net.iter().flatten().enumerate() {
+        check_net(net, vcpus).map_err(|fault| at("net", index, net.id.as_deref(), fault))?;
+    }
+    disk_paths(config)?;
+    pci_slots(config)
+}
+
+fn at(section: &str, index: usize, id: Option<&str>, fault: DeviceFault) -> ValidationError {
+    ValidationError::Device {
+        device: match id {
+            Some(id) => format!("{section} {id}"),
+            None => format!("{section} number {index}"),
+        },
+        fault,
+    }
+}
+
+fn check_disk(disk: &DiskConfig, vcpus: usize) -> Result<(), DeviceFault> {
+    if disk
+        .path
+        .as_ref()
+        .is_none_or(|path| path.as_os_str().is_empty())
+    {
+        return Err(DeviceFault::PathMissing);
+    }
+    queue_size(disk.queue_size)?;
+    queue_count(disk.num_queues, 1, vcpus)
+}
+
+fn check_net(net: &NetConfig, vcpus: usize) -> Result<(), DeviceFault> {
+    queue_size(net.queue_size)?;
+    if !net.num_queues.is_multiple_of(2) {
+        return Err(DeviceFault::QueuePairs {
+            count: net.num_queues,
+        });
+    }
+    queue_count(net.num_queues, 2, vcpus.saturating_mul(2))?;
+    if let Some(mtu) = net.mtu
+        && mtu < MTU_MIN
+    {
+        return Err(DeviceFault::Mtu { mtu, min: MTU_MIN });
+    }
+    // The lowest bit of the first byte marks a group address (IEEE 802 section 8.2).
+    if net.mac.0[0] & 1 != 0 || net.mac.0 == [0; 6] {
+        return Err(DeviceFault::Mac {
+            mac: net.mac.to_string(),
+        });
+    }
+    let Some(fds) = &net.fds else { return Ok(()) };
+    let pairs = net.num_queues / 2;
+    if fds.len() != pairs {
+        return Err(DeviceFault::DescriptorCount {
+            fds: fds.len(),
+            pairs,
+        });
+    }
+    match fds.iter().find(|fd| **fd <= LAST_STANDARD_FD) {
+        Some(&fd) => Err(DeviceFault::Descriptor { fd }),
+        None => Ok(()),
+    }
+}
+
+fn queue_size(size: u16) -> Result<(), DeviceFault> {
+    if !size.is_power_of_two() || !(QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&size) {
+        return Err(DeviceFault::QueueSize {
+            size,
+            min: QUEUE_SIZE_MIN,
+            max: QUEUE_SIZE_MAX,
+        });
+    }
+    Ok(())
+}
+
+fn queue_count(count: usize, min: usize, max: usize) -> Result<(), DeviceFault> {
+    if (min..=max).contains(&count) {
+        return Ok(());
+    }
+    Err(DeviceFault::QueueCount { count, min, max })
+}
+
+/// One image may serve several disks only if nobody writes to it.
+fn disk_paths(config: &VmConfig) -> Result<(), ValidationError> {
+    let mut readonly_by_path = BTreeMap::new();
+    for disk in config.disks.iter().flatten() {
+        let Some(path) = &disk.path else { continue };
+        if let Some(other_readonly) = readonly_by_path.insert(path, disk.readonly)
+            && !(other_readonly && disk.readonly)
+        {
+            return Err(ValidationError::DuplicateDiskPath { path: path.clone() });
+        }
+    }
+    Ok(())
+}
+
+fn pci_slots(config: &VmConfig) -> Result<(), ValidationError> {
+    let disks = config.disks.iter().flatten().map(|disk| disk.pci_device_id);
+    let nets = config.net.iter().flatten().map(|net| net.pci_device_id);
+    let others = [
+        config
+            .balloon
+            .as_ref()
+            .and_then(|balloon| balloon.pci_device_id),
+        config.rng.pci_device_id,
+        config.console.pci_device_id,
+    ];
+    let mut seen = BTreeSet::new();
+    for slot in disks.chain(nets).chain(others).flatten() {
+        if !PCI_SLOTS.contains(&slot) {
+            return Err(ValidationError::Device {
+                device: format!("PCI slot {slot}"),
+                fault: DeviceFault::PciSlot { slot },
+            });
+        }
+        if !seen.insert(slot) {
+            return Err(ValidationError::DuplicatePciSlot { slot });
+        }
+    }
+    Ok(())
+}

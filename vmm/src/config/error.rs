@@ -1,0 +1,236 @@
+//! Why a configuration cannot be booted.
+
+use std::path::PathBuf;
+
+/// What is wrong, and in which section.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ValidationError {
+    /// Nothing to boot.
+    #[error("No kernel or firmware is given")]
+    PayloadMissing,
+    /// Firmware and kernel (or initramfs, or command line) exclude each other.
+    #[error("Firmware cannot be given together with kernel, initramfs or cmdline")]
+    FirmwareAndKernel,
+    /// An initramfs without the kernel that could use it.
+    #[error("An initramfs is given without a kernel")]
+    InitramfsWithoutKernel,
+    /// A part of upstream's configuration that is not built here.
+    #[error("{what} is not supported")]
+    Unsupported {
+        /// The section, or section and field.
+        what: String,
+    },
+    /// The `memory` section.
+    #[error("Invalid memory configuration")]
+    Memory(#[source] MemoryFault),
+    /// The `cpus` section.
+    #[error("Invalid CPU configuration")]
+    Cpus(#[source] CpusFault),
+    /// The `balloon` section.
+    #[error(
+        "Ballooning {balloon_bytes} bytes of {ram_bytes} bytes of RAM leaves the guest nothing"
+    )]
+    BalloonLargerThanRam {
+        /// What the guest shall give up.
+        balloon_bytes: u64,
+        /// What it has.
+        ram_bytes: u64,
+    },
+    /// One device.
+    #[error("Invalid configuration of {device}")]
+    Device {
+        /// The device by its id, or by section and position.
+        device: String,
+        /// What is wrong with it.
+        #[source]
+        fault: DeviceFault,
+    },
+    /// Two devices of one name.
+    #[error("Identifier {id} is not unique")]
+    IdentifierNotUnique {
+        /// The name.
+        id: String,
+    },
+    /// Names with two underscores belong to the VMM.
+    #[error(
+        "Identifier {id:?} is invalid: it must not be empty nor start with __ nor hold control characters"
+    )]
+    InvalidIdentifier {
+        /// The name.
+        id: String,
+    },
+    /// One image for two disks of which one writes.
+    #[error("Disk image {} is used by two disks and not read-only in both", path.display())]
+    DuplicateDiskPath {
+        /// The image.
+        path: PathBuf,
+    },
+    /// One PCI slot for two devices.
+    #[error("PCI slot {slot} is given to two devices")]
+    DuplicatePciSlot {
+        /// The slot.
+        slot: u8,
+    },
+    /// Both want the terminal's input.
+    #[error("Console and serial cannot both be in tty mode")]
+    DoubleTty,
+}
+
+/// What is wrong with the memory.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MemoryFault {
+    /// No RAM at all.
+    #[error("The size is 0")]
+    Zero,
+    /// Not whole pages.
+    #[error("The size {bytes} is no multiple of {page_bytes} bytes")]
+    NotWholePages {
+        /// RAM.
+        bytes: u64,
+        /// The page it is made of.
+        page_bytes: u64,
+    },
+    /// More than can be addressed.
+    #[error("RAM of {bytes} bytes does not fit into {address_bits} address bits")]
+    BeyondAddressSpace {
+        /// RAM.
+        bytes: u64,
+        /// `cpus.max_phys_bits`.
+        address_bits: u8,
+    },
+    /// No size of a huge page.
+    #[error("Huge pages of {bytes} bytes do not exist")]
+    HugePageSize {
+        /// The size.
+        bytes: u64,
+    },
+    /// A size of huge pages without huge pages.
+    #[error("hugepage_size is given without hugepages")]
+    HugePageSizeWithoutHugePages,
+}
+
+/// What is wrong with the vCPUs.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CpusFault {
+    /// Not 1 ≤ boot ≤ max ≤ limit.
+    #[error("1 <= boot_vcpus ({boot}) <= max_vcpus ({max}) <= {limit} does not hold")]
+    Count {
+        /// vCPUs at boot.
+        boot: u32,
+        /// vCPUs at most.
+        max: u32,
+        /// What is possible.
+        limit: u32,
+    },
+    /// The topology does not describe the vCPUs.
+    #[error("The topology describes {product} vCPUs, max_vcpus is {max}")]
+    Topology {
+        /// Threads × cores × dies × packages.
+        product: u64,
+        /// vCPUs at most.
+        max: u32,
+    },
+    /// No x86-64 has this width.
+    #[error("max_phys_bits {bits} is not within {min}..={max}")]
+    PhysBits {
+        /// The width.
+        bits: u8,
+        /// Least.
+        min: u8,
+        /// Most.
+        max: u8,
+    },
+    /// An affinity for a vCPU that does not exist.
+    #[error("Affinity is given for vCPU {vcpu}, the last one is {last}")]
+    AffinityOfUnknownVcpu {
+        /// The index.
+        vcpu: u32,
+        /// The highest index.
+        last: u32,
+    },
+    /// Two affinities for one vCPU.
+    #[error("Affinity of vCPU {vcpu} is given twice")]
+    AffinityTwice {
+        /// The index.
+        vcpu: u32,
+    },
+    /// A vCPU that could run nowhere.
+    #[error("Affinity of vCPU {vcpu} names no host CPU")]
+    AffinityEmpty {
+        /// The index.
+        vcpu: u32,
+    },
+}
+
+/// What is wrong with a device.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum DeviceFault {
+    /// No image.
+    #[error("A path is required")]
+    PathMissing,
+    /// A queue size that virtio forbids.
+    #[error("Queue size {size} is no power of two within {min}..={max}")]
+    QueueSize {
+        /// Entries.
+        size: u16,
+        /// Least.
+        min: u16,
+        /// Most.
+        max: u16,
+    },
+    /// Too few or too many queues.
+    #[error("{count} queues are not within {min}..={max}")]
+    QueueCount {
+        /// Queues.
+        count: usize,
+        /// Least.
+        min: usize,
+        /// Most: one, or one pair, for each vCPU.
+        max: usize,
+    },
+    /// A network device has queues in pairs.
+    #[error("{count} queues are no pairs")]
+    QueuePairs {
+        /// Queues.
+        count: usize,
+    },
+    /// Below what IPv6 needs.
+    #[error("An MTU of {mtu} is below {min}")]
+    Mtu {
+        /// The MTU.
+        mtu: u16,
+        /// Least.
+        min: u16,
+    },
+    /// An address nobody can have.
+    #[error("{mac} is no address of a single station")]
+    Mac {
+        /// The address.
+        mac: String,
+    },
+    /// One descriptor for each pair of queues.
+    #[error("{fds} file descriptors are given for {pairs} queue pairs")]
+    DescriptorCount {
+        /// Descriptors.
+        fds: usize,
+        /// Pairs.
+        pairs: usize,
+    },
+    /// Standard streams, or a number that came through JSON.
+    #[error(
+        "File descriptor {fd} cannot be a tap device: pass an open one with fd= on the command line"
+    )]
+    Descriptor {
+        /// The number.
+        fd: i32,
+    },
+    /// Slots 1 to 31 exist.
+    #[error("PCI slot {slot} is not within 1..=31")]
+    PciSlot {
+        /// The slot.
+        slot: u8,
+    },
+    /// A mode that needs a path.
+    #[error("This mode needs a path")]
+    ConsolePathMissing,
+}

@@ -1,0 +1,52 @@
+//! Names of devices: the user's own, or generated.
+
+use std::collections::BTreeSet;
+
+use api::VmConfig;
+
+use super::error::ValidationError;
+
+/// Names that begin like this belong to the VMM's own devices.
+const RESERVED_PREFIX: &str = "__";
+
+/// Every name the user gave.
+fn given(config: &VmConfig) -> impl Iterator<Item = &String> {
+    let disks = config.disks.iter().flatten().map(|disk| &disk.id);
+    let nets = config.net.iter().flatten().map(|net| &net.id);
+    let others = [&config.rng.id, &config.console.id];
+    let balloon = config.balloon.iter().map(|balloon| &balloon.id);
+    disks.chain(nets).chain(balloon).chain(others).flatten()
+}
+
+pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
+    let mut seen = BTreeSet::new();
+    for id in given(config) {
+        if id.is_empty() || id.starts_with(RESERVED_PREFIX) || id.chars().any(char::is_control) {
+            return Err(ValidationError::InvalidIdentifier { id: id.clone() });
+        }
+        if !seen.insert(id) {
+            return Err(ValidationError::IdentifierNotUnique { id: id.clone() });
+        }
+    }
+    Ok(())
+}
+
+/// Gives every disk and network device without a name the next one of upstream's: `_disk0`, `_net1`, with one counter for
+/// both and names in use left out.
+pub fn assign_ids(config: &mut VmConfig) {
+    let mut taken: BTreeSet<String> = given(config).cloned().collect();
+    let mut counter = 0u64;
+    let mut next = |prefix: &str| loop {
+        let id = format!("{prefix}{counter}");
+        counter += 1;
+        if taken.insert(id.clone()) {
+            return id;
+        }
+    };
+    for disk in config.disks.iter_mut().flatten() {
+        disk.id.get_or_insert_with(|| next("_disk"));
+    }
+    for net in config.net.iter_mut().flatten() {
+        net.id.get_or_insert_with(|| next("_net"));
+    }
+}

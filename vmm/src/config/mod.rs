@@ -1,0 +1,92 @@
+//! Decides whether a configuration can be booted, before anything is created.
+//!
+//! `vm.create` stores whatever parses, as upstream does; this runs at boot and at the start from the command line.
+
+mod cpus;
+mod devices;
+mod error;
+mod ids;
+mod memory;
+#[cfg(test)]
+mod tests;
+mod unsupported;
+
+use api::VmConfig;
+use api::config::{ConsoleOutputMode, PayloadConfig};
+
+pub use error::{CpusFault, DeviceFault, MemoryFault, ValidationError};
+pub use ids::assign_ids;
+
+/// Checks every section, in the order in which they matter to the reader of the error.
+///
+/// # Errors
+/// The first thing found wrong.
+pub fn validate(config: &VmConfig) -> Result<(), ValidationError> {
+    payload(config.payload.as_ref())?;
+    unsupported::check(config)?;
+    cpus::check(&config.cpus).map_err(ValidationError::Cpus)?;
+    memory::check(&config.memory, config.cpus.max_phys_bits).map_err(ValidationError::Memory)?;
+    balloon(config)?;
+    devices::check(config)?;
+    ids::check(config)?;
+    consoles(config)
+}
+
+fn payload(payload: Option<&PayloadConfig>) -> Result<(), ValidationError> {
+    let payload = payload.ok_or(ValidationError::PayloadMissing)?;
+    match (&payload.firmware, &payload.kernel) {
+        (None, None) if payload.initramfs.is_some() => Err(ValidationError::InitramfsWithoutKernel),
+        (None, None) => Err(ValidationError::PayloadMissing),
+        (Some(_), None) if payload.initramfs.is_none() && payload.cmdline.is_none() => Ok(()),
+        (Some(_), _) => Err(ValidationError::FirmwareAndKernel),
+        (None, Some(_)) => Ok(()),
+    }
+}
+
+fn balloon(config: &VmConfig) -> Result<(), ValidationError> {
+    let (Some(balloon), Some(ram_bytes)) = (&config.balloon, config.memory.total_bytes()) else {
+        return Ok(());
+    };
+    if balloon.size >= ram_bytes {
+        return Err(ValidationError::BalloonLargerThanRam {
+            balloon_bytes: balloon.size,
+            ram_bytes,
+        });
+    }
+    Ok(())
+}
+
+fn consoles(config: &VmConfig) -> Result<(), ValidationError> {
+    use ConsoleOutputMode::{File, Socket, Tty};
+    if config.console.mode == Tty && config.serial.mode == Tty {
+        return Err(ValidationError::DoubleTty);
+    }
+    let ends = [
+        (
+            "serial",
+            config.serial.mode,
+            &config.serial.file,
+            &config.serial.socket,
+        ),
+        (
+            "console",
+            config.console.mode,
+            &config.console.file,
+            &config.console.socket,
+        ),
+    ];
+    for (device, mode, file, socket) in ends {
+        let path_missing = match mode {
+            File => file.is_none(),
+            Socket => socket.is_none(),
+            _ => false,
+        };
+        if path_missing {
+            return Err(ValidationError::Device {
+                device: device.to_owned(),
+                fault: DeviceFault::ConsolePathMissing,
+            });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,148 @@
+//! Refuses by name what upstream has and this VMM has not, so that nothing that was asked for is silently left out.
+
+use api::VmConfig;
+use api::config::{
+    ConsoleOutputMode, CpusConfig, DiskConfig, ImageType, MemoryConfig, NetConfig, PlatformConfig,
+};
+
+use super::error::ValidationError;
+
+pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
+    let mut wanted: Vec<String> = config
+        .unsupported_sections()
+        .into_iter()
+        .map(str::to_owned)
+        .collect();
+    wanted.extend(asked("landlock", config.landlock_enable));
+    wanted.extend(asked(
+        "debug_console",
+        config.debug_console.mode != ConsoleOutputMode::Off,
+    ));
+    wanted.extend(cpus(&config.cpus));
+    wanted.extend(memory(&config.memory));
+    wanted.extend(config.disks.iter().flatten().flat_map(disk));
+    wanted.extend(config.net.iter().flatten().flat_map(net));
+    wanted.extend(config.platform.iter().flat_map(platform));
+    wanted.extend(small_devices(config));
+    if wanted.is_empty() {
+        return Ok(());
+    }
+    Err(ValidationError::Unsupported {
+        what: wanted.join(", "),
+    })
+}
+
+fn asked(name: &str, wanted: bool) -> Option<String> {
+    wanted.then(|| name.to_owned())
+}
+
+fn cpus(cpus: &CpusConfig) -> Vec<String> {
+    [
+        asked("cpus.kvm_hyperv", cpus.kvm_hyperv),
+        asked("cpus.features.amx", cpus.features.amx),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+fn memory(memory: &MemoryConfig) -> Vec<String> {
+    let hotplug = [memory.hotplug_size, memory.hotplugged_size];
+    [
+        asked("memory.zones", memory.zones.is_some()),
+        asked(
+            "memory.hotplug_size",
+            hotplug.into_iter().flatten().any(|bytes| bytes > 0),
+        ),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+fn disk(disk: &DiskConfig) -> Vec<String> {
+    let raw = matches!(disk.image_type, None | Some(ImageType::Raw));
+    [
+        asked(
+            "disks.vhost_user",
+            disk.vhost_user || disk.vhost_socket.is_some(),
+        ),
+        asked("disks.rate_limit_group", disk.rate_limit_group.is_some()),
+        asked(
+            "disks.rate_limiter_config",
+            disk.rate_limiter_config.is_some(),
+        ),
+        asked("disks.iommu", disk.iommu),
+        asked("disks.pci_segment", disk.pci_segment != 0),
+        asked("disks.backing_files", disk.backing_files),
+        asked("disks.image_type other than raw", !raw),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+fn net(net: &NetConfig) -> Vec<String> {
+    [
+        asked(
+            "net.vhost_user",
+            net.vhost_user || net.vhost_socket.is_some(),
+        ),
+        asked("net.rate_limiter_config", net.rate_limiter_config.is_some()),
+        asked("net.iommu", net.iommu),
+        asked("net.pci_segment", net.pci_segment != 0),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+fn platform(platform: &PlatformConfig) -> Vec<String> {
+    let smbios = [
+        &platform.system_serial_number,
+        &platform.system_uuid,
+        &platform.system_manufacturer,
+        &platform.system_product_name,
+        &platform.system_version,
+        &platform.system_family,
+        &platform.system_sku_number,
+        &platform.chassis_asset_tag,
+    ];
+    [
+        asked("platform.num_pci_segments", platform.num_pci_segments != 1),
+        asked("platform.iommu_segments", platform.iommu_segments.is_some()),
+        asked("platform.iommufd", platform.iommufd),
+        asked("platform.tdx", platform.tdx),
+        asked("platform.sev_snp", platform.sev_snp),
+        asked(
+            "platform.system_*",
+            smbios.iter().any(|text| text.is_some()),
+        ),
+        asked("platform.oem_strings", platform.oem_strings.is_some()),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+/// The virtual IOMMU and further PCI segments, on the devices that exist once.
+fn small_devices(config: &VmConfig) -> Vec<String> {
+    let balloon = config.balloon.as_ref();
+    [
+        asked(
+            "balloon.iommu",
+            balloon.is_some_and(|balloon| balloon.iommu),
+        ),
+        asked(
+            "balloon.pci_segment",
+            balloon.is_some_and(|balloon| balloon.pci_segment != 0),
+        ),
+        asked("rng.iommu", config.rng.iommu),
+        asked("rng.pci_segment", config.rng.pci_segment != 0),
+        asked("console.iommu", config.console.iommu),
+        asked("console.pci_segment", config.console.pci_segment != 0),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}

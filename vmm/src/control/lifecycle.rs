@@ -1,0 +1,268 @@
+//! The life of the VM, without threads: what each request does in each state.
+//!
+//! ```text
+//!            create            boot                 pause
+//!  nothing ─────────► Created ──────► Running ◄──────────────► Paused
+//!     ▲                 │ ▲              │         resume         │
+//!     │     delete      │ └──────────────┴──── shutdown ──────────┤
+//!     └─────────────────┴──────────────── delete ─────────────────┘
+//! ```
+//! A boot that fails leaves Created, with everything given back. A reboot that fails does, too.
+
+use std::sync::Arc;
+
+use api::{VmConfig, VmResize, VmState};
+
+use super::machine::Machine;
+use super::request::{ControlError, RequestError, VmRequest};
+use super::view::{MachineView, PublishedView, View};
+use crate::config;
+use crate::vm::{EventSink, VmContext, VmError, VmSignals};
+
+/// Makes the context for a machine with this configuration: the seccomp hook depends on the names of its devices.
+pub type ContextMaker = Box<dyn Fn(&VmConfig) -> VmContext + Send>;
+
+/// The VM and everything that may be asked of it.
+pub(super) struct Lifecycle<M: Machine> {
+    config: Option<VmConfig>,
+    machine: Option<M>,
+    paused: bool,
+    view: Arc<PublishedView>,
+    signals: Arc<VmSignals>,
+    make_context: ContextMaker,
+    events: EventSink,
+    ended: bool,
+}
+
+impl<M: Machine> Lifecycle<M> {
+    pub(super) fn new(
+        view: Arc<PublishedView>,
+        signals: Arc<VmSignals>,
+        make_context: ContextMaker,
+        events: EventSink,
+    ) -> Self {
+        Self {
+            config: None,
+            machine: None,
+            paused: false,
+            view,
+            signals,
+            make_context,
+            events,
+            ended: false,
+        }
+    }
+
+    /// Carries out a request and publishes what came of it, so that whoever gets the answer also sees the effect.
+    pub(super) fn handle(&mut self, request: VmRequest) -> Result<(), RequestError> {
+        let kind = request.kind();
+        let outcome = match request {
+            VmRequest::Create(config) => self.create(*config),
+            VmRequest::Boot => self.boot(),
+            VmRequest::Delete => self.delete(),
+            VmRequest::Shutdown => self.shutdown(),
+            VmRequest::Reboot => self.reboot(),
+            VmRequest::Pause => self.pause(),
+            VmRequest::Resume => self.resume(),
+            VmRequest::PowerButton => self.power_button(),
+            VmRequest::Resize(resize) => self.resize(resize),
+            VmRequest::ShutdownVmm => self.end(),
+        };
+        self.publish();
+        outcome.map_err(|cause| RequestError { kind, cause })
+    }
+
+    /// Stops the machine if there is one and tells, once, that the VMM ends.
+    fn end(&mut self) -> Result<(), ControlError> {
+        if !std::mem::replace(&mut self.ended, true) {
+            self.emit("vmm", "shutdown");
+        }
+        self.delete()
+    }
+
+    fn publish(&self) {
+        self.view.publish(View {
+            config: self.config.clone().map(Arc::new),
+            machine: self.machine.as_ref().map(|machine| MachineView {
+                state: self.machine_state(),
+                observer: Arc::new(machine.observer()),
+            }),
+        });
+    }
+
+    fn machine_state(&self) -> VmState {
+        if self.paused {
+            VmState::Paused
+        } else {
+            VmState::Running
+        }
+    }
+
+    fn emit(&self, source: &str, event: &str) {
+        (self.events)(source, event, &[]);
+    }
+
+    /// Checks that the machine is in state `from`, to go to state `to`.
+    fn machine_in(&self, from: VmState, to: VmState) -> Result<(), ControlError> {
+        if self.machine.is_none() {
+            return Err(ControlError::VmNotRunning);
+        }
+        let state = self.machine_state();
+        if state != from {
+            return Err(ControlError::InvalidStateTransition { from: state, to });
+        }
+        Ok(())
+    }
+
+    /// Calls `action` on the machine.
+    fn on_machine(
+        &mut self,
+        action: impl FnOnce(&mut M) -> Result<(), VmError>,
+    ) -> Result<(), ControlError> {
+        let machine = self.machine.as_mut().ok_or(ControlError::VmNotRunning)?;
+        action(machine).map_err(ControlError::Machine)
+    }
+
+    fn create(&mut self, config: VmConfig) -> Result<(), ControlError> {
+        if self.config.is_some() {
+            return Err(ControlError::VmAlreadyCreated);
+        }
+        self.config = Some(config);
+        Ok(())
+    }
+
+    fn boot(&mut self) -> Result<(), ControlError> {
+        if self.machine.is_some() {
+            return Err(ControlError::VmAlreadyCreated);
+        }
+        let stored = self.config.as_ref().ok_or(ControlError::VmMissingConfig)?;
+        self.emit("vm", "booting");
+        // What creation decides (ids, names of taps) becomes part of the configuration only when it succeeds.
+        let mut config = stored.clone();
+        config::validate(&config).map_err(ControlError::ConfigValidation)?;
+        config::assign_ids(&mut config);
+        let context = (self.make_context)(&config);
+        let mut machine = M::new(&mut config, &context).map_err(ControlError::Machine)?;
+        machine.boot().map_err(ControlError::Machine)?;
+        self.config = Some(config);
+        self.machine = Some(machine);
+        self.paused = false;
+        self.emit("vm", "booted");
+        Ok(())
+    }
+
+    fn stop_machine(&mut self) -> Result<(), ControlError> {
+        let machine = self.machine.take().ok_or(ControlError::VmNotRunning)?;
+        self.paused = false;
+        let stopped = machine.shutdown().map_err(ControlError::Machine);
+        // What the machine signalled while it went must not hit the next one.
+        for signal in [
+            &self.signals.shutdown,
+            &self.signals.reset,
+            &self.signals.failed,
+        ] {
+            // Nothing to read means that it was not signalled.
+            let _ = signal.read();
+        }
+        stopped
+    }
+
+    fn shutdown(&mut self) -> Result<(), ControlError> {
+        self.stop_machine()?;
+        self.emit("vm", "shutdown");
+        Ok(())
+    }
+
+    fn delete(&mut self) -> Result<(), ControlError> {
+        let stopped = match self.machine {
+            Some(_) => self.shutdown(),
+            None => Ok(()),
+        };
+        if self.config.take().is_some() {
+            self.emit("vm", "deleted");
+        }
+        stopped
+    }
+
+    fn reboot(&mut self) -> Result<(), ControlError> {
+        if self.machine.is_none() {
+            return Err(ControlError::VmNotCreated);
+        }
+        self.emit("vm", "rebooting");
+        self.stop_machine()?;
+        self.boot()?;
+        self.emit("vm", "rebooted");
+        Ok(())
+    }
+
+    fn pause(&mut self) -> Result<(), ControlError> {
+        self.machine_in(VmState::Running, VmState::Paused)?;
+        self.emit("vm", "pausing");
+        self.on_machine(M::pause)?;
+        self.paused = true;
+        self.emit("vm", "paused");
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), ControlError> {
+        self.machine_in(VmState::Paused, VmState::Running)?;
+        self.emit("vm", "resuming");
+        self.on_machine(M::resume)?;
+        self.paused = false;
+        self.emit("vm", "resumed");
+        Ok(())
+    }
+
+    fn power_button(&mut self) -> Result<(), ControlError> {
+        self.on_machine(|machine| machine.power_button())
+    }
+
+    fn resize(&mut self, resize: VmResize) -> Result<(), ControlError> {
+        let config = self.config.as_mut().ok_or(ControlError::VmNotCreated)?;
+        let Some(machine) = &self.machine else {
+            resize_stored(config, resize);
+            return Ok(());
+        };
+        (self.events)("vm", "resizing", &[]);
+        if let Some(desired) = resize.desired_vcpus
+            && desired != config.cpus.boot_vcpus
+        {
+            let current = config.cpus.boot_vcpus;
+            return Err(ControlError::VcpuHotplug { current, desired });
+        }
+        if let Some(desired) = resize.desired_ram
+            && Some(desired) != config.memory.total_bytes()
+        {
+            let current = config.memory.total_bytes().unwrap_or(config.memory.size);
+            return Err(ControlError::MemoryHotplug { current, desired });
+        }
+        if let Some(desired) = resize.desired_balloon {
+            machine
+                .resize_balloon(desired)
+                .map_err(ControlError::Machine)?;
+            if let Some(balloon) = &mut config.balloon {
+                balloon.size = desired;
+            }
+        }
+        (self.events)("vm", "resized", &[]);
+        Ok(())
+    }
+
+    /// True while a machine exists.
+    pub(super) fn has_machine(&self) -> bool {
+        self.machine.is_some()
+    }
+}
+
+/// Before boot only the configuration changes; whether it makes sense is decided at boot.
+fn resize_stored(config: &mut VmConfig, resize: VmResize) {
+    if let Some(vcpus) = resize.desired_vcpus {
+        config.cpus.boot_vcpus = vcpus;
+    }
+    if let Some(bytes) = resize.desired_ram {
+        config.memory.size = bytes;
+    }
+    if let (Some(bytes), Some(balloon)) = (resize.desired_balloon, &mut config.balloon) {
+        balloon.size = bytes;
+    }
+}

@@ -1,0 +1,143 @@
+//! The machine as the control thread needs it: implemented by [`Vm`] and, in tests, by a fake.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Instant;
+
+use api::{BalloonStatsResponse, DeviceNode, ReclaimStats, VmConfig, VmCounters};
+
+use crate::vm::{BalloonStatsError, Vm, VmContext, VmError, VmObserver};
+
+/// One virtual machine. Every call comes from the control thread and none waits for the guest. See [`Vm`] for what
+/// each does.
+pub trait Machine: Sized + 'static {
+    /// What API threads look at.
+    type Observer: MachineObserver;
+
+    /// See [`Vm::new`].
+    ///
+    /// # Errors
+    /// A part could not be made; nothing is left behind.
+    fn new(config: &mut VmConfig, context: &VmContext) -> Result<Self, VmError>;
+
+    /// See [`Vm::boot`].
+    ///
+    /// # Errors
+    /// The payload could not be loaded or a vCPU not be started.
+    fn boot(&mut self) -> Result<(), VmError>;
+
+    /// See [`Vm::pause`].
+    ///
+    /// # Errors
+    /// A vCPU did not stop in time.
+    fn pause(&mut self) -> Result<(), VmError>;
+
+    /// See [`Vm::resume`].
+    ///
+    /// # Errors
+    /// A vCPU could not be resumed.
+    fn resume(&mut self) -> Result<(), VmError>;
+
+    /// See [`Vm::shutdown`].
+    ///
+    /// # Errors
+    /// A thread did not end in time.
+    fn shutdown(self) -> Result<(), VmError>;
+
+    /// See [`Vm::power_button`].
+    ///
+    /// # Errors
+    /// The interrupt could not be raised.
+    fn power_button(&self) -> Result<(), VmError>;
+
+    /// See [`Vm::resize_balloon`].
+    ///
+    /// # Errors
+    /// There is no balloon.
+    fn resize_balloon(&self, bytes: u64) -> Result<(), VmError>;
+
+    /// See [`Vm::observer`].
+    fn observer(&self) -> Self::Observer;
+}
+
+/// Read-only access to a machine from any thread; never waits for the control thread. See [`VmObserver`].
+pub trait MachineObserver: fmt::Debug + Send + Sync + 'static {
+    /// RAM less the balloon, bytes. O(1).
+    fn memory_actual_size_bytes(&self) -> u64;
+
+    /// Counters by device.
+    fn counters(&self) -> VmCounters;
+
+    /// A fresh sample from the guest; may wait for it until `deadline`.
+    ///
+    /// # Errors
+    /// No balloon, or no answer in time.
+    fn balloon_stats(&self, deadline: Instant) -> Result<BalloonStatsResponse, BalloonStatsError>;
+
+    /// What came back to the host; takes milliseconds.
+    ///
+    /// # Errors
+    /// No balloon.
+    fn reclaim_stats(&self) -> Result<ReclaimStats, BalloonStatsError>;
+
+    /// Devices by id.
+    fn device_tree(&self) -> BTreeMap<String, DeviceNode>;
+}
+
+impl Machine for Vm {
+    type Observer = VmObserver;
+
+    fn new(config: &mut VmConfig, context: &VmContext) -> Result<Self, VmError> {
+        Vm::new(config, context)
+    }
+
+    fn boot(&mut self) -> Result<(), VmError> {
+        Vm::boot(self)
+    }
+
+    fn pause(&mut self) -> Result<(), VmError> {
+        Vm::pause(self)
+    }
+
+    fn resume(&mut self) -> Result<(), VmError> {
+        Vm::resume(self)
+    }
+
+    fn shutdown(self) -> Result<(), VmError> {
+        Vm::shutdown(self)
+    }
+
+    fn power_button(&self) -> Result<(), VmError> {
+        Vm::power_button(self)
+    }
+
+    fn resize_balloon(&self, bytes: u64) -> Result<(), VmError> {
+        Vm::resize_balloon(self, bytes)
+    }
+
+    fn observer(&self) -> VmObserver {
+        Vm::observer(self)
+    }
+}
+
+impl MachineObserver for VmObserver {
+    fn memory_actual_size_bytes(&self) -> u64 {
+        VmObserver::memory_actual_size_bytes(self)
+    }
+
+    fn counters(&self) -> VmCounters {
+        VmObserver::counters(self)
+    }
+
+    fn balloon_stats(&self, deadline: Instant) -> Result<BalloonStatsResponse, BalloonStatsError> {
+        VmObserver::balloon_stats(self, deadline)
+    }
+
+    fn reclaim_stats(&self) -> Result<ReclaimStats, BalloonStatsError> {
+        VmObserver::reclaim_stats(self)
+    }
+
+    fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
+        VmObserver::device_tree(self)
+    }
+}

@@ -1,0 +1,15 @@
+//! The control thread: owns the VM, runs every change, and publishes what there is.
+
+mod lifecycle;
+mod machine;
+mod request;
+mod thread;
+mod view;
+
+pub use lifecycle::ContextMaker;
+pub use machine::{Machine, MachineObserver};
+pub use request::{ControlError, RequestError, RequestKind, VmRequest};
+pub use thread::{
+    CONTROL_THREAD, ControlHandle, ControlSetup, ControlThread, ControlThreadError, Done, Ending,
+};
+pub use view::{MachineView, PublishedView, View};

@@ -1,0 +1,167 @@
+//! Requests to the control thread and why they fail.
+
+use std::fmt;
+
+use api::{VmConfig, VmResize, VmState};
+
+use crate::config::ValidationError;
+use crate::vm::VmError;
+
+/// Something that changes the VM.
+#[derive(Debug)]
+pub enum VmRequest {
+    /// Store a configuration.
+    Create(Box<VmConfig>),
+    /// Build the machine and start it.
+    Boot,
+    /// Stop the machine and forget the configuration.
+    Delete,
+    /// Stop the machine, keep the configuration.
+    Shutdown,
+    /// Stop the machine and start it anew.
+    Reboot,
+    /// Stop the vCPUs.
+    Pause,
+    /// Let the vCPUs go on.
+    Resume,
+    /// Press the power button.
+    PowerButton,
+    /// Change vCPUs, RAM or balloon.
+    Resize(VmResize),
+    /// Stop everything and end the process.
+    ShutdownVmm,
+}
+
+/// A [`VmRequest`] without its data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RequestKind {
+    /// `vm.create`
+    Create,
+    /// `vm.boot`
+    Boot,
+    /// `vm.delete`
+    Delete,
+    /// `vm.shutdown`
+    Shutdown,
+    /// `vm.reboot`
+    Reboot,
+    /// `vm.pause`
+    Pause,
+    /// `vm.resume`
+    Resume,
+    /// `vm.power-button`
+    PowerButton,
+    /// `vm.resize`
+    Resize,
+    /// `vmm.shutdown`
+    ShutdownVmm,
+    /// `vm.info`, answered from the published view.
+    Info,
+    /// `vm.counters`, answered by the observer.
+    Counters,
+    /// `vm.balloon-stats`, answered by the observer.
+    BalloonStats,
+    /// `vm.reclaim-stats`, answered by the observer.
+    ReclaimStats,
+}
+
+impl VmRequest {
+    /// Which one it is.
+    pub fn kind(&self) -> RequestKind {
+        match self {
+            Self::Create(_) => RequestKind::Create,
+            Self::Boot => RequestKind::Boot,
+            Self::Delete => RequestKind::Delete,
+            Self::Shutdown => RequestKind::Shutdown,
+            Self::Reboot => RequestKind::Reboot,
+            Self::Pause => RequestKind::Pause,
+            Self::Resume => RequestKind::Resume,
+            Self::PowerButton => RequestKind::PowerButton,
+            Self::Resize(_) => RequestKind::Resize,
+            Self::ShutdownVmm => RequestKind::ShutdownVmm,
+        }
+    }
+}
+
+impl fmt::Display for RequestKind {
+    /// What upstream says when the request failed; people match on these texts.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Create => "The VM could not be created",
+            Self::Boot => "The VM could not boot",
+            Self::Delete => "The VM could not be deleted",
+            Self::Shutdown => "The VM could not shutdown",
+            Self::Reboot => "The VM could not reboot",
+            Self::Pause => "The VM could not be paused",
+            Self::Resume => "The VM could not resume",
+            Self::PowerButton => "Error triggering power button",
+            Self::Resize => "The VM could not be resized",
+            Self::ShutdownVmm => "The VMM could not shutdown",
+            Self::Info => "The VM info is not available",
+            Self::Counters => "The VM counters are not available",
+            Self::BalloonStats => "The balloon statistics are not available",
+            Self::ReclaimStats => "The reclaim statistics are not available",
+        })
+    }
+}
+
+/// A request that failed: which one, and why.
+#[derive(Debug, thiserror::Error)]
+#[error("{kind}")]
+pub struct RequestError {
+    /// Which request.
+    pub kind: RequestKind,
+    /// Why.
+    #[source]
+    pub cause: ControlError,
+}
+
+/// Why the control thread refused or failed. The first texts are upstream's.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// There is no machine, or no configuration, where one is needed.
+    #[error("VM is not created")]
+    VmNotCreated,
+    /// A configuration, or a machine, is there already.
+    #[error("VM is already created")]
+    VmAlreadyCreated,
+    /// Nothing to boot.
+    #[error("VM config is missing")]
+    VmMissingConfig,
+    /// There is no running machine.
+    #[error("VM is not running")]
+    VmNotRunning,
+    /// The machine is not in a state from which this can be done.
+    #[error("Invalid VM state transition: {from} to {to}")]
+    InvalidStateTransition {
+        /// The state it is in.
+        from: VmState,
+        /// The state that was asked for.
+        to: VmState,
+    },
+    /// The configuration makes no sense or asks for what is not built.
+    #[error("Failed to validate config")]
+    ConfigValidation(#[source] ValidationError),
+    /// Hotplug is not built.
+    #[error("The number of vCPUs of a running VM cannot be changed from {current} to {desired}")]
+    VcpuHotplug {
+        /// What it has.
+        current: u32,
+        /// What was asked for.
+        desired: u32,
+    },
+    /// Hotplug is not built.
+    #[error("The RAM of a running VM cannot be changed from {current} to {desired} bytes")]
+    MemoryHotplug {
+        /// What it has.
+        current: u64,
+        /// What was asked for.
+        desired: u64,
+    },
+    /// The machine itself.
+    #[error(transparent)]
+    Machine(VmError),
+    /// The queue is full, or the control thread has ended.
+    #[error("The control thread takes no more requests")]
+    QueueFull,
+}

@@ -1,0 +1,331 @@
+//! The `vmm` thread: one epoll on requests, on what the guest did, and on the wish to end.
+//!
+//! It owns the VM and never waits for the guest. Requests come through a bounded queue and are answered by a callback,
+//! so that nobody has to block for them.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::lifecycle::{ContextMaker, Lifecycle};
+use super::machine::Machine;
+use super::request::{ControlError, RequestError, VmRequest};
+use super::view::PublishedView;
+use crate::vm::{EventSink, VmSignals};
+
+/// Name of the thread.
+pub const CONTROL_THREAD: &str = "vmm";
+
+/// Requests that may wait. More than the HTTP server has connections, so that only clients that go away without waiting
+/// for their answer can fill it.
+const QUEUE_LENGTH: usize = 32;
+const STACK_BYTES: usize = 1 << 20;
+
+/// What the thread is woken by; the order is the order in which they are looked at.
+const TOKEN_EXIT: u64 = 0;
+const TOKEN_FAILED: u64 = 1;
+const TOKEN_GUEST_SHUTDOWN: u64 = 2;
+const TOKEN_RESET: u64 = 3;
+const TOKEN_REQUEST: u64 = 4;
+const TOKENS: usize = 5;
+
+/// Called on the control thread with the outcome; must not block.
+pub type Done = Box<dyn FnOnce(Result<(), RequestError>) + Send>;
+
+struct Envelope {
+    request: VmRequest,
+    done: Done,
+}
+
+/// How the control thread ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ending {
+    /// As asked: by the API, a signal, or the guest's power-off.
+    Regular,
+    /// The machine failed.
+    MachineFailed,
+}
+
+/// Why the control thread could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlThreadError {
+    /// No epoll or eventfd.
+    #[error("Cannot set up the event loop of the control thread")]
+    Setup(#[source] io::Error),
+    /// No thread.
+    #[error("Cannot start the thread {CONTROL_THREAD}")]
+    Spawn(#[source] io::Error),
+}
+
+/// The way to the control thread.
+#[derive(Clone)]
+pub struct ControlHandle {
+    queue: SyncSender<Envelope>,
+    wake: Arc<EventFd>,
+    exit: Arc<EventFd>,
+}
+
+impl std::fmt::Debug for ControlHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ControlHandle").finish_non_exhaustive()
+    }
+}
+
+impl ControlHandle {
+    /// Queues a request and returns at once; `done` learns the outcome, also when the queue is full.
+    pub fn submit(&self, request: VmRequest, done: Done) {
+        match self.queue.try_send(Envelope { request, done }) {
+            // A full counter means that the thread is about to wake up anyway.
+            Ok(()) => drop(self.wake.write(1)),
+            Err(error) => {
+                let envelope = match error {
+                    std::sync::mpsc::TrySendError::Full(envelope)
+                    | std::sync::mpsc::TrySendError::Disconnected(envelope) => envelope,
+                };
+                let kind = envelope.request.kind();
+                let cause = ControlError::QueueFull;
+                (envelope.done)(Err(RequestError { kind, cause }));
+            }
+        }
+    }
+
+    /// Queues a request and waits for its outcome.
+    ///
+    /// # Errors
+    /// The request failed.
+    pub fn call(&self, request: VmRequest) -> Result<(), RequestError> {
+        let kind = request.kind();
+        let (sender, receiver) = sync_channel(1);
+        // Nobody listens any more when the caller has gone, which it cannot while it waits below.
+        self.submit(request, Box::new(move |outcome| drop(sender.send(outcome))));
+        receiver.recv().unwrap_or(Err(RequestError {
+            kind,
+            cause: ControlError::QueueFull,
+        }))
+    }
+
+    /// The descriptor to write to when the process shall end, for signal handlers.
+    pub fn exit_event(&self) -> Arc<EventFd> {
+        Arc::clone(&self.exit)
+    }
+}
+
+/// What the control thread is made from.
+pub struct ControlSetup {
+    /// Where it shows what there is.
+    pub view: Arc<PublishedView>,
+    /// Makes the context of each machine; its signals must be `signals`.
+    pub make_context: ContextMaker,
+    /// What machines report.
+    pub signals: Arc<VmSignals>,
+    /// Event monitor.
+    pub events: EventSink,
+    /// Stay when the guest powers off (`--no-shutdown`).
+    pub no_shutdown: bool,
+    /// Called first on the thread.
+    pub on_start: Box<dyn FnOnce() + Send>,
+}
+
+impl std::fmt::Debug for ControlSetup {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ControlSetup").finish_non_exhaustive()
+    }
+}
+
+/// The running control thread.
+#[derive(Debug)]
+pub struct ControlThread {
+    handle: ControlHandle,
+    thread: JoinHandle<Ending>,
+}
+
+impl ControlThread {
+    /// Starts it for machines of type `M`.
+    ///
+    /// # Errors
+    /// The host lacks descriptors or threads.
+    pub fn start<M: Machine>(setup: ControlSetup) -> Result<Self, ControlThreadError> {
+        let new_event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        let wake = Arc::new(new_event().map_err(ControlThreadError::Setup)?);
+        let exit = Arc::new(new_event().map_err(ControlThreadError::Setup)?);
+        let (queue, requests) = sync_channel(QUEUE_LENGTH);
+        let epoll = watch(&[
+            (&exit, TOKEN_EXIT),
+            (&setup.signals.failed, TOKEN_FAILED),
+            (&setup.signals.shutdown, TOKEN_GUEST_SHUTDOWN),
+            (&setup.signals.reset, TOKEN_RESET),
+            (&wake, TOKEN_REQUEST),
+        ])
+        .map_err(ControlThreadError::Setup)?;
+        let handle = ControlHandle { queue, wake, exit };
+        let own = handle.clone();
+        let thread = std::thread::Builder::new()
+            .name(CONTROL_THREAD.to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || run::<M>(setup, &epoll, &requests, &own.wake))
+            .map_err(ControlThreadError::Spawn)?;
+        Ok(Self { handle, thread })
+    }
+
+    /// The way to it.
+    pub fn handle(&self) -> ControlHandle {
+        self.handle.clone()
+    }
+
+    /// Waits until it ends.
+    pub fn join(self) -> Ending {
+        self.thread.join().unwrap_or(Ending::MachineFailed)
+    }
+}
+
+fn watch(events: &[(&EventFd, u64)]) -> io::Result<Epoll> {
+    let epoll = Epoll::new()?;
+    for (event, token) in events {
+        epoll.ctl(
+            ControlOperation::Add,
+            event.as_raw_fd(),
+            EpollEvent::new(EventSet::IN, *token),
+        )?;
+    }
+    Ok(epoll)
+}
+
+fn run<M: Machine>(
+    setup: ControlSetup,
+    epoll: &Epoll,
+    requests: &Receiver<Envelope>,
+    wake: &EventFd,
+) -> Ending {
+    (setup.on_start)();
+    (setup.events)("vmm", "starting", &[]);
+    let signals = Arc::clone(&setup.signals);
+    let lifecycle = Lifecycle::<M>::new(setup.view, signals, setup.make_context, setup.events);
+    let mut control = Control {
+        lifecycle,
+        signals: setup.signals,
+        no_shutdown: setup.no_shutdown,
+    };
+    let ending = loop {
+        let mut events = [EpollEvent::default(); TOKENS];
+        let count = match epoll.wait(-1, &mut events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                log::error!("The control thread cannot wait for events: {error}");
+                break Ending::MachineFailed;
+            }
+        };
+        let mut tokens: Vec<u64> = events[..count].iter().map(EpollEvent::data).collect();
+        tokens.sort_unstable();
+        if let Some(ending) = control.handle_tokens(&tokens, requests, wake) {
+            break ending;
+        }
+    };
+    control.log_failure(VmRequest::ShutdownVmm);
+    ending
+}
+
+struct Control<M: Machine> {
+    lifecycle: Lifecycle<M>,
+    signals: Arc<VmSignals>,
+    no_shutdown: bool,
+}
+
+impl<M: Machine> Control<M> {
+    fn handle_tokens(
+        &mut self,
+        tokens: &[u64],
+        requests: &Receiver<Envelope>,
+        wake: &EventFd,
+    ) -> Option<Ending> {
+        for token in tokens {
+            let ending = match *token {
+                TOKEN_EXIT => Some(Ending::Regular),
+                TOKEN_FAILED => self.machine_failed(),
+                TOKEN_GUEST_SHUTDOWN => self.guest_shut_down(),
+                TOKEN_RESET => self.guest_reset(),
+                _ => {
+                    clear(wake);
+                    self.serve_requests(requests)
+                }
+            };
+            if ending.is_some() {
+                return ending;
+            }
+        }
+        None
+    }
+
+    fn serve_requests(&mut self, requests: &Receiver<Envelope>) -> Option<Ending> {
+        loop {
+            let Envelope { request, done } = match requests.try_recv() {
+                Ok(envelope) => envelope,
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return None,
+            };
+            log::info!("API request: {:?}", request.kind());
+            let ends = matches!(request, VmRequest::ShutdownVmm);
+            let outcome = self.lifecycle.handle(request);
+            if let Err(error) = &outcome {
+                log::warn!("{}", api::error_chain(error).join(": "));
+            }
+            done(outcome);
+            if ends {
+                return Some(Ending::Regular);
+            }
+        }
+    }
+
+    fn guest_shut_down(&mut self) -> Option<Ending> {
+        clear(&self.signals.shutdown);
+        if !self.lifecycle.has_machine() {
+            return None;
+        }
+        log::info!("The guest has powered off");
+        if !self.no_shutdown {
+            return Some(Ending::Regular);
+        }
+        self.log_failure(VmRequest::Shutdown);
+        None
+    }
+
+    fn guest_reset(&mut self) -> Option<Ending> {
+        clear(&self.signals.reset);
+        if !self.lifecycle.has_machine() {
+            return None;
+        }
+        log::info!("The guest has asked for a reset");
+        match self.log_failure(VmRequest::Reboot) {
+            true => Some(Ending::MachineFailed),
+            false => None,
+        }
+    }
+
+    fn machine_failed(&mut self) -> Option<Ending> {
+        clear(&self.signals.failed);
+        if !self.lifecycle.has_machine() {
+            return None;
+        }
+        log::error!("The machine has failed and is stopped");
+        self.log_failure(VmRequest::Shutdown);
+        (!self.no_shutdown).then_some(Ending::MachineFailed)
+    }
+
+    /// Does what nobody waits for; true when it failed.
+    fn log_failure(&mut self, request: VmRequest) -> bool {
+        let outcome = self.lifecycle.handle(request);
+        if let Err(error) = &outcome {
+            log::error!("{}", api::error_chain(error).join(": "));
+        }
+        outcome.is_err()
+    }
+}
+
+fn clear(event: &EventFd) {
+    // Nothing to read means that it is clear already.
+    let _ = event.read();
+}

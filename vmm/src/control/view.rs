@@ -1,0 +1,76 @@
+//! What the control thread lets everybody see: the state after the last change that was completed.
+//!
+//! Readers take a reference and never wait for the control thread, however long it takes to boot or to stop a machine.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use api::{VmConfig, VmInfo, VmState};
+
+use super::machine::MachineObserver;
+
+/// One consistent picture.
+#[derive(Debug, Clone, Default)]
+pub struct View {
+    /// The stored configuration, if there is one.
+    pub config: Option<Arc<VmConfig>>,
+    /// The machine, if there is one.
+    pub machine: Option<MachineView>,
+}
+
+/// A machine in a [`View`].
+#[derive(Debug, Clone)]
+pub struct MachineView {
+    /// `Running` or `Paused`.
+    pub state: VmState,
+    /// Its figures.
+    pub observer: Arc<dyn MachineObserver>,
+}
+
+impl View {
+    /// Where the VM is in its life; `None` without a configuration.
+    pub fn state(&self) -> Option<VmState> {
+        match (&self.machine, &self.config) {
+            (Some(machine), _) => Some(machine.state),
+            (None, Some(_)) => Some(VmState::Created),
+            (None, None) => None,
+        }
+    }
+
+    /// Body of `GET /vm.info`; `None` without a configuration.
+    pub fn info(&self) -> Option<VmInfo> {
+        let config = self.config.as_deref()?;
+        Some(VmInfo {
+            config: config.clone(),
+            state: self.state()?,
+            memory_actual_size: match &self.machine {
+                Some(machine) => machine.observer.memory_actual_size_bytes(),
+                // A stored configuration is not judged before boot, so its sum may be nonsense.
+                None => config.memory.total_bytes().unwrap_or(u64::MAX),
+            },
+            device_tree: self
+                .machine
+                .as_ref()
+                .map(|machine| machine.observer.device_tree()),
+        })
+    }
+}
+
+/// The place where the control thread puts its picture.
+#[derive(Debug, Default)]
+pub struct PublishedView(RwLock<Arc<View>>);
+
+impl PublishedView {
+    /// The latest picture.
+    pub fn get(&self) -> Arc<View> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn publish(&self, view: View) {
+        let previous = {
+            let mut place = self.0.write().unwrap_or_else(PoisonError::into_inner);
+            std::mem::replace(&mut *place, Arc::new(view))
+        };
+        // Outside of the lock: it may be the last reference to a machine's figures.
+        drop(previous);
+    }
+}
