@@ -99,7 +99,7 @@ fn as_root(program: &str) -> Result<Command> {
 fn apt_get(args: &[&str]) -> Result<()> {
     let status = as_root("env")?
         .arg("DEBIAN_FRONTEND=noninteractive")
-        .args(["apt-get", "-q", "-y"])
+        .args(["apt-get", "-qq", "-y"])
         .args(args)
         .stdin(Stdio::null())
         // What a command prints on stdout is its result; apt's talk is not.

@@ -15,7 +15,7 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, PipeReader, PipeWriter, Read as _, Write as _};
+use std::io::{self, IsTerminal as _, PipeReader, PipeWriter, Read as _, Write as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::process::Command;
@@ -236,10 +236,17 @@ fn environment() -> impl Iterator<Item = Vec<u8>> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut with_bins = std::ffi::OsString::from(format!("{BIN_DIR}:"));
     with_bins.push(path);
+    let terminal = if io::stdout().is_terminal() {
+        "yes"
+    } else {
+        "no"
+    };
     let ours = [
         ("PATH".into(), with_bins),
         ("TESTBED".into(), "emulated".into()),
         ("GUEST_CMDLINE_EXTRA".into(), GUEST_CMDLINE_EXTRA.into()),
+        // The command itself writes to a pipe.
+        ("TESTBED_TERMINAL".into(), terminal.into()),
     ];
     std::env::vars_os()
         .filter(|(key, _)| key != "PATH")

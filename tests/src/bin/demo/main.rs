@@ -66,13 +66,19 @@ fn main() -> Result<()> {
     Ok(())
 }
 
+/// Whether a person watches: the testbed's emulated host says so, because its output is a pipe.
+fn on_terminal() -> bool {
+    std::io::stdout().is_terminal()
+        || std::env::var_os("TESTBED_TERMINAL").is_some_and(|says| says == "yes")
+}
+
 /// Samples the API once and shows the sample.
 fn sample(guest: &Guest, recording: &mut Recording, phase: Phase) -> Result<Sample> {
     let stats = guest.vmm.get("vm.reclaim-stats")?;
     let sample = recording.add(phase, &stats)?;
     println!(
         "{}",
-        chart::terminal_line(&sample, GUEST_BYTES, std::io::stdout().is_terminal())
+        chart::terminal_line(&sample, GUEST_BYTES, on_terminal())
     );
     Ok(sample)
 }
@@ -99,7 +105,7 @@ fn touch(guest: &mut Guest, recording: &mut Recording) -> Result<()> {
             let sample = recording.add(Phase::Touching, &stats)?;
             println!(
                 "{}",
-                chart::terminal_line(&sample, GUEST_BYTES, std::io::stdout().is_terminal())
+                chart::terminal_line(&sample, GUEST_BYTES, on_terminal())
             );
             std::thread::park_timeout(SAMPLE_INTERVAL);
         }
