@@ -26,6 +26,9 @@ pub(crate) fn main() -> ! {
     println!("guest: init {}", uptime());
     mount("devtmpfs", "/dev", "devtmpfs");
     mark_debug_port();
+    if let Err(error) = sys::link_standard_streams("/dev") {
+        println!("guest: links in /dev: {error}");
+    }
     for (kind, target) in [
         ("sysfs", "/sys"),
         ("tmpfs", "/tmp"),

@@ -137,6 +137,7 @@ fn build_root() -> io::Result<()> {
             sys::mount(source, &format!("{ROOT}{path}"), kind, 0, ""),
         )?;
     }
+    step("/dev", sys::link_standard_streams(&format!("{ROOT}/dev")))?;
     // Absent unless the host gave a directory to share.
     if has_share() {
         let ninep = "trans=virtio,version=9p2000.L,cache=mmap,msize=524288";

@@ -51,6 +51,19 @@ pub(crate) fn mount(
     Ok(())
 }
 
+/// The links in /dev that shells take for granted and no kernel makes.
+pub(crate) fn link_standard_streams(dev: &str) -> io::Result<()> {
+    for (name, target) in [
+        ("fd", "fd"),
+        ("stdin", "fd/0"),
+        ("stdout", "fd/1"),
+        ("stderr", "fd/2"),
+    ] {
+        std::os::unix::fs::symlink(format!("/proc/self/{target}"), format!("{dev}/{name}"))?;
+    }
+    Ok(())
+}
+
 /// chroot(2) into `path` and change to its root.
 pub(crate) fn chroot(path: &str) -> io::Result<()> {
     let path = c_string(path)?;
