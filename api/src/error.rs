@@ -37,6 +37,17 @@ pub fn error_chain(error: &(dyn Error + 'static)) -> Vec<String> {
         .collect()
 }
 
+/// What a program prints on standard error when `error` ends it, without a last line break.
+///
+/// `program` is the name as upstream spells it there: `Cloud Hypervisor`, `ch-remote`.
+pub fn chain_report(program: &str, error: &(dyn Error + 'static)) -> String {
+    let mut report = format!("Error: {program} exited with the following chain of errors:");
+    for (level, text) in error_chain(error).iter().enumerate() {
+        report.push_str(&format!("\n  {level}: {text}"));
+    }
+    report
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -50,6 +61,10 @@ mod tests {
     fn error_chain_nested_error_lists_outermost_first() {
         let error = Outer(std::io::Error::other("inner"));
         assert_eq!(error_chain(&error), ["outer", "inner"]);
+        assert_eq!(
+            chain_report("ch-remote", &error),
+            "Error: ch-remote exited with the following chain of errors:\n  0: outer\n  1: inner"
+        );
         assert_eq!(
             serde_json::to_string(&ErrorBody::new(&error)).unwrap(),
             r#"["outer","inner"]"#

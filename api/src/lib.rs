@@ -27,7 +27,7 @@ pub use balloon_stats::{BALLOON_STAT_TAGS, BalloonStats, BalloonStatsResponse};
 pub use client::{Client, ClientError};
 pub use config::VmConfig;
 pub use endpoints::{API_PREFIX, Endpoint, Method};
-pub use error::{ErrorBody, error_chain};
+pub use error::{ErrorBody, chain_report, error_chain};
 pub use event::{Event, EventTimestamp};
 pub use info::{DeviceNode, PciDeviceInfo, VmCounters, VmInfo, VmState, VmmPingResponse};
 pub use reclaim::{

@@ -1,2 +1,76 @@
-//! Placeholder until the first working version.
-fn main() {}
+//! `ch-remote`: controls a VMM over its API socket.
+//!
+//! One command, one request. What the VMM answers is printed as it came; an error is printed as a chain of causes on
+//! standard error, and the exit status is 1. Commands and arguments are Cloud Hypervisor's; `reclaim-stats` is ours.
+
+mod args;
+mod reclaim_table;
+mod request;
+mod units;
+mod watch;
+
+#[cfg(test)]
+mod mock_server;
+#[cfg(test)]
+mod tests;
+
+use std::io::{self, IsTerminal, Read, Write};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use api::Client;
+use clap::Parser;
+
+use args::{Arguments, Command};
+use request::Request;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let stdout = io::stdout();
+    let terminal = stdout.is_terminal();
+    match run(
+        &arguments,
+        &mut io::stdin().lock(),
+        &mut stdout.lock(),
+        terminal,
+    ) {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever read the output has seen enough, `head` for example. That is no failure of ours.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}", api::chain_report("ch-remote", error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Does what the arguments say. The streams are parameters so that tests can look at them.
+fn run(
+    arguments: &Arguments,
+    input: &mut dyn Read,
+    output: &mut dyn Write,
+    terminal: bool,
+) -> Result<()> {
+    let client = Client::new(&arguments.api_socket).with_timeout(arguments.timeout());
+    if let Command::ReclaimStats(options) = &arguments.command
+        && options.watch
+    {
+        return watch::watch(&client, options, output, terminal);
+    }
+    let Request { endpoint, body } = Request::new(&arguments.command, input)?;
+    if let Some(answer) = client.call(endpoint, body.as_deref())? {
+        writeln!(output, "{answer}")
+            .and_then(|()| output.flush())
+            .context("Cannot write the answer")?;
+    }
+    Ok(())
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    // Only standard output is written to with a plain I/O error at the root; a broken API socket is a client error.
+    error.downcast_ref::<api::ClientError>().is_none()
+        && error
+            .root_cause()
+            .downcast_ref::<io::Error>()
+            .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}

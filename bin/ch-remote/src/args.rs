@@ -1,0 +1,129 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use api::options::parse_bytes;
+use clap::{ArgGroup, Args, Parser, Subcommand};
+
+/// Shortest time between two samples of `reclaim-stats --watch`. A measurement of residency costs the host something.
+const INTERVAL_SECONDS_MIN: f64 = 0.05;
+/// Longest; longer is a mistake, and it has to fit a duration.
+const INTERVAL_SECONDS_MAX: f64 = 86_400.0;
+
+/// Control a running cloud-hypervisor over its API socket.
+#[derive(Debug, Parser)]
+#[command(
+    name = "ch-remote",
+    version = concat!("v", env!("CARGO_PKG_VERSION")),
+    about = "Control a running cloud-hypervisor over its API socket",
+    after_help = "Answers are printed as JSON on standard output. On failure the exit status is 1 and standard error \
+                  has the chain of causes.\n\nExamples:\n  \
+                  ch-remote --api-socket /run/vm.sock info\n  \
+                  ch-remote --api-socket /run/vm.sock resize --balloon 1G\n  \
+                  ch-remote --api-socket /run/vm.sock reclaim-stats --watch"
+)]
+pub(crate) struct Arguments {
+    /// UNIX socket of the VMM, as given to its --api-socket
+    #[arg(long, value_name = "PATH")]
+    pub(crate) api_socket: PathBuf,
+
+    /// Give up after this many seconds [default: wait for the answer, however long it takes]
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    timeout: Option<u64>,
+
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+impl Arguments {
+    /// How long one request may take.
+    pub(crate) fn timeout(&self) -> Option<Duration> {
+        self.timeout.map(Duration::from_secs)
+    }
+}
+
+/// The commands. Names are those of the endpoint table, which a test checks.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Ask the VMM whether it is alive, and which one it is
+    Ping,
+    /// Show the configuration and the state of the VM
+    Info,
+    /// Show the counters of the VM's devices
+    Counters,
+    /// Store the configuration of a VM, without booting it
+    Create(CreateArguments),
+    /// Boot the VM
+    Boot,
+    /// Stop the VM's vCPUs
+    Pause,
+    /// Let the vCPUs of a paused VM go on
+    Resume,
+    /// End the VM and keep its configuration
+    Shutdown,
+    /// Start the VM anew
+    Reboot,
+    /// Press the VM's power button
+    PowerButton,
+    /// End the VM and forget its configuration
+    Delete,
+    /// End the VMM
+    ShutdownVmm,
+    /// Change the VM's vCPUs, RAM or balloon
+    Resize(ResizeArguments),
+    /// Show what the guest says about its memory
+    BalloonStats,
+    /// Show how much of the VM's memory came back to the host, and how
+    ReclaimStats(ReclaimStatsArguments),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CreateArguments {
+    /// File with the configuration as JSON; - reads standard input
+    #[arg(value_name = "PATH", default_value = "-")]
+    pub(crate) path: PathBuf,
+}
+
+#[derive(Debug, Args)]
+#[command(group = ArgGroup::new("change").required(true).multiple(true))]
+pub(crate) struct ResizeArguments {
+    /// Number of vCPUs
+    #[arg(long, value_name = "COUNT", group = "change", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) cpus: Option<u32>,
+
+    /// RAM, in bytes or with a suffix K, M, G or T
+    #[arg(long, value_name = "SIZE", group = "change", value_parser = parse_bytes)]
+    pub(crate) memory: Option<u64>,
+
+    /// Memory the guest shall give up to the balloon, in bytes or with a suffix K, M, G or T
+    #[arg(long, value_name = "SIZE", group = "change", value_parser = parse_bytes)]
+    pub(crate) balloon: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReclaimStatsArguments {
+    /// Keep showing fresh figures until Ctrl-C: a table on a terminal, else one line of key=value per sample
+    #[arg(long)]
+    pub(crate) watch: bool,
+
+    /// Seconds between two samples
+    #[arg(long, value_name = "SECONDS", default_value = "1", requires = "watch", value_parser = parse_interval)]
+    pub(crate) interval: Duration,
+
+    /// End after this many samples
+    #[arg(long, value_name = "SAMPLES", requires = "watch", value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) count: Option<u64>,
+}
+
+fn parse_interval(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text
+        .parse()
+        .map_err(|_| format!("{text:?} is not a number of seconds"))?;
+    if !(INTERVAL_SECONDS_MIN..=INTERVAL_SECONDS_MAX).contains(&seconds) {
+        return Err(format!(
+            "{text:?} is not between {INTERVAL_SECONDS_MIN} and {INTERVAL_SECONDS_MAX} seconds"
+        ));
+    }
+    Ok(Duration::from_secs_f64(seconds))
+}

@@ -1,0 +1,394 @@
+//! `vm.reclaim-stats` as a table for people and as a line for programs.
+
+use std::collections::BTreeSet;
+use std::fmt::Write;
+use std::time::Duration;
+
+use api::{ReclaimPath, ReclaimStats};
+
+use crate::units::{age, bytes, micros, percent};
+
+/// Width of the bar, characters.
+const BAR_WIDTH: usize = 40;
+const LABEL_WIDTH: usize = 22;
+const VALUE_WIDTH: usize = 14;
+
+/// A sample, with the one before it for the rates.
+#[derive(Debug)]
+pub(crate) struct Sample<'a> {
+    pub(crate) stats: &'a ReclaimStats,
+    pub(crate) previous: Option<&'a ReclaimStats>,
+    /// Time from `previous` to `stats`.
+    pub(crate) interval: Duration,
+    /// Time from the first sample to this one.
+    pub(crate) elapsed: Duration,
+}
+
+impl Sample<'_> {
+    /// Bytes discarded per second over both paths since the sample before. A VM that was booted anew counts from zero
+    /// again, which is no negative rate.
+    fn discarded_bytes_per_s(&self) -> u64 {
+        let total = |stats: &ReclaimStats| {
+            stats
+                .report
+                .discarded_bytes
+                .saturating_add(stats.inflate.discarded_bytes)
+        };
+        let Some(previous) = self.previous else {
+            return 0;
+        };
+        let grown = total(self.stats).saturating_sub(total(previous));
+        let seconds = self.interval.as_secs_f64();
+        if seconds > 0.0 {
+            (grown as f64 / seconds) as u64
+        } else {
+            0
+        }
+    }
+
+    /// One line of `key=value`, in bytes and milliseconds.
+    pub(crate) fn to_line(&self) -> String {
+        let stats = self.stats;
+        let mut line = format!(
+            "elapsed_ms={} configured_bytes={} resident_bytes={} reclaimed_bytes={} ballooned_bytes={} \
+             balloon_target_bytes={} reported_bytes={} discarded_bytes={} failed_bytes={} \
+             discarded_bytes_per_s={} reporting={}",
+            self.elapsed.as_millis(),
+            stats.configured_bytes,
+            stats.resident_bytes,
+            stats.reclaimed_bytes,
+            stats.ballooned_bytes,
+            stats.balloon_target_bytes,
+            stats.report.requested_bytes,
+            stats
+                .report
+                .discarded_bytes
+                .saturating_add(stats.inflate.discarded_bytes),
+            stats
+                .report
+                .failed_bytes
+                .saturating_add(stats.inflate.failed_bytes),
+            self.discarded_bytes_per_s(),
+            if stats.reporting.active {
+                "active"
+            } else {
+                "inactive"
+            },
+        );
+        if let Some(free) = stats
+            .guest
+            .as_ref()
+            .and_then(|guest| guest.stats.free_memory)
+        {
+            append(&mut line, format_args!(" guest_free_bytes={free}"));
+        }
+        line
+    }
+
+    /// The table, lines ended by line breaks.
+    pub(crate) fn to_table(&self) -> String {
+        let mut table = String::new();
+        self.memory(&mut table);
+        self.state(&mut table);
+        self.paths(&mut table);
+        self.guest(&mut table);
+        table
+    }
+
+    fn memory(&self, table: &mut String) {
+        let stats = self.stats;
+        let share = |part| format!("{:5.1} %", percent(part, stats.configured_bytes));
+        row(table, "Configured", &[&bytes(stats.configured_bytes)]);
+        row(
+            table,
+            "Resident on the host",
+            &[&bytes(stats.resident_bytes), &share(stats.resident_bytes)],
+        );
+        row(
+            table,
+            "Reclaimed",
+            &[&bytes(stats.reclaimed_bytes), &share(stats.reclaimed_bytes)],
+        );
+        if let Some(swapped) = stats.swapped_bytes {
+            row(
+                table,
+                "In the host's swap",
+                &[&bytes(swapped), &share(swapped)],
+            );
+        }
+        row(
+            table,
+            "In the balloon",
+            &[&bytes(stats.ballooned_bytes), &share(stats.ballooned_bytes)],
+        );
+        row(
+            table,
+            "Balloon target",
+            &[&bytes(stats.balloon_target_bytes)],
+        );
+        row(
+            table,
+            "Coming back",
+            &[&format!("{}/s", bytes(self.discarded_bytes_per_s()))],
+        );
+        append(
+            table,
+            format_args!(
+                "\n[{}] resident\n\n",
+                bar(percent(stats.resident_bytes, stats.configured_bytes))
+            ),
+        );
+    }
+
+    fn state(&self, table: &mut String) {
+        let stats = self.stats;
+        let reporting = match (&stats.reporting.active, &stats.reporting.reason) {
+            (true, _) => "active".to_owned(),
+            (false, Some(reason)) => format!("inactive: {}", printable(reason)),
+            (false, None) => "inactive".to_owned(),
+        };
+        append(
+            table,
+            format_args!("{:<LABEL_WIDTH$}{reporting}\n", "Reporting"),
+        );
+        append(
+            table,
+            format_args!(
+                "{:<LABEL_WIDTH$}{}; residency by {} in {}\n\n",
+                "Backing",
+                printable(&stats.backing),
+                printable(&stats.residency_method),
+                micros(stats.resident_sample_us)
+            ),
+        );
+    }
+
+    fn paths(&self, table: &mut String) {
+        let paths = [&self.stats.report, &self.stats.inflate];
+        let all = |table: &mut String, label: &str, value: &dyn Fn(&ReclaimPath) -> String| {
+            row(
+                table,
+                label,
+                &paths.map(value).each_ref().map(String::as_str),
+            );
+        };
+        row(table, "", &["report", "inflate"]);
+        all(table, "Requested", &|path| bytes(path.requested_bytes));
+        all(table, "  ranges", &|path| path.requested_ranges.to_string());
+        all(table, "Discarded", &|path| bytes(path.discarded_bytes));
+        all(table, "  ranges", &|path| path.discarded_ranges.to_string());
+        all(table, "  system calls", &|path| {
+            path.discard_syscalls.to_string()
+        });
+        let reasons: BTreeSet<_> = paths
+            .iter()
+            .flat_map(|path| path.skipped_bytes.keys())
+            .collect();
+        for reason in reasons {
+            let label = format!("Skipped, {}", printable(reason));
+            all(table, &label, &|path| {
+                bytes(path.skipped_bytes.get(reason).copied().unwrap_or(0))
+            });
+        }
+        all(table, "Failed", &|path| bytes(path.failed_bytes));
+        all(table, "Batches", &|path| path.batches.to_string());
+        all(table, "Latency, median", &|path| {
+            micros(path.latency_us.p50)
+        });
+        all(table, "  99 %", &|path| micros(path.latency_us.p99));
+        all(table, "  longest", &|path| micros(path.latency_us.max));
+        all(table, "Last batch", &|path| {
+            path.last_batch
+                .map_or_else(|| "-".to_owned(), |batch| bytes(batch.bytes))
+        });
+        all(table, "  answered", &|path| {
+            path.last_batch
+                .map_or_else(|| "-".to_owned(), |batch| age(batch.age_ms))
+        });
+    }
+
+    fn guest(&self, table: &mut String) {
+        let Some(guest) = &self.stats.guest else {
+            return;
+        };
+        let known = [
+            ("free", guest.stats.free_memory),
+            ("available", guest.stats.available_memory),
+            ("caches", guest.stats.disk_caches),
+            ("total", guest.stats.total_memory),
+        ];
+        let figures: Vec<_> = known
+            .iter()
+            .filter_map(|(name, value)| value.map(|value| format!("{name} {}", bytes(value))))
+            .collect();
+        append(
+            table,
+            format_args!(
+                "\n{:<LABEL_WIDTH$}{} ({})\n",
+                "Guest says",
+                figures.join(", "),
+                age(guest.age_ms)
+            ),
+        );
+    }
+}
+
+fn row(table: &mut String, label: &str, values: &[&str]) {
+    append(table, format_args!("{label:<LABEL_WIDTH$}"));
+    for value in values {
+        append(table, format_args!("{value:>VALUE_WIDTH$}"));
+    }
+    table.push('\n');
+}
+
+fn bar(percent: f64) -> String {
+    let filled = ((percent.clamp(0.0, 100.0) / 100.0) * BAR_WIDTH as f64).round() as usize;
+    format!("{}{}", "#".repeat(filled), ".".repeat(BAR_WIDTH - filled))
+}
+
+/// Text of the server's for a terminal, which must not take its bytes for commands.
+fn printable(text: &str) -> String {
+    text.chars()
+        .map(|character| {
+            if character.is_control() {
+                '?'
+            } else {
+                character
+            }
+        })
+        .collect()
+}
+
+fn append(text: &mut String, arguments: std::fmt::Arguments<'_>) {
+    text.write_fmt(arguments)
+        .expect("writing to a string cannot fail");
+}
+
+#[cfg(test)]
+mod tests {
+    use api::{BalloonStats, GuestSample, LastBatch, ReportingStatus};
+
+    use super::*;
+
+    fn stats(discarded_bytes: u64) -> ReclaimStats {
+        ReclaimStats {
+            configured_bytes: 1 << 30,
+            resident_bytes: 256 << 20,
+            reclaimed_bytes: 768 << 20,
+            backing: "anonymous-private".to_owned(),
+            reporting: ReportingStatus {
+                active: true,
+                reason: None,
+            },
+            report: ReclaimPath {
+                requested_bytes: discarded_bytes,
+                discarded_bytes,
+                last_batch: Some(LastBatch {
+                    bytes: 64 << 20,
+                    ranges: 32,
+                    latency_us: 90,
+                    age_ms: 1200,
+                }),
+                ..Default::default()
+            },
+            guest: Some(GuestSample {
+                stats: BalloonStats {
+                    free_memory: Some(700 << 20),
+                    ..Default::default()
+                },
+                age_ms: 10,
+            }),
+            ..Default::default()
+        }
+    }
+
+    fn sample<'a>(stats: &'a ReclaimStats, previous: Option<&'a ReclaimStats>) -> Sample<'a> {
+        Sample {
+            stats,
+            previous,
+            interval: Duration::from_secs(2),
+            elapsed: Duration::from_millis(2500),
+        }
+    }
+
+    #[test]
+    fn table_shows_figures_and_shares() {
+        let stats = stats(768 << 20);
+        let table = sample(&stats, None).to_table();
+        for line in [
+            "Configured                  1.00 GiB\n",
+            "Resident on the host         256 MiB        25.0 %\n",
+            "[##########..............................] resident\n",
+            "Reporting             active\n",
+            "Discarded                    768 MiB           0 B\n",
+            "Last batch                  64.0 MiB             -\n",
+            "Guest says            free 700 MiB (10 ms ago)\n",
+        ] {
+            assert!(table.contains(line), "{line:?} is not in\n{table}");
+        }
+        assert!(!table.contains("swap"), "{table}");
+    }
+
+    #[test]
+    fn table_shows_every_reason_to_skip_and_to_be_inactive() {
+        let mut stats = stats(0);
+        stats.reporting = ReportingStatus {
+            active: false,
+            reason: Some("not\x1b[31m negotiated".to_owned()),
+        };
+        stats
+            .report
+            .skipped_bytes
+            .insert("unaligned".to_owned(), 4096);
+        stats
+            .inflate
+            .skipped_bytes
+            .insert("poison".to_owned(), 8192);
+        let table = sample(&stats, None).to_table();
+        assert!(table.contains("inactive: not?[31m negotiated"), "{table}");
+        assert!(
+            table.contains("Skipped, poison                  0 B      8.00 KiB"),
+            "{table}"
+        );
+        assert!(
+            table.contains("Skipped, unaligned          4.00 KiB           0 B"),
+            "{table}"
+        );
+    }
+
+    #[test]
+    fn rate_is_what_was_discarded_since_the_sample_before() {
+        let (old, new) = (stats(100), stats(300));
+        assert_eq!(sample(&new, Some(&old)).discarded_bytes_per_s(), 100);
+        assert_eq!(sample(&old, Some(&new)).discarded_bytes_per_s(), 0);
+        assert_eq!(sample(&new, None).discarded_bytes_per_s(), 0);
+    }
+
+    #[test]
+    fn line_is_key_value_pairs() {
+        let stats = stats(300);
+        let line = sample(&stats, None).to_line();
+        assert!(!line.contains('\n'));
+        assert!(
+            line.split(' ').all(|pair| pair.split('=').count() == 2),
+            "{line}"
+        );
+        assert!(
+            line.starts_with(
+                "elapsed_ms=2500 configured_bytes=1073741824 resident_bytes=268435456 "
+            ),
+            "{line}"
+        );
+        assert!(
+            line.ends_with(" reporting=active guest_free_bytes=734003200"),
+            "{line}"
+        );
+    }
+
+    #[test]
+    fn bar_stays_within_its_width() {
+        for percent in [-1.0, 0.0, 33.3, 100.0, 250.0, f64::NAN] {
+            assert_eq!(bar(percent).len(), BAR_WIDTH, "{percent}");
+        }
+    }
+}

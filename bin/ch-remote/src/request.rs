@@ -1,0 +1,84 @@
+//! From a command to the request it stands for.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use api::{Endpoint, VmResize, to_ascii_json};
+
+use crate::args::{Command, ResizeArguments};
+
+/// Most bytes of a configuration. The VMM takes no longer body.
+const CONFIG_BYTES_MAX: u64 = 4 << 20;
+
+/// An endpoint with the body for it.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Request {
+    pub(crate) endpoint: Endpoint,
+    pub(crate) body: Option<String>,
+}
+
+impl Request {
+    /// The request of `command`; `input` stands for standard input.
+    pub(crate) fn new(command: &Command, input: &mut dyn Read) -> Result<Self> {
+        let endpoint = endpoint(command);
+        let body = match command {
+            Command::Create(create) => Some(read_config(&create.path, input)?),
+            Command::Resize(resize) => Some(to_ascii_json(&resize_body(resize))?),
+            _ => None,
+        };
+        Ok(Self { endpoint, body })
+    }
+}
+
+/// The endpoint that `command` calls.
+pub(crate) fn endpoint(command: &Command) -> Endpoint {
+    match command {
+        Command::Ping => Endpoint::VmmPing,
+        Command::Info => Endpoint::VmInfo,
+        Command::Counters => Endpoint::VmCounters,
+        Command::Create(_) => Endpoint::VmCreate,
+        Command::Boot => Endpoint::VmBoot,
+        Command::Pause => Endpoint::VmPause,
+        Command::Resume => Endpoint::VmResume,
+        Command::Shutdown => Endpoint::VmShutdown,
+        Command::Reboot => Endpoint::VmReboot,
+        Command::PowerButton => Endpoint::VmPowerButton,
+        Command::Delete => Endpoint::VmDelete,
+        Command::ShutdownVmm => Endpoint::VmmShutdown,
+        Command::Resize(_) => Endpoint::VmResize,
+        Command::BalloonStats => Endpoint::VmBalloonStats,
+        Command::ReclaimStats(_) => Endpoint::VmReclaimStats,
+    }
+}
+
+fn resize_body(resize: &ResizeArguments) -> VmResize {
+    VmResize {
+        desired_vcpus: resize.cpus,
+        desired_ram: resize.memory,
+        desired_balloon: resize.balloon,
+    }
+}
+
+/// The configuration as it stands in the file: the VMM is who judges it, and it may know more than this program.
+fn read_config(path: &Path, input: &mut dyn Read) -> Result<String> {
+    let mut text = String::new();
+    if path == Path::new("-") {
+        input
+            .take(CONFIG_BYTES_MAX + 1)
+            .read_to_string(&mut text)
+            .context("Cannot read standard input")?;
+    } else {
+        let failed = || format!("Cannot read {}", path.display());
+        let file = File::open(path).with_context(failed)?;
+        file.take(CONFIG_BYTES_MAX + 1)
+            .read_to_string(&mut text)
+            .with_context(failed)?;
+    }
+    ensure!(
+        text.len() as u64 <= CONFIG_BYTES_MAX,
+        "The configuration is longer than {CONFIG_BYTES_MAX} bytes"
+    );
+    Ok(text)
+}

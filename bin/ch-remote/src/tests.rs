@@ -1,0 +1,303 @@
+//! The program against a mock VMM.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use api::{Endpoint, Method, error_chain};
+use clap::CommandFactory;
+
+use super::*;
+use crate::mock_server::{MockServer, answer};
+
+fn parse(socket: &Path, words: &str) -> Arguments {
+    let head = [
+        "ch-remote".to_owned(),
+        "--api-socket".to_owned(),
+        socket.display().to_string(),
+    ];
+    Arguments::try_parse_from(
+        head.into_iter()
+            .chain(words.split_whitespace().map(str::to_owned)),
+    )
+    .unwrap()
+}
+
+fn refused(words: &str) -> clap::Error {
+    Arguments::try_parse_from(["ch-remote"].into_iter().chain(words.split_whitespace()))
+        .unwrap_err()
+}
+
+/// Runs `words` against `answers`; what was printed, and the requests.
+fn exchange(words: &str, input: &str, answers: &[&str]) -> (Result<String>, Vec<String>) {
+    let server = MockServer::answering(answers);
+    let mut output = Vec::new();
+    let result = run(
+        &parse(&server.socket, words),
+        &mut input.as_bytes(),
+        &mut output,
+        false,
+    );
+    (
+        result.map(|()| String::from_utf8(output).unwrap()),
+        server.requests(),
+    )
+}
+
+#[test]
+fn arguments_are_well_formed() {
+    Arguments::command().debug_assert();
+}
+
+#[test]
+fn commands_are_those_of_the_endpoint_table() {
+    let table: BTreeSet<_> = Endpoint::ALL
+        .iter()
+        .map(|endpoint| endpoint.command().to_owned())
+        .collect();
+    let commands: BTreeSet<_> = Arguments::command()
+        .get_subcommands()
+        .map(|command| command.get_name().to_owned())
+        .collect();
+    assert_eq!(commands, table);
+    assert_eq!(table.len(), Endpoint::ALL.len());
+}
+
+#[test]
+fn every_command_calls_its_endpoint() {
+    for &endpoint in Endpoint::ALL {
+        let arguments = if endpoint == Endpoint::VmResize {
+            " --balloon 0"
+        } else {
+            ""
+        };
+        let words = format!("{}{arguments}", endpoint.command());
+        let body = if endpoint.response().is_some() {
+            "{}"
+        } else {
+            ""
+        };
+        let (result, requests) =
+            exchange(&words, "{}", &[&answer(endpoint.success_status(), body)]);
+        assert_eq!(result.unwrap(), if body.is_empty() { "" } else { "{}\n" });
+        let method = if endpoint.method() == Method::Get {
+            "GET"
+        } else {
+            "PUT"
+        };
+        assert!(
+            requests[0].starts_with(&format!("{method} {} HTTP/1.1\r\n", endpoint.path())),
+            "{}",
+            requests[0]
+        );
+        assert_eq!(
+            requests[0].contains("Content-Length"),
+            endpoint.request().is_some(),
+            "{}",
+            requests[0]
+        );
+    }
+}
+
+#[test]
+fn resize_sizes_take_suffixes() {
+    let (result, requests) = exchange(
+        "resize --balloon 512M --memory 2G --cpus 4",
+        "",
+        &[&answer(204, "")],
+    );
+    assert_eq!(result.unwrap(), "");
+    let body = r#"{"desired_vcpus":4,"desired_ram":2147483648,"desired_balloon":536870912}"#;
+    assert!(requests[0].ends_with(body), "{}", requests[0]);
+    let (_, requests) = exchange("resize --balloon 0", "", &[&answer(204, "")]);
+    assert!(
+        requests[0].ends_with("\r\n\r\n{\"desired_balloon\":0}"),
+        "{}",
+        requests[0]
+    );
+}
+
+#[test]
+fn bad_arguments_are_refused_before_anything_is_sent() {
+    for words in [
+        "ping",
+        "--api-socket /x",
+        "--api-socket /x resize",
+        "--api-socket /x resize --balloon 1g",
+        "--api-socket /x resize --balloon -1",
+        "--api-socket /x resize --cpus 0",
+        "--api-socket /x info extra",
+        "--api-socket /x no-such-command",
+        "--api-socket /x reclaim-stats --interval 2",
+        "--api-socket /x reclaim-stats --watch --interval 0",
+        "--api-socket /x reclaim-stats --watch --interval nan",
+        "--api-socket /x reclaim-stats --watch --count 0",
+        "--api-socket /x --timeout 0 ping",
+    ] {
+        assert!(refused(words).use_stderr(), "{words}");
+    }
+}
+
+#[test]
+fn create_sends_the_configuration_as_it_stands() {
+    let config = "{ \"payload\": {\"kernel\": \"/k\"},\n \"new_section\": 1 }";
+    for words in ["create", "create -"] {
+        let (result, requests) = exchange(words, config, &[&answer(204, "")]);
+        assert_eq!(result.unwrap(), "");
+        assert!(requests[0].ends_with(config), "{}", requests[0]);
+    }
+    let dir = tempfile::TempDir::new().unwrap();
+    let path = dir.path().join("config.json");
+    std::fs::write(&path, config).unwrap();
+    let (result, requests) = exchange(
+        &format!("create {}", path.display()),
+        "",
+        &[&answer(204, "")],
+    );
+    assert_eq!(result.unwrap(), "");
+    assert!(requests[0].ends_with(config), "{}", requests[0]);
+}
+
+#[test]
+fn create_unreadable_configuration_is_an_error_of_its_own() {
+    let run = |words: &str, input: &mut dyn Read| {
+        run(
+            &parse(Path::new("/nonexistent"), words),
+            input,
+            &mut Vec::new(),
+            false,
+        )
+        .unwrap_err()
+    };
+    let error = run("create /nonexistent/config.json", &mut io::empty());
+    assert_eq!(error.to_string(), "Cannot read /nonexistent/config.json");
+    let error = run("create", &mut io::repeat(b' '));
+    assert_eq!(
+        error.to_string(),
+        "The configuration is longer than 4194304 bytes"
+    );
+}
+
+#[test]
+fn server_errors_are_printed_as_one_chain() {
+    let body = r#"["Error from API","The VM could not be resized","No balloon"]"#;
+    let (result, _) = exchange("resize --balloon 1G", "", &[&answer(500, body)]);
+    let error = result.unwrap_err();
+    assert_eq!(
+        api::chain_report("ch-remote", error.as_ref()),
+        "Error: ch-remote exited with the following chain of errors:\n  \
+         0: Server responded with InternalServerError\n  \
+         1: Error from API\n  2: The VM could not be resized\n  3: No balloon"
+    );
+    assert!(!is_broken_pipe(&error));
+}
+
+#[test]
+fn missing_socket_is_named() {
+    let arguments = parse(Path::new("/nonexistent/api.sock"), "ping");
+    let error = run(&arguments, &mut io::empty(), &mut Vec::new(), false).unwrap_err();
+    assert_eq!(
+        error_chain(error.as_ref())[0],
+        "There is no API socket at /nonexistent/api.sock"
+    );
+}
+
+#[test]
+fn silent_server_ends_at_the_timeout() {
+    let dir = tempfile::TempDir::new().unwrap();
+    let socket = dir.path().join("api.sock");
+    // Accepts into its backlog and never answers.
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let error = run(
+        &parse(&socket, "--timeout 1 ping"),
+        &mut io::empty(),
+        &mut Vec::new(),
+        false,
+    )
+    .unwrap_err();
+    assert_eq!(error.to_string(), "The VMM did not answer within 1000 ms");
+}
+
+#[test]
+fn closed_output_is_no_failure() {
+    struct Closed;
+    impl Write for Closed {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::ErrorKind::BrokenPipe.into())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let server = MockServer::answering(&[&answer(200, "{}")]);
+    let error = run(
+        &parse(&server.socket, "info"),
+        &mut io::empty(),
+        &mut Closed,
+        false,
+    )
+    .unwrap_err();
+    assert!(is_broken_pipe(&error));
+    server.requests();
+}
+
+const STATS: &str = r#"{"configured_bytes":1024,"resident_bytes":512,"reclaimed_bytes":512,"ballooned_bytes":0,"balloon_target_bytes":0,"reporting":{"active":true}}"#;
+
+#[test]
+fn watch_prints_a_line_for_every_sample() {
+    let stats = answer(200, STATS);
+    let (result, requests) = exchange(
+        "reclaim-stats --watch --interval 0.05 --count 3",
+        "",
+        &[&stats, &stats, &stats],
+    );
+    let output = result.unwrap();
+    assert_eq!((output.lines().count(), requests.len()), (3, 3));
+    assert!(
+        output
+            .lines()
+            .all(|line| line.contains(" resident_bytes=512 ")),
+        "{output}"
+    );
+}
+
+#[test]
+fn watch_on_a_terminal_redraws_the_table() {
+    let server = MockServer::answering(&[&answer(200, STATS)]);
+    let mut output = Vec::new();
+    let arguments = parse(&server.socket, "reclaim-stats --watch --count 1");
+    run(&arguments, &mut io::empty(), &mut output, true).unwrap();
+    server.requests();
+    let output = String::from_utf8(output).unwrap();
+    assert!(output.starts_with("\x1b[H\x1b[J"), "{output:?}");
+    assert!(output.contains("50.0 %"), "{output}");
+}
+
+#[test]
+fn watch_goes_on_over_a_refusal_and_ends_without_a_vmm() {
+    let refusal = answer(500, r#"["VM is not running"]"#);
+    let (result, _) = exchange(
+        "reclaim-stats --watch --interval 0.05 --count 2",
+        "",
+        &[&refusal, &answer(200, STATS)],
+    );
+    let output = result.unwrap();
+    assert!(
+        output.lines().next().unwrap().contains("VM is not running"),
+        "{output}"
+    );
+    assert!(
+        output
+            .lines()
+            .nth(1)
+            .unwrap()
+            .contains("resident_bytes=512"),
+        "{output}"
+    );
+
+    let not_found = answer(404, r#"["Not Found"]"#);
+    let (result, _) = exchange("reclaim-stats --watch", "", &[&not_found]);
+    assert_eq!(
+        result.unwrap_err().to_string(),
+        "Server responded with NotFound"
+    );
+}
