@@ -11,10 +11,12 @@
 
 pub mod balloon;
 pub mod block;
+pub mod console;
 pub mod device;
 mod guest_buffers;
 pub mod pci;
 pub mod reclaim;
+pub mod rng;
 mod served_queue;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;

@@ -68,6 +68,17 @@ impl EventSources {
         Ok(())
     }
 
+    /// Wakes the handler with `token` whenever `fd` takes bytes. Worth it only while
+    /// there is something to write: most descriptors nearly always do.
+    ///
+    /// # Errors
+    /// `epoll_ctl` failed.
+    pub fn add_writable(&mut self, fd: RawFd, token: u32) -> Result<(), WorkerError> {
+        self.watch_for(EventSet::OUT, fd, KIND_SOURCE | u64::from(token))?;
+        self.sources.push((fd, token));
+        Ok(())
+    }
+
     /// Stops watching `fd`; unknown descriptors are ignored.
     ///
     /// # Errors
@@ -161,12 +172,12 @@ impl EventSources {
     }
 
     fn watch(&self, fd: RawFd, datum: u64) -> Result<(), WorkerError> {
+        self.watch_for(EventSet::IN, fd, datum)
+    }
+
+    fn watch_for(&self, events: EventSet, fd: RawFd, datum: u64) -> Result<(), WorkerError> {
         self.epoll
-            .ctl(
-                ControlOperation::Add,
-                fd,
-                EpollEvent::new(EventSet::IN, datum),
-            )
+            .ctl(ControlOperation::Add, fd, EpollEvent::new(events, datum))
             .map_err(host("epoll_ctl(ADD)"))
     }
 

@@ -1,0 +1,162 @@
+//! The configuration half of the console and the VMM's handle to it.
+
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+
+use super::endpoint::ConsoleEndpoint;
+use super::handler::ConsoleHandler;
+use crate::device::{Counters, Interrupt, QueueHandler, VirtioDevice, WorkerError};
+
+/// Virtio device id.
+const DEVICE_TYPE: u32 = 3;
+/// Receive and transmit.
+const QUEUE_SIZES: [u16; 2] = [256, 256];
+/// Feature bit: columns and rows are valid.
+const VIRTIO_CONSOLE_F_SIZE: u32 = 0;
+/// Ports without VIRTIO_CONSOLE_F_MULTIPORT.
+const MAX_NR_PORTS: u32 = 1;
+
+/// Size of the terminal behind a console.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WindowSize {
+    /// Characters in a row.
+    pub columns: u16,
+    /// Rows.
+    pub rows: u16,
+}
+
+/// What both halves and the VMM see.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    /// Columns in the lower half, rows in the upper: read and written as one.
+    window: AtomicU32,
+    pub(super) rx_bytes: AtomicU64,
+    pub(super) tx_bytes: AtomicU64,
+    pub(super) tx_dropped_bytes: AtomicU64,
+    pub(super) bad_chains: AtomicU64,
+}
+
+/// The configuration half.
+#[derive(Debug)]
+pub struct Console {
+    shared: Arc<Shared>,
+    interrupt: Arc<OnceInterrupt>,
+    handler: Option<ConsoleHandler>,
+    sized: bool,
+}
+
+impl Console {
+    /// A console on `endpoint`; `id` names the device and its thread. A `window`
+    /// is offered to the guest as VIRTIO_CONSOLE_F_SIZE.
+    ///
+    /// # Errors
+    /// No eventfd to be had.
+    pub fn new(
+        id: &str,
+        endpoint: ConsoleEndpoint,
+        window: Option<WindowSize>,
+    ) -> Result<Self, WorkerError> {
+        let shared = Arc::new(Shared::default());
+        if let Some(window) = window {
+            shared.window.store(pack(window), Ordering::Relaxed);
+        }
+        Ok(Self {
+            handler: Some(ConsoleHandler::new(id, endpoint, Arc::clone(&shared))?),
+            shared,
+            interrupt: Arc::default(),
+            sized: window.is_some(),
+        })
+    }
+
+    /// The end that the VMM keeps.
+    pub fn handle(&self) -> ConsoleHandle {
+        ConsoleHandle {
+            shared: Arc::clone(&self.shared),
+            interrupt: Arc::clone(&self.interrupt),
+        }
+    }
+}
+
+/// Tells a running console about its terminal.
+#[derive(Debug, Clone)]
+pub struct ConsoleHandle {
+    shared: Arc<Shared>,
+    interrupt: Arc<OnceInterrupt>,
+}
+
+impl ConsoleHandle {
+    /// The terminal has another size now.
+    pub fn resize(&self, window: WindowSize) {
+        let packed = pack(window);
+        if self.shared.window.swap(packed, Ordering::SeqCst) != packed
+            && let Some(interrupt) = self.interrupt.0.get()
+        {
+            interrupt.signal_config();
+        }
+    }
+}
+
+/// The interrupt, once there is a transport.
+#[derive(Default)]
+struct OnceInterrupt(OnceLock<Arc<dyn Interrupt>>);
+
+impl std::fmt::Debug for OnceInterrupt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("OnceInterrupt")
+    }
+}
+
+impl VirtioDevice for Console {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_F_VERSION_1 | u64::from(self.sized) << VIRTIO_CONSOLE_F_SIZE
+    }
+
+    /// `struct virtio_console_config`: cols, rows, max_nr_ports, emerg_wr.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let window = self.shared.window.load(Ordering::SeqCst);
+        let fields = [window, MAX_NR_PORTS, 0];
+        for (at, byte) in (offset..).zip(data) {
+            *byte = usize::try_from(at)
+                .ok()
+                .and_then(|at| Some(fields.get(at / 4)?.to_le_bytes()[at % 4]))
+                .unwrap_or(0);
+        }
+    }
+
+    fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
+        self.handler
+            .take()
+            .map(|handler| Box::new(handler) as Box<dyn QueueHandler>)
+            .into_iter()
+            .collect()
+    }
+
+    fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {
+        // Set once, by the one transport there is.
+        self.interrupt.0.set(interrupt).ok();
+    }
+
+    fn counters(&self) -> Counters {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counters::from([
+            ("rx_bytes", read(&self.shared.rx_bytes)),
+            ("tx_bytes", read(&self.shared.tx_bytes)),
+            ("tx_dropped_bytes", read(&self.shared.tx_dropped_bytes)),
+            ("bad_chains", read(&self.shared.bad_chains)),
+        ])
+    }
+}
+
+fn pack(window: WindowSize) -> u32 {
+    u32::from(window.columns) | u32::from(window.rows) << 16
+}

@@ -1,0 +1,400 @@
+//! The queue half of the console.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, Read};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use vm_memory::GuestAddressSpace;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::device::Shared;
+use super::endpoint::ConsoleEndpoint;
+use super::output::{Output, Written};
+use crate::device::{Activation, GuestRam, QueueHandler, WorkerError};
+use crate::guest_buffers::{GuestBuffers, RamGuard};
+use crate::served_queue::{Popped, ServedQueue};
+use crate::worker::EventSources;
+
+/// Queue numbers (virtio 1.2 §5.3.2).
+const RECEIVE: u16 = 0;
+const TRANSMIT: u16 = 1;
+
+/// Tokens of the event sources.
+const TOKEN_INPUT: u32 = 0;
+const TOKEN_OUTPUT: u32 = 1;
+/// Queue callbacks cannot register sources; they ring this to have it done.
+const TOKEN_REARM: u32 = 2;
+
+/// Chains served on either side before the worker looks at its commands again.
+const CHAINS_PER_CALL_MAX: usize = 64;
+/// Bytes of one chain that are written out. Linux never sends more than 32 KiB
+/// at once; the rest of a longer chain is dropped and counted.
+const CHAIN_BYTES_MAX: usize = 64 << 10;
+/// Bytes moved at once.
+const CHUNK_BYTES: usize = 4 << 10;
+
+/// What the handler knows about its input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Input {
+    /// Watched: the worker wakes when there is something to read.
+    Watched,
+    /// Not watched, because the guest has no buffer or nothing is active.
+    Unwatched,
+    /// Cannot be polled (a regular file, `/dev/null`): read when the guest has buffers.
+    Unpollable,
+    /// Missing, at its end, or broken.
+    Closed,
+}
+
+/// What is there while the device is active.
+struct Active {
+    mem: GuestRam,
+    receive: Option<ServedQueue>,
+    transmit: Option<ServedQueue>,
+    /// A buffer taken from the guest that no input has come for yet.
+    waiting: Option<(u16, GuestBuffers)>,
+}
+
+/// The queue half.
+pub(super) struct ConsoleHandler {
+    name: String,
+    input: Option<File>,
+    input_state: Input,
+    output: Output,
+    output_watched: bool,
+    shared: Arc<Shared>,
+    rearm: EventFd,
+    chunk: Box<[u8]>,
+    active: Option<Active>,
+}
+
+impl std::fmt::Debug for ConsoleHandler {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ConsoleHandler")
+            .field("name", &self.name)
+            .field("input_state", &self.input_state)
+            .field("output", &self.output)
+            .finish_non_exhaustive()
+    }
+}
+
+impl ConsoleHandler {
+    pub(super) fn new(
+        id: &str,
+        endpoint: ConsoleEndpoint,
+        shared: Arc<Shared>,
+    ) -> Result<Self, WorkerError> {
+        let rearm = EventFd::new(EFD_NONBLOCK).map_err(|source| WorkerError::Host {
+            what: "eventfd",
+            source,
+        })?;
+        Ok(Self {
+            name: id.to_owned(),
+            input_state: if endpoint.input.is_some() {
+                Input::Unwatched
+            } else {
+                Input::Closed
+            },
+            input: endpoint.input,
+            output: Output::new(endpoint.output),
+            output_watched: false,
+            shared,
+            rearm,
+            chunk: vec![0; CHUNK_BYTES].into_boxed_slice(),
+            active: None,
+        })
+    }
+
+    /// Moves input into the guest's buffers. True: the guest has none left.
+    fn receive(&mut self, active: &mut Active) -> Result<bool, WorkerError> {
+        let Active {
+            mem,
+            receive: Some(queue),
+            waiting,
+            ..
+        } = active
+        else {
+            return Ok(true);
+        };
+        let ram = mem.memory();
+        let mut starved = false;
+        for _ in 0..CHAINS_PER_CALL_MAX {
+            let next = match waiting.take() {
+                Some(next) => next,
+                None => match self.next_buffer(&ram, queue)? {
+                    Some(next) => next,
+                    None => {
+                        starved = true;
+                        break;
+                    }
+                },
+            };
+            let (head, buffers) = next;
+            let room = self.chunk.len().min(buffers.bytes());
+            let Some(count) = self.read_input(room) else {
+                *waiting = Some((head, buffers));
+                break;
+            };
+            buffers.copy_in(&self.chunk[..count]);
+            self.shared
+                .rx_bytes
+                .fetch_add(count as u64, Ordering::Relaxed);
+            let count = u32::try_from(count).expect("at most a chunk");
+            queue.push_used(&ram, head, count)?;
+        }
+        queue.signal(&ram)?;
+        Ok(starved)
+    }
+
+    /// The next buffer the guest lets us write. Useless chains go straight back.
+    fn next_buffer(
+        &self,
+        ram: &RamGuard,
+        queue: &mut ServedQueue,
+    ) -> Result<Option<(u16, GuestBuffers)>, WorkerError> {
+        for _ in 0..CHAINS_PER_CALL_MAX {
+            let Some(Popped { head, buffers }) = queue.pop(ram)? else {
+                return Ok(None);
+            };
+            match buffers {
+                Ok(buffers) if buffers.writable.bytes() > 0 => {
+                    return Ok(Some((head, buffers.writable)));
+                }
+                _ => {
+                    self.shared.bad_chains.fetch_add(1, Ordering::Relaxed);
+                    queue.push_used(ram, head, 0)?;
+                }
+            }
+        }
+        queue.ring_again()?;
+        Ok(None)
+    }
+
+    /// Up to `room` bytes into the chunk; `None` if there are none now or ever.
+    fn read_input(&mut self, room: usize) -> Option<usize> {
+        let input = self.input.as_mut()?;
+        loop {
+            match input.read(&mut self.chunk[..room]) {
+                Ok(0) => break,
+                Ok(count) => return Some(count),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
+                // EIO: the other end of a pty is gone for now, or for good.
+                Err(_) => break,
+            }
+        }
+        self.input_state = Input::Closed;
+        None
+    }
+
+    fn transmit(&mut self, active: &mut Active) -> Result<(), WorkerError> {
+        let Active {
+            mem,
+            transmit: Some(queue),
+            ..
+        } = active
+        else {
+            return Ok(());
+        };
+        let ram = mem.memory();
+        let mut served = 0;
+        while served < CHAINS_PER_CALL_MAX {
+            let Some(Popped { head, buffers }) = queue.pop(&ram)? else {
+                break;
+            };
+            served += 1;
+            match buffers {
+                Ok(buffers) => self.write_out(buffers.readable),
+                Err(_) => {
+                    self.shared.bad_chains.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            queue.push_used(&ram, head, 0)?;
+        }
+        queue.signal(&ram)?;
+        if served == CHAINS_PER_CALL_MAX {
+            queue.ring_again()?;
+        }
+        if self.output.backlog_fd().is_some() && !self.output_watched {
+            self.ask_to_rearm()?;
+        }
+        Ok(())
+    }
+
+    fn write_out(&mut self, mut buffers: GuestBuffers) {
+        let mut left = buffers.bytes().min(CHAIN_BYTES_MAX);
+        let cut = buffers.bytes() - left;
+        let mut dropped = if self.output.is_connected() { cut } else { 0 };
+        self.shared
+            .tx_bytes
+            .fetch_add(left as u64, Ordering::Relaxed);
+        while left > 0 {
+            let room = self.chunk.len().min(left);
+            let count = buffers.copy_out(&mut self.chunk[..room]);
+            if count == 0 {
+                break;
+            }
+            dropped += self.output.write(&self.chunk[..count]).dropped_bytes;
+            buffers.advance(count);
+            left -= count;
+        }
+        self.count_dropped(Written {
+            dropped_bytes: dropped,
+        });
+    }
+
+    fn count_dropped(&self, written: Written) {
+        self.shared
+            .tx_dropped_bytes
+            .fetch_add(written.dropped_bytes as u64, Ordering::Relaxed);
+    }
+
+    fn ask_to_rearm(&self) -> Result<(), WorkerError> {
+        self.rearm.write(1).map_err(|source| WorkerError::Host {
+            what: "ringing the console's own eventfd",
+            source,
+        })
+    }
+
+    /// Watches what is worth watching: input while the guest has buffers, output
+    /// while there is a backlog.
+    fn rearm(&mut self, sources: &mut EventSources) -> Result<(), WorkerError> {
+        // EAGAIN: asked for by activation, not through the eventfd.
+        self.rearm.read().ok();
+        if self.input_state == Input::Unwatched
+            && let Some(input) = &self.input
+        {
+            self.input_state = match sources.add(input.as_raw_fd(), TOKEN_INPUT) {
+                Ok(()) => Input::Watched,
+                Err(WorkerError::Host { source, .. }) if is_unpollable(&source) => {
+                    Input::Unpollable
+                }
+                Err(error) => return Err(error),
+            };
+        }
+        if let Some(fd) = self.output.backlog_fd()
+            && !self.output_watched
+        {
+            match sources.add_writable(fd, TOKEN_OUTPUT) {
+                Ok(()) => self.output_watched = true,
+                // A file that is always writable never leaves a backlog; try at the
+                // next write.
+                Err(WorkerError::Host { source, .. }) if is_unpollable(&source) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn input_ready(
+        &mut self,
+        active: &mut Active,
+        sources: &mut EventSources,
+    ) -> Result<(), WorkerError> {
+        let starved = self.receive(active)?;
+        let Some(input) = &self.input else {
+            return Ok(());
+        };
+        if self.input_state == Input::Closed {
+            sources.remove(input.as_raw_fd())?;
+            self.input = None;
+        } else if starved {
+            // Until the guest gives a buffer; else the readable input would spin us.
+            sources.remove(input.as_raw_fd())?;
+            self.input_state = Input::Unwatched;
+        }
+        Ok(())
+    }
+
+    fn output_ready(&mut self, sources: &mut EventSources) -> Result<(), WorkerError> {
+        let watched = self.output.backlog_fd();
+        let written = self.output.flush();
+        self.count_dropped(written);
+        if let Some(fd) = watched
+            && self.output.backlog_fd().is_none()
+        {
+            sources.remove(fd)?;
+            self.output_watched = false;
+        }
+        Ok(())
+    }
+}
+
+impl QueueHandler for ConsoleHandler {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn activate(
+        &mut self,
+        activation: Activation,
+        sources: &mut EventSources,
+    ) -> Result<(), WorkerError> {
+        let mut active = Active {
+            mem: activation.mem,
+            receive: None,
+            transmit: None,
+            waiting: None,
+        };
+        for queue in activation.queues {
+            let index = queue.index;
+            let interrupt = Arc::clone(&activation.interrupt);
+            let served = ServedQueue::new(queue, activation.features, interrupt);
+            match index {
+                RECEIVE => active.receive = Some(served),
+                TRANSMIT => active.transmit = Some(served),
+                _ => {}
+            }
+        }
+        self.active = Some(active);
+        sources.add(self.rearm.as_raw_fd(), TOKEN_REARM)?;
+        self.rearm(sources)
+    }
+
+    fn queue_ready(&mut self, queue_index: u16) -> Result<(), WorkerError> {
+        let Some(mut active) = self.active.take() else {
+            return Ok(());
+        };
+        let outcome = match (queue_index, self.input_state) {
+            (TRANSMIT, _) => self.transmit(&mut active),
+            (RECEIVE, Input::Unpollable) => self.receive(&mut active).map(|_| ()),
+            (RECEIVE, Input::Unwatched) => self.ask_to_rearm(),
+            // Watched input wakes us by itself.
+            _ => Ok(()),
+        };
+        self.active = Some(active);
+        outcome
+    }
+
+    fn source_ready(&mut self, token: u32, sources: &mut EventSources) -> Result<(), WorkerError> {
+        let Some(mut active) = self.active.take() else {
+            return Ok(());
+        };
+        let outcome = match token {
+            TOKEN_INPUT => self.input_ready(&mut active, sources),
+            TOKEN_OUTPUT => self.output_ready(sources),
+            _ => self.rearm(sources),
+        };
+        self.active = Some(active);
+        outcome
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        // Nobody waits for the output until the next driver comes: a last try.
+        let written = self.output.flush();
+        self.count_dropped(written);
+        // The worker has removed the sources.
+        self.output_watched = false;
+        if self.input_state == Input::Watched {
+            self.input_state = Input::Unwatched;
+        }
+    }
+}
+
+/// The kernel's answer for files without a poll operation.
+fn is_unpollable(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EPERM)
+}

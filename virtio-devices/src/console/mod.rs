@@ -1,0 +1,20 @@
+//! Console device (virtio 1.2 §5.3): one port, bytes in and bytes out.
+//!
+//! ```text
+//!   host input ──► only while the guest has buffers ──► queue 0 (receive)
+//!   host output ◄── backlog, bounded, oldest first ◄── queue 1 (transmit)
+//! ```
+//!
+//! A slow reader of the output never holds the guest up: Linux spins until its
+//! console write is taken. What the output does not take at once waits in the
+//! backlog; what does not fit there is dropped and counted.
+
+mod device;
+mod endpoint;
+mod handler;
+mod output;
+#[cfg(test)]
+mod tests;
+
+pub use device::{Console, ConsoleHandle, WindowSize};
+pub use endpoint::ConsoleEndpoint;

@@ -1,0 +1,298 @@
+//! Entropy device (virtio 1.2 §5.4): one queue of buffers that the device fills
+//! with random bytes from a host file.
+
+use std::fs::File;
+use std::io::{ErrorKind, Read};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use vm_memory::GuestAddressSpace;
+
+use crate::device::{Activation, Counters, GuestRam, QueueHandler, VirtioDevice, WorkerError};
+use crate::guest_buffers::{GuestBuffers, RamGuard};
+use crate::served_queue::ServedQueue;
+use crate::worker::EventSources;
+
+/// Virtio device id.
+const DEVICE_TYPE: u32 = 4;
+/// Entries of the one queue. Linux keeps a single request in flight.
+const QUEUE_SIZES: [u16; 1] = [256];
+/// Most bytes one request gets; a longer one is answered short, which §5.4.6
+/// allows. Linux asks for 64 at a time.
+const REQUEST_BYTES_MAX: usize = 64 << 10;
+/// Requests served before the worker looks at its commands again: at 64 KiB
+/// each, about ten milliseconds of reading `/dev/urandom`.
+const REQUESTS_PER_CALL_MAX: usize = 32;
+/// Bytes read from the source at once.
+const CHUNK_BYTES: usize = 4 << 10;
+
+#[derive(Debug, Default)]
+struct Stats {
+    bytes: AtomicU64,
+    requests: AtomicU64,
+    bad_requests: AtomicU64,
+    source_failures: AtomicU64,
+}
+
+/// The configuration half. There is no device configuration.
+#[derive(Debug)]
+pub struct Rng {
+    handler: Option<RngHandler>,
+    stats: Arc<Stats>,
+}
+
+impl Rng {
+    /// Serves from `source`; `id` names the device and its thread. A source that
+    /// can run dry (a FIFO, `/dev/hwrng`) must be open non-blocking, or a pause
+    /// of the VM waits for it; a request it cannot serve is answered empty.
+    pub fn new(id: &str, source: File) -> Self {
+        let stats = Arc::new(Stats::default());
+        Self {
+            handler: Some(RngHandler {
+                name: id.to_owned(),
+                source,
+                stats: Arc::clone(&stats),
+                chunk: vec![0; CHUNK_BYTES].into_boxed_slice(),
+                active: None,
+            }),
+            stats,
+        }
+    }
+}
+
+impl VirtioDevice for Rng {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_F_VERSION_1
+    }
+
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
+        self.handler
+            .take()
+            .map(|handler| Box::new(handler) as Box<dyn QueueHandler>)
+            .into_iter()
+            .collect()
+    }
+
+    fn counters(&self) -> Counters {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counters::from([
+            ("bytes", read(&self.stats.bytes)),
+            ("requests", read(&self.stats.requests)),
+            ("bad_requests", read(&self.stats.bad_requests)),
+            ("source_failures", read(&self.stats.source_failures)),
+        ])
+    }
+}
+
+/// The queue half.
+#[derive(Debug)]
+struct RngHandler {
+    name: String,
+    source: File,
+    stats: Arc<Stats>,
+    chunk: Box<[u8]>,
+    active: Option<(GuestRam, ServedQueue)>,
+}
+
+impl RngHandler {
+    fn serve(&mut self, ram: &RamGuard, queue: &mut ServedQueue) -> Result<(), WorkerError> {
+        for _ in 0..REQUESTS_PER_CALL_MAX {
+            let Some(request) = queue.pop(ram)? else {
+                return Ok(());
+            };
+            self.stats.requests.fetch_add(1, Ordering::Relaxed);
+            let filled = match request.buffers {
+                Ok(buffers) if buffers.writable.bytes() > 0 => self.fill(buffers.writable),
+                _ => {
+                    self.stats.bad_requests.fetch_add(1, Ordering::Relaxed);
+                    0
+                }
+            };
+            queue.push_used(ram, request.head, filled)?;
+        }
+        queue.ring_again()
+    }
+
+    /// Fills the front of `buffers` and returns how many bytes that were.
+    fn fill(&mut self, mut buffers: GuestBuffers) -> u32 {
+        let mut filled = 0;
+        let wanted = buffers.bytes().min(REQUEST_BYTES_MAX);
+        while filled < wanted {
+            let room = self.chunk.len().min(wanted - filled);
+            match self.source.read(&mut self.chunk[..room]) {
+                Ok(count) if count > 0 => {
+                    buffers.copy_in(&self.chunk[..count]);
+                    buffers.advance(count);
+                    filled += count;
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                // End of file, dry, or broken: the driver gets what there is.
+                Ok(_) | Err(_) => {
+                    self.stats.source_failures.fetch_add(1, Ordering::Relaxed);
+                    break;
+                }
+            }
+        }
+        self.stats.bytes.fetch_add(filled as u64, Ordering::Relaxed);
+        u32::try_from(filled).expect("at most 64 KiB")
+    }
+}
+
+impl QueueHandler for RngHandler {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn activate(
+        &mut self,
+        activation: Activation,
+        _sources: &mut EventSources,
+    ) -> Result<(), WorkerError> {
+        let Activation {
+            mem,
+            features,
+            queues,
+            interrupt,
+        } = activation;
+        self.active = queues
+            .into_iter()
+            .next()
+            .map(|active| (mem, ServedQueue::new(active, features, interrupt)));
+        Ok(())
+    }
+
+    fn queue_ready(&mut self, _queue_index: u16) -> Result<(), WorkerError> {
+        let Some((mem, mut queue)) = self.active.take() else {
+            return Ok(());
+        };
+        let ram = mem.memory();
+        let served = self
+            .serve(&ram, &mut queue)
+            .and_then(|()| queue.signal(&ram));
+        self.active = Some((mem, queue));
+        served
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::sync::Mutex;
+
+    use crate::testing::{Desc, HandlerHarness, NEXT, Segment, WRITE, conformance};
+
+    fn harness(source: File) -> (Rng, HandlerHarness<Box<dyn QueueHandler>>) {
+        let mut rng = Rng::new("__rng", source);
+        let handler = rng.take_handlers().remove(0);
+        let mut harness = HandlerHarness::new(handler, rng.features());
+        harness.add_queues(1);
+        harness.activate().unwrap();
+        (rng, harness)
+    }
+
+    fn file(bytes: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(bytes).unwrap();
+        std::io::Seek::rewind(&mut file).unwrap();
+        file
+    }
+
+    #[test]
+    fn rng_conforms() {
+        conformance(|_| {
+            let source = File::open("/dev/urandom").unwrap();
+            Arc::new(Mutex::new(Rng::new("__rng", source)))
+        });
+    }
+
+    #[test]
+    fn request_of_several_buffers_gets_the_source_in_order() {
+        let (rng, mut harness) = harness(file(b"0123456789"));
+        let segments = [
+            Segment::Readable(b"no"),
+            Segment::Writable(4),
+            Segment::Writable(3),
+        ];
+        let (chain, used) = harness.request(0, &segments).unwrap();
+        assert_eq!(used.unwrap().len, 7);
+        assert_eq!(harness.queue(0).read_buffer(chain.buffers[1]), b"0123");
+        assert_eq!(harness.queue(0).read_buffer(chain.buffers[2]), b"456");
+        assert_eq!(harness.interrupt.queue_signals(0), 1);
+        assert_eq!(rng.counters()["bytes"], 7);
+    }
+
+    #[test]
+    fn request_beyond_the_bound_is_answered_short() {
+        let (_, mut harness) = harness(File::open("/dev/urandom").unwrap());
+        let (_, used) = harness.request(0, &[Segment::Writable(1 << 20)]).unwrap();
+        assert_eq!(used.unwrap().len, 64 << 10);
+    }
+
+    #[test]
+    fn source_that_ends_gives_what_it_has_then_nothing() {
+        let (rng, mut harness) = harness(file(b"abc"));
+        let (_, used) = harness.request(0, &[Segment::Writable(8)]).unwrap();
+        assert_eq!(used.unwrap().len, 3);
+        let (_, used) = harness.request(0, &[Segment::Writable(8)]).unwrap();
+        assert_eq!(used.unwrap().len, 0);
+        assert_eq!(rng.counters()["source_failures"], 2);
+    }
+
+    #[test]
+    fn requests_without_usable_buffers_are_answered_empty_and_counted() {
+        let (rng, mut harness) = harness(file(b"abc"));
+        let outside = Desc {
+            addr: u64::MAX - 64,
+            len: 16,
+            flags: WRITE,
+            next: 0,
+        };
+        let inside = Desc {
+            addr: 0x10_0000,
+            len: 16,
+            flags: NEXT | WRITE,
+            next: 0,
+        };
+        for garbage in [outside, inside] {
+            harness.queue(0).push_raw(&[garbage]);
+        }
+        harness.queue(0).push(&[Segment::Readable(b"x")]);
+        harness.queue(0).offer(900);
+        harness.kick(0).unwrap();
+        for _ in 0..3 {
+            assert_eq!(harness.queue(0).pop_used().unwrap().len, 0);
+        }
+        assert_eq!(harness.queue(0).pop_used(), None);
+        assert_eq!(rng.counters()["bad_requests"], 4);
+        assert_eq!(rng.counters()["bytes"], 0);
+    }
+
+    #[test]
+    fn requests_beyond_one_call_are_all_served() {
+        let (rng, mut harness) = harness(File::open("/dev/urandom").unwrap());
+        for _ in 0..60 {
+            harness.queue(0).push(&[Segment::Writable(8)]);
+        }
+        harness.kick(0).unwrap();
+        assert_eq!(harness.queue(0).used_idx(), 60);
+        assert_eq!(rng.counters()["bytes"], 480);
+    }
+}
