@@ -2,6 +2,7 @@
 
 pub mod acpi;
 pub mod api;
+pub mod boot;
 pub mod bus;
 pub mod config;
 pub mod control;

@@ -1,0 +1,167 @@
+//! Booting: a payload becomes guest memory content and an entry point.
+//!
+//! ```text
+//!   PayloadConfig ─► Payload::load      kernel or firmware, initramfs  (slow: file content)
+//!                       │
+//!                       └─► Payload::write_boot_data ─► EntryPoint     (fast: tables)
+//! ```
+//!
+//! Two protocols: PVH for ELF images (Linux `vmlinux`, firmware), the 32-bit
+//! Linux boot protocol for bzImages. Both enter in protected mode without
+//! paging. Loading touches only guest RAM, so it can run on a thread of its own
+//! while devices are made.
+
+mod bzimage;
+mod elf;
+mod gdt;
+mod image;
+mod payload;
+mod pvh;
+mod smbios;
+mod zero_page;
+
+use std::io;
+use std::path::PathBuf;
+
+pub use gdt::{BOOT_GDT, BootSegment, CODE_SEGMENT, DATA_SEGMENT, TASK_SEGMENT};
+pub use payload::Payload;
+pub use smbios::SmbiosError;
+
+/// How the first instruction of the payload is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BootProtocol {
+    /// Xen's PVH: start info in RBX.
+    Pvh,
+    /// Linux's 32-bit protocol: zero page in RSI.
+    Linux32,
+}
+
+/// Where the boot vCPU starts, and by which protocol.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EntryPoint {
+    /// What the registers hold.
+    pub protocol: BootProtocol,
+    /// Guest physical address of the first instruction.
+    pub address: u64,
+}
+
+/// Why the payload cannot be booted.
+#[derive(Debug, thiserror::Error)]
+pub enum BootError {
+    /// Neither kernel nor firmware.
+    #[error("There is neither a kernel nor a firmware to boot")]
+    MissingPayload,
+    /// Kernel and firmware: which one?
+    #[error("Both a kernel and a firmware are given")]
+    KernelAndFirmware,
+    /// A payload file cannot be opened.
+    #[error("Cannot open {}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A payload file is a directory, a pipe or the like.
+    #[error("{} is not a regular file", path.display())]
+    NotAFile {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A payload file cannot be read.
+    #[error("Cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// A payload file ends before what its header announces.
+    #[error("{} is truncated: {found_bytes} bytes of at least {needed_bytes}", path.display())]
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// What its headers announce.
+        needed_bytes: u64,
+        /// What there is.
+        found_bytes: u64,
+    },
+    /// Neither ELF nor bzImage.
+    #[error("{} is neither a 64-bit ELF image nor a bzImage", path.display())]
+    UnknownFormat {
+        /// The file.
+        path: PathBuf,
+    },
+    /// An ELF image without the note that names the 32-bit entry point.
+    #[error("{} has no PVH header (ELF note XEN_ELFNOTE_PHYS32_ENTRY): is the kernel built with CONFIG_PVH?", path.display())]
+    KernelMissingPvhHeader {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A bzImage that is older than protocol 2.10 or not made to be loaded high.
+    #[error("{} speaks Linux boot protocol {version:#06x}, which is not supported", path.display())]
+    BzImageProtocol {
+        /// The file.
+        path: PathBuf,
+        /// Protocol version from the setup header.
+        version: u16,
+    },
+    /// Another defect of the image.
+    #[error("Cannot load {}", path.display())]
+    Load {
+        /// The file.
+        path: PathBuf,
+        /// What the loader said.
+        #[source]
+        source: linux_loader::loader::Error,
+    },
+    /// A part of the image belongs where there is no RAM, or where the boot structures are.
+    #[error("{} needs guest RAM at {start:#x}..{end:#x}; usable are {ram_start:#x}..{ram_end:#x}", path.display())]
+    OutsideRam {
+        /// The file.
+        path: PathBuf,
+        /// First address needed.
+        start: u64,
+        /// First address not needed.
+        end: u64,
+        /// First usable address.
+        ram_start: u64,
+        /// First address after low RAM.
+        ram_end: u64,
+    },
+    /// The initramfs does not fit between kernel and the end of low RAM.
+    #[error("The initramfs {} has {bytes} bytes, but there is room for {room_bytes} only", path.display())]
+    InitramfsTooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// What is left above the kernel.
+        room_bytes: u64,
+    },
+    /// The command line does not fit its place.
+    #[error("The kernel command line has {bytes} bytes, the limit is {max_bytes}")]
+    CmdlineTooLong {
+        /// Its length with the final zero.
+        bytes: u64,
+        /// The limit.
+        max_bytes: u64,
+    },
+    /// The command line has a zero byte in it.
+    #[error("The kernel command line contains a zero byte")]
+    CmdlineZeroByte,
+    /// What SMBIOS should tell cannot be told.
+    #[error("Cannot make the SMBIOS tables")]
+    Smbios(#[source] SmbiosError),
+    /// A boot structure cannot be written; RAM is smaller than the layout promises.
+    #[error("Cannot write {what} to guest RAM")]
+    Write {
+        /// The structure.
+        what: &'static str,
+        /// What guest memory said.
+        #[source]
+        source: vm_memory::GuestMemoryError,
+    },
+}
