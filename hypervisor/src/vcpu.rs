@@ -59,20 +59,9 @@ impl Vcpu {
         Ok(exit)
     }
 
-    /// Finishes the access of the last exit without entering the guest, so that
-    /// the registers are those of an instruction border. KVM applies the data
-    /// of a read only at the next `KVM_RUN`.
-    ///
-    /// # Errors
-    /// `KVM_RUN` failed.
-    pub fn complete_pending_access(&mut self) -> Result<()> {
-        self.set_immediate_exit(true);
-        let result = self.run().map(|_exit| ());
-        self.set_immediate_exit(false);
-        result
-    }
-
-    /// Makes the next (or the running) `KVM_RUN` return at once.
+    /// Makes the next `KVM_RUN` return without entering the guest. KVM applies the data of a
+    /// read only then, so after such a run the registers are those of an instruction border
+    /// (unless the access goes on, which is another exit).
     pub fn set_immediate_exit(&mut self, on: bool) {
         self.fd.set_kvm_immediate_exit(u8::from(on));
     }

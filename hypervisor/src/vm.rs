@@ -4,9 +4,9 @@
 // only the caller can know how long it stays mapped.
 
 use kvm_bindings::{
-    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_CLOCK_TSC_STABLE,
-    KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting,
-    kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry, kvm_userspace_memory_region,
+    KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
+    KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting, kvm_clock_data, kvm_enable_cap,
+    kvm_irq_routing_entry, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{NoDatamatch, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -246,9 +246,11 @@ impl Vm {
     /// # Errors
     /// `KVM_SET_CLOCK` failed.
     pub fn set_clock(&self, clock: &kvm_clock_data) -> Result<()> {
-        let mut clock = *clock;
-        // KVM reports this flag and refuses to be given it.
-        clock.flags &= !KVM_CLOCK_TSC_STABLE;
+        // Without flags: KVM would add the real time that has passed since.
+        let clock = kvm_clock_data {
+            clock: clock.clock,
+            ..Default::default()
+        };
         self.fd.set_clock(&clock).map_err(ioctl("KVM_SET_CLOCK"))
     }
 

@@ -98,7 +98,9 @@ fn run_port_access_carries_data_both_ways() {
         } => data.fill(0xa5),
         other => panic!("{other:?}"),
     }
-    guest.vcpu.complete_pending_access().expect("completed");
+    guest.vcpu.set_immediate_exit(true);
+    assert_eq!(guest.vcpu.run().expect("run"), VmExit::Interrupted);
+    guest.vcpu.set_immediate_exit(false);
     assert_eq!(guest.vcpu.regs().expect("regs").rax & 0xff, 0xa5);
     assert_eq!(
         guest.vcpu.run().expect("run"),

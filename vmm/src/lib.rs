@@ -6,6 +6,7 @@ pub mod boot;
 pub mod bus;
 pub mod config;
 pub mod control;
+pub mod cpu;
 pub mod interrupt;
 pub mod legacy;
 pub mod memory;

@@ -1,0 +1,490 @@
+//! The processor the guest sees: KVM's CPUID with topology, names and limits of our own.
+//!
+//! Leaf numbers and bits: Intel SDM volume 2 (CPUID), AMD APM volume 3
+//! (appendix E), Documentation/virt/kvm/x86/cpuid.rst.
+
+use std::arch::x86_64::__cpuid;
+
+use hypervisor::Kvm;
+use hypervisor::bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+
+use super::{CpuError, Topology};
+
+/// Physical address bits of a processor that does not say.
+const PHYS_BITS_DEFAULT: u8 = 36;
+/// KVM's local APIC timer counts nanoseconds.
+const KVM_APIC_BUS_KHZ: u32 = 1_000_000;
+
+const LEAF1_ECX_VMX: u32 = 1 << 5;
+const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
+const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
+const LEAF1_EDX_MTRR: u32 = 1 << 12;
+const LEAF1_EDX_HTT: u32 = 1 << 28;
+/// AMX: BF16, TILE, INT8.
+const LEAF7_EDX_AMX: u32 = 1 << 22 | 1 << 24 | 1 << 25;
+/// XCR0 bits of the AMX tiles.
+const LEAFD_EAX_XTILE: u32 = 1 << 17 | 1 << 18;
+const XTILE_COMPONENTS: [u32; 2] = [17, 18];
+const LEAF80000001_ECX_CMP_LEGACY: u32 = 1 << 1;
+const LEAF80000001_ECX_SVM: u32 = 1 << 2;
+const LEAF80000001_ECX_TOPOEXT: u32 = 1 << 22;
+const LEAF80000007_EDX_INVARIANT_TSC: u32 = 1 << 8;
+
+const KVM_CPUID_SIGNATURE: u32 = 0x4000_0000;
+const KVM_CPUID_FEATURES: u32 = 0x4000_0001;
+const KVM_FEATURE_MSI_EXT_DEST_ID: u32 = 1 << 15;
+/// TSC and APIC frequencies, a convention shared by hypervisors.
+const HYPERVISOR_TIMING: u32 = 0x4000_0010;
+
+/// Level types of leaves 0xb and 0x1f.
+const LEVEL_THREAD: u32 = 1;
+const LEVEL_CORE: u32 = 2;
+const LEVEL_DIE: u32 = 5;
+
+/// Physical address bits of the guest: the host's, but at most `max_phys_bits`.
+///
+/// # Errors
+/// KVM does not tell its CPUID.
+pub fn guest_phys_bits(kvm: &Kvm, max_phys_bits: u8) -> Result<u8, CpuError> {
+    let supported = kvm.supported_cpuid().map_err(CpuError::Prepare)?;
+    Ok(host_phys_bits(supported.as_slice()).min(max_phys_bits))
+}
+
+fn host_phys_bits(leaves: &[kvm_cpuid_entry2]) -> u8 {
+    leaves
+        .iter()
+        .find(|leaf| leaf.function == 0x8000_0008)
+        .map_or(PHYS_BITS_DEFAULT, |leaf| (leaf.eax & 0xff) as u8)
+}
+
+/// What the guest's CPUID depends on besides the host.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct CpuidOptions {
+    pub(super) topology: Topology,
+    pub(super) phys_bits: u8,
+    /// Whether the guest may itself run VMs, if the host can.
+    pub(super) nested: bool,
+    /// Frequency of the guest's time stamp counter, if known.
+    pub(super) tsc_khz: Option<u32>,
+}
+
+/// The guest's CPUID, complete but for what differs between vCPUs.
+#[derive(Debug, Clone)]
+pub(super) struct GuestCpuid {
+    leaves: Vec<kvm_cpuid_entry2>,
+    topology: Topology,
+}
+
+impl GuestCpuid {
+    /// Patches what KVM supports.
+    pub(super) fn new(supported: &[kvm_cpuid_entry2], options: &CpuidOptions) -> Self {
+        let mut cpuid = Self {
+            leaves: supported.to_vec(),
+            topology: options.topology,
+        };
+        for leaf in &mut cpuid.leaves {
+            patch_features(leaf, options);
+            patch_caches(leaf, &options.topology);
+            patch_amd_topology(leaf, &options.topology);
+        }
+        cpuid.set_brand_string();
+        cpuid.set_timing(options.tsc_khz);
+        cpuid.set_topology_leaves();
+        cpuid
+    }
+
+    /// The CPUID of one vCPU.
+    pub(super) fn of_vcpu(&self, apic_id: u32) -> Result<CpuId, CpuError> {
+        let mut leaves = self.leaves.clone();
+        for leaf in &mut leaves {
+            match leaf.function {
+                // Eight bits; the whole id is in leaf 0xb.
+                1 => leaf.ebx = leaf.ebx & 0x00ff_ffff | apic_id << 24,
+                0xb | 0x1f => leaf.edx = apic_id,
+                0x8000_001e => patch_amd_apic(leaf, &self.topology, apic_id),
+                _ => {}
+            }
+        }
+        CpuId::from_entries(&leaves).map_err(|_too_many| CpuError::CpuidLeaves {
+            count: leaves.len(),
+        })
+    }
+
+    fn find(&mut self, function: u32) -> Option<&mut kvm_cpuid_entry2> {
+        self.leaves
+            .iter_mut()
+            .find(|leaf| leaf.function == function)
+    }
+
+    /// The leaf, made if it is not there.
+    fn leaf(&mut self, function: u32) -> &mut kvm_cpuid_entry2 {
+        let at = self
+            .leaves
+            .iter()
+            .position(|leaf| leaf.function == function)
+            .unwrap_or_else(|| {
+                self.leaves.push(kvm_cpuid_entry2 {
+                    function,
+                    ..Default::default()
+                });
+                self.leaves.len() - 1
+            });
+        &mut self.leaves[at]
+    }
+
+    /// KVM gives no processor name; the host's own is what people look for.
+    fn set_brand_string(&mut self) {
+        for function in 0x8000_0002..=0x8000_0004 {
+            let host = __cpuid(function);
+            let leaf = self.leaf(function);
+            (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (host.eax, host.ebx, host.ecx, host.edx);
+        }
+        let extended = self.leaf(0x8000_0000);
+        extended.eax = extended.eax.max(0x8000_0004);
+    }
+
+    fn set_timing(&mut self, tsc_khz: Option<u32>) {
+        let invariant = self
+            .find(0x8000_0007)
+            .is_some_and(|leaf| leaf.edx & LEAF80000007_EDX_INVARIANT_TSC != 0);
+        let Some(tsc_khz) = tsc_khz.filter(|_| invariant) else {
+            return;
+        };
+        if let Some(signature) = self.find(KVM_CPUID_SIGNATURE) {
+            signature.eax = signature.eax.max(HYPERVISOR_TIMING);
+            let timing = self.leaf(HYPERVISOR_TIMING);
+            timing.eax = tsc_khz;
+            timing.ebx = KVM_APIC_BUS_KHZ;
+        }
+    }
+
+    /// Leaf 0xb on every processor (KVM has an x2APIC on all), leaf 0x1f where there are dies to
+    /// tell of or the processor has it anyway.
+    fn set_topology_leaves(&mut self) {
+        let topology = self.topology;
+        let intel = self.is_intel();
+        let leaf0 = self.leaf(0);
+        leaf0.eax = leaf0.eax.max(0xb);
+        let with_dies = intel && (topology.dies_per_package > 1 || leaf0.eax >= 0x1f);
+        if with_dies {
+            leaf0.eax = leaf0.eax.max(0x1f);
+        }
+        self.leaves
+            .retain(|leaf| !matches!(leaf.function, 0xb | 0x1f));
+        let package = (topology.package_shift(), topology.threads_per_package());
+        let thread = (topology.core_shift(), topology.threads_per_core);
+        let die = (topology.die_shift(), topology.threads_per_die());
+        self.push_levels(0xb, &[(LEVEL_THREAD, thread), (LEVEL_CORE, package)]);
+        if with_dies {
+            self.push_levels(
+                0x1f,
+                &[
+                    (LEVEL_THREAD, thread),
+                    (LEVEL_CORE, die),
+                    (LEVEL_DIE, package),
+                ],
+            );
+        }
+    }
+
+    /// One sub-leaf a level (type, (shift to the next level, vCPUs in it)), and one that ends them.
+    fn push_levels(&mut self, function: u32, levels: &[(u32, (u32, u32))]) {
+        let end = (0, (0, 0));
+        for (index, (kind, (shift, vcpus))) in
+            levels.iter().chain(std::iter::once(&end)).enumerate()
+        {
+            let index = index as u32;
+            self.leaves.push(kvm_cpuid_entry2 {
+                function,
+                index,
+                flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+                eax: *shift,
+                ebx: *vcpus,
+                ecx: kind << 8 | index,
+                ..Default::default()
+            });
+        }
+    }
+
+    fn is_intel(&mut self) -> bool {
+        let leaf = self.leaf(0);
+        [leaf.ebx, leaf.edx, leaf.ecx]
+            .map(u32::to_le_bytes)
+            .concat()
+            == b"GenuineIntel"
+    }
+}
+
+fn patch_features(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
+    let threads = options.topology.threads_per_package();
+    match (leaf.function, leaf.index) {
+        (1, _) => {
+            leaf.ecx |= LEAF1_ECX_TSC_DEADLINE | LEAF1_ECX_HYPERVISOR;
+            leaf.edx |= LEAF1_EDX_MTRR;
+            set_bits(&mut leaf.edx, LEAF1_EDX_HTT, threads > 1);
+            if !options.nested {
+                leaf.ecx &= !LEAF1_ECX_VMX;
+            }
+            // Addressable ids in the package, 8 bits: a power of two, or 255 for more.
+            let ids = (1u32 << options.topology.package_shift()).min(0xff);
+            leaf.ebx = leaf.ebx & !0x00ff_0000 | ids << 16;
+        }
+        // AMX needs a permission of the VMM that is not asked for.
+        (7, 0) => leaf.edx &= !LEAF7_EDX_AMX,
+        (0xd, 0) => leaf.eax &= !LEAFD_EAX_XTILE,
+        (0xd, index) if XTILE_COMPONENTS.contains(&index) => clear(leaf),
+        (0x1d | 0x1e, _) => clear(leaf),
+        (KVM_CPUID_FEATURES, _) => leaf.eax |= KVM_FEATURE_MSI_EXT_DEST_ID,
+        (0x8000_0001, _) if !options.nested => leaf.ecx &= !LEAF80000001_ECX_SVM,
+        (0x8000_000a, _) if !options.nested => clear(leaf),
+        (0x8000_0008, _) => {
+            // Bits 16–23 are the width below a second translation; zero says "the same".
+            leaf.eax = leaf.eax & 0xff00_ff00 | u32::from(options.phys_bits);
+        }
+        _ => {}
+    }
+}
+
+/// Leaf 4 and its AMD twin: who shares a cache. Levels 1 and 2 belong to a core, level 3 to a die.
+fn patch_caches(leaf: &mut kvm_cpuid_entry2, topology: &Topology) {
+    if !matches!(leaf.function, 4 | 0x8000_001d) || leaf.eax & 0x1f == 0 {
+        return;
+    }
+    let level = (leaf.eax >> 5) & 7;
+    let shared_by = if level < 3 {
+        1 << topology.core_shift()
+    } else {
+        1 << topology.die_shift()
+    };
+    let sharing_ids: u32 = (shared_by - 1).min(0xfff);
+    leaf.eax = leaf.eax & !(0xfff << 14) | sharing_ids << 14;
+    if leaf.function == 4 {
+        let cores: u32 = 1 << (topology.package_shift() - topology.core_shift());
+        leaf.eax = leaf.eax & !(0x3f << 26) | (cores - 1).min(0x3f) << 26;
+    }
+}
+
+fn patch_amd_topology(leaf: &mut kvm_cpuid_entry2, topology: &Topology) {
+    let threads = topology.threads_per_package();
+    match leaf.function {
+        0x8000_0001 if leaf.ecx & LEAF80000001_ECX_TOPOEXT != 0 => {
+            set_bits(&mut leaf.ecx, LEAF80000001_ECX_CMP_LEGACY, threads > 1);
+        }
+        // Threads in the package less one, and the bits of the APIC id that number them. Reserved
+        // on Intel, where the register is zero.
+        0x8000_0008 if leaf.ecx != 0 => {
+            leaf.ecx =
+                leaf.ecx & !0xf0ff | (threads - 1).min(0xff) | topology.package_shift() << 12;
+        }
+        _ => {}
+    }
+}
+
+/// Leaf 0x8000_001e: extended APIC id, core, node.
+fn patch_amd_apic(leaf: &mut kvm_cpuid_entry2, topology: &Topology, apic_id: u32) {
+    let in_package = apic_id & ((1 << topology.package_shift()) - 1);
+    let package = apic_id >> topology.package_shift();
+    let die = in_package >> topology.die_shift();
+    let core = in_package >> topology.core_shift();
+    let node = package * topology.dies_per_package + die;
+    leaf.eax = apic_id;
+    leaf.ebx = (core & 0xff) | (topology.threads_per_core - 1).min(0xff) << 8;
+    leaf.ecx = (node & 0xff) | (topology.dies_per_package - 1).min(7) << 8;
+    leaf.edx = 0;
+}
+
+fn set_bits(register: &mut u32, bits: u32, on: bool) {
+    *register = if on {
+        *register | bits
+    } else {
+        *register & !bits
+    };
+}
+
+fn clear(leaf: &mut kvm_cpuid_entry2) {
+    (leaf.eax, leaf.ebx, leaf.ecx, leaf.edx) = (0, 0, 0, 0);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn leaf(function: u32, index: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
+        let [eax, ebx, ecx, edx] = registers;
+        kvm_cpuid_entry2 {
+            function,
+            index,
+            eax,
+            ebx,
+            ecx,
+            edx,
+            ..Default::default()
+        }
+    }
+
+    fn vendor(name: &[u8; 12], max: u32) -> kvm_cpuid_entry2 {
+        let word = |at: usize| u32::from_le_bytes(name[at..at + 4].try_into().unwrap());
+        leaf(0, 0, [max, word(0), word(8), word(4)])
+    }
+
+    fn options(shape: [u32; 4]) -> CpuidOptions {
+        let [threads_per_core, cores_per_die, dies_per_package, packages] = shape;
+        CpuidOptions {
+            topology: Topology {
+                threads_per_core,
+                cores_per_die,
+                dies_per_package,
+                packages,
+            },
+            phys_bits: 40,
+            nested: true,
+            tsc_khz: Some(2_000_000),
+        }
+    }
+
+    fn get(cpuid: &CpuId, function: u32, index: u32) -> Option<kvm_cpuid_entry2> {
+        cpuid
+            .as_slice()
+            .iter()
+            .find(|leaf| leaf.function == function && leaf.index == index)
+            .copied()
+    }
+
+    fn intel() -> Vec<kvm_cpuid_entry2> {
+        vec![
+            vendor(b"GenuineIntel", 0x1f),
+            leaf(1, 0, [0x306c3, 0x0010_0800, LEAF1_ECX_VMX, LEAF1_EDX_HTT]),
+            leaf(4, 0, [0x1c00_4121, 0, 0, 0]),
+            leaf(4, 3, [0x1c03_c163, 0, 0, 0]),
+            leaf(4, 4, [0, 0, 0, 0]),
+            leaf(7, 0, [0, 0, 0, LEAF7_EDX_AMX | 1]),
+            leaf(0xb, 0, [0; 4]),
+            leaf(0xd, 17, [8192, 0, 2, 0]),
+            leaf(0x4000_0000, 0, [0x4000_0001, 0, 0, 0]),
+            leaf(0x4000_0001, 0, [0x0100_7efb, 0, 0, 0]),
+            leaf(0x8000_0000, 0, [0x8000_0008, 0, 0, 0]),
+            leaf(0x8000_0007, 0, [0, 0, 0, 1 << 8]),
+            leaf(0x8000_0008, 0, [0x002e_3934, 0, 0, 0]),
+        ]
+    }
+
+    #[test]
+    fn cpuid_levels_describe_threads_cores_and_packages() {
+        let options = options([2, 3, 1, 2]);
+        let cpuid = GuestCpuid::new(&intel(), &options)
+            .of_vcpu(options.topology.apic_id(8))
+            .unwrap();
+        let smt = get(&cpuid, 0xb, 0).unwrap();
+        assert_eq!((smt.eax, smt.ebx, smt.ecx, smt.edx), (1, 2, 0x100, 10));
+        let core = get(&cpuid, 0xb, 1).unwrap();
+        assert_eq!((core.eax, core.ebx, core.ecx, core.edx), (3, 6, 0x201, 10));
+        let end = get(&cpuid, 0xb, 2).unwrap();
+        assert_eq!((end.eax, end.ebx, end.ecx), (0, 0, 2));
+        let die = get(&cpuid, 0x1f, 2).unwrap();
+        assert_eq!((die.eax, die.ebx, die.ecx), (3, 6, 0x502));
+    }
+
+    #[test]
+    fn cpuid_leaf1_counts_ids_and_shows_the_hypervisor() {
+        let cpuid = GuestCpuid::new(&intel(), &options([2, 3, 1, 2]))
+            .of_vcpu(9)
+            .unwrap();
+        let leaf1 = get(&cpuid, 1, 0).unwrap();
+        assert_eq!(leaf1.ebx, 9 << 24 | 8 << 16 | 0x0800);
+        assert_ne!(leaf1.ecx & LEAF1_ECX_HYPERVISOR, 0);
+        assert_ne!(leaf1.ecx & LEAF1_ECX_TSC_DEADLINE, 0);
+        assert_ne!(leaf1.ecx & LEAF1_ECX_VMX, 0);
+        assert_ne!(leaf1.edx & LEAF1_EDX_HTT, 0);
+    }
+
+    #[test]
+    fn cpuid_single_vcpu_has_no_siblings() {
+        let cpuid = GuestCpuid::new(&intel(), &options([1, 1, 1, 1]))
+            .of_vcpu(0)
+            .unwrap();
+        assert_eq!(get(&cpuid, 1, 0).unwrap().edx & LEAF1_EDX_HTT, 0);
+        assert_eq!(get(&cpuid, 4, 3).unwrap().eax >> 14, 0);
+        assert_eq!(get(&cpuid, 0xb, 1).unwrap().ebx, 1);
+    }
+
+    #[test]
+    fn cpuid_caches_are_shared_by_core_and_die() {
+        let cpuid = GuestCpuid::new(&intel(), &options([2, 4, 2, 1]))
+            .of_vcpu(0)
+            .unwrap();
+        let (l1, l3) = (get(&cpuid, 4, 0).unwrap(), get(&cpuid, 4, 3).unwrap());
+        assert_eq!((l1.eax >> 14) & 0xfff, 1);
+        assert_eq!((l3.eax >> 14) & 0xfff, 7);
+        assert_eq!(l1.eax >> 26, 7);
+        assert_eq!(l1.eax & 0x3fff, 0x1c00_4121 & 0x3fff);
+        assert_eq!(get(&cpuid, 4, 4).unwrap().eax, 0);
+    }
+
+    #[test]
+    fn cpuid_limits_and_hypervisor_leaves_are_ours() {
+        let cpuid = GuestCpuid::new(&intel(), &options([1, 1, 1, 1]))
+            .of_vcpu(0)
+            .unwrap();
+        assert_eq!(get(&cpuid, 0x8000_0008, 0).unwrap().eax, 0x3928);
+        assert_eq!(get(&cpuid, 0x4000_0001, 0).unwrap().eax, 0x0100_fefb);
+        let timing = get(&cpuid, HYPERVISOR_TIMING, 0).unwrap();
+        assert_eq!((timing.eax, timing.ebx), (2_000_000, 1_000_000));
+        assert_eq!(get(&cpuid, 0x4000_0000, 0).unwrap().eax, HYPERVISOR_TIMING);
+        assert_eq!(get(&cpuid, 7, 0).unwrap().edx, 1);
+        assert_eq!(get(&cpuid, 0xd, 17).unwrap().eax, 0);
+        assert!(get(&cpuid, 0x8000_0004, 0).is_some());
+    }
+
+    #[test]
+    fn cpuid_timing_is_left_out_when_the_counter_is_not_invariant() {
+        let mut supported = intel();
+        supported.retain(|leaf| leaf.function != 0x8000_0007);
+        let cpuid = GuestCpuid::new(&supported, &options([1, 1, 1, 1]))
+            .of_vcpu(0)
+            .unwrap();
+        assert!(get(&cpuid, HYPERVISOR_TIMING, 0).is_none());
+    }
+
+    #[test]
+    fn cpuid_nested_off_hides_vmx_and_svm() {
+        let mut supported = intel();
+        supported.push(leaf(0x8000_0001, 0, [0, 0, LEAF80000001_ECX_SVM | 1, 0]));
+        supported.push(leaf(0x8000_000a, 0, [1, 8, 0, 0xff]));
+        let options = CpuidOptions {
+            nested: false,
+            ..options([1, 1, 1, 1])
+        };
+        let cpuid = GuestCpuid::new(&supported, &options).of_vcpu(0).unwrap();
+        assert_eq!(get(&cpuid, 1, 0).unwrap().ecx & LEAF1_ECX_VMX, 0);
+        assert_eq!(get(&cpuid, 0x8000_0001, 0).unwrap().ecx, 1);
+        assert_eq!(get(&cpuid, 0x8000_000a, 0).unwrap().edx, 0);
+    }
+
+    #[test]
+    fn cpuid_amd_names_core_node_and_sizes() {
+        let supported = vec![
+            vendor(b"AuthenticAMD", 0x10),
+            leaf(1, 0, [0x00a2_0f10, 0x0800, 0, 0]),
+            leaf(0x8000_0000, 0, [0x8000_001f, 0, 0, 0]),
+            leaf(0x8000_0001, 0, [0, 0, LEAF80000001_ECX_TOPOEXT, 0]),
+            leaf(0x8000_0008, 0, [0x3030, 0, 0x701f, 0]),
+            leaf(0x8000_001d, 3, [0x0003_c163, 0, 0, 0]),
+            leaf(0x8000_001e, 0, [0; 4]),
+        ];
+        let options = options([2, 4, 2, 2]);
+        // Package 1, die 1, core 2, thread 1.
+        let apic_id = options.topology.apic_id(16 + 8 + 4 + 1);
+        assert_eq!(apic_id, 0b11101);
+        let cpuid = GuestCpuid::new(&supported, &options)
+            .of_vcpu(apic_id)
+            .unwrap();
+        let ext = get(&cpuid, 0x8000_001e, 0).unwrap();
+        assert_eq!(ext.eax, apic_id);
+        assert_eq!(ext.ebx, 1 << 8 | 0b110);
+        assert_eq!(ext.ecx, 1 << 8 | 3);
+        assert_eq!(get(&cpuid, 0x8000_0008, 0).unwrap().ecx, 4 << 12 | 15);
+        assert_eq!((get(&cpuid, 0x8000_001d, 3).unwrap().eax >> 14) & 0xfff, 7);
+        assert!(get(&cpuid, 0x1f, 0).is_none());
+        assert_eq!(get(&cpuid, 0xb, 1).unwrap().edx, apic_id);
+    }
+}

@@ -1,0 +1,222 @@
+//! The gate every vCPU thread passes before it enters the guest.
+//!
+//! ```text
+//!              ┌── pause ──►            ── stop ──►
+//!   Running ───┤             Paused ───┤             Stopping ─► threads end
+//!              ◄── resume ──┘          └── resume ──► Running
+//! ```
+//!
+//! The control thread writes what it wants and kicks; vCPU threads see it at
+//! the gate and park. A thread that has ended or failed counts as parked: it
+//! will not touch the guest again.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What the control thread wants of the vCPU threads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Wanted {
+    Running,
+    Paused,
+    Stopping,
+}
+
+#[derive(Debug)]
+struct State {
+    wanted: Wanted,
+    /// Threads that may still touch the guest.
+    active: usize,
+    /// Threads that have not ended.
+    alive: usize,
+}
+
+#[derive(Debug)]
+pub(super) struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// `wanted == Running`, to be looked at before every run without a lock.
+    open: AtomicBool,
+}
+
+impl Gate {
+    /// A closed gate without threads.
+    pub(super) fn new() -> Self {
+        Self {
+            state: Mutex::new(State {
+                wanted: Wanted::Paused,
+                active: 0,
+                alive: 0,
+            }),
+            changed: Condvar::new(),
+            open: AtomicBool::new(false),
+        }
+    }
+
+    /// No code panics while it holds the lock, and the state is plain numbers.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Control thread: a thread is about to be started. It starts out parked.
+    pub(super) fn add_thread(&self) {
+        self.lock().alive += 1;
+    }
+
+    /// Control thread: the thread just added could not be started.
+    /// vCPU thread: nothing more will be done.
+    pub(super) fn remove_thread(&self) {
+        self.lock().alive -= 1;
+        self.changed.notify_all();
+    }
+
+    /// Control thread: says what is wanted. The caller kicks the threads.
+    pub(super) fn set(&self, wanted: Wanted) {
+        let mut state = self.lock();
+        state.wanted = wanted;
+        self.open.store(wanted == Wanted::Running, Ordering::SeqCst);
+        self.changed.notify_all();
+    }
+
+    /// Control thread: waits until nobody touches the guest; how many still do, else.
+    pub(super) fn wait_parked(&self, deadline: Duration) -> Result<(), usize> {
+        self.wait(deadline, |state| state.active)
+    }
+
+    /// Control thread: waits until all threads have ended; how many have not, else.
+    pub(super) fn wait_ended(&self, deadline: Duration) -> Result<(), usize> {
+        self.wait(deadline, |state| state.alive)
+    }
+
+    fn wait(&self, deadline: Duration, left: impl Fn(&State) -> usize) -> Result<(), usize> {
+        let end = Instant::now() + deadline;
+        let mut state = self.lock();
+        loop {
+            let left = left(&state);
+            let remaining = end.saturating_duration_since(Instant::now());
+            if left == 0 {
+                return Ok(());
+            }
+            if remaining.is_zero() {
+                return Err(left);
+            }
+            state = self
+                .changed
+                .wait_timeout(state, remaining)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+
+    /// vCPU thread: parks until the guest may run (`Some`) or all is over (`None`). While the
+    /// pass lives, the thread counts as touching the guest.
+    pub(super) fn enter(&self) -> Option<Pass<'_>> {
+        let mut state = self.lock();
+        loop {
+            match state.wanted {
+                Wanted::Running => {
+                    state.active += 1;
+                    return Some(Pass { gate: self });
+                }
+                Wanted::Stopping => return None,
+                Wanted::Paused => {
+                    state = self
+                        .changed
+                        .wait(state)
+                        .unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        }
+    }
+
+    /// vCPU thread: stands still until all is over.
+    pub(super) fn wait_for_stop(&self) {
+        let mut state = self.lock();
+        while state.wanted != Wanted::Stopping {
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// vCPU thread: whether the guest may go on running.
+    pub(super) fn is_open(&self) -> bool {
+        self.open.load(Ordering::SeqCst)
+    }
+}
+
+/// Permission to touch the guest, given back on drop.
+#[derive(Debug)]
+pub(super) struct Pass<'a> {
+    gate: &'a Gate,
+}
+
+impl Drop for Pass<'_> {
+    fn drop(&mut self) {
+        self.gate.lock().active -= 1;
+        self.gate.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    const DEADLINE: Duration = Duration::from_secs(10);
+
+    #[test]
+    fn gate_closed_lets_nobody_in_until_it_opens() {
+        let gate = Arc::new(Gate::new());
+        let (entered, on_entered) = std::sync::mpsc::channel();
+        let thread = std::thread::spawn({
+            let gate = Arc::clone(&gate);
+            move || {
+                while let Some(_pass) = gate.enter() {
+                    entered.send(()).unwrap();
+                    while gate.is_open() {
+                        std::thread::yield_now();
+                    }
+                }
+            }
+        });
+        assert!(on_entered.try_recv().is_err());
+        for _ in 0..3 {
+            gate.set(Wanted::Running);
+            on_entered.recv_timeout(DEADLINE).unwrap();
+            assert_eq!(gate.wait_parked(Duration::ZERO), Err(1));
+            gate.set(Wanted::Paused);
+            gate.wait_parked(DEADLINE).unwrap();
+        }
+        gate.set(Wanted::Stopping);
+        thread.join().unwrap();
+    }
+
+    #[test]
+    fn gate_wait_for_threads_gives_up_at_the_deadline() {
+        let gate = Gate::new();
+        gate.add_thread();
+        gate.set(Wanted::Stopping);
+        assert_eq!(gate.wait_ended(Duration::from_millis(1)), Err(1));
+        gate.remove_thread();
+        assert_eq!(gate.wait_ended(Duration::ZERO), Ok(()));
+    }
+
+    #[test]
+    fn gate_thread_that_waits_for_stop_does_not_hold_up_a_pause() {
+        let gate = Arc::new(Gate::new());
+        gate.set(Wanted::Running);
+        let thread = std::thread::spawn({
+            let gate = Arc::clone(&gate);
+            move || {
+                drop(gate.enter());
+                gate.wait_for_stop();
+            }
+        });
+        gate.set(Wanted::Paused);
+        gate.wait_parked(DEADLINE).unwrap();
+        gate.set(Wanted::Stopping);
+        thread.join().unwrap();
+    }
+}

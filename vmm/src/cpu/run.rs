@@ -1,0 +1,176 @@
+//! The life of one vCPU thread.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use hypervisor::{SystemEvent, Vcpu, VmExit, kick};
+
+use super::counters::{ExitCounters, count};
+use super::gate::Gate;
+use super::vcpus::VcpusContext;
+use super::{GuestEvent, VmExitHandler};
+
+/// Exits served after a pause is asked for, so that the instruction that caused the last one is
+/// finished. An access that crosses a page takes two; a guest that repeats a port access without
+/// end is left in the middle of it, which is harmless: the next run goes on where it was.
+const DRAIN_EXITS_MAX: u32 = 16;
+
+/// One vCPU and what is known of it outside of its thread.
+#[derive(Debug)]
+pub(super) struct VcpuCell {
+    pub(super) index: u32,
+    pub(super) apic_id: u32,
+    /// Locked by the vCPU's thread while it may be in the guest, by the control thread else.
+    vcpu: Mutex<Vcpu>,
+    pub(super) counters: Arc<ExitCounters>,
+}
+
+impl VcpuCell {
+    pub(super) fn new(index: u32, apic_id: u32, vcpu: Vcpu) -> Self {
+        Self {
+            index,
+            apic_id,
+            vcpu: Mutex::new(vcpu),
+            counters: Arc::default(),
+        }
+    }
+
+    /// The vCPU. A thread that panicked leaves registers that are still the kernel's, so a
+    /// poisoned lock is no reason not to look at them.
+    pub(super) fn lock(&self) -> MutexGuard<'_, Vcpu> {
+        self.vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn thread_name(&self) -> String {
+        format!("vcpu{}", self.index)
+    }
+}
+
+/// Why the inner loop ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    /// The gate closed.
+    GateClosed,
+    /// The vCPU will not run again.
+    Over(GuestEvent),
+}
+
+/// Says that the thread is gone, and that this was not expected if it unwinds.
+struct ThreadGuard<'a> {
+    gate: &'a Gate,
+    context: &'a VcpusContext,
+}
+
+impl Drop for ThreadGuard<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            (self.context.events)(GuestEvent::Failed);
+        }
+        self.gate.remove_thread();
+    }
+}
+
+/// Body of the thread `vcpuN`.
+pub(super) fn vcpu_thread(cell: &VcpuCell, gate: &Gate, context: &VcpusContext) {
+    let _guard = ThreadGuard { gate, context };
+    (context.thread_start)(&cell.thread_name());
+    while let Some(pass) = gate.enter() {
+        let mut vcpu = cell.lock();
+        let outcome = kick::with_kicks(&mut vcpu, |vcpu| run_guest(vcpu, cell, gate, context));
+        drop(vcpu);
+        drop(pass);
+        if let Outcome::Over(event) = outcome {
+            (context.events)(event);
+            gate.wait_for_stop();
+            return;
+        }
+    }
+}
+
+/// Runs the guest until the gate closes or the vCPU is lost.
+fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusContext) -> Outcome {
+    let mut drained = 0;
+    loop {
+        // In this order: a kick after the flag is cleared sets it again, one before has closed
+        // the gate already.
+        vcpu.set_immediate_exit(false);
+        let leaving = !gate.is_open();
+        if leaving {
+            vcpu.set_immediate_exit(true);
+            drained += 1;
+        }
+        let step = match vcpu.run() {
+            Ok(exit) => handle(exit, context.handler.as_ref(), &cell.counters),
+            Err(error) => {
+                log::error!("vCPU {}: {error}", cell.index);
+                Step::Over(GuestEvent::Failed)
+            }
+        };
+        match step {
+            Step::Interrupted if leaving => return Outcome::GateClosed,
+            Step::Interrupted | Step::GoOn if drained >= DRAIN_EXITS_MAX => {
+                return Outcome::GateClosed;
+            }
+            Step::Interrupted | Step::GoOn => {}
+            Step::Over(event) => return Outcome::Over(event),
+            Step::Lost(reason) => {
+                // Once: this vCPU never runs again.
+                let rip = vcpu.regs().map_or(0, |regs| regs.rip);
+                log::error!("vCPU {} stopped at {rip:#x}: {reason}", cell.index);
+                return Outcome::Over(GuestEvent::Failed);
+            }
+        }
+    }
+}
+
+/// What to do after an exit.
+enum Step {
+    GoOn,
+    Interrupted,
+    Over(GuestEvent),
+    /// KVM gave up; the text says why.
+    Lost(String),
+}
+
+fn handle(exit: VmExit<'_>, handler: &dyn VmExitHandler, counters: &ExitCounters) -> Step {
+    match exit {
+        VmExit::IoIn { port, size, data } => {
+            count(&counters.pio_in);
+            for access in data.chunks_mut(usize::from(size)) {
+                handler.pio_read(port, access);
+            }
+        }
+        VmExit::IoOut { port, size, data } => {
+            count(&counters.pio_out);
+            for access in data.chunks(usize::from(size)) {
+                handler.pio_write(port, access);
+            }
+        }
+        VmExit::MmioRead { address, data } => {
+            count(&counters.mmio_read);
+            handler.mmio_read(address, data);
+        }
+        VmExit::MmioWrite { address, data } => {
+            count(&counters.mmio_write);
+            handler.mmio_write(address, data);
+        }
+        VmExit::IoapicEoi(vector) => {
+            count(&counters.ioapic_eoi);
+            handler.ioapic_eoi(vector);
+        }
+        VmExit::Interrupted => {
+            count(&counters.interrupted);
+            return Step::Interrupted;
+        }
+        VmExit::Shutdown | VmExit::SystemEvent(SystemEvent::Reset) => {
+            return Step::Over(GuestEvent::Reset);
+        }
+        VmExit::SystemEvent(SystemEvent::Shutdown) => return Step::Over(GuestEvent::Shutdown),
+        other @ (VmExit::SystemEvent(_)
+        | VmExit::Hlt
+        | VmExit::InternalError { .. }
+        | VmExit::FailEntry { .. }
+        | VmExit::MemoryFault { .. }
+        | VmExit::Unknown(_)) => return Step::Lost(format!("{other:x?}")),
+    }
+    Step::GoOn
+}

@@ -1,0 +1,342 @@
+//! All vCPUs of a machine: made, set up, started, paused, stopped.
+#![allow(unsafe_code)]
+// UNSAFETY: pthread_setaffinity_np has no safe wrapper.
+
+use std::fmt;
+use std::io;
+use std::mem;
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use ::api::config::CpusConfig;
+use hypervisor::bindings::kvm_clock_data;
+use hypervisor::{Kvm, Vm, kick};
+
+use super::cpuid::{CpuidOptions, GuestCpuid, guest_phys_bits};
+use super::gate::{Gate, Wanted};
+use super::run::{VcpuCell, vcpu_thread};
+use super::{CpuError, ExitCounters, GuestEvent, Topology, VmExitHandler, registers};
+use crate::boot::EntryPoint;
+use crate::memory::layout::{KVM_IDENTITY_MAP_START, KVM_TSS_START};
+use crate::vm::ThreadStart;
+
+/// How long vCPU threads have to leave the guest: a handler that takes longer is broken.
+const STAND_STILL_DEADLINE: Duration = Duration::from_secs(5);
+/// The highest APIC id that needs no extension; 255 is the broadcast.
+const APIC_ID_MAX: u32 = 254;
+/// The highest with the extension: bits 0–14 can be written into an MSI.
+const APIC_ID_MAX_EXTENDED: u32 = (1 << 15) - 1;
+/// Host CPUs an affinity can name.
+const HOST_CPUS_MAX: usize = libc::CPU_SETSIZE as usize;
+
+/// What vCPU threads call.
+#[derive(Clone)]
+pub struct VcpusContext {
+    /// The buses.
+    pub handler: Arc<dyn VmExitHandler>,
+    /// Told what ends the machine, on the vCPU's thread. Must not block.
+    pub events: Arc<dyn Fn(GuestEvent) + Send + Sync>,
+    /// Called first on every vCPU thread.
+    pub thread_start: ThreadStart,
+}
+
+impl fmt::Debug for VcpusContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VcpusContext").finish_non_exhaustive()
+    }
+}
+
+/// The vCPUs of one machine. Used by the control thread alone; dropping stops them.
+#[derive(Debug)]
+pub struct Vcpus {
+    vm: Arc<Vm>,
+    config: CpusConfig,
+    topology: Topology,
+    cpuid: GuestCpuid,
+    cells: Vec<Arc<VcpuCell>>,
+    gate: Arc<Gate>,
+    threads: Vec<JoinHandle<()>>,
+    context: VcpusContext,
+    kvmclock_ctrl: bool,
+    /// The guest's clock when it was paused.
+    paused_clock: Option<kvm_clock_data>,
+}
+
+impl Vcpus {
+    /// Checks what can be checked without making anything.
+    ///
+    /// # Errors
+    /// Numbers that cannot be, or a setting that is not supported.
+    pub fn validate(kvm: &Kvm, config: &CpusConfig) -> Result<Topology, CpuError> {
+        let limit = kvm.max_vcpus();
+        let (boot, max) = (config.boot_vcpus, config.max_vcpus);
+        if boot == 0 || boot > max || max as usize > limit {
+            return Err(CpuError::VcpuCount { boot, max, limit });
+        }
+        if config.kvm_hyperv {
+            return Err(CpuError::NotSupported { what: "kvm_hyperv" });
+        }
+        if config.features.amx {
+            return Err(CpuError::NotSupported { what: "amx" });
+        }
+        let topology = Topology::new(config)?;
+        let apic_id = topology.apic_id(max - 1);
+        let limit = if kvm.supports_x2apic_api() {
+            APIC_ID_MAX_EXTENDED
+        } else {
+            APIC_ID_MAX
+        };
+        if apic_id > limit {
+            return Err(CpuError::ApicId { apic_id, limit });
+        }
+        check_affinity(config)?;
+        Ok(topology)
+    }
+
+    /// Makes the vCPUs that run at boot. `vm` must have its interrupt chip already.
+    ///
+    /// # Errors
+    /// As [`Vcpus::validate`], or KVM refuses.
+    pub fn new(
+        kvm: &Kvm,
+        vm: &Arc<Vm>,
+        config: &CpusConfig,
+        context: VcpusContext,
+    ) -> Result<Self, CpuError> {
+        let topology = Self::validate(kvm, config)?;
+        kick::install_handler().map_err(CpuError::Prepare)?;
+        prepare_vm(vm, topology.apic_id(config.max_vcpus - 1)).map_err(CpuError::Prepare)?;
+        let cells = (0..config.boot_vcpus)
+            .map(|index| {
+                let apic_id = topology.apic_id(index);
+                let vcpu = vm
+                    .create_vcpu(apic_id)
+                    .map_err(vcpu_error(index, "create"))?;
+                Ok(Arc::new(VcpuCell::new(index, apic_id, vcpu)))
+            })
+            .collect::<Result<Vec<_>, CpuError>>()?;
+        let options = CpuidOptions {
+            topology,
+            phys_bits: guest_phys_bits(kvm, config.max_phys_bits)?,
+            nested: config.nested,
+            // A host whose counter is not stable does not tell; neither do we then.
+            tsc_khz: cells[0].lock().tsc_khz().ok(),
+        };
+        let supported = kvm.supported_cpuid().map_err(CpuError::Prepare)?;
+        Ok(Self {
+            vm: Arc::clone(vm),
+            config: config.clone(),
+            topology,
+            cpuid: GuestCpuid::new(supported.as_slice(), &options),
+            cells,
+            gate: Arc::new(Gate::new()),
+            threads: Vec::new(),
+            context,
+            kvmclock_ctrl: kvm.supports_kvmclock_ctrl(),
+            paused_clock: None,
+        })
+    }
+
+    /// How the guest sees the vCPUs arranged; the MADT lists the same APIC ids.
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    /// Exit counters of each vCPU, to be kept by whoever reads them.
+    pub fn counters(&self) -> Vec<Arc<ExitCounters>> {
+        self.cells
+            .iter()
+            .map(|cell| Arc::clone(&cell.counters))
+            .collect()
+    }
+
+    /// Sets the state all vCPUs start in; the first starts at `entry`.
+    ///
+    /// # Errors
+    /// KVM refused a register.
+    pub fn configure(&self, entry: EntryPoint) -> Result<(), CpuError> {
+        for cell in &self.cells {
+            let cpuid = self.cpuid.of_vcpu(cell.apic_id)?;
+            let vcpu = cell.lock();
+            let mut result = vcpu
+                .set_cpuid(&cpuid)
+                .and_then(|()| registers::set_common(&vcpu));
+            if cell.index == 0 {
+                result = result.and_then(|()| registers::set_entry(&vcpu, entry));
+            }
+            result.map_err(vcpu_error(cell.index, "set up"))?;
+        }
+        Ok(())
+    }
+
+    /// Starts the threads and lets them run.
+    ///
+    /// # Errors
+    /// A thread could not be started or pinned; all that were are stopped again.
+    pub fn start(&mut self) -> Result<(), CpuError> {
+        let started = self.start_threads();
+        if started.is_ok() {
+            self.gate.set(Wanted::Running);
+        } else if let Err(error) = self.stop() {
+            log::error!("{error}");
+        }
+        started
+    }
+
+    fn start_threads(&mut self) -> Result<(), CpuError> {
+        for cell in &self.cells {
+            self.gate.add_thread();
+            let thread = thread::Builder::new().name(cell.thread_name()).spawn({
+                let (cell, gate) = (Arc::clone(cell), Arc::clone(&self.gate));
+                let context = self.context.clone();
+                move || vcpu_thread(&cell, &gate, &context)
+            });
+            match thread {
+                Ok(thread) => self.threads.push(thread),
+                Err(source) => {
+                    self.gate.remove_thread();
+                    let vcpu = cell.index;
+                    return Err(CpuError::Thread { vcpu, source });
+                }
+            }
+        }
+        for affinity in self.config.affinity.iter().flatten() {
+            // One for a vCPU that may be added later has nobody to pin yet.
+            if let Some(thread) = self.threads.get(affinity.vcpu as usize) {
+                pin(thread, &affinity.host_cpus).map_err(|source| CpuError::Affinity {
+                    vcpu: affinity.vcpu,
+                    source,
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes all vCPUs out of the guest and stops its clock. On an error they run on.
+    ///
+    /// # Errors
+    /// [`CpuError::Stuck`], or KVM refused.
+    pub fn pause(&mut self) -> Result<(), CpuError> {
+        let paused = self.pause_and_read_clock();
+        match paused {
+            Ok(clock) => self.paused_clock = Some(clock),
+            Err(_) => self.gate.set(Wanted::Running),
+        }
+        paused.map(|_clock| ())
+    }
+
+    fn pause_and_read_clock(&self) -> Result<kvm_clock_data, CpuError> {
+        self.gate.set(Wanted::Paused);
+        self.kick_all();
+        self.gate
+            .wait_parked(STAND_STILL_DEADLINE)
+            .map_err(|stuck| stuck_error(stuck, STAND_STILL_DEADLINE))?;
+        if self.kvmclock_ctrl {
+            for cell in &self.cells {
+                cell.lock()
+                    .kvmclock_ctrl()
+                    .map_err(vcpu_error(cell.index, "pause"))?;
+            }
+        }
+        self.vm.clock().map_err(CpuError::Prepare)
+    }
+
+    /// Lets the vCPUs go on, at the time they were paused.
+    ///
+    /// # Errors
+    /// KVM refused the clock; the vCPUs stay paused.
+    pub fn resume(&mut self) -> Result<(), CpuError> {
+        if let Some(clock) = self.paused_clock {
+            self.vm.set_clock(&clock).map_err(CpuError::Prepare)?;
+            self.paused_clock = None;
+        }
+        self.gate.set(Wanted::Running);
+        Ok(())
+    }
+
+    /// Ends all threads. Idempotent.
+    ///
+    /// # Errors
+    /// [`CpuError::Stuck`]: the threads that do not end are left behind.
+    pub fn stop(&mut self) -> Result<(), CpuError> {
+        self.gate.set(Wanted::Stopping);
+        self.kick_all();
+        let ended = self.gate.wait_ended(STAND_STILL_DEADLINE);
+        for thread in mem::take(&mut self.threads) {
+            // A thread that is not stuck has only to return; one that is would hold us up.
+            if (ended.is_ok() || thread.is_finished()) && thread.join().is_err() {
+                log::error!("A vCPU thread panicked");
+            }
+        }
+        ended.map_err(|stuck| stuck_error(stuck, STAND_STILL_DEADLINE))
+    }
+
+    fn kick_all(&self) {
+        self.threads.iter().for_each(kick::kick);
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        if let Err(error) = self.stop() {
+            log::error!("{error}");
+        }
+    }
+}
+
+/// Real mode support pages, and long APIC ids if the machine has some.
+fn prepare_vm(vm: &Vm, apic_id_max: u32) -> hypervisor::Result<()> {
+    // Both are below 4 GiB.
+    vm.set_identity_map_address(KVM_IDENTITY_MAP_START as u32)?;
+    vm.set_tss_address(KVM_TSS_START as u32)?;
+    if apic_id_max > APIC_ID_MAX {
+        vm.enable_x2apic_api()?;
+    }
+    Ok(())
+}
+
+fn check_affinity(config: &CpusConfig) -> Result<(), CpuError> {
+    for affinity in config.affinity.iter().flatten() {
+        let vcpu = affinity.vcpu;
+        let bad_cpu = affinity.host_cpus.iter().find(|cpu| **cpu >= HOST_CPUS_MAX);
+        if vcpu >= config.max_vcpus || affinity.host_cpus.is_empty() || bad_cpu.is_some() {
+            return Err(CpuError::AffinityRange {
+                vcpu,
+                host_cpu: bad_cpu.or(affinity.host_cpus.first()).copied(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Pins a thread to host CPUs, all of which are below [`HOST_CPUS_MAX`].
+fn pin(thread: &JoinHandle<()>, host_cpus: &[usize]) -> io::Result<()> {
+    // SAFETY: an all-zero `cpu_set_t` is the empty set.
+    let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
+    for &cpu in host_cpus {
+        // SAFETY: `cpu` is below the set's size.
+        unsafe { libc::CPU_SET(cpu, &mut set) };
+    }
+    // SAFETY: the thread is not joined while its handle is borrowed; the set is valid and of the
+    // size given.
+    let result = unsafe {
+        libc::pthread_setaffinity_np(thread.as_pthread_t(), size_of_val(&set), &raw const set)
+    };
+    match result {
+        0 => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(errno)),
+    }
+}
+
+fn vcpu_error(vcpu: u32, what: &'static str) -> impl Fn(hypervisor::Error) -> CpuError {
+    move |source| CpuError::Vcpu { vcpu, what, source }
+}
+
+fn stuck_error(stuck: usize, deadline: Duration) -> CpuError {
+    CpuError::Stuck {
+        stuck,
+        deadline_ms: deadline.as_millis(),
+    }
+}
