@@ -1,6 +1,75 @@
-//! The serial port.
+//! The serial port, and where a guest's text comes from and goes to.
+//!
+//! ```text
+//!  vCPU ─ Uart ─┐            ┌─ Output ──► terminal, file, pty, socket client
+//!               ├─ Endpoint ─┤    ▲ backlog, when the reader is slow
+//!  console's  ──┘            └─ Input ◄── terminal, pty, socket client
+//!  worker                         │ what does not fit waits here
+//!                          serial-manager thread (epoll)
+//! ```
+//!
+//! Neither direction ever blocks a vCPU or the console's worker: output that
+//! the other side does not take is kept up to a bound, then the oldest is
+//! dropped and counted; input that the guest does not take stays with its source.
+
+mod endpoint;
+mod input;
+mod manager;
+mod output;
+mod pty;
+mod socket;
+mod terminal;
+mod uart;
+
+use std::io;
+use std::path::PathBuf;
+
+pub use endpoint::{Endpoint, EndpointMode};
+pub use input::InputSink;
+pub use manager::{SERIAL_MANAGER_THREAD, SerialManager};
+pub use output::{OUTPUT_BACKLOG_BYTES_MAX, Output};
+pub use terminal::restore_terminal;
+pub use uart::Uart;
 
 /// First port and number of ports of COM1.
 pub const SERIAL_PORTS: (u16, u16) = (0x3f8, 8);
 /// Its interrupt.
 pub const SERIAL_IRQ: u8 = 4;
+
+/// Why a guest's text has nowhere to go.
+#[derive(Debug, thiserror::Error)]
+pub enum SerialError {
+    /// A mode that needs a path has none.
+    #[error("Console mode {mode} needs a path")]
+    MissingPath {
+        /// The mode, as the API spells it.
+        mode: &'static str,
+    },
+    /// The file cannot be created or written.
+    #[error("Cannot open console file {}", path.display())]
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The socket cannot be made, often because there is one.
+    #[error("Cannot listen on console socket {}", path.display())]
+    Socket {
+        /// Its path.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// No pseudo-terminal.
+    #[error("Cannot open a pseudo-terminal")]
+    Pty(#[source] io::Error),
+    /// Standard input or output cannot be used.
+    #[error("Cannot use the terminal")]
+    Terminal(#[source] io::Error),
+    /// The thread that serves consoles cannot do its work.
+    #[error("Cannot watch a console")]
+    Manager(#[source] io::Error),
+}

@@ -1,0 +1,309 @@
+//! The other end of a guest's serial port or console.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock, Weak};
+
+use api::config::ConsoleOutputMode;
+use vmm_sys_util::epoll::EventSet;
+
+use super::input::Input;
+use super::manager::{Source, Watch, Watcher};
+use super::output::Sink;
+use super::pty::Pty;
+use super::socket::ConsoleSocket;
+use super::terminal::{RawMode, standard_input, standard_output};
+use super::{InputSink, Output, SerialError, SerialManager};
+
+/// Where a guest's text goes and comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EndpointMode {
+    /// Nowhere.
+    Null,
+    /// Standard output and input.
+    Tty,
+    /// A new pseudo-terminal.
+    Pty,
+    /// A file, emptied first; no input.
+    File(PathBuf),
+    /// A UNIX socket that one client at a time connects to.
+    Socket(PathBuf),
+}
+
+impl EndpointMode {
+    /// What a configuration asks for; `None` if there is to be no device.
+    ///
+    /// # Errors
+    /// [`SerialError::MissingPath`].
+    pub fn from_config(
+        mode: ConsoleOutputMode,
+        file: Option<&Path>,
+        socket: Option<&Path>,
+    ) -> Result<Option<Self>, SerialError> {
+        let path = |path: Option<&Path>, mode| {
+            path.map(Path::to_owned)
+                .ok_or(SerialError::MissingPath { mode })
+        };
+        Ok(Some(match mode {
+            ConsoleOutputMode::Off => return Ok(None),
+            ConsoleOutputMode::Null => Self::Null,
+            ConsoleOutputMode::Tty => Self::Tty,
+            ConsoleOutputMode::Pty => Self::Pty,
+            ConsoleOutputMode::File => Self::File(path(file, "File")?),
+            ConsoleOutputMode::Socket => Self::Socket(path(socket, "Socket")?),
+        }))
+    }
+}
+
+/// An open endpoint. It outlives the machines that use it one after another, so
+/// that a reboot keeps the pseudo-terminal and the socket's client.
+pub struct Endpoint {
+    output: Output,
+    input: Option<Arc<Input>>,
+    watcher: Option<Watcher>,
+    pty_path: Option<PathBuf>,
+    pipe: OnceLock<Arc<PipeSink>>,
+    // Held for what their drop does.
+    _pty_slave: Option<OwnedFd>,
+    _socket: Option<Arc<ConsoleSocket>>,
+    _raw_mode: Option<RawMode>,
+}
+
+impl fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Endpoint")
+            .field("output", &self.output)
+            .field("pty_path", &self.pty_path)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Endpoint {
+    /// Opens what `mode` names. Call on the control thread: the manager may
+    /// start its thread here.
+    ///
+    /// # Errors
+    /// It cannot be opened; nothing is left behind.
+    pub fn open(mode: &EndpointMode, manager: &SerialManager) -> Result<Arc<Self>, SerialError> {
+        let endpoint = match mode {
+            EndpointMode::Null => Self::with_output(Output::null()),
+            EndpointMode::Tty => Self::open_tty(manager)?,
+            EndpointMode::Pty => Self::open_pty(manager)?,
+            EndpointMode::File(path) => Self::open_file(path, manager)?,
+            EndpointMode::Socket(path) => Self::open_socket(path, manager)?,
+        };
+        Ok(Arc::new(endpoint))
+    }
+
+    fn with_output(output: Output) -> Self {
+        Self {
+            output,
+            input: None,
+            watcher: None,
+            pty_path: None,
+            pipe: OnceLock::new(),
+            _pty_slave: None,
+            _socket: None,
+            _raw_mode: None,
+        }
+    }
+
+    fn open_tty(manager: &SerialManager) -> Result<Self, SerialError> {
+        let watcher = manager.watcher().map_err(SerialError::Manager)?;
+        let output = Output::unconnected();
+        let sink = standard_output().map_err(SerialError::Terminal)?;
+        output
+            .connect(sink, Some(&watcher))
+            .map_err(SerialError::Manager)?;
+        let input = Input::new(None);
+        if let Some(stdin) = standard_input().map_err(SerialError::Terminal)? {
+            input
+                .set_source(stdin, &watcher)
+                .map_err(SerialError::Manager)?;
+        }
+        Ok(Self {
+            input: Some(input),
+            watcher: Some(watcher),
+            _raw_mode: RawMode::enter().map_err(SerialError::Terminal)?,
+            ..Self::with_output(output)
+        })
+    }
+
+    fn open_pty(manager: &SerialManager) -> Result<Self, SerialError> {
+        let watcher = manager.watcher().map_err(SerialError::Manager)?;
+        let pty = Pty::open().map_err(SerialError::Pty)?;
+        let output = Output::unconnected();
+        let master = pty.master.try_clone().map_err(SerialError::Pty)?;
+        output
+            .connect(Sink::new(master), Some(&watcher))
+            .map_err(SerialError::Manager)?;
+        let input = Input::new(None);
+        input
+            .set_source(pty.master.into(), &watcher)
+            .map_err(SerialError::Manager)?;
+        Ok(Self {
+            input: Some(input),
+            watcher: Some(watcher),
+            pty_path: Some(pty.path),
+            _pty_slave: Some(pty.slave),
+            ..Self::with_output(output)
+        })
+    }
+
+    fn open_file(path: &Path, manager: &SerialManager) -> Result<Self, SerialError> {
+        let refused = |source| SerialError::File {
+            path: path.to_owned(),
+            source,
+        };
+        let file = create(path).map_err(refused)?;
+        // A disk takes everything; a FIFO or another terminal may not.
+        let watcher = if file.metadata().map_err(refused)?.is_file() {
+            None
+        } else {
+            Some(manager.watcher().map_err(SerialError::Manager)?)
+        };
+        let output = Output::unconnected();
+        output
+            .connect(Sink::new(file), watcher.as_ref())
+            .map_err(SerialError::Manager)?;
+        Ok(Self::with_output(output))
+    }
+
+    fn open_socket(path: &Path, manager: &SerialManager) -> Result<Self, SerialError> {
+        let watcher = manager.watcher().map_err(SerialError::Manager)?;
+        let output = Output::unconnected();
+        let input = Input::new(Some(output.clone()));
+        let socket =
+            ConsoleSocket::listen(path, watcher.clone(), output.clone(), Arc::clone(&input))
+                .map_err(|source| SerialError::Socket {
+                    path: path.to_owned(),
+                    source,
+                })?;
+        Ok(Self {
+            input: Some(input),
+            watcher: Some(watcher),
+            _socket: Some(socket),
+            ..Self::with_output(output)
+        })
+    }
+
+    /// Takes a guest's text; never blocks, never fails.
+    pub fn output(&self) -> Output {
+        self.output.clone()
+    }
+
+    /// What an operator opens to see the guest, with mode `Pty`.
+    pub fn pty_path(&self) -> Option<&Path> {
+        self.pty_path.as_deref()
+    }
+
+    /// Gives input to `sink` from now on; it must call
+    /// [`Endpoint::resume_input`] when it has refused some and has room again.
+    pub fn set_input_sink(&self, sink: Weak<dyn InputSink>) {
+        if let Some(input) = &self.input {
+            input.set_sink(sink);
+        }
+    }
+
+    /// The device has room again. Cheap when nothing waits.
+    pub fn resume_input(&self) {
+        if let Some(input) = &self.input {
+            input.resume();
+        }
+    }
+
+    /// Both directions for a device that polls descriptors: an output that
+    /// never blocks and, if there can be input, a descriptor to read it from
+    /// without blocking.
+    ///
+    /// # Errors
+    /// No descriptors.
+    pub fn streams(&self) -> io::Result<(Box<dyn Write + Send>, Option<OwnedFd>)> {
+        let output = Box::new(self.output());
+        let (Some(input), Some(watcher)) = (&self.input, &self.watcher) else {
+            return Ok((output, None));
+        };
+        let pipe = match self.pipe.get() {
+            Some(pipe) => pipe,
+            None => {
+                let pipe = PipeSink::new(input, watcher)?;
+                self.pipe.get_or_init(|| pipe)
+            }
+        };
+        let sink: Weak<PipeSink> = Arc::downgrade(pipe);
+        input.set_sink(sink);
+        Ok((output, Some(pipe.reader.try_clone()?)))
+    }
+}
+
+/// Creates or empties a file. A FIFO is opened too, with or without a reader:
+/// for reading as well then, so that it can be written before there is one.
+fn create(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY);
+    match options.open(path) {
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => options.read(true).open(path),
+        result => result,
+    }
+}
+
+/// Input through a pair of sockets, for a device with a thread of its own.
+struct PipeSink {
+    // Before `writer`, which it watches.
+    watch: OnceLock<Watch>,
+    writer: UnixStream,
+    reader: OwnedFd,
+    input: Weak<Input>,
+}
+
+impl PipeSink {
+    fn new(input: &Arc<Input>, watcher: &Watcher) -> io::Result<Arc<Self>> {
+        let (reader, writer) = UnixStream::pair()?;
+        reader.set_nonblocking(true)?;
+        writer.set_nonblocking(true)?;
+        let pipe = Arc::new(Self {
+            watch: OnceLock::new(),
+            writer,
+            reader: reader.into(),
+            input: Arc::downgrade(input),
+        });
+        let weak: Weak<Self> = Arc::downgrade(&pipe);
+        // A socket can always be watched, so there is a watch.
+        if let Some(watch) = watcher.watch(pipe.writer.as_raw_fd(), weak)? {
+            pipe.watch.get_or_init(|| watch);
+        }
+        Ok(pipe)
+    }
+}
+
+impl InputSink for PipeSink {
+    fn accept(&self, bytes: &[u8]) -> usize {
+        let accepted = (&self.writer).write(bytes).unwrap_or(0);
+        if accepted < bytes.len()
+            && let Some(watch) = self.watch.get()
+        {
+            watch.arm(EventSet::OUT);
+        }
+        accepted
+    }
+}
+
+impl Source for PipeSink {
+    fn ready(&self) {
+        if let Some(input) = self.input.upgrade() {
+            input.resume();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,298 @@
+//! The thread that waits for terminals, pseudo-terminals and sockets.
+//!
+//! Every watch is one-shot: once a source is ready, it is left alone until it
+//! arms its watch again, which it may do from any thread. So a source that
+//! nobody has room for costs nothing.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::vm::ThreadStart;
+
+/// Name of the thread.
+pub const SERIAL_MANAGER_THREAD: &str = "serial-manager";
+/// Events taken from the kernel at once.
+const EVENTS_MAX: usize = 8;
+const STOP_TOKEN: u64 = 0;
+
+/// Something with a descriptor to wait for. `ready` runs on the manager's
+/// thread and must not block.
+pub(super) trait Source: Send + Sync {
+    /// What was waited for has come, or the other side has gone. The watch is
+    /// no longer armed.
+    fn ready(&self);
+}
+
+struct Shared {
+    epoll: Epoll,
+    /// Weak: a source owns its watch, and is gone when its owner drops it.
+    sources: Mutex<BTreeMap<u64, Weak<dyn Source>>>,
+    next_token: AtomicU64,
+    stop: EventFd,
+}
+
+impl Shared {
+    fn sources(&self) -> MutexGuard<'_, BTreeMap<u64, Weak<dyn Source>>> {
+        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Owner of the thread, which is started with the first watch. Watches are made
+/// on the control thread only, so that the new thread does not inherit a
+/// vCPU's seccomp filter.
+pub struct SerialManager {
+    shared: Arc<Shared>,
+    thread_start: ThreadStart,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl fmt::Debug for SerialManager {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SerialManager").finish_non_exhaustive()
+    }
+}
+
+impl SerialManager {
+    /// No thread yet. `thread_start` is called first on it.
+    ///
+    /// # Errors
+    /// No descriptors.
+    pub fn new(thread_start: ThreadStart) -> io::Result<Self> {
+        let shared = Shared {
+            epoll: Epoll::new()?,
+            sources: Mutex::default(),
+            next_token: AtomicU64::new(STOP_TOKEN + 1),
+            stop: EventFd::new(EFD_NONBLOCK)?,
+        };
+        shared.epoll.ctl(
+            ControlOperation::Add,
+            shared.stop.as_raw_fd(),
+            EpollEvent::new(EventSet::IN, STOP_TOKEN),
+        )?;
+        Ok(Self {
+            shared: Arc::new(shared),
+            thread_start,
+            thread: Mutex::new(None),
+        })
+    }
+
+    /// A way to make watches, once the thread runs.
+    ///
+    /// # Errors
+    /// The thread cannot be started.
+    pub(super) fn watcher(&self) -> io::Result<Watcher> {
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        if thread.is_none() {
+            let shared = Arc::clone(&self.shared);
+            let thread_start = Arc::clone(&self.thread_start);
+            let handle = std::thread::Builder::new()
+                .name(SERIAL_MANAGER_THREAD.to_owned())
+                .spawn(move || {
+                    thread_start(SERIAL_MANAGER_THREAD);
+                    run(&shared);
+                })?;
+            *thread = Some(handle);
+        }
+        Ok(Watcher(Arc::clone(&self.shared)))
+    }
+}
+
+impl Drop for SerialManager {
+    fn drop(&mut self) {
+        let thread = self
+            .thread
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let Some(thread) = thread else {
+            return;
+        };
+        if let Err(error) = self.shared.stop.write(1) {
+            log::error!("{SERIAL_MANAGER_THREAD} cannot be stopped: {error}");
+            return;
+        }
+        if thread.join().is_err() {
+            log::error!("{SERIAL_MANAGER_THREAD} panicked");
+        }
+    }
+}
+
+fn run(shared: &Shared) {
+    let mut events = [EpollEvent::default(); EVENTS_MAX];
+    loop {
+        let count = match shared.epoll.wait(-1, &mut events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                log::error!("{SERIAL_MANAGER_THREAD} cannot wait: {error}");
+                return;
+            }
+        };
+        for event in &events[..count] {
+            if event.data() == STOP_TOKEN {
+                return;
+            }
+            // The table is not locked while a source works: it may be dropped
+            // there, and its watch with it.
+            let source = shared.sources().get(&event.data()).and_then(Weak::upgrade);
+            if let Some(source) = source {
+                source.ready();
+            }
+        }
+    }
+}
+
+/// Makes watches; the thread behind it runs.
+#[derive(Clone)]
+pub(super) struct Watcher(Arc<Shared>);
+
+impl Watcher {
+    /// Watches `fd` on behalf of `source`, not armed yet. `None` for a file
+    /// that is always ready, like one on a disk.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub(super) fn watch(&self, fd: RawFd, source: Weak<dyn Source>) -> io::Result<Option<Watch>> {
+        let token = self.0.next_token.fetch_add(1, Ordering::Relaxed);
+        let unarmed = EpollEvent::new(EventSet::ONE_SHOT, token);
+        // One-shot with no events still reports a hang-up once, so the source
+        // must be known before.
+        self.0.sources().insert(token, source);
+        match self.0.epoll.ctl(ControlOperation::Add, fd, unarmed) {
+            Ok(()) => Ok(Some(Watch {
+                shared: Arc::clone(&self.0),
+                fd,
+                token,
+            })),
+            Err(error) => {
+                self.0.sources().remove(&token);
+                if error.raw_os_error() == Some(libc::EPERM) {
+                    return Ok(None);
+                }
+                Err(error)
+            }
+        }
+    }
+}
+
+/// A descriptor being watched; dropped before the descriptor is closed.
+pub(super) struct Watch {
+    shared: Arc<Shared>,
+    fd: RawFd,
+    token: u64,
+}
+
+impl Watch {
+    /// Calls the source once when one of `events` comes.
+    pub(super) fn arm(&self, events: EventSet) {
+        let event = EpollEvent::new(events | EventSet::ONE_SHOT, self.token);
+        if let Err(error) = self
+            .shared
+            .epoll
+            .ctl(ControlOperation::Modify, self.fd, event)
+        {
+            log::error!("A console is no longer watched: {error}");
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.shared.sources().remove(&self.token);
+        if let Err(error) =
+            self.shared
+                .epoll
+                .ctl(ControlOperation::Delete, self.fd, EpollEvent::default())
+        {
+            log::error!("A console cannot be unwatched: {error}");
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    pub(in super::super) fn manager() -> SerialManager {
+        SerialManager::new(Arc::new(|_name: &str| ())).unwrap()
+    }
+
+    struct Reader {
+        stream: Mutex<UnixStream>,
+        sender: mpsc::Sender<u8>,
+    }
+
+    impl Source for Reader {
+        fn ready(&self) {
+            let mut byte = [0];
+            self.stream.lock().unwrap().read_exact(&mut byte).unwrap();
+            self.sender.send(byte[0]).unwrap();
+        }
+    }
+
+    #[test]
+    fn source_is_called_once_for_each_arming() {
+        const DEADLINE: Duration = Duration::from_secs(10);
+        let manager = manager();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let (sender, receiver) = mpsc::channel();
+        let fd = ours.as_raw_fd();
+        let reader = Arc::new(Reader {
+            stream: Mutex::new(ours),
+            sender,
+        });
+        let weak = Arc::downgrade(&reader);
+        let watch = manager.watcher().unwrap().watch(fd, weak).unwrap().unwrap();
+        watch.arm(EventSet::IN);
+        theirs.write_all(b"ab").unwrap();
+        assert_eq!(receiver.recv_timeout(DEADLINE), Ok(b'a'));
+        watch.arm(EventSet::IN);
+        assert_eq!(receiver.recv_timeout(DEADLINE), Ok(b'b'));
+        drop(watch);
+        assert!(manager.shared.sources().is_empty());
+    }
+
+    #[test]
+    fn file_on_a_disk_is_not_watched() {
+        let manager = manager();
+        let file = tempfile::tempfile().unwrap();
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let source: Arc<dyn Source> = Arc::new(Reader {
+            stream: Mutex::new(ours),
+            sender: mpsc::channel().0,
+        });
+        let watcher = manager.watcher().unwrap();
+        let watch = watcher.watch(file.as_raw_fd(), Arc::downgrade(&source));
+        assert!(watch.unwrap().is_none());
+    }
+
+    #[test]
+    fn thread_has_its_name_and_calls_the_hook_first() {
+        let (sender, receiver) = mpsc::channel();
+        let sender = Mutex::new(sender);
+        let manager = SerialManager::new(Arc::new(move |name: &str| {
+            let thread = std::thread::current();
+            let told = (name.to_owned(), thread.name().map(str::to_owned));
+            sender.lock().unwrap().send(told).unwrap();
+        }))
+        .unwrap();
+        manager.watcher().unwrap();
+        drop(manager);
+        let (hook, thread) = receiver.recv().unwrap();
+        assert_eq!(hook, SERIAL_MANAGER_THREAD);
+        assert_eq!(thread.as_deref(), Some(SERIAL_MANAGER_THREAD));
+        assert!(receiver.recv().is_err());
+    }
+}

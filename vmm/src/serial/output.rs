@@ -1,0 +1,382 @@
+//! Bytes on their way out of the guest.
+//!
+//! They are written at once if the other side takes them. What it does not
+//! take goes into a bounded backlog that the manager's thread writes as soon as
+//! it can; a full backlog loses its oldest bytes, because the newest are the
+//! ones that tell why a guest died.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::epoll::EventSet;
+
+use super::manager::{Source, Watch, Watcher};
+use super::terminal::is_writable;
+
+/// The most that waits for a reader: some thousands of lines.
+pub const OUTPUT_BACKLOG_BYTES_MAX: usize = 256 << 10;
+/// How long the last bytes may take when an output is dropped.
+const LAST_WRITE_MAX: Duration = Duration::from_millis(250);
+/// Bytes that a pipe or socket which is writable at all takes without blocking.
+const CAREFUL_WRITE_BYTES: usize = 512;
+
+/// Where bytes go.
+pub(super) struct Sink {
+    // Before `file`, which it watches.
+    watch: Option<Watch>,
+    file: File,
+    /// The descriptor is shared with others and may block, so it is asked
+    /// before each write.
+    may_block: bool,
+}
+
+impl Sink {
+    /// A descriptor in non-blocking mode, or one that never blocks for long.
+    pub(super) fn new(file: File) -> Self {
+        Self {
+            watch: None,
+            file,
+            may_block: false,
+        }
+    }
+
+    /// A descriptor that blocks and cannot be changed, because it is not ours.
+    pub(super) fn blocking(file: File) -> Self {
+        Self {
+            may_block: true,
+            ..Self::new(file)
+        }
+    }
+
+    fn write_some(&self, bytes: &[u8]) -> io::Result<usize> {
+        let mut bytes = bytes;
+        if self.may_block {
+            if !is_writable(self.file.as_raw_fd(), Duration::ZERO) {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            bytes = &bytes[..bytes.len().min(CAREFUL_WRITE_BYTES)];
+        }
+        match (&self.file).write(bytes) {
+            Ok(0) => Err(io::ErrorKind::WriteZero.into()),
+            result => result,
+        }
+    }
+}
+
+#[derive(Default)]
+struct State {
+    sink: Option<Sink>,
+    backlog: VecDeque<u8>,
+}
+
+impl State {
+    fn is_watched(&self) -> bool {
+        self.sink.as_ref().is_some_and(|sink| sink.watch.is_some())
+    }
+}
+
+struct Queue {
+    state: Mutex<State>,
+    /// Bytes are thrown away on purpose.
+    is_null: bool,
+    dropped_bytes: AtomicU64,
+}
+
+/// An output that never blocks and never fails. Clones write to the same place.
+#[derive(Clone)]
+pub struct Output(Arc<Queue>);
+
+impl fmt::Debug for Output {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Output")
+            .field("dropped_bytes", &self.dropped_bytes())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Output {
+    fn new(is_null: bool) -> Self {
+        Self(Arc::new(Queue {
+            state: Mutex::default(),
+            is_null,
+            dropped_bytes: AtomicU64::new(0),
+        }))
+    }
+
+    /// Throws everything away.
+    pub(super) fn null() -> Self {
+        Self::new(true)
+    }
+
+    /// Keeps the newest bytes until [`Output::connect`].
+    pub(super) fn unconnected() -> Self {
+        Self::new(false)
+    }
+
+    /// Writes to `sink` from now on, the backlog first. `watcher` tells when it
+    /// takes more; without one, what it does not take at once waits for the
+    /// next write.
+    ///
+    /// # Errors
+    /// The sink cannot be watched.
+    pub(super) fn connect(&self, mut sink: Sink, watcher: Option<&Watcher>) -> io::Result<()> {
+        if let Some(watcher) = watcher {
+            let source: Weak<Queue> = Arc::downgrade(&self.0);
+            sink.watch = watcher.watch(sink.file.as_raw_fd(), source)?;
+        }
+        let mut state = self.0.state();
+        state.sink = Some(sink);
+        self.0.drain(&mut state);
+        Ok(())
+    }
+
+    /// Forgets the sink; bytes are kept for the next one.
+    pub(super) fn disconnect(&self) {
+        self.0.state().sink = None;
+    }
+
+    /// Bytes that were lost because nobody took them.
+    pub fn dropped_bytes(&self) -> u64 {
+        self.0.dropped_bytes.load(Ordering::Relaxed)
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.push(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Queue {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn push(&self, bytes: &[u8]) {
+        if self.is_null {
+            return;
+        }
+        let mut state = self.state();
+        // With a backlog and a watch, the manager's thread writes, and trying
+        // here too would be two system calls a byte for nothing.
+        if !state.backlog.is_empty() && !state.is_watched() {
+            self.drain(&mut state);
+        }
+        // The usual case: everything leaves with one system call.
+        let mut rest = bytes;
+        if state.backlog.is_empty()
+            && let Some(sink) = &state.sink
+            && let Ok(written) = sink.write_some(bytes)
+        {
+            rest = &bytes[written..];
+        }
+        if rest.is_empty() {
+            return;
+        }
+        let was_empty = state.backlog.is_empty();
+        self.keep(&mut state.backlog, rest);
+        if was_empty {
+            self.drain(&mut state);
+        }
+    }
+
+    /// Appends to the backlog at the cost of its oldest bytes.
+    fn keep(&self, backlog: &mut VecDeque<u8>, bytes: &[u8]) {
+        let skipped = bytes.len().saturating_sub(OUTPUT_BACKLOG_BYTES_MAX);
+        let bytes = &bytes[skipped..];
+        let excess = (backlog.len() + bytes.len()).saturating_sub(OUTPUT_BACKLOG_BYTES_MAX);
+        backlog.drain(..excess);
+        backlog.extend(bytes);
+        self.count_dropped(skipped + excess);
+    }
+
+    /// Writes what the sink takes. Waits for the sink if that is not all.
+    fn drain(&self, state: &mut State) {
+        let State { sink, backlog } = state;
+        let Some(open) = sink else {
+            return;
+        };
+        while !backlog.is_empty() {
+            match open.write_some(backlog.as_slices().0) {
+                Ok(written) => {
+                    backlog.drain(..written);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if let Some(watch) = &open.watch {
+                        watch.arm(EventSet::OUT);
+                    }
+                    return;
+                }
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
+                    // The reader has gone; what it has not read is the next one's.
+                    *sink = None;
+                    return;
+                }
+                Err(error) => {
+                    if self.dropped_bytes.load(Ordering::Relaxed) == 0 {
+                        log::warn!("Console output is lost: {error}");
+                    }
+                    self.count_dropped(backlog.len());
+                    backlog.clear();
+                }
+            }
+        }
+        // A long backlog was the exception; its memory is not needed any more.
+        backlog.shrink_to_fit();
+    }
+
+    fn count_dropped(&self, bytes: usize) {
+        self.dropped_bytes
+            .fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+impl Source for Queue {
+    fn ready(&self) {
+        self.drain(&mut self.state());
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        let deadline = Instant::now() + LAST_WRITE_MAX;
+        let mut state = self.state();
+        while !state.backlog.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let writable = state
+                .sink
+                .as_ref()
+                .is_some_and(|sink| is_writable(sink.file.as_raw_fd(), left));
+            if left.is_zero() || !writable {
+                return;
+            }
+            self.drain(&mut state);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::manager::tests::manager;
+    use super::*;
+    use std::io::Read;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::net::UnixStream;
+
+    fn sink(stream: UnixStream) -> Sink {
+        stream.set_nonblocking(true).unwrap();
+        Sink::new(File::from(OwnedFd::from(stream)))
+    }
+
+    fn pattern(bytes: usize) -> Vec<u8> {
+        (0..bytes).map(|i| (i % 251) as u8).collect()
+    }
+
+    #[test]
+    fn output_to_a_ready_reader_leaves_at_once() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut output = Output::unconnected();
+        output.connect(sink(ours), None).unwrap();
+        output.write_all(b"hello").unwrap();
+        let mut data = [0; 5];
+        theirs.read_exact(&mut data).unwrap();
+        assert_eq!(&data, b"hello");
+    }
+
+    #[test]
+    fn slow_reader_gets_everything_in_order_without_blocking_the_writer() {
+        let manager = manager();
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut output = Output::unconnected();
+        output
+            .connect(sink(ours), Some(&manager.watcher().unwrap()))
+            .unwrap();
+        // More than a socket holds, less than socket and backlog.
+        let sent = pattern(OUTPUT_BACKLOG_BYTES_MAX);
+        output.write_all(&sent).unwrap();
+        let mut received = vec![0; sent.len()];
+        theirs.read_exact(&mut received).unwrap();
+        assert_eq!(received, sent);
+        assert_eq!(output.dropped_bytes(), 0);
+    }
+
+    #[test]
+    fn reader_that_never_reads_costs_the_oldest_bytes_only() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let mut output = Output::unconnected();
+        output.connect(sink(ours), None).unwrap();
+        let sent = pattern(4 * OUTPUT_BACKLOG_BYTES_MAX);
+        for chunk in sent.chunks(1000) {
+            output.write_all(chunk).unwrap();
+        }
+        let dropped = output.dropped_bytes() as usize;
+        assert!(dropped > 0);
+        assert_eq!(output.0.state().backlog.len(), OUTPUT_BACKLOG_BYTES_MAX);
+        let mut received = vec![0; sent.len() - dropped - OUTPUT_BACKLOG_BYTES_MAX];
+        theirs.read_exact(&mut received).unwrap();
+        assert_eq!(received, sent[..received.len()]);
+        output.write_all(b"!").unwrap();
+        let mut next = [0];
+        theirs.read_exact(&mut next).unwrap();
+        assert_eq!(next[0], sent[sent.len() - OUTPUT_BACKLOG_BYTES_MAX]);
+    }
+
+    #[test]
+    fn output_before_a_reader_is_kept_and_after_it_too() {
+        let mut output = Output::unconnected();
+        output.write_all(b"early ").unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        output.connect(sink(ours), None).unwrap();
+        output.write_all(b"now").unwrap();
+        let mut data = [0; 9];
+        (&theirs).read_exact(&mut data).unwrap();
+        assert_eq!(&data, b"early now");
+        drop(theirs);
+        output.write_all(b"late").unwrap();
+        assert!(output.0.state().sink.is_none());
+        assert_eq!(output.0.state().backlog, b"late");
+        assert_eq!(output.dropped_bytes(), 0);
+    }
+
+    #[test]
+    fn null_output_keeps_nothing() {
+        let mut output = Output::null();
+        output.write_all(b"anything").unwrap();
+        assert!(output.0.state().backlog.is_empty());
+        assert_eq!(output.dropped_bytes(), 0);
+    }
+
+    #[test]
+    fn full_disk_loses_bytes_and_counts_them() {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let mut output = Output::unconnected();
+        output.connect(Sink::new(full), None).unwrap();
+        output.write_all(b"12345").unwrap();
+        assert_eq!(output.dropped_bytes(), 5);
+    }
+
+    #[test]
+    fn blocking_descriptor_is_asked_first() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mut output = Output::unconnected();
+        let sink = Sink::blocking(File::from(OwnedFd::from(ours)));
+        output.connect(sink, None).unwrap();
+        // Would hang here if it were not.
+        output
+            .write_all(&pattern(OUTPUT_BACKLOG_BYTES_MAX))
+            .unwrap();
+        assert!(!output.0.state().backlog.is_empty());
+    }
+}

@@ -1,0 +1,212 @@
+//! The operator's terminal: raw while a guest uses it, restored whatever happens.
+//!
+//! Its settings outlive the process, so they are put back when the guard is
+//! dropped, on `exit`, and before a panic's message; [`restore_terminal`] is
+//! for signal handlers.
+#![allow(unsafe_code)]
+// UNSAFETY: terminal settings and `poll` have no safe interface in std.
+
+use std::fs::File;
+use std::io::{self, IsTerminal};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use super::output::Sink;
+
+/// The terminal as it was first found.
+struct Saved {
+    fd: RawFd,
+    settings: libc::termios,
+}
+
+static SAVED: OnceLock<Saved> = OnceLock::new();
+static IS_RAW: AtomicBool = AtomicBool::new(false);
+
+/// Puts the terminal's settings back if they were changed. Safe in a signal
+/// handler: one system call, no lock, no allocation.
+pub fn restore_terminal() {
+    let Some(saved) = SAVED.get() else {
+        return;
+    };
+    if IS_RAW.swap(false, Ordering::AcqRel) {
+        // SAFETY: `settings` is a valid termios of static life; the call reads
+        // it. A descriptor that is closed by now is an error it returns.
+        unsafe { libc::tcsetattr(saved.fd, libc::TCSANOW, &raw const saved.settings) };
+    }
+}
+
+extern "C" fn restore_at_exit() {
+    restore_terminal();
+}
+
+/// While it lives, key presses go to the guest one by one and unprocessed.
+#[derive(Debug)]
+pub(super) struct RawMode;
+
+impl RawMode {
+    /// Makes standard input raw. `None` if it is no terminal, if this process
+    /// is in the background (changing the settings would stop it), or if
+    /// another guard lives.
+    pub(super) fn enter() -> io::Result<Option<Self>> {
+        let stdin = io::stdin();
+        if !stdin.is_terminal() || !is_foreground(stdin.as_raw_fd()) {
+            return Ok(None);
+        }
+        Self::enter_on(stdin.as_raw_fd())
+    }
+
+    fn enter_on(fd: RawFd) -> io::Result<Option<Self>> {
+        let found = settings(fd)?;
+        let saved = SAVED.get_or_init(|| {
+            restore_on_exit_and_panic();
+            Saved {
+                fd,
+                settings: found,
+            }
+        });
+        if saved.fd != fd || IS_RAW.swap(true, Ordering::AcqRel) {
+            return Ok(None);
+        }
+        let mut raw = found;
+        make_raw(&mut raw);
+        // SAFETY: `raw` is a valid termios that the call reads.
+        if unsafe { libc::tcsetattr(fd, libc::TCSANOW, &raw const raw) } != 0 {
+            IS_RAW.store(false, Ordering::Release);
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Some(Self))
+    }
+}
+
+impl Drop for RawMode {
+    fn drop(&mut self) {
+        restore_terminal();
+    }
+}
+
+fn restore_on_exit_and_panic() {
+    // SAFETY: the function is of static life and may run on any thread.
+    if unsafe { libc::atexit(restore_at_exit) } != 0 {
+        log::warn!("The terminal will not be restored if the program exits early");
+    }
+    let next = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        restore_terminal();
+        next(panic);
+    }));
+}
+
+fn settings(fd: RawFd) -> io::Result<libc::termios> {
+    let mut settings = std::mem::MaybeUninit::uninit();
+    // SAFETY: the call writes a whole termios or fails.
+    if unsafe { libc::tcgetattr(fd, settings.as_mut_ptr()) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: written by the call above, which succeeded.
+    Ok(unsafe { settings.assume_init() })
+}
+
+/// Raw input as `cfmakeraw` has it; output is left alone, so that the VMM's own
+/// messages still start at the left.
+fn make_raw(settings: &mut libc::termios) {
+    let output = settings.c_oflag;
+    // SAFETY: changes the fields of a valid termios.
+    unsafe { libc::cfmakeraw(settings) };
+    settings.c_oflag = output;
+}
+
+/// Makes a terminal pass bytes through unchanged in both directions.
+pub(super) fn make_transparent(terminal: &OwnedFd) -> io::Result<()> {
+    let mut raw = settings(terminal.as_raw_fd())?;
+    // SAFETY: changes the fields of a valid termios.
+    unsafe { libc::cfmakeraw(&raw mut raw) };
+    // SAFETY: `raw` is a valid termios that the call reads.
+    if unsafe { libc::tcsetattr(terminal.as_raw_fd(), libc::TCSANOW, &raw const raw) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn is_foreground(terminal: RawFd) -> bool {
+    // SAFETY: both take and return plain numbers.
+    unsafe { libc::tcgetpgrp(terminal) == libc::getpgrp() }
+}
+
+/// Whether `fd` takes bytes within `timeout`, or reports an error when written.
+pub(super) fn is_writable(fd: RawFd, timeout: Duration) -> bool {
+    let mut poll = libc::pollfd {
+        fd,
+        events: libc::POLLOUT,
+        revents: 0,
+    };
+    let timeout_ms = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
+    // SAFETY: one valid pollfd, which the call reads and writes.
+    unsafe { libc::poll(&raw mut poll, 1, timeout_ms) > 0 }
+}
+
+/// Standard output for a guest's text.
+///
+/// Its open file description is shared with the shell and must stay blocking. A
+/// terminal or pipe is therefore opened once more; what cannot be opened
+/// (a socket) is asked before each write.
+pub(super) fn standard_output() -> io::Result<Sink> {
+    let shared = File::from(io::stdout().as_fd().try_clone_to_owned()?);
+    let kind = shared.metadata()?.file_type();
+    if kind.is_file() {
+        return Ok(Sink::new(shared));
+    }
+    if kind.is_char_device() || kind.is_fifo() {
+        let own = File::options()
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(format!("/proc/self/fd/{}", shared.as_raw_fd()));
+        if let Ok(own) = own {
+            return Ok(Sink::new(own));
+        }
+    }
+    Ok(Sink::blocking(shared))
+}
+
+/// Standard input, if there is somebody at it.
+pub(super) fn standard_input() -> io::Result<Option<OwnedFd>> {
+    let stdin = io::stdin();
+    if stdin.is_terminal() && !is_foreground(stdin.as_raw_fd()) {
+        return Ok(None);
+    }
+    stdin.as_fd().try_clone_to_owned().map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::pty::Pty;
+    use super::*;
+
+    #[test]
+    fn raw_mode_is_entered_once_and_left_on_drop() {
+        let pty = Pty::open().unwrap();
+        let fd = pty.slave.as_raw_fd();
+        // A pty of ours is transparent; make it a cooked terminal again.
+        let mut cooked = settings(fd).unwrap();
+        cooked.c_lflag |= libc::ICANON | libc::ECHO | libc::ISIG;
+        cooked.c_oflag |= libc::OPOST;
+        // SAFETY: a valid termios that the call reads.
+        unsafe { libc::tcsetattr(fd, libc::TCSANOW, &raw const cooked) };
+
+        let guard = RawMode::enter_on(fd).unwrap().unwrap();
+        let raw = settings(fd).unwrap();
+        assert_eq!(raw.c_lflag & (libc::ICANON | libc::ECHO | libc::ISIG), 0);
+        assert_ne!(raw.c_oflag & libc::OPOST, 0);
+        assert!(RawMode::enter_on(fd).unwrap().is_none());
+        drop(guard);
+        assert_eq!(settings(fd).unwrap().c_lflag, cooked.c_lflag);
+    }
+
+    #[test]
+    fn raw_mode_of_a_file_is_an_error() {
+        let file = tempfile::tempfile().unwrap();
+        assert!(RawMode::enter_on(file.as_raw_fd()).is_err());
+    }
+}

@@ -1,0 +1,251 @@
+//! The 16550 on the port bus.
+
+use std::fmt;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use vm_superio::Serial;
+use vm_superio::serial::{Error, NoEvents};
+
+use super::{Endpoint, InputSink, Output};
+use crate::bus::BusDevice;
+use crate::interrupt::IrqLine;
+
+/// Offset of the receive register.
+const DATA: u64 = 0;
+/// Offset of the modem control register, which has the loopback switch.
+const MODEM_CONTROL: u64 = 4;
+
+/// A serial port between a guest and an [`Endpoint`].
+pub struct Uart {
+    serial: Mutex<Serial<IrqLine, NoEvents, Output>>,
+    endpoint: Arc<Endpoint>,
+    lost_interrupts: AtomicU64,
+}
+
+impl fmt::Debug for Uart {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Uart")
+            .field("endpoint", &self.endpoint)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Uart {
+    /// A port that pulses `line` and takes the endpoint's input over.
+    #[must_use]
+    pub fn new(line: IrqLine, endpoint: Arc<Endpoint>) -> Arc<Self> {
+        let uart = Arc::new(Self {
+            serial: Mutex::new(Serial::new(line, endpoint.output())),
+            endpoint,
+            lost_interrupts: AtomicU64::new(0),
+        });
+        let weak: Weak<Self> = Arc::downgrade(&uart);
+        uart.endpoint.set_input_sink(weak);
+        uart
+    }
+
+    /// Interrupts the host refused because of what the guest programmed.
+    pub fn lost_interrupts(&self) -> u64 {
+        self.lost_interrupts.load(Ordering::Relaxed)
+    }
+
+    fn serial(&self) -> MutexGuard<'_, Serial<IrqLine, NoEvents, Output>> {
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The output never fails and a full FIFO is asked about before, so that
+    /// only the interrupt is left.
+    fn count<T>(&self, result: &Result<T, Error<io::Error>>) {
+        if result.is_err() {
+            self.lost_interrupts.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The port is eight bits wide: a wider access is one to each register.
+    fn registers(offset: u64, count: usize) -> impl Iterator<Item = u8> {
+        (offset..).map(|offset| offset as u8).take(count)
+    }
+}
+
+impl BusDevice for Uart {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let mut serial = self.serial();
+        for (register, byte) in Self::registers(offset, data.len()).zip(data) {
+            *byte = serial.read(register);
+        }
+        drop(serial);
+        if offset == DATA {
+            self.endpoint.resume_input();
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        let mut serial = self.serial();
+        for (register, byte) in Self::registers(offset, data.len()).zip(data) {
+            self.count(&serial.write(register, *byte));
+        }
+        drop(serial);
+        // In loopback no input is accepted, and this may have been its end.
+        if (offset..offset + data.len() as u64).contains(&MODEM_CONTROL) {
+            self.endpoint.resume_input();
+        }
+    }
+}
+
+impl InputSink for Uart {
+    fn accept(&self, bytes: &[u8]) -> usize {
+        let mut serial = self.serial();
+        let room = serial.fifo_capacity().min(bytes.len());
+        if room == 0 {
+            return 0;
+        }
+        let before = serial.fifo_capacity();
+        let result = serial.enqueue_raw_bytes(&bytes[..room]);
+        // Bytes are in the FIFO even if the interrupt was refused.
+        let accepted = before - serial.fifo_capacity();
+        drop(serial);
+        self.count(&result);
+        accepted
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::manager::tests::manager;
+    use super::super::{EndpointMode, SERIAL_IRQ, SERIAL_PORTS};
+    use super::*;
+    use crate::bus::Bus;
+    use crate::interrupt::fake::FakeBackend;
+    use crate::interrupt::{GsiRouter, Ioapic};
+    use proptest::prelude::*;
+    use std::io::Write;
+    use std::os::unix::net::UnixStream;
+    use std::time::{Duration, Instant};
+
+    const BASE: u64 = SERIAL_PORTS.0 as u64;
+
+    struct Machine {
+        ports: Bus,
+        backend: Arc<FakeBackend>,
+        uart: Arc<Uart>,
+    }
+
+    fn machine(endpoint: Arc<Endpoint>) -> Machine {
+        let backend = Arc::new(FakeBackend::default());
+        let ioapic = Arc::new(Ioapic::new(Arc::new(GsiRouter::new(backend.clone()))));
+        ioapic.write(0, &[0x10 + 2 * SERIAL_IRQ]);
+        ioapic.write(0x10, &0x24_u32.to_le_bytes());
+        let uart = Uart::new(ioapic.line(SERIAL_IRQ).unwrap(), endpoint);
+        let ports = Bus::new();
+        ports
+            .insert(BASE, u64::from(SERIAL_PORTS.1), uart.clone())
+            .unwrap();
+        Machine {
+            ports,
+            backend,
+            uart,
+        }
+    }
+
+    impl Machine {
+        fn read(&self, register: u64) -> u8 {
+            let mut byte = [0];
+            self.ports.read(BASE + register, &mut byte);
+            byte[0]
+        }
+
+        /// Reads as a driver does: data while the line status says so.
+        fn receive(&self, count: usize) -> Vec<u8> {
+            let deadline = Instant::now() + Duration::from_secs(10);
+            let mut received = Vec::new();
+            while received.len() < count {
+                if self.read(5) & 1 != 0 {
+                    received.push(self.read(0));
+                } else {
+                    assert!(Instant::now() < deadline, "{received:?}");
+                    std::thread::yield_now();
+                }
+            }
+            received
+        }
+    }
+
+    #[test]
+    fn guest_text_reaches_a_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let mode = EndpointMode::File(path.clone());
+        let machine = machine(Endpoint::open(&mode, &manager()).unwrap());
+        for byte in b"Linux version" {
+            machine.ports.write(BASE, &[*byte]);
+        }
+        assert_eq!(std::fs::read(path).unwrap(), b"Linux version");
+    }
+
+    #[test]
+    fn long_input_passes_through_the_small_fifo_complete_and_in_order() {
+        let manager = manager();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("console");
+        let mode = EndpointMode::Socket(path.clone());
+        let machine = machine(Endpoint::open(&mode, &manager).unwrap());
+        machine.ports.write(BASE + 1, &[1]);
+        let mut client = UnixStream::connect(path).unwrap();
+        let sent: Vec<u8> = (0..5000_u32).map(|i| (i % 249) as u8).collect();
+        client.write_all(&sent).unwrap();
+        assert!(machine.receive(sent.len()) == sent);
+        assert!(!machine.backend.notes().messages.is_empty());
+        assert_eq!(machine.backend.notes().messages[0].data, 0x24);
+    }
+
+    #[test]
+    fn input_during_loopback_comes_after_it() {
+        let manager = manager();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("console");
+        let mode = EndpointMode::Socket(path.clone());
+        let machine = machine(Endpoint::open(&mode, &manager).unwrap());
+        machine.ports.write(BASE + 4, &[0x10]);
+        let mut client = UnixStream::connect(path).unwrap();
+        client.write_all(b"typed").unwrap();
+        machine.ports.write(BASE, b"L");
+        assert_eq!(machine.receive(1), b"L");
+        machine.ports.write(BASE + 4, &[0]);
+        assert_eq!(machine.receive(5), b"typed");
+    }
+
+    #[test]
+    fn refused_interrupt_is_counted_and_loses_no_text() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("log");
+        let mode = EndpointMode::File(path.clone());
+        let machine = machine(Endpoint::open(&mode, &manager()).unwrap());
+        machine.backend.notes().refuse = true;
+        machine.ports.write(BASE + 1, &[2]);
+        machine.ports.write(BASE, b"x");
+        assert!(machine.uart.lost_interrupts() > 0);
+        assert_eq!(std::fs::read(path).unwrap(), b"x");
+    }
+
+    proptest! {
+        #[test]
+        fn random_accesses_never_panic(
+            accesses in prop::collection::vec(
+                (0u64..8, prop::collection::vec(any::<u8>(), 0..9), any::<bool>()),
+                0..200,
+            )
+        ) {
+            let machine = machine(Endpoint::open(&EndpointMode::Null, &manager()).unwrap());
+            for (register, mut data, is_write) in accesses {
+                if is_write {
+                    machine.ports.write(BASE + register, &data);
+                } else {
+                    machine.ports.read(BASE + register, &mut data);
+                }
+                machine.uart.accept(&data);
+            }
+        }
+    }
+}
