@@ -2,17 +2,19 @@
 //!
 //! A lock on `<path>.lock` tells a running VMM from the remains of one that was killed, whose socket is replaced.
 
-// UNSAFETY: open file description locks and inherited descriptors have no safe interface in the standard library.
+// UNSAFETY: open file description locks have no safe interface in the standard library.
 #![allow(unsafe_code)]
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
 use api::config::PathOrFd;
+
+use crate::inherited_fd;
 
 /// Why the API socket could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -74,7 +76,7 @@ impl ApiSocket {
         match place {
             PathOrFd::Path(path) => Self::bind(path),
             PathOrFd::Fd(fd) => Ok(Self {
-                listener: inherited(*fd)
+                listener: inherited_fd::listener(*fd)
                     .map_err(|source| ApiSocketError::Descriptor { fd: *fd, source })?,
                 files: None,
             }),
@@ -199,30 +201,6 @@ fn try_lock(file: &File) -> io::Result<bool> {
             error => Err(error),
         },
     }
-}
-
-fn inherited(fd: i32) -> io::Result<UnixListener> {
-    let mut listening: libc::c_int = 0;
-    let mut length = size_of::<libc::c_int>() as libc::socklen_t;
-    // SAFETY: `listening` and `length` are live and of the sizes this option is documented to write.
-    let asked = unsafe {
-        libc::getsockopt(
-            fd,
-            libc::SOL_SOCKET,
-            libc::SO_ACCEPTCONN,
-            (&raw mut listening).cast(),
-            &mut length,
-        )
-    };
-    if asked != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    if listening == 0 {
-        return Err(ErrorKind::InvalidInput.into());
-    }
-    // SAFETY: the descriptor is open, and the parent handed it to this process for this use alone.
-    let listener = unsafe { UnixListener::from_raw_fd(fd) };
-    Ok(listener)
 }
 
 #[cfg(test)]

@@ -1,0 +1,362 @@
+//! The event monitor (`--event-monitor`): tells an outside reader what happens, and never waits for it.
+//!
+//! Whoever has something to tell puts it into a bounded queue; a thread of its own writes it to a non-blocking
+//! descriptor. A slow reader loses whole events, which are counted; the stream stays well-formed. Without a monitor
+//! nothing is formatted, queued or started.
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use api::Event;
+use api::config::PathOrFd;
+
+use crate::inherited_fd;
+use crate::vm::EventSink;
+
+/// Name of the thread.
+pub const EVENT_THREAD: &str = "event-monitor";
+
+/// Events that may wait for the thread: a burst of device activations, not a backlog.
+const QUEUE_LENGTH: usize = 256;
+const STACK_BYTES: usize = 128 << 10;
+
+/// Why there is no event monitor.
+#[derive(Debug, thiserror::Error)]
+pub enum EventMonitorError {
+    /// The file cannot be opened.
+    #[error("Cannot open the event monitor's file {}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The inherited descriptor cannot be used.
+    #[error("File descriptor {fd} cannot serve the event monitor")]
+    Descriptor {
+        /// The descriptor.
+        fd: i32,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// No thread.
+    #[error("Cannot start the thread {EVENT_THREAD}")]
+    Spawn(#[source] io::Error),
+}
+
+/// Takes events. Dropping it writes what is queued and ends the thread; what is told later is lost.
+#[derive(Debug, Default)]
+pub struct EventMonitor {
+    writer: Option<Writer>,
+}
+
+#[derive(Debug)]
+enum Message {
+    Write(Event),
+    Stop,
+}
+
+#[derive(Debug)]
+struct Writer {
+    queue: SyncSender<Message>,
+    lost: Arc<AtomicU64>,
+    start: Instant,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl EventMonitor {
+    /// A monitor that takes no notice of anything.
+    pub fn off() -> Self {
+        Self::default()
+    }
+
+    /// A monitor that writes to `place`. Times count from `start`; `on_start` is called first on the thread.
+    ///
+    /// # Errors
+    /// The place cannot be written to.
+    pub fn open(
+        place: &PathOrFd,
+        start: Instant,
+        on_start: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, EventMonitorError> {
+        let file = match place {
+            PathOrFd::Path(path) => open(path).map_err(|source| EventMonitorError::Open {
+                path: path.clone(),
+                source,
+            })?,
+            PathOrFd::Fd(fd) => inherited_fd::non_blocking_file(*fd)
+                .map_err(|source| EventMonitorError::Descriptor { fd: *fd, source })?,
+        };
+        Self::write_to(file, start, on_start)
+    }
+
+    fn write_to(
+        file: File,
+        start: Instant,
+        on_start: impl FnOnce() + Send + 'static,
+    ) -> Result<Self, EventMonitorError> {
+        let (queue, events) = sync_channel(QUEUE_LENGTH);
+        let lost = Arc::new(AtomicU64::new(0));
+        let mut stream = Stream {
+            file,
+            unwritten: Vec::new(),
+            lost: Arc::clone(&lost),
+        };
+        let thread = std::thread::Builder::new()
+            .name(EVENT_THREAD.to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                on_start();
+                stream.run(&events);
+            })
+            .map_err(EventMonitorError::Spawn)?;
+        Ok(Self {
+            writer: Some(Writer {
+                queue,
+                lost,
+                start,
+                thread: Some(thread),
+            }),
+        })
+    }
+
+    /// What others call to tell something. Never blocks.
+    pub fn sink(&self) -> EventSink {
+        let Some(writer) = &self.writer else {
+            return Arc::new(|_, _, _| {});
+        };
+        let queue = writer.queue.clone();
+        let lost = Arc::clone(&writer.lost);
+        let start = writer.start;
+        Arc::new(move |source, event, properties| {
+            let event = Event {
+                timestamp: start.elapsed().into(),
+                source: source.to_owned(),
+                event: event.to_owned(),
+                properties: owned(properties),
+            };
+            if queue.try_send(Message::Write(event)).is_err() {
+                lost.fetch_add(1, Ordering::Relaxed);
+            }
+        })
+    }
+
+    /// Events that nobody will see.
+    pub fn lost_events(&self) -> u64 {
+        self.writer
+            .as_ref()
+            .map_or(0, |writer| writer.lost.load(Ordering::Relaxed))
+    }
+}
+
+fn owned(properties: &[(&str, String)]) -> Option<BTreeMap<String, String>> {
+    if properties.is_empty() {
+        return None;
+    }
+    let owned = properties
+        .iter()
+        .map(|(name, value)| ((*name).to_owned(), value.clone()));
+    Some(owned.collect())
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // The thread never waits for the reader, so there is room soon; it has ended only if it panicked.
+        drop(self.queue.send(Message::Stop));
+        if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
+            log::error!("The thread {EVENT_THREAD} panicked");
+        }
+        let lost = self.lost.load(Ordering::Relaxed);
+        if lost > 0 {
+            log::warn!("The reader of the event monitor was too slow for {lost} events");
+        }
+    }
+}
+
+/// Opens for writing without ever waiting. A pipe that nobody reads yet would refuse that, so it is opened for both.
+fn open(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.write(true).custom_flags(libc::O_NONBLOCK);
+    match options
+        .clone()
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
+    {
+        Err(error) if error.raw_os_error() == Some(libc::ENXIO) => options.read(true).open(path),
+        opened => opened,
+    }
+}
+
+/// The thread's side.
+struct Stream {
+    file: File,
+    /// The rest of an event of which a part has left.
+    unwritten: Vec<u8>,
+    lost: Arc<AtomicU64>,
+}
+
+impl Stream {
+    fn run(&mut self, events: &Receiver<Message>) {
+        while let Ok(Message::Write(event)) = events.recv() {
+            if !self.write(event.to_record().as_bytes()) {
+                self.lost.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        log::trace!(
+            "The event monitor on descriptor {} ends",
+            self.file.as_raw_fd()
+        );
+    }
+
+    /// False when the reader has no room for the event. An event of which a part has left must leave entirely, or the
+    /// reader would lose its place in the stream.
+    fn write(&mut self, record: &[u8]) -> bool {
+        let rest = std::mem::take(&mut self.unwritten);
+        let left = self.write_part(&rest);
+        if left < rest.len() {
+            self.unwritten = rest[left..].to_vec();
+            return false;
+        }
+        let left = self.write_part(record);
+        if left > 0 {
+            self.unwritten = record[left..].to_vec();
+        }
+        left > 0
+    }
+
+    fn write_part(&mut self, mut bytes: &[u8]) -> usize {
+        let all = bytes.len();
+        while !bytes.is_empty() {
+            match self.file.write(bytes) {
+                Ok(0) => break,
+                Ok(written) => bytes = &bytes[written..],
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => break,
+            }
+        }
+        all - bytes.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::io::Read;
+    use std::os::fd::{IntoRawFd, OwnedFd};
+    use std::time::Duration;
+
+    use super::*;
+
+    fn pipe() -> (File, File) {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let writer = OwnedFd::from(writer);
+        let fd = writer.into_raw_fd();
+        (
+            OwnedFd::from(reader).into(),
+            inherited_fd::non_blocking_file(fd).unwrap(),
+        )
+    }
+
+    fn events_of(text: &str) -> Vec<Event> {
+        text.split_terminator("\n\n")
+            .map(|record| serde_json::from_str(record).unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn event_monitor_writes_each_event_with_an_empty_line() {
+        let (mut reader, writer) = pipe();
+        let monitor = EventMonitor::write_to(writer, Instant::now(), || {}).unwrap();
+        monitor.sink()("vm", "booted", &[]);
+        monitor.sink()(
+            "virtio-device",
+            "activated",
+            &[("id", "__balloon".to_owned())],
+        );
+        drop(monitor);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert!(text.ends_with("}\n\n"));
+        let events = events_of(&text);
+        assert_eq!(events.len(), 2);
+        assert_eq!(
+            (events[0].source.as_str(), events[0].event.as_str()),
+            ("vm", "booted")
+        );
+        assert_eq!(events[1].properties.as_ref().unwrap()["id"], "__balloon");
+    }
+
+    #[test]
+    fn event_monitor_full_pipe_loses_whole_events_and_counts_them() {
+        let (mut reader, writer) = pipe();
+        let monitor = EventMonitor::write_to(writer, Instant::now(), || {}).unwrap();
+        let sink = monitor.sink();
+        const EVENTS: u64 = 5000;
+        for number in 0..EVENTS {
+            sink("vm", "event", &[("number", number.to_string())]);
+        }
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while monitor.lost_events() == 0 {
+            assert!(Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+        let lost = Arc::clone(&monitor.writer.as_ref().unwrap().lost);
+        let reading = std::thread::spawn(move || {
+            let mut text = String::new();
+            reader.read_to_string(&mut text).unwrap();
+            text
+        });
+        drop(monitor);
+        let text = reading.join().unwrap();
+        // The last one may have been cut off by the end of the stream; it is not counted as lost.
+        let complete = &text[..text.rfind("\n\n").unwrap() + 2];
+        let seen = events_of(complete).len() as u64;
+        assert!(seen + lost.load(Ordering::Relaxed) >= EVENTS - 1);
+        assert!(seen < EVENTS);
+    }
+
+    #[test]
+    fn event_monitor_pipe_without_a_reader_is_no_obstacle() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        let name = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
+        // SAFETY: the name is a valid C string for the whole call.
+        #[allow(unsafe_code)]
+        let made = unsafe { libc::mkfifo(name.as_ptr(), 0o600) };
+        assert_eq!(made, 0);
+        let place = PathOrFd::Path(path);
+        let monitor = EventMonitor::open(&place, Instant::now(), || {}).unwrap();
+        monitor.sink()("vm", "booted", &[]);
+        drop(monitor);
+    }
+
+    #[test]
+    fn event_monitor_off_takes_everything() {
+        let monitor = EventMonitor::off();
+        monitor.sink()("vm", "booted", &[]);
+        assert_eq!(monitor.lost_events(), 0);
+    }
+
+    #[test]
+    fn event_monitor_closed_descriptor_is_an_error() {
+        let place = PathOrFd::Fd(1 << 20);
+        assert!(matches!(
+            EventMonitor::open(&place, Instant::now(), || {}),
+            Err(EventMonitorError::Descriptor { .. })
+        ));
+    }
+}

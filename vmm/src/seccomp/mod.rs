@@ -1,0 +1,183 @@
+//! A system call filter for each kind of thread (`--seccomp`).
+//!
+//! The filter is installed by the thread itself, first thing. What each kind may do is written down in [`calls`] and
+//! [`ioctls`]; everything else ends the process with a message, by default.
+
+mod calls;
+mod ioctls;
+mod kind;
+mod sigsys;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
+
+pub use kind::ThreadKind;
+
+use crate::vm::ThreadStart;
+use ioctls::Ioctl;
+
+/// What happens at a forbidden call.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum SeccompMode {
+    /// The process says which call it was and ends.
+    #[default]
+    Trap,
+    /// There are no filters.
+    Off,
+    /// The kernel's log tells of it and the call is made.
+    Log,
+    /// The call fails with `EPERM`.
+    Errno,
+}
+
+/// Why there is no filter.
+#[derive(Debug, thiserror::Error)]
+pub enum SeccompError {
+    /// A list cannot be made a filter.
+    #[error("Cannot make the seccomp filter of {kind:?} threads")]
+    Compile {
+        /// The kind of thread.
+        kind: ThreadKind,
+        /// Why.
+        #[source]
+        source: seccompiler::BackendError,
+    },
+    /// The kernel refuses it.
+    #[error("Cannot install the seccomp filter of {kind:?} threads")]
+    Apply {
+        /// The kind of thread.
+        kind: ThreadKind,
+        /// Why.
+        #[source]
+        source: seccompiler::Error,
+    },
+    /// Nobody could tell which call was forbidden.
+    #[error("Cannot install the handler of SIGSYS")]
+    Handler(#[source] vmm_sys_util::errno::Error),
+}
+
+/// The filters of all kinds.
+#[derive(Debug)]
+pub struct Seccomp {
+    filters: BTreeMap<ThreadKind, BpfProgram>,
+}
+
+impl Seccomp {
+    /// Makes the filters; nothing is installed yet but, with [`SeccompMode::Trap`], the handler that tells of a
+    /// forbidden call.
+    ///
+    /// # Errors
+    /// A filter cannot be made, or the handler not be installed.
+    pub fn new(mode: SeccompMode) -> Result<Self, SeccompError> {
+        let on_mismatch = match mode {
+            SeccompMode::Off => {
+                return Ok(Self {
+                    filters: BTreeMap::new(),
+                });
+            }
+            SeccompMode::Trap => SeccompAction::Trap,
+            SeccompMode::Log => SeccompAction::Log,
+            SeccompMode::Errno => SeccompAction::Errno(libc::EPERM.unsigned_abs()),
+        };
+        if mode == SeccompMode::Trap {
+            sigsys::install().map_err(SeccompError::Handler)?;
+        }
+        let filters = ThreadKind::ALL
+            .iter()
+            .map(|&kind| Ok((kind, compile(kind, on_mismatch.clone())?)))
+            .collect::<Result<_, _>>()?;
+        Ok(Self { filters })
+    }
+
+    /// Installs the filter of `kind` on the calling thread, for good.
+    ///
+    /// # Errors
+    /// The kernel refuses it.
+    pub fn apply(&self, kind: ThreadKind) -> Result<(), SeccompError> {
+        match self.filters.get(&kind) {
+            Some(filter) => seccompiler::apply_filter(filter)
+                .map_err(|source| SeccompError::Apply { kind, source }),
+            None => Ok(()),
+        }
+    }
+
+    /// What every thread calls first. A thread that cannot be confined must not run, and the process not go on without
+    /// it.
+    pub fn hook(self: &Arc<Self>) -> ThreadStart {
+        let seccomp = Arc::clone(self);
+        Arc::new(move |name| {
+            if let Err(error) = seccomp.apply(ThreadKind::of_name(name)) {
+                log::error!("Thread {name}: {}", api::error_chain(&error).join(": "));
+                std::process::exit(1);
+            }
+        })
+    }
+}
+
+/// Rules by system call; no rule at all for a call means that it is allowed with any arguments.
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+fn compile(kind: ThreadKind, on_mismatch: SeccompAction) -> Result<BpfProgram, SeccompError> {
+    let fail = |source| SeccompError::Compile { kind, source };
+    let rules = rules(kind).map_err(fail)?;
+    SeccompFilter::new(rules, on_mismatch, SeccompAction::Allow, TargetArch::x86_64)
+        .and_then(BpfProgram::try_from)
+        .map_err(fail)
+}
+
+fn rules(kind: ThreadKind) -> Result<Rules, seccompiler::BackendError> {
+    let mut rules = Rules::new();
+    let mut ioctls = Vec::new();
+    for member in family(kind) {
+        for list in calls::own(member) {
+            rules.extend(list.iter().map(|number| (*number, Vec::new())));
+        }
+        for ioctl in ioctls::own(member) {
+            if !ioctls.contains(&ioctl) {
+                ioctls.push(ioctl);
+            }
+        }
+    }
+    if !ioctls.is_empty() {
+        let conditions = ioctls
+            .into_iter()
+            .map(ioctl_rule)
+            .collect::<Result<_, _>>()?;
+        rules.insert(libc::SYS_ioctl, conditions);
+    }
+    Ok(rules)
+}
+
+/// The kind and all that it starts, directly or not.
+fn family(kind: ThreadKind) -> Vec<ThreadKind> {
+    let mut members = vec![kind];
+    let mut next = 0;
+    while let Some(&member) = members.get(next) {
+        next += 1;
+        for child in calls::children(member) {
+            if !members.contains(child) {
+                members.push(*child);
+            }
+        }
+    }
+    members
+}
+
+fn ioctl_rule(ioctl: Ioctl) -> Result<SeccompRule, seccompiler::BackendError> {
+    const REQUEST_ARGUMENT: u8 = 1;
+    let (operator, value) = match ioctl {
+        Ioctl::Request(number) => (SeccompCmpOp::Eq, number),
+        Ioctl::Type(byte) => (SeccompCmpOp::MaskedEq(Ioctl::TYPE_MASK), byte),
+    };
+    // The kernel looks at the lower half only.
+    let condition =
+        SeccompCondition::new(REQUEST_ARGUMENT, SeccompCmpArgLen::Dword, operator, value)?;
+    SeccompRule::new(vec![condition])
+}

@@ -1,0 +1,190 @@
+//! Filters of a legal size, total naming, and a thread that breaks its filter.
+
+#![allow(clippy::unwrap_used)]
+
+use std::process::{Command, Output};
+
+use super::*;
+
+/// The kernel's limit (`BPF_MAXINSNS` in uapi/linux/bpf_common.h).
+const BPF_INSTRUCTIONS_MAX: usize = 4096;
+
+#[test]
+fn filters_of_every_kind_fit_the_kernels_limit() {
+    let seccomp = Seccomp::new(SeccompMode::Errno).unwrap();
+    assert_eq!(seccomp.filters.len(), ThreadKind::ALL.len());
+    for (kind, filter) in &seccomp.filters {
+        assert!(
+            (50..BPF_INSTRUCTIONS_MAX).contains(&filter.len()),
+            "{kind:?}: {}",
+            filter.len()
+        );
+    }
+    assert!(Seccomp::new(SeccompMode::Off).unwrap().filters.is_empty());
+}
+
+#[test]
+fn filters_of_parents_allow_what_their_children_do() {
+    for &kind in ThreadKind::ALL {
+        let parent = rules(kind).unwrap();
+        for &child in calls::children(kind) {
+            for (number, conditions) in rules(child).unwrap() {
+                let allowed = parent.get(&number);
+                assert!(
+                    allowed.is_some(),
+                    "{kind:?} starts {child:?}: call {number}"
+                );
+                if conditions.is_empty() {
+                    assert!(allowed.unwrap().is_empty(), "{kind:?}, {child:?}: {number}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn kind_of_every_name_is_known() {
+    for (name, kind) in [
+        ("vmm", ThreadKind::Control),
+        ("http-server", ThreadKind::HttpServer),
+        ("api-query", ThreadKind::ApiQuery),
+        ("event-monitor", ThreadKind::EventMonitor),
+        ("vcpu0", ThreadKind::Vcpu),
+        ("vcpu15", ThreadKind::Vcpu),
+        ("serial-manager", ThreadKind::Serial),
+        ("payload_loader", ThreadKind::PayloadLoader),
+        ("__balloon", ThreadKind::Balloon),
+        ("__rng", ThreadKind::Rng),
+        ("__console", ThreadKind::Console),
+        ("_disk0", ThreadKind::Block),
+        ("_disk12_q3", ThreadKind::Block),
+        ("_net1_qp0", ThreadKind::Net),
+        ("_network", ThreadKind::Device),
+        ("vcpu", ThreadKind::Device),
+        ("vcpus", ThreadKind::Device),
+        ("root", ThreadKind::Device),
+        ("", ThreadKind::Device),
+    ] {
+        assert_eq!(ThreadKind::of_name(name), kind, "{name}");
+    }
+}
+
+/// A filter cannot be taken off and a trap ends the process, so each case runs in a process of its own: this very
+/// test program, told by the environment which case to play.
+const CASE: &str = "SECCOMP_TEST_CASE";
+
+fn play(case: &str) -> Output {
+    Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--exact",
+            "seccomp::tests::case_runner",
+            "--nocapture",
+            "--test-threads=1",
+        ])
+        .env(CASE, case)
+        .output()
+        .unwrap()
+}
+
+/// Runs `action` on a thread of this name under its filter.
+fn confined(mode: SeccompMode, name: &'static str, action: fn() -> bool) -> bool {
+    let hook = Arc::new(Seccomp::new(mode).unwrap()).hook();
+    std::thread::Builder::new()
+        .name(name.to_owned())
+        .spawn(move || {
+            hook(name);
+            action()
+        })
+        .unwrap()
+        .join()
+        .unwrap()
+}
+
+fn opens_a_socket() -> bool {
+    std::net::UdpSocket::bind("127.0.0.1:0").is_ok()
+}
+
+/// What any thread does: allocate, lock, tell the time, log, start over.
+fn lives() -> bool {
+    let large = vec![1u8; 8 << 20];
+    let locked = std::sync::Mutex::new(large);
+    std::thread::sleep(std::time::Duration::from_millis(1));
+    eprintln!("alive at {:?}", std::time::Instant::now());
+    locked.lock().unwrap().len() == 8 << 20
+}
+
+fn starts_a_query() -> bool {
+    let hook = Arc::new(Seccomp::new(SeccompMode::Trap).unwrap()).hook();
+    let query = std::thread::Builder::new()
+        .name("api-query".into())
+        .spawn(move || {
+            hook("api-query");
+            std::fs::read("/proc/self/statm").is_ok() && lives()
+        });
+    query.unwrap().join().unwrap()
+}
+
+#[test]
+fn case_runner() {
+    let Ok(case) = std::env::var(CASE) else {
+        return;
+    };
+    let fine = match case.as_str() {
+        "trap" => confined(SeccompMode::Trap, "event-monitor", opens_a_socket),
+        "errno" => !confined(SeccompMode::Errno, "vcpu0", opens_a_socket),
+        "log" => confined(SeccompMode::Log, "event-monitor", opens_a_socket),
+        "off" => confined(SeccompMode::Off, "event-monitor", opens_a_socket),
+        "query" => confined(SeccompMode::Trap, "http-server", starts_a_query),
+        name => {
+            let threads = [
+                "main",
+                "vmm",
+                "http-server",
+                "api-query",
+                "event-monitor",
+                "vcpu0",
+                "serial-manager",
+                "payload_loader",
+                "__balloon",
+                "_disk0",
+                "_net1",
+                "__rng",
+                "__console",
+                "root",
+            ];
+            assert_eq!(threads.len(), ThreadKind::ALL.len(), "{name}");
+            threads
+                .into_iter()
+                .all(|name| confined(SeccompMode::Trap, name, lives))
+        }
+    };
+    assert!(fine, "{case}");
+}
+
+#[test]
+fn thread_that_breaks_its_filter_is_trapped_and_named() {
+    let output = play("trap");
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(128 + libc::SIGSYS), "{text}");
+    assert!(text.contains("thread event-monitor"), "{text}");
+    assert!(
+        text.contains(&format!("system call {};", libc::SYS_socket)),
+        "{text}"
+    );
+}
+
+#[test]
+fn thread_that_breaks_its_filter_goes_on_in_the_other_modes() {
+    for case in ["errno", "log", "off"] {
+        let output = play(case);
+        assert!(output.status.success(), "{case}: {output:?}");
+    }
+}
+
+#[test]
+fn threads_live_under_their_filters_and_start_their_children() {
+    for case in ["query", "live"] {
+        let output = play(case);
+        assert!(output.status.success(), "{case}: {output:?}");
+    }
+}
