@@ -156,7 +156,9 @@ impl<H: QueueHandler> HandlerHarness<H> {
     /// What the handler says.
     pub fn serve_sources(&mut self, timeout_ms: i32) -> Result<usize, WorkerError> {
         let mut served = 0;
-        for wake in self.sources.wait(timeout_ms)? {
+        let mut wakes = Vec::new();
+        self.sources.wait(timeout_ms, &mut wakes)?;
+        for wake in wakes {
             match wake {
                 Wake::Source(token) if self.sources.has_source(token) => {
                     self.handler.source_ready(token, &mut self.sources)?;

@@ -10,6 +10,8 @@
 
 mod conformance;
 mod driver;
+#[cfg(test)]
+mod every_device;
 mod handler;
 mod interrupt;
 mod queue;

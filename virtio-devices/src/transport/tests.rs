@@ -26,6 +26,8 @@ struct Seen {
     resets: AtomicU64,
     config: AtomicU32,
     fail: AtomicBool,
+    /// Makes the handler panic at a head outside of the table.
+    fragile: AtomicBool,
     entered: AtomicU64,
     /// Held by a test, it keeps a handler busy.
     slow: Mutex<()>,
@@ -129,6 +131,9 @@ impl QueueHandler for Handler {
             .next()
             .map(|chain| chain.head_index())
         {
+            if self.seen.fragile.load(Ordering::SeqCst) {
+                assert!(head < queue.size(), "garbage");
+            }
             if head < queue.size() {
                 queue.add_used(&*mem, head, 0).map_err(broken)?;
             }
@@ -168,6 +173,16 @@ fn count(driver: &MockPciDriver, counter: &str) -> u64 {
 #[test]
 fn stub_device_conforms() {
     conformance(|_| device(&[16, 64, 8, 256]).0);
+}
+
+#[test]
+#[should_panic(expected = "device refused to start")]
+fn conformance_catches_a_device_that_garbage_kills() {
+    conformance(|_| {
+        let (device, seen, _) = device(&[16]);
+        seen.fragile.store(true, Ordering::SeqCst);
+        device
+    });
 }
 
 #[test]

@@ -156,19 +156,19 @@ impl EventSources {
         }
     }
 
-    /// Sleeps until something is ready; `timeout_ms` as for `epoll_wait` (-1: for ever).
-    /// An empty answer means a timeout or a signal.
-    pub(crate) fn wait(&self, timeout_ms: i32) -> Result<Vec<Wake>, WorkerError> {
+    /// Sleeps until something is ready and lists it in `wakes`, emptied first;
+    /// `timeout_ms` as for `epoll_wait` (-1: for ever). Nothing listed means a
+    /// timeout or a signal.
+    pub(crate) fn wait(&self, timeout_ms: i32, wakes: &mut Vec<Wake>) -> Result<(), WorkerError> {
+        wakes.clear();
         let mut events = [EpollEvent::default(); WAKES_PER_WAIT];
         let count = match self.epoll.wait(timeout_ms, &mut events) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             Err(error) => return Err(host("epoll_wait")(error)),
         };
-        Ok(events[..count]
-            .iter()
-            .map(|event| wake(event.data()))
-            .collect())
+        wakes.extend(events[..count].iter().map(|event| wake(event.data())));
+        Ok(())
     }
 
     fn watch(&self, fd: RawFd, datum: u64) -> Result<(), WorkerError> {

@@ -28,6 +28,7 @@ pub(super) struct WorkerThread {
     progress: Arc<Progress>,
     /// Present while the device is active.
     interrupt: Option<Arc<dyn Interrupt>>,
+    wakes: Vec<Wake>,
     paused: bool,
     /// An activation that arrived while paused.
     deferred: Option<Box<Activation>>,
@@ -49,6 +50,7 @@ impl WorkerThread {
             commands,
             progress,
             interrupt: None,
+            wakes: Vec::new(),
             paused: false,
             deferred: None,
         }
@@ -68,19 +70,24 @@ impl WorkerThread {
                 Err(_) => Flow::Stop,
             };
         }
-        let wakes = match self.sources.wait(-1) {
-            Ok(wakes) => wakes,
-            Err(error) => {
-                self.fail(&error);
-                return Flow::Stop;
-            }
-        };
+        // Taken out and put back, so that a busy worker allocates nothing.
+        let mut wakes = std::mem::take(&mut self.wakes);
+        let flow = self.wait_and_serve(&mut wakes);
+        self.wakes = wakes;
+        flow
+    }
+
+    fn wait_and_serve(&mut self, wakes: &mut Vec<Wake>) -> Flow {
+        if let Err(error) = self.sources.wait(-1, wakes) {
+            self.fail(&error);
+            return Flow::Stop;
+        }
         if wakes.contains(&Wake::Command) {
             // A command may make the other wake-ups stale. They are level-triggered
             // and come again if they are not.
             return self.obey_all();
         }
-        for wake in wakes {
+        for wake in wakes.drain(..) {
             if let Err(error) = self.serve(wake) {
                 self.fail(&error);
                 break;

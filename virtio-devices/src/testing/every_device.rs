@@ -1,0 +1,54 @@
+//! Puts the devices that take more than a line to make through [`conformance`].
+
+use std::sync::{Arc, Mutex};
+
+use tempfile::NamedTempFile;
+
+use super::conformance;
+use crate::balloon::{Balloon, BalloonParams};
+use crate::block::{Block, BlockParams, EngineChoice, LockGranularity};
+
+#[test]
+fn balloon_conforms() {
+    conformance(|ram| {
+        let (balloon, _handle) = Balloon::new(BalloonParams {
+            ram: ram.mem(),
+            size_bytes: 1 << 20,
+            deflate_on_oom: true,
+            free_page_reporting: true,
+        })
+        .unwrap();
+        Arc::new(Mutex::new(balloon))
+    });
+}
+
+fn block_conforms(engine: EngineChoice, num_queues: u16) {
+    let image = NamedTempFile::new().unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    conformance(|_| {
+        let block = Block::new(BlockParams {
+            id: "_disk0".into(),
+            path: image.path().into(),
+            readonly: false,
+            direct: false,
+            num_queues,
+            queue_size: 128,
+            serial: None,
+            sparse: true,
+            autodetect: false,
+            lock_granularity: LockGranularity::ByteRange,
+            engine,
+        });
+        Arc::new(Mutex::new(block.unwrap()))
+    });
+}
+
+#[test]
+fn block_with_system_calls_conforms() {
+    block_conforms(EngineChoice::Sync, 1);
+}
+
+#[test]
+fn block_with_the_best_engine_and_two_queues_conforms() {
+    block_conforms(EngineChoice::Auto, 2);
+}
