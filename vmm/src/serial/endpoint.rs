@@ -2,21 +2,21 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use api::config::ConsoleOutputMode;
-use vmm_sys_util::epoll::EventSet;
+use virtio_devices::console::ConsoleEndpoint;
 
 use super::input::Input;
-use super::manager::{Source, Watch, Watcher};
+use super::manager::Watcher;
 use super::output::Sink;
 use super::pty::Pty;
 use super::socket::ConsoleSocket;
+use super::streams::Streams;
 use super::terminal::{RawMode, standard_input, standard_output};
 use super::{InputSink, Output, SerialError, SerialManager};
 
@@ -67,7 +67,7 @@ pub struct Endpoint {
     input: Option<Arc<Input>>,
     watcher: Option<Watcher>,
     pty_path: Option<PathBuf>,
-    pipe: OnceLock<Arc<PipeSink>>,
+    streams: Mutex<Option<Streams>>,
     // Held for what their drop does.
     _pty_slave: Option<OwnedFd>,
     _socket: Option<Arc<ConsoleSocket>>,
@@ -106,7 +106,7 @@ impl Endpoint {
             input: None,
             watcher: None,
             pty_path: None,
-            pipe: OnceLock::new(),
+            streams: Mutex::new(None),
             _pty_slave: None,
             _socket: None,
             _raw_mode: None,
@@ -176,7 +176,7 @@ impl Endpoint {
 
     fn open_socket(path: &Path, manager: &SerialManager) -> Result<Self, SerialError> {
         let watcher = manager.watcher().map_err(SerialError::Manager)?;
-        let output = Output::unconnected();
+        let output = Output::for_clients();
         let input = Input::new(Some(output.clone()));
         let socket =
             ConsoleSocket::listen(path, watcher.clone(), output.clone(), Arc::clone(&input))
@@ -217,27 +217,22 @@ impl Endpoint {
         }
     }
 
-    /// Both directions for a device that polls descriptors: an output that
-    /// never blocks and, if there can be input, a descriptor to read it from
-    /// without blocking.
+    /// Both directions as descriptors, for the console device. This endpoint
+    /// must be kept for as long as the device lives.
     ///
     /// # Errors
     /// No descriptors.
-    pub fn streams(&self) -> io::Result<(Box<dyn Write + Send>, Option<OwnedFd>)> {
-        let output = Box::new(self.output());
-        let (Some(input), Some(watcher)) = (&self.input, &self.watcher) else {
-            return Ok((output, None));
+    pub fn console(&self) -> io::Result<ConsoleEndpoint> {
+        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        let streams = match &mut *streams {
+            Some(streams) => streams,
+            None => streams.insert(Streams::new(
+                &self.output,
+                self.input.as_ref(),
+                self.watcher.as_ref(),
+            )?),
         };
-        let pipe = match self.pipe.get() {
-            Some(pipe) => pipe,
-            None => {
-                let pipe = PipeSink::new(input, watcher)?;
-                self.pipe.get_or_init(|| pipe)
-            }
-        };
-        let sink: Weak<PipeSink> = Arc::downgrade(pipe);
-        input.set_sink(sink);
-        Ok((output, Some(pipe.reader.try_clone()?)))
+        streams.connect(self.input.as_ref())
     }
 }
 
@@ -253,55 +248,6 @@ fn create(path: &Path) -> io::Result<File> {
     match options.open(path) {
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => options.read(true).open(path),
         result => result,
-    }
-}
-
-/// Input through a pair of sockets, for a device with a thread of its own.
-struct PipeSink {
-    // Before `writer`, which it watches.
-    watch: OnceLock<Watch>,
-    writer: UnixStream,
-    reader: OwnedFd,
-    input: Weak<Input>,
-}
-
-impl PipeSink {
-    fn new(input: &Arc<Input>, watcher: &Watcher) -> io::Result<Arc<Self>> {
-        let (reader, writer) = UnixStream::pair()?;
-        reader.set_nonblocking(true)?;
-        writer.set_nonblocking(true)?;
-        let pipe = Arc::new(Self {
-            watch: OnceLock::new(),
-            writer,
-            reader: reader.into(),
-            input: Arc::downgrade(input),
-        });
-        let weak: Weak<Self> = Arc::downgrade(&pipe);
-        // A socket can always be watched, so there is a watch.
-        if let Some(watch) = watcher.watch(pipe.writer.as_raw_fd(), weak)? {
-            pipe.watch.get_or_init(|| watch);
-        }
-        Ok(pipe)
-    }
-}
-
-impl InputSink for PipeSink {
-    fn accept(&self, bytes: &[u8]) -> usize {
-        let accepted = (&self.writer).write(bytes).unwrap_or(0);
-        if accepted < bytes.len()
-            && let Some(watch) = self.watch.get()
-        {
-            watch.arm(EventSet::OUT);
-        }
-        accepted
-    }
-}
-
-impl Source for PipeSink {
-    fn ready(&self) {
-        if let Some(input) = self.input.upgrade() {
-            input.resume();
-        }
     }
 }
 

@@ -18,6 +18,7 @@ mod manager;
 mod output;
 mod pty;
 mod socket;
+mod streams;
 mod terminal;
 mod uart;
 

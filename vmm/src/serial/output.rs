@@ -81,10 +81,19 @@ impl State {
     }
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Bytes are thrown away on purpose.
+    Null,
+    /// One sink for good.
+    Fixed,
+    /// Sinks come and go.
+    Clients,
+}
+
 struct Queue {
     state: Mutex<State>,
-    /// Bytes are thrown away on purpose.
-    is_null: bool,
+    kind: Kind,
     dropped_bytes: AtomicU64,
 }
 
@@ -101,22 +110,27 @@ impl fmt::Debug for Output {
 }
 
 impl Output {
-    fn new(is_null: bool) -> Self {
+    fn new(kind: Kind) -> Self {
         Self(Arc::new(Queue {
             state: Mutex::default(),
-            is_null,
+            kind,
             dropped_bytes: AtomicU64::new(0),
         }))
     }
 
     /// Throws everything away.
     pub(super) fn null() -> Self {
-        Self::new(true)
+        Self::new(Kind::Null)
     }
 
-    /// Keeps the newest bytes until [`Output::connect`].
+    /// Goes to one sink, given to [`Output::connect`] next.
     pub(super) fn unconnected() -> Self {
-        Self::new(false)
+        Self::new(Kind::Fixed)
+    }
+
+    /// Goes to one client after another; keeps the newest bytes between them.
+    pub(super) fn for_clients() -> Self {
+        Self::new(Kind::Clients)
     }
 
     /// Writes to `sink` from now on, the backlog first. `watcher` tells when it
@@ -139,6 +153,25 @@ impl Output {
     /// Forgets the sink; bytes are kept for the next one.
     pub(super) fn disconnect(&self) {
         self.0.state().sink = None;
+    }
+
+    /// Whether everything is thrown away.
+    pub(super) fn is_null(&self) -> bool {
+        self.0.kind == Kind::Null
+    }
+
+    /// The descriptor itself, if it stays the same and may be written without
+    /// being asked first.
+    ///
+    /// # Errors
+    /// It cannot be duplicated.
+    pub(super) fn try_clone_file(&self) -> io::Result<Option<File>> {
+        match &self.0.state().sink {
+            Some(sink) if self.0.kind == Kind::Fixed && !sink.may_block => {
+                sink.file.try_clone().map(Some)
+            }
+            _ => Ok(None),
+        }
     }
 
     /// Bytes that were lost because nobody took them.
@@ -164,7 +197,7 @@ impl Queue {
     }
 
     fn push(&self, bytes: &[u8]) {
-        if self.is_null {
+        if self.kind == Kind::Null {
             return;
         }
         let mut state = self.state();
