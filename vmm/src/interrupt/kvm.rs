@@ -43,3 +43,75 @@ impl InterruptBackend for Vm {
             .map_err(io::Error::other)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    //! The one thing a fake backend cannot show: that KVM takes what is sent.
+
+    use std::sync::Arc;
+
+    use hypervisor::{Kvm, Vm};
+    use virtio_devices::pci::{MsiMessage, MsiVectors};
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::super::{FunctionVectors, GSI_COUNT_MAX, GsiRouter, IOAPIC_PIN_COUNT, Ioapic};
+    use crate::bus::BusDevice;
+    use crate::pci::DoorbellBackend;
+
+    /// A machine with one vCPU, or `None` where there is no KVM.
+    fn machine() -> Option<(Arc<Vm>, hypervisor::Vcpu)> {
+        let Ok(kvm) = Kvm::open() else {
+            eprintln!("skipped: no usable /dev/kvm");
+            return None;
+        };
+        let vm = kvm.create_vm().unwrap();
+        vm.enable_split_irqchip(u32::from(IOAPIC_PIN_COUNT))
+            .unwrap();
+        let vcpu = vm.create_vcpu(0).unwrap();
+        Some((Arc::new(vm), vcpu))
+    }
+
+    #[test]
+    fn kvm_takes_routes_irqfds_and_messages() {
+        let Some((vm, _vcpu)) = machine() else {
+            return;
+        };
+        let router = Arc::new(GsiRouter::new(vm));
+        let message = MsiMessage {
+            address: 0xfee0_0000,
+            data: 0x41,
+        };
+        router.set_route(GSI_COUNT_MAX - 1, Some(message)).unwrap();
+
+        let vectors = FunctionVectors::new(router.clone(), 2);
+        for vector in [0, 1, 0] {
+            vectors.enable(vector, message).unwrap();
+            vectors.trigger(vector).unwrap();
+        }
+        vectors.disable(0).unwrap();
+        assert!(vectors.trigger(0).is_err());
+
+        let ioapic = Arc::new(Ioapic::new(router));
+        // Pin 10: level, vector 0x42; pin 4: edge, vector 0x44.
+        for (register, value) in [(0x10 + 20, 0x8042_u32), (0x10 + 8, 0x44)] {
+            ioapic.write(0, &[register]);
+            ioapic.write(0x10, &value.to_le_bytes());
+        }
+        ioapic.line(10).unwrap().set_level(true).unwrap();
+        ioapic.line(4).unwrap().trigger().unwrap();
+        ioapic.end_of_interrupt(0x42);
+        assert_eq!(ioapic.undelivered(), 0);
+    }
+
+    #[test]
+    fn kvm_takes_doorbells_of_any_width_and_gives_them_back() {
+        let Some((vm, _vcpu)) = machine() else {
+            return;
+        };
+        let event = EventFd::new(EFD_NONBLOCK).unwrap();
+        vm.register_doorbell(0x1_0000_6000, &event).unwrap();
+        assert!(vm.register_doorbell(0x1_0000_6000, &event).is_err());
+        vm.unregister_doorbell(0x1_0000_6000, &event).unwrap();
+        assert!(vm.unregister_doorbell(0x1_0000_6000, &event).is_err());
+    }
+}
