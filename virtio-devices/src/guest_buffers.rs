@@ -154,14 +154,28 @@ impl GuestBuffers {
 
     /// Copies `data` to the front and returns how many bytes found room.
     pub(crate) fn copy_in(&self, data: &[u8]) -> usize {
+        self.copy_in_at(0, data)
+    }
+
+    /// Copies `data` to `offset` and returns how many bytes found room.
+    pub(crate) fn copy_in_at(&self, mut offset: usize, data: &[u8]) -> usize {
         let mut done = 0;
         for slice in self.slices() {
             if done == data.len() {
                 break;
             }
+            let Ok(slice) = slice.offset(offset) else {
+                offset -= slice.len();
+                continue;
+            };
+            if slice.is_empty() {
+                offset = 0;
+                continue;
+            }
             let count = slice.len().min(data.len() - done);
             slice.copy_from(&data[done..done + count]);
             done += count;
+            offset = 0;
         }
         done
     }

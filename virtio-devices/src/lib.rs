@@ -14,12 +14,14 @@ pub mod block;
 pub mod console;
 pub mod device;
 mod guest_buffers;
+pub mod net;
 pub mod pci;
 pub mod reclaim;
 pub mod rng;
 mod served_queue;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
+mod thread_name;
 pub mod transport;
 pub mod worker;
 

@@ -4,10 +4,11 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
-use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::device::{ActiveQueue, Doorbell, Interrupt, WorkerError};
 use crate::guest_buffers::{ChainBuffers, ChainError, RamGuard};
@@ -27,7 +28,8 @@ pub(crate) struct ServedQueue {
     queue: Queue,
     doorbell: Arc<Doorbell>,
     interrupt: Arc<dyn Interrupt>,
-    used_pending: bool,
+    /// Pushed since the driver was last considered.
+    used_pending: u16,
 }
 
 impl fmt::Debug for ServedQueue {
@@ -48,8 +50,13 @@ impl ServedQueue {
             queue,
             doorbell: active.doorbell,
             interrupt,
-            used_pending: false,
+            used_pending: 0,
         }
+    }
+
+    /// Number of the queue on the wire.
+    pub(crate) fn index(&self) -> u16 {
+        self.index
     }
 
     /// Ring size as the driver set it.
@@ -75,9 +82,13 @@ impl ServedQueue {
         }))
     }
 
+    /// Puts the last `count` popped chains back, as if never taken.
+    pub(crate) fn unpop(&mut self, count: u16) {
+        let next_avail = self.queue.next_avail().wrapping_sub(count);
+        self.queue.set_next_avail(next_avail);
+    }
+
     /// Returns a chain to the driver; `bytes` is what the device wrote to it.
-    /// A head out of the table cannot be returned and is dropped: the driver
-    /// made it up.
     ///
     /// # Errors
     /// The used ring cannot be written.
@@ -87,15 +98,36 @@ impl ServedQueue {
         head: u16,
         bytes: u32,
     ) -> Result<(), WorkerError> {
-        if head >= self.queue.size() {
-            return Ok(());
-        }
+        self.push_used_together(ram, [(head, bytes)])
+    }
+
+    /// Returns several chains at once: the driver sees all of them or none, as a
+    /// packet spread over several needs it (virtio 1.2 §5.1.6.4). Heads out of the
+    /// table cannot be returned and are dropped: the driver made them up.
+    ///
+    /// # Errors
+    /// The used ring cannot be written.
+    pub(crate) fn push_used_together(
+        &mut self,
+        ram: &RamGuard,
+        chains: impl IntoIterator<Item = (u16, u32)>,
+    ) -> Result<(), WorkerError> {
         let map: &GuestMemoryMmap<()> = ram;
-        self.queue
-            .add_used(map, head, bytes)
-            .map_err(|error| unusable(self.index, &error))?;
-        self.used_pending = true;
-        Ok(())
+        let size = self.queue.size();
+        let ring = self.queue.used_ring();
+        let mut next_used = self.queue.next_used();
+        for (head, bytes) in chains.into_iter().filter(|(head, _)| *head < size) {
+            let at = ring + 4 + 8 * u64::from(next_used % size);
+            let element = u64::from(bytes) << 32 | u64::from(head);
+            map.write_obj(element.to_le(), GuestAddress(at))
+                .map_err(|error| unusable(self.index, &error))?;
+            next_used = next_used.wrapping_add(1);
+            self.used_pending = self.used_pending.saturating_add(1);
+        }
+        self.queue.set_next_used(next_used);
+        // Release: the elements are there before the index says so.
+        map.store(next_used.to_le(), GuestAddress(ring + 2), Ordering::Release)
+            .map_err(|error| unusable(self.index, &error))
     }
 
     /// Interrupts the driver if used buffers were pushed since the last call and
@@ -104,18 +136,36 @@ impl ServedQueue {
     /// # Errors
     /// The ring cannot be read.
     pub(crate) fn signal(&mut self, ram: &RamGuard) -> Result<(), WorkerError> {
-        if !std::mem::take(&mut self.used_pending) {
+        let pushed = std::mem::take(&mut self.used_pending);
+        if pushed == 0 {
             return Ok(());
         }
-        let map: &GuestMemoryMmap<()> = ram;
-        let wanted = self
-            .queue
-            .needs_notification(map)
-            .map_err(|error| unusable(self.index, &error))?;
-        if wanted {
+        // The index must be visible before we look at what the driver wants:
+        // it does the same in the other order.
+        fence(Ordering::SeqCst);
+        if self.driver_wants_interrupt(ram, pushed)? {
             self.interrupt.signal_queue(self.index);
         }
         Ok(())
+    }
+
+    /// `VIRTIO_F_EVENT_IDX` on: whether the index the driver waits for is among
+    /// the last `pushed` ones. Off: whether it has not switched interrupts off
+    /// (virtio 1.2 §2.7.7.2).
+    fn driver_wants_interrupt(&self, ram: &RamGuard, pushed: u16) -> Result<bool, WorkerError> {
+        let map: &GuestMemoryMmap<()> = ram;
+        let ring = self.queue.avail_ring();
+        let field = |offset: u64| -> Result<u16, WorkerError> {
+            map.load(GuestAddress(ring + offset), Ordering::Relaxed)
+                .map(u16::from_le)
+                .map_err(|error| unusable(self.index, &error))
+        };
+        if self.queue.event_idx_enabled() {
+            let used_event = field(4 + 2 * u64::from(self.queue.size()))?;
+            let distance = self.queue.next_used().wrapping_sub(used_event);
+            return Ok(distance.wrapping_sub(1) < pushed);
+        }
+        Ok(u32::from(field(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
     /// Asks the driver not to ring while the queue is being worked off anyway.
@@ -154,7 +204,7 @@ impl ServedQueue {
     }
 }
 
-fn unusable(index: u16, error: &virtio_queue::Error) -> WorkerError {
+fn unusable(index: u16, error: &dyn std::fmt::Display) -> WorkerError {
     WorkerError::Queue {
         index,
         reason: error.to_string(),

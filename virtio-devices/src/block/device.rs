@@ -16,12 +16,11 @@ use super::queue::BlockQueue;
 use super::request::Rules;
 use super::{BlockError, BlockParams, QUEUE_SIZE_MAX, QUEUES_MAX};
 use crate::device::{Counters, QueueHandler, VirtioDevice};
+use crate::thread_name::thread_name;
 
 /// Device id (virtio 1.2 §5).
 const VIRTIO_ID_BLOCK: u32 = 2;
 const QUEUE_SIZE_MIN: u16 = 4;
-/// Longest name a Linux thread can have.
-const THREAD_NAME_BYTES: usize = 15;
 const SERIAL_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 
 /// What the configuration half and all queues know.
@@ -167,16 +166,6 @@ fn new_queue(disk: &Arc<DiskState>, index: u16) -> std::io::Result<Box<dyn Queue
     let flights = Flights::new(engine, depth);
     let name = thread_name(&disk.params.id, &format!("_q{index}"));
     Ok(Box::new(BlockQueue::new(name, Arc::clone(disk), flights)))
-}
-
-/// `id` shortened so that the suffix, which tells threads apart, still fits.
-fn thread_name(id: &str, suffix: &str) -> String {
-    let room = THREAD_NAME_BYTES - suffix.len();
-    let mut end = id.len().min(room);
-    while !id.is_char_boundary(end) {
-        end -= 1;
-    }
-    format!("{}{suffix}", &id[..end])
 }
 
 impl VirtioDevice for Block {

@@ -1,0 +1,80 @@
+//! Frames between a tap and guest RAM, one system call each, without a copy of
+//! our own.
+
+#![allow(unsafe_code)]
+// UNSAFETY: readv and writev on vectors into guest RAM.
+
+use std::io;
+use std::os::fd::RawFd;
+
+use crate::guest_buffers::{GuestBuffers, IOVECS_MAX};
+
+/// Writes one frame, header first.
+///
+/// # Errors
+/// `WouldBlock`: no room; anything else: the tap does not take this frame.
+pub(super) fn write_frame(fd: RawFd, frame: &GuestBuffers) -> io::Result<usize> {
+    let vectors = frame.iovecs();
+    // SAFETY: the vectors lie in guest RAM that `frame` keeps mapped; there are at
+    // most IOVECS_MAX of them.
+    moved(unsafe { libc::writev(fd, vectors.as_ptr(), vectors.len() as i32) })
+}
+
+/// What a read brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Read {
+    /// A whole frame of so many bytes, header included.
+    Frame(usize),
+    /// A frame that did not fit; the rest of it is lost.
+    TooLong,
+}
+
+/// Reads frames into several buffers in a row; keeps its list between calls.
+#[derive(Debug, Default)]
+pub(super) struct FrameReader {
+    vectors: Vec<libc::iovec>,
+}
+
+// SAFETY: between calls the list is empty.
+unsafe impl Send for FrameReader {}
+
+impl FrameReader {
+    /// Reads one frame into `buffers`, one after the other, as many as fit the
+    /// kernel's limit.
+    ///
+    /// # Errors
+    /// `WouldBlock`: no frame; anything else: the tap is unusable.
+    pub(super) fn read<'a>(
+        &mut self,
+        fd: RawFd,
+        buffers: impl Iterator<Item = &'a GuestBuffers>,
+    ) -> io::Result<Read> {
+        // One byte too many tells a frame that fits exactly from one cut off.
+        let mut too_long = 0u8;
+        let mut room = 0;
+        for buffer in buffers {
+            if self.vectors.len() + buffer.iovecs().len() >= IOVECS_MAX {
+                break;
+            }
+            room += buffer.bytes();
+            self.vectors.extend_from_slice(buffer.iovecs());
+        }
+        self.vectors.push(libc::iovec {
+            iov_base: (&raw mut too_long).cast(),
+            iov_len: 1,
+        });
+        // SAFETY: the vectors lie in guest RAM that the buffers keep mapped during
+        // this call, but for the last, which is a local.
+        let result =
+            moved(unsafe { libc::readv(fd, self.vectors.as_ptr(), self.vectors.len() as i32) });
+        self.vectors.clear();
+        Ok(match result? {
+            bytes if bytes > room => Read::TooLong,
+            bytes => Read::Frame(bytes),
+        })
+    }
+}
+
+fn moved(result: isize) -> io::Result<usize> {
+    usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}

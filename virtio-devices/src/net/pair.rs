@@ -1,0 +1,188 @@
+//! The queue half for traffic: a receive and a transmit queue, one tap queue,
+//! one worker.
+
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MRG_RXBUF};
+use vm_memory::GuestAddressSpace;
+
+use super::config_space::has;
+use super::device::NetState;
+use super::receive::{self, Receiver};
+use super::tap_watch::TapWatch;
+use super::transmit::{self, Transmitter};
+use crate::device::{Activation, GuestRam, QueueHandler, WorkerError};
+use crate::guest_buffers::RamGuard;
+use crate::served_queue::ServedQueue;
+use crate::worker::EventSources;
+
+/// Event source: the tap is ready in a way that is waited for.
+const TAP: u32 = 0;
+/// Event source: this pair has just been enabled.
+const ENABLED: u32 = 1;
+
+/// One pair of queues.
+pub(super) struct QueuePair {
+    name: String,
+    net: Arc<NetState>,
+    index: usize,
+    watch: TapWatch,
+    active: Option<Active>,
+}
+
+/// What exists between activation and reset. A driver may leave queues disabled.
+struct Active {
+    ram: GuestRam,
+    receiver: Option<Receiver>,
+    transmitter: Option<Transmitter>,
+}
+
+impl QueuePair {
+    /// Pair number `index` of the device.
+    ///
+    /// # Errors
+    /// No event set to be had.
+    pub(super) fn new(name: String, net: Arc<NetState>, index: usize) -> std::io::Result<Self> {
+        Ok(Self {
+            name,
+            watch: TapWatch::new(net.tap(index).as_raw_fd())?,
+            net,
+            index,
+            active: None,
+        })
+    }
+
+    /// Runs `work` on what is active, if anything is.
+    fn with_active(
+        &mut self,
+        work: impl FnOnce(&mut Self, &mut Active, &RamGuard) -> Result<(), WorkerError>,
+    ) -> Result<(), WorkerError> {
+        let Some(mut active) = self.active.take() else {
+            return Ok(());
+        };
+        let ram = active.ram.memory();
+        let result = work(self, &mut active, &ram);
+        self.active = Some(active);
+        result
+    }
+
+    fn receive(&mut self, active: &mut Active, ram: &RamGuard) -> Result<(), WorkerError> {
+        let Some(receiver) = &mut active.receiver else {
+            return Ok(());
+        };
+        let tap = self.net.tap(self.index).as_raw_fd();
+        match receiver.run(tap, ram, self.net.counters())? {
+            receive::Stopped::NoFrame | receive::Stopped::TurnOver => self.watch.readable(true),
+            receive::Stopped::NoBuffer | receive::Stopped::TapFailed => self.watch.readable(false),
+        }
+    }
+
+    fn transmit(&mut self, active: &mut Active, ram: &RamGuard) -> Result<(), WorkerError> {
+        let Some(transmitter) = &mut active.transmitter else {
+            return Ok(());
+        };
+        let tap = self.net.tap(self.index).as_raw_fd();
+        let stopped = transmitter.run(tap, ram, self.net.counters())?;
+        if stopped == transmit::Stopped::TurnOver {
+            transmitter.ring_again()?;
+        }
+        self.watch.writable(stopped == transmit::Stopped::NoRoom)
+    }
+}
+
+impl QueueHandler for QueuePair {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn activate(
+        &mut self,
+        activation: Activation,
+        sources: &mut EventSources,
+    ) -> Result<(), WorkerError> {
+        let Activation {
+            mem,
+            features,
+            queues,
+            interrupt,
+        } = activation;
+        // With a control queue it is that queue's worker who sets offloads.
+        if self.index == 0 && !has(features, VIRTIO_NET_F_CTRL_VQ) {
+            self.net.set_offloads(features);
+        }
+        let mut active = Active {
+            ram: mem,
+            receiver: None,
+            transmitter: None,
+        };
+        for queue in queues {
+            let receives = queue.index % 2 == 0;
+            let queue = ServedQueue::new(queue, features, Arc::clone(&interrupt));
+            if receives {
+                let mergeable = has(features, VIRTIO_NET_F_MRG_RXBUF);
+                active.receiver = Some(Receiver::new(queue, mergeable));
+            } else {
+                active.transmitter = Some(Transmitter::new(queue));
+            }
+        }
+        sources.add(self.watch.as_raw_fd(), TAP)?;
+        sources.add(self.net.enabled_event(self.index).as_raw_fd(), ENABLED)?;
+        self.active = Some(active);
+        // The driver may have put buffers there before this, and need not ring for them.
+        self.with_active(Self::receive)?;
+        self.with_active(Self::transmit)
+    }
+
+    fn queue_ready(&mut self, queue_index: u16) -> Result<(), WorkerError> {
+        self.with_active(|pair, active, ram| {
+            let receiver_index = active.receiver.as_ref().map(Receiver::queue_index);
+            let transmitter_index = active.transmitter.as_ref().map(Transmitter::queue_index);
+            if receiver_index == Some(queue_index) {
+                return pair.receive(active, ram);
+            }
+            // Rung while the tap has no room: it will tell.
+            if transmitter_index == Some(queue_index) && !pair.watch.wants_writable() {
+                return pair.transmit(active, ram);
+            }
+            Ok(())
+        })
+    }
+
+    fn source_ready(&mut self, token: u32, _: &mut EventSources) -> Result<(), WorkerError> {
+        if token == ENABLED {
+            // Reading fails only when nothing was there to read.
+            self.net.enabled_event(self.index).read().ok();
+            return self.with_active(Self::receive);
+        }
+        self.with_active(|pair, active, ram| {
+            if pair.watch.wants_readable() {
+                pair.receive(active, ram)?;
+            }
+            if pair.watch.wants_writable() {
+                pair.transmit(active, ram)?;
+            }
+            Ok(())
+        })
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        for stop in [TapWatch::readable, TapWatch::writable] {
+            if let Err(error) = stop(&mut self.watch, false) {
+                log::warn!("{}: {error}", self.name);
+            }
+        }
+    }
+
+    fn pause(&mut self) {
+        // Frames are read and written within one call, so nothing is in flight.
+        if let Some(Active {
+            receiver: Some(receiver),
+            ..
+        }) = &mut self.active
+        {
+            receiver.put_back();
+        }
+    }
+}

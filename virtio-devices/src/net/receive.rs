@@ -1,0 +1,223 @@
+//! From the tap to the guest (virtio 1.2 §5.1.6.3, §5.1.6.4).
+//!
+//! Buffers the guest has made available are taken ahead of frames and kept in
+//! order. A frame goes to the first of them, or, with mergeable buffers, to as
+//! many from the front as it needs.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::RawFd;
+
+use super::counters::NetCounters;
+use super::frame_io::{FrameReader, Read};
+use super::{FRAME_BYTES_MAX, FRAMES_PER_TURN, HEADER_BYTES};
+use crate::device::WorkerError;
+use crate::guest_buffers::{ChainBuffers, GuestBuffers, RamGuard};
+use crate::served_queue::{Popped, ServedQueue};
+
+/// Where `num_buffers` is in the header.
+const NUM_BUFFERS_AT: usize = 10;
+
+/// Why receiving stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Stopped {
+    /// No more frames: wait for the tap.
+    NoFrame,
+    /// No more buffers: wait for the guest.
+    NoBuffer,
+    /// Others' turn: the tap is still readable.
+    TurnOver,
+    /// The tap fails: look again when the guest rings.
+    TapFailed,
+}
+
+/// A chain taken from the ring ahead of time.
+struct Ready {
+    head: u16,
+    /// `None`: unusable, to be returned when its turn comes.
+    buffers: Option<GuestBuffers>,
+}
+
+/// The receiving half of a queue pair.
+pub(super) struct Receiver {
+    queue: ServedQueue,
+    mergeable: bool,
+    ready: VecDeque<Ready>,
+    ready_bytes: usize,
+    reader: FrameReader,
+}
+
+impl Receiver {
+    pub(super) fn new(queue: ServedQueue, mergeable: bool) -> Self {
+        Self {
+            queue,
+            mergeable,
+            ready: VecDeque::new(),
+            ready_bytes: 0,
+            reader: FrameReader::default(),
+        }
+    }
+
+    pub(super) fn queue_index(&self) -> u16 {
+        self.queue.index()
+    }
+
+    /// Moves frames until something stops it.
+    ///
+    /// # Errors
+    /// The ring is unusable.
+    pub(super) fn run(
+        &mut self,
+        tap: RawFd,
+        ram: &RamGuard,
+        counters: &NetCounters,
+    ) -> Result<Stopped, WorkerError> {
+        let stopped = self.move_frames(tap, ram, counters)?;
+        self.queue.signal(ram)?;
+        Ok(stopped)
+    }
+
+    /// Gives buffers taken ahead back to the ring, as if never taken.
+    pub(super) fn put_back(&mut self) {
+        // Never more than the ring has entries.
+        self.queue.unpop(self.ready.len() as u16);
+        self.ready.clear();
+        self.ready_bytes = 0;
+    }
+
+    fn move_frames(
+        &mut self,
+        tap: RawFd,
+        ram: &RamGuard,
+        counters: &NetCounters,
+    ) -> Result<Stopped, WorkerError> {
+        self.queue.disable_doorbell(ram)?;
+        for _ in 0..FRAMES_PER_TURN {
+            self.fill(ram, counters)?;
+            if self
+                .ready
+                .front()
+                .is_none_or(|front| front.buffers.is_none())
+            {
+                if self.queue.enable_doorbell(ram)? {
+                    continue;
+                }
+                return Ok(Stopped::NoBuffer);
+            }
+            let usable = self.ready.iter().map_while(|ready| ready.buffers.as_ref());
+            let usable = usable.take(if self.mergeable { usize::MAX } else { 1 });
+            match self.reader.read(tap, usable) {
+                Ok(Read::Frame(bytes)) => self.deliver(ram, bytes, counters)?,
+                Ok(Read::TooLong) => NetCounters::count(&counters.rx_drops),
+                Err(error) => match error.kind() {
+                    io::ErrorKind::WouldBlock => return Ok(Stopped::NoFrame),
+                    io::ErrorKind::Interrupted => {}
+                    _ => {
+                        if NetCounters::count_loudly(&counters.tap_errors) {
+                            log::warn!("reading from a tap: {error}");
+                        }
+                        // The guest's next buffer is the occasion to try again.
+                        self.queue.enable_doorbell(ram)?;
+                        return Ok(Stopped::TapFailed);
+                    }
+                },
+            }
+        }
+        Ok(Stopped::TurnOver)
+    }
+
+    /// Takes buffers until the longest frame would fit, and returns unusable
+    /// ones that have come to the front.
+    fn fill(&mut self, ram: &RamGuard, counters: &NetCounters) -> Result<(), WorkerError> {
+        // A ring claims at most its size at once; a guest may offer on while we look.
+        for _ in 0..self.queue.size() {
+            while let Some(Ready {
+                head,
+                buffers: None,
+            }) = self.ready.front()
+            {
+                self.queue.push_used(ram, *head, 0)?;
+                self.ready.pop_front();
+            }
+            let wanted = if self.mergeable { FRAME_BYTES_MAX } else { 1 };
+            if self.ready_bytes >= wanted || self.ready.len() >= usize::from(self.queue.size()) {
+                return Ok(());
+            }
+            let Some(popped) = self.queue.pop(ram)? else {
+                return Ok(());
+            };
+            let ready = usable(popped, counters);
+            self.ready_bytes += ready.buffers.as_ref().map_or(0, GuestBuffers::bytes);
+            self.ready.push_back(ready);
+        }
+        Ok(())
+    }
+
+    /// Hands the frame in the front buffers to the driver.
+    fn deliver(
+        &mut self,
+        ram: &RamGuard,
+        bytes: usize,
+        counters: &NetCounters,
+    ) -> Result<(), WorkerError> {
+        if bytes < HEADER_BYTES {
+            NetCounters::count(&counters.rx_drops);
+            return Ok(());
+        }
+        let mut left = bytes;
+        let mut count: usize = 0;
+        for ready in &self.ready {
+            let room = ready.buffers.as_ref().map_or(0, GuestBuffers::bytes);
+            left = left.saturating_sub(room);
+            count += 1;
+            if left == 0 {
+                break;
+            }
+        }
+        if let Some(Ready {
+            buffers: Some(first),
+            ..
+        }) = self.ready.front()
+        {
+            // At most one per ring entry, so it fits.
+            first.copy_in_at(NUM_BUFFERS_AT, &(count as u16).to_le_bytes());
+        }
+        let mut left = bytes;
+        let ready_bytes = &mut self.ready_bytes;
+        let used = self.ready.drain(..count).map(|ready| {
+            let room = ready.buffers.as_ref().map_or(0, GuestBuffers::bytes);
+            *ready_bytes -= room;
+            let written = left.min(room);
+            left -= written;
+            // A frame has at most FRAME_BYTES_MAX bytes.
+            (ready.head, written as u32)
+        });
+        self.queue.push_used_together(ram, used)?;
+        counters.received(bytes - HEADER_BYTES);
+        Ok(())
+    }
+}
+
+/// A buffer to receive into is writable throughout and holds at least a header.
+fn usable(popped: Popped, counters: &NetCounters) -> Ready {
+    let head = popped.head;
+    match popped.buffers {
+        Ok(ChainBuffers { readable, writable })
+            if readable.bytes() == 0 && writable.bytes() >= HEADER_BYTES =>
+        {
+            Ready {
+                head,
+                buffers: Some(writable),
+            }
+        }
+        other => {
+            if NetCounters::count_loudly(&counters.bad_requests) {
+                log::warn!("guest offered a bad receive buffer: {:?}", other.err());
+            }
+            Ready {
+                head,
+                buffers: None,
+            }
+        }
+    }
+}

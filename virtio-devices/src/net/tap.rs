@@ -1,0 +1,307 @@
+//! Opens and configures tap devices.
+//!
+//! A tap made here lives as long as its descriptors: an error half-way, or the
+//! end of the VM, takes it away again. One that existed before stays.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+
+use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, c_int};
+
+use super::HEADER_BYTES;
+use super::tap_sys::{self, ConfigSocket, NAME_BYTES_MAX};
+
+const TUN_DEVICE: &str = "/dev/net/tun";
+/// Name pattern of taps that were given none.
+const DEFAULT_NAME: &str = "vmtap%d";
+
+/// Why a tap cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum TapError {
+    /// Interface names have at most 15 bytes, none of them a slash, colon or blank.
+    #[error("tap name {name:?} is not an interface name of 1 to {NAME_BYTES_MAX} bytes")]
+    Name {
+        /// The name.
+        name: String,
+    },
+    /// The tun driver is not there.
+    #[error("{TUN_DEVICE} does not exist: is the tun driver loaded?")]
+    NoTunDevice(#[source] io::Error),
+    /// The tun driver cannot be opened.
+    #[error("cannot open {TUN_DEVICE}")]
+    Open(#[source] io::Error),
+    /// Making a tap needs CAP_NET_ADMIN; using one needs to be its owner.
+    #[error("no permission to use tap {name}")]
+    Permission {
+        /// The tap.
+        name: String,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody else has it.
+    #[error("tap {name} is in use")]
+    Busy {
+        /// The tap.
+        name: String,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// It exists as something else: no tap, or with one queue only.
+    #[error("{name} is not a tap that can have {queues} queues")]
+    Unsuitable {
+        /// The interface.
+        name: String,
+        /// Queue pairs asked for.
+        queues: u16,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// Any other failure to attach.
+    #[error("cannot attach to tap {name}")]
+    Attach {
+        /// The tap.
+        name: String,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The descriptor given is none of a tap.
+    #[error("file descriptor {fd} is not a tap")]
+    NotATap {
+        /// Its number.
+        fd: RawFd,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+    /// The descriptor given belongs to a tap of the wrong kind.
+    #[error("file descriptor {fd} is not a tap with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR")]
+    WrongKind {
+        /// Its number.
+        fd: RawFd,
+    },
+    /// A setting was refused.
+    #[error("cannot set {what} of tap {name}")]
+    Configure {
+        /// The setting.
+        what: &'static str,
+        /// The tap.
+        name: String,
+        /// The system's answer.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What is set on a tap, where given.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct TapSettings {
+    /// Address and mask.
+    pub ip: Option<(Ipv4Addr, Ipv4Addr)>,
+    /// Hardware address of the host's side.
+    pub host_mac: Option<[u8; 6]>,
+    /// MTU.
+    pub mtu: Option<u16>,
+}
+
+/// One queue of a tap.
+#[derive(Debug)]
+pub struct Tap {
+    file: File,
+    name: String,
+}
+
+impl Tap {
+    /// Opens `queues` queues of the tap `name`, makes it if it does not exist,
+    /// and configures it.
+    ///
+    /// # Errors
+    /// See [`TapError`]; a tap that was made for this is gone again.
+    pub fn open(
+        name: Option<&str>,
+        queues: u16,
+        settings: TapSettings,
+    ) -> Result<Vec<Self>, TapError> {
+        let pattern = checked_name(name)?;
+        let first = Self::attach(pattern, queues)?;
+        let mut taps = vec![first];
+        for _ in 1..queues {
+            let next = Self::attach(&taps[0].name, queues)?;
+            taps.push(next);
+        }
+        taps[0].configure(settings)?;
+        Ok(taps)
+    }
+
+    /// Takes over queues that somebody else has opened, sized and brought up.
+    ///
+    /// # Errors
+    /// One is no tap, or of the wrong kind.
+    pub fn from_fds(fds: Vec<OwnedFd>) -> Result<Vec<Self>, TapError> {
+        fds.into_iter().map(Self::from_fd).collect()
+    }
+
+    fn from_fd(fd: OwnedFd) -> Result<Self, TapError> {
+        let file = File::from(fd);
+        let fd = file.as_raw_fd();
+        let interface =
+            tap_sys::attached(&file).map_err(|source| TapError::NotATap { fd, source })?;
+        let wanted = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+        if interface.flags & wanted != wanted {
+            return Err(TapError::WrongKind { fd });
+        }
+        let tap = Self {
+            file,
+            name: interface.name,
+        };
+        tap.prepare()?;
+        Ok(tap)
+    }
+
+    /// A queue that is no tap at all, for tests without the right to make one.
+    #[cfg(test)]
+    pub(super) fn untested(fd: OwnedFd) -> Self {
+        Self {
+            file: File::from(fd),
+            name: "test".into(),
+        }
+    }
+
+    fn attach(name: &str, queues: u16) -> Result<Self, TapError> {
+        let single = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+        let multi = single | IFF_MULTI_QUEUE;
+        let attached = if queues > 1 {
+            attach_once(name, multi)?
+        } else {
+            match attach_once(name, single)? {
+                // An existing tap made for several queues wants to be told so even
+                // by those who use one.
+                Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                    attach_once(name, multi)?
+                }
+                attached => attached,
+            }
+        };
+        let (file, name) = attached.map_err(|source| attach_error(name, queues, source))?;
+        let tap = Self { file, name };
+        tap.prepare()?;
+        Ok(tap)
+    }
+
+    /// What every queue needs, whoever opened it.
+    fn prepare(&self) -> Result<(), TapError> {
+        tap_sys::set_header_bytes(&self.file, HEADER_BYTES)
+            .map_err(|source| self.refused("header size", source))?;
+        tap_sys::set_nonblocking(&self.file)
+            .map_err(|source| self.refused("non-blocking mode", source))
+    }
+
+    fn configure(&self, settings: TapSettings) -> Result<(), TapError> {
+        let name = &self.name;
+        let socket =
+            ConfigSocket::open().map_err(|source| self.refused("anything (no socket)", source))?;
+        if let Some(mac) = settings.host_mac {
+            socket
+                .set_hardware_address(name, mac)
+                .map_err(|source| self.refused("hardware address", source))?;
+        }
+        if let Some((address, mask)) = settings.ip {
+            socket
+                .set_address(name, address)
+                .map_err(|source| self.refused("address", source))?;
+            socket
+                .set_netmask(name, mask)
+                .map_err(|source| self.refused("netmask", source))?;
+        }
+        if let Some(mtu) = settings.mtu {
+            socket
+                .set_mtu(name, mtu)
+                .map_err(|source| self.refused("MTU", source))?;
+        }
+        socket
+            .bring_up(name)
+            .map_err(|source| self.refused("state to up", source))
+    }
+
+    fn refused(&self, what: &'static str, source: io::Error) -> TapError {
+        TapError::Configure {
+            what,
+            name: self.name.clone(),
+            source,
+        }
+    }
+
+    /// Interface name, as the kernel has it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What the guest can cope with, `TUN_F_*`; the same for all queues of a tap.
+    ///
+    /// # Errors
+    /// The kernel does not know one of them.
+    pub(super) fn set_offload(&self, offloads: u32) -> io::Result<()> {
+        tap_sys::set_offload(&self.file, offloads)
+    }
+
+    /// Whether the kernel sends frames to this queue.
+    ///
+    /// # Errors
+    /// Not a queue of a multi-queue tap, or already in that state.
+    pub(super) fn set_enabled(&self, enabled: bool) -> io::Result<()> {
+        tap_sys::set_queue_enabled(&self.file, enabled)
+    }
+}
+
+impl AsRawFd for Tap {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+fn checked_name(name: Option<&str>) -> Result<&str, TapError> {
+    let Some(name) = name else {
+        return Ok(DEFAULT_NAME);
+    };
+    let plain = |byte: u8| byte.is_ascii_graphic() && !matches!(byte, b'/' | b':' | b'%');
+    if name.is_empty()
+        || name.len() > NAME_BYTES_MAX
+        || matches!(name, "." | "..")
+        || !name.bytes().all(plain)
+    {
+        return Err(TapError::Name { name: name.into() });
+    }
+    Ok(name)
+}
+
+/// Opens the tun driver and attaches to a tap; the inner result is the attachment's.
+fn attach_once(name: &str, flags: c_int) -> Result<io::Result<(File, String)>, TapError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(TUN_DEVICE)
+        .map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => TapError::NoTunDevice(source),
+            _ => TapError::Open(source),
+        })?;
+    Ok(tap_sys::attach(&file, name, flags).map(|name| (file, name)))
+}
+
+fn attach_error(name: &str, queues: u16, source: io::Error) -> TapError {
+    let name = name.to_owned();
+    match source.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => TapError::Permission { name, source },
+        Some(libc::EBUSY) => TapError::Busy { name, source },
+        Some(libc::EINVAL) => TapError::Unsuitable {
+            name,
+            queues,
+            source,
+        },
+        _ => TapError::Attach { name, source },
+    }
+}

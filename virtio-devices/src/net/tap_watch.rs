@@ -1,0 +1,85 @@
+//! What a worker wants to hear of its tap.
+//!
+//! The worker's own event set watches for readability, and only code it calls
+//! may change it. A tap must be watched for writability too, and not at all
+//! while the guest has no buffers, or a frame that cannot be delivered would
+//! wake the worker for ever. So the tap sits in an event set of its own, which
+//! in turn is readable when the tap is ready in a way that is wanted now.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::device::WorkerError;
+
+/// An event set with at most the tap in it.
+#[derive(Debug)]
+pub(super) struct TapWatch {
+    epoll: Epoll,
+    tap: RawFd,
+    wanted: EventSet,
+}
+
+impl TapWatch {
+    /// Watches for nothing yet. `tap` must stay open as long as this.
+    pub(super) fn new(tap: RawFd) -> io::Result<Self> {
+        Ok(Self {
+            epoll: Epoll::new()?,
+            tap,
+            wanted: EventSet::empty(),
+        })
+    }
+
+    /// Wants to hear when a frame can be read, or no more.
+    pub(super) fn readable(&mut self, wanted: bool) -> Result<(), WorkerError> {
+        self.change(EventSet::IN, wanted)
+    }
+
+    /// Wants to hear when a frame can be written, or no more.
+    pub(super) fn writable(&mut self, wanted: bool) -> Result<(), WorkerError> {
+        self.change(EventSet::OUT, wanted)
+    }
+
+    /// Whether frames to be read are waited for.
+    pub(super) fn wants_readable(&self) -> bool {
+        self.wanted.contains(EventSet::IN)
+    }
+
+    /// Whether room for frames is waited for.
+    pub(super) fn wants_writable(&self) -> bool {
+        self.wanted.contains(EventSet::OUT)
+    }
+
+    fn change(&mut self, bit: EventSet, on: bool) -> Result<(), WorkerError> {
+        let before = self.wanted;
+        let mut after = before;
+        after.set(bit, on);
+        if after == before {
+            return Ok(());
+        }
+        // Errors are reported even for a descriptor of which nothing is wanted,
+        // hence Delete instead of Modify with an empty set.
+        let operation = if before.is_empty() {
+            ControlOperation::Add
+        } else if after.is_empty() {
+            ControlOperation::Delete
+        } else {
+            ControlOperation::Modify
+        };
+        self.epoll
+            .ctl(operation, self.tap, EpollEvent::new(after, 0))
+            .map_err(|source| WorkerError::Host {
+                what: "watching a tap",
+                source,
+            })?;
+        self.wanted = after;
+        Ok(())
+    }
+}
+
+impl AsRawFd for TapWatch {
+    fn as_raw_fd(&self) -> RawFd {
+        self.epoll.as_raw_fd()
+    }
+}
