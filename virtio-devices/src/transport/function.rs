@@ -4,9 +4,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::common_config::{CommonConfig, Effects};
@@ -17,9 +15,7 @@ use super::layout::{
     NOTIFY_MULTIPLIER, NOTIFY_OFFSET, QUEUES_MAX, Region,
 };
 use super::{LifecycleListener, TransportError, VirtioPciParams, vectors_needed};
-use crate::device::{
-    Activation, ActiveQueue, Counters, Doorbell, GuestRam, Interrupt, VirtioDevice,
-};
+use crate::device::{Counters, Doorbell, GuestRam, VirtioDevice};
 use crate::pci::{Bar, DoorbellRegister, MsixLines, MsixTable, PciFunction};
 use crate::worker::{Worker, WorkerHandle};
 
@@ -29,15 +25,15 @@ const FEATURES_NOT_OFFERED: u64 = 1 << 34 | 1 << 35 | 1 << 37 | 1 << 38 | 1 << 3
 
 /// A virtio device as a PCI function.
 pub struct VirtioPciFunction {
-    id: String,
-    device: Arc<Mutex<dyn VirtioDevice>>,
-    mem: GuestRam,
-    interrupt: Arc<PciInterrupt>,
+    pub(super) id: String,
+    pub(super) device: Arc<Mutex<dyn VirtioDevice>>,
+    pub(super) mem: GuestRam,
+    pub(super) interrupt: Arc<PciInterrupt>,
     lines: Arc<MsixLines>,
-    doorbells: Vec<Arc<Doorbell>>,
-    workers: Vec<WorkerHandle>,
-    counters: Arc<TransportCounters>,
-    listener: Option<Arc<dyn LifecycleListener>>,
+    pub(super) doorbells: Vec<Arc<Doorbell>>,
+    pub(super) workers: Vec<WorkerHandle>,
+    pub(super) counters: Arc<TransportCounters>,
+    pub(super) listener: Option<Arc<dyn LifecycleListener>>,
     /// Where the PCI_CFG capability lies; it never moves.
     window_at: u16,
     state: Mutex<State>,
@@ -45,12 +41,12 @@ pub struct VirtioPciFunction {
 
 /// What vCPU threads change, one at a time.
 #[derive(Debug)]
-struct State {
+pub(super) struct State {
     header: Header,
     msix: MsixTable,
-    common: CommonConfig,
+    pub(super) common: CommonConfig,
     /// Queues were handed to the workers since the last reset.
-    active: bool,
+    pub(super) active: bool,
 }
 
 impl fmt::Debug for VirtioPciFunction {
@@ -179,70 +175,6 @@ impl VirtioPciFunction {
             state.active = false;
             state.common.finish_reset();
         }
-    }
-
-    /// Hands the enabled queues to the workers. A driver that set them up wrongly
-    /// is told DEVICE_NEEDS_RESET.
-    fn activate(&self, state: &mut State) {
-        let features = state.common.accepted();
-        let Some(queues) = self.build_queues(state, features) else {
-            self.interrupt.signal_needs_reset();
-            return;
-        };
-        let mut groups: Vec<Vec<ActiveQueue>> = self.workers.iter().map(|_| Vec::new()).collect();
-        {
-            let device = lock(&self.device);
-            for (index, queue) in queues {
-                let group = device
-                    .handler_of_queue(index, features)
-                    .and_then(|handler| groups.get_mut(handler));
-                if let Some(group) = group {
-                    group.push(ActiveQueue {
-                        index,
-                        queue,
-                        doorbell: Arc::clone(&self.doorbells[usize::from(index)]),
-                    });
-                }
-            }
-        }
-        state.active = true;
-        self.counters.activations.add();
-        for (worker, queues) in self.workers.iter().zip(groups) {
-            if queues.is_empty() {
-                continue;
-            }
-            let activation = Activation {
-                mem: self.mem.clone(),
-                features,
-                queues,
-                interrupt: self.interrupt.clone(),
-            };
-            if let Err(error) = worker.activate(activation) {
-                log::error!("{}: {error}", self.id);
-                self.interrupt.signal_needs_reset();
-            }
-        }
-        if let Some(listener) = &self.listener {
-            listener.device_activated(&self.id);
-        }
-    }
-
-    /// The enabled queues, or `None` if one of them cannot be used.
-    fn build_queues(&self, state: &State, features: u64) -> Option<Vec<(u16, Queue)>> {
-        let mem = self.mem.memory();
-        let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
-        state
-            .common
-            .enabled_queues()
-            .map(|(index, config)| match config.build(&*mem, event_idx) {
-                Ok(queue) => Some((index, queue)),
-                Err(fault) => {
-                    self.counters.bad_queue_rings.add();
-                    log::debug!("{}: queue {index}: {fault}", self.id);
-                    None
-                }
-            })
-            .collect()
     }
 
     fn notify(&self, offset: u64) {
@@ -445,6 +377,6 @@ fn check_queues(queue_sizes: &[u16]) -> Result<(), TransportError> {
 
 /// A thread that panicked while it held a lock has been reported; the registers
 /// it left are as good as any a guest could write.
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

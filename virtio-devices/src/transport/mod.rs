@@ -22,6 +22,7 @@
 //! Lock order: function, then device. Interrupts take neither, so a device may
 //! signal while it holds its own lock.
 
+mod activation;
 mod common_config;
 mod counters;
 mod function;
