@@ -1,2 +1,46 @@
-//! Placeholder until the first working version.
-fn main() {}
+//! `cloud-hypervisor`: runs one virtual machine, steered by its command line and its REST API.
+
+mod args;
+mod logger;
+mod process;
+mod run;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Context;
+use clap::Parser;
+
+use args::Arguments;
+
+/// Optional parts of this build, as `vmm.ping` lists them.
+const FEATURES: &[&str] = &["kvm"];
+
+fn main() -> ExitCode {
+    let start = Instant::now();
+    process::configure();
+    let arguments = Arguments::parse();
+    if arguments.version {
+        print_version(arguments.v > 0);
+        return ExitCode::SUCCESS;
+    }
+    let outcome = logger::install(start, arguments.log_file.as_deref(), arguments.v)
+        .context("Cannot open the log file")
+        .and_then(|()| run::run(&arguments, start));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}", api::chain_report("Cloud Hypervisor", error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Upstream's form. No version of the migration protocol is spoken.
+fn print_version(with_features: bool) {
+    println!("cloud-hypervisor v{}", env!("CARGO_PKG_VERSION"));
+    println!("Migration Protocol Versions: none");
+    if with_features {
+        println!("Enabled features: {FEATURES:?}");
+    }
+}

@@ -14,7 +14,6 @@ use api::{
     BalloonStatsResponse, DeviceNode, Endpoint, ReclaimStats, VmConfig, VmCounters, VmmPingResponse,
 };
 use serde_json::{Value, json};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::http::{Deadlines, HttpServer};
 use super::*;
@@ -173,12 +172,7 @@ struct Vmm {
 
 fn vmm_with(no_shutdown: bool) -> Vmm {
     let dir = tempfile::tempdir().unwrap();
-    let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    let signals = Arc::new(VmSignals {
-        shutdown: event(),
-        reset: event(),
-        failed: event(),
-    });
+    let signals = Arc::new(VmSignals::new().unwrap());
     let events = Events::default();
     let recorded = Arc::clone(&events);
     let sink: crate::vm::EventSink = Arc::new(move |source, event, _| {
@@ -188,14 +182,12 @@ fn vmm_with(no_shutdown: bool) -> Vmm {
     let context = VmContext {
         signals: Arc::clone(&signals),
         thread_start: Arc::clone(&thread_start),
-        events: Arc::clone(&sink),
+        events: sink,
     };
     let view = Arc::new(PublishedView::default());
     let control = ControlThread::start::<FakeMachine>(ControlSetup {
         view: Arc::clone(&view),
-        make_context: Box::new(move |_| context.clone()),
-        signals: Arc::clone(&signals),
-        events: sink,
+        context,
         no_shutdown,
         on_start: Box::new(|| {}),
     })

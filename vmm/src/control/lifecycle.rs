@@ -17,10 +17,7 @@ use super::machine::Machine;
 use super::request::{ControlError, RequestError, VmRequest};
 use super::view::{MachineView, PublishedView, View};
 use crate::config;
-use crate::vm::{EventSink, VmContext, VmError, VmSignals};
-
-/// Makes the context for a machine with this configuration: the seccomp hook depends on the names of its devices.
-pub type ContextMaker = Box<dyn Fn(&VmConfig) -> VmContext + Send>;
+use crate::vm::{VmContext, VmError};
 
 /// The VM and everything that may be asked of it.
 pub(super) struct Lifecycle<M: Machine> {
@@ -28,27 +25,18 @@ pub(super) struct Lifecycle<M: Machine> {
     machine: Option<M>,
     paused: bool,
     view: Arc<PublishedView>,
-    signals: Arc<VmSignals>,
-    make_context: ContextMaker,
-    events: EventSink,
+    context: VmContext,
     ended: bool,
 }
 
 impl<M: Machine> Lifecycle<M> {
-    pub(super) fn new(
-        view: Arc<PublishedView>,
-        signals: Arc<VmSignals>,
-        make_context: ContextMaker,
-        events: EventSink,
-    ) -> Self {
+    pub(super) fn new(view: Arc<PublishedView>, context: VmContext) -> Self {
         Self {
             config: None,
             machine: None,
             paused: false,
             view,
-            signals,
-            make_context,
-            events,
+            context,
             ended: false,
         }
     }
@@ -99,7 +87,7 @@ impl<M: Machine> Lifecycle<M> {
     }
 
     fn emit(&self, source: &str, event: &str) {
-        (self.events)(source, event, &[]);
+        (self.context.events)(source, event, &[]);
     }
 
     /// Checks that the machine is in state `from`, to go to state `to`.
@@ -141,8 +129,7 @@ impl<M: Machine> Lifecycle<M> {
         let mut config = stored.clone();
         config::validate(&config).map_err(ControlError::ConfigValidation)?;
         config::assign_ids(&mut config);
-        let context = (self.make_context)(&config);
-        let mut machine = M::new(&mut config, &context).map_err(ControlError::Machine)?;
+        let mut machine = M::new(&mut config, &self.context).map_err(ControlError::Machine)?;
         machine.boot().map_err(ControlError::Machine)?;
         self.config = Some(config);
         self.machine = Some(machine);
@@ -157,9 +144,9 @@ impl<M: Machine> Lifecycle<M> {
         let stopped = machine.shutdown().map_err(ControlError::Machine);
         // What the machine signalled while it went must not hit the next one.
         for signal in [
-            &self.signals.shutdown,
-            &self.signals.reset,
-            &self.signals.failed,
+            &self.context.signals.shutdown,
+            &self.context.signals.reset,
+            &self.context.signals.failed,
         ] {
             // Nothing to read means that it was not signalled.
             let _ = signal.read();
@@ -223,7 +210,7 @@ impl<M: Machine> Lifecycle<M> {
             resize_stored(config, resize);
             return Ok(());
         };
-        (self.events)("vm", "resizing", &[]);
+        (self.context.events)("vm", "resizing", &[]);
         if let Some(desired) = resize.desired_vcpus
             && desired != config.cpus.boot_vcpus
         {
@@ -244,7 +231,7 @@ impl<M: Machine> Lifecycle<M> {
                 balloon.size = desired;
             }
         }
-        (self.events)("vm", "resized", &[]);
+        (self.context.events)("vm", "resized", &[]);
         Ok(())
     }
 

@@ -6,7 +6,6 @@ mod request;
 mod thread;
 mod view;
 
-pub use lifecycle::ContextMaker;
 pub use machine::{Machine, MachineObserver};
 pub use request::{ControlError, RequestError, RequestKind, VmRequest};
 pub use thread::{

@@ -12,11 +12,11 @@ use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::lifecycle::{ContextMaker, Lifecycle};
+use super::lifecycle::Lifecycle;
 use super::machine::Machine;
 use super::request::{ControlError, RequestError, VmRequest};
 use super::view::PublishedView;
-use crate::vm::{EventSink, VmSignals};
+use crate::vm::{VmContext, VmSignals};
 
 /// Name of the thread.
 pub const CONTROL_THREAD: &str = "vmm";
@@ -119,12 +119,8 @@ impl ControlHandle {
 pub struct ControlSetup {
     /// Where it shows what there is.
     pub view: Arc<PublishedView>,
-    /// Makes the context of each machine; its signals must be `signals`.
-    pub make_context: ContextMaker,
-    /// What machines report.
-    pub signals: Arc<VmSignals>,
-    /// Event monitor.
-    pub events: EventSink,
+    /// What every machine gets; its signals come back here.
+    pub context: VmContext,
     /// Stay when the guest powers off (`--no-shutdown`).
     pub no_shutdown: bool,
     /// Called first on the thread.
@@ -156,9 +152,9 @@ impl ControlThread {
         let (queue, requests) = sync_channel(QUEUE_LENGTH);
         let epoll = watch(&[
             (&exit, TOKEN_EXIT),
-            (&setup.signals.failed, TOKEN_FAILED),
-            (&setup.signals.shutdown, TOKEN_GUEST_SHUTDOWN),
-            (&setup.signals.reset, TOKEN_RESET),
+            (&setup.context.signals.failed, TOKEN_FAILED),
+            (&setup.context.signals.shutdown, TOKEN_GUEST_SHUTDOWN),
+            (&setup.context.signals.reset, TOKEN_RESET),
             (&wake, TOKEN_REQUEST),
         ])
         .map_err(ControlThreadError::Setup)?;
@@ -202,12 +198,12 @@ fn run<M: Machine>(
     wake: &EventFd,
 ) -> Ending {
     (setup.on_start)();
-    (setup.events)("vmm", "starting", &[]);
-    let signals = Arc::clone(&setup.signals);
-    let lifecycle = Lifecycle::<M>::new(setup.view, signals, setup.make_context, setup.events);
+    (setup.context.events)("vmm", "starting", &[]);
+    let signals = Arc::clone(&setup.context.signals);
+    let lifecycle = Lifecycle::<M>::new(setup.view, setup.context);
     let mut control = Control {
         lifecycle,
-        signals: setup.signals,
+        signals,
         no_shutdown: setup.no_shutdown,
     };
     let ending = loop {

@@ -20,6 +20,8 @@ const EVERY_THREAD: &[c_long] = &[
     libc::SYS_epoll_wait,
     libc::SYS_exit,
     libc::SYS_exit_group,
+    // The standard library's check, in debug builds, that what it closes is open.
+    libc::SYS_fcntl,
     libc::SYS_futex,
     libc::SYS_getpid,
     libc::SYS_getrandom,
@@ -82,7 +84,6 @@ const DISCARD: &[c_long] = &[
 
 /// Finds out how much of guest memory is resident.
 const RESIDENCY: &[c_long] = &[
-    libc::SYS_fcntl,
     libc::SYS_fstat,
     libc::SYS_mincore,
     libc::SYS_openat,
@@ -121,7 +122,6 @@ const MACHINE: &[c_long] = &[
     libc::SYS_dup,
     libc::SYS_epoll_create1,
     libc::SYS_eventfd2,
-    libc::SYS_fcntl,
     libc::SYS_flock,
     libc::SYS_fstatfs,
     libc::SYS_ftruncate,
@@ -154,12 +154,7 @@ const MACHINE: &[c_long] = &[
 ];
 
 /// Restores the terminal and removes the sockets at the end.
-const CLEANUP: &[c_long] = &[
-    libc::SYS_fcntl,
-    libc::SYS_munlock,
-    libc::SYS_unlink,
-    libc::SYS_unlinkat,
-];
+const CLEANUP: &[c_long] = &[libc::SYS_munlock, libc::SYS_unlink, libc::SYS_unlinkat];
 
 /// The threads a thread of this kind starts.
 pub(super) fn children(kind: ThreadKind) -> &'static [ThreadKind] {
@@ -189,18 +184,18 @@ pub(super) fn own(kind: ThreadKind) -> Vec<&'static [c_long]> {
             TIMERS,
             RESIDENCY,
         ],
-        ThreadKind::HttpServer => &[SOCKET_IO, STARTS_THREADS, &[libc::SYS_fcntl]],
+        ThreadKind::HttpServer => &[SOCKET_IO, STARTS_THREADS],
         ThreadKind::ApiQuery => &[RESIDENCY, &[libc::SYS_eventfd2]],
         ThreadKind::EventMonitor => &[],
         // Serial output leaves on the vCPU thread; MSI-X vectors get their descriptors when the guest unmasks them.
-        ThreadKind::Vcpu => &[SOCKET_IO, &[libc::SYS_eventfd2, libc::SYS_fcntl]],
-        ThreadKind::Serial => &[SOCKET_IO, TIMERS, &[libc::SYS_eventfd2, libc::SYS_fcntl]],
+        ThreadKind::Vcpu => &[SOCKET_IO, &[libc::SYS_eventfd2]],
+        ThreadKind::Serial => &[SOCKET_IO, TIMERS, &[libc::SYS_eventfd2]],
         ThreadKind::PayloadLoader => &[&[libc::SYS_fstat, libc::SYS_pread64, libc::SYS_statx]],
         ThreadKind::Balloon => &[DISCARD, TIMERS, RESIDENCY],
         ThreadKind::Block => &[DISK_IO, TIMERS],
         ThreadKind::Net => &[SOCKET_IO, TIMERS],
         ThreadKind::Rng => &[TIMERS, &[libc::SYS_pread64]],
-        ThreadKind::Console => &[SOCKET_IO, TIMERS, &[libc::SYS_fcntl]],
+        ThreadKind::Console => &[SOCKET_IO, TIMERS],
         ThreadKind::Device => &[DISCARD, DISK_IO, SOCKET_IO, TIMERS, RESIDENCY],
     });
     lists

@@ -71,7 +71,11 @@ impl Ioctl {
 /// The requests of a kind, without those of its children.
 pub(super) fn own(kind: ThreadKind) -> Vec<Ioctl> {
     use Ioctl::{Request, Type};
-    let requests = |numbers: &[u64]| numbers.iter().copied().map(Request).collect();
+    // The terminal is put back before the process ends at a forbidden call, on whichever thread that was.
+    let requests = |numbers: &[u64]| {
+        let numbers = numbers.iter().chain(&[TCSETS]);
+        numbers.copied().map(Request).collect()
+    };
     match kind {
         ThreadKind::Control => vec![
             Type(KVM),
@@ -81,11 +85,11 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Ioctl> {
             Request(PAGEMAP_SCAN),
         ],
         ThreadKind::Vcpu => requests(KVM_OF_VCPU),
-        ThreadKind::Main => requests(&[TCGETS, TCSETS, TCSETSW, TCSETSF]),
+        ThreadKind::Main => requests(&[TCGETS, TCSETSW, TCSETSF]),
         ThreadKind::HttpServer => requests(&[FIONBIO]),
         ThreadKind::ApiQuery => requests(&[PAGEMAP_SCAN]),
         ThreadKind::Serial | ThreadKind::Console => {
-            requests(&[FIONBIO, TCGETS, TCSETS, TCSETSW, TCSETSF, TIOCGWINSZ])
+            requests(&[FIONBIO, TCGETS, TCSETSW, TCSETSF, TIOCGWINSZ])
         }
         ThreadKind::Balloon => requests(&[PAGEMAP_SCAN]),
         ThreadKind::Block => requests(&[BLKDISCARD, BLKZEROOUT]),
@@ -98,6 +102,6 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Ioctl> {
             FIONBIO,
             TIOCGWINSZ,
         ]),
-        ThreadKind::EventMonitor | ThreadKind::PayloadLoader | ThreadKind::Rng => Vec::new(),
+        ThreadKind::EventMonitor | ThreadKind::PayloadLoader | ThreadKind::Rng => requests(&[]),
     }
 }

@@ -32,6 +32,21 @@ pub struct VmSignals {
     pub failed: EventFd,
 }
 
+impl VmSignals {
+    /// Signals that are not raised.
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    pub fn new() -> std::io::Result<Self> {
+        let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        Ok(Self {
+            shutdown: event()?,
+            reset: event()?,
+            failed: event()?,
+        })
+    }
+}
+
 /// What a machine needs from the program around it.
 #[derive(Clone)]
 pub struct VmContext {

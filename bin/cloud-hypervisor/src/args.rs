@@ -1,0 +1,248 @@
+//! The command line, and the configuration it describes.
+
+use std::path::PathBuf;
+
+use api::VmConfig;
+use api::config::{
+    BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PathOrFd,
+    PayloadConfig, PlatformConfig, RngConfig, SerialConfig,
+};
+use api::options::OptionError;
+use clap::{ArgAction, ArgGroup, Parser, ValueEnum};
+use vmm::seccomp::SeccompMode;
+
+/// Launch a cloud-hypervisor VMM.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cloud-hypervisor",
+    arg_required_else_help = true,
+    disable_version_flag = true,
+    group = ArgGroup::new("payload").args(["kernel", "firmware"]).multiple(true)
+)]
+pub(crate) struct Arguments {
+    #[arg(long, value_name = "api-socket", help = PathOrFd::API_SOCKET_SYNTAX)]
+    pub(crate) api_socket: Option<String>,
+
+    #[arg(long, requires = "payload", help = BalloonConfig::SYNTAX)]
+    balloon: Option<String>,
+
+    /// Kernel command line
+    #[arg(long, requires = "payload", allow_hyphen_values = true)]
+    cmdline: Option<String>,
+
+    #[arg(long, requires = "payload", help = ConsoleConfig::SYNTAX)]
+    console: Option<String>,
+
+    #[arg(long, requires = "payload", help = CpusConfig::SYNTAX)]
+    cpus: Option<String>,
+
+    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = DiskConfig::SYNTAX)]
+    disk: Vec<String>,
+
+    #[arg(long, value_name = "event-monitor", help = PathOrFd::EVENT_MONITOR_SYNTAX)]
+    pub(crate) event_monitor: Option<String>,
+
+    /// Path to firmware that is loaded in an architectural specific way
+    #[arg(long)]
+    firmware: Option<PathBuf>,
+
+    /// Path to initramfs image
+    #[arg(long, requires = "payload")]
+    initramfs: Option<PathBuf>,
+
+    /// Path to kernel to load: a vmlinux with a PVH entry point, or a bzImage
+    #[arg(long)]
+    kernel: Option<PathBuf>,
+
+    /// Log file. Standard error is used if not specified
+    #[arg(long, value_name = "log-file")]
+    pub(crate) log_file: Option<PathBuf>,
+
+    #[arg(long, requires = "payload", help = MemoryConfig::SYNTAX)]
+    memory: Option<String>,
+
+    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = NetConfig::SYNTAX)]
+    net: Vec<String>,
+
+    /// Stay when the guest powers off: the VM can be booted again through the API
+    #[arg(long)]
+    pub(crate) no_shutdown: bool,
+
+    #[arg(long, requires = "payload", help = PlatformConfig::SYNTAX)]
+    platform: Option<String>,
+
+    #[arg(long, requires = "payload", help = RngConfig::SYNTAX)]
+    rng: Option<String>,
+
+    /// What happens when a thread makes a system call it has no need of
+    #[arg(long, value_enum, default_value = "true")]
+    pub(crate) seccomp: SeccompArgument,
+
+    #[arg(long, requires = "payload", help = SerialConfig::SYNTAX)]
+    serial: Option<String>,
+
+    /// Log more: -v info, -vv debug, -vvv trace
+    #[arg(short, action = ArgAction::Count)]
+    pub(crate) v: u8,
+
+    /// Print version
+    #[arg(short = 'V', long)]
+    pub(crate) version: bool,
+}
+
+/// Value of `--seccomp`.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum SeccompArgument {
+    /// End the process with a message
+    True,
+    /// Install no filters
+    False,
+    /// Tell the kernel's log and go on
+    Log,
+    /// Let the call fail
+    Errno,
+}
+
+impl From<SeccompArgument> for SeccompMode {
+    fn from(argument: SeccompArgument) -> Self {
+        match argument {
+            SeccompArgument::True => Self::Trap,
+            SeccompArgument::False => Self::Off,
+            SeccompArgument::Log => Self::Log,
+            SeccompArgument::Errno => Self::Errno,
+        }
+    }
+}
+
+impl Arguments {
+    /// The VM to boot at once; `None` when only the API is wanted.
+    ///
+    /// # Errors
+    /// An option cannot be read.
+    pub(crate) fn vm_config(&self) -> Result<Option<VmConfig>, OptionError> {
+        if self.kernel.is_none() && self.firmware.is_none() {
+            return Ok(None);
+        }
+        let defaults = VmConfig::default();
+        let memory = self.memory.as_deref().unwrap_or_default();
+        Ok(Some(VmConfig {
+            cpus: read(&self.cpus, CpusConfig::parse)?.unwrap_or_default(),
+            memory: MemoryConfig::parse::<&str>(memory, &[])?,
+            payload: Some(PayloadConfig {
+                firmware: self.firmware.clone(),
+                kernel: self.kernel.clone(),
+                cmdline: self.cmdline.clone(),
+                initramfs: self.initramfs.clone(),
+            }),
+            disks: read_all(&self.disk, DiskConfig::parse)?,
+            net: read_all(&self.net, NetConfig::parse)?,
+            rng: read(&self.rng, RngConfig::parse)?.unwrap_or_default(),
+            balloon: read(&self.balloon, BalloonConfig::parse)?,
+            serial: read(&self.serial, SerialConfig::parse)?.unwrap_or_default(),
+            console: read(&self.console, ConsoleConfig::parse)?.unwrap_or_default(),
+            platform: read(&self.platform, PlatformConfig::parse)?,
+            ..defaults
+        }))
+    }
+}
+
+type Read<T> = fn(&str) -> Result<T, OptionError>;
+
+fn read<T>(text: &Option<String>, parse: Read<T>) -> Result<Option<T>, OptionError> {
+    text.as_deref().map(parse).transpose()
+}
+
+/// `None`, not an empty list, when the option was not given: `vm.info` leaves such a section out.
+fn read_all<T>(texts: &[String], parse: Read<T>) -> Result<Option<Vec<T>>, OptionError> {
+    if texts.is_empty() {
+        return Ok(None);
+    }
+    texts
+        .iter()
+        .map(|text| parse(text))
+        .collect::<Result<_, _>>()
+        .map(Some)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    fn parse(line: &str) -> Result<Arguments, clap::Error> {
+        Arguments::try_parse_from(
+            ["cloud-hypervisor"]
+                .into_iter()
+                .chain(line.split_whitespace()),
+        )
+    }
+
+    #[test]
+    fn arguments_are_consistent() {
+        use clap::CommandFactory;
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn arguments_full_command_line_makes_the_configuration() {
+        let arguments = parse(
+            "--api-socket /s --kernel /k --initramfs /i --cmdline console=ttyS0 --cpus boot=2,max=4 \
+             --memory size=1G,shared=on --disk path=/a path=/b,readonly=on --disk path=/c --net tap=t0 \
+             --balloon size=128M,free_page_reporting=on --serial tty --console off --rng src=/dev/random \
+             --event-monitor path=/e --seccomp log --no-shutdown -vv",
+        )
+        .unwrap();
+        let config = arguments.vm_config().unwrap().unwrap();
+        assert_eq!(config.memory.size, 1 << 30);
+        assert_eq!(config.cpus.max_vcpus, 4);
+        assert_eq!(config.disks.unwrap().len(), 3);
+        assert_eq!(config.balloon.unwrap().size, 128 << 20);
+        assert_eq!(
+            config.payload.unwrap().cmdline.as_deref(),
+            Some("console=ttyS0")
+        );
+        assert_eq!(arguments.v, 2);
+        assert!(arguments.no_shutdown);
+        assert_eq!(SeccompMode::from(arguments.seccomp), SeccompMode::Log);
+    }
+
+    #[test]
+    fn arguments_options_of_a_vm_need_a_payload() {
+        for line in [
+            "--cpus boot=1",
+            "--disk path=/a",
+            "--api-socket /s --balloon size=0",
+            "--cmdline x",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+        assert!(parse("--firmware /f --cpus boot=1").is_ok());
+        assert!(
+            parse("--api-socket /s")
+                .unwrap()
+                .vm_config()
+                .unwrap()
+                .is_none()
+        );
+    }
+
+    #[test]
+    fn arguments_unknown_options_and_values_are_refused() {
+        for line in [
+            "--kernel /k --fs tag=x",
+            "--kernel /k --seccomp maybe",
+            "--kernel",
+            "",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+        for line in [
+            "--kernel /k --balloon size=1G,colour=red",
+            "--kernel /k --memory size=much",
+            "--kernel /k --serial teletype",
+        ] {
+            assert!(parse(line).unwrap().vm_config().is_err(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Log lines on standard error or in a file, in upstream's form.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
+
+use log::{LevelFilter, Log, Metadata, Record};
+
+struct Logger {
+    start: Instant,
+    /// Standard error when absent, which needs no lock of ours.
+    file: Option<Mutex<File>>,
+}
+
+/// Installs the logger. `verbosity` is the number of `-v`.
+///
+/// # Errors
+/// The file cannot be opened.
+pub(crate) fn install(start: Instant, file: Option<&Path>, verbosity: u8) -> io::Result<()> {
+    let file = file
+        .map(|path| OpenOptions::new().create(true).append(true).open(path))
+        .transpose()?
+        .map(Mutex::new);
+    log::set_max_level(match verbosity {
+        0 => LevelFilter::Warn,
+        1 => LevelFilter::Info,
+        2 => LevelFilter::Debug,
+        _ => LevelFilter::Trace,
+    });
+    log::set_boxed_logger(Box::new(Logger { start, file })).map_err(io::Error::other)
+}
+
+impl Log for Logger {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.level() <= log::max_level()
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let line = self.line(record);
+        // One write for a line, so that lines of several threads do not mix. A log that cannot be written has nowhere
+        // to complain to.
+        let _ = match &self.file {
+            Some(file) => {
+                let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+                file.write_all(line.as_bytes())
+            }
+            None => io::stderr().write_all(line.as_bytes()),
+        };
+    }
+
+    fn flush(&self) {}
+}
+
+impl Logger {
+    fn line(&self, record: &Record<'_>) -> String {
+        let thread = std::thread::current();
+        format!(
+            "cloud-hypervisor: {:.6}s: <{}> {}:{}:{} -- {}\r\n",
+            self.start.elapsed().as_secs_f64(),
+            thread.name().unwrap_or("unnamed"),
+            record.level(),
+            record.file().unwrap_or_else(|| record.target()),
+            record.line().unwrap_or(0),
+            record.args(),
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use log::Level;
+
+    use super::*;
+
+    #[test]
+    fn logger_line_names_time_thread_level_and_place() {
+        let logger = Logger {
+            start: Instant::now(),
+            file: None,
+        };
+        let record = Record::builder()
+            .args(format_args!("text"))
+            .level(Level::Info)
+            .file(Some("a.rs"))
+            .line(Some(7))
+            .build();
+        let line = logger.line(&record);
+        assert!(line.starts_with("cloud-hypervisor: 0."), "{line}");
+        assert!(line.ends_with("INFO:a.rs:7 -- text\r\n"), "{line}");
+    }
+}

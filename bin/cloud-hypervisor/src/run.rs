@@ -1,0 +1,166 @@
+//! Starts the threads of the VMM, boots what the command line asks for, and waits for the end.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use api::config::PathOrFd;
+use api::{VmConfig, VmmPingResponse};
+use vmm::api::http::{Deadlines, HTTP_THREAD, HttpServer};
+use vmm::api::{ApiSocket, Dispatcher};
+use vmm::control::{CONTROL_THREAD, ControlSetup, ControlThread, Ending, PublishedView, VmRequest};
+use vmm::event_monitor::{EVENT_THREAD, EventMonitor};
+use vmm::seccomp::{Seccomp, ThreadKind};
+use vmm::signals::ExitSignals;
+use vmm::vm::{ThreadStart, Vm, VmContext, VmSignals};
+
+use crate::args::Arguments;
+
+/// What the command line asks for, read and checked as far as it can be without touching anything.
+#[derive(Debug)]
+struct Plan {
+    api_socket: Option<PathOrFd>,
+    event_monitor: Option<PathOrFd>,
+    config: Option<VmConfig>,
+}
+
+impl Plan {
+    fn new(arguments: &Arguments) -> Result<Self> {
+        let api_socket = arguments
+            .api_socket
+            .as_deref()
+            .map(PathOrFd::parse_api_socket);
+        let event_monitor = arguments
+            .event_monitor
+            .as_deref()
+            .map(PathOrFd::parse_event_monitor);
+        let plan = Self {
+            api_socket: api_socket.transpose()?,
+            event_monitor: event_monitor.transpose()?,
+            config: arguments.vm_config()?,
+        };
+        if plan.api_socket.is_none() && plan.config.is_none() {
+            bail!("Neither a payload (--kernel, --firmware) nor an --api-socket is given");
+        }
+        if let Some(config) = &plan.config {
+            vmm::config::validate(config).context("Failed to validate config")?;
+        }
+        Ok(plan)
+    }
+}
+
+/// Runs the VMM until it ends.
+///
+/// # Errors
+/// It could not start, or the machine failed.
+pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
+    let plan = Plan::new(arguments)?;
+    let seccomp = Arc::new(Seccomp::new(arguments.seccomp.into())?);
+    let thread_start = seccomp.hook();
+    let mut exit_signals = ExitSignals::hold()?;
+    let events = open_events(plan.event_monitor.as_ref(), start, &thread_start)?;
+    let socket = plan.api_socket.as_ref().map(ApiSocket::open).transpose()?;
+
+    let view = Arc::new(PublishedView::default());
+    let control = start_control(arguments.no_shutdown, &view, &thread_start, &events)?;
+    let server = match &socket {
+        Some(socket) => Some(start_server(socket, &view, &control, &thread_start)?),
+        None => None,
+    };
+    exit_signals.deliver_to(control.handle().exit_event())?;
+    let booted = plan.config.map_or(Ok(()), |config| boot(&control, config));
+    if booted.is_err() {
+        // The boot's error is the one to report; what stopping says is in the log.
+        drop(control.handle().call(VmRequest::ShutdownVmm));
+    } else {
+        seccomp.apply(ThreadKind::Main)?;
+    }
+    let ending = control.join();
+    // The server first: it still has the last answers to deliver. Then the socket's files go.
+    drop(server);
+    drop(socket);
+    drop(events);
+    booted?;
+    match ending {
+        Ending::Regular => Ok(()),
+        Ending::MachineFailed => bail!("The machine has failed; the log says why"),
+    }
+}
+
+fn open_events(
+    place: Option<&PathOrFd>,
+    start: Instant,
+    thread_start: &ThreadStart,
+) -> Result<EventMonitor> {
+    let Some(place) = place else {
+        return Ok(EventMonitor::off());
+    };
+    let thread_start = Arc::clone(thread_start);
+    Ok(EventMonitor::open(place, start, move || {
+        thread_start(EVENT_THREAD);
+    })?)
+}
+
+fn start_control(
+    no_shutdown: bool,
+    view: &Arc<PublishedView>,
+    thread_start: &ThreadStart,
+    events: &EventMonitor,
+) -> Result<ControlThread> {
+    let signals = Arc::new(VmSignals::new().context("Cannot create eventfds")?);
+    let context = VmContext {
+        signals: Arc::clone(&signals),
+        thread_start: Arc::clone(thread_start),
+        events: events.sink(),
+    };
+    let thread_start = Arc::clone(thread_start);
+    Ok(ControlThread::start::<Vm>(ControlSetup {
+        view: Arc::clone(view),
+        context,
+        no_shutdown,
+        on_start: Box::new(move || thread_start(CONTROL_THREAD)),
+    })?)
+}
+
+fn start_server(
+    socket: &ApiSocket,
+    view: &Arc<PublishedView>,
+    control: &ControlThread,
+    thread_start: &ThreadStart,
+) -> Result<HttpServer> {
+    let dispatcher = Dispatcher::new(
+        Arc::clone(view),
+        control.handle(),
+        identity(),
+        Arc::clone(thread_start),
+    );
+    let listener = socket
+        .listener()
+        .context("Cannot listen on the API socket")?;
+    let thread_start = Arc::clone(thread_start);
+    Ok(HttpServer::start(
+        listener,
+        dispatcher,
+        Deadlines::default(),
+        move || thread_start(HTTP_THREAD),
+    )?)
+}
+
+fn boot(control: &ControlThread, config: VmConfig) -> Result<()> {
+    let handle = control.handle();
+    handle.call(VmRequest::Create(Box::new(config)))?;
+    handle.call(VmRequest::Boot)?;
+    Ok(())
+}
+
+fn identity() -> VmmPingResponse {
+    VmmPingResponse {
+        build_version: concat!("v", env!("CARGO_PKG_VERSION")).to_owned(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        pid: std::process::id().into(),
+        features: crate::FEATURES
+            .iter()
+            .map(|&name| name.to_owned())
+            .collect(),
+    }
+}
