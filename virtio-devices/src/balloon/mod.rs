@@ -27,6 +27,8 @@ mod chain;
 mod config;
 mod counters;
 mod device;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod fuzz;
 mod handle;
 mod inflate;
 mod latency;

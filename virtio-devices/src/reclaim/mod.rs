@@ -25,6 +25,8 @@ mod ranges;
 mod residency;
 mod switch;
 mod sys;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod terrain;
 
 #[cfg(test)]
 mod tests;

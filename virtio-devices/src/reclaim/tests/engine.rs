@@ -7,7 +7,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
-use super::terrain::{Kind, PAGE, Plot, Terrain};
+use crate::reclaim::terrain::{Kind, PAGE, Plot, Terrain};
 use crate::reclaim::{
     DiscardEngine, DiscardSwitch, GuestRange, InhibitReason, Outcome, SkipReason,
 };

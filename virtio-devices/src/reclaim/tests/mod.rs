@@ -3,4 +3,3 @@
 mod engine;
 mod plan;
 mod residency;
-mod terrain;

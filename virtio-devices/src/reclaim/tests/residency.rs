@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use super::terrain::{Kind, PAGE, Plot, Terrain};
 use crate::reclaim::pagemap::Pagemap;
+use crate::reclaim::terrain::{Kind, PAGE, Plot, Terrain};
 use crate::reclaim::{DiscardEngine, GuestRange, ResidencyMethod, ResidencyProbe};
 
 const PAGE_BYTES: u64 = PAGE as u64;

@@ -1,4 +1,7 @@
 //! Guest RAM on real mappings, each region with pages of a stranger before and after it.
+//!
+//! For tests and fuzzing: whatever a guest makes the device do, the strangers'
+//! pages must not change, and no page may end up as anything but itself or zeros.
 #![allow(unsafe_code)]
 // UNSAFETY: regions are put into the middle of larger mappings, and `mlock` and
 // `memfd_create` have no safe wrapper among our dependencies.
@@ -12,14 +15,19 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, Mmap
 
 use crate::device::GuestRam;
 
-pub(super) const PAGE: usize = 4096;
+/// Page size of guest and host.
+pub const PAGE: usize = 4096;
 /// Pages of a stranger on either side of a region.
 const GUARD_PAGES: usize = 4;
 
+/// What a region is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub enum Kind {
+    /// Private anonymous memory.
     Anonymous,
+    /// A memory file, mapped shared.
     Memfd,
+    /// A file, mapped private.
     PrivateFile,
     /// A memfd whose descriptor may not punch holes.
     ReadOnlyMemfd,
@@ -27,16 +35,20 @@ pub(super) enum Kind {
 
 /// One region: where the guest sees it, how long it is, what it is made of.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Plot {
-    pub(super) guest_page: u64,
-    pub(super) pages: usize,
-    pub(super) kind: Kind,
+pub struct Plot {
+    /// First guest page.
+    pub guest_page: u64,
+    /// Length in pages.
+    pub pages: usize,
+    /// Backing.
+    pub kind: Kind,
 }
 
 /// The RAM and, through the larger mappings, everything around it.
 #[derive(Debug)]
-pub(super) struct Terrain {
-    pub(super) ram: GuestRam,
+pub struct Terrain {
+    /// The regions as guest RAM.
+    pub ram: GuestRam,
     plots: Vec<Plot>,
     /// Longer than the regions by the guards, and outlives them.
     outer: Vec<MmapRegion>,
@@ -44,7 +56,11 @@ pub(super) struct Terrain {
 
 impl Terrain {
     /// Maps the plots, which are in ascending order, and fills every page with its pattern.
-    pub(super) fn new(plots: &[Plot]) -> Self {
+    ///
+    /// # Panics
+    /// They cannot be mapped.
+    #[must_use]
+    pub fn new(plots: &[Plot]) -> Self {
         let mut outer = Vec::new();
         let mut regions = Vec::new();
         for plot in plots {
@@ -52,7 +68,7 @@ impl Terrain {
             outer.push(mapping);
             regions.push(region);
         }
-        let mem = GuestMemoryMmap::from_regions(regions).unwrap();
+        let mem = GuestMemoryMmap::from_regions(regions).expect("plots are in ascending order");
         let terrain = Self {
             ram: GuestRam::new(mem),
             plots: plots.to_vec(),
@@ -64,29 +80,30 @@ impl Terrain {
 
     fn fill(&self) {
         for (plot, outer) in self.outer.iter().enumerate() {
-            for page in 0..outer.size() / PAGE {
-                // SAFETY: the page lies inside the mapping, which is writable.
-                unsafe {
-                    let start = outer.as_ptr().add(page * PAGE);
-                    start.write_bytes(pattern(plot, page), PAGE);
-                }
-            }
+            fill_pages(plot, outer, 0..outer.size() / PAGE);
         }
     }
 
-    /// Pages, by plot and position in it, that are all zeros. Panics at a page
-    /// that is neither zeros nor its pattern, and at a stranger's page that changed.
-    pub(super) fn zeroed(&self) -> Vec<(usize, usize)> {
+    /// Gives every page of the regions its pattern again.
+    pub fn refill(&self) {
+        for (at, outer) in self.outer.iter().enumerate() {
+            let inside = GUARD_PAGES..GUARD_PAGES + self.plots[at].pages;
+            fill_pages(at, outer, inside);
+        }
+    }
+
+    /// Pages, by plot and position in it, that are all zeros.
+    ///
+    /// # Panics
+    /// At a page that is neither zeros nor its pattern, and at a stranger's page
+    /// that changed.
+    #[must_use]
+    pub fn zeroed(&self) -> Vec<(usize, usize)> {
         let mut zeroed = Vec::new();
         for (at, outer) in self.outer.iter().enumerate() {
             let inside = GUARD_PAGES..GUARD_PAGES + self.plots[at].pages;
             for page in 0..outer.size() / PAGE {
-                let mut bytes = [0_u8; PAGE];
-                // SAFETY: the page lies inside the mapping, which is readable.
-                unsafe {
-                    let start = outer.as_ptr().add(page * PAGE);
-                    start.copy_to_nonoverlapping(bytes.as_mut_ptr(), PAGE);
-                }
+                let bytes = page_of(outer, page);
                 if bytes.iter().all(|byte| *byte == 0) {
                     assert!(
                         inside.contains(&page),
@@ -102,8 +119,26 @@ impl Terrain {
         zeroed
     }
 
+    /// Looks at the strangers' pages alone.
+    ///
+    /// # Panics
+    /// One of them has changed.
+    pub fn check_guards(&self) {
+        for (at, outer) in self.outer.iter().enumerate() {
+            let inside = GUARD_PAGES..GUARD_PAGES + self.plots[at].pages;
+            for page in (0..outer.size() / PAGE).filter(|page| !inside.contains(page)) {
+                let bytes = page_of(outer, page);
+                let whole = bytes.iter().all(|byte| *byte == pattern(at, page));
+                assert!(whole, "guard page {page} of plot {at} has changed");
+            }
+        }
+    }
+
     /// Pins a page, so that the kernel refuses to discard it.
-    pub(super) fn lock_page(&self, plot: usize, page: usize) {
+    ///
+    /// # Panics
+    /// The kernel refuses to pin it.
+    pub fn lock_page(&self, plot: usize, page: usize) {
         let start = self.outer[plot]
             .as_ptr()
             .wrapping_add((GUARD_PAGES + page) * PAGE);
@@ -113,13 +148,36 @@ impl Terrain {
     }
 
     /// Reads one byte of a page, which maps it.
-    pub(super) fn touch_for_reading(&self, plot: usize, page: usize) -> u8 {
+    #[must_use]
+    pub fn touch_for_reading(&self, plot: usize, page: usize) -> u8 {
         let start = self.outer[plot]
             .as_ptr()
             .wrapping_add((GUARD_PAGES + page) * PAGE);
         // SAFETY: the page lies inside the mapping, which is readable.
         unsafe { start.read_volatile() }
     }
+}
+
+fn fill_pages(plot: usize, outer: &MmapRegion, pages: std::ops::Range<usize>) {
+    assert!(pages.end * PAGE <= outer.size());
+    for page in pages {
+        // SAFETY: the page lies inside the mapping, as just checked, and is writable.
+        unsafe {
+            let start = outer.as_ptr().add(page * PAGE);
+            start.write_bytes(pattern(plot, page), PAGE);
+        }
+    }
+}
+
+fn page_of(outer: &MmapRegion, page: usize) -> [u8; PAGE] {
+    assert!((page + 1) * PAGE <= outer.size());
+    let mut bytes = [0_u8; PAGE];
+    // SAFETY: the page lies inside the mapping, as just checked, and is readable.
+    unsafe {
+        let start = outer.as_ptr().add(page * PAGE);
+        start.copy_to_nonoverlapping(bytes.as_mut_ptr(), PAGE);
+    }
+    bytes
 }
 
 fn pattern(plot: usize, page: usize) -> u8 {
@@ -139,9 +197,12 @@ fn map(plot: Plot) -> (MmapRegion, GuestRegionMmap) {
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(flags);
     if let Some(file) = &file {
-        outer = outer.with_file_offset(FileOffset::new(file.try_clone().unwrap(), 0));
+        outer = outer.with_file_offset(FileOffset::new(
+            file.try_clone().expect("descriptors are to be had"),
+            0,
+        ));
     }
-    let outer = outer.build().unwrap();
+    let outer = outer.build().expect("memory can be mapped");
     let inner_start = outer.as_ptr().wrapping_add(GUARD_PAGES * PAGE);
     // SAFETY: the range lies inside `outer`, which the terrain keeps.
     let inner =
@@ -160,7 +221,8 @@ fn map(plot: Plot) -> (MmapRegion, GuestRegionMmap) {
     let start = GuestAddress(plot.guest_page * PAGE as u64);
     (
         outer,
-        GuestRegionMmap::new(inner.build().unwrap(), start).unwrap(),
+        GuestRegionMmap::new(inner.build().expect("memory can be mapped"), start)
+            .expect("plots end below the last address"),
     )
 }
 
@@ -168,11 +230,11 @@ fn memfd(bytes: usize) -> File {
     // SAFETY: the name is a C string and the kernel gives us a fresh descriptor.
     let file =
         unsafe { File::from_raw_fd(libc::memfd_create(c"terrain".as_ptr(), libc::MFD_CLOEXEC)) };
-    file.set_len(bytes as u64).unwrap();
+    file.set_len(bytes as u64).expect("memory files grow");
     file
 }
 
 fn reopen_for_reading(file: &File) -> File {
     use std::os::fd::AsRawFd;
-    File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap()
+    File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).expect("a file of our own opens")
 }
