@@ -1,15 +1,23 @@
 //! The discard engine on real mappings: what is zero afterwards, and what is not.
+#![allow(unsafe_code)]
+// UNSAFETY: `memfd_create` with huge pages has no safe wrapper among our dependencies.
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::os::fd::FromRawFd;
 use std::sync::Arc;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestRegionMmap,
+};
 
+use crate::device::GuestRam;
 use crate::reclaim::terrain::{Kind, PAGE, Plot, Terrain};
 use crate::reclaim::{
-    DiscardEngine, DiscardSwitch, GuestRange, InhibitReason, Outcome, SkipReason,
+    DiscardEngine, DiscardSwitch, GuestRange, InhibitReason, Outcome, ResidencyProbe, SkipReason,
 };
 
 const PAGE_BYTES: u64 = PAGE as u64;
@@ -228,4 +236,64 @@ fn engine_follows_a_memory_map_that_changes() {
     assert_eq!(outcome.discarded.bytes, 2 * PAGE_BYTES);
     let zeroed: BTreeSet<_> = second.zeroed().into_iter().collect();
     assert_eq!(zeroed, BTreeSet::from([(0, 5), (0, 6)]));
+}
+
+/// Shared huge pages, as `--memory hugepages=on` gives them. `None` where the
+/// host has set none aside.
+fn huge_ram(pages: usize) -> Option<GuestRam> {
+    let name = c"huge";
+    let flags = libc::MFD_CLOEXEC | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+    let bytes = pages * HUGE_PAGE_BYTES as usize;
+    // SAFETY: the name is a C string and a descriptor we get is ours alone.
+    let file = unsafe {
+        let fd = libc::memfd_create(name.as_ptr(), flags);
+        (fd >= 0).then(|| File::from_raw_fd(fd))?
+    };
+    file.set_len(bytes as u64).ok()?;
+    let region = MmapRegionBuilder::new(bytes)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED)
+        .with_file_offset(FileOffset::new(file, 0))
+        .build()
+        .ok()?;
+    let region = GuestRegionMmap::new(region, GuestAddress(0))?;
+    Some(GuestRam::new(
+        GuestMemoryMmap::from_regions(vec![region]).ok()?,
+    ))
+}
+
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
+
+#[test]
+fn huge_pages_are_freed_whole_or_not_at_all() {
+    let Some(ram) = huge_ram(2) else {
+        eprintln!("skipped: this host has no huge pages set aside");
+        return;
+    };
+    let mem = ram.memory().into_inner();
+    let probe = ResidencyProbe::new(ram.clone()).unwrap();
+    mem.write_slice(&[1; 2 * HUGE_PAGE_BYTES as usize], GuestAddress(0))
+        .unwrap();
+    assert_eq!(probe.measure().unwrap().resident_bytes, 2 * HUGE_PAGE_BYTES);
+    let mut engine = DiscardEngine::new(Arc::default());
+
+    // Punching a part would zero it and free nothing.
+    let outcome = engine.discard(&ram, &mut [pages(0, 511)]);
+    assert_eq!(
+        (
+            outcome.syscalls,
+            outcome.skipped.get(SkipReason::BackingPageLarger)
+        ),
+        (0, 511 * PAGE_BYTES)
+    );
+    assert_eq!(mem.read_obj::<u8>(GuestAddress(0)).unwrap(), 1);
+
+    let mut claims: Vec<_> = (256..1024).map(|page| pages(page, 1)).collect();
+    let outcome = engine.discard(&ram, &mut claims);
+    assert_eq!(outcome.discarded.bytes, HUGE_PAGE_BYTES);
+    assert_eq!(mem.read_obj::<u8>(GuestAddress(0)).unwrap(), 1);
+    assert_eq!(
+        mem.read_obj::<u8>(GuestAddress(HUGE_PAGE_BYTES)).unwrap(),
+        0
+    );
 }
