@@ -8,6 +8,7 @@ mod ci;
 mod demo;
 mod guest;
 mod paths;
+mod process;
 mod testbed;
 
 use std::process::ExitCode;

@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
+use crate::process::{self, Tie};
+
 /// Between two lines of progress where there is no terminal: CI shows life, logs stay short.
 const LINE_INTERVAL: Duration = Duration::from_secs(30);
 /// Between two updates of a terminal's line.
@@ -35,12 +37,9 @@ impl Steps<'_> {
             .filter(|line| is_step(line))
             .count();
         let mut log = self.open_log()?;
-        let mut child = command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(self.open_log()?)
-            .spawn()
-            .with_context(|| format!("starting {:?}", command.get_program()))?;
+        command.stdout(Stdio::piped()).stderr(self.open_log()?);
+        // make passes the request on to its compilers.
+        let mut child = process::spawn_tied(&mut command, Tie::Terminate, Vec::new())?;
         let stdout = child.stdout.take().context("the build's output is piped")?;
         let mut shown = Instant::now();
         let started = Instant::now();

@@ -17,8 +17,9 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-use super::{Job, Outcome, process};
+use super::{Job, Outcome};
 use crate::paths;
+use crate::process::{self, Tie};
 
 /// What the half inside the namespaces has to know.
 #[derive(Debug, clap::Args)]
@@ -70,7 +71,7 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
     if std::env::var_os("GUEST_CMDLINE_EXTRA").is_none() {
         command.env("GUEST_CMDLINE_EXTRA", "");
     }
-    let child = process::spawn_tied(&mut command, Vec::new())?;
+    let child = process::spawn_tied(&mut command, Tie::Kill, Vec::new())?;
     let Some(ended) = process::wait(child, job.timeout())? else {
         return Ok(Outcome::TimedOut);
     };

@@ -23,9 +23,10 @@ use std::thread::{self, JoinHandle};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 
-use super::{Job, Outcome, process, swap};
+use super::{Job, Outcome, swap};
 use crate::apt::{self, Need};
 use crate::guest::{cpio, programs};
+use crate::process::{self, Tie};
 
 const QEMU: Need = Need {
     package: "qemu-system-x86",
@@ -80,7 +81,7 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
         .extend([&stdout_end, &stderr_end, &status_end, &console_end].map(|end| end.as_raw_fd()));
     // QEMU's own words are for us, not for the command's output.
     command.stdout(io::stderr());
-    let child = process::spawn_tied(&mut command, inherited)?;
+    let child = process::spawn_tied(&mut command, Tie::Kill, inherited)?;
     // Only QEMU must hold the writing ends, or the readers below never see the end.
     drop((command, stdout_end, stderr_end, status_end, console_end));
 

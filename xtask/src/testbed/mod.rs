@@ -10,7 +10,6 @@ mod direct;
 mod emulated;
 mod guest_memory;
 mod probe;
-mod process;
 mod swap;
 
 use std::ffi::OsString;

@@ -12,11 +12,24 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-/// Starts `command`, which the kernel kills when this process ends, however it does. It
-/// inherits the descriptors `inherited`, which the caller keeps open during the call.
+/// What a child gets from the kernel when this process ends.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Tie {
+    /// The end.
+    Kill,
+    /// The request to end, for a child that has children of its own to stop.
+    Terminate,
+}
+
+/// Starts `command`, which ends when this process does, however it does. It inherits the
+/// descriptors `inherited`, which the caller keeps open during the call.
 ///
 /// Must be called on the main thread: the signal comes when the thread that forked ends.
-pub(crate) fn spawn_tied(command: &mut Command, inherited: Vec<RawFd>) -> Result<Child> {
+pub(crate) fn spawn_tied(command: &mut Command, tie: Tie, inherited: Vec<RawFd>) -> Result<Child> {
+    let signal = match tie {
+        Tie::Kill => libc::SIGKILL,
+        Tie::Terminate => libc::SIGTERM,
+    };
     let parent = std::process::id();
     command.stdin(std::process::Stdio::null());
     // SAFETY: the closure makes system calls on numbers and allocates nothing; the descriptors
@@ -26,7 +39,7 @@ pub(crate) fn spawn_tied(command: &mut Command, inherited: Vec<RawFd>) -> Result
             for fd in &inherited {
                 libc::fcntl(*fd, libc::F_SETFD, 0);
             }
-            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            libc::prctl(libc::PR_SET_PDEATHSIG, signal);
             // The parent may have died before the line above.
             if libc::getppid().cast_unsigned() != parent {
                 return Err(io::Error::from_raw_os_error(libc::ESRCH));
@@ -71,14 +84,19 @@ mod tests {
 
     #[test]
     fn child_that_ends_in_time_gives_its_status() {
-        let child = spawn_tied(Command::new("sh").args(["-c", "exit 3"]), Vec::new()).unwrap();
+        let child = spawn_tied(
+            Command::new("sh").args(["-c", "exit 3"]),
+            Tie::Kill,
+            Vec::new(),
+        )
+        .unwrap();
         let ended = wait(child, Some(Duration::from_secs(60))).unwrap().unwrap();
         assert_eq!(ended.code(), Some(3));
     }
 
     #[test]
     fn child_that_runs_out_of_time_is_killed() {
-        let child = spawn_tied(Command::new("sleep").arg("600"), Vec::new()).unwrap();
+        let child = spawn_tied(Command::new("sleep").arg("600"), Tie::Kill, Vec::new()).unwrap();
         let pid = child.id();
         assert!(
             wait(child, Some(Duration::from_millis(20)))
