@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::os::fd::FromRawFd;
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 
 /// Takes over an open file and makes it non-blocking.
@@ -52,4 +52,18 @@ pub(crate) fn listener(fd: i32) -> io::Result<UnixListener> {
     }
     // SAFETY: the descriptor is open, and the parent handed it to this process for this use alone.
     Ok(unsafe { UnixListener::from_raw_fd(fd) })
+}
+
+/// A descriptor of our own for the same open file. The original stays open, so that a reboot finds it again.
+///
+/// # Errors
+/// It is not open, or there are no descriptors left.
+pub(crate) fn duplicate(fd: i32) -> io::Result<OwnedFd> {
+    // SAFETY: this command makes a new descriptor; one that is not open is answered with an error.
+    let own = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
+    if own == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor was made just now and has no other owner.
+    Ok(unsafe { OwnedFd::from_raw_fd(own) })
 }

@@ -112,6 +112,7 @@ fn start_control(
         signals: Arc::clone(&signals),
         thread_start: Arc::clone(thread_start),
         events: events.sink(),
+        consoles: Arc::default(),
     };
     let thread_start = Arc::clone(thread_start);
     Ok(ControlThread::start::<Vm>(ControlSetup {

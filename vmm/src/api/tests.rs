@@ -183,6 +183,7 @@ fn vmm_with(no_shutdown: bool) -> Vmm {
         signals: Arc::clone(&signals),
         thread_start: Arc::clone(&thread_start),
         events: sink,
+        consoles: Arc::default(),
     };
     let view = Arc::new(PublishedView::default());
     let control = ControlThread::start::<FakeMachine>(ControlSetup {

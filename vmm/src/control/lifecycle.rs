@@ -165,6 +165,7 @@ impl<M: Machine> Lifecycle<M> {
             Some(_) => self.shutdown(),
             None => Ok(()),
         };
+        self.context.consoles.close();
         if self.config.take().is_some() {
             self.emit("vm", "deleted");
         }

@@ -4,15 +4,37 @@
 //! machine goes through [`VmObserver`], which never waits for the control
 //! thread and, but for one call that says so, never for the guest.
 
+mod build;
+mod chassis;
+mod consoles;
+mod devices;
+mod error;
+mod exits;
+mod network;
 mod observer;
+mod reclaim_report;
 
 use std::fmt;
 use std::sync::Arc;
 
 use api::VmConfig;
+use api::config::{ConsoleOutputMode, PayloadConfig, PlatformConfig};
+use virtio_devices::balloon::BalloonHandle;
+use virtio_devices::pci::PciFunction;
+use virtio_devices::transport::VirtioPciFunction;
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use consoles::Consoles;
+pub use error::VmError;
 pub use observer::{BalloonStatsError, VmObserver};
+
+use crate::acpi::{self, AcpiParams, VcpuEntry};
+use crate::boot::Payload;
+use crate::cpu::Vcpus;
+use crate::memory::layout::{MEM_32BIT_DEVICES_BYTES, MEM_32BIT_DEVICES_START};
+use crate::memory::{GuestMemory, RamSlots};
+use chassis::Chassis;
 
 /// Called first on every thread the VMM starts, with the thread's name; it
 /// installs the seccomp filter for that kind of thread.
@@ -56,6 +78,8 @@ pub struct VmContext {
     pub thread_start: ThreadStart,
     /// Event monitor.
     pub events: EventSink,
+    /// What the serial port and the console are connected to; kept over reboots.
+    pub consoles: Arc<Consoles>,
 }
 
 impl fmt::Debug for VmContext {
@@ -66,18 +90,44 @@ impl fmt::Debug for VmContext {
     }
 }
 
-/// Why a machine could not be built or steered.
-#[derive(Debug, thiserror::Error)]
-pub enum VmError {
-    /// The configuration has no balloon.
-    #[error("Missing virtio-balloon, can't proceed as expected")]
-    MissingBalloon,
-}
-
 /// One virtual machine. Dropping it stops everything it started.
+///
+/// The order of the fields is the order in which they go: first who touches
+/// guest RAM, at last the RAM.
 #[derive(Debug)]
 pub struct Vm {
+    vcpus: Vcpus,
+    functions: Vec<Arc<VirtioPciFunction>>,
+    chassis: Chassis,
+    balloon: Option<BalloonHandle>,
     observer: VmObserver,
+    /// Until boot.
+    launch: Launch,
+    /// Held for what its drop does.
+    _slots: RamSlots,
+    memory: GuestMemory,
+}
+
+/// What boot needs of the configuration.
+#[derive(Debug)]
+struct Launch {
+    payload: PayloadConfig,
+    platform: Option<PlatformConfig>,
+    max_vcpus: u32,
+    boot_vcpus: u32,
+    has_serial: bool,
+}
+
+impl Launch {
+    fn of(config: &VmConfig) -> Self {
+        Self {
+            payload: config.payload.clone().unwrap_or_default(),
+            platform: config.platform.clone(),
+            max_vcpus: config.cpus.max_vcpus,
+            boot_vcpus: config.cpus.boot_vcpus,
+            has_serial: config.serial.mode != ConsoleOutputMode::Off,
+        }
+    }
 }
 
 impl Vm {
@@ -89,10 +139,8 @@ impl Vm {
     ///
     /// # Errors
     /// Whatever part could not be made, with its cause.
-    pub fn new(config: &mut VmConfig, _context: &VmContext) -> Result<Self, VmError> {
-        Ok(Self {
-            observer: VmObserver::new(config),
-        })
+    pub fn new(config: &mut VmConfig, context: &VmContext) -> Result<Self, VmError> {
+        build::build(config, context)
     }
 
     /// Loads the payload and starts the vCPUs.
@@ -100,14 +148,44 @@ impl Vm {
     /// # Errors
     /// The payload cannot be loaded or a vCPU not be set up.
     pub fn boot(&mut self) -> Result<(), VmError> {
-        Ok(())
+        let payload =
+            Payload::load(&self.launch.payload, &self.memory).map_err(VmError::Payload)?;
+        let rsdp_address = {
+            let ram = self.memory.ram().memory();
+            acpi::build(&self.acpi_params(), &*ram).map_err(VmError::Acpi)?
+        };
+        let entry = payload
+            .write_boot_data(&self.memory, self.launch.platform.as_ref(), rsdp_address)
+            .map_err(VmError::Payload)?;
+        self.vcpus.configure(entry).map_err(VmError::Cpu)?;
+        self.vcpus.start().map_err(VmError::Cpu)
+    }
+
+    fn acpi_params(&self) -> AcpiParams {
+        let topology = self.vcpus.topology();
+        AcpiParams {
+            vcpus: (0..self.launch.max_vcpus)
+                .map(|index| VcpuEntry {
+                    apic_id: topology.apic_id(index),
+                    enabled: index < self.launch.boot_vcpus,
+                })
+                .collect(),
+            pci_mmio32: MEM_32BIT_DEVICES_START..MEM_32BIT_DEVICES_START + MEM_32BIT_DEVICES_BYTES,
+            pci_mmio64: self.memory.map().devices_64bit.clone(),
+            ged_address: self.chassis.ged_address,
+            has_serial: self.launch.has_serial,
+        }
     }
 
     /// Stops vCPUs and device workers; returns when guest memory stands still.
     ///
     /// # Errors
-    /// A vCPU did not stop within its deadline.
+    /// A vCPU did not stop within its deadline; the machine runs on then.
     pub fn pause(&mut self) -> Result<(), VmError> {
+        self.vcpus.pause().map_err(VmError::Cpu)?;
+        for function in &self.functions {
+            function.pause();
+        }
         Ok(())
     }
 
@@ -116,15 +194,18 @@ impl Vm {
     /// # Errors
     /// A vCPU could not be resumed.
     pub fn resume(&mut self) -> Result<(), VmError> {
-        Ok(())
+        for function in &self.functions {
+            function.resume();
+        }
+        self.vcpus.resume().map_err(VmError::Cpu)
     }
 
     /// Stops everything and gives all resources back.
     ///
     /// # Errors
-    /// A thread did not end within its deadline.
-    pub fn shutdown(self) -> Result<(), VmError> {
-        Ok(())
+    /// A vCPU did not end within its deadline.
+    pub fn shutdown(mut self) -> Result<(), VmError> {
+        self.vcpus.stop().map_err(VmError::Cpu)
     }
 
     /// Presses the ACPI power button.
@@ -132,15 +213,20 @@ impl Vm {
     /// # Errors
     /// The interrupt could not be raised.
     pub fn power_button(&self) -> Result<(), VmError> {
-        Ok(())
+        self.chassis
+            .ged
+            .press_power_button()
+            .map_err(VmError::PowerButton)
     }
 
     /// Sets the balloon's target in bytes and returns at once.
     ///
     /// # Errors
     /// [`VmError::MissingBalloon`].
-    pub fn resize_balloon(&self, _bytes: u64) -> Result<(), VmError> {
-        Err(VmError::MissingBalloon)
+    pub fn resize_balloon(&self, bytes: u64) -> Result<(), VmError> {
+        let balloon = self.balloon.as_ref().ok_or(VmError::MissingBalloon)?;
+        balloon.set_target_bytes(bytes);
+        Ok(())
     }
 
     /// What other threads may look at.

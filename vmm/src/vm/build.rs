@@ -1,0 +1,203 @@
+//! Puts a machine together, part by part, from a validated configuration.
+
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
+use std::sync::Arc;
+
+use api::VmConfig;
+use api::config::{BalloonConfig, DiskConfig, LockGranularity};
+use hypervisor::Kvm;
+use virtio_devices::balloon::{Balloon, BalloonHandle, BalloonParams};
+use virtio_devices::block::{self, Block, BlockParams};
+use virtio_devices::reclaim::ResidencyProbe;
+use virtio_devices::rng::Rng;
+
+use super::chassis::Chassis;
+use super::consoles;
+use super::devices::{Devices, Plug};
+use super::exits::Exits;
+use super::network;
+use super::observer::{CounterSource, Observed};
+use super::{Launch, Vm, VmContext, VmError, VmObserver, VmSignals};
+use crate::cpu::{GuestEvent, Vcpus, VcpusContext, guest_phys_bits};
+use crate::memory::GuestMemory;
+
+/// Ids of the devices of which there is at most one.
+const BALLOON_ID: &str = "__balloon";
+const RNG_ID: &str = "__rng";
+
+/// Builds the machine; on an error everything made so far is dropped again.
+pub(super) fn build(config: &mut VmConfig, context: &VmContext) -> Result<Vm, VmError> {
+    let kvm = Kvm::open().map_err(VmError::Kvm)?;
+    let phys_bits = guest_phys_bits(&kvm, config.cpus.max_phys_bits).map_err(VmError::Cpu)?;
+    let memory = GuestMemory::new(&config.memory, phys_bits).map_err(VmError::Memory)?;
+    let vm = Arc::new(kvm.create_vm().map_err(VmError::Kvm)?);
+    vm.enable_split_irqchip(u32::from(crate::interrupt::IOAPIC_PIN_COUNT))
+        .map_err(VmError::Kvm)?;
+    let slots = memory.attach(&vm).map_err(VmError::Memory)?;
+    let chassis = Chassis::new(&vm, memory.map(), &context.signals)?;
+
+    let mut devices = Devices::new(&chassis, memory.ram().clone(), context);
+    consoles::plug(config, &chassis, &mut devices, context)?;
+    for disk in config.disks.iter().flatten() {
+        plug_disk(&mut devices, disk)?;
+    }
+    for net in config.net.iter_mut().flatten() {
+        network::plug(&mut devices, net)?;
+    }
+    plug_rng(&mut devices, config)?;
+    let balloon = config
+        .balloon
+        .as_ref()
+        .map(|balloon| plug_balloon(&mut devices, balloon, &memory))
+        .transpose()?;
+    let Devices {
+        functions,
+        counters,
+        tree,
+        ..
+    } = devices;
+
+    let residency = ResidencyProbe::new(memory.ram().clone()).map_err(VmError::Residency)?;
+    let observer = VmObserver::new(Observed {
+        ram_bytes: config
+            .memory
+            .total_bytes()
+            .expect("validation has added it up"),
+        backing: backing_name(config),
+        residency,
+        balloon: balloon.clone(),
+        counters,
+        device_tree: tree,
+    });
+    let vcpus = Vcpus::new(
+        &kvm,
+        &vm,
+        &config.cpus,
+        VcpusContext {
+            handler: Arc::new(Exits::new(&chassis)),
+            events: guest_events(&context.signals),
+            thread_start: Arc::clone(&context.thread_start),
+        },
+    )
+    .map_err(VmError::Cpu)?;
+    Ok(Vm {
+        vcpus,
+        functions,
+        chassis,
+        balloon,
+        observer,
+        launch: Launch::of(config),
+        _slots: slots,
+        memory,
+    })
+}
+
+fn plug_disk(devices: &mut Devices<'_>, disk: &DiskConfig) -> Result<(), VmError> {
+    let id = disk
+        .id
+        .as_deref()
+        .expect("ids are assigned before a machine is built");
+    let path = disk.path.clone().expect("validation wants a path");
+    let autodetect = disk.image_type.is_none();
+    if autodetect {
+        log::warn!(
+            "{id}: no image_type given, taken for raw; writes to its first sector are refused"
+        );
+    }
+    let block = Block::new(BlockParams {
+        id: id.to_owned(),
+        path,
+        readonly: disk.readonly,
+        direct: disk.direct,
+        num_queues: u16::try_from(disk.num_queues).unwrap_or(u16::MAX),
+        queue_size: disk.queue_size,
+        serial: disk.serial.clone(),
+        sparse: disk.sparse,
+        autodetect,
+        lock_granularity: match disk.lock_granularity {
+            LockGranularity::ByteRange => block::LockGranularity::ByteRange,
+            LockGranularity::Full => block::LockGranularity::Full,
+        },
+        engine: block::EngineChoice::default(),
+    })
+    .map_err(|source| VmError::Device {
+        id: id.to_owned(),
+        source: source.into(),
+    })?;
+    devices.plug(
+        &Plug {
+            id,
+            slot: disk.pci_device_id,
+        },
+        block,
+        None,
+    )
+}
+
+/// The entropy device is always there, as upstream has it.
+fn plug_rng(devices: &mut Devices<'_>, config: &VmConfig) -> Result<(), VmError> {
+    let id = config.rng.id.as_deref().unwrap_or(RNG_ID);
+    let source = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(&config.rng.src)
+        .map_err(|source| VmError::Device {
+            id: id.to_owned(),
+            source: source.into(),
+        })?;
+    let plug = Plug {
+        id,
+        slot: config.rng.pci_device_id,
+    };
+    devices.plug(&plug, Rng::new(id, source), None)
+}
+
+fn plug_balloon(
+    devices: &mut Devices<'_>,
+    config: &BalloonConfig,
+    memory: &GuestMemory,
+) -> Result<BalloonHandle, VmError> {
+    let id = config.id.as_deref().unwrap_or(BALLOON_ID);
+    let (balloon, handle) = Balloon::new(BalloonParams {
+        ram: memory.ram().clone(),
+        size_bytes: config.size,
+        deflate_on_oom: config.deflate_on_oom,
+        free_page_reporting: config.free_page_reporting,
+    })
+    .map_err(|source| VmError::Device {
+        id: id.to_owned(),
+        source: source.into(),
+    })?;
+    let plug = Plug {
+        id,
+        slot: config.pci_device_id,
+    };
+    devices.plug(&plug, balloon, Some(CounterSource::Balloon(handle.clone())))?;
+    Ok(handle)
+}
+
+/// What ends the guest from inside, as the control thread hears of it.
+fn guest_events(signals: &Arc<VmSignals>) -> Arc<dyn Fn(GuestEvent) + Send + Sync> {
+    let signals = Arc::clone(signals);
+    Arc::new(move |event| {
+        let signal = match event {
+            GuestEvent::Reset => &signals.reset,
+            GuestEvent::Shutdown => &signals.shutdown,
+            GuestEvent::Failed => &signals.failed,
+        };
+        if let Err(error) = signal.write(1) {
+            log::error!("The control thread cannot be told of {event:?}: {error}");
+        }
+    })
+}
+
+/// What guest RAM is made of, for `vm.reclaim-stats`.
+fn backing_name(config: &VmConfig) -> &'static str {
+    match (config.memory.hugepages, config.memory.shared) {
+        (true, true) => "hugetlb-shared",
+        (true, false) => "hugetlb-private",
+        (false, true) => "memfd-shared",
+        (false, false) => "anonymous-private",
+    }
+}

@@ -1,0 +1,123 @@
+//! What every machine has before any device is plugged in: buses, interrupt
+//! delivery, PCI and the legacy devices.
+
+use std::sync::Arc;
+
+use hypervisor::Vm as KvmVm;
+
+use super::{VmError, VmSignals};
+use crate::bus::{Bus, BusDevice, BusError};
+use crate::interrupt::{GsiRouter, InterruptBackend, Ioapic};
+use crate::legacy::{
+    ACPI_POWER_PORTS, AcpiPower, CMOS_PORTS, Cmos, DEBUG_PORTS, DebugPort, FIRMWARE_DEBUG_PORTS,
+    FirmwareDebug, GED_BYTES, GED_IRQ, Ged, I8042, I8042_PORTS, PM_TIMER_PORTS, PmTimer, Ports,
+};
+use crate::memory::layout::{
+    AddressMap, IOAPIC_BYTES, IOAPIC_START, MEM_32BIT_DEVICES_BYTES, MEM_32BIT_DEVICES_START,
+    PCI_MMCONFIG_START,
+};
+use crate::pci::{
+    CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, DoorbellBackend, ECAM_BYTES, Ecam,
+    MemoryWindows, PciBus,
+};
+
+/// The bare machine.
+#[derive(Debug)]
+pub(super) struct Chassis {
+    pub(super) ports: Arc<Bus>,
+    pub(super) mmio: Arc<Bus>,
+    pub(super) router: Arc<GsiRouter>,
+    pub(super) ioapic: Arc<Ioapic>,
+    pub(super) pci: Arc<PciBus>,
+    pub(super) ged: Arc<Ged>,
+    pub(super) ged_address: u64,
+}
+
+impl Chassis {
+    /// # Errors
+    /// Never with a sound address map; an overlap is a fault of ours.
+    pub(super) fn new(
+        kvm: &Arc<KvmVm>,
+        map: &AddressMap,
+        signals: &Arc<VmSignals>,
+    ) -> Result<Self, VmError> {
+        let ports = Arc::new(Bus::new());
+        let mmio = Arc::new(Bus::new());
+        let router = Arc::new(GsiRouter::new(Arc::clone(kvm) as Arc<dyn InterruptBackend>));
+        let ioapic = Arc::new(Ioapic::new(Arc::clone(&router)));
+        mmio.insert(
+            IOAPIC_START,
+            IOAPIC_BYTES,
+            Arc::clone(&ioapic) as Arc<dyn BusDevice>,
+        )
+        .map_err(VmError::Bus)?;
+
+        let windows = MemoryWindows::new(
+            MEM_32BIT_DEVICES_START..MEM_32BIT_DEVICES_START + MEM_32BIT_DEVICES_BYTES,
+            map.devices_64bit.clone(),
+        )
+        .map_err(VmError::Pci)?;
+        let pci = Arc::new(PciBus::new(
+            &mmio,
+            windows,
+            Arc::clone(kvm) as Arc<dyn DoorbellBackend>,
+        ));
+        mmio.insert(PCI_MMCONFIG_START, ECAM_BYTES, Arc::new(Ecam::new(&pci)))
+            .map_err(VmError::Bus)?;
+
+        let line = ioapic
+            .line(GED_IRQ)
+            .expect("the I/O APIC has more pins than the event device's");
+        let ged = Arc::new(Ged::new(line));
+        let ged_address = map.platform_devices.start;
+        mmio.insert(
+            ged_address,
+            GED_BYTES,
+            Arc::clone(&ged) as Arc<dyn BusDevice>,
+        )
+        .map_err(VmError::Bus)?;
+
+        let chassis = Self {
+            ports,
+            mmio,
+            router,
+            ioapic,
+            pci,
+            ged,
+            ged_address,
+        };
+        chassis.plug_legacy(map, signals).map_err(VmError::Bus)?;
+        Ok(chassis)
+    }
+
+    fn plug_legacy(&self, map: &AddressMap, signals: &Arc<VmSignals>) -> Result<(), BusError> {
+        let high_ram_bytes = map
+            .ram
+            .iter()
+            .skip(1)
+            .map(|range| range.end - range.start)
+            .sum();
+        let devices: [(Ports, Arc<dyn BusDevice>); 6] = [
+            (I8042_PORTS, Arc::new(I8042::new(Arc::clone(signals)))),
+            (
+                CMOS_PORTS,
+                Arc::new(Cmos::new(map.low_ram_end(), high_ram_bytes)),
+            ),
+            (DEBUG_PORTS, Arc::new(DebugPort::new())),
+            (FIRMWARE_DEBUG_PORTS, Arc::new(FirmwareDebug::new())),
+            (
+                ACPI_POWER_PORTS,
+                Arc::new(AcpiPower::new(Arc::clone(signals))),
+            ),
+            (PM_TIMER_PORTS, Arc::new(PmTimer::new())),
+        ];
+        for (ports, device) in devices {
+            crate::legacy::insert(&self.ports, ports, device)?;
+        }
+        self.ports.insert(
+            CONFIG_PORT_BASE,
+            CONFIG_PORT_BYTES,
+            Arc::new(ConfigPorts::new(Arc::clone(&self.pci))),
+        )
+    }
+}

@@ -1,0 +1,124 @@
+//! Plugs the configured virtio devices into the chassis.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use api::DeviceNode;
+use virtio_devices::transport::{
+    LifecycleListener, VirtioPciFunction, VirtioPciParams, vectors_needed,
+};
+use virtio_devices::{GuestRam, VirtioDevice};
+
+use super::chassis::Chassis;
+use super::observer::CounterSource;
+use super::{EventSink, VmContext, VmError};
+use crate::interrupt::FunctionVectors;
+
+/// Where a device goes and what it is called.
+pub(super) struct Plug<'a> {
+    pub(super) id: &'a str,
+    /// The slot asked for; the next free one when `None`.
+    pub(super) slot: Option<u8>,
+}
+
+/// The devices plugged in so far.
+pub(super) struct Devices<'a> {
+    chassis: &'a Chassis,
+    ram: GuestRam,
+    context: &'a VmContext,
+    pub(super) functions: Vec<Arc<VirtioPciFunction>>,
+    pub(super) counters: Vec<(String, CounterSource)>,
+    pub(super) tree: BTreeMap<String, DeviceNode>,
+}
+
+impl<'a> Devices<'a> {
+    pub(super) fn new(chassis: &'a Chassis, ram: GuestRam, context: &'a VmContext) -> Self {
+        Self {
+            chassis,
+            ram,
+            context,
+            functions: Vec::new(),
+            counters: Vec::new(),
+            tree: BTreeMap::new(),
+        }
+    }
+
+    /// Puts `device` behind a virtio-pci function on the bus. Its counters are
+    /// its own unless the caller has better ones.
+    ///
+    /// # Errors
+    /// No slot, no thread, no descriptor.
+    pub(super) fn plug(
+        &mut self,
+        plug: &Plug<'_>,
+        device: impl VirtioDevice + 'static,
+        counters: Option<CounterSource>,
+    ) -> Result<(), VmError> {
+        let in_device = |source: Box<dyn Error + Send + Sync>| VmError::Device {
+            id: plug.id.to_owned(),
+            source,
+        };
+        let device: Arc<Mutex<dyn VirtioDevice>> = Arc::new(Mutex::new(device));
+        let count = vectors_needed(&*device.lock().unwrap_or_else(PoisonError::into_inner));
+        let vectors = FunctionVectors::new(Arc::clone(&self.chassis.router), count);
+        let function = VirtioPciFunction::new(VirtioPciParams {
+            id: plug.id.to_owned(),
+            device: Arc::clone(&device),
+            mem: self.ram.clone(),
+            vectors: Arc::new(vectors),
+            thread_start: Arc::clone(&self.context.thread_start),
+            listener: Some(Arc::new(DeviceEvents(Arc::clone(&self.context.events)))),
+        })
+        .map_err(|source| in_device(source.into()))?;
+        let bdf = self
+            .chassis
+            .pci
+            .add(Arc::clone(&function) as _, plug.slot)
+            .map_err(|source| in_device(source.into()))?;
+        self.counters.push((
+            plug.id.to_owned(),
+            counters.unwrap_or(CounterSource::Device(device)),
+        ));
+        self.add_nodes(plug.id, bdf.to_string());
+        self.functions.push(function);
+        Ok(())
+    }
+
+    /// A device is two nodes, as upstream shows it: the PCI function and, below
+    /// it, the virtio device.
+    fn add_nodes(&mut self, id: &str, bdf: String) {
+        let function_id = format!("_virtio-pci-{id}");
+        self.tree.insert(
+            function_id.clone(),
+            DeviceNode {
+                id: function_id.clone(),
+                children: vec![id.to_owned()],
+                pci_bdf: Some(bdf.clone()),
+                ..DeviceNode::default()
+            },
+        );
+        self.tree.insert(
+            id.to_owned(),
+            DeviceNode {
+                id: id.to_owned(),
+                parent: Some(function_id),
+                pci_bdf: Some(bdf),
+                ..DeviceNode::default()
+            },
+        );
+    }
+}
+
+/// Tells the event monitor of drivers that come and go.
+struct DeviceEvents(EventSink);
+
+impl LifecycleListener for DeviceEvents {
+    fn device_activated(&self, id: &str) {
+        (self.0)("virtio-device", "activated", &[("id", id.to_owned())]);
+    }
+
+    fn device_reset(&self, id: &str) {
+        (self.0)("virtio-device", "reset", &[("id", id.to_owned())]);
+    }
+}

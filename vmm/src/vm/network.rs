@@ -1,0 +1,74 @@
+//! Network interfaces: from the configuration to a device on a tap.
+
+use std::error::Error;
+use std::net::{IpAddr, Ipv4Addr};
+
+use api::config::{MacAddr, NetConfig};
+use virtio_devices::net::{Backend, Net, NetParams};
+
+use super::VmError;
+use super::devices::{Devices, Plug};
+use crate::inherited_fd;
+
+/// Upstream's mask for an address given without one.
+const DEFAULT_MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
+
+/// The host's side of an interface can only be given an IPv4 address.
+#[derive(Debug, thiserror::Error)]
+#[error("{address} is not an IPv4 address, the only kind the host's side can be given")]
+struct NotIpv4 {
+    address: IpAddr,
+}
+
+/// Plugs in one interface and tells the configuration the tap's name.
+pub(super) fn plug(devices: &mut Devices<'_>, config: &mut NetConfig) -> Result<(), VmError> {
+    let id = config
+        .id
+        .clone()
+        .expect("ids are assigned before a machine is built");
+    let failed = |source: Box<dyn Error + Send + Sync>| VmError::Device {
+        id: id.clone(),
+        source,
+    };
+    let net = Net::new(NetParams {
+        id: id.clone(),
+        backend: backend(config).map_err(failed)?,
+        mac: config.mac.0,
+        mtu: config.mtu,
+        num_queues: u16::try_from(config.num_queues).unwrap_or(u16::MAX),
+        queue_size: config.queue_size,
+        offload_tso: config.offload_tso,
+        offload_ufo: config.offload_ufo,
+        offload_csum: config.offload_csum,
+    })
+    .map_err(|source| failed(source.into()))?;
+    if config.fds.is_none() {
+        config.tap = Some(net.tap_name().to_owned());
+    }
+    let plug = Plug {
+        id: &id,
+        slot: config.pci_device_id,
+    };
+    devices.plug(&plug, net, None)
+}
+
+fn backend(config: &NetConfig) -> Result<Backend, Box<dyn Error + Send + Sync>> {
+    if let Some(fds) = &config.fds {
+        let own = fds.iter().map(|fd| inherited_fd::duplicate(*fd));
+        return Ok(Backend::Fds(own.collect::<Result<_, _>>()?));
+    }
+    let ip = config.ip.map(ipv4).transpose()?;
+    let mask = config.mask.map(ipv4).transpose()?;
+    Ok(Backend::Tap {
+        name: config.tap.clone(),
+        ip: ip.map(|ip| (ip, mask.unwrap_or(DEFAULT_MASK))),
+        host_mac: config.host_mac.map(|MacAddr(bytes)| bytes),
+    })
+}
+
+fn ipv4(address: IpAddr) -> Result<Ipv4Addr, NotIpv4> {
+    match address {
+        IpAddr::V4(address) => Ok(address),
+        IpAddr::V6(_) => Err(NotIpv4 { address }),
+    }
+}
