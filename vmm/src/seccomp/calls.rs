@@ -77,6 +77,7 @@ const SOCKET_IO: &[c_long] = &[
 /// Gives guest memory back to the host and looks where it is.
 const DISCARD: &[c_long] = &[
     libc::SYS_fallocate,
+    libc::SYS_fstatfs,
     libc::SYS_mincore,
     libc::SYS_pidfd_open,
     libc::SYS_process_madvise,
@@ -85,7 +86,10 @@ const DISCARD: &[c_long] = &[
 /// Finds out how much of guest memory is resident.
 const RESIDENCY: &[c_long] = &[
     libc::SYS_fstat,
+    libc::SYS_fstatfs,
     libc::SYS_mincore,
+    // What glibc makes of `fstat`, in versions before 2.39.
+    libc::SYS_newfstatat,
     libc::SYS_openat,
     libc::SYS_pread64,
     libc::SYS_statx,

@@ -4,6 +4,10 @@
 
 use std::process::{Command, Output};
 
+use virtio_devices::GuestRam;
+use virtio_devices::reclaim::{DiscardEngine, GuestRange, ResidencyProbe};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+
 use super::*;
 
 /// The kernel's limit (`BPF_MAXINSNS` in uapi/linux/bpf_common.h).
@@ -87,7 +91,11 @@ fn play(case: &str) -> Output {
 }
 
 /// Runs `action` on a thread of this name under its filter.
-fn confined(mode: SeccompMode, name: &'static str, action: fn() -> bool) -> bool {
+fn confined(
+    mode: SeccompMode,
+    name: &'static str,
+    action: impl FnOnce() -> bool + Send + 'static,
+) -> bool {
     let hook = Arc::new(Seccomp::new(mode).unwrap()).hook();
     std::thread::Builder::new()
         .name(name.to_owned())
@@ -124,6 +132,43 @@ fn starts_a_query() -> bool {
     query.unwrap().join().unwrap()
 }
 
+/// Private and shared memory, 64 KiB each, all of it touched.
+fn two_kinds_of_ram() -> GuestRam {
+    const BYTES: usize = 64 << 10;
+    let file = FileOffset::new(tempfile::tempfile_in("/dev/shm").unwrap(), 0);
+    file.file().set_len(BYTES as u64).unwrap();
+    let shared = GuestAddress(BYTES as u64);
+    let ranges = [(GuestAddress(0), BYTES, None), (shared, BYTES, Some(file))];
+    let mem = GuestMemoryMmap::from_ranges_with_files(ranges).unwrap();
+    mem.write_slice(&[1; 2 * BYTES], GuestAddress(0)).unwrap();
+    GuestRam::new(mem)
+}
+
+/// What the balloon's worker does, with and without the vector call, and what an API thread measures.
+fn gives_memory_back_and_measures_it() -> bool {
+    let ram = two_kinds_of_ram();
+    let probe = ResidencyProbe::new(ram.clone()).unwrap();
+    let engines = [
+        DiscardEngine::new(Arc::default()),
+        DiscardEngine::without_vectors(Arc::default()),
+    ];
+    let worked = engines.into_iter().zip([0, 8]).all(|(mut engine, first)| {
+        let ram = ram.clone();
+        confined(SeccompMode::Trap, "__balloon", move || {
+            // Scattered pages, two of each kind of memory.
+            let mut claims = [first, first + 2, first + 16, first + 18].map(|page| GuestRange {
+                start: page * 4096,
+                bytes: 4096,
+            });
+            engine.discard(&ram, &mut claims).discarded.bytes == 4 * 4096
+        })
+    });
+    worked
+        && confined(SeccompMode::Trap, "api-query", move || {
+            probe.measure().unwrap().resident_bytes == (32 - 8) * 4096
+        })
+}
+
 #[test]
 fn case_runner() {
     let Ok(case) = std::env::var(CASE) else {
@@ -134,6 +179,7 @@ fn case_runner() {
         "errno" => !confined(SeccompMode::Errno, "vcpu0", opens_a_socket),
         "log" => confined(SeccompMode::Log, "event-monitor", opens_a_socket),
         "off" => confined(SeccompMode::Off, "event-monitor", opens_a_socket),
+        "discard" => gives_memory_back_and_measures_it(),
         "query" => confined(SeccompMode::Trap, "http-server", starts_a_query),
         name => {
             let threads = [
@@ -183,7 +229,7 @@ fn thread_that_breaks_its_filter_goes_on_in_the_other_modes() {
 
 #[test]
 fn threads_live_under_their_filters_and_start_their_children() {
-    for case in ["query", "live"] {
+    for case in ["query", "discard", "live"] {
         let output = play(case);
         assert!(output.status.success(), "{case}: {output:?}");
     }
