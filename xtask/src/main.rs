@@ -5,10 +5,10 @@
 
 mod apt;
 mod ci;
-mod demo;
 mod guest;
 mod paths;
 mod process;
+mod shows;
 mod testbed;
 
 use std::process::ExitCode;
@@ -35,6 +35,8 @@ enum Command {
     Testbed(testbed::Command),
     /// Boot a Linux guest, have it touch and free memory, and show the host getting it back
     Demo,
+    /// Measure the VMM with a Linux guest
+    Bench(shows::BenchOptions),
     /// Everything that a change must pass
     Ci(ci::Options),
 }
@@ -49,7 +51,8 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Guest(GuestCommand::Build) => guest::build().map(|_| ExitCode::SUCCESS),
         Command::Testbed(command) => testbed::run(command),
-        Command::Demo => demo::run(),
+        Command::Demo => shows::demo(),
+        Command::Bench(options) => shows::bench(options),
         Command::Ci(options) => ci::run(&options),
     };
     result.unwrap_or_else(|error| {

@@ -109,7 +109,7 @@ impl Plan {
 
 /// Puts a throw-away writable layer over the host's root and moves the kernel's file systems in.
 fn build_root() -> io::Result<()> {
-    let ninep = "trans=virtio,version=9p2000.L,cache=loose,msize=524288";
+    let ninep = "trans=virtio,version=9p2000.L,cache=loose,msize=512000";
     step(
         "9p root",
         sys::mount("root", "/lower", "9p", libc::MS_RDONLY, ninep),
@@ -140,7 +140,7 @@ fn build_root() -> io::Result<()> {
     step("/dev", sys::link_standard_streams(&format!("{ROOT}/dev")))?;
     // Absent unless the host gave a directory to share.
     if has_share() {
-        let ninep = "trans=virtio,version=9p2000.L,cache=mmap,msize=524288";
+        let ninep = "trans=virtio,version=9p2000.L,cache=mmap,msize=512000";
         let target = format!("{ROOT}/share");
         step("9p share", sys::mount("share", &target, "9p", 0, ninep))?;
     }

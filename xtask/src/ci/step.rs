@@ -25,10 +25,11 @@ pub(crate) struct Step {
     pub(crate) kind: Kind,
     /// Steps that must have passed.
     pub(crate) needs: &'static [&'static str],
-    command: &'static [&'static str],
+    /// Split at blanks; [`Step::words`] fills in what is in braces.
+    command: &'static str,
 }
 
-const fn host(name: &'static str, command: &'static [&'static str]) -> Step {
+const fn host(name: &'static str, command: &'static str) -> Step {
     Step {
         name,
         kind: Kind::Host,
@@ -37,11 +38,7 @@ const fn host(name: &'static str, command: &'static [&'static str]) -> Step {
     }
 }
 
-const fn guests(
-    name: &'static str,
-    needs: &'static [&'static str],
-    command: &'static [&'static str],
-) -> Step {
+const fn guests(name: &'static str, needs: &'static [&'static str], command: &'static str) -> Step {
     Step {
         name,
         kind: Kind::Guests,
@@ -50,82 +47,39 @@ const fn guests(
     }
 }
 
-/// Seconds for all VM tests together: they take a few minutes; a guest that hangs costs its own
-/// deadline.
-const VM_TESTS_TIMEOUT: &str = "2400";
+/// What a Linux guest under our VMM needs.
+const BUILT: &[&str] = &["build", "test programs", "guest"];
 
-/// The steps in their order. [`Step::words`] fills in the words in braces.
+/// The steps in their order.
 pub(crate) const STEPS: &[Step] = &[
-    host("format", &["{cargo}", "fmt", "--all", "--check"]),
+    host("format", "cargo fmt --all --check"),
     host(
         "clippy",
-        &[
-            "{cargo}",
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            "--",
-            "-D",
-            "warnings",
-        ],
+        "cargo clippy --workspace --all-targets -- -D warnings",
     ),
     host(
         "build",
-        &[
-            "{cargo}",
-            "build",
-            "--release",
-            "--package",
-            "cloud-hypervisor",
-            "--package",
-            "ch-remote",
-        ],
+        "cargo build --release --package cloud-hypervisor --package ch-remote",
     ),
     host(
         "unit tests",
-        &[
-            "{cargo}",
-            "{test}",
-            "--workspace",
-            "--lib",
-            "--bins",
-            "--tests",
-            "--no-fail-fast",
-        ],
+        "cargo {test} --workspace --lib --bins --tests --no-fail-fast",
     ),
-    host("doc tests", &["{cargo}", "test", "--workspace", "--doc"]),
+    host("doc tests", "cargo test --workspace --doc"),
     // Each once, without measuring: that they still run at all.
-    host(
-        "benchmarks",
-        &["{cargo}", "test", "--workspace", "--benches"],
-    ),
+    host("benchmarks", "cargo test --workspace --benches"),
     host(
         "test programs",
-        &[
-            "{cargo}",
-            "build",
-            "--package",
-            "integration-tests",
-            "--bins",
-        ],
+        "cargo build --package integration-tests --bins",
     ),
-    guests("guest", &[], &["{cargo}", "xtask", "guest", "build"]),
+    guests("guest", &[], "cargo xtask guest build"),
+    // The tests take a few minutes; a guest that hangs costs its test's own deadline.
     guests(
         "vm tests",
-        &["build", "test programs", "guest"],
-        &[
-            "{cargo}",
-            "xtask",
-            "testbed",
-            "run",
-            "--memory",
-            "4G",
-            "--timeout",
-            VM_TESTS_TIMEOUT,
-            "--",
-            "{vm-tests}",
-        ],
+        BUILT,
+        "cargo xtask testbed run --memory 4G --timeout 2400 -- {vm-tests}",
     ),
+    guests("vm bench", BUILT, "cargo xtask bench"),
 ];
 
 impl Step {
@@ -155,10 +109,10 @@ impl Step {
     }
 
     fn words(&self) -> Vec<OsString> {
-        let mut words = Vec::new();
-        for word in self.command {
-            match *word {
-                "{cargo}" => words.push(cargo()),
+        let mut words: Vec<OsString> = Vec::new();
+        for word in self.command.split_whitespace() {
+            match word {
+                "cargo" => words.push(cargo()),
                 "{test}" if has_nextest() => words.extend(["nextest".into(), "run".into()]),
                 "{test}" => words.push("test".into()),
                 "{vm-tests}" => words.push(paths::target().join("debug/vm-tests").into()),

@@ -112,14 +112,24 @@ impl Job {
     }
 }
 
-/// Runs `command` with `share` at /share and otherwise the defaults of `testbed run`.
-pub(crate) fn run_command(command: Vec<OsString>, memory: u64, share: PathBuf) -> Result<ExitCode> {
+/// What other commands of ours choose about the testbed; the rest is `testbed run`'s default.
+#[derive(Debug)]
+pub(crate) struct Surroundings {
+    /// Bytes of the emulated host.
+    pub(crate) memory: u64,
+    /// Found at /share.
+    pub(crate) share: Option<PathBuf>,
+    pub(crate) icount: bool,
+}
+
+/// Runs `command` as `testbed run` does.
+pub(crate) fn run_command(command: Vec<OsString>, around: Surroundings) -> Result<ExitCode> {
     run(Command::Run(Options {
-        memory,
+        memory: around.memory,
         cpus: DEFAULT_CPUS,
-        share: Some(share),
+        share: around.share,
         timeout: None,
-        icount: false,
+        icount: around.icount,
         swap: None,
         host: HostChoice::Auto,
         profile: DEFAULT_PROFILE.into(),

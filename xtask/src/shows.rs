@@ -1,0 +1,72 @@
+//! `cargo xtask demo` and `cargo xtask bench`: programs of the integration tests that run in
+//! the testbed and need nothing else.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::paths;
+use crate::testbed::{self, Surroundings};
+
+/// Memory of the testbed's host: the guest's 1 GiB and room to spare.
+const HOST_BYTES: u64 = 3 << 30;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct BenchOptions {
+    /// Count instructions instead of time: figures that repeat, no measure of parallel work
+    #[arg(long)]
+    icount: bool,
+    /// Which figures; all if none is named
+    names: Vec<OsString>,
+}
+
+/// Runs the demonstration; its chart and figures are left in `target/demo`.
+pub(crate) fn demo() -> Result<ExitCode> {
+    let results = paths::target().join("demo");
+    std::fs::create_dir_all(&results).with_context(|| format!("creating {}", results.display()))?;
+    let program = build("demo")?;
+    testbed::run_command(
+        vec![program.into(), "/share".into()],
+        Surroundings {
+            memory: HOST_BYTES,
+            share: Some(results),
+            icount: false,
+        },
+    )
+}
+
+/// Measures the VMM with a Linux guest and prints one JSON object a figure.
+pub(crate) fn bench(options: BenchOptions) -> Result<ExitCode> {
+    let mut command = vec![build("vm-bench")?.into()];
+    command.extend(options.names);
+    testbed::run_command(
+        command,
+        Surroundings {
+            memory: HOST_BYTES,
+            share: None,
+            icount: options.icount,
+        },
+    )
+}
+
+fn build(program: &str) -> Result<PathBuf> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .args([
+            "build",
+            "--quiet",
+            "--package",
+            "integration-tests",
+            "--bin",
+            program,
+        ])
+        .current_dir(paths::workspace())
+        .status()
+        .context("starting cargo")?;
+    if !status.success() {
+        bail!("building {program} failed ({status})");
+    }
+    Ok(paths::target().join("debug").join(program))
+}
