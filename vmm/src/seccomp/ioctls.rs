@@ -24,6 +24,7 @@ const TUNSETOFFLOAD: u64 = 0x4004_54d0;
 const PAGEMAP_SCAN: u64 = 0xc060_6610;
 const BLKDISCARD: u64 = 0x1277;
 const BLKZEROOUT: u64 = 0x127f;
+const KVM_SIGNAL_MSI: u64 = 0x4020_aea5;
 
 /// Requests of linux/kvm.h that a vCPU thread makes for itself, or for the interrupts and notifications its guest sets
 /// up by writing to device registers.
@@ -51,7 +52,7 @@ const KVM_OF_VCPU: &[u64] = &[
     0x4008_ae6a, // KVM_SET_GSI_ROUTING
     0x4020_ae76, // KVM_IRQFD
     0x4040_ae79, // KVM_IOEVENTFD
-    0x4020_aea5, // KVM_SIGNAL_MSI
+    KVM_SIGNAL_MSI,
 ];
 
 /// One allowed request, or a whole type of them.
@@ -88,9 +89,16 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Ioctl> {
         ThreadKind::Main => requests(&[TCGETS, TCSETSW, TCSETSF]),
         ThreadKind::HttpServer => requests(&[FIONBIO]),
         ThreadKind::ApiQuery => requests(&[PAGEMAP_SCAN]),
-        ThreadKind::Serial | ThreadKind::Console => {
-            requests(&[FIONBIO, TCGETS, TCSETSW, TCSETSF, TIOCGWINSZ])
-        }
+        // Input raises the serial port's interrupt, which is a message of the I/O APIC.
+        ThreadKind::Serial => requests(&[
+            FIONBIO,
+            TCGETS,
+            TCSETSW,
+            TCSETSF,
+            TIOCGWINSZ,
+            KVM_SIGNAL_MSI,
+        ]),
+        ThreadKind::Console => requests(&[FIONBIO, TCGETS, TCSETSW, TCSETSF, TIOCGWINSZ]),
         ThreadKind::Balloon => requests(&[PAGEMAP_SCAN]),
         ThreadKind::Block => requests(&[BLKDISCARD, BLKZEROOUT]),
         ThreadKind::Net => requests(&[TUNSETOFFLOAD]),
