@@ -14,8 +14,8 @@ use crate::reclaim::{Extent, Outcome, SkippedBytes};
 /// Everything that came in by one way: reporting or inflation.
 #[derive(Clone, Debug, Default)]
 pub struct PathFigures {
-    /// As the guest claimed it. For reporting this is the gross figure: a range
-    /// reported twice counts twice.
+    /// As the guest claimed it, gross: a range reported twice counts twice. A run
+    /// of adjacent page numbers in an inflate chain counts as one range.
     pub requested: Extent,
     /// Given back to the host.
     pub discarded: Extent,

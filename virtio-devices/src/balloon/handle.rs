@@ -12,7 +12,7 @@ use super::spec::VIRTIO_BALLOON_F_REPORTING;
 use super::stats::{StatsError, StatsSample};
 use super::{bytes_of_pages, pages_of_bytes};
 use crate::device::Counters;
-use crate::reclaim::{DiscardSwitch, Extent, InhibitGuard, InhibitReason};
+use crate::reclaim::{Extent, InhibitGuard, InhibitReason};
 
 /// One balloon; clones are the same balloon.
 #[derive(Clone, Debug)]
@@ -147,12 +147,6 @@ impl BalloonHandle {
     #[must_use]
     pub fn inhibit(&self, reason: InhibitReason) -> InhibitGuard {
         self.shared.switch.inhibit(reason)
-    }
-
-    /// The switch behind [`BalloonHandle::inhibit`].
-    #[must_use]
-    pub fn switch(&self) -> &Arc<DiscardSwitch> {
-        &self.shared.switch
     }
 
     /// Whether free page reporting works, and if not, why.

@@ -16,7 +16,6 @@ const BUCKETS: usize = SUBS * (VALUE_BITS - SUB_BITS + 1) as usize;
 pub struct LatencyHistogram {
     counts: [u64; BUCKETS],
     count: u64,
-    sum_us: u64,
     max_us: u64,
 }
 
@@ -34,7 +33,6 @@ impl Default for LatencyHistogram {
         Self {
             counts: [0; BUCKETS],
             count: 0,
-            sum_us: 0,
             max_us: 0,
         }
     }
@@ -45,7 +43,6 @@ impl LatencyHistogram {
     pub fn record(&mut self, value_us: u64) {
         self.counts[bucket_of(value_us)] += 1;
         self.count += 1;
-        self.sum_us = self.sum_us.saturating_add(value_us);
         self.max_us = self.max_us.max(value_us);
     }
 
@@ -53,12 +50,6 @@ impl LatencyHistogram {
     #[must_use]
     pub fn count(&self) -> u64 {
         self.count
-    }
-
-    /// Sum of all values.
-    #[must_use]
-    pub fn sum_us(&self) -> u64 {
-        self.sum_us
     }
 
     /// Largest value, exactly.

@@ -107,12 +107,6 @@ impl DiscardEngine {
         self.vectors.is_some()
     }
 
-    /// The switch this engine obeys.
-    #[must_use]
-    pub fn switch(&self) -> &Arc<DiscardSwitch> {
-        &self.switch
-    }
-
     /// Discards what of `claims` is whole pages of guest RAM, and says exactly
     /// what that was. Sorts `claims`. After it returns, discarded memory reads
     /// as zero and costs the host nothing until it is touched again.

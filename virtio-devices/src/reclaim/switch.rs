@@ -92,12 +92,6 @@ impl InhibitGuard {
     pub fn is_settled(&self) -> bool {
         self.switch.batches_running.load(Ordering::SeqCst) == 0
     }
-
-    /// Why this guard exists.
-    #[must_use]
-    pub fn reason(&self) -> InhibitReason {
-        self.reason
-    }
 }
 
 impl Drop for InhibitGuard {
