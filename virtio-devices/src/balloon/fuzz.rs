@@ -310,7 +310,7 @@ mod tests {
     use super::*;
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(400))]
+        #![proptest_config(ProptestConfig::with_cases(150))]
 
         #[test]
         fn guest_of_random_bytes_breaks_nothing(bytes in vec(any::<u8>(), 0..1500)) {
@@ -325,7 +325,7 @@ mod tests {
         let mut discarded = (0, 0);
         let mut skipped = 0;
         let mut faults = super::super::GuestFaults::default();
-        for _ in 0..300 {
+        for _ in 0..150 {
             let bytes = vec(any::<u8>(), 1500)
                 .new_tree(&mut runner)
                 .expect("bytes")
