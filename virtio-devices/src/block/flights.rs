@@ -52,10 +52,6 @@ impl Flights {
         self.engine.completion_fd()
     }
 
-    pub(super) fn acknowledge(&mut self) {
-        self.engine.acknowledge();
-    }
-
     pub(super) fn is_full(&self) -> bool {
         self.free.is_empty()
     }

@@ -268,7 +268,6 @@ impl QueueHandler for BlockQueue {
     }
 
     fn source_ready(&mut self, _token: u32, _: &mut EventSources) -> Result<(), WorkerError> {
-        self.flights.acknowledge();
         self.run()
     }
 

@@ -172,6 +172,11 @@ impl Tap {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
     fn attach(name: &str, queues: u16) -> Result<Self, TapError> {
         let single = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
         let multi = single | IFF_MULTI_QUEUE;

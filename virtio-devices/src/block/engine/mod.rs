@@ -1,6 +1,6 @@
 //! How I/O on an image gets done: by io_uring, or by system calls on the
 //! worker thread. Which is the default, and why, is in
-//! `docs/decisions/0010-block-io-engine.md`.
+//! `docs/decisions/0004-block-io-engine.md`.
 
 #![allow(unsafe_code)]
 // UNSAFETY: declares `IoEngine::submit`, whose callers promise that memory stays.
@@ -66,13 +66,9 @@ pub(super) struct Completion {
 
 /// Carries out operations for one queue, on that queue's worker thread.
 pub(super) trait IoEngine: Send {
-    /// Becomes readable when operations have completed. `None`: they always
-    /// have when `submit` returns.
+    /// Readable while there are completions to reap. `None`: `submit` completes
+    /// operations before it returns.
     fn completion_fd(&self) -> Option<RawFd>;
-
-    /// Drains what made `completion_fd` readable. Before `reap`, not after, or
-    /// a completion in between goes unnoticed.
-    fn acknowledge(&mut self) {}
 
     /// Starts an operation. There are never more at once than the depth the
     /// engine was made for.

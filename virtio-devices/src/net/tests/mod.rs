@@ -186,3 +186,19 @@ fn numbers_out_of_range_are_refused() {
     let error = refused(&|_| ());
     assert!(matches!(error, NetError::FdCount { fds: 0, .. }));
 }
+
+#[test]
+fn net_conforms() {
+    use std::sync::{Arc, Mutex};
+    for pairs in [1, 2] {
+        crate::testing::conformance(|_| {
+            // The far ends are gone: the tap fails at every turn, and stays quiet.
+            let taps = (0..pairs)
+                .map(|_| Tap::untested(UnixDatagram::unbound().unwrap().into()))
+                .inspect(|tap| crate::net::tap_sys::set_nonblocking(tap.file()).unwrap())
+                .collect();
+            let net = Net::with_taps(&params(2 * pairs), taps).unwrap();
+            Arc::new(Mutex::new(net))
+        });
+    }
+}
