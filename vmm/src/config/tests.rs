@@ -52,7 +52,10 @@ fn validate_plain_configurations_pass() {
         ),
         ("net", json!([{"mac": mac(), "mtu": 9000}, {}])),
         ("payload", json!({"firmware": "/f"})),
-        ("platform", json!({})),
+        (
+            "platform",
+            json!({"system_uuid": "x", "oem_strings": ["a"]}),
+        ),
         ("fs", json!([])),
     ] {
         let config = with(section, value.clone());

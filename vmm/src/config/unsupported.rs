@@ -98,27 +98,12 @@ fn net(net: &NetConfig) -> Vec<String> {
 }
 
 fn platform(platform: &PlatformConfig) -> Vec<String> {
-    let smbios = [
-        &platform.system_serial_number,
-        &platform.system_uuid,
-        &platform.system_manufacturer,
-        &platform.system_product_name,
-        &platform.system_version,
-        &platform.system_family,
-        &platform.system_sku_number,
-        &platform.chassis_asset_tag,
-    ];
     [
         asked("platform.num_pci_segments", platform.num_pci_segments != 1),
         asked("platform.iommu_segments", platform.iommu_segments.is_some()),
         asked("platform.iommufd", platform.iommufd),
         asked("platform.tdx", platform.tdx),
         asked("platform.sev_snp", platform.sev_snp),
-        asked(
-            "platform.system_*",
-            smbios.iter().any(|text| text.is_some()),
-        ),
-        asked("platform.oem_strings", platform.oem_strings.is_some()),
     ]
     .into_iter()
     .flatten()

@@ -1,0 +1,250 @@
+//! The program as a process: exit status, what it prints, and what it leaves behind. No test here boots a machine.
+
+#![allow(clippy::unwrap_used)]
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+fn program() -> Command {
+    Command::new(env!("CARGO_BIN_EXE_cloud-hypervisor"))
+}
+
+/// Runs it to its end, which must come by itself.
+fn output(line: &str) -> Output {
+    let mut child = program()
+        .args(line.split_whitespace())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while child.try_wait().unwrap().is_none() {
+        if Instant::now() > deadline {
+            child.kill().unwrap();
+            panic!("{line}: does not end: {:?}", child.wait_with_output());
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    child.wait_with_output().unwrap()
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn files(dir: &Path) -> Vec<String> {
+    let mut names: Vec<_> = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+/// A VMM without a machine, ended when dropped.
+struct Vmm {
+    child: Child,
+    dir: tempfile::TempDir,
+}
+
+impl Vmm {
+    fn start(arguments: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let child = program()
+            .arg("--api-socket")
+            .arg(dir.path().join("s"))
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let vmm = Self { child, dir };
+        let deadline = Instant::now() + PATIENCE;
+        while vmm.request("GET", "vmm.ping").is_none() {
+            assert!(Instant::now() < deadline);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        vmm
+    }
+
+    /// The first line of the answer; `None` while nobody listens.
+    fn request(&self, method: &str, name: &str) -> Option<String> {
+        let mut stream = UnixStream::connect(self.dir.path().join("s")).ok()?;
+        write!(
+            stream,
+            "{method} /api/v1/{name} HTTP/1.1\r\nConnection: close\r\n\r\n"
+        )
+        .unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer.lines().next().map(str::to_owned)
+    }
+
+    fn signal(&self, name: &str) {
+        let sent = Command::new("kill")
+            .args([name, &self.child.id().to_string()])
+            .status();
+        assert!(sent.unwrap().success());
+    }
+
+    fn wait(mut self) -> (Option<i32>, String, Vec<String>) {
+        let deadline = Instant::now() + PATIENCE;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                break status;
+            }
+            assert!(Instant::now() < deadline, "the VMM does not end");
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        let mut text = String::new();
+        self.child
+            .stderr
+            .take()
+            .unwrap()
+            .read_to_string(&mut text)
+            .unwrap();
+        (status.code(), text, files(self.dir.path()))
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        // It has ended already in every test that passes.
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+#[test]
+fn program_without_arguments_shows_its_help() {
+    let output = output("");
+    assert!(stderr(&output).contains("--api-socket"));
+}
+
+#[test]
+fn program_version_has_upstreams_form() {
+    let output = output("--version");
+    assert!(output.status.success());
+    let text = String::from_utf8(output.stdout).unwrap();
+    let mut lines = text.lines();
+    assert!(lines.next().unwrap().starts_with("cloud-hypervisor v"));
+    assert!(
+        lines
+            .next()
+            .unwrap()
+            .starts_with("Migration Protocol Versions: ")
+    );
+}
+
+#[test]
+fn program_bad_values_end_in_one_chain_and_leave_nothing_behind() {
+    for (line, reason) in [
+        ("--kernel /k --memory size=0", "The size is 0"),
+        ("--kernel /k --memory size=1000", "no multiple of 4096"),
+        (
+            "--kernel /k --memory size=16777216T",
+            "Error parsing --memory",
+        ),
+        (
+            "--kernel /k --memory size=65536G",
+            "does not fit into 46 address bits",
+        ),
+        ("--kernel /k --cpus boot=0", "1 <= boot_vcpus (0)"),
+        (
+            "--kernel /k --balloon size=512M",
+            "Ballooning 536870912 bytes",
+        ),
+        (
+            "--kernel /k --balloon colour=red",
+            "unknown parameter \"colour\"",
+        ),
+        (
+            "--kernel /k --disk path=/a,id=x path=/b,id=x",
+            "Identifier x is not unique",
+        ),
+        (
+            "--kernel /k --serial tty --console tty",
+            "cannot both be in tty mode",
+        ),
+        (
+            "--kernel /k --event-monitor path=/nonexistent/e",
+            "No such file",
+        ),
+        ("-v", "Neither a payload"),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s");
+        let with_socket = match line {
+            "-v" => line.to_owned(),
+            _ => format!("{line} --api-socket {}", socket.display()),
+        };
+        let output = output(&with_socket);
+        assert_eq!(output.status.code(), Some(1), "{line}");
+        let text = stderr(&output);
+        let mut lines = text.lines();
+        assert_eq!(
+            lines.next(),
+            Some("Error: Cloud Hypervisor exited with the following chain of errors:"),
+            "{line}: {text}"
+        );
+        assert!(lines.next().unwrap().starts_with("  0: "), "{line}: {text}");
+        assert!(text.contains(reason), "{line}: {text}");
+        assert!(files(dir.path()).is_empty(), "{line}");
+    }
+}
+
+#[test]
+fn program_ends_on_signals_and_requests_and_takes_its_socket_away() {
+    for way in ["-TERM", "-INT", "vmm.shutdown"] {
+        let vmm = Vmm::start(&[]);
+        assert_eq!(files(vmm.dir.path()), ["s", "s.lock"]);
+        match way {
+            "vmm.shutdown" => {
+                assert_eq!(vmm.request("PUT", way).as_deref(), Some("HTTP/1.1 200 "));
+            }
+            signal => vmm.signal(signal),
+        }
+        let (status, text, left) = vmm.wait();
+        assert_eq!(status, Some(0), "{way}: {text}");
+        assert_eq!(text, "", "{way}");
+        assert!(left.is_empty(), "{way}: {left:?}");
+    }
+}
+
+#[test]
+fn program_socket_in_use_is_refused_and_stays_in_use() {
+    let vmm = Vmm::start(&[]);
+    let socket = vmm.dir.path().join("s");
+    let second = output(&format!("--api-socket path={}", socket.display()));
+    assert_eq!(second.status.code(), Some(1));
+    assert!(stderr(&second).contains("is in use by another process"));
+    assert_eq!(
+        vmm.request("GET", "vmm.ping").as_deref(),
+        Some("HTTP/1.1 200 ")
+    );
+}
+
+#[test]
+fn program_killed_leaves_a_socket_that_the_next_one_replaces() {
+    let mut vmm = Vmm::start(&[]);
+    vmm.signal("-KILL");
+    vmm.child.wait().unwrap();
+    let mut second = program();
+    second.arg("--api-socket").arg(vmm.dir.path().join("s"));
+    second.stdin(Stdio::null()).stderr(Stdio::piped());
+    vmm.child = second.spawn().unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while vmm.request("PUT", "vmm.shutdown").is_none() {
+        assert!(Instant::now() < deadline);
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (status, text, left) = vmm.wait();
+    assert_eq!(status, Some(0), "{text}");
+    assert!(left.is_empty());
+}
