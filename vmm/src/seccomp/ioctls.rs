@@ -21,6 +21,7 @@ const TCSETSW: u64 = 0x5403;
 const TCSETSF: u64 = 0x5404;
 const TIOCGWINSZ: u64 = 0x5413;
 const TUNSETOFFLOAD: u64 = 0x4004_54d0;
+const TUNSETQUEUE: u64 = 0x4004_54d9;
 const PAGEMAP_SCAN: u64 = 0xc060_6610;
 const BLKDISCARD: u64 = 0x1277;
 const BLKZEROOUT: u64 = 0x127f;
@@ -101,12 +102,13 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Ioctl> {
         ThreadKind::Console => requests(&[FIONBIO, TCGETS, TCSETSW, TCSETSF, TIOCGWINSZ]),
         ThreadKind::Balloon => requests(&[PAGEMAP_SCAN]),
         ThreadKind::Block => requests(&[BLKDISCARD, BLKZEROOUT]),
-        ThreadKind::Net => requests(&[TUNSETOFFLOAD]),
+        ThreadKind::Net => requests(&[TUNSETOFFLOAD, TUNSETQUEUE]),
         ThreadKind::Device => requests(&[
             PAGEMAP_SCAN,
             BLKDISCARD,
             BLKZEROOUT,
             TUNSETOFFLOAD,
+            TUNSETQUEUE,
             FIONBIO,
             TIOCGWINSZ,
         ]),
