@@ -210,3 +210,121 @@ fn unusable(index: u16, error: &dyn std::fmt::Display) -> WorkerError {
         reason: error.to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+    use crate::testing::{DriverQueue, MockInterrupt, Segment, TestRam};
+    use vm_memory::GuestAddressSpace;
+
+    const SIZE: u16 = 8;
+
+    struct Rig {
+        ram: TestRam,
+        driver: DriverQueue,
+        queue: ServedQueue,
+        interrupt: Arc<MockInterrupt>,
+    }
+
+    impl Rig {
+        fn new(features: u64) -> Self {
+            let ram = TestRam::new(1 << 20);
+            let driver = DriverQueue::new(&ram, SIZE);
+            let interrupt = Arc::new(MockInterrupt::default());
+            let active = ActiveQueue {
+                index: 3,
+                queue: driver.device_queue(),
+                doorbell: Arc::new(Doorbell::new(EFD_NONBLOCK).unwrap()),
+            };
+            let queue = ServedQueue::new(active, features, interrupt.clone());
+            Self {
+                ram,
+                driver,
+                queue,
+                interrupt,
+            }
+        }
+
+        fn push_and_pop(&mut self) -> u16 {
+            self.driver
+                .push(&[Segment::WritableAt(GuestAddress(0x8_0000), 16)]);
+            let ram = self.ram.mem().memory();
+            self.queue.pop(&ram).unwrap().expect("just pushed").head
+        }
+
+        /// Returns `count` chains at once and says whether that interrupted.
+        fn use_chains(&mut self, count: usize) -> bool {
+            let heads: Vec<(u16, u32)> = (0..count).map(|_| (self.push_and_pop(), 1)).collect();
+            let ram = self.ram.mem().memory();
+            let before = self.interrupt.queue_signals(3);
+            self.queue.push_used_together(&ram, heads).unwrap();
+            self.queue.signal(&ram).unwrap();
+            for _ in 0..count {
+                assert!(self.driver.pop_used().is_some());
+            }
+            self.interrupt.queue_signals(3) > before
+        }
+
+        fn write_avail(&self, offset: u64, value: u16) {
+            let at = GuestAddress(self.driver.avail_ring().0 + offset);
+            self.ram.write(at, &value.to_le_bytes());
+        }
+    }
+
+    #[test]
+    fn signal_with_event_idx_comes_only_at_the_index_asked_for() {
+        let mut rig = Rig::new(1 << VIRTIO_RING_F_EVENT_IDX);
+        let used_event = 4 + 2 * u64::from(SIZE);
+        rig.write_avail(used_event, 2);
+        assert!(!rig.use_chains(1));
+        assert!(!rig.use_chains(1));
+        assert!(rig.use_chains(1));
+        assert!(!rig.use_chains(1));
+        // Passed over in the middle of several.
+        rig.write_avail(used_event, 5);
+        assert!(rig.use_chains(4));
+        // All the way round the 16-bit index.
+        rig.write_avail(used_event, 0);
+        let mut signals = 0;
+        for _ in 0..(1 << 16) / 4 {
+            signals += u32::from(rig.use_chains(4));
+        }
+        assert_eq!(signals, 1);
+    }
+
+    #[test]
+    fn signal_without_event_idx_obeys_the_flag() {
+        let mut rig = Rig::new(0);
+        assert!(rig.use_chains(1));
+        rig.write_avail(0, VRING_AVAIL_F_NO_INTERRUPT as u16);
+        assert!(!rig.use_chains(1));
+        rig.write_avail(0, 0);
+        assert!(rig.use_chains(1));
+        // Nothing used, nothing to hear of.
+        let ram = rig.ram.mem().memory();
+        rig.queue.signal(&ram).unwrap();
+        assert_eq!(rig.interrupt.queue_signals(3), 2);
+    }
+
+    #[test]
+    fn chains_put_back_come_again_in_order() {
+        let mut rig = Rig::new(0);
+        let heads = [rig.push_and_pop(), rig.push_and_pop(), rig.push_and_pop()];
+        rig.queue.unpop(2);
+        let ram = rig.ram.mem().memory();
+        for head in &heads[1..] {
+            assert_eq!(rig.queue.pop(&ram).unwrap().unwrap().head, *head);
+        }
+        assert!(rig.queue.pop(&ram).unwrap().is_none());
+    }
+
+    #[test]
+    fn ring_again_rings_the_doorbell() {
+        let rig = Rig::new(0);
+        assert!(rig.queue.doorbell.read().is_err());
+        rig.queue.ring_again().unwrap();
+        assert_eq!(rig.queue.doorbell.read().unwrap(), 1);
+    }
+}

@@ -1,5 +1,6 @@
 //! A disk behind a mock driver, on real files, with both engines.
 
+mod block_device;
 mod hostile;
 mod model;
 mod open;
