@@ -73,7 +73,7 @@ pub(crate) fn svg(recording: &Recording, result: &Outcome) -> String {
     label(&mut text, x + 5.0, TOP + 12.0, "the guest frees");
     let series: [Series; 2] = [
         ("#c0392b", "resident on the host", |s| s.resident_bytes),
-        ("#27ae60", "given back by reports, in sum", |s| {
+        ("#27ae60", "given back by reports since the free", |s| {
             s.discarded_bytes
         }),
     ];

@@ -37,6 +37,8 @@ pub(crate) struct Sample {
     pub(crate) phase: Phase,
     pub(crate) resident_bytes: u64,
     pub(crate) reported_bytes: u64,
+    /// Discarded by reports since the guest freed its memory; 0 before. What was
+    /// discarded earlier is the memory that the guest never used.
     pub(crate) discarded_bytes: u64,
 }
 
@@ -47,6 +49,8 @@ pub(crate) struct Recording {
     pub(crate) samples: Vec<Sample>,
     pub(crate) freed_seconds: f64,
     start: Instant,
+    /// Discarded before the free.
+    discarded_before: u64,
     last: Value,
 }
 
@@ -69,6 +73,7 @@ impl Recording {
             samples: Vec::new(),
             freed_seconds: 0.0,
             start: Instant::now(),
+            discarded_before: 0,
             last: Value::Null,
         }
     }
@@ -80,12 +85,16 @@ impl Recording {
                 .and_then(Value::as_u64)
                 .with_context(|| format!("vm.reclaim-stats has no {pointer}"))
         };
+        let discarded = figure("/report/discarded_bytes")?;
+        if phase != Phase::Freed {
+            self.discarded_before = discarded;
+        }
         let sample = Sample {
             seconds: self.start.elapsed().as_secs_f64(),
             phase,
             resident_bytes: figure("/resident_bytes")?,
             reported_bytes: figure("/report/requested_bytes")?,
-            discarded_bytes: figure("/report/discarded_bytes")?,
+            discarded_bytes: discarded - self.discarded_before,
         };
         self.samples.push(sample);
         self.last = stats.clone();
@@ -153,7 +162,7 @@ impl Recording {
                     "phase": sample.phase.name(),
                     "resident_bytes": sample.resident_bytes,
                     "reported_bytes": sample.reported_bytes,
-                    "discarded_bytes": sample.discarded_bytes,
+                    "discarded_since_free_bytes": sample.discarded_bytes,
                 })
             })
             .collect();
