@@ -122,6 +122,14 @@ impl Vmm {
         Ok(answer)
     }
 
+    /// Whether the process has ended, however.
+    ///
+    /// # Errors
+    /// The system does not tell.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
+    }
+
     /// Waits until the process has ended.
     ///
     /// # Errors

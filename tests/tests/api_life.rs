@@ -81,8 +81,12 @@ const WITHOUT_CONFIG: &[Step<'_>] = &[
     ("GET", "vm.boot", None, 400),
     ("PUT", "vm.create", None, 400),
     ("PUT", "vm.create", Some("{"), 400),
-    ("PUT", "vm.create", Some("{}"), 400),
     ("PUT", "vm.boot", Some("{}"), 400),
+    // Whether it could be booted is asked at boot, not here.
+    ("PUT", "vm.create", Some("{}"), 204),
+    ("PUT", "vm.boot", None, 400),
+    ("PUT", "vm.delete", None, 204),
+    ("GET", "vm.info", None, 404),
 ];
 
 const CREATED: &[Step<'_>] = &[

@@ -2,7 +2,8 @@
 //! pages given up read zero afterwards while their neighbours do not.
 
 use crate::interrupts;
-use crate::memory::{fill, find_other, read, write};
+use crate::machine::halt_forever;
+use crate::memory::{find_other, read, stamp, write};
 use crate::queue::{DESC_WRITE, Queue};
 use crate::report::Report;
 use crate::virtio::{Device, F_VERSION_1};
@@ -25,6 +26,9 @@ const BLOCKS: u64 = 16;
 const PATTERN: u32 = 0x5a5a_5a5a;
 /// Lists of page frame numbers and statistics are built here.
 const SCRATCH: u64 = 48 << 20;
+/// What the statistics say: total memory, and free memory at first.
+const TOTAL_BYTES: u64 = 987_654_321;
+const FREE_BYTES: u64 = 123_456_789;
 const SPIN_MAX: u32 = 50_000_000;
 
 /// The queues of a running balloon.
@@ -84,15 +88,43 @@ impl Balloon {
         self.device.kick(index);
         queue.wait_used().map(|(_, bytes)| bytes)
     }
+
+    /// Leaves a statistics buffer with the host and refills it whenever it comes
+    /// back. Free memory is one byte less each time, so that a fresh answer can
+    /// be told from an old one.
+    pub fn serve_statistics(mut self) -> ! {
+        for free_bytes in (0..FREE_BYTES).rev() {
+            self.offer_statistics(free_bytes);
+            while self.stats.wait_used().is_none() {}
+        }
+        halt_forever()
+    }
+
+    /// Free memory, total memory, and a tag that the device has never heard of.
+    fn offer_statistics(&mut self, free_bytes: u64) {
+        let entries = [(4u16, free_bytes), (5, TOTAL_BYTES), (0x7abc, 1)];
+        for (at, (tag, value)) in entries.iter().enumerate() {
+            // Entries of ten bytes, without padding.
+            let address = SCRATCH + 0x1000 + at as u64 * 10;
+            write(address, *tag);
+            for byte in 0..8 {
+                write(address + 2 + byte, (*value >> (8 * byte)) as u8);
+            }
+        }
+        self.stats.set_chain(&[(SCRATCH + 0x1000, 30)], 0);
+        self.stats.offer(0);
+        self.device.kick(STATS);
+    }
 }
 
-pub fn scenario(report: &mut Report) {
+/// Runs the checks; the balloon stays as they leave it.
+pub fn scenario(report: &mut Report) -> Option<Balloon> {
     let Some(mut balloon) = Balloon::start() else {
         report.fail(
             "balloon_starts",
             format_args!("no balloon or no FEATURES_OK"),
         );
-        return;
+        return None;
     };
     report.pass("balloon_starts");
     route_interrupt(&balloon.device);
@@ -102,7 +134,7 @@ pub fn scenario(report: &mut Report) {
     inflate_discards(&mut balloon, report);
     deflate_answers(&mut balloon, report);
     config_space(&balloon.device, report);
-    statistics_answer(&mut balloon);
+    Some(balloon)
 }
 
 /// Entry 1 of the MSI-X table for the reporting queue.
@@ -125,7 +157,7 @@ fn interrupt_arrives(report: &mut Report) {
 
 /// Every other block is reported: those read zero, the rest keep the pattern.
 fn report_discards(balloon: &mut Balloon, report: &mut Report) {
-    fill(DATA, BLOCKS * BLOCK, PATTERN);
+    stamp(DATA, BLOCKS * BLOCK, PATTERN);
     let mut ranges = [(0u64, BLOCK as u32); BLOCKS as usize / 2];
     for (at, range) in ranges.iter_mut().enumerate() {
         range.0 = DATA + 2 * at as u64 * BLOCK;
@@ -155,7 +187,7 @@ fn report_discards(balloon: &mut Balloon, report: &mut Report) {
 
 /// Scattered frames go, the frames between them stay.
 fn inflate_discards(balloon: &mut Balloon, report: &mut Report) {
-    fill(DATA, 4 * BLOCK, PATTERN);
+    stamp(DATA, 4 * BLOCK, PATTERN);
     let mut frames = [0u32; 256];
     for (at, frame) in frames.iter_mut().enumerate() {
         *frame = ((DATA + at as u64 * 2 * PAGE) / PAGE) as u32;
@@ -193,20 +225,4 @@ fn config_space(device: &Device, report: &mut Report) {
         actual == 256,
         format_args!("actual {actual:#x}"),
     );
-}
-
-/// Leaves a statistics buffer with the host: tags 4 and 5 (free and total
-/// memory) and one the device has never heard of.
-fn statistics_answer(balloon: &mut Balloon) {
-    let entries = [(4u16, 123_456_789u64), (5, 987_654_321), (0x7abc, 1)];
-    for (at, (tag, value)) in entries.iter().enumerate() {
-        let address = SCRATCH + 0x1000 + at as u64 * 10;
-        write(address, *tag);
-        for byte in 0..8 {
-            write(address + 2 + byte, (*value >> (8 * byte)) as u8);
-        }
-    }
-    balloon.stats.set_chain(&[(SCRATCH + 0x1000, 30)], 0);
-    balloon.stats.offer(0);
-    balloon.device.kick(STATS);
 }

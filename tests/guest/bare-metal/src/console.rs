@@ -6,6 +6,9 @@ use core::fmt::{self, Write};
 use crate::machine::outb;
 
 const COM1: u16 = 0x3f8;
+const INTERRUPT_ENABLE: u16 = 1;
+const LINE_CONTROL: u16 = 3;
+const MODEM_CONTROL: u16 = 4;
 
 struct Com1;
 
@@ -16,6 +19,14 @@ impl Write for Com1 {
         }
         Ok(())
     }
+}
+
+/// Undoes what others wrote to COM1's registers: divisor access, loopback and
+/// interrupts off.
+pub fn restore() {
+    outb(COM1 + LINE_CONTROL, 0x03);
+    outb(COM1 + MODEM_CONTROL, 0);
+    outb(COM1 + INTERRUPT_ENABLE, 0);
 }
 
 /// Prints one line.

@@ -3,7 +3,7 @@
 //! and memory that was not given up must be as it was.
 
 use crate::balloon::{Balloon, DATA, DEFLATE, DEVICE_BALLOON, INFLATE, REPORTING};
-use crate::memory::{fill, find_other, write};
+use crate::memory::{find_other, stamp, write};
 use crate::queue::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Desc, Queue};
 use crate::report::Report;
 use crate::virtio::{Device, F_VERSION_1, STATUS_NEEDS_RESET};
@@ -106,7 +106,7 @@ const LIES: &[(&str, Lie)] = &[
 ];
 
 pub fn scenario(report: &mut Report) {
-    fill(CANARY, CANARY_BYTES, PATTERN);
+    stamp(CANARY, CANARY_BYTES, PATTERN);
     for (name, lie) in LIES {
         tell(name, *lie, report);
     }
@@ -144,7 +144,7 @@ fn works(report: &mut Report, name: &str) {
         return;
     };
     balloon.device.driver_ok();
-    fill(DATA, BLOCK, PATTERN);
+    stamp(DATA, BLOCK, PATTERN);
     let answer = balloon.report(&[(DATA, BLOCK as u32)]);
     let wrong = find_other(DATA, BLOCK, 0);
     report.check(

@@ -10,8 +10,8 @@
 //! DONE 12 passed, 0 failed
 //! ```
 //!
-//! Then it powers off through ACPI, or with `stay` on the command line halts so
-//! that the host can look at the machine.
+//! Then it powers off through ACPI, or with `stay` on the command line stays, with
+//! a balloon that answers, so that the host can look at the machine.
 
 #![no_std]
 #![no_main]
@@ -40,9 +40,10 @@ extern "C" fn guest_main(start_info: u64) -> ! {
     interrupts::install();
     let command_line = machine::command_line(start_info);
     let mut report = Report::new();
+    let mut balloon = None;
     match machine::option(command_line, "scenario=") {
         Some("pci") => pci::scenario(&mut report),
-        Some("balloon") => balloon::scenario(&mut report),
+        Some("balloon") => balloon = balloon::scenario(&mut report),
         Some("hostile") => hostile::scenario(&mut report),
         Some("registers") => registers::scenario(&mut report),
         Some("triple-fault") => machine::triple_fault(),
@@ -54,7 +55,10 @@ extern "C" fn guest_main(start_info: u64) -> ! {
     }
     report.done();
     if command_line.split(' ').any(|word| word == "stay") {
-        machine::halt_forever();
+        match balloon {
+            Some(balloon) => balloon.serve_statistics(),
+            None => machine::halt_forever(),
+        }
     }
     machine::power_off()
 }

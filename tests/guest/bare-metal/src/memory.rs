@@ -16,6 +16,12 @@ pub fn write<T: Copy>(address: u64, value: T) {
     unsafe { write_volatile(address as *mut T, value) }
 }
 
+/// Writes `word` wherever [`find_other`] looks: memory goes and stays by the
+/// page, and emulated guests are slow.
+pub fn stamp(address: u64, bytes: u64, word: u32) {
+    looked_at(address, bytes).for_each(|at| write(at, word));
+}
+
 /// Fills `bytes` (a multiple of 4) with `word`, one string instruction.
 pub fn fill(address: u64, bytes: u64, word: u32) {
     // SAFETY: as in `write`.
@@ -24,15 +30,18 @@ pub fn fill(address: u64, bytes: u64, word: u32) {
     }
 }
 
-/// The first 4-byte word in the range that is not `word`, looked at every 4096
-/// bytes and at the last word: emulated guests are slow.
+/// The first 4-byte word that [`stamp`] writes and that is not `word`.
 pub fn find_other(address: u64, bytes: u64, word: u32) -> Option<(u64, u32)> {
-    let last = address + bytes - 4;
-    (address..last)
-        .step_by(4096)
-        .chain(core::iter::once(last))
+    looked_at(address, bytes)
         .map(|at| (at, read::<u32>(at)))
         .find(|(_, found)| *found != word)
+}
+
+/// The first and the last word of each page.
+fn looked_at(address: u64, bytes: u64) -> impl Iterator<Item = u64> {
+    (address..address + bytes)
+        .step_by(4096)
+        .flat_map(|page| [page, page + 4092])
 }
 
 /// Orders all earlier accesses before all later ones. A locked instruction

@@ -33,13 +33,18 @@ impl Queue {
     pub const AREA_BYTES: u64 = 0x1_0000;
 
     pub fn new(base: u64, size: u16) -> Self {
-        fill(base, Self::AREA_BYTES, 0);
-        Self {
+        let queue = Self {
             base,
             size,
             next_available: 0,
             last_used: 0,
-        }
+        };
+        let entries = u64::from(size);
+        fill(queue.descriptors(), entries * 16, 0);
+        // Two more words of 16 bits before the rings, one behind; to whole words of 32.
+        fill(queue.available(), entries * 2 + 8, 0);
+        fill(queue.used(), entries * 8 + 8, 0);
+        queue
     }
 
     pub fn descriptors(&self) -> u64 {
