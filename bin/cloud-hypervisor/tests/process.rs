@@ -1,4 +1,4 @@
-//! The program as a process: exit status, what it prints, and what it leaves behind. No test here boots a machine.
+//! The program as a process: exit status, what it prints, and what it leaves behind. No test here runs a guest.
 
 #![allow(clippy::unwrap_used)]
 
@@ -197,6 +197,19 @@ fn program_bad_values_end_in_one_chain_and_leave_nothing_behind() {
         assert!(text.contains(reason), "{line}: {text}");
         assert!(files(dir.path()).is_empty(), "{line}");
     }
+}
+
+#[test]
+fn program_kernel_that_is_not_there_ends_in_a_chain() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = output(&format!(
+        "--kernel /nonexistent/kernel --console off --api-socket {}",
+        dir.path().join("s").display()
+    ));
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    assert!(text.contains("  0: The VM could not boot"), "{text}");
+    assert!(files(dir.path()).is_empty());
 }
 
 #[test]

@@ -17,8 +17,8 @@ use super::consoles;
 use super::devices::{Devices, Plug};
 use super::exits::Exits;
 use super::network;
-use super::observer::{CounterSource, Observed};
-use super::{Launch, Vm, VmContext, VmError, VmObserver, VmSignals};
+use super::observer::{CounterSource, Observed, OwnObserver};
+use super::{Launch, Vm, VmContext, VmError, VmSignals};
 use crate::cpu::{GuestEvent, Vcpus, VcpusContext, guest_phys_bits};
 use crate::memory::GuestMemory;
 
@@ -59,17 +59,17 @@ pub(super) fn build(config: &mut VmConfig, context: &VmContext) -> Result<Vm, Vm
     } = devices;
 
     let residency = ResidencyProbe::new(memory.ram().clone()).map_err(VmError::Residency)?;
-    let observer = VmObserver::new(Observed {
-        ram_bytes: config
-            .memory
-            .total_bytes()
-            .expect("validation has added it up"),
+    let observed = Observed {
         backing: backing_name(config),
         residency,
         balloon: balloon.clone(),
         counters,
-        device_tree: tree,
-    });
+    };
+    let ram_bytes = config
+        .memory
+        .total_bytes()
+        .expect("validation has added it up");
+    let observer = OwnObserver::new(observed, ram_bytes, tree);
     let vcpus = Vcpus::new(
         &kvm,
         &vm,

@@ -27,6 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use consoles::Consoles;
 pub use error::VmError;
+use observer::OwnObserver;
 pub use observer::{BalloonStatsError, VmObserver};
 
 use crate::acpi::{self, AcpiParams, VcpuEntry};
@@ -100,7 +101,7 @@ pub struct Vm {
     functions: Vec<Arc<VirtioPciFunction>>,
     chassis: Chassis,
     balloon: Option<BalloonHandle>,
-    observer: VmObserver,
+    observer: OwnObserver,
     /// Until boot.
     launch: Launch,
     /// Held for what its drop does.
@@ -231,6 +232,6 @@ impl Vm {
 
     /// What other threads may look at.
     pub fn observer(&self) -> VmObserver {
-        self.observer.clone()
+        self.observer.handle()
     }
 }

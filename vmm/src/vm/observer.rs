@@ -1,7 +1,7 @@
 //! Read-only access to a running machine for API threads.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Instant, SystemTime};
 
 use api::{BalloonStatsResponse, DeviceNode, ReclaimStats, VmCounters};
@@ -20,6 +20,9 @@ pub enum BalloonStatsError {
     /// The guest sent none.
     #[error("The guest has not sent its memory statistics")]
     NoAnswer(#[source] StatsError),
+    /// It was shut down between the question and the answer.
+    #[error("VM is not running")]
+    MachineGone,
     /// The page tables cannot be read.
     #[error("Cannot measure the residency of guest memory")]
     Residency(#[source] ResidencyError),
@@ -45,61 +48,106 @@ impl CounterSource {
 
 /// What an observer looks at; made once when the machine is built.
 pub(super) struct Observed {
-    pub(super) ram_bytes: u64,
     pub(super) backing: &'static str,
     pub(super) residency: ResidencyProbe,
     pub(super) balloon: Option<BalloonHandle>,
     pub(super) counters: Vec<(String, CounterSource)>,
-    pub(super) device_tree: BTreeMap<String, DeviceNode>,
 }
 
-/// A handle on the figures of one machine. Cheap to clone; keeps the guest's
-/// RAM mapped as long as it lives, so holders drop it with the machine.
+/// A handle on the figures of one machine. Cheap to clone; outlives the machine, and has no figures then.
+///
+/// What it looks at holds guest RAM, image files and taps. A machine that goes takes all of it back, whoever still has
+/// a handle: the next machine may need the same files a moment later.
 #[derive(Clone)]
 pub struct VmObserver {
-    observed: Arc<Observed>,
+    ram_bytes: u64,
+    device_tree: Arc<BTreeMap<String, DeviceNode>>,
+    observed: Arc<RwLock<Option<Observed>>>,
 }
 
 impl std::fmt::Debug for VmObserver {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("VmObserver")
-            .field("ram_bytes", &self.observed.ram_bytes)
+            .field("ram_bytes", &self.ram_bytes)
             .finish_non_exhaustive()
     }
 }
 
+/// The machine's own handle, which takes everything back when it is dropped.
+#[derive(Debug)]
+pub(super) struct OwnObserver(VmObserver);
+
+impl OwnObserver {
+    pub(super) fn new(
+        observed: Observed,
+        ram_bytes: u64,
+        device_tree: BTreeMap<String, DeviceNode>,
+    ) -> Self {
+        Self(VmObserver {
+            ram_bytes,
+            device_tree: Arc::new(device_tree),
+            observed: Arc::new(RwLock::new(Some(observed))),
+        })
+    }
+
+    pub(super) fn handle(&self) -> VmObserver {
+        self.0.clone()
+    }
+}
+
+impl Drop for OwnObserver {
+    /// Waits for reads under way, of which the longest measures residency and takes milliseconds. None of them waits
+    /// for the guest.
+    fn drop(&mut self) {
+        let mut observed = self
+            .0
+            .observed
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        drop(observed.take());
+    }
+}
+
 impl VmObserver {
-    pub(super) fn new(observed: Observed) -> Self {
-        Self {
-            observed: Arc::new(observed),
-        }
+    /// Looks at the machine, which cannot go meanwhile; `None` when it has gone.
+    fn look<T>(&self, read: impl FnOnce(&Observed) -> T) -> Option<T> {
+        let observed = self.observed.read().unwrap_or_else(PoisonError::into_inner);
+        observed.as_ref().map(read)
     }
 
     /// Configured RAM less what the guest says is in the balloon. O(1).
     pub fn memory_actual_size_bytes(&self) -> u64 {
+        // Asked for on a thread that never waits, not even for a machine on its way out.
         let ballooned = self
             .observed
-            .balloon
-            .as_ref()
-            .map_or(0, BalloonHandle::actual_bytes);
-        self.observed.ram_bytes.saturating_sub(ballooned)
+            .try_read()
+            .ok()
+            .and_then(|observed| {
+                let balloon = observed.as_ref()?.balloon.as_ref()?;
+                Some(balloon.actual_bytes())
+            })
+            .unwrap_or(0);
+        self.ram_bytes.saturating_sub(ballooned)
     }
 
     /// Counters by device. Takes microseconds.
     pub fn counters(&self) -> VmCounters {
-        self.observed
-            .counters
-            .iter()
-            .map(|(id, source)| (id.clone(), source.read()))
-            .filter(|(_, counters)| !counters.is_empty())
-            .map(|(id, counters)| {
-                let named = counters
-                    .into_iter()
-                    .map(|(name, value)| (name.to_owned(), value))
-                    .collect();
-                (id, named)
-            })
-            .collect()
+        self.look(|observed| {
+            observed
+                .counters
+                .iter()
+                .map(|(id, source)| (id.clone(), source.read()))
+                .filter(|(_, counters)| !counters.is_empty())
+                .map(|(id, counters)| {
+                    let named = counters
+                        .into_iter()
+                        .map(|(name, value)| (name.to_owned(), value))
+                        .collect();
+                    (id, named)
+                })
+                .collect()
+        })
+        .unwrap_or_default()
     }
 
     /// A fresh statistics sample from the guest; waits for it until `deadline`.
@@ -110,10 +158,10 @@ impl VmObserver {
         &self,
         deadline: Instant,
     ) -> Result<BalloonStatsResponse, BalloonStatsError> {
+        // The lock is given back before the wait for the guest.
         let balloon = self
-            .observed
-            .balloon
-            .as_ref()
+            .look(|observed| observed.balloon.clone())
+            .ok_or(BalloonStatsError::MachineGone)?
             .ok_or(BalloonStatsError::MissingBalloon)?;
         let sample = balloon
             .request_stats(deadline)
@@ -136,21 +184,86 @@ impl VmObserver {
     /// # Errors
     /// The page tables cannot be read.
     pub fn reclaim_stats(&self) -> Result<ReclaimStats, BalloonStatsError> {
-        let residency = self
-            .observed
-            .residency
-            .sample()
-            .map_err(BalloonStatsError::Residency)?;
-        let balloon = self.observed.balloon.as_ref().map(BalloonHandle::snapshot);
-        Ok(reclaim_report::reclaim_stats(
-            &residency,
-            self.observed.backing,
-            balloon.as_ref(),
-        ))
+        self.look(|observed| {
+            let residency = observed
+                .residency
+                .sample()
+                .map_err(BalloonStatsError::Residency)?;
+            let balloon = observed.balloon.as_ref().map(BalloonHandle::snapshot);
+            Ok(reclaim_report::reclaim_stats(
+                &residency,
+                observed.backing,
+                balloon.as_ref(),
+            ))
+        })
+        .unwrap_or(Err(BalloonStatsError::MachineGone))
     }
 
     /// Devices by id with their PCI addresses.
     pub fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
-        self.observed.device_tree.clone()
+        (*self.device_tree).clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use virtio_devices::{GuestRam, QueueHandler};
+    use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+    use super::*;
+
+    struct Device;
+
+    impl VirtioDevice for Device {
+        fn device_type(&self) -> u32 {
+            2
+        }
+
+        fn queue_sizes(&self) -> &[u16] {
+            &[]
+        }
+
+        fn features(&self) -> u64 {
+            0
+        }
+
+        fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
+
+        fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
+            Vec::new()
+        }
+
+        fn counters(&self) -> Counters {
+            Counters::from([("read_ops", 1)])
+        }
+    }
+
+    #[test]
+    fn observer_of_a_machine_that_went_holds_nothing_of_it() {
+        let ram = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let device: Arc<Mutex<dyn VirtioDevice>> = Arc::new(Mutex::new(Device));
+        let alive = Arc::downgrade(&device);
+        let observed = Observed {
+            backing: "anonymous-private",
+            residency: ResidencyProbe::new(GuestRam::new(ram)).unwrap(),
+            balloon: None,
+            counters: vec![("_disk0".to_owned(), CounterSource::Device(device))],
+        };
+        let own = OwnObserver::new(observed, 1 << 20, BTreeMap::new());
+        let handle = own.handle();
+        assert_eq!(handle.counters()["_disk0"]["read_ops"], 1);
+        assert!(handle.reclaim_stats().is_ok());
+
+        drop(own);
+
+        assert!(alive.upgrade().is_none());
+        assert!(handle.counters().is_empty());
+        assert!(matches!(
+            handle.reclaim_stats(),
+            Err(BalloonStatsError::MachineGone)
+        ));
+        assert_eq!(handle.memory_actual_size_bytes(), 1 << 20);
     }
 }
