@@ -229,6 +229,9 @@ fn initramfs(job: &Job) -> Result<Vec<u8>> {
         link
     });
     archive.file("testbed/guest", 0o644, &nul_separated(links.into_iter()));
+    if job.options.icount {
+        archive.file("testbed/copy-guest", 0o644, b"");
+    }
     Ok(archive.finish())
 }
 
