@@ -148,6 +148,8 @@ mod tests {
     #![allow(clippy::unwrap_used)]
 
     use micro_http::Method;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -236,5 +238,54 @@ mod tests {
         assert!(!framer.take_continue_due());
         framer.push(b"{}");
         assert!(framer.next().unwrap().is_some());
+    }
+
+    /// Pieces of requests, right and wrong, that a stream is made of.
+    fn piece() -> impl Strategy<Value = Vec<u8>> {
+        let known = |text: &'static str| Just(text.as_bytes().to_vec());
+        prop_oneof![
+            known("GET /api/v1/vmm.ping HTTP/1.1\r\n"),
+            known("PUT /api/v1/vm.create HTTP/1.0\r\n"),
+            known("GET  HTTP/1.1\r\n"),
+            known("Content-Length: 3\r\n"),
+            known("Content-Length: 4194305\r\n"),
+            known("Content-Length:\r\n"),
+            known("Expect: 100-continue\r\n"),
+            known("Accept-Encoding: *;q=0\r\n"),
+            known(":\r\n"),
+            known("\r\n"),
+            known("\r"),
+            known("{}"),
+            vec(any::<u8>(), 0..64),
+        ]
+    }
+
+    /// Feeds `bytes` in steps of `step`; the number of requests before the end or an error.
+    fn feed(bytes: &[u8], step: usize) -> (usize, bool) {
+        let mut framer = Framer::default();
+        let mut requests = 0;
+        for part in bytes.chunks(step) {
+            framer.push(part);
+            loop {
+                match framer.next() {
+                    Ok(Some(_)) => requests += 1,
+                    Ok(None) => break,
+                    Err(_) => return (requests, true),
+                }
+            }
+            assert!(framer.bytes.len() <= HEAD_BYTES_MAX + PAYLOAD_BYTES_MAX + step);
+        }
+        (requests, false)
+    }
+
+    proptest! {
+        #[test]
+        fn framer_any_stream_means_the_same_however_it_is_cut(
+            pieces in vec(piece(), 0..24),
+            step in 1usize..80,
+        ) {
+            let bytes = pieces.concat();
+            prop_assert_eq!(feed(&bytes, step), feed(&bytes, bytes.len().max(1)));
+        }
     }
 }
