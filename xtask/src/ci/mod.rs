@@ -118,9 +118,13 @@ fn summary(results: &[Record]) -> bool {
             Verdict::LeftOut => "left out",
         };
         let seconds = result.took.as_secs_f64();
+        let tests = match result.counts {
+            none if none == Counts::default() => String::from("-"),
+            counts => counts.to_string(),
+        };
         println!(
-            "{:<14} {verdict:<8} {seconds:>8.1}  {}",
-            result.step.name, result.counts
+            "{:<14} {verdict:<8} {seconds:>8.1}  {tests}",
+            result.step.name
         );
         total += result.counts;
         total.failed += u64::from(result.verdict == Verdict::Failed && result.counts.failed == 0);
