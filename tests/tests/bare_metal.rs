@@ -105,7 +105,12 @@ fn starts_again_after(scenario: &str) -> Result<()> {
     if !kvm_opens() {
         return Ok(());
     }
-    let mut vmm = start(scenario, &["--event-monitor", "path=@/events"])?;
+    // A disk, because its image is locked: the next machine needs it free.
+    let image = tempfile::NamedTempFile::new()?;
+    image.as_file().set_len(1 << 20)?;
+    let disk = format!("path={},image_type=raw", image.path().display());
+    let arguments = ["--event-monitor", "path=@/events", "--disk", &disk];
+    let mut vmm = start(scenario, &arguments)?;
     wait_for("two reboots", SCENARIO_DEADLINE, || {
         ensure!(!vmm.has_ended()?, "the VMM ended");
         Ok((vmm.text("events").matches("\"rebooted\"").count() >= 2).then_some(()))
@@ -121,6 +126,31 @@ fn i8042_reset_reboots() -> Result<()> {
 #[test]
 fn triple_fault_reboots() -> Result<()> {
     starts_again_after("triple-fault")
+}
+
+#[test]
+fn reboots_leave_no_descriptor_and_no_thread_behind() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let vmm = start("spin", BALLOON)?;
+    wait_for("running guest", SCENARIO_DEADLINE, || {
+        let info = vmm.get("vm.info").ok();
+        Ok(info.filter(|info| info["state"] == "Running"))
+    })?;
+    let count = |what: &str| -> Result<usize> {
+        Ok(std::fs::read_dir(format!("/proc/{}/{what}", vmm.pid()))?.count())
+    };
+    vmm.put("vm.reboot", None)?;
+    let before = (count("fd")?, count("task")?);
+    for _ in 0..4 {
+        vmm.put("vm.reboot", None)?;
+    }
+    // The connection of the last request may take a moment to be closed.
+    wait_for("what one machine has", Duration::from_secs(60), || {
+        Ok((count("fd")? <= before.0 && count("task")? <= before.1).then_some(()))
+    })
+    .with_context(|| format!("there were {before:?} descriptors and threads"))
 }
 
 #[test]
