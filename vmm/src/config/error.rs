@@ -82,6 +82,14 @@ pub enum MemoryFault {
     /// No RAM at all.
     #[error("The size is 0")]
     Zero,
+    /// Less than the boot structures and a payload need.
+    #[error("The size {bytes} is less than {min_bytes} bytes")]
+    TooSmall {
+        /// RAM.
+        bytes: u64,
+        /// The least.
+        min_bytes: u64,
+    },
     /// Not whole pages.
     #[error("The size {bytes} is no multiple of {page_bytes} bytes")]
     NotWholePages {

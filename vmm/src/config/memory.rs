@@ -3,6 +3,7 @@
 use api::config::MemoryConfig;
 
 use super::error::MemoryFault;
+use crate::memory::layout::MIN_RAM_BYTES;
 
 const PAGE_BYTES: u64 = 4 << 10;
 /// The two sizes of huge pages of x86-64.
@@ -18,6 +19,12 @@ pub(super) fn check(memory: &MemoryConfig, address_bits: u8) -> Result<(), Memor
     let bytes = memory.total_bytes().ok_or_else(|| beyond(u64::MAX))?;
     if bytes == 0 {
         return Err(MemoryFault::Zero);
+    }
+    if bytes < MIN_RAM_BYTES {
+        return Err(MemoryFault::TooSmall {
+            bytes,
+            min_bytes: MIN_RAM_BYTES,
+        });
     }
     let page_bytes = page_bytes(memory)?;
     if !bytes.is_multiple_of(page_bytes) {

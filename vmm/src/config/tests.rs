@@ -79,6 +79,15 @@ fn validate_payload_faults_are_named() {
 }
 
 #[test]
+fn validate_empty_list_of_zones_asks_for_nothing() {
+    let config = parse(json!({
+        "payload": {"kernel": "/k"},
+        "memory": {"size": 512 << 20, "zones": []},
+    }));
+    assert_eq!(validate(&config), Ok(()));
+}
+
+#[test]
 fn validate_memory_faults_are_named() {
     let memory = |value| match fault("memory", value) {
         ValidationError::Memory(fault) => fault,
@@ -91,6 +100,10 @@ fn validate_memory_faults_are_named() {
             page_bytes: 4096,
             ..
         }
+    ));
+    assert!(matches!(
+        memory(json!({"size": 1 << 20})),
+        MemoryFault::TooSmall { .. }
     ));
     assert!(matches!(
         memory(json!({"size": 3 << 20, "hugepages": true})),
@@ -304,6 +317,16 @@ fn validate_what_is_not_built_is_refused_by_name() {
             "disks.image_type other than raw",
         ),
         ("disks", json!([{"vhost_user": true}]), "disks.vhost_user"),
+        (
+            "disks",
+            json!([{"path": "/d", "queue_affinity": [{"queue_index": 0, "host_cpus": [1]}]}]),
+            "disks.queue_affinity",
+        ),
+        (
+            "cpus",
+            json!({"boot_vcpus": 1, "max_vcpus": 1, "core_scheduling": "Vcpu"}),
+            "cpus.core_scheduling Vcpu",
+        ),
         ("net", json!([{"iommu": true}]), "net.iommu"),
         (
             "platform",

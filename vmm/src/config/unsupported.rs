@@ -2,7 +2,8 @@
 
 use api::VmConfig;
 use api::config::{
-    ConsoleOutputMode, CpusConfig, DiskConfig, ImageType, MemoryConfig, NetConfig, PlatformConfig,
+    ConsoleOutputMode, CoreScheduling, CpusConfig, DiskConfig, ImageType, MemoryConfig, NetConfig,
+    PlatformConfig,
 };
 
 use super::error::ValidationError;
@@ -40,6 +41,11 @@ fn cpus(cpus: &CpusConfig) -> Vec<String> {
     [
         asked("cpus.kvm_hyperv", cpus.kvm_hyperv),
         asked("cpus.features.amx", cpus.features.amx),
+        // The default, `Vm`, is asked for by everybody who says nothing.
+        asked(
+            "cpus.core_scheduling Vcpu",
+            cpus.core_scheduling == CoreScheduling::Vcpu,
+        ),
     ]
     .into_iter()
     .flatten()
@@ -49,7 +55,10 @@ fn cpus(cpus: &CpusConfig) -> Vec<String> {
 fn memory(memory: &MemoryConfig) -> Vec<String> {
     let hotplug = [memory.hotplug_size, memory.hotplugged_size];
     [
-        asked("memory.zones", memory.zones.is_some()),
+        asked(
+            "memory.zones",
+            memory.zones.as_ref().is_some_and(|zones| !zones.is_empty()),
+        ),
         asked(
             "memory.hotplug_size",
             hotplug.into_iter().flatten().any(|bytes| bytes > 0),
@@ -71,6 +80,12 @@ fn disk(disk: &DiskConfig) -> Vec<String> {
         asked(
             "disks.rate_limiter_config",
             disk.rate_limiter_config.is_some(),
+        ),
+        asked(
+            "disks.queue_affinity",
+            disk.queue_affinity
+                .as_ref()
+                .is_some_and(|pinned| !pinned.is_empty()),
         ),
         asked("disks.iommu", disk.iommu),
         asked("disks.pci_segment", disk.pci_segment != 0),

@@ -58,7 +58,7 @@ impl GuestMemory {
 
     fn plan(config: &MemoryConfig, phys_bits: u8) -> Result<(AddressMap, Backing), MemoryError> {
         let unsupported = [
-            (config.zones.is_some(), "zones"),
+            (config.zones.iter().flatten().next().is_some(), "zones"),
             (
                 config.hotplug_size.is_some_and(|bytes| bytes > 0),
                 "hotplug",
