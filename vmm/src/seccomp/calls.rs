@@ -167,8 +167,11 @@ pub(super) fn children(kind: ThreadKind) -> &'static [ThreadKind] {
         ThreadKind::Control => &[
             ThreadKind::Vcpu,
             ThreadKind::Serial,
-            ThreadKind::PayloadLoader,
-            ThreadKind::Device,
+            ThreadKind::Balloon,
+            ThreadKind::Block,
+            ThreadKind::Net,
+            ThreadKind::Rng,
+            ThreadKind::Console,
         ],
         _ => &[],
     }
@@ -194,13 +197,11 @@ pub(super) fn own(kind: ThreadKind) -> Vec<&'static [c_long]> {
         // Serial output leaves on the vCPU thread; MSI-X vectors get their descriptors when the guest unmasks them.
         ThreadKind::Vcpu => &[SOCKET_IO, &[libc::SYS_eventfd2]],
         ThreadKind::Serial => &[SOCKET_IO, TIMERS, &[libc::SYS_eventfd2]],
-        ThreadKind::PayloadLoader => &[&[libc::SYS_fstat, libc::SYS_pread64, libc::SYS_statx]],
         ThreadKind::Balloon => &[DISCARD, TIMERS, RESIDENCY],
         ThreadKind::Block => &[DISK_IO, TIMERS],
         ThreadKind::Net => &[SOCKET_IO, TIMERS],
         ThreadKind::Rng => &[TIMERS, &[libc::SYS_pread64]],
         ThreadKind::Console => &[SOCKET_IO, TIMERS],
-        ThreadKind::Device => &[DISCARD, DISK_IO, SOCKET_IO, TIMERS, RESIDENCY],
     });
     lists
 }

@@ -103,15 +103,6 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Ioctl> {
         ThreadKind::Balloon => requests(&[PAGEMAP_SCAN]),
         ThreadKind::Block => requests(&[BLKDISCARD, BLKZEROOUT]),
         ThreadKind::Net => requests(&[TUNSETOFFLOAD, TUNSETQUEUE]),
-        ThreadKind::Device => requests(&[
-            PAGEMAP_SCAN,
-            BLKDISCARD,
-            BLKZEROOUT,
-            TUNSETOFFLOAD,
-            TUNSETQUEUE,
-            FIONBIO,
-            TIOCGWINSZ,
-        ]),
-        ThreadKind::EventMonitor | ThreadKind::PayloadLoader | ThreadKind::Rng => requests(&[]),
+        ThreadKind::EventMonitor | ThreadKind::Rng => requests(&[]),
     }
 }

@@ -1,5 +1,11 @@
 //! The kinds of threads, told by the thread's name.
 
+use crate::api::QUERY_THREAD;
+use crate::api::http::HTTP_THREAD;
+use crate::control::CONTROL_THREAD;
+use crate::event_monitor::EVENT_THREAD;
+use crate::serial::SERIAL_MANAGER_THREAD;
+
 /// Threads that may do the same things.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ThreadKind {
@@ -17,8 +23,6 @@ pub enum ThreadKind {
     Vcpu,
     /// Carries serial port input and output.
     Serial,
-    /// Loads kernel and initramfs.
-    PayloadLoader,
     /// Serves queues of the balloon.
     Balloon,
     /// Serves queues of a disk.
@@ -29,8 +33,6 @@ pub enum ThreadKind {
     Rng,
     /// Serves queues of the console.
     Console,
-    /// Serves a device whose name, chosen by the user, does not tell its kind: what any device may do.
-    Device,
 }
 
 impl ThreadKind {
@@ -43,58 +45,55 @@ impl ThreadKind {
         Self::EventMonitor,
         Self::Vcpu,
         Self::Serial,
-        Self::PayloadLoader,
         Self::Balloon,
         Self::Block,
         Self::Net,
         Self::Rng,
         Self::Console,
-        Self::Device,
     ];
 
-    /// The kind of the thread with this name. Total: a name nobody reserved is a device's.
-    pub fn of_name(name: &str) -> Self {
-        match name {
-            crate::control::CONTROL_THREAD => Self::Control,
-            crate::api::http::HTTP_THREAD => Self::HttpServer,
-            crate::api::QUERY_THREAD => Self::ApiQuery,
-            crate::event_monitor::EVENT_THREAD => Self::EventMonitor,
-            "main" => Self::Main,
-            "payload_loader" => Self::PayloadLoader,
-            _ => Self::of_prefix(name),
-        }
-    }
-
-    fn of_prefix(name: &str) -> Self {
-        let numbered = |prefix: &str| {
-            name.strip_prefix(prefix).is_some_and(|rest| {
-                !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_digit())
-            })
-        };
-        // Users' names cannot begin with two underscores, and generated ones begin with one.
-        let prefixes = [
-            ("__balloon", Self::Balloon),
-            ("__rng", Self::Rng),
-            ("__console", Self::Console),
-            ("serial", Self::Serial),
+    /// The kind of the thread that the hook is given this name for; `None` when no thread of ours is called so.
+    pub fn of_name(name: &str) -> Option<Self> {
+        let known = [
+            ("main", Self::Main),
+            (CONTROL_THREAD, Self::Control),
+            (HTTP_THREAD, Self::HttpServer),
+            (QUERY_THREAD, Self::ApiQuery),
+            (EVENT_THREAD, Self::EventMonitor),
+            (SERIAL_MANAGER_THREAD, Self::Serial),
         ];
-        if numbered("vcpu") {
-            return Self::Vcpu;
-        }
-        prefixes
+        let workers = Self::ALL
+            .iter()
+            .filter_map(|kind| Some((kind.worker_name()?, *kind)));
+        known
             .into_iter()
-            .find(|(prefix, _)| name.starts_with(prefix))
-            .map_or_else(|| Self::of_generated_id(name), |(_, kind)| kind)
+            .chain(workers)
+            .find(|(known, _)| *known == name)
+            .map(|(_, kind)| kind)
+            .or_else(|| is_vcpu(name).then_some(Self::Vcpu))
     }
 
-    /// `_disk0`, `_disk0_q1`, `_net2_qp0`: the id is generated only if digits follow, otherwise a user chose it.
-    fn of_generated_id(name: &str) -> Self {
-        [("_disk", Self::Block), ("_net", Self::Net)]
-            .into_iter()
-            .find(|(prefix, _)| {
-                name.strip_prefix(prefix)
-                    .is_some_and(|rest| rest.starts_with(|first: char| first.is_ascii_digit()))
-            })
-            .map_or(Self::Device, |(_, kind)| kind)
+    /// The name the hook is given for the workers of a device. Their own begins with the device's id, which a user may
+    /// choose to be the name of any other thread.
+    pub fn worker_name(self) -> Option<&'static str> {
+        match self {
+            Self::Balloon => Some("balloon-worker"),
+            Self::Block => Some("block-worker"),
+            Self::Net => Some("net-worker"),
+            Self::Rng => Some("rng-worker"),
+            Self::Console => Some("console-worker"),
+            Self::Main
+            | Self::Control
+            | Self::HttpServer
+            | Self::ApiQuery
+            | Self::EventMonitor
+            | Self::Vcpu
+            | Self::Serial => None,
+        }
     }
+}
+
+fn is_vcpu(name: &str) -> bool {
+    name.strip_prefix("vcpu")
+        .is_some_and(|rest| !rest.is_empty() && rest.bytes().all(|byte| byte.is_ascii_digit()))
 }

@@ -58,6 +58,12 @@ pub enum SeccompError {
         #[source]
         source: seccompiler::Error,
     },
+    /// A thread without a kind, which is a fault of ours.
+    #[error("There is no seccomp filter for a thread {name}")]
+    UnknownThread {
+        /// What the hook was given.
+        name: String,
+    },
     /// Nobody could tell which call was forbidden.
     #[error("Cannot install the handler of SIGSYS")]
     Handler(#[source] vmm_sys_util::errno::Error),
@@ -113,7 +119,12 @@ impl Seccomp {
     pub fn hook(self: &Arc<Self>) -> ThreadStart {
         let seccomp = Arc::clone(self);
         Arc::new(move |name| {
-            if let Err(error) = seccomp.apply(ThreadKind::of_name(name)) {
+            let applied = ThreadKind::of_name(name)
+                .ok_or_else(|| SeccompError::UnknownThread {
+                    name: name.to_owned(),
+                })
+                .and_then(|kind| seccomp.apply(kind));
+            if let Err(error) = applied {
                 log::error!("Thread {name}: {}", api::error_chain(&error).join(": "));
                 std::process::exit(1);
             }

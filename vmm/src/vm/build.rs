@@ -21,6 +21,7 @@ use super::observer::{CounterSource, Observed, OwnObserver};
 use super::{Launch, Vm, VmContext, VmError, VmSignals};
 use crate::cpu::{GuestEvent, Vcpus, VcpusContext, guest_phys_bits};
 use crate::memory::GuestMemory;
+use crate::seccomp::ThreadKind;
 
 /// Ids of the devices of which there is at most one.
 const BALLOON_ID: &str = "__balloon";
@@ -128,6 +129,7 @@ fn plug_disk(devices: &mut Devices<'_>, disk: &DiskConfig) -> Result<(), VmError
     devices.plug(
         &Plug {
             id,
+            kind: ThreadKind::Block,
             slot: disk.pci_device_id,
         },
         block,
@@ -148,6 +150,7 @@ fn plug_rng(devices: &mut Devices<'_>, config: &VmConfig) -> Result<(), VmError>
         })?;
     let plug = Plug {
         id,
+        kind: ThreadKind::Rng,
         slot: config.rng.pci_device_id,
     };
     devices.plug(&plug, Rng::new(id, source), None)
@@ -171,6 +174,7 @@ fn plug_balloon(
     })?;
     let plug = Plug {
         id,
+        kind: ThreadKind::Balloon,
         slot: config.pci_device_id,
     };
     devices.plug(&plug, balloon, Some(CounterSource::Balloon(handle.clone())))?;
@@ -195,8 +199,8 @@ fn guest_events(signals: &Arc<VmSignals>) -> Arc<dyn Fn(GuestEvent) + Send + Syn
 /// What guest RAM is made of, for `vm.reclaim-stats`.
 fn backing_name(config: &VmConfig) -> &'static str {
     match (config.memory.hugepages, config.memory.shared) {
-        (true, true) => "hugetlb-shared",
-        (true, false) => "hugetlb-private",
+        // A memfd, whatever `shared` says.
+        (true, _) => "hugetlb-shared",
         (false, true) => "memfd-shared",
         (false, false) => "anonymous-private",
     }

@@ -12,6 +12,7 @@ use super::chassis::Chassis;
 use super::devices::{Devices, Plug};
 use super::{ThreadStart, VmContext, VmError};
 use crate::bus::BusDevice;
+use crate::seccomp::ThreadKind;
 use crate::serial::{
     Endpoint, EndpointMode, SERIAL_IRQ, SERIAL_PORTS, SerialError, SerialManager, Uart,
 };
@@ -176,6 +177,7 @@ fn plug_console(
     let console = Console::new(id, streams, None).map_err(|source| failed(source.into()))?;
     let plug = Plug {
         id,
+        kind: ThreadKind::Console,
         slot: config.console.pci_device_id,
     };
     devices.plug(&plug, console, None)

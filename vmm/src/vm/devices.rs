@@ -12,12 +12,15 @@ use virtio_devices::{GuestRam, VirtioDevice};
 
 use super::chassis::Chassis;
 use super::observer::CounterSource;
-use super::{EventSink, VmContext, VmError};
+use super::{EventSink, ThreadStart, VmContext, VmError};
 use crate::interrupt::FunctionVectors;
+use crate::seccomp::ThreadKind;
 
 /// Where a device goes and what it is called.
 pub(super) struct Plug<'a> {
     pub(super) id: &'a str,
+    /// What its workers may do.
+    pub(super) kind: ThreadKind,
     /// The slot asked for; the next free one when `None`.
     pub(super) slot: Option<u8>,
 }
@@ -67,7 +70,7 @@ impl<'a> Devices<'a> {
             device: Arc::clone(&device),
             mem: self.ram.clone(),
             vectors: Arc::new(vectors),
-            thread_start: Arc::clone(&self.context.thread_start),
+            thread_start: self.worker_start(plug.kind),
             listener: Some(Arc::new(DeviceEvents(Arc::clone(&self.context.events)))),
         })
         .map_err(|source| in_device(source.into()))?;
@@ -83,6 +86,13 @@ impl<'a> Devices<'a> {
         self.add_nodes(plug.id, bdf.to_string());
         self.functions.push(function);
         Ok(())
+    }
+
+    /// The hook for workers of this kind, whatever the user has called their device.
+    fn worker_start(&self, kind: ThreadKind) -> ThreadStart {
+        let thread_start = Arc::clone(&self.context.thread_start);
+        let name = kind.worker_name().expect("devices are served by workers");
+        Arc::new(move |_own_name| thread_start(name))
     }
 
     /// A device is two nodes, as upstream shows it: the PCI function and, below
@@ -120,5 +130,48 @@ impl LifecycleListener for DeviceEvents {
 
     fn device_reset(&self, id: &str) {
         (self.0)("virtio-device", "reset", &[("id", id.to_owned())]);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::fs::File;
+
+    use hypervisor::Kvm;
+    use virtio_devices::rng::Rng;
+
+    use super::*;
+    use crate::memory::GuestMemory;
+    use crate::vm::VmSignals;
+
+    #[test]
+    fn worker_of_a_device_named_like_a_thread_is_confined_as_a_worker() {
+        let Ok(kvm) = Kvm::open() else {
+            eprintln!("skipped: no usable /dev/kvm");
+            return;
+        };
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        let signals = Arc::new(VmSignals::new().unwrap());
+        let (sender, names) = std::sync::mpsc::channel();
+        let context = VmContext {
+            signals: Arc::clone(&signals),
+            thread_start: Arc::new(move |name| sender.send(name.to_owned()).unwrap()),
+            events: Arc::new(|_, _, _| {}),
+            consoles: Arc::default(),
+        };
+        let memory = GuestMemory::new(&Default::default(), 46).unwrap();
+        let chassis = Chassis::new(&vm, memory.map(), &signals).unwrap();
+        let mut devices = Devices::new(&chassis, memory.ram().clone(), &context);
+        let plug = Plug {
+            id: "vcpu0",
+            kind: ThreadKind::Rng,
+            slot: None,
+        };
+        let rng = Rng::new(plug.id, File::open("/dev/zero").unwrap());
+        devices.plug(&plug, rng, None).unwrap();
+        let name = names.recv().unwrap();
+        assert_eq!(ThreadKind::of_name(&name), Some(ThreadKind::Rng), "{name}");
     }
 }

@@ -9,6 +9,7 @@ use virtio_devices::net::{Backend, Net, NetParams};
 use super::VmError;
 use super::devices::{Devices, Plug};
 use crate::inherited_fd;
+use crate::seccomp::ThreadKind;
 
 /// Upstream's mask for an address given without one.
 const DEFAULT_MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
@@ -47,6 +48,7 @@ pub(super) fn plug(devices: &mut Devices<'_>, config: &mut NetConfig) -> Result<
     }
     let plug = Plug {
         id: &id,
+        kind: ThreadKind::Net,
         slot: config.pci_device_id,
     };
     devices.plug(&plug, net, None)
