@@ -159,6 +159,17 @@ fn payload_garbage_is_of_unknown_format() {
     }
 }
 
+/// A program for Linux wants to lie anywhere; that is not what is wrong with it.
+#[test]
+fn payload_program_for_linux_has_no_pvh_note() {
+    let program = std::env::current_exe().expect("this test");
+    let error = Payload::load(&kernel(&program), &memory()).expect_err("not a kernel");
+    assert!(
+        matches!(error, BootError::KernelMissingPvhHeader { .. }),
+        "{error}"
+    );
+}
+
 #[test]
 fn payload_elf_without_pvh_note_is_told_so() {
     let error = load_error(&elf(&CODE, LOAD_ADDRESS, PVH_NOTE + 1));
