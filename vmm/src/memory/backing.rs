@@ -101,7 +101,10 @@ impl Backing {
             Some(_) => libc::MAP_SHARED,
             None => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
         };
-        let reserving = if self.reserve { 0 } else { libc::MAP_NORESERVE };
+        // Huge pages come from a pool that does not grow: without a reservation a pool too
+        // small would kill the VMM in the middle of the guest's work.
+        let reserved = self.reserve || matches!(self.kind, Kind::HugetlbMemfd(_));
+        let reserving = if reserved { 0 } else { libc::MAP_NORESERVE };
         let mut builder = MmapRegionBuilder::new(size)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(sharing | reserving)
