@@ -127,7 +127,7 @@ impl FakeObserver {
 
 impl MachineObserver for FakeObserver {
     fn memory_actual_size_bytes(&self) -> u64 {
-        self.ram_bytes - self.balloon().unwrap_or(0)
+        self.ram_bytes.saturating_sub(self.balloon().unwrap_or(0))
     }
 
     fn counters(&self) -> VmCounters {
@@ -497,6 +497,19 @@ fn resize_of_the_balloon_shows_in_info_and_survives_shutdown() {
     assert_eq!(info["memory_actual_size"], 512 << 20);
     assert!(info.get("device_tree").is_none());
     assert_eq!(info["config"]["balloon"]["size"], 256 << 20);
+}
+
+#[test]
+fn resize_of_the_balloon_beyond_all_ram_does_not_keep_a_guest_from_rebooting() {
+    let vmm = vmm();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    vmm.ok(
+        Endpoint::VmResize,
+        Some(r#"{"desired_balloon":1099511627776}"#),
+    );
+    vmm.ok(Endpoint::VmReboot, None);
+    assert_eq!(vmm.state(), "Running");
 }
 
 #[test]

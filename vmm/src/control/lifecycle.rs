@@ -123,11 +123,17 @@ impl<M: Machine> Lifecycle<M> {
         if self.machine.is_some() {
             return Err(ControlError::VmAlreadyCreated);
         }
+        let config = self.config.as_ref().ok_or(ControlError::VmMissingConfig)?;
+        config::validate(config).map_err(ControlError::ConfigValidation)?;
+        self.start_machine()
+    }
+
+    /// Builds and boots the machine of the stored configuration, which was valid when it was booted for the first time.
+    fn start_machine(&mut self) -> Result<(), ControlError> {
         let stored = self.config.as_ref().ok_or(ControlError::VmMissingConfig)?;
         self.emit("vm", "booting");
         // What creation decides (ids, names of taps) becomes part of the configuration only when it succeeds.
         let mut config = stored.clone();
-        config::validate(&config).map_err(ControlError::ConfigValidation)?;
         config::assign_ids(&mut config);
         let mut machine = M::new(&mut config, &self.context).map_err(ControlError::Machine)?;
         machine.boot().map_err(ControlError::Machine)?;
@@ -178,7 +184,9 @@ impl<M: Machine> Lifecycle<M> {
         }
         self.emit("vm", "rebooting");
         self.stop_machine()?;
-        self.boot()?;
+        // Not judged again: a balloon may have been resized to more than all RAM since, which a running machine takes,
+        // and its guest must still be able to reboot.
+        self.start_machine()?;
         self.emit("vm", "rebooted");
         Ok(())
     }
