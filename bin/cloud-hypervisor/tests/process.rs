@@ -146,7 +146,8 @@ fn program_version_has_upstreams_form() {
 fn program_bad_values_end_in_one_chain_and_leave_nothing_behind() {
     for (line, reason) in [
         ("--kernel /k --memory size=0", "The size is 0"),
-        ("--kernel /k --memory size=1000", "no multiple of 4096"),
+        ("--kernel /k --memory size=1000", "less than 2097152 bytes"),
+        ("--kernel /k --memory size=3000001", "no multiple of 4096"),
         (
             "--kernel /k --memory size=16777216T",
             "Error parsing --memory",

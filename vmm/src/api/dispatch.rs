@@ -155,7 +155,10 @@ impl Dispatcher {
             Box::new(move |outcome| {
                 reply.send(match outcome {
                     Ok(()) => Answer::empty(success),
-                    Err(error) => request_failed(error),
+                    Err(error) => {
+                        log::warn!("{}", api::error_chain(&error).join(": "));
+                        request_failed(error)
+                    }
                 });
             }),
         );

@@ -265,11 +265,9 @@ impl<M: Machine> Control<M> {
             };
             log::info!("API request: {:?}", request.kind());
             let ends = matches!(request, VmRequest::ShutdownVmm);
-            let outcome = self.lifecycle.handle(request);
-            if let Err(error) = &outcome {
-                log::warn!("{}", api::error_chain(error).join(": "));
-            }
-            done(outcome);
+            // Whoever asked tells of a failure: the API in its answer and in the log, the command
+            // line at the end of the process.
+            done(self.lifecycle.handle(request));
             if ends {
                 return Some(Ending::Regular);
             }

@@ -1,7 +1,9 @@
 //! Puts a machine together, part by part, from a validated configuration.
 
 use std::fs::File;
+use std::io;
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use api::VmConfig;
@@ -26,6 +28,15 @@ use crate::seccomp::ThreadKind;
 /// Ids of the devices of which there is at most one.
 const BALLOON_ID: &str = "__balloon";
 const RNG_ID: &str = "__rng";
+
+/// Where the entropy should come from cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("Cannot open the entropy source {}", path.display())]
+struct EntropySourceError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
 
 /// Builds the machine; on an error everything made so far is dropped again.
 pub(super) fn build(config: &mut VmConfig, context: &VmContext) -> Result<Vm, VmError> {
@@ -100,12 +111,6 @@ fn plug_disk(devices: &mut Devices<'_>, disk: &DiskConfig) -> Result<(), VmError
         .as_deref()
         .expect("ids are assigned before a machine is built");
     let path = disk.path.clone().expect("validation wants a path");
-    let autodetect = disk.image_type.is_none();
-    if autodetect {
-        log::warn!(
-            "{id}: no image_type given, taken for raw; writes to its first sector are refused"
-        );
-    }
     let block = Block::new(BlockParams {
         id: id.to_owned(),
         path,
@@ -115,7 +120,7 @@ fn plug_disk(devices: &mut Devices<'_>, disk: &DiskConfig) -> Result<(), VmError
         queue_size: disk.queue_size,
         serial: disk.serial.clone(),
         sparse: disk.sparse,
-        autodetect,
+        autodetect: disk.image_type.is_none(),
         lock_granularity: match disk.lock_granularity {
             LockGranularity::ByteRange => block::LockGranularity::ByteRange,
             LockGranularity::Full => block::LockGranularity::Full,
@@ -146,7 +151,10 @@ fn plug_rng(devices: &mut Devices<'_>, config: &VmConfig) -> Result<(), VmError>
         .open(&config.rng.src)
         .map_err(|source| VmError::Device {
             id: id.to_owned(),
-            source: source.into(),
+            source: Box::new(EntropySourceError {
+                path: config.rng.src.clone(),
+                source,
+            }),
         })?;
     let plug = Plug {
         id,

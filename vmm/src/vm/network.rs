@@ -1,6 +1,7 @@
 //! Network interfaces: from the configuration to a device on a tap.
 
 use std::error::Error;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 
 use api::config::{MacAddr, NetConfig};
@@ -19,6 +20,15 @@ const DEFAULT_MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
 #[error("{address} is not an IPv4 address, the only kind the host's side can be given")]
 struct NotIpv4 {
     address: IpAddr,
+}
+
+/// A descriptor for a tap cannot be taken over.
+#[derive(Debug, thiserror::Error)]
+#[error("Cannot use file descriptor {fd} as a tap device")]
+struct DescriptorError {
+    fd: i32,
+    #[source]
+    source: io::Error,
 }
 
 /// Plugs in one interface and tells the configuration the tap's name.
@@ -56,7 +66,9 @@ pub(super) fn plug(devices: &mut Devices<'_>, config: &mut NetConfig) -> Result<
 
 fn backend(config: &NetConfig) -> Result<Backend, Box<dyn Error + Send + Sync>> {
     if let Some(fds) = &config.fds {
-        let own = fds.iter().map(|fd| inherited_fd::duplicate(*fd));
+        let own = fds.iter().map(|&fd| {
+            inherited_fd::duplicate(fd).map_err(|source| DescriptorError { fd, source })
+        });
         return Ok(Backend::Fds(own.collect::<Result<_, _>>()?));
     }
     let ip = config.ip.map(ipv4).transpose()?;

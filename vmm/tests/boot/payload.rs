@@ -1,6 +1,7 @@
 //! What becomes of payload files, good and bad. Needs no KVM.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use api::config::{MemoryConfig, PayloadConfig};
 use tempfile::TempDir;
@@ -146,6 +147,16 @@ fn payload_file_that_is_none_is_refused() {
     let error = Payload::load(&kernel(Path::new("/nonexistent/vmlinux")), &memory());
     assert!(matches!(error, Err(BootError::Open { .. })));
     let error = Payload::load(&kernel(Path::new("/")), &memory());
+    assert!(matches!(error, Err(BootError::NotAFile { .. })));
+}
+
+#[test]
+fn payload_fifo_is_refused_without_waiting_for_a_writer() {
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("fifo");
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    let error = Payload::load(&kernel(&fifo), &memory());
     assert!(matches!(error, Err(BootError::NotAFile { .. })));
 }
 
