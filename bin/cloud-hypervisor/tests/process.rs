@@ -174,6 +174,10 @@ fn program_bad_values_end_in_one_chain_and_leave_nothing_behind() {
             "cannot both be in tty mode",
         ),
         (
+            "--kernel /k --platform system_uuid=me",
+            "\"me\" is not a UUID",
+        ),
+        (
             "--kernel /k --event-monitor path=/nonexistent/e",
             "No such file",
         ),
@@ -210,7 +214,16 @@ fn program_kernel_that_is_not_there_ends_in_a_chain() {
     assert_eq!(output.status.code(), Some(1));
     let text = stderr(&output);
     assert!(text.contains("  0: The VM could not boot"), "{text}");
+    assert_eq!(text.matches("could not boot").count(), 1, "{text}");
     assert!(files(dir.path()).is_empty());
+}
+
+#[test]
+fn program_entropy_source_that_is_not_there_is_named() {
+    let output = output("--kernel /k --console off --rng src=/nonexistent/random");
+    assert_eq!(output.status.code(), Some(1));
+    let text = stderr(&output);
+    assert!(text.contains("/nonexistent/random"), "{text}");
 }
 
 #[test]

@@ -25,7 +25,7 @@ use std::path::PathBuf;
 
 pub use gdt::{BOOT_GDT, BootSegment, CODE_SEGMENT, DATA_SEGMENT, TASK_SEGMENT};
 pub use payload::Payload;
-pub use smbios::SmbiosError;
+pub use smbios::{SmbiosError, check_platform};
 
 /// How the first instruction of the payload is reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

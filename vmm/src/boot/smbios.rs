@@ -6,6 +6,8 @@
 
 use ::api::config::PlatformConfig;
 
+use crate::memory::layout::{SMBIOS_MAX_BYTES, SMBIOS_START};
+
 /// Bytes of the `_SM3_` entry point. The structures follow at the next paragraph.
 const ENTRY_POINT_BYTES: u8 = 24;
 const STRUCTURES_OFFSET: usize = 32;
@@ -29,7 +31,7 @@ const SYSTEM_MANUFACTURER: &str = "Cloud Hypervisor";
 const SYSTEM_PRODUCT: &str = "cloud-hypervisor";
 
 /// Why the tables cannot be made.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SmbiosError {
     /// The system UUID is not one.
     #[error("\"{text}\" is not a UUID")]
@@ -57,6 +59,14 @@ pub enum SmbiosError {
         /// The limit.
         max_bytes: u64,
     },
+}
+
+/// Whether tables can be made of these settings.
+///
+/// # Errors
+/// What cannot be told to the guest.
+pub fn check_platform(platform: &PlatformConfig) -> Result<(), SmbiosError> {
+    tables(Some(platform), SMBIOS_START, SMBIOS_MAX_BYTES).map(|_tables| ())
 }
 
 /// Entry point and structures, to be put at `address`.

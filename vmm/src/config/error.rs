@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::boot::SmbiosError;
+
 /// What is wrong, and in which section.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ValidationError {
@@ -26,6 +28,9 @@ pub enum ValidationError {
     /// The `cpus` section.
     #[error("Invalid CPU configuration")]
     Cpus(#[source] CpusFault),
+    /// The `platform` section.
+    #[error("Invalid platform configuration")]
+    Platform(#[source] SmbiosError),
     /// The `balloon` section.
     #[error(
         "Ballooning {balloon_bytes} bytes of {ram_bytes} bytes of RAM leaves the guest nothing"

@@ -14,6 +14,8 @@ mod unsupported;
 use api::VmConfig;
 use api::config::{ConsoleOutputMode, PayloadConfig};
 
+use crate::boot::check_platform;
+
 pub use error::{CpusFault, DeviceFault, MemoryFault, ValidationError};
 pub use ids::assign_ids;
 
@@ -26,6 +28,9 @@ pub fn validate(config: &VmConfig) -> Result<(), ValidationError> {
     unsupported::check(config)?;
     cpus::check(&config.cpus).map_err(ValidationError::Cpus)?;
     memory::check(&config.memory, config.cpus.max_phys_bits).map_err(ValidationError::Memory)?;
+    if let Some(platform) = &config.platform {
+        check_platform(platform).map_err(ValidationError::Platform)?;
+    }
     balloon(config)?;
     devices::check(config)?;
     ids::check(config)?;

@@ -54,7 +54,7 @@ fn validate_plain_configurations_pass() {
         ("payload", json!({"firmware": "/f"})),
         (
             "platform",
-            json!({"system_uuid": "x", "oem_strings": ["a"]}),
+            json!({"system_uuid": "00112233-4455-6677-8899-aabbccddeeff", "oem_strings": ["a"]}),
         ),
         ("fs", json!([])),
     ] {
