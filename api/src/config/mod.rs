@@ -109,12 +109,12 @@ macro_rules! unsupported_sections {
         }
 
         impl UnsupportedSections {
-            /// Names of the sections that ask for something. `null` and an empty list ask for nothing.
+            /// Names of the sections that ask for something. `null`, `false` and an empty list ask for nothing.
             pub fn requested(&self) -> Vec<&'static str> {
                 [$((stringify!($name), &self.$name)),*]
                     .into_iter()
                     .filter(|(_, value)| match value {
-                        None | Some(Value::Null) => false,
+                        None | Some(Value::Null | Value::Bool(false)) => false,
                         Some(Value::Array(items)) => !items.is_empty(),
                         Some(_) => true,
                     })

@@ -55,6 +55,7 @@ fn vm_config_known_but_unsupported_sections_are_named() {
         "fs": [{"tag": "t", "socket": "/s"}],
         "pmem": [],
         "tpm": null,
+        "rtc": false,
         "vsock": {"cid": 3, "socket": "/s"},
         "watchdog": true,
     }))
