@@ -93,6 +93,13 @@ endpoints! {
     /// How much memory came back to the host.
     VmReclaimStats = Get "vm.reclaim-stats",
         request None, response Some("ReclaimStats"), command "reclaim-stats";
+    /// What the operator wants to be told, and how the guest shall report.
+    VmReclaimThresholds = Get "vm.reclaim-thresholds",
+        request None, response Some("ReclaimThresholds"), command "reclaim-thresholds";
+    /// Changes these; all of it or nothing.
+    VmSetReclaimThresholds = Put "vm.reclaim-thresholds",
+        request Some("ReclaimThresholdsChange"), response Some("ReclaimThresholds"),
+        command "reclaim-thresholds";
     /// Stops the vCPUs.
     VmPause = Put "vm.pause", request None, response None, command "pause";
     /// Lets the vCPUs go on.
@@ -106,13 +113,14 @@ endpoints! {
 }
 
 impl Endpoint {
-    /// The endpoint at `path`, whatever the method: a wrong method is answered differently from an unknown path.
-    pub fn from_path(path: &str) -> Option<Self> {
-        let name = path.strip_prefix(API_PREFIX)?;
+    /// The endpoints at `path`, one for each method it takes: a wrong method is answered differently from an unknown
+    /// path.
+    pub fn at_path(path: &str) -> impl Iterator<Item = Self> {
+        let name = path.strip_prefix(API_PREFIX);
         Self::ALL
             .iter()
             .copied()
-            .find(|endpoint| endpoint.name() == name)
+            .filter(move |endpoint| name == Some(endpoint.name()))
     }
 
     /// Its full path, `/api/v1/vm.info`.
@@ -137,13 +145,15 @@ mod tests {
     #[test]
     fn endpoint_every_path_leads_back_to_it() {
         for &endpoint in Endpoint::ALL {
-            assert_eq!(Endpoint::from_path(&endpoint.path()), Some(endpoint));
+            let path = endpoint.path();
+            let mut same = Endpoint::at_path(&path).filter(|at| at.method() == endpoint.method());
+            assert_eq!((same.next(), same.next()), (Some(endpoint), None));
             assert!(endpoint.request().is_none() || endpoint.method() == Method::Put);
         }
     }
 
     #[test]
-    fn endpoint_unknown_path_is_none() {
+    fn endpoint_unknown_path_has_none() {
         for path in [
             "",
             "/",
@@ -153,7 +163,7 @@ mod tests {
             "vm.info",
             "/api/v1/VM.INFO",
         ] {
-            assert_eq!(Endpoint::from_path(path), None, "{path}");
+            assert_eq!(Endpoint::at_path(path).count(), 0, "{path}");
         }
     }
 

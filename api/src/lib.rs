@@ -21,6 +21,7 @@ mod info;
 pub mod options;
 mod reclaim;
 mod resize;
+mod thresholds;
 
 pub use ascii_json::to_ascii_json;
 pub use balloon_stats::{BALLOON_STAT_TAGS, BalloonStats, BalloonStatsResponse};
@@ -34,6 +35,10 @@ pub use reclaim::{
     GuestSample, LastBatch, LatencySummary, ReclaimPath, ReclaimStats, ReportingStatus,
 };
 pub use resize::VmResize;
+pub use thresholds::{
+    AlertChange, AlertDirection, AlertRule, AlertStatus, ReclaimThresholds,
+    ReclaimThresholdsChange, ReportingPolicy, ReportingPolicyChange, ReportingPolicyStatus,
+};
 
 /// The OpenAPI description of what is served.
 pub const OPENAPI_YAML: &str = include_str!("../openapi/cloud-hypervisor.yaml");

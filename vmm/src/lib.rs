@@ -16,4 +16,5 @@ pub mod pci;
 pub mod seccomp;
 pub mod serial;
 pub mod signals;
+pub mod thresholds;
 pub mod vm;

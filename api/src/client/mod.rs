@@ -22,8 +22,9 @@ use std::time::{Duration, Instant};
 use serde::de::DeserializeOwned;
 
 use crate::{
-    API_PREFIX, BalloonStatsResponse, Endpoint, Method, ReclaimStats, VmConfig, VmCounters, VmInfo,
-    VmResize, VmmPingResponse, to_ascii_json,
+    API_PREFIX, BalloonStatsResponse, Endpoint, Method, ReclaimStats, ReclaimThresholds,
+    ReclaimThresholdsChange, VmConfig, VmCounters, VmInfo, VmResize, VmmPingResponse,
+    to_ascii_json,
 };
 use exchange::Request;
 
@@ -157,8 +158,35 @@ impl Client {
         self.read(Endpoint::VmReclaimStats)
     }
 
+    /// What the operator wants to be told, and how the guest shall report.
+    ///
+    /// # Errors
+    /// As [`Client::call`], or an answer of another form.
+    pub fn reclaim_thresholds(&self) -> Result<ReclaimThresholds, ClientError> {
+        self.read(Endpoint::VmReclaimThresholds)
+    }
+
+    /// Changes these, all or nothing; returns what came of it.
+    ///
+    /// # Errors
+    /// As [`Client::call`], or an answer of another form.
+    pub fn set_reclaim_thresholds(
+        &self,
+        change: &ReclaimThresholdsChange,
+    ) -> Result<ReclaimThresholds, ClientError> {
+        self.read_after(Endpoint::VmSetReclaimThresholds, Some(&encode(change)?))
+    }
+
     fn read<T: DeserializeOwned>(&self, endpoint: Endpoint) -> Result<T, ClientError> {
-        let body = self.call(endpoint, None)?.ok_or(ClientError::MissingBody {
+        self.read_after(endpoint, None)
+    }
+
+    fn read_after<T: DeserializeOwned>(
+        &self,
+        endpoint: Endpoint,
+        body: Option<&str>,
+    ) -> Result<T, ClientError> {
+        let body = self.call(endpoint, body)?.ok_or(ClientError::MissingBody {
             endpoint: endpoint.name(),
         })?;
         serde_json::from_str(&body).map_err(|source| ClientError::Decode {

@@ -73,6 +73,13 @@ fn answers() -> Vec<Sample> {
         sample("LatencySummary", &latency()),
         sample("LastBatch", &last_batch()),
         sample("GuestSample", &guest_sample()),
+        sample("ReclaimThresholds", &reclaim_thresholds()),
+        sample("AlertStatus", &alert_status()),
+        sample("AlertDirection", &AlertDirection::Below),
+        sample("ReportingPolicyStatus", &reporting_policy_status()),
+        sample("ReclaimThresholdsChange", &reclaim_thresholds_change()),
+        sample("AlertChange", &alert_change()),
+        sample("ReportingPolicyChange", &reporting_policy_change()),
     ]
 }
 
@@ -232,6 +239,73 @@ fn guest_sample() -> GuestSample {
     GuestSample {
         stats: balloon_stats(),
         age_ms: 1,
+    }
+}
+
+fn reclaim_thresholds() -> ReclaimThresholds {
+    ReclaimThresholds {
+        alerts: vec![alert_status()],
+        reporting_policy: reporting_policy_status(),
+    }
+}
+
+fn alert_status() -> AlertStatus {
+    AlertStatus {
+        rule: AlertRule {
+            name: "big".to_owned(),
+            figure: "resident_bytes".to_owned(),
+            direction: AlertDirection::Above,
+            enter: 2,
+            leave: 1,
+            duration_ms: 3,
+        },
+        active: true,
+        since_ms: 4,
+        value: Some(5),
+        times_entered: 6,
+    }
+}
+
+fn reporting_policy_status() -> ReportingPolicyStatus {
+    ReportingPolicyStatus {
+        policy: ReportingPolicy {
+            order_min: 1,
+            pending_blocks: 2,
+            delay_ms_max: 3,
+            age_ms_min: 4,
+            bytes_per_second_max: 5,
+        },
+        in_effect: false,
+        reason: Some("not offered".to_owned()),
+    }
+}
+
+fn reclaim_thresholds_change() -> ReclaimThresholdsChange {
+    ReclaimThresholdsChange {
+        remove_alerts: vec!["old".to_owned()],
+        alerts: vec![alert_change()],
+        reporting_policy: Some(reporting_policy_change()),
+    }
+}
+
+fn alert_change() -> AlertChange {
+    AlertChange {
+        name: "big".to_owned(),
+        figure: Some("resident_bytes".to_owned()),
+        direction: Some(AlertDirection::Above),
+        enter: Some(2),
+        leave: Some(1),
+        duration_ms: Some(3),
+    }
+}
+
+fn reporting_policy_change() -> ReportingPolicyChange {
+    ReportingPolicyChange {
+        order_min: Some(1),
+        pending_blocks: Some(2),
+        delay_ms_max: Some(3),
+        age_ms_min: Some(4),
+        bytes_per_second_max: Some(5),
     }
 }
 

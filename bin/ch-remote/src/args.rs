@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use api::ReclaimThresholdsChange;
 use api::options::parse_bytes;
 use clap::{ArgGroup, Args, Parser, Subcommand};
 
@@ -21,7 +22,9 @@ const INTERVAL_SECONDS_MAX: f64 = 86_400.0;
                   has the chain of causes.\n\nExamples:\n  \
                   ch-remote --api-socket /run/vm.sock info\n  \
                   ch-remote --api-socket /run/vm.sock resize --balloon 1G\n  \
-                  ch-remote --api-socket /run/vm.sock reclaim-stats --watch"
+                  ch-remote --api-socket /run/vm.sock reclaim-stats --watch\n  \
+                  ch-remote --api-socket /run/vm.sock reclaim-thresholds \\\n    \
+                  --set name=big,figure=resident_bytes,direction=above,enter=2G,leave=1G"
 )]
 pub(crate) struct Arguments {
     /// UNIX socket of the VMM, as given to its --api-socket
@@ -76,6 +79,8 @@ pub(crate) enum Command {
     BalloonStats,
     /// Show how much of the VM's memory came back to the host, and how
     ReclaimStats(ReclaimStatsArguments),
+    /// Show what is watched and how the guest shall report, or change it
+    ReclaimThresholds(ReclaimThresholdsArguments),
 }
 
 #[derive(Debug, Args)]
@@ -114,6 +119,37 @@ pub(crate) struct ReclaimStatsArguments {
     /// End after this many samples
     #[arg(long, value_name = "SAMPLES", requires = "watch", value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) count: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReclaimThresholdsArguments {
+    #[arg(long, value_name = "SETTINGS", value_parser = parse_set, help = ReclaimThresholdsChange::SYNTAX)]
+    pub(crate) set: Vec<ReclaimThresholdsChange>,
+
+    /// Remove the alert with this name; done before anything is set
+    #[arg(long, value_name = "NAME")]
+    pub(crate) remove: Vec<String>,
+}
+
+impl ReclaimThresholdsArguments {
+    /// All that shall change, in one request; `None` when nothing shall.
+    pub(crate) fn change(&self) -> Option<ReclaimThresholdsChange> {
+        if self.set.is_empty() && self.remove.is_empty() {
+            return None;
+        }
+        let mut change = ReclaimThresholdsChange {
+            remove_alerts: self.remove.clone(),
+            ..ReclaimThresholdsChange::default()
+        };
+        for set in &self.set {
+            change.extend(set.clone());
+        }
+        Some(change)
+    }
+}
+
+fn parse_set(text: &str) -> Result<ReclaimThresholdsChange, String> {
+    ReclaimThresholdsChange::parse(text).map_err(|error| api::error_chain(&error).join(": "))
 }
 
 fn parse_interval(text: &str) -> Result<Duration, String> {

@@ -1,7 +1,8 @@
 //! `ch-remote`: controls a VMM over its API socket.
 //!
 //! One command, one request. What the VMM answers is printed as it came; an error is printed as a chain of causes on
-//! standard error, and the exit status is 1. Commands and arguments are Cloud Hypervisor's; `reclaim-stats` is ours.
+//! standard error, and the exit status is 1. Commands and arguments are Cloud Hypervisor's; `reclaim-stats` and
+//! `reclaim-thresholds` are ours.
 
 mod args;
 mod reclaim_table;

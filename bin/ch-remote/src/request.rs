@@ -26,6 +26,10 @@ impl Request {
         let body = match command {
             Command::Create(create) => Some(read_config(&create.path, input)?),
             Command::Resize(resize) => Some(to_ascii_json(&resize_body(resize))?),
+            Command::ReclaimThresholds(thresholds) => thresholds
+                .change()
+                .map(|change| to_ascii_json(&change))
+                .transpose()?,
             _ => None,
         };
         Ok(Self { endpoint, body })
@@ -50,6 +54,10 @@ pub(crate) fn endpoint(command: &Command) -> Endpoint {
         Command::Resize(_) => Endpoint::VmResize,
         Command::BalloonStats => Endpoint::VmBalloonStats,
         Command::ReclaimStats(_) => Endpoint::VmReclaimStats,
+        Command::ReclaimThresholds(thresholds) if thresholds.change().is_some() => {
+            Endpoint::VmSetReclaimThresholds
+        }
+        Command::ReclaimThresholds(_) => Endpoint::VmReclaimThresholds,
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! | Where | Endpoints | Why |
 //! | --- | --- | --- |
-//! | HTTP thread | `vmm.ping`, `vm.info` | read the published view: O(1) |
+//! | HTTP thread | `vmm.ping`, `vm.info`, `GET vm.reclaim-thresholds` | read the published view: O(1) |
 //! | an `api-query` thread | `vm.counters`, `vm.balloon-stats`, `vm.reclaim-stats` | may take time or wait for the guest |
 //! | control thread | everything that changes something | it owns the VM |
 
@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use api::{Endpoint, ErrorBody, VmState, VmmPingResponse};
+use api::{Endpoint, ErrorBody, ReclaimThresholdsChange, VmState, VmmPingResponse};
 use micro_http::{Body, Method, Request, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -70,15 +70,17 @@ impl std::fmt::Debug for Dispatcher {
 
 impl Handler for Dispatcher {
     fn handle(&self, request: Request, reply: Reply) {
-        let Some(endpoint) = Endpoint::from_path(request.uri().get_abs_path()) else {
+        let there: Vec<_> = Endpoint::at_path(request.uri().get_abs_path()).collect();
+        if there.is_empty() {
             reply.send(Answer::error(StatusCode::NotFound, &ErrorBody::not_found()));
             return;
-        };
-        // A method that the endpoint does not have is 400 and not 405, because upstream's is.
-        if request.method() != method_of(endpoint) {
+        }
+        // A method that the path does not have is 400 and not 405, because upstream's is.
+        let method = request.method();
+        let Some(endpoint) = there.into_iter().find(|at| method == method_of(*at)) else {
             reply.send(bad_request(&["Bad Request"]));
             return;
-        }
+        };
         match check_body(endpoint, request.body) {
             Ok(body) => self.serve(endpoint, &body, reply),
             Err(answer) => reply.send(answer),
@@ -116,6 +118,11 @@ impl Dispatcher {
             Endpoint::VmReclaimStats => self.query(RequestKind::ReclaimStats, reply, |observer| {
                 observer.reclaim_stats()
             }),
+            Endpoint::VmReclaimThresholds => reply.send(thresholds(&self.view)),
+            Endpoint::VmSetReclaimThresholds => match parse(body) {
+                Ok(change) => self.set_thresholds(change, reply),
+                Err(answer) => reply.send(answer),
+            },
             Endpoint::VmCreate => match parse(body) {
                 Ok(config) => self.change(endpoint, VmRequest::Create(config), reply),
                 Err(answer) => reply.send(answer),
@@ -159,6 +166,20 @@ impl Dispatcher {
                         log::warn!("{}", api::error_chain(&error).join(": "));
                         request_failed(error)
                     }
+                });
+            }),
+        );
+    }
+
+    /// Changes thresholds and answers with what came of it.
+    fn set_thresholds(&self, change: ReclaimThresholdsChange, reply: Reply) {
+        let view = Arc::clone(&self.view);
+        self.control.submit(
+            VmRequest::SetReclaimThresholds(change),
+            Box::new(move |outcome| {
+                reply.send(match outcome {
+                    Ok(()) => thresholds(&view),
+                    Err(error) => request_failed(error),
                 });
             }),
         );
@@ -219,6 +240,16 @@ impl Dispatcher {
     }
 }
 
+fn thresholds(view: &PublishedView) -> Answer {
+    match &view.get().thresholds {
+        Some(thresholds) => Answer::json(&thresholds.status()),
+        None => request_failed(RequestError {
+            kind: RequestKind::ReclaimThresholds,
+            cause: ControlError::VmNotCreated,
+        }),
+    }
+}
+
 fn send_once(reply: &Mutex<Option<Reply>>, answer: Answer) {
     let taken = reply.lock().unwrap_or_else(PoisonError::into_inner).take();
     if let Some(reply) = taken {
@@ -276,7 +307,7 @@ fn request_failed(error: RequestError) -> Answer {
     let status = match error.cause {
         ControlError::VmNotCreated | ControlError::VmMissingConfig => StatusCode::NotFound,
         // Upstream answers 409 to a name used twice; the HTTP crate does not know that status.
-        ControlError::ConfigValidation(_) => StatusCode::BadRequest,
+        ControlError::ConfigValidation(_) | ControlError::Thresholds(_) => StatusCode::BadRequest,
         ControlError::QueueFull => StatusCode::ServiceUnavailable,
         ControlError::VmAlreadyCreated
         | ControlError::VmNotRunning

@@ -11,12 +11,13 @@
 
 use std::sync::Arc;
 
-use api::{VmConfig, VmResize, VmState};
+use api::{ReclaimThresholdsChange, VmConfig, VmResize, VmState};
 
 use super::machine::Machine;
 use super::request::{ControlError, RequestError, VmRequest};
 use super::view::{MachineView, PublishedView, View};
 use crate::config;
+use crate::thresholds::Thresholds;
 use crate::vm::{VmContext, VmError};
 
 /// The VM and everything that may be asked of it.
@@ -25,17 +26,24 @@ pub(super) struct Lifecycle<M: Machine> {
     machine: Option<M>,
     paused: bool,
     view: Arc<PublishedView>,
+    /// Kept over reboots; forgotten with the configuration.
+    thresholds: Arc<Thresholds>,
     context: VmContext,
     ended: bool,
 }
 
 impl<M: Machine> Lifecycle<M> {
-    pub(super) fn new(view: Arc<PublishedView>, context: VmContext) -> Self {
+    pub(super) fn new(
+        view: Arc<PublishedView>,
+        thresholds: Arc<Thresholds>,
+        context: VmContext,
+    ) -> Self {
         Self {
             config: None,
             machine: None,
             paused: false,
             view,
+            thresholds,
             context,
             ended: false,
         }
@@ -54,6 +62,7 @@ impl<M: Machine> Lifecycle<M> {
             VmRequest::Resume => self.resume(),
             VmRequest::PowerButton => self.power_button(),
             VmRequest::Resize(resize) => self.resize(resize),
+            VmRequest::SetReclaimThresholds(change) => self.set_thresholds(&change),
             VmRequest::ShutdownVmm => self.end(),
         };
         self.publish();
@@ -75,7 +84,9 @@ impl<M: Machine> Lifecycle<M> {
                 state: self.machine_state(),
                 observer: Arc::new(machine.observer()),
             }),
+            thresholds: self.config.as_ref().map(|_| Arc::clone(&self.thresholds)),
         });
+        self.thresholds.set_has_machine(self.machine.is_some());
     }
 
     fn machine_state(&self) -> VmState {
@@ -172,6 +183,7 @@ impl<M: Machine> Lifecycle<M> {
             None => Ok(()),
         };
         self.context.consoles.close();
+        self.thresholds.clear();
         if self.config.take().is_some() {
             self.emit("vm", "deleted");
         }
@@ -242,6 +254,15 @@ impl<M: Machine> Lifecycle<M> {
         }
         (self.context.events)("vm", "resized", &[]);
         Ok(())
+    }
+
+    fn set_thresholds(&self, change: &ReclaimThresholdsChange) -> Result<(), ControlError> {
+        if self.config.is_none() {
+            return Err(ControlError::VmNotCreated);
+        }
+        self.thresholds
+            .change(change)
+            .map_err(ControlError::Thresholds)
     }
 
     /// True while a machine exists.

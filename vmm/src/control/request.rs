@@ -2,9 +2,10 @@
 
 use std::fmt;
 
-use api::{VmConfig, VmResize, VmState};
+use api::{ReclaimThresholdsChange, VmConfig, VmResize, VmState};
 
 use crate::config::ValidationError;
+use crate::thresholds::ThresholdError;
 use crate::vm::VmError;
 
 /// Something that changes the VM.
@@ -28,6 +29,8 @@ pub enum VmRequest {
     PowerButton,
     /// Change vCPUs, RAM or balloon.
     Resize(VmResize),
+    /// Change alerts or the reporting policy.
+    SetReclaimThresholds(ReclaimThresholdsChange),
     /// Stop everything and end the process.
     ShutdownVmm,
 }
@@ -53,6 +56,8 @@ pub enum RequestKind {
     PowerButton,
     /// `vm.resize`
     Resize,
+    /// `PUT vm.reclaim-thresholds`
+    SetReclaimThresholds,
     /// `vmm.shutdown`
     ShutdownVmm,
     /// `vm.info`, answered from the published view.
@@ -63,6 +68,8 @@ pub enum RequestKind {
     BalloonStats,
     /// `vm.reclaim-stats`, answered by the observer.
     ReclaimStats,
+    /// `GET vm.reclaim-thresholds`, answered from the published view.
+    ReclaimThresholds,
 }
 
 impl VmRequest {
@@ -78,6 +85,7 @@ impl VmRequest {
             Self::Resume => RequestKind::Resume,
             Self::PowerButton => RequestKind::PowerButton,
             Self::Resize(_) => RequestKind::Resize,
+            Self::SetReclaimThresholds(_) => RequestKind::SetReclaimThresholds,
             Self::ShutdownVmm => RequestKind::ShutdownVmm,
         }
     }
@@ -96,11 +104,13 @@ impl fmt::Display for RequestKind {
             Self::Resume => "The VM could not resume",
             Self::PowerButton => "Error triggering power button",
             Self::Resize => "The VM could not be resized",
+            Self::SetReclaimThresholds => "The reclaim thresholds could not be changed",
             Self::ShutdownVmm => "The VMM could not shutdown",
             Self::Info => "The VM info is not available",
             Self::Counters => "The VM counters are not available",
             Self::BalloonStats => "The balloon statistics are not available",
             Self::ReclaimStats => "The reclaim statistics are not available",
+            Self::ReclaimThresholds => "The reclaim thresholds are not available",
         })
     }
 }
@@ -142,6 +152,9 @@ pub enum ControlError {
     /// The configuration makes no sense or asks for what is not built.
     #[error("Failed to validate config")]
     ConfigValidation(#[source] ValidationError),
+    /// The thresholds make no sense.
+    #[error("Failed to validate thresholds")]
+    Thresholds(#[source] ThresholdError),
     /// Hotplug is not built.
     #[error("The number of vCPUs of a running VM cannot be changed from {current} to {desired}")]
     VcpuHotplug {

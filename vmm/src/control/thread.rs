@@ -16,6 +16,7 @@ use super::lifecycle::Lifecycle;
 use super::machine::Machine;
 use super::request::{ControlError, RequestError, VmRequest};
 use super::view::PublishedView;
+use crate::thresholds::{Monitor, THRESHOLDS_THREAD, Thresholds};
 use crate::vm::{VmContext, VmSignals};
 
 /// Name of the thread.
@@ -60,6 +61,9 @@ pub enum ControlThreadError {
     /// No thread.
     #[error("Cannot start the thread {CONTROL_THREAD}")]
     Spawn(#[source] io::Error),
+    /// No thread.
+    #[error("Cannot start the thread {THRESHOLDS_THREAD}")]
+    SpawnThresholds(#[source] io::Error),
 }
 
 /// The way to the control thread.
@@ -160,10 +164,24 @@ impl ControlThread {
         .map_err(ControlThreadError::Setup)?;
         let handle = ControlHandle { queue, wake, exit };
         let own = handle.clone();
+        let thresholds = Arc::new(Thresholds::default());
+        let thread_start = Arc::clone(&setup.context.thread_start);
+        let monitor = Monitor::start(
+            Arc::clone(&thresholds),
+            Arc::clone(&setup.view),
+            Arc::clone(&setup.context.events),
+            move || thread_start(THRESHOLDS_THREAD),
+        )
+        .map_err(ControlThreadError::SpawnThresholds)?;
         let thread = std::thread::Builder::new()
             .name(CONTROL_THREAD.to_owned())
             .stack_size(STACK_BYTES)
-            .spawn(move || run::<M>(setup, &epoll, &requests, &own.wake))
+            .spawn(move || {
+                let ending = run::<M>(setup, thresholds, &epoll, &requests, &own.wake);
+                // It tells of nothing any more once the end is told.
+                drop(monitor);
+                ending
+            })
             .map_err(ControlThreadError::Spawn)?;
         Ok(Self { handle, thread })
     }
@@ -193,6 +211,7 @@ fn watch(events: &[(&EventFd, u64)]) -> io::Result<Epoll> {
 
 fn run<M: Machine>(
     setup: ControlSetup,
+    thresholds: Arc<Thresholds>,
     epoll: &Epoll,
     requests: &Receiver<Envelope>,
     wake: &EventFd,
@@ -200,7 +219,7 @@ fn run<M: Machine>(
     (setup.on_start)();
     (setup.context.events)("vmm", "starting", &[]);
     let signals = Arc::clone(&setup.context.signals);
-    let lifecycle = Lifecycle::<M>::new(setup.view, setup.context);
+    let lifecycle = Lifecycle::<M>::new(setup.view, thresholds, setup.context);
     let mut control = Control {
         lifecycle,
         signals,

@@ -7,6 +7,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use api::{VmConfig, VmInfo, VmState};
 
 use super::machine::MachineObserver;
+use crate::thresholds::Thresholds;
 
 /// One consistent picture.
 #[derive(Debug, Clone, Default)]
@@ -15,6 +16,8 @@ pub struct View {
     pub config: Option<Arc<VmConfig>>,
     /// The machine, if there is one.
     pub machine: Option<MachineView>,
+    /// The thresholds, if there is a VM.
+    pub thresholds: Option<Arc<Thresholds>>,
 }
 
 /// A machine in a [`View`].

@@ -194,6 +194,7 @@ pub(super) fn own(kind: ThreadKind) -> Vec<&'static [c_long]> {
         ThreadKind::HttpServer => &[SOCKET_IO, STARTS_THREADS],
         ThreadKind::ApiQuery => &[RESIDENCY, &[libc::SYS_eventfd2]],
         ThreadKind::EventMonitor => &[],
+        ThreadKind::Thresholds => &[RESIDENCY],
         // Serial output leaves on the vCPU thread; MSI-X vectors get their descriptors when the guest unmasks them.
         ThreadKind::Vcpu => &[SOCKET_IO, &[libc::SYS_eventfd2]],
         ThreadKind::Serial => &[SOCKET_IO, TIMERS, &[libc::SYS_eventfd2]],

@@ -89,7 +89,7 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Ioctl> {
         ThreadKind::Vcpu => requests(KVM_OF_VCPU),
         ThreadKind::Main => requests(&[TCGETS, TCSETSW, TCSETSF]),
         ThreadKind::HttpServer => requests(&[FIONBIO]),
-        ThreadKind::ApiQuery => requests(&[PAGEMAP_SCAN]),
+        ThreadKind::ApiQuery | ThreadKind::Thresholds => requests(&[PAGEMAP_SCAN]),
         // Input raises the serial port's interrupt, which is a message of the I/O APIC.
         ThreadKind::Serial => requests(&[
             FIONBIO,

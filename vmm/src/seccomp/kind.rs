@@ -5,6 +5,7 @@ use crate::api::http::HTTP_THREAD;
 use crate::control::CONTROL_THREAD;
 use crate::event_monitor::EVENT_THREAD;
 use crate::serial::SERIAL_MANAGER_THREAD;
+use crate::thresholds::THRESHOLDS_THREAD;
 
 /// Threads that may do the same things.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -19,6 +20,8 @@ pub enum ThreadKind {
     ApiQuery,
     /// Writes events.
     EventMonitor,
+    /// Looks at figures for alerts.
+    Thresholds,
     /// Runs the guest.
     Vcpu,
     /// Carries serial port input and output.
@@ -43,6 +46,7 @@ impl ThreadKind {
         Self::HttpServer,
         Self::ApiQuery,
         Self::EventMonitor,
+        Self::Thresholds,
         Self::Vcpu,
         Self::Serial,
         Self::Balloon,
@@ -60,6 +64,7 @@ impl ThreadKind {
             (HTTP_THREAD, Self::HttpServer),
             (QUERY_THREAD, Self::ApiQuery),
             (EVENT_THREAD, Self::EventMonitor),
+            (THRESHOLDS_THREAD, Self::Thresholds),
             (SERIAL_MANAGER_THREAD, Self::Serial),
         ];
         let workers = Self::ALL
@@ -87,6 +92,7 @@ impl ThreadKind {
             | Self::HttpServer
             | Self::ApiQuery
             | Self::EventMonitor
+            | Self::Thresholds
             | Self::Vcpu
             | Self::Serial => None,
         }

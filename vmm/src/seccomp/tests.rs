@@ -59,6 +59,7 @@ fn kind_of_every_name_is_known() {
         ("http-server", ThreadKind::HttpServer),
         ("api-query", ThreadKind::ApiQuery),
         ("event-monitor", ThreadKind::EventMonitor),
+        ("thresholds", ThreadKind::Thresholds),
         ("vcpu0", ThreadKind::Vcpu),
         ("vcpu15", ThreadKind::Vcpu),
         ("serial-manager", ThreadKind::Serial),
@@ -144,7 +145,7 @@ fn two_kinds_of_ram() -> GuestRam {
 /// What the balloon's worker does, with and without the vector call, and what an API thread measures.
 fn gives_memory_back_and_measures_it() -> bool {
     let ram = two_kinds_of_ram();
-    let probe = ResidencyProbe::new(ram.clone()).unwrap();
+    let probe = Arc::new(ResidencyProbe::new(ram.clone()).unwrap());
     let engines = [
         DiscardEngine::new(Arc::default()),
         DiscardEngine::without_vectors(Arc::default()),
@@ -161,8 +162,11 @@ fn gives_memory_back_and_measures_it() -> bool {
         })
     });
     worked
-        && confined(SeccompMode::Trap, "api-query", move || {
-            probe.measure().unwrap().resident_bytes == (32 - 8) * 4096
+        && ["api-query", "thresholds"].into_iter().all(|name| {
+            let probe = Arc::clone(&probe);
+            confined(SeccompMode::Trap, name, move || {
+                probe.measure().unwrap().resident_bytes == (32 - 8) * 4096
+            })
         })
 }
 
@@ -185,6 +189,7 @@ fn case_runner() {
                 "http-server",
                 "api-query",
                 "event-monitor",
+                "thresholds",
                 "vcpu0",
                 "serial-manager",
                 "balloon-worker",

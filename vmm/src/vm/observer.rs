@@ -191,12 +191,24 @@ impl VmObserver {
                 .map_err(BalloonStatsError::Residency)?;
             let balloon = observed.balloon.as_ref().map(BalloonHandle::snapshot);
             Ok(reclaim_report::reclaim_stats(
-                &residency,
+                Some(&residency),
                 observed.backing,
                 balloon.as_ref(),
             ))
         })
         .unwrap_or(Err(BalloonStatsError::MachineGone))
+    }
+
+    /// The figures of the balloon alone: those of residency are 0. Takes microseconds.
+    ///
+    /// # Errors
+    /// The machine has gone.
+    pub fn balloon_figures(&self) -> Result<ReclaimStats, BalloonStatsError> {
+        self.look(|observed| {
+            let balloon = observed.balloon.as_ref().map(BalloonHandle::snapshot);
+            reclaim_report::reclaim_stats(None, observed.backing, balloon.as_ref())
+        })
+        .ok_or(BalloonStatsError::MachineGone)
     }
 
     /// Devices by id with their PCI addresses.
@@ -255,6 +267,7 @@ mod tests {
         let handle = own.handle();
         assert_eq!(handle.counters()["_disk0"]["read_ops"], 1);
         assert!(handle.reclaim_stats().is_ok());
+        assert_eq!(handle.balloon_figures().unwrap().configured_bytes, 0);
 
         drop(own);
 
@@ -264,6 +277,7 @@ mod tests {
             handle.reclaim_stats(),
             Err(BalloonStatsError::MachineGone)
         ));
+        assert!(handle.balloon_figures().is_err());
         assert_eq!(handle.memory_actual_size_bytes(), 1 << 20);
     }
 }

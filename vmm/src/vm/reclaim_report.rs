@@ -11,27 +11,29 @@ use api::{
 use virtio_devices::balloon::{BalloonSnapshot, PathFigures, StatsSample};
 use virtio_devices::reclaim::ResidencySample;
 
-/// Puts the answer together. Without a balloon only residency has figures.
+/// Puts the answer together. Without a balloon only residency has figures, and without a sample residency has none.
 pub(super) fn reclaim_stats(
-    residency: &ResidencySample,
+    residency: Option<&ResidencySample>,
     backing: &str,
     balloon: Option<&BalloonSnapshot>,
 ) -> ReclaimStats {
     let mut stats = ReclaimStats {
-        configured_bytes: residency.configured_bytes,
-        resident_bytes: residency.resident_bytes,
-        reclaimed_bytes: residency.reclaimed_bytes(),
-        swapped_bytes: Some(residency.swapped_bytes),
         backing: backing.to_owned(),
-        residency_method: residency.method.name().to_owned(),
-        resident_sample_us: residency.cost_us,
-        resident_age_ms: millis(residency.taken.elapsed()),
         reporting: ReportingStatus {
             active: false,
             reason: Some("inactive: the machine has no balloon".to_owned()),
         },
         ..ReclaimStats::default()
     };
+    if let Some(residency) = residency {
+        stats.configured_bytes = residency.configured_bytes;
+        stats.resident_bytes = residency.resident_bytes;
+        stats.reclaimed_bytes = residency.reclaimed_bytes();
+        stats.swapped_bytes = Some(residency.swapped_bytes);
+        stats.residency_method = residency.method.name().to_owned();
+        stats.resident_sample_us = residency.cost_us;
+        stats.resident_age_ms = millis(residency.taken.elapsed());
+    }
     if let Some(balloon) = balloon {
         stats.ballooned_bytes = balloon.actual_bytes;
         stats.balloon_target_bytes = balloon.target_bytes;

@@ -1,0 +1,341 @@
+//! `GET` and `PUT /vm.reclaim-thresholds`: what the operator wants to be told, and how the guest shall report.
+//!
+//! Alerts are named rules on one figure each. What crosses a rule's values is told once on the event monitor and shows
+//! in the answer. The reporting policy is for guests that can be told how to report; the answer says whether this guest
+//! can.
+
+use serde::{Deserialize, Serialize};
+
+use crate::options::{OptionError, OptionFault, Options};
+
+/// `GET /vm.reclaim-thresholds`, and the answer to a `PUT`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct ReclaimThresholds {
+    /// The rules with their states, in the order in which they were made.
+    pub alerts: Vec<AlertStatus>,
+    /// How the guest shall report, and whether it does.
+    pub reporting_policy: ReportingPolicyStatus,
+}
+
+/// On which side of its values an alert is active.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AlertDirection {
+    /// Active when the figure is above `enter`.
+    #[default]
+    Above,
+    /// Active when the figure is below `enter`.
+    Below,
+}
+
+impl AlertDirection {
+    /// The words of the wire.
+    const WORDS: &[(&str, Self)] = &[("above", Self::Above), ("below", Self::Below)];
+}
+
+/// A named rule on one figure.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct AlertRule {
+    /// What events call it; unique in a VM.
+    pub name: String,
+    /// A number of `vm.reclaim-stats` by its path (`resident_bytes`, `report/failed_bytes`), or a counter of
+    /// `vm.counters` (`_disk0/read_ops`).
+    pub figure: String,
+    /// Which side is the one to be told of.
+    pub direction: AlertDirection,
+    /// The alert becomes active when the figure is beyond this value, in the figure's unit.
+    pub enter: u64,
+    /// The alert ends when the figure is back at this value or on its safe side. What lies between is the dead band, in
+    /// which nothing changes.
+    pub leave: u64,
+    /// How long the figure must be beyond `enter` before the alert becomes active, ms.
+    pub duration_ms: u64,
+}
+
+/// A rule and where it stands.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct AlertStatus {
+    /// The rule.
+    #[serde(flatten)]
+    pub rule: AlertRule,
+    /// Whether it was entered and has not been left since.
+    pub active: bool,
+    /// How long it has been so, ms.
+    pub since_ms: u64,
+    /// The figure when it was last looked at; absent while there is no such figure.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub value: Option<u64>,
+    /// How often it was entered since the rule was made.
+    pub times_entered: u64,
+}
+
+/// How the guest shall report free memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct ReportingPolicy {
+    /// Order of the smallest block that is reported; a block has `4096 << order` bytes.
+    pub order_min: u64,
+    /// Free blocks that start a report.
+    pub pending_blocks: u64,
+    /// After this time a report starts, however few blocks are pending, ms.
+    pub delay_ms_max: u64,
+    /// Blocks that have been free for a shorter time are left alone, ms.
+    pub age_ms_min: u64,
+    /// Most bytes reported in a second; 0 sets no bound.
+    pub bytes_per_second_max: u64,
+}
+
+impl Default for ReportingPolicy {
+    /// The block size and the delay are those of Linux' own page reporting, the pending blocks those of the proposal
+    /// that it came from.
+    fn default() -> Self {
+        Self {
+            order_min: 9,
+            pending_blocks: 16,
+            delay_ms_max: 2000,
+            age_ms_min: 0,
+            bytes_per_second_max: 0,
+        }
+    }
+}
+
+/// The policy, and whether this guest follows it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct ReportingPolicyStatus {
+    /// The policy.
+    #[serde(flatten)]
+    pub policy: ReportingPolicy,
+    /// True when the guest has been told and follows it.
+    pub in_effect: bool,
+    /// Why it does not; absent when it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// Body of `PUT /vm.reclaim-thresholds`. What is absent stays as it is.
+///
+/// An answer of `GET` is a valid body: what only an answer has is ignored.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct ReclaimThresholdsChange {
+    /// Names of alerts to remove; done first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub remove_alerts: Vec<String>,
+    /// Alerts to make, or to change when the name exists.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub alerts: Vec<AlertChange>,
+    /// Settings of the policy to change.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reporting_policy: Option<ReportingPolicyChange>,
+}
+
+/// What to set of one alert. A new one needs `figure`, `direction` and `enter`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct AlertChange {
+    /// Which alert.
+    pub name: String,
+    /// See [`AlertRule::figure`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub figure: Option<String>,
+    /// See [`AlertRule::direction`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub direction: Option<AlertDirection>,
+    /// See [`AlertRule::enter`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub enter: Option<u64>,
+    /// See [`AlertRule::leave`]; that of a new alert is its `enter`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub leave: Option<u64>,
+    /// See [`AlertRule::duration_ms`]; that of a new alert is 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub duration_ms: Option<u64>,
+}
+
+/// What to set of the policy; see [`ReportingPolicy`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct ReportingPolicyChange {
+    /// See [`ReportingPolicy::order_min`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub order_min: Option<u64>,
+    /// See [`ReportingPolicy::pending_blocks`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pending_blocks: Option<u64>,
+    /// See [`ReportingPolicy::delay_ms_max`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub delay_ms_max: Option<u64>,
+    /// See [`ReportingPolicy::age_ms_min`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub age_ms_min: Option<u64>,
+    /// See [`ReportingPolicy::bytes_per_second_max`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second_max: Option<u64>,
+}
+
+const ALERT_KEYS: &[&str] = &["figure", "direction", "enter", "leave", "duration_ms"];
+const POLICY_KEYS: &[&str] = &[
+    "order_min",
+    "pending_blocks",
+    "delay_ms_max",
+    "age_ms_min",
+    "bytes_per_second_max",
+];
+const KEYS: &[&str] = &[
+    "name",
+    "figure",
+    "direction",
+    "enter",
+    "leave",
+    "duration_ms",
+    "order_min",
+    "pending_blocks",
+    "delay_ms_max",
+    "age_ms_min",
+    "bytes_per_second_max",
+];
+
+impl ReclaimThresholdsChange {
+    /// Syntax of `ch-remote reclaim-thresholds --set`.
+    pub const SYNTAX: &str = "An alert \"name=<name>,figure=<figure>,direction=above|below,enter=<value>,\
+        leave=<value>,duration_ms=<ms>\", or the reporting policy \"order_min=<order>,pending_blocks=<count>,\
+        delay_ms_max=<ms>,age_ms_min=<ms>,bytes_per_second_max=<bytes>\"";
+
+    /// Reads one `--set`: an alert when there is a `name`, else settings of the policy. Values and bytes take the
+    /// suffixes of sizes.
+    ///
+    /// # Errors
+    /// An unknown key, a malformed value, or keys of both kinds.
+    pub fn parse(text: &str) -> Result<Self, OptionError> {
+        let options = Options::parse("set", text, KEYS, &[])?;
+        let given =
+            |keys: &[&'static str]| keys.iter().copied().find(|key| options.text(key).is_some());
+        let Some(name) = options.string("name") else {
+            if given(ALERT_KEYS).is_some() || given(POLICY_KEYS).is_none() {
+                return Err(options.refuse(OptionFault::MissingKey { key: "name" }));
+            }
+            return Ok(Self {
+                reporting_policy: Some(ReportingPolicyChange::of(&options)?),
+                ..Self::default()
+            });
+        };
+        if let Some(key) = given(POLICY_KEYS) {
+            return Err(options.refuse(OptionFault::UnknownKey {
+                key: key.to_owned(),
+                known: ALERT_KEYS.join(", "),
+            }));
+        }
+        let alert = AlertChange {
+            name,
+            figure: options.string("figure"),
+            direction: options.word("direction", AlertDirection::WORDS)?,
+            enter: options.bytes("enter")?,
+            leave: options.bytes("leave")?,
+            duration_ms: options.parsed("duration_ms")?,
+        };
+        Ok(Self {
+            alerts: vec![alert],
+            ..Self::default()
+        })
+    }
+
+    /// Adds another change; where both set the same thing, the other one wins.
+    pub fn extend(&mut self, other: Self) {
+        self.remove_alerts.extend(other.remove_alerts);
+        self.alerts.extend(other.alerts);
+        let Some(policy) = other.reporting_policy else {
+            return;
+        };
+        let own = self.reporting_policy.unwrap_or_default();
+        self.reporting_policy = Some(ReportingPolicyChange {
+            order_min: policy.order_min.or(own.order_min),
+            pending_blocks: policy.pending_blocks.or(own.pending_blocks),
+            delay_ms_max: policy.delay_ms_max.or(own.delay_ms_max),
+            age_ms_min: policy.age_ms_min.or(own.age_ms_min),
+            bytes_per_second_max: policy.bytes_per_second_max.or(own.bytes_per_second_max),
+        });
+    }
+}
+
+impl ReportingPolicyChange {
+    fn of(options: &Options) -> Result<Self, OptionError> {
+        Ok(Self {
+            order_min: options.parsed("order_min")?,
+            pending_blocks: options.parsed("pending_blocks")?,
+            delay_ms_max: options.parsed("delay_ms_max")?,
+            age_ms_min: options.parsed("age_ms_min")?,
+            bytes_per_second_max: options.bytes("bytes_per_second_max")?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn set_with_a_name_is_an_alert_and_sizes_take_suffixes() {
+        let change = ReclaimThresholdsChange::parse(
+            "name=big,figure=resident_bytes,direction=above,enter=2G,leave=1G,duration_ms=5000",
+        )
+        .unwrap();
+        assert_eq!(
+            serde_json::to_string(&change).unwrap(),
+            r#"{"alerts":[{"name":"big","figure":"resident_bytes","direction":"above","enter":2147483648,"leave":1073741824,"duration_ms":5000}]}"#
+        );
+    }
+
+    #[test]
+    fn sets_of_the_policy_add_up_and_the_last_one_wins() {
+        let mut change = ReclaimThresholdsChange::parse("order_min=9,delay_ms_max=10").unwrap();
+        let more = "delay_ms_max=20,bytes_per_second_max=1M";
+        change.extend(ReclaimThresholdsChange::parse(more).unwrap());
+        change.extend(ReclaimThresholdsChange::default());
+        assert_eq!(
+            serde_json::to_string(&change).unwrap(),
+            r#"{"reporting_policy":{"order_min":9,"delay_ms_max":20,"bytes_per_second_max":1048576}}"#
+        );
+    }
+
+    #[test]
+    fn set_that_is_neither_or_both_is_refused() {
+        for text in [
+            "",
+            "enter=1",
+            "figure=x,order_min=1",
+            "name=a,order_min=1",
+            "name=a,direction=beside",
+            "name=a,enter=-1",
+            "order_min=many",
+            "no_such_key=1",
+        ] {
+            assert!(ReclaimThresholdsChange::parse(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn answer_is_a_valid_body_of_a_change() {
+        let answer = ReclaimThresholds {
+            alerts: vec![AlertStatus {
+                rule: AlertRule {
+                    name: "a".to_owned(),
+                    figure: "resident_bytes".to_owned(),
+                    direction: AlertDirection::Below,
+                    enter: 1,
+                    leave: 2,
+                    duration_ms: 3,
+                },
+                active: true,
+                ..AlertStatus::default()
+            }],
+            ..ReclaimThresholds::default()
+        };
+        let text = serde_json::to_string(&answer).unwrap();
+        let change: ReclaimThresholdsChange = serde_json::from_str(&text).unwrap();
+        let alert = &change.alerts[0];
+        assert_eq!(alert.direction, Some(AlertDirection::Below));
+        assert_eq!(
+            (alert.enter, alert.leave, alert.duration_ms),
+            (Some(1), Some(2), Some(3))
+        );
+        assert_eq!(change.reporting_policy.unwrap().pending_blocks, Some(16));
+    }
+}

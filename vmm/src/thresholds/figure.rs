@@ -1,0 +1,134 @@
+//! Figures by name: a number of `vm.reclaim-stats` by its path, or a counter of a device.
+
+use std::collections::BTreeMap;
+
+use api::{
+    BALLOON_STAT_TAGS, BalloonStats, GuestSample, LastBatch, ReclaimPath, ReclaimStats, VmCounters,
+};
+use serde_json::Value;
+use virtio_devices::reclaim::SkippedBytes;
+
+use super::NAME_LENGTH_MAX;
+
+/// What only a measurement of residency knows.
+const MEASURED: &[&str] = &[
+    "configured_bytes",
+    "resident_bytes",
+    "reclaimed_bytes",
+    "swapped_bytes",
+    "resident_sample_us",
+    "resident_age_ms",
+];
+/// The maps that leave out what is zero.
+const SPARSE: &str = "skipped_bytes";
+
+/// Where a figure comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Figure {
+    /// A number of `vm.reclaim-stats`, by the names that lead to it.
+    Reclaim(Vec<String>),
+    /// A counter of `vm.counters`.
+    Counter { device: String, counter: String },
+}
+
+/// What has to be read to look at figures.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Needs {
+    /// `vm.reclaim-stats`.
+    pub(super) reclaim: bool,
+    /// With a measurement of residency, which is what costs.
+    pub(super) residency: bool,
+    /// `vm.counters`.
+    pub(super) counters: bool,
+}
+
+/// What was read at one moment; absent is what was not needed or could not be had.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Sources {
+    pub(super) reclaim: Option<Value>,
+    pub(super) counters: Option<VmCounters>,
+}
+
+impl Figure {
+    /// The figure called `name`, if there can be one. Whether a device has a counter is known only when it runs.
+    pub(super) fn parse(name: &str) -> Option<Self> {
+        let parts: Vec<_> = name.split('/').collect();
+        if name.len() > NAME_LENGTH_MAX || parts.contains(&"") {
+            return None;
+        }
+        let every = every_figure();
+        if every.get(parts[0]).is_some() {
+            return follow(&every, &parts)
+                .filter(|leaf| leaf.is_u64())
+                .map(|_| Self::Reclaim(parts.iter().map(|&part| part.to_owned()).collect()));
+        }
+        let [device, counter] = parts[..] else {
+            return None;
+        };
+        Some(Self::Counter {
+            device: device.to_owned(),
+            counter: counter.to_owned(),
+        })
+    }
+
+    /// Adds what this figure needs.
+    pub(super) fn add_needs(&self, needs: &mut Needs) {
+        match self {
+            Self::Reclaim(path) => {
+                needs.reclaim = true;
+                needs.residency |= MEASURED.contains(&path[0].as_str());
+            }
+            Self::Counter { .. } => needs.counters = true,
+        }
+    }
+
+    /// Its value; `None` when there is none at present.
+    pub(super) fn read(&self, sources: &Sources) -> Option<u64> {
+        match self {
+            Self::Reclaim(path) => {
+                let stats = sources.reclaim.as_ref()?;
+                let (name, parents) = path.split_last()?;
+                let parent = follow(stats, parents)?;
+                match parent.get(name) {
+                    Some(value) => value.as_u64(),
+                    None => (parents.last().is_some_and(|last| last == SPARSE)).then_some(0),
+                }
+            }
+            Self::Counter { device, counter } => {
+                let counters = sources.counters.as_ref()?;
+                counters.get(device)?.get(counter).copied()
+            }
+        }
+    }
+}
+
+fn follow<'a, T: AsRef<str>>(start: &'a Value, path: &[T]) -> Option<&'a Value> {
+    path.iter()
+        .try_fold(start, |value, name| value.get(name.as_ref()))
+}
+
+/// Statistics in which nothing is left out.
+fn every_figure() -> Value {
+    let mut stats = BalloonStats::default();
+    for &(_, tag) in BALLOON_STAT_TAGS {
+        stats.set(tag, 0);
+    }
+    let skipped: BTreeMap<_, _> = SkippedBytes::default()
+        .iter()
+        .map(|(reason, bytes)| (reason.name().to_owned(), bytes))
+        .collect();
+    let path = ReclaimPath {
+        skipped_bytes: skipped,
+        last_batch: Some(LastBatch::default()),
+        ..ReclaimPath::default()
+    };
+    let every = ReclaimStats {
+        swapped_bytes: Some(0),
+        report: path.clone(),
+        inflate: path,
+        guest: Some(GuestSample { stats, age_ms: 0 }),
+        ..ReclaimStats::default()
+    };
+    // A tree of numbers and texts has no way to fail; without it no figure would be known.
+    serde_json::to_value(every).unwrap_or_default()
+}

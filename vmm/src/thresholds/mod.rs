@@ -1,0 +1,28 @@
+//! Reclaim thresholds (`/vm.reclaim-thresholds`): alerts on figures, told on the event monitor, and the reporting policy.
+//!
+//! ```text
+//!  PUT ─► control thread ─► Thresholds::change        GET ─► Thresholds::status
+//!                                │                              ▲
+//!                     settings and states (Book) ───────────────┘
+//!                                │
+//!  thread `thresholds`: once a second: what is needed ─► figures of the machine ─► step ─► events
+//! ```
+//! The control thread and the API only ever take the lock on the book, which is held for microseconds; the figures are
+//! read outside of it. The book belongs to the VM and not to the machine: it outlives reboots and pauses and goes with
+//! `vm.delete`. Deciding is pure ([`book`], [`alert`], [`figure`]); only [`monitor`] knows threads and clocks.
+
+mod alert;
+mod book;
+mod error;
+mod figure;
+mod monitor;
+#[cfg(test)]
+mod tests;
+
+pub use error::{AlertFault, ThresholdError};
+pub use monitor::{Monitor, THRESHOLDS_THREAD, Thresholds};
+
+/// Most alerts of a VM: what bounds events, memory and the cost of a look.
+pub const ALERTS_MAX: usize = 32;
+/// Most characters of an alert's name and of a figure's.
+pub const NAME_LENGTH_MAX: usize = 128;
