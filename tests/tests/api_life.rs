@@ -11,6 +11,7 @@ use cloud_hypervisor_client::apis::DefaultApi;
 use cloud_hypervisor_client::models;
 use integration_tests::bare_metal;
 use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
+use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 
 fn kvm_opens() -> bool {
@@ -75,6 +76,8 @@ const WITHOUT_CONFIG: &[Step<'_>] = &[
     ("GET", "vm.counters", None, 500),
     ("GET", "vm.balloon-stats", None, 500),
     ("GET", "vm.reclaim-stats", None, 500),
+    ("GET", "vm.reclaim-thresholds", None, 404),
+    ("PUT", "vm.reclaim-thresholds", Some("{}"), 404),
     ("PUT", "vm.delete", None, 204),
     ("GET", "vm.nonsense", None, 404),
     ("PUT", "vmm.ping", None, 400),
@@ -96,6 +99,15 @@ const CREATED: &[Step<'_>] = &[
     ("PUT", "vm.pause", None, 500),
     ("PUT", "vm.shutdown", None, 500),
     ("GET", "vm.counters", None, 500),
+    ("GET", "vm.reclaim-thresholds", None, 200),
+    ("PUT", "vm.reclaim-thresholds", Some("{}"), 200),
+    ("PUT", "vm.reclaim-thresholds", None, 400),
+    (
+        "PUT",
+        "vm.reclaim-thresholds",
+        Some("{\"remove_alerts\":[\"unknown\"]}"),
+        400,
+    ),
     ("PUT", "vm.resize", Some(BALLOON_64M), 204),
 ];
 
@@ -159,6 +171,50 @@ fn every_request_in_every_state_answers_as_upstream_does() -> Result<()> {
     vmm.expect_clean_exit(PROCESS_DEADLINE)?;
     ensure!(!vmm.socket().exists(), "the API socket was left behind");
     Ok(())
+}
+
+/// Every figure is measured here by the thread that does so in earnest, under its filter.
+#[test]
+fn alerts_on_a_running_machine_cross_once_and_outlive_a_reboot() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let kernel = bare_metal::image()?;
+    let mut vmm = Vmm::start(&["--event-monitor", "path=@/events"])?;
+    vmm.put("vm.create", Some(&config(&kernel)))?;
+    vmm.put("vm.boot", None)?;
+    let alert = |name: &str, figure: &str, direction: &str, enter: u64| json!({"name": name, "figure": figure, "direction": direction, "enter": enter});
+    let change = json!({"alerts": [
+        alert("resident", "resident_bytes", "above", 0),
+        alert("counter", "__balloon/actual_bytes", "below", 1),
+        alert("path", "report/failed_bytes", "below", 1),
+        alert("silent", "resident_bytes", "above", 1 << 40),
+    ]});
+    vmm.put("vm.reclaim-thresholds", Some(&change.to_string()))?;
+    let entered = |vmm: &Vmm| {
+        let events = vmm.text("events");
+        events.matches("\"reclaim-threshold-entered\"").count()
+    };
+    wait_for("three crossings", PROCESS_DEADLINE, || {
+        ensure!(!vmm.has_ended()?, "the VMM ended: {}", vmm.stderr());
+        Ok((entered(&vmm) >= 3).then_some(()))
+    })?;
+    vmm.put("vm.pause", None)?;
+    vmm.put("vm.reboot", None)?;
+    wait_for("a look at the next machine", PROCESS_DEADLINE, || {
+        let answer = vmm.get("vm.reclaim-thresholds")?;
+        let alerts = answer["alerts"].as_array().context("no alerts")?.clone();
+        for alert in &alerts {
+            let silent = alert["name"] == "silent";
+            ensure!(alert["active"] == !silent, "{alert:#}");
+            ensure!(alert["times_entered"] == u64::from(!silent), "{alert:#}");
+        }
+        let seen = alerts.iter().all(|alert| alert["value"].is_u64());
+        Ok(seen.then_some(()))
+    })?;
+    ensure!(entered(&vmm) == 3, "{}", vmm.text("events"));
+    vmm.put("vmm.shutdown", None)?;
+    vmm.expect_clean_exit(PROCESS_DEADLINE)
 }
 
 #[test]

@@ -38,7 +38,13 @@ fn ch_remote_steers_a_whole_life() -> Result<Outcome> {
     .serve()?;
     let ping: Value = serde_json::from_str(&remote(&guest, &["ping"])?)?;
     ensure!(ping["pid"] == guest.vmm.pid(), "{ping:#}");
-    for command in ["info", "counters", "balloon-stats", "reclaim-stats"] {
+    for command in [
+        "info",
+        "counters",
+        "balloon-stats",
+        "reclaim-stats",
+        "reclaim-thresholds",
+    ] {
         let text = remote(&guest, &[command])?;
         let json: Value = serde_json::from_str(&text).with_context(|| text.clone())?;
         ensure!(json.is_object(), "{command}: {json:#}");
