@@ -131,6 +131,11 @@ impl EventMonitor {
         })
     }
 
+    /// Whether anything that is told goes anywhere.
+    pub fn is_on(&self) -> bool {
+        self.writer.is_some()
+    }
+
     /// What others call to tell something. Never blocks.
     pub fn sink(&self) -> EventSink {
         let Some(writer) = &self.writer else {
@@ -349,6 +354,7 @@ mod tests {
         let monitor = EventMonitor::off();
         monitor.sink()("vm", "booted", &[]);
         assert_eq!(monitor.lost_events(), 0);
+        assert!(!monitor.is_on());
     }
 
     #[test]

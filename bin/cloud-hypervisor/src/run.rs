@@ -119,6 +119,7 @@ fn start_control(
         view: Arc::clone(view),
         context,
         no_shutdown,
+        events_are_read: events.is_on(),
         on_start: Box::new(move || thread_start(CONTROL_THREAD)),
     })?)
 }

@@ -149,6 +149,7 @@ impl MachineObserver for FakeObserver {
     fn reclaim_stats(&self) -> Result<ReclaimStats, BalloonStatsError> {
         Ok(ReclaimStats {
             ballooned_bytes: self.balloon()?,
+            balloon_target_bytes: self.balloon()?,
             ..Default::default()
         })
     }
@@ -194,6 +195,7 @@ fn vmm_with(no_shutdown: bool) -> Vmm {
         view: Arc::clone(&view),
         context,
         no_shutdown,
+        events_are_read: true,
         on_start: Box::new(|| {}),
     })
     .unwrap();
@@ -580,7 +582,9 @@ fn thresholds_cross_once_are_kept_over_pause_and_reboot_and_go_with_the_vm() {
     let vmm = vmm();
     vmm.create("");
     let set = vmm.ok(Endpoint::VmSetReclaimThresholds, Some(THRESHOLDS));
-    assert_eq!(set, vmm.ok(Endpoint::VmReclaimThresholds, None));
+    let read = vmm.ok(Endpoint::VmReclaimThresholds, None);
+    assert_eq!(set["reporting_policy"], read["reporting_policy"]);
+    assert_eq!(set["alerts"][0]["name"], read["alerts"][0]["name"]);
     assert_eq!(set["alerts"][0]["active"], false);
     assert_eq!(set["reporting_policy"]["in_effect"], false);
     assert!(set["reporting_policy"]["reason"].is_string());
@@ -608,6 +612,16 @@ fn thresholds_cross_once_are_kept_over_pause_and_reboot_and_go_with_the_vm() {
         vmm.ok(Endpoint::VmReclaimThresholds, None)["alerts"],
         json!([])
     );
+}
+
+#[test]
+fn balloon_target_reached_is_told_without_an_alert() {
+    let vmm = vmm();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    vmm.ok(Endpoint::VmResize, Some(RESIZE));
+    let reached = "virtio-device balloon-target-reached";
+    vmm.wait_until("reached", |vmm| vmm.has_event(reached));
 }
 
 #[test]

@@ -17,17 +17,20 @@ use super::machine::Machine;
 use super::request::{ControlError, RequestError, VmRequest};
 use super::view::{MachineView, PublishedView, View};
 use crate::config;
-use crate::thresholds::Thresholds;
+use crate::thresholds::{Subjects, Thresholds};
 use crate::vm::{VmContext, VmError};
 
 /// The VM and everything that may be asked of it.
 pub(super) struct Lifecycle<M: Machine> {
     config: Option<VmConfig>,
     machine: Option<M>,
+    /// How many there have been.
+    machines: u64,
     paused: bool,
     view: Arc<PublishedView>,
     /// Kept over reboots; forgotten with the configuration.
     thresholds: Arc<Thresholds>,
+    events_are_read: bool,
     context: VmContext,
     ended: bool,
 }
@@ -36,14 +39,17 @@ impl<M: Machine> Lifecycle<M> {
     pub(super) fn new(
         view: Arc<PublishedView>,
         thresholds: Arc<Thresholds>,
+        events_are_read: bool,
         context: VmContext,
     ) -> Self {
         Self {
             config: None,
             machine: None,
+            machines: 0,
             paused: false,
             view,
             thresholds,
+            events_are_read,
             context,
             ended: false,
         }
@@ -81,12 +87,20 @@ impl<M: Machine> Lifecycle<M> {
         self.view.publish(View {
             config: self.config.clone().map(Arc::new),
             machine: self.machine.as_ref().map(|machine| MachineView {
+                number: self.machines,
                 state: self.machine_state(),
                 observer: Arc::new(machine.observer()),
             }),
             thresholds: self.config.as_ref().map(|_| Arc::clone(&self.thresholds)),
         });
-        self.thresholds.set_has_machine(self.machine.is_some());
+        let machine = self.machine.is_some();
+        let has_balloon = |config: &VmConfig| config.balloon.is_some();
+        self.thresholds.set_subjects(Subjects {
+            machine,
+            balloon: machine
+                && self.events_are_read
+                && self.config.as_ref().is_some_and(has_balloon),
+        });
     }
 
     fn machine_state(&self) -> VmState {
@@ -150,6 +164,7 @@ impl<M: Machine> Lifecycle<M> {
         machine.boot().map_err(ControlError::Machine)?;
         self.config = Some(config);
         self.machine = Some(machine);
+        self.machines += 1;
         self.paused = false;
         self.emit("vm", "booted");
         Ok(())

@@ -127,6 +127,8 @@ pub struct ControlSetup {
     pub context: VmContext,
     /// Stay when the guest powers off (`--no-shutdown`).
     pub no_shutdown: bool,
+    /// Whether there is an event monitor: without one nobody looks for what could be told of the balloon.
+    pub events_are_read: bool,
     /// Called first on the thread.
     pub on_start: Box<dyn FnOnce() + Send>,
 }
@@ -219,7 +221,8 @@ fn run<M: Machine>(
     (setup.on_start)();
     (setup.context.events)("vmm", "starting", &[]);
     let signals = Arc::clone(&setup.context.signals);
-    let lifecycle = Lifecycle::<M>::new(setup.view, thresholds, setup.context);
+    let lifecycle =
+        Lifecycle::<M>::new(setup.view, thresholds, setup.events_are_read, setup.context);
     let mut control = Control {
         lifecycle,
         signals,

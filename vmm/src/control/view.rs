@@ -23,6 +23,8 @@ pub struct View {
 /// A machine in a [`View`].
 #[derive(Debug, Clone)]
 pub struct MachineView {
+    /// Counts machines: each boot and reboot makes another one, and figures start anew.
+    pub number: u64,
     /// `Running` or `Paused`.
     pub state: VmState,
     /// Its figures.

@@ -1,4 +1,5 @@
 //! Reclaim thresholds (`/vm.reclaim-thresholds`): alerts on figures, told on the event monitor, and the reporting policy.
+//! What is told of the balloon without being asked for ([`balloon`]) is noticed by the same thread.
 //!
 //! ```text
 //!  PUT ─► control thread ─► Thresholds::change        GET ─► Thresholds::status
@@ -9,9 +10,11 @@
 //! ```
 //! The control thread and the API only ever take the lock on the book, which is held for microseconds; the figures are
 //! read outside of it. The book belongs to the VM and not to the machine: it outlives reboots and pauses and goes with
-//! `vm.delete`. Deciding is pure ([`book`], [`alert`], [`figure`]); only [`monitor`] knows threads and clocks.
+//! `vm.delete`. Deciding is pure ([`book`], [`alert`], [`balloon`], [`figure`]); only [`monitor`] knows threads and
+//! clocks.
 
 mod alert;
+mod balloon;
 mod book;
 mod error;
 mod figure;
@@ -20,7 +23,7 @@ mod monitor;
 mod tests;
 
 pub use error::{AlertFault, ThresholdError};
-pub use monitor::{Monitor, THRESHOLDS_THREAD, Thresholds};
+pub use monitor::{Monitor, Subjects, THRESHOLDS_THREAD, Thresholds};
 
 /// Most alerts of a VM: what bounds events, memory and the cost of a look.
 pub const ALERTS_MAX: usize = 32;

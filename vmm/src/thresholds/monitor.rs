@@ -5,14 +5,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use api::{ReclaimThresholds, ReclaimThresholdsChange};
+use api::{ReclaimStats, ReclaimThresholds, ReclaimThresholdsChange, VmState};
 
 use super::alert::Transition;
+use super::balloon::{BalloonEvent, Sight, Watch};
 use super::book::Book;
 use super::error::ThresholdError;
 use super::figure::{Needs, Sources};
-use crate::control::{MachineObserver, PublishedView};
-use crate::vm::EventSink;
+use crate::control::{MachineObserver, MachineView, PublishedView};
+use crate::vm::{BALLOON_ID, EventSink};
 
 /// Name of the thread.
 pub const THRESHOLDS_THREAD: &str = "thresholds";
@@ -33,8 +34,24 @@ pub struct Thresholds {
 #[derive(Debug, Default)]
 struct State {
     book: Book,
-    has_machine: bool,
+    subjects: Subjects,
     stop: bool,
+}
+
+/// What there is to look at.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Subjects {
+    /// A machine, for alerts.
+    pub machine: bool,
+    /// A machine with a balloon, and somebody who reads what is told of it.
+    pub balloon: bool,
+}
+
+/// What has to be read for one look.
+#[derive(Clone, Copy, Debug)]
+struct Look {
+    alerts: Needs,
+    balloon: bool,
 }
 
 impl Default for Thresholds {
@@ -68,9 +85,9 @@ impl Thresholds {
         self.lock().book.clear();
     }
 
-    /// Tells whether there is a machine to look at.
-    pub fn set_has_machine(&self, has_machine: bool) {
-        self.lock().has_machine = has_machine;
+    /// Tells what there is to look at.
+    pub fn set_subjects(&self, subjects: Subjects) {
+        self.lock().subjects = subjects;
         self.wake.notify_all();
     }
 
@@ -90,10 +107,11 @@ impl Thresholds {
 
     /// Waits until it is time to look at something; `None` when the end has come. While there is nothing to look at
     /// the thread sleeps.
-    fn wait(&self, due: &mut Option<Instant>, interval: Duration) -> Option<Needs> {
+    fn wait(&self, due: &mut Option<Instant>, interval: Duration) -> Option<Look> {
         let mut state = self.lock();
         while !state.stop {
-            if !(state.has_machine && state.book.has_alerts()) {
+            let Subjects { machine, balloon } = state.subjects;
+            if !(balloon || (machine && state.book.has_alerts())) {
                 *due = None;
                 state = self
                     .wake
@@ -105,7 +123,8 @@ impl Thresholds {
             let at = *due.get_or_insert(now + interval);
             if now >= at {
                 *due = Some(now + interval);
-                return Some(state.book.needs());
+                let alerts = state.book.needs();
+                return Some(Look { alerts, balloon });
             }
             let waited = self.wake.wait_timeout(state, at - now);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
@@ -138,9 +157,15 @@ impl Monitor {
             .stack_size(STACK_BYTES)
             .spawn(move || {
                 on_start();
+                let mut looker = Looker {
+                    thresholds: own,
+                    view,
+                    events,
+                    watch: None,
+                };
                 let mut due = None;
-                while let Some(needs) = own.wait(&mut due, INTERVAL) {
-                    look(&own, needs, &view, &events);
+                while let Some(look) = looker.thresholds.wait(&mut due, INTERVAL) {
+                    looker.look(look);
                 }
             })?;
         Ok(Self {
@@ -159,49 +184,92 @@ impl Drop for Monitor {
     }
 }
 
-fn look(thresholds: &Thresholds, needs: Needs, view: &PublishedView, events: &EventSink) {
-    // No lock is held while figures are read, which takes milliseconds.
-    let sources = view
-        .get()
-        .machine
-        .as_ref()
-        .map(|machine| read(&*machine.observer, needs))
-        .unwrap_or_default();
-    let crossed = {
-        let mut state = thresholds.lock();
-        state.book.step(thresholds.now_ms(), &sources)
-    };
-    for transition in crossed {
-        tell(events, transition);
-    }
+/// The thread's side.
+struct Looker {
+    thresholds: Arc<Thresholds>,
+    view: Arc<PublishedView>,
+    events: EventSink,
+    watch: Option<Watch>,
 }
 
-fn read(observer: &dyn MachineObserver, needs: Needs) -> Sources {
-    let stats = match needs {
-        Needs {
-            residency: true, ..
-        } => observer.reclaim_stats(),
-        Needs { reclaim: true, .. } => observer.balloon_figures(),
-        _ => return counters_alone(observer, needs),
-    };
-    let reclaim = match stats {
-        Ok(stats) => serde_json::to_value(stats).ok(),
-        Err(error) => {
-            log::debug!("No figures: {}", api::error_chain(&error).join(": "));
-            None
+impl Looker {
+    fn look(&mut self, look: Look) {
+        let view = self.view.get();
+        // No lock is held while figures are read, which takes milliseconds.
+        let stats = view
+            .machine
+            .as_ref()
+            .and_then(|machine| read_stats(&*machine.observer, look));
+        let sources = Sources {
+            counters: view
+                .machine
+                .as_ref()
+                .filter(|_| look.alerts.counters)
+                .map(|machine| machine.observer.counters()),
+            reclaim: stats
+                .as_ref()
+                .filter(|_| look.alerts.reclaim)
+                .and_then(|stats| serde_json::to_value(stats).ok()),
+        };
+        let crossed = {
+            let mut state = self.thresholds.lock();
+            state.book.step(self.thresholds.now_ms(), &sources)
+        };
+        for transition in crossed {
+            tell(&self.events, transition);
         }
-    };
-    Sources {
-        reclaim,
-        ..counters_alone(observer, needs)
+        if let (true, Some(machine), Some(stats)) = (look.balloon, &view.machine, &stats) {
+            let configured = view
+                .config
+                .as_ref()
+                .and_then(|config| config.balloon.as_ref());
+            let id = configured.and_then(|balloon| balloon.id.as_deref());
+            self.watch_balloon(id.unwrap_or(BALLOON_ID), sight(machine, stats));
+        }
+    }
+
+    fn watch_balloon(&mut self, id: &str, sight: Sight) {
+        let now_ms = self.thresholds.now_ms();
+        let watch = self.watch.get_or_insert_with(|| Watch::new(now_ms, sight));
+        for event in watch.step(now_ms, sight) {
+            tell_of_balloon(&self.events, id, event);
+        }
     }
 }
 
-fn counters_alone(observer: &dyn MachineObserver, needs: Needs) -> Sources {
-    Sources {
-        reclaim: None,
-        counters: needs.counters.then(|| observer.counters()),
+fn sight(machine: &MachineView, stats: &ReclaimStats) -> Sight {
+    Sight {
+        machine: machine.number,
+        running: machine.state == VmState::Running,
+        target_bytes: stats.balloon_target_bytes,
+        actual_bytes: stats.ballooned_bytes,
+        failed_bytes: stats
+            .report
+            .failed_bytes
+            .saturating_add(stats.inflate.failed_bytes),
     }
+}
+
+/// The statistics, measured only if an alert is about what is measured.
+fn read_stats(observer: &dyn MachineObserver, look: Look) -> Option<ReclaimStats> {
+    let stats = if look.alerts.residency {
+        observer.reclaim_stats()
+    } else if look.alerts.reclaim || look.balloon {
+        observer.balloon_figures()
+    } else {
+        return None;
+    };
+    stats
+        .inspect_err(|error| log::debug!("No figures: {}", api::error_chain(error).join(": ")))
+        .ok()
+}
+
+fn tell_of_balloon(events: &EventSink, id: &str, event: BalloonEvent) {
+    let figures = event.properties().into_iter();
+    let properties: Vec<_> = std::iter::once(("id", id.to_owned()))
+        .chain(figures.map(|(name, value)| (name, value.to_string())))
+        .collect();
+    events("virtio-device", event.name(), &properties);
 }
 
 fn tell(events: &EventSink, transition: Transition) {

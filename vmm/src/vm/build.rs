@@ -26,7 +26,7 @@ use crate::memory::GuestMemory;
 use crate::seccomp::ThreadKind;
 
 /// Ids of the devices of which there is at most one.
-const BALLOON_ID: &str = "__balloon";
+pub(crate) const BALLOON_ID: &str = "__balloon";
 const RNG_ID: &str = "__rng";
 
 /// Where the entropy should come from cannot be opened.

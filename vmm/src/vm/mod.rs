@@ -25,6 +25,7 @@ use virtio_devices::transport::VirtioPciFunction;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
+pub(crate) use build::BALLOON_ID;
 pub use consoles::Consoles;
 pub use error::VmError;
 use observer::OwnObserver;

@@ -1,0 +1,297 @@
+//! What is told of the balloon without being asked for: target reached, guest stuck, discards that failed.
+//!
+//! Figures are looked at once a second, and nothing the guest does makes it talk more than once a second: a target is
+//! reached once, a guest is stuck once in [`STUCK_MS`], failures are told once in [`FAILED_REST_MS`] and added up
+//! in between.
+
+/// A guest that has come no nearer to its target for so long is stuck. Inflating in 4 KiB pages goes at hundreds of MiB
+/// a second, and a guest under load still moves some; a guest that boots may need this long for its driver.
+const STUCK_MS: u64 = 30_000;
+/// Shortest time between two tellings of failed discards.
+const FAILED_REST_MS: u64 = 60_000;
+
+/// The balloon at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sight {
+    /// Which machine it belongs to: figures start anew with each.
+    pub(super) machine: u64,
+    /// False while the guest cannot move because its machine is paused.
+    pub(super) running: bool,
+    pub(super) target_bytes: u64,
+    pub(super) actual_bytes: u64,
+    /// Bytes the host's kernel refused to take back, since the machine was made.
+    pub(super) failed_bytes: u64,
+}
+
+/// Something to tell.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum BalloonEvent {
+    /// The guest has given what it was asked for.
+    TargetReached { target_bytes: u64 },
+    /// The guest comes no nearer to its target.
+    Stuck {
+        target_bytes: u64,
+        actual_bytes: u64,
+        stuck_ms: u64,
+    },
+    /// More discards have failed.
+    DiscardFailed { failed_bytes: u64, new_bytes: u64 },
+}
+
+/// Remembers what was seen and told.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Watch {
+    last: Sight,
+    /// The target was set and has not been reached since.
+    pending: bool,
+    /// Nearest the guest has come to its target, bytes. Moving to and fro is not coming nearer.
+    distance_bytes_min: u64,
+    /// When it came nearer, or could not move.
+    progress_at_ms: u64,
+    /// It has been told that it does not come nearer.
+    stuck_told: bool,
+    failed_bytes_told: u64,
+    failed_told_at_ms: Option<u64>,
+}
+
+impl Watch {
+    /// The first sight of a machine. A balloon that nobody asked anything of has reached nothing.
+    pub(super) fn new(now_ms: u64, sight: Sight) -> Self {
+        let distance = sight.target_bytes.abs_diff(sight.actual_bytes);
+        Self {
+            last: sight,
+            pending: sight.target_bytes != 0 || distance != 0,
+            distance_bytes_min: distance,
+            progress_at_ms: now_ms,
+            stuck_told: false,
+            failed_bytes_told: 0,
+            failed_told_at_ms: None,
+        }
+    }
+
+    /// Looks again.
+    pub(super) fn step(&mut self, now_ms: u64, sight: Sight) -> Vec<BalloonEvent> {
+        if sight.machine != self.last.machine {
+            *self = Self::new(now_ms, sight);
+        }
+        let events = [self.target(now_ms, sight), self.failures(now_ms, sight)];
+        self.last = sight;
+        events.into_iter().flatten().collect()
+    }
+
+    fn target(&mut self, now_ms: u64, sight: Sight) -> Option<BalloonEvent> {
+        let Sight {
+            target_bytes,
+            actual_bytes,
+            ..
+        } = sight;
+        let distance = target_bytes.abs_diff(actual_bytes);
+        if target_bytes != self.last.target_bytes {
+            self.pending = true;
+            self.stuck_told = false;
+            self.distance_bytes_min = distance;
+            self.progress_at_ms = now_ms;
+        }
+        if !self.pending {
+            return None;
+        }
+        if distance == 0 {
+            self.pending = false;
+            return Some(BalloonEvent::TargetReached { target_bytes });
+        }
+        if distance < self.distance_bytes_min || !sight.running {
+            self.stuck_told &= distance >= self.distance_bytes_min;
+            self.distance_bytes_min = distance.min(self.distance_bytes_min);
+            self.progress_at_ms = now_ms;
+            return None;
+        }
+        let stuck_ms = now_ms.saturating_sub(self.progress_at_ms);
+        if stuck_ms < STUCK_MS || self.stuck_told {
+            return None;
+        }
+        self.stuck_told = true;
+        Some(BalloonEvent::Stuck {
+            target_bytes,
+            actual_bytes,
+            stuck_ms,
+        })
+    }
+
+    fn failures(&mut self, now_ms: u64, sight: Sight) -> Option<BalloonEvent> {
+        let new_bytes = sight.failed_bytes.saturating_sub(self.failed_bytes_told);
+        let resting = self
+            .failed_told_at_ms
+            .is_some_and(|told| now_ms.saturating_sub(told) < FAILED_REST_MS);
+        if new_bytes == 0 || resting {
+            return None;
+        }
+        self.failed_bytes_told = sight.failed_bytes;
+        self.failed_told_at_ms = Some(now_ms);
+        Some(BalloonEvent::DiscardFailed {
+            failed_bytes: sight.failed_bytes,
+            new_bytes,
+        })
+    }
+}
+
+impl BalloonEvent {
+    /// Its name on the event monitor.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::TargetReached { .. } => "balloon-target-reached",
+            Self::Stuck { .. } => "balloon-stuck",
+            Self::DiscardFailed { .. } => "balloon-discard-failed",
+        }
+    }
+
+    /// Its details.
+    pub(super) fn properties(self) -> Vec<(&'static str, u64)> {
+        match self {
+            Self::TargetReached { target_bytes } => vec![("target_bytes", target_bytes)],
+            Self::Stuck {
+                target_bytes,
+                actual_bytes,
+                stuck_ms,
+            } => vec![
+                ("target_bytes", target_bytes),
+                ("actual_bytes", actual_bytes),
+                ("stuck_ms", stuck_ms),
+            ],
+            Self::DiscardFailed {
+                failed_bytes,
+                new_bytes,
+            } => vec![("failed_bytes", failed_bytes), ("new_bytes", new_bytes)],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn sight(target_bytes: u64, actual_bytes: u64) -> Sight {
+        Sight {
+            machine: 1,
+            running: true,
+            target_bytes,
+            actual_bytes,
+            failed_bytes: 0,
+        }
+    }
+
+    fn watch(first: Sight) -> Watch {
+        Watch::new(0, first)
+    }
+
+    #[test]
+    fn target_reached_is_told_once_for_each_target() {
+        let mut watch = watch(sight(0, 0));
+        assert_eq!(watch.step(0, sight(0, 0)), []);
+        assert_eq!(watch.step(1000, sight(8, 0)), []);
+        let reached = |target_bytes| [BalloonEvent::TargetReached { target_bytes }];
+        assert_eq!(watch.step(2000, sight(8, 8)), reached(8));
+        // Taken back by the guest and given again: nobody asked for that.
+        assert_eq!(watch.step(3000, sight(8, 4)), []);
+        assert_eq!(watch.step(4000, sight(8, 8)), []);
+        // Set and reached between two looks.
+        assert_eq!(watch.step(5000, sight(2, 2)), reached(2));
+    }
+
+    #[test]
+    fn target_of_the_next_machine_is_told_anew() {
+        let mut watch = watch(sight(8, 8));
+        assert_eq!(watch.step(0, sight(8, 8)).len(), 1);
+        let next = |actual| Sight {
+            machine: 2,
+            ..sight(8, actual)
+        };
+        assert_eq!(watch.step(1000, next(0)), []);
+        assert_eq!(watch.step(2000, next(8)).len(), 1);
+    }
+
+    #[test]
+    fn guest_that_comes_no_nearer_is_stuck_once_until_it_does() {
+        let mut watch = watch(sight(8, 0));
+        assert_eq!(watch.step(STUCK_MS - 1, sight(8, 0)), []);
+        let stuck = BalloonEvent::Stuck {
+            target_bytes: 8,
+            actual_bytes: 0,
+            stuck_ms: STUCK_MS,
+        };
+        assert_eq!(watch.step(STUCK_MS, sight(8, 0)), [stuck]);
+        assert_eq!(watch.step(10 * STUCK_MS, sight(8, 0)), []);
+        assert_eq!(watch.step(11 * STUCK_MS, sight(8, 1)), []);
+        assert_eq!(watch.step(12 * STUCK_MS, sight(8, 0)).len(), 1);
+        assert_eq!(watch.step(13 * STUCK_MS, sight(8, 8)).len(), 1);
+    }
+
+    #[test]
+    fn guest_that_is_paused_is_not_stuck() {
+        let paused = Sight {
+            running: false,
+            ..sight(8, 0)
+        };
+        let mut watch = watch(paused);
+        assert_eq!(watch.step(2 * STUCK_MS, paused), []);
+        assert_eq!(watch.step(3 * STUCK_MS - 1, sight(8, 0)), []);
+        assert_eq!(watch.step(3 * STUCK_MS, sight(8, 0)).len(), 1);
+    }
+
+    #[test]
+    fn failures_are_added_up_while_they_rest() {
+        let failed = |failed_bytes| Sight {
+            failed_bytes,
+            ..sight(0, 0)
+        };
+        let told = |failed_bytes, new_bytes| {
+            [BalloonEvent::DiscardFailed {
+                failed_bytes,
+                new_bytes,
+            }]
+        };
+        let mut watch = watch(failed(3));
+        assert_eq!(watch.step(0, failed(3)), told(3, 3));
+        assert_eq!(watch.step(1000, failed(5)), []);
+        assert_eq!(watch.step(FAILED_REST_MS, failed(9)), told(9, 6));
+        assert_eq!(watch.step(9 * FAILED_REST_MS, failed(9)), []);
+    }
+
+    proptest! {
+        /// Whatever a guest says, in one look there is at most one event of each kind, and over the whole time no more
+        /// stuck guests and failures than their times allow.
+        #[test]
+        fn events_of_any_guest_are_bounded(
+            targets in prop::collection::vec((0u64..3, 0u64..200), 1..8),
+            actuals in prop::collection::vec(0u64..200, 1..400),
+        ) {
+            let mut watch = watch(sight(0, 0));
+            let (mut now_ms, mut reached, mut stuck, mut failed) = (0, 0, 0, 0);
+            let mut targets_seen = 0;
+            let mut last_target = (1, 0);
+            for (look, actual) in actuals.iter().enumerate() {
+                now_ms += 1000;
+                let (machine, target) = targets[look * targets.len() / actuals.len()];
+                targets_seen += u64::from(last_target != (machine, target));
+                last_target = (machine, target);
+                let events = watch.step(now_ms, Sight {
+                    machine,
+                    failed_bytes: look as u64,
+                    ..sight(target, *actual)
+                });
+                prop_assert!(events.len() <= 2);
+                for event in events {
+                    match event {
+                        BalloonEvent::TargetReached { .. } => reached += 1,
+                        BalloonEvent::Stuck { .. } => stuck += 1,
+                        BalloonEvent::DiscardFailed { .. } => failed += 1,
+                    }
+                }
+            }
+            prop_assert!(reached <= targets_seen);
+            prop_assert!(stuck <= now_ms / STUCK_MS);
+            prop_assert!(failed <= now_ms / FAILED_REST_MS + 1 + targets_seen);
+        }
+    }
+}
