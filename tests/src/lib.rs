@@ -5,6 +5,7 @@
 pub mod bare_metal;
 pub mod linux;
 pub mod literal_client;
+pub mod mappings;
 pub mod outcome;
 pub mod paths;
 pub mod serial;

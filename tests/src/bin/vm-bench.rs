@@ -5,7 +5,7 @@
 //! `--icount` the times are counted instructions and repeat.
 //! Prints one JSON object a figure.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::linux::Machine;
 use integration_tests::literal_client::request;
+use integration_tests::mappings::{Mapping, beside_guest_ram};
 use integration_tests::paths;
 use integration_tests::vmm::Vmm;
 use integration_tests::wait::wait_for;
@@ -77,21 +78,9 @@ fn overhead() -> Result<Value> {
         ..Machine::default()
     }
     .serve()?;
-    let maps = mappings(guest.vmm.pid())?;
-    let outside = |field: fn(&Mapping) -> u64| -> u64 {
-        maps.iter()
-            .filter(|map| map.size < GUEST_BYTES / 2)
-            .map(field)
-            .sum()
-    };
-    ensure!(
-        maps.iter().any(|map| map.size >= GUEST_BYTES / 2),
-        "guest RAM is not among the mappings"
-    );
-    let mut largest: Vec<&Mapping> = maps
-        .iter()
-        .filter(|map| map.size < GUEST_BYTES / 2)
-        .collect();
+    let maps = beside_guest_ram(guest.vmm.pid(), GUEST_BYTES)?;
+    let sum = |field: fn(&Mapping) -> u64| -> u64 { maps.iter().map(field).sum() };
+    let mut largest: Vec<&Mapping> = maps.iter().collect();
     largest.sort_by_key(|map| std::cmp::Reverse(map.anonymous));
     let largest: Vec<Value> = largest
         .iter()
@@ -99,47 +88,10 @@ fn overhead() -> Result<Value> {
         .map(|map| json!({ "name": map.name, "anonymous_bytes": map.anonymous }))
         .collect();
     Ok(json!({
-        "resident_bytes": outside(|map| map.resident),
-        "anonymous_bytes": outside(|map| map.anonymous),
+        "resident_bytes": sum(|map| map.resident),
+        "anonymous_bytes": sum(|map| map.anonymous),
         "largest_anonymous": largest,
     }))
-}
-
-/// One entry of `/proc/PID/smaps`.
-struct Mapping {
-    name: String,
-    size: u64,
-    resident: u64,
-    anonymous: u64,
-}
-
-fn mappings(pid: u32) -> Result<Vec<Mapping>> {
-    let text = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    let mut maps: Vec<Mapping> = Vec::new();
-    for line in text.lines() {
-        let mut words = line.split_whitespace();
-        let first = words.next().unwrap_or_default();
-        let kib = |words: &mut std::str::SplitWhitespace<'_>| {
-            words
-                .next()
-                .and_then(|word| word.parse::<u64>().ok())
-                .unwrap_or(0)
-                << 10
-        };
-        match (first, maps.last_mut()) {
-            ("Size:", Some(map)) => map.size = kib(&mut words),
-            ("Rss:", Some(map)) => map.resident = kib(&mut words),
-            ("Anonymous:", Some(map)) => map.anonymous = kib(&mut words),
-            _ if !first.ends_with(':') => maps.push(Mapping {
-                name: words.nth(4).unwrap_or("anonymous").to_owned(),
-                size: 0,
-                resident: 0,
-                anonymous: 0,
-            }),
-            _ => {}
-        }
-    }
-    Ok(maps)
 }
 
 /// Kills the VMM when dropped.
