@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_ID_BYTES;
+use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES};
 
 use super::config_space::{self, CONFIG_BYTES, WRITEBACK_AT};
 use super::counters::BlockCounters;
@@ -179,6 +179,13 @@ impl VirtioDevice for Block {
 
     fn features(&self) -> u64 {
         self.features
+    }
+
+    /// A driver that cannot flush finds the cache in write-through mode
+    /// (virtio 1.2 §5.2.5.2), or what it writes could never be made stable.
+    fn ack_features(&mut self, features: u64) {
+        let can_flush = config_space::has(features, VIRTIO_BLK_F_FLUSH);
+        self.disk.writeback.store(can_flush, Ordering::Release);
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

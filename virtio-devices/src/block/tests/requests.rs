@@ -273,6 +273,23 @@ fn write_through_survives_without_a_flush() {
 }
 
 #[test]
+fn cache_of_a_driver_that_cannot_flush_is_write_through() {
+    let file = image(8);
+    let mut block = Block::new(params(&file)).unwrap();
+    let writeback = |block: &Block| {
+        let mut byte = [0xff];
+        block.read_config(32, &mut byte);
+        byte[0]
+    };
+    let features = block.features();
+    block.ack_features(features & !(1 << 9));
+    assert_eq!(writeback(&block), 0, "CONFIG_WCE without FLUSH");
+    block.reset();
+    block.ack_features(features);
+    assert_eq!(writeback(&block), 1);
+}
+
+#[test]
 fn config_space_tells_capacity_and_takes_writeback() {
     let file = image(100);
     let mut block = Block::new(BlockParams {
