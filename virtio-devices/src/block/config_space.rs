@@ -11,16 +11,16 @@ use virtio_bindings::bindings::virtio_ring::{
 };
 
 use super::image::Topology;
-use super::{BlockParams, SECTOR_BYTES};
+use super::{BlockParams, SECTOR_BYTES, WRITE_ZEROES_SECTORS_MAX};
 
 /// Bytes of `struct virtio_blk_config` up to and including write zeroes.
 pub(super) const CONFIG_BYTES: usize = 60;
 /// The one writable field.
 pub(super) const WRITEBACK_AT: usize = 32;
 
-/// Sectors in one discard or write zeroes request: no limit of ours.
-const RANGE_SECTORS_MAX: u32 = u32::MAX;
-/// Ranges in one such request. One keeps a request one operation.
+/// Sectors in one discard request: no limit of ours.
+const DISCARD_SECTORS_MAX: u32 = u32::MAX;
+/// Ranges in one discard or write zeroes request. One keeps a request one operation.
 const RANGES_MAX: u32 = 1;
 
 /// Whether an accepted or offered set holds a bit.
@@ -78,11 +78,11 @@ pub(super) fn bytes(
     if !params.readonly {
         let alignment_sectors = topology.physical / SECTOR_BYTES as u32;
         if params.sparse {
-            put(36, &RANGE_SECTORS_MAX.to_le_bytes());
+            put(36, &DISCARD_SECTORS_MAX.to_le_bytes());
             put(40, &RANGES_MAX.to_le_bytes());
             put(44, &alignment_sectors.to_le_bytes());
         }
-        put(48, &RANGE_SECTORS_MAX.to_le_bytes());
+        put(48, &WRITE_ZEROES_SECTORS_MAX.to_le_bytes());
         put(52, &RANGES_MAX.to_le_bytes());
         put(56, &[u8::from(params.sparse)]);
     }

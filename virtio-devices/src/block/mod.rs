@@ -47,6 +47,11 @@ pub const QUEUE_SIZE_MAX: u16 = 1024;
 /// Most queues of one disk.
 pub const QUEUES_MAX: u16 = 256;
 
+/// Sectors one write zeroes request may cover: 16 MiB. Where the file system
+/// cannot zero a range itself they are written out, and a pause or a reset
+/// waits for every request in flight.
+const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 15;
+
 /// How much of the image file is locked against other processes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LockGranularity {

@@ -10,7 +10,7 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
-use super::SECTOR_BYTES;
+use super::{SECTOR_BYTES, WRITE_ZEROES_SECTORS_MAX};
 use crate::guest_buffers::{ChainBuffers, ChainError, GuestBuffers};
 
 /// `struct virtio_blk_req` up to the data: type, reserved, sector.
@@ -83,6 +83,8 @@ pub(super) enum Refusal {
     DataLength,
     #[error("data has the wrong direction or size for its request")]
     DataShape,
+    #[error("more sectors than one request may zero")]
+    TooLong,
     #[error("sectors beyond the end of the disk")]
     OutOfRange,
     #[error("disk is read-only")]
@@ -167,6 +169,9 @@ fn parse_operation(
             let range = Range::parse(&readable)?;
             if range.flags & !VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0 {
                 return Err(Refusal::Unsupported);
+            }
+            if range.sectors > WRITE_ZEROES_SECTORS_MAX {
+                return Err(Refusal::TooLong);
             }
             let (offset, bytes) = rules.range(range)?;
             Ok(Operation::WriteZeroes {

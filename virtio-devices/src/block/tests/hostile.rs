@@ -106,6 +106,21 @@ fn requests_out_of_range_or_shape_are_io_errors() {
 }
 
 #[test]
+fn zeroing_more_than_a_request_may_is_an_io_error() {
+    let file = image(1);
+    file.as_file().set_len((32 << 20) + 512).unwrap();
+    let mut rig = Rig::new(params(&file));
+    let mut field = [0; 4];
+    crate::VirtioDevice::read_config(&rig.block, 48, &mut field);
+    let sectors_max = u32::from_le_bytes(field);
+    assert!(sectors_max <= 1 << 15, "16 MiB, written out at worst");
+    assert_eq!(rig.on_range(13, range(0, sectors_max + 1, 0)), S_IOERR);
+
+    assert_eq!(rig.counter("write_zeroes_bytes"), 0);
+    assert_eq!(rig.on_range(13, range(0, sectors_max, 0)), S_OK);
+}
+
+#[test]
 fn unknown_requests_and_flags_are_unsupported() {
     let file = image(8);
     let mut rig = Rig::new(params(&file));
