@@ -19,6 +19,11 @@ use super::job::{Job, Progress};
 /// must be waited for. Seen under memory pressure only.
 const WAIT_RETRY: Duration = Duration::from_millis(1);
 
+/// How often the kernel is asked to take operations, [`WAIT_RETRY`] apart, before
+/// the disk stands still: for a second. Short of memory is not broken, and Linux
+/// never resets a disk that asks for it.
+const FLUSH_TRIES_MAX: u32 = 1000;
+
 /// A job that has ended.
 #[derive(Debug)]
 pub(super) struct Landed {
@@ -70,8 +75,14 @@ impl Flights {
     /// Hands what was started to the kernel.
     ///
     /// # Errors
-    /// The kernel refused.
+    /// The kernel refused, and not only for the moment.
     pub(super) fn flush(&mut self) -> io::Result<()> {
+        for _ in 1..FLUSH_TRIES_MAX {
+            match self.engine.flush() {
+                Err(error) if is_momentary(&error) => std::thread::sleep(WAIT_RETRY),
+                result => return result,
+            }
+        }
         self.engine.flush()
     }
 
@@ -89,7 +100,7 @@ impl Flights {
             }
             self.completions = completions;
             if !any {
-                return self.engine.flush();
+                return self.flush();
             }
         }
     }
@@ -143,8 +154,80 @@ impl Flights {
     }
 }
 
+/// No memory for requests just now, or too many completions not yet seen
+/// (io_uring_enter(2)).
+fn is_momentary(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY))
+}
+
 impl Drop for Flights {
     fn drop(&mut self) {
         self.drain(&mut Vec::new());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+    use crate::block::engine::IoOperation;
+
+    /// Refuses a number of times with an errno.
+    struct Reluctant {
+        errno: i32,
+        refusals: Arc<AtomicU32>,
+    }
+
+    impl IoEngine for Reluctant {
+        fn completion_fd(&self) -> Option<RawFd> {
+            None
+        }
+
+        unsafe fn submit(&mut self, _id: u16, _operation: &IoOperation<'_>) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            self.refusals
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                    left.checked_sub(1)
+                })
+                .map_or(Ok(()), |_| Err(io::Error::from_raw_os_error(self.errno)))
+        }
+
+        fn wait(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+
+        fn reap(&mut self, _completions: &mut Vec<Completion>) {}
+    }
+
+    fn refusing(errno: i32, times: u32) -> (Flights, Arc<AtomicU32>) {
+        let refusals = Arc::new(AtomicU32::new(times));
+        let engine = Reluctant {
+            errno,
+            refusals: Arc::clone(&refusals),
+        };
+        (Flights::new(Box::new(engine), 4), refusals)
+    }
+
+    #[test]
+    fn kernel_short_of_memory_is_asked_again() {
+        for errno in [libc::EAGAIN, libc::EBUSY] {
+            let (mut flights, refusals) = refusing(errno, 3);
+            flights.flush().expect("the kernel takes it in the end");
+            assert_eq!(refusals.load(Ordering::Relaxed), 0);
+            let (mut flights, _) = refusing(errno, 3);
+            flights.land(&mut Vec::new()).expect("as above");
+        }
+    }
+
+    #[test]
+    fn kernel_that_refuses_for_good_is_an_error() {
+        let (mut flights, refusals) = refusing(libc::EBADF, 3);
+        assert!(flights.flush().is_err());
+        assert_eq!(refusals.load(Ordering::Relaxed), 2, "asked once");
     }
 }
