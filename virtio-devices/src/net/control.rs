@@ -144,7 +144,9 @@ impl QueueHandler for ControlQueue {
 
     fn reset(&mut self) {
         self.active = None;
-        // What a driver finds after reset: one pair (virtio 1.2 §5.1.6.5.5).
+        // What a driver finds after reset: one pair (virtio 1.2 §5.1.6.5.5), and
+        // no frame that only the driver before it could cope with.
         self.net.enable_pairs(1);
+        self.net.set_offloads(0);
     }
 }

@@ -203,7 +203,10 @@ impl Tap {
         tap_sys::set_header_bytes(&self.file, HEADER_BYTES)
             .map_err(|source| self.refused("header size", source))?;
         tap_sys::set_nonblocking(&self.file)
-            .map_err(|source| self.refused("non-blocking mode", source))
+            .map_err(|source| self.refused("non-blocking mode", source))?;
+        // Whoever had the tap before may have coped with more than our guest does.
+        self.set_offload(0)
+            .map_err(|source| self.refused("offloads", source))
     }
 
     fn configure(&self, settings: TapSettings) -> Result<(), TapError> {

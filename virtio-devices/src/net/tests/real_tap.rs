@@ -1,10 +1,11 @@
 //! On real taps, each test in a network namespace of its own.
 
 #![allow(unsafe_code)]
-// UNSAFETY: `unshare`, for a namespace that vanishes with the test's thread.
+// UNSAFETY: `unshare`, for a namespace that vanishes with the test's thread, and
+// an ioctl that asks the kernel what it does with a tap.
 
 use std::net::{Ipv4Addr, UdpSocket};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use super::*;
 use crate::net::TapError;
@@ -253,6 +254,40 @@ fn frame_with_nonsense_in_its_header_is_dropped() {
         let sent = guest.harness.request(TX, &[Segment::Readable(&frame)]);
         assert!(sent.unwrap().1.is_some());
         assert_eq!(guest.net.counters()["tx_drops"], 1);
+    });
+}
+
+/// Whether the kernel sends this tap segments longer than its MTU.
+fn sends_long_segments(name: &str) -> bool {
+    const SIOCETHTOOL: libc::Ioctl = 0x8946;
+    const ETHTOOL_GTSO: u32 = 0x1e;
+    let mut value = [ETHTOOL_GTSO, 0];
+    // SAFETY: `ifreq` is plain data, for which all zeroes are a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_data = (&raw mut value).cast();
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+    // SAFETY: reads the command from `value` and writes the answer behind it.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), SIOCETHTOOL, &mut request) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    value[1] != 0
+}
+
+#[test]
+fn offloads_of_one_driver_end_with_it() {
+    in_namespace(|| {
+        let mut net = Net::new(tap_params(None, 2)).unwrap();
+        let name = net.tap_name().to_owned();
+        assert!(!sends_long_segments(&name));
+        let control = net.take_handlers().pop().unwrap();
+        let mut harness = HandlerHarness::new(control, net.features());
+        harness.add_queue(2, 16);
+        harness.activate().unwrap();
+        assert!(sends_long_segments(&name));
+        harness.reset();
+        assert!(!sends_long_segments(&name));
     });
 }
 
