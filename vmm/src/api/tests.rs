@@ -658,7 +658,7 @@ fn guest_power_off_ends_the_vmm() {
     let events = events.lock().unwrap();
     assert_eq!(
         events[events.len() - 3..],
-        ["vmm shutdown", "vm shutdown", "vm deleted"]
+        ["vm shutdown", "vm deleted", "vmm shutdown"]
     );
 }
 
@@ -697,9 +697,9 @@ fn guest_reset_starts_the_machine_anew_once() {
             "vm booting",
             "vm booted",
             "vm rebooted",
-            "vmm shutdown",
             "vm shutdown",
-            "vm deleted"
+            "vm deleted",
+            "vmm shutdown"
         ]
     );
 }

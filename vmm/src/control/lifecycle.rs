@@ -75,12 +75,13 @@ impl<M: Machine> Lifecycle<M> {
         outcome.map_err(|cause| RequestError { kind, cause })
     }
 
-    /// Stops the machine if there is one and tells, once, that the VMM ends.
+    /// Stops the machine if there is one and tells, once and last of all, that the VMM ends.
     fn end(&mut self) -> Result<(), ControlError> {
+        let deleted = self.delete();
         if !std::mem::replace(&mut self.ended, true) {
             self.emit("vmm", "shutdown");
         }
-        self.delete()
+        deleted
     }
 
     fn publish(&self) {
