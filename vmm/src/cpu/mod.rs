@@ -91,7 +91,10 @@ pub enum CpuError {
         what: &'static str,
     },
     /// An affinity for a vCPU that is not there or a host CPU that cannot be.
-    #[error("Affinity of vCPU {vcpu} to host CPU {host_cpu:?} is not possible")]
+    #[error(
+        "Affinity of vCPU {vcpu} to host CPU {} is not possible",
+        host_cpu.map_or_else(|| "none".to_owned(), |cpu| cpu.to_string())
+    )]
     AffinityRange {
         /// The vCPU.
         vcpu: u32,
