@@ -1,5 +1,6 @@
 //! Runs a scenario of the guest without an operating system.
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -12,6 +13,17 @@ use crate::wait::wait_for;
 
 /// Where KVM emulates guest code a scenario takes seconds; a busy machine makes it minutes.
 pub const SCENARIO_DEADLINE: Duration = Duration::from_secs(300);
+
+/// False, with the reason printed, where there is no KVM at all.
+pub fn kvm_opens() -> bool {
+    match File::options().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => true,
+        Err(error) => {
+            eprintln!("SKIPPED: /dev/kvm does not open: {error}");
+            false
+        }
+    }
+}
 
 /// Builds the guest and returns its image.
 ///

@@ -60,7 +60,11 @@ pub fn request(socket: &Path, method: &str, endpoint: &str, body: Option<&str>) 
     read_answer(&mut stream).with_context(|| format!("{method} {endpoint}"))
 }
 
-fn read_answer(stream: &mut UnixStream) -> Result<Answer> {
+/// Reads one answer by the rules above.
+///
+/// # Errors
+/// The connection failed, or the answer breaks one of the rules.
+pub fn read_answer(stream: &mut UnixStream) -> Result<Answer> {
     let mut text = String::new();
     let mut expected = None;
     let mut header_end = None;

@@ -25,7 +25,7 @@ pub struct Vmm {
 }
 
 impl Vmm {
-    /// Starts the VMM with an API socket and `arguments`, in which `@` at the
+    /// Starts the VMM with an API socket and `arguments`, in which `@/` at the
     /// start of a path stands for the test's own folder. Waits for the socket.
     ///
     /// # Errors
@@ -55,7 +55,11 @@ impl Vmm {
         let child = Command::new(paths::program("cloud-hypervisor")?)
             .arg("--api-socket")
             .arg(folder.path().join("api.sock"))
-            .args(arguments.iter().map(|argument| argument.replace('@', here)))
+            .args(
+                arguments
+                    .iter()
+                    .map(|argument| argument.replace("@/", &format!("{here}/"))),
+            )
             .stdin(Stdio::null())
             .stdout(File::create(folder.path().join("stdout"))?)
             .stderr(File::create(folder.path().join("stderr"))?)

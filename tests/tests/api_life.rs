@@ -2,27 +2,16 @@
 //! answers literally as upstream's `ch-remote` does, and by a client generated
 //! from upstream's own API description.
 
-use std::fs::File;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use cloud_hypervisor_client::apis::DefaultApi;
 use cloud_hypervisor_client::models;
-use integration_tests::bare_metal;
+use integration_tests::bare_metal::{self, kvm_opens};
 use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
-
-fn kvm_opens() -> bool {
-    match File::options().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => true,
-        Err(error) => {
-            eprintln!("SKIPPED: /dev/kvm does not open: {error}");
-            false
-        }
-    }
-}
 
 /// A guest that never ends by itself and never answers.
 fn config(kernel: &Path) -> String {

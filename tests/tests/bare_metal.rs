@@ -5,23 +5,12 @@ use std::fs::File;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, start};
+use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
 use integration_tests::wait::wait_for;
 use serde_json::json;
 
 /// Balloon with reporting, as most scenarios want it.
 const BALLOON: &[&str] = &["--balloon", "size=0,free_page_reporting=on"];
-
-/// False, with the reason printed, where there is no KVM at all.
-fn kvm_opens() -> bool {
-    match File::options().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => true,
-        Err(error) => {
-            eprintln!("SKIPPED: /dev/kvm does not open: {error}");
-            false
-        }
-    }
-}
 
 /// Runs a scenario to its end: all checks pass, the guest powers off, the VMM exits 0.
 fn runs(scenario: &str, arguments: &[&str]) -> Result<()> {

@@ -1,0 +1,254 @@
+//! A running VMM as the host sees it: its threads, what they may do and where
+//! they run, and the events it tells of.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use integration_tests::bare_metal::{self, SCENARIO_DEADLINE, kvm_opens, start};
+use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
+use integration_tests::wait::wait_for;
+use serde_json::{Value, json};
+
+/// A field of `/proc/PID/task/TID/status`, by the thread's name.
+fn of_each_thread(vmm: &Vmm, field: &str) -> Result<BTreeMap<String, String>> {
+    fs::read_dir(format!("/proc/{}/task", vmm.pid()))?
+        .map(|task| {
+            let path = task?.path();
+            let name = fs::read_to_string(path.join("comm"))?.trim().to_owned();
+            let status = fs::read_to_string(path.join("status"))?;
+            let value = status
+                .lines()
+                .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
+                .with_context(|| format!("no {field}"))?;
+            Ok((name, value.trim().to_owned()))
+        })
+        .collect()
+}
+
+/// A guest that computes for ever, seen running.
+fn start_spinning(arguments: &[&str]) -> Result<Vmm> {
+    let vmm = start("spin", arguments)?;
+    wait_for("running guest", SCENARIO_DEADLINE, || {
+        let info = vmm.get("vm.info").ok();
+        Ok(info.filter(|info| info["state"] == "Running"))
+    })
+    .with_context(|| vmm.stderr())?;
+    Ok(vmm)
+}
+
+fn end(mut vmm: Vmm) -> Result<()> {
+    vmm.put("vmm.shutdown", None)?;
+    vmm.expect_clean_exit(PROCESS_DEADLINE)
+}
+
+#[test]
+fn seccomp_confines_every_thread_unless_told_not_to() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    // 2: filtered, 0: not (PR_GET_SECCOMP).
+    for (setting, expected) in [("true", "2"), ("log", "2"), ("errno", "2"), ("false", "0")] {
+        let vmm = start_spinning(&[
+            "--seccomp",
+            setting,
+            "--balloon",
+            "size=0",
+            "--event-monitor",
+            "path=@/events",
+        ])?;
+        // The main thread is confined last.
+        let threads = wait_for("the expected filters", PROCESS_DEADLINE, || {
+            let threads = of_each_thread(&vmm, "Seccomp")?;
+            let all = threads.values().all(|mode| mode == expected);
+            Ok(all.then_some(threads))
+        })
+        .with_context(|| format!("{setting}: {:?}", of_each_thread(&vmm, "Seccomp")))?;
+        for name in ["vmm", "http-server", "event-monitor", "vcpu0"] {
+            ensure!(threads.contains_key(name), "no {name} in {threads:?}");
+        }
+        // Each of these makes threads or descriptors under the filters.
+        for endpoint in ["vm.pause", "vm.resume", "vm.power-button", "vm.reboot"] {
+            vmm.put(endpoint, None)?;
+        }
+        vmm.get("vm.counters")?;
+        vmm.get("vm.reclaim-stats")?;
+        ensure!(vmm.stderr().is_empty(), "{setting}: {}", vmm.stderr());
+        end(vmm)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn affinity_pins_each_vcpu_and_nothing_else() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let free = start_spinning(&["--cpus", "boot=2"])?;
+    let everywhere = of_each_thread(&free, "Cpus_allowed_list")?["vcpu0"].clone();
+    end(free)?;
+    if everywhere == "0" {
+        eprintln!("SKIPPED: this host has one CPU");
+        return Ok(());
+    }
+    let vmm = start_spinning(&["--cpus", "boot=3,affinity=[0@[1],1@[0]]"])?;
+    for _ in 0..2 {
+        let threads = of_each_thread(&vmm, "Cpus_allowed_list")?;
+        let allowed = |name: &str| threads.get(name).map(String::as_str);
+        ensure!(allowed("vcpu0") == Some("1"), "{threads:?}");
+        ensure!(allowed("vcpu1") == Some("0"), "{threads:?}");
+        ensure!(allowed("vcpu2") == Some(&everywhere), "{threads:?}");
+        ensure!(allowed("vmm") == Some(&everywhere), "{threads:?}");
+        vmm.put("vm.reboot", None)?;
+    }
+    end(vmm)
+}
+
+/// The events so far. They are JSON objects, each followed by an empty line.
+fn events(vmm: &Vmm) -> Result<Vec<Value>> {
+    let text = vmm.text("events");
+    ensure!(text.is_empty() || text.ends_with("}\n\n"), "{text}");
+    text.split_terminator("\n\n")
+        .map(|event| serde_json::from_str(event).with_context(|| event.to_owned()))
+        .collect()
+}
+
+#[test]
+fn event_monitor_tells_a_whole_life_in_order() -> Result<()> {
+    const LIFE: &[&str] = &[
+        "vmm starting",
+        "vm booting",
+        "vm booted",
+        "vm pausing",
+        "vm paused",
+        "vm resuming",
+        "vm resumed",
+        "vm resizing",
+        "vm resized",
+        "vm rebooting",
+        "vm booting",
+        "vm booted",
+        "vm rebooted",
+        "vm shutdown",
+        "vm deleted",
+        "vmm shutdown",
+    ];
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let mut vmm = Vmm::start(&["--event-monitor", "path=@/events"])?;
+    let config = json!({
+        "payload": { "kernel": bare_metal::image()?, "cmdline": "scenario=spin" },
+        "balloon": { "size": 0 },
+        "console": { "mode": "Off" },
+    });
+    vmm.put("vm.create", Some(&config.to_string()))?;
+    for endpoint in ["vm.boot", "vm.pause", "vm.resume"] {
+        vmm.put(endpoint, None)?;
+    }
+    vmm.put("vm.resize", Some("{\"desired_balloon\":4096}"))?;
+    for endpoint in ["vm.reboot", "vm.shutdown", "vm.delete", "vmm.shutdown"] {
+        vmm.put(endpoint, None)?;
+    }
+    vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+
+    let events = events(&vmm)?;
+    let names: Vec<String> = events
+        .iter()
+        .map(|event| {
+            let word = |key: &str| event[key].as_str().unwrap_or_default().to_owned();
+            format!("{} {}", word("source"), word("event"))
+        })
+        .collect();
+    ensure!(names == LIFE, "{names:#?}");
+    let mut last = Duration::ZERO;
+    for event in &events {
+        let part = |key: &str| event["timestamp"][key].as_u64().context(key.to_owned());
+        let time = Duration::new(part("secs")?, u32::try_from(part("nanos")?)?);
+        ensure!(last <= time, "{event} comes after {last:?}");
+        ensure!(event["properties"].is_null(), "{event}");
+        last = time;
+    }
+    Ok(())
+}
+
+#[test]
+fn event_monitor_tells_of_drivers_by_device() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let mut vmm = start(
+        "balloon",
+        &[
+            "--balloon",
+            "size=0,free_page_reporting=on",
+            "--event-monitor",
+            "path=@/events",
+        ],
+    )?;
+    vmm.expect_clean_exit(SCENARIO_DEADLINE)?;
+    let events = events(&vmm)?;
+    let activated = events
+        .iter()
+        .find(|event| event["event"] == "activated")
+        .context("no driver was seen")?;
+    ensure!(activated["source"] == "virtio-device", "{activated}");
+    ensure!(
+        activated["properties"] == json!({ "id": "__balloon" }),
+        "{activated}"
+    );
+    let last = events.last().context("no events")?;
+    ensure!(
+        last["event"] == "shutdown" && last["source"] == "vmm",
+        "{last}"
+    );
+    Ok(())
+}
+
+/// Nobody reads: events are lost, and nothing else is.
+#[test]
+fn event_monitor_that_nobody_reads_delays_nothing() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let fifo = folder.path().join("fifo");
+    let made = std::process::Command::new("mkfifo").arg(&fifo).status()?;
+    ensure!(made.success(), "mkfifo");
+    let argument = format!("path={}", fifo.display());
+    let vmm = start_spinning(&["--event-monitor", &argument])?;
+    // A pipe holds 64 KiB, an event takes about 130 bytes, a pause and its end are
+    // four: it is full long before the last of these.
+    for _ in 0..200 {
+        vmm.put("vm.pause", None)?;
+        vmm.put("vm.resume", None)?;
+    }
+    end(vmm)
+}
+
+/// The figure is printed, for machines differ; the bound only tells an answer
+/// from a wait.
+#[test]
+fn spinning_guest_leaves_the_api_its_latency() -> Result<()> {
+    const REQUESTS: usize = 500;
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let vmm = start_spinning(&["--balloon", "size=0"])?;
+    let mut latencies = (0..REQUESTS)
+        .map(|_| {
+            let asked = Instant::now();
+            vmm.get("vm.info")?;
+            Ok(asked.elapsed())
+        })
+        .collect::<Result<Vec<_>>>()?;
+    latencies.sort_unstable();
+    let (median, p99) = (latencies[REQUESTS / 2], latencies[REQUESTS * 99 / 100]);
+    println!(
+        "vm.info: median {median:?}, p99 {p99:?}, max {:?}",
+        latencies[REQUESTS - 1]
+    );
+    ensure!(median < Duration::from_millis(100), "{median:?}");
+    end(vmm)
+}
