@@ -86,8 +86,9 @@ pub struct InhibitGuard {
 }
 
 impl InhibitGuard {
-    /// Whether no batch is running any more. Once true it stays true for the
-    /// life of the guard: from then on no page of the guest is discarded.
+    /// Whether no batch is running any more. Once this was true, no page of the
+    /// guest is discarded for the life of the guard. Ask no further then: a batch
+    /// on its way to being refused counts as running for that moment.
     #[must_use]
     pub fn is_settled(&self) -> bool {
         self.switch.batches_running.load(Ordering::SeqCst) == 0

@@ -277,11 +277,9 @@ impl PciFunction for VirtioPciFunction {
         }
         match Region::of(offset) {
             Some((Region::Common, at)) => {
-                // Under the device's lock, in which it changes its configuration, the
-                // generation read here belongs to what was read before.
-                let state = self.lock_state();
-                let _device = lock(&self.device);
-                state.common.read(at, data);
+                // A device changes its configuration first, then the generation, then it
+                // interrupts: a driver that read in between is told to read again.
+                self.lock_state().common.read(at, data);
             }
             Some((Region::Isr, _)) => {
                 if let Some(first) = data.first_mut() {
