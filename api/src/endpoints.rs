@@ -100,6 +100,9 @@ endpoints! {
     VmSetReclaimThresholds = Put "vm.reclaim-thresholds",
         request Some("ReclaimThresholdsChange"), response Some("ReclaimThresholds"),
         command "reclaim-thresholds";
+    /// Starts or ends a run of free page hinting.
+    VmBalloonHinting = Put "vm.balloon-hinting",
+        request Some("VmBalloonHinting"), response None, command "balloon-hinting";
     /// Stops the vCPUs.
     VmPause = Put "vm.pause", request None, response None, command "pause";
     /// Lets the vCPUs go on.

@@ -17,6 +17,7 @@ pub mod config;
 mod endpoints;
 mod error;
 mod event;
+mod hinting;
 mod info;
 pub mod options;
 mod reclaim;
@@ -30,6 +31,7 @@ pub use config::VmConfig;
 pub use endpoints::{API_PREFIX, Endpoint, Method};
 pub use error::{ErrorBody, chain_report, error_chain};
 pub use event::{Event, EventTimestamp};
+pub use hinting::{HintingAction, HintingReport, HintingStatus, VmBalloonHinting};
 pub use info::{DeviceNode, PciDeviceInfo, VmCounters, VmInfo, VmState, VmmPingResponse};
 pub use reclaim::{
     GuestSample, LastBatch, LatencySummary, ReclaimPath, ReclaimStats, ReportingStatus,

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::BalloonStats;
+use crate::{BalloonStats, HintingStatus};
 
 /// `GET /vm.reclaim-stats`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -48,6 +48,12 @@ pub struct ReclaimStats {
     /// Memory the guest put into the balloon (inflate queue).
     #[serde(default)]
     pub inflate: ReclaimPath,
+    /// Memory the guest hinted at in runs the operator asked for (free page hinting queue).
+    #[serde(default)]
+    pub hint: ReclaimPath,
+    /// Where such a run stands.
+    #[serde(default)]
+    pub hinting: HintingStatus,
     /// The guest's own view, from the statistics queue; absent before the first sample.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest: Option<GuestSample>,

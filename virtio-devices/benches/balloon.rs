@@ -78,6 +78,7 @@ impl Bench {
             size_bytes: 0,
             deflate_on_oom: false,
             free_page_reporting: true,
+            free_page_hinting: false,
         };
         let (mut balloon, _) = Balloon::new(params).expect("descriptors are to be had");
         let handler = balloon.take_handlers().remove(0);

@@ -113,6 +113,13 @@ pub trait VirtioDevice: Send {
         Some(0)
     }
 
+    /// Whether the vCPU that rings this queue's doorbell is held there until the
+    /// worker has looked, see [`QueueHandler::queue_ready_while_held`]. Asked once,
+    /// before any driver: it must answer for every set of features that may come.
+    fn holds_notifier(&self, _queue_index: u16) -> bool {
+        false
+    }
+
     /// Called once by the transport before the guest runs.
     fn set_interrupt(&mut self, _interrupt: Arc<dyn Interrupt>) {}
 
@@ -181,6 +188,18 @@ pub trait QueueHandler: Send {
     /// # Errors
     /// Sets DEVICE_NEEDS_RESET.
     fn queue_ready(&mut self, queue_index: u16) -> Result<(), WorkerError>;
+
+    /// As [`QueueHandler::queue_ready`], but the vCPU that rang the doorbell has
+    /// not returned from doing so: whatever its driver does after notifying the
+    /// device has not happened yet. Only for queues of which
+    /// [`VirtioDevice::holds_notifier`] says so; even for those a look may come
+    /// through `queue_ready` instead (after a pause, say).
+    ///
+    /// # Errors
+    /// Sets DEVICE_NEEDS_RESET.
+    fn queue_ready_while_held(&mut self, queue_index: u16) -> Result<(), WorkerError> {
+        self.queue_ready(queue_index)
+    }
 
     /// A source registered in `activate` (or one in [`QueueHandler::idle_sources`]) is readable.
     ///

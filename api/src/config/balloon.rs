@@ -16,6 +16,9 @@ pub struct BalloonConfig {
     /// Let the guest report free pages, which are then given back to the host.
     #[serde(default)]
     pub free_page_reporting: bool,
+    /// Let the operator ask the guest for hints at its free pages. Cloud Hypervisor does not have it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub free_page_hinting: bool,
     /// Put the device behind the virtual IOMMU.
     #[serde(default, skip_serializing_if = "is_false")]
     pub iommu: bool,
@@ -33,7 +36,7 @@ pub struct BalloonConfig {
 impl BalloonConfig {
     /// Syntax of `--balloon`.
     pub const SYNTAX: &str = "Balloon parameters \"size=<balloon_size>,deflate_on_oom=on|off,\
-        free_page_reporting=on|off,iommu=on|off,id=<device_id>,pci_segment=<segment_id>,\
+        free_page_reporting=on|off,free_page_hinting=on|off,iommu=on|off,id=<device_id>,pci_segment=<segment_id>,\
         pci_device_id=<pci_slot>\"";
 
     /// Reads the value of `--balloon`. The size is 0 when it is not given.
@@ -48,6 +51,7 @@ impl BalloonConfig {
                 "size",
                 "deflate_on_oom",
                 "free_page_reporting",
+                "free_page_hinting",
                 "iommu",
                 "id",
                 "pci_segment",
@@ -59,6 +63,7 @@ impl BalloonConfig {
             size: options.bytes("size")?.unwrap_or(0),
             deflate_on_oom: options.toggle("deflate_on_oom")?.unwrap_or(false),
             free_page_reporting: options.toggle("free_page_reporting")?.unwrap_or(false),
+            free_page_hinting: options.toggle("free_page_hinting")?.unwrap_or(false),
             iommu: options.toggle("iommu")?.unwrap_or(false),
             id: options.string("id"),
             pci_segment: options.parsed("pci_segment")?.unwrap_or(0),

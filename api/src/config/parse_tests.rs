@@ -10,13 +10,14 @@ use crate::error_chain;
 #[test]
 fn balloon_option_reads_every_key() {
     let balloon = BalloonConfig::parse(
-        "size=2G,deflate_on_oom=on,free_page_reporting=true,iommu=off,id=b,pci_segment=1,pci_device_id=8",
+        "size=2G,deflate_on_oom=on,free_page_reporting=true,free_page_hinting=on,iommu=off,id=b,pci_segment=1,pci_device_id=8",
     )
     .unwrap();
     let expected = BalloonConfig {
         size: 2 << 30,
         deflate_on_oom: true,
         free_page_reporting: true,
+        free_page_hinting: true,
         iommu: false,
         id: Some("b".to_owned()),
         pci_segment: 1,

@@ -68,6 +68,14 @@ fn answers() -> Vec<Sample> {
         sample("BalloonStatsResponse", &balloon_stats_response()),
         sample("BalloonStats", &balloon_stats()),
         sample("ReclaimStats", &reclaim_stats()),
+        sample(
+            "VmBalloonHinting",
+            &VmBalloonHinting {
+                action: HintingAction::Start,
+            },
+        ),
+        sample("HintingAction", &HintingAction::Stop),
+        sample("HintingStatus", &hinting_status()),
         sample("ReportingStatus", &reporting_status()),
         sample("ReclaimPath", &reclaim_path()),
         sample("LatencySummary", &latency()),
@@ -190,7 +198,18 @@ fn reclaim_stats() -> ReclaimStats {
         reporting: reporting_status(),
         report: reclaim_path(),
         inflate: reclaim_path(),
+        hint: reclaim_path(),
+        hinting: hinting_status(),
         guest: Some(guest_sample()),
+    }
+}
+
+fn hinting_status() -> HintingStatus {
+    HintingStatus {
+        state: "running".to_owned(),
+        command_id: 2,
+        runs_requested: 3,
+        runs_completed: 4,
     }
 }
 
@@ -496,6 +515,7 @@ fn balloon() -> BalloonConfig {
         size: 1,
         deflate_on_oom: true,
         free_page_reporting: true,
+        free_page_hinting: true,
         iommu: true,
         id: Some("b".to_owned()),
         pci_segment: 1,

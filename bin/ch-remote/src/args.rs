@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use api::ReclaimThresholdsChange;
 use api::options::parse_bytes;
-use clap::{ArgGroup, Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
 /// Shortest time between two samples of `reclaim-stats --watch`. A measurement of residency costs the host something.
 const INTERVAL_SECONDS_MIN: f64 = 0.05;
@@ -81,6 +81,25 @@ pub(crate) enum Command {
     ReclaimStats(ReclaimStatsArguments),
     /// Show what is watched and how the guest shall report, or change it
     ReclaimThresholds(ReclaimThresholdsArguments),
+    /// Start or stop a run of free page hinting, or show how far it is
+    BalloonHinting(BalloonHintingArguments),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BalloonHintingArguments {
+    /// What to do
+    #[arg(value_enum)]
+    pub(crate) action: BalloonHintingAction,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BalloonHintingAction {
+    /// Ask the guest to hint at all the memory it has free, so that the host has it back
+    Start,
+    /// End the run; the guest takes its memory back
+    Stop,
+    /// Show where the run stands and what came back
+    Status,
 }
 
 #[derive(Debug, Args)]

@@ -1,8 +1,8 @@
 //! `ch-remote`: controls a VMM over its API socket.
 //!
 //! One command, one request. What the VMM answers is printed as it came; an error is printed as a chain of causes on
-//! standard error, and the exit status is 1. Commands and arguments are Cloud Hypervisor's; `reclaim-stats` and
-//! `reclaim-thresholds` are ours.
+//! standard error, and the exit status is 1. Commands and arguments are Cloud Hypervisor's; `reclaim-stats`,
+//! `reclaim-thresholds` and `balloon-hinting` are ours.
 
 mod args;
 mod reclaim_table;
@@ -19,10 +19,10 @@ use std::io::{self, IsTerminal, Read, Write};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use api::Client;
+use api::{Client, HintingReport, ReclaimStats, to_ascii_json};
 use clap::Parser;
 
-use args::{Arguments, Command};
+use args::{Arguments, BalloonHintingAction, Command};
 use request::Request;
 
 fn main() -> ExitCode {
@@ -58,8 +58,18 @@ fn run(
     {
         return watch::watch(&client, options, output, terminal);
     }
-    let Request { endpoint, body } = Request::new(&arguments.command, input)?;
-    if let Some(answer) = client.call(endpoint, body.as_deref())? {
+    let answer = match &arguments.command {
+        Command::BalloonHinting(hinting) if hinting.action == BalloonHintingAction::Status => {
+            // A part of an answer, so the one that does not go through as it came.
+            let ReclaimStats { hinting, hint, .. } = client.reclaim_stats()?;
+            Some(to_ascii_json(&HintingReport { hinting, hint })?)
+        }
+        command => {
+            let Request { endpoint, body } = Request::new(command, input)?;
+            client.call(endpoint, body.as_deref())?
+        }
+    };
+    if let Some(answer) = answer {
         writeln!(output, "{answer}")
             .and_then(|()| output.flush())
             .context("Cannot write the answer")?;

@@ -25,15 +25,10 @@ pub(crate) struct Sample<'a> {
 }
 
 impl Sample<'_> {
-    /// Bytes discarded per second over both paths since the sample before. A VM that was booted anew counts from zero
+    /// Bytes discarded per second over all paths since the sample before. A VM that was booted anew counts from zero
     /// again, which is no negative rate.
     fn discarded_bytes_per_s(&self) -> u64 {
-        let total = |stats: &ReclaimStats| {
-            stats
-                .report
-                .discarded_bytes
-                .saturating_add(stats.inflate.discarded_bytes)
-        };
+        let total = |stats: &ReclaimStats| sum(stats, |path| path.discarded_bytes);
         let Some(previous) = self.previous else {
             return 0;
         };
@@ -60,14 +55,8 @@ impl Sample<'_> {
             stats.ballooned_bytes,
             stats.balloon_target_bytes,
             stats.report.requested_bytes,
-            stats
-                .report
-                .discarded_bytes
-                .saturating_add(stats.inflate.discarded_bytes),
-            stats
-                .report
-                .failed_bytes
-                .saturating_add(stats.inflate.failed_bytes),
+            sum(stats, |path| path.discarded_bytes),
+            sum(stats, |path| path.failed_bytes),
             self.discarded_bytes_per_s(),
             if stats.reporting.active {
                 "active"
@@ -164,7 +153,7 @@ impl Sample<'_> {
     }
 
     fn paths(&self, table: &mut String) {
-        let paths = [&self.stats.report, &self.stats.inflate];
+        let paths = [&self.stats.report, &self.stats.inflate, &self.stats.hint];
         let all = |table: &mut String, label: &str, value: &dyn Fn(&ReclaimPath) -> String| {
             row(
                 table,
@@ -172,7 +161,7 @@ impl Sample<'_> {
                 &paths.map(value).each_ref().map(String::as_str),
             );
         };
-        row(table, "", &["report", "inflate"]);
+        row(table, "", &["report", "inflate", "hint"]);
         all(table, "Requested", &|path| bytes(path.requested_bytes));
         all(table, "  ranges", &|path| path.requested_ranges.to_string());
         all(table, "Discarded", &|path| bytes(path.discarded_bytes));
@@ -231,6 +220,13 @@ impl Sample<'_> {
             ),
         );
     }
+}
+
+/// A figure over all paths.
+fn sum(stats: &ReclaimStats, figure: impl Fn(&ReclaimPath) -> u64) -> u64 {
+    [&stats.report, &stats.inflate, &stats.hint]
+        .into_iter()
+        .fold(0, |sum, path| sum.saturating_add(figure(path)))
 }
 
 fn row(table: &mut String, label: &str, values: &[&str]) {
@@ -320,8 +316,8 @@ mod tests {
             "Resident on the host         256 MiB        25.0 %\n",
             "[##########..............................] resident\n",
             "Reporting             active\n",
-            "Discarded                    768 MiB           0 B\n",
-            "Last batch                  64.0 MiB             -\n",
+            "Discarded                    768 MiB           0 B           0 B\n",
+            "Last batch                  64.0 MiB             -             -\n",
             "Guest says            free 700 MiB (10 ms ago)\n",
         ] {
             assert!(table.contains(line), "{line:?} is not in\n{table}");

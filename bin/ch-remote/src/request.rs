@@ -5,9 +5,9 @@ use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use api::{Endpoint, VmResize, to_ascii_json};
+use api::{Endpoint, HintingAction, VmBalloonHinting, VmResize, to_ascii_json};
 
-use crate::args::{Command, ResizeArguments};
+use crate::args::{BalloonHintingAction, Command, ResizeArguments};
 
 /// Most bytes of a configuration. The VMM takes no longer body.
 const CONFIG_BYTES_MAX: u64 = 4 << 20;
@@ -29,6 +29,9 @@ impl Request {
             Command::ReclaimThresholds(thresholds) => thresholds
                 .change()
                 .map(|change| to_ascii_json(&change))
+                .transpose()?,
+            Command::BalloonHinting(hinting) => hinting_body(hinting.action)
+                .map(|body| to_ascii_json(&body))
                 .transpose()?,
             _ => None,
         };
@@ -58,7 +61,20 @@ pub(crate) fn endpoint(command: &Command) -> Endpoint {
             Endpoint::VmSetReclaimThresholds
         }
         Command::ReclaimThresholds(_) => Endpoint::VmReclaimThresholds,
+        Command::BalloonHinting(hinting) => match hinting.action {
+            BalloonHintingAction::Status => Endpoint::VmReclaimStats,
+            BalloonHintingAction::Start | BalloonHintingAction::Stop => Endpoint::VmBalloonHinting,
+        },
     }
+}
+
+fn hinting_body(action: BalloonHintingAction) -> Option<VmBalloonHinting> {
+    let action = match action {
+        BalloonHintingAction::Start => HintingAction::Start,
+        BalloonHintingAction::Stop => HintingAction::Stop,
+        BalloonHintingAction::Status => return None,
+    };
+    Some(VmBalloonHinting { action })
 }
 
 fn resize_body(resize: &ResizeArguments) -> VmResize {

@@ -73,6 +73,7 @@ fn every_command_calls_its_endpoint() {
         let arguments = match endpoint {
             Endpoint::VmResize => " --balloon 0",
             Endpoint::VmSetReclaimThresholds => " --remove a",
+            Endpoint::VmBalloonHinting => " start",
             _ => "",
         };
         let words = format!("{}{arguments}", endpoint.command());
@@ -122,6 +123,34 @@ fn resize_sizes_take_suffixes() {
 }
 
 #[test]
+fn hinting_status_is_taken_from_the_reclaim_statistics() {
+    let (result, requests) = exchange("balloon-hinting stop", "", &[&answer(204, "")]);
+    assert_eq!(result.unwrap(), "");
+    assert!(
+        requests[0].ends_with("\r\n\r\n{\"action\":\"stop\"}"),
+        "{}",
+        requests[0]
+    );
+    let stats = api::ReclaimStats {
+        hinting: api::HintingStatus {
+            state: "running".to_owned(),
+            command_id: 7,
+            ..Default::default()
+        },
+        ..Default::default()
+    };
+    let whole = api::to_ascii_json(&stats).unwrap();
+    let report = api::HintingReport {
+        hinting: stats.hinting,
+        hint: stats.hint,
+    };
+    let part = api::to_ascii_json(&report).unwrap();
+    let (result, requests) = exchange("balloon-hinting status", "", &[&answer(200, &whole)]);
+    assert_eq!(result.unwrap(), format!("{part}\n"));
+    assert!(requests[0].starts_with("GET /api/v1/vm.reclaim-stats "));
+}
+
+#[test]
 fn bad_arguments_are_refused_before_anything_is_sent() {
     for words in [
         "ping",
@@ -131,6 +160,8 @@ fn bad_arguments_are_refused_before_anything_is_sent() {
         "--api-socket /x resize --balloon -1",
         "--api-socket /x resize --cpus 0",
         "--api-socket /x info extra",
+        "--api-socket /x balloon-hinting",
+        "--api-socket /x balloon-hinting begin",
         "--api-socket /x no-such-command",
         "--api-socket /x reclaim-stats --interval 2",
         "--api-socket /x reclaim-stats --watch --interval 0",

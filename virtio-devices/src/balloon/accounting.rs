@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::latency::LatencyHistogram;
 use crate::reclaim::{Extent, Outcome, SkippedBytes};
 
-/// Everything that came in by one way: reporting or inflation.
+/// Everything that came in by one way: reporting, inflation or hinting.
 #[derive(Clone, Debug, Default)]
 pub struct PathFigures {
     /// As the guest claimed it, gross: a range reported twice counts twice. A run
@@ -73,15 +73,17 @@ impl PathFigures {
 pub(super) struct Ledger {
     report: Mutex<PathFigures>,
     inflate: Mutex<PathFigures>,
+    hint: Mutex<PathFigures>,
     deflate: Mutex<Extent>,
     faults: Mutex<GuestFaults>,
 }
 
-/// The two ways memory comes back.
+/// The ways memory comes back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Path {
     Report,
     Inflate,
+    Hint,
 }
 
 impl Ledger {
@@ -89,6 +91,7 @@ impl Ledger {
         lock(match path {
             Path::Report => &self.report,
             Path::Inflate => &self.inflate,
+            Path::Hint => &self.hint,
         })
     }
 
@@ -152,6 +155,11 @@ guest_faults! {
     stats_unknown_tags,
     /// Statistics buffers sent while another one was still waiting.
     stats_surplus_buffers,
+    /// Hinting commands that are not a number of four bytes.
+    hint_commands_malformed,
+    /// Hinting commands with an id the host does not ask for. A driver that is
+    /// overtaken by a new request sends one.
+    hint_commands_not_asked_for,
     /// Queues that are enabled though no negotiated feature explains them.
     queues_unexplained,
     /// Writes to the configuration space that hit no writable field exactly.

@@ -2,7 +2,7 @@
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{DescriptorChain, Error as QueueError, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::accounting::GuestFaults;
 use crate::device::WorkerError;
@@ -94,6 +94,13 @@ pub(super) fn each_descriptor(
     if !any {
         faults.chains_empty += 1;
     }
+}
+
+/// A little-endian number in RAM.
+pub(super) fn read_u32(mem: &GuestMemoryMmap<()>, at: GuestAddress) -> Option<u32> {
+    let mut bytes = [0; 4];
+    mem.read_slice(&mut bytes, at).ok()?;
+    Some(u32::from_le_bytes(bytes))
 }
 
 /// Copies what the driver has written into a chain, at most `bytes_max` of it.

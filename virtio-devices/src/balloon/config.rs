@@ -4,7 +4,7 @@
 //! | --- | --- | --- |
 //! | 0 | `num_pages` | device: pages it asks for |
 //! | 4 | `actual` | driver: pages it has given |
-//! | 8 | `free_page_hint_cmd_id` | device; zero, as hinting is not offered |
+//! | 8 | `free_page_hint_cmd_id` | device: id of the hinting run it asks for |
 //! | 12 | `poison_val` | driver, with PAGE_POISON |
 //!
 //! All are 32 bits, little endian. Reads may come in any size; a write counts
@@ -23,6 +23,7 @@ const SPACE_BYTES: usize = FIELDS * FIELD_BYTES;
 #[derive(Debug, Default)]
 pub(super) struct ConfigSpace {
     num_pages: AtomicU32,
+    hint_cmd_id: AtomicU32,
     actual: AtomicU32,
     poison_val: AtomicU32,
 }
@@ -51,6 +52,14 @@ impl ConfigSpace {
         self.actual.load(Ordering::Relaxed)
     }
 
+    pub(super) fn hint_cmd_id(&self) -> u32 {
+        self.hint_cmd_id.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_hint_cmd_id(&self, id: u32) {
+        self.hint_cmd_id.store(id, Ordering::Relaxed);
+    }
+
     pub(super) fn poison_val(&self) -> u32 {
         self.poison_val.load(Ordering::Relaxed)
     }
@@ -62,7 +71,12 @@ impl ConfigSpace {
     }
 
     pub(super) fn read(&self, offset: u64, data: &mut [u8]) {
-        let fields = [self.num_pages(), self.actual(), 0, self.poison_val()];
+        let fields = [
+            self.num_pages(),
+            self.actual(),
+            self.hint_cmd_id(),
+            self.poison_val(),
+        ];
         let mut space = [0_u8; SPACE_BYTES];
         for (bytes, field) in space.chunks_exact_mut(FIELD_BYTES).zip(fields) {
             bytes.copy_from_slice(&field.to_le_bytes());

@@ -1,6 +1,6 @@
 //! The names of the balloon's figures in `vm.counters`.
 //!
-//! Counter names are constants, so both paths spell theirs out from one list.
+//! Counter names are constants, so all paths spell theirs out from one list.
 
 use super::accounting::PathFigures;
 use crate::reclaim::SkipReason;
@@ -41,6 +41,8 @@ macro_rules! path_names {
                 concat!($path, "_skipped_unsupported_backing_bytes"),
                 concat!($path, "_skipped_inhibited_bytes"),
                 concat!($path, "_skipped_page_poison_bytes"),
+                concat!($path, "_skipped_hint_stale_bytes"),
+                concat!($path, "_skipped_hint_not_held_bytes"),
             ],
         }
     };
@@ -48,6 +50,7 @@ macro_rules! path_names {
 
 pub(super) const REPORT: PathNames = path_names!("report");
 pub(super) const INFLATE: PathNames = path_names!("inflate");
+pub(super) const HINT: PathNames = path_names!("hint");
 
 /// The figures of a path under its names.
 pub(super) fn of_path(

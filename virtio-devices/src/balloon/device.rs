@@ -8,20 +8,20 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::config::ConfigWrite;
 use super::handle::BalloonHandle;
-use super::numbering::QUEUE_SIZES;
+use super::numbering::{self, QUEUE_SIZES};
 use super::shared::Shared;
 use super::spec::{
-    VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
-    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1, VIRTIO_ID_BALLOON,
+    VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_PAGE_POISON,
+    VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1, VIRTIO_ID_BALLOON,
 };
 use super::worker::BalloonWorker;
 use super::{bytes_of_pages, pages_of_bytes};
 use crate::device::{Counters, GuestRam, Interrupt, QueueHandler, VirtioDevice};
 use crate::reclaim::{DiscardEngine, smallest_reclaimable_page_bytes};
 
-/// Blocks a guest reports are at most this large (4 MiB, the largest block of
-/// the x86-64 buddy allocator): behind larger pages a report frees nothing.
-const REPORTED_BLOCK_BYTES_MAX: u64 = 4 << 20;
+/// Blocks a guest reports or hints are at most this large (4 MiB, the largest block
+/// of the x86-64 buddy allocator): behind larger pages they free nothing.
+const FREE_BLOCK_BYTES_MAX: u64 = 4 << 20;
 
 /// How to make a balloon.
 #[derive(Debug)]
@@ -34,6 +34,9 @@ pub struct BalloonParams {
     pub deflate_on_oom: bool,
     /// Let the guest report what it has free.
     pub free_page_reporting: bool,
+    /// Let the host ask for hints, see [`BalloonHandle::start_hinting`]. It moves the
+    /// number of the reporting queue in guests that number without gaps.
+    pub free_page_hinting: bool,
 }
 
 /// A virtio balloon, as its transport sees it.
@@ -90,7 +93,11 @@ fn features_on_offer(params: &BalloonParams) -> u64 {
     if params.deflate_on_oom {
         features |= VIRTIO_BALLOON_F_DEFLATE_ON_OOM;
     }
-    if params.free_page_reporting && reports_can_free(&params.ram.memory()) {
+    let blocks_can_free = blocks_can_free(&params.ram.memory());
+    if params.free_page_hinting && blocks_can_free {
+        features |= VIRTIO_BALLOON_F_FREE_PAGE_HINT | VIRTIO_BALLOON_F_PAGE_POISON;
+    }
+    if params.free_page_reporting && blocks_can_free {
         // A guest that clears or poisons its free pages reports only to a device
         // that wants to know the value.
         features |= VIRTIO_BALLOON_F_REPORTING | VIRTIO_BALLOON_F_PAGE_POISON;
@@ -98,9 +105,9 @@ fn features_on_offer(params: &BalloonParams) -> u64 {
     features
 }
 
-/// Whether any region is made of pages a report can cover.
-fn reports_can_free(mem: &GuestMemoryMmap<()>) -> bool {
-    smallest_reclaimable_page_bytes(mem).is_some_and(|bytes| bytes <= REPORTED_BLOCK_BYTES_MAX)
+/// Whether any region is made of pages that a free block of the guest can cover.
+fn blocks_can_free(mem: &GuestMemoryMmap<()>) -> bool {
+    smallest_reclaimable_page_bytes(mem).is_some_and(|bytes| bytes <= FREE_BLOCK_BYTES_MAX)
 }
 
 impl VirtioDevice for Balloon {
@@ -130,6 +137,10 @@ impl VirtioDevice for Balloon {
             ConfigWrite::PoisonVal => {}
             ConfigWrite::Ignored => self.shared.ledger.faults().config_writes_ignored += 1,
         }
+    }
+
+    fn holds_notifier(&self, queue_index: u16) -> bool {
+        self.shared.offers(VIRTIO_BALLOON_F_FREE_PAGE_HINT) && numbering::may_be_hint(queue_index)
     }
 
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {

@@ -13,8 +13,8 @@
 use vm_memory::GuestAddress;
 
 use super::spec::{
-    VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ,
-    VIRTIO_F_VERSION_1,
+    VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
+    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1,
 };
 use super::{Balloon, BalloonHandle, BalloonParams, BalloonSnapshot};
 use crate::device::{QueueHandler, VirtioDevice};
@@ -25,8 +25,9 @@ use crate::testing::{Desc, HandlerHarness, Segment, TestRam};
 /// Steps one input may take; more bytes are ignored.
 const STEPS_MAX: usize = 64;
 const QUEUE_SIZE: u16 = 32;
-const QUEUES: u16 = 4;
-const REPORTING: u16 = 3;
+const QUEUES: u16 = 5;
+const HINT: u16 = 3;
+const REPORTING: u16 = 4;
 
 /// Three kinds of memory: private, then shared right behind it, and private
 /// again after a hole. Rings lie in the first.
@@ -136,6 +137,7 @@ impl Guest {
             size_bytes: 0,
             deflate_on_oom: true,
             free_page_reporting: true,
+            free_page_hinting: true,
         };
         let engine = if options & 1 == 0 {
             DiscardEngine::new
@@ -145,8 +147,10 @@ impl Guest {
         let (mut balloon, handle) =
             Balloon::with_engine(params, engine).expect("descriptors are to be had");
         let handler = balloon.take_handlers().remove(0);
-        let mut features =
-            VIRTIO_F_VERSION_1 | VIRTIO_BALLOON_F_STATS_VQ | VIRTIO_BALLOON_F_REPORTING;
+        let mut features = VIRTIO_F_VERSION_1
+            | VIRTIO_BALLOON_F_STATS_VQ
+            | VIRTIO_BALLOON_F_FREE_PAGE_HINT
+            | VIRTIO_BALLOON_F_REPORTING;
         if options & 2 != 0 {
             features |= VIRTIO_BALLOON_F_PAGE_POISON;
         }
@@ -180,7 +184,7 @@ impl Guest {
     fn step(&mut self, input: &mut Input<'_>) {
         let choice = input.byte();
         let queue = u16::from(choice >> 4) % QUEUES;
-        match choice % 12 {
+        match choice % 14 {
             0..=2 => self.offer_chain(queue, input),
             3 => self.offer_list(queue % 2, input),
             4 | 5 => self.kick(queue),
@@ -195,6 +199,8 @@ impl Guest {
             8 => self.write_ram(input),
             9 => self.touch_config(input),
             10 => self.reset(),
+            11 => self.steer_hinting(input),
+            12 => self.hint(input),
             _ => {
                 let inhibit = self.guard.is_none();
                 self.guard = inhibit.then(|| self.handle.inhibit(InhibitReason::PinnedMemory));
@@ -246,6 +252,42 @@ impl Guest {
         self.kick(queue);
     }
 
+    /// The host's part; what it answers depends on what came before.
+    fn steer_hinting(&mut self, input: &mut Input<'_>) {
+        let answer = match input.byte() % 3 {
+            0 => self.handle.stop_hinting(),
+            _ => self.handle.start_hinting().map(drop),
+        };
+        answer.err();
+    }
+
+    /// Hints as a driver does: the id asked for, the end of a run, or a page.
+    fn hint(&mut self, input: &mut Input<'_>) {
+        let id = match input.byte() % 3 {
+            0 => 0,
+            _ => self.handle.hinting().command_id,
+        };
+        self.harness
+            .ram
+            .write(GuestAddress(LIST_START), &id.to_le_bytes());
+        let (addr, len, flags) = match input.byte() % 2 {
+            0 => (LIST_START, 4, 0),
+            _ => (u64::from(input.byte() % 96) * PAGE as u64, PAGE as u32, 2),
+        };
+        let desc = Desc {
+            addr,
+            len,
+            flags,
+            next: 0,
+        };
+        self.harness.queue(HINT).write_desc(0, desc);
+        self.harness.queue(HINT).offer(0);
+        if self.harness.kick_held(HINT).is_err() {
+            self.check_books();
+            self.reset();
+        }
+    }
+
     fn kick(&mut self, queue: u16) {
         if self.harness.kick(queue).is_err() {
             // DEVICE_NEEDS_RESET; nothing else gets a driver out of it.
@@ -273,7 +315,7 @@ impl Guest {
 
     fn check_books(&self) {
         let snapshot = self.handle.snapshot();
-        for path in [&snapshot.report, &snapshot.inflate] {
+        for path in [&snapshot.report, &snapshot.inflate, &snapshot.hint] {
             assert_eq!(
                 path.requested.bytes,
                 path.discarded.bytes + path.failed.bytes + path.skipped.total(),
@@ -322,7 +364,7 @@ mod tests {
     #[test]
     fn random_bytes_reach_every_path() {
         let mut runner = proptest::test_runner::TestRunner::deterministic();
-        let mut discarded = (0, 0);
+        let mut discarded = (0, 0, 0);
         let mut skipped = 0;
         let mut faults = super::super::GuestFaults::default();
         for _ in 0..150 {
@@ -334,10 +376,12 @@ mod tests {
             // `check_service` accounts for one page of each run.
             discarded.0 += figures.report.discarded.bytes - PAGE as u64;
             discarded.1 += figures.inflate.discarded.bytes;
+            discarded.2 += figures.hint.discarded.bytes;
             skipped += figures.report.skipped.total();
             faults.add_all(&figures.faults);
         }
         assert!(discarded.0 > 0 && discarded.1 > 0 && skipped > 0);
+        assert!(discarded.2 > 0, "no hint was discarded");
         let never: Vec<_> = faults.iter().filter(|(_, count)| *count == 0).collect();
         // The rig negotiates every queue it enables.
         assert_eq!(never, [("queues_unexplained", 0)]);

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::accounting::{GuestFaults, Path, PathFigures};
+use super::hinting::{HintingError, HintingStatus};
 use super::shared::Shared;
-use super::spec::VIRTIO_BALLOON_F_REPORTING;
+use super::spec::{VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_REPORTING};
 use super::stats::{StatsError, StatsSample};
-use super::{bytes_of_pages, pages_of_bytes};
+use super::{bytes_of_pages, counters, pages_of_bytes};
 use crate::device::Counters;
 use crate::reclaim::{Extent, InhibitGuard, InhibitReason};
 
@@ -88,6 +89,10 @@ pub struct BalloonSnapshot {
     pub report: PathFigures,
     /// What came by inflation.
     pub inflate: PathFigures,
+    /// What came by free page hinting.
+    pub hint: PathFigures,
+    /// Where hinting stands.
+    pub hinting: HintingStatus,
     /// What the guest took back: chains and bytes.
     pub deflated: Extent,
     /// What the guest did wrong.
@@ -143,7 +148,52 @@ impl BalloonHandle {
         self.shared.stats.latest()
     }
 
-    /// Turns discarding off, for both reports and inflation, until the guard is dropped.
+    /// Asks the guest to hint at all the memory it has free, and returns at once
+    /// with the id of the run. For its length the guest is without that memory; at
+    /// the end it takes it back by itself.
+    ///
+    /// # Errors
+    /// There is no driver that hints, or a run is under way.
+    pub fn start_hinting(&self) -> Result<u32, HintingError> {
+        self.check_hinting()?;
+        let id = self.shared.hinting.start(&self.shared.config)?;
+        self.shared.signal_config();
+        Ok(id)
+    }
+
+    /// Ends the run of hinting, if there is one, and returns at once. The batch
+    /// under way is still discarded; no other is.
+    ///
+    /// # Errors
+    /// Hinting is not on offer.
+    pub fn stop_hinting(&self) -> Result<(), HintingError> {
+        if !self.shared.offers(VIRTIO_BALLOON_F_FREE_PAGE_HINT) {
+            return Err(HintingError::NotOffered);
+        }
+        if self.shared.hinting.stop(&self.shared.config) {
+            self.shared.signal_config();
+        }
+        Ok(())
+    }
+
+    /// Where hinting stands.
+    #[must_use]
+    pub fn hinting(&self) -> HintingStatus {
+        self.shared.hinting.status()
+    }
+
+    fn check_hinting(&self) -> Result<(), HintingError> {
+        if !self.shared.offers(VIRTIO_BALLOON_F_FREE_PAGE_HINT) {
+            return Err(HintingError::NotOffered);
+        }
+        match self.shared.driver() {
+            None => Err(HintingError::DriverNotReady),
+            Some(driver) if !driver.has_hint_queue => Err(HintingError::GuestDeclined),
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// Turns discarding off, for reports, inflation and hints, until the guard is dropped.
     #[must_use]
     pub fn inhibit(&self, reason: InhibitReason) -> InhibitGuard {
         self.shared.switch.inhibit(reason)
@@ -156,7 +206,7 @@ impl BalloonHandle {
         if !shared.reporting_configured {
             return ReportingState::NotConfigured;
         }
-        if !shared.offers_reporting() {
+        if !shared.offers(VIRTIO_BALLOON_F_REPORTING) {
             return ReportingState::BackingUnsuitable;
         }
         let Some(driver) = shared.driver() else {
@@ -187,6 +237,8 @@ impl BalloonHandle {
             actual_bytes: self.actual_bytes(),
             report: shared.ledger.path(Path::Report).clone(),
             inflate: shared.ledger.path(Path::Inflate).clone(),
+            hint: shared.ledger.path(Path::Hint).clone(),
+            hinting: self.hinting(),
             deflated: *shared.ledger.deflate(),
             faults: *shared.ledger.faults(),
             reporting: self.reporting(),
@@ -198,21 +250,22 @@ impl BalloonHandle {
     #[must_use]
     pub fn counters(&self) -> Counters {
         let snapshot = self.snapshot();
-        let mut counters = Counters::from([
+        let mut figures = Counters::from([
             ("target_bytes", snapshot.target_bytes),
             ("actual_bytes", snapshot.actual_bytes),
             ("deflate_chains", snapshot.deflated.ranges),
             ("deflate_bytes", snapshot.deflated.bytes),
+            ("hinting_runs_requested", snapshot.hinting.runs_requested),
+            ("hinting_runs_completed", snapshot.hinting.runs_completed),
         ]);
-        counters.extend(super::counters::of_path(
-            &super::counters::REPORT,
-            &snapshot.report,
-        ));
-        counters.extend(super::counters::of_path(
-            &super::counters::INFLATE,
-            &snapshot.inflate,
-        ));
-        counters.extend(snapshot.faults.iter());
-        counters
+        for (names, path) in [
+            (&counters::REPORT, &snapshot.report),
+            (&counters::INFLATE, &snapshot.inflate),
+            (&counters::HINT, &snapshot.hint),
+        ] {
+            figures.extend(counters::of_path(names, path));
+        }
+        figures.extend(snapshot.faults.iter());
+        figures
     }
 }

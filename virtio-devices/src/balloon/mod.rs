@@ -5,7 +5,8 @@
 //!     target, figures, statistics  ├── Shared (Arc) ──────┤     features, configuration space
 //!                                  │                      └── BalloonWorker: QueueHandler (own thread)
 //!                                  │                            inflate   ┐
-//!                                  │                            reporting ┴─► DiscardEngine
+//!                                  │                            reporting ┼─► DiscardEngine
+//!                                  │                            hinting   ┘
 //!                                  └── "refill" eventfd ─────►  deflate, statistics
 //! ```
 //!
@@ -14,6 +15,7 @@
 //! | inflate | page frame numbers | discards those pages |
 //! | deflate | page frame numbers | nothing: the pages come back when touched |
 //! | statistics | tagged numbers | keeps the buffer until somebody asks, then returns it to be refilled |
+//! | hinting | command ids, and free blocks that it may use again at any time | discards them while the vCPU that sent them waits |
 //! | reporting | free ranges, isolated until answered | discards them, then answers |
 //!
 //! What can go wrong, and where it ends: a chain that makes no sense is counted
@@ -30,6 +32,8 @@ mod device;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod fuzz;
 mod handle;
+mod hint;
+mod hinting;
 mod inflate;
 mod latency;
 mod numbering;
@@ -44,6 +48,7 @@ mod tests;
 pub use accounting::{GuestFaults, LastBatch, PathFigures};
 pub use device::{Balloon, BalloonParams};
 pub use handle::{BalloonHandle, BalloonSnapshot, ReportingState};
+pub use hinting::{HintingError, HintingPhase, HintingStatus};
 pub use latency::{LatencyBucket, LatencyHistogram};
 pub use stats::{StatTag, StatsError, StatsSample};
 
@@ -65,6 +70,11 @@ pub mod spec {
     pub const VIRTIO_BALLOON_F_REPORTING: u64 = 1 << 5;
     /// Modern device, from the common feature bits (virtio 1.2 §6).
     pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;
+
+    /// `free_page_hint_cmd_id`: send no hints.
+    pub const VIRTIO_BALLOON_CMD_ID_STOP: u32 = 0;
+    /// `free_page_hint_cmd_id`: take the hinted blocks back.
+    pub const VIRTIO_BALLOON_CMD_ID_DONE: u32 = 1;
 
     /// Page frame numbers count pages of 4 KiB whatever the guest's page size is.
     pub const VIRTIO_BALLOON_PFN_SHIFT: u32 = 12;

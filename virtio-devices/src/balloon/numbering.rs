@@ -36,6 +36,14 @@ const ROLES: [(QueueRole, u64); 5] = [
 /// different queues in the two schemes, so all three get the same.
 pub(super) const QUEUE_SIZES: [u16; ROLES.len()] = [128, 128, 256, 256, 256];
 
+/// Whether this number is the hinting queue's under some set of features.
+pub(super) fn may_be_hint(index: u16) -> bool {
+    [0, VIRTIO_BALLOON_F_STATS_VQ].into_iter().any(|features| {
+        let dense = Numbering::dense(features | VIRTIO_BALLOON_F_FREE_PAGE_HINT);
+        dense.role(index) == Some(QueueRole::Hint)
+    }) || Numbering::fixed(VIRTIO_BALLOON_F_FREE_PAGE_HINT).role(index) == Some(QueueRole::Hint)
+}
+
 /// The role of each queue number under one negotiated set of features.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Numbering([Option<QueueRole>; ROLES.len()]);
@@ -125,6 +133,12 @@ mod tests {
                 [base.to_vec(), expected].concat()
             );
         }
+    }
+
+    #[test]
+    fn hint_queue_is_number_two_or_three() {
+        let numbers: Vec<u16> = (0..8).filter(|index| may_be_hint(*index)).collect();
+        assert_eq!(numbers, [2, 3]);
     }
 
     #[test]

@@ -8,7 +8,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::accounting::Ledger;
 use super::bytes_of_pages;
 use super::config::ConfigSpace;
-use super::spec::{VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING};
+use super::hinting::Hinting;
+use super::spec::VIRTIO_BALLOON_F_PAGE_POISON;
 use super::stats::StatsCell;
 use crate::device::{GuestRam, Interrupt};
 use crate::reclaim::DiscardSwitch;
@@ -22,6 +23,7 @@ pub(super) struct Shared {
     pub(super) config: ConfigSpace,
     pub(super) ledger: Ledger,
     pub(super) stats: StatsCell,
+    pub(super) hinting: Hinting,
     pub(super) switch: Arc<DiscardSwitch>,
     /// Tells the worker that somebody wants statistics.
     pub(super) refill: EventFd,
@@ -34,6 +36,7 @@ pub(super) struct Shared {
 pub(super) struct ActiveDriver {
     pub(super) features: u64,
     pub(super) has_reporting_queue: bool,
+    pub(super) has_hint_queue: bool,
 }
 
 impl Shared {
@@ -50,6 +53,7 @@ impl Shared {
             config: ConfigSpace::default(),
             ledger: Ledger::default(),
             stats: StatsCell::default(),
+            hinting: Hinting::default(),
             switch: Arc::default(),
             refill,
             driver: Mutex::new(None),
@@ -93,8 +97,8 @@ impl Shared {
         Some(self.config.poison_val()).filter(|value| told && *value != 0)
     }
 
-    pub(super) fn offers_reporting(&self) -> bool {
-        self.offered & VIRTIO_BALLOON_F_REPORTING != 0
+    pub(super) fn offers(&self, feature: u64) -> bool {
+        self.offered & feature != 0
     }
 }
 

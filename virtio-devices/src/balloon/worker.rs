@@ -8,10 +8,11 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::accounting::{GuestFaults, Path};
+use super::hinting::CommandEffect;
 use super::numbering::{Numbering, QueueRole};
 use super::shared::{ActiveDriver, Shared};
 use super::stats::{STATS_BYTES_MAX, StatsSample};
-use super::{chain, inflate, reporting};
+use super::{chain, hint, inflate, reporting};
 use crate::device::{Activation, GuestRam, Interrupt, QueueHandler, WorkerError};
 use crate::reclaim::{DiscardEngine, Extent, GuestRange, Outcome, SkipReason};
 use crate::worker::EventSources;
@@ -52,6 +53,15 @@ struct RoleQueue {
     queue: Queue,
 }
 
+/// How a batch is worked off.
+#[derive(Clone, Copy, Debug)]
+struct Handled {
+    /// Where it is counted.
+    path: Path,
+    /// Why none of it is to be discarded, if so.
+    refusal: Option<SkipReason>,
+}
+
 /// Ranges collected, and the chains that wait for them to be discarded.
 #[derive(Debug, Default)]
 struct Batch {
@@ -82,7 +92,13 @@ impl BalloonWorker {
         }
     }
 
-    fn serve(&mut self, active: &mut Active, queue_index: u16) -> Result<(), WorkerError> {
+    /// `held`: the vCPU that rang waits until this returns.
+    fn serve(
+        &mut self,
+        active: &mut Active,
+        queue_index: u16,
+        held: bool,
+    ) -> Result<(), WorkerError> {
         let Some(at) = active.queues.iter().position(|q| q.index == queue_index) else {
             return Ok(());
         };
@@ -93,8 +109,7 @@ impl BalloonWorker {
             QueueRole::Reporting => self.serve_discards(active, at, Path::Report, &mem)?,
             QueueRole::Deflate => self.serve_deflate(&mut active.queues[at], &mem)?,
             QueueRole::Stats => self.serve_stats(active, at, &mem)?,
-            // Not offered, so never negotiated.
-            QueueRole::Hint => false,
+            QueueRole::Hint => self.serve_hints(active, at, &mem, held)?,
         };
         if answered {
             notify(&mut active.queues[at], &mem, active.interrupt.as_ref())?;
@@ -112,6 +127,10 @@ impl BalloonWorker {
     ) -> Result<bool, WorkerError> {
         let index = active.queues[at].index;
         let available = chain::available(&active.queues[at].queue, index, mem)?;
+        // Pages in the balloon are allocated ones: poison is no matter there.
+        let poisoned = path == Path::Report && self.shared.poison(active.features).is_some();
+        let refusal = poisoned.then_some(SkipReason::PagePoison);
+        let handled = Handled { path, refusal };
         self.batch.clear();
         let mut started = Instant::now();
         for _ in 0..available {
@@ -123,14 +142,71 @@ impl BalloonWorker {
             match path {
                 Path::Inflate => inflate::gather(chain, mem, &mut self.bytes, claims, faults),
                 Path::Report => reporting::gather(chain, claims, faults),
+                Path::Hint => unreachable!("hints are judged chain by chain"),
             }
             if claims.len() >= BATCH_RANGES_MAX {
-                self.finish_batch(active, at, path, mem, started)?;
+                self.finish_batch(active, at, handled, mem, started)?;
                 started = Instant::now();
             }
         }
-        self.finish_batch(active, at, path, mem, started)?;
+        self.finish_batch(active, at, handled, mem, started)?;
         Ok(available > 0)
+    }
+
+    /// Hinting: chain by chain, because each is judged by itself; see [`hint`].
+    fn serve_hints(
+        &mut self,
+        active: &mut Active,
+        at: usize,
+        mem: &GuestMemoryMmap<()>,
+        held: bool,
+    ) -> Result<bool, WorkerError> {
+        let index = active.queues[at].index;
+        let available = chain::available(&active.queues[at].queue, index, mem)?;
+        for position in 0..available {
+            let started = Instant::now();
+            let Some(chain) = chain::take(&mut active.queues[at].queue, index, mem)? else {
+                break;
+            };
+            self.batch.clear();
+            let head = chain.head_index();
+            let claims = &mut self.batch.claims;
+            if let Some(id) = hint::gather(chain, mem, claims, &mut self.faults) {
+                self.obey_hinting_command(active, id);
+            }
+            if self.batch.claims.is_empty() {
+                let queue = &mut active.queues[at].queue;
+                chain::answer(queue, index, mem, head, &mut self.faults)?;
+                continue;
+            }
+            self.batch.heads.push(head);
+            let is_held = held && position + 1 == available;
+            let handled = Handled {
+                path: Path::Hint,
+                refusal: self.hint_refusal(active, is_held),
+            };
+            self.finish_batch(active, at, handled, mem, started)?;
+        }
+        Ok(available > 0)
+    }
+
+    fn obey_hinting_command(&mut self, active: &Active, id: u32) {
+        match self.shared.hinting.command(id, &self.shared.config) {
+            CommandEffect::None => {}
+            CommandEffect::Signal => active.interrupt.signal_config(),
+            CommandEffect::NotAskedFor => self.faults.hint_commands_not_asked_for += 1,
+        }
+    }
+
+    fn hint_refusal(&self, active: &Active, is_held: bool) -> Option<SkipReason> {
+        if !self.shared.hinting.is_running() {
+            Some(SkipReason::HintStale)
+        } else if !is_held {
+            Some(SkipReason::HintNotHeld)
+        } else {
+            let poisoned = self.shared.poison(active.features).is_some();
+            poisoned.then_some(SkipReason::PagePoison)
+        }
     }
 
     /// Discards what has been collected and only then answers its chains.
@@ -138,19 +214,17 @@ impl BalloonWorker {
         &mut self,
         active: &mut Active,
         at: usize,
-        path: Path,
+        handled: Handled,
         mem: &GuestMemoryMmap<()>,
         started: Instant,
     ) -> Result<(), WorkerError> {
         if self.batch.heads.is_empty() {
             return Ok(());
         }
-        // Pages in the balloon are allocated ones: poison is no matter there.
-        let poisoned = path == Path::Report && self.shared.poison(active.features).is_some();
-        let outcome = if poisoned {
-            skip_all(&self.batch.claims, SkipReason::PagePoison)
-        } else {
-            self.engine.discard(&active.ram, &mut self.batch.claims)
+        let Handled { path, refusal } = handled;
+        let outcome = match refusal {
+            Some(reason) => skip_all(&self.batch.claims, reason),
+            None => self.engine.discard(&active.ram, &mut self.batch.claims),
         };
         let RoleQueue { index, queue, .. } = &mut active.queues[at];
         for head in &self.batch.heads {
@@ -295,6 +369,7 @@ impl QueueHandler for BalloonWorker {
         self.shared.set_driver(Some(ActiveDriver {
             features: activation.features,
             has_reporting_queue: has(QueueRole::Reporting),
+            has_hint_queue: has(QueueRole::Hint),
         }));
         self.active = Some(Active {
             ram: activation.mem,
@@ -307,7 +382,11 @@ impl QueueHandler for BalloonWorker {
     }
 
     fn queue_ready(&mut self, queue_index: u16) -> Result<(), WorkerError> {
-        self.while_active(|worker, active| worker.serve(active, queue_index))
+        self.while_active(|worker, active| worker.serve(active, queue_index, false))
+    }
+
+    fn queue_ready_while_held(&mut self, queue_index: u16) -> Result<(), WorkerError> {
+        self.while_active(|worker, active| worker.serve(active, queue_index, true))
     }
 
     fn source_ready(&mut self, token: u32, _sources: &mut EventSources) -> Result<(), WorkerError> {
@@ -329,6 +408,7 @@ impl QueueHandler for BalloonWorker {
         self.active = None;
         self.batch.clear();
         self.shared.set_driver(None);
+        self.shared.hinting.forget_driver(&self.shared.config);
         self.shared.stats.reset();
     }
 }

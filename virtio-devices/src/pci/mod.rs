@@ -70,7 +70,8 @@ pub struct DoorbellRegister<'a> {
 }
 
 /// A PCI function. Called by vCPU threads, serialised by the implementation;
-/// never blocks.
+/// never waits for the guest. A write that rings the doorbell of a queue which
+/// holds its notifier waits for the worker's batch under way and one look at that queue.
 pub trait PciFunction: Send + Sync {
     /// The device's id in the API, e.g. `_disk0`.
     fn id(&self) -> &str;

@@ -40,11 +40,15 @@ pub enum SkipReason {
     /// The guest fills its free pages with a value other than zero and relies on
     /// finding it again.
     PagePoison,
+    /// Hinted outside of a run: before the guest has acknowledged it, or after it was stopped.
+    HintStale,
+    /// Hinted in a run, but the guest may be using the block again by now.
+    HintNotHeld,
 }
 
 impl SkipReason {
     /// Every reason, in the order of [`SkippedBytes`].
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 10] = [
         Self::OutsideRam,
         Self::Duplicate,
         Self::Unaligned,
@@ -53,6 +57,8 @@ impl SkipReason {
         Self::UnsupportedBacking,
         Self::Inhibited,
         Self::PagePoison,
+        Self::HintStale,
+        Self::HintNotHeld,
     ];
 
     /// Name in counters and answers.
@@ -67,6 +73,8 @@ impl SkipReason {
             Self::UnsupportedBacking => "unsupported_backing",
             Self::Inhibited => "inhibited",
             Self::PagePoison => "page_poison",
+            Self::HintStale => "hint_stale",
+            Self::HintNotHeld => "hint_not_held",
         }
     }
 }

@@ -16,6 +16,7 @@ fn balloon_conforms() {
             size_bytes: 1 << 20,
             deflate_on_oom: true,
             free_page_reporting: true,
+            free_page_hinting: true,
         })
         .unwrap();
         Arc::new(Mutex::new(balloon))

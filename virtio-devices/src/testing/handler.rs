@@ -134,6 +134,14 @@ impl<H: QueueHandler> HandlerHarness<H> {
         Ok(())
     }
 
+    /// Serves queue `index` as for a vCPU that waits at its doorbell.
+    ///
+    /// # Errors
+    /// What the handler says.
+    pub fn kick_held(&mut self, index: u16) -> Result<(), WorkerError> {
+        self.handler.queue_ready_while_held(index)
+    }
+
     /// Pushes one chain, kicks, and takes the answer, if there is one by then.
     ///
     /// # Errors
@@ -201,6 +209,10 @@ impl QueueHandler for Box<dyn QueueHandler> {
 
     fn queue_ready(&mut self, queue_index: u16) -> Result<(), WorkerError> {
         (**self).queue_ready(queue_index)
+    }
+
+    fn queue_ready_while_held(&mut self, queue_index: u16) -> Result<(), WorkerError> {
+        (**self).queue_ready_while_held(queue_index)
     }
 
     fn source_ready(&mut self, token: u32, sources: &mut EventSources) -> Result<(), WorkerError> {

@@ -31,6 +31,8 @@ pub struct VirtioPciFunction {
     pub(super) interrupt: Arc<PciInterrupt>,
     lines: Arc<MsixLines>,
     pub(super) doorbells: Vec<Arc<Doorbell>>,
+    /// For each queue, whether its doorbell is rung by hand and holds who rings it.
+    holds_notifier: Vec<bool>,
     pub(super) workers: Vec<WorkerHandle>,
     pub(super) counters: Arc<TransportCounters>,
     pub(super) listener: Option<Arc<dyn LifecycleListener>>,
@@ -87,6 +89,9 @@ impl VirtioPciFunction {
             .map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new))
             .collect::<Result<_, _>>()
             .map_err(TransportError::Doorbell)?;
+        let holds_notifier = (0..queue_sizes.len())
+            .map(|index| u16::try_from(index).is_ok_and(|index| locked.holds_notifier(index)))
+            .collect();
         let workers = locked
             .take_handlers()
             .into_iter()
@@ -114,6 +119,7 @@ impl VirtioPciFunction {
             interrupt,
             lines,
             doorbells,
+            holds_notifier,
             workers,
             counters,
             listener,
@@ -179,11 +185,27 @@ impl VirtioPciFunction {
 
     fn notify(&self, offset: u64) {
         let index = usize::try_from(offset / u64::from(NOTIFY_MULTIPLIER)).unwrap_or(usize::MAX);
+        if self.holds_notifier.get(index) == Some(&true) && self.kick_and_wait(index) {
+            return;
+        }
         match self.doorbells.get(index) {
             // Fails only when the counter is full, and then the bell is ringing anyway.
             Some(doorbell) => drop(doorbell.write(1)),
             None => self.counters.bad_notifications.add(),
         }
+    }
+
+    /// Lets the queue's worker look before the vCPU goes on. False if nobody looked.
+    fn kick_and_wait(&self, index: usize) -> bool {
+        let Ok(index) = u16::try_from(index) else {
+            return false;
+        };
+        // Not the state's lock across the wait: other vCPUs need it.
+        let features = self.lock_state().common.accepted();
+        let handler = lock(&self.device).handler_of_queue(index, features);
+        handler
+            .and_then(|handler| self.workers.get(handler))
+            .is_some_and(|worker| worker.kick_and_wait(index))
     }
 
     /// Where the PCI_CFG window points, if that is a place one can access
@@ -313,7 +335,12 @@ impl PciFunction for VirtioPciFunction {
     }
 
     fn with_doorbells(&self, visit: &mut dyn FnMut(DoorbellRegister<'_>)) {
-        for (index, doorbell) in (0u64..).zip(&self.doorbells) {
+        let bells = self.doorbells.iter().zip(&self.holds_notifier);
+        for (index, (doorbell, holds_notifier)) in (0u64..).zip(bells) {
+            // KVM would ring the bell and let the vCPU go on.
+            if *holds_notifier {
+                continue;
+            }
             visit(DoorbellRegister {
                 bar_index: BAR_INDEX,
                 offset: NOTIFY_OFFSET + index * u64::from(NOTIFY_MULTIPLIER),

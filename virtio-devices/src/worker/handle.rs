@@ -1,8 +1,8 @@
 //! The near end of a worker thread: what the transport and the control thread hold.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -14,7 +14,8 @@ use crate::device::{Activation, QueueHandler, WorkerError};
 
 /// Commands on their way at one time. The guest can cause one activation and
 /// one reset (the transport takes no further one before the reset is done), the
-/// control thread a pause, a resume, a reset and a stop: six, so eight never fill.
+/// control thread a pause, a resume, a reset and a stop; of kicks there is one at
+/// a time: seven, so eight never fill.
 const COMMANDS_PENDING_MAX: usize = 8;
 
 /// Virtual size of a worker's stack; only touched pages cost memory. Handlers
@@ -27,6 +28,8 @@ pub(super) enum Command {
     Reset(Option<SyncSender<()>>),
     Pause(SyncSender<()>),
     Resume,
+    /// Serve this queue for a vCPU that waits; the answer is whether it was served.
+    Kick(u16, SyncSender<bool>),
     Stop,
 }
 
@@ -93,6 +96,7 @@ impl Worker {
             commands: sender,
             wake,
             progress,
+            kicks: Mutex::new(()),
             join: Some(join),
         })
     }
@@ -104,6 +108,8 @@ pub struct WorkerHandle {
     commands: SyncSender<Command>,
     wake: Arc<EventFd>,
     progress: Arc<Progress>,
+    /// Held for the length of a kick: see COMMANDS_PENDING_MAX.
+    kicks: Mutex<()>,
     join: Option<JoinHandle<()>>,
 }
 
@@ -155,6 +161,18 @@ impl WorkerHandle {
     /// Undoes [`WorkerHandle::pause`]; every active queue is looked at again.
     pub fn resume(&self) {
         self.send(Command::Resume);
+    }
+
+    /// Has the handler look at a queue and returns when it has (called by vCPU
+    /// threads). False if it did not look, being paused or not active: the caller
+    /// then rings the doorbell. Waits for the batch under way, never for the guest.
+    pub fn kick_and_wait(&self, queue_index: u16) -> bool {
+        let one_at_a_time = self.kicks.lock();
+        // It guards no data that a panic could have left half done.
+        let _one_at_a_time = one_at_a_time.unwrap_or_else(PoisonError::into_inner);
+        let (ack, done) = sync_channel(1);
+        // An error means that the thread ended: nobody looks any more.
+        self.send(Command::Kick(queue_index, ack)) && done.recv().unwrap_or(false)
     }
 
     /// How often the handler gave up on its device until a reset.

@@ -132,6 +132,11 @@ impl WorkerThread {
                 acknowledge(&ack);
             }
             Command::Resume => self.resume(),
+            Command::Kick(index, ack) => {
+                let served = self.serve_held(index);
+                // The channel holds one message, so this never waits.
+                ack.send(served).ok();
+            }
             Command::Stop => return Flow::Stop,
         }
         Flow::Continue
@@ -182,6 +187,17 @@ impl WorkerThread {
             // Removed by what was served just before.
             Wake::Doorbell(_) | Wake::Source(_) | Wake::Command => Ok(()),
         }
+    }
+
+    /// Serves a queue while the vCPU that rang waits; false if it cannot be now.
+    fn serve_held(&mut self, index: u16) -> bool {
+        if self.paused || !self.sources.drain_doorbell(index) {
+            return false;
+        }
+        if let Err(error) = self.handler.queue_ready_while_held(index) {
+            self.fail(&error);
+        }
+        true
     }
 
     fn reset(&mut self) {

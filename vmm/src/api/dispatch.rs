@@ -11,7 +11,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use api::{Endpoint, ErrorBody, ReclaimThresholdsChange, VmState, VmmPingResponse};
+use api::{
+    Endpoint, ErrorBody, ReclaimThresholdsChange, VmBalloonHinting, VmState, VmmPingResponse,
+};
 use micro_http::{Body, Method, Request, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -129,6 +131,12 @@ impl Dispatcher {
             },
             Endpoint::VmResize => match parse(body) {
                 Ok(resize) => self.change(endpoint, VmRequest::Resize(resize), reply),
+                Err(answer) => reply.send(answer),
+            },
+            Endpoint::VmBalloonHinting => match parse::<VmBalloonHinting>(body) {
+                Ok(VmBalloonHinting { action }) => {
+                    self.change(endpoint, VmRequest::BalloonHinting(action), reply);
+                }
                 Err(answer) => reply.send(answer),
             },
             Endpoint::VmBoot => self.change(endpoint, VmRequest::Boot, reply),

@@ -11,12 +11,15 @@ use std::time::{Duration, Instant};
 
 use api::config::PathOrFd;
 use api::{
-    BalloonStatsResponse, DeviceNode, Endpoint, ReclaimStats, VmConfig, VmCounters, VmmPingResponse,
+    BalloonStatsResponse, DeviceNode, Endpoint, HintingAction, ReclaimStats, VmConfig, VmCounters,
+    VmmPingResponse,
 };
 use serde_json::{Value, json};
 
 use super::http::{Deadlines, HttpServer};
 use super::*;
+use virtio_devices::balloon::HintingError;
+
 use crate::control::{
     ControlSetup, ControlThread, Ending, Machine, MachineObserver, PublishedView,
 };
@@ -109,6 +112,13 @@ impl Machine for FakeMachine {
             .ok_or(VmError::MissingBalloon)?
             .store(bytes, Ordering::Relaxed);
         Ok(())
+    }
+
+    fn balloon_hinting(&self, action: HintingAction) -> Result<(), VmError> {
+        match action {
+            HintingAction::Start => Ok(()),
+            HintingAction::Stop => Err(VmError::Hinting(HintingError::NotOffered)),
+        }
     }
 
     fn observer(&self) -> FakeObserver {
@@ -327,6 +337,7 @@ fn body_of(endpoint: Endpoint) -> Option<&'static str> {
         Endpoint::VmCreate => Some(CONFIG),
         Endpoint::VmResize => Some(RESIZE),
         Endpoint::VmSetReclaimThresholds => Some(THRESHOLDS),
+        Endpoint::VmBalloonHinting => Some(r#"{"action": "start"}"#),
         _ => None,
     }
 }
@@ -343,7 +354,9 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
         Endpoint::VmReboot => [404, 404, 204, 204],
         Endpoint::VmPause => [500, 500, 204, 500],
         Endpoint::VmResume => [500, 500, 500, 204],
-        Endpoint::VmShutdown | Endpoint::VmPowerButton => [500, 500, 204, 204],
+        Endpoint::VmShutdown | Endpoint::VmPowerButton | Endpoint::VmBalloonHinting => {
+            [500, 500, 204, 204]
+        }
         Endpoint::VmCounters | Endpoint::VmReclaimStats => [500, 500, 200, 200],
         Endpoint::VmBalloonStats => [500, 500, 200, 500],
         Endpoint::VmResize => [404, 204, 204, 204],
@@ -428,6 +441,8 @@ fn endpoints_refuse_what_is_no_json() {
         (Endpoint::VmCreate, "not json"),
         (Endpoint::VmCreate, r#"{"cpus": 7}"#),
         (Endpoint::VmResize, r#"{"desired_balloon": -1}"#),
+        (Endpoint::VmBalloonHinting, r#"{"action": "status"}"#),
+        (Endpoint::VmBalloonHinting, "{}"),
     ] {
         let response = vmm.call(endpoint, Some(body));
         assert_eq!(response.status, 400);
@@ -436,6 +451,25 @@ fn endpoints_refuse_what_is_no_json() {
     }
     let deep = "[".repeat(1 << 20);
     assert_eq!(vmm.call(Endpoint::VmCreate, Some(&deep)).status, 400);
+}
+
+#[test]
+fn hinting_that_the_balloon_refuses_tells_why() {
+    let vmm = vmm();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    let response = vmm.call(Endpoint::VmBalloonHinting, Some(r#"{"action": "stop"}"#));
+    assert_eq!(response.status, 500);
+    let refusal = HintingError::NotOffered.to_string();
+    assert_eq!(
+        response.body,
+        json!([
+            "Error from API",
+            "Free page hinting could not be started or stopped",
+            "The balloon does not take it",
+            refusal
+        ])
+    );
 }
 
 #[test]

@@ -69,6 +69,9 @@ impl<M: Machine> Lifecycle<M> {
             VmRequest::PowerButton => self.power_button(),
             VmRequest::Resize(resize) => self.resize(resize),
             VmRequest::SetReclaimThresholds(change) => self.set_thresholds(&change),
+            VmRequest::BalloonHinting(action) => {
+                self.on_machine(|machine| machine.balloon_hinting(action))
+            }
             VmRequest::ShutdownVmm => self.end(),
         };
         self.publish();

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Instant;
 
-use api::{BalloonStatsResponse, DeviceNode, ReclaimStats, VmConfig, VmCounters};
+use api::{BalloonStatsResponse, DeviceNode, HintingAction, ReclaimStats, VmConfig, VmCounters};
 
 use crate::vm::{BalloonStatsError, Vm, VmContext, VmError, VmObserver};
 
@@ -55,6 +55,12 @@ pub trait Machine: Sized + 'static {
     /// # Errors
     /// There is no balloon.
     fn resize_balloon(&self, bytes: u64) -> Result<(), VmError>;
+
+    /// See [`Vm::balloon_hinting`].
+    ///
+    /// # Errors
+    /// There is no balloon, or the guest cannot do it now.
+    fn balloon_hinting(&self, action: HintingAction) -> Result<(), VmError>;
 
     /// See [`Vm::observer`].
     fn observer(&self) -> Self::Observer;
@@ -119,6 +125,10 @@ impl Machine for Vm {
 
     fn resize_balloon(&self, bytes: u64) -> Result<(), VmError> {
         Vm::resize_balloon(self, bytes)
+    }
+
+    fn balloon_hinting(&self, action: HintingAction) -> Result<(), VmError> {
+        Vm::balloon_hinting(self, action)
     }
 
     fn observer(&self) -> VmObserver {

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use api::{ReclaimThresholdsChange, VmConfig, VmResize, VmState};
+use api::{HintingAction, ReclaimThresholdsChange, VmConfig, VmResize, VmState};
 
 use crate::config::ValidationError;
 use crate::thresholds::ThresholdError;
@@ -31,6 +31,8 @@ pub enum VmRequest {
     Resize(VmResize),
     /// Change alerts or the reporting policy.
     SetReclaimThresholds(ReclaimThresholdsChange),
+    /// Start or end a run of free page hinting.
+    BalloonHinting(HintingAction),
     /// Stop everything and end the process.
     ShutdownVmm,
 }
@@ -58,6 +60,8 @@ pub enum RequestKind {
     Resize,
     /// `PUT vm.reclaim-thresholds`
     SetReclaimThresholds,
+    /// `vm.balloon-hinting`
+    BalloonHinting,
     /// `vmm.shutdown`
     ShutdownVmm,
     /// `vm.info`, answered from the published view.
@@ -86,6 +90,7 @@ impl VmRequest {
             Self::PowerButton => RequestKind::PowerButton,
             Self::Resize(_) => RequestKind::Resize,
             Self::SetReclaimThresholds(_) => RequestKind::SetReclaimThresholds,
+            Self::BalloonHinting(_) => RequestKind::BalloonHinting,
             Self::ShutdownVmm => RequestKind::ShutdownVmm,
         }
     }
@@ -105,6 +110,7 @@ impl fmt::Display for RequestKind {
             Self::PowerButton => "Error triggering power button",
             Self::Resize => "The VM could not be resized",
             Self::SetReclaimThresholds => "The reclaim thresholds could not be changed",
+            Self::BalloonHinting => "Free page hinting could not be started or stopped",
             Self::ShutdownVmm => "The VMM could not shutdown",
             Self::Info => "The VM info is not available",
             Self::Counters => "The VM counters are not available",

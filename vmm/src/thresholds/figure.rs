@@ -125,7 +125,8 @@ fn every_figure() -> Value {
     let every = ReclaimStats {
         swapped_bytes: Some(0),
         report: path.clone(),
-        inflate: path,
+        inflate: path.clone(),
+        hint: path,
         guest: Some(GuestSample { stats, age_ms: 0 }),
         ..ReclaimStats::default()
     };

@@ -175,6 +175,7 @@ fn plug_balloon(
         size_bytes: config.size,
         deflate_on_oom: config.deflate_on_oom,
         free_page_reporting: config.free_page_reporting,
+        free_page_hinting: config.free_page_hinting,
     })
     .map_err(|source| VmError::Device {
         id: id.to_owned(),

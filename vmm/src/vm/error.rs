@@ -16,6 +16,9 @@ pub enum VmError {
     /// The configuration has no balloon.
     #[error("Missing virtio-balloon, can't proceed as expected")]
     MissingBalloon,
+    /// A run of hinting cannot be started or stopped.
+    #[error("The balloon does not take it")]
+    Hinting(#[source] virtio_devices::balloon::HintingError),
     /// KVM itself.
     #[error("Cannot create a virtual machine with KVM")]
     Kvm(#[source] hypervisor::Error),

@@ -17,8 +17,8 @@ mod reclaim_report;
 use std::fmt;
 use std::sync::Arc;
 
-use api::VmConfig;
 use api::config::{ConsoleOutputMode, PayloadConfig, PlatformConfig};
+use api::{HintingAction, VmConfig};
 use virtio_devices::balloon::BalloonHandle;
 use virtio_devices::pci::PciFunction;
 use virtio_devices::transport::VirtioPciFunction;
@@ -229,6 +229,19 @@ impl Vm {
         let balloon = self.balloon.as_ref().ok_or(VmError::MissingBalloon)?;
         balloon.set_target_bytes(bytes);
         Ok(())
+    }
+
+    /// Starts or ends a run of free page hinting and returns at once.
+    ///
+    /// # Errors
+    /// [`VmError::MissingBalloon`], or [`VmError::Hinting`] with the reason.
+    pub fn balloon_hinting(&self, action: HintingAction) -> Result<(), VmError> {
+        let balloon = self.balloon.as_ref().ok_or(VmError::MissingBalloon)?;
+        match action {
+            HintingAction::Start => balloon.start_hinting().map(drop),
+            HintingAction::Stop => balloon.stop_hinting(),
+        }
+        .map_err(VmError::Hinting)
     }
 
     /// What other threads may look at.

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use api::{
-    BalloonStats, GuestSample, LastBatch, LatencySummary, ReclaimPath, ReclaimStats,
+    BalloonStats, GuestSample, HintingStatus, LastBatch, LatencySummary, ReclaimPath, ReclaimStats,
     ReportingStatus,
 };
 use virtio_devices::balloon::{BalloonSnapshot, PathFigures, StatsSample};
@@ -39,6 +39,13 @@ pub(super) fn reclaim_stats(
         stats.balloon_target_bytes = balloon.target_bytes;
         stats.report = path(&balloon.report);
         stats.inflate = path(&balloon.inflate);
+        stats.hint = path(&balloon.hint);
+        stats.hinting = HintingStatus {
+            state: balloon.hinting.phase.name().to_owned(),
+            command_id: balloon.hinting.command_id,
+            runs_requested: balloon.hinting.runs_requested,
+            runs_completed: balloon.hinting.runs_completed,
+        };
         stats.reporting = ReportingStatus {
             active: balloon.reporting.is_active(),
             reason: (!balloon.reporting.is_active()).then(|| balloon.reporting.to_string()),

@@ -17,6 +17,7 @@ fn params(deflate_on_oom: bool, free_page_reporting: bool) -> BalloonParams {
         size_bytes: 3 << 12,
         deflate_on_oom,
         free_page_reporting,
+        free_page_hinting: false,
     }
 }
 
@@ -129,8 +130,8 @@ fn handler_is_handed_out_once() {
 fn counters_carry_every_figure_under_a_name_of_its_own() {
     let rig = Rig::new();
     let counters = rig.balloon.counters();
-    // 4 of the balloon, 21 for each of 2 paths, and the faults.
+    // 6 of the balloon, 23 for each of 3 paths, and the faults.
     let faults = rig.snapshot().faults.iter().count();
-    assert_eq!(counters.len(), 4 + 2 * 21 + faults);
+    assert_eq!(counters.len(), 6 + 3 * 23 + faults);
     assert_eq!(counters["report_discarded_bytes"], 0);
 }

@@ -1,6 +1,7 @@
 //! The balloon behind real queues, driven by a driver that is sometimes hostile.
 
 mod config;
+mod hinting;
 mod hostile;
 mod queues;
 mod rig;

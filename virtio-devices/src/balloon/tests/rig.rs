@@ -52,6 +52,7 @@ impl Rig {
             size_bytes: 0,
             deflate_on_oom: true,
             free_page_reporting: true,
+            free_page_hinting: true,
         };
         // Without vectors, so that the number of system calls is the same on
         // every kernel; the engine's own tests compare both ways.

@@ -1,0 +1,207 @@
+//! A run of free page hinting, from the host's request to the guest's last word.
+//!
+//! ```text
+//!            start                  guest sends the id
+//!    Idle ──────────► Requested ───────────────────────► Running
+//!     ▲ ▲                 │ stop                          │   │ stop
+//!     │ └─────────────────┘                               │   ▼
+//!     │        guest sends STOP, or its driver goes       │ Stopping
+//!     └───────────────────────────────────────────────────┴───┘
+//! ```
+//!
+//! Blocks are discarded in `Running` alone. The guest sees the request as
+//! `free_page_hint_cmd_id`: a new id for start, DONE for stop and at the end, so
+//! that it takes its blocks back. A guest that never answers keeps the run in
+//! `Requested`; one that never ends it, in `Stopping`, from where the next start
+//! leads out as well.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::config::ConfigSpace;
+use super::spec::{VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP};
+
+/// First id that stands for a run.
+const CMD_ID_FIRST: u32 = 2;
+
+/// Where a run of hinting stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum HintingPhase {
+    /// No run.
+    #[default]
+    Idle,
+    /// The host has asked, the guest has not begun.
+    Requested,
+    /// The guest sends what it has free, and it is discarded.
+    Running,
+    /// The host has stopped the run, the guest has not confirmed it. Nothing is
+    /// discarded any more, but for the batch that may have been under way.
+    Stopping,
+}
+
+impl HintingPhase {
+    /// Name in answers.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Requested => "requested",
+            Self::Running => "running",
+            Self::Stopping => "stopping",
+        }
+    }
+}
+
+/// What is known of runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HintingStatus {
+    /// Where the latest run stands.
+    pub phase: HintingPhase,
+    /// Id of the latest run; 0 before the first.
+    pub command_id: u32,
+    /// Runs asked for.
+    pub runs_requested: u64,
+    /// Runs the guest has ended by itself, having sent everything.
+    pub runs_completed: u64,
+}
+
+/// Why a run cannot be started or stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HintingError {
+    /// Not configured, or guest memory cannot be given back in blocks.
+    #[error("free page hinting is not configured, or guest memory is of a kind it cannot free")]
+    NotOffered,
+    /// No driver is running.
+    #[error("no balloon driver is running in the guest")]
+    DriverNotReady,
+    /// The driver cannot do it or has not enabled the queue.
+    #[error("the guest's balloon driver does not hint")]
+    GuestDeclined,
+    /// One at a time.
+    #[error("run {0} of free page hinting is under way already")]
+    UnderWay(u32),
+}
+
+/// The state of runs. What the guest sees changes under the same lock.
+#[derive(Debug, Default)]
+pub(super) struct Hinting(Mutex<HintingStatus>);
+
+impl Hinting {
+    fn lock(&self) -> MutexGuard<'_, HintingStatus> {
+        // Plain stores, none of which can panic.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn status(&self) -> HintingStatus {
+        *self.lock()
+    }
+
+    pub(super) fn is_running(&self) -> bool {
+        self.lock().phase == HintingPhase::Running
+    }
+
+    /// Asks for a run; the caller then signals the configuration.
+    pub(super) fn start(&self, config: &ConfigSpace) -> Result<u32, HintingError> {
+        let mut status = self.lock();
+        if matches!(
+            status.phase,
+            HintingPhase::Requested | HintingPhase::Running
+        ) {
+            return Err(HintingError::UnderWay(status.command_id));
+        }
+        // Wraps past the two ids that mean something else.
+        let id = status.command_id.wrapping_add(1).max(CMD_ID_FIRST);
+        status.phase = HintingPhase::Requested;
+        status.command_id = id;
+        status.runs_requested += 1;
+        config.set_hint_cmd_id(id);
+        Ok(id)
+    }
+
+    /// Ends the run, if there is one. Returns whether to signal the configuration.
+    pub(super) fn stop(&self, config: &ConfigSpace) -> bool {
+        let mut status = self.lock();
+        status.phase = match status.phase {
+            HintingPhase::Idle | HintingPhase::Stopping => return false,
+            // Its id, should it still come, finds no run.
+            HintingPhase::Requested => HintingPhase::Idle,
+            HintingPhase::Running => HintingPhase::Stopping,
+        };
+        config.set_hint_cmd_id(VIRTIO_BALLOON_CMD_ID_DONE);
+        true
+    }
+
+    /// The guest has sent a command id.
+    pub(super) fn command(&self, id: u32, config: &ConfigSpace) -> CommandEffect {
+        let mut status = self.lock();
+        match (id, status.phase) {
+            (VIRTIO_BALLOON_CMD_ID_STOP, HintingPhase::Running) => {
+                status.phase = HintingPhase::Idle;
+                status.runs_completed += 1;
+                config.set_hint_cmd_id(VIRTIO_BALLOON_CMD_ID_DONE);
+                CommandEffect::Signal
+            }
+            (VIRTIO_BALLOON_CMD_ID_STOP, HintingPhase::Stopping) => {
+                status.phase = HintingPhase::Idle;
+                CommandEffect::None
+            }
+            // The end of a run that a stop, and perhaps a start, overtook.
+            (VIRTIO_BALLOON_CMD_ID_STOP, _) => CommandEffect::None,
+            (id, HintingPhase::Requested) if id == status.command_id => {
+                status.phase = HintingPhase::Running;
+                CommandEffect::None
+            }
+            _ => CommandEffect::NotAskedFor,
+        }
+    }
+
+    /// The driver is gone. The next one must not find a request it never saw made.
+    pub(super) fn forget_driver(&self, config: &ConfigSpace) {
+        let mut status = self.lock();
+        status.phase = HintingPhase::Idle;
+        config.set_hint_cmd_id(VIRTIO_BALLOON_CMD_ID_STOP);
+    }
+}
+
+/// What follows from a command id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum CommandEffect {
+    None,
+    /// The guest must read the configuration again.
+    Signal,
+    /// No run has this id now.
+    NotAskedFor,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn command_id_that_wraps_skips_those_with_a_meaning() {
+        let (hinting, config) = (Hinting::default(), ConfigSpace::default());
+        hinting.lock().command_id = u32::MAX - 1;
+        for expected in [u32::MAX, 2, 3] {
+            assert_eq!(hinting.start(&config), Ok(expected));
+            assert_eq!(config.hint_cmd_id(), expected);
+            assert!(hinting.stop(&config));
+        }
+    }
+
+    #[test]
+    fn guest_that_never_ends_a_stopped_run_does_not_block_the_next() {
+        let (hinting, config) = (Hinting::default(), ConfigSpace::default());
+        let first = hinting.start(&config).unwrap();
+        assert_eq!(hinting.command(first, &config), CommandEffect::None);
+        assert!(hinting.stop(&config));
+        assert!(!hinting.stop(&config), "once is enough");
+        assert_eq!(hinting.status().phase, HintingPhase::Stopping);
+        let second = hinting.start(&config).unwrap();
+        // The end of the first is not the end of the second.
+        hinting.command(VIRTIO_BALLOON_CMD_ID_STOP, &config);
+        assert_eq!(hinting.status().phase, HintingPhase::Requested);
+        assert_eq!(hinting.command(first, &config), CommandEffect::NotAskedFor);
+        hinting.command(second, &config);
+        assert!(hinting.is_running());
+        assert_eq!(hinting.start(&config), Err(HintingError::UnderWay(second)));
+    }
+}
