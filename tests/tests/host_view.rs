@@ -27,6 +27,16 @@ fn of_each_thread(vmm: &Vmm, field: &str) -> Result<BTreeMap<String, String>> {
         .collect()
 }
 
+/// As [`of_each_thread`], once all of `names` are among the threads: a thread bears its
+/// creator's name until it has run for the first time.
+fn of_named_threads(vmm: &Vmm, field: &str, names: &[&str]) -> Result<BTreeMap<String, String>> {
+    wait_for("the threads' names", PROCESS_DEADLINE, || {
+        // A thread that ends while it is looked at is an error that goes by.
+        let threads = of_each_thread(vmm, field).ok();
+        Ok(threads.filter(|threads| names.iter().all(|name| threads.contains_key(*name))))
+    })
+}
+
 /// A guest that computes for ever, seen running.
 fn start_spinning(arguments: &[&str]) -> Result<Vmm> {
     let vmm = start("spin", arguments)?;
@@ -86,7 +96,7 @@ fn affinity_pins_each_vcpu_and_nothing_else() -> Result<()> {
         return Ok(());
     }
     let free = start_spinning(&["--cpus", "boot=2"])?;
-    let everywhere = of_each_thread(&free, "Cpus_allowed_list")?["vcpu0"].clone();
+    let everywhere = of_named_threads(&free, "Cpus_allowed_list", &["vcpu0"])?["vcpu0"].clone();
     end(free)?;
     if everywhere == "0" {
         eprintln!("SKIPPED: this host has one CPU");
@@ -94,7 +104,7 @@ fn affinity_pins_each_vcpu_and_nothing_else() -> Result<()> {
     }
     let vmm = start_spinning(&["--cpus", "boot=3,affinity=[0@[1],1@[0]]"])?;
     for _ in 0..2 {
-        let threads = of_each_thread(&vmm, "Cpus_allowed_list")?;
+        let threads = of_named_threads(&vmm, "Cpus_allowed_list", &["vcpu0", "vcpu1", "vcpu2"])?;
         let allowed = |name: &str| threads.get(name).map(String::as_str);
         ensure!(allowed("vcpu0") == Some("1"), "{threads:?}");
         ensure!(allowed("vcpu1") == Some("0"), "{threads:?}");
