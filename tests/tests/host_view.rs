@@ -11,29 +11,34 @@ use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 
-/// A field of `/proc/PID/task/TID/status`, by the thread's name.
+/// A field of `/proc/PID/task/TID/status`, by the thread's name. A thread that ends
+/// while it is looked at is left out.
 fn of_each_thread(vmm: &Vmm, field: &str) -> Result<BTreeMap<String, String>> {
-    fs::read_dir(format!("/proc/{}/task", vmm.pid()))?
-        .map(|task| {
-            let path = task?.path();
-            let name = fs::read_to_string(path.join("comm"))?.trim().to_owned();
-            let status = fs::read_to_string(path.join("status"))?;
-            let value = status
-                .lines()
-                .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
-                .with_context(|| format!("no {field}"))?;
-            Ok((name, value.trim().to_owned()))
-        })
-        .collect()
+    let mut fields = BTreeMap::new();
+    for task in fs::read_dir(format!("/proc/{}/task", vmm.pid()))? {
+        let path = task?.path();
+        let (Ok(name), Ok(status)) = (
+            fs::read_to_string(path.join("comm")),
+            fs::read_to_string(path.join("status")),
+        ) else {
+            continue;
+        };
+        let value = status
+            .lines()
+            .find_map(|line| line.strip_prefix(field)?.strip_prefix(':'))
+            .with_context(|| format!("no {field}"))?;
+        fields.insert(name.trim().to_owned(), value.trim().to_owned());
+    }
+    Ok(fields)
 }
 
 /// As [`of_each_thread`], once all of `names` are among the threads: a thread bears its
 /// creator's name until it has run for the first time.
 fn of_named_threads(vmm: &Vmm, field: &str, names: &[&str]) -> Result<BTreeMap<String, String>> {
     wait_for("the threads' names", PROCESS_DEADLINE, || {
-        // A thread that ends while it is looked at is an error that goes by.
-        let threads = of_each_thread(vmm, field).ok();
-        Ok(threads.filter(|threads| names.iter().all(|name| threads.contains_key(*name))))
+        let threads = of_each_thread(vmm, field)?;
+        let all = names.iter().all(|name| threads.contains_key(*name));
+        Ok(all.then_some(threads))
     })
 }
 
