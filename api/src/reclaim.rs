@@ -20,6 +20,14 @@ pub struct ReclaimStats {
     /// Configured guest RAM that does not occupy host memory now, bytes: `configured_bytes - resident_bytes`. It holds
     /// what was given back and what was never touched.
     pub reclaimed_bytes: u64,
+    /// Memory that came back to the guest after it was given back, bytes, found by `repopulated_method`.
+    #[serde(default)]
+    pub repopulated_bytes: u64,
+    /// How `repopulated_bytes` was found. `discarded-minus-absent`: bytes discarded since boot over all paths, less
+    /// `reclaimed_bytes`, at least 0. Memory the guest never touched is absent too and hides as much; memory that was
+    /// discarded twice counts twice.
+    #[serde(default)]
+    pub repopulated_method: String,
     /// Guest RAM in the host's swap, bytes; absent when the method cannot tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub swapped_bytes: Option<u64>,
@@ -79,6 +87,9 @@ pub struct ReclaimPath {
     pub requested_ranges: u64,
     /// Bytes the host kernel was asked to take back, successfully.
     pub discarded_bytes: u64,
+    /// `discarded_bytes` per second, the mean of the last ten whole seconds.
+    #[serde(default)]
+    pub discarded_bytes_per_second: u64,
     /// Ranges the host kernel took back, after merging.
     pub discarded_ranges: u64,
     /// Bytes left alone on purpose, by reason.

@@ -19,6 +19,9 @@ pub struct BalloonConfig {
     /// Let the operator ask the guest for hints at its free pages. Cloud Hypervisor does not have it.
     #[serde(default, skip_serializing_if = "is_false")]
     pub free_page_hinting: bool,
+    /// Milliseconds between two samples of the guest's statistics; 0: only on demand. Cloud Hypervisor does not have it.
+    #[serde(default)]
+    pub stats_poll_ms: u64,
     /// Put the device behind the virtual IOMMU.
     #[serde(default, skip_serializing_if = "is_false")]
     pub iommu: bool,
@@ -36,7 +39,7 @@ pub struct BalloonConfig {
 impl BalloonConfig {
     /// Syntax of `--balloon`.
     pub const SYNTAX: &str = "Balloon parameters \"size=<balloon_size>,deflate_on_oom=on|off,\
-        free_page_reporting=on|off,free_page_hinting=on|off,iommu=on|off,id=<device_id>,pci_segment=<segment_id>,\
+        free_page_reporting=on|off,free_page_hinting=on|off,stats_poll_ms=<milliseconds>,iommu=on|off,id=<device_id>,pci_segment=<segment_id>,\
         pci_device_id=<pci_slot>\"";
 
     /// Reads the value of `--balloon`. The size is 0 when it is not given.
@@ -52,6 +55,7 @@ impl BalloonConfig {
                 "deflate_on_oom",
                 "free_page_reporting",
                 "free_page_hinting",
+                "stats_poll_ms",
                 "iommu",
                 "id",
                 "pci_segment",
@@ -64,6 +68,7 @@ impl BalloonConfig {
             deflate_on_oom: options.toggle("deflate_on_oom")?.unwrap_or(false),
             free_page_reporting: options.toggle("free_page_reporting")?.unwrap_or(false),
             free_page_hinting: options.toggle("free_page_hinting")?.unwrap_or(false),
+            stats_poll_ms: options.parsed("stats_poll_ms")?.unwrap_or(0),
             iommu: options.toggle("iommu")?.unwrap_or(false),
             id: options.string("id"),
             pci_segment: options.parsed("pci_segment")?.unwrap_or(0),

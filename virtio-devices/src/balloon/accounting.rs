@@ -9,6 +9,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::latency::LatencyHistogram;
+use super::rate::RateWindow;
 use crate::reclaim::{Extent, Outcome, SkippedBytes};
 
 /// Everything that came in by one way: reporting, inflation or hinting.
@@ -31,6 +32,8 @@ pub struct PathFigures {
     pub syscalls: u64,
     /// From taking the first chain of a batch to having answered the last one.
     pub latency: LatencyHistogram,
+    /// How fast memory has been given back lately.
+    pub rate: RateWindow,
     /// The most recent batch.
     pub last: Option<LastBatch>,
 }
@@ -59,8 +62,10 @@ impl PathFigures {
         self.batches += 1;
         self.syscalls += outcome.syscalls;
         self.latency.record(took_us);
+        let now = Instant::now();
+        self.rate.add(now, outcome.discarded.bytes);
         self.last = Some(LastBatch {
-            at: Instant::now(),
+            at: now,
             requested: outcome.requested,
             discarded: outcome.discarded,
             took_us,

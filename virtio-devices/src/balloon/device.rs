@@ -14,6 +14,7 @@ use super::spec::{
     VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_PAGE_POISON,
     VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1, VIRTIO_ID_BALLOON,
 };
+use super::stats_timer::StatsTimer;
 use super::worker::BalloonWorker;
 use super::{bytes_of_pages, pages_of_bytes};
 use crate::device::{Counters, GuestRam, Interrupt, QueueHandler, VirtioDevice};
@@ -54,7 +55,7 @@ impl Balloon {
     /// `process_madvise`, `mmap` and `munmap`: it tries what the kernel can.
     ///
     /// # Errors
-    /// No event descriptor is to be had.
+    /// No event descriptor or timer is to be had.
     pub fn new(params: BalloonParams) -> io::Result<(Self, BalloonHandle)> {
         Self::with_engine(params, DiscardEngine::new)
     }
@@ -62,7 +63,7 @@ impl Balloon {
     /// As [`Balloon::new`], with a discard engine of the caller's making.
     ///
     /// # Errors
-    /// No event descriptor is to be had.
+    /// No event descriptor or timer is to be had.
     pub fn with_engine(
         params: BalloonParams,
         engine: impl FnOnce(Arc<crate::reclaim::DiscardSwitch>) -> DiscardEngine,
@@ -78,7 +79,7 @@ impl Balloon {
         let shared = Arc::new(Shared::new(ram, offered, free_page_reporting, refill));
         shared.config.set_num_pages(pages_of_bytes(size_bytes));
         let engine = engine(Arc::clone(&shared.switch));
-        let worker = BalloonWorker::new(Arc::clone(&shared), engine);
+        let worker = BalloonWorker::new(Arc::clone(&shared), engine, StatsTimer::new()?);
         let handle = BalloonHandle::new(Arc::clone(&shared));
         let balloon = Self {
             shared,

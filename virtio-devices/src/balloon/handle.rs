@@ -4,7 +4,8 @@
 //! waits for the guest, and only until its caller's deadline.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
 
 use super::accounting::{GuestFaults, Path, PathFigures};
 use super::hinting::{HintingError, HintingStatus};
@@ -133,13 +134,27 @@ impl BalloonHandle {
     /// No driver sends statistics, it has not answered until `deadline` (a paused
     /// machine never does), or it went away.
     pub fn request_stats(&self, deadline: Instant) -> Result<StatsSample, StatsError> {
-        self.shared.stats.request(deadline, || {
-            if let Err(e) = self.shared.refill.write(1) {
-                // Only a counter at its limit refuses, and then the worker is
-                // about to wake anyway.
-                log::debug!("balloon: statistics request not signalled: {e}");
-            }
-        })
+        self.shared
+            .stats
+            .request(deadline, || self.wake_for_statistics())
+    }
+
+    /// Has the guest send statistics at this interval, so that
+    /// [`BalloonHandle::cached_stats`] is never much older; zero stops it. In
+    /// whole milliseconds, rounded up. Each sample wakes the guest once.
+    pub fn set_stats_poll(&self, interval: Duration) {
+        let poll_ms = interval.as_nanos().div_ceil(1_000_000);
+        let poll_ms = u64::try_from(poll_ms).unwrap_or(u64::MAX);
+        self.shared.stats_poll_ms.store(poll_ms, Ordering::Relaxed);
+        self.wake_for_statistics();
+    }
+
+    fn wake_for_statistics(&self) {
+        if let Err(e) = self.shared.refill.write(1) {
+            // Only a counter at its limit refuses, and then the worker is about
+            // to wake anyway.
+            log::debug!("balloon: statistics request not signalled: {e}");
+        }
     }
 
     /// The last statistics, however old, without asking the guest.

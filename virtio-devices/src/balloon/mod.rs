@@ -37,9 +37,11 @@ mod hinting;
 mod inflate;
 mod latency;
 mod numbering;
+mod rate;
 mod reporting;
 mod shared;
 mod stats;
+mod stats_timer;
 mod worker;
 
 #[cfg(test)]
@@ -50,6 +52,7 @@ pub use device::{Balloon, BalloonParams};
 pub use handle::{BalloonHandle, BalloonSnapshot, ReportingState};
 pub use hinting::{HintingError, HintingPhase, HintingStatus};
 pub use latency::{LatencyBucket, LatencyHistogram};
+pub use rate::RateWindow;
 pub use stats::{StatTag, StatsError, StatsSample};
 
 /// The balloon's own feature bits and constants (virtio 1.2 §5.5.3, §5.5.6;

@@ -1,5 +1,6 @@
 //! What the configuration half, the worker and the handle have in common.
 
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
@@ -23,9 +24,11 @@ pub(super) struct Shared {
     pub(super) config: ConfigSpace,
     pub(super) ledger: Ledger,
     pub(super) stats: StatsCell,
+    /// Time from one sample of statistics to the next; 0: only on demand.
+    pub(super) stats_poll_ms: AtomicU64,
     pub(super) hinting: Hinting,
     pub(super) switch: Arc<DiscardSwitch>,
-    /// Tells the worker that somebody wants statistics.
+    /// Tells the worker that somebody wants statistics, now or at another interval.
     pub(super) refill: EventFd,
     driver: Mutex<Option<ActiveDriver>>,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
@@ -53,6 +56,7 @@ impl Shared {
             config: ConfigSpace::default(),
             ledger: Ledger::default(),
             stats: StatsCell::default(),
+            stats_poll_ms: AtomicU64::new(0),
             hinting: Hinting::default(),
             switch: Arc::default(),
             refill,

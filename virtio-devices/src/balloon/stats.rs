@@ -11,6 +11,8 @@
 //!                                    request stands and serves the next caller
 //! ```
 //!
+//! A timer asks as callers do, without waiting (see [`super::BalloonHandle::set_stats_poll`]).
+//!
 //! Only the caller waits, on its own thread and with its own deadline; the
 //! worker and the VMM's control loop never do. A guest that never answers
 //! leaves one request standing, however many callers come.
@@ -185,6 +187,13 @@ impl StatsCell {
         } else {
             Err(StatsError::TimedOut)
         }
+    }
+
+    /// Asks for a sample that nobody waits for. Nothing happens without a driver
+    /// that sends any, or while a request stands.
+    pub(super) fn want(&self) {
+        let mut state = self.lock();
+        state.wanted |= state.active;
     }
 
     /// Whether the worker should return the buffer it has parked.

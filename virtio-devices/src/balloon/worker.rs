@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use virtio_queue::{Queue, QueueT};
@@ -12,6 +13,7 @@ use super::hinting::CommandEffect;
 use super::numbering::{Numbering, QueueRole};
 use super::shared::{ActiveDriver, Shared};
 use super::stats::{STATS_BYTES_MAX, StatsSample};
+use super::stats_timer::StatsTimer;
 use super::{chain, hint, inflate, reporting};
 use crate::device::{Activation, GuestRam, Interrupt, QueueHandler, WorkerError};
 use crate::reclaim::{DiscardEngine, Extent, GuestRange, Outcome, SkipReason};
@@ -23,12 +25,15 @@ const BATCH_RANGES_MAX: usize = 4096;
 
 /// Token of the descriptor that says somebody wants statistics.
 const REFILL: u32 = 0;
+/// Token of the timer that asks for them.
+const POLL: u32 = 1;
 
 /// Serves all queues of the balloon.
 #[derive(Debug)]
 pub(super) struct BalloonWorker {
     shared: Arc<Shared>,
     engine: DiscardEngine,
+    timer: StatsTimer,
     active: Option<Active>,
     batch: Batch,
     /// Page frame numbers or statistics of one chain.
@@ -81,10 +86,11 @@ impl std::fmt::Debug for Active {
 }
 
 impl BalloonWorker {
-    pub(super) fn new(shared: Arc<Shared>, engine: DiscardEngine) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, engine: DiscardEngine, timer: StatsTimer) -> Self {
         Self {
             shared,
             engine,
+            timer,
             active: None,
             batch: Batch::default(),
             bytes: Vec::new(),
@@ -390,18 +396,29 @@ impl QueueHandler for BalloonWorker {
     }
 
     fn source_ready(&mut self, token: u32, _sources: &mut EventSources) -> Result<(), WorkerError> {
-        if token != REFILL {
-            return Ok(());
-        }
-        if let Err(e) = self.shared.refill.read() {
-            // Nothing to read: somebody was faster. What is wanted tells.
-            log::debug!("balloon: statistics request without a signal: {e}");
+        match token {
+            REFILL => {
+                if let Err(e) = self.shared.refill.read() {
+                    // Nothing to read: somebody was faster. What is wanted tells.
+                    log::debug!("balloon: statistics request without a signal: {e}");
+                }
+                let poll_ms = self.shared.stats_poll_ms.load(Ordering::Relaxed);
+                self.timer.set(poll_ms);
+            }
+            POLL => {
+                self.timer.restart();
+                self.shared.stats.want();
+            }
+            _ => return Ok(()),
         }
         self.while_active(Self::request_refill)
     }
 
     fn idle_sources(&self) -> Vec<(RawFd, u32)> {
-        vec![(self.shared.refill.as_raw_fd(), REFILL)]
+        vec![
+            (self.shared.refill.as_raw_fd(), REFILL),
+            (self.timer.fd(), POLL),
+        ]
     }
 
     fn reset(&mut self) {

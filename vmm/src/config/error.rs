@@ -41,6 +41,14 @@ pub enum ValidationError {
         /// What it has.
         ram_bytes: u64,
     },
+    /// The `balloon` section's `stats_poll_ms`.
+    #[error("Statistics every {poll_ms} ms are too often: 0, or at least {least_ms} ms")]
+    StatsPollTooOften {
+        /// What was asked for.
+        poll_ms: u64,
+        /// What can be had.
+        least_ms: u64,
+    },
     /// One device.
     #[error("Invalid configuration of {device}")]
     Device {

@@ -48,7 +48,17 @@ fn payload(payload: Option<&PayloadConfig>) -> Result<(), ValidationError> {
     }
 }
 
+/// Least time between two samples of statistics: each wakes the guest.
+const STATS_POLL_MS_MIN: u64 = 100;
+
 fn balloon(config: &VmConfig) -> Result<(), ValidationError> {
+    let poll_ms = config.balloon.as_ref().map_or(0, |it| it.stats_poll_ms);
+    if (1..STATS_POLL_MS_MIN).contains(&poll_ms) {
+        return Err(ValidationError::StatsPollTooOften {
+            poll_ms,
+            least_ms: STATS_POLL_MS_MIN,
+        });
+    }
     let (Some(balloon), Some(ram_bytes)) = (&config.balloon, config.memory.total_bytes()) else {
         return Ok(());
     };

@@ -41,6 +41,7 @@ fn validate_plain_configurations_pass() {
             json!({"size": 2 << 20, "hugepages": true, "hugepage_size": 2 << 20}),
         ),
         ("balloon", json!({"size": 0})),
+        ("balloon", json!({"size": 0, "stats_poll_ms": 100})),
         ("balloon", json!({"size": (512 << 20) - 4096})),
         (
             "disks",
@@ -135,6 +136,17 @@ fn validate_balloon_as_large_as_ram_is_refused() {
         ValidationError::BalloonLargerThanRam {
             balloon_bytes: 512 << 20,
             ram_bytes: 512 << 20
+        }
+    );
+}
+
+#[test]
+fn validate_statistics_too_often_are_refused() {
+    assert_eq!(
+        fault("balloon", json!({"size": 0, "stats_poll_ms": 99})),
+        ValidationError::StatsPollTooOften {
+            poll_ms: 99,
+            least_ms: 100
         }
     );
 }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use api::VmConfig;
 use api::config::{BalloonConfig, DiskConfig, LockGranularity};
@@ -181,6 +182,7 @@ fn plug_balloon(
         id: id.to_owned(),
         source: source.into(),
     })?;
+    handle.set_stats_poll(Duration::from_millis(config.stats_poll_ms));
     let plug = Plug {
         id,
         kind: ThreadKind::Balloon,

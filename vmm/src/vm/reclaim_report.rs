@@ -2,7 +2,7 @@
 //!
 //! The device's types are not wire types: this is the one place where they meet.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use api::{
     BalloonStats, GuestSample, HintingStatus, LastBatch, LatencySummary, ReclaimPath, ReclaimStats,
@@ -46,6 +46,8 @@ pub(super) fn reclaim_stats(
             runs_requested: balloon.hinting.runs_requested,
             runs_completed: balloon.hinting.runs_completed,
         };
+        stats.repopulated_bytes = repopulated_bytes(&stats);
+        stats.repopulated_method = "discarded-minus-absent".to_owned();
         stats.reporting = ReportingStatus {
             active: balloon.reporting.is_active(),
             reason: (!balloon.reporting.is_active()).then(|| balloon.reporting.to_string()),
@@ -73,11 +75,20 @@ pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// What was discarded and is not absent now. See the field for what this cannot tell.
+fn repopulated_bytes(stats: &ReclaimStats) -> u64 {
+    [&stats.report, &stats.inflate, &stats.hint]
+        .into_iter()
+        .fold(0_u64, |sum, path| sum.saturating_add(path.discarded_bytes))
+        .saturating_sub(stats.reclaimed_bytes)
+}
+
 fn path(figures: &PathFigures) -> ReclaimPath {
     ReclaimPath {
         requested_bytes: figures.requested.bytes,
         requested_ranges: figures.requested.ranges,
         discarded_bytes: figures.discarded.bytes,
+        discarded_bytes_per_second: figures.rate.bytes_per_second(Instant::now()),
         discarded_ranges: figures.discarded.ranges,
         skipped_bytes: figures
             .skipped
@@ -101,5 +112,28 @@ fn path(figures: &PathFigures) -> ReclaimPath {
             latency_us: last.took_us,
             age_ms: millis(last.at.elapsed()),
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn repopulated_is_what_was_discarded_and_is_not_absent() {
+        let discarded = |discarded_bytes| ReclaimPath {
+            discarded_bytes,
+            ..ReclaimPath::default()
+        };
+        let mut stats = ReclaimStats {
+            reclaimed_bytes: 50,
+            report: discarded(40),
+            inflate: discarded(30),
+            hint: discarded(20),
+            ..ReclaimStats::default()
+        };
+        assert_eq!(repopulated_bytes(&stats), 40);
+        stats.reclaimed_bytes = 100;
+        assert_eq!(repopulated_bytes(&stats), 0);
     }
 }

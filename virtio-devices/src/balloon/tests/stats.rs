@@ -170,3 +170,40 @@ fn surplus_buffer_is_given_back_and_the_newest_kept() {
     let cached = rig.handle.cached_stats().unwrap();
     assert_eq!(cached.get(StatTag::FreeMemory), Some(2));
 }
+
+#[test]
+fn poll_asks_again_and_again_until_it_is_switched_off() {
+    let mut rig = Rig::new();
+    send(&mut rig, &[entry(4, 1)]);
+    rig.handle.set_stats_poll(Duration::from_millis(1));
+    for value in 2..5 {
+        refill(&mut rig, value);
+        let sample = rig.handle.cached_stats().unwrap();
+        assert_eq!(sample.get(StatTag::FreeMemory), Some(value));
+    }
+    rig.handle.set_stats_poll(Duration::ZERO);
+    // Takes up the change; the timer may have gone off before that.
+    rig.harness.serve_sources(0).unwrap();
+    rig.harness.serve_sources(0).unwrap();
+    if rig.harness.queue(STATS).pop_used().is_some() {
+        send(&mut rig, &[entry(4, 9)]);
+    }
+    assert_eq!(rig.harness.serve_sources(20).unwrap(), 0);
+    assert_eq!(rig.harness.queue(STATS).pop_used(), None);
+}
+
+#[test]
+fn poll_outlives_the_driver_and_does_nothing_without_one() {
+    let mut rig = Rig::new();
+    rig.handle.set_stats_poll(Duration::from_millis(1));
+    rig.harness.reset();
+    for _ in 0..3 {
+        rig.harness.serve_sources(10).unwrap();
+    }
+    assert!(rig.handle.cached_stats().is_none());
+    rig.harness.activate().unwrap();
+    send(&mut rig, &[entry(4, 1)]);
+    refill(&mut rig, 2);
+    let sample = rig.handle.cached_stats().unwrap();
+    assert_eq!(sample.get(StatTag::FreeMemory), Some(2));
+}
