@@ -243,10 +243,9 @@ fn sight(machine: &MachineView, stats: &ReclaimStats) -> Sight {
         running: machine.state == VmState::Running,
         target_bytes: stats.balloon_target_bytes,
         actual_bytes: stats.ballooned_bytes,
-        failed_bytes: stats
-            .report
-            .failed_bytes
-            .saturating_add(stats.inflate.failed_bytes),
+        failed_bytes: [&stats.report, &stats.inflate, &stats.hint]
+            .into_iter()
+            .fold(0, |sum, path| sum.saturating_add(path.failed_bytes)),
     }
 }
 

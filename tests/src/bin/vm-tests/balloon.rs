@@ -8,7 +8,7 @@ use integration_tests::outcome::{Outcome, Test};
 use integration_tests::tests;
 use integration_tests::vmm::PROCESS_DEADLINE;
 use integration_tests::wait::wait_for;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -21,6 +21,7 @@ pub(crate) fn tests() -> Vec<Test> {
         hinting_not_configured_is_refused,
         statistics_carry_every_tag,
         balloon_target_survives_a_reboot,
+        alert_and_target_are_told_as_memory_goes_and_comes_back,
     ]
 }
 
@@ -103,6 +104,39 @@ fn balloon_gives_way_before_the_guest_runs_out_of_memory() -> Result<Outcome> {
         "{} MiB still ballooned",
         ballooned / MIB
     );
+    Ok(Outcome::Passed)
+}
+
+fn alert_and_target_are_told_as_memory_goes_and_comes_back() -> Result<Outcome> {
+    let mut guest = Machine {
+        arguments: &["--balloon", "size=0", "--event-monitor", "path=@/events"],
+        ..Machine::default()
+    }
+    .serve()?;
+    let alert = json!({
+        "name": "big", "figure": "resident_bytes", "direction": "above",
+        "enter": 350 * MIB, "leave": 300 * MIB,
+    });
+    let change = json!({"alerts": [alert]}).to_string();
+    guest.vmm.put("vm.reclaim-thresholds", Some(&change))?;
+    let wait_told = |guest: &Guest, event: &str| {
+        wait_for(event, RECLAIM_DEADLINE, || {
+            Ok(guest.vmm.text("events").contains(event).then_some(()))
+        })
+    };
+    guest.command("alloc 350M")?;
+    wait_told(&guest, "reclaim-threshold-entered")?;
+    guest.command("free")?;
+    resize(&guest, 300 * MIB)?;
+    wait_told(&guest, "balloon-target-reached")?;
+    wait_told(&guest, "reclaim-threshold-left")?;
+    let thresholds = guest.vmm.get("vm.reclaim-thresholds")?;
+    let alert = &thresholds["alerts"][0];
+    ensure!(
+        alert["active"] == false && alert["times_entered"] == 1,
+        "{alert:#}"
+    );
+    ensure!(!guest.vmm.text("events").contains("balloon-stuck"));
     Ok(Outcome::Passed)
 }
 
