@@ -15,6 +15,7 @@ const MEASURED: &[&str] = &[
     "configured_bytes",
     "resident_bytes",
     "reclaimed_bytes",
+    "repopulated_bytes",
     "swapped_bytes",
     "resident_sample_us",
     "resident_age_ms",

@@ -138,6 +138,7 @@ fn needs_include_residency_only_for_what_is_measured() {
     };
     assert_eq!(needs("report/failed_bytes"), expected(true, false, false));
     assert_eq!(needs("resident_bytes"), expected(true, true, false));
+    assert_eq!(needs("repopulated_bytes"), expected(true, true, false));
     assert_eq!(needs(FIGURE), expected(false, false, true));
     assert!(!Book::default().has_alerts());
 }

@@ -46,8 +46,11 @@ pub(super) fn reclaim_stats(
             runs_requested: balloon.hinting.runs_requested,
             runs_completed: balloon.hinting.runs_completed,
         };
-        stats.repopulated_bytes = repopulated_bytes(&stats);
-        stats.repopulated_method = "discarded-minus-absent".to_owned();
+        // Without a sample nothing is known to be absent.
+        if residency.is_some() {
+            stats.repopulated_bytes = repopulated_bytes(&stats);
+            stats.repopulated_method = "discarded-minus-absent".to_owned();
+        }
         stats.reporting = ReportingStatus {
             active: balloon.reporting.is_active(),
             reason: (!balloon.reporting.is_active()).then(|| balloon.reporting.to_string()),
