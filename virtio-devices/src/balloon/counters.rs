@@ -88,4 +88,13 @@ mod tests {
             assert_eq!(name, format!("report_skipped_{}_bytes", reason.name()));
         }
     }
+
+    #[test]
+    fn skip_reasons_are_explained_to_operators() {
+        let manual = include_str!("../../../docs/balloon.md");
+        for reason in SkipReason::ALL {
+            let row = format!("| `{}` |", reason.name());
+            assert!(manual.contains(&row), "{row} is missing");
+        }
+    }
 }
