@@ -20,6 +20,7 @@ pub(crate) fn tests() -> Vec<Test> {
         hinting_gives_free_memory_back_and_leaves_used_memory_alone,
         hinting_not_configured_is_refused,
         statistics_carry_every_tag,
+        statistics_are_polled,
         balloon_target_survives_a_reboot,
         alert_and_target_are_told_as_memory_goes_and_comes_back,
     ]
@@ -311,6 +312,29 @@ fn statistics_carry_every_tag() -> Result<Outcome> {
         answer["stats"]["total_memory"] == total,
         "{answer:#}, guest {total}"
     );
+    Ok(Outcome::Passed)
+}
+
+/// Nobody asks, and still they come.
+fn statistics_are_polled() -> Result<Outcome> {
+    let mut guest = Machine {
+        arguments: &["--balloon", "size=0,stats_poll_ms=200"],
+        ..Machine::default()
+    }
+    .serve()?;
+    guest.command("alloc 200M")?;
+    let total = guest.memory_bytes("total")?;
+    wait_for(
+        "a sample that shows the memory in use",
+        RECLAIM_DEADLINE,
+        || {
+            let stats = guest.vmm.get("vm.reclaim-stats")?;
+            let free = stats
+                .pointer("/guest/stats/free_memory")
+                .and_then(Value::as_u64);
+            Ok(free.filter(|free| free + 200 * MIB <= total))
+        },
+    )?;
     Ok(Outcome::Passed)
 }
 
