@@ -101,7 +101,7 @@ impl Machine<'_> {
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
         let vmm = Vmm::start(&arguments)?;
         let serial = Serial::connect(&vmm.folder().join("serial.sock"), BOOT_DEADLINE)
-            .with_context(|| vmm.stderr())?;
+            .with_context(|| vmm.last_words())?;
         let mut guest = Guest { vmm, serial };
         guest.wait_init()?;
         Ok(guest)
@@ -133,10 +133,7 @@ impl Guest {
     /// # Errors
     /// It did not.
     pub fn wait_init(&mut self) -> Result<()> {
-        self.serial
-            .expect("guest: init", BOOT_DEADLINE)
-            .with_context(|| self.vmm.stderr())?;
-        Ok(())
+        self.expect("guest: init", BOOT_DEADLINE).map(drop)
     }
 
     /// Waits until the command server answers.
@@ -147,7 +144,7 @@ impl Guest {
         // What is sent before the terminal is raw may be echoed or lost: ask
         // until the first answer.
         for _ in 0..40 {
-            self.serial.send("ping")?;
+            self.send("ping")?;
             if self
                 .serial
                 .expect("ok ping", Duration::from_secs(3))
@@ -156,8 +153,22 @@ impl Guest {
                 return Ok(());
             }
         }
-        self.serial.expect("ok ping", Duration::from_secs(1))?;
-        Ok(())
+        self.expect("ok ping", Duration::from_secs(1)).map(drop)
+    }
+
+    /// Waits for a line on the serial port, as [`Serial::expect`] does; a
+    /// failure shows what the VMM had to say.
+    ///
+    /// # Errors
+    /// No such line came in time.
+    pub fn expect(&mut self, pattern: &str, deadline: Duration) -> Result<String> {
+        let found = self.serial.expect(pattern, deadline);
+        found.with_context(|| self.vmm.last_words())
+    }
+
+    fn send(&mut self, line: &str) -> Result<()> {
+        let sent = self.serial.send(line);
+        sent.with_context(|| self.vmm.last_words())
     }
 
     /// Has the guest carry out one command; its answer without the `ok`.
@@ -166,11 +177,9 @@ impl Guest {
     /// The guest answered with an error or not at all.
     pub fn command(&mut self, line: &str) -> Result<String> {
         let verb = line.split(' ').next().unwrap_or(line);
-        self.serial.send(line)?;
-        let answer = self
-            .serial
-            .expect(&format!("ok {verb}"), COMMAND_DEADLINE)?;
-        Ok(answer)
+        self.send(line)?;
+        let answer = self.serial.expect_answer(verb, COMMAND_DEADLINE);
+        answer.with_context(|| self.vmm.last_words())
     }
 
     /// Runs a shell command in the guest that must succeed; all it printed.

@@ -56,7 +56,7 @@ pub fn run(tests: &[Test], filters: &[String]) -> bool {
             }
             Ok(Err(error)) => {
                 failed += 1;
-                println!("FAIL [{seconds:7.2}s] {}: {error:?}", test.name);
+                println!("FAIL [{seconds:7.2}s] {}: {error:#}", test.name);
             }
             Err(_) => {
                 failed += 1;

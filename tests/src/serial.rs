@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use crate::wait::wait_for;
 
@@ -42,10 +42,38 @@ impl Serial {
     /// # Errors
     /// No such line came in time; the end of what did come is shown.
     pub fn expect(&mut self, pattern: &str, deadline: Duration) -> Result<String> {
-        let what = format!("serial line with {pattern:?}");
-        let found = wait_for(&what, deadline, || {
-            self.read_available()?;
-            Ok(self.take_line(pattern))
+        self.expect_line(&format!("{pattern:?}"), deadline, |line| {
+            line.contains(pattern)
+        })
+    }
+
+    /// Waits for the command server's answer to `verb`: `ok VERB …`, with whatever
+    /// the command printed before it, or `err …`.
+    ///
+    /// # Errors
+    /// It is an error, or none came in time.
+    pub fn expect_answer(&mut self, verb: &str, deadline: Duration) -> Result<String> {
+        let good = format!("ok {verb}");
+        let line = self.expect_line(&format!("{good:?}"), deadline, |line| {
+            line.contains(&good) || line.starts_with("err ")
+        })?;
+        ensure!(line.contains(&good), "the guest answered: {line}");
+        Ok(line)
+    }
+
+    fn expect_line(
+        &mut self,
+        what: &str,
+        deadline: Duration,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Result<String> {
+        let found = wait_for(&format!("serial line with {what}"), deadline, || {
+            let open = self.read_available()?;
+            match self.take_line(&wanted) {
+                Some(line) => Ok(Some(line)),
+                None if open => Ok(None),
+                None => bail!("the serial port was closed before a line with {what}"),
+            }
         });
         found.with_context(|| format!("the guest printed: …{}", tail(&self.text)))
     }
@@ -69,29 +97,35 @@ impl Serial {
         &self.text
     }
 
-    fn read_available(&mut self) -> Result<()> {
+    /// Takes what has come; false when nothing will come any more.
+    fn read_available(&mut self) -> Result<bool> {
         let mut block = [0u8; 4096];
         loop {
             match self.stream.read(&mut block) {
-                Ok(0) => return Ok(()),
+                Ok(0) => return Ok(false),
                 Ok(count) => self
                     .text
                     .push_str(&String::from_utf8_lossy(&block[..count])),
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
-                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(true),
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(false),
                 Err(error) => bail!("serial: {error}"),
             }
         }
     }
 
-    fn take_line(&mut self, pattern: &str) -> Option<String> {
-        let unseen = &self.text[self.seen..];
-        let at = unseen.find(pattern)?;
-        let end = at + unseen[at..].find('\n')?;
-        let start = unseen[..at].rfind('\n').map_or(0, |newline| newline + 1);
-        let line = unseen[start..end].trim_end().to_owned();
-        self.seen += end + 1;
-        Some(line)
+    /// The first complete line not seen before that is wanted.
+    fn take_line(&mut self, wanted: &impl Fn(&str) -> bool) -> Option<String> {
+        let mut at = self.seen;
+        while let Some(length) = self.text[at..].find('\n') {
+            let line = self.text[at..at + length].trim_end();
+            at += length + 1;
+            if wanted(line) {
+                let line = line.to_owned();
+                self.seen = at;
+                return Some(line);
+            }
+        }
+        None
     }
 }
 

@@ -90,6 +90,11 @@ impl Vmm {
         self.text("stderr")
     }
 
+    /// For the message of a test that fails: what the VMM printed.
+    pub fn last_words(&self) -> String {
+        format!("the VMM printed: {:?}", self.stderr().trim_end())
+    }
+
     /// Process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
@@ -141,7 +146,7 @@ impl Vmm {
     pub fn wait_exit(&mut self, deadline: Duration) -> Result<ExitStatus> {
         let child = &mut self.child;
         wait_for("end of the VMM", deadline, || Ok(child.try_wait()?))
-            .with_context(|| format!("error output: {}", self.text("stderr")))
+            .with_context(|| self.last_words())
     }
 
     /// Waits for the end and requires exit status 0.
