@@ -11,7 +11,7 @@ use acpi_tables::{Aml, AmlSink};
 
 use super::fixed::HEADER_BYTES;
 use super::{AcpiParams, OEM_ID, OEM_REVISION};
-use crate::legacy::{GED_BYTES, GED_IRQ, GED_POWER_BUTTON, S5_SLEEP_TYPE};
+use crate::legacy::{CMOS_PORTS, GED_BYTES, GED_IRQ, GED_POWER_BUTTON, S5_SLEEP_TYPE};
 use crate::memory::layout;
 use crate::pci::{CONFIG_PORT_BASE, CONFIG_PORT_BYTES};
 use crate::serial::{SERIAL_IRQ, SERIAL_PORTS};
@@ -33,6 +33,7 @@ pub(super) fn dsdt(params: &AcpiParams) -> Vec<u8> {
     if params.has_serial {
         serial_port(&mut aml);
     }
+    real_time_clock(&mut aml);
     power_button(&mut aml);
     generic_event_device(params.ged_address, &mut aml);
     sleep_state(&mut aml);
@@ -160,6 +161,25 @@ fn serial_port(aml: &mut Vec<u8>) {
                     &interrupt(SERIAL_IRQ),
                     &IO::new(port, port, 1, count as u8),
                 ]),
+            ),
+        ],
+    )
+    .to_aml_bytes(aml);
+}
+
+/// The clock is told of as a device without an interrupt. A kernel that finds
+/// none tries the one of a PC, takes interrupt 8 for granted and, with no PIC
+/// here, gives the clock up.
+fn real_time_clock(aml: &mut Vec<u8>) {
+    let (port, count) = CMOS_PORTS;
+    Device::new(
+        Path::new("_SB_.RTC_"),
+        vec![
+            &Name::new(Path::new("_HID"), &EISAName::new("PNP0B00")),
+            &Name::new(Path::new("_UID"), &ZERO),
+            &Name::new(
+                Path::new("_CRS"),
+                &ResourceTemplate::new(vec![&IO::new(port, port, 1, count as u8)]),
             ),
         ],
     )

@@ -144,7 +144,7 @@ fn dsdt_has_the_serial_port_only_if_the_machine_has() {
     assert!(names_com1(&with));
     assert!(!names_com1(&without));
     for name in [
-        b"PC00", b"MBRD", b"PWRB", b"GED_", b"_S5_", b"_EVT", b"_DSM",
+        b"PC00", b"MBRD", b"RTC_", b"PWRB", b"GED_", b"_S5_", b"_EVT", b"_DSM",
     ] {
         assert!(with.windows(4).any(|found| found == name), "{name:?}");
     }
