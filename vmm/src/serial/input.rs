@@ -59,7 +59,7 @@ impl Input {
         })
     }
 
-    /// Reads from `file` from now on.
+    /// Reads from `file` from now on, and no more from the source before it.
     ///
     /// # Errors
     /// It cannot be watched. A file that is always ready is not read from and
@@ -72,11 +72,6 @@ impl Input {
             self.state().source = Some(Open { watch, file });
         }
         Ok(())
-    }
-
-    /// Whether there is a source.
-    pub(super) fn has_source(&self) -> bool {
-        self.state().source.is_some()
     }
 
     /// Gives input to `sink` from now on, what waits here first.
@@ -242,9 +237,9 @@ pub(super) mod tests {
         input
             .set_source(ours.into(), &manager.watcher().unwrap())
             .unwrap();
-        assert!(input.has_source());
+        assert!(input.state().source.is_some());
         drop(theirs);
-        while input.has_source() {
+        while input.state().source.is_some() {
             std::thread::yield_now();
         }
     }

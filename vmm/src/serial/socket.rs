@@ -1,4 +1,4 @@
-//! A UNIX socket to one guest's console, for one client at a time.
+//! A UNIX socket to one guest's console, for one client at a time: the latest.
 
 use std::fs::File;
 use std::io;
@@ -64,10 +64,8 @@ impl ConsoleSocket {
 impl Source for ConsoleSocket {
     fn ready(&self) {
         match self.listener.accept() {
-            // The one that is there stays; the new one sees the end at once.
-            Ok(_) if self.input.has_source() => {
-                log::info!("{}: a second client is turned away", self.path.display());
-            }
+            // It takes the place of the one that is there, which sees the end:
+            // an operator whose connection hangs must be able to come back.
             Ok((client, _)) => {
                 if let Err(error) = self.connect(client) {
                     log::warn!("{}: client lost: {error}", self.path.display());
