@@ -130,6 +130,8 @@ const MACHINE: &[c_long] = &[
     libc::SYS_fstatfs,
     libc::SYS_ftruncate,
     libc::SYS_getcwd,
+    // Whether this process may change the terminal that it is on.
+    libc::SYS_getpgrp,
     libc::SYS_getuid,
     libc::SYS_io_uring_register,
     libc::SYS_io_uring_setup,

@@ -130,9 +130,12 @@ pub(super) fn make_transparent(terminal: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
+/// Whether nothing stops this process from using the terminal. One that is not
+/// its controlling terminal tells no foreground group and stops nobody.
 fn is_foreground(terminal: RawFd) -> bool {
     // SAFETY: both take and return plain numbers.
-    unsafe { libc::tcgetpgrp(terminal) == libc::getpgrp() }
+    let (foreground, ours) = unsafe { (libc::tcgetpgrp(terminal), libc::getpgrp()) };
+    foreground == -1 || foreground == ours
 }
 
 /// Whether `fd` takes bytes within `timeout`, or reports an error when written.
@@ -202,6 +205,12 @@ mod tests {
         assert!(RawMode::enter_on(fd).unwrap().is_none());
         drop(guard);
         assert_eq!(settings(fd).unwrap().c_lflag, cooked.c_lflag);
+    }
+
+    #[test]
+    fn terminal_that_controls_nobody_is_free_to_use() {
+        let pty = Pty::open().unwrap();
+        assert!(is_foreground(pty.slave.as_raw_fd()));
     }
 
     #[test]
