@@ -3,6 +3,7 @@
 //! way upstream's does.
 
 pub mod bare_metal;
+pub mod descriptors;
 pub mod ended;
 pub mod linux;
 pub mod literal_client;

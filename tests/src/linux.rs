@@ -1,6 +1,7 @@
 //! A Linux guest that is steered over its serial port.
 
 use std::env;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -25,7 +26,11 @@ pub struct Machine<'a> {
     pub cpus: &'a str,
     /// `--memory`.
     pub memory: &'a str,
-    /// More options for the VMM; `@` stands for the test's folder.
+    /// `--serial`; the default is the socket that [`Machine::boot`] connects to.
+    pub serial: &'a str,
+    /// `--console`.
+    pub console: &'a str,
+    /// More options for the VMM; `@/` stands for the test's folder.
     pub arguments: &'a [&'a str],
     /// More for the kernel command line.
     pub command_line: &'a str,
@@ -35,21 +40,20 @@ pub struct Machine<'a> {
     pub end: &'a str,
 }
 
-impl Default for Machine<'_> {
-    fn default() -> Self {
-        Self {
-            kernel: "vmlinux",
-            cpus: "boot=1",
-            memory: "size=512M",
-            arguments: &[],
-            command_line: "",
-            script: "guest-mem serve /dev/ttyS0",
-            end: "poweroff",
-        }
-    }
-}
-
 impl Machine<'_> {
+    /// The plainest machine.
+    pub const DEFAULT: Self = Self {
+        kernel: "vmlinux",
+        cpus: "boot=1",
+        memory: "size=512M",
+        serial: "socket=@/serial.sock",
+        console: "off",
+        arguments: &[],
+        command_line: "",
+        script: "guest-mem serve /dev/ttyS0",
+        end: "poweroff",
+    };
+
     /// The kernel command line for this machine.
     pub fn full_command_line(&self) -> String {
         format!(
@@ -84,12 +88,32 @@ impl Machine<'_> {
             "--memory".into(),
             self.memory.into(),
             "--serial".into(),
-            "socket=@/serial.sock".into(),
+            self.serial.into(),
             "--console".into(),
-            "off".into(),
+            self.console.into(),
         ];
         all.extend(self.arguments.iter().map(|argument| (*argument).to_owned()));
         Ok(all)
+    }
+
+    /// Starts the VMM with this machine and waits for nothing but its API.
+    ///
+    /// # Errors
+    /// The VMM did not come up.
+    pub fn start(&self) -> Result<Vmm> {
+        self.start_with(|_| ())
+    }
+
+    /// As [`Machine::start`]; `set_up` gives the process something to inherit.
+    ///
+    /// # Errors
+    /// The VMM did not come up.
+    pub fn start_with(&self, set_up: impl FnOnce(&mut Command)) -> Result<Vmm> {
+        let arguments = self.vmm_arguments()?;
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let mut vmm = Vmm::spawn_with(&arguments, set_up)?;
+        vmm.wait_api()?;
+        Ok(vmm)
     }
 
     /// Boots and waits for the guest's init.
@@ -97,12 +121,7 @@ impl Machine<'_> {
     /// # Errors
     /// The VMM or the guest did not come up.
     pub fn boot(&self) -> Result<Guest> {
-        let arguments = self.vmm_arguments()?;
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let vmm = Vmm::start(&arguments)?;
-        let serial = Serial::connect(&vmm.folder().join("serial.sock"), BOOT_DEADLINE)
-            .with_context(|| vmm.last_words())?;
-        let mut guest = Guest { vmm, serial };
+        let mut guest = Guest::on_socket(self.start()?, "serial.sock")?;
         guest.wait_init()?;
         Ok(guest)
     }
@@ -118,6 +137,12 @@ impl Machine<'_> {
     }
 }
 
+impl Default for Machine<'_> {
+    fn default() -> Self {
+        Self::DEFAULT
+    }
+}
+
 /// A booted guest.
 #[derive(Debug)]
 pub struct Guest {
@@ -128,6 +153,16 @@ pub struct Guest {
 }
 
 impl Guest {
+    /// A guest that is steered over a socket of this name in the test's folder.
+    ///
+    /// # Errors
+    /// Nobody listens there.
+    pub fn on_socket(vmm: Vmm, name: &str) -> Result<Guest> {
+        let serial = Serial::connect(&vmm.folder().join(name), BOOT_DEADLINE)
+            .with_context(|| vmm.last_words())?;
+        Ok(Guest { vmm, serial })
+    }
+
     /// Waits until the guest's init has started (again).
     ///
     /// # Errors

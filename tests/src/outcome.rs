@@ -1,6 +1,9 @@
-//! Running a list of tests one after another and counting how they end.
+//! Running a list of tests, a few at a time, and counting how they end.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::available_parallelism;
 use std::time::Instant;
 
 use anyhow::Result;
@@ -31,43 +34,71 @@ macro_rules! tests {
     };
 }
 
+/// How many tests run at a time: one for each processor, since a guest's tests
+/// are as much waiting as work, but not so many that their deadlines suffer.
+const JOBS_MAX: usize = 4;
+
 /// Runs the tests whose name contains one of `filters` (all when there is
 /// none), prints one line each and a closing line. True when none failed.
 pub fn run(tests: &[Test], filters: &[String]) -> bool {
-    let chosen = tests.iter().filter(|test| {
-        filters.is_empty()
-            || filters
-                .iter()
-                .any(|filter| test.name.contains(filter.as_str()))
+    let chosen: Vec<&Test> = tests
+        .iter()
+        .filter(|test| {
+            filters.is_empty()
+                || filters
+                    .iter()
+                    .any(|filter| test.name.contains(filter.as_str()))
+        })
+        .collect();
+    if chosen.is_empty() {
+        println!("no test matches {filters:?}");
+        return false;
+    }
+    let start = Instant::now();
+    let tally = Tally::default();
+    let queue = Mutex::new(chosen.into_iter());
+    // A binding of its own, for the lock is not to be held while a test runs.
+    let next = || {
+        let mut queue = queue.lock().expect("taking the next test does not panic");
+        queue.next()
+    };
+    let jobs = available_parallelism().map_or(1, usize::from).min(JOBS_MAX);
+    std::thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(|| {
+                while let Some(test) = next() {
+                    tally.run(test);
+                }
+            });
+        }
     });
-    let (mut passed, mut failed, mut skipped) = (0u32, 0u32, 0u32);
-    for test in chosen {
+    let [passed, failed, skipped] =
+        [tally.passed, tally.failed, tally.skipped].map(AtomicU32::into_inner);
+    let seconds = start.elapsed().as_secs();
+    println!("{passed} passed, {failed} failed, {skipped} skipped in {seconds} s");
+    failed == 0
+}
+
+/// How many tests ended how.
+#[derive(Debug, Default)]
+struct Tally {
+    passed: AtomicU32,
+    failed: AtomicU32,
+    skipped: AtomicU32,
+}
+
+impl Tally {
+    fn run(&self, test: &Test) {
         let start = Instant::now();
         let result = catch_unwind(AssertUnwindSafe(test.run));
         let seconds = start.elapsed().as_secs_f32();
-        match result {
-            Ok(Ok(Outcome::Passed)) => {
-                passed += 1;
-                println!("PASS [{seconds:7.2}s] {}", test.name);
-            }
-            Ok(Ok(Outcome::Skipped(why))) => {
-                skipped += 1;
-                println!("SKIP [{seconds:7.2}s] {}: {why}", test.name);
-            }
-            Ok(Err(error)) => {
-                failed += 1;
-                println!("FAIL [{seconds:7.2}s] {}: {error:#}", test.name);
-            }
-            Err(_) => {
-                failed += 1;
-                println!("FAIL [{seconds:7.2}s] {}: panicked", test.name);
-            }
-        }
+        let (verdict, count, more) = match result {
+            Ok(Ok(Outcome::Passed)) => ("PASS", &self.passed, String::new()),
+            Ok(Ok(Outcome::Skipped(why))) => ("SKIP", &self.skipped, format!(": {why}")),
+            Ok(Err(error)) => ("FAIL", &self.failed, format!(": {error:#}")),
+            Err(_) => ("FAIL", &self.failed, ": panicked".to_owned()),
+        };
+        count.fetch_add(1, Ordering::Relaxed);
+        println!("{verdict} [{seconds:7.2}s] {}{more}", test.name);
     }
-    if passed + failed + skipped == 0 {
-        println!("no test matches {filters:?}");
-        failed = 1;
-    }
-    println!("{passed} passed, {failed} failed, {skipped} skipped");
-    failed == 0
 }

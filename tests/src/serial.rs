@@ -1,6 +1,9 @@
-//! Talking to a guest over a serial port that is a UNIX socket.
+//! Talking to a guest over a serial port or console.
 
+use std::fs::File;
 use std::io::{ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
@@ -9,10 +12,14 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::wait::wait_for;
 
+/// The guest takes a line at once, or the VMM keeps some of it.
+const SEND_DEADLINE: Duration = Duration::from_secs(30);
+
 /// The host's end of a guest's serial port; keeps all that was read.
 #[derive(Debug)]
 pub struct Serial {
-    stream: UnixStream,
+    /// A socket or a terminal that does not block.
+    stream: File,
     text: String,
     /// Up to where `text` has been consumed by [`Serial::expect`].
     seen: usize,
@@ -29,11 +36,30 @@ impl Serial {
         })
         .with_context(|| path.display().to_string())?;
         stream.set_nonblocking(true)?;
-        Ok(Serial {
+        Ok(Self::over(OwnedFd::from(stream).into()))
+    }
+
+    /// Opens a terminal device.
+    ///
+    /// # Errors
+    /// It does not open.
+    pub fn open(path: &Path) -> Result<Serial> {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY)
+            .open(path)
+            .with_context(|| path.display().to_string())?;
+        Ok(Self::over(file))
+    }
+
+    /// Talks over something that is open already and does not block.
+    pub fn over(stream: File) -> Serial {
+        Serial {
             stream,
             text: String::new(),
             seen: 0,
-        })
+        }
     }
 
     /// Waits for a complete line that contains `pattern`, behind what was
@@ -83,13 +109,16 @@ impl Serial {
     /// # Errors
     /// The guest's side is gone or does not read.
     pub fn send(&mut self, line: &str) -> Result<()> {
-        self.stream.set_nonblocking(false)?;
-        self.stream
-            .set_write_timeout(Some(Duration::from_secs(10)))?;
-        self.stream.write_all(line.as_bytes())?;
-        self.stream.write_all(b"\n")?;
-        self.stream.set_nonblocking(true)?;
-        Ok(())
+        let bytes = format!("{line}\n").into_bytes();
+        let mut sent = 0;
+        wait_for("room for a line to the guest", SEND_DEADLINE, || {
+            match self.stream.write(&bytes[sent..]) {
+                Ok(count) => sent += count,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => (),
+                Err(error) => bail!("serial: {error}"),
+            }
+            Ok((sent == bytes.len()).then_some(()))
+        })
     }
 
     /// Everything read so far.

@@ -25,20 +25,14 @@ pub struct Vmm {
 }
 
 impl Vmm {
-    /// Starts the VMM with an API socket and `arguments`, in which `@/` at the
-    /// start of a path stands for the test's own folder. Waits for the socket.
+    /// Starts the VMM with an API socket and `arguments`, in which `@/` stands
+    /// for the test's own folder. Waits for the socket.
     ///
     /// # Errors
     /// The program is not there, or ended before it listened.
     pub fn start(arguments: &[&str]) -> Result<Vmm> {
         let mut vmm = Self::spawn(arguments)?;
-        let socket = vmm.socket();
-        wait_for("API socket", PROCESS_DEADLINE, || {
-            if let Some(status) = vmm.child.try_wait()? {
-                anyhow::bail!("the VMM ended ({status}): {}", vmm.stderr());
-            }
-            Ok(request(&socket, "GET", "vmm.ping", None).ok())
-        })?;
+        vmm.wait_api()?;
         Ok(vmm)
     }
 
@@ -47,25 +41,50 @@ impl Vmm {
     /// # Errors
     /// The program cannot be started.
     pub fn spawn(arguments: &[&str]) -> Result<Vmm> {
+        Self::spawn_with(arguments, |_| ())
+    }
+
+    /// As [`Vmm::spawn`]; `set_up` gives the process other standard streams or
+    /// something else to inherit.
+    ///
+    /// # Errors
+    /// The program cannot be started.
+    pub fn spawn_with(arguments: &[&str], set_up: impl FnOnce(&mut Command)) -> Result<Vmm> {
         let folder = tempfile::Builder::new().prefix("vmm-test-").tempdir()?;
         let here = folder
             .path()
             .to_str()
             .context("temporary path is not UTF-8")?;
-        let child = Command::new(paths::program("cloud-hypervisor")?)
+        let here = format!("{here}/");
+        let mut command = Command::new(paths::program("cloud-hypervisor")?);
+        command
             .arg("--api-socket")
             .arg(folder.path().join("api.sock"))
             .args(
                 arguments
                     .iter()
-                    .map(|argument| argument.replace("@/", &format!("{here}/"))),
+                    .map(|argument| argument.replace("@/", &here)),
             )
             .stdin(Stdio::null())
             .stdout(File::create(folder.path().join("stdout"))?)
-            .stderr(File::create(folder.path().join("stderr"))?)
-            .spawn()
-            .context("start cloud-hypervisor")?;
+            .stderr(File::create(folder.path().join("stderr"))?);
+        set_up(&mut command);
+        let child = command.spawn().context("start cloud-hypervisor")?;
         Ok(Vmm { child, folder })
+    }
+
+    /// Waits until the API answers.
+    ///
+    /// # Errors
+    /// The process ended, or does not listen.
+    pub fn wait_api(&mut self) -> Result<()> {
+        let socket = self.socket();
+        wait_for("API socket", PROCESS_DEADLINE, || {
+            if let Some(status) = self.child.try_wait()? {
+                anyhow::bail!("the VMM ended ({status}): {}", self.stderr());
+            }
+            Ok(request(&socket, "GET", "vmm.ping", None).ok().map(drop))
+        })
     }
 
     /// The API socket.

@@ -1,12 +1,15 @@
 //! Kernels of both formats, few and many vCPUs, little and much memory.
 
 use std::fs;
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Result, ensure};
-use integration_tests::linux::Machine;
+use anyhow::{Context, Result, ensure};
+use integration_tests::linux::{BOOT_DEADLINE, Machine};
 use integration_tests::outcome::{Outcome, Test};
+use integration_tests::paths;
 use integration_tests::tests;
-use integration_tests::vmm::PROCESS_DEADLINE;
+use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
+use integration_tests::wait::wait_for;
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -17,6 +20,9 @@ pub(crate) fn tests() -> Vec<Test> {
         topology_is_what_was_asked_for,
         affinity_pins_the_vcpu_thread,
         clock_is_kvmclock,
+        real_time_clock_tells_the_hosts_time,
+        huge_pages_back_the_guest,
+        guest_without_initramfs_starts_over_and_over,
     ]
 }
 
@@ -113,5 +119,107 @@ fn clock_is_kvmclock() -> Result<Outcome> {
         "cat /sys/devices/system/clocksource/clocksource0/available_clocksource; grep -c x2apic /proc/cpuinfo",
     )?;
     ensure!(text.contains("kvm-clock"), "{text}");
+    Ok(Outcome::Passed)
+}
+
+fn real_time_clock_tells_the_hosts_time() -> Result<Outcome> {
+    let mut guest = Machine::default().serve()?;
+    let text = guest.shell("echo since $(cat /sys/class/rtc/rtc0/since_epoch) epoch")?;
+    let guests: u64 = text
+        .split_ascii_whitespace()
+        .skip_while(|word| *word != "since")
+        .nth(1)
+        .and_then(|word| word.parse().ok())
+        .with_context(|| text.clone())?;
+    let hosts = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    ensure!(hosts.abs_diff(guests) < 60, "host {hosts}, guest {guests}");
+    Ok(Outcome::Passed)
+}
+
+const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+
+/// Huge pages reserved on the host until it is dropped.
+struct ReservedHugePages {
+    before: String,
+}
+
+impl ReservedHugePages {
+    /// `None` when the host does not give so many.
+    fn new(count: u64) -> Result<Option<Self>> {
+        let file = format!("{HUGE_PAGES}/nr_hugepages");
+        let before = fs::read_to_string(&file)?;
+        let wanted = before.trim().parse::<u64>()? + count;
+        if fs::write(&file, wanted.to_string()).is_err() {
+            return Ok(None);
+        }
+        let reserved = Self { before };
+        let got: u64 = fs::read_to_string(&file)?.trim().parse()?;
+        Ok((got >= wanted).then_some(reserved))
+    }
+
+    fn free() -> Result<u64> {
+        let text = fs::read_to_string(format!("{HUGE_PAGES}/free_hugepages"))?;
+        Ok(text.trim().parse()?)
+    }
+}
+
+impl Drop for ReservedHugePages {
+    fn drop(&mut self) {
+        if let Err(error) = fs::write(format!("{HUGE_PAGES}/nr_hugepages"), &self.before) {
+            println!("     huge pages stay reserved: {error}");
+        }
+    }
+}
+
+fn huge_pages_back_the_guest() -> Result<Outcome> {
+    const PAGES: u64 = 256;
+    let Some(_reserved) = ReservedHugePages::new(PAGES)? else {
+        return Ok(Outcome::Skipped(
+            "the host has no huge pages to give".into(),
+        ));
+    };
+    let free = ReservedHugePages::free()?;
+    let mut guest = Machine {
+        memory: "size=512M,hugepages=on",
+        ..Machine::default()
+    }
+    .serve()?;
+    guest.command("alloc 200M seed=3")?;
+    guest.command("verify")?;
+    let used = free - ReservedHugePages::free()?;
+    ensure!(used >= 100, "the guest is on {used} huge pages");
+    let stats = guest.vmm.get("vm.reclaim-stats")?;
+    let resident = stats["resident_bytes"].as_u64();
+    ensure!(resident >= Some(200 << 20), "{stats:#}");
+    guest.end()?;
+    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    ensure!(ReservedHugePages::free()? == free, "huge pages are lost");
+    Ok(Outcome::Passed)
+}
+
+/// The kernel finds no root, panics, and resets the machine at once.
+fn guest_without_initramfs_starts_over_and_over() -> Result<Outcome> {
+    let kernel = paths::guest("vmlinux")?;
+    let kernel = kernel.to_str().context("path is not UTF-8")?;
+    let extra = std::env::var("GUEST_CMDLINE_EXTRA").unwrap_or_default();
+    let mut vmm = Vmm::start(&[
+        "--kernel",
+        kernel,
+        "--cmdline",
+        &format!("console=ttyS0 quiet panic=-1 {extra}"),
+        "--memory",
+        "size=512M",
+        "--serial",
+        "file=@/serial",
+        "--console",
+        "off",
+    ])?;
+    wait_for("second panic", BOOT_DEADLINE, || {
+        let panics = vmm.text("serial").matches("Kernel panic").count();
+        Ok((panics >= 2).then_some(()))
+    })
+    .with_context(|| vmm.last_words())?;
+    vmm.put("vmm.shutdown", None)?;
+    vmm.expect_clean_exit(PROCESS_DEADLINE)?;
     Ok(Outcome::Passed)
 }

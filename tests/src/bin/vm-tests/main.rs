@@ -1,12 +1,14 @@
 //! Tests with real Linux guests, for a host whose KVM boots Linux.
 //!
 //! `cargo xtask testbed run -- …/vm-tests [FILTER…]` runs them anywhere; without
-//! a filter all of them. Each boots its own guest, so they run one after another.
+//! a filter all of them. Each boots guests of its own; a few run side by side.
 
 mod api;
 mod balloon;
 mod boot;
+mod consoles;
 mod devices;
+mod life;
 mod network;
 mod power;
 
@@ -19,6 +21,8 @@ fn main() -> ExitCode {
     let all = [
         boot::tests(),
         power::tests(),
+        life::tests(),
+        consoles::tests(),
         devices::tests(),
         network::tests(),
         balloon::tests(),

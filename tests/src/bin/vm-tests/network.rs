@@ -3,10 +3,12 @@
 use std::io::{Read, Write};
 use std::net::TcpListener;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use integration_tests::linux::Machine;
+use integration_tests::descriptors::{inherit, open_tap};
+use integration_tests::linux::{Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::tests;
 use integration_tests::vmm::PROCESS_DEADLINE;
@@ -16,6 +18,7 @@ pub(crate) fn tests() -> Vec<Test> {
     tests![
         net_carries_data_both_ways_unchanged,
         net_with_two_queue_pairs_carries_data,
+        net_on_an_inherited_tap_carries_packets,
         two_nets_keep_their_addresses,
     ]
 }
@@ -100,6 +103,29 @@ fn net_carries_data_both_ways_unchanged() -> Result<Outcome> {
 
 fn net_with_two_queue_pairs_carries_data() -> Result<Outcome> {
     carries_data(",num_queues=4,queue_size=512")
+}
+
+/// The tap is the test's own: the VMM gets it open, and it is there again after a reboot.
+fn net_on_an_inherited_tap_carries_packets() -> Result<Outcome> {
+    let tap = open_tap("vmtest3")?;
+    let set_up = "ip addr add 192.168.248.1/24 dev vmtest3 && ip link set vmtest3 up";
+    let status = Command::new("sh").args(["-c", set_up]).status()?;
+    ensure!(status.success(), "{set_up}: {status}");
+    let net = format!("fd={},mac=12:34:56:78:90:ac", inherit(&tap)?);
+    let vmm = Machine {
+        arguments: &["--net", &net],
+        ..Machine::default()
+    }
+    .start()?;
+    let mut guest = Guest::on_socket(vmm, "serial.sock")?;
+    for _ in 0..2 {
+        guest.wait_serving()?;
+        guest.shell("ip addr add 192.168.248.2/24 dev eth0 && ip link set eth0 up")?;
+        guest.shell("ping -c 2 -W 20 192.168.248.1")?;
+        guest.vmm.put("vm.reboot", None)?;
+        guest.wait_init()?;
+    }
+    Ok(Outcome::Passed)
 }
 
 fn two_nets_keep_their_addresses() -> Result<Outcome> {

@@ -1,6 +1,6 @@
 //! How a machine ends and starts again.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use integration_tests::linux::{BOOT_DEADLINE, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::tests;
@@ -11,6 +11,8 @@ pub(crate) fn tests() -> Vec<Test> {
     tests![
         guest_poweroff_ends_the_vmm,
         guest_reboot_starts_the_guest_again,
+        every_way_to_reset_starts_the_guest_again,
+        guest_poweroff_with_no_shutdown_leaves_the_vmm,
         power_button_shuts_the_guest_down,
         api_reboot_starts_the_guest_again,
         api_shutdown_keeps_the_configuration,
@@ -40,6 +42,35 @@ fn guest_reboot_starts_the_guest_again() -> Result<Outcome> {
         guest.wait_init()?;
         guest.wait_serving()?;
     }
+    Ok(Outcome::Passed)
+}
+
+/// The ACPI register, the keyboard controller, and a triple fault.
+fn every_way_to_reset_starts_the_guest_again() -> Result<Outcome> {
+    let mut guest = Machine::default().serve()?;
+    for way in ["acpi", "kbd", "triple"] {
+        guest.shell(&format!("echo {way} > /sys/kernel/reboot/type"))?;
+        guest.serial.send("sh reboot -f")?;
+        guest.wait_init().with_context(|| way)?;
+        guest.wait_serving()?;
+    }
+    Ok(Outcome::Passed)
+}
+
+fn guest_poweroff_with_no_shutdown_leaves_the_vmm() -> Result<Outcome> {
+    let mut guest = Machine {
+        arguments: &["--no-shutdown"],
+        ..Machine::default()
+    }
+    .serve()?;
+    guest.end()?;
+    wait_for("end of the machine", PROCESS_DEADLINE, || {
+        Ok((guest.vmm.get("vm.info")?["state"] == "Created").then_some(()))
+    })?;
+    guest.vmm.put("vm.boot", None)?;
+    guest.wait_init()?;
+    guest.vmm.put("vmm.shutdown", None)?;
+    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
     Ok(Outcome::Passed)
 }
 
@@ -118,7 +149,10 @@ fn pause_stops_the_guest_and_resume_lets_it_go_on() -> Result<Outcome> {
 fn vcpu_ticks(pid: u32) -> Result<u64> {
     let mut sum = 0;
     for task in std::fs::read_dir(format!("/proc/{pid}/task"))? {
-        let stat = std::fs::read_to_string(task?.path().join("stat"))?;
+        // A thread that answered a request may have ended by now.
+        let Ok(stat) = std::fs::read_to_string(task?.path().join("stat")) else {
+            continue;
+        };
         if stat.contains("(vcpu") {
             let fields: Vec<&str> = stat
                 .rsplit(')')
