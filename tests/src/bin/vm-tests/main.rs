@@ -10,6 +10,7 @@ mod consoles;
 mod devices;
 mod life;
 mod network;
+mod overhead;
 mod power;
 
 use std::process::ExitCode;
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         network::tests(),
         balloon::tests(),
         api::tests(),
+        overhead::tests(),
     ]
     .concat();
     if run(&all, &filters) {
