@@ -283,3 +283,56 @@ fn worker_runs_the_start_hook_first_on_its_named_thread() {
     drop(Worker::spawn(handler, hook).unwrap());
     assert_eq!(*names.lock().unwrap(), ["_echo"]);
 }
+
+#[test]
+fn worker_kicked_by_a_waiting_vcpu_has_answered_when_it_goes_on() {
+    let mut rig = Rig::new();
+    assert!(!rig.worker.kick_and_wait(3), "not active");
+    rig.activate();
+    for answered in 1..=100 {
+        rig.driver.push(&[Segment::Readable(b"x")]);
+        assert!(rig.worker.kick_and_wait(3));
+        assert_eq!(rig.driver.used_idx(), answered);
+        assert!(rig.driver.pop_used().is_some());
+    }
+    assert!(!rig.worker.kick_and_wait(2), "no such queue");
+
+    rig.worker.pause();
+    rig.driver.push(&[Segment::Readable(b"x")]);
+    assert!(!rig.worker.kick_and_wait(3), "paused");
+    assert_eq!(rig.driver.used_idx(), 100);
+    rig.worker.resume();
+    rig.driver.wait_used();
+
+    rig.seen.fail.store(true, Ordering::SeqCst);
+    assert!(rig.worker.kick_and_wait(3));
+    assert!(rig.interrupt.needs_reset());
+    assert!(!rig.worker.kick_and_wait(3), "stands still");
+}
+
+/// However many vCPUs ring, the commands of the others find room.
+#[test]
+fn worker_kicked_by_many_vcpus_still_takes_every_command() {
+    let rig = Rig::new();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..12 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    rig.worker.kick_and_wait(3);
+                }
+            });
+        }
+        for round in 0..200 {
+            rig.activate();
+            if round % 8 == 0 {
+                rig.worker.pause();
+                rig.worker.resume();
+            }
+            rig.worker.request_reset();
+            wait_until("the reset", || rig.worker.reset_done());
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(rig.worker.failures(), 0);
+}
