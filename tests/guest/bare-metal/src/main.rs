@@ -34,6 +34,9 @@ use report::Report;
 
 global_asm!(include_str!("boot.s"), options(att_syntax));
 
+/// Of the noise, unless the command line has `seed=NUMBER`.
+const DEFAULT_SEED: u32 = 42;
+
 /// Called by the boot code with the physical address of `hvm_start_info`.
 #[unsafe(no_mangle)]
 extern "C" fn guest_main(start_info: u64) -> ! {
@@ -45,7 +48,10 @@ extern "C" fn guest_main(start_info: u64) -> ! {
         Some("pci") => pci::scenario(&mut report),
         Some("balloon") => balloon = balloon::scenario(&mut report),
         Some("hostile") => hostile::scenario(&mut report),
-        Some("registers") => registers::scenario(&mut report),
+        Some("registers") => {
+            let seed = machine::option(command_line, "seed=").and_then(|seed| seed.parse().ok());
+            registers::scenario(seed.unwrap_or(DEFAULT_SEED), &mut report);
+        }
         Some("triple-fault") => machine::triple_fault(),
         Some("reset") => machine::reset(),
         Some("spin") => loop {

@@ -82,6 +82,12 @@ unsafe extern "C" fn memcmp(left: *const u8, right: *const u8, count: usize) -> 
 }
 
 #[unsafe(no_mangle)]
+unsafe extern "C" fn bcmp(left: *const u8, right: *const u8, count: usize) -> i32 {
+    // SAFETY: the same contract.
+    unsafe { memcmp(left, right, count) }
+}
+
+#[unsafe(no_mangle)]
 unsafe extern "C" fn strlen(text: *const core::ffi::c_char) -> usize {
     // SAFETY: the caller vouches for a terminated string, as for C's strlen.
     (0..)

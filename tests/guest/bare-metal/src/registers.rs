@@ -24,7 +24,7 @@ const PORTS: &[u16] = &[
     0xcfc, 0xcfd, 0xcfe, 0xcff, 0xffff,
 ];
 
-/// A linear congruential generator: the same noise every run.
+/// A linear congruential generator.
 struct Noise(u32);
 
 impl Noise {
@@ -34,8 +34,9 @@ impl Noise {
     }
 }
 
-pub fn scenario(report: &mut Report) {
-    let mut noise = Noise(42);
+/// The same noise for the same `seed`.
+pub fn scenario(seed: u32, report: &mut Report) {
+    let mut noise = Noise(seed);
     ports(&mut noise);
     // The noise has put COM1 into loopback, where nothing is printed.
     console::restore();
