@@ -43,8 +43,39 @@ fn balloon_shared_memory_discards_exactly() -> Result<()> {
 }
 
 #[test]
-fn hostile_guest_private_memory_is_contained() -> Result<()> {
-    runs("hostile", BALLOON)
+fn hostile_guest_private_memory_is_contained_and_counted() -> Result<()> {
+    /// One counter for each kind of lie that a device can tell from a truth.
+    const COUNTED: &[&str] = &[
+        "actual_beyond_ram",
+        "chains_empty",
+        "chains_too_long",
+        "chains_without_head",
+        "descriptors_empty",
+        "descriptors_unreadable",
+        "descriptors_wrong_direction",
+        "inflate_skipped_outside_ram_bytes",
+        "report_skipped_duplicate_bytes",
+        "report_skipped_outside_ram_bytes",
+        "report_skipped_unaligned_bytes",
+    ];
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let mut vmm = start(
+        "hostile",
+        &[BALLOON, &["--cmdline", "scenario=hostile stay"]].concat(),
+    )?;
+    expect_all_passed(&mut vmm)?;
+    let counters = vmm.get("vm.counters")?;
+    for name in COUNTED {
+        let count = counters["__balloon"][name].as_u64();
+        ensure!(count.is_some_and(|count| count > 0), "{name}: {counters:#}");
+    }
+    // However often it lies, the log has a line for the device, not for each lie.
+    let lines = vmm.stderr().lines().count();
+    ensure!(lines < 10, "{}", vmm.stderr());
+    vmm.put("vmm.shutdown", None)?;
+    vmm.expect_clean_exit(SCENARIO_DEADLINE)
 }
 
 #[test]

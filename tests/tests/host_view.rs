@@ -120,6 +120,49 @@ fn affinity_pins_each_vcpu_and_nothing_else() -> Result<()> {
     end(vmm)
 }
 
+#[test]
+fn signals_end_a_running_machine_in_good_order() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    for signal in ["TERM", "INT"] {
+        let mut vmm = start_spinning(&["--balloon", "size=0", "--event-monitor", "path=@/events"])?;
+        vmm.signal(signal)?;
+        vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+        let events = events(&vmm)?;
+        let last = events.last().context("no events")?;
+        ensure!(
+            last["source"] == "vmm" && last["event"] == "shutdown",
+            "{last}"
+        );
+        ensure!(
+            !vmm.socket().exists(),
+            "{signal}: the API socket was left behind"
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn power_off_with_no_shutdown_leaves_a_vm_that_boots_again() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let vmm = start("pci", &["--no-shutdown"])?;
+    for boot in 1..=2 {
+        wait_for("power-off", SCENARIO_DEADLINE, || {
+            let done = vmm.text("serial").matches("DONE ").count() >= boot;
+            let info = vmm.get("vm.info").ok();
+            Ok(info.filter(|info| done && info["state"] == "Created"))
+        })
+        .with_context(|| vmm.stderr())?;
+        if boot == 1 {
+            vmm.put("vm.boot", None)?;
+        }
+    }
+    end(vmm)
+}
+
 /// The events so far. They are JSON objects, each followed by an empty line.
 fn events(vmm: &Vmm) -> Result<Vec<Value>> {
     let text = vmm.text("events");
