@@ -1,5 +1,6 @@
 //! A `cloud-hypervisor` process under test.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -194,6 +195,27 @@ impl Vmm {
             .status()?;
         ensure!(status.success(), "kill -{signal}");
         Ok(())
+    }
+
+    /// Number of descriptors and names of threads, to see that none are left behind.
+    /// Without sockets, because the last client's may still be there, and without
+    /// the threads that KVM makes in a process.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub fn possessions(&self) -> Result<(usize, BTreeSet<String>)> {
+        let proc = PathBuf::from(format!("/proc/{}", self.pid()));
+        // What is closed or ends meanwhile cannot be read any more.
+        let threads = fs::read_dir(proc.join("task"))?
+            .filter_map(|task| fs::read_to_string(task.ok()?.path().join("comm")).ok())
+            .map(|name| name.trim().to_owned())
+            .filter(|name| !name.starts_with("kvm-"))
+            .collect();
+        let descriptors = fs::read_dir(proc.join("fd"))?
+            .filter_map(|fd| fs::read_link(fd.ok()?.path()).ok())
+            .filter(|link| !link.to_string_lossy().starts_with("socket:"))
+            .count();
+        Ok((descriptors, threads))
     }
 
     /// Resident set of the process in bytes, guest RAM included.

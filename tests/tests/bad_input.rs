@@ -410,26 +410,6 @@ fn socket_in_use_is_refused_and_its_owner_goes_on() -> Result<()> {
     Ok(())
 }
 
-/// Number of descriptors and names of threads of a process, to see that none are
-/// left behind. Not sockets: the server may still have the last client's.
-fn resources(vmm: &Vmm) -> Result<(usize, BTreeSet<String>)> {
-    let proc = PathBuf::from(format!("/proc/{}", vmm.pid()));
-    let threads = fs::read_dir(proc.join("task"))?
-        .map(|task| {
-            Ok(fs::read_to_string(task?.path().join("comm"))?
-                .trim()
-                .to_owned())
-        })
-        .collect::<Result<_>>()?;
-    let is_socket = |link: &Path| link.to_string_lossy().starts_with("socket:");
-    let descriptors = fs::read_dir(proc.join("fd"))?
-        // One that is closed meanwhile has no link any more.
-        .filter_map(|fd| fs::read_link(fd.ok()?.path()).ok())
-        .filter(|link| !is_socket(link))
-        .count();
-    Ok((descriptors, threads))
-}
-
 #[test]
 fn bad_configurations_over_the_api_are_refused_at_boot_and_leave_nothing() -> Result<()> {
     if !kvm_opens() {
@@ -474,7 +454,7 @@ fn bad_configurations_over_the_api_are_refused_at_boot_and_leave_nothing() -> Re
         ),
     ];
     let mut vmm = Vmm::start(&[])?;
-    let before = resources(&vmm)?;
+    let before = vmm.possessions()?;
     for (status, config) in cases {
         vmm.put("vm.create", Some(&config.to_string()))?;
         for _ in 0..2 {
@@ -485,9 +465,9 @@ fn bad_configurations_over_the_api_are_refused_at_boot_and_leave_nothing() -> Re
         vmm.put("vm.delete", None)?;
         // Threads that have ended leave the list a moment later.
         wait_for("threads and descriptors gone", PROCESS_DEADLINE, || {
-            Ok((resources(&vmm)? == before).then_some(()))
+            Ok((vmm.possessions()? == before).then_some(()))
         })
-        .with_context(|| format!("{config}: {before:?}, {:?}", resources(&vmm)))?;
+        .with_context(|| format!("{config}: {before:?}, {:?}", vmm.possessions()))?;
     }
     let good = with(
         "payload",
