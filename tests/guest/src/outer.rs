@@ -125,8 +125,8 @@ fn build_root() -> io::Result<()> {
         sys::mount("tmpfs", "/layer", "tmpfs", 0, "size=90%"),
     )?;
     fs::create_dir_all("/layer/upper")?;
-    fs::create_dir_all("/layer/work")?;
-    let layers = "lowerdir=/lower,upperdir=/layer/upper,workdir=/layer/work";
+    fs::create_dir_all("/layer/scratch")?;
+    let layers = "lowerdir=/lower,upperdir=/layer/upper,workdir=/layer/scratch";
     step("overlay", sys::mount("overlay", ROOT, "overlay", 0, layers))?;
     for (source, path, kind) in [
         ("proc", "/proc", "proc"),
