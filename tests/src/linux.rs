@@ -157,7 +157,7 @@ impl Guest {
     ///
     /// # Errors
     /// Nobody listens there.
-    pub fn on_socket(vmm: Vmm, name: &str) -> Result<Guest> {
+    pub fn on_socket(mut vmm: Vmm, name: &str) -> Result<Guest> {
         let serial = Serial::connect(&vmm.folder().join(name), BOOT_DEADLINE)
             .with_context(|| vmm.last_words())?;
         Ok(Guest { vmm, serial })

@@ -75,6 +75,10 @@ pub fn run(tests: &[Test], filters: &[String]) -> bool {
     let [passed, failed, skipped] =
         [tally.passed, tally.failed, tally.skipped].map(AtomicU32::into_inner);
     let seconds = start.elapsed().as_secs();
+    let retried = tally.retried.into_inner();
+    if retried > 0 {
+        println!("{retried} tests were tried a second time");
+    }
     println!("{passed} passed, {failed} failed, {skipped} skipped in {seconds} s");
     failed == 0
 }
@@ -85,12 +89,27 @@ struct Tally {
     passed: AtomicU32,
     failed: AtomicU32,
     skipped: AtomicU32,
+    retried: AtomicU32,
+}
+
+/// Nested guests of an emulated host stand still for good now and then when the machine
+/// around it is busy. A failure there is shown and tried once more; a fault of ours fails
+/// twice.
+fn is_second_try_fair() -> bool {
+    std::env::var("TESTBED").is_ok_and(|testbed| testbed == "emulated")
 }
 
 impl Tally {
     fn run(&self, test: &Test) {
         let start = Instant::now();
-        let result = catch_unwind(AssertUnwindSafe(test.run));
+        let mut result = catch_unwind(AssertUnwindSafe(test.run));
+        if let Ok(Err(error)) = &result
+            && is_second_try_fair()
+        {
+            println!("AGAIN           {}: {error:#}", test.name);
+            self.retried.fetch_add(1, Ordering::Relaxed);
+            result = catch_unwind(AssertUnwindSafe(test.run));
+        }
         let seconds = start.elapsed().as_secs_f32();
         let (verdict, count, more) = match result {
             Ok(Ok(Outcome::Passed)) => ("PASS", &self.passed, String::new()),

@@ -18,6 +18,9 @@ use crate::wait::wait_for;
 /// For a process to start listening or to end: generous, machines are shared.
 pub const PROCESS_DEADLINE: Duration = Duration::from_secs(60);
 
+/// Who closed the serial port may be about to tell why.
+const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(1);
+
 /// A running VMM with a folder of its own; killed when dropped.
 #[derive(Debug)]
 pub struct Vmm {
@@ -110,9 +113,16 @@ impl Vmm {
         self.text("stderr")
     }
 
-    /// For the message of a test that fails: what the VMM printed.
-    pub fn last_words(&self) -> String {
-        format!("the VMM printed: {:?}", self.stderr().trim_end())
+    /// For the message of a test that fails: what the VMM printed, and how it
+    /// ended or what its threads do.
+    pub fn last_words(&mut self) -> String {
+        let child = &mut self.child;
+        let ended = wait_for("end", LAST_WORDS_DEADLINE, || Ok(child.try_wait()?));
+        let state = match ended {
+            Ok(status) => format!("ended ({status})"),
+            Err(_) => format!("runs:{}", threads(self.pid())),
+        };
+        format!("the VMM printed {:?} and {state}", self.stderr().trim_end())
     }
 
     /// Process id.
@@ -239,4 +249,21 @@ impl Drop for Vmm {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Each thread's name, state, clock ticks used so far, and system call, as proc(5) has them.
+fn threads(pid: u32) -> String {
+    let mut all = String::new();
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    for task in tasks.into_iter().flatten().flatten() {
+        let read = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        let (stat, call) = (read("stat"), read("syscall"));
+        let fields: Vec<&str> = stat.split_ascii_whitespace().skip(1).collect();
+        if let [name, state, rest @ ..] = fields.as_slice() {
+            let ticks = rest.get(10..12).unwrap_or_default().join("+");
+            let call = call.split(' ').next().unwrap_or_default().trim();
+            all.push_str(&format!("\n  {name} {state} {ticks} {call}"));
+        }
+    }
+    all
 }

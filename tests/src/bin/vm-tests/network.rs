@@ -39,26 +39,31 @@ fn noise() -> Vec<u8> {
         .collect()
 }
 
-fn carries_data(options: &str) -> Result<Outcome> {
-    let net =
-        format!("tap=vmtest0,ip=192.168.249.1,mask=255.255.255.0,mac=12:34:56:78:90:ab{options}");
+/// `tap` is the test's own, as is the network of that number.
+fn carries_data(tap: &str, network: u8, options: &str) -> Result<Outcome> {
+    let prefix = format!("192.168.{network}");
+    let net = format!("tap={tap},ip={prefix}.1,mask=255.255.255.0,mac=12:34:56:78:90:ab{options}");
     let mut guest = Machine {
         cpus: "boot=2",
         arguments: &["--net", &net],
         ..Machine::default()
     }
     .serve()?;
-    guest.shell("ip addr add 192.168.249.2/24 dev eth0 && ip link set eth0 up")?;
-    let text = guest.shell("cat /sys/class/net/eth0/address; ping -c 3 -W 20 192.168.249.1")?;
+    guest.shell(&format!(
+        "ip addr add {prefix}.2/24 dev eth0 && ip link set eth0 up"
+    ))?;
+    let text = guest.shell(&format!(
+        "cat /sys/class/net/eth0/address; ping -c 3 -W 20 {prefix}.1"
+    ))?;
     ensure!(text.contains("12:34:56:78:90:ab"), "{text}");
 
     let data = noise();
-    let listener = TcpListener::bind("192.168.249.1:0")?;
+    let listener = TcpListener::bind(format!("{prefix}.1:0"))?;
     listener.set_nonblocking(true)?;
     let port = listener.local_addr()?.port();
     // The guest sends back what it receives, over a file, so both ways are used in full.
     guest.serial.send(&format!(
-        "sh nc 192.168.249.1 {port} > /tmp/data < /dev/null; nc 192.168.249.1 {port} < /tmp/data"
+        "sh nc {prefix}.1 {port} > /tmp/data < /dev/null; nc {prefix}.1 {port} < /tmp/data"
     ))?;
     accept(&listener)?.write_all(&data)?;
     let mut back = Vec::new();
@@ -82,7 +87,7 @@ fn carries_data(options: &str) -> Result<Outcome> {
     guest.end()?;
     guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
     wait_for("the tap to vanish", PROCESS_DEADLINE, || {
-        Ok((!Path::new("/sys/class/net/vmtest0").exists()).then_some(()))
+        Ok((!Path::new("/sys/class/net").join(tap).exists()).then_some(()))
     })?;
     Ok(Outcome::Passed)
 }
@@ -98,11 +103,11 @@ fn accept(listener: &TcpListener) -> Result<std::net::TcpStream> {
 }
 
 fn net_carries_data_both_ways_unchanged() -> Result<Outcome> {
-    carries_data("")
+    carries_data("vmtest0", 249, "")
 }
 
 fn net_with_two_queue_pairs_carries_data() -> Result<Outcome> {
-    carries_data(",num_queues=4,queue_size=512")
+    carries_data("vmtest4", 250, ",num_queues=4,queue_size=512")
 }
 
 /// The tap is the test's own: the VMM gets it open, and it is there again after a reboot.
