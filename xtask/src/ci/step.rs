@@ -90,16 +90,18 @@ impl Step {
     pub(crate) fn run(&self) -> Result<(bool, Counts)> {
         let words = self.words();
         let (program, args) = words.split_first().context("a step has a command")?;
+        // One pipe for both, in order: nextest tells its counts on standard error.
+        let (output, input) = std::io::pipe().context("making a pipe")?;
         let mut child = Command::new(program)
             .args(args)
             .current_dir(paths::workspace())
             .stdin(Stdio::null())
-            .stdout(Stdio::piped())
+            .stdout(input.try_clone().context("doubling a pipe")?)
+            .stderr(input)
             .spawn()
             .with_context(|| format!("starting {}", program.display()))?;
-        let stdout = child.stdout.take().context("the step's output is piped")?;
         let mut counts = Counts::default();
-        for line in BufReader::new(stdout).split(b'\n') {
+        for line in BufReader::new(output).split(b'\n') {
             let line = line.context("reading the step's output")?;
             let line = String::from_utf8_lossy(&line);
             println!("{line}");
