@@ -10,7 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 
 use crate::paths;
 use crate::serial::Serial;
-use crate::vmm::Vmm;
+use crate::vmm::{PROCESS_DEADLINE, Vmm};
 
 /// From the start of the VMM to the guest's init, under emulation, on a busy machine.
 pub const BOOT_DEADLINE: Duration = Duration::from_secs(120);
@@ -243,6 +243,16 @@ impl Guest {
             .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
             .and_then(|value| value.parse().ok())
             .with_context(|| format!("no {name} in {answer:?}"))
+    }
+
+    /// Has the guest power off and waits for the VMM to end cleanly.
+    ///
+    /// # Errors
+    /// Either does not, or the VMM ends otherwise.
+    pub fn end_cleanly(&mut self) -> Result<()> {
+        self.end()?;
+        let ended = self.vmm.expect_clean_exit(PROCESS_DEADLINE);
+        ended.with_context(|| self.serial.last_words())
     }
 
     /// Ends the command server, after which the guest's init ends the machine.

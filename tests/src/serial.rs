@@ -101,7 +101,7 @@ impl Serial {
                 None => bail!("the serial port was closed before a line with {what}"),
             }
         });
-        found.with_context(|| format!("the guest printed: …{}", tail(&self.text)))
+        found.with_context(|| self.last_words())
     }
 
     /// Sends one line.
@@ -124,6 +124,13 @@ impl Serial {
     /// Everything read so far.
     pub fn text(&self) -> &str {
         &self.text
+    }
+
+    /// For the message of a test that fails: what the guest printed at last.
+    pub fn last_words(&mut self) -> String {
+        // What cannot be read any more is not news.
+        let _ = self.read_available();
+        format!("the guest printed: …{}", tail(&self.text))
     }
 
     /// Takes what has come; false when nothing will come any more.

@@ -6,7 +6,6 @@ use anyhow::{Context, Result, ensure};
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::tests;
-use integration_tests::vmm::PROCESS_DEADLINE;
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 
@@ -179,8 +178,7 @@ fn comes_back(memory: &str, configured: u64, used: u64) -> Result<Outcome> {
     // And it can be used again.
     guest.command(&format!("alloc {} seed=11", used / 2))?;
     guest.command("verify")?;
-    guest.end()?;
-    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    guest.end_cleanly()?;
     Ok(Outcome::Passed)
 }
 

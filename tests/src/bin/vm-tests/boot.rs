@@ -40,8 +40,7 @@ fn boots_with(kernel: &str, cpus: &str, count: u32) -> Result<Outcome> {
             || text.contains(&format!("processors {count}\r")),
         "{text}"
     );
-    guest.end()?;
-    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    guest.end_cleanly()?;
     ensure!(
         !guest.vmm.socket().exists(),
         "the API socket was left behind"
@@ -70,8 +69,7 @@ fn memory_around_the_pci_hole_is_all_there() -> Result<Outcome> {
     let total = guest.memory_bytes("total")?;
     // The kernel keeps some for itself; what lies behind the hole is half of it all.
     ensure!(total > 5800 << 20, "the guest sees {} MiB", total >> 20);
-    guest.end()?;
-    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    guest.end_cleanly()?;
     Ok(Outcome::Passed)
 }
 
@@ -191,8 +189,7 @@ fn huge_pages_back_the_guest() -> Result<Outcome> {
     let stats = guest.vmm.get("vm.reclaim-stats")?;
     let resident = stats["resident_bytes"].as_u64();
     ensure!(resident >= Some(200 << 20), "{stats:#}");
-    guest.end()?;
-    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    guest.end_cleanly()?;
     ensure!(ReservedHugePages::free()? == free, "huge pages are lost");
     Ok(Outcome::Passed)
 }

@@ -63,8 +63,7 @@ fn serves_on_a_pty(machine: &Machine<'_>, device: &str) -> Result<Outcome> {
     ensure!(told_path(&guest.vmm, device)? == path, "another terminal");
     let text = guest.shell("seq 1 2000")?;
     ensure!(text.contains("1999") && text.contains("2000"), "{text}");
-    guest.end()?;
-    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    guest.end_cleanly()?;
     Ok(Outcome::Passed)
 }
 
@@ -112,8 +111,7 @@ fn serves_on_a_terminal(machine: &Machine<'_>) -> Result<Outcome> {
     ensure!(settings(&path)? != before, "the terminal is not raw");
     let text = guest.shell("echo seen from here")?;
     ensure!(text.contains("seen from here"), "{text}");
-    guest.end()?;
-    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    guest.end_cleanly()?;
     let after = settings(&path)?;
     ensure!(after == before, "settings {before} became {after}");
     Ok(Outcome::Passed)
@@ -205,7 +203,6 @@ fn console_on_a_socket_serves() -> Result<Outcome> {
     guest.wait_serving()?;
     let text = guest.shell("seq 1 2000")?;
     ensure!(text.contains("1999") && text.contains("2000"), "{text}");
-    guest.end()?;
-    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    guest.end_cleanly()?;
     Ok(Outcome::Passed)
 }

@@ -7,7 +7,6 @@ use anyhow::{Context, Result, ensure};
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::tests;
-use integration_tests::vmm::PROCESS_DEADLINE;
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![
@@ -54,13 +53,11 @@ fn keeps_data(options: &str) -> Result<Outcome> {
         .pointer("/_disk0/write_bytes")
         .and_then(serde_json::Value::as_u64);
     ensure!(written >= Some(16 << 20), "{counters:#}");
-    guest.end()?;
-    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    guest.end_cleanly()?;
 
     let mut second = boot_with_disk(&option)?;
     second.command("disk-verify /dev/vda 16M 7")?;
-    second.end()?;
-    second.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    second.end_cleanly()?;
     let held = fs::metadata(&path)?;
     ensure!(held.len() == DISK_BYTES, "the image changed its size");
     ensure!(held.blocks() * 512 >= 16 << 20, "the image is empty");

@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use integration_tests::linux::Machine;
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::tests;
-use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
+use integration_tests::vmm::Vmm;
 use serde_json::Value;
 
 pub(crate) fn tests() -> Vec<Test> {
@@ -29,8 +29,7 @@ fn events_tell_a_whole_life() -> Result<Outcome> {
     guest.vmm.put("vm.reboot", None)?;
     guest.wait_init()?;
     guest.wait_serving()?;
-    guest.end()?;
-    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    guest.end_cleanly()?;
 
     let events = events(&guest.vmm)?;
     let names: Vec<String> = events
@@ -78,10 +77,8 @@ fn two_guests_run_side_by_side() -> Result<Outcome> {
     first.command("alloc 100M seed=1")?;
     second.command("alloc 100M seed=2")?;
     first.command("verify")?;
-    first.end()?;
-    first.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    first.end_cleanly()?;
     second.command("verify")?;
-    second.end()?;
-    second.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    second.end_cleanly()?;
     Ok(Outcome::Passed)
 }

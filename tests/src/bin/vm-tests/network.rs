@@ -84,8 +84,7 @@ fn carries_data(tap: &str, network: u8, options: &str) -> Result<Outcome> {
             .and_then(serde_json::Value::as_u64);
         ensure!(bytes >= Some(TRANSFER_BYTES as u64), "{name}: {counters:#}");
     }
-    guest.end()?;
-    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    guest.end_cleanly()?;
     wait_for("the tap to vanish", PROCESS_DEADLINE, || {
         Ok((!Path::new("/sys/class/net").join(tap).exists()).then_some(()))
     })?;

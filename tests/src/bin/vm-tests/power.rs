@@ -87,8 +87,7 @@ fn api_reboot_starts_the_guest_again() -> Result<Outcome> {
     guest.vmm.put("vm.reboot", None)?;
     guest.wait_init()?;
     guest.wait_serving()?;
-    guest.end()?;
-    guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
+    guest.end_cleanly()?;
     Ok(Outcome::Passed)
 }
 
