@@ -1,0 +1,173 @@
+//! What the operator wants, as TOML and with defaults for everything.
+//!
+//! A file holds only what differs. Unknown keys are errors, because a misspelt limit that is silently ignored is worse
+//! than none. Sizes, times and parts are written with their units (`"256MiB"`, `"10s"`, `"15%"`). What was measured
+//! with the defaults is in `docs/fleet-simulation.md`.
+
+mod check;
+mod control;
+mod millis;
+mod policy;
+mod thresholds;
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+pub use check::ConfigFault;
+pub use control::{AdmissionConfig, ControlConfig, LastResortConfig, Safety};
+pub use millis::Millis;
+pub use policy::PolicyConfig;
+pub use thresholds::{Band, ReportingConfig, Thresholds};
+
+use crate::model::{Amount, Bytes, Fraction, VmPolicy};
+
+/// Everything that decisions depend on.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The host's own.
+    pub host: HostConfig,
+    /// When a host is in which state.
+    pub thresholds: Thresholds,
+    /// How guests shall report, while memory is plenty and while it is not.
+    pub reporting: ReportingConfig,
+    /// How the control loop moves.
+    pub control: ControlConfig,
+    /// What admission demands.
+    pub admission: AdmissionConfig,
+    /// What may be done when nothing else helps.
+    pub last_resort: LastResortConfig,
+    /// Limits and weights by name; `default` is for VMs to which nothing else applies.
+    pub policy: BTreeMap<String, PolicyConfig>,
+}
+
+/// `[host]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HostConfig {
+    /// Memory that is never promised.
+    pub reserve: Amount,
+    /// Control group of the VMs, below `/sys/fs/cgroup`. Its limit is "the host" if it is smaller than the machine.
+    pub cgroup: Option<String>,
+}
+
+impl Default for HostConfig {
+    fn default() -> Self {
+        Self {
+            reserve: Amount::Part(Fraction(0.03)),
+            cgroup: None,
+        }
+    }
+}
+
+impl Config {
+    /// Reads a configuration and checks it.
+    ///
+    /// # Errors
+    /// [`ConfigError::Syntax`] with the place, or [`ConfigError::Faults`] with everything that is wrong.
+    pub fn from_toml(text: &str) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks that the values make sense together.
+    ///
+    /// # Errors
+    /// [`ConfigError::Faults`] with all of them: an operator wants to mend a file once.
+    pub fn check(&self) -> Result<(), ConfigError> {
+        let faults = check::faults(self);
+        if faults.is_empty() {
+            Ok(())
+        } else {
+            Err(ConfigError::Faults(faults))
+        }
+    }
+
+    /// Memory of a host of this size that is never promised.
+    pub fn reserve(&self, host: Bytes) -> Bytes {
+        self.host.reserve.of(host).min(host)
+    }
+
+    /// Limits of a VM of `configured` bytes under the policy called `name`; `default`, or the built-in values, where
+    /// there is none of that name.
+    pub fn vm_policy(&self, name: &str, configured: Bytes) -> VmPolicy {
+        self.policy
+            .get(name)
+            .or_else(|| self.policy.get("default"))
+            .cloned()
+            .unwrap_or_default()
+            .resolve(configured)
+    }
+}
+
+/// Why a configuration is not used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It is no TOML, or has keys or values that mean nothing.
+    #[error("configuration cannot be read")]
+    Syntax(#[from] toml::de::Error),
+    /// Its values contradict each other.
+    #[error("configuration does not hold: {}", list(.0))]
+    Faults(Vec<ConfigFault>),
+}
+
+fn list(faults: &[ConfigFault]) -> String {
+    let texts: Vec<String> = faults.iter().map(ToString::to_string).collect();
+    texts.join("; ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::PriorityClass;
+
+    #[test]
+    fn defaults_hold() {
+        Config::default().check().unwrap();
+        assert_eq!(Config::from_toml("").unwrap(), Config::default());
+    }
+
+    #[test]
+    fn file_changes_only_what_it_names() {
+        let config = Config::from_toml(
+            r#"
+            [host]
+            reserve = "2GiB"
+            [thresholds]
+            yellow = { enter = "30%", leave = 0.35 }
+            [control]
+            plan = "500ms"
+            [policy.default]
+            min = "1GiB"
+            [policy.db]
+            min = "75%"
+            class = "high"
+            "#,
+        )
+        .unwrap();
+        assert_eq!(config.reserve(Bytes::gib(64)), Bytes::gib(2));
+        assert_eq!(config.thresholds.yellow.leave, Fraction(0.35));
+        assert_eq!(config.thresholds.red, Thresholds::default().red);
+        assert_eq!(config.control.plan, Millis(500));
+        assert_eq!(config.vm_policy("web", Bytes::gib(4)).min, Bytes::gib(1));
+        let db = config.vm_policy("db", Bytes::gib(4));
+        assert_eq!((db.min, db.class), (Bytes::gib(3), PriorityClass::High));
+    }
+
+    #[test]
+    fn misspelt_key_is_an_error() {
+        assert!(Config::from_toml("[control]\nplam = \"1s\"").is_err());
+    }
+
+    #[test]
+    fn written_configuration_reads_back() {
+        let mut config = Config::default();
+        config
+            .policy
+            .insert("default".into(), PolicyConfig::default());
+        let text = toml::to_string(&config).unwrap();
+        assert_eq!(Config::from_toml(&text).unwrap(), config);
+    }
+}

@@ -1,0 +1,90 @@
+//! `[thresholds]` and `[reporting]`: when a host is in which state, and how guests report in it.
+
+use api::ReportingPolicy;
+use serde::{Deserialize, Serialize};
+
+use crate::model::{Fraction, HostState};
+
+/// Two values with a dead band between them.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Band {
+    /// The state begins when the free part of the usable memory is below this.
+    pub enter: Fraction,
+    /// And ends when it is above this.
+    pub leave: Fraction,
+}
+
+/// `[thresholds]`
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Thresholds {
+    /// Getting scarce.
+    pub yellow: Band,
+    /// Scarce.
+    pub orange: Band,
+    /// About to run out.
+    pub red: Band,
+    /// Memory pressure (PSI some, mean of 10 s, as a part of the time) that begins yellow, orange and red; half of it
+    /// ends them.
+    pub pressure: [Fraction; 3],
+    /// Pressure counts only while less than this part of the usable memory is free: with more, something else than the
+    /// VMs' memory is the matter, and taking from them would help nobody.
+    pub pressure_below: Fraction,
+}
+
+impl Default for Thresholds {
+    fn default() -> Self {
+        let band = |enter, leave| Band {
+            enter: Fraction(enter),
+            leave: Fraction(leave),
+        };
+        Self {
+            yellow: band(0.20, 0.25),
+            orange: band(0.10, 0.15),
+            red: band(0.05, 0.08),
+            pressure: [Fraction(0.01), Fraction(0.05), Fraction(0.20)],
+            pressure_below: Fraction(0.5),
+        }
+    }
+}
+
+impl Thresholds {
+    /// The values of a state; green has none.
+    pub fn band(&self, state: HostState) -> Option<Band> {
+        match state {
+            HostState::Green => None,
+            HostState::Yellow => Some(self.yellow),
+            HostState::Orange => Some(self.orange),
+            HostState::Red => Some(self.red),
+        }
+    }
+}
+
+/// `[reporting]`: the first lever. It costs guests least, because what it takes is free in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ReportingConfig {
+    /// While memory is plenty: leave hot memory alone.
+    pub relaxed: ReportingPolicy,
+    /// While it is not: everything, at once.
+    pub eager: ReportingPolicy,
+    /// Memory repopulated of what was discarded, percent, above which a guest only churns and is asked to report
+    /// older blocks while the host is green.
+    pub churn_percent: u64,
+}
+
+impl Default for ReportingConfig {
+    fn default() -> Self {
+        let policy = ReportingPolicy::default();
+        Self {
+            relaxed: policy,
+            eager: ReportingPolicy {
+                pending_blocks: 1,
+                delay_ms_max: 200,
+                ..policy
+            },
+            churn_percent: 80,
+        }
+    }
+}

@@ -1,0 +1,318 @@
+//! Quantities with their units: bytes, fractions, and amounts that are one or the other.
+//!
+//! Configuration files write them as people do (`"256MiB"`, `"15%"`); JSON answers carry plain numbers of bytes.
+
+use std::fmt;
+use std::ops::{Add, AddAssign, Sub, SubAssign};
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+/// A number of bytes. Arithmetic saturates: a figure that a guest made up must not wrap around into a small one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Bytes(pub u64);
+
+/// Unit suffixes, longest first so that `MiB` is not taken for `B`.
+const UNITS: &[(&str, u64)] = &[
+    ("kib", 1 << 10),
+    ("mib", 1 << 20),
+    ("gib", 1 << 30),
+    ("tib", 1 << 40),
+    ("k", 1 << 10),
+    ("m", 1 << 20),
+    ("g", 1 << 30),
+    ("t", 1 << 40),
+    ("b", 1),
+    ("", 1),
+];
+
+impl Bytes {
+    /// No memory.
+    pub const ZERO: Self = Self(0);
+
+    /// `n` times 2^20 bytes.
+    pub const fn mib(n: u64) -> Self {
+        Self(n << 20)
+    }
+
+    /// `n` times 2^30 bytes.
+    pub const fn gib(n: u64) -> Self {
+        Self(n << 30)
+    }
+
+    /// This part of the bytes, rounded down.
+    pub fn part(self, fraction: Fraction) -> Self {
+        self.scale(fraction.0)
+    }
+
+    /// The bytes times `factor`, rounded down; a negative or undefined factor counts as 0.
+    pub fn scale(self, factor: f64) -> Self {
+        Self((self.0 as f64 * factor) as u64)
+    }
+
+    /// How large a part of `whole` this is; 0 of an empty whole.
+    pub fn ratio(self, whole: Self) -> f64 {
+        if whole.0 == 0 {
+            0.0
+        } else {
+            self.0 as f64 / whole.0 as f64
+        }
+    }
+
+    /// The distance between two amounts.
+    pub fn distance(self, other: Self) -> Self {
+        Self(self.0.abs_diff(other.0))
+    }
+}
+
+impl Add for Bytes {
+    type Output = Self;
+    fn add(self, other: Self) -> Self {
+        Self(self.0.saturating_add(other.0))
+    }
+}
+
+impl Sub for Bytes {
+    type Output = Self;
+    fn sub(self, other: Self) -> Self {
+        Self(self.0.saturating_sub(other.0))
+    }
+}
+
+impl AddAssign for Bytes {
+    fn add_assign(&mut self, other: Self) {
+        *self = *self + other;
+    }
+}
+
+impl SubAssign for Bytes {
+    fn sub_assign(&mut self, other: Self) {
+        *self = *self - other;
+    }
+}
+
+impl std::iter::Sum for Bytes {
+    fn sum<I: Iterator<Item = Self>>(items: I) -> Self {
+        items.fold(Self::ZERO, Add::add)
+    }
+}
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mib = self.0 as f64 / f64::from(1 << 20);
+        if self.0 < 1 << 20 {
+            write!(f, "{} B", self.0)
+        } else if mib < 1024.0 {
+            write!(f, "{mib:.0} MiB")
+        } else {
+            write!(f, "{:.1} GiB", mib / 1024.0)
+        }
+    }
+}
+
+/// Why a text is no quantity.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ParseQuantityError {
+    /// The text has no number.
+    #[error("{0:?} does not start with a number")]
+    NoNumber(String),
+    /// The unit is unknown.
+    #[error("unknown unit in {0:?}; use B, KiB, MiB, GiB, TiB or K, M, G, T")]
+    Unit(String),
+    /// The unit of a time is missing or unknown.
+    #[error("{0:?} needs a unit: ms, s, min or h")]
+    TimeUnit(String),
+    /// The value cannot be held.
+    #[error("{0:?} is out of range")]
+    Range(String),
+}
+
+/// Splits a text into its number and the unit behind it.
+pub(crate) fn split_number(text: &str) -> Result<(f64, &str), ParseQuantityError> {
+    let text = text.trim();
+    let end = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
+    let number = text[..end]
+        .parse::<f64>()
+        .map_err(|_| ParseQuantityError::NoNumber(text.to_owned()))?;
+    Ok((number, text[end..].trim()))
+}
+
+impl FromStr for Bytes {
+    type Err = ParseQuantityError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (number, unit) = split_number(text)?;
+        let unit = unit.to_ascii_lowercase();
+        let factor = UNITS
+            .iter()
+            .find(|(name, _)| *name == unit)
+            .ok_or_else(|| ParseQuantityError::Unit(text.to_owned()))?
+            .1;
+        let bytes = number * factor as f64;
+        // From 2^64 on the conversion would saturate, and a limit would silently become another one.
+        if bytes >= u64::MAX as f64 {
+            return Err(ParseQuantityError::Range(text.to_owned()));
+        }
+        Ok(Self(bytes as u64))
+    }
+}
+
+impl Serialize for Bytes {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64(self.0)
+    }
+}
+
+/// What a quantity looks like in a file: a number, or a text with a unit.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum NumberOrText {
+    Whole(u64),
+    Real(f64),
+    Text(String),
+}
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match NumberOrText::deserialize(deserializer)? {
+            NumberOrText::Whole(bytes) => Ok(Self(bytes)),
+            NumberOrText::Real(real) => Err(de::Error::custom(format!(
+                "{real} is no whole number of bytes"
+            ))),
+            NumberOrText::Text(text) => text.parse().map_err(de::Error::custom),
+        }
+    }
+}
+
+/// A part of a whole: 0.15, written `"15%"` or `0.15`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd)]
+pub struct Fraction(pub f64);
+
+impl FromStr for Fraction {
+    type Err = ParseQuantityError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let (number, unit) = split_number(text)?;
+        match unit {
+            "%" => Ok(Self(number / 100.0)),
+            "" => Ok(Self(number)),
+            _ => Err(ParseQuantityError::Unit(text.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for Fraction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:.1} %", self.0 * 100.0)
+    }
+}
+
+impl Serialize for Fraction {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_f64(self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for Fraction {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match NumberOrText::deserialize(deserializer)? {
+            NumberOrText::Whole(whole) => Ok(Self(whole as f64)),
+            NumberOrText::Real(real) => Ok(Self(real)),
+            NumberOrText::Text(text) => text.parse().map_err(de::Error::custom),
+        }
+    }
+}
+
+/// Bytes, or a part of something that is known only later: `"2GiB"` or `"50%"`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Amount {
+    /// So many bytes.
+    Bytes(Bytes),
+    /// This part of the whole.
+    Part(Fraction),
+}
+
+impl Amount {
+    /// The bytes, once the whole is known.
+    pub fn of(self, whole: Bytes) -> Bytes {
+        match self {
+            Self::Bytes(bytes) => bytes,
+            Self::Part(fraction) => whole.part(fraction),
+        }
+    }
+}
+
+impl Serialize for Amount {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Bytes(bytes) => bytes.serialize(serializer),
+            Self::Part(fraction) => serializer.serialize_str(&format!("{}%", fraction.0 * 100.0)),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for Amount {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        match NumberOrText::deserialize(deserializer)? {
+            NumberOrText::Whole(bytes) => Ok(Self::Bytes(Bytes(bytes))),
+            NumberOrText::Real(real) => Ok(Self::Part(Fraction(real))),
+            NumberOrText::Text(text) if text.trim_end().ends_with('%') => {
+                text.parse().map(Self::Part).map_err(de::Error::custom)
+            }
+            NumberOrText::Text(text) => text.parse().map(Self::Bytes).map_err(de::Error::custom),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_with_units_are_read() {
+        assert_eq!("256MiB".parse(), Ok(Bytes::mib(256)));
+        assert_eq!("1.5 G".parse(), Ok(Bytes::mib(1536)));
+        assert_eq!("17".parse(), Ok(Bytes(17)));
+        assert_eq!("7B".parse(), Ok(Bytes(7)));
+    }
+
+    #[test]
+    fn bytes_without_sense_are_refused() {
+        assert!(matches!(
+            "MiB".parse::<Bytes>(),
+            Err(ParseQuantityError::NoNumber(_))
+        ));
+        assert!(matches!(
+            "4 apples".parse::<Bytes>(),
+            Err(ParseQuantityError::Unit(_))
+        ));
+        assert!(matches!(
+            "99999999999T".parse::<Bytes>(),
+            Err(ParseQuantityError::Range(_))
+        ));
+        assert!(matches!(
+            "-1G".parse::<Bytes>(),
+            Err(ParseQuantityError::NoNumber(_))
+        ));
+    }
+
+    #[test]
+    fn amount_is_bytes_or_a_part() {
+        let amounts: Vec<Amount> = serde_json::from_str(r#"["50%", "1GiB", 4096, 0.25]"#).unwrap();
+        let of: Vec<Bytes> = amounts.iter().map(|a| a.of(Bytes::gib(4))).collect();
+        assert_eq!(
+            of,
+            [Bytes::gib(2), Bytes::gib(1), Bytes(4096), Bytes::gib(1)]
+        );
+    }
+
+    #[test]
+    fn arithmetic_saturates() {
+        assert_eq!(Bytes(1) - Bytes(2), Bytes::ZERO);
+        assert_eq!(Bytes(u64::MAX) + Bytes(2), Bytes(u64::MAX));
+        assert_eq!(Bytes(100).scale(-1.0), Bytes::ZERO);
+        assert_eq!(Bytes(100).scale(f64::NAN), Bytes::ZERO);
+    }
+}

@@ -1,0 +1,126 @@
+//! What was read from the host.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Bytes, Fraction};
+
+/// One reading of the host. The host is the machine or, if that is smaller, the control group in which the VMs run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct HostFacts {
+    /// When it was read, ms on the planner's clock.
+    pub at_ms: u64,
+    /// MemTotal of `/proc/meminfo`.
+    pub total: Bytes,
+    /// MemAvailable of `/proc/meminfo`.
+    pub available: Bytes,
+    /// The group of the VMs, when it has a limit.
+    pub cgroup: Option<CgroupMemory>,
+    /// Memory pressure of the machine or of the group, whichever is higher.
+    pub pressure: Pressure,
+    /// Swap space.
+    pub swap_total: Bytes,
+    /// Unused swap space.
+    pub swap_free: Bytes,
+    /// Memory coming back from swap, bytes a second.
+    pub swap_in_per_s: Bytes,
+    /// Memory going to swap, bytes a second.
+    pub swap_out_per_s: Bytes,
+}
+
+/// Figures of a memory control group.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CgroupMemory {
+    /// The lowest `memory.max` from the group up to the root.
+    pub limit: Bytes,
+    /// `memory.current`.
+    pub current: Bytes,
+    /// What the kernel would drop without harm: `inactive_file` and `slab_reclaimable` of `memory.stat`.
+    pub reclaimable: Bytes,
+}
+
+/// Pressure stall information for memory: the part of the time in which tasks waited, per cent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Pressure {
+    /// At least one task waited, mean of 10 s.
+    pub some_avg10: f64,
+    /// All tasks waited, mean of 10 s.
+    pub full_avg10: f64,
+    /// `total` of the line `some`, µs.
+    pub some_total_us: u64,
+    /// `total` of the line `full`, µs.
+    pub full_total_us: u64,
+}
+
+impl HostFacts {
+    /// Memory of the host: an admission that looks at the machine while a control group has the say ends in the
+    /// group's out-of-memory killer.
+    pub fn limit(&self) -> Bytes {
+        match self.cgroup {
+            Some(group) => group.limit.min(self.total),
+            None => self.total,
+        }
+    }
+
+    /// Memory that can be had without harm now.
+    pub fn available(&self) -> Bytes {
+        match self.cgroup {
+            Some(group) => self
+                .available
+                .min(group.limit - group.current + group.reclaimable.min(group.current)),
+            None => self.available,
+        }
+    }
+
+    /// Memory the manager may hand out: the host's less the reserve.
+    pub fn usable(&self, reserve: Bytes) -> Bytes {
+        self.limit() - reserve
+    }
+
+    /// Available memory above the reserve as a part of the usable memory. The host's states are measured on it.
+    pub fn free_fraction(&self, reserve: Bytes) -> Fraction {
+        Fraction((self.available() - reserve).ratio(self.usable(reserve)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host() -> HostFacts {
+        HostFacts {
+            total: Bytes::gib(64),
+            available: Bytes::gib(40),
+            ..HostFacts::default()
+        }
+    }
+
+    #[test]
+    fn host_without_group_is_the_machine() {
+        assert_eq!(host().limit(), Bytes::gib(64));
+        assert_eq!(host().available(), Bytes::gib(40));
+    }
+
+    #[test]
+    fn group_smaller_than_the_machine_is_the_host() {
+        let mut host = host();
+        host.cgroup = Some(CgroupMemory {
+            limit: Bytes::gib(8),
+            current: Bytes::gib(7),
+            reclaimable: Bytes::gib(1),
+        });
+        assert_eq!(host.limit(), Bytes::gib(8));
+        assert_eq!(host.available(), Bytes::gib(2));
+        assert_eq!(host.usable(Bytes::gib(1)), Bytes::gib(7));
+    }
+
+    #[test]
+    fn machine_short_of_memory_counts_inside_a_roomy_group() {
+        let mut host = host();
+        host.available = Bytes::gib(1);
+        host.cgroup = Some(CgroupMemory {
+            limit: Bytes::gib(32),
+            ..CgroupMemory::default()
+        });
+        assert_eq!(host.available(), Bytes::gib(1));
+    }
+}

@@ -1,0 +1,23 @@
+//! What the manager knows: facts about the host and its VMs, and the ledger made from them.
+//!
+//! Everything a guest says is a claim. The types keep claims ([`GuestClaims`]) apart from what the host measured itself
+//! (`resident`), so that a decision that believes a claim has to name it.
+
+mod burst;
+mod bytes;
+mod host;
+mod ledger;
+mod policy;
+mod state;
+mod vm;
+
+pub use burst::BurstHistogram;
+pub(crate) use bytes::split_number;
+pub use bytes::{Amount, Bytes, Fraction, ParseQuantityError};
+pub use host::{CgroupMemory, HostFacts, Pressure};
+pub use ledger::Ledger;
+pub use policy::{PriorityClass, VmPolicy};
+pub use state::HostState;
+pub use vm::{
+    FeatureLevel, GuestClaims, Interlock, Inventory, ReclaimFigures, VmFacts, VmId, VmSample,
+};
