@@ -38,25 +38,11 @@ macro_rules! tests {
 /// are as much waiting as work, but not so many that their deadlines suffer.
 const JOBS_MAX: usize = 4;
 
-/// Runs the tests whose name contains one of `filters` (all when there is
-/// none), prints one line each and a closing line. True when none failed.
-pub fn run(tests: &[Test], filters: &[String]) -> bool {
-    let chosen: Vec<&Test> = tests
-        .iter()
-        .filter(|test| {
-            filters.is_empty()
-                || filters
-                    .iter()
-                    .any(|filter| test.name.contains(filter.as_str()))
-        })
-        .collect();
-    if chosen.is_empty() {
-        println!("no test matches {filters:?}");
-        return false;
-    }
+/// Runs the tests, prints one line each and a closing line. True when none failed.
+pub fn run(tests: &[Test]) -> bool {
     let start = Instant::now();
     let tally = Tally::default();
-    let queue = Mutex::new(chosen.into_iter());
+    let queue = Mutex::new(tests.iter());
     // A binding of its own, for the lock is not to be held while a test runs.
     let next = || {
         let mut queue = queue.lock().expect("taking the next test does not panic");
@@ -94,9 +80,9 @@ struct Tally {
     retried: AtomicU32,
 }
 
-/// Nested guests of an emulated host stand still for good now and then when the machine
-/// around it is busy. A failure there is shown and tried once more; a fault of ours fails
-/// twice.
+/// An emulated host loses interrupts and takes seconds for what a processor does in
+/// milliseconds when the machine around it is busy. A failure there is shown and tried once
+/// more; a fault of ours fails twice.
 fn is_second_try_fair() -> bool {
     std::env::var("TESTBED").is_ok_and(|testbed| testbed == "emulated")
 }

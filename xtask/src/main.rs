@@ -10,6 +10,7 @@ mod paths;
 mod process;
 mod shows;
 mod testbed;
+mod vm_tests;
 
 use std::process::ExitCode;
 
@@ -37,6 +38,8 @@ enum Command {
     Demo,
     /// Measure the VMM with a Linux guest
     Bench(shows::BenchOptions),
+    /// Test the VMM with Linux guests
+    VmTests(vm_tests::Options),
     /// Everything that a change must pass
     Ci(ci::Options),
 }
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Command::Testbed(command) => testbed::run(command),
         Command::Demo => shows::demo(),
         Command::Bench(options) => shows::bench(options),
+        Command::VmTests(options) => vm_tests::run(&options),
         Command::Ci(options) => ci::run(&options),
     };
     result.unwrap_or_else(|error| {

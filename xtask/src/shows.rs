@@ -51,7 +51,8 @@ pub(crate) fn bench(options: BenchOptions) -> Result<ExitCode> {
     )
 }
 
-fn build(program: &str) -> Result<PathBuf> {
+/// Builds a program of the integration tests and tells where it is.
+pub(crate) fn build(program: &str) -> Result<PathBuf> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
         .args([

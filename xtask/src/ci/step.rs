@@ -77,11 +77,7 @@ pub(crate) const STEPS: &[Step] = &[
     ),
     guests("guest", &[], "cargo xtask guest build"),
     // The tests take a few minutes; a guest that hangs costs its test's own deadline.
-    guests(
-        "vm tests",
-        BUILT,
-        "cargo xtask testbed run --memory 4G --timeout 2400 -- {vm-tests}",
-    ),
+    guests("vm tests", BUILT, "cargo xtask vm-tests"),
     guests("vm bench", BUILT, "cargo xtask bench"),
 ];
 
@@ -120,7 +116,6 @@ impl Step {
                 "cargo" => words.push(cargo()),
                 "{test}" if has_nextest() => words.extend(["nextest".into(), "run".into()]),
                 "{test}" => words.push("test".into()),
-                "{vm-tests}" => words.push(paths::target().join("debug/vm-tests").into()),
                 word => words.push(word.into()),
             }
         }

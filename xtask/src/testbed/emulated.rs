@@ -40,8 +40,15 @@ const BIN_DIR: &str = "/opt/vmm/bin";
 /// Console text kept for the case that the machine ends without a status.
 const CONSOLE_BYTES_MAX: usize = 32 * 1024;
 
-/// Guests inside must not use the TSC-deadline timer: in emulation it stops firing when the
-/// machine is busy.
+/// QEMU up to 10.1 clears a virtual interrupt with a plain read-modify-write of the word in which
+/// other threads set pending interrupts, so a `VMEXIT` can lose an interrupt of the outer
+/// machine. It stays in the local APIC's request register and is delivered with the next one.
+/// One-shot timers have no next one: a lost timer interrupt would be the processor's last.
+/// Periodic ticks bound the loss to one tick.
+const OUTER_TIMERS: &str = " highres=off nohz=off";
+
+/// Guests inside must not use the TSC-deadline timer: when the outer machine loses its
+/// interrupt (see [`OUTER_TIMERS`]), the guest's is gone too.
 const GUEST_CMDLINE_EXTRA: &str = "lapic=notscdeadline";
 
 /// Runs the job and returns how its command ended.
@@ -157,6 +164,7 @@ fn machine(command: &mut Command, job: &Job) {
     } else {
         command.args(["-accel", "tcg,thread=multi"]);
         command.args(["-smp", &options.cpus.to_string()]);
+        append.push_str(OUTER_TIMERS);
     }
     command.args(["-m", &format!("{}K", options.memory / 1024)]);
     command.arg("-kernel").arg(&job.artefacts.vmlinux);
