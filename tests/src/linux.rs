@@ -20,7 +20,7 @@ pub const COMMAND_DEADLINE: Duration = Duration::from_secs(120);
 /// What to boot; every field has the plainest value.
 #[derive(Debug, Clone)]
 pub struct Machine<'a> {
-    /// `vmlinux` (PVH) or `bzImage`.
+    /// `vmlinux` (PVH) or `bzImage`, or one of them under `patched/`.
     pub kernel: &'a str,
     /// `--cpus`.
     pub cpus: &'a str,

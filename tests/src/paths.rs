@@ -36,16 +36,23 @@ pub fn program(name: &str) -> Result<PathBuf> {
     }
 }
 
-/// A guest image: `vmlinux`, `bzImage` or `initramfs.cpio.gz`.
+/// A guest image: `initramfs.cpio.gz`, `vmlinux` or `bzImage`, or one of the latter two under
+/// `patched/`. A kernel without a folder is the stock one, or with `GUEST_KERNEL=patched` in
+/// the environment the patched one.
 ///
 /// # Errors
 /// There is no such image.
 pub fn guest(name: &str) -> Result<PathBuf> {
+    let patched = env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "patched");
+    let name = match name {
+        "vmlinux" | "bzImage" if patched => format!("patched/{name}"),
+        name => name.to_owned(),
+    };
     let built = workspace().join("target/guest");
     [
-        PathBuf::from("/guest").join(name),
-        built.join("stock").join(name),
-        built.join(name),
+        PathBuf::from("/guest").join(&name),
+        built.join("stock").join(&name),
+        built.join(&name),
     ]
     .into_iter()
     .find(|file| file.is_file())

@@ -156,6 +156,27 @@ fn backports_suite() -> Result<String> {
 /// Adds the backports suite at the place the machine already gets its release from.
 fn add_backports(suite: &str) -> Result<()> {
     let release = suite.trim_end_matches("-backports");
+    let line = archive(release)?.line(suite);
+    let path = format!("/etc/apt/sources.list.d/{suite}.list");
+    eprintln!("Adding {path}: the {suite} suite of the archive this machine uses already");
+    let status = as_root("sh")?
+        .args(["-c", "printf '%s\\n' \"$1\" > \"$2\"", "sh", &line, &path])
+        .status()
+        .context("writing the apt source")?;
+    if !status.success() {
+        bail!("writing {path} failed ({status})");
+    }
+    Ok(())
+}
+
+/// A line of a source file for another suite of the archive this machine uses.
+pub(crate) fn archive_line(suite: &str) -> Result<String> {
+    let backports = backports_suite()?;
+    Ok(archive(backports.trim_end_matches("-backports"))?.line(suite))
+}
+
+/// The archive that this machine gets `release` from.
+fn archive(release: &str) -> Result<Source> {
     let mut texts = Vec::new();
     let mut files = vec![Path::new("/etc/apt/sources.list").to_path_buf()];
     if let Ok(entries) = fs::read_dir("/etc/apt/sources.list.d") {
@@ -169,21 +190,10 @@ fn add_backports(suite: &str) -> Result<()> {
             texts.push(text);
         }
     }
-    let source = texts
+    texts
         .iter()
         .find_map(|text| find_source(text, release))
-        .with_context(|| format!("no apt source of {release} found"))?;
-    let path = format!("/etc/apt/sources.list.d/{suite}.list");
-    let line = source.line(suite);
-    eprintln!("Adding {path}: the {suite} suite of the archive this machine uses already");
-    let status = as_root("sh")?
-        .args(["-c", "printf '%s\\n' \"$1\" > \"$2\"", "sh", &line, &path])
-        .status()
-        .context("writing the apt source")?;
-    if !status.success() {
-        bail!("writing {path} failed ({status})");
-    }
-    Ok(())
+        .with_context(|| format!("no apt source of {release} found"))
 }
 
 /// An archive, as far as another suite of it needs to be named.

@@ -35,7 +35,7 @@ enum Command {
     #[command(subcommand)]
     Testbed(testbed::Command),
     /// Boot a Linux guest, have it touch and free memory, and show the host getting it back
-    Demo,
+    Demo(shows::DemoOptions),
     /// Measure the VMM with a Linux guest
     Bench(shows::BenchOptions),
     /// Test the VMM with Linux guests
@@ -46,15 +46,30 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum GuestCommand {
-    /// Build target/guest/{stock/vmlinux,stock/bzImage,initramfs.cpio.gz}
+    /// Build target/guest/{stock,patched}/{vmlinux,bzImage} and initramfs.cpio.gz
     Build,
+    /// Make a kernel tree with one commit for each patch of the series
+    Apply(guest::tree::Options),
+    /// Write the commits of such a tree back as the series
+    Refresh(guest::tree::Options),
+    /// Check what every prefix of the patch series promises
+    Check(guest::check::Options),
 }
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Guest(GuestCommand::Build) => guest::build().map(|_| ExitCode::SUCCESS),
+        Command::Guest(GuestCommand::Apply(options)) => {
+            guest::tree::apply(&options).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Guest(GuestCommand::Refresh(options)) => {
+            guest::tree::refresh(&options).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Guest(GuestCommand::Check(options)) => guest::check::run(&options),
+        Command::Guest(GuestCommand::Build) => {
+            guest::build(guest::Wanted::Both).map(|_| ExitCode::SUCCESS)
+        }
         Command::Testbed(command) => testbed::run(command),
-        Command::Demo => shows::demo(),
+        Command::Demo(options) => shows::demo(&options),
         Command::Bench(options) => shows::bench(options),
         Command::VmTests(options) => vm_tests::run(&options),
         Command::Ci(options) => ci::run(&options),

@@ -8,13 +8,23 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result, bail};
 
 use crate::paths;
-use crate::testbed::{self, Surroundings};
+use crate::testbed::{self, KernelChoice, Surroundings};
 
 /// Memory of the testbed's host: the guest's 1 GiB and room to spare.
 const HOST_BYTES: u64 = 3 << 30;
 
 #[derive(Debug, clap::Args)]
+pub(crate) struct DemoOptions {
+    /// The guest's kernel
+    #[arg(long, value_enum, default_value = "stock")]
+    kernel: KernelChoice,
+}
+
+#[derive(Debug, clap::Args)]
 pub(crate) struct BenchOptions {
+    /// The guests' kernel
+    #[arg(long, value_enum, default_value = "stock")]
+    kernel: KernelChoice,
     /// Count instructions instead of time: figures that repeat, no measure of parallel work
     #[arg(long)]
     icount: bool,
@@ -23,7 +33,7 @@ pub(crate) struct BenchOptions {
 }
 
 /// Runs the demonstration; its chart and figures are left in `target/demo`.
-pub(crate) fn demo() -> Result<ExitCode> {
+pub(crate) fn demo(options: &DemoOptions) -> Result<ExitCode> {
     let results = paths::target().join("demo");
     std::fs::create_dir_all(&results).with_context(|| format!("creating {}", results.display()))?;
     let program = build("demo")?;
@@ -33,6 +43,7 @@ pub(crate) fn demo() -> Result<ExitCode> {
             memory: HOST_BYTES,
             share: Some(results),
             icount: false,
+            kernel: options.kernel,
         },
     )
 }
@@ -47,6 +58,7 @@ pub(crate) fn bench(options: BenchOptions) -> Result<ExitCode> {
             memory: HOST_BYTES,
             share: None,
             icount: options.icount,
+            kernel: options.kernel,
         },
     )
 }

@@ -173,18 +173,17 @@ fn fill_root(plan: &Plan) -> io::Result<()> {
         let target = Path::new(&bin_dir).join(name);
         step(bin, fs::copy(format!("/lower{bin}"), target))?;
     }
-    fs::create_dir_all(format!("{ROOT}/guest"))?;
     for link in &plan.guest {
         if let Some((name, path)) = link.split_once('=') {
-            if Path::new(PLAN_COPY_GUEST).exists() {
-                let target = format!("{ROOT}/guest/{name}");
-                step(name, fs::copy(format!("/lower{path}"), target))?;
-                continue;
+            let target = format!("{ROOT}/guest/{name}");
+            if let Some(folder) = Path::new(&target).parent() {
+                fs::create_dir_all(folder)?;
             }
-            step(
-                name,
-                std::os::unix::fs::symlink(path, format!("{ROOT}/guest/{name}")),
-            )?;
+            if Path::new(PLAN_COPY_GUEST).exists() {
+                step(name, fs::copy(format!("/lower{path}"), target))?;
+            } else {
+                step(name, std::os::unix::fs::symlink(path, target))?;
+            }
         }
     }
     Ok(())

@@ -22,8 +22,8 @@ const QUOTED_LINES: usize = 30;
 #[derive(Debug)]
 pub(crate) struct Steps<'a> {
     pub(crate) what: &'a str,
-    /// Roughly how many steps a full build takes.
-    pub(crate) expected: usize,
+    /// Roughly how many steps a full build takes, where it may be one.
+    pub(crate) expected: Option<usize>,
     /// Continues the count of an interrupted build.
     pub(crate) log: &'a Path,
 }
@@ -86,10 +86,11 @@ impl Steps<'_> {
     fn show(&self, count: usize, started: Instant, terminal: bool) {
         let Self { what, expected, .. } = self;
         let seconds = started.elapsed().as_secs();
+        let of = expected.map_or(String::new(), |all| format!(" of at most {all}"));
         if terminal {
-            eprint!("\r{what}: step {count} of about {expected}, {seconds} s ");
+            eprint!("\r{what}: step {count}{of}, {seconds} s ");
         } else {
-            eprintln!("{what}: step {count} of about {expected}, {seconds} s");
+            eprintln!("{what}: step {count}{of}, {seconds} s");
         }
     }
 

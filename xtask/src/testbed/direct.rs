@@ -66,7 +66,10 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
     let mut path = bin_dir.as_os_str().to_os_string();
     path.push(":");
     path.push(std::env::var_os("PATH").unwrap_or_default());
-    command.env("PATH", path).env("TESTBED", "direct");
+    command
+        .env("PATH", path)
+        .env("TESTBED", "direct")
+        .env("GUEST_KERNEL", job.options.kernel.name());
     // A direct run inside an emulated host keeps what guests need there.
     if std::env::var_os("GUEST_CMDLINE_EXTRA").is_none() {
         command.env("GUEST_CMDLINE_EXTRA", "");
@@ -148,11 +151,12 @@ fn build_root(plan: &Inside) -> Result<()> {
             mount(&entry.path(), &target, None, libc::MS_BIND | libc::MS_REC)?;
         }
     }
-    fs::create_dir(root.join("guest")).context("creating /guest")?;
     for link in &plan.guest {
         let text = link.to_str().context("a path of the guest's files")?;
         let (name, path) = text.split_once('=').context("--guest NAME=PATH")?;
-        std::os::unix::fs::symlink(path, root.join("guest").join(name))
+        let target = root.join("guest").join(name);
+        fs::create_dir_all(target.parent().context("a file is in a folder")?)
+            .and_then(|()| std::os::unix::fs::symlink(path, target))
             .context("filling /guest")?;
     }
     if let Some(share) = &plan.share {

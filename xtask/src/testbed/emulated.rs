@@ -23,16 +23,16 @@ use std::thread::{self, JoinHandle};
 
 use anyhow::{Context as _, Result, anyhow, bail};
 
-use super::{Job, Outcome, swap};
+use super::{Job, KernelChoice, Outcome, swap};
 use crate::apt::{self, Need};
 use crate::guest::{cpio, programs};
 use crate::process::{self, Tie};
 
-const QEMU: Need = Need {
+pub(crate) const QEMU: Need = Need {
     package: "qemu-system-x86",
-    why: "emulates a host whose KVM boots Linux, because this machine's does not",
+    why: "emulates machines that boot Linux",
 };
-const PROGRAM: &str = "qemu-system-x86_64";
+pub(crate) const PROGRAM: &str = "qemu-system-x86_64";
 
 /// Where the outer machine puts our binaries.
 const BIN_DIR: &str = "/opt/vmm/bin";
@@ -223,7 +223,8 @@ fn initramfs(job: &Job) -> Result<Vec<u8>> {
         .iter()
         .map(|arg| arg.as_bytes().to_vec());
     archive.file("testbed/argv", 0o644, &nul_separated(argv));
-    archive.file("testbed/env", 0o644, &nul_separated(environment()));
+    let environment = environment(job.options.kernel);
+    archive.file("testbed/env", 0o644, &nul_separated(environment));
     let cwd = std::env::current_dir().context("the current directory")?;
     archive.file("testbed/cwd", 0o644, cwd.as_os_str().as_bytes());
     let bins = job
@@ -231,12 +232,12 @@ fn initramfs(job: &Job) -> Result<Vec<u8>> {
         .iter()
         .map(|bin| bin.as_os_str().as_bytes().to_vec());
     archive.file("testbed/bins", 0o644, &nul_separated(bins));
-    let links = job.guest_files().map(|(name, path)| {
+    let links = job.guest_files().into_iter().map(|(name, path)| {
         let mut link = format!("{name}=").into_bytes();
         link.extend(path.as_os_str().as_bytes());
         link
     });
-    archive.file("testbed/guest", 0o644, &nul_separated(links.into_iter()));
+    archive.file("testbed/guest", 0o644, &nul_separated(links));
     if job.options.icount {
         archive.file("testbed/copy-guest", 0o644, b"");
     }
@@ -244,7 +245,7 @@ fn initramfs(job: &Job) -> Result<Vec<u8>> {
 }
 
 /// The caller's environment with what the testbed adds.
-fn environment() -> impl Iterator<Item = Vec<u8>> {
+fn environment(kernel: KernelChoice) -> impl Iterator<Item = Vec<u8>> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut with_bins = std::ffi::OsString::from(format!("{BIN_DIR}:"));
     with_bins.push(path);
@@ -257,6 +258,7 @@ fn environment() -> impl Iterator<Item = Vec<u8>> {
         ("PATH".into(), with_bins),
         ("TESTBED".into(), "emulated".into()),
         ("GUEST_CMDLINE_EXTRA".into(), GUEST_CMDLINE_EXTRA.into()),
+        ("GUEST_KERNEL".into(), kernel.name().into()),
         // The command itself writes to a pipe.
         ("TESTBED_TERMINAL".into(), terminal.into()),
     ];
@@ -353,7 +355,7 @@ mod tests {
 
     #[test]
     fn environment_puts_our_binaries_first() {
-        let path = environment()
+        let path = environment(KernelChoice::Stock)
             .find(|pair| pair.starts_with(b"PATH="))
             .unwrap();
         assert!(path.starts_with(b"PATH=/opt/vmm/bin:"));

@@ -12,6 +12,8 @@ mod guest_memory;
 mod probe;
 mod swap;
 
+pub(crate) use emulated::{PROGRAM as QEMU_PROGRAM, QEMU};
+
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -19,7 +21,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::guest::{self, Artefacts};
+use crate::guest::{self, Artefacts, Wanted};
 
 /// Exit status for a command that ran out of time, as timeout(1) has it.
 const TIMED_OUT: u8 = 124;
@@ -63,6 +65,9 @@ pub(crate) struct Options {
     /// Profile of our binaries; they are built first
     #[arg(long, default_value = DEFAULT_PROFILE)]
     profile: String,
+    /// Kernel of the guests that our own tests boot
+    #[arg(long, value_enum, default_value = "stock")]
+    kernel: KernelChoice,
     /// More options for QEMU, split at blanks (for devices of the emulated host)
     #[arg(long, value_name = "OPTIONS", allow_hyphen_values = true)]
     qemu: Option<String>,
@@ -79,6 +84,25 @@ enum HostChoice {
     Auto,
     Direct,
     Emulated,
+}
+
+/// What our own tests and programs boot, unless they name a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum KernelChoice {
+    /// Debian's source as it is
+    Stock,
+    /// With the series in guest-patches
+    Patched,
+}
+
+impl KernelChoice {
+    /// For the environment variable `GUEST_KERNEL`.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Stock => "stock",
+            Self::Patched => "patched",
+        }
+    }
 }
 
 /// Everything a host needs to run the command.
@@ -103,12 +127,17 @@ impl Job {
     }
 
     /// What `/guest` has: a name there and the file here.
-    fn guest_files(&self) -> [(&'static str, &PathBuf); 3] {
-        [
+    fn guest_files(&self) -> Vec<(&'static str, &PathBuf)> {
+        let mut files = vec![
             ("vmlinux", &self.artefacts.vmlinux),
             ("bzImage", &self.artefacts.bzimage),
             ("initramfs.cpio.gz", &self.artefacts.initramfs),
-        ]
+        ];
+        if let Some(patched) = &self.artefacts.patched {
+            files.push(("patched/vmlinux", &patched.vmlinux));
+            files.push(("patched/bzImage", &patched.bzimage));
+        }
+        files
     }
 }
 
@@ -120,6 +149,7 @@ pub(crate) struct Surroundings {
     /// Found at /share.
     pub(crate) share: Option<PathBuf>,
     pub(crate) icount: bool,
+    pub(crate) kernel: KernelChoice,
 }
 
 /// Runs `command` as `testbed run` does.
@@ -133,6 +163,7 @@ pub(crate) fn run_command(command: Vec<OsString>, around: Surroundings) -> Resul
         swap: None,
         host: HostChoice::Auto,
         profile: DEFAULT_PROFILE.into(),
+        kernel: around.kernel,
         qemu: None,
         console: false,
         command,
@@ -161,7 +192,13 @@ fn run_job(options: Options) -> Result<Outcome> {
         ),
         None => None,
     };
-    let artefacts = guest::build()?;
+    let artefacts = match options.kernel {
+        KernelChoice::Stock => guest::build(Wanted::Stock)?,
+        KernelChoice::Patched => guest::build(Wanted::Both)?,
+    };
+    if options.kernel == KernelChoice::Patched && artefacts.patched.is_none() {
+        bail!("--kernel patched: there is no patch series yet");
+    }
     let bins = bins::build(&options.profile)?;
     let direct = match options.host {
         _ if options.icount && options.host == HostChoice::Direct => {

@@ -39,7 +39,14 @@ fn main() -> Result<()> {
         .into();
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
 
-    println!("Booting an unmodified Linux kernel with 1 GiB and a balloon that takes reports …");
+    // Set by the testbed's --kernel.
+    let patched = std::env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "patched");
+    let kind = if patched {
+        "a Linux kernel with our patches"
+    } else {
+        "an unmodified Linux kernel"
+    };
+    println!("Booting {kind} with 1 GiB and a balloon that takes reports …");
     let mut guest = Machine {
         memory: "size=1G",
         cpus: "boot=2",

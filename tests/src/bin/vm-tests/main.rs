@@ -11,6 +11,7 @@ mod devices;
 mod life;
 mod network;
 mod overhead;
+mod patched;
 mod power;
 
 use std::process::ExitCode;
@@ -29,6 +30,7 @@ fn all() -> Vec<Test> {
         balloon::tests(),
         api::tests(),
         overhead::tests(),
+        patched::tests(),
     ]
     .concat()
 }

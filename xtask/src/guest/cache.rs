@@ -1,0 +1,76 @@
+//! Names of cached things, and the lock that lets one build at a time into the cache.
+
+use std::fs::File;
+use std::os::fd::AsRawFd as _;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, bail};
+use sha2::{Digest as _, Sha256};
+
+/// A short hash over `parts`, which are kept apart by their lengths.
+pub(super) fn key(parts: &[&str]) -> String {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part.as_bytes());
+    }
+    let digest = hash.finalize();
+    digest
+        .iter()
+        .take(8)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+/// The version of the compiler that every kernel is built with.
+pub(super) fn compiler() -> Result<String> {
+    let output = Command::new("gcc")
+        .arg("-dumpfullversion")
+        .output()
+        .context("starting gcc")?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_string())
+}
+
+/// Holds the cache for one build at a time; released when dropped or when the process ends.
+#[derive(Debug)]
+pub(super) struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    #[allow(unsafe_code)]
+    // UNSAFETY: flock is not in std for the oldest supported compiler.
+    pub(super) fn take(cache: &Path) -> Result<Self> {
+        let path = cache.join("lock");
+        let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
+        // SAFETY: flock takes an open descriptor and no pointers.
+        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
+            eprintln!("Waiting for another build of the test kernel");
+            // SAFETY: as above.
+            if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } != 0 {
+                bail!(
+                    "locking {}: {}",
+                    path.display(),
+                    std::io::Error::last_os_error()
+                );
+            }
+        }
+        Ok(Self { _file: file })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::key;
+
+    #[test]
+    fn key_depends_on_every_part_and_on_their_borders() {
+        let base = key(&["a", "bc"]);
+        assert_eq!(base, key(&["a", "bc"]));
+        assert_eq!(base.len(), 16);
+        for other in [key(&["ab", "c"]), key(&["a", "bd"]), key(&["a"])] {
+            assert_ne!(base, other);
+        }
+    }
+}

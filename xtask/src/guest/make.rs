@@ -1,0 +1,169 @@
+//! Kernel builds: a tree of objects beside the source, its configuration, and `make`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail};
+
+use super::config;
+use super::progress::Steps;
+use crate::apt::{self, Need};
+
+const TOOLS: &[Need] = &[
+    Need {
+        package: "gcc",
+        why: "compiles the test kernel",
+    },
+    Need {
+        package: "make",
+        why: "builds the test kernel",
+    },
+    Need {
+        package: "libc6-dev",
+        why: "headers for the kernel's build tools",
+    },
+    Need {
+        package: "flex",
+        why: "the kernel's configuration tool",
+    },
+    Need {
+        package: "bison",
+        why: "the kernel's configuration tool",
+    },
+    Need {
+        package: "bc",
+        why: "kernel build: time constants",
+    },
+    Need {
+        package: "perl",
+        why: "kernel build: scripts",
+    },
+    Need {
+        package: "libelf-dev",
+        why: "kernel build: objtool",
+    },
+];
+
+/// Whether the kernel's configuration tool may drop options of a fragment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Options {
+    AllHonoured,
+    /// For a tree whose patches do not bring all options yet.
+    KnownOnly,
+}
+
+/// A tree of objects of one source.
+#[derive(Debug)]
+pub(super) struct Objects {
+    pub(super) source: PathBuf,
+    pub(super) dir: PathBuf,
+}
+
+impl Objects {
+    /// Configures with `fragment` over `allnoconfig`. Only what a changed option touches is
+    /// built anew.
+    pub(super) fn configure(&self, fragment: &str, options: Options) -> Result<()> {
+        apt::ensure(TOOLS)?;
+        fs::create_dir_all(&self.dir)
+            .with_context(|| format!("creating {}", self.dir.display()))?;
+        let config_path = self.dir.join(".config");
+        let fragment_path = self.dir.join("fragment.config");
+        fs::write(&fragment_path, fragment)
+            .with_context(|| format!("writing {}", fragment_path.display()))?;
+        quiet(self.make().arg("allnoconfig"))?;
+        let mut merge = Command::new(self.source.join("scripts/kconfig/merge_config.sh"));
+        merge
+            .args(["-m", "-O"])
+            .arg(&self.dir)
+            .arg(&config_path)
+            .arg(&fragment_path);
+        quiet(merge.current_dir(&self.source))?;
+        quiet(self.make().arg("olddefconfig"))?;
+        if options == Options::KnownOnly {
+            return Ok(());
+        }
+        let config = fs::read_to_string(&config_path)
+            .with_context(|| format!("reading {}", config_path.display()))?;
+        config::check(fragment, &config)
+    }
+
+    /// Builds `targets`; returns what the compiler warned of. `expected` is the number of
+    /// steps of a full build, if this may be one.
+    pub(super) fn build(
+        &self,
+        what: &str,
+        targets: &[&str],
+        expected: Option<usize>,
+    ) -> Result<Vec<String>> {
+        let log = self.dir.join("build.log");
+        let jobs = std::thread::available_parallelism().map_or(1, usize::from);
+        let mut make = self.make();
+        make.arg(format!("-j{jobs}")).args(targets);
+        let steps = Steps {
+            what,
+            expected,
+            log: &log,
+        };
+        steps.run(make)?;
+        let text =
+            fs::read_to_string(&log).with_context(|| format!("reading {}", log.display()))?;
+        // The log of a build that was interrupted is continued, of one that is done is not.
+        fs::remove_file(&log).with_context(|| format!("removing {}", log.display()))?;
+        Ok(text
+            .lines()
+            .filter(|line| line.contains("warning:") || line.starts_with("WARNING:"))
+            .map(str::to_string)
+            .collect())
+    }
+
+    /// `make` for an out-of-tree build whose result depends on nothing outside its key, at
+    /// low priority because it may run for minutes beside other work.
+    fn make(&self) -> Command {
+        let mut output = std::ffi::OsString::from("O=");
+        output.push(&self.dir);
+        let mut make = Command::new("nice");
+        make.args(["make", "-C"])
+            .arg(&self.source)
+            .arg(output)
+            .env("LC_ALL", "C")
+            .env("KBUILD_BUILD_TIMESTAMP", "@0")
+            .env("KBUILD_BUILD_USER", "xtask")
+            .env("KBUILD_BUILD_HOST", "testbed")
+            // Counts builds in this folder otherwise.
+            .env("KBUILD_BUILD_VERSION", "1")
+            .env_remove("MAKEFLAGS")
+            .env_remove("KCONFIG_CONFIG");
+        make
+    }
+}
+
+/// Makes a copy of a tree of objects, from which another configuration builds quicker than
+/// from nothing. Times are kept, because make compares them.
+pub(super) fn copy_tree(from: &Path, to: &Path) -> Result<()> {
+    let beside = to.with_extension("copying");
+    if beside.exists() {
+        fs::remove_dir_all(&beside).with_context(|| format!("removing {}", beside.display()))?;
+    }
+    let mut copy = Command::new("cp");
+    copy.args(["-a", "--reflink=auto"]).arg(from).arg(&beside);
+    quiet(&mut copy)?;
+    fs::rename(&beside, to).with_context(|| format!("creating {}", to.display()))
+}
+
+/// Runs a short step; its output matters only if it fails.
+pub(super) fn quiet(command: &mut Command) -> Result<()> {
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("starting {:?}", command.get_program()))?;
+    if !output.status.success() {
+        bail!(
+            "{command:?} failed ({}):\n{}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,174 @@
+//! The newest kernel source that Debian packages, for a look ahead: its lists and package are
+//! kept in the cache, and the machine's own sources stay as they are.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context as _, Result};
+
+use super::cache::key;
+use super::make::quiet;
+use super::source::Source;
+use crate::{apt, paths};
+
+/// Where the newest kernels appear.
+const SUITES: [&str; 2] = ["unstable", "stable-backports"];
+const PREFIX: &str = "linux-source-";
+/// How old the lists may be.
+const LISTS_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// The newest source; `None` if that is `base`.
+pub(super) fn source(base: &Source) -> Result<Option<Source>> {
+    let archive = Archive::open()?;
+    let Some((version, package)) = archive.newest_package()? else {
+        return Ok(None);
+    };
+    let full_version = archive.version_of(&package)?;
+    if base.name.starts_with(&format!("{package} ")) {
+        return Ok(None);
+    }
+    let source = Source {
+        name: format!("{package} {full_version}"),
+        key: key(&[&package, &full_version]),
+        tarball: archive
+            .dir
+            .join(format!("unpacked/usr/src/{package}.tar.xz")),
+        folder: format!("{PREFIX}{}.{}", version.0, version.1),
+    };
+    let unpacked = paths::cache()?.join(format!("source-{}", source.key));
+    if !unpacked.exists() && !source.tarball.exists() {
+        archive.download(&package)?;
+    }
+    Ok(Some(source))
+}
+
+/// Debian's archive seen through a folder of our own.
+#[derive(Debug)]
+struct Archive {
+    dir: PathBuf,
+}
+
+impl Archive {
+    /// Reads the lists anew if they are old.
+    fn open() -> Result<Self> {
+        let dir = paths::cache()?.join("debian");
+        for folder in ["lists/partial", "archives/partial"] {
+            fs::create_dir_all(dir.join(folder))
+                .with_context(|| format!("creating {}", dir.display()))?;
+        }
+        let archive = Self { dir };
+        let lines = SUITES.map(apt::archive_line).into_iter();
+        let text: String = lines.collect::<Result<Vec<String>>>()?.join("\n");
+        let list = archive.dir.join("sources.list");
+        let fresh = fs::read_to_string(&list).is_ok_and(|old| old == text) && is_recent(&list);
+        if !fresh {
+            eprintln!("Reading what Debian has in {}", SUITES.join(" and "));
+            fs::write(&list, &text).with_context(|| format!("writing {}", list.display()))?;
+            quiet(archive.command("apt-get").args(["-qq", "update"])).inspect_err(|_| {
+                // The next run shall try again; that it was not there is no matter.
+                fs::remove_file(&list).ok();
+            })?;
+        }
+        Ok(archive)
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.env("LC_ALL", "C");
+        let dir = self.dir.display();
+        for option in [
+            format!("Dir::Etc::SourceList={dir}/sources.list"),
+            "Dir::Etc::SourceParts=/dev/null".into(),
+            format!("Dir::State::Lists={dir}/lists"),
+            format!("Dir::Cache={dir}"),
+            // Else the user whom apt becomes would have to own the folder.
+            "APT::Sandbox::User=".into(),
+            "Acquire::Languages=none".into(),
+            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".into(),
+        ] {
+            command.arg("-o").arg(option);
+        }
+        command
+    }
+
+    fn text(&self, program: &str, args: &[&str]) -> Result<String> {
+        let output = self
+            .command(program)
+            .args(args)
+            .output()
+            .with_context(|| format!("starting {program}"))?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    fn newest_package(&self) -> Result<Option<((u32, u32), String)>> {
+        Ok(newest(&self.text("apt-cache", &["pkgnames", PREFIX])?))
+    }
+
+    fn version_of(&self, package: &str) -> Result<String> {
+        let text = self.text("apt-cache", &["show", "--no-all-versions", package])?;
+        text.lines()
+            .find_map(|line| line.strip_prefix("Version: "))
+            .map(str::to_string)
+            .with_context(|| format!("no version of {package}"))
+    }
+
+    fn download(&self, package: &str) -> Result<()> {
+        eprintln!("Downloading {package}");
+        let fetched = self.dir.join("fetched");
+        let unpacked = self.dir.join("unpacked");
+        for dir in [&fetched, &unpacked] {
+            if dir.exists() {
+                fs::remove_dir_all(dir).with_context(|| format!("removing {}", dir.display()))?;
+            }
+        }
+        fs::create_dir_all(&fetched).with_context(|| format!("creating {}", fetched.display()))?;
+        quiet(
+            self.command("apt-get")
+                .args(["-qq", "download", package])
+                .current_dir(&fetched),
+        )?;
+        let deb = fs::read_dir(&fetched)
+            .context("reading the download")?
+            .next()
+            .context("apt-get downloaded nothing")?
+            .context("reading the download")?
+            .path();
+        quiet(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&unpacked))?;
+        fs::remove_dir_all(&fetched).with_context(|| format!("removing {}", fetched.display()))
+    }
+}
+
+fn is_recent(path: &Path) -> bool {
+    fs::metadata(path)
+        .and_then(|meta| meta.modified())
+        .is_ok_and(|time| {
+            SystemTime::now()
+                .duration_since(time)
+                .is_ok_and(|age| age < LISTS_MAX)
+        })
+}
+
+/// The highest version among names such as `linux-source-6.12`.
+fn newest(names: &str) -> Option<((u32, u32), String)> {
+    names
+        .lines()
+        .filter_map(|name| {
+            let (major, minor) = name.strip_prefix(PREFIX)?.split_once('.')?;
+            Some(((major.parse().ok()?, minor.parse().ok()?), name.to_string()))
+        })
+        .max()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::newest;
+
+    #[test]
+    fn newest_is_by_number_and_not_by_letter() {
+        let names = "linux-source-6.9\nlinux-source-6.12\nlinux-source-6.12-rt\nlinux-source\n";
+        assert_eq!(newest(names).unwrap().1, "linux-source-6.12");
+        assert_eq!(newest("linux-source\n"), None);
+    }
+}

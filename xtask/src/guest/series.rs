@@ -1,0 +1,247 @@
+//! The patch series of `guest-patches`: what it lists, and what it makes of a source.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::cache::key;
+use super::source;
+use crate::apt::{self, Need};
+use crate::paths;
+
+const PATCH: Need = Need {
+    package: "patch",
+    why: "applies the patch series",
+};
+
+/// Files of a source that patches have changed; `None` is a file that is not there.
+pub(super) type Contents = BTreeMap<String, Option<Vec<u8>>>;
+
+/// One patch.
+#[derive(Debug, Clone)]
+pub(super) struct Patch {
+    /// Its file's name, as the series lists it.
+    pub(super) name: String,
+    pub(super) text: String,
+}
+
+impl Patch {
+    /// Every file that it names.
+    pub(super) fn files(&self) -> Vec<String> {
+        let mut files = Vec::new();
+        for line in self.text.lines() {
+            let Some((old, new)) = line
+                .strip_prefix("diff --git a/")
+                .and_then(|rest| rest.split_once(" b/"))
+            else {
+                continue;
+            };
+            files.extend([old.to_string(), new.to_string()]);
+        }
+        files.sort();
+        files.dedup();
+        files
+    }
+
+    /// Its first line of the commit message, without the `[PATCH …]`.
+    pub(super) fn subject(&self) -> Option<String> {
+        let mut lines = self.text.lines();
+        let mut subject = lines
+            .find_map(|line| line.strip_prefix("Subject: "))?
+            .to_string();
+        // A long subject goes on in lines that start with a blank.
+        for more in lines.take_while(|line| line.starts_with(' ')) {
+            subject.push_str(more);
+        }
+        let bare = match subject
+            .strip_prefix('[')
+            .and_then(|rest| rest.split_once("] "))
+        {
+            Some((_, bare)) => bare.to_string(),
+            None => subject,
+        };
+        Some(bare)
+    }
+}
+
+/// The patches in their order.
+#[derive(Debug)]
+pub(super) struct Series {
+    pub(super) patches: Vec<Patch>,
+}
+
+/// The folder of the series.
+pub(super) fn folder() -> PathBuf {
+    paths::workspace().join("guest-patches")
+}
+
+impl Series {
+    /// Reads the series; one that is not there is empty.
+    pub(super) fn read() -> Result<Self> {
+        Self::read_from(&folder())
+    }
+
+    fn read_from(folder: &Path) -> Result<Self> {
+        let list = folder.join("series");
+        if !list.exists() {
+            return Ok(Self {
+                patches: Vec::new(),
+            });
+        }
+        let text =
+            fs::read_to_string(&list).with_context(|| format!("reading {}", list.display()))?;
+        let mut patches: Vec<Patch> = Vec::new();
+        for name in names(&text) {
+            ensure!(
+                patches.iter().all(|patch| patch.name != name),
+                "{} lists {name} twice",
+                list.display()
+            );
+            let path = folder.join("patches").join(name);
+            patches.push(Patch {
+                name: name.to_string(),
+                text: fs::read_to_string(&path)
+                    .with_context(|| format!("reading {}", path.display()))?,
+            });
+        }
+        Ok(Self { patches })
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.patches.is_empty()
+    }
+
+    /// Changes with the first `count` patches and with nothing else.
+    pub(super) fn prefix_key(&self, count: usize) -> String {
+        let texts: Vec<&str> = self.patches[..count]
+            .iter()
+            .map(|patch| patch.text.as_str())
+            .collect();
+        key(&texts)
+    }
+
+    /// What the whole series makes of `tree`.
+    pub(super) fn applied(&self, tree: &Path) -> Result<Contents> {
+        let mut prefixes = self.prefixes(tree)?;
+        prefixes.pop().context("there is the empty prefix at least")
+    }
+
+    /// What each prefix makes of `tree`, the empty one first.
+    pub(super) fn prefixes(&self, tree: &Path) -> Result<Vec<Contents>> {
+        apt::ensure(&[PATCH])?;
+        let scratch = Scratch::new()?;
+        let mut contents = Contents::new();
+        for name in self.patches.iter().flat_map(Patch::files) {
+            let bytes = source::file(tree, &name)?;
+            if let Some(bytes) = &bytes {
+                scratch.write(&name, bytes)?;
+            }
+            contents.insert(name, bytes);
+        }
+        let mut prefixes = vec![contents.clone()];
+        for patch in &self.patches {
+            scratch.patch(patch)?;
+            for name in patch.files() {
+                contents.insert(name.clone(), source::file(&scratch.dir, &name)?);
+            }
+            prefixes.push(contents.clone());
+        }
+        Ok(prefixes)
+    }
+}
+
+/// Names in a quilt series file.
+pub(super) fn names(text: &str) -> impl Iterator<Item = &str> {
+    text.lines()
+        .map(|line| {
+            line.split_once('#')
+                .map_or(line, |(before, _)| before)
+                .trim()
+        })
+        .filter(|line| !line.is_empty())
+}
+
+/// A folder with the files that the series touches; removed when dropped.
+#[derive(Debug)]
+struct Scratch {
+    dir: PathBuf,
+}
+
+impl Scratch {
+    fn new() -> Result<Self> {
+        let dir = paths::guest().join(format!("applying-{}", std::process::id()));
+        if dir.exists() {
+            fs::remove_dir_all(&dir).with_context(|| format!("removing {}", dir.display()))?;
+        }
+        fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+        Ok(Self { dir })
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
+        let path = self.dir.join(name);
+        let folder = path.parent().context("a file is in a folder")?;
+        fs::create_dir_all(folder)
+            .and_then(|()| fs::write(&path, bytes))
+            .with_context(|| format!("writing {}", path.display()))
+    }
+
+    /// Applies one patch: lines may have moved, but none around a change may differ.
+    fn patch(&self, patch: &Patch) -> Result<()> {
+        let file = self.dir.join(".patch");
+        fs::write(&file, &patch.text).with_context(|| format!("writing {}", file.display()))?;
+        let output = Command::new("patch")
+            .args(["-p1", "--fuzz=0", "--force", "--no-backup-if-mismatch"])
+            .args(["--reject-file=-", "--input=.patch"])
+            .current_dir(&self.dir)
+            .stdin(Stdio::null())
+            .output()
+            .context("starting patch")?;
+        if !output.status.success() {
+            bail!(
+                "{} does not apply:\n{}",
+                patch.name,
+                String::from_utf8_lossy(&output.stdout).trim_end()
+            );
+        }
+        fs::remove_file(&file).with_context(|| format!("removing {}", file.display()))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.dir) {
+            eprintln!("note: removing {}: {error}", self.dir.display());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Patch, names};
+
+    #[test]
+    fn series_without_comments_and_blanks_is_the_order() {
+        let text = "# 0xx preparation\n001-a.patch\n\n  101-b.patch  # why\n#102-c.patch\n";
+        let all: Vec<&str> = names(text).collect();
+        assert_eq!(all, ["001-a.patch", "101-b.patch"]);
+    }
+
+    #[test]
+    fn patch_names_its_files_and_its_subject() {
+        let patch = Patch {
+            name: String::new(),
+            text: "From 0 Mon\nSubject: [PATCH v2 3/9] mm: a subject that is so\n long that it wraps\n\n\
+                   Why.\n---\ndiff --git a/mm/a.c b/mm/a.c\n--- a/mm/a.c\n+++ b/mm/a.c\n\
+                   diff --git a/mm/b.h b/mm/b.h\nnew file mode 100644\n--- /dev/null\n+++ b/mm/b.h\n"
+                .into(),
+        };
+        assert_eq!(patch.files(), ["mm/a.c", "mm/b.h"]);
+        assert_eq!(
+            patch.subject().unwrap(),
+            "mm: a subject that is so long that it wraps"
+        );
+    }
+}

@@ -1,0 +1,92 @@
+//! Linux as Debian packages it, unpacked once for every checkout on the machine.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+
+use super::cache::{Lock, key};
+use super::make::quiet;
+use crate::apt::{self, Need};
+use crate::paths;
+
+const PACKAGE: Need = Need {
+    package: "linux-source-6.12",
+    why: "source of the test kernel",
+};
+const COMPILER: Need = Need {
+    package: "gcc",
+    why: "compiles the test kernel",
+};
+const XZ: Need = Need {
+    package: "xz-utils",
+    why: "unpacks the kernel source",
+};
+const TARBALL: &str = "/usr/src/linux-source-6.12.tar.xz";
+/// The folder inside the tarball.
+const FOLDER: &str = "linux-source-6.12";
+
+/// A kernel source that is packaged but perhaps not unpacked yet.
+#[derive(Debug, Clone)]
+pub(super) struct Source {
+    /// What it is, for messages.
+    pub(super) name: String,
+    /// Names it in the cache.
+    pub(super) key: String,
+    pub(super) tarball: PathBuf,
+    /// The folder inside the tarball.
+    pub(super) folder: String,
+}
+
+impl Source {
+    /// The source that test kernels are built from; its package is installed if it is missing.
+    pub(super) fn base() -> Result<Self> {
+        apt::ensure(&[PACKAGE, COMPILER])?;
+        let version =
+            apt::version(PACKAGE.package).context("the kernel source was just installed")?;
+        let tarball_bytes = fs::metadata(TARBALL)
+            .with_context(|| format!("{} has no {TARBALL}", PACKAGE.package))?
+            .len();
+        Ok(Self {
+            name: format!("{} {version}", PACKAGE.package),
+            key: key(&[&version, &tarball_bytes.to_string()]),
+            tarball: TARBALL.into(),
+            folder: FOLDER.into(),
+        })
+    }
+
+    /// The unpacked source, which nobody may write to. The caller holds the cache.
+    pub(super) fn unpack(&self, _lock: &Lock) -> Result<PathBuf> {
+        let cache = paths::cache()?;
+        let source = cache.join(format!("source-{}", self.key));
+        if source.exists() {
+            return Ok(source);
+        }
+        apt::ensure(&[XZ])?;
+        eprintln!("Unpacking {}", self.name);
+        let beside = cache.join("source-unpacking");
+        if beside.exists() {
+            fs::remove_dir_all(&beside)
+                .with_context(|| format!("removing {}", beside.display()))?;
+        }
+        fs::create_dir_all(&beside).with_context(|| format!("creating {}", beside.display()))?;
+        let mut tar = Command::new("tar");
+        tar.arg("xf").arg(&self.tarball).arg("-C").arg(&beside);
+        quiet(&mut tar)?;
+        fs::rename(beside.join(&self.folder), &source)
+            .with_context(|| format!("{} has no {}", self.tarball.display(), self.folder))?;
+        fs::remove_dir(&beside).with_context(|| format!("removing {}", beside.display()))?;
+        Ok(source)
+    }
+}
+
+/// A file of the source; `None` if it has none of that name.
+pub(super) fn file(tree: &Path, name: &str) -> Result<Option<Vec<u8>>> {
+    let path = tree.join(name);
+    match fs::read(&path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("reading {}", path.display())),
+    }
+}

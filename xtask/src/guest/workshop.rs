@@ -1,0 +1,139 @@
+//! The one source tree that kernels are built in, with any patches put in and taken out.
+//!
+//! ```text
+//! cache/source-SOURCE/              unpacked, never written to
+//! cache/workshop-SOURCE/source/     hard links to it, but for the files in `exchanged`
+//! cache/workshop-SOURCE/exchanged   names of files that may differ
+//! cache/workshop-SOURCE/NAME/       objects of one configuration
+//! ```
+//!
+//! Kbuild remembers the path of the source in every object, so objects serve another state of
+//! the source only in the same place. A file is written only when its contents change, and its
+//! time is then now: make builds what depends on it and nothing else.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+
+use super::cache::Lock;
+use super::make::{Objects, copy_tree, quiet};
+use super::series::Contents;
+use super::source::{self, Source};
+use crate::paths;
+
+/// Objects of the test kernels, which every other configuration starts from.
+const MAIN: &str = "main";
+
+/// The tree, held for as long as this exists.
+#[derive(Debug)]
+pub(super) struct Workshop {
+    dir: PathBuf,
+    /// The unpacked source.
+    pub(super) pristine: PathBuf,
+    _lock: Lock,
+}
+
+impl Workshop {
+    /// Opens the workshop of a source; waits while another process is in it.
+    pub(super) fn open(source: &Source) -> Result<Self> {
+        let cache = paths::cache()?;
+        let lock = Lock::take(&cache)?;
+        let pristine = source.unpack(&lock)?;
+        let dir = cache.join(format!("workshop-{}", source.key));
+        let tree = dir.join("source");
+        if !tree.exists() {
+            fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+            let beside = dir.join("source-linking");
+            if beside.exists() {
+                fs::remove_dir_all(&beside)
+                    .with_context(|| format!("removing {}", beside.display()))?;
+            }
+            let mut link = Command::new("cp");
+            link.arg("-al").arg(&pristine).arg(&beside);
+            quiet(&mut link)?;
+            fs::rename(&beside, &tree).with_context(|| format!("creating {}", tree.display()))?;
+        }
+        Ok(Self {
+            dir,
+            pristine,
+            _lock: lock,
+        })
+    }
+
+    fn tree(&self) -> PathBuf {
+        self.dir.join("source")
+    }
+
+    /// Makes the tree the pristine source with `contents` in place of its own files.
+    pub(super) fn put(&self, contents: &Contents) -> Result<()> {
+        let record = self.dir.join("exchanged");
+        let exchanged = match fs::read_to_string(&record) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(error).context("reading the names of exchanged files"),
+        };
+        let mut names: BTreeSet<&str> = exchanged.lines().collect();
+        names.extend(contents.keys().map(String::as_str));
+        // Before anything is exchanged: an interruption leaves no file that is not named.
+        self.write_record(&record, names.iter().copied())?;
+        for name in &names {
+            let wanted = match contents.get(*name) {
+                Some(wanted) => wanted.clone(),
+                None => source::file(&self.pristine, name)?,
+            };
+            if source::file(&self.tree(), name)? != wanted {
+                exchange(&self.tree().join(name), wanted.as_deref())?;
+            }
+        }
+        self.write_record(&record, contents.keys().map(String::as_str))
+    }
+
+    fn write_record<'a>(&self, record: &Path, names: impl Iterator<Item = &'a str>) -> Result<()> {
+        let text: String = names.map(|name| format!("{name}\n")).collect();
+        let beside = self.dir.join("exchanged-new");
+        fs::write(&beside, text).with_context(|| format!("writing {}", beside.display()))?;
+        fs::rename(&beside, record).with_context(|| format!("writing {}", record.display()))
+    }
+
+    /// The objects of the test kernels.
+    pub(super) fn main_objects(&self) -> Objects {
+        Objects {
+            source: self.tree(),
+            dir: self.dir.join(MAIN),
+        }
+    }
+
+    /// The objects of another configuration.
+    pub(super) fn objects(&self, name: &str) -> Result<Objects> {
+        let dir = self.dir.join(name);
+        let main = self.dir.join(MAIN);
+        if !dir.exists() && main.exists() {
+            copy_tree(&main, &dir)?;
+        }
+        Ok(Objects {
+            source: self.tree(),
+            dir,
+        })
+    }
+}
+
+/// Replaces a file, which may have another link that must keep its contents.
+fn exchange(path: &Path, wanted: Option<&[u8]>) -> Result<()> {
+    let Some(bytes) = wanted else {
+        return fs::remove_file(path).with_context(|| format!("removing {}", path.display()));
+    };
+    let folder = path.parent().context("a file is in a folder")?;
+    fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+    let beside = folder.join(".exchange");
+    fs::write(&beside, bytes).with_context(|| format!("writing {}", beside.display()))?;
+    if let Ok(old) = fs::metadata(path) {
+        // Scripts stay executable.
+        fs::set_permissions(&beside, old.permissions())
+            .with_context(|| format!("permissions of {}", beside.display()))?;
+    }
+    fs::rename(&beside, path).with_context(|| format!("replacing {}", path.display()))
+}
