@@ -222,6 +222,69 @@ fn bad_sizes_end_in_one_chain() -> Result<()> {
 }
 
 #[test]
+fn bad_zones_end_in_one_chain() -> Result<()> {
+    const ZONES: &str = "--kernel kernel --memory size=0 --memory-zone";
+    const MEMORY: &str = "Invalid memory configuration";
+    const MAKE: &[&str] = &["Cannot create guest memory", "memory zone a"];
+    let zones = |zones: &str| format!("{ZONES} {zones}");
+    let cannot_make = |reason| [MAKE, &[reason]].concat();
+    each_ends_in_one_chain(&[
+        (
+            "--kernel kernel --memory-zone id=a,size=1G",
+            &[MEMORY, "must be 0 where zones"],
+        ),
+        (&zones("size=1G"), &["--memory-zone", "\"id\""]),
+        (
+            &zones("id=a,size=1G,hotplug_size=1G"),
+            &["hotplug_size is not supported"],
+        ),
+        (&zones("id=a,size=1000"), &[MEMORY, "zone a", "no multiple"]),
+        (
+            &zones("id=a,size=512M id=a,size=512M"),
+            &["a is not unique"],
+        ),
+        (
+            &zones("id=a,size=1G,hugepage_size=2M"),
+            &[MEMORY, "zone a", "without hugepages"],
+        ),
+        (
+            &zones("id=a,size=1G --numa guest_numa_id=0,memory_zones=[b]"),
+            &["Invalid NUMA configuration", "zone \"b\""],
+        ),
+        // What only the host knows.
+        (
+            &zones("id=a,size=512M,file=none"),
+            &cannot_make("Cannot open none"),
+        ),
+        (
+            &zones("id=a,size=512M,file=disk,shared=on"),
+            &cannot_make("disk of 65536 bytes is too small"),
+        ),
+        (
+            &zones("id=a,size=512M,file=fifo"),
+            &cannot_make("neither a file nor a directory"),
+        ),
+        (
+            &zones("id=a,size=512M,file=/dev/null,shared=on"),
+            &cannot_make("neither a file nor a directory"),
+        ),
+        (
+            &zones("id=a,size=512M,file=folder,hugepages=on"),
+            &cannot_make("not on a file system of huge pages"),
+        ),
+        (
+            &zones("id=a,size=512M,host_numa_node=1000"),
+            &cannot_make("NUMA node 1000"),
+        ),
+        (&zones("id=a,size=1T,hugepages=on,hugepage_size=2M"), MAKE),
+        (
+            &zones("id=a,size=512M,file=large,shared=on id=b,size=512M,file=large"),
+            &["Cannot create guest memory", "zones a and b"],
+        ),
+    ])
+}
+
+#[test]
 fn bad_devices_end_in_one_chain() -> Result<()> {
     const DISK: &str = "--kernel kernel --disk path=disk,image_type=raw";
     let with_disk = |more: &str| format!("{DISK}{more}");

@@ -12,6 +12,7 @@ mod disk;
 mod mac;
 mod memory;
 mod net;
+mod numa;
 mod path_or_fd;
 mod payload;
 mod platform;
@@ -34,6 +35,7 @@ pub use disk::{
 pub use mac::{MacAddr, MacAddrError};
 pub use memory::{DEFAULT_MEMORY_BYTES, HotplugMethod, MemoryConfig, MemoryZoneConfig};
 pub use net::{DEFAULT_NET_NUM_QUEUES, DEFAULT_NET_QUEUE_SIZE, INVALID_FD, NetConfig, VhostMode};
+pub use numa::{NumaConfig, NumaDistance};
 pub use path_or_fd::PathOrFd;
 pub use payload::PayloadConfig;
 pub use platform::{DEFAULT_IOMMU_ADDRESS_WIDTH_BITS, DEFAULT_NUM_PCI_SEGMENTS, PlatformConfig};
@@ -76,6 +78,9 @@ pub struct VmConfig {
     /// The debug console.
     #[serde(default)]
     pub debug_console: DebugConsoleConfig,
+    /// Guest NUMA nodes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numa: Option<Vec<NumaConfig>>,
     /// Platform settings.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub platform: Option<PlatformConfig>,
@@ -138,8 +143,6 @@ unsupported_sections! {
     vdpa,
     /// The vsock device.
     vsock,
-    /// Guest NUMA nodes.
-    numa,
     /// Apertures of PCI segments.
     pci_segments,
     /// The TPM.

@@ -272,6 +272,18 @@ impl Options {
         self.read(key, value::parse_integer_map)
     }
 
+    /// The value of `key` as a list of two integers each, `[0@15,1@20]`.
+    pub(crate) fn integer_pairs<A, B>(
+        &self,
+        key: &'static str,
+    ) -> Result<Option<Vec<(A, B)>>, OptionError>
+    where
+        A: TryFrom<u64>,
+        B: TryFrom<u64>,
+    {
+        self.read(key, value::parse_integer_pairs)
+    }
+
     /// The value of `key` as one of the words of `table`.
     pub(crate) fn word<T: Copy>(
         &self,

@@ -41,6 +41,9 @@ pub enum ValueError {
     /// Not `key@list`.
     #[error("{0:?} is not of the form <number>@[<list>]")]
     Pair(String),
+    /// Not `number@number`.
+    #[error("{0:?} is not of the form <number>@<number>")]
+    Tuple(String),
     /// Not `threads:cores:dies:packages`.
     #[error(
         "{0:?} is not of the form <threads_per_core>:<cores_per_die>:<dies_per_package>:<packages>"
@@ -172,4 +175,25 @@ where
             Ok((key, parse_integers(values)?))
         })
         .collect()
+}
+
+pub(super) fn parse_integer_pairs<A, B>(text: &str) -> Result<Vec<(A, B)>, ValueError>
+where
+    A: TryFrom<u64>,
+    B: TryFrom<u64>,
+{
+    let pairs = split::list(text).map_err(|_| ValueError::List(text.to_owned()))?;
+    pairs
+        .iter()
+        .map(|pair| {
+            let (first, second) = pair
+                .split_once('@')
+                .ok_or_else(|| ValueError::Tuple(pair.clone()))?;
+            Ok((integer_in_range(first)?, integer_in_range(second)?))
+        })
+        .collect()
+}
+
+fn integer_in_range<T: TryFrom<u64>>(text: &str) -> Result<T, ValueError> {
+    T::try_from(parse_integer(text)?).map_err(|_| ValueError::Integer(text.to_owned()))
 }

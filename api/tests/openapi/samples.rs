@@ -104,6 +104,8 @@ fn config_sections() -> Vec<Sample> {
         sample("SerialConfig", &serial()),
         sample("ConsoleConfig", &console()),
         sample("DebugConsoleConfig", &debug_console()),
+        sample("NumaConfig", &numa()),
+        sample("NumaDistance", &distance()),
         sample("PlatformConfig", &platform()),
     ]
 }
@@ -122,6 +124,8 @@ fn config_parts() -> Vec<Sample> {
         sample("CoreSchedulingMode", &CoreScheduling::Vcpu),
         sample("HotplugMethod", &HotplugMethod::VirtioMem),
         sample("MemoryZoneConfig", &zone()),
+        sample("NumaConfig", &numa()),
+        sample("NumaDistance", &distance()),
         sample("TokenBucket", &bucket()),
         sample("RateLimiterConfig", &rate_limiter()),
         sample(
@@ -344,6 +348,7 @@ fn vm_config() -> VmConfig {
         serial: serial(),
         console: console(),
         debug_console: debug_console(),
+        numa: Some(vec![numa()]),
         platform: Some(platform()),
         iommu: true,
         watchdog: true,
@@ -356,7 +361,6 @@ fn vm_config() -> VmConfig {
             user_devices: some(),
             vdpa: some(),
             vsock: some(),
-            numa: some(),
             pci_segments: some(),
             tpm: some(),
             rtc: some(),
@@ -433,6 +437,24 @@ fn zone() -> MemoryZoneConfig {
         prefault: true,
         reserve: true,
         mergeable: true,
+    }
+}
+
+fn numa() -> NumaConfig {
+    NumaConfig {
+        guest_numa_id: 1,
+        cpus: Some(vec![0]),
+        distances: Some(vec![distance()]),
+        memory_zones: Some(vec!["z".to_owned()]),
+        pci_segments: Some(vec![0]),
+        device_id: Some("d".to_owned()),
+    }
+}
+
+fn distance() -> NumaDistance {
+    NumaDistance {
+        destination: 2,
+        distance: 20,
     }
 }
 

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use api::VmConfig;
 use api::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, NetConfig, PathOrFd,
-    PayloadConfig, PlatformConfig, RngConfig, SerialConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, MemoryZoneConfig,
+    NetConfig, NumaConfig, PathOrFd, PayloadConfig, PlatformConfig, RngConfig, SerialConfig,
 };
 use api::options::OptionError;
 use clap::{ArgAction, ArgGroup, Parser, ValueEnum};
@@ -61,12 +61,18 @@ pub(crate) struct Arguments {
     #[arg(long, requires = "payload", help = MemoryConfig::SYNTAX)]
     memory: Option<String>,
 
+    #[arg(long, value_name = "memory-zone", requires = "payload", num_args = 1.., action = ArgAction::Append, help = MemoryZoneConfig::SYNTAX)]
+    memory_zone: Vec<String>,
+
     #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = NetConfig::SYNTAX)]
     net: Vec<String>,
 
     /// Stay when the guest powers off: the VM can be booted again through the API
     #[arg(long)]
     pub(crate) no_shutdown: bool,
+
+    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = NumaConfig::SYNTAX)]
+    numa: Vec<String>,
 
     #[arg(long, requires = "payload", help = PlatformConfig::SYNTAX)]
     platform: Option<String>,
@@ -127,7 +133,7 @@ impl Arguments {
         let memory = self.memory.as_deref().unwrap_or_default();
         Ok(Some(VmConfig {
             cpus: read(&self.cpus, CpusConfig::parse)?.unwrap_or_default(),
-            memory: MemoryConfig::parse::<&str>(memory, &[])?,
+            memory: MemoryConfig::parse(memory, &self.memory_zone)?,
             payload: Some(PayloadConfig {
                 firmware: self.firmware.clone(),
                 kernel: self.kernel.clone(),
@@ -140,6 +146,7 @@ impl Arguments {
             balloon: read(&self.balloon, BalloonConfig::parse)?,
             serial: read(&self.serial, SerialConfig::parse)?.unwrap_or_default(),
             console: read(&self.console, ConsoleConfig::parse)?.unwrap_or_default(),
+            numa: read_all(&self.numa, NumaConfig::parse)?,
             platform: read(&self.platform, PlatformConfig::parse)?,
             ..defaults
         }))
@@ -205,6 +212,36 @@ mod tests {
         assert_eq!(arguments.v, 2);
         assert!(arguments.no_shutdown);
         assert_eq!(SeccompMode::from(arguments.seccomp), SeccompMode::Log);
+    }
+
+    #[test]
+    fn arguments_zones_and_nodes_make_the_configuration() {
+        let arguments = parse(
+            "--kernel /k --memory size=0 --memory-zone id=a,size=1G id=b,size=2G,file=/f,shared=on \
+             --memory-zone id=c,hugepages=on,hugepage_size=2M,host_numa_node=1,prefault=on \
+             --numa guest_numa_id=0,cpus=[0,2-3],memory_zones=[a,b],distances=[1@15] \
+             --numa guest_numa_id=1,memory_zones=c",
+        )
+        .unwrap();
+        let config = arguments.vm_config().unwrap().unwrap();
+        let zones = config.memory.zones.unwrap();
+        assert_eq!(config.memory.size, 0);
+        assert_eq!(zones.len(), 3);
+        assert!(zones[1].shared && zones[1].file.is_some());
+        assert_eq!(zones[2].hugepage_size, Some(2 << 20));
+        let nodes = config.numa.unwrap();
+        assert_eq!(nodes[0].cpus.as_deref(), Some(&[0, 2, 3][..]));
+        assert_eq!(nodes[0].distances.as_ref().unwrap()[0].distance, 15);
+        assert_eq!(nodes[1].memory_zones.as_deref().unwrap(), ["c"]);
+        for line in [
+            "--memory-zone size=1G",
+            "--numa cpus=[0]",
+            "--numa guest_numa_id=0,distances=[1]",
+            "--numa guest_numa_id=0,distances=[1@256]",
+        ] {
+            let arguments = parse(&format!("--kernel /k {line}")).unwrap();
+            assert!(arguments.vm_config().is_err(), "{line}");
+        }
     }
 
     #[test]

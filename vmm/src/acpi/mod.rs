@@ -3,7 +3,8 @@
 //! ```text
 //! RSDP (0xa0000) ─► XSDT ─┬─► FADT ─► DSDT    power, reset, timer; devices
 //!                         ├─► MADT            processors, I/O APIC
-//!                         └─► MCFG            PCI configuration space
+//!                         ├─► MCFG            PCI configuration space
+//!                         └─► SRAT, SLIT      NUMA nodes, if there are any
 //! ```
 //!
 //! The platform is hardware-reduced: no fixed-feature registers, events come
@@ -11,6 +12,7 @@
 
 mod dsdt;
 mod fixed;
+mod numa;
 
 use std::ops::Range;
 
@@ -20,6 +22,8 @@ use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 
 use crate::memory::layout;
+
+pub use numa::{LOCAL_DISTANCE, NumaNode, PROXIMITY_DOMAIN_MAX};
 
 /// The name this platform is known by.
 const OEM_ID: [u8; 6] = *b"CLOUDH";
@@ -49,6 +53,8 @@ pub struct AcpiParams {
     pub ged_address: u64,
     /// Whether there is a serial port.
     pub has_serial: bool,
+    /// NUMA nodes; none if the machine is not divided.
+    pub numa: Vec<NumaNode>,
 }
 
 /// Why the tables cannot be placed.
@@ -82,7 +88,11 @@ pub fn build<M: GuestMemory>(params: &AcpiParams, memory: &M) -> Result<GuestAdd
     let mut placer = Placer::new(layout::RSDP_START + Rsdp::len() as u64);
     let dsdt = placer.place(dsdt::dsdt(params));
     let mut xsdt = XSDT::new(OEM_ID, *b"CHXSDT  ", OEM_REVISION);
-    for table in [fixed::fadt(dsdt), fixed::madt(&params.vcpus), fixed::mcfg()] {
+    let mut tables = vec![fixed::fadt(dsdt), fixed::madt(&params.vcpus), fixed::mcfg()];
+    if !params.numa.is_empty() {
+        tables.extend([numa::srat(&params.numa), numa::slit(&params.numa)]);
+    }
+    for table in tables {
         xsdt.add_entry(placer.place(table));
     }
     let xsdt = placer.place(bytes_of(&xsdt));

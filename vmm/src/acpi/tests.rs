@@ -21,6 +21,7 @@ fn params(vcpus: u32) -> AcpiParams {
         pci_mmio64: 0x1_0000_0000..0x3fff_ffe0_0000,
         ged_address: 0x3fff_ffe0_0000,
         has_serial: true,
+        numa: Vec::new(),
     }
 }
 
@@ -131,6 +132,76 @@ fn mcfg_names_one_bus() {
     assert_eq!(mcfg.len(), 60);
     assert_eq!(u64_at(mcfg, 44), 0xe800_0000);
     assert_eq!(mcfg[52..56], [0, 0, 0, 0]);
+}
+
+#[test]
+fn srat_and_slit_tell_of_nodes_if_there_are_any() {
+    let memory = memory(2 << 20);
+    let node = |domain, apic_ids, ram, distances| NumaNode {
+        domain,
+        apic_ids,
+        ram,
+        distances,
+    };
+    let upper = 0x4000_0000..0xc000_0000;
+    let numa = vec![
+        node(
+            0,
+            vec![],
+            vec![0..0x4000_0000, 0x1_0000_0000..0x1_8000_0000],
+            vec![(2, 30)],
+        ),
+        node(2, vec![0x123], vec![upper], vec![]),
+    ];
+    let with_nodes = AcpiParams { numa, ..params(1) };
+    let found = tables(&memory, build(&with_nodes, &memory).unwrap());
+    let names: Vec<_> = found.iter().map(|(name, _)| name.as_str()).collect();
+    assert_eq!(names, ["FACP", "APIC", "MCFG", "SRAT", "SLIT", "DSDT"]);
+
+    let srat = &found[3].1;
+    assert_eq!(srat.len(), 48 + 3 * 40 + 24);
+    assert_eq!(u32_at(srat, 36), 1);
+    let memory_of = |at: usize| {
+        assert_eq!(srat[at..at + 2], [1, 40]);
+        (
+            u32_at(srat, at + 2),
+            u64_at(srat, at + 8),
+            u64_at(srat, at + 16),
+            u32_at(srat, at + 28),
+        )
+    };
+    assert_eq!(memory_of(48), (0, 0, 0x4000_0000, 1));
+    assert_eq!(memory_of(88), (0, 0x1_0000_0000, 0x8000_0000, 1));
+    assert_eq!(memory_of(152), (2, 0x4000_0000, 0x8000_0000, 1));
+    let vcpu = &srat[128..152];
+    assert_eq!((vcpu[0], vcpu[1]), (2, 24));
+    assert_eq!(
+        (u32_at(vcpu, 4), u32_at(vcpu, 8), u32_at(vcpu, 12)),
+        (2, 0x123, 1)
+    );
+
+    let slit = &found[4].1;
+    assert_eq!(u64_at(slit, 36), 3);
+    assert_eq!(slit[44..], [10, 20, 30, 20, 10, 20, 30, 20, 10]);
+}
+
+#[test]
+fn slit_of_the_highest_domain_fits() {
+    let memory = memory(2 << 20);
+    let numa = vec![NumaNode {
+        domain: PROXIMITY_DOMAIN_MAX,
+        apic_ids: vec![0],
+        ram: Vec::new(),
+        distances: Vec::new(),
+    }];
+    build(
+        &AcpiParams {
+            numa,
+            ..params(254)
+        },
+        &memory,
+    )
+    .unwrap();
 }
 
 #[test]

@@ -23,7 +23,7 @@ use crate::control::{
     ControlError, ControlHandle, MachineObserver, PublishedView, RequestError, RequestKind,
     VmRequest,
 };
-use crate::vm::{BalloonStatsError, ThreadStart};
+use crate::vm::{BalloonStatsError, ThreadStart, VmError};
 
 /// Name of the threads that ask the machine.
 pub const QUERY_THREAD: &str = "api-query";
@@ -316,6 +316,10 @@ fn request_failed(error: RequestError) -> Answer {
         ControlError::VmNotCreated | ControlError::VmMissingConfig => StatusCode::NotFound,
         // Upstream answers 409 to a name used twice; the HTTP crate does not know that status.
         ControlError::ConfigValidation(_) | ControlError::Thresholds(_) => StatusCode::BadRequest,
+        // Found only where the host is known, and still the configuration's fault.
+        ControlError::Machine(VmError::Memory(ref error)) if error.is_of_configuration() => {
+            StatusCode::BadRequest
+        }
         ControlError::QueueFull => StatusCode::ServiceUnavailable,
         ControlError::VmAlreadyCreated
         | ControlError::VmNotRunning

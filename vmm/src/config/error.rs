@@ -25,6 +25,9 @@ pub enum ValidationError {
     /// The `memory` section.
     #[error("Invalid memory configuration")]
     Memory(#[source] MemoryFault),
+    /// The `numa` section.
+    #[error("Invalid NUMA configuration")]
+    Numa(#[source] NumaFault),
     /// The `cpus` section.
     #[error("Invalid CPU configuration")]
     Cpus(#[source] CpusFault),
@@ -95,6 +98,33 @@ pub enum MemoryFault {
     /// No RAM at all.
     #[error("The size is 0")]
     Zero,
+    /// RAM is described twice.
+    #[error("The size must be 0 where zones are given, and is {bytes}")]
+    SizeAndZones {
+        /// The size.
+        bytes: u64,
+    },
+    /// What all of RAM is made of, where a zone says it is made of something else.
+    #[error("shared, hugepages or hugepage_size is given for all of RAM but not for each zone")]
+    KindBesideZones,
+    /// One zone.
+    #[error("Invalid memory zone {id}")]
+    Zone {
+        /// Its name.
+        id: String,
+        /// What is wrong with it.
+        #[source]
+        fault: Box<MemoryFault>,
+    },
+    /// No kernel knows so many nodes.
+    #[error("There is no NUMA node {node} on any host")]
+    HostNumaNode {
+        /// The node.
+        node: u32,
+    },
+    /// A policy for pages that others use as well.
+    #[error("host_numa_node cannot be given for a file that is shared")]
+    HostNumaNodeOfSharedFile,
     /// Less than the boot structures and a payload need.
     #[error("The size {bytes} is less than {min_bytes} bytes")]
     TooSmall {
@@ -128,6 +158,83 @@ pub enum MemoryFault {
     /// A size of huge pages without huge pages.
     #[error("hugepage_size is given without hugepages")]
     HugePageSizeWithoutHugePages,
+}
+
+/// What is wrong with the guest's NUMA nodes.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NumaFault {
+    /// A number that the distance table has no room for.
+    #[error("Node {node} is above {max}")]
+    NodeNumber {
+        /// The node.
+        node: u32,
+        /// The highest there can be.
+        max: u32,
+    },
+    /// Two nodes of one number.
+    #[error("Node {node} is described twice")]
+    NodeTwice {
+        /// The node.
+        node: u32,
+    },
+    /// A zone that does not exist.
+    #[error("Node {node} has memory zone {zone:?}, which does not exist")]
+    UnknownZone {
+        /// The node.
+        node: u32,
+        /// The zone.
+        zone: String,
+    },
+    /// A zone in two places.
+    #[error("Memory zone {zone:?} belongs to nodes {first} and {second}")]
+    ZoneReused {
+        /// The zone.
+        zone: String,
+        /// A node.
+        first: u32,
+        /// Another one, or the same.
+        second: u32,
+    },
+    /// A vCPU that does not exist.
+    #[error("Node {node} has vCPU {vcpu}, the last one is {last}")]
+    UnknownVcpu {
+        /// The node.
+        node: u32,
+        /// The vCPU.
+        vcpu: u32,
+        /// The highest index.
+        last: u32,
+    },
+    /// A vCPU in two places.
+    #[error("vCPU {vcpu} belongs to nodes {first} and {second}")]
+    VcpuReused {
+        /// The vCPU.
+        vcpu: u32,
+        /// A node.
+        first: u32,
+        /// Another one, or the same.
+        second: u32,
+    },
+    /// A distance to a node that does not exist.
+    #[error("Node {node} has a distance to node {destination}, which does not exist")]
+    UnknownDestination {
+        /// The node.
+        node: u32,
+        /// The other node.
+        destination: u32,
+    },
+    /// A distance that ACPI does not know.
+    #[error(
+        "Distance {distance} from node {node} to node {destination}: 10 to itself, 11 to 255 to another"
+    )]
+    Distance {
+        /// The node.
+        node: u32,
+        /// The other node.
+        destination: u32,
+        /// The distance.
+        distance: u8,
+    },
 }
 
 /// What is wrong with the vCPUs.

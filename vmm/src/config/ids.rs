@@ -1,4 +1,4 @@
-//! Names of devices: the user's own, or generated.
+//! Names of devices and memory zones: the user's own, or generated.
 
 use std::collections::BTreeSet;
 
@@ -15,7 +15,9 @@ fn given(config: &VmConfig) -> impl Iterator<Item = &String> {
     let nets = config.net.iter().flatten().map(|net| &net.id);
     let others = [&config.rng.id, &config.console.id];
     let balloon = config.balloon.iter().map(|balloon| &balloon.id);
-    disks.chain(nets).chain(balloon).chain(others).flatten()
+    let zones = config.memory.zones.iter().flatten().map(|zone| &zone.id);
+    let devices = disks.chain(nets).chain(balloon).chain(others).flatten();
+    devices.chain(zones)
 }
 
 pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {

@@ -1,8 +1,9 @@
-//! The `memory` section.
+//! The `memory` section and its zones.
 
-use api::config::MemoryConfig;
+use api::config::{MemoryConfig, MemoryZoneConfig};
 
 use super::error::MemoryFault;
+use crate::memory::HOST_NUMA_NODE_MAX;
 use crate::memory::layout::MIN_RAM_BYTES;
 
 const PAGE_BYTES: u64 = 4 << 10;
@@ -16,19 +17,22 @@ pub(super) fn check(memory: &MemoryConfig, address_bits: u8) -> Result<(), Memor
         bytes,
         address_bits,
     };
-    let bytes = memory.total_bytes().ok_or_else(|| beyond(u64::MAX))?;
-    if bytes == 0 {
-        return Err(MemoryFault::Zero);
+    let zones = memory.zones.as_deref().unwrap_or_default();
+    match (memory.size, zones) {
+        (0, []) => return Err(MemoryFault::Zero),
+        (0, _) | (_, []) => {}
+        (bytes, _) => return Err(MemoryFault::SizeAndZones { bytes }),
     }
+    check_zones(memory, zones)?;
+    let bytes = memory.total_bytes().ok_or_else(|| beyond(u64::MAX))?;
     if bytes < MIN_RAM_BYTES {
         return Err(MemoryFault::TooSmall {
             bytes,
             min_bytes: MIN_RAM_BYTES,
         });
     }
-    let page_bytes = page_bytes(memory)?;
-    if !bytes.is_multiple_of(page_bytes) {
-        return Err(MemoryFault::NotWholePages { bytes, page_bytes });
+    if zones.is_empty() {
+        pages(bytes, memory.hugepages, memory.hugepage_size)?;
     }
     let room = 1u64.checked_shl(address_bits.into()).unwrap_or(u64::MAX);
     if bytes > room.saturating_sub(RESERVED_BYTES) {
@@ -37,13 +41,48 @@ pub(super) fn check(memory: &MemoryConfig, address_bits: u8) -> Result<(), Memor
     Ok(())
 }
 
-fn page_bytes(memory: &MemoryConfig) -> Result<u64, MemoryFault> {
-    match (memory.hugepages, memory.hugepage_size) {
-        (false, None) => Ok(PAGE_BYTES),
-        (false, Some(_)) => Err(MemoryFault::HugePageSizeWithoutHugePages),
-        // The host's default is at least 2 MiB.
-        (true, None) => Ok(HUGE_PAGE_BYTES[0]),
-        (true, Some(bytes)) if HUGE_PAGE_BYTES.contains(&bytes) => Ok(bytes),
-        (true, Some(bytes)) => Err(MemoryFault::HugePageSize { bytes }),
+fn check_zones(memory: &MemoryConfig, zones: &[MemoryZoneConfig]) -> Result<(), MemoryFault> {
+    for zone in zones {
+        // Each zone says what it is made of; what is said of all of them must not be lost.
+        if memory.shared && !zone.shared
+            || memory.hugepages && !zone.hugepages
+            || memory.hugepage_size.is_some() && memory.hugepage_size != zone.hugepage_size
+        {
+            return Err(MemoryFault::KindBesideZones);
+        }
+        zone_of(zone).map_err(|fault| MemoryFault::Zone {
+            id: zone.id.clone(),
+            fault: Box::new(fault),
+        })?;
     }
+    Ok(())
+}
+
+fn zone_of(zone: &MemoryZoneConfig) -> Result<(), MemoryFault> {
+    if zone.size == 0 {
+        return Err(MemoryFault::Zero);
+    }
+    pages(zone.size, zone.hugepages, zone.hugepage_size)?;
+    match zone.host_numa_node {
+        Some(node) if node > HOST_NUMA_NODE_MAX => Err(MemoryFault::HostNumaNode { node }),
+        // The file's pages may be there already, and belong to its other users as well.
+        Some(_) if zone.shared && zone.file.is_some() => Err(MemoryFault::HostNumaNodeOfSharedFile),
+        _ => Ok(()),
+    }
+}
+
+/// Whether `bytes` are whole pages of the kind that is asked for.
+fn pages(bytes: u64, hugepages: bool, hugepage_bytes: Option<u64>) -> Result<(), MemoryFault> {
+    let page_bytes = match (hugepages, hugepage_bytes) {
+        (false, None) => PAGE_BYTES,
+        (false, Some(_)) => return Err(MemoryFault::HugePageSizeWithoutHugePages),
+        // The host's default is at least 2 MiB.
+        (true, None) => HUGE_PAGE_BYTES[0],
+        (true, Some(bytes)) if HUGE_PAGE_BYTES.contains(&bytes) => bytes,
+        (true, Some(bytes)) => return Err(MemoryFault::HugePageSize { bytes }),
+    };
+    if !bytes.is_multiple_of(page_bytes) {
+        return Err(MemoryFault::NotWholePages { bytes, page_bytes });
+    }
+    Ok(())
 }

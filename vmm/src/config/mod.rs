@@ -7,6 +7,7 @@ mod devices;
 mod error;
 mod ids;
 mod memory;
+mod numa;
 #[cfg(test)]
 mod tests;
 mod unsupported;
@@ -16,7 +17,7 @@ use api::config::{ConsoleOutputMode, PayloadConfig};
 
 use crate::boot::check_platform;
 
-pub use error::{CpusFault, DeviceFault, MemoryFault, ValidationError};
+pub use error::{CpusFault, DeviceFault, MemoryFault, NumaFault, ValidationError};
 pub use ids::assign_ids;
 
 /// Checks every section, in the order in which they matter to the reader of the error.
@@ -28,6 +29,7 @@ pub fn validate(config: &VmConfig) -> Result<(), ValidationError> {
     unsupported::check(config)?;
     cpus::check(&config.cpus).map_err(ValidationError::Cpus)?;
     memory::check(&config.memory, config.cpus.max_phys_bits).map_err(ValidationError::Memory)?;
+    numa::check(config).map_err(ValidationError::Numa)?;
     if let Some(platform) = &config.platform {
         check_platform(platform).map_err(ValidationError::Platform)?;
     }

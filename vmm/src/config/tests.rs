@@ -129,6 +129,183 @@ fn validate_memory_faults_are_named() {
     );
 }
 
+/// A configuration of these zones and nodes.
+fn zoned(zones: Value, numa: Value) -> VmConfig {
+    parse(json!({
+        "payload": {"kernel": "/k"},
+        "cpus": {"boot_vcpus": 1, "max_vcpus": 4},
+        "memory": {"size": 0, "zones": zones},
+        "numa": numa,
+    }))
+}
+
+#[test]
+fn validate_zones_and_nodes_pass() {
+    let config = zoned(
+        json!([
+            {"id": "a", "size": 1 << 20, "host_numa_node": 0, "file": "/f"},
+            {"id": "b", "size": 1 << 30, "shared": true, "file": "/f"},
+            {"id": "c", "size": 4 << 20, "hugepages": true},
+        ]),
+        json!([
+            {"guest_numa_id": 1, "cpus": [0, 3], "memory_zones": ["a"],
+             "distances": [{"destination": 1, "distance": 10}, {"destination": 0, "distance": 11}]},
+            {"guest_numa_id": 0, "memory_zones": ["c", "b"]},
+        ]),
+    );
+    assert_eq!(validate(&config), Ok(()));
+    // RAM without zones is a zone, too.
+    let whole = with(
+        "numa",
+        json!([{"guest_numa_id": 0, "memory_zones": ["mem0"]}]),
+    );
+    assert_eq!(validate(&whole), Ok(()));
+}
+
+#[test]
+fn validate_zone_faults_are_named() {
+    let zone = |value: Value| match validate(&zoned(json!([value]), json!(null))) {
+        Err(ValidationError::Memory(MemoryFault::Zone { id, fault })) => {
+            assert_eq!(id, "a");
+            *fault
+        }
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(zone(json!({"id": "a", "size": 0})), MemoryFault::Zero);
+    assert!(matches!(
+        zone(json!({"id": "a", "size": (1 << 20) + 1})),
+        MemoryFault::NotWholePages { .. }
+    ));
+    assert!(matches!(
+        zone(json!({"id": "a", "size": 3 << 20, "hugepages": true})),
+        MemoryFault::NotWholePages { .. }
+    ));
+    assert_eq!(
+        zone(json!({"id": "a", "size": 2 << 20, "hugepage_size": 2 << 20})),
+        MemoryFault::HugePageSizeWithoutHugePages
+    );
+    assert_eq!(
+        zone(json!({"id": "a", "size": 2 << 20, "host_numa_node": 1024})),
+        MemoryFault::HostNumaNode { node: 1024 }
+    );
+    assert_eq!(
+        zone(
+            json!({"id": "a", "size": 2 << 20, "host_numa_node": 0, "shared": true, "file": "/f"})
+        ),
+        MemoryFault::HostNumaNodeOfSharedFile
+    );
+}
+
+#[test]
+fn validate_zones_beside_memory_are_refused() {
+    let memory = |value: Value| match fault("memory", value) {
+        ValidationError::Memory(fault) => fault,
+        other => panic!("{other}"),
+    };
+    let zones = json!([{"id": "a", "size": 2 << 20}]);
+    assert_eq!(
+        memory(json!({"size": 4096, "zones": zones})),
+        MemoryFault::SizeAndZones { bytes: 4096 }
+    );
+    assert_eq!(
+        memory(json!({"size": 0, "shared": true, "zones": zones})),
+        MemoryFault::KindBesideZones
+    );
+    assert_eq!(memory(json!({"size": 0, "zones": []})), MemoryFault::Zero);
+    assert!(matches!(
+        memory(json!({"size": 0, "zones": [{"id": "a", "size": 1 << 20}]})),
+        MemoryFault::TooSmall { .. }
+    ));
+    let large = json!({"id": "a", "size": 1u64 << 63});
+    let other = json!({"id": "b", "size": 1u64 << 63});
+    assert!(matches!(
+        memory(json!({"size": 0, "zones": [large, other]})),
+        MemoryFault::BeyondAddressSpace { .. }
+    ));
+}
+
+#[test]
+fn validate_zone_names_are_unique_among_all_names() {
+    let zone = |id: &str| json!({"id": id, "size": 2 << 20});
+    for id in ["", "__mine"] {
+        assert_eq!(
+            validate(&zoned(json!([zone(id)]), json!(null))),
+            Err(ValidationError::InvalidIdentifier { id: id.to_owned() })
+        );
+    }
+    let twice = ValidationError::IdentifierNotUnique { id: "x".to_owned() };
+    let config = zoned(json!([zone("x"), zone("x")]), json!(null));
+    assert_eq!(validate(&config), Err(twice));
+    let mut config = zoned(json!([zone("x")]), json!(null));
+    config.disks = Some(vec![api::config::DiskConfig {
+        id: Some("x".to_owned()),
+        path: Some("/d".into()),
+        ..Default::default()
+    }]);
+    assert!(matches!(
+        validate(&config),
+        Err(ValidationError::IdentifierNotUnique { .. })
+    ));
+}
+
+#[test]
+fn validate_node_faults_are_named() {
+    let numa = |nodes: Value| match validate(&zoned(
+        json!([{"id": "a", "size": 2 << 20}, {"id": "b", "size": 2 << 20}]),
+        nodes,
+    )) {
+        Err(ValidationError::Numa(fault)) => fault,
+        other => panic!("{other:?}"),
+    };
+    let distance = |destination: u32, distance: u8| {
+        numa(json!([
+            {"guest_numa_id": 0, "distances": [{"destination": destination, "distance": distance}]},
+            {"guest_numa_id": 1},
+        ]))
+    };
+    assert!(matches!(
+        numa(json!([{"guest_numa_id": 256}])),
+        NumaFault::NodeNumber { node: 256, .. }
+    ));
+    assert_eq!(
+        numa(json!([{"guest_numa_id": 1}, {"guest_numa_id": 1}])),
+        NumaFault::NodeTwice { node: 1 }
+    );
+    assert!(matches!(
+        numa(json!([{"guest_numa_id": 0, "memory_zones": ["mem0"]}])),
+        NumaFault::UnknownZone { node: 0, .. }
+    ));
+    assert!(matches!(
+        numa(json!([
+            {"guest_numa_id": 0, "memory_zones": ["a"]},
+            {"guest_numa_id": 1, "memory_zones": ["b", "a"]},
+        ])),
+        NumaFault::ZoneReused {
+            first: 0,
+            second: 1,
+            ..
+        }
+    ));
+    assert_eq!(
+        numa(json!([{"guest_numa_id": 0, "cpus": [4]}])),
+        NumaFault::UnknownVcpu {
+            node: 0,
+            vcpu: 4,
+            last: 3
+        }
+    );
+    assert!(matches!(
+        numa(json!([{"guest_numa_id": 0, "cpus": [1, 1]}])),
+        NumaFault::VcpuReused { vcpu: 1, .. }
+    ));
+    assert!(matches!(
+        distance(2, 20),
+        NumaFault::UnknownDestination { .. }
+    ));
+    assert!(matches!(distance(0, 11), NumaFault::Distance { .. }));
+    assert!(matches!(distance(1, 10), NumaFault::Distance { .. }));
+}
+
 #[test]
 fn validate_balloon_as_large_as_ram_is_refused() {
     assert_eq!(
@@ -304,14 +481,23 @@ fn validate_consoles_do_not_share_the_terminal_and_have_their_paths() {
 fn validate_what_is_not_built_is_refused_by_name() {
     for (section, value, name) in [
         ("vsock", json!({"cid": 3, "socket": "/s"}), "vsock"),
-        ("numa", json!([{"guest_numa_id": 0}]), "numa"),
+        (
+            "numa",
+            json!([{"guest_numa_id": 0, "pci_segments": [1]}]),
+            "numa.pci_segments other than 0",
+        ),
+        (
+            "numa",
+            json!([{"guest_numa_id": 0, "device_id": "x"}]),
+            "numa.device_id",
+        ),
         ("devices", json!([{"path": "/sys/x"}]), "devices"),
         ("watchdog", json!(true), "watchdog"),
         ("landlock_enable", json!(true), "landlock"),
         (
             "memory",
-            json!({"size": 0, "zones": [{"id": "a", "size": 4096}]}),
-            "memory.zones",
+            json!({"size": 0, "zones": [{"id": "a", "size": 4096, "hotplug_size": 4096}]}),
+            "memory.zones.hotplug_size",
         ),
         (
             "memory",

@@ -3,7 +3,7 @@
 use api::VmConfig;
 use api::config::{
     ConsoleOutputMode, CoreScheduling, CpusConfig, DiskConfig, ImageType, MemoryConfig, NetConfig,
-    PlatformConfig,
+    NumaConfig, PlatformConfig,
 };
 
 use super::error::ValidationError;
@@ -21,6 +21,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     ));
     wanted.extend(cpus(&config.cpus));
     wanted.extend(memory(&config.memory));
+    wanted.extend(config.numa.iter().flatten().flat_map(numa));
     wanted.extend(config.disks.iter().flatten().flat_map(disk));
     wanted.extend(config.net.iter().flatten().flat_map(net));
     wanted.extend(config.platform.iter().flat_map(platform));
@@ -53,16 +54,31 @@ fn cpus(cpus: &CpusConfig) -> Vec<String> {
 }
 
 fn memory(memory: &MemoryConfig) -> Vec<String> {
-    let hotplug = [memory.hotplug_size, memory.hotplugged_size];
+    let wanted = |sizes: [Option<u64>; 2]| sizes.into_iter().flatten().any(|bytes| bytes > 0);
+    let mut zones = memory.zones.iter().flatten();
     [
         asked(
-            "memory.zones",
-            memory.zones.as_ref().is_some_and(|zones| !zones.is_empty()),
+            "memory.zones.hotplug_size",
+            zones.any(|zone| wanted([zone.hotplug_size, zone.hotplugged_size])),
         ),
         asked(
             "memory.hotplug_size",
-            hotplug.into_iter().flatten().any(|bytes| bytes > 0),
+            wanted([memory.hotplug_size, memory.hotplugged_size]),
         ),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+fn numa(node: &NumaConfig) -> Vec<String> {
+    let segments = node.pci_segments.as_deref().unwrap_or_default();
+    [
+        asked(
+            "numa.pci_segments other than 0",
+            segments.iter().any(|segment| *segment != 0),
+        ),
+        asked("numa.device_id", node.device_id.is_some()),
     ]
     .into_iter()
     .flatten()

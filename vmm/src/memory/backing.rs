@@ -5,6 +5,7 @@
 //! | default | private anonymous, not reserved |
 //! | `shared` | shared memfd |
 //! | `hugepages` | shared hugetlb memfd |
+//! | `file` | see [`super::file`] |
 #![allow(unsafe_code)]
 // UNSAFETY: memfd_create, madvise and the mapping that keeps an address range occupied
 // have no safe wrapper.
@@ -12,126 +13,228 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::ptr;
+use std::sync::Arc;
 
-use ::api::config::MemoryConfig;
-use vm_memory::mmap::MmapRegionBuilder;
+use ::api::config::MemoryZoneConfig;
+use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, MmapRegion};
 
-use super::MemoryError;
+use super::error::ZoneError;
+use super::file::{ZoneFile, huge_page_bytes_of};
 use super::layout::{MIB, PAGE_BYTES};
+use super::numa_policy;
 
 /// Transparent huge pages on x86-64. Guest and host addresses must agree modulo
 /// this, or KVM can map no range of the guest with a huge page.
 const THP_BYTES: usize = (2 * MIB) as usize;
 
-/// How the range of one region is backed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How one zone is backed.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Backing {
     kind: Kind,
+    host_numa_node: Option<u32>,
     reserve: bool,
     prefault: bool,
     mergeable: bool,
     transparent_huge_pages: bool,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 enum Kind {
     PrivateAnonymous,
     SharedMemfd,
     /// Page size in bytes; `None` for the host's default.
     HugetlbMemfd(Option<u64>),
+    File(ZoneFile),
+}
+
+/// Where the pages of a zone come from, opened and checked.
+#[derive(Debug)]
+pub(super) struct Source {
+    /// `None` for private anonymous memory.
+    pub(super) file: Option<Arc<File>>,
+    /// Mapped shared; else private.
+    pub(super) shared: bool,
+    /// Size of the pages.
+    pub(super) page_bytes: u64,
+    /// What it is, as figures name it.
+    pub(super) name: &'static str,
+}
+
+impl Source {
+    pub(super) fn anonymous() -> Self {
+        Self {
+            file: None,
+            shared: false,
+            page_bytes: PAGE_BYTES,
+            name: "anonymous-private",
+        }
+    }
+
+    /// `file`, of which `huge_page_bytes` is the size of its huge pages if it has any.
+    pub(super) fn file(file: File, shared: bool, huge_page_bytes: Option<u64>) -> Self {
+        Self {
+            file: Some(Arc::new(file)),
+            shared,
+            page_bytes: huge_page_bytes.unwrap_or(PAGE_BYTES),
+            name: match (huge_page_bytes, shared) {
+                (Some(_), true) => "hugetlb-shared",
+                (Some(_), false) => "hugetlb-private",
+                (None, true) => "file-shared",
+                (None, false) => "file-private",
+            },
+        }
+    }
+
+    fn is_hugetlb(&self) -> bool {
+        self.page_bytes > PAGE_BYTES
+    }
+
+    /// Whether the two have a file in common that one of them writes to.
+    pub(super) fn conflicts(&self, other: &Self) -> bool {
+        let file = |source: &Self| source.file.as_ref().and_then(|file| file.metadata().ok());
+        let (Some(first), Some(second)) = (file(self), file(other)) else {
+            return false;
+        };
+        (first.dev(), first.ino()) == (second.dev(), second.ino()) && (self.shared || other.shared)
+    }
 }
 
 impl Backing {
-    /// Reads the backing from the configuration.
-    pub(super) fn new(config: &MemoryConfig) -> Result<Self, MemoryError> {
-        let kind = match (config.hugepages, config.shared, config.hugepage_size) {
-            (true, _, Some(bytes)) if !bytes.is_power_of_two() || bytes <= PAGE_BYTES => {
-                return Err(MemoryError::HugepageSize { bytes });
-            }
-            (true, _, size) => Kind::HugetlbMemfd(size),
-            (false, _, Some(_)) => return Err(MemoryError::HugepageSizeWithoutHugepages),
-            (false, true, None) => Kind::SharedMemfd,
-            (false, false, None) => Kind::PrivateAnonymous,
+    /// Reads the backing from the configuration, and looks at nothing else. `thp`: whether RAM
+    /// shall have transparent huge pages.
+    pub(super) fn new(zone: &MemoryZoneConfig, thp: bool) -> Self {
+        let kind = match (&zone.file, zone.hugepages, zone.shared) {
+            (Some(path), _, _) => Kind::File(ZoneFile {
+                path: path.clone(),
+                shared: zone.shared,
+                huge_pages: zone.hugepages,
+                huge_page_bytes: zone.hugepage_size,
+            }),
+            (None, true, _) => Kind::HugetlbMemfd(zone.hugepage_size),
+            (None, false, true) => Kind::SharedMemfd,
+            (None, false, false) => Kind::PrivateAnonymous,
         };
-        Ok(Self {
+        Self {
             kind,
-            reserve: config.reserve,
-            prefault: config.prefault,
-            mergeable: config.mergeable,
-            // Huge pages from the pool are huge already.
-            transparent_huge_pages: config.thp && !config.hugepages,
-        })
+            host_numa_node: zone.host_numa_node,
+            reserve: zone.reserve,
+            prefault: zone.prefault,
+            mergeable: zone.mergeable,
+            transparent_huge_pages: thp,
+        }
     }
 
     /// The page size that sizes must be multiples of, where it is known before anything is made.
-    pub(super) fn page_bytes(self) -> u64 {
-        match self.kind {
-            Kind::HugetlbMemfd(Some(bytes)) => bytes,
+    pub(super) fn page_bytes(&self) -> u64 {
+        match &self.kind {
+            Kind::HugetlbMemfd(bytes) => bytes.unwrap_or(2 * MIB),
             _ => PAGE_BYTES,
         }
     }
 
-    /// Makes a mapping of `bytes` and gives it its advice.
-    pub(super) fn map(self, bytes: u64) -> Result<MmapRegion<()>, MemoryError> {
-        let size = usize::try_from(bytes).map_err(|_| MemoryError::SizeOverflow)?;
-        let file = match self.kind {
-            Kind::PrivateAnonymous => None,
-            Kind::SharedMemfd => Some(memfd(bytes, 0)?),
-            Kind::HugetlbMemfd(page_bytes) => Some(memfd(bytes, hugetlb_flags(page_bytes))?),
-        };
-        let build = || self.build(file.as_ref(), size);
-        let region = if self.transparent_huge_pages && size >= THP_BYTES {
+    /// Opens or makes what holds `bytes` of pages.
+    pub(super) fn open(&self, bytes: u64) -> Result<Source, ZoneError> {
+        match &self.kind {
+            Kind::PrivateAnonymous => Ok(Source::anonymous()),
+            Kind::SharedMemfd => Source::memfd(bytes, 0),
+            Kind::HugetlbMemfd(page_bytes) => Source::memfd(bytes, hugetlb_flags(*page_bytes)),
+            Kind::File(file) => file.open(bytes),
+        }
+    }
+
+    /// Makes a mapping of `bytes` from `offset` on and gives it its advice.
+    pub(super) fn map(
+        &self,
+        source: &Source,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<MmapRegion<()>, ZoneError> {
+        let page_bytes = source.page_bytes;
+        if !bytes.is_multiple_of(page_bytes) || !offset.is_multiple_of(page_bytes) {
+            return Err(ZoneError::NotPageMultiple { bytes, page_bytes });
+        }
+        let size = usize::try_from(bytes).map_err(|_| ZoneError::TooLarge { bytes })?;
+        let build = || self.build(source, offset, size);
+        let region = if self.wants_transparent_huge_pages(source) && size >= THP_BYTES {
             map_aligned(size, build)
         } else {
             build()
-        }
-        .map_err(|source| MemoryError::Map { bytes, source })?;
-        self.advise(&region, bytes)?;
+        };
+        let region = region.map_err(|error| match error {
+            MmapRegionError::Mmap(error)
+                if source.is_hugetlb() && error.raw_os_error() == Some(libc::ENOMEM) =>
+            {
+                ZoneError::TooFewHugePages { bytes, page_bytes }
+            }
+            source => ZoneError::Map { bytes, source },
+        })?;
+        self.advise(source, &region, bytes)?;
         Ok(region)
     }
 
+    /// Huge pages from the pool are huge already.
+    fn wants_transparent_huge_pages(&self, source: &Source) -> bool {
+        self.transparent_huge_pages && !source.is_hugetlb()
+    }
+
     fn build(
-        self,
-        file: Option<&FileOffset>,
+        &self,
+        source: &Source,
+        offset: u64,
         size: usize,
-    ) -> Result<MmapRegion<()>, vm_memory::mmap::MmapRegionError> {
-        let sharing = match file {
-            Some(_) => libc::MAP_SHARED,
-            None => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+    ) -> Result<MmapRegion<()>, MmapRegionError> {
+        let sharing = match (&source.file, source.shared) {
+            (Some(_), true) => libc::MAP_SHARED,
+            (Some(_), false) => libc::MAP_PRIVATE,
+            (None, _) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
         };
         // Huge pages come from a pool that does not grow: without a reservation a pool too
         // small would kill the VMM in the middle of the guest's work.
-        let reserved = self.reserve || matches!(self.kind, Kind::HugetlbMemfd(_));
+        let reserved = self.reserve || source.is_hugetlb();
         let reserving = if reserved { 0 } else { libc::MAP_NORESERVE };
         let mut builder = MmapRegionBuilder::new(size)
             .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
             .with_mmap_flags(sharing | reserving)
-            .with_hugetlbfs(matches!(self.kind, Kind::HugetlbMemfd(_)));
-        if let Some(file) = file {
-            builder = builder.with_file_offset(file.clone());
+            .with_hugetlbfs(source.is_hugetlb());
+        if let Some(file) = &source.file {
+            builder = builder.with_file_offset(FileOffset::from_arc(Arc::clone(file), offset));
         }
         builder.build()
     }
 
-    fn advise(self, region: &MmapRegion<()>, bytes: u64) -> Result<(), MemoryError> {
+    fn advise(
+        &self,
+        source: &Source,
+        region: &MmapRegion<()>,
+        bytes: u64,
+    ) -> Result<(), ZoneError> {
+        // Before the first page is there, so that none has to move.
+        if let Some(node) = self.host_numa_node {
+            numa_policy::bind(region, node)
+                .map_err(|source| ZoneError::HostNumaNode { node, source })?;
+        }
         // A core dump of the VMM must not carry the guest's secrets, nor its size.
         madvise(region, libc::MADV_DONTDUMP, "madvise(MADV_DONTDUMP)", bytes)?;
-        if self.transparent_huge_pages
-            && let Err(error) =
-                madvise(region, libc::MADV_HUGEPAGE, "madvise(MADV_HUGEPAGE)", bytes)
-        {
-            // A host kernel without transparent huge pages runs the guest all the same.
-            log::warn!("Guest RAM without transparent huge pages: {error}");
-        }
-        if self.mergeable {
-            madvise(
-                region,
+        let wishes = [
+            (
+                self.wants_transparent_huge_pages(source),
+                libc::MADV_HUGEPAGE,
+                "madvise(MADV_HUGEPAGE)",
+            ),
+            (
+                self.mergeable,
                 libc::MADV_MERGEABLE,
                 "madvise(MADV_MERGEABLE)",
-                bytes,
-            )?;
+            ),
+        ];
+        for (wanted, advice, operation) in wishes {
+            if wanted && let Err(error) = madvise(region, advice, operation, bytes) {
+                // A host kernel built without runs the guest all the same, as upstream does.
+                log::warn!("{}", ::api::error_chain(&error).join(": "));
+            }
         }
         if self.prefault {
             madvise(
@@ -151,24 +254,41 @@ fn hugetlb_flags(page_bytes: Option<u64>) -> libc::c_uint {
     libc::MFD_HUGETLB | size_flag
 }
 
-/// An anonymous file of `bytes` in memory, seen as `memfd:ch_ram` in the process's map.
-fn memfd(bytes: u64, flags: libc::c_uint) -> Result<FileOffset, MemoryError> {
-    let host = |operation| {
-        move |source| MemoryError::Host {
-            operation,
-            bytes,
-            source,
+/// Name of our memory files, seen as `memfd:ch_ram` in the process's map.
+const MEMFD_NAME: &std::ffi::CStr = c"ch_ram";
+
+impl Source {
+    /// An anonymous file of `bytes` in memory.
+    fn memfd(bytes: u64, flags: libc::c_uint) -> Result<Self, ZoneError> {
+        let host = |operation| {
+            move |source| ZoneError::Host {
+                operation,
+                bytes,
+                source,
+            }
+        };
+        // SAFETY: the name is a zero-terminated constant; the result is checked below.
+        let fd = unsafe { libc::memfd_create(MEMFD_NAME.as_ptr(), libc::MFD_CLOEXEC | flags) };
+        if fd < 0 {
+            return Err(host("memfd_create")(io::Error::last_os_error()));
         }
-    };
-    // SAFETY: the name is a zero-terminated constant; the result is checked below.
-    let fd = unsafe { libc::memfd_create(c"ch_ram".as_ptr(), libc::MFD_CLOEXEC | flags) };
-    if fd < 0 {
-        return Err(host("memfd_create")(io::Error::last_os_error()));
+        // SAFETY: the descriptor is open and belongs to nobody else.
+        let file = unsafe { File::from_raw_fd(fd) };
+        let huge_page_bytes = huge_page_bytes_of(&file);
+        let page_bytes = huge_page_bytes.unwrap_or(PAGE_BYTES);
+        if !bytes.is_multiple_of(page_bytes) {
+            return Err(ZoneError::NotPageMultiple { bytes, page_bytes });
+        }
+        file.set_len(bytes).map_err(host("ftruncate"))?;
+        let source = Self::file(file, true, huge_page_bytes);
+        Ok(match huge_page_bytes {
+            Some(_) => source,
+            None => Self {
+                name: "memfd-shared",
+                ..source
+            },
+        })
     }
-    // SAFETY: the descriptor is open and belongs to nobody else.
-    let file = unsafe { File::from_raw_fd(fd) };
-    file.set_len(bytes).map_err(host("ftruncate"))?;
-    Ok(FileOffset::new(file, 0))
 }
 
 /// Maps so that the host address is a multiple of [`THP_BYTES`], as newer kernels do by themselves.
@@ -247,14 +367,14 @@ fn madvise(
     advice: libc::c_int,
     operation: &'static str,
     bytes: u64,
-) -> Result<(), MemoryError> {
+) -> Result<(), ZoneError> {
     // SAFETY: the range is exactly one mapping, alive through the borrow. None of the advice given
     // here discards content.
     let result = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
     if result == 0 {
         return Ok(());
     }
-    Err(MemoryError::Host {
+    Err(ZoneError::Host {
         operation,
         bytes,
         source: io::Error::last_os_error(),
@@ -265,13 +385,19 @@ fn madvise(
 mod tests {
     use super::*;
 
-    fn config() -> MemoryConfig {
-        MemoryConfig::default()
+    fn zone() -> MemoryZoneConfig {
+        MemoryZoneConfig::default()
+    }
+
+    fn map(zone: &MemoryZoneConfig, thp: bool, bytes: u64) -> MmapRegion<()> {
+        let backing = Backing::new(zone, thp);
+        let source = backing.open(bytes).unwrap();
+        backing.map(&source, 0, bytes).unwrap()
     }
 
     #[test]
     fn map_default_is_private_unreserved_and_huge_page_aligned() {
-        let region = Backing::new(&config()).unwrap().map(64 * MIB).unwrap();
+        let region = map(&zone(), true, 64 * MIB);
         assert!(region.file_offset().is_none());
         assert_eq!(
             region.flags() & (libc::MAP_PRIVATE | libc::MAP_NORESERVE),
@@ -284,10 +410,9 @@ mod tests {
     fn map_aligned_moves_an_unaligned_mapping() {
         // An odd number of pages makes the kernel choose odd addresses.
         let size = THP_BYTES * 3 + 5 * PAGE_BYTES as usize;
-        let backing = Backing::new(&config()).unwrap();
-        let regions: Vec<_> = (0..4)
-            .map(|_| map_aligned(size, || backing.build(None, size)).unwrap())
-            .collect();
+        let backing = Backing::new(&zone(), true);
+        let build = || backing.build(&Source::anonymous(), 0, size);
+        let regions: Vec<_> = (0..4).map(|_| map_aligned(size, build).unwrap()).collect();
         for region in &regions {
             assert_eq!(region.as_ptr() as usize % THP_BYTES, 0);
         }
@@ -295,12 +420,12 @@ mod tests {
 
     #[test]
     fn map_shared_is_a_memfd_of_that_size() {
-        let config = MemoryConfig {
+        let zone = MemoryZoneConfig {
             shared: true,
             reserve: true,
-            ..config()
+            ..zone()
         };
-        let region = Backing::new(&config).unwrap().map(4 * MIB).unwrap();
+        let region = map(&zone, true, 4 * MIB);
         let file = region.file_offset().unwrap();
         assert_eq!(file.start(), 0);
         assert_eq!(file.file().metadata().unwrap().len(), 4 * MIB);
@@ -313,16 +438,12 @@ mod tests {
 
     #[test]
     fn map_prefault_is_resident() {
-        let config = MemoryConfig {
+        let zone = MemoryZoneConfig {
             prefault: true,
-            thp: false,
-            ..config()
+            ..zone()
         };
         let pages = 512;
-        let region = Backing::new(&config)
-            .unwrap()
-            .map(pages * PAGE_BYTES)
-            .unwrap();
+        let region = map(&zone, false, pages * PAGE_BYTES);
         let mut resident = vec![0u8; pages as usize];
         // SAFETY: one byte a page of a mapping that is alive.
         let result = unsafe {
@@ -337,26 +458,35 @@ mod tests {
     }
 
     #[test]
-    fn backing_odd_huge_page_size_is_refused() {
-        for bytes in [0, 4096, 3 * MIB] {
-            let config = MemoryConfig {
-                hugepages: true,
-                hugepage_size: Some(bytes),
-                ..config()
-            };
-            assert!(matches!(
-                Backing::new(&config),
-                Err(MemoryError::HugepageSize { .. })
-            ));
-        }
-        let config = MemoryConfig {
-            hugepage_size: Some(2 * MIB),
-            ..config()
+    fn map_on_a_node_that_is_not_there_is_an_error() {
+        let zone = MemoryZoneConfig {
+            host_numa_node: Some(super::super::HOST_NUMA_NODE_MAX),
+            ..zone()
         };
-        assert!(matches!(
-            Backing::new(&config),
-            Err(MemoryError::HugepageSizeWithoutHugepages)
-        ));
+        let backing = Backing::new(&zone, false);
+        let mapped = backing.map(&Source::anonymous(), 0, MIB);
+        assert!(matches!(mapped, Err(ZoneError::HostNumaNode { .. })));
+    }
+
+    #[test]
+    fn map_of_more_huge_pages_than_there_are_says_so() {
+        let zone = MemoryZoneConfig {
+            hugepages: true,
+            hugepage_size: Some(2 * MIB),
+            ..zone()
+        };
+        let backing = Backing::new(&zone, false);
+        // A TiB: no host that runs tests sets that aside.
+        let bytes = 1 << 40;
+        let Ok(source) = backing.open(bytes) else {
+            println!("skipped: this kernel has no huge pages of 2 MiB");
+            return;
+        };
+        let mapped = backing.map(&source, 0, bytes);
+        assert!(
+            matches!(mapped, Err(ZoneError::TooFewHugePages { .. })),
+            "{mapped:?}"
+        );
     }
 
     #[test]

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 // UNSAFETY: memory slots hand address ranges of this process to the kernel.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use ::api::config::MemoryConfig;
@@ -12,15 +13,30 @@ use vm_memory::{
     GuestRegionMmap,
 };
 
-use super::backing::Backing;
+use super::backing::{Backing, Source};
 use super::layout::AddressMap;
-use super::{E820Entry, MemoryError, e820_map};
+use super::zones::{Zone, place, zones_of};
+use super::{E820Entry, MemoryError, ZoneError, e820_map};
 
 /// The RAM of one machine and the map it lies in.
 #[derive(Debug, Clone)]
 pub struct GuestMemory {
     ram: GuestRam,
     map: AddressMap,
+    zones: Vec<Zone>,
+}
+
+/// What a configuration comes to before anything is made.
+struct Plan {
+    map: AddressMap,
+    zones: Vec<ZonePlan>,
+}
+
+struct ZonePlan {
+    id: String,
+    backing: Backing,
+    bytes: u64,
+    ranges: Vec<Range<u64>>,
 }
 
 impl GuestMemory {
@@ -30,21 +46,32 @@ impl GuestMemory {
     /// # Errors
     /// A size that cannot be, found before anything is made; or the host has not got the memory.
     pub fn new(config: &MemoryConfig, phys_bits: u8) -> Result<Self, MemoryError> {
-        let (map, backing) = Self::plan(config, phys_bits)?;
-        let regions = map
-            .ram
-            .iter()
-            .map(|range| {
-                let mapping = backing.map(range.end - range.start)?;
-                GuestRegionMmap::new(mapping, GuestAddress(range.start))
-                    .ok_or(MemoryError::SizeOverflow)
-            })
-            .collect::<Result<Vec<_>, _>>()?;
+        let Plan { map, zones } = Self::plan(config, phys_bits)?;
+        let sources = open(&zones)?;
+        let mut regions = Vec::new();
+        let mut made = Vec::new();
+        for (plan, source) in zones.into_iter().zip(&sources) {
+            let mut offset = 0;
+            for range in &plan.ranges {
+                let bytes = range.end - range.start;
+                let mapping = plan.backing.map(source, offset, bytes);
+                let mapping = mapping.map_err(|source| plan.error(source))?;
+                let region = GuestRegionMmap::new(mapping, GuestAddress(range.start));
+                regions.push(region.ok_or(MemoryError::SizeOverflow)?);
+                offset += bytes;
+            }
+            made.push(Zone {
+                id: plan.id,
+                ranges: plan.ranges,
+                backing: source.name,
+            });
+        }
         let mmap = GuestMemoryMmap::from_regions(regions)
             .expect("the address map has at least one range, in order and without overlap");
         Ok(Self {
             ram: GuestRam::new(mmap),
             map,
+            zones: made,
         })
     }
 
@@ -56,31 +83,38 @@ impl GuestMemory {
         Self::plan(config, phys_bits).map(|_plan| ())
     }
 
-    fn plan(config: &MemoryConfig, phys_bits: u8) -> Result<(AddressMap, Backing), MemoryError> {
-        let unsupported = [
-            (config.zones.iter().flatten().next().is_some(), "zones"),
-            (
-                config.hotplug_size.is_some_and(|bytes| bytes > 0),
-                "hotplug",
-            ),
-            (
-                config.hotplugged_size.is_some_and(|bytes| bytes > 0),
-                "hotplug",
-            ),
-        ];
-        if let Some((_, what)) = unsupported.into_iter().find(|(asked, _)| *asked) {
-            return Err(MemoryError::NotSupported { what });
-        }
-        let backing = Backing::new(config)?;
-        let map = AddressMap::new(config.size, phys_bits)?;
-        let page_bytes = backing.page_bytes();
-        if !config.size.is_multiple_of(page_bytes) {
-            return Err(MemoryError::NotPageMultiple {
-                bytes: config.size,
-                page_bytes,
+    fn plan(config: &MemoryConfig, phys_bits: u8) -> Result<Plan, MemoryError> {
+        let zones = zones_of(config);
+        let sizes: Vec<_> = zones.iter().map(|zone| zone.size).collect();
+        let bytes = sizes
+            .iter()
+            .try_fold(0_u64, |sum, bytes| sum.checked_add(*bytes))
+            .ok_or(MemoryError::SizeOverflow)?;
+        let map = AddressMap::new(bytes, phys_bits)?;
+        let ranges = place(&sizes, &map.ram);
+        let mut plans = Vec::new();
+        for (zone, ranges) in zones.into_iter().zip(ranges) {
+            let backing = Backing::new(&zone, config.thp);
+            let page_bytes = backing.page_bytes();
+            if !zone.size.is_multiple_of(page_bytes) {
+                return Err(MemoryError::NotPageMultiple {
+                    bytes: zone.size,
+                    page_bytes,
+                });
+            }
+            plans.push(ZonePlan {
+                id: zone.id,
+                backing,
+                bytes: zone.size,
+                ranges,
             });
         }
-        Ok((map, backing))
+        Ok(Plan { map, zones: plans })
+    }
+
+    /// The zones RAM is made of, in the order of their addresses.
+    pub fn zones(&self) -> &[Zone] {
+        &self.zones
     }
 
     /// RAM as devices and loaders use it.
@@ -130,6 +164,32 @@ impl GuestMemory {
     }
 }
 
+impl ZonePlan {
+    fn error(&self, source: ZoneError) -> MemoryError {
+        MemoryError::Zone {
+            id: self.id.clone(),
+            source,
+        }
+    }
+}
+
+/// Opens what every zone is made of, and makes sure that no two share it.
+fn open(zones: &[ZonePlan]) -> Result<Vec<Source>, MemoryError> {
+    let mut sources: Vec<Source> = Vec::new();
+    for zone in zones {
+        let source = zone.backing.open(zone.bytes);
+        let source = source.map_err(|source| zone.error(source))?;
+        if let Some(other) = sources.iter().position(|other| source.conflicts(other)) {
+            return Err(MemoryError::FileOfTwoZones {
+                first: zones[other].id.clone(),
+                second: zone.id.clone(),
+            });
+        }
+        sources.push(source);
+    }
+    Ok(sources)
+}
+
 /// The memory slots of a machine's RAM. Keeps the RAM mapped, and takes it away from KVM on drop,
 /// so the guest cannot reach memory that has become something else.
 #[derive(Debug)]
@@ -157,6 +217,10 @@ impl Drop for RamSlots {
 mod tests {
     use super::*;
     use crate::memory::layout::{GIB, MIB};
+    use ::api::config::MemoryZoneConfig;
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+    use std::path::Path;
     use vm_memory::Bytes;
 
     fn config(bytes: u64) -> MemoryConfig {
@@ -188,15 +252,93 @@ mod tests {
         ));
     }
 
+    fn zone(id: &str, bytes: u64, file: Option<&Path>, shared: bool) -> MemoryZoneConfig {
+        MemoryZoneConfig {
+            id: id.to_owned(),
+            size: bytes,
+            file: file.map(Path::to_owned),
+            shared,
+            ..MemoryZoneConfig::default()
+        }
+    }
+
+    fn zoned(zones: Vec<MemoryZoneConfig>) -> MemoryConfig {
+        MemoryConfig {
+            zones: Some(zones),
+            ..config(0)
+        }
+    }
+
     #[test]
-    fn ram_of_unsupported_kind_is_refused() {
-        let config = MemoryConfig {
-            hotplug_size: Some(GIB),
-            ..config(GIB)
+    fn ram_of_zones_is_one_span_that_ends_in_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ram");
+        let file = File::create_new(&path).unwrap();
+        file.set_len(4 * GIB).unwrap();
+        let config = zoned(vec![
+            zone("a", GIB, None, false),
+            zone("b", 3 * GIB, Some(&path), true),
+        ]);
+        let memory = GuestMemory::new(&config, 46).unwrap();
+        let zones: Vec<_> = memory
+            .zones()
+            .iter()
+            .map(|zone| (zone.id.as_str(), zone.bytes(), zone.backing))
+            .collect();
+        assert_eq!(
+            zones,
+            [
+                ("a", GIB, "anonymous-private"),
+                ("b", 3 * GIB, "file-shared")
+            ]
+        );
+        let ram = memory.ram().memory();
+        assert_eq!(ram.num_regions(), 3);
+        // Across the border of two zones, and behind the hole, where the file goes on.
+        let across = GuestAddress(GIB - 2);
+        ram.write_slice(b"abcd", across).unwrap();
+        ram.write_slice(b"high", GuestAddress(4 * GIB)).unwrap();
+        let file = File::open(&path).unwrap();
+        let mut found = [0; 4];
+        file.read_exact_at(&mut found, 2 * GIB).unwrap();
+        assert_eq!(&found, b"high");
+        file.read_exact_at(&mut found[..2], 0).unwrap();
+        assert_eq!(&found[..2], b"cd");
+        let mut back = [0; 4];
+        ram.read_slice(&mut back, across).unwrap();
+        assert_eq!(&back, b"abcd");
+    }
+
+    #[test]
+    fn ram_of_two_zones_in_one_file_is_refused_unless_both_are_private() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("ram");
+        File::create_new(&path).unwrap().set_len(4 * MIB).unwrap();
+        let memory = |first, second| {
+            GuestMemory::new(
+                &zoned(vec![
+                    zone("a", 4 * MIB, Some(&path), first),
+                    zone("b", 4 * MIB, Some(&path), second),
+                ]),
+                46,
+            )
         };
+        memory(false, false).unwrap();
+        for (first, second) in [(true, true), (false, true), (true, false)] {
+            let refused = memory(first, second).unwrap_err();
+            assert!(refused.is_of_configuration(), "{refused}");
+        }
+    }
+
+    #[test]
+    fn ram_of_a_zone_that_cannot_be_made_names_it() {
+        let config = zoned(vec![
+            zone("a", 4 * MIB, None, false),
+            zone("b", 4 * MIB, Some(Path::new("/no/such/file")), false),
+        ]);
         assert!(matches!(
-            GuestMemory::validate(&config, 46),
-            Err(MemoryError::NotSupported { what: "hotplug" })
+            GuestMemory::new(&config, 46),
+            Err(MemoryError::Zone { id, source: ZoneError::Open { .. } }) if id == "b"
         ));
     }
 
@@ -205,7 +347,10 @@ mod tests {
         // A process has 47 bits of address, all of which the guest would fill.
         assert!(matches!(
             GuestMemory::new(&config(1 << 47), 52),
-            Err(MemoryError::Map { .. })
+            Err(MemoryError::Zone {
+                source: ZoneError::Map { .. },
+                ..
+            })
         ));
     }
 

@@ -73,7 +73,7 @@ pub(super) fn build(config: &mut VmConfig, context: &VmContext) -> Result<Vm, Vm
 
     let residency = ResidencyProbe::new(memory.ram().clone()).map_err(VmError::Residency)?;
     let observed = Observed {
-        backing: backing_name(config),
+        backing: backing_name(&memory),
         residency,
         balloon: balloon.clone(),
         counters,
@@ -208,11 +208,12 @@ fn guest_events(signals: &Arc<VmSignals>) -> Arc<dyn Fn(GuestEvent) + Send + Syn
 }
 
 /// What guest RAM is made of, for `vm.reclaim-stats`.
-fn backing_name(config: &VmConfig) -> &'static str {
-    match (config.memory.hugepages, config.memory.shared) {
-        // A memfd, whatever `shared` says.
-        (true, _) => "hugetlb-shared",
-        (false, true) => "memfd-shared",
-        (false, false) => "anonymous-private",
+fn backing_name(memory: &GuestMemory) -> &'static str {
+    let mut names = memory.zones().iter().map(|zone| zone.backing);
+    let first = names.next().expect("there is always a zone");
+    if names.all(|name| name == first) {
+        first
+    } else {
+        "mixed"
     }
 }

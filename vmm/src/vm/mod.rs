@@ -17,7 +17,7 @@ mod reclaim_report;
 use std::fmt;
 use std::sync::Arc;
 
-use api::config::{ConsoleOutputMode, PayloadConfig, PlatformConfig};
+use api::config::{ConsoleOutputMode, NumaConfig, PayloadConfig, PlatformConfig};
 use api::{HintingAction, VmConfig};
 use virtio_devices::balloon::BalloonHandle;
 use virtio_devices::pci::PciFunction;
@@ -31,7 +31,7 @@ pub use error::VmError;
 use observer::OwnObserver;
 pub use observer::{BalloonStatsError, VmObserver};
 
-use crate::acpi::{self, AcpiParams, VcpuEntry};
+use crate::acpi::{self, AcpiParams, NumaNode, VcpuEntry};
 use crate::boot::Payload;
 use crate::cpu::Vcpus;
 use crate::memory::layout::{MEM_32BIT_DEVICES_BYTES, MEM_32BIT_DEVICES_START};
@@ -118,6 +118,7 @@ struct Launch {
     max_vcpus: u32,
     boot_vcpus: u32,
     has_serial: bool,
+    numa: Vec<NumaConfig>,
 }
 
 impl Launch {
@@ -128,6 +129,7 @@ impl Launch {
             max_vcpus: config.cpus.max_vcpus,
             boot_vcpus: config.cpus.boot_vcpus,
             has_serial: config.serial.mode != ConsoleOutputMode::Off,
+            numa: config.numa.clone().unwrap_or_default(),
         }
     }
 }
@@ -176,7 +178,34 @@ impl Vm {
             pci_mmio64: self.memory.map().devices_64bit.clone(),
             ged_address: self.chassis.ged_address,
             has_serial: self.launch.has_serial,
+            numa: self.numa_nodes(),
         }
+    }
+
+    fn numa_nodes(&self) -> Vec<NumaNode> {
+        let topology = self.vcpus.topology();
+        let nodes = self.launch.numa.iter().map(|node| {
+            let names = node.memory_zones.as_deref().unwrap_or_default();
+            let zones = self.memory.zones().iter();
+            let distances = node.distances.iter().flatten();
+            NumaNode {
+                domain: node.guest_numa_id,
+                apic_ids: node
+                    .cpus
+                    .iter()
+                    .flatten()
+                    .map(|vcpu| topology.apic_id(*vcpu))
+                    .collect(),
+                ram: zones
+                    .filter(|zone| names.contains(&zone.id))
+                    .flat_map(|zone| zone.ranges.clone())
+                    .collect(),
+                distances: distances
+                    .map(|distance| (distance.destination, distance.distance))
+                    .collect(),
+            }
+        });
+        nodes.collect()
     }
 
     /// Stops vCPUs and device workers; returns when guest memory stands still.

@@ -1,0 +1,94 @@
+//! SRAT and SLIT: which vCPUs and which RAM belong together, and how far apart they are
+//! (ACPI 6.5 §5.2.16, §5.2.17). Only for a machine that has NUMA nodes.
+
+use std::ops::Range;
+
+use acpi_tables::sdt::Sdt;
+
+use super::fixed::HEADER_BYTES;
+use super::{OEM_ID, OEM_REVISION};
+
+/// A node's distance to itself; every other is more.
+pub const LOCAL_DISTANCE: u8 = 10;
+/// Between nodes of which nothing is known, as ACPI suggests.
+const REMOTE_DISTANCE: u8 = 20;
+/// The table of distances has a byte for each pair: 64 KiB, for which there is room below SMBIOS.
+pub const PROXIMITY_DOMAIN_MAX: u32 = 255;
+
+/// One NUMA node as the guest is told of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NumaNode {
+    /// Its proximity domain, at most [`PROXIMITY_DOMAIN_MAX`].
+    pub domain: u32,
+    /// Local APIC ids of its vCPUs.
+    pub apic_ids: Vec<u32>,
+    /// Its RAM.
+    pub ram: Vec<Range<u64>>,
+    /// Distances to other domains, where they are known.
+    pub distances: Vec<(u32, u8)>,
+}
+
+const SRAT_REVISION: u8 = 3;
+const SRAT_MEMORY: u8 = 1;
+const SRAT_X2APIC: u8 = 2;
+const SRAT_ENABLED: u32 = 1 << 0;
+
+/// System resource affinity table.
+pub(super) fn srat(nodes: &[NumaNode]) -> Vec<u8> {
+    // A field that must be one, and a reserved one.
+    let mut entries = Vec::from(1_u32.to_le_bytes());
+    entries.extend([0; 8]);
+    for node in nodes {
+        for apic_id in &node.apic_ids {
+            entries.extend([SRAT_X2APIC, 24, 0, 0]);
+            entries.extend(node.domain.to_le_bytes());
+            entries.extend(apic_id.to_le_bytes());
+            entries.extend(SRAT_ENABLED.to_le_bytes());
+            // Clock domain, reserved.
+            entries.extend([0; 8]);
+        }
+        for range in &node.ram {
+            entries.extend([SRAT_MEMORY, 40]);
+            entries.extend(node.domain.to_le_bytes());
+            entries.extend([0; 2]);
+            entries.extend(range.start.to_le_bytes());
+            entries.extend((range.end - range.start).to_le_bytes());
+            entries.extend([0; 4]);
+            entries.extend(SRAT_ENABLED.to_le_bytes());
+            entries.extend([0; 8]);
+        }
+    }
+    table(*b"SRAT", SRAT_REVISION, *b"CHSRAT  ", &entries)
+}
+
+const SLIT_REVISION: u8 = 1;
+
+/// System locality information table: the distance from each domain to each. One that is known in
+/// one direction only holds for both.
+pub(super) fn slit(nodes: &[NumaNode]) -> Vec<u8> {
+    let domains = nodes.iter().map(|node| node.domain + 1).max().unwrap_or(0);
+    let known = |from: u32, to: u32| {
+        let node = nodes.iter().find(|node| node.domain == from)?;
+        let distance = node.distances.iter().find(|(domain, _)| *domain == to)?;
+        Some(distance.1)
+    };
+    let mut entries = Vec::from(u64::from(domains).to_le_bytes());
+    for from in 0..domains {
+        for to in 0..domains {
+            entries.push(if from == to {
+                LOCAL_DISTANCE
+            } else {
+                known(from, to)
+                    .or_else(|| known(to, from))
+                    .unwrap_or(REMOTE_DISTANCE)
+            });
+        }
+    }
+    table(*b"SLIT", SLIT_REVISION, *b"CHSLIT  ", &entries)
+}
+
+fn table(signature: [u8; 4], revision: u8, id: [u8; 8], entries: &[u8]) -> Vec<u8> {
+    let mut table = Sdt::new(signature, HEADER_BYTES, revision, OEM_ID, id, OEM_REVISION);
+    table.append_slice(entries);
+    table.as_slice().to_vec()
+}
