@@ -63,6 +63,29 @@ fn address_of(socket: &Path) -> io::Result<libc::sockaddr_un> {
     Ok(address)
 }
 
+/// The process that listens at the other end, as the kernel noted it when the socket was bound: its id in this
+/// process's pid namespace.
+pub(super) fn peer_pid(stream: &UnixStream) -> io::Result<i32> {
+    // SAFETY: `ucred` is plain data for which all zeroes is a valid value.
+    let mut credentials: libc::ucred = unsafe { mem::zeroed() };
+    let mut length = mem::size_of::<libc::ucred>() as libc::socklen_t;
+    // SAFETY: both pointers are to locals that live through the call, and `length` is the size of the first.
+    let result = unsafe {
+        libc::getsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERCRED,
+            (&raw mut credentials).cast(),
+            &raw mut length,
+        )
+    };
+    if result == 0 {
+        Ok(credentials.pid)
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 fn new_socket() -> io::Result<UnixStream> {
     // SAFETY: `socket` takes no pointer.
     let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };

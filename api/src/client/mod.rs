@@ -59,6 +59,19 @@ impl Client {
         &self.socket
     }
 
+    /// The process that listens at the socket, by its id in this process's pid namespace: what `vmm.ping` says of itself
+    /// is its id in its own. Connects and sends nothing.
+    ///
+    /// # Errors
+    /// Nobody listens there, or not in time.
+    pub fn peer_pid(&self) -> Result<i32, ClientError> {
+        let stream = connect::connect(&self.socket, self.deadline())?;
+        connect::peer_pid(&stream).map_err(|source| ClientError::Connect {
+            socket: self.socket.clone(),
+            source,
+        })
+    }
+
     /// Calls an endpoint of the table. Returns the body of the answer, if it has one.
     ///
     /// # Errors
@@ -177,6 +190,13 @@ impl Client {
         self.read_after(Endpoint::VmSetReclaimThresholds, Some(&encode(change)?))
     }
 
+    fn deadline(&self) -> Option<Deadline> {
+        self.timeout.map(|timeout| Deadline {
+            at: Instant::now() + timeout,
+            timeout,
+        })
+    }
+
     fn read<T: DeserializeOwned>(&self, endpoint: Endpoint) -> Result<T, ClientError> {
         self.read_after(endpoint, None)
     }
@@ -202,10 +222,7 @@ impl Client {
         body: Option<&str>,
         fds: &[RawFd],
     ) -> Result<Option<String>, ClientError> {
-        let deadline = self.timeout.map(|timeout| Deadline {
-            at: Instant::now() + timeout,
-            timeout,
-        });
+        let deadline = self.deadline();
         let stream = connect::connect(&self.socket, deadline)?;
         let path = format!("{API_PREFIX}{name}");
         let response = exchange::exchange(

@@ -477,3 +477,13 @@ proptest! {
         prop_assert_eq!(reader.response().unwrap().unwrap().body, body);
     }
 }
+
+#[test]
+fn peer_pid_is_the_listener() {
+    let server = MockServer::new(drop);
+    assert_eq!(
+        server.client.peer_pid().unwrap(),
+        i32::try_from(std::process::id()).unwrap()
+    );
+    server.thread.join().unwrap();
+}
