@@ -7,5 +7,10 @@
 //! Of our other crates only `api` may be used here: a fleet manager sees of a VMM what its socket tells.
 
 pub mod config;
+pub mod host;
+pub mod http;
 pub mod model;
 pub mod planner;
+pub mod reservations;
+pub mod sample;
+pub mod settings;

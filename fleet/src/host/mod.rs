@@ -1,0 +1,49 @@
+//! What the agent reads of the host it runs on: memory, pressure and swap, from the kernel's own files.
+//!
+//! "The host" is what the VMs may use together: the machine, or a control group if its limit is smaller. An agent that
+//! read the machine's memory while its VMs ran below a smaller limit would admit them to their death.
+
+mod kernel_file;
+mod reader;
+mod trigger;
+
+#[cfg(test)]
+mod tests;
+
+pub use reader::{CGROUP_ROOT, HostFiles, HostReader};
+pub use trigger::{PressureTrigger, TriggerError, TriggerLevel, watch_pressure};
+
+use std::io;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+/// Why the host could not be read.
+#[derive(Debug, Error)]
+pub enum HostError {
+    /// The kernel's file is not there or cannot be read.
+    #[error("Cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel's file lacks a figure.
+    #[error("{} has no {name}", path.display())]
+    Missing {
+        /// The file.
+        path: PathBuf,
+        /// The figure.
+        name: &'static str,
+    },
+    /// The kernel's file has another form.
+    #[error("{} is not understood: {text:?}", path.display())]
+    Form {
+        /// The file.
+        path: PathBuf,
+        /// What stands there.
+        text: String,
+    },
+}

@@ -1,0 +1,179 @@
+//! Reads memory, swap and pressure of the machine and of the control group that stands for it.
+
+use std::path::{Path, PathBuf};
+
+use super::HostError;
+use super::kernel_file::{KernelFile, read_limit, read_text};
+use crate::model::{Bytes, CgroupMemory, HostFacts, Pressure};
+
+/// Where control groups (version 2) are mounted. The limits of a group's parents are its own too, up to here.
+pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
+
+/// Where the kernel's files are. Tests point it at files of their own.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostFiles {
+    /// Normally `/proc`.
+    pub proc: PathBuf,
+    /// Where control groups are mounted.
+    pub cgroup_root: PathBuf,
+    /// Folder of the control group that holds the VMs; `None`: the machine is the host.
+    pub cgroup: Option<PathBuf>,
+}
+
+impl Default for HostFiles {
+    fn default() -> Self {
+        Self {
+            proc: PathBuf::from("/proc"),
+            cgroup_root: PathBuf::from(CGROUP_ROOT),
+            cgroup: None,
+        }
+    }
+}
+
+impl HostFiles {
+    /// The pressure file to watch: the group's if there is one, because its limit is what the VMs run into, else the
+    /// machine's.
+    pub fn pressure_file(&self) -> PathBuf {
+        self.cgroup
+            .as_ref()
+            .map(|group| group.join("memory.pressure"))
+            .filter(|file| file.exists())
+            .unwrap_or_else(|| self.proc.join("pressure/memory"))
+    }
+}
+
+/// Pages that went through swap, at a time.
+#[derive(Clone, Copy, Debug)]
+struct SwapCount {
+    at_ms: u64,
+    in_pages: u64,
+    out_pages: u64,
+}
+
+/// Reads the host again and again; rates are over the time between two readings.
+#[derive(Debug)]
+pub struct HostReader {
+    files: HostFiles,
+    page_bytes: u64,
+    last_swap: Option<SwapCount>,
+}
+
+impl HostReader {
+    /// A reader of these files.
+    pub fn new(files: HostFiles) -> Self {
+        Self {
+            files,
+            page_bytes: 4096,
+            last_swap: None,
+        }
+    }
+
+    /// The files it reads.
+    pub fn files(&self) -> &HostFiles {
+        &self.files
+    }
+
+    /// Reads everything once; `at_ms` is the planner's clock.
+    ///
+    /// # Errors
+    /// A file or a figure that every kernel has is missing. A kernel without pressure information is no error.
+    pub fn read(&mut self, at_ms: u64) -> Result<HostFacts, HostError> {
+        let proc = &self.files.proc;
+        let meminfo = KernelFile::read(proc.join("meminfo"))?;
+        let vmstat = KernelFile::read(proc.join("vmstat"))?;
+        let machine = read_pressure(&proc.join("pressure/memory")).unwrap_or_default();
+        let group = self.files.cgroup.as_ref();
+        let own = group.and_then(|group| read_pressure(&group.join("memory.pressure")).ok());
+        let swap = SwapCount {
+            at_ms,
+            in_pages: vmstat.figure("pswpin")?,
+            out_pages: vmstat.figure("pswpout")?,
+        };
+        let (swap_in_per_s, swap_out_per_s) = self.swap_rates(swap);
+        Ok(HostFacts {
+            at_ms,
+            total: Bytes(meminfo.figure("MemTotal")?),
+            available: Bytes(meminfo.figure("MemAvailable")?),
+            cgroup: match &self.files.cgroup {
+                Some(group) => read_group(group, &self.files.cgroup_root)?,
+                None => None,
+            },
+            // The averages of whichever suffers more; the totals stay with one source, so that they only grow.
+            pressure: own.map_or(machine, |own| Pressure {
+                some_avg10: own.some_avg10.max(machine.some_avg10),
+                full_avg10: own.full_avg10.max(machine.full_avg10),
+                ..own
+            }),
+            swap_total: Bytes(meminfo.figure("SwapTotal")?),
+            swap_free: Bytes(meminfo.figure("SwapFree")?),
+            swap_in_per_s,
+            swap_out_per_s,
+        })
+    }
+
+    fn swap_rates(&mut self, now: SwapCount) -> (Bytes, Bytes) {
+        let Some(last) = self.last_swap.replace(now) else {
+            return (Bytes::ZERO, Bytes::ZERO);
+        };
+        let elapsed_ms = now.at_ms.saturating_sub(last.at_ms).max(1);
+        let rate = |now: u64, last: u64| {
+            let bytes = now.saturating_sub(last).saturating_mul(self.page_bytes);
+            Bytes(bytes.saturating_mul(1000) / elapsed_ms)
+        };
+        (
+            rate(now.in_pages, last.in_pages),
+            rate(now.out_pages, last.out_pages),
+        )
+    }
+}
+
+/// The group's figures; `None` when neither it nor a parent has a limit.
+fn read_group(group: &Path, root: &Path) -> Result<Option<CgroupMemory>, HostError> {
+    let mut limit = read_limit(&group.join("memory.max"))?;
+    for parent in group.ancestors().skip(1) {
+        if parent == root || !parent.starts_with(root) {
+            break;
+        }
+        if let Ok(Some(above)) = read_limit(&parent.join("memory.max")) {
+            limit = Some(limit.map_or(above, |limit| limit.min(above)));
+        }
+    }
+    let Some(limit) = limit else {
+        return Ok(None);
+    };
+    let stat = KernelFile::read(group.join("memory.stat"))?;
+    let current = read_limit(&group.join("memory.current"))?.unwrap_or(u64::MAX);
+    Ok(Some(CgroupMemory {
+        limit: Bytes(limit),
+        current: Bytes(current),
+        reclaimable: Bytes(stat.figure("inactive_file")?)
+            + Bytes(stat.figure("slab_reclaimable").unwrap_or(0)),
+    }))
+}
+
+/// A pressure file, `Documentation/accounting/psi.rst`.
+fn read_pressure(path: &Path) -> Result<Pressure, HostError> {
+    let text = read_text(path)?;
+    parse_pressure(&text).ok_or_else(|| HostError::Form {
+        path: path.to_owned(),
+        text,
+    })
+}
+
+fn parse_pressure(text: &str) -> Option<Pressure> {
+    let mut pressure = Pressure::default();
+    for line in text.lines() {
+        let value = |name: &str| {
+            line.split_ascii_whitespace()
+                .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+        };
+        let avg10 = value("avg10")?.parse().ok()?;
+        let total = value("total")?.parse().ok()?;
+        match line.split_ascii_whitespace().next() {
+            Some("some") => (pressure.some_avg10, pressure.some_total_us) = (avg10, total),
+            Some("full") => (pressure.full_avg10, pressure.full_total_us) = (avg10, total),
+            _ => {}
+        }
+    }
+    text.starts_with("some").then_some(pressure)
+}

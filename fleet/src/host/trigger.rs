@@ -1,0 +1,163 @@
+//! Has the kernel tell the moment tasks begin to wait for memory.
+//!
+//! A trigger is a line written to a pressure file; `poll` then returns `POLLPRI` at most once a window. That is
+//! milliseconds where an average over ten seconds takes seconds to move. A process without `CAP_SYS_RESOURCE` may only
+//! use windows of whole two seconds (`kernel/sched/psi.c`, since 6.5), which is tried second.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use thiserror::Error;
+
+/// How often a watching thread looks whether it shall end.
+const STOP_POLL: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 500_000_000,
+};
+
+/// What a trigger reacts to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TriggerLevel {
+    /// Time in which at least one task waited within the window, µs.
+    pub stall_us: u64,
+    /// The window, µs; 500 ms to 10 s.
+    pub window_us: u64,
+}
+
+/// Why there is no trigger. The agent then relies on its own reading of the averages, once a second.
+#[derive(Debug, Error)]
+pub enum TriggerError {
+    /// The pressure file cannot be opened for writing.
+    #[error("Cannot open {}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The kernel refused the trigger.
+    #[error("{} takes no trigger of {} µs in {} µs", path.display(), level.stall_us, level.window_us)]
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// What was asked for.
+        level: TriggerLevel,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// No thread could be started.
+    #[error("Cannot start the thread that watches the pressure")]
+    Thread(#[source] io::Error),
+}
+
+/// A watching thread; ends when dropped.
+#[derive(Debug)]
+pub struct PressureTrigger {
+    level: TriggerLevel,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl PressureTrigger {
+    /// The level the kernel accepted.
+    pub fn level(&self) -> TriggerLevel {
+        self.level
+    }
+}
+
+impl Drop for PressureTrigger {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // A panic there was already printed; there is nothing to add while shutting down.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Calls `notify` each time the level is crossed, on a thread of its own, at most once a window.
+///
+/// # Errors
+/// The kernel has no pressure file, or takes neither the level nor its two-second form.
+pub fn watch_pressure(
+    path: &Path,
+    level: TriggerLevel,
+    notify: impl FnMut() + Send + 'static,
+) -> Result<PressureTrigger, TriggerError> {
+    let (file, level) = arm(path, level).or_else(|error| match error {
+        TriggerError::Refused { .. } => arm(path, unprivileged(level)),
+        other => Err(other),
+    })?;
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    let thread = thread::Builder::new()
+        .name("pressure".to_owned())
+        .spawn(move || watch(&file, &stopped, notify))
+        .map_err(TriggerError::Thread)?;
+    Ok(PressureTrigger {
+        level,
+        stop,
+        thread: Some(thread),
+    })
+}
+
+/// The same share of time in a window that needs no privilege.
+fn unprivileged(level: TriggerLevel) -> TriggerLevel {
+    const WINDOW_US: u64 = 2_000_000;
+    let windows = level.window_us.div_ceil(WINDOW_US).max(1);
+    TriggerLevel {
+        stall_us: level.stall_us,
+        window_us: windows * WINDOW_US,
+    }
+}
+
+fn arm(path: &Path, level: TriggerLevel) -> Result<(File, TriggerLevel), TriggerError> {
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(path)
+        .map_err(|source| TriggerError::Open {
+            path: path.to_owned(),
+            source,
+        })?;
+    // One write with its terminating zero, as the kernel's documentation does it.
+    let line = format!("some {} {}\0", level.stall_us, level.window_us);
+    file.write_all(line.as_bytes())
+        .map_err(|source| TriggerError::Refused {
+            path: path.to_owned(),
+            level,
+            source,
+        })?;
+    Ok((file, level))
+}
+
+fn watch(file: &File, stop: &AtomicBool, mut notify: impl FnMut()) {
+    while !stop.load(Ordering::Relaxed) {
+        let mut polled = [PollFd::new(file, PollFlags::PRI)];
+        match poll(&mut polled, Some(&STOP_POLL)) {
+            // Time to look at `stop`, or a signal came in between.
+            Ok(0) | Err(rustix::io::Errno::INTR) => continue,
+            Ok(_) => {}
+            Err(error) => {
+                log::warn!("the pressure file cannot be watched any more: {error}");
+                return;
+            }
+        }
+        let ready = polled[0].revents();
+        if ready.contains(PollFlags::ERR) {
+            // The control group is gone; the agent's own reading of the host says so too.
+            log::warn!("the pressure trigger is gone with its control group");
+            return;
+        }
+        if ready.contains(PollFlags::PRI) {
+            notify();
+        }
+    }
+}

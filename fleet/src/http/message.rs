@@ -1,0 +1,277 @@
+//! Requests and answers.
+
+use std::io::{self, Read, Write};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Longest request line and headers.
+const HEAD_BYTES_MAX: usize = 8 << 10;
+/// Most headers; a browser sends some twenty.
+const HEADERS_MAX: usize = 64;
+/// Longest body.
+const BODY_BYTES_MAX: usize = 64 << 10;
+
+/// What may be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Method {
+    /// Shows.
+    Get,
+    /// Changes.
+    Put,
+    /// Nothing that is served here.
+    Other,
+}
+
+/// Who asks over a UNIX socket, as the kernel says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Process id.
+    pub pid: i32,
+    /// User id.
+    pub uid: u32,
+}
+
+/// One request.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// What.
+    pub method: Method,
+    /// The path without the query.
+    pub path: String,
+    /// What stands behind `?`; empty without.
+    pub query: String,
+    /// The body.
+    pub body: Vec<u8>,
+    /// Who asks; absent over TCP.
+    pub peer: Option<Peer>,
+}
+
+impl Request {
+    /// A value of the query, as it stands there.
+    pub fn query_value(&self, name: &str) -> Option<&str> {
+        self.query
+            .split('&')
+            .filter_map(|pair| pair.split_once('='))
+            .find_map(|(key, value)| (key == name).then_some(value))
+    }
+
+    /// The body as JSON.
+    ///
+    /// # Errors
+    /// The answer to give: 400 with what is wrong.
+    pub fn json<T: DeserializeOwned>(&self) -> Result<T, Response> {
+        serde_json::from_slice(&self.body).map_err(|error| {
+            let chain = [
+                "The request is not understood".to_owned(),
+                error.to_string(),
+            ];
+            Response::error(400, &chain)
+        })
+    }
+}
+
+/// One answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Response {
+    /// HTTP status.
+    pub status: u16,
+    /// What the body is.
+    pub content_type: &'static str,
+    /// The body; with status 204 empty.
+    pub body: Vec<u8>,
+}
+
+impl Response {
+    /// Success without a body.
+    pub fn done() -> Self {
+        Self {
+            status: 204,
+            content_type: "",
+            body: Vec::new(),
+        }
+    }
+
+    /// Success with text of any kind.
+    pub fn text(content_type: &'static str, body: impl Into<Vec<u8>>) -> Self {
+        Self {
+            status: 200,
+            content_type,
+            body: body.into(),
+        }
+    }
+
+    /// Success with JSON.
+    pub fn json(value: &impl Serialize) -> Self {
+        Self::json_with(200, value)
+    }
+
+    /// A failure with its chain of causes, outermost first: a JSON array, as the VMM answers it.
+    pub fn error(status: u16, chain: &[String]) -> Self {
+        Self::json_with(status, &chain)
+    }
+
+    fn json_with(status: u16, value: &impl Serialize) -> Self {
+        match api::to_ascii_json(value) {
+            Ok(body) => Self {
+                status,
+                content_type: "application/json",
+                body: body.into_bytes(),
+            },
+            Err(error) => Self {
+                status: 500,
+                content_type: "application/json",
+                body: format!("[\"The answer has no JSON form\",{:?}]", error.to_string()).into(),
+            },
+        }
+    }
+
+    pub(super) fn write(&self, to: &mut impl Write) -> io::Result<()> {
+        let mut bytes = format!(
+            "HTTP/1.1 {} {}\r\nConnection: close\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n",
+            self.status,
+            reason_phrase(self.status)
+        );
+        if self.status != 204 {
+            bytes.push_str(&format!(
+                "Content-Type: {}\r\nContent-Length: {}\r\n",
+                self.content_type,
+                self.body.len()
+            ));
+        }
+        bytes.push_str("\r\n");
+        let mut bytes = bytes.into_bytes();
+        bytes.extend_from_slice(&self.body);
+        to.write_all(&bytes)
+    }
+}
+
+fn reason_phrase(status: u16) -> &'static str {
+    match status {
+        200 => "OK",
+        204 => "No Content",
+        400 => "Bad Request",
+        403 => "Forbidden",
+        404 => "Not Found",
+        409 => "Conflict",
+        413 => "Content Too Large",
+        503 => "Service Unavailable",
+        _ => "Internal Server Error",
+    }
+}
+
+/// Why a request could not be read.
+pub(super) enum ReadError {
+    /// The other side is gone or too slow; there is nobody to answer.
+    Gone,
+    /// It is told what is wrong.
+    Refused(Response),
+}
+
+impl From<io::Error> for ReadError {
+    fn from(_: io::Error) -> Self {
+        Self::Gone
+    }
+}
+
+/// A stream on which a read can be given a limit.
+pub(super) trait Timed: Read + Write {
+    fn limit(&self, timeout: Duration) -> io::Result<()>;
+}
+
+impl Timed for std::os::unix::net::UnixStream {
+    fn limit(&self, timeout: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(timeout))?;
+        self.set_write_timeout(Some(timeout))
+    }
+}
+
+impl Timed for std::net::TcpStream {
+    fn limit(&self, timeout: Duration) -> io::Result<()> {
+        self.set_read_timeout(Some(timeout))?;
+        self.set_write_timeout(Some(timeout))
+    }
+}
+
+/// Reads one request until `deadline`.
+pub(super) fn read_request(
+    stream: &mut impl Timed,
+    deadline: Instant,
+) -> Result<Request, ReadError> {
+    let refuse =
+        |status, text: &str| ReadError::Refused(Response::error(status, &[text.to_owned()]));
+    let mut bytes = Vec::new();
+    loop {
+        let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
+        let mut head = httparse::Request::new(&mut headers);
+        let parsed = head
+            .parse(&bytes)
+            .map_err(|error| refuse(400, &format!("This is no HTTP request: {error}")))?;
+        let httparse::Status::Complete(head_bytes) = parsed else {
+            if bytes.len() >= HEAD_BYTES_MAX {
+                return Err(refuse(413, "The headers are too long"));
+            }
+            read_more(stream, &mut bytes, HEAD_BYTES_MAX, deadline)?;
+            continue;
+        };
+        let body_bytes = head
+            .headers
+            .iter()
+            .find(|header| header.name.eq_ignore_ascii_case("content-length"))
+            .map_or(Some(0), |header| {
+                std::str::from_utf8(header.value).ok()?.trim().parse().ok()
+            })
+            .ok_or_else(|| refuse(400, "Content-Length is no number"))?;
+        if body_bytes > BODY_BYTES_MAX {
+            return Err(refuse(413, "The body is too long"));
+        }
+        let (path, query) = head.path.unwrap_or("/").split_once('?').map_or_else(
+            || (head.path.unwrap_or("/"), ""),
+            |(path, query)| (path, query),
+        );
+        let mut request = Request {
+            method: match head.method {
+                Some("GET") => Method::Get,
+                Some("PUT") => Method::Put,
+                _ => Method::Other,
+            },
+            path: path.to_owned(),
+            query: query.to_owned(),
+            body: Vec::new(),
+            peer: None,
+        };
+        let whole = head_bytes + body_bytes;
+        while bytes.len() < whole {
+            read_more(stream, &mut bytes, whole, deadline)?;
+        }
+        request.body = bytes[head_bytes..whole].to_vec();
+        return Ok(request);
+    }
+}
+
+fn read_more(
+    stream: &mut impl Timed,
+    bytes: &mut Vec<u8>,
+    bytes_max: usize,
+    deadline: Instant,
+) -> Result<(), ReadError> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(ReadError::Gone);
+    }
+    stream.limit(left)?;
+    let mut buffer = [0; 2048];
+    let wanted = buffer
+        .len()
+        .min(bytes_max.saturating_sub(bytes.len()).max(1));
+    match stream.read(&mut buffer[..wanted]) {
+        Ok(0) => Err(ReadError::Gone),
+        Ok(count) => {
+            bytes.extend_from_slice(&buffer[..count]);
+            Ok(())
+        }
+        Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+        Err(_) => Err(ReadError::Gone),
+    }
+}

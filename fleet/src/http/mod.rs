@@ -1,0 +1,14 @@
+//! A small HTTP server for the agent's own socket and its page.
+//!
+//! One request a connection, each with a deadline, a bound on its size and one on how many are served at once: whoever
+//! scrapes or asks can neither hold the agent up nor make it grow. It is synchronous on purpose: a handful of requests a
+//! second needs no event loop, and answers come out of memory.
+
+mod message;
+mod server;
+
+#[cfg(test)]
+mod tests;
+
+pub use message::{Method, Peer, Request, Response};
+pub use server::{CONNECTIONS_MAX, HttpServer, serve_tcp, serve_unix};

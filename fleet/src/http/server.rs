@@ -1,0 +1,209 @@
+//! Listens, and serves each connection on a thread of its own.
+
+use std::fs;
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsFd;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::message::{ReadError, Timed, read_request};
+use super::{Method, Peer, Request, Response};
+
+/// Connections served at once; the next one is told to come back.
+pub const CONNECTIONS_MAX: usize = 64;
+/// How long a request may take to arrive.
+const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
+/// How long an answer may take to leave.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
+/// How often an idle server looks whether it shall end.
+const STOP_POLL: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 200_000_000,
+};
+/// An answer of the size that occurs takes some tens of KiB of stack to write as JSON, more without optimisation.
+const STACK_BYTES: usize = 512 << 10;
+
+/// A listening server; ends when dropped, and takes its socket file with it.
+#[derive(Debug)]
+pub struct HttpServer {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+    address: Option<SocketAddr>,
+    socket: Option<PathBuf>,
+}
+
+impl HttpServer {
+    /// The TCP address; absent for a UNIX socket.
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.address
+    }
+}
+
+impl Drop for HttpServer {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            // A panic there was already printed.
+            let _ = thread.join();
+        }
+        if let Some(socket) = &self.socket {
+            // Gone already is as good.
+            let _ = fs::remove_file(socket);
+        }
+    }
+}
+
+/// Serves a UNIX socket that only its owner may use.
+///
+/// # Errors
+/// Somebody else listens there, or the socket cannot be made.
+pub fn serve_unix(
+    path: &Path,
+    handler: impl Fn(&Request) -> Response + Send + Sync + 'static,
+) -> io::Result<HttpServer> {
+    if UnixStream::connect(path).is_ok() {
+        return Err(io::Error::new(
+            io::ErrorKind::AddrInUse,
+            format!("somebody listens at {} already", path.display()),
+        ));
+    }
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    // Bound under another name first, so that nobody can connect before the mode is set.
+    let hidden = path.with_extension("new");
+    // Left over from an agent that was killed in between, or not there at all.
+    let _ = fs::remove_file(&hidden);
+    let listener = UnixListener::bind(&hidden)?;
+    fs::set_permissions(&hidden, fs::Permissions::from_mode(0o600))?;
+    fs::rename(&hidden, path)?;
+    listener.set_nonblocking(true)?;
+    let accept = move |listener: &UnixListener| {
+        let (stream, _) = listener.accept()?;
+        stream.set_nonblocking(false)?;
+        let peer = rustix::net::sockopt::socket_peercred(&stream)?;
+        let peer = Peer {
+            pid: peer.pid.as_raw_nonzero().get(),
+            uid: peer.uid.as_raw(),
+        };
+        Ok((stream, Some(peer)))
+    };
+    let mut server = start(listener, accept, handler)?;
+    server.socket = Some(path.to_owned());
+    Ok(server)
+}
+
+/// Serves a TCP address.
+///
+/// # Errors
+/// The address cannot be listened at.
+pub fn serve_tcp(
+    address: SocketAddr,
+    handler: impl Fn(&Request) -> Response + Send + Sync + 'static,
+) -> io::Result<HttpServer> {
+    let listener = TcpListener::bind(address)?;
+    listener.set_nonblocking(true)?;
+    let address = listener.local_addr()?;
+    let accept = |listener: &TcpListener| {
+        let (stream, _) = listener.accept()?;
+        stream.set_nonblocking(false)?;
+        Ok((stream, None))
+    };
+    let mut server = start(listener, accept, handler)?;
+    server.address = Some(address);
+    Ok(server)
+}
+
+fn start<L: AsFd + Send + 'static, S: Timed + Send + 'static>(
+    listener: L,
+    accept: impl Fn(&L) -> io::Result<(S, Option<Peer>)> + Send + 'static,
+    handler: impl Fn(&Request) -> Response + Send + Sync + 'static,
+) -> io::Result<HttpServer> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = Arc::clone(&stop);
+    let handler: Arc<dyn Fn(&Request) -> Response + Send + Sync> = Arc::new(handler);
+    let open = Arc::new(AtomicUsize::new(0));
+    let thread = thread::Builder::new()
+        .name("http".to_owned())
+        .spawn(move || {
+            while !stopped.load(Ordering::Relaxed) {
+                let mut polled = [PollFd::new(&listener, PollFlags::IN)];
+                if !matches!(poll(&mut polled, Some(&STOP_POLL)), Ok(1..)) {
+                    continue;
+                }
+                // A client that is gone again, or too few descriptors: the next round tries anew.
+                if let Ok((stream, peer)) = accept(&listener) {
+                    serve(stream, peer, &handler, &open);
+                }
+            }
+        })?;
+    Ok(HttpServer {
+        stop,
+        thread: Some(thread),
+        address: None,
+        socket: None,
+    })
+}
+
+type Handler = Arc<dyn Fn(&Request) -> Response + Send + Sync>;
+
+/// Counts a connection for as long as it is served, however that ends.
+struct Open(Arc<AtomicUsize>);
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+fn serve<S: Timed + Send + 'static>(
+    mut stream: S,
+    peer: Option<Peer>,
+    handler: &Handler,
+    open: &Arc<AtomicUsize>,
+) {
+    let count = open.fetch_add(1, Ordering::Relaxed);
+    let open = Open(Arc::clone(open));
+    if count >= CONNECTIONS_MAX {
+        answer(
+            &mut stream,
+            &Response::error(503, &["Too many connections".to_owned()]),
+        );
+        return;
+    }
+    let handler = Arc::clone(handler);
+    let started = thread::Builder::new()
+        .name("http-request".to_owned())
+        .stack_size(STACK_BYTES)
+        .spawn(move || {
+            let _open = open;
+            let response = match read_request(&mut stream, Instant::now() + REQUEST_DEADLINE) {
+                Ok(request) if request.method == Method::Other => {
+                    Response::error(400, &["Only GET and PUT are served".to_owned()])
+                }
+                Ok(request) => handler(&Request { peer, ..request }),
+                Err(ReadError::Refused(response)) => response,
+                Err(ReadError::Gone) => return,
+            };
+            answer(&mut stream, &response);
+        });
+    if let Err(error) = started {
+        log::warn!("no thread for a request: {error}");
+    }
+}
+
+fn answer(stream: &mut impl Timed, response: &Response) {
+    // Whoever asked may be gone; that is their business.
+    let _ = stream
+        .limit(ANSWER_DEADLINE)
+        .and_then(|()| response.write(stream));
+}

@@ -1,0 +1,111 @@
+#![allow(clippy::unwrap_used)]
+//! Promises through their life, and over a restart.
+
+use tempfile::TempDir;
+
+use super::*;
+use crate::config::Millis;
+
+const HOLD: Millis = Millis::seconds(60);
+const GIB: Bytes = Bytes::gib(1);
+
+fn open(folder: &TempDir) -> ReservationBook {
+    ReservationBook::open(folder.path(), 0).unwrap()
+}
+
+fn reserve(book: &mut ReservationBook, vm: &str, now: u64) -> Result<Reservation, BookError> {
+    book.reserve(vm, (Bytes::gib(4), GIB), 0, (now, HOLD))
+}
+
+fn nobody(_: &str) -> Option<SeenVm> {
+    None
+}
+
+fn resident(mib: u64) -> impl Fn(&str) -> Option<SeenVm> {
+    move |_| {
+        Some(SeenVm {
+            resident: Bytes::mib(mib),
+        })
+    }
+}
+
+#[test]
+fn reservation_outlives_a_restart() {
+    let folder = TempDir::new().unwrap();
+    let made = reserve(&mut open(&folder), "a", 5).unwrap();
+    let mut again = open(&folder);
+    assert_eq!(again.entries(), std::slice::from_ref(&made));
+    assert_eq!(again.outstanding(5, HOLD, nobody), GIB);
+    again.release(&made.id).unwrap();
+    assert!(open(&folder).entries().is_empty());
+}
+
+#[test]
+fn reservation_asked_for_twice_is_one() {
+    let folder = TempDir::new().unwrap();
+    let mut book = open(&folder);
+    let first = reserve(&mut book, "a", 5).unwrap();
+    assert_eq!(reserve(&mut book, "a", 9).unwrap(), first);
+    let other = book.reserve("a", (Bytes::gib(8), GIB), 0, (9, HOLD));
+    assert!(matches!(other, Err(BookError::Held { .. })));
+}
+
+#[test]
+fn reservation_that_nobody_confirms_is_given_back() {
+    let folder = TempDir::new().unwrap();
+    let mut book = open(&folder);
+    reserve(&mut book, "a", 0).unwrap();
+    assert!(book.follow(60_000, nobody).unwrap().is_empty());
+    assert_eq!(book.follow(60_001, nobody).unwrap().len(), 1);
+    assert_eq!(book.outstanding(60_001, HOLD, nobody), Bytes::ZERO);
+    assert!(open(&folder).entries().is_empty());
+}
+
+#[test]
+fn promise_shrinks_as_the_vm_grows_into_it() {
+    let folder = TempDir::new().unwrap();
+    let mut book = open(&folder);
+    reserve(&mut book, "a", 0).unwrap();
+    book.confirm("a", 50_000, HOLD).unwrap();
+    assert!(book.follow(100_000, nobody).unwrap().is_empty());
+    book.follow(101_000, resident(24)).unwrap();
+    assert_eq!(book.entries()[0].phase, ReservationPhase::Running);
+    assert_eq!(
+        book.outstanding(101_000, HOLD, resident(24)),
+        Bytes::mib(1000)
+    );
+    assert_eq!(book.outstanding(101_000, HOLD, resident(5000)), Bytes::ZERO);
+    assert_eq!(book.outstanding(161_001, HOLD, resident(24)), Bytes::ZERO);
+}
+
+#[test]
+fn reservation_of_a_vm_that_went_is_dropped_but_not_at_once() {
+    let folder = TempDir::new().unwrap();
+    let mut book = open(&folder);
+    reserve(&mut book, "a", 0).unwrap();
+    book.follow(1000, resident(1)).unwrap();
+    assert!(book.follow(31_000, nobody).unwrap().is_empty());
+    assert_eq!(book.follow(31_001, nobody).unwrap()[0].vm, "a");
+}
+
+#[test]
+fn book_that_cannot_be_read_is_not_taken_for_an_empty_one() {
+    let folder = TempDir::new().unwrap();
+    std::fs::write(folder.path().join("reservations.json"), "{").unwrap();
+    assert!(ReservationBook::open(folder.path(), 0).is_err());
+    let newer = r#"{"version":2,"reservations":[]}"#;
+    std::fs::write(folder.path().join("reservations.json"), newer).unwrap();
+    assert!(ReservationBook::open(folder.path(), 0).is_err());
+}
+
+#[test]
+fn promise_that_cannot_be_saved_is_not_made() {
+    let folder = TempDir::new().unwrap();
+    let mut book = open(&folder);
+    std::fs::remove_dir_all(folder.path()).unwrap();
+    assert!(matches!(
+        reserve(&mut book, "a", 0),
+        Err(BookError::Save(_))
+    ));
+    assert!(book.entries().is_empty());
+}

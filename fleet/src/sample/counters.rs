@@ -1,0 +1,54 @@
+//! How the VMMs answer: requests by endpoint and result, and what they took.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+/// Upper bounds of the duration buckets, seconds.
+pub const DURATION_BUCKETS_SECONDS: [f64; 9] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.1, 0.25, 0.5, 1.0];
+
+/// Requests of one endpoint with one result.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct RequestCount {
+    /// How many.
+    pub count: u64,
+    /// What they took together, seconds.
+    pub sum_seconds: f64,
+    /// How many stayed at or below each of [`DURATION_BUCKETS_SECONDS`].
+    pub buckets: [u64; DURATION_BUCKETS_SECONDS.len()],
+}
+
+/// Counts of all requests, shared by every VM's thread.
+#[derive(Debug, Default)]
+pub struct RequestCounters {
+    // Held for a few additions, and never while a request runs. Keys come from the code, so the map stays small.
+    counts: Mutex<BTreeMap<(&'static str, &'static str), RequestCount>>,
+}
+
+impl RequestCounters {
+    /// Counts one request; `failure` is a word for what went wrong.
+    pub(crate) fn record(
+        &self,
+        op: &'static str,
+        failure: Option<&'static str>,
+        duration: Duration,
+    ) {
+        let seconds = duration.as_secs_f64();
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry((op, failure.unwrap_or("ok"))).or_default();
+        count.count += 1;
+        count.sum_seconds += seconds;
+        for (bucket, bound) in count.buckets.iter_mut().zip(DURATION_BUCKETS_SECONDS) {
+            *bucket += u64::from(seconds <= bound);
+        }
+    }
+
+    /// All counts by endpoint and result.
+    pub fn snapshot(&self) -> BTreeMap<(&'static str, &'static str), RequestCount> {
+        self.counts
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+}

@@ -1,0 +1,206 @@
+//! Finds API sockets by patterns, and names the VMs behind them.
+//!
+//! A VM is named by what the pattern's wildcards matched, which is what tells its socket from the others:
+//! `/run/vms/*/api.sock` names `/run/vms/web-1/api.sock` `web-1`, `/run/ch/*.sock` names `/run/ch/db.sock` `db`.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Component, Path, PathBuf};
+
+use thiserror::Error;
+
+/// Most VMs one agent looks after. A pattern that matches more is a mistake, and each VM costs a thread.
+pub const VMS_MAX: usize = 4096;
+
+/// A pattern that cannot be used.
+#[derive(Debug, Error)]
+pub enum PatternError {
+    /// Not a glob pattern.
+    #[error("{pattern:?} is no socket pattern")]
+    Syntax {
+        /// The pattern.
+        pattern: String,
+        /// What is wrong with it.
+        #[source]
+        source: glob::PatternError,
+    },
+    /// Would depend on where the agent was started.
+    #[error("The socket pattern {pattern:?} does not start at /")]
+    Relative {
+        /// The pattern.
+        pattern: String,
+    },
+}
+
+/// Which file a socket is: another one under the same path is another VMM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketIdentity {
+    device: u64,
+    inode: u64,
+    changed_ns: i64,
+}
+
+/// A socket that was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Found {
+    /// The VM's name, unique among those found together.
+    pub name: String,
+    /// Its API socket.
+    pub socket: PathBuf,
+    /// Which file that is.
+    pub identity: SocketIdentity,
+}
+
+/// The patterns to look for.
+#[derive(Clone, Debug, Default)]
+pub struct Discovery {
+    patterns: Vec<String>,
+}
+
+impl Discovery {
+    /// Checks the patterns.
+    ///
+    /// # Errors
+    /// One is not absolute or no pattern at all.
+    pub fn new(patterns: &[String]) -> Result<Self, PatternError> {
+        for pattern in patterns {
+            glob::Pattern::new(pattern).map_err(|source| PatternError::Syntax {
+                pattern: pattern.clone(),
+                source,
+            })?;
+            if !pattern.starts_with('/') {
+                return Err(PatternError::Relative {
+                    pattern: pattern.clone(),
+                });
+            }
+        }
+        Ok(Self {
+            patterns: patterns.to_vec(),
+        })
+    }
+
+    /// Looks once. Sorted by name; what cannot be looked at is left out.
+    pub fn scan(&self) -> Vec<Found> {
+        let mut by_name = BTreeMap::new();
+        for pattern in &self.patterns {
+            let Ok(paths) = glob::glob(pattern) else {
+                continue;
+            };
+            for socket in paths.flatten() {
+                if by_name.len() >= VMS_MAX {
+                    log::error!("more than {VMS_MAX} sockets match, the rest is left alone");
+                    return by_name.into_values().collect();
+                }
+                let Some(identity) = identity_of(&socket) else {
+                    continue;
+                };
+                let mut name = name_of(pattern, &socket);
+                if by_name
+                    .get(&name)
+                    .is_some_and(|other: &Found| other.socket != socket)
+                {
+                    // Two patterns give the same name: the path itself is the only name that is left.
+                    name = socket.display().to_string();
+                }
+                by_name.insert(
+                    name.clone(),
+                    Found {
+                        name,
+                        socket,
+                        identity,
+                    },
+                );
+            }
+        }
+        by_name.into_values().collect()
+    }
+}
+
+fn identity_of(socket: &Path) -> Option<SocketIdentity> {
+    let metadata = socket.metadata().ok()?;
+    metadata.file_type().is_socket().then(|| SocketIdentity {
+        device: metadata.dev(),
+        inode: metadata.ino(),
+        changed_ns: metadata.ctime() * 1_000_000_000 + metadata.ctime_nsec(),
+    })
+}
+
+/// The first component of the path that a wildcard matched; the file's stem where there is none.
+fn name_of(pattern: &str, socket: &Path) -> String {
+    let wild = Path::new(pattern)
+        .components()
+        .zip(socket.components())
+        .find(|(pattern, _)| has_wildcard(*pattern))
+        .map(|(_, found)| Path::new(found.as_os_str()));
+    let named = wild.unwrap_or_else(|| socket.file_name().map_or(socket, Path::new));
+    let text = named.to_string_lossy();
+    text.strip_suffix(".sock").unwrap_or(&text).to_owned()
+}
+
+fn has_wildcard(component: Component<'_>) -> bool {
+    component
+        .as_os_str()
+        .to_string_lossy()
+        .contains(['*', '?', '['])
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn name_is_what_the_wildcard_matched() {
+        for (pattern, socket, name) in [
+            ("/run/vms/*/api.sock", "/run/vms/web-1/api.sock", "web-1"),
+            ("/run/ch/*.sock", "/run/ch/db.sock", "db"),
+            ("/run/ch/vm-?.sock", "/run/ch/vm-7.sock", "vm-7"),
+            ("/run/one.sock", "/run/one.sock", "one"),
+            ("/run/*/x/*.sock", "/run/a/x/b.sock", "a"),
+        ] {
+            assert_eq!(name_of(pattern, Path::new(socket)), name, "{pattern}");
+        }
+    }
+
+    #[test]
+    fn scan_finds_sockets_only_and_tells_a_replaced_one() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let path = folder.path().join("a.sock");
+        let pattern = format!("{}/*.sock", folder.path().display());
+        let discovery = Discovery::new(&[pattern]).unwrap();
+        std::fs::write(folder.path().join("plain.sock"), "").unwrap();
+        let first = UnixListener::bind(&path).unwrap();
+        let before = discovery.scan();
+        assert_eq!(before.len(), 1);
+        assert_eq!(before[0].name, "a");
+        assert_eq!(discovery.scan(), before);
+        std::fs::remove_file(&path).unwrap();
+        assert!(discovery.scan().is_empty());
+        let _second = UnixListener::bind(&path).unwrap();
+        assert_ne!(discovery.scan()[0].identity, before[0].identity);
+        drop(first);
+    }
+
+    #[test]
+    fn patterns_with_the_same_name_fall_back_to_the_path() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let mut listeners = Vec::new();
+        let mut patterns = Vec::new();
+        for part in ["x", "y"] {
+            let sub = folder.path().join(part);
+            std::fs::create_dir(&sub).unwrap();
+            listeners.push(UnixListener::bind(sub.join("vm.sock")).unwrap());
+            patterns.push(format!("{}/*.sock", sub.display()));
+        }
+        let found = Discovery::new(&patterns).unwrap().scan();
+        assert_eq!(found.len(), 2);
+        assert_ne!(found[0].name, found[1].name);
+    }
+
+    #[test]
+    fn pattern_that_is_relative_or_broken_is_refused() {
+        assert!(Discovery::new(&["run/*.sock".to_owned()]).is_err());
+        assert!(Discovery::new(&["/run/[a.sock".to_owned()]).is_err());
+    }
+}

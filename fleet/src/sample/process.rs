@@ -1,0 +1,78 @@
+//! The VMM's process, from outside: which one it is and how much memory it has.
+//!
+//! Plain Cloud Hypervisor does not say how much of a guest's memory the host really holds; the kernel does. Guest RAM is
+//! nearly all of a VMM's anonymous and shared memory, so these two together stand for it. What the VMM needs for itself
+//! (some ten MiB) is in it, which errs on the safe side.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+/// A process that cannot be mistaken for a later one with the same id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ProcessIdentity {
+    /// Process id.
+    pub(super) pid: i32,
+    /// When it started, clock ticks since the machine did.
+    pub(super) start_ticks: u64,
+}
+
+impl ProcessIdentity {
+    /// Looks a process up; `None` when there is none.
+    pub(super) fn of(proc: &Path, pid: i32) -> Option<Self> {
+        let stat = fs::read_to_string(proc.join(pid.to_string()).join("stat")).ok()?;
+        // The name, which may hold anything, ends at the last parenthesis; field 22 is the 20th after it.
+        let rest = &stat[stat.rfind(')')? + 1..];
+        let start_ticks = rest.split_ascii_whitespace().nth(19)?.parse().ok()?;
+        Some(Self { pid, start_ticks })
+    }
+
+    /// True while it is this process that has the id.
+    pub(super) fn is_alive(self, proc: &Path) -> bool {
+        Self::of(proc, self.pid) == Some(self)
+    }
+}
+
+/// Anonymous and shared memory of a process, bytes.
+///
+/// # Errors
+/// The process is gone.
+pub(super) fn resident_bytes(proc: &Path, pid: i32) -> io::Result<u64> {
+    let status = fs::read_to_string(proc.join(pid.to_string()).join("status"))?;
+    Ok(sum_resident(&status))
+}
+
+fn sum_resident(status: &str) -> u64 {
+    ["RssAnon:", "RssShmem:"]
+        .iter()
+        .filter_map(|name| status.lines().find_map(|line| line.strip_prefix(name)))
+        .filter_map(|rest| rest.split_ascii_whitespace().next()?.parse::<u64>().ok())
+        .sum::<u64>()
+        .saturating_mul(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn resident_is_anonymous_and_shared_without_files() {
+        let status = "VmRSS:\t 300 kB\nRssAnon:\t 100 kB\nRssFile:\t 150 kB\nRssShmem:\t 50 kB\n";
+        assert_eq!(sum_resident(status), 150 << 10);
+    }
+
+    #[test]
+    fn identity_of_this_process_is_stable_and_alive() {
+        let proc = Path::new("/proc");
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let identity = ProcessIdentity::of(proc, pid).unwrap();
+        assert!(identity.is_alive(proc));
+        let later = ProcessIdentity {
+            start_ticks: identity.start_ticks + 1,
+            ..identity
+        };
+        assert!(!later.is_alive(proc));
+        assert!(resident_bytes(proc, pid).unwrap() > 0);
+    }
+}

@@ -1,0 +1,359 @@
+//! One round of questions to a VMM, at the level of what it can answer.
+//!
+//! Level 0 is `vm.info`, which every Cloud Hypervisor has, with the resident memory taken from the VMM's process. Level 1
+//! adds `vm.balloon-stats`, level 2 `vm.reclaim-stats`. A VMM that answers 404 does not have the endpoint; any other
+//! failure says nothing about it, because plain Cloud Hypervisor answers 500 for a guest without a driver.
+
+use std::path::Path;
+use std::time::Instant;
+
+use api::{Client, ClientError, ReclaimStats};
+use serde::Deserialize;
+use thiserror::Error;
+
+use super::RequestCounters;
+use super::process::resident_bytes;
+use crate::model::{Bytes, FeatureLevel, GuestClaims, Interlock, ReclaimFigures, VmSample};
+
+/// HTTP status of a VMM that does not know an endpoint or has no VM.
+const NOT_FOUND: u16 = 404;
+
+/// What one round brought.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VmReading {
+    /// What the interface tells.
+    pub level: FeatureLevel,
+    /// Memory of the VM with everything plugged in.
+    pub configured: Bytes,
+    /// Whether it has a balloon device.
+    pub has_balloon: bool,
+    /// Why it must be left alone, if it must.
+    pub interlock: Option<Interlock>,
+    /// The figures.
+    pub sample: VmSample,
+    /// Bytes the guest named on the reporting and inflate queues since its boot; they begin anew when it does.
+    pub requested: Bytes,
+}
+
+/// Why a round brought nothing.
+#[derive(Debug, Error)]
+pub enum SampleFailure {
+    /// A request failed.
+    #[error("{op} failed")]
+    Request {
+        /// The endpoint.
+        op: &'static str,
+        /// Why.
+        #[source]
+        source: ClientError,
+    },
+    /// The answer is not of the form known.
+    #[error("the answer to {op} has another form")]
+    Form {
+        /// The endpoint.
+        op: &'static str,
+        /// What the parser said.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The VMM runs and has no VM.
+    #[error("the VMM has no VM")]
+    NoVm,
+}
+
+impl SampleFailure {
+    /// A short word for metrics and tables.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Request { source, .. } => failure_kind(source),
+            Self::Form { .. } => "form",
+            Self::NoVm => "no-vm",
+        }
+    }
+}
+
+/// A short word for a failed request.
+pub(crate) fn failure_kind(error: &ClientError) -> &'static str {
+    match error {
+        ClientError::NoSocket { .. } => "no-socket",
+        ClientError::Refused { .. } => "refused",
+        ClientError::TimedOut { .. } => "timeout",
+        ClientError::Server(_) => "status",
+        ClientError::Decode { .. } | ClientError::MissingBody { .. } => "form",
+        ClientError::Response(_) => "wire",
+        _ => "io",
+    }
+}
+
+/// The part of `vm.info` that counts here. Read on its own, because a newer VMM's configuration may hold values that
+/// this version does not know, and none of them matters.
+#[derive(Debug, Deserialize)]
+struct Info {
+    config: InfoConfig,
+    state: String,
+    #[serde(default)]
+    memory_actual_size: u64,
+}
+
+#[derive(Debug, Deserialize)]
+struct InfoConfig {
+    memory: InfoMemory,
+    #[serde(default)]
+    balloon: Option<InfoBalloon>,
+}
+
+#[derive(Debug, Deserialize)]
+struct InfoMemory {
+    size: u64,
+    #[serde(default)]
+    hotplugged_size: Option<u64>,
+    #[serde(default)]
+    zones: Option<Vec<InfoZone>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct InfoZone {
+    size: u64,
+    #[serde(default)]
+    hotplugged_size: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+struct InfoBalloon {
+    size: u64,
+}
+
+impl InfoMemory {
+    fn configured(&self) -> Bytes {
+        let zones = self.zones.iter().flatten();
+        let zones: Bytes = zones
+            .map(|zone| Bytes(zone.size) + Bytes(zone.hotplugged_size.unwrap_or(0)))
+            .sum();
+        Bytes(self.size) + Bytes(self.hotplugged_size.unwrap_or(0)) + zones
+    }
+}
+
+/// Where the kernel tells of the VMM's process.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ProcessFiles<'a> {
+    pub(super) proc: &'a Path,
+    pub(super) pid: i32,
+}
+
+/// What to ask for, and where.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Round<'a> {
+    pub(super) client: &'a Client,
+    pub(super) process: ProcessFiles<'a>,
+    pub(super) counters: &'a RequestCounters,
+    /// The planner's clock at the start.
+    pub(super) at_ms: u64,
+    /// Whether the guest follows a reporting policy, if that is known.
+    pub(super) policy_in_effect: Option<bool>,
+    /// A guest's figures older than this are asked for anew.
+    pub(super) guest_age_ms_max: u64,
+}
+
+/// Asks everything once. Endpoints that turn out to be missing are struck off `level_max`.
+pub(super) fn read_vm(
+    round: Round<'_>,
+    level_max: &mut FeatureLevel,
+) -> Result<VmReading, SampleFailure> {
+    let info = read_info(round)?;
+    let mut reading = from_info(&info, round.at_ms);
+    let reclaim = match *level_max {
+        FeatureLevel::L2 => optional(round, "vm.reclaim-stats")?,
+        _ => Answer::Absent,
+    };
+    match reclaim {
+        Answer::Body(body) => {
+            let stats: ReclaimStats = parse("vm.reclaim-stats", &body)?;
+            fill_from_reclaim(&mut reading, &stats, round.at_ms);
+            reading.sample.reclaim = reading.sample.reclaim.map(|figures| ReclaimFigures {
+                policy_in_effect: round
+                    .policy_in_effect
+                    .unwrap_or_else(|| policy_in_effect(round)),
+                ..figures
+            });
+        }
+        Answer::Absent => *level_max = FeatureLevel::L1.min(*level_max),
+        Answer::Nothing => {}
+    }
+    if reading.level < FeatureLevel::L2 {
+        let process = round.process;
+        // A process that is gone meanwhile is told by the next request; until then nothing is known to be resident.
+        let resident = resident_bytes(process.proc, process.pid).unwrap_or(0);
+        reading.sample.resident = Bytes(resident).min(reading.configured);
+    }
+    let fresh = round.at_ms.saturating_sub(round.guest_age_ms_max);
+    let known = reading
+        .sample
+        .guest
+        .is_some_and(|guest| guest.at_ms >= fresh);
+    if *level_max >= FeatureLevel::L1 && !known && reading.has_balloon {
+        ask_guest(round, &mut reading, level_max)?;
+    }
+    Ok(reading)
+}
+
+/// Has the guest asked for its figures. What it does not answer does not spoil what the host measured.
+fn ask_guest(
+    round: Round<'_>,
+    reading: &mut VmReading,
+    level_max: &mut FeatureLevel,
+) -> Result<(), SampleFailure> {
+    let op = "vm.balloon-stats";
+    match optional(round, op)? {
+        Answer::Body(body) => {
+            let stats: api::BalloonStatsResponse = parse(op, &body)?;
+            if reading.level == FeatureLevel::L0 {
+                reading.level = FeatureLevel::L1;
+                reading.sample.ballooned = Bytes(stats.balloon_actual).min(reading.configured);
+            }
+            let said_ms = round.at_ms.saturating_sub(stats.age_ms.unwrap_or(0));
+            reading.sample.guest = claims(&stats.stats, said_ms).or(reading.sample.guest);
+        }
+        Answer::Absent if *level_max == FeatureLevel::L1 => *level_max = FeatureLevel::L0,
+        Answer::Absent | Answer::Nothing => {}
+    }
+    Ok(())
+}
+
+fn policy_in_effect(round: Round<'_>) -> bool {
+    let Ok(Answer::Body(body)) = optional(round, "vm.reclaim-thresholds") else {
+        return false;
+    };
+    serde_json::from_str::<api::ReclaimThresholds>(&body)
+        .is_ok_and(|thresholds| thresholds.reporting_policy.in_effect)
+}
+
+fn read_info(round: Round<'_>) -> Result<Info, SampleFailure> {
+    let op = "vm.info";
+    match request(round, op) {
+        Ok(Some(body)) => parse(op, &body),
+        Ok(None) => Err(SampleFailure::NoVm),
+        Err(SampleFailure::Request { source, .. }) if means_no_vm(&source) => {
+            Err(SampleFailure::NoVm)
+        }
+        Err(failure) => Err(failure),
+    }
+}
+
+/// A VMM without a VM answers 404, upstream's older ones 500 with a chain that says so.
+fn means_no_vm(error: &ClientError) -> bool {
+    match error {
+        ClientError::Server(error) if error.status == NOT_FOUND => true,
+        ClientError::Server(error) => error
+            .chain()
+            .any(|text| text.contains("VM is not created") || text.contains("VmNotCreated")),
+        _ => false,
+    }
+}
+
+fn from_info(info: &Info, at_ms: u64) -> VmReading {
+    let configured = info.config.memory.configured();
+    let balloon = info.config.balloon.as_ref();
+    let actual = Bytes(info.memory_actual_size).min(configured);
+    VmReading {
+        level: FeatureLevel::L0,
+        configured,
+        has_balloon: balloon.is_some(),
+        interlock: match info.state.as_str() {
+            "Running" => None,
+            "Paused" | "BreakPoint" => Some(Interlock::Paused),
+            _ => Some(Interlock::Transition),
+        },
+        sample: VmSample {
+            at_ms,
+            balloon_target: balloon.map_or(Bytes::ZERO, |balloon| Bytes(balloon.size)),
+            // Before boot there is no actual size.
+            ballooned: if info.memory_actual_size == 0 {
+                Bytes::ZERO
+            } else {
+                configured - actual
+            },
+            ..VmSample::default()
+        },
+        requested: Bytes::ZERO,
+    }
+}
+
+fn fill_from_reclaim(reading: &mut VmReading, stats: &ReclaimStats, at_ms: u64) {
+    let paths = [&stats.report, &stats.inflate, &stats.hint];
+    let sum = |figure: fn(&api::ReclaimPath) -> u64| -> Bytes {
+        paths.iter().map(|path| Bytes(figure(path))).sum()
+    };
+    reading.level = FeatureLevel::L2;
+    reading.configured = Bytes(stats.configured_bytes);
+    reading.requested = sum(|path| path.requested_bytes);
+    let sample = &mut reading.sample;
+    sample.balloon_target = Bytes(stats.balloon_target_bytes);
+    sample.ballooned = Bytes(stats.ballooned_bytes);
+    sample.resident = Bytes(stats.resident_bytes);
+    sample.swapped = Bytes(stats.swapped_bytes.unwrap_or(0));
+    sample.guest = stats
+        .guest
+        .as_ref()
+        .and_then(|guest| claims(&guest.stats, at_ms.saturating_sub(guest.age_ms)));
+    sample.reclaim = Some(ReclaimFigures {
+        reporting_active: stats.reporting.active,
+        policy_in_effect: false,
+        reported: Bytes(stats.report.requested_bytes),
+        discarded: sum(|path| path.discarded_bytes),
+        repopulated: Bytes(stats.repopulated_bytes),
+        skipped: sum(api::ReclaimPath::skipped_bytes_total),
+        report_p99_us: stats.report.latency_us.p99,
+    });
+}
+
+/// The guest's figures; `None` unless it told the two that decisions need.
+fn claims(stats: &api::BalloonStats, at_ms: u64) -> Option<GuestClaims> {
+    Some(GuestClaims {
+        at_ms,
+        free: Bytes(stats.free_memory?),
+        available: Bytes(stats.available_memory?),
+        alloc_stalls: stats.alloc_stalls,
+        major_faults: stats.major_faults,
+        swap_in: stats.swap_in.map(Bytes),
+        oom_kills: stats.oom_kills,
+    })
+}
+
+/// What came of asking an endpoint that a VMM may lack.
+enum Answer {
+    /// A body.
+    Body(String),
+    /// The VMM does not know it.
+    Absent,
+    /// The VMM has nothing to say now.
+    Nothing,
+}
+
+/// Asks an endpoint that a VMM may lack. Only a wire that broke is a failure of the round.
+fn optional(round: Round<'_>, op: &'static str) -> Result<Answer, SampleFailure> {
+    match request(round, op) {
+        Ok(Some(body)) => Ok(Answer::Body(body)),
+        Ok(None) => Ok(Answer::Nothing),
+        Err(SampleFailure::Request {
+            source: ClientError::Server(error),
+            ..
+        }) if error.status == NOT_FOUND => Ok(Answer::Absent),
+        Err(SampleFailure::Request {
+            source: ClientError::Server(_) | ClientError::TimedOut { .. },
+            ..
+        }) => Ok(Answer::Nothing),
+        Err(failure) => Err(failure),
+    }
+}
+
+fn request(round: Round<'_>, op: &'static str) -> Result<Option<String>, SampleFailure> {
+    let begin = Instant::now();
+    let answer = round.client.get(op);
+    let failure = answer.as_ref().err().map(failure_kind);
+    round.counters.record(op, failure, begin.elapsed());
+    answer.map_err(|source| SampleFailure::Request { op, source })
+}
+
+fn parse<T: serde::de::DeserializeOwned>(op: &'static str, body: &str) -> Result<T, SampleFailure> {
+    serde_json::from_str(body).map_err(|source| SampleFailure::Form { op, source })
+}

@@ -1,0 +1,348 @@
+//! The thread of one VM: takes its samples when they are due and carries out orders as they come.
+//!
+//! ```text
+//!            order              due
+//!   carry out ◄──── wait ────► sample ──► tell the control loop
+//!       │            ▲  ▲         │
+//!       └────────────┘  └─────────┘   a failure is told as well; the next try is later each time
+//! ```
+//!
+//! An order wakes the thread at once; if a request is under way, it waits for that one's deadline at most. A newer order
+//! of the same kind replaces an older one that was not carried out yet: targets are absolute, so only the last counts.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use api::{Client, ClientError, ReclaimThresholdsChange, VmResize};
+
+use super::process::ProcessIdentity;
+use super::reading::{ProcessFiles, Round, failure_kind, read_vm};
+use super::{Found, RequestCounters, SampleFailure, VmReading};
+use crate::model::{Bytes, FeatureLevel, VmId};
+
+/// Stack of a VM's thread: what reading an answer needs, several times over. It is address space until used.
+const STACK_BYTES: usize = 256 << 10;
+/// After this many failures in a row the time between two tries stops doubling.
+const BACK_OFF_DOUBLINGS_MAX: u32 = 3;
+/// Time between samples while a balloon is on its way.
+const SETTLING_SAMPLE: Duration = Duration::from_millis(500);
+/// A guest takes on a reporting policy once, when its driver starts: looking every so many samples is enough.
+const POLICY_SAMPLES: u32 = 12;
+/// How long a balloon is looked at more often after an order.
+const SETTLING: Duration = Duration::from_secs(10);
+
+/// How a VM is talked to.
+#[derive(Clone, Debug)]
+pub struct WorkerSettings {
+    /// Time between two samples.
+    pub sample: Duration,
+    /// How long one request may take.
+    pub deadline: Duration,
+    /// Normally `/proc`.
+    pub proc: PathBuf,
+    /// Zero of the planner's clock.
+    pub clock: Instant,
+    /// Where requests are counted.
+    pub counters: Arc<RequestCounters>,
+}
+
+/// What a VM's thread is asked to do.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Order {
+    /// Ask for a balloon of this size.
+    Balloon(Bytes),
+    /// Ask the guest to report so.
+    Report(ReclaimThresholdsChange),
+    /// Stop its vCPUs.
+    Pause,
+    /// Let them go on.
+    Resume,
+    /// Sample now.
+    Sample,
+}
+
+impl Order {
+    /// The endpoint it calls.
+    fn op(&self) -> &'static str {
+        match self {
+            Self::Balloon(_) => "vm.resize",
+            Self::Report(_) => "vm.reclaim-thresholds.set",
+            Self::Pause => "vm.pause",
+            Self::Resume => "vm.resume",
+            Self::Sample => "sample",
+        }
+    }
+}
+
+/// What came of an order.
+#[derive(Debug)]
+pub struct OrderDone {
+    /// The order.
+    pub order: Order,
+    /// When its first byte was handed to the kernel, on the thread's clock.
+    pub sent: Instant,
+    /// Whether the VMM took it.
+    pub result: Result<(), ClientError>,
+}
+
+/// What a VM's thread tells.
+#[derive(Debug)]
+pub struct VmEvent {
+    /// The VM.
+    pub id: VmId,
+    /// Which of the threads that ever served this name.
+    pub worker: u64,
+    /// What happened.
+    pub kind: VmEventKind,
+}
+
+/// See [`VmEvent`].
+#[derive(Debug)]
+pub enum VmEventKind {
+    /// A round of questions was answered; the number grows with every process that answered behind the socket.
+    Sampled(Box<VmReading>, u64),
+    /// It was not.
+    Missed(SampleFailure),
+    /// An order was carried out or refused.
+    Done(OrderDone),
+}
+
+/// The handle of a VM's thread. Dropping it ends the thread after its current request, without waiting for that.
+#[derive(Debug)]
+pub struct VmWorker {
+    orders: Sender<Order>,
+    number: u64,
+}
+
+impl VmWorker {
+    /// Starts the thread. `number` tells it from the other threads that serve the same name.
+    ///
+    /// # Errors
+    /// The system has no more threads.
+    pub fn start(
+        found: &Found,
+        number: u64,
+        settings: WorkerSettings,
+        events: impl Fn(VmEvent) -> bool + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (orders, received) = mpsc::channel();
+        let id = VmId::from(found.name.as_str());
+        let client = Client::new(&found.socket).with_timeout(Some(settings.deadline));
+        let phase = phase_of(&found.name, settings.sample);
+        let thread = Thread {
+            client,
+            settings,
+            level_max: FeatureLevel::L2,
+            process: None,
+            process_number: 0,
+            policy: None,
+            failures: 0,
+            settle_until: None,
+        };
+        thread::Builder::new()
+            .name("vm".to_owned())
+            .stack_size(STACK_BYTES)
+            .spawn(move || {
+                thread.run(&received, phase, |kind| {
+                    events(VmEvent {
+                        id: id.clone(),
+                        worker: number,
+                        kind,
+                    })
+                });
+            })?;
+        Ok(Self { orders, number })
+    }
+
+    /// See [`VmEvent::worker`].
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// Hands an order over; it never waits. False when the thread is gone.
+    pub fn order(&self, order: Order) -> bool {
+        self.orders.send(order).is_ok()
+    }
+}
+
+/// Spreads the first samples of VMs that are found together over the time between two.
+fn phase_of(name: &str, period: Duration) -> Duration {
+    let mut hasher = DefaultHasher::new();
+    name.hash(&mut hasher);
+    // An agent that has just started should know all VMs soon; later rounds keep the distance.
+    let spread = period.min(Duration::from_secs(2));
+    spread.mul_f64((hasher.finish() % 1024) as f64 / 1024.0)
+}
+
+struct Thread {
+    client: Client,
+    settings: WorkerSettings,
+    level_max: FeatureLevel,
+    process: Option<ProcessIdentity>,
+    process_number: u64,
+    /// Whether the guest follows a reporting policy, and for how many more samples that is taken for granted.
+    policy: Option<(bool, u32)>,
+    failures: u32,
+    settle_until: Option<Instant>,
+}
+
+impl Thread {
+    fn run(
+        mut self,
+        orders: &Receiver<Order>,
+        phase: Duration,
+        tell: impl Fn(VmEventKind) -> bool,
+    ) {
+        let mut due = Instant::now() + phase;
+        loop {
+            match orders.recv_timeout(due.saturating_duration_since(Instant::now())) {
+                Ok(first) => {
+                    let mut sample_now = false;
+                    for order in latest(first, orders) {
+                        if order == Order::Sample {
+                            sample_now = true;
+                        } else if !tell(VmEventKind::Done(self.carry_out(order))) {
+                            return;
+                        }
+                    }
+                    let soon = Instant::now()
+                        + if sample_now {
+                            Duration::ZERO
+                        } else {
+                            SETTLING_SAMPLE
+                        };
+                    due = due.min(soon);
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    let begin = Instant::now();
+                    if !tell(self.sample()) {
+                        return;
+                    }
+                    due = begin + self.pause();
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    /// Time from the start of a sample to the start of the next.
+    fn pause(&self) -> Duration {
+        if self.failures > 0 {
+            let doublings = (self.failures - 1).min(BACK_OFF_DOUBLINGS_MAX);
+            return self.settings.sample * 2_u32.pow(doublings);
+        }
+        match self.settle_until {
+            Some(until) if Instant::now() < until => SETTLING_SAMPLE.min(self.settings.sample),
+            _ => self.settings.sample,
+        }
+    }
+
+    fn sample(&mut self) -> VmEventKind {
+        let reading = self.identify().and_then(|pid| {
+            let at = self.settings.clock.elapsed();
+            let round = Round {
+                client: &self.client,
+                process: ProcessFiles {
+                    proc: &self.settings.proc,
+                    pid,
+                },
+                counters: &self.settings.counters,
+                at_ms: u64::try_from(at.as_millis()).unwrap_or(u64::MAX),
+                policy_in_effect: self.policy.map(|(in_effect, _)| in_effect),
+                guest_age_ms_max: u64::try_from(self.settings.sample.as_millis())
+                    .unwrap_or(u64::MAX),
+            };
+            let reading = read_vm(round, &mut self.level_max);
+            self.remember_policy(reading.as_ref().ok());
+            reading
+        });
+        match reading {
+            Ok(reading) => {
+                self.failures = 0;
+                let settled = reading.sample.ballooned == reading.sample.balloon_target;
+                if settled {
+                    self.settle_until = None;
+                }
+                VmEventKind::Sampled(Box::new(reading), self.process_number)
+            }
+            Err(failure) => {
+                self.failures = self.failures.saturating_add(1);
+                VmEventKind::Missed(failure)
+            }
+        }
+    }
+
+    fn remember_policy(&mut self, reading: Option<&VmReading>) {
+        let Some(figures) = reading.and_then(|reading| reading.sample.reclaim) else {
+            return;
+        };
+        let left = self.policy.map_or(POLICY_SAMPLES, |(_, left)| left);
+        self.policy = (left > 0).then(|| (figures.policy_in_effect, left - 1));
+    }
+
+    /// Makes sure which process answers. Another one begins with everything unknown.
+    fn identify(&mut self) -> Result<i32, SampleFailure> {
+        let proc = &self.settings.proc;
+        if let Some(process) = self.process
+            && process.is_alive(proc)
+        {
+            return Ok(process.pid);
+        }
+        let pid = self
+            .client
+            .peer_pid()
+            .map_err(|source| SampleFailure::Request {
+                op: "connect",
+                source,
+            })?;
+        // A process in another pid namespace cannot be looked up; it is then known by the socket file alone.
+        let process = ProcessIdentity::of(proc, pid);
+        if process != self.process || self.process_number == 0 {
+            self.process_number += 1;
+            self.level_max = FeatureLevel::L2;
+            self.policy = None;
+        }
+        self.process = process;
+        Ok(pid)
+    }
+
+    fn carry_out(&mut self, order: Order) -> OrderDone {
+        let sent = Instant::now();
+        let result = match &order {
+            Order::Balloon(bytes) => self.client.resize(&VmResize {
+                desired_balloon: Some(bytes.0),
+                ..VmResize::default()
+            }),
+            Order::Report(change) => self.client.set_reclaim_thresholds(change).map(drop),
+            Order::Pause => self.client.put("vm.pause", None).map(drop),
+            Order::Resume => self.client.put("vm.resume", None).map(drop),
+            Order::Sample => Ok(()),
+        };
+        let failure = result.as_ref().err().map(failure_kind);
+        self.settings
+            .counters
+            .record(order.op(), failure, sent.elapsed());
+        if matches!(order, Order::Balloon(_)) {
+            self.settle_until = Some(Instant::now() + SETTLING);
+        }
+        OrderDone {
+            order,
+            sent,
+            result,
+        }
+    }
+}
+
+/// All orders that wait, in the order they came, without those that a later one of the same kind replaces.
+fn latest(first: Order, orders: &Receiver<Order>) -> Vec<Order> {
+    let mut waiting = vec![first];
+    while let Ok(order) = orders.try_recv() {
+        waiting.retain(|earlier| std::mem::discriminant(earlier) != std::mem::discriminant(&order));
+        waiting.push(order);
+    }
+    waiting
+}

@@ -1,0 +1,166 @@
+//! Reads the files and puts them together.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use thiserror::Error;
+
+use super::Settings;
+use crate::config::{Config, ConfigError};
+use crate::sample::{Discovery, PatternError};
+
+/// Lists that later files add to instead of replacing them, by section.
+const JOINED: [&str; 2] = ["discovery.sockets", "vm"];
+
+/// Why the settings are not used.
+#[derive(Debug, Error)]
+pub enum LoadError {
+    /// A file or folder cannot be read.
+    #[error("Cannot read {}", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A file is no TOML, or has keys or values that mean nothing.
+    #[error("{} is not understood", path.display())]
+    Syntax {
+        /// Which.
+        path: PathBuf,
+        /// Where and what.
+        #[source]
+        source: toml::de::Error,
+    },
+    /// The values of all files together contradict each other.
+    #[error("The settings do not hold together")]
+    Config(#[source] ConfigError),
+    /// A socket pattern is none.
+    #[error("The settings name no valid sockets")]
+    Pattern(#[source] PatternError),
+    /// A rule names a policy that does not exist.
+    #[error("The rule for {name:?} names the policy {policy:?}, which is nowhere")]
+    NoPolicy {
+        /// The rule's pattern.
+        name: String,
+        /// The policy.
+        policy: String,
+    },
+}
+
+/// What was loaded, and from where.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// The settings.
+    pub settings: Settings,
+    /// The files they are from, in the order they were read; empty when all is default.
+    pub files: Vec<PathBuf>,
+}
+
+/// Reads `file` and its drop-ins. A file that is not there is an error only if `required`.
+///
+/// # Errors
+/// The first file that cannot be used, or what is wrong with all of them together.
+pub fn load(file: &Path, required: bool) -> Result<Loaded, LoadError> {
+    let mut files = drop_ins(&file.with_extension("d"))?;
+    if required || file.exists() {
+        files.insert(0, file.to_owned());
+    }
+    let mut all = toml::Table::new();
+    for path in &files {
+        let text = fs::read_to_string(path).map_err(|source| LoadError::Read {
+            path: path.clone(),
+            source,
+        })?;
+        let syntax = |source| LoadError::Syntax {
+            path: path.clone(),
+            source,
+        };
+        let table: toml::Table = text.parse().map_err(syntax)?;
+        split(table.clone()).map_err(syntax)?;
+        merge(&mut all, table, "");
+    }
+    let settings = split(all).map_err(|source| LoadError::Syntax {
+        path: file.to_owned(),
+        source,
+    })?;
+    check(&settings)?;
+    Ok(Loaded { settings, files })
+}
+
+fn drop_ins(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
+    let failed = |source| LoadError::Read {
+        path: folder.to_owned(),
+        source,
+    };
+    let entries = match fs::read_dir(folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(failed)?,
+    };
+    let mut files = Vec::new();
+    for entry in entries {
+        let path = entry.map_err(failed)?.path();
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "toml")
+        {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
+/// Takes the agent's own sections out; the rest is the planner's.
+fn split(mut table: toml::Table) -> Result<Settings, toml::de::Error> {
+    fn take<T: Default + for<'de> Deserialize<'de>>(
+        table: &mut toml::Table,
+        name: &str,
+    ) -> Result<T, toml::de::Error> {
+        table
+            .remove(name)
+            .map_or_else(|| Ok(T::default()), toml::Value::try_into)
+    }
+    Ok(Settings {
+        agent: take(&mut table, "agent")?,
+        discovery: take(&mut table, "discovery")?,
+        vms: take(&mut table, "vm")?,
+        config: Config::deserialize(table)?,
+    })
+}
+
+fn merge(into: &mut toml::Table, from: toml::Table, prefix: &str) {
+    for (key, value) in from {
+        let path = format!("{prefix}{key}");
+        match (into.get_mut(&key), value) {
+            (Some(toml::Value::Table(old)), toml::Value::Table(new)) => {
+                merge(old, new, &format!("{path}."));
+            }
+            (Some(toml::Value::Array(old)), toml::Value::Array(new))
+                if JOINED.contains(&path.as_str()) =>
+            {
+                old.extend(new);
+            }
+            (_, value) => {
+                into.insert(key, value);
+            }
+        }
+    }
+}
+
+fn check(settings: &Settings) -> Result<(), LoadError> {
+    settings.config.check().map_err(LoadError::Config)?;
+    Discovery::new(&settings.discovery.sockets).map_err(LoadError::Pattern)?;
+    for rule in &settings.vms {
+        if rule.policy != "default" && !settings.config.policy.contains_key(&rule.policy) {
+            return Err(LoadError::NoPolicy {
+                name: rule.name.clone(),
+                policy: rule.policy.clone(),
+            });
+        }
+    }
+    Ok(())
+}

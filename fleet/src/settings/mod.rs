@@ -1,0 +1,153 @@
+//! The agent's files: one TOML file with drop-ins beside it.
+//!
+//! `agent.toml` is read first, then every `*.toml` in the folder `agent.d` beside it, by name; what comes later wins. Only
+//! the lists of sockets and of VM rules are joined, so that a package can bring its own file and be removed again. Every
+//! file is checked by itself first, so that an error names the file it is in.
+
+mod load;
+
+#[cfg(test)]
+mod tests;
+
+pub use load::{LoadError, Loaded, load};
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{Config, Millis};
+
+/// Where the file is unless something else is said.
+pub const DEFAULT_FILE: &str = "/etc/ch-fleet/agent.toml";
+/// Where the agent listens unless something else is said.
+pub const DEFAULT_SOCKET: &str = "/run/ch-fleet/agent.sock";
+
+/// Everything that is configured.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Settings {
+    /// `[agent]`
+    pub agent: AgentSettings,
+    /// `[discovery]`
+    pub discovery: DiscoverySettings,
+    /// `[[vm]]`, first match wins.
+    pub vms: Vec<VmRule>,
+    /// All other sections: what decisions depend on.
+    pub config: Config,
+}
+
+/// `[agent]`: the agent itself. Read at start; a reload leaves it as it was.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AgentSettings {
+    /// Socket on which the agent takes orders.
+    pub socket: PathBuf,
+    /// Folder for what must outlive the agent.
+    pub state_dir: PathBuf,
+    /// Address of the metrics and the page; nothing is served without.
+    pub listen: Option<SocketAddr>,
+    /// Time between two looks for sockets.
+    pub scan: Millis,
+    /// Time between two readings of the host.
+    pub host: Millis,
+    /// Stall within `trigger_window` that makes the agent plan at once.
+    pub trigger_stall: Millis,
+    /// See `trigger_stall`.
+    pub trigger_window: Millis,
+    /// What becomes of the balloons when the agent ends.
+    pub on_stop: OnStop,
+    /// Decide and tell, and change nothing.
+    pub dry_run: bool,
+}
+
+impl Default for AgentSettings {
+    fn default() -> Self {
+        Self {
+            socket: PathBuf::from(DEFAULT_SOCKET),
+            state_dir: PathBuf::from("/var/lib/ch-fleet"),
+            listen: None,
+            scan: Millis::seconds(2),
+            host: Millis::seconds(1),
+            trigger_stall: Millis(150),
+            trigger_window: Millis::seconds(1),
+            on_stop: OnStop::Keep,
+            dry_run: false,
+        }
+    }
+}
+
+/// What becomes of the balloons when the agent ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnStop {
+    /// They stay: a restart of the agent must not be felt.
+    #[default]
+    Keep,
+    /// They are emptied: nobody looks after the guests any more.
+    Restore,
+}
+
+/// `[discovery]`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct DiscoverySettings {
+    /// Patterns of API sockets.
+    pub sockets: Vec<String>,
+}
+
+impl Default for DiscoverySettings {
+    fn default() -> Self {
+        Self {
+            sockets: vec!["/run/ch/*/api.sock".to_owned(), "/run/ch/*.sock".to_owned()],
+        }
+    }
+}
+
+/// `[[vm]]`: which policy a VM gets.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VmRule {
+    /// Pattern of names.
+    pub name: String,
+    /// Name of a `[policy.…]`.
+    pub policy: String,
+}
+
+impl Settings {
+    /// The policy for a VM of this name: that of the first rule that matches, else the one called as the VM is, else
+    /// `default`.
+    pub fn policy_name(&self, vm: &str) -> &str {
+        let rule = self
+            .vms
+            .iter()
+            .find(|rule| glob::Pattern::new(&rule.name).is_ok_and(|pattern| pattern.matches(vm)));
+        match rule {
+            Some(rule) => &rule.policy,
+            None => self
+                .config
+                .policy
+                .get_key_value(vm)
+                .map_or("default", |(name, _)| name),
+        }
+    }
+
+    /// All settings as TOML, with what was left to the defaults.
+    pub fn to_toml(&self) -> String {
+        // Every section is made of plain tables and texts, all of which TOML can hold.
+        let table = |value: Result<toml::Table, toml::ser::Error>| value.unwrap_or_default();
+        let mut all = table(toml::Table::try_from(&self.config));
+        let mut put =
+            |name: &str, section| all.insert(name.to_owned(), toml::Value::Table(section));
+        put("agent", table(toml::Table::try_from(&self.agent)));
+        put("discovery", table(toml::Table::try_from(&self.discovery)));
+        let rules: Vec<toml::Value> = self
+            .vms
+            .iter()
+            .filter_map(|rule| toml::Value::try_from(rule).ok())
+            .collect();
+        if !rules.is_empty() {
+            all.insert("vm".to_owned(), toml::Value::Array(rules));
+        }
+        all.to_string()
+    }
+}

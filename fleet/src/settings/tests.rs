@@ -1,0 +1,86 @@
+#![allow(clippy::unwrap_used)]
+//! Files and drop-ins.
+
+use std::fs;
+
+use tempfile::TempDir;
+
+use super::*;
+use crate::model::Bytes;
+
+fn files(main: &str, drop_ins: &[(&str, &str)]) -> (TempDir, PathBuf) {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("agent.toml");
+    fs::write(&file, main).unwrap();
+    fs::create_dir(folder.path().join("agent.d")).unwrap();
+    for (name, text) in drop_ins {
+        fs::write(folder.path().join("agent.d").join(name), text).unwrap();
+    }
+    (folder, file)
+}
+
+#[test]
+fn drop_ins_win_by_name_and_add_to_lists() {
+    let (_folder, file) = files(
+        "[host]\nreserve = '1GiB'\n[control]\nsample = '2s'\n[discovery]\nsockets = ['/a/*.sock']\n[policy.db]\nmin = '80%'\n",
+        &[
+            (
+                "20-b.toml",
+                "[host]\nreserve = '3GiB'\n[[vm]]\nname = 'x*'\npolicy = 'default'\n",
+            ),
+            (
+                "10-a.toml",
+                "[host]\nreserve = '2GiB'\n[discovery]\nsockets = ['/b/*.sock']\n[[vm]]\nname = 'pg-*'\npolicy = 'db'\n",
+            ),
+            ("ignored.bak", "nonsense"),
+        ],
+    );
+    let loaded = load(&file, true).unwrap();
+    let settings = loaded.settings;
+    assert_eq!(loaded.files.len(), 3);
+    assert_eq!(settings.config.reserve(Bytes::gib(64)), Bytes::gib(3));
+    assert_eq!(settings.config.control.sample, Millis::seconds(2));
+    assert_eq!(settings.discovery.sockets, ["/a/*.sock", "/b/*.sock"]);
+    assert_eq!(settings.policy_name("pg-1"), "db");
+    assert_eq!(settings.policy_name("x1"), "default");
+    assert_eq!(settings.policy_name("db"), "db");
+    assert_eq!(settings.policy_name("other"), "default");
+}
+
+#[test]
+fn shown_settings_read_back_the_same() {
+    let (_folder, file) = files(
+        "[agent]\nlisten = '127.0.0.1:9273'\n[[vm]]\nname='a'\npolicy='default'\n",
+        &[],
+    );
+    let settings = load(&file, true).unwrap().settings;
+    let shown = settings.to_toml();
+    let (_folder, file) = files(&shown, &[]);
+    assert_eq!(load(&file, true).unwrap().settings, settings, "{shown}");
+}
+
+#[test]
+fn fault_is_told_with_the_file_it_is_in() {
+    for (text, word) in [
+        ("[host\n", "10-bad.toml"),
+        ("[agent]\nsokcet = '/x'\n", "sokcet"),
+        ("[control]\nplam = '1s'\n", "plam"),
+        ("[nonsense]\n", "nonsense"),
+        ("[[vm]]\nname = 'a'\npolicy = 'gone'\n", "gone"),
+        ("[discovery]\nsockets = ['x']\n", "does not start"),
+        ("[control]\nsample = '1h'\n", "sample"),
+    ] {
+        let (_folder, file) = files("", &[("10-bad.toml", text)]);
+        let error = load(&file, true).unwrap_err();
+        let chain = api::error_chain(&error).join(": ");
+        assert!(chain.contains(word), "{text}: {chain}");
+    }
+}
+
+#[test]
+fn file_that_is_not_there_is_default_unless_required() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("agent.toml");
+    assert_eq!(load(&file, false).unwrap().settings, Settings::default());
+    assert!(load(&file, true).is_err());
+}
