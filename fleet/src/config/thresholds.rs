@@ -67,10 +67,11 @@ impl Thresholds {
 pub struct ReportingConfig {
     /// While memory is plenty: leave hot memory alone.
     pub relaxed: ReportingPolicy,
-    /// While it is not: everything, at once.
+    /// While memory is plenty, for guests that take back most of what they report: only what stayed free for long.
+    pub calm: ReportingPolicy,
+    /// While it is scarce: everything, at once.
     pub eager: ReportingPolicy,
-    /// Memory repopulated of what was discarded, percent, above which a guest only churns and is asked to report
-    /// older blocks while the host is green.
+    /// Memory repopulated of what was discarded, percent, above which a guest only churns.
     pub churn_percent: u64,
 }
 
@@ -79,6 +80,10 @@ impl Default for ReportingConfig {
         let policy = ReportingPolicy::default();
         Self {
             relaxed: policy,
+            calm: ReportingPolicy {
+                age_ms_min: 10_000,
+                ..policy
+            },
             eager: ReportingPolicy {
                 pending_blocks: 1,
                 delay_ms_max: 200,

@@ -4,9 +4,25 @@
 //! when it is carried out. Running a plan twice does the same as running it once. What the planner has to remember
 //! between two plans is in the plan as well ([`Plan::memory`]), so that a simulator, a test and the agent differ in
 //! nothing.
+//!
+//! ```text
+//! facts ─► observe ─► ledger ─► state ─► urgent gives ─► takes ─► other gives ─► last resorts ─► actions
+//!          (what the   (books)   (how     (suffering)     (two phases: gives come only out of memory
+//!           samples               tight)                   that is free now)
+//!           tell)
+//! ```
 
+mod burst;
+mod give;
+mod last_resort;
 mod memory;
+mod observe;
 mod plan;
+mod reporting;
+mod state;
+mod take;
+mod view;
+mod write;
 
 pub use memory::{PlannerMemory, Reporting, Squeezed, VmMemory};
 pub use plan::{
@@ -15,13 +31,188 @@ pub use plan::{
 };
 
 use crate::config::Config;
-use crate::model::Inventory;
+use crate::model::{Bytes, HostState, Inventory, Ledger, VmFacts, VmId};
+use give::Budget;
+use take::Demand;
+use view::View;
 
 /// Makes the next plan.
-pub fn plan(inventory: &Inventory, _config: &Config, memory: &PlannerMemory) -> Plan {
-    Plan {
-        at_ms: inventory.now_ms,
-        memory: memory.clone(),
-        ..Plan::default()
+///
+/// The order of the VMs in the inventory has no influence. A VM that is not in it is forgotten.
+pub fn plan(inventory: &Inventory, config: &Config, memory: &PlannerMemory) -> Plan {
+    advance(inventory, config, memory.clone())
+}
+
+/// The same as [`plan`] for a caller that has no further use for the memory.
+pub fn advance(inventory: &Inventory, config: &Config, mut memory: PlannerMemory) -> Plan {
+    let mut views = views(inventory, config, &mut memory);
+    burst::record(&mut memory, &mut views, inventory.now_ms, &config.control);
+    let ledger = ledger(inventory, config, &memory, &views);
+    let before = memory.state;
+    enter(
+        &mut memory,
+        state::next(before, &inventory.host, &ledger, config),
+        inventory.now_ms,
+    );
+
+    let mut host = HostExplanation {
+        state_before: before,
+        state: memory.state,
+        free: inventory.host.free_fraction(ledger.reserved),
+        burst_coverage: ledger.burst_coverage(),
+        ..HostExplanation::default()
+    };
+    let mut budget = Budget::new(&ledger, &config.control);
+    let others = decide(
+        &mut views,
+        &mut budget,
+        &ledger,
+        &mut host,
+        &mut memory,
+        inventory,
+        config,
+    );
+    host.granted = budget.granted;
+    host.owed = budget.owed;
+    host.last_resort = memory.last_resort;
+    write::plan(views, others, host, ledger, memory, inventory, config)
+}
+
+fn decide(
+    views: &mut [View<'_>],
+    budget: &mut Budget,
+    ledger: &Ledger,
+    host: &mut HostExplanation,
+    memory: &mut PlannerMemory,
+    inventory: &Inventory,
+    config: &Config,
+) -> Vec<(usize, ActionKind, Reason)> {
+    let (now_ms, control) = (inventory.now_ms, &config.control);
+    for view in views.iter_mut() {
+        take::hold_to_maximum(view, now_ms, control);
+        take::pin_stuck(view);
+    }
+    give::give_urgent(views, budget, now_ms, config);
+
+    host.pending = views.iter().map(|view| view.pending_gain(control)).sum();
+    let demand = demand(ledger, budget, host, now_ms, config);
+    let near = if control.safety.dead_band {
+        control.dead_band
+    } else {
+        Bytes(1)
+    };
+    if demand.shortage >= near {
+        host.taken = take::take(views, &demand, control);
+    }
+    give::give_rest(views, budget, memory.state, now_ms, config);
+    explain_untouched(views, now_ms, config);
+
+    let missing = demand.shortage - host.taken;
+    let helpless =
+        missing >= control.dead_band || host.state == HostState::Red && host.taken == Bytes::ZERO;
+    last_resort::last_resort(views, memory, helpless, now_ms, config)
+}
+
+/// What has to be taken: what is missing to the goal, less what is under way, plus what suffering guests are owed.
+fn demand(
+    ledger: &Ledger,
+    budget: &Budget,
+    host: &mut HostExplanation,
+    now_ms: u64,
+    config: &Config,
+) -> Demand {
+    let control = &config.control;
+    let mut reason = Reason::Shortage;
+    if host.state > HostState::Green {
+        host.goal = ledger.usable.part(config.thresholds.yellow.leave);
+        let cover = ledger.burst.scale(state::BURST_LEAVE);
+        if control.safety.burst && cover > host.goal {
+            host.goal = cover;
+            reason = Reason::BurstCover;
+        }
+    }
+    let granted = if control.safety.granted_counts {
+        ledger.granted + budget.granted
+    } else {
+        Bytes::ZERO
+    };
+    host.shortage = (host.goal + budget.owed + granted) - (ledger.available + host.pending);
+    Demand {
+        now_ms,
+        state: host.state,
+        shortage: host.shortage,
+        reason,
     }
 }
+
+/// Joins facts and memory, both by name, and looks at new samples.
+fn views<'a>(
+    inventory: &'a Inventory,
+    config: &Config,
+    memory: &mut PlannerMemory,
+) -> Vec<View<'a>> {
+    let mut facts: Vec<&VmFacts> = inventory.vms.iter().collect();
+    facts.sort_by(|a, b| a.id.cmp(&b.id));
+    facts.dedup_by(|a, b| a.id == b.id);
+    let mut known = std::mem::take(&mut memory.vms).into_iter().peekable();
+    facts
+        .into_iter()
+        .map(|facts| {
+            while known.next_if(|(id, _)| *id < facts.id).is_some() {}
+            let mut vm = known
+                .next_if(|(id, _)| *id == facts.id)
+                .map(|(_, vm)| vm)
+                .unwrap_or_default();
+            observe::observe(facts, &mut vm, inventory.now_ms, &config.control);
+            View::new(facts, vm, inventory.now_ms, config)
+        })
+        .collect()
+}
+
+fn ledger(
+    inventory: &Inventory,
+    config: &Config,
+    memory: &PlannerMemory,
+    views: &[View<'_>],
+) -> Ledger {
+    let reserve = config.reserve(inventory.host.limit());
+    let granted = views.iter().map(|view| view.memory.granted).sum();
+    let mut ledger = Ledger::of(inventory, reserve, Bytes::ZERO, granted);
+    // Balloons of guests that lie hold nothing: all that is not resident may come back.
+    for view in views.iter().filter(|view| view.memory.distrusted) {
+        ledger.callable_liability +=
+            (view.facts.configured - view.sample.resident) - view.facts.callable();
+    }
+    ledger.with_burst(burst::expected(
+        memory,
+        ledger.callable_liability,
+        &config.control,
+    ))
+}
+
+fn enter(memory: &mut PlannerMemory, state: HostState, now_ms: u64) {
+    if memory.state != state {
+        memory.state = state;
+        memory.state_since_ms = now_ms;
+    }
+}
+
+fn explain_untouched(views: &mut [View<'_>], now_ms: u64, config: &Config) {
+    for view in views {
+        if view.to != view.target || view.reason != Reason::NoNeed {
+            continue;
+        }
+        let blocked = view
+            .off_limits()
+            .or_else(|| view.stale(now_ms, &config.control).then_some(Reason::Stale));
+        view.reason = match blocked {
+            Some(reason) => reason,
+            None if view.memory.stuck => Reason::Stuck,
+            None if view.memory.distrusted => Reason::Lying,
+            None => Reason::NoNeed,
+        };
+    }
+}
+
+/// A name and what is remembered under it.
+type Remembered = (VmId, VmMemory);

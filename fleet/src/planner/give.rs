@@ -1,0 +1,208 @@
+//! Giving: who gets memory back, and out of what.
+//!
+//! Nothing is given that is not free now. What balloons are about to bring is given by the plan that sees it arrive:
+//! that is the second of the two phases. A suffering guest gets all of its memory in one request, because a guest that
+//! thrashes cannot use small steps (and may never answer again); it may draw on memory down to half of the value at which
+//! the host turns red. Guests that are merely short draw on what lies above `give_above`, the others on `relax_above`.
+
+use crate::config::{Config, ControlConfig};
+use crate::model::{Bytes, HostState, Ledger};
+
+use super::Reason;
+use super::observe::suffer_below;
+use super::view::View;
+
+/// Taking from a guest that then fell silent, within this time, is taken to be the cause, ms.
+const STALL_SUSPECTED_MS: u64 = 60_000;
+/// Steps that one plan gives to a guest that does not need it.
+const RELAX_STEPS: u64 = 4;
+
+/// What may still be given by this plan.
+#[derive(Debug)]
+pub(super) struct Budget {
+    free: Bytes,
+    usable: Bytes,
+    /// Given so far.
+    pub(super) granted: Bytes,
+    /// Wanted by suffering guests and not given.
+    pub(super) owed: Bytes,
+}
+
+impl Budget {
+    pub(super) fn new(ledger: &Ledger, control: &ControlConfig) -> Self {
+        let granted = if control.safety.granted_counts {
+            ledger.granted
+        } else {
+            Bytes::ZERO
+        };
+        Self {
+            free: ledger.available - ledger.promised - granted,
+            usable: ledger.usable,
+            granted: Bytes::ZERO,
+            owed: Bytes::ZERO,
+        }
+    }
+
+    /// What lies above this part of the usable memory.
+    fn above(&self, part: f64, control: &ControlConfig) -> Bytes {
+        if control.safety.two_phase {
+            self.free - self.granted - self.usable.scale(part)
+        } else {
+            self.usable
+        }
+    }
+}
+
+/// Gives to those that must have it: minimum broken, suffering, silent since something was taken.
+pub(super) fn give_urgent(
+    views: &mut [View<'_>],
+    budget: &mut Budget,
+    now_ms: u64,
+    config: &Config,
+) {
+    let control = &config.control;
+    let mut urgent: Vec<(usize, Bytes)> = Vec::new();
+    for (index, view) in views.iter_mut().enumerate() {
+        if let Some((to, reason)) = urgency(view, now_ms, control) {
+            view.reason = reason;
+            if view.target > to {
+                urgent.push((index, to));
+            }
+        }
+    }
+    // The highest class first; within a class the smallest wish, so that as many as possible get all of theirs.
+    urgent.sort_by_key(|&(index, to)| {
+        let view = &views[index];
+        (
+            std::cmp::Reverse(view.facts.policy.class),
+            view.grant(to),
+            index,
+        )
+    });
+    let floor = config.thresholds.red.enter.0 / 2.0;
+    for (index, to) in urgent {
+        let view = &mut views[index];
+        let wish = view.grant(to);
+        let grant = wish.min(budget.above(floor, control));
+        budget.granted += grant;
+        budget.owed += wish - grant;
+        // Whatever happens, no more is taken: the target comes down to what the balloon holds, at least.
+        view.to = (view.target.min(view.sample.ballooned) - grant).max(to);
+        if view.to == view.target {
+            view.reason = Reason::NoBudget;
+        }
+    }
+}
+
+/// The target that a VM must have at once, and why.
+fn urgency(view: &View<'_>, now_ms: u64, control: &ControlConfig) -> Option<(Bytes, Reason)> {
+    if view.off_limits().is_some() {
+        return None;
+    }
+    if view.target > view.high {
+        return Some((view.high, Reason::BelowMinimum));
+    }
+    if view.memory.distrusted || !control.safety.give_back {
+        return None;
+    }
+    if view.memory.suffering {
+        return Some((view.low, Reason::Suffering));
+    }
+    let lately =
+        view.memory.taken_at_ms > 0 && now_ms < view.memory.taken_at_ms + STALL_SUSPECTED_MS;
+    (lately && view.stale(now_ms, control)).then_some((view.low, Reason::StallSuspected))
+}
+
+/// Gives to those that could do with it, and, when memory is plenty, to everybody.
+pub(super) fn give_rest(
+    views: &mut [View<'_>],
+    budget: &mut Budget,
+    state: HostState,
+    now_ms: u64,
+    config: &Config,
+) {
+    let control = &config.control;
+    let above_give = budget.above(control.give_above.0, control);
+    share(
+        views,
+        budget,
+        above_give,
+        |view| may_give(view, now_ms, control).then(|| need(view, control))?,
+        Reason::Need,
+        control,
+    );
+    if state == HostState::Green {
+        let above_relax = budget.above(control.relax_above.0, control);
+        share(
+            views,
+            budget,
+            above_relax,
+            |view| {
+                let step = Bytes(view.step(state, control).0.saturating_mul(RELAX_STEPS));
+                let wish = (view.target - view.low).min(step);
+                (may_give(view, now_ms, control) && wish > Bytes::ZERO).then_some(wish)
+            },
+            Reason::Relax,
+            control,
+        );
+    }
+}
+
+fn may_give(view: &View<'_>, now_ms: u64, control: &ControlConfig) -> bool {
+    let blocked = control.safety.blocking && now_ms < view.memory.give_blocked_until_ms;
+    view.to == view.target
+        && view.off_limits().is_none()
+        && !view.stale(now_ms, control)
+        && !view.memory.distrusted
+        && view.memory.samples >= control.samples_min
+        && !blocked
+}
+
+/// What a guest lacks to what it should keep, once it is half way down to suffering. Between the two nothing happens.
+fn need(view: &View<'_>, control: &ControlConfig) -> Option<Bytes> {
+    let available = view.available?;
+    let suffers = suffer_below(view.facts.configured - view.target, control);
+    let begins = Bytes(u64::midpoint(view.keeps.0, suffers.0));
+    let wish = (view.keeps - available).min(view.target - view.low);
+    (available < begins && wish > Bytes::ZERO).then_some(wish)
+}
+
+/// Shares `sum` out by shares among those with a wish, nobody above it.
+fn share(
+    views: &mut [View<'_>],
+    budget: &mut Budget,
+    sum: Bytes,
+    wish: impl Fn(&View<'_>) -> Option<Bytes>,
+    reason: Reason,
+    control: &ControlConfig,
+) {
+    if sum == Bytes::ZERO {
+        return;
+    }
+    let mut wishes: Vec<(usize, Bytes)> = views
+        .iter()
+        .enumerate()
+        .filter_map(|(index, view)| Some((index, wish(view)?)))
+        .collect();
+    let weight = |view: &View<'_>| f64::from(view.facts.policy.shares);
+    // The smallest wish for its shares first: what it does not need goes to those that follow.
+    let key = |&(index, wish): &(usize, Bytes)| wish.0 as f64 / weight(&views[index]);
+    wishes.sort_by(|a, b| key(a).total_cmp(&key(b)).then(a.0.cmp(&b.0)));
+    let mut weights: f64 = wishes.iter().map(|&(index, _)| weight(&views[index])).sum();
+    let mut left = sum;
+    for (index, wish) in wishes {
+        let view = &mut views[index];
+        let gift = wish.min(left.scale((weight(view) / weights).min(1.0)));
+        weights = (weights - weight(view)).max(f64::MIN_POSITIVE);
+        if gift < view.dead_band(control) {
+            view.reason = Reason::DeadBand;
+            continue;
+        }
+        let to = view.target - gift;
+        view.to = to.max(view.low);
+        view.reason = reason;
+        let grant = view.grant(view.to);
+        budget.granted += grant;
+        left -= gift;
+    }
+}

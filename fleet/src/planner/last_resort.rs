@@ -1,0 +1,150 @@
+//! The last resorts: what can be done without the guests' help when a host stays red. Each has to be allowed.
+//!
+//! One step further at a time, and only after the host has been red for `after` since the last one. Each step holds for
+//! the lowest classes only; when the host is green or yellow again everything is taken back, except that a killed VM
+//! stays dead.
+
+use crate::config::{Config, LastResortConfig};
+use crate::model::{Bytes, HostState, PriorityClass};
+
+use super::view::View;
+use super::{ActionKind, PlannerMemory, Reason, Squeezed};
+
+/// Part of its resident memory that a squeezed VM keeps.
+const HIGH_PART: f64 = 0.9;
+
+/// The steps, in their order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    MemoryHigh,
+    Swap,
+    Pause,
+    Kill,
+}
+
+fn allowed(resort: &LastResortConfig) -> Vec<Step> {
+    [
+        (resort.memory_high, Step::MemoryHigh),
+        (resort.swap, Step::Swap),
+        (resort.pause, Step::Pause),
+        (resort.kill, Step::Kill),
+    ]
+    .into_iter()
+    .filter_map(|(allowed, step)| allowed.then_some(step))
+    .collect()
+}
+
+/// What to do, by the place of the VM. `helpless`: the balloons cannot bring what is missing.
+pub(super) fn last_resort(
+    views: &mut [View<'_>],
+    memory: &mut PlannerMemory,
+    helpless: bool,
+    now_ms: u64,
+    config: &Config,
+) -> Vec<(usize, ActionKind, Reason)> {
+    if memory.state <= HostState::Yellow {
+        memory.last_resort = 0;
+        return recover(views);
+    }
+    let steps = allowed(&config.last_resort);
+    let due = now_ms
+        >= memory
+            .last_resort_at_ms
+            .max(memory.state_since_ms)
+            .saturating_add(config.last_resort.after.0);
+    if memory.state < HostState::Red || !helpless || !due || steps.is_empty() {
+        return Vec::new();
+    }
+    memory.last_resort_at_ms = now_ms;
+    // The last step may be taken again and again: one VM dies at a time, and the host is looked at in between.
+    let step = steps[usize::from(memory.last_resort).min(steps.len() - 1)];
+    memory.last_resort = memory.last_resort.saturating_add(1).min(steps.len() as u8);
+    apply(step, views, &config.last_resort)
+}
+
+fn apply(
+    step: Step,
+    views: &mut [View<'_>],
+    resort: &LastResortConfig,
+) -> Vec<(usize, ActionKind, Reason)> {
+    let lowest = views
+        .iter()
+        .filter(|view| !view.memory.squeezed.killed)
+        .map(|view| view.facts.policy.class)
+        .min()
+        .unwrap_or_default();
+    let class = match step {
+        // Squeezing is for whoever is lowest, but never for those that never give.
+        Step::MemoryHigh | Step::Swap => lowest.min(PriorityClass::High),
+        Step::Pause | Step::Kill => PriorityClass::Batch,
+    };
+    let mut chosen: Vec<usize> = (0..views.len())
+        .filter(|&index| {
+            let view = &views[index];
+            view.facts.policy.class == class
+                && view.facts.sample.is_some()
+                && !view.memory.squeezed.killed
+                && (view.facts.interlock.is_none() || view.memory.squeezed.paused)
+        })
+        .collect();
+    if step == Step::Kill {
+        // The one whose death frees most.
+        chosen.sort_by_key(|&index| (std::cmp::Reverse(views[index].sample.resident), index));
+        chosen.truncate(1);
+    }
+    chosen
+        .into_iter()
+        .map(|index| {
+            let view = &mut views[index];
+            let squeezed = &mut view.memory.squeezed;
+            let kind = match step {
+                Step::MemoryHigh => {
+                    squeezed.high = true;
+                    let limit = view
+                        .sample
+                        .resident
+                        .scale(HIGH_PART)
+                        .max(view.facts.policy.min);
+                    ActionKind::MemoryHigh { limit: Some(limit) }
+                }
+                Step::Swap => {
+                    squeezed.swap = true;
+                    ActionKind::SwapMax {
+                        limit: resort.swap_max.of(view.facts.configured),
+                    }
+                }
+                Step::Pause => {
+                    squeezed.paused = true;
+                    ActionKind::Pause
+                }
+                Step::Kill => {
+                    squeezed.killed = true;
+                    ActionKind::Kill
+                }
+            };
+            (index, kind, Reason::LastResort)
+        })
+        .collect()
+}
+
+fn recover(views: &mut [View<'_>]) -> Vec<(usize, ActionKind, Reason)> {
+    let mut actions = Vec::new();
+    for (index, view) in views.iter_mut().enumerate() {
+        let Squeezed {
+            high, swap, paused, ..
+        } = view.memory.squeezed;
+        let squeezed = &mut view.memory.squeezed;
+        let undo = [
+            (paused, ActionKind::Resume),
+            (high, ActionKind::MemoryHigh { limit: None }),
+            (swap, ActionKind::SwapMax { limit: Bytes::ZERO }),
+        ];
+        for (used, kind) in undo {
+            if used {
+                actions.push((index, kind, Reason::Recovered));
+            }
+        }
+        (squeezed.high, squeezed.swap, squeezed.paused) = (false, false, false);
+    }
+    actions
+}

@@ -1,0 +1,159 @@
+//! Taking: which guests' balloons grow, and by how much.
+//!
+//! The lowest class gives all it can in this plan before the next one gives anything. Within a class the part of each
+//! VM goes with what it has to spare, weighed by idleness and against shares. A step bounds what one plan takes from
+//! one VM, so that the next sample can tell whether it did harm.
+
+use crate::config::ControlConfig;
+use crate::model::{Bytes, HostState, PriorityClass};
+
+use super::view::View;
+use super::{Reason, Squeezed};
+
+/// What is missing, and on whose account.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Demand {
+    pub(super) now_ms: u64,
+    pub(super) state: HostState,
+    pub(super) shortage: Bytes,
+    pub(super) reason: Reason,
+}
+
+/// Takes at most `shortage`, but for one dead band, and returns what was taken.
+pub(super) fn take(views: &mut [View<'_>], demand: &Demand, control: &ControlConfig) -> Bytes {
+    let mut taken = Bytes::ZERO;
+    for class in PriorityClass::ALL {
+        let missing = demand.shortage - taken;
+        if missing == Bytes::ZERO {
+            break;
+        }
+        taken += take_from_class(views, class, missing, demand, control);
+    }
+    for view in views.iter_mut() {
+        explain_rest(view, demand, control);
+    }
+    taken
+}
+
+/// Somebody who can give.
+struct Giver {
+    index: usize,
+    /// Growth of the balloon that brings nothing.
+    absent: Bytes,
+    /// Most it brings.
+    gain: Bytes,
+    weight: f64,
+}
+
+/// Shares `missing` out in proportion to the givers' weights, nobody above what it can bring. Those that reach their
+/// bound first are served first, so that one pass finds the shares of the rest and the sum is exact; parts below the
+/// dead band are rounded up to it, which makes the sum too large by at most one dead band.
+fn take_from_class(
+    views: &mut [View<'_>],
+    class: PriorityClass,
+    missing: Bytes,
+    demand: &Demand,
+    control: &ControlConfig,
+) -> Bytes {
+    let mut givers: Vec<Giver> = views
+        .iter()
+        .enumerate()
+        .filter(|(_, view)| view.facts.policy.class == class)
+        .filter_map(|(index, view)| giver(index, view, demand, control))
+        .collect();
+    let bound = |giver: &Giver| giver.gain.0 as f64 / giver.weight;
+    givers.sort_by(|a, b| {
+        bound(a)
+            .total_cmp(&bound(b))
+            .then(b.gain.cmp(&a.gain))
+            .then(a.index.cmp(&b.index))
+    });
+    let mut weight: f64 = givers.iter().map(|giver| giver.weight).sum();
+    let mut taken = Bytes::ZERO;
+    for giver in &givers {
+        let rest = missing - taken;
+        let view = &mut views[giver.index];
+        if rest == Bytes::ZERO {
+            view.reason = Reason::OthersGave;
+            continue;
+        }
+        let part = rest.scale((giver.weight / weight).min(1.0));
+        weight = (weight - giver.weight).max(f64::MIN_POSITIVE);
+        // The share is rounded up: a byte that is left over would cost somebody a whole dead band.
+        let gain = (part + Bytes(1))
+            .max(view.dead_band(control))
+            .min(giver.gain);
+        view.to = view.target + giver.absent + gain;
+        view.gain = gain;
+        view.reason = demand.reason;
+        taken += gain;
+    }
+    taken
+}
+
+fn giver(index: usize, view: &View<'_>, demand: &Demand, control: &ControlConfig) -> Option<Giver> {
+    if view.to != view.target || view.spared(demand.now_ms, control).is_some() {
+        return None;
+    }
+    if view.memory.harmed && demand.state < HostState::Red {
+        return None;
+    }
+    let room = view.target_max(demand.state, control) - view.target;
+    let absent = view.absent();
+    // What is already on its way counts: never more than one step is under way, however often plans are made.
+    let step = view.step(demand.state, control) - view.pending_gain(control);
+    let gain = (room - absent).min(step);
+    (gain >= view.dead_band(control)).then(|| Giver {
+        index,
+        absent,
+        gain,
+        weight: view.take_weight(gain),
+    })
+}
+
+/// Says why nothing was taken from those that gave nothing.
+fn explain_rest(view: &mut View<'_>, demand: &Demand, control: &ControlConfig) {
+    if view.to != view.target || view.reason != Reason::NoNeed {
+        return;
+    }
+    view.reason = match view.spared(demand.now_ms, control) {
+        Some(reason) => reason,
+        None if view.memory.harmed => Reason::Harm,
+        None => {
+            let room = view.target_max(demand.state, control) - view.target;
+            match room - view.absent() {
+                Bytes::ZERO => Reason::NothingToTake,
+                gain if gain < view.dead_band(control) => Reason::DeadBand,
+                _ => Reason::OthersGave,
+            }
+        }
+    };
+}
+
+/// Moves balloons that hold less than the VM's maximum demands. The operator's limit needs no shortage.
+pub(super) fn hold_to_maximum(view: &mut View<'_>, now_ms: u64, control: &ControlConfig) {
+    let known = view.off_limits().is_none() && !view.stale(now_ms, control);
+    // One step for each sample: the next one tells how the guest took it.
+    let seen = view.sample.at_ms > view.memory.asked_at_ms;
+    if view.target < view.low && known && seen {
+        let step = view.step(HostState::Red, control);
+        view.to = view.low.min(view.target + step);
+        view.gain = (view.to - view.target) - view.absent();
+        view.reason = Reason::AboveMaximum;
+    }
+}
+
+/// A stuck balloon is asked for no more than it holds: should it come loose, it must not run on towards a target that
+/// was right minutes ago.
+pub(super) fn pin_stuck(view: &mut View<'_>) {
+    let held = view.sample.ballooned.max(view.low);
+    if view.memory.stuck && view.off_limits().is_none() && held < view.target {
+        view.to = held;
+        view.reason = Reason::Stuck;
+    }
+}
+
+/// Whether any last resort is in use.
+pub(super) fn in_use(squeezed: &Squeezed) -> bool {
+    squeezed.high || squeezed.swap || squeezed.paused
+}

@@ -1,0 +1,206 @@
+//! One VM as a plan sees it: facts and memory, and the figures that the rules decide on.
+
+use crate::config::{Config, ControlConfig};
+use crate::model::{Bytes, FeatureLevel, HostState, PriorityClass, VmFacts, VmSample};
+
+use super::observe::{dead_band, keeps, possible};
+use super::{Reason, VmMemory};
+
+/// A VM in the making of a plan. `to` and `reason` are what the rules set.
+#[derive(Debug)]
+pub(super) struct View<'a> {
+    pub(super) facts: &'a VmFacts,
+    pub(super) memory: VmMemory,
+    pub(super) sample: VmSample,
+    /// The balloon's target so far.
+    pub(super) target: Bytes,
+    /// The smallest target that keeps the VM to its maximum.
+    pub(super) low: Bytes,
+    /// The largest target that leaves it its minimum.
+    pub(super) high: Bytes,
+    /// Available memory as it will be when the balloon has reached `target`; absent without a word from the guest.
+    pub(super) available: Option<Bytes>,
+    /// Unused memory, likewise.
+    pub(super) free: Option<Bytes>,
+    /// Available memory that it keeps.
+    pub(super) keeps: Bytes,
+    /// The target it shall have.
+    pub(super) to: Bytes,
+    /// The rule that set it.
+    pub(super) reason: Reason,
+    /// Host memory that growing the balloon to `to` brings.
+    pub(super) gain: Bytes,
+}
+
+impl<'a> View<'a> {
+    pub(super) fn new(facts: &'a VmFacts, memory: VmMemory, now_ms: u64, config: &Config) -> Self {
+        let sample = facts.sample.unwrap_or_default();
+        let target = if memory.samples == 0 {
+            sample.balloon_target
+        } else {
+            memory.target
+        };
+        let pending = target - sample.ballooned;
+        let has = facts.configured - sample.ballooned;
+        let control = &config.control;
+        let fresh =
+            |at_ms: u64| now_ms <= at_ms + control.sample_age_max.0 || !control.safety.stale;
+        let claims = sample.guest.filter(|claims| fresh(claims.at_ms));
+        Self {
+            facts,
+            sample,
+            target,
+            low: facts.policy.balloon_min(facts.configured),
+            high: facts.policy.balloon_max(facts.configured),
+            available: claims.map(|claims| claims.available.min(has) - pending),
+            free: claims.map(|claims| claims.free.min(has) - pending),
+            keeps: keeps(facts.configured - target, control),
+            to: target,
+            reason: Reason::NoNeed,
+            gain: Bytes::ZERO,
+            memory,
+        }
+    }
+
+    /// What the manager may not touch at all, and why.
+    pub(super) fn off_limits(&self) -> Option<Reason> {
+        if self.facts.interlock.is_some() {
+            Some(Reason::Interlock)
+        } else if !self.facts.has_balloon || !self.facts.policy.managed() {
+            Some(Reason::Unmanaged)
+        } else if self.facts.sample.is_none() {
+            Some(Reason::Fresh)
+        } else {
+            None
+        }
+    }
+
+    /// No answer for so long that nothing is known any more.
+    pub(super) fn stale(&self, now_ms: u64, control: &ControlConfig) -> bool {
+        control.safety.stale
+            && (self.facts.missed_samples >= control.misses_max
+                || now_ms > self.sample.at_ms + control.sample_age_max.0
+                || self.facts.level >= FeatureLevel::L1
+                    && self.sample.guest.is_some()
+                    && self.available.is_none())
+    }
+
+    /// Why nothing may be taken, if so.
+    pub(super) fn spared(&self, now_ms: u64, control: &ControlConfig) -> Option<Reason> {
+        let memory = &self.memory;
+        if let Some(reason) = self.off_limits() {
+            Some(reason)
+        } else if self.facts.policy.class == PriorityClass::Critical {
+            Some(Reason::Critical)
+        } else if memory.samples < control.samples_min {
+            Some(Reason::Fresh)
+        } else if self.stale(now_ms, control) {
+            Some(Reason::Stale)
+        } else if memory.distrusted {
+            Some(Reason::Lying)
+        } else if memory.stuck {
+            Some(Reason::Stuck)
+        } else if memory.suffering && control.safety.give_back {
+            Some(Reason::Suffering)
+        } else if control.safety.blocking
+            && (now_ms < memory.take_blocked_until_ms || self.shrinking(control))
+        {
+            Some(Reason::Blocked)
+        } else {
+            None
+        }
+    }
+
+    /// Whether the balloon still holds more than it was asked to: what was given has not arrived.
+    fn shrinking(&self, control: &ControlConfig) -> bool {
+        self.sample.ballooned > self.target + self.dead_band(control)
+    }
+
+    /// The largest target that can be asked for without harm. Free memory goes first; droppable caches from orange on;
+    /// of a guest that tells nothing of itself, something only from orange on.
+    pub(super) fn target_max(&self, state: HostState, control: &ControlConfig) -> Bytes {
+        let high = if control.safety.give_back {
+            self.high
+                .min(self.facts.configured - self.memory.learned_min)
+        } else {
+            self.high
+        };
+        let room = match (self.available, self.free) {
+            (Some(available), Some(free)) => {
+                let spare = match state {
+                    HostState::Red => available - Bytes(self.keeps.0 / 2),
+                    _ => available - self.keeps,
+                };
+                if state < HostState::Orange {
+                    spare.min(free)
+                } else {
+                    spare
+                }
+            }
+            _ if state == HostState::Red => high - self.target,
+            _ if state == HostState::Orange => Bytes((high - self.target).0 / 2),
+            _ => Bytes::ZERO,
+        };
+        (self.target + room).min(high).max(self.target)
+    }
+
+    /// Of what the balloon would take next, the part that occupies no host memory: taking it brings nothing.
+    pub(super) fn absent(&self) -> Bytes {
+        let callable = self.facts.callable() - (self.target - self.sample.ballooned);
+        self.free.unwrap_or(callable).min(callable)
+    }
+
+    /// Host memory that a balloon on its way will still bring.
+    pub(super) fn pending_gain(&self, control: &ControlConfig) -> Bytes {
+        let missing = self.target - self.sample.ballooned;
+        let memory = &self.memory;
+        if !control.safety.pending_counts || memory.stuck || memory.distrusted {
+            return Bytes::ZERO;
+        }
+        let asked = memory.target - memory.asked_from;
+        memory
+            .asked_gain
+            .scale(missing.ratio(asked).min(1.0))
+            .min(missing)
+    }
+
+    /// How idle it is: 1 when its memory changes, up to 4 when nothing moves. Idle memory costs most to keep, so it goes
+    /// first among equals (the idle tax of Waldspurger 2002, with a rate of three quarters).
+    pub(super) fn idleness(&self) -> f64 {
+        let per_min = self.memory.activity_per_min / self.sample.resident.0.max(1) as f64;
+        1.0 / (0.25 + 0.75 * (per_min / 0.05).min(1.0))
+    }
+
+    /// Its weight when memory is taken: much that is idle, and few shares.
+    pub(super) fn take_weight(&self, gain: Bytes) -> f64 {
+        gain.0 as f64 * self.idleness() / f64::from(self.facts.policy.shares.max(1))
+    }
+
+    /// Most that is taken at once.
+    pub(super) fn step(&self, state: HostState, control: &ControlConfig) -> Bytes {
+        let factor = match state {
+            HostState::Red => 4.0,
+            HostState::Orange => 2.0,
+            _ => 1.0,
+        };
+        let step = control
+            .step
+            .min(self.facts.configured.part(control.step_part));
+        step.scale(factor * self.memory.step_scale)
+            .max(self.dead_band(control))
+    }
+
+    pub(super) fn dead_band(&self, control: &ControlConfig) -> Bytes {
+        dead_band(self.facts.configured, control)
+    }
+
+    /// Host memory that giving `to` lets the guest use: what it really holds counts, not what was asked for.
+    pub(super) fn grant(&self, to: Bytes) -> Bytes {
+        self.sample.ballooned.min(self.target) - to
+    }
+
+    /// What its control group is held to when it lies.
+    pub(super) fn enforced_limit(&self) -> Bytes {
+        possible(self.facts, &self.sample).max(self.facts.policy.min)
+    }
+}

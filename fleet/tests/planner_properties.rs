@@ -1,0 +1,360 @@
+//! What must hold for every plan, whatever hosts and guests say.
+//!
+//! Hosts and guests are made up without mercy: figures need not fit together, samples go missing, guests change their
+//! mind from one sample to the next. The memory that a plan starts from is that of the plans before it.
+
+use fleet::config::Config;
+use fleet::model::*;
+use fleet::planner::{
+    Action, ActionKind, Block, Phase, Plan, PlannerMemory, Present, Reason, plan,
+};
+use proptest::prelude::*;
+
+const SAMPLE_MS: u64 = 5000;
+
+fn claims() -> impl Strategy<Value = Option<(f64, f64, u64)>> {
+    prop::option::weighted(0.8, (0.0..1.2f64, 0.0..1.0f64, 0u64..3))
+}
+
+prop_compose! {
+    fn policy()(
+        min in 0.0..1.0f64,
+        max in 0.5..1.0f64,
+        shares in prop::sample::select(vec![0u32, 1, 1000, 1000, 5000]),
+        class in prop::sample::select(PriorityClass::ALL.to_vec()),
+    ) -> (f64, f64, u32, PriorityClass) { (min.min(max), max, shares, class) }
+}
+
+/// Parts of a VM's size, made into bytes by [`vm`].
+type Parts = (f64, f64, f64);
+
+fn vm(
+    index: usize,
+    step: u64,
+    configured: Bytes,
+    (min, max, shares, class): (f64, f64, u32, PriorityClass),
+    (target, ballooned, resident): Parts,
+    claims: Option<(f64, f64, u64)>,
+    missed: bool,
+) -> VmFacts {
+    let now_ms = (step + 1) * SAMPLE_MS;
+    let at_ms = if missed {
+        now_ms.saturating_sub(60_000)
+    } else {
+        now_ms
+    };
+    VmFacts {
+        id: VmId::from(format!("vm{index:03}")),
+        epoch: 1,
+        level: FeatureLevel::L2,
+        configured,
+        has_balloon: true,
+        policy: VmPolicy {
+            min: configured.scale(min),
+            max: configured.scale(max),
+            shares,
+            class,
+            ..VmPolicy::halves(configured)
+        },
+        interlock: None,
+        sample: Some(VmSample {
+            at_ms,
+            balloon_target: configured.scale(target),
+            ballooned: configured.scale(ballooned),
+            resident: configured.scale(resident),
+            swapped: Bytes::ZERO,
+            guest: claims.map(|(available, free, stalls)| GuestClaims {
+                at_ms,
+                available: configured.scale(available),
+                free: configured.scale(available * free),
+                alloc_stalls: Some(stalls * step),
+                ..GuestClaims::default()
+            }),
+            reclaim: Some(ReclaimFigures {
+                reporting_active: true,
+                ..ReclaimFigures::default()
+            }),
+        }),
+        missed_samples: if missed { 5 } else { 0 },
+    }
+}
+
+prop_compose! {
+    fn inventory(step: u64, policies: Vec<(u64, (f64, f64, u32, PriorityClass))>)(
+        free in 0.0..0.6f64,
+        some_avg10 in prop::sample::select(vec![0.0, 0.0, 0.0, 2.0, 10.0, 40.0]),
+        parts in prop::collection::vec(((0.0..1.0f64, 0.0..1.0f64, 0.0..1.1f64), claims(), prop::bool::weighted(0.1)), policies.len()),
+    ) -> Inventory {
+        let total = Bytes::gib(64);
+        Inventory {
+            now_ms: (step + 1) * SAMPLE_MS,
+            host: HostFacts {
+                at_ms: (step + 1) * SAMPLE_MS,
+                total,
+                available: total.scale(free),
+                pressure: Pressure { some_avg10, ..Pressure::default() },
+                ..HostFacts::default()
+            },
+            vms: policies.iter().zip(&parts).enumerate()
+                .map(|(index, ((mib, policy), (parts, claims, missed)))| {
+                    vm(index, step, Bytes::mib(*mib), *policy, *parts, *claims, *missed)
+                })
+                .collect(),
+            promised: Bytes::ZERO,
+        }
+    }
+}
+
+/// Some rounds of samples of the same VMs.
+fn history() -> impl Strategy<Value = Vec<Inventory>> {
+    prop::collection::vec((512u64..16_384, policy()), 0..12).prop_flat_map(|policies| {
+        (0..4u64)
+            .map(|step| inventory(step, policies.clone()))
+            .collect::<Vec<_>>()
+    })
+}
+
+fn config() -> Config {
+    Config::default()
+}
+
+/// All plans but the last are made; the last inventory and the memory for it are returned.
+fn remembered(mut history: Vec<Inventory>) -> (Inventory, PlannerMemory) {
+    let last = history.pop().expect("a history has inventories");
+    let memory = history
+        .iter()
+        .fold(PlannerMemory::default(), |memory, inventory| {
+            plan(inventory, &config(), &memory).memory
+        });
+    (last, memory)
+}
+
+fn balloons(plan: &Plan) -> impl Iterator<Item = (&Action, Bytes, Bytes)> {
+    plan.actions.iter().filter_map(|action| match action.kind {
+        ActionKind::Balloon { from, to } => Some((action, from, to)),
+        _ => None,
+    })
+}
+
+fn facts<'a>(inventory: &'a Inventory, id: &VmId) -> &'a VmFacts {
+    inventory
+        .vms
+        .iter()
+        .find(|vm| vm.id == *id)
+        .expect("actions are about VMs of the inventory")
+}
+
+fn granted(inventory: &Inventory, plan: &Plan) -> Bytes {
+    balloons(plan)
+        .map(|(action, from, to)| {
+            let sample = facts(inventory, &action.vm).sample.unwrap_or_default();
+            sample.ballooned.min(from) - to
+        })
+        .sum()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+
+    #[test]
+    fn nobody_is_taken_below_its_minimum_or_given_above_its_maximum(history in history()) {
+        let (inventory, memory) = remembered(history);
+        let plan = plan(&inventory, &config(), &memory);
+        for (action, from, to) in balloons(&plan) {
+            let vm = facts(&inventory, &action.vm);
+            if to > from {
+                prop_assert!(vm.configured - to >= vm.policy.min, "{:?}", action);
+            } else {
+                prop_assert!(vm.configured - to <= vm.policy.max, "{:?}", action);
+            }
+        }
+    }
+
+    #[test]
+    fn no_more_is_granted_than_is_free(history in history()) {
+        let (inventory, memory) = remembered(history);
+        let plan = plan(&inventory, &config(), &memory);
+        let free = plan.ledger.available - plan.ledger.granted - plan.ledger.promised;
+        prop_assert!(granted(&inventory, &plan) <= free);
+        prop_assert_eq!(granted(&inventory, &plan), plan.host.granted);
+    }
+
+    #[test]
+    fn nothing_moves_in_the_dead_band(history in history()) {
+        let (inventory, memory) = remembered(history);
+        let plan = plan(&inventory, &config(), &memory);
+        let control = config().control;
+        for (action, from, to) in balloons(&plan) {
+            // Guarantees and emergencies have no dead band, and a stuck balloon is pinned to the byte.
+            let exempt = matches!(
+                action.reason,
+                Reason::BelowMinimum | Reason::Suffering | Reason::StallSuspected | Reason::Stuck | Reason::AboveMaximum
+            );
+            let configured = facts(&inventory, &action.vm).configured;
+            let band = control.dead_band.max(configured.part(control.dead_band_part));
+            prop_assert!(exempt || from.distance(to) >= band, "{:?}", action);
+        }
+    }
+
+    #[test]
+    fn frees_stand_before_grants(history in history()) {
+        let (inventory, memory) = remembered(history);
+        let plan = plan(&inventory, &config(), &memory);
+        prop_assert!(plan.actions.is_sorted_by_key(|action| action.phase));
+        for (action, from, to) in balloons(&plan) {
+            prop_assert!(to < from || action.phase == Phase::Free);
+        }
+    }
+
+    #[test]
+    fn less_memory_takes_no_less_and_gives_no_more(history in history(), less in 0.0..1.0f64) {
+        let (mut inventory, memory) = remembered(history);
+        let roomy = plan(&inventory, &config(), &memory);
+        inventory.host.available = inventory.host.available.scale(less);
+        let tight = plan(&inventory, &config(), &memory);
+        prop_assert!(tight.host.state >= roomy.host.state);
+        prop_assert!(tight.host.shortage >= roomy.host.shortage);
+        prop_assert!(tight.host.granted <= roomy.host.granted);
+        // Parts are rounded up to dead bands, the largest of which is 1 % of 16 GiB, once a class.
+        let band = Bytes::mib(5 * 164);
+        prop_assert!(tight.host.taken + band >= roomy.host.taken, "{:?} {:?}", tight.host, roomy.host);
+    }
+
+    #[test]
+    fn order_of_vms_does_not_matter(history in history(), seed in any::<u64>()) {
+        let (inventory, memory) = remembered(history);
+        let mut shuffled = inventory.clone();
+        shuffled.vms.sort_by_key(|vm| {
+            vm.id.as_str().bytes().fold(seed, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+        });
+        prop_assert_eq!(plan(&inventory, &config(), &memory), plan(&shuffled, &config(), &memory));
+    }
+
+    #[test]
+    fn action_carried_out_is_not_carried_out_again(history in history()) {
+        let (inventory, memory) = remembered(history);
+        let plan = plan(&inventory, &config(), &memory);
+        for (action, from, to) in balloons(&plan) {
+            let mut present = Present {
+                epoch: 1,
+                now_ms: inventory.now_ms,
+                host_available: inventory.host.available,
+                balloon_target: from,
+            };
+            prop_assert_eq!(action.check(&present), Ok(()));
+            present.balloon_target = to;
+            prop_assert_eq!(action.check(&present), Err(Block::Done));
+        }
+    }
+
+    #[test]
+    fn second_look_at_the_same_samples_takes_no_second_step(history in history()) {
+        let (mut inventory, memory) = remembered(history);
+        let first = plan(&inventory, &config(), &memory);
+        inventory.now_ms += 1;
+        let second = plan(&inventory, &config(), &first.memory);
+        for (action, from, to) in balloons(&second).filter(|(_, from, to)| to > from) {
+            // A maximum is a demand of its own: what it moved may have been no step at all, because nothing was there.
+            let before = balloons(&first)
+                .find(|(a, ..)| a.vm == action.vm && a.reason != Reason::AboveMaximum);
+            prop_assert!(before.is_none(), "{:?} then {} to {}", before, from, to);
+        }
+    }
+
+    #[test]
+    fn every_vm_is_explained(history in history()) {
+        let (inventory, memory) = remembered(history);
+        let plan = plan(&inventory, &config(), &memory);
+        prop_assert_eq!(plan.explanations.len(), inventory.vms.len());
+        for explanation in &plan.explanations {
+            let moved = balloons(&plan).find(|(action, ..)| action.vm == explanation.vm);
+            prop_assert_eq!(moved.is_some(), explanation.target_before != explanation.target_after);
+            prop_assert!(!explanation.to_string().is_empty());
+        }
+    }
+
+    #[test]
+    fn loop_with_honest_guests_comes_to_rest(
+        sizes in prop::collection::vec((1024u64..8192, 0.1..0.9f64, 0.0..0.5f64), 1..12),
+        total_part in 0.4..1.2f64,
+    ) {
+        let quiet = plans_until_quiet(&sizes, total_part);
+        prop_assert!(quiet.is_some(), "still moving");
+    }
+}
+
+/// Guests that use a constant part of their memory, keep a constant part as cache, and do at once what they are told.
+/// Returns how many plans it takes until ten in a row do nothing.
+fn plans_until_quiet(sizes: &[(u64, f64, f64)], total_part: f64) -> Option<u64> {
+    let configured: Vec<Bytes> = sizes.iter().map(|(mib, ..)| Bytes::mib(*mib)).collect();
+    let total = configured.iter().copied().sum::<Bytes>().scale(total_part);
+    let mut balloon = vec![Bytes::ZERO; sizes.len()];
+    let mut memory = PlannerMemory::default();
+    let mut idle = 0;
+    for round in 1..600 {
+        let now_ms = round * SAMPLE_MS;
+        let mut vms = Vec::new();
+        let mut resident_sum = Bytes::ZERO;
+        for (index, (_, used, cache)) in sizes.iter().enumerate() {
+            let size = configured[index];
+            let used = size.scale(used * 0.8);
+            let cache = size.scale(*cache).min(size - balloon[index] - used);
+            let available = size - balloon[index] - used;
+            let resident = used + cache;
+            resident_sum += resident;
+            let mut vm = vm(
+                index,
+                round,
+                size,
+                (0.3, 1.0, 1000, PriorityClass::Normal),
+                (0.0, 0.0, 0.0),
+                None,
+                false,
+            );
+            vm.sample = Some(VmSample {
+                at_ms: now_ms,
+                balloon_target: balloon[index],
+                ballooned: balloon[index],
+                resident,
+                guest: Some(GuestClaims {
+                    at_ms: now_ms,
+                    available,
+                    free: available - cache,
+                    ..GuestClaims::default()
+                }),
+                ..VmSample::default()
+            });
+            vms.push(vm);
+        }
+        let inventory = Inventory {
+            now_ms,
+            host: HostFacts {
+                at_ms: now_ms,
+                total,
+                available: total - resident_sum,
+                ..HostFacts::default()
+            },
+            vms,
+            promised: Bytes::ZERO,
+        };
+        let plan = plan(&inventory, &config(), &memory);
+        idle = if balloons(&plan).next().is_none() {
+            idle + 1
+        } else {
+            0
+        };
+        if idle == 10 {
+            return Some(round);
+        }
+        for (action, _, to) in balloons(&plan) {
+            let index = inventory
+                .vms
+                .iter()
+                .position(|vm| vm.id == action.vm)
+                .expect("known");
+            balloon[index] = to;
+        }
+        memory = plan.memory;
+    }
+    None
+}
