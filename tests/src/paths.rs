@@ -13,11 +13,19 @@ pub fn workspace() -> PathBuf {
         .to_path_buf()
 }
 
+/// Names a VMM with our command line and API that is used in place of ours, to compare with.
+pub const OTHER_VMM: &str = "OTHER_VMM";
+
 /// One of our programs: from `PATH` inside the testbed, else the release build.
 ///
 /// # Errors
 /// There is no such program.
 pub fn program(name: &str) -> Result<PathBuf> {
+    if let Some(other) = env::var_os(OTHER_VMM)
+        && name == "cloud-hypervisor"
+    {
+        return Ok(other.into());
+    }
     let in_path = env::var_os("PATH")
         .into_iter()
         .flat_map(|path| env::split_paths(&path).collect::<Vec<_>>())

@@ -5,6 +5,7 @@
 
 mod apt;
 mod ci;
+mod experiment;
 mod guest;
 mod paths;
 mod process;
@@ -40,6 +41,9 @@ enum Command {
     Bench(shows::BenchOptions),
     /// Test the VMM with Linux guests
     VmTests(vm_tests::Options),
+    /// Show what reclaimed memory is worth
+    #[command(subcommand)]
+    Experiment(experiment::Experiment),
     /// Everything that a change must pass
     Ci(ci::Options),
 }
@@ -72,6 +76,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => shows::demo(&options),
         Command::Bench(options) => shows::bench(options),
         Command::VmTests(options) => vm_tests::run(&options),
+        Command::Experiment(experiment) => experiment::run(&experiment),
         Command::Ci(options) => ci::run(&options),
     };
     result.unwrap_or_else(|error| {

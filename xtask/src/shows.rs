@@ -42,8 +42,8 @@ pub(crate) fn demo(options: &DemoOptions) -> Result<ExitCode> {
         Surroundings {
             memory: HOST_BYTES,
             share: Some(results),
-            icount: false,
             kernel: options.kernel,
+            ..Surroundings::default()
         },
     )
 }
@@ -56,9 +56,9 @@ pub(crate) fn bench(options: BenchOptions) -> Result<ExitCode> {
         command,
         Surroundings {
             memory: HOST_BYTES,
-            share: None,
             icount: options.icount,
             kernel: options.kernel,
+            ..Surroundings::default()
         },
     )
 }

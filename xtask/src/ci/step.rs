@@ -79,6 +79,12 @@ pub(crate) const STEPS: &[Step] = &[
     // The tests take a few minutes; a guest that hangs costs its test's own deadline.
     guests("vm tests", BUILT, "cargo xtask vm-tests"),
     guests("vm bench", BUILT, "cargo xtask bench"),
+    // Without reporting two guests fit. Small and few, to show that it works.
+    guests(
+        "experiment",
+        BUILT,
+        "cargo xtask experiment overcommit --reporting mainline --scale 0.1 --max 5 --expect 4 --timeout 900",
+    ),
 ];
 
 impl Step {

@@ -87,9 +87,10 @@ enum HostChoice {
 }
 
 /// What our own tests and programs boot, unless they name a kernel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum KernelChoice {
     /// Debian's source as it is
+    #[default]
     Stock,
     /// With the series in guest-patches
     Patched,
@@ -142,7 +143,7 @@ impl Job {
 }
 
 /// What other commands of ours choose about the testbed; the rest is `testbed run`'s default.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Surroundings {
     /// Bytes of the emulated host.
     pub(crate) memory: u64,
@@ -150,6 +151,10 @@ pub(crate) struct Surroundings {
     pub(crate) share: Option<PathBuf>,
     pub(crate) icount: bool,
     pub(crate) kernel: KernelChoice,
+    /// Of our binaries, if not the default.
+    pub(crate) profile: Option<String>,
+    /// Ends with status 124 after this many seconds.
+    pub(crate) timeout: Option<u64>,
 }
 
 /// Runs `command` as `testbed run` does.
@@ -158,11 +163,11 @@ pub(crate) fn run_command(command: Vec<OsString>, around: Surroundings) -> Resul
         memory: around.memory,
         cpus: DEFAULT_CPUS,
         share: around.share,
-        timeout: None,
+        timeout: around.timeout,
         icount: around.icount,
         swap: None,
         host: HostChoice::Auto,
-        profile: DEFAULT_PROFILE.into(),
+        profile: around.profile.unwrap_or_else(|| DEFAULT_PROFILE.into()),
         kernel: around.kernel,
         qemu: None,
         console: false,
@@ -229,22 +234,31 @@ fn kvm_boots_linux(artefacts: &Artefacts, bins: &[PathBuf]) -> Result<bool> {
     probe::kvm_boots_linux(artefacts, vmm)
 }
 
-/// Bytes, with an optional binary suffix.
-fn parse_size(text: &str) -> Result<u64, String> {
+/// Bytes, with an optional binary suffix; 4.5G is fine, a fraction of a byte is not.
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.chars().last() {
         Some('K' | 'k') => (&text[..text.len() - 1], 10),
         Some('M' | 'm') => (&text[..text.len() - 1], 20),
         Some('G' | 'g') => (&text[..text.len() - 1], 30),
         _ => (text, 0),
     };
-    match digits
+    let whole = digits
         .parse::<u64>()
         .ok()
-        .and_then(|n| n.checked_mul(1 << shift))
-    {
+        .and_then(|number| number.checked_mul(1 << shift));
+    match whole.or_else(|| fraction(digits, 1 << shift)) {
         Some(0) | None => Err(format!("{text:?} is no size, such as 512M or 4G")),
         Some(bytes) => Ok(bytes),
     }
+}
+
+/// `digits` with one decimal point, in units of `unit` bytes, when that is a whole number.
+fn fraction(digits: &str, unit: u64) -> Option<u64> {
+    let (whole, tenths) = digits.split_once('.')?;
+    let scale = 10u64.checked_pow(u32::try_from(tenths.len()).ok()?)?;
+    let parts = tenths.parse::<u64>().ok()?.checked_mul(unit)?;
+    let whole = whole.parse::<u64>().ok()?.checked_mul(unit)?;
+    (parts % scale == 0).then(|| whole.checked_add(parts / scale))?
 }
 
 #[cfg(test)]
@@ -256,11 +270,23 @@ mod tests {
         assert_eq!(parse_size("4G"), Ok(4 << 30));
         assert_eq!(parse_size("512m"), Ok(512 << 20));
         assert_eq!(parse_size("4096"), Ok(4096));
+        assert_eq!(parse_size("4.5G"), Ok(9 << 29));
     }
 
     #[test]
     fn size_that_is_none_is_refused() {
-        for text in ["", "0", "G", "4T", "-1", "1.5G", "99999999999G"] {
+        for text in [
+            "",
+            "0",
+            "G",
+            "4T",
+            "-1",
+            "1.5",
+            ".5G",
+            "1.G",
+            "0.3G",
+            "99999999999G",
+        ] {
             assert!(parse_size(text).is_err(), "{text}");
         }
     }

@@ -1,0 +1,89 @@
+//! What is asked of an experiment, and the machine that follows from it.
+
+use integration_tests::linux::Machine;
+use serde::{Deserialize, Serialize};
+
+/// How the guests give freed memory back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Reporting {
+    /// Not at all.
+    Off,
+    /// An unmodified kernel's free page reporting.
+    Mainline,
+    /// The bitmap tracker of our patches.
+    Bitmap,
+}
+
+impl Reporting {
+    /// The word on the command line and in file names.
+    pub(crate) fn word(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Mainline => "mainline",
+            Self::Bitmap => "bitmap",
+        }
+    }
+
+    /// A guest of `guest_bytes` that reports this way; `memory` holds the option's text.
+    pub(crate) fn machine(self, memory: &str) -> Machine<'_> {
+        Machine {
+            kernel: match self {
+                Self::Off | Self::Mainline => "vmlinux",
+                Self::Bitmap => "patched/vmlinux",
+            },
+            memory,
+            arguments: match self {
+                Self::Off => &["--balloon", "size=0"],
+                Self::Mainline | Self::Bitmap => &["--balloon", "size=0,free_page_reporting=on"],
+            },
+            command_line: match self {
+                Self::Off | Self::Mainline => "",
+                Self::Bitmap => "page_reporting.tracker=bitmap",
+            },
+            ..Machine::default()
+        }
+    }
+}
+
+/// Guests one after another; each touches its memory, frees it, idles.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Overcommit {
+    /// Memory of the host.
+    pub(crate) host_bytes: u64,
+    /// Memory of each guest.
+    pub(crate) guest_bytes: u64,
+    /// What each touches and frees.
+    pub(crate) touch_bytes: u64,
+    /// Between one guest's free and the next guest's start.
+    pub(crate) settle_ms: u64,
+    /// Guests after which the experiment ends.
+    pub(crate) guests_max: usize,
+    /// How they report.
+    pub(crate) reporting: Reporting,
+    /// Fewer guests than this are a failure.
+    pub(crate) expect: usize,
+}
+
+/// Guests that take turns in allocating most of their memory.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Burst {
+    /// Memory of the host.
+    pub(crate) host_bytes: u64,
+    /// Memory of each guest.
+    pub(crate) guest_bytes: u64,
+    /// What a turn allocates.
+    pub(crate) burst_bytes: u64,
+    /// How many guests there are.
+    pub(crate) guests: usize,
+    /// How long a turn holds its memory.
+    pub(crate) hold_ms: u64,
+    /// How long an interval must be survived.
+    pub(crate) duration_ms: u64,
+    /// Between the starts of two turns; absent, the shortest that lasts is looked for.
+    pub(crate) interval_ms: Option<u64>,
+    /// Seed of random arrivals with that mean interval; absent, turns come at fixed intervals.
+    pub(crate) seed: Option<u64>,
+    /// How they report.
+    pub(crate) reporting: Reporting,
+}

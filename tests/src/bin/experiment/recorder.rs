@@ -1,0 +1,139 @@
+//! Host memory over time: a thread that samples what is available and what each guest's VMM holds.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::host::Host;
+
+/// Between two samples: short beside a turn, long beside what a sample costs.
+const INTERVAL: Duration = Duration::from_millis(250);
+
+/// One moment.
+#[derive(Clone, Debug, Serialize)]
+pub(crate) struct Sample {
+    /// Since the recording began.
+    pub(crate) seconds: f64,
+    /// `MemAvailable` of the host.
+    pub(crate) available_bytes: u64,
+    /// Resident set of each VMM by its number.
+    pub(crate) resident_bytes: BTreeMap<usize, u64>,
+    /// What the VMMs of guests whose own use is known hold beyond it.
+    pub(crate) excess_bytes: u64,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    pids: BTreeMap<usize, u32>,
+    own_bytes: BTreeMap<usize, u64>,
+    samples: Vec<Sample>,
+    ended: bool,
+}
+
+/// A recording under way; ends when dropped.
+#[derive(Debug)]
+pub(crate) struct Recorder {
+    begun: Instant,
+    shared: Arc<Mutex<Shared>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Recorder {
+    /// Begins to sample.
+    pub(crate) fn start(host: &Host) -> Recorder {
+        let shared = Arc::<Mutex<Shared>>::default();
+        let begun = Instant::now();
+        let thread = thread::spawn({
+            let (shared, host) = (Arc::clone(&shared), host.clone());
+            move || {
+                while sample(&host, &shared, begun) {
+                    thread::park_timeout(INTERVAL);
+                }
+            }
+        });
+        Recorder {
+            begun,
+            shared,
+            thread: Some(thread),
+        }
+    }
+
+    /// Seconds since the beginning.
+    pub(crate) fn seconds(&self) -> f64 {
+        self.begun.elapsed().as_secs_f64()
+    }
+
+    /// Records one more VMM under this number.
+    pub(crate) fn watch(&self, number: usize, pid: u32) {
+        self.lock().pids.insert(number, pid);
+    }
+
+    /// A guest's own use of memory from now on.
+    pub(crate) fn own_use(&self, number: usize, bytes: u64) {
+        self.lock().own_bytes.insert(number, bytes);
+    }
+
+    /// What was seen so far.
+    pub(crate) fn samples(&self) -> Vec<Sample> {
+        self.lock().samples.clone()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Shared> {
+        // A thread that panicked left nothing half-done.
+        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        self.lock().ended = true;
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            // It ends by itself; that it panicked would have shown in the samples.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Takes one sample; false when the recording has ended.
+fn sample(host: &Host, shared: &Mutex<Shared>, begun: Instant) -> bool {
+    let (pids, own_bytes) = {
+        let shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        if shared.ended {
+            return false;
+        }
+        (shared.pids.clone(), shared.own_bytes.clone())
+    };
+    let resident_bytes: BTreeMap<usize, u64> = pids
+        .into_iter()
+        .filter_map(|(number, pid)| Some((number, resident(pid)?)))
+        .collect();
+    let excess = own_bytes.iter().filter_map(|(number, own)| {
+        let resident = resident_bytes.get(number)?;
+        Some(resident.saturating_sub(*own))
+    });
+    let excess_bytes = excess.sum();
+    if let Ok(available_bytes) = host.available_bytes() {
+        let sample = Sample {
+            seconds: begun.elapsed().as_secs_f64(),
+            available_bytes,
+            resident_bytes,
+            excess_bytes,
+        };
+        let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        shared.samples.push(sample);
+    }
+    true
+}
+
+/// Resident set of a process; `None` when it has ended.
+fn resident(pid: u32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().trim_end_matches("kB").trim().parse().ok()?;
+    Some(kib << 10)
+}
