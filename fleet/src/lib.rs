@@ -1,15 +1,18 @@
 //! The fleet manager: how much memory each VM keeps, which VMs fit, and where the next one goes.
 //!
 //! The crate has a pure half and a half that touches the world. The pure half decides: [`model`] is what was measured,
-//! [`config`] what the operator wants, and [`planner`] turns both into a plan. Nothing in it reads a clock, a
+//! [`config`] what the operator wants, [`planner`] turns both into a plan, [`admission`] and [`placement`] say yes or
+//! no. Nothing in it reads a clock, a
 //! file or a socket, so the simulator and the agent run the same code.
 //!
 //! Of our other crates only `api` may be used here: a fleet manager sees of a VMM what its socket tells.
 
+pub mod admission;
 pub mod config;
 pub mod host;
 pub mod http;
 pub mod model;
+pub mod placement;
 pub mod planner;
 pub mod reservations;
 pub mod sample;

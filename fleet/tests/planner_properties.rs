@@ -154,7 +154,7 @@ fn granted(inventory: &Inventory, plan: &Plan) -> Bytes {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 512, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
 
     #[test]
     fn nobody_is_taken_below_its_minimum_or_given_above_its_maximum(history in history()) {

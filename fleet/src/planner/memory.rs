@@ -72,6 +72,8 @@ pub struct VmMemory {
     pub moving_since_ms: Option<u64>,
     /// See `moving_since_ms`.
     pub moving_from: Bytes,
+    /// How fast its balloon grew when it had to, bytes a second; a pessimist's mean. 0 before it ever grew.
+    pub rate_per_s: f64,
     /// Nothing is taken until then, ms.
     pub take_blocked_until_ms: u64,
     /// Nothing is given until then unless it suffers, ms.

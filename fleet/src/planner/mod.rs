@@ -94,6 +94,11 @@ fn decide(
     }
     give::give_urgent(views, budget, now_ms, config);
 
+    for view in views.iter() {
+        let (freeable, soon) = view.freeable(now_ms, control);
+        host.freeable += freeable;
+        host.freeable_soon += soon;
+    }
     host.pending = views.iter().map(|view| view.pending_gain(control)).sum();
     let demand = demand(ledger, budget, host, now_ms, config);
     let near = if control.safety.dead_band {

@@ -151,9 +151,24 @@ pub(super) fn possible(facts: &VmFacts, sample: &VmSample) -> Bytes {
     facts.configured - sample.ballooned + Bytes::mib(64).max(facts.configured.scale(0.02))
 }
 
-/// Whether a balloon that should grow does.
+/// Whether a balloon that should grow does, and how fast.
 fn movement(facts: &VmFacts, sample: &VmSample, memory: &mut VmMemory, control: &ControlConfig) {
     let near = dead_band(facts.configured, control);
+    let grown = sample.ballooned - memory.last.ballooned;
+    if grown >= near {
+        let from_ms = memory
+            .last
+            .at_ms
+            .max(memory.asked_at_ms.min(sample.at_ms - 1));
+        let rate = grown.0 as f64 * 1000.0 / (sample.at_ms - from_ms) as f64;
+        // Bad news at once, good news slowly: a promise is made of it.
+        let weight = if rate < memory.rate_per_s { 0.5 } else { 0.1 };
+        memory.rate_per_s += if memory.rate_per_s == 0.0 {
+            rate
+        } else {
+            (rate - memory.rate_per_s) * weight
+        };
+    }
     if sample.ballooned + near >= memory.target {
         memory.moving_since_ms = None;
         // It arrived where it was sent, and did not just stand where it was pinned.

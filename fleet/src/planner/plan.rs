@@ -6,6 +6,7 @@ use api::ReportingPolicy;
 use serde::{Deserialize, Serialize};
 
 use super::PlannerMemory;
+use crate::admission::HostBooks;
 use crate::model::{Bytes, Fraction, HostState, Interlock, Ledger, PriorityClass, VmId};
 
 /// What to do next on one host, and why.
@@ -161,6 +162,18 @@ pub enum Block {
     /// It is already so.
     #[error("nothing is left to do")]
     Done,
+}
+
+impl Plan {
+    /// The host as admission and placement see it.
+    pub fn books(&self) -> HostBooks {
+        HostBooks {
+            ledger: self.ledger,
+            state: self.host.state,
+            freeable: self.host.freeable,
+            freeable_soon: self.host.freeable_soon,
+        }
+    }
 }
 
 impl Action {
@@ -393,6 +406,10 @@ pub struct HostExplanation {
     pub granted: Bytes,
     /// What suffering guests lack and could not be given.
     pub owed: Bytes,
+    /// What balloons could bring without harm, from caches too.
+    pub freeable: Bytes,
+    /// And what of it would come within the reaction time, at the speed that was measured.
+    pub freeable_soon: Bytes,
     /// How often available memory covers the burst.
     pub burst_coverage: f64,
     /// How far the last resorts have gone; 0 is not at all.

@@ -171,6 +171,19 @@ impl<'a> View<'a> {
         1.0 / (0.25 + 0.75 * (per_min / 0.05).min(1.0))
     }
 
+    /// What it could give without harm, all in all and within the reaction time.
+    pub(super) fn freeable(&self, now_ms: u64, control: &ControlConfig) -> (Bytes, Bytes) {
+        if self.spared(now_ms, control).is_some() {
+            return (Bytes::ZERO, Bytes::ZERO);
+        }
+        let room = self.target_max(HostState::Orange, control) - self.target;
+        let gain = room - self.absent();
+        // What never moved is believed to be as slow as a balloon may be without being stuck.
+        let rate = self.memory.rate_per_s.max(control.stuck_rate.0 as f64);
+        let soon = gain.min(Bytes((rate * control.react.0 as f64 / 1000.0) as u64));
+        (gain, soon)
+    }
+
     /// Its weight when memory is taken: much that is idle, and few shares.
     pub(super) fn take_weight(&self, gain: Bytes) -> f64 {
         gain.0 as f64 * self.idleness() / f64::from(self.facts.policy.shares.max(1))

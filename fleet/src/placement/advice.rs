@@ -1,0 +1,189 @@
+//! Advice which VMs to move: to empty a host, or to relieve one that is short of memory.
+//!
+//! Advice only: moving is done by whoever can migrate. A VM that was moved rests before it is moved again, longer each
+//! time (OpenShift's descheduler does the same), because a fleet that answers every pressure with migrations can spend
+//! more on them than it gains.
+
+use serde::{Deserialize, Serialize};
+
+use crate::admission::Request;
+use crate::config::{Config, Millis};
+use crate::model::{Bytes, HostState, PriorityClass, VmId};
+
+use super::HostCapacity;
+use super::choose::fits;
+
+/// The shortest rest between two moves.
+const REST: Millis = Millis::seconds(15 * 60);
+/// The longest.
+const REST_MAX: Millis = Millis::seconds(6 * 3600);
+
+/// A VM that could be moved.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct MovableVm {
+    /// Which.
+    pub id: VmId,
+    /// Memory it is guaranteed.
+    pub min: Bytes,
+    /// Its configured size.
+    pub max: Bytes,
+    /// Host memory it occupies: what has to be copied, and what is freed.
+    pub resident: Bytes,
+    /// How much it matters.
+    pub class: PriorityClass,
+    /// Whether it can be moved at all (no passed-through device, no operation under way).
+    pub movable: bool,
+    /// Its moves so far.
+    pub moved: Option<MoveHistory>,
+}
+
+/// What moving a VM has cost so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MoveHistory {
+    /// End of the last move, ms.
+    pub at_ms: u64,
+    /// How long it took.
+    pub duration_ms: u64,
+    /// Moves within the last day.
+    pub times: u32,
+}
+
+/// One move.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Move {
+    /// Which VM.
+    pub vm: VmId,
+    /// To which host.
+    pub to: String,
+    /// What has to be copied.
+    pub bytes: Bytes,
+}
+
+/// Why a VM stays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum StayReason {
+    /// It cannot be moved.
+    Fixed,
+    /// It was moved not long ago; it rests until then, ms.
+    Rests(u64),
+    /// It fits nowhere.
+    NoHost,
+}
+
+/// What to move, in this order, and what stays where it should leave.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct Moves {
+    /// Moves.
+    pub moves: Vec<Move>,
+    /// VMs that stay.
+    pub stay: Vec<(VmId, StayReason)>,
+}
+
+/// How long a VM rests after a move.
+pub fn cool_down(history: &MoveHistory) -> Millis {
+    let once = REST.0.max(history.duration_ms);
+    Millis((once << history.times.saturating_sub(1).min(16)).min(REST_MAX.0))
+}
+
+/// Where the VMs of a host go when it is emptied. `hosts` are the others; what is planned is booked on a copy of them.
+pub fn drain(vms: &[MovableVm], hosts: &[HostCapacity], now_ms: u64, config: &Config) -> Moves {
+    let mut order: Vec<&MovableVm> = vms.iter().collect();
+    // The largest first: it has the fewest places.
+    order.sort_by(|a, b| needs(b).cmp(&needs(a)).then_with(|| a.id.cmp(&b.id)));
+    let mut fleet = hosts.to_vec();
+    let mut moves = Moves::default();
+    for vm in order {
+        // Emptying is the operator's wish: rests do not count.
+        consider(vm, &mut fleet, &mut moves, now_ms, false, config);
+    }
+    moves
+}
+
+/// Which VMs should leave a host so that it is yellow again. Nothing when it is not worse.
+pub fn rebalance(
+    host: &HostCapacity,
+    vms: &[MovableVm],
+    others: &[HostCapacity],
+    now_ms: u64,
+    config: &Config,
+) -> Moves {
+    let mut moves = Moves::default();
+    if host.books.state < HostState::Orange {
+        return moves;
+    }
+    let ledger = &host.books.ledger;
+    let goal = ledger.usable.part(config.thresholds.orange.leave);
+    let mut missing = goal - (ledger.available - ledger.granted);
+    let mut order: Vec<&MovableVm> = vms.iter().collect();
+    // The smallest that suffices, else the largest: few moves, and few bytes to copy. Low classes before high ones.
+    order.sort_by_key(|vm| {
+        let suffices = vm.resident >= missing;
+        let bytes = if suffices {
+            vm.resident.0
+        } else {
+            u64::MAX - vm.resident.0
+        };
+        (vm.class, !suffices, bytes, vm.id.clone())
+    });
+    let mut fleet = others.to_vec();
+    for vm in order {
+        if missing == Bytes::ZERO {
+            break;
+        }
+        if consider(vm, &mut fleet, &mut moves, now_ms, true, config) {
+            missing -= vm.resident;
+        }
+    }
+    moves
+}
+
+/// A VM is moved with what it has: it must find that at its new place, not only its minimum.
+fn needs(vm: &MovableVm) -> Bytes {
+    vm.resident.max(vm.min).min(vm.max)
+}
+
+fn consider(
+    vm: &MovableVm,
+    fleet: &mut [HostCapacity],
+    moves: &mut Moves,
+    now_ms: u64,
+    rests: bool,
+    config: &Config,
+) -> bool {
+    let mut stay = |reason| {
+        moves.stay.push((vm.id.clone(), reason));
+        false
+    };
+    if !vm.movable {
+        return stay(StayReason::Fixed);
+    }
+    let rested_ms = vm
+        .moved
+        .map_or(0, |moved| moved.at_ms + cool_down(&moved).0);
+    if rests && now_ms < rested_ms {
+        return stay(StayReason::Rests(rested_ms));
+    }
+    let request = Request {
+        min: needs(vm),
+        max: vm.max,
+    };
+    let best = fleet
+        .iter_mut()
+        .filter(|host| fits(&request, host, now_ms, config).is_ok())
+        .min_by(|a, b| {
+            a.fullness()
+                .total_cmp(&b.fullness())
+                .then_with(|| a.id.cmp(&b.id))
+        });
+    let Some(host) = best else {
+        return stay(StayReason::NoHost);
+    };
+    host.book(request.needs(config));
+    moves.moves.push(Move {
+        vm: vm.id.clone(),
+        to: host.id.clone(),
+        bytes: vm.resident,
+    });
+    true
+}
