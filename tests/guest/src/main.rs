@@ -14,6 +14,7 @@ mod serve;
 mod size;
 mod sys;
 mod tool;
+mod workload;
 
 use std::process::ExitCode;
 

@@ -269,6 +269,33 @@ impl Mapping {
         }
     }
 
+    /// Maps the first `bytes` of `file` privately: writes stay in this mapping. The file must
+    /// not become shorter while the mapping lives.
+    pub(crate) fn of_file(file: &File, bytes: usize) -> io::Result<Self> {
+        if file.metadata()?.len() < bytes as u64 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        // SAFETY: a mapping at an address of the kernel's choice touches no existing memory;
+        // the file is long enough.
+        let address = unsafe {
+            libc::mmap(
+                ptr::null_mut(),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE,
+                std::os::fd::AsRawFd::as_raw_fd(file),
+                0,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self {
+            address: address.cast(),
+            bytes,
+        })
+    }
+
     /// The mapping as words.
     pub(crate) fn words(&self) -> &[u64] {
         // SAFETY: the mapping is readable, zero-initialised by the kernel, aligned to a page,

@@ -5,12 +5,13 @@ use std::io::BufReader;
 
 use crate::mem::Region;
 use crate::serve::{Server, wish};
-use crate::{disk, size, sys};
+use crate::{disk, size, sys, workload};
 
 const USAGE: &str = "usage:
   guest-mem touch --bytes SIZE [--pattern SEED] [--huge default|always|never] [--hold]
   guest-mem fill-verify PATH --bytes SIZE --seed SEED
-  guest-mem serve [TERMINAL]";
+  guest-mem serve [TERMINAL]
+  guest-mem workload page_fault1|page_fault2|churn --tasks N --rounds N [--bytes SIZE]";
 
 /// Runs one subcommand.
 pub(crate) fn run(args: &[String]) -> Result<(), String> {
@@ -24,6 +25,7 @@ pub(crate) fn run(args: &[String]) -> Result<(), String> {
             println!("ok fill-verify {bytes} bytes");
             Ok(())
         }
+        ["workload", arguments @ ..] => workload::run(arguments),
         ["serve"] => {
             let mut input = std::io::stdin().lock();
             let mut output = std::io::stdout().lock();

@@ -1,0 +1,155 @@
+//! `guest-mem workload`: what a page allocator is timed with.
+//!
+//! The work of will-it-scale's page_fault1 and page_fault2, and a churn of one large region, each
+//! a fixed amount of it, so that its time (or, where the clock counts instructions, its
+//! instructions) can be compared between kernels.
+
+use std::fs::File;
+use std::thread;
+use std::time::Instant;
+
+use crate::mem::{Region, Wish};
+use crate::size;
+use crate::sys::{HugePages, Mapping};
+
+/// What one round of the fault workloads maps, as in will-it-scale.
+const FAULT_BYTES: usize = 128 << 20;
+const PAGE_BYTES: usize = 4096;
+const WORD_BYTES: usize = size_of::<u64>();
+
+const USAGE: &str =
+    "usage: guest-mem workload page_fault1|page_fault2|churn --tasks N --rounds N [--bytes SIZE]";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// Map anonymous memory, write one word in each page, unmap.
+    PageFault1,
+    /// The same with a private mapping of a file.
+    PageFault2,
+    /// Map with huge pages as the system likes, touch, unmap: whole blocks come and go.
+    Churn,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Plan {
+    kind: Kind,
+    tasks: u64,
+    rounds: u64,
+    bytes: usize,
+}
+
+/// Runs a workload and prints how long it took.
+pub(crate) fn run(arguments: &[&str]) -> Result<(), String> {
+    let plan = plan(arguments)?;
+    let begin = Instant::now();
+    let tasks: Vec<_> = (0..plan.tasks)
+        .map(|task| thread::spawn(move || course(plan, task)))
+        .collect();
+    for task in tasks {
+        task.join().map_err(|_| "a task panicked".to_string())??;
+    }
+    println!("ok workload {} ns", begin.elapsed().as_nanos());
+    Ok(())
+}
+
+fn plan(arguments: &[&str]) -> Result<Plan, String> {
+    let [kind, options @ ..] = arguments else {
+        return Err(USAGE.into());
+    };
+    let mut plan = Plan {
+        kind: match *kind {
+            "page_fault1" => Kind::PageFault1,
+            "page_fault2" => Kind::PageFault2,
+            "churn" => Kind::Churn,
+            _ => return Err(USAGE.into()),
+        },
+        tasks: 1,
+        rounds: 1,
+        bytes: FAULT_BYTES,
+    };
+    for pair in options.chunks(2) {
+        let [option, value] = pair else {
+            return Err(USAGE.into());
+        };
+        let value = size::parse(value)?;
+        match *option {
+            "--tasks" => plan.tasks = value,
+            "--rounds" => plan.rounds = value,
+            "--bytes" => plan.bytes = usize::try_from(value).map_err(|_| "too large")?,
+            _ => return Err(USAGE.into()),
+        }
+    }
+    if plan.tasks == 0 || plan.bytes < PAGE_BYTES {
+        return Err(USAGE.into());
+    }
+    Ok(plan)
+}
+
+fn course(plan: Plan, task: u64) -> Result<(), String> {
+    let told = |error: std::io::Error| format!("task {task}: {error}");
+    match plan.kind {
+        Kind::PageFault1 => {
+            for _ in 0..plan.rounds {
+                touch(Mapping::new(plan.bytes, HugePages::Never).map_err(told)?);
+            }
+        }
+        Kind::PageFault2 => {
+            let path = std::env::temp_dir().join(format!("page_fault2.{task}"));
+            let file = File::create_new(&path).map_err(told)?;
+            // Gone with the descriptor, however this ends.
+            std::fs::remove_file(&path).map_err(told)?;
+            file.set_len(plan.bytes as u64).map_err(told)?;
+            for _ in 0..plan.rounds {
+                touch(Mapping::of_file(&file, plan.bytes).map_err(told)?);
+            }
+        }
+        Kind::Churn => {
+            let wish = Wish {
+                bytes: plan.bytes as u64,
+                seed: None,
+                huge: HugePages::Default,
+            };
+            for _ in 0..plan.rounds {
+                drop(Region::new(wish)?);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// One write in each page; the mapping ends here.
+fn touch(mut mapping: Mapping) {
+    for word in mapping
+        .words_mut()
+        .iter_mut()
+        .step_by(PAGE_BYTES / WORD_BYTES)
+    {
+        *word = 1;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn workload_of_each_kind_runs() {
+        for kind in ["page_fault1", "page_fault2", "churn"] {
+            run(&[kind, "--tasks", "2", "--rounds", "2", "--bytes", "1M"]).unwrap();
+        }
+    }
+
+    #[test]
+    fn workload_with_wrong_arguments_tells_usage() {
+        for line in [
+            "",
+            "sleep",
+            "churn --tasks",
+            "churn --tasks 0",
+            "churn --bytes 1",
+        ] {
+            let words: Vec<&str> = line.split_ascii_whitespace().collect();
+            assert!(run(&words).is_err(), "{line}");
+        }
+    }
+}
