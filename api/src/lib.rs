@@ -35,6 +35,7 @@ pub use hinting::{HintingAction, HintingReport, HintingStatus, VmBalloonHinting}
 pub use info::{DeviceNode, PciDeviceInfo, VmCounters, VmInfo, VmState, VmmPingResponse};
 pub use reclaim::{
     GuestSample, LastBatch, LatencySummary, ReclaimPath, ReclaimStats, ReportingStatus,
+    ZoneResidency,
 };
 pub use resize::VmResize;
 pub use thresholds::{

@@ -35,9 +35,13 @@ pub struct ReclaimStats {
     pub ballooned_bytes: u64,
     /// Bytes the operator wants in the balloon.
     pub balloon_target_bytes: u64,
-    /// What guest RAM is made of, which decides how it can be discarded: `anonymous-private`, `memfd-shared`, …
+    /// What guest RAM is made of, which decides how it can be discarded: `anonymous-private`, `memfd-shared`, …; `mixed`
+    /// if its zones differ.
     #[serde(default)]
     pub backing: String,
+    /// Residency zone by zone; RAM without zones is one. Empty where residency was not measured.
+    #[serde(default)]
+    pub zones: Vec<ZoneResidency>,
     /// How `resident_bytes` was measured.
     #[serde(default)]
     pub residency_method: String,
@@ -65,6 +69,27 @@ pub struct ReclaimStats {
     /// The guest's own view, from the statistics queue; absent before the first sample.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub guest: Option<GuestSample>,
+}
+
+/// What one zone of guest RAM holds of the host.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct ZoneResidency {
+    /// Name of the zone.
+    pub id: String,
+    /// What it is made of, as in `ReclaimStats::backing`.
+    pub backing: String,
+    /// Size of its pages, bytes: less than a page cannot be given back.
+    pub page_bytes: u64,
+    /// Its size, bytes.
+    pub configured_bytes: u64,
+    /// Of it, held in host memory now, bytes.
+    pub resident_bytes: u64,
+    /// `configured_bytes - resident_bytes`.
+    pub reclaimed_bytes: u64,
+    /// Of it, in the host's swap, bytes.
+    pub swapped_bytes: u64,
+    /// Whether the guest can report free pages of this zone, and if not, why.
+    pub reporting: ReportingStatus,
 }
 
 /// Whether free page reporting is at work.

@@ -76,6 +76,7 @@ fn answers() -> Vec<Sample> {
         ),
         sample("HintingAction", &HintingAction::Stop),
         sample("HintingStatus", &hinting_status()),
+        sample("ZoneResidency", &zone_residency()),
         sample("ReportingStatus", &reporting_status()),
         sample("ReclaimPath", &reclaim_path()),
         sample("LatencySummary", &latency()),
@@ -198,6 +199,7 @@ fn reclaim_stats() -> ReclaimStats {
         ballooned_bytes: 5,
         balloon_target_bytes: 6,
         backing: "anonymous-private".to_owned(),
+        zones: vec![zone_residency()],
         residency_method: "pagemap".to_owned(),
         resident_sample_us: 7,
         resident_age_ms: 8,
@@ -216,6 +218,19 @@ fn hinting_status() -> HintingStatus {
         command_id: 2,
         runs_requested: 3,
         runs_completed: 4,
+    }
+}
+
+fn zone_residency() -> ZoneResidency {
+    ZoneResidency {
+        id: "z".to_owned(),
+        backing: "memfd-shared".to_owned(),
+        page_bytes: 1,
+        configured_bytes: 2,
+        resident_bytes: 3,
+        reclaimed_bytes: 4,
+        swapped_bytes: 5,
+        reporting: reporting_status(),
     }
 }
 

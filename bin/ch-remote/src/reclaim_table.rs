@@ -150,6 +150,21 @@ impl Sample<'_> {
                 micros(stats.resident_sample_us)
             ),
         );
+        if stats.zones.len() > 1 {
+            self.zones(table);
+        }
+    }
+
+    /// Which zone holds what; of one zone everything is said above.
+    fn zones(&self, table: &mut String) {
+        row(table, "", &["resident", "of", "pages of"]);
+        for zone in &self.stats.zones {
+            let backing = printable(&zone.backing);
+            let label = format!("{}, {backing}", printable(&zone.id));
+            let figures = [zone.resident_bytes, zone.configured_bytes, zone.page_bytes].map(bytes);
+            row(table, &label, &figures.each_ref().map(String::as_str));
+        }
+        table.push('\n');
     }
 
     fn paths(&self, table: &mut String) {
@@ -262,7 +277,7 @@ fn append(text: &mut String, arguments: std::fmt::Arguments<'_>) {
 
 #[cfg(test)]
 mod tests {
-    use api::{BalloonStats, GuestSample, LastBatch, ReportingStatus};
+    use api::{BalloonStats, GuestSample, LastBatch, ReportingStatus, ZoneResidency};
 
     use super::*;
 
@@ -323,6 +338,25 @@ mod tests {
             assert!(table.contains(line), "{line:?} is not in\n{table}");
         }
         assert!(!table.contains("swap"), "{table}");
+    }
+
+    #[test]
+    fn table_shows_zones_if_there_are_several() {
+        let zone = |id: &str| ZoneResidency {
+            id: id.to_owned(),
+            backing: "memfd-shared".to_owned(),
+            page_bytes: 4096,
+            configured_bytes: 512 << 20,
+            resident_bytes: 128 << 20,
+            ..Default::default()
+        };
+        let mut stats = stats(0);
+        stats.zones = vec![zone("a")];
+        assert!(!sample(&stats, None).to_table().contains("a, memfd"));
+        stats.zones.push(zone("b\n"));
+        let table = sample(&stats, None).to_table();
+        let line = "b?, memfd-shared             128 MiB       512 MiB      4.00 KiB\n";
+        assert!(table.contains(line), "{line:?} is not in\n{table}");
     }
 
     #[test]

@@ -18,11 +18,11 @@ use super::stats_timer::StatsTimer;
 use super::worker::BalloonWorker;
 use super::{bytes_of_pages, pages_of_bytes};
 use crate::device::{Counters, GuestRam, Interrupt, QueueHandler, VirtioDevice};
-use crate::reclaim::{DiscardEngine, smallest_reclaimable_page_bytes};
+use crate::reclaim::{DiscardEngine, Expected, smallest_reclaimable_page_bytes};
 
 /// Blocks a guest reports or hints are at most this large (4 MiB, the largest block
 /// of the x86-64 buddy allocator): behind larger pages they free nothing.
-const FREE_BLOCK_BYTES_MAX: u64 = 4 << 20;
+pub const FREE_BLOCK_BYTES_MAX: u64 = 4 << 20;
 
 /// How to make a balloon.
 #[derive(Debug)]
@@ -94,7 +94,7 @@ fn features_on_offer(params: &BalloonParams) -> u64 {
     if params.deflate_on_oom {
         features |= VIRTIO_BALLOON_F_DEFLATE_ON_OOM;
     }
-    let blocks_can_free = blocks_can_free(&params.ram.memory());
+    let blocks_can_free = blocks_can_free(&params.ram.memory(), Expected::Anything);
     if params.free_page_hinting && blocks_can_free {
         features |= VIRTIO_BALLOON_F_FREE_PAGE_HINT | VIRTIO_BALLOON_F_PAGE_POISON;
     }
@@ -107,8 +107,9 @@ fn features_on_offer(params: &BalloonParams) -> u64 {
 }
 
 /// Whether any region is made of pages that a free block of the guest can cover.
-fn blocks_can_free(mem: &GuestMemoryMmap<()>) -> bool {
-    smallest_reclaimable_page_bytes(mem).is_some_and(|bytes| bytes <= FREE_BLOCK_BYTES_MAX)
+pub(super) fn blocks_can_free(mem: &GuestMemoryMmap<()>, expected: Expected) -> bool {
+    smallest_reclaimable_page_bytes(mem, expected)
+        .is_some_and(|bytes| bytes <= FREE_BLOCK_BYTES_MAX)
 }
 
 impl VirtioDevice for Balloon {

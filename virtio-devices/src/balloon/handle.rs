@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use super::accounting::{GuestFaults, Path, PathFigures};
 use super::hinting::{HintingError, HintingStatus};
 use super::shared::Shared;
-use super::spec::{VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_REPORTING};
+use super::spec::{
+    VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
+};
 use super::stats::{StatsError, StatsSample};
 use super::{bytes_of_pages, counters, pages_of_bytes};
 use crate::device::Counters;
@@ -30,7 +32,7 @@ pub enum ReportingState {
     /// Reporting is not configured.
     NotConfigured,
     /// All guest RAM is made of pages larger than the blocks guests report, or
-    /// of files that must not be punched.
+    /// of files that are mapped private while the guest expects zeros in its free pages.
     BackingUnsuitable,
     /// No driver is running yet.
     DriverNotReady,
@@ -235,6 +237,9 @@ impl BalloonHandle {
         }
         if let Some(value) = shared.poison(driver.features) {
             return ReportingState::PagePoison(value);
+        }
+        if driver.features & VIRTIO_BALLOON_F_PAGE_POISON != 0 && !shared.blocks_can_be_zeros {
+            return ReportingState::BackingUnsuitable;
         }
         match shared.switch.inhibited() {
             Some(reason) => ReportingState::Inhibited(reason),

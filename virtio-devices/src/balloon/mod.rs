@@ -48,7 +48,7 @@ mod worker;
 mod tests;
 
 pub use accounting::{GuestFaults, LastBatch, PathFigures};
-pub use device::{Balloon, BalloonParams};
+pub use device::{Balloon, BalloonParams, FREE_BLOCK_BYTES_MAX};
 pub use handle::{BalloonHandle, BalloonSnapshot, ReportingState};
 pub use hinting::{HintingError, HintingPhase, HintingStatus};
 pub use latency::{LatencyBucket, LatencyHistogram};

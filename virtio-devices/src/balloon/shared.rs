@@ -9,11 +9,12 @@ use vmm_sys_util::eventfd::EventFd;
 use super::accounting::Ledger;
 use super::bytes_of_pages;
 use super::config::ConfigSpace;
+use super::device::blocks_can_free;
 use super::hinting::Hinting;
 use super::spec::VIRTIO_BALLOON_F_PAGE_POISON;
 use super::stats::StatsCell;
 use crate::device::{GuestRam, Interrupt};
-use crate::reclaim::DiscardSwitch;
+use crate::reclaim::{DiscardSwitch, Expected};
 
 pub(super) struct Shared {
     pub(super) ram: GuestRam,
@@ -21,6 +22,8 @@ pub(super) struct Shared {
     pub(super) offered: u64,
     /// The operator wants free page reporting.
     pub(super) reporting_configured: bool,
+    /// Blocks can be discarded also where the guest expects zeros afterwards.
+    pub(super) blocks_can_be_zeros: bool,
     pub(super) config: ConfigSpace,
     pub(super) ledger: Ledger,
     pub(super) stats: StatsCell,
@@ -49,10 +52,12 @@ impl Shared {
         reporting_configured: bool,
         refill: EventFd,
     ) -> Self {
+        let blocks_can_be_zeros = blocks_can_free(&ram.memory(), Expected::Zeros);
         Self {
             ram,
             offered,
             reporting_configured,
+            blocks_can_be_zeros,
             config: ConfigSpace::default(),
             ledger: Ledger::default(),
             stats: StatsCell::default(),

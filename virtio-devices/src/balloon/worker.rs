@@ -12,11 +12,12 @@ use super::accounting::{GuestFaults, Path};
 use super::hinting::CommandEffect;
 use super::numbering::{Numbering, QueueRole};
 use super::shared::{ActiveDriver, Shared};
+use super::spec::VIRTIO_BALLOON_F_PAGE_POISON;
 use super::stats::{STATS_BYTES_MAX, StatsSample};
 use super::stats_timer::StatsTimer;
 use super::{chain, hint, inflate, reporting};
 use crate::device::{Activation, GuestRam, Interrupt, QueueHandler, WorkerError};
-use crate::reclaim::{DiscardEngine, Extent, GuestRange, Outcome, SkipReason};
+use crate::reclaim::{DiscardEngine, Expected, Extent, GuestRange, Outcome, SkipReason};
 use crate::worker::EventSources;
 
 /// A batch is worked off when it has this many ranges: four full vectors. One
@@ -230,7 +231,11 @@ impl BalloonWorker {
         let Handled { path, refusal } = handled;
         let outcome = match refusal {
             Some(reason) => skip_all(&self.batch.claims, reason),
-            None => self.engine.discard(&active.ram, &mut self.batch.claims),
+            None => {
+                let expected = expected(path, active.features);
+                self.engine
+                    .discard(&active.ram, &mut self.batch.claims, expected)
+            }
         };
         let RoleQueue { index, queue, .. } = &mut active.queues[at];
         for head in &self.batch.heads {
@@ -434,6 +439,17 @@ impl Batch {
     fn clear(&mut self) {
         self.claims.clear();
         self.heads.clear();
+    }
+}
+
+/// What the guest may rely on. With PAGE_POISON it wants free pages as they are, or filled with its
+/// value, and gets here only if that is zero (virtio 1.2 §5.5.6.7.2). Pages in the balloon are
+/// allocated ones, which nobody reads before they are written.
+fn expected(path: Path, features: u64) -> Expected {
+    if path != Path::Inflate && features & VIRTIO_BALLOON_F_PAGE_POISON != 0 {
+        Expected::Zeros
+    } else {
+        Expected::Anything
     }
 }
 

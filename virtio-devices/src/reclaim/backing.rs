@@ -8,6 +8,8 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
+use super::ranges::Expected;
+
 /// The kinds of mapping guest RAM may be made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Backing {
@@ -22,6 +24,7 @@ pub(super) enum Backing {
         file_start: u64,
     },
     /// A file mapped private: never punched, because the file is somebody else's.
+    /// `MADV_DONTNEED` frees what the guest has written, and shows the file again.
     PrivateFile,
     /// Neither clearly private nor backed by a file we could punch.
     Unsupported,
@@ -65,6 +68,14 @@ impl RegionLayout {
             page_bytes: huge_bytes.unwrap_or_else(base_page_bytes),
             backing,
         }
+    }
+
+    /// Whether `MADV_DONTNEED` on the mapping frees it.
+    pub(super) fn is_private(&self) -> bool {
+        matches!(
+            self.backing,
+            Backing::AnonymousPrivate | Backing::PrivateFile
+        )
     }
 
     /// First guest physical address after the region.
@@ -123,17 +134,19 @@ pub(super) fn base_page_bytes() -> u64 {
     u64::try_from(bytes).expect("every Linux has a page size")
 }
 
-/// The smallest backing page among the regions that can be discarded at all;
-/// `None` if there is no such region.
+/// The smallest backing page among the regions that can be discarded where the guest
+/// expects this afterwards; `None` if there is no such region.
 #[must_use]
-pub fn smallest_reclaimable_page_bytes(mem: &GuestMemoryMmap<()>) -> Option<u64> {
+pub fn smallest_reclaimable_page_bytes(
+    mem: &GuestMemoryMmap<()>,
+    expected: Expected,
+) -> Option<u64> {
     mem.iter()
         .map(RegionLayout::of)
-        .filter(|region| {
-            matches!(
-                region.backing,
-                Backing::AnonymousPrivate | Backing::SharedFile { .. }
-            )
+        .filter(|region| match region.backing {
+            Backing::AnonymousPrivate | Backing::SharedFile { .. } => true,
+            Backing::PrivateFile => expected == Expected::Anything,
+            Backing::Unsupported => false,
         })
         .map(|region| region.page_bytes)
         .min()

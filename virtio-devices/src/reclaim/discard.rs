@@ -2,11 +2,13 @@
 //!
 //! | Backing | Call | Calls per batch |
 //! | --- | --- | --- |
-//! | private anonymous, Linux ≥ 6.13 | `process_madvise(MADV_DONTNEED)` | 1 per 1024 pieces |
-//! | private anonymous, older | `madvise(MADV_DONTNEED)` | 1 per piece |
+//! | private, Linux ≥ 6.13 | `process_madvise(MADV_DONTNEED)` | 1 per 1024 pieces |
+//! | private, older | `madvise(MADV_DONTNEED)` | 1 per piece |
 //! | shared file | `fallocate(PUNCH_HOLE)` | 1 per piece; no vector form exists |
 //!
-//! `MADV_DONTNEED` on a shared file would only unmap: the pages stay in the file.
+//! `MADV_DONTNEED` on a shared file would only unmap: the pages stay in the file. On a private
+//! mapping of a file it drops the pages the guest has written, and then the file shows again: so
+//! only where the guest expects nothing ([`Expected::Anything`]). The file itself is never changed.
 #![allow(unsafe_code)]
 // UNSAFETY: this module decides that memory may be discarded, which is what the
 // functions in `sys` ask their caller to vouch for.
@@ -18,7 +20,7 @@ use std::sync::{Arc, Weak};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::backing::{Backing, RegionLayout, layout_of};
-use super::ranges::{GuestRange, Piece, SkipReason, SkippedBytes, plan};
+use super::ranges::{Expected, GuestRange, Piece, SkipReason, SkippedBytes, plan};
 use super::switch::DiscardSwitch;
 use super::sys::{self, HostSpan, VECTOR_SPANS_MAX};
 use crate::device::GuestRam;
@@ -108,9 +110,14 @@ impl DiscardEngine {
     }
 
     /// Discards what of `claims` is whole pages of guest RAM, and says exactly
-    /// what that was. Sorts `claims`. After it returns, discarded memory reads
-    /// as zero and costs the host nothing until it is touched again.
-    pub fn discard(&mut self, ram: &GuestRam, claims: &mut [GuestRange]) -> Outcome {
+    /// what that was. Sorts `claims`. After it returns, discarded memory costs the
+    /// host nothing until it is touched again, and then reads as `expected`.
+    pub fn discard(
+        &mut self,
+        ram: &GuestRam,
+        claims: &mut [GuestRange],
+        expected: Expected,
+    ) -> Outcome {
         let mut outcome = Outcome {
             requested: requested(claims),
             ..Outcome::default()
@@ -128,7 +135,7 @@ impl DiscardEngine {
         // Held until the last system call: it keeps mappings and files open.
         let mem = ram.memory().into_inner();
         self.refresh(&mem);
-        outcome.skipped = plan(&self.regions, claims, &mut self.pieces);
+        outcome.skipped = plan(&self.regions, claims, expected, &mut self.pieces);
         self.carry_out(&mut outcome);
         self.settle(&mut outcome);
         outcome
@@ -141,13 +148,15 @@ impl DiscardEngine {
         }
     }
 
-    /// Walks the pieces, whole runs of anonymous ones at a time.
+    /// Walks the pieces, whole runs of private ones at a time.
     fn carry_out(&mut self, outcome: &mut Outcome) {
         let mut at = 0;
         while at < self.pieces.len() {
             let region = self.regions[self.pieces[at].region];
             match region.backing {
-                Backing::AnonymousPrivate => at = self.discard_anonymous_run(at, outcome),
+                Backing::AnonymousPrivate | Backing::PrivateFile => {
+                    at = self.discard_private_run(at, outcome);
+                }
                 Backing::SharedFile { fd, file_start } => {
                     let piece = &mut self.pieces[at];
                     outcome.syscalls += 1;
@@ -159,20 +168,20 @@ impl DiscardEngine {
                     record(piece, punched, outcome);
                     at += 1;
                 }
-                Backing::PrivateFile | Backing::Unsupported => {
+                Backing::Unsupported => {
                     unreachable!("the planner makes no pieces of {:?}", region.backing)
                 }
             }
         }
     }
 
-    /// Discards the anonymous pieces from `first` on, at most a vector full, and
+    /// Discards the private pieces from `first` on, at most a vector full, and
     /// returns where it stopped.
-    fn discard_anonymous_run(&mut self, first: usize, outcome: &mut Outcome) -> usize {
+    fn discard_private_run(&mut self, first: usize, outcome: &mut Outcome) -> usize {
         self.spans.clear();
         for piece in &self.pieces[first..] {
             let region = &self.regions[piece.region];
-            if self.spans.len() == VECTOR_SPANS_MAX || region.backing != Backing::AnonymousPrivate {
+            if self.spans.len() == VECTOR_SPANS_MAX || !region.is_private() {
                 break;
             }
             self.spans.push(region.span(piece));

@@ -33,6 +33,8 @@ mod tests;
 
 pub use backing::smallest_reclaimable_page_bytes;
 pub use discard::{DiscardEngine, Extent, Outcome};
-pub use ranges::{GuestRange, SkipReason, SkippedBytes};
-pub use residency::{ResidencyError, ResidencyMethod, ResidencyProbe, ResidencySample};
+pub use ranges::{Expected, GuestRange, SkipReason, SkippedBytes};
+pub use residency::{
+    RegionResidency, ResidencyError, ResidencyMethod, ResidencyProbe, ResidencySample,
+};
 pub use switch::{DiscardSwitch, InhibitGuard, InhibitReason};

@@ -18,6 +18,15 @@ pub struct GuestRange {
     pub bytes: u64,
 }
 
+/// What the guest may rely on finding in memory that was discarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// Zeros.
+    Zeros,
+    /// Nothing: it writes before it reads, as with any memory that it allocates.
+    Anything,
+}
+
 /// Why bytes that were asked for have not been discarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[repr(usize)]
@@ -31,7 +40,7 @@ pub enum SkipReason {
     /// Part of a backing page (hugetlb) that was not given up whole.
     BackingPageLarger,
     /// A private mapping of a file: dropping the page would bring the file's
-    /// bytes back, and the file may be the template of other machines.
+    /// bytes back where the guest expects zeros.
     PrivateFile,
     /// A mapping this engine does not know how to discard safely.
     UnsupportedBacking,
@@ -139,12 +148,14 @@ const GUEST_PAGE_BYTES: u64 = 4096;
 pub(super) fn plan(
     regions: &[RegionLayout],
     claims: &mut [GuestRange],
+    expected: Expected,
     pieces: &mut Vec<Piece>,
 ) -> SkippedBytes {
     pieces.clear();
     claims.sort_unstable_by_key(|claim| claim.start);
     let mut planner = Planner {
         regions,
+        expected,
         first_region: 0,
         pieces,
         skipped: SkippedBytes::default(),
@@ -178,6 +189,7 @@ pub(super) fn plan(
 /// One sweep over the regions, in step with ascending ranges.
 struct Planner<'a> {
     regions: &'a [RegionLayout],
+    expected: Expected,
     /// Regions before this one end before everything still to come.
     first_region: usize,
     pieces: &'a mut Vec<Piece>,
@@ -211,9 +223,11 @@ impl Planner<'_> {
     fn cut(&mut self, at: usize, low: u64, high: u64) {
         let region = &self.regions[at];
         let wrong_backing = match region.backing {
-            Backing::PrivateFile => Some(SkipReason::PrivateFile),
+            Backing::PrivateFile if self.expected == Expected::Zeros => {
+                Some(SkipReason::PrivateFile)
+            }
             Backing::Unsupported => Some(SkipReason::UnsupportedBacking),
-            Backing::AnonymousPrivate | Backing::SharedFile { .. } => None,
+            Backing::PrivateFile | Backing::AnonymousPrivate | Backing::SharedFile { .. } => None,
         };
         if let Some(reason) = wrong_backing {
             self.skipped.add(reason, high - low);

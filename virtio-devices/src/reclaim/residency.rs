@@ -15,10 +15,12 @@ use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{
+    Address, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+};
 
 use super::backing::{base_page_bytes, is_memory_file};
 use super::pagemap::{Held, Pagemap};
@@ -63,8 +65,22 @@ impl ResidencyMethod {
     }
 }
 
+/// What one region of guest RAM holds of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionResidency {
+    /// Where the guest sees the region.
+    pub guest_start: u64,
+    /// Its size.
+    pub bytes: u64,
+    /// Of it, held in host RAM. Of regions that show parts of one file in memory the first holds
+    /// for all of them, for nobody but the file knows its pages.
+    pub resident_bytes: u64,
+    /// Of it, held in host swap; likewise.
+    pub swapped_bytes: u64,
+}
+
 /// One measurement of all of guest RAM.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ResidencySample {
     /// RAM the guest has been given.
     pub configured_bytes: u64,
@@ -78,6 +94,8 @@ pub struct ResidencySample {
     pub cost_us: u64,
     /// How page tables were read.
     pub method: ResidencyMethod,
+    /// The same by region, in ascending order.
+    pub regions: Arc<[RegionResidency]>,
 }
 
 impl ResidencySample {
@@ -121,14 +139,14 @@ impl ResidencyProbe {
     /// The host refuses to tell.
     pub fn sample(&self) -> Result<ResidencySample, ResidencyError> {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(sample) = *last {
+        if let Some(sample) = &*last {
             let rest = Duration::from_micros(sample.cost_us).saturating_mul(REST_PER_COST);
             if sample.taken.elapsed() < rest.max(SAMPLE_AGE_MIN) {
-                return Ok(sample);
+                return Ok(sample.clone());
             }
         }
         let sample = self.measure()?;
-        *last = Some(sample);
+        *last = Some(sample.clone());
         Ok(sample)
     }
 
@@ -139,12 +157,13 @@ impl ResidencyProbe {
     pub fn measure(&self) -> Result<ResidencySample, ResidencyError> {
         let taken = Instant::now();
         let mem = self.ram.memory();
-        let held = self.held(&mem)?;
-        let configured_bytes = mem.iter().map(GuestMemoryRegion::len).sum();
+        let regions = self.regions(&mem)?;
+        let sum = |bytes: fn(&RegionResidency) -> u64| regions.iter().map(bytes).sum::<u64>();
+        let configured_bytes = sum(|region| region.bytes);
         Ok(ResidencySample {
             configured_bytes,
-            resident_bytes: held.present.min(configured_bytes),
-            swapped_bytes: held.swapped.min(configured_bytes),
+            resident_bytes: sum(|region| region.resident_bytes).min(configured_bytes),
+            swapped_bytes: sum(|region| region.swapped_bytes).min(configured_bytes),
             taken,
             cost_us: u64::try_from(taken.elapsed().as_micros()).unwrap_or(u64::MAX),
             method: if self.pagemap.scans() {
@@ -152,12 +171,13 @@ impl ResidencyProbe {
             } else {
                 ResidencyMethod::PagemapRead
             },
+            regions: regions.into(),
         })
     }
 
-    fn held(&self, mem: &GuestMemoryMmap<()>) -> Result<Held, ResidencyError> {
+    fn regions(&self, mem: &GuestMemoryMmap<()>) -> Result<Vec<RegionResidency>, ResidencyError> {
         let swap_in_use = swap_in_use();
-        let mut total = Held::default();
+        let mut regions = Vec::new();
         let mut files: Vec<FileFigures> = Vec::new();
         for region in mem.iter() {
             let shared = region.flags() & libc::MAP_SHARED != 0;
@@ -165,43 +185,46 @@ impl ResidencyProbe {
                 .file_offset()
                 .map(vm_memory::FileOffset::file)
                 .filter(|file| shared && is_memory_file(file));
-            let Some(file) = memory_file else {
-                let start = region.as_ptr() as u64;
-                let end = start + region.len().next_multiple_of(base_page_bytes());
-                let held = self.pagemap.held(start, end);
-                let held = held.map_err(ResidencyError::Lookup)?;
-                total.present += held.present;
-                total.swapped += held.swapped;
-                continue;
+            let held = match memory_file {
+                Some(file) => {
+                    let cached = if swap_in_use {
+                        let cached = cached_bytes(region.as_ptr(), region.len());
+                        Some(cached.map_err(ResidencyError::Lookup)?)
+                    } else {
+                        None
+                    };
+                    note_file(&mut files, file, cached, regions.len())?;
+                    Held::default()
+                }
+                None => {
+                    let start = region.as_ptr() as u64;
+                    let end = start + region.len().next_multiple_of(base_page_bytes());
+                    let held = self.pagemap.held(start, end);
+                    held.map_err(ResidencyError::Lookup)?
+                }
             };
-            let (id, allocated) = allocation(file).map_err(ResidencyError::Stat)?;
-            let cached = if swap_in_use {
-                cached_bytes(region.as_ptr(), region.len()).map_err(ResidencyError::Lookup)?
-            } else {
-                allocated
-            };
-            match files.iter_mut().find(|known| known.id == id) {
-                Some(known) => known.cached += cached,
-                None => files.push(FileFigures {
-                    id,
-                    allocated,
-                    cached,
-                }),
-            }
+            regions.push(RegionResidency {
+                guest_start: region.start_addr().raw_value(),
+                bytes: region.len(),
+                resident_bytes: held.present,
+                swapped_bytes: held.swapped,
+            });
         }
         for file in files {
             // Looked at moments apart: pages that came in between are in RAM.
             let swapped = file.allocated.saturating_sub(file.cached);
-            total.swapped += swapped;
-            total.present += file.allocated - swapped;
+            regions[file.first_region].swapped_bytes = swapped;
+            regions[file.first_region].resident_bytes = file.allocated - swapped;
         }
-        Ok(total)
+        Ok(regions)
     }
 }
 
 /// One file in memory. Several regions may show parts of it; its pages count once.
 struct FileFigures {
     id: FileId,
+    /// The first region that shows it.
+    first_region: usize,
     /// Bytes of its pages, in RAM or in swap.
     allocated: u64,
     /// Of its mapped parts, bytes in RAM.
@@ -209,6 +232,27 @@ struct FileFigures {
 }
 
 type FileId = (libc::dev_t, libc::ino_t);
+
+/// Takes in what `region` shows of a file: `cached` bytes in RAM, all of it if nobody looked.
+fn note_file(
+    files: &mut Vec<FileFigures>,
+    file: &File,
+    cached: Option<u64>,
+    region: usize,
+) -> Result<(), ResidencyError> {
+    let (id, allocated) = allocation(file).map_err(ResidencyError::Stat)?;
+    let cached = cached.unwrap_or(allocated);
+    match files.iter_mut().find(|known| known.id == id) {
+        Some(known) => known.cached += cached,
+        None => files.push(FileFigures {
+            id,
+            first_region: region,
+            allocated,
+            cached,
+        }),
+    }
+    Ok(())
+}
 
 /// The identity of a file in memory and the bytes of its pages, swapped ones included.
 fn allocation(file: &File) -> io::Result<(FileId, u64)> {

@@ -22,7 +22,7 @@ pub enum InhibitReason {
 }
 
 impl InhibitReason {
-    const ALL: [Self; 3] = [Self::PinnedMemory, Self::MemoryExport, Self::MemoryImport];
+    pub(super) const ALL: [Self; 3] = [Self::PinnedMemory, Self::MemoryExport, Self::MemoryImport];
 
     /// Name in counters and answers.
     #[must_use]

@@ -1,24 +1,30 @@
 //! Guest RAM on real mappings, each region with pages of a stranger before and after it.
 //!
 //! For tests and fuzzing: whatever a guest makes the device do, the strangers'
-//! pages must not change, and no page may end up as anything but itself or zeros.
+//! pages must not change, and no page may end up as anything but itself or what a discarded one is.
+//! [`trial`] compares an engine with the rule on such ground.
 #![allow(unsafe_code)]
 // UNSAFETY: regions are put into the middle of larger mappings, and `mlock` and
 // `memfd_create` have no safe wrapper among our dependencies.
 
 use std::ffi::c_void;
 use std::fs::File;
+use std::io;
 use std::os::fd::FromRawFd;
+use std::os::unix::fs::FileExt;
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use crate::device::GuestRam;
+use crate::reclaim::{DiscardEngine, Expected, GuestRange, Outcome};
 
 /// Page size of guest and host.
 pub const PAGE: usize = 4096;
-/// Pages of a stranger on either side of a region.
-const GUARD_PAGES: usize = 4;
+/// Pages in a huge page of [`Kind::Huge`].
+pub const HUGE_PAGE_PAGES: usize = (2 << 20) / PAGE;
+/// What a file that is mapped private holds; in no pattern.
+const FILE_BYTE: u8 = 0xa6;
 
 /// What a region is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,10 +33,31 @@ pub enum Kind {
     Anonymous,
     /// A memory file, mapped shared.
     Memfd,
-    /// A file, mapped private.
+    /// A file, mapped private. It holds something else than zeros.
     PrivateFile,
+    /// A memory file of huge pages of 2 MiB, mapped shared. Its plots are whole huge pages.
+    Huge,
     /// A memfd whose descriptor may not punch holes.
     ReadOnlyMemfd,
+}
+
+impl Kind {
+    /// Pages of a stranger on either side of a region.
+    fn guard_pages(self) -> usize {
+        match self {
+            Self::Huge => HUGE_PAGE_PAGES,
+            _ => 4,
+        }
+    }
+
+    /// Pages that can only be discarded together.
+    #[must_use]
+    pub fn unit_pages(self) -> usize {
+        match self {
+            Self::Huge => HUGE_PAGE_PAGES,
+            _ => 1,
+        }
+    }
 }
 
 /// One region: where the guest sees it, how long it is, what it is made of.
@@ -61,10 +88,21 @@ impl Terrain {
     /// They cannot be mapped.
     #[must_use]
     pub fn new(plots: &[Plot]) -> Self {
+        Self::try_new(plots).expect("memory can be mapped")
+    }
+
+    /// As [`Terrain::new`], where the host may have no huge pages, or no more of them.
+    ///
+    /// # Errors
+    /// They cannot be mapped.
+    ///
+    /// # Panics
+    /// They are not in ascending order.
+    pub fn try_new(plots: &[Plot]) -> io::Result<Self> {
         let mut outer = Vec::new();
         let mut regions = Vec::new();
         for plot in plots {
-            let (mapping, region) = map(*plot);
+            let (mapping, region) = map(*plot)?;
             outer.push(mapping);
             regions.push(region);
         }
@@ -75,7 +113,19 @@ impl Terrain {
             outer,
         };
         terrain.fill();
-        terrain
+        Ok(terrain)
+    }
+
+    /// The pages of a plot in its mapping, between the guards.
+    fn inside(&self, at: usize) -> std::ops::Range<usize> {
+        let guard = self.plots[at].kind.guard_pages();
+        guard..guard + self.plots[at].pages
+    }
+
+    fn page_address(&self, plot: usize, page: usize) -> *mut u8 {
+        assert!(page < self.plots[plot].pages);
+        let page = self.plots[plot].kind.guard_pages() + page;
+        self.outer[plot].as_ptr().wrapping_add(page * PAGE)
     }
 
     fn fill(&self) {
@@ -87,36 +137,43 @@ impl Terrain {
     /// Gives every page of the regions its pattern again.
     pub fn refill(&self) {
         for (at, outer) in self.outer.iter().enumerate() {
-            let inside = GUARD_PAGES..GUARD_PAGES + self.plots[at].pages;
-            fill_pages(at, outer, inside);
+            fill_pages(at, outer, self.inside(at));
         }
     }
 
-    /// Pages, by plot and position in it, that are all zeros.
+    /// Pages, by plot and position in it, that were discarded: they are all zeros, or show
+    /// the file that was mapped private.
     ///
     /// # Panics
-    /// At a page that is neither zeros nor its pattern, and at a stranger's page
-    /// that changed.
+    /// At a page that is neither that nor its pattern, at a stranger's page
+    /// that changed, and at a file that was mapped private and has changed.
     #[must_use]
-    pub fn zeroed(&self) -> Vec<(usize, usize)> {
-        let mut zeroed = Vec::new();
+    pub fn discarded(&self) -> Vec<(usize, usize)> {
+        let mut discarded = Vec::new();
         for (at, outer) in self.outer.iter().enumerate() {
-            let inside = GUARD_PAGES..GUARD_PAGES + self.plots[at].pages;
+            let inside = self.inside(at);
+            let gone = match self.plots[at].kind {
+                Kind::PrivateFile => {
+                    check_file(outer);
+                    FILE_BYTE
+                }
+                _ => 0,
+            };
             for page in 0..outer.size() / PAGE {
                 let bytes = page_of(outer, page);
-                if bytes.iter().all(|byte| *byte == 0) {
+                if bytes.iter().all(|byte| *byte == gone) {
                     assert!(
                         inside.contains(&page),
                         "guard page {page} of plot {at} is gone"
                     );
-                    zeroed.push((at, page - GUARD_PAGES));
+                    discarded.push((at, page - inside.start));
                 } else {
                     let whole = bytes.iter().all(|byte| *byte == pattern(at, page));
                     assert!(whole, "page {page} of plot {at} is damaged");
                 }
             }
         }
-        zeroed
+        discarded
     }
 
     /// Looks at the strangers' pages alone.
@@ -125,7 +182,7 @@ impl Terrain {
     /// One of them has changed.
     pub fn check_guards(&self) {
         for (at, outer) in self.outer.iter().enumerate() {
-            let inside = GUARD_PAGES..GUARD_PAGES + self.plots[at].pages;
+            let inside = self.inside(at);
             for page in (0..outer.size() / PAGE).filter(|page| !inside.contains(page)) {
                 let bytes = page_of(outer, page);
                 let whole = bytes.iter().all(|byte| *byte == pattern(at, page));
@@ -139,9 +196,7 @@ impl Terrain {
     /// # Panics
     /// The kernel refuses to pin it.
     pub fn lock_page(&self, plot: usize, page: usize) {
-        let start = self.outer[plot]
-            .as_ptr()
-            .wrapping_add((GUARD_PAGES + page) * PAGE);
+        let start = self.page_address(plot, page);
         // SAFETY: the page lies inside the mapping; nothing changes in it.
         let ret = unsafe { libc::mlock(start.cast::<c_void>(), PAGE) };
         assert_eq!(ret, 0, "a page can be locked");
@@ -150,12 +205,70 @@ impl Terrain {
     /// Reads one byte of a page, which maps it.
     #[must_use]
     pub fn touch_for_reading(&self, plot: usize, page: usize) -> u8 {
-        let start = self.outer[plot]
-            .as_ptr()
-            .wrapping_add((GUARD_PAGES + page) * PAGE);
+        let start = self.page_address(plot, page);
         // SAFETY: the page lies inside the mapping, which is readable.
         unsafe { start.read_volatile() }
     }
+}
+
+/// Lets `engine` discard `claims` on new ground of `plots` and compares what is gone with the rule:
+/// backing pages that lie whole in the union of the claims, where their kind can be discarded.
+///
+/// # Errors
+/// The ground cannot be mapped.
+///
+/// # Panics
+/// Anything else is gone, or is not, or the engine tells something else.
+pub fn trial(
+    engine: &mut DiscardEngine,
+    plots: &[Plot],
+    claims: &[GuestRange],
+    expected: Expected,
+) -> io::Result<Outcome> {
+    let terrain = Terrain::try_new(plots)?;
+    let outcome = engine.discard(&terrain.ram, &mut claims.to_vec(), expected);
+    let (mut gone, mut refused) = (Vec::new(), 0);
+    for (at, plot) in plots.iter().enumerate() {
+        for page in 0..plot.pages {
+            let unit = plot.kind.unit_pages();
+            let first = plot.guest_page + (page - page % unit) as u64;
+            if !(first..first + unit as u64).all(|page| given_up(claims, page)) {
+                continue;
+            }
+            match plot.kind {
+                Kind::Anonymous | Kind::Memfd | Kind::Huge => gone.push((at, page)),
+                Kind::PrivateFile if expected == Expected::Anything => gone.push((at, page)),
+                Kind::PrivateFile => {}
+                Kind::ReadOnlyMemfd => refused += PAGE as u64,
+            }
+        }
+    }
+    assert_eq!(terrain.discarded(), gone);
+    assert_eq!(outcome.discarded.bytes, (gone.len() * PAGE) as u64);
+    assert_eq!(outcome.failed.bytes, refused);
+    assert_eq!(
+        outcome.requested.bytes,
+        outcome.discarded.bytes + outcome.failed.bytes + outcome.skipped.total()
+    );
+    let told: u64 = engine.discarded_ranges().map(|range| range.bytes).sum();
+    assert_eq!(told, outcome.discarded.bytes);
+    Ok(outcome)
+}
+
+/// Whether a guest page lies whole in the union of the claims, byte by byte.
+fn given_up(claims: &[GuestRange], page: u64) -> bool {
+    let bytes = PAGE as u64;
+    let (start, end) = (u128::from(page * bytes), u128::from((page + 1) * bytes));
+    let mut reached = start;
+    let mut sorted = claims.to_vec();
+    sorted.sort_by_key(|claim| claim.start);
+    for claim in sorted {
+        let claim_end = u128::from(claim.start) + u128::from(claim.bytes);
+        if u128::from(claim.start) <= reached {
+            reached = reached.max(claim_end);
+        }
+    }
+    reached >= end
 }
 
 fn fill_pages(plot: usize, outer: &MmapRegion, pages: std::ops::Range<usize>) {
@@ -185,25 +298,38 @@ fn pattern(plot: usize, page: usize) -> u8 {
     (page * 7 + plot * 31) as u8 | 1
 }
 
-fn map(plot: Plot) -> (MmapRegion, GuestRegionMmap) {
-    let bytes = (plot.pages + 2 * GUARD_PAGES) * PAGE;
+/// Looks whether a file that is mapped private still holds what it held.
+fn check_file(outer: &MmapRegion) {
+    let file = outer.file_offset().expect("a file is mapped").file();
+    let mut bytes = vec![0; outer.size()];
+    file.read_exact_at(&mut bytes, 0)
+        .expect("memory files can be read");
+    assert!(
+        bytes.iter().all(|byte| *byte == FILE_BYTE),
+        "the file has changed"
+    );
+}
+
+fn map(plot: Plot) -> io::Result<(MmapRegion, GuestRegionMmap)> {
+    let guard_bytes = plot.kind.guard_pages() * PAGE;
+    let bytes = plot.pages * PAGE + 2 * guard_bytes;
     let flags = match plot.kind {
         Kind::Anonymous => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-        Kind::Memfd | Kind::ReadOnlyMemfd => libc::MAP_SHARED,
+        Kind::Memfd | Kind::ReadOnlyMemfd | Kind::Huge => libc::MAP_SHARED,
         Kind::PrivateFile => libc::MAP_PRIVATE,
     };
-    let file = (plot.kind != Kind::Anonymous).then(|| memfd(bytes));
+    let file = match plot.kind {
+        Kind::Anonymous => None,
+        kind => Some(memfd(kind, bytes)?),
+    };
     let mut outer = MmapRegionBuilder::new(bytes)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(flags);
     if let Some(file) = &file {
-        outer = outer.with_file_offset(FileOffset::new(
-            file.try_clone().expect("descriptors are to be had"),
-            0,
-        ));
+        outer = outer.with_file_offset(FileOffset::new(file.try_clone()?, 0));
     }
-    let outer = outer.build().expect("memory can be mapped");
-    let inner_start = outer.as_ptr().wrapping_add(GUARD_PAGES * PAGE);
+    let outer = outer.build().map_err(io::Error::other)?;
+    let inner_start = outer.as_ptr().wrapping_add(guard_bytes);
     // SAFETY: the range lies inside `outer`, which the terrain keeps.
     let inner =
         unsafe { MmapRegionBuilder::new(plot.pages * PAGE).with_raw_mmap_pointer(inner_start) };
@@ -216,22 +342,31 @@ fn map(plot: Plot) -> (MmapRegion, GuestRegionMmap) {
         } else {
             file
         };
-        inner = inner.with_file_offset(FileOffset::new(file, (GUARD_PAGES * PAGE) as u64));
+        inner = inner.with_file_offset(FileOffset::new(file, guard_bytes as u64));
     }
+    let inner = inner.build().map_err(io::Error::other)?;
     let start = GuestAddress(plot.guest_page * PAGE as u64);
-    (
-        outer,
-        GuestRegionMmap::new(inner.build().expect("memory can be mapped"), start)
-            .expect("plots end below the last address"),
-    )
+    let region = GuestRegionMmap::new(inner, start).expect("plots end below the last address");
+    Ok((outer, region))
 }
 
-fn memfd(bytes: usize) -> File {
-    // SAFETY: the name is a C string and the kernel gives us a fresh descriptor.
-    let file =
-        unsafe { File::from_raw_fd(libc::memfd_create(c"terrain".as_ptr(), libc::MFD_CLOEXEC)) };
-    file.set_len(bytes as u64).expect("memory files grow");
-    file
+fn memfd(kind: Kind, bytes: usize) -> io::Result<File> {
+    let huge = match kind {
+        Kind::Huge => libc::MFD_HUGETLB | libc::MFD_HUGE_2MB,
+        _ => 0,
+    };
+    // SAFETY: the name is a C string; the result is checked.
+    let fd = unsafe { libc::memfd_create(c"terrain".as_ptr(), libc::MFD_CLOEXEC | huge) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given us this descriptor, and nobody else.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(bytes as u64)?;
+    if kind == Kind::PrivateFile {
+        file.write_all_at(&vec![FILE_BYTE; bytes], 0)?;
+    }
+    Ok(file)
 }
 
 fn reopen_for_reading(file: &File) -> File {

@@ -64,6 +64,7 @@ impl GuestMemory {
                 id: plan.id,
                 ranges: plan.ranges,
                 backing: source.name,
+                page_bytes: source.page_bytes,
             });
         }
         let mmap = GuestMemoryMmap::from_regions(regions)

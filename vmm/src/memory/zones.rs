@@ -25,6 +25,8 @@ pub struct Zone {
     pub ranges: Vec<Range<u64>>,
     /// What it is made of, as figures name it.
     pub backing: &'static str,
+    /// Size of its pages.
+    pub page_bytes: u64,
 }
 
 impl Zone {
@@ -34,6 +36,11 @@ impl Zone {
             .iter()
             .map(|range| range.end - range.start)
             .sum()
+    }
+
+    /// Whether a guest physical address lies in it.
+    pub fn holds(&self, address: u64) -> bool {
+        self.ranges.iter().any(|range| range.contains(&address))
     }
 }
 

@@ -5,7 +5,7 @@
 use std::process::{Command, Output};
 
 use virtio_devices::GuestRam;
-use virtio_devices::reclaim::{DiscardEngine, GuestRange, ResidencyProbe};
+use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange, ResidencyProbe};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::*;
@@ -158,7 +158,11 @@ fn gives_memory_back_and_measures_it() -> bool {
                 start: page * 4096,
                 bytes: 4096,
             });
-            engine.discard(&ram, &mut claims).discarded.bytes == 4 * 4096
+            engine
+                .discard(&ram, &mut claims, Expected::Zeros)
+                .discarded
+                .bytes
+                == 4 * 4096
         })
     });
     worked

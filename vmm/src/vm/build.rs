@@ -73,7 +73,7 @@ pub(super) fn build(config: &mut VmConfig, context: &VmContext) -> Result<Vm, Vm
 
     let residency = ResidencyProbe::new(memory.ram().clone()).map_err(VmError::Residency)?;
     let observed = Observed {
-        backing: backing_name(&memory),
+        zones: memory.zones().to_vec(),
         residency,
         balloon: balloon.clone(),
         counters,
@@ -205,15 +205,4 @@ fn guest_events(signals: &Arc<VmSignals>) -> Arc<dyn Fn(GuestEvent) + Send + Syn
             log::error!("The control thread cannot be told of {event:?}: {error}");
         }
     })
-}
-
-/// What guest RAM is made of, for `vm.reclaim-stats`.
-fn backing_name(memory: &GuestMemory) -> &'static str {
-    let mut names = memory.zones().iter().map(|zone| zone.backing);
-    let first = names.next().expect("there is always a zone");
-    if names.all(|name| name == first) {
-        first
-    } else {
-        "mixed"
-    }
 }

@@ -10,6 +10,7 @@ use virtio_devices::reclaim::{ResidencyError, ResidencyProbe};
 use virtio_devices::{Counters, VirtioDevice};
 
 use super::reclaim_report;
+use crate::memory::Zone;
 
 /// Why there are no figures.
 #[derive(Debug, thiserror::Error)]
@@ -48,7 +49,7 @@ impl CounterSource {
 
 /// What an observer looks at; made once when the machine is built.
 pub(super) struct Observed {
-    pub(super) backing: &'static str,
+    pub(super) zones: Vec<Zone>,
     pub(super) residency: ResidencyProbe,
     pub(super) balloon: Option<BalloonHandle>,
     pub(super) counters: Vec<(String, CounterSource)>,
@@ -192,7 +193,7 @@ impl VmObserver {
             let balloon = observed.balloon.as_ref().map(BalloonHandle::snapshot);
             Ok(reclaim_report::reclaim_stats(
                 Some(&residency),
-                observed.backing,
+                &observed.zones,
                 balloon.as_ref(),
             ))
         })
@@ -206,7 +207,7 @@ impl VmObserver {
     pub fn balloon_figures(&self) -> Result<ReclaimStats, BalloonStatsError> {
         self.look(|observed| {
             let balloon = observed.balloon.as_ref().map(BalloonHandle::snapshot);
-            reclaim_report::reclaim_stats(None, observed.backing, balloon.as_ref())
+            reclaim_report::reclaim_stats(None, &observed.zones, balloon.as_ref())
         })
         .ok_or(BalloonStatsError::MachineGone)
     }
@@ -258,7 +259,7 @@ mod tests {
         let device: Arc<Mutex<dyn VirtioDevice>> = Arc::new(Mutex::new(Device));
         let alive = Arc::downgrade(&device);
         let observed = Observed {
-            backing: "anonymous-private",
+            zones: Vec::new(),
             residency: ResidencyProbe::new(GuestRam::new(ram)).unwrap(),
             balloon: None,
             counters: vec![("_disk0".to_owned(), CounterSource::Device(device))],

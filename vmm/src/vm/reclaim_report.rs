@@ -6,19 +6,21 @@ use std::time::{Duration, Instant};
 
 use api::{
     BalloonStats, GuestSample, HintingStatus, LastBatch, LatencySummary, ReclaimPath, ReclaimStats,
-    ReportingStatus,
+    ReportingStatus, ZoneResidency,
 };
-use virtio_devices::balloon::{BalloonSnapshot, PathFigures, StatsSample};
-use virtio_devices::reclaim::ResidencySample;
+use virtio_devices::balloon::{BalloonSnapshot, FREE_BLOCK_BYTES_MAX, PathFigures, StatsSample};
+use virtio_devices::reclaim::{RegionResidency, ResidencySample};
+
+use crate::memory::Zone;
 
 /// Puts the answer together. Without a balloon only residency has figures, and without a sample residency has none.
 pub(super) fn reclaim_stats(
     residency: Option<&ResidencySample>,
-    backing: &str,
+    zones: &[Zone],
     balloon: Option<&BalloonSnapshot>,
 ) -> ReclaimStats {
     let mut stats = ReclaimStats {
-        backing: backing.to_owned(),
+        backing: backing_name(zones).to_owned(),
         reporting: ReportingStatus {
             active: false,
             reason: Some("inactive: the machine has no balloon".to_owned()),
@@ -60,7 +62,60 @@ pub(super) fn reclaim_stats(
             age_ms: millis(sample.taken.elapsed()),
         });
     }
+    if let Some(residency) = residency {
+        stats.zones = zones
+            .iter()
+            .map(|zone| zone_residency(zone, residency, &stats.reporting))
+            .collect();
+    }
     stats
+}
+
+fn backing_name(zones: &[Zone]) -> &'static str {
+    let mut names = zones.iter().map(|zone| zone.backing);
+    let first = names.next().unwrap_or_default();
+    if names.all(|name| name == first) {
+        first
+    } else {
+        "mixed"
+    }
+}
+
+fn zone_residency(
+    zone: &Zone,
+    residency: &ResidencySample,
+    reporting: &ReportingStatus,
+) -> ZoneResidency {
+    let regions = || {
+        let all = residency.regions.iter();
+        all.filter(|region| zone.holds(region.guest_start))
+    };
+    let configured_bytes = zone.bytes();
+    let sum = |bytes: fn(&RegionResidency) -> u64| regions().map(bytes).sum::<u64>();
+    // A file may be larger than its zone.
+    let resident_bytes = sum(|region| region.resident_bytes).min(configured_bytes);
+    let too_large = zone.page_bytes > FREE_BLOCK_BYTES_MAX;
+    ZoneResidency {
+        id: zone.id.clone(),
+        backing: zone.backing.to_owned(),
+        page_bytes: zone.page_bytes,
+        configured_bytes,
+        resident_bytes,
+        reclaimed_bytes: configured_bytes - resident_bytes,
+        swapped_bytes: sum(|region| region.swapped_bytes).min(configured_bytes),
+        reporting: if too_large {
+            ReportingStatus {
+                active: false,
+                reason: Some(format!(
+                    "inactive: its pages of {} bytes are larger than the blocks a guest reports, {FREE_BLOCK_BYTES_MAX} \
+                     bytes at most",
+                    zone.page_bytes
+                )),
+            }
+        } else {
+            reporting.clone()
+        },
+    }
 }
 
 /// The statistics under their wire names.
@@ -121,6 +176,56 @@ fn path(figures: &PathFigures) -> ReclaimPath {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn zones_have_the_residency_of_their_regions() {
+        let zone = |id: &str, ranges, page_bytes| Zone {
+            id: id.to_owned(),
+            ranges,
+            backing: "hugetlb-shared",
+            page_bytes,
+        };
+        let zones = [
+            zone("a", vec![0..100, 1000..1100], 4096),
+            zone("b", vec![1100..1200, 1200..1300], 1 << 30),
+        ];
+        let region = |guest_start, resident_bytes| RegionResidency {
+            guest_start,
+            bytes: 100,
+            resident_bytes,
+            swapped_bytes: 1,
+        };
+        let residency = ResidencySample {
+            configured_bytes: 400,
+            resident_bytes: 335,
+            swapped_bytes: 4,
+            taken: Instant::now(),
+            cost_us: 1,
+            method: virtio_devices::reclaim::ResidencyMethod::PagemapScan,
+            // The last one of a file that is larger than what it shows.
+            regions: [(0, 20), (1000, 15), (1100, 300), (1200, 0)]
+                .map(|(start, resident)| region(start, resident))
+                .into(),
+        };
+        let stats = reclaim_stats(Some(&residency), &zones, None);
+        let figures: Vec<_> = stats
+            .zones
+            .iter()
+            .map(|zone| {
+                (
+                    zone.configured_bytes,
+                    zone.resident_bytes,
+                    zone.reclaimed_bytes,
+                )
+            })
+            .collect();
+        assert_eq!(figures, [(200, 35, 165), (200, 200, 0)]);
+        assert_eq!(stats.backing, "hugetlb-shared");
+        let reason = |at: usize| stats.zones[at].reporting.reason.clone().unwrap();
+        assert!(reason(0).contains("no balloon"), "{}", reason(0));
+        assert!(reason(1).contains("1073741824"), "{}", reason(1));
+        assert!(reclaim_stats(None, &zones, None).zones.is_empty());
+    }
 
     #[test]
     fn repopulated_is_what_was_discarded_and_is_not_absent() {

@@ -38,23 +38,37 @@ fn features_follow_the_configuration() {
 
 #[test]
 fn reporting_over_memory_that_cannot_be_freed_is_not_offered() {
-    let file = tempfile::tempfile().unwrap();
-    file.set_len(1 << 20).unwrap();
-    let region = vm_memory::mmap::MmapRegionBuilder::new(1 << 20)
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_PRIVATE)
-        .with_file_offset(FileOffset::new(file, 0))
-        .build()
-        .unwrap();
-    let region = vm_memory::GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
-    let mem = GuestMemoryMmap::from_regions(vec![region]).unwrap();
-    let params = BalloonParams {
-        ram: GuestRam::new(mem),
-        ..params(false, true)
-    };
+    // Shared with nobody knows whom, and no file to punch.
+    let params = params_over(libc::MAP_SHARED | libc::MAP_ANONYMOUS, None);
     let (balloon, handle) = Balloon::new(params).unwrap();
     assert_eq!(balloon.features() & VIRTIO_BALLOON_F_REPORTING, 0);
     assert_eq!(handle.reporting(), ReportingState::BackingUnsuitable);
+}
+
+#[test]
+fn reporting_over_a_private_file_is_offered() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    let params = params_over(libc::MAP_PRIVATE, Some(FileOffset::new(file, 0)));
+    let (balloon, handle) = Balloon::new(params).unwrap();
+    assert_ne!(balloon.features() & VIRTIO_BALLOON_F_REPORTING, 0);
+    assert_eq!(handle.reporting(), ReportingState::DriverNotReady);
+}
+
+/// A balloon with reporting over one mapping of these flags.
+fn params_over(flags: libc::c_int, file: Option<FileOffset>) -> BalloonParams {
+    let mut region = vm_memory::mmap::MmapRegionBuilder::new(1 << 20)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(flags);
+    if let Some(file) = file {
+        region = region.with_file_offset(file);
+    }
+    let region = region.build().unwrap();
+    let region = vm_memory::GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
+    BalloonParams {
+        ram: GuestRam::new(GuestMemoryMmap::from_regions(vec![region]).unwrap()),
+        ..params(false, true)
+    }
 }
 
 #[test]

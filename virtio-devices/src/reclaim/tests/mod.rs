@@ -3,3 +3,4 @@
 mod engine;
 mod plan;
 mod residency;
+mod switch;

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use crate::reclaim::pagemap::Pagemap;
 use crate::reclaim::terrain::{Kind, PAGE, Plot, Terrain};
-use crate::reclaim::{DiscardEngine, GuestRange, ResidencyMethod, ResidencyProbe};
+use crate::reclaim::{DiscardEngine, Expected, GuestRange, ResidencyMethod, ResidencyProbe};
 
 const PAGE_BYTES: u64 = PAGE as u64;
 
@@ -47,7 +47,7 @@ fn probe_follows_discards_page_by_page() {
             start: 3 * PAGE_BYTES,
             bytes: PAGE_BYTES,
         }];
-        let outcome = engine.discard(&terrain.ram, &mut claims);
+        let outcome = engine.discard(&terrain.ram, &mut claims, Expected::Zeros);
         assert_eq!(outcome.discarded.bytes, PAGE_BYTES);
         let after = probe.measure().unwrap();
         // The second probe finds the page already gone.
@@ -78,7 +78,7 @@ fn scattered_pages_are_counted_beyond_one_window_of_either_method() {
             bytes: PAGE_BYTES,
         })
         .collect();
-    DiscardEngine::new(Arc::default()).discard(&terrain.ram, &mut claims);
+    DiscardEngine::new(Arc::default()).discard(&terrain.ram, &mut claims, Expected::Zeros);
     for probe in probes(&terrain) {
         assert_eq!(probe.measure().unwrap().resident_bytes, 2500 * PAGE_BYTES);
     }
@@ -91,7 +91,7 @@ fn page_only_ever_read_costs_nothing() {
         start: 0,
         bytes: 40 * PAGE_BYTES,
     }];
-    DiscardEngine::new(Arc::default()).discard(&terrain.ram, &mut claims);
+    DiscardEngine::new(Arc::default()).discard(&terrain.ram, &mut claims, Expected::Zeros);
     assert_eq!(terrain.touch_for_reading(0, 7), 0);
     let probe = &probes(&terrain)[0];
     let sample = probe.measure().unwrap();
@@ -110,7 +110,7 @@ fn memory_file_is_measured_by_its_own_pages() {
             start: 0,
             bytes: 16 * PAGE_BYTES,
         }];
-        DiscardEngine::new(Arc::default()).discard(&terrain.ram, &mut claims);
+        DiscardEngine::new(Arc::default()).discard(&terrain.ram, &mut claims, Expected::Zeros);
         let after = probe.measure().unwrap();
         let gone = before.resident_bytes - after.resident_bytes;
         assert!(gone == 8 * PAGE_BYTES || gone == 0, "gone {gone}");
