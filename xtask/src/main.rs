@@ -56,6 +56,8 @@ enum GuestCommand {
     Apply(guest::tree::Options),
     /// Write the commits of such a tree back as the series
     Refresh(guest::tree::Options),
+    /// Test the core of the patches in user space against a model
+    Core(guest::core::Options),
     /// Check what every prefix of the patch series promises
     Check(guest::check::Options),
 }
@@ -68,6 +70,7 @@ fn main() -> ExitCode {
         Command::Guest(GuestCommand::Refresh(options)) => {
             guest::tree::refresh(&options).map(|()| ExitCode::SUCCESS)
         }
+        Command::Guest(GuestCommand::Core(options)) => guest::core::run(&options),
         Command::Guest(GuestCommand::Check(options)) => guest::check::run(&options),
         Command::Guest(GuestCommand::Build) => {
             guest::build(guest::Wanted::Both).map(|_| ExitCode::SUCCESS)

@@ -75,7 +75,14 @@ pub(crate) const STEPS: &[Step] = &[
         "test programs",
         "cargo build --package integration-tests --bins",
     ),
+    host("guest core", "cargo xtask guest core"),
     guests("guest", &[], "cargo xtask guest build"),
+    // Builds nothing that the step before has not built.
+    guests(
+        "guest series",
+        &["guest"],
+        "cargo xtask guest check --quick",
+    ),
     // The tests take a few minutes; a guest that hangs costs its test's own deadline.
     guests("vm tests", BUILT, "cargo xtask vm-tests"),
     guests("vm bench", BUILT, "cargo xtask bench"),

@@ -10,6 +10,7 @@ mod boot;
 mod cache;
 pub(crate) mod check;
 mod config;
+pub(crate) mod core;
 pub(crate) mod cpio;
 mod emulator;
 mod initramfs;

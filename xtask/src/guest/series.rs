@@ -46,6 +46,25 @@ impl Patch {
         files
     }
 
+    /// The part of it that touches files of which `wanted` says so.
+    pub(super) fn part(&self, wanted: impl Fn(&str) -> bool) -> Option<Self> {
+        let mut text = String::new();
+        let mut inside = false;
+        for line in self.text.lines() {
+            if let Some(rest) = line.strip_prefix("diff --git a/") {
+                inside = rest.split_once(" b/").is_some_and(|(_, new)| wanted(new));
+            }
+            if inside {
+                text.push_str(line);
+                text.push('\n');
+            }
+        }
+        (!text.is_empty()).then(|| Self {
+            name: self.name.clone(),
+            text,
+        })
+    }
+
     /// Its first line of the commit message, without the `[PATCH …]`.
     pub(super) fn subject(&self) -> Option<String> {
         let mut lines = self.text.lines();
@@ -166,18 +185,22 @@ pub(super) fn names(text: &str) -> impl Iterator<Item = &str> {
 
 /// A folder with the files that the series touches; removed when dropped.
 #[derive(Debug)]
-struct Scratch {
+pub(super) struct Scratch {
     dir: PathBuf,
 }
 
 impl Scratch {
-    fn new() -> Result<Self> {
+    pub(super) fn new() -> Result<Self> {
         let dir = paths::guest().join(format!("applying-{}", std::process::id()));
         if dir.exists() {
             fs::remove_dir_all(&dir).with_context(|| format!("removing {}", dir.display()))?;
         }
         fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
         Ok(Self { dir })
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<()> {
@@ -189,7 +212,7 @@ impl Scratch {
     }
 
     /// Applies one patch: lines may have moved, but none around a change may differ.
-    fn patch(&self, patch: &Patch) -> Result<()> {
+    pub(super) fn patch(&self, patch: &Patch) -> Result<()> {
         let file = self.dir.join(".patch");
         fs::write(&file, &patch.text).with_context(|| format!("writing {}", file.display()))?;
         let output = Command::new("patch")

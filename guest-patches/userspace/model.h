@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/* What the parts of the test know of each other. */
+#ifndef MODEL_H
+#define MODEL_H
+
+#include "kernel.h"
+#include "page_reporting_bitmap.h"
+
+/* ---- random.c: repeatable chance ---- */
+
+unsigned long chance(unsigned long below);
+#define one_in(n) (!chance(n))
+
+/* ---- memory.c: the allocator ---- */
+
+#define SECTIONS 12
+
+extern struct zone zones[3];
+/* Numbers of the sections that there may be, ascending, with holes. */
+extern const unsigned long section_numbers[SECTIONS];
+/* Sections from this index on come and go. */
+#define FIRST_HOTPLUGGED 7
+
+/* Whether frees are noted for the core. */
+extern bool tracking;
+
+void memory_init(void);
+bool memory_alloc(void);
+bool memory_free(void);
+void memory_free_all(void);
+void memory_isolate(unsigned long pfn);
+void memory_unisolate(unsigned long pfn);
+bool memory_offline(unsigned int index);
+void memory_online(unsigned int index);
+bool memory_is_isolated(unsigned long pfn);
+unsigned long memory_lent_pages(void);
+
+/* ---- host.c: what the host knows ---- */
+
+extern struct page_reporting_dev_info device;
+/* Passes begun so far, and whether one is under way and minds ages. */
+extern unsigned long passes;
+extern bool in_pass, minds_age;
+
+void host_init(bool queue, unsigned int capacity, unsigned int batches);
+void host_forgets(unsigned long nr);
+void host_forgets_all(void);
+void host_doubts_all(void);
+void host_doubts(unsigned long pfn, unsigned long pages);
+void host_sees_change(unsigned long pfn, unsigned int order);
+void host_sees_free(unsigned long pfn, unsigned int order);
+bool host_is_failing(void);
+void host_set_failing(bool failing);
+unsigned long host_told_pages(void);
+
+/* ---- check.c: the promises ---- */
+
+void check_all(void);
+void check_all_told(void);
+
+#endif /* MODEL_H */

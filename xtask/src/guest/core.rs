@@ -1,0 +1,197 @@
+//! `cargo xtask guest core`: the core of the patches in user space, against a model.
+//!
+//! The core's files are new in the series, so that they come out of the patches alone: no
+//! kernel source is needed. `guest-patches/userspace` has the rest. Each build runs a number
+//! of random traces; builds with a planted bug must fail, by the words that the bug deserves.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::report::Report;
+use super::series::{self, Scratch, Series};
+use crate::apt::{self, Need};
+use crate::paths;
+
+/// What the core consists of.
+const FILES: [&str; 2] = ["mm/page_reporting_bitmap.c", "mm/page_reporting_bitmap.h"];
+
+const TOOLS: &[Need] = &[
+    Need {
+        package: "gcc",
+        why: "compiles the core of the patches with its test",
+    },
+    Need {
+        package: "make",
+        why: "builds the core of the patches with its test",
+    },
+    Need {
+        package: "patch",
+        why: "takes the core out of the patches",
+    },
+];
+
+/// Proportions of section, largest block and pageblock: as on x86-64, and with blocks as
+/// large as a section, as on arm64 with large pages.
+const GEOMETRIES: [(&str, &str); 2] = [
+    ("small blocks", ""),
+    (
+        "large blocks",
+        "-DSECTION_ORDER=12 -DBLOCK_ORDER_MAX=12 -DPAGEBLOCK_ORDER=6",
+    ),
+];
+
+/// Planted bugs, and what the model may say of each. A free that is not noted is lost, or
+/// what is noted of an earlier one has the wrong age.
+const BUGS: [(&str, &[&str]); 3] = [
+    ("LOST", &["is lost", "was freed in pass"]),
+    ("TWICE", &["is reported twice"]),
+    ("IN_USE", &["is in use"]),
+];
+/// Traces in which a planted bug must be found.
+const BUG_TRACES: u64 = 5;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Seed of the first trace [default: a new one each time; in the environment: SEED]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// Traces of each build
+    #[arg(long, default_value_t = 4)]
+    traces: u64,
+    /// Steps of each trace
+    #[arg(long, default_value_t = 2000)]
+    steps: u64,
+}
+
+/// Runs the traces.
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let series = Series::read()?;
+    let Some(core) = extract(&series)? else {
+        println!(
+            "the series in guest-patches has no {}: nothing to test",
+            FILES[0]
+        );
+        return Ok(ExitCode::SUCCESS);
+    };
+    apt::ensure(TOOLS)?;
+    let seed = match options.seed {
+        Some(seed) => seed,
+        None => seed_of_environment()?.unwrap_or_else(new_seed),
+    };
+    println!("seeds from {seed} on (again: cargo xtask guest core --seed {seed})");
+    let mut report = Report::default();
+    for (name, geometry) in GEOMETRIES {
+        let program = build(&core, &format!("GEOMETRY={geometry}"), name)?;
+        for seed in seed..seed + options.traces {
+            report.check(
+                format!("core, {name}, seed {seed}"),
+                holds(&program, seed, options.steps),
+            );
+        }
+    }
+    for (bug, words) in BUGS {
+        let program = build(&core, &format!("BUG=-DBUG_{bug}"), bug)?;
+        report.check(
+            format!("core with the planted bug {bug} is found out"),
+            fails(&program, seed, options.steps, words),
+        );
+    }
+    Ok(if report.close() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn seed_of_environment() -> Result<Option<u64>> {
+    let Some(text) = std::env::var_os("SEED") else {
+        return Ok(None);
+    };
+    let seed = text.to_string_lossy().parse();
+    Ok(Some(
+        seed.with_context(|| format!("SEED={}", text.display()))?,
+    ))
+}
+
+/// A seed that differs from run to run.
+fn new_seed() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(1, |since| since.as_millis() as u64 % 1_000_000)
+}
+
+/// Writes the core's files as the series leaves them; `None` if it has none.
+fn extract(series: &Series) -> Result<Option<PathBuf>> {
+    let scratch = Scratch::new()?;
+    for patch in &series.patches {
+        if let Some(part) = patch.part(|file| FILES.contains(&file)) {
+            scratch.patch(&part)?;
+        }
+    }
+    let dir = paths::guest().join("core");
+    for file in FILES {
+        let Some(contents) = super::source::file(scratch.dir(), file)? else {
+            return Ok(None);
+        };
+        let path = dir.join(file);
+        let folder = path.parent().context("a file is in a folder")?;
+        fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+        // make compares times.
+        if fs::read(&path).ok().as_ref() != Some(&contents) {
+            fs::write(&path, contents).with_context(|| format!("writing {}", path.display()))?;
+        }
+    }
+    Ok(Some(dir.join("mm")))
+}
+
+fn build(core: &Path, variable: &str, name: &str) -> Result<PathBuf> {
+    let program = paths::guest()
+        .join("core")
+        .join(format!("trace-{}", name.replace(' ', "-")));
+    let mut make = Command::new("make");
+    make.args(["--silent", "-C"])
+        .arg(series::folder().join("userspace"))
+        .arg(format!("CORE={}", core.display()))
+        .arg(format!("OUT={}", program.display()))
+        .arg(variable)
+        .env_remove("MAKEFLAGS")
+        .stdin(Stdio::null());
+    let status = make.status().context("starting make")?;
+    ensure!(status.success(), "the core does not build ({status})");
+    Ok(program)
+}
+
+fn trace(program: &Path, seed: u64, steps: u64) -> Result<(bool, String)> {
+    let output = Command::new(program)
+        .args([seed.to_string(), steps.to_string()])
+        // Traces end without clearing up.
+        .env("ASAN_OPTIONS", "detect_leaks=0")
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("starting {}", program.display()))?;
+    let text = [output.stdout, output.stderr].concat();
+    let text = String::from_utf8_lossy(&text).trim().to_string();
+    Ok((output.status.success(), text))
+}
+
+fn holds(program: &Path, seed: u64, steps: u64) -> Result<()> {
+    let (good, text) = trace(program, seed, steps)?;
+    ensure!(good, "{text}");
+    println!("      {text}");
+    Ok(())
+}
+
+fn fails(program: &Path, seed: u64, steps: u64, words: &[&str]) -> Result<()> {
+    let mut said = String::new();
+    for seed in seed..seed + BUG_TRACES {
+        let (good, text) = trace(program, seed, steps)?;
+        if !good && words.iter().any(|words| text.contains(words)) {
+            return Ok(());
+        }
+        said = text;
+    }
+    bail!("nobody noticed; last was {said:?}")
+}
