@@ -103,6 +103,18 @@ endpoints! {
     /// Starts or ends a run of free page hinting.
     VmBalloonHinting = Put "vm.balloon-hinting",
         request Some("VmBalloonHinting"), response None, command "balloon-hinting";
+    /// Adds a disk, to a running VM too.
+    VmAddDisk = Put "vm.add-disk",
+        request Some("DiskConfig"), response Some("PciDeviceInfo"), command "add-disk";
+    /// Adds a network interface, to a running VM too.
+    VmAddNet = Put "vm.add-net",
+        request Some("NetConfig"), response Some("PciDeviceInfo"), command "add-net";
+    /// Adds the balloon, to a running VM too.
+    VmAddBalloon = Put "vm.add-balloon",
+        request Some("BalloonConfig"), response Some("PciDeviceInfo"), command "add-balloon";
+    /// Removes a device, from a running VM when its guest has let go.
+    VmRemoveDevice = Put "vm.remove-device",
+        request Some("VmRemoveDevice"), response None, command "remove-device";
     /// Stops the vCPUs.
     VmPause = Put "vm.pause", request None, response None, command "pause";
     /// Lets the vCPUs go on.
@@ -138,6 +150,13 @@ impl Endpoint {
             (Self::VmmShutdown, _) | (_, Some(_)) => 200,
             _ => 204,
         }
+    }
+}
+
+impl Endpoint {
+    /// Whether it adds a device. A VM that does not run has no place for one yet, so there the answer of success is 204.
+    pub const fn adds_device(self) -> bool {
+        matches!(self, Self::VmAddDisk | Self::VmAddNet | Self::VmAddBalloon)
     }
 }
 

@@ -18,6 +18,7 @@ mod endpoints;
 mod error;
 mod event;
 mod hinting;
+mod hotplug;
 mod info;
 pub mod options;
 mod reclaim;
@@ -32,6 +33,7 @@ pub use endpoints::{API_PREFIX, Endpoint, Method};
 pub use error::{ErrorBody, chain_report, error_chain};
 pub use event::{Event, EventTimestamp};
 pub use hinting::{HintingAction, HintingReport, HintingStatus, VmBalloonHinting};
+pub use hotplug::VmRemoveDevice;
 pub use info::{DeviceNode, PciDeviceInfo, VmCounters, VmInfo, VmState, VmmPingResponse};
 pub use reclaim::{
     GuestSample, LastBatch, LatencySummary, ReclaimPath, ReclaimStats, ReportingStatus,

@@ -81,7 +81,20 @@ impl Client {
         endpoint: Endpoint,
         body: Option<&str>,
     ) -> Result<Option<String>, ClientError> {
-        self.request(endpoint.method(), endpoint.name(), body, &[])
+        self.call_with_fds(endpoint, body, &[])
+    }
+
+    /// Calls an endpoint of the table and hands over descriptors beside the request.
+    ///
+    /// # Errors
+    /// As [`Client::call`].
+    pub fn call_with_fds(
+        &self,
+        endpoint: Endpoint,
+        body: Option<&str>,
+        fds: &[RawFd],
+    ) -> Result<Option<String>, ClientError> {
+        self.request(endpoint.method(), endpoint.name(), body, fds)
     }
 
     /// `GET`s an endpoint by name, `vm.info`.

@@ -65,6 +65,19 @@ fn answers() -> Vec<Sample> {
                 desired_balloon: Some(3),
             },
         ),
+        sample(
+            "VmRemoveDevice",
+            &VmRemoveDevice {
+                id: "_disk0".to_owned(),
+            },
+        ),
+        sample(
+            "PciDeviceInfo",
+            &PciDeviceInfo {
+                id: "_disk0".to_owned(),
+                bdf: "0000:00:05.0".to_owned(),
+            },
+        ),
         sample("BalloonStatsResponse", &balloon_stats_response()),
         sample("BalloonStats", &balloon_stats()),
         sample("ReclaimStats", &reclaim_stats()),

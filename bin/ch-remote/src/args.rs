@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use api::ReclaimThresholdsChange;
+use api::config::{BalloonConfig, DiskConfig, NetConfig};
 use api::options::parse_bytes;
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 
@@ -75,6 +76,14 @@ pub(crate) enum Command {
     ShutdownVmm,
     /// Change the VM's vCPUs, RAM or balloon
     Resize(ResizeArguments),
+    /// Add a disk to the VM
+    AddDisk(AddDiskArguments),
+    /// Add a network interface to the VM
+    AddNet(AddNetArguments),
+    /// Add the balloon to the VM
+    AddBalloon(AddBalloonArguments),
+    /// Remove a disk, a network interface or the balloon from the VM
+    RemoveDevice(RemoveDeviceArguments),
     /// Show what the guest says about its memory
     BalloonStats,
     /// Show how much of the VM's memory came back to the host, and how
@@ -123,6 +132,43 @@ pub(crate) struct ResizeArguments {
     /// Memory the guest shall give up to the balloon, in bytes or with a suffix K, M, G or T
     #[arg(long, value_name = "SIZE", group = "change", value_parser = parse_bytes)]
     pub(crate) balloon: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AddDiskArguments {
+    #[arg(value_name = "DISK", value_parser = parse_disk, help = DiskConfig::SYNTAX)]
+    pub(crate) disk: DiskConfig,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AddNetArguments {
+    #[arg(value_name = "NET", value_parser = parse_net, help = NetConfig::SYNTAX)]
+    pub(crate) net: NetConfig,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AddBalloonArguments {
+    #[arg(value_name = "BALLOON", value_parser = parse_balloon, help = BalloonConfig::SYNTAX)]
+    pub(crate) balloon: BalloonConfig,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RemoveDeviceArguments {
+    /// Name of the device, as vm.info shows it
+    #[arg(value_name = "ID")]
+    pub(crate) id: String,
+}
+
+fn parse_disk(text: &str) -> Result<DiskConfig, String> {
+    DiskConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
+}
+
+fn parse_net(text: &str) -> Result<NetConfig, String> {
+    NetConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
+}
+
+fn parse_balloon(text: &str) -> Result<BalloonConfig, String> {
+    BalloonConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
 }
 
 #[derive(Debug, Args)]

@@ -65,8 +65,9 @@ fn run(
             Some(to_ascii_json(&HintingReport { hinting, hint })?)
         }
         command => {
-            let Request { endpoint, body } = Request::new(command, input)?;
-            client.call(endpoint, body.as_deref())?
+            let request = Request::new(command, input)?;
+            let Request { endpoint, fds, .. } = &request;
+            client.call_with_fds(*endpoint, request.body.as_deref(), fds)?
         }
     };
     if let Some(answer) = answer {

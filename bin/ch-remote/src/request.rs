@@ -2,10 +2,11 @@
 
 use std::fs::File;
 use std::io::Read;
+use std::os::fd::RawFd;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use api::{Endpoint, HintingAction, VmBalloonHinting, VmResize, to_ascii_json};
+use api::{Endpoint, HintingAction, VmBalloonHinting, VmRemoveDevice, VmResize, to_ascii_json};
 
 use crate::args::{BalloonHintingAction, Command, ResizeArguments};
 
@@ -17,6 +18,8 @@ const CONFIG_BYTES_MAX: u64 = 4 << 20;
 pub(crate) struct Request {
     pub(crate) endpoint: Endpoint,
     pub(crate) body: Option<String>,
+    /// Open descriptors of this process that go with it.
+    pub(crate) fds: Vec<RawFd>,
 }
 
 impl Request {
@@ -33,9 +36,24 @@ impl Request {
             Command::BalloonHinting(hinting) => hinting_body(hinting.action)
                 .map(|body| to_ascii_json(&body))
                 .transpose()?,
+            Command::AddDisk(add) => Some(to_ascii_json(&add.disk)?),
+            Command::AddNet(add) => Some(to_ascii_json(&add.net)?),
+            Command::AddBalloon(add) => Some(to_ascii_json(&add.balloon)?),
+            Command::RemoveDevice(remove) => {
+                let id = remove.id.clone();
+                Some(to_ascii_json(&VmRemoveDevice { id })?)
+            }
             _ => None,
         };
-        Ok(Self { endpoint, body })
+        let fds = match command {
+            Command::AddNet(add) => add.net.fds.clone().unwrap_or_default(),
+            _ => Vec::new(),
+        };
+        Ok(Self {
+            endpoint,
+            body,
+            fds,
+        })
     }
 }
 
@@ -55,6 +73,10 @@ pub(crate) fn endpoint(command: &Command) -> Endpoint {
         Command::Delete => Endpoint::VmDelete,
         Command::ShutdownVmm => Endpoint::VmmShutdown,
         Command::Resize(_) => Endpoint::VmResize,
+        Command::AddDisk(_) => Endpoint::VmAddDisk,
+        Command::AddNet(_) => Endpoint::VmAddNet,
+        Command::AddBalloon(_) => Endpoint::VmAddBalloon,
+        Command::RemoveDevice(_) => Endpoint::VmRemoveDevice,
         Command::BalloonStats => Endpoint::VmBalloonStats,
         Command::ReclaimStats(_) => Endpoint::VmReclaimStats,
         Command::ReclaimThresholds(thresholds) if thresholds.change().is_some() => {

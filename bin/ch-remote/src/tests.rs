@@ -74,6 +74,10 @@ fn every_command_calls_its_endpoint() {
             Endpoint::VmResize => " --balloon 0",
             Endpoint::VmSetReclaimThresholds => " --remove a",
             Endpoint::VmBalloonHinting => " start",
+            Endpoint::VmAddDisk => " path=/d",
+            Endpoint::VmAddNet => " tap=t",
+            Endpoint::VmAddBalloon => " size=0",
+            Endpoint::VmRemoveDevice => " _disk0",
             _ => "",
         };
         let words = format!("{}{arguments}", endpoint.command());
@@ -120,6 +124,33 @@ fn resize_sizes_take_suffixes() {
         "{}",
         requests[0]
     );
+}
+
+#[test]
+fn devices_are_described_as_on_the_command_line_of_the_vmm() {
+    let info = r#"{"id":"d","bdf":"0000:00:05.0"}"#;
+    let (result, requests) = exchange("add-disk path=/d,id=d", "", &[&answer(200, info)]);
+    assert_eq!(result.unwrap(), format!("{info}\n"));
+    for part in [r#""path":"/d""#, r#""id":"d""#] {
+        assert!(requests[0].contains(part), "{}", requests[0]);
+    }
+    let (result, requests) = exchange("add-balloon size=1M", "", &[&answer(204, "")]);
+    assert_eq!(result.unwrap(), "");
+    assert!(requests[0].contains(r#""size":1048576"#), "{}", requests[0]);
+    let (_, requests) = exchange("remove-device d", "", &[&answer(204, "")]);
+    assert!(
+        requests[0].ends_with("\r\n\r\n{\"id\":\"d\"}"),
+        "{}",
+        requests[0]
+    );
+    for wrong in [
+        "add-disk",
+        "add-disk paht=/d",
+        "remove-device",
+        "add-net fd=x",
+    ] {
+        refused(&format!("--api-socket s {wrong}"));
+    }
 }
 
 #[test]

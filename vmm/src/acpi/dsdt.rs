@@ -3,15 +3,17 @@
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, BufferData, Device, EISAName, Equal, Field,
     FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local,
-    Memory32Fixed, Method, Name, Notify, OpRegion, OpRegionSpace, Package, Path, ResourceTemplate,
-    Return, Store, Uuid, ZERO,
+    Memory32Fixed, Method, MethodCall, Name, Notify, OpRegion, OpRegionSpace, Package, Path,
+    ResourceTemplate, Return, Store, Uuid, ZERO,
 };
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::fixed::HEADER_BYTES;
-use super::{AcpiParams, OEM_ID, OEM_REVISION};
-use crate::legacy::{CMOS_PORTS, GED_BYTES, GED_IRQ, GED_POWER_BUTTON, S5_SLEEP_TYPE};
+use super::{AcpiParams, OEM_ID, OEM_REVISION, pci_hotplug};
+use crate::legacy::{
+    CMOS_PORTS, GED_BYTES, GED_IRQ, GED_PCI_HOTPLUG, GED_POWER_BUTTON, S5_SLEEP_TYPE,
+};
 use crate::memory::layout;
 use crate::pci::{CONFIG_PORT_BASE, CONFIG_PORT_BYTES};
 use crate::serial::{SERIAL_IRQ, SERIAL_PORTS};
@@ -29,6 +31,7 @@ const PCI_DSM_PRESERVE_BOOT_CONFIG: u8 = 5;
 pub(super) fn dsdt(params: &AcpiParams) -> Vec<u8> {
     let mut aml = Vec::new();
     pci_host_bridge(params, &mut aml);
+    pci_hotplug::controller(params.pci_hotplug_address, &mut aml);
     motherboard(&mut aml);
     if params.has_serial {
         serial_port(&mut aml);
@@ -88,6 +91,7 @@ fn pci_host_bridge(params: &AcpiParams, aml: &mut Vec<u8>) {
                 ]),
             ),
             &PciDsm,
+            &pci_hotplug::BridgeSlots,
         ],
     )
     .to_aml_bytes(aml);
@@ -232,6 +236,14 @@ fn generic_event_device(address: u64, aml: &mut Vec<u8>) {
                 true,
                 vec![
                     &Store::new(&Local(0), &Path::new("GDAT")),
+                    &And::new(&Local(1), &Local(0), &GED_PCI_HOTPLUG),
+                    &If::new(
+                        &Equal::new(&Local(1), &GED_PCI_HOTPLUG),
+                        vec![&MethodCall::new(
+                            Path::new(pci_hotplug::SCAN_METHOD),
+                            vec![],
+                        )],
+                    ),
                     &And::new(&Local(1), &Local(0), &GED_POWER_BUTTON),
                     &If::new(
                         &Equal::new(&Local(1), &GED_POWER_BUTTON),

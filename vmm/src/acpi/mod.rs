@@ -13,6 +13,7 @@
 mod dsdt;
 mod fixed;
 mod numa;
+mod pci_hotplug;
 
 use std::ops::Range;
 
@@ -51,6 +52,8 @@ pub struct AcpiParams {
     pub pci_mmio64: Range<u64>,
     /// The generic event device's register.
     pub ged_address: u64,
+    /// The PCI hotplug controller's registers.
+    pub pci_hotplug_address: u64,
     /// Whether there is a serial port.
     pub has_serial: bool,
     /// NUMA nodes; none if the machine is not divided.

@@ -20,6 +20,7 @@ fn params(vcpus: u32) -> AcpiParams {
         pci_mmio32: 0xc000_0000..0xe800_0000,
         pci_mmio64: 0x1_0000_0000..0x3fff_ffe0_0000,
         ged_address: 0x3fff_ffe0_0000,
+        pci_hotplug_address: 0x3fff_ffe0_1000,
         has_serial: true,
         numa: Vec::new(),
     }
@@ -215,7 +216,8 @@ fn dsdt_has_the_serial_port_only_if_the_machine_has() {
     assert!(names_com1(&with));
     assert!(!names_com1(&without));
     for name in [
-        b"PC00", b"MBRD", b"RTC_", b"PWRB", b"GED_", b"_S5_", b"_EVT", b"_DSM",
+        b"PC00", b"MBRD", b"RTC_", b"PWRB", b"GED_", b"_S5_", b"_EVT", b"_DSM", b"PHPR", b"S001",
+        b"S031", b"_EJ0",
     ] {
         assert!(with.windows(4).any(|found| found == name), "{name:?}");
     }

@@ -7,12 +7,14 @@
 //! | control thread | everything that changes something | it owns the VM |
 
 use std::error::Error;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use api::{
-    Endpoint, ErrorBody, ReclaimThresholdsChange, VmBalloonHinting, VmState, VmmPingResponse,
+    Endpoint, ErrorBody, ReclaimThresholdsChange, VmBalloonHinting, VmRemoveDevice, VmState,
+    VmmPingResponse,
 };
 use micro_http::{Body, Method, Request, StatusCode};
 use serde::Serialize;
@@ -21,9 +23,9 @@ use serde::de::DeserializeOwned;
 use super::http::{Answer, Handler, Reply};
 use crate::control::{
     ControlError, ControlHandle, MachineObserver, PublishedView, RequestError, RequestKind,
-    VmRequest,
+    VmAnswer, VmRequest,
 };
-use crate::vm::{BalloonStatsError, ThreadStart, VmError};
+use crate::vm::{BalloonStatsError, HotplugError, NewDevice, ThreadStart, VmError};
 
 /// Name of the threads that ask the machine.
 pub const QUERY_THREAD: &str = "api-query";
@@ -83,8 +85,13 @@ impl Handler for Dispatcher {
             reply.send(bad_request(&["Bad Request"]));
             return;
         };
+        // Whoever has no use for descriptors closes them here.
+        let fds = match endpoint {
+            Endpoint::VmAddNet => request.files.into_iter().map(OwnedFd::from).collect(),
+            _ => Vec::new(),
+        };
         match check_body(endpoint, request.body) {
-            Ok(body) => self.serve(endpoint, &body, reply),
+            Ok(body) => self.serve(endpoint, &body, fds, reply),
             Err(answer) => reply.send(answer),
         }
     }
@@ -107,7 +114,7 @@ impl Dispatcher {
         }
     }
 
-    fn serve(&self, endpoint: Endpoint, body: &[u8], reply: Reply) {
+    fn serve(&self, endpoint: Endpoint, body: &[u8], fds: Vec<OwnedFd>, reply: Reply) {
         match endpoint {
             Endpoint::VmmPing => reply.send(Answer::json(&self.identity)),
             Endpoint::VmInfo => reply.send(self.info()),
@@ -136,6 +143,19 @@ impl Dispatcher {
             Endpoint::VmBalloonHinting => match parse::<VmBalloonHinting>(body) {
                 Ok(VmBalloonHinting { action }) => {
                     self.change(endpoint, VmRequest::BalloonHinting(action), reply);
+                }
+                Err(answer) => reply.send(answer),
+            },
+            Endpoint::VmAddDisk => {
+                self.add_device(parse(body).map(NewDevice::Disk), fds, reply);
+            }
+            Endpoint::VmAddNet => self.add_device(parse(body).map(NewDevice::Net), fds, reply),
+            Endpoint::VmAddBalloon => {
+                self.add_device(parse(body).map(NewDevice::Balloon), fds, reply);
+            }
+            Endpoint::VmRemoveDevice => match parse::<VmRemoveDevice>(body) {
+                Ok(VmRemoveDevice { id }) => {
+                    self.change(endpoint, VmRequest::RemoveDevice(id), reply);
                 }
                 Err(answer) => reply.send(answer),
             },
@@ -169,7 +189,31 @@ impl Dispatcher {
             request,
             Box::new(move |outcome| {
                 reply.send(match outcome {
-                    Ok(()) => Answer::empty(success),
+                    Ok(_) => Answer::empty(success),
+                    Err(error) => {
+                        log::warn!("{}", api::error_chain(&error).join(": "));
+                        request_failed(error)
+                    }
+                });
+            }),
+        );
+    }
+
+    /// Adds a device, unless its description cannot be read.
+    fn add_device(&self, device: Result<NewDevice, Answer>, fds: Vec<OwnedFd>, reply: Reply) {
+        let device = match device {
+            Ok(device) => device,
+            Err(answer) => {
+                reply.send(answer);
+                return;
+            }
+        };
+        self.control.submit(
+            VmRequest::AddDevice(Box::new(device), fds),
+            Box::new(move |outcome| {
+                reply.send(match outcome {
+                    Ok(VmAnswer::Added(info)) => Answer::json(&info),
+                    Ok(VmAnswer::Done) => Answer::no_content(),
                     Err(error) => {
                         log::warn!("{}", api::error_chain(&error).join(": "));
                         request_failed(error)
@@ -186,7 +230,7 @@ impl Dispatcher {
             VmRequest::SetReclaimThresholds(change),
             Box::new(move |outcome| {
                 reply.send(match outcome {
-                    Ok(()) => thresholds(&view),
+                    Ok(_) => thresholds(&view),
                     Err(error) => request_failed(error),
                 });
             }),
@@ -312,14 +356,29 @@ fn bad_request(chain: &[&str]) -> Answer {
 }
 
 fn request_failed(error: RequestError) -> Answer {
-    let status = match error.cause {
+    let adds_device = matches!(
+        error.kind,
+        RequestKind::AddDisk | RequestKind::AddNet | RequestKind::AddBalloon
+    );
+    let status = match &error.cause {
         ControlError::VmNotCreated | ControlError::VmMissingConfig => StatusCode::NotFound,
         // Upstream answers 409 to a name used twice; the HTTP crate does not know that status.
         ControlError::ConfigValidation(_) | ControlError::Thresholds(_) => StatusCode::BadRequest,
         // Found only where the host is known, and still the configuration's fault.
-        ControlError::Machine(VmError::Memory(ref error)) if error.is_of_configuration() => {
+        ControlError::Machine(VmError::Memory(error)) if error.is_of_configuration() => {
             StatusCode::BadRequest
         }
+        ControlError::Device(fault) | ControlError::Machine(VmError::Hotplug(fault)) => match fault
+        {
+            HotplugError::NoSuchDevice { .. } => StatusCode::NotFound,
+            HotplugError::Announce { .. } => StatusCode::InternalServerError,
+            HotplugError::NotRemovable { .. }
+            | HotplugError::BalloonInflated { .. }
+            | HotplugError::StillLeaving { .. }
+            | HotplugError::BalloonPresent { .. } => StatusCode::BadRequest,
+        },
+        // What was asked for names an image or a tap that cannot be used, or there is no slot for it.
+        ControlError::Machine(VmError::Device { .. }) if adds_device => StatusCode::BadRequest,
         ControlError::QueueFull => StatusCode::ServiceUnavailable,
         ControlError::VmAlreadyCreated
         | ControlError::VmNotRunning

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 
 use api::config::PathOrFd;
 use api::{
-    BalloonStatsResponse, DeviceNode, Endpoint, HintingAction, ReclaimStats, VmConfig, VmCounters,
-    VmmPingResponse,
+    BalloonStatsResponse, DeviceNode, Endpoint, HintingAction, PciDeviceInfo, ReclaimStats,
+    VmConfig, VmCounters, VmmPingResponse,
 };
 use serde_json::{Value, json};
 
@@ -23,7 +23,9 @@ use virtio_devices::balloon::HintingError;
 use crate::control::{
     ControlSetup, ControlThread, Ending, Machine, MachineObserver, PublishedView,
 };
-use crate::vm::{BalloonStatsError, ThreadStart, VmContext, VmError, VmSignals};
+use crate::vm::{
+    BalloonStatsError, HotplugError, NewDevice, ThreadStart, VmContext, VmError, VmSignals,
+};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -31,6 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 #[derive(Debug)]
 struct FakeMachine {
     observer: FakeObserver,
+    leaving: Vec<String>,
 }
 
 #[derive(Debug, Clone)]
@@ -75,6 +78,7 @@ impl Machine for FakeMachine {
             SLOW.pass();
         }
         Ok(Self {
+            leaving: Vec::new(),
             observer: FakeObserver {
                 ram_bytes: config.memory.total_bytes().unwrap(),
                 balloon_bytes: config
@@ -119,6 +123,43 @@ impl Machine for FakeMachine {
             HintingAction::Start => Ok(()),
             HintingAction::Stop => Err(VmError::Hinting(HintingError::NotOffered)),
         }
+    }
+
+    fn add_device(&mut self, device: &mut NewDevice) -> Result<PciDeviceInfo, VmError> {
+        let id = device.id().unwrap().to_owned();
+        if id == "bad" {
+            let source = "no such image".into();
+            return Err(VmError::Device { id, source });
+        }
+        if let NewDevice::Balloon(balloon) = device {
+            self.observer.balloon_bytes = Some(Arc::new(AtomicU64::new(balloon.size)));
+        }
+        Ok(PciDeviceInfo {
+            id,
+            bdf: "0000:00:05.0".to_owned(),
+        })
+    }
+
+    fn remove_device(&mut self, id: &str) -> Result<(), VmError> {
+        let bytes = self.observer.balloon().unwrap_or(0);
+        if id == "__balloon" && bytes > 0 {
+            return Err(VmError::Hotplug(HotplugError::BalloonInflated {
+                id: id.to_owned(),
+                ballooned_bytes: bytes,
+                target_bytes: bytes,
+            }));
+        }
+        self.leaving.push(id.to_owned());
+        Ok(())
+    }
+
+    fn take_ejected(&mut self) -> Vec<PciDeviceInfo> {
+        let gone = self.leaving.drain(..);
+        gone.map(|id| PciDeviceInfo {
+            id,
+            bdf: "0000:00:05.0".to_owned(),
+        })
+        .collect()
     }
 
     fn observer(&self) -> FakeObserver {
@@ -338,6 +379,10 @@ fn body_of(endpoint: Endpoint) -> Option<&'static str> {
         Endpoint::VmResize => Some(RESIZE),
         Endpoint::VmSetReclaimThresholds => Some(THRESHOLDS),
         Endpoint::VmBalloonHinting => Some(r#"{"action": "start"}"#),
+        Endpoint::VmAddDisk => Some(r#"{"path": "/e"}"#),
+        Endpoint::VmAddNet => Some("{}"),
+        Endpoint::VmAddBalloon => Some(r#"{"size": 0}"#),
+        Endpoint::VmRemoveDevice => Some(r#"{"id": "__balloon"}"#),
         _ => None,
     }
 }
@@ -360,6 +405,10 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
         Endpoint::VmCounters | Endpoint::VmReclaimStats => [500, 500, 200, 200],
         Endpoint::VmBalloonStats => [500, 500, 200, 500],
         Endpoint::VmResize => [404, 204, 204, 204],
+        Endpoint::VmAddDisk | Endpoint::VmAddNet => [404, 204, 200, 200],
+        // There is one.
+        Endpoint::VmAddBalloon => [404, 400, 400, 400],
+        Endpoint::VmRemoveDevice => [404, 204, 204, 204],
         Endpoint::VmDelete => [204; 4],
     }
 }
@@ -388,7 +437,10 @@ fn endpoints_answer_in_every_state_as_upstream_does() {
                 assert_eq!(chain[0], "Error from API", "{endpoint:?}");
                 assert!(chain.len() >= 3, "{endpoint:?}: {chain:?}");
             } else {
-                assert_eq!(response.body.is_null(), endpoint.response().is_none());
+                assert_eq!(
+                    response.body.is_null(),
+                    status == 204 || endpoint.response().is_none()
+                );
             }
         }
     }
@@ -451,6 +503,94 @@ fn endpoints_refuse_what_is_no_json() {
     }
     let deep = "[".repeat(1 << 20);
     assert_eq!(vmm.call(Endpoint::VmCreate, Some(&deep)).status, 400);
+}
+
+#[test]
+fn devices_added_become_part_of_the_configuration_until_they_are_removed() {
+    let vmm = vmm();
+    vmm.create("");
+    let ids = |vmm: &Vmm| -> Vec<Value> {
+        let info = vmm.ok(Endpoint::VmInfo, None);
+        let disks = info["config"]["disks"].as_array().unwrap();
+        disks.iter().map(|disk| disk["id"].clone()).collect()
+    };
+    let add = |body: &str| vmm.call(Endpoint::VmAddDisk, Some(body));
+    assert_eq!(add(r#"{"path": "/e", "id": "cold"}"#).status, 204);
+    vmm.ok(Endpoint::VmBoot, None);
+    let added = add(r#"{"path": "/f"}"#);
+    assert_eq!(added.body, json!({"id": "_disk1", "bdf": "0000:00:05.0"}));
+    assert!(vmm.has_event("virtio-device added"));
+    assert_eq!(ids(&vmm), ["_disk0", "cold", "_disk1"]);
+
+    for (body, status) in [
+        (r#"{"path": "/g", "id": "cold"}"#, 400),
+        (r#"{"path": "/g", "id": "__x"}"#, 400),
+        (r#"{"path": "/g", "pci_device_id": 32}"#, 400),
+        (r#"{"path": "/f"}"#, 400),
+        (r#"{"path": "/g", "iommu": true}"#, 400),
+        (r#"{"path": "/g", "id": "bad"}"#, 400),
+        (r#"{"id": "no-path"}"#, 400),
+        (r#"{"path": 7}"#, 400),
+    ] {
+        assert_eq!(add(body).status, status, "{body}");
+    }
+    let chain = add(r#"{"path": "/g", "id": "bad"}"#).body;
+    assert_eq!(
+        chain,
+        json!([
+            "Error from API",
+            "The disk could not be added to the VM",
+            "Cannot create device bad",
+            "no such image"
+        ])
+    );
+    assert_eq!(ids(&vmm), ["_disk0", "cold", "_disk1"]);
+
+    let remove = |id: &str| {
+        let body = json!({ "id": id }).to_string();
+        vmm.call(Endpoint::VmRemoveDevice, Some(&body)).status
+    };
+    assert_eq!(remove("cold"), 204);
+    assert_eq!(ids(&vmm), ["_disk0", "_disk1"]);
+    vmm.signals.ejected.write(1).unwrap();
+    vmm.wait_until("the removal is told", |vmm| {
+        vmm.has_event("virtio-device removed")
+    });
+    vmm.ok(Endpoint::VmReboot, None);
+    assert_eq!(ids(&vmm), ["_disk0", "_disk1"]);
+    vmm.ok(Endpoint::VmShutdown, None);
+    assert_eq!(remove("nobody"), 404);
+    assert_eq!(remove("_disk1"), 204);
+    assert_eq!(ids(&vmm), ["_disk0"]);
+}
+
+#[test]
+fn balloon_comes_once_and_goes_only_when_it_is_empty() {
+    let vmm = vmm();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    let remove = || vmm.call(Endpoint::VmRemoveDevice, Some(r#"{"id": "__balloon"}"#));
+    let add = |body: &str| vmm.call(Endpoint::VmAddBalloon, Some(body));
+    assert_eq!(
+        add(r#"{"size": 0}"#).body[2],
+        "The VM has a balloon already, __balloon"
+    );
+    vmm.ok(Endpoint::VmResize, Some(RESIZE));
+    let refused = remove();
+    assert_eq!(refused.status, 400);
+    let cause = refused.body[2].as_str().unwrap();
+    assert!(cause.contains("4096 bytes in the balloon"), "{cause}");
+    vmm.ok(Endpoint::VmResize, Some(r#"{"desired_balloon": 0}"#));
+    assert_eq!(remove().status, 204);
+    let config = vmm.ok(Endpoint::VmInfo, None)["config"].clone();
+    assert!(config.get("balloon").is_none(), "{config}");
+    assert_eq!(add(r#"{"size": 1152921504606846976}"#).status, 400);
+    assert_eq!(add(r#"{"size": 0, "stats_poll_ms": 1}"#).status, 400);
+    assert_eq!(add(r#"{"size": 8192}"#).body["id"], "__balloon");
+    assert_eq!(
+        vmm.ok(Endpoint::VmReclaimStats, None)["balloon_target_bytes"],
+        8192
+    );
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use api::VmConfig;
-use api::config::{DiskConfig, NetConfig};
+use api::config::{ConsoleOutputMode, DiskConfig, NetConfig};
 
 use super::error::{DeviceFault, ValidationError};
 
@@ -26,6 +26,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
         check_net(net, vcpus).map_err(|fault| at("net", index, net.id.as_deref(), fault))?;
     }
     disk_paths(config)?;
+    pci_slot_count(config)?;
     pci_slots(config)
 }
 
@@ -112,6 +113,25 @@ fn disk_paths(config: &VmConfig) -> Result<(), ValidationError> {
         {
             return Err(ValidationError::DuplicateDiskPath { path: path.clone() });
         }
+    }
+    Ok(())
+}
+
+/// Every device needs a slot.
+fn pci_slot_count(config: &VmConfig) -> Result<(), ValidationError> {
+    let lists = [
+        config.disks.as_ref().map_or(0, Vec::len),
+        config.net.as_ref().map_or(0, Vec::len),
+    ];
+    let singles = [
+        config.balloon.is_some(),
+        config.console.mode != ConsoleOutputMode::Off,
+    ];
+    // The random number device is always there.
+    let count = 1 + lists.iter().sum::<usize>() + singles.iter().filter(|there| **there).count();
+    let max = PCI_SLOTS.count();
+    if count > max {
+        return Err(ValidationError::TooManyDevices { count, max });
     }
     Ok(())
 }

@@ -81,6 +81,14 @@ pub enum ValidationError {
         /// The image.
         path: PathBuf,
     },
+    /// More devices than slots.
+    #[error("{count} devices do not fit the PCI bus, which has {max} slots")]
+    TooManyDevices {
+        /// Devices.
+        count: usize,
+        /// Slots.
+        max: usize,
+    },
     /// One PCI slot for two devices.
     #[error("PCI slot {slot} is given to two devices")]
     DuplicatePciSlot {

@@ -3,6 +3,7 @@
 //! `vm.create` stores whatever parses, as upstream does; this runs at boot and at the start from the command line.
 
 mod cpus;
+mod device_list;
 mod devices;
 mod error;
 mod ids;
@@ -16,7 +17,9 @@ use api::VmConfig;
 use api::config::{ConsoleOutputMode, PayloadConfig};
 
 use crate::boot::check_platform;
+use crate::vm::NewDevice;
 
+pub use device_list::{balloon_id, take_id, with_device, without_device};
 pub use error::{CpusFault, DeviceFault, MemoryFault, NumaFault, ValidationError};
 pub use ids::assign_ids;
 
@@ -37,6 +40,21 @@ pub fn validate(config: &VmConfig) -> Result<(), ValidationError> {
     devices::check(config)?;
     ids::check(config)?;
     consoles(config)
+}
+
+/// Checks a configuration that a device was just added to: that device, and whether it goes with the others. What else
+/// the configuration says is judged at boot, or was.
+///
+/// # Errors
+/// The first thing found wrong.
+pub fn validate_addition(config: &VmConfig, added: &NewDevice) -> Result<(), ValidationError> {
+    unsupported::check(config)?;
+    // One that is there already may have been resized to more than all RAM, which a running machine takes.
+    if matches!(added, NewDevice::Balloon(_)) {
+        balloon(config)?;
+    }
+    devices::check(config)?;
+    ids::check(config)
 }
 
 fn payload(payload: Option<&PayloadConfig>) -> Result<(), ValidationError> {

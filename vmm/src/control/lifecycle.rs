@@ -9,23 +9,28 @@
 //! ```
 //! A boot that fails leaves Created, with everything given back. A reboot that fails does, too.
 
+use std::collections::BTreeMap;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use api::{ReclaimThresholdsChange, VmConfig, VmResize, VmState};
+use api::{PciDeviceInfo, ReclaimThresholdsChange, VmConfig, VmResize, VmState};
 
 use super::machine::Machine;
-use super::request::{ControlError, RequestError, VmRequest};
+use super::request::{ControlError, RequestError, VmAnswer, VmRequest};
 use super::view::{MachineView, PublishedView, View};
-use crate::config;
+use crate::config::{self, with_device, without_device};
 use crate::thresholds::{Subjects, Thresholds};
-use crate::vm::{VmContext, VmError};
+use crate::vm::{HotplugError, NewDevice, VmContext, VmError};
 
 /// The VM and everything that may be asked of it.
 pub(super) struct Lifecycle<M: Machine> {
     config: Option<VmConfig>,
     machine: Option<M>,
-    /// How many there have been.
+    /// How many there have been, and how many balloons were added to one.
     machines: u64,
+    /// Open taps that came with requests, by the numbers that the configuration has for them. They stay open for
+    /// reboots.
+    taps: BTreeMap<i32, OwnedFd>,
     paused: bool,
     view: Arc<PublishedView>,
     /// Kept over reboots; forgotten with the configuration.
@@ -46,6 +51,7 @@ impl<M: Machine> Lifecycle<M> {
             config: None,
             machine: None,
             machines: 0,
+            taps: BTreeMap::new(),
             paused: false,
             view,
             thresholds,
@@ -56,9 +62,19 @@ impl<M: Machine> Lifecycle<M> {
     }
 
     /// Carries out a request and publishes what came of it, so that whoever gets the answer also sees the effect.
-    pub(super) fn handle(&mut self, request: VmRequest) -> Result<(), RequestError> {
+    pub(super) fn handle(&mut self, request: VmRequest) -> Result<VmAnswer, RequestError> {
         let kind = request.kind();
         let outcome = match request {
+            VmRequest::AddDevice(device, fds) => self.add_device(*device, fds),
+            other => self.change(other).map(|()| VmAnswer::Done),
+        };
+        self.close_unnamed_taps();
+        self.publish();
+        outcome.map_err(|cause| RequestError { kind, cause })
+    }
+
+    fn change(&mut self, request: VmRequest) -> Result<(), ControlError> {
+        match request {
             VmRequest::Create(config) => self.create(*config),
             VmRequest::Boot => self.boot(),
             VmRequest::Delete => self.delete(),
@@ -72,10 +88,10 @@ impl<M: Machine> Lifecycle<M> {
             VmRequest::BalloonHinting(action) => {
                 self.on_machine(|machine| machine.balloon_hinting(action))
             }
+            VmRequest::AddDevice(device, fds) => self.add_device(*device, fds).map(drop),
+            VmRequest::RemoveDevice(id) => self.remove_device(&id),
             VmRequest::ShutdownVmm => self.end(),
-        };
-        self.publish();
-        outcome.map_err(|cause| RequestError { kind, cause })
+        }
     }
 
     /// Stops the machine if there is one and tells, once and last of all, that the VMM ends.
@@ -273,6 +289,92 @@ impl<M: Machine> Lifecycle<M> {
         }
         (self.context.events)("vm", "resized", &[]);
         Ok(())
+    }
+
+    fn add_device(
+        &mut self,
+        mut device: NewDevice,
+        fds: Vec<OwnedFd>,
+    ) -> Result<VmAnswer, ControlError> {
+        let config = self.config.as_ref().ok_or(ControlError::VmNotCreated)?;
+        if let (NewDevice::Balloon(_), Some(balloon)) = (&device, &config.balloon) {
+            let id = config::balloon_id(balloon).to_owned();
+            return Err(ControlError::Device(HotplugError::BalloonPresent { id }));
+        }
+        if let NewDevice::Net(net) = &mut device
+            && !fds.is_empty()
+        {
+            net.fds = Some(fds.iter().map(AsRawFd::as_raw_fd).collect());
+        }
+        let mut wanted = with_device(config, device.clone());
+        config::validate_addition(&wanted, &device).map_err(ControlError::ConfigValidation)?;
+        let Some(machine) = &mut self.machine else {
+            self.config = Some(wanted);
+            self.keep_taps(fds);
+            return Ok(VmAnswer::Done);
+        };
+        config::assign_ids(&mut wanted);
+        config::take_id(&wanted, &mut device);
+        let added = machine
+            .add_device(&mut device)
+            .map_err(ControlError::Machine)?;
+        if matches!(device, NewDevice::Balloon(_)) {
+            self.machines += 1;
+        }
+        self.config = Some(with_device(config, device));
+        self.keep_taps(fds);
+        self.emit_device("added", &added);
+        Ok(VmAnswer::Added(added))
+    }
+
+    fn keep_taps(&mut self, fds: Vec<OwnedFd>) {
+        self.taps
+            .extend(fds.into_iter().map(|fd| (fd.as_raw_fd(), fd)));
+    }
+
+    fn close_unnamed_taps(&mut self) {
+        let nets = self.config.iter().flat_map(|config| &config.net).flatten();
+        let named: Vec<i32> = nets.flat_map(|net| &net.fds).flatten().copied().collect();
+        self.taps.retain(|fd, _| named.contains(fd));
+    }
+
+    fn remove_device(&mut self, id: &str) -> Result<(), ControlError> {
+        let config = self.config.as_ref().ok_or(ControlError::VmNotCreated)?;
+        let without = without_device(config, id);
+        match (&mut self.machine, without) {
+            // One that the guest has been asked to let go of is in the machine alone.
+            (Some(machine), without) => {
+                machine.remove_device(id).map_err(ControlError::Machine)?;
+                if let Some(without) = without {
+                    self.config = Some(without);
+                }
+            }
+            (None, Some(without)) => self.config = Some(without),
+            (None, None) => {
+                let id = id.to_owned();
+                return Err(ControlError::Device(HotplugError::NoSuchDevice { id }));
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest has let go of devices.
+    pub(super) fn finish_removals(&mut self) {
+        let Some(machine) = &mut self.machine else {
+            return;
+        };
+        let gone = machine.take_ejected();
+        for device in &gone {
+            self.emit_device("removed", device);
+        }
+        if !gone.is_empty() {
+            self.publish();
+        }
+    }
+
+    fn emit_device(&self, event: &str, device: &PciDeviceInfo) {
+        let properties = [("id", device.id.clone()), ("bdf", device.bdf.clone())];
+        (self.context.events)("virtio-device", event, &properties);
     }
 
     fn set_thresholds(&self, change: &ReclaimThresholdsChange) -> Result<(), ControlError> {

@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Instant;
 
-use api::{BalloonStatsResponse, DeviceNode, HintingAction, ReclaimStats, VmConfig, VmCounters};
+use api::{
+    BalloonStatsResponse, DeviceNode, HintingAction, PciDeviceInfo, ReclaimStats, VmConfig,
+    VmCounters,
+};
 
-use crate::vm::{BalloonStatsError, Vm, VmContext, VmError, VmObserver};
+use crate::vm::{BalloonStatsError, NewDevice, Vm, VmContext, VmError, VmObserver};
 
 /// One virtual machine. Every call comes from the control thread and none waits for the guest. See [`Vm`] for what
 /// each does.
@@ -61,6 +64,21 @@ pub trait Machine: Sized + 'static {
     /// # Errors
     /// There is no balloon, or the guest cannot do it now.
     fn balloon_hinting(&self, action: HintingAction) -> Result<(), VmError>;
+
+    /// See [`Vm::add_device`].
+    ///
+    /// # Errors
+    /// It cannot be made; nothing is left behind.
+    fn add_device(&mut self, device: &mut NewDevice) -> Result<PciDeviceInfo, VmError>;
+
+    /// See [`Vm::remove_device`].
+    ///
+    /// # Errors
+    /// It cannot go.
+    fn remove_device(&mut self, id: &str) -> Result<(), VmError>;
+
+    /// See [`Vm::take_ejected`].
+    fn take_ejected(&mut self) -> Vec<PciDeviceInfo>;
 
     /// See [`Vm::observer`].
     fn observer(&self) -> Self::Observer;
@@ -129,6 +147,18 @@ impl Machine for Vm {
 
     fn balloon_hinting(&self, action: HintingAction) -> Result<(), VmError> {
         Vm::balloon_hinting(self, action)
+    }
+
+    fn add_device(&mut self, device: &mut NewDevice) -> Result<PciDeviceInfo, VmError> {
+        Vm::add_device(self, device)
+    }
+
+    fn remove_device(&mut self, id: &str) -> Result<(), VmError> {
+        Vm::remove_device(self, id)
+    }
+
+    fn take_ejected(&mut self) -> Vec<PciDeviceInfo> {
+        Vm::take_ejected(self)
     }
 
     fn observer(&self) -> VmObserver {

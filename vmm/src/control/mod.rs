@@ -7,7 +7,7 @@ mod thread;
 mod view;
 
 pub use machine::{Machine, MachineObserver};
-pub use request::{ControlError, RequestError, RequestKind, VmRequest};
+pub use request::{ControlError, RequestError, RequestKind, VmAnswer, VmRequest};
 pub use thread::{
     CONTROL_THREAD, ControlHandle, ControlSetup, ControlThread, ControlThreadError, Done, Ending,
 };

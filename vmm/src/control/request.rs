@@ -1,12 +1,13 @@
 //! Requests to the control thread and why they fail.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 
-use api::{HintingAction, ReclaimThresholdsChange, VmConfig, VmResize, VmState};
+use api::{HintingAction, PciDeviceInfo, ReclaimThresholdsChange, VmConfig, VmResize, VmState};
 
 use crate::config::ValidationError;
 use crate::thresholds::ThresholdError;
-use crate::vm::VmError;
+use crate::vm::{HotplugError, NewDevice, VmError};
 
 /// Something that changes the VM.
 #[derive(Debug)]
@@ -33,8 +34,21 @@ pub enum VmRequest {
     SetReclaimThresholds(ReclaimThresholdsChange),
     /// Start or end a run of free page hinting.
     BalloonHinting(HintingAction),
+    /// Add a device. A network interface takes the open taps that came with the request.
+    AddDevice(Box<NewDevice>, Vec<OwnedFd>),
+    /// Remove the device of this name.
+    RemoveDevice(String),
     /// Stop everything and end the process.
     ShutdownVmm,
+}
+
+/// What a request that succeeded came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum VmAnswer {
+    /// Nothing to tell.
+    Done,
+    /// A device was plugged into the running machine.
+    Added(PciDeviceInfo),
 }
 
 /// A [`VmRequest`] without its data.
@@ -62,6 +76,14 @@ pub enum RequestKind {
     SetReclaimThresholds,
     /// `vm.balloon-hinting`
     BalloonHinting,
+    /// `vm.add-disk`
+    AddDisk,
+    /// `vm.add-net`
+    AddNet,
+    /// `vm.add-balloon`
+    AddBalloon,
+    /// `vm.remove-device`
+    RemoveDevice,
     /// `vmm.shutdown`
     ShutdownVmm,
     /// `vm.info`, answered from the published view.
@@ -91,6 +113,12 @@ impl VmRequest {
             Self::Resize(_) => RequestKind::Resize,
             Self::SetReclaimThresholds(_) => RequestKind::SetReclaimThresholds,
             Self::BalloonHinting(_) => RequestKind::BalloonHinting,
+            Self::AddDevice(device, _) => match **device {
+                NewDevice::Disk(_) => RequestKind::AddDisk,
+                NewDevice::Net(_) => RequestKind::AddNet,
+                NewDevice::Balloon(_) => RequestKind::AddBalloon,
+            },
+            Self::RemoveDevice(_) => RequestKind::RemoveDevice,
             Self::ShutdownVmm => RequestKind::ShutdownVmm,
         }
     }
@@ -111,6 +139,10 @@ impl fmt::Display for RequestKind {
             Self::Resize => "The VM could not be resized",
             Self::SetReclaimThresholds => "The reclaim thresholds could not be changed",
             Self::BalloonHinting => "Free page hinting could not be started or stopped",
+            Self::AddDisk => "The disk could not be added to the VM",
+            Self::AddNet => "The network device could not be added to the VM",
+            Self::AddBalloon => "The balloon could not be added to the VM",
+            Self::RemoveDevice => "The device could not be removed from the VM",
             Self::ShutdownVmm => "The VMM could not shutdown",
             Self::Info => "The VM info is not available",
             Self::Counters => "The VM counters are not available",
@@ -177,6 +209,9 @@ pub enum ControlError {
         /// What was asked for.
         desired: u64,
     },
+    /// A device to be removed, or one in the way of a new one.
+    #[error(transparent)]
+    Device(HotplugError),
     /// The machine itself.
     #[error(transparent)]
     Machine(VmError),

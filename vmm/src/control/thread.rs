@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::lifecycle::Lifecycle;
 use super::machine::Machine;
-use super::request::{ControlError, RequestError, VmRequest};
+use super::request::{ControlError, RequestError, VmAnswer, VmRequest};
 use super::view::PublishedView;
 use crate::thresholds::{Monitor, THRESHOLDS_THREAD, Thresholds};
 use crate::vm::{VmContext, VmSignals};
@@ -29,14 +29,17 @@ const STACK_BYTES: usize = 1 << 20;
 
 /// What the thread is woken by; the order is the order in which they are looked at.
 const TOKEN_EXIT: u64 = 0;
-const TOKEN_FAILED: u64 = 1;
-const TOKEN_GUEST_SHUTDOWN: u64 = 2;
-const TOKEN_RESET: u64 = 3;
-const TOKEN_REQUEST: u64 = 4;
-const TOKENS: usize = 5;
+/// Before requests, so that whoever asks after a device went also sees it gone; and before the end of the machine, so
+/// that it is told of what went before.
+const TOKEN_EJECTED: u64 = 1;
+const TOKEN_FAILED: u64 = 2;
+const TOKEN_GUEST_SHUTDOWN: u64 = 3;
+const TOKEN_RESET: u64 = 4;
+const TOKEN_REQUEST: u64 = 5;
+const TOKENS: usize = 6;
 
 /// Called on the control thread with the outcome; must not block.
-pub type Done = Box<dyn FnOnce(Result<(), RequestError>) + Send>;
+pub type Done = Box<dyn FnOnce(Result<VmAnswer, RequestError>) + Send>;
 
 struct Envelope {
     request: VmRequest,
@@ -102,7 +105,7 @@ impl ControlHandle {
     ///
     /// # Errors
     /// The request failed.
-    pub fn call(&self, request: VmRequest) -> Result<(), RequestError> {
+    pub fn call(&self, request: VmRequest) -> Result<VmAnswer, RequestError> {
         let kind = request.kind();
         let (sender, receiver) = sync_channel(1);
         // Nobody listens any more when the caller has gone, which it cannot while it waits below.
@@ -161,6 +164,7 @@ impl ControlThread {
             (&setup.context.signals.failed, TOKEN_FAILED),
             (&setup.context.signals.shutdown, TOKEN_GUEST_SHUTDOWN),
             (&setup.context.signals.reset, TOKEN_RESET),
+            (&setup.context.signals.ejected, TOKEN_EJECTED),
             (&wake, TOKEN_REQUEST),
         ])
         .map_err(ControlThreadError::Setup)?;
@@ -267,6 +271,11 @@ impl<M: Machine> Control<M> {
                 TOKEN_FAILED => self.machine_failed(),
                 TOKEN_GUEST_SHUTDOWN => self.guest_shut_down(),
                 TOKEN_RESET => self.guest_reset(),
+                TOKEN_EJECTED => {
+                    clear(&self.signals.ejected);
+                    self.lifecycle.finish_removals();
+                    None
+                }
                 _ => {
                     clear(wake);
                     self.serve_requests(requests)

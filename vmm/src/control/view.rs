@@ -23,7 +23,8 @@ pub struct View {
 /// A machine in a [`View`].
 #[derive(Debug, Clone)]
 pub struct MachineView {
-    /// Counts machines: each boot and reboot makes another one, and figures start anew.
+    /// Counts machines: each boot and reboot makes another one, and figures start anew. Those of a balloon do so when
+    /// one is added, too, which counts as well.
     pub number: u64,
     /// `Running` or `Paused`.
     pub state: VmState,

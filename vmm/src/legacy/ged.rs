@@ -12,6 +12,8 @@ use crate::interrupt::IrqLine;
 pub const GED_BYTES: u64 = 1;
 /// I/O APIC pin of the device: the first that no ISA device ever had.
 pub const GED_IRQ: u8 = 16;
+/// PCI functions came, or are asked to go.
+pub const GED_PCI_HOTPLUG: u8 = 4;
 /// The power button was pressed.
 pub const GED_POWER_BUTTON: u8 = 8;
 
@@ -37,7 +39,19 @@ impl Ged {
     /// # Errors
     /// The host refused the interrupt the guest has programmed.
     pub fn press_power_button(&self) -> std::io::Result<()> {
-        self.pending.fetch_or(GED_POWER_BUTTON, Ordering::AcqRel);
+        self.raise(GED_POWER_BUTTON)
+    }
+
+    /// Has the guest look at the PCI hotplug controller.
+    ///
+    /// # Errors
+    /// As [`Ged::press_power_button`].
+    pub fn announce_pci_change(&self) -> std::io::Result<()> {
+        self.raise(GED_PCI_HOTPLUG)
+    }
+
+    fn raise(&self, event: u8) -> std::io::Result<()> {
+        self.pending.fetch_or(event, Ordering::AcqRel);
         self.line.trigger()
     }
 }

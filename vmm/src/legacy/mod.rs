@@ -9,7 +9,7 @@
 //! | 0x402 | [`FirmwareDebug`]: text from firmware |
 //! | 0x600 | [`AcpiPower`]: power-off and reset |
 //! | 0x608 | [`PmTimer`]: ACPI's clock |
-//! | platform MMIO | [`Ged`]: power button and later hotplug events |
+//! | platform MMIO | [`Ged`]: power button and PCI hotplug |
 //!
 //! There is no PIC, no PIT and no HPET; their ports read all ones.
 
@@ -27,7 +27,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub use acpi_power::{AcpiPower, RESET_VALUE, S5_SLEEP_TYPE};
 pub use cmos::{CMOS_CENTURY, Cmos};
 pub use debug::{DebugConsole, DebugPort, FirmwareDebug};
-pub use ged::{GED_BYTES, GED_IRQ, GED_POWER_BUTTON, Ged};
+pub use ged::{GED_BYTES, GED_IRQ, GED_PCI_HOTPLUG, GED_POWER_BUTTON, Ged};
 pub use i8042::I8042;
 pub use pm_timer::PmTimer;
 
@@ -88,6 +88,7 @@ mod tests {
             shutdown: event(),
             reset: event(),
             failed: event(),
+            ejected: event(),
         })
     }
 

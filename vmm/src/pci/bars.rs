@@ -31,10 +31,23 @@ pub(super) struct Fabric<'a> {
     pub(super) windows: &'a MemoryWindows,
 }
 
+/// What an update came to.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Remapped {
+    /// BARs that cannot answer where they are.
+    pub(super) refused: u64,
+    /// Addresses became free, which a refused BAR of another function may be waiting for.
+    pub(super) released: bool,
+}
+
 /// The BARs of one function that answer on the MMIO bus.
 #[derive(Default)]
 pub(super) struct Mappings {
     mapped: Vec<Bar>,
+    /// A decoded BAR does not answer: outside of the windows, or over another one.
+    has_refused: bool,
+    /// The function is off the bus, and a write that was still on its way to it maps nothing any more.
+    detached: bool,
 }
 
 impl fmt::Debug for Mappings {
@@ -47,8 +60,16 @@ impl Mappings {
     /// Takes away what moved or is no longer decoded, then maps what is new.
     ///
     /// A BAR the guest put outside of the windows or over another one does not
-    /// answer until it is moved. Returns how many of those there are.
-    pub(super) fn update(&mut self, function: &Arc<dyn PciFunction>, fabric: &Fabric<'_>) -> u64 {
+    /// answer until one of both is moved.
+    pub(super) fn update(
+        &mut self,
+        function: &Arc<dyn PciFunction>,
+        fabric: &Fabric<'_>,
+    ) -> Remapped {
+        if self.detached {
+            return Remapped::default();
+        }
+        let before = self.mapped.len();
         let wanted: Vec<Bar> = function
             .bars()
             .into_iter()
@@ -61,6 +82,7 @@ impl Mappings {
             }
             stays
         });
+        let released = self.mapped.len() < before;
         let mut refused = 0;
         for bar in wanted {
             if self.mapped.contains(&bar) {
@@ -72,11 +94,19 @@ impl Mappings {
                 refused += 1;
             }
         }
-        refused
+        self.has_refused = refused > 0;
+        Remapped { refused, released }
     }
 
-    /// Takes everything away.
-    pub(super) fn clear(&mut self, function: &Arc<dyn PciFunction>, fabric: &Fabric<'_>) {
+    /// Whether a BAR waits for addresses.
+    pub(super) fn has_refused(&self) -> bool {
+        self.has_refused
+    }
+
+    /// Takes everything away, for good.
+    pub(super) fn detach(&mut self, function: &Arc<dyn PciFunction>, fabric: &Fabric<'_>) {
+        self.detached = true;
+        self.has_refused = false;
         for bar in self.mapped.drain(..) {
             unmap(function, &bar, fabric);
         }

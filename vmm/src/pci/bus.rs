@@ -110,14 +110,17 @@ impl PciBus {
             let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
             slots.get_mut(usize::from(bdf.slot))?.take()?
         };
-        let mut mappings = lock(&entry.mappings);
-        let mut windows = lock(&self.windows);
-        if let Some(mmio) = self.mmio.upgrade() {
-            mappings.clear(&entry.function, &self.fabric(&mmio, &windows));
+        {
+            let mut mappings = lock(&entry.mappings);
+            let mut windows = lock(&self.windows);
+            if let Some(mmio) = self.mmio.upgrade() {
+                mappings.detach(&entry.function, &self.fabric(&mmio, &windows));
+            }
+            for range in &entry.ranges {
+                windows.free(range);
+            }
         }
-        for range in &entry.ranges {
-            windows.free(range);
-        }
+        self.retry_refused();
         Some(Arc::clone(&entry.function))
     }
 
@@ -201,10 +204,43 @@ impl PciBus {
         let Some(mmio) = self.mmio.upgrade() else {
             return;
         };
-        let mut mappings = lock(&entry.mappings);
-        let windows = lock(&self.windows);
-        let refused = mappings.update(&entry.function, &self.fabric(&mmio, &windows));
-        self.unmapped_bars.fetch_add(refused, Ordering::Relaxed);
+        let remapped = {
+            let mut mappings = lock(&entry.mappings);
+            let windows = lock(&self.windows);
+            mappings.update(&entry.function, &self.fabric(&mmio, &windows))
+        };
+        self.unmapped_bars
+            .fetch_add(remapped.refused, Ordering::Relaxed);
+        if remapped.released {
+            self.retry_refused();
+        }
+    }
+
+    /// Lets BARs answer that could not while another one was where they are. A guest that gives two functions new
+    /// places one after the other has them over each other in between.
+    fn retry_refused(&self) {
+        let Some(mmio) = self.mmio.upgrade() else {
+            return;
+        };
+        let entries: Vec<Arc<Slot>> = {
+            let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+            slots.iter().flatten().cloned().collect()
+        };
+        // A BAR that another vCPU is moving at this moment may be released here, and not there, where it would be seen.
+        for _ in 0..SLOT_COUNT {
+            let mut released = false;
+            for entry in &entries {
+                let mut mappings = lock(&entry.mappings);
+                if mappings.has_refused() {
+                    let windows = lock(&self.windows);
+                    let fabric = self.fabric(&mmio, &windows);
+                    released |= mappings.update(&entry.function, &fabric).released;
+                }
+            }
+            if !released {
+                return;
+            }
+        }
     }
 
     fn fabric<'a>(&'a self, mmio: &'a Bus, windows: &'a MemoryWindows) -> Fabric<'a> {

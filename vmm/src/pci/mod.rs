@@ -15,6 +15,7 @@ mod bars;
 mod bus;
 mod config_access;
 mod host_bridge;
+mod hotplug;
 mod windows;
 
 #[cfg(test)]
@@ -28,6 +29,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub use bus::PciBus;
 pub use config_access::{CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, ECAM_BYTES, Ecam};
 pub use host_bridge::HostBridge;
+pub use hotplug::{EjectSink, HOTPLUG_BYTES, HotplugController};
 pub use windows::MemoryWindows;
 
 use crate::bus::BusError;

@@ -65,7 +65,7 @@ pub(super) fn build(config: &mut VmConfig, context: &VmContext) -> Result<Vm, Vm
         .map(|balloon| plug_balloon(&mut devices, balloon, &memory))
         .transpose()?;
     let Devices {
-        functions,
+        plugged,
         counters,
         tree,
         ..
@@ -96,17 +96,19 @@ pub(super) fn build(config: &mut VmConfig, context: &VmContext) -> Result<Vm, Vm
     .map_err(VmError::Cpu)?;
     Ok(Vm {
         vcpus,
-        functions,
+        plugged,
+        paused: false,
         chassis,
         balloon,
         observer,
         launch: Launch::of(config),
+        context: context.clone(),
         _slots: slots,
         memory,
     })
 }
 
-fn plug_disk(devices: &mut Devices<'_>, disk: &DiskConfig) -> Result<(), VmError> {
+pub(super) fn plug_disk(devices: &mut Devices<'_>, disk: &DiskConfig) -> Result<(), VmError> {
     let id = disk
         .id
         .as_deref()
@@ -165,7 +167,7 @@ fn plug_rng(devices: &mut Devices<'_>, config: &VmConfig) -> Result<(), VmError>
     devices.plug(&plug, Rng::new(id, source), None)
 }
 
-fn plug_balloon(
+pub(super) fn plug_balloon(
     devices: &mut Devices<'_>,
     config: &BalloonConfig,
     memory: &GuestMemory,

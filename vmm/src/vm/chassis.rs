@@ -17,9 +17,12 @@ use crate::memory::layout::{
     PCI_MMCONFIG_START,
 };
 use crate::pci::{
-    CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, DoorbellBackend, ECAM_BYTES, Ecam,
-    MemoryWindows, PciBus,
+    CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, DoorbellBackend, ECAM_BYTES, Ecam, EjectSink,
+    HOTPLUG_BYTES, HotplugController, MemoryWindows, PciBus,
 };
+
+/// Where the PCI hotplug controller is behind the event device: a page apart, so that a guest may map them apart.
+const PCI_HOTPLUG_OFFSET: u64 = 0x1000;
 
 /// The bare machine.
 #[derive(Debug)]
@@ -31,6 +34,8 @@ pub(super) struct Chassis {
     pub(super) pci: Arc<PciBus>,
     pub(super) ged: Arc<Ged>,
     pub(super) ged_address: u64,
+    pub(super) hotplug: Arc<HotplugController>,
+    pub(super) pci_hotplug_address: u64,
 }
 
 impl Chassis {
@@ -77,6 +82,20 @@ impl Chassis {
         )
         .map_err(VmError::Bus)?;
 
+        let ejected = Arc::clone(signals);
+        let sink: EjectSink = Arc::new(move || {
+            // Fails only when the counter is full, and then the control thread is about to look anyway.
+            ejected.ejected.write(1).ok();
+        });
+        let hotplug = Arc::new(HotplugController::new(&pci, sink));
+        let pci_hotplug_address = map.platform_devices.start + PCI_HOTPLUG_OFFSET;
+        mmio.insert(
+            pci_hotplug_address,
+            HOTPLUG_BYTES,
+            Arc::clone(&hotplug) as Arc<dyn BusDevice>,
+        )
+        .map_err(VmError::Bus)?;
+
         let chassis = Self {
             ports,
             mmio,
@@ -85,6 +104,8 @@ impl Chassis {
             pci,
             ged,
             ged_address,
+            hotplug,
+            pci_hotplug_address,
         };
         chassis.plug_legacy(map, signals).map_err(VmError::Bus)?;
         Ok(chassis)

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use api::DeviceNode;
+use api::{DeviceNode, PciDeviceInfo};
 use virtio_devices::transport::{
     LifecycleListener, VirtioPciFunction, VirtioPciParams, vectors_needed,
 };
@@ -14,6 +14,7 @@ use super::chassis::Chassis;
 use super::observer::CounterSource;
 use super::{EventSink, ThreadStart, VmContext, VmError};
 use crate::interrupt::FunctionVectors;
+use crate::pci::Bdf;
 use crate::seccomp::ThreadKind;
 
 /// Where a device goes and what it is called.
@@ -25,12 +26,32 @@ pub(super) struct Plug<'a> {
     pub(super) slot: Option<u8>,
 }
 
+/// A device on the bus.
+#[derive(Debug)]
+pub(super) struct Plugged {
+    pub(super) id: String,
+    /// What serves it, which also says what it is.
+    pub(super) kind: ThreadKind,
+    pub(super) bdf: Bdf,
+    pub(super) function: Arc<VirtioPciFunction>,
+}
+
+impl Plugged {
+    /// As the API shows it.
+    pub(super) fn info(&self) -> PciDeviceInfo {
+        PciDeviceInfo {
+            id: self.id.clone(),
+            bdf: self.bdf.to_string(),
+        }
+    }
+}
+
 /// The devices plugged in so far.
 pub(super) struct Devices<'a> {
     chassis: &'a Chassis,
     ram: GuestRam,
     context: &'a VmContext,
-    pub(super) functions: Vec<Arc<VirtioPciFunction>>,
+    pub(super) plugged: Vec<Plugged>,
     pub(super) counters: Vec<(String, CounterSource)>,
     pub(super) tree: BTreeMap<String, DeviceNode>,
 }
@@ -41,7 +62,7 @@ impl<'a> Devices<'a> {
             chassis,
             ram,
             context,
-            functions: Vec::new(),
+            plugged: Vec::new(),
             counters: Vec::new(),
             tree: BTreeMap::new(),
         }
@@ -84,7 +105,12 @@ impl<'a> Devices<'a> {
             counters.unwrap_or(CounterSource::Device(device)),
         ));
         self.add_nodes(plug.id, bdf.to_string());
-        self.functions.push(function);
+        self.plugged.push(Plugged {
+            id: plug.id.to_owned(),
+            kind: plug.kind,
+            bdf,
+            function,
+        });
         Ok(())
     }
 

@@ -19,6 +19,9 @@ pub enum VmError {
     /// A run of hinting cannot be started or stopped.
     #[error("The balloon does not take it")]
     Hinting(#[source] virtio_devices::balloon::HintingError),
+    /// A device cannot come or go.
+    #[error(transparent)]
+    Hotplug(super::HotplugError),
     /// KVM itself.
     #[error("Cannot create a virtual machine with KVM")]
     Kvm(#[source] hypervisor::Error),

@@ -10,6 +10,7 @@ mod consoles;
 mod devices;
 mod error;
 mod exits;
+mod hotplug;
 mod network;
 mod observer;
 mod reclaim_report;
@@ -21,13 +22,13 @@ use api::config::{ConsoleOutputMode, NumaConfig, PayloadConfig, PlatformConfig};
 use api::{HintingAction, VmConfig};
 use virtio_devices::balloon::BalloonHandle;
 use virtio_devices::pci::PciFunction;
-use virtio_devices::transport::VirtioPciFunction;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
 
 pub(crate) use build::BALLOON_ID;
 pub use consoles::Consoles;
 pub use error::VmError;
+pub use hotplug::{HotplugError, NewDevice};
 use observer::OwnObserver;
 pub use observer::{BalloonStatsError, VmObserver};
 
@@ -37,6 +38,7 @@ use crate::cpu::Vcpus;
 use crate::memory::layout::{MEM_32BIT_DEVICES_BYTES, MEM_32BIT_DEVICES_START};
 use crate::memory::{GuestMemory, RamSlots};
 use chassis::Chassis;
+use devices::Plugged;
 
 /// Called first on every thread the VMM starts, with the thread's name; it
 /// installs the seccomp filter for that kind of thread.
@@ -54,6 +56,8 @@ pub struct VmSignals {
     pub reset: EventFd,
     /// A vCPU stopped on something the VMM cannot handle; the machine is lost.
     pub failed: EventFd,
+    /// The guest let go of devices it was asked to.
+    pub ejected: EventFd,
 }
 
 impl VmSignals {
@@ -67,6 +71,7 @@ impl VmSignals {
             shutdown: event()?,
             reset: event()?,
             failed: event()?,
+            ejected: event()?,
         })
     }
 }
@@ -99,12 +104,16 @@ impl fmt::Debug for VmContext {
 #[derive(Debug)]
 pub struct Vm {
     vcpus: Vcpus,
-    functions: Vec<Arc<VirtioPciFunction>>,
+    plugged: Vec<Plugged>,
+    /// Between [`Vm::pause`] and [`Vm::resume`].
+    paused: bool,
     chassis: Chassis,
     balloon: Option<BalloonHandle>,
     observer: OwnObserver,
     /// Until boot.
     launch: Launch,
+    /// For devices that come later.
+    context: VmContext,
     /// Held for what its drop does.
     _slots: RamSlots,
     memory: GuestMemory,
@@ -177,6 +186,7 @@ impl Vm {
             pci_mmio32: MEM_32BIT_DEVICES_START..MEM_32BIT_DEVICES_START + MEM_32BIT_DEVICES_BYTES,
             pci_mmio64: self.memory.map().devices_64bit.clone(),
             ged_address: self.chassis.ged_address,
+            pci_hotplug_address: self.chassis.pci_hotplug_address,
             has_serial: self.launch.has_serial,
             numa: self.numa_nodes(),
         }
@@ -214,9 +224,10 @@ impl Vm {
     /// A vCPU did not stop within its deadline; the machine runs on then.
     pub fn pause(&mut self) -> Result<(), VmError> {
         self.vcpus.pause().map_err(VmError::Cpu)?;
-        for function in &self.functions {
-            function.pause();
+        for plugged in &self.plugged {
+            plugged.function.pause();
         }
+        self.paused = true;
         Ok(())
     }
 
@@ -225,8 +236,9 @@ impl Vm {
     /// # Errors
     /// A vCPU could not be resumed.
     pub fn resume(&mut self) -> Result<(), VmError> {
-        for function in &self.functions {
-            function.resume();
+        self.paused = false;
+        for plugged in &self.plugged {
+            plugged.function.resume();
         }
         self.vcpus.resume().map_err(VmError::Cpu)
     }

@@ -1,7 +1,7 @@
 //! Read-only access to a running machine for API threads.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::{Instant, SystemTime};
 
 use api::{BalloonStatsResponse, DeviceNode, ReclaimStats, VmCounters};
@@ -55,6 +55,13 @@ pub(super) struct Observed {
     pub(super) counters: Vec<(String, CounterSource)>,
 }
 
+/// What is shown without ever waiting for those who measure: held for microseconds by whoever reads or changes it.
+#[derive(Default)]
+struct Shown {
+    device_tree: BTreeMap<String, DeviceNode>,
+    balloon: Option<BalloonHandle>,
+}
+
 /// A handle on the figures of one machine. Cheap to clone; outlives the machine, and has no figures then.
 ///
 /// What it looks at holds guest RAM, image files and taps. A machine that goes takes all of it back, whoever still has
@@ -62,7 +69,7 @@ pub(super) struct Observed {
 #[derive(Clone)]
 pub struct VmObserver {
     ram_bytes: u64,
-    device_tree: Arc<BTreeMap<String, DeviceNode>>,
+    shown: Arc<RwLock<Shown>>,
     observed: Arc<RwLock<Option<Observed>>>,
 }
 
@@ -86,13 +93,70 @@ impl OwnObserver {
     ) -> Self {
         Self(VmObserver {
             ram_bytes,
-            device_tree: Arc::new(device_tree),
+            shown: Arc::new(RwLock::new(Shown {
+                device_tree,
+                balloon: observed.balloon.clone(),
+            })),
             observed: Arc::new(RwLock::new(Some(observed))),
         })
     }
 
     pub(super) fn handle(&self) -> VmObserver {
         self.0.clone()
+    }
+
+    /// Shows a device that came. Waits for reads under way, as dropping does.
+    pub(super) fn add(
+        &self,
+        counters: Vec<(String, CounterSource)>,
+        balloon: Option<BalloonHandle>,
+        nodes: BTreeMap<String, DeviceNode>,
+    ) {
+        {
+            let mut shown = self.0.write_shown();
+            shown.device_tree.extend(nodes);
+            if balloon.is_some() {
+                shown.balloon.clone_from(&balloon);
+            }
+        }
+        self.change(|observed| {
+            observed.counters.extend(counters);
+            if balloon.is_some() {
+                observed.balloon = balloon;
+            }
+        });
+    }
+
+    /// Forgets a device that went, and lets go of it. Waits for reads under way, as dropping does.
+    pub(super) fn remove(&self, id: &str, is_balloon: bool) {
+        let mut gone = Vec::new();
+        self.change(|observed| {
+            let (go, stay) = std::mem::take(&mut observed.counters)
+                .into_iter()
+                .partition(|(known, _)| known == id);
+            (gone, observed.counters) = (go, stay);
+            if is_balloon {
+                observed.balloon = None;
+            }
+        });
+        // Outside of the lock: what is dropped may be a disk.
+        drop(gone);
+        let mut shown = self.0.write_shown();
+        let node = shown.device_tree.remove(id);
+        if let Some(parent) = node.and_then(|node| node.parent) {
+            shown.device_tree.remove(&parent);
+        }
+        if is_balloon {
+            shown.balloon = None;
+        }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Observed)) {
+        let observed = self.0.observed.write();
+        let mut observed = observed.unwrap_or_else(PoisonError::into_inner);
+        if let Some(observed) = &mut *observed {
+            change(observed);
+        }
     }
 }
 
@@ -106,6 +170,7 @@ impl Drop for OwnObserver {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         drop(observed.take());
+        self.0.write_shown().balloon = None;
     }
 }
 
@@ -118,17 +183,10 @@ impl VmObserver {
 
     /// Configured RAM less what the guest says is in the balloon. O(1).
     pub fn memory_actual_size_bytes(&self) -> u64 {
-        // Asked for on a thread that never waits, not even for a machine on its way out.
-        let ballooned = self
-            .observed
-            .try_read()
-            .ok()
-            .and_then(|observed| {
-                let balloon = observed.as_ref()?.balloon.as_ref()?;
-                Some(balloon.actual_bytes())
-            })
-            .unwrap_or(0);
-        self.ram_bytes.saturating_sub(ballooned)
+        let shown = self.shown.read().unwrap_or_else(PoisonError::into_inner);
+        let balloon = shown.balloon.as_ref();
+        let ballooned_bytes = balloon.map_or(0, BalloonHandle::actual_bytes);
+        self.ram_bytes.saturating_sub(ballooned_bytes)
     }
 
     /// Counters by device. Takes microseconds.
@@ -214,7 +272,12 @@ impl VmObserver {
 
     /// Devices by id with their PCI addresses.
     pub fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
-        (*self.device_tree).clone()
+        let shown = self.shown.read().unwrap_or_else(PoisonError::into_inner);
+        shown.device_tree.clone()
+    }
+
+    fn write_shown(&self) -> RwLockWriteGuard<'_, Shown> {
+        self.shown.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

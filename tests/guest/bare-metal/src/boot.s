@@ -115,6 +115,7 @@ gdt_pointer:
 
 .section .bss
 .balign 4096
+.global page_directories
 page_directories: .skip 4 * 4096
 pdpt: .skip 4096
 pml4: .skip 4096

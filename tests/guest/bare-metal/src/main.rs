@@ -19,6 +19,7 @@
 mod balloon;
 mod console;
 mod hostile;
+mod hotplug;
 mod interrupts;
 mod machine;
 mod memory;
@@ -47,6 +48,7 @@ extern "C" fn guest_main(start_info: u64) -> ! {
     match machine::option(command_line, "scenario=") {
         Some("pci") => pci::scenario(&mut report),
         Some("balloon") => balloon = balloon::scenario(&mut report),
+        Some("hotplug") => hotplug::scenario(&mut report),
         Some("hostile") => hostile::scenario(&mut report),
         Some("registers") => {
             let seed = machine::option(command_line, "seed=").and_then(|seed| seed.parse().ok());

@@ -16,6 +16,25 @@ pub fn write<T: Copy>(address: u64, value: T) {
     unsafe { write_volatile(address as *mut T, value) }
 }
 
+unsafe extern "C" {
+    /// 2048 entries of 2 MiB each, made by the boot code.
+    static mut page_directories: [u64; 2048];
+}
+
+/// Makes the 2 MiB around a physical address above 4 GiB reachable, where the firmware would be if there were one;
+/// returns where the address is then. Each call takes the last one's place.
+pub fn map_high(address: u64) -> u64 {
+    const LARGE_PAGE: u64 = 2 << 20;
+    /// Present, writable, large, not cached.
+    const ENTRY_FLAGS: u64 = 0x9b;
+    let window = (1u64 << 32) - LARGE_PAGE;
+    let entry = &raw mut page_directories as u64 + 8 * (window / LARGE_PAGE);
+    write(entry, (address & !(LARGE_PAGE - 1)) | ENTRY_FLAGS);
+    // SAFETY: forgets what is known of an address that nothing else uses.
+    unsafe { asm!("invlpg [{}]", in(reg) window) }
+    window + address % LARGE_PAGE
+}
+
 /// Writes `word` wherever [`find_other`] looks: memory goes and stays by the
 /// page, and emulated guests are slow.
 pub fn stamp(address: u64, bytes: u64, word: u32) {

@@ -216,6 +216,30 @@ fn bar_outside_the_windows_or_over_another_does_not_answer() {
 }
 
 #[test]
+fn bar_refused_for_another_answers_when_that_one_moves_away_or_goes() {
+    let guest = Guest::new();
+    for slot in [1, 2, 3] {
+        let function = Arc::new(FakeFunction::new("_f"));
+        guest.pci.add(function, Some(slot)).unwrap();
+        guest.ecam_write(slot, 4, 2);
+    }
+    let first = MMIO64_BASE + DOORBELL_OFFSET;
+    let second = first + BAR_BYTES;
+    // Two functions change places: the first is over the second for a moment.
+    guest.ecam_write(1, 0x10, BAR_BYTES as u32);
+    assert!(!guest.doorbells().contains(&first));
+    guest.ecam_write(2, 0x10, 0);
+    assert!(guest.doorbells().contains(&first));
+    assert!(guest.doorbells().contains(&second));
+    assert_eq!(guest.doorbells().len(), 3);
+    // The third goes where the first is, which then leaves.
+    guest.ecam_write(3, 0x10, BAR_BYTES as u32);
+    assert_eq!(guest.doorbells().len(), 2);
+    guest.pci.remove(Bdf { slot: 1 });
+    assert_eq!(guest.doorbells(), [first, second]);
+}
+
+#[test]
 fn removed_function_leaves_slot_addresses_and_doorbells() {
     let guest = Guest::new();
     let bdf = guest

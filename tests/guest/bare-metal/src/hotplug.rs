@@ -1,0 +1,155 @@
+//! Devices that come and go, as the registers show them. The host acts when it reads `READY …` on the serial port.
+
+use crate::balloon::{Balloon, DATA, DEFLATE, DEVICE_BALLOON, INFLATE};
+use crate::console;
+use crate::memory::{map_high, read, write};
+use crate::pci::Function;
+use crate::report::Report;
+use crate::virtio::Device;
+
+/// Where the ACPI root pointer is.
+const RSDP: u64 = 0xa0000;
+const DEVICE_BLOCK: u16 = 2;
+const BALLOON_FRAMES: u32 = 16;
+/// What the host asks of the balloon to tell that it has seen what it wanted to.
+const HOST_IS_DONE_FRAMES: u32 = 1;
+
+const SLOTS_UP: u64 = 0x0;
+const SLOTS_DOWN: u64 = 0x4;
+const EJECT: u64 = 0x8;
+const SEGMENT: u64 = 0xc;
+
+/// The PCI hotplug controller.
+struct Controller {
+    registers: u64,
+}
+
+impl Controller {
+    /// Finds it where the DSDT says it is: `OperationRegion (PCST, SystemMemory, address, …)`.
+    fn find() -> Option<Controller> {
+        let xsdt: u64 = read(RSDP + 24);
+        // The FADT is the first table, and names the DSDT.
+        let fadt: u64 = unaligned(xsdt + 36);
+        let dsdt: u64 = unaligned(fadt + 140);
+        let bytes: u32 = unaligned(dsdt + 4);
+        // Name, space 0 (memory), then a constant of eight bytes.
+        let region = *b"PCST\x00\x0e";
+        let at = (dsdt..dsdt + u64::from(bytes))
+            .find(|at| (*at..).zip(region).all(|(at, byte)| read::<u8>(at) == byte))?;
+        let address: u64 = unaligned(at + region.len() as u64);
+        let registers = map_high(address);
+        write(registers + SEGMENT, 0u32);
+        Some(Controller { registers })
+    }
+
+    /// Waits until a slot is named in this register.
+    fn wait(&self, register: u64) -> Function {
+        loop {
+            let slots: u32 = read(self.registers + register);
+            if slots != 0 {
+                let slot = slots.trailing_zeros() as u8;
+                return Function { slot };
+            }
+        }
+    }
+
+    fn eject(&self, function: Function) {
+        write(self.registers + EJECT, 1u32 << function.slot);
+    }
+}
+
+fn unaligned<T: Copy>(address: u64) -> T {
+    let mut value = core::mem::MaybeUninit::<T>::uninit();
+    let to = &raw mut value as u64;
+    for at in 0..size_of::<T>() as u64 {
+        write(to + at, read::<u8>(address + at));
+    }
+    // SAFETY: all its bytes have been written, and every type used here is a number.
+    unsafe { value.assume_init() }
+}
+
+/// A disk and a balloon come; the guest lets go of the balloon when it is asked to, and of nothing else.
+pub fn scenario(report: &mut Report) {
+    let Some(controller) = Controller::find() else {
+        report.fail("hotplug_controller_found", format_args!("not in the DSDT"));
+        return;
+    };
+    report.pass("hotplug_controller_found");
+    disk_comes_and_stays(&controller, report);
+    let Some(mut balloon) = balloon_comes(&controller, report) else {
+        return;
+    };
+    balloon_is_kept_while_inflated(&mut balloon);
+    balloon_goes(&controller, balloon, report);
+}
+
+fn disk_comes_and_stays(controller: &Controller, report: &mut Report) {
+    let before = Function::all().count();
+    console::line(format_args!("READY disk"));
+    let function = controller.wait(SLOTS_UP);
+    report.check(
+        "hotplug_disk_is_in_its_slot",
+        Function::all().count() == before + 1 && function.device() == 0x1040 + DEVICE_BLOCK,
+        format_args!("slot {} has {:#x}", function.slot, function.device()),
+    );
+    controller.eject(function);
+    report.check(
+        "hotplug_disk_ejected_unasked_stays",
+        function.device() == 0x1040 + DEVICE_BLOCK,
+        format_args!("slot {} has {:#x}", function.slot, function.device()),
+    );
+}
+
+fn balloon_comes(controller: &Controller, report: &mut Report) -> Option<Balloon> {
+    console::line(format_args!("READY balloon"));
+    let function = controller.wait(SLOTS_UP);
+    let balloon = (function.device() == 0x1040 + DEVICE_BALLOON)
+        .then(|| Device::probe(function))
+        .and_then(Balloon::start_on);
+    let Some(mut balloon) = balloon else {
+        report.fail(
+            "hotplug_balloon_starts",
+            format_args!("slot {} has {:#x}", function.slot, function.device()),
+        );
+        return None;
+    };
+    balloon.device.driver_ok();
+    let mut frames = [0; BALLOON_FRAMES as usize];
+    for (frame, number) in frames.iter_mut().zip(0..) {
+        *frame = (DATA / 4096) as u32 + number;
+        write(DATA + u64::from(number) * 4096, 0x5a5a_5a5au32);
+    }
+    let answer = balloon.move_frames(INFLATE, &frames);
+    report.check(
+        "hotplug_balloon_inflates",
+        answer.is_some() && read::<u32>(DATA) == 0,
+        format_args!("{answer:?}, {:#x} is left", read::<u32>(DATA)),
+    );
+    write(balloon.device.config + 4, BALLOON_FRAMES);
+    Some(balloon)
+}
+
+fn balloon_is_kept_while_inflated(balloon: &mut Balloon) {
+    console::line(format_args!("READY inflated"));
+    while read::<u32>(balloon.device.config) != HOST_IS_DONE_FRAMES {}
+    balloon.move_frames(DEFLATE, &[(DATA / 4096) as u32]);
+    write(balloon.device.config + 4, 0u32);
+    console::line(format_args!("READY deflated"));
+}
+
+fn balloon_goes(controller: &Controller, balloon: Balloon, report: &mut Report) {
+    let function = controller.wait(SLOTS_DOWN);
+    report.check(
+        "hotplug_balloon_is_asked_to_go_and_still_there",
+        function.slot == balloon.device.function.slot
+            && function.device() == 0x1040 + DEVICE_BALLOON,
+        format_args!("slot {} has {:#x}", function.slot, function.device()),
+    );
+    controller.eject(function);
+    report.check(
+        "hotplug_balloon_is_gone_at_once",
+        function.vendor() == 0xffff && read::<u32>(balloon.device.common) == u32::MAX,
+        format_args!("slot {} has {:#x}", function.slot, function.device()),
+    );
+    controller.eject(function);
+}

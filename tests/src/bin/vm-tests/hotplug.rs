@@ -1,0 +1,107 @@
+//! Devices that come to and go from a running Linux.
+
+use std::fs::File;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use integration_tests::linux::{Guest, Machine};
+use integration_tests::outcome::{Outcome, Test};
+use integration_tests::tests;
+use integration_tests::wait::wait_for;
+use serde_json::{Value, json};
+
+pub(crate) fn tests() -> Vec<Test> {
+    tests![
+        balloon_added_to_a_running_guest_reports_and_goes_when_it_is_empty,
+        disk_added_to_a_running_guest_keeps_data_and_goes,
+    ]
+}
+
+const MIB: u64 = 1 << 20;
+/// For what Linux does in its own time: probing, reporting, letting go.
+const GUEST_DEADLINE: Duration = Duration::from_secs(120);
+
+fn expect(guest: &Guest, endpoint: &str, body: &Value, status: u16) -> Result<String> {
+    let answer = guest
+        .vmm
+        .request("PUT", endpoint, Some(&body.to_string()))?;
+    ensure!(answer.status == status, "{endpoint} {body}: {answer:?}");
+    Ok(answer.body.unwrap_or_default())
+}
+
+/// Waits until a figure of `vm.reclaim-stats` is as wanted.
+fn wait_figure(guest: &Guest, pointer: &str, wanted: impl Fn(u64) -> bool) -> Result<()> {
+    wait_for(pointer, GUEST_DEADLINE, || {
+        let stats = guest.vmm.get("vm.reclaim-stats")?;
+        let figure = stats.pointer(pointer).and_then(Value::as_u64);
+        Ok(figure.filter(|figure| wanted(*figure)).map(drop))
+    })
+}
+
+/// Waits until the guest has let go of a device.
+fn wait_gone(guest: &Guest, id: &str) -> Result<()> {
+    wait_for("the device to go", GUEST_DEADLINE, || {
+        let info = guest.vmm.get("vm.info")?;
+        Ok(info["device_tree"][id].is_null().then_some(()))
+    })
+}
+
+fn balloon_added_to_a_running_guest_reports_and_goes_when_it_is_empty() -> Result<Outcome> {
+    let mut guest = Machine::default().serve()?;
+    // Touched and freed before there is a balloon.
+    guest.command("alloc 200M")?;
+    guest.command("free")?;
+    let balloon = json!({"size": 0, "free_page_reporting": true});
+    let added = expect(&guest, "vm.add-balloon", &balloon, 200)?;
+    ensure!(added.contains("__balloon"), "{added}");
+    wait_figure(&guest, "/report/discarded_bytes", |bytes| bytes > 150 * MIB)?;
+
+    let remove = json!({"id": "__balloon"});
+    expect(
+        &guest,
+        "vm.resize",
+        &json!({"desired_balloon": 64 * MIB}),
+        204,
+    )?;
+    wait_figure(&guest, "/ballooned_bytes", |bytes| bytes == 64 * MIB)?;
+    let refused = expect(&guest, "vm.remove-device", &remove, 400)?;
+    ensure!(
+        refused.contains("67108864 bytes in the balloon"),
+        "{refused}"
+    );
+    expect(&guest, "vm.resize", &json!({"desired_balloon": 0}), 204)?;
+    wait_figure(&guest, "/ballooned_bytes", |bytes| bytes == 0)?;
+    expect(&guest, "vm.remove-device", &remove, 204)?;
+    wait_gone(&guest, "__balloon")?;
+    let left = guest.shell("ls /sys/bus/virtio/drivers/virtio_balloon | grep -c virtio || true")?;
+    ensure!(left.lines().any(|line| line.trim() == "0"), "{left}");
+    // And again, now with memory in it from the start.
+    expect(&guest, "vm.add-balloon", &json!({"size": 32 * MIB}), 200)?;
+    wait_figure(&guest, "/ballooned_bytes", |bytes| bytes == 32 * MIB)?;
+    guest.end_cleanly()?;
+    Ok(Outcome::Passed)
+}
+
+fn disk_added_to_a_running_guest_keeps_data_and_goes() -> Result<Outcome> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("disk.raw");
+    File::create(&path)?.set_len(16 * MIB)?;
+    let mut guest = Machine::default().serve()?;
+    let disk = json!({"path": path, "image_type": "Raw", "id": "data"});
+    let wait_disk = |guest: &mut Guest| {
+        let script = "for i in $(seq 600); do [ -b /dev/vda ] && exit; sleep 0.1; done; exit 1";
+        guest.shell(script).context("no /dev/vda")
+    };
+    expect(&guest, "vm.add-disk", &disk, 200)?;
+    wait_disk(&mut guest)?;
+    guest.command("disk-fill /dev/vda 8M 7")?;
+    expect(&guest, "vm.remove-device", &json!({"id": "data"}), 204)?;
+    wait_gone(&guest, "data")?;
+    guest.shell("! [ -e /dev/vda ]")?;
+    // The image is free: it comes back with what was written.
+    expect(&guest, "vm.add-disk", &disk, 200)?;
+    wait_disk(&mut guest)?;
+    guest.command("disk-verify /dev/vda 8M 7")?;
+    guest.end_cleanly()?;
+    Ok(Outcome::Passed)
+}

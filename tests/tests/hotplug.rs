@@ -1,0 +1,167 @@
+//! Devices that come to and go from a running machine, with a guest without an operating system.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
+use integration_tests::literal_client::Answer;
+use integration_tests::vmm::Vmm;
+use integration_tests::wait::wait_for;
+use serde_json::{Value, json};
+
+fn wait_ready(vmm: &mut Vmm, what: &str) -> Result<()> {
+    let line = format!("READY {what}");
+    wait_for(&line, SCENARIO_DEADLINE, || {
+        ensure!(!vmm.has_ended()?, "the VMM ended");
+        Ok(vmm.text("serial").contains(&line).then_some(()))
+    })
+    .with_context(|| format!("serial: {}\nerrors: {}", vmm.text("serial"), vmm.stderr()))
+}
+
+fn put(vmm: &Vmm, endpoint: &str, body: &Value) -> Result<Answer> {
+    vmm.request("PUT", endpoint, Some(&body.to_string()))
+}
+
+fn expect(answer: &Answer, status: u16) -> Result<()> {
+    ensure!(answer.status == status, "{answer:?}");
+    Ok(())
+}
+
+fn resize_balloon(vmm: &Vmm, bytes: u64) -> Result<()> {
+    expect(
+        &put(vmm, "vm.resize", &json!({"desired_balloon": bytes}))?,
+        204,
+    )
+}
+
+#[test]
+fn disk_and_balloon_come_and_the_balloon_goes_when_it_is_empty() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let image = tempfile::NamedTempFile::new()?;
+    image.as_file().set_len(1 << 20)?;
+    let arguments = ["--event-monitor", "path=@/events"];
+    let mut vmm = start("hotplug", &arguments)?;
+
+    wait_ready(&mut vmm, "disk")?;
+    let before = vmm.possessions()?;
+    let disk = json!({"path": image.path(), "image_type": "Raw", "id": "d"});
+    let added = put(&vmm, "vm.add-disk", &disk)?;
+    expect(&added, 200)?;
+    ensure!(added.json()?["id"] == "d", "{added:?}");
+
+    wait_ready(&mut vmm, "balloon")?;
+    let with_disk = vmm.possessions()?;
+    ensure!(with_disk != before, "the disk has no thread");
+    refused_additions_leave_nothing(&vmm, &image.path().display().to_string())?;
+    let balloon = json!({"size": 0, "free_page_reporting": true});
+    let added = put(&vmm, "vm.add-balloon", &balloon)?;
+    expect(&added, 200)?;
+    ensure!(added.json()?["id"] == "__balloon", "{added:?}");
+    ensure!(added.json()?["bdf"] == "0000:00:03.0", "{added:?}");
+    expect(&put(&vmm, "vm.add-balloon", &balloon)?, 400)?;
+
+    wait_ready(&mut vmm, "inflated")?;
+    let remove = || put(&vmm, "vm.remove-device", &json!({"id": "__balloon"}));
+    let refused = remove()?;
+    expect(&refused, 400)?;
+    let cause = refused.json()?[2].to_string();
+    ensure!(cause.contains(" 65536 bytes in the balloon"), "{cause}");
+    let stats = vmm.get("vm.reclaim-stats")?;
+    ensure!(stats["inflate"]["discarded_bytes"] == 65536, "{stats:#}");
+    ensure!(stats["ballooned_bytes"] == 65536, "{stats:#}");
+    // Tells the guest to go on; it deflates all.
+    resize_balloon(&vmm, 4096)?;
+    wait_for("an empty balloon", SCENARIO_DEADLINE, || {
+        let stats = vmm.get("vm.reclaim-stats")?;
+        Ok((stats["ballooned_bytes"] == 0).then_some(()))
+    })?;
+    // It is still asked for a page.
+    expect(&remove()?, 400)?;
+    resize_balloon(&vmm, 0)?;
+    expect(&remove()?, 204)?;
+
+    expect_all_passed(&mut vmm)?;
+    vmm.expect_clean_exit(SCENARIO_DEADLINE)?;
+    let events = vmm.text("events");
+    ensure!(events.matches("\"added\"").count() == 2, "{events}");
+    ensure!(events.matches("\"removed\"").count() == 1, "{events}");
+    Ok(())
+}
+
+/// Nothing of a device that could not be added stays: no thread, no descriptor, no line in the configuration.
+fn refused_additions_leave_nothing(vmm: &Vmm, image: &str) -> Result<()> {
+    let state = || -> Result<_> { Ok((vmm.possessions()?, vmm.get("vm.info")?)) };
+    let before = state()?;
+    for body in [
+        json!({"path": "/no/such/image"}),
+        json!({"path": "/"}),
+        json!({"path": image}),
+        json!({"path": image, "id": "d", "readonly": true}),
+        json!({"path": "/dev/null", "pci_device_id": 2}),
+        json!({"path": "/dev/null", "num_queues": 99}),
+        json!({}),
+    ] {
+        let answer = put(vmm, "vm.add-disk", &body)?;
+        expect(&answer, 400).with_context(|| body.to_string())?;
+    }
+    expect(
+        &put(vmm, "vm.add-net", &json!({"tap": "0123456789abcdef"}))?,
+        400,
+    )?;
+    expect(&put(vmm, "vm.add-net", &json!({"fds": [7]}))?, 400)?;
+    expect(
+        &put(vmm, "vm.remove-device", &json!({"id": "nobody"}))?,
+        404,
+    )?;
+    expect(&put(vmm, "vm.remove-device", &json!({"id": "__rng"}))?, 400)?;
+    wait_for("what there was before", Duration::from_secs(60), || {
+        Ok((state()? == before).then_some(()))
+    })
+    .with_context(|| format!("{before:?} became {:?}", state()))
+}
+
+#[test]
+fn device_that_the_guest_does_not_let_go_is_gone_after_a_reboot() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let image = tempfile::NamedTempFile::new()?;
+    image.as_file().set_len(1 << 20)?;
+    let vmm = start("spin", &[])?;
+    wait_for("running guest", SCENARIO_DEADLINE, || {
+        let info = vmm.get("vm.info").ok();
+        Ok(info.filter(|info| info["state"] == "Running"))
+    })?;
+    let disk = json!({"path": image.path(), "image_type": "Raw", "id": "d"});
+    expect(&put(&vmm, "vm.add-disk", &disk)?, 200)?;
+    let remove = || put(&vmm, "vm.remove-device", &json!({"id": "d"}));
+    expect(&remove()?, 204)?;
+    expect(&remove()?, 204)?;
+    let info = vmm.get("vm.info")?;
+    ensure!(info["device_tree"]["d"].is_object(), "{info:#}");
+    ensure!(!info["config"].to_string().contains("\"d\""), "{info:#}");
+    let refused = put(&vmm, "vm.add-disk", &disk)?;
+    expect(&refused, 400)?;
+    let cause = refused.json()?.to_string();
+    ensure!(cause.contains("still being removed"), "{cause}");
+    vmm.put("vm.reboot", None)?;
+    expect(&remove()?, 404)?;
+    // Its image is free again.
+    expect(&put(&vmm, "vm.add-disk", &disk)?, 200)?;
+    // Until there is no slot left: the bridge, the random numbers and 30 disks.
+    let image = image.path().display().to_string();
+    expect(&remove()?, 204)?;
+    vmm.put("vm.reboot", None)?;
+    let shared = json!({"path": image, "image_type": "Raw", "readonly": true});
+    for _ in 0..30 {
+        expect(&put(&vmm, "vm.add-disk", &shared)?, 200)?;
+    }
+    expect(&put(&vmm, "vm.add-disk", &shared)?, 400)?;
+    vmm.put("vm.reboot", None)?;
+    let info = vmm.get("vm.info")?;
+    let disks = info["config"]["disks"].as_array().map_or(0, Vec::len);
+    ensure!(disks == 30, "{disks} disks");
+    Ok(())
+}

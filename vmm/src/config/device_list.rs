@@ -1,0 +1,96 @@
+//! Devices that are added to a configuration and taken out of it again.
+
+use api::VmConfig;
+use api::config::BalloonConfig;
+
+use crate::vm::{BALLOON_ID, NewDevice};
+
+/// The configuration with one more device, behind the others of its kind.
+pub fn with_device(config: &VmConfig, device: NewDevice) -> VmConfig {
+    let mut config = config.clone();
+    match device {
+        NewDevice::Disk(disk) => config.disks.get_or_insert_default().push(disk),
+        NewDevice::Net(net) => config.net.get_or_insert_default().push(net),
+        NewDevice::Balloon(balloon) => config.balloon = Some(balloon),
+    }
+    config
+}
+
+/// The configuration without the disk, network interface or balloon of this name; `None` if it has none.
+pub fn without_device(config: &VmConfig, id: &str) -> Option<VmConfig> {
+    let named = |known: &Option<String>| known.as_deref() == Some(id);
+    let mut without = config.clone();
+    if let Some(disks) = &mut without.disks {
+        disks.retain(|disk| !named(&disk.id));
+    }
+    if let Some(net) = &mut without.net {
+        net.retain(|net| !named(&net.id));
+    }
+    without.balloon.take_if(|balloon| balloon_id(balloon) == id);
+    (without != *config).then_some(without)
+}
+
+/// The balloon's name: its own, or the one of a balloon without.
+pub fn balloon_id(balloon: &BalloonConfig) -> &str {
+    balloon.id.as_deref().unwrap_or(BALLOON_ID)
+}
+
+/// Tells the device that was added last the name it has in the configuration.
+pub fn take_id(config: &VmConfig, device: &mut NewDevice) {
+    match device {
+        NewDevice::Disk(disk) => {
+            let last = config.disks.iter().flatten().next_back();
+            disk.id = last.and_then(|last| last.id.clone());
+        }
+        NewDevice::Net(net) => {
+            let last = config.net.iter().flatten().next_back();
+            net.id = last.and_then(|last| last.id.clone());
+        }
+        // It has one name, given or not.
+        NewDevice::Balloon(_) => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use api::config::{DiskConfig, NetConfig};
+
+    use super::super::assign_ids;
+    use super::*;
+
+    fn disk(id: Option<&str>) -> NewDevice {
+        NewDevice::Disk(DiskConfig {
+            id: id.map(str::to_owned),
+            ..DiskConfig::default()
+        })
+    }
+
+    #[test]
+    fn device_added_and_removed_leaves_nothing() {
+        let empty = VmConfig {
+            disks: Some(Vec::new()),
+            net: Some(Vec::new()),
+            ..VmConfig::default()
+        };
+        let net = NewDevice::Net(NetConfig {
+            id: Some("b".to_owned()),
+            ..NetConfig::default()
+        });
+        let balloon = NewDevice::Balloon(BalloonConfig::default());
+        for (device, id) in [(disk(Some("a")), "a"), (net, "b"), (balloon, "__balloon")] {
+            let with = with_device(&empty, device);
+            assert!(without_device(&with, "c").is_none());
+            assert_eq!(without_device(&with, id).unwrap(), empty);
+        }
+    }
+
+    #[test]
+    fn device_without_a_name_takes_the_one_it_got() {
+        let config = with_device(&VmConfig::default(), disk(Some("_disk0")));
+        let mut device = disk(None);
+        let mut config = with_device(&config, device.clone());
+        assign_ids(&mut config);
+        take_id(&config, &mut device);
+        assert_eq!(device.id(), Some("_disk1"));
+    }
+}

@@ -1,0 +1,165 @@
+//! Keeps other programs off the hardware threads that a vCPU shares a core with (`PR_SCHED_CORE`, Linux's
+//! Documentation/admin-guide/hw-vuln/core-scheduling.rst): only threads with the same cookie run on one core together.
+//!
+//! | `core_scheduling` | Cookies |
+//! | --- | --- |
+//! | `Vm` | one for all vCPUs of the machine |
+//! | `Vcpu` | one for each vCPU |
+//! | `Off` | none |
+#![allow(unsafe_code)]
+// UNSAFETY: this use of prctl has no safe wrapper.
+
+use std::io;
+use std::sync::{Mutex, PoisonError};
+
+use ::api::config::CoreScheduling;
+
+use super::CpuError;
+
+// linux/prctl.h.
+const PR_SCHED_CORE: libc::c_int = 62;
+const PR_SCHED_CORE_GET: libc::c_ulong = 0;
+const PR_SCHED_CORE_CREATE: libc::c_ulong = 1;
+const PR_SCHED_CORE_SHARE_FROM: libc::c_ulong = 3;
+const PR_SCHED_CORE_SCOPE_THREAD: libc::c_ulong = 0;
+/// Stands for the calling thread.
+const SELF: libc::pid_t = 0;
+
+/// Gives the vCPU threads of one machine their cookies.
+#[derive(Debug)]
+pub(super) struct CoreCookies {
+    mode: CoreScheduling,
+    /// The thread that the others take their cookie from.
+    first: Mutex<Option<libc::pid_t>>,
+}
+
+impl CoreCookies {
+    /// Finds out whether the host can do it. One without threads that share a core has nothing to separate.
+    ///
+    /// # Errors
+    /// A cookie for each vCPU was asked for, and the kernel has none to give. One for all is everybody's default and
+    /// done without then.
+    pub(super) fn new(mode: CoreScheduling) -> Result<Self, CpuError> {
+        let mode = match (mode, probe().err()) {
+            (mode, None) => mode,
+            (CoreScheduling::Vcpu, Some(source)) if source.raw_os_error() != Some(libc::ENODEV) => {
+                return Err(CpuError::CoreScheduling(source));
+            }
+            (CoreScheduling::Off, Some(_)) => CoreScheduling::Off,
+            (_, Some(reason)) => {
+                log::info!("vCPUs are scheduled without regard to cores: {reason}");
+                CoreScheduling::Off
+            }
+        };
+        Ok(Self {
+            mode,
+            first: Mutex::new(None),
+        })
+    }
+
+    /// Called by each vCPU thread for itself, before it runs the guest.
+    pub(super) fn take(&self) {
+        let taken = match self.mode {
+            CoreScheduling::Off => Ok(()),
+            CoreScheduling::Vcpu => core(PR_SCHED_CORE_CREATE, SELF),
+            CoreScheduling::Vm => self.share(),
+        };
+        if let Err(error) = taken {
+            log::warn!("A vCPU runs without a cookie of core scheduling: {error}");
+        }
+    }
+
+    fn share(&self) -> io::Result<()> {
+        // Held until the first thread has its cookie.
+        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        match *first {
+            Some(thread) => core(PR_SCHED_CORE_SHARE_FROM, thread),
+            None => {
+                core(PR_SCHED_CORE_CREATE, SELF)?;
+                // SAFETY: takes nothing and cannot fail.
+                *first = Some(unsafe { libc::gettid() });
+                Ok(())
+            }
+        }
+    }
+}
+
+fn core(operation: libc::c_ulong, thread: libc::pid_t) -> io::Result<()> {
+    // SAFETY: these operations take no pointer.
+    let result = unsafe {
+        libc::prctl(
+            PR_SCHED_CORE,
+            operation,
+            thread,
+            PR_SCHED_CORE_SCOPE_THREAD,
+            0_usize,
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// The calling thread's cookie; 0 if it has none.
+fn probe() -> io::Result<u64> {
+    let mut cookie = 0_u64;
+    // SAFETY: the pointer is to a live integer of the size that this operation writes.
+    let result = unsafe {
+        libc::prctl(
+            PR_SCHED_CORE,
+            PR_SCHED_CORE_GET,
+            SELF,
+            PR_SCHED_CORE_SCOPE_THREAD,
+            &raw mut cookie,
+        )
+    };
+    match result {
+        0 => Ok(cookie),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cookies(mode: CoreScheduling) -> Option<Vec<u64>> {
+        if let Err(error) = probe() {
+            eprintln!("SKIPPED: no core scheduling here: {error}");
+            return None;
+        }
+        let cores = CoreCookies::new(mode).unwrap();
+        let take = || {
+            cores.take();
+            probe().unwrap()
+        };
+        // All alive until the last has taken its own.
+        Some(std::thread::scope(|scope| {
+            let barrier = &std::sync::Barrier::new(3);
+            let threads = [(); 3].map(|()| {
+                scope.spawn(move || {
+                    let cookie = take();
+                    barrier.wait();
+                    cookie
+                })
+            });
+            threads.map(|thread| thread.join().unwrap()).to_vec()
+        }))
+    }
+
+    #[test]
+    fn vcpus_share_a_cookie_or_have_their_own() {
+        if let Some(cookies) = cookies(CoreScheduling::Vm) {
+            assert!(cookies[0] != 0 && cookies.iter().all(|cookie| *cookie == cookies[0]));
+        }
+        if let Some(mut cookies) = cookies(CoreScheduling::Vcpu) {
+            cookies.sort_unstable();
+            cookies.dedup();
+            assert!(cookies.len() == 3 && cookies[0] != 0);
+        }
+        if let Some(cookies) = cookies(CoreScheduling::Off) {
+            assert_eq!(cookies, [0; 3]);
+        }
+    }
+}
