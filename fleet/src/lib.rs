@@ -8,9 +8,12 @@
 //! Of our other crates only `api` may be used here: a fleet manager sees of a VMM what its socket tells.
 
 pub mod admission;
+pub mod agent;
 pub mod config;
+pub mod execute;
 pub mod host;
 pub mod http;
+mod metrics;
 pub mod model;
 pub mod placement;
 pub mod planner;

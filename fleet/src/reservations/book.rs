@@ -47,7 +47,7 @@ pub struct SeenVm {
 }
 
 /// The reservations of a host, on disk and in memory.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct ReservationBook {
     path: PathBuf,
     entries: Vec<Reservation>,

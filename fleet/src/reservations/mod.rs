@@ -17,6 +17,7 @@ mod file;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use book::outstanding_of;
 pub use book::{BookError, ReservationBook, SeenVm};
 pub use file::FileError;
 

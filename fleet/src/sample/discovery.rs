@@ -79,6 +79,21 @@ impl Discovery {
         })
     }
 
+    /// The name a socket at this path would get; `None` when no pattern matches it.
+    pub fn name(&self, socket: &Path) -> Option<String> {
+        // As the file system does it: no wildcard matches a slash.
+        let options = glob::MatchOptions {
+            require_literal_separator: true,
+            ..glob::MatchOptions::new()
+        };
+        self.patterns.iter().find_map(|pattern| {
+            glob::Pattern::new(pattern)
+                .ok()?
+                .matches_path_with(socket, options)
+                .then(|| name_of(pattern, socket))
+        })
+    }
+
     /// Looks once. Sorted by name; what cannot be looked at is left out.
     pub fn scan(&self) -> Vec<Found> {
         let mut by_name = BTreeMap::new();
@@ -161,6 +176,15 @@ mod tests {
         ] {
             assert_eq!(name_of(pattern, Path::new(socket)), name, "{pattern}");
         }
+    }
+
+    #[test]
+    fn name_of_a_socket_to_come_is_that_of_its_pattern() {
+        let discovery = Discovery::new(&["/run/ch/*/api.sock".to_owned()]).unwrap();
+        let name = |path: &str| discovery.name(Path::new(path));
+        assert_eq!(name("/run/ch/a/api.sock").as_deref(), Some("a"));
+        assert_eq!(name("/run/ch/a/b/api.sock"), None);
+        assert_eq!(name("/run/a.sock"), None);
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! Every VM has one thread, which is the only one that ever talks to that VM: that is the rule "one request in flight a
 //! VM", and it is why a VMM that hangs delays nobody but itself. A thread blocked in a read costs a few pages of stack
-//! and no processor time (decision 12 has the figures against an event loop).
+//! and no processor time (decision 9).
 
 mod counters;
 mod discovery;
@@ -13,4 +13,4 @@ mod worker;
 pub use counters::{DURATION_BUCKETS_SECONDS, RequestCount, RequestCounters};
 pub use discovery::{Discovery, Found, PatternError, SocketIdentity, VMS_MAX};
 pub use reading::{SampleFailure, VmReading};
-pub use worker::{Order, OrderDone, VmEvent, VmEventKind, VmWorker, WorkerSettings};
+pub use worker::{Order, OrderDone, OrderError, VmEvent, VmEventKind, VmWorker, WorkerSettings};

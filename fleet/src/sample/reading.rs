@@ -21,6 +21,8 @@ const NOT_FOUND: u16 = 404;
 /// What one round brought.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VmReading {
+    /// The VMM's process, by its id in this process's pid namespace.
+    pub pid: i32,
     /// What the interface tells.
     pub level: FeatureLevel,
     /// Memory of the VM with everything plugged in.
@@ -160,7 +162,7 @@ pub(super) fn read_vm(
     level_max: &mut FeatureLevel,
 ) -> Result<VmReading, SampleFailure> {
     let info = read_info(round)?;
-    let mut reading = from_info(&info, round.at_ms);
+    let mut reading = from_info(&info, round.process.pid, round.at_ms);
     let reclaim = match *level_max {
         FeatureLevel::L2 => optional(round, "vm.reclaim-stats")?,
         _ => Answer::Absent,
@@ -250,11 +252,12 @@ fn means_no_vm(error: &ClientError) -> bool {
     }
 }
 
-fn from_info(info: &Info, at_ms: u64) -> VmReading {
+fn from_info(info: &Info, pid: i32, at_ms: u64) -> VmReading {
     let configured = info.config.memory.configured();
     let balloon = info.config.balloon.as_ref();
     let actual = Bytes(info.memory_actual_size).min(configured);
     VmReading {
+        pid,
         level: FeatureLevel::L0,
         configured,
         has_balloon: balloon.is_some(),

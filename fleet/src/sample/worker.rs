@@ -11,6 +11,7 @@
 //! of the same kind replaces an older one that was not carried out yet: targets are absolute, so only the last counts.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::mem;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -18,10 +19,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use api::{Client, ClientError, ReclaimThresholdsChange, VmResize};
+use thiserror::Error;
 
 use super::process::ProcessIdentity;
 use super::reading::{ProcessFiles, Round, failure_kind, read_vm};
 use super::{Found, RequestCounters, SampleFailure, VmReading};
+use crate::execute::{GroupError, GroupFile, GroupFiles, kill_process};
 use crate::model::{Bytes, FeatureLevel, VmId};
 
 /// Stack of a VM's thread: what reading an answer needs, several times over. It is address space until used.
@@ -44,6 +47,8 @@ pub struct WorkerSettings {
     pub deadline: Duration,
     /// Normally `/proc`.
     pub proc: PathBuf,
+    /// Normally `/sys/fs/cgroup`.
+    pub cgroup_root: PathBuf,
     /// Zero of the planner's clock.
     pub clock: Instant,
     /// Where requests are counted.
@@ -61,21 +66,49 @@ pub enum Order {
     Pause,
     /// Let them go on.
     Resume,
+    /// Limit its control group.
+    Group(GroupFile, Option<Bytes>),
+    /// End its VMM.
+    Kill,
     /// Sample now.
     Sample,
 }
 
 impl Order {
-    /// The endpoint it calls.
-    fn op(&self) -> &'static str {
+    /// Whether carrying out only `later` leaves the same behind.
+    fn is_replaced_by(&self, later: &Self) -> bool {
+        match (self, later) {
+            (Self::Group(earlier, _), Self::Group(later, _)) => earlier == later,
+            _ => mem::discriminant(self) == mem::discriminant(later),
+        }
+    }
+
+    /// The endpoint it calls or the file it writes.
+    pub fn name(&self) -> &'static str {
         match self {
             Self::Balloon(_) => "vm.resize",
             Self::Report(_) => "vm.reclaim-thresholds.set",
             Self::Pause => "vm.pause",
             Self::Resume => "vm.resume",
+            Self::Group(file, _) => file.name(),
+            Self::Kill => "kill",
             Self::Sample => "sample",
         }
     }
+}
+
+/// Why an order was not carried out.
+#[derive(Debug, Error)]
+pub enum OrderError {
+    /// The VMM did not take it.
+    #[error(transparent)]
+    Vmm(#[from] ClientError),
+    /// The host did not.
+    #[error(transparent)]
+    Host(#[from] GroupError),
+    /// Its process is not known yet.
+    #[error("the VMM's process is not known")]
+    NoProcess,
 }
 
 /// What came of an order.
@@ -85,8 +118,8 @@ pub struct OrderDone {
     pub order: Order,
     /// When its first byte was handed to the kernel, on the thread's clock.
     pub sent: Instant,
-    /// Whether the VMM took it.
-    pub result: Result<(), ClientError>,
+    /// Whether it was done.
+    pub result: Result<(), OrderError>,
 }
 
 /// What a VM's thread tells.
@@ -98,6 +131,13 @@ pub struct VmEvent {
     pub worker: u64,
     /// What happened.
     pub kind: VmEventKind,
+}
+
+impl VmEventKind {
+    /// Whether an order came to its end.
+    pub fn is_done(&self) -> bool {
+        matches!(self, Self::Done(_))
+    }
 }
 
 /// See [`VmEvent`].
@@ -313,19 +353,23 @@ impl Thread {
     fn carry_out(&mut self, order: Order) -> OrderDone {
         let sent = Instant::now();
         let result = match &order {
-            Order::Balloon(bytes) => self.client.resize(&VmResize {
-                desired_balloon: Some(bytes.0),
-                ..VmResize::default()
-            }),
-            Order::Report(change) => self.client.set_reclaim_thresholds(change).map(drop),
-            Order::Pause => self.client.put("vm.pause", None).map(drop),
-            Order::Resume => self.client.put("vm.resume", None).map(drop),
+            Order::Balloon(bytes) => self.resize(*bytes),
+            Order::Report(change) => self.vmm(|client| client.set_reclaim_thresholds(change)),
+            Order::Pause => self.vmm(|client| client.put("vm.pause", None)),
+            Order::Resume => self.vmm(|client| client.put("vm.resume", None)),
+            Order::Group(file, limit) => {
+                self.on_process(|files, pid| files.limit(pid, *file, *limit))
+            }
+            Order::Kill => self.on_process(|_, pid| kill_process(pid)),
             Order::Sample => Ok(()),
         };
-        let failure = result.as_ref().err().map(failure_kind);
+        let failure = result.as_ref().err().map(|error| match error {
+            OrderError::Vmm(error) => failure_kind(error),
+            OrderError::Host(_) | OrderError::NoProcess => "host",
+        });
         self.settings
             .counters
-            .record(order.op(), failure, sent.elapsed());
+            .record(order.name(), failure, sent.elapsed());
         if matches!(order, Order::Balloon(_)) {
             self.settle_until = Some(Instant::now() + SETTLING);
         }
@@ -337,11 +381,45 @@ impl Thread {
     }
 }
 
+impl Thread {
+    fn vmm<T>(
+        &self,
+        ask: impl FnOnce(&Client) -> Result<T, ClientError>,
+    ) -> Result<(), OrderError> {
+        Ok(ask(&self.client).map(drop)?)
+    }
+
+    fn resize(&self, balloon: Bytes) -> Result<(), OrderError> {
+        self.vmm(|client| {
+            client.resize(&VmResize {
+                desired_balloon: Some(balloon.0),
+                ..VmResize::default()
+            })
+        })
+    }
+
+    /// Does something to the VMM's process, if it is still the one that was sampled.
+    fn on_process(
+        &self,
+        act: impl FnOnce(&GroupFiles, i32) -> Result<(), GroupError>,
+    ) -> Result<(), OrderError> {
+        let process = self.process.ok_or(OrderError::NoProcess)?;
+        if !process.is_alive(&self.settings.proc) {
+            return Err(OrderError::NoProcess);
+        }
+        let files = GroupFiles {
+            proc: self.settings.proc.clone(),
+            cgroup_root: self.settings.cgroup_root.clone(),
+        };
+        Ok(act(&files, process.pid)?)
+    }
+}
+
 /// All orders that wait, in the order they came, without those that a later one of the same kind replaces.
 fn latest(first: Order, orders: &Receiver<Order>) -> Vec<Order> {
     let mut waiting = vec![first];
     while let Ok(order) = orders.try_recv() {
-        waiting.retain(|earlier| std::mem::discriminant(earlier) != std::mem::discriminant(&order));
+        waiting.retain(|earlier| !earlier.is_replaced_by(&order));
         waiting.push(order);
     }
     waiting

@@ -1,0 +1,34 @@
+//! `ch-fleet agent`.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use fleet::agent::{Agent, AgentOptions};
+use fleet::host::HostFiles;
+use fleet::settings::{DEFAULT_FILE, load};
+
+use crate::args::AgentOptions as Options;
+use crate::logger;
+
+/// Runs until it is told to end.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    logger::install(options.log_format, options.verbose).context("Cannot log")?;
+    // The default file need not be there; one that was named must be.
+    let required = options.config != Path::new(DEFAULT_FILE);
+    let mut loaded = load(&options.config, required)?;
+    for file in &loaded.files {
+        log::info!("settings from {}", file.display());
+    }
+    loaded.settings.agent.dry_run |= options.dry_run;
+    let agent = Agent::start(AgentOptions {
+        settings: loaded.settings,
+        file: Some((options.config.clone(), required)),
+        host: HostFiles::default(),
+    })?;
+    agent.follow_signals()?;
+    if let Some(address) = agent.page() {
+        log::info!("page and metrics at http://{address}/");
+    }
+    agent.wait();
+    Ok(())
+}

@@ -1,0 +1,97 @@
+//! Asks the agent.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use api::{Client, ClientError};
+use fleet::agent::Status;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Conflict: the answer to who is refused memory.
+pub(crate) const CONFLICT: u16 = 409;
+
+/// A running agent, as seen from its socket.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    client: Client,
+}
+
+/// A refusal of our own.
+#[derive(Debug)]
+pub(crate) struct Refused(String);
+
+impl Refused {
+    pub(crate) fn unknown_vm(vm: &str) -> Self {
+        Self(format!("The last plan knows no VM {vm:?}"))
+    }
+}
+
+impl std::fmt::Display for Refused {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Refused {}
+
+impl Agent {
+    pub(crate) fn new(socket: &Path, timeout: Duration) -> Self {
+        Self {
+            client: Client::new(socket).with_timeout(Some(timeout)),
+        }
+    }
+
+    pub(crate) fn status(&self) -> Result<Status> {
+        self.get("fleet.status")
+    }
+
+    pub(crate) fn get<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        let text = self.text(name)?;
+        serde_json::from_str(&text).context("The agent's answer is not understood")
+    }
+
+    pub(crate) fn text(&self, name: &str) -> Result<String> {
+        let answer = self.client.get(name).context("The agent did not answer")?;
+        answer.context("The agent's answer is empty")
+    }
+
+    pub(crate) fn put<T: DeserializeOwned>(&self, name: &str, body: &impl Serialize) -> Result<T> {
+        let body = api::to_ascii_json(body)?;
+        let answer = self
+            .client
+            .put(name, Some(&body))
+            .context("The agent did not do it")?;
+        let text = answer.context("The agent's answer is empty")?;
+        serde_json::from_str(&text).context("The agent's answer is not understood")
+    }
+
+    pub(crate) fn order(&self, name: &str, body: Option<&str>) -> Result<()> {
+        let answer = self.client.put(name, body);
+        answer.map(drop).context("The agent did not do it")
+    }
+}
+
+/// Exit status for a failure.
+pub(crate) fn exit_code(error: &anyhow::Error) -> ExitCode {
+    let cause = error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<ClientError>());
+    ExitCode::from(match cause {
+        Some(ClientError::Server(error)) if error.status == CONFLICT => 3,
+        Some(ClientError::TimedOut { .. }) => 5,
+        _ => 1,
+    })
+}
+
+/// Whether memory was refused, which may be different later.
+pub(crate) fn is_refusal(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        matches!(
+            cause.downcast_ref::<ClientError>(),
+            Some(ClientError::Server(error)) if error.status == CONFLICT
+        )
+    })
+}

@@ -1,0 +1,178 @@
+//! `ch-fleet doctor`: what this host has and lacks, each with what it means.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+
+use crate::args::Output;
+use crate::ask::Agent;
+
+/// How bad a finding is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Grade {
+    Good,
+    Note,
+    Bad,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Finding {
+    grade: Grade,
+    what: &'static str,
+    text: String,
+}
+
+fn finding(grade: Grade, what: &'static str, text: impl Into<String>) -> Finding {
+    Finding {
+        grade,
+        what,
+        text: text.into(),
+    }
+}
+
+pub(crate) fn run(agent: &Agent, output: Output, out: &mut dyn Write) -> Result<ExitCode> {
+    let mut findings = host(Path::new("/proc"), Path::new("/sys"));
+    findings.extend(agent_and_vms(agent));
+    let bad = findings.iter().any(|finding| finding.grade == Grade::Bad);
+    let text = match output {
+        Output::Json => format!("{}\n", api::to_ascii_json(&findings)?),
+        Output::Table => findings.iter().map(line).collect(),
+    };
+    write!(out, "{text}").context("Cannot write the answer")?;
+    Ok(if bad {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+fn line(finding: &Finding) -> String {
+    let grade = match finding.grade {
+        Grade::Good => "ok  ",
+        Grade::Note => "note",
+        Grade::Bad => "BAD ",
+    };
+    format!("{grade} {:<12} {}\n", finding.what, finding.text)
+}
+
+fn host(proc: &Path, sys: &Path) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let pressure = fs::read_to_string(proc.join("pressure/memory"));
+    findings.push(match pressure {
+        Ok(_) => finding(Grade::Good, "pressure", "the kernel tells of memory pressure"),
+        Err(error) => finding(
+            Grade::Note,
+            "pressure",
+            format!("no pressure information ({error}): boot with psi=1; until then only free memory tells the state"),
+        ),
+    });
+    let groups = sys.join("fs/cgroup/cgroup.controllers");
+    findings.push(match fs::read_to_string(groups) {
+        Ok(controllers) if controllers.split_whitespace().any(|name| name == "memory") => {
+            finding(Grade::Good, "cgroup", "version 2 with the memory controller")
+        }
+        _ => finding(
+            Grade::Note,
+            "cgroup",
+            "no version 2 memory controller: host.cgroup, enforce and the limits of last_resort do not work",
+        ),
+    });
+    let swap = fs::read_to_string(proc.join("meminfo"))
+        .unwrap_or_default()
+        .lines()
+        .any(|line| line.starts_with("SwapTotal:") && !line.contains(" 0 kB"));
+    findings.push(if swap {
+        finding(Grade::Good, "swap", "there is swap for the last resort")
+    } else {
+        finding(
+            Grade::Note,
+            "swap",
+            "no swap: what does not fit is killed; balloons must react in time",
+        )
+    });
+    let huge = fs::read_to_string(sys.join("kernel/mm/transparent_hugepage/enabled"));
+    if let Ok(huge) = huge {
+        let text = format!("transparent huge pages: {}", huge.trim());
+        findings.push(finding(Grade::Good, "huge pages", text));
+    }
+    findings
+}
+
+fn agent_and_vms(agent: &Agent) -> Vec<Finding> {
+    let status = match agent.status() {
+        Ok(status) => status,
+        Err(error) => {
+            let chain = api::error_chain(error.as_ref()).join(": ");
+            return vec![finding(Grade::Bad, "agent", chain)];
+        }
+    };
+    let mut findings = vec![finding(
+        Grade::Good,
+        "agent",
+        format!("version {}, host {}", status.version, status.host.state),
+    )];
+    if !status.reload_ok {
+        findings.push(finding(
+            Grade::Bad,
+            "settings",
+            "the last reload was refused: ch-fleet config check",
+        ));
+    }
+    if !status.host.trigger {
+        findings.push(finding(
+            Grade::Note,
+            "trigger",
+            "no pressure trigger: reactions take up to a second longer",
+        ));
+    }
+    for vm in &status.vms {
+        let name = &vm.vm;
+        findings.push(match (&vm.failure, vm.level) {
+            (Some(failure), _) if !vm.up => {
+                finding(Grade::Bad, "vm", format!("{name}: no answer ({failure})"))
+            }
+            (_, 2) => finding(
+                Grade::Good,
+                "vm",
+                format!(
+                    "{name}: level 2{}",
+                    if vm.reporting {
+                        ""
+                    } else {
+                        ", free page reporting is not at work"
+                    }
+                ),
+            ),
+            (_, 1) => finding(
+                Grade::Good,
+                "vm",
+                format!("{name}: level 1, the guest's statistics without what came back"),
+            ),
+            _ => finding(
+                Grade::Note,
+                "vm",
+                format!("{name}: level 0, nothing is known from inside; taken from carefully"),
+            ),
+        });
+    }
+    findings
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn host_that_has_nothing_is_told_so_without_being_bad() {
+        let nowhere = Path::new("/nonexistent");
+        let findings = host(nowhere, nowhere);
+        assert!(findings.len() >= 3);
+        assert!(findings.iter().all(|finding| finding.grade == Grade::Note));
+    }
+}

@@ -1,0 +1,171 @@
+//! `ch-fleet`: memory overcommit for VMs with Cloud Hypervisor's API.
+//!
+//! `ch-fleet agent` looks after the VMs of one host; every other command asks a running agent over its socket. Answers go to
+//! standard output as a table or as JSON, errors as a chain of causes to standard error. Exit status: 0 done, 1 error, 2 usage,
+//! 3 refused, 5 no answer in time; `run` ends with its VMM's.
+
+mod agent_command;
+mod args;
+mod ask;
+mod doctor;
+mod logger;
+mod run;
+mod settings_command;
+mod tables;
+mod top;
+
+#[cfg(test)]
+mod tests;
+
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use clap::{CommandFactory, Parser};
+
+use args::{Arguments, Command, Output};
+use ask::{Agent, Refused};
+use fleet::agent::{JournalPage, PinRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
+use fleet::model::Bytes;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match execute(&arguments) {
+        Ok(code) => code,
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}", api::chain_report("ch-fleet", error.as_ref()));
+            ask::exit_code(&error)
+        }
+    }
+}
+
+fn execute(arguments: &Arguments) -> Result<ExitCode> {
+    let agent = Agent::new(&arguments.socket, arguments.timeout());
+    let mut out = io::stdout().lock();
+    match &arguments.command {
+        Command::Agent(options) => agent_command::run(options)?,
+        Command::Run(options) => return run::run(&agent, options),
+        Command::Doctor => return doctor::run(&agent, arguments.output, &mut out),
+        Command::Top(options) => top::run(&agent, options, arguments.output, &mut out)?,
+        Command::Config(command) => settings_command::run(&agent, command, &mut out)?,
+        Command::Completions { shell } => {
+            clap_complete::generate(*shell, &mut Arguments::command(), "ch-fleet", &mut out);
+        }
+        Command::Man => clap_mangen::Man::new(Arguments::command())
+            .render(&mut out)
+            .context("Cannot write the manual page")?,
+        command => show(&agent, command, arguments.output, &mut out)?,
+    }
+    out.flush().context("Cannot write the answer")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Commands that ask once and show the answer.
+fn show(agent: &Agent, command: &Command, output: Output, out: &mut dyn Write) -> Result<()> {
+    match command {
+        Command::Status => {
+            let status = agent.status()?;
+            print(out, output, &status, |out| tables::status(out, &status))
+        }
+        Command::Vms => {
+            let status = agent.status()?;
+            print(out, output, &status.vms, |out| {
+                tables::vms(out, &status.vms)
+            })
+        }
+        Command::Reservations => {
+            let held = agent.status()?.reservations;
+            print(out, output, &held, |out| tables::reservations(out, &held))
+        }
+        Command::Explain { vm } => explain(agent, vm.as_deref(), output, out),
+        Command::Events { since } => {
+            let page: JournalPage = agent.get(&format!("fleet.events?since={since}"))?;
+            print(out, output, &page, |out| tables::events(out, &page))
+        }
+        Command::Reserve(options) => {
+            let answer: ReserveAnswer = agent.put(
+                "fleet.reserve",
+                &ReserveRequest {
+                    vm: options.vm.clone(),
+                    memory: Bytes(options.memory),
+                    min: options.min.map(Bytes),
+                    dry_run: options.dry_run,
+                },
+            )?;
+            print(out, output, &answer, |out| tables::reserved(out, &answer))
+        }
+        Command::Release { reservation } => {
+            let released: fleet::reservations::Reservation = agent.put(
+                "fleet.release",
+                &ReleaseRequest {
+                    reservation: reservation.clone(),
+                },
+            )?;
+            print(out, output, &released, |out| {
+                writeln!(out, "{} of {} released", released.promised, released.vm)
+            })
+        }
+        Command::Pin { vm } => pin(agent, vm, true),
+        Command::Unpin { vm } => pin(agent, vm, false),
+        Command::Reload => agent.order("fleet.reload", None),
+        _ => Ok(()),
+    }
+}
+
+fn pin(agent: &Agent, vm: &str, pinned: bool) -> Result<()> {
+    let request = PinRequest {
+        vm: vm.to_owned(),
+        pinned,
+    };
+    agent.order("fleet.pin", Some(&api::to_ascii_json(&request)?))
+}
+
+/// The last plan, or what it says of one VM.
+fn explain(agent: &Agent, vm: Option<&str>, output: Output, out: &mut dyn Write) -> Result<()> {
+    let plan: serde_json::Value = agent.get("fleet.explain")?;
+    let Some(vm) = vm else {
+        let status = agent.status()?;
+        return print(out, output, &plan, |out| tables::explanations(out, &status));
+    };
+    let of_vm = |list: &str| {
+        let entries = plan[list].as_array().cloned().unwrap_or_default();
+        entries.into_iter().filter(|entry| entry["vm"] == vm)
+    };
+    let Some(explanation) = of_vm("explanations").next() else {
+        return Err(Refused::unknown_vm(vm).into());
+    };
+    let whole = serde_json::json!({
+        "explanation": explanation,
+        "actions": of_vm("actions").collect::<Vec<_>>(),
+    });
+    let status = agent.status()?;
+    print(out, output, &whole, |out| {
+        let line = status.vms.iter().find(|known| known.vm == vm);
+        writeln!(out, "{}", line.map_or("", |line| &line.explanation))?;
+        tables::figures(out, &explanation)
+    })
+}
+
+/// Writes an answer in the form that was asked for.
+fn print<T: serde::Serialize>(
+    out: &mut dyn Write,
+    output: Output,
+    value: &T,
+    table: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> Result<()> {
+    match output {
+        Output::Json => writeln!(out, "{}", api::to_ascii_json(value)?),
+        Output::Table => table(out),
+    }
+    .context("Cannot write the answer")
+}
+
+/// Whoever read the output has seen enough, `head` for example. That is no failure of ours.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<api::ClientError>().is_none()
+        && error
+            .root_cause()
+            .downcast_ref::<io::Error>()
+            .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}

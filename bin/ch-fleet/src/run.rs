@@ -1,0 +1,203 @@
+//! `ch-fleet run -- cloud-hypervisor …`: reserves, starts, confirms, and gives back when the VMM ends.
+//!
+//! The wrapper is no supervisor: if it is killed, the VMM runs on, and the agent gives the reservation back when the VM is
+//! gone. Signals that ask to end are passed on.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, ExitCode, ExitStatus};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use api::config::MemoryConfig;
+use fleet::agent::{ConfirmRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
+use fleet::model::Bytes;
+use fleet::reservations::Reservation;
+use rustix::process::{Pid, Signal, kill_process};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::args::RunOptions;
+use crate::ask::{Agent, is_refusal};
+
+/// Time between two tries with `--wait`.
+const TRY_AGAIN: Duration = Duration::from_secs(2);
+
+pub(crate) fn run(agent: &Agent, options: &RunOptions) -> Result<ExitCode> {
+    let (program, arguments) = options
+        .command
+        .split_first()
+        .context("No command is given")?;
+    let wanted = Wanted::of(arguments)?;
+    let reservation = reserve(agent, &wanted, options)?;
+    let release = || {
+        let request = ReleaseRequest {
+            reservation: reservation.id.clone(),
+        };
+        let released: Result<Reservation> = agent.put("fleet.release", &request);
+        if let Err(error) = released {
+            eprintln!("{}", api::chain_report("ch-fleet", error.as_ref()));
+        }
+    };
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).context("Cannot follow signals")?;
+    let child = Command::new(program).args(arguments).spawn();
+    let mut child = match child {
+        Ok(child) => child,
+        Err(error) => {
+            release();
+            return Err(error).with_context(|| format!("Cannot start {}", program.display()));
+        }
+    };
+    // The reservation holds without it as well, only shorter.
+    let confirmed: Result<Reservation> = agent.put(
+        "fleet.confirm",
+        &ConfirmRequest {
+            reservation: reservation.id.clone(),
+        },
+    );
+    if let Err(error) = confirmed {
+        eprintln!("{}", api::chain_report("ch-fleet", error.as_ref()));
+    }
+    let pid = Pid::from_child(&child);
+    thread::spawn(move || {
+        for signal in signals.forever() {
+            let signal = Signal::from_named_raw(signal).unwrap_or(Signal::TERM);
+            // Ended already.
+            let _ = kill_process(pid, signal);
+        }
+    });
+    let status = wait(&mut child);
+    release();
+    Ok(code_of(status?))
+}
+
+fn wait(child: &mut Child) -> Result<ExitStatus> {
+    child.wait().context("Cannot wait for the VMM")
+}
+
+/// As a shell tells it.
+fn code_of(status: ExitStatus) -> ExitCode {
+    let code = status
+        .code()
+        .or_else(|| status.signal().map(|signal| 128 + signal))
+        .unwrap_or(1);
+    ExitCode::from(u8::try_from(code).unwrap_or(1))
+}
+
+fn reserve(agent: &Agent, wanted: &Wanted, options: &RunOptions) -> Result<Reservation> {
+    let until = Instant::now() + Duration::from_secs(options.wait);
+    let request = ReserveRequest {
+        vm: wanted.socket.clone(),
+        memory: wanted.memory,
+        min: options.min.map(Bytes),
+        dry_run: false,
+    };
+    loop {
+        match agent.put::<ReserveAnswer>("fleet.reserve", &request) {
+            Ok(answer) => return answer.reservation.context("The agent promised nothing"),
+            Err(error) if is_refusal(&error) && Instant::now() + TRY_AGAIN < until => {
+                thread::sleep(TRY_AGAIN);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// What the VMM's command line says of the VM.
+#[derive(Debug, PartialEq, Eq)]
+struct Wanted {
+    socket: String,
+    memory: Bytes,
+}
+
+impl Wanted {
+    fn of(arguments: &[OsString]) -> Result<Self> {
+        let socket = values(arguments, "--api-socket")?
+            .pop()
+            .context("The command has no --api-socket, so the VM could not be looked after")?;
+        let socket = socket.strip_prefix("path=").unwrap_or(&socket).to_owned();
+        let memory = values(arguments, "--memory")?.pop();
+        let zones = values(arguments, "--memory-zone")?;
+        // The VMM's own default.
+        let memory = memory.as_deref().unwrap_or("size=512M");
+        let memory = MemoryConfig::parse(memory, &zones)?;
+        let zones = memory.zones.iter().flatten();
+        let in_zones: Bytes = zones
+            .map(|zone| Bytes(zone.size) + Bytes(zone.hotplugged_size.unwrap_or(0)))
+            .sum();
+        Ok(Self {
+            socket,
+            memory: Bytes(memory.size) + Bytes(memory.hotplugged_size.unwrap_or(0)) + in_zones,
+        })
+    }
+}
+
+/// The values of an option, as `--name value…` or `--name=value`.
+fn values(arguments: &[OsString], name: &str) -> Result<Vec<String>> {
+    let mut values = Vec::new();
+    let mut rest = arguments.iter().map(OsString::as_os_str).peekable();
+    while let Some(argument) = rest.next() {
+        let text = text(argument)?;
+        if let Some(value) = text
+            .strip_prefix(name)
+            .and_then(|rest| rest.strip_prefix('='))
+        {
+            values.push(value.to_owned());
+        } else if text == name {
+            while let Some(value) =
+                rest.next_if(|value| !value.as_encoded_bytes().starts_with(b"--"))
+            {
+                values.push(self::text(value)?.to_owned());
+            }
+        }
+    }
+    Ok(values)
+}
+
+fn text(argument: &OsStr) -> Result<&str> {
+    match argument.to_str() {
+        Some(text) => Ok(text),
+        None => bail!("{} is not UTF-8", argument.display()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn wanted(line: &str) -> Result<Wanted> {
+        let arguments: Vec<OsString> = line.split(' ').map(OsString::from).collect();
+        Wanted::of(&arguments)
+    }
+
+    #[test]
+    fn command_line_tells_socket_and_memory() {
+        for (line, mib) in [
+            (
+                "--api-socket /run/ch/a.sock --memory size=4G --cpus boot=2",
+                4096,
+            ),
+            (
+                "--memory=size=1G,hotplug_size=8G,hotplugged_size=512M --api-socket=path=/run/ch/a.sock",
+                1536,
+            ),
+            (
+                "--memory size=0 --memory-zone id=a,size=1G id=b,size=2G --api-socket path=/run/ch/a.sock",
+                3072,
+            ),
+            ("--api-socket /run/ch/a.sock", 512),
+        ] {
+            let wanted = wanted(line).unwrap();
+            assert_eq!(wanted.memory, Bytes::mib(mib), "{line}");
+            assert_eq!(wanted.socket, "/run/ch/a.sock", "{line}");
+        }
+    }
+
+    #[test]
+    fn command_line_without_a_socket_or_with_nonsense_is_refused() {
+        assert!(wanted("--memory size=4G").is_err());
+        assert!(wanted("--api-socket /a --memory size=lots").is_err());
+    }
+}

@@ -1,0 +1,196 @@
+//! Answers as people read them: plain text that fits 80 columns as far as it goes.
+
+use std::io::{self, Write};
+
+use fleet::agent::{JournalPage, ReservationStatus, ReserveAnswer, Status, VmStatus};
+use fleet::model::Bytes;
+
+/// The host in three lines, then the VMs.
+pub(crate) fn status(out: &mut dyn Write, status: &Status) -> io::Result<()> {
+    host(out, status)?;
+    if !status.reservations.is_empty() {
+        writeln!(out)?;
+        reservations(out, &status.reservations)?;
+    }
+    writeln!(out)?;
+    vms(out, &status.vms)
+}
+
+/// The host in three lines.
+pub(crate) fn host(out: &mut dyn Write, status: &Status) -> io::Result<()> {
+    let (host, ledger) = (&status.host, &status.host.ledger);
+    let pressure = host.facts.pressure;
+    writeln!(
+        out,
+        "{}  {} for {} s{}{}  {} VMs  available {} of {} usable ({:.0} %)",
+        host.name,
+        host.state.name().to_uppercase(),
+        host.state_age_ms / 1000,
+        if status.dry_run { "  DRY RUN" } else { "" },
+        if status.reload_ok {
+            ""
+        } else {
+            "  SETTINGS REFUSED"
+        },
+        status.vms.len(),
+        short(ledger.available),
+        short(ledger.usable),
+        host.free * 100.0
+    )?;
+    writeln!(
+        out,
+        "configured {}  resident {}  ballooned {}  callable {}  burst {}  promised {}  firm free {}",
+        short(ledger.configured),
+        short(ledger.resident),
+        short(ledger.ballooned),
+        short(ledger.callable_liability),
+        short(ledger.burst),
+        short(ledger.promised),
+        short(ledger.firm_free)
+    )?;
+    writeln!(
+        out,
+        "pressure some {:.1} % full {:.1} %  swap in {}/s out {}/s  lacking {}  coming {}  owed {}",
+        pressure.some_avg10,
+        pressure.full_avg10,
+        short(host.facts.swap_in_per_s),
+        short(host.facts.swap_out_per_s),
+        short(host.shortage),
+        short(host.pending),
+        short(host.owed)
+    )
+}
+
+/// One line a VM.
+pub(crate) fn vms(out: &mut dyn Write, vms: &[VmStatus]) -> io::Result<()> {
+    writeln!(out, "{VM_HEADER}")?;
+    for vm in vms {
+        writeln!(out, "{}", vm_line(vm))?;
+    }
+    Ok(())
+}
+
+/// Column names of [`vm_line`].
+pub(crate) const VM_HEADER: &str =
+    "VM               CL LV   CONF    RES    TGT    ACT  AVAIL   POP/S   AGE DECISION";
+
+/// A VM in 80 columns.
+pub(crate) fn vm_line(vm: &VmStatus) -> String {
+    let state = match (&vm.failure, &vm.interlock) {
+        (Some(failure), _) if !vm.up => failure.clone(),
+        (_, Some(interlock)) => interlock.clone(),
+        _ if vm.stuck => "stuck".to_owned(),
+        _ if !vm.trusted => "distrusted".to_owned(),
+        _ => vm.reason.clone(),
+    };
+    format!(
+        "{:<16} {:<2} L{} {:>6} {:>6} {:>6} {:>6} {:>6} {:>7} {:>5} {}",
+        clip(&vm.vm, 16),
+        &format!("{:?}", vm.class)[..2],
+        vm.level,
+        short(vm.configured),
+        short(vm.resident),
+        short(vm.target),
+        short(vm.actual),
+        vm.guest_available.map_or_else(|| "-".to_owned(), short),
+        short(Bytes(vm.repopulated_per_s)),
+        vm.sample_age_ms
+            .map_or_else(|| "-".to_owned(), |ms| format!("{:.1}", ms as f64 / 1e3)),
+        state
+    )
+}
+
+pub(crate) fn reservations(out: &mut dyn Write, held: &[ReservationStatus]) -> io::Result<()> {
+    writeln!(
+        out,
+        "RESERVATION          VM               MEMORY  PROMISED  COUNTS PHASE"
+    )?;
+    for entry in held {
+        let made = &entry.reservation;
+        writeln!(
+            out,
+            "{:<20} {:<16} {:>6} {:>9} {:>7} {}",
+            made.id,
+            clip(&made.vm, 16),
+            short(made.configured),
+            short(made.promised),
+            short(entry.outstanding),
+            made.phase.name()
+        )?;
+    }
+    Ok(())
+}
+
+pub(crate) fn reserved(out: &mut dyn Write, answer: &ReserveAnswer) -> io::Result<()> {
+    match &answer.reservation {
+        Some(made) => writeln!(
+            out,
+            "{}: {} promised to {}; {} can still be promised",
+            made.id, made.promised, made.vm, answer.firm_free_after
+        ),
+        None => writeln!(
+            out,
+            "it fits; {} could be promised after it",
+            answer.firm_free_after
+        ),
+    }
+}
+
+pub(crate) fn events(out: &mut dyn Write, page: &JournalPage) -> io::Result<()> {
+    for entry in &page.entries {
+        writeln!(
+            out,
+            "{} {:<9} {:<16} {}",
+            entry.unix_ms,
+            entry.kind,
+            clip(&entry.vm, 16),
+            entry.text
+        )?;
+    }
+    Ok(())
+}
+
+/// One sentence a VM.
+pub(crate) fn explanations(out: &mut dyn Write, status: &Status) -> io::Result<()> {
+    for vm in &status.vms {
+        if vm.explanation.is_empty() {
+            writeln!(
+                out,
+                "{}: not planned for, {}",
+                vm.vm,
+                vm.failure.as_deref().unwrap_or("not sampled yet")
+            )?;
+        } else {
+            writeln!(out, "{}", vm.explanation)?;
+        }
+    }
+    Ok(())
+}
+
+/// Every figure of an explanation, one a line.
+pub(crate) fn figures(out: &mut dyn Write, explanation: &serde_json::Value) -> io::Result<()> {
+    for (name, value) in explanation.as_object().into_iter().flatten() {
+        writeln!(out, "  {name} = {value}")?;
+    }
+    Ok(())
+}
+
+/// Bytes in at most six characters.
+pub(crate) fn short(bytes: Bytes) -> String {
+    const UNITS: [&str; 5] = ["B", "K", "M", "G", "T"];
+    let mut value = bytes.0 as f64;
+    let mut unit = 0;
+    while value >= 1000.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if value >= 9.95 || unit == 0 {
+        format!("{value:.0}{}", UNITS[unit])
+    } else {
+        format!("{value:.1}{}", UNITS[unit])
+    }
+}
+
+fn clip(text: &str, chars: usize) -> String {
+    text.chars().take(chars).collect()
+}

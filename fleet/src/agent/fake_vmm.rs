@@ -1,0 +1,359 @@
+#![allow(clippy::unwrap_used)]
+//! VMMs and a host for tests: real sockets with upstream's wire, behind them guests that do what a test says.
+//!
+//! One thread serves all of them, so that hundreds cost a test little. The host's files are written anew whenever a guest
+//! changes, so the loop from an order to the host's free memory is closed.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tempfile::TempDir;
+
+use crate::host::HostFiles;
+
+pub(super) const MIB: u64 = 1 << 20;
+pub(super) const GIB: u64 = 1 << 30;
+
+/// What a VMM does instead of answering well.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Fault {
+    #[default]
+    None,
+    /// Takes the connection and says nothing.
+    Hang,
+    /// Half an answer, then the end.
+    Half,
+    /// 500 to everything.
+    Status500,
+    /// No HTTP at all.
+    Garbage,
+}
+
+/// A guest.
+#[derive(Clone, Debug)]
+pub(super) struct FakeVm {
+    pub(super) configured: u64,
+    pub(super) resident: u64,
+    pub(super) available: u64,
+    pub(super) stalls: u64,
+    pub(super) target: u64,
+    pub(super) actual: u64,
+    pub(super) level: u8,
+    /// Whether the balloon follows its target.
+    pub(super) follows: bool,
+    pub(super) fault: Fault,
+    /// Every size that was asked for, and when.
+    pub(super) resizes: Vec<(u64, Instant)>,
+    pub(super) requests: u64,
+}
+
+impl FakeVm {
+    pub(super) fn new(configured: u64, resident: u64) -> Self {
+        Self {
+            configured,
+            resident,
+            available: configured - configured / 8,
+            stalls: 0,
+            target: 0,
+            actual: 0,
+            level: 2,
+            follows: true,
+            fault: Fault::None,
+            resizes: Vec::new(),
+            requests: 0,
+        }
+    }
+
+    fn resize(&mut self, target: u64) {
+        self.resizes.push((target, Instant::now()));
+        self.target = target;
+        if self.follows {
+            let taken = target.saturating_sub(self.actual);
+            let given = self.actual.saturating_sub(target);
+            self.resident = self.resident.saturating_sub(taken);
+            self.available = self.available.saturating_sub(taken) + given;
+            self.actual = target;
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    vms: BTreeMap<String, FakeVm>,
+    total: u64,
+    others: u64,
+}
+
+/// A host with its VMs.
+#[derive(Debug)]
+pub(super) struct World {
+    folder: TempDir,
+    inner: Arc<Mutex<Inner>>,
+    listeners: Arc<Mutex<Vec<(String, UnixListener)>>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl World {
+    /// A host of `total` bytes, of which `others` are used by something else.
+    pub(super) fn new(total: u64, others: u64) -> Self {
+        let folder = TempDir::new().unwrap();
+        for name in ["vms", "proc/pressure", "proc/sys/kernel", "state", "run"] {
+            fs::create_dir_all(folder.path().join(name)).unwrap();
+        }
+        fs::write(folder.path().join("proc/vmstat"), "pswpin 0\npswpout 0\n").unwrap();
+        fs::write(folder.path().join("proc/sys/kernel/hostname"), "fake\n").unwrap();
+        let mut world = Self {
+            folder,
+            inner: Arc::new(Mutex::new(Inner {
+                total,
+                others,
+                ..Inner::default()
+            })),
+            listeners: Arc::default(),
+            stop: Arc::default(),
+            thread: None,
+        };
+        world.write_host();
+        let (inner, listeners) = (Arc::clone(&world.inner), Arc::clone(&world.listeners));
+        let (stop, path) = (Arc::clone(&world.stop), world.folder.path().to_owned());
+        world.thread = Some(thread::spawn(move || {
+            serve(&inner, &listeners, &stop, &path);
+        }));
+        world
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub(super) fn files(&self) -> HostFiles {
+        HostFiles {
+            proc: self.path().join("proc"),
+            cgroup_root: self.path().join("cgroup"),
+            cgroup: None,
+        }
+    }
+
+    pub(super) fn socket_of(&self, name: &str) -> PathBuf {
+        self.path().join(format!("vms/{name}.sock"))
+    }
+
+    /// Adds a VM, or replaces the one of that name by another machine.
+    pub(super) fn add(&self, name: &str, vm: FakeVm) {
+        let socket = self.socket_of(name);
+        let mut listeners = self.listeners.lock().unwrap();
+        listeners.retain(|(known, _)| known != name);
+        // Not there unless it is replaced.
+        let _ = fs::remove_file(&socket);
+        self.inner.lock().unwrap().vms.insert(name.to_owned(), vm);
+        let listener = UnixListener::bind(&socket).unwrap();
+        listeners.push((name.to_owned(), listener));
+        drop(listeners);
+        self.write_host();
+    }
+
+    pub(super) fn remove(&self, name: &str) {
+        self.listeners
+            .lock()
+            .unwrap()
+            .retain(|(known, _)| known != name);
+        fs::remove_file(self.socket_of(name)).unwrap();
+        self.inner.lock().unwrap().vms.remove(name);
+        self.write_host();
+    }
+
+    pub(super) fn vm(&self, name: &str) -> FakeVm {
+        self.inner.lock().unwrap().vms[name].clone()
+    }
+
+    pub(super) fn change(&self, name: &str, change: impl FnOnce(&mut FakeVm)) {
+        change(self.inner.lock().unwrap().vms.get_mut(name).unwrap());
+        self.write_host();
+    }
+
+    pub(super) fn set_others(&self, others: u64) {
+        self.inner.lock().unwrap().others = others;
+        self.write_host();
+    }
+
+    fn write_host(&self) {
+        write_host(&self.inner.lock().unwrap(), self.folder.path());
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+fn write_host(inner: &MutexGuard<'_, Inner>, folder: &Path) {
+    let used: u64 = inner.vms.values().map(|vm| vm.resident).sum::<u64>() + inner.others;
+    let available = inner.total.saturating_sub(used);
+    let text = format!(
+        "MemTotal: {} kB\nMemAvailable: {} kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n",
+        inner.total >> 10,
+        available >> 10
+    );
+    let beside = folder.join("proc/meminfo.new");
+    fs::write(&beside, text).unwrap();
+    fs::rename(beside, folder.join("proc/meminfo")).unwrap();
+    // This process is every VMM's, so there is one figure for all of them.
+    let process = folder.join(format!("proc/{}", std::process::id()));
+    fs::create_dir_all(&process).unwrap();
+    let fields = vec!["0"; 18].join(" ");
+    fs::write(process.join("stat"), format!("1 (vmm) S {fields} 77 0")).unwrap();
+    fs::write(process.join("status"), "RssAnon: 524288 kB\n").unwrap();
+}
+
+fn serve(
+    inner: &Mutex<Inner>,
+    listeners: &Mutex<Vec<(String, UnixListener)>>,
+    stop: &AtomicBool,
+    folder: &Path,
+) {
+    let mut held: Vec<UnixStream> = Vec::new();
+    while !stop.load(Ordering::Relaxed) {
+        let all: Vec<(String, UnixListener)> = listeners
+            .lock()
+            .unwrap()
+            .iter()
+            .map(|(name, listener)| (name.clone(), listener.try_clone().unwrap()))
+            .collect();
+        let mut polled: Vec<PollFd<'_>> = all
+            .iter()
+            .map(|(_, listener)| PollFd::new(listener, PollFlags::IN))
+            .collect();
+        let short = Timespec {
+            tv_sec: 0,
+            tv_nsec: 20_000_000,
+        };
+        poll(&mut polled, Some(&short)).unwrap();
+        let ready: Vec<bool> = polled
+            .iter()
+            .map(|polled| polled.revents().contains(PollFlags::IN))
+            .collect();
+        drop(polled);
+        for ((name, listener), _) in all.iter().zip(ready).filter(|(_, ready)| *ready) {
+            let (stream, _) = listener.accept().unwrap();
+            let mut inner = inner.lock().unwrap();
+            let hangs = inner
+                .vms
+                .get(name)
+                .is_some_and(|vm| vm.fault == Fault::Hang);
+            if hangs {
+                held.push(stream);
+                continue;
+            }
+            if let Some(vm) = inner.vms.get_mut(name) {
+                let resident = vm.resident;
+                answer(vm, stream);
+                if vm.resident != resident {
+                    write_host(&inner, folder);
+                }
+            }
+        }
+    }
+}
+
+fn answer(vm: &mut FakeVm, mut stream: UnixStream) {
+    stream
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    let Some(request) = read_request(&mut stream) else {
+        // Somebody only looked who listens.
+        return;
+    };
+    vm.requests += 1;
+    let bytes = match vm.fault {
+        Fault::None => respond(vm, &request),
+        Fault::Half => "HTTP/1.1 200 \r\nContent-Length: 999\r\n\r\n{\"config".to_owned(),
+        Fault::Status500 => "HTTP/1.1 500 \r\nContent-Length: 9\r\n\r\n[\"broken\"]".to_owned(),
+        Fault::Garbage | Fault::Hang => "lorem ipsum\r\n\r\n".to_owned(),
+    };
+    // Whoever asked may have given up.
+    let _ = stream.write_all(bytes.as_bytes());
+}
+
+fn read_request(stream: &mut UnixStream) -> Option<String> {
+    let mut bytes = Vec::new();
+    let mut byte = [0];
+    while !bytes.ends_with(b"\r\n\r\n") {
+        match stream.read(&mut byte) {
+            Ok(1) => bytes.push(byte[0]),
+            _ => return None,
+        }
+    }
+    let head = String::from_utf8(bytes).unwrap();
+    let length = head
+        .lines()
+        .find_map(|line| line.strip_prefix("Content-Length: "))
+        .map_or(0, |length| length.parse().unwrap());
+    let mut body = vec![0; length];
+    stream.read_exact(&mut body).ok()?;
+    Some(head + std::str::from_utf8(&body).unwrap())
+}
+
+fn respond(vm: &mut FakeVm, request: &str) -> String {
+    let path = request.split(' ').nth(1).unwrap();
+    let name = path.strip_prefix("/api/v1/").unwrap();
+    let body = request.split("\r\n\r\n").nth(1).unwrap();
+    match (name, vm.level) {
+        ("vm.info", _) => ok(&format!(
+            r#"{{"config":{{"memory":{{"size":{}}},"balloon":{{"size":{}}},"new":"field"}},"state":"Running","memory_actual_size":{}}}"#,
+            vm.configured,
+            vm.target,
+            vm.configured - vm.actual
+        )),
+        ("vm.resize", _) => {
+            let resize: api::VmResize = serde_json::from_str(body).unwrap();
+            vm.resize(resize.desired_balloon.unwrap());
+            "HTTP/1.1 204 \r\nServer: Cloud Hypervisor API\r\n\r\n".to_owned()
+        }
+        ("vm.balloon-stats", 1..) => ok(&format!(
+            r#"{{"balloon_actual":{},"stats":{}}}"#,
+            vm.actual,
+            stats(vm)
+        )),
+        ("vm.reclaim-stats", 2..) => ok(&format!(
+            r#"{{"configured_bytes":{},"resident_bytes":{},"reclaimed_bytes":{},"ballooned_bytes":{},"balloon_target_bytes":{},"guest":{{"age_ms":0,"stats":{}}}}}"#,
+            vm.configured,
+            vm.resident,
+            vm.configured - vm.resident,
+            vm.actual,
+            vm.target,
+            stats(vm)
+        )),
+        ("vm.reclaim-thresholds", 2..) => {
+            ok(&api::to_ascii_json(&api::ReclaimThresholds::default()).unwrap())
+        }
+        _ => "HTTP/1.1 404 \r\nContent-Length: 13\r\n\r\n[\"Not Found\"]".to_owned(),
+    }
+}
+
+fn stats(vm: &FakeVm) -> String {
+    format!(
+        r#"{{"free_memory":{},"available_memory":{},"total_memory":{},"alloc_stalls":{},"major_faults":0}}"#,
+        vm.available, vm.available, vm.configured, vm.stalls
+    )
+}
+
+fn ok(body: &str) -> String {
+    // No reason phrase, as upstream answers.
+    format!(
+        "HTTP/1.1 200 \r\nServer: Cloud Hypervisor API\r\nConnection: keep-alive\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    )
+}

@@ -1,0 +1,64 @@
+//! What clients ask for, and what they are answered.
+
+use serde::{Deserialize, Serialize};
+
+use super::counts::AdmissionCounts;
+use crate::model::Bytes;
+use crate::reservations::Reservation;
+
+/// `PUT fleet.reserve`
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReserveRequest {
+    /// The VM's name, as discovery will see it; or its socket, from which the agent tells the name.
+    pub vm: String,
+    /// Memory of the VM.
+    pub memory: Bytes,
+    /// Memory that must be promised; that of the VM's policy when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min: Option<Bytes>,
+    /// Only tell whether it would fit.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// `PUT fleet.confirm`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConfirmRequest {
+    /// Id of the reservation or name of its VM.
+    pub reservation: String,
+}
+
+/// `PUT fleet.release`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ReleaseRequest {
+    /// Id of the reservation or name of its VM.
+    pub reservation: String,
+}
+
+/// `PUT fleet.pin`
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PinRequest {
+    /// The VM.
+    pub vm: String,
+    /// Whether its memory is left as it is.
+    pub pinned: bool,
+}
+
+/// Answer to `PUT fleet.reserve`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ReserveAnswer {
+    /// The reservation; absent when it was only asked whether it would fit.
+    pub reservation: Option<Reservation>,
+    /// What could still be promised afterwards.
+    pub firm_free_after: Bytes,
+}
+
+impl AdmissionCounts {
+    pub(super) fn count(&mut self, result: &'static str, reason: &'static str) {
+        *self.answers.entry((result, reason)).or_default() += 1;
+    }
+}

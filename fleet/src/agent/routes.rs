@@ -1,0 +1,71 @@
+//! Who may ask what, where. What can be answered from what is published never reaches the control thread.
+
+use super::{Published, Status};
+use crate::http::{Method, Request, Response};
+use crate::metrics;
+
+/// Names below `/api/v1` of the local socket.
+pub const LOCAL_NAMES: [&str; 9] = [
+    "fleet.status",
+    "fleet.explain",
+    "fleet.events",
+    "fleet.config",
+    "fleet.reserve",
+    "fleet.confirm",
+    "fleet.release",
+    "fleet.pin",
+    "fleet.reload",
+];
+
+/// Content type of the Prometheus text format in its OpenMetrics form.
+const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+const HTML: &str = "text/html; charset=utf-8";
+const PAGE: &str = include_str!("page.html");
+
+/// The local socket: everything.
+pub(super) fn handle_local(
+    request: &Request,
+    published: &Published,
+    ask: impl Fn(&Request) -> Response,
+) -> Response {
+    let Some(name) = request.path.strip_prefix(api::API_PREFIX) else {
+        return handle_page(request, published, ask);
+    };
+    match (request.method, name) {
+        (Method::Get, "fleet.status") => Response::json(&published.get().status),
+        (Method::Get, "fleet.explain") => Response::json(&*published.get().plan),
+        _ if LOCAL_NAMES.contains(&name) => ask(request),
+        _ => Response::error(404, &["Not Found".to_owned()]),
+    }
+}
+
+/// The page and the metrics, over TCP: nothing that changes anything, and nothing that says how the host is set up.
+pub fn handle_page(
+    request: &Request,
+    published: &Published,
+    ask: impl Fn(&Request) -> Response,
+) -> Response {
+    if request.method != Method::Get {
+        return Response::error(400, &["Only GET is served here".to_owned()]);
+    }
+    match request.path.as_str() {
+        "/" => Response::text(HTML, PAGE),
+        "/metrics" => Response::text(OPEN_METRICS, metrics::render(&published.get(), published)),
+        "/status.json" => Response::json(&without_paths(&published.get().status)),
+        "/events.json" => ask(&Request {
+            path: format!("{}fleet.events", api::API_PREFIX),
+            ..request.clone()
+        }),
+        "/healthz" => Response::text("text/plain; charset=utf-8", "ok\n"),
+        _ => Response::error(404, &["Not Found".to_owned()]),
+    }
+}
+
+fn without_paths(status: &Status) -> Status {
+    let mut status = status.clone();
+    for vm in &mut status.vms {
+        vm.socket.clear();
+        vm.pid = None;
+    }
+    status
+}

@@ -1,0 +1,133 @@
+//! The last levers, which need no help from the guest: the limits of the VMM's control group, and its end.
+//!
+//! A limit is only ever written to a group that holds nothing but this VMM. A group shared with anything else would be
+//! squeezed for what one guest did.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustix::process::{Pid, Signal, kill_process as send_signal};
+use thiserror::Error;
+
+use crate::model::Bytes;
+
+/// Why a limit was not set.
+#[derive(Debug, Error)]
+pub enum GroupError {
+    /// The process is gone, or not in a version 2 group.
+    #[error("the control group of process {pid} cannot be found")]
+    NoGroup {
+        /// The process.
+        pid: i32,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// It is not alone there.
+    #[error("the control group {} holds other processes beside {pid}", path.display())]
+    Shared {
+        /// The group.
+        path: PathBuf,
+        /// The process.
+        pid: i32,
+    },
+    /// The kernel refused.
+    #[error("cannot write {}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The process could not be killed.
+    #[error("process {pid} cannot be killed")]
+    Kill {
+        /// The process.
+        pid: i32,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Files of a control group that hold a limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GroupFile {
+    /// `memory.max`
+    MemoryMax,
+    /// `memory.high`
+    MemoryHigh,
+    /// `memory.swap.max`
+    SwapMax,
+}
+
+impl GroupFile {
+    /// Its name.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::MemoryMax => "memory.max",
+            Self::MemoryHigh => "memory.high",
+            Self::SwapMax => "memory.swap.max",
+        }
+    }
+}
+
+/// Where processes and groups are. Tests point it at files of their own.
+#[derive(Clone, Debug)]
+pub struct GroupFiles {
+    /// Normally `/proc`.
+    pub proc: PathBuf,
+    /// Normally `/sys/fs/cgroup`.
+    pub cgroup_root: PathBuf,
+}
+
+impl GroupFiles {
+    /// The group of a process.
+    ///
+    /// # Errors
+    /// It is gone, or the machine has no version 2 groups.
+    pub fn group_of(&self, pid: i32) -> Result<PathBuf, GroupError> {
+        let failed = |source| GroupError::NoGroup { pid, source };
+        let text =
+            fs::read_to_string(self.proc.join(pid.to_string()).join("cgroup")).map_err(failed)?;
+        let path = text
+            .lines()
+            .find_map(|line| line.strip_prefix("0::/"))
+            .ok_or_else(|| failed(io::Error::other("there is no line 0:: in its cgroup file")))?;
+        Ok(self.cgroup_root.join(path))
+    }
+
+    /// Sets a limit of the process's own group; `None` takes it away.
+    ///
+    /// # Errors
+    /// The group is shared, gone, or the kernel refuses.
+    pub fn limit(&self, pid: i32, file: GroupFile, limit: Option<Bytes>) -> Result<(), GroupError> {
+        let path = self.group_of(pid)?;
+        if path == self.cgroup_root || !is_alone(&path, pid) {
+            return Err(GroupError::Shared { path, pid });
+        }
+        let path = path.join(file.name());
+        let text = limit.map_or_else(|| "max".to_owned(), |limit| limit.0.to_string());
+        fs::write(&path, text).map_err(|source| GroupError::Write { path, source })
+    }
+}
+
+fn is_alone(group: &Path, pid: i32) -> bool {
+    fs::read_to_string(group.join("cgroup.procs")).is_ok_and(|text| text.trim() == pid.to_string())
+}
+
+/// Ends a process without its consent.
+///
+/// # Errors
+/// It is gone or not ours to kill.
+pub fn kill_process(pid: i32) -> Result<(), GroupError> {
+    let failed = |source: io::Error| GroupError::Kill { pid, source };
+    // Below that are init, and ways to say "everybody".
+    let process = (pid > 1)
+        .then_some(pid)
+        .and_then(Pid::from_raw)
+        .ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
+    send_signal(process, Signal::KILL).map_err(|errno| failed(errno.into()))
+}

@@ -1,0 +1,145 @@
+#![allow(clippy::unwrap_used)]
+//! Plans against a world that moved on.
+
+use std::fs;
+
+use tempfile::TempDir;
+
+use super::*;
+use crate::model::{Bytes, VmId};
+use crate::planner::{ActionKind, Phase, Precondition, Reason};
+
+fn action(vm: &str, phase: Phase, from: u64, to: u64, available_min: u64) -> Action {
+    Action {
+        vm: VmId::from(vm),
+        phase,
+        kind: ActionKind::Balloon {
+            from: Bytes::mib(from),
+            to: Bytes::mib(to),
+        },
+        reason: Reason::Shortage,
+        requires: Precondition {
+            epoch: 1,
+            valid_until_ms: 1000,
+            host_available_min: Bytes::mib(available_min),
+            balloon_target: Some(Bytes::mib(from)),
+        },
+    }
+}
+
+fn present(now_ms: u64, available_mib: u64) -> Present {
+    Present {
+        epoch: 1,
+        now_ms,
+        host_available: Bytes::mib(available_mib),
+        balloon_target: Bytes::mib(100),
+    }
+}
+
+#[test]
+fn grant_waits_for_its_memory_and_is_then_handed_over_once() {
+    let mut executor = Executor::default();
+    executor.replace(vec![
+        action("a", Phase::Free, 100, 200, 0),
+        action("b", Phase::Grant, 100, 0, 512),
+    ]);
+    let mut ordered = Vec::new();
+    let settled = executor.run(
+        |_| Some(present(0, 100)),
+        |action| {
+            ordered.push(action.vm.clone());
+            true
+        },
+    );
+    assert_eq!(settled.len(), 1);
+    assert_eq!(executor.waiting().len(), 1);
+    executor.run(
+        |_| Some(present(500, 600)),
+        |action| {
+            ordered.push(action.vm.clone());
+            true
+        },
+    );
+    assert_eq!(ordered, [VmId::from("a"), VmId::from("b")]);
+    assert!(
+        executor
+            .run(|_| Some(present(600, 600)), |_| true)
+            .is_empty()
+    );
+}
+
+#[test]
+fn grant_that_waited_too_long_is_dropped() {
+    let mut executor = Executor::default();
+    executor.replace(vec![action("b", Phase::Grant, 100, 0, 512)]);
+    assert!(executor.run(|_| Some(present(0, 1)), |_| true).is_empty());
+    let settled = executor.run(|_| Some(present(1001, 1)), |_| true);
+    assert_eq!(settled[0].1, Settled::Dropped(Block::TooOld));
+}
+
+#[test]
+fn action_on_a_replaced_vm_or_by_another_hand_is_dropped() {
+    let mut executor = Executor::default();
+    executor.replace(vec![
+        action("a", Phase::Free, 100, 200, 0),
+        action("b", Phase::Free, 50, 200, 0),
+        action("c", Phase::Free, 50, 100, 0),
+        action("d", Phase::Free, 100, 200, 0),
+    ]);
+    let settled = executor.run(
+        |action| match action.vm.as_str() {
+            "a" => Some(Present {
+                epoch: 2,
+                ..present(0, 0)
+            }),
+            "d" => None,
+            _ => Some(present(0, 0)),
+        },
+        |_| panic!("nothing is to be ordered"),
+    );
+    let blocks: Vec<Settled> = settled.into_iter().map(|(_, settled)| settled).collect();
+    assert_eq!(blocks[0], Settled::Dropped(Block::Replaced));
+    assert!(matches!(blocks[1], Settled::Dropped(Block::Moved { .. })));
+    assert_eq!(blocks[2], Settled::Dropped(Block::Done));
+    assert_eq!(blocks[3], Settled::Gone);
+}
+
+#[test]
+fn limit_is_set_only_where_the_vmm_is_alone() {
+    let folder = TempDir::new().unwrap();
+    let files = GroupFiles {
+        proc: folder.path().join("proc"),
+        cgroup_root: folder.path().join("cgroup"),
+    };
+    let group = files.cgroup_root.join("vms/a");
+    fs::create_dir_all(&group).unwrap();
+    fs::create_dir_all(files.proc.join("42")).unwrap();
+    fs::write(
+        files.proc.join("42/cgroup"),
+        "1:name=systemd:/x\n0::/vms/a\n",
+    )
+    .unwrap();
+    fs::write(group.join("cgroup.procs"), "42\n43\n").unwrap();
+    let shared = files.limit(42, GroupFile::MemoryHigh, Some(Bytes::mib(1)));
+    assert!(matches!(shared, Err(GroupError::Shared { .. })));
+    fs::write(group.join("cgroup.procs"), "42\n").unwrap();
+    files
+        .limit(42, GroupFile::MemoryHigh, Some(Bytes::mib(1)))
+        .unwrap();
+    assert_eq!(
+        fs::read_to_string(group.join("memory.high")).unwrap(),
+        "1048576"
+    );
+    files.limit(42, GroupFile::MemoryMax, None).unwrap();
+    assert_eq!(fs::read_to_string(group.join("memory.max")).unwrap(), "max");
+    // A process in no group of its own is left alone.
+    fs::write(files.proc.join("42/cgroup"), "0::/\n").unwrap();
+    assert!(files.limit(42, GroupFile::MemoryHigh, None).is_err());
+}
+
+#[test]
+fn kill_never_aims_at_init_or_everybody() {
+    for pid in [-1, 0, 1] {
+        assert!(kill_process(pid).is_err());
+    }
+}

@@ -1,0 +1,231 @@
+//! Figures of the host, of decisions and of requests.
+
+use std::fmt;
+
+use prometheus_client::encoding::NoLabelSet;
+use prometheus_client::metrics::MetricType;
+
+use super::{Labels, Out};
+use crate::agent::Shown;
+use crate::model::{Bytes, HostState};
+use crate::reservations::ReservationPhase;
+use crate::sample::{DURATION_BUCKETS_SECONDS, RequestCounters};
+
+pub(super) fn write(out: &mut Out<'_>, shown: &Shown) -> fmt::Result {
+    let status = &shown.status;
+    let host = &status.host;
+    let own = || -> Labels { vec![("host", host.name.clone())] };
+    let with = |name: &'static str, value: &str| -> Labels {
+        let mut labels = own();
+        labels.push((name, value.to_owned()));
+        labels
+    };
+    let ledger = &host.ledger;
+    let books: [(&str, &str, Bytes); 10] = [
+        (
+            "ch_host_memory_usable_bytes",
+            "Memory that may be handed out",
+            ledger.usable,
+        ),
+        (
+            "ch_host_memory_available_bytes",
+            "Available memory above the reserve",
+            ledger.available,
+        ),
+        (
+            "ch_host_memory_reserved_bytes",
+            "Memory that is never handed out",
+            ledger.reserved,
+        ),
+        (
+            "ch_host_memory_promised_bytes",
+            "Memory promised to VMs that are not there yet",
+            ledger.promised,
+        ),
+        (
+            "ch_host_memory_granted_bytes",
+            "Memory given to guests and not used yet",
+            ledger.granted,
+        ),
+        (
+            "ch_host_memory_firm_free_bytes",
+            "Memory that can be promised to a further VM",
+            ledger.firm_free,
+        ),
+        (
+            "ch_host_memory_callable_liability_bytes",
+            "Memory the guests may take back without asking",
+            ledger.callable_liability,
+        ),
+        (
+            "ch_host_memory_burst_bytes",
+            "Memory the guests call in at once but for one case in a hundred",
+            ledger.burst,
+        ),
+        (
+            "ch_host_memory_configured_bytes",
+            "Memory of all VMs",
+            ledger.configured,
+        ),
+        (
+            "ch_host_memory_resident_bytes",
+            "Host memory the VMs occupy",
+            ledger.resident,
+        ),
+    ];
+    for (name, help, bytes) in books {
+        out.gauge(name, help, [(own(), bytes.0)])?;
+    }
+    out.gauge(
+        "ch_host_state",
+        "1 for the state the host is in",
+        HostState::ALL.map(|state| {
+            let value = i64::from(state == host.state);
+            (with("state", state.name()), value)
+        }),
+    )?;
+    let pressure = host.facts.pressure;
+    let seconds = |us: u64| us as f64 / 1e6;
+    out.counter(
+        "ch_host_pressure_stall_seconds",
+        "Time in which tasks waited for memory",
+        [
+            (with("kind", "some"), seconds(pressure.some_total_us)),
+            (with("kind", "full"), seconds(pressure.full_total_us)),
+        ],
+    )?;
+    out.gauge(
+        "ch_host_swap_bytes_per_second",
+        "Memory that goes to and comes from swap",
+        [
+            (with("direction", "in"), host.facts.swap_in_per_s.0),
+            (with("direction", "out"), host.facts.swap_out_per_s.0),
+        ],
+    )?;
+    out.gauge(
+        "ch_burst_coverage_ratio",
+        "How often available memory covers the burst",
+        host.burst_coverage.map(|coverage| (own(), coverage)),
+    )?;
+    out.gauge(
+        "ch_host_facts_age_seconds",
+        "Age of what was read from the host",
+        [(own(), host.facts_age_ms as f64 / 1e3)],
+    )?;
+    out.gauge(
+        "ch_host_last_resort",
+        "How far the last resorts have gone",
+        [(own(), i64::from(host.last_resort))],
+    )?;
+    out.gauge(
+        "ch_config_last_reload_successful",
+        "Whether the last reload of the settings was taken",
+        [(own(), i64::from(status.reload_ok))],
+    )?;
+    out.gauge(
+        "ch_agent_start_time_seconds",
+        "When the agent started, since the Unix epoch",
+        [(own(), status.started_unix_ms as f64 / 1e3)],
+    )?;
+    write_decisions(out, shown, &own)?;
+    out.gauge(
+        "ch_reservation_bytes",
+        "Memory promised by reservations, by how far they are",
+        ReservationPhase::ALL.map(|phase| {
+            let bytes: Bytes = status
+                .reservations
+                .iter()
+                .filter(|entry| entry.reservation.phase == phase)
+                .map(|entry| entry.outstanding)
+                .sum();
+            (with("phase", phase.name()), bytes.0)
+        }),
+    )
+}
+
+fn write_decisions(out: &mut Out<'_>, shown: &Shown, own: &dyn Fn() -> Labels) -> fmt::Result {
+    let decisions = &shown.decisions;
+    out.counter(
+        "ch_decisions",
+        "Actions by what, why and what became of them",
+        decisions
+            .actions
+            .iter()
+            .map(|((action, reason, result), count)| {
+                let mut labels = own();
+                labels.extend([
+                    ("action", (*action).to_owned()),
+                    ("reason", (*reason).to_owned()),
+                    ("result", (*result).to_owned()),
+                ]);
+                (labels, *count)
+            }),
+    )?;
+    out.counter("ch_plans", "Plans made", [(own(), decisions.plans)])?;
+    out.counter(
+        "ch_decision_duration_seconds",
+        "Time spent planning",
+        [(own(), decisions.plan_us as f64 / 1e6)],
+    )?;
+    out.counter(
+        "ch_oscillations",
+        "Balloons that turned round within a minute",
+        [(own(), decisions.oscillations)],
+    )?;
+    out.counter(
+        "ch_admission",
+        "Answers to requests for memory",
+        shown
+            .admissions
+            .answers
+            .iter()
+            .map(|((result, reason), count)| {
+                let mut labels = own();
+                labels.extend([
+                    ("result", (*result).to_owned()),
+                    ("reason", (*reason).to_owned()),
+                ]);
+                (labels, *count)
+            }),
+    )
+}
+
+pub(super) fn write_requests(
+    out: &mut Out<'_>,
+    host: &str,
+    requests: &RequestCounters,
+) -> fmt::Result {
+    let counts = requests.snapshot();
+    if counts.is_empty() {
+        return Ok(());
+    }
+    let mut family = out.encoder.encode_descriptor(
+        "ch_api_request_duration_seconds",
+        "Requests to VMMs by endpoint and result",
+        None,
+        MetricType::Histogram,
+    )?;
+    for ((op, result), count) in counts {
+        let labels: Labels = vec![
+            ("host", host.to_owned()),
+            ("op", op.to_owned()),
+            ("result", result.to_owned()),
+        ];
+        // The encoder wants each bucket's own count, the last of them without a bound.
+        let mut below = 0;
+        let mut buckets: Vec<(f64, u64)> = DURATION_BUCKETS_SECONDS
+            .into_iter()
+            .zip(count.buckets)
+            .map(|(bound, cumulative)| {
+                let own = cumulative - below;
+                below = cumulative;
+                (bound, own)
+            })
+            .collect();
+        buckets.push((f64::INFINITY, count.count - below));
+        family
+            .encode_family(&labels)?
+            .encode_histogram::<NoLabelSet>(count.sum_seconds, count.count, &buckets, None)?;
+    }
+    Ok(())
+}

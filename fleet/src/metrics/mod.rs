@@ -1,0 +1,107 @@
+//! The figures in the OpenMetrics text format, for Prometheus.
+//!
+//! Everything comes out of what is published; a scrape asks no VM. Names have the prefix `ch_` and base units. A VM is
+//! labelled with its name and its host's and nothing else, so that series do not multiply; what changes with the VM's life is
+//! in `ch_vm_info`. A VM that went takes its series with it; a counter of a guest begins anew with its machine, whose number is
+//! `ch_vm_epoch`.
+
+mod host;
+mod vm;
+
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::sync::Arc;
+
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, NoLabelSet, text,
+};
+use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::exemplar::Exemplar;
+use prometheus_client::registry::Registry;
+
+use crate::agent::{Published, Shown};
+use crate::sample::RequestCounters;
+
+/// Labels of one series.
+type Labels = Vec<(&'static str, String)>;
+
+/// All figures as text.
+pub(crate) fn render(shown: &Arc<Shown>, published: &Published) -> String {
+    let mut registry = Registry::default();
+    registry.register_collector(Box::new(Scrape {
+        shown: Arc::clone(shown),
+        requests: Arc::clone(&published.requests),
+    }));
+    let mut text = String::new();
+    // Writing to a string does not fail.
+    let _ = text::encode(&mut text, &registry);
+    text
+}
+
+/// What one scrape is answered from.
+#[derive(Debug)]
+struct Scrape {
+    shown: Arc<Shown>,
+    requests: Arc<RequestCounters>,
+}
+
+impl Collector for Scrape {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let mut out = Out { encoder };
+        host::write(&mut out, &self.shown)?;
+        host::write_requests(&mut out, &self.shown.status.host.name, &self.requests)?;
+        vm::write(&mut out, &self.shown.status)
+    }
+}
+
+/// Writes families.
+struct Out<'a> {
+    encoder: DescriptorEncoder<'a>,
+}
+
+impl Out<'_> {
+    /// One gauge with a value for each set of labels; left out when there is none.
+    fn gauge<V: EncodeGaugeValue>(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = (Labels, V)>,
+    ) -> fmt::Result {
+        let mut values = values.into_iter().peekable();
+        if values.peek().is_none() {
+            return Ok(());
+        }
+        let mut family = self
+            .encoder
+            .encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (labels, value) in values {
+            family.encode_family(&labels)?.encode_gauge(&value)?;
+        }
+        Ok(())
+    }
+
+    /// One counter; its name gets `_total` from the encoder.
+    fn counter<V: EncodeCounterValue>(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = (Labels, V)>,
+    ) -> fmt::Result {
+        let mut values = values.into_iter().peekable();
+        if values.peek().is_none() {
+            return Ok(());
+        }
+        let mut family = self
+            .encoder
+            .encode_descriptor(name, help, None, MetricType::Counter)?;
+        for (labels, value) in values {
+            family
+                .encode_family(&labels)?
+                .encode_counter::<NoLabelSet, V, u64>(&value, None::<&Exemplar<NoLabelSet, u64>>)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,80 @@
+#![allow(clippy::unwrap_used)]
+//! The text that a scrape gets.
+
+use std::time::Duration;
+
+use super::*;
+use crate::agent::{Status, VmStatus};
+use crate::model::{Bytes, HostState};
+
+fn shown() -> Arc<Shown> {
+    let mut shown = Shown {
+        status: Status {
+            vms: vec![
+                VmStatus {
+                    vm: "db\"1".to_owned(),
+                    configured: Bytes::gib(4),
+                    target: Bytes::gib(1),
+                    repopulated: Some(Bytes::mib(3)),
+                    sample_age_ms: Some(1500),
+                    up: true,
+                    ..VmStatus::default()
+                },
+                VmStatus {
+                    vm: "new".to_owned(),
+                    ..VmStatus::default()
+                },
+            ],
+            ..Status::default()
+        },
+        ..Shown::default()
+    };
+    shown.status.host.name = "h1".to_owned();
+    shown.status.host.state = HostState::Orange;
+    shown
+        .decisions
+        .actions
+        .insert(("inflate", "shortage", "ordered"), 7);
+    Arc::new(shown)
+}
+
+fn text() -> String {
+    let published = Published::default();
+    published
+        .requests
+        .record("vm.info", None, Duration::from_millis(3));
+    published
+        .requests
+        .record("vm.info", None, Duration::from_secs(9));
+    render(&shown(), &published)
+}
+
+#[test]
+fn scrape_has_values_under_their_names() {
+    let text = text();
+    for line in [
+        r#"ch_host_state{host="h1",state="orange"} 1"#,
+        r#"ch_host_state{host="h1",state="green"} 0"#,
+        r#"ch_vm_balloon_target_bytes{host="h1",vm="db\"1"} 1073741824"#,
+        r#"ch_vm_memory_target_bytes{host="h1",vm="db\"1"} 3221225472"#,
+        r#"ch_vm_reclaim_repopulated_bytes_total{host="h1",vm="db\"1"} 3145728"#,
+        r#"ch_decisions_total{host="h1",action="inflate",reason="shortage",result="ordered"} 7"#,
+        r#"ch_api_request_duration_seconds_bucket{le="0.005",host="h1",op="vm.info",result="ok"} 1"#,
+        r#"ch_api_request_duration_seconds_bucket{le="+Inf",host="h1",op="vm.info",result="ok"} 2"#,
+        r#"ch_vm_up{host="h1",vm="new"} 0"#,
+        "# EOF",
+    ] {
+        assert!(
+            text.lines().any(|found| found == line),
+            "no {line} in\n{text}"
+        );
+    }
+}
+
+#[test]
+fn scrape_leaves_out_what_is_unknown() {
+    let text = text();
+    assert!(!text.contains(r#"ch_vm_memory_configured_bytes{host="h1",vm="new"}"#));
+    assert!(!text.contains("ch_vm_guest_free_bytes"));
+    assert!(!text.contains("ch_burst_coverage_ratio"));
+}
