@@ -45,6 +45,9 @@ pub(crate) struct Options {
     /// Only what is quick: applies to the base, checkpatch, and the whole series builds
     #[arg(long, conflicts_with = "boot")]
     quick: bool,
+    /// Only what needs no compiler: applies to the base and to the newest source, checkpatch
+    #[arg(long, conflicts_with_all = ["quick", "boot"])]
+    no_build: bool,
     /// Boot every prefix with each tracker, too
     #[arg(long)]
     boot: bool,
@@ -61,7 +64,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let base = Source::base()?;
     let applies = every_prefix_applies(&series, &base, &mut report)?;
     checkpatch(&series, &base, &mut report)?;
-    if applies {
+    if applies && !options.no_build {
         if !options.quick {
             for variant in [Variant::On, Variant::Off] {
                 every_prefix_builds(&series, &base, variant, &mut report)?;
@@ -73,7 +76,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         }
     }
     if !options.quick {
-        on_newest(&series, &base, &mut report)?;
+        on_newest(&series, &base, options.no_build, &mut report)?;
     }
     Ok(if report.close() {
         ExitCode::SUCCESS
@@ -285,7 +288,7 @@ fn folders(series: &Series) -> BTreeSet<String> {
 }
 
 /// The newest kernel that Debian packages: the series applies and its folders build.
-fn on_newest(series: &Series, base: &Source, report: &mut Report) -> Result<()> {
+fn on_newest(series: &Series, base: &Source, no_build: bool, report: &mut Report) -> Result<()> {
     let newest = match newest::source(base) {
         Ok(Some(newest)) => newest,
         Ok(None) => {
@@ -300,7 +303,7 @@ fn on_newest(series: &Series, base: &Source, report: &mut Report) -> Result<()> 
             return Ok(());
         }
     };
-    if !every_prefix_applies(series, &newest, report)? {
+    if !every_prefix_applies(series, &newest, report)? || no_build {
         return Ok(());
     }
     for variant in [Variant::On, Variant::Off] {

@@ -37,6 +37,8 @@ pub(super) struct Kernel {
     /// Empty for the stock kernel.
     series: Series,
     fragment: String,
+    /// The tree of objects; without a name the one of stock and patched kernel.
+    objects: Option<&'static str>,
     key: String,
 }
 
@@ -57,6 +59,7 @@ impl Kernel {
                 patches: Vec::new(),
             },
             fragment: FRAGMENT.into(),
+            objects: None,
             key,
         })
     }
@@ -67,8 +70,29 @@ impl Kernel {
         if series.is_empty() {
             return Ok(None);
         }
+        Self::with_series("Patched test kernel", series, patched_fragment()?, None).map(Some)
+    }
+
+    /// The patched kernel with the unit tests of the series; `None` if it has none.
+    pub(super) fn kunit() -> Result<Option<Self>> {
+        let series = Series::read()?;
+        let path = series::folder().join("config/kunit.config");
+        if series.is_empty() || !path.exists() {
+            return Ok(None);
+        }
+        let tests =
+            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+        let fragment = format!("{}\n{tests}", patched_fragment()?);
+        Self::with_series("Kernel with unit tests", series, fragment, Some("kunit")).map(Some)
+    }
+
+    fn with_series(
+        what: &'static str,
+        series: Series,
+        fragment: String,
+        objects: Option<&'static str>,
+    ) -> Result<Self> {
         let source = Source::base()?;
-        let fragment = patched_fragment()?;
         let key = key(&[
             &source.key,
             &fragment,
@@ -76,13 +100,14 @@ impl Kernel {
             &BUILDER_VERSION.to_string(),
             &compiler()?,
         ]);
-        Ok(Some(Self {
-            what: "Patched test kernel",
+        Ok(Self {
+            what,
             source,
             series,
             fragment,
+            objects,
             key,
-        }))
+        })
     }
 
     /// Makes `dir/{vmlinux,bzImage}` exist and be up to date.
@@ -136,7 +161,10 @@ impl Kernel {
             self.series.applied(&workshop.pristine)?
         };
         workshop.put(&contents)?;
-        let objects = workshop.main_objects();
+        let objects = match self.objects {
+            None => workshop.main_objects(),
+            Some(name) => workshop.objects(name)?,
+        };
         objects.configure(&self.fragment, Options::AllHonoured)?;
         let targets = ["vmlinux", "bzImage"];
         objects.build(self.what, &targets, Some(EXPECTED_STEPS))?;

@@ -15,6 +15,7 @@ pub(crate) mod cpio;
 mod emulator;
 mod initramfs;
 mod kernel;
+pub(crate) mod kunit;
 mod make;
 mod newest;
 pub(crate) mod programs;

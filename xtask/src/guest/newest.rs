@@ -14,7 +14,7 @@ use super::source::Source;
 use crate::{apt, paths};
 
 /// Where the newest kernels appear.
-const SUITES: [&str; 2] = ["unstable", "stable-backports"];
+const SUITES: [&str; 2] = ["unstable", "trixie-backports"];
 const PREFIX: &str = "linux-source-";
 /// How old the lists may be.
 const LISTS_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
