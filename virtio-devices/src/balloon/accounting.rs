@@ -148,6 +148,9 @@ guest_faults! {
     descriptors_unreadable,
     /// Chains with more descriptors or bytes than the device looks at; the rest was ignored.
     chains_too_long,
+    /// Chains that come back to a descriptor of theirs, go on where there is none, or
+    /// add up to more than 4 GiB; what came before that was used.
+    chains_without_end,
     /// Chains without a single descriptor the device could use.
     chains_empty,
     /// Chains whose head does not exist; they cannot be answered.

@@ -78,21 +78,24 @@ pub(super) fn each_descriptor(
     faults: &mut GuestFaults,
     mut visit: impl FnMut(&Descriptor, &mut GuestFaults),
 ) {
-    let mut any = false;
+    let mut last_has_next = None;
     for (position, descriptor) in chain.enumerate() {
         if position == CHAIN_DESCRIPTORS_MAX {
             faults.chains_too_long += 1;
             return;
         }
-        any = true;
+        last_has_next = Some(descriptor.has_next());
         if descriptor.len() == 0 {
             faults.descriptors_empty += 1;
         } else {
             visit(&descriptor, faults);
         }
     }
-    if !any {
-        faults.chains_empty += 1;
+    match last_has_next {
+        None => faults.chains_empty += 1,
+        // There should be more, but the queue code will not go on.
+        Some(true) => faults.chains_without_end += 1,
+        Some(false) => {}
     }
 }
 

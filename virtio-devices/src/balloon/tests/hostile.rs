@@ -101,7 +101,7 @@ fn report_past_the_end_of_ram_frees_up_to_the_end() {
 }
 
 #[test]
-fn chain_without_end_is_cut_and_answered() {
+fn chain_without_end_is_cut_counted_and_answered() {
     for queue in QUEUES {
         let mut rig = Rig::new();
         let flags = if queue == REPORTING {
@@ -123,6 +123,7 @@ fn chain_without_end_is_cut_and_answered() {
                 "queue {queue}"
             );
         }
+        assert_eq!(rig.snapshot().faults.chains_without_end, 1, "queue {queue}");
     }
 }
 
