@@ -78,12 +78,26 @@ pub fn start(scenario: &str, arguments: &[&str]) -> Result<Vmm> {
 /// # Errors
 /// A check failed, or the guest did not come to its end.
 pub fn expect_all_passed(vmm: &mut Vmm) -> Result<()> {
+    expect_all_passed_while(vmm, |_| Ok(()))
+}
+
+/// As [`expect_all_passed`]; at every look `meanwhile` does something to the machine.
+///
+/// # Errors
+/// As above, or `meanwhile` failed.
+pub fn expect_all_passed_while(
+    vmm: &mut Vmm,
+    mut meanwhile: impl FnMut(&Vmm) -> Result<()>,
+) -> Result<()> {
     let text = wait_for("the guest's closing line", SCENARIO_DEADLINE, || {
         // In this order: what the guest prints last is there when the VMM has ended.
         let ended = vmm.has_ended()?;
         let text = vmm.text("serial");
         let done = text.contains("DONE ");
         ensure!(done || !ended, "the VMM ended before the guest was done");
+        if !ended {
+            meanwhile(vmm)?;
+        }
         Ok(done.then_some(text))
     })
     .with_context(|| format!("serial: {}\nerrors: {}", vmm.text("serial"), vmm.stderr()))?;

@@ -14,7 +14,7 @@ pub const F_REPORTING: u64 = 1 << 5;
 
 pub const INFLATE: u16 = 0;
 pub const DEFLATE: u16 = 1;
-const STATS: u16 = 2;
+pub const STATS: u16 = 2;
 /// Dense numbering: behind inflate, deflate and statistics.
 pub const REPORTING: u16 = 3;
 
@@ -36,7 +36,7 @@ pub struct Balloon {
     pub device: Device,
     pub inflate: Queue,
     pub deflate: Queue,
-    stats: Queue,
+    pub stats: Queue,
     pub reporting: Queue,
 }
 

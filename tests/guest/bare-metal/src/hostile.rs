@@ -2,8 +2,8 @@
 //! either still work or say DEVICE_NEEDS_RESET and work again after a reset,
 //! and memory that was not given up must be as it was.
 
-use crate::balloon::{Balloon, DATA, DEFLATE, DEVICE_BALLOON, INFLATE, REPORTING};
-use crate::memory::{find_other, stamp, write};
+use crate::balloon::{Balloon, DATA, DEFLATE, DEVICE_BALLOON, INFLATE, REPORTING, STATS};
+use crate::memory::{fill, find_other, stamp, write};
 use crate::queue::{DESC_INDIRECT, DESC_NEXT, DESC_WRITE, Desc, Queue};
 use crate::report::Report;
 use crate::virtio::{Device, F_VERSION_1, STATUS_NEEDS_RESET};
@@ -13,12 +13,16 @@ const PATTERN: u32 = 0xa5a5_a5a5;
 /// Memory that is never named in a valid request: the canary.
 const CANARY: u64 = 96 << 20;
 const CANARY_BYTES: u64 = 8 << 20;
+/// A list of page frame numbers.
+const LIST: u64 = 49 << 20;
+/// Nothing is mapped there.
+const NOWHERE: u64 = 1 << 46;
 
 type Lie = fn(&mut Balloon);
 
 const LIES: &[(&str, Lie)] = &[
     ("report_outside_ram", |b| {
-        offer(b, &[(1 << 46, 4 << 20)], DESC_WRITE)
+        offer(b, &[(NOWHERE, 4 << 20)], DESC_WRITE)
     }),
     ("report_in_pci_hole", |b| {
         offer(b, &[(0xe800_0000, 1 << 20)], DESC_WRITE)
@@ -35,20 +39,17 @@ const LIES: &[(&str, Lie)] = &[
     ("report_readable", |b| {
         offer(b, &[(CANARY, BLOCK as u32)], 0)
     }),
+    ("report_overlapping", |b| {
+        let block = BLOCK as u32;
+        let ranges = [(DATA + BLOCK / 2, block), (DATA, block), (DATA, 4 * block)];
+        offer(b, &ranges, DESC_WRITE);
+    }),
     ("report_loop", |b| {
-        let desc = Desc {
-            address: 1 << 46,
-            bytes: 4096,
-            flags: DESC_WRITE | DESC_NEXT,
-            next: 0,
-        };
-        b.reporting.set_desc(0, desc);
-        b.reporting.offer(0);
-        b.device.kick(REPORTING);
+        endless(b, REPORTING, NOWHERE, DESC_WRITE)
     }),
     ("report_next_out_of_range", |b| {
         let desc = Desc {
-            address: 1 << 46,
+            address: NOWHERE,
             bytes: 4096,
             flags: DESC_WRITE | DESC_NEXT,
             next: 0xffff,
@@ -86,17 +87,51 @@ const LIES: &[(&str, Lie)] = &[
         offer_on(b, INFLATE, &[(CANARY, 1024)], DESC_WRITE)
     }),
     ("inflate_gigantic_list", |b| {
-        offer_on(b, INFLATE, &[(1 << 46, 0xffff_fff0)], 0)
+        offer_on(b, INFLATE, &[(NOWHERE, 0xffff_fff0)], 0)
     }),
     ("inflate_odd_length", |b| {
-        offer_on(b, INFLATE, &[(1 << 46, 7)], 0)
+        offer_on(b, INFLATE, &[(NOWHERE, 7)], 0)
     }),
     ("deflate_gigantic_list", |b| {
         offer_on(b, DEFLATE, &[(CANARY, 0xffff_ffff)], 0)
     }),
+    ("inflate_one_page_many_times", |b| {
+        // Answered or not, the pages around it are looked at afterwards.
+        let _ = b.move_frames(INFLATE, &[(DATA >> 12) as u32; 512]);
+    }),
+    ("inflate_list_outside_ram", |b| {
+        offer_on(b, INFLATE, &[(NOWHERE, 1024)], 0)
+    }),
+    ("inflate_loop", |b| endless(b, INFLATE, NOWHERE, 0)),
+    ("deflate_device_writable", |b| {
+        offer_on(b, DEFLATE, &[(CANARY, 1024)], DESC_WRITE)
+    }),
+    ("deflate_loop", |b| endless(b, DEFLATE, CANARY, 0)),
+    // Entries have ten bytes: more than four hundred million of them.
     ("statistics_gigantic", |b| {
-        // Statistics live on queue 2, whose ring is set up like the others.
-        b.device.kick(2);
+        offer_on(b, STATS, &[(CANARY, u32::MAX)], 0)
+    }),
+    ("statistics_gigantic_many_times", |b| {
+        let all = [(0, u32::MAX), (CANARY, u32::MAX), (NOWHERE, u32::MAX)];
+        offer_on(b, STATS, &all, 0);
+    }),
+    ("statistics_device_writable", |b| {
+        offer_on(b, STATS, &[(CANARY, 160)], DESC_WRITE)
+    }),
+    ("statistics_outside_ram", |b| {
+        offer_on(b, STATS, &[(u64::MAX - 79, 160)], 0)
+    }),
+    ("statistics_ragged", |b| {
+        offer_on(b, STATS, &[(CANARY, 13)], 0)
+    }),
+    ("statistics_loop", |b| endless(b, STATS, CANARY, 0)),
+    ("statistics_buffer_after_buffer", |b| {
+        for _ in 0..b.stats.size {
+            offer_on(b, STATS, &[(CANARY, 10)], 0);
+        }
+    }),
+    ("kick_of_no_queue", |b| {
+        b.device.kick(STATS);
         b.device.kick(0xffff);
     }),
     ("actual_lies", |b| write(b.device.config + 4, u32::MAX)),
@@ -162,14 +197,32 @@ fn offer(balloon: &mut Balloon, ranges: &[(u64, u32)], flags: u16) {
 }
 
 fn offer_on(balloon: &mut Balloon, index: u16, buffers: &[(u64, u32)], flags: u16) {
-    let queue = if index == INFLATE {
-        &mut balloon.inflate
-    } else {
-        &mut balloon.deflate
-    };
+    let queue = queue(balloon, index);
     queue.set_chain(buffers, flags);
     queue.offer(0);
     balloon.device.kick(index);
+}
+
+/// A chain whose only descriptor comes after itself.
+fn endless(balloon: &mut Balloon, index: u16, address: u64, flags: u16) {
+    let desc = Desc {
+        address,
+        bytes: 4096,
+        flags: flags | DESC_NEXT,
+        next: 0,
+    };
+    queue(balloon, index).set_desc(0, desc);
+    queue(balloon, index).offer(0);
+    balloon.device.kick(index);
+}
+
+fn queue(balloon: &mut Balloon, index: u16) -> &mut Queue {
+    match index {
+        INFLATE => &mut balloon.inflate,
+        DEFLATE => &mut balloon.deflate,
+        STATS => &mut balloon.stats,
+        _ => &mut balloon.reporting,
+    }
 }
 
 /// Rings outside of RAM, misaligned, of impossible size.
@@ -197,15 +250,19 @@ fn bad_rings(report: &mut Report) {
     works(report, "bad_rings");
 }
 
-/// A reset in the middle of a report completes, and the device works again.
+/// A reset in the middle of work on every queue completes, and the device works again.
 fn reset_while_busy(report: &mut Report) {
     let Some(mut balloon) = Balloon::start() else {
         report.fail("reset_while_busy", format_args!("no balloon"));
         return;
     };
     balloon.device.driver_ok();
+    fill(LIST, 4096, (DATA >> 12) as u32);
     for _ in 0..64 {
         offer(&mut balloon, &[(DATA, 16 << 20)], DESC_WRITE);
+        for index in [INFLATE, DEFLATE, STATS] {
+            offer_on(&mut balloon, index, &[(LIST, 4096)], 0);
+        }
     }
     let done = balloon.device.reset();
     report.check(

@@ -18,6 +18,7 @@
 
 mod balloon;
 mod console;
+mod hinting;
 mod hostile;
 mod hotplug;
 mod interrupts;
@@ -50,6 +51,7 @@ extern "C" fn guest_main(start_info: u64) -> ! {
         Some("balloon") => balloon = balloon::scenario(&mut report),
         Some("hotplug") => hotplug::scenario(&mut report),
         Some("hostile") => hostile::scenario(&mut report),
+        Some("hinting") => hinting::scenario(&mut report),
         Some("registers") => {
             let seed = machine::option(command_line, "seed=").and_then(|seed| seed.parse().ok());
             registers::scenario(seed.unwrap_or(DEFAULT_SEED), &mut report);
