@@ -111,7 +111,12 @@ fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusConte
                 return Outcome::GateClosed;
             }
             Step::Interrupted | Step::GoOn => {}
-            Step::Over(event) => return Outcome::Over(event),
+            Step::Over(event) => {
+                // Once a boot: a triple fault leaves no trace on the guest's console.
+                let rip = vcpu.regs().map_or(0, |regs| regs.rip);
+                log::warn!("vCPU {} asks at {rip:#x} for: {event:?}", cell.index);
+                return Outcome::Over(event);
+            }
             Step::Lost(reason) => {
                 // Once: this vCPU never runs again.
                 let rip = vcpu.regs().map_or(0, |regs| regs.rip);
