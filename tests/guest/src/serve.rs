@@ -10,6 +10,9 @@
 //! | `free [ID]` | `ok free BYTES bytes` |
 //! | `mem` | `ok mem total=… free=… available=…` (bytes) |
 //! | `disk-fill PATH BYTES SEED`, `disk-verify PATH BYTES SEED` | `ok disk-fill BYTES bytes` … |
+//! | `churn-start BYTES [seed=N] [threads=N]` | `ok churn-start SEED`: see [`crate::churn`] |
+//! | `churn-status` | `ok churn-status steps=… verified=… zero=…`, or what is wrong |
+//! | `churn-stop` | the same figures, when everything held has been checked |
 //! | `sh COMMAND…` | the command's output, then `ok sh STATUS` |
 //! | `exit` | `ok exit`, and the server ends |
 //!
@@ -18,7 +21,9 @@
 use std::collections::BTreeMap;
 use std::io::{self, BufRead, Write};
 use std::process::Command;
+use std::sync::atomic::Ordering;
 
+use crate::churn::{Churn, Plan, Tally};
 use crate::disk;
 use crate::mem::{Region, Wish};
 use crate::size;
@@ -32,6 +37,7 @@ const LINE_BYTES_MAX: u64 = 64 * 1024;
 pub(crate) struct Server {
     regions: BTreeMap<u64, Region>,
     next_id: u64,
+    churn: Option<Churn>,
 }
 
 impl Server {
@@ -94,6 +100,16 @@ impl Server {
                 let (bytes, seed) = (size::parse(bytes)?, size::parse(seed)?);
                 disk::verify(path, bytes, seed).map(|()| format!("disk-verify {bytes} bytes"))
             }
+            ("churn-start", [bytes, options @ ..]) => self.churn_start(plan(bytes, options)?),
+            ("churn-status", []) => {
+                let churn = self.churn.as_ref().ok_or("nothing churns")?;
+                churn.tally().check()?;
+                Ok(figures(verb, churn.tally()))
+            }
+            ("churn-stop", []) => {
+                let churn = self.churn.take().ok_or("nothing churns")?;
+                Ok(figures(verb, &*churn.stop()?))
+            }
             ("sh", [_, ..]) => shell(rest, output),
             _ => Err(format!("unknown command {line:?}")),
         }
@@ -105,6 +121,14 @@ impl Server {
         self.next_id += 1;
         self.regions.insert(id, region);
         Ok(format!("alloc {id} {} bytes", wish.bytes))
+    }
+
+    fn churn_start(&mut self, plan: Plan) -> Result<String, String> {
+        if self.churn.is_some() {
+            return Err("one at a time".into());
+        }
+        self.churn = Some(Churn::start(plan)?);
+        Ok(format!("churn-start {}", plan.seed))
     }
 
     fn chosen(&self, id: &[&str]) -> Result<Vec<u64>, String> {
@@ -140,6 +164,29 @@ pub(crate) fn wish(bytes: &str, options: &[&str]) -> Result<Wish, String> {
         }
     }
     Ok(wish)
+}
+
+/// Reads `churn-start`'s words.
+fn plan(bytes: &str, options: &[&str]) -> Result<Plan, String> {
+    let mut plan = Plan {
+        bytes: size::parse(bytes)?,
+        seed: 1,
+        threads: 1,
+    };
+    for option in options {
+        match option.split_once('=') {
+            Some(("seed", seed)) => plan.seed = size::parse(seed)?,
+            Some(("threads", threads)) => plan.threads = size::parse(threads)?,
+            _ => return Err(format!("unknown option {option:?}")),
+        }
+    }
+    Ok(plan)
+}
+
+fn figures(verb: &str, tally: &Tally) -> String {
+    let [steps, verified, zero] = [&tally.steps, &tally.verified_bytes, &tally.zero_bytes]
+        .map(|figure| figure.load(Ordering::Relaxed));
+    format!("{verb} steps={steps} verified={verified} zero={zero}")
 }
 
 fn shell(script: &str, output: &mut dyn Write) -> Result<String, String> {
@@ -218,6 +265,22 @@ mod tests {
             assert_eq!(answers.len(), 1);
             assert!(answers[0].starts_with("err "), "{line}: {}", answers[0]);
         }
+    }
+
+    #[test]
+    fn server_churns_until_stopped() {
+        let answers =
+            talk("churn-start 2M seed=3 threads=2\nchurn-status\nchurn-stop\nchurn-stop\n");
+        assert_eq!(answers[0], "ok churn-start 3");
+        assert!(
+            answers[1].starts_with("ok churn-status steps="),
+            "{answers:?}"
+        );
+        assert!(
+            answers[2].starts_with("ok churn-stop steps="),
+            "{answers:?}"
+        );
+        assert_eq!(answers[3], "err nothing churns");
     }
 
     #[test]

@@ -221,11 +221,13 @@ pub(crate) fn set_nonblocking(file: &dyn std::os::fd::AsRawFd) -> io::Result<()>
     Ok(())
 }
 
-/// An anonymous private mapping that is unmapped when dropped.
+/// An anonymous mapping that is unmapped when dropped.
 #[derive(Debug)]
 pub(crate) struct Mapping {
     address: *mut u64,
     bytes: usize,
+    /// `MAP_PRIVATE` or `MAP_SHARED`.
+    sharing: libc::c_int,
 }
 
 /// Whether the mapping asks for or refuses huge pages.
@@ -239,34 +241,59 @@ pub(crate) enum HugePages {
 impl Mapping {
     /// Maps `bytes` (rounded up to pages by the kernel), not yet populated.
     pub(crate) fn new(bytes: usize, huge: HugePages) -> io::Result<Self> {
+        let mapping = Self::map(bytes, libc::MAP_PRIVATE)?;
         let advice = match huge {
-            HugePages::Default => None,
-            HugePages::Always => Some(libc::MADV_HUGEPAGE),
-            HugePages::Never => Some(libc::MADV_NOHUGEPAGE),
+            HugePages::Default => return Ok(mapping),
+            HugePages::Always => libc::MADV_HUGEPAGE,
+            HugePages::Never => libc::MADV_NOHUGEPAGE,
         };
+        // SAFETY: exactly the new mapping, of which nothing but the paging changes.
+        check(unsafe { libc::madvise(mapping.address.cast(), bytes, advice) })?;
+        Ok(mapping)
+    }
+
+    /// Maps shared memory: its pages are the page cache's, not the process's.
+    pub(crate) fn shared(bytes: usize) -> io::Result<Self> {
+        Self::map(bytes, libc::MAP_SHARED)
+    }
+
+    fn map(bytes: usize, sharing: libc::c_int) -> io::Result<Self> {
         // SAFETY: an anonymous mapping at an address of the kernel's choice touches no
-        // existing memory; madvise is given exactly that mapping.
-        unsafe {
-            let address = libc::mmap(
+        // existing memory.
+        let address = unsafe {
+            libc::mmap(
                 ptr::null_mut(),
                 bytes,
                 libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                sharing | libc::MAP_ANONYMOUS,
                 -1,
                 0,
-            );
-            if address == libc::MAP_FAILED {
-                return Err(io::Error::last_os_error());
-            }
-            let mapping = Self {
-                address: address.cast(),
-                bytes,
-            };
-            if let Some(advice) = advice {
-                check(libc::madvise(address, bytes, advice))?;
-            }
-            Ok(mapping)
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
         }
+        Ok(Self {
+            address: address.cast(),
+            bytes,
+            sharing,
+        })
+    }
+
+    /// Gives a part back to the kernel; it reads zero afterwards.
+    pub(crate) fn discard(&mut self, offset: usize, bytes: usize) -> io::Result<()> {
+        assert!(offset <= self.bytes && bytes <= self.bytes - offset);
+        let advice = match self.sharing {
+            libc::MAP_SHARED => libc::MADV_REMOVE,
+            _ => libc::MADV_DONTNEED,
+        };
+        let start = self
+            .address
+            .cast::<libc::c_void>()
+            .wrapping_byte_add(offset);
+        // SAFETY: the part lies inside the mapping, as just checked, and `&mut self` makes
+        // this the only use of it.
+        check(unsafe { libc::madvise(start, bytes, advice) }).map(drop)
     }
 
     /// Maps the first `bytes` of `file` privately: writes stay in this mapping. The file must

@@ -11,6 +11,8 @@ use integration_tests::tests;
 use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
 
+use crate::huge_pages::ReservedHugePages;
+
 pub(crate) fn tests() -> Vec<Test> {
     tests![
         pvh_kernel_with_one_vcpu_boots,
@@ -132,41 +134,6 @@ fn real_time_clock_tells_the_hosts_time() -> Result<Outcome> {
     let hosts = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
     ensure!(hosts.abs_diff(guests) < 60, "host {hosts}, guest {guests}");
     Ok(Outcome::Passed)
-}
-
-const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
-
-/// Huge pages reserved on the host until it is dropped.
-struct ReservedHugePages {
-    before: String,
-}
-
-impl ReservedHugePages {
-    /// `None` when the host does not give so many.
-    fn new(count: u64) -> Result<Option<Self>> {
-        let file = format!("{HUGE_PAGES}/nr_hugepages");
-        let before = fs::read_to_string(&file)?;
-        let wanted = before.trim().parse::<u64>()? + count;
-        if fs::write(&file, wanted.to_string()).is_err() {
-            return Ok(None);
-        }
-        let reserved = Self { before };
-        let got: u64 = fs::read_to_string(&file)?.trim().parse()?;
-        Ok((got >= wanted).then_some(reserved))
-    }
-
-    fn free() -> Result<u64> {
-        let text = fs::read_to_string(format!("{HUGE_PAGES}/free_hugepages"))?;
-        Ok(text.trim().parse()?)
-    }
-}
-
-impl Drop for ReservedHugePages {
-    fn drop(&mut self) {
-        if let Err(error) = fs::write(format!("{HUGE_PAGES}/nr_hugepages"), &self.before) {
-            println!("     huge pages stay reserved: {error}");
-        }
-    }
 }
 
 fn huge_pages_back_the_guest() -> Result<Outcome> {

@@ -8,11 +8,13 @@ mod balloon;
 mod boot;
 mod consoles;
 mod devices;
+mod huge_pages;
 mod life;
 mod network;
 mod overhead;
 mod patched;
 mod power;
+mod stress;
 
 use std::process::ExitCode;
 
@@ -28,6 +30,7 @@ fn all() -> Vec<Test> {
         devices::tests(),
         network::tests(),
         balloon::tests(),
+        stress::tests(),
         api::tests(),
         overhead::tests(),
         patched::tests(),

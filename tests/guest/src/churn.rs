@@ -1,0 +1,311 @@
+//! Memory in constant use, every byte of which is known: allocated, checked, partly given
+//! back, written again and freed, at random and on several threads at once.
+//!
+//! A thread holds a few slots. Each is empty, or memory filled with a word stream of its own
+//! seed. One step picks a slot:
+//!
+//! | Slot | Step |
+//! | --- | --- |
+//! | empty | map memory, touch every page, see that the rest of each page reads zero, fill it |
+//! | filled | see that it is whole; then, by chance, unmap it, give pages of it back and fill them again, or write it anew |
+//!
+//! Nothing is freed or overwritten that was not looked at first, so that a wrong byte cannot
+//! vanish unseen. The first one ends everything and is told.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use crate::pattern;
+use crate::sys::{HugePages, Mapping};
+
+const PAGE_BYTES: usize = 4096;
+const PAGE_WORDS: usize = PAGE_BYTES / 8;
+/// Enough that some slots rest while others change.
+const SLOTS: usize = 8;
+
+/// What to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// Held at most, by all threads.
+    pub(crate) bytes: u64,
+    pub(crate) seed: u64,
+    pub(crate) threads: u64,
+}
+
+/// What was done so far.
+#[derive(Debug, Default)]
+pub(crate) struct Tally {
+    pub(crate) steps: AtomicU64,
+    /// Bytes found to be what was written there.
+    pub(crate) verified_bytes: AtomicU64,
+    /// Bytes of fresh memory found to be zero.
+    pub(crate) zero_bytes: AtomicU64,
+    stop: AtomicBool,
+    wrong: Mutex<Option<String>>,
+}
+
+impl Tally {
+    /// Tells the first wrong byte, if there is one.
+    pub(crate) fn check(&self) -> Result<(), String> {
+        let wrong = self.wrong.lock().unwrap_or_else(PoisonError::into_inner);
+        wrong.clone().map_or(Ok(()), Err)
+    }
+
+    fn fail(&self, what: String) {
+        let mut wrong = self.wrong.lock().unwrap_or_else(PoisonError::into_inner);
+        wrong.get_or_insert(what);
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Threads at work.
+#[derive(Debug)]
+pub(crate) struct Churn {
+    tally: Arc<Tally>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Churn {
+    pub(crate) fn start(plan: Plan) -> Result<Self, String> {
+        let share = plan.bytes / plan.threads.max(1) / SLOTS as u64;
+        let slot_pages = usize::try_from(share).map_err(|_| "too large")? / PAGE_BYTES;
+        if slot_pages == 0 {
+            return Err(format!("{} bytes are too few", plan.bytes));
+        }
+        let tally = Arc::new(Tally::default());
+        let threads = (0..plan.threads.max(1)).map(|number| {
+            let tally = Arc::clone(&tally);
+            let random = Random::new(plan.seed, number);
+            std::thread::spawn(move || {
+                let mut worker = Worker::new(random, slot_pages, &tally);
+                if let Err(what) = worker.run() {
+                    tally.fail(format!("thread {number}, {what}"));
+                }
+            })
+        });
+        Ok(Self {
+            threads: threads.collect(),
+            tally,
+        })
+    }
+
+    pub(crate) fn tally(&self) -> &Tally {
+        &self.tally
+    }
+
+    /// Has every thread check all it holds and end.
+    pub(crate) fn stop(self) -> Result<Arc<Tally>, String> {
+        self.tally.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads {
+            if thread.join().is_err() {
+                return Err("a thread panicked".into());
+            }
+        }
+        self.tally.check()?;
+        Ok(self.tally)
+    }
+}
+
+struct Worker<'a> {
+    random: Random,
+    slots: [Option<Held>; SLOTS],
+    slot_pages: usize,
+    tally: &'a Tally,
+}
+
+/// Filled memory.
+struct Held {
+    mapping: Mapping,
+    seed: u64,
+}
+
+impl<'a> Worker<'a> {
+    fn new(random: Random, slot_pages: usize, tally: &'a Tally) -> Self {
+        Self {
+            random,
+            slots: [const { None }; SLOTS],
+            slot_pages,
+            tally,
+        }
+    }
+
+    /// Steps until told to stop, then checks what is left.
+    fn run(&mut self) -> Result<(), String> {
+        while !self.tally.stop.load(Ordering::Relaxed) {
+            let at = self.random.below(SLOTS);
+            let step = self.step(at);
+            step.map_err(|what| {
+                let steps = self.tally.steps.load(Ordering::Relaxed);
+                format!("slot {at}, step {steps}: {what}")
+            })?;
+            self.tally.steps.fetch_add(1, Ordering::Relaxed);
+        }
+        self.slots.iter().flatten().try_for_each(|held| {
+            held.verify(self.tally)
+                .map_err(|what| format!("at the end: {what}"))
+        })
+    }
+
+    fn step(&mut self, at: usize) -> Result<(), String> {
+        let Some(mut held) = self.slots[at].take() else {
+            let filled = self.fill_new().map_err(|error| error.to_string())?;
+            self.slots[at] = Some(filled?);
+            return Ok(());
+        };
+        held.verify(self.tally)?;
+        match self.random.below(4) {
+            // Unmapped here and now.
+            0 | 1 => return Ok(()),
+            2 => {
+                let pages = held.mapping.words().len() / PAGE_WORDS;
+                let first = self.random.below(pages);
+                let count = 1 + self.random.below(pages - first);
+                held.replace_pages(first, count, self.tally)?;
+            }
+            _ => {
+                held.seed = self.random.next();
+                pattern::fill(held.mapping.words_mut(), held.seed, 0);
+            }
+        }
+        self.slots[at] = Some(held);
+        Ok(())
+    }
+
+    /// Memory of a random size and kind, as likely small as large.
+    fn fill_new(&mut self) -> io::Result<Result<Held, String>> {
+        let shift = self.random.below(self.slot_pages.ilog2() as usize + 1);
+        let pages = (1 << shift) + self.random.below(1 << shift);
+        let bytes = pages.min(self.slot_pages) * PAGE_BYTES;
+        let mapping = match self.random.below(8) {
+            0 => Mapping::shared(bytes)?,
+            1 | 2 => Mapping::new(bytes, HugePages::Default)?,
+            3 => Mapping::new(bytes, HugePages::Never)?,
+            _ => Mapping::new(bytes, HugePages::Always)?,
+        };
+        let mut held = Held {
+            mapping,
+            seed: self.random.next(),
+        };
+        let pages = held.mapping.words().len() / PAGE_WORDS;
+        Ok(held.fill_fresh(0, pages, self.tally).map(|()| held))
+    }
+}
+
+impl Held {
+    /// Gives pages back to the kernel and fills what comes in their place.
+    fn replace_pages(&mut self, first: usize, count: usize, tally: &Tally) -> Result<(), String> {
+        let given = self.mapping.discard(first * PAGE_BYTES, count * PAGE_BYTES);
+        given.map_err(|error| format!("madvise: {error}"))?;
+        self.fill_fresh(first, count, tally)
+    }
+
+    /// Fills pages never written before. Looked at only after a write, for an untouched page
+    /// reads zero without being anybody's memory.
+    fn fill_fresh(&mut self, first: usize, count: usize, tally: &Tally) -> Result<(), String> {
+        let from = first * PAGE_WORDS;
+        let words = &mut self.mapping.words_mut()[from..from + count * PAGE_WORDS];
+        for page in words.chunks_mut(PAGE_WORDS) {
+            page[0] = !0;
+        }
+        for (number, page) in words.chunks(PAGE_WORDS).enumerate() {
+            if let Some(at) = page[1..].iter().position(|word| *word != 0) {
+                let (page_at, word) = (first + number, page[at + 1]);
+                return Err(format!("fresh page {page_at} reads {word:#x}"));
+            }
+        }
+        pattern::fill(words, self.seed, from as u64);
+        let bytes = (count * PAGE_BYTES) as u64;
+        tally.zero_bytes.fetch_add(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn verify(&self, tally: &Tally) -> Result<(), String> {
+        let words = self.mapping.words();
+        if let Some(word) = pattern::first_difference(words, self.seed, 0) {
+            let (bytes, found) = (words.len() * 8, words[usize::try_from(word).unwrap_or(0)]);
+            let at = word * 8;
+            return Err(format!("byte {at} of {bytes} reads {found:#x}"));
+        }
+        tally
+            .verified_bytes
+            .fetch_add(words.len() as u64 * 8, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+/// A repeatable stream of choices.
+struct Random {
+    seed: u64,
+    taken: u64,
+}
+
+impl Random {
+    fn new(seed: u64, stream: u64) -> Self {
+        Self {
+            seed: pattern::word(seed, stream),
+            taken: 0,
+        }
+    }
+
+    fn next(&mut self) -> u64 {
+        self.taken += 1;
+        pattern::word(self.seed, self.taken)
+    }
+
+    /// Less than `bound`, which is not zero.
+    fn below(&mut self, bound: usize) -> usize {
+        // The remainder fits: it is less than a usize.
+        (self.next() % bound as u64) as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn worker(tally: &Tally) -> Worker<'_> {
+        Worker::new(Random::new(5, 0), 64, tally)
+    }
+
+    #[test]
+    fn worker_after_many_steps_has_checked_bytes_of_every_kind() {
+        let tally = Tally::default();
+        let mut worker = worker(&tally);
+        for step in 0..400 {
+            worker.step(step % SLOTS).unwrap();
+        }
+        assert!(tally.verified_bytes.load(Ordering::Relaxed) > 1 << 20);
+        assert!(tally.zero_bytes.load(Ordering::Relaxed) > 1 << 20);
+    }
+
+    #[test]
+    fn worker_with_one_word_changed_under_it_tells() {
+        let tally = Tally::default();
+        let mut worker = worker(&tally);
+        worker.step(3).unwrap();
+        let held = worker.slots[3].as_mut().unwrap();
+        let words = held.mapping.words_mut();
+        *words.last_mut().unwrap() ^= 1 << 40;
+        let told = worker.step(3).unwrap_err();
+        assert!(told.contains("reads"), "{told}");
+    }
+
+    #[test]
+    fn churn_stopped_tells_what_it_did() {
+        let churn = Churn::start(Plan {
+            bytes: 4 << 20,
+            seed: 1,
+            threads: 2,
+        })
+        .unwrap();
+        while churn.tally().steps.load(Ordering::Relaxed) < 100 {
+            std::thread::yield_now();
+        }
+        let tally = churn.stop().unwrap();
+        assert!(tally.verified_bytes.load(Ordering::Relaxed) > 0);
+        tally.fail("byte 7".into());
+        assert_eq!(tally.check(), Err("byte 7".into()));
+    }
+}

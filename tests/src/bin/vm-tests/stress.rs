@@ -1,0 +1,396 @@
+//! Guests that use their memory hard while the host takes it from them in every way at once.
+//!
+//! In the guest two threads allocate, check, free and refill memory (`churn-start`), with
+//! every byte known. On the host, steps drawn from a seed move the balloon's target, start
+//! and stop runs of hinting, and pause and resume the machine, while the guest's kernel
+//! reports what it frees. In the end the guest has found no wrong byte, and its kernel has
+//! nothing to complain of.
+//!
+//! `STRESS_SECONDS=1800` makes a long form of every test here, `STRESS_SEED=N` repeats one:
+//!
+//! ```text
+//! cargo xtask testbed run --timeout 4000 -- env STRESS_SECONDS=1800 target/debug/vm-tests stress_
+//! ```
+
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result, bail, ensure};
+use integration_tests::linux::{Guest, Machine};
+use integration_tests::outcome::{Outcome, Test};
+use integration_tests::tests;
+use integration_tests::wait::wait_for;
+use serde_json::Value;
+
+use crate::huge_pages::ReservedHugePages;
+
+pub(crate) fn tests() -> Vec<Test> {
+    tests![
+        stress_private_memory_keeps_every_byte,
+        stress_small_pages_keep_every_byte,
+        stress_shared_memory_keeps_every_byte,
+        stress_huge_pages_keep_every_byte,
+        stress_init_on_free_keeps_every_byte,
+        stress_page_poison_keeps_every_byte,
+    ]
+}
+
+const MIB: u64 = 1 << 20;
+const RAM_BYTES: u64 = 256 * MIB;
+/// What the churning threads hold at most.
+const CHURN_BYTES: u64 = 72 * MIB;
+/// With the churn and what the kernel needs this leaves a little, and deflation on demand the rest.
+const BALLOON_BYTES_MAX: u64 = 100 * MIB;
+/// Steps of the short form, at least.
+const STEPS_MIN: u64 = 16;
+/// Each way must have given back this much.
+const DISCARDED_MIN: u64 = 16 * MIB;
+/// Until all that is so: a guest reports only what has been free for seconds.
+const SHORT_DEADLINE: Duration = Duration::from_secs(300);
+/// For the guest to make some steps, or to reach a target, while all else goes on.
+const PROGRESS_DEADLINE: Duration = Duration::from_secs(120);
+
+/// What a machine is made of, and what that means for the ways memory comes back.
+struct Variant {
+    memory: &'static str,
+    command_line: &'static str,
+    /// Reports and hints are discarded; else the guest relies on its free pages' contents.
+    free_pages_go: bool,
+    /// Pages of the balloon are as large as those behind the guest's memory.
+    balloon_pages_go: bool,
+}
+
+const PLAIN: Variant = Variant {
+    memory: "size=256M",
+    command_line: "",
+    free_pages_go: true,
+    balloon_pages_go: true,
+};
+
+fn stress_private_memory_keeps_every_byte() -> Result<Outcome> {
+    stress(&PLAIN)
+}
+
+fn stress_small_pages_keep_every_byte() -> Result<Outcome> {
+    stress(&Variant {
+        memory: "size=256M,thp=off",
+        ..PLAIN
+    })
+}
+
+fn stress_shared_memory_keeps_every_byte() -> Result<Outcome> {
+    stress(&Variant {
+        memory: "size=256M,shared=on",
+        ..PLAIN
+    })
+}
+
+fn stress_huge_pages_keep_every_byte() -> Result<Outcome> {
+    let Some(_reserved) = ReservedHugePages::new(RAM_BYTES / (2 * MIB))? else {
+        return Ok(Outcome::Skipped(
+            "the host has no huge pages to give".into(),
+        ));
+    };
+    stress(&Variant {
+        memory: "size=256M,hugepages=on",
+        // A chain of the driver's has half a huge page.
+        balloon_pages_go: false,
+        ..PLAIN
+    })
+}
+
+/// The guest's kernel takes free pages for zeroed ones, and does not clear them again.
+fn stress_init_on_free_keeps_every_byte() -> Result<Outcome> {
+    stress(&Variant {
+        command_line: "init_on_free=1",
+        ..PLAIN
+    })
+}
+
+/// The guest's kernel looks for its poison in every page that it allocates.
+fn stress_page_poison_keeps_every_byte() -> Result<Outcome> {
+    stress(&Variant {
+        command_line: "page_poison=1",
+        free_pages_go: false,
+        ..PLAIN
+    })
+}
+
+fn stress(variant: &Variant) -> Result<Outcome> {
+    let seed = match std::env::var("STRESS_SEED") {
+        Ok(seed) => seed.parse().context("STRESS_SEED")?,
+        Err(_) => fresh_seed(),
+    };
+    println!("     {variant}: STRESS_SEED={seed}");
+    let mut stress = Stress::start(variant, seed)?;
+    let run = stress.run();
+    run.with_context(|| format!("{variant}, STRESS_SEED={seed}, {}", stress.done))?;
+    println!("     {variant}: {}, {}", stress.done, stress.figures()?);
+    Ok(Outcome::Passed)
+}
+
+impl std::fmt::Display for Variant {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.memory, self.command_line)
+    }
+}
+
+/// Another one each time, short enough to be typed.
+fn fresh_seed() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    now.map_or(1, |now| u64::from(now.subsec_nanos()) | 1)
+}
+
+/// What the host did to the guest.
+#[derive(Debug, Default)]
+struct Done {
+    steps: u64,
+    targets: u64,
+    runs: u64,
+    stops: u64,
+    pauses: u64,
+}
+
+impl std::fmt::Display for Done {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self {
+            steps,
+            targets,
+            runs,
+            stops,
+            pauses,
+        } = self;
+        write!(
+            f,
+            "{steps} steps ({targets} targets, {runs} runs of hinting started, {stops} stopped, {pauses} pauses)"
+        )
+    }
+}
+
+struct Stress<'a> {
+    guest: Guest,
+    variant: &'a Variant,
+    random: Random,
+    done: Done,
+    /// Steps and checked bytes as the guest last told them.
+    churned: (u64, u64),
+}
+
+impl<'a> Stress<'a> {
+    fn start(variant: &'a Variant, seed: u64) -> Result<Self> {
+        let mut guest = Machine {
+            cpus: "boot=2",
+            memory: variant.memory,
+            command_line: variant.command_line,
+            arguments: &[
+                "--balloon",
+                "size=0,deflate_on_oom=on,free_page_reporting=on,free_page_hinting=on,stats_poll_ms=200",
+            ],
+            ..Machine::default()
+        }
+        .serve()?;
+        guest.command(&format!("churn-start {CHURN_BYTES} seed={seed} threads=2"))?;
+        Ok(Self {
+            guest,
+            variant,
+            random: Random(seed),
+            done: Done::default(),
+            churned: (0, 0),
+        })
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let long_form = match std::env::var("STRESS_SECONDS") {
+            Ok(seconds) => Some(Duration::from_secs(seconds.parse().context("seconds")?)),
+            Err(_) => None,
+        };
+        let started = Instant::now();
+        loop {
+            self.step()?;
+            let took = started.elapsed();
+            match long_form {
+                Some(long) if took > long => break,
+                None if self.done.steps >= STEPS_MIN && self.is_everything_seen()? => break,
+                None if took > SHORT_DEADLINE => bail!("too little came back: {}", self.figures()?),
+                _ => {}
+            }
+        }
+        self.settle()?;
+        ensure!(self.is_everything_seen()?, "{}", self.figures()?);
+        Ok(())
+    }
+
+    /// One thing at random, then a while of the guest's own work.
+    fn step(&mut self) -> Result<()> {
+        self.done.steps += 1;
+        match self.random.below(8) {
+            0..=2 => {
+                let bytes = self.random.below(BALLOON_BYTES_MAX / 4096 + 1) * 4096;
+                self.target(bytes)?;
+            }
+            3 | 4 => self.done.runs += u64::from(self.hinting("start")?),
+            5 => self.done.stops += u64::from(self.hinting("stop")?),
+            6 => self.pause_and_resume()?,
+            _ => {
+                self.figure("/resident_bytes")?;
+            }
+        }
+        let steps = self.churned.0 + 1 + self.random.below(6);
+        self.wait_churned(steps)
+    }
+
+    fn pause_and_resume(&mut self) -> Result<()> {
+        let answer = self.guest.vmm.request("PUT", "vm.pause", None)?;
+        if !matches!(answer.status, 200 | 204) {
+            // vCPUs that the host's own host does not let run cannot stand still in time.
+            let info = self.guest.vmm.get("vm.info")?;
+            ensure!(info["state"] == "Running", "{answer:?}, {}", info["state"]);
+            return Ok(());
+        }
+        // Figures do not need a running guest.
+        self.figure("/resident_bytes")?;
+        self.guest.vmm.put("vm.resume", None)?;
+        self.done.pauses += 1;
+        Ok(())
+    }
+
+    fn target(&mut self, bytes: u64) -> Result<()> {
+        let body = format!("{{\"desired_balloon\":{bytes}}}");
+        self.guest.vmm.put("vm.resize", Some(&body))?;
+        self.done.targets += 1;
+        Ok(())
+    }
+
+    /// Whether it was granted: a run may be under way, or none.
+    fn hinting(&mut self, action: &str) -> Result<bool> {
+        let body = format!("{{\"action\":\"{action}\"}}");
+        let vmm = &self.guest.vmm;
+        let answer = vmm.request("PUT", "vm.balloon-hinting", Some(&body))?;
+        Ok(matches!(answer.status, 200 | 204))
+    }
+
+    /// Waits until the guest has made so many steps in all, none of them with a wrong byte.
+    fn wait_churned(&mut self, steps: u64) -> Result<()> {
+        let started = Instant::now();
+        while self.churned.0 < steps {
+            self.ask_churn("churn-status")?;
+            ensure!(
+                started.elapsed() < PROGRESS_DEADLINE,
+                "the guest stands still at {:?} steps and bytes",
+                self.churned
+            );
+        }
+        Ok(())
+    }
+
+    /// Takes in the guest's figures.
+    ///
+    /// # Panics
+    /// It has found a wrong byte: a test that fails may be tried again, which is not to happen
+    /// here.
+    fn ask_churn(&mut self, command: &str) -> Result<()> {
+        let told = self.guest.command(command).map_err(|error| {
+            let text = format!("{error:#}");
+            assert!(!text.contains(" reads "), "{text}");
+            match self.guest.serial.text().matches("guest: init").count() {
+                1 => error,
+                boots => error.context(format!("the guest has booted {boots} times")),
+            }
+        })?;
+        self.churned = (
+            told_figure(&told, "steps")?,
+            told_figure(&told, "verified")?,
+        );
+        Ok(())
+    }
+
+    /// Whether every way that may take memory has taken some, and the others have taken none.
+    fn is_everything_seen(&self) -> Result<bool> {
+        let stats = self.guest.vmm.get("vm.reclaim-stats")?;
+        let mut seen = self.churned.1 > CHURN_BYTES;
+        for (path, goes) in [
+            ("report", self.variant.free_pages_go),
+            ("hint", self.variant.free_pages_go),
+            ("inflate", self.variant.balloon_pages_go),
+        ] {
+            let bytes = |name: &str| stats[path][name].as_u64().context("a figure");
+            ensure!(bytes("failed_bytes")? == 0, "{path}: {stats:#}");
+            let discarded = bytes("discarded_bytes")?;
+            ensure!(goes || discarded == 0, "{path}: {stats:#}");
+            seen &= if goes {
+                discarded >= DISCARDED_MIN
+            } else {
+                bytes("requested_bytes")? >= DISCARDED_MIN
+            };
+        }
+        Ok(seen)
+    }
+
+    /// Ends everything, with one last look at every byte and at the kernel's log.
+    fn settle(&mut self) -> Result<()> {
+        self.hinting("stop")?;
+        self.target(0)?;
+        wait_for("all memory back in the guest", PROGRESS_DEADLINE, || {
+            let info = self.guest.vmm.get("vm.info")?;
+            Ok((info["memory_actual_size"] == RAM_BYTES).then_some(()))
+        })?;
+        self.wait_churned(self.churned.0 + 16)?;
+        self.ask_churn("churn-stop")?;
+        let log = self.guest.shell("dmesg")?;
+        for complaint in COMPLAINTS {
+            let line = log.lines().find(|line| line.contains(complaint));
+            ensure!(line.is_none(), "the guest's kernel says {line:?}");
+        }
+        Ok(())
+    }
+
+    fn figure(&self, pointer: &str) -> Result<u64> {
+        let stats = self.guest.vmm.get("vm.reclaim-stats")?;
+        let figure = stats.pointer(pointer).and_then(Value::as_u64);
+        figure.with_context(|| format!("no {pointer} in {stats:#}"))
+    }
+
+    fn figures(&self) -> Result<String> {
+        let discarded = |path: &str| self.figure(&format!("/{path}/discarded_bytes"));
+        Ok(format!(
+            "{} steps and {} MiB checked in the guest, MiB discarded: {} reported, {} inflated, {} hinted",
+            self.churned.0,
+            self.churned.1 / MIB,
+            discarded("report")? / MIB,
+            discarded("inflate")? / MIB,
+            discarded("hint")? / MIB,
+        ))
+    }
+}
+
+/// What a kernel writes that has found memory not to be as it left it, or worse.
+const COMPLAINTS: [&str; 6] = [
+    "corruption",
+    "bit error",
+    "BUG",
+    "Oops",
+    "Bad page",
+    "WARNING",
+];
+
+/// One number of the guest's `churn-status`.
+fn told_figure(told: &str, name: &str) -> Result<u64> {
+    let word = told.split(' ').find_map(|word| {
+        let value = word.strip_prefix(name)?.strip_prefix('=')?;
+        value.trim().parse().ok()
+    });
+    word.with_context(|| format!("no {name} in {told:?}"))
+}
+
+/// SplitMix64: the same steps for the same seed.
+struct Random(u64);
+
+impl Random {
+    /// Less than `bound`, which is not zero.
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (mixed ^ (mixed >> 31)) % bound
+    }
+}
