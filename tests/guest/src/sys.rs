@@ -320,6 +320,7 @@ impl Mapping {
         Ok(Self {
             address: address.cast(),
             bytes,
+            sharing: libc::MAP_PRIVATE,
         })
     }
 
