@@ -1,9 +1,13 @@
 //! Devices that come to and go from a running machine, with a guest without an operating system.
 
+use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use api::Client;
 use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
+use integration_tests::descriptors::open_tap;
 use integration_tests::literal_client::Answer;
 use integration_tests::vmm::Vmm;
 use integration_tests::wait::wait_for;
@@ -45,15 +49,17 @@ fn disk_and_balloon_come_and_the_balloon_goes_when_it_is_empty() -> Result<()> {
     let mut vmm = start("hotplug", &arguments)?;
 
     wait_ready(&mut vmm, "disk")?;
-    let before = vmm.possessions()?;
     let disk = json!({"path": image.path(), "image_type": "Raw", "id": "d"});
     let added = put(&vmm, "vm.add-disk", &disk)?;
     expect(&added, 200)?;
     ensure!(added.json()?["id"] == "d", "{added:?}");
 
     wait_ready(&mut vmm, "balloon")?;
-    let with_disk = vmm.possessions()?;
-    ensure!(with_disk != before, "the disk has no thread");
+    // Threads take a moment to bear their names.
+    wait_for("the disk's thread", Duration::from_secs(60), || {
+        let (_, threads) = vmm.possessions()?;
+        Ok(threads.contains("d_q0").then_some(()))
+    })?;
     refused_additions_leave_nothing(&vmm, &image.path().display().to_string())?;
     let balloon = json!({"size": 0, "free_page_reporting": true});
     let added = put(&vmm, "vm.add-balloon", &balloon)?;
@@ -164,4 +170,41 @@ fn device_that_the_guest_does_not_let_go_is_gone_after_a_reboot() -> Result<()> 
     let disks = info["config"]["disks"].as_array().map_or(0, Vec::len);
     ensure!(disks == 30, "{disks} disks");
     Ok(())
+}
+
+#[test]
+fn tap_that_came_with_its_descriptor_is_kept_for_reboots_and_closed_with_the_device() -> Result<()>
+{
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let name = format!("hp{}", std::process::id());
+    let tap = match open_tap(&name) {
+        Ok(tap) => tap,
+        Err(error) => {
+            eprintln!("SKIPPED: {error:#}");
+            return Ok(());
+        }
+    };
+    let vmm = start("spin", &[])?;
+    wait_for("running guest", SCENARIO_DEADLINE, || {
+        let info = vmm.get("vm.info").ok();
+        Ok(info.filter(|info| info["state"] == "Running"))
+    })?;
+    let client = Client::new(vmm.socket());
+    let add = json!({"id": "n", "fds": [0]}).to_string();
+    let added = client.put_with_fds("vm.add-net", Some(&add), &[tap.as_raw_fd()])?;
+    ensure!(added.is_some_and(|added| added.contains("\"n\"")));
+    drop(tap);
+    let interface = Path::new("/sys/class/net").join(&name);
+    vmm.put("vm.reboot", None)?;
+    let info = vmm.get("vm.info")?;
+    ensure!(info["device_tree"]["n"].is_object(), "{info:#}");
+    ensure!(interface.exists());
+    // This guest lets go of nothing; with the next machine there is no such device.
+    expect(&put(&vmm, "vm.remove-device", &json!({"id": "n"}))?, 204)?;
+    vmm.put("vm.reboot", None)?;
+    wait_for("the tap to go", Duration::from_secs(60), || {
+        Ok((!interface.exists()).then_some(()))
+    })
 }

@@ -8,6 +8,7 @@ mod balloon;
 mod boot;
 mod consoles;
 mod devices;
+mod hotplug;
 mod huge_pages;
 mod life;
 mod network;
@@ -28,6 +29,7 @@ fn all() -> Vec<Test> {
         life::tests(),
         consoles::tests(),
         devices::tests(),
+        hotplug::tests(),
         network::tests(),
         balloon::tests(),
         stress::tests(),
