@@ -136,7 +136,8 @@ fn pci_slot_count(config: &VmConfig) -> Result<(), ValidationError> {
     Ok(())
 }
 
-fn pci_slots(config: &VmConfig) -> Result<(), ValidationError> {
+/// The slots that devices ask for, in no order.
+pub fn wished_slots(config: &VmConfig) -> impl Iterator<Item = u8> {
     let disks = config.disks.iter().flatten().map(|disk| disk.pci_device_id);
     let nets = config.net.iter().flatten().map(|net| net.pci_device_id);
     let others = [
@@ -147,8 +148,12 @@ fn pci_slots(config: &VmConfig) -> Result<(), ValidationError> {
         config.rng.pci_device_id,
         config.console.pci_device_id,
     ];
+    disks.chain(nets).chain(others).flatten()
+}
+
+fn pci_slots(config: &VmConfig) -> Result<(), ValidationError> {
     let mut seen = BTreeSet::new();
-    for slot in disks.chain(nets).chain(others).flatten() {
+    for slot in wished_slots(config) {
         if !PCI_SLOTS.contains(&slot) {
             return Err(ValidationError::Device {
                 device: format!("PCI slot {slot}"),

@@ -20,6 +20,7 @@ use crate::boot::check_platform;
 use crate::vm::NewDevice;
 
 pub use device_list::{balloon_id, take_id, with_device, without_device};
+pub use devices::wished_slots;
 pub use error::{CpusFault, DeviceFault, MemoryFault, NumaFault, ValidationError};
 pub use ids::assign_ids;
 

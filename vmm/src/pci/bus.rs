@@ -1,7 +1,7 @@
 //! Slots, and configuration cycles on their way to the function in one.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 
 use virtio_devices::pci::PciFunction;
@@ -33,6 +33,8 @@ pub struct PciBus {
     mmio: Weak<Bus>,
     doorbells: Arc<dyn DoorbellBackend>,
     unmapped_bars: AtomicU64,
+    /// Bitmap of slots that are given only to who asks for them, as long as there are others.
+    reserved: AtomicU32,
 }
 
 impl fmt::Debug for PciBus {
@@ -67,7 +69,16 @@ impl PciBus {
             mmio: Arc::downgrade(mmio),
             doorbells,
             unmapped_bars: AtomicU64::new(0),
+            reserved: AtomicU32::new(0),
         }
+    }
+
+    /// Keeps these slots for functions that ask for them: those without a wish, put on the bus before, must not be in
+    /// their way. Numbers that are no slots are left out.
+    pub fn reserve(&self, slots: impl IntoIterator<Item = u8>) {
+        let slots = slots.into_iter().filter(|slot| *slot < SLOT_COUNT);
+        let bitmap = slots.fold(0, |bitmap, slot| bitmap | 1_u32 << slot);
+        self.reserved.fetch_or(bitmap, Ordering::Relaxed);
     }
 
     /// Puts `function` into `slot`, or into the next free one, and places its BARs.
@@ -84,9 +95,14 @@ impl PciBus {
                 return Err(PciError::SlotInUse(slot));
             }
             Some(slot) => slot,
-            None => (1..SLOT_COUNT)
-                .find(|slot| slots[usize::from(*slot)].is_none())
-                .ok_or(PciError::BusFull)?,
+            None => {
+                let reserved = self.reserved.load(Ordering::Relaxed);
+                let free = || (1..SLOT_COUNT).filter(|slot| slots[usize::from(*slot)].is_none());
+                free()
+                    .find(|slot| reserved & 1 << slot == 0)
+                    .or_else(|| free().next())
+                    .ok_or(PciError::BusFull)?
+            }
         };
         let ranges = self.place_bars(function.as_ref())?;
         let entry = Arc::new(Slot {

@@ -50,6 +50,7 @@ pub(super) fn build(config: &mut VmConfig, context: &VmContext) -> Result<Vm, Vm
     let slots = memory.attach(&vm).map_err(VmError::Memory)?;
     let chassis = Chassis::new(&vm, memory.map(), &context.signals)?;
 
+    chassis.pci.reserve(crate::config::wished_slots(config));
     let mut devices = Devices::new(&chassis, memory.ram().clone(), context);
     consoles::plug(config, &chassis, &mut devices, context)?;
     for disk in config.disks.iter().flatten() {

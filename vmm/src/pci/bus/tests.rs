@@ -89,6 +89,21 @@ fn slots_are_given_out_in_order_or_as_asked() {
 }
 
 #[test]
+fn slots_wished_for_are_left_to_who_wishes_for_them() {
+    let guest = Guest::new();
+    guest.pci.reserve([1, 3, 99]);
+    let add = |slot| guest.pci.add(Arc::new(FakeFunction::new("_f")), slot);
+    assert_eq!(add(None).unwrap().slot(), 2);
+    assert_eq!(add(None).unwrap().slot(), 4);
+    assert_eq!(add(Some(3)).unwrap().slot(), 3);
+    // Rather than none.
+    while let Ok(bdf) = add(None) {
+        assert!(bdf.slot() == 1 || bdf.slot() > 4);
+    }
+    assert_eq!(guest.pci.functions().len(), 32);
+}
+
+#[test]
 fn config_ports_reach_a_function_only_when_enabled() {
     let guest = Guest::new();
     guest
