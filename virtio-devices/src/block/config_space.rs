@@ -2,8 +2,8 @@
 
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
-    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_TOPOLOGY,
-    VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
+    VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::bindings::virtio_ring::{
@@ -11,7 +11,7 @@ use virtio_bindings::bindings::virtio_ring::{
 };
 
 use super::image::Topology;
-use super::{BlockParams, SECTOR_BYTES, WRITE_ZEROES_SECTORS_MAX};
+use super::{BlockParams, DATA_BYTES_MAX, SECTOR_BYTES, WRITE_ZEROES_SECTORS_MAX};
 
 /// Bytes of `struct virtio_blk_config` up to and including write zeroes.
 pub(super) const CONFIG_BYTES: usize = 60;
@@ -34,6 +34,7 @@ pub(super) fn features(params: &BlockParams) -> u64 {
         VIRTIO_F_VERSION_1,
         VIRTIO_RING_F_EVENT_IDX,
         VIRTIO_RING_F_INDIRECT_DESC,
+        VIRTIO_BLK_F_SIZE_MAX,
         VIRTIO_BLK_F_SEG_MAX,
         VIRTIO_BLK_F_BLK_SIZE,
         VIRTIO_BLK_F_TOPOLOGY,
@@ -54,6 +55,14 @@ pub(super) fn features(params: &BlockParams) -> u64 {
     bits.into_iter().fold(0, |set, bit| set | 1 << bit)
 }
 
+/// Longest segment: as many of them as one request may have are no more data than it
+/// may move. A power of two, so that pages and sectors fit in whole.
+fn segment_bytes_max(segments: u32) -> u32 {
+    // At most DATA_BYTES_MAX, which has 27 bits.
+    let bytes = (DATA_BYTES_MAX / u64::from(segments.max(1))) as u32;
+    1 << bytes.ilog2()
+}
+
 /// The space as bytes; every field little-endian.
 pub(super) fn bytes(
     params: &BlockParams,
@@ -66,7 +75,9 @@ pub(super) fn bytes(
     put(0, &capacity_sectors.to_le_bytes());
     // Header and status take two descriptors of a ring; an indirect table of
     // ring size must not hold more either.
-    put(12, &u32::from(params.queue_size - 2).to_le_bytes());
+    let segments = u32::from(params.queue_size - 2);
+    put(8, &segment_bytes_max(segments).to_le_bytes());
+    put(12, &segments.to_le_bytes());
     put(20, &topology.logical.to_le_bytes());
     let per_physical = (topology.physical / topology.logical).max(1);
     put(24, &[per_physical.ilog2() as u8, 0]);
@@ -87,4 +98,20 @@ pub(super) fn bytes(
         put(56, &[u8::from(params.sparse)]);
     }
     space
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn segments_of_one_request_are_no_more_than_it_may_move() {
+        for queue_size in [4_u32, 128, 1024] {
+            let segments = queue_size - 2;
+            let bytes = segment_bytes_max(segments);
+            assert!(u64::from(bytes) * u64::from(segments) <= DATA_BYTES_MAX);
+            assert!(u64::from(bytes) >= 16 * 4096);
+        }
+        assert_eq!(segment_bytes_max(126), 512 << 10);
+    }
 }

@@ -52,6 +52,10 @@ pub const QUEUES_MAX: u16 = 256;
 /// waits for every request in flight.
 const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 15;
 
+/// Most data of one read or write. A pause or a reset waits for every request in
+/// flight, and firmware, which knows no limit of segments, reads whole files at once.
+const DATA_BYTES_MAX: u64 = 64 << 20;
+
 /// How much of the image file is locked against other processes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum LockGranularity {

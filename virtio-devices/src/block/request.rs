@@ -10,7 +10,7 @@ use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
-use super::{SECTOR_BYTES, WRITE_ZEROES_SECTORS_MAX};
+use super::{DATA_BYTES_MAX, SECTOR_BYTES, WRITE_ZEROES_SECTORS_MAX};
 use crate::guest_buffers::{ChainBuffers, ChainError, GuestBuffers};
 
 /// `struct virtio_blk_req` up to the data: type, reserved, sector.
@@ -83,7 +83,7 @@ pub(super) enum Refusal {
     DataLength,
     #[error("data has the wrong direction or size for its request")]
     DataShape,
-    #[error("more sectors than one request may zero")]
+    #[error("more sectors than one request may move or zero")]
     TooLong,
     #[error("sectors beyond the end of the disk")]
     OutOfRange,
@@ -235,6 +235,9 @@ impl Rules {
         if !bytes.is_multiple_of(SECTOR_BYTES) {
             return Err(Refusal::DataLength);
         }
+        if bytes > DATA_BYTES_MAX {
+            return Err(Refusal::TooLong);
+        }
         self.inside(sector, bytes / SECTOR_BYTES)
     }
 
@@ -266,4 +269,25 @@ fn le_u64(bytes: &[u8], at: usize) -> u64 {
     let mut field = [0; 8];
     field.copy_from_slice(&bytes[at..at + 8]);
     u64::from_le_bytes(field)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn transfer_of_more_than_one_request_may_move_is_refused() {
+        let rules = Rules {
+            capacity_sectors: u64::MAX,
+            readonly: false,
+            discard: true,
+            write_zeroes: true,
+            unmap: true,
+            protect_sector_0: false,
+        };
+        let most = DATA_BYTES_MAX as usize;
+        assert_eq!(rules.transfer(1, most), Ok(SECTOR_BYTES));
+        let refusal = rules.transfer(1, most + SECTOR_BYTES as usize).unwrap_err();
+        assert_eq!(refusal.status(), VIRTIO_BLK_S_IOERR as u8);
+    }
 }

@@ -381,6 +381,19 @@ impl QueueHandler for ConsoleHandler {
         outcome
     }
 
+    fn pause(&mut self) {
+        // The ring alone says what the guest has offered, to whoever saves it or goes on with it.
+        if let Some(Active {
+            receive: Some(queue),
+            waiting,
+            ..
+        }) = &mut self.active
+            && waiting.take().is_some()
+        {
+            queue.unpop(1);
+        }
+    }
+
     fn reset(&mut self) {
         self.active = None;
         // Nobody waits for the output until the next driver comes: a last try.

@@ -300,3 +300,29 @@ fn descriptors_are_made_nonblocking_without_touching_the_original() {
         "appended, not overwritten"
     );
 }
+
+#[test]
+fn pause_gives_the_buffer_that_waits_for_input_back() {
+    let mut rig = rig();
+    let chains: Vec<_> = (0..2)
+        .map(|_| rig.harness.queue(RECEIVE).push(&[Segment::Writable(8)]))
+        .collect();
+    let receive = |rig: &mut Rig, text: &str| {
+        rig.host.write_all(text.as_bytes()).unwrap();
+        rig.harness.kick(RECEIVE).unwrap();
+        let end = std::time::Instant::now() + crate::testing::DEADLINE;
+        loop {
+            if let Some(used) = rig.harness.queue(RECEIVE).pop_used() {
+                return (used.head, used.len);
+            }
+            assert!(std::time::Instant::now() < end, "no input");
+            rig.harness.serve_sources(100).unwrap();
+        }
+    };
+    assert_eq!(receive(&mut rig, "one"), (u32::from(chains[0].head), 3));
+    // The second has been taken by now, in vain.
+    rig.harness.handler.pause();
+    rig.harness.kick(RECEIVE).unwrap();
+    assert_eq!(receive(&mut rig, "four"), (u32::from(chains[1].head), 4));
+    assert!(rig.harness.queue(RECEIVE).pop_used().is_none());
+}

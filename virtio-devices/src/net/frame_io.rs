@@ -25,6 +25,8 @@ pub(super) fn write_frame(fd: RawFd, frame: &GuestBuffers) -> io::Result<usize> 
 pub(super) enum Read {
     /// A whole frame of so many bytes, header included.
     Frame(usize),
+    /// A frame of so many bytes that went on behind the buffers.
+    Spilled(usize),
     /// A frame that did not fit; the rest of it is lost.
     TooLong,
 }
@@ -40,38 +42,58 @@ unsafe impl Send for FrameReader {}
 
 impl FrameReader {
     /// Reads one frame into `buffers`, one after the other, as many as fit the
-    /// kernel's limit.
+    /// kernel's limit. `spill` is room for a whole frame, or none: where a frame is
+    /// longer than the buffers, the spill holds all of it.
     ///
     /// # Errors
     /// `WouldBlock`: no frame; anything else: the tap is unusable.
     pub(super) fn read<'a>(
         &mut self,
         fd: RawFd,
-        buffers: impl Iterator<Item = &'a GuestBuffers>,
+        buffers: impl Iterator<Item = &'a GuestBuffers> + Clone,
+        spill: &mut [u8],
     ) -> io::Result<Read> {
         // One byte too many tells a frame that fits exactly from one cut off.
         let mut too_long = 0u8;
         let mut room = 0;
-        for buffer in buffers {
-            if self.vectors.len() + buffer.iovecs().len() >= IOVECS_MAX {
+        let mut count = 0;
+        for buffer in buffers.clone() {
+            // Two more for the spill and the byte too many.
+            if self.vectors.len() + buffer.iovecs().len() + 2 > IOVECS_MAX {
                 break;
             }
             room += buffer.bytes();
+            count += 1;
             self.vectors.extend_from_slice(buffer.iovecs());
+        }
+        if let Some(behind) = spill.get_mut(room..).filter(|behind| !behind.is_empty()) {
+            self.vectors.push(libc::iovec {
+                iov_base: behind.as_mut_ptr().cast(),
+                iov_len: behind.len(),
+            });
         }
         self.vectors.push(libc::iovec {
             iov_base: (&raw mut too_long).cast(),
             iov_len: 1,
         });
         // SAFETY: the vectors lie in guest RAM that the buffers keep mapped during
-        // this call, but for the last, which is a local.
+        // this call, but for the last ones: the caller's spill, exclusively borrowed, and
+        // a local.
         let result =
             moved(unsafe { libc::readv(fd, self.vectors.as_ptr(), self.vectors.len() as i32) });
         self.vectors.clear();
-        Ok(match result? {
-            bytes if bytes > room => Read::TooLong,
-            bytes => Read::Frame(bytes),
-        })
+        let bytes = result?;
+        if bytes <= room {
+            return Ok(Read::Frame(bytes));
+        }
+        if bytes > spill.len() {
+            return Ok(Read::TooLong);
+        }
+        let mut at = 0;
+        for buffer in buffers.take(count) {
+            at += buffer.copy_out(&mut spill[at..room]);
+        }
+        Ok(Read::Spilled(bytes))
     }
 }
 

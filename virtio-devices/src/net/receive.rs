@@ -2,7 +2,8 @@
 //!
 //! Buffers the guest has made available are taken ahead of frames and kept in
 //! order. A frame goes to the first of them, or, with mergeable buffers, to as
-//! many from the front as it needs.
+//! many from the front as it needs. A frame longer than all of those is held
+//! until the guest has made enough of them available: the tap cannot take it back.
 
 use std::collections::VecDeque;
 use std::io;
@@ -45,6 +46,10 @@ pub(super) struct Receiver {
     ready: VecDeque<Ready>,
     ready_bytes: usize,
     reader: FrameReader,
+    /// Room for one frame, made when the buffers were first too few for the longest.
+    spill: Vec<u8>,
+    /// Bytes of the frame that is held there.
+    held_bytes: Option<usize>,
 }
 
 impl Receiver {
@@ -55,6 +60,8 @@ impl Receiver {
             ready: VecDeque::new(),
             ready_bytes: 0,
             reader: FrameReader::default(),
+            spill: Vec::new(),
+            held_bytes: None,
         }
     }
 
@@ -104,10 +111,21 @@ impl Receiver {
                 }
                 return Ok(Stopped::NoBuffer);
             }
+            if let Some(bytes) = self.held_bytes {
+                if self.deliver_held(ram, bytes, counters)? || self.queue.enable_doorbell(ram)? {
+                    continue;
+                }
+                return Ok(Stopped::NoBuffer);
+            }
+            // Only with mergeable buffers can a guest make up for what is missing.
+            if self.mergeable && self.ready_bytes < FRAME_BYTES_MAX {
+                self.spill.resize(FRAME_BYTES_MAX, 0);
+            }
             let usable = self.ready.iter().map_while(|ready| ready.buffers.as_ref());
             let usable = usable.take(if self.mergeable { usize::MAX } else { 1 });
-            match self.reader.read(tap, usable) {
+            match self.reader.read(tap, usable, &mut self.spill) {
                 Ok(Read::Frame(bytes)) => self.deliver(ram, bytes, counters)?,
+                Ok(Read::Spilled(bytes)) => self.held_bytes = Some(bytes),
                 Ok(Read::TooLong) => NetCounters::count(&counters.rx_drops),
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => return Ok(Stopped::NoFrame),
@@ -151,6 +169,35 @@ impl Receiver {
             self.ready.push_back(ready);
         }
         Ok(())
+    }
+
+    /// Copies the held frame to the front buffers and hands it to the driver, if
+    /// they are enough. False: the guest has to offer more.
+    fn deliver_held(
+        &mut self,
+        ram: &RamGuard,
+        bytes: usize,
+        counters: &NetCounters,
+    ) -> Result<bool, WorkerError> {
+        let usable = || self.ready.iter().map_while(|ready| ready.buffers.as_ref());
+        if usable().map(GuestBuffers::bytes).sum::<usize>() < bytes {
+            // A ring that is full of too little, or has a bad chain in the way, will
+            // never have enough.
+            let in_vain = self.ready.len() >= usize::from(self.queue.size())
+                || self.ready.iter().any(|ready| ready.buffers.is_none());
+            if in_vain {
+                self.held_bytes = None;
+                NetCounters::count(&counters.rx_drops);
+            }
+            return Ok(in_vain);
+        }
+        let mut left = &self.spill[..bytes];
+        for buffers in usable() {
+            left = &left[buffers.copy_in(left)..];
+        }
+        self.held_bytes = None;
+        self.deliver(ram, bytes, counters)?;
+        Ok(true)
     }
 
     /// Hands the frame in the front buffers to the driver.

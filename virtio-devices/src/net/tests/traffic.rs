@@ -83,6 +83,50 @@ fn frame_longer_than_its_buffer_is_dropped_and_counted() {
 }
 
 #[test]
+fn frame_longer_than_all_buffers_waits_for_more_of_them() {
+    let mut rig = Rig::new(MRG_RXBUF);
+    let mut chains = vec![rig.offer(100), rig.offer(100)];
+    rig.arrive(300, 6);
+    rig.arrive(20, 7);
+    rig.settle();
+    assert!(rig.harness.queue(RX).pop_used().is_none());
+    assert_eq!(
+        rig.harness.serve_sources(20).unwrap(),
+        0,
+        "turns in circles"
+    );
+    // Given back for a pause, the frame still waits.
+    rig.harness.handler.pause();
+    chains.push(rig.offer(100));
+    rig.settle();
+    assert!(rig.harness.queue(RX).pop_used().is_none());
+    chains.push(rig.offer(100));
+    chains.push(rig.offer(100));
+    let lens: Vec<u32> = (0..5).map(|_| rig.wait_used(RX).len).collect();
+    assert_eq!(lens, [100, 100, 100, 12, 32]);
+    let mut data = Vec::new();
+    for chain in &chains[..4] {
+        data.extend(rig.harness.queue(RX).read_buffer(chain.buffers[0]));
+    }
+    assert_eq!(data[10..12], 4u16.to_le_bytes());
+    assert_eq!(data[12..312], [6; 300]);
+    assert_eq!(rig.counter("rx_drops"), 0);
+    assert_eq!(rig.counter("rx_frames"), 2);
+}
+
+#[test]
+fn frame_longer_than_a_full_ring_is_dropped_and_counted() {
+    let mut rig = Rig::new(MRG_RXBUF);
+    rig.arrive(60_000, 6);
+    rig.arrive(20, 7);
+    // The ring has 64 entries.
+    let chains: Vec<Chain> = (0..64).map(|_| rig.offer(100)).collect();
+    let used = rig.wait_used(RX);
+    assert_eq!((used.head, used.len), (u32::from(chains[0].head), 32));
+    assert_eq!(rig.counter("rx_drops"), 1);
+}
+
+#[test]
 fn frame_waits_without_waking_until_there_is_a_buffer() {
     let mut rig = Rig::new(0);
     rig.arrive(100, 1);
