@@ -365,6 +365,9 @@ fn request_failed(error: RequestError) -> Answer {
         // Upstream answers 409 to a name used twice; the HTTP crate does not know that status.
         ControlError::ConfigValidation(_) | ControlError::Thresholds(_) => StatusCode::BadRequest,
         // Found only where the host is known, and still the configuration's fault.
+        ControlError::Machine(VmError::Cpu(error)) if error.is_of_configuration() => {
+            StatusCode::BadRequest
+        }
         ControlError::Machine(VmError::Memory(error)) if error.is_of_configuration() => {
             StatusCode::BadRequest
         }

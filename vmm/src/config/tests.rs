@@ -520,11 +520,6 @@ fn validate_what_is_not_built_is_refused_by_name() {
             json!([{"path": "/d", "queue_affinity": [{"queue_index": 0, "host_cpus": [1]}]}]),
             "disks.queue_affinity",
         ),
-        (
-            "cpus",
-            json!({"boot_vcpus": 1, "max_vcpus": 1, "core_scheduling": "Vcpu"}),
-            "cpus.core_scheduling Vcpu",
-        ),
         ("net", json!([{"iommu": true}]), "net.iommu"),
         (
             "platform",

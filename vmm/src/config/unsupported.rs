@@ -2,8 +2,8 @@
 
 use api::VmConfig;
 use api::config::{
-    ConsoleOutputMode, CoreScheduling, CpusConfig, DiskConfig, ImageType, MemoryConfig, NetConfig,
-    NumaConfig, PlatformConfig,
+    ConsoleOutputMode, CpusConfig, DiskConfig, ImageType, MemoryConfig, NetConfig, NumaConfig,
+    PlatformConfig,
 };
 
 use super::error::ValidationError;
@@ -42,11 +42,6 @@ fn cpus(cpus: &CpusConfig) -> Vec<String> {
     [
         asked("cpus.kvm_hyperv", cpus.kvm_hyperv),
         asked("cpus.features.amx", cpus.features.amx),
-        // The default, `Vm`, is asked for by everybody who says nothing.
-        asked(
-            "cpus.core_scheduling Vcpu",
-            cpus.core_scheduling == CoreScheduling::Vcpu,
-        ),
     ]
     .into_iter()
     .flatten()

@@ -135,8 +135,8 @@ mod tests {
             probe().unwrap()
         };
         // All alive until the last has taken its own.
+        let barrier = &std::sync::Barrier::new(3);
         Some(std::thread::scope(|scope| {
-            let barrier = &std::sync::Barrier::new(3);
             let threads = [(); 3].map(|()| {
                 scope.spawn(move || {
                     let cookie = take();

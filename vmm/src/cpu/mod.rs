@@ -8,6 +8,7 @@
 //!                      └ parked while paused; left for good on stop
 //! ```
 
+mod core_scheduling;
 mod counters;
 mod cpuid;
 mod gate;
@@ -110,6 +111,9 @@ pub enum CpuError {
         #[source]
         source: io::Error,
     },
+    /// The kernel has no cookies for vCPUs.
+    #[error("core_scheduling Vcpu is not possible on this host")]
+    CoreScheduling(#[source] io::Error),
     /// More CPUID leaves than KVM takes.
     #[error("The guest's CPUID has {count} leaves, more than KVM takes")]
     CpuidLeaves {
@@ -147,4 +151,20 @@ pub enum CpuError {
         /// How long was waited.
         deadline_ms: u128,
     },
+}
+
+impl CpuError {
+    /// Whether the configuration asks for what this host does not have.
+    pub fn is_of_configuration(&self) -> bool {
+        matches!(
+            self,
+            Self::VcpuCount { .. }
+                | Self::Topology { .. }
+                | Self::ApicId { .. }
+                | Self::NotSupported { .. }
+                | Self::AffinityRange { .. }
+                | Self::Affinity { .. }
+                | Self::CoreScheduling(_)
+        )
+    }
 }

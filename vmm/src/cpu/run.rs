@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hypervisor::{SystemEvent, Vcpu, VmExit, kick};
 
+use super::core_scheduling::CoreCookies;
 use super::counters::{ExitCounters, count};
 use super::gate::Gate;
 use super::vcpus::VcpusContext;
@@ -70,9 +71,15 @@ impl Drop for ThreadGuard<'_> {
 }
 
 /// Body of the thread `vcpuN`.
-pub(super) fn vcpu_thread(cell: &VcpuCell, gate: &Gate, context: &VcpusContext) {
+pub(super) fn vcpu_thread(
+    cell: &VcpuCell,
+    gate: &Gate,
+    context: &VcpusContext,
+    cores: &CoreCookies,
+) {
     let _guard = ThreadGuard { gate, context };
     (context.thread_start)(&cell.thread_name());
+    cores.take();
     while let Some(pass) = gate.enter() {
         let mut vcpu = cell.lock();
         let outcome = kick::with_kicks(&mut vcpu, |vcpu| run_guest(vcpu, cell, gate, context));

@@ -14,6 +14,7 @@ use ::api::config::CpusConfig;
 use hypervisor::bindings::kvm_clock_data;
 use hypervisor::{Kvm, Vm, kick};
 
+use super::core_scheduling::CoreCookies;
 use super::cpuid::{CpuidOptions, GuestCpuid, guest_phys_bits};
 use super::gate::{Gate, Wanted};
 use super::run::{VcpuCell, vcpu_thread};
@@ -59,6 +60,7 @@ pub struct Vcpus {
     gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
     context: VcpusContext,
+    cores: Arc<CoreCookies>,
     kvmclock_ctrl: bool,
     /// The guest's clock when it was paused.
     paused_clock: Option<kvm_clock_data>,
@@ -134,6 +136,7 @@ impl Vcpus {
             gate: Arc::new(Gate::new()),
             threads: Vec::new(),
             context,
+            cores: Arc::new(CoreCookies::new(config.core_scheduling)?),
             kvmclock_ctrl: kvm.supports_kvmclock_ctrl(),
             paused_clock: None,
         })
@@ -190,8 +193,8 @@ impl Vcpus {
             self.gate.add_thread();
             let thread = thread::Builder::new().name(cell.thread_name()).spawn({
                 let (cell, gate) = (Arc::clone(cell), Arc::clone(&self.gate));
-                let context = self.context.clone();
-                move || vcpu_thread(&cell, &gate, &context)
+                let (context, cores) = (self.context.clone(), Arc::clone(&self.cores));
+                move || vcpu_thread(&cell, &gate, &context, &cores)
             });
             match thread {
                 Ok(thread) => self.threads.push(thread),
