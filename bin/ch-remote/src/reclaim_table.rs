@@ -133,7 +133,11 @@ impl Sample<'_> {
         let stats = self.stats;
         let reporting = match (&stats.reporting.active, &stats.reporting.reason) {
             (true, _) => "active".to_owned(),
-            (false, Some(reason)) => format!("inactive: {}", printable(reason)),
+            // Some reasons are whole sentences.
+            (false, Some(reason)) => {
+                let reason = reason.strip_prefix("inactive: ").unwrap_or(reason);
+                format!("inactive: {}", printable(reason))
+            }
             (false, None) => "inactive".to_owned(),
         };
         append(
@@ -364,7 +368,7 @@ mod tests {
         let mut stats = stats(0);
         stats.reporting = ReportingStatus {
             active: false,
-            reason: Some("not\x1b[31m negotiated".to_owned()),
+            reason: Some("inactive: not\x1b[31m negotiated".to_owned()),
         };
         stats
             .report
@@ -375,7 +379,10 @@ mod tests {
             .skipped_bytes
             .insert("poison".to_owned(), 8192);
         let table = sample(&stats, None).to_table();
-        assert!(table.contains("inactive: not?[31m negotiated"), "{table}");
+        assert!(
+            table.contains("Reporting             inactive: not?[31m negotiated"),
+            "{table}"
+        );
         assert!(
             table.contains("Skipped, poison                  0 B      8.00 KiB"),
             "{table}"

@@ -161,14 +161,14 @@ impl Terrain {
             };
             for page in 0..outer.size() / PAGE {
                 let bytes = page_of(outer, page);
-                if bytes.iter().all(|byte| *byte == gone) {
+                if bytes == [gone; PAGE] {
                     assert!(
                         inside.contains(&page),
                         "guard page {page} of plot {at} is gone"
                     );
                     discarded.push((at, page - inside.start));
                 } else {
-                    let whole = bytes.iter().all(|byte| *byte == pattern(at, page));
+                    let whole = bytes == [pattern(at, page); PAGE];
                     assert!(whole, "page {page} of plot {at} is damaged");
                 }
             }
@@ -185,7 +185,7 @@ impl Terrain {
             let inside = self.inside(at);
             for page in (0..outer.size() / PAGE).filter(|page| !inside.contains(page)) {
                 let bytes = page_of(outer, page);
-                let whole = bytes.iter().all(|byte| *byte == pattern(at, page));
+                let whole = bytes == [pattern(at, page); PAGE];
                 assert!(whole, "guard page {page} of plot {at} has changed");
             }
         }
@@ -229,10 +229,13 @@ pub fn trial(
     let outcome = engine.discard(&terrain.ram, &mut claims.to_vec(), expected);
     let (mut gone, mut refused) = (Vec::new(), 0);
     for (at, plot) in plots.iter().enumerate() {
+        let given_up: Vec<_> = (0..plot.pages as u64)
+            .map(|page| given_up(claims, plot.guest_page + page))
+            .collect();
         for page in 0..plot.pages {
             let unit = plot.kind.unit_pages();
-            let first = plot.guest_page + (page - page % unit) as u64;
-            if !(first..first + unit as u64).all(|page| given_up(claims, page)) {
+            let first = page - page % unit;
+            if !given_up[first..first + unit].iter().all(|page| *page) {
                 continue;
             }
             match plot.kind {
@@ -305,7 +308,7 @@ fn check_file(outer: &MmapRegion) {
     file.read_exact_at(&mut bytes, 0)
         .expect("memory files can be read");
     assert!(
-        bytes.iter().all(|byte| *byte == FILE_BYTE),
+        bytes == vec![FILE_BYTE; outer.size()],
         "the file has changed"
     );
 }

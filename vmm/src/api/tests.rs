@@ -23,6 +23,7 @@ use virtio_devices::balloon::HintingError;
 use crate::control::{
     ControlSetup, ControlThread, Ending, Machine, MachineObserver, PublishedView,
 };
+use crate::memory::GuestMemory;
 use crate::vm::{
     BalloonStatsError, HotplugError, NewDevice, ThreadStart, VmContext, VmError, VmSignals,
 };
@@ -73,6 +74,10 @@ impl Machine for FakeMachine {
         let behaviour = config.payload.clone().unwrap().cmdline.unwrap_or_default();
         if behaviour == "broken" {
             return Err(VmError::MissingBalloon);
+        }
+        if behaviour == "narrow" {
+            // A host of fewer physical address bits than the configuration counts on.
+            GuestMemory::validate(&config.memory, 33).map_err(VmError::Memory)?;
         }
         if behaviour == "slow" {
             SLOW.pass();
@@ -652,6 +657,20 @@ fn boot_of_a_configuration_that_makes_no_sense_is_400() {
     assert_eq!(response.status, 400);
     assert_eq!(response.body[2], "Failed to validate config");
     assert_eq!(vmm.state(), "Created");
+}
+
+#[test]
+fn boot_of_more_ram_than_the_host_can_address_is_400() {
+    let vmm = vmm();
+    let config = json!({
+        "payload": {"kernel": "/k", "cmdline": "narrow"},
+        "memory": {"size": 8_u64 << 30},
+    });
+    vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+    let response = vmm.call(Endpoint::VmBoot, None);
+    assert_eq!(response.status, 400);
+    let text = "Guest RAM of 8589934592 bytes does not fit 33 bits of physical address";
+    assert_eq!(response.body[3], text);
 }
 
 #[test]

@@ -332,6 +332,29 @@ mod tests {
     }
 
     #[test]
+    fn ram_of_huge_pages_that_would_straddle_the_hole_is_refused() {
+        let huge = MemoryZoneConfig {
+            hugepages: true,
+            hugepage_size: Some(2 * MIB),
+            ..zone("b", 4 * MIB, None, false)
+        };
+        let config = zoned(vec![zone("a", 3 * GIB - MIB, None, false), huge]);
+        let refused = GuestMemory::new(&config, 46).unwrap_err();
+        let MemoryError::Zone { id, source } = refused else {
+            panic!("{refused}");
+        };
+        assert_eq!(id, "b");
+        // Only a kernel without huge pages says something else.
+        assert!(
+            matches!(
+                source,
+                ZoneError::NotPageMultiple { bytes: MIB, .. } | ZoneError::Host { .. }
+            ),
+            "{source}"
+        );
+    }
+
+    #[test]
     fn ram_of_a_zone_that_cannot_be_made_names_it() {
         let config = zoned(vec![
             zone("a", 4 * MIB, None, false),

@@ -11,8 +11,6 @@ use integration_tests::tests;
 use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
 
-use crate::huge_pages::ReservedHugePages;
-
 pub(crate) fn tests() -> Vec<Test> {
     tests![
         pvh_kernel_with_one_vcpu_boots,
@@ -23,7 +21,6 @@ pub(crate) fn tests() -> Vec<Test> {
         affinity_pins_the_vcpu_thread,
         clock_is_kvmclock,
         real_time_clock_tells_the_hosts_time,
-        huge_pages_back_the_guest,
         guest_without_initramfs_starts_over_and_over,
     ]
 }
@@ -133,31 +130,6 @@ fn real_time_clock_tells_the_hosts_time() -> Result<Outcome> {
         .with_context(|| text.clone())?;
     let hosts = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
     ensure!(hosts.abs_diff(guests) < 60, "host {hosts}, guest {guests}");
-    Ok(Outcome::Passed)
-}
-
-fn huge_pages_back_the_guest() -> Result<Outcome> {
-    const PAGES: u64 = 256;
-    let Some(_reserved) = ReservedHugePages::new(PAGES)? else {
-        return Ok(Outcome::Skipped(
-            "the host has no huge pages to give".into(),
-        ));
-    };
-    let free = ReservedHugePages::free()?;
-    let mut guest = Machine {
-        memory: "size=512M,hugepages=on",
-        ..Machine::default()
-    }
-    .serve()?;
-    guest.command("alloc 200M seed=3")?;
-    guest.command("verify")?;
-    let used = free - ReservedHugePages::free()?;
-    ensure!(used >= 100, "the guest is on {used} huge pages");
-    let stats = guest.vmm.get("vm.reclaim-stats")?;
-    let resident = stats["resident_bytes"].as_u64();
-    ensure!(resident >= Some(200 << 20), "{stats:#}");
-    guest.end_cleanly()?;
-    ensure!(ReservedHugePages::free()? == free, "huge pages are lost");
     Ok(Outcome::Passed)
 }
 

@@ -1,33 +1,46 @@
 //! Huge pages of the host, for guests that are to lie on them.
 
 use std::fs;
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use anyhow::Result;
-
-const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB";
+use anyhow::{Context, Result};
 
 /// One test at a time, so that each can tell its own pages by counting.
 static TURN: Mutex<()> = Mutex::new(());
 
-/// Huge pages of 2 MiB, reserved on the host until it is dropped.
+/// Huge pages reserved on the host until it is dropped.
 pub(crate) struct ReservedHugePages {
+    /// What the kernel tells of pages of this size, and takes.
+    pool: PathBuf,
     before: String,
     _turn: MutexGuard<'static, ()>,
 }
 
 impl ReservedHugePages {
-    /// `None` when the host does not give so many.
+    /// Pages of 2 MiB. `None` when the host does not give so many.
     pub(crate) fn new(count: u64) -> Result<Option<Self>> {
+        Self::of(2 << 20, count)
+    }
+
+    /// Pages of `page_bytes`. `None` when the host has no such pages, or does not give so many.
+    pub(crate) fn of(page_bytes: u64, count: u64) -> Result<Option<Self>> {
         // A test that panicked has put the pages back all the same.
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-        let file = format!("{HUGE_PAGES}/nr_hugepages");
-        let before = fs::read_to_string(&file)?;
+        let name = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", page_bytes / 1024);
+        let pool = PathBuf::from(name);
+        let file = pool.join("nr_hugepages");
+        let Ok(before) = fs::read_to_string(&file) else {
+            return Ok(None);
+        };
         let wanted = before.trim().parse::<u64>()? + count;
+        // Caches lie in the way of large pages; without this there are only fewer of them.
+        drop(fs::write("/proc/sys/vm/drop_caches", "3"));
         if fs::write(&file, wanted.to_string()).is_err() {
             return Ok(None);
         }
         let reserved = Self {
+            pool,
             before,
             _turn: turn,
         };
@@ -36,15 +49,16 @@ impl ReservedHugePages {
     }
 
     /// Pages nobody has.
-    pub(crate) fn free() -> Result<u64> {
-        let text = fs::read_to_string(format!("{HUGE_PAGES}/free_hugepages"))?;
+    pub(crate) fn free(&self) -> Result<u64> {
+        let file = self.pool.join("free_hugepages");
+        let text = fs::read_to_string(&file).with_context(|| format!("{}", file.display()))?;
         Ok(text.trim().parse()?)
     }
 }
 
 impl Drop for ReservedHugePages {
     fn drop(&mut self) {
-        if let Err(error) = fs::write(format!("{HUGE_PAGES}/nr_hugepages"), &self.before) {
+        if let Err(error) = fs::write(self.pool.join("nr_hugepages"), &self.before) {
             println!("     huge pages stay reserved: {error}");
         }
     }

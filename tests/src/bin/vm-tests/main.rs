@@ -16,6 +16,7 @@ mod overhead;
 mod patched;
 mod power;
 mod stress;
+mod zones;
 
 use std::process::ExitCode;
 
@@ -33,6 +34,7 @@ fn all() -> Vec<Test> {
         network::tests(),
         balloon::tests(),
         stress::tests(),
+        zones::tests(),
         api::tests(),
         overhead::tests(),
         patched::tests(),
