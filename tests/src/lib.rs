@@ -10,6 +10,7 @@ pub mod literal_client;
 pub mod mappings;
 pub mod outcome;
 pub mod paths;
+pub mod qemu;
 pub mod serial;
 pub mod vmm;
 pub mod wait;

@@ -58,6 +58,8 @@ enum GuestCommand {
     Refresh(guest::tree::Options),
     /// Test the core of the patches in user space against a model
     Core(guest::core::Options),
+    /// Test the patched kernel with QEMU as its host: NUMA nodes, memory hotplug, virtio-mem
+    QemuTest(shows::QemuTestOptions),
     /// Run the unit tests of the series in a kernel under emulation
     Kunit(guest::kunit::Options),
     /// Check what every prefix of the patch series promises
@@ -73,6 +75,7 @@ fn main() -> ExitCode {
             guest::tree::refresh(&options).map(|()| ExitCode::SUCCESS)
         }
         Command::Guest(GuestCommand::Core(options)) => guest::core::run(&options),
+        Command::Guest(GuestCommand::QemuTest(options)) => shows::qemu_test(&options),
         Command::Guest(GuestCommand::Kunit(options)) => guest::kunit::run(&options),
         Command::Guest(GuestCommand::Check(options)) => guest::check::run(&options),
         Command::Guest(GuestCommand::Build) => {

@@ -1,5 +1,5 @@
-//! `cargo xtask demo` and `cargo xtask bench`: programs of the integration tests that run in
-//! the testbed and need nothing else.
+//! `cargo xtask demo`, `bench` and `guest qemu-test`: programs of the integration tests that
+//! are started with what they need.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -7,8 +7,9 @@ use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::paths;
+use crate::guest::{self, Wanted};
 use crate::testbed::{self, KernelChoice, Surroundings};
+use crate::{apt, paths};
 
 /// Memory of the testbed's host: the guest's 1 GiB and room to spare.
 const HOST_BYTES: u64 = 3 << 30;
@@ -61,6 +62,30 @@ pub(crate) fn bench(options: BenchOptions) -> Result<ExitCode> {
             ..Surroundings::default()
         },
     )
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct QemuTestOptions {
+    /// Only tests whose name contains one of these
+    filters: Vec<OsString>,
+}
+
+/// Tests the patched kernel under QEMU as its host, on this machine and without KVM.
+pub(crate) fn qemu_test(options: &QemuTestOptions) -> Result<ExitCode> {
+    if guest::build(Wanted::Both)?.patched.is_none() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    apt::ensure_from_backports(testbed::QEMU)?;
+    let status = Command::new(build("qemu-tests")?)
+        .args(&options.filters)
+        .current_dir(paths::workspace())
+        .status()
+        .context("starting the tests")?;
+    Ok(if status.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// Builds a program of the integration tests and tells where it is.

@@ -1,0 +1,208 @@
+//! Our kernel patches under another host: QEMU, with its balloon, memory hotplug, virtio-mem
+//! and two NUMA nodes. `cargo xtask guest qemu-test` starts it.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use integration_tests::outcome::{Outcome, Test, run};
+use integration_tests::qemu::QemuGuest;
+use integration_tests::wait::wait_for;
+use integration_tests::{paths, tests};
+use serde_json::json;
+
+const MIB: u64 = 1 << 20;
+/// Mainline's tracker needs seconds, and machines are busy.
+const DEADLINE: Duration = Duration::from_secs(180);
+
+const TWO_NODES: &[&str] = &[
+    "-smp",
+    "2,sockets=2",
+    "-m",
+    "768M",
+    "-object",
+    "memory-backend-ram,id=m0,size=384M",
+    "-object",
+    "memory-backend-ram,id=m1,size=384M",
+    "-numa",
+    "node,nodeid=0,cpus=0,memdev=m0",
+    "-numa",
+    "node,nodeid=1,cpus=1,memdev=m1",
+    "-device",
+    "virtio-balloon-pci,free-page-reporting=on",
+];
+
+const ROOM_TO_GROW: &[&str] = &[
+    "-smp",
+    "2",
+    "-m",
+    "512M,slots=2,maxmem=2G",
+    "-device",
+    "virtio-balloon-pci,free-page-reporting=on",
+];
+
+fn main() -> ExitCode {
+    let filters: Vec<String> = std::env::args().skip(1).collect();
+    let all: Vec<Test> = tests![
+        nodes_both_give_memory_back,
+        mainline_tracker_in_a_patched_kernel_gives_memory_back,
+        tracker_changed_at_run_time_gives_memory_back,
+        dimm_plugged_gives_memory_back_and_leaves,
+        virtio_mem_gives_memory_back_and_shrinks,
+    ];
+    let chosen: Vec<Test> = all
+        .into_iter()
+        .filter(|test| {
+            filters.is_empty()
+                || filters
+                    .iter()
+                    .any(|filter| test.name.contains(filter.as_str()))
+        })
+        .collect();
+    if chosen.is_empty() {
+        println!("no test matches {filters:?}");
+        return ExitCode::FAILURE;
+    }
+    if run(&chosen) {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+fn kernel() -> Result<PathBuf> {
+    paths::guest("patched/vmlinux")
+}
+
+/// Touches memory and frees it: QEMU must hold most of it, and then no longer.
+fn gives_back(guest: &mut QemuGuest, mib: u64) -> Result<()> {
+    guest.command(&format!("alloc {mib}M seed=1"))?;
+    guest.command("verify")?;
+    let held = guest.resident_bytes()?;
+    ensure!(held > mib * MIB, "QEMU holds {} MiB", held / MIB);
+    guest.command("free")?;
+    // The rest may be in blocks that are too small to report, and in QEMU's own memory.
+    let enough = held - mib * MIB * 3 / 4;
+    let gone = wait_for("the guest's memory on the host", DEADLINE, || {
+        Ok((guest.resident_bytes()? < enough).then_some(()))
+    });
+    if let Err(error) = gone {
+        let now = guest.resident_bytes()? / MIB;
+        let figures = guest
+            .shell("cd /sys/kernel/mm/page_reporting && grep . stats/*; cat /proc/buddyinfo")?;
+        bail!("{error}: {} MiB → {now} MiB; {figures}", held / MIB);
+    }
+    // And it can be used again.
+    guest.command(&format!("alloc {mib}M seed=2"))?;
+    guest.command("verify")?;
+    guest.command("free")?;
+    Ok(())
+}
+
+fn end(guest: &QemuGuest) -> Result<Outcome> {
+    let complaints = guest.complaints();
+    ensure!(
+        complaints.is_empty(),
+        "the kernel complains: {complaints:#?}"
+    );
+    Ok(Outcome::Passed)
+}
+
+fn nodes_both_give_memory_back() -> Result<Outcome> {
+    let mut guest = QemuGuest::serve(&kernel()?, TWO_NODES, "page_reporting.tracker=bitmap")?;
+    let nodes =
+        guest.shell("ls -d /sys/devices/system/node/node0 /sys/devices/system/node/node1")?;
+    ensure!(nodes.contains("node1"), "{nodes}");
+    // More than one node has.
+    gives_back(&mut guest, 560)?;
+    let bytes = guest.figure("stats/bytes")?;
+    ensure!(bytes > 500 * MIB, "{} MiB were reported", bytes / MIB);
+    end(&guest)
+}
+
+fn mainline_tracker_in_a_patched_kernel_gives_memory_back() -> Result<Outcome> {
+    let mut guest = QemuGuest::serve(&kernel()?, TWO_NODES, "page_reporting.tracker=mainline")?;
+    gives_back(&mut guest, 400)?;
+    end(&guest)
+}
+
+fn tracker_changed_at_run_time_gives_memory_back() -> Result<Outcome> {
+    let mut guest = QemuGuest::serve(&kernel()?, TWO_NODES, "page_reporting.tracker=off")?;
+    guest.command("alloc 300M")?;
+    guest.command("free")?;
+    for tracker in ["bitmap", "mainline", "off", "bitmap"] {
+        guest.shell(&format!(
+            "echo {tracker} > /sys/kernel/mm/page_reporting/tracker"
+        ))?;
+    }
+    gives_back(&mut guest, 400)?;
+    end(&guest)
+}
+
+/// Total memory as the guest sees it.
+fn total_bytes(guest: &mut QemuGuest) -> Result<u64> {
+    let answer = guest.command("mem")?;
+    answer
+        .split(' ')
+        .find_map(|word| word.strip_prefix("total=")?.parse().ok())
+        .with_context(|| answer.clone())
+}
+
+fn wait_total(guest: &mut QemuGuest, what: &str, fits: impl Fn(u64) -> bool) -> Result<()> {
+    wait_for(what, DEADLINE, || {
+        Ok(fits(total_bytes(guest)?).then_some(()))
+    })
+}
+
+fn dimm_plugged_gives_memory_back_and_leaves() -> Result<Outcome> {
+    let mut guest = QemuGuest::serve(
+        &kernel()?,
+        ROOM_TO_GROW,
+        "page_reporting.tracker=bitmap memhp_default_state=online_movable",
+    )?;
+    let before = total_bytes(&mut guest)?;
+    let backend = json!({"qom-type": "memory-backend-ram", "id": "more", "size": 512 * MIB});
+    guest.control("object-add", &backend)?;
+    let dimm = json!({"driver": "pc-dimm", "id": "dimm", "memdev": "more"});
+    guest.control("device_add", &dimm)?;
+    wait_total(&mut guest, "the DIMM in the guest", |total| {
+        total >= before + 500 * MIB
+    })?;
+    gives_back(&mut guest, 700)?;
+    guest.control("device_del", &json!({"id": "dimm"}))?;
+    wait_total(&mut guest, "the guest without the DIMM", |total| {
+        total < before + 100 * MIB
+    })?;
+    // What is left works on.
+    gives_back(&mut guest, 250)?;
+    end(&guest)
+}
+
+fn virtio_mem_gives_memory_back_and_shrinks() -> Result<Outcome> {
+    let mut arguments = ROOM_TO_GROW.to_vec();
+    arguments.extend([
+        "-object",
+        "memory-backend-ram,id=more,size=1G",
+        "-device",
+        "virtio-mem-pci,id=vm0,memdev=more,requested-size=0",
+    ]);
+    let mut guest = QemuGuest::serve(
+        &kernel()?,
+        &arguments,
+        "page_reporting.tracker=bitmap memhp_default_state=online_movable",
+    )?;
+    let before = total_bytes(&mut guest)?;
+    let request = |bytes: u64| json!({"path": "vm0", "property": "requested-size", "value": bytes});
+    guest.control("qom-set", &request(512 * MIB))?;
+    wait_total(&mut guest, "more memory", |total| {
+        total >= before + 480 * MIB
+    })?;
+    gives_back(&mut guest, 700)?;
+    guest.control("qom-set", &request(0))?;
+    wait_total(&mut guest, "the guest as small as before", |total| {
+        total < before + 100 * MIB
+    })?;
+    gives_back(&mut guest, 250)?;
+    end(&guest)
+}
