@@ -154,8 +154,10 @@ fn device_that_the_guest_does_not_let_go_is_gone_after_a_reboot() -> Result<()> 
     ensure!(cause.contains("still being removed"), "{cause}");
     vmm.put("vm.reboot", None)?;
     expect(&remove()?, 404)?;
-    // Its image is free again.
+    // Its image is free again; a machine that is paused takes it as well.
+    vmm.put("vm.pause", None)?;
     expect(&put(&vmm, "vm.add-disk", &disk)?, 200)?;
+    vmm.put("vm.resume", None)?;
     // Until there is no slot left: the bridge, the random numbers and 30 disks.
     let image = image.path().display().to_string();
     expect(&remove()?, 204)?;
