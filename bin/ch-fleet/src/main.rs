@@ -10,6 +10,7 @@ mod ask;
 mod doctor;
 mod logger;
 mod run;
+mod screen;
 mod settings_command;
 mod tables;
 mod top;
@@ -47,7 +48,12 @@ fn execute(arguments: &Arguments) -> Result<ExitCode> {
         Command::Agent(options) => agent_command::run(options)?,
         Command::Run(options) => return run::run(&agent, options),
         Command::Doctor => return doctor::run(&agent, arguments.output, &mut out),
-        Command::Top(options) => top::run(&agent, options, arguments.output, &mut out)?,
+        Command::Top(options) => {
+            // The screen writes to standard output itself.
+            drop(out);
+            top::run(&agent, options, arguments.output)?;
+            return Ok(ExitCode::SUCCESS);
+        }
         Command::Config(command) => settings_command::run(&agent, command, &mut out)?,
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Arguments::command(), "ch-fleet", &mut out);

@@ -72,7 +72,7 @@ pub(crate) fn vms(out: &mut dyn Write, vms: &[VmStatus]) -> io::Result<()> {
 
 /// Column names of [`vm_line`].
 pub(crate) const VM_HEADER: &str =
-    "VM               CL LV   CONF    RES    TGT    ACT  AVAIL   POP/S   AGE DECISION";
+    "VM           CL LV   CONF    RES    TGT    ACT  AVAIL  POP/S   AGE DECISION";
 
 /// A VM in 80 columns.
 pub(crate) fn vm_line(vm: &VmStatus) -> String {
@@ -84,8 +84,8 @@ pub(crate) fn vm_line(vm: &VmStatus) -> String {
         _ => vm.reason.clone(),
     };
     format!(
-        "{:<16} {:<2} L{} {:>6} {:>6} {:>6} {:>6} {:>6} {:>7} {:>5} {}",
-        clip(&vm.vm, 16),
+        "{:<12} {:<2} L{} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6} {:>5} {}",
+        clip(&vm.vm, 12),
         &format!("{:?}", vm.class)[..2],
         vm.level,
         short(vm.configured),

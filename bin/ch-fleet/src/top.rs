@@ -1,24 +1,23 @@
 //! `ch-fleet top`: the host and its VMs, again and again.
+//!
+//! On a terminal a screen with keys; everywhere else, and with `--batch`, plain rounds one after the other.
 
-use std::io::Write;
+use std::io::{self, IsTerminal, Write};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use ratatui::crossterm::event::{self, Event, KeyEventKind};
 
 use crate::args::{Output, TopOptions};
 use crate::ask::Agent;
+use crate::screen::{Screen, draw};
 use crate::tables;
 
 /// Shortest and longest time between two rounds, seconds.
 const DELAY_SECONDS: std::ops::RangeInclusive<f64> = 0.1..=3600.0;
 
-pub(crate) fn run(
-    agent: &Agent,
-    options: &TopOptions,
-    output: Output,
-    out: &mut dyn Write,
-) -> Result<()> {
+pub(crate) fn run(agent: &Agent, options: &TopOptions, output: Output) -> Result<()> {
     ensure!(
         DELAY_SECONDS.contains(&options.delay),
         "--delay must lie between {} and {} seconds",
@@ -26,7 +25,12 @@ pub(crate) fn run(
         DELAY_SECONDS.end()
     );
     let delay = Duration::from_secs_f64(options.delay);
-    batch(agent, options.count, delay, output, out)
+    let stdout = io::stdout();
+    if options.batch || output == Output::Json || !stdout.is_terminal() {
+        batch(agent, options.count, delay, output, &mut stdout.lock())
+    } else {
+        full_screen(agent, options.count, delay)
+    }
 }
 
 /// One round after the other.
@@ -51,5 +55,49 @@ fn batch(
             return Ok(());
         }
         thread::sleep(delay);
+    }
+}
+
+/// A screen that follows keys. The terminal is put back however this ends.
+fn full_screen(agent: &Agent, count: Option<u64>, delay: Duration) -> Result<()> {
+    let mut terminal = ratatui::try_init().context("Cannot use the terminal")?;
+    let result = follow(&mut terminal, agent, count, delay);
+    ratatui::restore();
+    result
+}
+
+fn follow(
+    terminal: &mut ratatui::DefaultTerminal,
+    agent: &Agent,
+    count: Option<u64>,
+    delay: Duration,
+) -> Result<()> {
+    let mut screen = Screen::new(agent.status()?);
+    let mut round = 1;
+    loop {
+        terminal
+            .draw(|frame| draw(frame, &screen))
+            .context("Cannot draw")?;
+        if count.is_some_and(|count| round >= count) {
+            return Ok(());
+        }
+        let until = Instant::now() + delay;
+        while event::poll(until.saturating_duration_since(Instant::now()))
+            .context("Cannot read keys")?
+        {
+            match event::read().context("Cannot read keys")? {
+                Event::Key(key) if key.kind == KeyEventKind::Press && !screen.key(key) => {
+                    return Ok(());
+                }
+                _ => {}
+            }
+            terminal
+                .draw(|frame| draw(frame, &screen))
+                .context("Cannot draw")?;
+        }
+        if !screen.paused {
+            screen.take(agent.status()?);
+            round += 1;
+        }
     }
 }

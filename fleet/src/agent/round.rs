@@ -171,7 +171,9 @@ impl Agent {
     pub(super) fn seen(&self, name: &str) -> Option<SeenVm> {
         let vm = self.vms.get(name)?;
         let resident = vm.reading.as_ref()?.sample.resident;
-        (vm.missed == 0).then_some(SeenVm { resident })
+        // One that hangs is there all the same, with its memory; one that nobody listens for is not.
+        let ended = matches!(vm.failure, Some("refused" | "no-socket" | "no-vm"));
+        (!ended).then_some(SeenVm { resident })
     }
 
     pub(super) fn follow_reservations(&mut self) {

@@ -78,3 +78,76 @@ fn scrape_leaves_out_what_is_unknown() {
     assert!(!text.contains("ch_vm_guest_free_bytes"));
     assert!(!text.contains("ch_burst_coverage_ratio"));
 }
+
+/// Every `ch_…` name in a text.
+fn names(text: &str) -> std::collections::BTreeSet<String> {
+    text.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_'))
+        .filter(|word| word.starts_with("ch_"))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// A scrape of a host that has something of everything.
+fn full_text() -> String {
+    let mut shown = Shown::clone(&shown());
+    shown.status.host.burst_coverage = Some(2.0);
+    shown.admissions.answers.insert(("admitted", "ok"), 1);
+    let vm = &mut shown.status.vms[0];
+    for figure in [
+        &mut vm.guest_available,
+        &mut vm.guest_free,
+        &mut vm.reported,
+        &mut vm.discarded,
+        &mut vm.skipped,
+    ] {
+        *figure = Some(Bytes(1));
+    }
+    for figure in [
+        &mut vm.guest_stalls,
+        &mut vm.guest_major_faults,
+        &mut vm.guest_oom_kills,
+        &mut vm.report_p99_us,
+    ] {
+        *figure = Some(1);
+    }
+    let published = Published::default();
+    published
+        .requests
+        .record("vm.info", None, Duration::from_millis(3));
+    render(&Arc::new(shown), &published)
+}
+
+#[test]
+fn alerts_and_dashboards_name_only_what_is_there() {
+    let there = names(&full_text());
+    for (file, text) in [
+        (
+            "alerts.yaml",
+            include_str!("../../observability/alerts.yaml"),
+        ),
+        (
+            "fleet.json",
+            include_str!("../../observability/dashboards/fleet.json"),
+        ),
+        (
+            "host.json",
+            include_str!("../../observability/dashboards/host.json"),
+        ),
+        (
+            "vm.json",
+            include_str!("../../observability/dashboards/vm.json"),
+        ),
+    ] {
+        let used = names(text);
+        assert!(!used.is_empty(), "{file}");
+        let missing: Vec<_> = used.difference(&there).collect();
+        assert!(
+            missing.is_empty(),
+            "{file} names {missing:?}, there is\n{there:?}"
+        );
+        if file.ends_with(".json") {
+            let dashboard: serde_json::Value = serde_json::from_str(text).unwrap();
+            assert!(dashboard["panels"].as_array().unwrap().len() > 3, "{file}");
+        }
+    }
+}

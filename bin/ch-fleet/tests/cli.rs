@@ -1,0 +1,223 @@
+#![allow(clippy::unwrap_used)]
+//! The program itself, as processes on this machine.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// Machines that run tests are shared.
+const DEADLINE: Duration = Duration::from_secs(60);
+const PROGRAM: &str = env!("CARGO_BIN_EXE_ch-fleet");
+
+struct Agent {
+    folder: TempDir,
+    child: Child,
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        // Ended already is as good.
+        let _ = self.child.kill();
+        self.child.wait().unwrap();
+    }
+}
+
+fn wait<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let until = Instant::now() + DEADLINE;
+    loop {
+        if let Some(found) = condition() {
+            return found;
+        }
+        assert!(Instant::now() < until, "not in time: {what}");
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+fn settings(folder: &Path, more: &str) -> String {
+    let here = folder.display();
+    format!(
+        "[agent]\nsocket = '{here}/agent.sock'\nstate_dir = '{here}/state'\n\
+         [discovery]\nsockets = ['{here}/*.vm']\n[host]\nreserve = '0B'\n{more}"
+    )
+}
+
+fn spawn(folder: &Path) -> Child {
+    Command::new(PROGRAM)
+        .args(["agent", "--config"])
+        .arg(folder.join("agent.toml"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(folder.join("log")).unwrap())
+        .spawn()
+        .unwrap()
+}
+
+impl Agent {
+    fn start() -> Self {
+        let folder = TempDir::new().unwrap();
+        fs::write(
+            folder.path().join("agent.toml"),
+            settings(folder.path(), ""),
+        )
+        .unwrap();
+        let child = spawn(folder.path());
+        let agent = Self { folder, child };
+        agent.wait_up();
+        agent
+    }
+
+    fn wait_up(&self) {
+        wait("the agent", || {
+            self.ask(&["status"]).status.success().then_some(())
+        });
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("agent.sock")
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(PROGRAM);
+        command
+            .arg("--socket")
+            .arg(self.socket())
+            .args(["--timeout", "60"])
+            .args(arguments);
+        command
+    }
+
+    fn ask(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    fn json(&self, arguments: &[&str]) -> Value {
+        let output = self.ask(&[arguments, &["-o", "json"]].concat());
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), signal)
+            .unwrap();
+    }
+
+    /// Runs a shell script in the place of a VMM of so much memory.
+    fn run(&self, memory: &str, script: &str) -> Output {
+        let socket = self.folder.path().join("new.vm");
+        let socket = socket.to_str().unwrap();
+        let size = format!("size={memory}");
+        self.ask(&[
+            "run",
+            "--",
+            "sh",
+            "-c",
+            script,
+            "--api-socket",
+            socket,
+            "--memory",
+            &size,
+        ])
+    }
+}
+
+#[test]
+fn run_reserves_while_the_vmm_runs_and_ends_as_it_does() {
+    let agent = Agent::start();
+    let held = agent.folder.path().join("held");
+    let script = format!(
+        "'{PROGRAM}' --socket '{}' -o json reservations > '{}'; exit 7",
+        agent.socket().display(),
+        held.display()
+    );
+    let output = agent.run("64M", &script);
+    assert_eq!(output.status.code(), Some(7), "{output:?}");
+    let held: Value = serde_json::from_slice(&fs::read(held).unwrap()).unwrap();
+    assert_eq!(held[0]["vm"], "new.vm");
+    assert_eq!(agent.json(&["reservations"]), serde_json::json!([]));
+}
+
+#[test]
+fn refused_memory_is_exit_status_3_and_starts_nothing() {
+    let agent = Agent::start();
+    let output = agent.run("100T", "echo started");
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    assert!(output.stdout.is_empty());
+    let output = agent.ask(&["reserve", "a", "--memory", "100T", "--dry-run"]);
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+}
+
+#[test]
+fn agent_that_was_killed_starts_again_with_its_reservations() {
+    let mut agent = Agent::start();
+    let made = agent.json(&["reserve", "a", "--memory", "64M", "--min", "32M"]);
+    agent.child.kill().unwrap();
+    agent.child.wait().unwrap();
+    assert!(agent.socket().exists(), "killed, so it could not tidy up");
+    agent.child = spawn(agent.folder.path());
+    agent.wait_up();
+    let held = agent.json(&["reservations"]);
+    assert_eq!(held[0]["id"], made["reservation"]["id"]);
+    let id = held[0]["id"].as_str().unwrap();
+    agent.json(&["release", id]);
+    assert_eq!(agent.json(&["reservations"]), serde_json::json!([]));
+}
+
+#[test]
+fn sighup_reloads_and_sigterm_ends() {
+    let mut agent = Agent::start();
+    let file = agent.folder.path().join("agent.toml");
+    fs::write(
+        &file,
+        settings(agent.folder.path(), "[control]\nplam = '1s'\n"),
+    )
+    .unwrap();
+    agent.signal(rustix::process::Signal::HUP);
+    wait("the refusal", || {
+        (agent.json(&["status"])["reload_ok"] == false).then_some(())
+    });
+    assert!(!agent.ask(&["reload"]).status.success());
+    fs::write(
+        &file,
+        settings(agent.folder.path(), "[control]\nplan = '3s'\n"),
+    )
+    .unwrap();
+    agent.signal(rustix::process::Signal::HUP);
+    wait("the new settings", || {
+        let shown = agent.ask(&["config", "show"]).stdout;
+        String::from_utf8(shown)
+            .unwrap()
+            .contains("plan = \"3s\"")
+            .then_some(())
+    });
+    agent.signal(rustix::process::Signal::TERM);
+    let status = wait("the end", || agent.child.try_wait().unwrap());
+    assert!(status.success());
+    assert!(!agent.socket().exists());
+}
+
+#[test]
+fn commands_without_an_agent_say_so() {
+    let folder = TempDir::new().unwrap();
+    let output = Command::new(PROGRAM)
+        .arg("--socket")
+        .arg(folder.path().join("none.sock"))
+        .arg("status")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(told.contains("There is no API socket"), "{told}");
+}
+
+#[test]
+fn top_prints_rounds_where_there_is_no_terminal() {
+    let agent = Agent::start();
+    let output = agent.ask(&["top", "-n", "2", "-d", "0.1"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(text.matches("DECISION").count(), 2, "{text}");
+}
