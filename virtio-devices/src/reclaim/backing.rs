@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 use super::ranges::Expected;
+use super::sys;
 
 /// The kinds of mapping guest RAM may be made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +27,7 @@ pub(super) enum Backing {
     /// A file mapped private: never punched, because the file is somebody else's.
     /// `MADV_DONTNEED` frees what the guest has written, and shows the file again.
     PrivateFile,
-    /// Neither clearly private nor backed by a file we could punch.
+    /// Neither clearly private nor backed by a file that can be punched.
     Unsupported,
 }
 
@@ -50,6 +51,10 @@ impl RegionLayout {
         let private = flags & libc::MAP_PRIVATE != 0;
         let backing = match file {
             None if private && !shared => Backing::AnonymousPrivate,
+            // Nothing of it can be freed but by removing it.
+            Some(file) if shared && !sys::can_punch(file.file().as_raw_fd()) => {
+                Backing::Unsupported
+            }
             Some(file) if shared => Backing::SharedFile {
                 fd: file.file().as_raw_fd(),
                 file_start: file.start(),

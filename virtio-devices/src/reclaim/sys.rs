@@ -150,6 +150,24 @@ pub(super) unsafe fn punch_hole(fd: RawFd, offset: u64, bytes: u64) -> io::Resul
     })
 }
 
+/// Whether the file system of `fd` can free a part of a file. Tried far behind the end of the file,
+/// where nothing is.
+pub(super) fn can_punch(fd: RawFd) -> bool {
+    /// Nobody lets the file grow by a TiB meanwhile.
+    const FAR_BYTES: u64 = 1 << 40;
+    const TRIED_BYTES: u64 = 4096;
+    // SAFETY: the call takes and returns integers. Nobody reads or writes guest RAM at a position.
+    let end = unsafe { libc::lseek(fd, 0, libc::SEEK_END) };
+    let Ok(end) = u64::try_from(end) else {
+        return false;
+    };
+    let offset = end.next_multiple_of(TRIED_BYTES).saturating_add(FAR_BYTES);
+    // SAFETY: there is no content so far behind the end.
+    let punched = unsafe { punch_hole(fd, offset, TRIED_BYTES) };
+    // Any other error is told when it is met.
+    !punched.is_err_and(|e| e.raw_os_error() == Some(libc::EOPNOTSUPP))
+}
+
 fn check(ret: libc::c_int) -> io::Result<()> {
     if ret == 0 {
         Ok(())

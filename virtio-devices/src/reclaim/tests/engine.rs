@@ -277,6 +277,69 @@ fn huge_ram(pages: usize) -> Option<GuestRam> {
     ))
 }
 
+/// A file of a file system that has no holes, in a mount namespace that goes with its thread.
+fn file_without_holes(bytes: u64) -> std::io::Result<File> {
+    let folder = tempfile::tempdir()?;
+    let ram = folder.path().join("ram");
+    let path = std::ffi::CString::new(folder.path().as_os_str().as_encoded_bytes())?;
+    std::thread::spawn(move || {
+        let done = |ret: libc::c_int| match ret {
+            0 => Ok(()),
+            _ => Err(std::io::Error::last_os_error()),
+        };
+        let root = c"/".as_ptr();
+        let none = std::ptr::null();
+        let private = libc::MS_REC | libc::MS_PRIVATE;
+        // SAFETY: every name is a C string that outlives its call, and what is mounted is seen by
+        // this thread alone.
+        unsafe {
+            done(libc::unshare(libc::CLONE_NEWNS))?;
+            done(libc::mount(none, root, none, private, none.cast()))?;
+            done(libc::mount(
+                none,
+                path.as_ptr(),
+                c"ramfs".as_ptr(),
+                0,
+                none.cast(),
+            ))?;
+        }
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(ram);
+        file.and_then(|file| file.set_len(bytes).map(|()| file))
+    })
+    .join()
+    .unwrap()
+}
+
+#[test]
+fn file_that_cannot_have_holes_is_skipped_and_counted() {
+    let bytes = 8 * PAGE_BYTES;
+    let file = match file_without_holes(bytes) {
+        Ok(file) => file,
+        Err(error) => {
+            eprintln!("skipped: no ramfs can be mounted here: {error}");
+            return;
+        }
+    };
+    let region = MmapRegionBuilder::new(usize::try_from(bytes).unwrap())
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_SHARED)
+        .with_file_offset(FileOffset::new(file, 0))
+        .build()
+        .unwrap();
+    let region = GuestRegionMmap::new(region, GuestAddress(0)).unwrap();
+    let ram = GuestRam::new(GuestMemoryMmap::from_regions(vec![region]).unwrap());
+    ram.memory().write_obj(7_u8, GuestAddress(0)).unwrap();
+    let mut engine = DiscardEngine::new(Arc::default());
+    let outcome = engine.discard(&ram, &mut [pages(0, 8)], Expected::Zeros);
+    let skipped = outcome.skipped.get(SkipReason::UnsupportedBacking);
+    assert_eq!((skipped, outcome.syscalls), (bytes, 0));
+    assert_eq!(ram.memory().read_obj::<u8>(GuestAddress(0)).unwrap(), 7);
+}
+
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 #[test]
