@@ -115,6 +115,10 @@ endpoints! {
     /// Removes a device, from a running VM when its guest has let go.
     VmRemoveDevice = Put "vm.remove-device",
         request Some("VmRemoveDevice"), response None, command "remove-device";
+    /// Pauses or resumes free page reporting, or asks for a report of everything.
+    VmBalloonReporting = Put "vm.balloon-reporting",
+        request Some("VmBalloonReporting"), response Some("ReportingStatus"),
+        command "balloon-reporting";
     /// Stops the vCPUs.
     VmPause = Put "vm.pause", request None, response None, command "pause";
     /// Lets the vCPUs go on.

@@ -22,6 +22,7 @@ mod hotplug;
 mod info;
 pub mod options;
 mod reclaim;
+mod reporting;
 mod resize;
 mod thresholds;
 
@@ -36,13 +37,15 @@ pub use hinting::{HintingAction, HintingReport, HintingStatus, VmBalloonHinting}
 pub use hotplug::VmRemoveDevice;
 pub use info::{DeviceNode, PciDeviceInfo, VmCounters, VmInfo, VmState, VmmPingResponse};
 pub use reclaim::{
-    GuestSample, LastBatch, LatencySummary, ReclaimPath, ReclaimStats, ReportingStatus,
-    ZoneResidency,
+    GuestReporting, GuestSample, LastBatch, LatencyBucket, LatencySummary, ReclaimPath,
+    ReclaimStats, ZoneReporting, ZoneResidency,
 };
+pub use reporting::{ReportNow, ReportingAction, ReportingStatus, VmBalloonReporting};
 pub use resize::VmResize;
 pub use thresholds::{
     AlertChange, AlertDirection, AlertRule, AlertStatus, ReclaimThresholds,
     ReclaimThresholdsChange, ReportingPolicy, ReportingPolicyChange, ReportingPolicyStatus,
+    SettingStatus,
 };
 
 /// The OpenAPI description of what is served.

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{BalloonStats, HintingStatus};
+use crate::{BalloonStats, HintingStatus, ReportingStatus};
 
 /// `GET /vm.reclaim-stats`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -51,7 +51,7 @@ pub struct ReclaimStats {
     /// How old that measurement is, ms.
     #[serde(default)]
     pub resident_age_ms: u64,
-    /// Whether the guest can report free pages, and if not, why.
+    /// Whether the guest reports free pages, and if not, why.
     #[serde(default)]
     pub reporting: ReportingStatus,
     /// Memory the guest reported as free (reporting queue).
@@ -89,12 +89,12 @@ pub struct ZoneResidency {
     /// Of it, in the host's swap, bytes.
     pub swapped_bytes: u64,
     /// Whether the guest can report free pages of this zone, and if not, why.
-    pub reporting: ReportingStatus,
+    pub reporting: ZoneReporting,
 }
 
-/// Whether free page reporting is at work.
+/// Whether free pages of one zone can be reported.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
-pub struct ReportingStatus {
+pub struct ZoneReporting {
     /// True when the guest's reports are accepted and acted upon.
     pub active: bool,
     /// Why it is not active; absent when it is.
@@ -146,7 +146,7 @@ impl ReclaimPath {
 }
 
 /// A distribution of durations, in the unit that the name of the field holding it gives.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct LatencySummary {
     /// Number of durations seen.
     pub count: u64,
@@ -156,6 +156,19 @@ pub struct LatencySummary {
     pub p99: u64,
     /// The longest.
     pub max: u64,
+    /// The whole distribution: the buckets that have counted something, ascending. Eight share a power of two, so each
+    /// duration is known to within an eighth.
+    #[serde(default)]
+    pub buckets: Vec<LatencyBucket>,
+}
+
+/// The durations above the bucket before it and up to `le`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct LatencyBucket {
+    /// The longest duration this bucket takes.
+    pub le: u64,
+    /// How many it holds, not counting those before it.
+    pub count: u64,
 }
 
 /// One batch.
@@ -176,6 +189,26 @@ pub struct LastBatch {
 pub struct GuestSample {
     /// The statistics the guest sent.
     pub stats: BalloonStats,
+    /// What a guest with our kernel patches says of its reporting; absent from any other.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reporting: Option<GuestReporting>,
     /// How long ago they arrived, ms.
     pub age_ms: u64,
+}
+
+/// What the guest says of its reporting.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct GuestReporting {
+    /// Bytes free and not yet reported.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pending_bytes: Option<u64>,
+    /// Bytes reported and still free.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reported_bytes: Option<u64>,
+    /// Batches sent since the guest booted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batches: Option<u64>,
+    /// Blocks that were not free any more when they were to be taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub isolation_failures: Option<u64>,
 }

@@ -4,6 +4,8 @@
 //! in the answer. The reporting policy is for guests that can be told how to report; the answer says whether this guest
 //! can.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::options::{OptionError, OptionFault, Options};
@@ -72,7 +74,7 @@ pub struct AlertStatus {
 /// How the guest shall report free memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 pub struct ReportingPolicy {
-    /// Order of the smallest block that is reported; a block has `4096 << order` bytes.
+    /// Order of the smallest block that is reported; a block has `4096 << order` bytes. 0 leaves it to the guest.
     pub order_min: u64,
     /// Free blocks that start a report.
     pub pending_blocks: u64,
@@ -104,7 +106,21 @@ pub struct ReportingPolicyStatus {
     /// The policy.
     #[serde(flatten)]
     pub policy: ReportingPolicy,
-    /// True when the guest has been told and follows it.
+    /// True when the guest has been told and follows all of it.
+    pub in_effect: bool,
+    /// Why it does not; absent when it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Each setting by its name, and besides them what else can be asked of the guest: `pause`, `report_now` and
+    /// `report_again`.
+    #[serde(default)]
+    pub settings: BTreeMap<String, SettingStatus>,
+}
+
+/// Whether this guest follows one setting.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct SettingStatus {
+    /// True when it does.
     pub in_effect: bool,
     /// Why it does not; absent when it does.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -79,6 +79,7 @@ impl Bench {
             deflate_on_oom: false,
             free_page_reporting: true,
             free_page_hinting: false,
+            reporting_policy: false,
         };
         let (mut balloon, _) = Balloon::new(params).expect("descriptors are to be had");
         let handler = balloon.take_handlers().remove(0);

@@ -19,6 +19,10 @@ pub struct BalloonConfig {
     /// Let the operator ask the guest for hints at its free pages. Cloud Hypervisor does not have it.
     #[serde(default, skip_serializing_if = "is_false")]
     pub free_page_hinting: bool,
+    /// Offer to tell the guest how to report, see `vm.reclaim-thresholds` and `vm.balloon-reporting`; needs
+    /// `free_page_reporting`. Cloud Hypervisor does not have it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub reporting_policy: bool,
     /// Milliseconds between two samples of the guest's statistics; 0: only on demand. Cloud Hypervisor does not have it.
     #[serde(default)]
     pub stats_poll_ms: u64,
@@ -39,7 +43,7 @@ pub struct BalloonConfig {
 impl BalloonConfig {
     /// Syntax of `--balloon`.
     pub const SYNTAX: &str = "Balloon parameters \"size=<balloon_size>,deflate_on_oom=on|off,\
-        free_page_reporting=on|off,free_page_hinting=on|off,stats_poll_ms=<milliseconds>,iommu=on|off,id=<device_id>,pci_segment=<segment_id>,\
+        free_page_reporting=on|off,free_page_hinting=on|off,reporting_policy=on|off,stats_poll_ms=<milliseconds>,iommu=on|off,id=<device_id>,pci_segment=<segment_id>,\
         pci_device_id=<pci_slot>\"";
 
     /// Reads the value of `--balloon`. The size is 0 when it is not given.
@@ -55,6 +59,7 @@ impl BalloonConfig {
                 "deflate_on_oom",
                 "free_page_reporting",
                 "free_page_hinting",
+                "reporting_policy",
                 "stats_poll_ms",
                 "iommu",
                 "id",
@@ -68,6 +73,7 @@ impl BalloonConfig {
             deflate_on_oom: options.toggle("deflate_on_oom")?.unwrap_or(false),
             free_page_reporting: options.toggle("free_page_reporting")?.unwrap_or(false),
             free_page_hinting: options.toggle("free_page_hinting")?.unwrap_or(false),
+            reporting_policy: options.toggle("reporting_policy")?.unwrap_or(false),
             stats_poll_ms: options.parsed("stats_poll_ms")?.unwrap_or(0),
             iommu: options.toggle("iommu")?.unwrap_or(false),
             id: options.string("id"),

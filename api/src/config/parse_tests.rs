@@ -10,7 +10,7 @@ use crate::error_chain;
 #[test]
 fn balloon_option_reads_every_key() {
     let balloon = BalloonConfig::parse(
-        "size=2G,deflate_on_oom=on,free_page_reporting=true,free_page_hinting=on,stats_poll_ms=500,iommu=off,id=b,pci_segment=1,pci_device_id=8",
+        "size=2G,deflate_on_oom=on,free_page_reporting=true,free_page_hinting=on,reporting_policy=on,stats_poll_ms=500,iommu=off,id=b,pci_segment=1,pci_device_id=8",
     )
     .unwrap();
     let expected = BalloonConfig {
@@ -18,6 +18,7 @@ fn balloon_option_reads_every_key() {
         deflate_on_oom: true,
         free_page_reporting: true,
         free_page_hinting: true,
+        reporting_policy: true,
         stats_poll_ms: 500,
         iommu: false,
         id: Some("b".to_owned()),

@@ -87,18 +87,31 @@ fn answers() -> Vec<Sample> {
                 action: HintingAction::Start,
             },
         ),
+        sample(
+            "VmBalloonReporting",
+            &VmBalloonReporting {
+                action: ReportingAction::ReportNow,
+                again: true,
+            },
+        ),
+        sample("ReportingAction", &ReportingAction::Pause),
+        sample("ReportNow", &report_now()),
         sample("HintingAction", &HintingAction::Stop),
         sample("HintingStatus", &hinting_status()),
         sample("ZoneResidency", &zone_residency()),
+        sample("ZoneReporting", &zone_reporting()),
         sample("ReportingStatus", &reporting_status()),
         sample("ReclaimPath", &reclaim_path()),
         sample("LatencySummary", &latency()),
+        sample("LatencyBucket", &LatencyBucket { le: 1, count: 2 }),
         sample("LastBatch", &last_batch()),
         sample("GuestSample", &guest_sample()),
+        sample("GuestReporting", &guest_reporting()),
         sample("ReclaimThresholds", &reclaim_thresholds()),
         sample("AlertStatus", &alert_status()),
         sample("AlertDirection", &AlertDirection::Below),
         sample("ReportingPolicyStatus", &reporting_policy_status()),
+        sample("SettingStatus", &setting_status()),
         sample("ReclaimThresholdsChange", &reclaim_thresholds_change()),
         sample("AlertChange", &alert_change()),
         sample("ReportingPolicyChange", &reporting_policy_change()),
@@ -243,7 +256,14 @@ fn zone_residency() -> ZoneResidency {
         resident_bytes: 3,
         reclaimed_bytes: 4,
         swapped_bytes: 5,
-        reporting: reporting_status(),
+        reporting: zone_reporting(),
+    }
+}
+
+fn zone_reporting() -> ZoneReporting {
+    ZoneReporting {
+        active: false,
+        reason: Some("too large".to_owned()),
     }
 }
 
@@ -251,6 +271,17 @@ fn reporting_status() -> ReportingStatus {
     ReportingStatus {
         active: false,
         reason: Some("not negotiated".to_owned()),
+        state: "paused".to_owned(),
+        paused_by: Some("guest".to_owned()),
+        report_now: report_now(),
+    }
+}
+
+fn report_now() -> ReportNow {
+    ReportNow {
+        id: 2,
+        pending: true,
+        done_id: 1,
     }
 }
 
@@ -277,6 +308,7 @@ fn latency() -> LatencySummary {
         p50: 2,
         p99: 3,
         max: 4,
+        buckets: vec![LatencyBucket { le: 1, count: 2 }],
     }
 }
 
@@ -292,7 +324,17 @@ fn last_batch() -> LastBatch {
 fn guest_sample() -> GuestSample {
     GuestSample {
         stats: balloon_stats(),
+        reporting: Some(guest_reporting()),
         age_ms: 1,
+    }
+}
+
+fn guest_reporting() -> GuestReporting {
+    GuestReporting {
+        pending_bytes: Some(1),
+        reported_bytes: Some(2),
+        batches: Some(3),
+        isolation_failures: Some(4),
     }
 }
 
@@ -331,6 +373,14 @@ fn reporting_policy_status() -> ReportingPolicyStatus {
         },
         in_effect: false,
         reason: Some("not offered".to_owned()),
+        settings: BTreeMap::from([("order_min".to_owned(), setting_status())]),
+    }
+}
+
+fn setting_status() -> SettingStatus {
+    SettingStatus {
+        in_effect: false,
+        reason: Some("not followed".to_owned()),
     }
 }
 
@@ -569,6 +619,7 @@ fn balloon() -> BalloonConfig {
         deflate_on_oom: true,
         free_page_reporting: true,
         free_page_hinting: true,
+        reporting_policy: true,
         stats_poll_ms: 1000,
         iommu: true,
         id: Some("b".to_owned()),

@@ -92,6 +92,31 @@ pub(crate) enum Command {
     ReclaimThresholds(ReclaimThresholdsArguments),
     /// Start or stop a run of free page hinting, or show how far it is
     BalloonHinting(BalloonHintingArguments),
+    /// Pause or resume free page reporting, ask for a report of everything, or show where it stands
+    BalloonReporting(BalloonReportingArguments),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BalloonReportingArguments {
+    /// What to do
+    #[arg(value_enum)]
+    pub(crate) action: BalloonReportingAction,
+
+    /// With report-now: also what the guest has reported before, after a restore that made it resident
+    #[arg(long)]
+    pub(crate) again: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BalloonReportingAction {
+    /// Stop reporting, and wait until nothing that is reported is given back any more
+    Pause,
+    /// Go on
+    Resume,
+    /// Ask the guest to report all it has free, at once
+    ReportNow,
+    /// Show where it stands
+    Status,
 }
 
 #[derive(Debug, Args)]

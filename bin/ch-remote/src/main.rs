@@ -22,7 +22,7 @@ use anyhow::{Context, Result};
 use api::{Client, HintingReport, ReclaimStats, to_ascii_json};
 use clap::Parser;
 
-use args::{Arguments, BalloonHintingAction, Command};
+use args::{Arguments, BalloonHintingAction, BalloonReportingAction, Command};
 use request::Request;
 
 fn main() -> ExitCode {
@@ -60,9 +60,12 @@ fn run(
     }
     let answer = match &arguments.command {
         Command::BalloonHinting(hinting) if hinting.action == BalloonHintingAction::Status => {
-            // A part of an answer, so the one that does not go through as it came.
+            // A part of an answer, as the next one: the two that do not go through as they came.
             let ReclaimStats { hinting, hint, .. } = client.reclaim_stats()?;
             Some(to_ascii_json(&HintingReport { hinting, hint })?)
+        }
+        Command::BalloonReporting(it) if it.action == BalloonReportingAction::Status => {
+            Some(to_ascii_json(&client.reclaim_stats()?.reporting)?)
         }
         command => {
             let request = Request::new(command, input)?;

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::time::Duration;
 
-use api::{ReclaimPath, ReclaimStats};
+use api::{ReclaimPath, ReclaimStats, ReportingStatus};
 
 use crate::units::{age, bytes, micros, percent};
 
@@ -47,7 +47,7 @@ impl Sample<'_> {
         let mut line = format!(
             "elapsed_ms={} configured_bytes={} resident_bytes={} reclaimed_bytes={} ballooned_bytes={} \
              balloon_target_bytes={} reported_bytes={} discarded_bytes={} failed_bytes={} \
-             discarded_bytes_per_s={} reporting={}",
+             repopulated_bytes={} discarded_bytes_per_s={} reporting={} reporting_state={} hinting_state={}",
             self.elapsed.as_millis(),
             stats.configured_bytes,
             stats.resident_bytes,
@@ -57,12 +57,15 @@ impl Sample<'_> {
             stats.report.requested_bytes,
             sum(stats, |path| path.discarded_bytes),
             sum(stats, |path| path.failed_bytes),
+            stats.repopulated_bytes,
             self.discarded_bytes_per_s(),
             if stats.reporting.active {
                 "active"
             } else {
                 "inactive"
             },
+            word(&stats.reporting.state),
+            word(&stats.hinting.state),
         );
         if let Some(free) = stats
             .guest
@@ -120,6 +123,11 @@ impl Sample<'_> {
             "Coming back",
             &[&format!("{}/s", bytes(self.discarded_bytes_per_s()))],
         );
+        row(
+            table,
+            "Taken again since",
+            &[&bytes(stats.repopulated_bytes)],
+        );
         append(
             table,
             format_args!(
@@ -131,19 +139,22 @@ impl Sample<'_> {
 
     fn state(&self, table: &mut String) {
         let stats = self.stats;
-        let reporting = match (&stats.reporting.active, &stats.reporting.reason) {
-            (true, _) => "active".to_owned(),
-            // Some reasons are whole sentences.
-            (false, Some(reason)) => {
-                let reason = reason.strip_prefix("inactive: ").unwrap_or(reason);
-                format!("inactive: {}", printable(reason))
-            }
-            (false, None) => "inactive".to_owned(),
-        };
-        append(
-            table,
-            format_args!("{:<LABEL_WIDTH$}{reporting}\n", "Reporting"),
-        );
+        text(table, "Reporting", &reporting(&stats.reporting));
+        let wish = stats.reporting.report_now;
+        if wish.pending {
+            let line = format!("number {} is under way", wish.id);
+            text(table, "Report of everything", &line);
+        }
+        let hinting = &stats.hinting;
+        if hinting.runs_requested > 0 {
+            let line = format!(
+                "{}; {} of {} runs completed",
+                printable(&hinting.state),
+                hinting.runs_completed,
+                hinting.runs_requested
+            );
+            text(table, "Hinting", &line);
+        }
         append(
             table,
             format_args!(
@@ -238,7 +249,44 @@ impl Sample<'_> {
                 age(guest.age_ms)
             ),
         );
+        let Some(told) = guest.reporting else {
+            return;
+        };
+        let line = format!(
+            "{} not reported yet, {} reported and free, {} batches, {} blocks gone too soon",
+            told.pending_bytes.map_or_else(unknown, bytes),
+            told.reported_bytes.map_or_else(unknown, bytes),
+            told.batches.map_or_else(unknown, |count| count.to_string()),
+            told.isolation_failures
+                .map_or_else(unknown, |count| count.to_string()),
+        );
+        text(table, "  of its reporting", &line);
     }
+}
+
+fn unknown() -> String {
+    "?".to_owned()
+}
+
+/// What is said of reporting, in one line.
+fn reporting(status: &ReportingStatus) -> String {
+    let pausing = match status.state.as_str() {
+        "pausing" => ", pausing",
+        _ => "",
+    };
+    match (&status.active, &status.reason) {
+        (true, _) => format!("active{pausing}"),
+        // The server's sentence begins with the word.
+        (false, Some(reason)) => match reason.strip_prefix("inactive: ") {
+            Some(why) => format!("inactive{pausing}: {}", printable(why)),
+            None => format!("inactive{pausing}: {}", printable(reason)),
+        },
+        (false, None) => format!("inactive{pausing}"),
+    }
+}
+
+fn text(table: &mut String, label: &str, value: &str) {
+    append(table, format_args!("{label:<LABEL_WIDTH$}{value}\n"));
 }
 
 /// A figure over all paths.
@@ -261,6 +309,14 @@ fn bar(percent: f64) -> String {
     format!("{}{}", "#".repeat(filled), ".".repeat(BAR_WIDTH - filled))
 }
 
+/// A state in one word, also of a server that tells none.
+fn word(state: &str) -> String {
+    match state {
+        "" => "unknown".to_owned(),
+        state => printable(state).replace([' ', '='], "_"),
+    }
+}
+
 /// Text of the server's for a terminal, which must not take its bytes for commands.
 fn printable(text: &str) -> String {
     text.chars()
@@ -281,7 +337,10 @@ fn append(text: &mut String, arguments: std::fmt::Arguments<'_>) {
 
 #[cfg(test)]
 mod tests {
-    use api::{BalloonStats, GuestSample, LastBatch, ReportingStatus, ZoneResidency};
+    use api::{
+        BalloonStats, GuestReporting, GuestSample, HintingStatus, LastBatch, ReportNow,
+        ZoneResidency,
+    };
 
     use super::*;
 
@@ -293,7 +352,8 @@ mod tests {
             backing: "anonymous-private".to_owned(),
             reporting: ReportingStatus {
                 active: true,
-                reason: None,
+                state: "running".to_owned(),
+                ..Default::default()
             },
             report: ReclaimPath {
                 requested_bytes: discarded_bytes,
@@ -311,6 +371,7 @@ mod tests {
                     free_memory: Some(700 << 20),
                     ..Default::default()
                 },
+                reporting: None,
                 age_ms: 10,
             }),
             ..Default::default()
@@ -369,6 +430,7 @@ mod tests {
         stats.reporting = ReportingStatus {
             active: false,
             reason: Some("inactive: not\x1b[31m negotiated".to_owned()),
+            ..Default::default()
         };
         stats
             .report
@@ -391,6 +453,40 @@ mod tests {
             table.contains("Skipped, unaligned          4.00 KiB           0 B"),
             "{table}"
         );
+    }
+
+    #[test]
+    fn table_shows_what_is_under_way() {
+        let mut stats = stats(0);
+        stats.repopulated_bytes = 3 << 20;
+        stats.reporting.state = "pausing".to_owned();
+        stats.reporting.report_now = ReportNow {
+            id: 7,
+            pending: true,
+            done_id: 6,
+        };
+        stats.hinting = HintingStatus {
+            state: "running".to_owned(),
+            command_id: 3,
+            runs_requested: 2,
+            runs_completed: 1,
+        };
+        stats.guest.as_mut().unwrap().reporting = Some(GuestReporting {
+            pending_bytes: Some(2 << 20),
+            reported_bytes: Some(4 << 20),
+            batches: Some(9),
+            isolation_failures: None,
+        });
+        let table = sample(&stats, None).to_table();
+        for line in [
+            "Taken again since           3.00 MiB\n",
+            "Reporting             active, pausing\n",
+            "Report of everything  number 7 is under way\n",
+            "Hinting               running; 1 of 2 runs completed\n",
+            "  of its reporting    2.00 MiB not reported yet, 4.00 MiB reported and free, 9 batches, ? blocks gone too soon\n",
+        ] {
+            assert!(table.contains(line), "{line:?} is not in\n{table}");
+        }
     }
 
     #[test]
@@ -417,7 +513,10 @@ mod tests {
             "{line}"
         );
         assert!(
-            line.ends_with(" reporting=active guest_free_bytes=734003200"),
+            line.ends_with(
+                " reporting=active reporting_state=running hinting_state=unknown \
+                 guest_free_bytes=734003200"
+            ),
             "{line}"
         );
     }

@@ -6,9 +6,15 @@ use std::os::fd::RawFd;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
-use api::{Endpoint, HintingAction, VmBalloonHinting, VmRemoveDevice, VmResize, to_ascii_json};
+use api::{
+    Endpoint, HintingAction, ReportingAction, VmBalloonHinting, VmBalloonReporting, VmRemoveDevice,
+    VmResize, to_ascii_json,
+};
 
-use crate::args::{BalloonHintingAction, Command, ResizeArguments};
+use crate::args::{
+    BalloonHintingAction, BalloonReportingAction, BalloonReportingArguments, Command,
+    ResizeArguments,
+};
 
 /// Most bytes of a configuration. The VMM takes no longer body.
 const CONFIG_BYTES_MAX: u64 = 4 << 20;
@@ -43,6 +49,9 @@ impl Request {
                 let id = remove.id.clone();
                 Some(to_ascii_json(&VmRemoveDevice { id })?)
             }
+            Command::BalloonReporting(reporting) => reporting_body(reporting)
+                .map(|body| to_ascii_json(&body))
+                .transpose()?,
             _ => None,
         };
         let fds = match command {
@@ -87,6 +96,10 @@ pub(crate) fn endpoint(command: &Command) -> Endpoint {
             BalloonHintingAction::Status => Endpoint::VmReclaimStats,
             BalloonHintingAction::Start | BalloonHintingAction::Stop => Endpoint::VmBalloonHinting,
         },
+        Command::BalloonReporting(reporting) => match reporting.action {
+            BalloonReportingAction::Status => Endpoint::VmReclaimStats,
+            _ => Endpoint::VmBalloonReporting,
+        },
     }
 }
 
@@ -97,6 +110,19 @@ fn hinting_body(action: BalloonHintingAction) -> Option<VmBalloonHinting> {
         BalloonHintingAction::Status => return None,
     };
     Some(VmBalloonHinting { action })
+}
+
+fn reporting_body(arguments: &BalloonReportingArguments) -> Option<VmBalloonReporting> {
+    let action = match arguments.action {
+        BalloonReportingAction::Pause => ReportingAction::Pause,
+        BalloonReportingAction::Resume => ReportingAction::Resume,
+        BalloonReportingAction::ReportNow => ReportingAction::ReportNow,
+        BalloonReportingAction::Status => return None,
+    };
+    Some(VmBalloonReporting {
+        action,
+        again: arguments.again,
+    })
 }
 
 fn resize_body(resize: &ResizeArguments) -> VmResize {

@@ -78,6 +78,7 @@ fn every_command_calls_its_endpoint() {
             Endpoint::VmAddNet => " tap=t",
             Endpoint::VmAddBalloon => " size=0",
             Endpoint::VmRemoveDevice => " _disk0",
+            Endpoint::VmBalloonReporting => " pause",
             _ => "",
         };
         let words = format!("{}{arguments}", endpoint.command());
@@ -151,6 +152,19 @@ fn devices_are_described_as_on_the_command_line_of_the_vmm() {
     ] {
         refused(&format!("--api-socket s {wrong}"));
     }
+}
+
+#[test]
+fn reporting_status_is_taken_from_the_reclaim_statistics() {
+    let words = "balloon-reporting report-now --again";
+    let (_, requests) = exchange(words, "", &[&answer(200, "{}")]);
+    let body = "\r\n\r\n{\"action\":\"report-now\",\"again\":true}";
+    assert!(requests[0].ends_with(body), "{}", requests[0]);
+    let stats = r#"{"configured_bytes":1,"resident_bytes":1,"reclaimed_bytes":0,"ballooned_bytes":0,
+        "balloon_target_bytes":0,"reporting":{"active":false,"state":"pausing"}}"#;
+    let (result, requests) = exchange("balloon-reporting status", "", &[&answer(200, stats)]);
+    assert!(requests[0].starts_with("GET /api/v1/vm.reclaim-stats "));
+    assert!(result.unwrap().contains("\"state\":\"pausing\""));
 }
 
 #[test]

@@ -172,6 +172,10 @@ guest_faults! {
     queues_unexplained,
     /// Writes to the configuration space that hit no writable field exactly.
     config_writes_ignored,
+    /// Words of the reporting policy's that answer what was never asked, or mean nothing.
+    policy_words_invalid,
+    /// Chains of reports that came after the driver had confirmed that it sends none.
+    reports_while_paused,
     /// Times `actual` named more memory than there is.
     actual_beyond_ram,
 }

@@ -8,15 +8,20 @@
 //! | 12 | `poison_val` | driver, with PAGE_POISON |
 //!
 //! All are 32 bits, little endian. Reads may come in any size; a write counts
-//! only if it is one whole field.
+//! only if it is one whole field. What lies behind them, the reporting policy, is
+//! in [`super::policy`].
 
 use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::policy::abi;
 
 const ACTUAL_OFFSET: u64 = 4;
 const POISON_VAL_OFFSET: u64 = 12;
 const FIELDS: usize = 4;
 const FIELD_BYTES: usize = 4;
 const SPACE_BYTES: usize = FIELDS * FIELD_BYTES;
+/// The standard fields, a gap, and the reporting policy.
+const WHOLE_BYTES: usize = abi::POLICY_END as usize;
 
 /// The fields, written by vCPU and API threads and read by everybody. Each is
 /// independent of the others, so no ordering is asked for.
@@ -70,16 +75,22 @@ impl ConfigSpace {
         self.poison_val.store(0, Ordering::Relaxed);
     }
 
-    pub(super) fn read(&self, offset: u64, data: &mut [u8]) {
+    /// `policy`: the bytes from [`abi::POLICY_OFFSET`] on, if there are any.
+    pub(super) fn read(&self, policy: Option<&[u8]>, offset: u64, data: &mut [u8]) {
         let fields = [
             self.num_pages(),
             self.actual(),
             self.hint_cmd_id(),
             self.poison_val(),
         ];
-        let mut space = [0_u8; SPACE_BYTES];
-        for (bytes, field) in space.chunks_exact_mut(FIELD_BYTES).zip(fields) {
+        let mut space = [0_u8; WHOLE_BYTES];
+        let (standard, behind) = space.split_at_mut(SPACE_BYTES);
+        for (bytes, field) in standard.chunks_exact_mut(FIELD_BYTES).zip(fields) {
             bytes.copy_from_slice(&field.to_le_bytes());
+        }
+        if let Some(policy) = policy {
+            let gap = abi::POLICY_OFFSET as usize - SPACE_BYTES;
+            behind[gap..].copy_from_slice(policy);
         }
         let from = usize::try_from(offset).unwrap_or(usize::MAX);
         let present = space.get(from..).unwrap_or_default();
@@ -117,7 +128,7 @@ mod tests {
         config.set_num_pages(0x0403_0201);
         for offset in [0_u64, 1, 3, 15, 16, 17, u64::MAX] {
             let mut data = [0xff; 32];
-            config.read(offset, &mut data);
+            config.read(None, offset, &mut data);
             assert_eq!(data[0], if offset < 4 { offset as u8 + 1 } else { 0 });
             assert!(data[4..].iter().all(|byte| *byte == 0), "offset {offset}");
         }

@@ -43,6 +43,7 @@ macro_rules! path_names {
                 concat!($path, "_skipped_page_poison_bytes"),
                 concat!($path, "_skipped_hint_stale_bytes"),
                 concat!($path, "_skipped_hint_not_held_bytes"),
+                concat!($path, "_skipped_reporting_paused_bytes"),
             ],
         }
     };

@@ -9,10 +9,13 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::config::ConfigWrite;
 use super::handle::BalloonHandle;
 use super::numbering::{self, QUEUE_SIZES};
-use super::shared::Shared;
+use super::policy::WordWrite;
+use super::policy::abi::VIRTIO_BALLOON_F_REPORTING_POLICY;
+use super::shared::{Shared, takes_policy};
 use super::spec::{
-    VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_PAGE_POISON,
-    VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1, VIRTIO_ID_BALLOON,
+    VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_FREE_PAGE_HINT,
+    VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
+    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1, VIRTIO_ID_BALLOON,
 };
 use super::stats_timer::StatsTimer;
 use super::worker::BalloonWorker;
@@ -38,6 +41,8 @@ pub struct BalloonParams {
     /// Let the host ask for hints, see [`BalloonHandle::start_hinting`]. It moves the
     /// number of the reporting queue in guests that number without gaps.
     pub free_page_hinting: bool,
+    /// Offer to tell the guest how to report, see [`super::policy`]. Without reporting it is nothing.
+    pub reporting_policy: bool,
 }
 
 /// A virtio balloon, as its transport sees it.
@@ -89,8 +94,19 @@ impl Balloon {
     }
 }
 
+impl Balloon {
+    fn write_policy(&self, offset: u64, data: &[u8]) {
+        match self.shared.control.write_config(offset, data) {
+            WordWrite::Taken => {}
+            WordWrite::Invalid => self.shared.ledger.faults().policy_words_invalid += 1,
+            WordWrite::Ignored => self.shared.ledger.faults().config_writes_ignored += 1,
+        }
+    }
+}
+
 fn features_on_offer(params: &BalloonParams) -> u64 {
-    let mut features = VIRTIO_F_VERSION_1 | VIRTIO_BALLOON_F_STATS_VQ;
+    let mut features =
+        VIRTIO_F_VERSION_1 | VIRTIO_BALLOON_F_MUST_TELL_HOST | VIRTIO_BALLOON_F_STATS_VQ;
     if params.deflate_on_oom {
         features |= VIRTIO_BALLOON_F_DEFLATE_ON_OOM;
     }
@@ -102,6 +118,9 @@ fn features_on_offer(params: &BalloonParams) -> u64 {
         // A guest that clears or poisons its free pages reports only to a device
         // that wants to know the value.
         features |= VIRTIO_BALLOON_F_REPORTING | VIRTIO_BALLOON_F_PAGE_POISON;
+        if params.reporting_policy {
+            features |= VIRTIO_BALLOON_F_REPORTING_POLICY;
+        }
     }
     features
 }
@@ -126,7 +145,13 @@ impl VirtioDevice for Balloon {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        self.shared.config.read(offset, data);
+        let policy = self.shared.control.config_bytes();
+        let policy = policy.as_ref().map(AsRef::as_ref);
+        self.shared.config.read(policy, offset, data);
+    }
+
+    fn ack_features(&mut self, features: u64) {
+        self.shared.control.driver_came(takes_policy(features));
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
@@ -137,7 +162,7 @@ impl VirtioDevice for Balloon {
                 }
             }
             ConfigWrite::PoisonVal => {}
-            ConfigWrite::Ignored => self.shared.ledger.faults().config_writes_ignored += 1,
+            ConfigWrite::Ignored => self.write_policy(offset, data),
         }
     }
 
@@ -159,6 +184,7 @@ impl VirtioDevice for Balloon {
 
     fn reset(&mut self) {
         self.shared.config.forget_driver();
+        self.shared.control.driver_went();
     }
 
     fn counters(&self) -> Counters {

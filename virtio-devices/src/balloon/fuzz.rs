@@ -10,8 +10,11 @@
 //! * what the guest says it gave is never more than it has;
 //! * the device works again after a reset.
 
+use std::time::Instant;
+
 use vm_memory::GuestAddress;
 
+use super::policy::{PausePhase, PolicySettings, abi};
 use super::spec::{
     VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
     VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1,
@@ -127,6 +130,7 @@ struct Guest {
     handle: BalloonHandle,
     harness: HandlerHarness<Box<dyn QueueHandler>>,
     guard: Option<InhibitGuard>,
+    features: u64,
 }
 
 impl Guest {
@@ -138,6 +142,7 @@ impl Guest {
             deflate_on_oom: true,
             free_page_reporting: true,
             free_page_hinting: true,
+            reporting_policy: options & 8 == 0,
         };
         let engine = if options & 1 == 0 {
             DiscardEngine::new
@@ -154,11 +159,15 @@ impl Guest {
         if options & 2 != 0 {
             features |= VIRTIO_BALLOON_F_PAGE_POISON;
         }
+        if options & 4 != 0 {
+            features |= abi::VIRTIO_BALLOON_F_REPORTING_POLICY;
+        }
         let mut guest = Self {
             balloon,
             handle,
             harness: HandlerHarness::with_ram(handler, features, ram),
             guard: None,
+            features,
         };
         for index in 0..QUEUES {
             // The RAM is full of patterns, and so are the rings.
@@ -169,6 +178,7 @@ impl Guest {
     }
 
     fn activate(&mut self) {
+        self.balloon.ack_features(self.features);
         self.harness
             .activate()
             .expect("activation asks for nothing");
@@ -184,7 +194,7 @@ impl Guest {
     fn step(&mut self, input: &mut Input<'_>) {
         let choice = input.byte();
         let queue = u16::from(choice >> 4) % QUEUES;
-        match choice % 14 {
+        match choice % 15 {
             0..=2 => self.offer_chain(queue, input),
             3 => self.offer_list(queue % 2, input),
             4 | 5 => self.kick(queue),
@@ -201,6 +211,7 @@ impl Guest {
             10 => self.reset(),
             11 => self.steer_hinting(input),
             12 => self.hint(input),
+            13 => self.steer_reporting(input),
             _ => {
                 let inhibit = self.guard.is_none();
                 self.guard = inhibit.then(|| self.handle.inhibit(InhibitReason::PinnedMemory));
@@ -261,6 +272,50 @@ impl Guest {
         answer.err();
     }
 
+    /// The host's part of the reporting policy, and the answers of a driver that follows it.
+    fn steer_reporting(&mut self, input: &mut Input<'_>) {
+        match input.byte() % 8 {
+            0 => self.handle.pause_reporting().expect("on offer"),
+            1 => self.handle.resume_reporting().expect("on offer"),
+            2 => {
+                let again = input.byte().is_multiple_of(2);
+                self.handle.report_now(again).err();
+            }
+            3 => self.handle.set_reporting_policy(PolicySettings {
+                bytes_per_second_max: input.number(8),
+                ..PolicySettings::default()
+            }),
+            4 => {
+                let patience = Instant::now();
+                let phase = self.handle.wait_for_pause(patience);
+                assert_ne!(phase, PausePhase::Pausing, "no batch is under way");
+            }
+            5 | 6 => self.copy_word(input),
+            _ => {
+                self.copy_word(input);
+                let page = Segment::WritableAt(GuestAddress(SPARE_PFN * PAGE as u64), PAGE as u32);
+                self.harness.queue(REPORTING).push(&[page]);
+                self.kick(REPORTING);
+            }
+        }
+        if self.handle.snapshot().pause.is_paused() {
+            assert!(!self.handle.reporting().is_active(), "paused is not active");
+        }
+    }
+
+    /// Acknowledges what the host says.
+    fn copy_word(&mut self, input: &mut Input<'_>) {
+        let (from, to) = match input.byte() % 2 {
+            0 => (abi::POLICY_GENERATION, abi::GUEST_GENERATION),
+            _ => (abi::REPORT_NOW_ID, abi::REPORT_NOW_DONE),
+        };
+        let settings = u32::from(input.byte()).to_le_bytes();
+        self.balloon.write_config(abi::GUEST_SETTINGS, &settings);
+        let mut word = [0; 4];
+        self.balloon.read_config(from, &mut word);
+        self.balloon.write_config(to, &word);
+    }
+
     /// Hints as a driver does: the id asked for, the end of a run, or a page.
     fn hint(&mut self, input: &mut Input<'_>) {
         let id = match input.byte() % 3 {
@@ -305,7 +360,8 @@ impl Guest {
     fn touch_config(&mut self, input: &mut Input<'_>) {
         // Mostly a whole field, sometimes any piece of anything.
         let (offset, bytes) = match input.byte() {
-            field @ 0..=191 => (u64::from(field % 5) * 4, 4),
+            field @ 0..=95 => (u64::from(field % 5) * 4, 4),
+            field @ 96..=191 => (abi::POLICY_OFFSET + u64::from(field % 13) * 4, 4),
             _ => (input.number(8), usize::from(input.byte() % 9)),
         };
         let mut data = input.number(8).to_le_bytes();
@@ -330,6 +386,7 @@ impl Guest {
     /// A driver that starts over and behaves gets its page freed.
     fn check_service(&mut self) {
         self.guard = None;
+        self.handle.resume_reporting().expect("on offer");
         self.reset();
         let before = self.handle.snapshot().report.discarded.bytes;
         let page = Segment::WritableAt(GuestAddress(SPARE_PFN * PAGE as u64), PAGE as u32);

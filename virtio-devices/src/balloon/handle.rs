@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::accounting::{GuestFaults, Path, PathFigures};
 use super::hinting::{HintingError, HintingStatus};
+use super::policy::{ControlError, PausePhase, PolicySettings, PolicyStatus, ReportNowStatus};
 use super::shared::Shared;
 use super::spec::{
     VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
@@ -40,6 +41,10 @@ pub enum ReportingState {
     GuestDeclined,
     /// The driver reports but has not enabled the queue.
     QueueNotEnabled,
+    /// The operator has paused it, and the guest has said that it reports nothing.
+    PausedByGuest,
+    /// The operator has paused it; reports may arrive and are left alone.
+    PausedByDevice,
     /// Reports arrive but the guest wants to find this value in its free pages.
     PagePoison(u32),
     /// Reports arrive but discarding is switched off.
@@ -68,6 +73,12 @@ impl std::fmt::Display for ReportingState {
             Self::QueueNotEnabled => {
                 f.write_str("inactive: the guest's driver has not enabled the queue")
             }
+            Self::PausedByGuest => {
+                f.write_str("inactive: paused by the operator, and the guest has stopped")
+            }
+            Self::PausedByDevice => f.write_str(
+                "inactive: paused by the operator; what the guest reports is left alone",
+            ),
             Self::PagePoison(value) => write!(
                 f,
                 "inactive: the guest relies on finding {value:#010x} in its free pages"
@@ -102,6 +113,10 @@ pub struct BalloonSnapshot {
     pub faults: GuestFaults,
     /// Whether reporting works.
     pub reporting: ReportingState,
+    /// Where a pause of reporting stands.
+    pub pause: PausePhase,
+    /// The latest wish for a report of everything.
+    pub report_now: ReportNowStatus,
     /// The last statistics, however old.
     pub stats: Option<StatsSample>,
 }
@@ -210,6 +225,75 @@ impl BalloonHandle {
         }
     }
 
+    /// Tells the guest how to report, if it takes a policy; returns at once. Kept for the next driver.
+    pub fn set_reporting_policy(&self, settings: PolicySettings) {
+        self.shared.control.set_policy(settings);
+        self.shared.signal_config();
+    }
+
+    /// What this guest makes of the policy.
+    #[must_use]
+    pub fn reporting_policy(&self) -> PolicyStatus {
+        self.shared.control.policy_status()
+    }
+
+    /// Asks for a pause of reporting and returns at once; see [`BalloonHandle::wait_for_pause`].
+    /// It holds over resets of the device, until [`BalloonHandle::resume_reporting`].
+    ///
+    /// # Errors
+    /// Reporting is not on offer.
+    pub fn pause_reporting(&self) -> Result<(), ControlError> {
+        self.check_reporting()?;
+        self.shared.control.pause();
+        self.shared.signal_config();
+        Ok(())
+    }
+
+    /// Waits until the pause that was asked for is one. A guest that has not
+    /// confirmed at `deadline` is shut out: `PausedByDevice`. `Pausing` only if a
+    /// batch does not end.
+    #[must_use]
+    pub fn wait_for_pause(&self, deadline: Instant) -> PausePhase {
+        self.shared.control.wait_for_pause(deadline)
+    }
+
+    /// Ends the pause, if there is one. What a guest that knows of no pause has
+    /// reported meanwhile it does not report again.
+    ///
+    /// # Errors
+    /// Reporting is not on offer.
+    pub fn resume_reporting(&self) -> Result<(), ControlError> {
+        self.check_reporting()?;
+        self.shared.control.resume();
+        self.shared.signal_config();
+        Ok(())
+    }
+
+    /// Asks a guest that takes a policy to report everything it has free at once,
+    /// with `again` also what it has reported before; returns the number of the wish.
+    ///
+    /// # Errors
+    /// The guest cannot, or reporting is paused.
+    pub fn report_now(&self, again: bool) -> Result<u32, ControlError> {
+        self.check_reporting()?;
+        let id = self.shared.control.report_now(again)?;
+        self.shared.signal_config();
+        Ok(id)
+    }
+
+    /// The latest wish for a report of everything.
+    #[must_use]
+    pub fn report_now_status(&self) -> ReportNowStatus {
+        self.shared.control.report_now_status()
+    }
+
+    fn check_reporting(&self) -> Result<(), ControlError> {
+        match self.shared.offers(VIRTIO_BALLOON_F_REPORTING) {
+            true => Ok(()),
+            false => Err(ControlError::ReportingNotOffered),
+        }
+    }
+
     /// Turns discarding off, for reports, inflation and hints, until the guard is dropped.
     #[must_use]
     pub fn inhibit(&self, reason: InhibitReason) -> InhibitGuard {
@@ -234,6 +318,11 @@ impl BalloonHandle {
         }
         if !driver.has_reporting_queue {
             return ReportingState::QueueNotEnabled;
+        }
+        match shared.control.phase() {
+            PausePhase::PausedByGuest => return ReportingState::PausedByGuest,
+            PausePhase::PausedByDevice => return ReportingState::PausedByDevice,
+            PausePhase::Running | PausePhase::Pausing => {}
         }
         if let Some(value) = shared.poison(driver.features) {
             return ReportingState::PagePoison(value);
@@ -262,6 +351,8 @@ impl BalloonHandle {
             deflated: *shared.ledger.deflate(),
             faults: *shared.ledger.faults(),
             reporting: self.reporting(),
+            pause: shared.control.phase(),
+            report_now: self.report_now_status(),
             stats: self.cached_stats(),
         }
     }

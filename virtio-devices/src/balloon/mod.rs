@@ -4,7 +4,7 @@
 //!   API threads ── BalloonHandle ──┐                      ┌── Balloon: VirtioDevice (vCPU threads)
 //!     target, figures, statistics  ├── Shared (Arc) ──────┤     features, configuration space
 //!                                  │                      └── BalloonWorker: QueueHandler (own thread)
-//!                                  │                            inflate   ┐
+//!     policy, pause                │     policy words           inflate   ┐
 //!                                  │                            reporting ┼─► DiscardEngine
 //!                                  │                            hinting   ┘
 //!                                  └── "refill" eventfd ─────►  deflate, statistics
@@ -37,6 +37,7 @@ mod hinting;
 mod inflate;
 mod latency;
 mod numbering;
+pub mod policy;
 mod rate;
 mod reporting;
 mod shared;
@@ -53,7 +54,7 @@ pub use handle::{BalloonHandle, BalloonSnapshot, ReportingState};
 pub use hinting::{HintingError, HintingPhase, HintingStatus};
 pub use latency::{LatencyBucket, LatencyHistogram};
 pub use rate::RateWindow;
-pub use stats::{StatTag, StatsError, StatsSample};
+pub use stats::{ReportingTag, StatTag, StatsError, StatsSample};
 
 /// The balloon's own feature bits and constants (virtio 1.2 §5.5.3, §5.5.6;
 /// include/uapi/linux/virtio_balloon.h).
@@ -61,6 +62,8 @@ pub mod spec {
     /// Virtio device id.
     pub const VIRTIO_ID_BALLOON: u32 = 5;
 
+    /// The driver may use ballooned pages again only when the device has answered.
+    pub const VIRTIO_BALLOON_F_MUST_TELL_HOST: u64 = 1 << 0;
     /// Statistics queue.
     pub const VIRTIO_BALLOON_F_STATS_VQ: u64 = 1 << 1;
     /// The guest takes pages back by itself before it runs out of memory.

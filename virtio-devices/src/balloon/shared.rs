@@ -11,7 +11,9 @@ use super::bytes_of_pages;
 use super::config::ConfigSpace;
 use super::device::blocks_can_free;
 use super::hinting::Hinting;
-use super::spec::VIRTIO_BALLOON_F_PAGE_POISON;
+use super::policy::Control;
+use super::policy::abi::VIRTIO_BALLOON_F_REPORTING_POLICY;
+use super::spec::{VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING};
 use super::stats::StatsCell;
 use crate::device::{GuestRam, Interrupt};
 use crate::reclaim::{DiscardSwitch, Expected};
@@ -30,6 +32,7 @@ pub(super) struct Shared {
     /// Time from one sample of statistics to the next; 0: only on demand.
     pub(super) stats_poll_ms: AtomicU64,
     pub(super) hinting: Hinting,
+    pub(super) control: Control,
     pub(super) switch: Arc<DiscardSwitch>,
     /// Tells the worker that somebody wants statistics, now or at another interval.
     pub(super) refill: EventFd,
@@ -63,6 +66,7 @@ impl Shared {
             stats: StatsCell::default(),
             stats_poll_ms: AtomicU64::new(0),
             hinting: Hinting::default(),
+            control: Control::new(offered & VIRTIO_BALLOON_F_REPORTING_POLICY != 0),
             switch: Arc::default(),
             refill,
             driver: Mutex::new(None),
@@ -119,6 +123,13 @@ impl std::fmt::Debug for Shared {
             .field("driver", &self.driver())
             .finish_non_exhaustive()
     }
+}
+
+/// Whether a driver with these features takes a reporting policy: the bit means
+/// nothing without reporting.
+pub(super) const fn takes_policy(features: u64) -> bool {
+    const BOTH: u64 = VIRTIO_BALLOON_F_REPORTING_POLICY | VIRTIO_BALLOON_F_REPORTING;
+    features & BOTH == BOTH
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -21,6 +21,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::accounting::GuestFaults;
+use super::policy::abi;
 
 /// Declares the tags and, from the same list, their names in `vm.balloon-stats`.
 macro_rules! stat_tags {
@@ -67,6 +68,36 @@ stat_tags! {
     15 DirectReclaims "direct_reclaims",
 }
 
+/// A statistic of the in-guest half (`guest-patches/README.md`), sent by drivers
+/// that take a reporting policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum ReportingTag {
+    /// Bytes free and not yet reported.
+    Pending = abi::VIRTIO_BALLOON_S_REPORTING_PENDING,
+    /// Bytes reported and still free.
+    Reported = abi::VIRTIO_BALLOON_S_REPORTING_REPORTED,
+    /// Batches sent since the guest booted.
+    Batches = abi::VIRTIO_BALLOON_S_REPORTING_BATCHES,
+    /// Blocks that were not free any more when they were to be taken.
+    IsolationFailures = abi::VIRTIO_BALLOON_S_REPORTING_ISOLATION_FAILURES,
+}
+
+impl ReportingTag {
+    /// Every tag, in the order of its number and without gaps.
+    const ALL: [Self; 4] = [
+        Self::Pending,
+        Self::Reported,
+        Self::Batches,
+        Self::IsolationFailures,
+    ];
+
+    /// Its place among them.
+    const fn place(self) -> usize {
+        (self as u16 - Self::ALL[0] as u16) as usize
+    }
+}
+
 /// Bytes of a statistics buffer looked at: room for 409 tags of ten bytes.
 pub(super) const STATS_BYTES_MAX: usize = 4096;
 
@@ -78,13 +109,21 @@ const ENTRY_BYTES: usize = 10;
 #[derive(Clone, Copy, Debug)]
 pub struct StatsSample {
     values: [Option<u64>; StatTag::ALL.len()],
+    reporting: [Option<u64>; ReportingTag::ALL.len()],
     /// When the buffer arrived.
     pub taken: Instant,
 }
 
 impl StatsSample {
-    pub(super) fn parse(bytes: &[u8], taken: Instant, faults: &mut GuestFaults) -> Self {
+    /// `private`: the driver may send [`ReportingTag`]s.
+    pub(super) fn parse(
+        bytes: &[u8],
+        taken: Instant,
+        private: bool,
+        faults: &mut GuestFaults,
+    ) -> Self {
         let mut values = [None; StatTag::ALL.len()];
+        let mut reporting = [None; ReportingTag::ALL.len()];
         let entries = bytes.chunks_exact(ENTRY_BYTES);
         if !entries.remainder().is_empty() {
             faults.stats_ragged += 1;
@@ -93,18 +132,33 @@ impl StatsSample {
             let (tag, value) = entry.split_at(2);
             let tag = u16::from_le_bytes(tag.try_into().expect("split at two"));
             let value = u64::from_le_bytes(value.try_into().expect("ten less two"));
-            match values.get_mut(usize::from(tag)) {
+            let own = tag.checked_sub(ReportingTag::ALL[0] as u16);
+            let slot = match own.filter(|_| private) {
+                Some(place) => reporting.get_mut(usize::from(place)),
+                None => values.get_mut(usize::from(tag)),
+            };
+            match slot {
                 Some(slot) => *slot = Some(value),
                 None => faults.stats_unknown_tags += 1,
             }
         }
-        Self { values, taken }
+        Self {
+            values,
+            reporting,
+            taken,
+        }
     }
 
     /// The value of a statistic, if the driver sends it.
     #[must_use]
     pub fn get(&self, tag: StatTag) -> Option<u64> {
         self.values[tag as usize]
+    }
+
+    /// What the in-guest half says of its reporting, if there is one.
+    #[must_use]
+    pub fn reporting(&self, tag: ReportingTag) -> Option<u64> {
+        self.reporting[tag.place()]
     }
 
     /// The statistics the driver has sent.

@@ -11,7 +11,8 @@ use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use super::accounting::{GuestFaults, Path};
 use super::hinting::CommandEffect;
 use super::numbering::{Numbering, QueueRole};
-use super::shared::{ActiveDriver, Shared};
+use super::policy::PausePhase;
+use super::shared::{ActiveDriver, Shared, takes_policy};
 use super::spec::VIRTIO_BALLOON_F_PAGE_POISON;
 use super::stats::{STATS_BYTES_MAX, StatsSample};
 use super::stats_timer::StatsTimer;
@@ -114,7 +115,7 @@ impl BalloonWorker {
         let answered = match role {
             QueueRole::Inflate => self.serve_discards(active, at, Path::Inflate, &mem)?,
             QueueRole::Reporting => self.serve_discards(active, at, Path::Report, &mem)?,
-            QueueRole::Deflate => self.serve_deflate(&mut active.queues[at], &mem)?,
+            QueueRole::Deflate => self.serve_deflate(active, at, &mem)?,
             QueueRole::Stats => self.serve_stats(active, at, &mem)?,
             QueueRole::Hint => self.serve_hints(active, at, &mem, held)?,
         };
@@ -229,6 +230,13 @@ impl BalloonWorker {
             return Ok(());
         }
         let Handled { path, refusal } = handled;
+        // Held until the chains are answered: a pause is one when nobody is past here.
+        let passage = (path == Path::Report).then(|| self.shared.control.gate().begin());
+        let paused = matches!(passage, Some(Err(_)));
+        let refusal = refusal.or(paused.then_some(SkipReason::ReportingPaused));
+        if paused && self.shared.control.phase() == PausePhase::PausedByGuest {
+            self.faults.reports_while_paused += self.batch.heads.len() as u64;
+        }
         let outcome = match refusal {
             Some(reason) => skip_all(&self.batch.claims, reason),
             None => {
@@ -254,12 +262,24 @@ impl BalloonWorker {
         Ok(())
     }
 
+    /// Deflation costs nothing: the pages come back when they are touched. But once
+    /// it is answered the driver uses them, so whatever was inflated before must be
+    /// done first, whichever doorbell was heard first.
     fn serve_deflate(
         &mut self,
-        at: &mut RoleQueue,
+        active: &mut Active,
+        at: usize,
         mem: &GuestMemoryMmap<()>,
     ) -> Result<bool, WorkerError> {
-        let available = chain::available(&at.queue, at.index, mem)?;
+        // In this order: nothing deflated here was inflated after the look below.
+        let available = chain::available(&active.queues[at].queue, active.queues[at].index, mem)?;
+        let mut queues = active.queues.iter();
+        if let Some(inflate) = queues.position(|queue| queue.role == QueueRole::Inflate)
+            && self.serve_discards(active, inflate, Path::Inflate, mem)?
+        {
+            notify(&mut active.queues[inflate], mem, active.interrupt.as_ref())?;
+        }
+        let at = &mut active.queues[at];
         let mut deflated = Extent::default();
         for _ in 0..available {
             let Some(chain) = chain::take(&mut at.queue, at.index, mem)? else {
@@ -300,7 +320,9 @@ impl BalloonWorker {
                 chain::answer(queue, *index, mem, older, &mut self.faults)?;
                 answered = true;
             }
-            let sample = StatsSample::parse(&self.bytes, Instant::now(), &mut self.faults);
+            let private = takes_policy(active.features);
+            let now = Instant::now();
+            let sample = StatsSample::parse(&self.bytes, now, private, &mut self.faults);
             self.shared.stats.publish(sample);
         }
         Ok(answered)

@@ -53,11 +53,13 @@ pub enum SkipReason {
     HintStale,
     /// Hinted in a run, but the guest may be using the block again by now.
     HintNotHeld,
+    /// Reported while reporting is paused.
+    ReportingPaused,
 }
 
 impl SkipReason {
     /// Every reason, in the order of [`SkippedBytes`].
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::OutsideRam,
         Self::Duplicate,
         Self::Unaligned,
@@ -68,6 +70,7 @@ impl SkipReason {
         Self::PagePoison,
         Self::HintStale,
         Self::HintNotHeld,
+        Self::ReportingPaused,
     ];
 
     /// Name in counters and answers.
@@ -84,6 +87,7 @@ impl SkipReason {
             Self::PagePoison => "page_poison",
             Self::HintStale => "hint_stale",
             Self::HintNotHeld => "hint_not_held",
+            Self::ReportingPaused => "reporting_paused",
         }
     }
 }

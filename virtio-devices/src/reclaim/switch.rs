@@ -19,10 +19,17 @@ pub enum InhibitReason {
     MemoryExport,
     /// Guest memory is still being brought in.
     MemoryImport,
+    /// The operator has paused reporting; only reports are held up by it.
+    ReportingPaused,
 }
 
 impl InhibitReason {
-    pub(super) const ALL: [Self; 3] = [Self::PinnedMemory, Self::MemoryExport, Self::MemoryImport];
+    pub(super) const ALL: [Self; 4] = [
+        Self::PinnedMemory,
+        Self::MemoryExport,
+        Self::MemoryImport,
+        Self::ReportingPaused,
+    ];
 
     /// Name in counters and answers.
     #[must_use]
@@ -31,6 +38,7 @@ impl InhibitReason {
             Self::PinnedMemory => "pinned_memory",
             Self::MemoryExport => "memory_export",
             Self::MemoryImport => "memory_import",
+            Self::ReportingPaused => "reporting_paused",
         }
     }
 }
@@ -68,7 +76,7 @@ impl DiscardSwitch {
     /// The engine announces itself before it looks, and a guard counts itself
     /// before it looks for running batches; with sequential consistency at
     /// least one of the two sees the other.
-    pub(super) fn begin(&self) -> Result<BatchGuard<'_>, InhibitReason> {
+    pub(crate) fn begin(&self) -> Result<BatchGuard<'_>, InhibitReason> {
         self.batches_running.fetch_add(1, Ordering::SeqCst);
         let batch = BatchGuard(self);
         match self.inhibited() {
@@ -103,7 +111,7 @@ impl Drop for InhibitGuard {
 
 /// One batch of the engine.
 #[derive(Debug)]
-pub(super) struct BatchGuard<'a>(&'a DiscardSwitch);
+pub(crate) struct BatchGuard<'a>(&'a DiscardSwitch);
 
 impl Drop for BatchGuard<'_> {
     fn drop(&mut self) {

@@ -17,6 +17,7 @@ fn balloon_conforms() {
             deflate_on_oom: true,
             free_page_reporting: true,
             free_page_hinting: true,
+            reporting_policy: false,
         })
         .unwrap();
         Arc::new(Mutex::new(balloon))

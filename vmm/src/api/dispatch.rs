@@ -5,6 +5,7 @@
 //! | HTTP thread | `vmm.ping`, `vm.info`, `GET vm.reclaim-thresholds` | read the published view: O(1) |
 //! | an `api-query` thread | `vm.counters`, `vm.balloon-stats`, `vm.reclaim-stats` | may take time or wait for the guest |
 //! | control thread | everything that changes something | it owns the VM |
+//! | control thread, then an `api-query` thread | `vm.balloon-reporting` | asked for in order, then waited for |
 
 use std::error::Error;
 use std::os::fd::OwnedFd;
@@ -13,8 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use api::{
-    Endpoint, ErrorBody, ReclaimThresholdsChange, VmBalloonHinting, VmRemoveDevice, VmState,
-    VmmPingResponse,
+    Endpoint, ErrorBody, ReclaimThresholdsChange, VmBalloonHinting, VmBalloonReporting,
+    VmRemoveDevice, VmState, VmmPingResponse,
 };
 use micro_http::{Body, Method, Request, StatusCode};
 use serde::Serialize;
@@ -25,6 +26,7 @@ use crate::control::{
     ControlError, ControlHandle, MachineObserver, PublishedView, RequestError, RequestKind,
     VmAnswer, VmRequest,
 };
+use crate::thresholds::PolicySight;
 use crate::vm::{BalloonStatsError, HotplugError, NewDevice, ThreadStart, VmError};
 
 /// Name of the threads that ask the machine.
@@ -36,6 +38,9 @@ const QUERIES_MAX: usize = 16;
 const QUERY_STACK_BYTES: usize = 256 << 10;
 /// How long `vm.balloon-stats` waits for the guest, as long as upstream does.
 const BALLOON_STATS_WAIT: Duration = Duration::from_secs(1);
+/// How long a pause of reporting waits for the guest to confirm it. A guest that reports hands over its batches within
+/// milliseconds; what takes longer is wedged, and is shut out.
+const PAUSE_WAIT: Duration = Duration::from_secs(5);
 
 /// What every error of an endpoint starts with, as upstream's does.
 #[derive(Debug, thiserror::Error)]
@@ -62,8 +67,15 @@ pub struct Dispatcher {
     view: Arc<PublishedView>,
     control: ControlHandle,
     identity: VmmPingResponse,
+    queries: Queries,
+}
+
+/// Asks the machine on threads of their own.
+#[derive(Clone)]
+struct Queries {
+    view: Arc<PublishedView>,
     thread_start: ThreadStart,
-    queries: Arc<AtomicUsize>,
+    under_way: Arc<AtomicUsize>,
 }
 
 impl std::fmt::Debug for Dispatcher {
@@ -106,11 +118,14 @@ impl Dispatcher {
         thread_start: ThreadStart,
     ) -> Self {
         Self {
+            queries: Queries {
+                view: Arc::clone(&view),
+                thread_start,
+                under_way: Arc::default(),
+            },
             view,
             control,
             identity,
-            thread_start,
-            queries: Arc::default(),
         }
     }
 
@@ -118,15 +133,21 @@ impl Dispatcher {
         match endpoint {
             Endpoint::VmmPing => reply.send(Answer::json(&self.identity)),
             Endpoint::VmInfo => reply.send(self.info()),
-            Endpoint::VmCounters => self.query(RequestKind::Counters, reply, |observer| {
+            Endpoint::VmCounters => self.queries.ask(RequestKind::Counters, reply, |observer| {
                 Ok(observer.counters())
             }),
-            Endpoint::VmBalloonStats => self.query(RequestKind::BalloonStats, reply, |observer| {
-                observer.balloon_stats(Instant::now() + BALLOON_STATS_WAIT)
-            }),
-            Endpoint::VmReclaimStats => self.query(RequestKind::ReclaimStats, reply, |observer| {
-                observer.reclaim_stats()
-            }),
+            Endpoint::VmBalloonStats => {
+                self.queries
+                    .ask(RequestKind::BalloonStats, reply, |observer| {
+                        observer.balloon_stats(Instant::now() + BALLOON_STATS_WAIT)
+                    });
+            }
+            Endpoint::VmReclaimStats => {
+                self.queries
+                    .ask(RequestKind::ReclaimStats, reply, |observer| {
+                        observer.reclaim_stats()
+                    });
+            }
             Endpoint::VmReclaimThresholds => reply.send(thresholds(&self.view)),
             Endpoint::VmSetReclaimThresholds => match parse(body) {
                 Ok(change) => self.set_thresholds(change, reply),
@@ -157,6 +178,10 @@ impl Dispatcher {
                 Ok(VmRemoveDevice { id }) => {
                     self.change(endpoint, VmRequest::RemoveDevice(id), reply);
                 }
+                Err(answer) => reply.send(answer),
+            },
+            Endpoint::VmBalloonReporting => match parse(body) {
+                Ok(request) => self.steer_reporting(request, reply),
                 Err(answer) => reply.send(answer),
             },
             Endpoint::VmBoot => self.change(endpoint, VmRequest::Boot, reply),
@@ -237,8 +262,36 @@ impl Dispatcher {
         );
     }
 
+    /// Asks for it in order with everything else, then answers with what came of it.
+    fn steer_reporting(&self, request: VmBalloonReporting, reply: Reply) {
+        let queries = self.queries.clone();
+        self.control.submit(
+            VmRequest::BalloonReporting(request),
+            Box::new(move |outcome| match outcome {
+                Ok(_) => queries.reporting(reply),
+                Err(error) => {
+                    log::warn!("{}", api::error_chain(&error).join(": "));
+                    reply.send(request_failed(error));
+                }
+            }),
+        );
+    }
+}
+
+impl Queries {
+    /// Answers with the state of reporting once a pause that was asked for is one. A guest that stands still is not
+    /// waited for.
+    fn reporting(&self, reply: Reply) {
+        let machine = self.view.get().machine.clone();
+        let runs = machine.is_some_and(|machine| machine.state == VmState::Running);
+        let patience = if runs { PAUSE_WAIT } else { Duration::ZERO };
+        self.ask(RequestKind::BalloonReporting, reply, move |observer| {
+            observer.reporting(Instant::now() + patience)
+        });
+    }
+
     /// Asks the machine on a thread of its own: it may have to wait for the guest, and a guest may be wedged.
-    fn query<T: Serialize + 'static>(
+    fn ask<T: Serialize + 'static>(
         &self,
         kind: RequestKind,
         reply: Reply,
@@ -258,7 +311,7 @@ impl Dispatcher {
                 return;
             }
         };
-        let Some(ticket) = Ticket::take(&self.queries) else {
+        let Some(ticket) = Ticket::take(&self.under_way) else {
             reply.send(query_failed(
                 StatusCode::ServiceUnavailable,
                 QueryError::TooMany,
@@ -293,8 +346,13 @@ impl Dispatcher {
 }
 
 fn thresholds(view: &PublishedView) -> Answer {
-    match &view.get().thresholds {
-        Some(thresholds) => Answer::json(&thresholds.status()),
+    let view = view.get();
+    let sight = match &view.machine {
+        Some(machine) => machine.observer.reporting_policy(),
+        None => PolicySight::NoMachine,
+    };
+    match &view.thresholds {
+        Some(thresholds) => Answer::json(&thresholds.status(sight)),
         None => request_failed(RequestError {
             kind: RequestKind::ReclaimThresholds,
             cause: ControlError::VmNotCreated,
@@ -363,7 +421,9 @@ fn request_failed(error: RequestError) -> Answer {
     let status = match &error.cause {
         ControlError::VmNotCreated | ControlError::VmMissingConfig => StatusCode::NotFound,
         // Upstream answers 409 to a name used twice; the HTTP crate does not know that status.
-        ControlError::ConfigValidation(_) | ControlError::Thresholds(_) => StatusCode::BadRequest,
+        ControlError::ConfigValidation(_)
+        | ControlError::Thresholds(_)
+        | ControlError::Machine(VmError::Reporting(_)) => StatusCode::BadRequest,
         // Found only where the host is known, and still the configuration's fault.
         ControlError::Machine(VmError::Cpu(error)) if error.is_of_configuration() => {
             StatusCode::BadRequest

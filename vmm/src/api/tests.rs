@@ -12,18 +12,21 @@ use std::time::{Duration, Instant};
 use api::config::PathOrFd;
 use api::{
     BalloonStatsResponse, DeviceNode, Endpoint, HintingAction, PciDeviceInfo, ReclaimStats,
-    VmConfig, VmCounters, VmmPingResponse,
+    ReportingAction, ReportingPolicy, ReportingStatus, VmBalloonReporting, VmConfig, VmCounters,
+    VmmPingResponse,
 };
 use serde_json::{Value, json};
 
 use super::http::{Deadlines, HttpServer};
 use super::*;
 use virtio_devices::balloon::HintingError;
+use virtio_devices::balloon::policy::ControlError;
 
 use crate::control::{
     ControlSetup, ControlThread, Ending, Machine, MachineObserver, PublishedView,
 };
 use crate::memory::GuestMemory;
+use crate::thresholds::PolicySight;
 use crate::vm::{
     BalloonStatsError, HotplugError, NewDevice, ThreadStart, VmContext, VmError, VmSignals,
 };
@@ -42,7 +45,11 @@ struct FakeObserver {
     ram_bytes: u64,
     balloon_bytes: Option<Arc<AtomicU64>>,
     wedged: bool,
+    steered: Steered,
 }
+
+/// What reached the machine about reporting: the policy's delay, and pauses.
+type Steered = Arc<Mutex<Vec<String>>>;
 
 /// Holds somebody up while a test looks at everybody else.
 struct Gate(Mutex<bool>, Condvar);
@@ -51,6 +58,8 @@ struct Gate(Mutex<bool>, Condvar);
 static SLOW: Gate = Gate::open();
 /// Closed while a test wants a guest not to answer.
 static WEDGED: Gate = Gate::open();
+/// Closed while a test wants a guest not to confirm a pause of reporting.
+static PAUSING: Gate = Gate::open();
 
 impl Gate {
     const fn open() -> Self {
@@ -91,6 +100,7 @@ impl Machine for FakeMachine {
                     .as_ref()
                     .map(|balloon| Arc::new(AtomicU64::new(balloon.size))),
                 wedged: behaviour == "wedged",
+                steered: Steered::default(),
             },
         })
     }
@@ -167,6 +177,20 @@ impl Machine for FakeMachine {
         .collect()
     }
 
+    fn balloon_reporting(&self, request: VmBalloonReporting) -> Result<(), VmError> {
+        if request.action == ReportingAction::ReportNow {
+            return Err(VmError::Reporting(ControlError::GuestDeclined));
+        }
+        let mut steered = self.observer.steered.lock().unwrap();
+        steered.push(format!("{:?}", request.action));
+        Ok(())
+    }
+
+    fn set_reporting_policy(&self, policy: ReportingPolicy) {
+        let mut steered = self.observer.steered.lock().unwrap();
+        steered.push(format!("delay {}", policy.delay_ms_max));
+    }
+
     fn observer(&self) -> FakeObserver {
         self.observer.clone()
     }
@@ -212,6 +236,23 @@ impl MachineObserver for FakeObserver {
 
     fn balloon_figures(&self) -> Result<ReclaimStats, BalloonStatsError> {
         self.reclaim_stats()
+    }
+
+    fn reporting_policy(&self) -> PolicySight {
+        PolicySight::NoBalloon
+    }
+
+    /// Shows what was asked of the machine in place of a reason.
+    fn reporting(&self, deadline: Instant) -> Result<ReportingStatus, BalloonStatsError> {
+        if self.wedged {
+            PAUSING.pass();
+        }
+        let running = deadline > Instant::now() + PATIENCE / 10;
+        Ok(ReportingStatus {
+            active: running,
+            reason: Some(self.steered.lock().unwrap().join(", ")),
+            ..Default::default()
+        })
     }
 
     fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
@@ -376,6 +417,7 @@ fn receive(stream: &mut UnixStream) -> Response {
 const RESIZE: &str = r#"{"desired_balloon": 4096}"#;
 const THRESHOLDS: &str = r#"{"alerts": [{"name": "a", "figure": "ballooned_bytes",
     "direction": "above", "enter": 4095, "leave": 0}]}"#;
+const PAUSE: &str = r#"{"action": "pause"}"#;
 const CONFIG: &str = r#"{"payload": {"kernel": "/k"}}"#;
 
 fn body_of(endpoint: Endpoint) -> Option<&'static str> {
@@ -388,6 +430,7 @@ fn body_of(endpoint: Endpoint) -> Option<&'static str> {
         Endpoint::VmAddNet => Some("{}"),
         Endpoint::VmAddBalloon => Some(r#"{"size": 0}"#),
         Endpoint::VmRemoveDevice => Some(r#"{"id": "__balloon"}"#),
+        Endpoint::VmBalloonReporting => Some(PAUSE),
         _ => None,
     }
 }
@@ -407,7 +450,9 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
         Endpoint::VmShutdown | Endpoint::VmPowerButton | Endpoint::VmBalloonHinting => {
             [500, 500, 204, 204]
         }
-        Endpoint::VmCounters | Endpoint::VmReclaimStats => [500, 500, 200, 200],
+        Endpoint::VmCounters | Endpoint::VmReclaimStats | Endpoint::VmBalloonReporting => {
+            [500, 500, 200, 200]
+        }
         Endpoint::VmBalloonStats => [500, 500, 200, 500],
         Endpoint::VmResize => [404, 204, 204, 204],
         Endpoint::VmAddDisk | Endpoint::VmAddNet => [404, 204, 200, 200],
@@ -500,6 +545,7 @@ fn endpoints_refuse_what_is_no_json() {
         (Endpoint::VmResize, r#"{"desired_balloon": -1}"#),
         (Endpoint::VmBalloonHinting, r#"{"action": "status"}"#),
         (Endpoint::VmBalloonHinting, "{}"),
+        (Endpoint::VmBalloonReporting, r#"{"action": "report_now"}"#),
     ] {
         let response = vmm.call(endpoint, Some(body));
         assert_eq!(response.status, 400);
@@ -615,6 +661,73 @@ fn hinting_that_the_balloon_refuses_tells_why() {
             refusal
         ])
     );
+}
+
+#[test]
+fn report_now_to_a_guest_that_cannot_is_refused_as_the_callers_mistake() {
+    let vmm = vmm();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    let wish = r#"{"action": "report-now", "again": true}"#;
+    let response = vmm.call(Endpoint::VmBalloonReporting, Some(wish));
+    assert_eq!(response.status, 400);
+    let refusal = ControlError::GuestDeclined.to_string();
+    assert_eq!(
+        response.body,
+        json!([
+            "Error from API",
+            "Free page reporting could not be steered",
+            "The balloon does not take it",
+            refusal
+        ])
+    );
+}
+
+#[test]
+fn policy_and_pause_reach_every_machine_until_the_vm_is_deleted() {
+    let vmm = vmm();
+    vmm.create("");
+    let set = |delay: u64| {
+        let change = json!({"reporting_policy": {"delay_ms_max": delay}}).to_string();
+        vmm.ok(Endpoint::VmSetReclaimThresholds, Some(&change))
+    };
+    let not_running = set(70)["reporting_policy"].clone();
+    assert_eq!(not_running["reason"], "the VM is not running");
+    vmm.ok(Endpoint::VmBoot, None);
+    let status = set(80)["reporting_policy"].clone();
+    assert_eq!(status["reason"], "the machine has no balloon");
+    assert_eq!(status["settings"]["pause"]["in_effect"], false);
+    let reason = |action: &str| {
+        let body = json!({"action": action}).to_string();
+        vmm.ok(Endpoint::VmBalloonReporting, Some(&body))["reason"].clone()
+    };
+    assert_eq!(reason("pause"), "delay 70, delay 80, Pause");
+    vmm.ok(Endpoint::VmReboot, None);
+    assert_eq!(reason("resume"), "delay 80, Pause, Resume");
+    vmm.ok(Endpoint::VmReboot, None);
+    assert_eq!(reason("pause"), "delay 80, Pause");
+    vmm.ok(Endpoint::VmDelete, None);
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    assert_eq!(reason("resume"), "Resume");
+}
+
+#[test]
+fn pause_of_reporting_waits_for_a_guest_that_runs_and_holds_up_nobody() {
+    let vmm = vmm();
+    vmm.create("wedged");
+    vmm.ok(Endpoint::VmBoot, None);
+    PAUSING.set(false);
+    let path = Endpoint::VmBalloonReporting.path();
+    let mut waiting = vmm.send("PUT", &path, Some(PAUSE));
+    assert_eq!(vmm.state(), "Running");
+    vmm.ok(Endpoint::VmResize, Some(RESIZE));
+    PAUSING.set(true);
+    let response = receive(&mut waiting);
+    assert_eq!(response.body["active"], true, "it had time to confirm");
+    vmm.ok(Endpoint::VmPause, None);
+    let answer = vmm.ok(Endpoint::VmBalloonReporting, Some(PAUSE));
+    assert_eq!(answer["active"], false, "it stands still and got no time");
 }
 
 #[test]

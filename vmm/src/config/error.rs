@@ -44,6 +44,9 @@ pub enum ValidationError {
         /// What it has.
         ram_bytes: u64,
     },
+    /// The `balloon` section's `reporting_policy`.
+    #[error("reporting_policy of the balloon needs free_page_reporting")]
+    PolicyWithoutReporting,
     /// The `balloon` section's `stats_poll_ms`.
     #[error("Statistics every {poll_ms} ms are too often: 0, or at least {least_ms} ms")]
     StatsPollTooOften {

@@ -14,7 +14,7 @@ mod tests;
 mod unsupported;
 
 use api::VmConfig;
-use api::config::{ConsoleOutputMode, PayloadConfig};
+use api::config::{BalloonConfig, ConsoleOutputMode, PayloadConfig};
 
 use crate::boot::check_platform;
 use crate::vm::NewDevice;
@@ -79,6 +79,10 @@ fn balloon(config: &VmConfig) -> Result<(), ValidationError> {
             poll_ms,
             least_ms: STATS_POLL_MS_MIN,
         });
+    }
+    let lone = |it: &BalloonConfig| it.reporting_policy && !it.free_page_reporting;
+    if config.balloon.as_ref().is_some_and(lone) {
+        return Err(ValidationError::PolicyWithoutReporting);
     }
     let (Some(balloon), Some(ram_bytes)) = (&config.balloon, config.memory.total_bytes()) else {
         return Ok(());

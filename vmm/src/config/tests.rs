@@ -318,6 +318,14 @@ fn validate_balloon_as_large_as_ram_is_refused() {
 }
 
 #[test]
+fn validate_policy_without_reporting_is_refused() {
+    assert_eq!(
+        fault("balloon", json!({"size": 0, "reporting_policy": true})),
+        ValidationError::PolicyWithoutReporting
+    );
+}
+
+#[test]
 fn validate_statistics_too_often_are_refused() {
     assert_eq!(
         fault("balloon", json!({"size": 0, "stats_poll_ms": 99})),

@@ -13,7 +13,10 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use api::{PciDeviceInfo, ReclaimThresholdsChange, VmConfig, VmResize, VmState};
+use api::{
+    PciDeviceInfo, ReclaimThresholdsChange, ReportingAction, VmBalloonReporting, VmConfig,
+    VmResize, VmState,
+};
 
 use super::machine::Machine;
 use super::request::{ControlError, RequestError, VmAnswer, VmRequest};
@@ -35,6 +38,8 @@ pub(super) struct Lifecycle<M: Machine> {
     view: Arc<PublishedView>,
     /// Kept over reboots; forgotten with the configuration.
     thresholds: Arc<Thresholds>,
+    /// The operator has paused reporting. Kept and forgotten with the thresholds.
+    reporting_paused: bool,
     events_are_read: bool,
     context: VmContext,
     ended: bool,
@@ -55,6 +60,7 @@ impl<M: Machine> Lifecycle<M> {
             paused: false,
             view,
             thresholds,
+            reporting_paused: false,
             events_are_read,
             context,
             ended: false,
@@ -90,6 +96,7 @@ impl<M: Machine> Lifecycle<M> {
             }
             VmRequest::AddDevice(device, fds) => self.add_device(*device, fds).map(drop),
             VmRequest::RemoveDevice(id) => self.remove_device(&id),
+            VmRequest::BalloonReporting(request) => self.balloon_reporting(request),
             VmRequest::ShutdownVmm => self.end(),
         }
     }
@@ -181,6 +188,7 @@ impl<M: Machine> Lifecycle<M> {
         let mut config = stored.clone();
         config::assign_ids(&mut config);
         let mut machine = M::new(&mut config, &self.context).map_err(ControlError::Machine)?;
+        steer_reporting(&machine, &self.thresholds, self.reporting_paused);
         machine.boot().map_err(ControlError::Machine)?;
         self.config = Some(config);
         self.machine = Some(machine);
@@ -219,6 +227,7 @@ impl<M: Machine> Lifecycle<M> {
         };
         self.context.consoles.close();
         self.thresholds.clear();
+        self.reporting_paused = false;
         if self.config.take().is_some() {
             self.emit("vm", "deleted");
         }
@@ -320,6 +329,7 @@ impl<M: Machine> Lifecycle<M> {
             .map_err(ControlError::Machine)?;
         if matches!(device, NewDevice::Balloon(_)) {
             self.machines += 1;
+            steer_reporting(machine, &self.thresholds, self.reporting_paused);
         }
         self.config = Some(with_device(config, device));
         self.keep_taps(fds);
@@ -383,12 +393,47 @@ impl<M: Machine> Lifecycle<M> {
         }
         self.thresholds
             .change(change)
-            .map_err(ControlError::Thresholds)
+            .map_err(ControlError::Thresholds)?;
+        if let (Some(_), Some(policy), Some(machine)) = (
+            change.reporting_policy,
+            self.thresholds.policy(),
+            &self.machine,
+        ) {
+            machine.set_reporting_policy(policy);
+        }
+        Ok(())
+    }
+
+    fn balloon_reporting(&mut self, request: VmBalloonReporting) -> Result<(), ControlError> {
+        self.on_machine(|machine| machine.balloon_reporting(request))?;
+        match request.action {
+            ReportingAction::Pause => self.reporting_paused = true,
+            ReportingAction::Resume => self.reporting_paused = false,
+            ReportingAction::ReportNow => {}
+        }
+        Ok(())
     }
 
     /// True while a machine exists.
     pub(super) fn has_machine(&self) -> bool {
         self.machine.is_some()
+    }
+}
+
+/// Tells a new balloon what the operator wants of the guest's reporting.
+fn steer_reporting<M: Machine>(machine: &M, thresholds: &Thresholds, paused: bool) {
+    if let Some(policy) = thresholds.policy() {
+        machine.set_reporting_policy(policy);
+    }
+    if paused {
+        let request = VmBalloonReporting {
+            action: ReportingAction::Pause,
+            again: false,
+        };
+        if let Err(error) = machine.balloon_reporting(request) {
+            // Without a balloon, or with one that takes no reports, there is nothing to pause.
+            log::info!("Reporting has nothing to pause: {error}");
+        }
     }
 }
 

@@ -5,10 +5,11 @@ use std::fmt;
 use std::time::Instant;
 
 use api::{
-    BalloonStatsResponse, DeviceNode, HintingAction, PciDeviceInfo, ReclaimStats, VmConfig,
-    VmCounters,
+    BalloonStatsResponse, DeviceNode, HintingAction, PciDeviceInfo, ReclaimStats, ReportingPolicy,
+    ReportingStatus, VmBalloonReporting, VmConfig, VmCounters,
 };
 
+use crate::thresholds::PolicySight;
 use crate::vm::{BalloonStatsError, NewDevice, Vm, VmContext, VmError, VmObserver};
 
 /// One virtual machine. Every call comes from the control thread and none waits for the guest. See [`Vm`] for what
@@ -80,6 +81,15 @@ pub trait Machine: Sized + 'static {
     /// See [`Vm::take_ejected`].
     fn take_ejected(&mut self) -> Vec<PciDeviceInfo>;
 
+    /// See [`Vm::balloon_reporting`].
+    ///
+    /// # Errors
+    /// There is no balloon, or the guest cannot do it now.
+    fn balloon_reporting(&self, request: VmBalloonReporting) -> Result<(), VmError>;
+
+    /// See [`Vm::set_reporting_policy`].
+    fn set_reporting_policy(&self, policy: ReportingPolicy);
+
     /// See [`Vm::observer`].
     fn observer(&self) -> Self::Observer;
 }
@@ -109,6 +119,15 @@ pub trait MachineObserver: fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// The machine has gone.
     fn balloon_figures(&self) -> Result<ReclaimStats, BalloonStatsError>;
+
+    /// What the guest makes of the reporting policy. O(1).
+    fn reporting_policy(&self) -> PolicySight;
+
+    /// Whether reporting is at work; waits for a pause until `deadline`.
+    ///
+    /// # Errors
+    /// No balloon.
+    fn reporting(&self, deadline: Instant) -> Result<ReportingStatus, BalloonStatsError>;
 
     /// Devices by id.
     fn device_tree(&self) -> BTreeMap<String, DeviceNode>;
@@ -161,6 +180,14 @@ impl Machine for Vm {
         Vm::take_ejected(self)
     }
 
+    fn balloon_reporting(&self, request: VmBalloonReporting) -> Result<(), VmError> {
+        Vm::balloon_reporting(self, request)
+    }
+
+    fn set_reporting_policy(&self, policy: ReportingPolicy) {
+        Vm::set_reporting_policy(self, policy);
+    }
+
     fn observer(&self) -> VmObserver {
         Vm::observer(self)
     }
@@ -185,6 +212,14 @@ impl MachineObserver for VmObserver {
 
     fn balloon_figures(&self) -> Result<ReclaimStats, BalloonStatsError> {
         VmObserver::balloon_figures(self)
+    }
+
+    fn reporting_policy(&self) -> PolicySight {
+        VmObserver::reporting_policy(self)
+    }
+
+    fn reporting(&self, deadline: Instant) -> Result<ReportingStatus, BalloonStatsError> {
+        VmObserver::reporting(self, deadline)
     }
 
     fn device_tree(&self) -> BTreeMap<String, DeviceNode> {

@@ -3,7 +3,10 @@
 use std::fmt;
 use std::os::fd::OwnedFd;
 
-use api::{HintingAction, PciDeviceInfo, ReclaimThresholdsChange, VmConfig, VmResize, VmState};
+use api::{
+    HintingAction, PciDeviceInfo, ReclaimThresholdsChange, VmBalloonReporting, VmConfig, VmResize,
+    VmState,
+};
 
 use crate::config::ValidationError;
 use crate::thresholds::ThresholdError;
@@ -38,6 +41,8 @@ pub enum VmRequest {
     AddDevice(Box<NewDevice>, Vec<OwnedFd>),
     /// Remove the device of this name.
     RemoveDevice(String),
+    /// Pause or resume reporting, or ask for a report of everything.
+    BalloonReporting(VmBalloonReporting),
     /// Stop everything and end the process.
     ShutdownVmm,
 }
@@ -84,6 +89,8 @@ pub enum RequestKind {
     AddBalloon,
     /// `vm.remove-device`
     RemoveDevice,
+    /// `vm.balloon-reporting`
+    BalloonReporting,
     /// `vmm.shutdown`
     ShutdownVmm,
     /// `vm.info`, answered from the published view.
@@ -119,6 +126,7 @@ impl VmRequest {
                 NewDevice::Balloon(_) => RequestKind::AddBalloon,
             },
             Self::RemoveDevice(_) => RequestKind::RemoveDevice,
+            Self::BalloonReporting(_) => RequestKind::BalloonReporting,
             Self::ShutdownVmm => RequestKind::ShutdownVmm,
         }
     }
@@ -143,6 +151,7 @@ impl fmt::Display for RequestKind {
             Self::AddNet => "The network device could not be added to the VM",
             Self::AddBalloon => "The balloon could not be added to the VM",
             Self::RemoveDevice => "The device could not be removed from the VM",
+            Self::BalloonReporting => "Free page reporting could not be steered",
             Self::ShutdownVmm => "The VMM could not shutdown",
             Self::Info => "The VM info is not available",
             Self::Counters => "The VM counters are not available",

@@ -4,31 +4,24 @@ use std::collections::BTreeSet;
 
 use api::{
     AlertChange, AlertDirection, AlertRule, ReclaimThresholds, ReclaimThresholdsChange,
-    ReportingPolicy, ReportingPolicyChange, ReportingPolicyStatus,
+    ReportingPolicy,
 };
 
 use super::alert::{Alert, Transition};
 use super::error::{AlertFault, ThresholdError};
 use super::figure::{Figure, Needs, Sources};
+use super::policy::{self, PolicySight};
 use super::{ALERTS_MAX, NAME_LENGTH_MAX};
 
 /// A day.
 const DURATION_MS_MAX: u64 = 86_400_000;
-/// Largest order of a free block on x86 (`MAX_PAGE_ORDER` of include/linux/mmzone.h): 4 MiB.
-const ORDER_MAX: u64 = 10;
-/// Blocks of 4 KiB in 4 TiB; more pending ones would mean that nothing is ever reported.
-const PENDING_BLOCKS_MAX: u64 = 1 << 30;
-/// An hour.
-const DELAY_MS_MAX: u64 = 3_600_000;
-/// Why no policy is in effect: it takes a feature that no guest has been offered.
-const NO_POLICY_FEATURE: &str =
-    "the guest's driver does not offer VIRTIO_BALLOON_F_REPORTING_POLICY";
 
 /// Alerts with their states, and the policy.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Book {
     alerts: Vec<Alert>,
-    policy: ReportingPolicy,
+    /// As the operator has set it; before that no guest is told anything.
+    policy: Option<ReportingPolicy>,
 }
 
 impl Book {
@@ -53,9 +46,10 @@ impl Book {
                 return Err(ThresholdError::TooManyAlerts);
             }
         }
-        if let Some(policy) = change.reporting_policy {
-            next.policy = changed_policy(next.policy, policy);
-            check_policy(next.policy)?;
+        if let Some(change) = change.reporting_policy {
+            let policy = policy::changed(next.policy.unwrap_or_default(), change);
+            policy::check(policy)?;
+            next.policy = Some(policy);
         }
         *self = next;
         Ok(())
@@ -117,19 +111,20 @@ impl Book {
             .collect()
     }
 
+    /// The policy, if one was set.
+    pub(super) fn policy(&self) -> Option<ReportingPolicy> {
+        self.policy
+    }
+
     /// As the API shows it.
-    pub(super) fn status(&self, now_ms: u64) -> ReclaimThresholds {
+    pub(super) fn status(&self, now_ms: u64, sight: PolicySight) -> ReclaimThresholds {
         ReclaimThresholds {
             alerts: self
                 .alerts
                 .iter()
                 .map(|alert| alert.status(now_ms))
                 .collect(),
-            reporting_policy: ReportingPolicyStatus {
-                policy: self.policy,
-                in_effect: false,
-                reason: Some(NO_POLICY_FEATURE.to_owned()),
-            },
+            reporting_policy: policy::status(self.policy.unwrap_or_default(), sight),
         }
     }
 }
@@ -182,50 +177,4 @@ fn check_rule(rule: &AlertRule) -> Result<Figure, AlertFault> {
     }
     Figure::parse(&rule.figure)
         .ok_or_else(|| AlertFault::Figure(rule.figure.chars().take(NAME_LENGTH_MAX).collect()))
-}
-
-fn changed_policy(policy: ReportingPolicy, change: ReportingPolicyChange) -> ReportingPolicy {
-    ReportingPolicy {
-        order_min: change.order_min.unwrap_or(policy.order_min),
-        pending_blocks: change.pending_blocks.unwrap_or(policy.pending_blocks),
-        delay_ms_max: change.delay_ms_max.unwrap_or(policy.delay_ms_max),
-        age_ms_min: change.age_ms_min.unwrap_or(policy.age_ms_min),
-        bytes_per_second_max: change
-            .bytes_per_second_max
-            .unwrap_or(policy.bytes_per_second_max),
-    }
-}
-
-fn check_policy(policy: ReportingPolicy) -> Result<(), ThresholdError> {
-    for (setting, value, min, max) in [
-        ("order_min", policy.order_min, 0, ORDER_MAX),
-        (
-            "pending_blocks",
-            policy.pending_blocks,
-            1,
-            PENDING_BLOCKS_MAX,
-        ),
-        ("delay_ms_max", policy.delay_ms_max, 1, DELAY_MS_MAX),
-    ] {
-        if !(min..=max).contains(&value) {
-            return Err(ThresholdError::PolicyOutOfBounds {
-                setting,
-                value,
-                min,
-                max,
-            });
-        }
-    }
-    let ReportingPolicy {
-        age_ms_min,
-        delay_ms_max,
-        ..
-    } = policy;
-    if age_ms_min > delay_ms_max {
-        return Err(ThresholdError::AgeAboveDelay {
-            age_ms_min,
-            delay_ms_max,
-        });
-    }
-    Ok(())
 }

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use api::{
-    BALLOON_STAT_TAGS, BalloonStats, GuestSample, LastBatch, ReclaimPath, ReclaimStats, VmCounters,
+    BALLOON_STAT_TAGS, BalloonStats, GuestReporting, GuestSample, LastBatch, ReclaimPath,
+    ReclaimStats, VmCounters,
 };
 use serde_json::Value;
 use virtio_devices::reclaim::SkippedBytes;
@@ -114,6 +115,12 @@ fn every_figure() -> Value {
     for &(_, tag) in BALLOON_STAT_TAGS {
         stats.set(tag, 0);
     }
+    let reporting = GuestReporting {
+        pending_bytes: Some(0),
+        reported_bytes: Some(0),
+        batches: Some(0),
+        isolation_failures: Some(0),
+    };
     let skipped: BTreeMap<_, _> = SkippedBytes::default()
         .iter()
         .map(|(reason, bytes)| (reason.name().to_owned(), bytes))
@@ -128,7 +135,11 @@ fn every_figure() -> Value {
         report: path.clone(),
         inflate: path.clone(),
         hint: path,
-        guest: Some(GuestSample { stats, age_ms: 0 }),
+        guest: Some(GuestSample {
+            stats,
+            reporting: Some(reporting),
+            age_ms: 0,
+        }),
         ..ReclaimStats::default()
     };
     // A tree of numbers and texts has no way to fail; without it no figure would be known.

@@ -10,7 +10,7 @@
 //! ```
 //! The control thread and the API only ever take the lock on the book, which is held for microseconds; the figures are
 //! read outside of it. The book belongs to the VM and not to the machine: it outlives reboots and pauses and goes with
-//! `vm.delete`. Deciding is pure ([`book`], [`alert`], [`balloon`], [`figure`]); only [`monitor`] knows threads and
+//! `vm.delete`. Deciding is pure ([`book`], [`alert`], [`balloon`], [`figure`], [`policy`], [`reporting`]); only [`monitor`] knows threads and
 //! clocks.
 
 mod alert;
@@ -19,11 +19,14 @@ mod book;
 mod error;
 mod figure;
 mod monitor;
+mod policy;
+mod reporting;
 #[cfg(test)]
 mod tests;
 
 pub use error::{AlertFault, ThresholdError};
 pub use monitor::{Monitor, Subjects, THRESHOLDS_THREAD, Thresholds};
+pub use policy::PolicySight;
 
 /// Most alerts of a VM: what bounds events, memory and the cost of a look.
 pub const ALERTS_MAX: usize = 32;

@@ -5,13 +5,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use api::{ReclaimStats, ReclaimThresholds, ReclaimThresholdsChange, VmState};
+use api::{ReclaimStats, ReclaimThresholds, ReclaimThresholdsChange, ReportingPolicy, VmState};
 
 use super::alert::Transition;
 use super::balloon::{BalloonEvent, Sight, Watch};
 use super::book::Book;
 use super::error::ThresholdError;
 use super::figure::{Needs, Sources};
+use super::policy::PolicySight;
+use super::reporting::{ReportingEvent, ReportingSight, ReportingWatch};
 use crate::control::{MachineObserver, MachineView, PublishedView};
 use crate::vm::{BALLOON_ID, EventSink};
 
@@ -75,9 +77,14 @@ impl Thresholds {
         Ok(())
     }
 
-    /// Everything as it stands. Takes microseconds.
-    pub fn status(&self) -> ReclaimThresholds {
-        self.lock().book.status(self.now_ms())
+    /// Everything as it stands, for the guest in sight. Takes microseconds.
+    pub fn status(&self, sight: PolicySight) -> ReclaimThresholds {
+        self.lock().book.status(self.now_ms(), sight)
+    }
+
+    /// The reporting policy, if one was set.
+    pub fn policy(&self) -> Option<ReportingPolicy> {
+        self.lock().book.policy()
     }
 
     /// Forgets everything: the VM is no more.
@@ -162,6 +169,7 @@ impl Monitor {
                     view,
                     events,
                     watch: None,
+                    reporting: ReportingWatch::default(),
                 };
                 let mut due = None;
                 while let Some(look) = looker.thresholds.wait(&mut due, INTERVAL) {
@@ -190,6 +198,7 @@ struct Looker {
     view: Arc<PublishedView>,
     events: EventSink,
     watch: Option<Watch>,
+    reporting: ReportingWatch,
 }
 
 impl Looker {
@@ -224,7 +233,11 @@ impl Looker {
                 .as_ref()
                 .and_then(|config| config.balloon.as_ref());
             let id = configured.and_then(|balloon| balloon.id.as_deref());
-            self.watch_balloon(id.unwrap_or(BALLOON_ID), sight(machine, stats));
+            let id = id.unwrap_or(BALLOON_ID);
+            self.watch_balloon(id, sight(machine, stats));
+            for event in self.reporting.step(reporting_sight(machine, stats)) {
+                tell_of_reporting(&self.events, id, &event);
+            }
         }
     }
 
@@ -249,6 +262,20 @@ fn sight(machine: &MachineView, stats: &ReclaimStats) -> Sight {
     }
 }
 
+fn reporting_sight(machine: &MachineView, stats: &ReclaimStats) -> ReportingSight {
+    let wish = stats.reporting.report_now;
+    ReportingSight {
+        machine: machine.number,
+        paused_by: stats.reporting.paused_by.clone(),
+        // Only of the latest wish: to an older one the guest may come back as often as it likes.
+        report_now_done: if wish.done_id == wish.id { wish.id } else { 0 },
+        acknowledged: match machine.observer.reporting_policy() {
+            PolicySight::Balloon(status) => status.acknowledged,
+            PolicySight::NoMachine | PolicySight::NoBalloon => 0,
+        },
+    }
+}
+
 /// The statistics, measured only if an alert is about what is measured.
 fn read_stats(observer: &dyn MachineObserver, look: Look) -> Option<ReclaimStats> {
     let stats = if look.alerts.residency {
@@ -267,6 +294,13 @@ fn tell_of_balloon(events: &EventSink, id: &str, event: BalloonEvent) {
     let figures = event.properties().into_iter();
     let properties: Vec<_> = std::iter::once(("id", id.to_owned()))
         .chain(figures.map(|(name, value)| (name, value.to_string())))
+        .collect();
+    events("virtio-device", event.name(), &properties);
+}
+
+fn tell_of_reporting(events: &EventSink, id: &str, event: &ReportingEvent) {
+    let properties: Vec<_> = std::iter::once(("id", id.to_owned()))
+        .chain(event.property())
         .collect();
     events("virtio-device", event.name(), &properties);
 }

@@ -49,7 +49,7 @@ fn book_of(alert: AlertChange) -> Book {
 }
 
 fn only(book: &Book, now_ms: u64) -> AlertStatus {
-    book.status(now_ms).alerts[0].clone()
+    book.status(now_ms, PolicySight::NoMachine).alerts[0].clone()
 }
 
 fn fault(change: AlertChange) -> AlertFault {
@@ -317,7 +317,10 @@ fn change_above_the_bound_is_refused_and_removal_makes_room() {
     assert!(book.change(&another, 0).is_err());
     another.remove_alerts.push("7".to_owned());
     book.change(&another, 0).unwrap();
-    assert_eq!(book.status(0).alerts.len(), ALERTS_MAX);
+    assert_eq!(
+        book.status(0, PolicySight::NoMachine).alerts.len(),
+        ALERTS_MAX
+    );
     book.clear();
     assert!(!book.has_alerts());
 }
@@ -335,7 +338,7 @@ fn policy_is_changed_in_part_and_checked_as_a_whole() {
         ..nothing
     };
     book.change(&policy(shorter), 0).unwrap();
-    let before = book.status(0).reporting_policy;
+    let before = book.status(0, PolicySight::NoMachine).reporting_policy;
     assert_eq!(
         (before.policy.delay_ms_max, before.policy.pending_blocks),
         (100, 16)
@@ -360,7 +363,10 @@ fn policy_is_changed_in_part_and_checked_as_a_whole() {
         },
     ] {
         assert!(book.change(&policy(bad), 0).is_err(), "{bad:?}");
-        assert_eq!(book.status(0).reporting_policy, before);
+        assert_eq!(
+            book.status(0, PolicySight::NoMachine).reporting_policy,
+            before
+        );
     }
 }
 

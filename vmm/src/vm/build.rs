@@ -180,6 +180,7 @@ pub(super) fn plug_balloon(
         deflate_on_oom: config.deflate_on_oom,
         free_page_reporting: config.free_page_reporting,
         free_page_hinting: config.free_page_hinting,
+        reporting_policy: config.reporting_policy,
     })
     .map_err(|source| VmError::Device {
         id: id.to_owned(),

@@ -22,6 +22,9 @@ pub enum VmError {
     /// A device cannot come or go.
     #[error(transparent)]
     Hotplug(super::HotplugError),
+    /// Reporting cannot be steered so.
+    #[error("The balloon does not take it")]
+    Reporting(#[source] virtio_devices::balloon::policy::ControlError),
     /// KVM itself.
     #[error("Cannot create a virtual machine with KVM")]
     Kvm(#[source] hypervisor::Error),

@@ -14,12 +14,13 @@ mod hotplug;
 mod network;
 mod observer;
 mod reclaim_report;
+mod reporting;
 
 use std::fmt;
 use std::sync::Arc;
 
 use api::config::{ConsoleOutputMode, NumaConfig, PayloadConfig, PlatformConfig};
-use api::{HintingAction, VmConfig};
+use api::{HintingAction, ReportingPolicy, VmBalloonReporting, VmConfig};
 use virtio_devices::balloon::BalloonHandle;
 use virtio_devices::pci::PciFunction;
 use vm_memory::GuestAddressSpace;
@@ -283,6 +284,23 @@ impl Vm {
             HintingAction::Stop => balloon.stop_hinting(),
         }
         .map_err(VmError::Hinting)
+    }
+
+    /// Pauses or resumes reporting, or asks for a report of everything; returns at once. Whether a pause is one
+    /// is for [`VmObserver::reporting`] to wait for.
+    ///
+    /// # Errors
+    /// [`VmError::MissingBalloon`], or [`VmError::Reporting`] with the reason.
+    pub fn balloon_reporting(&self, request: VmBalloonReporting) -> Result<(), VmError> {
+        let balloon = self.balloon.as_ref().ok_or(VmError::MissingBalloon)?;
+        reporting::steer(balloon, request).map_err(VmError::Reporting)
+    }
+
+    /// Tells the guest how to report, if there is a balloon and its driver takes a policy; returns at once.
+    pub fn set_reporting_policy(&self, policy: ReportingPolicy) {
+        if let Some(balloon) = &self.balloon {
+            balloon.set_reporting_policy(reporting::settings(policy));
+        }
     }
 
     /// What other threads may look at.

@@ -4,13 +4,14 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::{Instant, SystemTime};
 
-use api::{BalloonStatsResponse, DeviceNode, ReclaimStats, VmCounters};
+use api::{BalloonStatsResponse, DeviceNode, ReclaimStats, ReportingStatus, VmCounters};
 use virtio_devices::balloon::{BalloonHandle, StatsError};
 use virtio_devices::reclaim::{ResidencyError, ResidencyProbe};
 use virtio_devices::{Counters, VirtioDevice};
 
-use super::reclaim_report;
+use super::{reclaim_report, reporting};
 use crate::memory::Zone;
+use crate::thresholds::PolicySight;
 
 /// Why there are no figures.
 #[derive(Debug, thiserror::Error)]
@@ -268,6 +269,38 @@ impl VmObserver {
             reclaim_report::reclaim_stats(None, &observed.zones, balloon.as_ref())
         })
         .ok_or(BalloonStatsError::MachineGone)
+    }
+
+    /// What the guest makes of the reporting policy. O(1), and waits for nobody.
+    pub fn reporting_policy(&self) -> PolicySight {
+        // A machine on its way out holds the lock, and is none any more.
+        let Ok(observed) = self.observed.try_read() else {
+            return PolicySight::NoMachine;
+        };
+        match observed.as_ref().map(|observed| &observed.balloon) {
+            None => PolicySight::NoMachine,
+            Some(None) => PolicySight::NoBalloon,
+            Some(Some(balloon)) => PolicySight::Balloon(balloon.reporting_policy()),
+        }
+    }
+
+    /// Whether reporting is at work. Waits until `deadline` for a pause that was asked for: a guest that has not
+    /// confirmed it then is shut out.
+    ///
+    /// # Errors
+    /// No balloon, or no machine.
+    pub fn reporting(&self, deadline: Instant) -> Result<ReportingStatus, BalloonStatsError> {
+        // The lock is given back before the wait for the guest.
+        let balloon = self
+            .look(|observed| observed.balloon.clone())
+            .ok_or(BalloonStatsError::MachineGone)?
+            .ok_or(BalloonStatsError::MissingBalloon)?;
+        let pause = balloon.wait_for_pause(deadline);
+        Ok(reporting::status(
+            balloon.reporting(),
+            pause,
+            balloon.report_now_status(),
+        ))
     }
 
     /// Devices by id with their PCI addresses.

@@ -5,13 +5,17 @@
 use std::time::{Duration, Instant};
 
 use api::{
-    BalloonStats, GuestSample, HintingStatus, LastBatch, LatencySummary, ReclaimPath, ReclaimStats,
-    ReportingStatus, ZoneResidency,
+    BalloonStats, GuestReporting, GuestSample, HintingStatus, LastBatch, LatencyBucket,
+    LatencySummary, ReclaimPath, ReclaimStats, ReportingStatus, ZoneReporting, ZoneResidency,
 };
-use virtio_devices::balloon::{BalloonSnapshot, FREE_BLOCK_BYTES_MAX, PathFigures, StatsSample};
+use virtio_devices::balloon::{
+    BalloonSnapshot, FREE_BLOCK_BYTES_MAX, LatencyHistogram, PathFigures, ReportingTag, StatsSample,
+};
 use virtio_devices::reclaim::{RegionResidency, ResidencySample};
 
 use crate::memory::Zone;
+
+use super::reporting;
 
 /// Puts the answer together. Without a balloon only residency has figures, and without a sample residency has none.
 pub(super) fn reclaim_stats(
@@ -21,10 +25,7 @@ pub(super) fn reclaim_stats(
 ) -> ReclaimStats {
     let mut stats = ReclaimStats {
         backing: backing_name(zones).to_owned(),
-        reporting: ReportingStatus {
-            active: false,
-            reason: Some("inactive: the machine has no balloon".to_owned()),
-        },
+        reporting: reporting::missing(),
         ..ReclaimStats::default()
     };
     if let Some(residency) = residency {
@@ -53,12 +54,10 @@ pub(super) fn reclaim_stats(
             stats.repopulated_bytes = repopulated_bytes(&stats);
             stats.repopulated_method = "discarded-minus-absent".to_owned();
         }
-        stats.reporting = ReportingStatus {
-            active: balloon.reporting.is_active(),
-            reason: (!balloon.reporting.is_active()).then(|| balloon.reporting.to_string()),
-        };
+        stats.reporting = reporting::status(balloon.reporting, balloon.pause, balloon.report_now);
         stats.guest = balloon.stats.as_ref().map(|sample| GuestSample {
             stats: guest_stats(sample),
+            reporting: guest_reporting(sample),
             age_ms: millis(sample.taken.elapsed()),
         });
     }
@@ -104,7 +103,7 @@ fn zone_residency(
         reclaimed_bytes: configured_bytes - resident_bytes,
         swapped_bytes: sum(|region| region.swapped_bytes).min(configured_bytes),
         reporting: if too_large {
-            ReportingStatus {
+            ZoneReporting {
                 active: false,
                 reason: Some(format!(
                     "inactive: its pages of {} bytes are larger than the blocks a guest reports, {FREE_BLOCK_BYTES_MAX} \
@@ -113,7 +112,10 @@ fn zone_residency(
                 )),
             }
         } else {
-            reporting.clone()
+            ZoneReporting {
+                active: reporting.active,
+                reason: reporting.reason.clone(),
+            }
         },
     }
 }
@@ -126,6 +128,17 @@ pub(super) fn guest_stats(sample: &StatsSample) -> BalloonStats {
         debug_assert!(known, "both tables hold the tags of the standard");
     }
     stats
+}
+
+/// What a guest with our patches says of its reporting.
+fn guest_reporting(sample: &StatsSample) -> Option<GuestReporting> {
+    let told = GuestReporting {
+        pending_bytes: sample.reporting(ReportingTag::Pending),
+        reported_bytes: sample.reporting(ReportingTag::Reported),
+        batches: sample.reporting(ReportingTag::Batches),
+        isolation_failures: sample.reporting(ReportingTag::IsolationFailures),
+    };
+    (told != GuestReporting::default()).then_some(told)
 }
 
 /// Whole milliseconds of a duration that fits.
@@ -158,18 +171,30 @@ fn path(figures: &PathFigures) -> ReclaimPath {
         failed_ranges: figures.failed.ranges,
         batches: figures.batches,
         discard_syscalls: figures.syscalls,
-        latency_us: LatencySummary {
-            count: figures.latency.count(),
-            p50: figures.latency.percentile_us(50),
-            p99: figures.latency.percentile_us(99),
-            max: figures.latency.max_us(),
-        },
+        latency_us: latency(&figures.latency),
         last_batch: figures.last.map(|last| LastBatch {
             bytes: last.discarded.bytes,
             ranges: last.requested.ranges,
             latency_us: last.took_us,
             age_ms: millis(last.at.elapsed()),
         }),
+    }
+}
+
+fn latency(histogram: &LatencyHistogram) -> LatencySummary {
+    let buckets = histogram.buckets();
+    LatencySummary {
+        count: histogram.count(),
+        p50: histogram.percentile_us(50),
+        p99: histogram.percentile_us(99),
+        max: histogram.max_us(),
+        buckets: buckets
+            .into_iter()
+            .map(|bucket| LatencyBucket {
+                le: bucket.le_us,
+                count: bucket.count,
+            })
+            .collect(),
     }
 }
 

@@ -4,8 +4,8 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::rig::{RAM_BYTES, Rig};
 use crate::balloon::spec::{
-    VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
-    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1,
+    VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_PAGE_POISON,
+    VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1,
 };
 use crate::balloon::{Balloon, BalloonParams, ReportingState};
 use crate::device::{GuestRam, VirtioDevice};
@@ -18,12 +18,13 @@ fn params(deflate_on_oom: bool, free_page_reporting: bool) -> BalloonParams {
         deflate_on_oom,
         free_page_reporting,
         free_page_hinting: false,
+        reporting_policy: false,
     }
 }
 
 #[test]
 fn features_follow_the_configuration() {
-    let always = VIRTIO_F_VERSION_1 | VIRTIO_BALLOON_F_STATS_VQ;
+    let always = VIRTIO_F_VERSION_1 | VIRTIO_BALLOON_F_MUST_TELL_HOST | VIRTIO_BALLOON_F_STATS_VQ;
     let reporting = VIRTIO_BALLOON_F_REPORTING | VIRTIO_BALLOON_F_PAGE_POISON;
     for (oom, report, features) in [
         (false, false, always),
@@ -144,8 +145,8 @@ fn handler_is_handed_out_once() {
 fn counters_carry_every_figure_under_a_name_of_its_own() {
     let rig = Rig::new();
     let counters = rig.balloon.counters();
-    // 6 of the balloon, 23 for each of 3 paths, and the faults.
+    // 6 of the balloon, 24 for each of 3 paths, and the faults.
     let faults = rig.snapshot().faults.iter().count();
-    assert_eq!(counters.len(), 6 + 3 * 23 + faults);
+    assert_eq!(counters.len(), 6 + 3 * 24 + faults);
     assert_eq!(counters["report_discarded_bytes"], 0);
 }

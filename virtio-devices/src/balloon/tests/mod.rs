@@ -3,6 +3,7 @@
 mod config;
 mod hinting;
 mod hostile;
+mod policy;
 mod queues;
 mod rig;
 mod stats;

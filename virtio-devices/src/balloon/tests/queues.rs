@@ -5,8 +5,8 @@ use vm_memory::GuestAddress;
 use super::rig::{DEFLATE, FREE_PFN, INFLATE, LINUX_FEATURES, PAGE, REPORTING, Rig, pfns};
 use crate::balloon::ReportingState;
 use crate::balloon::spec::{
-    VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ,
-    VIRTIO_F_VERSION_1,
+    VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
+    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1,
 };
 use crate::device::VirtioDevice;
 use crate::reclaim::{InhibitReason, SkipReason};
@@ -98,6 +98,72 @@ fn deflate_costs_nothing_and_is_counted() {
         (1, 8 * PAGE)
     );
     assert_eq!(snapshot.inflate.syscalls + snapshot.report.syscalls, 0);
+}
+
+/// With both doorbells rung it is chance which is heard first.
+#[test]
+fn deflate_is_answered_after_what_was_inflated_before_it() {
+    let mut rig = Rig::new();
+    rig.dirty(FREE_PFN, 4);
+    let list = pfns(FREE_PFN..FREE_PFN + 4);
+    rig.harness.queue(INFLATE).push(&[Segment::Readable(&list)]);
+    rig.send(DEFLATE, &[Segment::Readable(&list)]);
+    assert_eq!(rig.gone(FREE_PFN, 4).len(), 4);
+    assert!(rig.harness.queue(INFLATE).pop_used().is_some());
+    assert_eq!(rig.harness.interrupt.queue_signals(INFLATE), 1);
+    // The guest uses the pages again, and the late doorbell finds nothing to do.
+    rig.dirty(FREE_PFN, 4);
+    rig.harness.kick(INFLATE).unwrap();
+    assert!(rig.gone(FREE_PFN, 4).is_empty());
+}
+
+/// Every combination of optional queues, as Linux counts them and as the standard does.
+#[test]
+fn queues_are_known_by_either_way_of_counting_under_all_features() {
+    for combination in 0..8 {
+        let optional = [
+            (VIRTIO_BALLOON_F_STATS_VQ, 2_u16),
+            (VIRTIO_BALLOON_F_FREE_PAGE_HINT, 3),
+            (VIRTIO_BALLOON_F_REPORTING, 4),
+        ];
+        let chosen: Vec<_> = (0..3)
+            .filter(|bit| combination >> bit & 1 != 0)
+            .map(|bit| optional[bit])
+            .collect();
+        let features = chosen
+            .iter()
+            .fold(VIRTIO_F_VERSION_1, |all, (bit, _)| all | bit);
+        let fixed: Vec<_> = chosen.iter().map(|(_, number)| *number).collect();
+        let dense: Vec<_> = (2..).take(chosen.len()).collect();
+        for extra in [dense, fixed] {
+            let mut rig = Rig::idle(features);
+            for index in [0, 1].iter().chain(&extra) {
+                rig.harness.add_queue(*index, 32);
+            }
+            rig.harness.activate().unwrap();
+            rig.dirty(FREE_PFN, 1);
+            for ((bit, _), index) in chosen.iter().zip(&extra) {
+                let context = format!("{features:#x}, queue {index} of {extra:?}");
+                let queue = rig.harness.queue(*index);
+                if *bit == VIRTIO_BALLOON_F_STATS_VQ {
+                    queue.push(&[Segment::Readable(&[0; 10])]);
+                    rig.harness.kick(*index).unwrap();
+                    assert!(rig.handle.cached_stats().is_some(), "{context}");
+                    continue;
+                }
+                queue.push(&[free_range(0, 1)]);
+                rig.harness.kick(*index).unwrap();
+                let figures = rig.snapshot();
+                let (reported, hinted) = match *bit == VIRTIO_BALLOON_F_REPORTING {
+                    true => (1, figures.hint.chains),
+                    false => (0, 1),
+                };
+                let seen = (figures.report.chains, figures.hint.chains);
+                assert_eq!(seen, (reported, hinted), "{context}");
+            }
+            assert_eq!(rig.snapshot().faults, Default::default(), "{features:#x}");
+        }
+    }
 }
 
 #[test]

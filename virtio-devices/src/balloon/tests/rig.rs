@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use vm_memory::GuestAddress;
 
+use crate::balloon::policy::abi::VIRTIO_BALLOON_F_REPORTING_POLICY;
 use crate::balloon::spec::{
     VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1,
 };
@@ -53,6 +54,7 @@ impl Rig {
             deflate_on_oom: true,
             free_page_reporting: true,
             free_page_hinting: true,
+            reporting_policy: true,
         };
         // Without vectors, so that the number of system calls is the same on
         // every kernel; the engine's own tests compare both ways.
@@ -106,6 +108,16 @@ impl Rig {
         let used = used.expect("the chain is answered");
         assert_eq!((used.head, used.len), (u32::from(chain.head), 0));
     }
+}
+
+/// As [`Rig::new`], with a driver that takes a reporting policy.
+pub(super) fn policy_rig() -> Rig {
+    let features = LINUX_FEATURES | VIRTIO_BALLOON_F_REPORTING_POLICY;
+    let mut rig = Rig::idle(features);
+    rig.balloon.ack_features(features);
+    rig.harness.add_queues(4);
+    rig.harness.activate().unwrap();
+    rig
 }
 
 /// Page frame numbers as they lie in memory.

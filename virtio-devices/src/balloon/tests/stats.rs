@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::rig::{Rig, STATS};
-use crate::balloon::{StatTag, StatsError};
+use super::rig::{Rig, STATS, policy_rig};
+use crate::balloon::{ReportingTag, StatTag, StatsError};
 use crate::testing::{DEADLINE, Segment, wait_until};
 
 fn entry(tag: u16, value: u64) -> Vec<u8> {
@@ -43,6 +43,26 @@ fn statistics_are_taken_by_tag_and_strange_ones_skipped() {
         None,
         "the buffer is kept"
     );
+}
+
+#[test]
+fn private_tags_are_taken_from_a_driver_that_takes_a_policy() {
+    let mut rig = policy_rig();
+    let private: Vec<_> = (0x8000..0x8005)
+        .map(|tag| entry(tag, u64::from(tag)))
+        .collect();
+    send(&mut rig, &[vec![entry(4, 100)], private].concat());
+    let sample = rig.handle.cached_stats().unwrap();
+    assert_eq!(sample.get(StatTag::FreeMemory), Some(100));
+    for (tag, value) in [
+        (ReportingTag::Pending, 0x8000),
+        (ReportingTag::Reported, 0x8001),
+        (ReportingTag::Batches, 0x8002),
+        (ReportingTag::IsolationFailures, 0x8003),
+    ] {
+        assert_eq!(sample.reporting(tag), Some(value));
+    }
+    assert_eq!(rig.snapshot().faults.stats_unknown_tags, 1);
 }
 
 #[test]

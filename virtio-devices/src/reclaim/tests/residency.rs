@@ -1,7 +1,12 @@
 //! The residency probe against mappings whose state is known.
+#![allow(unsafe_code)]
+// UNSAFETY: `madvise` keeps huge pages out of a mapping whose pages are counted.
 
 use std::sync::Arc;
 
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap};
+
+use crate::device::GuestRam;
 use crate::reclaim::pagemap::Pagemap;
 use crate::reclaim::terrain::{Kind, PAGE, Plot, Terrain};
 use crate::reclaim::{DiscardEngine, Expected, GuestRange, ResidencyMethod, ResidencyProbe};
@@ -124,4 +129,57 @@ fn sample_is_shared_while_it_is_young() {
     let first = probe.sample().unwrap();
     let second = probe.sample().unwrap();
     assert_eq!(first.taken, second.taken);
+}
+
+const RAM_BYTES: u64 = 64 << 30;
+
+/// 64 GiB of guest RAM of which one page in every `stride` bytes is resident, in pages of 4 KiB.
+fn sparse(stride: u64) -> (GuestRam, u64) {
+    let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM_BYTES as usize)]).unwrap();
+    let start = mem.get_host_address(GuestAddress(0)).unwrap();
+    // SAFETY: the mapping is ours and lives in `mem`; advice changes no byte of it.
+    let advised = unsafe { libc::madvise(start.cast(), RAM_BYTES as usize, libc::MADV_NOHUGEPAGE) };
+    // A kernel without huge pages knows no such advice, and needs none.
+    assert!(advised == 0 || !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists());
+    let pages = RAM_BYTES / stride;
+    for page in 0..pages {
+        mem.write_obj(1_u8, GuestAddress(page * stride)).unwrap();
+    }
+    (GuestRam::new(mem), pages)
+}
+
+/// What a sample costs is the page tables that exist; that it walks them in short calls
+/// is what keeps vCPUs from waiting behind it.
+#[test]
+fn sample_of_a_sparse_large_guest_takes_a_call_a_window() {
+    let scan = Pagemap::open().unwrap();
+    if !scan.scans() {
+        eprintln!("skipped: this kernel has no PAGEMAP_SCAN");
+        return;
+    }
+    let (ram, pages) = sparse(64 << 20);
+    let start = ram.memory().get_host_address(GuestAddress(0)).unwrap() as u64;
+    let held = scan.held(start, start + RAM_BYTES).unwrap();
+    assert_eq!(held.present, pages * PAGE_BYTES);
+    // 256 MiB a window, each with four pages.
+    assert_eq!(held.calls, 64 * 4);
+    let sample = ResidencyProbe::with_pagemap(ram, scan).measure().unwrap();
+    assert_eq!(sample.resident_bytes, pages * PAGE_BYTES);
+}
+
+/// Figures for docs/balloon.md, by hand: `-- --ignored --nocapture cost_of_a_sample`.
+#[test]
+#[ignore = "measures, and takes gigabytes"]
+fn cost_of_a_sample() {
+    for stride in [64 << 20, 2 << 20] {
+        let (ram, _) = sparse(stride);
+        let probe = ResidencyProbe::with_pagemap(ram, Pagemap::open().unwrap());
+        let mut costs: Vec<_> = (0..21).map(|_| probe.measure().unwrap().cost_us).collect();
+        costs.sort_unstable();
+        println!(
+            "64 GiB, 1 page in {} MiB: median {} us",
+            stride >> 20,
+            costs[10]
+        );
+    }
 }

@@ -1,0 +1,58 @@
+//! `PUT /vm.balloon-reporting`: pausing and resuming free page reporting, and asking for a report of everything.
+
+use serde::{Deserialize, Serialize};
+
+/// Body of `PUT /vm.balloon-reporting`. The answer is a [`ReportingStatus`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+pub struct VmBalloonReporting {
+    /// What to do.
+    pub action: ReportingAction,
+    /// With `report-now`: also what the guest has reported before, for example after a restore that made it resident.
+    #[serde(default)]
+    pub again: bool,
+}
+
+/// What to do about free page reporting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ReportingAction {
+    /// Stop it. Answered when nothing that is reported is discarded any more: when the guest has confirmed that it
+    /// reports nothing, or without the guest if it cannot, or does not within five seconds.
+    Pause,
+    /// Go on. Answered at once.
+    Resume,
+    /// Ask the guest to report all it has free, at once. Answered before it has; refused if the guest cannot.
+    ReportNow,
+}
+
+/// Whether free page reporting is at work, in `GET /vm.reclaim-stats` and as the answer of `PUT /vm.balloon-reporting`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct ReportingStatus {
+    /// True when the guest's reports are accepted and acted upon.
+    pub active: bool,
+    /// Why it is not active; absent when it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// What the operator has asked for: `running`, `pausing` (not confirmed, and reports that are under way are still
+    /// discarded) or `paused`. Empty without a balloon.
+    #[serde(default)]
+    pub state: String,
+    /// Who holds a pause: `guest`, which has confirmed that it reports nothing, or `device`, which leaves alone what is
+    /// reported. Absent unless paused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub paused_by: Option<String>,
+    /// The latest wish for a report of everything.
+    #[serde(default)]
+    pub report_now: ReportNow,
+}
+
+/// A wish for a report of everything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub struct ReportNow {
+    /// Number of the latest one; 0 before the first.
+    pub id: u32,
+    /// The guest is at it.
+    pub pending: bool,
+    /// Number of the last one the guest has called done; 0 for none since its driver started.
+    pub done_id: u32,
+}

@@ -1,0 +1,598 @@
+//! Steering the guest's reporting: policy, pause, resume, report now.
+//!
+//! ```text
+//!            pause, of a driver that takes a policy
+//!   Running ────────────────────────► Pausing (reports still discarded)
+//!    ▲   │                               │  the driver acknowledges · the deadline
+//!    │   │ pause, of any other           │  passes · the driver goes
+//!    │   └────────────────┐              │
+//!    │ resume             ▼              ▼
+//!    └───────────────── gate closed: no report is discarded any more
+//!                         Pausing until the batch under way is done, then Paused
+//! ```
+//!
+//! A driver that acknowledges late, after the gate was closed without it, still
+//! makes the pause one by the guest. A pause outlives drivers: the next one finds
+//! the flag set, and the gate closed until it says that it follows or for good.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::abi::{VIRTIO_BALLOON_REPORTING_AGAIN, VIRTIO_BALLOON_REPORTING_PAUSED};
+use super::settings::{PolicySetting, PolicySettings, SettingState};
+use super::state::{WordWrite, Words};
+use crate::reclaim::{DiscardSwitch, InhibitGuard, InhibitReason};
+
+/// How often a closed gate is looked at until the last batch has passed it.
+const SETTLE_LOOK: Duration = Duration::from_millis(2);
+/// How long that may take: many times the longest discard of one batch.
+const SETTLE_MAX: Duration = Duration::from_secs(2);
+
+/// Where a pause of reporting stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PausePhase {
+    /// Reports are taken.
+    #[default]
+    Running,
+    /// Asked for and not confirmed; reports that are under way are still discarded.
+    Pausing,
+    /// The guest has said that it reports nothing, and none of its reports would be discarded.
+    PausedByGuest,
+    /// No report is discarded; the guest has not said that it sends none.
+    PausedByDevice,
+}
+
+impl PausePhase {
+    /// Whether nothing that is reported is discarded any more.
+    #[must_use]
+    pub const fn is_paused(self) -> bool {
+        matches!(self, Self::PausedByGuest | Self::PausedByDevice)
+    }
+}
+
+/// Why the guest cannot be steered so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// Not configured, or guest memory cannot be given back in blocks.
+    #[error("free page reporting is not configured, or guest memory is of a kind it cannot free")]
+    ReportingNotOffered,
+    /// The feature is off.
+    #[error("the balloon is not configured with reporting_policy=on")]
+    PolicyNotOffered,
+    /// No driver, or one without the feature.
+    #[error("no driver that takes VIRTIO_BALLOON_F_REPORTING_POLICY is running in the guest")]
+    GuestDeclined,
+    /// The driver has said that it does not do this.
+    #[error("the guest's driver does not follow {0}")]
+    NotFollowed(&'static str),
+    /// First things first.
+    #[error("reporting is paused")]
+    Paused,
+}
+
+/// The policy and the driver's answer to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PolicyStatus {
+    /// The device has the feature.
+    pub offered: bool,
+    /// Counts changes; 0 before the first.
+    pub generation: u32,
+    /// The generation the driver has acknowledged last; 0 for none.
+    pub acknowledged: u32,
+    /// In the order of [`PolicySetting::ALL`].
+    pub settings: [SettingState; PolicySetting::ALL.len()],
+}
+
+impl PolicyStatus {
+    /// Whether this guest follows `setting`, and if not, why.
+    #[must_use]
+    pub fn of(&self, setting: PolicySetting) -> SettingState {
+        self.settings[setting as usize]
+    }
+}
+
+/// The latest wish for a report of everything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReportNowStatus {
+    /// Its number; 0 before the first.
+    pub id: u32,
+    /// The guest is at it. False as well when its driver went before it was done.
+    pub pending: bool,
+    /// The last number the guest has called done; 0 for none.
+    pub done_id: u32,
+}
+
+/// The state under its lock, and what waits for it to change.
+#[derive(Debug)]
+pub(in crate::balloon) struct Control {
+    policy_offered: bool,
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Passed by each batch of reports.
+    gate: Arc<DiscardSwitch>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    words: Words,
+    /// A driver is there.
+    driver: bool,
+    /// It takes a policy.
+    accepted: bool,
+    /// The generation that asks for the pause, and how far it is.
+    pause: Option<Pause>,
+    /// The wish that the present driver owes.
+    report_now_owed: Option<u32>,
+}
+
+#[derive(Debug)]
+struct Pause {
+    generation: u32,
+    by_guest: bool,
+    closed: Option<Closed>,
+}
+
+#[derive(Debug)]
+struct Closed {
+    guard: InhibitGuard,
+    settled: bool,
+}
+
+impl Control {
+    pub(in crate::balloon) fn new(policy_offered: bool) -> Self {
+        Self {
+            policy_offered,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            gate: Arc::default(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Plain stores, none of which can panic.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What each batch of reports has to pass.
+    pub(in crate::balloon) fn gate(&self) -> &DiscardSwitch {
+        &self.gate
+    }
+
+    /// A driver has accepted its features.
+    pub(in crate::balloon) fn driver_came(&self, takes_policy: bool) {
+        let mut state = self.lock();
+        state.driver = true;
+        state.accepted = self.policy_offered && takes_policy;
+    }
+
+    /// The driver is gone: a pause it has not confirmed is the device's, and what it owes is off.
+    pub(in crate::balloon) fn driver_went(&self) {
+        let mut state = self.lock();
+        state.driver = false;
+        state.accepted = false;
+        state.words.forget_driver();
+        state.report_now_owed = None;
+        if let Some(pause) = &mut state.pause {
+            pause.by_guest = false;
+            pause.close(&self.gate);
+        }
+        self.changed.notify_all();
+    }
+
+    /// The policy's part of the configuration space, if there is one.
+    pub(in crate::balloon) fn config_bytes(&self) -> Option<impl AsRef<[u8]> + use<>> {
+        self.policy_offered.then(|| self.lock().words.bytes())
+    }
+
+    /// The driver writes to the configuration space.
+    pub(in crate::balloon) fn write_config(&self, offset: u64, data: &[u8]) -> WordWrite {
+        let mut state = self.lock();
+        if !state.accepted {
+            return WordWrite::Ignored;
+        }
+        let written = state.words.write(offset, data);
+        if written == WordWrite::Taken {
+            state.take_answers(&self.gate);
+            self.changed.notify_all();
+        }
+        written
+    }
+
+    /// Sets the policy. The caller signals the configuration.
+    pub(in crate::balloon) fn set_policy(&self, settings: PolicySettings) {
+        let mut state = self.lock();
+        let flags = state.words.flags;
+        state.words.change(settings, flags);
+    }
+
+    /// Asks for a pause; the caller signals the configuration. Asking twice is asking once.
+    pub(in crate::balloon) fn pause(&self) {
+        let mut state = self.lock();
+        if state.pause.is_some() {
+            return;
+        }
+        state.set_flag(VIRTIO_BALLOON_REPORTING_PAUSED, true);
+        let mut pause = Pause {
+            generation: state.words.generation,
+            by_guest: false,
+            closed: None,
+        };
+        if !state.accepted {
+            pause.close(&self.gate);
+        }
+        state.pause = Some(pause);
+    }
+
+    /// Waits until no report is discarded any more. A guest that has not confirmed
+    /// at `deadline` is not waited for: the gate closes without it. `Pausing` then
+    /// only if a batch is still under way after a while, and `Running` if somebody
+    /// has resumed meanwhile.
+    pub(in crate::balloon) fn wait_for_pause(&self, deadline: Instant) -> PausePhase {
+        let mut state = self.lock();
+        loop {
+            let phase = state.phase();
+            if phase != PausePhase::Pausing {
+                return phase;
+            }
+            let now = Instant::now();
+            let pause = state.pause.as_mut().expect("there is one while pausing");
+            if now >= deadline {
+                pause.close(&self.gate);
+            }
+            if now >= deadline + SETTLE_MAX {
+                return phase;
+            }
+            let patience = match &pause.closed {
+                Some(_) => SETTLE_LOOK,
+                None => deadline.saturating_duration_since(now),
+            };
+            let waited = self.changed.wait_timeout(state, patience);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Ends a pause; the caller signals the configuration. Without one nothing happens.
+    pub(in crate::balloon) fn resume(&self) {
+        let mut state = self.lock();
+        // The gate opens first: what a driver reports that has seen the flag go is welcome.
+        if state.pause.take().is_some() {
+            state.set_flag(VIRTIO_BALLOON_REPORTING_PAUSED, false);
+            self.changed.notify_all();
+        }
+    }
+
+    /// Asks for a report of everything free, with `again` also of what was reported
+    /// before; the caller signals the configuration. Returns the number of the wish.
+    pub(in crate::balloon) fn report_now(&self, again: bool) -> Result<u32, ControlError> {
+        let mut state = self.lock();
+        if !self.policy_offered {
+            return Err(ControlError::PolicyNotOffered);
+        }
+        if !state.accepted {
+            return Err(ControlError::GuestDeclined);
+        }
+        if state.pause.is_some() {
+            return Err(ControlError::Paused);
+        }
+        let wanted = [
+            (PolicySetting::ReportNow, true),
+            (PolicySetting::ReportAgain, again),
+        ];
+        // A driver that was never told anything has not said what it does.
+        for (setting, _) in wanted.into_iter().filter(|(_, wanted)| *wanted) {
+            if state.words.followed.is_some_and(|it| !it.follows(setting)) {
+                return Err(ControlError::NotFollowed(setting.name()));
+            }
+        }
+        state.set_flag(VIRTIO_BALLOON_REPORTING_AGAIN, again);
+        let id = state.words.report_now_id.wrapping_add(1).max(1);
+        state.words.report_now_id = id;
+        state.report_now_owed = Some(id);
+        Ok(id)
+    }
+
+    pub(in crate::balloon) fn phase(&self) -> PausePhase {
+        self.lock().phase()
+    }
+
+    pub(in crate::balloon) fn report_now_status(&self) -> ReportNowStatus {
+        let state = self.lock();
+        ReportNowStatus {
+            id: state.words.report_now_id,
+            pending: state.report_now_owed.is_some(),
+            done_id: state.words.report_now_done,
+        }
+    }
+
+    pub(in crate::balloon) fn policy_status(&self) -> PolicyStatus {
+        let state = self.lock();
+        let of = |setting| {
+            if self.policy_offered {
+                state.setting(setting)
+            } else {
+                SettingState::NotOffered
+            }
+        };
+        PolicyStatus {
+            offered: self.policy_offered,
+            generation: state.words.generation,
+            acknowledged: state.words.followed.map_or(0, |it| it.generation),
+            settings: PolicySetting::ALL.map(of),
+        }
+    }
+}
+
+impl State {
+    fn set_flag(&mut self, flag: u32, on: bool) {
+        let flags = self.words.flags & !flag | if on { flag } else { 0 };
+        if flags != self.words.flags {
+            self.words.change(self.words.settings, flags);
+        }
+    }
+
+    /// Draws the conclusions from what the driver has written.
+    fn take_answers(&mut self, gate: &Arc<DiscardSwitch>) {
+        if let (Some(pause), Some(followed)) = (&mut self.pause, self.words.followed)
+            && followed.generation >= pause.generation
+        {
+            // One that does not do it has said so: there is nothing to wait for.
+            pause.by_guest = followed.follows(PolicySetting::Pause);
+            pause.close(gate);
+        }
+        if self.report_now_owed == Some(self.words.report_now_done) {
+            self.report_now_owed = None;
+        }
+    }
+
+    fn phase(&mut self) -> PausePhase {
+        let Some(pause) = &mut self.pause else {
+            return PausePhase::Running;
+        };
+        let by_guest = pause.by_guest;
+        let settled = pause.closed.as_mut().is_some_and(Closed::is_settled);
+        match (settled, by_guest) {
+            (false, _) => PausePhase::Pausing,
+            (true, true) => PausePhase::PausedByGuest,
+            (true, false) => PausePhase::PausedByDevice,
+        }
+    }
+
+    fn setting(&self, setting: PolicySetting) -> SettingState {
+        if !self.driver {
+            return SettingState::DriverNotReady;
+        }
+        if !self.accepted {
+            return SettingState::GuestDeclined;
+        }
+        if self.words.generation == 0 {
+            return SettingState::NotSet;
+        }
+        match self.words.followed {
+            Some(it) if it.generation == self.words.generation => match it.follows(setting) {
+                true => SettingState::InEffect,
+                false => SettingState::NotFollowed,
+            },
+            _ => SettingState::NotAcknowledged,
+        }
+    }
+}
+
+impl Pause {
+    fn close(&mut self, gate: &Arc<DiscardSwitch>) {
+        self.closed.get_or_insert_with(|| Closed {
+            guard: gate.inhibit(InhibitReason::ReportingPaused),
+            settled: false,
+        });
+    }
+}
+
+impl Closed {
+    /// Whether no batch is on its way through the gate. Once it was so it stays so.
+    fn is_settled(&mut self) -> bool {
+        self.settled = self.settled || self.guard.is_settled();
+        self.settled
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::abi;
+    use super::*;
+
+    const ALL: u32 = 0xff;
+
+    fn control(accepted: bool) -> Control {
+        let control = Control::new(true);
+        control.driver_came(accepted);
+        control
+    }
+
+    fn answer(control: &Control, settings: u32) {
+        let generation = control.lock().words.generation;
+        for (offset, word) in [
+            (abi::GUEST_SETTINGS, settings),
+            (abi::GUEST_GENERATION, generation),
+        ] {
+            let written = control.write_config(offset, &word.to_le_bytes());
+            assert_eq!(written, WordWrite::Taken);
+        }
+    }
+
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(20)
+    }
+
+    #[test]
+    fn pause_of_a_driver_that_follows_is_confirmed_by_it() {
+        let control = control(true);
+        control.pause();
+        assert_eq!(control.phase(), PausePhase::Pausing);
+        assert!(
+            control.gate().begin().is_ok(),
+            "its reports are still taken"
+        );
+        answer(&control, ALL);
+        assert_eq!(control.phase(), PausePhase::PausedByGuest);
+        assert!(
+            control.gate().begin().is_err(),
+            "its word is not all there is"
+        );
+        control.resume();
+        assert_eq!(control.phase(), PausePhase::Running);
+        assert!(control.gate().begin().is_ok());
+    }
+
+    #[test]
+    fn pause_without_a_capable_driver_is_the_devices_at_once() {
+        for control in [Control::new(false), Control::new(true), control(false)] {
+            control.pause();
+            control.pause();
+            assert_eq!(control.phase(), PausePhase::PausedByDevice);
+            assert!(control.gate().begin().is_err());
+            control.resume();
+            assert_eq!(control.phase(), PausePhase::Running);
+        }
+    }
+
+    #[test]
+    fn driver_that_says_it_does_not_pause_is_not_waited_for() {
+        let control = control(true);
+        control.pause();
+        answer(&control, ALL & !PolicySetting::Pause.bit());
+        assert_eq!(control.phase(), PausePhase::PausedByDevice);
+    }
+
+    #[test]
+    fn answer_to_an_older_generation_confirms_nothing() {
+        let control = control(true);
+        control.set_policy(PolicySettings::default());
+        control.pause();
+        control.write_config(abi::GUEST_SETTINGS, &ALL.to_le_bytes());
+        control.write_config(abi::GUEST_GENERATION, &1_u32.to_le_bytes());
+        assert_eq!(control.phase(), PausePhase::Pausing);
+        control.write_config(abi::GUEST_GENERATION, &2_u32.to_le_bytes());
+        assert_eq!(control.phase(), PausePhase::PausedByGuest);
+    }
+
+    #[test]
+    fn guest_that_does_not_confirm_in_time_is_shut_out_and_may_confirm_later() {
+        let control = control(true);
+        control.pause();
+        assert_eq!(control.wait_for_pause(soon()), PausePhase::PausedByDevice);
+        answer(&control, ALL);
+        assert_eq!(control.phase(), PausePhase::PausedByGuest);
+    }
+
+    #[test]
+    fn pause_waits_for_the_batch_that_is_under_way() {
+        let control = control(false);
+        let batch = control.gate().begin().expect("nobody has paused");
+        control.pause();
+        assert_eq!(control.phase(), PausePhase::Pausing);
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| control.wait_for_pause(Instant::now()));
+            drop(batch);
+            assert_eq!(waiter.join().unwrap(), PausePhase::PausedByDevice);
+        });
+        // A report that is turned away at the gate does not undo that.
+        assert!(control.gate().begin().is_err());
+        assert_eq!(control.phase(), PausePhase::PausedByDevice);
+    }
+
+    #[test]
+    fn pause_outlives_its_driver_and_asks_the_next_one() {
+        let control = control(true);
+        control.pause();
+        control.driver_went();
+        assert_eq!(control.phase(), PausePhase::PausedByDevice);
+        control.driver_came(true);
+        assert_eq!(control.phase(), PausePhase::PausedByDevice);
+        answer(&control, ALL);
+        assert_eq!(control.phase(), PausePhase::PausedByGuest);
+        control.driver_went();
+        assert_eq!(control.phase(), PausePhase::PausedByDevice);
+    }
+
+    #[test]
+    fn resume_wakes_whoever_waits_for_the_pause() {
+        let control = &control(true);
+        control.pause();
+        std::thread::scope(|scope| {
+            let far = Instant::now() + Duration::from_secs(600);
+            let waiter = scope.spawn(move || control.wait_for_pause(far));
+            control.resume();
+            assert_eq!(waiter.join().unwrap(), PausePhase::Running);
+        });
+    }
+
+    #[test]
+    fn report_now_is_refused_to_whoever_cannot() {
+        let none = Control::new(false);
+        assert_eq!(none.report_now(false), Err(ControlError::PolicyNotOffered));
+        let declined = control(false);
+        assert_eq!(declined.report_now(false), Err(ControlError::GuestDeclined));
+        let able = control(true);
+        assert_eq!(able.report_now(true), Ok(1), "it has not said what it does");
+        answer(&able, PolicySetting::ReportNow.bit());
+        assert_eq!(able.report_now(false), Ok(2));
+        let again = ControlError::NotFollowed("report_again");
+        assert_eq!(able.report_now(true), Err(again));
+        answer(&able, 0);
+        let now = ControlError::NotFollowed("report_now");
+        assert_eq!(able.report_now(false), Err(now));
+        able.pause();
+        assert_eq!(able.report_now(false), Err(ControlError::Paused));
+    }
+
+    #[test]
+    fn report_now_is_done_when_the_guest_names_the_latest() {
+        let control = control(true);
+        control.report_now(false).unwrap();
+        let id = control.report_now(false).unwrap();
+        for (done, pending) in [(1_u32, true), (id, false)] {
+            control.write_config(abi::REPORT_NOW_DONE, &done.to_le_bytes());
+            let status = control.report_now_status();
+            assert_eq!((status.done_id, status.pending), (done, pending));
+        }
+        let id = control.report_now(false).unwrap();
+        control.driver_went();
+        let status = control.report_now_status();
+        assert_eq!((status.id, status.pending, status.done_id), (id, false, 0));
+    }
+
+    #[test]
+    fn again_is_a_change_of_the_policy_and_goes_with_the_next_wish() {
+        let control = control(true);
+        let flags = || {
+            let words = control.lock().words;
+            (words.flags, words.generation)
+        };
+        control.report_now(false).unwrap();
+        assert_eq!(flags(), (0, 0));
+        control.report_now(true).unwrap();
+        assert_eq!(flags(), (VIRTIO_BALLOON_REPORTING_AGAIN, 1));
+        control.report_now(true).unwrap();
+        assert_eq!(flags(), (VIRTIO_BALLOON_REPORTING_AGAIN, 1));
+        control.report_now(false).unwrap();
+        assert_eq!(flags(), (0, 2));
+    }
+
+    #[test]
+    fn setting_says_why_it_is_not_in_effect() {
+        let state = |control: &Control| control.policy_status().of(PolicySetting::AgeMsMin);
+        assert_eq!(state(&Control::new(false)), SettingState::NotOffered);
+        assert_eq!(state(&Control::new(true)), SettingState::DriverNotReady);
+        assert_eq!(state(&control(false)), SettingState::GuestDeclined);
+        let able = control(true);
+        assert_eq!(state(&able), SettingState::NotSet);
+        able.set_policy(PolicySettings::default());
+        assert_eq!(state(&able), SettingState::NotAcknowledged);
+        answer(&able, !PolicySetting::AgeMsMin.bit() & ALL);
+        assert_eq!(state(&able), SettingState::NotFollowed);
+        answer(&able, ALL);
+        assert_eq!(state(&able), SettingState::InEffect);
+        able.set_policy(PolicySettings::default());
+        assert_eq!(state(&able), SettingState::NotAcknowledged);
+        assert_eq!(able.policy_status().acknowledged, 1);
+    }
+}

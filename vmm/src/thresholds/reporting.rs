@@ -1,0 +1,139 @@
+//! What is told of reporting: paused, resumed, policy followed, everything reported.
+//!
+//! Each event answers something the operator did, once, so a guest cannot make more of them than the operator asked for.
+
+/// Reporting at one moment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct ReportingSight {
+    /// Which machine it belongs to: the guest's words start anew with each.
+    pub(super) machine: u64,
+    /// Who holds a pause, while there is one.
+    pub(super) paused_by: Option<String>,
+    /// The latest wish for a report of everything, once it is done.
+    pub(super) report_now_done: u32,
+    /// The generation of the policy the guest has acknowledged.
+    pub(super) acknowledged: u32,
+}
+
+/// Something to tell.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum ReportingEvent {
+    /// Nothing that is reported is discarded any more.
+    Paused { by: String },
+    /// It is again.
+    Resumed,
+    /// The guest follows another generation of the policy.
+    PolicyAcknowledged { generation: u32 },
+    /// Everything that was free has been reported.
+    ReportNowDone { id: u32 },
+}
+
+/// Remembers what was told.
+#[derive(Debug, Default)]
+pub(super) struct ReportingWatch {
+    machine: u64,
+    paused: bool,
+    report_now_done: u32,
+    acknowledged: u32,
+}
+
+impl ReportingWatch {
+    /// Looks again.
+    pub(super) fn step(&mut self, sight: ReportingSight) -> Vec<ReportingEvent> {
+        if sight.machine != self.machine {
+            // A pause goes on over a reboot.
+            *self = Self {
+                machine: sight.machine,
+                paused: self.paused,
+                ..Self::default()
+            };
+        }
+        let mut events = Vec::new();
+        let was_paused = std::mem::replace(&mut self.paused, sight.paused_by.is_some());
+        match sight.paused_by {
+            Some(by) if !was_paused => events.push(ReportingEvent::Paused { by }),
+            None if was_paused => events.push(ReportingEvent::Resumed),
+            _ => {}
+        }
+        if sight.acknowledged > self.acknowledged {
+            self.acknowledged = sight.acknowledged;
+            let generation = sight.acknowledged;
+            events.push(ReportingEvent::PolicyAcknowledged { generation });
+        }
+        if sight.report_now_done > self.report_now_done {
+            self.report_now_done = sight.report_now_done;
+            let id = sight.report_now_done;
+            events.push(ReportingEvent::ReportNowDone { id });
+        }
+        events
+    }
+}
+
+impl ReportingEvent {
+    /// Its name on the event monitor.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Paused { .. } => "reporting-paused",
+            Self::Resumed => "reporting-resumed",
+            Self::PolicyAcknowledged { .. } => "reporting-policy-acknowledged",
+            Self::ReportNowDone { .. } => "report-now-done",
+        }
+    }
+
+    /// Its detail, if it has one.
+    pub(super) fn property(&self) -> Option<(&'static str, String)> {
+        match self {
+            Self::Paused { by } => Some(("by", by.clone())),
+            Self::Resumed => None,
+            Self::PolicyAcknowledged { generation } => Some(("generation", generation.to_string())),
+            Self::ReportNowDone { id } => Some(("report_now_id", id.to_string())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sight(machine: u64, paused_by: Option<&str>) -> ReportingSight {
+        ReportingSight {
+            machine,
+            paused_by: paused_by.map(str::to_owned),
+            ..ReportingSight::default()
+        }
+    }
+
+    fn names(events: &[ReportingEvent]) -> Vec<&'static str> {
+        events.iter().map(ReportingEvent::name).collect()
+    }
+
+    #[test]
+    fn pause_is_told_once_however_it_changes_hands_and_over_reboots() {
+        let mut watch = ReportingWatch::default();
+        assert_eq!(watch.step(sight(1, None)), []);
+        let by = "guest".to_owned();
+        let paused = ReportingEvent::Paused { by };
+        assert_eq!(watch.step(sight(1, Some("guest"))), [paused]);
+        assert_eq!(watch.step(sight(1, Some("device"))), []);
+        assert_eq!(watch.step(sight(2, Some("device"))), []);
+        assert_eq!(names(&watch.step(sight(2, None))), ["reporting-resumed"]);
+        assert_eq!(watch.step(sight(2, None)), []);
+    }
+
+    #[test]
+    fn words_of_the_guest_are_told_once_until_they_grow() {
+        let mut watch = ReportingWatch::default();
+        let words = |machine, word| ReportingSight {
+            report_now_done: word,
+            acknowledged: word,
+            ..sight(machine, None)
+        };
+        let both = ["reporting-policy-acknowledged", "report-now-done"];
+        assert_eq!(names(&watch.step(words(1, 2))), both);
+        for again in [2, 1, 0, 2] {
+            assert_eq!(watch.step(words(1, again)), []);
+        }
+        assert_eq!(names(&watch.step(words(1, 3))), both);
+        assert_eq!(names(&watch.step(words(2, 1))), both);
+    }
+}
