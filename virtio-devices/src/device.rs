@@ -120,7 +120,7 @@ pub trait VirtioDevice: Send {
         false
     }
 
-    /// Called once by the transport before the guest runs.
+    /// Called once by the transport before the guest sees the device.
     fn set_interrupt(&mut self, _interrupt: Arc<dyn Interrupt>) {}
 
     /// The driver wrote 0 to the status register. The workers are reset by the

@@ -82,7 +82,7 @@ pub trait PciFunction: Send + Sync {
     fn config_write(&self, offset: u16, data: &[u8]) -> bool;
     /// The BARs with their present addresses.
     fn bars(&self) -> Vec<Bar>;
-    /// Programs a BAR as firmware would, before the guest runs (decoding stays as it is).
+    /// Programs a BAR as firmware would, before the guest sees the function (decoding stays as it is).
     fn set_bar_address(&self, index: u8, address: u64);
     /// Reads from a BAR; any length and offset inside it.
     fn bar_read(&self, index: u8, offset: u64, data: &mut [u8]);

@@ -1,6 +1,6 @@
 //! Worker threads: one per queue handler, created with the device, driven by commands.
 //!
-//! Threads are made before the guest runs because seccomp filters are inherited:
+//! Threads are made with the device, before a guest sees it, because seccomp filters are inherited:
 //! a thread born on a vCPU thread would carry that filter too.
 //!
 //! ```text

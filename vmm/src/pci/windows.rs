@@ -1,7 +1,7 @@
 //! The address ranges the host bridge forwards to PCI, and who got which part.
 //!
 //! Firmware's part of the work: there is none between us and a directly booted
-//! kernel, so BARs are placed here before the guest runs.
+//! kernel, so BARs are placed here before the guest sees them.
 
 use std::ops::Range;
 

@@ -198,6 +198,8 @@ impl Vm {
         let gone: Vec<Plugged> = gone;
         gone.into_iter()
             .map(|plugged| {
+                // Work under way ends here, and not on a vCPU thread that holds the last reference by chance.
+                plugged.function.reset();
                 self.observer
                     .remove(&plugged.id, plugged.kind == ThreadKind::Balloon);
                 plugged.info()
