@@ -13,191 +13,21 @@
 //! * `inflate-contiguous`: 256 adjacent pages against one `madvise` over all.
 //! * `residency`: a sample over 1 GiB, touched and untouched.
 //!
+//! Rates against each other, measured in turns, are the bench `rates`'s.
+//!
 //! `cargo bench -p virtio-devices --features test-utils --bench balloon`
 #![allow(unsafe_code)]
-// UNSAFETY: the bare system calls are what is compared with.
+// UNSAFETY: memory is touched for a measurement of what is resident.
 
-use std::fs::File;
-use std::hint::black_box;
-use std::os::fd::{AsRawFd, FromRawFd};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+mod rig;
+
+use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use virtio_devices::balloon::spec::{
-    VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1,
-};
-use virtio_devices::balloon::{Balloon, BalloonParams};
+use rig::{Backing, Bench, BusyThread, FREE_START, INFLATE, MIB, PAGE, REPORTING, map};
 use virtio_devices::reclaim::ResidencyProbe;
-use virtio_devices::testing::{HandlerHarness, Segment, TestRam};
-use virtio_devices::{GuestRam, QueueHandler, VirtioDevice};
-use vm_memory::{FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap};
-
-const PAGE: u64 = 4096;
-const MIB: u64 = 1 << 20;
-/// Rings and lists lie below, what is given away above.
-const FREE_START: u64 = 16 * MIB;
-const INFLATE: u16 = 0;
-const REPORTING: u16 = 3;
-
-#[derive(Clone, Copy)]
-enum Backing {
-    Private,
-    PrivateHuge,
-    Memfd,
-}
-
-impl Backing {
-    const ALL: [Self; 3] = [Self::Private, Self::PrivateHuge, Self::Memfd];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Private => "private",
-            Self::PrivateHuge => "private-thp",
-            Self::Memfd => "memfd",
-        }
-    }
-}
-
-/// A balloon over fresh RAM, and the same RAM as plain memory of this process.
-struct Bench {
-    harness: HandlerHarness<Box<dyn QueueHandler>>,
-    /// Keeps the device alive.
-    _balloon: Balloon,
-    host_start: *mut u8,
-    file: Option<File>,
-    pidfd: i32,
-}
-
-impl Bench {
-    fn new(backing: Backing, bytes: u64) -> Self {
-        let ram = map(backing, bytes);
-        let params = BalloonParams {
-            ram: ram.mem(),
-            size_bytes: 0,
-            deflate_on_oom: false,
-            free_page_reporting: true,
-            free_page_hinting: false,
-            reporting_policy: false,
-        };
-        let (mut balloon, _) = Balloon::new(params).expect("descriptors are to be had");
-        let handler = balloon.take_handlers().remove(0);
-        let features = VIRTIO_F_VERSION_1 | VIRTIO_BALLOON_F_STATS_VQ | VIRTIO_BALLOON_F_REPORTING;
-        let mut harness = HandlerHarness::with_ram(handler, features, ram);
-        for (index, size) in [(0, 128), (1, 128), (2, 64), (3, 32)] {
-            harness.add_queue(index, size);
-        }
-        harness.activate().expect("queues are sound");
-        let mem = harness.ram.mem().memory().into_inner();
-        let region = mem.iter().next().expect("there is one region");
-        // SAFETY: a plain system call; the descriptor lives as long as the process.
-        let pidfd = unsafe { libc::syscall(libc::SYS_pidfd_open, libc::getpid(), 0) };
-        Self {
-            host_start: region.as_ptr(),
-            file: region
-                .file_offset()
-                .map(|file| file.file().try_clone().expect("descriptors are to be had")),
-            harness,
-            _balloon: balloon,
-            pidfd: i32::try_from(pidfd).expect("a descriptor"),
-        }
-    }
-
-    fn touch(&self, ranges: &[(u64, u64)]) {
-        for (start, bytes) in ranges {
-            for at in (*start..start + bytes).step_by(PAGE as usize) {
-                // SAFETY: inside the region, which is writable.
-                unsafe { self.host_start.add(at as usize).write_volatile(1) };
-            }
-        }
-    }
-
-    /// Time for one chain of these segments, from the kick to the answer.
-    fn device(&mut self, queue: u16, segments: &[Segment<'_>]) -> Duration {
-        self.harness.queue(queue).push(segments);
-        let start = Instant::now();
-        self.harness.kick(queue).expect("queues are sound");
-        let took = start.elapsed();
-        assert!(self.harness.queue(queue).pop_used().is_some());
-        took
-    }
-
-    /// Time for the fewest system calls that free these ranges.
-    fn bare(&self, ranges: &[(u64, u64)]) -> Duration {
-        let start = Instant::now();
-        if self.file.is_some() {
-            self.punch_each(ranges);
-        } else if !self.discard_vector(ranges) {
-            self.discard_each(ranges);
-        }
-        start.elapsed()
-    }
-
-    fn punch_each(&self, ranges: &[(u64, u64)]) {
-        let file = self.file.as_ref().expect("a memfd");
-        for (at, bytes) in ranges {
-            let mode = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-            // SAFETY: frees pages of the benchmark's own file.
-            let ret = unsafe { libc::fallocate(file.as_raw_fd(), mode, *at as i64, *bytes as i64) };
-            assert_eq!(ret, 0);
-        }
-    }
-
-    fn discard_vector(&self, ranges: &[(u64, u64)]) -> bool {
-        let spans: Vec<_> = ranges
-            .iter()
-            .map(|(at, bytes)| libc::iovec {
-                iov_base: self.host_start.wrapping_add(*at as usize).cast(),
-                iov_len: *bytes as usize,
-            })
-            .collect();
-        // SAFETY: frees pages of the benchmark's own RAM.
-        let ret = unsafe {
-            libc::syscall(
-                libc::SYS_process_madvise,
-                self.pidfd,
-                spans.as_ptr(),
-                spans.len(),
-                libc::MADV_DONTNEED,
-                0,
-            )
-        };
-        ret > 0
-    }
-
-    fn discard_each(&self, ranges: &[(u64, u64)]) {
-        for (at, bytes) in ranges {
-            let start = self.host_start.wrapping_add(*at as usize).cast();
-            // SAFETY: frees pages of the benchmark's own RAM.
-            let ret = unsafe { libc::madvise(start, *bytes as usize, libc::MADV_DONTNEED) };
-            assert_eq!(ret, 0);
-        }
-    }
-}
-
-fn map(backing: Backing, bytes: u64) -> TestRam {
-    let file = match backing {
-        Backing::Memfd => {
-            // SAFETY: the name is a C string; the descriptor is ours alone.
-            let file = unsafe { File::from_raw_fd(libc::memfd_create(c"bench".as_ptr(), 0)) };
-            file.set_len(bytes).expect("memory files grow");
-            Some(FileOffset::new(file, 0))
-        }
-        Backing::Private | Backing::PrivateHuge => None,
-    };
-    let regions = [(GuestAddress(0), bytes as usize, file)];
-    let mem = GuestMemoryMmap::from_ranges_with_files(regions).expect("RAM can be mapped");
-    let advice = match backing {
-        Backing::PrivateHuge => libc::MADV_HUGEPAGE,
-        Backing::Private | Backing::Memfd => libc::MADV_NOHUGEPAGE,
-    };
-    let region = mem.iter().next().expect("there is one region");
-    // SAFETY: changes how the region is paged, not what is in it. A kernel
-    // without huge pages refuses, and then there is nothing to ask for.
-    unsafe { libc::madvise(region.as_ptr().cast(), bytes as usize, advice) };
-    TestRam::around(GuestRam::new(mem), 0, FREE_START)
-}
+use virtio_devices::testing::Segment;
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
 /// 32 ranges with a gap of their own size after each.
 fn report_ranges(bytes: u64) -> Vec<(u64, u64)> {
@@ -256,32 +86,6 @@ fn absent_reports(c: &mut Criterion) {
     }
 }
 
-/// Keeps a second thread of this process running while it lives, so that the
-/// kernel has somebody else's TLB to flush.
-struct BusyThread(Arc<AtomicBool>, Option<std::thread::JoinHandle<()>>);
-
-impl BusyThread {
-    fn start() -> Self {
-        let stop = Arc::new(AtomicBool::new(false));
-        let seen = Arc::clone(&stop);
-        let thread = std::thread::spawn(move || {
-            while !seen.load(Ordering::Relaxed) {
-                black_box(0);
-            }
-        });
-        Self(stop, Some(thread))
-    }
-}
-
-impl Drop for BusyThread {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-        if let Some(thread) = self.1.take() {
-            thread.join().expect("it only spins");
-        }
-    }
-}
-
 fn inflation(c: &mut Criterion) {
     // 256 pages, none adjacent, in an order a free list might have.
     let scattered: Vec<u64> = (0..256).map(|at| (at * 97 % 256) * 2).collect();
@@ -326,9 +130,7 @@ fn inflate_group(c: &mut Criterion, name: &str, pages: &[u64], _busy: Option<Bus
         b.iter_custom(|rounds| {
             total(rounds, || {
                 bench.touch(&ranges);
-                let start = Instant::now();
-                bench.discard_each(&ranges);
-                start.elapsed()
+                bench.discard_each(&ranges)
             })
         });
     });

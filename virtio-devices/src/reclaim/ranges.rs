@@ -262,8 +262,11 @@ impl Planner<'_> {
         page_bytes: u64,
         reason: SkipReason,
     ) -> Option<(u64, u64)> {
-        let first = low.checked_next_multiple_of(page_bytes).unwrap_or(u64::MAX);
-        let last = high - high % page_bytes;
+        // Page sizes are powers of two: a mask costs nothing, where two divisions for each of
+        // an inflation's pages took longer than all else in here.
+        let inside = page_bytes - 1;
+        let first = low.checked_add(inside).map_or(u64::MAX, |at| at & !inside);
+        let last = high & !inside;
         if first >= last {
             self.skipped.add(reason, high - low);
             return None;
