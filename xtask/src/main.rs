@@ -6,6 +6,7 @@
 mod apt;
 mod ci;
 mod experiment;
+mod fuzz;
 mod guest;
 mod paths;
 mod process;
@@ -41,6 +42,8 @@ enum Command {
     Bench(shows::BenchOptions),
     /// Test the VMM with Linux guests
     VmTests(vm_tests::Options),
+    /// Do anything to the devices, for a while
+    Fuzz(fuzz::Options),
     /// Show what reclaimed memory is worth
     #[command(subcommand)]
     Experiment(experiment::Experiment),
@@ -85,6 +88,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => shows::demo(&options),
         Command::Bench(options) => shows::bench(options),
         Command::VmTests(options) => vm_tests::run(&options),
+        Command::Fuzz(options) => fuzz::run(&options),
         Command::Experiment(experiment) => experiment::run(&experiment),
         Command::Ci(options) => ci::run(&options),
     };

@@ -69,8 +69,10 @@ pub(crate) const STEPS: &[Step] = &[
     // Each once, without measuring: that they still run at all.
     host(
         "benchmarks",
-        "cargo test --package virtio-devices --features test-utils --bench balloon --bench block",
+        "cargo test --package virtio-devices --features test-utils --bench balloon --bench rates --bench block",
     ),
+    // The canary from nothing, then each target; an input that fails is kept in target/fuzz.
+    host("fuzz", "cargo xtask fuzz --seconds 30"),
     host(
         "test programs",
         "cargo build --package integration-tests --bins",

@@ -1,0 +1,146 @@
+//! `cargo xtask fuzz`: what no guest may do to a device, tried for a while.
+//!
+//! Works with the compiler the project is built with: the flags by which LLVM tells libFuzzer
+//! what code an input has reached are stable, only sanitizers need a nightly one
+//! (`fuzz/Cargo.toml` says how). The targets check by themselves that memory around the
+//! guest's is untouched, so most is found without.
+//!
+//! First the canary: a target that asserts what is false. If the fuzzer does not prove it wrong, it
+//! reaches nothing, and its silence about the others means nothing.
+
+use std::fs;
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::apt::{self, Need};
+use crate::paths;
+
+const TRIPLE: &str = "x86_64-unknown-linux-gnu";
+/// As cargo-fuzz has them, less what needs nightly. Debug assertions are wanted: they are
+/// claims, too.
+const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module \
+    -Cllvm-args=-sanitizer-coverage-level=4 \
+    -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+    -Cllvm-args=-sanitizer-coverage-pc-table \
+    -Cllvm-args=-sanitizer-coverage-trace-compares \
+    -Ccodegen-units=1 -Cdebug-assertions";
+const TARGETS: &[&str] = &["balloon"];
+const CANARY: &str = "canary";
+/// What the canary's assertion says.
+const CANARY_FOUND: &str = "canary: found";
+/// Found in seconds on a machine of its own.
+const CANARY_SECONDS_MAX: u32 = 300;
+/// Longer inputs are cut by the targets.
+const INPUT_BYTES_MAX: u32 = 4096;
+/// One input: thousands are tried in a second.
+const INPUT_SECONDS_MAX: u32 = 60;
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// For each target
+    #[arg(long, default_value_t = 30)]
+    seconds: u32,
+    /// Only targets whose name contains this
+    target: Option<String>,
+}
+
+/// Fuzzes and returns the status the program ends with.
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    apt::ensure(&[Need {
+        package: "g++",
+        why: "libFuzzer comes as source",
+    }])?;
+    let programs = build()?;
+    let wanted = |name: &str| {
+        options
+            .target
+            .as_ref()
+            .is_none_or(|part| name.contains(part))
+    };
+    let (mut passed, mut failed) = (0, 0);
+    let mut count = |name: &str, good: bool| {
+        println!("{} {name}", if good { "PASS" } else { "FAIL" });
+        *(if good { &mut passed } else { &mut failed }) += 1;
+    };
+    if wanted(CANARY) {
+        count(CANARY, canary_is_found(&programs.join(CANARY))?);
+    }
+    for name in TARGETS.iter().filter(|name| wanted(name)) {
+        count(name, holds(&programs.join(name), name, options.seconds)?);
+    }
+    ensure!(passed + failed > 0, "no target has such a name");
+    println!("{passed} passed, {failed} failed, 0 skipped");
+    Ok(if failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Builds all targets; where they are.
+fn build() -> Result<PathBuf> {
+    let target = paths::target().join("fuzz");
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let status = Command::new(cargo)
+        .args(["build", "--release", "--locked", "--target", TRIPLE])
+        .arg("--manifest-path")
+        .arg(paths::workspace().join("fuzz/Cargo.toml"))
+        .arg("--target-dir")
+        .arg(&target)
+        .env("RUSTFLAGS", FLAGS)
+        .status()
+        .context("starting cargo")?;
+    ensure!(status.success(), "the fuzz targets do not build");
+    Ok(target.join(TRIPLE).join("release"))
+}
+
+/// Whether the false assertion was proven wrong, from nothing and for the right reason.
+fn canary_is_found(program: &Path) -> Result<bool> {
+    let mut found = false;
+    let good = fuzz(program, CANARY, None, CANARY_SECONDS_MAX, |line| {
+        found |= line.contains(CANARY_FOUND);
+    })?;
+    Ok(found && !good)
+}
+
+/// Fuzzes a target with all that earlier runs have learnt; whether everything held.
+fn holds(program: &Path, name: &str, seconds: u32) -> Result<bool> {
+    let corpus = paths::target().join("fuzz/corpus").join(name);
+    fs::create_dir_all(&corpus).with_context(|| format!("making {}", corpus.display()))?;
+    fuzz(program, name, Some(&corpus), seconds, |_| ())
+}
+
+/// Runs one program, shows what it says, and lets `look` at each line; whether it ended well.
+fn fuzz(
+    program: &Path,
+    name: &str,
+    corpus: Option<&Path>,
+    seconds: u32,
+    mut look: impl FnMut(&str),
+) -> Result<bool> {
+    let artifacts = paths::target().join("fuzz").join(format!("{name}-"));
+    let mut child = Command::new(program)
+        .arg(format!("-max_total_time={seconds}"))
+        .arg(format!("-max_len={INPUT_BYTES_MAX}"))
+        .arg(format!("-timeout={INPUT_SECONDS_MAX}"))
+        .arg(format!("-artifact_prefix={}", artifacts.display()))
+        // One line for each new input is too much to read.
+        .args(["-print_final_stats=1", "-verbosity=0"])
+        .args(corpus)
+        .stdin(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("starting {}", program.display()))?;
+    let output = child.stderr.take().context("the pipe just asked for")?;
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line.context("reading what the fuzzer says")?;
+        let line = String::from_utf8_lossy(&line);
+        println!("{line}");
+        look(&line);
+    }
+    let status = child.wait().context("waiting for the fuzzer")?;
+    Ok(status.success())
+}
