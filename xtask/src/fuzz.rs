@@ -85,7 +85,7 @@ fn build() -> Result<PathBuf> {
     let target = paths::target().join("fuzz");
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let status = Command::new(cargo)
-        .args(["build", "--release", "--locked", "--target", TRIPLE])
+        .args(["build", "--release", "--target", TRIPLE])
         .arg("--manifest-path")
         .arg(paths::workspace().join("fuzz/Cargo.toml"))
         .arg("--target-dir")
