@@ -32,6 +32,8 @@ const EVENTS_MAX: usize = 4096;
 const EVENTS_AT_ONCE: usize = 256;
 /// Two plans are never closer together, however urgent.
 const PLAN_DISTANCE_MIN: Duration = Duration::from_millis(200);
+/// But pressure, which the kernel tells once a window at most, need not wait so long.
+const PRESSED_PLAN_DISTANCE_MIN: Duration = Duration::from_millis(20);
 /// Time between two publications.
 const PUBLISH: Duration = Duration::from_secs(1);
 /// How long VMs have to take `on_stop = "restore"`.
@@ -199,6 +201,8 @@ pub struct Agent {
     pub(super) started_unix_ms: u64,
     pub(super) host_name: String,
     pub(super) plan_wanted: bool,
+    /// Whether it is wanted because of pressure.
+    pressed: bool,
     due: Due,
 }
 
@@ -287,6 +291,7 @@ impl Agent {
             started_unix_ms,
             host_name,
             plan_wanted: false,
+            pressed: false,
             due: Due {
                 scan: clock,
                 host: clock,
@@ -366,9 +371,14 @@ impl Agent {
     }
 
     fn earliest_plan(&self) -> Instant {
+        let distance = if self.pressed {
+            PRESSED_PLAN_DISTANCE_MIN
+        } else {
+            PLAN_DISTANCE_MIN
+        };
         self.due
             .last_plan
-            .map_or(self.clock, |last| last + PLAN_DISTANCE_MIN)
+            .map_or(self.clock, |last| last + distance)
     }
 
     fn do_due(&mut self) {
@@ -386,6 +396,7 @@ impl Agent {
         if now >= self.due.plan || (self.plan_wanted && now >= self.earliest_plan()) {
             self.make_plan();
             self.plan_wanted = false;
+            self.pressed = false;
             self.due.last_plan = Some(now);
             self.due.plan = now + self.settings.config.control.plan.duration();
         }
@@ -402,6 +413,7 @@ impl Agent {
             Event::Pressure => {
                 self.read_host();
                 self.plan_wanted = true;
+                self.pressed = true;
             }
             Event::Client(request, answer) => {
                 let response = self.answer(&request);
