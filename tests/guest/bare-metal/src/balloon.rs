@@ -49,7 +49,12 @@ impl Balloon {
 
     /// As [`Balloon::start`], on a device already probed.
     pub fn start_on(device: Device) -> Option<Balloon> {
-        if !device.negotiate(F_VERSION_1 | F_STATS_VQ | F_REPORTING) {
+        Self::start_with(device, F_VERSION_1 | F_STATS_VQ | F_REPORTING)
+    }
+
+    /// As [`Balloon::start_on`], with features of the caller's, statistics and reporting among them.
+    pub fn start_with(device: Device, features: u64) -> Option<Balloon> {
+        if !device.negotiate(features) {
             return None;
         }
         let inflate = device.setup_queue(INFLATE)?;
@@ -102,7 +107,11 @@ impl Balloon {
 
     /// Free memory, total memory, and a tag that the device has never heard of.
     fn offer_statistics(&mut self, free_bytes: u64) {
-        let entries = [(4u16, free_bytes), (5, TOTAL_BYTES), (0x7abc, 1)];
+        self.offer_entries(&[(4, free_bytes), (5, TOTAL_BYTES), (0x7abc, 1)]);
+    }
+
+    /// Sends statistics, tags with their values.
+    pub fn offer_entries(&mut self, entries: &[(u16, u64)]) {
         for (at, (tag, value)) in entries.iter().enumerate() {
             // Entries of ten bytes, without padding.
             let address = SCRATCH + 0x1000 + at as u64 * 10;
@@ -111,7 +120,8 @@ impl Balloon {
                 write(address + 2 + byte, (*value >> (8 * byte)) as u8);
             }
         }
-        self.stats.set_chain(&[(SCRATCH + 0x1000, 30)], 0);
+        let bytes = entries.len() as u32 * 10;
+        self.stats.set_chain(&[(SCRATCH + 0x1000, bytes)], 0);
         self.stats.offer(0);
         self.device.kick(STATS);
     }

@@ -25,6 +25,7 @@ mod interrupts;
 mod machine;
 mod memory;
 mod pci;
+mod policy;
 mod queue;
 mod registers;
 mod report;
@@ -50,6 +51,8 @@ extern "C" fn guest_main(start_info: u64) -> ! {
         Some("pci") => pci::scenario(&mut report),
         Some("balloon") => balloon = balloon::scenario(&mut report),
         Some("hotplug") => hotplug::scenario(&mut report),
+        Some("policy") => policy::scenario(false, &mut report),
+        Some("policy-lies") => policy::scenario(true, &mut report),
         Some("hostile") => hostile::scenario(&mut report),
         Some("hinting") => hinting::scenario(&mut report),
         Some("registers") => {
