@@ -91,8 +91,9 @@ impl Words {
         let word = u32::from_le_bytes(bytes);
         match offset {
             abi::GUEST_GENERATION => {
-                // Of generations there has not been the driver knows nothing.
-                if !(1..=self.generation).contains(&word) {
+                // Of generations there has not been the driver knows nothing. Zero is the
+                // answer of one that starts before there is a policy.
+                if word > self.generation {
                     return WordWrite::Invalid;
                 }
                 self.guest_generation = word;
@@ -157,10 +158,6 @@ mod tests {
     fn answer_to_nothing_is_invalid() {
         let mut words = Words::default();
         assert_eq!(
-            write(&mut words, abi::GUEST_GENERATION, 0),
-            WordWrite::Invalid
-        );
-        assert_eq!(
             write(&mut words, abi::GUEST_GENERATION, 1),
             WordWrite::Invalid
         );
@@ -175,6 +172,17 @@ mod tests {
         assert_eq!(words.bytes()[0x28], 0xff, "what is known of it is kept");
         words.guest_settings = 0;
         assert_eq!(words, Words::default());
+    }
+
+    #[test]
+    fn driver_that_starts_before_a_policy_says_what_it_would_follow() {
+        let mut words = Words::default();
+        write(&mut words, abi::GUEST_SETTINGS, 0x40);
+        let taken = write(&mut words, abi::GUEST_GENERATION, 0);
+        assert_eq!(taken, WordWrite::Taken);
+        let followed = words.followed.expect("answered");
+        assert!(followed.follows(PolicySetting::ReportNow));
+        assert!(!followed.follows(PolicySetting::ReportAgain));
     }
 
     #[test]
