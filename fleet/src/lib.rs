@@ -2,8 +2,8 @@
 //!
 //! The crate has a pure half and a half that touches the world. The pure half decides: [`model`] is what was measured,
 //! [`config`] what the operator wants, [`planner`] turns both into a plan, [`admission`] and [`placement`] say yes or
-//! no. Nothing in it reads a clock, a
-//! file or a socket, so the simulator and the agent run the same code.
+//! no, and [`sim`] runs all of them on virtual time against guests of every character. Nothing of it reads a clock or a
+//! socket, so the simulator and the agent run the same code.
 //!
 //! Of our other crates only `api` may be used here: a fleet manager sees of a VMM what its socket tells.
 
@@ -20,3 +20,4 @@ pub mod planner;
 pub mod reservations;
 pub mod sample;
 pub mod settings;
+pub mod sim;

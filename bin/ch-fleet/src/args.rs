@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use api::options::parse_bytes;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use fleet::config::SafetyRule;
 use fleet::settings::{DEFAULT_FILE, DEFAULT_SOCKET};
 
 /// Memory overcommit for VMs with Cloud Hypervisor's API.
@@ -99,6 +100,8 @@ pub(crate) enum Command {
     /// Check settings or show them
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Run scenarios on virtual time, without an agent
+    Simulate(SimulateArguments),
     /// Find out what is missing on this host
     Doctor,
     /// Write the completions of a shell
@@ -150,6 +153,25 @@ pub(crate) struct TopOptions {
     /// Seconds between rounds
     #[arg(long, short, default_value_t = 2.0)]
     pub(crate) delay: f64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SimulateArguments {
+    /// Scenario files
+    #[arg(required = true, value_name = "FILE")]
+    pub(crate) scenarios: Vec<PathBuf>,
+
+    /// Another seed than the file's
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+
+    /// Switch a safety rule off, to see what it is good for
+    #[arg(long, value_name = "RULE", value_parser = crate::simulate::rule)]
+    pub(crate) without: Vec<SafetyRule>,
+
+    /// Draw the course of things into this SVG file
+    #[arg(long, value_name = "PATH")]
+    pub(crate) plot: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -12,6 +12,7 @@ mod logger;
 mod run;
 mod screen;
 mod settings_command;
+mod simulate;
 mod tables;
 mod top;
 
@@ -47,6 +48,7 @@ fn execute(arguments: &Arguments) -> Result<ExitCode> {
     match &arguments.command {
         Command::Agent(options) => agent_command::run(options)?,
         Command::Run(options) => return run::run(&agent, options),
+        Command::Simulate(options) => return simulate::run(options, arguments.output, &mut out),
         Command::Doctor => return doctor::run(&agent, arguments.output, &mut out),
         Command::Top(options) => {
             // The screen writes to standard output itself.

@@ -131,6 +131,50 @@ pub struct Safety {
     pub burst: bool,
 }
 
+/// The rules by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SafetyRule {
+    /// See [`Safety::two_phase`].
+    TwoPhase,
+    /// See [`Safety::granted_counts`].
+    GrantedCounts,
+    /// See [`Safety::pending_counts`].
+    PendingCounts,
+    /// See [`Safety::stuck`].
+    Stuck,
+    /// See [`Safety::trust`].
+    Trust,
+    /// See [`Safety::give_back`].
+    GiveBack,
+    /// See [`Safety::dead_band`].
+    DeadBand,
+    /// See [`Safety::blocking`].
+    Blocking,
+    /// See [`Safety::stale`].
+    Stale,
+    /// See [`Safety::burst`].
+    Burst,
+}
+
+impl Safety {
+    /// Switches a rule off.
+    pub fn switch_off(&mut self, rule: SafetyRule) {
+        *match rule {
+            SafetyRule::TwoPhase => &mut self.two_phase,
+            SafetyRule::GrantedCounts => &mut self.granted_counts,
+            SafetyRule::PendingCounts => &mut self.pending_counts,
+            SafetyRule::Stuck => &mut self.stuck,
+            SafetyRule::Trust => &mut self.trust,
+            SafetyRule::GiveBack => &mut self.give_back,
+            SafetyRule::DeadBand => &mut self.dead_band,
+            SafetyRule::Blocking => &mut self.blocking,
+            SafetyRule::Stale => &mut self.stale,
+            SafetyRule::Burst => &mut self.burst,
+        } = false;
+    }
+}
+
 impl Default for Safety {
     fn default() -> Self {
         Self {

@@ -15,7 +15,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 pub use check::ConfigFault;
-pub use control::{AdmissionConfig, ControlConfig, LastResortConfig, Safety};
+pub use control::{AdmissionConfig, ControlConfig, LastResortConfig, Safety, SafetyRule};
 pub use millis::Millis;
 pub use policy::PolicyConfig;
 pub use thresholds::{Band, ReportingConfig, Thresholds};

@@ -30,6 +30,8 @@ pub struct Ledger {
     pub callable_liability: Bytes,
     /// What they will call in within the reaction time, but for one case in a hundred.
     pub burst: Bytes,
+    /// The same before it is bounded by what there is to be called in: what it would be if guests had more.
+    pub burst_measured: Bytes,
     /// Promised to VMs that are not there yet.
     pub promised: Bytes,
     /// Given back to guests that have not used it yet.
@@ -58,6 +60,7 @@ impl Ledger {
             ledger.callable_liability += vm.callable();
         }
         // Nobody can call in more than is there to be called in.
+        ledger.burst_measured = burst;
         ledger.burst = burst.min(ledger.callable_liability);
         ledger.firm_free = ledger.available - ledger.burst - ledger.promised - ledger.granted;
         ledger

@@ -55,6 +55,7 @@ pub(super) fn expected(memory: &PlannerMemory, liability: Bytes, control: &Contr
 impl Ledger {
     /// The same books with this burst.
     pub(super) fn with_burst(mut self, burst: Bytes) -> Self {
+        self.burst_measured = burst;
         self.burst = burst.min(self.callable_liability);
         self.firm_free = self.available - self.burst - self.promised - self.granted;
         self

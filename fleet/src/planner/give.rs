@@ -10,6 +10,7 @@ use crate::model::{Bytes, HostState, Ledger};
 
 use super::Reason;
 use super::observe::suffer_below;
+use super::state::BURST_LEAVE;
 use super::view::View;
 
 /// Taking from a guest that then fell silent, within this time, is taken to be the cause, ms.
@@ -22,6 +23,8 @@ const RELAX_STEPS: u64 = 4;
 pub(super) struct Budget {
     free: Bytes,
     usable: Bytes,
+    /// What guests may be given to call in at will without more being called in at once than is there.
+    covered: Bytes,
     /// Given so far.
     pub(super) granted: Bytes,
     /// Wanted by suffering guests and not given.
@@ -38,6 +41,7 @@ impl Budget {
         Self {
             free: ledger.available - ledger.promised - granted,
             usable: ledger.usable,
+            covered: covered(ledger, control),
             granted: Bytes::ZERO,
             owed: Bytes::ZERO,
         }
@@ -50,6 +54,17 @@ impl Budget {
         } else {
             self.usable
         }
+    }
+}
+
+/// How much more may become callable. What is given to guests that do not need it becomes callable, and would be taken
+/// again at once if the burst were not covered any more.
+fn covered(ledger: &Ledger, control: &ControlConfig) -> Bytes {
+    let cover = ledger.available.scale(1.0 / (BURST_LEAVE * BURST_LEAVE));
+    if !control.safety.burst || ledger.burst_measured <= cover {
+        ledger.usable
+    } else {
+        cover - ledger.callable_liability
     }
 }
 
@@ -110,7 +125,9 @@ fn urgency(view: &View<'_>, now_ms: u64, control: &ControlConfig) -> Option<(Byt
     }
     let lately =
         view.memory.taken_at_ms > 0 && now_ms < view.memory.taken_at_ms + STALL_SUSPECTED_MS;
-    (lately && view.stale(now_ms, control)).then_some((view.low, Reason::StallSuspected))
+    // Without such a coincidence silence has to last longer, for the agent itself may be late.
+    let long = view.facts.missed_samples >= 2 * control.misses_max;
+    ((lately || long) && view.stale(now_ms, control)).then_some((view.low, Reason::StallSuspected))
 }
 
 /// Gives to those that could do with it, and, when memory is plenty, to everybody.
@@ -132,7 +149,9 @@ pub(super) fn give_rest(
         control,
     );
     if state == HostState::Green {
-        let above_relax = budget.above(control.relax_above.0, control);
+        let above_relax = budget
+            .above(control.relax_above.0, control)
+            .min(budget.covered);
         share(
             views,
             budget,

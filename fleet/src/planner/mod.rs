@@ -30,7 +30,7 @@ pub use plan::{
     Present, Reason,
 };
 
-use crate::config::Config;
+use crate::config::{Config, ControlConfig};
 use crate::model::{Bytes, HostState, Inventory, Ledger, VmFacts, VmId};
 use give::Budget;
 use take::Demand;
@@ -106,7 +106,7 @@ fn decide(
     } else {
         Bytes(1)
     };
-    if demand.shortage >= near {
+    if demand.shortage >= near || demand.firm >= near {
         host.taken = take::take(views, &demand, control);
     }
     give::give_rest(views, budget, memory.state, now_ms, config);
@@ -127,14 +127,8 @@ fn demand(
     config: &Config,
 ) -> Demand {
     let control = &config.control;
-    let mut reason = Reason::Shortage;
     if host.state > HostState::Green {
         host.goal = ledger.usable.part(config.thresholds.yellow.leave);
-        let cover = ledger.burst.scale(state::BURST_LEAVE);
-        if control.safety.burst && cover > host.goal {
-            host.goal = cover;
-            reason = Reason::BurstCover;
-        }
     }
     let granted = if control.safety.granted_counts {
         ledger.granted + budget.granted
@@ -146,7 +140,17 @@ fn demand(
         now_ms,
         state: host.state,
         shortage: host.shortage,
-        reason,
+        firm: firm(ledger, control),
+    }
+}
+
+/// Callable memory that has to become firm: no more may be called in at once than is there.
+fn firm(ledger: &Ledger, control: &ControlConfig) -> Bytes {
+    let covered = ledger.available.scale(1.0 / state::BURST_LEAVE);
+    if control.safety.burst && ledger.burst > covered {
+        ledger.callable_liability - covered
+    } else {
+        Bytes::ZERO
     }
 }
 

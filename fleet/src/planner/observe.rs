@@ -6,6 +6,7 @@ use crate::config::ControlConfig;
 use crate::model::{Bytes, VmFacts, VmSample};
 
 use super::VmMemory;
+use super::plan::TARGET_GRAIN;
 
 /// Samples in a row with stalls that make suffering; a single stall happens to any guest.
 const STALLED_SAMPLES: u32 = 2;
@@ -50,7 +51,8 @@ pub(super) fn observe(
 
 fn compare(facts: &VmFacts, sample: &VmSample, memory: &mut VmMemory, control: &ControlConfig) {
     // Somebody else moved the balloon, or what was asked for was never carried out: the VMM's word counts.
-    if sample.at_ms > memory.asked_at_ms && sample.balloon_target != memory.target {
+    let other = sample.balloon_target.distance(memory.target) >= TARGET_GRAIN;
+    if sample.at_ms > memory.asked_at_ms && other {
         memory.target = sample.balloon_target;
         memory.asked_from = sample.ballooned;
         memory.asked_gain = Bytes::ZERO;

@@ -9,6 +9,9 @@ use super::PlannerMemory;
 use crate::admission::HostBooks;
 use crate::model::{Bytes, Fraction, HostState, Interlock, Ledger, PriorityClass, VmId};
 
+/// Targets that differ by less are the same: VMMs round them to their pages.
+pub(super) const TARGET_GRAIN: Bytes = Bytes::mib(1);
+
 /// What to do next on one host, and why.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Plan {
@@ -190,11 +193,11 @@ impl Action {
             return Err(Block::TooOld);
         }
         if let ActionKind::Balloon { to, .. } = self.kind {
-            if present.balloon_target == to {
+            if present.balloon_target.distance(to) < TARGET_GRAIN {
                 return Err(Block::Done);
             }
             match requires.balloon_target {
-                Some(expected) if expected != present.balloon_target => {
+                Some(expected) if expected.distance(present.balloon_target) >= TARGET_GRAIN => {
                     return Err(Block::Moved {
                         found: present.balloon_target,
                         expected,

@@ -16,7 +16,8 @@ pub(super) struct Demand {
     pub(super) now_ms: u64,
     pub(super) state: HostState,
     pub(super) shortage: Bytes,
-    pub(super) reason: Reason,
+    /// Callable memory that has to become firm, so that what guests call in at once is there.
+    pub(super) firm: Bytes,
 }
 
 /// Takes at most `shortage`, but for one dead band, and returns what was taken.
@@ -29,10 +30,45 @@ pub(super) fn take(views: &mut [View<'_>], demand: &Demand, control: &ControlCon
         }
         taken += take_from_class(views, class, missing, demand, control);
     }
+    firm_up(views, demand, control);
     for view in views.iter_mut() {
         explain_rest(view, demand, control);
     }
     taken
+}
+
+/// Takes free memory that occupies nothing. It brings the host no memory now; it keeps the guests from calling in all of
+/// it at the same moment.
+fn firm_up(views: &mut [View<'_>], demand: &Demand, control: &ControlConfig) {
+    let under_way: Bytes = views
+        .iter()
+        .map(|view| view.target - view.sample.ballooned)
+        .sum();
+    let mut missing = demand.firm - under_way;
+    for class in PriorityClass::ALL {
+        for view in views
+            .iter_mut()
+            .filter(|view| view.facts.policy.class == class)
+        {
+            let spared = view.spared(demand.state, demand.now_ms, control);
+            // One step for each sample: the next one tells how the guest took it.
+            let seen = view.sample.at_ms > view.memory.asked_at_ms;
+            if view.to != view.target || spared.is_some() || !seen {
+                continue;
+            }
+            let room = view.target_max(HostState::Yellow, control) - view.target;
+            let firm = room
+                .min(view.absent())
+                .min(view.step(HostState::Red, control));
+            let part = firm.min(missing.max(view.dead_band(control)));
+            if missing == Bytes::ZERO || part < view.dead_band(control) {
+                continue;
+            }
+            view.to = view.target + part;
+            view.reason = Reason::BurstCover;
+            missing -= part;
+        }
+    }
 }
 
 /// Somebody who can give.
@@ -85,14 +121,14 @@ fn take_from_class(
             .min(giver.gain);
         view.to = view.target + giver.absent + gain;
         view.gain = gain;
-        view.reason = demand.reason;
+        view.reason = Reason::Shortage;
         taken += gain;
     }
     taken
 }
 
 fn giver(index: usize, view: &View<'_>, demand: &Demand, control: &ControlConfig) -> Option<Giver> {
-    if view.to != view.target || view.spared(demand.now_ms, control).is_some() {
+    if view.to != view.target || view.spared(demand.state, demand.now_ms, control).is_some() {
         return None;
     }
     if view.memory.harmed && demand.state < HostState::Red {
@@ -116,7 +152,7 @@ fn explain_rest(view: &mut View<'_>, demand: &Demand, control: &ControlConfig) {
     if view.to != view.target || view.reason != Reason::NoNeed {
         return;
     }
-    view.reason = match view.spared(demand.now_ms, control) {
+    view.reason = match view.spared(demand.state, demand.now_ms, control) {
         Some(reason) => reason,
         None if view.memory.harmed => Reason::Harm,
         None => {

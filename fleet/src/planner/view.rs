@@ -86,7 +86,12 @@ impl<'a> View<'a> {
     }
 
     /// Why nothing may be taken, if so.
-    pub(super) fn spared(&self, now_ms: u64, control: &ControlConfig) -> Option<Reason> {
+    pub(super) fn spared(
+        &self,
+        state: HostState,
+        now_ms: u64,
+        control: &ControlConfig,
+    ) -> Option<Reason> {
         let memory = &self.memory;
         if let Some(reason) = self.off_limits() {
             Some(reason)
@@ -103,12 +108,20 @@ impl<'a> View<'a> {
         } else if memory.suffering && control.safety.give_back {
             Some(Reason::Suffering)
         } else if control.safety.blocking
-            && (now_ms < memory.take_blocked_until_ms || self.shrinking(control))
+            && (self.rests(state, now_ms, control) || self.shrinking(control))
         {
             Some(Reason::Blocked)
         } else {
             None
         }
+    }
+
+    /// Whether it was given something a moment ago. In red the rest is as short as it can be: guests that were given
+    /// often would otherwise all rest for minutes, while the host runs out.
+    fn rests(&self, state: HostState, now_ms: u64, control: &ControlConfig) -> bool {
+        let until_ms = self.memory.take_blocked_until_ms;
+        let given_ms = self.memory.granted_at_ms + control.block_take.0;
+        now_ms < until_ms && (state < HostState::Red || now_ms < given_ms)
     }
 
     /// Whether the balloon still holds more than it was asked to: what was given has not arrived.
@@ -173,7 +186,7 @@ impl<'a> View<'a> {
 
     /// What it could give without harm, all in all and within the reaction time.
     pub(super) fn freeable(&self, now_ms: u64, control: &ControlConfig) -> (Bytes, Bytes) {
-        if self.spared(now_ms, control).is_some() {
+        if self.spared(HostState::Orange, now_ms, control).is_some() {
             return (Bytes::ZERO, Bytes::ZERO);
         }
         let room = self.target_max(HostState::Orange, control) - self.target;

@@ -1,0 +1,29 @@
+//! Runs the scenarios named on the command line: `cargo run --release -p fleet --example simulate -- FILE…`, with
+//! `--plot=FILE` for a plot, `--seed=N` for another seed and `--without=RULE` to switch a safety rule off. The same as
+//! `ch-fleet simulate`, without the agent around it.
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use fleet::sim::{SimulateOptions, run_cli};
+
+fn main() -> Result<ExitCode, Box<dyn Error>> {
+    let mut options = SimulateOptions::default();
+    for argument in std::env::args().skip(1) {
+        match argument.split_once('=') {
+            Some(("--plot", path)) => options.plot = Some(path.into()),
+            Some(("--seed", seed)) => options.seed = Some(seed.parse()?),
+            Some(("--without", rule)) => {
+                options.without.push(serde_json::from_value(rule.into())?);
+            }
+            _ if argument == "--json" => options.json = true,
+            _ => options.scenarios.push(argument.into()),
+        }
+    }
+    let holds = run_cli(&options, &mut std::io::stdout())?;
+    Ok(if holds {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}

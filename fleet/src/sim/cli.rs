@@ -1,0 +1,66 @@
+//! `ch-fleet simulate`: reads scenarios, runs them, tells what came out.
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::PathBuf;
+
+use crate::config::SafetyRule;
+
+use super::{Report, Scenario, SimError, simulate, svg};
+
+/// What the command line says.
+#[derive(Clone, Debug, Default)]
+pub struct SimulateOptions {
+    /// Scenario files.
+    pub scenarios: Vec<PathBuf>,
+    /// Another seed than that of the file.
+    pub seed: Option<u64>,
+    /// Safety rules to switch off, to see what they are good for.
+    pub without: Vec<SafetyRule>,
+    /// Tell as JSON instead of tables.
+    pub json: bool,
+    /// Where to write the plot.
+    pub plot: Option<PathBuf>,
+}
+
+/// Runs scenarios and writes what came out; true when everything held that they say must hold.
+///
+/// # Errors
+/// [`SimError`] when a scenario cannot be run or its outcome cannot be written.
+pub fn run_cli(options: &SimulateOptions, out: &mut dyn Write) -> Result<bool, SimError> {
+    let mut holds = true;
+    for path in &options.scenarios {
+        let shown = path.display().to_string();
+        let text = fs::read_to_string(path).map_err(|source| SimError::Read {
+            path: shown,
+            source,
+        })?;
+        let mut scenario = Scenario::from_toml(&text)?;
+        for rule in &options.without {
+            scenario = scenario.without(*rule);
+        }
+        scenario.seed = options.seed.unwrap_or(scenario.seed);
+        let report = simulate(&scenario);
+        holds &= report.faults.is_empty();
+        write_report(&report, options, out).map_err(|source| SimError::Write {
+            path: "standard output".to_owned(),
+            source,
+        })?;
+        if let Some(plot) = &options.plot {
+            fs::write(plot, svg(&report.name, &report.runs)).map_err(|source| SimError::Write {
+                path: plot.display().to_string(),
+                source,
+            })?;
+        }
+    }
+    Ok(holds)
+}
+
+fn write_report(report: &Report, options: &SimulateOptions, out: &mut dyn Write) -> io::Result<()> {
+    if options.json {
+        serde_json::to_writer(&mut *out, report)?;
+        writeln!(out)
+    } else {
+        write!(out, "{report}")
+    }
+}

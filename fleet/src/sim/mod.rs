@@ -1,0 +1,144 @@
+//! The closed loop on virtual time: what the manager does to guests, and what guests do to the manager.
+//!
+//! The planner, the checks before an action, admission and placement are those of the agent. Only the guests, the hosts
+//! and the store are made up: [`scenario`] says which, and everything by chance comes from the scenario's seed, so a run
+//! can be had again. Beside ours the rules of other managers run in the same scenarios.
+//!
+//! What a simulation shows is how rules behave with such guests; it does not show that guests are such.
+
+mod baselines;
+mod cli;
+mod fleet;
+mod guests;
+mod host;
+mod manager;
+mod outcome;
+mod report;
+mod scenario;
+mod search;
+
+use rayon::prelude::*;
+
+pub use cli::{SimulateOptions, run_cli};
+pub use fleet::FleetOutcome;
+pub use outcome::{CheckFault, Outcome, Point, Run};
+pub use report::{Report, svg};
+pub use scenario::{
+    Character, Check, GuestGroup, Hosts, Load, ManagerKind, Scenario, Search, Steps, Trouble,
+};
+pub use search::Capacity;
+
+use host::Host;
+
+/// Why a scenario cannot be run.
+#[derive(Debug, thiserror::Error)]
+pub enum SimError {
+    /// The file cannot be read.
+    #[error("scenario {path} cannot be read")]
+    Read {
+        /// Which.
+        path: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file says nothing that makes sense.
+    #[error("scenario cannot be understood")]
+    Syntax(#[from] toml::de::Error),
+    /// The configuration in it contradicts itself.
+    #[error("configuration of the scenario is no good")]
+    Config(#[from] crate::config::ConfigError),
+    /// Time must go on.
+    #[error("time.{0} must not be zero")]
+    NoTime(&'static str),
+    /// Too many guests for one host of the simulation.
+    #[error("{0} guests on a host are more than the simulation can hold")]
+    TooMany(u64),
+    /// What came out cannot be written.
+    #[error("{path} cannot be written")]
+    Write {
+        /// Which.
+        path: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Most guests of a scenario on one host: names have six digits.
+const GUESTS_MAX: u64 = 100_000;
+
+impl Scenario {
+    /// Reads a scenario.
+    ///
+    /// # Errors
+    /// [`SimError`] says what is wrong with it.
+    pub fn from_toml(text: &str) -> Result<Self, SimError> {
+        let scenario: Self = toml::from_str(text)?;
+        scenario.config.check()?;
+        let time = &scenario.time;
+        for (name, value) in [
+            ("tick", time.tick.0),
+            ("sample", time.sample.0),
+            ("plan", time.plan.0),
+        ] {
+            if value == 0 {
+                return Err(SimError::NoTime(name));
+            }
+        }
+        let guests = scenario.guests.iter().map(|g| u64::from(g.count)).sum();
+        if guests > GUESTS_MAX {
+            return Err(SimError::TooMany(guests));
+        }
+        Ok(scenario)
+    }
+}
+
+/// Runs the scenario under one manager; every host by itself, as many at a time as there are processors.
+pub fn run(scenario: &Scenario, manager: ManagerKind) -> Run {
+    let outcomes: Vec<Outcome> = (0..u64::from(scenario.hosts.count))
+        .into_par_iter()
+        .map(|number| {
+            let mut host = Host::new(scenario, manager, number);
+            host.run(scenario.lasts.0);
+            if number > 0 {
+                host.outcome.points = Vec::new();
+            }
+            host.outcome
+        })
+        .collect();
+    let mut outcome = Outcome::default();
+    for one in &outcomes {
+        outcome.add(one);
+    }
+    Run {
+        manager,
+        guests: scenario.guests_per_host(),
+        outcome,
+    }
+}
+
+/// Runs everything that the scenario asks for.
+pub fn simulate(scenario: &Scenario) -> Report {
+    let fleet = fleet::wanted(scenario).then(|| fleet::run(scenario));
+    let capacities: Vec<Capacity> = match scenario.search {
+        Some(search) => scenario
+            .managers
+            .par_iter()
+            .map(|&manager| search::capacity(scenario, manager, &search))
+            .collect(),
+        None => Vec::new(),
+    };
+    let runs: Vec<Run> = match &fleet {
+        Some(fleet) => vec![fleet.run.clone()],
+        None => scenario
+            .managers
+            .iter()
+            .map(|&manager| run(scenario, manager))
+            .collect(),
+    };
+    Report::new(scenario, runs, capacities, fleet.map(|fleet| fleet.outcome))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,232 @@
+//! Telling what came out: as a table, as a plot, as JSON.
+
+use std::fmt::{self, Write};
+
+use serde::Serialize;
+
+use crate::model::HostState;
+
+use super::outcome::{CheckFault, Run, faults};
+use super::scenario::{ManagerKind, Scenario};
+use super::{Capacity, FleetOutcome};
+
+/// Everything that came out of a scenario.
+#[derive(Clone, Debug, Serialize)]
+pub struct Report {
+    /// The scenario.
+    pub name: String,
+    /// What it shows.
+    pub about: String,
+    /// Its seed.
+    pub seed: u64,
+    /// Hosts.
+    pub hosts: u32,
+    /// Each manager with the scenario's guests.
+    pub runs: Vec<Run>,
+    /// Each manager with as many guests as it can carry, if that was asked for.
+    pub capacities: Vec<Capacity>,
+    /// What happened between hosts, if anything could.
+    pub fleet: Option<FleetOutcome>,
+    /// What does not hold for ours.
+    pub faults: Vec<CheckFault>,
+}
+
+impl Report {
+    pub(super) fn new(
+        scenario: &Scenario,
+        runs: Vec<Run>,
+        capacities: Vec<Capacity>,
+        fleet: Option<FleetOutcome>,
+    ) -> Self {
+        let check = &scenario.check;
+        let mut found: Vec<CheckFault> = runs
+            .iter()
+            .filter(|run| run.manager == ManagerKind::Ours)
+            .flat_map(|run| faults(&run.outcome, scenario.hosts.count, check))
+            .collect();
+        let gain = gain(&capacities);
+        if let Some(gain) = gain.filter(|gain| *gain < check.more_guests_min.0) {
+            found.push(CheckFault::Gain {
+                found: gain,
+                wanted: check.more_guests_min.0,
+            });
+        }
+        Self {
+            name: scenario.name.clone(),
+            about: scenario.about.clone(),
+            seed: scenario.seed,
+            hosts: scenario.hosts.count,
+            runs,
+            capacities,
+            fleet,
+            faults: found,
+        }
+    }
+
+    /// How many more guests ours carries than the best of the others, as a part of theirs.
+    pub fn gain(&self) -> Option<f64> {
+        gain(&self.capacities)
+    }
+}
+
+fn gain(capacities: &[Capacity]) -> Option<f64> {
+    let ours = capacities.iter().find(|c| c.manager == ManagerKind::Ours)?;
+    let others = capacities.iter().filter(|c| c.manager != ManagerKind::Ours);
+    let best = others.map(|c| c.guests).max().filter(|best| *best > 0)?;
+    Some(f64::from(ours.guests) / f64::from(best) - 1.0)
+}
+
+fn row(f: &mut fmt::Formatter<'_>, run: &Run, guests: u32, hosts: u32) -> fmt::Result {
+    let outcome = &run.outcome;
+    let state =
+        |state: HostState| 100.0 * outcome.state_s[state as usize] / outcome.seconds.max(1.0);
+    let states = if run.manager == ManagerKind::Ours {
+        HostState::ALL.map(|s| format!("{:.0}", state(s))).join("/")
+    } else {
+        "–".to_owned()
+    };
+    writeln!(
+        f,
+        "| {} | {} | {:.3} % | {:.3} % | {} | {:.1} | {:.1} | {:.0} % | {:.0} % | {} |",
+        run.manager.name(),
+        guests,
+        100.0 * outcome.stalled(),
+        100.0 * outcome.starved_s / outcome.guest_s.max(1.0),
+        outcome.killed,
+        outcome.requests as f64 * 3600.0 / outcome.guest_s.max(1.0),
+        outcome.reversals_per_hour(hosts),
+        100.0 * outcome.ballooned_peak,
+        100.0 * outcome.used(),
+        states,
+    )
+}
+
+const HEAD: &str = "| manager | guests a host | guest time stalled | by the host | killed | requests a guest and hour | worst reversals an hour | ballooned, peak | host used, mean | green/yellow/orange/red % |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n";
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "## {} (seed {})\n", self.name, self.seed)?;
+        if !self.about.is_empty() {
+            writeln!(f, "{}\n", self.about)?;
+        }
+        f.write_str(HEAD)?;
+        for run in &self.runs {
+            row(f, run, run.guests, self.hosts)?;
+        }
+        if !self.capacities.is_empty() {
+            writeln!(
+                f,
+                "\nMost guests on a host within the limit of stalls, none killed:\n"
+            )?;
+            f.write_str(HEAD)?;
+            for capacity in &self.capacities {
+                row(f, &capacity.run, capacity.guests, self.hosts)?;
+            }
+        }
+        if let Some(gain) = self.gain() {
+            writeln!(
+                f,
+                "\nMore guests than the best other manager: {:+.0} %",
+                100.0 * gain
+            )?;
+        }
+        if let Some(fleet) = &self.fleet {
+            writeln!(
+                f,
+                "\n{} hosts with {} VMs; {} hosts died, {} VMs wanted a place, {} found one (the longest wait {} s), \
+                 {} wait; agents refused {} times what had been published as fitting, {} times nobody was a candidate.",
+                fleet.hosts,
+                fleet.vms,
+                fleet.died,
+                fleet.wanted,
+                fleet.placed,
+                fleet.waited_s_max,
+                fleet.waiting,
+                fleet.refused_by_agent,
+                fleet.no_candidate,
+            )?;
+        }
+        for fault in &self.faults {
+            writeln!(f, "\nDOES NOT HOLD: {fault}")?;
+        }
+        Ok(())
+    }
+}
+
+const WIDTH: f64 = 900.0;
+const PANEL: f64 = 160.0;
+const LEFT: f64 = 60.0;
+const COLOURS: [&str; 5] = ["#0b7285", "#c92a2a", "#e67700", "#5f3dc4", "#495057"];
+
+/// A plot of the runs' first hosts: occupied memory, balloons, and stalled guests, one line a manager.
+pub fn svg(title: &str, runs: &[Run]) -> String {
+    let mut text = String::new();
+    let height = 3.0 * (PANEL + 40.0) + 60.0;
+    // Writing to a String cannot fail.
+    let _ = writeln!(
+        text,
+        r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {height}" font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/><text x="{LEFT}" y="20" font-size="15">{}</text>"#,
+        WIDTH + LEFT + 20.0,
+        escape(title)
+    );
+    for (number, run) in runs.iter().enumerate() {
+        let _ = writeln!(
+            text,
+            r#"<text x="{}" y="40" fill="{}">{}</text>"#,
+            LEFT + number as f64 * 150.0,
+            COLOURS[number % COLOURS.len()],
+            run.manager.name()
+        );
+    }
+    type Figure = fn(&super::Point) -> f64;
+    let panels: [(&str, Figure); 3] = [
+        ("resident, GiB", |point| point.resident_gib),
+        ("in balloons, GiB", |point| point.ballooned_gib),
+        ("stalled guests, %", |point| 100.0 * point.stalled),
+    ];
+    for (number, (name, figure)) in panels.into_iter().enumerate() {
+        let top = 60.0 + number as f64 * (PANEL + 40.0);
+        panel(&mut text, name, top, runs, figure);
+    }
+    text.push_str("</svg>\n");
+    text
+}
+
+fn panel(text: &mut String, name: &str, top: f64, runs: &[Run], figure: fn(&super::Point) -> f64) {
+    let points = || runs.iter().flat_map(|run| &run.outcome.points);
+    let most = points().map(figure).fold(1e-9, f64::max);
+    let last = points().map(|point| point.at_s).max().unwrap_or(1).max(1) as f64;
+    let bottom = top + PANEL;
+    let _ = writeln!(
+        text,
+        r##"<text x="{LEFT}" y="{}">{name}</text><path d="M{LEFT} {top}V{bottom}H{}" fill="none" stroke="#868e96"/><text x="4" y="{}">{most:.1}</text><text x="4" y="{bottom}">0</text><text x="{}" y="{}">{:.0} min</text>"##,
+        top - 4.0,
+        LEFT + WIDTH,
+        top + 10.0,
+        LEFT + WIDTH - 40.0,
+        bottom + 14.0,
+        last / 60.0
+    );
+    for (number, run) in runs.iter().enumerate() {
+        let line: Vec<String> = run
+            .outcome
+            .points
+            .iter()
+            .map(|point| {
+                let x = LEFT + WIDTH * point.at_s as f64 / last;
+                let y = bottom - PANEL * figure(point) / most;
+                format!("{x:.1},{y:.1}")
+            })
+            .collect();
+        let _ = writeln!(
+            text,
+            r#"<polyline points="{}" fill="none" stroke="{}" stroke-width="1.2"/>"#,
+            line.join(" "),
+            COLOURS[number % COLOURS.len()]
+        );
+    }
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;")
+}

@@ -1,0 +1,91 @@
+//! The scenarios of this crate: what they say must hold does, and each safety rule is needed.
+
+use std::path::PathBuf;
+
+use super::*;
+
+fn scenarios() -> Vec<(PathBuf, Scenario)> {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/scenarios");
+    let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    files.sort();
+    files
+        .into_iter()
+        .map(|path| {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let scenario = Scenario::from_toml(&text)
+                .unwrap_or_else(|error| panic!("{}: {error:?}", path.display()));
+            (path, scenario)
+        })
+        .collect()
+}
+
+/// What a test can afford: the large fleets are for the command line.
+fn small(scenario: &Scenario) -> bool {
+    scenario.hosts.count <= 64
+}
+
+#[test]
+fn scenarios_hold_what_they_say() {
+    for (path, mut scenario) in scenarios().into_iter().filter(|(_, s)| small(s)) {
+        // The search is the command line's; a test runs ours.
+        scenario.search = None;
+        scenario.managers = vec![ManagerKind::Ours];
+        let report = simulate(&scenario);
+        assert!(report.faults.is_empty(), "{}: {report}", path.display());
+    }
+}
+
+#[test]
+fn scenario_without_the_rule_that_it_shows_fails() {
+    let mut shown = 0;
+    for (path, scenario) in scenarios() {
+        if let Some(rule) = scenario.shows {
+            shown += 1;
+            let report = simulate(&scenario.without(rule));
+            assert!(
+                !report.faults.is_empty(),
+                "{}: {rule:?} is not needed: {report}",
+                path.display()
+            );
+        }
+    }
+    assert!(shown >= 6, "only {shown} scenarios show a rule");
+}
+
+#[test]
+fn same_seed_gives_the_same_run() {
+    // Its guests wander by lot.
+    let wanders = |scenario: &Scenario| scenario.name == "everyone";
+    let (_, scenario) = scenarios().into_iter().find(|(_, s)| wanders(s)).unwrap();
+    let mut other = scenario.clone();
+    other.seed += 1;
+    let told =
+        |scenario: &Scenario| serde_json::to_string(&run(scenario, ManagerKind::Ours)).unwrap();
+    assert_eq!(told(&scenario), told(&scenario));
+    assert_ne!(told(&scenario), told(&other));
+}
+
+#[test]
+fn scaled_scenario_keeps_the_proportions() {
+    let (_, scenario) = scenarios()
+        .into_iter()
+        .find(|(_, s)| s.search.is_some())
+        .unwrap();
+    for total in [1, 7, 40, 41] {
+        assert_eq!(scenario.scaled(total).guests_per_host(), total);
+    }
+}
+
+#[test]
+fn plot_has_a_line_for_each_manager_and_figure() {
+    let (_, mut scenario) = scenarios().into_iter().find(|(_, s)| small(s)).unwrap();
+    scenario.lasts = crate::config::Millis::seconds(60);
+    let runs = [
+        run(&scenario, ManagerKind::Ours),
+        run(&scenario, ManagerKind::None),
+    ];
+    assert_eq!(svg("a < b", &runs).matches("<polyline").count(), 6);
+}
