@@ -208,7 +208,7 @@ pub struct GuestReporting {
     /// Batches sent since the guest booted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub batches: Option<u64>,
-    /// Blocks that were not free any more when they were to be taken.
+    /// Blocks that could not be taken, as their pageblock is isolated.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub isolation_failures: Option<u64>,
 }

@@ -79,7 +79,7 @@ pub enum ReportingTag {
     Reported = abi::VIRTIO_BALLOON_S_REPORTING_REPORTED,
     /// Batches sent since the guest booted.
     Batches = abi::VIRTIO_BALLOON_S_REPORTING_BATCHES,
-    /// Blocks that were not free any more when they were to be taken.
+    /// Blocks that could not be taken, as their pageblock is isolated.
     IsolationFailures = abi::VIRTIO_BALLOON_S_REPORTING_ISOLATION_FAILURES,
 }
 

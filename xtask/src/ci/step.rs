@@ -59,7 +59,7 @@ pub(crate) const STEPS: &[Step] = &[
     ),
     host(
         "build",
-        "cargo build --release --package cloud-hypervisor --package ch-remote",
+        "cargo build --release --package cloud-hypervisor --package ch-remote --package ch-fleet",
     ),
     host(
         "unit tests",

@@ -25,7 +25,7 @@ pub const VIRTIO_BALLOON_S_REPORTING_PENDING: u16 = 0x8000;
 pub const VIRTIO_BALLOON_S_REPORTING_REPORTED: u16 = 0x8001;
 /// Statistics tag: batches sent since the guest booted.
 pub const VIRTIO_BALLOON_S_REPORTING_BATCHES: u16 = 0x8002;
-/// Statistics tag: blocks that were not free any more when they were to be taken.
+/// Statistics tag: blocks that could not be taken, as their pageblock is isolated.
 pub const VIRTIO_BALLOON_S_REPORTING_ISOLATION_FAILURES: u16 = 0x8003;
 
 macro_rules! fields {
