@@ -1,11 +1,15 @@
 //! `cargo xtask vm-tests`: the tests with Linux guests, in the testbed.
 //!
-//! The emulated host is another program's work and has been seen to stand still for good. Its
-//! tests have deadlines of their own, but so does nothing in a machine without a clock: when no
-//! test has ended for a long time, the tests that are left go on in a new machine.
+//! An emulated host has one processor, because it is not reliable with more. So the tests are
+//! dealt out to several of them, which run side by side.
+//!
+//! It is another program's work and has been seen to stand still for good. The tests have
+//! deadlines of their own, but nothing has one in a machine without a clock: when no test has
+//! ended for a long time, the tests that are left go on in a new machine.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, PipeReader};
+use std::iter::Sum;
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -15,13 +19,15 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 
 use crate::process::{self, Tie};
-use crate::shows;
+use crate::{shows, testbed};
 
 /// A test that fails slowly: to boot and to answer have two minutes each, and some tests boot
 /// twice.
 const SILENCE_MAX: Duration = Duration::from_secs(480);
-/// How many machines the tests may use up.
+/// How many machines a lane may use up.
 const MACHINES_MAX: u32 = 3;
+/// How many emulated hosts run at a time, where this machine has a processor for each.
+const LANES_MAX: usize = 4;
 /// Memory of the testbed's host.
 const HOST_MEMORY: &str = "4G";
 
@@ -37,10 +43,52 @@ pub(crate) struct Options {
 /// Runs the tests and returns the status the program ends with.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let program = shows::build("vm-tests")?;
-    let mut left = list(&program, &options.filters)?;
+    let names = list(&program, &options.filters)?;
+    let lanes = if testbed::emulates(&options.profile)? {
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        processors.min(LANES_MAX)
+    } else {
+        // A real host runs several tests at a time itself.
+        1
+    };
+    let tally = thread::scope(|scope| {
+        let running: Vec<_> = deal(names, lanes)
+            .into_iter()
+            .map(|share| scope.spawn(|| run_lane(&program, options, share)))
+            .collect();
+        running
+            .into_iter()
+            .map(|lane| lane.join().expect("a lane does not panic"))
+            .sum::<Result<Tally>>()
+    })?;
+    // The last line is read by machines: it stands alone.
+    println!(
+        "{} passed, {} failed, {} skipped",
+        tally.passed, tally.failed, tally.skipped
+    );
+    Ok(if tally.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+/// Shares of the tests for `lanes` lanes, neighbours apart: they take about as long as each
+/// other.
+fn deal(names: Vec<String>, lanes: usize) -> Vec<BTreeSet<String>> {
+    let mut shares = vec![BTreeSet::new(); lanes.min(names.len())];
+    let count = shares.len();
+    for (index, name) in names.into_iter().enumerate() {
+        shares[index % count].insert(name);
+    }
+    shares
+}
+
+/// Runs a share of the tests, in a new machine when one stands still.
+fn run_lane(program: &Path, options: &Options, mut left: BTreeSet<String>) -> Result<Tally> {
     let mut tally = Tally::default();
     for machine in 1..=MACHINES_MAX {
-        let ended = run_in_one_machine(&program, options, &mut left, &mut tally)?;
+        let ended = run_in_one_machine(program, options, &mut left, &mut tally)?;
         if left.is_empty() || ended == Ended::ByItself {
             break;
         }
@@ -58,16 +106,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         println!("FAIL {name}: its machine ended before it did");
         tally.failed += 1;
     }
-    // The last line is read by machines: it stands alone.
-    println!(
-        "{} passed, {} failed, {} skipped",
-        tally.passed, tally.failed, tally.skipped
-    );
-    Ok(if tally.failed == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(tally)
 }
 
 /// How many tests ended how.
@@ -88,6 +127,16 @@ impl Tally {
     }
 }
 
+impl Sum for Tally {
+    fn sum<I: Iterator<Item = Self>>(tallies: I) -> Self {
+        tallies.fold(Self::default(), |sum, tally| Self {
+            passed: sum.passed + tally.passed,
+            failed: sum.failed + tally.failed,
+            skipped: sum.skipped + tally.skipped,
+        })
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     Pass,
@@ -103,15 +152,15 @@ enum Ended {
     Silent,
 }
 
-/// The names of the tests that `filters` choose.
-fn list(program: &Path, filters: &[String]) -> Result<BTreeSet<String>> {
+/// The names of the tests that `filters` choose, in their order.
+fn list(program: &Path, filters: &[String]) -> Result<Vec<String>> {
     let output = Command::new(program)
         .arg("--list")
         .args(filters)
         .stderr(Stdio::inherit())
         .output()
         .with_context(|| format!("starting {}", program.display()))?;
-    let names: BTreeSet<String> = String::from_utf8_lossy(&output.stdout)
+    let names: Vec<String> = String::from_utf8_lossy(&output.stdout)
         .lines()
         .map(str::to_owned)
         .collect();
@@ -147,8 +196,8 @@ fn run_in_one_machine(
                     println!("{line}");
                     tally.count(verdict);
                 }
-                // The closing line of this machine is not that of all.
-                _ if line.ends_with(" skipped") => {}
+                // The closing lines of this machine are not those of all.
+                _ if line.ends_with(" skipped") || line.starts_with("ran for ") => {}
                 _ => println!("{line}"),
             },
             Err(RecvTimeoutError::Disconnected) => break Ended::ByItself,
@@ -206,6 +255,20 @@ mod tests {
             verdict("SKIP [   0.00s] a_b: no tun"),
             Some(("a_b", Verdict::Skip))
         );
+    }
+
+    #[test]
+    fn every_test_is_dealt_to_one_lane() {
+        let names = ["a", "b", "c"].map(str::to_owned).to_vec();
+        let shares = deal(names.clone(), 2);
+        assert_eq!(
+            shares,
+            [
+                BTreeSet::from(["a".into(), "c".into()]),
+                BTreeSet::from(["b".into()])
+            ]
+        );
+        assert_eq!(deal(names, 8).len(), 3);
     }
 
     #[test]

@@ -26,7 +26,9 @@ use crate::guest::{self, Artefacts, Wanted};
 /// Exit status for a command that ran out of time, as timeout(1) has it.
 const TIMED_OUT: u8 = 124;
 
-const DEFAULT_CPUS: u32 = 2;
+/// One: with several, QEMU's emulation of nested guests now and then drops what one processor
+/// asks of another, and a guest crashes or the whole machine stands still.
+const DEFAULT_CPUS: u32 = 1;
 const DEFAULT_PROFILE: &str = "release";
 
 #[derive(Debug, clap::Subcommand)]
@@ -102,6 +104,14 @@ impl KernelChoice {
         match self {
             Self::Stock => "stock",
             Self::Patched => "patched",
+        }
+    }
+
+    /// What has to be built for it.
+    fn wanted(self) -> Wanted {
+        match self {
+            Self::Stock => Wanted::Stock,
+            Self::Patched => Wanted::Both,
         }
     }
 }
@@ -197,10 +207,7 @@ fn run_job(options: Options) -> Result<Outcome> {
         ),
         None => None,
     };
-    let artefacts = match options.kernel {
-        KernelChoice::Stock => guest::build(Wanted::Stock)?,
-        KernelChoice::Patched => guest::build(Wanted::Both)?,
-    };
+    let artefacts = guest::build(options.kernel.wanted())?;
     if options.kernel == KernelChoice::Patched && artefacts.patched.is_none() {
         bail!("--kernel patched: there is no patch series yet");
     }
@@ -224,6 +231,12 @@ fn run_job(options: Options) -> Result<Outcome> {
     } else {
         emulated::run(&job)
     }
+}
+
+/// Builds what a run with `profile` needs and finds out whether it will be on an emulated host.
+pub(crate) fn emulates(profile: &str) -> Result<bool> {
+    let artefacts = guest::build(Wanted::Stock)?;
+    Ok(!kvm_boots_linux(&artefacts, &bins::build(profile)?)?)
 }
 
 fn kvm_boots_linux(artefacts: &Artefacts, bins: &[PathBuf]) -> Result<bool> {

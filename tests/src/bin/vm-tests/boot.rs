@@ -87,8 +87,11 @@ fn topology_is_what_was_asked_for() -> Result<Outcome> {
 }
 
 fn affinity_pins_the_vcpu_thread() -> Result<Outcome> {
+    // On one processor it says no more than that pinning is no obstacle to booting; what is
+    // pinned where, a bare-metal guest shows on any machine with two.
+    let last = std::thread::available_parallelism()?.get() - 1;
     let guest = Machine {
-        cpus: "boot=2,affinity=[0@[1],1@[0]]",
+        cpus: &format!("boot=2,affinity=[0@[{last}],1@[0]]"),
         ..Machine::default()
     }
     .serve()?;
@@ -106,7 +109,10 @@ fn affinity_pins_the_vcpu_thread() -> Result<Outcome> {
         }
     }
     pinned.sort();
-    ensure!(pinned == ["vcpu0@1", "vcpu1@0"], "{pinned:?}");
+    ensure!(
+        pinned == [format!("vcpu0@{last}"), "vcpu1@0".to_owned()],
+        "{pinned:?}"
+    );
     Ok(Outcome::Passed)
 }
 
