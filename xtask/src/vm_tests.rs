@@ -28,8 +28,8 @@ const SILENCE_MAX: Duration = Duration::from_secs(480);
 const MACHINES_MAX: u32 = 3;
 /// How many emulated hosts run at a time, where this machine has a processor for each.
 const LANES_MAX: usize = 4;
-/// Memory of the testbed's host.
-const HOST_MEMORY: &str = "4G";
+/// Memory of an emulated host: with less it has no page of 1 GiB to give.
+const HOST_MEMORY: &str = "5G";
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
