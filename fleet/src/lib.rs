@@ -21,3 +21,4 @@ pub mod reservations;
 pub mod sample;
 pub mod settings;
 pub mod sim;
+pub mod store;

@@ -48,6 +48,7 @@ pub struct Placement {
 }
 
 /// A small generator of pseudo-random numbers (splitmix64): a draw by lot needs no more.
+#[derive(Debug)]
 pub(crate) struct Lot(pub(crate) u64);
 
 impl Lot {

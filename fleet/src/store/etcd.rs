@@ -1,0 +1,386 @@
+//! etcd 3.4 and later, over the JSON interface that every member serves on its client port.
+//!
+//! JSON over HTTP needs no generated code and no runtime, and is fast enough by far: a host asks its store a few times in
+//! ten seconds. Connections are not kept: one that died while it was idle would leave it open whether a change was made.
+//! Reads go from member to member until one answers. A change goes on to the next member only if it cannot have reached
+//! the one before.
+
+use std::io::{self, BufRead, BufReader, Read};
+use std::str::FromStr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use thiserror::Error;
+
+use super::etcd_wire as wire;
+use super::{Committed, LeaseId, Listing, Revision, Store, StoreError, Txn};
+
+/// Keys asked for at once; a page of 512 keys of some KiB stays far below etcd's own limits.
+const PAGE_KEYS: usize = 512;
+/// Longest answer: a page of values of etcd's largest size would be longer, and is nothing we write.
+const ANSWER_BYTES_MAX: u64 = 64 << 20;
+/// A member that does not answer in this time is given up, if there is another one and time is left.
+const ATTEMPT: Duration = Duration::from_millis(1000);
+/// The least that an attempt is worth.
+const ATTEMPT_MIN: Duration = Duration::from_millis(50);
+/// Longest line of a stream of changes.
+const LINE_BYTES_MAX: u64 = 16 << 20;
+
+/// Why a text is no endpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum EndpointError {
+    /// Only plain HTTP is spoken.
+    #[error(
+        "{0:?} does not start with http://; TLS is not spoken here, put a proxy before the store"
+    )]
+    Scheme(String),
+    /// There is no host.
+    #[error("{0:?} names no host and port")]
+    Host(String),
+}
+
+/// Where a member serves its clients: `http://host:port`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Endpoint(String);
+
+impl FromStr for Endpoint {
+    type Err = EndpointError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let rest = text
+            .strip_prefix("http://")
+            .ok_or_else(|| EndpointError::Scheme(text.to_owned()))?;
+        let place = rest.strip_suffix('/').unwrap_or(rest);
+        let (host, port) = place.rsplit_once(':').unwrap_or((place, ""));
+        let odd = |c: char| c.is_whitespace() || c.is_control() || "/?#@".contains(c);
+        if host.is_empty() || place.contains(odd) || port.parse::<u16>().is_err() {
+            return Err(EndpointError::Host(text.to_owned()));
+        }
+        Ok(Self(format!("http://{place}")))
+    }
+}
+
+/// A cluster of etcd members.
+#[derive(Debug)]
+pub struct EtcdStore {
+    agent: ureq::Agent,
+    endpoints: Vec<Endpoint>,
+    /// The member that is asked first; the next one when it did not answer.
+    first: AtomicUsize,
+}
+
+/// What became of one attempt with one member.
+enum Attempt {
+    /// It has certainly not reached the member.
+    NotSent(String),
+    /// It may have.
+    NoAnswer(String),
+    /// The member could not do it now, or does not say whether it did.
+    Unable(String),
+    /// It was answered, and the answer is final.
+    Final(StoreError),
+}
+
+impl EtcdStore {
+    /// A store with these members. `member` is the one that is asked first, counted round: clients that begin with
+    /// different ones spread over all.
+    pub fn new(endpoints: Vec<Endpoint>, member: usize) -> Self {
+        let config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .max_idle_connections(0)
+            // Members are asked directly, whatever the environment says of proxies.
+            .proxy(None)
+            .user_agent(concat!("ch-fleet/", env!("CARGO_PKG_VERSION")))
+            .build();
+        Self {
+            agent: ureq::Agent::new_with_config(config),
+            endpoints,
+            first: AtomicUsize::new(member),
+        }
+    }
+
+    fn post(
+        &self,
+        endpoint: &Endpoint,
+        path: &str,
+        body: &Value,
+        limit: Duration,
+    ) -> Result<ureq::Body, Attempt> {
+        let answer = self
+            .agent
+            .post(format!("{}{path}", endpoint.0))
+            .config()
+            .timeout_global(Some(limit))
+            .build()
+            .header("Content-Type", "application/json")
+            .send(body.to_string());
+        let answer = answer.map_err(|error| attempt_of(endpoint, &error))?;
+        let status = answer.status().as_u16();
+        let body = answer.into_body();
+        if status == 200 {
+            return Ok(body);
+        }
+        let told = read_first_json::<wire::Failure>(body).unwrap_or_default();
+        Err(match told.code {
+            wire::NOT_FOUND => Attempt::Final(StoreError::LeaseOver),
+            code if wire::NOT_DONE.contains(&code) => {
+                Attempt::Final(StoreError::Refused { why: told.message })
+            }
+            _ => Attempt::Unable(format!("{}: {status} {}", endpoint.0, told.message)),
+        })
+    }
+
+    /// Asks member after member. `again` says whether a request that may have arrived may be sent to another one too.
+    fn ask<T>(
+        &self,
+        (path, body): (&str, &Value),
+        until: Instant,
+        again: bool,
+        read: impl Fn(ureq::Body) -> io::Result<T>,
+    ) -> Result<T, StoreError> {
+        let mut why = "no member is known".to_owned();
+        let count = self.endpoints.len();
+        for turn in 0.. {
+            let left = until.saturating_duration_since(Instant::now());
+            // Each member is asked twice at most: what two rounds do not bring takes longer than a call should.
+            if turn >= 2 * count || (turn > 0 && left < ATTEMPT_MIN) {
+                break;
+            }
+            let member = self.first.load(Ordering::Relaxed);
+            let endpoint = &self.endpoints[member % count];
+            let limit = if count > 1 { left.min(ATTEMPT) } else { left };
+            let attempt = match self.post(endpoint, path, body, limit.max(ATTEMPT_MIN)) {
+                Ok(body) => match read(body) {
+                    Ok(answer) => return Ok(answer),
+                    Err(error) if again && error.kind() == io::ErrorKind::InvalidData => {
+                        Attempt::Final(StoreError::Form {
+                            why: error.to_string(),
+                        })
+                    }
+                    Err(error) => Attempt::NoAnswer(format!("{}: {error}", endpoint.0)),
+                },
+                Err(attempt) => attempt,
+            };
+            // Whoever asks next begins with another one. Threads that fail together move on by one all the same.
+            let _ = self.first.compare_exchange(
+                member,
+                member.wrapping_add(1),
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            );
+            match attempt {
+                Attempt::NotSent(text) => why = text,
+                Attempt::NoAnswer(text) | Attempt::Unable(text) if again => why = text,
+                Attempt::NoAnswer(why) | Attempt::Unable(why) => {
+                    return Err(StoreError::Unknown { why });
+                }
+                Attempt::Final(error) => return Err(error),
+            }
+        }
+        Err(StoreError::Unreachable { why })
+    }
+}
+
+/// Whether a request that failed this way can have reached the member.
+fn attempt_of(endpoint: &Endpoint, error: &ureq::Error) -> Attempt {
+    let text = format!("{}: {error}", endpoint.0);
+    let not_sent = match error {
+        ureq::Error::Timeout(kind) => {
+            matches!(kind, ureq::Timeout::Connect | ureq::Timeout::Resolve)
+        }
+        ureq::Error::HostNotFound | ureq::Error::ConnectionFailed | ureq::Error::BadUri(_) => true,
+        ureq::Error::Io(error) => error.kind() == io::ErrorKind::ConnectionRefused,
+        _ => false,
+    };
+    if not_sent {
+        Attempt::NotSent(text)
+    } else {
+        Attempt::NoAnswer(text)
+    }
+}
+
+/// The first JSON value of a body: streams have more, and some members end theirs untidily.
+fn read_first_json<T: DeserializeOwned>(body: ureq::Body) -> io::Result<T> {
+    let reader = BufReader::new(body.into_reader().take(ANSWER_BYTES_MAX));
+    let mut values = serde_json::Deserializer::from_reader(reader).into_iter::<T>();
+    match values.next() {
+        Some(Ok(value)) => Ok(value),
+        Some(Err(error)) => Err(error.into()),
+        None => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+impl Store for EtcdStore {
+    fn list(&self, prefix: &str, until: Instant) -> Result<Listing, StoreError> {
+        let mut listing = Listing::default();
+        loop {
+            let last = listing.pairs.last().map(|pair| pair.key.as_str());
+            // Every page at the revision of the first: together they are one moment.
+            let request = wire::range(prefix, last, listing.revision, PAGE_KEYS);
+            let answer: wire::RangeAnswer =
+                self.ask(("/v3/kv/range", &request), until, true, read_first_json)?;
+            if listing.revision == Revision(0) {
+                listing.revision = Revision(answer.header.revision);
+            }
+            for found in &answer.kvs {
+                listing.pairs.push(wire::pair(found)?);
+            }
+            if !answer.more || answer.kvs.is_empty() {
+                return Ok(listing);
+            }
+        }
+    }
+
+    fn commit(&self, txn: &Txn, until: Instant) -> Result<Committed, StoreError> {
+        let request = wire::txn(txn);
+        let answer: wire::TxnAnswer =
+            self.ask(("/v3/kv/txn", &request), until, false, read_first_json)?;
+        Ok(if answer.succeeded {
+            Committed::Yes(Revision(answer.header.revision))
+        } else {
+            Committed::Conflict
+        })
+    }
+
+    fn grant(&self, lasts: Duration, until: Instant) -> Result<LeaseId, StoreError> {
+        let seconds = lasts.as_millis().div_ceil(1000).max(1);
+        let request = wire::grant(u64::try_from(seconds).unwrap_or(u64::MAX));
+        let answer: wire::LeaseAnswer =
+            self.ask(("/v3/lease/grant", &request), until, true, read_first_json)?;
+        wire::lease_of(answer.id).ok_or_else(|| StoreError::Form {
+            why: "a lease without a number".to_owned(),
+        })
+    }
+
+    fn keep_alive(&self, lease: LeaseId, until: Instant) -> Result<(), StoreError> {
+        let request = wire::lease(lease);
+        let answer: wire::Streamed<wire::LeaseAnswer> = self.ask(
+            ("/v3/lease/keepalive", &request),
+            until,
+            true,
+            read_first_json,
+        )?;
+        if answer.result.ttl == 0 {
+            return Err(StoreError::LeaseOver);
+        }
+        Ok(())
+    }
+
+    fn revoke(&self, lease: LeaseId, until: Instant) -> Result<(), StoreError> {
+        let request = wire::lease(lease);
+        let ended = self.ask(
+            ("/v3/lease/revoke", &request),
+            until,
+            true,
+            read_first_json::<Value>,
+        );
+        match ended {
+            Ok(_) | Err(StoreError::LeaseOver) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn await_change(
+        &self,
+        prefix: &str,
+        after: Revision,
+        until: Instant,
+    ) -> Result<bool, StoreError> {
+        let request = wire::watch(prefix, after);
+        let member = self.first.load(Ordering::Relaxed);
+        let endpoint = &self.endpoints[member % self.endpoints.len().max(1)];
+        let left = until.saturating_duration_since(Instant::now());
+        let body = match self.post(endpoint, "/v3/watch", &request, left.max(ATTEMPT_MIN)) {
+            Ok(body) => body,
+            // No stream began in all the time: as good as nothing happening, as far as is known.
+            Err(_) if Instant::now() >= until => return Ok(false),
+            Err(Attempt::Final(error)) => return Err(error),
+            Err(Attempt::NotSent(why) | Attempt::NoAnswer(why) | Attempt::Unable(why)) => {
+                return Err(StoreError::Unreachable { why });
+            }
+        };
+        let mut lines = BufReader::new(body.into_reader());
+        loop {
+            let mut line = Vec::new();
+            match (&mut lines)
+                .take(LINE_BYTES_MAX)
+                .read_until(b'\n', &mut line)
+            {
+                Ok(1..) => {}
+                _ if Instant::now() >= until => return Ok(false),
+                Ok(_) => {
+                    return Err(StoreError::Unreachable {
+                        why: format!("{} ended the watch", endpoint.0),
+                    });
+                }
+                Err(error) => {
+                    return Err(StoreError::Unreachable {
+                        why: format!("{}: {error}", endpoint.0),
+                    });
+                }
+            }
+            // A watch that is cancelled, by a compaction above all, may have missed something.
+            let told: wire::Streamed<wire::WatchAnswer> =
+                serde_json::from_slice(&line).unwrap_or_default();
+            if told.result.canceled || !told.result.events.is_empty() {
+                return Ok(true);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn endpoint_is_a_plain_http_address() {
+        for good in [
+            "http://127.0.0.1:2379",
+            "http://etcd-1:2379/",
+            "http://[::1]:2379",
+        ] {
+            good.parse::<Endpoint>().unwrap();
+        }
+        for bad in [
+            "https://etcd:2379",
+            "etcd:2379",
+            "http://",
+            "http://etcd",
+            "http://u@etcd:2379",
+            "http://etcd:2379/v3",
+        ] {
+            assert!(bad.parse::<Endpoint>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn member_that_refuses_connections_is_not_in_doubt() {
+        // Bound and never listened to: the kernel refuses.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        drop(listener);
+        let store = EtcdStore::new(vec![format!("http://{address}").parse().unwrap()], 0);
+        let until = Instant::now() + Duration::from_secs(5);
+        let error = store.commit(&Txn::default(), until).unwrap_err();
+        assert!(matches!(error, StoreError::Unreachable { .. }), "{error:?}");
+    }
+
+    #[test]
+    fn member_that_takes_a_change_and_says_nothing_is_in_doubt() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let store = EtcdStore::new(vec![format!("http://{address}").parse().unwrap()], 0);
+        let until = Instant::now() + Duration::from_millis(300);
+        let error = store.commit(&Txn::default(), until).unwrap_err();
+        assert!(matches!(error, StoreError::Unknown { .. }), "{error:?}");
+        // What only reads is not in doubt, it is just not answered.
+        let until = Instant::now() + Duration::from_millis(300);
+        let error = store.list("/", until).unwrap_err();
+        assert!(matches!(error, StoreError::Unreachable { .. }), "{error:?}");
+    }
+}

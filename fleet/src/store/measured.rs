@@ -1,0 +1,134 @@
+//! Counts and times what is asked of a store.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{Committed, LeaseId, Listing, Revision, Store, StoreError, Txn};
+
+/// What was asked, for metrics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum StoreCall {
+    /// [`Store::list`]
+    List,
+    /// [`Store::commit`]
+    Commit,
+    /// [`Store::grant`], [`Store::keep_alive`] and [`Store::revoke`]
+    Lease,
+}
+
+impl StoreCall {
+    /// The name in metrics.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::List => "list",
+            Self::Commit => "commit",
+            Self::Lease => "lease",
+        }
+    }
+}
+
+/// What came of it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct StoreCounters {
+    /// Calls by what was asked and what came of it: `ok`, `conflict`, or the name of the error.
+    pub calls: BTreeMap<(StoreCall, &'static str), u64>,
+    /// How long the last call that was answered took, ms.
+    pub latency_ms: f64,
+}
+
+/// A store whose calls are counted. Waiting for changes is none: it lasts as long as nothing happens.
+#[derive(Debug)]
+pub struct Measured {
+    store: Arc<dyn Store>,
+    // Held to add one.
+    counters: Mutex<StoreCounters>,
+}
+
+impl Measured {
+    /// Counts what is asked of `store` through this.
+    pub fn new(store: Arc<dyn Store>) -> Self {
+        Self {
+            store,
+            counters: Mutex::default(),
+        }
+    }
+
+    /// The counts so far.
+    pub fn counters(&self) -> StoreCounters {
+        self.counters
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn count<T>(
+        &self,
+        call: StoreCall,
+        ask: impl FnOnce(&dyn Store) -> Result<T, StoreError>,
+        name: impl FnOnce(&T) -> &'static str,
+    ) -> Result<T, StoreError> {
+        let start = Instant::now();
+        let result = ask(&*self.store);
+        let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        let name = match &result {
+            Ok(answer) => {
+                counters.latency_ms = start.elapsed().as_secs_f64() * 1e3;
+                name(answer)
+            }
+            Err(error) => error.name(),
+        };
+        *counters.calls.entry((call, name)).or_default() += 1;
+        result
+    }
+}
+
+impl Store for Measured {
+    fn list(&self, prefix: &str, until: Instant) -> Result<Listing, StoreError> {
+        self.count(StoreCall::List, |store| store.list(prefix, until), |_| "ok")
+    }
+
+    fn commit(&self, txn: &Txn, until: Instant) -> Result<Committed, StoreError> {
+        self.count(
+            StoreCall::Commit,
+            |store| store.commit(txn, until),
+            |committed| match committed {
+                Committed::Yes(_) => "ok",
+                Committed::Conflict => "conflict",
+            },
+        )
+    }
+
+    fn grant(&self, lasts: Duration, until: Instant) -> Result<LeaseId, StoreError> {
+        self.count(
+            StoreCall::Lease,
+            |store| store.grant(lasts, until),
+            |_| "ok",
+        )
+    }
+
+    fn keep_alive(&self, lease: LeaseId, until: Instant) -> Result<(), StoreError> {
+        self.count(
+            StoreCall::Lease,
+            |store| store.keep_alive(lease, until),
+            |()| "ok",
+        )
+    }
+
+    fn revoke(&self, lease: LeaseId, until: Instant) -> Result<(), StoreError> {
+        self.count(
+            StoreCall::Lease,
+            |store| store.revoke(lease, until),
+            |()| "ok",
+        )
+    }
+
+    fn await_change(
+        &self,
+        prefix: &str,
+        after: Revision,
+        until: Instant,
+    ) -> Result<bool, StoreError> {
+        self.store.await_change(prefix, after, until)
+    }
+}

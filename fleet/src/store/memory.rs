@@ -1,0 +1,257 @@
+//! A store in this process: for tests and simulation, on a clock that only moves when it is told to.
+//!
+//! It can be told to fail the way clusters fail: not to answer, to lose an answer, to make a change after whoever asked
+//! for it has given up.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{Committed, LeaseId, Listing, Pair, Revision, Store, StoreError, Txn, Write};
+use crate::placement::Lot;
+
+/// What becomes of a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Nothing is done, and that is known.
+    Unreachable,
+    /// It is done, and nobody learns of it.
+    LostAnswer,
+    /// It is not done, and nobody learns of it.
+    LostRequest,
+    /// It is done when [`MemoryStore::deliver`] is called; until then nobody knows.
+    Late,
+}
+
+impl Fault {
+    const ALL: [Self; 4] = [
+        Self::Unreachable,
+        Self::LostAnswer,
+        Self::LostRequest,
+        Self::Late,
+    ];
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    revision: u64,
+    pairs: BTreeMap<String, Pair>,
+    /// When each lease ends, and how long it lasts.
+    leases: BTreeMap<LeaseId, (Duration, Duration)>,
+    leases_made: i64,
+    now: Duration,
+    faults: VecDeque<Fault>,
+    chance: Option<(Lot, u64)>,
+    late: Vec<Txn>,
+    down: bool,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct MemoryStore {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+}
+
+impl MemoryStore {
+    /// Moves the clock: leases that were not kept alive end.
+    pub fn advance(&self, by: Duration) {
+        let mut inner = self.lock();
+        inner.now += by;
+        let now = inner.now;
+        let over: BTreeSet<LeaseId> = inner
+            .leases
+            .iter()
+            .filter(|(_, (end, _))| *end <= now)
+            .map(|(lease, _)| *lease)
+            .collect();
+        for lease in over {
+            inner.end(lease);
+        }
+        self.changed.notify_all();
+    }
+
+    /// What becomes of the next call that changes something; several stand in line.
+    pub fn inject(&self, fault: Fault) {
+        self.lock().faults.push_back(fault);
+    }
+
+    /// Lets one in `one_in` calls that change something fail in one of all ways, by lot.
+    pub fn fail_by_lot(&self, seed: u64, one_in: u64) {
+        self.lock().chance = (one_in > 0).then_some((Lot(seed), one_in));
+    }
+
+    /// Answers nobody until it is called again with false.
+    pub fn set_down(&self, down: bool) {
+        self.lock().down = down;
+    }
+
+    /// Makes the changes that were [`Fault::Late`], those of them that can still be made.
+    pub fn deliver(&self) {
+        let mut inner = self.lock();
+        for txn in std::mem::take(&mut inner.late) {
+            // Whoever asked for it has given up; nobody is there to be told.
+            let _ = inner.commit(&txn);
+        }
+        self.changed.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn reached(&self) -> Result<MutexGuard<'_, Inner>, StoreError> {
+        let inner = self.lock();
+        if inner.down {
+            return Err(StoreError::Unreachable {
+                why: "it is down".to_owned(),
+            });
+        }
+        Ok(inner)
+    }
+}
+
+impl Inner {
+    fn end(&mut self, lease: LeaseId) {
+        if self.leases.remove(&lease).is_none() {
+            return;
+        }
+        self.revision += 1;
+        self.pairs.retain(|_, pair| pair.lease != Some(lease));
+    }
+
+    fn next_fault(&mut self) -> Option<Fault> {
+        if let Some(fault) = self.faults.pop_front() {
+            return Some(fault);
+        }
+        let (lot, one_in) = self.chance.as_mut()?;
+        if !lot.next().is_multiple_of(*one_in) {
+            return None;
+        }
+        Some(Fault::ALL[(lot.next() % Fault::ALL.len() as u64) as usize])
+    }
+
+    fn commit(&mut self, txn: &Txn) -> Result<Committed, StoreError> {
+        let holds = txn.expect.iter().all(|(key, changed)| {
+            let found = self.pairs.get(key).map_or(Revision(0), |pair| pair.changed);
+            found == *changed
+        });
+        if !holds {
+            return Ok(Committed::Conflict);
+        }
+        let tied_to_nothing = txn.writes.iter().any(|write| match write {
+            Write::Put { lease, .. } => {
+                lease.is_some_and(|lease| !self.leases.contains_key(&lease))
+            }
+            Write::Delete { .. } => false,
+        });
+        if tied_to_nothing {
+            return Err(StoreError::LeaseOver);
+        }
+        self.revision += 1;
+        let changed = Revision(self.revision);
+        for write in txn.writes.clone() {
+            match write {
+                Write::Put { key, value, lease } => {
+                    let pair = Pair {
+                        key: key.clone(),
+                        value,
+                        changed,
+                        lease,
+                    };
+                    self.pairs.insert(key, pair);
+                }
+                Write::Delete { key } => {
+                    self.pairs.remove(&key);
+                }
+            }
+        }
+        Ok(Committed::Yes(changed))
+    }
+}
+
+fn unknown() -> StoreError {
+    StoreError::Unknown {
+        why: "no answer came".to_owned(),
+    }
+}
+
+impl Store for MemoryStore {
+    fn list(&self, prefix: &str, _until: Instant) -> Result<Listing, StoreError> {
+        let inner = self.reached()?;
+        let pairs = inner
+            .pairs
+            .range(prefix.to_owned()..)
+            .take_while(|(key, _)| key.starts_with(prefix))
+            .map(|(_, pair)| pair.clone())
+            .collect();
+        Ok(Listing {
+            revision: Revision(inner.revision),
+            pairs,
+        })
+    }
+
+    fn commit(&self, txn: &Txn, _until: Instant) -> Result<Committed, StoreError> {
+        let mut inner = self.reached()?;
+        let result = match inner.next_fault() {
+            None => inner.commit(txn),
+            Some(Fault::Unreachable) => Err(StoreError::Unreachable {
+                why: "as was asked for".to_owned(),
+            }),
+            Some(Fault::LostAnswer) => inner.commit(txn).and_then(|_| Err(unknown())),
+            Some(Fault::LostRequest) => Err(unknown()),
+            Some(Fault::Late) => {
+                inner.late.push(txn.clone());
+                Err(unknown())
+            }
+        };
+        self.changed.notify_all();
+        result
+    }
+
+    fn grant(&self, lasts: Duration, _until: Instant) -> Result<LeaseId, StoreError> {
+        let mut inner = self.reached()?;
+        inner.leases_made += 1;
+        let lease = LeaseId(inner.leases_made);
+        let end = inner.now + lasts;
+        inner.leases.insert(lease, (end, lasts));
+        Ok(lease)
+    }
+
+    fn keep_alive(&self, lease: LeaseId, _until: Instant) -> Result<(), StoreError> {
+        let mut inner = self.reached()?;
+        let now = inner.now;
+        let (end, lasts) = inner.leases.get_mut(&lease).ok_or(StoreError::LeaseOver)?;
+        *end = now + *lasts;
+        Ok(())
+    }
+
+    fn revoke(&self, lease: LeaseId, _until: Instant) -> Result<(), StoreError> {
+        self.reached()?.end(lease);
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    fn await_change(
+        &self,
+        prefix: &str,
+        after: Revision,
+        until: Instant,
+    ) -> Result<bool, StoreError> {
+        let mut inner = self.reached()?;
+        // Removed keys leave no trace below the prefix, so any later change counts; a hint may be wrong.
+        while inner.revision <= after.0 {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            inner = self
+                .changed
+                .wait_timeout(inner, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        log::trace!("something changed, perhaps below {prefix}");
+        Ok(true)
+    }
+}
