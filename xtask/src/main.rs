@@ -6,6 +6,7 @@
 mod apt;
 mod ci;
 mod experiment;
+mod fleet;
 mod fuzz;
 mod guest;
 mod paths;
@@ -42,6 +43,8 @@ enum Command {
     Bench(shows::BenchOptions),
     /// Test the VMM with Linux guests
     VmTests(vm_tests::Options),
+    /// Look at the fleet agent: its page in Chromium, its metrics in Prometheus
+    FleetPage,
     /// Do anything to the devices, for a while
     Fuzz(fuzz::Options),
     /// Show what reclaimed memory is worth
@@ -88,6 +91,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => shows::demo(&options),
         Command::Bench(options) => shows::bench(options),
         Command::VmTests(options) => vm_tests::run(&options),
+        Command::FleetPage => fleet::page(),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Experiment(experiment) => experiment::run(&experiment),
         Command::Ci(options) => ci::run(&options),

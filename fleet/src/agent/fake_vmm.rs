@@ -19,12 +19,15 @@ use tempfile::TempDir;
 
 use crate::host::HostFiles;
 
-pub(super) const MIB: u64 = 1 << 20;
-pub(super) const GIB: u64 = 1 << 30;
+/// 1 MiB.
+pub const MIB: u64 = 1 << 20;
+/// 1 GiB.
+pub const GIB: u64 = 1 << 30;
 
 /// What a VMM does instead of answering well.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Fault {
+pub enum Fault {
+    /// Answers well.
     #[default]
     None,
     /// Takes the connection and says nothing.
@@ -39,24 +42,34 @@ pub(super) enum Fault {
 
 /// A guest.
 #[derive(Clone, Debug)]
-pub(super) struct FakeVm {
-    pub(super) configured: u64,
-    pub(super) resident: u64,
-    pub(super) available: u64,
-    pub(super) stalls: u64,
-    pub(super) target: u64,
-    pub(super) actual: u64,
-    pub(super) level: u8,
+pub struct FakeVm {
+    /// Its memory, bytes.
+    pub configured: u64,
+    /// Host memory it occupies, bytes.
+    pub resident: u64,
+    /// What it says is available inside, bytes.
+    pub available: u64,
+    /// What it says it had to wait for memory, times.
+    pub stalls: u64,
+    /// Balloon asked for, bytes.
+    pub target: u64,
+    /// Balloon it has, bytes.
+    pub actual: u64,
+    /// What its VMM's interface tells: 0, 1 or 2.
+    pub level: u8,
     /// Whether the balloon follows its target.
-    pub(super) follows: bool,
-    pub(super) fault: Fault,
+    pub follows: bool,
+    /// What its VMM does wrong.
+    pub fault: Fault,
     /// Every size that was asked for, and when.
-    pub(super) resizes: Vec<(u64, Instant)>,
-    pub(super) requests: u64,
+    pub resizes: Vec<(u64, Instant)>,
+    /// Requests that came.
+    pub requests: u64,
 }
 
 impl FakeVm {
-    pub(super) fn new(configured: u64, resident: u64) -> Self {
+    /// A level 2 VM that does what it is asked.
+    pub fn new(configured: u64, resident: u64) -> Self {
         Self {
             configured,
             resident,
@@ -92,19 +105,22 @@ struct Inner {
     others: u64,
 }
 
+/// A VM and where it is listened for.
+type Listening = (String, Arc<UnixListener>);
+
 /// A host with its VMs.
 #[derive(Debug)]
-pub(super) struct World {
+pub struct World {
     folder: TempDir,
     inner: Arc<Mutex<Inner>>,
-    listeners: Arc<Mutex<Vec<(String, UnixListener)>>>,
+    listeners: Arc<Mutex<Vec<Listening>>>,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl World {
     /// A host of `total` bytes, of which `others` are used by something else.
-    pub(super) fn new(total: u64, others: u64) -> Self {
+    pub fn new(total: u64, others: u64) -> Self {
         let folder = TempDir::new().unwrap();
         for name in ["vms", "proc/pressure", "proc/sys/kernel", "state", "run"] {
             fs::create_dir_all(folder.path().join(name)).unwrap();
@@ -131,11 +147,13 @@ impl World {
         world
     }
 
-    pub(super) fn path(&self) -> &Path {
+    /// Its folder: `vms` holds the sockets, `proc` the kernel's files.
+    pub fn path(&self) -> &Path {
         self.folder.path()
     }
 
-    pub(super) fn files(&self) -> HostFiles {
+    /// Where an agent finds the kernel's files.
+    pub fn files(&self) -> HostFiles {
         HostFiles {
             proc: self.path().join("proc"),
             cgroup_root: self.path().join("cgroup"),
@@ -143,12 +161,13 @@ impl World {
         }
     }
 
-    pub(super) fn socket_of(&self, name: &str) -> PathBuf {
+    /// The socket of a VM.
+    pub fn socket_of(&self, name: &str) -> PathBuf {
         self.path().join(format!("vms/{name}.sock"))
     }
 
     /// Adds a VM, or replaces the one of that name by another machine.
-    pub(super) fn add(&self, name: &str, vm: FakeVm) {
+    pub fn add(&self, name: &str, vm: FakeVm) {
         let socket = self.socket_of(name);
         let mut listeners = self.listeners.lock().unwrap();
         listeners.retain(|(known, _)| known != name);
@@ -156,12 +175,13 @@ impl World {
         let _ = fs::remove_file(&socket);
         self.inner.lock().unwrap().vms.insert(name.to_owned(), vm);
         let listener = UnixListener::bind(&socket).unwrap();
-        listeners.push((name.to_owned(), listener));
+        listeners.push((name.to_owned(), Arc::new(listener)));
         drop(listeners);
         self.write_host();
     }
 
-    pub(super) fn remove(&self, name: &str) {
+    /// Takes a VM away.
+    pub fn remove(&self, name: &str) {
         self.listeners
             .lock()
             .unwrap()
@@ -171,16 +191,19 @@ impl World {
         self.write_host();
     }
 
-    pub(super) fn vm(&self, name: &str) -> FakeVm {
+    /// A VM as it is now.
+    pub fn vm(&self, name: &str) -> FakeVm {
         self.inner.lock().unwrap().vms[name].clone()
     }
 
-    pub(super) fn change(&self, name: &str, change: impl FnOnce(&mut FakeVm)) {
+    /// Changes a VM.
+    pub fn change(&self, name: &str, change: impl FnOnce(&mut FakeVm)) {
         change(self.inner.lock().unwrap().vms.get_mut(name).unwrap());
         self.write_host();
     }
 
-    pub(super) fn set_others(&self, others: u64) {
+    /// Changes what the rest of the host uses, bytes.
+    pub fn set_others(&self, others: u64) {
         self.inner.lock().unwrap().others = others;
         self.write_host();
     }
@@ -220,21 +243,16 @@ fn write_host(inner: &MutexGuard<'_, Inner>, folder: &Path) {
 
 fn serve(
     inner: &Mutex<Inner>,
-    listeners: &Mutex<Vec<(String, UnixListener)>>,
+    listeners: &Mutex<Vec<Listening>>,
     stop: &AtomicBool,
     folder: &Path,
 ) {
     let mut held: Vec<UnixStream> = Vec::new();
     while !stop.load(Ordering::Relaxed) {
-        let all: Vec<(String, UnixListener)> = listeners
-            .lock()
-            .unwrap()
-            .iter()
-            .map(|(name, listener)| (name.clone(), listener.try_clone().unwrap()))
-            .collect();
+        let all: Vec<Listening> = listeners.lock().unwrap().clone();
         let mut polled: Vec<PollFd<'_>> = all
             .iter()
-            .map(|(_, listener)| PollFd::new(listener, PollFlags::IN))
+            .map(|(_, listener)| PollFd::new(listener.as_ref(), PollFlags::IN))
             .collect();
         let short = Timespec {
             tv_sec: 0,
@@ -345,7 +363,7 @@ fn respond(vm: &mut FakeVm, request: &str) -> String {
 
 fn stats(vm: &FakeVm) -> String {
     format!(
-        r#"{{"free_memory":{},"available_memory":{},"total_memory":{},"alloc_stalls":{},"major_faults":0}}"#,
+        r#"{{"free_memory":{},"available_memory":{},"total_memory":{},"alloc_stalls":{},"major_faults":0,"oom_kills":0}}"#,
         vm.available, vm.available, vm.configured, vm.stalls
     )
 }

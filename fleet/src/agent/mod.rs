@@ -24,8 +24,8 @@ mod signals;
 mod status;
 mod vms;
 
-#[cfg(test)]
-mod fake_vmm;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod fake_vmm;
 #[cfg(test)]
 mod tests;
 

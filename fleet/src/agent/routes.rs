@@ -19,8 +19,21 @@ pub const LOCAL_NAMES: [&str; 9] = [
 
 /// Content type of the Prometheus text format in its OpenMetrics form.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-const HTML: &str = "text/html; charset=utf-8";
-const PAGE: &str = include_str!("page.html");
+
+/// The page and what it loads: path, content type, content.
+const PAGE: [(&str, &str, &str); 3] = [
+    ("/", "text/html; charset=utf-8", include_str!("page.html")),
+    (
+        "/page.css",
+        "text/css; charset=utf-8",
+        include_str!("page.css"),
+    ),
+    (
+        "/page.js",
+        "text/javascript; charset=utf-8",
+        include_str!("page.js"),
+    ),
+];
 
 /// The local socket: everything.
 pub(super) fn handle_local(
@@ -48,8 +61,11 @@ pub fn handle_page(
     if request.method != Method::Get {
         return Response::error(400, &["Only GET is served here".to_owned()]);
     }
+    let part = PAGE.iter().find(|(path, ..)| *path == request.path);
+    if let Some((_, content_type, content)) = part {
+        return Response::text(content_type, *content);
+    }
     match request.path.as_str() {
-        "/" => Response::text(HTML, PAGE),
         "/metrics" => Response::text(OPEN_METRICS, metrics::render(&published.get(), published)),
         "/status.json" => Response::json(&without_paths(&published.get().status)),
         "/events.json" => ask(&Request {

@@ -12,6 +12,14 @@ const HEAD_BYTES_MAX: usize = 8 << 10;
 const HEADERS_MAX: usize = 64;
 /// Longest body.
 const BODY_BYTES_MAX: usize = 64 << 10;
+/// Headers of every answer. A page may load from the agent and nowhere else, and runs no script that stands in its text,
+/// so that nothing a VM or its owner is called can become one.
+const FIXED_HEADERS: &str = "Connection: close\r\n\
+     Cache-Control: no-store\r\n\
+     Content-Security-Policy: default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
+     img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'\r\n\
+     Referrer-Policy: no-referrer\r\n\
+     X-Content-Type-Options: nosniff\r\n";
 
 /// What may be asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -129,7 +137,7 @@ impl Response {
 
     pub(super) fn write(&self, to: &mut impl Write) -> io::Result<()> {
         let mut bytes = format!(
-            "HTTP/1.1 {} {}\r\nConnection: close\r\nX-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n",
+            "HTTP/1.1 {} {}\r\n{FIXED_HEADERS}",
             self.status,
             reason_phrase(self.status)
         );

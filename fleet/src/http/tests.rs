@@ -44,6 +44,10 @@ fn request_with_query_and_body_arrives_whole() {
         "PUT /x?b=1&a=7 HTTP/1.1\r\nHost: x\r\ncontent-length: 3\r\n\r\nabc",
     );
     assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+    assert!(
+        answer.contains("\r\nContent-Security-Policy: default-src 'none'; script-src 'self';"),
+        "{answer}"
+    );
     assert!(answer.ends_with("Put /x Some(\"7\") 3 false"), "{answer}");
 }
 
