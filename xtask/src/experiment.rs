@@ -55,6 +55,9 @@ struct Common {
     /// Folder for the table as JSON and the curves as SVG [default: target/experiment]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+    /// Count instructions instead of time: figures that repeat, whatever else the machine does
+    #[arg(long)]
+    icount: bool,
     /// Profile of our binaries
     #[arg(long, default_value = "release")]
     profile: String,
@@ -151,6 +154,7 @@ pub(crate) fn run(experiment: &Experiment) -> Result<ExitCode> {
         command,
         Surroundings {
             memory: host,
+            icount: common.icount,
             kernel: match common.reporting {
                 Reporting::Bitmap => KernelChoice::Patched,
                 Reporting::Off | Reporting::Mainline => KernelChoice::Stock,
