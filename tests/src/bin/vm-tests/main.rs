@@ -8,6 +8,7 @@ mod balloon;
 mod boot;
 mod consoles;
 mod devices;
+mod fleet;
 mod hotplug;
 mod huge_pages;
 mod life;
@@ -37,6 +38,7 @@ fn all() -> Vec<Test> {
         zones::tests(),
         api::tests(),
         overhead::tests(),
+        fleet::tests(),
         patched::tests(),
     ]
     .concat()
