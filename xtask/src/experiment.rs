@@ -162,7 +162,6 @@ pub(crate) fn run(experiment: &Experiment) -> Result<ExitCode> {
             timeout: common.timeout,
             profile: Some(common.profile.clone()),
             share: Some(out.clone()),
-            ..Surroundings::default()
         },
     )?;
     say_what_was_measured(&out.join(format!("{name}-{}.json", common.reporting.word())))?;
