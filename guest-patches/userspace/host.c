@@ -21,13 +21,16 @@ static struct batch {
 } batches[BATCHES_MAX];
 static unsigned int in_flight;
 
-/* It is no fault if these are reported once more. */
+/*
+ * It is no fault if these are reported once more. With them comes the rest of
+ * their granule, or of the block that is the smallest to be reported.
+ */
 void host_doubts(unsigned long pfn, unsigned long pages)
 {
+	unsigned long unit = max(PRB_GRANULE_PAGES, 1UL << page_reporting_order);
 	unsigned long end = pfn + pages;
 
-	for (pfn = round_down(pfn, PRB_GRANULE_PAGES);
-	     pfn < end || pfn & (PRB_GRANULE_PAGES - 1); pfn++)
+	for (pfn = round_down(pfn, unit); pfn < end || pfn & (unit - 1); pfn++)
 		pfn_to_page(pfn)->news = true;
 }
 
@@ -128,48 +131,48 @@ static void check_age(unsigned long pfn)
 	     page->freed_in, page->freed_in_pass ? "" : " or after it", passes);
 }
 
-static bool has_bit(unsigned long pfn, bool young_only)
+/* Whether the device takes an entry for each range that a block can consist of. */
+static bool takes_all_ranges(void)
 {
-	struct mem_section_usage *usage = __nr_to_section(pfn_to_section_nr(pfn))->usage;
-	unsigned long bits = atomic_long_read(&usage->reporting_young);
-
-	if (!young_only)
-		bits |= usage->reporting_old;
-	return bits & BIT((pfn & (PAGES_PER_SECTION - 1)) >> PRB_GRANULE_ORDER);
+	return device.entries >= BITS_PER_LONG / 2;
 }
 
 /*
- * What is reported now is no news from here on, but for granules that keep a
- * bit: what lies between two others, and in passes that do not mind ages what
- * was freed since the pass looked. And of a granule that leaves in pieces some
- * may merge before the last has left, and then leave once more.
+ * What is reported now is no news from here on, but for granules that leave in
+ * pieces: some may merge before the last has left, and then leave once more.
  */
 static void no_news(unsigned long from, unsigned long to, unsigned long first, unsigned long last)
 {
-	for (; first <= last; first += PRB_GRANULE_PAGES) {
-		bool is_end = first <= from || first + PRB_GRANULE_PAGES >= to;
-
-		if (first < from || first + PRB_GRANULE_PAGES > to)
+	for (unsigned long granule = first; granule <= last; granule += PRB_GRANULE_PAGES) {
+		if (granule < from || granule + PRB_GRANULE_PAGES > to)
 			continue;
-		if (has_bit(first, is_end) && !(is_end && minds_age))
+		/* May have gone along with its neighbours, see below. */
+		if (!takes_all_ranges() && granule != first && granule != last)
 			continue;
-		for (unsigned long pfn = first; pfn < first + PRB_GRANULE_PAGES; pfn++)
+		for (unsigned long pfn = granule; pfn < granule + PRB_GRANULE_PAGES; pfn++)
 			pfn_to_page(pfn)->news = false;
 	}
 }
 
-/* The part of a range that one block brought: both its ends must be news. */
+/*
+ * The part of a range that one block brought: each granule must be news. If the
+ * device takes few entries, what lies between two of them may go along.
+ */
 static void check_part(unsigned long from, unsigned long to)
 {
 	unsigned long first = round_down(from, PRB_GRANULE_PAGES);
 	unsigned long last = round_down(to - 1, PRB_GRANULE_PAGES);
 
-	must(has_news(first, from, to), "page %#lx is reported twice without a change", from);
-	must(has_news(last, from, to), "page %#lx is reported twice without a change", to - 1);
-	/* What lies between goes along. */
-	for (unsigned long pfn = from; pfn < to; pfn++)
-		if (pfn < first + PRB_GRANULE_PAGES || pfn >= last)
+	for (unsigned long granule = first; granule <= last; granule += PRB_GRANULE_PAGES) {
+		unsigned long end = min(granule + PRB_GRANULE_PAGES, to);
+
+		if (!takes_all_ranges() && granule != first && granule != last)
+			continue;
+		must(has_news(granule, from, to), "page %#lx is reported twice without a change",
+		     max(granule, from));
+		for (unsigned long pfn = max(granule, from); pfn < end; pfn++)
 			check_age(pfn);
+	}
 	no_news(from, to, first, last);
 }
 
@@ -207,7 +210,7 @@ static struct batch *accept(struct scatterlist *sg, unsigned int count, void *to
 
 	must(in_flight <= BATCHES_MAX && in_flight <= max(device.batches, 1U),
 	     "%u batches are at the device", in_flight);
-	must(count && count <= device.capacity, "a batch has %u entries", count);
+	must(count && count <= device.entries, "a batch has %u entries", count);
 	must(sg[count - 1].end, "the last entry is not marked");
 	batch->token = token;
 	batch->count = count;
@@ -291,7 +294,7 @@ void host_init(bool queue, unsigned int capacity, unsigned int count)
 		.report = host_report,
 		.submit = queue ? host_submit : NULL,
 		.reap = queue ? host_reap : NULL,
-		.capacity = queue ? capacity : PAGE_REPORTING_CAPACITY,
+		.entries = queue ? capacity : PAGE_REPORTING_CAPACITY,
 		.batches = queue ? count : 1,
 	};
 	in_flight = 0;

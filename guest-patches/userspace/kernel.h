@@ -141,6 +141,16 @@ static inline long atomic_long_xchg(atomic_long_t *v, long value)
 	return old;
 }
 
+static inline long atomic_long_fetch_andnot(unsigned long mask, atomic_long_t *v)
+{
+	long old;
+
+	others_run();
+	old = v->counter;
+	v->counter &= ~mask;
+	return old;
+}
+
 static inline long atomic_long_fetch_or(unsigned long mask, atomic_long_t *v)
 {
 	unsigned long old = v->counter;
@@ -388,7 +398,7 @@ struct page_reporting_dev_info {
 	int (*submit)(struct page_reporting_dev_info *prdev, struct scatterlist *sg,
 		      unsigned int nents, void *token);
 	void *(*reap)(struct page_reporting_dev_info *prdev, bool wait);
-	unsigned int capacity;
+	unsigned int entries;
 	unsigned int batches;
 	unsigned int order;
 };

@@ -184,6 +184,10 @@ void page_reporting_put_block(struct page *page, unsigned int order)
 	}
 	for (unsigned long i = 0; i < 1UL << order; i += 1UL << step)
 		free_block(page->pfn + i, step, COMES_BACK_AS_FREED, true);
+	/* Isolated meanwhile in part, it merges later, and that counts as a free. */
+	for (unsigned long i = 0; i < 1UL << order; i += 1UL << step)
+		if (memory_is_isolated(page->pfn + i))
+			host_doubts(page->pfn, 1UL << order);
 }
 
 unsigned long memory_lent_pages(void)
@@ -328,7 +332,9 @@ static void set_isolated(unsigned long pfn, bool value)
 		if (block && block->buddy && block->order == PAGEBLOCK_ORDER &&
 		    PAGEBLOCK_ORDER < MAX_PAGE_ORDER) {
 			unlist_block(block);
-			free_block(first, PAGEBLOCK_ORDER, false, true);
+			/* A block too small to be noted may become part of a larger one. */
+			free_block(first, PAGEBLOCK_ORDER, PAGEBLOCK_ORDER < page_reporting_order,
+				   true);
 		}
 	}
 	spin_unlock_irq(&zone->lock);

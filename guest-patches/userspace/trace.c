@@ -48,10 +48,11 @@ static unsigned long random_pfn(void)
 
 /* Pageblocks isolated by the trace itself, to be let go again. */
 static unsigned long alone[4];
+/* One at a time, and no section leaves under who isolates: as mem_hotplug_lock has it. */
+static bool busy;
 
 static void isolate(void)
 {
-	static bool busy;
 	unsigned long *slot = &alone[chance(ARRAY_SIZE(alone))];
 
 	if (busy)
@@ -68,10 +69,8 @@ static void isolate(void)
 	busy = false;
 }
 
-/* One at a time, as mem_hotplug_lock has it. */
 static void hotplug(void)
 {
-	static bool busy;
 	unsigned int index = FIRST_HOTPLUGGED + chance(SECTIONS - FIRST_HOTPLUGGED);
 
 	if (busy)
@@ -152,8 +151,7 @@ static void detach(void)
 static void set_order(void)
 {
 	mutex_lock(&prb_index.pass_lock);
-	/* Above a pageblock, isolation lets blocks merge that nobody was told of. */
-	page_reporting_order = 2 + chance(PAGEBLOCK_ORDER - 1);
+	page_reporting_order = 2 + chance(MAX_PAGE_ORDER - 1);
 	prb_index.order = page_reporting_order;
 	mutex_lock(&prb_index.index_lock);
 	prb_mark_all();
