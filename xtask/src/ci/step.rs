@@ -87,6 +87,12 @@ pub(crate) const STEPS: &[Step] = &[
         &["guest"],
         "cargo xtask guest check --quick",
     ),
+    // The patched kernel with QEMU as its host: nothing is built. Two minutes.
+    guests(
+        "qemu tests",
+        &["test programs", "guest"],
+        "cargo xtask guest qemu-test",
+    ),
     // The tests take a few minutes; a guest that hangs costs its test's own deadline.
     guests("vm tests", BUILT, "cargo xtask vm-tests"),
     guests("vm bench", BUILT, "cargo xtask bench"),

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 
 use super::cache::key;
 use super::make::quiet;
-use super::source::Source;
+use super::source::{Source, parse_version};
 use crate::{apt, paths};
 
 /// Where the newest kernels appear.
@@ -155,8 +155,8 @@ fn newest(names: &str) -> Option<((u32, u32), String)> {
     names
         .lines()
         .filter_map(|name| {
-            let (major, minor) = name.strip_prefix(PREFIX)?.split_once('.')?;
-            Some(((major.parse().ok()?, minor.parse().ok()?), name.to_string()))
+            let version = parse_version(name.strip_prefix(PREFIX)?)?;
+            Some((version, name.to_string()))
         })
         .max()
 }

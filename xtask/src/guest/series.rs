@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail, ensure};
 
 use super::cache::key;
-use super::source;
+use super::source::{self, Source};
 use crate::apt::{self, Need};
 use crate::paths;
 
@@ -62,6 +62,22 @@ impl Patch {
         (!text.is_empty()).then(|| Self {
             name: self.name.clone(),
             text,
+        })
+    }
+
+    /// The patch with `parts` in place of its own for the same files.
+    fn with_parts(&self, parts: &str) -> Result<Self> {
+        let parts = Self {
+            name: self.name.clone(),
+            text: parts.to_string(),
+        };
+        let (own, theirs) = (self.files(), parts.files());
+        let unknown: Vec<&String> = theirs.iter().filter(|file| !own.contains(file)).collect();
+        ensure!(unknown.is_empty(), "it does not touch {unknown:?}");
+        let text = self.part(|file| !theirs.iter().any(|other| other == file));
+        Ok(Self {
+            name: parts.name,
+            text: text.map_or(String::new(), |part| part.text) + &parts.text,
         })
     }
 
@@ -129,6 +145,29 @@ impl Series {
         Ok(Self { patches })
     }
 
+    /// The series as it is for `source`: with the parts of the newest `patches-VERSION` that
+    /// is not newer than it, in place of the patches' own for the same files.
+    pub(super) fn for_source(&self, source: &Source) -> Result<Self> {
+        let mut patches = self.patches.clone();
+        let folders = entries(&folder())?;
+        let Some(parts) = parts_for(&folders, source.version()) else {
+            return Ok(Self { patches });
+        };
+        for name in entries(&folder().join(parts))? {
+            let path = folder().join(parts).join(&name);
+            let text =
+                fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+            let patch = patches
+                .iter_mut()
+                .find(|patch| patch.name == name)
+                .with_context(|| format!("{} is for no patch of the series", path.display()))?;
+            *patch = patch
+                .with_parts(&text)
+                .with_context(|| format!("putting {} into its patch", path.display()))?;
+        }
+        Ok(Self { patches })
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.patches.is_empty()
     }
@@ -170,6 +209,26 @@ impl Series {
         }
         Ok(prefixes)
     }
+}
+
+/// Of folders, the `patches-VERSION` with the highest version up to `version`.
+fn parts_for(folders: &[String], version: Option<(u32, u32)>) -> Option<&str> {
+    let versions = folders.iter().filter_map(|name| {
+        let own = source::parse_version(name.strip_prefix("patches-")?)?;
+        (Some(own) <= version).then_some((own, name.as_str()))
+    });
+    versions.max().map(|(_, name)| name)
+}
+
+/// Names of what is in a folder.
+fn entries(folder: &Path) -> Result<Vec<String>> {
+    fs::read_dir(folder)
+        .with_context(|| format!("reading {}", folder.display()))?
+        .map(|entry| {
+            let entry = entry.with_context(|| format!("reading {}", folder.display()))?;
+            Ok(entry.file_name().to_string_lossy().into_owned())
+        })
+        .collect()
 }
 
 /// Names in a quilt series file.
@@ -243,13 +302,45 @@ impl Drop for Scratch {
 
 #[cfg(test)]
 mod tests {
-    use super::{Patch, names};
+    use super::{Patch, names, parts_for};
 
     #[test]
     fn series_without_comments_and_blanks_is_the_order() {
         let text = "# 0xx preparation\n001-a.patch\n\n  101-b.patch  # why\n#102-c.patch\n";
         let all: Vec<&str> = names(text).collect();
         assert_eq!(all, ["001-a.patch", "101-b.patch"]);
+    }
+
+    #[test]
+    fn parts_take_the_place_of_the_same_files_only() {
+        let patch = |text: &str| Patch {
+            name: "1.patch".into(),
+            text: text.into(),
+        };
+        let old = "diff --git a/x.c b/x.c\n-1\ndiff --git a/y.c b/y.c\n-2\n";
+        let both = patch(old)
+            .with_parts("diff --git a/x.c b/x.c\n-3\n")
+            .unwrap();
+        assert_eq!(
+            both.part(|file| file == "x.c").unwrap().text,
+            "diff --git a/x.c b/x.c\n-3\n"
+        );
+        assert_eq!(
+            both.part(|file| file == "y.c").unwrap().text,
+            "diff --git a/y.c b/y.c\n-2\n"
+        );
+        patch(old)
+            .with_parts("diff --git a/z.c b/z.c\n-3\n")
+            .unwrap_err();
+    }
+
+    #[test]
+    fn parts_are_those_of_the_highest_version_that_is_not_newer() {
+        let folders = ["patches", "patches-6.18", "patches-7.3", "userspace"].map(String::from);
+        assert_eq!(parts_for(&folders, Some((6, 12))), None);
+        assert_eq!(parts_for(&folders, None), None);
+        assert_eq!(parts_for(&folders, Some((7, 0))), Some("patches-6.18"));
+        assert_eq!(parts_for(&folders, Some((7, 10))), Some("patches-7.3"));
     }
 
     #[test]

@@ -56,6 +56,12 @@ impl Source {
         })
     }
 
+    /// Version and patch level of the kernel, by the name of its folder.
+    pub(super) fn version(&self) -> Option<(u32, u32)> {
+        let (_, version) = self.folder.rsplit_once('-')?;
+        parse_version(version)
+    }
+
     /// The unpacked source, which nobody may write to. The caller holds the cache.
     pub(super) fn unpack(&self, _lock: &Lock) -> Result<PathBuf> {
         let cache = paths::cache()?;
@@ -79,6 +85,12 @@ impl Source {
         fs::remove_dir(&beside).with_context(|| format!("removing {}", beside.display()))?;
         Ok(source)
     }
+}
+
+/// `7.3` as two numbers.
+pub(super) fn parse_version(text: &str) -> Option<(u32, u32)> {
+    let (major, minor) = text.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 /// A file of the source; `None` if it has none of that name.

@@ -107,6 +107,15 @@ impl Workshop {
         }
     }
 
+    /// The objects of the test kernels once more, without anything that is in `name` yet.
+    pub(super) fn fresh_objects(&self, name: &str) -> Result<Objects> {
+        let dir = self.dir.join(name);
+        if dir.exists() {
+            fs::remove_dir_all(&dir).with_context(|| format!("removing {}", dir.display()))?;
+        }
+        self.objects(name)
+    }
+
     /// The objects of another configuration.
     pub(super) fn objects(&self, name: &str) -> Result<Objects> {
         let dir = self.dir.join(name);
