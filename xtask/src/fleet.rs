@@ -1,8 +1,8 @@
-//! `cargo xtask fleet-page`: tests of the fleet agent that need programs of others.
+//! `cargo xtask fleet-page` and `fleet-bench`: the fleet agent with programs of others, and what it costs.
 
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use crate::apt::{self, Need};
 use crate::paths;
@@ -13,25 +13,72 @@ const NEEDS: &[Need] = &[
         why: "shows the agent's page",
     },
     Need {
+        package: "python3-placement",
+        why: "takes what the adapter tells",
+    },
+    Need {
         package: "prometheus",
         why: "scrapes the agent, checks rules and dashboards",
     },
 ];
 
-/// Shows the agent's page and metrics to a browser and a Prometheus. Pictures of the page are left in `target/tmp/page`.
+/// Tests marked as needing something: package and target.
+const TESTS: &[[&str; 3]] = &[
+    ["ch-fleet", "--test", "seen"],
+    ["ch-fleet-adapter", "--bin", "ch-fleet-adapter"],
+];
+
+/// Shows the agent to a browser, a Prometheus and a placement. Pictures of the page are left in `target/tmp/page`.
 pub(crate) fn page() -> Result<ExitCode> {
     apt::ensure(NEEDS)?;
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
-        .args(["test", "--package", "ch-fleet", "--test", "seen"])
-        // One browser or one Prometheus at a time.
-        .args(["--", "--ignored", "--test-threads=1"])
-        .current_dir(paths::workspace())
+    for [package, kind, target] in TESTS {
+        let passed = cargo(&["test", "--package", package, kind, target])
+            // One browser or server at a time.
+            .args(["--", "--ignored", "--test-threads=1"])
+            .status()
+            .context("starting the tests")?
+            .success();
+        if !passed {
+            return Ok(ExitCode::FAILURE);
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct BenchOptions {
+    /// Fake VMs
+    #[arg(long, default_value_t = 500)]
+    vms: usize,
+    /// Seconds that are measured
+    #[arg(long, default_value_t = 120)]
+    seconds: u64,
+}
+
+/// Measures what an agent costs its host and prints one JSON object.
+pub(crate) fn bench(options: &BenchOptions) -> Result<ExitCode> {
+    let built = cargo(&["build", "--release", "--package", "ch-fleet"])
         .status()
-        .context("starting the tests")?;
+        .context("building the agent")?;
+    if !built.success() {
+        bail!("building the agent failed ({built})");
+    }
+    let status = cargo(&["run", "--quiet", "--package", "fleet"])
+        .args(["--features", "test-utils", "--example", "agent_footprint"])
+        .arg("--")
+        .arg(paths::target().join("release/ch-fleet"))
+        .args([options.vms.to_string(), options.seconds.to_string()])
+        .status()
+        .context("starting the measurement")?;
     Ok(if status.success() {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
     })
+}
+
+fn cargo(arguments: &[&str]) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.args(arguments).current_dir(paths::workspace());
+    command
 }

@@ -43,8 +43,10 @@ enum Command {
     Bench(shows::BenchOptions),
     /// Test the VMM with Linux guests
     VmTests(vm_tests::Options),
-    /// Look at the fleet agent: its page in Chromium, its metrics in Prometheus
+    /// Look at the fleet agent: its page in Chromium, its metrics in Prometheus, its host in placement
     FleetPage,
+    /// Measure what the fleet agent costs its host
+    FleetBench(fleet::BenchOptions),
     /// Do anything to the devices, for a while
     Fuzz(fuzz::Options),
     /// Show what reclaimed memory is worth
@@ -92,6 +94,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => shows::bench(options),
         Command::VmTests(options) => vm_tests::run(&options),
         Command::FleetPage => fleet::page(),
+        Command::FleetBench(options) => fleet::bench(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Experiment(experiment) => experiment::run(&experiment),
         Command::Ci(options) => ci::run(&options),

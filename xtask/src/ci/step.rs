@@ -65,7 +65,7 @@ pub(crate) const STEPS: &[Step] = &[
         "unit tests",
         "cargo {test} --workspace --lib --bins --tests --no-fail-fast",
     ),
-    // The agent's page in Chromium, its metrics and rules in Prometheus.
+    // The agent's page in Chromium, its metrics and rules in Prometheus, its host in placement.
     host("fleet page", "cargo xtask fleet-page"),
     host("doc tests", "cargo test --workspace --doc"),
     // Each once, without measuring: that they still run at all.

@@ -1,0 +1,159 @@
+//! The command line.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::http::Service;
+
+/// Tells schedulers what memory a ch-fleet agent's host has for VMs.
+///
+/// The capacity is the size of the VMs that are here or promised, and what the agent could promise to a further one now. A
+/// fall is told at once, a rise by a tenth a minute; an agent that does not answer for a minute offers nothing new, and
+/// after a quarter of an hour nothing.
+#[derive(Debug, Parser)]
+#[command(name = "ch-fleet-adapter", version = concat!("v", env!("CARGO_PKG_VERSION")))]
+pub(crate) struct Arguments {
+    /// Socket of the agent
+    #[arg(long, value_name = "PATH", default_value = "/run/ch-fleet/agent.sock")]
+    pub(crate) socket: PathBuf,
+
+    /// Seconds between two looks at the agent
+    #[arg(long, value_name = "SECONDS", default_value_t = 5.0, value_parser = seconds)]
+    interval: f64,
+
+    /// Tell once and end
+    #[arg(long)]
+    pub(crate) once: bool,
+
+    /// Take back what was told, and end
+    #[arg(long, conflicts_with = "once")]
+    pub(crate) withdraw: bool,
+
+    #[command(subcommand)]
+    pub(crate) target: Target,
+}
+
+impl Arguments {
+    pub(crate) fn interval(&self) -> Duration {
+        Duration::from_secs_f64(self.interval)
+    }
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(seconds) if (0.1..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("a number of seconds from 0.1 to 3600 is needed".to_owned()),
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Target {
+    /// Kubernetes: an extended resource of the node, and a HostMemory object
+    Kubernetes {
+        /// Name of the node
+        #[arg(long, value_name = "NAME", value_parser = segment)]
+        node: String,
+        /// Address of the API server [default: that of the cluster we run in]
+        #[arg(long, value_name = "URL")]
+        server: Option<String>,
+        /// Name of the extended resource
+        #[arg(long, value_name = "NAME", default_value = "ch-fleet.dev/memory-mib")]
+        resource: String,
+        #[command(flatten)]
+        access: Access,
+    },
+    /// OpenStack placement: the inventory of a resource provider
+    Placement {
+        /// Address of placement
+        #[arg(long, value_name = "URL")]
+        url: String,
+        /// Name of the resource provider
+        #[arg(long, value_name = "NAME", value_parser = segment)]
+        provider: String,
+        /// Make the resource provider if it is not there
+        #[arg(long)]
+        create: bool,
+        /// Resource class; one of your own (CUSTOM_…) stands beside what nova itself reports
+        #[arg(long, value_name = "NAME", default_value = "MEMORY_MB", value_parser = segment)]
+        resource_class: String,
+        #[command(flatten)]
+        access: Access,
+    },
+}
+
+/// How to be let in.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Access {
+    /// File with the token; read for every request
+    #[arg(long, value_name = "PATH")]
+    pub(crate) token_file: Option<PathBuf>,
+
+    /// File with the certificates that https is checked against
+    #[arg(long, value_name = "PATH")]
+    pub(crate) ca_file: Option<PathBuf>,
+
+    /// Seconds that one request may take
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = seconds)]
+    request_timeout: f64,
+}
+
+impl Access {
+    pub(crate) fn service(&self, url: &str) -> Service {
+        Service {
+            url: url.to_owned(),
+            token_file: self.token_file.clone(),
+            ca_file: self.ca_file.clone(),
+            timeout: Duration::from_secs_f64(self.request_timeout),
+        }
+    }
+}
+
+/// A name that may stand in a URL as it is.
+fn segment(text: &str) -> Result<String, String> {
+    let fits = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+    if text.is_empty() || !text.chars().all(fits) {
+        return Err("only letters, digits, '-', '.' and '_' may be in it".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use clap::CommandFactory;
+    use yaml_rust2::YamlLoader;
+
+    use super::*;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn deployment_uses_a_command_line_that_is_understood() {
+        let text = include_str!("../../../fleet/kubernetes/adapter.yaml");
+        let documents = YamlLoader::load_from_str(text).unwrap();
+        let set = documents
+            .iter()
+            .find(|document| document["kind"].as_str() == Some("DaemonSet"))
+            .unwrap();
+        let container = &set["spec"]["template"]["spec"]["containers"][0];
+        let words = container["args"].as_vec().unwrap().iter();
+        // The kubelet puts the variable's value there.
+        let words = words.map(|word| word.as_str().unwrap().replace("$(NODE_NAME)", "n1"));
+        let arguments =
+            Arguments::try_parse_from(std::iter::once("adapter".to_owned()).chain(words)).unwrap();
+        assert!(matches!(arguments.target, Target::Kubernetes { node, .. } if node == "n1"));
+    }
+
+    #[test]
+    fn name_that_would_change_the_path_is_refused() {
+        for name in ["", "a/b", "a?b", "a b", "a%2e"] {
+            assert!(segment(name).is_err(), "{name}");
+        }
+        assert!(segment("node-1.example").is_ok());
+    }
+}

@@ -1,0 +1,276 @@
+//! Requests to the service that is told, each with a deadline, a bound on its answer and the token as it is now.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::Value;
+use thiserror::Error;
+use ureq::http;
+use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
+
+/// Longest answer. A node of a large cluster with all its images is some 100 KiB.
+const ANSWER_BYTES_MAX: u64 = 4 << 20;
+/// Most that is shown of an answer that refuses.
+const SHOWN_CHARS_MAX: usize = 300;
+
+/// Why nothing was told.
+#[derive(Debug, Error)]
+pub(crate) enum HttpError {
+    /// A file that is needed.
+    #[error("Cannot read {}", path.display())]
+    File {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    /// A file without what it should hold.
+    #[error("{} holds no certificate", path.display())]
+    NoCertificate { path: PathBuf },
+    /// No answer.
+    #[error("{method} {path}: no answer")]
+    Request {
+        method: &'static str,
+        path: String,
+        #[source]
+        source: Box<ureq::Error>,
+    },
+    /// An answer that is no JSON.
+    #[error("{method} {path}: the answer is no JSON")]
+    Form {
+        method: &'static str,
+        path: String,
+        #[source]
+        source: serde_json::Error,
+    },
+    /// An answer that refuses.
+    #[error("{method} {path}: {status} {told}")]
+    Refused {
+        method: &'static str,
+        path: String,
+        status: u16,
+        told: String,
+        /// When to come again, if it says so.
+        retry_after: Option<Duration>,
+    },
+    /// Every attempt met somebody else's change.
+    #[error("{path} changed each of {attempts} times it was tried")]
+    Contended { path: String, attempts: u32 },
+    /// Something that must be there.
+    #[error("{0}")]
+    Missing(String),
+}
+
+impl HttpError {
+    /// When the service wants to be asked again.
+    pub(crate) fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Refused { retry_after, .. } => *retry_after,
+            _ => None,
+        }
+    }
+}
+
+/// An answer.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    method: &'static str,
+    path: String,
+    pub(crate) status: u16,
+    pub(crate) body: Value,
+    retry_after: Option<Duration>,
+}
+
+impl Answer {
+    pub(crate) fn is_good(&self) -> bool {
+        (200..300).contains(&self.status)
+    }
+
+    /// The body, or what refused it.
+    pub(crate) fn good(self) -> Result<Value, HttpError> {
+        if self.is_good() {
+            return Ok(self.body);
+        }
+        // Kubernetes says why in `message`, placement in `errors`.
+        let told = match (&self.body["message"], &self.body["errors"][0]["detail"]) {
+            (Value::String(text), _) | (_, Value::String(text)) => text.clone(),
+            _ => self.body.to_string(),
+        };
+        Err(HttpError::Refused {
+            method: self.method,
+            path: self.path,
+            status: self.status,
+            told: told.chars().take(SHOWN_CHARS_MAX).collect(),
+            retry_after: self.retry_after,
+        })
+    }
+}
+
+/// How to reach a service.
+#[derive(Clone, Debug)]
+pub(crate) struct Service {
+    pub(crate) url: String,
+    pub(crate) token_file: Option<PathBuf>,
+    pub(crate) ca_file: Option<PathBuf>,
+    pub(crate) timeout: Duration,
+}
+
+/// The header that carries the token, and what stands before it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TokenHeader(pub(crate) &'static str, pub(crate) &'static str);
+
+/// A client of one service.
+#[derive(Debug)]
+pub(crate) struct Http {
+    agent: ureq::Agent,
+    url: String,
+    token_file: Option<PathBuf>,
+    token_header: TokenHeader,
+}
+
+impl Http {
+    pub(crate) fn new(service: &Service, token_header: TokenHeader) -> Result<Self, HttpError> {
+        let mut config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .max_idle_connections(0)
+            .timeout_global(Some(service.timeout))
+            .user_agent(concat!("ch-fleet-adapter/", env!("CARGO_PKG_VERSION")));
+        if let Some(file) = &service.ca_file {
+            let tls = TlsConfig::builder()
+                .root_certs(RootCerts::Specific(Arc::new(certificates(file)?)))
+                .unversioned_rustls_crypto_provider(Arc::new(
+                    rustls::crypto::ring::default_provider(),
+                ))
+                .build();
+            config = config.tls_config(tls);
+        } else if service.url.starts_with("https:") {
+            return Err(HttpError::Missing(format!(
+                "{} is https: --ca-file must say whom to believe",
+                service.url
+            )));
+        }
+        Ok(Self {
+            agent: ureq::Agent::new_with_config(config.build()),
+            url: service.url.trim_end_matches('/').to_owned(),
+            token_file: service.token_file.clone(),
+            token_header,
+        })
+    }
+
+    /// Sends one request. A body goes out as `content_type`.
+    pub(crate) fn send(
+        &self,
+        method: &'static str,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Option<&Value>,
+    ) -> Result<Answer, HttpError> {
+        let mut request = http::Request::builder()
+            .method(method)
+            .uri(format!("{}{path}", self.url))
+            .header("Accept", "application/json");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        if let Some(token) = self.token()? {
+            let TokenHeader(name, before) = self.token_header;
+            request = request.header(name, format!("{before}{token}"));
+        }
+        let failed = |source: ureq::Error| HttpError::Request {
+            method,
+            path: path.to_owned(),
+            source: Box::new(source),
+        };
+        let answer = match body {
+            Some(body) => {
+                let request = request.body(body.to_string());
+                self.agent
+                    .run(request.map_err(|error| failed(error.into()))?)
+            }
+            None => {
+                let request = request.body(());
+                self.agent
+                    .run(request.map_err(|error| failed(error.into()))?)
+            }
+        };
+        read(method, path, answer.map_err(failed)?)
+    }
+
+    /// Read anew each time: tokens are replaced while we run.
+    fn token(&self) -> Result<Option<String>, HttpError> {
+        let Some(path) = &self.token_file else {
+            return Ok(None);
+        };
+        match fs::read_to_string(path) {
+            Ok(token) => Ok(Some(token.trim().to_owned())),
+            Err(source) => Err(HttpError::File {
+                path: path.clone(),
+                source,
+            }),
+        }
+    }
+}
+
+fn read(
+    method: &'static str,
+    path: &str,
+    mut answer: http::Response<ureq::Body>,
+) -> Result<Answer, HttpError> {
+    let status = answer.status().as_u16();
+    let retry_after = answer
+        .headers()
+        .get("Retry-After")
+        .and_then(|value| value.to_str().ok()?.parse().ok())
+        .map(Duration::from_secs);
+    let text = answer
+        .body_mut()
+        .with_config()
+        .limit(ANSWER_BYTES_MAX)
+        .read_to_string()
+        .map_err(|source| HttpError::Request {
+            method,
+            path: path.to_owned(),
+            source: Box::new(source),
+        })?;
+    let body = match serde_json::from_str(&text) {
+        Ok(body) => body,
+        // No content, or what a proxy in between has to say.
+        Err(_) if text.is_empty() || !(200..300).contains(&status) => Value::String(text),
+        Err(source) => {
+            return Err(HttpError::Form {
+                method,
+                path: path.to_owned(),
+                source,
+            });
+        }
+    };
+    Ok(Answer {
+        method,
+        path: path.to_owned(),
+        status,
+        body,
+        retry_after,
+    })
+}
+
+fn certificates(path: &Path) -> Result<Vec<Certificate<'static>>, HttpError> {
+    let text = fs::read(path).map_err(|source| HttpError::File {
+        path: path.to_owned(),
+        source,
+    })?;
+    let found: Vec<_> = parse_pem(&text)
+        .filter_map(|item| match item {
+            Ok(PemItem::Certificate(certificate)) => Some(certificate),
+            _ => None,
+        })
+        .collect();
+    if found.is_empty() {
+        return Err(HttpError::NoCertificate {
+            path: path.to_owned(),
+        });
+    }
+    Ok(found)
+}

@@ -1,0 +1,196 @@
+//! `ch-fleet-adapter`: tells Kubernetes or OpenStack what memory a host has for VMs, as its ch-fleet agent measures it.
+//!
+//! It reads what the agent publishes on its socket, and nothing else; it is a program of its own so that the agent needs no
+//! TLS and no word of any scheduler. What it told stays when it ends: `--withdraw` takes it back.
+
+mod args;
+mod http;
+mod kubernetes;
+mod offer;
+mod pace;
+mod placement;
+mod time;
+
+#[cfg(test)]
+mod fake_server;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use clap::Parser;
+
+use args::{Access, Arguments, Target};
+use http::{HttpError, Service};
+use kubernetes::Kubernetes;
+use offer::{AgentStatus, Offer};
+use pace::Pace;
+use placement::Placement;
+
+/// How long the agent may take to answer out of its memory.
+const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest time between two attempts to tell.
+const BACK_OFF_MAX: Duration = Duration::from_secs(60);
+/// Where a pod finds its service account.
+const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}", api::chain_report("ch-fleet-adapter", error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Who is told.
+enum Scheduler {
+    Kubernetes(Kubernetes),
+    Placement(Placement),
+}
+
+impl Scheduler {
+    fn tell(&mut self, offer: &Offer) -> Result<(), HttpError> {
+        match self {
+            Self::Kubernetes(kubernetes) => kubernetes.tell(offer),
+            Self::Placement(placement) => placement.tell(offer),
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let mut scheduler = scheduler(&arguments.target)?;
+    if arguments.withdraw {
+        return tell(&mut scheduler, &Offer::default());
+    }
+    if arguments.once {
+        return tell(&mut scheduler, &ask(&arguments.socket)?);
+    }
+    follow(arguments, &mut scheduler)
+}
+
+fn follow(arguments: &Arguments, scheduler: &mut Scheduler) -> Result<()> {
+    let mut pace = Pace::new(Instant::now());
+    let mut not_before = Instant::now();
+    let mut failures = 0;
+    let mut agent_answers = true;
+    loop {
+        let heard = ask(&arguments.socket);
+        // Once when it stops and once when it comes back.
+        match &heard {
+            Err(error) if agent_answers => log(&format!("the agent does not answer: {error:#}")),
+            Ok(_) if !agent_answers => log("the agent answers again"),
+            _ => {}
+        }
+        agent_answers = heard.is_ok();
+        let now = Instant::now();
+        if let Some(offer) = pace.next(heard.ok(), now)
+            && now >= not_before
+        {
+            match scheduler.tell(&offer) {
+                Ok(()) => {
+                    failures = 0;
+                    log_told(&offer);
+                    pace.told(offer, now);
+                }
+                Err(error) => {
+                    let wait = error
+                        .retry_after()
+                        .unwrap_or_else(|| arguments.interval() * 2_u32.pow(failures))
+                        .min(BACK_OFF_MAX);
+                    failures = (failures + 1).min(8);
+                    not_before = now + wait;
+                    let chain = api::error_chain(&error).join(": ");
+                    log(&format!(
+                        "not told, again in {} ms: {chain}",
+                        wait.as_millis()
+                    ));
+                }
+            }
+        }
+        thread::sleep(arguments.interval());
+    }
+}
+
+fn scheduler(target: &Target) -> Result<Scheduler> {
+    Ok(match target {
+        Target::Kubernetes {
+            node,
+            server,
+            resource,
+            access,
+        } => {
+            let service = match server {
+                Some(server) => access.service(server),
+                None => in_cluster(access)?,
+            };
+            Scheduler::Kubernetes(Kubernetes::new(&service, node, resource)?)
+        }
+        Target::Placement {
+            url,
+            provider,
+            create,
+            resource_class,
+            access,
+        } => {
+            let service = access.service(url);
+            Scheduler::Placement(Placement::new(&service, provider, resource_class, *create)?)
+        }
+    })
+}
+
+/// The API server as a pod is told of it.
+fn in_cluster(access: &Access) -> Result<Service> {
+    let variable = |name: &str| {
+        std::env::var(name)
+            .with_context(|| format!("Outside of a cluster --server is needed: no {name}"))
+    };
+    let host = variable("KUBERNETES_SERVICE_HOST")?;
+    let port = variable("KUBERNETES_SERVICE_PORT")?;
+    // An address of IPv6 has colons itself.
+    let host = if host.contains(':') {
+        format!("[{host}]")
+    } else {
+        host
+    };
+    let file = |name: &str| PathBuf::from(SERVICE_ACCOUNT).join(name);
+    let mut service = access.service(&format!("https://{host}:{port}"));
+    service.token_file.get_or_insert_with(|| file("token"));
+    service.ca_file.get_or_insert_with(|| file("ca.crt"));
+    Ok(service)
+}
+
+fn tell(scheduler: &mut Scheduler, offer: &Offer) -> Result<()> {
+    scheduler.tell(offer)?;
+    log_told(offer);
+    Ok(())
+}
+
+/// What the agent published last.
+fn ask(socket: &Path) -> Result<Offer> {
+    let client = api::Client::new(socket).with_timeout(Some(AGENT_TIMEOUT));
+    let body = client
+        .get("fleet.status")?
+        .context("The agent's answer is empty")?;
+    let status: AgentStatus =
+        serde_json::from_str(&body).context("The agent's answer has another form")?;
+    Ok(Offer::of(&status))
+}
+
+fn log_told(offer: &Offer) {
+    log(&format!(
+        "told state={} capacity_mib={} in_use_mib={} free_mib={}",
+        offer.state.name(),
+        offer.capacity_mib(),
+        offer.in_use_mib,
+        offer.free_mib
+    ));
+}
+
+fn log(text: &str) {
+    eprintln!("ch-fleet-adapter: {text}");
+}

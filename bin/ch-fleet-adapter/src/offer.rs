@@ -1,0 +1,218 @@
+//! What a host offers to schedulers, out of what its agent published.
+//!
+//! A scheduler counts sizes: what it placed here, against a capacity. So the capacity is the size of the VMs that are here,
+//! or promised, and what could be promised to a further one now. Overcommit is in the first part: that the sizes of the VMs
+//! that are here may exceed the host's memory is what the agent makes true, one measured promise after the other.
+
+use serde::Deserialize;
+
+const MIB: u64 = 1 << 20;
+/// Figures of the host older than this promise nothing, ms.
+const FACTS_AGE_MS_MAX: u64 = 15_000;
+
+/// The part of the agent's status that counts here. More may stand there, in a newer agent.
+#[derive(Clone, Debug, Deserialize)]
+pub(crate) struct AgentStatus {
+    pub(crate) version: String,
+    pub(crate) unix_ms: u64,
+    host: Host,
+    vms: Vec<Vm>,
+    reservations: Vec<Reservation>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Host {
+    state: State,
+    facts_age_ms: u64,
+    ledger: Ledger,
+}
+
+/// The agent's books, bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+pub(crate) struct Ledger {
+    pub(crate) usable: u64,
+    pub(crate) available: u64,
+    pub(crate) resident: u64,
+    pub(crate) ballooned: u64,
+    pub(crate) callable_liability: u64,
+    pub(crate) firm_free: u64,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Vm {
+    vm: String,
+    configured: u64,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Reservation {
+    vm: String,
+    configured: u64,
+}
+
+/// The host's state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum State {
+    Green,
+    Yellow,
+    Orange,
+    Red,
+    /// The agent does not answer, or has a state that is not known here.
+    #[default]
+    #[serde(other)]
+    Unknown,
+}
+
+impl State {
+    pub(crate) const ALL: [Self; 5] = [
+        Self::Green,
+        Self::Yellow,
+        Self::Orange,
+        Self::Red,
+        Self::Unknown,
+    ];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Green => "green",
+            Self::Yellow => "yellow",
+            Self::Orange => "orange",
+            Self::Red => "red",
+            Self::Unknown => "unknown",
+        }
+    }
+
+    fn admits(self) -> bool {
+        matches!(self, Self::Green | Self::Yellow)
+    }
+}
+
+/// What is told.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Offer {
+    pub(crate) state: State,
+    /// Size of the VMs that are here or promised, MiB.
+    pub(crate) in_use_mib: u64,
+    /// What could be promised to a further one, MiB.
+    pub(crate) free_mib: u64,
+    pub(crate) vms: usize,
+    pub(crate) ledger: Ledger,
+    pub(crate) agent_version: String,
+    /// When the agent put it together, ms since the Unix epoch.
+    pub(crate) unix_ms: u64,
+}
+
+impl Offer {
+    pub(crate) fn of(status: &AgentStatus) -> Self {
+        let host = &status.host;
+        let promised = status
+            .reservations
+            .iter()
+            .filter(|held| !status.vms.iter().any(|vm| vm.vm == held.vm))
+            .map(|held| held.configured);
+        let sizes = status.vms.iter().map(|vm| vm.configured).chain(promised);
+        let fresh = host.facts_age_ms <= FACTS_AGE_MS_MAX;
+        Self {
+            state: host.state,
+            in_use_mib: sizes.map(|bytes| bytes.div_ceil(MIB)).sum(),
+            free_mib: if fresh && host.state.admits() {
+                host.ledger.firm_free / MIB
+            } else {
+                0
+            },
+            vms: status.vms.len(),
+            ledger: host.ledger,
+            agent_version: status.version.clone(),
+            unix_ms: status.unix_ms,
+        }
+    }
+
+    /// The same VMs and nothing for further ones: the agent does not answer.
+    pub(crate) fn held(&self) -> Self {
+        Self {
+            state: State::Unknown,
+            free_mib: 0,
+            ..self.clone()
+        }
+    }
+
+    pub(crate) fn capacity_mib(&self) -> u64 {
+        self.in_use_mib.saturating_add(self.free_mib)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use fleet::agent::{ReservationStatus, Status, VmStatus};
+    use fleet::model::{Bytes, HostState};
+    use fleet::reservations::{Reservation, ReservationPhase};
+
+    use super::*;
+
+    fn status() -> Status {
+        let vm = |name: &str| VmStatus {
+            vm: name.to_owned(),
+            configured: Bytes::gib(4),
+            ..VmStatus::default()
+        };
+        let held = |name: &str| ReservationStatus {
+            reservation: Reservation {
+                id: name.to_owned(),
+                vm: name.to_owned(),
+                configured: Bytes::gib(2),
+                promised: Bytes::gib(1),
+                phase: ReservationPhase::Promised,
+                owner_uid: 0,
+                since_unix_ms: 0,
+                deadline_unix_ms: None,
+            },
+            outstanding: Bytes::gib(1),
+        };
+        let mut status = Status {
+            vms: vec![vm("a"), vm("b")],
+            reservations: vec![held("b"), held("c")],
+            ..Status::default()
+        };
+        status.host.ledger.firm_free = Bytes::gib(3);
+        status
+    }
+
+    /// Through the agent's own form, so that a change of it is noticed here.
+    fn offer(status: &Status) -> Offer {
+        let text = serde_json::to_string(status).unwrap();
+        Offer::of(&serde_json::from_str(&text).unwrap())
+    }
+
+    #[test]
+    fn capacity_is_what_is_here_and_what_could_come() {
+        let offer = offer(&status());
+        // b is here, its reservation counts no more; c is to come.
+        assert_eq!(offer.in_use_mib, 10 << 10);
+        assert_eq!(offer.capacity_mib(), 13 << 10);
+        assert_eq!((offer.vms, offer.state), (2, State::Green));
+    }
+
+    #[test]
+    fn scarce_or_unread_host_offers_no_more_than_what_is_here() {
+        for change in [
+            |status: &mut Status| status.host.state = HostState::Orange,
+            |status: &mut Status| status.host.state = HostState::Red,
+            |status: &mut Status| status.host.facts_age_ms = FACTS_AGE_MS_MAX + 1,
+        ] {
+            let mut status = status();
+            change(&mut status);
+            let offer = offer(&status);
+            assert_eq!((offer.in_use_mib, offer.free_mib), (10 << 10, 0));
+        }
+    }
+
+    #[test]
+    fn state_of_a_newer_agent_is_unknown_and_offers_nothing() {
+        let text = serde_json::to_string(&status()).unwrap();
+        let text = text.replace("\"green\"", "\"violet\"");
+        let offer = Offer::of(&serde_json::from_str(&text).unwrap());
+        assert_eq!((offer.state, offer.free_mib), (State::Unknown, 0));
+    }
+}

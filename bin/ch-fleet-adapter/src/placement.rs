@@ -1,0 +1,219 @@
+//! OpenStack placement: the inventory of a resource provider, and a trait that names the host's state.
+//!
+//! Every write names the generation it was read at. When somebody else wrote in between, placement refuses with 409, and
+//! everything is read again (<https://docs.openstack.org/api-ref/placement/>). Overcommit is in the total already, so the
+//! allocation ratio is 1.
+
+use serde_json::{Value, json};
+
+use crate::http::{Answer, Http, HttpError, Service, TokenHeader};
+use crate::offer::{Offer, State};
+
+/// Of the version at which all that can be offered may be reserved, which withdraws it.
+const VERSION: (&str, &str) = ("OpenStack-API-Version", "placement 1.26");
+const JSON: (&str, &str) = ("Content-Type", "application/json");
+/// Attempts at something that somebody else changes at the same time.
+const ATTEMPTS: u32 = 5;
+const CONFLICT: u16 = 409;
+const NOT_FOUND: u16 = 404;
+/// The generation changed, in placement's words for programs.
+const CONCURRENT: &str = "placement.concurrent_update";
+/// Our traits; those of others stay.
+const TRAIT_PREFIX: &str = "CUSTOM_CH_FLEET_";
+/// Resource classes that placement does not bring itself.
+const CUSTOM: &str = "CUSTOM_";
+
+/// One resource provider.
+#[derive(Debug)]
+pub(crate) struct Placement {
+    http: Http,
+    provider: String,
+    class: String,
+    /// Whether the provider is made when it is not there.
+    create: bool,
+    /// Its id, when it is known.
+    uuid: Option<String>,
+    /// Whether the names that are used were made known.
+    introduced: bool,
+}
+
+impl Placement {
+    pub(crate) fn new(
+        service: &Service,
+        provider: &str,
+        class: &str,
+        create: bool,
+    ) -> Result<Self, HttpError> {
+        Ok(Self {
+            http: Http::new(service, TokenHeader("X-Auth-Token", ""))?,
+            provider: provider.to_owned(),
+            class: class.to_owned(),
+            create,
+            uuid: None,
+            introduced: false,
+        })
+    }
+
+    pub(crate) fn tell(&mut self, offer: &Offer) -> Result<(), HttpError> {
+        self.introduce()?;
+        let path = format!("/resource_providers/{}", self.uuid()?);
+        let told = self
+            .tell_inventory(&path, offer)
+            .and_then(|()| self.tell_state(&path, offer.state));
+        if let Err(HttpError::Refused {
+            status: NOT_FOUND, ..
+        }) = told
+        {
+            // Removed, and perhaps made anew under another id.
+            self.uuid = None;
+        }
+        told
+    }
+
+    /// Makes our traits and the resource class known, which is doing nothing if they are.
+    fn introduce(&mut self) -> Result<(), HttpError> {
+        if self.introduced {
+            return Ok(());
+        }
+        for state in State::ALL {
+            let path = format!("/traits/{}", trait_of(state));
+            self.send("PUT", &path, None)?.good()?;
+        }
+        if self.class.starts_with(CUSTOM) {
+            let path = format!("/resource_classes/{}", self.class);
+            self.send("PUT", &path, None)?.good()?;
+        }
+        self.introduced = true;
+        Ok(())
+    }
+
+    fn uuid(&mut self) -> Result<String, HttpError> {
+        if let Some(uuid) = &self.uuid {
+            return Ok(uuid.clone());
+        }
+        let path = format!("/resource_providers?name={}", self.provider);
+        let found = self.send("GET", &path, None)?.good()?;
+        let provider = match &found["resource_providers"][0] {
+            Value::Null if self.create => {
+                let new = json!({"name": self.provider});
+                self.send("POST", "/resource_providers", Some(&new))?
+                    .good()?
+            }
+            Value::Null => {
+                return Err(HttpError::Missing(format!(
+                    "Placement knows no resource provider {:?}; --create makes it",
+                    self.provider
+                )));
+            }
+            found => found.clone(),
+        };
+        let uuid = provider["uuid"]
+            .as_str()
+            .ok_or_else(|| HttpError::Missing("The resource provider has no id".to_owned()))?;
+        self.uuid = Some(uuid.to_owned());
+        Ok(uuid.to_owned())
+    }
+
+    fn tell_inventory(&self, provider: &str, offer: &Offer) -> Result<(), HttpError> {
+        let path = format!("{provider}/inventories");
+        let wanted = inventory(offer);
+        self.changed(&path, |read| {
+            let (there, generation) = (&read["inventories"][&self.class], generation_of(read));
+            if contains(there, &wanted) {
+                return None;
+            }
+            let mut body = wanted.clone();
+            body["resource_provider_generation"] = generation;
+            if there.is_null() {
+                body["resource_class"] = json!(self.class);
+                Some(("POST", path.clone(), body))
+            } else {
+                Some(("PUT", format!("{path}/{}", self.class), body))
+            }
+        })
+    }
+
+    fn tell_state(&self, provider: &str, state: State) -> Result<(), HttpError> {
+        let path = format!("{provider}/traits");
+        self.changed(&path, |read| {
+            let names = read["traits"].as_array().into_iter().flatten();
+            let there: Vec<&str> = names.filter_map(Value::as_str).collect();
+            let (ours, mut others): (Vec<_>, Vec<_>) = there
+                .into_iter()
+                .partition(|name| name.starts_with(TRAIT_PREFIX));
+            let wanted = trait_of(state);
+            if ours == [wanted.as_str()] {
+                return None;
+            }
+            others.push(&wanted);
+            let body = json!({
+                "traits": others,
+                "resource_provider_generation": generation_of(read),
+            });
+            Some(("PUT", path.clone(), body))
+        })
+    }
+
+    /// Reads `path` and sends what `change` makes of it, anew when somebody else wrote in between.
+    fn changed(
+        &self,
+        path: &str,
+        change: impl Fn(&Value) -> Option<(&'static str, String, Value)>,
+    ) -> Result<(), HttpError> {
+        for _ in 0..ATTEMPTS {
+            let read = self.send("GET", path, None)?.good()?;
+            let Some((method, to, body)) = change(&read) else {
+                return Ok(());
+            };
+            let answer = self.send(method, &to, Some(&body))?;
+            if answer.status != CONFLICT || answer.body["errors"][0]["code"] != CONCURRENT {
+                return answer.good().map(drop);
+            }
+        }
+        Err(HttpError::Contended {
+            path: path.to_owned(),
+            attempts: ATTEMPTS,
+        })
+    }
+
+    fn send(
+        &self,
+        method: &'static str,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Answer, HttpError> {
+        self.http.send(method, path, &[VERSION, JSON], body)
+    }
+}
+
+fn trait_of(state: State) -> String {
+    format!("{TRAIT_PREFIX}{}", state.name().to_uppercase())
+}
+
+fn generation_of(read: &Value) -> Value {
+    read["resource_provider_generation"].clone()
+}
+
+/// The inventory of an offer. A total of nothing is not allowed: it is then one MiB that is reserved.
+fn inventory(offer: &Offer) -> Value {
+    let total = offer.capacity_mib();
+    json!({
+        "total": total.max(1),
+        "reserved": u64::from(total == 0),
+        "min_unit": 1,
+        "max_unit": total.max(1),
+        "step_size": 1,
+        "allocation_ratio": 1.0,
+    })
+}
+
+/// Whether what is there has every value that is wanted.
+fn contains(there: &Value, wanted: &Value) -> bool {
+    let fields = wanted.as_object().into_iter().flatten();
+    fields
+        .into_iter()
+        .all(|(name, value)| there[name] == *value)
+}
+
+#[cfg(test)]
+mod tests;
