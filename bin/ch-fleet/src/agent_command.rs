@@ -8,10 +8,11 @@ use fleet::host::HostFiles;
 use fleet::settings::{DEFAULT_FILE, load};
 
 use crate::args::AgentOptions as Options;
-use crate::logger;
+use crate::{allocator, logger};
 
 /// Runs until it is told to end.
 pub(crate) fn run(options: &Options) -> Result<()> {
+    allocator::keep_small();
     logger::install(options.log_format, options.verbose).context("Cannot log")?;
     // The default file need not be there; one that was named must be.
     let required = options.config != Path::new(DEFAULT_FILE);

@@ -5,6 +5,7 @@
 //! 3 refused, 5 no answer in time; `run` ends with its VMM's.
 
 mod agent_command;
+mod allocator;
 mod args;
 mod ask;
 mod doctor;
