@@ -81,6 +81,36 @@ impl Patch {
         })
     }
 
+    /// The parts of `other` that change a file in another way than this patch does; that lines
+    /// have moved does not count.
+    pub(super) fn differing_parts(&self, other: &Self) -> Result<Option<String>> {
+        ensure!(
+            self.files() == other.files(),
+            "{} changes other files there",
+            self.name
+        );
+        let differing: Vec<String> = self
+            .files()
+            .into_iter()
+            .filter(|file| {
+                let changes =
+                    |patch: &Self| patch.part(|name| name == file).map(|part| part.bare());
+                changes(self) != changes(other)
+            })
+            .collect();
+        let parts = other.part(|file| differing.iter().any(|name| name == file));
+        Ok(parts.map(|part| part.text))
+    }
+
+    /// Its lines without numbers and hashes.
+    fn bare(&self) -> Vec<String> {
+        let lines = self.text.lines().filter(|line| !line.starts_with("index "));
+        lines
+            .map(|line| if line.starts_with("@@ ") { "@@" } else { line })
+            .map(str::to_string)
+            .collect()
+    }
+
     /// Its first line of the commit message, without the `[PATCH …]`.
     pub(super) fn subject(&self) -> Option<String> {
         let mut lines = self.text.lines();
@@ -332,6 +362,26 @@ mod tests {
         patch(old)
             .with_parts("diff --git a/z.c b/z.c\n-3\n")
             .unwrap_err();
+    }
+
+    #[test]
+    fn parts_differ_by_their_lines_and_not_by_their_numbers() {
+        let patch = |text: &str| Patch {
+            name: "1.patch".into(),
+            text: text.into(),
+        };
+        let x = "diff --git a/x.c b/x.c\nindex 1..2\n@@ -1 +1 @@ a\n-1\n";
+        let y = "diff --git a/y.c b/y.c\nindex 3..4\n@@ -1 +1 @@ a\n-2\n";
+        let moved = "diff --git a/x.c b/x.c\nindex 5..6\n@@ -9 +9 @@ b\n-1\n";
+        let other = "diff --git a/y.c b/y.c\nindex 3..4\n@@ -1 +1 @@ a\n-3\n";
+        let old = patch(&format!("{x}{y}"));
+        let parts = |new: &str| old.differing_parts(&patch(new));
+        assert_eq!(parts(&format!("{moved}{y}")).unwrap(), None);
+        assert_eq!(
+            parts(&format!("{moved}{other}")).unwrap().as_deref(),
+            Some(other)
+        );
+        parts(x).unwrap_err();
     }
 
     #[test]

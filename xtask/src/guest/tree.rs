@@ -4,6 +4,9 @@
 //! guest-patches/{series,patches} ── apply ──→ TREE: tag `base`, then a commit for each patch
 //!                                ←─ refresh ─ TREE, in which commits may be new, changed, moved
 //! ```
+//!
+//! With `--newest` the same for Debian's newest source; refresh then writes only the parts in
+//! which its commits differ from the patches, to `patches-VERSION`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,6 +17,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::cache::Lock;
 use super::make::copy_tree;
+use super::newest;
 use super::series::{self, Patch, Series};
 use super::series_file;
 use super::source::Source;
@@ -32,14 +36,26 @@ pub(crate) struct Options {
     /// The working tree [default: target/guest/tree]
     #[arg(value_name = "DIR")]
     dir: Option<PathBuf>,
+    /// For the newest kernel source that Debian has
+    #[arg(long)]
+    newest: bool,
 }
 
 impl Options {
     fn dir(&self) -> Result<PathBuf> {
         match &self.dir {
             Some(dir) => std::path::absolute(dir).context("the working tree's path"),
+            None if self.newest => Ok(paths::guest().join("tree-newest")),
             None => Ok(paths::guest().join("tree")),
         }
+    }
+
+    fn source(&self) -> Result<Source> {
+        let base = Source::base()?;
+        if !self.newest {
+            return Ok(base);
+        }
+        newest::source(&base)?.with_context(|| format!("Debian has none newer than {}", base.name))
     }
 }
 
@@ -52,8 +68,8 @@ pub(crate) fn apply(options: &Options) -> Result<()> {
         "{} is there already: refresh and remove it first",
         dir.display()
     );
-    let series = Series::read()?;
-    let source = Source::base()?;
+    let source = options.source()?;
+    let series = Series::read()?.for_source(&source)?;
     let beside = dir.with_extension("new");
     if beside.exists() {
         fs::remove_dir_all(&beside).with_context(|| format!("removing {}", beside.display()))?;
@@ -70,17 +86,19 @@ pub(crate) fn apply(options: &Options) -> Result<()> {
     fs::rename(&beside, &dir).with_context(|| format!("creating {}", dir.display()))?;
     for (index, patch) in series.patches.iter().enumerate() {
         eprintln!("{}/{} {}", index + 1, series.patches.len(), patch.name);
-        let path = series::folder().join("patches").join(&patch.name);
+        let path = dir.join(".git").join(&patch.name);
+        fs::write(&path, &patch.text).with_context(|| format!("writing {}", path.display()))?;
         let mut am = git(&dir);
         // Equal patches make equal commits.
         am.args(["am", "--quiet", "--committer-date-is-author-date"]);
-        text(am.arg(path)).with_context(|| {
+        text(am.arg(&path)).with_context(|| {
             format!(
                 "{} does not apply; the tree is left in the middle of `git am`: {}",
                 patch.name,
                 dir.display()
             )
         })?;
+        fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
     }
     println!("{}", dir.display());
     Ok(())
@@ -122,6 +140,9 @@ pub(crate) fn refresh(options: &Options) -> Result<()> {
     let commits = format_patches(&dir)?;
     let old = Series::read()?;
     let names = series_file::assign(&old.patches, &commits)?;
+    if options.newest {
+        return write_parts(&old, &commits, &names, &options.source()?);
+    }
     let written = write(&old, &commits, &names)?;
     println!("{} patches, {written} of them changed", names.len());
     Ok(())
@@ -137,7 +158,9 @@ fn format_patches(dir: &Path) -> Result<Vec<Patch>> {
         format.args([
             "--no-numbered",
             "--no-renames",
-            "--abbrev=12",
+            "--abbrev=9",
+            "-p",
+            "--stat",
             "--output-directory",
         ]);
         format.arg(&out).arg(format!("{BASE}..HEAD"));
@@ -152,11 +175,52 @@ fn format_patches(dir: &Path) -> Result<Vec<Patch>> {
         }
         Ok(patches
             .into_iter()
-            .map(|(name, text)| Patch { name, text })
+            .map(|(name, text)| Patch {
+                name,
+                text: plain_header(&text),
+            })
             .collect())
     })();
     fs::remove_dir_all(&out).with_context(|| format!("removing {}", out.display()))?;
     result
+}
+
+/// Without what differs from tree to tree and says nothing, and with a line for each field.
+fn plain_header(text: &str) -> String {
+    let (header, rest) = text.split_once("\n\n").unwrap_or((text, ""));
+    let header = header.replace("\n ", " ");
+    let lines: Vec<&str> = header
+        .lines()
+        .filter(|line| !line.starts_with("From 0000") && !line.starts_with("Date: "))
+        .collect();
+    format!("{}\n\n{}\n", lines.join("\n"), rest.trim_end_matches('\n'))
+}
+
+/// Writes the parts of `commits` that differ from the patches of the same names.
+fn write_parts(old: &Series, commits: &[Patch], names: &[String], source: &Source) -> Result<()> {
+    let listed: Vec<&String> = old.patches.iter().map(|patch| &patch.name).collect();
+    ensure!(
+        listed == names.iter().collect::<Vec<_>>(),
+        "the tree has other patches than the series"
+    );
+    let (major, minor) = source
+        .version()
+        .with_context(|| format!("{} has no version", source.name))?;
+    let folder = series::folder().join(format!("patches-{major}.{minor}"));
+    if folder.exists() {
+        fs::remove_dir_all(&folder).with_context(|| format!("removing {}", folder.display()))?;
+    }
+    fs::create_dir_all(&folder).with_context(|| format!("creating {}", folder.display()))?;
+    let mut written = 0;
+    for (patch, commit) in old.patches.iter().zip(commits) {
+        if let Some(parts) = patch.differing_parts(commit)? {
+            let path = folder.join(&patch.name);
+            fs::write(&path, parts).with_context(|| format!("writing {}", path.display()))?;
+            written += 1;
+        }
+    }
+    println!("parts of {written} patches in {}", folder.display());
+    Ok(())
 }
 
 /// Writes what differs; the number of patches written.
