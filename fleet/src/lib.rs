@@ -9,6 +9,7 @@
 
 pub mod admission;
 pub mod agent;
+pub mod cluster;
 pub mod config;
 pub mod execute;
 pub mod host;

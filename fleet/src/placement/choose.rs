@@ -36,6 +36,20 @@ pub enum HostRefusal {
     Overcommit,
 }
 
+impl HostRefusal {
+    /// What is said of one or several hosts.
+    pub const fn words(self) -> &'static str {
+        match self {
+            Self::Stale => "with old figures",
+            Self::Schema => "of another version",
+            Self::Draining => "being drained",
+            Self::State => "short of memory",
+            Self::Short => "with too little to promise",
+            Self::Overcommit => "with as much VM memory as is allowed",
+        }
+    }
+}
+
 /// Where a VM may go.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Placement {

@@ -1,0 +1,435 @@
+//! A host's part: to be there, to say what can be promised, and to answer what was asked.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+use super::records::write;
+use super::{Answer, Book, BookEntry, FleetHost, FleetPicture, HostRecord, Keys, VmsRecord};
+use crate::admission::HostBooks;
+use crate::model::Bytes;
+use crate::placement::{HostCapacity, MovableVm};
+use crate::store::{Committed, LeaseId, Revision, Store, StoreError, Txn, Write};
+
+/// How often a round is begun anew because somebody else was quicker. Every time it was a placer that added or removed a
+/// line, so it ends; a round more a second later does as well.
+const TRIES: usize = 16;
+/// How long a no stays to be read.
+const REFUSED_STAYS: Duration = Duration::from_secs(10);
+/// A record is written at least this often.
+const REWRITE: Duration = Duration::from_secs(10);
+/// Free memory that has changed by this part of the usable is told at once.
+const TELL_PART: f64 = 0.02;
+
+/// What the store says of promises that were asked of this host.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Sight {
+    /// Lines that have no answer yet.
+    pub asked: Vec<BookEntry>,
+    /// Ids of all lines; absent when the store has no book of this host, as after its lease was over. With a book, a
+    /// promise that was asked for from afar and is not in it was taken back by who asked.
+    pub lines: Option<Vec<String>>,
+}
+
+/// What the host says to it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Account {
+    /// Whether the host knows its VMs well enough to be seen by others.
+    pub ready: bool,
+    /// Age of its figures, ms.
+    pub facts_age_ms: u64,
+    /// Its books, with everything in `held`.
+    pub books: HostBooks,
+    /// Its VMs.
+    pub vms: Vec<MovableVm>,
+    /// Promises that were asked for from afar and whose VM is not there yet.
+    pub held: Vec<Held>,
+    /// Lines that are refused, with the reason.
+    pub refused: BTreeMap<String, String>,
+}
+
+/// A promise held for somebody afar.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Id of the line.
+    pub id: String,
+    /// Name of the VM.
+    pub vm: String,
+    /// Memory of the VM.
+    pub max: Bytes,
+    /// Memory that is promised.
+    pub promise: Bytes,
+    /// Whether the VM is being started.
+    pub starting: bool,
+}
+
+/// Why a round did not end well.
+#[derive(Debug, Error)]
+pub enum MemberError {
+    /// The store.
+    #[error("the store did not serve this host")]
+    Store(#[from] StoreError),
+    /// Another agent has the name.
+    #[error("another machine is registered as {0:?}: set store.host")]
+    NameTaken(String),
+    /// The control loop does not answer. Without it the host is not there, and its lease may end.
+    #[error("the control loop did not answer")]
+    Silent,
+    /// Its figures are old. The host cannot be said to be there with them.
+    #[error("the host's figures are {0} ms old")]
+    Stale(u64),
+    /// Others were quicker every time.
+    #[error("the host's book changed {TRIES} times meanwhile")]
+    Busy,
+}
+
+/// What a round came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Round {
+    /// The host is in the store, with its answers.
+    pub registered: bool,
+    /// Lines in its book.
+    pub lines: usize,
+    /// The store's history is known up to here.
+    pub revision: Revision,
+}
+
+/// How often something happened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemberCounts {
+    /// Leases that were had.
+    pub leases: u64,
+    /// Leases that were over before their time.
+    pub leases_lost: u64,
+    /// Rounds begun anew because the book had changed.
+    pub conflicts: u64,
+}
+
+/// What was written last.
+#[derive(Clone, Debug)]
+struct Told {
+    at: Instant,
+    books: HostBooks,
+    vms: usize,
+    book: Book,
+}
+
+/// A host as a member of the fleet.
+#[derive(Debug)]
+pub struct Member {
+    keys: Keys,
+    host: String,
+    instance: String,
+    lasts: Duration,
+    call: Duration,
+    facts_age_max: Duration,
+    lease: Option<LeaseId>,
+    pub(super) kept: Option<Instant>,
+    generation: u64,
+    told: Option<Told>,
+    refused_at: BTreeMap<String, Instant>,
+    counts: MemberCounts,
+}
+
+impl Member {
+    /// A host under this name. `instance` tells it from another machine of the name; `lasts` is the lease, `call` the
+    /// longest call to the store.
+    pub fn new(
+        keys: Keys,
+        (host, instance): (String, String),
+        (lasts, call, facts_age_max): (Duration, Duration, Duration),
+    ) -> Self {
+        Self {
+            keys,
+            host,
+            instance,
+            lasts,
+            call,
+            facts_age_max,
+            lease: None,
+            kept: None,
+            generation: 0,
+            told: None,
+            refused_at: BTreeMap::new(),
+            counts: MemberCounts::default(),
+        }
+    }
+
+    /// How often something happened.
+    pub fn counts(&self) -> MemberCounts {
+        self.counts
+    }
+
+    /// Below it: what this host waits for.
+    pub fn watched(&self) -> String {
+        self.keys.host(&self.host)
+    }
+
+    /// Whether the host has something to tell: its books have changed, or it is time.
+    pub fn has_news(&self, account: &Account, now: Instant) -> bool {
+        let Some(told) = &self.told else {
+            return account.ready;
+        };
+        let (before, after) = (&told.books.ledger, &account.books.ledger);
+        let moved = before.firm_free.distance(after.firm_free);
+        let held: BTreeSet<(&str, bool)> = account
+            .held
+            .iter()
+            .map(|held| (held.id.as_str(), held.starting))
+            .collect();
+        let lines: BTreeSet<(&str, bool)> = told
+            .book
+            .entries
+            .iter()
+            .filter(|entry| !matches!(entry.answer, Answer::Refused(_) | Answer::Asked))
+            .map(|entry| (entry.id.as_str(), entry.answer == Answer::Starting))
+            .collect();
+        told.books.state != account.books.state
+            || moved >= after.usable.scale(TELL_PART)
+            || before.configured.distance(after.configured) >= after.usable.scale(TELL_PART)
+            || told.vms != account.vms.len()
+            || held != lines
+            || now.saturating_duration_since(told.at) >= REWRITE
+    }
+
+    /// Whether the lease should be kept alive by a round now.
+    pub fn is_due(&self, now: Instant) -> bool {
+        self.kept
+            .is_none_or(|kept| now.saturating_duration_since(kept) >= self.lasts / 3)
+    }
+
+    /// One round: reads what was asked, has the host answer it through `ask`, writes what it says. `ask` returns `None`
+    /// when the host's control loop does not answer.
+    ///
+    /// # Errors
+    /// The host is not, or no longer, known to be in the store.
+    pub fn round(
+        &mut self,
+        store: &dyn Store,
+        ask: &mut dyn FnMut(Sight) -> Option<Account>,
+    ) -> Result<Round, MemberError> {
+        for _ in 0..TRIES {
+            let until = Instant::now() + self.call;
+            let (revision, found) = FleetPicture::read_host(store, &self.keys, &self.host, until)?;
+            if let Some(record) = &found.record
+                && record.instance != self.instance
+            {
+                return Err(MemberError::NameTaken(self.host.clone()));
+            }
+            let account = ask(sight_of(&found)).ok_or(MemberError::Silent)?;
+            if !account.ready {
+                return Ok(Round {
+                    revision,
+                    ..Round::default()
+                });
+            }
+            if Duration::from_millis(account.facts_age_ms) > self.facts_age_max {
+                return Err(MemberError::Stale(account.facts_age_ms));
+            }
+            // Only now: a lease that is kept by a host that does not answer would be a lie.
+            let Some(lease) = self.keep(store)? else {
+                continue;
+            };
+            let book = self.answered(&found, &account);
+            let lines = book.entries.len();
+            let unchanged = found.book.as_ref() == Some(&book)
+                && found.lease == Some(lease)
+                && found.record.is_some()
+                && !self.has_news(&account, Instant::now());
+            if unchanged || self.write(store, &found, lease, &account, book)? {
+                return Ok(Round {
+                    registered: true,
+                    lines,
+                    revision,
+                });
+            }
+            self.counts.conflicts += 1;
+        }
+        Err(MemberError::Busy)
+    }
+
+    /// Gives everything back and leaves.
+    ///
+    /// # Errors
+    /// It is given back when the lease is over.
+    pub fn leave(&mut self, store: &dyn Store) -> Result<(), StoreError> {
+        self.forget();
+        match self.lease.take() {
+            Some(lease) => store.revoke(lease, Instant::now() + self.call),
+            None => Ok(()),
+        }
+    }
+
+    fn forget(&mut self) {
+        self.kept = None;
+        self.told = None;
+    }
+
+    /// A lease that is alive; `None` when the one there was is over, with everything that was tied to it.
+    fn keep(&mut self, store: &dyn Store) -> Result<Option<LeaseId>, StoreError> {
+        let until = Instant::now() + self.call;
+        let Some(lease) = self.lease else {
+            let asked = Instant::now();
+            let lease = store.grant(self.lasts, until)?;
+            self.lease = Some(lease);
+            self.kept = Some(asked);
+            self.counts.leases += 1;
+            return Ok(Some(lease));
+        };
+        if !self.is_due(Instant::now()) {
+            return Ok(Some(lease));
+        }
+        let asked = Instant::now();
+        match store.keep_alive(lease, until) {
+            Ok(()) => {
+                self.kept = Some(asked);
+                Ok(Some(lease))
+            }
+            Err(StoreError::LeaseOver) => {
+                self.lose();
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn lose(&mut self) {
+        self.lease = None;
+        self.counts.leases_lost += 1;
+        self.forget();
+    }
+
+    /// The book with the host's answers.
+    fn answered(&mut self, found: &FleetHost, account: &Account) -> Book {
+        let now = Instant::now();
+        let mut left: Vec<&Held> = account.held.iter().collect();
+        let mut entries = Vec::new();
+        for entry in found.book.iter().flat_map(|book| &book.entries) {
+            let held = left.iter().position(|held| held.id == entry.id);
+            let answer = match (held, account.refused.get(&entry.id), &entry.answer) {
+                (Some(index), ..) => answer_of(left.remove(index)),
+                (None, Some(why), _) => Answer::Refused(why.clone()),
+                (None, None, Answer::Refused(why)) => {
+                    let since = *self.refused_at.entry(entry.id.clone()).or_insert(now);
+                    if now.saturating_duration_since(since) >= REFUSED_STAYS {
+                        continue;
+                    }
+                    Answer::Refused(why.clone())
+                }
+                // Asked while the host was answering: next time.
+                (None, None, Answer::Asked) => Answer::Asked,
+                // No longer held: its VM runs, or it was given back.
+                (None, None, Answer::Confirmed | Answer::Starting) => continue,
+            };
+            entries.push(BookEntry {
+                answer,
+                ..entry.clone()
+            });
+        }
+        // Lines that are not there any more: the lease was over and took the book with it, or a VM is being started
+        // whose promise was taken back too late. The host keeps its word all the same.
+        entries.extend(left.into_iter().map(line_of));
+        self.refused_at
+            .retain(|id, _| entries.iter().any(|entry| entry.id == *id));
+        Book { entries }
+    }
+
+    /// Writes record, book and VMs; false when somebody else was quicker or the lease is over.
+    fn write(
+        &mut self,
+        store: &dyn Store,
+        found: &FleetHost,
+        lease: LeaseId,
+        account: &Account,
+        book: Book,
+    ) -> Result<bool, StoreError> {
+        self.generation += 1;
+        let record = HostRecord {
+            schema: HostCapacity::SCHEMA,
+            instance: self.instance.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            generation: self.generation,
+            facts_age_ms: account.facts_age_ms,
+            books: account.books,
+            vms: account.vms.len(),
+        };
+        let vms = VmsRecord {
+            vms: account.vms.clone(),
+        };
+        let put = |key, value| Write::Put {
+            key,
+            value,
+            lease: Some(lease),
+        };
+        let keys = &self.keys;
+        let txn = Txn {
+            expect: vec![
+                (keys.record(&self.host), found.record_changed),
+                (keys.book(&self.host), found.book_changed),
+            ],
+            writes: vec![
+                put(keys.record(&self.host), write(&record)),
+                put(keys.book(&self.host), write(&book)),
+                put(keys.vms(&self.host), write(&vms)),
+            ],
+        };
+        match store.commit(&txn, Instant::now() + self.call) {
+            Ok(Committed::Yes(_)) => {
+                self.told = Some(Told {
+                    at: Instant::now(),
+                    books: account.books,
+                    vms: account.vms.len(),
+                    book,
+                });
+                Ok(true)
+            }
+            Ok(Committed::Conflict) => Ok(false),
+            Err(StoreError::LeaseOver) => {
+                self.lose();
+                Ok(false)
+            }
+            Err(error) => {
+                // What stands there now is not known: the next round writes again.
+                self.told = None;
+                Err(error)
+            }
+        }
+    }
+}
+
+fn sight_of(found: &FleetHost) -> Sight {
+    Sight {
+        asked: found
+            .book
+            .iter()
+            .flat_map(|book| &book.entries)
+            .filter(|entry| entry.answer == Answer::Asked)
+            .cloned()
+            .collect(),
+        lines: found.book.as_ref().map(|book| {
+            let ids = book.entries.iter().map(|entry| entry.id.clone());
+            ids.collect()
+        }),
+    }
+}
+
+fn answer_of(held: &Held) -> Answer {
+    if held.starting {
+        Answer::Starting
+    } else {
+        Answer::Confirmed
+    }
+}
+
+fn line_of(held: &Held) -> BookEntry {
+    BookEntry {
+        id: held.id.clone(),
+        vm: held.vm.clone(),
+        min: held.promise,
+        max: held.max,
+        promise: held.promise,
+        placer: String::new(),
+        answer: answer_of(held),
+    }
+}

@@ -1,0 +1,193 @@
+//! What the store says of all hosts at one moment.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use serde::Deserialize;
+
+use super::records::read;
+use super::{Answer, Book, DrainMark, HostRecord, Keys, VmsRecord};
+use crate::placement::{HostCapacity, MovableVm};
+use crate::store::{LeaseId, Listing, Revision, Store, StoreError};
+
+/// A host as the store shows it.
+#[derive(Clone, Debug, Default)]
+pub struct FleetHost {
+    /// Its name.
+    pub host: String,
+    /// What it says of itself; absent for one that is not there, and for one whose record has another form.
+    pub record: Option<HostRecord>,
+    /// The form of its record; absent when there is none.
+    pub schema: Option<u32>,
+    /// When the record was written.
+    pub record_changed: Revision,
+    /// What was asked of it; absent when it is not there or not understood.
+    pub book: Option<Book>,
+    /// When the book was written.
+    pub book_changed: Revision,
+    /// The lease of both.
+    pub lease: Option<LeaseId>,
+    /// Whether nothing new may go there.
+    pub drain: Option<DrainMark>,
+    /// When the mark was set; 0 without one.
+    pub drain_changed: Revision,
+}
+
+impl FleetHost {
+    /// Whether it is there.
+    pub fn is_there(&self) -> bool {
+        self.schema.is_some()
+    }
+
+    /// What can be placed there: what it says, less what was asked of it since. `now_ms` is on the placer's clock.
+    pub fn capacity(&self, now_ms: u64) -> HostCapacity {
+        let record = self.record.clone().unwrap_or_default();
+        let mut capacity = HostCapacity {
+            id: self.host.clone(),
+            at_ms: now_ms.saturating_sub(record.facts_age_ms),
+            schema: self.schema.unwrap_or_default(),
+            draining: self.drain.is_some(),
+            books: record.books,
+        };
+        let entries = self.book.iter().flat_map(|book| &book.entries);
+        for entry in entries.filter(|entry| entry.answer == Answer::Asked) {
+            capacity.book(entry.promise);
+            // The books count promises towards the configured memory already.
+            capacity.books.ledger.configured += entry.max - entry.promise;
+        }
+        capacity
+    }
+}
+
+/// All hosts.
+#[derive(Clone, Debug, Default)]
+pub struct FleetPicture {
+    /// The moment.
+    pub revision: Revision,
+    /// By name.
+    pub hosts: Vec<FleetHost>,
+}
+
+#[derive(Deserialize)]
+struct SchemaOnly {
+    schema: u32,
+}
+
+impl FleetPicture {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// The store does not answer. What stands behind a key and is not understood is no error: it costs that host its
+    /// candidacy and nobody else anything.
+    pub fn read(store: &dyn Store, keys: &Keys, until: Instant) -> Result<Self, StoreError> {
+        Self::read_below(store, keys, &keys.hosts(), until)
+    }
+
+    /// Reads one host.
+    pub(super) fn read_host(
+        store: &dyn Store,
+        keys: &Keys,
+        host: &str,
+        until: Instant,
+    ) -> Result<(Revision, FleetHost), StoreError> {
+        let picture = Self::read_below(store, keys, &keys.host(host), until)?;
+        let found = picture.hosts.into_iter().next().unwrap_or(FleetHost {
+            host: host.to_owned(),
+            ..FleetHost::default()
+        });
+        Ok((picture.revision, found))
+    }
+
+    fn read_below(
+        store: &dyn Store,
+        keys: &Keys,
+        below: &str,
+        until: Instant,
+    ) -> Result<Self, StoreError> {
+        let listing = store.list(below, until)?;
+        Ok(Self {
+            revision: listing.revision,
+            hosts: hosts_of(&listing, &keys.hosts()),
+        })
+    }
+
+    /// The host of this name.
+    pub fn find(&self, host: &str) -> Option<&FleetHost> {
+        self.hosts.iter().find(|known| known.host == host)
+    }
+
+    /// The host in whose book the line with this id is.
+    pub fn holder(&self, id: &str) -> Option<&FleetHost> {
+        self.hosts.iter().find(|host| {
+            host.book
+                .as_ref()
+                .is_some_and(|book| book.find(id).is_some())
+        })
+    }
+
+    /// The VMs of all hosts that are there.
+    ///
+    /// # Errors
+    /// The store does not answer.
+    pub fn vms(
+        store: &dyn Store,
+        keys: &Keys,
+        until: Instant,
+    ) -> Result<BTreeMap<String, Vec<MovableVm>>, StoreError> {
+        let prefix = keys.all_vms();
+        let listing = store.list(&prefix, until)?;
+        let pairs = listing.pairs.iter().filter_map(|pair| {
+            let host = pair.key.strip_prefix(&prefix)?.to_owned();
+            let record: VmsRecord = logged(read(&pair.key, &pair.value))?;
+            Some((host, record.vms))
+        });
+        Ok(pairs.collect())
+    }
+}
+
+fn hosts_of(listing: &Listing, prefix: &str) -> Vec<FleetHost> {
+    let mut hosts: BTreeMap<&str, FleetHost> = BTreeMap::new();
+    for pair in &listing.pairs {
+        let rest = pair.key.strip_prefix(prefix);
+        let Some((name, what)) = rest.and_then(|rest| rest.split_once('/')) else {
+            continue;
+        };
+        let host = hosts.entry(name).or_insert_with(|| FleetHost {
+            host: name.to_owned(),
+            ..FleetHost::default()
+        });
+        match what {
+            "record" => {
+                host.record_changed = pair.changed;
+                host.lease = pair.lease;
+                let schema = logged(read::<SchemaOnly>(&pair.key, &pair.value));
+                host.schema = Some(schema.map_or(0, |found| found.schema));
+                if host.schema == Some(HostCapacity::SCHEMA) {
+                    host.record = logged(read(&pair.key, &pair.value));
+                }
+                if host.record.is_none() {
+                    host.schema = host
+                        .schema
+                        .filter(|schema| *schema != HostCapacity::SCHEMA)
+                        .or(Some(0));
+                }
+            }
+            "book" => {
+                host.book_changed = pair.changed;
+                host.book = logged(read(&pair.key, &pair.value));
+            }
+            "drain" => {
+                host.drain_changed = pair.changed;
+                // That there is a mark counts, whatever it says.
+                host.drain = Some(logged(read(&pair.key, &pair.value)).unwrap_or_default());
+            }
+            _ => {}
+        }
+    }
+    hosts.into_values().collect()
+}
+
+fn logged<T>(read: Result<T, super::RecordError>) -> Option<T> {
+    read.map_err(|error| log::warn!("{}", api::error_chain(&error).join(": ")))
+        .ok()
+}

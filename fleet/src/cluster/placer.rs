@@ -1,0 +1,480 @@
+//! Asking a host for a promise from afar.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use thiserror::Error;
+
+use super::records::write;
+use super::{Answer, Book, BookEntry, DrainMark, FleetHost, FleetPicture, Keys};
+use crate::admission::Request;
+use crate::config::Config;
+use crate::model::Bytes;
+use crate::placement::{HostRefusal, Lot, place};
+use crate::store::{Committed, Revision, Store, StoreError, Txn, Write};
+
+/// How long a host may take to answer before another one is asked.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Time that is kept to take a line out again.
+const WITHDRAW: Duration = Duration::from_secs(2);
+/// Between two tries while the store does not answer.
+const PAUSE: Duration = Duration::from_millis(100);
+/// A hint that something changed may be lost; then it is looked for after this time.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
+
+/// A VM that looks for a host.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Wanted {
+    /// Its name.
+    pub vm: String,
+    /// What it needs.
+    pub request: Request,
+    /// Who asks, for people.
+    pub placer: String,
+}
+
+/// A promise.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Placed {
+    /// Where.
+    pub host: String,
+    /// Id of the reservation there.
+    pub id: String,
+    /// Name of the VM.
+    pub vm: String,
+    /// Memory that is promised.
+    pub promised: Bytes,
+}
+
+/// No host takes it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PlaceRefusal {
+    /// Hosts by the reason why they were no candidates.
+    pub hosts: BTreeMap<HostRefusal, usize>,
+    /// What hosts that were asked said.
+    pub said: BTreeMap<String, String>,
+}
+
+impl fmt::Display for PlaceRefusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.hosts.is_empty() && self.said.is_empty() {
+            return f.write_str("no host is there");
+        }
+        let counts = self.hosts.iter().map(|(refusal, count)| {
+            let hosts = if *count == 1 { "host" } else { "hosts" };
+            format!("{count} {hosts} {}", refusal.words())
+        });
+        let said = self
+            .said
+            .iter()
+            .map(|(host, text)| format!("{host}: {text}"));
+        let all: Vec<String> = counts.chain(said).collect();
+        write!(f, "no host takes it; {}", all.join("; "))
+    }
+}
+
+/// Why there is no promise.
+#[derive(Debug, Error)]
+pub enum PlaceError {
+    /// The store.
+    #[error("The store does not help")]
+    Store(#[from] StoreError),
+    /// It was refused.
+    #[error("{0}")]
+    Refused(PlaceRefusal),
+    /// Time is over, and no promise was made or none that holds.
+    #[error("No host has answered in time")]
+    Late,
+    /// Time is over and it is not known whether there is a promise. If there is one it is given back by itself.
+    #[error("The host {host} may have promised it as {id} and could not be asked in time")]
+    Unanswered {
+        /// The host.
+        host: String,
+        /// The promise.
+        id: String,
+    },
+    /// There is no such line.
+    #[error("no host holds a reservation {0:?}")]
+    NoReservation(String),
+    /// The VM is being started.
+    #[error("the VM of {0:?} is being started: stop it instead")]
+    Starting(String),
+}
+
+/// What became of a line.
+enum Line {
+    Promised(BookEntry),
+    Refused(String),
+    Gone,
+}
+
+/// Asks for promises.
+#[derive(Debug)]
+pub struct Placer<'a> {
+    store: &'a dyn Store,
+    keys: Keys,
+    config: Config,
+    /// How long one call to the store may take.
+    call: Duration,
+    lot: Mutex<Lot>,
+}
+
+impl<'a> Placer<'a> {
+    /// A placer. `seed` must differ from placer to placer: ids and choices come from it.
+    pub fn new(
+        store: &'a dyn Store,
+        keys: Keys,
+        config: Config,
+        call: Duration,
+        seed: u64,
+    ) -> Self {
+        Self {
+            store,
+            keys,
+            config,
+            call,
+            lot: Mutex::new(Lot(seed)),
+        }
+    }
+
+    fn by(&self, until: Instant) -> Instant {
+        until.min(Instant::now() + self.call)
+    }
+
+    fn draw(&self) -> u64 {
+        self.lot
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .next()
+    }
+
+    /// All hosts.
+    ///
+    /// # Errors
+    /// The store does not answer.
+    pub fn picture(&self, until: Instant) -> Result<FleetPicture, StoreError> {
+        FleetPicture::read(self.store, &self.keys, self.by(until))
+    }
+
+    /// The host on which a VM would be placed now, without asking it.
+    ///
+    /// # Errors
+    /// No host takes it.
+    pub fn choose<'p>(
+        &self,
+        request: &Request,
+        picture: &'p FleetPicture,
+        said: &BTreeMap<String, String>,
+    ) -> Result<&'p FleetHost, PlaceRefusal> {
+        // Ages are told by the hosts themselves, so any moment later than all of them serves as now.
+        let now_ms = u64::from(u32::MAX);
+        let there: Vec<&FleetHost> = picture
+            .hosts
+            .iter()
+            .filter(|host| host.is_there() && !said.contains_key(&host.host))
+            .collect();
+        let capacities: Vec<_> = there.iter().map(|host| host.capacity(now_ms)).collect();
+        let placement = place(request, &capacities, now_ms, self.draw(), &self.config);
+        match placement.candidates.first() {
+            Some(candidate) => Ok(there[candidate.index]),
+            None => Err(PlaceRefusal {
+                hosts: placement.refused,
+                said: said.clone(),
+            }),
+        }
+    }
+
+    /// Finds a host and has it promise the memory.
+    ///
+    /// # Errors
+    /// There is no promise, or it is not known whether there is one: [`PlaceError::Unanswered`].
+    pub fn reserve(&self, wanted: &Wanted, until: Instant) -> Result<Placed, PlaceError> {
+        let mut said = BTreeMap::new();
+        let mut id = self.new_id();
+        // Where a line may still appear, because nobody knows what became of it, and what it was to be added to.
+        let mut doubt: Option<(String, Revision, Revision)> = None;
+        loop {
+            let picture = match self.picture(until) {
+                Ok(picture) => picture,
+                Err(error) => {
+                    self.pause(until, error, doubt.as_ref(), &id)?;
+                    continue;
+                }
+            };
+            if let Some(holder) = picture.holder(&id) {
+                let host = holder.host.clone();
+                doubt = None;
+                match self.await_answer(&host, &id, until)? {
+                    Line::Promised(entry) => return Ok(placed(&host, entry)),
+                    Line::Refused(why) => said.insert(host, why),
+                    Line::Gone => said.insert(host, "went away".to_owned()),
+                };
+                id = self.new_id();
+                continue;
+            }
+            if Instant::now() >= until {
+                return Err(late(doubt.as_ref(), &id));
+            }
+            let host = match self.still_in_doubt(doubt.as_ref(), &picture) {
+                // The same change once more: whichever of the two arrives first, the other one fails.
+                Some(host) => host,
+                None => self
+                    .choose(&wanted.request, &picture, &said)
+                    .map_err(PlaceError::Refused)?,
+            };
+            doubt = None;
+            match self.add_line(host, &self.line(wanted, &id), until) {
+                Ok(()) | Err(StoreError::LeaseOver) => {}
+                Err(StoreError::Unknown { .. }) => {
+                    doubt = Some((host.host.clone(), host.record_changed, host.book_changed));
+                }
+                Err(error) => self.pause(until, error, None, &id)?,
+            }
+        }
+    }
+
+    fn still_in_doubt<'p>(
+        &self,
+        doubt: Option<&(String, Revision, Revision)>,
+        picture: &'p FleetPicture,
+    ) -> Option<&'p FleetHost> {
+        let (host, record, book) = doubt?;
+        picture
+            .find(host)
+            .filter(|host| (host.record_changed, host.book_changed) == (*record, *book))
+    }
+
+    fn line(&self, wanted: &Wanted, id: &str) -> BookEntry {
+        BookEntry {
+            id: id.to_owned(),
+            vm: wanted.vm.clone(),
+            min: wanted.request.min,
+            max: wanted.request.max,
+            promise: wanted.request.needs(&self.config),
+            placer: wanted.placer.clone(),
+            answer: Answer::Asked,
+        }
+    }
+
+    fn new_id(&self) -> String {
+        format!("f-{:016x}{:016x}", self.draw(), self.draw())
+    }
+
+    /// Waits a little after a failure, or gives up.
+    fn pause(
+        &self,
+        until: Instant,
+        error: StoreError,
+        doubt: Option<&(String, Revision, Revision)>,
+        id: &str,
+    ) -> Result<(), PlaceError> {
+        if Instant::now() + PAUSE < until {
+            std::thread::sleep(PAUSE);
+            return Ok(());
+        }
+        Err(match doubt {
+            Some(_) => late(doubt, id),
+            None => PlaceError::Store(error),
+        })
+    }
+
+    /// Adds a line to the book of a host, if nothing of the picture has changed. Success means that it was tried: whether the
+    /// line is there is seen by reading again.
+    fn add_line(
+        &self,
+        host: &FleetHost,
+        line: &BookEntry,
+        until: Instant,
+    ) -> Result<(), StoreError> {
+        let mut book = host.book.clone().unwrap_or_default();
+        if book.entries.len() >= Book::ENTRIES_MAX {
+            // The host will soon have answered some of them.
+            std::thread::sleep(PAUSE);
+            return Ok(());
+        }
+        book.entries.push(line.clone());
+        let txn = Txn {
+            expect: vec![
+                (self.keys.record(&host.host), host.record_changed),
+                (self.keys.book(&host.host), host.book_changed),
+                (self.keys.drain(&host.host), host.drain_changed),
+            ],
+            writes: vec![self.put_book(host, &book)],
+        };
+        match self.store.commit(&txn, self.by(until))? {
+            Committed::Yes(_) | Committed::Conflict => Ok(()),
+        }
+    }
+
+    fn put_book(&self, host: &FleetHost, book: &Book) -> Write {
+        Write::Put {
+            key: self.keys.book(&host.host),
+            value: write(book),
+            lease: host.lease,
+        }
+    }
+
+    /// Waits for the host's answer. A host that does not answer loses the line again.
+    fn await_answer(&self, host: &str, id: &str, until: Instant) -> Result<Line, PlaceError> {
+        let patience = (Instant::now() + ANSWER).min(until.checked_sub(WITHDRAW).unwrap_or(until));
+        loop {
+            let read = FleetPicture::read_host(self.store, &self.keys, host, self.by(until));
+            match read {
+                Ok((revision, found)) => {
+                    if let Some(line) = answer_of(&found, id) {
+                        return Ok(line);
+                    }
+                    if Instant::now() >= patience {
+                        return self.take_out(host, id, until);
+                    }
+                    let look = patience.min(Instant::now() + LOOK_AGAIN);
+                    // A hint; without one it is looked again a little later.
+                    if self
+                        .store
+                        .await_change(&self.keys.host(host), revision, look)
+                        .is_err()
+                    {
+                        std::thread::sleep(PAUSE);
+                    }
+                }
+                Err(_) if Instant::now() + PAUSE < until => std::thread::sleep(PAUSE),
+                Err(_) => return Err(unanswered(host, id)),
+            }
+        }
+    }
+
+    /// Takes a line out that was not answered. What the host has answered by then counts.
+    fn take_out(&self, host: &str, id: &str, until: Instant) -> Result<Line, PlaceError> {
+        // It has its own time: giving back must not fail because finding a place took all of it.
+        let until = until.max(Instant::now() + WITHDRAW);
+        loop {
+            let read = FleetPicture::read_host(self.store, &self.keys, host, self.by(until));
+            if let Ok((_, found)) = read {
+                if let Some(line) = answer_of(&found, id) {
+                    return Ok(match line {
+                        Line::Gone => Line::Refused("no answer in time".to_owned()),
+                        line => line,
+                    });
+                }
+                // Whatever becomes of it is seen by reading again.
+                let _ = self.remove_line(&found, id, until);
+            }
+            if Instant::now() >= until {
+                return Err(unanswered(host, id));
+            }
+        }
+    }
+
+    fn remove_line(&self, host: &FleetHost, id: &str, until: Instant) -> Result<(), StoreError> {
+        let mut book = host.book.clone().unwrap_or_default();
+        book.entries.retain(|entry| entry.id != id);
+        let txn = Txn {
+            expect: vec![(self.keys.book(&host.host), host.book_changed)],
+            writes: vec![self.put_book(host, &book)],
+        };
+        self.store.commit(&txn, self.by(until)).map(drop)
+    }
+
+    /// Gives a promise back whose VM was not started.
+    ///
+    /// # Errors
+    /// There is none, its VM is being started, or the store does not answer.
+    pub fn release(&self, id: &str, until: Instant) -> Result<BookEntry, PlaceError> {
+        let mut found: Option<BookEntry> = None;
+        loop {
+            let picture = self.picture(until)?;
+            let Some(host) = picture.holder(id) else {
+                return found.ok_or_else(|| PlaceError::NoReservation(id.to_owned()));
+            };
+            let entry = host.book.as_ref().and_then(|book| book.find(id)).cloned();
+            if entry
+                .as_ref()
+                .is_some_and(|entry| entry.answer == Answer::Starting)
+            {
+                return Err(PlaceError::Starting(id.to_owned()));
+            }
+            found = entry;
+            match self.remove_line(host, id, until) {
+                Ok(()) | Err(StoreError::Unknown { .. } | StoreError::LeaseOver) => {}
+                Err(error) => return Err(error.into()),
+            }
+            if Instant::now() >= until {
+                return Err(PlaceError::Late);
+            }
+        }
+    }
+
+    /// Marks a host so that nothing new goes there, or takes the mark away.
+    ///
+    /// # Errors
+    /// The store does not answer.
+    pub fn mark(
+        &self,
+        host: &str,
+        mark: Option<&DrainMark>,
+        until: Instant,
+    ) -> Result<(), StoreError> {
+        let key = self.keys.drain(host);
+        let change = match mark {
+            Some(mark) => Write::Put {
+                key,
+                value: write(mark),
+                lease: None,
+            },
+            None => Write::Delete { key },
+        };
+        let txn = Txn {
+            expect: Vec::new(),
+            writes: vec![change],
+        };
+        // Doing it twice is doing it once, so a change whose fate is unknown is simply made again.
+        loop {
+            match self.store.commit(&txn, self.by(until)) {
+                Ok(_) => return Ok(()),
+                Err(error) if Instant::now() + PAUSE >= until => return Err(error),
+                Err(StoreError::Unknown { .. } | StoreError::Unreachable { .. }) => {
+                    std::thread::sleep(PAUSE);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+/// What a host says to a line; `None`: nothing yet.
+fn answer_of(host: &FleetHost, id: &str) -> Option<Line> {
+    let Some(entry) = host.book.as_ref().and_then(|book| book.find(id)) else {
+        return Some(Line::Gone);
+    };
+    match &entry.answer {
+        Answer::Asked => None,
+        Answer::Confirmed | Answer::Starting => Some(Line::Promised(entry.clone())),
+        Answer::Refused(why) => Some(Line::Refused(why.clone())),
+    }
+}
+
+fn placed(host: &str, entry: BookEntry) -> Placed {
+    Placed {
+        host: host.to_owned(),
+        id: entry.id,
+        vm: entry.vm,
+        promised: entry.promise,
+    }
+}
+
+fn late(doubt: Option<&(String, Revision, Revision)>, id: &str) -> PlaceError {
+    match doubt {
+        Some((host, ..)) => unanswered(host, id),
+        None => PlaceError::Late,
+    }
+}
+
+fn unanswered(host: &str, id: &str) -> PlaceError {
+    PlaceError::Unanswered {
+        host: host.to_owned(),
+        id: id.to_owned(),
+    }
+}
