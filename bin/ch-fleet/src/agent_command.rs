@@ -25,6 +25,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         settings: loaded.settings,
         file: Some((options.config.clone(), required)),
         host: HostFiles::default(),
+        store: None,
     })?;
     agent.follow_signals()?;
     if let Some(address) = agent.page() {

@@ -2,7 +2,7 @@
 
 use super::control::{Agent, unix_ms};
 use super::request::{ConfirmRequest, PinRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
-use crate::admission::{Admission, HostBooks, Obstacle, Refusal, Request as Wanted, admit};
+use crate::admission::{Admission, Obstacle, Refusal, Request as Wanted, admit};
 use crate::http::{Method, Request, Response};
 use crate::model::Ledger;
 use crate::reservations::{BookError, Reservation};
@@ -98,13 +98,8 @@ impl Agent {
     }
 
     /// Yes, or why not.
-    fn verdict(&mut self, wanted: Wanted) -> Result<Admission, String> {
-        let learning = self.now_ms() < LEARNING_MS
-            && self
-                .vms
-                .iter()
-                .any(|vm| vm.reading.is_none() && vm.missed == 0);
-        if learning {
+    pub(super) fn verdict(&mut self, wanted: Wanted) -> Result<Admission, String> {
+        if self.is_learning() {
             self.admissions.count("refused", "learning");
             return Err(
                 "the agent has just started and does not know every VM yet: ask again in a few seconds"
@@ -112,13 +107,7 @@ impl Agent {
             );
         }
         self.read_host();
-        let mut ledger = self.books();
-        // Admission counts what is promised towards all memory; VMs to come may grow larger than that.
-        ledger.configured += self.held_unseen() - ledger.promised;
-        let books = HostBooks {
-            ledger,
-            ..self.plan.books()
-        };
+        let books = self.admission_books();
         let verdict = admit(&wanted, &books, &self.settings.config);
         match &verdict {
             Ok(_) => self.admissions.count("admitted", "ok"),
@@ -127,15 +116,29 @@ impl Agent {
         verdict.map_err(|refusal| refusal.to_string())
     }
 
+    /// Whether there are VMs of which nothing is known yet, shortly after the start.
+    pub(super) fn is_learning(&self) -> bool {
+        self.now_ms() < LEARNING_MS
+            && self
+                .vms
+                .iter()
+                .any(|vm| vm.reading.is_none() && vm.missed == 0)
+    }
+
     /// The books as they are now, with what the last plan learned of bursts and grants.
-    fn books(&self) -> Ledger {
+    pub(super) fn books(&self) -> Ledger {
         let inventory = self.inventory();
         let reserve = self.settings.config.reserve(inventory.host.limit());
         let last = &self.plan.ledger;
         Ledger::of(&inventory, reserve, last.burst, last.granted)
     }
 
-    fn tell_verdict(&mut self, vm: &str, wanted: Wanted, verdict: &Result<Admission, String>) {
+    pub(super) fn tell_verdict(
+        &mut self,
+        vm: &str,
+        wanted: Wanted,
+        verdict: &Result<Admission, String>,
+    ) {
         let text = match verdict {
             Ok(admission) => format!("{} admitted, {} promised", wanted.max, admission.promise),
             Err(text) => format!("{} refused: {text}", wanted.max),
@@ -209,8 +212,13 @@ impl Agent {
                 "The socket {vm} matches none of the patterns in discovery.sockets, so the VM would not be looked after"
             ))
         })?;
+        self.checked_name(name).map_err(refuse)
+    }
+
+    /// A name that may be a VM's.
+    pub(super) fn checked_name(&self, name: String) -> Result<String, String> {
         if name.is_empty() || name.len() > NAME_BYTES_MAX || name.chars().any(char::is_control) {
-            return Err(refuse(format!("{name:?} is no name for a VM")));
+            return Err(format!("{name:?} is no name for a VM"));
         }
         Ok(name)
     }
@@ -224,6 +232,11 @@ fn reason_of(refusal: &Refusal) -> &'static str {
         Some(Obstacle::TooLarge(_)) => "too-large",
         Some(Obstacle::Short(_)) | None => "memory",
     }
+}
+
+/// Why a promise that was admitted is not made all the same.
+pub(super) fn book_refusal(error: &BookError) -> String {
+    api::error_chain(error).join(": ")
 }
 
 fn book_error(error: &BookError) -> Response {

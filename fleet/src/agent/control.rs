@@ -12,9 +12,11 @@ use thiserror::Error;
 
 use super::journal::Journal;
 use super::publish::{Published, Shown};
+use super::remote::FleetHealth;
 use super::signals::{self, Asked};
 use super::vms::Vms;
 use super::{AdmissionCounts, DecisionCounts, routes};
+use crate::cluster::{Account, NameError, Sight};
 use crate::execute::Executor;
 use crate::host::{
     HostError, HostFiles, HostReader, PressureTrigger, TriggerLevel, watch_pressure,
@@ -24,7 +26,8 @@ use crate::model::HostFacts;
 use crate::planner::{Plan, PlannerMemory};
 use crate::reservations::{BookError, ReservationBook};
 use crate::sample::{Discovery, PatternError, VmEvent};
-use crate::settings::{LoadError, Settings, load};
+use crate::settings::{LoadError, Settings, StoreFault, load};
+use crate::store::Store;
 
 /// Events that wait before those who bring them wait too.
 const EVENTS_MAX: usize = 4096;
@@ -83,6 +86,12 @@ pub enum AgentError {
         #[source]
         source: io::Error,
     },
+    /// The name in the fleet.
+    #[error("The host cannot join the fleet under this name: set store.host")]
+    Name(#[source] NameError),
+    /// The store.
+    #[error("The store cannot be used")]
+    Store(#[source] StoreFault),
     /// A thread or a signal handler.
     #[error("Cannot start the agent's threads")]
     Thread(#[source] io::Error),
@@ -97,6 +106,8 @@ pub struct AgentOptions {
     pub file: Option<(PathBuf, bool)>,
     /// Where the kernel's files are; the group is filled in from the settings.
     pub host: HostFiles,
+    /// Another store than that of the settings, for tests and simulation.
+    pub store: Option<Arc<dyn Store>>,
 }
 
 /// An event for the control thread.
@@ -106,6 +117,8 @@ pub(super) enum Event {
     Pressure,
     /// A client asks; the answer goes back over the sender.
     Client(Box<Request>, SyncSender<Response>),
+    /// The store's thread tells what was asked from afar; the answer goes back over the sender.
+    Store(Box<Sight>, SyncSender<Account>),
     Reload,
     Stop,
 }
@@ -200,6 +213,8 @@ pub struct Agent {
     clock: Instant,
     pub(super) started_unix_ms: u64,
     pub(super) host_name: String,
+    /// This host's name in the fleet, and what is known of the store; absent without one.
+    pub(super) fleet: Option<FleetHealth>,
     pub(super) plan_wanted: bool,
     /// Whether it is wanted because of pressure.
     pressed: bool,
@@ -222,9 +237,11 @@ impl Agent {
     /// What it needs from the start is not there. What may come and go later, VMs above all, is no reason.
     pub fn start(options: AgentOptions) -> Result<AgentHandle, AgentError> {
         let (events, received) = mpsc::sync_channel(EVENTS_MAX);
+        let store = options.store.clone();
         let mut agent = Self::new(options, events.clone())?;
         let local = agent.serve_local()?;
         let page = agent.serve_page()?;
+        let link = agent.join_fleet(store)?;
         let mut handle = AgentHandle {
             events,
             published: Arc::clone(&agent.published),
@@ -237,6 +254,9 @@ impl Agent {
                 agent.run(&received);
                 // First nobody may ask any more, then nobody answers.
                 drop((local, page));
+                // The store's thread learns that nobody answers any more before it is waited for.
+                drop(received);
+                drop(link);
             })
             .map_err(AgentError::Thread)?;
         handle.thread = Some(thread);
@@ -248,6 +268,7 @@ impl Agent {
             settings,
             file,
             mut host,
+            store: _,
         } = options;
         let folder = &settings.agent.state_dir;
         std::fs::create_dir_all(folder).map_err(|source| AgentError::Folder {
@@ -290,6 +311,7 @@ impl Agent {
             clock,
             started_unix_ms,
             host_name,
+            fleet: None,
             plan_wanted: false,
             pressed: false,
             due: Due {
@@ -420,6 +442,11 @@ impl Agent {
                 // A client that gave up gets no answer; its reservation, if any, ends with its deadline.
                 let _ = answer.send(response);
             }
+            Event::Store(sight, answer) => {
+                let account = self.account(&sight);
+                // A thread that gave up asks again.
+                let _ = answer.send(account);
+            }
             Event::Reload => self.reload(),
             Event::Stop => return false,
         }
@@ -447,8 +474,9 @@ impl Agent {
         match load(&file, required) {
             Ok(loaded) => {
                 let agent = self.settings.agent.clone();
-                if loaded.settings.agent != agent {
-                    log::warn!("[agent] changes with a restart only");
+                let store = self.settings.store.clone();
+                if loaded.settings.agent != agent || loaded.settings.store != store {
+                    log::warn!("[agent] and [store] change with a restart only");
                 }
                 if let Ok(discovery) = Discovery::new(&loaded.settings.discovery.sockets) {
                     self.discovery = discovery;
@@ -459,6 +487,7 @@ impl Agent {
                         != self.settings.config.control.sample_deadline;
                 self.settings = Settings {
                     agent,
+                    store,
                     ..loaded.settings
                 };
                 if restart_samples {
@@ -522,6 +551,10 @@ impl Agent {
 
     pub(super) fn clock(&self) -> Instant {
         self.clock
+    }
+
+    pub(super) fn events(&self) -> SyncSender<Event> {
+        self.events.clone()
     }
 
     pub(super) fn has_trigger(&self) -> bool {

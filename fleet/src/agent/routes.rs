@@ -79,6 +79,11 @@ pub fn handle_page(
 
 fn without_paths(status: &Status) -> Status {
     let mut status = status.clone();
+    if let Some(store) = &mut status.store {
+        store.endpoints.clear();
+        // It may name them too.
+        store.error = store.error.take().map(|_| "out of step".to_owned());
+    }
     for vm in &mut status.vms {
         vm.socket.clear();
         vm.pid = None;

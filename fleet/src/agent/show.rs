@@ -17,6 +17,7 @@ impl Agent {
             dry_run: self.settings.agent.dry_run,
             reload_ok: self.reload_ok,
             host: self.host_status(),
+            store: self.store_status(),
             vms: self.vms.iter().map(|vm| self.vm_status(vm)).collect(),
             reservations: self
                 .book

@@ -1,7 +1,10 @@
 //! What the agent shows: the same for the command line, the page and the metrics.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
+use crate::config::Millis;
 use crate::model::{Bytes, HostFacts, HostState, Ledger, PriorityClass};
 use crate::reservations::Reservation;
 
@@ -24,6 +27,44 @@ pub struct Status {
     pub vms: Vec<VmStatus>,
     /// The reservations, oldest first.
     pub reservations: Vec<ReservationStatus>,
+    /// The store that hosts share; absent for a host that is for itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub store: Option<StoreStatus>,
+}
+
+/// The store that hosts share, as this host knows it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct StoreStatus {
+    /// Name of this host in the fleet.
+    pub host: String,
+    /// Where it is.
+    pub endpoints: Vec<String>,
+    /// Whether it answers.
+    pub up: bool,
+    /// Whether this host is in it.
+    pub registered: bool,
+    /// What is wrong; absent when nothing is.
+    pub error: Option<String>,
+    /// Time since it was last in step with this host, ms; absent before the first time.
+    pub age_ms: Option<u64>,
+    /// How long its last answer took, µs.
+    pub latency_us: u64,
+    /// The lease.
+    pub lease: Millis,
+    /// Lines in this host's book.
+    pub lines: usize,
+    /// Promises held for VMs that were placed here from afar and do not run yet.
+    pub held: usize,
+    /// Memory of these promises.
+    pub held_bytes: Bytes,
+    /// Leases that were had.
+    pub leases: u64,
+    /// Leases that were over before their time.
+    pub leases_lost: u64,
+    /// Changes that somebody else was quicker than.
+    pub conflicts: u64,
+    /// Calls by what was asked and what came of it.
+    pub calls: BTreeMap<String, u64>,
 }
 
 /// The host.

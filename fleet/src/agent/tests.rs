@@ -42,6 +42,7 @@ fn start_with(world: &World, settings: Settings) -> AgentHandle {
         settings,
         file: None,
         host: world.files(),
+        store: None,
     })
     .unwrap()
 }
@@ -304,6 +305,7 @@ fn reload_takes_good_settings_and_keeps_the_old_for_bad_ones() {
         settings: settings(&world),
         file: Some((file.clone(), true)),
         host: world.files(),
+        store: None,
     })
     .unwrap();
     let shown = || client(&world).get("fleet.config").unwrap().unwrap();

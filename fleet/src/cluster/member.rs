@@ -169,7 +169,7 @@ impl Member {
     /// Whether the host has something to tell: its books have changed, or it is time.
     pub fn has_news(&self, account: &Account, now: Instant) -> bool {
         let Some(told) = &self.told else {
-            return account.ready;
+            return account.ready || self.lease.is_some();
         };
         let (before, after) = (&told.books.ledger, &account.books.ledger);
         let moved = before.firm_free.distance(after.firm_free);
@@ -218,7 +218,8 @@ impl Member {
                 return Err(MemberError::NameTaken(self.host.clone()));
             }
             let account = ask(sight_of(&found)).ok_or(MemberError::Silent)?;
-            if !account.ready {
+            // One that is there already stays there when a new VM has to be learned of.
+            if !account.ready && self.lease.is_none() {
                 return Ok(Round {
                     revision,
                     ..Round::default()

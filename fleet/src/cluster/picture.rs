@@ -160,17 +160,14 @@ fn hosts_of(listing: &Listing, prefix: &str) -> Vec<FleetHost> {
             "record" => {
                 host.record_changed = pair.changed;
                 host.lease = pair.lease;
-                let schema = logged(read::<SchemaOnly>(&pair.key, &pair.value));
-                host.schema = Some(schema.map_or(0, |found| found.schema));
-                if host.schema == Some(HostCapacity::SCHEMA) {
+                let found = logged(read::<SchemaOnly>(&pair.key, &pair.value));
+                let schema = found.map_or(0, |found| found.schema);
+                if schema == HostCapacity::SCHEMA {
                     host.record = logged(read(&pair.key, &pair.value));
                 }
-                if host.record.is_none() {
-                    host.schema = host
-                        .schema
-                        .filter(|schema| *schema != HostCapacity::SCHEMA)
-                        .or(Some(0));
-                }
+                // One that claims our form and does not have it is of no form at all.
+                let kept = schema != HostCapacity::SCHEMA || host.record.is_some();
+                host.schema = Some(if kept { schema } else { 0 });
             }
             "book" => {
                 host.book_changed = pair.changed;

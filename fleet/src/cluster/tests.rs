@@ -32,6 +32,7 @@ struct Host {
     held: Vec<Held>,
     said_no: usize,
     silent: bool,
+    learning: bool,
 }
 
 impl Host {
@@ -42,6 +43,7 @@ impl Host {
             held: Vec::new(),
             said_no: 0,
             silent: false,
+            learning: false,
         }
     }
 
@@ -51,7 +53,7 @@ impl Host {
                 .retain(|held| held.starting || lines.contains(&held.id));
         }
         let mut account = Account {
-            ready: true,
+            ready: !self.learning,
             ..Account::default()
         };
         for entry in sight.asked {
@@ -382,6 +384,23 @@ fn silent_or_stale_host_lets_its_lease_end() {
     assert!(matches!(stale, Err(MemberError::Stale(16_000))));
     store.advance(LEASE);
     assert!(placer(&store, 1).picture(soon()).unwrap().hosts.is_empty());
+}
+
+#[test]
+fn host_joins_when_it_knows_its_vms_and_stays_while_it_learns_of_a_new_one() {
+    let store = MemoryStore::default();
+    let mut host = Host::new("a", 1);
+    host.learning = true;
+    assert!(!host.round(&store).unwrap().registered);
+    host.learning = false;
+    assert!(host.round(&store).unwrap().registered);
+    host.learning = true;
+    for _ in 0..3 {
+        store.advance(LEASE / 2);
+        host.member.kept = None;
+        assert!(host.round(&store).unwrap().registered);
+    }
+    assert_eq!(host.member.counts().leases, 1);
 }
 
 #[test]

@@ -6,6 +6,7 @@
 //! `ch_vm_epoch`.
 
 mod host;
+mod store;
 mod vm;
 
 #[cfg(test)]
@@ -53,6 +54,7 @@ impl Collector for Scrape {
         let mut out = Out { encoder };
         host::write(&mut out, &self.shown)?;
         host::write_requests(&mut out, &self.shown.status.host.name, &self.requests)?;
+        store::write(&mut out, &self.shown.status)?;
         vm::write(&mut out, &self.shown.status)
     }
 }

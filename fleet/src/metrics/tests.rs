@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::agent::{Status, VmStatus};
+use crate::agent::{Status, StoreStatus, VmStatus};
 use crate::model::{Bytes, HostState};
 
 fn shown() -> Arc<Shown> {
@@ -25,6 +25,12 @@ fn shown() -> Arc<Shown> {
                     ..VmStatus::default()
                 },
             ],
+            store: Some(StoreStatus {
+                registered: true,
+                held_bytes: Bytes::gib(2),
+                calls: [("commit conflict".to_owned(), 3)].into(),
+                ..StoreStatus::default()
+            }),
             ..Status::default()
         },
         ..Shown::default()
@@ -55,6 +61,9 @@ fn scrape_has_values_under_their_names() {
     for line in [
         r#"ch_host_state{host="h1",state="orange"} 1"#,
         r#"ch_host_state{host="h1",state="green"} 0"#,
+        r#"ch_store_registered{host="h1"} 1"#,
+        r#"ch_store_held_bytes{host="h1"} 2147483648"#,
+        r#"ch_store_calls_total{host="h1",op="commit",result="conflict"} 3"#,
         r#"ch_vm_balloon_target_bytes{host="h1",vm="db\"1"} 1073741824"#,
         r#"ch_vm_memory_target_bytes{host="h1",vm="db\"1"} 3221225472"#,
         r#"ch_vm_reclaim_repopulated_bytes_total{host="h1",vm="db\"1"} 3145728"#,

@@ -109,20 +109,56 @@ impl ReservationBook {
                 held: held.configured,
             });
         }
-        if self.entries.len() >= RESERVATIONS_MAX {
-            return Err(BookError::Full);
-        }
         self.made += 1;
-        let reservation = Reservation {
+        self.enter(Reservation {
             id: format!("{now_unix_ms:x}-{:x}", self.made),
             vm: vm.to_owned(),
             configured,
             promised,
             phase: ReservationPhase::Promised,
             owner_uid,
+            remote: false,
             since_unix_ms: now_unix_ms,
             deadline_unix_ms: Some(now_unix_ms.saturating_add(hold.0)),
-        };
+        })
+    }
+
+    /// Enters a reservation that was asked for through the store, under the id it has there.
+    ///
+    /// # Errors
+    /// The name is taken, the book is full or cannot be saved.
+    pub fn reserve_remote(
+        &mut self,
+        id: &str,
+        vm: &str,
+        (configured, promised): (Bytes, Bytes),
+        owner_uid: u32,
+        (now_unix_ms, hold): (u64, Millis),
+    ) -> Result<Reservation, BookError> {
+        if let Some(held) = self.find(vm) {
+            return Err(BookError::Held {
+                vm: vm.to_owned(),
+                held: held.configured,
+            });
+        }
+        self.enter(Reservation {
+            id: id.to_owned(),
+            vm: vm.to_owned(),
+            configured,
+            promised,
+            phase: ReservationPhase::Promised,
+            owner_uid,
+            remote: true,
+            since_unix_ms: now_unix_ms,
+            deadline_unix_ms: Some(now_unix_ms.saturating_add(hold.0)),
+        })
+    }
+
+    fn enter(&mut self, reservation: Reservation) -> Result<Reservation, BookError> {
+        if self.entries.len() >= RESERVATIONS_MAX {
+            return Err(BookError::Full);
+        }
+        let now_unix_ms = reservation.since_unix_ms;
         self.entries.push(reservation.clone());
         self.seen_unix_ms.push(now_unix_ms);
         if let Err(error) = self.save() {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use thiserror::Error;
 
-use super::Settings;
+use super::{Settings, StoreFault};
 use crate::config::{Config, ConfigError};
 use crate::sample::{Discovery, PatternError};
 
@@ -41,6 +41,9 @@ pub enum LoadError {
     /// A socket pattern is none.
     #[error("The settings name no valid sockets")]
     Pattern(#[source] PatternError),
+    /// The store is not described well.
+    #[error("The settings name no valid store")]
+    Store(#[source] StoreFault),
     /// A rule names a policy that does not exist.
     #[error("The rule for {name:?} names the policy {policy:?}, which is nowhere")]
     NoPolicy {
@@ -127,6 +130,7 @@ fn split(mut table: toml::Table) -> Result<Settings, toml::de::Error> {
     Ok(Settings {
         agent: take(&mut table, "agent")?,
         discovery: take(&mut table, "discovery")?,
+        store: take(&mut table, "store")?,
         vms: take(&mut table, "vm")?,
         config: Config::deserialize(table)?,
     })
@@ -154,6 +158,7 @@ fn merge(into: &mut toml::Table, from: toml::Table, prefix: &str) {
 fn check(settings: &Settings) -> Result<(), LoadError> {
     settings.config.check().map_err(LoadError::Config)?;
     Discovery::new(&settings.discovery.sockets).map_err(LoadError::Pattern)?;
+    settings.store.check().map_err(LoadError::Store)?;
     for rule in &settings.vms {
         if rule.policy != "default" && !settings.config.policy.contains_key(&rule.policy) {
             return Err(LoadError::NoPolicy {

@@ -5,11 +5,13 @@
 //! file is checked by itself first, so that an error names the file it is in.
 
 mod load;
+mod store;
 
 #[cfg(test)]
 mod tests;
 
 pub use load::{LoadError, Loaded, load};
+pub use store::{StoreFault, StoreSettings};
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -30,6 +32,8 @@ pub struct Settings {
     pub agent: AgentSettings,
     /// `[discovery]`
     pub discovery: DiscoverySettings,
+    /// `[store]`
+    pub store: StoreSettings,
     /// `[[vm]]`, first match wins.
     pub vms: Vec<VmRule>,
     /// All other sections: what decisions depend on.
@@ -140,6 +144,7 @@ impl Settings {
             |name: &str, section| all.insert(name.to_owned(), toml::Value::Table(section));
         put("agent", table(toml::Table::try_from(&self.agent)));
         put("discovery", table(toml::Table::try_from(&self.discovery)));
+        put("store", table(toml::Table::try_from(&self.store)));
         let rules: Vec<toml::Value> = self
             .vms
             .iter()

@@ -50,7 +50,7 @@ fn drop_ins_win_by_name_and_add_to_lists() {
 #[test]
 fn shown_settings_read_back_the_same() {
     let (_folder, file) = files(
-        "[agent]\nlisten = '127.0.0.1:9273'\n[[vm]]\nname='a'\npolicy='default'\n",
+        "[agent]\nlisten = '127.0.0.1:9273'\n[store]\nendpoints = ['http://e1:2379']\nhost = 'h1'\n[[vm]]\nname='a'\npolicy='default'\n",
         &[],
     );
     let settings = load(&file, true).unwrap().settings;
@@ -69,6 +69,11 @@ fn fault_is_told_with_the_file_it_is_in() {
         ("[[vm]]\nname = 'a'\npolicy = 'gone'\n", "gone"),
         ("[discovery]\nsockets = ['x']\n", "does not start"),
         ("[control]\nsample = '1h'\n", "sample"),
+        ("[store]\nendpoints = ['https://a:1']\n", "TLS"),
+        ("[store]\nprefix = 'x'\n", "no prefix"),
+        ("[store]\nhost = 'a/b'\n", "no name"),
+        ("[store]\nlease = '1s'\n", "store.lease"),
+        ("[store]\ndeadline = '11s'\n", "store.deadline"),
     ] {
         let (_folder, file) = files("", &[("10-bad.toml", text)]);
         let error = load(&file, true).unwrap_err();

@@ -102,6 +102,15 @@ impl EtcdStore {
         }
     }
 
+    /// Whoever asks next begins with another member than this one. Threads that fail together move on by one all the
+    /// same.
+    fn pass_over(&self, member: usize) {
+        let next = member.wrapping_add(1);
+        let order = Ordering::Relaxed;
+        // Somebody else has passed it over already.
+        let _ = self.first.compare_exchange(member, next, order, order);
+    }
+
     fn post(
         &self,
         endpoint: &Endpoint,
@@ -164,13 +173,7 @@ impl EtcdStore {
                 },
                 Err(attempt) => attempt,
             };
-            // Whoever asks next begins with another one. Threads that fail together move on by one all the same.
-            let _ = self.first.compare_exchange(
-                member,
-                member.wrapping_add(1),
-                Ordering::Relaxed,
-                Ordering::Relaxed,
-            );
+            self.pass_over(member);
             match attempt {
                 Attempt::NotSent(text) => why = text,
                 Attempt::NoAnswer(text) | Attempt::Unable(text) if again => why = text,
@@ -291,7 +294,11 @@ impl Store for EtcdStore {
     ) -> Result<bool, StoreError> {
         let request = wire::watch(prefix, after);
         let member = self.first.load(Ordering::Relaxed);
-        let endpoint = &self.endpoints[member % self.endpoints.len().max(1)];
+        let Some(endpoint) = self.endpoints.get(member % self.endpoints.len().max(1)) else {
+            return Err(StoreError::Unreachable {
+                why: "no member is known".to_owned(),
+            });
+        };
         let left = until.saturating_duration_since(Instant::now());
         let body = match self.post(endpoint, "/v3/watch", &request, left.max(ATTEMPT_MIN)) {
             Ok(body) => body,
@@ -299,6 +306,7 @@ impl Store for EtcdStore {
             Err(_) if Instant::now() >= until => return Ok(false),
             Err(Attempt::Final(error)) => return Err(error),
             Err(Attempt::NotSent(why) | Attempt::NoAnswer(why) | Attempt::Unable(why)) => {
+                self.pass_over(member);
                 return Err(StoreError::Unreachable { why });
             }
         };

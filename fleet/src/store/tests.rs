@@ -71,14 +71,57 @@ fn late_change_fails_when_another_came_first() {
     );
 }
 
-/// Needs a cluster: `cargo xtask fleet-store` starts one and names it.
+/// etcd with one member, for as long as it is held.
+struct Etcd {
+    child: std::process::Child,
+    _folder: tempfile::TempDir,
+    address: String,
+}
+
+impl Etcd {
+    fn start() -> Self {
+        let folder = tempfile::TempDir::new().unwrap();
+        // Two ports that were free a moment ago.
+        let free = || {
+            let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            listener.local_addr().unwrap()
+        };
+        let (client, peer) = (format!("http://{}", free()), format!("http://{}", free()));
+        let child = std::process::Command::new("etcd")
+            .arg("--data-dir")
+            .arg(folder.path())
+            .args(["--listen-client-urls", &client])
+            .args(["--advertise-client-urls", &client])
+            .args(["--listen-peer-urls", &peer])
+            .args(["--initial-advertise-peer-urls", &peer])
+            .args(["--initial-cluster", &format!("default={peer}")])
+            .args(["--log-level", "error", "--logger", "zap"])
+            .spawn()
+            .expect("etcd-server is installed");
+        Self {
+            child,
+            _folder: folder,
+            address: client,
+        }
+    }
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
 #[test]
 #[ignore = "needs etcd: cargo xtask fleet-store"]
 fn etcd_does_what_a_store_must() {
-    let named = std::env::var("CH_FLEET_ETCD").expect("CH_FLEET_ETCD names the members");
-    let endpoints = named.split(',').map(|one| one.parse().unwrap()).collect();
-    let store = EtcdStore::new(endpoints, 0);
-    let prefix = format!("/conformance-{}", std::process::id());
+    let etcd = Etcd::start();
+    let store = EtcdStore::new(vec![etcd.address.parse().unwrap()], 0);
+    let until = Instant::now() + Duration::from_secs(60);
+    while store.list("/", until).is_err() {
+        assert!(Instant::now() < until, "etcd does not answer");
+    }
     // The demands themselves wait until the keys of a lease are gone.
-    conformance::check(&store, &prefix, |_: Duration| {});
+    conformance::check(&store, "/conformance", |_: Duration| {});
 }
