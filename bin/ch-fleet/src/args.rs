@@ -95,6 +95,8 @@ pub(crate) enum Command {
         /// The VM
         vm: String,
     },
+    /// See all hosts and place VMs on them, by way of the store they share
+    Fleet(FleetArguments),
     /// Have the agent read its settings anew
     Reload,
     /// Check settings or show them
@@ -190,6 +192,62 @@ pub(crate) struct ReserveOptions {
     /// Only tell whether it would fit
     #[arg(long)]
     pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct FleetArguments {
+    /// Settings with [store], and with the policies and limits that are placed by
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_FILE)]
+    pub(crate) config: PathBuf,
+
+    /// A member of the store instead of those in the settings; may be given several times
+    #[arg(long, value_name = "URL")]
+    pub(crate) endpoint: Vec<String>,
+
+    #[command(subcommand)]
+    pub(crate) command: FleetCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum FleetCommand {
+    /// Show the hosts and what they can promise
+    Status,
+    /// Say which host takes a VM, and have it promise the memory
+    Place(PlaceOptions),
+    /// Give back a promise that was made by place --reserve
+    Release {
+        /// Id of the reservation
+        id: String,
+    },
+    /// Let nothing new go to a host, and say where its VMs should go
+    Drain {
+        /// The host
+        host: String,
+        /// Let VMs go there again
+        #[arg(long)]
+        undo: bool,
+    },
+    /// Say which VMs should leave hosts that are short of memory
+    Advice,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlaceOptions {
+    /// Memory of the VM, in bytes or with a suffix K, M, G or T
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub(crate) memory: u64,
+
+    /// Memory that must be there [default: that of the VM's policy]
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub(crate) min: Option<u64>,
+
+    /// Name of the VM, as discovery will see it on its host [default: one made up]
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+
+    /// Have the host promise it
+    #[arg(long)]
+    pub(crate) reserve: bool,
 }
 
 #[derive(Debug, Args)]

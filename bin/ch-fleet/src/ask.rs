@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use api::{Client, ClientError};
 use fleet::agent::Status;
+use fleet::cluster::PlaceError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -24,6 +25,10 @@ pub(crate) struct Agent {
 pub(crate) struct Refused(String);
 
 impl Refused {
+    pub(crate) fn unknown_host(host: &str) -> Self {
+        Self(format!("The store knows no host {host:?}"))
+    }
+
     pub(crate) fn unknown_vm(vm: &str) -> Self {
         Self(format!("The last plan knows no VM {vm:?}"))
     }
@@ -76,6 +81,13 @@ impl Agent {
 
 /// Exit status for a failure.
 pub(crate) fn exit_code(error: &anyhow::Error) -> ExitCode {
+    if let Some(error) = error.downcast_ref::<PlaceError>() {
+        return ExitCode::from(match error {
+            PlaceError::Refused(_) | PlaceError::Starting(_) => 3,
+            PlaceError::Late | PlaceError::Unanswered { .. } => 5,
+            PlaceError::Store(_) | PlaceError::NoReservation(_) => 1,
+        });
+    }
     let cause = error
         .chain()
         .find_map(|cause| cause.downcast_ref::<ClientError>());

@@ -131,6 +131,28 @@ fn agent_and_vms(agent: &Agent) -> Vec<Finding> {
             "no pressure trigger: reactions take up to a second longer",
         ));
     }
+    if let Some(store) = &status.store {
+        findings.push(match &store.error {
+            None if store.registered => finding(
+                Grade::Good,
+                "store",
+                format!(
+                    "{} answers in {:.1} ms, this host is in it as {}",
+                    store.endpoints.join(", "),
+                    store.latency_us as f64 / 1e3,
+                    store.host
+                ),
+            ),
+            None => finding(Grade::Note, "store", "this host is not in it yet"),
+            Some(error) => finding(
+                Grade::Bad,
+                "store",
+                format!(
+                    "{error}; this host is looked after all the same, and nobody places VMs here"
+                ),
+            ),
+        });
+    }
     for vm in &status.vms {
         let name = &vm.vm;
         findings.push(match (&vm.failure, vm.level) {

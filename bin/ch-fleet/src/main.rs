@@ -1,6 +1,7 @@
 //! `ch-fleet`: memory overcommit for VMs with Cloud Hypervisor's API.
 //!
-//! `ch-fleet agent` looks after the VMs of one host; every other command asks a running agent over its socket. Answers go to
+//! `ch-fleet agent` looks after the VMs of one host; `ch-fleet fleet` asks the store that several hosts share; every other
+//! command asks a running agent over its socket. Answers go to
 //! standard output as a table or as JSON, errors as a chain of causes to standard error. Exit status: 0 done, 1 error, 2 usage,
 //! 3 refused, 5 no answer in time; `run` ends with its VMM's.
 
@@ -9,6 +10,8 @@ mod allocator;
 mod args;
 mod ask;
 mod doctor;
+mod fleet_command;
+mod fleet_tables;
 mod logger;
 mod run;
 mod screen;
@@ -50,6 +53,9 @@ fn execute(arguments: &Arguments) -> Result<ExitCode> {
         Command::Agent(options) => agent_command::run(options)?,
         Command::Run(options) => return run::run(&agent, options),
         Command::Simulate(options) => return simulate::run(options, arguments.output, &mut out),
+        Command::Fleet(command) => {
+            return fleet_command::run(command, arguments.timeout(), arguments.output, &mut out);
+        }
         Command::Doctor => return doctor::run(&agent, arguments.output, &mut out),
         Command::Top(options) => {
             // The screen writes to standard output itself.

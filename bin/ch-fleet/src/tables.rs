@@ -2,12 +2,15 @@
 
 use std::io::{self, Write};
 
-use fleet::agent::{JournalPage, ReservationStatus, ReserveAnswer, Status, VmStatus};
+use fleet::agent::{JournalPage, ReservationStatus, ReserveAnswer, Status, StoreStatus, VmStatus};
 use fleet::model::Bytes;
 
 /// The host in three lines, then the VMs.
 pub(crate) fn status(out: &mut dyn Write, status: &Status) -> io::Result<()> {
     host(out, status)?;
+    if let Some(store) = &status.store {
+        self::store(out, store)?;
+    }
     if !status.reservations.is_empty() {
         writeln!(out)?;
         reservations(out, &status.reservations)?;
@@ -58,6 +61,23 @@ pub(crate) fn host(out: &mut dyn Write, status: &Status) -> io::Result<()> {
         short(host.shortage),
         short(host.pending),
         short(host.owed)
+    )
+}
+
+/// The store in one line.
+fn store(out: &mut dyn Write, store: &StoreStatus) -> io::Result<()> {
+    let state = match (store.registered, &store.error) {
+        (true, None) => "in step".to_owned(),
+        (_, Some(error)) => format!("OUT OF STEP: {error}"),
+        (false, None) => "not yet in step".to_owned(),
+    };
+    writeln!(
+        out,
+        "store {state}  as {}  held for others {} ({})  leases lost {}",
+        store.host,
+        store.held,
+        short(store.held_bytes),
+        store.leases_lost
     )
 }
 
@@ -191,6 +211,6 @@ pub(crate) fn short(bytes: Bytes) -> String {
     }
 }
 
-fn clip(text: &str, chars: usize) -> String {
+pub(crate) fn clip(text: &str, chars: usize) -> String {
     text.chars().take(chars).collect()
 }

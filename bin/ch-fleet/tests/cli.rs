@@ -215,6 +215,33 @@ fn commands_without_an_agent_say_so() {
 }
 
 #[test]
+fn fleet_commands_without_a_store_say_so() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("agent.toml");
+    let status = |text: &str| {
+        fs::write(&file, text).unwrap();
+        let output = Command::new(PROGRAM)
+            .args(["fleet", "--config"])
+            .arg(&file)
+            .args(["--timeout", "1", "status"])
+            .output()
+            .unwrap();
+        let told = String::from_utf8(output.stderr).unwrap();
+        (output.status.code(), told)
+    };
+    let (code, told) = status("");
+    assert_eq!(code, Some(1));
+    assert!(told.contains("There is no store"), "{told}");
+    // A port that nobody listens at: bound a moment ago, and closed.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let (code, told) = status(&format!("[store]\nendpoints = ['http://{address}']\n"));
+    assert_eq!(code, Some(1));
+    assert!(told.contains("cannot be reached"), "{told}");
+}
+
+#[test]
 fn top_prints_rounds_where_there_is_no_terminal() {
     let agent = Agent::start();
     let output = agent.ask(&["top", "-n", "2", "-d", "0.1"]);

@@ -1,0 +1,284 @@
+//! `ch-fleet fleet`: all hosts, by way of the store that they share. No agent is asked.
+
+use std::collections::BTreeMap;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::io::Write;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant, SystemTime};
+
+use anyhow::{Context, Result, bail};
+use fleet::admission::{HostBooks, Request};
+use fleet::cluster::{DrainMark, FleetPicture, Placer, Wanted};
+use fleet::model::Bytes;
+use fleet::placement::{HostCapacity, MovableVm, Moves, drain, rebalance};
+use fleet::settings::{DEFAULT_FILE, Settings, load};
+use serde::Serialize;
+
+use crate::args::{FleetArguments, FleetCommand, Output, PlaceOptions};
+use crate::ask::Refused;
+use crate::{fleet_tables, print};
+
+/// What is said with every advice.
+pub(crate) const ADVICE_ONLY: &str =
+    "advice only: the VMM does not serve live migration yet, so nothing is moved";
+
+/// One host as `fleet status` shows it.
+#[derive(Debug, Serialize)]
+pub(crate) struct HostLine {
+    pub(crate) host: String,
+    /// Whether its lease lasts.
+    pub(crate) there: bool,
+    pub(crate) draining: bool,
+    /// With what was asked of it since it wrote them.
+    pub(crate) books: HostBooks,
+    /// Age of its figures when it wrote them, ms.
+    pub(crate) facts_age_ms: u64,
+    pub(crate) version: String,
+    pub(crate) generation: u64,
+    pub(crate) vms: usize,
+    /// Promises asked for from afar, by what the host says to them.
+    pub(crate) lines: BTreeMap<&'static str, usize>,
+}
+
+/// Where a VM would go.
+#[derive(Debug, Serialize)]
+pub(crate) struct Choice {
+    pub(crate) host: String,
+    pub(crate) vm: String,
+    pub(crate) promised: Bytes,
+    /// The reservation; absent when nothing was reserved.
+    pub(crate) id: Option<String>,
+}
+
+/// Where VMs should go.
+#[derive(Debug, Serialize)]
+pub(crate) struct Advice {
+    pub(crate) note: &'static str,
+    pub(crate) hosts: BTreeMap<String, Moves>,
+}
+
+struct Fleet {
+    settings: Settings,
+    seed: u64,
+    until: Instant,
+}
+
+pub(crate) fn run(
+    arguments: &FleetArguments,
+    timeout: Duration,
+    output: Output,
+    out: &mut dyn Write,
+) -> Result<ExitCode> {
+    let fleet = Fleet::open(arguments, timeout)?;
+    let store = fleet.settings.store.connect(fleet.seed as usize)?;
+    let placer = Placer::new(
+        &*store,
+        fleet.settings.store.keys()?,
+        fleet.settings.config.clone(),
+        fleet.settings.store.deadline.duration(),
+        fleet.seed,
+    );
+    match &arguments.command {
+        FleetCommand::Status => {
+            let hosts = lines(&placer.picture(fleet.until)?);
+            print(out, output, &hosts, |out| fleet_tables::hosts(out, &hosts))?;
+        }
+        FleetCommand::Place(options) => {
+            let choice = fleet.place(&placer, options)?;
+            print(out, output, &choice, |out| {
+                fleet_tables::choice(out, &choice)
+            })?;
+        }
+        FleetCommand::Release { id } => {
+            let entry = placer.release(id, fleet.until)?;
+            print(out, output, &entry, |out| {
+                writeln!(out, "{} of {} released", entry.promise, entry.vm)
+            })?;
+        }
+        FleetCommand::Drain { host, undo } => {
+            let picture = placer.picture(fleet.until)?;
+            let known = picture.find(host);
+            if known.is_none() {
+                return Err(Refused::unknown_host(host).into());
+            }
+            let mark = (!undo).then(drain_mark);
+            placer.mark(host, mark.as_ref(), fleet.until)?;
+            let advice = if *undo {
+                Advice::of(BTreeMap::new())
+            } else {
+                let vms = FleetPicture::vms(&*store, &fleet.settings.store.keys()?, fleet.until)?;
+                fleet.advise_drain(&picture, host, &vms)
+            };
+            print(out, output, &advice, |out| {
+                fleet_tables::drained(out, host, *undo, &advice)
+            })?;
+        }
+        FleetCommand::Advice => {
+            let picture = placer.picture(fleet.until)?;
+            let vms = FleetPicture::vms(&*store, &fleet.settings.store.keys()?, fleet.until)?;
+            let advice = fleet.advise_rebalance(&picture, &vms);
+            print(out, output, &advice, |out| {
+                fleet_tables::advice(out, &advice)
+            })?;
+        }
+    }
+    out.flush().context("Cannot write the answer")?;
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Fleet {
+    fn open(arguments: &FleetArguments, timeout: Duration) -> Result<Self> {
+        let required = arguments.config != Path::new(DEFAULT_FILE);
+        let mut settings = load(&arguments.config, required)?.settings;
+        if !arguments.endpoint.is_empty() {
+            settings.store.endpoints.clone_from(&arguments.endpoint);
+        }
+        settings.store.check()?;
+        if !settings.store.is_used() {
+            bail!(
+                "There is no store: name one with --endpoint, or as store.endpoints in {}",
+                arguments.config.display()
+            );
+        }
+        let mut hasher = RandomState::new().build_hasher();
+        hasher.write_u32(std::process::id());
+        hasher.write_u64(unix_ms());
+        Ok(Self {
+            settings,
+            seed: hasher.finish(),
+            until: Instant::now() + timeout,
+        })
+    }
+
+    fn place(&self, placer: &Placer<'_>, options: &PlaceOptions) -> Result<Choice> {
+        let vm = options
+            .name
+            .clone()
+            .unwrap_or_else(|| format!("vm-{:08x}", self.seed as u32));
+        let memory = Bytes(options.memory);
+        let config = &self.settings.config;
+        let policy = config.vm_policy(self.settings.policy_name(&vm), memory);
+        let request = Request {
+            min: options.min.map_or(policy.min, Bytes).min(memory),
+            max: memory,
+        };
+        if options.reserve {
+            let wanted = Wanted {
+                vm,
+                request,
+                placer: who(),
+            };
+            let placed = placer.reserve(&wanted, self.until)?;
+            return Ok(Choice {
+                host: placed.host,
+                vm: placed.vm,
+                promised: placed.promised,
+                id: Some(placed.id),
+            });
+        }
+        let picture = placer.picture(self.until)?;
+        let host = placer
+            .choose(&request, &picture, &BTreeMap::new())
+            .map_err(fleet::cluster::PlaceError::Refused)?;
+        Ok(Choice {
+            host: host.host.clone(),
+            vm,
+            promised: request.needs(config),
+            id: None,
+        })
+    }
+
+    fn advise_drain(
+        &self,
+        picture: &FleetPicture,
+        host: &str,
+        vms: &BTreeMap<String, Vec<MovableVm>>,
+    ) -> Advice {
+        let others = capacities(picture, host);
+        let here = vms.get(host).map_or(&[][..], Vec::as_slice);
+        let moves = drain(here, &others, NOW_MS, &self.settings.config);
+        Advice::of(BTreeMap::from([(host.to_owned(), moves)]))
+    }
+
+    fn advise_rebalance(
+        &self,
+        picture: &FleetPicture,
+        vms: &BTreeMap<String, Vec<MovableVm>>,
+    ) -> Advice {
+        let there = picture.hosts.iter().filter(|host| host.record.is_some());
+        let advised = there.filter_map(|host| {
+            let others = capacities(picture, &host.host);
+            let here = vms.get(&host.host).map_or(&[][..], Vec::as_slice);
+            let capacity = host.capacity(NOW_MS);
+            let moves = rebalance(&capacity, here, &others, NOW_MS, &self.settings.config);
+            let any = !moves.moves.is_empty() || !moves.stay.is_empty();
+            any.then(|| (host.host.clone(), moves))
+        });
+        Advice::of(advised.collect())
+    }
+}
+
+impl Advice {
+    fn of(hosts: BTreeMap<String, Moves>) -> Self {
+        Self {
+            note: ADVICE_ONLY,
+            hosts,
+        }
+    }
+}
+
+/// Hosts tell the age of their figures themselves, so any moment later than all of them serves as now.
+const NOW_MS: u64 = u32::MAX as u64;
+
+fn capacities(picture: &FleetPicture, but: &str) -> Vec<HostCapacity> {
+    let others = picture
+        .hosts
+        .iter()
+        .filter(|host| host.is_there() && host.host != but);
+    others.map(|host| host.capacity(NOW_MS)).collect()
+}
+
+fn lines(picture: &FleetPicture) -> Vec<HostLine> {
+    let line = |host: &fleet::cluster::FleetHost| {
+        let mut lines = BTreeMap::new();
+        for entry in host.book.iter().flat_map(|book| &book.entries) {
+            *lines.entry(entry.answer.name()).or_default() += 1;
+        }
+        let record = host.record.clone().unwrap_or_default();
+        HostLine {
+            host: host.host.clone(),
+            there: host.is_there(),
+            draining: host.drain.is_some(),
+            books: host.capacity(NOW_MS).books,
+            facts_age_ms: record.facts_age_ms,
+            version: record.version,
+            generation: record.generation,
+            vms: record.vms,
+            lines,
+        }
+    };
+    picture.hosts.iter().map(line).collect()
+}
+
+fn drain_mark() -> DrainMark {
+    DrainMark {
+        by: who(),
+        unix_ms: unix_ms(),
+    }
+}
+
+/// Whoever reads it later wants to know whom to ask.
+fn who() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    let user = rustix::process::getuid().as_raw();
+    format!("uid {user} on {}", host.trim())
+}
+
+fn unix_ms() -> u64 {
+    SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .map_or(0, |since| {
+            u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+        })
+}

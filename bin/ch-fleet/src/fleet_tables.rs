@@ -1,0 +1,115 @@
+//! Answers about the fleet as people read them.
+
+use std::io::{self, Write};
+
+use fleet::placement::{Moves, StayReason};
+
+use crate::fleet_command::{ADVICE_ONLY, Advice, Choice, HostLine};
+use crate::tables::{clip, short};
+
+/// One line a host.
+pub(crate) fn hosts(out: &mut dyn Write, hosts: &[HostLine]) -> io::Result<()> {
+    writeln!(
+        out,
+        "HOST                 STATE  VMS AVAIL USABLE PROMISED  FIRM ASKED  HELD NOTE"
+    )?;
+    for line in hosts {
+        let ledger = &line.books.ledger;
+        let count = |name: &str| line.lines.get(name).copied().unwrap_or(0);
+        let note = match (line.there, line.draining) {
+            (true, false) => "",
+            (true, true) => "draining",
+            (false, true) => "not there, draining",
+            (false, false) => "not there",
+        };
+        let text = format!(
+            "{:<20} {:<6} {:>3} {:>5} {:>6} {:>8} {:>5} {:>5} {:>5} {note}",
+            clip(&line.host, 20),
+            if line.there {
+                line.books.state.name()
+            } else {
+                "-"
+            },
+            line.vms,
+            short(ledger.available),
+            short(ledger.usable),
+            short(ledger.promised),
+            short(ledger.firm_free),
+            count("asked"),
+            count("confirmed") + count("starting"),
+        );
+        writeln!(out, "{}", text.trim_end())?;
+    }
+    Ok(())
+}
+
+pub(crate) fn choice(out: &mut dyn Write, choice: &Choice) -> io::Result<()> {
+    match &choice.id {
+        Some(id) => writeln!(
+            out,
+            "{}: {} promised to {} on {}",
+            id, choice.promised, choice.vm, choice.host
+        ),
+        None => writeln!(
+            out,
+            "{} would take it with {}; nothing was reserved",
+            choice.host, choice.promised
+        ),
+    }
+}
+
+pub(crate) fn drained(
+    out: &mut dyn Write,
+    host: &str,
+    undo: bool,
+    advice: &Advice,
+) -> io::Result<()> {
+    if undo {
+        return writeln!(out, "{host} takes VMs again");
+    }
+    writeln!(out, "nothing new goes to {host}")?;
+    moves(out, advice)
+}
+
+pub(crate) fn advice(out: &mut dyn Write, advice: &Advice) -> io::Result<()> {
+    if advice.hosts.is_empty() {
+        return writeln!(
+            out,
+            "no host is so short of memory that VMs should leave it"
+        );
+    }
+    moves(out, advice)
+}
+
+fn moves(out: &mut dyn Write, advice: &Advice) -> io::Result<()> {
+    writeln!(
+        out,
+        "FROM                 VM                   TO                    BYTES"
+    )?;
+    for (host, found) in &advice.hosts {
+        lines(out, host, found)?;
+    }
+    writeln!(out, "{ADVICE_ONLY}")
+}
+
+fn lines(out: &mut dyn Write, host: &str, found: &Moves) -> io::Result<()> {
+    let host = clip(host, 20);
+    for one in &found.moves {
+        writeln!(
+            out,
+            "{host:<20} {:<20} {:<20} {:>6}",
+            clip(one.vm.as_str(), 20),
+            clip(&one.to, 20),
+            short(one.bytes)
+        )?;
+    }
+    for (vm, why) in &found.stay {
+        let why = match why {
+            StayReason::Fixed => "stays: it cannot be moved",
+            StayReason::Rests(_) => "stays: it was moved not long ago",
+            StayReason::NoHost => "stays: no host takes it",
+        };
+        writeln!(out, "{host:<20} {:<20} {why}", clip(vm.as_str(), 20))?;
+    }
+    Ok(())
+}
