@@ -7,6 +7,7 @@ mod apt;
 mod ci;
 mod experiment;
 mod fleet;
+mod fleet_store;
 mod fuzz;
 mod guest;
 mod paths;
@@ -47,6 +48,8 @@ enum Command {
     FleetPage,
     /// Measure what the fleet agent costs its host
     FleetBench(fleet::BenchOptions),
+    /// Test the fleet manager with a real etcd
+    FleetStore(fleet_store::Options),
     /// Do anything to the devices, for a while
     Fuzz(fuzz::Options),
     /// Show what reclaimed memory is worth
@@ -95,6 +98,7 @@ fn main() -> ExitCode {
         Command::VmTests(options) => vm_tests::run(&options),
         Command::FleetPage => fleet::page(),
         Command::FleetBench(options) => fleet::bench(&options),
+        Command::FleetStore(options) => fleet_store::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Experiment(experiment) => experiment::run(&experiment),
         Command::Ci(options) => ci::run(&options),

@@ -79,6 +79,13 @@ pub(crate) const STEPS: &[Step] = &[
         "test programs",
         "cargo build --package integration-tests --bins",
     ),
+    // Three members and five agents, killed, stopped and cut off; about a minute and a half.
+    Step {
+        name: "fleet store",
+        kind: Kind::Host,
+        needs: &["build", "test programs"],
+        command: "cargo xtask fleet-store",
+    },
     host("guest core", "cargo xtask guest core"),
     guests("guest", &[], "cargo xtask guest build"),
     // Builds nothing that the step before has not built.
