@@ -165,6 +165,7 @@ mod tests {
                 promised: Bytes::gib(1),
                 phase: ReservationPhase::Promised,
                 owner_uid: 0,
+                remote: false,
                 since_unix_ms: 0,
                 deadline_unix_ms: None,
             },
