@@ -91,6 +91,20 @@ fn promise_from_afar_is_the_hosts_own_until_its_vm_runs() {
     assert_eq!(status.reservations.len(), 1);
     assert!(status.reservations[0].reservation.remote);
     assert_eq!(status.reservations[0].reservation.id, placed.id);
+    // Who starts the VM there asks for the same and is given the same.
+    let body = api::to_ascii_json(&ReserveRequest {
+        vm: "new".to_owned(),
+        memory: Bytes::gib(1),
+        min: None,
+        dry_run: false,
+    })
+    .unwrap();
+    let answer = api::Client::new(world.path().join("run/agent.sock"))
+        .with_timeout(Some(DEADLINE))
+        .put("fleet.reserve", Some(&body))
+        .unwrap();
+    let answer: ReserveAnswer = serde_json::from_str(&answer.unwrap()).unwrap();
+    assert_eq!(answer.reservation.unwrap().id, placed.id);
     // The name is taken, and the answer to who asks says so.
     let Err(PlaceError::Refused(refusal)) = place(&store, "new", 2) else {
         panic!("the name is taken");
