@@ -24,7 +24,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let agent = Agent::start(AgentOptions {
         settings: loaded.settings,
         file: Some((options.config.clone(), required)),
-        host: HostFiles::default(),
+        host: HostFiles {
+            proc: options.proc.clone(),
+            cgroup_root: options.cgroup_root.clone(),
+            ..HostFiles::default()
+        },
         store: None,
     })?;
     agent.follow_signals()?;

@@ -125,6 +125,14 @@ pub(crate) struct AgentOptions {
     #[arg(long)]
     pub(crate) dry_run: bool,
 
+    /// Where the host's /proc is, for an agent in a container
+    #[arg(long, value_name = "PATH", default_value = "/proc")]
+    pub(crate) proc: PathBuf,
+
+    /// Where the host's control groups are, for an agent in a container
+    #[arg(long, value_name = "PATH", default_value = "/sys/fs/cgroup")]
+    pub(crate) cgroup_root: PathBuf,
+
     /// Form of the log on standard error
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub(crate) log_format: LogFormat,

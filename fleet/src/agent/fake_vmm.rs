@@ -235,6 +235,10 @@ fn write_host(inner: &MutexGuard<'_, Inner>, folder: &Path) {
     fs::rename(beside, folder.join("proc/meminfo")).unwrap();
     // This process is every VMM's, so there is one figure for all of them.
     let process = folder.join(format!("proc/{}", std::process::id()));
+    if process.exists() {
+        // It stays as it is. Written anew it would be empty for a moment, and the process another one to whoever looks then.
+        return;
+    }
     fs::create_dir_all(&process).unwrap();
     let fields = vec!["0"; 18].join(" ");
     fs::write(process.join("stat"), format!("1 (vmm) S {fields} 77 0")).unwrap();
