@@ -164,7 +164,13 @@ pub(crate) fn run(experiment: &Experiment) -> Result<ExitCode> {
             share: Some(out.clone()),
         },
     )?;
-    say_what_was_measured(&out.join(format!("{name}-{}.json", common.reporting.word())))?;
+    let arrivals = if plan["seed"].is_u64() {
+        "-arrivals"
+    } else {
+        ""
+    };
+    let figures = format!("{name}-{}{arrivals}.json", common.reporting.word());
+    say_what_was_measured(&out.join(figures))?;
     Ok(status)
 }
 
