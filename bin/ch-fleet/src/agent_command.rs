@@ -21,7 +21,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         log::info!("settings from {}", file.display());
     }
     loaded.settings.agent.dry_run |= options.dry_run;
-    let agent = Agent::start(AgentOptions {
+    let agent = Agent::start_with_signals(AgentOptions {
         settings: loaded.settings,
         file: Some((options.config.clone(), required)),
         host: HostFiles {
@@ -31,7 +31,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         },
         store: None,
     })?;
-    agent.follow_signals()?;
     if let Some(address) = agent.page() {
         log::info!("page and metrics at http://{address}/");
     }

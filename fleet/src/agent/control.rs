@@ -143,22 +143,6 @@ impl AgentHandle {
         self.page
     }
 
-    /// Has SIGHUP, SIGTERM and SIGINT of this process reach the agent.
-    ///
-    /// # Errors
-    /// The handlers cannot be installed.
-    pub fn follow_signals(&self) -> Result<(), AgentError> {
-        let events = self.events.clone();
-        signals::forward(move |asked| {
-            // An agent that has ended needs no signal any more.
-            let _ = events.send(match asked {
-                Asked::Reload => Event::Reload,
-                Asked::Stop => Event::Stop,
-            });
-        })
-        .map_err(AgentError::Thread)
-    }
-
     /// Reads the settings anew.
     pub fn reload(&self) {
         // An agent that has ended has nothing to reload.
@@ -237,6 +221,33 @@ impl Agent {
     /// What it needs from the start is not there. What may come and go later, VMs above all, is no reason.
     pub fn start(options: AgentOptions) -> Result<AgentHandle, AgentError> {
         let (events, received) = mpsc::sync_channel(EVENTS_MAX);
+        Self::launch(options, events, received)
+    }
+
+    /// The same, and SIGHUP, SIGTERM and SIGINT of this process reach the agent: from before anybody can see that it is there,
+    /// because a signal that came earlier would end the process.
+    ///
+    /// # Errors
+    /// As above, or the handlers cannot be installed.
+    pub fn start_with_signals(options: AgentOptions) -> Result<AgentHandle, AgentError> {
+        let (events, received) = mpsc::sync_channel(EVENTS_MAX);
+        let asking = events.clone();
+        signals::forward(move |asked| {
+            // An agent that has ended needs no signal any more.
+            let _ = asking.send(match asked {
+                Asked::Reload => Event::Reload,
+                Asked::Stop => Event::Stop,
+            });
+        })
+        .map_err(AgentError::Thread)?;
+        Self::launch(options, events, received)
+    }
+
+    fn launch(
+        options: AgentOptions,
+        events: SyncSender<Event>,
+        received: Receiver<Event>,
+    ) -> Result<AgentHandle, AgentError> {
         let store = options.store.clone();
         let mut agent = Self::new(options, events.clone())?;
         let local = agent.serve_local()?;
