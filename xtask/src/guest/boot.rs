@@ -172,7 +172,7 @@ fn remove_objects(folder: &Path) -> Result<()> {
 }
 
 fn boot(vmlinux: &Path, initramfs: &Path, words: &str) -> Result<()> {
-    let command_line = format!("console=ttyS0 panic=-1 {words} guest.run={SCRIPT}");
+    let command_line = format!("console=ttyS0 panic=-1 no_timer_check {words} guest.run={SCRIPT}");
     let ended = Machine {
         kernel: vmlinux,
         initramfs: Some(initramfs),

@@ -34,7 +34,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     };
     let dir = paths::guest().join("kunit");
     kernel.build(&dir)?;
-    let mut command_line = String::from("console=ttyS0 panic=-1 kunit_shutdown=poweroff");
+    let mut command_line =
+        String::from("console=ttyS0 panic=-1 no_timer_check kunit_shutdown=poweroff");
     if let Some(filter) = &options.filter {
         command_line.push_str(&format!(" kunit.filter_glob={filter}"));
     }
