@@ -14,7 +14,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fleet::agent::Status;
-use fleet::agent::fake_vmm::{FakeVm, Fault, GIB, MIB, World};
+use fleet::agent::fake_vmm::{FakeVm, Fault, GIB, MIB, World, wait_within};
 
 /// As Prometheus asks by default.
 const SCRAPE: Duration = Duration::from_secs(15);
@@ -51,7 +51,7 @@ fn main() -> ExitCode {
     let seconds: u64 = arguments.next().map_or(120, |text| text.parse().unwrap());
     let world = world(vms);
     let agent = start(PathBuf::from(program), &world);
-    wait("all VMs that answer", || {
+    wait_within(DEADLINE, "all VMs that answer", || {
         let status = status(&agent);
         let up = status.vms.iter().filter(|vm| vm.up).count();
         let healthy = (0..vms).filter(|number| fault(*number) == Fault::None);
@@ -106,7 +106,7 @@ fn start(program: PathBuf, world: &World) -> Agent {
         .stderr(fs::File::create(&log).unwrap())
         .spawn()
         .unwrap();
-    let address = wait("the page", || {
+    let address = wait_within(DEADLINE, "the page", || {
         let log = fs::read_to_string(&log).unwrap();
         let (_, rest) = log.split_once("page and metrics at http://")?;
         Some(rest.split_once('/')?.0.to_owned())
@@ -178,17 +178,6 @@ fn reaction_ms(world: &World, round: usize) -> Option<u128> {
         thread::sleep(Duration::from_millis(20));
     }
     Some(begin.elapsed().as_millis())
-}
-
-fn wait<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let until = Instant::now() + DEADLINE;
-    loop {
-        if let Some(found) = condition() {
-            return found;
-        }
-        assert!(Instant::now() < until, "not in time: {what}");
-        thread::sleep(Duration::from_millis(20));
-    }
 }
 
 fn get(agent: &Agent, path: &str) -> String {

@@ -4,14 +4,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
 
+use fleet::agent::fake_vmm::wait;
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// Machines that run tests are shared.
-const DEADLINE: Duration = Duration::from_secs(60);
 const PROGRAM: &str = env!("CARGO_BIN_EXE_ch-fleet");
 
 struct Agent {
@@ -24,17 +21,6 @@ impl Drop for Agent {
         // Ended already is as good.
         let _ = self.child.kill();
         self.child.wait().unwrap();
-    }
-}
-
-fn wait<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let until = Instant::now() + DEADLINE;
-    loop {
-        if let Some(found) = condition() {
-            return found;
-        }
-        assert!(Instant::now() < until, "not in time: {what}");
-        thread::sleep(Duration::from_millis(20));
     }
 }
 

@@ -24,6 +24,36 @@ pub const MIB: u64 = 1 << 20;
 /// 1 GiB.
 pub const GIB: u64 = 1 << 30;
 
+/// Machines that run tests are shared; what is waited for mostly takes a second.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Waits until `condition` finds something.
+///
+/// # Panics
+/// It has not after [`DEADLINE`].
+pub fn wait<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
+    wait_within(DEADLINE, what, condition)
+}
+
+/// [`wait`] with another deadline.
+///
+/// # Panics
+/// It has found nothing by then.
+pub fn wait_within<T>(
+    deadline: Duration,
+    what: &str,
+    mut condition: impl FnMut() -> Option<T>,
+) -> T {
+    let until = Instant::now() + deadline;
+    loop {
+        if let Some(found) = condition() {
+            return found;
+        }
+        assert!(Instant::now() < until, "not in time: {what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
 /// What a VMM does instead of answering well.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Fault {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::fake_vmm::{FakeVm, GIB, MIB, World};
+use super::fake_vmm::{DEADLINE, FakeVm, GIB, MIB, World, wait};
 use super::*;
 use crate::admission::Request;
 use crate::cluster::{FleetPicture, Keys, PlaceError, Placed, Placer, Wanted};
@@ -15,8 +15,6 @@ use crate::reservations::ReservationPhase;
 use crate::settings::Settings;
 use crate::store::{MemoryStore, Store};
 
-/// Machines that run tests are shared.
-const DEADLINE: Duration = Duration::from_secs(60);
 const CALL: Duration = Duration::from_secs(2);
 
 fn start(world: &World, store: &Arc<MemoryStore>, host: &str) -> AgentHandle {
@@ -38,17 +36,6 @@ fn start(world: &World, store: &Arc<MemoryStore>, host: &str) -> AgentHandle {
         store: Some(store),
     })
     .unwrap()
-}
-
-fn wait<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let until = Instant::now() + DEADLINE;
-    loop {
-        if let Some(found) = condition() {
-            return found;
-        }
-        assert!(Instant::now() < until, "not in time: {what}");
-        thread::sleep(Duration::from_millis(10));
-    }
 }
 
 fn keys() -> Keys {

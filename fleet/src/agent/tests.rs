@@ -8,16 +8,13 @@ use std::time::{Duration, Instant};
 
 use api::ClientError;
 
-use super::fake_vmm::{FakeVm, Fault, GIB, MIB, World};
+use super::fake_vmm::{DEADLINE, FakeVm, Fault, GIB, MIB, World, wait};
 use super::*;
 use crate::config::Millis;
 use crate::http::{Method, Request, Response};
 use crate::model::{Bytes, HostState};
 use crate::reservations::ReservationPhase;
 use crate::settings::Settings;
-
-/// Machines that run tests are shared; what is waited for mostly takes a second.
-const DEADLINE: Duration = Duration::from_secs(60);
 
 fn settings(world: &World) -> Settings {
     let mut settings = Settings::default();
@@ -45,17 +42,6 @@ fn start_with(world: &World, settings: Settings) -> AgentHandle {
         store: None,
     })
     .unwrap()
-}
-
-fn wait<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let until = Instant::now() + DEADLINE;
-    loop {
-        if let Some(found) = condition() {
-            return found;
-        }
-        assert!(Instant::now() < until, "not in time: {what}");
-        thread::sleep(Duration::from_millis(10));
-    }
 }
 
 fn status_of(agent: &AgentHandle, name: &str) -> Option<VmStatus> {

@@ -9,10 +9,11 @@ use std::thread;
 use std::time::Instant;
 
 use base64::Engine;
+use fleet::agent::fake_vmm::{DEADLINE, wait};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::host::{DEADLINE, Process, wait};
+use super::host::Process;
 
 /// The browser takes commands at descriptor 3 and answers at 4, each message ended by a zero byte. The shell puts what we
 /// hold of its standard input and output there.

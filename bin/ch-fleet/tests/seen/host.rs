@@ -4,24 +4,8 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
-use std::thread;
-use std::time::{Duration, Instant};
 
-use fleet::agent::fake_vmm::{FakeVm, GIB, World};
-
-/// Machines that run tests are shared.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
-
-pub(crate) fn wait<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
-    let until = Instant::now() + DEADLINE;
-    loop {
-        if let Some(found) = condition() {
-            return found;
-        }
-        assert!(Instant::now() < until, "not in time: {what}");
-        thread::sleep(Duration::from_millis(50));
-    }
-}
+use fleet::agent::fake_vmm::{DEADLINE, FakeVm, GIB, World, wait};
 
 /// A program that is ended with its test.
 pub(crate) struct Process(pub(crate) Child);

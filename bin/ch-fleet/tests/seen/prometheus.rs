@@ -5,10 +5,11 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use fleet::agent::fake_vmm::wait;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::host::{Host, Process, http_get, wait};
+use super::host::{Host, Process, http_get};
 
 /// What dashboards ask for that need not be there on a host where all is well.
 const MAY_BE_EMPTY: [&str; 1] = [
