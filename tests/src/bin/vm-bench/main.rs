@@ -6,11 +6,12 @@
 //! Prints one JSON object a figure.
 
 mod guest_overhead;
+mod reclaim;
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use integration_tests::linux::Machine;
@@ -18,7 +19,6 @@ use integration_tests::literal_client::request;
 use integration_tests::mappings::{Mapping, beside_guest_ram};
 use integration_tests::paths;
 use integration_tests::vmm::Vmm;
-use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
@@ -36,7 +36,7 @@ fn main() -> Result<()> {
     let all: [Bench; 5] = [
         ("overhead", overhead),
         ("start", start),
-        ("reclaim", reclaim),
+        (reclaim::NAME, reclaim::run),
         ("api", api),
         (guest_overhead::NAME, guest_overhead::run),
     ];
@@ -161,39 +161,6 @@ fn start() -> Result<Value> {
     }
     times_ms.sort_by(f64::total_cmp);
     Ok(json!({ "to_init_ms_median": times_ms[STARTS / 2], "to_init_ms": times_ms }))
-}
-
-/// 700 of 1024 MiB freed by a mainline kernel: how far and how fast.
-fn reclaim() -> Result<Value> {
-    let mut guest = Machine {
-        memory: "size=1G",
-        arguments: &["--balloon", "size=0,free_page_reporting=on"],
-        ..Machine::default()
-    }
-    .serve()?;
-    guest.command("alloc 700M")?;
-    let before = guest.vmm.resident_bytes()?;
-    guest.command("free")?;
-    let begin = Instant::now();
-    let (mut lowest, mut lowest_at) = (u64::MAX, begin);
-    wait_for("an end of the fall", Duration::from_secs(120), || {
-        let resident = guest.vmm.resident_bytes()?;
-        if resident + 2 * MIB < lowest {
-            (lowest, lowest_at) = (resident, Instant::now());
-        }
-        let settled = lowest_at.elapsed() > Duration::from_secs(5) && lowest + 100 * MIB < before;
-        Ok(settled.then_some(()))
-    })?;
-    let stats = guest.vmm.get("vm.reclaim-stats").unwrap_or_default();
-    Ok(json!({
-        "resident_before_bytes": before,
-        "resident_after_bytes": lowest,
-        "fall_ended_after_ms": lowest_at.duration_since(begin).as_millis() as u64,
-        "report_latency_us": stats["report"]["latency_us"],
-        "reports": stats["report"]["batches"],
-        "discard_syscalls": stats["report"]["discard_syscalls"],
-        "sample_cost_us": stats["resident_sample_us"],
-    }))
 }
 
 /// `vm.info` while somebody waits for a guest that never answers.
