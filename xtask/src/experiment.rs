@@ -46,6 +46,9 @@ struct Common {
     /// How the guests give freed memory back
     #[arg(long, value_enum)]
     reporting: Reporting,
+    /// Smallest block that guests report, 4 KiB << ORDER [default: the kernel's own, 9]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(0..=10))]
+    order: Option<u32>,
     /// Multiplies all sizes
     #[arg(long, default_value_t = 1.0)]
     scale: f64,
@@ -133,6 +136,7 @@ pub(crate) fn run(experiment: &Experiment) -> Result<ExitCode> {
         Experiment::Burst(options) => options.plan()?,
     };
     plan["reporting"] = common.reporting.word().into();
+    plan["order"] = common.order.into();
     plan["host_bytes"] = host.into();
     let out = common
         .out

@@ -280,6 +280,7 @@ mod tests {
             interval_ms: Some(2000),
             seed,
             reporting: Reporting::Off,
+            order: None,
         }
     }
 

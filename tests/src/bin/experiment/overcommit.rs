@@ -102,7 +102,8 @@ fn add(
     guests: &mut Vec<Guest>,
 ) -> Result<Row> {
     let memory = format!("size={}", plan.guest_bytes);
-    let vmm = plan.reporting.machine(&memory).start()?;
+    let command_line = plan.reporting.command_line(plan.order);
+    let vmm = plan.reporting.machine(&memory, &command_line).start()?;
     std::fs::write(
         format!("/proc/{}/oom_score_adj", vmm.pid()),
         OOM_SCORE_ADJ_DEFAULT,

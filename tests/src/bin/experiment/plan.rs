@@ -25,8 +25,20 @@ impl Reporting {
         }
     }
 
-    /// A guest of `guest_bytes` that reports this way; `memory` holds the option's text.
-    pub(crate) fn machine(self, memory: &str) -> Machine<'_> {
+    /// What the guest's kernel is told of it; `order` is of the smallest block it reports.
+    pub(crate) fn command_line(self, order: Option<u32>) -> String {
+        let tracker = match self {
+            Self::Off | Self::Mainline => "",
+            Self::Bitmap => "page_reporting.tracker=bitmap",
+        };
+        match order {
+            Some(order) => format!("{tracker} page_reporting.page_reporting_order={order}"),
+            None => tracker.to_owned(),
+        }
+    }
+
+    /// A guest that reports this way; `memory` holds the option's text.
+    pub(crate) fn machine<'a>(self, memory: &'a str, command_line: &'a str) -> Machine<'a> {
         Machine {
             kernel: match self {
                 Self::Off | Self::Mainline => "vmlinux",
@@ -37,10 +49,7 @@ impl Reporting {
                 Self::Off => &["--balloon", "size=0"],
                 Self::Mainline | Self::Bitmap => &["--balloon", "size=0,free_page_reporting=on"],
             },
-            command_line: match self {
-                Self::Off | Self::Mainline => "",
-                Self::Bitmap => "page_reporting.tracker=bitmap",
-            },
+            command_line,
             ..Machine::default()
         }
     }
@@ -61,6 +70,8 @@ pub(crate) struct Overcommit {
     pub(crate) guests_max: usize,
     /// How they report.
     pub(crate) reporting: Reporting,
+    /// Smallest block they report, pages of its binary logarithm; absent, the kernel's own choice.
+    pub(crate) order: Option<u32>,
     /// Fewer guests than this are a failure.
     pub(crate) expect: usize,
 }
@@ -86,4 +97,6 @@ pub(crate) struct Burst {
     pub(crate) seed: Option<u64>,
     /// How they report.
     pub(crate) reporting: Reporting,
+    /// Smallest block they report, pages of its binary logarithm; absent, the kernel's own choice.
+    pub(crate) order: Option<u32>,
 }

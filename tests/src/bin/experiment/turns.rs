@@ -39,7 +39,8 @@ impl Turner {
         progress: &Arc<Progress>,
     ) -> Result<Turner> {
         let memory = format!("size={}", plan.guest_bytes);
-        let vmm = plan.reporting.machine(&memory).start()?;
+        let command_line = plan.reporting.command_line(plan.order);
+        let vmm = plan.reporting.machine(&memory, &command_line).start()?;
         let score = format!("/proc/{}/oom_score_adj", vmm.pid());
         std::fs::write(score, OOM_SCORE_ADJ_DEFAULT).context("oom_score_adj")?;
         recorder.watch(number, vmm.pid());
