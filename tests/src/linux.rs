@@ -1,6 +1,7 @@
 //! A Linux guest that is steered over its serial port.
 
 use std::env;
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -20,6 +21,8 @@ pub const COMMAND_DEADLINE: Duration = Duration::from_secs(120);
 /// What to boot; every field has the plainest value.
 #[derive(Debug, Clone)]
 pub struct Machine<'a> {
+    /// The VMM's program, if not the one under test.
+    pub vmm: Option<&'a Path>,
     /// `vmlinux` (PVH) or `bzImage`, or one of them under `patched/`.
     pub kernel: &'a str,
     /// `--cpus`.
@@ -43,6 +46,7 @@ pub struct Machine<'a> {
 impl Machine<'_> {
     /// The plainest machine.
     pub const DEFAULT: Self = Self {
+        vmm: None,
         kernel: "vmlinux",
         cpus: "boot=1",
         memory: "size=512M",
@@ -111,7 +115,10 @@ impl Machine<'_> {
     pub fn start_with(&self, set_up: impl FnOnce(&mut Command)) -> Result<Vmm> {
         let arguments = self.vmm_arguments()?;
         let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let mut vmm = Vmm::spawn_with(&arguments, set_up)?;
+        let mut vmm = match self.vmm {
+            Some(program) => Vmm::spawn_program(program, &arguments, set_up)?,
+            None => Vmm::spawn_with(&arguments, set_up)?,
+        };
         vmm.wait_api()?;
         Ok(vmm)
     }

@@ -54,13 +54,26 @@ impl Vmm {
     /// # Errors
     /// The program cannot be started.
     pub fn spawn_with(arguments: &[&str], set_up: impl FnOnce(&mut Command)) -> Result<Vmm> {
+        let program = paths::program("cloud-hypervisor")?;
+        Self::spawn_program(&program, arguments, set_up)
+    }
+
+    /// As [`Vmm::spawn_with`], of another program with the same command line.
+    ///
+    /// # Errors
+    /// The program cannot be started.
+    pub fn spawn_program(
+        program: &Path,
+        arguments: &[&str],
+        set_up: impl FnOnce(&mut Command),
+    ) -> Result<Vmm> {
         let folder = tempfile::Builder::new().prefix("vmm-test-").tempdir()?;
         let here = folder
             .path()
             .to_str()
             .context("temporary path is not UTF-8")?;
         let here = format!("{here}/");
-        let mut command = Command::new(paths::program("cloud-hypervisor")?);
+        let mut command = Command::new(program);
         command
             .arg("--api-socket")
             .arg(folder.path().join("api.sock"))
@@ -73,7 +86,9 @@ impl Vmm {
             .stdout(File::create(folder.path().join("stdout"))?)
             .stderr(File::create(folder.path().join("stderr"))?);
         set_up(&mut command);
-        let child = command.spawn().context("start cloud-hypervisor")?;
+        let child = command
+            .spawn()
+            .with_context(|| format!("starting {}", program.display()))?;
         Ok(Vmm { child, folder })
     }
 

@@ -8,6 +8,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
+use crate::other_vmm;
 use crate::paths;
 use crate::shows;
 use crate::testbed::{self, KernelChoice, Surroundings, parse_size};
@@ -145,11 +146,8 @@ pub(crate) fn run(experiment: &Experiment) -> Result<ExitCode> {
     std::fs::create_dir_all(&out).with_context(|| format!("creating {}", out.display()))?;
     let mut command: Vec<OsString> = Vec::new();
     if let Some(vmm) = &common.vmm {
-        let vmm = vmm
-            .canonicalize()
-            .with_context(|| format!("--vmm {}", vmm.display()))?;
         let mut word = OsString::from("OTHER_VMM=");
-        word.push(vmm);
+        word.push(other_vmm::found(vmm)?);
         command.extend(["env".into(), word]);
     }
     command.push(shows::build("experiment")?.into());
@@ -240,7 +238,7 @@ fn milliseconds(seconds: f64) -> Result<u64> {
 }
 
 /// Adds to the figures what they were measured with.
-fn say_what_was_measured(path: &Path) -> Result<()> {
+pub(crate) fn say_what_was_measured(path: &Path) -> Result<()> {
     let Ok(text) = std::fs::read_to_string(path) else {
         // A run that failed early has no figures.
         return Ok(());

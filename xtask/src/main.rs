@@ -10,6 +10,7 @@ mod fleet;
 mod fleet_store;
 mod fuzz;
 mod guest;
+mod other_vmm;
 mod paths;
 mod process;
 mod shows;
