@@ -38,6 +38,9 @@ pub(crate) struct BenchOptions {
     out: Option<PathBuf>,
     /// Which figures, or the group `vmm`; if none is named, those that take no minutes
     names: Vec<OsString>,
+    /// Options of the one figure that is named
+    #[arg(last = true)]
+    options: Vec<OsString>,
 }
 
 /// Runs the demonstration; its chart and figures are left in `target/demo`.
@@ -70,6 +73,10 @@ pub(crate) fn bench(options: BenchOptions) -> Result<ExitCode> {
     let mut command = vec![build("vm-bench")?.into()];
     command.extend(arguments);
     command.extend(options.names);
+    if !options.options.is_empty() {
+        command.push("--".into());
+        command.extend(options.options);
+    }
     let status = testbed::run_command(
         command,
         Surroundings {

@@ -13,6 +13,8 @@ use anyhow::{Context, Result};
 use integration_tests::linux::{Guest, Machine};
 use serde_json::{Value, json};
 
+use crate::options::Asked;
+
 /// By what it is chosen on the command line.
 pub(crate) const NAME: &str = "guest-overhead";
 
@@ -35,7 +37,8 @@ const MAINLINE: Variant = ("mainline", REPORTING, "page_reporting.tracker=mainli
 const BITMAP: Variant = ("bitmap", REPORTING, "page_reporting.tracker=bitmap");
 
 /// Nanoseconds of each workload under each variant, and the loss against `off` in percent.
-pub(crate) fn run() -> Result<Value> {
+pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
+    asked.refuse_options()?;
     let patched = env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "patched");
     let mut variants = vec![OFF, MAINLINE];
     if patched {

@@ -19,7 +19,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use options::Options;
+use options::{Asked, Options};
 use subject::Subject;
 
 const MIB: u64 = 1 << 20;
@@ -34,7 +34,7 @@ enum Measure {
     /// Of a VMM, ours or another: so many turns each.
     OfVmm(usize, fn(&Path) -> Result<Value>),
     /// Of ours alone.
-    OfOurs(fn() -> Result<Value>),
+    OfOurs(fn(&Asked<'_>) -> Result<Value>),
 }
 
 const FIGURES: [Figure; 5] = [
@@ -52,7 +52,7 @@ const fn of_vmm(name: &'static str, turns: usize, measure: fn(&Path) -> Result<V
     }
 }
 
-const fn of_ours(name: &'static str, measure: fn() -> Result<Value>) -> Figure {
+const fn of_ours(name: &'static str, measure: fn(&Asked<'_>) -> Result<Value>) -> Figure {
     Figure {
         name,
         measure: Measure::OfOurs(measure),
@@ -68,10 +68,16 @@ impl Figure {
             || (names.is_empty() && self.name != guest_overhead::NAME)
     }
 
-    fn run(&self, subjects: &[Subject]) -> Result<Value> {
-        match (&self.measure, subjects) {
-            (Measure::OfOurs(measure), _) => measure(),
-            (Measure::OfVmm(turns, measure), subjects) => {
+    fn run(&self, options: &Options, subjects: &[Subject]) -> Result<Value> {
+        match &self.measure {
+            Measure::OfOurs(measure) => measure(&Asked {
+                by_name: (!options.names.is_empty()).then_some(&options.rest),
+            }),
+            Measure::OfVmm(turns, measure) => {
+                Asked {
+                    by_name: Some(&options.rest),
+                }
+                .refuse_options()?;
                 let mut taken = vec![Vec::new(); subjects.len()];
                 for _ in 0..*turns {
                     for (subject, values) in subjects.iter().zip(&mut taken) {
@@ -94,7 +100,7 @@ fn main() -> Result<()> {
             continue;
         }
         let value = figure
-            .run(&subjects)
+            .run(&options, &subjects)
             .with_context(|| figure.name.to_owned())?;
         if subjects.len() > 1 {
             eprint!("{}", compare::table(figure.name, &value));

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 /// The figures that can be taken from any VMM with our command line and API.
 pub(crate) const GROUP: &str = "vmm";
@@ -16,6 +16,31 @@ pub(crate) struct Options {
     pub(crate) out: Option<PathBuf>,
     /// Which figures; none means those that are quick.
     pub(crate) names: Vec<String>,
+    /// What follows `--`, for the one figure that is named.
+    pub(crate) rest: Vec<String>,
+}
+
+/// How a figure of ours is asked for.
+#[derive(Debug)]
+pub(crate) struct Asked<'a> {
+    /// What follows `--`; nothing if the figure is asked for as one of those that are quick.
+    pub(crate) by_name: Option<&'a [String]>,
+}
+
+impl Asked<'_> {
+    /// For a figure that has no options.
+    ///
+    /// # Errors
+    /// There are some.
+    pub(crate) fn refuse_options(&self) -> Result<()> {
+        let options = self.by_name.unwrap_or_default();
+        ensure!(
+            options.is_empty(),
+            "there is no option {:?}",
+            options.join(" ")
+        );
+        Ok(())
+    }
 }
 
 impl Options {
@@ -31,10 +56,16 @@ impl Options {
             match word.as_str() {
                 "--vmm" => options.vmm = Some(path().context("--vmm needs a path")?),
                 "--out" => options.out = Some(path().context("--out needs a folder")?),
+                "--" => options.rest = words.by_ref().collect(),
                 name if name == GROUP || known.contains(&name) => options.names.push(word),
                 _ => bail!("{word:?} is none of {GROUP}, {}", known.join(", ")),
             }
         }
+        ensure!(
+            options.rest.is_empty() || options.names.len() == 1,
+            "{:?} behind -- is for one figure, which must be named",
+            options.rest.join(" ")
+        );
         Ok(options)
     }
 }
@@ -57,11 +88,12 @@ mod tests {
         assert_eq!(options.out, Some("/share".into()));
         assert_eq!(options.names, ["vmm", "start"]);
         assert_eq!(parse("").unwrap(), Options::default());
+        assert_eq!(parse("api -- --vmm x").unwrap().rest, ["--vmm", "x"]);
     }
 
     #[test]
     fn options_with_an_unknown_word_are_refused() {
-        for line in ["stop", "--vmm", "--fast", "start --out"] {
+        for line in ["stop", "--vmm", "--fast", "start --out", "-- --fast"] {
             assert!(parse(line).is_err(), "{line}");
         }
     }

@@ -7,13 +7,16 @@ use integration_tests::linux::Machine;
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 
+use crate::options::Asked;
+
 /// By what it is chosen on the command line.
 pub(crate) const NAME: &str = "reclaim";
 
 const MIB: u64 = 1 << 20;
 
 /// 700 of 1024 MiB freed by a mainline kernel: how far and how fast.
-pub(crate) fn run() -> Result<Value> {
+pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
+    asked.refuse_options()?;
     let mut guest = Machine {
         memory: "size=1G",
         arguments: &["--balloon", "size=0,free_page_reporting=on"],
