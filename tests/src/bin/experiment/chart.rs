@@ -99,9 +99,9 @@ fn axes(text: &mut String, scale: &Scale, total_bytes: u64) {
 }
 
 fn polyline(text: &mut String, scale: &Scale, curve: &[(f64, u64)], colour: &str, width: f64) {
-    let points: Vec<String> = curve
+    let points: Vec<String> = corners(scale, curve)
         .iter()
-        .map(|(seconds, bytes)| format!("{:.1},{:.1}", scale.x(*seconds), scale.y(*bytes)))
+        .map(|(x, y)| format!("{x},{y}"))
         .collect();
     writeln!(
         text,
@@ -111,6 +111,48 @@ fn polyline(text: &mut String, scale: &Scale, curve: &[(f64, u64)], colour: &str
     .expect("writing to a string");
 }
 
+/// Where a curve is on the sheet, without what lies within a level line: an idle guest is one.
+fn corners(scale: &Scale, curve: &[(f64, u64)]) -> Vec<(String, String)> {
+    let mut corners: Vec<(String, String)> = Vec::new();
+    for (seconds, bytes) in curve {
+        let x = format!("{:.1}", scale.x(*seconds));
+        let y = format!("{:.1}", scale.y(*bytes));
+        let level = corners.iter().rev().take_while(|corner| corner.1 == y);
+        if level.count() >= 2 {
+            corners.pop();
+        }
+        corners.push((x, y));
+    }
+    corners
+}
+
 fn label(text: &mut String, x: f64, y: f64, words: &str) {
     writeln!(text, "<text x=\"{x:.1}\" y=\"{y:.1}\">{words}</text>").expect("writing to a string");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn corners_leave_out_what_is_within_a_level_line() {
+        let scale = Scale {
+            seconds: 10.0,
+            bytes: 100.0,
+        };
+        let curve = [
+            (0.0, 7),
+            (1.0, 50),
+            (2.0, 50),
+            (3.0, 50),
+            (4.0, 50),
+            (5.0, 9),
+        ];
+        let kept: Vec<String> = corners(&scale, &curve)
+            .into_iter()
+            .map(|(x, _)| x)
+            .collect();
+        let at = |seconds| format!("{:.1}", scale.x(seconds));
+        assert_eq!(kept, [at(0.0), at(1.0), at(4.0), at(5.0)]);
+    }
 }

@@ -5,6 +5,7 @@
 //! and from that program in turns, and shown side by side.
 
 mod api;
+mod boot_free;
 mod compare;
 mod guest_overhead;
 mod options;
@@ -37,11 +38,12 @@ enum Measure {
     OfOurs(fn(&Asked<'_>) -> Result<Value>),
 }
 
-const FIGURES: [Figure; 5] = [
+const FIGURES: [Figure; 6] = [
     of_vmm("overhead", 1, overhead::measure),
     of_vmm("start", start::TURNS, start::measure),
     of_ours(reclaim::NAME, reclaim::run),
     of_vmm("api", 1, api::measure),
+    of_ours(boot_free::NAME, boot_free::run),
     of_ours(guest_overhead::NAME, guest_overhead::run),
 ];
 
@@ -65,7 +67,7 @@ impl Figure {
         let of_vmm = matches!(self.measure, Measure::OfVmm(..));
         names.iter().any(|name| name == self.name || (name == options::GROUP && of_vmm))
             // Minutes, so only when it is asked for.
-            || (names.is_empty() && self.name != guest_overhead::NAME)
+            || (names.is_empty() && ![guest_overhead::NAME, boot_free::NAME].contains(&self.name))
     }
 
     fn run(&self, options: &Options, subjects: &[Subject]) -> Result<Value> {
