@@ -11,6 +11,8 @@ use integration_tests::linux::Machine;
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 
+use crate::options::Asked;
+
 /// By what it is chosen on the command line.
 pub(crate) const NAME: &str = "boot-free";
 
@@ -29,7 +31,8 @@ struct Sample {
 }
 
 /// Bytes, batches, and the time to 95 % of them, for each tracker that the kernel has.
-pub(crate) fn run() -> Result<Value> {
+pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
+    asked.refuse_options()?;
     if env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "patched") {
         return Ok(json!({
             "mainline": of("page_reporting.tracker=mainline")?,
