@@ -74,6 +74,8 @@ enum GuestCommand {
     QemuTest(shows::QemuTestOptions),
     /// Run the unit tests of the series in a kernel under emulation
     Kunit(guest::kunit::Options),
+    /// Put the series under stress in kernels with lockdep, KASAN and KCSAN under emulation
+    Sanitize(guest::sanitize::Options),
     /// Check what every prefix of the patch series promises
     Check(guest::check::Options),
 }
@@ -89,6 +91,7 @@ fn main() -> ExitCode {
         Command::Guest(GuestCommand::Core(options)) => guest::core::run(&options),
         Command::Guest(GuestCommand::QemuTest(options)) => shows::qemu_test(&options),
         Command::Guest(GuestCommand::Kunit(options)) => guest::kunit::run(&options),
+        Command::Guest(GuestCommand::Sanitize(options)) => guest::sanitize::run(&options),
         Command::Guest(GuestCommand::Check(options)) => guest::check::run(&options),
         Command::Guest(GuestCommand::Build) => {
             guest::build(guest::Wanted::Both).map(|_| ExitCode::SUCCESS)

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use crate::pattern;
+use crate::random::Random;
 use crate::sys::{HugePages, Mapping};
 
 const PAGE_BYTES: usize = 4096;
@@ -232,32 +233,6 @@ impl Held {
             .verified_bytes
             .fetch_add(words.len() as u64 * 8, Ordering::Relaxed);
         Ok(())
-    }
-}
-
-/// A repeatable stream of choices.
-struct Random {
-    seed: u64,
-    taken: u64,
-}
-
-impl Random {
-    fn new(seed: u64, stream: u64) -> Self {
-        Self {
-            seed: pattern::word(seed, stream),
-            taken: 0,
-        }
-    }
-
-    fn next(&mut self) -> u64 {
-        self.taken += 1;
-        pattern::word(self.seed, self.taken)
-    }
-
-    /// Less than `bound`, which is not zero.
-    fn below(&mut self, bound: usize) -> usize {
-        // The remainder fits: it is less than a usize.
-        (self.next() % bound as u64) as usize
     }
 }
 

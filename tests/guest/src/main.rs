@@ -7,12 +7,15 @@
 mod churn;
 mod cmdline;
 mod disk;
+mod disturb;
 mod init;
 mod mem;
 mod outer;
 mod pattern;
+mod random;
 mod serve;
 mod size;
+mod stress;
 mod sys;
 mod tool;
 mod workload;

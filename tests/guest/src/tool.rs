@@ -5,13 +5,14 @@ use std::io::BufReader;
 
 use crate::mem::Region;
 use crate::serve::{Server, wish};
-use crate::{disk, size, sys, workload};
+use crate::{disk, size, stress, sys, workload};
 
 const USAGE: &str = "usage:
   guest-mem touch --bytes SIZE [--pattern SEED] [--huge default|always|never] [--hold]
   guest-mem fill-verify PATH --bytes SIZE --seed SEED
   guest-mem serve [TERMINAL]
-  guest-mem workload page_fault1|page_fault2|churn --tasks N --rounds N [--bytes SIZE]";
+  guest-mem workload page_fault1|page_fault2|churn --tasks N --rounds N [--bytes SIZE]
+  guest-mem stress --seconds N --seed N --bytes SIZE [--threads N] [--without NAME]…";
 
 /// Runs one subcommand.
 pub(crate) fn run(args: &[String]) -> Result<(), String> {
@@ -26,6 +27,7 @@ pub(crate) fn run(args: &[String]) -> Result<(), String> {
             Ok(())
         }
         ["workload", arguments @ ..] => workload::run(arguments),
+        ["stress", arguments @ ..] => stress::run(arguments),
         ["serve"] => {
             let mut input = std::io::stdin().lock();
             let mut output = std::io::stdout().lock();

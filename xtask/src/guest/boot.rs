@@ -15,7 +15,8 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use super::cache::compiler;
 use super::check::{Stamp, Variant};
-use super::emulator::{Machine, complaints};
+use super::complaints::complaints;
+use super::emulator::Machine;
 use super::initramfs;
 use super::make::{Objects, Options};
 use super::report::Report;

@@ -67,24 +67,3 @@ impl Machine<'_> {
         Ok(Ended { console, status })
     }
 }
-
-/// Lines by which a kernel says that something is wrong with it.
-pub(super) fn complaints(console: &str) -> Vec<&str> {
-    const WORDS: &[&str] = &[
-        "BUG: ",
-        "WARNING: ",
-        "Oops",
-        "Kernel panic",
-        "INFO: task ",
-        "INFO: rcu",
-        "kernel BUG at",
-        "Bad page state",
-        "general protection fault",
-        "INFO: possible ",
-        "INFO: trying to register non-static key",
-    ];
-    console
-        .lines()
-        .filter(|line| WORDS.iter().any(|word| line.contains(word)))
-        .collect()
-}

@@ -28,6 +28,7 @@ const BUILDER_VERSION: u32 = 1;
 
 /// Steps of a full build, for the progress display.
 const EXPECTED_STEPS: usize = 2270;
+const SMALL_STEPS: usize = 1200;
 
 /// A kernel to be built.
 #[derive(Debug)]
@@ -39,6 +40,9 @@ pub(super) struct Kernel {
     fragment: String,
     /// The tree of objects; without a name the one of stock and patched kernel.
     objects: Option<&'static str>,
+    /// Whether that tree shares nothing with the test kernels' objects.
+    from_nothing: bool,
+    expected_steps: usize,
     key: String,
 }
 
@@ -60,6 +64,8 @@ impl Kernel {
             },
             fragment: FRAGMENT.into(),
             objects: None,
+            from_nothing: false,
+            expected_steps: EXPECTED_STEPS,
             key,
         })
     }
@@ -86,6 +92,24 @@ impl Kernel {
         Self::with_series("Kernel with unit tests", series, fragment, Some("kunit")).map(Some)
     }
 
+    /// The patched kernel, small, with one kind of checking compiled in
+    /// (`config/KIND.config` over `config/sanitize.config`); `None` while there is no patch.
+    pub(super) fn sanitized(kind: &'static str) -> Result<Option<Self>> {
+        let series = Series::read()?;
+        if series.is_empty() {
+            return Ok(None);
+        }
+        let parts = ["sanitize", "patched", kind].map(|name| {
+            let path = series::folder().join(format!("config/{name}.config"));
+            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+        });
+        let fragment = parts.into_iter().collect::<Result<Vec<_>>>()?.join("\n");
+        let mut kernel = Self::with_series("Checking kernel", series, fragment, Some(kind))?;
+        kernel.from_nothing = true;
+        kernel.expected_steps = SMALL_STEPS;
+        Ok(Some(kernel))
+    }
+
     fn with_series(
         what: &'static str,
         series: Series,
@@ -106,6 +130,8 @@ impl Kernel {
             series,
             fragment,
             objects,
+            from_nothing: false,
+            expected_steps: EXPECTED_STEPS,
             key,
         })
     }
@@ -163,11 +189,12 @@ impl Kernel {
         workshop.put(&contents)?;
         let objects = match self.objects {
             None => workshop.main_objects(),
+            Some(name) if self.from_nothing => workshop.separate_objects(name),
             Some(name) => workshop.objects(name)?,
         };
         objects.configure(&self.fragment, Options::AllHonoured)?;
         let targets = ["vmlinux", "bzImage"];
-        objects.build(self.what, &targets, Some(EXPECTED_STEPS))?;
+        objects.build(self.what, &targets, Some(self.expected_steps))?;
 
         let beside = done.with_extension("new");
         fs::create_dir_all(&beside).with_context(|| format!("creating {}", beside.display()))?;

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
-use super::emulator::{Machine, complaints};
+use super::complaints::complaints;
+use super::emulator::Machine;
 use super::kernel::Kernel;
 use crate::paths;
 

@@ -9,6 +9,7 @@
 mod boot;
 mod cache;
 pub(crate) mod check;
+mod complaints;
 mod config;
 pub(crate) mod core;
 pub(crate) mod cpio;
@@ -21,9 +22,11 @@ mod newest;
 pub(crate) mod programs;
 mod progress;
 mod report;
+pub(crate) mod sanitize;
 mod series;
 mod series_file;
 mod source;
+mod stress_ng;
 pub(crate) mod tree;
 mod workshop;
 

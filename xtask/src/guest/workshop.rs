@@ -116,6 +116,14 @@ impl Workshop {
         self.objects(name)
     }
 
+    /// The objects of a configuration that has none in common with the test kernels.
+    pub(super) fn separate_objects(&self, name: &str) -> Objects {
+        Objects {
+            source: self.tree(),
+            dir: self.dir.join(name),
+        }
+    }
+
     /// The objects of another configuration.
     pub(super) fn objects(&self, name: &str) -> Result<Objects> {
         let dir = self.dir.join(name);
