@@ -5,6 +5,7 @@
 pub mod bare_metal;
 pub mod descriptors;
 pub mod ended;
+pub mod huge_pages;
 pub mod linux;
 pub mod literal_client;
 pub mod mappings;

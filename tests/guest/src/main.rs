@@ -4,6 +4,7 @@
 //! only the outer machine's initramfs has. Under the name `guest-mem` it is the tool that
 //! allocates, frees and verifies memory for a test.
 
+mod blocks;
 mod churn;
 mod cmdline;
 mod disk;

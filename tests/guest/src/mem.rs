@@ -1,5 +1,8 @@
 //! Memory that a test has the guest allocate, touch, verify and free.
 
+use std::ops::Range;
+
+use crate::blocks::{self, PAGE_BYTES, Picked};
 use crate::pattern;
 use crate::sys::{HugePages, Mapping};
 
@@ -21,6 +24,7 @@ pub(crate) struct Wish {
 pub(crate) struct Region {
     mapping: Mapping,
     wish: Wish,
+    picked: Picked,
 }
 
 impl Region {
@@ -33,15 +37,52 @@ impl Region {
         let mut mapping = Mapping::new(bytes, wish.huge)
             .map_err(|error| format!("mapping {bytes} bytes: {error}"))?;
         let words = mapping.words_mut();
-        match wish.seed {
-            Some(seed) => pattern::fill(words, seed, 0),
-            None => {
-                for (page, words) in (0..).zip(words.chunks_mut(PAGE_WORDS)) {
-                    words[0] = pattern::word(0, page);
-                }
+        fill(words, wish.seed, 0);
+        Ok(Self {
+            mapping,
+            wish,
+            picked: Picked::default(),
+        })
+    }
+
+    /// Chooses what [`Region::give_back`] gives back: every other block of this many bytes of
+    /// physical memory, or with `None` all.
+    pub(crate) fn pick(&mut self, block_bytes: Option<u64>) -> Result<&Picked, String> {
+        let words = self.mapping.words();
+        let pages = words.len() / PAGE_WORDS;
+        self.picked = match block_bytes {
+            None => Picked::all(pages),
+            Some(block_bytes) => {
+                let frames = blocks::frames(words.as_ptr() as usize, pages)
+                    .map_err(|error| format!("/proc/self/pagemap: {error}"))?;
+                Picked::every_other(&frames, block_bytes)?
             }
+        };
+        Ok(&self.picked)
+    }
+
+    /// Gives what was picked back to the kernel.
+    pub(crate) fn give_back(&mut self) -> Result<u64, String> {
+        for run in &self.picked.runs {
+            let bytes = run.len() * PAGE_BYTES as usize;
+            self.mapping
+                .discard(run.start * PAGE_BYTES as usize, bytes)
+                .map_err(|error| format!("giving back {bytes} bytes: {error}"))?;
         }
-        Ok(Self { mapping, wish })
+        Ok(self.picked.bytes())
+    }
+
+    /// Touches what was given back, and writes what was there.
+    pub(crate) fn refill(&mut self) -> u64 {
+        let words = self.mapping.words_mut();
+        for Range { start, end } in &self.picked.runs {
+            fill(
+                &mut words[start * PAGE_WORDS..end * PAGE_WORDS],
+                self.wish.seed,
+                *start as u64,
+            );
+        }
+        self.picked.bytes()
     }
 
     pub(crate) fn bytes(&self) -> u64 {
@@ -65,6 +106,18 @@ impl Region {
     }
 }
 
+/// Fills pages of which the first has this number in the region.
+fn fill(words: &mut [u64], seed: Option<u64>, first_page: u64) {
+    match seed {
+        Some(seed) => pattern::fill(words, seed, first_page * PAGE_WORDS as u64),
+        None => {
+            for (page, words) in (first_page..).zip(words.chunks_mut(PAGE_WORDS)) {
+                words[0] = pattern::word(0, page);
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,6 +134,23 @@ mod tests {
             region.verify().unwrap();
             region.mapping.words_mut()[PAGE_WORDS * 5] = 1;
             assert_eq!(region.verify().unwrap_err(), "wrong contents at byte 20480");
+        }
+    }
+
+    #[test]
+    fn region_given_back_is_empty_until_it_is_refilled() {
+        for seed in [None, Some(3)] {
+            let wish = Wish {
+                bytes: 1 << 20,
+                seed,
+                huge: HugePages::Never,
+            };
+            let mut region = Region::new(wish).unwrap();
+            region.picked.runs = vec![3..5, 9..10];
+            assert_eq!(region.give_back(), Ok(3 * PAGE_BYTES));
+            assert_eq!(region.verify().unwrap_err(), "wrong contents at byte 12288");
+            assert_eq!(region.refill(), 3 * PAGE_BYTES);
+            region.verify().unwrap();
         }
     }
 

@@ -8,6 +8,9 @@
 //! | `alloc BYTES [seed=N] [huge=default\|always\|never]` | `ok alloc ID BYTES bytes` |
 //! | `verify [ID]` | `ok verify BYTES bytes` |
 //! | `free [ID]` | `ok free BYTES bytes` |
+//! | `pick ID BYTES\|all` | `ok pick BLOCKS BYTES bytes`: every other block of that size, see [`crate::blocks`] |
+//! | `drop ID` | `ok drop BYTES bytes US us`: gives back what was picked |
+//! | `refill ID` | `ok refill BYTES bytes US us`: touches it again, with the contents it had |
 //! | `mem` | `ok mem total=… free=… available=…` (bytes) |
 //! | `disk-fill PATH BYTES SEED`, `disk-verify PATH BYTES SEED` | `ok disk-fill BYTES bytes` … |
 //! | `churn-start BYTES [seed=N] [threads=N]` | `ok churn-start SEED`: see [`crate::churn`] |
@@ -22,6 +25,7 @@ use std::collections::BTreeMap;
 use std::io::{self, BufRead, Write};
 use std::process::Command;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use crate::churn::{Churn, Plan, Tally};
 use crate::disk;
@@ -91,6 +95,28 @@ impl Server {
                 let bytes: u64 = freed.map(|region| region.bytes()).sum();
                 Ok(format!("free {bytes} bytes"))
             }
+            ("pick", [id, block]) => {
+                let block_bytes = match *block {
+                    "all" => None,
+                    bytes => Some(size::parse(bytes)?),
+                };
+                let picked = self.region(id)?.pick(block_bytes)?;
+                Ok(format!("pick {} {} bytes", picked.blocks, picked.bytes()))
+            }
+            ("drop", [id]) => {
+                let region = self.region(id)?;
+                let begin = Instant::now();
+                let bytes = region.give_back()?;
+                let us = begin.elapsed().as_micros();
+                Ok(format!("drop {bytes} bytes {us} us"))
+            }
+            ("refill", [id]) => {
+                let region = self.region(id)?;
+                let begin = Instant::now();
+                let bytes = region.refill();
+                let us = begin.elapsed().as_micros();
+                Ok(format!("refill {bytes} bytes {us} us"))
+            }
             ("mem", []) => meminfo(),
             ("disk-fill", [path, bytes, seed]) => {
                 let (bytes, seed) = (size::parse(bytes)?, size::parse(seed)?);
@@ -129,6 +155,14 @@ impl Server {
         }
         self.churn = Some(Churn::start(plan)?);
         Ok(format!("churn-start {}", plan.seed))
+    }
+
+    fn region(&mut self, id: &str) -> Result<&mut Region, String> {
+        let key = id
+            .parse::<u64>()
+            .map_err(|_| format!("{id:?} is no region"))?;
+        let region = self.regions.get_mut(&key);
+        region.ok_or_else(|| format!("no region {id}"))
     }
 
     fn chosen(&self, id: &[&str]) -> Result<Vec<u64>, String> {
@@ -260,11 +294,30 @@ mod tests {
             "free 7",
             "alloc 1M huge=maybe",
             "alloc 0",
+            "pick 0 2M",
+            "drop 0",
+            "refill x",
         ] {
             let answers = talk(line);
             assert_eq!(answers.len(), 1);
             assert!(answers[0].starts_with("err "), "{line}: {}", answers[0]);
         }
+    }
+
+    #[test]
+    fn server_gives_a_region_back_and_refills_it() {
+        let answers = talk("alloc 1M seed=5\npick 0 all\ndrop 0\nverify 0\nrefill 0\nverify 0\n");
+        assert_eq!(answers[1], "ok pick 1 1048576 bytes");
+        assert!(
+            answers[2].starts_with("ok drop 1048576 bytes "),
+            "{answers:?}"
+        );
+        assert_eq!(answers[3], "err verify 0: wrong contents at byte 0");
+        assert!(
+            answers[4].starts_with("ok refill 1048576 bytes "),
+            "{answers:?}"
+        );
+        assert_eq!(answers[5], "ok verify 1048576 bytes");
     }
 
     #[test]

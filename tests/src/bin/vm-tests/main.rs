@@ -10,7 +10,6 @@ mod consoles;
 mod devices;
 mod fleet;
 mod hotplug;
-mod huge_pages;
 mod life;
 mod network;
 mod overhead;

@@ -21,7 +21,7 @@ use integration_tests::tests;
 use integration_tests::wait::wait_for;
 use serde_json::Value;
 
-use crate::huge_pages::ReservedHugePages;
+use integration_tests::huge_pages::ReservedHugePages;
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![

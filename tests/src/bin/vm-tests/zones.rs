@@ -14,7 +14,7 @@ use serde_json::Value;
 use virtio_devices::reclaim::terrain::{HUGE_PAGE_PAGES, Kind, PAGE, Plot, trial};
 use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange};
 
-use crate::huge_pages::ReservedHugePages;
+use integration_tests::huge_pages::ReservedHugePages;
 
 pub(crate) fn tests() -> Vec<Test> {
     tests![

@@ -1,49 +1,95 @@
-//! From a free in the guest to the memory back on the host.
+//! From a free in the guest to the memory back on the host, and to its first use afterwards: by the
+//! way it comes back, the size of what is freed, and what the guest's memory is made of.
+//!
+//! `cargo xtask bench --kernel patched reclaim [-- --way … --backing … --block … --rounds N]`.
+//! A guest of 1 GiB touches most of it, gives every other block of one size back to its kernel, and
+//! touches the same bytes again when nothing more leaves the host.
 
-use std::time::{Duration, Instant};
+mod bare;
+mod course;
+mod fall;
+mod plan;
+mod table;
 
-use anyhow::Result;
-use integration_tests::linux::Machine;
-use integration_tests::wait::wait_for;
+use std::env;
+use std::io::{self, IsTerminal as _};
+
+use anyhow::{Context, Result};
+use integration_tests::huge_pages::ReservedHugePages;
 use serde_json::{Value, json};
 
+use self::course::Course;
+use self::plan::{Backing, Combination, Plan};
+use self::table::Row;
 use crate::options::Asked;
 
 /// By what it is chosen on the command line.
 pub(crate) const NAME: &str = "reclaim";
 
-const MIB: u64 = 1 << 20;
+/// Pages of 2 MiB for a guest of 1 GiB.
+const HUGE_PAGES: u64 = 512;
 
-/// 700 of 1024 MiB freed by a mainline kernel: how far and how fast.
+/// Measures every combination, prints the table and returns the figures. With no figure named at
+/// all, one free is measured, to see that it works.
 pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
-    asked.refuse_options()?;
-    let mut guest = Machine {
-        memory: "size=1G",
-        arguments: &["--balloon", "size=0,free_page_reporting=on"],
-        ..Machine::default()
+    let patched = env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "patched");
+    let plan = match asked.by_name {
+        Some(words) => Plan::parse(words, patched)?,
+        None => Plan::short(),
+    };
+    let mut rows: Vec<Row> = Vec::new();
+    let guests = plan.combinations.chunk_by(Combination::shares_guest);
+    for combinations in guests {
+        rows.extend(measure(combinations, plan.rounds)?);
     }
-    .serve()?;
-    guest.command("alloc 700M")?;
-    let before = guest.vmm.resident_bytes()?;
-    guest.command("free")?;
-    let begin = Instant::now();
-    let (mut lowest, mut lowest_at) = (u64::MAX, begin);
-    wait_for("an end of the fall", Duration::from_secs(120), || {
-        let resident = guest.vmm.resident_bytes()?;
-        if resident + 2 * MIB < lowest {
-            (lowest, lowest_at) = (resident, Instant::now());
-        }
-        let settled = lowest_at.elapsed() > Duration::from_secs(5) && lowest + 100 * MIB < before;
-        Ok(settled.then_some(()))
-    })?;
-    let stats = guest.vmm.get("vm.reclaim-stats").unwrap_or_default();
-    Ok(json!({
-        "resident_before_bytes": before,
-        "resident_after_bytes": lowest,
-        "fall_ended_after_ms": lowest_at.duration_since(begin).as_millis() as u64,
-        "report_latency_us": stats["report"]["latency_us"],
-        "reports": stats["report"]["batches"],
-        "discard_syscalls": stats["report"]["discard_syscalls"],
-        "sample_cost_us": stats["resident_sample_us"],
-    }))
+    eprint!("{}", table::text(&rows));
+    let rows: Vec<Value> = rows.iter().map(Row::json).collect();
+    Ok(json!({ "rounds": plan.rounds, "rows": rows }))
+}
+
+/// Measures combinations that share a guest.
+fn measure(combinations: &[Combination], rounds: usize) -> Result<Vec<Row>> {
+    let backing = combinations[0].backing;
+    let pool = match backing {
+        Backing::Hugetlb => ReservedHugePages::new(HUGE_PAGES)?,
+        _ => None,
+    };
+    if backing == Backing::Hugetlb && pool.is_none() {
+        let skipped = |combination: &Combination| Row {
+            combination: *combination,
+            rounds: Vec::new(),
+            bare_bytes_per_second: None,
+        };
+        return Ok(combinations.iter().map(skipped).collect());
+    }
+    let mut rows = Vec::new();
+    for combination in combinations {
+        progress(combination, "the bare system calls");
+        rows.push(Row {
+            combination: *combination,
+            rounds: Vec::new(),
+            bare_bytes_per_second: Some(bare::bytes_per_second(
+                backing,
+                combination.block,
+                rounds,
+            )?),
+        });
+    }
+    progress(&combinations[0], "booting");
+    let mut course = Course::boot(&combinations[0])?;
+    for row in &mut rows {
+        progress(&row.combination, "measuring");
+        row.rounds = course
+            .run(row.combination.block, rounds)
+            .with_context(|| row.combination.to_string())?;
+    }
+    Ok(rows)
+}
+
+/// It takes minutes, and whoever watches wants to see that it goes on.
+fn progress(combination: &Combination, what: &str) {
+    let emulated = env::var_os("TESTBED_TERMINAL").is_some_and(|answer| answer == "yes");
+    if emulated || io::stderr().is_terminal() {
+        eprintln!("{combination}: {what}");
+    }
 }

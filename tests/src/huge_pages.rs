@@ -1,4 +1,4 @@
-//! Huge pages of the host, for guests that are to lie on them.
+//! Huge pages of the host, for guests and memory that are to lie on them.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,7 +10,8 @@ use anyhow::{Context, Result};
 static TURN: Mutex<()> = Mutex::new(());
 
 /// Huge pages reserved on the host until it is dropped.
-pub(crate) struct ReservedHugePages {
+#[derive(Debug)]
+pub struct ReservedHugePages {
     /// What the kernel tells of pages of this size, and takes.
     pool: PathBuf,
     before: String,
@@ -19,12 +20,18 @@ pub(crate) struct ReservedHugePages {
 
 impl ReservedHugePages {
     /// Pages of 2 MiB. `None` when the host does not give so many.
-    pub(crate) fn new(count: u64) -> Result<Option<Self>> {
+    ///
+    /// # Errors
+    /// The kernel's answer is not a number.
+    pub fn new(count: u64) -> Result<Option<Self>> {
         Self::of(2 << 20, count)
     }
 
     /// Pages of `page_bytes`. `None` when the host has no such pages, or does not give so many.
-    pub(crate) fn of(page_bytes: u64, count: u64) -> Result<Option<Self>> {
+    ///
+    /// # Errors
+    /// As [`ReservedHugePages::new`].
+    pub fn of(page_bytes: u64, count: u64) -> Result<Option<Self>> {
         // A test that panicked has put the pages back all the same.
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let name = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", page_bytes / 1024);
@@ -49,7 +56,10 @@ impl ReservedHugePages {
     }
 
     /// Pages nobody has.
-    pub(crate) fn free(&self) -> Result<u64> {
+    ///
+    /// # Errors
+    /// As [`ReservedHugePages::new`].
+    pub fn free(&self) -> Result<u64> {
         let file = self.pool.join("free_hugepages");
         let text = fs::read_to_string(&file).with_context(|| format!("{}", file.display()))?;
         Ok(text.trim().parse()?)

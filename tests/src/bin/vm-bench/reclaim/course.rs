@@ -1,0 +1,256 @@
+//! One guest that frees memory and touches it again, and what the host sees of that.
+
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use integration_tests::linux::{Guest, Machine};
+use integration_tests::wait::wait_for;
+use serde_json::Value;
+
+use super::fall::{Fall, Recording, faults};
+use super::plan::{Block, Combination, Way};
+
+const MIB: u64 = 1 << 20;
+const GUEST_BYTES: u64 = 1 << 30;
+/// Of this every other block is freed, or else all of [`ALL_BYTES`].
+const BLOCKS_BYTES: u64 = 832 * MIB;
+const ALL_BYTES: u64 = 700 * MIB;
+/// Shares of the freed bytes, percent, whose return is timed.
+pub(super) const SHARES: [u64; 3] = [50, 95, 99];
+/// After so much of it nothing more is waited for.
+const ENOUGH_PERCENT: u64 = 99;
+/// Nothing more will come: mainline rests for two seconds between parts of its lists.
+const QUIET: Duration = Duration::from_secs(7);
+const FALL_DEADLINE: Duration = Duration::from_secs(300);
+/// The bitmap tracker waits longer with memory that was used again within four seconds of a
+/// report, and one free after a rest is what is measured.
+const BITMAP_REST: Duration = Duration::from_millis(4500);
+
+/// One free, and one use of the same memory again.
+#[derive(Debug)]
+pub(super) struct Round {
+    pub(super) freed_bytes: u64,
+    pub(super) blocks: u64,
+    /// The free itself, as the guest timed it.
+    pub(super) free_ms: f64,
+    /// Resident before.
+    pub(super) before_bytes: u64,
+    /// Off the host in the end.
+    pub(super) back_bytes: u64,
+    /// Until each of [`SHARES`] was off the host, if ever.
+    pub(super) to_ms: [Option<f64>; 3],
+    pub(super) bytes_per_second: Option<f64>,
+    /// What the device counted.
+    pub(super) batches: u64,
+    pub(super) ranges: u64,
+    pub(super) discarded_bytes: u64,
+    pub(super) discard_syscalls: u64,
+    /// Page faults of the VMM until all was back.
+    pub(super) faults: u64,
+    pub(super) sample_ms: Option<f64>,
+    /// Until the balloon had given everything back to the guest.
+    pub(super) deflate_ms: Option<f64>,
+    /// The touch itself, as the guest timed it.
+    pub(super) touch_ms: f64,
+    pub(super) touch_faults: u64,
+}
+
+/// A booted guest and how its memory is to come back.
+#[derive(Debug)]
+pub(super) struct Course {
+    guest: Guest,
+    way: Way,
+}
+
+impl Course {
+    /// Boots the guest for this combination and those that share it.
+    pub(super) fn boot(combination: &Combination) -> Result<Self> {
+        let way = combination.way;
+        let balloon = match way {
+            Way::Mainline | Way::Bitmap => "size=0,free_page_reporting=on",
+            Way::Hinting => "size=0,free_page_hinting=on",
+            Way::Inflate => "size=0",
+        };
+        let mut command_line = String::new();
+        if let Some(tracker) = way.tracker() {
+            command_line = format!("page_reporting.tracker={tracker}");
+        }
+        if let Some(order) = combination.block.order() {
+            command_line += &format!(" page_reporting.page_reporting_order={order}");
+        }
+        let guest = Machine {
+            memory: combination.backing.memory(),
+            arguments: &["--balloon", balloon],
+            command_line: &command_line,
+            ..Machine::default()
+        }
+        .serve()?;
+        Ok(Self { guest, way })
+    }
+
+    /// Frees and touches blocks of one size, several times.
+    pub(super) fn run(&mut self, block: Block, rounds: usize) -> Result<Vec<Round>> {
+        self.rest();
+        let (bytes, huge) = match block {
+            Block::All => (ALL_BYTES, "always"),
+            Block::Bytes(_) if block.order().is_some() => (BLOCKS_BYTES, "never"),
+            Block::Bytes(_) => (BLOCKS_BYTES, "always"),
+        };
+        let answer = self.guest.command(&format!("alloc {bytes} huge={huge}"))?;
+        let id = number(&answer, 2)?;
+        let rounds = (0..rounds)
+            .map(|_| self.round(id, block))
+            .collect::<Result<_>>()?;
+        // What came back to the host must not have been anything in use.
+        self.guest.command(&format!("verify {id}"))?;
+        self.guest.command(&format!("free {id}"))?;
+        Ok(rounds)
+    }
+
+    fn round(&mut self, id: u64, block: Block) -> Result<Round> {
+        let pid = self.guest.vmm.pid();
+        let picked = self.guest.command(&format!("pick {id} {block}"))?;
+        let (blocks, freed_bytes) = (number(&picked, 2)?, number(&picked, 3)?);
+        ensure!(freed_bytes > 0, "the guest has no whole blocks of {block}");
+        let counted = self.counted()?;
+        let faults_before = faults(pid)?;
+        let recording = Recording::start(pid)?;
+
+        let sent = Instant::now();
+        let dropped = self.guest.command(&format!("drop {id}"))?;
+        let free = Duration::from_micros(number(&dropped, 4)?);
+        // The answer takes its time through the serial port.
+        let returned = (sent + free).min(Instant::now());
+        let asked = self.ask(freed_bytes, returned)?;
+        self.wait_end(&recording, asked, freed_bytes)?;
+
+        let fall = recording.fall();
+        let faults_back = faults(pid)?;
+        let counts = self.counted()?;
+        let deflate_ms = self.take_back()?;
+        self.rest();
+        let faults_rested = faults(pid)?;
+        let refilled = self.guest.command(&format!("refill {id}"))?;
+        Ok(Round {
+            freed_bytes,
+            blocks,
+            free_ms: ms(free),
+            before_bytes: recording.before_bytes(),
+            back_bytes: fall.back_bytes(),
+            to_ms: SHARES.map(|percent| since(&fall, asked, freed_bytes / 100 * percent)),
+            bytes_per_second: fall.bytes_per_second(),
+            batches: counts.batches - counted.batches,
+            ranges: counts.ranges - counted.ranges,
+            discarded_bytes: counts.discarded_bytes - counted.discarded_bytes,
+            discard_syscalls: counts.discard_syscalls - counted.discard_syscalls,
+            faults: faults_back - faults_before,
+            sample_ms: fall.interval().map(ms),
+            deflate_ms,
+            touch_ms: number(&refilled, 4)? as f64 / 1000.0,
+            touch_faults: faults(pid)? - faults_rested,
+        })
+    }
+
+    /// Asks for the memory where the guest does not give it by itself; when it was asked for.
+    fn ask(&self, freed_bytes: u64, returned: Instant) -> Result<Instant> {
+        let asked = Instant::now();
+        match self.way {
+            Way::Mainline | Way::Bitmap => return Ok(returned),
+            Way::Hinting => {
+                let body = r#"{"action":"start"}"#;
+                self.guest.vmm.put("vm.balloon-hinting", Some(body))?;
+            }
+            Way::Inflate => self.resize(freed_bytes)?,
+        }
+        Ok(asked)
+    }
+
+    fn resize(&self, bytes: u64) -> Result<()> {
+        let body = format!("{{\"desired_balloon\":{bytes}}}");
+        self.guest.vmm.put("vm.resize", Some(&body)).map(drop)
+    }
+
+    fn wait_end(&self, recording: &Recording, asked: Instant, freed_bytes: u64) -> Result<()> {
+        wait_for("the end of the fall", FALL_DEADLINE, || {
+            let progress = recording.progress();
+            let enough = progress.back_bytes >= freed_bytes / 100 * ENOUGH_PERCENT;
+            let last = progress.last_step.unwrap_or(asked).max(asked);
+            Ok((enough || last.elapsed() > QUIET).then_some(()))
+        })?;
+        if self.way == Way::Hinting {
+            wait_for("the end of the run of hinting", FALL_DEADLINE, || {
+                let stats = self.guest.vmm.get("vm.reclaim-stats")?;
+                let hinting = &stats["hinting"];
+                let over = hinting["runs_completed"] == hinting["runs_requested"];
+                Ok(over.then_some(()))
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Deflates the balloon, where there is something in it; how long that took.
+    fn take_back(&self) -> Result<Option<f64>> {
+        if self.way != Way::Inflate {
+            return Ok(None);
+        }
+        let begin = Instant::now();
+        self.resize(0)?;
+        wait_for("an empty balloon", FALL_DEADLINE, || {
+            let info = self.guest.vmm.get("vm.info")?;
+            Ok((info["memory_actual_size"] == GUEST_BYTES).then_some(()))
+        })?;
+        Ok(Some(ms(begin.elapsed())))
+    }
+
+    /// Not for something to happen, but for the guest to see that nothing does.
+    fn rest(&self) {
+        if self.way == Way::Bitmap {
+            thread::sleep(BITMAP_REST);
+        }
+    }
+
+    fn counted(&self) -> Result<Counts> {
+        let stats = self.guest.vmm.get("vm.reclaim-stats")?;
+        let path = &stats[match self.way {
+            Way::Mainline | Way::Bitmap => "report",
+            Way::Hinting => "hint",
+            Way::Inflate => "inflate",
+        }];
+        let figure = |name: &str| {
+            let figure = path.get(name).and_then(Value::as_u64);
+            figure.with_context(|| format!("no {name} in {path:#}"))
+        };
+        Ok(Counts {
+            batches: figure("batches")?,
+            ranges: figure("requested_ranges")?,
+            discarded_bytes: figure("discarded_bytes")?,
+            discard_syscalls: figure("discard_syscalls")?,
+        })
+    }
+}
+
+/// What the device has counted so far.
+struct Counts {
+    batches: u64,
+    ranges: u64,
+    discarded_bytes: u64,
+    discard_syscalls: u64,
+}
+
+/// A word of the guest's answer, which begins with `ok`.
+fn number(answer: &str, word: usize) -> Result<u64> {
+    let text = answer.split(' ').nth(word);
+    text.and_then(|text| text.parse().ok())
+        .with_context(|| format!("no number at word {word} of {answer:?}"))
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1000.0
+}
+
+/// Time until so much was gone; 0 when it was before.
+fn since(fall: &Fall, asked: Instant, bytes: u64) -> Option<f64> {
+    let reached = fall.reached(bytes)?;
+    Some(ms(reached.saturating_duration_since(asked)))
+}

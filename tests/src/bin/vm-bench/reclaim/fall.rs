@@ -1,0 +1,246 @@
+//! How a VMM's resident memory falls: samples of it, and what can be read from them.
+
+use std::fs;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+/// Between two samples, where the host's timers are as fine; what it came to is told.
+const INTERVAL: Duration = Duration::from_millis(2);
+/// Less is noise: the VMM's own memory comes and goes.
+const STEP_BYTES: u64 = 1 << 20;
+
+/// Resident bytes of a process at one moment, huge pages of the pool included.
+///
+/// # Errors
+/// The process is gone.
+pub(super) fn resident_bytes(pid: u32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let field = |name: &str| -> Option<u64> {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        line.trim().strip_suffix("kB")?.trim().parse().ok()
+    };
+    let kib = field("VmRSS:").context("no VmRSS")? + field("HugetlbPages:").unwrap_or(0);
+    Ok(kib << 10)
+}
+
+/// Page faults of a process so far: its vCPUs' first touches of memory are among them.
+///
+/// # Errors
+/// The process is gone.
+pub(super) fn faults(pid: u32) -> Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name in parentheses may hold anything; minor and major faults are fields 10 and 12.
+    let (_, fields) = stat.rsplit_once(')').context("no name")?;
+    let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
+    let count = |field: usize| -> Result<u64> {
+        let text = fields.get(field - 3).context("too few fields")?;
+        Ok(text.parse()?)
+    };
+    Ok(count(10)? + count(12)?)
+}
+
+/// One moment.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Sample {
+    at: Instant,
+    /// Less resident than at the beginning.
+    gone_bytes: u64,
+}
+
+/// How far it has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Progress {
+    /// The most that was gone at once.
+    pub(super) back_bytes: u64,
+    /// When more than noise went last.
+    pub(super) last_step: Option<Instant>,
+}
+
+impl Progress {
+    fn note(&mut self, gone_bytes: u64, at: Instant) {
+        if gone_bytes >= self.back_bytes + STEP_BYTES {
+            self.back_bytes = gone_bytes;
+            self.last_step = Some(at);
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    samples: Vec<Sample>,
+    progress: Progress,
+    ended: bool,
+}
+
+/// A recording under way; ends when dropped.
+#[derive(Debug)]
+pub(super) struct Recording {
+    /// Resident at its beginning.
+    before_bytes: u64,
+    shared: Arc<Mutex<Shared>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Recording {
+    /// Begins to sample.
+    ///
+    /// # Errors
+    /// The process is gone.
+    pub(super) fn start(pid: u32) -> Result<Self> {
+        let before_bytes = resident_bytes(pid)?;
+        let shared = Arc::<Mutex<Shared>>::default();
+        let thread = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || {
+                // A process that has ended is noticed by whoever asks it for something.
+                while let Ok(resident_bytes) = resident_bytes(pid) {
+                    let at = Instant::now();
+                    let mut shared = lock(&shared);
+                    if shared.ended {
+                        return;
+                    }
+                    let gone_bytes = before_bytes.saturating_sub(resident_bytes);
+                    shared.progress.note(gone_bytes, at);
+                    shared.samples.push(Sample { at, gone_bytes });
+                    drop(shared);
+                    thread::park_timeout(INTERVAL);
+                }
+            }
+        });
+        Ok(Self {
+            before_bytes,
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// Resident at its beginning.
+    pub(super) fn before_bytes(&self) -> u64 {
+        self.before_bytes
+    }
+
+    /// How far it has come.
+    pub(super) fn progress(&self) -> Progress {
+        lock(&self.shared).progress
+    }
+
+    /// What was seen so far.
+    pub(super) fn fall(&self) -> Fall {
+        Fall(lock(&self.shared).samples.clone())
+    }
+}
+
+impl Drop for Recording {
+    fn drop(&mut self) {
+        lock(&self.shared).ended = true;
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            // It ends by itself; that it panicked would have shown in the samples.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn lock(shared: &Mutex<Shared>) -> std::sync::MutexGuard<'_, Shared> {
+    // A thread that panicked left nothing half-done.
+    shared.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is seen of one free.
+#[derive(Debug)]
+pub(super) struct Fall(Vec<Sample>);
+
+impl Fall {
+    /// The most that was gone at once.
+    pub(super) fn back_bytes(&self) -> u64 {
+        let gone = self.0.iter().map(|sample| sample.gone_bytes);
+        gone.max().unwrap_or(0)
+    }
+
+    /// When so much was gone.
+    pub(super) fn reached(&self, bytes: u64) -> Option<Instant> {
+        let enough = self.0.iter().find(|sample| sample.gone_bytes >= bytes);
+        enough.map(|sample| sample.at)
+    }
+
+    /// Bytes a second from the last sample before anything went to 99 % of what went.
+    pub(super) fn bytes_per_second(&self) -> Option<f64> {
+        let last_bytes = self.back_bytes() / 100 * 99;
+        let fallen = |sample: &Sample| sample.gone_bytes >= STEP_BYTES;
+        let first = self.0.iter().position(fallen)?;
+        let begin = self.0[first.saturating_sub(1)].at;
+        let seconds = (self.reached(last_bytes)? - begin).as_secs_f64();
+        (seconds > 0.0).then(|| last_bytes as f64 / seconds)
+    }
+
+    /// The median time between two samples.
+    pub(super) fn interval(&self) -> Option<Duration> {
+        let mut all: Vec<Duration> = self
+            .0
+            .windows(2)
+            .map(|pair| pair[1].at.duration_since(pair[0].at))
+            .collect();
+        all.sort_unstable();
+        all.get(all.len() / 2).copied()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    fn fall(begin: Instant, gone_mib: &[u64]) -> Fall {
+        let samples = (0..).zip(gone_mib).map(|(tick, mib)| Sample {
+            at: begin + Duration::from_millis(tick * 10),
+            gone_bytes: mib * MIB,
+        });
+        Fall(samples.collect())
+    }
+
+    #[test]
+    fn fall_tells_when_how_far_and_how_fast() {
+        let begin = Instant::now();
+        let fall = fall(begin, &[0, 0, 100, 200, 200, 300, 299, 300]);
+        let ms = |ms| Some(begin + Duration::from_millis(ms));
+        assert_eq!(fall.back_bytes(), 300 * MIB);
+        assert_eq!(fall.reached(150 * MIB), ms(30));
+        assert_eq!(fall.reached(301 * MIB), None);
+        // 297 MiB between 10 and 50 ms.
+        let rate = fall.bytes_per_second().unwrap() / MIB as f64;
+        assert!((rate - 297.0 / 0.04).abs() < 100.0, "{rate}");
+        assert_eq!(fall.interval(), Some(Duration::from_millis(10)));
+    }
+
+    #[test]
+    fn fall_that_did_not_happen_has_neither_time_nor_rate() {
+        let fall = fall(Instant::now(), &[0, 0, 0]);
+        assert_eq!(fall.back_bytes(), 0);
+        assert_eq!(fall.reached(1), None);
+        assert_eq!(fall.bytes_per_second(), None);
+    }
+
+    #[test]
+    fn progress_is_made_by_more_than_noise() {
+        let at = Instant::now();
+        let mut progress = Progress::default();
+        progress.note(MIB - 1, at);
+        assert_eq!(progress, Progress::default());
+        progress.note(3 * MIB, at);
+        progress.note(4 * MIB - 1, at + Duration::from_secs(1));
+        progress.note(2 * MIB, at + Duration::from_secs(2));
+        assert_eq!(progress.last_step, Some(at));
+        assert_eq!(progress.back_bytes, 3 * MIB);
+    }
+
+    #[test]
+    fn figures_of_this_process_are_found() {
+        let pid = std::process::id();
+        assert!(resident_bytes(pid).unwrap() > 0);
+        assert!(faults(pid).unwrap() > 0);
+    }
+}
