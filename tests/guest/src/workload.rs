@@ -4,9 +4,10 @@
 //! a fixed amount of it, so that its time (or, where the clock counts instructions, its
 //! instructions) can be compared between kernels.
 
-use std::fs::File;
+use std::fs::{self, File};
+use std::io;
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::mem::{Region, Wish};
 use crate::size;
@@ -38,17 +39,24 @@ struct Plan {
     bytes: usize,
 }
 
-/// Runs a workload and prints how long it took.
+/// Runs a workload and prints how long each round of each task took, and all of it.
 pub(crate) fn run(arguments: &[&str]) -> Result<(), String> {
     let plan = plan(arguments)?;
     let begin = Instant::now();
     let tasks: Vec<_> = (0..plan.tasks)
         .map(|task| thread::spawn(move || course(plan, task)))
         .collect();
+    let mut rounds = Vec::new();
     for task in tasks {
-        task.join().map_err(|_| "a task panicked".to_string())??;
+        rounds.push(task.join().map_err(|_| "a task panicked".to_string())??);
     }
-    println!("ok workload {} ns", begin.elapsed().as_nanos());
+    let all = begin.elapsed();
+    for (task, rounds) in rounds.iter().enumerate() {
+        for (round, time) in rounds.iter().enumerate() {
+            println!("task {task} round {round} {} ns", time.as_nanos());
+        }
+    }
+    println!("ok workload {} ns", all.as_nanos());
     Ok(())
 }
 
@@ -85,23 +93,24 @@ fn plan(arguments: &[&str]) -> Result<Plan, String> {
     Ok(plan)
 }
 
-fn course(plan: Plan, task: u64) -> Result<(), String> {
-    let told = |error: std::io::Error| format!("task {task}: {error}");
+/// The rounds of one task, and how long each of them took.
+fn course(plan: Plan, task: u64) -> Result<Vec<Duration>, String> {
+    let told = |error: io::Error| format!("task {task}: {error}");
     match plan.kind {
-        Kind::PageFault1 => {
-            for _ in 0..plan.rounds {
-                touch(Mapping::new(plan.bytes, HugePages::Never).map_err(told)?);
-            }
-        }
+        Kind::PageFault1 => timed(plan.rounds, || {
+            touch(Mapping::new(plan.bytes, HugePages::Never).map_err(told)?);
+            Ok(())
+        }),
         Kind::PageFault2 => {
             let path = std::env::temp_dir().join(format!("page_fault2.{task}"));
             let file = File::create_new(&path).map_err(told)?;
             // Gone with the descriptor, however this ends.
-            std::fs::remove_file(&path).map_err(told)?;
+            fs::remove_file(&path).map_err(told)?;
             file.set_len(plan.bytes as u64).map_err(told)?;
-            for _ in 0..plan.rounds {
+            timed(plan.rounds, || {
                 touch(Mapping::of_file(&file, plan.bytes).map_err(told)?);
-            }
+                Ok(())
+            })
         }
         Kind::Churn => {
             let wish = Wish {
@@ -109,12 +118,22 @@ fn course(plan: Plan, task: u64) -> Result<(), String> {
                 seed: None,
                 huge: HugePages::Default,
             };
-            for _ in 0..plan.rounds {
-                drop(Region::new(wish)?);
-            }
+            timed(plan.rounds, || Region::new(wish).map(drop))
         }
     }
-    Ok(())
+}
+
+fn timed(
+    rounds: u64,
+    mut round: impl FnMut() -> Result<(), String>,
+) -> Result<Vec<Duration>, String> {
+    (0..rounds)
+        .map(|_| {
+            let begin = Instant::now();
+            round()?;
+            Ok(begin.elapsed())
+        })
+        .collect()
 }
 
 /// One write in each page; the mapping ends here.

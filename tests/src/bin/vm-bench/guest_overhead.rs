@@ -5,11 +5,15 @@
 //! instructions, and a percent is a percent. `off` is measured twice, to show what repeats.
 //! The guest has one processor, as such a host has: what tasks cost each other by contention
 //! between processors is not in these figures.
+//!
+//! Options behind `--` choose a part, `-- --workload churn --rounds 8 --reporting bitmap`: words
+//! that a workload's name begins with and names of variants. Where instructions are counted,
+//! parts can be measured side by side and compared, provided that they are the same work.
 
 use std::collections::BTreeMap;
 use std::env;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use integration_tests::linux::{Guest, Machine};
 use serde_json::{Value, json};
 
@@ -22,10 +26,10 @@ pub(crate) const NAME: &str = "guest-overhead";
 ///
 /// One task each: on the one processor that instructions are counted on, four take turns and say
 /// no more.
-const WORKLOADS: [(&str, &str, u32); 3] = [
+const WORKLOADS: [(&str, &str, usize); 3] = [
     ("page_fault1", "page_fault1 --tasks 1", 3),
     ("page_fault2", "page_fault2 --tasks 1", 2),
-    ("churn of 512 MiB", "churn --tasks 1 --bytes 512M", 2),
+    ("churn of 512 MiB", "churn --tasks 1 --bytes 512M", 8),
 ];
 
 /// A name, the balloon, and more for the kernel's command line.
@@ -35,38 +39,101 @@ const REPORTING: &str = "size=0,free_page_reporting=on";
 const OFF: Variant = ("off", "size=0", "");
 const MAINLINE: Variant = ("mainline", REPORTING, "page_reporting.tracker=mainline");
 const BITMAP: Variant = ("bitmap", REPORTING, "page_reporting.tracker=bitmap");
+const OFF_AGAIN: Variant = ("off again", OFF.1, OFF.2);
+
+/// What the command line asks for; nothing is everything.
+#[derive(Debug, Default)]
+struct Choice {
+    workload: Option<String>,
+    reporting: Vec<String>,
+    rounds: Option<usize>,
+}
+
+impl Choice {
+    fn parse(words: &[String]) -> Result<Self> {
+        let mut choice = Self::default();
+        for pair in words.chunks(2) {
+            let [option, value] = pair else {
+                bail!("{} needs a value", pair[0]);
+            };
+            match option.as_str() {
+                "--workload" => choice.workload = Some(value.clone()),
+                "--reporting" => choice.reporting = value.split(',').map(String::from).collect(),
+                "--rounds" => choice.rounds = Some(value.parse().context("--rounds")?),
+                _ => bail!("{NAME} has no option {option}"),
+            }
+        }
+        Ok(choice)
+    }
+
+    fn has_workload(&self, name: &str) -> bool {
+        let chosen = self.workload.as_deref();
+        chosen.is_none_or(|chosen| name.starts_with(chosen))
+    }
+
+    fn has_variant(&self, name: &str) -> bool {
+        self.reporting.is_empty() || self.reporting.iter().any(|chosen| chosen == name)
+    }
+}
+
+/// Nanoseconds of each round by variant.
+type Times = BTreeMap<&'static str, Vec<u64>>;
 
 /// Nanoseconds of each workload under each variant, and the loss against `off` in percent.
 pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
-    asked.refuse_options()?;
+    let choice = Choice::parse(asked.by_name.unwrap_or_default())?;
     let patched = env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "patched");
     let mut variants = vec![OFF, MAINLINE];
     if patched {
         variants.push(BITMAP);
     }
-    variants.push(("off again", OFF.1, OFF.2));
-    let mut times: BTreeMap<&str, BTreeMap<&str, u64>> = BTreeMap::new();
+    variants.push(OFF_AGAIN);
+    variants.retain(|variant| choice.has_variant(variant.0));
+    let mut times: BTreeMap<&str, Times> = BTreeMap::new();
+    let mut reports: BTreeMap<&str, BTreeMap<&str, Value>> = BTreeMap::new();
     for variant in variants {
         let mut guest = boot(variant)?;
         for (workload, arguments, rounds) in WORKLOADS {
+            if !choice.has_workload(workload) {
+                continue;
+            }
+            let rounds = choice.rounds.unwrap_or(rounds);
             let ns = measure(&mut guest, arguments, rounds)
                 .with_context(|| format!("{workload}, reporting {}", variant.0))?;
             // It takes many minutes, and whoever waits wants to see that it goes on.
-            eprintln!("reporting {}: {workload}: {} ms", variant.0, ns / 1_000_000);
+            eprintln!("reporting {}: {workload}: {ns:?} ns", variant.0);
             times.entry(workload).or_default().insert(variant.0, ns);
+            let stats = guest.vmm.get("vm.reclaim-stats").unwrap_or_default();
+            reports
+                .entry(workload)
+                .or_default()
+                .insert(variant.0, stats["report"].clone());
         }
     }
     let rows = times.into_iter().map(|(workload, times)| {
-        let off = times[OFF.0] as f64;
-        let loss: BTreeMap<&str, f64> = times
-            .iter()
-            .filter(|(variant, _)| **variant != OFF.0)
-            .map(|(variant, ns)| (*variant, (*ns as f64 / off - 1.0) * 100.0))
-            .collect();
-        let row = json!({ "ns": times, "loss_percent": loss });
+        let row = json!({
+            "ns": times,
+            "loss_percent": losses(&times, |rounds| rounds),
+            "loss_percent_first_half": losses(&times, |rounds| &rounds[..rounds.len() / 2]),
+            "loss_percent_second_half": losses(&times, |rounds| &rounds[rounds.len() / 2..]),
+            "reports_since_boot": reports[workload],
+        });
         (workload.to_owned(), row)
     });
     Ok(Value::Object(rows.collect()))
+}
+
+/// How much longer than with reporting off the chosen rounds took.
+fn losses(times: &Times, chosen: impl Fn(&[u64]) -> &[u64]) -> BTreeMap<&'static str, f64> {
+    let sum = |rounds: &Vec<u64>| chosen(rounds).iter().sum::<u64>() as f64;
+    let Some(off) = times.get(OFF.0).map(sum).filter(|off| *off > 0.0) else {
+        return BTreeMap::new();
+    };
+    times
+        .iter()
+        .filter(|(variant, _)| **variant != OFF.0)
+        .map(|(variant, rounds)| (*variant, (sum(rounds) / off - 1.0) * 100.0))
+        .collect()
 }
 
 fn boot((_, balloon, command_line): Variant) -> Result<Guest> {
@@ -79,8 +146,8 @@ fn boot((_, balloon, command_line): Variant) -> Result<Guest> {
     .serve()
 }
 
-/// Runs a round to warm up and then those for the figure.
-fn measure(guest: &mut Guest, arguments: &str, rounds: u32) -> Result<u64> {
+/// Runs a round to warm up and then those for the figure: nanoseconds of each.
+fn measure(guest: &mut Guest, arguments: &str, rounds: usize) -> Result<Vec<u64>> {
     let mut course = |rounds| {
         guest.shell(&format!(
             "mkdir -p /tmp && guest-mem workload {arguments} --rounds {rounds}"
@@ -88,12 +155,13 @@ fn measure(guest: &mut Guest, arguments: &str, rounds: u32) -> Result<u64> {
     };
     course(1)?;
     let text = course(rounds)?;
-    let figure = text
+    let times: Vec<u64> = text
         .lines()
-        .find_map(|line| line.strip_prefix("ok workload "))
-        .and_then(|rest| rest.split(' ').next());
-    figure
-        .with_context(|| format!("no time in {text:?}"))?
-        .parse()
-        .context("the time")
+        .filter_map(|line| line.strip_prefix("task 0 round "))
+        .filter_map(|rest| rest.split(' ').nth(1)?.parse().ok())
+        .collect();
+    if times.len() != rounds {
+        bail!("not {rounds} rounds in {text:?}");
+    }
+    Ok(times)
 }
