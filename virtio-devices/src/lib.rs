@@ -14,6 +14,7 @@ pub mod block;
 pub mod console;
 pub mod device;
 mod guest_buffers;
+pub mod mem;
 pub mod net;
 pub mod pci;
 pub mod reclaim;

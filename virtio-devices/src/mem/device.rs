@@ -1,0 +1,127 @@
+//! The configuration half.
+//!
+//! | Offset | Field of `struct virtio_mem_config` | |
+//! | --- | --- | --- |
+//! | 0 | `block_size` | fixed |
+//! | 8 | `node_id` | 0, and not on offer |
+//! | 16 | `addr` | fixed |
+//! | 24 | `region_size` | fixed |
+//! | 32 | `usable_region_size` | all of the region |
+//! | 40 | `plugged_size` | what the driver has plugged |
+//! | 48 | `requested_size` | what the host wants it to have; a change is signalled |
+//!
+//! The driver writes none of them.
+
+use std::sync::Arc;
+
+use super::handle::{MemHandle, ResizeError};
+use super::region::MemRegion;
+use super::shared::{Shared, count};
+use super::spec::{VIRTIO_F_VERSION_1, VIRTIO_ID_MEM, VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE};
+use super::worker::MemWorker;
+use crate::device::{Counters, Interrupt, QueueHandler, VirtioDevice};
+use crate::reclaim::DiscardEngine;
+
+/// Entries of the one queue. Linux keeps a single request in flight.
+const QUEUE_SIZES: [u16; 1] = [128];
+/// Fields of 64 bits, `node_id` and its padding being one.
+const FIELDS: usize = 7;
+const FIELD_BYTES: usize = 8;
+
+/// How to make the device.
+#[derive(Debug)]
+pub struct MemParams {
+    /// Names the device and its thread.
+    pub id: String,
+    /// What it owns of guest RAM: mapped, and in the guest's memory map of no firmware.
+    pub region: MemRegion,
+    /// Bytes that the guest shall have from the start.
+    pub requested_bytes: u64,
+}
+
+/// A virtio-mem device, as its transport sees it.
+#[derive(Debug)]
+pub struct Mem {
+    shared: Arc<Shared>,
+    /// Until the transport takes it.
+    worker: Option<MemWorker>,
+}
+
+impl Mem {
+    /// A device without a plugged block, and the handle by which the VMM steers and reads it.
+    ///
+    /// Call it before any seccomp filter is in place, or allow what [`DiscardEngine::new`] tries.
+    ///
+    /// # Errors
+    /// The region cannot have the requested size.
+    pub fn new(params: MemParams) -> Result<(Self, MemHandle), ResizeError> {
+        let shared = Arc::new(Shared::new(params.region, 0));
+        let handle = MemHandle::new(Arc::clone(&shared));
+        handle.set_requested_bytes(params.requested_bytes)?;
+        let engine = DiscardEngine::new(Arc::default());
+        let worker = MemWorker::new(params.id, Arc::clone(&shared), engine);
+        let device = Self {
+            shared,
+            worker: Some(worker),
+        };
+        Ok((device, handle))
+    }
+}
+
+impl VirtioDevice for Mem {
+    fn device_type(&self) -> u32 {
+        VIRTIO_ID_MEM
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    /// Reading a block that is not plugged would bring a page of a shared file into being, so the driver is asked not
+    /// to. One that does not promise it may run all the same, as the standard allows.
+    fn features(&self) -> u64 {
+        VIRTIO_F_VERSION_1 | VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let region = &self.shared.region;
+        let fields: [u64; FIELDS] = [
+            region.block_bytes(),
+            0,
+            region.start(),
+            region.bytes(),
+            region.bytes(),
+            self.shared.plugged_bytes(),
+            self.shared.requested_bytes(),
+        ];
+        let mut space = [0; FIELDS * FIELD_BYTES];
+        for (bytes, field) in space.chunks_exact_mut(FIELD_BYTES).zip(fields) {
+            bytes.copy_from_slice(&field.to_le_bytes());
+        }
+        let from = usize::try_from(offset).unwrap_or(usize::MAX);
+        let present = space.get(from..).unwrap_or_default();
+        let len = present.len().min(data.len());
+        data[..len].copy_from_slice(&present[..len]);
+        data[len..].fill(0);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {
+        count(&self.shared.tally.config_writes_ignored, 1);
+    }
+
+    fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
+        let worker = self.worker.take();
+        worker
+            .into_iter()
+            .map(|worker| Box::new(worker) as Box<dyn QueueHandler>)
+            .collect()
+    }
+
+    fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {
+        self.shared.set_interrupt(interrupt);
+    }
+
+    fn counters(&self) -> Counters {
+        self.shared.counters()
+    }
+}

@@ -1,0 +1,95 @@
+//! The part of guest RAM that the device owns.
+
+use std::ops::Range;
+
+use crate::reclaim::GuestRange;
+
+/// Whole blocks of guest RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemRegion {
+    start: u64,
+    bytes: u64,
+    block_bytes: u64,
+}
+
+/// A region that a guest could not use.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{bytes} bytes of memory at {start:#x} are no whole blocks of {block_bytes} bytes, a power of two"
+)]
+pub struct RegionError {
+    start: u64,
+    bytes: u64,
+    block_bytes: u64,
+}
+
+impl MemRegion {
+    /// `bytes` from the guest address `start` on, in blocks of `block_bytes`.
+    ///
+    /// # Errors
+    /// Blocks are no power of two, or start and size no multiples of it, or the region is empty or wraps.
+    pub fn new(start: u64, bytes: u64, block_bytes: u64) -> Result<Self, RegionError> {
+        let whole = |bytes: u64| bytes.is_multiple_of(block_bytes);
+        if block_bytes.is_power_of_two()
+            && bytes > 0
+            && whole(start)
+            && whole(bytes)
+            && start.checked_add(bytes).is_some()
+        {
+            return Ok(Self {
+                start,
+                bytes,
+                block_bytes,
+            });
+        }
+        Err(RegionError {
+            start,
+            bytes,
+            block_bytes,
+        })
+    }
+
+    /// Guest physical address of the first block.
+    #[must_use]
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+
+    /// Size of all blocks.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Size of a block.
+    #[must_use]
+    pub fn block_bytes(&self) -> u64 {
+        self.block_bytes
+    }
+
+    pub(super) fn block_count(&self) -> u64 {
+        self.bytes / self.block_bytes
+    }
+
+    /// The blocks a driver names; `None` if it names none, or something else.
+    pub(super) fn blocks(&self, address: u64, count: u16) -> Option<Range<u64>> {
+        let offset = address.checked_sub(self.start)?;
+        let first = offset / self.block_bytes;
+        let exact = offset.is_multiple_of(self.block_bytes);
+        let end = first.checked_add(u64::from(count))?;
+        (count > 0 && exact && end <= self.block_count()).then_some(first..end)
+    }
+
+    /// Bytes of so many blocks of the region.
+    pub(super) fn bytes_of(&self, blocks: u64) -> u64 {
+        blocks * self.block_bytes
+    }
+
+    /// Where blocks of the region lie.
+    pub(super) fn range(&self, blocks: &Range<u64>) -> GuestRange {
+        GuestRange {
+            start: self.start + self.bytes_of(blocks.start),
+            bytes: self.bytes_of(blocks.end - blocks.start),
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! What the configuration half, the worker and the handle have in common.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::region::MemRegion;
+use crate::device::{Counters, Interrupt};
+
+/// Declares the tally and, from the same list, its names in `vm.counters`.
+macro_rules! tally {
+    ($($(#[$doc:meta])* $name:ident,)+) => {
+        /// What has happened since the device was made; resets do not clear it.
+        #[derive(Debug, Default)]
+        pub(super) struct Tally {
+            $($(#[$doc])* pub(super) $name: AtomicU64,)+
+        }
+
+        impl Tally {
+            fn read(&self) -> Counters {
+                Counters::from([$((stringify!($name), self.$name.load(Ordering::Relaxed)),)+])
+            }
+        }
+    };
+}
+
+tally! {
+    plug_requests,
+    unplug_requests,
+    unplug_all_requests,
+    state_requests,
+    /// Requests to plug more than the host wants the guest to have.
+    requests_nacked,
+    /// Requests to unplug what the host could not take back.
+    requests_busy,
+    /// Requests that name no blocks of the region, or blocks that are not in the state they must be in.
+    requests_wrong,
+    /// Requests of a type that nobody has defined.
+    requests_unknown,
+    /// Chains that are no request, or have no room for the answer.
+    requests_malformed,
+    config_writes_ignored,
+    /// Bytes of blocks that were to be unplugged: of them given back, refused by the host, and not tried.
+    unplug_requested_bytes,
+    unplug_discarded_bytes,
+    unplug_failed_bytes,
+    unplug_skipped_bytes,
+    unplug_syscalls,
+}
+
+/// Counts.
+pub(super) fn count(counter: &AtomicU64, more: u64) {
+    counter.fetch_add(more, Ordering::Relaxed);
+}
+
+pub(super) struct Shared {
+    pub(super) region: MemRegion,
+    pub(super) tally: Tally,
+    requested_bytes: AtomicU64,
+    plugged_bytes: AtomicU64,
+    interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
+}
+
+impl Shared {
+    pub(super) fn new(region: MemRegion, requested_bytes: u64) -> Self {
+        Self {
+            region,
+            tally: Tally::default(),
+            requested_bytes: AtomicU64::new(requested_bytes),
+            plugged_bytes: AtomicU64::new(0),
+            interrupt: Mutex::new(None),
+        }
+    }
+
+    pub(super) fn requested_bytes(&self) -> u64 {
+        self.requested_bytes.load(Ordering::Acquire)
+    }
+
+    pub(super) fn set_requested_bytes(&self, bytes: u64) {
+        self.requested_bytes.store(bytes, Ordering::Release);
+    }
+
+    pub(super) fn plugged_bytes(&self) -> u64 {
+        self.plugged_bytes.load(Ordering::Acquire)
+    }
+
+    /// For the worker alone.
+    pub(super) fn set_plugged_bytes(&self, bytes: u64) {
+        self.plugged_bytes.store(bytes, Ordering::Release);
+    }
+
+    pub(super) fn set_interrupt(&self, interrupt: Arc<dyn Interrupt>) {
+        let mut place = self
+            .interrupt
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *place = Some(interrupt);
+    }
+
+    /// Tells the driver to read the configuration space again.
+    pub(super) fn signal_config(&self) {
+        let place = self
+            .interrupt
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let interrupt = place.clone();
+        drop(place);
+        if let Some(interrupt) = interrupt {
+            interrupt.signal_config();
+        }
+    }
+
+    pub(super) fn counters(&self) -> Counters {
+        let mut counters = self.tally.read();
+        counters.insert("region_bytes", self.region.bytes());
+        counters.insert("requested_bytes", self.requested_bytes());
+        counters.insert("plugged_bytes", self.plugged_bytes());
+        counters
+    }
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared")
+            .field("region", &self.region)
+            .field("requested_bytes", &self.requested_bytes())
+            .field("plugged_bytes", &self.plugged_bytes())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,377 @@
+//! The device in front of a mock driver.
+
+use std::sync::{Arc, Mutex};
+
+use vm_memory::GuestAddress;
+
+use super::request::{ANSWER_BYTES, REQUEST_BYTES};
+use super::spec::{
+    VIRTIO_MEM_REQ_PLUG, VIRTIO_MEM_REQ_STATE, VIRTIO_MEM_REQ_UNPLUG, VIRTIO_MEM_REQ_UNPLUG_ALL,
+    VIRTIO_MEM_RESP_ACK, VIRTIO_MEM_RESP_BUSY, VIRTIO_MEM_RESP_ERROR, VIRTIO_MEM_RESP_NACK,
+    VIRTIO_MEM_STATE_MIXED, VIRTIO_MEM_STATE_PLUGGED, VIRTIO_MEM_STATE_UNPLUGGED,
+};
+use super::{Mem, MemHandle, MemParams, MemRegion, ResizeError};
+use crate::device::{QueueHandler, VirtioDevice};
+use crate::reclaim::terrain::{Kind, PAGE, Plot, Terrain};
+use crate::testing::{Desc, HandlerHarness, MockInterrupt, Segment, TestRam, WRITE, conformance};
+
+const MIB: u64 = 1 << 20;
+const BLOCK: u64 = 2 * MIB;
+const START: u64 = 4 << 30;
+const BLOCKS: u64 = 8;
+
+/// Answer of a request, with the state that goes with some.
+type Told = (u16, u16);
+const ACK: Told = (VIRTIO_MEM_RESP_ACK, 0);
+const NACK: Told = (VIRTIO_MEM_RESP_NACK, 0);
+const BUSY: Told = (VIRTIO_MEM_RESP_BUSY, 0);
+const ERROR: Told = (VIRTIO_MEM_RESP_ERROR, 0);
+
+struct Rig {
+    device: Mem,
+    handle: MemHandle,
+    interrupt: Arc<MockInterrupt>,
+    harness: HandlerHarness<Box<dyn QueueHandler>>,
+}
+
+fn device(start: u64, blocks: u64, requested: u64) -> (Mem, MemHandle) {
+    Mem::new(MemParams {
+        id: "mem0".into(),
+        region: MemRegion::new(start, blocks * BLOCK, BLOCK).unwrap(),
+        requested_bytes: requested * BLOCK,
+    })
+    .unwrap()
+}
+
+impl Rig {
+    /// A region of [`BLOCKS`] behind other RAM, `requested` of them wanted.
+    fn new(requested: u64) -> Self {
+        let bytes = (BLOCKS * BLOCK) as usize;
+        let ram = TestRam::from_regions(&[(0, 4 << 20), (START, bytes)]);
+        Self::around(ram, device(START, BLOCKS, requested))
+    }
+
+    fn around(ram: TestRam, (mut device, handle): (Mem, MemHandle)) -> Self {
+        let interrupt = Arc::new(MockInterrupt::default());
+        device.set_interrupt(Arc::clone(&interrupt) as _);
+        let handler = device.take_handlers().remove(0);
+        let mut harness = HandlerHarness::with_ram(handler, device.features(), ram);
+        harness.add_queues(1);
+        harness.activate().unwrap();
+        Self {
+            device,
+            handle,
+            interrupt,
+            harness,
+        }
+    }
+
+    fn ask_at(&mut self, kind: u16, address: u64, count: u16) -> Told {
+        let mut request = [0; REQUEST_BYTES];
+        request[..2].copy_from_slice(&kind.to_le_bytes());
+        request[8..16].copy_from_slice(&address.to_le_bytes());
+        request[16..18].copy_from_slice(&count.to_le_bytes());
+        let segments = [
+            Segment::Readable(&request),
+            Segment::Writable(ANSWER_BYTES as u32),
+        ];
+        let (chain, used) = self.harness.request(0, &segments).unwrap();
+        assert_eq!(used.unwrap().len as usize, ANSWER_BYTES);
+        let answer = self.harness.queue(0).read_buffer(chain.buffers[1]);
+        let field = |at: usize| u16::from_le_bytes([answer[at], answer[at + 1]]);
+        (field(0), field(8))
+    }
+
+    fn ask(&mut self, kind: u16, block: u64, count: u16) -> Told {
+        self.ask_at(kind, START + block * BLOCK, count)
+    }
+
+    fn state(&mut self, block: u64, count: u16) -> u16 {
+        let (answer, state) = self.ask(VIRTIO_MEM_REQ_STATE, block, count);
+        assert_eq!(answer, VIRTIO_MEM_RESP_ACK);
+        state
+    }
+
+    fn counter(&self, name: &str) -> u64 {
+        self.device.counters()[name]
+    }
+
+    fn field(&self, at: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.device.read_config(at, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
+    fn byte_of(&self, block: u64) -> u8 {
+        let last = GuestAddress(START + (block + 1) * BLOCK - 1);
+        self.harness.ram.read(last, 1)[0]
+    }
+
+    fn mark(&self, block: u64) {
+        let last = GuestAddress(START + (block + 1) * BLOCK - 1);
+        self.harness.ram.write(last, &[7]);
+    }
+}
+
+#[test]
+fn mem_conforms() {
+    conformance(|_| Arc::new(Mutex::new(device(START, BLOCKS, 2).0)));
+}
+
+#[test]
+fn blocks_unplugged_are_back_at_the_host_and_no_others() {
+    let mut rig = Rig::new(6);
+    let config = [0, 8, 16, 24, 32, 40, 48].map(|at| rig.field(at));
+    let region = BLOCKS * BLOCK;
+    assert_eq!(config, [BLOCK, 0, START, region, region, 0, 6 * BLOCK]);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 1, 4), ACK);
+    (1..5).for_each(|block| rig.mark(block));
+    assert_eq!(rig.state(1, 4), VIRTIO_MEM_STATE_PLUGGED);
+    assert_eq!(rig.state(0, 2), VIRTIO_MEM_STATE_MIXED);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_UNPLUG, 2, 2), ACK);
+    assert_eq!(
+        (1..5).map(|it| rig.byte_of(it)).collect::<Vec<_>>(),
+        [7, 0, 0, 7]
+    );
+    assert_eq!(rig.state(2, 2), VIRTIO_MEM_STATE_UNPLUGGED);
+    assert_eq!(
+        (rig.field(40), rig.handle.plugged_bytes()),
+        (2 * BLOCK, 2 * BLOCK)
+    );
+    assert_eq!(rig.counter("unplug_discarded_bytes"), 2 * BLOCK);
+    assert_eq!(rig.counter("unplug_syscalls"), 1);
+    assert_eq!(rig.harness.interrupt.queue_signals(0), 5);
+}
+
+#[test]
+fn plug_beyond_what_is_requested_waits_for_the_host() {
+    let mut rig = Rig::new(2);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 0, 3), NACK);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 0, 2), ACK);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 7, 1), NACK);
+    assert_eq!(
+        (rig.counter("requests_nacked"), rig.handle.plugged_bytes()),
+        (2, 2 * BLOCK)
+    );
+    assert_eq!(rig.interrupt.config_signals(), 0);
+    rig.handle.set_requested_bytes(3 * BLOCK).unwrap();
+    assert_eq!(
+        (rig.interrupt.config_signals(), rig.field(48)),
+        (1, 3 * BLOCK)
+    );
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 7, 1), ACK);
+    // Less is wanted: nothing goes by itself, and nothing more comes.
+    rig.handle.set_requested_bytes(0).unwrap();
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 4, 1), NACK);
+    assert_eq!(rig.handle.plugged_bytes(), 3 * BLOCK);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_UNPLUG, 7, 1), ACK);
+}
+
+#[test]
+fn size_that_the_region_cannot_have_is_refused() {
+    let rig = Rig::new(2);
+    let region_bytes = BLOCKS * BLOCK;
+    let bytes = region_bytes + BLOCK;
+    assert_eq!(
+        rig.handle.set_requested_bytes(bytes),
+        Err(ResizeError::BeyondRegion {
+            bytes,
+            region_bytes
+        })
+    );
+    assert!(rig.handle.set_requested_bytes(BLOCK + 4096).is_err());
+    assert_eq!(
+        (rig.handle.requested_bytes(), rig.interrupt.config_signals()),
+        (2 * BLOCK, 0)
+    );
+}
+
+#[test]
+fn region_that_is_not_whole_blocks_is_refused() {
+    for (start, bytes, block) in [
+        (START + 4096, BLOCK, BLOCK),
+        (START, BLOCK + 4096, BLOCK),
+        (START, 0, BLOCK),
+        (START, 3 * MIB, 3 * MIB),
+        (START, BLOCK, 0),
+        (u64::MAX - BLOCK + 1, BLOCK, BLOCK),
+    ] {
+        assert!(
+            MemRegion::new(start, bytes, block).is_err(),
+            "{start:#x} {bytes}"
+        );
+    }
+}
+
+#[test]
+fn requests_that_break_a_rule_are_errors_and_change_nothing() {
+    let mut rig = Rig::new(BLOCKS);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 2, 2), ACK);
+    rig.mark(2);
+    let end = START + BLOCKS * BLOCK;
+    let named = [
+        (START + 4096, 1),
+        (START - BLOCK, 1),
+        (START - BLOCK, 2),
+        (0, 1),
+        (end, 1),
+        (end - BLOCK, 2),
+        (START, u16::MAX),
+        (START, 0),
+        (u64::MAX, 1),
+        (u64::MAX - BLOCK + 1, u16::MAX),
+    ];
+    let kinds = [
+        VIRTIO_MEM_REQ_PLUG,
+        VIRTIO_MEM_REQ_UNPLUG,
+        VIRTIO_MEM_REQ_STATE,
+    ];
+    for (address, count) in named {
+        for kind in kinds {
+            assert_eq!(
+                rig.ask_at(kind, address, count),
+                ERROR,
+                "{kind} {address:#x} {count}"
+            );
+        }
+    }
+    // Blocks in the wrong state, all or some of them.
+    for (kind, block, count) in [
+        (VIRTIO_MEM_REQ_PLUG, 2, 1),
+        (VIRTIO_MEM_REQ_PLUG, 1, 2),
+        (VIRTIO_MEM_REQ_PLUG, 3, 2),
+        (VIRTIO_MEM_REQ_UNPLUG, 0, 1),
+        (VIRTIO_MEM_REQ_UNPLUG, 1, 2),
+        (VIRTIO_MEM_REQ_UNPLUG, 2, 3),
+    ] {
+        assert_eq!(rig.ask(kind, block, count), ERROR, "{kind} {block} {count}");
+    }
+    assert_eq!(rig.ask(0x100, 2, 1), ERROR);
+    let wrong = (kinds.len() * named.len() + 6) as u64;
+    assert_eq!(rig.counter("requests_wrong"), wrong);
+    assert_eq!(rig.counter("requests_unknown"), 1);
+    assert_eq!(rig.counter("unplug_requested_bytes"), 0);
+    assert_eq!((rig.byte_of(2), rig.handle.plugged_bytes()), (7, 2 * BLOCK));
+    assert_eq!(rig.state(2, 2), VIRTIO_MEM_STATE_PLUGGED);
+}
+
+#[test]
+fn chains_that_are_no_request_are_answered_empty_and_not_carried_out() {
+    let mut rig = Rig::new(BLOCKS);
+    // Each a request to plug the first block, or a part of one.
+    let mut request = [0; REQUEST_BYTES];
+    request[8..16].copy_from_slice(&START.to_le_bytes());
+    request[16] = 1;
+    let room = Segment::Writable(ANSWER_BYTES as u32);
+    let short = &request[..REQUEST_BYTES - 1];
+    let chains: [&[Segment<'_>]; 4] = [
+        &[Segment::Readable(short), room],
+        &[
+            Segment::Readable(&request),
+            Segment::Writable(ANSWER_BYTES as u32 - 1),
+        ],
+        &[Segment::Readable(&request)],
+        &[room],
+    ];
+    for chain in chains {
+        let (_, used) = rig.harness.request(0, chain).unwrap();
+        assert_eq!(used.unwrap().len, 0);
+    }
+    let outside = Desc {
+        addr: START + BLOCKS * BLOCK,
+        len: 4096,
+        flags: WRITE,
+        next: 0,
+    };
+    rig.harness.queue(0).push_raw(&[outside]);
+    rig.harness.kick(0).unwrap();
+    assert_eq!(rig.counter("requests_malformed"), 5);
+    assert_eq!(rig.handle.plugged_bytes(), 0);
+    // Split over descriptors it is one.
+    let (front, back) = request.split_at(9);
+    let split = [
+        Segment::Readable(front),
+        Segment::Readable(back),
+        Segment::Writable(4),
+        room,
+    ];
+    let (_, used) = rig.harness.request(0, &split).unwrap();
+    // The answer of the chain outside of RAM comes first.
+    assert_eq!(used.unwrap().len, 0);
+    assert_eq!(rig.harness.queue(0).pop_used().unwrap().len, 10);
+    assert_eq!(rig.handle.plugged_bytes(), BLOCK);
+}
+
+#[test]
+fn reset_leaves_blocks_as_they_are_and_unplug_all_takes_them() {
+    let mut rig = Rig::new(BLOCKS);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 0, 2), ACK);
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 5, 1), ACK);
+    for block in [0, 1, 5] {
+        rig.mark(block);
+    }
+    rig.device.reset();
+    rig.harness.reset();
+    rig.harness.activate().unwrap();
+    assert_eq!(rig.field(40), 3 * BLOCK);
+    assert_eq!(
+        (rig.state(0, 2), rig.byte_of(5)),
+        (VIRTIO_MEM_STATE_PLUGGED, 7)
+    );
+    assert_eq!(rig.ask_at(VIRTIO_MEM_REQ_UNPLUG_ALL, 0, 0), ACK);
+    assert_eq!([0, 1, 5].map(|block| rig.byte_of(block)), [0; 3]);
+    assert_eq!(rig.state(0, BLOCKS as u16), VIRTIO_MEM_STATE_UNPLUGGED);
+    assert_eq!(
+        (rig.field(40), rig.counter("unplug_discarded_bytes")),
+        (0, 3 * BLOCK)
+    );
+    // With nothing plugged it is right, and free.
+    let syscalls = rig.counter("unplug_syscalls");
+    assert_eq!(rig.ask_at(VIRTIO_MEM_REQ_UNPLUG_ALL, 0, 0), ACK);
+    assert_eq!(rig.counter("unplug_syscalls"), syscalls);
+}
+
+#[test]
+fn block_that_the_host_cannot_take_back_stays_plugged() {
+    let first_page = START / PAGE as u64;
+    let pages = BLOCK as usize / PAGE;
+    let plot = |guest_page, pages, kind| Plot {
+        guest_page,
+        pages,
+        kind,
+    };
+    let terrain = Terrain::new(&[
+        plot(0, 256, Kind::Anonymous),
+        plot(first_page, pages, Kind::ReadOnlyMemfd),
+    ]);
+    let ram = TestRam::around(terrain.ram, 0, MIB);
+    // The rings are to be zeros in the beginning.
+    ram.write(GuestAddress(0), &vec![0; MIB as usize]);
+    let mut rig = Rig::around(ram, device(START, 1, 1));
+    assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 0, 1), ACK);
+    for kind in [VIRTIO_MEM_REQ_UNPLUG, VIRTIO_MEM_REQ_UNPLUG_ALL] {
+        assert_eq!(rig.ask(kind, 0, 1), BUSY);
+        assert_eq!(rig.state(0, 1), VIRTIO_MEM_STATE_PLUGGED);
+    }
+    assert_eq!(rig.handle.plugged_bytes(), BLOCK);
+    assert_eq!(
+        (
+            rig.counter("requests_busy"),
+            rig.counter("unplug_failed_bytes")
+        ),
+        (2, 2 * BLOCK)
+    );
+}
+
+#[test]
+fn requests_beyond_one_call_are_all_served() {
+    let mut rig = Rig::new(0);
+    let mut request = [0; REQUEST_BYTES];
+    request[0] = VIRTIO_MEM_REQ_UNPLUG_ALL as u8;
+    let segments = [Segment::Readable(&request), Segment::Writable(16)];
+    for _ in 0..30 {
+        rig.harness.queue(0).push(&segments);
+    }
+    rig.harness.kick(0).unwrap();
+    assert_eq!(rig.harness.queue(0).used_idx(), 30);
+}
