@@ -80,7 +80,7 @@ pub struct ZoneResidency {
     pub backing: String,
     /// Size of its pages, bytes: less than a page cannot be given back.
     pub page_bytes: u64,
-    /// Its size, bytes.
+    /// Its size, bytes; of memory that can be plugged in, what the guest has plugged.
     pub configured_bytes: u64,
     /// Of it, held in host memory now, bytes.
     pub resident_bytes: u64,

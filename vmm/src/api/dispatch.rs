@@ -423,6 +423,8 @@ fn request_failed(error: RequestError) -> Answer {
         // Upstream answers 409 to a name used twice; the HTTP crate does not know that status.
         ControlError::ConfigValidation(_)
         | ControlError::Thresholds(_)
+        | ControlError::MemoryOutOfRange { .. }
+        | ControlError::Machine(VmError::MemoryResize(_))
         | ControlError::Machine(VmError::Reporting(_)) => StatusCode::BadRequest,
         // Found only where the host is known, and still the configuration's fault.
         ControlError::Machine(VmError::Cpu(error)) if error.is_of_configuration() => {

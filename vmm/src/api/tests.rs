@@ -133,6 +133,12 @@ impl Machine for FakeMachine {
         Ok(())
     }
 
+    fn resize_memory(&self, hotplugged_bytes: u64) -> Result<(), VmError> {
+        let mut steered = self.observer.steered.lock().unwrap();
+        steered.push(format!("memory {hotplugged_bytes}"));
+        Ok(())
+    }
+
     fn balloon_hinting(&self, action: HintingAction) -> Result<(), VmError> {
         match action {
             HintingAction::Start => Ok(()),
@@ -848,6 +854,40 @@ fn resize_of_a_running_vm_refuses_hotplug_before_it_touches_the_balloon() {
         vmm.ok(Endpoint::VmInfo, None)["config"]["balloon"]["size"],
         0
     );
+}
+
+#[test]
+fn resize_of_ram_that_can_grow_is_kept_and_bounded() {
+    let vmm = vmm();
+    let config = json!({
+        "payload": {"kernel": "/k"},
+        "memory": {"size": 512 << 20, "hotplug_method": "VirtioMem", "hotplug_size": 1 << 30},
+    });
+    vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+    vmm.ok(Endpoint::VmBoot, None);
+    let resize = |mib: u64| {
+        let body = json!({"desired_ram": mib << 20}).to_string();
+        vmm.call(Endpoint::VmResize, Some(&body))
+    };
+    let hotplugged =
+        || vmm.ok(Endpoint::VmInfo, None)["config"]["memory"]["hotplugged_size"].clone();
+    assert_eq!(resize(1024).status, 204);
+    assert_eq!(hotplugged(), 512 << 20);
+    for mib in [511, 1537] {
+        let refused = resize(mib);
+        assert_eq!(refused.status, 400);
+        let text = "can have 536870912 to 1610612736 bytes";
+        assert!(
+            refused.body.to_string().contains(text),
+            "{:?}",
+            refused.body
+        );
+    }
+    assert_eq!(hotplugged(), 512 << 20);
+    vmm.ok(Endpoint::VmReboot, None);
+    assert_eq!(hotplugged(), 512 << 20);
+    assert_eq!(resize(512).status, 204);
+    assert!(hotplugged().is_null());
 }
 
 #[test]

@@ -152,6 +152,24 @@ pub enum MemoryFault {
         /// The page it is made of.
         page_bytes: u64,
     },
+    /// Memory that comes in larger parts.
+    #[error("{field} {bytes} is no multiple of {unit_bytes} bytes")]
+    HotplugNotWhole {
+        /// The setting.
+        field: &'static str,
+        /// Its value.
+        bytes: u64,
+        /// What it must be a multiple of.
+        unit_bytes: u64,
+    },
+    /// More memory plugged in than there is room for.
+    #[error("hotplugged_size {added_bytes} is more than hotplug_size, {room_bytes}")]
+    HotpluggedBeyondRoom {
+        /// What is to be there from the start.
+        added_bytes: u64,
+        /// The most there can be.
+        room_bytes: u64,
+    },
     /// More than can be addressed.
     #[error("RAM of {bytes} bytes does not fit into {address_bits} address bits")]
     BeyondAddressSpace {

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use api::VmConfig;
 
 use super::error::ValidationError;
+use crate::memory::DEFAULT_ZONE_ID;
 
 /// Names that begin like this belong to the VMM's own devices.
 const RESERVED_PREFIX: &str = "__";
@@ -21,7 +22,11 @@ fn given(config: &VmConfig) -> impl Iterator<Item = &String> {
 }
 
 pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
+    let hotplug_device = DEFAULT_ZONE_ID.to_owned();
     let mut seen = BTreeSet::new();
+    if config.memory.hotplug_size.is_some_and(|bytes| bytes > 0) {
+        seen.insert(&hotplug_device);
+    }
     for id in given(config) {
         if id.is_empty() || id.starts_with(RESERVED_PREFIX) || id.chars().any(char::is_control) {
             return Err(ValidationError::InvalidIdentifier { id: id.clone() });

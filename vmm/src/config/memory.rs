@@ -4,7 +4,7 @@ use api::config::{MemoryConfig, MemoryZoneConfig};
 
 use super::error::MemoryFault;
 use crate::memory::HOST_NUMA_NODE_MAX;
-use crate::memory::layout::MIN_RAM_BYTES;
+use crate::memory::layout::{MIN_RAM_BYTES, SECTION_BYTES};
 
 const PAGE_BYTES: u64 = 4 << 10;
 /// The two sizes of huge pages of x86-64.
@@ -25,6 +25,9 @@ pub(super) fn check(memory: &MemoryConfig, address_bits: u8) -> Result<(), Memor
     }
     check_zones(memory, zones)?;
     let bytes = memory.total_bytes().ok_or_else(|| beyond(u64::MAX))?;
+    let added_bytes = memory.hotplugged_size.unwrap_or(0);
+    // The sum holds it, so this is what there is at boot.
+    let bytes = bytes - added_bytes;
     if bytes < MIN_RAM_BYTES {
         return Err(MemoryFault::TooSmall {
             bytes,
@@ -34,6 +37,8 @@ pub(super) fn check(memory: &MemoryConfig, address_bits: u8) -> Result<(), Memor
     if zones.is_empty() {
         pages(bytes, memory.hugepages, memory.hugepage_size)?;
     }
+    let hotplug_bytes = hotplug(memory, added_bytes)?;
+    let bytes = bytes.saturating_add(hotplug_bytes);
     let room = 1u64.checked_shl(address_bits.into()).unwrap_or(u64::MAX);
     if bytes > room.saturating_sub(RESERVED_BYTES) {
         return Err(beyond(bytes));
@@ -69,6 +74,30 @@ fn zone_of(zone: &MemoryZoneConfig) -> Result<(), MemoryFault> {
         Some(_) if zone.shared && zone.file.is_some() => Err(MemoryFault::HostNumaNodeOfSharedFile),
         _ => Ok(()),
     }
+}
+
+/// Checks what can be plugged in and what is to be from the start, and returns the former.
+fn hotplug(memory: &MemoryConfig, added_bytes: u64) -> Result<u64, MemoryFault> {
+    let bytes = memory.hotplug_size.unwrap_or(0);
+    let huge_page_bytes = memory.hugepage_size.filter(|_| memory.hugepages);
+    let block_bytes = huge_page_bytes.unwrap_or(HUGE_PAGE_BYTES[0]);
+    let whole = |field, bytes: u64, unit_bytes| match bytes.is_multiple_of(unit_bytes) {
+        true => Ok(()),
+        false => Err(MemoryFault::HotplugNotWhole {
+            field,
+            bytes,
+            unit_bytes,
+        }),
+    };
+    whole("hotplug_size", bytes, block_bytes.max(SECTION_BYTES))?;
+    whole("hotplugged_size", added_bytes, block_bytes)?;
+    if added_bytes > bytes {
+        return Err(MemoryFault::HotpluggedBeyondRoom {
+            added_bytes,
+            room_bytes: bytes,
+        });
+    }
+    Ok(bytes)
 }
 
 /// Whether `bytes` are whole pages of the kind that is asked for.

@@ -40,6 +40,11 @@ fn validate_plain_configurations_pass() {
             "memory",
             json!({"size": 2 << 20, "hugepages": true, "hugepage_size": 2 << 20}),
         ),
+        (
+            "memory",
+            json!({"size": 4 << 20, "hotplug_method": "VirtioMem", "hotplug_size": 128 << 20,
+                "hotplugged_size": 2 << 20}),
+        ),
         ("balloon", json!({"size": 0})),
         ("balloon", json!({"size": 0, "stats_poll_ms": 100})),
         ("balloon", json!({"size": (512 << 20) - 4096})),
@@ -160,6 +165,62 @@ fn validate_zones_and_nodes_pass() {
         json!([{"guest_numa_id": 0, "memory_zones": ["mem0"]}]),
     );
     assert_eq!(validate(&whole), Ok(()));
+}
+
+#[test]
+fn validate_memory_to_be_plugged_in_is_whole_and_fits() {
+    let growing = |value: Value| {
+        let mut memory = json!({"size": 512 << 20, "hotplug_method": "VirtioMem"});
+        memory
+            .as_object_mut()
+            .unwrap()
+            .append(&mut value.as_object().unwrap().clone());
+        with("memory", memory)
+    };
+    let fault = |value| match validate(&growing(value)) {
+        Err(ValidationError::Memory(fault)) => fault,
+        other => panic!("{other:?}"),
+    };
+    let not_whole = |field, bytes, unit_bytes| MemoryFault::HotplugNotWhole {
+        field,
+        bytes,
+        unit_bytes,
+    };
+    assert_eq!(
+        fault(json!({"hotplug_size": 64 << 20})),
+        not_whole("hotplug_size", 64 << 20, 128 << 20)
+    );
+    assert_eq!(
+        fault(
+            json!({"hotplug_size": 512 << 20, "hugepages": true, "hugepage_size": 1 << 30, "size": 1 << 30})
+        ),
+        not_whole("hotplug_size", 512 << 20, 1 << 30)
+    );
+    assert_eq!(
+        fault(json!({"hotplug_size": 128 << 20, "hotplugged_size": 1 << 20})),
+        not_whole("hotplugged_size", 1 << 20, 2 << 20)
+    );
+    assert_eq!(
+        fault(json!({"hotplugged_size": 2 << 20})),
+        MemoryFault::HotpluggedBeyondRoom {
+            added_bytes: 2 << 20,
+            room_bytes: 0
+        }
+    );
+    let bytes = 1u64 << 45;
+    assert_eq!(
+        fault(json!({"size": bytes, "hotplug_size": bytes})),
+        MemoryFault::BeyondAddressSpace {
+            bytes: 2 * bytes,
+            address_bits: 46
+        }
+    );
+    let mut named = growing(json!({"hotplug_size": 128 << 20}));
+    named.disks = parse(json!({"payload": {}, "disks": [{"path": "/d", "id": "mem0"}]})).disks;
+    let taken = ValidationError::IdentifierNotUnique {
+        id: "mem0".to_owned(),
+    };
+    assert_eq!(validate(&named), Err(taken));
 }
 
 #[test]
@@ -510,7 +571,13 @@ fn validate_what_is_not_built_is_refused_by_name() {
         (
             "memory",
             json!({"size": 4096, "hotplug_size": 4096}),
-            "memory.hotplug_size",
+            "memory.hotplug_size without hotplug_method=virtio-mem",
+        ),
+        (
+            "memory",
+            json!({"size": 0, "zones": [{"id": "a", "size": 4096}], "hotplug_size": 4096,
+                "hotplug_method": "VirtioMem"}),
+            "memory.hotplug_size of memory in zones",
         ),
         (
             "cpus",

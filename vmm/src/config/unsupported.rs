@@ -2,8 +2,8 @@
 
 use api::VmConfig;
 use api::config::{
-    ConsoleOutputMode, CpusConfig, DiskConfig, ImageType, MemoryConfig, NetConfig, NumaConfig,
-    PlatformConfig,
+    ConsoleOutputMode, CpusConfig, DiskConfig, HotplugMethod, ImageType, MemoryConfig, NetConfig,
+    NumaConfig, PlatformConfig,
 };
 
 use super::error::ValidationError;
@@ -51,14 +51,20 @@ fn cpus(cpus: &CpusConfig) -> Vec<String> {
 fn memory(memory: &MemoryConfig) -> Vec<String> {
     let wanted = |sizes: [Option<u64>; 2]| sizes.into_iter().flatten().any(|bytes| bytes > 0);
     let mut zones = memory.zones.iter().flatten();
+    let hotplug = wanted([memory.hotplug_size, memory.hotplugged_size]);
+    let with_virtio_mem = memory.hotplug_method == HotplugMethod::VirtioMem;
     [
         asked(
             "memory.zones.hotplug_size",
             zones.any(|zone| wanted([zone.hotplug_size, zone.hotplugged_size])),
         ),
         asked(
-            "memory.hotplug_size",
-            wanted([memory.hotplug_size, memory.hotplugged_size]),
+            "memory.hotplug_size without hotplug_method=virtio-mem",
+            hotplug && !with_virtio_mem,
+        ),
+        asked(
+            "memory.hotplug_size of memory in zones",
+            hotplug && with_virtio_mem && memory.size == 0,
         ),
     ]
     .into_iter()

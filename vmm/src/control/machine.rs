@@ -60,6 +60,12 @@ pub trait Machine: Sized + 'static {
     /// There is no balloon.
     fn resize_balloon(&self, bytes: u64) -> Result<(), VmError>;
 
+    /// See [`Vm::resize_memory`].
+    ///
+    /// # Errors
+    /// There is no memory to be plugged in, or not so much.
+    fn resize_memory(&self, hotplugged_bytes: u64) -> Result<(), VmError>;
+
     /// See [`Vm::balloon_hinting`].
     ///
     /// # Errors
@@ -162,6 +168,10 @@ impl Machine for Vm {
 
     fn resize_balloon(&self, bytes: u64) -> Result<(), VmError> {
         Vm::resize_balloon(self, bytes)
+    }
+
+    fn resize_memory(&self, hotplugged_bytes: u64) -> Result<(), VmError> {
+        Vm::resize_memory(self, hotplugged_bytes)
     }
 
     fn balloon_hinting(&self, action: HintingAction) -> Result<(), VmError> {

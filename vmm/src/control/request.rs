@@ -210,13 +210,23 @@ pub enum ControlError {
         /// What was asked for.
         desired: u32,
     },
-    /// Hotplug is not built.
+    /// There is no room for more RAM.
     #[error("The RAM of a running VM cannot be changed from {current} to {desired} bytes")]
     MemoryHotplug {
         /// What it has.
         current: u64,
         /// What was asked for.
         desired: u64,
+    },
+    /// Less RAM than at boot, or more than there is room for.
+    #[error("The RAM of this VM can have {least} to {most} bytes, not {desired}")]
+    MemoryOutOfRange {
+        /// What was asked for.
+        desired: u64,
+        /// What it booted with.
+        least: u64,
+        /// That, and all that can be plugged in.
+        most: u64,
     },
     /// A device to be removed, or one in the way of a new one.
     #[error(transparent)]

@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use ::api::config::MemoryConfig;
+use ::api::config::{MemoryConfig, MemoryZoneConfig};
 use hypervisor::{MemorySlot, Vm};
 use virtio_devices::GuestRam;
 use vm_memory::{
@@ -15,7 +15,7 @@ use vm_memory::{
 
 use super::backing::{Backing, Source};
 use super::layout::AddressMap;
-use super::zones::{Zone, place, zones_of};
+use super::zones::{Zone, hotplug_zone_of, place, zones_of};
 use super::{E820Entry, MemoryError, ZoneError, e820_map};
 
 /// The RAM of one machine and the map it lies in.
@@ -37,6 +37,7 @@ struct ZonePlan {
     backing: Backing,
     bytes: u64,
     ranges: Vec<Range<u64>>,
+    hotplug: bool,
 }
 
 impl GuestMemory {
@@ -65,6 +66,7 @@ impl GuestMemory {
                 ranges: plan.ranges,
                 backing: source.name,
                 page_bytes: source.page_bytes,
+                hotplug: plan.hotplug,
             });
         }
         let mmap = GuestMemoryMmap::from_regions(regions)
@@ -91,24 +93,18 @@ impl GuestMemory {
             .iter()
             .try_fold(0_u64, |sum, bytes| sum.checked_add(*bytes))
             .ok_or(MemoryError::SizeOverflow)?;
-        let map = AddressMap::new(bytes, phys_bits)?;
+        let mut map = AddressMap::new(bytes, phys_bits)?;
         let ranges = place(&sizes, &map.ram);
         let mut plans = Vec::new();
         for (zone, ranges) in zones.into_iter().zip(ranges) {
-            let backing = Backing::new(&zone, config.thp);
-            let page_bytes = backing.page_bytes();
-            if !zone.size.is_multiple_of(page_bytes) {
-                return Err(MemoryError::NotPageMultiple {
-                    bytes: zone.size,
-                    page_bytes,
-                });
-            }
-            plans.push(ZonePlan {
-                id: zone.id,
-                backing,
-                bytes: zone.size,
-                ranges,
-            });
+            plans.push(ZonePlan::new(zone, config.thp, ranges)?);
+        }
+        if let Some(zone) = hotplug_zone_of(config) {
+            let mut plan = ZonePlan::new(zone, config.thp, Vec::new())?;
+            map = map.with_hotplug(plan.bytes, plan.backing.page_bytes(), phys_bits)?;
+            plan.ranges.push(map.hotplug.clone());
+            plan.hotplug = true;
+            plans.push(plan);
         }
         Ok(Plan { map, zones: plans })
     }
@@ -118,7 +114,18 @@ impl GuestMemory {
         &self.zones
     }
 
-    /// RAM as devices and loaders use it.
+    /// What the guest has from the start.
+    pub fn boot_bytes(&self) -> u64 {
+        let boot = self.zones.iter().filter(|zone| !zone.hotplug);
+        boot.map(Zone::bytes).sum()
+    }
+
+    /// The zone of memory that is plugged in later, if there is to be any.
+    pub fn hotplug_zone(&self) -> Option<&Zone> {
+        self.zones.iter().find(|zone| zone.hotplug)
+    }
+
+    /// RAM as devices and loaders use it, with all that can be plugged in.
     pub fn ram(&self) -> &GuestRam {
         &self.ram
     }
@@ -166,6 +173,28 @@ impl GuestMemory {
 }
 
 impl ZonePlan {
+    fn new(
+        zone: MemoryZoneConfig,
+        thp: bool,
+        ranges: Vec<Range<u64>>,
+    ) -> Result<Self, MemoryError> {
+        let backing = Backing::new(&zone, thp);
+        let page_bytes = backing.page_bytes();
+        if !zone.size.is_multiple_of(page_bytes) {
+            return Err(MemoryError::NotPageMultiple {
+                bytes: zone.size,
+                page_bytes,
+            });
+        }
+        Ok(Self {
+            id: zone.id,
+            backing,
+            bytes: zone.size,
+            ranges,
+            hotplug: false,
+        })
+    }
+
     fn error(&self, source: ZoneError) -> MemoryError {
         MemoryError::Zone {
             id: self.id.clone(),
@@ -218,7 +247,6 @@ impl Drop for RamSlots {
 mod tests {
     use super::*;
     use crate::memory::layout::{GIB, MIB};
-    use ::api::config::MemoryZoneConfig;
     use std::fs::File;
     use std::os::unix::fs::FileExt;
     use std::path::Path;
@@ -375,6 +403,55 @@ mod tests {
                 source: ZoneError::Map { .. },
                 ..
             })
+        ));
+    }
+
+    #[test]
+    fn ram_to_be_plugged_in_lies_behind_ram_and_costs_nothing() {
+        let with_room = |bytes, shared| MemoryConfig {
+            hotplug_size: Some(GIB),
+            prefault: true,
+            shared,
+            ..config(bytes)
+        };
+        for (bytes, start) in [
+            (64 * MIB, 4 * GIB),
+            (3 * GIB + 4 * MIB, 4 * GIB + 128 * MIB),
+        ] {
+            let map = GuestMemory::plan(&with_room(bytes, false), 46).unwrap().map;
+            assert_eq!(map.hotplug, start..start + GIB);
+            assert_eq!(map.devices_64bit.start, start + GIB);
+        }
+        for shared in [false, true] {
+            let memory = GuestMemory::new(&with_room(64 * MIB, shared), 46).unwrap();
+            assert_eq!(memory.boot_bytes(), 64 * MIB);
+            let zone = memory.hotplug_zone().unwrap();
+            assert_eq!((zone.id.as_str(), zone.bytes()), ("mem0-hotplug", GIB));
+            let told: u64 = memory
+                .e820()
+                .iter()
+                .map(|entry| entry.start + entry.bytes)
+                .max()
+                .unwrap();
+            assert!(told <= 4 * GIB, "the guest is told of it at boot");
+            memory
+                .ram()
+                .memory()
+                .write_obj(1_u8, GuestAddress(5 * GIB - 1))
+                .unwrap();
+            let probe = virtio_devices::reclaim::ResidencyProbe::new(memory.ram().clone()).unwrap();
+            let sample = probe.measure().unwrap();
+            let last = sample.regions.last().unwrap();
+            // A huge page at most for the byte that was written.
+            assert!(
+                last.bytes == GIB && last.resident_bytes <= 2 * MIB,
+                "{last:?}"
+            );
+            assert_eq!(sample.regions[0].resident_bytes, 64 * MIB);
+        }
+        assert!(matches!(
+            GuestMemory::validate(&with_room(5 * GIB, false), 33),
+            Err(MemoryError::AddressSpace { bytes, .. }) if bytes == 6 * GIB
         ));
     }
 

@@ -8,6 +8,7 @@
 //!   0xe8000000 ECAM          0xf8000000 KVM's own pages
 //!   0xfec00000 I/O APIC      0xfee00000 local APIC
 //!   4 GiB      rest of RAM
+//!   …          memory that can be plugged in later, if there is to be any
 //!   …          64-bit PCI window, then platform registers, up to the last address
 //! ```
 //!
@@ -86,8 +87,9 @@ pub const RAM_64BIT_START: u64 = 4 * GIB;
 pub const PLATFORM_DEVICE_AREA_BYTES: u64 = MIB;
 /// The last bytes of the address space stay free: some guests cannot address them.
 const TOP_RESERVED_BYTES: u64 = 64 * KIB;
-/// The 64-bit device area starts at a memory block border, so that RAM added later meets one.
-const DEVICE_AREA_ALIGN_BYTES: u64 = 128 * MIB;
+/// A memory section of Linux on x86-64: memory comes to a running guest in no smaller parts. What is behind RAM starts
+/// at such a border.
+pub const SECTION_BYTES: u64 = 128 * MIB;
 /// The least 64-bit window: 2048 devices of 512 KiB, more than the buses have slots for.
 const DEVICE_AREA_MIN_BYTES: u64 = GIB;
 
@@ -117,6 +119,8 @@ const _: () = {
 pub struct AddressMap {
     /// RAM from 0, and the rest from 4 GiB if there is any.
     pub ram: Vec<Range<u64>>,
+    /// Where memory can be plugged in; empty if none can.
+    pub hotplug: Range<u64>,
     /// 64-bit PCI window.
     pub devices_64bit: Range<u64>,
     /// Registers of the platform's own devices.
@@ -156,7 +160,7 @@ impl AddressMap {
         let platform_start = platform_end - PLATFORM_DEVICE_AREA_BYTES;
         let devices_start = RAM_64BIT_START
             .checked_add(high_bytes)
-            .and_then(|end| end.checked_next_multiple_of(DEVICE_AREA_ALIGN_BYTES));
+            .and_then(|end| end.checked_next_multiple_of(SECTION_BYTES));
         let Some(devices_start) =
             devices_start.filter(|start| start + DEVICE_AREA_MIN_BYTES <= platform_start)
         else {
@@ -169,9 +173,45 @@ impl AddressMap {
                 .into_iter()
                 .filter(|range| !range.is_empty())
                 .collect(),
+            hotplug: devices_start..devices_start,
             devices_64bit: devices_start..platform_start,
             platform_devices: platform_start..platform_end,
         })
+    }
+
+    /// The same map with room for `bytes` of memory behind RAM, at a multiple of `align_bytes`, a power of two.
+    /// `phys_bits` is what the map was made with.
+    ///
+    /// # Errors
+    /// [`MemoryError::AddressSpace`].
+    pub fn with_hotplug(
+        self,
+        bytes: u64,
+        align_bytes: u64,
+        phys_bits: u8,
+    ) -> Result<Self, MemoryError> {
+        let start = self.devices_64bit.start;
+        let align_bytes = align_bytes.max(SECTION_BYTES);
+        let hotplug = start.checked_next_multiple_of(align_bytes);
+        let hotplug = hotplug.and_then(|start| Some(start..start.checked_add(bytes)?));
+        let devices_start = |it: &Range<u64>| it.end.checked_next_multiple_of(SECTION_BYTES);
+        let devices_end = self.devices_64bit.end;
+        let fits = |start: &u64| *start <= devices_end.saturating_sub(DEVICE_AREA_MIN_BYTES);
+        match hotplug.as_ref().and_then(devices_start).filter(fits) {
+            Some(devices_start) => Ok(Self {
+                hotplug: hotplug.expect("the devices are behind it"),
+                devices_64bit: devices_start..devices_end,
+                ..self
+            }),
+            None => Err(MemoryError::AddressSpace {
+                bytes: self.ram_bytes().saturating_add(bytes),
+                phys_bits,
+            }),
+        }
+    }
+
+    fn ram_bytes(&self) -> u64 {
+        self.ram.iter().map(|range| range.end - range.start).sum()
     }
 
     /// First address after low RAM.

@@ -19,4 +19,4 @@ pub use e820::{E820Entry, E820Kind, e820_map};
 pub use error::{MemoryError, ZoneError};
 pub use guest_ram::{GuestMemory, RamSlots};
 pub(crate) use numa_policy::HOST_NUMA_NODE_MAX;
-pub use zones::{DEFAULT_ZONE_ID, Zone};
+pub use zones::{DEFAULT_ZONE_ID, HOTPLUG_ZONE_ID, Zone};

@@ -15,6 +15,8 @@ use ::api::config::{MemoryConfig, MemoryZoneConfig};
 
 /// Name of the only zone of RAM that the configuration does not divide.
 pub const DEFAULT_ZONE_ID: &str = "mem0";
+/// Name of the zone of memory that is plugged in later.
+pub const HOTPLUG_ZONE_ID: &str = "mem0-hotplug";
 
 /// One zone of guest RAM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,6 +29,8 @@ pub struct Zone {
     pub backing: &'static str,
     /// Size of its pages.
     pub page_bytes: u64,
+    /// Whether the guest has of it only what it plugs in.
+    pub hotplug: bool,
 }
 
 impl Zone {
@@ -68,6 +72,19 @@ pub(super) fn zones_of(config: &MemoryConfig) -> Vec<MemoryZoneConfig> {
         ..zone.clone()
     });
     zones.collect()
+}
+
+/// The zone of memory that is plugged in later, as long as all of it; made of what undivided RAM is made of. No page of
+/// it is there before the guest plugs it in and touches it.
+pub(super) fn hotplug_zone_of(config: &MemoryConfig) -> Option<MemoryZoneConfig> {
+    let size = config.hotplug_size.filter(|bytes| *bytes > 0)?;
+    let boot = zones_of(config).into_iter().next()?;
+    Some(MemoryZoneConfig {
+        id: HOTPLUG_ZONE_ID.to_owned(),
+        size,
+        prefault: false,
+        ..boot
+    })
 }
 
 /// Hands the ranges of `ram` out to zones of these sizes, in order. The sizes add up to no more

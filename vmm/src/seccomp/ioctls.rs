@@ -103,6 +103,6 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Ioctl> {
         ThreadKind::Balloon => requests(&[PAGEMAP_SCAN]),
         ThreadKind::Block => requests(&[BLKDISCARD, BLKZEROOUT]),
         ThreadKind::Net => requests(&[TUNSETOFFLOAD, TUNSETQUEUE]),
-        ThreadKind::EventMonitor | ThreadKind::Rng => requests(&[]),
+        ThreadKind::EventMonitor | ThreadKind::Mem | ThreadKind::Rng => requests(&[]),
     }
 }

@@ -28,6 +28,8 @@ pub enum ThreadKind {
     Serial,
     /// Serves queues of the balloon.
     Balloon,
+    /// Serves the queue of the device that plugs memory in.
+    Mem,
     /// Serves queues of a disk.
     Block,
     /// Serves queues of a network device.
@@ -50,6 +52,7 @@ impl ThreadKind {
         Self::Vcpu,
         Self::Serial,
         Self::Balloon,
+        Self::Mem,
         Self::Block,
         Self::Net,
         Self::Rng,
@@ -83,6 +86,7 @@ impl ThreadKind {
     pub fn worker_name(self) -> Option<&'static str> {
         match self {
             Self::Balloon => Some("balloon-worker"),
+            Self::Mem => Some("mem-worker"),
             Self::Block => Some("block-worker"),
             Self::Net => Some("net-worker"),
             Self::Rng => Some("rng-worker"),

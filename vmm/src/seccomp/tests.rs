@@ -197,6 +197,7 @@ fn case_runner() {
                 "vcpu0",
                 "serial-manager",
                 "balloon-worker",
+                "mem-worker",
                 "block-worker",
                 "net-worker",
                 "rng-worker",

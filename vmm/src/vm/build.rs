@@ -1,5 +1,6 @@
 //! Puts a machine together, part by part, from a validated configuration.
 
+use std::error::Error;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -12,6 +13,7 @@ use api::config::{BalloonConfig, DiskConfig, LockGranularity};
 use hypervisor::Kvm;
 use virtio_devices::balloon::{Balloon, BalloonHandle, BalloonParams};
 use virtio_devices::block::{self, Block, BlockParams};
+use virtio_devices::mem::{Mem, MemHandle, MemParams, MemRegion};
 use virtio_devices::reclaim::ResidencyProbe;
 use virtio_devices::rng::Rng;
 
@@ -23,12 +25,16 @@ use super::network;
 use super::observer::{CounterSource, Observed, OwnObserver};
 use super::{Launch, Vm, VmContext, VmError, VmSignals};
 use crate::cpu::{GuestEvent, Vcpus, VcpusContext, guest_phys_bits};
-use crate::memory::GuestMemory;
+use crate::memory::layout::MIB;
+use crate::memory::{DEFAULT_ZONE_ID, GuestMemory};
 use crate::seccomp::ThreadKind;
 
 /// Ids of the devices of which there is at most one.
 pub(crate) const BALLOON_ID: &str = "__balloon";
 const RNG_ID: &str = "__rng";
+/// Least part in which memory is plugged in: the guest can give back a transparent huge page, or a page of its own of
+/// that size.
+const BLOCK_BYTES_MIN: u64 = 2 * MIB;
 
 /// Where the entropy should come from cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -65,6 +71,7 @@ pub(super) fn build(config: &mut VmConfig, context: &VmContext) -> Result<Vm, Vm
         .as_ref()
         .map(|balloon| plug_balloon(&mut devices, balloon, &memory))
         .transpose()?;
+    let mem = plug_mem(&mut devices, config, &memory)?;
     let Devices {
         plugged,
         counters,
@@ -77,13 +84,10 @@ pub(super) fn build(config: &mut VmConfig, context: &VmContext) -> Result<Vm, Vm
         zones: memory.zones().to_vec(),
         residency,
         balloon: balloon.clone(),
+        mem: mem.clone(),
         counters,
     };
-    let ram_bytes = config
-        .memory
-        .total_bytes()
-        .expect("validation has added it up");
-    let observer = OwnObserver::new(observed, ram_bytes, tree);
+    let observer = OwnObserver::new(observed, memory.boot_bytes(), tree);
     let vcpus = Vcpus::new(
         &kvm,
         &vm,
@@ -101,6 +105,7 @@ pub(super) fn build(config: &mut VmConfig, context: &VmContext) -> Result<Vm, Vm
         paused: false,
         chassis,
         balloon,
+        mem,
         observer,
         launch: Launch::of(config),
         context: context.clone(),
@@ -194,6 +199,37 @@ pub(super) fn plug_balloon(
     };
     devices.plug(&plug, balloon, Some(CounterSource::Balloon(handle.clone())))?;
     Ok(handle)
+}
+
+/// The device that plugs memory in, if any can be. It has the name of the zone that grows, as upstream has it.
+fn plug_mem(
+    devices: &mut Devices<'_>,
+    config: &VmConfig,
+    memory: &GuestMemory,
+) -> Result<Option<MemHandle>, VmError> {
+    let Some(zone) = memory.hotplug_zone() else {
+        return Ok(None);
+    };
+    let in_device = |source: Box<dyn Error + Send + Sync>| VmError::Device {
+        id: DEFAULT_ZONE_ID.to_owned(),
+        source,
+    };
+    let block_bytes = zone.page_bytes.max(BLOCK_BYTES_MIN);
+    let start = memory.map().hotplug.start;
+    let region = MemRegion::new(start, zone.bytes(), block_bytes);
+    let (mem, handle) = Mem::new(MemParams {
+        id: DEFAULT_ZONE_ID.to_owned(),
+        region: region.map_err(|source| in_device(source.into()))?,
+        requested_bytes: config.memory.hotplugged_size.unwrap_or(0),
+    })
+    .map_err(|source| in_device(source.into()))?;
+    let plug = Plug {
+        id: DEFAULT_ZONE_ID,
+        kind: ThreadKind::Mem,
+        slot: None,
+    };
+    devices.plug(&plug, mem, None)?;
+    Ok(Some(handle))
 }
 
 /// What ends the guest from inside, as the control thread hears of it.

@@ -16,6 +16,12 @@ pub enum VmError {
     /// The configuration has no balloon.
     #[error("Missing virtio-balloon, can't proceed as expected")]
     MissingBalloon,
+    /// The guest cannot have so much memory.
+    #[error("The size of RAM cannot be changed so")]
+    MemoryResize(#[source] virtio_devices::mem::ResizeError),
+    /// The configuration gives no memory to be plugged in.
+    #[error("Missing virtio-mem, can't proceed as expected")]
+    MissingMem,
     /// A run of hinting cannot be started or stopped.
     #[error("The balloon does not take it")]
     Hinting(#[source] virtio_devices::balloon::HintingError),

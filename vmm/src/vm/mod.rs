@@ -22,6 +22,7 @@ use std::sync::Arc;
 use api::config::{ConsoleOutputMode, NumaConfig, PayloadConfig, PlatformConfig};
 use api::{HintingAction, ReportingPolicy, VmBalloonReporting, VmConfig};
 use virtio_devices::balloon::BalloonHandle;
+use virtio_devices::mem::MemHandle;
 use virtio_devices::pci::PciFunction;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::EventFd;
@@ -110,6 +111,8 @@ pub struct Vm {
     paused: bool,
     chassis: Chassis,
     balloon: Option<BalloonHandle>,
+    /// Plugs memory in, if any can be.
+    mem: Option<MemHandle>,
     observer: OwnObserver,
     /// Until boot.
     launch: Launch,
@@ -271,6 +274,16 @@ impl Vm {
         let balloon = self.balloon.as_ref().ok_or(VmError::MissingBalloon)?;
         balloon.set_target_bytes(bytes);
         Ok(())
+    }
+
+    /// Sets how much memory the guest shall have plugged in, beyond what it booted with, and returns at once.
+    ///
+    /// # Errors
+    /// [`VmError::MissingMem`], or [`VmError::MemoryResize`] with the reason.
+    pub fn resize_memory(&self, hotplugged_bytes: u64) -> Result<(), VmError> {
+        let mem = self.mem.as_ref().ok_or(VmError::MissingMem)?;
+        mem.set_requested_bytes(hotplugged_bytes)
+            .map_err(VmError::MemoryResize)
     }
 
     /// Starts or ends a run of free page hinting and returns at once.

@@ -6,10 +6,12 @@ use std::time::{Instant, SystemTime};
 
 use api::{BalloonStatsResponse, DeviceNode, ReclaimStats, ReportingStatus, VmCounters};
 use virtio_devices::balloon::{BalloonHandle, StatsError};
+use virtio_devices::mem::MemHandle;
 use virtio_devices::reclaim::{ResidencyError, ResidencyProbe};
 use virtio_devices::{Counters, VirtioDevice};
 
-use super::{reclaim_report, reporting};
+use super::reclaim_report::{self, ConfiguredRam};
+use super::reporting;
 use crate::memory::Zone;
 use crate::thresholds::PolicySight;
 
@@ -53,7 +55,17 @@ pub(super) struct Observed {
     pub(super) zones: Vec<Zone>,
     pub(super) residency: ResidencyProbe,
     pub(super) balloon: Option<BalloonHandle>,
+    pub(super) mem: Option<MemHandle>,
     pub(super) counters: Vec<(String, CounterSource)>,
+}
+
+impl Observed {
+    fn ram(&self) -> ConfiguredRam<'_> {
+        ConfiguredRam {
+            zones: &self.zones,
+            plugged_bytes: self.mem.as_ref().map_or(0, MemHandle::plugged_bytes),
+        }
+    }
 }
 
 /// What is shown without ever waiting for those who measure: held for microseconds by whoever reads or changes it.
@@ -61,6 +73,7 @@ pub(super) struct Observed {
 struct Shown {
     device_tree: BTreeMap<String, DeviceNode>,
     balloon: Option<BalloonHandle>,
+    mem: Option<MemHandle>,
 }
 
 /// A handle on the figures of one machine. Cheap to clone; outlives the machine, and has no figures then.
@@ -69,6 +82,7 @@ struct Shown {
 /// a handle: the next machine may need the same files a moment later.
 #[derive(Clone)]
 pub struct VmObserver {
+    /// RAM at boot.
     ram_bytes: u64,
     shown: Arc<RwLock<Shown>>,
     observed: Arc<RwLock<Option<Observed>>>,
@@ -97,6 +111,7 @@ impl OwnObserver {
             shown: Arc::new(RwLock::new(Shown {
                 device_tree,
                 balloon: observed.balloon.clone(),
+                mem: observed.mem.clone(),
             })),
             observed: Arc::new(RwLock::new(Some(observed))),
         })
@@ -171,7 +186,8 @@ impl Drop for OwnObserver {
             .write()
             .unwrap_or_else(PoisonError::into_inner);
         drop(observed.take());
-        self.0.write_shown().balloon = None;
+        let mut shown = self.0.write_shown();
+        (shown.balloon, shown.mem) = (None, None);
     }
 }
 
@@ -182,12 +198,14 @@ impl VmObserver {
         observed.as_ref().map(read)
     }
 
-    /// Configured RAM less what the guest says is in the balloon. O(1).
+    /// RAM at boot and what was plugged in, less what the guest says is in the balloon. O(1).
     pub fn memory_actual_size_bytes(&self) -> u64 {
         let shown = self.shown.read().unwrap_or_else(PoisonError::into_inner);
         let balloon = shown.balloon.as_ref();
         let ballooned_bytes = balloon.map_or(0, BalloonHandle::actual_bytes);
-        self.ram_bytes.saturating_sub(ballooned_bytes)
+        let plugged_bytes = shown.mem.as_ref().map_or(0, MemHandle::plugged_bytes);
+        let ram_bytes = self.ram_bytes.saturating_add(plugged_bytes);
+        ram_bytes.saturating_sub(ballooned_bytes)
     }
 
     /// Counters by device. Takes microseconds.
@@ -252,7 +270,7 @@ impl VmObserver {
             let balloon = observed.balloon.as_ref().map(BalloonHandle::snapshot);
             Ok(reclaim_report::reclaim_stats(
                 Some(&residency),
-                &observed.zones,
+                &observed.ram(),
                 balloon.as_ref(),
             ))
         })
@@ -266,7 +284,7 @@ impl VmObserver {
     pub fn balloon_figures(&self) -> Result<ReclaimStats, BalloonStatsError> {
         self.look(|observed| {
             let balloon = observed.balloon.as_ref().map(BalloonHandle::snapshot);
-            reclaim_report::reclaim_stats(None, &observed.zones, balloon.as_ref())
+            reclaim_report::reclaim_stats(None, &observed.ram(), balloon.as_ref())
         })
         .ok_or(BalloonStatsError::MachineGone)
     }
@@ -358,6 +376,7 @@ mod tests {
             zones: Vec::new(),
             residency: ResidencyProbe::new(GuestRam::new(ram)).unwrap(),
             balloon: None,
+            mem: None,
             counters: vec![("_disk0".to_owned(), CounterSource::Device(device))],
         };
         let own = OwnObserver::new(observed, 1 << 20, BTreeMap::new());

@@ -17,21 +17,43 @@ use crate::memory::Zone;
 
 use super::reporting;
 
+/// RAM that the guest has been given.
+pub(super) struct ConfiguredRam<'a> {
+    pub(super) zones: &'a [Zone],
+    /// Of the zone that memory is plugged in from, what the guest has plugged.
+    pub(super) plugged_bytes: u64,
+}
+
+impl ConfiguredRam<'_> {
+    fn bytes_of(&self, zone: &Zone) -> u64 {
+        if zone.hotplug {
+            self.plugged_bytes
+        } else {
+            zone.bytes()
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        self.zones.iter().map(|zone| self.bytes_of(zone)).sum()
+    }
+}
+
 /// Puts the answer together. Without a balloon only residency has figures, and without a sample residency has none.
 pub(super) fn reclaim_stats(
     residency: Option<&ResidencySample>,
-    zones: &[Zone],
+    ram: &ConfiguredRam<'_>,
     balloon: Option<&BalloonSnapshot>,
 ) -> ReclaimStats {
     let mut stats = ReclaimStats {
-        backing: backing_name(zones).to_owned(),
+        backing: backing_name(ram.zones).to_owned(),
         reporting: reporting::missing(),
         ..ReclaimStats::default()
     };
     if let Some(residency) = residency {
-        stats.configured_bytes = residency.configured_bytes;
+        // Less than what is mapped, where memory can be plugged in: what is not plugged was not given.
+        stats.configured_bytes = ram.bytes();
         stats.resident_bytes = residency.resident_bytes;
-        stats.reclaimed_bytes = residency.reclaimed_bytes();
+        stats.reclaimed_bytes = ram.bytes().saturating_sub(residency.resident_bytes);
         stats.swapped_bytes = Some(residency.swapped_bytes);
         stats.residency_method = residency.method.name().to_owned();
         stats.resident_sample_us = residency.cost_us;
@@ -62,9 +84,10 @@ pub(super) fn reclaim_stats(
         });
     }
     if let Some(residency) = residency {
-        stats.zones = zones
+        stats.zones = ram
+            .zones
             .iter()
-            .map(|zone| zone_residency(zone, residency, &stats.reporting))
+            .map(|zone| zone_residency(zone, ram.bytes_of(zone), residency, &stats.reporting))
             .collect();
     }
     stats
@@ -82,6 +105,7 @@ fn backing_name(zones: &[Zone]) -> &'static str {
 
 fn zone_residency(
     zone: &Zone,
+    configured_bytes: u64,
     residency: &ResidencySample,
     reporting: &ReportingStatus,
 ) -> ZoneResidency {
@@ -89,10 +113,9 @@ fn zone_residency(
         let all = residency.regions.iter();
         all.filter(|region| zone.holds(region.guest_start))
     };
-    let configured_bytes = zone.bytes();
     let sum = |bytes: fn(&RegionResidency) -> u64| regions().map(bytes).sum::<u64>();
     // A file may be larger than its zone.
-    let resident_bytes = sum(|region| region.resident_bytes).min(configured_bytes);
+    let resident_bytes = sum(|region| region.resident_bytes).min(zone.bytes());
     let too_large = zone.page_bytes > FREE_BLOCK_BYTES_MAX;
     ZoneResidency {
         id: zone.id.clone(),
@@ -100,8 +123,8 @@ fn zone_residency(
         page_bytes: zone.page_bytes,
         configured_bytes,
         resident_bytes,
-        reclaimed_bytes: configured_bytes - resident_bytes,
-        swapped_bytes: sum(|region| region.swapped_bytes).min(configured_bytes),
+        reclaimed_bytes: configured_bytes.saturating_sub(resident_bytes),
+        swapped_bytes: sum(|region| region.swapped_bytes).min(zone.bytes()),
         reporting: if too_large {
             ZoneReporting {
                 active: false,
@@ -209,6 +232,7 @@ mod tests {
             ranges,
             backing: "hugetlb-shared",
             page_bytes,
+            hotplug: false,
         };
         let zones = [
             zone("a", vec![0..100, 1000..1100], 4096),
@@ -232,7 +256,11 @@ mod tests {
                 .map(|(start, resident)| region(start, resident))
                 .into(),
         };
-        let stats = reclaim_stats(Some(&residency), &zones, None);
+        let ram = |plugged_bytes| ConfiguredRam {
+            zones: &zones,
+            plugged_bytes,
+        };
+        let stats = reclaim_stats(Some(&residency), &ram(0), None);
         let figures: Vec<_> = stats
             .zones
             .iter()
@@ -249,7 +277,57 @@ mod tests {
         let reason = |at: usize| stats.zones[at].reporting.reason.clone().unwrap();
         assert!(reason(0).contains("no balloon"), "{}", reason(0));
         assert!(reason(1).contains("1073741824"), "{}", reason(1));
-        assert!(reclaim_stats(None, &zones, None).zones.is_empty());
+        assert!(reclaim_stats(None, &ram(0), None).zones.is_empty());
+    }
+
+    #[test]
+    fn memory_that_is_not_plugged_is_neither_configured_nor_reclaimed() {
+        let zone = |id: &str, range, hotplug| Zone {
+            id: id.to_owned(),
+            ranges: vec![range],
+            backing: "anonymous-private",
+            page_bytes: 4096,
+            hotplug,
+        };
+        let zones = [zone("a", 0..100, false), zone("b", 1000..1400, true)];
+        let figures = |plugged_bytes, resident_bytes| {
+            let region = |guest_start, bytes, resident_bytes| RegionResidency {
+                guest_start,
+                bytes,
+                resident_bytes,
+                swapped_bytes: 0,
+            };
+            let residency = ResidencySample {
+                configured_bytes: 500,
+                resident_bytes: 60 + resident_bytes,
+                swapped_bytes: 0,
+                taken: Instant::now(),
+                cost_us: 1,
+                method: virtio_devices::reclaim::ResidencyMethod::PagemapScan,
+                regions: [region(0, 100, 60), region(1000, 400, resident_bytes)].into(),
+            };
+            let ram = ConfiguredRam {
+                zones: &zones,
+                plugged_bytes,
+            };
+            let stats = reclaim_stats(Some(&residency), &ram, None);
+            let zone = &stats.zones[1];
+            let of_zone = (
+                zone.configured_bytes,
+                zone.resident_bytes,
+                zone.reclaimed_bytes,
+            );
+            let of_all = (
+                stats.configured_bytes,
+                stats.resident_bytes,
+                stats.reclaimed_bytes,
+            );
+            (of_all, of_zone)
+        };
+        assert_eq!(figures(0, 0), ((100, 60, 40), (0, 0, 0)));
+        assert_eq!(figures(200, 50), ((300, 110, 190), (200, 50, 150)));
+        // A guest that uses what it has not plugged is seen.
+        assert_eq!(figures(0, 70), ((100, 130, 0), (0, 70, 0)));
     }
 
     #[test]

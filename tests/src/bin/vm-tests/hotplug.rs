@@ -14,6 +14,7 @@ pub(crate) fn tests() -> Vec<Test> {
     tests![
         balloon_added_to_a_running_guest_reports_and_goes_when_it_is_empty,
         disk_added_to_a_running_guest_keeps_data_and_goes,
+        memory_plugged_in_is_used_ballooned_and_comes_back,
     ]
 }
 
@@ -102,6 +103,73 @@ fn disk_added_to_a_running_guest_keeps_data_and_goes() -> Result<Outcome> {
     expect(&guest, "vm.add-disk", &disk, 200)?;
     wait_disk(&mut guest)?;
     guest.command("disk-verify /dev/vda 8M 7")?;
+    guest.end_cleanly()?;
+    Ok(Outcome::Passed)
+}
+
+fn resize(guest: &Guest, field: &str, mib: u64) -> Result<()> {
+    expect(guest, "vm.resize", &json!({ field: mib * MIB }), 204).map(drop)
+}
+
+/// virtio-mem: what was plugged in is memory like any other, and is off the host when it has been unplugged. Pages in
+/// use move out of its way.
+fn memory_plugged_in_is_used_ballooned_and_comes_back() -> Result<Outcome> {
+    const PLUGGED: &str = "/zones/1/configured_bytes";
+    const RESIDENT: &str = "/zones/1/resident_bytes";
+    let mut guest = Machine {
+        memory: "size=512M,hotplug_method=virtio-mem,hotplug_size=512M",
+        arguments: &["--balloon", "size=0"],
+        command_line: "memhp_default_state=online_movable",
+        ..Machine::default()
+    }
+    .serve()?;
+    let before = guest.memory_bytes("total")?;
+    wait_figure(&guest, "/configured_bytes", |bytes| bytes == 512 * MIB)?;
+    expect(
+        &guest,
+        "vm.resize",
+        &json!({"desired_ram": 1025 * MIB}),
+        400,
+    )?;
+
+    resize(&guest, "desired_ram", 1024)?;
+    wait_figure(&guest, PLUGGED, |bytes| bytes == 512 * MIB)?;
+    let info = guest.vmm.get("vm.info")?;
+    ensure!(info["memory_actual_size"] == 1024 * MIB, "{info:#}");
+    wait_for("the memory in the guest", GUEST_DEADLINE, || {
+        let total = guest.memory_bytes("total")?;
+        Ok((total >= before + 480 * MIB).then_some(()))
+    })?;
+    guest.command("alloc 600M seed=11")?;
+    guest.command("verify")?;
+    wait_figure(&guest, RESIDENT, |bytes| bytes > 300 * MIB)?;
+    let stats = guest.vmm.get("vm.reclaim-stats")?;
+    let resident = stats.pointer(RESIDENT).and_then(Value::as_u64);
+    let resident = resident.context("no figures of what was plugged in")?;
+    guest.command("free")?;
+
+    // Linux takes pages for the balloon from movable memory, which is what was plugged in.
+    resize(&guest, "desired_balloon", 128)?;
+    wait_figure(&guest, "/ballooned_bytes", |bytes| bytes == 128 * MIB)?;
+    wait_figure(&guest, RESIDENT, |bytes| bytes + 100 * MIB < resident)?;
+    resize(&guest, "desired_balloon", 0)?;
+    wait_figure(&guest, "/ballooned_bytes", |bytes| bytes == 0)?;
+
+    guest.command("alloc 200M seed=12")?;
+    resize(&guest, "desired_ram", 512)?;
+    wait_figure(&guest, PLUGGED, |bytes| bytes == 0)?;
+    wait_figure(&guest, RESIDENT, |bytes| bytes == 0)?;
+    guest.command("verify")?;
+    let counters = guest.vmm.get("vm.counters")?;
+    let figure = |name: &str| counters["mem0"][name].as_u64();
+    ensure!(
+        figure("unplug_discarded_bytes") == Some(512 * MIB)
+            && figure("unplug_requested_bytes") == Some(512 * MIB)
+            && figure("requests_wrong") == Some(0),
+        "{counters:#}"
+    );
+    let stats = guest.vmm.get("vm.reclaim-stats")?;
+    ensure!(stats["configured_bytes"] == 512 * MIB, "{stats:#}");
     guest.end_cleanly()?;
     Ok(Outcome::Passed)
 }
