@@ -5,7 +5,7 @@
 use std::io;
 use std::os::fd::RawFd;
 use std::os::unix::process::CommandExt as _;
-use std::process::{Child, Command, ExitStatus};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -31,7 +31,7 @@ pub(crate) fn spawn_tied(command: &mut Command, tie: Tie, inherited: Vec<RawFd>)
         Tie::Terminate => libc::SIGTERM,
     };
     let parent = std::process::id();
-    command.stdin(std::process::Stdio::null());
+    command.stdin(Stdio::null());
     // SAFETY: the closure makes system calls on numbers and allocates nothing; the descriptors
     // stay open until after the fork because the caller owns them.
     unsafe {
@@ -50,6 +50,34 @@ pub(crate) fn spawn_tied(command: &mut Command, tie: Tie, inherited: Vec<RawFd>)
     command
         .spawn()
         .with_context(|| format!("starting {:?}", command.get_program()))
+}
+
+/// What the shell that leads a group does: runs its arguments, and when it shall end, ends all that
+/// came of them. `wait` is left for a signal at once, where a program in the foreground is not.
+const LEAD_GROUP: &str = r#"trap 'trap - TERM; kill -TERM 0' TERM; "$@" & wait $!"#;
+
+/// As [`spawn_tied`], for a program such as make that starts others by way of shells, which do
+/// not pass on a request to end: all of them end with this process. `stdout` and `stderr` are
+/// the group's.
+pub(crate) fn spawn_tied_group(
+    command: &Command,
+    stdout: impl Into<Stdio>,
+    stderr: impl Into<Stdio>,
+) -> Result<Child> {
+    let mut shell = Command::new("sh");
+    shell.args(["-c", LEAD_GROUP, "sh"]);
+    shell.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => shell.env(name, value),
+            None => shell.env_remove(name),
+        };
+    }
+    if let Some(dir) = command.get_current_dir() {
+        shell.current_dir(dir);
+    }
+    shell.stdout(stdout).stderr(stderr).process_group(0);
+    spawn_tied(&mut shell, Tie::Terminate, Vec::new())
 }
 
 /// Waits for the child's end; `None` if time ran out and it was killed.
@@ -80,6 +108,8 @@ pub(crate) fn wait(mut child: Child, timeout: Option<Duration>) -> Result<Option
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead as _, BufReader};
+
     use super::*;
 
     #[test]
@@ -104,5 +134,34 @@ mod tests {
                 .is_none()
         );
         assert!(!std::path::Path::new(&format!("/proc/{pid}")).exists());
+    }
+
+    #[test]
+    fn group_that_shall_end_leaves_no_grandchild() {
+        let mut command = Command::new("sh");
+        // The inner shell waits, so that it has to be told as well.
+        command.args(["-c", r#"sh -c 'sleep 600 & echo $!; wait; :'; :"#]);
+        let mut leader = spawn_tied_group(&command, Stdio::piped(), Stdio::inherit()).unwrap();
+        let mut line = String::new();
+        let mut output = BufReader::new(leader.stdout.take().unwrap());
+        output.read_line(&mut line).unwrap();
+        // SAFETY: no pointers. The process is our child and not reaped yet.
+        unsafe {
+            libc::kill(leader.id().cast_signed(), libc::SIGTERM);
+        }
+        assert!(!leader.wait().unwrap().success());
+        // The pipe closes when the last of them ends, whoever reaps it.
+        let (sender, receiver) = mpsc::channel();
+        thread::spawn(move || sender.send(output.read_line(&mut String::new()).unwrap()));
+        let rest = receiver.recv_timeout(Duration::from_secs(60));
+        assert_eq!(rest, Ok(0), "{} still sleeps", line.trim());
+    }
+
+    #[test]
+    fn group_gives_the_status_of_its_program() {
+        let mut command = Command::new("sh");
+        command.args(["-c", "exit $CODE"]).env("CODE", "7");
+        let mut leader = spawn_tied_group(&command, Stdio::inherit(), Stdio::inherit()).unwrap();
+        assert_eq!(leader.wait().unwrap().code(), Some(7));
     }
 }

@@ -1,6 +1,6 @@
 //! Names of cached things, and the lock that lets one build at a time into the cache.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::fd::AsRawFd as _;
 use std::path::Path;
 use std::process::Command;
@@ -15,6 +15,16 @@ pub(super) fn key(parts: &[&str]) -> String {
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part.as_bytes());
     }
+    short(hash)
+}
+
+/// A short hash over what a file contains.
+pub(super) fn file_key(path: &Path) -> Result<String> {
+    let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+    Ok(short(Sha256::new_with_prefix(bytes)))
+}
+
+fn short(hash: Sha256) -> String {
     let digest = hash.finalize();
     digest
         .iter()

@@ -14,14 +14,13 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 
 use super::cache::{compiler, key};
-use super::make::Options;
 use super::series::{self, Contents, Series};
 use super::source::Source;
 use super::workshop::Workshop;
 use crate::paths;
 
 /// Our configuration fragment.
-pub(super) const FRAGMENT: &str = include_str!("../../guest/stock.config");
+const FRAGMENT: &str = include_str!("../../guest/stock.config");
 
 /// Raised when the way of building changes and with it the result.
 const BUILDER_VERSION: u32 = 1;
@@ -192,7 +191,7 @@ impl Kernel {
             Some(name) if self.from_nothing => workshop.separate_objects(name),
             Some(name) => workshop.objects(name)?,
         };
-        objects.configure(&self.fragment, Options::AllHonoured)?;
+        objects.configure(&self.fragment)?;
         let targets = ["vmlinux", "bzImage"];
         objects.build(self.what, &targets, Some(self.expected_steps))?;
 
@@ -212,7 +211,7 @@ impl Kernel {
 }
 
 /// The configuration of the patched kernel: the stock kernel's and what the series brings.
-pub(super) fn patched_fragment() -> Result<String> {
+fn patched_fragment() -> Result<String> {
     let path = series::folder().join("config/patched.config");
     let ours = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
     Ok(format!("{FRAGMENT}\n{ours}"))

@@ -45,47 +45,70 @@ const TOOLS: &[Need] = &[
     },
 ];
 
-/// Whether the kernel's configuration tool may drop options of a fragment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Options {
-    AllHonoured,
-    /// For a tree whose patches do not bring all options yet.
-    KnownOnly,
-}
+const CCACHE: Need = Need {
+    package: "ccache",
+    why: "spares checks of the kernel patches what was compiled before",
+};
+/// Two kernel sources with three configurations each are a quarter of it.
+const CCACHE_SIZE: &str = "2G";
 
 /// A tree of objects of one source.
 #[derive(Debug)]
 pub(super) struct Objects {
     pub(super) source: PathBuf,
     pub(super) dir: PathBuf,
+    /// The folder of the compiler's cache, if one is used.
+    pub(super) ccache: Option<PathBuf>,
 }
 
 impl Objects {
-    /// Configures with `fragment` over `allnoconfig`. Only what a changed option touches is
-    /// built anew.
-    pub(super) fn configure(&self, fragment: &str, options: Options) -> Result<()> {
-        apt::ensure(TOOLS)?;
-        fs::create_dir_all(&self.dir)
-            .with_context(|| format!("creating {}", self.dir.display()))?;
-        let config_path = self.dir.join(".config");
-        let fragment_path = self.dir.join("fragment.config");
-        fs::write(&fragment_path, fragment)
-            .with_context(|| format!("writing {}", fragment_path.display()))?;
+    /// Configures with `fragment` over `allnoconfig`, with the defaults of what that makes
+    /// possible. Only what a changed option touches is built anew.
+    pub(super) fn configure(&self, fragment: &str) -> Result<()> {
+        let fragment_path = self.write_fragment(fragment)?;
         quiet(self.make().arg("allnoconfig"))?;
         let mut merge = Command::new(self.source.join("scripts/kconfig/merge_config.sh"));
         merge
             .args(["-m", "-O"])
             .arg(&self.dir)
-            .arg(&config_path)
+            .arg(self.dir.join(".config"))
             .arg(&fragment_path);
         quiet(merge.current_dir(&self.source))?;
         quiet(self.make().arg("olddefconfig"))?;
-        if options == Options::KnownOnly {
+        config::check(fragment, &self.config()?)
+    }
+
+    /// Configures with `fragment` and nothing besides what that needs; `honoured` is what the
+    /// kernel must take of it. `state` names all that the result depends on: the tool is run
+    /// only when it has changed.
+    pub(super) fn configure_only(&self, fragment: &str, honoured: &str, state: &str) -> Result<()> {
+        let record = self.dir.join("configured");
+        if fs::read_to_string(&record).is_ok_and(|old| old == state) {
             return Ok(());
         }
-        let config = fs::read_to_string(&config_path)
-            .with_context(|| format!("reading {}", config_path.display()))?;
-        config::check(fragment, &config)
+        let fragment_path = self.write_fragment(fragment)?;
+        let mut all = std::ffi::OsString::from("KCONFIG_ALLCONFIG=");
+        all.push(&fragment_path);
+        quiet(self.make().arg(all).arg("allnoconfig"))?;
+        config::check(honoured, &self.config()?)?;
+        fs::write(&record, state).with_context(|| format!("writing {}", record.display()))
+    }
+
+    fn write_fragment(&self, fragment: &str) -> Result<PathBuf> {
+        apt::ensure(TOOLS)?;
+        if self.ccache.is_some() {
+            apt::ensure(&[CCACHE])?;
+        }
+        fs::create_dir_all(&self.dir)
+            .with_context(|| format!("creating {}", self.dir.display()))?;
+        let path = self.dir.join("fragment.config");
+        fs::write(&path, fragment).with_context(|| format!("writing {}", path.display()))?;
+        Ok(path)
+    }
+
+    fn config(&self) -> Result<String> {
+        let path = self.dir.join(".config");
+        fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
     }
 
     /// Builds `targets`; returns what the compiler warned of. `expected` is the number of
@@ -105,7 +128,7 @@ impl Objects {
             expected,
             log: &log,
         };
-        steps.run(make)?;
+        steps.run(&make)?;
         let text =
             fs::read_to_string(&log).with_context(|| format!("reading {}", log.display()))?;
         // The log of a build that was interrupted is continued, of one that is done is not.
@@ -134,6 +157,11 @@ impl Objects {
             .env("KBUILD_BUILD_VERSION", "1")
             .env_remove("MAKEFLAGS")
             .env_remove("KCONFIG_CONFIG");
+        if let Some(folder) = &self.ccache {
+            make.arg("CC=ccache gcc")
+                .env("CCACHE_DIR", folder)
+                .env("CCACHE_MAXSIZE", CCACHE_SIZE);
+        }
         make
     }
 }

@@ -19,6 +19,7 @@ mod kernel;
 pub(crate) mod kunit;
 mod make;
 mod newest;
+mod prefixes;
 pub(crate) mod programs;
 mod progress;
 mod report;
@@ -26,8 +27,10 @@ pub(crate) mod sanitize;
 mod series;
 mod series_file;
 mod source;
+mod stamp;
 mod stress_ng;
 pub(crate) mod tree;
+mod variant;
 mod workshop;
 
 use std::path::PathBuf;

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::process::{self, Tie};
+use crate::process;
 
 /// Between two lines of progress where there is no terminal: CI shows life, logs stay short.
 const LINE_INTERVAL: Duration = Duration::from_secs(30);
@@ -30,16 +30,14 @@ pub(crate) struct Steps<'a> {
 
 impl Steps<'_> {
     /// Runs `command` to its end.
-    pub(crate) fn run(&self, mut command: Command) -> Result<()> {
+    pub(crate) fn run(&self, command: &Command) -> Result<()> {
         let mut count = std::fs::read_to_string(self.log)
             .unwrap_or_default()
             .lines()
             .filter(|line| is_step(line))
             .count();
         let mut log = self.open_log()?;
-        command.stdout(Stdio::piped()).stderr(self.open_log()?);
-        // make passes the request on to its compilers.
-        let mut child = process::spawn_tied(&mut command, Tie::Terminate, Vec::new())?;
+        let mut child = process::spawn_tied_group(command, Stdio::piped(), self.open_log()?)?;
         let stdout = child.stdout.take().context("the build's output is piped")?;
         let mut shown = Instant::now();
         let started = Instant::now();

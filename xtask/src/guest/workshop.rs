@@ -1,11 +1,15 @@
-//! The one source tree that kernels are built in, with any patches put in and taken out.
+//! A source tree that kernels are built in, with any patches put in and taken out.
 //!
 //! ```text
 //! cache/source-SOURCE/              unpacked, never written to
 //! cache/workshop-SOURCE/source/     hard links to it, but for the files in `exchanged`
 //! cache/workshop-SOURCE/exchanged   names of files that may differ
 //! cache/workshop-SOURCE/NAME/       objects of one configuration
+//! cache/check-SOURCE/               another one, for `guest check`
 //! ```
+//!
+//! Checks have a tree and a lock of their own: they go through all prefixes of the series, which
+//! would make the next build of a test kernel one from nothing, and they take long.
 //!
 //! Kbuild remembers the path of the source in every object, so objects serve another state of
 //! the source only in the same place. A file is written only when its contents change, and its
@@ -25,7 +29,7 @@ use super::series::Contents;
 use super::source::{self, Source};
 use crate::paths;
 
-/// Objects of the test kernels, which every other configuration starts from.
+/// Objects of the test kernels, which other configurations start from.
 const MAIN: &str = "main";
 
 /// The tree, held for as long as this exists.
@@ -38,12 +42,26 @@ pub(super) struct Workshop {
 }
 
 impl Workshop {
-    /// Opens the workshop of a source; waits while another process is in it.
+    /// Opens the workshop in which test kernels are built from a source; waits while another process is in it.
     pub(super) fn open(source: &Source) -> Result<Self> {
         let cache = paths::cache()?;
         let lock = Lock::take(&cache)?;
         let pristine = source.unpack(&lock)?;
         let dir = cache.join(format!("workshop-{}", source.key));
+        Self::open_in(dir, pristine, lock)
+    }
+
+    /// Opens the workshop in which a source is checked; waits while another check is in it.
+    pub(super) fn open_for_checks(source: &Source) -> Result<Self> {
+        let cache = paths::cache()?;
+        let pristine = source.unpack(&Lock::take(&cache)?)?;
+        let dir = cache.join(format!("check-{}", source.key));
+        fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
+        let lock = Lock::take(&dir)?;
+        Self::open_in(dir, pristine, lock)
+    }
+
+    fn open_in(dir: PathBuf, pristine: PathBuf, lock: Lock) -> Result<Self> {
         let tree = dir.join("source");
         if !tree.exists() {
             fs::create_dir_all(&dir).with_context(|| format!("creating {}", dir.display()))?;
@@ -101,40 +119,37 @@ impl Workshop {
 
     /// The objects of the test kernels.
     pub(super) fn main_objects(&self) -> Objects {
-        Objects {
-            source: self.tree(),
-            dir: self.dir.join(MAIN),
-        }
+        self.objects_in(MAIN, None)
     }
 
-    /// The objects of the test kernels once more, without anything that is in `name` yet.
-    pub(super) fn fresh_objects(&self, name: &str) -> Result<Objects> {
-        let dir = self.dir.join(name);
-        if dir.exists() {
-            fs::remove_dir_all(&dir).with_context(|| format!("removing {}", dir.display()))?;
+    /// The objects of another configuration, from nothing, compiled by way of ccache: most of a
+    /// prefix is what another one, or the same with other options, has as well.
+    pub(super) fn cached_objects(&self, name: &str) -> Result<Objects> {
+        let ccache = paths::cache()?.join("ccache");
+        Ok(self.objects_in(name, Some(ccache)))
+    }
+
+    fn objects_in(&self, name: &str, ccache: Option<PathBuf>) -> Objects {
+        Objects {
+            source: self.tree(),
+            dir: self.dir.join(name),
+            ccache,
         }
-        self.objects(name)
     }
 
     /// The objects of a configuration that has none in common with the test kernels.
     pub(super) fn separate_objects(&self, name: &str) -> Objects {
-        Objects {
-            source: self.tree(),
-            dir: self.dir.join(name),
-        }
+        self.objects_in(name, None)
     }
 
-    /// The objects of another configuration.
+    /// The objects of another configuration, which start as a copy of the test kernels'.
     pub(super) fn objects(&self, name: &str) -> Result<Objects> {
         let dir = self.dir.join(name);
         let main = self.dir.join(MAIN);
         if !dir.exists() && main.exists() {
             copy_tree(&main, &dir)?;
         }
-        Ok(Objects {
-            source: self.tree(),
-            dir,
-        })
+        Ok(self.objects_in(name, None))
     }
 }
 
