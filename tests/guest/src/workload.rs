@@ -15,11 +15,11 @@ use crate::sys::{HugePages, Mapping};
 
 /// What one round of the fault workloads maps, as in will-it-scale.
 const FAULT_BYTES: usize = 128 << 20;
+const FILE_BYTES: usize = 8 << 20;
 const PAGE_BYTES: usize = 4096;
 const WORD_BYTES: usize = size_of::<u64>();
 
-const USAGE: &str =
-    "usage: guest-mem workload page_fault1|page_fault2|churn --tasks N --rounds N [--bytes SIZE]";
+const USAGE: &str = "usage: guest-mem workload page_fault1|page_fault2|churn|remove --tasks N --rounds N [--bytes SIZE] [--over-ms N]";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -29,6 +29,8 @@ enum Kind {
     PageFault2,
     /// Map with huge pages as the system likes, touch, unmap: whole blocks come and go.
     Churn,
+    /// Write files in memory and remove them, evenly over a time: a burst of frees, quick or slow.
+    Remove,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -37,6 +39,7 @@ struct Plan {
     tasks: u64,
     rounds: u64,
     bytes: usize,
+    over: Duration,
 }
 
 /// Runs a workload and prints how long each round of each task took, and all of it.
@@ -69,11 +72,13 @@ fn plan(arguments: &[&str]) -> Result<Plan, String> {
             "page_fault1" => Kind::PageFault1,
             "page_fault2" => Kind::PageFault2,
             "churn" => Kind::Churn,
+            "remove" => Kind::Remove,
             _ => return Err(USAGE.into()),
         },
         tasks: 1,
         rounds: 1,
         bytes: FAULT_BYTES,
+        over: Duration::ZERO,
     };
     for pair in options.chunks(2) {
         let [option, value] = pair else {
@@ -83,6 +88,7 @@ fn plan(arguments: &[&str]) -> Result<Plan, String> {
         match *option {
             "--tasks" => plan.tasks = value,
             "--rounds" => plan.rounds = value,
+            "--over-ms" => plan.over = Duration::from_millis(value),
             "--bytes" => plan.bytes = usize::try_from(value).map_err(|_| "too large")?,
             _ => return Err(USAGE.into()),
         }
@@ -120,7 +126,24 @@ fn course(plan: Plan, task: u64) -> Result<Vec<Duration>, String> {
             };
             timed(plan.rounds, || Region::new(wish).map(drop))
         }
+        Kind::Remove => timed(plan.rounds, || remove(plan, task).map_err(told)),
     }
+}
+
+/// Files of a few blocks, so that each leaves whole blocks free.
+fn remove(plan: Plan, task: u64) -> io::Result<()> {
+    let count = plan.bytes.div_ceil(FILE_BYTES);
+    let path = |file| std::env::temp_dir().join(format!("remove.{task}.{file}"));
+    let contents = vec![1; FILE_BYTES];
+    for file in 0..count {
+        fs::write(path(file), &contents)?;
+    }
+    let pause = plan.over / u32::try_from(count).unwrap_or(u32::MAX);
+    for file in 0..count {
+        fs::remove_file(path(file))?;
+        thread::sleep(pause);
+    }
+    Ok(())
 }
 
 fn timed(
@@ -153,8 +176,9 @@ mod tests {
 
     #[test]
     fn workload_of_each_kind_runs() {
-        for kind in ["page_fault1", "page_fault2", "churn"] {
-            run(&[kind, "--tasks", "2", "--rounds", "2", "--bytes", "1M"]).unwrap();
+        for kind in ["page_fault1", "page_fault2", "churn", "remove"] {
+            let size = ["--rounds", "2", "--bytes", "1M", "--over-ms", "2"];
+            run(&[&[kind, "--tasks", "2"], &size[..]].concat()).unwrap();
         }
     }
 

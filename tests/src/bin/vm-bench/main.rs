@@ -8,6 +8,7 @@ mod api;
 mod boot_free;
 mod compare;
 mod guest_overhead;
+mod kicks;
 mod options;
 mod overhead;
 mod reclaim;
@@ -38,13 +39,14 @@ enum Measure {
     OfOurs(fn(&Asked<'_>) -> Result<Value>),
 }
 
-const FIGURES: [Figure; 6] = [
+const FIGURES: [Figure; 7] = [
     of_vmm("overhead", 1, overhead::measure),
     of_vmm("start", start::TURNS, start::measure),
     of_ours(reclaim::NAME, reclaim::run),
     of_vmm("api", 1, api::measure),
     of_ours(boot_free::NAME, boot_free::run),
     of_ours(guest_overhead::NAME, guest_overhead::run),
+    of_ours(kicks::NAME, kicks::run),
 ];
 
 const fn of_vmm(name: &'static str, turns: usize, measure: fn(&Path) -> Result<Value>) -> Figure {
@@ -67,7 +69,7 @@ impl Figure {
         let of_vmm = matches!(self.measure, Measure::OfVmm(..));
         names.iter().any(|name| name == self.name || (name == options::GROUP && of_vmm))
             // Minutes, so only when it is asked for.
-            || (names.is_empty() && ![guest_overhead::NAME, boot_free::NAME].contains(&self.name))
+            || (names.is_empty() && ![guest_overhead::NAME, boot_free::NAME, kicks::NAME].contains(&self.name))
     }
 
     fn run(&self, options: &Options, subjects: &[Subject]) -> Result<Value> {
