@@ -218,9 +218,17 @@ impl Guest {
     /// # Errors
     /// The guest answered with an error or not at all.
     pub fn command(&mut self, line: &str) -> Result<String> {
+        self.command_within(line, COMMAND_DEADLINE)
+    }
+
+    /// As [`Guest::command`], for one that may take longer.
+    ///
+    /// # Errors
+    /// As [`Guest::command`].
+    pub fn command_within(&mut self, line: &str, deadline: Duration) -> Result<String> {
         let verb = line.split(' ').next().unwrap_or(line);
         self.send(line)?;
-        let answer = self.serial.expect_answer(verb, COMMAND_DEADLINE);
+        let answer = self.serial.expect_answer(verb, deadline);
         answer.with_context(|| self.vmm.last_words())
     }
 

@@ -22,6 +22,8 @@ pub(super) const SHARES: [u64; 3] = [50, 95, 99];
 const ENOUGH_PERCENT: u64 = 99;
 /// Nothing more will come: mainline rests for two seconds between parts of its lists.
 const QUIET: Duration = Duration::from_secs(7);
+/// For the guest to touch most of its memory in small pages, on a host that is emulated and busy.
+const TOUCH_DEADLINE: Duration = Duration::from_secs(900);
 const FALL_DEADLINE: Duration = Duration::from_secs(300);
 /// The bitmap tracker waits longer with memory that was used again within four seconds of a
 /// report, and one free after a rest is what is measured.
@@ -97,13 +99,16 @@ impl Course {
             Block::Bytes(_) if block.order().is_some() => (BLOCKS_BYTES, "never"),
             Block::Bytes(_) => (BLOCKS_BYTES, "always"),
         };
-        let answer = self.guest.command(&format!("alloc {bytes} huge={huge}"))?;
+        let answer = self
+            .guest
+            .command_within(&format!("alloc {bytes} huge={huge}"), TOUCH_DEADLINE)?;
         let id = number(&answer, 2)?;
         let rounds = (0..rounds)
             .map(|_| self.round(id, block))
             .collect::<Result<_>>()?;
         // What came back to the host must not have been anything in use.
-        self.guest.command(&format!("verify {id}"))?;
+        self.guest
+            .command_within(&format!("verify {id}"), TOUCH_DEADLINE)?;
         self.guest.command(&format!("free {id}"))?;
         Ok(rounds)
     }
@@ -131,7 +136,9 @@ impl Course {
         let deflate_ms = self.take_back()?;
         self.rest();
         let faults_rested = faults(pid)?;
-        let refilled = self.guest.command(&format!("refill {id}"))?;
+        let refilled = self
+            .guest
+            .command_within(&format!("refill {id}"), TOUCH_DEADLINE)?;
         Ok(Round {
             freed_bytes,
             blocks,

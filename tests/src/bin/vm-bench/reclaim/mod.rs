@@ -40,15 +40,25 @@ pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
     let mut rows: Vec<Row> = Vec::new();
     let guests = plan.combinations.chunk_by(Combination::shares_guest);
     for combinations in guests {
-        rows.extend(measure(combinations, plan.rounds)?);
+        if let Err(error) = measure(combinations, plan.rounds, &mut rows) {
+            // It takes minutes to measure what there is: it is shown, though this is a failure.
+            rows.retain(|row| !row.rounds.is_empty());
+            eprint!("{}", table::text(&rows));
+            eprintln!("{}", figures(&plan, &rows));
+            return Err(error);
+        }
     }
     eprint!("{}", table::text(&rows));
+    Ok(figures(&plan, &rows))
+}
+
+fn figures(plan: &Plan, rows: &[Row]) -> Value {
     let rows: Vec<Value> = rows.iter().map(Row::json).collect();
-    Ok(json!({ "rounds": plan.rounds, "rows": rows }))
+    json!({ "rounds": plan.rounds, "rows": rows })
 }
 
 /// Measures combinations that share a guest.
-fn measure(combinations: &[Combination], rounds: usize) -> Result<Vec<Row>> {
+fn measure(combinations: &[Combination], rounds: usize, rows: &mut Vec<Row>) -> Result<()> {
     let backing = combinations[0].backing;
     let pool = match backing {
         Backing::Hugetlb => ReservedHugePages::new(HUGE_PAGES)?,
@@ -60,9 +70,10 @@ fn measure(combinations: &[Combination], rounds: usize) -> Result<Vec<Row>> {
             rounds: Vec::new(),
             bare_bytes_per_second: None,
         };
-        return Ok(combinations.iter().map(skipped).collect());
+        rows.extend(combinations.iter().map(skipped));
+        return Ok(());
     }
-    let mut rows = Vec::new();
+    let first = rows.len();
     for combination in combinations {
         progress(combination, "the bare system calls");
         rows.push(Row {
@@ -77,13 +88,13 @@ fn measure(combinations: &[Combination], rounds: usize) -> Result<Vec<Row>> {
     }
     progress(&combinations[0], "booting");
     let mut course = Course::boot(&combinations[0])?;
-    for row in &mut rows {
+    for row in &mut rows[first..] {
         progress(&row.combination, "measuring");
         row.rounds = course
             .run(row.combination.block, rounds)
             .with_context(|| row.combination.to_string())?;
     }
-    Ok(rows)
+    Ok(())
 }
 
 /// It takes minutes, and whoever watches wants to see that it goes on.
