@@ -13,6 +13,10 @@ use super::plan::{Block, Combination, Way};
 
 const MIB: u64 = 1 << 20;
 const GUEST_BYTES: u64 = 1 << 30;
+/// Less than the guest tells when all that can be unplugged is there.
+const GUEST_TOLD_BYTES: u64 = 900 * MIB;
+/// RAM goes in blocks of this size.
+const UNPLUG_BLOCK_BYTES: u64 = 2 * MIB;
 /// Of this every other block is freed, or else all of [`ALL_BYTES`].
 const BLOCKS_BYTES: u64 = 832 * MIB;
 const ALL_BYTES: u64 = 700 * MIB;
@@ -51,7 +55,7 @@ pub(super) struct Round {
     /// Page faults of the VMM until all was back.
     pub(super) faults: u64,
     pub(super) sample_ms: Option<f64>,
-    /// Until the balloon had given everything back to the guest.
+    /// Until the guest had everything again that the balloon had, or that was unplugged.
     pub(super) deflate_ms: Option<f64>,
     /// The touch itself, as the guest timed it.
     pub(super) touch_ms: f64,
@@ -72,7 +76,7 @@ impl Course {
         let balloon = match way {
             Way::Mainline | Way::Bitmap => "size=0,free_page_reporting=on",
             Way::Hinting => "size=0,free_page_hinting=on",
-            Way::Inflate => "size=0",
+            Way::Inflate | Way::Unplug => "size=0",
         };
         let mut command_line = String::new();
         if let Some(tracker) = way.tracker() {
@@ -81,13 +85,20 @@ impl Course {
         if let Some(order) = combination.block.order() {
             command_line += &format!(" page_reporting.page_reporting_order={order}");
         }
-        let guest = Machine {
-            memory: combination.backing.memory(),
+        if way == Way::Unplug {
+            command_line += " memhp_default_state=online_movable";
+        }
+        let mut guest = Machine {
+            memory: &combination.memory(),
             arguments: &["--balloon", balloon],
             command_line: &command_line,
             ..Machine::default()
         }
         .serve()?;
+        wait_for("all memory in the guest", FALL_DEADLINE, || {
+            let total = guest.memory_bytes("total")?;
+            Ok((total > GUEST_TOLD_BYTES).then_some(()))
+        })?;
         Ok(Self { guest, way })
     }
 
@@ -168,13 +179,17 @@ impl Course {
                 let body = r#"{"action":"start"}"#;
                 self.guest.vmm.put("vm.balloon-hinting", Some(body))?;
             }
-            Way::Inflate => self.resize(freed_bytes)?,
+            Way::Inflate => self.resize("desired_balloon", freed_bytes)?,
+            Way::Unplug => {
+                let gone_bytes = freed_bytes - freed_bytes % UNPLUG_BLOCK_BYTES;
+                self.resize("desired_ram", GUEST_BYTES - gone_bytes)?;
+            }
         }
         Ok(asked)
     }
 
-    fn resize(&self, bytes: u64) -> Result<()> {
-        let body = format!("{{\"desired_balloon\":{bytes}}}");
+    fn resize(&self, what: &str, bytes: u64) -> Result<()> {
+        let body = format!("{{\"{what}\":{bytes}}}");
         self.guest.vmm.put("vm.resize", Some(&body)).map(drop)
     }
 
@@ -196,14 +211,15 @@ impl Course {
         Ok(())
     }
 
-    /// Deflates the balloon, where there is something in it; how long that took.
+    /// Deflates the balloon, or plugs in again what was taken away; how long that took.
     fn take_back(&self) -> Result<Option<f64>> {
-        if self.way != Way::Inflate {
-            return Ok(None);
-        }
         let begin = Instant::now();
-        self.resize(0)?;
-        wait_for("an empty balloon", FALL_DEADLINE, || {
+        match self.way {
+            Way::Inflate => self.resize("desired_balloon", 0)?,
+            Way::Unplug => self.resize("desired_ram", GUEST_BYTES)?,
+            Way::Mainline | Way::Bitmap | Way::Hinting => return Ok(None),
+        }
+        wait_for("all of the guest's memory", FALL_DEADLINE, || {
             let info = self.guest.vmm.get("vm.info")?;
             Ok((info["memory_actual_size"] == GUEST_BYTES).then_some(()))
         })?;
@@ -218,11 +234,24 @@ impl Course {
     }
 
     fn counted(&self) -> Result<Counts> {
+        if self.way == Way::Unplug {
+            let counters = self.guest.vmm.get("vm.counters")?;
+            let figure = |name: &str| {
+                let figure = counters["mem0"][name].as_u64();
+                figure.with_context(|| format!("no {name} in {counters:#}"))
+            };
+            return Ok(Counts {
+                batches: figure("unplug_requests")?,
+                ranges: figure("unplug_requests")?,
+                discarded_bytes: figure("unplug_discarded_bytes")?,
+                discard_syscalls: figure("unplug_syscalls")?,
+            });
+        }
         let stats = self.guest.vmm.get("vm.reclaim-stats")?;
         let path = &stats[match self.way {
             Way::Mainline | Way::Bitmap => "report",
             Way::Hinting => "hint",
-            Way::Inflate => "inflate",
+            Way::Inflate | Way::Unplug => "inflate",
         }];
         let figure = |name: &str| {
             let figure = path.get(name).and_then(Value::as_u64);

@@ -15,7 +15,7 @@ const ROUNDS_DEFAULT: usize = 3;
 const ROUNDS_MAX: usize = 1000;
 
 const USAGE: &str = "options of reclaim, each with one value or several with commas between them:
-  --way reporting|hinting|inflate
+  --way reporting|hinting|inflate|unplug
   --tracker mainline|bitmap            of reporting; bitmap needs the patched kernel
   --backing private|thp|memfd|hugetlb  of the guest's memory
   --block 64K|2M|4M|32M|…|all          what the guest frees at a time
@@ -68,6 +68,8 @@ pub(super) enum Way {
     Hinting,
     /// The host sets the balloon's size to what was freed.
     Inflate,
+    /// The host takes as much RAM away as was freed (virtio-mem).
+    Unplug,
 }
 
 impl Way {
@@ -76,6 +78,7 @@ impl Way {
             Self::Mainline | Self::Bitmap => "reporting",
             Self::Hinting => "hinting",
             Self::Inflate => "inflate",
+            Self::Unplug => "unplug",
         }
     }
 
@@ -83,7 +86,7 @@ impl Way {
         match self {
             Self::Mainline => Some("mainline"),
             Self::Bitmap => Some("bitmap"),
-            Self::Hinting | Self::Inflate => None,
+            Self::Hinting | Self::Inflate | Self::Unplug => None,
         }
     }
 }
@@ -126,6 +129,19 @@ pub(super) struct Combination {
 }
 
 impl Combination {
+    /// For `--memory`: 1 GiB, most of which can go where the host is to take it away.
+    pub(super) fn memory(&self) -> String {
+        let memory = self.backing.memory();
+        match self.way {
+            Way::Unplug => {
+                let parts =
+                    "size=256M,hotplug_method=virtio-mem,hotplug_size=768M,hotplugged_size=768M";
+                memory.replace("size=1G", parts)
+            }
+            _ => memory.to_owned(),
+        }
+    }
+
     /// Whether the same guest serves both.
     pub(super) fn shares_guest(&self, other: &Self) -> bool {
         (self.way, self.backing, self.block.order())
@@ -188,11 +204,13 @@ impl Plan {
             add(Backing::Memfd, base);
             add(Backing::Hugetlb, base);
         }
-        all.extend([Way::Hinting, Way::Inflate].map(|way| Combination {
-            way,
-            backing: Backing::Thp,
-            block: base,
-        }));
+        all.extend(
+            [Way::Hinting, Way::Inflate, Way::Unplug].map(|way| Combination {
+                way,
+                backing: Backing::Thp,
+                block: base,
+            }),
+        );
         all
     }
 
@@ -266,6 +284,7 @@ impl Named {
             match way {
                 "hinting" => ways.push(Way::Hinting),
                 "inflate" => ways.push(Way::Inflate),
+                "unplug" => ways.push(Way::Unplug),
                 _ => ways.extend(&self.trackers),
             }
         }
@@ -287,7 +306,7 @@ impl Named {
 }
 
 fn way(word: &str) -> Result<&'static str> {
-    let words = ["reporting", "hinting", "inflate"];
+    let words = ["reporting", "hinting", "inflate", "unplug"];
     let known = words.into_iter().find(|known| *known == word);
     known.context("there is no such way")
 }
@@ -355,9 +374,9 @@ mod tests {
     #[test]
     fn plan_with_nothing_named_varies_one_thing_at_a_time() {
         let plan = parse("--rounds 5", true).unwrap();
-        assert_eq!((plan.combinations.len(), plan.rounds), (16, 5));
+        assert_eq!((plan.combinations.len(), plan.rounds), (17, 5));
         let stock = parse("", false).unwrap();
-        assert_eq!((stock.combinations.len(), stock.rounds), (9, 3));
+        assert_eq!((stock.combinations.len(), stock.rounds), (10, 3));
         assert!(stock.combinations.iter().all(|row| row.way != Way::Bitmap));
     }
 

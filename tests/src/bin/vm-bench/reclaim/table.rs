@@ -180,10 +180,11 @@ pub(super) fn text(rows: &[Row]) -> String {
 
 const NOTES: &str = "\
 freed: MiB; back: of them off the host in the end. 50, 95, 99 %: median time in ms until so much of what was freed
-is off the host, after the free has returned (reporting) or the host has asked (hinting, inflate); min and max are of
-95 %. MiB/s: from the first to the last; of bare: its share of the rate of the fewest system calls without a guest.
+is off the host, after the free has returned (reporting) or the host has asked (hinting, inflate, and unplug by
+virtio-mem); min and max are of 95 %. MiB/s: from the first to the last; of bare: its share of the rate of the fewest
+system calls without a guest.
 batches, calls: answers of the device and system calls that discard, a GiB freed. touch: ms until the guest has touched
-as much again, deflation included; faults: the VMM's meanwhile. Memory hotplug: this VMM does not take memory away so.
+as much again, deflation or plugging included; faults: the VMM's meanwhile.
 ";
 
 fn line(row: &Row) -> Vec<String> {
