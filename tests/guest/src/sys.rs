@@ -336,6 +336,18 @@ impl Mapping {
         // SAFETY: as in `words`, and `&mut self` makes it the only reference.
         unsafe { std::slice::from_raw_parts_mut(self.address, self.bytes / 8) }
     }
+
+    /// The mapping as bytes.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: as in `words`; bytes have no alignment and no wrong values.
+        unsafe { std::slice::from_raw_parts(self.address.cast(), self.bytes) }
+    }
+
+    /// The mapping as bytes to be written.
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `bytes`, and `&mut self` makes it the only reference.
+        unsafe { std::slice::from_raw_parts_mut(self.address.cast(), self.bytes) }
+    }
 }
 
 impl Drop for Mapping {

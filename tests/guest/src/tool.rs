@@ -5,14 +5,16 @@ use std::io::BufReader;
 
 use crate::mem::Region;
 use crate::serve::{Server, wish};
-use crate::{disk, size, stress, sys, workload};
+use crate::{disk, disk_bench, net_bench, size, stress, sys, workload};
 
 const USAGE: &str = "usage:
   guest-mem touch --bytes SIZE [--pattern SEED] [--huge default|always|never] [--hold]
   guest-mem fill-verify PATH --bytes SIZE --seed SEED
   guest-mem serve [TERMINAL]
-  guest-mem workload page_fault1|page_fault2|churn --tasks N --rounds N [--bytes SIZE]
-  guest-mem stress --seconds N --seed N --bytes SIZE [--threads N] [--without NAME]…";
+  guest-mem workload page_fault1|page_fault2|churn|remove|build --tasks N --rounds N [--bytes SIZE]
+  guest-mem stress --seconds N --seed N --bytes SIZE [--threads N] [--without NAME]…
+  guest-mem disk-bench read|write PATH --block SIZE --requests N [--threads N] [--random SEED]
+  guest-mem net-bench send|receive|ask ADDRESS:PORT --amount N";
 
 /// Runs one subcommand.
 pub(crate) fn run(args: &[String]) -> Result<(), String> {
@@ -28,6 +30,9 @@ pub(crate) fn run(args: &[String]) -> Result<(), String> {
         }
         ["workload", arguments @ ..] => workload::run(arguments),
         ["stress", arguments @ ..] => stress::run(arguments),
+        ["build-step", path, bytes] => workload::build_step(path, size::parse(bytes)?),
+        ["disk-bench", arguments @ ..] => disk_bench::run(arguments),
+        ["net-bench", arguments @ ..] => net_bench::run(arguments),
         ["serve"] => {
             let mut input = std::io::stdin().lock();
             let mut output = std::io::stdout().lock();

@@ -6,6 +6,8 @@
 
 use std::fs::{self, File};
 use std::io;
+use std::path::Path;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,9 +19,12 @@ use crate::sys::{HugePages, Mapping};
 const FAULT_BYTES: usize = 128 << 20;
 const FILE_BYTES: usize = 8 << 20;
 const PAGE_BYTES: usize = 4096;
+/// Processes of one round of a build, and what each of them writes.
+const BUILD_PROCESSES: usize = 32;
+const OBJECT_BYTES: usize = 256 << 10;
 const WORD_BYTES: usize = size_of::<u64>();
 
-const USAGE: &str = "usage: guest-mem workload page_fault1|page_fault2|churn|remove --tasks N --rounds N [--bytes SIZE] [--over-ms N]";
+const USAGE: &str = "usage: guest-mem workload page_fault1|page_fault2|churn|remove|build --tasks N --rounds N [--bytes SIZE] [--over-ms N]";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
@@ -31,6 +36,9 @@ enum Kind {
     Churn,
     /// Write files in memory and remove them, evenly over a time: a burst of frees, quick or slow.
     Remove,
+    /// What `make` does to memory: many short processes, each of which touches memory, writes an
+    /// object and ends; then all objects are read and made one, and everything is removed.
+    Build,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -73,6 +81,7 @@ fn plan(arguments: &[&str]) -> Result<Plan, String> {
             "page_fault2" => Kind::PageFault2,
             "churn" => Kind::Churn,
             "remove" => Kind::Remove,
+            "build" => Kind::Build,
             _ => return Err(USAGE.into()),
         },
         tasks: 1,
@@ -127,6 +136,13 @@ fn course(plan: Plan, task: u64) -> Result<Vec<Duration>, String> {
             timed(plan.rounds, || Region::new(wish).map(drop))
         }
         Kind::Remove => timed(plan.rounds, || remove(plan, task).map_err(told)),
+        Kind::Build => {
+            let folder = std::env::temp_dir().join(format!("build.{task}"));
+            fs::create_dir_all(&folder).map_err(told)?;
+            let times = timed(plan.rounds, || build(&folder, plan.bytes));
+            fs::remove_dir_all(&folder).map_err(told)?;
+            times
+        }
     }
 }
 
@@ -144,6 +160,40 @@ fn remove(plan: Plan, task: u64) -> io::Result<()> {
         thread::sleep(pause);
     }
     Ok(())
+}
+
+/// One process after another, as one job of `make` has them, and the link.
+fn build(folder: &Path, bytes: usize) -> Result<(), String> {
+    let told = |error: io::Error| format!("{}: {error}", folder.display());
+    let objects: Vec<_> = (0..BUILD_PROCESSES)
+        .map(|number| folder.join(format!("{number}.o")))
+        .collect();
+    for object in &objects {
+        let status = Command::new("/proc/self/exe")
+            .arg("build-step")
+            .arg(object)
+            .arg(bytes.to_string())
+            .status()
+            .map_err(told)?;
+        if !status.success() {
+            return Err(format!("{}: {status}", object.display()));
+        }
+    }
+    let linked = folder.join("linked");
+    let mut output = File::create(&linked).map_err(told)?;
+    for object in &objects {
+        io::copy(&mut File::open(object).map_err(told)?, &mut output).map_err(told)?;
+        fs::remove_file(object).map_err(told)?;
+    }
+    fs::remove_file(&linked).map_err(told)
+}
+
+/// What each process of a build does.
+pub(crate) fn build_step(object: &str, bytes: u64) -> Result<(), String> {
+    let told = |error: io::Error| format!("{object}: {error}");
+    let bytes = usize::try_from(bytes).map_err(|_| "too large")?;
+    touch(Mapping::new(bytes, HugePages::Default).map_err(told)?);
+    fs::write(object, vec![1; OBJECT_BYTES]).map_err(told)
 }
 
 fn timed(
@@ -180,6 +230,15 @@ mod tests {
             let size = ["--rounds", "2", "--bytes", "1M", "--over-ms", "2"];
             run(&[&[kind, "--tasks", "2"], &size[..]].concat()).unwrap();
         }
+    }
+
+    #[test]
+    fn build_step_leaves_an_object() {
+        let path = std::env::temp_dir().join(format!("build-step-{}", std::process::id()));
+        build_step(path.to_str().unwrap(), 1 << 20).unwrap();
+        let bytes = fs::metadata(&path).unwrap().len();
+        fs::remove_file(&path).unwrap();
+        assert_eq!(bytes, OBJECT_BYTES as u64);
     }
 
     #[test]

@@ -1,56 +1,176 @@
-//! Latency of the API.
+//! Latency of the API: alone, with many clients, with a guest that uses its disk, and while somebody waits
+//! for a guest that does not answer.
 
+use std::io::{self, ErrorKind};
 use std::path::Path;
+use std::thread;
 use std::time::Instant;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use integration_tests::linux::Machine;
-use integration_tests::literal_client::request;
-use integration_tests::vmm::Vmm;
-use serde_json::{Value, json};
+use integration_tests::literal_client::{Answer, request};
+use serde_json::{Map, Value, json};
 
-/// Requests for the latency distribution.
-const REQUESTS: usize = 500;
+use crate::overhead::disk_image;
 
-/// `vm.info` of `vmm` while somebody waits for a guest that never answers.
+/// Requests for a latency distribution, of all clients together.
+const REQUESTS: usize = 400;
+/// Clients that ask at once.
+const CLIENTS: usize = 8;
+/// Refusals that a client takes before it gives up.
+const REFUSED_MAX: usize = 10_000;
+/// What is asked; a VMM without the last one answers an error, and is not measured with it.
+const ENDPOINTS: [&str; 3] = ["vm.info", "vm.counters", "vm.reclaim-stats"];
+
+/// Writes and reads a disk until it is killed.
+const DISK_WORK: &str = "(while true; do dd if=/dev/zero of=/dev/vda bs=1M count=32 oflag=direct; \
+                         dd if=/dev/vda of=/dev/null bs=1M count=32 iflag=direct; done) \
+                         > /dev/null 2>&1 & echo $! > /tmp/disk-work";
+
+/// All cases with one guest of `vmm`.
 pub(crate) fn measure(vmm: &Path) -> Result<Value> {
-    let guest = Machine {
+    let (_folder, disk) = disk_image()?;
+    let mut guest = Machine {
         vmm: Some(vmm),
-        arguments: &["--balloon", "size=0,free_page_reporting=on"],
+        arguments: &[
+            "--balloon",
+            "size=0,free_page_reporting=on",
+            "--disk",
+            &disk,
+        ],
         ..Machine::default()
     }
     .serve()?;
+    let socket = guest.vmm.socket();
+    let mut figures = Map::new();
+    figures.insert("one_client".into(), endpoints(&socket, 1)?);
+    figures.insert("eight_clients".into(), endpoints(&socket, CLIENTS)?);
+    guest.shell(DISK_WORK)?;
+    figures.insert("guest_uses_disk".into(), endpoints(&socket, 1)?);
+    guest.shell("kill $(cat /tmp/disk-work)")?;
     guest.vmm.put("vm.pause", None)?;
-    let paused = latency(&guest.vmm)?;
-    Ok(json!({ "vm_info_us": paused }))
+    figures.insert("guest_is_paused_and_asked".into(), while_asked(&socket)?);
+    Ok(figures.into())
 }
 
-fn latency(vmm: &Vmm) -> Result<Value> {
-    let socket = vmm.socket();
-    std::thread::scope(|scope| {
+/// Each endpoint in turn, by so many clients at once.
+fn endpoints(socket: &Path, clients: usize) -> Result<Value> {
+    let mut figures = Map::new();
+    for endpoint in ENDPOINTS {
+        let known = request(socket, "GET", endpoint, None)?.status == 200;
+        ensure!(known || endpoint != ENDPOINTS[0], "{endpoint} fails");
+        if known {
+            let asked = ask(socket, endpoint, clients)?;
+            figures.insert(format!("{endpoint}_us"), asked.distribution());
+        }
+    }
+    Ok(figures.into())
+}
+
+/// What clients got.
+#[derive(Debug, Default)]
+struct Asked {
+    times_us: Vec<u64>,
+    /// Answers that there are too many connections; the request was then made again.
+    refused: usize,
+}
+
+impl Asked {
+    fn add(&mut self, other: Self) {
+        self.times_us.extend(other.times_us);
+        self.refused += other.refused;
+    }
+
+    fn distribution(mut self) -> Value {
+        self.times_us.sort_unstable();
+        let times_us = &self.times_us;
+        let at = |percent: usize| times_us.get(times_us.len() * percent / 100);
+        json!({
+            "p50": at(50),
+            "p99": at(99),
+            "max": times_us.last(),
+            "refused": self.refused,
+        })
+    }
+}
+
+fn ask(socket: &Path, endpoint: &str, clients: usize) -> Result<Asked> {
+    thread::scope(|scope| {
+        let clients: Vec<_> = (0..clients)
+            .map(|_| scope.spawn(|| client(socket, endpoint, REQUESTS / clients)))
+            .collect();
+        let mut all = Asked::default();
+        for client in clients {
+            match client.join() {
+                Ok(asked) => all.add(asked.context(endpoint.to_owned())?),
+                Err(_) => bail!("a client panicked"),
+            }
+        }
+        Ok(all)
+    })
+}
+
+/// One request after another, each on a connection of its own.
+fn client(socket: &Path, endpoint: &str, requests: usize) -> Result<Asked> {
+    let mut asked = Asked::default();
+    for _ in 0..requests {
+        let begin = Instant::now();
+        loop {
+            let answer = request(socket, "GET", endpoint, None);
+            match &answer {
+                Ok(answer) if answer.status == 200 => break,
+                _ if is_refusal(&answer) && asked.refused < REFUSED_MAX => asked.refused += 1,
+                _ => bail!("{answer:?}, after {} refusals", asked.refused),
+            }
+        }
+        asked.times_us.push(begin.elapsed().as_micros() as u64);
+    }
+    Ok(asked)
+}
+
+/// Whether there were too many connections: said, or hung up on before the request was sent.
+fn is_refusal(answer: &Result<Answer>) -> bool {
+    match answer {
+        Ok(answer) => answer.status == 503,
+        Err(error) => matches!(
+            error.downcast_ref().map(io::Error::kind),
+            Some(ErrorKind::BrokenPipe | ErrorKind::ConnectionReset)
+        ),
+    }
+}
+
+/// `vm.info` while somebody waits for the statistics of a paused guest, which never come.
+fn while_asked(socket: &Path) -> Result<Value> {
+    thread::scope(|scope| {
         let waiting = scope.spawn(|| {
             let begin = Instant::now();
             // Its answer is an error: the guest is paused. Only the wait counts.
-            let answer = request(&socket, "GET", "vm.balloon-stats", None);
+            let answer = request(socket, "GET", "vm.balloon-stats", None);
             (answer.is_ok(), begin.elapsed())
         });
-        let mut times_us: Vec<u64> = Vec::with_capacity(REQUESTS);
-        for _ in 0..REQUESTS {
-            let begin = Instant::now();
-            let answer = request(&socket, "GET", "vm.info", None)?;
-            ensure!(answer.status == 200, "{answer:?}");
-            times_us.push(begin.elapsed().as_micros() as u64);
-        }
+        let asked = client(socket, ENDPOINTS[0], REQUESTS)?;
         let Ok((answered, waited)) = waiting.join() else {
             bail!("the waiting thread panicked");
         };
         ensure!(answered, "vm.balloon-stats got no answer at all");
-        times_us.sort_unstable();
         Ok(json!({
-            "p50": times_us[REQUESTS / 2],
-            "p99": times_us[REQUESTS * 99 / 100],
-            "max": times_us[REQUESTS - 1],
-            "balloon_stats_answered_after_ms": waited.as_millis() as u64,
+            "vm.info_us": asked.distribution(),
+            "vm.balloon-stats_answered_after_ms": waited.as_millis() as u64,
         }))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn distribution_of_a_hundred_has_its_quantiles() {
+        let asked = Asked {
+            times_us: (1..=100).rev().collect(),
+            refused: 2,
+        };
+        let figures = json!({ "p50": 51, "p99": 100, "max": 100, "refused": 2 });
+        assert_eq!(asked.distribution(), figures);
+    }
 }

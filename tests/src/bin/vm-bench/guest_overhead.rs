@@ -17,6 +17,7 @@ use anyhow::{Context, Result, bail};
 use integration_tests::linux::{Guest, Machine};
 use serde_json::{Value, json};
 
+use crate::cost::Cost;
 use crate::options::Asked;
 
 /// By what it is chosen on the command line.
@@ -26,11 +27,18 @@ pub(crate) const NAME: &str = "guest-overhead";
 ///
 /// One task each: on the one processor that instructions are counted on, four take turns and say
 /// no more.
-const WORKLOADS: [(&str, &str, usize); 3] = [
+const WORKLOADS: [(&str, &str, usize); 4] = [
     ("page_fault1", "page_fault1 --tasks 1", 3),
     ("page_fault2", "page_fault2 --tasks 1", 2),
     ("churn of 512 MiB", "churn --tasks 1 --bytes 512M", 8),
+    ("build", "build --tasks 1 --bytes 8M", 4),
 ];
+
+/// By what the cost of a guest that does nothing is chosen.
+const IDLE: &str = "idle";
+/// First it comes to rest, then it is measured.
+const REST_SECONDS: u64 = 10;
+const IDLE_SECONDS: u64 = 30;
 
 /// A name, the balloon, and more for the kernel's command line.
 type Variant = (&'static str, &'static str, &'static str);
@@ -91,6 +99,7 @@ pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
     variants.retain(|variant| choice.has_variant(variant.0));
     let mut times: BTreeMap<&str, Times> = BTreeMap::new();
     let mut reports: BTreeMap<&str, BTreeMap<&str, Value>> = BTreeMap::new();
+    let mut idle: BTreeMap<&str, Value> = BTreeMap::new();
     for variant in variants {
         let mut guest = boot(variant)?;
         for (workload, arguments, rounds) in WORKLOADS {
@@ -109,6 +118,9 @@ pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
                 .or_default()
                 .insert(variant.0, stats["report"].clone());
         }
+        if choice.has_workload(IDLE) {
+            idle.insert(variant.0, at_rest(&mut guest)?);
+        }
     }
     let rows = times.into_iter().map(|(workload, times)| {
         let row = json!({
@@ -120,7 +132,21 @@ pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
         });
         (workload.to_owned(), row)
     });
-    Ok(Value::Object(rows.collect()))
+    let mut rows: serde_json::Map<String, Value> = rows.collect();
+    if !idle.is_empty() {
+        rows.insert(IDLE.into(), json!({ "each_second": idle }));
+    }
+    Ok(rows.into())
+}
+
+/// Exits and processor time of each second that the guest does nothing, some time after the last
+/// workload.
+fn at_rest(guest: &mut Guest) -> Result<Value> {
+    guest.shell(&format!("sleep {REST_SECONDS}"))?;
+    let before = Cost::so_far(guest.vmm.pid())?;
+    guest.shell(&format!("sleep {IDLE_SECONDS}"))?;
+    let cost = Cost::so_far(guest.vmm.pid())?.since(&before);
+    Ok(cost.each(IDLE_SECONDS))
 }
 
 /// How much longer than with reporting off the chosen rounds took.

@@ -5,10 +5,14 @@
 //! and from that program in turns, and shown side by side.
 
 mod api;
+mod block;
 mod boot_free;
 mod compare;
+mod cost;
+mod course;
 mod guest_overhead;
 mod kicks;
+mod net;
 mod options;
 mod overhead;
 mod reclaim;
@@ -33,18 +37,29 @@ struct Figure {
 }
 
 enum Measure {
-    /// Of a VMM, ours or another: so many turns each.
+    /// Of a VMM, ours or another: so many turns each if it is asked for by name, else one.
     OfVmm(usize, fn(&Path) -> Result<Value>),
     /// Of ours alone.
     OfOurs(fn(&Asked<'_>) -> Result<Value>),
 }
 
-const FIGURES: [Figure; 7] = [
+/// These take minutes.
+const BY_NAME_ONLY: [&str; 5] = [
+    guest_overhead::NAME,
+    boot_free::NAME,
+    kicks::NAME,
+    "block",
+    "net",
+];
+
+const FIGURES: [Figure; 9] = [
     of_vmm("overhead", 1, overhead::measure),
     of_vmm("start", start::TURNS, start::measure),
     of_ours(reclaim::NAME, reclaim::run),
     of_vmm("api", 1, api::measure),
     of_ours(boot_free::NAME, boot_free::run),
+    of_vmm("block", block::TURNS, block::measure),
+    of_vmm("net", net::TURNS, net::measure),
     of_ours(guest_overhead::NAME, guest_overhead::run),
     of_ours(kicks::NAME, kicks::run),
 ];
@@ -67,9 +82,10 @@ impl Figure {
     /// Whether the command line means this one: by its name, by its group, or by naming none.
     fn is_chosen(&self, names: &[String]) -> bool {
         let of_vmm = matches!(self.measure, Measure::OfVmm(..));
-        names.iter().any(|name| name == self.name || (name == options::GROUP && of_vmm))
-            // Minutes, so only when it is asked for.
-            || (names.is_empty() && ![guest_overhead::NAME, boot_free::NAME, kicks::NAME].contains(&self.name))
+        names
+            .iter()
+            .any(|name| name == self.name || (name == options::GROUP && of_vmm))
+            || (names.is_empty() && !BY_NAME_ONLY.contains(&self.name))
     }
 
     fn run(&self, options: &Options, subjects: &[Subject]) -> Result<Value> {
@@ -83,7 +99,8 @@ impl Figure {
                 }
                 .refuse_options()?;
                 let mut taken = vec![Vec::new(); subjects.len()];
-                for _ in 0..*turns {
+                let turns = if options.names.is_empty() { 1 } else { *turns };
+                for _ in 0..turns {
                     for (subject, values) in subjects.iter().zip(&mut taken) {
                         let value = measure(&subject.program);
                         values.push(value.with_context(|| subject.name.to_owned())?);

@@ -22,8 +22,6 @@ pub const HTTP_THREAD: &str = "http-server";
 /// Clients served at the same time, as many as upstream's server takes.
 pub const CONNECTIONS_MAX: usize = 10;
 
-/// Accepts in one turn, so that a storm of connects does not keep the others from being served.
-const ACCEPTS_PER_TURN: usize = 16;
 /// How long no connection is accepted after the process ran out of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Longest wait for answers to leave when the server stops.
@@ -183,12 +181,17 @@ impl<H: Handler> Loop<H> {
             Err(error) if error.kind() == ErrorKind::Interrupted => 0,
             Err(error) => return Err(error),
         };
+        let mut somebody_connects = false;
         for event in &events[..count] {
             match event.data() {
-                TOKEN_LISTENER => self.accept(),
+                TOKEN_LISTENER => somebody_connects = true,
                 TOKEN_WAKE => self.deliver_answers(),
                 token => self.on_client_events(token, event.event_set()),
             }
+        }
+        // Last, when those that have hung up have made room.
+        if somebody_connects {
+            self.accept();
         }
         self.expire();
         Ok(())
@@ -285,8 +288,11 @@ impl<H: Handler> Loop<H> {
         }
     }
 
+    /// Takes as many as there is room for, but at least one, which may be refused: before the
+    /// next, others may hang up. So a storm of connects does not keep the others from being served.
     fn accept(&mut self) {
-        for _ in 0..ACCEPTS_PER_TURN {
+        let room = CONNECTIONS_MAX.saturating_sub(self.clients.len());
+        for _ in 0..room.max(1) {
             match self.listener.accept() {
                 Ok((stream, _)) => self.admit(stream),
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return,

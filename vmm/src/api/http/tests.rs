@@ -186,6 +186,20 @@ fn server_eleventh_client_gets_503_until_the_others_were_idle_long_enough() {
 }
 
 #[test]
+fn server_has_room_for_ten_clients_that_come_again_and_again() {
+    let server = server_with(Deadlines {
+        idle_grace: Duration::from_secs(3600),
+        ..Deadlines::default()
+    });
+    std::thread::scope(|scope| {
+        for _ in 0..CONNECTIONS_MAX {
+            // Each has left when it comes again, and no request is refused.
+            scope.spawn(|| (0..200).for_each(|_| server.ping()));
+        }
+    });
+}
+
+#[test]
 fn server_idle_client_makes_room_for_a_new_one() {
     let server = server_with(Deadlines {
         idle_grace: Duration::ZERO,

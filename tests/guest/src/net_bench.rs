@@ -1,0 +1,131 @@
+//! `guest-mem net-bench`: a stream each way and small messages back and forth.
+//!
+//! The other end serves one connection at a time: it reads a line, `send BYTES`, `receive BYTES`
+//! or `ask COUNT`, seen from here, and does its part. A stream that it has read whole it answers
+//! with one byte.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
+
+use crate::size;
+
+const USAGE: &str = "usage: guest-mem net-bench send|receive|ask ADDRESS:PORT --amount N";
+
+/// Of one read or write of a stream.
+const CHUNK_BYTES: usize = 64 << 10;
+/// Of one message.
+const MESSAGE_BYTES: usize = 64;
+/// Without a single byte: the other end is gone.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+
+/// Runs one of the three and prints how long it took.
+pub(crate) fn run(arguments: &[&str]) -> Result<(), String> {
+    let [kind, address, "--amount", amount] = arguments else {
+        return Err(USAGE.into());
+    };
+    let amount = size::parse(amount)?;
+    let course = match *kind {
+        "send" => send,
+        "receive" => receive,
+        "ask" => ask,
+        _ => return Err(USAGE.into()),
+    };
+    let told = |error: std::io::Error| format!("{kind} {address}: {error}");
+    let mut stream = TcpStream::connect(*address).map_err(told)?;
+    stream.set_nodelay(true).map_err(told)?;
+    stream.set_read_timeout(Some(SILENCE_MAX)).map_err(told)?;
+    stream.set_write_timeout(Some(SILENCE_MAX)).map_err(told)?;
+    let begin = Instant::now();
+    stream
+        .write_all(format!("{kind} {amount}\n").as_bytes())
+        .and_then(|()| course(&mut stream, amount))
+        .map_err(told)?;
+    println!("ok net-bench {} ns", begin.elapsed().as_nanos());
+    Ok(())
+}
+
+fn send(stream: &mut TcpStream, bytes: u64) -> std::io::Result<()> {
+    let chunk = vec![1u8; CHUNK_BYTES];
+    let mut left = bytes;
+    while left > 0 {
+        let count = left.min(CHUNK_BYTES as u64);
+        stream.write_all(&chunk[..count as usize])?;
+        left -= count;
+    }
+    stream.read_exact(&mut [0])
+}
+
+fn receive(stream: &mut TcpStream, bytes: u64) -> std::io::Result<()> {
+    let mut chunk = vec![0u8; CHUNK_BYTES];
+    let mut left = bytes;
+    while left > 0 {
+        match stream.read(&mut chunk)? as u64 {
+            0 => return Err(std::io::ErrorKind::UnexpectedEof.into()),
+            count => left = left.saturating_sub(count),
+        }
+    }
+    Ok(())
+}
+
+fn ask(stream: &mut TcpStream, count: u64) -> std::io::Result<()> {
+    let mut message = [1u8; MESSAGE_BYTES];
+    for _ in 0..count {
+        stream.write_all(&message)?;
+        stream.read_exact(&mut message)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{BufRead as _, BufReader};
+    use std::net::TcpListener;
+
+    #[test]
+    fn net_bench_does_each_of_the_three() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        for (kind, amount) in [("send", "100000"), ("receive", "100000"), ("ask", "3")] {
+            std::thread::scope(|scope| {
+                let client = scope.spawn(|| run(&[kind, &address, "--amount", amount]));
+                let mut stream = BufReader::new(listener.accept().unwrap().0);
+                let mut first = String::new();
+                stream.read_line(&mut first).unwrap();
+                let mut buffer = vec![0; 100_000];
+                match kind {
+                    "send" => {
+                        stream.read_exact(&mut buffer).unwrap();
+                        stream.get_mut().write_all(&[1]).unwrap();
+                    }
+                    "receive" => stream.get_mut().write_all(&buffer).unwrap(),
+                    _ => {
+                        for _ in 0..3 {
+                            stream.read_exact(&mut buffer[..MESSAGE_BYTES]).unwrap();
+                            stream
+                                .get_mut()
+                                .write_all(&buffer[..MESSAGE_BYTES])
+                                .unwrap();
+                        }
+                    }
+                }
+                assert_eq!(first, format!("{kind} {amount}\n"));
+                client.join().unwrap().unwrap();
+            });
+        }
+    }
+
+    #[test]
+    fn net_bench_with_wrong_arguments_or_nobody_there_fails() {
+        for line in [
+            "",
+            "send",
+            "jump 127.0.0.1:1 --amount 1",
+            "ask 127.0.0.1:1 --amount 1",
+        ] {
+            let words: Vec<&str> = line.split_ascii_whitespace().collect();
+            assert!(run(&words).is_err(), "{line}");
+        }
+    }
+}

@@ -1,0 +1,75 @@
+//! Throughput of a disk: direct I/O of the guest on an image in TMPDIR, which in an emulated
+//! host is memory.
+
+use std::fs::File;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use integration_tests::linux::Machine;
+use serde_json::{Map, Value, json};
+
+use crate::MIB;
+use crate::course::Taken;
+
+/// Turns of each VMM when two are compared.
+pub(crate) const TURNS: usize = 3;
+
+const DISK_BYTES: u64 = 64 * MIB;
+
+/// A name, `read` or `write`, bytes of a request, how many, and more for `guest-mem disk-bench`.
+type Course = (&'static str, &'static str, u64, u64, &'static str);
+
+/// The first writes all of the disk, so that no later one reads a hole.
+const COURSES: [Course; 6] = [
+    ("write_1m", "write", MIB, 64, ""),
+    ("read_1m", "read", MIB, 64, ""),
+    ("random_write_4k", "write", 4096, 1024, "--random 1"),
+    ("random_read_4k", "read", 4096, 1024, "--random 1"),
+    (
+        "random_write_4k_depth_8",
+        "write",
+        4096,
+        2048,
+        "--random 1 --threads 8",
+    ),
+    (
+        "random_read_4k_depth_8",
+        "read",
+        4096,
+        2048,
+        "--random 1 --threads 8",
+    ),
+];
+
+/// All courses with one guest of `vmm`.
+pub(crate) fn measure(vmm: &Path) -> Result<Value> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("disk.raw");
+    File::create(&path)?.set_len(DISK_BYTES)?;
+    let disk = format!("path={},image_type=raw", path.display());
+    let mut guest = Machine {
+        vmm: Some(vmm),
+        arguments: &["--disk", &disk],
+        ..Machine::default()
+    }
+    .serve()?;
+    let mut figures = Map::new();
+    for (name, kind, bytes, requests, more) in COURSES {
+        let mut run = |requests: u64| {
+            let words =
+                format!("disk-bench {kind} /dev/vda --block {bytes} --requests {requests} {more}");
+            Taken::by(&mut guest, words.trim_end()).with_context(|| name.to_owned())
+        };
+        let nothing = run(0)?;
+        let taken = run(requests)?.beyond(&nothing);
+        figures.insert(
+            name.into(),
+            json!({
+                "mib_per_s": taken.per_second(requests * bytes / MIB),
+                "requests_per_s": taken.per_second(requests),
+                "each_request": taken.each(requests),
+            }),
+        );
+    }
+    Ok(figures.into())
+}

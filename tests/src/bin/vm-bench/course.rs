@@ -1,0 +1,58 @@
+//! A fixed amount of work that the guest does, timed there and accounted for here.
+
+use anyhow::{Context, Result};
+use integration_tests::linux::Guest;
+use serde_json::Value;
+
+use crate::compare::rounded;
+use crate::cost::Cost;
+
+/// What a course took.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Taken {
+    /// Of the guest's clock.
+    ns: u64,
+    cost: Cost,
+}
+
+impl Taken {
+    /// Runs `guest-mem WORDS` in the guest, which answers `ok VERB N ns`.
+    ///
+    /// # Errors
+    /// The guest fails at it, or does not answer.
+    pub(crate) fn by(guest: &mut Guest, words: &str) -> Result<Self> {
+        let pid = guest.vmm.pid();
+        let before = Cost::so_far(pid)?;
+        let text = guest.shell(&format!("guest-mem {words}"))?;
+        let cost = Cost::so_far(pid)?.since(&before);
+        let verb = words.split(' ').next().unwrap_or_default();
+        let ns = text
+            .lines()
+            .find_map(|line| {
+                line.strip_prefix("ok ")?
+                    .strip_prefix(verb)?
+                    .strip_suffix(" ns")
+            })
+            .and_then(|figure| figure.trim().parse().ok())
+            .with_context(|| format!("no time in {text:?}"))?;
+        Ok(Self { ns, cost })
+    }
+
+    /// Without what `nothing` took: the same course with no work in it.
+    pub(crate) fn beyond(&self, nothing: &Self) -> Self {
+        Self {
+            ns: self.ns.saturating_sub(nothing.ns).max(1),
+            cost: self.cost.since(&nothing.cost),
+        }
+    }
+
+    /// How many of `units` there were in a second.
+    pub(crate) fn per_second(&self, units: u64) -> f64 {
+        rounded(units as f64 * 1e9 / self.ns as f64)
+    }
+
+    /// Exits and processor time for each of `units`.
+    pub(crate) fn each(&self, units: u64) -> Value {
+        self.cost.each(units)
+    }
+}

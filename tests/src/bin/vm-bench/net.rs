@@ -1,0 +1,137 @@
+//! Throughput of a network interface: TCP between the guest and this host over a tap.
+
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use integration_tests::linux::{Guest, Machine};
+use serde_json::{Value, json};
+
+use crate::MIB;
+use crate::course::Taken;
+
+/// Turns of each VMM when two are compared.
+pub(crate) const TURNS: usize = 3;
+
+const STREAM_BYTES: u64 = 2 * MIB;
+const ROUND_TRIPS: u64 = 128;
+/// As `guest-mem net-bench` has them.
+const MESSAGE_BYTES: usize = 64;
+/// Without a single byte: the guest is gone.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+/// Of one read or write of a stream.
+const CHUNK_BYTES: u64 = 64 << 10;
+
+/// Host and guest of a network of our own.
+const HOST: &str = "192.168.247.1";
+const GUEST: &str = "192.168.247.2";
+
+/// A stream each way and round trips of small messages, with one guest of `vmm`.
+pub(crate) fn measure(vmm: &Path) -> Result<Value> {
+    let net = format!("tap=vmbench1,ip={HOST},mask=255.255.255.0");
+    let mut guest = Machine {
+        vmm: Some(vmm),
+        arguments: &["--net", &net],
+        ..Machine::default()
+    }
+    .serve()?;
+    guest.shell(&format!(
+        "ip addr add {GUEST}/24 dev eth0 && ip link set eth0 up && ping -c 1 -W 20 {HOST}"
+    ))?;
+    let listener = TcpListener::bind(format!("{HOST}:0"))?;
+    // The first connection costs what no later one does.
+    connection(&mut guest, &listener, "ask", 1)?;
+    let stream_mib = STREAM_BYTES / MIB;
+    let mut course = |kind, amount| course(&mut guest, &listener, kind, amount);
+    let sent = course("send", STREAM_BYTES)?;
+    let received = course("receive", STREAM_BYTES)?;
+    let asked = course("ask", ROUND_TRIPS)?;
+    let stream = |taken: Taken| {
+        json!({
+            "mib_per_s": taken.per_second(stream_mib),
+            "each_mib": taken.each(stream_mib),
+        })
+    };
+    Ok(json!({
+        "guest_to_host": stream(sent),
+        "host_to_guest": stream(received),
+        "messages": {
+            "round_trips_per_s": asked.per_second(ROUND_TRIPS),
+            "each_round_trip": asked.each(ROUND_TRIPS),
+        },
+    }))
+}
+
+/// What `amount` took beyond a connection.
+fn course(guest: &mut Guest, listener: &TcpListener, kind: &str, amount: u64) -> Result<Taken> {
+    let nothing = connection(guest, listener, kind, 0)?;
+    Ok(connection(guest, listener, kind, amount)?.beyond(&nothing))
+}
+
+/// One connection from the guest.
+fn connection(guest: &mut Guest, listener: &TcpListener, kind: &str, amount: u64) -> Result<Taken> {
+    let address = listener.local_addr()?;
+    thread::scope(|scope| {
+        let server = scope.spawn(|| serve(&listener.accept()?.0));
+        let taken = Taken::by(
+            guest,
+            &format!("net-bench {kind} {address} --amount {amount}"),
+        );
+        if taken.is_err() {
+            // A guest that never came must not keep the server waiting; if it did come, this
+            // is one connection more that nobody takes.
+            drop(TcpStream::connect(address));
+        }
+        match server.join() {
+            Ok(served) => taken.and_then(|taken| served.map(|()| taken)),
+            Err(_) => bail!("the server panicked"),
+        }
+        .with_context(|| format!("{kind} {amount}"))
+    })
+}
+
+/// The host's part of what the guest announces in its first line.
+fn serve(stream: &TcpStream) -> Result<()> {
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(SILENCE_MAX))?;
+    stream.set_write_timeout(Some(SILENCE_MAX))?;
+    let (mut reader, mut writer) = (BufReader::new(stream), stream);
+    let mut line = String::new();
+    reader.read_line(&mut line)?;
+    let (kind, amount) = line.trim().split_once(' ').context("no request")?;
+    let amount: u64 = amount.parse().context(kind.to_owned())?;
+    match kind {
+        "send" => {
+            let mut chunk = vec![0; CHUNK_BYTES as usize];
+            let mut left = amount;
+            while left > 0 {
+                match reader.read(&mut chunk)? as u64 {
+                    0 => bail!("{left} bytes are missing"),
+                    count => left = left.saturating_sub(count),
+                }
+            }
+            writer.write_all(&[1])?;
+        }
+        "receive" => {
+            let chunk = vec![1; CHUNK_BYTES as usize];
+            let mut left = amount;
+            while left > 0 {
+                let count = left.min(CHUNK_BYTES);
+                writer.write_all(&chunk[..count as usize])?;
+                left -= count;
+            }
+        }
+        "ask" => {
+            let mut message = [0; MESSAGE_BYTES];
+            for _ in 0..amount {
+                reader.read_exact(&mut message)?;
+                writer.write_all(&message)?;
+            }
+        }
+        _ => bail!("{line:?} is no request"),
+    }
+    Ok(())
+}
