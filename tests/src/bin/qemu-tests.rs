@@ -42,6 +42,16 @@ const ROOM_TO_GROW: &[&str] = &[
     "virtio-balloon-pci,free-page-reporting=on",
 ];
 
+/// Little, so that it is soon full; the memory of one node, for one limit.
+const SMALL: &[&str] = &[
+    "-smp",
+    "2",
+    "-m",
+    "320M",
+    "-device",
+    "virtio-balloon-pci,free-page-reporting=on",
+];
+
 fn main() -> ExitCode {
     let filters: Vec<String> = std::env::args().skip(1).collect();
     let all: Vec<Test> = tests![
@@ -50,6 +60,10 @@ fn main() -> ExitCode {
         tracker_changed_at_run_time_gives_memory_back,
         dimm_plugged_gives_memory_back_and_leaves,
         virtio_mem_gives_memory_back_and_shrinks,
+        memory_far_above_a_hole_gives_memory_back,
+        huge_pages_always_and_never_give_memory_back,
+        everything_at_once_leaves_no_trace,
+        memory_filled_to_the_brim_survives_where_it_does_with_mainline,
     ];
     let chosen: Vec<Test> = all
         .into_iter()
@@ -205,4 +219,127 @@ fn virtio_mem_gives_memory_back_and_shrinks() -> Result<Outcome> {
     })?;
     gives_back(&mut guest, 250)?;
     end(&guest)
+}
+
+/// 200 GiB of nothing lie between what the guest boots with and the DIMM.
+fn memory_far_above_a_hole_gives_memory_back() -> Result<Outcome> {
+    const FAR: u64 = 204 << 30;
+    let mut arguments = ROOM_TO_GROW.to_vec();
+    arguments[3] = "512M,slots=2,maxmem=256G";
+    let mut guest = QemuGuest::serve(
+        &kernel()?,
+        &arguments,
+        "page_reporting.tracker=bitmap memhp_default_state=online_movable",
+    )?;
+    let before = total_bytes(&mut guest)?;
+    let backend = json!({"qom-type": "memory-backend-ram", "id": "more", "size": 512 * MIB});
+    guest.control("object-add", &backend)?;
+    let dimm = json!({"driver": "pc-dimm", "id": "dimm", "memdev": "more", "addr": FAR});
+    guest.control("device_add", &dimm)?;
+    wait_total(&mut guest, "the DIMM in the guest", |total| {
+        total >= before + 500 * MIB
+    })?;
+    // The block of 128 MiB at that address.
+    guest.shell(&format!(
+        "grep online /sys/devices/system/memory/memory{}/state",
+        FAR >> 27
+    ))?;
+    // Most of it can only come from there.
+    gives_back(&mut guest, 700)?;
+    guest.control("device_del", &json!({"id": "dimm"}))?;
+    wait_total(&mut guest, "the guest without the DIMM", |total| {
+        total < before + 100 * MIB
+    })?;
+    gives_back(&mut guest, 250)?;
+    end(&guest)
+}
+
+fn huge_pages_always_and_never_give_memory_back() -> Result<Outcome> {
+    let mut guest = QemuGuest::serve(&kernel()?, TWO_NODES, "page_reporting.tracker=bitmap")?;
+    for mode in ["never", "always"] {
+        guest.shell(&format!(
+            "echo {mode} > /sys/kernel/mm/transparent_hugepage/enabled"
+        ))?;
+        gives_back(&mut guest, 400)?;
+    }
+    end(&guest)
+}
+
+/// What `cargo xtask guest sanitize` does for minutes, for seconds: memory blocks offline and
+/// online, trackers, settings and the driver changed, while every byte is checked.
+fn everything_at_once_leaves_no_trace() -> Result<Outcome> {
+    let mut guest = QemuGuest::serve(
+        &kernel()?,
+        TWO_NODES,
+        "page_reporting.tracker=bitmap movablecore=256M",
+    )?;
+    let said = guest.shell("guest-mem stress --seconds 8 --seed 3 --bytes 200M")?;
+    ensure!(said.contains("ok stress seconds=8 seed=3"), "{said}");
+    let taint = guest.shell("cat /proc/sys/kernel/tainted")?;
+    ensure!(
+        taint.lines().any(|line| line.trim() == "0"),
+        "tainted: {taint}"
+    );
+    end(&guest)
+}
+
+/// A program takes nearly all memory, ends, and the next one takes it while what the last one
+/// had is on its way to the host. With less and less left over somebody is killed at last: not
+/// sooner with the bitmap, which has blocks in flight at once, than with mainline's tracker.
+fn memory_filled_to_the_brim_survives_where_it_does_with_mainline() -> Result<Outcome> {
+    const LEFT_MIB: &[u64] = &[40, 12];
+    let mut guest = QemuGuest::serve(&kernel()?, SMALL, "page_reporting.tracker=mainline")?;
+    let mut passed = Vec::new();
+    for &left in LEFT_MIB {
+        if !survives(&mut guest, left)? {
+            break;
+        }
+        passed.push(left);
+    }
+    // As many reports in flight as there can be.
+    guest.shell(
+        "cd /sys/kernel/mm/page_reporting && echo bitmap > tracker && echo 0 > age_ms && \
+         echo 1 > pending_blocks && echo 0 > backoff",
+    )?;
+    for &left in &passed {
+        // The edge is not sharp: the kernel itself needs a little more or less each time.
+        let survived = survives(&mut guest, left)? || survives(&mut guest, left)?;
+        ensure!(
+            survived,
+            "{left} MiB left over: mainline's tracker survives, the bitmap does not"
+        );
+    }
+    println!("  of {LEFT_MIB:?} MiB left over, no OOM with {passed:?}");
+    ensure!(
+        !passed.is_empty(),
+        "mainline's tracker does not survive either"
+    );
+    // The brim is not where reporting ends.
+    gives_back(&mut guest, 150)?;
+    let complaints: Vec<String> = guest
+        .complaints()
+        .into_iter()
+        .filter(|line| !line.contains("Out of memory"))
+        .collect();
+    ensure!(
+        complaints.is_empty(),
+        "the kernel complains: {complaints:#?}"
+    );
+    Ok(Outcome::Passed)
+}
+
+/// Whether programs can take all available memory but `left_mib`, one right after the other.
+fn survives(guest: &mut QemuGuest, left_mib: u64) -> Result<bool> {
+    let answer = guest.command(&format!(
+        "sh echo 3 > /proc/sys/vm/drop_caches; \
+         KIB=$(sed -n 's/MemAvailable: *//p' /proc/meminfo | cut -d' ' -f1); \
+         for ROUND in 1 2 3; do \
+         guest-mem touch --bytes $((KIB - {left_mib} * 1024))K > /dev/null 2>&1 || exit 9; \
+         done"
+    ))?;
+    ensure!(
+        ["sh 0", "sh 9"].iter().any(|word| answer.ends_with(word)),
+        "{answer}"
+    );
+    Ok(answer.ends_with("sh 0"))
 }

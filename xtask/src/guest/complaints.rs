@@ -18,7 +18,6 @@ const WORDS: &[&str] = &[
     "INFO: trying to register non-static key",
     // mm/page_alloc.c, mm/page_poison.c, mm/oom_kill.c, mm/kmemleak.c
     "Bad page state",
-    "page allocation failure",
     "pagealloc: ",
     "Out of memory",
     "unreferenced object",
