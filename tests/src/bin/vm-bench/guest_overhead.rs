@@ -9,6 +9,8 @@
 //! Options behind `--` choose a part, `-- --workload churn --rounds 8 --reporting bitmap`: words
 //! that a workload's name begins with and names of variants. Where instructions are counted,
 //! parts can be measured side by side and compared, provided that they are the same work.
+//! Where seconds are measured, `-- --turns 5` takes everything five times, the variants in turns,
+//! and gives medians with the least and the most.
 
 use std::collections::BTreeMap;
 use std::env;
@@ -17,6 +19,7 @@ use anyhow::{Context, Result, bail};
 use integration_tests::linux::{Guest, Machine};
 use serde_json::{Value, json};
 
+use crate::compare::{median, rounded};
 use crate::cost::Cost;
 use crate::options::Asked;
 
@@ -55,6 +58,7 @@ struct Choice {
     workload: Option<String>,
     reporting: Vec<String>,
     rounds: Option<usize>,
+    turns: Option<usize>,
 }
 
 impl Choice {
@@ -68,6 +72,7 @@ impl Choice {
                 "--workload" => choice.workload = Some(value.clone()),
                 "--reporting" => choice.reporting = value.split(',').map(String::from).collect(),
                 "--rounds" => choice.rounds = Some(value.parse().context("--rounds")?),
+                "--turns" => choice.turns = Some(value.parse().context("--turns")?),
                 _ => bail!("{NAME} has no option {option}"),
             }
         }
@@ -87,6 +92,14 @@ impl Choice {
 /// Nanoseconds of each round by variant.
 type Times = BTreeMap<&'static str, Vec<u64>>;
 
+/// What one guest of each variant took.
+#[derive(Debug, Default)]
+struct Turn {
+    times: BTreeMap<&'static str, Times>,
+    reports: BTreeMap<&'static str, BTreeMap<&'static str, Value>>,
+    idle: BTreeMap<&'static str, Value>,
+}
+
 /// Nanoseconds of each workload under each variant, and the loss against `off` in percent.
 pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
     let choice = Choice::parse(asked.by_name.unwrap_or_default())?;
@@ -97,46 +110,85 @@ pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
     }
     variants.push(OFF_AGAIN);
     variants.retain(|variant| choice.has_variant(variant.0));
-    let mut times: BTreeMap<&str, Times> = BTreeMap::new();
-    let mut reports: BTreeMap<&str, BTreeMap<&str, Value>> = BTreeMap::new();
-    let mut idle: BTreeMap<&str, Value> = BTreeMap::new();
-    for variant in variants {
-        let mut guest = boot(variant)?;
-        for (workload, arguments, rounds) in WORKLOADS {
-            if !choice.has_workload(workload) {
-                continue;
+    let turns: Vec<Turn> = (0..choice.turns.unwrap_or(1))
+        .map(|_| Turn::take(&choice, &variants))
+        .collect::<Result<_>>()?;
+    if let [only] = turns.as_slice() {
+        return Ok(only.rows());
+    }
+    let losses = WORKLOADS
+        .iter()
+        .filter(|workload| choice.has_workload(workload.0))
+        .map(|workload| (workload.0.to_owned(), losses_of_turns(&turns, workload.0)))
+        .collect();
+    let turns: Vec<Value> = turns.iter().map(Turn::rows).collect();
+    Ok(json!({ "loss_percent": Value::Object(losses), "turns": turns }))
+}
+
+impl Turn {
+    fn take(choice: &Choice, variants: &[Variant]) -> Result<Self> {
+        let mut turn = Self::default();
+        for variant in variants {
+            let mut guest = boot(*variant)?;
+            for (workload, arguments, rounds) in WORKLOADS {
+                if !choice.has_workload(workload) {
+                    continue;
+                }
+                let rounds = choice.rounds.unwrap_or(rounds);
+                let ns = measure(&mut guest, arguments, rounds)
+                    .with_context(|| format!("{workload}, reporting {}", variant.0))?;
+                // It takes many minutes, and whoever waits wants to see that it goes on.
+                eprintln!("reporting {}: {workload}: {ns:?} ns", variant.0);
+                let times = turn.times.entry(workload).or_default();
+                times.insert(variant.0, ns);
+                let stats = guest.vmm.get("vm.reclaim-stats").unwrap_or_default();
+                let reports = turn.reports.entry(workload).or_default();
+                reports.insert(variant.0, stats["report"].clone());
             }
-            let rounds = choice.rounds.unwrap_or(rounds);
-            let ns = measure(&mut guest, arguments, rounds)
-                .with_context(|| format!("{workload}, reporting {}", variant.0))?;
-            // It takes many minutes, and whoever waits wants to see that it goes on.
-            eprintln!("reporting {}: {workload}: {ns:?} ns", variant.0);
-            times.entry(workload).or_default().insert(variant.0, ns);
-            let stats = guest.vmm.get("vm.reclaim-stats").unwrap_or_default();
-            reports
-                .entry(workload)
-                .or_default()
-                .insert(variant.0, stats["report"].clone());
+            if choice.has_workload(IDLE) {
+                turn.idle.insert(variant.0, at_rest(&mut guest)?);
+            }
         }
-        if choice.has_workload(IDLE) {
-            idle.insert(variant.0, at_rest(&mut guest)?);
-        }
+        Ok(turn)
     }
-    let rows = times.into_iter().map(|(workload, times)| {
-        let row = json!({
-            "ns": times,
-            "loss_percent": losses(&times, |rounds| rounds),
-            "loss_percent_first_half": losses(&times, |rounds| &rounds[..rounds.len() / 2]),
-            "loss_percent_second_half": losses(&times, |rounds| &rounds[rounds.len() / 2..]),
-            "reports_since_boot": reports[workload],
+
+    fn rows(&self) -> Value {
+        let rows = self.times.iter().map(|(workload, times)| {
+            let row = json!({
+                "ns": times,
+                "loss_percent": losses(times, |rounds| rounds),
+                "loss_percent_first_half": losses(times, |rounds| &rounds[..rounds.len() / 2]),
+                "loss_percent_second_half": losses(times, |rounds| &rounds[rounds.len() / 2..]),
+                "reports_since_boot": self.reports[workload],
+            });
+            ((*workload).to_owned(), row)
         });
-        (workload.to_owned(), row)
-    });
-    let mut rows: serde_json::Map<String, Value> = rows.collect();
-    if !idle.is_empty() {
-        rows.insert(IDLE.into(), json!({ "each_second": idle }));
+        let mut rows: serde_json::Map<String, Value> = rows.collect();
+        if !self.idle.is_empty() {
+            rows.insert(IDLE.into(), json!({ "each_second": self.idle }));
+        }
+        rows.into()
     }
-    Ok(rows.into())
+}
+
+/// The losses of each turn, put together: of seconds no single one means much.
+fn losses_of_turns(turns: &[Turn], workload: &str) -> Value {
+    let mut all: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    for times in turns.iter().filter_map(|turn| turn.times.get(workload)) {
+        for (variant, loss) in losses(times, |rounds| rounds) {
+            all.entry(variant).or_default().push(loss);
+        }
+    }
+    let spreads = all.into_iter().map(|(variant, mut losses)| {
+        losses.sort_by(f64::total_cmp);
+        let spread = json!({
+            "median": median(&losses).map(rounded),
+            "min": losses.first().copied().map(rounded),
+            "max": losses.last().copied().map(rounded),
+        });
+        (variant.to_owned(), spread)
+    });
+    Value::Object(spreads.collect())
 }
 
 /// Exits and processor time of each second that the guest does nothing, some time after the last
@@ -190,4 +242,26 @@ fn measure(guest: &mut Guest, arguments: &str, rounds: usize) -> Result<Vec<u64>
         bail!("not {rounds} rounds in {text:?}");
     }
     Ok(times)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn losses_of_turns_are_each_against_off_of_the_same_turn() {
+        let turn = |off, bitmap| Turn {
+            times: BTreeMap::from([(
+                "churn",
+                Times::from([("off", vec![off, off]), ("bitmap", vec![bitmap, bitmap])]),
+            )]),
+            ..Turn::default()
+        };
+        // A machine that is busier in the second turn slows both.
+        let turns = [turn(100, 101), turn(200, 210), turn(100, 103)];
+        assert_eq!(
+            losses_of_turns(&turns, "churn"),
+            json!({ "bitmap": { "median": 3.0, "min": 1.0, "max": 5.0 } })
+        );
+    }
 }
