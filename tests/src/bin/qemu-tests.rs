@@ -58,6 +58,7 @@ fn main() -> ExitCode {
         nodes_both_give_memory_back,
         mainline_tracker_in_a_patched_kernel_gives_memory_back,
         tracker_changed_at_run_time_gives_memory_back,
+        each_tracker_after_the_other_gives_memory_back,
         dimm_plugged_gives_memory_back_and_leaves,
         virtio_mem_gives_memory_back_and_shrinks,
         memory_far_above_a_hole_gives_memory_back,
@@ -141,16 +142,30 @@ fn mainline_tracker_in_a_patched_kernel_gives_memory_back() -> Result<Outcome> {
     end(&guest)
 }
 
+fn track(guest: &mut QemuGuest, tracker: &str) -> Result<()> {
+    let choose = format!("echo {tracker} > /sys/kernel/mm/page_reporting/tracker");
+    guest.shell(&choose).map(drop)
+}
+
 fn tracker_changed_at_run_time_gives_memory_back() -> Result<Outcome> {
     let mut guest = QemuGuest::serve(&kernel()?, TWO_NODES, "page_reporting.tracker=off")?;
     guest.command("alloc 300M")?;
     guest.command("free")?;
     for tracker in ["bitmap", "mainline", "off", "bitmap"] {
-        guest.shell(&format!(
-            "echo {tracker} > /sys/kernel/mm/page_reporting/tracker"
-        ))?;
+        track(&mut guest, tracker)?;
     }
     gives_back(&mut guest, 400)?;
+    end(&guest)
+}
+
+/// One must leave the queue and its interrupt as the other needs them.
+fn each_tracker_after_the_other_gives_memory_back() -> Result<Outcome> {
+    let mut guest = QemuGuest::serve(&kernel()?, TWO_NODES, "page_reporting.tracker=bitmap")?;
+    gives_back(&mut guest, 300)?;
+    for tracker in ["mainline", "bitmap"] {
+        track(&mut guest, tracker)?;
+        gives_back(&mut guest, 300)?;
+    }
     end(&guest)
 }
 
