@@ -27,7 +27,7 @@ const BUILDER_VERSION: u32 = 1;
 
 /// Steps of a full build, for the progress display.
 const EXPECTED_STEPS: usize = 2270;
-const SMALL_STEPS: usize = 1200;
+const SMALL_STEPS: usize = 1700;
 
 /// A kernel to be built.
 #[derive(Debug)]

@@ -16,7 +16,7 @@ use crate::course::Taken;
 /// Turns of each VMM when two are compared.
 pub(crate) const TURNS: usize = 3;
 
-const STREAM_BYTES: u64 = 2 * MIB;
+const STREAM_BYTES: u64 = 16 * MIB;
 const ROUND_TRIPS: u64 = 128;
 /// As `guest-mem net-bench` has them.
 const MESSAGE_BYTES: usize = 64;
