@@ -44,16 +44,20 @@ pub fn program(name: &str) -> Result<PathBuf> {
     }
 }
 
+/// Whether a kernel without a folder is the patched one: `GUEST_KERNEL=patched` in the environment.
+pub fn guest_kernel_is_patched() -> bool {
+    env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "patched")
+}
+
 /// A guest image: `initramfs.cpio.gz`, `vmlinux` or `bzImage`, or one of the latter two under
-/// `patched/`. A kernel without a folder is the stock one, or with `GUEST_KERNEL=patched` in
-/// the environment the patched one.
+/// `patched/`. A kernel without a folder is the stock one, or the patched one if
+/// [`guest_kernel_is_patched`].
 ///
 /// # Errors
 /// There is no such image.
 pub fn guest(name: &str) -> Result<PathBuf> {
-    let patched = env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "patched");
     let name = match name {
-        "vmlinux" | "bzImage" if patched => format!("patched/{name}"),
+        "vmlinux" | "bzImage" if guest_kernel_is_patched() => format!("patched/{name}"),
         name => name.to_owned(),
     };
     let built = workspace().join("target/guest");

@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use integration_tests::linux::{Guest, Machine};
+use integration_tests::paths;
 use recording::{Phase, Recording, Sample};
 
 const MIB: u64 = 1 << 20;
@@ -40,7 +41,7 @@ fn main() -> Result<()> {
     fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
 
     // Set by the testbed's --kernel.
-    let patched = std::env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "patched");
+    let patched = paths::guest_kernel_is_patched();
     let kind = if patched {
         "a Linux kernel with our patches"
     } else {

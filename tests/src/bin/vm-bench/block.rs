@@ -1,7 +1,6 @@
 //! Throughput of a disk: direct I/O of the guest on an image in TMPDIR, which in an emulated
 //! host is memory.
 
-use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -10,11 +9,10 @@ use serde_json::{Map, Value, json};
 
 use crate::MIB;
 use crate::course::Taken;
+use crate::overhead::disk_image;
 
 /// Turns of each VMM when two are compared.
 pub(crate) const TURNS: usize = 3;
-
-const DISK_BYTES: u64 = 64 * MIB;
 
 /// A name, `read` or `write`, bytes of a request, how many, and more for `guest-mem disk-bench`.
 type Course = (&'static str, &'static str, u64, u64, &'static str);
@@ -43,10 +41,7 @@ const COURSES: [Course; 6] = [
 
 /// All courses with one guest of `vmm`.
 pub(crate) fn measure(vmm: &Path) -> Result<Value> {
-    let folder = tempfile::tempdir()?;
-    let path = folder.path().join("disk.raw");
-    File::create(&path)?.set_len(DISK_BYTES)?;
-    let disk = format!("path={},image_type=raw", path.display());
+    let (_folder, disk) = disk_image()?;
     let mut guest = Machine {
         vmm: Some(vmm),
         arguments: &["--disk", &disk],

@@ -3,11 +3,11 @@
 //! Time begins with the guest's first report, as the guest's driver begins to report when it has
 //! found the balloon. The guest's memory is never touched: only the reports are measured.
 
-use std::env;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use integration_tests::linux::Machine;
+use integration_tests::paths;
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 
@@ -33,7 +33,7 @@ struct Sample {
 /// Bytes, batches, and the time to 95 % of them, for each tracker that the kernel has.
 pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
     asked.refuse_options()?;
-    if env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "patched") {
+    if paths::guest_kernel_is_patched() {
         return Ok(json!({
             "mainline": of("page_reporting.tracker=mainline")?,
             "bitmap": of("page_reporting.tracker=bitmap")?,

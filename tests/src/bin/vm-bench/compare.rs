@@ -81,7 +81,7 @@ fn numbers(turns: &[&Value]) -> Vec<f64> {
 }
 
 /// Of sorted values; the upper one of two in the middle.
-pub(crate) fn median(sorted: &[f64]) -> Option<f64> {
+fn median(sorted: &[f64]) -> Option<f64> {
     sorted.get(sorted.len() / 2).copied()
 }
 

@@ -13,13 +13,13 @@
 //! and gives medians with the least and the most.
 
 use std::collections::BTreeMap;
-use std::env;
 
 use anyhow::{Context, Result, bail};
 use integration_tests::linux::{Guest, Machine};
+use integration_tests::paths;
 use serde_json::{Value, json};
 
-use crate::compare::{median, rounded};
+use crate::compare::{rounded, side_by_side};
 use crate::cost::Cost;
 use crate::options::Asked;
 
@@ -103,7 +103,7 @@ struct Turn {
 /// Nanoseconds of each workload under each variant, and the loss against `off` in percent.
 pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
     let choice = Choice::parse(asked.by_name.unwrap_or_default())?;
-    let patched = env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "patched");
+    let patched = paths::guest_kernel_is_patched();
     let mut variants = vec![OFF, MAINLINE];
     if patched {
         variants.push(BITMAP);
@@ -173,22 +173,14 @@ impl Turn {
 
 /// The losses of each turn, put together: of seconds no single one means much.
 fn losses_of_turns(turns: &[Turn], workload: &str) -> Value {
-    let mut all: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-    for times in turns.iter().filter_map(|turn| turn.times.get(workload)) {
-        for (variant, loss) in losses(times, |rounds| rounds) {
-            all.entry(variant).or_default().push(loss);
-        }
-    }
-    let spreads = all.into_iter().map(|(variant, mut losses)| {
-        losses.sort_by(f64::total_cmp);
-        let spread = json!({
-            "median": median(&losses).map(rounded),
-            "min": losses.first().copied().map(rounded),
-            "max": losses.last().copied().map(rounded),
-        });
-        (variant.to_owned(), spread)
+    let taken = turns.iter().filter_map(|turn| turn.times.get(workload));
+    let losses = taken.map(|times| {
+        let losses = losses(times, |rounds| rounds).into_iter();
+        losses
+            .map(|(variant, loss)| (variant.to_owned(), json!(rounded(loss))))
+            .collect()
     });
-    Value::Object(spreads.collect())
+    side_by_side(&[losses.map(Value::Object).collect()])
 }
 
 /// Exits and processor time of each second that the guest does nothing, some time after the last

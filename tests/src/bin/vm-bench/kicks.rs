@@ -3,12 +3,12 @@
 //!
 //! `cargo xtask bench --kernel patched kicks`
 
-use std::env;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::linux::{Guest, Machine};
+use integration_tests::paths;
 use serde_json::{Map, Value, json};
 
 use crate::options::Asked;
@@ -32,7 +32,7 @@ const GIB: f64 = (1u64 << 30) as f64;
 /// Reports and bytes of each burst, for each tracker that the kernel has.
 pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
     asked.refuse_options()?;
-    let patched = env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "patched");
+    let patched = paths::guest_kernel_is_patched();
     let trackers: &[(&str, &str)] = if patched {
         &[
             ("bitmap", "page_reporting.tracker=bitmap"),

@@ -16,6 +16,7 @@ use std::io::{self, IsTerminal as _};
 
 use anyhow::{Context, Result};
 use integration_tests::huge_pages::ReservedHugePages;
+use integration_tests::paths;
 use serde_json::{Value, json};
 
 use self::course::Course;
@@ -32,7 +33,7 @@ const HUGE_PAGES: u64 = 512;
 /// Measures every combination, prints the table and returns the figures. With no figure named at
 /// all, one free is measured, to see that it works.
 pub(crate) fn run(asked: &Asked<'_>) -> Result<Value> {
-    let patched = env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "patched");
+    let patched = paths::guest_kernel_is_patched();
     let plan = match asked.by_name {
         Some(words) => Plan::parse(words, patched)?,
         None => Plan::short(),
