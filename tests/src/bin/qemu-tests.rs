@@ -10,7 +10,7 @@ use integration_tests::outcome::{Outcome, Test, run};
 use integration_tests::qemu::QemuGuest;
 use integration_tests::wait::wait_for;
 use integration_tests::{paths, tests};
-use serde_json::json;
+use serde_json::{Value, json};
 
 const MIB: u64 = 1 << 20;
 /// Mainline's tracker needs seconds, and machines are busy.
@@ -184,25 +184,36 @@ fn wait_total(guest: &mut QemuGuest, what: &str, fits: impl Fn(u64) -> bool) -> 
     })
 }
 
+/// Gives the guest this DIMM of 512 MiB; returns what it had before.
+fn plug(guest: &mut QemuGuest, dimm: &Value) -> Result<u64> {
+    let before = total_bytes(guest)?;
+    let backend = json!({"qom-type": "memory-backend-ram", "id": "more", "size": 512 * MIB});
+    guest.control("object-add", &backend)?;
+    guest.control("device_add", dimm)?;
+    wait_total(guest, "the DIMM in the guest", |total| {
+        total >= before + 500 * MIB
+    })?;
+    Ok(before)
+}
+
+/// Takes it away again.
+fn unplug(guest: &mut QemuGuest, before: u64) -> Result<()> {
+    guest.control("device_del", &json!({"id": "dimm"}))?;
+    wait_total(guest, "the guest without the DIMM", |total| {
+        total < before + 100 * MIB
+    })
+}
+
 fn dimm_plugged_gives_memory_back_and_leaves() -> Result<Outcome> {
     let mut guest = QemuGuest::serve(
         &kernel()?,
         ROOM_TO_GROW,
         "page_reporting.tracker=bitmap memhp_default_state=online_movable",
     )?;
-    let before = total_bytes(&mut guest)?;
-    let backend = json!({"qom-type": "memory-backend-ram", "id": "more", "size": 512 * MIB});
-    guest.control("object-add", &backend)?;
     let dimm = json!({"driver": "pc-dimm", "id": "dimm", "memdev": "more"});
-    guest.control("device_add", &dimm)?;
-    wait_total(&mut guest, "the DIMM in the guest", |total| {
-        total >= before + 500 * MIB
-    })?;
+    let before = plug(&mut guest, &dimm)?;
     gives_back(&mut guest, 700)?;
-    guest.control("device_del", &json!({"id": "dimm"}))?;
-    wait_total(&mut guest, "the guest without the DIMM", |total| {
-        total < before + 100 * MIB
-    })?;
+    unplug(&mut guest, before)?;
     // What is left works on.
     gives_back(&mut guest, 250)?;
     end(&guest)
@@ -246,14 +257,8 @@ fn memory_far_above_a_hole_gives_memory_back() -> Result<Outcome> {
         &arguments,
         "page_reporting.tracker=bitmap memhp_default_state=online_movable",
     )?;
-    let before = total_bytes(&mut guest)?;
-    let backend = json!({"qom-type": "memory-backend-ram", "id": "more", "size": 512 * MIB});
-    guest.control("object-add", &backend)?;
     let dimm = json!({"driver": "pc-dimm", "id": "dimm", "memdev": "more", "addr": FAR});
-    guest.control("device_add", &dimm)?;
-    wait_total(&mut guest, "the DIMM in the guest", |total| {
-        total >= before + 500 * MIB
-    })?;
+    let before = plug(&mut guest, &dimm)?;
     // The block of 128 MiB at that address.
     guest.shell(&format!(
         "grep online /sys/devices/system/memory/memory{}/state",
@@ -261,10 +266,7 @@ fn memory_far_above_a_hole_gives_memory_back() -> Result<Outcome> {
     ))?;
     // Most of it can only come from there.
     gives_back(&mut guest, 700)?;
-    guest.control("device_del", &json!({"id": "dimm"}))?;
-    wait_total(&mut guest, "the guest without the DIMM", |total| {
-        total < before + 100 * MIB
-    })?;
+    unplug(&mut guest, before)?;
     gives_back(&mut guest, 250)?;
     end(&guest)
 }
