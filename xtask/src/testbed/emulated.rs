@@ -168,8 +168,8 @@ fn machine(command: &mut Command, job: &Job) {
     } else {
         command.args(["-accel", "tcg,thread=multi"]);
         command.args(["-smp", &options.cpus.to_string()]);
-        append.push_str(OUTER_TIMERS);
     }
+    append.push_str(OUTER_TIMERS);
     command.args(["-m", &format!("{}K", options.memory / 1024)]);
     command.arg("-kernel").arg(&job.artefacts.vmlinux);
     command.args(["-append", &append]);
