@@ -9,6 +9,7 @@
 //! Options behind `--` choose a part, `-- --workload churn --rounds 8 --reporting bitmap`: words
 //! that a workload's name begins with and names of variants. Where instructions are counted,
 //! parts can be measured side by side and compared, provided that they are the same work.
+//! `-- --tasks 4` has four tasks at a time do the work, each for itself.
 //! Where seconds are measured, `-- --turns 5` takes everything five times, the variants in turns,
 //! and gives medians with the least and the most.
 
@@ -27,14 +28,11 @@ use crate::options::Asked;
 pub(crate) const NAME: &str = "guest-overhead";
 
 /// A name, arguments of `guest-mem workload`, and how many rounds are measured.
-///
-/// One task each: on the one processor that instructions are counted on, four take turns and say
-/// no more.
 const WORKLOADS: [(&str, &str, usize); 4] = [
-    ("page_fault1", "page_fault1 --tasks 1", 3),
-    ("page_fault2", "page_fault2 --tasks 1", 2),
-    ("churn of 512 MiB", "churn --tasks 1 --bytes 512M", 8),
-    ("build", "build --tasks 1 --bytes 8M", 4),
+    ("page_fault1", "page_fault1", 3),
+    ("page_fault2", "page_fault2", 2),
+    ("churn of 512 MiB", "churn --bytes 512M", 8),
+    ("build", "build --bytes 8M", 4),
 ];
 
 /// By what the cost of a guest that does nothing is chosen.
@@ -57,6 +55,7 @@ const OFF_AGAIN: Variant = ("off again", OFF.1, OFF.2);
 struct Choice {
     workload: Option<String>,
     reporting: Vec<String>,
+    tasks: Option<usize>,
     rounds: Option<usize>,
     turns: Option<usize>,
 }
@@ -71,6 +70,7 @@ impl Choice {
             match option.as_str() {
                 "--workload" => choice.workload = Some(value.clone()),
                 "--reporting" => choice.reporting = value.split(',').map(String::from).collect(),
+                "--tasks" => choice.tasks = Some(value.parse().context("--tasks")?),
                 "--rounds" => choice.rounds = Some(value.parse().context("--rounds")?),
                 "--turns" => choice.turns = Some(value.parse().context("--turns")?),
                 _ => bail!("{NAME} has no option {option}"),
@@ -135,7 +135,8 @@ impl Turn {
                     continue;
                 }
                 let rounds = choice.rounds.unwrap_or(rounds);
-                let ns = measure(&mut guest, arguments, rounds)
+                let arguments = format!("{arguments} --tasks {}", choice.tasks.unwrap_or(1));
+                let ns = measure(&mut guest, &arguments, rounds)
                     .with_context(|| format!("{workload}, reporting {}", variant.0))?;
                 // It takes many minutes, and whoever waits wants to see that it goes on.
                 eprintln!("reporting {}: {workload}: {ns:?} ns", variant.0);
@@ -216,7 +217,7 @@ fn boot((_, balloon, command_line): Variant) -> Result<Guest> {
     .serve()
 }
 
-/// Runs a round to warm up and then those for the figure: nanoseconds of each.
+/// Runs a round to warm up and then those for the figure: nanoseconds of each, by the first task.
 fn measure(guest: &mut Guest, arguments: &str, rounds: usize) -> Result<Vec<u64>> {
     let mut course = |rounds| {
         guest.shell(&format!(
