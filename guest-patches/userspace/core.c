@@ -1,3 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 /* The core as it is in the kernel, on our stand-in for the kernel. */
 #include "page_reporting_bitmap.c"
+
+/* What the file keeps to itself and bursts.c asks for. */
+const unsigned long full_granules = PRB_FULL_GRANULES, worth_granules = PRB_WORTH_GRANULES;

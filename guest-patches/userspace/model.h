@@ -53,6 +53,12 @@ bool host_is_failing(void);
 void host_set_failing(bool failing);
 unsigned long host_told_pages(void);
 
+/* ---- bursts.c: when a burst is held back ---- */
+
+/* Bounds of the core: core.c. */
+extern const unsigned long full_granules, worth_granules;
+void check_bursts(void);
+
 /* ---- check.c: the promises ---- */
 
 void check_all(void);

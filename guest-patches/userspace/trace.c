@@ -118,6 +118,9 @@ static void pass(unsigned int flags)
 	in_pass = true;
 	minds_age = !(flags & PRB_ANY_AGE);
 	prb_note_reuse();
+	/* As the worker does it. */
+	if (!flags && prb_hold(16, 2000))
+		flags = PRB_AGE_ONLY;
 	prb_pass(flags);
 	in_pass = false;
 	atomic_set(&prb_index.stop, 0);
@@ -238,6 +241,7 @@ int main(int argc, char **argv)
 	state = (seed + 1) * 0x9e3779b97f4a7c15UL;
 	memory_init();
 	attach();
+	check_bursts();
 	for (step = 1; step <= steps; step++) {
 		act();
 		if (one_in(16))

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * When a burst is held back: told by figures alone, so that they are set here
+ * and no memory moves. 100 ms pass from one look to the next.
+ */
+#include "model.h"
+
+/* Granules that make a burst, and how long one is held back. */
+#define ENOUGH 16
+#define HELD_MS 2000
+
+static void reported_long_ago(void)
+{
+	prb_index.reported_at = jiffies - msecs_to_jiffies(HELD_MS);
+}
+
+static bool look(unsigned long old, unsigned long young)
+{
+	struct prb_index *t = &prb_index;
+	unsigned long was_old = t->nr_old;
+	long was_young = atomic_long_read(&t->nr_young);
+	bool held;
+
+	jiffies += msecs_to_jiffies(100);
+	t->nr_old = old;
+	atomic_long_set(&t->nr_young, young);
+	held = prb_hold(ENOUGH, HELD_MS);
+	atomic_long_set(&t->nr_young, was_young);
+	t->nr_old = was_old;
+	return held;
+}
+
+#define expect(held, old, young) \
+	must(look(old, young) == (held), "bursts.c:%d: not " #held, __LINE__)
+
+void check_bursts(void)
+{
+	struct prb_index *t = &prb_index;
+	bool was_initial = t->initial;
+
+	mutex_lock(&t->pass_lock);
+	t->initial = false;
+
+	/* Freed at once: it leaves as soon as it is of age. */
+	reported_long_ago();
+	expect(true, 0, 350);
+	expect(false, 350, 0);
+
+	/* One that goes on is held back, and its end leaves with it. */
+	for (unsigned long old = 0; old < 320; old += 40)
+		expect(true, old, 40);
+	expect(true, 320, 10);
+	expect(true, 330, 10);
+	expect(false, 340, 10);
+	expect(false, 10, 0);
+
+	/* Its last blocks may be few. */
+	expect(true, 0, 320);
+	expect(true, 320, 1);
+	expect(false, 321, 0);
+
+	/* Few stray frees are no burst, nor are they one beside what is due. */
+	expect(false, 8, 7);
+	expect(true, 8, 8);
+	expect(false, 1, 0);
+	expect(false, 400, 12);
+
+	/* Until it is a full batch, */
+	expect(true, full_granules - 1, full_granules);
+	expect(false, full_granules, full_granules);
+	/* or for two seconds, and then anew. */
+	for (int i = 0; i < 20; i++)
+		expect(true, 16, 16);
+	expect(false, 16, 16);
+	expect(true, 16, 16);
+
+	/* Small bursts leave together, */
+	expect(false, 0, 0);
+	prb_index.reported_at = jiffies;
+	for (int i = 1; i < 20; i++)
+		expect(true, worth_granules - 1, 0);
+	expect(false, worth_granules - 1, 0);
+	/* large ones by themselves. */
+	prb_index.reported_at = jiffies;
+	expect(false, worth_granules, 0);
+
+	/* At first all memory is due, and waits for nothing. */
+	t->initial = true;
+	expect(false, 16, 16);
+
+	t->initial = was_initial;
+	t->holding = false;
+	mutex_unlock(&t->pass_lock);
+}
