@@ -154,7 +154,7 @@ fn script(options: &Options) -> String {
         (
             format!(
                 "cd /tmp; /usr/bin/stress-ng --vm 1 --vm-bytes 128M --vm-method all --mmap 1 \
-                 --mmap-bytes 48M --malloc 1 --malloc-bytes 32M --fork 1 --verify \
+                 --mmap-bytes 48M --malloc 1 --malloc-bytes 1M --malloc-max 64 --fork 1 --verify \
                  --timeout {seconds} & NG=$!\n"
             ),
             "wait $NG && echo ok stress-ng || exit 1\n",
