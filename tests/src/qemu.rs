@@ -51,8 +51,12 @@ impl QemuGuest {
             .arg(fs::canonicalize(paths::guest("initramfs.cpio.gz")?)?)
             .args([
                 "-append",
-                // On a busy machine the timer may not tick within the kernel's test of it.
-                &format!("console=ttyS0 panic=-1 no_timer_check {command_line} guest.run={script}"),
+                // On a busy machine the timer may not tick within the kernel's test of it, and a
+                // processor that waits for a one-shot timer may wait for good; ticks end that.
+                &format!(
+                    "console=ttyS0 panic=-1 no_timer_check highres=off nohz=off {command_line} \
+                     guest.run={script}"
+                ),
             ])
             // Names of sockets are short.
             .current_dir(folder.path())
