@@ -38,6 +38,7 @@ void check_bursts(void)
 	struct prb_index *t = &prb_index;
 	bool was_initial = t->initial;
 
+	must(!t->bytes_per_second, "a bound is set before anything has been");
 	mutex_lock(&t->pass_lock);
 	t->initial = false;
 
@@ -54,10 +55,12 @@ void check_bursts(void)
 	expect(false, 340, 10);
 	expect(false, 10, 0);
 
-	/* Its last blocks may be few. */
+	/* Its last blocks may be few, and there may be more after them. */
 	expect(true, 0, 320);
 	expect(true, 320, 1);
-	expect(false, 321, 0);
+	expect(true, 321, 40);
+	expect(true, 361, 1);
+	expect(false, 362, 0);
 
 	/* Few stray frees are no burst, nor are they one beside what is due. */
 	expect(false, 8, 7);
@@ -83,6 +86,17 @@ void check_bursts(void)
 	/* large ones by themselves. */
 	prb_index.reported_at = jiffies;
 	expect(false, worth_granules, 0);
+
+	/* What had to stay in the last pass is not due, */
+	t->kept = 100;
+	expect(false, 110, 5);
+	expect(true, 110, 6);
+	expect(false, 100 + full_granules, 100);
+	t->kept = 0;
+	/* and a bound on bytes a second has a pace of its own. */
+	t->bytes_per_second = 1;
+	expect(false, 16, 16);
+	t->bytes_per_second = 0;
 
 	/* At first all memory is due, and waits for nothing. */
 	t->initial = true;
