@@ -233,15 +233,11 @@ fn measure(guest: &mut Guest, arguments: &str, rounds: usize) -> Result<Vec<u64>
     if by_task.is_empty() || by_task.values().any(|times| times.len() != rounds) {
         bail!("not {rounds} rounds of each task in {text:?}");
     }
-    match by_task.values().collect::<Vec<_>>().as_slice() {
-        [only] => Ok((*only).clone()),
-        several => Ok(several
-            .iter()
-            .map(|times| times.iter().sum())
-            .max()
-            .into_iter()
-            .collect()),
+    if by_task.len() == 1 {
+        return Ok(by_task.into_values().flatten().collect());
     }
+    let ends = by_task.values().map(|times| times.iter().sum());
+    Ok(ends.max().into_iter().collect())
 }
 
 /// Of lines `task 0 round 1 12345 ns`.
