@@ -25,12 +25,14 @@ use virtio_devices::balloon::BalloonHandle;
 use virtio_devices::mem::MemHandle;
 use virtio_devices::pci::PciFunction;
 use vm_memory::GuestAddressSpace;
-use vmm_sys_util::eventfd::EventFd;
 
 pub(crate) use build::BALLOON_ID;
 pub use consoles::Consoles;
 pub use error::VmError;
 pub use hotplug::{HotplugError, NewDevice};
+pub use machine::events::EventSink;
+pub use machine::signals::VmSignals;
+pub use machine::threads::ThreadStart;
 use observer::OwnObserver;
 pub use observer::{BalloonStatsError, VmObserver};
 
@@ -41,42 +43,6 @@ use crate::memory::layout::{MEM_32BIT_DEVICES_BYTES, MEM_32BIT_DEVICES_START};
 use crate::memory::{GuestMemory, RamSlots};
 use chassis::Chassis;
 use devices::Plugged;
-
-/// Called first on every thread the VMM starts, with the thread's name; it
-/// installs the seccomp filter for that kind of thread.
-pub type ThreadStart = Arc<dyn Fn(&str) + Send + Sync>;
-
-/// Takes `(source, event, properties)` for the event monitor. Never blocks.
-pub type EventSink = Arc<dyn Fn(&str, &str, &[(&str, String)]) + Send + Sync>;
-
-/// What the machine reports back to the control thread.
-#[derive(Debug)]
-pub struct VmSignals {
-    /// The guest powered off (ACPI S5).
-    pub shutdown: EventFd,
-    /// The guest asked for a reset (ACPI reset register, i8042, triple fault).
-    pub reset: EventFd,
-    /// A vCPU stopped on something the VMM cannot handle; the machine is lost.
-    pub failed: EventFd,
-    /// The guest let go of devices it was asked to.
-    pub ejected: EventFd,
-}
-
-impl VmSignals {
-    /// Signals that are not raised.
-    ///
-    /// # Errors
-    /// No descriptors are left.
-    pub fn new() -> std::io::Result<Self> {
-        let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
-        Ok(Self {
-            shutdown: event()?,
-            reset: event()?,
-            failed: event()?,
-            ejected: event()?,
-        })
-    }
-}
 
 /// What a machine needs from the program around it.
 #[derive(Clone)]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::raise;
 use crate::bus::BusDevice;
-use crate::vm::VmSignals;
+use crate::signals::VmSignals;
 
 /// What the FADT tells the guest to write for a reset.
 pub const RESET_VALUE: u8 = 1;

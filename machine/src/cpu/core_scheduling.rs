@@ -12,7 +12,7 @@
 use std::io;
 use std::sync::{Mutex, PoisonError};
 
-use ::api::config::CoreScheduling;
+use api::config::CoreScheduling;
 
 use super::CpuError;
 

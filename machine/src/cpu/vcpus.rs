@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use ::api::config::CpusConfig;
+use api::config::CpusConfig;
 use hypervisor::bindings::kvm_clock_data;
 use hypervisor::{Kvm, Vm, kick};
 
@@ -21,7 +21,7 @@ use super::run::{VcpuCell, vcpu_thread};
 use super::{CpuError, ExitCounters, GuestEvent, Topology, VmExitHandler, registers};
 use crate::boot::EntryPoint;
 use crate::memory::layout::{KVM_IDENTITY_MAP_START, KVM_TSS_START};
-use crate::vm::ThreadStart;
+use crate::threads::ThreadStart;
 
 /// How long vCPU threads have to leave the guest: a handler that takes longer is broken.
 const STAND_STILL_DEADLINE: Duration = Duration::from_secs(5);

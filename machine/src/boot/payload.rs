@@ -5,7 +5,7 @@ use std::io::Seek;
 use std::ops::Range;
 use std::path::Path;
 
-use ::api::config::{PayloadConfig, PlatformConfig};
+use api::config::{PayloadConfig, PlatformConfig};
 use linux_loader::bootparam::setup_header;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 

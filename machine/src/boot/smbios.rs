@@ -4,7 +4,7 @@
 //! chassis (3) if it has an asset tag, OEM strings (11) if there are any, end
 //! (127). Each is a fixed part followed by its strings, ended by two zeros.
 
-use ::api::config::PlatformConfig;
+use api::config::PlatformConfig;
 
 use crate::memory::layout::{SMBIOS_MAX_BYTES, SMBIOS_START};
 

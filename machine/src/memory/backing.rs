@@ -17,7 +17,7 @@ use std::os::unix::fs::MetadataExt;
 use std::ptr;
 use std::sync::Arc;
 
-use ::api::config::MemoryZoneConfig;
+use api::config::MemoryZoneConfig;
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{FileOffset, MmapRegion};
 

@@ -11,7 +11,7 @@
 
 use std::ops::Range;
 
-use ::api::config::{MemoryConfig, MemoryZoneConfig};
+use api::config::{MemoryConfig, MemoryZoneConfig};
 
 /// Name of the only zone of RAM that the configuration does not divide.
 pub const DEFAULT_ZONE_ID: &str = "mem0";

@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use api::config::{CpuAffinity, CpuTopology, CpusConfig, MemoryConfig, PayloadConfig};
 use hypervisor::Kvm;
+use machine::boot::Payload;
+use machine::cpu::{CpuError, GuestEvent, Vcpus, VcpusContext, VmExitHandler};
+use machine::memory::layout::{MIB, RSDP_START};
+use machine::memory::{GuestMemory, RamSlots};
 use tempfile::NamedTempFile;
 use vm_memory::GuestAddress;
-use vmm::boot::Payload;
-use vmm::cpu::{CpuError, GuestEvent, Vcpus, VcpusContext, VmExitHandler};
-use vmm::memory::layout::{MIB, RSDP_START};
-use vmm::memory::{GuestMemory, RamSlots};
 
 use crate::images::{LOAD_ADDRESS, PVH_NOTE, bzimage, elf};
 

@@ -242,7 +242,7 @@ fn missing_ram_is_an_error() {
 }
 
 /// Writes the tables to a directory for a disassembler:
-/// `ACPI_DUMP=DIR cargo test -p vmm acpi_dump -- --ignored`, then `iasl -d DIR/*.aml`.
+/// `ACPI_DUMP=DIR cargo test -p machine acpi_dump -- --ignored`, then `iasl -d DIR/*.aml`.
 #[test]
 #[ignore = "writes files for inspection by hand"]
 fn acpi_dump() {

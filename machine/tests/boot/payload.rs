@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use api::config::{MemoryConfig, PayloadConfig};
+use machine::boot::{BootError, BootProtocol, EntryPoint, Payload};
+use machine::memory::GuestMemory;
+use machine::memory::layout::{MIB, RSDP_START};
 use tempfile::TempDir;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
-use vmm::boot::{BootError, BootProtocol, EntryPoint, Payload};
-use vmm::memory::GuestMemory;
-use vmm::memory::layout::{MIB, RSDP_START};
 
 use crate::images::{BZIMAGE_CODE_OFFSET, ELF_CODE_OFFSET, LOAD_ADDRESS, PVH_NOTE, bzimage, elf};
 

@@ -78,7 +78,7 @@ mod tests {
 
     use super::*;
     use crate::interrupt::{GsiRouter, Ioapic, fake::FakeBackend};
-    use crate::vm::VmSignals;
+    use crate::signals::VmSignals;
     use proptest::prelude::*;
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 

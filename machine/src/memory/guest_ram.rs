@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use ::api::config::{MemoryConfig, MemoryZoneConfig};
+use api::config::{MemoryConfig, MemoryZoneConfig};
 use hypervisor::{MemorySlot, Vm};
 use virtio_devices::GuestRam;
 use vm_memory::{

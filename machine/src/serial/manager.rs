@@ -15,7 +15,7 @@ use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::vm::ThreadStart;
+use crate::threads::ThreadStart;
 
 /// Name of the thread.
 pub const SERIAL_MANAGER_THREAD: &str = "serial-manager";

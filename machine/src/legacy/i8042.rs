@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::raise;
 use crate::bus::BusDevice;
-use crate::vm::VmSignals;
+use crate::signals::VmSignals;
 
 /// Offset of port 0x61, the system control port.
 const SYSTEM_CONTROL: u64 = 0;

@@ -18,5 +18,5 @@ mod zones;
 pub use e820::{E820Entry, E820Kind, e820_map};
 pub use error::{MemoryError, ZoneError};
 pub use guest_ram::{GuestMemory, RamSlots};
-pub(crate) use numa_policy::HOST_NUMA_NODE_MAX;
+pub use numa_policy::HOST_NUMA_NODE_MAX;
 pub use zones::{DEFAULT_ZONE_ID, HOTPLUG_ZONE_ID, Zone};

@@ -9,7 +9,7 @@
 //! A level whose size is no power of two leaves holes in the ids (Intel SDM
 //! volume 3, §9.9.1).
 
-use ::api::config::{CpuTopology, CpusConfig};
+use api::config::{CpuTopology, CpusConfig};
 
 use super::CpuError;
 

@@ -7,7 +7,7 @@ use std::io;
 use vm_memory::MmapRegion;
 
 /// Highest node an x86-64 kernel can be built for (`MAX_NUMNODES` of 1024, arch/x86/Kconfig).
-pub(crate) const HOST_NUMA_NODE_MAX: u32 = 1023;
+pub const HOST_NUMA_NODE_MAX: u32 = 1023;
 
 const WORD_BITS: usize = u64::BITS as usize;
 const MASK_WORDS: usize = (HOST_NUMA_NODE_MAX as usize + 1) / WORD_BITS;

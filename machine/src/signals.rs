@@ -1,0 +1,32 @@
+//! What a machine tells the one who runs it.
+
+use vmm_sys_util::eventfd::EventFd;
+
+/// What the machine reports back to the control thread.
+#[derive(Debug)]
+pub struct VmSignals {
+    /// The guest powered off (ACPI S5).
+    pub shutdown: EventFd,
+    /// The guest asked for a reset (ACPI reset register, i8042, triple fault).
+    pub reset: EventFd,
+    /// A vCPU stopped on something the VMM cannot handle; the machine is lost.
+    pub failed: EventFd,
+    /// The guest let go of devices it was asked to.
+    pub ejected: EventFd,
+}
+
+impl VmSignals {
+    /// Signals that are not raised.
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    pub fn new() -> std::io::Result<Self> {
+        let event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
+        Ok(Self {
+            shutdown: event()?,
+            reset: event()?,
+            failed: event()?,
+            ejected: event()?,
+        })
+    }
+}
