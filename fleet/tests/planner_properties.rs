@@ -144,6 +144,71 @@ fn facts<'a>(inventory: &'a Inventory, id: &VmId) -> &'a VmFacts {
         .expect("actions are about VMs of the inventory")
 }
 
+/// What one VM and its host are like at one sample: available and swapped-in memory as parts, whether it answers, what is
+/// free on the host.
+fn moment() -> impl Strategy<Value = (f64, f64, bool, f64)> {
+    let answers = prop::bool::weighted(0.7);
+    (0.0..0.6f64, 0.0..0.01f64, answers, 0.0..0.6f64)
+}
+
+/// When a balloon that does what it is told was moved the other way, ms.
+fn turns(moments: &[(f64, f64, bool, f64)], hours: u64) -> Vec<u64> {
+    let configured = Bytes::gib(8);
+    let (mut memory, mut target) = (PlannerMemory::default(), Bytes::ZERO);
+    let (mut grew, mut turns) = (None, Vec::new());
+    let mut swapped_in = Bytes::ZERO;
+    let mut last = None;
+    for (now_ms, (available, swap_in, answers, free)) in (SAMPLE_MS..hours * 3_600_000)
+        .step_by(SAMPLE_MS as usize)
+        .zip(moments.iter().cycle())
+    {
+        let mut facts = vm(
+            0,
+            now_ms / SAMPLE_MS - 1,
+            configured,
+            (0.2, 1.0, 1000, PriorityClass::Normal),
+            (target.ratio(configured), target.ratio(configured), 0.3),
+            Some((*available, 0.5, 0)),
+            false,
+        );
+        swapped_in += configured.scale(*swap_in);
+        if let Some(claims) = facts
+            .sample
+            .as_mut()
+            .and_then(|sample| sample.guest.as_mut())
+        {
+            claims.swap_in = Some(swapped_in);
+        }
+        if *answers {
+            last = facts.sample;
+        } else {
+            facts.missed_samples = 3;
+            facts.sample = last;
+        }
+        let inventory = Inventory {
+            now_ms,
+            host: HostFacts {
+                at_ms: now_ms,
+                total: Bytes::gib(16),
+                available: Bytes::gib(16).scale(*free),
+                ..HostFacts::default()
+            },
+            vms: vec![facts],
+            promised: Bytes::ZERO,
+        };
+        let plan = plan(&inventory, &config(), &memory);
+        for (_, from, to) in balloons(&plan) {
+            if grew.is_some_and(|grew| grew != (to > from)) {
+                turns.push(now_ms);
+            }
+            grew = Some(to > from);
+            target = to;
+        }
+        memory = plan.memory;
+    }
+    turns
+}
+
 fn granted(inventory: &Inventory, plan: &Plan) -> Bytes {
     balloons(plan)
         .map(|(action, from, to)| {
@@ -155,6 +220,14 @@ fn granted(inventory: &Inventory, plan: &Plan) -> Bytes {
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 128, ..ProptestConfig::default() })]
+
+    #[test]
+    fn no_balloon_turns_more_than_twelve_times_an_hour(moments in prop::collection::vec(moment(), 1..40)) {
+        let turns = turns(&moments, 3);
+        for window in turns.windows(13) {
+            prop_assert!(window[12] - window[0] > 3_600_000, "{turns:?}");
+        }
+    }
 
     #[test]
     fn nobody_is_taken_below_its_minimum_or_given_above_its_maximum(history in history()) {

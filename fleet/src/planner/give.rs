@@ -9,7 +9,7 @@ use crate::config::{Config, ControlConfig};
 use crate::model::{Bytes, HostState, Ledger};
 
 use super::Reason;
-use super::observe::suffer_below;
+use super::observe::{learn_from_silence, refaulting, suffer_below};
 use super::state::BURST_LEAVE;
 use super::view::View;
 
@@ -17,6 +17,9 @@ use super::view::View;
 const STALL_SUSPECTED_MS: u64 = 60_000;
 /// Steps that one plan gives to a guest that does not need it.
 const RELAX_STEPS: u64 = 4;
+/// Between the marks a guest gets one step in this time, and only after the host was green for as long, ms. Ten minutes
+/// make at most six turns an hour, should every step have to be taken again.
+const RELAX_SLOWLY_MS: u64 = 600_000;
 
 /// What may still be given by this plan.
 #[derive(Debug)]
@@ -81,6 +84,9 @@ pub(super) fn give_urgent(
         if let Some((to, reason)) = urgency(view, now_ms, control) {
             view.reason = reason;
             if view.target > to {
+                if reason == Reason::StallSuspected {
+                    learn_from_silence(view.facts, &mut view.memory, now_ms, control);
+                }
                 urgent.push((index, to));
             }
         }
@@ -134,7 +140,7 @@ fn urgency(view: &View<'_>, now_ms: u64, control: &ControlConfig) -> Option<(Byt
 pub(super) fn give_rest(
     views: &mut [View<'_>],
     budget: &mut Budget,
-    state: HostState,
+    (state, since_ms): (HostState, u64),
     now_ms: u64,
     config: &Config,
 ) {
@@ -144,11 +150,12 @@ pub(super) fn give_rest(
         views,
         budget,
         above_give,
-        |view| may_give(view, now_ms, control).then(|| need(view, control))?,
+        |view| may_give(view, now_ms, control).then(|| need(view, state, control))?,
         Reason::Need,
         control,
     );
     if state == HostState::Green {
+        relax_slowly(views, budget, since_ms, now_ms, config);
         let above_relax = budget
             .above(control.relax_above.0, control)
             .min(budget.covered);
@@ -167,6 +174,36 @@ pub(super) fn give_rest(
     }
 }
 
+/// Between the value that ends yellow and `relax_above` there is no haste either way, but what guests gave must not stay
+/// away for ever: they get it back a step at a time, down to a quarter of the way above the lower mark.
+fn relax_slowly(
+    views: &mut [View<'_>],
+    budget: &mut Budget,
+    green_since_ms: u64,
+    now_ms: u64,
+    config: &Config,
+) {
+    if now_ms < green_since_ms + RELAX_SLOWLY_MS {
+        return;
+    }
+    let control = &config.control;
+    let low = config.thresholds.yellow.leave.0;
+    let mark = low + (control.relax_above.0 - low) / 4.0;
+    let above_mark = budget.above(mark, control).min(budget.covered);
+    share(
+        views,
+        budget,
+        above_mark,
+        |view| {
+            let rested = now_ms >= view.memory.asked_at_ms + RELAX_SLOWLY_MS;
+            let wish = (view.target - view.low).min(view.step(HostState::Green, control));
+            (rested && may_give(view, now_ms, control) && wish > Bytes::ZERO).then_some(wish)
+        },
+        Reason::Relax,
+        control,
+    );
+}
+
 fn may_give(view: &View<'_>, now_ms: u64, control: &ControlConfig) -> bool {
     let blocked = control.safety.blocking && now_ms < view.memory.give_blocked_until_ms;
     view.to == view.target
@@ -177,9 +214,17 @@ fn may_give(view: &View<'_>, now_ms: u64, control: &ControlConfig) -> bool {
         && !blocked
 }
 
-/// What a guest lacks to what it should keep, once it is half way down to suffering. Between the two nothing happens.
-fn need(view: &View<'_>, control: &ControlConfig) -> Option<Bytes> {
+/// What a guest lacks to what it should keep, once it is half way down to suffering. Between the two nothing happens,
+/// unless it reads back what it had to give up: then it lacks a step, whatever it says is available.
+fn need(view: &View<'_>, state: HostState, control: &ControlConfig) -> Option<Bytes> {
     let available = view.available?;
+    if refaulting(&view.memory) {
+        let step = view.step(state, control);
+        let wish = (view.keeps - available)
+            .max(step)
+            .min(view.target - view.low);
+        return (wish > Bytes::ZERO).then_some(wish);
+    }
     let suffers = suffer_below(view.facts.configured - view.target, control);
     let begins = Bytes(u64::midpoint(view.keeps.0, suffers.0));
     let wish = (view.keeps - available).min(view.target - view.low);

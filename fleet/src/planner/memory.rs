@@ -15,6 +15,8 @@ pub struct PlannerMemory {
     pub last_resort_at_ms: u64,
     /// How far they have gone.
     pub last_resort: u8,
+    /// What is remembered of the host's memory pressure.
+    pub pressure: PressureMemory,
     /// When the present window of the burst measurement began, ms.
     pub window_from_ms: u64,
     /// Growth by window.
@@ -31,6 +33,15 @@ impl PlannerMemory {
             .ok()
             .map(|index| &self.vms[index].1)
     }
+}
+
+/// Memory pressure over time, so that neither hysteresis nor pressure from elsewhere holds a state for ever.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PressureMemory {
+    /// When pressure last was above the value that begins yellow, orange and red, ms.
+    pub above_at_ms: [Option<u64>; 3],
+    /// Since when pressure alone has asked for a state while no VM showed a sign of it, ms.
+    pub foreign_since_ms: Option<u64>,
 }
 
 /// Everything remembered about a VM.
@@ -50,8 +61,16 @@ pub struct VmMemory {
     pub asked_from: Bytes,
     /// Host memory that was expected of it.
     pub asked_gain: Bytes,
+    /// The target before that request.
+    pub asked_before: Bytes,
+    /// Requests to grow in a row that left the target as it was.
+    pub refused: u32,
     /// Samples in a row with stalls.
     pub stalled: u32,
+    /// Samples in a row in which it read back much from its swap or its files.
+    pub refaulting: u32,
+    /// Whether it fell silent under its balloon and has not answered since.
+    pub silenced: bool,
     /// Whether it was suffering at the last sample.
     pub suffering: bool,
     /// Whether memory came back faster than it should.
@@ -86,6 +105,13 @@ pub struct VmMemory {
     pub learned_min: Bytes,
     /// When that is forgotten, ms.
     pub learned_until_ms: u64,
+    /// What its programs used when it answered again after a silence that taught `learned_min`: with less in use it
+    /// needs as much less. Absent when it was suffering that taught.
+    pub learned_used: Option<Bytes>,
+    /// When the balloon was moved the other way in the last hour, ms, newest last.
+    pub turns_ms: Vec<u64>,
+    /// Which way the balloon was last moved: whether it grew.
+    pub grew: Option<bool>,
     /// How much of a step it is asked for; 1 is all of it.
     pub step_scale: f64,
     /// Given to it and not used yet.

@@ -24,11 +24,14 @@ mod take;
 mod view;
 mod write;
 
-pub use memory::{PlannerMemory, Reporting, Squeezed, VmMemory};
+pub use memory::{PlannerMemory, PressureMemory, Reporting, Squeezed, VmMemory};
 pub use plan::{
     Action, ActionKind, Block, Decision, Explanation, HostExplanation, Phase, Plan, Precondition,
     Present, Reason,
 };
+
+use std::borrow::Cow;
+use std::collections::BTreeSet;
 
 use crate::config::{Config, ControlConfig};
 use crate::model::{Bytes, HostState, Inventory, Ledger, VmFacts, VmId};
@@ -45,13 +48,15 @@ pub fn plan(inventory: &Inventory, config: &Config, memory: &PlannerMemory) -> P
 
 /// The same as [`plan`] for a caller that has no further use for the memory.
 pub fn advance(inventory: &Inventory, config: &Config, mut memory: PlannerMemory) -> Plan {
-    let mut views = views(inventory, config, &mut memory);
+    let (inventory, impossible) = &believable(inventory, config);
+    let mut views = views(inventory, impossible, config, &mut memory);
     burst::record(&mut memory, &mut views, inventory.now_ms, &config.control);
     let ledger = ledger(inventory, config, &memory, &views);
     let before = memory.state;
+    let pressed = state::pressed_by(&mut memory.pressure, inventory, &views, config);
     enter(
         &mut memory,
-        state::next(before, &inventory.host, &ledger, config),
+        state::next(before, pressed, &ledger, config),
         inventory.now_ms,
     );
 
@@ -60,6 +65,7 @@ pub fn advance(inventory: &Inventory, config: &Config, mut memory: PlannerMemory
         state: memory.state,
         free: inventory.host.free_fraction(ledger.reserved),
         burst_coverage: ledger.burst_coverage(),
+        pressure_elsewhere: memory.pressure.is_foreign(inventory.now_ms),
         ..HostExplanation::default()
     };
     let mut budget = Budget::new(&ledger, &config.control);
@@ -109,7 +115,13 @@ fn decide(
     if demand.shortage >= near || demand.firm >= near {
         host.taken = take::take(views, &demand, control);
     }
-    give::give_rest(views, budget, memory.state, now_ms, config);
+    give::give_rest(
+        views,
+        budget,
+        (memory.state, memory.state_since_ms),
+        now_ms,
+        config,
+    );
     explain_untouched(views, now_ms, config);
 
     let missing = demand.shortage - host.taken;
@@ -154,9 +166,43 @@ fn firm(ledger: &Ledger, control: &ControlConfig) -> Bytes {
     }
 }
 
+/// The inventory with the VMs' claims about themselves bounded, and those that claimed the impossible. No host runs VMs
+/// of more than `overcommit_max` times its memory, so a VM that says it is larger is booked by what can be seen of it, and
+/// the books of all others stay right.
+fn believable<'a>(
+    inventory: &'a Inventory,
+    config: &Config,
+) -> (Cow<'a, Inventory>, BTreeSet<VmId>) {
+    let possible = inventory
+        .host
+        .limit()
+        .scale(config.admission.overcommit_max.max(1.0));
+    let mut bounded = Cow::Borrowed(inventory);
+    let mut impossible = BTreeSet::new();
+    for (index, vm) in inventory.vms.iter().enumerate() {
+        let sample = vm.sample.unwrap_or_default();
+        // Without a reading of the host nothing is known to be too large.
+        if possible == Bytes::ZERO || vm.configured <= possible {
+            continue;
+        }
+        impossible.insert(vm.id.clone());
+        let vm = &mut bounded.to_mut().vms[index];
+        vm.configured = sample.resident.min(possible);
+        vm.policy.max = vm.policy.max.min(vm.configured);
+        vm.policy.min = vm.policy.min.min(vm.configured);
+        if let Some(sample) = &mut vm.sample {
+            sample.resident = sample.resident.min(possible);
+            sample.ballooned = Bytes::ZERO;
+            sample.swapped = Bytes::ZERO;
+        }
+    }
+    (bounded, impossible)
+}
+
 /// Joins facts and memory, both by name, and looks at new samples.
 fn views<'a>(
     inventory: &'a Inventory,
+    impossible: &BTreeSet<VmId>,
     config: &Config,
     memory: &mut PlannerMemory,
 ) -> Vec<View<'a>> {
@@ -173,6 +219,7 @@ fn views<'a>(
                 .map(|(_, vm)| vm)
                 .unwrap_or_default();
             observe::observe(facts, &mut vm, inventory.now_ms, &config.control);
+            vm.distrusted |= impossible.contains(&facts.id);
             View::new(facts, vm, inventory.now_ms, config)
         })
         .collect()

@@ -399,6 +399,8 @@ pub struct HostExplanation {
     pub free: Fraction,
     /// Available memory above the reserve that the plan works towards.
     pub goal: Bytes,
+    /// Whether the host's memory pressure is believed to come from something other than its VMs.
+    pub pressure_elsewhere: bool,
     /// What is missing to it, after what is under way.
     pub shortage: Bytes,
     /// What balloons that are growing will still bring.

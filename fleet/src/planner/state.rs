@@ -1,28 +1,35 @@
 //! The host's state, from its facts and the state before.
 
 use crate::config::{Config, Thresholds};
-use crate::model::{Bytes, Fraction, HostFacts, HostState, Ledger};
+use crate::model::{Bytes, Fraction, HostFacts, HostState, Inventory, Ledger};
+
+use super::PressureMemory;
+use super::observe::refaulting;
+use super::view::View;
 
 /// Available memory beyond the burst that ends the state that a burst began, as a factor on the burst.
 pub(super) const BURST_LEAVE: f64 = 1.25;
+/// How long a state is held by pressure that is below the value that began it, ms.
+const HELD_MS: u64 = 300_000;
+/// Pressure that no VM shows is another's after this time, ms.
+const FOREIGN_MS: u64 = 600_000;
 
-/// The next state: the worst that any of the three signals asks for. Each has its own dead band: it asks for a state
-/// from `enter` on, and goes on asking until `leave` if the host is in that state or a worse one.
+/// The next state: the worst that any of the three signals asks for. Free memory and burst have dead bands of their own:
+/// each asks for a state from `enter` on, and goes on asking until `leave` if the host is in that state or a worse one.
+/// What pressure asks for is in `pressed`.
 pub(super) fn next(
     before: HostState,
-    host: &HostFacts,
+    pressed: HostState,
     ledger: &Ledger,
     config: &Config,
 ) -> HostState {
     let free = Fraction(ledger.available.ratio(ledger.usable));
     let held = config.control.safety.dead_band;
-    let mut state = HostState::Green;
+    let mut state = pressed;
     for candidate in [HostState::Yellow, HostState::Orange, HostState::Red] {
         let stays = held && before >= candidate;
-        if short(candidate, free, stays, &config.thresholds)
-            || pressed(candidate, host, free, stays, &config.thresholds)
-        {
-            state = candidate;
+        if short(candidate, free, stays, &config.thresholds) {
+            state = state.max(candidate);
         }
     }
     if config.control.safety.burst && uncovered(ledger, held && before > HostState::Green) {
@@ -37,22 +44,72 @@ fn short(state: HostState, free: Fraction, stays: bool, thresholds: &Thresholds)
         .is_some_and(|band| free < band.enter || stays && free <= band.leave)
 }
 
-fn pressed(
-    state: HostState,
+/// The state that memory pressure asks for. It begins at its value and ends at half of it, or when it has been below its
+/// value for [`HELD_MS`]: a host that is busy with other things may have a little pressure for ever.
+///
+/// Pressure without any sign of it in a VM or in the host's swap, on a host with memory to spare, is not the VMs':
+/// after [`FOREIGN_MS`] of it, in which taking from them has not helped, it counts no more.
+pub(super) fn pressed_by(
+    memory: &mut PressureMemory,
+    inventory: &Inventory,
+    views: &[View<'_>],
+    config: &Config,
+) -> HostState {
+    let (host, now_ms) = (&inventory.host, inventory.now_ms);
+    let thresholds = &config.thresholds;
+    let free = host.free_fraction(config.reserve(host.limit()));
+    let asked = asked(memory, host, free, now_ms, config);
+    let swaps = host.swap_in_per_s > Bytes::ZERO || host.swap_out_per_s > Bytes::ZERO;
+    let shows = views
+        .iter()
+        .any(|view| view.memory.suffering || refaulting(&view.memory));
+    if asked == HostState::Green || swaps || shows || free <= thresholds.yellow.leave {
+        memory.foreign_since_ms = None;
+        return asked;
+    }
+    memory.foreign_since_ms.get_or_insert(now_ms);
+    if memory.is_foreign(now_ms) {
+        HostState::Green
+    } else {
+        asked
+    }
+}
+
+impl PressureMemory {
+    /// Whether pressure is believed to come from elsewhere.
+    pub(super) fn is_foreign(&self, now_ms: u64) -> bool {
+        self.foreign_since_ms
+            .is_some_and(|since_ms| now_ms >= since_ms + FOREIGN_MS)
+    }
+}
+
+fn asked(
+    memory: &mut PressureMemory,
     host: &HostFacts,
     free: Fraction,
-    stays: bool,
-    thresholds: &Thresholds,
-) -> bool {
-    let enter = match state {
-        HostState::Green => return false,
-        HostState::Yellow => thresholds.pressure[0],
-        HostState::Orange => thresholds.pressure[1],
-        HostState::Red => thresholds.pressure[2],
-    };
+    now_ms: u64,
+    config: &Config,
+) -> HostState {
     let pressure = host.pressure.some_avg10 / 100.0;
-    let value = if stays { enter.0 / 2.0 } else { enter.0 };
-    free < thresholds.pressure_below && pressure > value
+    let held = config.control.safety.dead_band;
+    let counts = free < config.thresholds.pressure_below;
+    let mut asked = HostState::Green;
+    for (index, candidate) in [HostState::Yellow, HostState::Orange, HostState::Red]
+        .into_iter()
+        .enumerate()
+    {
+        let enter = config.thresholds.pressure[index].0;
+        let above_at_ms = &mut memory.above_at_ms[index];
+        if counts && pressure > enter {
+            *above_at_ms = Some(now_ms);
+        } else if !counts || !held || pressure <= enter / 2.0 {
+            *above_at_ms = None;
+        }
+        if above_at_ms.is_some_and(|at_ms| now_ms < at_ms + HELD_MS) {
+            asked = candidate;
+        }
+    }
+    asked
 }
 
 fn uncovered(ledger: &Ledger, stays: bool) -> bool {
@@ -63,22 +120,80 @@ fn uncovered(ledger: &Ledger, stays: bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::Pressure;
+    use crate::model::{Amount, Pressure};
 
+    /// The state after one plan of a host with this much free and this pressure.
     fn at(before: HostState, free_percent: u64, some_avg10: f64) -> HostState {
-        let ledger = Ledger {
-            usable: Bytes::gib(100),
-            available: Bytes::gib(free_percent),
-            ..Ledger::default()
+        let mut memory = PressureMemory {
+            above_at_ms: HostState::ALL[1..]
+                .iter()
+                .map(|state| (before >= *state).then_some(0))
+                .collect::<Vec<_>>()
+                .try_into()
+                .unwrap(),
+            ..PressureMemory::default()
         };
-        let host = HostFacts {
-            pressure: Pressure {
-                some_avg10,
-                ..Pressure::default()
+        after(&mut memory, before, 1000, free_percent, some_avg10)
+    }
+
+    fn after(
+        memory: &mut PressureMemory,
+        before: HostState,
+        now_ms: u64,
+        free_percent: u64,
+        some_avg10: f64,
+    ) -> HostState {
+        let mut config = Config::default();
+        config.host.reserve = Amount::Bytes(Bytes::ZERO);
+        let inventory = Inventory {
+            now_ms,
+            host: HostFacts {
+                total: Bytes::gib(100),
+                available: Bytes::gib(free_percent),
+                pressure: Pressure {
+                    some_avg10,
+                    ..Pressure::default()
+                },
+                ..HostFacts::default()
             },
-            ..HostFacts::default()
+            ..Inventory::default()
         };
-        next(before, &host, &ledger, &Config::default())
+        let ledger = Ledger::of(&inventory, Bytes::ZERO, Bytes::ZERO, Bytes::ZERO);
+        let pressed = pressed_by(memory, &inventory, &[], &config);
+        next(before, pressed, &ledger, &config)
+    }
+
+    #[test]
+    fn pressure_just_above_half_ends_its_state_in_time() {
+        let mut memory = PressureMemory::default();
+        let mut state = after(&mut memory, HostState::Green, 0, 48, 1.5);
+        assert_eq!(state, HostState::Yellow);
+        let mut left_at_ms = None;
+        for now_ms in (2000..7_200_000).step_by(2000) {
+            state = after(&mut memory, state, now_ms, 48, 0.7);
+            if state == HostState::Green {
+                left_at_ms.get_or_insert(now_ms);
+            } else {
+                assert_eq!(left_at_ms, None, "entered again at {now_ms}");
+            }
+        }
+        assert_eq!(left_at_ms, Some(HELD_MS));
+    }
+
+    #[test]
+    fn pressure_that_no_vm_shows_counts_for_a_while_only() {
+        let mut memory = PressureMemory::default();
+        let mut state = HostState::Green;
+        for now_ms in (0..=FOREIGN_MS).step_by(2000) {
+            state = after(&mut memory, state, now_ms, 40, 30.0);
+            assert_eq!(state == HostState::Red, now_ms < FOREIGN_MS, "{now_ms}");
+        }
+        assert!(memory.is_foreign(FOREIGN_MS));
+        // A host that runs short is red whoever presses it.
+        assert_eq!(
+            after(&mut memory, state, FOREIGN_MS + 2000, 4, 30.0),
+            HostState::Red
+        );
     }
 
     #[test]
@@ -113,7 +228,7 @@ mod tests {
             ..Ledger::default()
         };
         let next = |before, ledger: &Ledger| {
-            super::next(before, &HostFacts::default(), ledger, &Config::default())
+            super::next(before, HostState::Green, ledger, &Config::default())
         };
         assert_eq!(next(HostState::Green, &ledger), HostState::Yellow);
         ledger.burst = Bytes::gib(35);

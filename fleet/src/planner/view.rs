@@ -3,7 +3,7 @@
 use crate::config::{Config, ControlConfig};
 use crate::model::{Bytes, FeatureLevel, HostState, PriorityClass, VmFacts, VmSample};
 
-use super::observe::{dead_band, keeps, possible};
+use super::observe::{TURNS_MAX, dead_band, keeps, possible, refaulting, used};
 use super::{Reason, VmMemory};
 
 /// A VM in the making of a plan. `to` and `reason` are what the rules set.
@@ -107,8 +107,12 @@ impl<'a> View<'a> {
             Some(Reason::Stuck)
         } else if memory.suffering && control.safety.give_back {
             Some(Reason::Suffering)
+        } else if refaulting(memory) && control.safety.give_back {
+            Some(Reason::Need)
         } else if control.safety.blocking
-            && (self.rests(state, now_ms, control) || self.shrinking(control))
+            && (self.rests(state, now_ms, control)
+                || self.shrinking(control)
+                || memory.turns_ms.len() >= TURNS_MAX)
         {
             Some(Reason::Blocked)
         } else {
@@ -133,8 +137,7 @@ impl<'a> View<'a> {
     /// of a guest that tells nothing of itself, something only from orange on.
     pub(super) fn target_max(&self, state: HostState, control: &ControlConfig) -> Bytes {
         let high = if control.safety.give_back {
-            self.high
-                .min(self.facts.configured - self.memory.learned_min)
+            self.high.min(self.facts.configured - self.learned_min())
         } else {
             self.high
         };
@@ -155,6 +158,15 @@ impl<'a> View<'a> {
             _ => Bytes::ZERO,
         };
         (self.target + room).min(high).max(self.target)
+    }
+
+    /// Memory it proved to need, as far as its programs still use what they used then.
+    fn learned_min(&self) -> Bytes {
+        let memory = &self.memory;
+        match (memory.learned_used, used(self.facts, &self.sample)) {
+            (Some(then), Some(now)) => memory.learned_min - (then - now),
+            _ => memory.learned_min,
+        }
     }
 
     /// Of what the balloon would take next, the part that occupies no host memory: taking it brings nothing.

@@ -138,7 +138,13 @@ impl Writer<'_> {
 fn remember_move(view: &mut View<'_>, grant: Bytes, now_ms: u64, control: &ControlConfig) {
     let pending = view.pending_gain(control);
     let memory = &mut view.memory;
+    let grows = view.to > view.target;
+    if memory.grew.is_some_and(|grew| grew != grows) {
+        memory.turns_ms.push(now_ms);
+    }
+    memory.grew = Some(grows);
     memory.asked_at_ms = now_ms;
+    memory.asked_before = view.target;
     memory.asked_from = view.sample.ballooned;
     if view.to > view.target {
         memory.asked_gain = pending + view.gain;
@@ -147,7 +153,12 @@ fn remember_move(view: &mut View<'_>, grant: Bytes, now_ms: u64, control: &Contr
     } else {
         memory.asked_gain = pending.min(view.to - view.sample.ballooned);
         if view.reason != Reason::Stuck {
-            let block = control.block_take.0 << memory.reversals;
+            // After a silence `learned_min` keeps the guest safe, and knows when it needs less.
+            let reversals = match view.reason {
+                Reason::StallSuspected => 0,
+                _ => memory.reversals,
+            };
+            let block = control.block_take.0 << reversals;
             memory.take_blocked_until_ms = now_ms + block.min(control.block_max.0);
         }
     }

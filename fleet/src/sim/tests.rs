@@ -89,3 +89,50 @@ fn plot_has_a_line_for_each_manager_and_figure() {
     ];
     assert_eq!(svg("a < b", &runs).matches("<polyline").count(), 6);
 }
+
+/// Guests that fall silent when their balloon leaves them short, on a host that has too little for all of them.
+fn pressed_until_silent(guests: u32, host_gib: u32) -> Scenario {
+    Scenario::from_toml(&format!(
+        r#"
+        name = "pressed until silent"
+        seed = 7
+        lasts = "120min"
+        settle = "5min"
+        [hosts]
+        memory = "{host_gib}GiB"
+        overhead = "512MiB"
+        [[guests]]
+        count = {guests}
+        memory = "4GiB"
+        character = "wedging"
+        load = {{ shape = "steady", level = "55%" }}
+        hot_cache = "30%"
+        min = "25%"
+        "#
+    ))
+    .unwrap()
+}
+
+#[test]
+fn guests_that_fall_silent_teach_as_those_that_suffer() {
+    for (guests, host_gib) in [(1, 4), (9, 33), (9, 35), (9, 38)] {
+        let report = simulate(&pressed_until_silent(guests, host_gib));
+        let limit_cycle = report
+            .faults
+            .iter()
+            .any(|fault| matches!(fault, CheckFault::LimitCycle { .. }));
+        assert!(!limit_cycle, "{guests} on {host_gib} GiB: {report}");
+    }
+}
+
+#[test]
+fn no_scenario_allows_more_turns_than_the_default() {
+    let allowed = Check::default().reversals_per_hour_max;
+    for (path, scenario) in scenarios() {
+        assert!(
+            scenario.check.reversals_per_hour_max <= allowed,
+            "{}",
+            path.display()
+        );
+    }
+}

@@ -1,0 +1,232 @@
+//! Inputs with which the planner once made things worse, each as the history that showed it.
+//!
+//! What needs guests that live on is shown by the simulator (`fleet/src/sim/tests.rs`).
+
+use fleet::admission::{Request, admit};
+use fleet::config::Config;
+use fleet::model::*;
+use fleet::planner::{ActionKind, Plan, PlannerMemory, Reason, plan};
+
+const HOST: Bytes = Bytes::gib(32);
+const SAMPLE_MS: u64 = 5000;
+const PLAN_MS: u64 = 2000;
+
+fn vm(name: &str, class: PriorityClass, sample: VmSample) -> VmFacts {
+    let configured = Bytes::gib(8);
+    VmFacts {
+        id: VmId::from(name),
+        epoch: 1,
+        level: FeatureLevel::L2,
+        configured,
+        has_balloon: true,
+        policy: VmPolicy {
+            min: Bytes::gib(2),
+            class,
+            ..VmPolicy::halves(configured)
+        },
+        interlock: None,
+        sample: Some(sample),
+        missed_samples: 0,
+    }
+}
+
+fn sample(at_ms: u64, target: Bytes, ballooned: Bytes, available: Bytes) -> VmSample {
+    VmSample {
+        at_ms,
+        balloon_target: target,
+        ballooned,
+        resident: Bytes::gib(8) - ballooned,
+        guest: Some(GuestClaims {
+            at_ms,
+            available,
+            free: available,
+            ..GuestClaims::default()
+        }),
+        ..VmSample::default()
+    }
+}
+
+fn inventory(now_ms: u64, free: Bytes, vms: Vec<VmFacts>) -> Inventory {
+    Inventory {
+        now_ms,
+        host: HostFacts {
+            at_ms: now_ms,
+            total: HOST,
+            available: Config::default().reserve(HOST) + free,
+            ..HostFacts::default()
+        },
+        vms,
+        promised: Bytes::ZERO,
+    }
+}
+
+/// The balloon target that the plan asks of a VM.
+fn asked(plan: &Plan, name: &str) -> Option<(Bytes, Bytes)> {
+    plan.actions.iter().find_map(|action| match action.kind {
+        ActionKind::Balloon { from, to } if action.vm.as_str() == name => Some((from, to)),
+        _ => None,
+    })
+}
+
+fn reason(plan: &Plan, name: &str) -> Reason {
+    plan.explanations
+        .iter()
+        .find(|explanation| explanation.vm.as_str() == name)
+        .expect("every VM is explained")
+        .reason
+}
+
+#[test]
+fn balloon_that_refuses_requests_is_stuck_and_others_give() {
+    let config = Config::default();
+    let mut memory = PlannerMemory::default();
+    let mut requests = 0;
+    let mut given = Bytes::ZERO;
+    let mut named_stuck = false;
+    for now_ms in (0..75_000).step_by(PLAN_MS as usize) {
+        let at_ms = now_ms / SAMPLE_MS * SAMPLE_MS;
+        let vms = vec![
+            // Answers every request with an error, or with success and no effect: its target stays zero.
+            vm(
+                "batch",
+                PriorityClass::Batch,
+                sample(at_ms, Bytes::ZERO, Bytes::ZERO, Bytes::gib(6)),
+            ),
+            vm(
+                "good",
+                PriorityClass::Normal,
+                sample(at_ms, given, given, Bytes::gib(6) - given),
+            ),
+        ];
+        let plan = plan(&inventory(now_ms, Bytes::gib(4), vms), &config, &memory);
+        requests += u32::from(asked(&plan, "batch").is_some());
+        named_stuck |= reason(&plan, "batch") == Reason::Stuck;
+        if let Some((_, to)) = asked(&plan, "good") {
+            given = to;
+        }
+        memory = plan.memory;
+    }
+    assert!(
+        requests <= 4,
+        "{requests} requests to a VM that refuses all"
+    );
+    assert!(named_stuck);
+    assert!(given >= Bytes::gib(2), "the other VM gave only {given}");
+}
+
+#[test]
+fn guest_that_reads_back_what_it_gave_is_given_memory() {
+    let config = Config::default();
+    let target = Bytes::gib(6);
+    let available = Bytes::gib(2).scale(0.09);
+    for faults_only in [false, true] {
+        let mut memory = PlannerMemory::default();
+        let mut gave = Bytes::ZERO;
+        for step in 1..=4 {
+            let now_ms = step * SAMPLE_MS;
+            let mut sample = sample(now_ms, target - gave, target - gave, available);
+            let read_back = Bytes::mib(200 * 5 * step);
+            let claims = sample.guest.as_mut().unwrap();
+            if faults_only {
+                claims.major_faults = Some(read_back.0 / 4096);
+            } else {
+                claims.swap_in = Some(read_back);
+            }
+            let vms = vec![vm("swapping", PriorityClass::Normal, sample)];
+            let plan = plan(&inventory(now_ms, Bytes::gib(11), vms), &config, &memory);
+            if let Some((from, to)) = asked(&plan, "swapping") {
+                assert!(to < from);
+                gave += from - to;
+            }
+            memory = plan.memory;
+        }
+        assert!(gave > Bytes::ZERO, "nothing was given");
+    }
+}
+
+#[test]
+fn nothing_is_taken_from_a_guest_that_reads_back_what_it_gave() {
+    let config = Config::default();
+    let mut memory = PlannerMemory::default();
+    for step in 1..=6 {
+        let now_ms = step * SAMPLE_MS;
+        let mut sample = sample(now_ms, Bytes::gib(1), Bytes::gib(1), Bytes::gib(4));
+        sample.guest.as_mut().unwrap().swap_in = Some(Bytes::mib(200 * 5 * step));
+        let vms = vec![vm("swapping", PriorityClass::Normal, sample)];
+        let plan = plan(&inventory(now_ms, Bytes::gib(2), vms), &config, &memory);
+        if step > 2 {
+            let taken = asked(&plan, "swapping").filter(|(from, to)| to > from);
+            assert_eq!(taken, None, "step {step}");
+            assert_eq!(reason(&plan, "swapping"), Reason::Need);
+        }
+        memory = plan.memory;
+    }
+}
+
+#[test]
+fn vm_of_impossible_size_harms_no_books() {
+    let config = Config::default();
+    for size in [9_000_000_000_000_000_000, u64::MAX, Bytes::gib(32 * 5).0] {
+        let honest = vm(
+            "honest",
+            PriorityClass::Normal,
+            sample(SAMPLE_MS, Bytes::ZERO, Bytes::ZERO, Bytes::gib(6)),
+        );
+        let mut giant = honest.clone();
+        giant.id = VmId::from("giant");
+        giant.configured = Bytes(size);
+        giant.policy.max = Bytes(size);
+        let seen = Bytes::gib(1);
+        giant.sample.as_mut().unwrap().resident = seen;
+        giant.sample.as_mut().unwrap().ballooned = Bytes(size / 2);
+        let vms = vec![giant, honest];
+        let plan = plan(
+            &inventory(SAMPLE_MS, Bytes::gib(20), vms),
+            &config,
+            &PlannerMemory::default(),
+        );
+        assert_eq!(plan.ledger.configured, Bytes::gib(8) + seen);
+        assert_eq!(plan.ledger.resident, Bytes::gib(8) + seen);
+        assert_eq!(plan.ledger.ballooned, Bytes::ZERO);
+        assert_eq!(reason(&plan, "giant"), Reason::Lying);
+        let request = Request {
+            min: Bytes::gib(2),
+            max: Bytes::gib(4),
+        };
+        assert!(admit(&request, &plan.books(), &config).is_ok(), "{size}");
+    }
+}
+
+#[test]
+fn balloons_of_silent_guests_go_back_slowly_between_the_marks() {
+    let config = Config::default();
+    let mut memory = PlannerMemory::default();
+    let taken = Bytes::gib(4);
+    let mut ballooned = taken;
+    let mut gives = 0;
+    let hour_ms = 3_600_000;
+    for now_ms in (0..2 * hour_ms).step_by(SAMPLE_MS as usize) {
+        let mut vm = vm(
+            "mute",
+            PriorityClass::Normal,
+            sample(now_ms, ballooned, ballooned, Bytes::ZERO),
+        );
+        vm.level = FeatureLevel::L0;
+        vm.sample.as_mut().unwrap().guest = None;
+        let free = HOST.scale(0.97).scale(0.317);
+        let plan = plan(&inventory(now_ms, free, vec![vm]), &config, &memory);
+        assert_eq!(plan.host.state, HostState::Green);
+        if let Some((from, to)) = asked(&plan, "mute") {
+            assert!(to < from);
+            assert_eq!(reason(&plan, "mute"), Reason::Relax);
+            gives += 1;
+            ballooned = to;
+        }
+        memory = plan.memory;
+    }
+    assert!(gives <= 12, "{gives} gives in two hours are not slow");
+    assert!(
+        ballooned <= taken.scale(0.5),
+        "{ballooned} of {taken} stayed away"
+    );
+}
