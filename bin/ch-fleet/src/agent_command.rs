@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use fleet::agent::{Agent, AgentOptions};
 use fleet::host::HostFiles;
-use fleet::settings::{DEFAULT_FILE, load};
+use fleet::settings::{DEFAULT_FILE, load_for};
 
 use crate::args::AgentOptions as Options;
 use crate::{allocator, logger};
@@ -16,7 +16,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     logger::install(options.log_format, options.verbose).context("Cannot log")?;
     // The default file need not be there; one that was named must be.
     let required = options.config != Path::new(DEFAULT_FILE);
-    let mut loaded = load(&options.config, required)?;
+    let host = HostFiles {
+        proc: options.proc.clone(),
+        cgroup_root: options.cgroup_root.clone(),
+        ..HostFiles::default()
+    };
+    let mut loaded = load_for(&options.config, required, &host)?;
     for file in &loaded.files {
         log::info!("settings from {}", file.display());
     }
@@ -24,11 +29,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let agent = Agent::start_with_signals(AgentOptions {
         settings: loaded.settings,
         file: Some((options.config.clone(), required)),
-        host: HostFiles {
-            proc: options.proc.clone(),
-            cgroup_root: options.cgroup_root.clone(),
-            ..HostFiles::default()
-        },
+        host,
         store: None,
     })?;
     if let Some(address) = agent.page() {

@@ -3,7 +3,8 @@
 use std::io::Write;
 
 use anyhow::{Context, Result};
-use fleet::settings::load;
+use fleet::host::HostFiles;
+use fleet::settings::{load, load_for};
 
 use crate::args::ConfigCommand;
 use crate::ask::Agent;
@@ -11,7 +12,7 @@ use crate::ask::Agent;
 pub(crate) fn run(agent: &Agent, command: &ConfigCommand, out: &mut dyn Write) -> Result<()> {
     let text = match command {
         ConfigCommand::Check { config } => {
-            let loaded = load(config, true)?;
+            let loaded = load_for(config, true, &HostFiles::default())?;
             let files = loaded
                 .files
                 .iter()

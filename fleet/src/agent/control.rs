@@ -26,7 +26,7 @@ use crate::model::HostFacts;
 use crate::planner::{Plan, PlannerMemory};
 use crate::reservations::{BookError, ReservationBook};
 use crate::sample::{Discovery, PatternError, VmEvent};
-use crate::settings::{LoadError, Settings, StoreFault, load};
+use crate::settings::{LoadError, Settings, StoreFault, load_for};
 use crate::store::Store;
 
 /// Events that wait before those who bring them wait too.
@@ -482,7 +482,7 @@ impl Agent {
             return;
         };
         notify(&[NotifyState::Reloading, monotonic()]);
-        match load(&file, required) {
+        match load_for(&file, required, &self.host_files) {
             Ok(loaded) => {
                 let agent = self.settings.agent.clone();
                 let store = self.settings.store.clone();

@@ -1,6 +1,6 @@
 //! What must hold between values of a configuration.
 
-use super::{Config, Thresholds};
+use super::{Config, Thresholds, ranges};
 use crate::model::HostState;
 
 /// A contradiction, with the keys it is in.
@@ -15,12 +15,20 @@ pub enum ConfigFault {
     /// Pressures must rise.
     #[error("thresholds.pressure: the three values must rise")]
     PressureOrder,
-    /// A part of a whole is not between none and all.
-    #[error("{0} must lie between 0% and 100%")]
-    NoPart(&'static str),
-    /// A time or size that must not be zero is.
-    #[error("{0} must not be zero")]
-    Zero(&'static str),
+    /// A value makes no sense, whatever the others are.
+    #[error("{key} must be {range}")]
+    Range {
+        /// Which.
+        key: String,
+        /// What it may be.
+        range: String,
+    },
+    /// The VM could be driven to more than it may have.
+    #[error("policy.{0}: max must not be below min or floor")]
+    PolicyOrder(String),
+    /// The VMM refuses such a policy, so guests would never follow it.
+    #[error("reporting.{0}: age_ms_min must not be above delay_ms_max")]
+    ReportingOrder(&'static str),
     /// Giving and taking would chase each other.
     #[error("control.give_above must lie between thresholds.orange.leave and control.relax_above")]
     GiveOrder,
@@ -30,6 +38,9 @@ pub enum ConfigFault {
     /// A guest would be left with less than makes it suffer.
     #[error("control.suffer must be smaller than control.keep, and suffer_min than keep_min")]
     KeepOrder,
+    /// The kernel refuses such a trigger.
+    #[error("agent.trigger_stall must be shorter than agent.trigger_window")]
+    TriggerOrder,
     /// The loop would be slower than its samples are allowed to be old.
     #[error("control.sample must be shorter than control.sample_age_max")]
     SampleAge,
@@ -40,36 +51,25 @@ pub(super) fn faults(config: &Config) -> Vec<ConfigFault> {
     let mut faults = Vec::new();
     bands(&config.thresholds, &mut faults);
     let control = &config.control;
-    for (name, part) in [
-        ("control.dead_band_part", control.dead_band_part),
-        ("control.step_part", control.step_part),
-        ("control.keep", control.keep),
-        ("control.suffer", control.suffer),
-        ("control.repopulate_max", control.repopulate_max),
-        ("control.give_above", control.give_above),
-        ("control.relax_above", control.relax_above),
-        ("control.burst_quantile", control.burst_quantile),
-        ("control.burst_prior", control.burst_prior),
-        ("admission.above_min", config.admission.above_min),
-        (
-            "thresholds.pressure_below",
-            config.thresholds.pressure_below,
-        ),
-    ] {
-        if !(0.0..=1.0).contains(&part.0) {
-            faults.push(ConfigFault::NoPart(name));
+    faults.extend(ranges::faults("", ranges::CONFIG, config));
+    for (name, policy) in &config.policy {
+        faults.extend(ranges::faults(
+            &format!("policy.{name}."),
+            ranges::POLICY,
+            policy,
+        ));
+        if policy.contradicts_itself() {
+            faults.push(ConfigFault::PolicyOrder(name.clone()));
         }
     }
-    for (name, value) in [
-        ("control.plan", control.plan.0),
-        ("control.sample", control.sample.0),
-        ("control.sample_deadline", control.sample_deadline.0),
-        ("control.step", control.step.0),
-        ("control.stuck_after", control.stuck_after.0),
-        ("control.react", control.react.0),
+    let reporting = &config.reporting;
+    for (name, policy) in [
+        ("relaxed", reporting.relaxed),
+        ("calm", reporting.calm),
+        ("eager", reporting.eager),
     ] {
-        if value == 0 {
-            faults.push(ConfigFault::Zero(name));
+        if policy.age_ms_min > policy.delay_ms_max {
+            faults.push(ConfigFault::ReportingOrder(name));
         }
     }
     if control.give_above < config.thresholds.orange.leave
@@ -126,8 +126,28 @@ mod tests {
         config.control.step_part = Fraction(5.0);
         let faults = faults(&config);
         assert!(faults.contains(&ConfigFault::BandReversed(HostState::Yellow)));
-        assert!(faults.contains(&ConfigFault::Zero("control.plan")));
+        assert!(faults.contains(&range("control.plan", "50ms to 1min")));
         assert!(faults.contains(&ConfigFault::KeepOrder));
-        assert!(faults.contains(&ConfigFault::NoPart("control.step_part")));
+        assert!(faults.contains(&range("control.step_part", "0.1% to 100%")));
+    }
+
+    fn range(key: &str, range: &str) -> ConfigFault {
+        ConfigFault::Range {
+            key: key.to_owned(),
+            range: range.to_owned(),
+        }
+    }
+
+    #[test]
+    fn policy_that_leaves_a_guest_nothing_is_refused_by_name() {
+        for (text, word) in [
+            ("max = \"4\"", "policy.default.max must be 64MiB"),
+            ("max = \"1GiB\"\nfloor = \"2GiB\"", "policy.default: max"),
+            ("max = \"40%\"\nmin = \"60%\"", "policy.default: max"),
+            ("max = \"1GiB\"\nmin = \"2GiB\"", "policy.default: max"),
+        ] {
+            let error = Config::from_toml(&format!("[policy.default]\n{text}")).unwrap_err();
+            assert!(error.to_string().contains(word), "{text}: {error}");
+        }
     }
 }

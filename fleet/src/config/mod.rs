@@ -8,6 +8,7 @@ mod check;
 mod control;
 mod millis;
 mod policy;
+pub(crate) mod ranges;
 mod thresholds;
 
 use std::collections::BTreeMap;

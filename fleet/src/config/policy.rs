@@ -43,6 +43,16 @@ impl Default for PolicyConfig {
 }
 
 impl PolicyConfig {
+    /// Whether it grants less than it guarantees, as far as that shows without the size of a VM.
+    pub(super) fn contradicts_itself(&self) -> bool {
+        match (self.min, self.max) {
+            (_, Amount::Bytes(max)) if self.floor > max => true,
+            (Amount::Bytes(min), Amount::Bytes(max)) => min > max,
+            (Amount::Part(min), Amount::Part(max)) => min > max,
+            _ => false,
+        }
+    }
+
     /// The limits of a VM of `configured` bytes.
     pub fn resolve(&self, configured: Bytes) -> VmPolicy {
         let max = self.max.of(configured).min(configured);

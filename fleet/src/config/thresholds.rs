@@ -82,6 +82,8 @@ impl Default for ReportingConfig {
             relaxed: policy,
             calm: ReportingPolicy {
                 age_ms_min: 10_000,
+                // A guest has to look at leftovers later than at their age, or it never finds any due.
+                delay_ms_max: 20_000,
                 ..policy
             },
             eager: ReportingPolicy {

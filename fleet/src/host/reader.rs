@@ -31,6 +31,15 @@ impl Default for HostFiles {
 }
 
 impl HostFiles {
+    /// Memory of the machine.
+    ///
+    /// # Errors
+    /// The kernel does not say.
+    pub fn total(&self) -> Result<Bytes, HostError> {
+        let meminfo = KernelFile::read(self.proc.join("meminfo"))?;
+        Ok(Bytes(meminfo.figure("MemTotal")?))
+    }
+
     /// The pressure file to watch: the group's if there is one, because its limit is what the VMs run into, else the
     /// machine's.
     pub fn pressure_file(&self) -> PathBuf {

@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use thiserror::Error;
 
-use super::{Settings, StoreFault};
-use crate::config::{Config, ConfigError};
+use super::{AGENT, RuleFault, Settings, StoreFault, rules};
+use crate::config::{Config, ConfigError, ConfigFault, ranges};
+use crate::host::HostFiles;
+use crate::model::Bytes;
 use crate::sample::{Discovery, PatternError};
 
 /// Lists that later files add to instead of replacing them, by section.
@@ -44,13 +46,16 @@ pub enum LoadError {
     /// The store is not described well.
     #[error("The settings name no valid store")]
     Store(#[source] StoreFault),
-    /// A rule names a policy that does not exist.
-    #[error("The rule for {name:?} names the policy {policy:?}, which is nowhere")]
-    NoPolicy {
-        /// The rule's pattern.
-        name: String,
-        /// The policy.
-        policy: String,
+    /// A rule for VMs can have no effect.
+    #[error("The settings have a rule without effect")]
+    Rule(#[source] RuleFault),
+    /// The reserve takes the whole machine.
+    #[error("host.reserve of {reserve} leaves less than a tenth of this machine's {total}")]
+    Reserve {
+        /// Never promised.
+        reserve: Bytes,
+        /// What the machine has.
+        total: Bytes,
     },
 }
 
@@ -92,6 +97,18 @@ pub fn load(file: &Path, required: bool) -> Result<Loaded, LoadError> {
     })?;
     check(&settings)?;
     Ok(Loaded { settings, files })
+}
+
+/// The same, and checks that the settings make sense on the machine whose files are `host`.
+///
+/// # Errors
+/// As [`load`]. A machine that does not tell its size is no reason: the agent names that itself.
+pub fn load_for(file: &Path, required: bool, host: &HostFiles) -> Result<Loaded, LoadError> {
+    let loaded = load(file, required)?;
+    if let Ok(total) = host.total() {
+        loaded.settings.check_machine(total)?;
+    }
+    Ok(loaded)
 }
 
 fn drop_ins(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
@@ -157,15 +174,15 @@ fn merge(into: &mut toml::Table, from: toml::Table, prefix: &str) {
 
 fn check(settings: &Settings) -> Result<(), LoadError> {
     settings.config.check().map_err(LoadError::Config)?;
+    let agent = &settings.agent;
+    let mut faults: Vec<_> = ranges::faults("agent.", AGENT, agent).collect();
+    if agent.trigger_stall >= agent.trigger_window {
+        faults.push(ConfigFault::TriggerOrder);
+    }
+    if !faults.is_empty() {
+        return Err(LoadError::Config(ConfigError::Faults(faults)));
+    }
     Discovery::new(&settings.discovery.sockets).map_err(LoadError::Pattern)?;
     settings.store.check().map_err(LoadError::Store)?;
-    for rule in &settings.vms {
-        if rule.policy != "default" && !settings.config.policy.contains_key(&rule.policy) {
-            return Err(LoadError::NoPolicy {
-                name: rule.name.clone(),
-                policy: rule.policy.clone(),
-            });
-        }
-    }
-    Ok(())
+    rules::check(&settings.vms, &settings.config.policy).map_err(LoadError::Rule)
 }

@@ -5,12 +5,16 @@
 //! file is checked by itself first, so that an error names the file it is in.
 
 mod load;
+mod reference;
+mod rules;
 mod store;
 
 #[cfg(test)]
 mod tests;
 
-pub use load::{LoadError, Loaded, load};
+pub use load::{LoadError, Loaded, load, load_for};
+pub use reference::reference;
+pub use rules::RuleFault;
 pub use store::{StoreFault, StoreSettings};
 
 use std::net::SocketAddr;
@@ -18,7 +22,9 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::ranges::{Range, Row, rows};
 use crate::config::{Config, Millis};
+use crate::model::Bytes;
 
 /// Where the file is unless something else is said.
 pub const DEFAULT_FILE: &str = "/etc/ch-fleet/agent.toml";
@@ -80,6 +86,15 @@ impl Default for AgentSettings {
     }
 }
 
+/// The numbers of `[agent]`.
+const AGENT: &[Row<AgentSettings>] = rows! { AgentSettings:
+    scan = Range::Time(100, 3_600_000);
+    host = Range::Time(50, 60_000);
+    trigger_stall = Range::Time(1, 10_000);
+    // What the kernel takes (`kernel/sched/psi.c`: WINDOW_MIN_US, WINDOW_MAX_US).
+    trigger_window = Range::Time(500, 10_000);
+};
+
 /// What becomes of the balloons when the agent ends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -133,6 +148,18 @@ impl Settings {
                 .get_key_value(vm)
                 .map_or("default", |(name, _)| name),
         }
+    }
+
+    /// Checks the settings against the machine that they are for.
+    ///
+    /// # Errors
+    /// Nothing of the machine would be left to hand out.
+    pub fn check_machine(&self, total: Bytes) -> Result<(), LoadError> {
+        let reserve = self.config.reserve(total);
+        if total > Bytes::ZERO && reserve.0 >= total.0 / 10 * 9 {
+            return Err(LoadError::Reserve { reserve, total });
+        }
+        Ok(())
     }
 
     /// All settings as TOML, with what was left to the defaults.

@@ -61,6 +61,9 @@ pub enum StoreFault {
 }
 
 impl StoreSettings {
+    /// The shortest and the longest lease.
+    pub(super) const LEASE: (Millis, Millis) = (LEASE_MIN, LEASE_MAX);
+
     /// Whether there is a store.
     pub fn is_used(&self) -> bool {
         !self.endpoints.is_empty()

@@ -71,6 +71,19 @@ fn fault_is_told_with_the_file_it_is_in() {
         ("[control]\nsample = '1h'\n", "sample"),
         ("[store]\nendpoints = ['https://a:1']\n", "TLS"),
         ("[store]\nprefix = 'x'\n", "no prefix"),
+        ("[[vm]]\nname = 'db-['\npolicy = 'default'\n", "db-["),
+        ("[[vm]]\nname = ''\npolicy = 'default'\n", "empty"),
+        (
+            "[[vm]]\nname = 'a*'\npolicy = 'default'\n[[vm]]\nname = 'ab'\npolicy = 'default'\n",
+            "never applies",
+        ),
+        ("[agent]\nscan = '0s'\n", "agent.scan must be 100ms"),
+        ("[agent]\ntrigger_stall = '2s'\n", "trigger_window"),
+        ("[control]\nplan = '18446744073709551615ms'\n", "plan"),
+        (
+            "[reporting.calm]\norder_min = 9\npending_blocks = 1\ndelay_ms_max = 5\nage_ms_min = 6\nbytes_per_second_max = 0\n",
+            "reporting.calm",
+        ),
         ("[store]\nhost = 'a/b'\n", "no name"),
         ("[store]\nlease = '1s'\n", "store.lease"),
         ("[store]\ndeadline = '11s'\n", "store.deadline"),
@@ -88,4 +101,13 @@ fn file_that_is_not_there_is_default_unless_required() {
     let file = folder.path().join("agent.toml");
     assert_eq!(load(&file, false).unwrap().settings, Settings::default());
     assert!(load(&file, true).is_err());
+}
+
+#[test]
+fn reserve_that_takes_the_machine_is_refused() {
+    let (_folder, file) = files("[host]\nreserve = '15GiB'\n", &[]);
+    let settings = load(&file, true).unwrap().settings;
+    assert!(settings.check_machine(Bytes::gib(64)).is_ok());
+    let refusal = settings.check_machine(Bytes::gib(16)).unwrap_err();
+    assert!(refusal.to_string().contains("host.reserve"), "{refusal}");
 }

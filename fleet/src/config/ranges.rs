@@ -1,0 +1,263 @@
+//! The range of every key: one table for the check, the messages and the reference (`docs/fleet-settings.md`).
+//!
+//! A value out of its range is a mistake whatever the other values are: a time that makes a loop busy, a size that no
+//! host has, a part that is more than the whole. What must hold between values is in [`super::check`].
+
+use std::fmt;
+
+use super::{Config, ConfigFault, Millis, PolicyConfig};
+use crate::model::{Amount, Bytes, Fraction};
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+/// More memory than any host has.
+const SIZE_MAX: u64 = 64 << 40;
+const SECOND: u64 = 1000;
+const MINUTE: u64 = 60 * SECOND;
+const HOUR: u64 = 60 * MINUTE;
+const DAY: u64 = 24 * HOUR;
+
+/// A value, by its kind.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Quantity {
+    Time(u64),
+    Size(u64),
+    Part(f64),
+    Count(u64),
+    Number(f64),
+}
+
+/// The values that a key may have.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Range {
+    /// Milliseconds.
+    Time(u64, u64),
+    /// Bytes.
+    Size(u64, u64),
+    /// A part of a whole.
+    Part(f64, f64),
+    /// Bytes, or a part of a whole.
+    Amount((u64, u64), (f64, f64)),
+    Count(u64, u64),
+    Number(f64, f64),
+}
+
+impl Range {
+    pub(crate) fn allows(self, value: Quantity) -> bool {
+        match (self, value) {
+            (Self::Time(min, max), Quantity::Time(value))
+            | (Self::Size(min, max) | Self::Amount((min, max), _), Quantity::Size(value))
+            | (Self::Count(min, max), Quantity::Count(value)) => (min..=max).contains(&value),
+            // No range contains NaN.
+            (Self::Part(min, max) | Self::Amount(_, (min, max)), Quantity::Part(value))
+            | (Self::Number(min, max), Quantity::Number(value)) => (min..=max).contains(&value),
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Range {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let part = |part: f64| format!("{}%", (part * 1e4).round() / 100.0);
+        match *self {
+            Self::Time(min, max) => write!(f, "{} to {}", Millis(min), Millis(max)),
+            Self::Size(min, max) => write!(f, "{} to {}", size(min), size(max)),
+            Self::Part(min, max) => write!(f, "{} to {}", part(min), part(max)),
+            Self::Amount((min, max), parts) => write!(
+                f,
+                "{} to {}, or {} to {}",
+                size(min),
+                size(max),
+                part(parts.0),
+                part(parts.1)
+            ),
+            Self::Count(min, max) => write!(f, "{min} to {max}"),
+            Self::Number(min, max) => write!(f, "{min} to {max}"),
+        }
+    }
+}
+
+/// Exact, as a file would have it.
+fn size(bytes: u64) -> String {
+    let units = [
+        ("TiB", MIB * MIB),
+        ("GiB", KIB * MIB),
+        ("MiB", MIB),
+        ("KiB", KIB),
+    ];
+    units
+        .iter()
+        .find(|(_, unit)| bytes >= *unit && bytes.is_multiple_of(*unit))
+        .map_or_else(
+            || bytes.to_string(),
+            |(name, unit)| format!("{}{name}", bytes / unit),
+        )
+}
+
+impl From<Millis> for Quantity {
+    fn from(value: Millis) -> Self {
+        Self::Time(value.0)
+    }
+}
+
+impl From<Bytes> for Quantity {
+    fn from(value: Bytes) -> Self {
+        Self::Size(value.0)
+    }
+}
+
+impl From<Fraction> for Quantity {
+    fn from(value: Fraction) -> Self {
+        Self::Part(value.0)
+    }
+}
+
+impl From<Amount> for Quantity {
+    fn from(value: Amount) -> Self {
+        match value {
+            Amount::Bytes(bytes) => bytes.into(),
+            Amount::Part(part) => part.into(),
+        }
+    }
+}
+
+impl From<u32> for Quantity {
+    fn from(value: u32) -> Self {
+        Self::Count(value.into())
+    }
+}
+
+impl From<u64> for Quantity {
+    fn from(value: u64) -> Self {
+        Self::Count(value)
+    }
+}
+
+impl From<f64> for Quantity {
+    fn from(value: f64) -> Self {
+        Self::Number(value)
+    }
+}
+
+/// One key.
+pub(crate) struct Row<T> {
+    /// As a file has it, with the sections before it.
+    pub(crate) key: &'static str,
+    pub(crate) range: Range,
+    pub(crate) value: fn(&T) -> Quantity,
+}
+
+/// Rows of a table: the path of the field in its type is the key, and what it may be stands behind it.
+macro_rules! rows {
+    ($type:ty: $($($field:ident).+ $([$index:literal])? = $range:expr;)*) => {
+        &[$($crate::config::ranges::Row {
+            key: stringify!($($field).+),
+            range: $range,
+            value: |all: &$type| all.$($field).+ $([$index])?.into(),
+        }),*]
+    };
+}
+pub(crate) use rows;
+
+use Range as R;
+
+const WHOLE: Range = R::Part(0.0, 1.0);
+/// Linux has blocks up to this order (`MAX_PAGE_ORDER` on x86-64); the VMM refuses more.
+const ORDER: Range = R::Count(0, 10);
+/// Those of the VMM's `vm.reclaim-thresholds`, which refuses a policy beyond them.
+const PENDING_BLOCKS: Range = R::Count(1, 1 << 30);
+const DELAY_MS: Range = R::Count(1, HOUR);
+const AGE_MS: Range = R::Count(0, HOUR);
+const BYTES_PER_SECOND: Range = R::Count(0, SIZE_MAX);
+
+/// The keys of [`Config`] but for those of policies.
+pub(crate) const CONFIG: &[Row<Config>] = rows! { Config:
+    host.reserve = R::Amount((0, SIZE_MAX), (0.0, 0.9));
+    thresholds.yellow.enter = WHOLE;
+    thresholds.yellow.leave = WHOLE;
+    thresholds.orange.enter = WHOLE;
+    thresholds.orange.leave = WHOLE;
+    thresholds.red.enter = WHOLE;
+    thresholds.red.leave = WHOLE;
+    // Without pressure there is always 0 %, which must not begin a state.
+    thresholds.pressure[0] = R::Part(0.0001, 1.0);
+    thresholds.pressure[1] = R::Part(0.0001, 1.0);
+    thresholds.pressure[2] = R::Part(0.0001, 1.0);
+    thresholds.pressure_below = WHOLE;
+    reporting.relaxed.order_min = ORDER;
+    reporting.relaxed.pending_blocks = PENDING_BLOCKS;
+    reporting.relaxed.delay_ms_max = DELAY_MS;
+    reporting.relaxed.age_ms_min = AGE_MS;
+    reporting.relaxed.bytes_per_second_max = BYTES_PER_SECOND;
+    reporting.calm.order_min = ORDER;
+    reporting.calm.pending_blocks = PENDING_BLOCKS;
+    reporting.calm.delay_ms_max = DELAY_MS;
+    reporting.calm.age_ms_min = AGE_MS;
+    reporting.calm.bytes_per_second_max = BYTES_PER_SECOND;
+    reporting.eager.order_min = ORDER;
+    reporting.eager.pending_blocks = PENDING_BLOCKS;
+    reporting.eager.delay_ms_max = DELAY_MS;
+    reporting.eager.age_ms_min = AGE_MS;
+    reporting.eager.bytes_per_second_max = BYTES_PER_SECOND;
+    reporting.churn_percent = R::Count(1, 100);
+    // A plan reads every VM; more often than samples come it says the same.
+    control.plan = R::Time(50, MINUTE);
+    control.sample = R::Time(50, 5 * MINUTE);
+    control.sample_deadline = R::Time(10, MINUTE);
+    control.sample_age_max = R::Time(100, HOUR);
+    control.misses_max = R::Count(1, 100);
+    control.samples_min = R::Count(1, 100);
+    // VMMs round targets to a mebibyte at most.
+    control.dead_band = R::Size(MIB, SIZE_MAX);
+    control.dead_band_part = R::Part(0.0, 0.5);
+    control.step = R::Size(MIB, SIZE_MAX);
+    control.step_part = R::Part(0.001, 1.0);
+    control.keep = R::Part(0.0, 0.9);
+    control.keep_min = R::Size(0, SIZE_MAX);
+    control.suffer = R::Part(0.0, 0.9);
+    control.suffer_min = R::Size(0, SIZE_MAX);
+    control.repopulate_max = WHOLE;
+    control.report_p99_us_max = R::Count(1, 60_000_000);
+    control.give_above = WHOLE;
+    control.relax_above = WHOLE;
+    control.block_take = R::Time(0, HOUR);
+    control.block_give = R::Time(0, HOUR);
+    control.block_max = R::Time(SECOND, DAY);
+    control.stuck_after = R::Time(100, HOUR);
+    control.stuck_rate = R::Size(0, 1 << 40);
+    control.stuck_retry = R::Time(SECOND, DAY);
+    control.stuck_retry_max = R::Time(SECOND, 7 * DAY);
+    control.react = R::Time(100, 10 * MINUTE);
+    control.burst_quantile = WHOLE;
+    control.burst_prior = WHOLE;
+    admission.above_min = WHOLE;
+    admission.overcommit_max = R::Number(0.1, 100.0);
+    admission.reservation = R::Time(SECOND, DAY);
+    admission.facts_age_max = R::Time(SECOND, HOUR);
+    admission.candidates = R::Count(1, 1000);
+    last_resort.after = R::Time(SECOND, HOUR);
+    last_resort.swap_max = R::Amount((0, SIZE_MAX), (0.0, 1.0));
+};
+
+/// The keys of each `[policy.NAME]`.
+pub(crate) const POLICY: &[Row<PolicyConfig>] = rows! { PolicyConfig:
+    min = R::Amount((0, SIZE_MAX), (0.0, 1.0));
+    floor = R::Size(0, SIZE_MAX);
+    // Linux does not boot with less than 64 MiB: a smaller limit takes everything from the guest.
+    max = R::Amount((64 * MIB, SIZE_MAX), (0.01, 1.0));
+    shares = R::Count(0, 1_000_000);
+};
+
+/// Every value of `all` that is out of its range; `section` stands before the keys.
+pub(crate) fn faults<T>(
+    section: &str,
+    rows: &[Row<T>],
+    all: &T,
+) -> impl Iterator<Item = ConfigFault> {
+    rows.iter()
+        .filter(|row| !row.range.allows((row.value)(all)))
+        .map(move |row| ConfigFault::Range {
+            key: format!("{section}{}", row.key),
+            range: row.range.to_string(),
+        })
+}

@@ -1,0 +1,73 @@
+//! `[[vm]]` rules: each must be able to match a VM, and name a policy.
+
+use std::collections::BTreeMap;
+
+use super::VmRule;
+use crate::config::PolicyConfig;
+
+/// Why a rule has no effect.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum RuleFault {
+    /// The pattern matches nothing at all.
+    #[error("vm.name {name:?} is not a pattern: {reason}")]
+    Pattern {
+        /// The pattern.
+        name: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A rule before it matches everything that it would.
+    #[error(
+        "the rule for {name:?} never applies: the rule for {by:?} before it matches the same names"
+    )]
+    Shadowed {
+        /// The rule's pattern.
+        name: String,
+        /// The pattern of the rule before it.
+        by: String,
+    },
+    /// The policy does not exist.
+    #[error("the rule for {name:?} names the policy {policy:?}, which is not defined")]
+    NoPolicy {
+        /// The rule's pattern.
+        name: String,
+        /// The policy.
+        policy: String,
+    },
+}
+
+pub(super) fn check(
+    rules: &[VmRule],
+    policies: &BTreeMap<String, PolicyConfig>,
+) -> Result<(), RuleFault> {
+    let mut before: Vec<(&str, glob::Pattern)> = Vec::new();
+    for VmRule { name, policy } in rules {
+        let fault = |reason| RuleFault::Pattern {
+            name: name.clone(),
+            reason,
+        };
+        if name.is_empty() {
+            return Err(fault("it is empty"));
+        }
+        let pattern = glob::Pattern::new(name).map_err(|error| fault(error.msg))?;
+        // A name without wildcards is matched as what it is; of two patterns only equal ones and `*` are compared.
+        let plain = glob::Pattern::escape(name) == *name;
+        let shadow = before
+            .iter()
+            .find(|(by, earlier)| *by == name || *by == "*" || plain && earlier.matches(name));
+        if let Some((by, _)) = shadow {
+            return Err(RuleFault::Shadowed {
+                name: name.clone(),
+                by: (*by).to_owned(),
+            });
+        }
+        if policy != "default" && !policies.contains_key(policy) {
+            return Err(RuleFault::NoPolicy {
+                name: name.clone(),
+                policy: policy.clone(),
+            });
+        }
+        before.push((name, pattern));
+    }
+    Ok(())
+}
