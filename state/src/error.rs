@@ -1,0 +1,85 @@
+//! Why a saved state is refused.
+
+use std::error::Error;
+
+use crate::Part;
+
+/// Why a part cannot be built from a saved state. Names the part, and the field if there is one.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// Written by a version of the part that this program cannot read.
+    #[error("state of {part} has version {found}, readable versions are {oldest} to {newest}")]
+    UnreadableVersion {
+        /// The part's name.
+        part: &'static str,
+        /// Version in the saved state.
+        found: u64,
+        /// Oldest readable version.
+        oldest: u32,
+        /// Newest readable version, the one written.
+        newest: u32,
+    },
+    /// Not a state of this part: a field is missing, unknown or of another type.
+    #[error("state of {part} is malformed")]
+    Malformed {
+        /// The part's name.
+        part: &'static str,
+        /// The reader's complaint.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A field that cannot be true for this part.
+    #[error("state of {part}: {field} {reason}")]
+    Invalid {
+        /// The part's name.
+        part: &'static str,
+        /// The field.
+        field: &'static str,
+        /// What is wrong with its value.
+        reason: String,
+    },
+    /// The state is sound, but the host refused something that it needs.
+    #[error("cannot restore {part}")]
+    Host {
+        /// The part's name.
+        part: &'static str,
+        /// The refusal.
+        #[source]
+        source: Box<dyn Error + Send + Sync>,
+    },
+}
+
+impl StateError {
+    /// A field that cannot be true.
+    pub fn invalid(part: Part, field: &'static str, reason: impl Into<String>) -> Self {
+        Self::Invalid {
+            part: part.name,
+            field,
+            reason: reason.into(),
+        }
+    }
+
+    /// The host refused.
+    pub fn host(part: Part, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::Host {
+            part: part.name,
+            source: source.into(),
+        }
+    }
+}
+
+/// Refuses `field` of `part` unless `holds`.
+///
+/// # Errors
+/// [`StateError::Invalid`] with the reason.
+pub fn require(
+    holds: bool,
+    part: Part,
+    field: &'static str,
+    reason: impl FnOnce() -> String,
+) -> Result<(), StateError> {
+    if holds {
+        return Ok(());
+    }
+    Err(StateError::invalid(part, field, reason()))
+}

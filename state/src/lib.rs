@@ -1,0 +1,26 @@
+//! The state seam: how every part of a machine says what it is, and is built from that again.
+//!
+//! ```text
+//!   run-time part ── state() ──► XxxState ── Saved::of ──► Saved { "version": n, … } ──► JSON
+//!   run-time part ◄─ restore ─── XxxState ◄─ Saved::read ─ version readable? upgrade ◄── JSON
+//! ```
+//!
+//! * A *state type* ([`State`]) is plain data that serde can write. It stands beside the run-time
+//!   type and is never that type, so that the one can change without the other.
+//! * [`Saved`] is a state with its version, of whatever part: what parts hand to each other.
+//! * [`parts`] is the table of all parts and of the versions that can be read.
+//!
+//! A saved state comes from a file
+//! or from the network: reading it never panics, and what cannot be true is refused by name.
+
+mod bytes;
+mod error;
+pub mod parts;
+mod saved;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod testing;
+
+pub use bytes::Bytes;
+pub use error::{StateError, require};
+pub use parts::Part;
+pub use saved::{Saved, State};

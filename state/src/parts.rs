@@ -1,0 +1,89 @@
+//! The table of all parts: their names, and which versions of their state can be read.
+
+/// A part of a machine that has a state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// How errors and documentation call it.
+    pub name: &'static str,
+    /// Oldest version that can be read.
+    pub oldest: u32,
+    /// Newest version that can be read, and the one that is written.
+    pub newest: u32,
+}
+
+macro_rules! parts {
+    ($($(#[$doc:meta])* $part:ident = $name:literal, $oldest:literal..=$newest:literal;)+) => {
+        $($(#[$doc])* pub const $part: Part = Part { name: $name, oldest: $oldest, newest: $newest };)+
+
+        /// Every part there is.
+        pub const ALL: &[Part] = &[$($part,)+];
+    };
+}
+
+parts! {
+    /// Conventional configuration space of one PCI function.
+    PCI_CONFIG = "pci-config-space", 1..=1;
+    /// MSI-X table and pending bits of one PCI function.
+    MSIX = "msix", 1..=1;
+    /// A virtio-pci function: registers, queues, and the device behind them.
+    VIRTIO_PCI = "virtio-pci", 1..=1;
+    /// Balloon.
+    BALLOON = "balloon", 1..=1;
+    /// Block device.
+    BLOCK = "block", 1..=1;
+    /// Console.
+    CONSOLE = "console", 1..=1;
+    /// Memory device.
+    MEM = "mem", 1..=1;
+    /// Network device.
+    NET = "net", 1..=1;
+    /// Entropy device.
+    RNG = "rng", 1..=1;
+    /// One vCPU.
+    VCPU = "vcpu", 1..=1;
+    /// The clock that all vCPUs of a machine share.
+    CLOCK = "clock", 1..=1;
+    /// All vCPUs of a machine.
+    VCPUS = "vcpus", 1..=1;
+    /// I/O APIC.
+    IOAPIC = "ioapic", 1..=1;
+    /// Guest physical memory map.
+    MEMORY = "memory-map", 1..=1;
+    /// PCI bus: which function is where.
+    PCI_BUS = "pci-bus", 1..=1;
+    /// PCI hotplug controller.
+    PCI_HOTPLUG = "pci-hotplug", 1..=1;
+    /// Serial port.
+    SERIAL = "serial", 1..=1;
+    /// Real time clock and CMOS memory.
+    CMOS = "cmos", 1..=1;
+    /// ACPI power management timer.
+    PM_TIMER = "pm-timer", 1..=1;
+    /// ACPI generic event device.
+    GED = "ged", 1..=1;
+    /// Keyboard controller.
+    I8042 = "i8042", 1..=1;
+    /// A whole machine.
+    MACHINE = "machine", 1..=1;
+}
+
+const _: () = {
+    let mut at = 0;
+    while at < ALL.len() {
+        assert!(ALL[at].oldest >= 1 && ALL[at].oldest <= ALL[at].newest);
+        at += 1;
+    }
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn part_names_are_unique() {
+        let mut names: Vec<&str> = ALL.iter().map(|part| part.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), ALL.len());
+    }
+}
