@@ -70,6 +70,14 @@ pub enum Error {
         /// How many were given.
         count: usize,
     },
+    /// A saved model specific register cannot be set and has another value on this host.
+    #[error("KVM refuses {data:#x} for model specific register {index:#x}")]
+    MsrRefused {
+        /// The register.
+        index: u32,
+        /// The saved value.
+        data: u64,
+    },
     /// A system call on a KVM descriptor failed.
     #[error("{operation} failed")]
     Ioctl {

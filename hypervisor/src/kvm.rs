@@ -130,6 +130,18 @@ impl Kvm {
             .map_err(ioctl("KVM_GET_SUPPORTED_CPUID"))
     }
 
+    /// The model specific registers that belong to the state of a vCPU, in the order to set them.
+    ///
+    /// # Errors
+    /// `KVM_GET_MSR_INDEX_LIST` failed.
+    pub fn msr_indices(&self) -> Result<Vec<u32>> {
+        let listed = self
+            .fd
+            .get_msr_index_list()
+            .map_err(ioctl("KVM_GET_MSR_INDEX_LIST"))?;
+        Ok(crate::vcpu_state::with_unlisted(listed.as_slice()))
+    }
+
     /// The most vCPUs one machine may have (`KVM_CAP_MAX_VCPUS`).
     #[must_use]
     pub fn max_vcpus(&self) -> usize {

@@ -17,14 +17,21 @@ mod irq;
 pub mod kick;
 mod kvm;
 mod vcpu;
+mod vcpu_state;
 mod vm;
+mod vm_state;
 
 pub use error::{Error, Result};
 pub use exit::{SystemEvent, VmExit};
 pub use irq::{GsiRoute, IoAddress, MsiMessage};
 pub use kvm::{Kvm, REQUIRED_CAPABILITIES};
 pub use vcpu::Vcpu;
+pub use vcpu_state::{
+    CpuidState, DebugRegsState, EventsState, MsrState, RegsState, SegmentState, SregsState,
+    TableState, VcpuState, XcrState,
+};
 pub use vm::{MemorySlot, Vm};
+pub use vm_state::ClockState;
 
 /// The KVM structures that appear in this crate's signatures.
 pub use kvm_bindings as bindings;

@@ -25,6 +25,10 @@ impl Vcpu {
         Self { fd }
     }
 
+    pub(crate) fn fd(&self) -> &VcpuFd {
+        &self.fd
+    }
+
     /// Runs the guest until it leaves.
     ///
     /// # Errors

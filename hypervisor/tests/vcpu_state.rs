@@ -1,0 +1,198 @@
+//! Saves a vCPU of this host's `/dev/kvm` in the middle of a program and goes on in another machine.
+//!
+//! Without a usable KVM the tests print why and pass: they say nothing then.
+#![allow(unsafe_code)]
+// UNSAFETY: memory slots point into memory that the test keeps mapped.
+
+use hypervisor::{Kvm, MemorySlot, Vcpu, VcpuState, Vm, VmExit};
+use state::{Saved, StateError};
+
+const CODE_ADDRESS: u64 = 0x1000;
+const PAGE_BYTES: usize = 4096;
+
+#[repr(align(4096))]
+struct Page([u8; PAGE_BYTES]);
+
+/// The machine is dropped before the memory it uses.
+struct Guest {
+    vcpu: Vcpu,
+    _vm: Vm,
+    page: Box<Page>,
+}
+
+fn kvm() -> Option<Kvm> {
+    match Kvm::open() {
+        Ok(kvm) => Some(kvm),
+        Err(error) => {
+            println!("skipped: {error}");
+            None
+        }
+    }
+}
+
+/// A machine around `page`, with a vCPU as after reset.
+fn machine(kvm: &Kvm, mut page: Box<Page>) -> Guest {
+    let vm = kvm.create_vm().expect("a machine");
+    vm.enable_split_irqchip(24).expect("split irqchip");
+    let slot = MemorySlot {
+        slot: 0,
+        guest_address: CODE_ADDRESS,
+        bytes: PAGE_BYTES as u64,
+        host_address: page.0.as_mut_ptr() as u64,
+        flags: 0,
+    };
+    // SAFETY: the page lives in the same structure as the machine and is dropped after it.
+    unsafe { vm.set_memory_slot(slot) }.expect("a slot");
+    let vcpu = vm.create_vcpu(0).expect("a vCPU");
+    Guest {
+        vcpu,
+        _vm: vm,
+        page,
+    }
+}
+
+/// A vCPU at the start of `code` in real mode.
+fn guest(kvm: &Kvm, code: &[u8]) -> Guest {
+    let mut page = Box::new(Page([0xf4; PAGE_BYTES]));
+    page.0[..code.len()].copy_from_slice(code);
+    let guest = machine(kvm, page);
+    let cpuid = kvm.supported_cpuid().expect("cpuid");
+    guest.vcpu.set_cpuid(&cpuid).expect("cpuid");
+    let mut sregs = guest.vcpu.sregs().expect("sregs");
+    sregs.cs.base = 0;
+    sregs.cs.selector = 0;
+    guest.vcpu.set_sregs(&sregs).expect("sregs");
+    let mut regs = guest.vcpu.regs().expect("regs");
+    regs.rip = CODE_ADDRESS;
+    regs.rflags = 2;
+    guest.vcpu.set_regs(&regs).expect("regs");
+    guest
+}
+
+/// Counts from 1 on port 0x10, keeping the counter in a register and in memory.
+const COUNTER: [u8; 15] = [
+    0x31, 0xc0, // xor ax,ax
+    0x40, // again: inc ax
+    0xa3, 0x00, 0x18, // mov [0x1800],ax
+    0xe6, 0x10, // out 0x10,al
+    0x8b, 0x1e, 0x00, 0x18, // mov bx,[0x1800]
+    0xeb, 0xf4, // jmp again
+    0xf4, // hlt
+];
+
+fn expect_count(vcpu: &mut Vcpu, expected: u8) {
+    match vcpu.run().expect("run") {
+        VmExit::IoOut { port, data, .. } => assert_eq!((port, data), (0x10, &[expected][..])),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn settle(vcpu: &mut Vcpu) {
+    vcpu.set_immediate_exit(true);
+    assert_eq!(vcpu.run().expect("run"), VmExit::Interrupted);
+    vcpu.set_immediate_exit(false);
+}
+
+#[test]
+fn vcpu_saved_in_mid_run_goes_on_in_another_machine_twice() {
+    let Some(kvm) = kvm() else { return };
+    let indices = kvm.msr_indices().expect("list");
+    let mut guest = guest(&kvm, &COUNTER);
+    for count in 1..=5 {
+        expect_count(&mut guest.vcpu, count);
+    }
+    for count in 6..=7 {
+        settle(&mut guest.vcpu);
+        let state = guest.vcpu.state(&indices).expect("state");
+        let text = serde_json::to_string(&Saved::of(&state)).expect("JSON");
+        let page = guest.page;
+        drop(guest.vcpu);
+        let saved: Saved = serde_json::from_str(&text).expect("JSON");
+        let read: VcpuState = saved.read().expect("the version just written");
+        assert_eq!(read, state);
+        guest = machine(&kvm, page);
+        guest.vcpu.restore(&read).expect("restored");
+        let again = guest.vcpu.state(&indices).expect("state");
+        assert_eq!(comparable(&again), comparable(&state));
+        expect_count(&mut guest.vcpu, count);
+    }
+}
+
+/// Without what time changes.
+fn comparable(state: &VcpuState) -> VcpuState {
+    const MSR_TSC: u32 = 0x10;
+    let mut state = state.clone();
+    state.msrs.retain(|msr| msr.index != MSR_TSC);
+    state
+}
+
+#[test]
+fn clock_of_the_machine_is_a_state() {
+    let Some(kvm) = kvm() else { return };
+    let vm = kvm.create_vm().expect("a machine");
+    let clock: hypervisor::ClockState = vm.clock().expect("clock").into();
+    let read: hypervisor::ClockState = Saved::of(&clock).read().expect("the version just written");
+    assert_eq!(read, clock);
+    let later = hypervisor::ClockState {
+        clock_ns: clock.clock_ns + 1_000_000_000_000,
+        ..clock
+    };
+    vm.set_clock(&later.into()).expect("set");
+    let now: hypervisor::ClockState = vm.clock().expect("clock").into();
+    assert!(now.clock_ns >= later.clock_ns);
+}
+
+#[test]
+fn damaged_states_are_refused_by_name_or_run() {
+    let Some(kvm) = kvm() else { return };
+    let indices = kvm.msr_indices().expect("list");
+    let mut guest = guest(&kvm, &COUNTER);
+    expect_count(&mut guest.vcpu, 1);
+    settle(&mut guest.vcpu);
+    let mut state = guest.vcpu.state(&indices).expect("state");
+    // One of each is enough to damage, and restoring takes time.
+    state.cpuid.truncate(2);
+    state.msrs.truncate(2);
+    let saved = Saved::of(&state);
+    let vm = kvm.create_vm().expect("a machine");
+    vm.enable_split_irqchip(24).expect("split irqchip");
+    let vcpu = vm.create_vcpu(0).expect("a vCPU");
+    let mut refused = 0;
+    let count = state::testing::damage(&saved, |damaged| {
+        let outcome = damaged
+            .read::<VcpuState>()
+            .and_then(|state| vcpu.restore(&state));
+        if let Err(error) = outcome {
+            refused += 1;
+            assert!(error.to_string().contains("vcpu"), "{error}");
+        }
+    });
+    assert!(count > 1000 && refused > count / 4, "{refused} of {count}");
+}
+
+#[test]
+fn lengths_that_cannot_be_are_refused_by_field() {
+    let Some(kvm) = kvm() else { return };
+    let guest = guest(&kvm, &COUNTER);
+    let state = guest
+        .vcpu
+        .state(&kvm.msr_indices().expect("list"))
+        .expect("state");
+    let refused = |change: fn(&mut VcpuState), field: &str| {
+        let mut state = state.clone();
+        change(&mut state);
+        match guest.vcpu.restore(&state) {
+            Err(StateError::Invalid { field: named, .. }) => assert_eq!(named, field),
+            other => panic!("{field}: {other:?}"),
+        }
+    };
+    refused(|state| state.xsave.0.truncate(4095), "xsave");
+    refused(|state| state.lapic.0.push(0), "lapic");
+    refused(|state| state.xcrs = vec![state.xcrs[0]; 17], "xcrs");
+    refused(|state| state.cpuid = vec![state.cpuid[0]; 500], "cpuid");
+    refused(|state| state.msrs = vec![state.msrs[0]; 5000], "msrs");
+    refused(
+        |state| state.nested = Some(state::Bytes(vec![0xff; 64])),
+        "nested",
+    );
+}
