@@ -22,7 +22,7 @@ use virtio_queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::worker::EventSources;
+use crate::worker::{EventSources, Turn};
 
 /// Guest RAM as every device sees it: an immutable map behind an atomic
 /// pointer, so that later hotplug swaps the map without stopping a device.
@@ -182,12 +182,12 @@ pub trait QueueHandler: Send {
     ) -> Result<(), WorkerError>;
 
     /// The doorbell of a queue rang (already drained), or the VM was resumed.
-    /// Must work off what is available, within a bound per call, and must not
-    /// wait for the guest.
+    /// Must work off what is available until the turn is over, ring its own doorbell
+    /// if there is more, and must not wait for the guest.
     ///
     /// # Errors
     /// Sets DEVICE_NEEDS_RESET.
-    fn queue_ready(&mut self, queue_index: u16) -> Result<(), WorkerError>;
+    fn queue_ready(&mut self, queue_index: u16, turn: &mut Turn) -> Result<(), WorkerError>;
 
     /// As [`QueueHandler::queue_ready`], but the vCPU that rang the doorbell has
     /// not returned from doing so: whatever its driver does after notifying the
@@ -197,8 +197,12 @@ pub trait QueueHandler: Send {
     ///
     /// # Errors
     /// Sets DEVICE_NEEDS_RESET.
-    fn queue_ready_while_held(&mut self, queue_index: u16) -> Result<(), WorkerError> {
-        self.queue_ready(queue_index)
+    fn queue_ready_while_held(
+        &mut self,
+        queue_index: u16,
+        turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
+        self.queue_ready(queue_index, turn)
     }
 
     /// A source registered in `activate` (or one in [`QueueHandler::idle_sources`]) is readable.
@@ -209,6 +213,7 @@ pub trait QueueHandler: Send {
         &mut self,
         _token: u32,
         _sources: &mut EventSources,
+        _turn: &mut Turn,
     ) -> Result<(), WorkerError> {
         Ok(())
     }

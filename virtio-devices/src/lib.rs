@@ -13,13 +13,12 @@ pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod device;
-mod guest_buffers;
 pub mod mem;
 pub mod net;
 pub mod pci;
+mod queue;
 pub mod reclaim;
 pub mod rng;
-mod served_queue;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
 mod thread_name;

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use vm_memory::GuestAddressSpace;
 
-use crate::device::{Activation, Counters, GuestRam, QueueHandler, VirtioDevice, WorkerError};
-use crate::guest_buffers::{GuestBuffers, RamGuard};
-use crate::served_queue::ServedQueue;
-use crate::worker::EventSources;
+use crate::device::{Counters, QueueHandler, VirtioDevice};
+use crate::queue::{
+    ChainBuffers, ChainError, Driver, GuestBuffers, Reply, SingleQueue, SingleQueueDevice,
+};
+use crate::worker::Turn;
 
 /// Virtio device id.
 const DEVICE_TYPE: u32 = 4;
@@ -21,9 +21,6 @@ const QUEUE_SIZES: [u16; 1] = [256];
 /// Most bytes one request gets; a longer one is answered short, which §5.4.6
 /// allows. Linux asks for 64 at a time.
 const REQUEST_BYTES_MAX: usize = 64 << 10;
-/// Requests served before the worker looks at its commands again: at 64 KiB
-/// each, about ten milliseconds of reading `/dev/urandom`.
-const REQUESTS_PER_CALL_MAX: usize = 32;
 /// Bytes read from the source at once.
 const CHUNK_BYTES: usize = 4 << 10;
 
@@ -54,7 +51,6 @@ impl Rng {
                 source,
                 stats: Arc::clone(&stats),
                 chunk: vec![0; CHUNK_BYTES].into_boxed_slice(),
-                active: None,
             }),
             stats,
         }
@@ -81,7 +77,7 @@ impl VirtioDevice for Rng {
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
         self.handler
             .take()
-            .map(|handler| Box::new(handler) as Box<dyn QueueHandler>)
+            .map(|handler| Box::new(SingleQueue::new(handler)) as Box<dyn QueueHandler>)
             .into_iter()
             .collect()
     }
@@ -104,34 +100,16 @@ struct RngHandler {
     source: File,
     stats: Arc<Stats>,
     chunk: Box<[u8]>,
-    active: Option<(GuestRam, ServedQueue)>,
 }
 
 impl RngHandler {
-    fn serve(&mut self, ram: &RamGuard, queue: &mut ServedQueue) -> Result<(), WorkerError> {
-        for _ in 0..REQUESTS_PER_CALL_MAX {
-            let Some(request) = queue.pop(ram)? else {
-                return Ok(());
-            };
-            self.stats.requests.fetch_add(1, Ordering::Relaxed);
-            let filled = match request.buffers {
-                Ok(buffers) if buffers.writable.bytes() > 0 => self.fill(buffers.writable),
-                _ => {
-                    self.stats.bad_requests.fetch_add(1, Ordering::Relaxed);
-                    0
-                }
-            };
-            queue.push_used(ram, request.head, filled)?;
-        }
-        queue.ring_again()
-    }
-
     /// Fills the front of `buffers` and returns how many bytes that were.
-    fn fill(&mut self, mut buffers: GuestBuffers) -> u32 {
+    fn fill(&mut self, mut buffers: GuestBuffers, turn: &mut Turn) -> u32 {
         let mut filled = 0;
         let wanted = buffers.bytes().min(REQUEST_BYTES_MAX);
         while filled < wanted {
             let room = self.chunk.len().min(wanted - filled);
+            turn.charge_call(1, room as u64);
             match self.source.read(&mut self.chunk[..room]) {
                 Ok(count) if count > 0 => {
                     buffers.copy_in(&self.chunk[..count]);
@@ -151,43 +129,25 @@ impl RngHandler {
     }
 }
 
-impl QueueHandler for RngHandler {
+impl SingleQueueDevice for RngHandler {
     fn name(&self) -> String {
         self.name.clone()
     }
 
-    fn activate(
+    fn answer(
         &mut self,
-        activation: Activation,
-        _sources: &mut EventSources,
-    ) -> Result<(), WorkerError> {
-        let Activation {
-            mem,
-            features,
-            queues,
-            interrupt,
-        } = activation;
-        self.active = queues
-            .into_iter()
-            .next()
-            .map(|active| (mem, ServedQueue::new(active, features, interrupt)));
-        Ok(())
-    }
-
-    fn queue_ready(&mut self, _queue_index: u16) -> Result<(), WorkerError> {
-        let Some((mem, mut queue)) = self.active.take() else {
-            return Ok(());
-        };
-        let ram = mem.memory();
-        let served = self
-            .serve(&ram, &mut queue)
-            .and_then(|()| queue.signal(&ram));
-        self.active = Some((mem, queue));
-        served
-    }
-
-    fn reset(&mut self) {
-        self.active = None;
+        _driver: &Driver,
+        request: Result<ChainBuffers, ChainError>,
+        turn: &mut Turn,
+    ) -> Reply {
+        self.stats.requests.fetch_add(1, Ordering::Relaxed);
+        Reply::Done(match request {
+            Ok(buffers) if buffers.writable.bytes() > 0 => self.fill(buffers.writable, turn),
+            _ => {
+                self.stats.bad_requests.fetch_add(1, Ordering::Relaxed);
+                0
+            }
+        })
     }
 }
 

@@ -1,54 +1,18 @@
-//! Taking descriptor chains from a queue and answering them, with a bound on everything.
+//! What the balloon reads from descriptor chains and how it answers them, faults counted.
 
 use virtio_queue::desc::split::Descriptor;
-use virtio_queue::{DescriptorChain, Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::accounting::GuestFaults;
 use crate::device::WorkerError;
-
-pub(super) type Chain<'m> = DescriptorChain<&'m GuestMemoryMmap<()>>;
+use crate::queue::{Chain, ChainEnd, ServedQueue, walk};
+use crate::worker::Turn;
 
 /// Descriptors looked at in one chain: the size of our largest queue, so that
 /// only a chain through an indirect table, which is not on offer, can have more.
-pub(super) const CHAIN_DESCRIPTORS_MAX: usize = 256;
+const CHAIN_DESCRIPTORS_MAX: usize = 256;
 
-/// A queue that cannot be used any more.
-pub(super) fn unusable(index: u16, reason: &QueueError) -> WorkerError {
-    WorkerError::Queue {
-        index,
-        reason: reason.to_string(),
-    }
-}
-
-/// Chains available now. Working off this many and no more keeps one call
-/// finite; a driver that adds others meanwhile rings the doorbell for them.
-pub(super) fn available(
-    queue: &Queue,
-    index: u16,
-    mem: &GuestMemoryMmap<()>,
-) -> Result<u16, WorkerError> {
-    let end = queue
-        .avail_idx(mem, std::sync::atomic::Ordering::Acquire)
-        .map_err(|e| unusable(index, &e))?;
-    let count = end.0.wrapping_sub(queue.next_avail());
-    if count > queue.size() {
-        return Err(unusable(index, &QueueError::InvalidAvailRingIndex));
-    }
-    Ok(count)
-}
-
-/// The next available chain.
-pub(super) fn take<'m>(
-    queue: &mut Queue,
-    index: u16,
-    mem: &'m GuestMemoryMmap<()>,
-) -> Result<Option<Chain<'m>>, WorkerError> {
-    let mut chains = queue.iter(mem).map_err(|e| unusable(index, &e))?;
-    Ok(chains.next())
-}
-
-/// Puts a chain into the used ring with length zero: the balloon never writes
+/// Puts chains into the used ring with length zero: the balloon never writes
 /// into a guest's buffers.
 ///
 /// For a report it would be tempting to answer with the length that was
@@ -56,46 +20,36 @@ pub(super) fn take<'m>(
 /// what they are, and one proposed feature (device-initialised pages) reads the
 /// length as a promise of zeros. Without that feature nothing is promised.
 pub(super) fn answer(
-    queue: &mut Queue,
-    index: u16,
+    queue: &mut ServedQueue,
     mem: &GuestMemoryMmap<()>,
-    head: u16,
+    heads: &[u16],
     faults: &mut GuestFaults,
 ) -> Result<(), WorkerError> {
-    // Not left to the queue code, which writes a line to the log for each.
-    if head >= queue.size() {
-        faults.chains_without_head += 1;
-        return Ok(());
-    }
-    queue
-        .add_used(mem, head, 0)
-        .map_err(|e| unusable(index, &e))
+    let size = queue.size();
+    faults.chains_without_head += heads.iter().filter(|head| **head >= size).count() as u64;
+    queue.push_used_together(mem, heads.iter().map(|head| (*head, 0)))
 }
 
 /// The descriptors of a chain that are not empty, up to the bound.
 pub(super) fn each_descriptor(
     chain: Chain<'_>,
+    turn: &mut Turn,
     faults: &mut GuestFaults,
     mut visit: impl FnMut(&Descriptor, &mut GuestFaults),
 ) {
-    let mut last_has_next = None;
-    for (position, descriptor) in chain.enumerate() {
-        if position == CHAIN_DESCRIPTORS_MAX {
-            faults.chains_too_long += 1;
-            return;
-        }
-        last_has_next = Some(descriptor.has_next());
+    let end = walk(chain, CHAIN_DESCRIPTORS_MAX, turn, |descriptor| {
         if descriptor.len() == 0 {
             faults.descriptors_empty += 1;
         } else {
-            visit(&descriptor, faults);
+            visit(descriptor, faults);
         }
-    }
-    match last_has_next {
-        None => faults.chains_empty += 1,
-        // There should be more, but the queue code will not go on.
-        Some(true) => faults.chains_without_end += 1,
-        Some(false) => {}
+        true
+    });
+    match end {
+        Some(ChainEnd::Empty) => faults.chains_empty += 1,
+        Some(ChainEnd::Broken) => faults.chains_without_end += 1,
+        Some(ChainEnd::TooLong) => faults.chains_too_long += 1,
+        Some(ChainEnd::Whole) | None => {}
     }
 }
 
@@ -113,11 +67,12 @@ pub(super) fn read(
     mem: &GuestMemoryMmap<()>,
     bytes_max: usize,
     out: &mut Vec<u8>,
+    turn: &mut Turn,
     faults: &mut GuestFaults,
 ) {
     out.clear();
     let mut cut = false;
-    each_descriptor(chain, faults, |descriptor, faults| {
+    each_descriptor(chain, turn, faults, |descriptor, faults| {
         if descriptor.is_write_only() {
             faults.descriptors_wrong_direction += 1;
             return;

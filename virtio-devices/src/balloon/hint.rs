@@ -41,8 +41,10 @@
 use vm_memory::GuestMemoryMmap;
 
 use super::accounting::GuestFaults;
-use super::chain::{self, Chain};
+use super::chain;
+use crate::queue::Chain;
 use crate::reclaim::GuestRange;
+use crate::worker::Turn;
 
 const COMMAND_BYTES: usize = 4;
 
@@ -53,10 +55,11 @@ pub(super) fn gather(
     chain: Chain<'_>,
     mem: &GuestMemoryMmap<()>,
     claims: &mut Vec<GuestRange>,
+    turn: &mut Turn,
     faults: &mut GuestFaults,
 ) -> Option<u32> {
     let mut command = None;
-    chain::each_descriptor(chain, faults, |descriptor, faults| {
+    chain::each_descriptor(chain, turn, faults, |descriptor, faults| {
         if descriptor.is_write_only() {
             claims.push(GuestRange {
                 start: descriptor.addr().0,

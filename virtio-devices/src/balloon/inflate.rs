@@ -3,9 +3,11 @@
 use vm_memory::GuestMemoryMmap;
 
 use super::accounting::GuestFaults;
-use super::chain::{self, Chain};
+use super::chain;
 use super::spec::{VIRTIO_BALLOON_PAGE_BYTES, VIRTIO_BALLOON_PFN_SHIFT};
+use crate::queue::Chain;
 use crate::reclaim::{Extent, GuestRange};
+use crate::worker::Turn;
 
 const PFN_BYTES: usize = 4;
 
@@ -19,9 +21,10 @@ pub(super) fn gather(
     mem: &GuestMemoryMmap<()>,
     bytes: &mut Vec<u8>,
     claims: &mut Vec<GuestRange>,
+    turn: &mut Turn,
     faults: &mut GuestFaults,
 ) {
-    chain::read(chain, mem, CHAIN_PFNS_MAX * PFN_BYTES, bytes, faults);
+    chain::read(chain, mem, CHAIN_PFNS_MAX * PFN_BYTES, bytes, turn, faults);
     let pfns = bytes.chunks_exact(PFN_BYTES);
     if !pfns.remainder().is_empty() {
         faults.page_lists_ragged += 1;
@@ -46,9 +49,14 @@ fn claim_page(start: u64, claims: &mut Vec<GuestRange>) {
 
 /// Counts the pages a deflate chain names, by its length alone: nothing needs
 /// to be done to them, so nothing needs to be known of them.
-pub(super) fn count_deflated(chain: Chain<'_>, deflated: &mut Extent, faults: &mut GuestFaults) {
+pub(super) fn count_deflated(
+    chain: Chain<'_>,
+    deflated: &mut Extent,
+    turn: &mut Turn,
+    faults: &mut GuestFaults,
+) {
     let mut pages = 0_u64;
-    chain::each_descriptor(chain, faults, |descriptor, faults| {
+    chain::each_descriptor(chain, turn, faults, |descriptor, faults| {
         if descriptor.is_write_only() {
             faults.descriptors_wrong_direction += 1;
         } else {

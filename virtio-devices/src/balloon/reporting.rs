@@ -4,15 +4,22 @@
 //! is answered. So they are discarded first and answered afterwards, always.
 
 use super::accounting::GuestFaults;
-use super::chain::{self, Chain};
+use super::chain;
+use crate::queue::Chain;
 use crate::reclaim::GuestRange;
+use crate::worker::Turn;
 
 /// Adds the ranges of a chain to `claims`.
 ///
 /// A buffer the device may only read cannot be one of the driver's free pages:
 /// to discard it would be to write to it.
-pub(super) fn gather(chain: Chain<'_>, claims: &mut Vec<GuestRange>, faults: &mut GuestFaults) {
-    chain::each_descriptor(chain, faults, |descriptor, faults| {
+pub(super) fn gather(
+    chain: Chain<'_>,
+    claims: &mut Vec<GuestRange>,
+    turn: &mut Turn,
+    faults: &mut GuestFaults,
+) {
+    chain::each_descriptor(chain, turn, faults, |descriptor, faults| {
         if descriptor.is_write_only() {
             claims.push(GuestRange {
                 start: descriptor.addr().0,

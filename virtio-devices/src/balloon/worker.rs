@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
-use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::accounting::{GuestFaults, Path};
@@ -18,8 +17,9 @@ use super::stats::{STATS_BYTES_MAX, StatsSample};
 use super::stats_timer::StatsTimer;
 use super::{chain, hint, inflate, reporting};
 use crate::device::{Activation, GuestRam, Interrupt, QueueHandler, WorkerError};
+use crate::queue::{Chain, Next, ServedQueue};
 use crate::reclaim::{DiscardEngine, Expected, Extent, GuestRange, Outcome, SkipReason};
-use crate::worker::EventSources;
+use crate::worker::{EventSources, Turn};
 
 /// A batch is worked off when it has this many ranges: four full vectors. One
 /// chain may take it past that by what a chain may hold.
@@ -55,9 +55,17 @@ struct Active {
 }
 
 struct RoleQueue {
-    index: u16,
     role: QueueRole,
-    queue: Queue,
+    queue: ServedQueue,
+}
+
+/// What is left of a queue when the worker turns to others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Left {
+    /// None of the chains that were available when it began.
+    Nothing,
+    /// Some: the turn is over, and the queue has rung its doorbell.
+    Some,
 }
 
 /// How a batch is worked off.
@@ -74,11 +82,13 @@ struct Handled {
 struct Batch {
     claims: Vec<GuestRange>,
     heads: Vec<u16>,
+    /// Faults before its first chain was read.
+    faults_before: GuestFaults,
 }
 
 impl std::fmt::Debug for Active {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let roles = self.queues.iter().map(|q| (q.index, q.role));
+        let roles = self.queues.iter().map(|q| (q.queue.index(), q.role));
         f.debug_struct("Active")
             .field("features", &format_args!("{:#x}", self.features))
             .field("queues", &roles.collect::<Vec<_>>())
@@ -106,23 +116,25 @@ impl BalloonWorker {
         active: &mut Active,
         queue_index: u16,
         held: bool,
+        turn: &mut Turn,
     ) -> Result<(), WorkerError> {
-        let Some(at) = active.queues.iter().position(|q| q.index == queue_index) else {
+        let mut queues = active.queues.iter();
+        let Some(at) = queues.position(|q| q.queue.index() == queue_index) else {
             return Ok(());
         };
         let mem = active.ram.memory().into_inner();
-        let role = active.queues[at].role;
-        let answered = match role {
-            QueueRole::Inflate => self.serve_discards(active, at, Path::Inflate, &mem)?,
-            QueueRole::Reporting => self.serve_discards(active, at, Path::Report, &mem)?,
-            QueueRole::Deflate => self.serve_deflate(active, at, &mem)?,
-            QueueRole::Stats => self.serve_stats(active, at, &mem)?,
-            QueueRole::Hint => self.serve_hints(active, at, &mem, held)?,
-        };
-        if answered {
-            notify(&mut active.queues[at], &mem, active.interrupt.as_ref())?;
+        match active.queues[at].role {
+            QueueRole::Inflate => {
+                self.serve_discards(active, at, Path::Inflate, &mem, turn)?;
+            }
+            QueueRole::Reporting => {
+                self.serve_discards(active, at, Path::Report, &mem, turn)?;
+            }
+            QueueRole::Deflate => self.serve_deflate(active, at, &mem, turn)?,
+            QueueRole::Stats => self.serve_stats(active, at, &mem, turn)?,
+            QueueRole::Hint => self.serve_hints(active, at, &mem, held, turn)?,
         }
-        Ok(())
+        active.queues[at].queue.signal(&mem)
     }
 
     /// Inflate and reporting: collect, discard, answer.
@@ -132,33 +144,42 @@ impl BalloonWorker {
         at: usize,
         path: Path,
         mem: &GuestMemoryMmap<()>,
-    ) -> Result<bool, WorkerError> {
-        let index = active.queues[at].index;
-        let available = chain::available(&active.queues[at].queue, index, mem)?;
+        turn: &mut Turn,
+    ) -> Result<Left, WorkerError> {
         // Pages in the balloon are allocated ones: poison is no matter there.
         let poisoned = path == Path::Report && self.shared.poison(active.features).is_some();
         let refusal = poisoned.then_some(SkipReason::PagePoison);
         let handled = Handled { path, refusal };
-        self.batch.clear();
+        self.begin_batch();
         let mut started = Instant::now();
-        for _ in 0..available {
-            let Some(chain) = chain::take(&mut active.queues[at].queue, index, mem)? else {
-                break;
+        for _ in 0..active.queues[at].queue.available(mem)? {
+            let chain = match active.queues[at].queue.next_chain(mem, turn)? {
+                Next::Chain(chain) => chain,
+                Next::Empty => break,
+                Next::TurnOver => {
+                    self.finish_batch(active, at, handled, mem, started, turn)?;
+                    return Ok(Left::Some);
+                }
             };
             self.batch.heads.push(chain.head_index());
-            let (claims, faults) = (&mut self.batch.claims, &mut self.faults);
-            match path {
-                Path::Inflate => inflate::gather(chain, mem, &mut self.bytes, claims, faults),
-                Path::Report => reporting::gather(chain, claims, faults),
-                Path::Hint => unreachable!("hints are judged chain by chain"),
-            }
-            if claims.len() >= BATCH_RANGES_MAX {
-                self.finish_batch(active, at, handled, mem, started)?;
+            self.gather(path, chain, mem, turn);
+            if self.batch.claims.len() >= BATCH_RANGES_MAX {
+                if self.finish_batch(active, at, handled, mem, started, turn)? == Left::Some {
+                    return Ok(Left::Some);
+                }
                 started = Instant::now();
             }
         }
-        self.finish_batch(active, at, handled, mem, started)?;
-        Ok(available > 0)
+        self.finish_batch(active, at, handled, mem, started, turn)
+    }
+
+    fn gather(&mut self, path: Path, chain: Chain<'_>, mem: &GuestMemoryMmap<()>, turn: &mut Turn) {
+        let (claims, faults) = (&mut self.batch.claims, &mut self.faults);
+        match path {
+            Path::Inflate => inflate::gather(chain, mem, &mut self.bytes, claims, turn, faults),
+            Path::Report => reporting::gather(chain, claims, turn, faults),
+            Path::Hint => unreachable!("hints are judged chain by chain"),
+        }
     }
 
     /// Hinting: chain by chain, because each is judged by itself; see [`hint`].
@@ -168,23 +189,24 @@ impl BalloonWorker {
         at: usize,
         mem: &GuestMemoryMmap<()>,
         held: bool,
-    ) -> Result<bool, WorkerError> {
-        let index = active.queues[at].index;
-        let available = chain::available(&active.queues[at].queue, index, mem)?;
+        turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
+        let available = active.queues[at].queue.available(mem)?;
         for position in 0..available {
             let started = Instant::now();
-            let Some(chain) = chain::take(&mut active.queues[at].queue, index, mem)? else {
-                break;
+            self.begin_batch();
+            let chain = match active.queues[at].queue.next_chain(mem, turn)? {
+                Next::Chain(chain) => chain,
+                Next::Empty | Next::TurnOver => break,
             };
-            self.batch.clear();
             let head = chain.head_index();
             let claims = &mut self.batch.claims;
-            if let Some(id) = hint::gather(chain, mem, claims, &mut self.faults) {
+            if let Some(id) = hint::gather(chain, mem, claims, turn, &mut self.faults) {
                 self.obey_hinting_command(active, id);
             }
             if self.batch.claims.is_empty() {
                 let queue = &mut active.queues[at].queue;
-                chain::answer(queue, index, mem, head, &mut self.faults)?;
+                chain::answer(queue, mem, &[head], &mut self.faults)?;
                 continue;
             }
             self.batch.heads.push(head);
@@ -193,9 +215,11 @@ impl BalloonWorker {
                 path: Path::Hint,
                 refusal: self.hint_refusal(active, is_held),
             };
-            self.finish_batch(active, at, handled, mem, started)?;
+            if self.finish_batch(active, at, handled, mem, started, turn)? == Left::Some {
+                break;
+            }
         }
-        Ok(available > 0)
+        Ok(())
     }
 
     fn obey_hinting_command(&mut self, active: &Active, id: u32) {
@@ -217,7 +241,15 @@ impl BalloonWorker {
         }
     }
 
-    /// Discards what has been collected and only then answers its chains.
+    fn begin_batch(&mut self) {
+        self.batch.claims.clear();
+        self.batch.heads.clear();
+        self.batch.faults_before = self.faults;
+    }
+
+    /// Discards what has been collected and only then answers its chains. If a command comes in
+    /// between, the chains go back to the ring and are served from the beginning: until they are
+    /// answered their memory is nobody's, so discarding it twice is the same as once.
     fn finish_batch(
         &mut self,
         active: &mut Active,
@@ -225,32 +257,39 @@ impl BalloonWorker {
         handled: Handled,
         mem: &GuestMemoryMmap<()>,
         started: Instant,
-    ) -> Result<(), WorkerError> {
+        turn: &mut Turn,
+    ) -> Result<Left, WorkerError> {
         if self.batch.heads.is_empty() {
-            return Ok(());
+            return Ok(Left::Nothing);
         }
         let Handled { path, refusal } = handled;
         // Held until the chains are answered: a pause is one when nobody is past here.
         let passage = (path == Path::Report).then(|| self.shared.control.gate().begin());
         let paused = matches!(passage, Some(Err(_)));
         let refusal = refusal.or(paused.then_some(SkipReason::ReportingPaused));
+        let outcome = match refusal {
+            Some(reason) => Some(skip_all(&self.batch.claims, reason)),
+            None => {
+                let expected = expected(path, active.features);
+                let claims = &mut self.batch.claims;
+                self.engine
+                    .discard_unless_called(&active.ram, claims, expected, turn)
+            }
+        };
+        let queue = &mut active.queues[at].queue;
+        let Some(outcome) = outcome else {
+            self.faults = self.batch.faults_before;
+            // No more than the ring has entries.
+            queue.put_back(self.batch.heads.len() as u16)?;
+            return Ok(Left::Some);
+        };
         if paused && self.shared.control.phase() == PausePhase::PausedByGuest {
             self.faults.reports_while_paused += self.batch.heads.len() as u64;
         }
-        let outcome = match refusal {
-            Some(reason) => skip_all(&self.batch.claims, reason),
-            None => {
-                let expected = expected(path, active.features);
-                self.engine
-                    .discard(&active.ram, &mut self.batch.claims, expected)
-            }
-        };
-        let RoleQueue { index, queue, .. } = &mut active.queues[at];
-        for head in &self.batch.heads {
-            chain::answer(queue, *index, mem, *head, &mut self.faults)?;
-        }
+        chain::answer(queue, mem, &self.batch.heads, &mut self.faults)?;
         let chains = self.batch.heads.len() as u64;
-        self.batch.clear();
+        drop(passage);
+        self.begin_batch();
         let mut figures = self.shared.ledger.path(path);
         let first_failure = figures.failed.ranges == 0 && outcome.failed.ranges > 0;
         figures.record(&outcome, chains, started.elapsed());
@@ -259,7 +298,7 @@ impl BalloonWorker {
         if let Some(e) = outcome.first_error.filter(|_| first_failure) {
             log::warn!("balloon: guest memory cannot be given back ({path:?}): {e}");
         }
-        Ok(())
+        Ok(Left::Nothing)
     }
 
     /// Deflation costs nothing: the pages come back when they are touched. But once
@@ -270,62 +309,59 @@ impl BalloonWorker {
         active: &mut Active,
         at: usize,
         mem: &GuestMemoryMmap<()>,
-    ) -> Result<bool, WorkerError> {
+        turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
         // In this order: nothing deflated here was inflated after the look below.
-        let available = chain::available(&active.queues[at].queue, active.queues[at].index, mem)?;
+        let available = active.queues[at].queue.available(mem)?;
         let mut queues = active.queues.iter();
-        if let Some(inflate) = queues.position(|queue| queue.role == QueueRole::Inflate)
-            && self.serve_discards(active, inflate, Path::Inflate, mem)?
-        {
-            notify(&mut active.queues[inflate], mem, active.interrupt.as_ref())?;
+        if let Some(inflate) = queues.position(|queue| queue.role == QueueRole::Inflate) {
+            let left = self.serve_discards(active, inflate, Path::Inflate, mem, turn)?;
+            active.queues[inflate].queue.signal(mem)?;
+            if left == Left::Some {
+                return active.queues[at].queue.ring_again();
+            }
         }
-        let at = &mut active.queues[at];
+        let queue = &mut active.queues[at].queue;
         let mut deflated = Extent::default();
         for _ in 0..available {
-            let Some(chain) = chain::take(&mut at.queue, at.index, mem)? else {
+            let Next::Chain(chain) = queue.next_chain(mem, turn)? else {
                 break;
             };
             let head = chain.head_index();
-            inflate::count_deflated(chain, &mut deflated, &mut self.faults);
-            chain::answer(&mut at.queue, at.index, mem, head, &mut self.faults)?;
+            inflate::count_deflated(chain, &mut deflated, turn, &mut self.faults);
+            chain::answer(queue, mem, &[head], &mut self.faults)?;
         }
         self.shared.ledger.deflate().add_all(deflated);
-        Ok(available > 0)
+        Ok(())
     }
 
-    /// Takes in statistics and keeps their buffer. Returns whether one was answered.
+    /// Takes in statistics and keeps their buffer.
     fn serve_stats(
         &mut self,
         active: &mut Active,
         at: usize,
         mem: &GuestMemoryMmap<()>,
-    ) -> Result<bool, WorkerError> {
-        let RoleQueue { index, queue, .. } = &mut active.queues[at];
-        let mut answered = false;
-        for _ in 0..chain::available(queue, *index, mem)? {
-            let Some(chain) = chain::take(queue, *index, mem)? else {
+        turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
+        let queue = &mut active.queues[at].queue;
+        for _ in 0..queue.available(mem)? {
+            let Next::Chain(chain) = queue.next_chain(mem, turn)? else {
                 break;
             };
             let head = chain.head_index();
-            chain::read(
-                chain,
-                mem,
-                STATS_BYTES_MAX,
-                &mut self.bytes,
-                &mut self.faults,
-            );
+            let (bytes, faults) = (&mut self.bytes, &mut self.faults);
+            chain::read(chain, mem, STATS_BYTES_MAX, bytes, turn, faults);
             // The standard allows one buffer. We keep the newest.
             if let Some(older) = active.parked.replace(head) {
                 self.faults.stats_surplus_buffers += 1;
-                chain::answer(queue, *index, mem, older, &mut self.faults)?;
-                answered = true;
+                chain::answer(queue, mem, &[older], &mut self.faults)?;
             }
             let private = takes_policy(active.features);
             let now = Instant::now();
             let sample = StatsSample::parse(&self.bytes, now, private, &mut self.faults);
             self.shared.stats.publish(sample);
         }
-        Ok(answered)
+        Ok(())
     }
 
     /// Returns the parked statistics buffer if somebody wants a new one.
@@ -339,12 +375,13 @@ impl BalloonWorker {
             .find(|q| q.role == QueueRole::Stats);
         // Without a buffer there is nothing to return: it is with the guest,
         // and when it comes it answers the request.
-        let (Some(at), Some(head)) = (stats_queue, active.parked.take()) else {
+        let (Some(RoleQueue { queue, .. }), Some(head)) = (stats_queue, active.parked.take())
+        else {
             return Ok(());
         };
         let mem = active.ram.memory().into_inner();
-        chain::answer(&mut at.queue, at.index, &mem, head, &mut self.faults)?;
-        notify(at, &mem, active.interrupt.as_ref())
+        chain::answer(queue, &mem, &[head], &mut self.faults)?;
+        queue.signal(&mem)
     }
 
     /// Runs `work` on the active state, if there is one, and books the faults.
@@ -387,11 +424,11 @@ impl QueueHandler for BalloonWorker {
         let mut queues = Vec::with_capacity(activation.queues.len());
         for active in activation.queues {
             match numbering.role(active.index) {
-                Some(role) => queues.push(RoleQueue {
-                    index: active.index,
-                    role,
-                    queue: active.queue,
-                }),
+                Some(role) => {
+                    let interrupt = Arc::clone(&activation.interrupt);
+                    let queue = ServedQueue::new(active, activation.features, interrupt);
+                    queues.push(RoleQueue { role, queue });
+                }
                 None => self.shared.ledger.faults().queues_unexplained += 1,
             }
         }
@@ -414,15 +451,24 @@ impl QueueHandler for BalloonWorker {
         Ok(())
     }
 
-    fn queue_ready(&mut self, queue_index: u16) -> Result<(), WorkerError> {
-        self.while_active(|worker, active| worker.serve(active, queue_index, false))
+    fn queue_ready(&mut self, queue_index: u16, turn: &mut Turn) -> Result<(), WorkerError> {
+        self.while_active(|worker, active| worker.serve(active, queue_index, false, turn))
     }
 
-    fn queue_ready_while_held(&mut self, queue_index: u16) -> Result<(), WorkerError> {
-        self.while_active(|worker, active| worker.serve(active, queue_index, true))
+    fn queue_ready_while_held(
+        &mut self,
+        queue_index: u16,
+        turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
+        self.while_active(|worker, active| worker.serve(active, queue_index, true, turn))
     }
 
-    fn source_ready(&mut self, token: u32, _sources: &mut EventSources) -> Result<(), WorkerError> {
+    fn source_ready(
+        &mut self,
+        token: u32,
+        _sources: &mut EventSources,
+        _turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
         match token {
             REFILL => {
                 if let Err(e) = self.shared.refill.read() {
@@ -450,17 +496,10 @@ impl QueueHandler for BalloonWorker {
 
     fn reset(&mut self) {
         self.active = None;
-        self.batch.clear();
+        self.batch = Batch::default();
         self.shared.set_driver(None);
         self.shared.hinting.forget_driver(&self.shared.config);
         self.shared.stats.reset();
-    }
-}
-
-impl Batch {
-    fn clear(&mut self) {
-        self.claims.clear();
-        self.heads.clear();
     }
 }
 
@@ -483,16 +522,4 @@ fn skip_all(claims: &[GuestRange], reason: SkipReason) -> Outcome {
     }
     outcome.skipped.add(reason, outcome.requested.bytes);
     outcome
-}
-
-fn notify(
-    at: &mut RoleQueue,
-    mem: &GuestMemoryMmap<()>,
-    interrupt: &dyn Interrupt,
-) -> Result<(), WorkerError> {
-    let needed = at.queue.needs_notification(mem);
-    if needed.map_err(|e| chain::unusable(at.index, &e))? {
-        interrupt.signal_queue(at.index);
-    }
-    Ok(())
 }

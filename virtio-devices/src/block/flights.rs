@@ -1,5 +1,8 @@
-//! The jobs an I/O engine holds. Bounded by the queue size: a guest that makes
-//! more available than its ring has entries waits.
+//! The jobs an I/O engine holds.
+//!
+//! A pause waits for all of them, so what they cost together is bounded by [`COST_MAX`]. A long job is
+//! carried out alone, and nothing is taken from the ring behind it: then a pause need only wait for the
+//! operation it has come to, and the chain goes back to the ring to be served from its beginning.
 
 #![allow(unsafe_code)]
 // UNSAFETY: owns the promise of `IoEngine::submit`: a job, and with it the memory
@@ -14,6 +17,7 @@ use virtio_bindings::bindings::virtio_blk::VIRTIO_BLK_S_IOERR;
 
 use super::engine::{Completion, IoEngine};
 use super::job::{Job, Progress};
+use crate::worker::Turn;
 
 /// Pause before the kernel is asked again when it fails to take operations that
 /// must be waited for. Seen under memory pressure only.
@@ -23,6 +27,10 @@ const WAIT_RETRY: Duration = Duration::from_millis(1);
 /// the disk stands still: for a second. Short of memory is not broken, and Linux
 /// never resets a disk that asks for it.
 const FLUSH_TRIES_MAX: u32 = 1000;
+
+/// Most that the jobs in flight cost together, see [`Job::cost`]. A disk of 500 MB/s moves as many bytes
+/// in 32 ms, and as many of the shortest jobs (256) keep any disk busy.
+const COST_MAX: u64 = 16 << 20;
 
 /// A job that has ended.
 #[derive(Debug)]
@@ -39,6 +47,12 @@ pub(super) struct Flights {
     engine: Box<dyn IoEngine>,
     slots: Vec<Option<Job>>,
     free: Vec<u16>,
+    /// Jobs that have more to do, but no operation with the engine.
+    suspended: Vec<u16>,
+    /// Of all jobs.
+    cost: u64,
+    /// The only job is a long one.
+    has_long: bool,
     completions: Vec<Completion>,
 }
 
@@ -49,6 +63,9 @@ impl Flights {
             engine,
             slots: (0..depth).map(|_| None).collect(),
             free: (0..depth).rev().collect(),
+            suspended: Vec::new(),
+            cost: 0,
+            has_long: false,
             completions: Vec::new(),
         }
     }
@@ -57,19 +74,45 @@ impl Flights {
         self.engine.completion_fd()
     }
 
-    pub(super) fn is_full(&self) -> bool {
-        self.free.is_empty()
+    /// Whether any job could be started.
+    pub(super) fn has_room(&self) -> bool {
+        !self.free.is_empty() && self.cost < COST_MAX && !self.has_long
+    }
+
+    /// Whether this job can be started beside the others.
+    pub(super) fn has_room_for(&self, job: &Job) -> bool {
+        let beside = !job.is_long() && self.cost + job.cost() <= COST_MAX;
+        self.has_room() && (self.is_empty() || beside)
+    }
+
+    /// Jobs in flight.
+    pub(super) fn len(&self) -> usize {
+        self.slots.len() - self.free.len()
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.free.len() == self.slots.len()
+        self.len() == 0
     }
 
-    /// Starts a job; only if not full. One the engine does not take has landed.
-    pub(super) fn start(&mut self, job: Job, landed: &mut Vec<Landed>) {
-        let id = self.free.pop().expect("callers check is_full");
+    /// Whether jobs wait for [`Flights::go_on`].
+    pub(super) fn has_suspended(&self) -> bool {
+        !self.suspended.is_empty()
+    }
+
+    /// Starts a job; only if there is room for it. One the engine does not take has landed.
+    pub(super) fn start(&mut self, job: Job, landed: &mut Vec<Landed>, turn: &mut Turn) {
+        let id = self.free.pop().expect("callers check for room");
+        self.cost += job.cost();
+        self.has_long |= job.is_long();
         self.slots[usize::from(id)] = Some(job);
-        self.submit(id, landed);
+        self.submit(id, landed, turn);
+    }
+
+    /// Continues the jobs that a command has stopped.
+    pub(super) fn go_on(&mut self, landed: &mut Vec<Landed>, turn: &mut Turn) {
+        for id in std::mem::take(&mut self.suspended) {
+            self.submit(id, landed, turn);
+        }
     }
 
     /// Hands what was started to the kernel.
@@ -86,29 +129,41 @@ impl Flights {
         self.engine.flush()
     }
 
-    /// Collects ended jobs and continues those with more to do.
+    /// Collects ended jobs and continues those with more to do, unless a command waits.
     ///
     /// # Errors
     /// The kernel refused what is to be continued; it is still pending.
-    pub(super) fn land(&mut self, landed: &mut Vec<Landed>) -> io::Result<()> {
-        loop {
-            let mut completions = std::mem::take(&mut self.completions);
-            self.engine.reap(&mut completions);
-            let any = !completions.is_empty();
-            for completion in completions.drain(..) {
-                self.complete(completion, landed);
-            }
-            self.completions = completions;
-            if !any {
-                return self.flush();
-            }
-        }
+    pub(super) fn land(&mut self, landed: &mut Vec<Landed>, turn: &mut Turn) -> io::Result<()> {
+        self.land_and(landed, turn, |_, turn| !turn.is_called())
     }
 
-    /// Waits until no job is in flight; ended ones are collected in `landed`.
-    pub(super) fn drain(&mut self, landed: &mut Vec<Landed>) {
-        while !self.is_empty() {
-            let result = self.engine.wait().and_then(|()| self.land(landed));
+    /// Waits until the engine has no operation. Jobs have ended then and are collected in `landed`,
+    /// but for a long one: true if there was one. It is forgotten, and nothing was taken behind it.
+    pub(super) fn settle(&mut self, landed: &mut Vec<Landed>) -> bool {
+        // Nothing stops the others: they are bounded.
+        let mut turn = Turn::default();
+        if !self.has_long {
+            self.go_on(landed, &mut turn);
+        }
+        self.drain(landed, &mut turn, |job| !job.is_long());
+        self.forget_suspended()
+    }
+
+    /// Waits until the engine has no operation, and forgets all jobs.
+    pub(super) fn abandon(&mut self) {
+        self.drain(&mut Vec::new(), &mut Turn::default(), |_| false);
+        self.forget_suspended();
+    }
+
+    fn drain(
+        &mut self,
+        landed: &mut Vec<Landed>,
+        turn: &mut Turn,
+        may_go_on: impl Fn(&Job) -> bool,
+    ) {
+        while self.len() > self.suspended.len() {
+            let waited = self.engine.wait();
+            let result = waited.and_then(|()| self.land_and(landed, turn, |job, _| may_go_on(job)));
             if let Err(error) = result {
                 // Nothing but waiting is safe: the kernel may still write guest RAM.
                 log::warn!("waiting for disk I/O in flight: {error}");
@@ -117,12 +172,50 @@ impl Flights {
         }
     }
 
-    fn submit(&mut self, id: u16, landed: &mut Vec<Landed>) {
+    fn forget_suspended(&mut self) -> bool {
+        let any = self.has_suspended();
+        for id in std::mem::take(&mut self.suspended) {
+            self.take_out(id);
+        }
+        any
+    }
+
+    fn land_and(
+        &mut self,
+        landed: &mut Vec<Landed>,
+        turn: &mut Turn,
+        mut may_go_on: impl FnMut(&Job, &mut Turn) -> bool,
+    ) -> io::Result<()> {
+        loop {
+            let mut completions = std::mem::take(&mut self.completions);
+            self.engine.reap(&mut completions);
+            let any = !completions.is_empty();
+            for Completion { id, result } in completions.drain(..) {
+                let job = self.slots[usize::from(id)]
+                    .as_mut()
+                    .expect("engines report each id once");
+                match job.advance(result) {
+                    Progress::Again if may_go_on(job, turn) => self.submit(id, landed, turn),
+                    Progress::Again => self.suspended.push(id),
+                    Progress::Done { status, host_errno } => {
+                        self.finish(id, status, host_errno, landed);
+                    }
+                }
+            }
+            self.completions = completions;
+            if !any {
+                return self.flush();
+            }
+        }
+    }
+
+    fn submit(&mut self, id: u16, landed: &mut Vec<Landed>, turn: &mut Turn) {
         let job = self.slots[usize::from(id)]
             .as_ref()
             .expect("submit is called on filled slots");
+        turn.charge_call(1, job.piece().bytes);
         // SAFETY: the job stays in its slot, and its vectors on their heap, until
-        // `complete` gets this id back; `drop` waits for that too. While it is
+        // `land_and` gets this id back; `drop` waits for that too. While it is
         // there, nobody changes it. An error means the engine does not have it.
         if let Err(error) = unsafe { self.engine.submit(id, &job.operation()) } {
             let errno = error.raw_os_error().unwrap_or(libc::EIO);
@@ -130,22 +223,18 @@ impl Flights {
         }
     }
 
-    fn complete(&mut self, completion: Completion, landed: &mut Vec<Landed>) {
-        let id = completion.id;
+    fn take_out(&mut self, id: u16) -> Job {
         let job = self.slots[usize::from(id)]
-            .as_mut()
-            .expect("engines report each id once");
-        match job.advance(completion.result) {
-            Progress::Again => self.submit(id, landed),
-            Progress::Done { status, host_errno } => self.finish(id, status, host_errno, landed),
-        }
+            .take()
+            .expect("only filled slots are emptied");
+        self.free.push(id);
+        self.cost -= job.cost();
+        self.has_long &= !job.is_long();
+        job
     }
 
     fn finish(&mut self, id: u16, status: u8, host_errno: Option<i32>, landed: &mut Vec<Landed>) {
-        let job = self.slots[usize::from(id)]
-            .take()
-            .expect("only filled slots finish");
-        self.free.push(id);
+        let job = self.take_out(id);
         landed.push(Landed {
             job,
             status,
@@ -162,7 +251,7 @@ fn is_momentary(error: &io::Error) -> bool {
 
 impl Drop for Flights {
     fn drop(&mut self) {
-        self.drain(&mut Vec::new());
+        self.abandon();
     }
 }
 
@@ -220,7 +309,9 @@ mod tests {
             flights.flush().expect("the kernel takes it in the end");
             assert_eq!(refusals.load(Ordering::Relaxed), 0);
             let (mut flights, _) = refusing(errno, 3);
-            flights.land(&mut Vec::new()).expect("as above");
+            flights
+                .land(&mut Vec::new(), &mut Turn::default())
+                .expect("as above");
         }
     }
 

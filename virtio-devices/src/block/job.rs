@@ -7,7 +7,7 @@
 //!   WriteZeroes ─► PunchHole ─► ZeroRange ─► WriteZeroBuffer … ─► (Sync) ─► done
 //!                  each only where the one before is not supported
 //! ```
-//! Short transfers repeat a step with what is left.
+//! Each step is done in operations of bounded size. Short transfers repeat a step with what is left.
 
 use std::time::Instant;
 
@@ -16,10 +16,86 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 
 use super::engine::{IoOperation, ZERO_BUFFER_BYTES};
-use crate::guest_buffers::GuestBuffers;
+use crate::queue::GuestBuffers;
 
 /// Repetitions of an operation the host could not take just now.
 const RETRIES_MAX: u32 = 64;
+
+/// Most bytes one operation reads, writes or zeroes: as much as Linux asks for in one request.
+const PIECE_BYTES_MAX: u64 = 4 << 20;
+
+/// Most bytes one operation discards. That moves no data, so it is worth 64 times less.
+const DISCARD_PIECE_BYTES_MAX: u64 = DISCARD_PER_COST * PIECE_BYTES_MAX;
+const DISCARD_PER_COST: u64 = 64;
+
+/// What a job costs at least, in bytes moved: the time of one access to a disk.
+const COST_MIN: u64 = 64 << 10;
+
+/// What bringing data to stable storage costs.
+const SYNC_COST: u64 = 1 << 20;
+
+/// Where data is and what of it is not yet moved.
+#[derive(Debug)]
+pub(super) struct Transfer {
+    offset: u64,
+    /// What the next operation moves.
+    piece: GuestBuffers,
+    /// What comes after it.
+    rest: Option<GuestBuffers>,
+}
+
+impl Transfer {
+    pub(super) fn new(offset: u64, mut data: GuestBuffers) -> Self {
+        if data.bytes() as u64 <= PIECE_BYTES_MAX {
+            return Self {
+                offset,
+                piece: data,
+                rest: None,
+            };
+        }
+        Self {
+            offset,
+            piece: data.split_front(PIECE_BYTES_MAX as usize),
+            rest: Some(data),
+        }
+    }
+
+    /// Whether there is more to move.
+    fn advance(&mut self, moved: u64) -> bool {
+        self.offset += moved;
+        self.piece.advance(moved as usize);
+        if self.piece.bytes() == 0
+            && let Some(rest) = &mut self.rest
+        {
+            self.piece = rest.split_front(PIECE_BYTES_MAX as usize);
+        }
+        self.piece.bytes() > 0
+    }
+}
+
+/// A part of the image.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Range {
+    pub(super) offset: u64,
+    pub(super) bytes: u64,
+}
+
+impl Range {
+    /// The front of it, up to a multiple of `bytes_max`: what is aligned in the whole is so in each piece.
+    fn piece(self, bytes_max: u64) -> Self {
+        Self {
+            offset: self.offset,
+            bytes: self.bytes.min(bytes_max - self.offset % bytes_max),
+        }
+    }
+
+    /// Whether there is more than `done` bytes.
+    fn advance(&mut self, done: u64) -> bool {
+        self.offset += done;
+        self.bytes = self.bytes.saturating_sub(done);
+        self.bytes > 0
+    }
+}
 
 /// What the request was, for the counters. Bytes are of the whole request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,32 +110,17 @@ pub(super) enum Kind {
 /// The operation to do next.
 #[derive(Debug)]
 pub(super) enum Step {
-    Read {
-        offset: u64,
-        data: GuestBuffers,
-    },
-    Write {
-        offset: u64,
-        data: GuestBuffers,
-    },
+    Read(Transfer),
+    Write(Transfer),
     Sync,
+    /// By hole or, on a block `device`, by command.
     Discard {
-        offset: u64,
-        bytes: u64,
+        range: Range,
         device: bool,
     },
-    PunchHole {
-        offset: u64,
-        bytes: u64,
-    },
-    ZeroRange {
-        offset: u64,
-        bytes: u64,
-    },
-    WriteZeroBuffer {
-        offset: u64,
-        bytes: u64,
-    },
+    PunchHole(Range),
+    ZeroRange(Range),
+    WriteZeroBuffer(Range),
 }
 
 /// A request being carried out.
@@ -90,30 +151,83 @@ const OK: Progress = Progress::Done {
 };
 
 impl Job {
+    /// What it may take the host, in bytes moved.
+    pub(super) fn cost(&self) -> u64 {
+        let cost = match self.kind {
+            Kind::Read(bytes) | Kind::Write(bytes) | Kind::WriteZeroes(bytes) => bytes,
+            Kind::Discard(bytes) => bytes / DISCARD_PER_COST,
+            Kind::Flush => SYNC_COST,
+        };
+        let sync_cost = if self.writes_through() { SYNC_COST } else { 0 };
+        cost.max(COST_MIN) + sync_cost
+    }
+
+    /// Whether it takes so many operations that a pause cannot wait for all of them.
+    pub(super) fn is_long(&self) -> bool {
+        match self.kind {
+            Kind::Read(bytes) | Kind::Write(bytes) | Kind::WriteZeroes(bytes) => {
+                bytes > PIECE_BYTES_MAX
+            }
+            Kind::Discard(bytes) => bytes > DISCARD_PIECE_BYTES_MAX,
+            Kind::Flush => false,
+        }
+    }
+
+    fn writes_through(&self) -> bool {
+        self.write_through && matches!(self.kind, Kind::Write(_) | Kind::WriteZeroes(_))
+    }
+
     /// The next operation.
     pub(super) fn operation(&self) -> IoOperation<'_> {
         match &self.step {
-            Step::Read { offset, data } => IoOperation::Read {
-                offset: *offset,
-                into: data.iovecs(),
+            Step::Read(transfer) => IoOperation::Read {
+                offset: transfer.offset,
+                into: transfer.piece.iovecs(),
             },
-            Step::Write { offset, data } => IoOperation::Write {
-                offset: *offset,
-                from: data.iovecs(),
+            Step::Write(transfer) => IoOperation::Write {
+                offset: transfer.offset,
+                from: transfer.piece.iovecs(),
             },
             Step::Sync => IoOperation::Sync,
-            &Step::Discard {
-                offset,
-                bytes,
-                device: true,
-            } => IoOperation::DeviceDiscard { offset, bytes },
-            &Step::Discard { offset, bytes, .. } | &Step::PunchHole { offset, bytes } => {
+            Step::Discard { device, .. } => {
+                let Range { offset, bytes } = self.piece();
+                if *device {
+                    IoOperation::DeviceDiscard { offset, bytes }
+                } else {
+                    IoOperation::PunchHole { offset, bytes }
+                }
+            }
+            Step::PunchHole(_) => {
+                let Range { offset, bytes } = self.piece();
                 IoOperation::PunchHole { offset, bytes }
             }
-            &Step::ZeroRange { offset, bytes } => IoOperation::ZeroRange { offset, bytes },
-            &Step::WriteZeroBuffer { offset, bytes } => IoOperation::WriteZeroBuffer {
-                offset,
-                bytes: bytes.min(ZERO_BUFFER_BYTES),
+            Step::ZeroRange(_) => {
+                let Range { offset, bytes } = self.piece();
+                IoOperation::ZeroRange { offset, bytes }
+            }
+            Step::WriteZeroBuffer(_) => {
+                let Range { offset, bytes } = self.piece();
+                IoOperation::WriteZeroBuffer { offset, bytes }
+            }
+        }
+    }
+
+    /// The part of the image that the next operation is about.
+    pub(super) fn piece(&self) -> Range {
+        match &self.step {
+            Step::Read(transfer) | Step::Write(transfer) => Range {
+                offset: transfer.offset,
+                bytes: transfer.piece.bytes() as u64,
+            },
+            Step::Sync => Range {
+                offset: 0,
+                bytes: 0,
+            },
+            Step::Discard { range, .. } => range.piece(DISCARD_PIECE_BYTES_MAX),
+            Step::PunchHole(range) | Step::ZeroRange(range) => range.piece(PIECE_BYTES_MAX),
+            Step::WriteZeroBuffer(range) => Range {
+                offset: range.offset,
+                bytes: range.bytes.min(ZERO_BUFFER_BYTES),
             },
         }
     }
@@ -127,22 +241,17 @@ impl Job {
     }
 
     fn succeeded(&mut self, moved: u64) -> Progress {
-        let left = match &mut self.step {
-            Step::Read { offset, data } | Step::Write { offset, data } => {
-                data.advance(moved as usize);
-                *offset += moved;
-                data.bytes() as u64
-            }
-            Step::WriteZeroBuffer { offset, bytes } => {
-                *offset += moved;
-                *bytes = bytes.saturating_sub(moved);
-                *bytes
-            }
-            Step::Sync | Step::Discard { .. } | Step::PunchHole { .. } | Step::ZeroRange { .. } => {
-                0
+        let piece_bytes = self.piece().bytes;
+        let (more, moved) = match &mut self.step {
+            Step::Read(transfer) | Step::Write(transfer) => (transfer.advance(moved), moved),
+            Step::WriteZeroBuffer(range) => (range.advance(moved), moved),
+            Step::Sync => (false, 0),
+            // All of it, or an error.
+            Step::Discard { range, .. } | Step::PunchHole(range) | Step::ZeroRange(range) => {
+                (range.advance(piece_bytes), piece_bytes)
             }
         };
-        if left == 0 {
+        if !more {
             return self.moved_all();
         }
         if moved == 0 {
@@ -153,8 +262,7 @@ impl Job {
     }
 
     fn moved_all(&mut self) -> Progress {
-        let writes = matches!(self.kind, Kind::Write(_) | Kind::WriteZeroes(_));
-        if self.write_through && writes && !matches!(self.step, Step::Sync) {
+        if self.writes_through() && !matches!(self.step, Step::Sync) {
             self.step = Step::Sync;
             return Progress::Again;
         }
@@ -172,12 +280,12 @@ impl Job {
                 status: VIRTIO_BLK_S_UNSUPP as u8,
                 host_errno: None,
             },
-            (&Step::PunchHole { offset, bytes }, _) if unsupported => {
-                self.step = Step::ZeroRange { offset, bytes };
+            (&Step::PunchHole(range), _) if unsupported => {
+                self.step = Step::ZeroRange(range);
                 Progress::Again
             }
-            (&Step::ZeroRange { offset, bytes }, _) if unsupported => {
-                self.step = Step::WriteZeroBuffer { offset, bytes };
+            (&Step::ZeroRange(range), _) if unsupported => {
+                self.step = Step::WriteZeroBuffer(range);
                 Progress::Again
             }
             _ => io_error(errno),

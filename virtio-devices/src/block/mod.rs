@@ -5,7 +5,7 @@
 //!   queue      one worker per virtqueue: takes chains, completes them
 //!   request    a descriptor chain read as a request, checked
 //!   job        a request as a sequence of I/O operations
-//!   flights    jobs the I/O engine holds, bounded by the queue size
+//!   flights    jobs the I/O engine holds, bounded in number and cost
 //!   engine     io_uring, or system calls on the worker itself
 //!   image      opening, locking, sizes        format   signatures
 //!   config_space   what the guest reads       counters what we count

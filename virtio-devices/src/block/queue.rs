@@ -11,12 +11,11 @@ use vm_memory::GuestAddressSpace;
 use super::config_space::has;
 use super::device::DiskState;
 use super::flights::{Flights, Landed};
-use super::job::{Job, Kind, Step};
+use super::job::{Job, Kind, Range, Step, Transfer};
 use super::request::{Operation, Request};
 use crate::device::{Activation, GuestRam, QueueHandler, WorkerError};
-use crate::guest_buffers::{GuestBuffers, RamGuard};
-use crate::served_queue::{Popped, ServedQueue};
-use crate::worker::EventSources;
+use crate::queue::{GuestBuffers, Next, Popped, RamGuard, ServedQueue};
+use crate::worker::{EventSources, Turn};
 
 /// Event source: the engine has completions.
 const COMPLETIONS: u32 = 0;
@@ -33,6 +32,17 @@ pub(super) struct BlockQueue {
     flights: Flights,
     landed: Vec<Landed>,
     active: Option<Active>,
+}
+
+/// Why no more chains are taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stopped {
+    /// The ring is empty: wait for the guest.
+    Empty,
+    /// Too much is in flight: wait for the engine.
+    NoRoom,
+    /// Others' turn; the queue has rung its doorbell.
+    TurnOver,
 }
 
 /// What exists between activation and reset.
@@ -53,37 +63,74 @@ impl BlockQueue {
         }
     }
 
-    /// Takes what is available, at most one ring full, starts it and returns
-    /// what has ended.
-    fn run(&mut self) -> Result<(), WorkerError> {
+    /// Takes what is available and there is room for, starts it and returns what has ended.
+    fn run(&mut self, turn: &mut Turn) -> Result<(), WorkerError> {
         let Some(mut active) = self.active.take() else {
             return Ok(());
         };
         let ram = active.ram.memory();
-        let result = self.run_active(&mut active, &ram);
+        let result = self.run_active(&mut active, &ram, turn);
         self.active = Some(active);
         result
     }
 
-    fn run_active(&mut self, active: &mut Active, ram: &RamGuard) -> Result<(), WorkerError> {
-        self.land(&mut active.queue, ram)?;
+    fn run_active(
+        &mut self,
+        active: &mut Active,
+        ram: &RamGuard,
+        turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
+        self.flights.go_on(&mut self.landed, turn);
+        self.land(&mut active.queue, ram, turn)?;
         active.queue.disable_doorbell(ram)?;
-        let mut taken = 0;
-        while !self.flights.is_full() && taken < active.queue.size() {
-            let Some(popped) = active.queue.pop(ram)? else {
-                break;
-            };
-            taken += 1;
-            self.take(active, ram, popped)?;
-        }
-        self.flights.flush().map_err(engine_failed)?;
-        self.land(&mut active.queue, ram)?;
+        let stopped = loop {
+            let stopped = self.take_all(active, ram, turn)?;
+            self.flights.flush().map_err(engine_failed)?;
+            let before = self.flights.len();
+            self.land(&mut active.queue, ram, turn)?;
+            let made_room = self.flights.len() < before;
+            if stopped != Stopped::NoRoom || !made_room || turn.is_over() {
+                break stopped;
+            }
+        };
         active.queue.signal(ram)?;
-        // A full engine announces its completions, and then this runs again.
-        if !self.flights.is_full() && active.queue.enable_doorbell(ram)? {
+        let again = match stopped {
+            Stopped::Empty => active.queue.enable_doorbell(ram)?,
+            // Else the engine announces room, and then this runs again.
+            Stopped::NoRoom => self.flights.is_empty(),
+            // It has rung.
+            Stopped::TurnOver => false,
+        };
+        if again || self.flights.has_suspended() {
             active.queue.ring_again()?;
         }
         Ok(())
+    }
+
+    /// Takes chains until something stops it.
+    fn take_all(
+        &mut self,
+        active: &mut Active,
+        ram: &RamGuard,
+        turn: &mut Turn,
+    ) -> Result<Stopped, WorkerError> {
+        while self.flights.has_room() {
+            match active.queue.next(ram, turn)? {
+                Next::Chain(popped) => {
+                    let Some(job) = self.take(active, ram, popped)? else {
+                        continue;
+                    };
+                    if !self.flights.has_room_for(&job) {
+                        active.queue.unpop(1);
+                        break;
+                    }
+                    self.flights.start(job, &mut self.landed, turn);
+                }
+                Next::Empty => return Ok(Stopped::Empty),
+                Next::TurnOver => return Ok(Stopped::TurnOver),
+            }
+        }
+        Ok(Stopped::NoRoom)
     }
 
     /// Turns a chain into a job, or answers it at once.
@@ -92,7 +139,7 @@ impl BlockQueue {
         active: &mut Active,
         ram: &RamGuard,
         popped: Popped,
-    ) -> Result<(), WorkerError> {
+    ) -> Result<Option<Job>, WorkerError> {
         let head = popped.head;
         let rules = self.disk.rules();
         let parsed = popped
@@ -103,7 +150,8 @@ impl BlockQueue {
             Ok(request) => request,
             Err(error) => {
                 self.bad_request(&error);
-                return active.queue.push_used(ram, head, 0);
+                active.queue.push_used(ram, head, 0)?;
+                return Ok(None);
             }
         };
         let answer = match operation {
@@ -113,9 +161,7 @@ impl BlockQueue {
             }
             Ok(operation) => {
                 let write_through = !self.disk.is_write_back(active.features);
-                let job = self.job(head, status, operation, write_through);
-                self.flights.start(job, &mut self.landed);
-                return Ok(());
+                return Ok(Some(self.job(head, status, operation, write_through)));
             }
             Err(refusal) => {
                 self.bad_request(&refusal);
@@ -123,7 +169,8 @@ impl BlockQueue {
             }
         };
         status.copy_in(&[answer.0]);
-        active.queue.push_used(ram, head, answer.1 + 1)
+        active.queue.push_used(ram, head, answer.1 + 1)?;
+        Ok(None)
     }
 
     fn job(
@@ -134,19 +181,19 @@ impl BlockQueue {
         write_through: bool,
     ) -> Job {
         let (kind, step) = match operation {
-            Operation::Read { offset, data } => {
-                (Kind::Read(data.bytes() as u64), Step::Read { offset, data })
-            }
+            Operation::Read { offset, data } => (
+                Kind::Read(data.bytes() as u64),
+                Step::Read(Transfer::new(offset, data)),
+            ),
             Operation::Write { offset, data } => (
                 Kind::Write(data.bytes() as u64),
-                Step::Write { offset, data },
+                Step::Write(Transfer::new(offset, data)),
             ),
             Operation::Flush | Operation::GetId { .. } => (Kind::Flush, Step::Sync),
             Operation::Discard { offset, bytes } => (
                 Kind::Discard(bytes),
                 Step::Discard {
-                    offset,
-                    bytes,
+                    range: Range { offset, bytes },
                     device: self.disk.is_block_device(),
                 },
             ),
@@ -155,10 +202,11 @@ impl BlockQueue {
                 bytes,
                 unmap,
             } => {
+                let range = Range { offset, bytes };
                 let step = if unmap {
-                    Step::PunchHole { offset, bytes }
+                    Step::PunchHole(range)
                 } else {
-                    Step::ZeroRange { offset, bytes }
+                    Step::ZeroRange(range)
                 };
                 (Kind::WriteZeroes(bytes), step)
             }
@@ -175,8 +223,14 @@ impl BlockQueue {
     }
 
     /// Returns to the driver what the engine has finished.
-    fn land(&mut self, queue: &mut ServedQueue, ram: &RamGuard) -> Result<(), WorkerError> {
-        self.flights.land(&mut self.landed).map_err(engine_failed)?;
+    fn land(
+        &mut self,
+        queue: &mut ServedQueue,
+        ram: &RamGuard,
+        turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
+        let landed = self.flights.land(&mut self.landed, turn);
+        landed.map_err(engine_failed)?;
         self.answer_landed(queue, ram)
     }
 
@@ -263,26 +317,34 @@ impl QueueHandler for BlockQueue {
         Ok(())
     }
 
-    fn queue_ready(&mut self, _queue_index: u16) -> Result<(), WorkerError> {
-        self.run()
+    fn queue_ready(&mut self, _queue_index: u16, turn: &mut Turn) -> Result<(), WorkerError> {
+        self.run(turn)
     }
 
-    fn source_ready(&mut self, _token: u32, _: &mut EventSources) -> Result<(), WorkerError> {
-        self.run()
+    fn source_ready(
+        &mut self,
+        _token: u32,
+        _: &mut EventSources,
+        turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
+        self.run(turn)
     }
 
     fn reset(&mut self) {
-        self.flights.drain(&mut self.landed);
+        self.flights.abandon();
         self.landed.clear();
         self.active = None;
     }
 
     fn pause(&mut self) {
-        self.flights.drain(&mut self.landed);
+        let unfinished = self.flights.settle(&mut self.landed);
         let Some(mut active) = self.active.take() else {
             self.landed.clear();
             return;
         };
+        if unfinished {
+            active.queue.unpop(1);
+        }
         let ram = active.ram.memory();
         let answered = self
             .answer_landed(&mut active.queue, &ram)

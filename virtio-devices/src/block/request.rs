@@ -11,7 +11,7 @@ use virtio_bindings::bindings::virtio_blk::{
 };
 
 use super::{DATA_BYTES_MAX, SECTOR_BYTES, WRITE_ZEROES_SECTORS_MAX};
-use crate::guest_buffers::{ChainBuffers, ChainError, GuestBuffers};
+use crate::queue::{ChainBuffers, ChainError, GuestBuffers};
 
 /// `struct virtio_blk_req` up to the data: type, reserved, sector.
 const HEADER_BYTES: usize = 16;

@@ -13,9 +13,8 @@ use super::device::Shared;
 use super::endpoint::ConsoleEndpoint;
 use super::output::{Output, Written};
 use crate::device::{Activation, GuestRam, QueueHandler, WorkerError};
-use crate::guest_buffers::{GuestBuffers, RamGuard};
-use crate::served_queue::{Popped, ServedQueue};
-use crate::worker::EventSources;
+use crate::queue::{GuestBuffers, Next, Popped, RamGuard, ServedQueue};
+use crate::worker::{EventSources, Turn};
 
 /// Queue numbers (virtio 1.2 §5.3.2).
 const RECEIVE: u16 = 0;
@@ -27,8 +26,6 @@ const TOKEN_OUTPUT: u32 = 1;
 /// Queue callbacks cannot register sources; they ring this to have it done.
 const TOKEN_REARM: u32 = 2;
 
-/// Chains served on either side before the worker looks at its commands again.
-const CHAINS_PER_CALL_MAX: usize = 64;
 /// Bytes of one chain that are written out. Linux never sends more than 32 KiB
 /// at once; the rest of a longer chain is dropped and counted.
 const CHAIN_BYTES_MAX: usize = 64 << 10;
@@ -108,7 +105,7 @@ impl ConsoleHandler {
     }
 
     /// Moves input into the guest's buffers. True: the guest has none left.
-    fn receive(&mut self, active: &mut Active) -> Result<bool, WorkerError> {
+    fn receive(&mut self, active: &mut Active, turn: &mut Turn) -> Result<bool, WorkerError> {
         let Active {
             mem,
             receive: Some(queue),
@@ -120,19 +117,21 @@ impl ConsoleHandler {
         };
         let ram = mem.memory();
         let mut starved = false;
-        for _ in 0..CHAINS_PER_CALL_MAX {
+        loop {
             let next = match waiting.take() {
                 Some(next) => next,
-                None => match self.next_buffer(&ram, queue)? {
-                    Some(next) => next,
-                    None => {
+                None => match self.next_buffer(&ram, queue, turn)? {
+                    Next::Chain(next) => next,
+                    Next::Empty => {
                         starved = true;
                         break;
                     }
+                    Next::TurnOver => break,
                 },
             };
             let (head, buffers) = next;
             let room = self.chunk.len().min(buffers.bytes());
+            turn.charge_call(1, room as u64);
             let Some(count) = self.read_input(room) else {
                 *waiting = Some((head, buffers));
                 break;
@@ -153,14 +152,17 @@ impl ConsoleHandler {
         &self,
         ram: &RamGuard,
         queue: &mut ServedQueue,
-    ) -> Result<Option<(u16, GuestBuffers)>, WorkerError> {
-        for _ in 0..CHAINS_PER_CALL_MAX {
-            let Some(Popped { head, buffers }) = queue.pop(ram)? else {
-                return Ok(None);
+        turn: &mut Turn,
+    ) -> Result<Next<(u16, GuestBuffers)>, WorkerError> {
+        loop {
+            let Popped { head, buffers } = match queue.next(ram, turn)? {
+                Next::Chain(popped) => popped,
+                Next::Empty => return Ok(Next::Empty),
+                Next::TurnOver => return Ok(Next::TurnOver),
             };
             match buffers {
                 Ok(buffers) if buffers.writable.bytes() > 0 => {
-                    return Ok(Some((head, buffers.writable)));
+                    return Ok(Next::Chain((head, buffers.writable)));
                 }
                 _ => {
                     self.shared.bad_chains.fetch_add(1, Ordering::Relaxed);
@@ -168,8 +170,6 @@ impl ConsoleHandler {
                 }
             }
         }
-        queue.ring_again()?;
-        Ok(None)
     }
 
     /// Up to `room` bytes into the chunk; `None` if there are none now or ever.
@@ -189,7 +189,7 @@ impl ConsoleHandler {
         None
     }
 
-    fn transmit(&mut self, active: &mut Active) -> Result<(), WorkerError> {
+    fn transmit(&mut self, active: &mut Active, turn: &mut Turn) -> Result<(), WorkerError> {
         let Active {
             mem,
             transmit: Some(queue),
@@ -199,14 +199,9 @@ impl ConsoleHandler {
             return Ok(());
         };
         let ram = mem.memory();
-        let mut served = 0;
-        while served < CHAINS_PER_CALL_MAX {
-            let Some(Popped { head, buffers }) = queue.pop(&ram)? else {
-                break;
-            };
-            served += 1;
+        while let Next::Chain(Popped { head, buffers }) = queue.next(&ram, turn)? {
             match buffers {
-                Ok(buffers) => self.write_out(buffers.readable),
+                Ok(buffers) => self.write_out(buffers.readable, turn),
                 Err(_) => {
                     self.shared.bad_chains.fetch_add(1, Ordering::Relaxed);
                 }
@@ -214,16 +209,13 @@ impl ConsoleHandler {
             queue.push_used(&ram, head, 0)?;
         }
         queue.signal(&ram)?;
-        if served == CHAINS_PER_CALL_MAX {
-            queue.ring_again()?;
-        }
         if self.output.backlog_fd().is_some() && !self.output_watched {
             self.ask_to_rearm()?;
         }
         Ok(())
     }
 
-    fn write_out(&mut self, mut buffers: GuestBuffers) {
+    fn write_out(&mut self, mut buffers: GuestBuffers, turn: &mut Turn) {
         let mut left = buffers.bytes().min(CHAIN_BYTES_MAX);
         let cut = buffers.bytes() - left;
         let mut dropped = if self.output.is_connected() { cut } else { 0 };
@@ -236,6 +228,7 @@ impl ConsoleHandler {
             if count == 0 {
                 break;
             }
+            turn.charge_call(1, count as u64);
             dropped += self.output.write(&self.chunk[..count]).dropped_bytes;
             buffers.advance(count);
             left -= count;
@@ -292,8 +285,9 @@ impl ConsoleHandler {
         &mut self,
         active: &mut Active,
         sources: &mut EventSources,
+        turn: &mut Turn,
     ) -> Result<(), WorkerError> {
-        let starved = self.receive(active)?;
+        let starved = self.receive(active, turn)?;
         let Some(input) = &self.input else {
             return Ok(());
         };
@@ -353,13 +347,13 @@ impl QueueHandler for ConsoleHandler {
         self.rearm(sources)
     }
 
-    fn queue_ready(&mut self, queue_index: u16) -> Result<(), WorkerError> {
+    fn queue_ready(&mut self, queue_index: u16, turn: &mut Turn) -> Result<(), WorkerError> {
         let Some(mut active) = self.active.take() else {
             return Ok(());
         };
         let outcome = match (queue_index, self.input_state) {
-            (TRANSMIT, _) => self.transmit(&mut active),
-            (RECEIVE, Input::Unpollable) => self.receive(&mut active).map(|_| ()),
+            (TRANSMIT, _) => self.transmit(&mut active, turn),
+            (RECEIVE, Input::Unpollable) => self.receive(&mut active, turn).map(|_| ()),
             (RECEIVE, Input::Unwatched) => self.ask_to_rearm(),
             // Watched input wakes us by itself.
             _ => Ok(()),
@@ -368,12 +362,17 @@ impl QueueHandler for ConsoleHandler {
         outcome
     }
 
-    fn source_ready(&mut self, token: u32, sources: &mut EventSources) -> Result<(), WorkerError> {
+    fn source_ready(
+        &mut self,
+        token: u32,
+        sources: &mut EventSources,
+        turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
         let Some(mut active) = self.active.take() else {
             return Ok(());
         };
         let outcome = match token {
-            TOKEN_INPUT => self.input_ready(&mut active, sources),
+            TOKEN_INPUT => self.input_ready(&mut active, sources, turn),
             TOKEN_OUTPUT => self.output_ready(sources),
             _ => self.rearm(sources),
         };

@@ -20,6 +20,7 @@ use super::shared::{Shared, count};
 use super::spec::{VIRTIO_F_VERSION_1, VIRTIO_ID_MEM, VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE};
 use super::worker::MemWorker;
 use crate::device::{Counters, Interrupt, QueueHandler, VirtioDevice};
+use crate::queue::SingleQueue;
 use crate::reclaim::DiscardEngine;
 
 /// Entries of the one queue. Linux keeps a single request in flight.
@@ -113,7 +114,7 @@ impl VirtioDevice for Mem {
         let worker = self.worker.take();
         worker
             .into_iter()
-            .map(|worker| Box::new(worker) as Box<dyn QueueHandler>)
+            .map(|worker| Box::new(SingleQueue::new(worker)) as Box<dyn QueueHandler>)
             .collect()
     }
 

@@ -4,19 +4,13 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use vm_memory::GuestAddressSpace;
-
 use super::blocks::Blocks;
 use super::request::{ANSWER_BYTES, Answer, BlockState, Named, REQUEST_BYTES, Request};
 use super::shared::{Shared, count};
-use crate::device::{Activation, GuestRam, QueueHandler, WorkerError};
-use crate::guest_buffers::{ChainBuffers, RamGuard};
+use crate::device::GuestRam;
+use crate::queue::{ChainBuffers, ChainError, Driver, Reply, SingleQueueDevice};
 use crate::reclaim::{DiscardEngine, Expected, GuestRange, Outcome};
-use crate::served_queue::ServedQueue;
-use crate::worker::EventSources;
-
-/// Requests served before the worker looks at its commands again. Each discards the region at most once.
-const REQUESTS_PER_CALL_MAX: usize = 16;
+use crate::worker::Turn;
 
 /// Serves the one queue, and knows which blocks are plugged. A reset of the device plugs and unplugs nothing (virtio
 /// 1.2 §5.15.5.2): the driver that comes next finds the blocks as they are. A reboot makes another device.
@@ -26,7 +20,6 @@ pub(super) struct MemWorker {
     shared: Arc<Shared>,
     engine: DiscardEngine,
     blocks: Blocks,
-    active: Option<(GuestRam, ServedQueue)>,
 }
 
 impl MemWorker {
@@ -36,71 +29,43 @@ impl MemWorker {
             blocks: Blocks::new(shared.region.block_count()),
             shared,
             engine,
-            active: None,
         }
     }
 
-    fn serve(
-        &mut self,
-        mem: &GuestRam,
-        ram: &RamGuard,
-        queue: &mut ServedQueue,
-    ) -> Result<(), WorkerError> {
-        for _ in 0..REQUESTS_PER_CALL_MAX {
-            let Some(popped) = queue.pop(ram)? else {
-                return Ok(());
-            };
-            let request = popped.buffers.ok().and_then(read);
-            let written = match request {
-                Some((request, buffers)) => {
-                    let answer = self.carry_out(mem, request);
-                    buffers.writable.copy_in(&answer.bytes());
-                    ANSWER_BYTES as u32
-                }
-                None => {
-                    count(&self.shared.tally.requests_malformed, 1);
-                    0
-                }
-            };
-            queue.push_used(ram, popped.head, written)?;
-        }
-        queue.ring_again()
-    }
-
-    fn carry_out(&mut self, mem: &GuestRam, request: Request) -> Answer {
-        let tally = &self.shared.tally;
+    /// `None`: a command came in between, and the request is to be carried out again.
+    fn carry_out(&mut self, mem: &GuestRam, request: Request, turn: &mut Turn) -> Option<Answer> {
         let answer = match request {
-            Request::Plug(named) => {
-                count(&tally.plug_requests, 1);
-                self.named(named).map_or(Answer::Error, |it| self.plug(it))
-            }
-            Request::Unplug(named) => {
-                count(&tally.unplug_requests, 1);
-                let blocks = self.named(named);
-                blocks.map_or(Answer::Error, |it| self.unplug(mem, it))
-            }
+            Request::Plug(named) => self.named(named).map_or(Answer::Error, |it| self.plug(it)),
+            Request::Unplug(named) => match self.named(named) {
+                Some(blocks) => self.unplug(mem, blocks, turn)?,
+                None => Answer::Error,
+            },
             Request::UnplugAll => {
-                count(&tally.unplug_all_requests, 1);
                 let runs = self.blocks.plugged_runs();
-                self.give_back(mem, &runs)
+                self.give_back(mem, &runs, turn)?
             }
-            Request::State(named) => {
-                count(&tally.state_requests, 1);
-                self.named(named).map_or(Answer::Error, |it| self.state(it))
-            }
-            Request::Unknown => {
-                count(&tally.requests_unknown, 1);
-                return Answer::Error;
-            }
+            Request::State(named) => self.named(named).map_or(Answer::Error, |it| self.state(it)),
+            Request::Unknown => Answer::Error,
         };
         let tally = &self.shared.tally;
+        count(
+            match request {
+                Request::Plug(_) => &tally.plug_requests,
+                Request::Unplug(_) => &tally.unplug_requests,
+                Request::UnplugAll => &tally.unplug_all_requests,
+                Request::State(_) => &tally.state_requests,
+                Request::Unknown => &tally.requests_unknown,
+            },
+            1,
+        );
         match answer {
+            Answer::Error if request == Request::Unknown => {}
             Answer::Ack | Answer::State(_) => {}
             Answer::Nack => count(&tally.requests_nacked, 1),
             Answer::Busy => count(&tally.requests_busy, 1),
             Answer::Error => count(&tally.requests_wrong, 1),
         }
-        answer
+        Some(answer)
     }
 
     fn named(&self, named: Named) -> Option<Range<u64>> {
@@ -121,11 +86,11 @@ impl MemWorker {
         Answer::Ack
     }
 
-    fn unplug(&mut self, mem: &GuestRam, blocks: Range<u64>) -> Answer {
+    fn unplug(&mut self, mem: &GuestRam, blocks: Range<u64>, turn: &mut Turn) -> Option<Answer> {
         if self.blocks.plugged_in(blocks.clone()) < blocks.end - blocks.start {
-            return Answer::Error;
+            return Some(Answer::Error);
         }
-        self.give_back(mem, &[blocks])
+        self.give_back(mem, &[blocks], turn)
     }
 
     fn state(&self, blocks: Range<u64>) -> Answer {
@@ -139,20 +104,26 @@ impl MemWorker {
 
     /// Unplugs runs of plugged blocks, if the host takes back all of their memory. A driver may not read what it finds
     /// in a block that it plugs again, so it need not be zeros.
-    fn give_back(&mut self, mem: &GuestRam, runs: &[Range<u64>]) -> Answer {
+    fn give_back(
+        &mut self,
+        mem: &GuestRam,
+        runs: &[Range<u64>],
+        turn: &mut Turn,
+    ) -> Option<Answer> {
         let region = self.shared.region;
         let mut claims: Vec<GuestRange> = runs.iter().map(|run| region.range(run)).collect();
-        let outcome = self.engine.discard(mem, &mut claims, Expected::Anything);
+        let engine = &mut self.engine;
+        let outcome = engine.discard_unless_called(mem, &mut claims, Expected::Anything, turn)?;
         self.record(&outcome);
         if outcome.discarded.bytes < outcome.requested.bytes {
-            return Answer::Busy;
+            return Some(Answer::Busy);
         }
         for run in runs {
             self.blocks.set(run.clone(), false);
         }
         let left_bytes = self.shared.plugged_bytes() - outcome.requested.bytes;
         self.shared.set_plugged_bytes(left_bytes);
-        Answer::Ack
+        Some(Answer::Ack)
     }
 
     fn record(&self, outcome: &Outcome) {
@@ -182,40 +153,25 @@ fn read(buffers: ChainBuffers) -> Option<(Request, ChainBuffers)> {
     (whole && room).then(|| (Request::parse(&bytes), buffers))
 }
 
-impl QueueHandler for MemWorker {
+impl SingleQueueDevice for MemWorker {
     fn name(&self) -> String {
         self.name.clone()
     }
 
-    fn activate(
+    fn answer(
         &mut self,
-        activation: Activation,
-        _sources: &mut EventSources,
-    ) -> Result<(), WorkerError> {
-        let Activation {
-            mem,
-            features,
-            queues,
-            interrupt,
-        } = activation;
-        let first = queues.into_iter().next();
-        self.active = first.map(|active| (mem, ServedQueue::new(active, features, interrupt)));
-        Ok(())
-    }
-
-    fn queue_ready(&mut self, _queue_index: u16) -> Result<(), WorkerError> {
-        let Some((mem, mut queue)) = self.active.take() else {
-            return Ok(());
+        driver: &Driver,
+        request: Result<ChainBuffers, ChainError>,
+        turn: &mut Turn,
+    ) -> Reply {
+        let Some((request, buffers)) = request.ok().and_then(read) else {
+            count(&self.shared.tally.requests_malformed, 1);
+            return Reply::Done(0);
         };
-        let ram = mem.memory();
-        let served = self
-            .serve(&mem, &ram, &mut queue)
-            .and_then(|()| queue.signal(&ram));
-        self.active = Some((mem, queue));
-        served
-    }
-
-    fn reset(&mut self) {
-        self.active = None;
+        let Some(answer) = self.carry_out(&driver.ram, request, turn) else {
+            return Reply::PutBack;
+        };
+        buffers.writable.copy_in(&answer.bytes());
+        Reply::Done(ANSWER_BYTES as u32)
     }
 }

@@ -13,6 +13,7 @@ use super::pair::QueuePair;
 use super::tap::{Tap, TapSettings};
 use super::{Backend, NetError, NetParams, PAIRS_MAX, QUEUE_SIZE_MAX};
 use crate::device::{Counters, QueueHandler, VirtioDevice};
+use crate::queue::SingleQueue;
 use crate::thread_name::thread_name;
 
 /// Device id (virtio 1.2 §5).
@@ -160,7 +161,8 @@ impl Net {
             handlers.push(Box::new(pair));
         }
         let name = thread_name(&params.id, "_ctrl");
-        handlers.push(Box::new(ControlQueue::new(name, Arc::clone(&net))));
+        let control = ControlQueue::new(name, Arc::clone(&net));
+        handlers.push(Box::new(SingleQueue::new(control)));
         Ok(Self {
             net,
             features: config_space::features(params),

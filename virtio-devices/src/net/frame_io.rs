@@ -7,7 +7,7 @@
 use std::io;
 use std::os::fd::RawFd;
 
-use crate::guest_buffers::{GuestBuffers, IOVECS_MAX};
+use crate::queue::{GuestBuffers, IOVECS_MAX};
 
 /// Writes one frame, header first.
 ///

@@ -46,9 +46,6 @@ const HEADER_BYTES: usize = 12;
 /// tags. Longer ones from a guest are dropped.
 const FRAME_BYTES_MAX: usize = HEADER_BYTES + 14 + 8 + 65535;
 
-/// Frames in one direction before other work has its turn.
-const FRAMES_PER_TURN: usize = 256;
-
 /// Where frames come from and go to.
 #[derive(Debug)]
 pub enum Backend {

@@ -13,9 +13,8 @@ use super::receive::{self, Receiver};
 use super::tap_watch::TapWatch;
 use super::transmit::{self, Transmitter};
 use crate::device::{Activation, GuestRam, QueueHandler, WorkerError};
-use crate::guest_buffers::RamGuard;
-use crate::served_queue::ServedQueue;
-use crate::worker::EventSources;
+use crate::queue::{RamGuard, ServedQueue};
+use crate::worker::{EventSources, Turn};
 
 /// Event source: the tap is ready in a way that is waited for.
 const TAP: u32 = 0;
@@ -67,26 +66,33 @@ impl QueuePair {
         result
     }
 
-    fn receive(&mut self, active: &mut Active, ram: &RamGuard) -> Result<(), WorkerError> {
+    fn receive(
+        &mut self,
+        active: &mut Active,
+        ram: &RamGuard,
+        turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
         let Some(receiver) = &mut active.receiver else {
             return Ok(());
         };
         let tap = self.net.tap(self.index).as_raw_fd();
-        match receiver.run(tap, ram, self.net.counters())? {
+        match receiver.run(tap, ram, self.net.counters(), turn)? {
             receive::Stopped::NoFrame | receive::Stopped::TurnOver => self.watch.readable(true),
             receive::Stopped::NoBuffer | receive::Stopped::TapFailed => self.watch.readable(false),
         }
     }
 
-    fn transmit(&mut self, active: &mut Active, ram: &RamGuard) -> Result<(), WorkerError> {
+    fn transmit(
+        &mut self,
+        active: &mut Active,
+        ram: &RamGuard,
+        turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
         let Some(transmitter) = &mut active.transmitter else {
             return Ok(());
         };
         let tap = self.net.tap(self.index).as_raw_fd();
-        let stopped = transmitter.run(tap, ram, self.net.counters())?;
-        if stopped == transmit::Stopped::TurnOver {
-            transmitter.ring_again()?;
-        }
+        let stopped = transmitter.run(tap, ram, self.net.counters(), turn)?;
         self.watch.writable(stopped == transmit::Stopped::NoRoom)
     }
 }
@@ -130,37 +136,46 @@ impl QueueHandler for QueuePair {
         sources.add(self.net.enabled_event(self.index).as_raw_fd(), ENABLED)?;
         self.active = Some(active);
         // The driver may have put buffers there before this, and need not ring for them.
-        self.with_active(Self::receive)?;
-        self.with_active(Self::transmit)
+        let mut turn = Turn::default();
+        self.with_active(|pair, active, ram| {
+            pair.receive(active, ram, &mut turn)?;
+            turn.begin();
+            pair.transmit(active, ram, &mut turn)
+        })
     }
 
-    fn queue_ready(&mut self, queue_index: u16) -> Result<(), WorkerError> {
+    fn queue_ready(&mut self, queue_index: u16, turn: &mut Turn) -> Result<(), WorkerError> {
         self.with_active(|pair, active, ram| {
             let receiver_index = active.receiver.as_ref().map(Receiver::queue_index);
             let transmitter_index = active.transmitter.as_ref().map(Transmitter::queue_index);
             if receiver_index == Some(queue_index) {
-                return pair.receive(active, ram);
+                return pair.receive(active, ram, turn);
             }
             // Rung while the tap has no room: it will tell.
             if transmitter_index == Some(queue_index) && !pair.watch.wants_writable() {
-                return pair.transmit(active, ram);
+                return pair.transmit(active, ram, turn);
             }
             Ok(())
         })
     }
 
-    fn source_ready(&mut self, token: u32, _: &mut EventSources) -> Result<(), WorkerError> {
+    fn source_ready(
+        &mut self,
+        token: u32,
+        _: &mut EventSources,
+        turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
         if token == ENABLED {
             // Reading fails only when nothing was there to read.
             self.net.enabled_event(self.index).read().ok();
-            return self.with_active(Self::receive);
+            return self.with_active(|pair, active, ram| pair.receive(active, ram, turn));
         }
         self.with_active(|pair, active, ram| {
             if pair.watch.wants_readable() {
-                pair.receive(active, ram)?;
+                pair.receive(active, ram, turn)?;
             }
             if pair.watch.wants_writable() {
-                pair.transmit(active, ram)?;
+                pair.transmit(active, ram, turn)?;
             }
             Ok(())
         })

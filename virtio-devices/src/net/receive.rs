@@ -11,10 +11,10 @@ use std::os::fd::RawFd;
 
 use super::counters::NetCounters;
 use super::frame_io::{FrameReader, Read};
-use super::{FRAME_BYTES_MAX, FRAMES_PER_TURN, HEADER_BYTES};
+use super::{FRAME_BYTES_MAX, HEADER_BYTES};
 use crate::device::WorkerError;
-use crate::guest_buffers::{ChainBuffers, GuestBuffers, RamGuard};
-use crate::served_queue::{Popped, ServedQueue};
+use crate::queue::{ChainBuffers, GuestBuffers, Next, Popped, RamGuard, ServedQueue};
+use crate::worker::Turn;
 
 /// Where `num_buffers` is in the header.
 const NUM_BUFFERS_AT: usize = 10;
@@ -78,8 +78,9 @@ impl Receiver {
         tap: RawFd,
         ram: &RamGuard,
         counters: &NetCounters,
+        turn: &mut Turn,
     ) -> Result<Stopped, WorkerError> {
-        let stopped = self.move_frames(tap, ram, counters)?;
+        let stopped = self.move_frames(tap, ram, counters, turn)?;
         self.queue.signal(ram)?;
         Ok(stopped)
     }
@@ -97,10 +98,11 @@ impl Receiver {
         tap: RawFd,
         ram: &RamGuard,
         counters: &NetCounters,
+        turn: &mut Turn,
     ) -> Result<Stopped, WorkerError> {
         self.queue.disable_doorbell(ram)?;
-        for _ in 0..FRAMES_PER_TURN {
-            self.fill(ram, counters)?;
+        while !turn.is_over() {
+            self.fill(ram, counters, turn)?;
             if self
                 .ready
                 .front()
@@ -123,6 +125,7 @@ impl Receiver {
             }
             let usable = self.ready.iter().map_while(|ready| ready.buffers.as_ref());
             let usable = usable.take(if self.mergeable { usize::MAX } else { 1 });
+            turn.charge_call(1, FRAME_BYTES_MAX as u64);
             match self.reader.read(tap, usable, &mut self.spill) {
                 Ok(Read::Frame(bytes)) => self.deliver(ram, bytes, counters)?,
                 Ok(Read::Spilled(bytes)) => self.held_bytes = Some(bytes),
@@ -146,7 +149,12 @@ impl Receiver {
 
     /// Takes buffers until the longest frame would fit, and returns unusable
     /// ones that have come to the front.
-    fn fill(&mut self, ram: &RamGuard, counters: &NetCounters) -> Result<(), WorkerError> {
+    fn fill(
+        &mut self,
+        ram: &RamGuard,
+        counters: &NetCounters,
+        turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
         // A ring claims at most its size at once; a guest may offer on while we look.
         for _ in 0..self.queue.size() {
             while let Some(Ready {
@@ -161,7 +169,7 @@ impl Receiver {
             if self.ready_bytes >= wanted || self.ready.len() >= usize::from(self.queue.size()) {
                 return Ok(());
             }
-            let Some(popped) = self.queue.pop(ram)? else {
+            let Next::Chain(popped) = self.queue.next(ram, turn)? else {
                 return Ok(());
             };
             let ready = usable(popped, counters);

@@ -5,10 +5,10 @@ use std::os::fd::RawFd;
 
 use super::counters::NetCounters;
 use super::frame_io::write_frame;
-use super::{FRAME_BYTES_MAX, FRAMES_PER_TURN, HEADER_BYTES};
+use super::{FRAME_BYTES_MAX, HEADER_BYTES};
 use crate::device::WorkerError;
-use crate::guest_buffers::{ChainBuffers, RamGuard};
-use crate::served_queue::ServedQueue;
+use crate::queue::{ChainBuffers, Next, RamGuard, ServedQueue};
+use crate::worker::Turn;
 
 /// Why transmitting stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,7 +17,7 @@ pub(super) enum Stopped {
     NoFrame,
     /// The tap has no room: wait for it.
     NoRoom,
-    /// Others' turn.
+    /// Others' turn; the queue has rung its doorbell.
     TurnOver,
 }
 
@@ -35,14 +35,6 @@ impl Transmitter {
         self.queue.index()
     }
 
-    /// Asks for another turn after the others.
-    ///
-    /// # Errors
-    /// The doorbell is gone.
-    pub(super) fn ring_again(&self) -> Result<(), WorkerError> {
-        self.queue.ring_again()
-    }
-
     /// Moves frames until something stops it.
     ///
     /// # Errors
@@ -52,8 +44,9 @@ impl Transmitter {
         tap: RawFd,
         ram: &RamGuard,
         counters: &NetCounters,
+        turn: &mut Turn,
     ) -> Result<Stopped, WorkerError> {
-        let stopped = self.move_frames(tap, ram, counters)?;
+        let stopped = self.move_frames(tap, ram, counters, turn)?;
         self.queue.signal(ram)?;
         Ok(stopped)
     }
@@ -63,20 +56,22 @@ impl Transmitter {
         tap: RawFd,
         ram: &RamGuard,
         counters: &NetCounters,
+        turn: &mut Turn,
     ) -> Result<Stopped, WorkerError> {
         self.queue.disable_doorbell(ram)?;
-        for _ in 0..FRAMES_PER_TURN {
-            let Some(popped) = self.queue.pop(ram)? else {
-                if self.queue.enable_doorbell(ram)? {
-                    continue;
-                }
-                return Ok(Stopped::NoFrame);
+        loop {
+            let popped = match self.queue.next(ram, turn)? {
+                Next::Chain(popped) => popped,
+                Next::Empty if self.queue.enable_doorbell(ram)? => continue,
+                Next::Empty => return Ok(Stopped::NoFrame),
+                Next::TurnOver => return Ok(Stopped::TurnOver),
             };
             let sent = match popped.buffers {
                 Ok(ChainBuffers { readable, writable })
                     if writable.bytes() == 0
                         && (HEADER_BYTES + 1..=FRAME_BYTES_MAX).contains(&readable.bytes()) =>
                 {
+                    turn.charge_call(1, readable.bytes() as u64);
                     write_frame(tap, &readable)
                 }
                 other => {
@@ -103,6 +98,5 @@ impl Transmitter {
             }
             self.queue.push_used(ram, popped.head, 0)?;
         }
-        Ok(Stopped::TurnOver)
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! | Backing | Call | Calls per batch |
 //! | --- | --- | --- |
-//! | private, Linux ≥ 6.13 | `process_madvise(MADV_DONTNEED)` | 1 per 1024 pieces |
+//! | private, Linux ≥ 6.13 | `process_madvise(MADV_DONTNEED)` | 1 per 1024 pieces or 128 MiB |
 //! | private, older | `madvise(MADV_DONTNEED)` | 1 per piece |
 //! | shared file | `fallocate(PUNCH_HOLE)` | 1 per piece; no vector form exists |
 //!
@@ -24,6 +24,11 @@ use super::ranges::{Expected, GuestRange, Piece, SkipReason, SkippedBytes, plan}
 use super::switch::DiscardSwitch;
 use super::sys::{self, HostSpan, VECTOR_SPANS_MAX};
 use crate::device::GuestRam;
+use crate::worker::Turn;
+
+/// Most bytes one call discards, unless a single backing page is larger. The kernel frees resident
+/// memory at some GiB per second, and a call cannot be interrupted.
+const CALL_BYTES_MAX: u64 = 128 << 20;
 
 /// A number of ranges and the bytes in them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -118,6 +123,20 @@ impl DiscardEngine {
         claims: &mut [GuestRange],
         expected: Expected,
     ) -> Outcome {
+        self.discard_unless_called(ram, claims, expected, &mut Turn::default())
+            .expect("a turn of one's own has no commands")
+    }
+
+    /// As [`DiscardEngine::discard`], but stops between two system calls if a command comes in.
+    /// `None`: it did. Any part of the memory may be discarded then; as nobody was told, all of it
+    /// can be discarded again.
+    pub fn discard_unless_called(
+        &mut self,
+        ram: &GuestRam,
+        claims: &mut [GuestRange],
+        expected: Expected,
+        turn: &mut Turn,
+    ) -> Option<Outcome> {
         let mut outcome = Outcome {
             requested: requested(claims),
             ..Outcome::default()
@@ -130,15 +149,18 @@ impl DiscardEngine {
             outcome
                 .skipped
                 .add(SkipReason::Inhibited, outcome.requested.bytes);
-            return outcome;
+            return Some(outcome);
         };
         // Held until the last system call: it keeps mappings and files open.
         let mem = ram.memory().into_inner();
         self.refresh(&mem);
         outcome.skipped = plan(&self.regions, claims, expected, &mut self.pieces);
-        self.carry_out(&mut outcome);
+        if !self.carry_out(&mut outcome, turn) {
+            self.pieces.clear();
+            return None;
+        }
         self.settle(&mut outcome);
-        outcome
+        Some(outcome)
     }
 
     fn refresh(&mut self, mem: &Arc<GuestMemoryMmap<()>>) {
@@ -148,71 +170,57 @@ impl DiscardEngine {
         }
     }
 
-    /// Walks the pieces, whole runs of private ones at a time.
-    fn carry_out(&mut self, outcome: &mut Outcome) {
+    /// Walks the pieces, whole vectors of private ones at a time. False: a command came in.
+    fn carry_out(&mut self, outcome: &mut Outcome, turn: &mut Turn) -> bool {
         let mut at = 0;
+        // What a vector did not reach is tried one by one, from the first range that failed.
+        let mut one_by_one_until = 0;
         while at < self.pieces.len() {
-            let region = self.regions[self.pieces[at].region];
-            match region.backing {
-                Backing::AnonymousPrivate | Backing::PrivateFile => {
-                    at = self.discard_private_run(at, outcome);
-                }
-                Backing::SharedFile { fd, file_start } => {
-                    let piece = &mut self.pieces[at];
-                    outcome.syscalls += 1;
-                    // SAFETY: the planner has checked that the piece consists of
-                    // whole pages of this region, which the guest has given up;
-                    // `discard` keeps the file open.
-                    let punched =
-                        unsafe { sys::punch_hole(fd, file_start + piece.offset, piece.bytes) };
-                    record(piece, punched, outcome);
-                    at += 1;
-                }
-                Backing::Unsupported => {
-                    unreachable!("the planner makes no pieces of {:?}", region.backing)
-                }
+            if outcome.syscalls > 0 && turn.is_called() {
+                return false;
+            }
+            if at >= one_by_one_until
+                && let Some(pidfd) = self.vectors
+                && self.collect_vector(at)
+            {
+                let end = at + self.spans.len();
+                at += self.discard_by_vector(pidfd, at, outcome, turn);
+                one_by_one_until = end;
+            } else if self.discard_one(at, outcome, turn) {
+                at += 1;
             }
         }
+        true
     }
 
-    /// Discards the private pieces from `first` on, at most a vector full, and
-    /// returns where it stopped.
-    fn discard_private_run(&mut self, first: usize, outcome: &mut Outcome) -> usize {
+    /// Fills `self.spans` with private pieces from `first` on. False: too few for a vector, as the
+    /// plain call is a little cheaper.
+    fn collect_vector(&mut self, first: usize) -> bool {
         self.spans.clear();
+        let mut left = CALL_BYTES_MAX;
         for piece in &self.pieces[first..] {
             let region = &self.regions[piece.region];
-            if self.spans.len() == VECTOR_SPANS_MAX || !region.is_private() {
+            if self.spans.len() == VECTOR_SPANS_MAX || !region.is_private() || piece.bytes > left {
                 break;
             }
-            self.spans.push(region.span(piece));
+            left -= piece.bytes;
+            self.spans.push(region.span(piece.offset, piece.bytes));
         }
-        let end = first + self.spans.len();
-        let mut next = first;
-        // One range needs no vector, and the plain call is a little cheaper.
-        if self.spans.len() > 1 {
-            next += self.discard_by_vector(first, outcome);
-        }
-        // What the vector did not reach: everything on old kernels, otherwise
-        // from the first range that failed.
-        for piece in &mut self.pieces[next..end] {
-            let mut span = self.regions[piece.region].span(piece);
-            span.start += to_usize(piece.discarded_bytes);
-            span.bytes -= to_usize(piece.discarded_bytes);
-            outcome.syscalls += 1;
-            // SAFETY: whole pages of guest RAM that the guest has given up;
-            // `discard` keeps the mapping alive.
-            let discarded = unsafe { sys::discard_span(span) };
-            record(piece, discarded, outcome);
-        }
-        end
+        self.spans.len() > 1
     }
 
     /// Tries `self.spans` in one call; returns how many were discarded whole.
-    fn discard_by_vector(&mut self, first: usize, outcome: &mut Outcome) -> usize {
-        let Some(pidfd) = self.vectors else {
-            return 0;
-        };
+    fn discard_by_vector(
+        &mut self,
+        pidfd: BorrowedFd<'_>,
+        first: usize,
+        outcome: &mut Outcome,
+        turn: &mut Turn,
+    ) -> usize {
+        let pieces = &mut self.pieces[first..first + self.spans.len()];
+        let asked = pieces.iter().map(|piece| piece.bytes).sum();
         outcome.syscalls += 1;
+        turn.charge_call(pieces.len() as u64, asked);
         // SAFETY: the planner has checked that every span is whole pages of
         // guest RAM, which the guest has given up; `discard` keeps the mapping alive.
         let advised = match unsafe { sys::discard_vector(pidfd, &self.spans) } {
@@ -226,10 +234,7 @@ impl DiscardEngine {
             }
         };
         let mut left = advised;
-        for (done, piece) in self.pieces[first..first + self.spans.len()]
-            .iter_mut()
-            .enumerate()
-        {
+        for (done, piece) in pieces.iter_mut().enumerate() {
             piece.discarded_bytes = left.min(piece.bytes);
             left -= piece.discarded_bytes;
             if piece.discarded_bytes < piece.bytes {
@@ -237,6 +242,44 @@ impl DiscardEngine {
             }
         }
         self.spans.len()
+    }
+
+    /// Discards what is left of a piece, as far as one call goes. False: there is more of it.
+    fn discard_one(&mut self, at: usize, outcome: &mut Outcome, turn: &mut Turn) -> bool {
+        let piece = &mut self.pieces[at];
+        let region = &self.regions[piece.region];
+        let offset = piece.offset + piece.discarded_bytes;
+        // Both are powers of two, so no backing page is cut.
+        let bytes_max = CALL_BYTES_MAX.max(region.page_bytes);
+        let bytes = (piece.bytes - piece.discarded_bytes).min(bytes_max);
+        outcome.syscalls += 1;
+        turn.charge_call(1, bytes);
+        let result = match region.backing {
+            Backing::AnonymousPrivate | Backing::PrivateFile => {
+                // SAFETY: whole pages of guest RAM that the guest has given up;
+                // `discard` keeps the mapping alive.
+                unsafe { sys::discard_span(region.span(offset, bytes)) }
+            }
+            Backing::SharedFile { fd, file_start } => {
+                // SAFETY: the planner has checked that the piece consists of
+                // whole pages of this region, which the guest has given up;
+                // `discard` keeps the file open.
+                unsafe { sys::punch_hole(fd, file_start + offset, bytes) }
+            }
+            Backing::Unsupported => {
+                unreachable!("the planner makes no pieces of {:?}", region.backing)
+            }
+        };
+        match result {
+            Ok(()) => {
+                piece.discarded_bytes += bytes;
+                piece.discarded_bytes == piece.bytes
+            }
+            Err(e) => {
+                outcome.first_error.get_or_insert(e);
+                true
+            }
+        }
     }
 
     fn settle(&self, outcome: &mut Outcome) {
@@ -263,19 +306,10 @@ impl DiscardEngine {
 }
 
 impl RegionLayout {
-    fn span(&self, piece: &Piece) -> HostSpan {
+    fn span(&self, offset: u64, bytes: u64) -> HostSpan {
         HostSpan {
-            start: self.host_start + to_usize(piece.offset),
-            bytes: to_usize(piece.bytes),
-        }
-    }
-}
-
-fn record(piece: &mut Piece, result: io::Result<()>, outcome: &mut Outcome) {
-    match result {
-        Ok(()) => piece.discarded_bytes = piece.bytes,
-        Err(e) => {
-            outcome.first_error.get_or_insert(e);
+            start: self.host_start + to_usize(offset),
+            bytes: to_usize(bytes),
         }
     }
 }

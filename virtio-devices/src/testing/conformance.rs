@@ -11,6 +11,8 @@ use crate::pci::PciFunction;
 const RAM_BYTES: usize = 64 << 20;
 /// Rounds of random descriptors a queue gets.
 const RANDOM_ROUNDS: usize = 40;
+/// Chains a queue is offered between two looks at the device.
+const OFFERED_MAX: u16 = 32;
 const SEED: u64 = 0x005e_ed0f_600d;
 
 /// One aspect, on a device of its own.
@@ -177,10 +179,10 @@ fn vm_reset_and_pause_work(driver: &mut MockPciDriver) {
 }
 
 /// Returns when every queue has been looked at. Commands go before doorbells, so
-/// a reset right after a kick would spare the device the garbage: but a resume
-/// looks at all queues, and the next pause is acknowledged after that.
+/// a reset right after a kick would spare the device the garbage. But a resume has each queue
+/// serve at least one chain, and the next pause is acknowledged after that.
 fn settle(driver: &MockPciDriver) {
-    for _ in 0..2 {
+    for _ in 0..=OFFERED_MAX {
         driver.function.pause();
         driver.function.resume();
     }
@@ -266,7 +268,7 @@ fn push_random(driver: &mut MockPciDriver, index: u16, random: &mut Random) {
     for slot in 0..size {
         queue.write_desc(slot, random.desc());
     }
-    for _ in 0..size.min(32) {
+    for _ in 0..size.min(OFFERED_MAX) {
         queue.offer((random.next() % (u64::from(size) * 2)) as u16);
     }
 }

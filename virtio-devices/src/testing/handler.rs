@@ -12,7 +12,7 @@ use super::interrupt::MockInterrupt;
 use super::queue::{Chain, DriverQueue, Segment, Used};
 use super::ram::TestRam;
 use crate::device::{Activation, ActiveQueue, Doorbell, QueueHandler, WorkerError};
-use crate::worker::{EventSources, Wake};
+use crate::worker::{EventSources, Turn, Wake};
 
 /// Entries of the queues that are not said otherwise.
 const QUEUE_SIZE: u16 = 64;
@@ -36,6 +36,8 @@ pub struct HandlerHarness<H> {
     pub interrupt: Arc<MockInterrupt>,
     /// Guest RAM.
     pub ram: TestRam,
+    /// The handler's turns, begun anew for each wake-up.
+    pub turn: Turn,
     features: u64,
     queues: BTreeMap<u16, DriverQueue>,
     doorbells: BTreeMap<u16, Arc<Doorbell>>,
@@ -67,6 +69,7 @@ impl<H: QueueHandler> HandlerHarness<H> {
             handler,
             interrupt: Arc::new(MockInterrupt::default()),
             ram,
+            turn: Turn::default(),
             features,
             queues: BTreeMap::new(),
             doorbells: BTreeMap::new(),
@@ -129,7 +132,8 @@ impl<H: QueueHandler> HandlerHarness<H> {
         let doorbell = Arc::clone(&self.doorbells[&index]);
         doorbell.write(1).expect("doorbell is not full");
         while doorbell.read().is_ok() {
-            self.handler.queue_ready(index)?;
+            self.turn.begin();
+            self.handler.queue_ready(index, &mut self.turn)?;
         }
         Ok(())
     }
@@ -139,7 +143,8 @@ impl<H: QueueHandler> HandlerHarness<H> {
     /// # Errors
     /// What the handler says.
     pub fn kick_held(&mut self, index: u16) -> Result<(), WorkerError> {
-        self.handler.queue_ready_while_held(index)
+        self.turn.begin();
+        self.handler.queue_ready_while_held(index, &mut self.turn)
     }
 
     /// Pushes one chain, kicks, and takes the answer, if there is one by then.
@@ -167,13 +172,15 @@ impl<H: QueueHandler> HandlerHarness<H> {
         let mut wakes = Vec::new();
         self.sources.wait(timeout_ms, &mut wakes)?;
         for wake in wakes {
+            self.turn.begin();
+            let (sources, turn) = (&mut self.sources, &mut self.turn);
             match wake {
-                Wake::Source(token) if self.sources.has_source(token) => {
-                    self.handler.source_ready(token, &mut self.sources)?;
+                Wake::Source(token) if sources.has_source(token) => {
+                    self.handler.source_ready(token, sources, turn)?;
                     served += 1;
                 }
                 Wake::Idle(token) => {
-                    self.handler.source_ready(token, &mut self.sources)?;
+                    self.handler.source_ready(token, sources, turn)?;
                     served += 1;
                 }
                 Wake::Source(_) | Wake::Doorbell(_) | Wake::Command => {}
@@ -207,16 +214,25 @@ impl QueueHandler for Box<dyn QueueHandler> {
         (**self).activate(activation, sources)
     }
 
-    fn queue_ready(&mut self, queue_index: u16) -> Result<(), WorkerError> {
-        (**self).queue_ready(queue_index)
+    fn queue_ready(&mut self, queue_index: u16, turn: &mut Turn) -> Result<(), WorkerError> {
+        (**self).queue_ready(queue_index, turn)
     }
 
-    fn queue_ready_while_held(&mut self, queue_index: u16) -> Result<(), WorkerError> {
-        (**self).queue_ready_while_held(queue_index)
+    fn queue_ready_while_held(
+        &mut self,
+        queue_index: u16,
+        turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
+        (**self).queue_ready_while_held(queue_index, turn)
     }
 
-    fn source_ready(&mut self, token: u32, sources: &mut EventSources) -> Result<(), WorkerError> {
-        (**self).source_ready(token, sources)
+    fn source_ready(
+        &mut self,
+        token: u32,
+        sources: &mut EventSources,
+        turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
+        (**self).source_ready(token, sources, turn)
     }
 
     fn idle_sources(&self) -> Vec<(RawFd, u32)> {

@@ -15,7 +15,7 @@ use crate::pci::PciFunction;
 use crate::testing::{
     MockPciDriver, MockVectors, Segment, TestRam, common, conformance, wait_until,
 };
-use crate::worker::EventSources;
+use crate::worker::{EventSources, Turn};
 
 const FEATURES: u64 = 1 << 32 | 1 << 29 | 1 << 5 | 1 << 3;
 const RAM_BYTES: usize = 4 << 20;
@@ -105,7 +105,7 @@ impl QueueHandler for Handler {
         self.interrupt = Some(activation.interrupt);
         Ok(())
     }
-    fn queue_ready(&mut self, index: u16) -> Result<(), WorkerError> {
+    fn queue_ready(&mut self, index: u16, _: &mut Turn) -> Result<(), WorkerError> {
         if self.seen.fail.load(Ordering::SeqCst) {
             return Err(WorkerError::Queue {
                 index,

@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::ThreadStart;
 use super::sources::EventSources;
 use super::thread::WorkerThread;
+use super::turn::CommandsPending;
 use crate::device::{Activation, QueueHandler, WorkerError};
 
 /// Commands on their way at one time. The guest can cause one activation and
@@ -42,6 +43,8 @@ pub(super) struct Progress {
     pub(super) resets_done: AtomicU64,
     /// How often the handler gave up.
     pub(super) failures: AtomicU64,
+    /// What a handler stops for.
+    pub(super) pending: CommandsPending,
 }
 
 /// Makes worker threads.
@@ -165,7 +168,7 @@ impl WorkerHandle {
 
     /// Has the handler look at a queue and returns when it has (called by vCPU
     /// threads). False if it did not look, being paused or not active: the caller
-    /// then rings the doorbell. Waits for the batch under way, never for the guest.
+    /// then rings the doorbell. Waits for the piece of work under way, never for the guest.
     pub fn kick_and_wait(&self, queue_index: u16) -> bool {
         let one_at_a_time = self.kicks.lock();
         // It guards no data that a panic could have left half done.
@@ -193,21 +196,24 @@ impl WorkerHandle {
 
     /// Sends without ever waiting.
     fn post(&self, command: Command) -> Result<(), WorkerError> {
-        self.commands
-            .try_send(command)
-            .map_err(|error| WorkerError::Unresponsive {
-                reason: match error {
-                    TrySendError::Full(_) => "too many commands are pending",
-                    TrySendError::Disconnected(_) => "the thread has ended",
-                },
-            })?;
+        self.progress.pending.announce();
+        let sent = self.commands.try_send(command);
+        if sent.is_err() {
+            self.progress.pending.settle();
+        }
         self.ring();
-        Ok(())
+        sent.map_err(|error| WorkerError::Unresponsive {
+            reason: match error {
+                TrySendError::Full(_) => "too many commands are pending",
+                TrySendError::Disconnected(_) => "the thread has ended",
+            },
+        })
     }
 
     /// Sends, waiting for room. Fails only if the thread is gone, which every
     /// caller treats as "it stands still".
     fn send(&self, command: Command) -> bool {
+        self.progress.pending.announce();
         let sent = self.commands.send(command).is_ok();
         self.ring();
         sent

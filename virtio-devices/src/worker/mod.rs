@@ -17,12 +17,16 @@
 //! * *Paused*: commands only. Doorbells are level-triggered and not drained, so
 //!   a kick that arrives now is found again at resume. An activation that
 //!   arrives now waits for resume, a reset does not.
+//!
+//! A handler works in turns, see [`Turn`]: whatever a ring holds, a command waits for one bounded
+//! piece of work.
 
 mod handle;
 mod sources;
 #[cfg(test)]
 mod tests;
 mod thread;
+mod turn;
 
 use std::sync::Arc;
 
@@ -30,6 +34,7 @@ pub use handle::{Worker, WorkerHandle};
 pub use sources::EventSources;
 #[cfg(any(test, feature = "test-utils"))]
 pub(crate) use sources::Wake;
+pub use turn::{Turn, Work};
 
 /// What the VMM runs first on every new worker thread, with the thread's name:
 /// the place to install a seccomp filter.

@@ -8,7 +8,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{EventSources, Worker, WorkerHandle};
+use super::{EventSources, Turn, Worker, WorkerHandle};
 use crate::device::{
     Activation, ActiveQueue, Doorbell, GuestRam, Interrupt, QueueHandler, WorkerError,
 };
@@ -50,7 +50,7 @@ impl QueueHandler for Echo {
         Ok(())
     }
 
-    fn queue_ready(&mut self, index: u16) -> Result<(), WorkerError> {
+    fn queue_ready(&mut self, index: u16, _: &mut Turn) -> Result<(), WorkerError> {
         if self.seen.fail.load(Ordering::SeqCst) {
             return Err(WorkerError::Queue {
                 index,
@@ -66,7 +66,12 @@ impl QueueHandler for Echo {
         Ok(())
     }
 
-    fn source_ready(&mut self, token: u32, _: &mut EventSources) -> Result<(), WorkerError> {
+    fn source_ready(
+        &mut self,
+        token: u32,
+        _: &mut EventSources,
+        _: &mut Turn,
+    ) -> Result<(), WorkerError> {
         let (event, count) = match token {
             SOURCE => (&self.seen.source, &self.seen.source_wakes),
             _ => (&self.seen.idle, &self.seen.idle_wakes),

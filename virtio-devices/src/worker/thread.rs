@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::handle::{Command, Progress};
 use super::sources::{EventSources, Wake};
+use super::turn::Turn;
 use crate::device::{Activation, Interrupt, QueueHandler, WorkerError};
 
 /// Whether the thread goes on.
@@ -29,6 +30,7 @@ pub(super) struct WorkerThread {
     /// Present while the device is active.
     interrupt: Option<Arc<dyn Interrupt>>,
     wakes: Vec<Wake>,
+    turn: Turn,
     paused: bool,
     /// An activation that arrived while paused.
     deferred: Option<Box<Activation>>,
@@ -48,6 +50,7 @@ impl WorkerThread {
             sources,
             wake,
             commands,
+            turn: Turn::new(progress.pending.clone()),
             progress,
             interrupt: None,
             wakes: Vec::new(),
@@ -66,7 +69,7 @@ impl WorkerThread {
         if self.paused {
             // Sleeping on the channel instead of on the descriptors leaves kicks pending.
             return match self.commands.recv() {
-                Ok(command) => self.obey(command),
+                Ok(command) => self.take(command),
                 Err(_) => Flow::Stop,
             };
         }
@@ -88,6 +91,10 @@ impl WorkerThread {
             return self.obey_all();
         }
         for wake in wakes.drain(..) {
+            // The other wake-ups come again after the command.
+            if self.turn.is_called() {
+                break;
+            }
             if let Err(error) = self.serve(wake) {
                 self.fail(&error);
                 break;
@@ -103,7 +110,7 @@ impl WorkerThread {
         loop {
             match self.commands.try_recv() {
                 Ok(command) => {
-                    if self.obey(command) == Flow::Stop {
+                    if self.take(command) == Flow::Stop {
                         return Flow::Stop;
                     }
                 }
@@ -111,6 +118,11 @@ impl WorkerThread {
                 Err(TryRecvError::Disconnected) => return Flow::Stop,
             }
         }
+    }
+
+    fn take(&mut self, command: Command) -> Flow {
+        self.progress.pending.settle();
+        self.obey(command)
     }
 
     fn obey(&mut self, command: Command) -> Flow {
@@ -168,7 +180,8 @@ impl WorkerThread {
         }
         // Work that the handler put off for the pause has no kick of its own.
         for index in self.sources.queue_indices() {
-            if let Err(error) = self.handler.queue_ready(index) {
+            self.turn.begin();
+            if let Err(error) = self.handler.queue_ready(index, &mut self.turn) {
                 self.fail(&error);
                 return;
             }
@@ -176,14 +189,16 @@ impl WorkerThread {
     }
 
     fn serve(&mut self, wake: Wake) -> Result<(), WorkerError> {
+        self.turn.begin();
+        let (sources, turn) = (&mut self.sources, &mut self.turn);
         match wake {
-            Wake::Doorbell(index) if self.sources.drain_doorbell(index) => {
-                self.handler.queue_ready(index)
+            Wake::Doorbell(index) if sources.drain_doorbell(index) => {
+                self.handler.queue_ready(index, turn)
             }
-            Wake::Source(token) if self.sources.has_source(token) => {
-                self.handler.source_ready(token, &mut self.sources)
+            Wake::Source(token) if sources.has_source(token) => {
+                self.handler.source_ready(token, sources, turn)
             }
-            Wake::Idle(token) => self.handler.source_ready(token, &mut self.sources),
+            Wake::Idle(token) => self.handler.source_ready(token, sources, turn),
             // Removed by what was served just before.
             Wake::Doorbell(_) | Wake::Source(_) | Wake::Command => Ok(()),
         }
@@ -194,7 +209,8 @@ impl WorkerThread {
         if self.paused || !self.sources.drain_doorbell(index) {
             return false;
         }
-        if let Err(error) = self.handler.queue_ready_while_held(index) {
+        self.turn.begin();
+        if let Err(error) = self.handler.queue_ready_while_held(index, &mut self.turn) {
             self.fail(&error);
         }
         true

@@ -9,15 +9,22 @@
 // UNSAFETY: the kernel is handed raw pointers into guest RAM (`iovec`), and small
 // pieces are copied through `VolatileSlice`s made from those pointers.
 
-use virtio_queue::DescriptorChain;
 use vm_memory::atomic::GuestMemoryLoadGuard;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
+
+use super::walk::{Chain, ChainEnd, walk};
+use crate::worker::Turn;
 
 /// The memory map as a worker holds it for one batch of work.
 pub(crate) type RamGuard = GuestMemoryLoadGuard<GuestMemoryMmap<()>>;
 
 /// Most vectors the kernel takes in one call (`UIO_MAXIOV`).
 pub(crate) const IOVECS_MAX: usize = 1024;
+
+/// Descriptors looked at in one chain: our longest queue. A chain may not have more than its
+/// queue has entries, whether they lie in the queue's own table or in an indirect one (virtio
+/// 1.2 §2.7.5.3.1).
+const DESCRIPTORS_MAX: usize = 1024;
 
 /// Why a descriptor chain cannot be served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -34,7 +41,7 @@ pub(crate) enum ChainError {
     /// A device-readable buffer follows a device-writable one (virtio 1.2 §2.7.4.2).
     #[error("device-readable descriptor after a device-writable one")]
     WrongOrder,
-    /// More pieces than [`IOVECS_MAX`].
+    /// More descriptors than [`DESCRIPTORS_MAX`], or more pieces than [`IOVECS_MAX`].
     #[error("descriptor chain has too many pieces")]
     TooManyPieces,
 }
@@ -121,6 +128,26 @@ impl GuestBuffers {
         self.iovecs.drain(..whole);
     }
 
+    /// Takes the first `count` bytes (all if there are fewer) away as buffers of their own.
+    pub(crate) fn split_front(&mut self, count: usize) -> Self {
+        let mut front = Self {
+            iovecs: Vec::new(),
+            bytes: count.min(self.bytes),
+            ram: self.ram.clone(),
+        };
+        let mut left = front.bytes;
+        for piece in &self.iovecs {
+            if left == 0 {
+                break;
+            }
+            let iov_len = piece.iov_len.min(left);
+            front.iovecs.push(libc::iovec { iov_len, ..*piece });
+            left -= iov_len;
+        }
+        self.advance(count);
+        front
+    }
+
     /// Takes the last byte away as a buffer of its own; `None` if there is none.
     pub(crate) fn split_last_byte(&mut self) -> Option<Self> {
         let last = self.iovecs.last_mut()?;
@@ -204,33 +231,37 @@ impl ChainBuffers {
     /// # Errors
     /// The chain is malformed; nothing of it has been touched.
     pub(crate) fn collect(
-        chain: DescriptorChain<&GuestMemoryMmap<()>>,
+        chain: Chain<'_>,
         ram: &RamGuard,
+        turn: &mut Turn,
     ) -> Result<Self, ChainError> {
         let mut buffers = Self {
             readable: GuestBuffers::new(ram),
             writable: GuestBuffers::new(ram),
         };
-        let mut last_has_next = None;
         let mut writing = false;
-        for descriptor in chain {
-            last_has_next = Some(descriptor.has_next());
+        let mut refusal = None;
+        let end = walk(chain, DESCRIPTORS_MAX, turn, |descriptor| {
             let target = if descriptor.is_write_only() {
                 writing = true;
                 &mut buffers.writable
             } else if writing {
-                return Err(ChainError::WrongOrder);
+                refusal = Some(ChainError::WrongOrder);
+                return false;
             } else {
                 &mut buffers.readable
             };
-            target.push(descriptor.addr(), descriptor.len() as usize)?;
-        }
-        // The iterator stops silently at a descriptor it cannot follow; a chain
-        // that ended by itself ends with a descriptor without NEXT.
-        match last_has_next {
-            None => Err(ChainError::Empty),
-            Some(true) => Err(ChainError::Unterminated),
-            Some(false) => Ok(buffers),
+            refusal = target
+                .push(descriptor.addr(), descriptor.len() as usize)
+                .err();
+            refusal.is_none()
+        });
+        match (refusal, end) {
+            (Some(refusal), _) => Err(refusal),
+            (None, Some(ChainEnd::Empty)) => Err(ChainError::Empty),
+            (None, Some(ChainEnd::Broken)) => Err(ChainError::Unterminated),
+            (None, Some(ChainEnd::TooLong)) => Err(ChainError::TooManyPieces),
+            (None, Some(ChainEnd::Whole) | None) => Ok(buffers),
         }
     }
 }

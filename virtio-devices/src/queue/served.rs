@@ -7,11 +7,13 @@ use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
 use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAIL_F_NO_INTERRUPT};
-use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
+use super::buffers::{ChainBuffers, ChainError, RamGuard};
+use super::walk::Chain;
 use crate::device::{ActiveQueue, Doorbell, Interrupt, WorkerError};
-use crate::guest_buffers::{ChainBuffers, ChainError, RamGuard};
+use crate::worker::Turn;
 
 /// One chain taken from the available ring.
 #[derive(Debug)]
@@ -20,6 +22,17 @@ pub(crate) struct Popped {
     pub(crate) head: u16,
     /// The buffers, or why they are unusable.
     pub(crate) buffers: Result<ChainBuffers, ChainError>,
+}
+
+/// What [`ServedQueue::next`] found.
+#[derive(Debug)]
+pub(crate) enum Next<T> {
+    /// The next available chain.
+    Chain(T),
+    /// The ring is empty.
+    Empty,
+    /// The turn is over. The queue has rung its doorbell, so the worker comes back.
+    TurnOver,
 }
 
 /// A queue, its way to the driver, and whether the driver is owed an interrupt.
@@ -64,22 +77,66 @@ impl ServedQueue {
         self.queue.size()
     }
 
-    /// Takes the next available chain.
+    /// Takes the next available chain, resolved, unless the turn is over.
     ///
     /// # Errors
     /// The ring cannot be read, or claims more chains than it has entries.
-    pub(crate) fn pop(&mut self, ram: &RamGuard) -> Result<Option<Popped>, WorkerError> {
-        let map: &GuestMemoryMmap<()> = ram;
+    pub(crate) fn next(
+        &mut self,
+        ram: &RamGuard,
+        turn: &mut Turn,
+    ) -> Result<Next<Popped>, WorkerError> {
+        Ok(match self.next_chain(ram, turn)? {
+            Next::Chain(chain) => Next::Chain(Popped {
+                head: chain.head_index(),
+                buffers: ChainBuffers::collect(chain, ram, turn),
+            }),
+            Next::Empty => Next::Empty,
+            Next::TurnOver => Next::TurnOver,
+        })
+    }
+
+    /// Takes the next available chain as it is, unless the turn is over.
+    ///
+    /// # Errors
+    /// As for [`ServedQueue::next`].
+    pub(crate) fn next_chain<'m>(
+        &mut self,
+        map: &'m GuestMemoryMmap<()>,
+        turn: &mut Turn,
+    ) -> Result<Next<Chain<'m>>, WorkerError> {
+        if turn.is_over() {
+            self.ring_again()?;
+            return Ok(Next::TurnOver);
+        }
         let index = self.index;
         let chain = self
             .queue
             .iter(map)
             .map_err(|error| unusable(index, &error))?
             .next();
-        Ok(chain.map(|chain| Popped {
-            head: chain.head_index(),
-            buffers: ChainBuffers::collect(chain, ram),
-        }))
+        Ok(match chain {
+            Some(chain) => {
+                turn.charge_chain();
+                Next::Chain(chain)
+            }
+            None => Next::Empty,
+        })
+    }
+
+    /// Chains available now. A handler that must not take any made available later
+    /// counts them before it starts.
+    ///
+    /// # Errors
+    /// As for [`ServedQueue::next`].
+    pub(crate) fn available(&self, map: &GuestMemoryMmap<()>) -> Result<u16, WorkerError> {
+        let end = self.queue.avail_idx(map, Ordering::Acquire);
+        let end = end.map_err(|error| unusable(self.index, &error))?;
+        let count = end.0.wrapping_sub(self.queue.next_avail());
+        if count > self.queue.size() {
+            return Err(unusable(self.index, &QueueError::InvalidAvailRingIndex));
+        }
+        Ok(count)
     }
 
     /// Puts the last `count` popped chains back, as if never taken.
@@ -88,17 +145,27 @@ impl ServedQueue {
         self.queue.set_next_avail(next_avail);
     }
 
-    /// Returns a chain to the driver; `bytes` is what the device wrote to it.
+    /// As [`ServedQueue::unpop`], for work that a command interrupts: the worker comes back to it.
+    ///
+    /// # Errors
+    /// The eventfd cannot be written.
+    pub(crate) fn put_back(&mut self, count: u16) -> Result<(), WorkerError> {
+        self.unpop(count);
+        self.ring_again()
+    }
+
+    /// Returns a chain to the driver; `bytes` is what the device wrote to it. A head out of
+    /// the table is dropped, see [`ServedQueue::push_used_together`].
     ///
     /// # Errors
     /// The used ring cannot be written.
     pub(crate) fn push_used(
         &mut self,
-        ram: &RamGuard,
+        map: &GuestMemoryMmap<()>,
         head: u16,
         bytes: u32,
     ) -> Result<(), WorkerError> {
-        self.push_used_together(ram, [(head, bytes)])
+        self.push_used_together(map, [(head, bytes)])
     }
 
     /// Returns several chains at once: the driver sees all of them or none, as a
@@ -109,10 +176,9 @@ impl ServedQueue {
     /// The used ring cannot be written.
     pub(crate) fn push_used_together(
         &mut self,
-        ram: &RamGuard,
+        map: &GuestMemoryMmap<()>,
         chains: impl IntoIterator<Item = (u16, u32)>,
     ) -> Result<(), WorkerError> {
-        let map: &GuestMemoryMmap<()> = ram;
         let size = self.queue.size();
         let ring = self.queue.used_ring();
         let mut next_used = self.queue.next_used();
@@ -135,7 +201,7 @@ impl ServedQueue {
     ///
     /// # Errors
     /// The ring cannot be read.
-    pub(crate) fn signal(&mut self, ram: &RamGuard) -> Result<(), WorkerError> {
+    pub(crate) fn signal(&mut self, map: &GuestMemoryMmap<()>) -> Result<(), WorkerError> {
         let pushed = std::mem::take(&mut self.used_pending);
         if pushed == 0 {
             return Ok(());
@@ -143,7 +209,7 @@ impl ServedQueue {
         // The index must be visible before we look at what the driver wants:
         // it does the same in the other order.
         fence(Ordering::SeqCst);
-        if self.driver_wants_interrupt(ram, pushed)? {
+        if self.driver_wants_interrupt(map, pushed)? {
             self.interrupt.signal_queue(self.index);
         }
         Ok(())
@@ -152,8 +218,11 @@ impl ServedQueue {
     /// `VIRTIO_F_EVENT_IDX` on: whether the index the driver waits for is among
     /// the last `pushed` ones. Off: whether it has not switched interrupts off
     /// (virtio 1.2 §2.7.7.2).
-    fn driver_wants_interrupt(&self, ram: &RamGuard, pushed: u16) -> Result<bool, WorkerError> {
-        let map: &GuestMemoryMmap<()> = ram;
+    fn driver_wants_interrupt(
+        &self,
+        map: &GuestMemoryMmap<()>,
+        pushed: u16,
+    ) -> Result<bool, WorkerError> {
         let ring = self.queue.avail_ring();
         let field = |offset: u64| -> Result<u16, WorkerError> {
             map.load(GuestAddress(ring + offset), Ordering::Relaxed)
@@ -172,8 +241,10 @@ impl ServedQueue {
     ///
     /// # Errors
     /// The ring cannot be written.
-    pub(crate) fn disable_doorbell(&mut self, ram: &RamGuard) -> Result<(), WorkerError> {
-        let map: &GuestMemoryMmap<()> = ram;
+    pub(crate) fn disable_doorbell(
+        &mut self,
+        map: &GuestMemoryMmap<()>,
+    ) -> Result<(), WorkerError> {
         self.queue
             .disable_notification(map)
             .map_err(|error| unusable(self.index, &error))
@@ -184,14 +255,16 @@ impl ServedQueue {
     ///
     /// # Errors
     /// The ring cannot be written or read.
-    pub(crate) fn enable_doorbell(&mut self, ram: &RamGuard) -> Result<bool, WorkerError> {
-        let map: &GuestMemoryMmap<()> = ram;
+    pub(crate) fn enable_doorbell(
+        &mut self,
+        map: &GuestMemoryMmap<()>,
+    ) -> Result<bool, WorkerError> {
         self.queue
             .enable_notification(map)
             .map_err(|error| unusable(self.index, &error))
     }
 
-    /// Rings the doorbell on the driver's behalf: the handler stops at its bound
+    /// Rings the doorbell on the driver's behalf: the handler stops with work left
     /// and wants to be called again after the others.
     ///
     /// # Errors
@@ -228,6 +301,14 @@ mod tests {
         interrupt: Arc<MockInterrupt>,
     }
 
+    fn take(queue: &mut ServedQueue, ram: &RamGuard) -> Option<u16> {
+        match queue.next(ram, &mut Turn::default()).unwrap() {
+            Next::Chain(popped) => Some(popped.head),
+            Next::Empty => None,
+            Next::TurnOver => panic!("a new turn is not over"),
+        }
+    }
+
     impl Rig {
         fn new(features: u64) -> Self {
             let ram = TestRam::new(1 << 20);
@@ -251,7 +332,7 @@ mod tests {
             self.driver
                 .push(&[Segment::WritableAt(GuestAddress(0x8_0000), 16)]);
             let ram = self.ram.mem().memory();
-            self.queue.pop(&ram).unwrap().expect("just pushed").head
+            take(&mut self.queue, &ram).expect("just pushed")
         }
 
         /// Returns `count` chains at once and says whether that interrupted.
@@ -315,9 +396,9 @@ mod tests {
         rig.queue.unpop(2);
         let ram = rig.ram.mem().memory();
         for head in &heads[1..] {
-            assert_eq!(rig.queue.pop(&ram).unwrap().unwrap().head, *head);
+            assert_eq!(take(&mut rig.queue, &ram), Some(*head));
         }
-        assert!(rig.queue.pop(&ram).unwrap().is_none());
+        assert_eq!(take(&mut rig.queue, &ram), None);
     }
 
     #[test]

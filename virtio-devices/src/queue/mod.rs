@@ -1,0 +1,22 @@
+//! The queue toolkit of all devices: how chains come out of a split virtqueue, and how answers go back
+//! (virtio 1.2 §2.7).
+//!
+//! ```text
+//!   served    a queue as a worker serves it; every loop over chains goes through `ServedQueue::next`
+//!   walk      the descriptors of one chain, with a bound on their number
+//!   buffers   a chain resolved to host memory
+//!   single    the queue half of a device that serves one queue and answers each request at once
+//! ```
+//!
+//! A loop ends when the ring is empty or when the [`Turn`](crate::worker::Turn) is over. In the second case
+//! the queue rings its own doorbell, and the worker comes back to it.
+
+mod buffers;
+mod served;
+mod single;
+mod walk;
+
+pub(crate) use buffers::{ChainBuffers, ChainError, GuestBuffers, IOVECS_MAX, RamGuard};
+pub(crate) use served::{Next, Popped, ServedQueue};
+pub(crate) use single::{Driver, Reply, SingleQueue, SingleQueueDevice};
+pub(crate) use walk::{Chain, ChainEnd, walk};

@@ -1,0 +1,116 @@
+//! The queue half of a device that has one queue and answers each request at once.
+
+use vm_memory::GuestAddressSpace;
+
+use super::buffers::{ChainBuffers, ChainError};
+use super::served::{Next, Popped, ServedQueue};
+use crate::device::{Activation, GuestRam, QueueHandler, WorkerError};
+use crate::worker::{EventSources, Turn};
+
+/// What becomes of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Reply {
+    /// Answered, with so many bytes written.
+    Done(u32),
+    /// A command came in between. The chain goes back to the ring and will be served
+    /// from its beginning.
+    PutBack,
+}
+
+/// What tells one such device from another.
+pub(crate) trait SingleQueueDevice: Send {
+    /// As [`QueueHandler::name`].
+    fn name(&self) -> String;
+
+    /// A driver is ready.
+    fn activated(&mut self, _features: u64) {}
+
+    /// Carries one request out.
+    fn answer(
+        &mut self,
+        driver: &Driver,
+        request: Result<ChainBuffers, ChainError>,
+        turn: &mut Turn,
+    ) -> Reply;
+
+    /// As [`QueueHandler::reset`].
+    fn reset(&mut self) {}
+}
+
+/// What a device knows of its driver.
+#[derive(Debug)]
+pub(crate) struct Driver {
+    pub(crate) ram: GuestRam,
+    pub(crate) features: u64,
+}
+
+/// The queue half.
+#[derive(Debug)]
+pub(crate) struct SingleQueue<D> {
+    device: D,
+    /// Absent too if the driver left the queue disabled.
+    active: Option<(Driver, ServedQueue)>,
+}
+
+impl<D: SingleQueueDevice> SingleQueue<D> {
+    pub(crate) fn new(device: D) -> Self {
+        Self {
+            device,
+            active: None,
+        }
+    }
+}
+
+impl<D: SingleQueueDevice> QueueHandler for SingleQueue<D> {
+    fn name(&self) -> String {
+        self.device.name()
+    }
+
+    fn activate(
+        &mut self,
+        activation: Activation,
+        _sources: &mut EventSources,
+    ) -> Result<(), WorkerError> {
+        let Activation {
+            mem: ram,
+            features,
+            queues,
+            interrupt,
+        } = activation;
+        self.device.activated(features);
+        self.active = queues.into_iter().next().map(|active| {
+            let queue = ServedQueue::new(active, features, interrupt);
+            (Driver { ram, features }, queue)
+        });
+        Ok(())
+    }
+
+    fn queue_ready(&mut self, _queue_index: u16, turn: &mut Turn) -> Result<(), WorkerError> {
+        let Some((driver, queue)) = &mut self.active else {
+            return Ok(());
+        };
+        let ram = driver.ram.memory();
+        queue.disable_doorbell(&ram)?;
+        loop {
+            match queue.next(&ram, turn)? {
+                Next::Chain(Popped { head, buffers }) => {
+                    match self.device.answer(driver, buffers, turn) {
+                        Reply::Done(written) => queue.push_used(&ram, head, written)?,
+                        Reply::PutBack => {
+                            queue.put_back(1)?;
+                            break;
+                        }
+                    }
+                }
+                Next::Empty if queue.enable_doorbell(&ram)? => queue.disable_doorbell(&ram)?,
+                Next::Empty | Next::TurnOver => break,
+            }
+        }
+        queue.signal(&ram)
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        self.device.reset();
+    }
+}

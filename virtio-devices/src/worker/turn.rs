@@ -1,0 +1,242 @@
+//! How much a handler does before the worker looks around.
+//!
+//! A guest decides what its rings hold, so work is cut in two ways:
+//!
+//! * A *turn* has a budget. When it is spent the handler returns, and other queues and sources are served.
+//! * A *command* (pause, reset, a vCPU that waits at a doorbell) ends the turn at once. Handlers look for
+//!   commands between chains, and between the system calls of a chain that takes several.
+//!
+//! So a command waits for one piece of work, whatever the ring holds. Each turn does at least one piece: a
+//! host that pauses and resumes all the time still lets the guest get on.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Amounts of work. One system call moves or discards bounded amounts of each.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Descriptor chains taken.
+    pub chains: u64,
+    /// Descriptors read.
+    pub descriptors: u64,
+    /// Ranges of guest memory or of an image handed to the kernel.
+    pub ranges: u64,
+    /// Bytes moved or discarded.
+    pub bytes: u64,
+    /// System calls on data, memory or images.
+    pub calls: u64,
+}
+
+/// What a turn may do: some milliseconds of work. A turn ends with the chain that exceeds it.
+const TURN: Work = Work {
+    // The longest rings of most devices.
+    chains: 256,
+    // About a millisecond.
+    descriptors: 16 << 10,
+    // Four full vectors, or 20 ms of single calls on shared memory.
+    ranges: 4096,
+    // 16 MiB of requests are copied in a few milliseconds; discarding goes much faster than copying.
+    bytes: 1 << 30,
+    calls: 8192,
+};
+
+/// Commands that have been sent to a worker and not been taken yet.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct CommandsPending(Arc<AtomicU32>);
+
+impl CommandsPending {
+    /// Before a command is sent: the handler stops for it.
+    pub(super) fn announce(&self) {
+        self.0.fetch_add(1, Ordering::Release);
+    }
+
+    /// The command was taken, or could not be sent.
+    pub(super) fn settle(&self) {
+        self.0.fetch_sub(1, Ordering::Release);
+    }
+
+    fn any(&self) -> bool {
+        self.0.load(Ordering::Acquire) > 0
+    }
+}
+
+/// One turn of a handler, see the module's text.
+#[derive(Debug, Default)]
+pub struct Turn {
+    commands: CommandsPending,
+    spent: Work,
+    #[cfg(any(test, feature = "test-utils"))]
+    record: record::Record,
+}
+
+impl Turn {
+    pub(super) fn new(commands: CommandsPending) -> Self {
+        Self {
+            commands,
+            ..Self::default()
+        }
+    }
+
+    /// Starts the next turn with a full budget.
+    pub(crate) fn begin(&mut self) {
+        self.spent = Work::default();
+        self.note_look();
+    }
+
+    /// Whether the handler has to return before it takes another chain.
+    pub(crate) fn is_over(&mut self) -> bool {
+        let called = self.is_called();
+        let Work {
+            chains,
+            descriptors,
+            ranges,
+            bytes,
+            calls,
+        } = self.spent;
+        self.spent != Work::default()
+            && (called
+                || chains >= TURN.chains
+                || descriptors >= TURN.descriptors
+                || ranges >= TURN.ranges
+                || bytes >= TURN.bytes
+                || calls >= TURN.calls)
+    }
+
+    /// Whether a command waits: work that can be put back or continued later has to stop.
+    pub(crate) fn is_called(&mut self) -> bool {
+        self.note_look();
+        self.commands.any()
+    }
+
+    /// A chain was taken.
+    pub(crate) fn charge_chain(&mut self) {
+        self.charge(Work {
+            chains: 1,
+            ..Work::default()
+        });
+    }
+
+    /// Descriptors were read.
+    pub(crate) fn charge_descriptors(&mut self, descriptors: u64) {
+        self.charge(Work {
+            descriptors,
+            ..Work::default()
+        });
+    }
+
+    /// A system call on `ranges` ranges of `bytes` in all.
+    pub(crate) fn charge_call(&mut self, ranges: u64, bytes: u64) {
+        self.charge(Work {
+            ranges,
+            bytes,
+            calls: 1,
+            ..Work::default()
+        });
+    }
+
+    fn charge(&mut self, work: Work) {
+        self.spent.add(work);
+        #[cfg(any(test, feature = "test-utils"))]
+        self.record.charge(work);
+    }
+
+    fn note_look(&mut self) {
+        #[cfg(any(test, feature = "test-utils"))]
+        {
+            self.record.look();
+            self.call_if_due();
+        }
+    }
+}
+
+impl Work {
+    fn add(&mut self, other: Self) {
+        self.chains += other.chains;
+        self.descriptors += other.descriptors;
+        self.ranges += other.ranges;
+        self.bytes = self.bytes.saturating_add(other.bytes);
+        self.calls += other.calls;
+    }
+}
+
+/// What tests want to know of a handler's turns.
+#[cfg(any(test, feature = "test-utils"))]
+mod record {
+    use super::{Turn, Work};
+
+    #[derive(Debug, Default)]
+    pub(super) struct Record {
+        since_look: Work,
+        most: Work,
+        looks: u64,
+        /// The look at which a command is announced.
+        call_at: Option<u64>,
+        called: bool,
+    }
+
+    impl Record {
+        pub(super) fn charge(&mut self, work: Work) {
+            self.since_look.add(work);
+        }
+
+        pub(super) fn look(&mut self) {
+            let Work {
+                chains,
+                descriptors,
+                ranges,
+                bytes,
+                calls,
+            } = std::mem::take(&mut self.since_look);
+            let most = &mut self.most;
+            most.chains = most.chains.max(chains);
+            most.descriptors = most.descriptors.max(descriptors);
+            most.ranges = most.ranges.max(ranges);
+            most.bytes = most.bytes.max(bytes);
+            most.calls = most.calls.max(calls);
+            self.looks += 1;
+        }
+    }
+
+    impl Turn {
+        /// The most of each kind of work done between two looks for commands.
+        #[must_use]
+        pub fn most_between_looks(&mut self) -> Work {
+            self.note_look();
+            self.record.most
+        }
+
+        /// Looks for commands so far.
+        #[must_use]
+        pub fn looks(&self) -> u64 {
+            self.record.looks
+        }
+
+        /// Has a command wait from now on, or wait no longer.
+        pub fn set_called(&mut self, called: bool) {
+            if called != self.record.called {
+                self.record.called = called;
+                if called {
+                    self.commands.announce();
+                } else {
+                    self.commands.settle();
+                }
+            }
+        }
+
+        /// Has a command wait after that many further looks.
+        pub fn call_after(&mut self, looks: u64) {
+            self.record.call_at = Some(self.record.looks + looks);
+        }
+
+        pub(super) fn call_if_due(&mut self) {
+            if self
+                .record
+                .call_at
+                .is_some_and(|at| self.record.looks >= at)
+            {
+                self.record.call_at = None;
+                self.set_called(true);
+            }
+        }
+    }
+}
