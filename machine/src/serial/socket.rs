@@ -3,7 +3,8 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, Weak};
 
@@ -26,14 +27,17 @@ pub(super) struct ConsoleSocket {
 }
 
 impl ConsoleSocket {
-    /// Listens on `path`, which must not exist.
+    /// Listens on `path`. A socket there that nobody listens on any more is replaced.
+    ///
+    /// # Errors
+    /// Something else is there, or somebody listens on it.
     pub(super) fn listen(
         path: &Path,
         watcher: Watcher,
         output: Output,
         input: Arc<Input>,
     ) -> io::Result<Arc<Self>> {
-        let listener = UnixListener::bind(path)?;
+        let listener = bind(path)?;
         let socket = Arc::new(Self {
             watch: OnceLock::new(),
             listener,
@@ -61,6 +65,31 @@ impl ConsoleSocket {
     }
 }
 
+fn bind(path: &Path) -> io::Result<UnixListener> {
+    match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse && is_dead(path) => {
+            log::info!("{} is replaced: nobody listens on it", path.display());
+            std::fs::remove_file(path)?;
+            UnixListener::bind(path)
+        }
+        bound => bound,
+    }
+}
+
+/// Whether this is a socket that a process left behind. To connect would take the place of a client of a live one, so a
+/// socket of another type tries to: the kernel says "wrong type" where somebody listens, and "refused" where nobody does
+/// (`unix_find_bsd` in net/unix/af_unix.c).
+fn is_dead(path: &Path) -> bool {
+    let is_socket = path
+        .symlink_metadata()
+        .is_ok_and(|found| found.file_type().is_socket());
+    let refused = || {
+        let probe = UnixDatagram::unbound()?;
+        probe.connect(path)
+    };
+    is_socket && refused().is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
+}
+
 impl Source for ConsoleSocket {
     fn ready(&self) {
         match self.listener.accept() {
@@ -86,5 +115,35 @@ impl Drop for ConsoleSocket {
         if let Err(error) = std::fs::remove_file(&self.path) {
             log::warn!("{} stays: {error}", self.path.display());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn socket_that_nobody_listens_on_is_replaced_and_others_are_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("serial");
+        // A process that was killed leaves its socket behind.
+        drop(UnixListener::bind(&path).unwrap());
+        let listener = bind(&path).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        // One that is in use is neither taken nor disturbed.
+        let refusal = bind(&path).unwrap_err();
+        assert_eq!(refusal.kind(), io::ErrorKind::AddrInUse);
+        let pending = listener.accept().unwrap_err();
+        assert_eq!(pending.kind(), io::ErrorKind::WouldBlock);
+        UnixStream::connect(&path).unwrap();
+        // Nor is what is no socket at all, or only points to one.
+        let file = folder.path().join("file");
+        std::fs::write(&file, "kept").unwrap();
+        assert!(bind(&file).is_err());
+        assert_eq!(std::fs::read_to_string(&file).unwrap(), "kept");
+        let link = folder.path().join("link");
+        drop(listener);
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(bind(&link).is_err());
     }
 }
