@@ -245,7 +245,8 @@ fn patch_features(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
     }
 }
 
-/// Leaf 4 and its AMD twin: who shares a cache. Levels 1 and 2 belong to a core, level 3 to a die.
+/// Leaf 4 and its AMD twin: who shares a cache. Levels 1 and 2 belong to a core, level 3 to a die, but never to more
+/// than share it on the host: a guest's scheduler would take processors for neighbours that are not.
 fn patch_caches(leaf: &mut kvm_cpuid_entry2, topology: &Topology) {
     if !matches!(leaf.function, 4 | 0x8000_001d) || leaf.eax & 0x1f == 0 {
         return;
@@ -256,7 +257,8 @@ fn patch_caches(leaf: &mut kvm_cpuid_entry2, topology: &Topology) {
     } else {
         1 << topology.die_shift()
     };
-    let sharing_ids: u32 = (shared_by - 1).min(0xfff);
+    let host_shared_by = ((leaf.eax >> 14 & 0xfff) + 1).next_power_of_two();
+    let sharing_ids: u32 = (host_shared_by.min(shared_by) - 1).min(0xfff);
     leaf.eax = leaf.eax & !(0xfff << 14) | sharing_ids << 14;
     if leaf.function == 4 {
         let cores: u32 = 1 << (topology.package_shift() - topology.core_shift());
