@@ -216,7 +216,8 @@ fn bad_sizes_end_in_one_chain() -> Result<()> {
             "--kernel kernel --disk path=disk,image_type=raw,num_queues=0",
             &["0 queues"],
         ),
-        ("--kernel kernel --net num_queues=3", &["3 queues"]),
+        ("--kernel kernel --net num_queues=1", &["1 queues"]),
+        ("--kernel kernel --net num_queues=4", &["4 queues"]),
         ("--kernel kernel --net mtu=5", &["MTU of 5"]),
     ])
 }

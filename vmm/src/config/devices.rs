@@ -54,12 +54,8 @@ fn check_disk(disk: &DiskConfig, vcpus: usize) -> Result<(), DeviceFault> {
 
 fn check_net(net: &NetConfig, vcpus: usize) -> Result<(), DeviceFault> {
     queue_size(net.queue_size)?;
-    if !net.num_queues.is_multiple_of(2) {
-        return Err(DeviceFault::QueuePairs {
-            count: net.num_queues,
-        });
-    }
-    queue_count(net.num_queues, 2, vcpus.saturating_mul(2))?;
+    // An odd number counts the control queue, which is there in any case.
+    queue_count(net.num_queues, 2, vcpus.saturating_mul(2).saturating_add(1))?;
     if let Some(mtu) = net.mtu
         && mtu < MTU_MIN
     {

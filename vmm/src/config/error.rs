@@ -109,6 +109,9 @@ pub enum MemoryFault {
     /// No RAM at all.
     #[error("The size is 0")]
     Zero,
+    /// KSM merges private memory only.
+    #[error("memory must not be both mergeable and shared: KSM merges private memory only")]
+    MergeableShared,
     /// RAM is described twice.
     #[error("The size must be 0 where zones are given, and is {bytes}")]
     SizeAndZones {
@@ -344,12 +347,6 @@ pub enum DeviceFault {
         min: usize,
         /// Most: one, or one pair, for each vCPU.
         max: usize,
-    },
-    /// A network device has queues in pairs.
-    #[error("{count} queues are no pairs")]
-    QueuePairs {
-        /// Queues.
-        count: usize,
     },
     /// Below what IPv6 needs.
     #[error("An MTU of {mtu} is below {min}")]

@@ -24,6 +24,9 @@ pub(super) fn check(memory: &MemoryConfig, address_bits: u8) -> Result<(), Memor
         (bytes, _) => return Err(MemoryFault::SizeAndZones { bytes }),
     }
     check_zones(memory, zones)?;
+    if memory.mergeable && (memory.shared || zones.iter().any(|zone| zone.shared)) {
+        return Err(MemoryFault::MergeableShared);
+    }
     let bytes = memory.total_bytes().ok_or_else(|| beyond(u64::MAX))?;
     let added_bytes = memory.hotplugged_size.unwrap_or(0);
     // The sum holds it, so this is what there is at boot.

@@ -35,6 +35,7 @@ fn validate_plain_configurations_pass() {
             json!({"boot_vcpus": 2, "max_vcpus": 4, "affinity": [{"vcpu": 3, "host_cpus": [0]}],
             "topology": {"threads_per_core": 2, "cores_per_die": 2, "dies_per_package": 1, "packages": 1}}),
         ),
+        ("net", json!([{"num_queues": 3}])),
         ("memory", json!({"size": 1u64 << 40})),
         (
             "memory",
@@ -100,6 +101,13 @@ fn validate_memory_faults_are_named() {
         other => panic!("{other}"),
     };
     assert_eq!(memory(json!({"size": 0})), MemoryFault::Zero);
+    let shared_zone = json!({"id": "z", "size": 512 << 20, "shared": true});
+    for value in [
+        json!({"size": 512 << 20, "mergeable": true, "shared": true}),
+        json!({"size": 0, "mergeable": true, "zones": [shared_zone]}),
+    ] {
+        assert_eq!(memory(value), MemoryFault::MergeableShared);
+    }
     assert!(matches!(
         memory(json!({"size": (512 << 20) + 1})),
         MemoryFault::NotWholePages {
@@ -459,11 +467,7 @@ fn validate_device_faults_are_named() {
             DeviceFault::QueueCount { .. }
         ));
     }
-    assert_eq!(
-        device("net", json!({"num_queues": 3})),
-        DeviceFault::QueuePairs { count: 3 }
-    );
-    for count in [0, 4] {
+    for count in [0, 1, 4, 5] {
         assert!(matches!(
             device("net", json!({"num_queues": count})),
             DeviceFault::QueueCount { .. }

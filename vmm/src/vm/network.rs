@@ -46,7 +46,8 @@ pub(super) fn plug(devices: &mut Devices<'_>, config: &mut NetConfig) -> Result<
         backend: backend(config).map_err(failed)?,
         mac: config.mac.0,
         mtu: config.mtu,
-        num_queues: u16::try_from(config.num_queues).unwrap_or(u16::MAX),
+        // The device adds its control queue itself.
+        num_queues: u16::try_from(config.num_queues / 2 * 2).unwrap_or(u16::MAX),
         queue_size: config.queue_size,
         offload_tso: config.offload_tso,
         offload_ufo: config.offload_ufo,
