@@ -8,16 +8,31 @@
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{block_signal, register_signal_handler, unblock_signal};
+
+/// Keeps a file that grows past the process's limit (`RLIMIT_FSIZE`) from ending it: the write or truncation fails
+/// with EFBIG instead, which every place that writes handles. Call it before any thread is started.
+///
+/// # Errors
+/// The signal cannot be ignored.
+pub fn survive_file_size_limit() -> std::io::Result<()> {
+    // SAFETY: SIG_IGN is no code, and the signal has no other user in this process.
+    match unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } {
+        libc::SIG_ERR => Err(std::io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
 
 /// Signals that mean "please end".
 const EXIT_SIGNALS: [libc::c_int; 2] = [libc::SIGTERM, libc::SIGINT];
 
 /// The descriptor the handler writes to; -1 before there is one.
 static EXIT_FD: AtomicI32 = AtomicI32::new(-1);
+/// Whether an exit signal has been delivered.
+static EXIT_ASKED: AtomicBool = AtomicBool::new(false);
 
 /// Why signals cannot be handled.
 #[derive(Debug, thiserror::Error)]
@@ -74,6 +89,11 @@ impl ExitSignals {
     }
 }
 
+/// Whether the process was asked to end by a signal. What fails from then on fails because of that.
+pub fn exit_was_asked_for() -> bool {
+    EXIT_ASKED.load(Ordering::Acquire)
+}
+
 impl Drop for ExitSignals {
     fn drop(&mut self) {
         EXIT_FD.store(-1, Ordering::Release);
@@ -85,6 +105,7 @@ extern "C" fn on_exit_signal(
     _info: *mut libc::siginfo_t,
     _context: *mut libc::c_void,
 ) {
+    EXIT_ASKED.store(true, Ordering::Release);
     let fd = EXIT_FD.load(Ordering::Acquire);
     if fd < 0 {
         return;
@@ -106,6 +127,13 @@ mod tests {
     use super::*;
 
     #[test]
+    fn file_size_signal_ends_nothing() {
+        survive_file_size_limit().unwrap();
+        // SAFETY: sends a signal to this very thread, which ignores it.
+        assert_eq!(unsafe { libc::raise(libc::SIGXFSZ) }, 0);
+    }
+
+    #[test]
     fn exit_signals_wait_until_there_is_somebody_to_tell() {
         // A thread of its own, because the mask belongs to the thread and the others run other tests.
         std::thread::spawn(|| {
@@ -116,6 +144,7 @@ mod tests {
             assert!(event.read().is_err());
             signals.deliver_to(Arc::clone(&event)).unwrap();
             assert_eq!(event.read().unwrap(), 1);
+            assert!(exit_was_asked_for());
         })
         .join()
         .unwrap();

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -23,10 +24,7 @@ struct Logger {
 /// # Errors
 /// The file cannot be opened.
 pub(crate) fn install(start: Instant, file: Option<&Path>, verbosity: u8) -> io::Result<()> {
-    let file = file
-        .map(|path| OpenOptions::new().create(true).append(true).open(path))
-        .transpose()?
-        .map(Mutex::new);
+    let file = file.map(open).transpose()?.map(Mutex::new);
     log::set_max_level(match verbosity {
         0 => LevelFilter::Warn,
         1 => LevelFilter::Info,
@@ -34,6 +32,24 @@ pub(crate) fn install(start: Instant, file: Option<&Path>, verbosity: u8) -> io:
         _ => LevelFilter::Trace,
     });
     log::set_boxed_logger(Box::new(Logger { start, file })).map_err(io::Error::other)
+}
+
+/// Opens a log file without waiting. A FIFO is opened for reading as well: then it takes lines before it has a reader
+/// and after that reader has gone, and a line that finds it full is lost instead of stopping a thread.
+fn open(path: &Path) -> io::Result<File> {
+    let is_fifo = path
+        .metadata()
+        .is_ok_and(|found| found.file_type().is_fifo());
+    let mut options = OpenOptions::new();
+    if is_fifo {
+        options
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK);
+    } else {
+        options.create(true).append(true);
+    }
+    options.open(path)
 }
 
 impl Log for Logger {
@@ -103,6 +119,21 @@ mod tests {
         assert!(enabled("virtio_devices::worker"));
         log::set_max_level(LevelFilter::Debug);
         assert!(enabled("virtio_queue::queue"));
+    }
+
+    #[test]
+    fn log_that_is_a_fifo_needs_no_reader() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+        let mut file = open(&path).unwrap();
+        file.write_all(b"kept for a reader to come\n").unwrap();
+        // Full, and still nobody waits.
+        let full = (0..1 << 20)
+            .find_map(|_| file.write_all(&[b'x'; 4096]).err())
+            .unwrap();
+        assert_eq!(full.kind(), io::ErrorKind::WouldBlock);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use vmm::api::{ApiSocket, Dispatcher};
 use vmm::control::{CONTROL_THREAD, ControlSetup, ControlThread, Ending, PublishedView, VmRequest};
 use vmm::event_monitor::{EVENT_THREAD, EventMonitor};
 use vmm::seccomp::{Seccomp, ThreadKind};
-use vmm::signals::ExitSignals;
+use vmm::signals::{ExitSignals, exit_was_asked_for, survive_file_size_limit};
 use vmm::vm::{ThreadStart, Vm, VmContext, VmSignals};
 
 use crate::args::Arguments;
@@ -55,6 +55,7 @@ impl Plan {
 /// It could not start, or the machine failed.
 pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
     let plan = Plan::new(arguments)?;
+    survive_file_size_limit().context("Cannot ignore SIGXFSZ")?;
     let seccomp = Arc::new(Seccomp::new(arguments.seccomp.into())?);
     let thread_start = seccomp.hook();
     let mut exit_signals = ExitSignals::hold()?;
@@ -80,7 +81,10 @@ pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
     drop(server);
     drop(socket);
     drop(events);
-    booted?;
+    match booted {
+        Err(error) if exit_was_asked_for() => log::info!("The boot was given up: {error:#}"),
+        booted => booted?,
+    }
     match ending {
         Ending::Regular => Ok(()),
         Ending::MachineFailed => bail!("The machine has failed; the log says why"),
