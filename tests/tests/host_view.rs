@@ -183,8 +183,6 @@ fn event_monitor_tells_a_whole_life_in_order() -> Result<()> {
         "vm resizing",
         "vm resized",
         "vm rebooting",
-        "vm booting",
-        "vm booted",
         "vm rebooted",
         "vm shutdown",
         "vm deleted",

@@ -92,7 +92,10 @@ fn disk_and_balloon_come_and_the_balloon_goes_when_it_is_empty() -> Result<()> {
     vmm.expect_clean_exit(SCENARIO_DEADLINE)?;
     let events = vmm.text("events");
     ensure!(events.matches("\"added\"").count() == 2, "{events}");
-    ensure!(events.matches("\"removed\"").count() == 1, "{events}");
+    ensure!(
+        events.matches("\"device-removed\"").count() == 1,
+        "{events}"
+    );
     Ok(())
 }
 

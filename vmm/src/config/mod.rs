@@ -72,6 +72,23 @@ fn payload(payload: Option<&PayloadConfig>) -> Result<(), ValidationError> {
 /// Least time between two samples of statistics: each wakes the guest.
 const STATS_POLL_MS_MIN: u64 = 100;
 
+/// Checks what `vm.resize` changes of the balloon against the rest: a VM that was resized must be able to boot again.
+///
+/// # Errors
+/// The balloon would leave the guest no RAM.
+pub fn validate_balloon(config: &VmConfig) -> Result<(), ValidationError> {
+    let (Some(balloon), Some(ram_bytes)) = (&config.balloon, config.memory.total_bytes()) else {
+        return Ok(());
+    };
+    if balloon.size >= ram_bytes {
+        return Err(ValidationError::BalloonLargerThanRam {
+            balloon_bytes: balloon.size,
+            ram_bytes,
+        });
+    }
+    Ok(())
+}
+
 fn balloon(config: &VmConfig) -> Result<(), ValidationError> {
     let poll_ms = config.balloon.as_ref().map_or(0, |it| it.stats_poll_ms);
     if (1..STATS_POLL_MS_MIN).contains(&poll_ms) {
@@ -84,16 +101,7 @@ fn balloon(config: &VmConfig) -> Result<(), ValidationError> {
     if config.balloon.as_ref().is_some_and(lone) {
         return Err(ValidationError::PolicyWithoutReporting);
     }
-    let (Some(balloon), Some(ram_bytes)) = (&config.balloon, config.memory.total_bytes()) else {
-        return Ok(());
-    };
-    if balloon.size >= ram_bytes {
-        return Err(ValidationError::BalloonLargerThanRam {
-            balloon_bytes: balloon.size,
-            ram_bytes,
-        });
-    }
-    Ok(())
+    validate_balloon(config)
 }
 
 fn consoles(config: &VmConfig) -> Result<(), ValidationError> {

@@ -178,13 +178,15 @@ impl<M: Machine> Lifecycle<M> {
         }
         let config = self.config.as_ref().ok_or(ControlError::VmMissingConfig)?;
         config::validate(config).map_err(ControlError::ConfigValidation)?;
-        self.start_machine()
+        self.emit("vm", "booting");
+        self.start_machine()?;
+        self.emit("vm", "booted");
+        Ok(())
     }
 
     /// Builds and boots the machine of the stored configuration, which was valid when it was booted for the first time.
     fn start_machine(&mut self) -> Result<(), ControlError> {
         let stored = self.config.as_ref().ok_or(ControlError::VmMissingConfig)?;
-        self.emit("vm", "booting");
         // What creation decides (ids, names of taps) becomes part of the configuration only when it succeeds.
         let mut config = stored.clone();
         config::assign_ids(&mut config);
@@ -195,7 +197,6 @@ impl<M: Machine> Lifecycle<M> {
         self.machine = Some(machine);
         self.machines += 1;
         self.paused = false;
-        self.emit("vm", "booted");
         Ok(())
     }
 
@@ -241,8 +242,7 @@ impl<M: Machine> Lifecycle<M> {
         }
         self.emit("vm", "rebooting");
         self.stop_machine()?;
-        // Not judged again: a balloon may have been resized to more than all RAM since, which a running machine takes,
-        // and its guest must still be able to reboot.
+        // Not judged again: every change since the boot was.
         self.start_machine()?;
         self.emit("vm", "rebooted");
         Ok(())
@@ -273,7 +273,10 @@ impl<M: Machine> Lifecycle<M> {
     fn resize(&mut self, resize: VmResize) -> Result<(), ControlError> {
         let config = self.config.as_mut().ok_or(ControlError::VmNotCreated)?;
         let Some(machine) = &self.machine else {
-            resize_stored(config, resize);
+            let mut wanted = config.clone();
+            resize_stored(&mut wanted, resize);
+            config::validate_balloon(&wanted).map_err(ControlError::ConfigValidation)?;
+            *config = wanted;
             return Ok(());
         };
         (self.context.events)("vm", "resizing", &[]);
@@ -283,15 +286,25 @@ impl<M: Machine> Lifecycle<M> {
             let current = config.cpus.boot_vcpus;
             return Err(ControlError::VcpuHotplug { current, desired });
         }
-        if let Some(desired) = resize.desired_ram
-            && Some(desired) != config.memory.total_bytes()
-        {
+        let ram = resize
+            .desired_ram
+            .filter(|desired| Some(*desired) != config.memory.total_bytes());
+        let mut wanted = config.clone();
+        if let Some(desired) = ram {
             let added = hotplugged_bytes(&config.memory, desired)?;
+            wanted.memory.hotplugged_size = (added > 0).then_some(added);
+        }
+        if let (Some(bytes), Some(balloon)) = (resize.desired_balloon, &mut wanted.balloon) {
+            balloon.size = bytes;
+        }
+        // What could not be booted is refused before anything changes.
+        config::validate_balloon(&wanted).map_err(ControlError::ConfigValidation)?;
+        if ram.is_some() {
             machine
-                .resize_memory(added)
+                .resize_memory(wanted.memory.hotplugged_size.unwrap_or(0))
                 .map_err(ControlError::Machine)?;
             // Kept as the wish that it is: the guest may take a while, and a reboot starts from it.
-            config.memory.hotplugged_size = (added > 0).then_some(added);
+            config.memory.hotplugged_size = wanted.memory.hotplugged_size;
         }
         if let Some(desired) = resize.desired_balloon {
             machine
@@ -338,7 +351,7 @@ impl<M: Machine> Lifecycle<M> {
         }
         self.config = Some(with_device(config, device));
         self.keep_taps(fds);
-        self.emit_device("added", &added);
+        self.emit_device("virtio-device", "added", &added);
         Ok(VmAnswer::Added(added))
     }
 
@@ -380,16 +393,16 @@ impl<M: Machine> Lifecycle<M> {
         };
         let gone = machine.take_ejected();
         for device in &gone {
-            self.emit_device("removed", device);
+            self.emit_device("vm", "device-removed", device);
         }
         if !gone.is_empty() {
             self.publish();
         }
     }
 
-    fn emit_device(&self, event: &str, device: &PciDeviceInfo) {
+    fn emit_device(&self, source: &str, event: &str, device: &PciDeviceInfo) {
         let properties = [("id", device.id.clone()), ("bdf", device.bdf.clone())];
-        (self.context.events)("virtio-device", event, &properties);
+        (self.context.events)(source, event, &properties);
     }
 
     fn set_thresholds(&self, change: &ReclaimThresholdsChange) -> Result<(), ControlError> {

@@ -38,7 +38,7 @@ fn events_tell_a_whole_life() -> Result<Outcome> {
         .map(|event| format!("{}:{}", event["source"], event["event"]).replace('"', ""))
         .collect();
     let wanted = "vmm:starting vm:booting vm:booted vm:pausing vm:paused vm:resuming vm:resumed \
-                  vm:resizing vm:resized vm:rebooting vm:booting vm:booted vm:rebooted \
+                  vm:resizing vm:resized vm:rebooting vm:rebooted \
                   vm:shutdown vm:deleted vmm:shutdown";
     ensure!(names.join(" ") == wanted, "{names:?}");
     let balloons = events
