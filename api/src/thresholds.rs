@@ -8,7 +8,9 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::options::{OptionError, OptionFault, Options};
+use api_macros::Words;
+
+use crate::options::{OptionError, OptionFault, Options, parse_bytes};
 
 /// `GET /vm.reclaim-thresholds`, and the answer to a `PUT`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -20,19 +22,16 @@ pub struct ReclaimThresholds {
 }
 
 /// On which side of its values an alert is active.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, Words)]
 #[serde(rename_all = "lowercase")]
 pub enum AlertDirection {
     /// Active when the figure is above `enter`.
     #[default]
+    #[word("above")]
     Above,
     /// Active when the figure is below `enter`.
+    #[word("below")]
     Below,
-}
-
-impl AlertDirection {
-    /// The words of the wire.
-    const WORDS: &[(&str, Self)] = &[("above", Self::Above), ("below", Self::Below)];
 }
 
 /// A named rule on one figure.
@@ -219,12 +218,12 @@ impl ReclaimThresholdsChange {
     /// # Errors
     /// An unknown key, a malformed value, or keys of both kinds.
     pub fn parse(text: &str) -> Result<Self, OptionError> {
-        let options = Options::parse("set", text, KEYS, &[])?;
+        let options = Options::parse("set", text, KEYS.into())?;
         let given =
             |keys: &[&'static str]| keys.iter().copied().find(|key| options.text(key).is_some());
-        let Some(name) = options.string("name") else {
+        let Some(name) = options.get::<String>("name")? else {
             if given(ALERT_KEYS).is_some() || given(POLICY_KEYS).is_none() {
-                return Err(options.refuse(OptionFault::MissingKey { key: "name" }));
+                return Err(options.missing("name"));
             }
             return Ok(Self {
                 reporting_policy: Some(ReportingPolicyChange::of(&options)?),
@@ -232,18 +231,15 @@ impl ReclaimThresholdsChange {
             });
         };
         if let Some(key) = given(POLICY_KEYS) {
-            return Err(options.refuse(OptionFault::UnknownKey {
-                key: key.to_owned(),
-                known: ALERT_KEYS.join(", "),
-            }));
+            return Err(options.refuse(OptionFault::unknown_key(key, ALERT_KEYS)));
         }
         let alert = AlertChange {
             name,
-            figure: options.string("figure"),
-            direction: options.word("direction", AlertDirection::WORDS)?,
-            enter: options.bytes("enter")?,
-            leave: options.bytes("leave")?,
-            duration_ms: options.parsed("duration_ms")?,
+            figure: options.get("figure")?,
+            direction: options.get("direction")?,
+            enter: options.read("enter", parse_bytes)?,
+            leave: options.read("leave", parse_bytes)?,
+            duration_ms: options.get("duration_ms")?,
         };
         Ok(Self {
             alerts: vec![alert],
@@ -272,11 +268,11 @@ impl ReclaimThresholdsChange {
 impl ReportingPolicyChange {
     fn of(options: &Options) -> Result<Self, OptionError> {
         Ok(Self {
-            order_min: options.parsed("order_min")?,
-            pending_blocks: options.parsed("pending_blocks")?,
-            delay_ms_max: options.parsed("delay_ms_max")?,
-            age_ms_min: options.parsed("age_ms_min")?,
-            bytes_per_second_max: options.bytes("bytes_per_second_max")?,
+            order_min: options.get("order_min")?,
+            pending_blocks: options.get("pending_blocks")?,
+            delay_ms_max: options.get("delay_ms_max")?,
+            age_ms_min: options.get("age_ms_min")?,
+            bytes_per_second_max: options.read("bytes_per_second_max", parse_bytes)?,
         })
     }
 }

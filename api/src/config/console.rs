@@ -2,16 +2,18 @@
 
 use std::path::PathBuf;
 
+use api_macros::section;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::serde_rules::is_false;
-use crate::options::{OptionError, OptionFault, Options, ValueError};
+use crate::options::{KeyGroup, Keys, OptionError, OptionFault, Options, ValueError};
 
 /// I/O port of the debug console.
 pub const DEFAULT_DEBUG_CONSOLE_PORT: u16 = 0xe9;
 
 /// Where a console's output goes and its input comes from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[schemars(rename = "ConsoleMode")]
 pub enum ConsoleOutputMode {
     /// The device does not exist.
     Off,
@@ -28,219 +30,102 @@ pub enum ConsoleOutputMode {
 }
 
 /// The 16550 serial port (COM1).
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[section(option = "serial", about = "Control serial port:")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SerialConfig {
     /// Path with mode `File`; the pseudo-terminal's path with mode `Pty`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[key(hidden)]
     pub file: Option<PathBuf>,
     /// Where the output goes.
+    #[key(group = OUTPUT, required, default = ConsoleOutputMode::Null)]
     pub mode: ConsoleOutputMode,
     /// Path of the socket with mode `Socket`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[key(hidden)]
     pub socket: Option<PathBuf>,
-}
-
-impl Default for SerialConfig {
-    fn default() -> Self {
-        Self {
-            file: None,
-            mode: ConsoleOutputMode::Null,
-            socket: None,
-        }
-    }
 }
 
 /// The virtio console.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[section(option = "console", about = "Control (virtio) console:")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConsoleConfig {
     /// Path with mode `File`; the pseudo-terminal's path with mode `Pty`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[key(hidden)]
     pub file: Option<PathBuf>,
     /// Where the output goes.
+    #[key(group = OUTPUT, required, default = ConsoleOutputMode::Tty)]
     pub mode: ConsoleOutputMode,
     /// Path of the socket with mode `Socket`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[key(hidden)]
     pub socket: Option<PathBuf>,
     /// Put the device behind the virtual IOMMU.
-    #[serde(default, skip_serializing_if = "is_false")]
+    #[key(omit_false)]
     pub iommu: bool,
     /// Name of the device; `__console` when absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[key("<device_id>")]
     pub id: Option<String>,
-    /// PCI segment the device is put on.
-    #[serde(default)]
+    /// PCI segment of the device.
+    #[key("<segment_id>")]
     pub pci_segment: u16,
     /// Slot on that segment; the next free one when absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[key("<pci_slot>")]
     pub pci_device_id: Option<u8>,
 }
 
-impl Default for ConsoleConfig {
-    fn default() -> Self {
-        Self {
-            file: None,
-            mode: ConsoleOutputMode::Tty,
-            socket: None,
-            iommu: false,
-            id: None,
-            pci_segment: 0,
-            pci_device_id: None,
-        }
-    }
-}
-
 /// The debug console: bytes written to one I/O port.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[section(option = "debug-console", about = "Debug console:")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DebugConsoleConfig {
     /// Path with mode `File`; the pseudo-terminal's path with mode `Pty`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[key(hidden)]
     pub file: Option<PathBuf>,
     /// Where the output goes.
+    #[key(group = DEBUG_OUTPUT, required, default = ConsoleOutputMode::Off)]
     pub mode: ConsoleOutputMode,
-    /// The I/O port; 0xe9 when absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// The I/O port; 0xe9 when absent. The command line takes hexadecimal numbers too.
+    #[key("<port>", read = parse_port, default = Some(DEFAULT_DEBUG_CONSOLE_PORT))]
     pub iobase: Option<u16>,
 }
 
-impl Default for DebugConsoleConfig {
-    fn default() -> Self {
-        Self {
-            file: None,
-            mode: ConsoleOutputMode::Off,
-            iobase: Some(DEFAULT_DEBUG_CONSOLE_PORT),
-        }
-    }
-}
+/// The words and keys of which exactly one says where the output goes. Those with `=` are fields of the section.
+struct Output(&'static [(&'static str, ConsoleOutputMode)]);
 
-/// Where the bytes go, as all three consoles write it.
-struct Output {
-    file: Option<PathBuf>,
-    mode: ConsoleOutputMode,
-    socket: Option<PathBuf>,
-}
-
-impl Output {
-    /// Reads the one word or path that says where the bytes go.
-    ///
-    /// `flags` are the bare words that the option declared; a console without sockets does not declare `socket`.
-    fn from_options(
-        options: &Options,
-        flags: &[(&'static str, ConsoleOutputMode)],
-        socket: Option<&'static str>,
-        alternatives: &'static str,
-    ) -> Result<Self, OptionError> {
-        let file = options.text("file").map(PathBuf::from);
-        let socket = socket.and_then(|key| options.text(key)).map(PathBuf::from);
-        let modes: Vec<_> = flags
-            .iter()
-            .filter(|(flag, _)| options.flag(flag))
-            .map(|(_, mode)| *mode)
-            .chain(file.as_ref().map(|_| ConsoleOutputMode::File))
-            .chain(socket.as_ref().map(|_| ConsoleOutputMode::Socket))
-            .collect();
-        match modes[..] {
-            [mode] => Ok(Self { file, mode, socket }),
-            _ => Err(options.refuse(OptionFault::NotExactlyOne { keys: alternatives })),
-        }
-    }
-}
-
-const OUTPUT_FLAGS: &[(&str, ConsoleOutputMode)] = &[
+const OUTPUT: Output = Output(&[
     ("off", ConsoleOutputMode::Off),
     ("null", ConsoleOutputMode::Null),
     ("pty", ConsoleOutputMode::Pty),
     ("tty", ConsoleOutputMode::Tty),
-];
-const OUTPUT_ALTERNATIVES: &str = "off, null, pty, tty, file=<path>, socket=<path>";
+    ("file=<path>", ConsoleOutputMode::File),
+    ("socket=<path>", ConsoleOutputMode::Socket),
+]);
+const DEBUG_OUTPUT: Output = Output(&[
+    ("off", ConsoleOutputMode::Off),
+    ("pty", ConsoleOutputMode::Pty),
+    ("tty", ConsoleOutputMode::Tty),
+    ("file=<path>", ConsoleOutputMode::File),
+]);
 
-impl SerialConfig {
-    /// Syntax of `--serial`.
-    pub const SYNTAX: &str = "Control serial port: \"off|null|pty|tty|file=<path>|socket=<path>\"";
-
-    /// Reads the value of `--serial`.
-    ///
-    /// # Errors
-    /// An unknown key, or not exactly one place for the output.
-    pub fn parse(text: &str) -> Result<Self, OptionError> {
-        let options = Options::parse(
-            "serial",
-            text,
-            &["file", "socket"],
-            &["off", "null", "pty", "tty"],
-        )?;
-        let Output { file, mode, socket } =
-            Output::from_options(&options, OUTPUT_FLAGS, Some("socket"), OUTPUT_ALTERNATIVES)?;
-        Ok(Self { file, mode, socket })
+impl Output {
+    fn alternatives(&self) -> Vec<&'static str> {
+        self.0.iter().map(|(alternative, _)| *alternative).collect()
     }
 }
 
-impl ConsoleConfig {
-    /// Syntax of `--console`.
-    pub const SYNTAX: &str = "Control (virtio) console: \"off|null|pty|tty|file=<path>|socket=<path>,iommu=on|off,\
-        id=<device_id>,pci_segment=<segment_id>,pci_device_id=<pci_slot>\"";
-
-    /// Reads the value of `--console`.
-    ///
-    /// # Errors
-    /// An unknown key, a malformed value, or not exactly one place for the output.
-    pub fn parse(text: &str) -> Result<Self, OptionError> {
-        let options = Options::parse(
-            "console",
-            text,
-            &[
-                "file",
-                "socket",
-                "iommu",
-                "id",
-                "pci_segment",
-                "pci_device_id",
-            ],
-            &["off", "null", "pty", "tty"],
-        )?;
-        let Output { file, mode, socket } =
-            Output::from_options(&options, OUTPUT_FLAGS, Some("socket"), OUTPUT_ALTERNATIVES)?;
-        Ok(Self {
-            file,
-            mode,
-            socket,
-            iommu: options.toggle("iommu")?.unwrap_or(false),
-            id: options.string("id"),
-            pci_segment: options.parsed("pci_segment")?.unwrap_or(0),
-            pci_device_id: options.parsed("pci_device_id")?,
-        })
+impl KeyGroup<ConsoleOutputMode> for Output {
+    fn declare(&self, keys: &mut Keys) {
+        keys.alternatives(&self.alternatives());
     }
-}
 
-impl DebugConsoleConfig {
-    /// Syntax of `--debug-console`.
-    pub const SYNTAX: &str = "Debug console: \"off|pty|tty|file=<path>,iobase=<port>\"";
-
-    /// Reads the value of `--debug-console`. The port may be written in hexadecimal.
-    ///
-    /// # Errors
-    /// An unknown key, a malformed value, or not exactly one place for the output.
-    pub fn parse(text: &str) -> Result<Self, OptionError> {
-        let options = Options::parse(
-            "debug-console",
-            text,
-            &["file", "iobase"],
-            &["off", "pty", "tty"],
-        )?;
-        let flags: Vec<_> = OUTPUT_FLAGS
-            .iter()
-            .copied()
-            .filter(|(flag, _)| *flag != "null")
-            .collect();
-        let Output { file, mode, .. } =
-            Output::from_options(&options, &flags, None, "off, pty, tty, file=<path>")?;
-        let iobase = options
-            .read("iobase", parse_port)?
-            .unwrap_or(DEFAULT_DEBUG_CONSOLE_PORT);
-        Ok(Self {
-            file,
-            mode,
-            iobase: Some(iobase),
-        })
+    fn read(&self, options: &Options) -> Result<ConsoleOutputMode, OptionError> {
+        let mut given = self.0.iter().filter(|(it, _)| match it.split_once('=') {
+            Some((key, _)) => options.text(key).is_some(),
+            None => options.flag(it),
+        });
+        match (given.next(), given.next()) {
+            (Some((_, mode)), None) => Ok(*mode),
+            _ => Err(options.refuse(OptionFault::NotExactlyOne {
+                keys: self.alternatives().join(", "),
+            })),
+        }
     }
 }
 

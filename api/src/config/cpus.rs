@@ -1,9 +1,10 @@
 //! vCPUs.
 
+use api_macros::{Words, section};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::serde_rules::enabled;
-use crate::options::{OptionError, Options, ValueError, parse_strings};
+use crate::options::{Setting, ValueError, parse_integer_map, parse_strings};
 
 /// vCPUs of a VM that does not say otherwise.
 pub const DEFAULT_VCPUS: u32 = 1;
@@ -11,57 +12,42 @@ pub const DEFAULT_VCPUS: u32 = 1;
 pub const DEFAULT_MAX_PHYS_BITS: u8 = 46;
 
 /// vCPUs of the VM.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[section(option = "cpus", about = "vCPU parameters", unsupported = "profile")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CpusConfig {
     /// vCPUs that run at boot.
+    #[key("<boot_vcpus>", name = "boot", required, default = DEFAULT_VCPUS)]
+    #[schemars(range(min = 1))]
     pub boot_vcpus: u32,
-    /// vCPUs the VM can grow to.
+    /// vCPUs the VM can grow to; on the command line, as many as `boot` when absent.
+    #[key("<max_vcpus>", name = "max", required, default = boot_vcpus)]
+    #[schemars(range(min = 1))]
     pub max_vcpus: u32,
     /// How the guest sees them arranged.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[key]
     pub topology: Option<CpuTopology>,
     /// Hyper-V enlightenments.
-    #[serde(default)]
+    #[key]
     pub kvm_hyperv: bool,
     /// Upper limit on the guest's physical address width, in bits; the host's width limits it too.
-    #[serde(default = "default_max_phys_bits")]
+    #[key("<maximum_number_of_physical_bits>", default = DEFAULT_MAX_PHYS_BITS)]
     pub max_phys_bits: u8,
     /// Host CPUs each vCPU may run on; a vCPU not named may run anywhere.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[key]
     pub affinity: Option<Vec<CpuAffinity>>,
     /// Optional CPU features.
-    #[serde(default)]
+    #[key]
     pub features: CpuFeatures,
     /// Whether the guest may itself run VMs.
-    #[serde(default = "enabled")]
+    #[key(default = true)]
     pub nested: bool,
     /// Which vCPUs may share a physical core.
-    #[serde(default)]
+    #[key]
     pub core_scheduling: CoreScheduling,
 }
 
-impl Default for CpusConfig {
-    fn default() -> Self {
-        Self {
-            boot_vcpus: DEFAULT_VCPUS,
-            max_vcpus: DEFAULT_VCPUS,
-            topology: None,
-            kvm_hyperv: false,
-            max_phys_bits: DEFAULT_MAX_PHYS_BITS,
-            affinity: None,
-            features: CpuFeatures::default(),
-            nested: true,
-            core_scheduling: CoreScheduling::default(),
-        }
-    }
-}
-
-fn default_max_phys_bits() -> u8 {
-    DEFAULT_MAX_PHYS_BITS
-}
-
 /// Threads, cores, dies and packages; their product is the number of vCPUs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct CpuTopology {
     /// Hardware threads in a core.
     pub threads_per_core: u16,
@@ -74,7 +60,7 @@ pub struct CpuTopology {
 }
 
 /// Pins one vCPU.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct CpuAffinity {
     /// Index of the vCPU, from 0.
     pub vcpu: u32,
@@ -83,91 +69,35 @@ pub struct CpuAffinity {
 }
 
 /// Optional CPU features; all off unless asked for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[section]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuFeatures {
     /// Advanced Matrix Extensions.
-    #[serde(default)]
     pub amx: bool,
 }
 
 /// Core scheduling: which vCPUs the host may run on sibling threads of one core.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, Words)]
+#[schemars(rename = "CoreSchedulingMode")]
 pub enum CoreScheduling {
     /// Only vCPUs of this VM share a core.
     #[default]
+    #[word("vm")]
     Vm,
     /// No two vCPUs share a core.
+    #[word("vcpu")]
     Vcpu,
     /// The host decides.
+    #[word("off")]
     Off,
 }
 
-impl CpusConfig {
-    /// Syntax of `--cpus`.
-    pub const SYNTAX: &str = "vCPU parameters \"boot=<boot_vcpus>,max=<max_vcpus>,\
-        topology=<threads_per_core>:<cores_per_die>:<dies_per_package>:<packages>,kvm_hyperv=on|off,\
-        max_phys_bits=<maximum_number_of_physical_bits>,affinity=<list_of_vcpus_with_their_associated_cpuset>,\
-        features=<list_of_features_to_enable>,nested=on|off,core_scheduling=vm|vcpu|off\"";
-
-    /// Reads the value of `--cpus`. `max` is `boot` when it is not given.
-    ///
-    /// # Errors
-    /// An unknown key or a malformed value.
-    pub fn parse(text: &str) -> Result<Self, OptionError> {
-        let options = Options::parse(
-            "cpus",
-            text,
-            &[
-                "boot",
-                "max",
-                "topology",
-                "kvm_hyperv",
-                "max_phys_bits",
-                "affinity",
-                "features",
-                "nested",
-                "core_scheduling",
-                "profile",
-            ],
-            &[],
-        )?;
-        options.unsupported("profile")?;
-        let boot_vcpus = options.parsed("boot")?.unwrap_or(DEFAULT_VCPUS);
-        let affinity = options.integer_map("affinity")?.map(|pairs| {
-            pairs
-                .into_iter()
-                .map(|(vcpu, host_cpus)| CpuAffinity { vcpu, host_cpus })
-                .collect()
-        });
-        Ok(Self {
-            boot_vcpus,
-            max_vcpus: options.parsed("max")?.unwrap_or(boot_vcpus),
-            topology: options.read("topology", CpuTopology::parse)?,
-            kvm_hyperv: options.toggle("kvm_hyperv")?.unwrap_or(false),
-            max_phys_bits: options
-                .parsed("max_phys_bits")?
-                .unwrap_or(DEFAULT_MAX_PHYS_BITS),
-            affinity,
-            features: options
-                .read("features", CpuFeatures::parse)?
-                .unwrap_or_default(),
-            nested: options.toggle("nested")?.unwrap_or(true),
-            core_scheduling: options
-                .word(
-                    "core_scheduling",
-                    &[
-                        ("vm", CoreScheduling::Vm),
-                        ("vcpu", CoreScheduling::Vcpu),
-                        ("off", CoreScheduling::Off),
-                    ],
-                )?
-                .unwrap_or_default(),
-        })
+impl Setting for CpuTopology {
+    fn values() -> String {
+        "<threads_per_core>:<cores_per_die>:<dies_per_package>:<packages>".to_owned()
     }
-}
 
-impl CpuTopology {
-    fn parse(text: &str) -> Result<Self, ValueError> {
+    fn read(text: &str) -> Result<Self, ValueError> {
         let malformed = || ValueError::Topology(text.to_owned());
         let counts: Vec<u16> = text
             .split(':')
@@ -185,8 +115,24 @@ impl CpuTopology {
     }
 }
 
-impl CpuFeatures {
-    fn parse(text: &str) -> Result<Self, ValueError> {
+impl Setting for Vec<CpuAffinity> {
+    fn values() -> String {
+        "<list_of_vcpus_with_their_associated_cpuset>".to_owned()
+    }
+
+    fn read(text: &str) -> Result<Self, ValueError> {
+        let pairs = parse_integer_map(text)?.into_iter();
+        let pins = pairs.map(|(vcpu, host_cpus)| CpuAffinity { vcpu, host_cpus });
+        Ok(pins.collect())
+    }
+}
+
+impl Setting for CpuFeatures {
+    fn values() -> String {
+        "<list_of_features_to_enable>".to_owned()
+    }
+
+    fn read(text: &str) -> Result<Self, ValueError> {
         let mut features = Self::default();
         for name in parse_strings(text) {
             match name.as_str() {

@@ -1,9 +1,11 @@
 //! Ethernet addresses.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::str::FromStr;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use thiserror::Error;
 
@@ -61,6 +63,20 @@ impl FromStr for MacAddr {
             return Err(malformed());
         }
         Ok(Self(bytes))
+    }
+}
+
+impl JsonSchema for MacAddr {
+    fn schema_name() -> Cow<'static, str> {
+        "MacAddr".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({"type": "string", "format": "mac"})
     }
 }
 

@@ -18,7 +18,6 @@ mod payload;
 mod platform;
 mod rate_limit;
 mod rng;
-mod serde_rules;
 
 pub use balloon::BalloonConfig;
 pub use console::{
@@ -42,59 +41,51 @@ pub use platform::{DEFAULT_IOMMU_ADDRESS_WIDTH_BITS, DEFAULT_NUM_PCI_SEGMENTS, P
 pub use rate_limit::{RateLimiterConfig, TokenBucket};
 pub use rng::{DEFAULT_RNG_SOURCE, RngConfig};
 
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use api_macros::section;
+use serde_json::{Value, json};
 
-/// The configuration of a VM.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+/// The configuration of a VM. Unsupported sections are understood, kept, and refused at boot by name.
+#[section]
+#[derive(Clone, Debug, PartialEq)]
+#[schemars(extend("example" = json!({
+    "cpus": {"boot_vcpus": 2, "max_vcpus": 2},
+    "memory": {"size": 1 << 30},
+    "payload": {"kernel": "/boot/vmlinux", "cmdline": "console=hvc0 root=/dev/vda"},
+    "disks": [{"path": "/var/lib/vm/disk.img"}],
+    "balloon": {"size": 0, "free_page_reporting": true},
+})))]
 pub struct VmConfig {
     /// vCPUs.
-    #[serde(default)]
     pub cpus: CpusConfig,
     /// Guest RAM.
-    #[serde(default)]
     pub memory: MemoryConfig,
     /// What is booted. Needed to boot, not to create.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub payload: Option<PayloadConfig>,
     /// Disks, in the order of their PCI slots.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disks: Option<Vec<DiskConfig>>,
     /// Network interfaces, in the order of their PCI slots.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub net: Option<Vec<NetConfig>>,
     /// The random number device; always there.
-    #[serde(default)]
     pub rng: RngConfig,
     /// The memory balloon; there is none when absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonConfig>,
     /// The serial port.
-    #[serde(default)]
     pub serial: SerialConfig,
     /// The virtio console.
-    #[serde(default)]
     pub console: ConsoleConfig,
     /// The debug console.
-    #[serde(default)]
     pub debug_console: DebugConsoleConfig,
     /// Guest NUMA nodes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub numa: Option<Vec<NumaConfig>>,
     /// Platform settings.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub platform: Option<PlatformConfig>,
-    /// A virtual IOMMU.
-    #[serde(default)]
+    /// A virtual IOMMU. Unsupported.
     pub iommu: bool,
-    /// A watchdog device.
-    #[serde(default)]
+    /// A watchdog device. Unsupported.
     pub watchdog: bool,
-    /// A device through which the guest tells of a panic.
-    #[serde(default)]
+    /// A device through which the guest reports a panic. Unsupported.
     pub pvpanic: bool,
-    /// Restrict the VMM's own file access.
-    #[serde(default)]
+    /// Restrict the VMM's own file access. Unsupported.
     pub landlock_enable: bool,
     /// Sections of upstream's that have no type here.
     #[serde(flatten)]
@@ -104,11 +95,11 @@ pub struct VmConfig {
 macro_rules! unsupported_sections {
     ($($(#[$doc:meta])* $name:ident,)*) => {
         /// Sections of upstream's configuration that have no type here, kept as they came.
-        #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+        #[section]
+        #[derive(Clone, Debug, PartialEq)]
         pub struct UnsupportedSections {
             $(
                 $(#[$doc])*
-                #[serde(default, skip_serializing_if = "Option::is_none")]
                 pub $name: Option<Value>,
             )*
         }
@@ -131,29 +122,29 @@ macro_rules! unsupported_sections {
 }
 
 unsupported_sections! {
-    /// Shared directories (virtio-fs).
+    /// Shared directories (virtio-fs). Unsupported.
     fs,
-    /// Persistent memory.
+    /// Persistent memory. Unsupported.
     pmem,
-    /// Assigned PCI devices (VFIO).
+    /// Assigned PCI devices (VFIO). Unsupported.
     devices,
-    /// Assigned devices of another process (vfio-user).
+    /// Assigned devices of another process (vfio-user). Unsupported.
     user_devices,
-    /// vDPA devices.
+    /// vDPA devices. Unsupported.
     vdpa,
-    /// The vsock device.
+    /// The vsock device. Unsupported.
     vsock,
-    /// Apertures of PCI segments.
+    /// Apertures of PCI segments. Unsupported.
     pci_segments,
-    /// The TPM.
+    /// The TPM. Unsupported.
     tpm,
-    /// The paravirtual real time clock.
+    /// The paravirtual real time clock. Unsupported.
     rtc,
-    /// Rate limits shared by several disks.
+    /// Rate limits shared by several disks. Unsupported.
     rate_limit_groups,
-    /// vhost-user devices of any type.
+    /// vhost-user devices of any type. Unsupported.
     generic_vhost_user,
-    /// File access rules of the VMM.
+    /// File access rules of the VMM. Unsupported.
     landlock_rules,
 }
 

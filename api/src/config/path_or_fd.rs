@@ -43,12 +43,12 @@ impl PathOrFd {
     }
 
     fn parse(option: &'static str, text: &str) -> Result<Self, OptionError> {
-        let options = Options::parse(option, text, &["path", "fd"], &[])?;
-        match (options.text("path"), options.parsed::<u16>("fd")?) {
+        let options = Options::parse(option, text, ["path", "fd"][..].into())?;
+        match (options.text("path"), options.get::<u16>("fd")?) {
             (Some(path), None) => Ok(Self::Path(PathBuf::from(path))),
             (None, Some(fd)) => Ok(Self::Fd(fd.into())),
             _ => Err(options.refuse(OptionFault::NotExactlyOne {
-                keys: "path=<path>, fd=<fd>",
+                keys: "path=<path>, fd=<fd>".to_owned(),
             })),
         }
     }

@@ -1,63 +1,91 @@
 //! I/O rate limits of disks and network interfaces.
 
-use serde::{Deserialize, Serialize};
+use api_macros::section;
 
-use crate::options::{OptionError, Options};
+use crate::options::{KeyGroup, Keys, OptionError, Options};
 
-/// Independent limits on bytes and on operations. The one type that refuses unknown fields, as upstream's does.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// Independent limits on bytes and on operations. Unknown fields are refused, as upstream refuses them.
+#[section]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiterConfig {
     /// Limit on bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<TokenBucket>,
     /// Limit on operations.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ops: Option<TokenBucket>,
 }
 
-/// A token bucket.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// A bucket of tokens that fills at a steady rate.
+#[section]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TokenBucket {
     /// Tokens the bucket holds.
+    #[key(required)]
     pub size: u64,
     /// Extra tokens that can be used once.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub one_time_burst: Option<u64>,
     /// Milliseconds in which an empty bucket fills.
+    #[key(required)]
     pub refill_time: u64,
 }
 
-impl RateLimiterConfig {
-    /// Reads the `bw_*` and `ops_*` keys of a device. `None` when neither limit is given in full: a bucket needs both
-    /// its size and its refill time.
-    pub(super) fn from_options(options: &Options) -> Result<Option<Self>, OptionError> {
-        let bandwidth =
-            TokenBucket::from_options(options, ["bw_size", "bw_one_time_burst", "bw_refill_time"])?;
-        let ops = TokenBucket::from_options(
-            options,
-            ["ops_size", "ops_one_time_burst", "ops_refill_time"],
-        )?;
-        Ok((bandwidth.is_some() || ops.is_some()).then_some(Self { bandwidth, ops }))
+/// The `bw_*` and `ops_*` keys of a device.
+pub(super) const RATE_LIMIT_KEYS: RateLimitKeys = RateLimitKeys {
+    bandwidth: BucketKeys {
+        size: "bw_size",
+        one_time_burst: "bw_one_time_burst",
+        refill_time: "bw_refill_time",
+        unit: "<bytes>",
+    },
+    ops: BucketKeys {
+        size: "ops_size",
+        one_time_burst: "ops_one_time_burst",
+        refill_time: "ops_refill_time",
+        unit: "<io_ops>",
+    },
+};
+
+pub(super) struct RateLimitKeys {
+    bandwidth: BucketKeys,
+    ops: BucketKeys,
+}
+
+struct BucketKeys {
+    size: &'static str,
+    one_time_burst: &'static str,
+    refill_time: &'static str,
+    unit: &'static str,
+}
+
+impl KeyGroup<Option<RateLimiterConfig>> for RateLimitKeys {
+    fn declare(&self, keys: &mut Keys) {
+        for bucket in [&self.bandwidth, &self.ops] {
+            keys.shown(bucket.size, bucket.unit);
+            keys.shown(bucket.one_time_burst, bucket.unit);
+            keys.shown(bucket.refill_time, "<ms>");
+        }
+    }
+
+    /// `None` when neither limit is given in full: a bucket needs both its size and its refill time.
+    fn read(&self, options: &Options) -> Result<Option<RateLimiterConfig>, OptionError> {
+        let bandwidth = self.bandwidth.read(options)?;
+        let ops = self.ops.read(options)?;
+        let given = bandwidth.is_some() || ops.is_some();
+        Ok(given.then_some(RateLimiterConfig { bandwidth, ops }))
     }
 }
 
-impl TokenBucket {
-    fn from_options(
-        options: &Options,
-        keys: [&'static str; 3],
-    ) -> Result<Option<Self>, OptionError> {
-        let [size, one_time_burst, refill_time] = keys;
-        let size = options.parsed(size)?;
-        let one_time_burst = options.parsed(one_time_burst)?;
-        let refill_time = options.parsed(refill_time)?;
-        Ok(match (size, refill_time) {
-            (Some(size), Some(refill_time)) => Some(Self {
+impl BucketKeys {
+    fn read(&self, options: &Options) -> Result<Option<TokenBucket>, OptionError> {
+        let size = options.get(self.size)?;
+        let one_time_burst = options.get(self.one_time_burst)?;
+        let refill_time = options.get(self.refill_time)?;
+        Ok(size
+            .zip(refill_time)
+            .map(|(size, refill_time)| TokenBucket {
                 size,
                 one_time_burst,
                 refill_time,
-            }),
-            _ => None,
-        })
+            }))
     }
 }

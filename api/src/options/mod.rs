@@ -8,6 +8,8 @@
 //!
 //! This is Cloud Hypervisor's syntax. Sizes accept `T` in addition, and a size or list that would overflow is refused.
 
+mod keys;
+mod setting;
 mod split;
 #[cfg(test)]
 mod tests;
@@ -15,11 +17,11 @@ mod value;
 
 pub use value::{INTEGER_LIST_MAX, ValueError, parse_bytes, parse_toggle};
 
-pub(crate) use value::parse_strings;
+pub(crate) use keys::{KeyGroup, Keys};
+pub(crate) use setting::{Setting, Words};
+pub(crate) use value::{parse_integer_map, parse_integer_pairs, parse_strings};
 
 use std::collections::BTreeMap;
-use std::fmt::Display;
-use std::str::FromStr;
 
 use thiserror::Error;
 
@@ -41,10 +43,12 @@ pub struct OptionError {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum OptionFault {
     /// The section has no such key.
-    #[error("unknown parameter {key:?}; known are {known}")]
+    #[error("unknown parameter {key:?}{}; known are {known}", suggestion(similar))]
     UnknownKey {
         /// The key as given.
         key: String,
+        /// The known key that it resembles most, if one does.
+        similar: Option<String>,
         /// The keys there are.
         known: String,
     },
@@ -72,7 +76,7 @@ pub enum OptionFault {
     #[error("exactly one of {keys} is required")]
     NotExactlyOne {
         /// The keys.
-        keys: &'static str,
+        keys: String,
     },
     /// A key upstream has and this program does not.
     #[error("parameter {key:?} is not supported")]
@@ -105,7 +109,31 @@ pub enum OptionFault {
     },
 }
 
+/// Keys less alike than this are different words and not a misspelling. The bound is clap's.
+const SIMILARITY_MIN: f64 = 0.7;
+
+fn suggestion(similar: &Option<String>) -> String {
+    similar
+        .as_ref()
+        .map(|known| format!(" (did you mean {known:?}?)"))
+        .unwrap_or_default()
+}
+
 impl OptionFault {
+    /// A key that is none of the `known` ones.
+    pub(crate) fn unknown_key(key: &str, known: &[&str]) -> Self {
+        let similar = known
+            .iter()
+            .map(|known| (strsim::jaro(key, known), known))
+            .filter(|(similarity, _)| *similarity > SIMILARITY_MIN)
+            .max_by(|(one, _), (other, _)| one.total_cmp(other));
+        Self::UnknownKey {
+            key: key.to_owned(),
+            similar: similar.map(|(_, known)| (*known).to_owned()),
+            known: known.join(", "),
+        }
+    }
+
     /// The error of the whole option.
     pub(crate) fn of(self, option: &'static str) -> OptionError {
         OptionError {
@@ -119,23 +147,16 @@ impl OptionFault {
 #[derive(Debug)]
 pub(crate) struct Options {
     option: &'static str,
-    keys: &'static [&'static str],
-    flags: &'static [&'static str],
+    keys: Keys,
     values: BTreeMap<&'static str, String>,
 }
 
 impl Options {
-    /// Splits `text` into the settings of `--option`, which has the given `keys` with values and bare `flags`.
-    pub(crate) fn parse(
-        option: &'static str,
-        text: &str,
-        keys: &'static [&'static str],
-        flags: &'static [&'static str],
-    ) -> Result<Self, OptionError> {
+    /// Splits `text` into the settings of `--option`.
+    pub(crate) fn parse(option: &'static str, text: &str, keys: Keys) -> Result<Self, OptionError> {
         let mut options = Self {
             option,
             keys,
-            flags,
             values: BTreeMap::new(),
         };
         options.fill(text).map_err(|fault| fault.of(option))?;
@@ -154,36 +175,10 @@ impl Options {
                 Some((key, value)) => (key, Some(value)),
                 None => (setting.as_str(), None),
             };
-            let (key, value) = self.classify(key, value)?;
+            let (key, value) = self.keys.classify(key, value)?;
             self.values.insert(key, value);
         }
         Ok(())
-    }
-
-    fn classify(
-        &self,
-        key: &str,
-        value: Option<&str>,
-    ) -> Result<(&'static str, String), OptionFault> {
-        let find = |names: &[&'static str]| names.iter().copied().find(|name| *name == key);
-        match (find(self.keys), find(self.flags), value) {
-            (Some(key), _, Some(value)) => Ok((key, value.trim().to_owned())),
-            (Some(_), _, None) => Err(OptionFault::MissingValue {
-                key: key.to_owned(),
-            }),
-            (None, Some(flag), None) => Ok((flag, String::new())),
-            (None, Some(_), Some(value)) => Err(OptionFault::UnexpectedValue {
-                key: key.to_owned(),
-                value: value.to_owned(),
-            }),
-            (None, None, _) => {
-                let known: Vec<_> = self.keys.iter().chain(self.flags).copied().collect();
-                Err(OptionFault::UnknownKey {
-                    key: key.to_owned(),
-                    known: known.join(", "),
-                })
-            }
-        }
     }
 
     /// The fault as an error of this option.
@@ -191,23 +186,23 @@ impl Options {
         fault.of(self.option)
     }
 
+    /// The error when the required `key` is absent.
+    pub(crate) fn missing(&self, key: &'static str) -> OptionError {
+        self.refuse(OptionFault::MissingKey { key })
+    }
+
     /// The text of `key`; `None` when it is absent or empty.
     pub(crate) fn text(&self, key: &'static str) -> Option<&str> {
-        debug_assert!(self.keys.contains(&key), "{key} is not declared");
+        debug_assert!(self.keys.has_key(key), "{key} is not declared");
         self.values
             .get(key)
             .map(String::as_str)
             .filter(|value| !value.is_empty())
     }
 
-    /// The text of `key`, owned.
-    pub(crate) fn string(&self, key: &'static str) -> Option<String> {
-        self.text(key).map(str::to_owned)
-    }
-
     /// True when the bare word `flag` was given.
     pub(crate) fn flag(&self, flag: &'static str) -> bool {
-        debug_assert!(self.flags.contains(&flag), "{flag} is not declared");
+        debug_assert!(self.keys.has_flag(flag), "{flag} is not declared");
         self.values.contains_key(flag)
     }
 
@@ -229,68 +224,9 @@ impl Options {
         })
     }
 
-    /// The value of `key` as anything that reads itself from text.
-    pub(crate) fn parsed<T: FromStr<Err: Display>>(
-        &self,
-        key: &'static str,
-    ) -> Result<Option<T>, OptionError> {
-        self.read(key, value::parse_with)
-    }
-
-    /// The value of `key` as an on/off switch.
-    pub(crate) fn toggle(&self, key: &'static str) -> Result<Option<bool>, OptionError> {
-        self.read(key, value::parse_toggle)
-    }
-
-    /// The value of `key` as a size in bytes.
-    pub(crate) fn bytes(&self, key: &'static str) -> Result<Option<u64>, OptionError> {
-        self.read(key, value::parse_bytes)
-    }
-
-    /// The value of `key` as a list of integers, `[0,2-4]`.
-    pub(crate) fn integers<T: TryFrom<u64>>(
-        &self,
-        key: &'static str,
-    ) -> Result<Option<Vec<T>>, OptionError> {
-        self.read(key, value::parse_integers)
-    }
-
-    /// The value of `key` as a list of texts, `[a,b]`.
-    pub(crate) fn strings(&self, key: &'static str) -> Option<Vec<String>> {
-        self.text(key).map(value::parse_strings)
-    }
-
-    /// The value of `key` as a list of an integer with a list of integers, `[0@[1,2],1@[3-5]]`.
-    pub(crate) fn integer_map<K, V>(
-        &self,
-        key: &'static str,
-    ) -> Result<Option<value::IntegerMap<K, V>>, OptionError>
-    where
-        K: TryFrom<u64>,
-        V: TryFrom<u64>,
-    {
-        self.read(key, value::parse_integer_map)
-    }
-
-    /// The value of `key` as a list of two integers each, `[0@15,1@20]`.
-    pub(crate) fn integer_pairs<A, B>(
-        &self,
-        key: &'static str,
-    ) -> Result<Option<Vec<(A, B)>>, OptionError>
-    where
-        A: TryFrom<u64>,
-        B: TryFrom<u64>,
-    {
-        self.read(key, value::parse_integer_pairs)
-    }
-
-    /// The value of `key` as one of the words of `table`.
-    pub(crate) fn word<T: Copy>(
-        &self,
-        key: &'static str,
-        table: &[(&'static str, T)],
-    ) -> Result<Option<T>, OptionError> {
-        self.read(key, |value| value::parse_word(value, table))
+    /// The value of `key`, read as its type is.
+    pub(crate) fn get<T: Setting>(&self, key: &'static str) -> Result<Option<T>, OptionError> {
+        self.read(key, T::read)
     }
 
     /// Refuses `key` when it is set.

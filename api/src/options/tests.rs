@@ -11,7 +11,9 @@ const KEYS: &[&str] = &["size", "shared", "cmdline", "list", "map"];
 const FLAGS: &[&str] = &["tty", "off"];
 
 fn parse(text: &str) -> Result<Options, OptionError> {
-    Options::parse("test", text, KEYS, FLAGS)
+    let mut keys = Keys::from(KEYS);
+    keys.alternatives(FLAGS);
+    Options::parse("test", text, keys)
 }
 
 fn fault(text: &str) -> OptionFault {
@@ -21,8 +23,8 @@ fn fault(text: &str) -> OptionFault {
 #[test]
 fn options_plain_settings_are_found_by_key() {
     let options = parse("size=128M,shared=on").unwrap();
-    assert_eq!(options.bytes("size").unwrap(), Some(128 << 20));
-    assert_eq!(options.toggle("shared").unwrap(), Some(true));
+    assert_eq!(options.read("size", parse_bytes).unwrap(), Some(128 << 20));
+    assert_eq!(options.get::<bool>("shared").unwrap(), Some(true));
     assert_eq!(options.text("cmdline"), None);
 }
 
@@ -31,21 +33,24 @@ fn options_empty_text_and_empty_value_are_unset() {
     assert_eq!(parse("").unwrap().text("size"), None);
     assert_eq!(parse("  ").unwrap().text("size"), None);
     let options = parse("size=,shared=").unwrap();
-    assert_eq!(options.bytes("size").unwrap(), None);
-    assert_eq!(options.toggle("shared").unwrap(), None);
+    assert_eq!(options.read("size", parse_bytes).unwrap(), None);
+    assert_eq!(options.get::<bool>("shared").unwrap(), None);
 }
 
 #[test]
 fn options_quotes_protect_commas_and_brackets() {
     let options = parse(r#"cmdline="console=ttyS0,115200 a[0",size=1"#).unwrap();
     assert_eq!(options.text("cmdline"), Some("console=ttyS0,115200 a[0"));
-    assert_eq!(options.bytes("size").unwrap(), Some(1));
+    assert_eq!(options.read("size", parse_bytes).unwrap(), Some(1));
 }
 
 #[test]
 fn options_key_given_twice_counts_last() {
     assert_eq!(
-        parse("size=1,size=2").unwrap().bytes("size").unwrap(),
+        parse("size=1,size=2")
+            .unwrap()
+            .read("size", parse_bytes)
+            .unwrap(),
         Some(2)
     );
 }
@@ -68,8 +73,16 @@ fn options_unknown_key_names_itself_and_the_known_ones() {
         error_chain(&error),
         [
             "Error parsing --test",
-            "unknown parameter \"shred\"; known are size, shared, cmdline, list, map, tty, off"
+            "unknown parameter \"shred\" (did you mean \"shared\"?); known are size, shared, cmdline, list, map, tty, off"
         ]
+    );
+}
+
+#[test]
+fn options_unknown_key_unlike_any_other_has_no_suggestion() {
+    assert_eq!(
+        fault("xyzzy=1").to_string(),
+        "unknown parameter \"xyzzy\"; known are size, shared, cmdline, list, map, tty, off"
     );
 }
 
@@ -95,7 +108,10 @@ fn options_malformed_text_is_refused() {
 
 #[test]
 fn options_bad_value_tells_key_value_and_reason() {
-    let error = parse("size=12Q").unwrap().bytes("size").unwrap_err();
+    let error = parse("size=12Q")
+        .unwrap()
+        .read("size", parse_bytes)
+        .unwrap_err();
     assert_eq!(
         error_chain(&error),
         [
@@ -187,7 +203,10 @@ fn integers_single_values_ranges_and_bare_numbers_expand() {
 #[test]
 fn integer_map_nested_lists_expand() {
     let options = parse("map=[0@[1,2],1@[3-5],2@7]").unwrap();
-    let map = options.integer_map::<u32, usize>("map").unwrap().unwrap();
+    let map = options
+        .read("map", parse_integer_map::<u32, usize>)
+        .unwrap()
+        .unwrap();
     assert_eq!(map, [(0, vec![1, 2]), (1, vec![3, 4, 5]), (2, vec![7])]);
     for text in [
         "map=[0]",
@@ -199,7 +218,7 @@ fn integer_map_nested_lists_expand() {
         assert!(
             parse(text)
                 .unwrap()
-                .integer_map::<u8, usize>("map")
+                .read("map", parse_integer_map::<u8, usize>)
                 .is_err(),
             "{text}"
         );
@@ -211,20 +230,20 @@ proptest! {
     fn options_any_text_never_panics(text in ".{0,200}") {
         // Only the absence of a panic is asked for here; the result is free.
         if let Ok(options) = parse(&text) {
-            drop(options.bytes("size"));
-            drop(options.toggle("shared"));
-            drop(options.integers::<u8>("list"));
-            drop(options.integer_map::<u8, u16>("map"));
-            drop(options.strings("cmdline"));
+            drop(options.read("size", parse_bytes));
+            drop(options.get::<bool>("shared"));
+            drop(options.get::<Vec<u8>>("list"));
+            drop(options.read("map", parse_integer_map::<u8, u16>));
+            drop(options.get::<Vec<String>>("cmdline"));
         }
     }
 
     #[test]
     fn options_syntax_like_text_never_panics(text in "((size|shared|list|map|cmdline|tty)(=[\\[\\]0-9@,KMGT\"-]{0,12})?,?){0,6}") {
         if let Ok(options) = parse(&text) {
-            drop(options.bytes("size"));
-            drop(options.integers::<u64>("list"));
-            drop(options.integer_map::<u64, u64>("map"));
+            drop(options.read("size", parse_bytes));
+            drop(options.get::<Vec<u64>>("list"));
+            drop(options.read("map", parse_integer_map::<u64, u64>));
         }
     }
 
@@ -232,7 +251,7 @@ proptest! {
     fn options_quoted_value_round_trips(value in "[^\"]{0,60}", size in any::<u32>()) {
         let options = parse(&format!("cmdline=\"{value}\",size={size}")).unwrap();
         prop_assert_eq!(options.text("cmdline").unwrap_or(""), value.trim());
-        prop_assert_eq!(options.bytes("size").unwrap(), Some(u64::from(size)));
+        prop_assert_eq!(options.read("size", parse_bytes).unwrap(), Some(u64::from(size)));
     }
 
     #[test]

@@ -158,7 +158,7 @@ fn parse_integer(text: &str) -> Result<u64, ValueError> {
     digits.parse().map_err(|_| malformed())
 }
 
-pub(super) fn parse_integer_map<K, V>(text: &str) -> Result<IntegerMap<K, V>, ValueError>
+pub(crate) fn parse_integer_map<K, V>(text: &str) -> Result<IntegerMap<K, V>, ValueError>
 where
     K: TryFrom<u64>,
     V: TryFrom<u64>,
@@ -177,7 +177,7 @@ where
         .collect()
 }
 
-pub(super) fn parse_integer_pairs<A, B>(text: &str) -> Result<Vec<(A, B)>, ValueError>
+pub(crate) fn parse_integer_pairs<A, B>(text: &str) -> Result<Vec<(A, B)>, ValueError>
 where
     A: TryFrom<u64>,
     B: TryFrom<u64>,

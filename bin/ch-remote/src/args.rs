@@ -161,19 +161,19 @@ pub(crate) struct ResizeArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct AddDiskArguments {
-    #[arg(value_name = "DISK", value_parser = parse_disk, help = DiskConfig::SYNTAX)]
+    #[arg(value_name = "DISK", value_parser = parse_disk, help = DiskConfig::syntax())]
     pub(crate) disk: DiskConfig,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct AddNetArguments {
-    #[arg(value_name = "NET", value_parser = parse_net, help = NetConfig::SYNTAX)]
+    #[arg(value_name = "NET", value_parser = parse_net, help = NetConfig::syntax())]
     pub(crate) net: NetConfig,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct AddBalloonArguments {
-    #[arg(value_name = "BALLOON", value_parser = parse_balloon, help = BalloonConfig::SYNTAX)]
+    #[arg(value_name = "BALLOON", value_parser = parse_balloon, help = BalloonConfig::syntax())]
     pub(crate) balloon: BalloonConfig,
 }
 

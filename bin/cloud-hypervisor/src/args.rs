@@ -23,20 +23,20 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "api-socket", help = PathOrFd::API_SOCKET_SYNTAX)]
     pub(crate) api_socket: Option<String>,
 
-    #[arg(long, requires = "payload", help = BalloonConfig::SYNTAX)]
+    #[arg(long, requires = "payload", help = BalloonConfig::syntax())]
     balloon: Option<String>,
 
     /// Kernel command line
     #[arg(long, requires = "payload", allow_hyphen_values = true)]
     cmdline: Option<String>,
 
-    #[arg(long, requires = "payload", help = ConsoleConfig::SYNTAX)]
+    #[arg(long, requires = "payload", help = ConsoleConfig::syntax())]
     console: Option<String>,
 
-    #[arg(long, requires = "payload", help = CpusConfig::SYNTAX)]
+    #[arg(long, requires = "payload", help = CpusConfig::syntax())]
     cpus: Option<String>,
 
-    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = DiskConfig::SYNTAX)]
+    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = DiskConfig::syntax())]
     disk: Vec<String>,
 
     #[arg(long, value_name = "event-monitor", help = PathOrFd::EVENT_MONITOR_SYNTAX)]
@@ -58,33 +58,33 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "log-file")]
     pub(crate) log_file: Option<PathBuf>,
 
-    #[arg(long, requires = "payload", help = MemoryConfig::SYNTAX)]
+    #[arg(long, requires = "payload", help = MemoryConfig::syntax())]
     memory: Option<String>,
 
-    #[arg(long, value_name = "memory-zone", requires = "payload", num_args = 1.., action = ArgAction::Append, help = MemoryZoneConfig::SYNTAX)]
+    #[arg(long, value_name = "memory-zone", requires = "payload", num_args = 1.., action = ArgAction::Append, help = MemoryZoneConfig::syntax())]
     memory_zone: Vec<String>,
 
-    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = NetConfig::SYNTAX)]
+    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = NetConfig::syntax())]
     net: Vec<String>,
 
     /// Stay when the guest powers off: the VM can be booted again through the API
     #[arg(long)]
     pub(crate) no_shutdown: bool,
 
-    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = NumaConfig::SYNTAX)]
+    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = NumaConfig::syntax())]
     numa: Vec<String>,
 
-    #[arg(long, requires = "payload", help = PlatformConfig::SYNTAX)]
+    #[arg(long, requires = "payload", help = PlatformConfig::syntax())]
     platform: Option<String>,
 
-    #[arg(long, requires = "payload", help = RngConfig::SYNTAX)]
+    #[arg(long, requires = "payload", help = RngConfig::syntax())]
     rng: Option<String>,
 
     /// What happens when a thread makes a system call it has no need of
     #[arg(long, value_enum, default_value = "true")]
     pub(crate) seccomp: SeccompArgument,
 
-    #[arg(long, requires = "payload", help = SerialConfig::SYNTAX)]
+    #[arg(long, requires = "payload", help = SerialConfig::syntax())]
     serial: Option<String>,
 
     /// Log more: -v info, -vv debug, -vvv trace

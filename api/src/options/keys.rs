@@ -1,0 +1,87 @@
+//! The keys of an option: what its parser accepts and what its help shows.
+
+use super::{OptionError, OptionFault, Options};
+
+/// The keys of one option, in the order in which they were declared.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Keys {
+    keys: Vec<&'static str>,
+    /// Bare words.
+    flags: Vec<&'static str>,
+    /// What the help shows of each.
+    help: Vec<String>,
+}
+
+/// Several keys that make up one field of type `T`.
+pub(crate) trait KeyGroup<T> {
+    /// Adds them to the keys of an option.
+    fn declare(&self, keys: &mut Keys);
+    /// Makes the field of them.
+    fn read(&self, options: &Options) -> Result<T, OptionError>;
+}
+
+impl Keys {
+    /// Adds a key whose help is `key=values`.
+    pub(crate) fn shown(&mut self, key: &'static str, values: &str) {
+        self.keys.push(key);
+        self.help.push(format!("{key}={values}"));
+    }
+
+    /// Adds a key that is understood, and not in the help.
+    pub(crate) fn hidden(&mut self, key: &'static str) {
+        self.keys.push(key);
+    }
+
+    /// Adds alternatives, of which bare words become flags; those with a value are keys declared elsewhere.
+    pub(crate) fn alternatives(&mut self, alternatives: &[&'static str]) {
+        let bare = alternatives.iter().filter(|word| !word.contains('='));
+        self.flags.extend(bare);
+        self.help.push(alternatives.join("|"));
+    }
+
+    /// The help of the option, which begins with `about`.
+    pub(crate) fn help(&self, about: &str) -> String {
+        format!("{about} \"{}\"", self.help.join(","))
+    }
+
+    pub(super) fn has_key(&self, key: &str) -> bool {
+        self.keys.contains(&key)
+    }
+
+    pub(super) fn has_flag(&self, flag: &str) -> bool {
+        self.flags.contains(&flag)
+    }
+
+    /// The key or flag that a setting names, with its value.
+    pub(super) fn classify(
+        &self,
+        key: &str,
+        value: Option<&str>,
+    ) -> Result<(&'static str, String), OptionFault> {
+        let find = |names: &[&'static str]| names.iter().copied().find(|name| *name == key);
+        match (find(&self.keys), find(&self.flags), value) {
+            (Some(key), _, Some(value)) => Ok((key, value.trim().to_owned())),
+            (Some(_), _, None) => Err(OptionFault::MissingValue {
+                key: key.to_owned(),
+            }),
+            (None, Some(flag), None) => Ok((flag, String::new())),
+            (None, Some(_), Some(value)) => Err(OptionFault::UnexpectedValue {
+                key: key.to_owned(),
+                value: value.to_owned(),
+            }),
+            (None, None, _) => {
+                let known: Vec<_> = self.keys.iter().chain(&self.flags).copied().collect();
+                Err(OptionFault::unknown_key(key, &known))
+            }
+        }
+    }
+}
+
+impl From<&[&'static str]> for Keys {
+    fn from(keys: &[&'static str]) -> Self {
+        Self {
+            keys: keys.to_vec(),
+            ..Self::default()
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! The types a setting can have, each with the way it is read and what the help shows of it.
+
+use std::net::IpAddr;
+use std::path::PathBuf;
+
+use super::value;
+use super::value::ValueError;
+use crate::config::MacAddr;
+
+/// A type that the value of a key is read into.
+pub(crate) trait Setting: Sized {
+    /// What the help shows behind `key=`.
+    fn values() -> String;
+    /// Reads a value, which is not empty.
+    fn read(text: &str) -> Result<Self, ValueError>;
+}
+
+/// An enumeration whose values have words on the command line.
+pub(crate) trait Words: Copy + 'static {
+    /// The words, in the order of the help. A value may have none.
+    const WORDS: &'static [(&'static str, Self)];
+}
+
+impl<T: Words> Setting for T {
+    fn values() -> String {
+        let words: Vec<_> = T::WORDS.iter().map(|(word, _)| *word).collect();
+        words.join("|")
+    }
+
+    fn read(text: &str) -> Result<Self, ValueError> {
+        value::parse_word(text, T::WORDS)
+    }
+}
+
+impl<T: Setting> Setting for Option<T> {
+    fn values() -> String {
+        T::values()
+    }
+
+    fn read(text: &str) -> Result<Self, ValueError> {
+        T::read(text).map(Some)
+    }
+}
+
+impl Setting for bool {
+    fn values() -> String {
+        "on|off".to_owned()
+    }
+
+    fn read(text: &str) -> Result<Self, ValueError> {
+        value::parse_toggle(text)
+    }
+}
+
+impl Setting for PathBuf {
+    fn values() -> String {
+        "<path>".to_owned()
+    }
+
+    fn read(text: &str) -> Result<Self, ValueError> {
+        Ok(Self::from(text))
+    }
+}
+
+impl Setting for Vec<String> {
+    fn values() -> String {
+        "<list_of_texts>".to_owned()
+    }
+
+    fn read(text: &str) -> Result<Self, ValueError> {
+        Ok(value::parse_strings(text))
+    }
+}
+
+macro_rules! read_by_from_str {
+    ($values:literal: $($name:ty),*) => {
+        $(
+            impl Setting for $name {
+                fn values() -> String {
+                    $values.to_owned()
+                }
+
+                fn read(text: &str) -> Result<Self, ValueError> {
+                    value::parse_with(text)
+                }
+            }
+        )*
+    };
+}
+
+read_by_from_str!("<text>": String);
+read_by_from_str!("<number>": u8, u16, u32, u64, usize);
+read_by_from_str!("<ip_addr>": IpAddr);
+read_by_from_str!("<mac_addr>": MacAddr);
+
+macro_rules! lists_of_integers {
+    ($($name:ty),*) => {
+        $(
+            impl Setting for Vec<$name> {
+                fn values() -> String {
+                    "<list_of_numbers>".to_owned()
+                }
+
+                fn read(text: &str) -> Result<Self, ValueError> {
+                    value::parse_integers(text)
+                }
+            }
+        )*
+    };
+}
+
+lists_of_integers!(u8, u16, u32, u64, i32);
