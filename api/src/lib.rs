@@ -1,8 +1,8 @@
 //! The contract: everything that crosses the API socket, and nothing else.
 //!
-//! This crate holds the wire types of the REST API (serde only), the syntax of the command line options that produce
+//! This crate holds the wire types of the REST API (serde and schema), the syntax of the command line options that produce
 //! them, the table of endpoints, and a small synchronous client. The VMM, `ch-remote` and the fleet manager all speak
-//! through these types, so a field exists once. The crate depends on no other crate of ours and starts no thread.
+//! through these types, so a field exists once. Of our crates this one depends only on its macros, and it starts no thread.
 //!
 //! Conventions of the wire, which are Cloud Hypervisor's:
 //! - sizes are bytes as `u64`, durations carry their unit in the name;

@@ -39,7 +39,7 @@ pub struct DiskConfig {
     /// Served by a vhost-user process.
     #[key]
     pub vhost_user: bool,
-    /// Socket of that process.
+    /// Socket of the vhost-user process.
     #[key("<vhost_user_socket_path>", name = "socket")]
     pub vhost_socket: Option<PathBuf>,
     /// Name of a rate limit group the disk shares.
@@ -54,7 +54,7 @@ pub struct DiskConfig {
     /// PCI segment of the device.
     #[key("<segment_id>")]
     pub pci_segment: u16,
-    /// Slot on that segment; the next free one when absent.
+    /// PCI slot on the segment; the next free one when absent.
     #[key("<pci_slot>")]
     pub pci_device_id: Option<u8>,
     /// Serial number the guest reads.

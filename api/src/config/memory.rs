@@ -31,7 +31,7 @@ pub struct MemoryConfig {
     /// Most bytes that can be added to a running guest: a multiple of 128 MiB, and only with `VirtioMem`.
     #[key("<hotpluggable_memory_size>", read = parse_bytes)]
     pub hotplug_size: Option<u64>,
-    /// Bytes of it that the guest shall have; follows `vm.resize`.
+    /// Bytes of `hotplug_size` that the guest shall have; follows `vm.resize`.
     #[key("<hotplugged_memory_size>", read = parse_bytes)]
     pub hotplugged_size: Option<u64>,
     /// Back RAM with a shared mapping, so that another process can map it too.
@@ -40,7 +40,7 @@ pub struct MemoryConfig {
     /// Back RAM with huge pages from the host's pool.
     #[key]
     pub hugepages: bool,
-    /// Size of those huge pages, bytes; the host's default when absent.
+    /// Size of the huge pages, bytes; the host's default when absent.
     #[key("<hugepage_size>", read = parse_bytes)]
     pub hugepage_size: Option<u64>,
     /// Allocate all of RAM before the guest starts.
@@ -100,7 +100,7 @@ pub struct MemoryZoneConfig {
     /// Back the zone with huge pages from the host's pool.
     #[key]
     pub hugepages: bool,
-    /// Size of those huge pages, bytes; the host's default when absent.
+    /// Size of the huge pages, bytes; the host's default when absent.
     #[key("<hugepage_size>", read = parse_bytes)]
     pub hugepage_size: Option<u64>,
     /// Host NUMA node the zone is taken from.

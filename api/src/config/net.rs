@@ -51,10 +51,10 @@ pub struct NetConfig {
     /// Served by a vhost-user process.
     #[key]
     pub vhost_user: bool,
-    /// Socket of that process.
+    /// Socket of the vhost-user process.
     #[key("<vhost_user_socket_path>", name = "socket")]
     pub vhost_socket: Option<PathBuf>,
-    /// Which side of that socket connects.
+    /// Which side of the vhost-user socket connects.
     #[key]
     pub vhost_mode: VhostMode,
     /// Name of the device; generated when absent.
@@ -71,7 +71,7 @@ pub struct NetConfig {
     /// PCI segment of the device.
     #[key("<segment_id>")]
     pub pci_segment: u16,
-    /// Slot on that segment; the next free one when absent.
+    /// PCI slot on the segment; the next free one when absent.
     #[key("<pci_slot>")]
     pub pci_device_id: Option<u8>,
     /// Offer TCP segmentation offload.

@@ -23,7 +23,7 @@ pub struct RngConfig {
     /// PCI segment of the device.
     #[key("<segment_id>")]
     pub pci_segment: u16,
-    /// Slot on that segment; the next free one when absent.
+    /// PCI slot on the segment; the next free one when absent.
     #[key("<pci_slot>")]
     pub pci_device_id: Option<u8>,
 }

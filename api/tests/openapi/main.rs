@@ -6,8 +6,10 @@
 
 #![allow(clippy::unwrap_used)]
 
+mod generate;
 mod samples;
 mod schema;
+mod upstream;
 
 use std::collections::BTreeSet;
 
@@ -120,7 +122,7 @@ fn openapi_schemas_are_those_of_the_wire_types() {
         .collect();
     let types: BTreeSet<_> = samples()
         .iter()
-        .map(|sample| sample.schema.to_owned())
+        .map(|sample| sample.schema.to_string())
         .collect();
     assert_eq!(file, types);
 }
@@ -129,7 +131,11 @@ fn openapi_schemas_are_those_of_the_wire_types() {
 fn openapi_every_field_of_every_type_is_described_and_exists() {
     let document = Document::load();
     for sample in samples() {
-        document.check(sample.schema, document.schema(sample.schema), &sample.full);
+        document.check(
+            &sample.schema,
+            document.schema(&sample.schema),
+            &sample.full,
+        );
     }
 }
 
@@ -140,7 +146,7 @@ fn openapi_required_marks_are_those_of_the_decoder() {
         let Some(fields) = sample.full.as_object() else {
             continue;
         };
-        let schema = document.schema(sample.schema);
+        let schema = document.schema(&sample.schema);
         if schema.get("properties").is_none() {
             continue;
         }
@@ -169,7 +175,7 @@ fn openapi_defaults_are_those_of_the_decoder() {
     let document = Document::load();
     let mut checked = 0;
     for sample in samples() {
-        let schema = document.schema(sample.schema);
+        let schema = document.schema(&sample.schema);
         for (name, property) in schema["properties"].as_object().into_iter().flatten() {
             let Some(stated) = document.resolve(property).get("default") else {
                 continue;
@@ -192,7 +198,7 @@ fn openapi_defaults_are_those_of_the_decoder() {
 fn openapi_enumerations_hold_exactly_the_words_of_the_type() {
     let document = Document::load();
     for sample in samples() {
-        let Some(words) = document.schema(sample.schema).get("enum") else {
+        let Some(words) = document.schema(&sample.schema).get("enum") else {
             continue;
         };
         let words = words.as_array().unwrap();
@@ -222,7 +228,7 @@ fn openapi_examples_round_trip() {
     let document = Document::load();
     let mut checked = 0;
     for sample in samples() {
-        let Some(example) = document.schema(sample.schema).get("example") else {
+        let Some(example) = document.schema(&sample.schema).get("example") else {
             continue;
         };
         let back = (sample.round_trip)(example)
@@ -246,6 +252,43 @@ fn openapi_full_samples_round_trip() {
             "{}",
             sample.schema
         );
+    }
+}
+
+#[test]
+fn openapi_generated_schemas_are_those_of_the_file() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/openapi/cloud-hypervisor.yaml");
+    let file = std::fs::read_to_string(path).unwrap();
+    let (written, generated) = file.split_once(generate::MARKER).unwrap();
+    let fresh = generate::yaml(&generate::schemas::<api::VmConfig>());
+    if std::env::var_os("UPDATE_OPENAPI").is_some() {
+        std::fs::write(path, format!("{written}{}{fresh}", generate::MARKER)).unwrap();
+    } else {
+        assert!(
+            generated == fresh,
+            "the schemas are not those of the types; run UPDATE_OPENAPI=1 cargo test -p api --test openapi"
+        );
+    }
+}
+
+#[test]
+fn openapi_sections_have_the_fields_and_words_of_upstream() {
+    let document = Document::load();
+    for (name, fields) in upstream::FIELDS {
+        let properties = &document.schema(name)["properties"];
+        for field in fields.split_whitespace() {
+            assert!(properties.get(field).is_some(), "{name}.{field}");
+        }
+    }
+    for (name, fields) in upstream::REQUIRED {
+        let required: Vec<_> = fields.split_whitespace().collect();
+        assert_eq!(document.schema(name)["required"], json!(required), "{name}");
+    }
+    for (name, words) in upstream::WORDS {
+        let known = document.schema(name)["enum"].as_array().unwrap();
+        for word in words.split_whitespace() {
+            assert!(known.contains(&json!(word)), "{name}: {word}");
+        }
     }
 }
 

@@ -3,27 +3,34 @@
 //! Structs are written out in full: a field added to a type does not compile here until it has a sample, and then not
 //! pass until it has a description.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use api::config::*;
 use api::*;
+use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::schema::Document;
+
 /// A type with its schema.
 pub(crate) struct Sample {
     /// Name of its schema.
-    pub(crate) schema: &'static str,
+    pub(crate) schema: Cow<'static, str>,
     /// The value with every field set.
     pub(crate) full: Value,
     /// Decodes into the type and encodes again.
     pub(crate) round_trip: fn(&Value) -> Result<Value, String>,
 }
 
-fn sample<T: Serialize + DeserializeOwned>(schema: &'static str, value: &T) -> Sample {
+fn sample<T: Serialize + DeserializeOwned>(
+    schema: impl Into<Cow<'static, str>>,
+    value: &T,
+) -> Sample {
     Sample {
-        schema,
+        schema: schema.into(),
         full: serde_json::to_value(value).unwrap(),
         round_trip: |json| {
             let value: T =
@@ -34,10 +41,7 @@ fn sample<T: Serialize + DeserializeOwned>(schema: &'static str, value: &T) -> S
 }
 
 pub(crate) fn samples() -> Vec<Sample> {
-    [answers(), config_sections(), config_parts()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [answers(), config()].into_iter().flatten().collect()
 }
 
 fn answers() -> Vec<Sample> {
@@ -118,54 +122,48 @@ fn answers() -> Vec<Sample> {
     ]
 }
 
-fn config_sections() -> Vec<Sample> {
-    vec![
-        sample("VmConfig", &vm_config()),
-        sample("PayloadConfig", &payload()),
-        sample("CpusConfig", &cpus()),
-        sample("MemoryConfig", &memory()),
-        sample("DiskConfig", &disk()),
-        sample("NetConfig", &net()),
-        sample("RngConfig", &rng()),
-        sample("BalloonConfig", &balloon()),
-        sample("SerialConfig", &serial()),
-        sample("ConsoleConfig", &console()),
-        sample("DebugConsoleConfig", &debug_console()),
-        sample("NumaConfig", &numa()),
-        sample("NumaDistance", &distance()),
-        sample("PlatformConfig", &platform()),
-    ]
+/// The value with every field set of a type whose schema is generated, made from that schema.
+fn filled<T: DeserializeOwned + JsonSchema>() -> T {
+    let document = Document::load();
+    let full = document.fill(document.schema(&T::schema_name()));
+    serde_json::from_value(full).unwrap()
 }
 
-fn config_parts() -> Vec<Sample> {
-    vec![
-        sample("CpuTopology", &topology()),
-        sample(
-            "CpuAffinity",
-            &CpuAffinity {
-                vcpu: 0,
-                host_cpus: vec![1],
-            },
-        ),
-        sample("CpuFeatures", &CpuFeatures { amx: true }),
-        sample("CoreSchedulingMode", &CoreScheduling::Vcpu),
-        sample("HotplugMethod", &HotplugMethod::VirtioMem),
-        sample("MemoryZoneConfig", &zone()),
-        sample("NumaConfig", &numa()),
-        sample("NumaDistance", &distance()),
-        sample("TokenBucket", &bucket()),
-        sample("RateLimiterConfig", &rate_limiter()),
-        sample(
-            "VirtQueueAffinity",
-            &VirtQueueAffinity {
-                queue_index: 0,
-                host_cpus: vec![1],
-            },
-        ),
-        sample("ImageType", &ImageType::Raw),
-        sample("LockGranularity", &LockGranularity::Full),
-        sample("VhostMode", &VhostMode::Server),
-        sample("ConsoleMode", &ConsoleOutputMode::Tty),
+macro_rules! generated {
+    ($($kind:ty),* $(,)?) => {
+        vec![$(sample(<$kind>::schema_name(), &filled::<$kind>())),*]
+    };
+}
+
+fn config() -> Vec<Sample> {
+    generated![
+        VmConfig,
+        PayloadConfig,
+        CpusConfig,
+        CpuTopology,
+        CpuAffinity,
+        CpuFeatures,
+        CoreScheduling,
+        MemoryConfig,
+        MemoryZoneConfig,
+        HotplugMethod,
+        DiskConfig,
+        VirtQueueAffinity,
+        ImageType,
+        LockGranularity,
+        NetConfig,
+        VhostMode,
+        RateLimiterConfig,
+        TokenBucket,
+        RngConfig,
+        BalloonConfig,
+        SerialConfig,
+        ConsoleConfig,
+        DebugConsoleConfig,
+        ConsoleOutputMode,
+        NumaConfig,
+        NumaDistance,
+        PlatformConfig,
     ]
 }
 
@@ -180,7 +178,7 @@ fn ping() -> VmmPingResponse {
 
 fn info() -> VmInfo {
     VmInfo {
-        config: vm_config(),
+        config: filled(),
         state: VmState::Running,
         memory_actual_size: 1,
         device_tree: Some(BTreeMap::from([("_disk0".to_owned(), device_node())])),
@@ -410,270 +408,5 @@ fn reporting_policy_change() -> ReportingPolicyChange {
         delay_ms_max: Some(3),
         age_ms_min: Some(4),
         bytes_per_second_max: Some(5),
-    }
-}
-
-fn vm_config() -> VmConfig {
-    let some = || Some(json!([{"x": 1}]));
-    VmConfig {
-        cpus: cpus(),
-        memory: memory(),
-        payload: Some(payload()),
-        disks: Some(vec![disk()]),
-        net: Some(vec![net()]),
-        rng: rng(),
-        balloon: Some(balloon()),
-        serial: serial(),
-        console: console(),
-        debug_console: debug_console(),
-        numa: Some(vec![numa()]),
-        platform: Some(platform()),
-        iommu: true,
-        watchdog: true,
-        pvpanic: true,
-        landlock_enable: true,
-        unsupported: UnsupportedSections {
-            fs: some(),
-            pmem: some(),
-            devices: some(),
-            user_devices: some(),
-            vdpa: some(),
-            vsock: some(),
-            pci_segments: some(),
-            tpm: some(),
-            rtc: some(),
-            rate_limit_groups: some(),
-            generic_vhost_user: some(),
-            landlock_rules: some(),
-        },
-    }
-}
-
-fn payload() -> PayloadConfig {
-    PayloadConfig {
-        firmware: Some("/f".into()),
-        kernel: Some("/k".into()),
-        cmdline: Some("c".to_owned()),
-        initramfs: Some("/i".into()),
-    }
-}
-
-fn cpus() -> CpusConfig {
-    CpusConfig {
-        boot_vcpus: 4,
-        max_vcpus: 4,
-        topology: Some(topology()),
-        kvm_hyperv: true,
-        max_phys_bits: 40,
-        affinity: Some(vec![CpuAffinity {
-            vcpu: 0,
-            host_cpus: vec![1],
-        }]),
-        features: CpuFeatures { amx: true },
-        nested: false,
-        core_scheduling: CoreScheduling::Off,
-    }
-}
-
-fn topology() -> CpuTopology {
-    CpuTopology {
-        threads_per_core: 2,
-        cores_per_die: 2,
-        dies_per_package: 1,
-        packages: 1,
-    }
-}
-
-fn memory() -> MemoryConfig {
-    MemoryConfig {
-        size: 0,
-        mergeable: true,
-        hotplug_method: HotplugMethod::VirtioMem,
-        hotplug_size: Some(1),
-        hotplugged_size: Some(2),
-        shared: true,
-        hugepages: true,
-        hugepage_size: Some(3),
-        prefault: true,
-        reserve: true,
-        thp: false,
-        zones: Some(vec![zone()]),
-    }
-}
-
-fn zone() -> MemoryZoneConfig {
-    MemoryZoneConfig {
-        id: "z".to_owned(),
-        size: 1,
-        file: Some("/f".into()),
-        shared: true,
-        hugepages: true,
-        hugepage_size: Some(2),
-        host_numa_node: Some(1),
-        hotplug_size: Some(3),
-        hotplugged_size: Some(4),
-        prefault: true,
-        reserve: true,
-        mergeable: true,
-    }
-}
-
-fn numa() -> NumaConfig {
-    NumaConfig {
-        guest_numa_id: 1,
-        cpus: Some(vec![0]),
-        distances: Some(vec![distance()]),
-        memory_zones: Some(vec!["z".to_owned()]),
-        pci_segments: Some(vec![0]),
-        device_id: Some("d".to_owned()),
-    }
-}
-
-fn distance() -> NumaDistance {
-    NumaDistance {
-        destination: 2,
-        distance: 20,
-    }
-}
-
-fn bucket() -> TokenBucket {
-    TokenBucket {
-        size: 1,
-        one_time_burst: Some(2),
-        refill_time: 3,
-    }
-}
-
-fn rate_limiter() -> RateLimiterConfig {
-    RateLimiterConfig {
-        bandwidth: Some(bucket()),
-        ops: Some(bucket()),
-    }
-}
-
-fn disk() -> DiskConfig {
-    DiskConfig {
-        path: Some("/d".into()),
-        readonly: true,
-        direct: true,
-        iommu: true,
-        num_queues: 2,
-        queue_size: 64,
-        vhost_user: true,
-        vhost_socket: Some("/s".into()),
-        rate_limit_group: Some("g".to_owned()),
-        rate_limiter_config: Some(rate_limiter()),
-        id: Some("d".to_owned()),
-        pci_segment: 1,
-        pci_device_id: Some(2),
-        serial: Some("s".to_owned()),
-        queue_affinity: Some(vec![VirtQueueAffinity {
-            queue_index: 0,
-            host_cpus: vec![1],
-        }]),
-        backing_files: true,
-        sparse: false,
-        image_type: Some(ImageType::Raw),
-        lock_granularity: LockGranularity::Full,
-    }
-}
-
-fn net() -> NetConfig {
-    NetConfig {
-        tap: Some("t".to_owned()),
-        ip: Some([10, 0, 0, 1].into()),
-        mask: Some([255, 0, 0, 0].into()),
-        mac: MacAddr([2, 0, 0, 0, 0, 1]),
-        host_mac: Some(MacAddr([2, 0, 0, 0, 0, 2])),
-        mtu: Some(1400),
-        iommu: true,
-        num_queues: 4,
-        queue_size: 64,
-        vhost_user: true,
-        vhost_socket: Some("/s".into()),
-        vhost_mode: VhostMode::Server,
-        id: Some("n".to_owned()),
-        fds: Some(vec![INVALID_FD]),
-        rate_limiter_config: Some(rate_limiter()),
-        pci_segment: 1,
-        pci_device_id: Some(2),
-        offload_tso: false,
-        offload_ufo: false,
-        offload_csum: false,
-    }
-}
-
-fn rng() -> RngConfig {
-    RngConfig {
-        src: "/r".into(),
-        iommu: true,
-        id: Some("r".to_owned()),
-        pci_segment: 1,
-        pci_device_id: Some(2),
-    }
-}
-
-fn balloon() -> BalloonConfig {
-    BalloonConfig {
-        size: 1,
-        deflate_on_oom: true,
-        free_page_reporting: true,
-        free_page_hinting: true,
-        reporting_policy: true,
-        stats_poll_ms: 1000,
-        iommu: true,
-        id: Some("b".to_owned()),
-        pci_segment: 1,
-        pci_device_id: Some(2),
-    }
-}
-
-fn serial() -> SerialConfig {
-    SerialConfig {
-        file: Some("/f".into()),
-        mode: ConsoleOutputMode::File,
-        socket: Some("/s".into()),
-    }
-}
-
-fn console() -> ConsoleConfig {
-    ConsoleConfig {
-        file: Some("/f".into()),
-        mode: ConsoleOutputMode::File,
-        socket: Some("/s".into()),
-        iommu: true,
-        id: Some("c".to_owned()),
-        pci_segment: 1,
-        pci_device_id: Some(2),
-    }
-}
-
-fn debug_console() -> DebugConsoleConfig {
-    DebugConsoleConfig {
-        file: Some("/f".into()),
-        mode: ConsoleOutputMode::File,
-        iobase: Some(0xe9),
-    }
-}
-
-fn platform() -> PlatformConfig {
-    let text = || Some("t".to_owned());
-    PlatformConfig {
-        num_pci_segments: 2,
-        iommu_segments: Some(vec![1]),
-        iommu_address_width_bits: 48,
-        system_serial_number: text(),
-        system_uuid: text(),
-        oem_strings: Some(vec!["o".to_owned()]),
-        system_manufacturer: text(),
-        system_product_name: text(),
-        system_version: text(),
-        system_family: text(),
-        system_sku_number: text(),
-        chassis_asset_tag: text(),
-        iommufd: true,
-        vfio_p2p_dma: false,
-        tdx: true,
-        sev_snp: true,
     }
 }

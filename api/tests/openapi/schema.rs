@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use yaml_rust2::{Yaml, YamlLoader};
 
 pub(crate) const REF_PREFIX: &str = "#/components/schemas/";
@@ -74,6 +74,34 @@ impl Document {
             }
             ("boolean", Value::Bool(_)) => {}
             (kind, value) => panic!("{place} is described as {kind} and is {value}"),
+        }
+    }
+
+    /// A value with every field that `schema` describes, each another than its default.
+    pub(crate) fn fill(&self, schema: &Value) -> Value {
+        let schema = self.resolve(schema);
+        if let Some(words) = schema["enum"].as_array() {
+            return words.last().unwrap().clone();
+        }
+        let Some(kind) = schema["type"].as_str() else {
+            return json!([{"anything": 1}]);
+        };
+        match (kind, schema["format"].as_str()) {
+            ("object", _) => match (&schema["properties"], &schema["additionalProperties"]) {
+                (Value::Object(properties), _) => properties
+                    .iter()
+                    .map(|(name, property)| (name.clone(), self.fill(property)))
+                    .collect(),
+                (_, Value::Bool(_) | Value::Null) => json!({"anything": 1}),
+                (_, entry) => json!({"name": self.fill(entry)}),
+            },
+            ("array", _) => json!([self.fill(&schema["items"])]),
+            ("string", Some("ip")) => json!("10.0.0.1"),
+            ("string", Some("mac")) => json!("02:00:00:00:00:01"),
+            ("string", _) => json!("text"),
+            ("integer", _) => json!(3),
+            ("boolean", _) => json!(schema["default"] != true),
+            (kind, _) => panic!("no sample of a {kind}"),
         }
     }
 

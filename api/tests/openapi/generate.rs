@@ -1,0 +1,149 @@
+//! Makes the schemas of the OpenAPI file from the wire types.
+//!
+//! schemars knows the fields, the serde rules and the doc comments; what it says in JSON Schema is put here into the
+//! older form that OpenAPI 3.0 understands.
+
+use std::collections::BTreeMap;
+
+use schemars::JsonSchema;
+use schemars::generate::SchemaSettings;
+use serde_json::{Map, Value, json};
+use yaml_rust2::{Yaml, YamlEmitter};
+
+use crate::schema::REF_PREFIX;
+
+/// Stands in the file above the generated part.
+pub(crate) const MARKER: &str =
+    "    # From here on generated: UPDATE_OPENAPI=1 cargo test -p api --test openapi\n";
+
+/// The schemas of `T` and of everything it refers to, by name.
+pub(crate) fn schemas<T: JsonSchema>() -> BTreeMap<String, Value> {
+    let mut settings = SchemaSettings::default();
+    settings.definitions_path = "/components/schemas".into();
+    let mut generator = settings.into_generator();
+    generator.subschema_for::<T>();
+    let mut enum_defaults = BTreeMap::new();
+    let mut schemas: BTreeMap<_, _> = generator
+        .take_definitions(true)
+        .into_iter()
+        .map(|(name, mut schema)| {
+            simplify(&mut schema, &mut enum_defaults);
+            (name, schema)
+        })
+        .collect();
+    // OpenAPI ignores what stands beside a reference, so the default of a word stands with the words.
+    for (name, default) in enum_defaults {
+        let schema = schemas.get_mut(&name).unwrap();
+        if schema.get("enum").is_some() {
+            schema["default"] = default;
+        }
+    }
+    schemas
+}
+
+/// The part of the file below [`MARKER`].
+pub(crate) fn yaml(schemas: &BTreeMap<String, Value>) -> String {
+    let nested = json!({"components": {"schemas": schemas}});
+    let mut text = String::new();
+    YamlEmitter::new(&mut text).dump(&to_yaml(&nested)).unwrap();
+    let (_, schemas) = text.split_once("  schemas:\n").unwrap();
+    format!("{schemas}\n")
+}
+
+/// Puts `schema` into the form of OpenAPI 3.0, and notes the defaults of what it refers to.
+fn simplify(schema: &mut Value, enum_defaults: &mut BTreeMap<String, Value>) {
+    let Value::Object(fields) = schema else {
+        return;
+    };
+    // An absent field and a `null` are the same here, and no schema of upstream's says so.
+    if let Some(Value::Array(choices)) = fields.get_mut("anyOf") {
+        choices.retain(|choice| choice["type"] != "null");
+        if let [Value::Object(only)] = &choices[..] {
+            *fields = only.clone();
+        }
+    }
+    if let Some(Value::Array(types)) = fields.get("type") {
+        fields["type"] = types[0].clone();
+    }
+    if let Some(target) = fields.get("$ref").cloned() {
+        if let Some(default) = fields.remove("default") {
+            let name = target.as_str().unwrap().trim_start_matches(REF_PREFIX);
+            enum_defaults.insert(name.to_owned(), default);
+        }
+        fields.retain(|name, _| name == "$ref");
+        return;
+    }
+    if let Some(Value::Array(variants)) = fields.remove("oneOf") {
+        join_variants(fields, &variants);
+    }
+    if fields.get("default") == Some(&Value::Null) {
+        fields.remove("default");
+    }
+    if fields.get("minimum") == Some(&json!(0)) {
+        fields.remove("minimum");
+    }
+    match fields.get("format").and_then(Value::as_str) {
+        Some("uint64") => fields["format"] = json!("int64"),
+        // Holds every port, order and index here; generators of clients know no unsigned format.
+        Some("uint32" | "uint16") => fields["format"] = json!("int32"),
+        Some("uint") => drop(fields.remove("format")),
+        _ => {}
+    }
+    if let Some(Value::String(text)) = fields.get_mut("description") {
+        *text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    }
+    for (name, part) in fields {
+        match (name.as_str(), part) {
+            ("properties", Value::Object(properties)) => properties
+                .values_mut()
+                .for_each(|property| simplify(property, enum_defaults)),
+            ("items" | "additionalProperties", part) => simplify(part, enum_defaults),
+            _ => {}
+        }
+    }
+}
+
+/// One list of words for an enumeration whose variants are described one by one.
+fn join_variants(fields: &mut Map<String, Value>, variants: &[Value]) {
+    let mut words = Vec::new();
+    let mut description = fields["description"].as_str().unwrap().to_owned();
+    for variant in variants {
+        match &variant["const"] {
+            Value::String(word) => {
+                words.push(json!(word));
+                let text = variant["description"].as_str().unwrap();
+                description.push_str(&format!(" `{word}`: {text}"));
+            }
+            _ => words.extend(variant["enum"].as_array().unwrap().iter().cloned()),
+        }
+    }
+    fields.insert("type".to_owned(), json!("string"));
+    fields.insert("enum".to_owned(), json!(words));
+    fields.insert("description".to_owned(), json!(description));
+}
+
+fn to_yaml(value: &Value) -> Yaml {
+    match value {
+        Value::Null => Yaml::Null,
+        Value::Bool(switch) => Yaml::Boolean(*switch),
+        Value::Number(number) => Yaml::Integer(number.as_i64().unwrap()),
+        Value::String(text) => Yaml::String(text.clone()),
+        Value::Array(items) => Yaml::Array(items.iter().map(to_yaml).collect()),
+        Value::Object(fields) => {
+            // serde_json keeps the order or sorts, depending on who else is built.
+            let mut fields: Vec<_> = fields.iter().collect();
+            fields.sort_by_key(|(name, _)| (rank(name), *name));
+            let pairs = fields
+                .into_iter()
+                .map(|(name, field)| (Yaml::String(name.clone()), to_yaml(field)));
+            Yaml::Hash(pairs.collect())
+        }
+    }
+}
+
+/// The order in which a reader wants the parts of a schema.
+fn rank(name: &str) -> usize {
+    let order = ["description", "type", "format", "required", "enum"];
+    let found = order.iter().position(|part| *part == name);
+    found.unwrap_or(order.len() + usize::from(name == "properties"))
+}
