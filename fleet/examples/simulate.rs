@@ -14,7 +14,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
             Some(("--plot", path)) => options.plot = Some(path.into()),
             Some(("--seed", seed)) => options.seed = Some(seed.parse()?),
             Some(("--without", rule)) => {
-                options.without.push(serde_json::from_value(rule.into())?);
+                options.without.push(rule.parse()?);
             }
             _ if argument == "--json" => options.json = true,
             _ => options.scenarios.push(argument.into()),

@@ -9,6 +9,7 @@
 
 pub mod admission;
 pub mod agent;
+pub mod agent_config;
 pub mod cluster;
 pub mod config;
 pub mod execute;
@@ -20,6 +21,7 @@ pub mod placement;
 pub mod planner;
 pub mod reservations;
 pub mod sample;
-pub mod settings;
+#[cfg(feature = "sim")]
 pub mod sim;
 pub mod store;
+pub mod worker;

@@ -9,6 +9,7 @@ use fleet::planner::{
     Action, ActionKind, Block, Phase, Plan, PlannerMemory, Present, Reason, plan,
 };
 use proptest::prelude::*;
+use strum::VariantArray as _;
 
 const SAMPLE_MS: u64 = 5000;
 
@@ -21,7 +22,7 @@ prop_compose! {
         min in 0.0..1.0f64,
         max in 0.5..1.0f64,
         shares in prop::sample::select(vec![0u32, 1, 1000, 1000, 5000]),
-        class in prop::sample::select(PriorityClass::ALL.to_vec()),
+        class in prop::sample::select(PriorityClass::VARIANTS.to_vec()),
     ) -> (f64, f64, u32, PriorityClass) { (min.min(max), max, shares, class) }
 }
 

@@ -51,8 +51,19 @@ struct Reservation {
 }
 
 /// The host's state.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    Deserialize,
+    strum::IntoStaticStr,
+    strum::VariantArray,
+)]
 #[serde(rename_all = "lowercase")]
+#[strum(serialize_all = "lowercase")]
 pub(crate) enum State {
     Green,
     Yellow,
@@ -65,22 +76,8 @@ pub(crate) enum State {
 }
 
 impl State {
-    pub(crate) const ALL: [Self; 5] = [
-        Self::Green,
-        Self::Yellow,
-        Self::Orange,
-        Self::Red,
-        Self::Unknown,
-    ];
-
     pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Green => "green",
-            Self::Yellow => "yellow",
-            Self::Orange => "orange",
-            Self::Red => "red",
-            Self::Unknown => "unknown",
-        }
+        self.into()
     }
 
     fn admits(self) -> bool {

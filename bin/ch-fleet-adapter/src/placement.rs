@@ -5,6 +5,7 @@
 //! allocation ratio is 1.
 
 use serde_json::{Value, json};
+use strum::VariantArray as _;
 
 use crate::http::{Answer, Http, HttpError, Service, TokenHeader};
 use crate::offer::{Offer, State};
@@ -75,7 +76,7 @@ impl Placement {
         if self.introduced {
             return Ok(());
         }
-        for state in State::ALL {
+        for &state in State::VARIANTS {
             let path = format!("/traits/{}", trait_of(state));
             self.send("PUT", &path, None)?.good()?;
         }

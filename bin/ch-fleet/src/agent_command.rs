@@ -4,8 +4,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 use fleet::agent::{Agent, AgentOptions};
+use fleet::agent_config::{DEFAULT_FILE, load_for};
 use fleet::host::HostFiles;
-use fleet::settings::{DEFAULT_FILE, load_for};
 
 use crate::args::AgentOptions as Options;
 use crate::{allocator, logger};
@@ -25,9 +25,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     for file in &loaded.files {
         log::info!("settings from {}", file.display());
     }
-    loaded.settings.agent.dry_run |= options.dry_run;
+    loaded.config.agent.dry_run |= options.dry_run;
     let agent = Agent::start_with_signals(AgentOptions {
-        settings: loaded.settings,
+        config: loaded.config,
         file: Some((options.config.clone(), required)),
         host,
         store: None,

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use api::options::parse_bytes;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use fleet::agent_config::{DEFAULT_FILE, DEFAULT_SOCKET};
+#[cfg(feature = "simulate")]
 use fleet::config::SafetyRule;
-use fleet::settings::{DEFAULT_FILE, DEFAULT_SOCKET};
 
 /// Memory overcommit for VMs with Cloud Hypervisor's API.
 #[derive(Debug, Parser)]
@@ -103,6 +104,7 @@ pub(crate) enum Command {
     #[command(subcommand)]
     Config(ConfigCommand),
     /// Run scenarios on virtual time, without an agent
+    #[cfg(feature = "simulate")]
     Simulate(SimulateArguments),
     /// Find out what is missing on this host
     Doctor,
@@ -165,6 +167,7 @@ pub(crate) struct TopOptions {
     pub(crate) delay: f64,
 }
 
+#[cfg(feature = "simulate")]
 #[derive(Debug, Args)]
 pub(crate) struct SimulateArguments {
     /// Scenario files
@@ -176,7 +179,7 @@ pub(crate) struct SimulateArguments {
     pub(crate) seed: Option<u64>,
 
     /// Switch a safety rule off, to see what it is good for
-    #[arg(long, value_name = "RULE", value_parser = crate::simulate::rule)]
+    #[arg(long, value_name = "RULE")]
     pub(crate) without: Vec<SafetyRule>,
 
     /// Draw the course of things into this SVG file

@@ -8,58 +8,19 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, Result, bail};
-use fleet::admission::{HostBooks, Request};
+use fleet::admission::Request;
+use fleet::agent_config::{AgentConfig, DEFAULT_FILE, load};
 use fleet::cluster::{DrainMark, FleetPicture, Placer, Wanted};
 use fleet::model::Bytes;
-use fleet::placement::{HostCapacity, MovableVm, Moves, drain, rebalance};
-use fleet::settings::{DEFAULT_FILE, Settings, load};
-use serde::Serialize;
+use fleet::placement::{HostCapacity, MovableVm, drain, rebalance};
 
 use crate::args::{FleetArguments, FleetCommand, Output, PlaceOptions};
 use crate::ask::Refused;
+use crate::fleet_tables::{Advice, Choice, HostLine};
 use crate::{fleet_tables, print};
 
-/// What is said with every advice.
-pub(crate) const ADVICE_ONLY: &str =
-    "advice only: the VMM does not serve live migration yet, so nothing is moved";
-
-/// One host as `fleet status` shows it.
-#[derive(Debug, Serialize)]
-pub(crate) struct HostLine {
-    pub(crate) host: String,
-    /// Whether its lease lasts.
-    pub(crate) there: bool,
-    pub(crate) draining: bool,
-    /// With what was asked of it since it wrote them.
-    pub(crate) books: HostBooks,
-    /// Age of its figures when it wrote them, ms.
-    pub(crate) facts_age_ms: u64,
-    pub(crate) version: String,
-    pub(crate) generation: u64,
-    pub(crate) vms: usize,
-    /// Promises asked for from afar, by what the host says to them.
-    pub(crate) lines: BTreeMap<&'static str, usize>,
-}
-
-/// Where a VM would go.
-#[derive(Debug, Serialize)]
-pub(crate) struct Choice {
-    pub(crate) host: String,
-    pub(crate) vm: String,
-    pub(crate) promised: Bytes,
-    /// The reservation; absent when nothing was reserved.
-    pub(crate) id: Option<String>,
-}
-
-/// Where VMs should go.
-#[derive(Debug, Serialize)]
-pub(crate) struct Advice {
-    pub(crate) note: &'static str,
-    pub(crate) hosts: BTreeMap<String, Moves>,
-}
-
 struct Fleet {
-    settings: Settings,
+    config: AgentConfig,
     seed: u64,
     until: Instant,
 }
@@ -71,12 +32,12 @@ pub(crate) fn run(
     out: &mut dyn Write,
 ) -> Result<ExitCode> {
     let fleet = Fleet::open(arguments, timeout)?;
-    let store = fleet.settings.store.connect(fleet.seed as usize)?;
+    let store = fleet.config.store.connect(fleet.seed as usize)?;
     let placer = Placer::new(
         &*store,
-        fleet.settings.store.keys()?,
-        fleet.settings.config.clone(),
-        fleet.settings.store.deadline.duration(),
+        fleet.config.store.keys()?,
+        fleet.config.planning.clone(),
+        fleet.config.store.deadline.duration(),
         fleet.seed,
     );
     match &arguments.command {
@@ -107,7 +68,7 @@ pub(crate) fn run(
             let advice = if *undo {
                 Advice::of(BTreeMap::new())
             } else {
-                let vms = FleetPicture::vms(&*store, &fleet.settings.store.keys()?, fleet.until)?;
+                let vms = FleetPicture::vms(&*store, &fleet.config.store.keys()?, fleet.until)?;
                 fleet.advise_drain(&picture, host, &vms)
             };
             print(out, output, &advice, |out| {
@@ -116,7 +77,7 @@ pub(crate) fn run(
         }
         FleetCommand::Advice => {
             let picture = placer.picture(fleet.until)?;
-            let vms = FleetPicture::vms(&*store, &fleet.settings.store.keys()?, fleet.until)?;
+            let vms = FleetPicture::vms(&*store, &fleet.config.store.keys()?, fleet.until)?;
             let advice = fleet.advise_rebalance(&picture, &vms);
             print(out, output, &advice, |out| {
                 fleet_tables::advice(out, &advice)
@@ -130,12 +91,12 @@ pub(crate) fn run(
 impl Fleet {
     fn open(arguments: &FleetArguments, timeout: Duration) -> Result<Self> {
         let required = arguments.config != Path::new(DEFAULT_FILE);
-        let mut settings = load(&arguments.config, required)?.settings;
+        let mut config = load(&arguments.config, required)?.config;
         if !arguments.endpoint.is_empty() {
-            settings.store.endpoints.clone_from(&arguments.endpoint);
+            config.store.endpoints.clone_from(&arguments.endpoint);
         }
-        settings.store.check()?;
-        if !settings.store.is_used() {
+        config.store.check()?;
+        if !config.store.is_used() {
             bail!(
                 "There is no store: name one with --endpoint, or as store.endpoints in {}",
                 arguments.config.display()
@@ -145,7 +106,7 @@ impl Fleet {
         hasher.write_u32(std::process::id());
         hasher.write_u64(unix_ms());
         Ok(Self {
-            settings,
+            config,
             seed: hasher.finish(),
             until: Instant::now() + timeout,
         })
@@ -157,8 +118,8 @@ impl Fleet {
             .clone()
             .unwrap_or_else(|| format!("vm-{:08x}", self.seed as u32));
         let memory = Bytes(options.memory);
-        let config = &self.settings.config;
-        let policy = config.vm_policy(self.settings.policy_name(&vm), memory);
+        let config = &self.config.planning;
+        let policy = config.vm_policy(self.config.policy_name(&vm), memory);
         let request = Request {
             min: options.min.map_or(policy.min, Bytes).min(memory),
             max: memory,
@@ -197,7 +158,7 @@ impl Fleet {
     ) -> Advice {
         let others = capacities(picture, host);
         let here = vms.get(host).map_or(&[][..], Vec::as_slice);
-        let moves = drain(here, &others, NOW_MS, &self.settings.config);
+        let moves = drain(here, &others, NOW_MS, &self.config.planning);
         Advice::of(BTreeMap::from([(host.to_owned(), moves)]))
     }
 
@@ -211,20 +172,11 @@ impl Fleet {
             let others = capacities(picture, &host.host);
             let here = vms.get(&host.host).map_or(&[][..], Vec::as_slice);
             let capacity = host.capacity(NOW_MS);
-            let moves = rebalance(&capacity, here, &others, NOW_MS, &self.settings.config);
+            let moves = rebalance(&capacity, here, &others, NOW_MS, &self.config.planning);
             let any = !moves.moves.is_empty() || !moves.stay.is_empty();
             any.then(|| (host.host.clone(), moves))
         });
         Advice::of(advised.collect())
-    }
-}
-
-impl Advice {
-    fn of(hosts: BTreeMap<String, Moves>) -> Self {
-        Self {
-            note: ADVICE_ONLY,
-            hosts,
-        }
     }
 }
 

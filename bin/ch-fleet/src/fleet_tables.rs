@@ -1,11 +1,62 @@
 //! Answers about the fleet as people read them.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 
+use fleet::admission::HostBooks;
+use fleet::model::Bytes;
 use fleet::placement::{Moves, StayReason};
+use serde::Serialize;
 
-use crate::fleet_command::{ADVICE_ONLY, Advice, Choice, HostLine};
-use crate::tables::{clip, short};
+use crate::tables::clip;
+
+/// What is said with every advice.
+const ADVICE_ONLY: &str =
+    "advice only: the VMM does not serve live migration yet, so nothing is moved";
+
+/// One host as `fleet status` shows it.
+#[derive(Debug, Serialize)]
+pub(crate) struct HostLine {
+    pub(crate) host: String,
+    /// Whether its lease lasts.
+    pub(crate) there: bool,
+    pub(crate) draining: bool,
+    /// With what was asked of it since it wrote them.
+    pub(crate) books: HostBooks,
+    /// Age of its figures when it wrote them, ms.
+    pub(crate) facts_age_ms: u64,
+    pub(crate) version: String,
+    pub(crate) generation: u64,
+    pub(crate) vms: usize,
+    /// Promises asked for from afar, by what the host says to them.
+    pub(crate) lines: BTreeMap<&'static str, usize>,
+}
+
+/// Where a VM would go.
+#[derive(Debug, Serialize)]
+pub(crate) struct Choice {
+    pub(crate) host: String,
+    pub(crate) vm: String,
+    pub(crate) promised: Bytes,
+    /// The reservation; absent when nothing was reserved.
+    pub(crate) id: Option<String>,
+}
+
+/// Where VMs should go.
+#[derive(Debug, Serialize)]
+pub(crate) struct Advice {
+    pub(crate) note: &'static str,
+    pub(crate) hosts: BTreeMap<String, Moves>,
+}
+
+impl Advice {
+    pub(crate) fn of(hosts: BTreeMap<String, Moves>) -> Self {
+        Self {
+            note: ADVICE_ONLY,
+            hosts,
+        }
+    }
+}
 
 /// One line a host.
 pub(crate) fn hosts(out: &mut dyn Write, hosts: &[HostLine]) -> io::Result<()> {
@@ -23,7 +74,7 @@ pub(crate) fn hosts(out: &mut dyn Write, hosts: &[HostLine]) -> io::Result<()> {
             (false, false) => "not there",
         };
         let text = format!(
-            "{:<20} {:<6} {:>3} {:>5} {:>6} {:>8} {:>5} {:>5} {:>5} {note}",
+            "{:<20} {:<6} {:>3} {:>#5} {:>#6} {:>#8} {:>#5} {:>5} {:>5} {note}",
             clip(&line.host, 20),
             if line.there {
                 line.books.state.name()
@@ -31,10 +82,10 @@ pub(crate) fn hosts(out: &mut dyn Write, hosts: &[HostLine]) -> io::Result<()> {
                 "-"
             },
             line.vms,
-            short(ledger.available),
-            short(ledger.usable),
-            short(ledger.promised),
-            short(ledger.firm_free),
+            ledger.available,
+            ledger.usable,
+            ledger.promised,
+            ledger.firm_free,
             count("asked"),
             count("confirmed") + count("starting"),
         );
@@ -97,10 +148,10 @@ fn lines(out: &mut dyn Write, host: &str, found: &Moves) -> io::Result<()> {
     for one in &found.moves {
         writeln!(
             out,
-            "{host:<20} {:<20} {:<20} {:>6}",
+            "{host:<20} {:<20} {:<20} {:>#6}",
             clip(one.vm.as_str(), 20),
             clip(&one.to, 20),
-            short(one.bytes)
+            one.bytes
         )?;
     }
     for (vm, why) in &found.stay {

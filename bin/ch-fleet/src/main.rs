@@ -9,13 +9,14 @@ mod agent_command;
 mod allocator;
 mod args;
 mod ask;
+mod config_command;
 mod doctor;
 mod fleet_command;
 mod fleet_tables;
 mod logger;
 mod run;
 mod screen;
-mod settings_command;
+#[cfg(feature = "simulate")]
 mod simulate;
 mod tables;
 mod top;
@@ -52,6 +53,7 @@ fn execute(arguments: &Arguments) -> Result<ExitCode> {
     match &arguments.command {
         Command::Agent(options) => agent_command::run(options)?,
         Command::Run(options) => return run::run(&agent, options),
+        #[cfg(feature = "simulate")]
         Command::Simulate(options) => return simulate::run(options, arguments.output, &mut out),
         Command::Fleet(command) => {
             return fleet_command::run(command, arguments.timeout(), arguments.output, &mut out);
@@ -63,7 +65,7 @@ fn execute(arguments: &Arguments) -> Result<ExitCode> {
             top::run(&agent, options, arguments.output)?;
             return Ok(ExitCode::SUCCESS);
         }
-        Command::Config(command) => settings_command::run(&agent, command, &mut out)?,
+        Command::Config(command) => config_command::run(&agent, command, &mut out)?,
         Command::Completions { shell } => {
             clap_complete::generate(*shell, &mut Arguments::command(), "ch-fleet", &mut out);
         }

@@ -4,15 +4,9 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use fleet::config::SafetyRule;
 use fleet::sim::{SimulateOptions, run_cli};
 
 use crate::args::{Output, SimulateArguments};
-
-/// Reads the name of a safety rule.
-pub(crate) fn rule(name: &str) -> Result<SafetyRule, String> {
-    serde_json::from_value(name.into()).map_err(|error| error.to_string())
-}
 
 /// Runs the scenarios; not successful when one does not hold what it says.
 pub(crate) fn run(

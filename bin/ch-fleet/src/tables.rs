@@ -25,7 +25,7 @@ pub(crate) fn host(out: &mut dyn Write, status: &Status) -> io::Result<()> {
     let pressure = host.facts.pressure;
     writeln!(
         out,
-        "{}  {} for {} s{}{}  {} VMs  available {} of {} usable ({:.0} %)",
+        "{}  {} for {} s{}{}  {} VMs  available {:#} of {:#} usable ({:.0} %)",
         host.name,
         host.state.name().to_uppercase(),
         host.state_age_ms / 1000,
@@ -36,31 +36,31 @@ pub(crate) fn host(out: &mut dyn Write, status: &Status) -> io::Result<()> {
             "  SETTINGS REFUSED"
         },
         status.vms.len(),
-        short(ledger.available),
-        short(ledger.usable),
+        ledger.available,
+        ledger.usable,
         host.free * 100.0
     )?;
     writeln!(
         out,
-        "configured {}  resident {}  ballooned {}  callable {}  burst {}  promised {}  firm free {}",
-        short(ledger.configured),
-        short(ledger.resident),
-        short(ledger.ballooned),
-        short(ledger.callable_liability),
-        short(ledger.burst),
-        short(ledger.promised),
-        short(ledger.firm_free)
+        "configured {:#}  resident {:#}  ballooned {:#}  callable {:#}  burst {:#}  promised {:#}  firm free {:#}",
+        ledger.configured,
+        ledger.resident,
+        ledger.ballooned,
+        ledger.callable_liability,
+        ledger.burst,
+        ledger.promised,
+        ledger.firm_free
     )?;
     writeln!(
         out,
-        "pressure some {:.1} % full {:.1} %  swap in {}/s out {}/s  lacking {}  coming {}  owed {}",
+        "pressure some {:.1} % full {:.1} %  swap in {:#}/s out {:#}/s  lacking {:#}  coming {:#}  owed {:#}",
         pressure.some_avg10,
         pressure.full_avg10,
-        short(host.facts.swap_in_per_s),
-        short(host.facts.swap_out_per_s),
-        short(host.shortage),
-        short(host.pending),
-        short(host.owed)
+        host.facts.swap_in_per_s,
+        host.facts.swap_out_per_s,
+        host.shortage,
+        host.pending,
+        host.owed
     )
 }
 
@@ -73,11 +73,8 @@ fn store(out: &mut dyn Write, store: &StoreStatus) -> io::Result<()> {
     };
     writeln!(
         out,
-        "store {state}  as {}  held for others {} ({})  leases lost {}",
-        store.host,
-        store.held,
-        short(store.held_bytes),
-        store.leases_lost
+        "store {state}  as {}  held for others {} ({:#})  leases lost {}",
+        store.host, store.held, store.held_bytes, store.leases_lost
     )
 }
 
@@ -104,16 +101,17 @@ pub(crate) fn vm_line(vm: &VmStatus) -> String {
         _ => vm.reason.clone(),
     };
     format!(
-        "{:<12} {:<2} L{} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6} {:>5} {}",
+        "{:<12} {:<2} L{} {:>#6} {:>#6} {:>#6} {:>#6} {:>6} {:>#6} {:>5} {}",
         clip(&vm.vm, 12),
         &format!("{:?}", vm.class)[..2],
         vm.level,
-        short(vm.configured),
-        short(vm.resident),
-        short(vm.target),
-        short(vm.actual),
-        vm.guest_available.map_or_else(|| "-".to_owned(), short),
-        short(Bytes(vm.repopulated_per_s)),
+        vm.configured,
+        vm.resident,
+        vm.target,
+        vm.actual,
+        vm.guest_available
+            .map_or_else(|| "-".to_owned(), |bytes| format!("{bytes:#}")),
+        Bytes(vm.repopulated_per_s),
         vm.sample_age_ms
             .map_or_else(|| "-".to_owned(), |ms| format!("{:.1}", ms as f64 / 1e3)),
         state
@@ -129,12 +127,12 @@ pub(crate) fn reservations(out: &mut dyn Write, held: &[ReservationStatus]) -> i
         let made = &entry.reservation;
         writeln!(
             out,
-            "{:<20} {:<16} {:>6} {:>9} {:>7} {}",
+            "{:<20} {:<16} {:>#6} {:>#9} {:>#7} {}",
             made.id,
             clip(&made.vm, 16),
-            short(made.configured),
-            short(made.promised),
-            short(entry.outstanding),
+            made.configured,
+            made.promised,
+            entry.outstanding,
             made.phase.name()
         )?;
     }
@@ -193,22 +191,6 @@ pub(crate) fn figures(out: &mut dyn Write, explanation: &serde_json::Value) -> i
         writeln!(out, "  {name} = {value}")?;
     }
     Ok(())
-}
-
-/// Bytes in at most six characters.
-pub(crate) fn short(bytes: Bytes) -> String {
-    const UNITS: [&str; 5] = ["B", "K", "M", "G", "T"];
-    let mut value = bytes.0 as f64;
-    let mut unit = 0;
-    while value >= 1000.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    if value >= 9.95 || unit == 0 {
-        format!("{value:.0}{}", UNITS[unit])
-    } else {
-        format!("{value:.1}{}", UNITS[unit])
-    }
 }
 
 pub(crate) fn clip(text: &str, chars: usize) -> String {

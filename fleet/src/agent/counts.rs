@@ -32,3 +32,9 @@ pub struct AdmissionCounts {
     /// See [`AdmissionCounts`].
     pub answers: BTreeMap<(&'static str, &'static str), u64>,
 }
+
+impl AdmissionCounts {
+    pub(super) fn count(&mut self, result: &'static str, reason: &'static str) {
+        *self.answers.entry((result, reason)).or_default() += 1;
+    }
+}

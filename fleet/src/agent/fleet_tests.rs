@@ -8,29 +8,29 @@ use std::time::{Duration, Instant};
 use super::fake_vmm::{DEADLINE, FakeVm, GIB, MIB, World, wait};
 use super::*;
 use crate::admission::Request;
+use crate::agent_config::AgentConfig;
 use crate::cluster::{FleetPicture, Keys, PlaceError, Placed, Placer, Wanted};
 use crate::config::{Config, Millis};
 use crate::model::Bytes;
 use crate::reservations::ReservationPhase;
-use crate::settings::Settings;
 use crate::store::{MemoryStore, Store};
 
 const CALL: Duration = Duration::from_secs(2);
 
-fn start(world: &World, store: &Arc<MemoryStore>, host: &str) -> AgentHandle {
-    let mut settings = Settings::default();
-    settings.agent.socket = world.path().join("run/agent.sock");
-    settings.agent.state_dir = world.path().join("state");
-    settings.agent.scan = Millis(200);
-    settings.agent.host = Millis(100);
-    settings.discovery.sockets = vec![format!("{}/vms/*.sock", world.path().display())];
-    settings.config.control.sample = Millis(200);
-    settings.config.host.reserve = crate::model::Amount::Bytes(Bytes::ZERO);
-    settings.store.host = Some(host.to_owned());
-    settings.store.lease = Millis::seconds(3);
+fn start(world: &World, store: &Arc<MemoryStore>, host: &str) -> Agent {
+    let mut config = AgentConfig::default();
+    config.agent.socket = world.path().join("run/agent.sock");
+    config.agent.state_dir = world.path().join("state");
+    config.agent.scan = Millis(200);
+    config.agent.host = Millis(100);
+    config.discovery.sockets = vec![format!("{}/vms/*.sock", world.path().display())];
+    config.planning.control.sample = Millis(200);
+    config.planning.host.reserve = crate::model::Amount::Bytes(Bytes::ZERO);
+    config.store.host = Some(host.to_owned());
+    config.store.lease = Millis::seconds(3);
     let store: Arc<dyn Store> = Arc::<MemoryStore>::clone(store);
     Agent::start(AgentOptions {
-        settings,
+        config,
         file: None,
         host: world.files(),
         store: Some(store),

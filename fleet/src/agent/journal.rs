@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 
 use serde::{Deserialize, Serialize};
 
+use super::clock::unix_ms;
+
 /// Entries kept. Some ten minutes of a busy host, a day of a quiet one.
 const ENTRIES_MAX: usize = 1024;
 
@@ -40,14 +42,14 @@ pub(super) struct Journal {
 
 impl Journal {
     /// Enters something, and logs it.
-    pub(super) fn enter(&mut self, unix_ms: u64, kind: &str, vm: &str, text: String) {
+    pub(super) fn enter(&mut self, kind: &str, vm: &str, text: String) {
         log::info!(target: "ch_fleet", "kind={kind} vm={vm:?} {text}");
         if self.entries.len() == ENTRIES_MAX {
             self.entries.pop_front();
         }
         self.entries.push_back(JournalEntry {
             number: self.next,
-            unix_ms,
+            unix_ms: unix_ms(),
             kind: kind.to_owned(),
             vm: vm.to_owned(),
             text,
@@ -84,14 +86,14 @@ mod tests {
     #[test]
     fn journal_keeps_the_latest_and_goes_on_where_the_reader_was() {
         let mut journal = Journal::default();
-        for number in 0..ENTRIES_MAX as u64 + 5 {
-            journal.enter(number, "vm", "a", String::new());
+        for _ in 0..ENTRIES_MAX + 5 {
+            journal.enter("vm", "a", String::new());
         }
         let all = journal.since(0);
         assert_eq!(all.entries.len(), ENTRIES_MAX);
         assert_eq!(all.entries[0].number, 5);
         assert!(journal.since(all.next).entries.is_empty());
-        journal.enter(0, "vm", "b", String::new());
+        journal.enter("vm", "b", String::new());
         assert_eq!(journal.since(all.next).entries.len(), 1);
     }
 }

@@ -1,26 +1,34 @@
 //! The agent of one host: reads, plans, acts, and answers.
 //!
 //! ```text
-//!   one thread a VM ──readings──►┐                      ┌──► orders to the VMs' threads
-//!   pressure trigger ──────────► │  control thread:     │
-//!   signals ───────────────────► │  inventory ─► plan ──┼──► what is shown (status, metrics, page)
-//!   local socket: reserve, … ──► │  ─► executor, book   │
-//!                                └──────────────────────┘
+//!   one thread a VM ──readings──►┐                           ┌──► orders to the VMs' threads
+//!   pressure trigger ──────────► │  ControlLoop (one thread) │
+//!   signals ───────────────────► │   HostWatch   the host    │
+//!   local socket: reserve, … ──► │   VmRounds    VMs, plans  │
+//!   store: promises from afar ─► │   Promises    the book    │
+//!                                │   Publisher ──────────────┼──► status, metrics, page
+//!                                └───────────────────────────┘
 //! ```
 //!
 //! One thread owns everything that changes, so admission needs no lock and two requests can never sell the same memory. It
-//! never waits for a VM, a client, a scrape or the store; only the reservations' file makes it wait for the disk.
+//! never waits for a VM, a client, a scrape or the store; only the reservations' file makes it wait for the disk. Each
+//! part has its own type and sees of the others what it is handed: the rounds know nothing of promises but their sum, the
+//! promises ask the rounds what is there, the publisher reads all of them and changes none.
 
-mod answer;
+mod clock;
 mod control;
 mod counts;
+mod event;
+mod host_watch;
 mod journal;
-mod publish;
-mod remote;
+mod launch;
+mod membership;
+mod promises;
+mod published;
+mod publisher;
 mod request;
-mod round;
+mod rounds;
 mod routes;
-mod show;
 mod signals;
 mod status;
 mod store_link;
@@ -33,10 +41,10 @@ mod fleet_tests;
 #[cfg(test)]
 mod tests;
 
-pub use control::{Agent, AgentError, AgentHandle, AgentOptions};
 pub use counts::{AdmissionCounts, DecisionCounts};
 pub use journal::{JournalEntry, JournalPage};
-pub use publish::{Published, Shown};
+pub use launch::{Agent, AgentError, AgentOptions};
+pub use published::{Published, Snapshot};
 pub use request::{ConfirmRequest, PinRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
 pub use routes::{LOCAL_NAMES, handle_page};
 pub use status::{HostStatus, ReservationStatus, Status, StoreStatus, VmStatus};

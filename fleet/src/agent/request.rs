@@ -2,7 +2,6 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::counts::AdmissionCounts;
 use crate::model::Bytes;
 use crate::reservations::Reservation;
 
@@ -55,10 +54,4 @@ pub struct ReserveAnswer {
     pub reservation: Option<Reservation>,
     /// What could still be promised afterwards.
     pub firm_free_after: Bytes,
-}
-
-impl AdmissionCounts {
-    pub(super) fn count(&mut self, result: &'static str, reason: &'static str) {
-        *self.answers.entry((result, reason)).or_default() += 1;
-    }
 }

@@ -11,13 +11,15 @@
 //! reads what stands there and writes what is true.
 
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::cluster::{Account, Member, MemberCounts, MemberError, Round, Sight};
+use parking_lot::Mutex;
+
+use crate::cluster::{HostReport, Member, MemberCounts, MemberError, Round, StoreView};
 use crate::store::{Measured, Revision, Store, StoreCounters};
 
 /// How often it is looked whether the host has something to tell.
@@ -62,7 +64,7 @@ impl StoreLink {
     pub(super) fn start(
         member: Member,
         store: Arc<dyn Store>,
-        ask: impl Fn(Sight) -> Option<Account> + Send + 'static,
+        ask: impl Fn(StoreView) -> Option<HostReport> + Send + 'static,
     ) -> io::Result<Self> {
         let (nudges, nudged) = mpsc::sync_channel(1);
         let stop = Arc::new(AtomicBool::new(false));
@@ -118,7 +120,7 @@ impl Drop for StoreLink {
 struct Worker {
     member: Member,
     store: Measured,
-    ask: Box<dyn Fn(Sight) -> Option<Account> + Send>,
+    ask: Box<dyn Fn(StoreView) -> Option<HostReport> + Send>,
     seen: Arc<AtomicU64>,
     health: Arc<Mutex<StoreHealth>>,
 }
@@ -128,7 +130,7 @@ impl Worker {
         loop {
             let now = Instant::now();
             // Asking costs no call to the store, so it is done every time.
-            let news = (self.ask)(Sight::default())
+            let news = (self.ask)(StoreView::default())
                 .is_some_and(|account| self.member.has_news(&account, now));
             if news || self.member.is_due(now) {
                 self.round();
@@ -154,7 +156,7 @@ impl Worker {
     fn round(&mut self) {
         let ask = &self.ask;
         let result = self.member.round(&self.store, &mut |sight| ask(sight));
-        let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut health = self.health.lock();
         health.counts = self.member.counts();
         health.calls = self.store.counters();
         match result {

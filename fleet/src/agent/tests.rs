@@ -10,33 +10,33 @@ use api::ClientError;
 
 use super::fake_vmm::{DEADLINE, FakeVm, Fault, GIB, MIB, World, wait};
 use super::*;
+use crate::agent_config::AgentConfig;
 use crate::config::Millis;
 use crate::http::{Method, Request, Response};
 use crate::model::{Bytes, HostState};
 use crate::reservations::ReservationPhase;
-use crate::settings::Settings;
 
-fn settings(world: &World) -> Settings {
-    let mut settings = Settings::default();
-    settings.agent.socket = world.path().join("run/agent.sock");
-    settings.agent.state_dir = world.path().join("state");
-    settings.agent.listen = Some("127.0.0.1:0".parse().unwrap());
-    settings.agent.scan = Millis(200);
-    settings.agent.host = Millis(100);
-    settings.discovery.sockets = vec![format!("{}/vms/*.sock", world.path().display())];
-    settings.config.control.sample = Millis(200);
-    settings.config.control.plan = Millis(200);
-    settings.config.control.sample_deadline = Millis(1000);
-    settings
+fn agent_config(world: &World) -> AgentConfig {
+    let mut config = AgentConfig::default();
+    config.agent.socket = world.path().join("run/agent.sock");
+    config.agent.state_dir = world.path().join("state");
+    config.agent.listen = Some("127.0.0.1:0".parse().unwrap());
+    config.agent.scan = Millis(200);
+    config.agent.host = Millis(100);
+    config.discovery.sockets = vec![format!("{}/vms/*.sock", world.path().display())];
+    config.planning.control.sample = Millis(200);
+    config.planning.control.plan = Millis(200);
+    config.planning.control.sample_deadline = Millis(1000);
+    config
 }
 
-fn start(world: &World) -> AgentHandle {
-    start_with(world, settings(world))
+fn start(world: &World) -> Agent {
+    start_with(world, agent_config(world))
 }
 
-fn start_with(world: &World, settings: Settings) -> AgentHandle {
+fn start_with(world: &World, config: AgentConfig) -> Agent {
     Agent::start(AgentOptions {
-        settings,
+        config,
         file: None,
         host: world.files(),
         store: None,
@@ -44,17 +44,12 @@ fn start_with(world: &World, settings: Settings) -> AgentHandle {
     .unwrap()
 }
 
-fn status_of(agent: &AgentHandle, name: &str) -> Option<VmStatus> {
-    let shown = agent.published().get();
-    shown.status.vms.iter().find(|vm| vm.vm == name).cloned()
+fn status_of(agent: &Agent, name: &str) -> Option<VmStatus> {
+    let snapshot = agent.published().get();
+    snapshot.status.vms.iter().find(|vm| vm.vm == name).cloned()
 }
 
-fn wait_vm(
-    agent: &AgentHandle,
-    name: &str,
-    what: &str,
-    is: impl Fn(&VmStatus) -> bool,
-) -> VmStatus {
+fn wait_vm(agent: &Agent, name: &str, what: &str, is: impl Fn(&VmStatus) -> bool) -> VmStatus {
     wait(&format!("{name}: {what}"), || {
         status_of(agent, name).filter(&is)
     })
@@ -84,14 +79,14 @@ fn host_that_is_short_takes_from_the_idle_and_is_short_no_more() {
     }
     let agent = start(&world);
     wait("green again", || {
-        let shown = agent.published().get();
+        let snapshot = agent.published().get();
         let taken: u64 = ["a", "b", "c", "d"]
             .map(|name| world.vm(name).target)
             .iter()
             .sum();
         // What is shown and what was ordered are brought together once a second.
-        let shown_taken: u64 = shown.status.vms.iter().map(|vm| vm.target.0).sum();
-        (shown.status.host.state == HostState::Green && taken > 0 && shown_taken == taken)
+        let shown_taken: u64 = snapshot.status.vms.iter().map(|vm| vm.target.0).sum();
+        (snapshot.status.host.state == HostState::Green && taken > 0 && shown_taken == taken)
             .then_some(())
     });
     for name in ["a", "b", "c", "d"] {
@@ -100,15 +95,15 @@ fn host_that_is_short_takes_from_the_idle_and_is_short_no_more() {
             "below the minimum of {name}"
         );
     }
-    let shown = agent.published().get();
-    let ordered: u64 = shown
+    let snapshot = agent.published().get();
+    let ordered: u64 = snapshot
         .decisions
         .actions
         .iter()
         .filter(|((action, _, result), _)| *action == "inflate" && *result == "ordered")
         .map(|(_, count)| count)
         .sum();
-    assert!(ordered > 0, "{:?}", shown.decisions);
+    assert!(ordered > 0, "{:?}", snapshot.decisions);
 }
 
 #[test]
@@ -214,9 +209,9 @@ fn vm_that_is_replaced_or_gone_is_noticed() {
 #[test]
 fn hundred_at_once_for_ten_places_are_ten() {
     let world = World::new(16 * GIB, 0);
-    let mut settings = settings(&world);
-    settings.config.host.reserve = crate::model::Amount::Bytes(Bytes(GIB));
-    let _agent = start_with(&world, settings);
+    let mut config = agent_config(&world);
+    config.planning.host.reserve = crate::model::Amount::Bytes(Bytes(GIB));
+    let _agent = start_with(&world, config);
     wait("agent", || client(&world).get("fleet.status").ok());
     // 15 GiB, of which a tenth is kept for those that are there: room for ten of 1.3 GiB.
     let barrier = Barrier::new(100);
@@ -264,7 +259,7 @@ fn reservations_outlive_the_agent_and_follow_their_vms() {
         .unwrap();
     drop(agent);
     let agent = start(&world);
-    let held = |agent: &AgentHandle| agent.published().get().status.reservations.clone();
+    let held = |agent: &Agent| agent.published().get().status.reservations.clone();
     wait("reservation after the restart", || {
         (held(&agent).len() == 1).then_some(())
     });
@@ -286,9 +281,9 @@ fn reservations_outlive_the_agent_and_follow_their_vms() {
 fn reload_takes_good_settings_and_keeps_the_old_for_bad_ones() {
     let world = World::new(16 * GIB, 0);
     let file = world.path().join("agent.toml");
-    fs::write(&file, settings(&world).to_toml()).unwrap();
+    fs::write(&file, agent_config(&world).to_toml()).unwrap();
     let agent = Agent::start(AgentOptions {
-        settings: settings(&world),
+        config: agent_config(&world),
         file: Some((file.clone(), true)),
         host: world.files(),
         store: None,
@@ -300,8 +295,8 @@ fn reload_takes_good_settings_and_keeps_the_old_for_bad_ones() {
     wait("refusal", || {
         (!agent.published().get().status.reload_ok).then_some(())
     });
-    let mut better = settings(&world);
-    better.config.control.step = Bytes(77 * MIB);
+    let mut better = agent_config(&world);
+    better.planning.control.step = Bytes(77 * MIB);
     fs::write(&file, better.to_toml()).unwrap();
     client(&world).put("fleet.reload", None).unwrap();
     assert!(
@@ -318,9 +313,9 @@ fn dry_run_tells_and_does_nothing() {
     for name in ["a", "b", "c", "d"] {
         world.add(name, FakeVm::new(4 * GIB, 3500 * MIB));
     }
-    let mut settings = settings(&world);
-    settings.agent.dry_run = true;
-    let _agent = start_with(&world, settings);
+    let mut config = agent_config(&world);
+    config.agent.dry_run = true;
+    let _agent = start_with(&world, config);
     wait("telling", || {
         let page = client(&world).get("fleet.events").unwrap().unwrap();
         let page: JournalPage = serde_json::from_str(&page).unwrap();
@@ -391,9 +386,9 @@ fn pressure_reaches_a_guest_without_waiting_for_the_next_plan() {
     for name in ["a", "b", "c"] {
         world.add(name, FakeVm::new(4 * GIB, 3 * GIB));
     }
-    let mut settings = settings(&world);
-    settings.config.control.plan = Millis::seconds(1);
-    let agent = start_with(&world, settings);
+    let mut config = agent_config(&world);
+    config.planning.control.plan = Millis::seconds(1);
+    let agent = start_with(&world, config);
     for name in ["a", "b", "c"] {
         wait("two samples", || {
             (world.vm(name).requests >= 6).then_some(())
@@ -419,18 +414,18 @@ fn pressure_reaches_a_guest_without_waiting_for_the_next_plan() {
 #[test]
 fn hundreds_of_vms_are_all_known_and_planned_for() {
     let world = World::new(1024 * GIB, 0);
-    let mut settings = settings(&world);
-    settings.config.control.sample = Millis::seconds(5);
+    let mut config = agent_config(&world);
+    config.planning.control.sample = Millis::seconds(5);
     for number in 0..200 {
         world.add(&format!("vm{number}"), FakeVm::new(2 * GIB, GIB));
     }
     for number in (0..200).step_by(20) {
         world.change(&format!("vm{number}"), |vm| vm.fault = Fault::Hang);
     }
-    let agent = start_with(&world, settings);
+    let agent = start_with(&world, config);
     wait("all sampled", || {
-        let shown = agent.published().get();
-        let up = shown.status.vms.iter().filter(|vm| vm.up).count();
-        (up == 190 && shown.plan.explanations.len() == 190).then_some(())
+        let snapshot = agent.published().get();
+        let up = snapshot.status.vms.iter().filter(|vm| vm.up).count();
+        (up == 190 && snapshot.plan.explanations.len() == 190).then_some(())
     });
 }

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use crate::model::{Bytes, FeatureLevel, Interlock, VmFacts, VmId, VmPolicy};
-use crate::sample::{Found, SocketIdentity, VmReading, VmWorker};
+use crate::sample::{Found, SocketIdentity, VmReading};
+use crate::worker::VmWorker;
 
 /// One VM.
 #[derive(Debug)]
@@ -25,8 +26,6 @@ pub(super) struct Vm {
     /// Which way the balloon was last moved, and when on the planner's clock.
     pub(super) moved: Option<(Direction, u64)>,
     pub(super) pinned: bool,
-    /// What a paused VM was paused by: true for the agent.
-    pub(super) paused_by_us: bool,
 }
 
 /// Which way a balloon goes.
@@ -62,10 +61,6 @@ pub(super) struct ScanChange {
 impl Vms {
     pub(super) fn iter(&self) -> impl Iterator<Item = &Vm> {
         self.by_name.values()
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.by_name.len()
     }
 
     pub(super) fn get(&self, name: &str) -> Option<&Vm> {
@@ -174,7 +169,6 @@ impl Vm {
             ordered: None,
             moved: None,
             pinned: false,
-            paused_by_us: false,
         }
     }
 

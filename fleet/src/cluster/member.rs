@@ -24,7 +24,7 @@ const TELL_PART: f64 = 0.02;
 
 /// What the store says of promises that were asked of this host.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Sight {
+pub struct StoreView {
     /// Lines that have no answer yet.
     pub asked: Vec<BookEntry>,
     /// Ids of all lines; absent when the store has no book of this host, as after its lease was over. With a book, a
@@ -34,7 +34,7 @@ pub struct Sight {
 
 /// What the host says to it.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Account {
+pub struct HostReport {
     /// Whether the host knows its VMs well enough to be seen by others.
     pub ready: bool,
     /// Age of its figures, ms.
@@ -44,14 +44,14 @@ pub struct Account {
     /// Its VMs.
     pub vms: Vec<MovableVm>,
     /// Promises that were asked for from afar and whose VM is not there yet.
-    pub held: Vec<Held>,
+    pub held: Vec<HeldPromise>,
     /// Lines that are refused, with the reason.
     pub refused: BTreeMap<String, String>,
 }
 
 /// A promise held for somebody afar.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Held {
+pub struct HeldPromise {
     /// Id of the line.
     pub id: String,
     /// Name of the VM.
@@ -108,7 +108,7 @@ pub struct MemberCounts {
 
 /// What was written last.
 #[derive(Clone, Debug)]
-struct Told {
+struct LastWrite {
     at: Instant,
     books: HostBooks,
     vms: usize,
@@ -127,7 +127,7 @@ pub struct Member {
     lease: Option<LeaseId>,
     pub(super) kept: Option<Instant>,
     generation: u64,
-    told: Option<Told>,
+    written: Option<LastWrite>,
     refused_at: BTreeMap<String, Instant>,
     counts: MemberCounts,
 }
@@ -150,7 +150,7 @@ impl Member {
             lease: None,
             kept: None,
             generation: 0,
-            told: None,
+            written: None,
             refused_at: BTreeMap::new(),
             counts: MemberCounts::default(),
         }
@@ -167,30 +167,30 @@ impl Member {
     }
 
     /// Whether the host has something to tell: its books have changed, or it is time.
-    pub fn has_news(&self, account: &Account, now: Instant) -> bool {
-        let Some(told) = &self.told else {
+    pub fn has_news(&self, account: &HostReport, now: Instant) -> bool {
+        let Some(written) = &self.written else {
             return account.ready || self.lease.is_some();
         };
-        let (before, after) = (&told.books.ledger, &account.books.ledger);
+        let (before, after) = (&written.books.ledger, &account.books.ledger);
         let moved = before.firm_free.distance(after.firm_free);
         let held: BTreeSet<(&str, bool)> = account
             .held
             .iter()
             .map(|held| (held.id.as_str(), held.starting))
             .collect();
-        let lines: BTreeSet<(&str, bool)> = told
+        let lines: BTreeSet<(&str, bool)> = written
             .book
             .entries
             .iter()
             .filter(|entry| !matches!(entry.answer, Answer::Refused(_) | Answer::Asked))
             .map(|entry| (entry.id.as_str(), entry.answer == Answer::Starting))
             .collect();
-        told.books.state != account.books.state
+        written.books.state != account.books.state
             || moved >= after.usable.scale(TELL_PART)
             || before.configured.distance(after.configured) >= after.usable.scale(TELL_PART)
-            || told.vms != account.vms.len()
+            || written.vms != account.vms.len()
             || held != lines
-            || now.saturating_duration_since(told.at) >= REWRITE
+            || now.saturating_duration_since(written.at) >= REWRITE
     }
 
     /// Whether the lease should be kept alive by a round now.
@@ -207,7 +207,7 @@ impl Member {
     pub fn round(
         &mut self,
         store: &dyn Store,
-        ask: &mut dyn FnMut(Sight) -> Option<Account>,
+        ask: &mut dyn FnMut(StoreView) -> Option<HostReport>,
     ) -> Result<Round, MemberError> {
         for _ in 0..TRIES {
             let until = Instant::now() + self.call;
@@ -217,7 +217,7 @@ impl Member {
             {
                 return Err(MemberError::NameTaken(self.host.clone()));
             }
-            let account = ask(sight_of(&found)).ok_or(MemberError::Silent)?;
+            let account = ask(store_view(&found)).ok_or(MemberError::Silent)?;
             // One that is there already stays there when a new VM has to be learned of.
             if !account.ready && self.lease.is_none() {
                 return Ok(Round {
@@ -264,7 +264,7 @@ impl Member {
 
     fn forget(&mut self) {
         self.kept = None;
-        self.told = None;
+        self.written = None;
     }
 
     /// A lease that is alive; `None` when the one there was is over, with everything that was tied to it.
@@ -302,9 +302,9 @@ impl Member {
     }
 
     /// The book with the host's answers.
-    fn answered(&mut self, found: &FleetHost, account: &Account) -> Book {
+    fn answered(&mut self, found: &FleetHost, account: &HostReport) -> Book {
         let now = Instant::now();
-        let mut left: Vec<&Held> = account.held.iter().collect();
+        let mut left: Vec<&HeldPromise> = account.held.iter().collect();
         let mut entries = Vec::new();
         for entry in found.book.iter().flat_map(|book| &book.entries) {
             let held = left.iter().position(|held| held.id == entry.id);
@@ -342,7 +342,7 @@ impl Member {
         store: &dyn Store,
         found: &FleetHost,
         lease: LeaseId,
-        account: &Account,
+        account: &HostReport,
         book: Book,
     ) -> Result<bool, StoreError> {
         self.generation += 1;
@@ -377,7 +377,7 @@ impl Member {
         };
         match store.commit(&txn, Instant::now() + self.call) {
             Ok(Committed::Yes(_)) => {
-                self.told = Some(Told {
+                self.written = Some(LastWrite {
                     at: Instant::now(),
                     books: account.books,
                     vms: account.vms.len(),
@@ -392,15 +392,15 @@ impl Member {
             }
             Err(error) => {
                 // What stands there now is not known: the next round writes again.
-                self.told = None;
+                self.written = None;
                 Err(error)
             }
         }
     }
 }
 
-fn sight_of(found: &FleetHost) -> Sight {
-    Sight {
+fn store_view(found: &FleetHost) -> StoreView {
+    StoreView {
         asked: found
             .book
             .iter()
@@ -415,7 +415,7 @@ fn sight_of(found: &FleetHost) -> Sight {
     }
 }
 
-fn answer_of(held: &Held) -> Answer {
+fn answer_of(held: &HeldPromise) -> Answer {
     if held.starting {
         Answer::Starting
     } else {
@@ -423,7 +423,7 @@ fn answer_of(held: &Held) -> Answer {
     }
 }
 
-fn line_of(held: &Held) -> BookEntry {
+fn line_of(held: &HeldPromise) -> BookEntry {
     BookEntry {
         id: held.id.clone(),
         vm: held.vm.clone(),

@@ -29,7 +29,7 @@ mod records;
 #[cfg(test)]
 mod tests;
 
-pub use member::{Account, Held, Member, MemberCounts, MemberError, Round, Sight};
+pub use member::{HeldPromise, HostReport, Member, MemberCounts, MemberError, Round, StoreView};
 pub use picture::{FleetHost, FleetPicture};
 pub use placer::{PlaceError, PlaceRefusal, Placed, Placer, Wanted};
 pub use records::{

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use serde::Serialize;
 use thiserror::Error;
 
@@ -13,7 +13,7 @@ use super::{Answer, Book, BookEntry, DrainMark, FleetHost, FleetPicture, Keys};
 use crate::admission::Request;
 use crate::config::Config;
 use crate::model::Bytes;
-use crate::placement::{HostRefusal, Lot, place};
+use crate::placement::{HostRefusal, SplitMix64, place};
 use crate::store::{Committed, Revision, Store, StoreError, Txn, Write};
 
 /// How long a host may take to answer before another one is asked.
@@ -119,7 +119,7 @@ pub struct Placer<'a> {
     config: Config,
     /// How long one call to the store may take.
     call: Duration,
-    lot: Mutex<Lot>,
+    lot: Mutex<SplitMix64>,
 }
 
 impl<'a> Placer<'a> {
@@ -136,7 +136,7 @@ impl<'a> Placer<'a> {
             keys,
             config,
             call,
-            lot: Mutex::new(Lot(seed)),
+            lot: Mutex::new(SplitMix64(seed)),
         }
     }
 
@@ -145,10 +145,7 @@ impl<'a> Placer<'a> {
     }
 
     fn draw(&self) -> u64 {
-        self.lot
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .next()
+        self.lot.lock().next()
     }
 
     /// All hosts.

@@ -168,8 +168,9 @@ impl BookEntry {
 }
 
 /// What a host says to a promise that was asked for.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, strum::IntoStaticStr)]
 #[serde(rename_all = "lowercase", tag = "is", content = "because")]
+#[strum(serialize_all = "lowercase")]
 pub enum Answer {
     /// Nothing yet.
     Asked,
@@ -183,13 +184,8 @@ pub enum Answer {
 
 impl Answer {
     /// The name in tables.
-    pub const fn name(&self) -> &'static str {
-        match self {
-            Self::Asked => "asked",
-            Self::Confirmed => "confirmed",
-            Self::Starting => "starting",
-            Self::Refused(_) => "refused",
-        }
+    pub fn name(&self) -> &'static str {
+        self.into()
     }
 }
 

@@ -29,7 +29,7 @@ fn keys() -> Keys {
 struct Host {
     member: Member,
     places: u64,
-    held: Vec<Held>,
+    held: Vec<HeldPromise>,
     said_no: usize,
     silent: bool,
     learning: bool,
@@ -47,14 +47,14 @@ impl Host {
         }
     }
 
-    fn account(&mut self, sight: Sight) -> Account {
+    fn account(&mut self, sight: StoreView) -> HostReport {
         if let Some(lines) = &sight.lines {
             self.held
                 .retain(|held| held.starting || lines.contains(&held.id));
         }
-        let mut account = Account {
+        let mut account = HostReport {
             ready: !self.learning,
-            ..Account::default()
+            ..HostReport::default()
         };
         for entry in sight.asked {
             if self.held.iter().any(|held| held.id == entry.id) {
@@ -65,7 +65,7 @@ impl Host {
                 account.refused.insert(entry.id, "full".to_owned());
                 continue;
             }
-            self.held.push(Held {
+            self.held.push(HeldPromise {
                 id: entry.id,
                 vm: entry.vm,
                 max: entry.max,
@@ -375,10 +375,10 @@ fn silent_or_stale_host_lets_its_lease_end() {
     host.silent = true;
     assert!(matches!(host.round(&store), Err(MemberError::Silent)));
     let stale = host.member.round(&store, &mut |_| {
-        Some(Account {
+        Some(HostReport {
             ready: true,
             facts_age_ms: 16_000,
-            ..Account::default()
+            ..HostReport::default()
         })
     });
     assert!(matches!(stale, Err(MemberError::Stale(16_000))));

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::Millis;
+use super::{Millis, Safety};
 use crate::model::{Amount, Bytes, Fraction};
 
 /// `[control]`
@@ -65,7 +65,7 @@ pub struct ControlConfig {
     pub burst_quantile: Fraction,
     /// The part of the callable liability that is taken for the burst while little has been measured.
     pub burst_prior: Fraction,
-    /// The rules of safety. All on; switching one off is for tests that show what it is good for.
+    /// The rules of safety in force.
     #[serde(skip)]
     pub safety: Safety,
 }
@@ -102,92 +102,6 @@ impl Default for ControlConfig {
             burst_quantile: Fraction(0.99),
             burst_prior: Fraction(0.10),
             safety: Safety::default(),
-        }
-    }
-}
-
-/// Rules that can be switched off one by one, so that a test can show that each is needed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Safety {
-    /// Grants come only out of memory that is free now; what is being freed is granted when it has arrived.
-    pub two_phase: bool,
-    /// What was given and not yet used still counts as given.
-    pub granted_counts: bool,
-    /// What is being taken and has not arrived counts towards the goal.
-    pub pending_counts: bool,
-    /// A balloon that does not move is left alone, and counts for nothing.
-    pub stuck: bool,
-    /// Claims are checked against resident memory.
-    pub trust: bool,
-    /// A suffering guest gets its memory back at once.
-    pub give_back: bool,
-    /// Nothing changes between two close values.
-    pub dead_band: bool,
-    /// A VM is not moved the other way right after it was moved.
-    pub blocking: bool,
-    /// Nothing is taken from a VM that does not answer.
-    pub stale: bool,
-    /// What guests may call in at once is kept back.
-    pub burst: bool,
-}
-
-/// The rules by name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum SafetyRule {
-    /// See [`Safety::two_phase`].
-    TwoPhase,
-    /// See [`Safety::granted_counts`].
-    GrantedCounts,
-    /// See [`Safety::pending_counts`].
-    PendingCounts,
-    /// See [`Safety::stuck`].
-    Stuck,
-    /// See [`Safety::trust`].
-    Trust,
-    /// See [`Safety::give_back`].
-    GiveBack,
-    /// See [`Safety::dead_band`].
-    DeadBand,
-    /// See [`Safety::blocking`].
-    Blocking,
-    /// See [`Safety::stale`].
-    Stale,
-    /// See [`Safety::burst`].
-    Burst,
-}
-
-impl Safety {
-    /// Switches a rule off.
-    pub fn switch_off(&mut self, rule: SafetyRule) {
-        *match rule {
-            SafetyRule::TwoPhase => &mut self.two_phase,
-            SafetyRule::GrantedCounts => &mut self.granted_counts,
-            SafetyRule::PendingCounts => &mut self.pending_counts,
-            SafetyRule::Stuck => &mut self.stuck,
-            SafetyRule::Trust => &mut self.trust,
-            SafetyRule::GiveBack => &mut self.give_back,
-            SafetyRule::DeadBand => &mut self.dead_band,
-            SafetyRule::Blocking => &mut self.blocking,
-            SafetyRule::Stale => &mut self.stale,
-            SafetyRule::Burst => &mut self.burst,
-        } = false;
-    }
-}
-
-impl Default for Safety {
-    fn default() -> Self {
-        Self {
-            two_phase: true,
-            granted_counts: true,
-            pending_counts: true,
-            stuck: true,
-            trust: true,
-            give_back: true,
-            dead_band: true,
-            blocking: true,
-            stale: true,
-            burst: true,
         }
     }
 }

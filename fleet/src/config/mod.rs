@@ -9,6 +9,7 @@ mod control;
 mod millis;
 mod policy;
 pub(crate) mod ranges;
+mod safety;
 mod thresholds;
 
 use std::collections::BTreeMap;
@@ -16,9 +17,10 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 pub use check::ConfigFault;
-pub use control::{AdmissionConfig, ControlConfig, LastResortConfig, Safety, SafetyRule};
+pub use control::{AdmissionConfig, ControlConfig, LastResortConfig};
 pub use millis::Millis;
 pub use policy::PolicyConfig;
+pub use safety::{Safety, SafetyRule};
 pub use thresholds::{Band, ReportingConfig, Thresholds};
 
 use crate::model::{Amount, Bytes, Fraction, VmPolicy};

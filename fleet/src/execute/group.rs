@@ -53,24 +53,23 @@ pub enum GroupError {
 }
 
 /// Files of a control group that hold a limit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr)]
 pub enum GroupFile {
     /// `memory.max`
+    #[strum(serialize = "memory.max")]
     MemoryMax,
     /// `memory.high`
+    #[strum(serialize = "memory.high")]
     MemoryHigh,
     /// `memory.swap.max`
+    #[strum(serialize = "memory.swap.max")]
     SwapMax,
 }
 
 impl GroupFile {
     /// Its name.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::MemoryMax => "memory.max",
-            Self::MemoryHigh => "memory.high",
-            Self::SwapMax => "memory.swap.max",
-        }
+    pub fn name(self) -> &'static str {
+        self.into()
     }
 }
 

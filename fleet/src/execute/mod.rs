@@ -1,14 +1,17 @@
-//! Carries plans out: what frees memory at once, what grants memory when it is there, nothing that is no longer true.
+//! Carries plans out, action by action and order by order: what frees memory at once, what grants memory when it is there, nothing that is no longer true.
 //!
 //! The executor decides nothing. It holds an action against the present with [`Action::check`] right before it is handed to
 //! its VM's thread, and lets a grant wait for memory until its plan is too old; by then there is a newer one.
 
 mod group;
+mod order;
 
 #[cfg(test)]
 mod tests;
 
 pub use group::{GroupError, GroupFile, GroupFiles, kill_process};
+pub(crate) use order::OrderTarget;
+pub use order::{Order, OrderError};
 
 use crate::planner::{Action, Block, Present};
 

@@ -4,12 +4,14 @@
 //! read the machine's memory while its VMs ran below a smaller limit would admit them to their death.
 
 mod kernel_file;
+mod process;
 mod reader;
 mod trigger;
 
 #[cfg(test)]
 mod tests;
 
+pub(crate) use process::{ProcessIdentity, resident_bytes};
 pub use reader::{CGROUP_ROOT, HostFiles, HostReader};
 pub use trigger::{PressureTrigger, TriggerError, TriggerLevel, watch_pressure};
 

@@ -4,15 +4,16 @@ use std::fmt;
 
 use prometheus_client::encoding::NoLabelSet;
 use prometheus_client::metrics::MetricType;
+use strum::VariantArray as _;
 
 use super::{Labels, Out};
-use crate::agent::Shown;
+use crate::agent::Snapshot;
 use crate::model::{Bytes, HostState};
 use crate::reservations::ReservationPhase;
 use crate::sample::{DURATION_BUCKETS_SECONDS, RequestCounters};
 
-pub(super) fn write(out: &mut Out<'_>, shown: &Shown) -> fmt::Result {
-    let status = &shown.status;
+pub(super) fn write(out: &mut Out<'_>, snapshot: &Snapshot) -> fmt::Result {
+    let status = &snapshot.status;
     let host = &status.host;
     let own = || -> Labels { vec![("host", host.name.clone())] };
     let with = |name: &'static str, value: &str| -> Labels {
@@ -79,7 +80,7 @@ pub(super) fn write(out: &mut Out<'_>, shown: &Shown) -> fmt::Result {
     out.gauge(
         "ch_host_state",
         "1 for the state the host is in",
-        HostState::ALL.map(|state| {
+        HostState::VARIANTS.iter().map(|&state| {
             let value = i64::from(state == host.state);
             (with("state", state.name()), value)
         }),
@@ -127,11 +128,11 @@ pub(super) fn write(out: &mut Out<'_>, shown: &Shown) -> fmt::Result {
         "When the agent started, since the Unix epoch",
         [(own(), status.started_unix_ms as f64 / 1e3)],
     )?;
-    write_decisions(out, shown, &own)?;
+    write_decisions(out, snapshot, &own)?;
     out.gauge(
         "ch_reservation_bytes",
         "Memory promised by reservations, by how far they are",
-        ReservationPhase::ALL.map(|phase| {
+        ReservationPhase::VARIANTS.iter().map(|&phase| {
             let bytes: Bytes = status
                 .reservations
                 .iter()
@@ -143,8 +144,12 @@ pub(super) fn write(out: &mut Out<'_>, shown: &Shown) -> fmt::Result {
     )
 }
 
-fn write_decisions(out: &mut Out<'_>, shown: &Shown, own: &dyn Fn() -> Labels) -> fmt::Result {
-    let decisions = &shown.decisions;
+fn write_decisions(
+    out: &mut Out<'_>,
+    snapshot: &Snapshot,
+    own: &dyn Fn() -> Labels,
+) -> fmt::Result {
+    let decisions = &snapshot.decisions;
     out.counter(
         "ch_decisions",
         "Actions by what, why and what became of them",
@@ -175,7 +180,7 @@ fn write_decisions(out: &mut Out<'_>, shown: &Shown, own: &dyn Fn() -> Labels) -
     out.counter(
         "ch_admission",
         "Answers to requests for memory",
-        shown
+        snapshot
             .admissions
             .answers
             .iter()

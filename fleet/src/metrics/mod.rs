@@ -23,17 +23,17 @@ use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::exemplar::Exemplar;
 use prometheus_client::registry::Registry;
 
-use crate::agent::{Published, Shown};
+use crate::agent::{Published, Snapshot};
 use crate::sample::RequestCounters;
 
 /// Labels of one series.
 type Labels = Vec<(&'static str, String)>;
 
 /// All figures as text.
-pub(crate) fn render(shown: &Arc<Shown>, published: &Published) -> String {
+pub(crate) fn render(snapshot: &Arc<Snapshot>, published: &Published) -> String {
     let mut registry = Registry::default();
     registry.register_collector(Box::new(Scrape {
-        shown: Arc::clone(shown),
+        snapshot: Arc::clone(snapshot),
         requests: Arc::clone(&published.requests),
     }));
     let mut text = String::new();
@@ -45,17 +45,17 @@ pub(crate) fn render(shown: &Arc<Shown>, published: &Published) -> String {
 /// What one scrape is answered from.
 #[derive(Debug)]
 struct Scrape {
-    shown: Arc<Shown>,
+    snapshot: Arc<Snapshot>,
     requests: Arc<RequestCounters>,
 }
 
 impl Collector for Scrape {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
         let mut out = Out { encoder };
-        host::write(&mut out, &self.shown)?;
-        host::write_requests(&mut out, &self.shown.status.host.name, &self.requests)?;
-        store::write(&mut out, &self.shown.status)?;
-        vm::write(&mut out, &self.shown.status)
+        host::write(&mut out, &self.snapshot)?;
+        host::write_requests(&mut out, &self.snapshot.status.host.name, &self.requests)?;
+        store::write(&mut out, &self.snapshot.status)?;
+        vm::write(&mut out, &self.snapshot.status)
     }
 }
 

@@ -7,8 +7,8 @@ use super::*;
 use crate::agent::{Status, StoreStatus, VmStatus};
 use crate::model::{Bytes, HostState};
 
-fn shown() -> Arc<Shown> {
-    let mut shown = Shown {
+fn snapshot() -> Arc<Snapshot> {
+    let mut snapshot = Snapshot {
         status: Status {
             vms: vec![
                 VmStatus {
@@ -33,15 +33,15 @@ fn shown() -> Arc<Shown> {
             }),
             ..Status::default()
         },
-        ..Shown::default()
+        ..Snapshot::default()
     };
-    shown.status.host.name = "h1".to_owned();
-    shown.status.host.state = HostState::Orange;
-    shown
+    snapshot.status.host.name = "h1".to_owned();
+    snapshot.status.host.state = HostState::Orange;
+    snapshot
         .decisions
         .actions
         .insert(("inflate", "shortage", "ordered"), 7);
-    Arc::new(shown)
+    Arc::new(snapshot)
 }
 
 fn text() -> String {
@@ -52,7 +52,7 @@ fn text() -> String {
     published
         .requests
         .record("vm.info", None, Duration::from_secs(9));
-    render(&shown(), &published)
+    render(&snapshot(), &published)
 }
 
 #[test]
@@ -98,10 +98,10 @@ fn names(text: &str) -> std::collections::BTreeSet<String> {
 
 /// A scrape of a host that has something of everything.
 fn full_text() -> String {
-    let mut shown = Shown::clone(&shown());
-    shown.status.host.burst_coverage = Some(2.0);
-    shown.admissions.answers.insert(("admitted", "ok"), 1);
-    let vm = &mut shown.status.vms[0];
+    let mut snapshot = Snapshot::clone(&snapshot());
+    snapshot.status.host.burst_coverage = Some(2.0);
+    snapshot.admissions.answers.insert(("admitted", "ok"), 1);
+    let vm = &mut snapshot.status.vms[0];
     for figure in [
         &mut vm.guest_available,
         &mut vm.guest_free,
@@ -123,7 +123,7 @@ fn full_text() -> String {
     published
         .requests
         .record("vm.info", None, Duration::from_millis(3));
-    render(&Arc::new(shown), &published)
+    render(&Arc::new(snapshot), &published)
 }
 
 #[test]

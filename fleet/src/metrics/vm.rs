@@ -7,7 +7,7 @@ use crate::agent::{Status, VmStatus};
 use crate::model::Bytes;
 
 type Figure = (&'static str, &'static str, fn(&VmStatus) -> u64);
-type Told = (&'static str, &'static str, fn(&VmStatus) -> Option<u64>);
+type OptionalFigure = (&'static str, &'static str, fn(&VmStatus) -> Option<u64>);
 
 const FIGURES: [Figure; 11] = [
     ("ch_vm_memory_configured_bytes", "Memory of the VM", |vm| {
@@ -92,7 +92,7 @@ const STATES: [Figure; 6] = [
     ),
 ];
 
-const GUEST_GAUGES: [Told; 2] = [
+const GUEST_GAUGES: [OptionalFigure; 2] = [
     (
         "ch_vm_guest_free_bytes",
         "Memory unused inside, as the guest claims",
@@ -105,7 +105,7 @@ const GUEST_GAUGES: [Told; 2] = [
     ),
 ];
 
-const COUNTERS: [Told; 7] = [
+const COUNTERS: [OptionalFigure; 7] = [
     (
         "ch_vm_reclaim_reported_bytes",
         "Memory reported free",
@@ -155,7 +155,7 @@ pub(super) fn write(out: &mut Out<'_>, status: &Status) -> fmt::Result {
         "What is known of the VM, for joins",
         status.vms.iter().map(|vm| {
             let mut labels = labels(vm);
-            labels.push(("class", format!("{:?}", vm.class).to_lowercase()));
+            labels.push(("class", vm.class.to_string()));
             labels.push(("policy", vm.policy.clone()));
             (labels, 1_u64)
         }),

@@ -59,6 +59,19 @@ impl Bytes {
         }
     }
 
+    /// In at most five characters, for columns.
+    fn short(self) -> String {
+        const UNITS: [&str; 7] = ["B", "K", "M", "G", "T", "P", "E"];
+        let mut value = self.0 as f64;
+        let mut unit = 0;
+        while value >= 999.5 && unit + 1 < UNITS.len() {
+            value /= 1024.0;
+            unit += 1;
+        }
+        let decimals = usize::from(value < 9.95 && unit > 0);
+        format!("{value:.decimals$}{}", UNITS[unit])
+    }
+
     /// The distance between two amounts.
     pub fn distance(self, other: Self) -> Self {
         Self(self.0.abs_diff(other.0))
@@ -97,16 +110,20 @@ impl std::iter::Sum for Bytes {
     }
 }
 
+/// For sentences; with `#` in few characters, for columns.
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mib = self.0 as f64 / f64::from(1 << 20);
-        if self.0 < 1 << 20 {
-            write!(f, "{} B", self.0)
-        } else if mib < 1024.0 {
-            write!(f, "{mib:.0} MiB")
-        } else {
-            write!(f, "{:.1} GiB", mib / 1024.0)
+        if f.alternate() {
+            return f.pad(&self.short());
         }
+        let mib = self.0 as f64 / f64::from(1 << 20);
+        f.pad(&if self.0 < 1 << 20 {
+            format!("{} B", self.0)
+        } else if mib < 1024.0 {
+            format!("{mib:.0} MiB")
+        } else {
+            format!("{:.1} GiB", mib / 1024.0)
+        })
     }
 }
 

@@ -6,9 +6,22 @@ use super::Bytes;
 
 /// How much a VM matters. Memory is taken from the lowest class first, and the last resorts go by it.
 #[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Serialize,
+    Deserialize,
+    strum::Display,
+    strum::VariantArray,
 )]
 #[serde(rename_all = "lowercase")]
+#[strum(serialize_all = "lowercase")]
 pub enum PriorityClass {
     /// May be stopped, and even killed, when that has been allowed.
     Batch,
@@ -21,17 +34,6 @@ pub enum PriorityClass {
     High,
     /// Never gives anything: control planes, without which nobody could act.
     Critical,
-}
-
-impl PriorityClass {
-    /// All classes, lowest first.
-    pub const ALL: [Self; 5] = [
-        Self::Batch,
-        Self::Low,
-        Self::Normal,
-        Self::High,
-        Self::Critical,
-    ];
 }
 
 /// Limits and weight of one VM, in bytes of its own configured size.

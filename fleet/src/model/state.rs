@@ -1,14 +1,26 @@
 //! How tight memory is on a host, in four named states.
 
-use std::fmt;
-
 use serde::{Deserialize, Serialize};
 
 /// The states, from ease to emergency. Which values enter and leave them is in the configuration.
 #[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Serialize,
+    Deserialize,
+    strum::Display,
+    strum::IntoStaticStr,
+    strum::VariantArray,
 )]
 #[serde(rename_all = "lowercase")]
+#[strum(serialize_all = "lowercase")]
 pub enum HostState {
     /// Enough memory: nothing is taken, what was taken is given back as far as it goes.
     #[default]
@@ -22,22 +34,8 @@ pub enum HostState {
 }
 
 impl HostState {
-    /// All states, from ease to emergency.
-    pub const ALL: [Self; 4] = [Self::Green, Self::Yellow, Self::Orange, Self::Red];
-
     /// The name in configuration, answers and metrics.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Green => "green",
-            Self::Yellow => "yellow",
-            Self::Orange => "orange",
-            Self::Red => "red",
-        }
-    }
-}
-
-impl fmt::Display for HostState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+    pub fn name(self) -> &'static str {
+        self.into()
     }
 }

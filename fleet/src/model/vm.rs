@@ -71,8 +71,9 @@ pub enum FeatureLevel {
 }
 
 /// Why a VM must be left as it is for now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, strum::Display)]
 #[serde(rename_all = "lowercase")]
+#[strum(serialize_all = "lowercase")]
 pub enum Interlock {
     /// It is being moved to another host.
     Migration,

@@ -63,9 +63,9 @@ pub struct Placement {
 
 /// A small generator of pseudo-random numbers (splitmix64): a draw by lot needs no more.
 #[derive(Debug)]
-pub(crate) struct Lot(pub(crate) u64);
+pub(crate) struct SplitMix64(pub(crate) u64);
 
-impl Lot {
+impl SplitMix64 {
     pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
@@ -85,7 +85,7 @@ pub fn place(
     config: &Config,
 ) -> Placement {
     let mut placement = Placement::default();
-    let mut lot = Lot(lot);
+    let mut lot = SplitMix64(lot);
     let wanted = config.admission.candidates.max(1) as usize;
     for (index, host) in hosts.iter().enumerate() {
         if let Err(refusal) = fits(request, host, now_ms, config) {

@@ -10,7 +10,7 @@ mod choose;
 use serde::{Deserialize, Serialize};
 
 pub use advice::{MovableVm, Move, MoveHistory, Moves, StayReason, cool_down, drain, rebalance};
-pub(crate) use choose::Lot;
+pub(crate) use choose::SplitMix64;
 pub use choose::{Candidate, HostRefusal, Placement, place};
 
 use crate::admission::HostBooks;

@@ -1,6 +1,6 @@
 //! Measuring what guests call in at once.
 
-use crate::config::ControlConfig;
+use crate::config::{ControlConfig, SafetyRule};
 use crate::model::{Bytes, Ledger};
 
 use super::PlannerMemory;
@@ -38,7 +38,7 @@ pub(super) fn record(
 /// What guests will call in within the reaction time. While little has been measured, a part of what they could call in
 /// counts at least.
 pub(super) fn expected(memory: &PlannerMemory, liability: Bytes, control: &ControlConfig) -> Bytes {
-    if !control.safety.burst {
+    if !control.safety.has(SafetyRule::Burst) {
         return Bytes::ZERO;
     }
     let measured = memory

@@ -5,7 +5,7 @@
 //! thrashes cannot use small steps (and may never answer again); it may draw on memory down to half of the value at which
 //! the host turns red. Guests that are merely short draw on what lies above `give_above`, the others on `relax_above`.
 
-use crate::config::{Config, ControlConfig};
+use crate::config::{Config, ControlConfig, SafetyRule};
 use crate::model::{Bytes, HostState, Ledger};
 
 use super::Reason;
@@ -36,7 +36,7 @@ pub(super) struct Budget {
 
 impl Budget {
     pub(super) fn new(ledger: &Ledger, control: &ControlConfig) -> Self {
-        let granted = if control.safety.granted_counts {
+        let granted = if control.safety.has(SafetyRule::GrantedCounts) {
             ledger.granted
         } else {
             Bytes::ZERO
@@ -52,7 +52,7 @@ impl Budget {
 
     /// What lies above this part of the usable memory.
     fn above(&self, part: f64, control: &ControlConfig) -> Bytes {
-        if control.safety.two_phase {
+        if control.safety.has(SafetyRule::TwoPhase) {
             self.free - self.granted - self.usable.scale(part)
         } else {
             self.usable
@@ -64,7 +64,7 @@ impl Budget {
 /// again at once if the burst were not covered any more.
 fn covered(ledger: &Ledger, control: &ControlConfig) -> Bytes {
     let cover = ledger.available.scale(1.0 / (BURST_LEAVE * BURST_LEAVE));
-    if !control.safety.burst || ledger.burst_measured <= cover {
+    if !control.safety.has(SafetyRule::Burst) || ledger.burst_measured <= cover {
         ledger.usable
     } else {
         cover - ledger.callable_liability
@@ -123,7 +123,7 @@ fn urgency(view: &View<'_>, now_ms: u64, control: &ControlConfig) -> Option<(Byt
     if view.target > view.high {
         return Some((view.high, Reason::BelowMinimum));
     }
-    if view.memory.distrusted || !control.safety.give_back {
+    if view.memory.distrusted || !control.safety.has(SafetyRule::GiveBack) {
         return None;
     }
     if view.memory.suffering {
@@ -205,7 +205,8 @@ fn relax_slowly(
 }
 
 fn may_give(view: &View<'_>, now_ms: u64, control: &ControlConfig) -> bool {
-    let blocked = control.safety.blocking && now_ms < view.memory.give_blocked_until_ms;
+    let blocked =
+        control.safety.has(SafetyRule::Blocking) && now_ms < view.memory.give_blocked_until_ms;
     view.to == view.target
         && view.off_limits().is_none()
         && !view.stale(now_ms, control)

@@ -33,7 +33,7 @@ pub use plan::{
 use std::borrow::Cow;
 use std::collections::BTreeSet;
 
-use crate::config::{Config, ControlConfig};
+use crate::config::{Config, ControlConfig, SafetyRule};
 use crate::model::{Bytes, HostState, Inventory, Ledger, VmFacts, VmId};
 use give::Budget;
 use take::Demand;
@@ -107,7 +107,7 @@ fn decide(
     }
     host.pending = views.iter().map(|view| view.pending_gain(control)).sum();
     let demand = demand(ledger, budget, host, now_ms, config);
-    let near = if control.safety.dead_band {
+    let near = if control.safety.has(SafetyRule::DeadBand) {
         control.dead_band
     } else {
         Bytes(1)
@@ -142,7 +142,7 @@ fn demand(
     if host.state > HostState::Green {
         host.goal = ledger.usable.part(config.thresholds.yellow.leave);
     }
-    let granted = if control.safety.granted_counts {
+    let granted = if control.safety.has(SafetyRule::GrantedCounts) {
         ledger.granted + budget.granted
     } else {
         Bytes::ZERO
@@ -159,7 +159,7 @@ fn demand(
 /// Callable memory that has to become firm: no more may be called in at once than is there.
 fn firm(ledger: &Ledger, control: &ControlConfig) -> Bytes {
     let covered = ledger.available.scale(1.0 / state::BURST_LEAVE);
-    if control.safety.burst && ledger.burst > covered {
+    if control.safety.has(SafetyRule::Burst) && ledger.burst > covered {
         ledger.callable_liability - covered
     } else {
         Bytes::ZERO

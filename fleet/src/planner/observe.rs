@@ -2,7 +2,7 @@
 //!
 //! A sample is looked at once. Everything here compares it with the one before; nothing decides what to do.
 
-use crate::config::ControlConfig;
+use crate::config::{ControlConfig, SafetyRule};
 use crate::model::{Bytes, VmFacts, VmSample};
 
 use super::VmMemory;
@@ -97,7 +97,7 @@ fn request(sample: &VmSample, memory: &mut VmMemory, control: &ControlConfig) {
     memory.target = sample.balloon_target;
     memory.asked_from = sample.ballooned;
     memory.asked_gain = Bytes::ZERO;
-    if !(grew && unchanged && control.safety.stuck) {
+    if !(grew && unchanged && control.safety.has(SafetyRule::Stuck)) {
         return;
     }
     memory.refused += 1;
@@ -239,7 +239,7 @@ fn learn(facts: &VmFacts, has: Bytes, memory: &mut VmMemory, now_ms: u64, contro
 }
 
 fn trust(facts: &VmFacts, sample: &VmSample, memory: &mut VmMemory, control: &ControlConfig) {
-    if !control.safety.trust {
+    if !control.safety.has(SafetyRule::Trust) {
         return;
     }
     if sample.resident > possible(facts, sample) {
@@ -299,7 +299,7 @@ fn movement(facts: &VmFacts, sample: &VmSample, memory: &mut VmMemory, control: 
     }
     let moved = sample.ballooned - memory.moving_from;
     let expected = control.stuck_rate.scale(elapsed_ms as f64 / 1000.0);
-    if moved < expected && control.safety.stuck {
+    if moved < expected && control.safety.has(SafetyRule::Stuck) {
         stick(memory, sample.at_ms, control);
     }
     // The rate is that of the last stretch, so that a guest that was fast once is not fast for ever.
@@ -309,7 +309,7 @@ fn movement(facts: &VmFacts, sample: &VmSample, memory: &mut VmMemory, control: 
 
 /// Differences below this are not acted on.
 pub(super) fn dead_band(configured: Bytes, control: &ControlConfig) -> Bytes {
-    if control.safety.dead_band {
+    if control.safety.has(SafetyRule::DeadBand) {
         control
             .dead_band
             .max(configured.part(control.dead_band_part))

@@ -179,6 +179,29 @@ impl Plan {
     }
 }
 
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let or_off = |limit: Option<Bytes>| {
+            limit.map_or_else(|| "off".to_owned(), |limit| limit.to_string())
+        };
+        match &self.kind {
+            ActionKind::Balloon { from, to } => write!(f, "balloon {from} → {to}")?,
+            ActionKind::Reporting { policy } => write!(
+                f,
+                "reporting policy: {} blocks pending, {} ms at most, blocks {} ms old",
+                policy.pending_blocks, policy.delay_ms_max, policy.age_ms_min
+            )?,
+            ActionKind::MemoryMax { limit } => write!(f, "memory.max {}", or_off(*limit))?,
+            ActionKind::MemoryHigh { limit } => write!(f, "memory.high {}", or_off(*limit))?,
+            ActionKind::SwapMax { limit } => write!(f, "memory.swap.max {limit}")?,
+            ActionKind::Pause | ActionKind::Resume | ActionKind::Kill => {
+                f.write_str(self.kind.name())?;
+            }
+        }
+        write!(f, " ({})", self.reason.name())
+    }
+}
+
 impl Action {
     /// Whether the action may still be carried out.
     ///
@@ -218,9 +241,21 @@ impl Action {
 
 /// The closed list of reasons, for explanations and as a label of metrics.
 #[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    Serialize,
+    Deserialize,
+    strum::IntoStaticStr,
 )]
 #[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
 pub enum Reason {
     /// The host has enough memory.
     #[default]
@@ -279,35 +314,8 @@ pub enum Reason {
 
 impl Reason {
     /// The name in metrics and logs.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::NoNeed => "no-need",
-            Self::Fresh => "fresh",
-            Self::Stale => "stale",
-            Self::StallSuspected => "stall-suspected",
-            Self::Interlock => "interlock",
-            Self::Unmanaged => "unmanaged",
-            Self::Critical => "critical",
-            Self::Shortage => "shortage",
-            Self::BurstCover => "burst-cover",
-            Self::NothingToTake => "nothing-to-take",
-            Self::OthersGave => "others-gave",
-            Self::DeadBand => "dead-band",
-            Self::Blocked => "blocked",
-            Self::Stuck => "stuck",
-            Self::Lying => "lying",
-            Self::Harm => "harm",
-            Self::Suffering => "suffering",
-            Self::Need => "need",
-            Self::AtMaximum => "at-maximum",
-            Self::NoBudget => "no-budget",
-            Self::Relax => "relax",
-            Self::BelowMinimum => "below-minimum",
-            Self::AboveMaximum => "above-maximum",
-            Self::ReportingLever => "reporting-lever",
-            Self::LastResort => "last-resort",
-            Self::Recovered => "recovered",
-        }
+    pub fn name(self) -> &'static str {
+        self.into()
     }
 }
 

@@ -1,6 +1,6 @@
 //! The host's state, from its facts and the state before.
 
-use crate::config::{Config, Thresholds};
+use crate::config::{Config, SafetyRule, Thresholds};
 use crate::model::{Bytes, Fraction, HostFacts, HostState, Inventory, Ledger};
 
 use super::PressureMemory;
@@ -24,7 +24,7 @@ pub(super) fn next(
     config: &Config,
 ) -> HostState {
     let free = Fraction(ledger.available.ratio(ledger.usable));
-    let held = config.control.safety.dead_band;
+    let held = config.control.safety.has(SafetyRule::DeadBand);
     let mut state = pressed;
     for candidate in [HostState::Yellow, HostState::Orange, HostState::Red] {
         let stays = held && before >= candidate;
@@ -32,7 +32,9 @@ pub(super) fn next(
             state = state.max(candidate);
         }
     }
-    if config.control.safety.burst && uncovered(ledger, held && before > HostState::Green) {
+    if config.control.safety.has(SafetyRule::Burst)
+        && uncovered(ledger, held && before > HostState::Green)
+    {
         state = state.max(HostState::Yellow);
     }
     state
@@ -91,7 +93,7 @@ fn asked(
     config: &Config,
 ) -> HostState {
     let pressure = host.pressure.some_avg10 / 100.0;
-    let held = config.control.safety.dead_band;
+    let held = config.control.safety.has(SafetyRule::DeadBand);
     let counts = free < config.thresholds.pressure_below;
     let mut asked = HostState::Green;
     for (index, candidate) in [HostState::Yellow, HostState::Orange, HostState::Red]
@@ -119,13 +121,15 @@ fn uncovered(ledger: &Ledger, stays: bool) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use strum::VariantArray as _;
+
     use super::*;
     use crate::model::{Amount, Pressure};
 
     /// The state after one plan of a host with this much free and this pressure.
     fn at(before: HostState, free_percent: u64, some_avg10: f64) -> HostState {
         let mut memory = PressureMemory {
-            above_at_ms: HostState::ALL[1..]
+            above_at_ms: HostState::VARIANTS[1..]
                 .iter()
                 .map(|state| (before >= *state).then_some(0))
                 .collect::<Vec<_>>()
@@ -199,7 +203,7 @@ mod tests {
     #[test]
     fn states_are_entered_below_their_values() {
         let states = [30, 19, 9, 4].map(|free| at(HostState::Green, free, 0.0));
-        assert_eq!(states, HostState::ALL);
+        assert_eq!(states.as_slice(), HostState::VARIANTS);
     }
 
     #[test]

@@ -4,6 +4,8 @@
 //! VM goes with what it has to spare, weighed by idleness and against shares. A step bounds what one plan takes from
 //! one VM, so that the next sample can tell whether it did harm.
 
+use strum::VariantArray as _;
+
 use crate::config::ControlConfig;
 use crate::model::{Bytes, HostState, PriorityClass};
 
@@ -23,7 +25,7 @@ pub(super) struct Demand {
 /// Takes at most `shortage`, but for one dead band, and returns what was taken.
 pub(super) fn take(views: &mut [View<'_>], demand: &Demand, control: &ControlConfig) -> Bytes {
     let mut taken = Bytes::ZERO;
-    for class in PriorityClass::ALL {
+    for &class in PriorityClass::VARIANTS {
         let missing = demand.shortage - taken;
         if missing == Bytes::ZERO {
             break;
@@ -45,7 +47,7 @@ fn firm_up(views: &mut [View<'_>], demand: &Demand, control: &ControlConfig) {
         .map(|view| view.target - view.sample.ballooned)
         .sum();
     let mut missing = demand.firm - under_way;
-    for class in PriorityClass::ALL {
+    for &class in PriorityClass::VARIANTS {
         for view in views
             .iter_mut()
             .filter(|view| view.facts.policy.class == class)

@@ -1,6 +1,6 @@
 //! One VM as a plan sees it: facts and memory, and the figures that the rules decide on.
 
-use crate::config::{Config, ControlConfig};
+use crate::config::{Config, ControlConfig, SafetyRule};
 use crate::model::{Bytes, FeatureLevel, HostState, PriorityClass, VmFacts, VmSample};
 
 use super::observe::{TURNS_MAX, dead_band, keeps, possible, refaulting, used};
@@ -43,8 +43,9 @@ impl<'a> View<'a> {
         let pending = target - sample.ballooned;
         let has = facts.configured - sample.ballooned;
         let control = &config.control;
-        let fresh =
-            |at_ms: u64| now_ms <= at_ms + control.sample_age_max.0 || !control.safety.stale;
+        let fresh = |at_ms: u64| {
+            now_ms <= at_ms + control.sample_age_max.0 || !control.safety.has(SafetyRule::Stale)
+        };
         let claims = sample.guest.filter(|claims| fresh(claims.at_ms));
         Self {
             facts,
@@ -77,7 +78,7 @@ impl<'a> View<'a> {
 
     /// No answer for so long that nothing is known any more.
     pub(super) fn stale(&self, now_ms: u64, control: &ControlConfig) -> bool {
-        control.safety.stale
+        control.safety.has(SafetyRule::Stale)
             && (self.facts.missed_samples >= control.misses_max
                 || now_ms > self.sample.at_ms + control.sample_age_max.0
                 || self.facts.level >= FeatureLevel::L1
@@ -105,11 +106,11 @@ impl<'a> View<'a> {
             Some(Reason::Lying)
         } else if memory.stuck {
             Some(Reason::Stuck)
-        } else if memory.suffering && control.safety.give_back {
+        } else if memory.suffering && control.safety.has(SafetyRule::GiveBack) {
             Some(Reason::Suffering)
-        } else if refaulting(memory) && control.safety.give_back {
+        } else if refaulting(memory) && control.safety.has(SafetyRule::GiveBack) {
             Some(Reason::Need)
-        } else if control.safety.blocking
+        } else if control.safety.has(SafetyRule::Blocking)
             && (self.rests(state, now_ms, control)
                 || self.shrinking(control)
                 || memory.turns_ms.len() >= TURNS_MAX)
@@ -136,7 +137,7 @@ impl<'a> View<'a> {
     /// The largest target that can be asked for without harm. Free memory goes first; droppable caches from orange on;
     /// of a guest that tells nothing of itself, something only from orange on.
     pub(super) fn target_max(&self, state: HostState, control: &ControlConfig) -> Bytes {
-        let high = if control.safety.give_back {
+        let high = if control.safety.has(SafetyRule::GiveBack) {
             self.high.min(self.facts.configured - self.learned_min())
         } else {
             self.high
@@ -179,7 +180,7 @@ impl<'a> View<'a> {
     pub(super) fn pending_gain(&self, control: &ControlConfig) -> Bytes {
         let missing = self.target - self.sample.ballooned;
         let memory = &self.memory;
-        if !control.safety.pending_counts || memory.stuck || memory.distrusted {
+        if !control.safety.has(SafetyRule::PendingCounts) || memory.stuck || memory.distrusted {
             return Bytes::ZERO;
         }
         let asked = memory.target - memory.asked_from;

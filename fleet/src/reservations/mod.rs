@@ -26,8 +26,20 @@ use serde::{Deserialize, Serialize};
 use crate::model::Bytes;
 
 /// How far a reservation is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    Hash,
+    Serialize,
+    Deserialize,
+    strum::IntoStaticStr,
+    strum::VariantArray,
+)]
 #[serde(rename_all = "lowercase")]
+#[strum(serialize_all = "lowercase")]
 pub enum ReservationPhase {
     /// Made; nobody has said that a VM was started.
     Promised,
@@ -38,16 +50,9 @@ pub enum ReservationPhase {
 }
 
 impl ReservationPhase {
-    /// All of them.
-    pub const ALL: [Self; 3] = [Self::Promised, Self::Starting, Self::Running];
-
     /// The name in answers and metrics.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Promised => "promised",
-            Self::Starting => "starting",
-            Self::Running => "running",
-        }
+    pub fn name(self) -> &'static str {
+        self.into()
     }
 }
 

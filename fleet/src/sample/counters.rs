@@ -1,8 +1,9 @@
 //! How the VMMs answer: requests by endpoint and result, and what they took.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
+
+use parking_lot::Mutex;
 
 /// Upper bounds of the duration buckets, seconds.
 pub const DURATION_BUCKETS_SECONDS: [f64; 9] =
@@ -35,7 +36,7 @@ impl RequestCounters {
         duration: Duration,
     ) {
         let seconds = duration.as_secs_f64();
-        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counts = self.counts.lock();
         let count = counts.entry((op, failure.unwrap_or("ok"))).or_default();
         count.count += 1;
         count.sum_seconds += seconds;
@@ -46,9 +47,6 @@ impl RequestCounters {
 
     /// All counts by endpoint and result.
     pub fn snapshot(&self) -> BTreeMap<(&'static str, &'static str), RequestCount> {
-        self.counts
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.counts.lock().clone()
     }
 }

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::RequestCounters;
-use super::process::resident_bytes;
+use crate::host::resident_bytes;
 use crate::model::{Bytes, FeatureLevel, GuestClaims, Interlock, ReclaimFigures, VmSample};
 
 /// HTTP status of a VMM that does not know an endpoint or has no VM.
@@ -137,27 +137,27 @@ impl InfoMemory {
 
 /// Where the kernel tells of the VMM's process.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct ProcessFiles<'a> {
-    pub(super) proc: &'a Path,
-    pub(super) pid: i32,
+pub(crate) struct ProcessFiles<'a> {
+    pub(crate) proc: &'a Path,
+    pub(crate) pid: i32,
 }
 
 /// What to ask for, and where.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Round<'a> {
-    pub(super) client: &'a Client,
-    pub(super) process: ProcessFiles<'a>,
-    pub(super) counters: &'a RequestCounters,
+pub(crate) struct Round<'a> {
+    pub(crate) client: &'a Client,
+    pub(crate) process: ProcessFiles<'a>,
+    pub(crate) counters: &'a RequestCounters,
     /// The planner's clock at the start.
-    pub(super) at_ms: u64,
+    pub(crate) at_ms: u64,
     /// Whether the guest follows a reporting policy, if that is known.
-    pub(super) policy_in_effect: Option<bool>,
+    pub(crate) policy_in_effect: Option<bool>,
     /// A guest's figures older than this are asked for anew.
-    pub(super) guest_age_ms_max: u64,
+    pub(crate) guest_age_ms_max: u64,
 }
 
 /// Asks everything once. Endpoints that turn out to be missing are struck off `level_max`.
-pub(super) fn read_vm(
+pub(crate) fn read_vm(
     round: Round<'_>,
     level_max: &mut FeatureLevel,
 ) -> Result<VmReading, SampleFailure> {

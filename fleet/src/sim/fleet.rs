@@ -13,7 +13,7 @@ use serde::Serialize;
 use crate::admission::{Request, admit};
 use crate::config::Millis;
 use crate::model::Bytes;
-use crate::placement::{HostCapacity, Lot, place};
+use crate::placement::{HostCapacity, SplitMix64, place};
 
 use super::host::Host;
 use super::outcome::{Outcome, Run};
@@ -79,7 +79,7 @@ struct Fleet<'a> {
     /// What each host promised, and until when.
     promises: Vec<VecDeque<(u64, Bytes)>>,
     waiting: VecDeque<Waiting>,
-    lot: Lot,
+    lot: SplitMix64,
     outcome: FleetOutcome,
     /// Arrivals that are due, in parts of a VM.
     arrivals: f64,
@@ -95,7 +95,7 @@ pub(super) fn run(scenario: &Scenario) -> FleetRun {
         published: vec![HostCapacity::default(); hosts.len()],
         promises: vec![VecDeque::new(); hosts.len()],
         waiting: VecDeque::new(),
-        lot: Lot(scenario.seed),
+        lot: SplitMix64(scenario.seed),
         outcome: FleetOutcome {
             hosts: scenario.hosts.count,
             vms: hosts.iter().map(|host| host.guests.len() as u64).sum(),

@@ -8,7 +8,7 @@
 //!
 //! All amounts are MiB as `f32`, which are exact to a tenth of a page cluster at the sizes of guests.
 
-use crate::placement::Lot;
+use crate::placement::SplitMix64;
 
 use super::scenario::{Character, GuestGroup, Load};
 
@@ -65,7 +65,13 @@ impl Guests {
     }
 
     /// Adds a guest of this group that starts after `down_s` seconds.
-    pub(super) fn push(&mut self, group: u16, kind: &GuestGroup, down_s: f32, lot: &mut Lot) {
+    pub(super) fn push(
+        &mut self,
+        group: u16,
+        kind: &GuestGroup,
+        down_s: f32,
+        lot: &mut SplitMix64,
+    ) {
         self.group.push(group);
         self.configured.push(mib(kind.memory.0));
         for column in [

@@ -2,14 +2,15 @@
 
 use crate::config::Config;
 use crate::model::{
-    Bytes, FeatureLevel, GuestClaims, HostFacts, HostState, Inventory, Pressure, ReclaimFigures,
-    VmFacts, VmId, VmPolicy, VmSample,
+    Bytes, FeatureLevel, GuestClaims, HostFacts, Inventory, Pressure, ReclaimFigures, VmFacts,
+    VmId, VmPolicy, VmSample,
 };
-use crate::placement::Lot;
+use crate::placement::SplitMix64;
 use crate::planner::Plan;
 
 use super::guests::{Guests, bytes, mib};
-use super::manager::{self, Manager, Order};
+use super::manager::{Manager, Order};
+use super::managers;
 use super::outcome::{Outcome, Point};
 use super::scenario::{Character, GuestGroup, ManagerKind, Scenario};
 
@@ -41,7 +42,7 @@ pub(super) struct Host {
     next_record_ms: u64,
     pressure: f64,
     lost: f64,
-    lot: Lot,
+    lot: SplitMix64,
     /// Which way each balloon was last moved, and how often that changed.
     turns: Vec<(i8, u16)>,
     pub(super) outcome: Outcome,
@@ -51,12 +52,12 @@ pub(super) struct Host {
 
 impl Host {
     pub(super) fn new(scenario: &Scenario, kind: ManagerKind, number: u64) -> Self {
-        let mut lot = Lot(scenario.seed ^ number.wrapping_mul(0x2545_f491_4f6c_dd1d));
+        let mut lot = SplitMix64(scenario.seed ^ number.wrapping_mul(0x2545_f491_4f6c_dd1d));
         let mut host = Self {
             kinds: scenario.guests.clone(),
             guests: Guests::default(),
             inventory: Inventory::default(),
-            manager: manager::new(kind, &scenario.time, &scenario.config),
+            manager: managers::new(kind, &scenario.time, &scenario.config),
             orders: Vec::new(),
             reporting: true,
             memory: mib(scenario.hosts.memory.0),
@@ -71,7 +72,7 @@ impl Host {
             turns: Vec::new(),
             outcome: Outcome::default(),
             alive: true,
-            lot: Lot(lot.next()),
+            lot: SplitMix64(lot.next()),
         };
         for (group, guests) in scenario.guests.iter().enumerate() {
             for n in 0..guests.count {
@@ -95,7 +96,7 @@ impl Host {
     }
 
     /// Puts one more guest on the host.
-    pub(super) fn add(&mut self, group: u16, down_s: f32, lot: &mut Lot, config: &Config) {
+    pub(super) fn add(&mut self, group: u16, down_s: f32, lot: &mut SplitMix64, config: &Config) {
         let kind = &self.kinds[usize::from(group)];
         let place = self.guests.len();
         self.guests.push(group, kind, down_s, lot);
@@ -330,6 +331,3 @@ fn sample_of(guests: &Guests, i: usize, character: Character, now_ms: u64) -> Vm
         }),
     }
 }
-
-/// The states in the order of their columns.
-pub(super) const STATES: usize = HostState::ALL.len();

@@ -12,6 +12,7 @@ mod fleet;
 mod guests;
 mod host;
 mod manager;
+mod managers;
 mod outcome;
 mod report;
 mod scenario;

@@ -1,10 +1,10 @@
 //! What came out of a run.
 
 use serde::Serialize;
+use strum::VariantArray as _;
 
 use crate::model::HostState;
 
-use super::host::STATES;
 use super::scenario::{Check, ManagerKind};
 
 /// Sums over hosts and time, from the end of settling on.
@@ -27,7 +27,7 @@ pub struct Outcome {
     /// Host time, s.
     pub seconds: f64,
     /// Host time by state, s.
-    pub state_s: [f64; STATES],
+    pub state_s: [f64; HostState::VARIANTS.len()],
     /// Part of the guests' memory that was in balloons when it was most.
     pub ballooned_peak: f64,
     /// Used part of the host, summed over time.

@@ -3,6 +3,7 @@
 use std::fmt::{self, Write};
 
 use serde::Serialize;
+use strum::VariantArray as _;
 
 use crate::model::HostState;
 
@@ -81,7 +82,11 @@ fn row(f: &mut fmt::Formatter<'_>, run: &Run, guests: u32, hosts: u32) -> fmt::R
     let state =
         |state: HostState| 100.0 * outcome.state_s[state as usize] / outcome.seconds.max(1.0);
     let states = if run.manager == ManagerKind::Ours {
-        HostState::ALL.map(|s| format!("{:.0}", state(s))).join("/")
+        HostState::VARIANTS
+            .iter()
+            .map(|&s| format!("{:.0}", state(s)))
+            .collect::<Vec<_>>()
+            .join("/")
     } else {
         "–".to_owned()
     };

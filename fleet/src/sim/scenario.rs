@@ -218,31 +218,29 @@ pub struct Trouble {
 }
 
 /// Who manages the memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, strum::IntoStaticStr)]
 #[serde(rename_all = "kebab-case")]
 pub enum ManagerKind {
     /// The planner of this crate.
+    #[strum(serialize = "ch-fleet")]
     Ours,
     /// oVirt's MOM with its default ballooning rules.
+    #[strum(serialize = "MOM")]
     Mom,
     /// Proxmox VE's automatic ballooning.
     Proxmox,
     /// xapi's squeezed.
+    #[strum(serialize = "squeezed")]
     Squeezed,
     /// Nobody: free page reporting alone.
+    #[strum(serialize = "reporting only")]
     None,
 }
 
 impl ManagerKind {
     /// Its name in tables.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Ours => "ch-fleet",
-            Self::Mom => "MOM",
-            Self::Proxmox => "Proxmox",
-            Self::Squeezed => "squeezed",
-            Self::None => "reporting only",
-        }
+    pub fn name(self) -> &'static str {
+        self.into()
     }
 }
 

@@ -1,13 +1,16 @@
 //! Counts and times what is asked of a store.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use super::{Committed, LeaseId, Listing, Revision, Store, StoreError, Txn};
 
 /// What was asked, for metrics.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, strum::IntoStaticStr)]
+#[strum(serialize_all = "lowercase")]
 pub enum StoreCall {
     /// [`Store::list`]
     List,
@@ -19,12 +22,8 @@ pub enum StoreCall {
 
 impl StoreCall {
     /// The name in metrics.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::List => "list",
-            Self::Commit => "commit",
-            Self::Lease => "lease",
-        }
+    pub fn name(self) -> &'static str {
+        self.into()
     }
 }
 
@@ -56,10 +55,7 @@ impl Measured {
 
     /// The counts so far.
     pub fn counters(&self) -> StoreCounters {
-        self.counters
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.counters.lock().clone()
     }
 
     fn count<T>(
@@ -70,7 +66,7 @@ impl Measured {
     ) -> Result<T, StoreError> {
         let start = Instant::now();
         let result = ask(&*self.store);
-        let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counters = self.counters.lock();
         let name = match &result {
             Ok(answer) => {
                 counters.latency_ms = start.elapsed().as_secs_f64() * 1e3;

@@ -4,14 +4,16 @@
 //! for it has given up.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
+use strum::VariantArray as _;
+
 use super::{Committed, LeaseId, Listing, Pair, Revision, Store, StoreError, Txn, Write};
-use crate::placement::Lot;
+use crate::placement::SplitMix64;
 
 /// What becomes of a call.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::VariantArray)]
 pub enum Fault {
     /// Nothing is done, and that is known.
     Unreachable,
@@ -23,15 +25,6 @@ pub enum Fault {
     Late,
 }
 
-impl Fault {
-    const ALL: [Self; 4] = [
-        Self::Unreachable,
-        Self::LostAnswer,
-        Self::LostRequest,
-        Self::Late,
-    ];
-}
-
 #[derive(Debug, Default)]
 struct Inner {
     revision: u64,
@@ -41,7 +34,7 @@ struct Inner {
     leases_made: i64,
     now: Duration,
     faults: VecDeque<Fault>,
-    chance: Option<(Lot, u64)>,
+    chance: Option<(SplitMix64, u64)>,
     late: Vec<Txn>,
     down: bool,
 }
@@ -78,7 +71,7 @@ impl MemoryStore {
 
     /// Lets one in `one_in` calls that change something fail in one of all ways, by lot.
     pub fn fail_by_lot(&self, seed: u64, one_in: u64) {
-        self.lock().chance = (one_in > 0).then_some((Lot(seed), one_in));
+        self.lock().chance = (one_in > 0).then_some((SplitMix64(seed), one_in));
     }
 
     /// Answers nobody until it is called again with false.
@@ -97,7 +90,7 @@ impl MemoryStore {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock()
     }
 
     fn reached(&self) -> Result<MutexGuard<'_, Inner>, StoreError> {
@@ -128,7 +121,7 @@ impl Inner {
         if !lot.next().is_multiple_of(*one_in) {
             return None;
         }
-        Some(Fault::ALL[(lot.next() % Fault::ALL.len() as u64) as usize])
+        Some(Fault::VARIANTS[(lot.next() % Fault::VARIANTS.len() as u64) as usize])
     }
 
     fn commit(&mut self, txn: &Txn) -> Result<Committed, StoreError> {
@@ -241,15 +234,9 @@ impl Store for MemoryStore {
         let mut inner = self.reached()?;
         // Removed keys leave no trace below the prefix, so any later change counts; a hint may be wrong.
         while inner.revision <= after.0 {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+            if self.changed.wait_until(&mut inner, until).timed_out() {
                 return Ok(false);
             }
-            inner = self
-                .changed
-                .wait_timeout(inner, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
         }
         log::trace!("something changed, perhaps below {prefix}");
         Ok(true)

@@ -122,7 +122,8 @@ pub enum Committed {
 }
 
 /// Why a call gave no answer.
-#[derive(Debug, Error)]
+#[derive(Debug, Error, strum::IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
 pub enum StoreError {
     /// Nobody answered; nothing was changed.
     #[error("the store cannot be reached: {why}")]
@@ -155,14 +156,8 @@ pub enum StoreError {
 
 impl StoreError {
     /// One word for metrics.
-    pub const fn name(&self) -> &'static str {
-        match self {
-            Self::Unreachable { .. } => "unreachable",
-            Self::Unknown { .. } => "unknown",
-            Self::LeaseOver => "lease-over",
-            Self::Refused { .. } => "refused",
-            Self::Form { .. } => "form",
-        }
+    pub fn name(&self) -> &'static str {
+        self.into()
     }
 }
 

@@ -37,14 +37,16 @@ fn service(url: String) -> Service {
 }
 
 fn introduced() -> Vec<Reply> {
-    vec![Reply::new(204, ""); State::ALL.len()]
+    vec![Reply::new(204, ""); <State as strum::VariantArray>::VARIANTS.len()]
 }
 
 fn tell(replies: Vec<Reply>) -> (Result<(), HttpError>, Vec<(String, Value)>) {
     let server = FakeServer::start([introduced(), replies].concat());
     let mut placement = Placement::new(&service(server.url()), "h1", "MEMORY_MB", false).unwrap();
     let result = placement.tell(&offer(8, 2, State::Green));
-    let requests = server.requests().split_off(State::ALL.len());
+    let requests = server
+        .requests()
+        .split_off(<State as strum::VariantArray>::VARIANTS.len());
     (result, requests)
 }
 

@@ -17,7 +17,7 @@ const LEASE_MAX: Millis = Millis::seconds(600);
 /// `[store]`. Read at start; a reload leaves it as it was.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct StoreSettings {
+pub struct StoreSection {
     /// Members of the etcd cluster, `http://host:port`; none: this host is for itself.
     pub endpoints: Vec<String>,
     /// Before all keys; fleets that share a cluster have different ones.
@@ -31,7 +31,7 @@ pub struct StoreSettings {
     pub deadline: Millis,
 }
 
-impl Default for StoreSettings {
+impl Default for StoreSection {
     fn default() -> Self {
         Self {
             endpoints: Vec::new(),
@@ -60,7 +60,7 @@ pub enum StoreFault {
     Deadline,
 }
 
-impl StoreSettings {
+impl StoreSection {
     /// The shortest and the longest lease.
     pub(super) const LEASE: (Millis, Millis) = (LEASE_MIN, LEASE_MAX);
 

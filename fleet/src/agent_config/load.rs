@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use thiserror::Error;
 
-use super::{AGENT, RuleFault, Settings, StoreFault, rules};
+use super::{AGENT, AgentConfig, RuleFault, StoreFault, rules};
 use crate::config::{Config, ConfigError, ConfigFault, ranges};
 use crate::host::HostFiles;
 use crate::model::Bytes;
@@ -63,7 +63,7 @@ pub enum LoadError {
 #[derive(Clone, Debug)]
 pub struct Loaded {
     /// The settings.
-    pub settings: Settings,
+    pub config: AgentConfig,
     /// The files they are from, in the order they were read; empty when all is default.
     pub files: Vec<PathBuf>,
 }
@@ -91,12 +91,12 @@ pub fn load(file: &Path, required: bool) -> Result<Loaded, LoadError> {
         split(table.clone()).map_err(syntax)?;
         merge(&mut all, table, "");
     }
-    let settings = split(all).map_err(|source| LoadError::Syntax {
+    let config = split(all).map_err(|source| LoadError::Syntax {
         path: file.to_owned(),
         source,
     })?;
-    check(&settings)?;
-    Ok(Loaded { settings, files })
+    check(&config)?;
+    Ok(Loaded { config, files })
 }
 
 /// The same, and checks that the settings make sense on the machine whose files are `host`.
@@ -106,7 +106,7 @@ pub fn load(file: &Path, required: bool) -> Result<Loaded, LoadError> {
 pub fn load_for(file: &Path, required: bool, host: &HostFiles) -> Result<Loaded, LoadError> {
     let loaded = load(file, required)?;
     if let Ok(total) = host.total() {
-        loaded.settings.check_machine(total)?;
+        loaded.config.check_machine(total)?;
     }
     Ok(loaded)
 }
@@ -135,7 +135,7 @@ fn drop_ins(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
 }
 
 /// Takes the agent's own sections out; the rest is the planner's.
-fn split(mut table: toml::Table) -> Result<Settings, toml::de::Error> {
+fn split(mut table: toml::Table) -> Result<AgentConfig, toml::de::Error> {
     fn take<T: Default + for<'de> Deserialize<'de>>(
         table: &mut toml::Table,
         name: &str,
@@ -144,12 +144,12 @@ fn split(mut table: toml::Table) -> Result<Settings, toml::de::Error> {
             .remove(name)
             .map_or_else(|| Ok(T::default()), toml::Value::try_into)
     }
-    Ok(Settings {
+    Ok(AgentConfig {
         agent: take(&mut table, "agent")?,
         discovery: take(&mut table, "discovery")?,
         store: take(&mut table, "store")?,
         vms: take(&mut table, "vm")?,
-        config: Config::deserialize(table)?,
+        planning: Config::deserialize(table)?,
     })
 }
 
@@ -172,9 +172,9 @@ fn merge(into: &mut toml::Table, from: toml::Table, prefix: &str) {
     }
 }
 
-fn check(settings: &Settings) -> Result<(), LoadError> {
-    settings.config.check().map_err(LoadError::Config)?;
-    let agent = &settings.agent;
+fn check(config: &AgentConfig) -> Result<(), LoadError> {
+    config.planning.check().map_err(LoadError::Config)?;
+    let agent = &config.agent;
     let mut faults: Vec<_> = ranges::faults("agent.", AGENT, agent).collect();
     if agent.trigger_stall >= agent.trigger_window {
         faults.push(ConfigFault::TriggerOrder);
@@ -182,7 +182,7 @@ fn check(settings: &Settings) -> Result<(), LoadError> {
     if !faults.is_empty() {
         return Err(LoadError::Config(ConfigError::Faults(faults)));
     }
-    Discovery::new(&settings.discovery.sockets).map_err(LoadError::Pattern)?;
-    settings.store.check().map_err(LoadError::Store)?;
-    rules::check(&settings.vms, &settings.config.policy).map_err(LoadError::Rule)
+    Discovery::new(&config.discovery.sockets).map_err(LoadError::Pattern)?;
+    config.store.check().map_err(LoadError::Store)?;
+    rules::check(&config.vms, &config.planning.policy).map_err(LoadError::Rule)
 }

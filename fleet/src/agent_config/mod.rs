@@ -15,7 +15,7 @@ mod tests;
 pub use load::{LoadError, Loaded, load, load_for};
 pub use reference::reference;
 pub use rules::RuleFault;
-pub use store::{StoreFault, StoreSettings};
+pub use store::{StoreFault, StoreSection};
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -33,23 +33,23 @@ pub const DEFAULT_SOCKET: &str = "/run/ch-fleet/agent.sock";
 
 /// Everything that is configured.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Settings {
+pub struct AgentConfig {
     /// `[agent]`
-    pub agent: AgentSettings,
+    pub agent: AgentSection,
     /// `[discovery]`
-    pub discovery: DiscoverySettings,
+    pub discovery: DiscoverySection,
     /// `[store]`
-    pub store: StoreSettings,
+    pub store: StoreSection,
     /// `[[vm]]`, first match wins.
     pub vms: Vec<VmRule>,
     /// All other sections: what decisions depend on.
-    pub config: Config,
+    pub planning: Config,
 }
 
 /// `[agent]`: the agent itself. Read at start; a reload leaves it as it was.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct AgentSettings {
+pub struct AgentSection {
     /// Socket on which the agent takes orders.
     pub socket: PathBuf,
     /// Folder for what must outlive the agent.
@@ -70,7 +70,7 @@ pub struct AgentSettings {
     pub dry_run: bool,
 }
 
-impl Default for AgentSettings {
+impl Default for AgentSection {
     fn default() -> Self {
         Self {
             socket: PathBuf::from(DEFAULT_SOCKET),
@@ -87,7 +87,7 @@ impl Default for AgentSettings {
 }
 
 /// The numbers of `[agent]`.
-const AGENT: &[Row<AgentSettings>] = rows! { AgentSettings:
+const AGENT: &[Row<AgentSection>] = rows! { AgentSection:
     scan = Range::Time(100, 3_600_000);
     host = Range::Time(50, 60_000);
     trigger_stall = Range::Time(1, 10_000);
@@ -109,12 +109,12 @@ pub enum OnStop {
 /// `[discovery]`
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct DiscoverySettings {
+pub struct DiscoverySection {
     /// Patterns of API sockets.
     pub sockets: Vec<String>,
 }
 
-impl Default for DiscoverySettings {
+impl Default for DiscoverySection {
     fn default() -> Self {
         Self {
             sockets: vec!["/run/ch/*/api.sock".to_owned(), "/run/ch/*.sock".to_owned()],
@@ -132,7 +132,7 @@ pub struct VmRule {
     pub policy: String,
 }
 
-impl Settings {
+impl AgentConfig {
     /// The policy for a VM of this name: that of the first rule that matches, else the one called as the VM is, else
     /// `default`.
     pub fn policy_name(&self, vm: &str) -> &str {
@@ -143,7 +143,7 @@ impl Settings {
         match rule {
             Some(rule) => &rule.policy,
             None => self
-                .config
+                .planning
                 .policy
                 .get_key_value(vm)
                 .map_or("default", |(name, _)| name),
@@ -155,7 +155,7 @@ impl Settings {
     /// # Errors
     /// Nothing of the machine would be left to hand out.
     pub fn check_machine(&self, total: Bytes) -> Result<(), LoadError> {
-        let reserve = self.config.reserve(total);
+        let reserve = self.planning.reserve(total);
         if total > Bytes::ZERO && reserve.0 >= total.0 / 10 * 9 {
             return Err(LoadError::Reserve { reserve, total });
         }
@@ -166,7 +166,7 @@ impl Settings {
     pub fn to_toml(&self) -> String {
         // Every section is made of plain tables and texts, all of which TOML can hold.
         let table = |value: Result<toml::Table, toml::ser::Error>| value.unwrap_or_default();
-        let mut all = table(toml::Table::try_from(&self.config));
+        let mut all = table(toml::Table::try_from(&self.planning));
         let mut put =
             |name: &str, section| all.insert(name.to_owned(), toml::Value::Table(section));
         put("agent", table(toml::Table::try_from(&self.agent)));

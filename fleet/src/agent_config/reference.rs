@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{AGENT, AgentSettings, StoreSettings};
+use super::{AGENT, AgentSection, StoreSection};
 use crate::config::ranges::{CONFIG, POLICY, Quantity, Row};
 use crate::config::{Config, Millis, PolicyConfig};
 use crate::model::{Bytes, Fraction};
@@ -16,11 +16,11 @@ pub fn reference() -> String {
          `fleet/src/config/ranges.rs`; a test compares the two. What each key does is explained in [fleet.md](fleet.md).\n\n\
          | Key | Default | Range |\n| --- | --- | --- |\n",
     );
-    rows(&mut page, "agent.", AGENT, &AgentSettings::default());
+    rows(&mut page, "agent.", AGENT, &AgentSection::default());
     rows(&mut page, "", CONFIG, &Config::default());
     rows(&mut page, "policy.NAME.", POLICY, &PolicyConfig::default());
-    let store = StoreSettings::default();
-    let (lease_min, lease_max) = StoreSettings::LEASE;
+    let store = StoreSection::default();
+    let (lease_min, lease_max) = StoreSection::LEASE;
     let mut row = |key: &str, value: Millis, range: String| {
         // Writing to a string cannot fail.
         let _ = writeln!(page, "| `store.{key}` | {value} | {range} |");
@@ -67,8 +67,8 @@ mod tests {
     use std::collections::BTreeSet;
 
     use super::*;
+    use crate::agent_config::AgentConfig;
     use crate::config::ranges::Range;
-    use crate::settings::Settings;
 
     const PAGE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/fleet-settings.md");
 
@@ -102,10 +102,10 @@ mod tests {
 
     /// All settings with their defaults, and one policy, as a file.
     fn defaults() -> String {
-        let mut settings = Settings::default();
+        let mut config = AgentConfig::default();
         let policy = PolicyConfig::default();
-        settings.config.policy.insert("default".to_owned(), policy);
-        settings.to_toml()
+        config.planning.policy.insert("default".to_owned(), policy);
+        config.to_toml()
     }
 
     fn all_keys() -> BTreeSet<String> {
@@ -152,7 +152,7 @@ mod tests {
         let folder = tempfile::TempDir::new().unwrap();
         let file = folder.path().join("agent.toml");
         std::fs::write(&file, text).unwrap();
-        crate::settings::load(&file, true)
+        crate::agent_config::load(&file, true)
             .map(drop)
             .map_err(|error| api::error_chain(&error).join(": "))
     }

@@ -36,15 +36,15 @@ fn drop_ins_win_by_name_and_add_to_lists() {
         ],
     );
     let loaded = load(&file, true).unwrap();
-    let settings = loaded.settings;
+    let config = loaded.config;
     assert_eq!(loaded.files.len(), 3);
-    assert_eq!(settings.config.reserve(Bytes::gib(64)), Bytes::gib(3));
-    assert_eq!(settings.config.control.sample, Millis::seconds(2));
-    assert_eq!(settings.discovery.sockets, ["/a/*.sock", "/b/*.sock"]);
-    assert_eq!(settings.policy_name("pg-1"), "db");
-    assert_eq!(settings.policy_name("x1"), "default");
-    assert_eq!(settings.policy_name("db"), "db");
-    assert_eq!(settings.policy_name("other"), "default");
+    assert_eq!(config.planning.reserve(Bytes::gib(64)), Bytes::gib(3));
+    assert_eq!(config.planning.control.sample, Millis::seconds(2));
+    assert_eq!(config.discovery.sockets, ["/a/*.sock", "/b/*.sock"]);
+    assert_eq!(config.policy_name("pg-1"), "db");
+    assert_eq!(config.policy_name("x1"), "default");
+    assert_eq!(config.policy_name("db"), "db");
+    assert_eq!(config.policy_name("other"), "default");
 }
 
 #[test]
@@ -53,10 +53,10 @@ fn shown_settings_read_back_the_same() {
         "[agent]\nlisten = '127.0.0.1:9273'\n[store]\nendpoints = ['http://e1:2379']\nhost = 'h1'\n[[vm]]\nname='a'\npolicy='default'\n",
         &[],
     );
-    let settings = load(&file, true).unwrap().settings;
-    let shown = settings.to_toml();
+    let config = load(&file, true).unwrap().config;
+    let shown = config.to_toml();
     let (_folder, file) = files(&shown, &[]);
-    assert_eq!(load(&file, true).unwrap().settings, settings, "{shown}");
+    assert_eq!(load(&file, true).unwrap().config, config, "{shown}");
 }
 
 #[test]
@@ -99,14 +99,14 @@ fn fault_is_told_with_the_file_it_is_in() {
 fn file_that_is_not_there_is_default_unless_required() {
     let folder = TempDir::new().unwrap();
     let file = folder.path().join("agent.toml");
-    assert_eq!(load(&file, false).unwrap().settings, Settings::default());
+    assert_eq!(load(&file, false).unwrap().config, AgentConfig::default());
     assert!(load(&file, true).is_err());
 }
 
 #[test]
 fn reserve_that_takes_the_machine_is_refused() {
     let (_folder, file) = files("[host]\nreserve = '15GiB'\n", &[]);
-    let settings = load(&file, true).unwrap().settings;
+    let settings = load(&file, true).unwrap().config;
     assert!(settings.check_machine(Bytes::gib(64)).is_ok());
     let refusal = settings.check_machine(Bytes::gib(16)).unwrap_err();
     assert!(refusal.to_string().contains("host.reserve"), "{refusal}");

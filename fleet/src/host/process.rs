@@ -10,16 +10,16 @@ use std::path::Path;
 
 /// A process that cannot be mistaken for a later one with the same id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct ProcessIdentity {
+pub(crate) struct ProcessIdentity {
     /// Process id.
-    pub(super) pid: i32,
+    pub(crate) pid: i32,
     /// When it started, clock ticks since the machine did.
-    pub(super) start_ticks: u64,
+    pub(crate) start_ticks: u64,
 }
 
 impl ProcessIdentity {
     /// Looks a process up; `None` when there is none.
-    pub(super) fn of(proc: &Path, pid: i32) -> Option<Self> {
+    pub(crate) fn of(proc: &Path, pid: i32) -> Option<Self> {
         let stat = fs::read_to_string(proc.join(pid.to_string()).join("stat")).ok()?;
         // The name, which may hold anything, ends at the last parenthesis; field 22 is the 20th after it.
         let rest = &stat[stat.rfind(')')? + 1..];
@@ -28,7 +28,7 @@ impl ProcessIdentity {
     }
 
     /// True while it is this process that has the id.
-    pub(super) fn is_alive(self, proc: &Path) -> bool {
+    pub(crate) fn is_alive(self, proc: &Path) -> bool {
         Self::of(proc, self.pid) == Some(self)
     }
 }
@@ -37,7 +37,7 @@ impl ProcessIdentity {
 ///
 /// # Errors
 /// The process is gone.
-pub(super) fn resident_bytes(proc: &Path, pid: i32) -> io::Result<u64> {
+pub(crate) fn resident_bytes(proc: &Path, pid: i32) -> io::Result<u64> {
     let status = fs::read_to_string(proc.join(pid.to_string()).join("status"))?;
     Ok(sum_resident(&status))
 }

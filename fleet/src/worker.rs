@@ -2,30 +2,30 @@
 //!
 //! ```text
 //!            order              due
-//!   carry out ◄──── wait ────► sample ──► tell the control loop
+//!   carry out ◄──── wait ────► sample ──► event to the control loop
 //!       │            ▲  ▲         │
-//!       └────────────┘  └─────────┘   a failure is told as well; the next try is later each time
+//!       └────────────┘  └─────────┘   a failure is an event as well; each further try waits longer
 //! ```
 //!
-//! An order wakes the thread at once; if a request is under way, it waits for that one's deadline at most. A newer order
-//! of the same kind replaces an older one that was not carried out yet: targets are absolute, so only the last counts.
+//! Each VM has one thread, and no other thread ever talks to that VM: that is the rule "one request in flight per VM", and
+//! it is why a VMM that hangs delays nobody else. A thread blocked in a read costs a few pages of stack and no processor
+//! time (decision 9). An order wakes the thread at once; if a request is under way, the order waits for its deadline at
+//! most. A newer order of the same kind replaces an older one that was not carried out yet.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::mem;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use api::{Client, ClientError, ReclaimThresholdsChange, VmResize};
-use thiserror::Error;
+use api::Client;
 
-use super::process::ProcessIdentity;
-use super::reading::{ProcessFiles, Round, failure_kind, read_vm};
-use super::{Found, RequestCounters, SampleFailure, VmReading};
-use crate::execute::{GroupError, GroupFile, GroupFiles, kill_process};
-use crate::model::{Bytes, FeatureLevel, VmId};
+use crate::execute::{GroupFiles, Order, OrderError, OrderTarget};
+use crate::host::ProcessIdentity;
+use crate::model::{FeatureLevel, VmId};
+use crate::sample::{
+    Found, ProcessFiles, RequestCounters, Round, SampleFailure, VmReading, failure_kind, read_vm,
+};
 
 /// Stack of a VM's thread: what reading an answer needs, several times over. It is address space until used.
 const STACK_BYTES: usize = 256 << 10;
@@ -35,94 +35,34 @@ const BACK_OFF_DOUBLINGS_MAX: u32 = 3;
 const SETTLING_SAMPLE: Duration = Duration::from_millis(500);
 /// A guest takes on a reporting policy once, when its driver starts: looking every so many samples is enough.
 const POLICY_SAMPLES: u32 = 12;
-/// How long a balloon is looked at more often after an order.
+/// How long a balloon is sampled more often after an order.
 const SETTLING: Duration = Duration::from_secs(10);
 
 /// How a VM is talked to.
 #[derive(Clone, Debug)]
-pub struct WorkerSettings {
+pub struct WorkerOptions {
     /// Time between two samples.
     pub sample: Duration,
     /// How long one request may take.
     pub deadline: Duration,
-    /// Normally `/proc`.
-    pub proc: PathBuf,
-    /// Normally `/sys/fs/cgroup`.
-    pub cgroup_root: PathBuf,
+    /// Where processes and control groups are.
+    pub files: GroupFiles,
     /// Zero of the planner's clock.
     pub clock: Instant,
     /// Where requests are counted.
     pub counters: Arc<RequestCounters>,
 }
 
-/// What a VM's thread is asked to do.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Order {
-    /// Ask for a balloon of this size.
-    Balloon(Bytes),
-    /// Ask the guest to report so.
-    Report(ReclaimThresholdsChange),
-    /// Stop its vCPUs.
-    Pause,
-    /// Let them go on.
-    Resume,
-    /// Limit its control group.
-    Group(GroupFile, Option<Bytes>),
-    /// End its VMM.
-    Kill,
-    /// Sample now.
-    Sample,
-}
-
-impl Order {
-    /// Whether carrying out only `later` leaves the same behind.
-    fn is_replaced_by(&self, later: &Self) -> bool {
-        match (self, later) {
-            (Self::Group(earlier, _), Self::Group(later, _)) => earlier == later,
-            _ => mem::discriminant(self) == mem::discriminant(later),
-        }
-    }
-
-    /// The endpoint it calls or the file it writes.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Balloon(_) => "vm.resize",
-            Self::Report(_) => "vm.reclaim-thresholds.set",
-            Self::Pause => "vm.pause",
-            Self::Resume => "vm.resume",
-            Self::Group(file, _) => file.name(),
-            Self::Kill => "kill",
-            Self::Sample => "sample",
-        }
-    }
-}
-
-/// Why an order was not carried out.
-#[derive(Debug, Error)]
-pub enum OrderError {
-    /// The VMM did not take it.
-    #[error(transparent)]
-    Vmm(#[from] ClientError),
-    /// The host did not.
-    #[error(transparent)]
-    Host(#[from] GroupError),
-    /// Its process is not known yet.
-    #[error("the VMM's process is not known")]
-    NoProcess,
-}
-
-/// What came of an order.
+/// What became of an order.
 #[derive(Debug)]
 pub struct OrderDone {
     /// The order.
     pub order: Order,
-    /// When its first byte was handed to the kernel, on the thread's clock.
-    pub sent: Instant,
-    /// Whether it was done.
+    /// Whether it was carried out.
     pub result: Result<(), OrderError>,
 }
 
-/// What a VM's thread tells.
+/// What a VM's thread reports.
 #[derive(Debug)]
 pub struct VmEvent {
     /// The VM.
@@ -131,13 +71,6 @@ pub struct VmEvent {
     pub worker: u64,
     /// What happened.
     pub kind: VmEventKind,
-}
-
-impl VmEventKind {
-    /// Whether an order came to its end.
-    pub fn is_done(&self) -> bool {
-        matches!(self, Self::Done(_))
-    }
 }
 
 /// See [`VmEvent`].
@@ -166,16 +99,16 @@ impl VmWorker {
     pub fn start(
         found: &Found,
         number: u64,
-        settings: WorkerSettings,
+        options: WorkerOptions,
         events: impl Fn(VmEvent) -> bool + Send + 'static,
     ) -> std::io::Result<Self> {
         let (orders, received) = mpsc::channel();
         let id = VmId::from(found.name.as_str());
-        let client = Client::new(&found.socket).with_timeout(Some(settings.deadline));
-        let phase = phase_of(&found.name, settings.sample);
+        let client = Client::new(&found.socket).with_timeout(Some(options.deadline));
+        let phase = phase_of(&found.name, options.sample);
         let thread = Thread {
             client,
-            settings,
+            options,
             level_max: FeatureLevel::L2,
             process: None,
             process_number: 0,
@@ -220,7 +153,7 @@ fn phase_of(name: &str, period: Duration) -> Duration {
 
 struct Thread {
     client: Client,
-    settings: WorkerSettings,
+    options: WorkerOptions,
     level_max: FeatureLevel,
     process: Option<ProcessIdentity>,
     process_number: u64,
@@ -235,31 +168,22 @@ impl Thread {
         mut self,
         orders: &Receiver<Order>,
         phase: Duration,
-        tell: impl Fn(VmEventKind) -> bool,
+        report: impl Fn(VmEventKind) -> bool,
     ) {
         let mut due = Instant::now() + phase;
         loop {
             match orders.recv_timeout(due.saturating_duration_since(Instant::now())) {
                 Ok(first) => {
-                    let mut sample_now = false;
                     for order in latest(first, orders) {
-                        if order == Order::Sample {
-                            sample_now = true;
-                        } else if !tell(VmEventKind::Done(self.carry_out(order))) {
+                        if !report(VmEventKind::Done(self.carry_out(order))) {
                             return;
                         }
                     }
-                    let soon = Instant::now()
-                        + if sample_now {
-                            Duration::ZERO
-                        } else {
-                            SETTLING_SAMPLE
-                        };
-                    due = due.min(soon);
+                    due = due.min(Instant::now() + SETTLING_SAMPLE);
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     let begin = Instant::now();
-                    if !tell(self.sample()) {
+                    if !report(self.sample()) {
                         return;
                     }
                     due = begin + self.pause();
@@ -273,27 +197,27 @@ impl Thread {
     fn pause(&self) -> Duration {
         if self.failures > 0 {
             let doublings = (self.failures - 1).min(BACK_OFF_DOUBLINGS_MAX);
-            return self.settings.sample * 2_u32.pow(doublings);
+            return self.options.sample * 2_u32.pow(doublings);
         }
         match self.settle_until {
-            Some(until) if Instant::now() < until => SETTLING_SAMPLE.min(self.settings.sample),
-            _ => self.settings.sample,
+            Some(until) if Instant::now() < until => SETTLING_SAMPLE.min(self.options.sample),
+            _ => self.options.sample,
         }
     }
 
     fn sample(&mut self) -> VmEventKind {
         let reading = self.identify().and_then(|pid| {
-            let at = self.settings.clock.elapsed();
+            let at = self.options.clock.elapsed();
             let round = Round {
                 client: &self.client,
                 process: ProcessFiles {
-                    proc: &self.settings.proc,
+                    proc: &self.options.files.proc,
                     pid,
                 },
-                counters: &self.settings.counters,
+                counters: &self.options.counters,
                 at_ms: u64::try_from(at.as_millis()).unwrap_or(u64::MAX),
                 policy_in_effect: self.policy.map(|(in_effect, _)| in_effect),
-                guest_age_ms_max: u64::try_from(self.settings.sample.as_millis())
+                guest_age_ms_max: u64::try_from(self.options.sample.as_millis())
                     .unwrap_or(u64::MAX),
             };
             let reading = read_vm(round, &mut self.level_max);
@@ -326,7 +250,7 @@ impl Thread {
 
     /// Makes sure which process answers. Another one begins with everything unknown.
     fn identify(&mut self) -> Result<i32, SampleFailure> {
-        let proc = &self.settings.proc;
+        let proc = &self.options.files.proc;
         if let Some(process) = self.process
             && process.is_alive(proc)
         {
@@ -351,67 +275,24 @@ impl Thread {
     }
 
     fn carry_out(&mut self, order: Order) -> OrderDone {
-        let sent = Instant::now();
-        let result = match &order {
-            Order::Balloon(bytes) => self.resize(*bytes),
-            Order::Report(change) => self.vmm(|client| client.set_reclaim_thresholds(change)),
-            Order::Pause => self.vmm(|client| client.put("vm.pause", None)),
-            Order::Resume => self.vmm(|client| client.put("vm.resume", None)),
-            Order::Group(file, limit) => {
-                self.on_process(|files, pid| files.limit(pid, *file, *limit))
-            }
-            Order::Kill => self.on_process(|_, pid| kill_process(pid)),
-            Order::Sample => Ok(()),
+        let begin = Instant::now();
+        let target = OrderTarget {
+            client: &self.client,
+            process: self.process,
+            files: &self.options.files,
         };
+        let result = target.carry_out(&order);
         let failure = result.as_ref().err().map(|error| match error {
             OrderError::Vmm(error) => failure_kind(error),
             OrderError::Host(_) | OrderError::NoProcess => "host",
         });
-        self.settings
+        self.options
             .counters
-            .record(order.name(), failure, sent.elapsed());
+            .record(order.name(), failure, begin.elapsed());
         if matches!(order, Order::Balloon(_)) {
             self.settle_until = Some(Instant::now() + SETTLING);
         }
-        OrderDone {
-            order,
-            sent,
-            result,
-        }
-    }
-}
-
-impl Thread {
-    fn vmm<T>(
-        &self,
-        ask: impl FnOnce(&Client) -> Result<T, ClientError>,
-    ) -> Result<(), OrderError> {
-        Ok(ask(&self.client).map(drop)?)
-    }
-
-    fn resize(&self, balloon: Bytes) -> Result<(), OrderError> {
-        self.vmm(|client| {
-            client.resize(&VmResize {
-                desired_balloon: Some(balloon.0),
-                ..VmResize::default()
-            })
-        })
-    }
-
-    /// Does something to the VMM's process, if it is still the one that was sampled.
-    fn on_process(
-        &self,
-        act: impl FnOnce(&GroupFiles, i32) -> Result<(), GroupError>,
-    ) -> Result<(), OrderError> {
-        let process = self.process.ok_or(OrderError::NoProcess)?;
-        if !process.is_alive(&self.settings.proc) {
-            return Err(OrderError::NoProcess);
-        }
-        let files = GroupFiles {
-            proc: self.settings.proc.clone(),
-            cgroup_root: self.settings.cgroup_root.clone(),
-        };
-        Ok(act(&files, process.pid)?)
+        OrderDone { order, result }
     }
 }
 

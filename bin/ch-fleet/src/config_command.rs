@@ -3,8 +3,8 @@
 use std::io::Write;
 
 use anyhow::{Context, Result};
+use fleet::agent_config::{load, load_for};
 use fleet::host::HostFiles;
-use fleet::settings::{load, load_for};
 
 use crate::args::ConfigCommand;
 use crate::ask::Agent;
@@ -21,7 +21,7 @@ pub(crate) fn run(agent: &Agent, command: &ConfigCommand, out: &mut dyn Write) -
         }
         ConfigCommand::Show {
             config: Some(config),
-        } => load(config, true)?.settings.to_toml(),
+        } => load(config, true)?.config.to_toml(),
         ConfigCommand::Show { config: None } => agent.text("fleet.config")?,
     };
     write!(out, "{text}").context("Cannot write the answer")

@@ -1,14 +1,16 @@
-//! What readers see: put together by the control thread once a second, read by anybody at any time.
+//! What readers see: put together by the control loop once a second, read by anybody at any time.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
+
+use parking_lot::RwLock;
 
 use super::{AdmissionCounts, DecisionCounts, Status};
 use crate::planner::Plan;
 use crate::sample::RequestCounters;
 
-/// Everything that is shown.
+/// Everything that is published, at one moment.
 #[derive(Clone, Debug, Default)]
-pub struct Shown {
+pub struct Snapshot {
     /// The figures.
     pub status: Status,
     /// The last plan.
@@ -19,22 +21,22 @@ pub struct Shown {
     pub admissions: AdmissionCounts,
 }
 
-/// The latest [`Shown`].
+/// The latest [`Snapshot`].
 #[derive(Debug, Default)]
 pub struct Published {
     // Held to copy or to replace one pointer.
-    shown: RwLock<Arc<Shown>>,
+    snapshot: RwLock<Arc<Snapshot>>,
     /// Requests to VMMs; counted by the VMs' threads themselves.
     pub requests: Arc<RequestCounters>,
 }
 
 impl Published {
     /// The latest.
-    pub fn get(&self) -> Arc<Shown> {
-        Arc::clone(&self.shown.read().unwrap_or_else(PoisonError::into_inner))
+    pub fn get(&self) -> Arc<Snapshot> {
+        Arc::clone(&self.snapshot.read())
     }
 
-    pub(super) fn set(&self, shown: Shown) {
-        *self.shown.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(shown);
+    pub(super) fn set(&self, snapshot: Snapshot) {
+        *self.snapshot.write() = Arc::new(snapshot);
     }
 }

@@ -1,0 +1,84 @@
+//! The host that the agent runs on: its last readings and its pressure trigger.
+
+use crate::agent_config::AgentConfig;
+use crate::host::{
+    HostError, HostFiles, HostReader, PressureTrigger, TriggerLevel, watch_pressure,
+};
+use crate::model::HostFacts;
+
+/// The host as the control loop sees it.
+#[derive(Debug)]
+pub(super) struct HostWatch {
+    name: String,
+    reader: HostReader,
+    facts: HostFacts,
+    trigger: Option<PressureTrigger>,
+}
+
+impl HostWatch {
+    /// Reads the host for the first time and arms the trigger, which calls `pressed`.
+    pub(super) fn start(
+        config: &AgentConfig,
+        files: &HostFiles,
+        now_ms: u64,
+        pressed: impl Fn() + Send + 'static,
+    ) -> Result<Self, HostError> {
+        let mut files = files.clone();
+        let group = config.planning.host.cgroup.as_ref();
+        files.cgroup = group.map(|group| files.cgroup_root.join(group.trim_start_matches('/')));
+        let name = std::fs::read_to_string(files.proc.join("sys/kernel/hostname"))
+            .map_or_else(|_| "localhost".to_owned(), |name| name.trim().to_owned());
+        let mut reader = HostReader::new(files);
+        let facts = reader.read(now_ms)?;
+        Ok(Self {
+            name,
+            trigger: arm_trigger(config, reader.files(), pressed),
+            reader,
+            facts,
+        })
+    }
+
+    pub(super) fn read(&mut self, now_ms: u64) {
+        match self.reader.read(now_ms) {
+            Ok(facts) => self.facts = facts,
+            // The facts grow old, and everything that depends on fresh ones stops by itself.
+            Err(error) => log::error!("{}", api::chain_report("the host cannot be read", &error)),
+        }
+    }
+
+    /// Name of the machine.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(super) fn files(&self) -> &HostFiles {
+        self.reader.files()
+    }
+
+    pub(super) fn facts(&self) -> &HostFacts {
+        &self.facts
+    }
+
+    pub(super) fn has_trigger(&self) -> bool {
+        self.trigger.is_some()
+    }
+}
+
+fn arm_trigger(
+    config: &AgentConfig,
+    files: &HostFiles,
+    pressed: impl Fn() + Send + 'static,
+) -> Option<PressureTrigger> {
+    let level = TriggerLevel {
+        stall_us: config.agent.trigger_stall.0.saturating_mul(1000),
+        window_us: config.agent.trigger_window.0.saturating_mul(1000),
+    };
+    match watch_pressure(&files.pressure_file(), level, pressed) {
+        Ok(trigger) => Some(trigger),
+        Err(error) => {
+            let chain = api::error_chain(&error).join(": ");
+            log::warn!("no pressure trigger, the host is read every second only: {chain}");
+            None
+        }
+    }
+}

@@ -1,0 +1,313 @@
+//! Starting an agent: its parts, its sockets, its threads, and the handle that ends it.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use thiserror::Error;
+
+use super::clock::{Clock, unix_ms};
+use super::control::{ControlLoop, Due};
+use super::event::Event;
+use super::host_watch::HostWatch;
+use super::journal::Journal;
+use super::membership::Membership;
+use super::promises::Promises;
+use super::published::Published;
+use super::publisher::Publisher;
+use super::rounds::{VmRounds, Workers};
+use super::routes;
+use super::signals::{self, Asked};
+use crate::agent_config::{AgentConfig, LoadError, StoreFault};
+use crate::cluster::NameError;
+use crate::execute::GroupFiles;
+use crate::host::{HostError, HostFiles};
+use crate::http::{HttpServer, Request, Response, serve_tcp, serve_unix};
+use crate::reservations::{BookError, ReservationBook};
+use crate::sample::PatternError;
+use crate::store::Store;
+
+/// Events that wait before those who bring them wait too.
+const EVENTS_MAX: usize = 4096;
+/// How long a client waits for the control loop.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// Why the agent does not run.
+#[derive(Debug, Error)]
+pub enum AgentError {
+    /// The configuration.
+    #[error("The settings cannot be used")]
+    Settings(#[source] LoadError),
+    /// A socket pattern.
+    #[error("The sockets cannot be looked for")]
+    Pattern(#[source] PatternError),
+    /// The host.
+    #[error("The host cannot be read")]
+    Host(#[source] HostError),
+    /// The reservations.
+    #[error("The reservations cannot be opened")]
+    Book(#[source] BookError),
+    /// A folder.
+    #[error("Cannot make {}", path.display())]
+    Folder {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The local socket.
+    #[error("Cannot listen at {}", path.display())]
+    Socket {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The page.
+    #[error("Cannot serve the page and the metrics at {address}")]
+    Page {
+        /// Where.
+        address: SocketAddr,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The name in the fleet.
+    #[error("The host cannot join the fleet under this name: set store.host")]
+    Name(#[source] NameError),
+    /// The store.
+    #[error("The store cannot be used")]
+    Store(#[source] StoreFault),
+    /// A thread or a signal handler.
+    #[error("Cannot start the agent's threads")]
+    Thread(#[source] io::Error),
+}
+
+/// How to run.
+#[derive(Clone, Debug, Default)]
+pub struct AgentOptions {
+    /// The configuration.
+    pub config: AgentConfig,
+    /// Where it is from, for a reload, and whether the file must be there; `None`: a reload changes nothing.
+    pub file: Option<(PathBuf, bool)>,
+    /// Where the kernel's files are; the group is filled in from the configuration.
+    pub host: HostFiles,
+    /// Another store than that of the configuration, for tests and simulation.
+    pub store: Option<Arc<dyn Store>>,
+}
+
+/// A running agent. Dropping it ends it.
+#[derive(Debug)]
+pub struct Agent {
+    events: SyncSender<Event>,
+    published: Arc<Published>,
+    page: Option<SocketAddr>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Agent {
+    /// Starts an agent on threads of its own.
+    ///
+    /// # Errors
+    /// What it needs from the start is not there. What may come and go later, VMs above all, is no reason.
+    pub fn start(options: AgentOptions) -> Result<Self, AgentError> {
+        let (events, received) = mpsc::sync_channel(EVENTS_MAX);
+        launch(options, events, received)
+    }
+
+    /// The same, and SIGHUP, SIGTERM and SIGINT of this process reach the agent: from before anybody can see that it is there,
+    /// because a signal that came earlier would end the process.
+    ///
+    /// # Errors
+    /// As above, or the handlers cannot be installed.
+    pub fn start_with_signals(options: AgentOptions) -> Result<Self, AgentError> {
+        let (events, received) = mpsc::sync_channel(EVENTS_MAX);
+        let asking = events.clone();
+        signals::forward(move |asked| {
+            // An agent that has ended needs no signal any more.
+            let _ = asking.send(match asked {
+                Asked::Reload => Event::Reload,
+                Asked::Stop => Event::Stop,
+            });
+        })
+        .map_err(AgentError::Thread)?;
+        launch(options, events, received)
+    }
+
+    /// What is published.
+    pub fn published(&self) -> &Arc<Published> {
+        &self.published
+    }
+
+    /// Where the page is.
+    pub fn page(&self) -> Option<SocketAddr> {
+        self.page
+    }
+
+    /// Reads the configuration anew.
+    pub fn reload(&self) {
+        // An agent that has ended has nothing to reload.
+        let _ = self.events.send(Event::Reload);
+    }
+
+    /// Has the pressure trigger's effect, for tests and for the curious.
+    pub fn pressure(&self) {
+        // As above.
+        let _ = self.events.send(Event::Pressure);
+    }
+
+    /// Waits until the agent has ended.
+    pub fn wait(mut self) {
+        if let Some(thread) = self.thread.take() {
+            // A panic there was printed already.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // Ended by itself, or ended now.
+            let _ = self.events.send(Event::Stop);
+            let _ = thread.join();
+        }
+    }
+}
+
+fn launch(
+    options: AgentOptions,
+    events: SyncSender<Event>,
+    received: Receiver<Event>,
+) -> Result<Agent, AgentError> {
+    let AgentOptions {
+        config,
+        file,
+        host,
+        store,
+    } = options;
+    let published: Arc<Published> = Arc::default();
+    let mut control = assemble(config, file, &host, &published, &events)?;
+    let local = serve_local(&control.config, &published, &events)?;
+    let page = serve_page(&control.config, &published, &events)?;
+    let joined = Membership::join(&control.config, control.host.name(), store, events.clone())?;
+    let (membership, link) = joined.unzip();
+    control.membership = membership;
+    let mut agent = Agent {
+        events,
+        published,
+        page: page.as_ref().and_then(HttpServer::address),
+        thread: None,
+    };
+    let thread = thread::Builder::new()
+        .name("control".to_owned())
+        .spawn(move || {
+            control.run(&received);
+            // First nobody may ask any more, then nobody answers.
+            drop((local, page));
+            // The store's thread learns that nobody answers any more before it is waited for.
+            drop(received);
+            drop(link);
+        })
+        .map_err(AgentError::Thread)?;
+    agent.thread = Some(thread);
+    Ok(agent)
+}
+
+fn assemble(
+    config: AgentConfig,
+    file: Option<(PathBuf, bool)>,
+    files: &HostFiles,
+    published: &Arc<Published>,
+    events: &SyncSender<Event>,
+) -> Result<ControlLoop, AgentError> {
+    let folder = &config.agent.state_dir;
+    std::fs::create_dir_all(folder).map_err(|source| AgentError::Folder {
+        path: folder.clone(),
+        source,
+    })?;
+    let clock = Clock::start();
+    let pressed = events.clone();
+    let host = HostWatch::start(&config, files, clock.now_ms(), move || {
+        // A full queue is being worked off already.
+        let _ = pressed.try_send(Event::Pressure);
+    })
+    .map_err(AgentError::Host)?;
+    let book = ReservationBook::open(folder, unix_ms()).map_err(AgentError::Book)?;
+    let reports = events.clone();
+    let workers = Workers {
+        files: GroupFiles {
+            proc: files.proc.clone(),
+            cgroup_root: files.cgroup_root.clone(),
+        },
+        clock,
+        counters: Arc::clone(&published.requests),
+        report: Arc::new(move |event| reports.send(Event::Vm(event)).is_ok()),
+    };
+    Ok(ControlLoop {
+        file,
+        clock,
+        host,
+        rounds: VmRounds::new(&config, workers).map_err(AgentError::Pattern)?,
+        promises: Promises::new(book),
+        membership: None,
+        publisher: Publisher::new(Arc::clone(published), clock),
+        journal: Journal::default(),
+        reload_ok: true,
+        due: Due::new(Instant::now(), &config),
+        config,
+    })
+}
+
+fn serve_local(
+    config: &AgentConfig,
+    published: &Arc<Published>,
+    events: &SyncSender<Event>,
+) -> Result<HttpServer, AgentError> {
+    let path = &config.agent.socket;
+    let failed = |source| AgentError::Socket {
+        path: path.clone(),
+        source,
+    };
+    if let Some(folder) = path.parent() {
+        std::fs::create_dir_all(folder).map_err(failed)?;
+    }
+    let (published, events) = (Arc::clone(published), events.clone());
+    serve_unix(path, move |request| {
+        routes::handle_local(request, &published, |request| ask(&events, request))
+    })
+    .map_err(failed)
+}
+
+fn serve_page(
+    config: &AgentConfig,
+    published: &Arc<Published>,
+    events: &SyncSender<Event>,
+) -> Result<Option<HttpServer>, AgentError> {
+    let Some(address) = config.agent.listen else {
+        return Ok(None);
+    };
+    let (published, events) = (Arc::clone(published), events.clone());
+    serve_tcp(address, move |request| {
+        routes::handle_page(request, &published, |request| ask(&events, request))
+    })
+    .map(Some)
+    .map_err(|source| AgentError::Page { address, source })
+}
+
+/// Has the control loop answer a request.
+fn ask(events: &SyncSender<Event>, request: &Request) -> Response {
+    let late = || Response::error(503, &["The agent is too busy to answer".to_owned()]);
+    let (answer, answered) = mpsc::sync_channel(1);
+    let event = Event::Client(Box::new(request.clone()), answer);
+    if events.try_send(event).is_err() {
+        return late();
+    }
+    answered.recv_timeout(ANSWER).unwrap_or_else(|_| late())
+}

@@ -1,0 +1,116 @@
+//! This host as a member of a fleet: joining it, and what is known of the store that its hosts share.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{self, SyncSender};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+
+use super::AgentError;
+use super::event::Event;
+use super::status::StoreStatus;
+use super::store_link::{StoreHealth, StoreLink};
+use crate::agent_config::{AgentConfig, StoreSection};
+use crate::cluster::{HeldPromise, Keys, Member};
+use crate::model::Bytes;
+use crate::store::Store;
+
+/// How long the store's thread waits for the control loop.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// What is known of the membership.
+#[derive(Debug)]
+pub(super) struct Membership {
+    host: String,
+    health: Arc<Mutex<StoreHealth>>,
+}
+
+impl Membership {
+    /// Joins the fleet, if there is one: `store`, or the one that is configured. Dropping the link leaves it.
+    pub(super) fn join(
+        config: &AgentConfig,
+        machine: &str,
+        store: Option<Arc<dyn Store>>,
+        events: SyncSender<Event>,
+    ) -> Result<Option<(Self, StoreLink)>, AgentError> {
+        let section = &config.store;
+        if store.is_none() && !section.is_used() {
+            return Ok(None);
+        }
+        let host = section.host.clone().unwrap_or_else(|| machine.to_owned());
+        Keys::check_host(&host).map_err(AgentError::Name)?;
+        let instance = instance(&config.agent.state_dir).map_err(AgentError::Thread)?;
+        // Hosts begin with different members, so that not all ask the same one.
+        let member = host.bytes().map(usize::from).sum();
+        let store: Arc<dyn Store> = match store {
+            Some(store) => store,
+            None => section.connect(member).map_err(AgentError::Store)?,
+        };
+        let member = Member::new(
+            section.keys().map_err(AgentError::Store)?,
+            (host.clone(), instance),
+            (
+                section.lease.duration(),
+                section.deadline.duration(),
+                config.planning.admission.facts_age_max.duration(),
+            ),
+        );
+        let link = StoreLink::start(member, store, move |view| {
+            let (answer, answered) = mpsc::sync_channel(1);
+            events.try_send(Event::Store(Box::new(view), answer)).ok()?;
+            answered.recv_timeout(ANSWER).ok()
+        })
+        .map_err(AgentError::Thread)?;
+        let health = link.health();
+        Ok(Some((Self { host, health }, link)))
+    }
+
+    /// The store as this host knows it; `waiting` are promises to VMs that were placed here and do not run yet.
+    pub(super) fn status(&self, section: &StoreSection, waiting: &[HeldPromise]) -> StoreStatus {
+        let health = self.health.lock().clone();
+        let age = health.good.map(|good| {
+            let age = Instant::now().saturating_duration_since(good);
+            u64::try_from(age.as_millis()).unwrap_or(u64::MAX)
+        });
+        StoreStatus {
+            host: self.host.clone(),
+            endpoints: section.endpoints.clone(),
+            up: health.up,
+            registered: health.round.registered,
+            error: health.error,
+            age_ms: age,
+            latency_us: (health.calls.latency_ms * 1e3) as u64,
+            lines: health.round.lines,
+            held: waiting.len(),
+            held_bytes: waiting.iter().map(|held| held.promise).sum::<Bytes>(),
+            leases: health.counts.leases,
+            leases_lost: health.counts.leases_lost,
+            conflicts: health.counts.conflicts,
+            lease: section.lease,
+            calls: health
+                .calls
+                .calls
+                .iter()
+                .map(|((call, result), count)| (format!("{} {result}", call.name()), *count))
+                .collect(),
+        }
+    }
+}
+
+/// What tells this machine from another one of the same name: made once, kept with the reservations.
+fn instance(state_dir: &Path) -> io::Result<String> {
+    let path = state_dir.join("instance");
+    match fs::read_to_string(&path) {
+        Ok(text) if !text.trim().is_empty() => return Ok(text.trim().to_owned()),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let made = fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+    let beside = state_dir.join("instance.new");
+    fs::write(&beside, &made)?;
+    fs::rename(&beside, &path)?;
+    Ok(made.trim().to_owned())
+}

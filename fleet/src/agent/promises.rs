@@ -1,0 +1,386 @@
+//! Promises of memory: decides on requests, keeps the book, and gives back what nobody needs any more.
+//!
+//! Requests come from the local socket and, through the store, from afar. Both are decided here by the same ledger.
+
+use std::collections::BTreeMap;
+
+use super::AdmissionCounts;
+use super::clock::unix_ms;
+use super::journal::Journal;
+use super::request::{ConfirmRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
+use super::rounds::VmRounds;
+use super::status::ReservationStatus;
+use crate::admission::{Admission, HostBooks, Obstacle, Refusal, Request as Wanted, admit};
+use crate::agent_config::AgentConfig;
+use crate::cluster::{BookEntry, HeldPromise, StoreView};
+use crate::http::{Request, Response};
+use crate::model::{Bytes, HostFacts, Ledger};
+use crate::reservations::{
+    BookError, Reservation, ReservationBook, ReservationPhase, outstanding_of,
+};
+
+/// Longest name of a VM.
+const NAME_BYTES_MAX: usize = 256;
+
+/// What a promise is decided on: the configuration, the host and its VMs as they are now.
+#[derive(Clone, Copy)]
+pub(super) struct Situation<'a> {
+    pub(super) config: &'a AgentConfig,
+    pub(super) facts: &'a HostFacts,
+    pub(super) rounds: &'a VmRounds,
+}
+
+/// All promises of this host.
+#[derive(Debug)]
+pub(super) struct Promises {
+    book: ReservationBook,
+    counts: AdmissionCounts,
+}
+
+impl Promises {
+    pub(super) fn new(book: ReservationBook) -> Self {
+        Self {
+            book,
+            counts: AdmissionCounts::default(),
+        }
+    }
+
+    /// What was answered so far.
+    pub(super) fn counts(&self) -> &AdmissionCounts {
+        &self.counts
+    }
+
+    /// Memory that is promised and not used yet.
+    pub(super) fn outstanding(&self, config: &AgentConfig, rounds: &VmRounds) -> Bytes {
+        self.book
+            .outstanding(unix_ms(), config.planning.admission.reservation, |name| {
+                rounds.seen(name)
+            })
+    }
+
+    /// `PUT fleet.reserve`
+    pub(super) fn reserve(
+        &mut self,
+        request: &Request,
+        situation: Situation<'_>,
+        journal: &mut Journal,
+    ) -> Result<Response, Response> {
+        let asked: ReserveRequest = request.json()?;
+        let vm = vm_name(&asked.vm, situation.rounds)?;
+        let config = situation.config;
+        let policy = config
+            .planning
+            .vm_policy(config.policy_name(&vm), asked.memory);
+        let wanted = Wanted {
+            min: asked.min.unwrap_or(policy.min).min(asked.memory),
+            max: asked.memory,
+        };
+        let uid = uid_of(request);
+        if let Some(held) = self.held_already(&vm, wanted, uid, situation) {
+            return Ok(held);
+        }
+        let verdict = self.verdict(&vm, wanted, situation, journal);
+        let admission = verdict.map_err(|text| {
+            let what = format!("{} for {vm:?} are refused", asked.memory);
+            Response::error(409, &[what, text])
+        })?;
+        let reservation = if asked.dry_run {
+            None
+        } else {
+            let hold = config.planning.admission.reservation;
+            let made = self
+                .book
+                .reserve(&vm, (wanted.max, admission.promise), uid, (unix_ms(), hold))
+                .map_err(|error| book_error(&error))?;
+            Some(made)
+        };
+        Ok(Response::json(&ReserveAnswer {
+            reservation,
+            firm_free_after: admission.left,
+        }))
+    }
+
+    /// `PUT fleet.confirm`
+    pub(super) fn confirm(
+        &mut self,
+        request: &Request,
+        config: &AgentConfig,
+    ) -> Result<Response, Response> {
+        let asked: ConfirmRequest = request.json()?;
+        self.may_change(&asked.reservation, request)?;
+        let hold = config.planning.admission.reservation;
+        let confirmed = self
+            .book
+            .confirm(&asked.reservation, unix_ms(), hold)
+            .map_err(|error| book_error(&error))?;
+        Ok(Response::json(&confirmed))
+    }
+
+    /// `PUT fleet.release`
+    pub(super) fn release(
+        &mut self,
+        request: &Request,
+        journal: &mut Journal,
+    ) -> Result<Response, Response> {
+        let asked: ReleaseRequest = request.json()?;
+        self.may_change(&asked.reservation, request)?;
+        let released: Reservation = self
+            .book
+            .release(&asked.reservation)
+            .map_err(|error| book_error(&error))?;
+        let text = format!("reservation of {} released", released.promised);
+        journal.enter("admission", &released.vm, text);
+        Ok(Response::json(&released))
+    }
+
+    /// Follows the VMs: promises of those that came are used up, those of VMs that went and those that ran out are dropped.
+    pub(super) fn follow(&mut self, rounds: &VmRounds, journal: &mut Journal) {
+        match self.book.follow(unix_ms(), |name| rounds.seen(name)) {
+            Ok(dropped) => {
+                for entry in dropped {
+                    let text = format!(
+                        "reservation of {} given back, it was {}",
+                        entry.promised,
+                        entry.phase.name()
+                    );
+                    journal.enter("admission", &entry.vm, text);
+                }
+            }
+            Err(error) => log::error!("{}", api::chain_report("reservations", &error)),
+        }
+    }
+
+    /// Decides on what was asked through the store, after giving back what was withdrawn there. Returns the lines that are
+    /// refused, with the reason.
+    pub(super) fn answer_lines(
+        &mut self,
+        view: &StoreView,
+        situation: Situation<'_>,
+        journal: &mut Journal,
+    ) -> BTreeMap<String, String> {
+        if let Some(lines) = &view.lines {
+            self.release_withdrawn(lines, journal);
+        }
+        let mut refused = BTreeMap::new();
+        for entry in &view.asked {
+            if let Err(why) = self.promise(entry, situation, journal) {
+                refused.insert(entry.id.clone(), why);
+            }
+        }
+        refused
+    }
+
+    /// Promises that were asked for from afar and whose VM does not run yet.
+    pub(super) fn held_for_others(&self) -> Vec<HeldPromise> {
+        self.book
+            .entries()
+            .iter()
+            .filter(|entry| entry.remote && entry.phase != ReservationPhase::Running)
+            .map(|entry| HeldPromise {
+                id: entry.id.clone(),
+                vm: entry.vm.clone(),
+                max: entry.configured,
+                promise: entry.promised,
+                starting: entry.phase == ReservationPhase::Starting,
+            })
+            .collect()
+    }
+
+    /// The books as admission sees them: with the whole size of VMs that are to come.
+    pub(super) fn books(&self, situation: Situation<'_>) -> HostBooks {
+        let mut ledger = self.ledger(situation);
+        // Admission counts what is promised towards all memory; VMs to come may grow larger than that.
+        let unseen = self
+            .book
+            .entries()
+            .iter()
+            .filter(|entry| situation.rounds.seen(&entry.vm).is_none());
+        let unseen: Bytes = unseen.map(|entry| entry.configured).sum();
+        ledger.configured += unseen - ledger.promised;
+        HostBooks {
+            ledger,
+            ..situation.rounds.plan().books()
+        }
+    }
+
+    pub(super) fn status(&self, config: &AgentConfig, rounds: &VmRounds) -> Vec<ReservationStatus> {
+        let now_unix_ms = unix_ms();
+        let entries = self.book.entries().iter();
+        entries
+            .map(|entry| ReservationStatus {
+                reservation: entry.clone(),
+                outstanding: outstanding_of(
+                    entry,
+                    now_unix_ms,
+                    config.planning.admission.reservation,
+                    &|name| rounds.seen(name),
+                ),
+            })
+            .collect()
+    }
+
+    fn ledger(&self, situation: Situation<'_>) -> Ledger {
+        let promised = self.outstanding(situation.config, situation.rounds);
+        situation
+            .rounds
+            .ledger(situation.config, situation.facts, promised)
+    }
+
+    /// The answer to who asks for what it has.
+    fn held_already(
+        &self,
+        vm: &str,
+        wanted: Wanted,
+        uid: u32,
+        situation: Situation<'_>,
+    ) -> Option<Response> {
+        let held = self.book.find(vm)?;
+        let same = held.configured == wanted.max && held.owner_uid == uid;
+        same.then(|| {
+            Response::json(&ReserveAnswer {
+                reservation: Some(held.clone()),
+                firm_free_after: self.ledger(situation).firm_free,
+            })
+        })
+    }
+
+    /// Yes, or why not.
+    fn verdict(
+        &mut self,
+        vm: &str,
+        wanted: Wanted,
+        situation: Situation<'_>,
+        journal: &mut Journal,
+    ) -> Result<Admission, String> {
+        let verdict = if situation.rounds.is_learning() {
+            self.counts.count("refused", "learning");
+            Err(
+                "the agent has just started and does not know every VM yet: ask again in a few seconds"
+                    .to_owned(),
+            )
+        } else {
+            let verdict = admit(&wanted, &self.books(situation), &situation.config.planning);
+            match &verdict {
+                Ok(_) => self.counts.count("admitted", "ok"),
+                Err(refusal) => self.counts.count("refused", reason_of(refusal)),
+            }
+            verdict.map_err(|refusal| refusal.to_string())
+        };
+        let text = match &verdict {
+            Ok(admission) => format!("{} admitted, {} promised", wanted.max, admission.promise),
+            Err(text) => format!("{} refused: {text}", wanted.max),
+        };
+        journal.enter("admission", vm, text);
+        verdict
+    }
+
+    fn promise(
+        &mut self,
+        entry: &BookEntry,
+        situation: Situation<'_>,
+        journal: &mut Journal,
+    ) -> Result<(), String> {
+        let held = self.book.find(&entry.id);
+        if held.is_some_and(|held| held.id == entry.id) {
+            return Ok(());
+        }
+        let vm = checked_name(entry.vm.clone())?;
+        if situation.rounds.has_vm(&vm) {
+            return Err(format!("a VM {vm:?} runs here already"));
+        }
+        let wanted = entry.request();
+        let admission = self.verdict(&vm, wanted, situation, journal)?;
+        let hold = situation.config.planning.admission.reservation;
+        self.book
+            .reserve_remote(
+                &entry.id,
+                &vm,
+                (wanted.max, admission.promise),
+                rustix::process::getuid().as_raw(),
+                (unix_ms(), hold),
+            )
+            .map(drop)
+            // It was admitted, and cannot be kept all the same.
+            .map_err(|error| api::error_chain(&error).join(": "))
+    }
+
+    /// Promises that were taken back by who asked for them. One whose VM is being started is past that.
+    fn release_withdrawn(&mut self, lines: &[String], journal: &mut Journal) {
+        let withdrawn: Vec<String> = self
+            .book
+            .entries()
+            .iter()
+            .filter(|entry| entry.remote && entry.phase == ReservationPhase::Promised)
+            .filter(|entry| !lines.contains(&entry.id))
+            .map(|entry| entry.id.clone())
+            .collect();
+        for id in withdrawn {
+            match self.book.release(&id) {
+                Ok(entry) => {
+                    let text = format!("reservation of {} taken back from afar", entry.promised);
+                    journal.enter("admission", &entry.vm, text);
+                }
+                Err(error) => log::error!("{}", api::chain_report("reservations", &error)),
+            }
+        }
+    }
+
+    /// Only who made a reservation, and root, may change it.
+    fn may_change(&self, key: &str, request: &Request) -> Result<(), Response> {
+        let uid = uid_of(request);
+        match self.book.find(key) {
+            Some(entry) if uid != 0 && entry.owner_uid != uid => Err(Response::error(
+                403,
+                &[format!("The reservation {key:?} is somebody else's")],
+            )),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn uid_of(request: &Request) -> u32 {
+    request.peer.map_or(u32::MAX, |peer| peer.uid)
+}
+
+/// The name discovery will give: a path is a socket that may not exist yet.
+fn vm_name(vm: &str, rounds: &VmRounds) -> Result<String, Response> {
+    let name = if vm.starts_with('/') {
+        rounds.name_of_socket(vm.as_ref())
+    } else {
+        Some(vm.to_owned())
+    };
+    let refuse = |text: String| Response::error(400, &[text]);
+    let name = name.ok_or_else(|| {
+        refuse(format!(
+            "The socket {vm} matches none of the patterns in discovery.sockets, so the VM would not be looked after"
+        ))
+    })?;
+    checked_name(name).map_err(refuse)
+}
+
+/// A name that may be a VM's.
+fn checked_name(name: String) -> Result<String, String> {
+    if name.is_empty() || name.len() > NAME_BYTES_MAX || name.chars().any(char::is_control) {
+        return Err(format!("{name:?} is no name for a VM"));
+    }
+    Ok(name)
+}
+
+/// The first obstacle as a word for metrics.
+fn reason_of(refusal: &Refusal) -> &'static str {
+    match refusal.obstacles.first() {
+        Some(Obstacle::State(_)) => "state",
+        Some(Obstacle::Overcommit { .. }) => "overcommit",
+        Some(Obstacle::TooLarge(_)) => "too-large",
+        Some(Obstacle::Short(_)) | None => "memory",
+    }
+}
+
+fn book_error(error: &BookError) -> Response {
+    let status = match error {
+        BookError::Held { .. } | BookError::Full => 409,
+        BookError::Unknown { .. } => 404,
+        BookError::Save(_) => 500,
+    };
+    Response::error(status, &api::error_chain(error))
+}

@@ -1,0 +1,122 @@
+//! One order to one VM: what it does, and carrying it out.
+
+use std::mem;
+
+use api::{Client, ClientError, ReclaimThresholdsChange, VmResize};
+use thiserror::Error;
+
+use super::{GroupError, GroupFile, GroupFiles, kill_process};
+use crate::host::ProcessIdentity;
+use crate::model::Bytes;
+use crate::planner::ActionKind;
+
+/// What a VM's thread is asked to do. Values are absolute, so an order that is carried out twice does no harm.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Order {
+    /// Request a balloon of this size.
+    Balloon(Bytes),
+    /// Change how the guest reports free memory.
+    Report(ReclaimThresholdsChange),
+    /// Stop the vCPUs.
+    Pause,
+    /// Resume the vCPUs.
+    Resume,
+    /// Limit the control group.
+    Group(GroupFile, Option<Bytes>),
+    /// End the VMM.
+    Kill,
+}
+
+impl Order {
+    /// Whether carrying out only `later` leaves the same behind.
+    pub(crate) fn is_replaced_by(&self, later: &Self) -> bool {
+        match (self, later) {
+            (Self::Group(earlier, _), Self::Group(later, _)) => earlier == later,
+            _ => mem::discriminant(self) == mem::discriminant(later),
+        }
+    }
+
+    /// The endpoint it calls or the file it writes.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Balloon(_) => "vm.resize",
+            Self::Report(_) => "vm.reclaim-thresholds.set",
+            Self::Pause => "vm.pause",
+            Self::Resume => "vm.resume",
+            Self::Group(file, _) => file.name(),
+            Self::Kill => "kill",
+        }
+    }
+}
+
+impl From<&ActionKind> for Order {
+    fn from(kind: &ActionKind) -> Self {
+        match *kind {
+            ActionKind::Balloon { to, .. } => Self::Balloon(to),
+            ActionKind::Reporting { policy } => Self::Report(ReclaimThresholdsChange {
+                reporting_policy: Some(api::ReportingPolicyChange {
+                    order_min: Some(policy.order_min),
+                    pending_blocks: Some(policy.pending_blocks),
+                    delay_ms_max: Some(policy.delay_ms_max),
+                    age_ms_min: Some(policy.age_ms_min),
+                    bytes_per_second_max: Some(policy.bytes_per_second_max),
+                }),
+                ..ReclaimThresholdsChange::default()
+            }),
+            ActionKind::MemoryMax { limit } => Self::Group(GroupFile::MemoryMax, limit),
+            ActionKind::MemoryHigh { limit } => Self::Group(GroupFile::MemoryHigh, limit),
+            ActionKind::SwapMax { limit } => Self::Group(GroupFile::SwapMax, Some(limit)),
+            ActionKind::Pause => Self::Pause,
+            ActionKind::Resume => Self::Resume,
+            ActionKind::Kill => Self::Kill,
+        }
+    }
+}
+
+/// Why an order was not carried out.
+#[derive(Debug, Error)]
+pub enum OrderError {
+    /// The VMM failed it, or did not answer in time.
+    #[error(transparent)]
+    Vmm(#[from] ClientError),
+    /// The host refused it.
+    #[error(transparent)]
+    Host(#[from] GroupError),
+    /// The process is not known yet, or gone.
+    #[error("the VMM's process is not known")]
+    NoProcess,
+}
+
+/// The VMM that an order goes to.
+#[derive(Debug)]
+pub(crate) struct OrderTarget<'a> {
+    pub(crate) client: &'a Client,
+    /// The process that was sampled, if it is known.
+    pub(crate) process: Option<ProcessIdentity>,
+    pub(crate) files: &'a GroupFiles,
+}
+
+impl OrderTarget<'_> {
+    pub(crate) fn carry_out(&self, order: &Order) -> Result<(), OrderError> {
+        match order {
+            Order::Balloon(bytes) => self.client.resize(&VmResize {
+                desired_balloon: Some(bytes.0),
+                ..VmResize::default()
+            })?,
+            Order::Report(change) => drop(self.client.set_reclaim_thresholds(change)?),
+            Order::Pause => drop(self.client.put("vm.pause", None)?),
+            Order::Resume => drop(self.client.put("vm.resume", None)?),
+            Order::Group(file, limit) => self.files.limit(self.pid()?, *file, *limit)?,
+            Order::Kill => kill_process(self.pid()?)?,
+        }
+        Ok(())
+    }
+
+    /// Id of the process, if it is still the one that was sampled.
+    fn pid(&self) -> Result<i32, OrderError> {
+        match self.process {
+            Some(process) if process.is_alive(&self.files.proc) => Ok(process.pid),
+            _ => Err(OrderError::NoProcess),
+        }
+    }
+}
