@@ -23,7 +23,7 @@ pub const COMMAND_DEADLINE: Duration = Duration::from_secs(120);
 pub struct Machine<'a> {
     /// The VMM's program, if not the one under test.
     pub vmm: Option<&'a Path>,
-    /// `vmlinux` (PVH) or `bzImage`, or one of them under `patched/`.
+    /// `vmlinux` (PVH) or `bzImage`, or one of them under `patched/`, or `debian/vmlinuz`.
     pub kernel: &'a str,
     /// `--cpus`.
     pub cpus: &'a str,
@@ -80,11 +80,13 @@ impl Machine<'_> {
                 .ok()
                 .context("path is not UTF-8")
         };
+        let kernel = paths::guest(self.kernel)?;
+        let initramfs = paths::guest_initramfs(&kernel)?;
         let mut all: Vec<String> = vec![
             "--kernel".into(),
-            text(paths::guest(self.kernel)?)?,
+            text(kernel)?,
             "--initramfs".into(),
-            text(paths::guest("initramfs.cpio.gz")?)?,
+            text(initramfs)?,
             "--cmdline".into(),
             self.full_command_line(),
             "--cpus".into(),

@@ -49,15 +49,21 @@ pub fn guest_kernel_is_patched() -> bool {
     env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "patched")
 }
 
-/// A guest image: `initramfs.cpio.gz`, `vmlinux` or `bzImage`, or one of the latter two under
-/// `patched/`. A kernel without a folder is the stock one, or the patched one if
-/// [`guest_kernel_is_patched`].
+/// Whether a kernel without a folder is Debian's own: `GUEST_KERNEL=debian` in the environment.
+pub fn guest_kernel_is_debian() -> bool {
+    env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "debian")
+}
+
+/// A guest image: `initramfs.cpio.gz`, `vmlinux` or `bzImage`, one of the latter two under
+/// `patched/`, or `debian/vmlinuz`. A kernel without a folder is the stock one, or the patched one
+/// if [`guest_kernel_is_patched`], or Debian's if [`guest_kernel_is_debian`].
 ///
 /// # Errors
 /// There is no such image.
 pub fn guest(name: &str) -> Result<PathBuf> {
     let name = match name {
         "vmlinux" | "bzImage" if guest_kernel_is_patched() => format!("patched/{name}"),
+        "vmlinux" | "bzImage" if guest_kernel_is_debian() => "debian/vmlinuz".to_owned(),
         name => name.to_owned(),
     };
     let built = workspace().join("target/guest");
@@ -69,4 +75,17 @@ pub fn guest(name: &str) -> Result<PathBuf> {
     .into_iter()
     .find(|file| file.is_file())
     .with_context(|| format!("no guest {name}: run `cargo xtask guest build`"))
+}
+
+/// The initramfs for a kernel that [`guest`] has found: the one beside it, which has its modules,
+/// or else the common one.
+///
+/// # Errors
+/// There is neither.
+pub fn guest_initramfs(kernel: &Path) -> Result<PathBuf> {
+    let beside = kernel.with_file_name("initramfs.cpio.gz");
+    if beside.is_file() {
+        return Ok(beside);
+    }
+    guest("initramfs.cpio.gz")
 }

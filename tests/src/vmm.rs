@@ -222,6 +222,15 @@ impl Vmm {
         Ok(())
     }
 
+    /// Kills the process when it is called, from any thread and while somebody waits for an answer.
+    pub fn killer(&self) -> impl FnOnce() + Send + use<> {
+        let pid = self.pid().to_string();
+        move || {
+            // A process that has ended is as good as killed.
+            let _ = Command::new("kill").args(["-KILL", &pid]).status();
+        }
+    }
+
     /// Number of descriptors and names of threads, to see that none are left behind.
     /// Without sockets, because the last client's may still be there, and without
     /// the threads that KVM makes in a process.

@@ -1,10 +1,15 @@
-//! Debian packages that a command needs: found, or installed with a word on what and why.
+//! Debian packages that a command needs: found, or installed, with a list of what and why; and
+//! packages that are downloaded without being installed.
 
 use std::fs;
-use std::path::Path;
+use std::io::IsTerminal as _;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::disk;
+use crate::progress::note;
 
 /// A package and what it is needed for.
 #[derive(Debug, Clone, Copy)]
@@ -55,27 +60,27 @@ pub(crate) fn ensure_from_backports(need: Need) -> Result<()> {
     if !offers(need.package, &suite)
         && let Err(error) = add_backports(&suite).and_then(|()| update())
     {
-        eprintln!("note: no {suite}: {error:#}");
+        note(&format!("note: no {suite}: {error:#}"));
     }
     if offers(need.package, &suite) {
         return install(&[need.package], Some(&suite));
     }
-    eprintln!(
+    note(&format!(
         "note: {suite} does not offer {}; taking the release's own version",
         need.package
-    );
+    ));
     install(&[need.package], None)
 }
 
 fn announce(missing: &[&Need]) {
-    eprintln!("Installing Debian packages:");
+    note("Installing Debian packages:");
     for need in missing {
-        eprintln!("  {:<20} {}", need.package, need.why);
+        note(&format!("  {:<20} {}", need.package, need.why));
     }
 }
 
-/// A command that runs as root: directly, or by sudo.
-fn as_root(program: &str) -> Result<Command> {
+/// A command that runs as root: directly, or by sudo. `task` completes the message if neither works.
+fn as_root(program: &str, task: &str) -> Result<Command> {
     // SAFETY: geteuid takes nothing and always succeeds.
     #[allow(unsafe_code)]
     // UNSAFETY: std has no way to ask for the user id.
@@ -83,33 +88,102 @@ fn as_root(program: &str) -> Result<Command> {
     if root {
         return Ok(Command::new(program));
     }
-    if Command::new("sudo")
-        .arg("-V")
-        .stdout(Stdio::null())
-        .status()
-        .is_err()
-    {
-        bail!("installing packages needs root or sudo");
+    // Without a terminal sudo cannot ask for a password.
+    let mut check = Command::new("sudo");
+    if std::io::stdin().is_terminal() {
+        check.arg("-V");
+    } else {
+        check.args(["-n", "true"]);
     }
+    let works = check
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    ensure!(
+        works,
+        "{task} needs root: run it as root once, or set up sudo for this user"
+    );
     let mut command = Command::new("sudo");
     command.arg(program);
     Ok(command)
 }
 
+/// Runs apt-get as root.
 fn apt_get(args: &[&str]) -> Result<()> {
-    let status = as_root("env")?
-        .arg("DEBIAN_FRONTEND=noninteractive")
+    let task = format!("apt-get {}", args.join(" "));
+    let mut command = as_root("env", &task)?;
+    command
+        .args(["DEBIAN_FRONTEND=noninteractive", "LC_ALL=C"])
         .args(["apt-get", "-qq", "-y"])
-        .args(args)
+        .args(args);
+    run_apt(command, &task)
+}
+
+/// Runs it without its lines for each package, which say nothing while all goes well.
+fn run_apt(mut command: Command, task: &str) -> Result<()> {
+    let output = command
         .stdin(Stdio::null())
-        // What a command prints on stdout is its result; apt's talk is not.
-        .stdout(std::io::stderr())
-        .status()
-        .context("starting apt-get")?;
-    if !status.success() {
-        bail!("apt-get {} failed ({status})", args.join(" "));
+        .stdout(Stdio::null())
+        .output()
+        .context("starting apt-get: packages can be installed on Debian only")?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        for line in said.lines() {
+            note(line);
+        }
+        bail!("{task} failed ({}): {}", output.status, advice(&said));
     }
     Ok(())
+}
+
+/// What to do about the failure that apt's messages describe.
+fn advice(said: &str) -> String {
+    let known: [(&[&str], &str); 6] = [
+        (
+            &["Could not get lock", "Unable to lock"],
+            "another apt or dpkg is running; wait until it has ended, then run this command again",
+        ),
+        (
+            &["dpkg was interrupted"],
+            "run `dpkg --configure -a` as root, then run this command again",
+        ),
+        (
+            &["No space left", "enough free space"],
+            "the disk is full; free some space (`apt-get clean` helps), then run this command again",
+        ),
+        (
+            &[
+                "Unable to locate package",
+                "no installation candidate",
+                "Unable to find",
+            ],
+            "this release does not offer the package; Debian 12 and 13 do",
+        ),
+        (
+            &["Hash Sum mismatch", "unexpected size"],
+            "the download is damaged or the mirror is being updated; run this command again in a few minutes",
+        ),
+        (
+            &[
+                "Could not resolve",
+                "Temporary failure",
+                "Could not connect",
+                "Cannot initiate the connection",
+                "Failed to fetch",
+                "Network is unreachable",
+            ],
+            "the package archive cannot be reached; check the network and apt's proxy, then run this command again",
+        ),
+    ];
+    known
+        .iter()
+        .find(|(words, _)| words.iter().any(|word| said.contains(word)))
+        .map_or_else(
+            || "see its messages above".into(),
+            |(_, what)| (*what).to_string(),
+        )
 }
 
 /// Refreshes the package lists. A source that cannot be reached is only a warning to apt, and
@@ -125,6 +199,115 @@ fn install(packages: &[&str], suite: Option<&str>) -> Result<()> {
     }
     args.extend(packages);
     apt_get(&args)
+}
+
+/// A package as the archive offers it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Offer {
+    pub(crate) package: String,
+    pub(crate) version: String,
+    pub(crate) download_bytes: u64,
+    pub(crate) unpacked_bytes: u64,
+    depends: Vec<String>,
+}
+
+impl Offer {
+    /// The first dependency whose name starts with `prefix`: what a meta-package stands for.
+    pub(crate) fn dependency(&self, prefix: &str) -> Option<&str> {
+        self.depends
+            .iter()
+            .map(String::as_str)
+            .find(|name| name.starts_with(prefix))
+    }
+
+    /// Downloads the package into `dir`, where an earlier download may have left a part of it.
+    pub(crate) fn download(&self, dir: &Path) -> Result<PathBuf> {
+        disk::require(
+            dir,
+            self.download_bytes,
+            &format!("downloading {}", self.package),
+        )?;
+        let wanted = format!("{}={}", self.package, self.version);
+        let mut command = Command::new("apt-get");
+        command
+            .env("LC_ALL", "C")
+            // The folder may be in a home that apt's own user cannot enter.
+            .args(["-qq", "-o", "APT::Sandbox::User=root", "download", &wanted])
+            .current_dir(dir);
+        run_apt(command, &format!("downloading {wanted}"))?;
+        let found = fs::read_dir(dir)
+            .with_context(|| format!("reading {}", dir.display()))?
+            .flatten()
+            .map(|entry| entry.path())
+            .find(|path| path.extension().is_some_and(|extension| extension == "deb"));
+        found.with_context(|| format!("apt-get downloaded no {wanted}"))
+    }
+}
+
+/// What the archive offers under the first of these names that it has; the package lists are
+/// refreshed if they have none.
+pub(crate) fn offer(packages: &[&str]) -> Result<Offer> {
+    let known = || packages.iter().find_map(|package| known_offer(package));
+    if let Some(offer) = known() {
+        return Ok(offer);
+    }
+    update()?;
+    known().with_context(|| {
+        format!(
+            "no package {}: {} does not offer it; Debian 12 and 13 do",
+            packages.join(" or "),
+            release_name()
+        )
+    })
+}
+
+/// As [`offer`], from lists that are refreshed first.
+pub(crate) fn fresh_offer(packages: &[&str]) -> Result<Offer> {
+    update()?;
+    offer(packages)
+}
+
+fn known_offer(package: &str) -> Option<Offer> {
+    let output = Command::new("apt-cache")
+        .args(["show", "--no-all-versions", package])
+        .env("LC_ALL", "C")
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
+    parse_offer(&String::from_utf8_lossy(&output.stdout))
+}
+
+fn parse_offer(text: &str) -> Option<Offer> {
+    let field = |name: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
+            .map(str::trim)
+    };
+    let number = |name| field(name).and_then(|value| value.parse::<u64>().ok());
+    Some(Offer {
+        package: field("Package")?.into(),
+        version: field("Version")?.into(),
+        download_bytes: number("Size")?,
+        unpacked_bytes: number("Installed-Size").unwrap_or(0) * 1024,
+        depends: field("Depends")
+            .unwrap_or_default()
+            .split(',')
+            .filter_map(|one| one.split_whitespace().next())
+            .map(str::to_string)
+            .collect(),
+    })
+}
+
+/// Which system this is, for messages.
+fn release_name() -> String {
+    fs::read_to_string("/etc/os-release")
+        .ok()
+        .and_then(|text| {
+            text.lines()
+                .find_map(|line| line.strip_prefix("PRETTY_NAME="))
+                .map(|name| name.trim_matches('"').to_string())
+        })
+        .unwrap_or_else(|| "this system".into())
 }
 
 fn madison(package: &str) -> String {
@@ -149,7 +332,12 @@ fn backports_suite() -> Result<String> {
     let codename = release
         .lines()
         .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
-        .context("/etc/os-release names no release: packages can be installed on Debian only")?;
+        .with_context(|| {
+            format!(
+                "{} has no release name: packages can be installed on Debian only",
+                release_name()
+            )
+        })?;
     Ok(format!("{}-backports", codename.trim_matches('"')))
 }
 
@@ -158,8 +346,10 @@ fn add_backports(suite: &str) -> Result<()> {
     let release = suite.trim_end_matches("-backports");
     let line = archive(release)?.line(suite);
     let path = format!("/etc/apt/sources.list.d/{suite}.list");
-    eprintln!("Adding {path}: the {suite} suite of the archive this machine uses already");
-    let status = as_root("sh")?
+    note(&format!(
+        "Adding {path}: the {suite} suite of the archive this machine uses already"
+    ));
+    let status = as_root("sh", "adding an apt source")?
         .args(["-c", "printf '%s\\n' \"$1\" > \"$2\"", "sh", &line, &path])
         .status()
         .context("writing the apt source")?;
@@ -262,6 +452,50 @@ fn from_one_line(line: &str, release: &str) -> Option<Source> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn offer_of_a_meta_package_names_what_it_stands_for() {
+        let text = "Package: linux-image-cloud-amd64\nVersion: 6.1.192-2\n\
+                    Installed-Size: 13\nDepends: linux-base, linux-image-6.1.0-56-cloud-amd64 (= 6.1.192-2)\n\
+                    Size: 1504\nDescription: Linux\n long text\n";
+        let offer = parse_offer(text).unwrap();
+        assert_eq!(
+            offer.dependency("linux-image-"),
+            Some("linux-image-6.1.0-56-cloud-amd64")
+        );
+        assert_eq!(
+            (offer.download_bytes, offer.unpacked_bytes),
+            (1504, 13 << 10)
+        );
+        assert_eq!(parse_offer(""), None);
+    }
+
+    #[test]
+    fn failure_of_apt_is_answered_with_what_to_do() {
+        for (said, word) in [
+            (
+                "Err:1 http://a InRelease\n  Could not resolve 'a'\nE: Failed to fetch http://a",
+                "network",
+            ),
+            (
+                "E: You don't have enough free space in /var/cache/apt/archives/.",
+                "disk",
+            ),
+            (
+                "E: Could not get lock /var/lib/dpkg/lock-frontend. It is held by process 1",
+                "another apt",
+            ),
+            ("E: Unable to locate package linux-x", "Debian 12 and 13"),
+            ("E: Failed to fetch http://a  Hash Sum mismatch", "damaged"),
+            (
+                "E: dpkg was interrupted, you must manually run",
+                "dpkg --configure",
+            ),
+            ("E: something else", "messages above"),
+        ] {
+            assert!(advice(said).contains(word), "{said}: {}", advice(said));
+        }
+    }
 
     #[test]
     fn source_in_deb822_is_found_by_release() {

@@ -164,6 +164,7 @@ pub(crate) fn run(experiment: &Experiment) -> Result<ExitCode> {
             timeout: common.timeout,
             profile: Some(common.profile.clone()),
             share: Some(out.clone()),
+            ..Surroundings::default()
         },
     )?;
     let arrivals = if plan["seed"].is_u64() {

@@ -1,11 +1,11 @@
 //! `cargo xtask fleet-page` and `fleet-bench`: the fleet agent with programs of others, and what it costs.
 
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail};
 
 use crate::apt::{self, Need};
-use crate::paths;
+use crate::{cargo, paths};
 
 const NEEDS: &[Need] = &[
     Need {
@@ -32,7 +32,7 @@ const TESTS: &[[&str; 3]] = &[
 pub(crate) fn page() -> Result<ExitCode> {
     apt::ensure(NEEDS)?;
     for [package, kind, target] in TESTS {
-        let passed = cargo(&["test", "--package", package, kind, target])
+        let passed = cargo::command(["test", "--package", package, kind, target])
             // One browser or server at a time.
             .args(["--", "--ignored", "--test-threads=1"])
             .status()
@@ -57,13 +57,13 @@ pub(crate) struct BenchOptions {
 
 /// Measures what an agent costs its host and prints one JSON object.
 pub(crate) fn bench(options: &BenchOptions) -> Result<ExitCode> {
-    let built = cargo(&["build", "--release", "--package", "ch-fleet"])
+    let built = cargo::command(["build", "--release", "--package", "ch-fleet"])
         .status()
         .context("building the agent")?;
     if !built.success() {
         bail!("building the agent failed ({built})");
     }
-    let status = cargo(&["run", "--quiet", "--package", "fleet"])
+    let status = cargo::command(["run", "--quiet", "--package", "fleet"])
         .args(["--features", "test-utils", "--example", "agent_footprint"])
         .arg("--")
         .arg(paths::target().join("release/ch-fleet"))
@@ -75,10 +75,4 @@ pub(crate) fn bench(options: &BenchOptions) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
-}
-
-fn cargo(arguments: &[&str]) -> Command {
-    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    command.args(arguments).current_dir(paths::workspace());
-    command
 }

@@ -3,10 +3,10 @@
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
 use crate::apt::{self, Need};
-use crate::{paths, shows};
+use crate::{cargo, shows, testbed};
 
 const NEEDS: [Need; 3] = [
     Need {
@@ -37,7 +37,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     apt::ensure(&NEEDS)?;
     if options.filters.is_empty() {
         // The selection of packages is that of the unit tests, so that nothing is built twice.
-        cargo(&[
+        cargo::run([
             "test",
             "--quiet",
             "--workspace",
@@ -63,30 +63,18 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     })
 }
 
+/// All programs for a release, as everywhere else: the same selection is built once.
 fn build(profile: &str) -> Result<PathBuf> {
-    // A release is built whole, as everywhere else.
-    let packages: &[&str] = match profile {
-        "release" => &["cloud-hypervisor", "ch-remote", "ch-fleet"],
-        _ => &["ch-fleet"],
-    };
-    let mut args = vec!["build", "--quiet", "--profile", profile];
-    for package in packages {
-        args.extend(["--package", package]);
+    match profile {
+        "release" => testbed::build_programs(profile)?,
+        _ => cargo::run([
+            "build",
+            "--quiet",
+            "--profile",
+            profile,
+            "--package",
+            "ch-fleet",
+        ])?,
     }
-    cargo(&args)?;
-    let folder = if profile == "dev" { "debug" } else { profile };
-    Ok(paths::target().join(folder).join("ch-fleet"))
-}
-
-fn cargo(args: &[&str]) -> Result<()> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
-        .args(args)
-        .current_dir(paths::workspace())
-        .status()
-        .context("starting cargo")?;
-    if !status.success() {
-        bail!("cargo {} failed ({status})", args.join(" "));
-    }
-    Ok(())
+    Ok(cargo::folder(profile).join("ch-fleet"))
 }

@@ -16,7 +16,7 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context as _, Result, ensure};
 
 use crate::apt::{self, Need};
-use crate::paths;
+use crate::{cargo, paths};
 
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 /// As cargo-fuzz has them, less what needs nightly. Debug assertions are wanted: they are
@@ -83,9 +83,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 /// Builds all targets; where they are.
 fn build() -> Result<PathBuf> {
     let target = paths::target().join("fuzz");
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
-        .args(["build", "--release", "--target", TRIPLE])
+    let status = cargo::command(["build", "--release", "--target", TRIPLE])
         .arg("--manifest-path")
         .arg(paths::workspace().join("fuzz/Cargo.toml"))
         .arg("--target-dir")

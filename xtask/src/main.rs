@@ -4,7 +4,10 @@
 //! and says what it installs and why.
 
 mod apt;
+mod cargo;
 mod ci;
+mod demo;
+mod disk;
 mod experiment;
 mod fleet;
 mod fleet_store;
@@ -13,6 +16,7 @@ mod guest;
 mod other_vmm;
 mod paths;
 mod process;
+mod progress;
 mod shows;
 mod testbed;
 mod vm_tests;
@@ -40,7 +44,7 @@ enum Command {
     #[command(subcommand)]
     Testbed(testbed::Command),
     /// Boot a Linux guest, have it touch and free memory, and show the host getting it back
-    Demo(shows::DemoOptions),
+    Demo(demo::Options),
     /// Measure the VMM with a Linux guest
     Bench(shows::BenchOptions),
     /// Test the VMM with Linux guests
@@ -93,11 +97,9 @@ fn main() -> ExitCode {
         Command::Guest(GuestCommand::Kunit(options)) => guest::kunit::run(&options),
         Command::Guest(GuestCommand::Sanitize(options)) => guest::sanitize::run(&options),
         Command::Guest(GuestCommand::Check(options)) => guest::check::run(&options),
-        Command::Guest(GuestCommand::Build) => {
-            guest::build(guest::Wanted::Both).map(|_| ExitCode::SUCCESS)
-        }
+        Command::Guest(GuestCommand::Build) => guest::build_all().map(|()| ExitCode::SUCCESS),
         Command::Testbed(command) => testbed::run(command),
-        Command::Demo(options) => shows::demo(&options),
+        Command::Demo(options) => demo::run(&options),
         Command::Bench(options) => shows::bench(options),
         Command::VmTests(options) => vm_tests::run(&options),
         Command::FleetPage => fleet::page(),

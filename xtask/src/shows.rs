@@ -1,4 +1,4 @@
-//! `cargo xtask demo`, `bench` and `guest qemu-test`: programs of the integration tests that
+//! `cargo xtask bench` and `guest qemu-test`: programs of the integration tests that
 //! are started with what they need.
 
 use std::ffi::OsString;
@@ -6,21 +6,14 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::SystemTime;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
 use crate::guest::{self, Wanted};
 use crate::testbed::{self, KernelChoice, Surroundings};
-use crate::{apt, experiment, other_vmm, paths};
+use crate::{apt, cargo, experiment, other_vmm, paths};
 
 /// Memory of the testbed's host: the guest's 1 GiB and room to spare.
 const HOST_BYTES: u64 = 3 << 30;
-
-#[derive(Debug, clap::Args)]
-pub(crate) struct DemoOptions {
-    /// The guest's kernel
-    #[arg(long, value_enum, default_value = "stock")]
-    kernel: KernelChoice,
-}
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct BenchOptions {
@@ -41,22 +34,6 @@ pub(crate) struct BenchOptions {
     /// Options of the one figure that is named
     #[arg(last = true)]
     options: Vec<OsString>,
-}
-
-/// Runs the demonstration; its chart and figures are left in `target/demo`.
-pub(crate) fn demo(options: &DemoOptions) -> Result<ExitCode> {
-    let results = paths::target().join("demo");
-    std::fs::create_dir_all(&results).with_context(|| format!("creating {}", results.display()))?;
-    let program = build("demo")?;
-    testbed::run_command(
-        vec![program.into(), "/share".into()],
-        Surroundings {
-            memory: HOST_BYTES,
-            share: Some(results),
-            kernel: options.kernel,
-            ..Surroundings::default()
-        },
-    )
 }
 
 /// Measures the VMM with a Linux guest and prints one JSON object a figure.
@@ -133,23 +110,10 @@ pub(crate) fn qemu_test(options: &QemuTestOptions) -> Result<ExitCode> {
     })
 }
 
-/// Builds a program of the integration tests and tells where it is.
+/// Builds a program of the integration tests and tells where it is. It is selected from the whole
+/// workspace, as the unit tests are: a package alone has other features, and all that it depends on
+/// would be built twice.
 pub(crate) fn build(program: &str) -> Result<PathBuf> {
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let status = Command::new(cargo)
-        .args([
-            "build",
-            "--quiet",
-            "--package",
-            "integration-tests",
-            "--bin",
-            program,
-        ])
-        .current_dir(paths::workspace())
-        .status()
-        .context("starting cargo")?;
-    if !status.success() {
-        bail!("building {program} failed ({status})");
-    }
-    Ok(paths::target().join("debug").join(program))
+    cargo::run(["build", "--quiet", "--workspace", "--bin", program])?;
+    Ok(cargo::folder("dev").join(program))
 }

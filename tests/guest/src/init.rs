@@ -1,6 +1,6 @@
 //! Process 1 of a test guest.
 //!
-//! mounts → `guest: init SECONDS` on the console → `guest.run=` script or an interactive
+//! mounts → `guest: init SECONDS` on the console → modules → `guest.run=` script or an interactive
 //! shell → `guest: exit STATUS` → power off, reboot or stay. The marker comes as early as
 //! possible, because the time to it is a published figure. A press of the power button ends
 //! the guest in any state.
@@ -11,7 +11,7 @@ use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
 
 use crate::cmdline::{self, End};
-use crate::sys;
+use crate::{modules, sys};
 
 /// Port that VMMs print a time stamp for, and the value that stands for "user space runs".
 const DEBUG_PORT: u64 = 0x80;
@@ -26,6 +26,7 @@ pub(crate) fn main() -> ! {
     println!("guest: init {}", uptime());
     mount("devtmpfs", "/dev", "devtmpfs");
     mark_debug_port();
+    modules::load();
     if let Err(error) = sys::link_standard_streams("/dev") {
         println!("guest: links in /dev: {error}");
     }

@@ -12,6 +12,7 @@ mod disk_bench;
 mod disturb;
 mod init;
 mod mem;
+mod modules;
 mod net_bench;
 mod outer;
 mod pattern;

@@ -19,8 +19,10 @@ use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use crate::sys;
+use crate::{modules, sys};
 
 /// The command and its arguments, NUL-separated. Only the outer machine's initramfs has it.
 pub(crate) const PLAN_ARGV: &str = "/testbed/argv";
@@ -41,6 +43,10 @@ const ROOT: &str = "/newroot";
 const BIN_DIR: &str = "/opt/vmm/bin";
 /// The command's TMPDIR, in memory.
 const TMPDIR: &str = "/run/tmp";
+
+/// How long a virtio port may take to appear, and between two looks.
+const PORT_DEADLINE: Duration = Duration::from_secs(30);
+const PORT_INTERVAL: Duration = Duration::from_millis(5);
 
 /// Bytes moved from a pipe to a port at once.
 const PUMP_BYTES: usize = 64 * 1024;
@@ -71,6 +77,7 @@ fn prepare_and_run() -> io::Result<i32> {
     ] {
         step(target, sys::mount(source, target, kind, 0, ""))?;
     }
+    modules::load();
     let plan = Plan::read()?;
     build_root()?;
     fill_root(&plan)?;
@@ -206,16 +213,23 @@ fn environment_for_kvm() -> io::Result<()> {
     )
 }
 
-/// Finds a virtio port by name; udev, which would make the link, does not run here.
+/// Opens a virtio port by name; udev, which would make the link, does not run here. The driver
+/// learns of its ports from the device a moment after it has started.
 fn open_port(name: &str) -> io::Result<File> {
-    for port in step("virtio ports", fs::read_dir("/sys/class/virtio-ports"))?.flatten() {
-        let found = fs::read_to_string(port.path().join("name")).unwrap_or_default();
-        if found.trim_end() == name {
-            let device = Path::new("/dev").join(port.file_name());
-            return step(name, OpenOptions::new().write(true).open(device));
+    let begin = Instant::now();
+    loop {
+        for port in step("virtio ports", fs::read_dir("/sys/class/virtio-ports"))?.flatten() {
+            let found = fs::read_to_string(port.path().join("name")).unwrap_or_default();
+            if found.trim_end() == name {
+                let device = Path::new("/dev").join(port.file_name());
+                return step(name, OpenOptions::new().write(true).open(device));
+            }
         }
+        if begin.elapsed() > PORT_DEADLINE {
+            return Err(io::Error::other(format!("no virtio port {name}")));
+        }
+        thread::sleep(PORT_INTERVAL);
     }
-    Err(io::Error::other(format!("no virtio port {name}")))
 }
 
 /// One line on the status port, which is opened anew each time.

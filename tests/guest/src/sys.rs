@@ -51,6 +51,20 @@ pub(crate) fn mount(
     Ok(())
 }
 
+/// finit_module(2) without parameters; a module that is there already is no error.
+pub(crate) fn load_module(file: &File) -> io::Result<()> {
+    // SAFETY: the descriptor is open and the parameters are a NUL-terminated constant.
+    let result =
+        unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), c"".as_ptr(), 0) };
+    if result == 0 {
+        return Ok(());
+    }
+    match io::Error::last_os_error() {
+        error if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        error => Err(error),
+    }
+}
+
 /// The links in /dev that shells take for granted and no kernel makes.
 pub(crate) fn link_standard_streams(dev: &str) -> io::Result<()> {
     for (name, target) in [

@@ -7,7 +7,10 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result};
 
 use super::count::{Counts, closing_line};
-use crate::paths;
+use super::since::Part;
+use super::since::Part::{Fleet, Fuzz, GuestPatches, Tests, Text, Vmm, Xtask};
+use super::tests_seen::TestsSeen;
+use crate::{cargo, paths};
 
 /// What a step needs besides the source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,24 +28,38 @@ pub(crate) struct Step {
     pub(crate) kind: Kind,
     /// Steps that must have passed.
     pub(crate) needs: &'static [&'static str],
+    /// Parts of the project whose change can change the step's result.
+    pub(super) parts: &'static [Part],
     /// Split at blanks; [`Step::words`] fills in what is in braces.
     command: &'static str,
 }
 
-const fn host(name: &'static str, command: &'static str) -> Step {
+const fn host(
+    name: &'static str,
+    needs: &'static [&'static str],
+    parts: &'static [Part],
+    command: &'static str,
+) -> Step {
     Step {
         name,
         kind: Kind::Host,
-        needs: &[],
+        needs,
+        parts,
         command,
     }
 }
 
-const fn guests(name: &'static str, needs: &'static [&'static str], command: &'static str) -> Step {
+const fn guests(
+    name: &'static str,
+    needs: &'static [&'static str],
+    parts: &'static [Part],
+    command: &'static str,
+) -> Step {
     Step {
         name,
         kind: Kind::Guests,
         needs,
+        parts,
         command,
     }
 }
@@ -50,70 +67,122 @@ const fn guests(name: &'static str, needs: &'static [&'static str], command: &'s
 /// What a Linux guest under our VMM needs.
 const BUILT: &[&str] = &["build", "test programs", "guest"];
 
+const CODE: &[Part] = &[Vmm, Fleet, Fuzz, Tests, Xtask];
+const GUESTS: &[Part] = &[Vmm, Fleet, GuestPatches, Tests, Xtask];
+
 /// The steps in their order.
 pub(crate) const STEPS: &[Step] = &[
-    host("format", "cargo fmt --all --check"),
+    host("format", &[], CODE, "cargo fmt --all --check"),
     host(
         "clippy",
+        &[],
+        CODE,
         "cargo clippy --workspace --all-targets -- -D warnings",
     ),
+    // All of bin/, as the testbed builds it: the same selection has the same features, so that
+    // nothing is built twice.
     host(
         "build",
-        "cargo build --release --package cloud-hypervisor --package ch-remote --package ch-fleet",
+        &[],
+        &[Vmm, Fleet],
+        "cargo build --release --package cloud-hypervisor --package ch-remote --package ch-fleet \
+         --package ch-fleet-adapter",
     ),
     host(
         "unit tests",
+        &[],
+        &[Vmm, Fleet, GuestPatches, Tests, Xtask, Text],
         "cargo {test} --workspace --lib --bins --tests --no-fail-fast",
     ),
     // The agent's page in Chromium, its metrics and rules in Prometheus, its host in placement.
-    host("fleet page", "cargo xtask fleet-page"),
-    host("doc tests", "cargo test --workspace --doc"),
+    host("fleet page", &[], &[Fleet, Vmm], "cargo xtask fleet-page"),
+    host(
+        "doc tests",
+        &[],
+        &[Vmm, Fleet],
+        "cargo test --workspace --doc",
+    ),
     // Each once, without measuring: that they still run at all.
     host(
         "benchmarks",
+        &[],
+        &[Vmm],
         "cargo test --package virtio-devices --features test-utils --bench balloon --bench rates --bench block",
     ),
     // The canary from nothing, then each target; an input that fails is kept in target/fuzz.
-    host("fuzz", "cargo xtask fuzz --seconds 30"),
+    host(
+        "fuzz",
+        &[],
+        &[Vmm, Fuzz, Xtask],
+        "cargo xtask fuzz --seconds 30",
+    ),
+    // Linked by the unit tests already: selected as there, so that nothing is built twice.
     host(
         "test programs",
-        "cargo build --package integration-tests --bins",
+        &[],
+        &[Vmm, Tests],
+        "cargo build --workspace {test programs}",
     ),
     // Three members and five agents, killed, stopped and cut off; about a minute and a half.
-    Step {
-        name: "fleet store",
-        kind: Kind::Host,
-        needs: &["build", "test programs"],
-        command: "cargo xtask fleet-store",
-    },
-    host("guest core", "cargo xtask guest core"),
-    guests("guest", &[], "cargo xtask guest build"),
+    host(
+        "fleet store",
+        &["build", "test programs"],
+        &[Fleet, Vmm, Tests, Xtask],
+        "cargo xtask fleet-store",
+    ),
+    host(
+        "guest core",
+        &[],
+        &[GuestPatches, Xtask],
+        "cargo xtask guest core",
+    ),
+    // Debian's kernels: nothing of a kernel is compiled.
+    guests("demo", &[], GUESTS, "cargo xtask demo"),
+    guests(
+        "guest",
+        &[],
+        &[GuestPatches, Tests, Xtask],
+        "cargo xtask guest build",
+    ),
     // Builds nothing that the step before has not built.
     guests(
         "guest series",
         &["guest"],
+        &[GuestPatches, Xtask],
         "cargo xtask guest check --quick",
     ),
     // The patched kernel with QEMU as its host: nothing is built. Two minutes.
     guests(
         "qemu tests",
         &["test programs", "guest"],
+        &[GuestPatches, Tests, Xtask],
         "cargo xtask guest qemu-test",
     ),
     // The tests take a few minutes; a guest that hangs costs its test's own deadline.
-    guests("vm tests", BUILT, "cargo xtask vm-tests"),
-    guests("vm bench", BUILT, "cargo xtask bench"),
+    guests("vm tests", BUILT, GUESTS, "cargo xtask vm-tests"),
+    guests("vm bench", BUILT, GUESTS, "cargo xtask bench"),
     // Without reporting two guests fit. Small and few, to show that it works.
     guests(
         "experiment",
         BUILT,
+        GUESTS,
         "cargo xtask experiment overcommit --reporting mainline --scale 0.1 --max 5 --expect 4 --timeout 900",
     ),
 ];
 
+/// Programs of the integration tests that steps start.
+const TEST_PROGRAMS: [&str; 6] = [
+    "vm-tests",
+    "vm-bench",
+    "qemu-tests",
+    "fleet-tests",
+    "experiment",
+    "demo",
+];
+
 impl Step {
     /// Runs the step and shows its output: whether it passed, and its tests.
-    pub(crate) fn run(&self) -> Result<(bool, Counts)> {
+    pub(super) fn run(&self, seen: &mut TestsSeen) -> Result<(bool, Counts)> {
         let words = self.words();
         let (program, args) = words.split_first().context("a step has a command")?;
         // One pipe for both, in order: nextest tells its counts on standard error.
@@ -131,6 +200,7 @@ impl Step {
             let line = line.context("reading the step's output")?;
             let line = String::from_utf8_lossy(&line);
             println!("{line}");
+            seen.read(&line);
             if let Some(more) = closing_line(&line) {
                 counts += more;
             }
@@ -141,10 +211,17 @@ impl Step {
 
     fn words(&self) -> Vec<OsString> {
         let mut words: Vec<OsString> = Vec::new();
-        for word in self.command.split_whitespace() {
+        let command = self.command.replace(
+            "{test programs}",
+            &TEST_PROGRAMS.map(|name| format!("--bin {name}")).join(" "),
+        );
+        for word in command.split_whitespace() {
             match word {
-                "cargo" => words.push(cargo()),
-                "{test}" if has_nextest() => words.extend(["nextest".into(), "run".into()]),
+                "cargo" => words.push(cargo::program()),
+                // Tests that are skipped are named.
+                "{test}" if has_nextest() => {
+                    words.extend(["nextest", "run", "--status-level=skip"].map(OsString::from));
+                }
                 "{test}" => words.push("test".into()),
                 word => words.push(word.into()),
             }
@@ -153,14 +230,9 @@ impl Step {
     }
 }
 
-fn cargo() -> OsString {
-    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
-}
-
 /// nextest is quicker and kills a test that hangs, but is not part of Rust.
 fn has_nextest() -> bool {
-    Command::new(cargo())
-        .args(["nextest", "--version"])
+    cargo::command(["nextest", "--version"])
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .status()

@@ -49,14 +49,19 @@ pub(super) struct Lock {
 }
 
 impl Lock {
+    pub(super) fn take(cache: &Path) -> Result<Self> {
+        Self::take_named(cache, "lock", "another build of the test kernel")
+    }
+
+    /// As [`Lock::take`], of other work: the file that is locked, and what another holder is doing.
     #[allow(unsafe_code)]
     // UNSAFETY: flock is not in std for the oldest supported compiler.
-    pub(super) fn take(cache: &Path) -> Result<Self> {
-        let path = cache.join("lock");
+    pub(super) fn take_named(cache: &Path, name: &str, holder: &str) -> Result<Self> {
+        let path = cache.join(name);
         let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
         // SAFETY: flock takes an open descriptor and no pointers.
         if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } != 0 {
-            eprintln!("Waiting for another build of the test kernel");
+            eprintln!("Waiting for {holder}");
             // SAFETY: as above.
             if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } != 0 {
                 bail!(

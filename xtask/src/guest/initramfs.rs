@@ -16,12 +16,29 @@ const BUSYBOX: Need = Need {
     why: "shell and tools inside test guests",
 };
 
+/// Makes sure that there is a busybox for it.
+pub(crate) fn ensure_tools() -> Result<()> {
+    apt::ensure(&[BUSYBOX])
+}
+
 /// Writes the initramfs if its contents have changed.
 pub(crate) fn build(path: &Path) -> Result<()> {
-    apt::ensure(&[BUSYBOX])?;
+    ensure_tools()?;
     let program = programs::build()?;
     let program = fs::read(&program).with_context(|| format!("reading {}", program.display()))?;
-    let image = gzip(&archive(&program)?)?;
+    write_if_changed(path, &gzip(&archive(&program)?)?)
+}
+
+/// Writes the initramfs at `common` with more files behind its own, if that has changed.
+pub(crate) fn extend(common: &Path, more: cpio::Archive, path: &Path) -> Result<()> {
+    let mut image = fs::read(common).with_context(|| format!("reading {}", common.display()))?;
+    // Archives follow one another on a multiple of four.
+    image.resize(image.len().next_multiple_of(4), 0);
+    image.extend(gzip(&more.finish())?);
+    write_if_changed(path, &image)
+}
+
+fn write_if_changed(path: &Path, image: &[u8]) -> Result<()> {
     if fs::read(path).is_ok_and(|old| old == image) {
         return Ok(());
     }

@@ -9,7 +9,7 @@
 //! KEY is a hash over everything the result depends on, so nothing is ever out of date.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
@@ -161,6 +161,20 @@ impl Kernel {
             self.publish(&done, dir)?;
         }
         Ok(done.exists())
+    }
+
+    /// Where [`Kernel::build`] will take the kernel from, if not from a compiler.
+    pub(super) fn cached(&self, dir: &Path) -> Result<Option<PathBuf>> {
+        if self.is_published(dir) {
+            return Ok(Some(dir.to_path_buf()));
+        }
+        let done = paths::cache()?.join(format!("kernel-{}", self.key));
+        Ok(done.exists().then_some(done))
+    }
+
+    /// What it is, for messages.
+    pub(super) fn what(&self) -> &'static str {
+        self.what
     }
 
     fn is_published(&self, dir: &Path) -> bool {

@@ -4,6 +4,7 @@
 //! linux-source package + stock.config ─→ cache/kernel-KEY/{vmlinux,bzImage} ─→ target/guest/stock/
 //!   + guest-patches/{series,config}   ─→ cache/kernel-KEY/{vmlinux,bzImage} ─→ target/guest/patched/
 //! busybox-static + tests/guest        ─→ target/guest/initramfs.cpio.gz
+//! linux-image-cloud-amd64, unpacked   ─→ target/guest/debian/{vmlinuz,initramfs.cpio.gz}
 //! ```
 
 mod boot;
@@ -13,11 +14,13 @@ mod complaints;
 mod config;
 pub(crate) mod core;
 pub(crate) mod cpio;
+pub(crate) mod debian;
 mod emulator;
 mod initramfs;
 mod kernel;
 pub(crate) mod kunit;
 mod make;
+mod modules;
 mod newest;
 mod prefixes;
 pub(crate) mod programs;
@@ -38,50 +41,142 @@ use std::path::PathBuf;
 use anyhow::Result;
 
 use crate::paths;
+use debian::DebianKernel;
 use kernel::Kernel;
 
 /// The finished files.
 #[derive(Debug, Clone)]
 pub(crate) struct Artefacts {
-    pub(crate) vmlinux: PathBuf,
-    pub(crate) bzimage: PathBuf,
+    /// The initramfs of kernels whose drivers are built in.
     pub(crate) initramfs: PathBuf,
+    pub(crate) stock: Option<Built>,
     /// The patched kernel's, if there is one.
-    pub(crate) patched: Option<Patched>,
+    pub(crate) patched: Option<Built>,
+    pub(crate) debian: Option<Unpacked>,
 }
 
-/// The patched kernel in its two forms.
+/// A kernel of ours in its two forms.
 #[derive(Debug, Clone)]
-pub(crate) struct Patched {
+pub(crate) struct Built {
     pub(crate) vmlinux: PathBuf,
     pub(crate) bzimage: PathBuf,
+}
+
+/// A kernel of Debian's, with an initramfs that has its modules.
+#[derive(Debug, Clone)]
+pub(crate) struct Unpacked {
+    pub(crate) vmlinuz: PathBuf,
+    pub(crate) initramfs: PathBuf,
 }
 
 /// Which kernels must be there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wanted {
+    /// Debian's binary kernel: nothing is compiled.
+    Debian,
     /// The stock kernel; the patched one if somebody has built it already.
     Stock,
-    /// Both, as far as there is a patch series.
+    /// Stock and patched, as far as there is a patch series.
     Both,
+}
+
+impl Artefacts {
+    /// A kernel and the initramfs that goes with it.
+    pub(crate) fn bootable(&self) -> Option<(&PathBuf, &PathBuf)> {
+        let stock = self.stock.as_ref();
+        let debian = self.debian.as_ref();
+        stock
+            .map(|kernel| (&kernel.vmlinux, &self.initramfs))
+            .or_else(|| debian.map(|kernel| (&kernel.vmlinuz, &kernel.initramfs)))
+    }
+
+    /// What `/guest` of a testbed has: a name there and the file here.
+    pub(crate) fn files(&self) -> Vec<(&'static str, &PathBuf)> {
+        let mut files = vec![("initramfs.cpio.gz", &self.initramfs)];
+        if let Some(stock) = &self.stock {
+            files.push(("vmlinux", &stock.vmlinux));
+            files.push(("bzImage", &stock.bzimage));
+        }
+        if let Some(patched) = &self.patched {
+            files.push(("patched/vmlinux", &patched.vmlinux));
+            files.push(("patched/bzImage", &patched.bzimage));
+        }
+        if let Some(debian) = &self.debian {
+            files.push(("debian/vmlinuz", &debian.vmlinuz));
+            files.push(("debian/initramfs.cpio.gz", &debian.initramfs));
+        }
+        files
+    }
 }
 
 /// Builds what is missing or out of date.
 pub(crate) fn build(wanted: Wanted) -> Result<Artefacts> {
     let guest = paths::guest();
-    let stock = guest.join("stock");
-    Kernel::stock()?.build(&stock)?;
-    let initramfs = guest.join("initramfs.cpio.gz");
-    initramfs::build(&initramfs)?;
+    let mut stock = None;
+    if wanted != Wanted::Debian {
+        let dir = guest.join("stock");
+        Kernel::stock()?.build(&dir)?;
+        stock = Some(Built {
+            vmlinux: dir.join("vmlinux"),
+            bzimage: dir.join("bzImage"),
+        });
+    }
+    let initramfs = common_initramfs()?;
     Ok(Artefacts {
-        vmlinux: stock.join("vmlinux"),
-        bzimage: stock.join("bzImage"),
-        initramfs,
+        stock,
         patched: patched(wanted)?,
+        debian: match wanted {
+            Wanted::Debian => Some(unpacked(debian::CLOUD, "debian", &initramfs)?),
+            Wanted::Stock | Wanted::Both => None,
+        },
+        initramfs,
     })
 }
 
-fn patched(wanted: Wanted) -> Result<Option<Patched>> {
+/// `cargo xtask guest build`: both kernels, and what of them came from a cache.
+pub(crate) fn build_all() -> Result<()> {
+    for (kernel, folder) in [
+        (Some(Kernel::stock()?), "stock"),
+        (Kernel::patched()?, "patched"),
+    ] {
+        let Some(kernel) = kernel else { continue };
+        if let Some(place) = kernel.cached(&paths::guest().join(folder))? {
+            println!("cache: {}: {}", kernel.what(), place.display());
+        }
+    }
+    build(Wanted::Both).map(drop)
+}
+
+/// Makes sure that the Debian packages are there which [`build`] needs for [`Wanted::Debian`].
+pub(crate) fn ensure_tools() -> Result<()> {
+    debian::ensure_tools()?;
+    initramfs::ensure_tools()
+}
+
+/// The initramfs without modules.
+pub(crate) fn common_initramfs() -> Result<PathBuf> {
+    let guest = paths::guest();
+    std::fs::create_dir_all(&guest)?;
+    let initramfs = guest.join("initramfs.cpio.gz");
+    initramfs::build(&initramfs)?;
+    Ok(initramfs)
+}
+
+/// The kernel of the first of these Debian packages as guests boot it, in `target/guest/FOLDER`.
+fn unpacked(packages: &[&str], folder: &str, initramfs: &std::path::Path) -> Result<Unpacked> {
+    let kernel = DebianKernel::fetch(packages, |_, _| ())?;
+    let dir = paths::guest().join(folder);
+    debian::publish(&kernel, initramfs, &dir)?;
+    Ok(Unpacked {
+        vmlinuz: dir.join("vmlinuz"),
+        initramfs: dir.join("initramfs.cpio.gz"),
+    })
+}
+
+fn patched(wanted: Wanted) -> Result<Option<Built>> {
+    if wanted == Wanted::Debian {
+        return Ok(None);
+    }
     let dir = paths::guest().join("patched");
     let Some(kernel) = Kernel::patched()? else {
         if wanted == Wanted::Both {
@@ -95,7 +190,7 @@ fn patched(wanted: Wanted) -> Result<Option<Patched>> {
         eprintln!("The patched kernel is not built (cargo xtask guest build): left out");
         return Ok(None);
     }
-    Ok(Some(Patched {
+    Ok(Some(Built {
         vmlinux: dir.join("vmlinux"),
         bzimage: dir.join("bzImage"),
     }))

@@ -1,11 +1,10 @@
 //! Our own programs inside guests: one static executable.
 
 use std::path::PathBuf;
-use std::process::Command;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::paths;
+use crate::{cargo, paths};
 
 /// Named explicitly so that the flags below reach the program and not build scripts.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -13,18 +12,9 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 /// Builds the static executable and returns its path.
 pub(crate) fn build() -> Result<PathBuf> {
     let dir = paths::target().join("guest-programs");
-    let status = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .args([
-            "build",
-            "--quiet",
-            "--package",
-            "guest-programs",
-            "--profile",
-            "guest",
-        ])
-        .args(["--target", TARGET, "--target-dir"])
+    let status = cargo::command(["build", "--quiet", "--package", "guest-programs"])
+        .args(["--profile", "guest", "--target", TARGET, "--target-dir"])
         .arg(&dir)
-        .current_dir(paths::workspace())
         .env(
             "RUSTFLAGS",
             "-C target-feature=+crt-static -C relocation-model=static",

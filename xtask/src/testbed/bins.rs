@@ -1,11 +1,10 @@
 //! Our binaries as the testbed's command finds them in PATH.
 
 use std::path::PathBuf;
-use std::process::Command;
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result};
 
-use crate::paths;
+use crate::{cargo, paths};
 
 /// Packages under `bin/`, each of which makes one binary of its name.
 fn packages() -> Result<Vec<String>> {
@@ -21,25 +20,17 @@ fn packages() -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Builds them with a cargo profile and returns their paths.
-pub(crate) fn build(profile: &str) -> Result<Vec<PathBuf>> {
-    let packages = packages()?;
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.args(["build", "--quiet", "--profile", profile]);
+/// Builds them, or only those that are named, with a cargo profile and returns their paths.
+pub(crate) fn build(profile: &str, only: &[String]) -> Result<Vec<PathBuf>> {
+    let packages = match only {
+        [] => packages()?,
+        some => some.to_vec(),
+    };
+    let mut arguments = vec!["build", "--quiet", "--profile", profile];
     for package in &packages {
-        cargo.args(["--package", package]);
+        arguments.extend(["--package", package]);
     }
-    let status = cargo
-        .current_dir(paths::workspace())
-        // The result of the testbed's command alone goes to stdout.
-        .stdout(std::io::stderr())
-        .status()
-        .context("starting cargo")?;
-    if !status.success() {
-        bail!("building {} failed ({status})", packages.join(", "));
-    }
-    // Cargo's name for the folder of the default profile.
-    let folder = if profile == "dev" { "debug" } else { profile };
-    let dir = paths::target().join(folder);
+    cargo::run(arguments)?;
+    let dir = cargo::folder(profile);
     Ok(packages.iter().map(|name| dir.join(name)).collect())
 }

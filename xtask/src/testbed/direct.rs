@@ -49,7 +49,7 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
         .arg(own)
         .args(["testbed", "inside", "--root"])
         .arg(&root);
-    for (name, path) in job.guest_files() {
+    for (name, path) in job.artefacts.files() {
         let mut link = OsString::from(format!("{name}="));
         link.push(path);
         command.arg("--guest").arg(link);

@@ -18,6 +18,7 @@ use std::fs::File;
 use std::io::{self, IsTerminal as _, PipeReader, PipeWriter, Read as _, Write as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
+use std::path::PathBuf;
 use std::process::Command;
 use std::thread::{self, JoinHandle};
 
@@ -25,6 +26,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 
 use super::{Job, KernelChoice, Outcome, swap};
 use crate::apt::{self, Need};
+use crate::guest::debian::{self, DebianKernel};
 use crate::guest::{cpio, programs};
 use crate::process::{self, Tie};
 
@@ -58,7 +60,8 @@ const GUEST_CMDLINE_EXTRA: &str = "lapic=notscdeadline";
 /// Runs the job and returns how its command ended.
 pub(crate) fn run(job: &Job) -> Result<Outcome> {
     apt::ensure_from_backports(QEMU)?;
-    let initrd = memfd(&initramfs(job)?)?;
+    let host = HostKernel::of(job)?;
+    let initrd = memfd(&initramfs(job, host.modules.clone())?)?;
     let swap = job.options.swap.map(swap::create).transpose()?;
 
     let (stdout, stdout_end) = io::pipe().context("creating a pipe")?;
@@ -66,7 +69,7 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
     let (status, status_end) = io::pipe().context("creating a pipe")?;
     let (console, console_end) = io::pipe().context("creating a pipe")?;
     let mut command = Command::new(PROGRAM);
-    machine(&mut command, job);
+    machine(&mut command, job, &host);
     command.arg("-initrd").arg(fd_path(&initrd));
     ports(
         &mut command,
@@ -144,10 +147,39 @@ impl Readers {
     }
 }
 
+/// What the emulated host boots.
+struct HostKernel {
+    kernel: PathBuf,
+    /// What its init loads; nothing for a kernel that has all drivers built in.
+    modules: Option<cpio::Archive>,
+}
+
+impl HostKernel {
+    /// Debian's for guests with Debian's, so that nothing has to be compiled; else the stock one.
+    fn of(job: &Job) -> Result<Self> {
+        if let Some(stock) = &job.artefacts.stock {
+            return Ok(Self {
+                kernel: stock.vmlinux.clone(),
+                modules: None,
+            });
+        }
+        let kernel = DebianKernel::fetch(debian::GENERIC, |_, _| ())?;
+        Ok(Self {
+            kernel: kernel.quickest()?,
+            modules: Some(kernel.modules(&debian::HOST_MODULES)?),
+        })
+    }
+}
+
 /// Processor, memory, kernel.
-fn machine(command: &mut Command, job: &Job) {
+fn machine(command: &mut Command, job: &Job, host: &HostKernel) {
     let options = &job.options;
     let mut append = String::from("console=ttyS0 quiet panic=-1");
+    if host.modules.is_some() {
+        // A distribution's kernel guards against leaks that an emulated processor does not have,
+        // which costs time there.
+        append.push_str(" mitigations=off");
+    }
     command.args([
         "-nodefaults",
         "-no-user-config",
@@ -171,7 +203,7 @@ fn machine(command: &mut Command, job: &Job) {
     }
     append.push_str(OUTER_TIMERS);
     command.args(["-m", &format!("{}K", options.memory / 1024)]);
-    command.arg("-kernel").arg(&job.artefacts.vmlinux);
+    command.arg("-kernel").arg(&host.kernel);
     command.args(["-append", &append]);
 }
 
@@ -211,11 +243,11 @@ fn filesystems(command: &mut Command, job: &Job) {
 }
 
 /// The outer machine's initramfs: its init and what it shall do.
-fn initramfs(job: &Job) -> Result<Vec<u8>> {
+fn initramfs(job: &Job, modules: Option<cpio::Archive>) -> Result<Vec<u8>> {
     let program = programs::build()?;
     let program =
         std::fs::read(&program).with_context(|| format!("reading {}", program.display()))?;
-    let mut archive = cpio::Archive::default();
+    let mut archive = modules.unwrap_or_default();
     for name in ["dev", "testbed"] {
         archive.directory(name);
     }
@@ -236,7 +268,7 @@ fn initramfs(job: &Job) -> Result<Vec<u8>> {
         .iter()
         .map(|bin| bin.as_os_str().as_bytes().to_vec());
     archive.file("testbed/bins", 0o644, &nul_separated(bins));
-    let links = job.guest_files().into_iter().map(|(name, path)| {
+    let links = job.artefacts.files().into_iter().map(|(name, path)| {
         let mut link = format!("{name}=").into_bytes();
         link.extend(path.as_os_str().as_bytes());
         link

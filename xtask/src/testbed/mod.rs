@@ -13,6 +13,7 @@ mod probe;
 mod swap;
 
 pub(crate) use emulated::{PROGRAM as QEMU_PROGRAM, QEMU};
+pub(crate) use probe::is_emulation_certain;
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -70,6 +71,9 @@ pub(crate) struct Options {
     /// Kernel of the guests that our own tests boot
     #[arg(long, value_enum, default_value = "stock")]
     kernel: KernelChoice,
+    /// Build only these of our programs [default: all]
+    #[arg(long = "program", value_name = "NAME")]
+    programs: Vec<String>,
     /// More options for QEMU, split at blanks (for devices of the emulated host)
     #[arg(long, value_name = "OPTIONS", allow_hyphen_values = true)]
     qemu: Option<String>,
@@ -91,10 +95,12 @@ enum HostChoice {
 /// What our own tests and programs boot, unless they name a kernel.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum KernelChoice {
-    /// Debian's source as it is
+    /// Debian's binary kernel for cloud guests, with its modules; nothing is compiled
+    Debian,
+    /// Debian's source, compiled with our small configuration
     #[default]
     Stock,
-    /// With the series in guest-patches
+    /// The same with the series in guest-patches
     Patched,
 }
 
@@ -102,6 +108,7 @@ impl KernelChoice {
     /// For the environment variable `GUEST_KERNEL`.
     fn name(self) -> &'static str {
         match self {
+            Self::Debian => "debian",
             Self::Stock => "stock",
             Self::Patched => "patched",
         }
@@ -110,6 +117,7 @@ impl KernelChoice {
     /// What has to be built for it.
     fn wanted(self) -> Wanted {
         match self {
+            Self::Debian => Wanted::Debian,
             Self::Stock => Wanted::Stock,
             Self::Patched => Wanted::Both,
         }
@@ -136,20 +144,6 @@ impl Job {
     fn timeout(&self) -> Option<Duration> {
         self.options.timeout.map(Duration::from_secs)
     }
-
-    /// What `/guest` has: a name there and the file here.
-    fn guest_files(&self) -> Vec<(&'static str, &PathBuf)> {
-        let mut files = vec![
-            ("vmlinux", &self.artefacts.vmlinux),
-            ("bzImage", &self.artefacts.bzimage),
-            ("initramfs.cpio.gz", &self.artefacts.initramfs),
-        ];
-        if let Some(patched) = &self.artefacts.patched {
-            files.push(("patched/vmlinux", &patched.vmlinux));
-            files.push(("patched/bzImage", &patched.bzimage));
-        }
-        files
-    }
 }
 
 /// What other commands of ours choose about the testbed; the rest is `testbed run`'s default.
@@ -163,6 +157,8 @@ pub(crate) struct Surroundings {
     pub(crate) kernel: KernelChoice,
     /// Of our binaries, if not the default.
     pub(crate) profile: Option<String>,
+    /// Our binaries that the command needs; all if there is none.
+    pub(crate) programs: Vec<String>,
     /// Ends with status 124 after this many seconds.
     pub(crate) timeout: Option<u64>,
 }
@@ -179,6 +175,7 @@ pub(crate) fn run_command(command: Vec<OsString>, around: Surroundings) -> Resul
         host: HostChoice::Auto,
         profile: around.profile.unwrap_or_else(|| DEFAULT_PROFILE.into()),
         kernel: around.kernel,
+        programs: around.programs,
         qemu: None,
         console: false,
         command,
@@ -211,7 +208,7 @@ fn run_job(options: Options) -> Result<Outcome> {
     if options.kernel == KernelChoice::Patched && artefacts.patched.is_none() {
         bail!("--kernel patched: there is no patch series yet");
     }
-    let bins = bins::build(&options.profile)?;
+    let bins = bins::build(&options.profile, &options.programs)?;
     let direct = match options.host {
         _ if options.icount && options.host == HostChoice::Direct => {
             bail!("--icount counts in emulation only")
@@ -233,10 +230,15 @@ fn run_job(options: Options) -> Result<Outcome> {
     }
 }
 
+/// Builds our programs as a testbed has them.
+pub(crate) fn build_programs(profile: &str) -> Result<()> {
+    bins::build(profile, &[]).map(drop)
+}
+
 /// Builds what a run with `profile` needs and finds out whether it will be on an emulated host.
 pub(crate) fn emulates(profile: &str) -> Result<bool> {
     let artefacts = guest::build(Wanted::Stock)?;
-    Ok(!kvm_boots_linux(&artefacts, &bins::build(profile)?)?)
+    Ok(!kvm_boots_linux(&artefacts, &bins::build(profile, &[])?)?)
 }
 
 fn kvm_boots_linux(artefacts: &Artefacts, bins: &[PathBuf]) -> Result<bool> {

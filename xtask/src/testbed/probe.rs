@@ -7,7 +7,7 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
@@ -20,6 +20,7 @@ use super::guest_memory::GuestPage;
 use crate::guest::Artefacts;
 use crate::paths;
 
+const DEVICE: &str = "/dev/kvm";
 /// Turns of the loop; two instructions each.
 const LOOP_TURNS: u32 = 2_000_000;
 /// A processor takes a few milliseconds, nested or not; the emulation met in practice a second.
@@ -34,22 +35,11 @@ const INIT_MARKER: &str = "guest: init";
 
 /// Tries, or remembers the answer of an earlier try since the machine booted.
 pub(crate) fn kvm_boots_linux(artefacts: &Artefacts, vmm: &Path) -> Result<bool> {
-    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("the boot id")?;
-    let memory = paths::cache()?.join("kvm-boots-linux");
-    let answer = |verdict: bool| format!("{} {verdict}\n", boot_id.trim());
-    if let Ok(old) = fs::read_to_string(&memory) {
-        for verdict in [false, true] {
-            if old == answer(verdict) {
-                return Ok(verdict);
-            }
-        }
+    let memory = Memory::open()?;
+    if let Some(verdict) = memory.verdict() {
+        return Ok(verdict);
     }
-    let remember = |verdict: bool| {
-        fs::write(&memory, answer(verdict)).with_context(|| format!("writing {}", memory.display()))
-    };
-    if let Err(reason) = try_loop() {
-        eprintln!("testbed: this machine's KVM is not used: {reason:#}");
-        remember(false)?;
+    if !runs_code(&memory)? {
         return Ok(false);
     }
     if let Err(reason) = try_linux(artefacts, vmm) {
@@ -57,8 +47,73 @@ pub(crate) fn kvm_boots_linux(artefacts: &Artefacts, vmm: &Path) -> Result<bool>
         eprintln!("testbed: this machine's KVM is not used: {reason:#}");
         return Ok(false);
     }
-    remember(true)?;
+    memory.remember(true)?;
     Ok(true)
+}
+
+/// Whether it is known already, without a kernel and a VMM, that this machine's KVM does not boot
+/// Linux.
+pub(crate) fn is_emulation_certain() -> Result<bool> {
+    let memory = Memory::open()?;
+    match memory.verdict() {
+        Some(verdict) => Ok(!verdict),
+        None => Ok(!runs_code(&memory)?),
+    }
+}
+
+fn runs_code(memory: &Memory) -> Result<bool> {
+    let Err(reason) = try_loop() else {
+        return Ok(true);
+    };
+    eprintln!(
+        "testbed: this machine's KVM is not used: {reason:#}; guests run in an emulated host"
+    );
+    // A device that is not there or not for this user may be so in a minute.
+    if Path::new(DEVICE).exists() && !is_denied(&reason) {
+        memory.remember(false)?;
+    }
+    Ok(false)
+}
+
+fn is_denied(reason: &anyhow::Error) -> bool {
+    reason.chain().any(|cause| {
+        cause
+            .downcast_ref::<kvm_ioctls::Error>()
+            .is_some_and(|error| error.errno() == libc::EACCES)
+    })
+}
+
+/// The answer of an earlier try, which holds until the machine boots again.
+struct Memory {
+    path: PathBuf,
+    boot_id: String,
+}
+
+impl Memory {
+    fn open() -> Result<Self> {
+        let boot_id =
+            fs::read_to_string("/proc/sys/kernel/random/boot_id").context("the boot id")?;
+        Ok(Self {
+            path: paths::cache()?.join("kvm-boots-linux"),
+            boot_id: boot_id.trim().into(),
+        })
+    }
+
+    fn text(&self, verdict: bool) -> String {
+        format!("{} {verdict}\n", self.boot_id)
+    }
+
+    fn verdict(&self) -> Option<bool> {
+        let old = fs::read_to_string(&self.path).ok()?;
+        let verdict = [false, true].into_iter().find(|v| old == self.text(*v))?;
+        // A machine can lose its KVM: a container without the device shares the boot and the cache.
+        (!verdict || Path::new(DEVICE).exists()).then_some(verdict)
+    }
+
+    fn remember(&self, verdict: bool) -> Result<()> {
+        fs::write(&self.path, self.text(verdict))
+            .with_context(|| format!("writing {}", self.path.display()))
+    }
 }
 
 /// Runs the loop on a thread of its own, because nothing can interrupt a KVM that hangs.
@@ -90,7 +145,14 @@ fn run_loop() -> Result<Duration> {
     code.extend([0x75, 0xfc]); // jnz to the dec
     code.push(0xf4); // hlt
 
-    let kvm = Kvm::new().context("opening /dev/kvm")?;
+    let kvm = Kvm::new().map_err(|error| {
+        let advice = match error.errno() {
+            libc::EACCES => "opening /dev/kvm (add this user to the group kvm)",
+            libc::ENOENT => "there is no /dev/kvm",
+            _ => "opening /dev/kvm",
+        };
+        anyhow::Error::new(error).context(advice)
+    })?;
     let vm = kvm.create_vm().context("creating a VM")?;
     let page = GuestPage::new(&vm, &code)?;
     let mut vcpu = vm.create_vcpu(0).context("creating a vCPU")?;
@@ -111,11 +173,12 @@ fn run_loop() -> Result<Duration> {
 
 /// Boots the test kernel until its init says so.
 fn try_linux(artefacts: &Artefacts, vmm: &Path) -> Result<()> {
+    let (kernel, initramfs) = artefacts.bootable().context("no kernel to try")?;
     let mut child = Command::new(vmm)
         .arg("--kernel")
-        .arg(&artefacts.vmlinux)
+        .arg(kernel)
         .arg("--initramfs")
-        .arg(&artefacts.initramfs)
+        .arg(initramfs)
         .args(["--cmdline", "console=ttyS0 quiet panic=-1 guest.run=OgoK"])
         .args([
             "--memory",

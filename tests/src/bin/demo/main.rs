@@ -6,16 +6,18 @@
 
 mod chart;
 mod recording;
+mod screen;
 
 use std::fs;
-use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::paths;
+use integration_tests::vmm::Vmm;
 use recording::{Phase, Recording, Sample};
+use screen::Screen;
 
 const MIB: u64 = 1 << 20;
 /// What the guest has, and what it touches and frees.
@@ -27,7 +29,7 @@ const SAMPLE_INTERVAL: Duration = Duration::from_millis(200);
 const CALM: Duration = Duration::from_secs(1);
 /// Mainline's reporting works every two seconds: no change for longer than
 /// that means that it has finished.
-const SETTLED: Duration = Duration::from_secs(5);
+const SETTLED: Duration = Duration::from_secs(4);
 /// After this the demonstration ends, settled or not.
 const SETTLE_DEADLINE: Duration = Duration::from_secs(90);
 /// Changes of residency below this are the guest's own life.
@@ -44,10 +46,12 @@ fn main() -> Result<()> {
     let patched = paths::guest_kernel_is_patched();
     let kind = if patched {
         "a Linux kernel with our patches"
+    } else if paths::guest_kernel_is_debian() {
+        "Debian's Linux kernel for cloud guests"
     } else {
         "an unmodified Linux kernel"
     };
-    println!("Booting {kind} with 1 GiB and a balloon that takes reports …");
+    println!("Booting {kind} with 1 GiB and a balloon that accepts reports …");
     let mut guest = Machine {
         memory: "size=1G",
         cpus: "boot=2",
@@ -56,16 +60,22 @@ fn main() -> Result<()> {
     }
     .serve()?;
 
-    let mut recording = Recording::new(GUEST_BYTES);
-    watch(&guest, &mut recording, Phase::Idle, CALM)?;
-    println!("The guest touches {} MiB:", TOUCH_BYTES / MIB);
-    touch(&mut guest, &mut recording)?;
-    watch(&guest, &mut recording, Phase::Touched, CALM)?;
-    println!("The guest frees them:");
+    let mut show = Show {
+        recording: Recording::new(GUEST_BYTES),
+        screen: Screen::new(),
+    };
+    show.watch(&guest, Phase::Idle, CALM)?;
+    show.screen
+        .headline(&format!("The guest touches {} MiB:", TOUCH_BYTES / MIB));
+    show.touch(&mut guest)?;
+    show.watch(&guest, Phase::Touched, CALM)?;
+    show.screen.headline("The guest frees them:");
     guest.command("free")?;
-    recording.freed();
-    settle(&guest, &mut recording)?;
+    show.recording.freed();
+    show.settle(&guest)?;
+    show.screen.end();
 
+    let recording = show.recording;
     let result = recording.result()?;
     fs::write(folder.join("demo.json"), recording.to_json(&result)?)?;
     fs::write(folder.join("demo.svg"), chart::svg(&recording, &result))?;
@@ -74,68 +84,62 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Whether a person watches: the testbed's emulated host says so, because its output is a pipe.
-fn on_terminal() -> bool {
-    std::io::stdout().is_terminal()
-        || std::env::var_os("TESTBED_TERMINAL").is_some_and(|says| says == "yes")
+/// What is sampled, and how it is shown meanwhile.
+struct Show {
+    recording: Recording,
+    screen: Screen,
 }
 
-/// Samples the API once and shows the sample.
-fn sample(guest: &Guest, recording: &mut Recording, phase: Phase) -> Result<Sample> {
-    let stats = guest.vmm.get("vm.reclaim-stats")?;
-    let sample = recording.add(phase, &stats)?;
-    println!(
-        "{}",
-        chart::terminal_line(&sample, GUEST_BYTES, on_terminal())
-    );
-    Ok(sample)
-}
-
-fn watch(guest: &Guest, recording: &mut Recording, phase: Phase, time: Duration) -> Result<()> {
-    let start = Instant::now();
-    while start.elapsed() < time {
-        sample(guest, recording, phase)?;
-        std::thread::park_timeout(SAMPLE_INTERVAL);
+impl Show {
+    /// Samples the API once and shows the sample.
+    fn sample(&mut self, vmm: &Vmm, phase: Phase) -> Result<Sample> {
+        let stats = vmm.get("vm.reclaim-stats")?;
+        let sample = self.recording.add(phase, &stats, vmm.resident_bytes()?)?;
+        self.screen.sample(&sample, GUEST_BYTES);
+        Ok(sample)
     }
-    Ok(())
-}
 
-/// The guest works on its own while the API is watched.
-fn touch(guest: &mut Guest, recording: &mut Recording) -> Result<()> {
-    let Guest { vmm, serial } = guest;
-    std::thread::scope(|scope| {
-        let touching = scope.spawn(|| -> Result<String> {
-            serial.send(&format!("alloc {TOUCH_BYTES}"))?;
-            serial.expect("ok alloc", Duration::from_secs(120))
-        });
-        while !touching.is_finished() {
-            let stats = vmm.get("vm.reclaim-stats")?;
-            let sample = recording.add(Phase::Touching, &stats)?;
-            println!(
-                "{}",
-                chart::terminal_line(&sample, GUEST_BYTES, on_terminal())
-            );
+    fn watch(&mut self, guest: &Guest, phase: Phase, time: Duration) -> Result<()> {
+        let start = Instant::now();
+        while start.elapsed() < time {
+            self.sample(&guest.vmm, phase)?;
             std::thread::park_timeout(SAMPLE_INTERVAL);
         }
-        match touching.join() {
-            Ok(answer) => answer.map(drop),
-            Err(_) => bail!("the thread that talks to the guest panicked"),
-        }
-    })
-}
-
-/// Samples until residency has not fallen for a while.
-fn settle(guest: &Guest, recording: &mut Recording) -> Result<()> {
-    let start = Instant::now();
-    let (mut lowest, mut lowest_at) = (u64::MAX, Instant::now());
-    while start.elapsed() < SETTLE_DEADLINE {
-        let sample = sample(guest, recording, Phase::Freed)?;
-        if sample.resident_bytes + NOISE_BYTES < lowest {
-            (lowest, lowest_at) = (sample.resident_bytes, Instant::now());
-        } else if lowest_at.elapsed() > SETTLED && sample.discarded_bytes > 0 {
-            return Ok(());
-        }
-        std::thread::park_timeout(SAMPLE_INTERVAL);
+        Ok(())
     }
-    Ok(())
+
+    /// The guest works on its own while the API is watched.
+    fn touch(&mut self, guest: &mut Guest) -> Result<()> {
+        let Guest { vmm, serial } = guest;
+        std::thread::scope(|scope| {
+            let touching = scope.spawn(|| -> Result<String> {
+                serial.send(&format!("alloc {TOUCH_BYTES}"))?;
+                serial.expect("ok alloc", Duration::from_secs(120))
+            });
+            while !touching.is_finished() {
+                self.sample(vmm, Phase::Touching)?;
+                std::thread::park_timeout(SAMPLE_INTERVAL);
+            }
+            match touching.join() {
+                Ok(answer) => answer.map(drop),
+                Err(_) => bail!("the thread that talks to the guest panicked"),
+            }
+        })
+    }
+
+    /// Samples until residency has not fallen for a while.
+    fn settle(&mut self, guest: &Guest) -> Result<()> {
+        let start = Instant::now();
+        let (mut lowest, mut lowest_at) = (u64::MAX, Instant::now());
+        while start.elapsed() < SETTLE_DEADLINE {
+            let sample = self.sample(&guest.vmm, Phase::Freed)?;
+            if sample.resident_bytes + NOISE_BYTES < lowest {
+                (lowest, lowest_at) = (sample.resident_bytes, Instant::now());
+            } else if lowest_at.elapsed() > SETTLED && sample.discarded_bytes > 0 {
+                return Ok(());
+            }
+            std::thread::park_timeout(SAMPLE_INTERVAL);
+        }
+        Ok(())
+    }
 }

@@ -10,6 +10,9 @@ const MIB: f64 = (1u64 << 20) as f64;
 /// last blocks trickle in with the guest's own life.
 const BACK_SHARE: f64 = 0.95;
 
+/// Older samples of the page tables are not shown.
+const AGE_MS_MAX: u64 = 1000;
+
 /// What the guest is doing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Phase {
@@ -78,7 +81,14 @@ impl Recording {
         }
     }
 
-    pub(crate) fn add(&mut self, phase: Phase, stats: &Value) -> Result<Sample> {
+    /// Adds a sample. `process_bytes` is the resident set of the VMM's process, which stands in
+    /// where page tables are dear to read (Linux before 6.7): there the VMM looks at them seldom.
+    pub(crate) fn add(
+        &mut self,
+        phase: Phase,
+        stats: &Value,
+        process_bytes: u64,
+    ) -> Result<Sample> {
         let figure = |pointer: &str| {
             stats
                 .pointer(pointer)
@@ -89,10 +99,15 @@ impl Recording {
         if phase != Phase::Freed {
             self.discarded_before = discarded;
         }
+        let resident_bytes = if figure("/resident_age_ms")? > AGE_MS_MAX {
+            process_bytes
+        } else {
+            figure("/resident_bytes")?
+        };
         let sample = Sample {
             seconds: self.start.elapsed().as_secs_f64(),
             phase,
-            resident_bytes: figure("/resident_bytes")?,
+            resident_bytes,
             reported_bytes: figure("/report/requested_bytes")?,
             discarded_bytes: discarded - self.discarded_before,
         };

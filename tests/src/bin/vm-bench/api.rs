@@ -11,6 +11,7 @@ use integration_tests::linux::Machine;
 use integration_tests::literal_client::{Answer, request};
 use serde_json::{Map, Value, json};
 
+use crate::cases::Cases;
 use crate::overhead::disk_image;
 
 /// Requests for a latency distribution, of all clients together.
@@ -27,30 +28,38 @@ const DISK_WORK: &str = "(while true; do dd if=/dev/zero of=/dev/vda bs=1M count
                          dd if=/dev/vda of=/dev/null bs=1M count=32 iflag=direct; done) \
                          > /dev/null 2>&1 & echo $! > /tmp/disk-work";
 
-/// All cases with one guest of `vmm`.
+/// All cases with a guest of `vmm`.
 pub(crate) fn measure(vmm: &Path) -> Result<Value> {
     let (_folder, disk) = disk_image()?;
-    let mut guest = Machine {
-        vmm: Some(vmm),
-        arguments: &[
-            "--balloon",
-            "size=0,free_page_reporting=on",
-            "--disk",
-            &disk,
-        ],
-        ..Machine::default()
-    }
-    .serve()?;
-    let socket = guest.vmm.socket();
-    let mut figures = Map::new();
-    figures.insert("one_client".into(), endpoints(&socket, 1)?);
-    figures.insert("eight_clients".into(), endpoints(&socket, CLIENTS)?);
-    guest.shell(DISK_WORK)?;
-    figures.insert("guest_uses_disk".into(), endpoints(&socket, 1)?);
-    guest.shell("kill $(cat /tmp/disk-work)")?;
-    guest.vmm.put("vm.pause", None)?;
-    figures.insert("guest_is_paused_and_asked".into(), while_asked(&socket)?);
-    Ok(figures.into())
+    let boot = || {
+        Machine {
+            vmm: Some(vmm),
+            arguments: &[
+                "--balloon",
+                "size=0,free_page_reporting=on",
+                "--disk",
+                &disk,
+            ],
+            ..Machine::default()
+        }
+        .serve()
+    };
+    let mut cases = Cases::new(&boot);
+    cases.run("one_client", |guest| endpoints(&guest.vmm.socket(), 1))?;
+    cases.run("eight_clients", |guest| {
+        endpoints(&guest.vmm.socket(), CLIENTS)
+    })?;
+    cases.run("guest_uses_disk", |guest| {
+        guest.shell(DISK_WORK)?;
+        let figures = endpoints(&guest.vmm.socket(), 1)?;
+        guest.shell("kill $(cat /tmp/disk-work)")?;
+        Ok(figures)
+    })?;
+    cases.run("guest_is_paused_and_asked", |guest| {
+        guest.vmm.put("vm.pause", None)?;
+        while_asked(&guest.vmm.socket())
+    })?;
+    cases.finish()
 }
 
 /// Each endpoint in turn, by so many clients at once.

@@ -3,11 +3,12 @@
 
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use integration_tests::linux::Machine;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
 use crate::MIB;
+use crate::cases::Cases;
 use crate::course::Taken;
 use crate::overhead::disk_image;
 
@@ -39,32 +40,34 @@ const COURSES: [Course; 6] = [
     ),
 ];
 
-/// All courses with one guest of `vmm`.
+/// All courses with a guest of `vmm`.
 pub(crate) fn measure(vmm: &Path) -> Result<Value> {
     let (_folder, disk) = disk_image()?;
-    let mut guest = Machine {
-        vmm: Some(vmm),
-        arguments: &["--disk", &disk],
-        ..Machine::default()
-    }
-    .serve()?;
-    let mut figures = Map::new();
+    let boot = || {
+        Machine {
+            vmm: Some(vmm),
+            arguments: &["--disk", &disk],
+            ..Machine::default()
+        }
+        .serve()
+    };
+    let mut cases = Cases::new(&boot);
     for (name, kind, bytes, requests, more) in COURSES {
-        let mut run = |requests: u64| {
-            let words =
-                format!("disk-bench {kind} /dev/vda --block {bytes} --requests {requests} {more}");
-            Taken::by(&mut guest, words.trim_end()).with_context(|| name.to_owned())
-        };
-        let nothing = run(0)?;
-        let taken = run(requests)?.beyond(&nothing);
-        figures.insert(
-            name.into(),
-            json!({
+        cases.run(name, |guest| {
+            let mut run = |requests: u64| {
+                let words = format!(
+                    "disk-bench {kind} /dev/vda --block {bytes} --requests {requests} {more}"
+                );
+                Taken::by(guest, words.trim_end())
+            };
+            let nothing = run(0)?;
+            let taken = run(requests)?.beyond(&nothing);
+            Ok(json!({
                 "mib_per_s": taken.per_second(requests * bytes / MIB),
                 "requests_per_s": taken.per_second(requests),
                 "each_request": taken.each(requests),
-            }),
-        );
+            }))
+        })?;
     }
-    Ok(figures.into())
+    cases.finish()
 }

@@ -7,6 +7,7 @@
 mod api;
 mod block;
 mod boot_free;
+mod cases;
 mod compare;
 mod cost;
 mod course;
@@ -22,7 +23,7 @@ mod subject;
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use options::{Asked, Options};
@@ -116,13 +117,20 @@ fn main() -> Result<()> {
     let known: Vec<&str> = FIGURES.iter().map(|figure| figure.name).collect();
     let options = Options::parse(std::env::args().skip(1), &known)?;
     let subjects = subject::all(options.vmm.as_deref())?;
+    let mut failed = Vec::new();
     for figure in FIGURES {
         if !figure.is_chosen(&options.names) {
             continue;
         }
-        let value = figure
-            .run(&options, &subjects)
-            .with_context(|| figure.name.to_owned())?;
+        let value = match figure.run(&options, &subjects) {
+            Ok(value) => value,
+            // The figures after it are still worth having.
+            Err(error) => {
+                eprintln!("{} failed: {error:#}", figure.name);
+                failed.push(figure.name);
+                continue;
+            }
+        };
         if subjects.len() > 1 {
             eprint!("{}", compare::table(figure.name, &value));
         }
@@ -133,5 +141,6 @@ fn main() -> Result<()> {
             fs::write(&path, text + "\n").with_context(|| path.display().to_string())?;
         }
     }
+    ensure!(failed.is_empty(), "failed: {}", failed.join(", "));
     Ok(())
 }

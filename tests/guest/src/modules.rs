@@ -1,0 +1,25 @@
+//! Kernel modules in the initramfs, which a distribution's kernel has its drivers in.
+//!
+//! The one who made the initramfs has put them under `/modules`, named so that the order of their
+//! names is the order in which they depend on each other.
+
+use std::fs::{self, File};
+
+use crate::sys;
+
+const FOLDER: &str = "/modules";
+
+/// Loads all of them; one that cannot be loaded is named on the console and left out.
+pub(crate) fn load() {
+    // A kernel of ours has everything built in, and its initramfs no such folder.
+    let Ok(entries) = fs::read_dir(FOLDER) else {
+        return;
+    };
+    let mut paths: Vec<_> = entries.flatten().map(|entry| entry.path()).collect();
+    paths.sort();
+    for path in paths {
+        if let Err(error) = File::open(&path).and_then(|file| sys::load_module(&file)) {
+            println!("guest: module {}: {error}", path.display());
+        }
+    }
+}

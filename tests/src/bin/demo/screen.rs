@@ -1,0 +1,66 @@
+//! Where the demonstration shows its samples: one line that changes on a terminal, a line now and
+//! then in a log.
+
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use crate::chart::terminal_line;
+use crate::recording::Sample;
+
+/// Between two lines of a log.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+
+pub(crate) struct Screen {
+    /// Whether a person watches.
+    terminal: bool,
+    /// The last line, which a terminal still changes and a log may have left out.
+    last: Option<String>,
+    written: Option<Instant>,
+}
+
+impl Screen {
+    pub(crate) fn new() -> Self {
+        // The testbed's emulated host has a pipe in place of the terminal, and says so.
+        let terminal = std::io::stdout().is_terminal()
+            || std::env::var_os("TESTBED_TERMINAL").is_some_and(|says| says == "yes");
+        Self {
+            terminal,
+            last: None,
+            written: None,
+        }
+    }
+
+    pub(crate) fn sample(&mut self, sample: &Sample, full_bytes: u64) {
+        let line = terminal_line(sample, full_bytes, self.terminal);
+        if self.terminal {
+            print!("\r{line}");
+            // A terminal that is gone is no reason to end.
+            std::io::stdout().flush().ok();
+            self.last = Some(line);
+        } else if self.written.is_none_or(|at| at.elapsed() >= LINE_INTERVAL) {
+            println!("{line}");
+            self.written = Some(Instant::now());
+            self.last = None;
+        } else {
+            self.last = Some(line);
+        }
+    }
+
+    /// Leaves the last sample as it is and begins something new.
+    pub(crate) fn headline(&mut self, words: &str) {
+        self.end();
+        println!("{words}");
+    }
+
+    /// Leaves the last sample as it is.
+    pub(crate) fn end(&mut self) {
+        if let Some(line) = self.last.take() {
+            if self.terminal {
+                println!();
+            } else {
+                println!("{line}");
+            }
+        }
+        self.written = None;
+    }
+}

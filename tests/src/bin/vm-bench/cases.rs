@@ -1,0 +1,154 @@
+//! The cases of a figure, one after another with one guest, each with a bound.
+//!
+//! A VMM that is not ours may do one of them badly or never. Such a case is reported as what it
+//! is, its guest is ended, and the others go on with a new one. The bound is on this machine's clock:
+//! where time is counted in instructions, it is so many instructions.
+
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use integration_tests::linux::Guest;
+use serde_json::{Map, Value, json};
+
+/// How long a case may take; the longest of ours takes a tenth.
+const CASE_MAX: Duration = Duration::from_secs(60);
+
+/// How a case ended.
+enum Ended {
+    Well(Value),
+    Failed(anyhow::Error),
+    /// Killed.
+    TooLate,
+}
+
+/// Runs cases and collects what they measure.
+pub(crate) struct Cases<'a> {
+    boot: &'a dyn Fn() -> Result<Guest>,
+    /// None before the first case, and after one that did not end well.
+    guest: Option<Guest>,
+    bound: Duration,
+    figures: Map<String, Value>,
+}
+
+impl<'a> Cases<'a> {
+    /// `boot` starts a guest for the first case and after each that did not end well.
+    pub(crate) fn new(boot: &'a dyn Fn() -> Result<Guest>) -> Self {
+        Self {
+            boot,
+            guest: None,
+            bound: CASE_MAX,
+            figures: Map::new(),
+        }
+    }
+
+    /// Runs one; says on stderr which, and how it ended.
+    ///
+    /// # Errors
+    /// No guest starts.
+    pub(crate) fn run(
+        &mut self,
+        name: &str,
+        case: impl FnOnce(&mut Guest) -> Result<Value>,
+    ) -> Result<()> {
+        eprint!("{name} … ");
+        let begin = Instant::now();
+        let mut guest = match self.guest.take() {
+            Some(guest) => guest,
+            None => (self.boot)().with_context(|| name.to_owned())?,
+        };
+        let kill = guest.vmm.killer();
+        let ended = bounded(self.bound, kill, || case(&mut guest));
+        let value = match ended {
+            Ended::Well(value) => {
+                eprintln!("{:.1} s", begin.elapsed().as_secs_f64());
+                self.guest = Some(guest);
+                value
+            }
+            Ended::Failed(error) => {
+                eprintln!("failed: {error:#}");
+                json!({ FAILED: format!("{error:#}") })
+            }
+            Ended::TooLate => {
+                let seconds = self.bound.as_secs();
+                eprintln!("did not end within {seconds} s");
+                json!({ TOO_LATE: seconds })
+            }
+        };
+        self.figures.insert(name.into(), value);
+        Ok(())
+    }
+
+    /// All figures.
+    ///
+    /// # Errors
+    /// No case ended well.
+    pub(crate) fn finish(self) -> Result<Value> {
+        if self.figures.values().all(|value| !is_good(value)) {
+            bail!("no case ended: {}", Value::Object(self.figures));
+        }
+        Ok(self.figures.into())
+    }
+}
+
+const FAILED: &str = "failed";
+const TOO_LATE: &str = "did_not_end_within_s";
+
+/// Whether a case has measured something.
+fn is_good(value: &Value) -> bool {
+    value.get(FAILED).is_none() && value.get(TOO_LATE).is_none()
+}
+
+/// Runs `work`; if it takes too long, `kill` must make it fail.
+fn bounded(
+    bound: Duration,
+    kill: impl FnOnce() + Send,
+    work: impl FnOnce() -> Result<Value>,
+) -> Ended {
+    let (ended, ending) = mpsc::channel::<()>();
+    thread::scope(|scope| {
+        let watching = scope.spawn(move || {
+            let in_time = ending.recv_timeout(bound) != Err(RecvTimeoutError::Timeout);
+            if !in_time {
+                kill();
+            }
+            in_time
+        });
+        let result = work();
+        drop(ended);
+        let in_time = watching.join().expect("the watching thread does not panic");
+        match result {
+            // It was done when the bound passed.
+            Ok(value) => Ended::Well(value),
+            Err(_) if !in_time => Ended::TooLate,
+            Err(error) => Ended::Failed(error),
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn work_that_ends_in_time_gives_its_value() {
+        let ended = bounded(Duration::from_secs(600), || (), || Ok(json!(1)));
+        assert!(matches!(ended, Ended::Well(value) if value == 1));
+        let ended = bounded(Duration::from_secs(600), || (), || bail!("no"));
+        assert!(matches!(ended, Ended::Failed(error) if error.to_string() == "no"));
+    }
+
+    #[test]
+    fn work_that_does_not_end_is_killed_and_known_as_such() {
+        let (killed, dead) = mpsc::channel::<()>();
+        let kill = move || drop(killed);
+        let ended = bounded(Duration::from_millis(10), kill, || {
+            // As a connection to a VMM that is killed: returns when it is.
+            assert!(dead.recv().is_err());
+            bail!("closed")
+        });
+        assert!(matches!(ended, Ended::TooLate));
+        assert!(!is_good(&json!({ TOO_LATE: 60 })));
+    }
+}

@@ -1,0 +1,136 @@
+//! `--since COMMIT`: which steps the changes since a commit can affect.
+//!
+//! Files belong to parts of the project, and a step names the parts that it depends on.
+
+use std::collections::BTreeSet;
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+
+use super::step::{STEPS, Step};
+use crate::paths;
+
+/// What a file belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Part {
+    Fleet,
+    GuestPatches,
+    Fuzz,
+    Tests,
+    Xtask,
+    /// No code; some of it is checked by tests of the crates.
+    Text,
+    /// All other folders: the VMM's crates.
+    Vmm,
+    /// Everything depends on it: `Cargo.lock`, `clippy.toml`, …
+    Root,
+}
+
+const FOLDERS: [(&str, Part); 8] = [
+    ("fleet/", Part::Fleet),
+    ("bin/ch-fleet", Part::Fleet),
+    ("guest-patches/", Part::GuestPatches),
+    ("fuzz/", Part::Fuzz),
+    ("tests/", Part::Tests),
+    ("xtask/", Part::Xtask),
+    ("docs/", Part::Text),
+    (".ci/", Part::Text),
+];
+
+fn part_of(file: &str) -> Part {
+    let named = FOLDERS.iter().find(|(folder, _)| file.starts_with(folder));
+    match named {
+        Some((_, part)) => *part,
+        None if file.contains('/') && !file.starts_with('.') => Part::Vmm,
+        None if file.ends_with(".md") || file == ".gitignore" => Part::Text,
+        None => Part::Root,
+    }
+}
+
+/// The steps to run: those affected and those that they need.
+pub(super) fn steps(commit: &str) -> Result<Vec<&'static Step>> {
+    let files = changed(commit)?;
+    let mut names: BTreeSet<&str> = STEPS
+        .iter()
+        .filter(|step| files.iter().any(|file| affects(file, step)))
+        .map(|step| step.name)
+        .collect();
+    // Needed steps come earlier in the list, so one way back through it finds all.
+    for step in STEPS.iter().rev() {
+        if names.contains(step.name) {
+            names.extend(step.needs);
+        }
+    }
+    Ok(STEPS
+        .iter()
+        .filter(|step| names.contains(step.name))
+        .collect())
+}
+
+fn affects(file: &str, step: &Step) -> bool {
+    let part = part_of(file);
+    part == Part::Root || step.parts.contains(&part)
+}
+
+/// Files that differ from the commit, and files that git does not know yet.
+fn changed(commit: &str) -> Result<Vec<String>> {
+    let mut files = git(&["diff", "--name-only", "--no-renames", commit, "--"])
+        .with_context(|| format!("--since {commit}"))?;
+    files.extend(git(&["ls-files", "--others", "--exclude-standard"])?);
+    Ok(files)
+}
+
+fn git(arguments: &[&str]) -> Result<Vec<String>> {
+    let output = Command::new("git")
+        .args(arguments)
+        .current_dir(paths::workspace())
+        .output()
+        .context("starting git")?;
+    ensure!(
+        output.status.success(),
+        "git {}: {}",
+        arguments.join(" "),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .map(str::to_string)
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn affected(file: &str) -> Vec<&'static str> {
+        STEPS
+            .iter()
+            .filter(|step| affects(file, step))
+            .map(|step| step.name)
+            .collect()
+    }
+
+    #[test]
+    fn change_affects_the_steps_that_depend_on_its_part() {
+        assert_eq!(affected("Cargo.lock").len(), STEPS.len());
+        assert_eq!(affected(".cargo/config.toml").len(), STEPS.len());
+        assert_eq!(affected("docs/api.md"), ["unit tests"]);
+        assert!(!affected("fleet/src/plan.rs").contains(&"guest series"));
+        for step in ["build", "fuzz", "vm tests", "vm bench"] {
+            assert!(affected("machine/src/lib.rs").contains(&step), "{step}");
+        }
+    }
+
+    #[test]
+    fn every_step_is_affected_by_something() {
+        for step in STEPS {
+            assert!(!step.parts.is_empty(), "{}", step.name);
+        }
+    }
+
+    #[test]
+    fn commit_that_does_not_exist_is_named() {
+        let error = format!("{:#}", steps("no-such-commit").unwrap_err());
+        assert!(error.contains("--since no-such-commit"), "{error}");
+    }
+}

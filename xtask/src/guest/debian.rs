@@ -1,0 +1,409 @@
+//! Debian's own binary kernels: unpacked from their packages, not installed, shared by every
+//! checkout on the machine.
+//!
+//! ```text
+//! cache/debian-PACKAGE                the folder that was last found to be the newest
+//! cache/debian-PACKAGE_VERSION.part/  the package while it is downloaded and unpacked
+//! cache/debian-PACKAGE_VERSION/       appears complete, by a rename
+//!   boot/{vmlinuz,config}-RELEASE, [usr/]lib/modules/RELEASE/…, vmlinux if there is a need for it
+//! ```
+//!
+//! Drivers are modules there. Those that a machine needs travel in its initramfs, in the order in
+//! which its init has to load them ([`DebianKernel::modules`]).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use super::cache::Lock;
+use super::cpio;
+use super::modules;
+use crate::apt::{self, Need, Offer};
+use crate::{disk, paths};
+
+const XZ: Need = Need {
+    package: "xz-utils",
+    why: "unpacks Debian's kernels and their modules",
+};
+
+/// Folders of drivers that no virtual machine of ours has a device for: half of the files.
+const LEFT_OUT: [&str; 6] = [
+    "*/kernel/drivers/gpu",
+    "*/kernel/drivers/media",
+    "*/kernel/drivers/net/wireless",
+    "*/kernel/drivers/infiniband",
+    "*/kernel/sound",
+    "./usr/share",
+];
+
+/// The release's kernel for cloud guests: what guests boot.
+pub(crate) const CLOUD: &[&str] = &["linux-image-cloud-amd64"];
+/// A kernel for any machine: what the emulated host boots. The cloud kernel lacks 9p, and before
+/// Linux 6.7 the VMM reads page tables so slowly that it looks at them only now and then.
+pub(crate) const GENERIC: &[&str] = &["linux-image-6.12-amd64", "linux-image-amd64"];
+
+/// Modules of a guest: every device that our VMM has, and the power button.
+pub(crate) const GUEST_MODULES: [&str; 9] = [
+    "virtio_pci",
+    "virtio_balloon",
+    "virtio_blk",
+    "virtio_net",
+    "virtio_console",
+    "virtio_rng",
+    "virtio_mem",
+    "evdev",
+    "button",
+];
+
+/// Modules of the emulated host: its root, its ports, its swap, KVM, networks of guests.
+pub(crate) const HOST_MODULES: [&str; 8] = [
+    "virtio_pci",
+    "virtio_console",
+    "virtio_blk",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "kvm_amd",
+    "tun",
+];
+
+/// An unpacked kernel.
+#[derive(Debug, Clone)]
+pub(crate) struct DebianKernel {
+    dir: PathBuf,
+    /// What `uname -r` prints.
+    release: String,
+}
+
+impl DebianKernel {
+    /// The kernel that the first of `packages` which the release has is or, for a meta-package,
+    /// stands for; downloaded if it is not there yet. `progress` is called with the bytes of the download so far and of all of it.
+    pub(crate) fn fetch(packages: &[&str], progress: impl Fn(u64, u64) + Sync) -> Result<Self> {
+        let cache = paths::cache()?;
+        // Asking apt takes seconds on a busy machine, and a new kernel is not needed every day.
+        let record = cache.join(format!("debian-{}", packages.join("+")));
+        if let Some(found) = recorded(&record).and_then(|dir| Self::open(&dir).ok().flatten()) {
+            return Ok(found);
+        }
+        let dir = Self::newest(&cache, packages, &progress)?;
+        let found = Self::open(&dir)?;
+        let found = found.with_context(|| format!("{} has no kernel", dir.display()))?;
+        fs::write(&record, dir.as_os_str().as_encoded_bytes())
+            .with_context(|| format!("writing {}", record.display()))?;
+        Ok(found)
+    }
+
+    /// The folder of the newest kernel that the archive has.
+    fn newest(
+        cache: &Path,
+        packages: &[&str],
+        progress: &(impl Fn(u64, u64) + Sync),
+    ) -> Result<PathBuf> {
+        let offer = resolve(apt::offer(packages)?)?;
+        let dir = folder(cache, &offer);
+        if dir.exists() {
+            return Ok(dir);
+        }
+        apt::ensure(&[XZ])?;
+        let _lock = Lock::take_named(cache, "debian-lock", "another download of a kernel")?;
+        let error = match unpack(cache, &offer, progress) {
+            Ok(dir) => return Ok(dir),
+            Err(error) => error,
+        };
+        // The archive may have a newer version in place of the one in the lists.
+        match apt::fresh_offer(packages).and_then(resolve) {
+            Ok(newer) if newer.version != offer.version => unpack(cache, &newer, progress),
+            _ => Err(error),
+        }
+    }
+
+    fn open(dir: &Path) -> Result<Option<Self>> {
+        if !dir.exists() {
+            return Ok(None);
+        }
+        let boot = dir.join("boot");
+        let entries = fs::read_dir(&boot).with_context(|| format!("reading {}", boot.display()))?;
+        let release = entries
+            .flatten()
+            .find_map(|entry| {
+                let name = entry.file_name().into_string().ok()?;
+                name.strip_prefix("vmlinuz-").map(str::to_string)
+            })
+            .with_context(|| format!("no vmlinuz in {}", boot.display()))?;
+        Ok(Some(Self {
+            dir: dir.to_path_buf(),
+            release,
+        }))
+    }
+
+    /// The kernel as the package has it: a bzImage.
+    pub(crate) fn vmlinuz(&self) -> PathBuf {
+        self.dir.join(format!("boot/vmlinuz-{}", self.release))
+    }
+
+    /// The form of the kernel that starts soonest under emulation: what xz has packed takes
+    /// emulated processors seconds to unpack, so it is unpacked here, once.
+    pub(crate) fn quickest(&self) -> Result<PathBuf> {
+        let unpacked = self.dir.join("vmlinux");
+        if unpacked.exists() {
+            return Ok(unpacked);
+        }
+        let vmlinuz = self.vmlinuz();
+        let image = fs::read(&vmlinuz).with_context(|| format!("reading {}", vmlinuz.display()))?;
+        let Some(packed) = payload(&image).filter(|packed| packed.starts_with(XZ_MAGIC)) else {
+            return Ok(vmlinuz);
+        };
+        let beside = self.dir.join(format!("vmlinux-{}", std::process::id()));
+        fs::write(&beside, unxz(packed)?)
+            .with_context(|| format!("writing {}", beside.display()))?;
+        fs::rename(&beside, &unpacked)
+            .with_context(|| format!("creating {}", unpacked.display()))?;
+        Ok(unpacked)
+    }
+
+    /// `names` and what they depend on, as files under `modules/` of an initramfs. Their order by
+    /// name is the order in which init loads them.
+    pub(crate) fn modules(&self, names: &[&str]) -> Result<cpio::Archive> {
+        let tree = ["lib/modules", "usr/lib/modules"]
+            .map(|folder| self.dir.join(folder).join(&self.release))
+            .into_iter()
+            .find(|tree| tree.exists())
+            .with_context(|| format!("no modules in {}", self.dir.display()))?;
+        let mut archive = cpio::Archive::default();
+        archive.directory("modules");
+        for (index, module) in modules::in_order(&tree, names)?.iter().enumerate() {
+            let name = format!("modules/{index:03}-{}.ko", module.name);
+            archive.file(&name, 0o644, &module.bytes);
+        }
+        Ok(archive)
+    }
+}
+
+/// How long a kernel is used before the archive is asked for a newer one.
+const RECORD_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// The folder that a record names, if the record is young.
+fn recorded(record: &Path) -> Option<PathBuf> {
+    let written = fs::metadata(record).ok()?.modified().ok()?;
+    let age = SystemTime::now()
+        .duration_since(written)
+        .unwrap_or_default();
+    let dir = PathBuf::from(fs::read_to_string(record).ok()?);
+    (age < RECORD_MAX && dir.exists()).then_some(dir)
+}
+
+/// The offer of the image itself.
+fn resolve(offer: Offer) -> Result<Offer> {
+    match offer.dependency("linux-image-") {
+        Some(image) => apt::offer(&[image]),
+        None => Ok(offer),
+    }
+}
+
+fn folder(cache: &Path, offer: &Offer) -> PathBuf {
+    cache.join(format!("debian-{}_{}", offer.package, offer.version))
+}
+
+/// Downloads and unpacks; what an interrupted run has left is used or cleared away. The caller
+/// holds the lock.
+fn unpack(cache: &Path, offer: &Offer, progress: &(impl Fn(u64, u64) + Sync)) -> Result<PathBuf> {
+    let dir = folder(cache, offer);
+    if dir.exists() {
+        return Ok(dir);
+    }
+    let part = dir.with_file_name(format!("debian-{}_{}.part", offer.package, offer.version));
+    let tree = part.join("tree");
+    if tree.exists() {
+        fs::remove_dir_all(&tree).with_context(|| format!("removing {}", tree.display()))?;
+    }
+    fs::create_dir_all(&tree).with_context(|| format!("creating {}", tree.display()))?;
+    disk::require(
+        cache,
+        offer.download_bytes + offer.unpacked_bytes,
+        &format!("downloading and unpacking {}", offer.package),
+    )?;
+    let package = watched(&part, offer.download_bytes, progress, || {
+        offer.download(&part)
+    })?;
+    if let Err(error) = extract(&package, &tree) {
+        // The next run must not find it.
+        fs::remove_file(&package).with_context(|| format!("removing {}", package.display()))?;
+        return Err(error.context(format!(
+            "{} is damaged and was removed: run this command again",
+            package.display()
+        )));
+    }
+    fs::rename(&tree, &dir).with_context(|| format!("creating {}", dir.display()))?;
+    fs::remove_dir_all(&part).with_context(|| format!("removing {}", part.display()))?;
+    Ok(dir)
+}
+
+/// Runs `work` and reports the size of what is in `dir` meanwhile.
+fn watched<T>(
+    dir: &Path,
+    all: u64,
+    progress: &(impl Fn(u64, u64) + Sync),
+    work: impl FnOnce() -> Result<T>,
+) -> Result<T> {
+    let (done, ended) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let interval = Duration::from_millis(200);
+            // Ends when the sender is dropped.
+            while ended.recv_timeout(interval) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                progress(bytes_in(dir).min(all), all);
+            }
+        });
+        let result = work();
+        drop(done);
+        result
+    })
+}
+
+fn bytes_in(dir: &Path) -> u64 {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return 0;
+    };
+    entries
+        .flatten()
+        .filter_map(|entry| entry.metadata().ok())
+        .filter(fs::Metadata::is_file)
+        .map(|metadata| metadata.len())
+        .sum()
+}
+
+/// `dpkg-deb -x` without [`LEFT_OUT`].
+fn extract(package: &Path, to: &Path) -> Result<()> {
+    let mut dpkg = Command::new("dpkg-deb")
+        .arg("--fsys-tarfile")
+        .arg(package)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("starting dpkg-deb")?;
+    let tarfile = dpkg.stdout.take().context("dpkg-deb's output is piped")?;
+    let mut tar = Command::new("tar");
+    tar.args(["-x", "--no-same-owner", "--wildcards"]);
+    for folder in LEFT_OUT {
+        tar.arg(format!("--exclude={folder}"));
+    }
+    let extracted = tar
+        .arg("-C")
+        .arg(to)
+        .stdin(tarfile)
+        .status()
+        .context("starting tar")?;
+    let read = dpkg.wait().context("waiting for dpkg-deb")?;
+    ensure!(
+        read.success() && extracted.success(),
+        "unpacking {} failed (dpkg-deb: {read}, tar: {extracted})",
+        package.display()
+    );
+    Ok(())
+}
+
+const XZ_MAGIC: &[u8] = &[0xfd, b'7', b'z', b'X', b'Z', 0];
+
+/// The packed kernel in a bzImage (Documentation/arch/x86/boot.rst), without the four bytes behind
+/// it that hold its unpacked size.
+fn payload(image: &[u8]) -> Option<&[u8]> {
+    let word = |at: usize| {
+        let bytes = image.get(at..at + 4)?;
+        Some(u32::from_le_bytes(bytes.try_into().ok()?) as usize)
+    };
+    if image.get(0x202..0x206)? != b"HdrS" {
+        return None;
+    }
+    let setup_sectors = match image.get(0x1f1)? {
+        0 => 4,
+        sectors => usize::from(*sectors),
+    };
+    let (offset, length) = (word(0x248)?, word(0x24c)?);
+    let begin = (setup_sectors + 1) * 512 + offset;
+    let packed = image.get(begin..begin.checked_add(length)?)?;
+    packed.get(..length.checked_sub(4)?)
+}
+
+/// Unpacks with xz(1).
+pub(super) fn unxz(packed: &[u8]) -> Result<Vec<u8>> {
+    let mut xz = Command::new("xz")
+        .args(["--decompress", "--stdout"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("starting xz")?;
+    let mut stdin = xz.stdin.take().context("xz's input is piped")?;
+    let output = std::thread::scope(|scope| {
+        // If xz stops reading, its status says why.
+        scope.spawn(move || std::io::Write::write_all(&mut stdin, packed).ok());
+        xz.wait_with_output()
+    });
+    let output = output.context("waiting for xz")?;
+    if !output.status.success() {
+        bail!("xz failed ({})", output.status);
+    }
+    Ok(output.stdout)
+}
+
+/// Makes sure that kernels packed with xz can be unpacked.
+pub(super) fn ensure_tools() -> Result<()> {
+    apt::ensure(&[XZ])
+}
+
+/// Makes `dir/{vmlinuz,initramfs.cpio.gz}` from a kernel and the common initramfs.
+pub(super) fn publish(kernel: &DebianKernel, common: &Path, dir: &Path) -> Result<()> {
+    fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+    let vmlinuz = dir.join("vmlinuz");
+    if fs::read(&vmlinuz).ok() != fs::read(kernel.vmlinuz()).ok() {
+        paths::link_or_copy(&kernel.vmlinuz(), &vmlinuz)?;
+    }
+    let modules = kernel.modules(&GUEST_MODULES)?;
+    super::initramfs::extend(common, modules, &dir.join("initramfs.cpio.gz"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(sectors: u8, offset: u32, length: u32, body: &[u8]) -> Vec<u8> {
+        let mut image = vec![0; 3 * 512];
+        image[0x1f1] = sectors;
+        image[0x202..0x206].copy_from_slice(b"HdrS");
+        image[0x248..0x24c].copy_from_slice(&offset.to_le_bytes());
+        image[0x24c..0x250].copy_from_slice(&length.to_le_bytes());
+        image.extend(body);
+        image
+    }
+
+    #[test]
+    fn payload_lies_behind_setup_and_offset_and_ends_before_its_size() {
+        let image = image(2, 3, 8, b"...kern\x01\x02\x03\x04");
+        assert_eq!(payload(&image), Some(&b"kern"[..]));
+    }
+
+    #[test]
+    fn payload_that_is_not_there_is_none() {
+        for image in [
+            Vec::new(),
+            vec![0; 600],
+            image(2, 0, 9, b"short"),
+            image(2, 0, 2, b"short"),
+            image(2, u32::MAX, u32::MAX, b"short"),
+        ] {
+            assert_eq!(payload(&image), None);
+        }
+    }
+
+    #[test]
+    fn damaged_package_is_not_unpacked() {
+        let dir = std::env::temp_dir().join(format!("xtask-damaged-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let package = dir.join("half.deb");
+        fs::write(&package, b"!<arch>\ndebian-binary   ").unwrap();
+        let error = extract(&package, &dir).unwrap_err().to_string();
+        assert!(error.contains("half.deb"), "{error}");
+        fs::remove_dir_all(&dir).unwrap();
+    }
+}

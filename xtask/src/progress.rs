@@ -1,0 +1,301 @@
+//! What a command of minutes is doing and how long it will take: a bar on a terminal, a line every
+//! ten seconds in a log.
+//!
+//! Work is a [`Plan`] of lanes that run side by side; within a lane one task follows another.
+//! Each task has an expected time on an idle machine with two processors. Where a task knows how
+//! far it is, that decides; how slow a lane has been so far decides about what it has yet to do.
+
+use std::io::IsTerminal as _;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Between two lines in a log.
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
+/// Between two updates of a terminal's bar.
+const BAR_INTERVAL: Duration = Duration::from_millis(200);
+/// The bar's length in parts.
+const BAR_PARTS: u64 = 1000;
+
+/// The bar on the terminal, while there is one: other lines must not be written into it.
+static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
+
+/// Writes a line to stderr, above the bar if there is one.
+pub(crate) fn note(line: &str) {
+    match &*BAR.lock().unwrap_or_else(PoisonError::into_inner) {
+        Some(bar) => bar.suspend(|| eprintln!("{line}")),
+        None => eprintln!("{line}"),
+    }
+}
+
+/// Tasks in lanes.
+#[derive(Debug)]
+pub(crate) struct Plan {
+    lanes: Mutex<Vec<Vec<Task>>>,
+    /// What follows when all lanes are done, which is not this plan's work.
+    tail: Duration,
+    begin: Instant,
+}
+
+#[derive(Debug)]
+struct Task {
+    name: String,
+    expected: Duration,
+    state: State,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum State {
+    Waiting,
+    Running {
+        since: Instant,
+        /// So much of so much.
+        done: Option<(u64, u64)>,
+    },
+    Done {
+        took: Duration,
+    },
+}
+
+/// A task that runs, to tell how far it is.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Running<'a> {
+    plan: &'a Plan,
+    lane: usize,
+    index: usize,
+}
+
+impl Running<'_> {
+    /// `done` of `all` is done.
+    pub(crate) fn at(&self, done: u64, all: u64) {
+        let mut lanes = self.plan.lock();
+        if let State::Running { done: old, .. } = &mut lanes[self.lane][self.index].state {
+            *old = (all > 0).then_some((done.min(all), all));
+        }
+    }
+}
+
+impl Plan {
+    /// Lanes of tasks with their expected times in seconds, and what comes after them.
+    pub(crate) fn new(lanes: &[&[(&str, u64)]], tail: Duration) -> Self {
+        let task = |(name, seconds): &(&str, u64)| Task {
+            name: (*name).into(),
+            expected: Duration::from_secs(*seconds),
+            state: State::Waiting,
+        };
+        Self {
+            lanes: Mutex::new(
+                lanes
+                    .iter()
+                    .map(|lane| lane.iter().map(task).collect())
+                    .collect(),
+            ),
+            tail,
+            begin: Instant::now(),
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Vec<Task>>> {
+        // Nothing that is done under the lock can leave it half done.
+        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs the next task of a lane.
+    pub(crate) fn next<T>(&self, lane: usize, work: impl FnOnce(Running<'_>) -> T) -> T {
+        let since = Instant::now();
+        let index = {
+            let mut lanes = self.lock();
+            let index = lanes[lane]
+                .iter()
+                .position(|task| matches!(task.state, State::Waiting))
+                .expect("a lane runs no more tasks than it was given");
+            lanes[lane][index].state = State::Running { since, done: None };
+            index
+        };
+        let result = work(Running {
+            plan: self,
+            lane,
+            index,
+        });
+        let took = since.elapsed();
+        self.lock()[lane][index].state = State::Done { took };
+        result
+    }
+
+    /// Runs `work` and shows how far the plan is until it returns.
+    pub(crate) fn show<T>(&self, work: impl FnOnce() -> T) -> T {
+        let terminal = std::io::stderr().is_terminal();
+        let (ended, ending) = mpsc::channel::<()>();
+        thread::scope(|scope| {
+            scope.spawn(move || {
+                if terminal {
+                    self.show_bar(&ending);
+                } else {
+                    self.show_lines(&ending);
+                }
+            });
+            let result = work();
+            drop(ended);
+            result
+        })
+    }
+
+    fn show_lines(&self, ending: &mpsc::Receiver<()>) {
+        while ending.recv_timeout(LINE_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+            eprintln!("{}", self.line());
+        }
+    }
+
+    fn show_bar(&self, ending: &mpsc::Receiver<()>) {
+        let style = ProgressStyle::with_template("{bar:30} {wide_msg}")
+            .expect("the template is well-formed");
+        let bar = ProgressBar::new(BAR_PARTS).with_style(style);
+        *BAR.lock().unwrap_or_else(PoisonError::into_inner) = Some(bar.clone());
+        while ending.recv_timeout(BAR_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+            let (elapsed, left) = (
+                self.begin.elapsed().as_secs_f64(),
+                self.left().as_secs_f64(),
+            );
+            bar.set_position((elapsed / (elapsed + left + 0.001) * BAR_PARTS as f64) as u64);
+            bar.set_message(self.line());
+        }
+        *BAR.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        bar.finish_and_clear();
+    }
+
+    /// `12 s: the VMM (40 of 90), Debian packages; about 80 s left`.
+    fn line(&self) -> String {
+        let running: Vec<String> = self
+            .lock()
+            .iter()
+            .flatten()
+            .filter_map(|task| match task.state {
+                State::Running { done: None, .. } => Some(task.name.clone()),
+                State::Running {
+                    done: Some((done, all)),
+                    ..
+                } => Some(format!("{} ({done} of {all})", task.name)),
+                State::Waiting | State::Done { .. } => None,
+            })
+            .collect();
+        format!(
+            "{} s: {}; about {} s left",
+            self.begin.elapsed().as_secs(),
+            running.join(", "),
+            self.left().as_secs()
+        )
+    }
+
+    /// Until all of it and what follows is done.
+    fn left(&self) -> Duration {
+        let lanes = self.lock();
+        let now = Instant::now();
+        let longest = lanes.iter().map(|lane| lane_left(lane, now)).max();
+        longest.unwrap_or_default() + self.tail
+    }
+}
+
+/// How long a lane still takes.
+fn lane_left(lane: &[Task], now: Instant) -> Duration {
+    let slowness = slowness(lane, now);
+    lane.iter()
+        .map(|task| {
+            let expected = task.expected.mul_f64(slowness);
+            match task.state {
+                State::Done { .. } => Duration::ZERO,
+                State::Waiting => expected,
+                State::Running { since, done } => {
+                    running_left(expected, now.duration_since(since), done)
+                }
+            }
+        })
+        .sum()
+}
+
+fn running_left(expected: Duration, elapsed: Duration, done: Option<(u64, u64)>) -> Duration {
+    let guess = expected.saturating_sub(elapsed).max(expected.mul_f64(0.1));
+    let Some((done, all)) = done.filter(|(done, _)| *done > 0) else {
+        return guess;
+    };
+    let share = done as f64 / all as f64;
+    let measured = elapsed.mul_f64((1.0 - share) / share);
+    // The first steps say little: downloads start slowly, small crates are compiled first.
+    let trust = (share * 3.0).min(1.0);
+    measured.mul_f64(trust) + guess.mul_f64(1.0 - trust)
+}
+
+/// How many times as long as expected the lane's finished tasks have taken.
+fn slowness(lane: &[Task], now: Instant) -> f64 {
+    let (mut took, mut expected) = (0.0, 0.0);
+    for task in lane {
+        match task.state {
+            State::Done { took: time } => {
+                took += time.as_secs_f64();
+                expected += task.expected.as_secs_f64();
+            }
+            // A task that has overrun its time already says so too.
+            State::Running { since, .. } if now.duration_since(since) > task.expected => {
+                took += now.duration_since(since).as_secs_f64();
+                expected += task.expected.as_secs_f64();
+            }
+            State::Running { .. } | State::Waiting => {}
+        }
+    }
+    // What was there already took no time and says nothing about speed.
+    if took < expected * 0.5 || expected == 0.0 {
+        return 1.0;
+    }
+    took / expected
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn task(expected: u64, state: State) -> Task {
+        Task {
+            name: "x".into(),
+            expected: SECOND * u32::try_from(expected).unwrap(),
+            state,
+        }
+    }
+
+    #[test]
+    fn lane_that_waits_takes_what_is_expected() {
+        let lane = [task(30, State::Waiting), task(20, State::Waiting)];
+        assert_eq!(lane_left(&lane, Instant::now()), SECOND * 50);
+    }
+
+    #[test]
+    fn lane_that_was_slow_is_expected_to_stay_so() {
+        let done = State::Done { took: SECOND * 60 };
+        let lane = [task(30, done), task(20, State::Waiting)];
+        assert_eq!(lane_left(&lane, Instant::now()), SECOND * 40);
+        let done = State::Done { took: SECOND };
+        let lane = [task(30, done), task(20, State::Waiting)];
+        assert_eq!(lane_left(&lane, Instant::now()), SECOND * 20);
+    }
+
+    #[test]
+    fn task_that_counts_is_measured() {
+        let left = running_left(SECOND * 10, SECOND * 40, Some((50, 100)));
+        assert_eq!(left, SECOND * 40);
+        let left = running_left(SECOND * 10, SECOND, Some((0, 100)));
+        assert_eq!(left, SECOND * 9);
+    }
+
+    #[test]
+    fn line_names_what_runs_and_what_is_left() {
+        let plan = Plan::new(&[&[("a", 10)], &[("b", 20), ("c", 5)]], SECOND * 30);
+        plan.next(1, |running| {
+            running.at(3, 9);
+            assert_eq!(plan.line(), "0 s: b (3 of 9); about 55 s left");
+        });
+        assert!(plan.line().starts_with("0 s: ; about "), "{}", plan.line());
+    }
+}
