@@ -9,6 +9,10 @@
 //! The image is not registered with the ring. A ring is torn down some time after
 //! it is closed, or after its process has died, and would hold the image and its
 //! lock until then: a quick restart would find its own disk in use.
+//!
+//! A system call filter does not see what a ring carries out, so the ring itself is restricted to the
+//! operations in use before it is enabled. It can open no file and make no socket, and cannot be
+//! given buffers, files or other settings.
 
 #![allow(unsafe_code)]
 // UNSAFETY: submission queue entries carry raw pointers; the promise that they
@@ -18,13 +22,14 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
+use io_uring::register::Restriction;
 use io_uring::{IoUring, Probe, opcode, squeue, types};
 
 use super::calls::{Calls, PUNCH_HOLE, ZERO_RANGE, zeroes};
 use super::{Completion, IoEngine, IoOperation};
 use crate::block::image::Image;
 
-/// What the ring must be able to do.
+/// What the ring must be able to do, and all that it may.
 const OPCODES: [u8; 5] = [
     opcode::Readv::CODE,
     opcode::Writev::CODE,
@@ -48,15 +53,22 @@ impl IoUringEngine {
     /// no right to make rings.
     ///
     /// # Errors
-    /// The kernel has no io_uring, forbids it, or lacks an operation.
+    /// The kernel has no io_uring, forbids it, lacks an operation, or cannot restrict
+    /// rings (it can since 5.10).
     pub(super) fn new(image: Arc<Image>, depth: u16) -> io::Result<Self> {
-        let ring = IoUring::new(u32::from(depth))?;
+        let ring = IoUring::builder()
+            .setup_r_disabled()
+            .build(u32::from(depth))?;
         let submitter = ring.submitter();
         let mut probe = Probe::new();
         submitter.register_probe(&mut probe)?;
         if !OPCODES.iter().all(|code| probe.is_supported(*code)) {
             return Err(io::ErrorKind::Unsupported.into());
         }
+        // What is not named is refused: registrations and flags too.
+        let mut allowed = OPCODES.map(Restriction::sqe_op);
+        submitter.register_restrictions(&mut allowed)?;
+        submitter.register_enable_rings()?;
         Ok(Self {
             image: types::Fd(image.fd()),
             direct: image.dio().is_some(),
@@ -169,5 +181,80 @@ impl IoEngine for IoUringEngine {
             id: entry.user_data() as u16,
             result: entry.result(),
         }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::tests::{image, params};
+
+    /// An engine, unless this host has no io_uring.
+    fn engine() -> Option<IoUringEngine> {
+        let file = image(8);
+        let image = Arc::new(Image::open(&params(&file)).expect("the image is sound"));
+        match IoUringEngine::new(image, 8) {
+            Ok(engine) => Some(engine),
+            Err(error) => {
+                eprintln!("skipped: no io_uring here: {error}");
+                None
+            }
+        }
+    }
+
+    /// The result of one entry.
+    fn result_of(engine: &mut IoUringEngine, entry: &squeue::Entry) -> i32 {
+        // SAFETY: what the test's entries point to is static or outlives this call.
+        unsafe { engine.ring.submission().push(entry) }.expect("the ring is empty");
+        engine.enter(1).expect("the ring is enabled");
+        let completion = engine.ring.completion().next();
+        completion.expect("the call waited for it").result()
+    }
+
+    #[test]
+    fn ring_refuses_operations_that_are_not_in_use() {
+        let Some(mut engine) = engine() else {
+            return;
+        };
+        let path = c"/etc/passwd";
+        let mut statx = [0_u64; 32];
+        let entries = [
+            opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), path.as_ptr()).build(),
+            opcode::OpenAt2::new(types::Fd(libc::AT_FDCWD), path.as_ptr(), std::ptr::null())
+                .build(),
+            opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build(),
+            opcode::Statx::new(
+                types::Fd(libc::AT_FDCWD),
+                path.as_ptr(),
+                statx.as_mut_ptr().cast(),
+            )
+            .build(),
+            opcode::Nop::new().build(),
+        ];
+        for entry in &entries {
+            assert_eq!(result_of(&mut engine, entry), -libc::EACCES, "{entry:?}");
+        }
+        // What is in use still works.
+        let sync = entry(engine.image, &IoOperation::Sync).expect("the ring does that");
+        assert_eq!(result_of(&mut engine, &sync), 0);
+        // With a flag it does not.
+        let linked = sync.flags(squeue::Flags::IO_LINK);
+        assert_eq!(result_of(&mut engine, &linked), -libc::EACCES);
+    }
+
+    #[test]
+    fn ring_takes_no_registration_once_it_is_enabled() {
+        let Some(engine) = engine() else {
+            return;
+        };
+        let submitter = engine.ring.submitter();
+        let refused = |result: io::Result<()>| {
+            let error = result.expect_err("must be refused");
+            assert_eq!(error.raw_os_error(), Some(libc::EACCES));
+        };
+        refused(submitter.register_files(&[0]));
+        refused(submitter.register_eventfd(0));
+        refused(submitter.register_probe(&mut Probe::new()));
+        refused(submitter.register_restrictions(&mut [Restriction::sqe_op(opcode::OpenAt::CODE)]));
     }
 }
