@@ -17,7 +17,7 @@ use super::layout::{
 use super::{LifecycleListener, TransportError, VirtioPciParams, vectors_needed};
 use crate::device::{Counters, Doorbell, GuestRam, VirtioDevice};
 use crate::pci::{Bar, DoorbellRegister, MsixLines, MsixTable, PciFunction};
-use crate::worker::{Worker, WorkerHandle};
+use crate::worker::{Pausing, Worker, WorkerHandle};
 
 /// Feature bits of the transport itself that this one cannot do (virtio 1.2 §6):
 /// PACKED, IN_ORDER, SR_IOV, NOTIFICATION_DATA, NOTIF_CONFIG_DATA, RING_RESET.
@@ -350,7 +350,9 @@ impl PciFunction for VirtioPciFunction {
     }
 
     fn pause(&self) {
-        self.workers.iter().for_each(WorkerHandle::pause);
+        // All at once: each waits for what its own queue has in flight.
+        let pausing: Vec<_> = self.workers.iter().map(WorkerHandle::begin_pause).collect();
+        pausing.into_iter().for_each(Pausing::wait);
     }
 
     fn resume(&self) {

@@ -1,7 +1,7 @@
 //! The near end of a worker thread: what the transport and the control thread hold.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
@@ -158,7 +158,12 @@ impl WorkerHandle {
     /// Returns when the handler has finished its requests in flight and the
     /// thread touches guest RAM no more. For the control thread.
     pub fn pause(&self) {
-        self.call(Command::Pause);
+        self.begin_pause().wait();
+    }
+
+    /// As [`WorkerHandle::pause`], without waiting: several workers pause at the same time.
+    pub fn begin_pause(&self) -> Pausing {
+        Pausing(self.begin_call(Command::Pause))
     }
 
     /// Undoes [`WorkerHandle::pause`]; every active queue is looked at again.
@@ -220,17 +225,37 @@ impl WorkerHandle {
     }
 
     fn call(&self, command: impl FnOnce(SyncSender<()>) -> Command) {
+        wait_for(&self.begin_call(command));
+    }
+
+    fn begin_call(&self, command: impl FnOnce(SyncSender<()>) -> Command) -> Receiver<()> {
         let (ack, done) = sync_channel(1);
-        if self.send(command(ack)) {
-            // An error means that the thread ended, hence stands still.
-            done.recv().ok();
-        }
+        // If the thread has ended the sender is dropped, and the receiver learns that.
+        self.send(command(ack));
+        done
     }
 
     fn ring(&self) {
         // The counter would have to stand at u64::MAX - 1 for this to fail.
         self.wake.write(1).ok();
     }
+}
+
+/// A pause that is under way.
+#[derive(Debug)]
+#[must_use]
+pub struct Pausing(Receiver<()>);
+
+impl Pausing {
+    /// Returns when the worker is paused.
+    pub fn wait(self) {
+        wait_for(&self.0);
+    }
+}
+
+fn wait_for(done: &Receiver<()>) {
+    // An error means that the thread ended, hence stands still.
+    done.recv().ok();
 }
 
 impl Drop for WorkerHandle {

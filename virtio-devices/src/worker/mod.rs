@@ -30,7 +30,7 @@ mod turn;
 
 use std::sync::Arc;
 
-pub use handle::{Worker, WorkerHandle};
+pub use handle::{Pausing, Worker, WorkerHandle};
 pub use sources::EventSources;
 #[cfg(any(test, feature = "test-utils"))]
 pub(crate) use sources::Wake;
