@@ -260,8 +260,14 @@ mod tests {
     use std::sync::Arc;
     use std::sync::atomic::{AtomicU32, Ordering};
 
+    use std::time::Instant;
+
     use super::*;
     use crate::block::engine::IoOperation;
+    use crate::block::job::{Kind, Step};
+    use crate::queue::GuestBuffers;
+    use crate::testing::TestRam;
+    use vm_memory::GuestAddressSpace;
 
     /// Refuses a number of times with an errno.
     struct Reluctant {
@@ -320,5 +326,49 @@ mod tests {
         let (mut flights, refusals) = refusing(libc::EBADF, 3);
         assert!(flights.flush().is_err());
         assert_eq!(refusals.load(Ordering::Relaxed), 2, "asked once");
+    }
+
+    /// A job of that kind; only its cost matters.
+    fn job(kind: Kind) -> Job {
+        let ram = TestRam::new(1 << 20);
+        Job {
+            head: 0,
+            status: GuestBuffers::new(&ram.mem().memory()),
+            kind,
+            started: Instant::now(),
+            write_through: false,
+            step: Step::Sync,
+            retries: 0,
+        }
+    }
+
+    /// Starts jobs of one kind until there is no room for another.
+    fn fill(kind: Kind) -> usize {
+        let engine = Reluctant {
+            errno: 0,
+            refusals: Arc::default(),
+        };
+        let mut flights = Flights::new(Box::new(engine), 1024);
+        while flights.has_room_for(&job(kind)) {
+            flights.start(job(kind), &mut Vec::new(), &mut Turn::default());
+        }
+        let started = flights.len();
+        // This engine never finishes anything, which nobody could wait for.
+        std::mem::forget(flights);
+        started
+    }
+
+    #[test]
+    fn jobs_in_flight_are_bounded_by_what_they_cost() {
+        const MIB: u64 = 1 << 20;
+        assert_eq!(fill(Kind::Read(512)), 256);
+        assert_eq!(fill(Kind::Write(MIB)), 16);
+        assert_eq!(fill(Kind::Read(4 * MIB)), 4);
+        assert_eq!(fill(Kind::Flush), 16);
+        assert_eq!(fill(Kind::Discard(256 * MIB)), 4);
+        // Long ones.
+        assert_eq!(fill(Kind::Read(4 * MIB + 512)), 1);
+        assert_eq!(fill(Kind::WriteZeroes(16 * MIB)), 1);
+        assert_eq!(fill(Kind::Discard(1 << 40)), 1);
     }
 }

@@ -39,6 +39,8 @@ pub fn conformance(make: impl Fn(&TestRam) -> Arc<Mutex<dyn VirtioDevice>>) {
         let mut driver = MockPciDriver::new(make(&ram), &ram);
         chapter(&mut driver);
     }
+    println!("conformance: turns");
+    super::turns::stops_for_commands(&make);
 }
 
 fn identity_is_virtio(driver: &mut MockPciDriver) {

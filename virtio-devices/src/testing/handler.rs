@@ -124,14 +124,14 @@ impl<H: QueueHandler> HandlerHarness<H> {
     }
 
     /// Rings the doorbell of queue `index` and serves it, again for as long as
-    /// the handler asks for more.
+    /// the handler asks for more and no command waits.
     ///
     /// # Errors
     /// What the handler says.
     pub fn kick(&mut self, index: u16) -> Result<(), WorkerError> {
         let doorbell = Arc::clone(&self.doorbells[&index]);
         doorbell.write(1).expect("doorbell is not full");
-        while doorbell.read().is_ok() {
+        while !self.turn.has_command() && doorbell.read().is_ok() {
             self.turn.begin();
             self.handler.queue_ready(index, &mut self.turn)?;
         }

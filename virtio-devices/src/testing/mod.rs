@@ -16,6 +16,7 @@ mod handler;
 mod interrupt;
 mod queue;
 mod ram;
+mod turns;
 mod vectors;
 
 pub use conformance::conformance;

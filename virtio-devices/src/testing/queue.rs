@@ -37,7 +37,12 @@ pub struct Desc {
 }
 
 impl Desc {
-    fn bytes(self) -> [u8; DESC_BYTES as usize] {
+    /// Size in a descriptor table.
+    pub const BYTES: u64 = DESC_BYTES;
+
+    /// As it lies in a descriptor table.
+    #[must_use]
+    pub fn bytes(self) -> [u8; DESC_BYTES as usize] {
         let mut bytes = [0; DESC_BYTES as usize];
         bytes[0..8].copy_from_slice(&self.addr.to_le_bytes());
         bytes[8..12].copy_from_slice(&self.len.to_le_bytes());

@@ -80,6 +80,8 @@ impl Turn {
     /// Starts the next turn with a full budget.
     pub(crate) fn begin(&mut self) {
         self.spent = Work::default();
+        #[cfg(any(test, feature = "test-utils"))]
+        self.record.answer(false);
         self.note_look();
     }
 
@@ -105,7 +107,10 @@ impl Turn {
     /// Whether a command waits: work that can be put back or continued later has to stop.
     pub(crate) fn is_called(&mut self) -> bool {
         self.note_look();
-        self.commands.any()
+        let called = self.commands.any();
+        #[cfg(any(test, feature = "test-utils"))]
+        self.record.answer(called && self.spent != Work::default());
+        called
     }
 
     /// A chain was taken.
@@ -172,32 +177,50 @@ mod record {
         /// The look at which a command is announced.
         call_at: Option<u64>,
         called: bool,
+        /// The handler was told to stop in this turn.
+        told: bool,
+        done_in_spite: Work,
     }
 
     impl Record {
         pub(super) fn charge(&mut self, work: Work) {
             self.since_look.add(work);
+            if self.told {
+                self.done_in_spite.add(work);
+            }
+        }
+
+        pub(super) fn answer(&mut self, told: bool) {
+            self.told = told;
         }
 
         pub(super) fn look(&mut self) {
-            let Work {
-                chains,
-                descriptors,
-                ranges,
-                bytes,
-                calls,
-            } = std::mem::take(&mut self.since_look);
-            let most = &mut self.most;
-            most.chains = most.chains.max(chains);
-            most.descriptors = most.descriptors.max(descriptors);
-            most.ranges = most.ranges.max(ranges);
-            most.bytes = most.bytes.max(bytes);
-            most.calls = most.calls.max(calls);
+            self.most = self.most.max(std::mem::take(&mut self.since_look));
             self.looks += 1;
         }
     }
 
+    impl Work {
+        /// The larger of each kind.
+        #[must_use]
+        pub fn max(self, other: Self) -> Self {
+            Self {
+                chains: self.chains.max(other.chains),
+                descriptors: self.descriptors.max(other.descriptors),
+                ranges: self.ranges.max(other.ranges),
+                bytes: self.bytes.max(other.bytes),
+                calls: self.calls.max(other.calls),
+            }
+        }
+    }
+
     impl Turn {
+        /// Whether a command waits. Unlike the handler's looks, this one is not counted.
+        #[must_use]
+        pub fn has_command(&self) -> bool {
+            self.commands.any()
+        }
+
         /// The most of each kind of work done between two looks for commands.
         #[must_use]
         pub fn most_between_looks(&mut self) -> Work {
@@ -205,14 +228,15 @@ mod record {
             self.record.most
         }
 
-        /// Looks for commands so far.
+        /// Work done after the handler had seen a command, in the same turn.
         #[must_use]
-        pub fn looks(&self) -> u64 {
-            self.record.looks
+        pub fn done_in_spite(&self) -> Work {
+            self.record.done_in_spite
         }
 
-        /// Has a command wait from now on, or wait no longer.
+        /// Has a command wait from now on; or wait no longer, nor come in later.
         pub fn set_called(&mut self, called: bool) {
+            self.record.call_at = None;
             if called != self.record.called {
                 self.record.called = called;
                 if called {
@@ -234,7 +258,6 @@ mod record {
                 .call_at
                 .is_some_and(|at| self.record.looks >= at)
             {
-                self.record.call_at = None;
                 self.set_called(true);
             }
         }

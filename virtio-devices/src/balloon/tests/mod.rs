@@ -7,3 +7,4 @@ mod policy;
 mod queues;
 mod rig;
 mod stats;
+mod turns;

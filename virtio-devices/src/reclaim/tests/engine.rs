@@ -20,6 +20,7 @@ use crate::reclaim::{
     DiscardEngine, DiscardSwitch, Expected, GuestRange, InhibitReason, Outcome, ResidencyProbe,
     SkipReason,
 };
+use crate::worker::{Turn, Work};
 
 const PAGE_BYTES: u64 = PAGE as u64;
 
@@ -374,4 +375,41 @@ fn huge_pages_are_freed_whole_or_not_at_all() {
         mem.read_obj::<u8>(GuestAddress(HUGE_PAGE_BYTES)).unwrap(),
         0
     );
+}
+
+#[test]
+fn long_ranges_are_discarded_in_pieces_between_which_a_command_is_seen() {
+    const MIB: u64 = 1 << 20;
+    // Never touched, so it costs nothing.
+    let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 30)]).unwrap();
+    let ram = GuestRam::new(mem);
+    let one = GuestRange {
+        start: 0,
+        bytes: 1024 * MIB,
+    };
+    let many: Vec<_> = (0..512)
+        .map(|at| GuestRange {
+            start: 2 * at * MIB,
+            bytes: MIB,
+        })
+        .collect();
+    for mut engine in engines() {
+        for (claims, calls_least) in [(vec![one], 8), (many.clone(), 4)] {
+            let mut turn = Turn::default();
+            let outcome = engine
+                .discard_unless_called(&ram, &mut claims.clone(), Expected::Zeros, &mut turn)
+                .expect("no command comes in");
+            assert_eq!(outcome.discarded, outcome.requested);
+            assert!(outcome.syscalls >= calls_least);
+            let most = turn.most_between_looks();
+            assert!(most.bytes <= 128 * MIB && most.calls == 1, "{most:?}");
+
+            turn.begin();
+            turn.call_after(2);
+            let outcome =
+                engine.discard_unless_called(&ram, &mut claims.clone(), Expected::Zeros, &mut turn);
+            assert!(outcome.is_none());
+            assert_eq!(turn.done_in_spite(), Work::default());
+        }
+    }
 }
