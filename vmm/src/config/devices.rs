@@ -6,6 +6,7 @@ use api::VmConfig;
 use api::config::{ConsoleOutputMode, DiskConfig, NetConfig};
 
 use super::error::{DeviceFault, ValidationError};
+use super::pci_devices::pci_devices;
 
 /// Two descriptors make the smallest useful request.
 const QUEUE_SIZE_MIN: u16 = 2;
@@ -135,17 +136,7 @@ fn pci_slot_count(config: &VmConfig) -> Result<(), ValidationError> {
 
 /// The slots that devices ask for, in no order.
 pub fn wished_slots(config: &VmConfig) -> impl Iterator<Item = u8> {
-    let disks = config.disks.iter().flatten().map(|disk| disk.pci_device_id);
-    let nets = config.net.iter().flatten().map(|net| net.pci_device_id);
-    let others = [
-        config
-            .balloon
-            .as_ref()
-            .and_then(|balloon| balloon.pci_device_id),
-        config.rng.pci_device_id,
-        config.console.pci_device_id,
-    ];
-    disks.chain(nets).chain(others).flatten()
+    pci_devices(config).filter_map(|device| device.slot)
 }
 
 fn pci_slots(config: &VmConfig) -> Result<(), ValidationError> {

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use api::VmConfig;
 
 use super::error::ValidationError;
+use super::pci_devices::pci_devices;
 use crate::memory::DEFAULT_ZONE_ID;
 
 /// Names that begin like this belong to the VMM's own devices.
@@ -12,12 +13,8 @@ const RESERVED_PREFIX: &str = "__";
 
 /// Every name the user gave.
 fn given(config: &VmConfig) -> impl Iterator<Item = &String> {
-    let disks = config.disks.iter().flatten().map(|disk| &disk.id);
-    let nets = config.net.iter().flatten().map(|net| &net.id);
-    let others = [&config.rng.id, &config.console.id];
-    let balloon = config.balloon.iter().map(|balloon| &balloon.id);
+    let devices = pci_devices(config).filter_map(|device| device.id.as_ref());
     let zones = config.memory.zones.iter().flatten().map(|zone| &zone.id);
-    let devices = disks.chain(nets).chain(balloon).chain(others).flatten();
     devices.chain(zones)
 }
 

@@ -9,6 +9,7 @@ mod error;
 mod ids;
 mod memory;
 mod numa;
+mod pci_devices;
 #[cfg(test)]
 mod tests;
 mod unsupported;

@@ -7,6 +7,7 @@ use api::config::{
 };
 
 use super::error::ValidationError;
+use super::pci_devices::{PciDevice, pci_devices};
 
 pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     let mut wanted: Vec<String> = config
@@ -25,7 +26,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     wanted.extend(config.disks.iter().flatten().flat_map(disk));
     wanted.extend(config.net.iter().flatten().flat_map(net));
     wanted.extend(config.platform.iter().flat_map(platform));
-    wanted.extend(small_devices(config));
+    wanted.extend(pci_devices(config).flat_map(|device| placement(&device)));
     if wanted.is_empty() {
         return Ok(());
     }
@@ -104,8 +105,6 @@ fn disk(disk: &DiskConfig) -> Vec<String> {
                 .as_ref()
                 .is_some_and(|pinned| !pinned.is_empty()),
         ),
-        asked("disks.iommu", disk.iommu),
-        asked("disks.pci_segment", disk.pci_segment != 0),
         asked("disks.backing_files", disk.backing_files),
         asked("disks.image_type other than raw", !raw),
     ]
@@ -121,8 +120,6 @@ fn net(net: &NetConfig) -> Vec<String> {
             net.vhost_user || net.vhost_socket.is_some(),
         ),
         asked("net.rate_limiter_config", net.rate_limiter_config.is_some()),
-        asked("net.iommu", net.iommu),
-        asked("net.pci_segment", net.pci_segment != 0),
     ]
     .into_iter()
     .flatten()
@@ -142,22 +139,12 @@ fn platform(platform: &PlatformConfig) -> Vec<String> {
     .collect()
 }
 
-/// The virtual IOMMU and further PCI segments, on the devices that exist once.
-fn small_devices(config: &VmConfig) -> Vec<String> {
-    let balloon = config.balloon.as_ref();
+/// The virtual IOMMU and further PCI segments.
+fn placement(device: &PciDevice<'_>) -> Vec<String> {
+    let named = |key: &str, wanted| asked(&format!("{}.{key}", device.section), wanted);
     [
-        asked(
-            "balloon.iommu",
-            balloon.is_some_and(|balloon| balloon.iommu),
-        ),
-        asked(
-            "balloon.pci_segment",
-            balloon.is_some_and(|balloon| balloon.pci_segment != 0),
-        ),
-        asked("rng.iommu", config.rng.iommu),
-        asked("rng.pci_segment", config.rng.pci_segment != 0),
-        asked("console.iommu", config.console.iommu),
-        asked("console.pci_segment", config.console.pci_segment != 0),
+        named("iommu", device.iommu),
+        named("pci_segment", device.segment != 0),
     ]
     .into_iter()
     .flatten()

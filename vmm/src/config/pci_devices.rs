@@ -1,0 +1,34 @@
+//! What the PCI devices of a configuration have in common: a name and a place.
+
+use api::VmConfig;
+
+/// Name and place of one device.
+pub(super) struct PciDevice<'a> {
+    /// The section of the configuration that describes it.
+    pub(super) section: &'static str,
+    pub(super) id: &'a Option<String>,
+    pub(super) iommu: bool,
+    pub(super) segment: u16,
+    pub(super) slot: Option<u8>,
+}
+
+macro_rules! devices {
+    ($section:literal, $configs:expr) => {
+        $configs.into_iter().map(|config| PciDevice {
+            section: $section,
+            id: &config.id,
+            iommu: config.iommu,
+            segment: config.pci_segment,
+            slot: config.pci_device_id,
+        })
+    };
+}
+
+/// Every device the user can name or place: a section for PCI devices is one line here.
+pub(super) fn pci_devices(config: &VmConfig) -> impl Iterator<Item = PciDevice<'_>> {
+    devices!("disks", config.disks.iter().flatten())
+        .chain(devices!("net", config.net.iter().flatten()))
+        .chain(devices!("balloon", &config.balloon))
+        .chain(devices!("rng", [&config.rng]))
+        .chain(devices!("console", [&config.console]))
+}
