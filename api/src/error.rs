@@ -5,14 +5,17 @@
 
 use std::error::Error;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 /// Most links of a chain that are shown. A chain longer than this is a cycle or a bug, never information.
 const CHAIN_LINKS_MAX: usize = 32;
 
 /// The body of every 4xx and 5xx answer: the chain of causes, outermost first.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(transparent)]
+#[schemars(extend("example" = json!(["Error from API", "The VM could not be resized", "No balloon is configured"])))]
 pub struct ErrorBody(pub Vec<String>);
 
 impl ErrorBody {

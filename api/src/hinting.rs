@@ -1,18 +1,21 @@
 //! `PUT /vm.balloon-hinting`: one run of free page hinting.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::ReclaimPath;
 
-/// Body of `PUT /vm.balloon-hinting`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+/// A command to free page hinting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[schemars(extend("example" = json!({"action": "start"})))]
 pub struct VmBalloonHinting {
     /// What to do.
     pub action: HintingAction,
 }
 
 /// What to do about free page hinting.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum HintingAction {
     /// Ask the guest to hint at all the memory it has free. Answered at once; the guest follows in its own time.
@@ -21,8 +24,8 @@ pub enum HintingAction {
     Stop,
 }
 
-/// Where free page hinting stands, in `GET /vm.reclaim-stats`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// Where free page hinting stands.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct HintingStatus {
     /// `idle`, `requested` (the guest has not begun), `running`, or `stopping` (stopped, and the guest has not
     /// confirmed it).

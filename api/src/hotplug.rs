@@ -1,9 +1,12 @@
 //! Bodies of the requests that add and remove devices. What is added is a section of the configuration.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
-/// Body of `PUT /vm.remove-device`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// The device to remove.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[schemars(extend("example" = json!({"id": "_disk0"})))]
 pub struct VmRemoveDevice {
     /// Name of the device.
     pub id: String,

@@ -3,15 +3,20 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
 
 use crate::config::VmConfig;
 
 /// `GET /vm.counters`: device id, then counter name, then value. Values only grow during the life of a device.
 pub type VmCounters = BTreeMap<String, BTreeMap<String, u64>>;
 
-/// `GET /vmm.ping`: the VMM is alive, and which one it is.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// The VMM that responds.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[schemars(extend("example" = json!({
+    "build_version": "v1.0.0-abcdef", "version": "1.0.0", "pid": 4711, "features": ["kvm"]
+})))]
 pub struct VmmPingResponse {
     /// Version with the commit it was built from.
     #[serde(default)]
@@ -27,7 +32,7 @@ pub struct VmmPingResponse {
 }
 
 /// Where in its life the VM is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize, JsonSchema)]
 pub enum VmState {
     /// A configuration is stored; nothing runs.
     Created,
@@ -47,14 +52,19 @@ impl fmt::Display for VmState {
     }
 }
 
-/// `GET /vm.info`.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+/// The VM.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize, JsonSchema)]
+#[schemars(extend("example" = json!({
+    "config": {"payload": {"kernel": "/boot/vmlinux"}},
+    "state": "Created",
+    "memory_actual_size": 512 << 20,
+})))]
 pub struct VmInfo {
     /// The configuration as it is now, with generated ids and with what `vm.resize` changed.
     pub config: VmConfig,
     /// Where in its life the VM is.
     pub state: VmState,
-    /// Bytes of RAM the guest may use: configured RAM less what the guest says is in the balloon.
+    /// Bytes of RAM the guest may use: RAM at boot and what it has plugged in, less what it says is in the balloon.
     #[serde(default)]
     pub memory_actual_size: u64,
     /// Devices of a booted VM by id; absent before boot.
@@ -62,15 +72,16 @@ pub struct VmInfo {
     pub device_tree: Option<BTreeMap<String, DeviceNode>>,
 }
 
-/// One device in `VmInfo::device_tree`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// One device in `device_tree`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct DeviceNode {
     /// The device's id, equal to its key in the map.
     pub id: String,
     /// Bus resources the device holds, in upstream's form (an enum with data, for example
     /// `{"PciBar":{"index":0,"base":…,"size":…,"type_":"Mmio64","prefetchable":false}}`).
     #[serde(default)]
-    pub resources: Vec<serde_json::Value>,
+    #[schemars(with = "Vec<Map<String, Value>>")]
+    pub resources: Vec<Value>,
     /// The device this one hangs below.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub parent: Option<String>,
@@ -82,10 +93,11 @@ pub struct DeviceNode {
     pub pci_bdf: Option<String>,
 }
 
-/// Answer to a hot-add: which device it became.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// The device that was added.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[schemars(extend("example" = json!({"id": "_disk0", "bdf": "0000:00:05.0"})))]
 pub struct PciDeviceInfo {
-    /// The device's id, the caller's own or a generated one.
+    /// Its name, the caller's own or a generated one.
     pub id: String,
     /// PCI address as `0000:00:05.0`.
     pub bdf: String,

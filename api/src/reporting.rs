@@ -1,9 +1,12 @@
 //! `PUT /vm.balloon-reporting`: pausing and resuming free page reporting, and asking for a report of everything.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
-/// Body of `PUT /vm.balloon-reporting`. The answer is a [`ReportingStatus`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+/// A command to free page reporting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[schemars(extend("example" = json!({"action": "pause"})))]
 pub struct VmBalloonReporting {
     /// What to do.
     pub action: ReportingAction,
@@ -13,7 +16,7 @@ pub struct VmBalloonReporting {
 }
 
 /// What to do about free page reporting.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ReportingAction {
     /// Stop it. Answered when nothing that is reported is discarded any more: when the guest has confirmed that it
@@ -25,8 +28,15 @@ pub enum ReportingAction {
     ReportNow,
 }
 
-/// Whether free page reporting is at work, in `GET /vm.reclaim-stats` and as the answer of `PUT /vm.balloon-reporting`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// Whether free page reporting is at work.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[schemars(extend("example" = json!({
+    "active": false,
+    "reason": "inactive: paused by the operator, and the guest has stopped",
+    "state": "paused",
+    "paused_by": "guest",
+    "report_now": {"id": 0, "pending": false, "done_id": 0},
+})))]
 pub struct ReportingStatus {
     /// True when the guest's reports are accepted and acted upon.
     pub active: bool,
@@ -41,13 +51,13 @@ pub struct ReportingStatus {
     /// reported. Absent unless paused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paused_by: Option<String>,
-    /// The latest wish for a report of everything.
+    /// The latest request for a report of everything.
     #[serde(default)]
     pub report_now: ReportNow,
 }
 
-/// A wish for a report of everything.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// A request for a report of everything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct ReportNow {
     /// Number of the latest one; 0 before the first.
     pub id: u32,

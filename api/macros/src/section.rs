@@ -218,7 +218,7 @@ impl Rule {
             _ if self.hidden => quote!(keys.hidden(#key);),
             (None, Some(help)) => quote!(keys.shown(#key, #help);),
             (None, None) => {
-                quote!(keys.shown(#key, &<#kind as crate::options::Setting>::values());)
+                quote!(keys.shown(#key, &<#kind as crate::options::OptionValue>::values());)
             }
         };
         let alias = self.alias.iter();

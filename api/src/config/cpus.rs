@@ -4,7 +4,7 @@ use api_macros::{Words, section};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::options::{Setting, ValueError, parse_integer_map, parse_strings};
+use crate::options::{OptionValue, ValueError, parse_integer_map, parse_strings};
 
 /// vCPUs of a VM that does not say otherwise.
 pub const DEFAULT_VCPUS: u32 = 1;
@@ -92,7 +92,7 @@ pub enum CoreScheduling {
     Off,
 }
 
-impl Setting for CpuTopology {
+impl OptionValue for CpuTopology {
     fn values() -> String {
         "<threads_per_core>:<cores_per_die>:<dies_per_package>:<packages>".to_owned()
     }
@@ -115,7 +115,7 @@ impl Setting for CpuTopology {
     }
 }
 
-impl Setting for Vec<CpuAffinity> {
+impl OptionValue for Vec<CpuAffinity> {
     fn values() -> String {
         "<list_of_vcpus_with_their_associated_cpuset>".to_owned()
     }
@@ -127,7 +127,7 @@ impl Setting for Vec<CpuAffinity> {
     }
 }
 
-impl Setting for CpuFeatures {
+impl OptionValue for CpuFeatures {
     fn values() -> String {
         "<list_of_features_to_enable>".to_owned()
     }

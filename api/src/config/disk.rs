@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::rate_limit::{RATE_LIMIT_KEYS, RateLimiterConfig};
-use crate::options::{Setting, ValueError, parse_integer_map};
+use crate::options::{OptionValue, ValueError, parse_integer_map};
 
 /// Queues of a disk that does not say otherwise.
 pub const DEFAULT_DISK_NUM_QUEUES: usize = 1;
@@ -120,7 +120,7 @@ pub struct VirtQueueAffinity {
     pub host_cpus: Vec<usize>,
 }
 
-impl Setting for Vec<VirtQueueAffinity> {
+impl OptionValue for Vec<VirtQueueAffinity> {
     fn values() -> String {
         "<list_of_queue_indices_with_their_associated_cpuset>".to_owned()
     }

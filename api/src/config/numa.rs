@@ -4,7 +4,7 @@ use api_macros::section;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::options::{Setting, ValueError, parse_integer_pairs};
+use crate::options::{OptionValue, ValueError, parse_integer_pairs};
 
 /// One NUMA node of the guest.
 #[section(option = "numa", about = "Settings related to a given NUMA node")]
@@ -40,7 +40,7 @@ pub struct NumaDistance {
     pub distance: u8,
 }
 
-impl Setting for Vec<NumaDistance> {
+impl OptionValue for Vec<NumaDistance> {
     fn values() -> String {
         "<list_of_distances_to_destination_nodes>".to_owned()
     }

@@ -9,7 +9,7 @@
 //! This is Cloud Hypervisor's syntax. Sizes accept `T` in addition, and a size or list that would overflow is refused.
 
 mod keys;
-mod setting;
+mod option_value;
 mod split;
 #[cfg(test)]
 mod tests;
@@ -18,7 +18,7 @@ mod value;
 pub use value::{INTEGER_LIST_MAX, ValueError, parse_bytes, parse_toggle};
 
 pub(crate) use keys::{KeyGroup, Keys};
-pub(crate) use setting::{Setting, Words};
+pub(crate) use option_value::{OptionValue, Words};
 pub(crate) use value::{parse_integer_map, parse_integer_pairs, parse_strings};
 
 use std::collections::BTreeMap;
@@ -225,7 +225,7 @@ impl Options {
     }
 
     /// The value of `key`, read as its type is.
-    pub(crate) fn get<T: Setting>(&self, key: &'static str) -> Result<Option<T>, OptionError> {
+    pub(crate) fn get<T: OptionValue>(&self, key: &'static str) -> Result<Option<T>, OptionError> {
         self.read(key, T::read)
     }
 

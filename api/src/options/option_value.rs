@@ -8,7 +8,7 @@ use super::value::ValueError;
 use crate::config::MacAddr;
 
 /// A type that the value of a key is read into.
-pub(crate) trait Setting: Sized {
+pub(crate) trait OptionValue: Sized {
     /// What the help shows behind `key=`.
     fn values() -> String;
     /// Reads a value, which is not empty.
@@ -21,7 +21,7 @@ pub(crate) trait Words: Copy + 'static {
     const WORDS: &'static [(&'static str, Self)];
 }
 
-impl<T: Words> Setting for T {
+impl<T: Words> OptionValue for T {
     fn values() -> String {
         let words: Vec<_> = T::WORDS.iter().map(|(word, _)| *word).collect();
         words.join("|")
@@ -32,7 +32,7 @@ impl<T: Words> Setting for T {
     }
 }
 
-impl<T: Setting> Setting for Option<T> {
+impl<T: OptionValue> OptionValue for Option<T> {
     fn values() -> String {
         T::values()
     }
@@ -42,7 +42,7 @@ impl<T: Setting> Setting for Option<T> {
     }
 }
 
-impl Setting for bool {
+impl OptionValue for bool {
     fn values() -> String {
         "on|off".to_owned()
     }
@@ -52,7 +52,7 @@ impl Setting for bool {
     }
 }
 
-impl Setting for PathBuf {
+impl OptionValue for PathBuf {
     fn values() -> String {
         "<path>".to_owned()
     }
@@ -62,7 +62,7 @@ impl Setting for PathBuf {
     }
 }
 
-impl Setting for Vec<String> {
+impl OptionValue for Vec<String> {
     fn values() -> String {
         "<list_of_texts>".to_owned()
     }
@@ -75,7 +75,7 @@ impl Setting for Vec<String> {
 macro_rules! read_by_from_str {
     ($values:literal: $($name:ty),*) => {
         $(
-            impl Setting for $name {
+            impl OptionValue for $name {
                 fn values() -> String {
                     $values.to_owned()
                 }
@@ -96,7 +96,7 @@ read_by_from_str!("<mac_addr>": MacAddr);
 macro_rules! lists_of_integers {
     ($($name:ty),*) => {
         $(
-            impl Setting for Vec<$name> {
+            impl OptionValue for Vec<$name> {
                 fn values() -> String {
                     "<list_of_numbers>".to_owned()
                 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use schemars::JsonSchema;
+use api::*;
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value, json};
 use yaml_rust2::{Yaml, YamlEmitter};
@@ -16,12 +16,21 @@ use crate::schema::REF_PREFIX;
 pub(crate) const MARKER: &str =
     "    # From here on generated: UPDATE_OPENAPI=1 cargo test -p api --test openapi\n";
 
-/// The schemas of `T` and of everything it refers to, by name.
-pub(crate) fn schemas<T: JsonSchema>() -> BTreeMap<String, Value> {
+/// The schemas of bodies and of everything they refer to, by name.
+pub(crate) fn schemas() -> BTreeMap<String, Value> {
     let mut settings = SchemaSettings::default();
     settings.definitions_path = "/components/schemas".into();
     let mut generator = settings.into_generator();
-    generator.subschema_for::<T>();
+    generator.subschema_for::<ErrorBody>();
+    generator.subschema_for::<VmmPingResponse>();
+    generator.subschema_for::<VmInfo>();
+    generator.subschema_for::<VmResize>();
+    generator.subschema_for::<VmRemoveDevice>();
+    generator.subschema_for::<PciDeviceInfo>();
+    generator.subschema_for::<VmBalloonHinting>();
+    generator.subschema_for::<VmBalloonReporting>();
+    generator.subschema_for::<HintingStatus>();
+    generator.subschema_for::<ReportingStatus>();
     let mut enum_defaults = BTreeMap::new();
     let mut schemas: BTreeMap<_, _> = generator
         .take_definitions(true)
@@ -79,13 +88,16 @@ fn simplify(schema: &mut Value, enum_defaults: &mut BTreeMap<String, Value>) {
     if fields.get("default") == Some(&Value::Null) {
         fields.remove("default");
     }
+    if fields.get("additionalProperties") == Some(&json!(true)) {
+        fields.remove("additionalProperties");
+    }
     if fields.get("minimum") == Some(&json!(0)) {
         fields.remove("minimum");
     }
     match fields.get("format").and_then(Value::as_str) {
-        Some("uint64") => fields["format"] = json!("int64"),
-        // Holds every port, order and index here; generators of clients know no unsigned format.
-        Some("uint32" | "uint16") => fields["format"] = json!("int32"),
+        // The signed format that holds the numbers: generators of clients know no unsigned one.
+        Some("uint64" | "uint32") => fields["format"] = json!("int64"),
+        Some("uint16") => fields["format"] = json!("int32"),
         Some("uint") => drop(fields.remove("format")),
         _ => {}
     }

@@ -11,7 +11,7 @@ use api::*;
 use schemars::JsonSchema;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::schema::Document;
 
@@ -41,19 +41,11 @@ fn sample<T: Serialize + DeserializeOwned>(
 }
 
 pub(crate) fn samples() -> Vec<Sample> {
-    [answers(), config()].into_iter().flatten().collect()
+    [answers(), from_schemas()].into_iter().flatten().collect()
 }
 
 fn answers() -> Vec<Sample> {
     vec![
-        sample(
-            "ErrorBody",
-            &ErrorBody(vec!["outer".to_owned(), "inner".to_owned()]),
-        ),
-        sample("VmmPingResponse", &ping()),
-        sample("VmState", &VmState::Running),
-        sample("VmInfo", &info()),
-        sample("DeviceNode", &device_node()),
         sample(
             "VmCounters",
             &VmCounters::from([(
@@ -61,50 +53,11 @@ fn answers() -> Vec<Sample> {
                 BTreeMap::from([("read_ops".to_owned(), 1)]),
             )]),
         ),
-        sample(
-            "VmResize",
-            &VmResize {
-                desired_vcpus: Some(1),
-                desired_ram: Some(2),
-                desired_balloon: Some(3),
-            },
-        ),
-        sample(
-            "VmRemoveDevice",
-            &VmRemoveDevice {
-                id: "_disk0".to_owned(),
-            },
-        ),
-        sample(
-            "PciDeviceInfo",
-            &PciDeviceInfo {
-                id: "_disk0".to_owned(),
-                bdf: "0000:00:05.0".to_owned(),
-            },
-        ),
         sample("BalloonStatsResponse", &balloon_stats_response()),
         sample("BalloonStats", &balloon_stats()),
         sample("ReclaimStats", &reclaim_stats()),
-        sample(
-            "VmBalloonHinting",
-            &VmBalloonHinting {
-                action: HintingAction::Start,
-            },
-        ),
-        sample(
-            "VmBalloonReporting",
-            &VmBalloonReporting {
-                action: ReportingAction::ReportNow,
-                again: true,
-            },
-        ),
-        sample("ReportingAction", &ReportingAction::Pause),
-        sample("ReportNow", &report_now()),
-        sample("HintingAction", &HintingAction::Stop),
-        sample("HintingStatus", &hinting_status()),
         sample("ZoneResidency", &zone_residency()),
         sample("ZoneReporting", &zone_reporting()),
-        sample("ReportingStatus", &reporting_status()),
         sample("ReclaimPath", &reclaim_path()),
         sample("LatencySummary", &latency()),
         sample("LatencyBucket", &LatencyBucket { le: 1, count: 2 }),
@@ -135,8 +88,23 @@ macro_rules! generated {
     };
 }
 
-fn config() -> Vec<Sample> {
+fn from_schemas() -> Vec<Sample> {
     generated![
+        ErrorBody,
+        VmmPingResponse,
+        VmState,
+        VmInfo,
+        DeviceNode,
+        VmResize,
+        VmRemoveDevice,
+        PciDeviceInfo,
+        VmBalloonHinting,
+        HintingAction,
+        HintingStatus,
+        VmBalloonReporting,
+        ReportingAction,
+        ReportingStatus,
+        ReportNow,
         VmConfig,
         PayloadConfig,
         CpusConfig,
@@ -165,34 +133,6 @@ fn config() -> Vec<Sample> {
         NumaDistance,
         PlatformConfig,
     ]
-}
-
-fn ping() -> VmmPingResponse {
-    VmmPingResponse {
-        build_version: "b".to_owned(),
-        version: "v".to_owned(),
-        pid: 1,
-        features: vec!["kvm".to_owned()],
-    }
-}
-
-fn info() -> VmInfo {
-    VmInfo {
-        config: filled(),
-        state: VmState::Running,
-        memory_actual_size: 1,
-        device_tree: Some(BTreeMap::from([("_disk0".to_owned(), device_node())])),
-    }
-}
-
-fn device_node() -> DeviceNode {
-    DeviceNode {
-        id: "_disk0".to_owned(),
-        resources: vec![json!({"PciBar": {"index": 0}})],
-        parent: Some("p".to_owned()),
-        children: vec!["c".to_owned()],
-        pci_bdf: Some("0000:00:05.0".to_owned()),
-    }
 }
 
 fn balloon_stats() -> BalloonStats {
@@ -227,21 +167,12 @@ fn reclaim_stats() -> ReclaimStats {
         residency_method: "pagemap".to_owned(),
         resident_sample_us: 7,
         resident_age_ms: 8,
-        reporting: reporting_status(),
+        reporting: filled(),
         report: reclaim_path(),
         inflate: reclaim_path(),
         hint: reclaim_path(),
-        hinting: hinting_status(),
+        hinting: filled(),
         guest: Some(guest_sample()),
-    }
-}
-
-fn hinting_status() -> HintingStatus {
-    HintingStatus {
-        state: "running".to_owned(),
-        command_id: 2,
-        runs_requested: 3,
-        runs_completed: 4,
     }
 }
 
@@ -262,24 +193,6 @@ fn zone_reporting() -> ZoneReporting {
     ZoneReporting {
         active: false,
         reason: Some("too large".to_owned()),
-    }
-}
-
-fn reporting_status() -> ReportingStatus {
-    ReportingStatus {
-        active: false,
-        reason: Some("not negotiated".to_owned()),
-        state: "paused".to_owned(),
-        paused_by: Some("guest".to_owned()),
-        report_now: report_now(),
-    }
-}
-
-fn report_now() -> ReportNow {
-    ReportNow {
-        id: 2,
-        pending: true,
-        done_id: 1,
     }
 }
 
