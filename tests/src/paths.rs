@@ -55,7 +55,7 @@ pub fn guest_kernel_is_debian() -> bool {
 }
 
 /// A guest image: `initramfs.cpio.gz`, `vmlinux` or `bzImage`, one of the latter two under
-/// `patched/`, or `debian/vmlinuz`. A kernel without a folder is the stock one, or the patched one
+/// `patched/`, or `debian/{vmlinux,vmlinuz}`. A kernel without a folder is the stock one, or the patched one
 /// if [`guest_kernel_is_patched`], or Debian's if [`guest_kernel_is_debian`].
 ///
 /// # Errors
@@ -63,7 +63,8 @@ pub fn guest_kernel_is_debian() -> bool {
 pub fn guest(name: &str) -> Result<PathBuf> {
     let name = match name {
         "vmlinux" | "bzImage" if guest_kernel_is_patched() => format!("patched/{name}"),
-        "vmlinux" | "bzImage" if guest_kernel_is_debian() => "debian/vmlinuz".to_owned(),
+        "vmlinux" if guest_kernel_is_debian() => "debian/vmlinux".to_owned(),
+        "bzImage" if guest_kernel_is_debian() => "debian/vmlinuz".to_owned(),
         name => name.to_owned(),
     };
     let built = workspace().join("target/guest");

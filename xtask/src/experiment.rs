@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::other_vmm;
 use crate::paths;
-use crate::shows;
+use crate::test_programs;
 use crate::testbed::{self, KernelChoice, Surroundings, parse_size};
 
 #[derive(Debug, clap::Subcommand)]
@@ -150,7 +150,7 @@ pub(crate) fn run(experiment: &Experiment) -> Result<ExitCode> {
         word.push(other_vmm::found(vmm)?);
         command.extend(["env".into(), word]);
     }
-    command.push(shows::build("experiment")?.into());
+    command.push(test_programs::build("experiment")?.into());
     command.extend([name.into(), plan.to_string().into(), "/share".into()]);
     let status = testbed::run_command(
         command,

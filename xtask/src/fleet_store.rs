@@ -6,7 +6,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result};
 
 use crate::apt::{self, Need};
-use crate::{cargo, shows, testbed};
+use crate::{cargo, test_programs, testbed};
 
 const NEEDS: [Need; 3] = [
     Need {
@@ -50,7 +50,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         ])?;
     }
     let program = build(&options.profile)?;
-    let tests = shows::build("fleet-tests")?;
+    let tests = test_programs::build("fleet-tests")?;
     let status = Command::new(tests)
         .args(&options.filters)
         .env("CH_FLEET", program)

@@ -4,6 +4,7 @@
 //! and says what it installs and why.
 
 mod apt;
+mod bench;
 mod cargo;
 mod ci;
 mod demo;
@@ -17,7 +18,7 @@ mod other_vmm;
 mod paths;
 mod process;
 mod progress;
-mod shows;
+mod test_programs;
 mod testbed;
 mod vm_tests;
 
@@ -46,7 +47,7 @@ enum Command {
     /// Boot a Linux guest, have it touch and free memory, and show the host getting it back
     Demo(demo::Options),
     /// Measure the VMM with a Linux guest
-    Bench(shows::BenchOptions),
+    Bench(bench::Options),
     /// Test the VMM with Linux guests
     VmTests(vm_tests::Options),
     /// Look at the fleet agent: its page in Chromium, its metrics in Prometheus, its host in placement
@@ -75,7 +76,7 @@ enum GuestCommand {
     /// Test the core of the patches in user space against a model
     Core(guest::core::Options),
     /// Test the patched kernel with QEMU as its host: NUMA nodes, memory hotplug, virtio-mem
-    QemuTest(shows::QemuTestOptions),
+    QemuTest(guest::qemu_test::Options),
     /// Run the unit tests of the series in a kernel under emulation
     Kunit(guest::kunit::Options),
     /// Put the series under stress in kernels with lockdep, KASAN and KCSAN under emulation
@@ -93,14 +94,14 @@ fn main() -> ExitCode {
             guest::tree::refresh(&options).map(|()| ExitCode::SUCCESS)
         }
         Command::Guest(GuestCommand::Core(options)) => guest::core::run(&options),
-        Command::Guest(GuestCommand::QemuTest(options)) => shows::qemu_test(&options),
+        Command::Guest(GuestCommand::QemuTest(options)) => guest::qemu_test::run(&options),
         Command::Guest(GuestCommand::Kunit(options)) => guest::kunit::run(&options),
         Command::Guest(GuestCommand::Sanitize(options)) => guest::sanitize::run(&options),
         Command::Guest(GuestCommand::Check(options)) => guest::check::run(&options),
         Command::Guest(GuestCommand::Build) => guest::build_all().map(|()| ExitCode::SUCCESS),
         Command::Testbed(command) => testbed::run(command),
         Command::Demo(options) => demo::run(&options),
-        Command::Bench(options) => shows::bench(options),
+        Command::Bench(options) => bench::run(options),
         Command::VmTests(options) => vm_tests::run(&options),
         Command::FleetPage => fleet::page(),
         Command::FleetBench(options) => fleet::bench(&options),

@@ -19,7 +19,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 
 use crate::process::{self, Tie};
-use crate::{shows, testbed};
+use crate::{test_programs, testbed};
 
 /// A test that fails slowly: to boot and to answer have two minutes each, and some tests boot
 /// twice.
@@ -42,7 +42,7 @@ pub(crate) struct Options {
 
 /// Runs the tests and returns the status the program ends with.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
-    let program = shows::build("vm-tests")?;
+    let program = test_programs::build("vm-tests")?;
     let names = list(&program, &options.filters)?;
     let lanes = if testbed::emulates(&options.profile)? {
         let processors = thread::available_parallelism().map_or(1, usize::from);

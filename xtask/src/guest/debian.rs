@@ -29,6 +29,28 @@ const XZ: Need = Need {
     why: "unpacks Debian's kernels and their modules",
 };
 
+/// Forms in which a kernel is packed: first bytes, package of the tool, tool.
+const PACKINGS: [(&[u8], Need, &str); 3] = [
+    (&[0xfd, b'7', b'z', b'X', b'Z', 0], XZ, "xz"),
+    (
+        &[0x28, 0xb5, 0x2f, 0xfd],
+        Need {
+            package: "zstd",
+            why: "unpacks Debian's kernels",
+        },
+        "zstd",
+    ),
+    // The legacy form, which the kernel's build uses.
+    (
+        &[0x02, 0x21, 0x4c, 0x18],
+        Need {
+            package: "lz4",
+            why: "unpacks Debian's kernels",
+        },
+        "lz4",
+    ),
+];
+
 /// Folders of drivers that no virtual machine of ours has a device for: half of the files.
 const LEFT_OUT: [&str; 6] = [
     "*/kernel/drivers/gpu",
@@ -144,8 +166,8 @@ impl DebianKernel {
         self.dir.join(format!("boot/vmlinuz-{}", self.release))
     }
 
-    /// The form of the kernel that starts soonest under emulation: what xz has packed takes
-    /// emulated processors seconds to unpack, so it is unpacked here, once.
+    /// The form of the kernel that starts soonest under emulation: to unpack it takes emulated
+    /// processors seconds, so it is unpacked here, once.
     pub(crate) fn quickest(&self) -> Result<PathBuf> {
         let unpacked = self.dir.join("vmlinux");
         if unpacked.exists() {
@@ -153,11 +175,20 @@ impl DebianKernel {
         }
         let vmlinuz = self.vmlinuz();
         let image = fs::read(&vmlinuz).with_context(|| format!("reading {}", vmlinuz.display()))?;
-        let Some(packed) = payload(&image).filter(|packed| packed.starts_with(XZ_MAGIC)) else {
+        let unpacking = payload(&image).and_then(|packed| {
+            let packing = PACKINGS
+                .iter()
+                .find(|(magic, ..)| packed.starts_with(magic));
+            packing.map(|(_, need, tool)| (packed, *need, *tool))
+        });
+        let Some((packed, need, tool)) = unpacking else {
             return Ok(vmlinuz);
         };
+        if Command::new(tool).arg("-V").output().is_err() {
+            apt::ensure(&[need])?;
+        }
         let beside = self.dir.join(format!("vmlinux-{}", std::process::id()));
-        fs::write(&beside, unxz(packed)?)
+        fs::write(&beside, pipe_through(tool, packed)?)
             .with_context(|| format!("writing {}", beside.display()))?;
         fs::rename(&beside, &unpacked)
             .with_context(|| format!("creating {}", unpacked.display()))?;
@@ -304,8 +335,6 @@ fn extract(package: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-const XZ_MAGIC: &[u8] = &[0xfd, b'7', b'z', b'X', b'Z', 0];
-
 /// The packed kernel in a bzImage (Documentation/arch/x86/boot.rst), without the four bytes behind
 /// it that hold its unpacked size.
 fn payload(image: &[u8]) -> Option<&[u8]> {
@@ -328,21 +357,26 @@ fn payload(image: &[u8]) -> Option<&[u8]> {
 
 /// Unpacks with xz(1).
 pub(super) fn unxz(packed: &[u8]) -> Result<Vec<u8>> {
-    let mut xz = Command::new("xz")
-        .args(["--decompress", "--stdout"])
+    pipe_through("xz", packed)
+}
+
+/// Unpacks with a tool that has the options of gzip(1), as all of them do.
+fn pipe_through(tool: &str, packed: &[u8]) -> Result<Vec<u8>> {
+    let mut child = Command::new(tool)
+        .args(["-d", "-c"])
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .spawn()
-        .context("starting xz")?;
-    let mut stdin = xz.stdin.take().context("xz's input is piped")?;
+        .with_context(|| format!("starting {tool}"))?;
+    let mut stdin = child.stdin.take().context("the tool's input is piped")?;
     let output = std::thread::scope(|scope| {
-        // If xz stops reading, its status says why.
+        // If the tool stops reading, its status says why.
         scope.spawn(move || std::io::Write::write_all(&mut stdin, packed).ok());
-        xz.wait_with_output()
+        child.wait_with_output()
     });
-    let output = output.context("waiting for xz")?;
+    let output = output.with_context(|| format!("waiting for {tool}"))?;
     if !output.status.success() {
-        bail!("xz failed ({})", output.status);
+        bail!("{tool} failed ({})", output.status);
     }
     Ok(output.stdout)
 }
@@ -352,12 +386,17 @@ pub(super) fn ensure_tools() -> Result<()> {
     apt::ensure(&[XZ])
 }
 
-/// Makes `dir/{vmlinuz,initramfs.cpio.gz}` from a kernel and the common initramfs.
+/// Makes `dir/{vmlinux,vmlinuz,initramfs.cpio.gz}` from a kernel and the common initramfs.
 pub(super) fn publish(kernel: &DebianKernel, common: &Path, dir: &Path) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
-    let vmlinuz = dir.join("vmlinuz");
-    if fs::read(&vmlinuz).ok() != fs::read(kernel.vmlinuz()).ok() {
-        paths::link_or_copy(&kernel.vmlinuz(), &vmlinuz)?;
+    for (name, file) in [
+        ("vmlinuz", kernel.vmlinuz()),
+        ("vmlinux", kernel.quickest()?),
+    ] {
+        let published = dir.join(name);
+        if fs::read(&published).ok() != fs::read(&file).ok() {
+            paths::link_or_copy(&file, &published)?;
+        }
     }
     let modules = kernel.modules(&GUEST_MODULES)?;
     super::initramfs::extend(common, modules, &dir.join("initramfs.cpio.gz"))
@@ -375,6 +414,27 @@ mod tests {
         image[0x24c..0x250].copy_from_slice(&length.to_le_bytes());
         image.extend(body);
         image
+    }
+
+    #[test]
+    fn packed_text_comes_back_from_each_tool() {
+        for (magic, _, tool) in PACKINGS {
+            // Not every machine has all of them.
+            let Ok(mut child) = Command::new(tool)
+                .args(["-c", if tool == "lz4" { "-l" } else { "-k" }])
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+            else {
+                continue;
+            };
+            let mut stdin = child.stdin.take().unwrap();
+            std::io::Write::write_all(&mut stdin, b"a kernel").unwrap();
+            drop(stdin);
+            let packed = child.wait_with_output().unwrap().stdout;
+            assert!(packed.starts_with(magic), "{tool}");
+            assert_eq!(pipe_through(tool, &packed).unwrap(), b"a kernel", "{tool}");
+        }
     }
 
     #[test]

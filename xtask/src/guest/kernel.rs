@@ -13,10 +13,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 
+use super::build_tree::BuildTree;
 use super::cache::{compiler, key};
 use super::series::{self, Contents, Series};
 use super::source::Source;
-use super::workshop::Workshop;
 use crate::paths;
 
 /// Our configuration fragment.
@@ -142,10 +142,10 @@ impl Kernel {
         }
         let done = paths::cache()?.join(format!("kernel-{}", self.key));
         if !done.exists() {
-            let workshop = Workshop::open(&self.source)?;
+            let tree = BuildTree::open(&self.source)?;
             // Another run may have finished it while this one waited.
             if !done.exists() {
-                self.compile(&workshop, &done)?;
+                self.compile(&tree, &done)?;
             }
         }
         self.publish(&done, dir)
@@ -193,17 +193,17 @@ impl Kernel {
         fs::write(&stamp, &self.key).with_context(|| format!("writing {}", stamp.display()))
     }
 
-    fn compile(&self, workshop: &Workshop, done: &Path) -> Result<()> {
+    fn compile(&self, tree: &BuildTree, done: &Path) -> Result<()> {
         let contents = if self.series.is_empty() {
             Contents::new()
         } else {
-            self.series.applied(&workshop.pristine)?
+            self.series.applied(&tree.pristine)?
         };
-        workshop.put(&contents)?;
+        tree.put(&contents)?;
         let objects = match self.objects {
-            None => workshop.main_objects(),
-            Some(name) if self.from_nothing => workshop.separate_objects(name),
-            Some(name) => workshop.objects(name)?,
+            None => tree.main_objects(),
+            Some(name) if self.from_nothing => tree.separate_objects(name),
+            Some(name) => tree.objects(name)?,
         };
         objects.configure(&self.fragment)?;
         let targets = ["vmlinux", "bzImage"];

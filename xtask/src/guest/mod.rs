@@ -4,10 +4,11 @@
 //! linux-source package + stock.config ─→ cache/kernel-KEY/{vmlinux,bzImage} ─→ target/guest/stock/
 //!   + guest-patches/{series,config}   ─→ cache/kernel-KEY/{vmlinux,bzImage} ─→ target/guest/patched/
 //! busybox-static + tests/guest        ─→ target/guest/initramfs.cpio.gz
-//! linux-image-cloud-amd64, unpacked   ─→ target/guest/debian/{vmlinuz,initramfs.cpio.gz}
+//! linux-image-cloud-amd64, unpacked   ─→ target/guest/debian/{vmlinuz,vmlinux,initramfs.cpio.gz}
 //! ```
 
 mod boot;
+mod build_tree;
 mod cache;
 pub(crate) mod check;
 mod complaints;
@@ -25,6 +26,7 @@ mod newest;
 mod prefixes;
 pub(crate) mod programs;
 mod progress;
+pub(crate) mod qemu_test;
 mod report;
 pub(crate) mod sanitize;
 mod series;
@@ -34,7 +36,6 @@ mod stamp;
 mod stress_ng;
 pub(crate) mod tree;
 mod variant;
-mod workshop;
 
 use std::path::PathBuf;
 
@@ -66,6 +67,8 @@ pub(crate) struct Built {
 #[derive(Debug, Clone)]
 pub(crate) struct Unpacked {
     pub(crate) vmlinuz: PathBuf,
+    /// Unpacked; it starts sooner.
+    pub(crate) vmlinux: PathBuf,
     pub(crate) initramfs: PathBuf,
 }
 
@@ -87,7 +90,7 @@ impl Artefacts {
         let debian = self.debian.as_ref();
         stock
             .map(|kernel| (&kernel.vmlinux, &self.initramfs))
-            .or_else(|| debian.map(|kernel| (&kernel.vmlinuz, &kernel.initramfs)))
+            .or_else(|| debian.map(|kernel| (&kernel.vmlinux, &kernel.initramfs)))
     }
 
     /// What `/guest` of a testbed has: a name there and the file here.
@@ -103,6 +106,7 @@ impl Artefacts {
         }
         if let Some(debian) = &self.debian {
             files.push(("debian/vmlinuz", &debian.vmlinuz));
+            files.push(("debian/vmlinux", &debian.vmlinux));
             files.push(("debian/initramfs.cpio.gz", &debian.initramfs));
         }
         files
@@ -169,6 +173,7 @@ fn unpacked(packages: &[&str], folder: &str, initramfs: &std::path::Path) -> Res
     debian::publish(&kernel, initramfs, &dir)?;
     Ok(Unpacked {
         vmlinuz: dir.join("vmlinuz"),
+        vmlinux: dir.join("vmlinux"),
         initramfs: dir.join("initramfs.cpio.gz"),
     })
 }

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, ensure};
 
 use super::boot;
+use super::build_tree::BuildTree;
 use super::cache::{compiler, file_key, key};
 use super::initramfs;
 use super::make::Objects;
@@ -16,7 +17,6 @@ use super::series::{Contents, Series};
 use super::source::Source;
 use super::stamp::Stamp;
 use super::variant::{Files, Variant, kconfig_key};
-use super::workshop::Workshop;
 use crate::paths;
 
 /// Raised when the check gets stricter.
@@ -45,7 +45,7 @@ pub(super) struct Prefixes<'a> {
 /// What is opened when a prefix is not known to be good.
 #[derive(Debug)]
 struct Bench {
-    workshop: Workshop,
+    tree: BuildTree,
     contents: Vec<Contents>,
     objects: Objects,
     initramfs: PathBuf,
@@ -124,11 +124,11 @@ impl<'a> Prefixes<'a> {
     fn bench(&self, variant: Variant) -> Result<Bench> {
         let image = paths::guest().join("initramfs.cpio.gz");
         initramfs::build(&image)?;
-        let workshop = Workshop::open_for_checks(self.source)?;
+        let tree = BuildTree::open_for_checks(self.source)?;
         Ok(Bench {
-            contents: self.series.prefixes(&workshop.pristine)?,
-            objects: workshop.cached_objects(variant.name())?,
-            workshop,
+            contents: self.series.prefixes(&tree.pristine)?,
+            objects: tree.cached_objects(variant.name())?,
+            tree,
             initramfs: image,
         })
     }
@@ -147,7 +147,7 @@ impl<'a> Prefixes<'a> {
     }
 
     fn link(&self, bench: &Bench, variant: Variant, contents: &Contents) -> Result<PathBuf> {
-        bench.workshop.put(contents)?;
+        bench.tree.put(contents)?;
         let configuration = self.files.of(variant);
         let fragment = configuration.fragment(contents);
         // Newer kernels have other names for some options, or no choice.

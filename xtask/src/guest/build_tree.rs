@@ -34,15 +34,15 @@ const MAIN: &str = "main";
 
 /// The tree, held for as long as this exists.
 #[derive(Debug)]
-pub(super) struct Workshop {
+pub(super) struct BuildTree {
     dir: PathBuf,
     /// The unpacked source.
     pub(super) pristine: PathBuf,
     _lock: Lock,
 }
 
-impl Workshop {
-    /// Opens the workshop in which test kernels are built from a source; waits while another process is in it.
+impl BuildTree {
+    /// Opens the tree in which test kernels are built from a source; waits while another process is in it.
     pub(super) fn open(source: &Source) -> Result<Self> {
         let cache = paths::cache()?;
         let lock = Lock::take(&cache)?;
@@ -51,7 +51,7 @@ impl Workshop {
         Self::open_in(dir, pristine, lock)
     }
 
-    /// Opens the workshop in which a source is checked; waits while another check is in it.
+    /// Opens the tree in which a source is checked; waits while another check is in it.
     pub(super) fn open_for_checks(source: &Source) -> Result<Self> {
         let cache = paths::cache()?;
         let pristine = source.unpack(&Lock::take(&cache)?)?;

@@ -1,22 +1,20 @@
-//! `cargo xtask bench` and `guest qemu-test`: programs of the integration tests that
-//! are started with what they need.
+//! `cargo xtask bench`: figures of the VMM with a Linux guest, in the testbed.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 use std::time::SystemTime;
 
 use anyhow::{Context as _, Result};
 
-use crate::guest::{self, Wanted};
 use crate::testbed::{self, KernelChoice, Surroundings};
-use crate::{apt, cargo, experiment, other_vmm, paths};
+use crate::{experiment, other_vmm, test_programs};
 
-/// Memory of the testbed's host: the guest's 1 GiB and room to spare.
+/// Memory of the testbed's host: a guest of 1 GiB and room to spare.
 const HOST_BYTES: u64 = 3 << 30;
 
 #[derive(Debug, clap::Args)]
-pub(crate) struct BenchOptions {
+pub(crate) struct Options {
     /// The guests' kernel
     #[arg(long, value_enum, default_value = "stock")]
     kernel: KernelChoice,
@@ -37,7 +35,7 @@ pub(crate) struct BenchOptions {
 }
 
 /// Measures the VMM with a Linux guest and prints one JSON object a figure.
-pub(crate) fn bench(options: BenchOptions) -> Result<ExitCode> {
+pub(crate) fn run(options: Options) -> Result<ExitCode> {
     let mut arguments: Vec<OsString> = Vec::new();
     if let Some(vmm) = &options.vmm {
         arguments.extend(["--vmm".into(), other_vmm::found(vmm)?.into()]);
@@ -47,7 +45,7 @@ pub(crate) fn bench(options: BenchOptions) -> Result<ExitCode> {
         arguments.extend(["--out".into(), "/share".into()]);
     }
     let begin = SystemTime::now();
-    let mut command = vec![build("vm-bench")?.into()];
+    let mut command = vec![test_programs::build("vm-bench")?.into()];
     command.extend(arguments);
     command.extend(options.names);
     if !options.options.is_empty() {
@@ -84,36 +82,4 @@ fn written_since(folder: &Path, begin: SystemTime) -> Result<Vec<PathBuf>> {
         }
     }
     Ok(found)
-}
-
-#[derive(Debug, clap::Args)]
-pub(crate) struct QemuTestOptions {
-    /// Only tests whose name contains one of these
-    filters: Vec<OsString>,
-}
-
-/// Tests the patched kernel under QEMU as its host, on this machine and without KVM.
-pub(crate) fn qemu_test(options: &QemuTestOptions) -> Result<ExitCode> {
-    if guest::build(Wanted::Both)?.patched.is_none() {
-        return Ok(ExitCode::SUCCESS);
-    }
-    apt::ensure_from_backports(testbed::QEMU)?;
-    let status = Command::new(build("qemu-tests")?)
-        .args(&options.filters)
-        .current_dir(paths::workspace())
-        .status()
-        .context("starting the tests")?;
-    Ok(if status.success() {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
-}
-
-/// Builds a program of the integration tests and tells where it is. It is selected from the whole
-/// workspace, as the unit tests are: a package alone has other features, and all that it depends on
-/// would be built twice.
-pub(crate) fn build(program: &str) -> Result<PathBuf> {
-    cargo::run(["build", "--quiet", "--workspace", "--bin", program])?;
-    Ok(cargo::folder("dev").join(program))
 }
