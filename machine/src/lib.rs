@@ -11,6 +11,7 @@ pub mod events;
 pub mod interrupt;
 pub mod legacy;
 pub mod memory;
+pub mod pc;
 pub mod pci;
 pub mod serial;
 pub mod signals;

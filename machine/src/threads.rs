@@ -1,7 +1,52 @@
-//! The threads of a machine.
+//! What the threads of a machine are for, so that who runs it can confine each kind in its own way.
 
 use std::sync::Arc;
 
-/// Called first on every thread the VMM starts, with the thread's name; it
-/// installs the seccomp filter for that kind of thread.
-pub type ThreadStart = Arc<dyn Fn(&str) + Send + Sync>;
+/// Name of the thread that carries text of the serial port and the console. vCPUs are `vcpu0`, `vcpu1` and so on; a
+/// worker is named after its device.
+pub const SERIAL_THREAD: &str = "serial-manager";
+
+/// Devices that are served alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum DeviceKind {
+    /// The balloon.
+    Balloon,
+    /// The device that plugs memory in.
+    Mem,
+    /// A disk.
+    Block,
+    /// A network device.
+    Net,
+    /// The random number device.
+    Rng,
+    /// The console.
+    Console,
+}
+
+/// What a thread of the machine does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum MachineThread {
+    /// Runs the guest.
+    Vcpu,
+    /// Carries serial port input and output.
+    Serial,
+    /// Serves queues of a device.
+    Worker(DeviceKind),
+}
+
+impl MachineThread {
+    /// Every kind.
+    pub const ALL: &[Self] = &[
+        Self::Vcpu,
+        Self::Serial,
+        Self::Worker(DeviceKind::Balloon),
+        Self::Worker(DeviceKind::Mem),
+        Self::Worker(DeviceKind::Block),
+        Self::Worker(DeviceKind::Net),
+        Self::Worker(DeviceKind::Rng),
+        Self::Worker(DeviceKind::Console),
+    ];
+}
+
+/// Called first on every thread the machine starts; may confine it for good.
+pub type ThreadStart = Arc<dyn Fn(MachineThread) + Send + Sync>;

@@ -19,11 +19,9 @@ use std::time::Instant;
 use api::Event;
 use api::config::PathOrFd;
 
+use crate::events::EventSink;
 use crate::inherited_fd;
-use crate::vm::EventSink;
-
-/// Name of the thread.
-pub const EVENT_THREAD: &str = "event-monitor";
+use crate::threads::EVENT_THREAD;
 
 /// Events that may wait for the thread: a burst of device activations, not a backlog.
 const QUEUE_LENGTH: usize = 256;

@@ -6,13 +6,14 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use api::config::PathOrFd;
 use api::{VmConfig, VmmPingResponse};
-use vmm::api::http::{Deadlines, HTTP_THREAD, HttpServer};
+use vmm::api::http::{Deadlines, HttpServer};
 use vmm::api::{ApiSocket, Dispatcher};
-use vmm::control::{CONTROL_THREAD, ControlSetup, ControlThread, Ending, PublishedView, VmRequest};
-use vmm::event_monitor::{EVENT_THREAD, EventMonitor};
-use vmm::seccomp::{Seccomp, ThreadKind};
+use vmm::control::{ControlSetup, ControlThread, Ending, PublishedView, VmRequest};
+use vmm::event_monitor::EventMonitor;
+use vmm::seccomp::Seccomp;
 use vmm::signals::{ExitSignals, exit_was_asked_for, survive_file_size_limit};
-use vmm::vm::{ThreadStart, Vm, VmContext, VmSignals};
+use vmm::threads::{ThreadKind, ThreadStart};
+use vmm::vm::{Vm, VmContext};
 
 use crate::args::Arguments;
 
@@ -101,7 +102,7 @@ fn open_events(
     };
     let thread_start = Arc::clone(thread_start);
     Ok(EventMonitor::open(place, start, move || {
-        thread_start(EVENT_THREAD);
+        thread_start(ThreadKind::EventMonitor);
     })?)
 }
 
@@ -111,20 +112,15 @@ fn start_control(
     thread_start: &ThreadStart,
     events: &EventMonitor,
 ) -> Result<ControlThread> {
-    let signals = Arc::new(VmSignals::new().context("Cannot create eventfds")?);
-    let context = VmContext {
-        signals: Arc::clone(&signals),
-        thread_start: Arc::clone(thread_start),
-        events: events.sink(),
-        consoles: Arc::default(),
-    };
+    let context = VmContext::new(Arc::clone(thread_start), events.sink())
+        .context("Cannot create eventfds")?;
     let thread_start = Arc::clone(thread_start);
     Ok(ControlThread::start::<Vm>(ControlSetup {
         view: Arc::clone(view),
         context,
         no_shutdown,
         events_are_read: events.is_on(),
-        on_start: Box::new(move || thread_start(CONTROL_THREAD)),
+        on_start: Box::new(move || thread_start(ThreadKind::Control)),
     })?)
 }
 
@@ -148,7 +144,7 @@ fn start_server(
         listener,
         dispatcher,
         Deadlines::default(),
-        move || thread_start(HTTP_THREAD),
+        move || thread_start(ThreadKind::HttpServer),
     )?)
 }
 

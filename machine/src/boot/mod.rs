@@ -1,9 +1,9 @@
 //! Booting: a payload becomes guest memory content and an entry point.
 //!
 //! ```text
-//!   PayloadConfig ─► Payload::load      kernel or firmware, initramfs  (slow: file content)
-//!                       │
-//!                       └─► Payload::write_boot_data ─► EntryPoint     (fast: tables)
+//!   PayloadConfig ─► PayloadFiles::open   kernel or firmware, initramfs
+//!                       └─► load          into guest RAM              (slow: file content)
+//!                             └─► Payload::write_boot_data ─► EntryPoint  (fast: tables)
 //! ```
 //!
 //! Two protocols: PVH for ELF images (Linux `vmlinux`, firmware), the 32-bit
@@ -24,7 +24,7 @@ use std::io;
 use std::path::PathBuf;
 
 pub use gdt::{BOOT_GDT, BootSegment, CODE_SEGMENT, DATA_SEGMENT, TASK_SEGMENT};
-pub use payload::Payload;
+pub use payload::{Payload, PayloadFiles};
 pub use smbios::{SmbiosError, check_platform};
 
 /// How the first instruction of the payload is reached.

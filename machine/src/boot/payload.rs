@@ -3,7 +3,6 @@
 use std::ffi::CString;
 use std::io::Seek;
 use std::ops::Range;
-use std::path::Path;
 
 use api::config::{PayloadConfig, PlatformConfig};
 use linux_loader::bootparam::setup_header;
@@ -46,43 +45,61 @@ pub struct Payload {
     cmdline: CString,
 }
 
-impl Payload {
-    /// Reads kernel or firmware and initramfs into guest RAM. Takes as long as
-    /// reading the files takes; needs nothing but `memory`.
+/// A payload whose files are open and of a kind that can be booted.
+#[derive(Debug)]
+pub struct PayloadFiles {
+    image: Image,
+    format: Format,
+    initramfs: Option<Image>,
+    cmdline: CString,
+}
+
+impl PayloadFiles {
+    /// Opens kernel or firmware and initramfs.
     ///
     /// # Errors
-    /// Files that are missing, truncated, of unknown format or too large; a
-    /// command line that is too long.
-    pub fn load(config: &PayloadConfig, memory: &GuestMemory) -> Result<Self, BootError> {
+    /// Files that are missing or of unknown format; a command line that is too long.
+    pub fn open(config: &PayloadConfig) -> Result<Self, BootError> {
         let path = match (&config.kernel, &config.firmware) {
             (Some(_), Some(_)) => return Err(BootError::KernelAndFirmware),
             (None, None) => return Err(BootError::MissingPayload),
             (Some(path), None) | (None, Some(path)) => path,
         };
         let cmdline = check_cmdline(config.cmdline.as_deref().unwrap_or_default())?;
-        let ram = memory.ram().memory();
-        let usable = HIGH_RAM_START..memory.map().low_ram_end();
-
         let mut image = Image::open(path)?;
-        let image = match image.format()? {
-            Format::Elf => elf::load(&mut image, &ram, &usable)?,
-            Format::BzImage => bzimage::load(&mut image, &ram, &usable)?,
-        };
-        let initramfs = config
-            .initramfs
-            .as_deref()
-            .map(|path| {
-                let end_max = usable.end.min(image.initramfs_end_max);
-                load_initramfs(path, &ram, &(image.end..end_max))
-            })
-            .transpose()?;
         Ok(Self {
+            format: image.format()?,
             image,
-            initramfs,
+            initramfs: config.initramfs.as_deref().map(Image::open).transpose()?,
             cmdline,
         })
     }
 
+    /// Reads them into guest RAM. Takes as long as reading the files takes; needs nothing but `memory`.
+    ///
+    /// # Errors
+    /// Files that are truncated, broken or too large.
+    pub fn load(mut self, memory: &GuestMemory) -> Result<Payload, BootError> {
+        let ram = memory.ram().memory();
+        let usable = HIGH_RAM_START..memory.map().low_ram_end();
+        let image = match self.format {
+            Format::Elf => elf::load(&mut self.image, &ram, &usable)?,
+            Format::BzImage => bzimage::load(&mut self.image, &ram, &usable)?,
+        };
+        let end_max = usable.end.min(image.initramfs_end_max);
+        let room = image.end..end_max;
+        let initramfs = self.initramfs.as_mut();
+        Ok(Payload {
+            initramfs: initramfs
+                .map(|initramfs| load_initramfs(initramfs, &ram, &room))
+                .transpose()?,
+            image,
+            cmdline: self.cmdline,
+        })
+    }
+}
+
+impl Payload {
     /// Writes descriptor table, command line, memory map, SMBIOS and start info. ACPI tables
     /// are the caller's; `rsdp_address` says where they begin.
     ///
@@ -124,11 +141,10 @@ fn check_cmdline(cmdline: &str) -> Result<CString, BootError> {
 
 /// Puts the initramfs page-aligned at the top of `room`.
 fn load_initramfs(
-    path: &Path,
+    image: &mut Image,
     ram: &GuestMemoryMmap<()>,
     room: &Range<u64>,
 ) -> Result<Range<u64>, BootError> {
-    let mut image = Image::open(path)?;
     let bytes = image.bytes;
     let start = room
         .end
@@ -136,7 +152,7 @@ fn load_initramfs(
         .map(|start| start & !(PAGE_BYTES - 1))
         .filter(|start| *start >= room.start)
         .ok_or_else(|| BootError::InitramfsTooLarge {
-            path: path.to_path_buf(),
+            path: image.path.clone(),
             bytes,
             room_bytes: room.end.saturating_sub(room.start),
         })?;

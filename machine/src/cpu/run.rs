@@ -9,6 +9,7 @@ use super::counters::{ExitCounters, count};
 use super::gate::Gate;
 use super::vcpus::VcpusContext;
 use super::{GuestEvent, VmExitHandler};
+use crate::threads::MachineThread;
 
 /// Exits served after a pause is asked for, so that the instruction that caused the last one is
 /// finished. An access that crosses a page takes two; a guest that repeats a port access without
@@ -78,7 +79,7 @@ pub(super) fn vcpu_thread(
     cores: &CoreCookies,
 ) {
     let _guard = ThreadGuard { gate, context };
-    (context.thread_start)(&cell.thread_name());
+    (context.thread_start)(MachineThread::Vcpu);
     cores.take();
     while let Some(pass) = gate.enter() {
         let mut vcpu = cell.lock();

@@ -42,7 +42,7 @@ struct ZonePlan {
 
 impl GuestMemory {
     /// Checks the configuration, then maps RAM as it says. `phys_bits` is the width of the
-    /// guest's physical addresses ([`crate::cpu::guest_phys_bits`]).
+    /// guest's physical addresses, or more if [`GuestMemory::narrow`] follows.
     ///
     /// # Errors
     /// A size that cannot be, found before anything is made; or the host has not got the memory.
@@ -107,6 +107,15 @@ impl GuestMemory {
             plans.push(plan);
         }
         Ok(Plan { map, zones: plans })
+    }
+
+    /// Takes note that the guest has addresses of no more than `phys_bits`. RAM stays where it is.
+    ///
+    /// # Errors
+    /// [`MemoryError::AddressSpace`].
+    pub fn narrow(&mut self, phys_bits: u8) -> Result<(), MemoryError> {
+        self.map = self.map.clone().narrowed(phys_bits)?;
+        Ok(())
     }
 
     /// The zones RAM is made of, in the order of their addresses.

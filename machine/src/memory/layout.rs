@@ -150,19 +150,16 @@ impl AddressMap {
             bytes: ram_bytes,
             phys_bits,
         };
-        if !(PHYS_BITS_MIN..=PHYS_BITS_MAX).contains(&phys_bits) {
+        let Some(platform_devices) = platform_devices(phys_bits) else {
             return Err(no_room);
-        }
+        };
         let low_bytes = ram_bytes.min(MEM_32BIT_DEVICES_START);
         let high_bytes = ram_bytes - low_bytes;
-        // No overflow: `phys_bits` is at least 33 and at most 52.
-        let platform_end = (1 << phys_bits) - TOP_RESERVED_BYTES;
-        let platform_start = platform_end - PLATFORM_DEVICE_AREA_BYTES;
         let devices_start = RAM_64BIT_START
             .checked_add(high_bytes)
             .and_then(|end| end.checked_next_multiple_of(SECTION_BYTES));
         let Some(devices_start) =
-            devices_start.filter(|start| start + DEVICE_AREA_MIN_BYTES <= platform_start)
+            devices_start.filter(|start| start + DEVICE_AREA_MIN_BYTES <= platform_devices.start)
         else {
             return Err(no_room);
         };
@@ -174,8 +171,8 @@ impl AddressMap {
                 .filter(|range| !range.is_empty())
                 .collect(),
             hotplug: devices_start..devices_start,
-            devices_64bit: devices_start..platform_start,
-            platform_devices: platform_start..platform_end,
+            devices_64bit: devices_start..platform_devices.start,
+            platform_devices,
         })
     }
 
@@ -210,6 +207,26 @@ impl AddressMap {
         }
     }
 
+    /// The same RAM, and the devices behind it in `phys_bits` of physical address.
+    ///
+    /// # Errors
+    /// [`MemoryError::AddressSpace`].
+    pub fn narrowed(self, phys_bits: u8) -> Result<Self, MemoryError> {
+        let start = self.devices_64bit.start;
+        let fits = |platform: &Range<u64>| start + DEVICE_AREA_MIN_BYTES <= platform.start;
+        match platform_devices(phys_bits).filter(fits) {
+            Some(platform_devices) => Ok(Self {
+                devices_64bit: start..platform_devices.start,
+                platform_devices,
+                ..self
+            }),
+            None => Err(MemoryError::AddressSpace {
+                bytes: self.ram_bytes() + (self.hotplug.end - self.hotplug.start),
+                phys_bits,
+            }),
+        }
+    }
+
     fn ram_bytes(&self) -> u64 {
         self.ram.iter().map(|range| range.end - range.start).sum()
     }
@@ -220,9 +237,36 @@ impl AddressMap {
     }
 }
 
+/// Where the platform's own devices are in `phys_bits` of physical address; `None` if nothing can be.
+fn platform_devices(phys_bits: u8) -> Option<Range<u64>> {
+    if !(PHYS_BITS_MIN..=PHYS_BITS_MAX).contains(&phys_bits) {
+        return None;
+    }
+    let end = (1 << phys_bits) - TOP_RESERVED_BYTES;
+    Some(end - PLATFORM_DEVICE_AREA_BYTES..end)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn map_narrowed_is_the_map_that_is_made_narrow() {
+        for ram_bytes in [512 * MIB, 6 * GIB] {
+            let wide = AddressMap::new(ram_bytes, 46).unwrap();
+            let narrow = AddressMap::new(ram_bytes, 36).unwrap();
+            assert_eq!(wide.clone().narrowed(36).unwrap(), narrow);
+            assert!(wide.clone().narrowed(32).is_err());
+            let with_hotplug = |map: AddressMap, bits| map.with_hotplug(8 * GIB, GIB, bits);
+            let wide = with_hotplug(wide, 46).unwrap();
+            let narrow = with_hotplug(narrow, 36).unwrap();
+            assert_eq!(wide.clone().narrowed(36).unwrap(), narrow);
+            assert!(matches!(
+                wide.narrowed(33),
+                Err(MemoryError::AddressSpace { bytes, phys_bits: 33 }) if bytes == ram_bytes + 8 * GIB
+            ));
+        }
+    }
 
     #[test]
     fn map_small_ram_is_one_range() {

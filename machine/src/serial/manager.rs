@@ -15,10 +15,8 @@ use std::thread::JoinHandle;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::threads::ThreadStart;
+use crate::threads::{MachineThread, SERIAL_THREAD, ThreadStart};
 
-/// Name of the thread.
-pub const SERIAL_MANAGER_THREAD: &str = "serial-manager";
 /// Events taken from the kernel at once.
 const EVENTS_MAX: usize = 8;
 const STOP_TOKEN: u64 = 0;
@@ -94,9 +92,9 @@ impl SerialManager {
             let shared = Arc::clone(&self.shared);
             let thread_start = Arc::clone(&self.thread_start);
             let handle = std::thread::Builder::new()
-                .name(SERIAL_MANAGER_THREAD.to_owned())
+                .name(SERIAL_THREAD.to_owned())
                 .spawn(move || {
-                    thread_start(SERIAL_MANAGER_THREAD);
+                    thread_start(MachineThread::Serial);
                     run(&shared);
                 })?;
             *thread = Some(handle);
@@ -116,11 +114,11 @@ impl Drop for SerialManager {
             return;
         };
         if let Err(error) = self.shared.stop.write(1) {
-            log::error!("{SERIAL_MANAGER_THREAD} cannot be stopped: {error}");
+            log::error!("{SERIAL_THREAD} cannot be stopped: {error}");
             return;
         }
         if thread.join().is_err() {
-            log::error!("{SERIAL_MANAGER_THREAD} panicked");
+            log::error!("{SERIAL_THREAD} panicked");
         }
     }
 }
@@ -132,7 +130,7 @@ fn run(shared: &Shared) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => {
-                log::error!("{SERIAL_MANAGER_THREAD} cannot wait: {error}");
+                log::error!("{SERIAL_THREAD} cannot wait: {error}");
                 return;
             }
         };
@@ -226,7 +224,7 @@ pub(super) mod tests {
     use std::time::Duration;
 
     pub(in super::super) fn manager() -> SerialManager {
-        SerialManager::new(Arc::new(|_name: &str| ())).unwrap()
+        SerialManager::new(Arc::new(|_| ())).unwrap()
     }
 
     struct Reader {
@@ -282,17 +280,17 @@ pub(super) mod tests {
     fn thread_has_its_name_and_calls_the_hook_first() {
         let (sender, receiver) = mpsc::channel();
         let sender = Mutex::new(sender);
-        let manager = SerialManager::new(Arc::new(move |name: &str| {
+        let manager = SerialManager::new(Arc::new(move |kind| {
             let thread = std::thread::current();
-            let told = (name.to_owned(), thread.name().map(str::to_owned));
+            let told = (kind, thread.name().map(str::to_owned));
             sender.lock().unwrap().send(told).unwrap();
         }))
         .unwrap();
         manager.watcher().unwrap();
         drop(manager);
         let (hook, thread) = receiver.recv().unwrap();
-        assert_eq!(hook, SERIAL_MANAGER_THREAD);
-        assert_eq!(thread.as_deref(), Some(SERIAL_MANAGER_THREAD));
+        assert_eq!(hook, MachineThread::Serial);
+        assert_eq!(thread.as_deref(), Some(SERIAL_THREAD));
         assert!(receiver.recv().is_err());
     }
 }

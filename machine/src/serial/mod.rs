@@ -27,7 +27,7 @@ use std::path::PathBuf;
 
 pub use endpoint::{Endpoint, EndpointMode};
 pub use input::InputSink;
-pub use manager::{SERIAL_MANAGER_THREAD, SerialManager};
+pub use manager::SerialManager;
 pub use output::{OUTPUT_BACKLOG_BYTES_MAX, Output};
 pub use terminal::restore_terminal;
 pub use uart::Uart;

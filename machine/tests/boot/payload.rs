@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use api::config::{MemoryConfig, PayloadConfig};
-use machine::boot::{BootError, BootProtocol, EntryPoint, Payload};
+use machine::boot::{BootError, BootProtocol, EntryPoint, Payload, PayloadFiles};
 use machine::memory::GuestMemory;
 use machine::memory::layout::{MIB, RSDP_START};
 use tempfile::TempDir;
@@ -41,6 +41,10 @@ fn memory() -> GuestMemory {
     GuestMemory::new(&config, 46).expect("guest RAM")
 }
 
+fn load(config: &PayloadConfig, memory: &GuestMemory) -> Result<Payload, BootError> {
+    PayloadFiles::open(config)?.load(memory)
+}
+
 fn kernel(path: &Path) -> PayloadConfig {
     PayloadConfig {
         kernel: Some(path.to_path_buf()),
@@ -51,7 +55,7 @@ fn kernel(path: &Path) -> PayloadConfig {
 fn load_error(content: &[u8]) -> BootError {
     let files = Files::new();
     let path = files.add("kernel", content);
-    Payload::load(&kernel(&path), &memory()).expect_err("a bad kernel")
+    load(&kernel(&path), &memory()).expect_err("a bad kernel")
 }
 
 fn read<const N: usize>(memory: &GuestMemory, address: u64) -> [u8; N] {
@@ -75,7 +79,7 @@ fn payload_elf_lies_with_its_boot_data_in_ram() {
         ..kernel(&path)
     };
     let memory = memory();
-    let payload = Payload::load(&config, &memory).unwrap();
+    let payload = load(&config, &memory).unwrap();
     let entry = payload
         .write_boot_data(&memory, None, GuestAddress(RSDP_START))
         .unwrap();
@@ -106,7 +110,7 @@ fn payload_firmware_goes_through_the_same_loader() {
         firmware: Some(files.add("firmware", &elf(&CODE, LOAD_ADDRESS, PVH_NOTE))),
         ..PayloadConfig::default()
     };
-    Payload::load(&config, &memory()).unwrap();
+    load(&config, &memory()).unwrap();
 }
 
 #[test]
@@ -114,7 +118,7 @@ fn payload_bzimage_fills_the_zero_page() {
     let files = Files::new();
     let path = files.add("kernel", &bzimage(&CODE, 0x20f));
     let memory = memory();
-    let payload = Payload::load(&kernel(&path), &memory).unwrap();
+    let payload = load(&kernel(&path), &memory).unwrap();
     let entry = payload
         .write_boot_data(&memory, None, GuestAddress(RSDP_START))
         .unwrap();
@@ -128,7 +132,7 @@ fn payload_bzimage_fills_the_zero_page() {
 fn payload_missing_or_double_is_refused() {
     let nothing = PayloadConfig::default();
     assert!(matches!(
-        Payload::load(&nothing, &memory()),
+        load(&nothing, &memory()),
         Err(BootError::MissingPayload)
     ));
     let both = PayloadConfig {
@@ -137,16 +141,16 @@ fn payload_missing_or_double_is_refused() {
         ..nothing
     };
     assert!(matches!(
-        Payload::load(&both, &memory()),
+        load(&both, &memory()),
         Err(BootError::KernelAndFirmware)
     ));
 }
 
 #[test]
 fn payload_file_that_is_none_is_refused() {
-    let error = Payload::load(&kernel(Path::new("/nonexistent/vmlinux")), &memory());
+    let error = load(&kernel(Path::new("/nonexistent/vmlinux")), &memory());
     assert!(matches!(error, Err(BootError::Open { .. })));
-    let error = Payload::load(&kernel(Path::new("/")), &memory());
+    let error = load(&kernel(Path::new("/")), &memory());
     assert!(matches!(error, Err(BootError::NotAFile { .. })));
 }
 
@@ -156,7 +160,7 @@ fn payload_fifo_is_refused_without_waiting_for_a_writer() {
     let fifo = dir.path().join("fifo");
     let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
     assert!(made.success());
-    let error = Payload::load(&kernel(&fifo), &memory());
+    let error = load(&kernel(&fifo), &memory());
     assert!(matches!(error, Err(BootError::NotAFile { .. })));
 }
 
@@ -174,7 +178,7 @@ fn payload_garbage_is_of_unknown_format() {
 #[test]
 fn payload_program_for_linux_has_no_pvh_note() {
     let program = std::env::current_exe().expect("this test");
-    let error = Payload::load(&kernel(&program), &memory()).expect_err("not a kernel");
+    let error = load(&kernel(&program), &memory()).expect_err("not a kernel");
     assert!(
         matches!(error, BootError::KernelMissingPvhHeader { .. }),
         "{error}"
@@ -254,7 +258,7 @@ fn payload_initramfs_larger_than_the_room_is_refused() {
             initramfs: Some(initramfs.clone()),
             ..kernel(&path)
         };
-        Payload::load(&config, &memory())
+        load(&config, &memory())
     };
     for bytes in [RAM_BYTES - LOAD_ADDRESS, 1 << 40] {
         assert!(
@@ -273,7 +277,7 @@ fn payload_bad_command_line_is_refused() {
             cmdline: Some(cmdline),
             ..kernel(&files.add("kernel", &elf(&CODE, LOAD_ADDRESS, PVH_NOTE)))
         };
-        Payload::load(&config, &memory()).map(|_payload| ())
+        load(&config, &memory()).map(|_payload| ())
     };
     assert!(load("x".repeat(65535)).is_ok());
     assert!(matches!(

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 
 use api::config::{CpuAffinity, CpuTopology, CpusConfig, MemoryConfig, PayloadConfig};
 use hypervisor::Kvm;
-use machine::boot::Payload;
+use machine::boot::PayloadFiles;
 use machine::cpu::{CpuError, GuestEvent, Vcpus, VcpusContext, VmExitHandler};
 use machine::memory::layout::{MIB, RSDP_START};
 use machine::memory::{GuestMemory, RamSlots};
+use machine::threads::MachineThread;
 use tempfile::NamedTempFile;
 use vm_memory::GuestAddress;
 
@@ -98,7 +99,8 @@ fn machine(image: &[u8], cpus: &CpusConfig) -> Option<Machine> {
         cmdline: Some("Q".into()),
         ..PayloadConfig::default()
     };
-    let entry = Payload::load(&payload, &memory)
+    let entry = PayloadFiles::open(&payload)
+        .and_then(|files| files.load(&memory))
         .and_then(|payload| payload.write_boot_data(&memory, None, GuestAddress(RSDP_START)))
         .expect("a payload");
 
@@ -109,7 +111,11 @@ fn machine(image: &[u8], cpus: &CpusConfig) -> Option<Machine> {
     let context = VcpusContext {
         handler: Arc::clone(&recorder) as Arc<dyn VmExitHandler>,
         events: Arc::new(move |event| sender.send(event).expect("the test listens")),
-        thread_start: Arc::new(move |name| names.lock().expect("no panic").push(name.into())),
+        thread_start: Arc::new(move |kind| {
+            assert_eq!(kind, MachineThread::Vcpu);
+            let name = std::thread::current().name().map(str::to_owned);
+            names.lock().expect("no panic").extend(name);
+        }),
     };
     let vcpus = Vcpus::new(&kvm, &vm, cpus, context).expect("vCPUs");
     vcpus.configure(entry).expect("registers");

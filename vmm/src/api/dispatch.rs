@@ -17,20 +17,20 @@ use api::{
     Endpoint, ErrorBody, ReclaimThresholdsChange, VmBalloonHinting, VmBalloonReporting,
     VmRemoveDevice, VmState, VmmPingResponse,
 };
+use machine::pc::PcError;
 use micro_http::{Body, Method, Request, StatusCode};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::http::{Answer, Handler, Reply};
+use crate::config::NewDevice;
 use crate::control::{
     ControlError, ControlHandle, MachineObserver, PublishedView, RequestError, RequestKind,
     VmAnswer, VmRequest,
 };
+use crate::threads::{QUERY_THREAD, ThreadKind, ThreadStart};
 use crate::thresholds::PolicySight;
-use crate::vm::{BalloonStatsError, HotplugError, NewDevice, ThreadStart, VmError};
-
-/// Name of the threads that ask the machine.
-pub const QUERY_THREAD: &str = "api-query";
+use crate::vm::{BalloonStatsError, HotplugError, VmError};
 
 /// Queries at the same time. More than there are connections, so that only clients that do not wait for their answer
 /// meet the limit.
@@ -327,7 +327,7 @@ impl Queries {
             .name(QUERY_THREAD.to_owned())
             .stack_size(QUERY_STACK_BYTES)
             .spawn(move || {
-                thread_start(QUERY_THREAD);
+                thread_start(ThreadKind::ApiQuery);
                 let answer = match ask(&*observer) {
                     Ok(value) => Answer::json(&value),
                     Err(cause) => query_failed(
@@ -427,23 +427,21 @@ fn request_failed(error: RequestError) -> Answer {
         | ControlError::Machine(VmError::MemoryResize(_))
         | ControlError::Machine(VmError::Reporting(_)) => StatusCode::BadRequest,
         // Found only where the host is known, and still the configuration's fault.
-        ControlError::Machine(VmError::Cpu(error)) if error.is_of_configuration() => {
-            StatusCode::BadRequest
-        }
-        ControlError::Machine(VmError::Memory(error)) if error.is_of_configuration() => {
+        ControlError::Machine(VmError::Pc(error)) if error.is_of_configuration() => {
             StatusCode::BadRequest
         }
         ControlError::Device(fault) | ControlError::Machine(VmError::Hotplug(fault)) => match fault
         {
             HotplugError::NoSuchDevice { .. } => StatusCode::NotFound,
-            HotplugError::Announce { .. } => StatusCode::InternalServerError,
             HotplugError::NotRemovable { .. }
             | HotplugError::BalloonInflated { .. }
             | HotplugError::StillLeaving { .. }
             | HotplugError::BalloonPresent { .. } => StatusCode::BadRequest,
         },
         // What was asked for names an image or a tap that cannot be used, or there is no slot for it.
-        ControlError::Machine(VmError::Device { .. }) if adds_device => StatusCode::BadRequest,
+        ControlError::Machine(VmError::Pc(PcError::Device { .. })) if adds_device => {
+            StatusCode::BadRequest
+        }
         ControlError::QueueFull => StatusCode::ServiceUnavailable,
         ControlError::VmAlreadyCreated
         | ControlError::VmNotRunning

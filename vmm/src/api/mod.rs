@@ -6,5 +6,5 @@ mod socket;
 #[cfg(test)]
 mod tests;
 
-pub use dispatch::{Dispatcher, QUERY_THREAD};
+pub use dispatch::Dispatcher;
 pub use socket::{ApiSocket, ApiSocketError};

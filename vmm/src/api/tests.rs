@@ -22,14 +22,16 @@ use super::*;
 use virtio_devices::balloon::HintingError;
 use virtio_devices::balloon::policy::ControlError;
 
+use crate::config::NewDevice;
 use crate::control::{
     ControlSetup, ControlThread, Ending, Machine, MachineObserver, PublishedView,
 };
-use crate::memory::GuestMemory;
+use crate::threads::ThreadStart;
 use crate::thresholds::PolicySight;
-use crate::vm::{
-    BalloonStatsError, HotplugError, NewDevice, ThreadStart, VmContext, VmError, VmSignals,
-};
+use crate::vm::{BalloonStatsError, HotplugError, VmContext, VmError};
+use machine::memory::GuestMemory;
+use machine::pc::PcError;
+use machine::signals::VmSignals;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -86,7 +88,8 @@ impl Machine for FakeMachine {
         }
         if behaviour == "narrow" {
             // A host of fewer physical address bits than the configuration counts on.
-            GuestMemory::validate(&config.memory, 33).map_err(VmError::Memory)?;
+            GuestMemory::validate(&config.memory, 33)
+                .map_err(|error| VmError::Pc(PcError::Memory(error)))?;
         }
         if behaviour == "slow" {
             SLOW.pass();
@@ -150,7 +153,7 @@ impl Machine for FakeMachine {
         let id = device.id().unwrap().to_owned();
         if id == "bad" {
             let source = "no such image".into();
-            return Err(VmError::Device { id, source });
+            return Err(VmError::Pc(PcError::Device { id, source }));
         }
         if let NewDevice::Balloon(balloon) = device {
             self.observer.balloon_bytes = Some(Arc::new(AtomicU64::new(balloon.size)));
@@ -280,19 +283,14 @@ struct Vmm {
 
 fn vmm_with(no_shutdown: bool) -> Vmm {
     let dir = tempfile::tempdir().unwrap();
-    let signals = Arc::new(VmSignals::new().unwrap());
     let events = Events::default();
     let recorded = Arc::clone(&events);
-    let sink: crate::vm::EventSink = Arc::new(move |source, event, _| {
+    let sink: crate::events::EventSink = Arc::new(move |source, event, _| {
         recorded.lock().unwrap().push(format!("{source} {event}"));
     });
     let thread_start: ThreadStart = Arc::new(|_| {});
-    let context = VmContext {
-        signals: Arc::clone(&signals),
-        thread_start: Arc::clone(&thread_start),
-        events: sink,
-        consoles: Arc::default(),
-    };
+    let context = VmContext::new(Arc::clone(&thread_start), sink).unwrap();
+    let signals = Arc::clone(&context.signals);
     let view = Arc::new(PublishedView::default());
     let control = ControlThread::start::<FakeMachine>(ControlSetup {
         view: Arc::clone(&view),

@@ -1,9 +1,31 @@
 //! Devices that are added to a configuration and taken out of it again.
 
 use api::VmConfig;
-use api::config::BalloonConfig;
+use api::config::{BalloonConfig, DiskConfig, NetConfig};
 
-use crate::vm::{BALLOON_ID, NewDevice};
+use crate::device_ids::BALLOON_ID;
+
+/// A device for a machine, running or not.
+#[derive(Debug, Clone)]
+pub enum NewDevice {
+    /// A disk.
+    Disk(DiskConfig),
+    /// A network interface.
+    Net(NetConfig),
+    /// The balloon.
+    Balloon(BalloonConfig),
+}
+
+impl NewDevice {
+    /// Its name, if it has one already.
+    pub fn id(&self) -> Option<&str> {
+        match self {
+            Self::Disk(disk) => disk.id.as_deref(),
+            Self::Net(net) => net.id.as_deref(),
+            Self::Balloon(balloon) => Some(balloon_id(balloon)),
+        }
+    }
+}
 
 /// The configuration with one more device, behind the others of its kind.
 pub fn with_device(config: &VmConfig, device: NewDevice) -> VmConfig {

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::boot::SmbiosError;
+use machine::boot::SmbiosError;
 
 /// What is wrong, and in which section.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]

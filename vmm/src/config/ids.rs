@@ -6,10 +6,8 @@ use api::VmConfig;
 
 use super::error::ValidationError;
 use super::pci_devices::pci_devices;
-use crate::memory::DEFAULT_ZONE_ID;
-
-/// Names that begin like this belong to the VMM's own devices.
-const RESERVED_PREFIX: &str = "__";
+use crate::device_ids::RESERVED_PREFIX;
+use machine::memory::DEFAULT_ZONE_ID;
 
 /// Every name the user gave.
 fn given(config: &VmConfig) -> impl Iterator<Item = &String> {

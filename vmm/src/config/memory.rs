@@ -3,8 +3,8 @@
 use api::config::{MemoryConfig, MemoryZoneConfig};
 
 use super::error::MemoryFault;
-use crate::memory::HOST_NUMA_NODE_MAX;
-use crate::memory::layout::{MIN_RAM_BYTES, SECTION_BYTES};
+use machine::memory::HOST_NUMA_NODE_MAX;
+use machine::memory::layout::{MIN_RAM_BYTES, SECTION_BYTES};
 
 const PAGE_BYTES: u64 = 4 << 10;
 /// The two sizes of huge pages of x86-64.

@@ -17,10 +17,9 @@ mod unsupported;
 use api::VmConfig;
 use api::config::{BalloonConfig, ConsoleOutputMode, PayloadConfig};
 
-use crate::boot::check_platform;
-use crate::vm::NewDevice;
+use machine::boot::check_platform;
 
-pub use device_list::{balloon_id, take_id, with_device, without_device};
+pub use device_list::{NewDevice, balloon_id, take_id, with_device, without_device};
 pub use devices::wished_slots;
 pub use error::{CpusFault, DeviceFault, MemoryFault, NumaFault, ValidationError};
 pub use ids::assign_ids;

@@ -6,8 +6,8 @@ use api::VmConfig;
 use api::config::NumaConfig;
 
 use super::error::NumaFault;
-use crate::acpi::{LOCAL_DISTANCE, PROXIMITY_DOMAIN_MAX};
-use crate::memory::DEFAULT_ZONE_ID;
+use machine::acpi::{LOCAL_DISTANCE, PROXIMITY_DOMAIN_MAX};
+use machine::memory::DEFAULT_ZONE_ID;
 
 pub(super) fn check(config: &VmConfig) -> Result<(), NumaFault> {
     let nodes = config.numa.as_deref().unwrap_or_default();

@@ -22,9 +22,9 @@ use api::{
 use super::machine::Machine;
 use super::request::{ControlError, RequestError, VmAnswer, VmRequest};
 use super::view::{MachineView, PublishedView, View};
-use crate::config::{self, with_device, without_device};
+use crate::config::{self, NewDevice, with_device, without_device};
 use crate::thresholds::{Subjects, Thresholds};
-use crate::vm::{HotplugError, NewDevice, VmContext, VmError};
+use crate::vm::{HotplugError, VmContext, VmError};
 
 /// The VM and everything that may be asked of it.
 pub(super) struct Lifecycle<M: Machine> {

@@ -9,8 +9,9 @@ use api::{
     ReportingStatus, VmBalloonReporting, VmConfig, VmCounters,
 };
 
+use crate::config::NewDevice;
 use crate::thresholds::PolicySight;
-use crate::vm::{BalloonStatsError, NewDevice, Vm, VmContext, VmError, VmObserver};
+use crate::vm::{BalloonStatsError, Vm, VmContext, VmError, VmObserver};
 
 /// One virtual machine. Every call comes from the control thread and none waits for the guest. See [`Vm`] for what
 /// each does.

@@ -8,7 +8,5 @@ mod view;
 
 pub use machine::{Machine, MachineObserver};
 pub use request::{ControlError, RequestError, RequestKind, VmAnswer, VmRequest};
-pub use thread::{
-    CONTROL_THREAD, ControlHandle, ControlSetup, ControlThread, ControlThreadError, Done, Ending,
-};
+pub use thread::{ControlHandle, ControlSetup, ControlThread, ControlThreadError, Done, Ending};
 pub use view::{MachineView, PublishedView, View};

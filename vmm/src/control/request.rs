@@ -8,9 +8,9 @@ use api::{
     VmState,
 };
 
-use crate::config::ValidationError;
+use crate::config::{NewDevice, ValidationError};
 use crate::thresholds::ThresholdError;
-use crate::vm::{HotplugError, NewDevice, VmError};
+use crate::vm::{HotplugError, VmError};
 
 /// Something that changes the VM.
 #[derive(Debug)]

@@ -16,11 +16,10 @@ use super::lifecycle::Lifecycle;
 use super::machine::Machine;
 use super::request::{ControlError, RequestError, VmAnswer, VmRequest};
 use super::view::PublishedView;
-use crate::thresholds::{Monitor, THRESHOLDS_THREAD, Thresholds};
-use crate::vm::{VmContext, VmSignals};
-
-/// Name of the thread.
-pub const CONTROL_THREAD: &str = "vmm";
+use crate::threads::{CONTROL_THREAD, THRESHOLDS_THREAD, ThreadKind};
+use crate::thresholds::{Monitor, Thresholds};
+use crate::vm::VmContext;
+use machine::signals::VmSignals;
 
 /// Requests that may wait. More than the HTTP server has connections, so that only clients that go away without waiting
 /// for their answer can fill it.
@@ -176,7 +175,7 @@ impl ControlThread {
             Arc::clone(&thresholds),
             Arc::clone(&setup.view),
             Arc::clone(&setup.context.events),
-            move || thread_start(THRESHOLDS_THREAD),
+            move || thread_start(ThreadKind::Thresholds),
         )
         .map_err(ControlThreadError::SpawnThresholds)?;
         let thread = std::thread::Builder::new()

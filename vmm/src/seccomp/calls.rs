@@ -5,7 +5,9 @@
 
 use libc::c_long;
 
-use super::kind::ThreadKind;
+use machine::threads::{DeviceKind, MachineThread};
+
+use crate::threads::ThreadKind;
 
 /// What Rust's and glibc's run time need on every thread: memory, locks, time, signals, the thread's own end, and
 /// reading, writing and waiting on descriptors that are open already.
@@ -163,20 +165,12 @@ const MACHINE: &[c_long] = &[
 const CLEANUP: &[c_long] = &[libc::SYS_munlock, libc::SYS_unlink, libc::SYS_unlinkat];
 
 /// The threads a thread of this kind starts.
-pub(super) fn children(kind: ThreadKind) -> &'static [ThreadKind] {
+pub(super) fn children(kind: ThreadKind) -> Vec<ThreadKind> {
+    let machine = MachineThread::ALL.iter().copied();
     match kind {
-        ThreadKind::HttpServer => &[ThreadKind::ApiQuery],
-        ThreadKind::Control => &[
-            ThreadKind::Vcpu,
-            ThreadKind::Serial,
-            ThreadKind::Balloon,
-            ThreadKind::Mem,
-            ThreadKind::Block,
-            ThreadKind::Net,
-            ThreadKind::Rng,
-            ThreadKind::Console,
-        ],
-        _ => &[],
+        ThreadKind::HttpServer => vec![ThreadKind::ApiQuery],
+        ThreadKind::Control => machine.map(ThreadKind::Machine).collect(),
+        _ => Vec::new(),
     }
 }
 
@@ -198,15 +192,21 @@ pub(super) fn own(kind: ThreadKind) -> Vec<&'static [c_long]> {
         ThreadKind::ApiQuery => &[RESIDENCY, &[libc::SYS_eventfd2]],
         ThreadKind::EventMonitor => &[],
         ThreadKind::Thresholds => &[RESIDENCY],
-        // Serial output leaves on the vCPU thread; MSI-X vectors get their descriptors when the guest unmasks them.
-        ThreadKind::Vcpu => &[SOCKET_IO, &[libc::SYS_eventfd2]],
-        ThreadKind::Serial => &[SOCKET_IO, TIMERS, &[libc::SYS_eventfd2]],
-        ThreadKind::Balloon => &[DISCARD, TIMERS, RESIDENCY],
-        ThreadKind::Mem => &[DISCARD],
-        ThreadKind::Block => &[DISK_IO, TIMERS],
-        ThreadKind::Net => &[SOCKET_IO, TIMERS],
-        ThreadKind::Rng => &[TIMERS, &[libc::SYS_pread64]],
-        ThreadKind::Console => &[SOCKET_IO, TIMERS],
+        ThreadKind::Machine(thread) => of_machine(thread),
     });
     lists
+}
+
+fn of_machine(thread: MachineThread) -> &'static [&'static [c_long]] {
+    match thread {
+        // Serial output leaves on the vCPU thread; MSI-X vectors get their descriptors when the guest unmasks them.
+        MachineThread::Vcpu => &[SOCKET_IO, &[libc::SYS_eventfd2]],
+        MachineThread::Serial => &[SOCKET_IO, TIMERS, &[libc::SYS_eventfd2]],
+        MachineThread::Worker(DeviceKind::Balloon) => &[DISCARD, TIMERS, RESIDENCY],
+        MachineThread::Worker(DeviceKind::Mem) => &[DISCARD],
+        MachineThread::Worker(DeviceKind::Block) => &[DISK_IO, TIMERS],
+        MachineThread::Worker(DeviceKind::Net) => &[SOCKET_IO, TIMERS],
+        MachineThread::Worker(DeviceKind::Rng) => &[TIMERS, &[libc::SYS_pread64]],
+        MachineThread::Worker(DeviceKind::Console) => &[SOCKET_IO, TIMERS],
+    }
 }

@@ -1,6 +1,8 @@
 //! Which requests each kind of thread may make with `ioctl`, which is not one system call but hundreds.
 
-use super::kind::ThreadKind;
+use machine::threads::{DeviceKind, MachineThread};
+
+use crate::threads::ThreadKind;
 
 /// Requests of one kind of device share the second byte of their number (`_IOC_TYPE` in asm-generic/ioctl.h).
 const TYPE_MASK: u64 = 0xff00;
@@ -86,12 +88,12 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Ioctl> {
             Type(BLOCK),
             Request(PAGEMAP_SCAN),
         ],
-        ThreadKind::Vcpu => requests(KVM_OF_VCPU),
+        ThreadKind::Machine(MachineThread::Vcpu) => requests(KVM_OF_VCPU),
         ThreadKind::Main => requests(&[TCGETS, TCSETSW, TCSETSF]),
         ThreadKind::HttpServer => requests(&[FIONBIO]),
         ThreadKind::ApiQuery | ThreadKind::Thresholds => requests(&[PAGEMAP_SCAN]),
         // Input raises the serial port's interrupt, which is a message of the I/O APIC.
-        ThreadKind::Serial => requests(&[
+        ThreadKind::Machine(MachineThread::Serial) => requests(&[
             FIONBIO,
             TCGETS,
             TCSETSW,
@@ -99,10 +101,20 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Ioctl> {
             TIOCGWINSZ,
             KVM_SIGNAL_MSI,
         ]),
-        ThreadKind::Console => requests(&[FIONBIO, TCGETS, TCSETSW, TCSETSF, TIOCGWINSZ]),
-        ThreadKind::Balloon => requests(&[PAGEMAP_SCAN]),
-        ThreadKind::Block => requests(&[BLKDISCARD, BLKZEROOUT]),
-        ThreadKind::Net => requests(&[TUNSETOFFLOAD, TUNSETQUEUE]),
-        ThreadKind::EventMonitor | ThreadKind::Mem | ThreadKind::Rng => requests(&[]),
+        ThreadKind::Machine(MachineThread::Worker(DeviceKind::Console)) => {
+            requests(&[FIONBIO, TCGETS, TCSETSW, TCSETSF, TIOCGWINSZ])
+        }
+        ThreadKind::Machine(MachineThread::Worker(DeviceKind::Balloon)) => {
+            requests(&[PAGEMAP_SCAN])
+        }
+        ThreadKind::Machine(MachineThread::Worker(DeviceKind::Block)) => {
+            requests(&[BLKDISCARD, BLKZEROOUT])
+        }
+        ThreadKind::Machine(MachineThread::Worker(DeviceKind::Net)) => {
+            requests(&[TUNSETOFFLOAD, TUNSETQUEUE])
+        }
+        ThreadKind::EventMonitor
+        | ThreadKind::Machine(MachineThread::Worker(DeviceKind::Mem))
+        | ThreadKind::Machine(MachineThread::Worker(DeviceKind::Rng)) => requests(&[]),
     }
 }

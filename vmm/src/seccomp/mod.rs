@@ -5,7 +5,6 @@
 
 mod calls;
 mod ioctls;
-mod kind;
 mod sigsys;
 #[cfg(test)]
 mod tests;
@@ -18,9 +17,7 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 
-pub use kind::ThreadKind;
-
-use crate::vm::ThreadStart;
+use crate::threads::{ThreadKind, ThreadStart};
 use ioctls::Ioctl;
 
 /// What happens at a forbidden call.
@@ -58,12 +55,6 @@ pub enum SeccompError {
         #[source]
         source: seccompiler::Error,
     },
-    /// A thread without a kind, which is a fault of ours.
-    #[error("There is no seccomp filter for a thread {name}")]
-    UnknownThread {
-        /// What the hook was given.
-        name: String,
-    },
     /// Nobody could tell which call was forbidden.
     #[error("Cannot install the handler of SIGSYS")]
     Handler(#[source] vmm_sys_util::errno::Error),
@@ -95,9 +86,8 @@ impl Seccomp {
         if mode == SeccompMode::Trap {
             sigsys::install().map_err(SeccompError::Handler)?;
         }
-        let filters = ThreadKind::ALL
-            .iter()
-            .map(|&kind| Ok((kind, compile(kind, on_mismatch.clone())?)))
+        let filters = ThreadKind::all()
+            .map(|kind| Ok((kind, compile(kind, on_mismatch.clone())?)))
             .collect::<Result<_, _>>()?;
         Ok(Self { filters })
     }
@@ -118,14 +108,9 @@ impl Seccomp {
     /// it.
     pub fn hook(self: &Arc<Self>) -> ThreadStart {
         let seccomp = Arc::clone(self);
-        Arc::new(move |name| {
-            let applied = ThreadKind::of_name(name)
-                .ok_or_else(|| SeccompError::UnknownThread {
-                    name: name.to_owned(),
-                })
-                .and_then(|kind| seccomp.apply(kind));
-            if let Err(error) = applied {
-                log::error!("Thread {name}: {}", api::error_chain(&error).join(": "));
+        Arc::new(move |kind| {
+            if let Err(error) = seccomp.apply(kind) {
+                log::error!("{}", api::error_chain(&error).join(": "));
                 std::process::exit(1);
             }
         })
@@ -173,8 +158,8 @@ fn family(kind: ThreadKind) -> Vec<ThreadKind> {
     while let Some(&member) = members.get(next) {
         next += 1;
         for child in calls::children(member) {
-            if !members.contains(child) {
-                members.push(*child);
+            if !members.contains(&child) {
+                members.push(child);
             }
         }
     }

@@ -48,7 +48,7 @@ extern "C" fn on_bad_syscall(
         // SAFETY: `write` is async-signal-safe and reads live bytes. There is nobody to tell that it failed.
         unsafe { libc::write(libc::STDERR_FILENO, part.as_ptr().cast(), part.len()) };
     }
-    crate::serial::restore_terminal();
+    machine::serial::restore_terminal();
     // SAFETY: ends the process without running anything of the interrupted program.
     unsafe { libc::_exit(EXIT_STATUS) }
 }

@@ -4,11 +4,13 @@
 
 use std::process::{Command, Output};
 
+use machine::threads::{DeviceKind, MachineThread};
 use virtio_devices::GuestRam;
 use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange, ResidencyProbe};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::*;
+use crate::threads::EVENT_THREAD;
 
 /// The kernel's limit (`BPF_MAXINSNS` in uapi/linux/bpf_common.h).
 const BPF_INSTRUCTIONS_MAX: usize = 4096;
@@ -16,7 +18,7 @@ const BPF_INSTRUCTIONS_MAX: usize = 4096;
 #[test]
 fn filters_of_every_kind_fit_the_kernels_limit() {
     let seccomp = Seccomp::new(SeccompMode::Errno).unwrap();
-    assert_eq!(seccomp.filters.len(), ThreadKind::ALL.len());
+    assert_eq!(seccomp.filters.len(), ThreadKind::all().count());
     for (kind, filter) in &seccomp.filters {
         assert!(
             (50..BPF_INSTRUCTIONS_MAX).contains(&filter.len()),
@@ -29,9 +31,9 @@ fn filters_of_every_kind_fit_the_kernels_limit() {
 
 #[test]
 fn filters_of_parents_allow_what_their_children_do() {
-    for &kind in ThreadKind::ALL {
+    for kind in ThreadKind::all() {
         let parent = rules(kind).unwrap();
-        for &child in calls::children(kind) {
+        for child in calls::children(kind) {
             for (number, conditions) in rules(child).unwrap() {
                 let allowed = parent.get(&number);
                 assert!(
@@ -43,31 +45,6 @@ fn filters_of_parents_allow_what_their_children_do() {
                 }
             }
         }
-    }
-}
-
-#[test]
-fn kind_of_every_name_is_known() {
-    for &kind in ThreadKind::ALL {
-        if let Some(name) = kind.worker_name() {
-            assert_eq!(ThreadKind::of_name(name), Some(kind), "{name}");
-        }
-    }
-    for (name, kind) in [
-        ("main", ThreadKind::Main),
-        ("vmm", ThreadKind::Control),
-        ("http-server", ThreadKind::HttpServer),
-        ("api-query", ThreadKind::ApiQuery),
-        ("event-monitor", ThreadKind::EventMonitor),
-        ("thresholds", ThreadKind::Thresholds),
-        ("vcpu0", ThreadKind::Vcpu),
-        ("vcpu15", ThreadKind::Vcpu),
-        ("serial-manager", ThreadKind::Serial),
-    ] {
-        assert_eq!(ThreadKind::of_name(name), Some(kind), "{name}");
-    }
-    for name in ["vcpu", "vcpus", "serial0", "_disk0", "root", ""] {
-        assert_eq!(ThreadKind::of_name(name), None, "{name}");
     }
 }
 
@@ -88,17 +65,17 @@ fn play(case: &str) -> Output {
         .unwrap()
 }
 
-/// Runs `action` on a thread of this name under its filter.
+/// Runs `action` under the filter of this kind of thread, on one that is called as the message of a trap shall say.
 fn confined(
     mode: SeccompMode,
-    name: &'static str,
+    kind: ThreadKind,
     action: impl FnOnce() -> bool + Send + 'static,
 ) -> bool {
     let hook = Arc::new(Seccomp::new(mode).unwrap()).hook();
     std::thread::Builder::new()
-        .name(name.to_owned())
+        .name(EVENT_THREAD.to_owned())
         .spawn(move || {
-            hook(name);
+            hook(kind);
             action()
         })
         .unwrap()
@@ -124,7 +101,7 @@ fn starts_a_query() -> bool {
     let query = std::thread::Builder::new()
         .name("api-query".into())
         .spawn(move || {
-            hook("api-query");
+            hook(ThreadKind::ApiQuery);
             std::fs::read("/proc/self/statm").is_ok() && lives()
         });
     query.unwrap().join().unwrap()
@@ -145,6 +122,7 @@ fn two_kinds_of_ram() -> GuestRam {
 /// What the balloon's worker does, with and without the vector call, and what an API thread measures.
 fn gives_memory_back_and_measures_it() -> bool {
     let ram = two_kinds_of_ram();
+    let balloon = MachineThread::Worker(DeviceKind::Balloon);
     let probe = Arc::new(ResidencyProbe::new(ram.clone()).unwrap());
     let engines = [
         DiscardEngine::new(Arc::default()),
@@ -152,7 +130,7 @@ fn gives_memory_back_and_measures_it() -> bool {
     ];
     let worked = engines.into_iter().zip([0, 8]).all(|(mut engine, first)| {
         let ram = ram.clone();
-        confined(SeccompMode::Trap, "balloon-worker", move || {
+        confined(SeccompMode::Trap, ThreadKind::Machine(balloon), move || {
             // Scattered pages, two of each kind of memory.
             let mut claims = [first, first + 2, first + 16, first + 18].map(|page| GuestRange {
                 start: page * 4096,
@@ -166,12 +144,14 @@ fn gives_memory_back_and_measures_it() -> bool {
         })
     });
     worked
-        && ["api-query", "thresholds"].into_iter().all(|name| {
-            let probe = Arc::clone(&probe);
-            confined(SeccompMode::Trap, name, move || {
-                probe.measure().unwrap().resident_bytes == (32 - 8) * 4096
+        && [ThreadKind::ApiQuery, ThreadKind::Thresholds]
+            .into_iter()
+            .all(|kind| {
+                let probe = Arc::clone(&probe);
+                confined(SeccompMode::Trap, kind, move || {
+                    probe.measure().unwrap().resident_bytes == (32 - 8) * 4096
+                })
             })
-        })
 }
 
 #[test]
@@ -180,34 +160,18 @@ fn case_runner() {
         return;
     };
     let fine = match case.as_str() {
-        "trap" => confined(SeccompMode::Trap, "event-monitor", opens_a_socket),
-        "errno" => !confined(SeccompMode::Errno, "vcpu0", opens_a_socket),
-        "log" => confined(SeccompMode::Log, "event-monitor", opens_a_socket),
-        "off" => confined(SeccompMode::Off, "event-monitor", opens_a_socket),
+        "trap" => confined(SeccompMode::Trap, ThreadKind::EventMonitor, opens_a_socket),
+        "errno" => !confined(
+            SeccompMode::Errno,
+            ThreadKind::Machine(MachineThread::Vcpu),
+            opens_a_socket,
+        ),
+        "log" => confined(SeccompMode::Log, ThreadKind::EventMonitor, opens_a_socket),
+        "off" => confined(SeccompMode::Off, ThreadKind::EventMonitor, opens_a_socket),
         "discard" => gives_memory_back_and_measures_it(),
-        "query" => confined(SeccompMode::Trap, "http-server", starts_a_query),
-        name => {
-            let threads = [
-                "main",
-                "vmm",
-                "http-server",
-                "api-query",
-                "event-monitor",
-                "thresholds",
-                "vcpu0",
-                "serial-manager",
-                "balloon-worker",
-                "mem-worker",
-                "block-worker",
-                "net-worker",
-                "rng-worker",
-                "console-worker",
-            ];
-            assert_eq!(threads.len(), ThreadKind::ALL.len(), "{name}");
-            threads
-                .into_iter()
-                .all(|name| confined(SeccompMode::Trap, name, lives))
-        }
+        "query" => confined(SeccompMode::Trap, ThreadKind::HttpServer, starts_a_query),
+        "live" => ThreadKind::all().all(|kind| confined(SeccompMode::Trap, kind, lives)),
+        unknown => panic!("{unknown}"),
     };
     assert!(fine, "{case}");
 }

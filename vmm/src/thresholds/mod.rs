@@ -25,7 +25,7 @@ mod reporting;
 mod tests;
 
 pub use error::{AlertFault, ThresholdError};
-pub use monitor::{Monitor, Subjects, THRESHOLDS_THREAD, Thresholds};
+pub use monitor::{Monitor, Subjects, Thresholds};
 pub use policy::PolicySight;
 
 /// Most alerts of a VM: what bounds events, memory and the cost of a look.

@@ -15,10 +15,9 @@ use super::figure::{Needs, Sources};
 use super::policy::PolicySight;
 use super::reporting::{ReportingEvent, ReportingSight, ReportingWatch};
 use crate::control::{MachineObserver, MachineView, PublishedView};
-use crate::vm::{BALLOON_ID, EventSink};
-
-/// Name of the thread.
-pub const THRESHOLDS_THREAD: &str = "thresholds";
+use crate::device_ids::BALLOON_ID;
+use crate::events::EventSink;
+use crate::threads::THRESHOLDS_THREAD;
 
 /// Time between two looks. Residency is measured at most once in it, and the probe itself rests a hundred times as long
 /// as a measurement took, so that alerts never cost more than a hundredth of a core.

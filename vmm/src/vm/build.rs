@@ -1,248 +1,140 @@
 //! Puts a machine together, part by part, from a validated configuration.
+//!
+//! Whatever the configuration names is opened first and KVM last, so that what is said of a path or a value does not
+//! depend on the host:
+//!
+//! ```text
+//! disks, entropy source, taps, payload ─► guest RAM ─► payload loaded ─► consoles ─► KVM ─► devices on the bus
+//! (read, not changed)                                                    (files emptied, sockets made)
+//! ```
 
-use std::error::Error;
-use std::fs::File;
-use std::io;
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
 
 use api::VmConfig;
-use api::config::{BalloonConfig, DiskConfig, LockGranularity};
 use hypervisor::Kvm;
-use virtio_devices::balloon::{Balloon, BalloonHandle, BalloonParams};
-use virtio_devices::block::{self, Block, BlockParams};
-use virtio_devices::mem::{Mem, MemHandle, MemParams, MemRegion};
+use machine::boot::{Payload, PayloadFiles};
+use machine::cpu::guest_phys_bits;
+use machine::memory::GuestMemory;
+use machine::pc::{Pc, PcError, PcParams};
+use machine::serial::Endpoint;
+use virtio_devices::balloon::BalloonHandle;
+use virtio_devices::mem::MemHandle;
 use virtio_devices::reclaim::ResidencyProbe;
-use virtio_devices::rng::Rng;
 
-use super::chassis::Chassis;
-use super::consoles;
-use super::devices::{Devices, Plug};
-use super::exits::Exits;
-use super::network;
-use super::observer::{CounterSource, Observed, OwnObserver};
-use super::{Launch, Vm, VmContext, VmError, VmSignals};
-use crate::cpu::{GuestEvent, Vcpus, VcpusContext, guest_phys_bits};
-use crate::memory::layout::MIB;
-use crate::memory::{DEFAULT_ZONE_ID, GuestMemory};
-use crate::seccomp::ThreadKind;
+use super::devices::{self, Made};
+use super::observer::{Observed, OwnObserver};
+use super::{Vm, VmContext, VmError, consoles, network};
+use crate::config::wished_slots;
 
-/// Ids of the devices of which there is at most one.
-pub(crate) const BALLOON_ID: &str = "__balloon";
-const RNG_ID: &str = "__rng";
-/// Least part in which memory is plugged in: the guest can give back a transparent huge page, or a page of its own of
-/// that size.
-const BLOCK_BYTES_MIN: u64 = 2 * MIB;
+/// Everything a machine is made of, open and checked, before there is one.
+pub(super) struct Parts {
+    payload: Payload,
+    memory: GuestMemory,
+    serial: Option<Arc<Endpoint>>,
+    /// In the order in which they get their slots.
+    devices: Vec<Made>,
+    balloon: Option<BalloonHandle>,
+    mem: Option<MemHandle>,
+}
 
-/// Where the entropy should come from cannot be opened.
-#[derive(Debug, thiserror::Error)]
-#[error("Cannot open the entropy source {}", path.display())]
-struct EntropySourceError {
-    path: PathBuf,
-    #[source]
-    source: io::Error,
+impl Parts {
+    /// Opens and checks everything. `config` is changed where opening decides something: the path of a
+    /// pseudo-terminal, the name of a tap.
+    pub(super) fn open(config: &mut VmConfig, context: &VmContext) -> Result<Self, VmError> {
+        let disks = config.disks.iter().flatten().map(devices::disk);
+        let disks = disks.collect::<Result<Vec<_>, _>>()?;
+        let rng = devices::rng(config)?;
+        let nets = config.net.iter_mut().flatten().map(network::net);
+        let nets = nets.collect::<Result<Vec<_>, _>>()?;
+        let payload = config.payload.clone().unwrap_or_default();
+        let payload = PayloadFiles::open(&payload).map_err(in_payload)?;
+
+        let phys_bits = config.cpus.max_phys_bits;
+        let memory = GuestMemory::new(&config.memory, phys_bits).map_err(in_memory)?;
+        let payload = payload.load(&memory).map_err(in_payload)?;
+        let balloon = config.balloon.as_ref();
+        let balloon = balloon.map(|balloon| devices::balloon(balloon, &memory));
+        let (balloon, balloon_handle) = balloon.transpose()?.unzip();
+        let (mem, mem_handle) = devices::mem(config, &memory)?.unzip();
+        let serial = consoles::open_serial(config, context)?;
+        let console = consoles::open_console(config, context)?;
+
+        let disks_and_nets = disks.into_iter().chain(nets);
+        Ok(Self {
+            payload,
+            memory,
+            serial,
+            devices: console
+                .into_iter()
+                .chain(disks_and_nets)
+                .chain([rng])
+                .chain(balloon)
+                .chain(mem)
+                .collect(),
+            balloon: balloon_handle,
+            mem: mem_handle,
+        })
+    }
+
+    /// Makes the machine of them.
+    fn assemble(
+        mut self,
+        kvm: &Kvm,
+        config: &VmConfig,
+        context: &VmContext,
+    ) -> Result<Vm, VmError> {
+        let phys_bits = guest_phys_bits(kvm, config.cpus.max_phys_bits)
+            .map_err(|source| VmError::Pc(PcError::Cpu(source)))?;
+        self.memory.narrow(phys_bits).map_err(in_memory)?;
+        let residency =
+            ResidencyProbe::new(self.memory.ram().clone()).map_err(VmError::Residency)?;
+        let zones = self.memory.zones().to_vec();
+        let boot_bytes = self.memory.boot_bytes();
+        let params = PcParams {
+            cpus: config.cpus.clone(),
+            numa: config.numa.clone().unwrap_or_default(),
+            wished_slots: wished_slots(config).collect(),
+        };
+        let mut pc =
+            Pc::new(kvm, self.memory, params, context.of_machine()).map_err(VmError::Pc)?;
+        if let Some(endpoint) = self.serial {
+            pc.plug_serial(endpoint).map_err(VmError::Pc)?;
+        }
+        let mut counters = Vec::new();
+        for made in self.devices {
+            let plugged = pc.plug(made.plug).map_err(VmError::Pc)?;
+            counters.push((plugged.id.clone(), made.counters));
+        }
+        let observed = Observed {
+            zones,
+            residency,
+            balloon: self.balloon.clone(),
+            mem: self.mem.clone(),
+            counters,
+        };
+        let observer = OwnObserver::new(observed, boot_bytes, pc.devices());
+        Ok(Vm {
+            pc,
+            payload: self.payload,
+            platform: config.platform.clone(),
+            balloon: self.balloon,
+            mem: self.mem,
+            observer,
+        })
+    }
 }
 
 /// Builds the machine; on an error everything made so far is dropped again.
 pub(super) fn build(config: &mut VmConfig, context: &VmContext) -> Result<Vm, VmError> {
-    let kvm = Kvm::open().map_err(VmError::Kvm)?;
-    let phys_bits = guest_phys_bits(&kvm, config.cpus.max_phys_bits).map_err(VmError::Cpu)?;
-    let memory = GuestMemory::new(&config.memory, phys_bits).map_err(VmError::Memory)?;
-    let vm = Arc::new(kvm.create_vm().map_err(VmError::Kvm)?);
-    vm.enable_split_irqchip(u32::from(crate::interrupt::IOAPIC_PIN_COUNT))
-        .map_err(VmError::Kvm)?;
-    let slots = memory.attach(&vm).map_err(VmError::Memory)?;
-    let chassis = Chassis::new(&vm, memory.map(), &context.signals)?;
-
-    chassis.pci.reserve(crate::config::wished_slots(config));
-    let mut devices = Devices::new(&chassis, memory.ram().clone(), context);
-    consoles::plug(config, &chassis, &mut devices, context)?;
-    for disk in config.disks.iter().flatten() {
-        plug_disk(&mut devices, disk)?;
-    }
-    for net in config.net.iter_mut().flatten() {
-        network::plug(&mut devices, net)?;
-    }
-    plug_rng(&mut devices, config)?;
-    let balloon = config
-        .balloon
-        .as_ref()
-        .map(|balloon| plug_balloon(&mut devices, balloon, &memory))
-        .transpose()?;
-    let mem = plug_mem(&mut devices, config, &memory)?;
-    let Devices {
-        plugged,
-        counters,
-        tree,
-        ..
-    } = devices;
-
-    let residency = ResidencyProbe::new(memory.ram().clone()).map_err(VmError::Residency)?;
-    let observed = Observed {
-        zones: memory.zones().to_vec(),
-        residency,
-        balloon: balloon.clone(),
-        mem: mem.clone(),
-        counters,
-    };
-    let observer = OwnObserver::new(observed, memory.boot_bytes(), tree);
-    let vcpus = Vcpus::new(
-        &kvm,
-        &vm,
-        &config.cpus,
-        VcpusContext {
-            handler: Arc::new(Exits::new(&chassis)),
-            events: guest_events(&context.signals),
-            thread_start: Arc::clone(&context.thread_start),
-        },
-    )
-    .map_err(VmError::Cpu)?;
-    Ok(Vm {
-        vcpus,
-        plugged,
-        paused: false,
-        chassis,
-        balloon,
-        mem,
-        observer,
-        launch: Launch::of(config),
-        context: context.clone(),
-        _slots: slots,
-        memory,
-    })
+    let parts = Parts::open(config, context)?;
+    let kvm = Kvm::open().map_err(|source| VmError::Pc(PcError::Kvm(source)))?;
+    parts.assemble(&kvm, config, context)
 }
 
-pub(super) fn plug_disk(devices: &mut Devices<'_>, disk: &DiskConfig) -> Result<(), VmError> {
-    let id = disk
-        .id
-        .as_deref()
-        .expect("ids are assigned before a machine is built");
-    let path = disk.path.clone().expect("validation wants a path");
-    let block = Block::new(BlockParams {
-        id: id.to_owned(),
-        path,
-        readonly: disk.readonly,
-        direct: disk.direct,
-        num_queues: u16::try_from(disk.num_queues).unwrap_or(u16::MAX),
-        queue_size: disk.queue_size,
-        serial: disk.serial.clone(),
-        sparse: disk.sparse,
-        autodetect: disk.image_type.is_none(),
-        lock_granularity: match disk.lock_granularity {
-            LockGranularity::ByteRange => block::LockGranularity::ByteRange,
-            LockGranularity::Full => block::LockGranularity::Full,
-        },
-        engine: block::EngineChoice::default(),
-    })
-    .map_err(|source| VmError::Device {
-        id: id.to_owned(),
-        source: source.into(),
-    })?;
-    devices.plug(
-        &Plug {
-            id,
-            kind: ThreadKind::Block,
-            slot: disk.pci_device_id,
-        },
-        block,
-        None,
-    )
+fn in_payload(source: machine::boot::BootError) -> VmError {
+    VmError::Pc(PcError::Payload(source))
 }
 
-/// The entropy device is always there, as upstream has it.
-fn plug_rng(devices: &mut Devices<'_>, config: &VmConfig) -> Result<(), VmError> {
-    let id = config.rng.id.as_deref().unwrap_or(RNG_ID);
-    let source = File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(&config.rng.src)
-        .map_err(|source| VmError::Device {
-            id: id.to_owned(),
-            source: Box::new(EntropySourceError {
-                path: config.rng.src.clone(),
-                source,
-            }),
-        })?;
-    let plug = Plug {
-        id,
-        kind: ThreadKind::Rng,
-        slot: config.rng.pci_device_id,
-    };
-    devices.plug(&plug, Rng::new(id, source), None)
-}
-
-pub(super) fn plug_balloon(
-    devices: &mut Devices<'_>,
-    config: &BalloonConfig,
-    memory: &GuestMemory,
-) -> Result<BalloonHandle, VmError> {
-    let id = config.id.as_deref().unwrap_or(BALLOON_ID);
-    let (balloon, handle) = Balloon::new(BalloonParams {
-        ram: memory.ram().clone(),
-        size_bytes: config.size,
-        deflate_on_oom: config.deflate_on_oom,
-        free_page_reporting: config.free_page_reporting,
-        free_page_hinting: config.free_page_hinting,
-        reporting_policy: config.reporting_policy,
-    })
-    .map_err(|source| VmError::Device {
-        id: id.to_owned(),
-        source: source.into(),
-    })?;
-    handle.set_stats_poll(Duration::from_millis(config.stats_poll_ms));
-    let plug = Plug {
-        id,
-        kind: ThreadKind::Balloon,
-        slot: config.pci_device_id,
-    };
-    devices.plug(&plug, balloon, Some(CounterSource::Balloon(handle.clone())))?;
-    Ok(handle)
-}
-
-/// The device that plugs memory in, if any can be. It has the name of the zone that grows, as upstream has it.
-fn plug_mem(
-    devices: &mut Devices<'_>,
-    config: &VmConfig,
-    memory: &GuestMemory,
-) -> Result<Option<MemHandle>, VmError> {
-    let Some(zone) = memory.hotplug_zone() else {
-        return Ok(None);
-    };
-    let in_device = |source: Box<dyn Error + Send + Sync>| VmError::Device {
-        id: DEFAULT_ZONE_ID.to_owned(),
-        source,
-    };
-    let block_bytes = zone.page_bytes.max(BLOCK_BYTES_MIN);
-    let start = memory.map().hotplug.start;
-    let region = MemRegion::new(start, zone.bytes(), block_bytes);
-    let (mem, handle) = Mem::new(MemParams {
-        id: DEFAULT_ZONE_ID.to_owned(),
-        region: region.map_err(|source| in_device(source.into()))?,
-        requested_bytes: config.memory.hotplugged_size.unwrap_or(0),
-    })
-    .map_err(|source| in_device(source.into()))?;
-    let plug = Plug {
-        id: DEFAULT_ZONE_ID,
-        kind: ThreadKind::Mem,
-        slot: None,
-    };
-    devices.plug(&plug, mem, None)?;
-    Ok(Some(handle))
-}
-
-/// What ends the guest from inside, as the control thread hears of it.
-fn guest_events(signals: &Arc<VmSignals>) -> Arc<dyn Fn(GuestEvent) + Send + Sync> {
-    let signals = Arc::clone(signals);
-    Arc::new(move |event| {
-        let signal = match event {
-            GuestEvent::Reset => &signals.reset,
-            GuestEvent::Shutdown => &signals.shutdown,
-            GuestEvent::Failed => &signals.failed,
-        };
-        if let Err(error) = signal.write(1) {
-            log::error!("The control thread cannot be told of {event:?}: {error}");
-        }
-    })
+fn in_memory(source: machine::memory::MemoryError) -> VmError {
+    VmError::Pc(PcError::Memory(source))
 }

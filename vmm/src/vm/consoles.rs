@@ -6,19 +6,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use api::VmConfig;
 use api::config::ConsoleOutputMode;
+use machine::serial::{Endpoint, EndpointMode, SerialError, SerialManager};
+use machine::threads::{DeviceKind, ThreadStart};
 use virtio_devices::console::Console;
 
-use super::chassis::Chassis;
-use super::devices::{Devices, Plug};
-use super::{ThreadStart, VmContext, VmError};
-use crate::bus::BusDevice;
-use crate::seccomp::ThreadKind;
-use crate::serial::{
-    Endpoint, EndpointMode, SERIAL_IRQ, SERIAL_PORTS, SerialError, SerialManager, Uart,
-};
-
-const SERIAL_ID: &str = "__serial";
-const CONSOLE_ID: &str = "__console";
+use super::devices::Made;
+use super::{VmContext, VmError};
+use crate::device_ids::{CONSOLE_ID, SERIAL_ID};
 
 /// The open endpoints of one VM. They outlive its machines, so that a reboot
 /// keeps the pseudo-terminal and the socket's client.
@@ -119,66 +113,48 @@ fn endpoint(
     Ok(Some(endpoint))
 }
 
-/// Plugs in what is configured and tells the configuration the pseudo-terminals' paths.
-pub(super) fn plug(
+/// Opens the other end of the serial port, if there is to be one, and tells the configuration the pseudo-terminal's path.
+pub(super) fn open_serial(
     config: &mut VmConfig,
-    chassis: &Chassis,
-    devices: &mut Devices<'_>,
     context: &VmContext,
-) -> Result<(), VmError> {
-    let VmContext {
-        consoles,
-        thread_start,
-        ..
-    } = context;
+) -> Result<Option<Arc<Endpoint>>, VmError> {
     let wanted = Wanted {
         id: SERIAL_ID,
         mode: config.serial.mode,
         file: config.serial.file.clone(),
         socket: config.serial.socket.clone(),
     };
-    if let Some(endpoint) = consoles.serial(&wanted, thread_start)? {
-        if let Some(path) = endpoint.pty_path() {
-            config.serial.file = Some(path.to_path_buf());
-        }
-        let line = chassis
-            .ioapic
-            .line(SERIAL_IRQ)
-            .expect("the I/O APIC has more pins than the serial port's");
-        let uart = Uart::new(line, endpoint) as Arc<dyn BusDevice>;
-        crate::legacy::insert(&chassis.ports, SERIAL_PORTS, uart).map_err(VmError::Bus)?;
+    let thread_start = context.start_of_machine_threads();
+    let endpoint = context.consoles.serial(&wanted, &thread_start)?;
+    if let Some(path) = endpoint.as_deref().and_then(Endpoint::pty_path) {
+        config.serial.file = Some(path.to_path_buf());
     }
+    Ok(endpoint)
+}
+
+/// Makes the console, if there is to be one, and tells the configuration the pseudo-terminal's path.
+pub(super) fn open_console(
+    config: &mut VmConfig,
+    context: &VmContext,
+) -> Result<Option<Made>, VmError> {
     let wanted = Wanted {
         id: CONSOLE_ID,
         mode: config.console.mode,
         file: config.console.file.clone(),
         socket: config.console.socket.clone(),
     };
-    if let Some(endpoint) = consoles.console(&wanted, thread_start)? {
-        if let Some(path) = endpoint.pty_path() {
-            config.console.file = Some(path.to_path_buf());
-        }
-        plug_console(config, devices, &endpoint)?;
+    let thread_start = context.start_of_machine_threads();
+    let Some(endpoint) = context.consoles.console(&wanted, &thread_start)? else {
+        return Ok(None);
+    };
+    if let Some(path) = endpoint.pty_path() {
+        config.console.file = Some(path.to_path_buf());
     }
-    Ok(())
-}
-
-fn plug_console(
-    config: &VmConfig,
-    devices: &mut Devices<'_>,
-    endpoint: &Endpoint,
-) -> Result<(), VmError> {
     let id = config.console.id.as_deref().unwrap_or(CONSOLE_ID);
-    let failed = |source: Box<dyn std::error::Error + Send + Sync>| VmError::Device {
-        id: id.to_owned(),
-        source,
-    };
-    let streams = endpoint.console().map_err(|source| failed(source.into()))?;
-    let console = Console::new(id, streams, None).map_err(|source| failed(source.into()))?;
-    let plug = Plug {
-        id,
-        kind: ThreadKind::Console,
-        slot: config.console.pci_device_id,
-    };
-    devices.plug(&plug, console, None)
+    let streams = endpoint
+        .console()
+        .map_err(|source| VmError::device(id, source))?;
+    let console = Console::new(id, streams, None).map_err(|source| VmError::device(id, source))?;
+    let slot = config.console.pci_device_id;
+    Ok(Some(Made::new(id, DeviceKind::Console, slot, console)))
 }

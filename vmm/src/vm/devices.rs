@@ -1,203 +1,153 @@
-//! Plugs the configured virtio devices into the chassis.
+//! Virtio devices, made of what the configuration says. Nothing here needs a machine to put them in.
 
-use std::collections::BTreeMap;
-use std::error::Error;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use api::{DeviceNode, PciDeviceInfo};
-use virtio_devices::transport::{
-    LifecycleListener, VirtioPciFunction, VirtioPciParams, vectors_needed,
-};
-use virtio_devices::{GuestRam, VirtioDevice};
+use api::VmConfig;
+use api::config::{BalloonConfig, DiskConfig, LockGranularity};
+use machine::memory::layout::MIB;
+use machine::memory::{DEFAULT_ZONE_ID, GuestMemory};
+use machine::pc::Plug;
+use machine::threads::DeviceKind;
+use virtio_devices::VirtioDevice;
+use virtio_devices::balloon::{Balloon, BalloonHandle, BalloonParams};
+use virtio_devices::block::{self, Block, BlockParams};
+use virtio_devices::mem::{Mem, MemHandle, MemParams, MemRegion};
+use virtio_devices::rng::Rng;
 
-use super::chassis::Chassis;
+use super::VmError;
 use super::observer::CounterSource;
-use super::{EventSink, ThreadStart, VmContext, VmError};
-use crate::interrupt::FunctionVectors;
-use crate::pci::Bdf;
-use crate::seccomp::ThreadKind;
+use crate::device_ids::{BALLOON_ID, RNG_ID};
 
-/// Where a device goes and what it is called.
-pub(super) struct Plug<'a> {
-    pub(super) id: &'a str,
-    /// What its workers may do.
-    pub(super) kind: ThreadKind,
-    /// The slot asked for; the next free one when `None`.
-    pub(super) slot: Option<u8>,
+/// Least part in which memory is plugged in: the guest can give back a transparent huge page, or a page of its own of
+/// that size.
+const BLOCK_BYTES_MIN: u64 = 2 * MIB;
+
+/// A device that waits for its slot.
+pub(super) struct Made {
+    pub(super) plug: Plug,
+    /// Where its counters come from.
+    pub(super) counters: CounterSource,
 }
 
-/// A device on the bus.
-#[derive(Debug)]
-pub(super) struct Plugged {
-    pub(super) id: String,
-    /// What serves it, which also says what it is.
-    pub(super) kind: ThreadKind,
-    pub(super) bdf: Bdf,
-    pub(super) function: Arc<VirtioPciFunction>,
-}
-
-impl Plugged {
-    /// As the API shows it.
-    pub(super) fn info(&self) -> PciDeviceInfo {
-        PciDeviceInfo {
-            id: self.id.clone(),
-            bdf: self.bdf.to_string(),
-        }
-    }
-}
-
-/// The devices plugged in so far.
-pub(super) struct Devices<'a> {
-    chassis: &'a Chassis,
-    ram: GuestRam,
-    context: &'a VmContext,
-    pub(super) plugged: Vec<Plugged>,
-    pub(super) counters: Vec<(String, CounterSource)>,
-    pub(super) tree: BTreeMap<String, DeviceNode>,
-}
-
-impl<'a> Devices<'a> {
-    pub(super) fn new(chassis: &'a Chassis, ram: GuestRam, context: &'a VmContext) -> Self {
-        Self {
-            chassis,
-            ram,
-            context,
-            plugged: Vec::new(),
-            counters: Vec::new(),
-            tree: BTreeMap::new(),
-        }
-    }
-
-    /// Puts `device` behind a virtio-pci function on the bus. Its counters are
-    /// its own unless the caller has better ones.
-    ///
-    /// # Errors
-    /// No slot, no thread, no descriptor.
-    pub(super) fn plug(
-        &mut self,
-        plug: &Plug<'_>,
+impl Made {
+    /// A device that counts for itself.
+    pub(super) fn new(
+        id: &str,
+        kind: DeviceKind,
+        slot: Option<u8>,
         device: impl VirtioDevice + 'static,
-        counters: Option<CounterSource>,
-    ) -> Result<(), VmError> {
-        let in_device = |source: Box<dyn Error + Send + Sync>| VmError::Device {
-            id: plug.id.to_owned(),
-            source,
-        };
+    ) -> Self {
         let device: Arc<Mutex<dyn VirtioDevice>> = Arc::new(Mutex::new(device));
-        let count = vectors_needed(&*device.lock().unwrap_or_else(PoisonError::into_inner));
-        let vectors = FunctionVectors::new(Arc::clone(&self.chassis.router), count);
-        let function = VirtioPciFunction::new(VirtioPciParams {
-            id: plug.id.to_owned(),
-            device: Arc::clone(&device),
-            mem: self.ram.clone(),
-            vectors: Arc::new(vectors),
-            thread_start: self.worker_start(plug.kind),
-            listener: Some(Arc::new(DeviceEvents(Arc::clone(&self.context.events)))),
-        })
-        .map_err(|source| in_device(source.into()))?;
-        let bdf = self
-            .chassis
-            .pci
-            .add(Arc::clone(&function) as _, plug.slot)
-            .map_err(|source| in_device(source.into()))?;
-        self.counters.push((
-            plug.id.to_owned(),
-            counters.unwrap_or(CounterSource::Device(device)),
-        ));
-        self.add_nodes(plug.id, bdf.to_string());
-        self.plugged.push(Plugged {
-            id: plug.id.to_owned(),
-            kind: plug.kind,
-            bdf,
-            function,
-        });
-        Ok(())
-    }
-
-    /// The hook for workers of this kind, whatever the user has called their device.
-    fn worker_start(&self, kind: ThreadKind) -> ThreadStart {
-        let thread_start = Arc::clone(&self.context.thread_start);
-        let name = kind.worker_name().expect("devices are served by workers");
-        Arc::new(move |_own_name| thread_start(name))
-    }
-
-    /// A device is two nodes, as upstream shows it: the PCI function and, below
-    /// it, the virtio device.
-    fn add_nodes(&mut self, id: &str, bdf: String) {
-        let function_id = format!("_virtio-pci-{id}");
-        self.tree.insert(
-            function_id.clone(),
-            DeviceNode {
-                id: function_id.clone(),
-                children: vec![id.to_owned()],
-                pci_bdf: Some(bdf.clone()),
-                ..DeviceNode::default()
-            },
-        );
-        self.tree.insert(
-            id.to_owned(),
-            DeviceNode {
+        Self {
+            counters: CounterSource::Device(Arc::clone(&device)),
+            plug: Plug {
                 id: id.to_owned(),
-                parent: Some(function_id),
-                pci_bdf: Some(bdf),
-                ..DeviceNode::default()
+                kind,
+                slot,
+                device,
             },
-        );
+        }
     }
 }
 
-/// Tells the event monitor of drivers that come and go.
-struct DeviceEvents(EventSink);
-
-impl LifecycleListener for DeviceEvents {
-    fn device_activated(&self, id: &str) {
-        (self.0)("virtio-device", "activated", &[("id", id.to_owned())]);
-    }
-
-    fn device_reset(&self, id: &str) {
-        (self.0)("virtio-device", "reset", &[("id", id.to_owned())]);
-    }
+/// Opens a disk's image.
+pub(super) fn disk(disk: &DiskConfig) -> Result<Made, VmError> {
+    let id = disk
+        .id
+        .as_deref()
+        .expect("ids are assigned before a machine is built");
+    let path = disk.path.clone().expect("validation wants a path");
+    let block = Block::new(BlockParams {
+        id: id.to_owned(),
+        path,
+        readonly: disk.readonly,
+        direct: disk.direct,
+        num_queues: u16::try_from(disk.num_queues).unwrap_or(u16::MAX),
+        queue_size: disk.queue_size,
+        serial: disk.serial.clone(),
+        sparse: disk.sparse,
+        autodetect: disk.image_type.is_none(),
+        lock_granularity: match disk.lock_granularity {
+            LockGranularity::ByteRange => block::LockGranularity::ByteRange,
+            LockGranularity::Full => block::LockGranularity::Full,
+        },
+        engine: block::EngineChoice::default(),
+    })
+    .map_err(|source| VmError::device(id, source))?;
+    Ok(Made::new(id, DeviceKind::Block, disk.pci_device_id, block))
 }
 
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
+/// Where the entropy should come from cannot be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("Cannot open the entropy source {}", path.display())]
+struct EntropySourceError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
 
-    use std::fs::File;
+/// The entropy device is always there, as upstream has it.
+pub(super) fn rng(config: &VmConfig) -> Result<Made, VmError> {
+    let id = config.rng.id.as_deref().unwrap_or(RNG_ID);
+    let path = &config.rng.src;
+    let source = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|source| {
+            let path = path.clone();
+            VmError::device(id, EntropySourceError { path, source })
+        })?;
+    let slot = config.rng.pci_device_id;
+    Ok(Made::new(id, DeviceKind::Rng, slot, Rng::new(id, source)))
+}
 
-    use hypervisor::Kvm;
-    use virtio_devices::rng::Rng;
+/// The balloon, and the handle it is steered by.
+pub(super) fn balloon(
+    config: &BalloonConfig,
+    memory: &GuestMemory,
+) -> Result<(Made, BalloonHandle), VmError> {
+    let id = config.id.as_deref().unwrap_or(BALLOON_ID);
+    let (balloon, handle) = Balloon::new(BalloonParams {
+        ram: memory.ram().clone(),
+        size_bytes: config.size,
+        deflate_on_oom: config.deflate_on_oom,
+        free_page_reporting: config.free_page_reporting,
+        free_page_hinting: config.free_page_hinting,
+        reporting_policy: config.reporting_policy,
+    })
+    .map_err(|source| VmError::device(id, source))?;
+    handle.set_stats_poll(Duration::from_millis(config.stats_poll_ms));
+    let made = Made {
+        counters: CounterSource::Balloon(handle.clone()),
+        ..Made::new(id, DeviceKind::Balloon, config.pci_device_id, balloon)
+    };
+    Ok((made, handle))
+}
 
-    use super::*;
-    use crate::memory::GuestMemory;
-    use crate::vm::VmSignals;
-
-    #[test]
-    fn worker_of_a_device_named_like_a_thread_is_confined_as_a_worker() {
-        let Ok(kvm) = Kvm::open() else {
-            eprintln!("skipped: no usable /dev/kvm");
-            return;
-        };
-        let vm = Arc::new(kvm.create_vm().unwrap());
-        let signals = Arc::new(VmSignals::new().unwrap());
-        let (sender, names) = std::sync::mpsc::channel();
-        let context = VmContext {
-            signals: Arc::clone(&signals),
-            thread_start: Arc::new(move |name| sender.send(name.to_owned()).unwrap()),
-            events: Arc::new(|_, _, _| {}),
-            consoles: Arc::default(),
-        };
-        let memory = GuestMemory::new(&Default::default(), 46).unwrap();
-        let chassis = Chassis::new(&vm, memory.map(), &signals).unwrap();
-        let mut devices = Devices::new(&chassis, memory.ram().clone(), &context);
-        let plug = Plug {
-            id: "vcpu0",
-            kind: ThreadKind::Rng,
-            slot: None,
-        };
-        let rng = Rng::new(plug.id, File::open("/dev/zero").unwrap());
-        devices.plug(&plug, rng, None).unwrap();
-        let name = names.recv().unwrap();
-        assert_eq!(ThreadKind::of_name(&name), Some(ThreadKind::Rng), "{name}");
-    }
+/// The device that plugs memory in, if any can be. It has the name of the zone that grows, as upstream has it.
+pub(super) fn mem(
+    config: &VmConfig,
+    memory: &GuestMemory,
+) -> Result<Option<(Made, MemHandle)>, VmError> {
+    let Some(zone) = memory.hotplug_zone() else {
+        return Ok(None);
+    };
+    let id = DEFAULT_ZONE_ID;
+    let block_bytes = zone.page_bytes.max(BLOCK_BYTES_MIN);
+    let start = memory.map().hotplug.start;
+    let region = MemRegion::new(start, zone.bytes(), block_bytes)
+        .map_err(|source| VmError::device(id, source))?;
+    let (mem, handle) = Mem::new(MemParams {
+        id: id.to_owned(),
+        region,
+        requested_bytes: config.memory.hotplugged_size.unwrap_or(0),
+    })
+    .map_err(|source| VmError::device(id, source))?;
+    Ok(Some((Made::new(id, DeviceKind::Mem, None, mem), handle)))
 }

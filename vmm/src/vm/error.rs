@@ -2,13 +2,8 @@
 
 use std::error::Error;
 
-use crate::acpi::AcpiError;
-use crate::boot::BootError;
-use crate::bus::BusError;
-use crate::cpu::CpuError;
-use crate::memory::MemoryError;
-use crate::pci::PciError;
-use crate::serial::SerialError;
+use machine::pc::PcError;
+use machine::serial::SerialError;
 
 /// Each variant names the part of the machine; the cause says the rest.
 #[derive(Debug, thiserror::Error)]
@@ -31,24 +26,9 @@ pub enum VmError {
     /// Reporting cannot be steered so.
     #[error("The balloon does not take it")]
     Reporting(#[source] virtio_devices::balloon::policy::ControlError),
-    /// KVM itself.
-    #[error("Cannot create a virtual machine with KVM")]
-    Kvm(#[source] hypervisor::Error),
-    /// Guest RAM.
-    #[error("Cannot create guest memory")]
-    Memory(#[source] MemoryError),
     /// Residency of guest RAM cannot be measured.
     #[error("Cannot measure the residency of guest memory")]
     Residency(#[source] virtio_devices::reclaim::ResidencyError),
-    /// vCPUs.
-    #[error("Cannot manage the vCPUs")]
-    Cpu(#[source] CpuError),
-    /// Two of our own devices claim one address.
-    #[error("Cannot lay out the machine's devices")]
-    Bus(#[source] BusError),
-    /// The PCI bus.
-    #[error("Cannot create the PCI bus")]
-    Pci(#[source] PciError),
     /// A console or the serial port.
     #[error("Cannot create console device {id}")]
     Console {
@@ -58,22 +38,17 @@ pub enum VmError {
         #[source]
         source: SerialError,
     },
-    /// A virtio device.
-    #[error("Cannot create device {id}")]
-    Device {
-        /// The device.
-        id: String,
-        /// What it said.
-        #[source]
-        source: Box<dyn Error + Send + Sync>,
-    },
-    /// Kernel, firmware, initramfs or command line.
-    #[error("Cannot load the payload")]
-    Payload(#[source] BootError),
-    /// ACPI tables.
-    #[error("Cannot write the ACPI tables")]
-    Acpi(#[source] AcpiError),
-    /// The power button's interrupt.
-    #[error("Cannot press the power button")]
-    PowerButton(#[source] std::io::Error),
+    /// The machine without its devices, or a device cannot be plugged in.
+    #[error(transparent)]
+    Pc(PcError),
+}
+
+impl VmError {
+    /// The device `id` cannot be made.
+    pub(crate) fn device(id: &str, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
+        Self::Pc(PcError::Device {
+            id: id.to_owned(),
+            source: source.into(),
+        })
+    }
 }

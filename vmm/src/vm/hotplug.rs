@@ -1,45 +1,14 @@
-//! Devices that come to and go from a running machine.
+//! Devices that come to and go from a running machine, as far as the configuration knows them.
 //!
-//! ```text
-//! add:     device made ─► on the bus ─► guest interrupted              (answered at once)
-//! remove:  guest interrupted ─► … ─► guest lets go ─► off the bus ─► device dropped
-//!          (answered at once)        (vCPU thread)                   (control thread)
-//! ```
-//! Nothing here waits for the guest. A guest that never lets go keeps the device until it is rebooted: the
-//! configuration has forgotten it by then.
-
-use std::io;
+//! The configuration forgets a device when it is asked to go; the guest may keep it until it is rebooted.
 
 use api::PciDeviceInfo;
-use api::config::{BalloonConfig, DiskConfig, NetConfig};
-use virtio_devices::pci::PciFunction;
+use machine::pc::Plugged;
+use machine::threads::DeviceKind;
 
-use super::build::{BALLOON_ID, plug_balloon, plug_disk};
-use super::devices::{Devices, Plugged};
+use super::devices::{self, Made};
 use super::{Vm, VmError, network};
-use crate::seccomp::ThreadKind;
-
-/// A device for a machine, running or not.
-#[derive(Debug, Clone)]
-pub enum NewDevice {
-    /// A disk.
-    Disk(DiskConfig),
-    /// A network interface.
-    Net(NetConfig),
-    /// The balloon.
-    Balloon(BalloonConfig),
-}
-
-impl NewDevice {
-    /// Its name, if it has one already.
-    pub fn id(&self) -> Option<&str> {
-        match self {
-            Self::Disk(disk) => disk.id.as_deref(),
-            Self::Net(net) => net.id.as_deref(),
-            Self::Balloon(balloon) => Some(balloon.id.as_deref().unwrap_or(BALLOON_ID)),
-        }
-    }
-}
+use crate::config::NewDevice;
 
 /// Why a device cannot come or go.
 #[derive(Debug, thiserror::Error)]
@@ -81,15 +50,6 @@ pub enum HotplugError {
         /// The balloon.
         id: String,
     },
-    /// The guest cannot be interrupted.
-    #[error("Cannot tell the guest of device {id}")]
-    Announce {
-        /// The device.
-        id: String,
-        /// What the host said.
-        #[source]
-        source: io::Error,
-    },
 }
 
 impl Vm {
@@ -100,49 +60,32 @@ impl Vm {
     /// The device cannot be made or named, or there is no slot for it.
     pub fn add_device(&mut self, device: &mut NewDevice) -> Result<PciDeviceInfo, VmError> {
         self.check_addition(device).map_err(VmError::Hotplug)?;
-        let mut devices = Devices::new(&self.chassis, self.memory.ram().clone(), &self.context);
-        let balloon = match device {
-            NewDevice::Disk(disk) => plug_disk(&mut devices, disk).map(|()| None),
-            NewDevice::Net(net) => network::plug(&mut devices, net).map(|()| None),
+        let (Made { plug, counters }, balloon) = match device {
+            NewDevice::Disk(disk) => (devices::disk(disk)?, None),
+            NewDevice::Net(net) => (network::net(net)?, None),
             NewDevice::Balloon(balloon) => {
-                plug_balloon(&mut devices, balloon, &self.memory).map(Some)
+                let (made, handle) = devices::balloon(balloon, self.pc.memory())?;
+                (made, Some(handle))
             }
-        }?;
-        let Devices {
-            mut plugged,
-            counters,
-            tree,
-            ..
-        } = devices;
-        let plugged = plugged.pop().expect("one device has been plugged in");
-        let info = plugged.info();
-        if self.paused {
-            plugged.function.pause();
-        }
-        self.chassis.hotplug.announce(plugged.bdf);
-        if let Err(source) = self.chassis.ged.announce_pci_change() {
-            self.chassis.pci.remove(plugged.bdf);
-            let id = info.id;
-            return Err(VmError::Hotplug(HotplugError::Announce { id, source }));
-        }
-        self.observer.add(counters, balloon.clone(), tree);
+        };
+        let plugged = self.pc.add(plug).map_err(VmError::Pc)?;
+        self.observer.add(plugged, counters, balloon.clone());
+        let info = info(plugged);
         self.balloon = balloon.or(self.balloon.take());
-        self.plugged.push(plugged);
         Ok(info)
     }
 
     fn check_addition(&self, device: &NewDevice) -> Result<(), HotplugError> {
-        let same_name = |it: &&Plugged| Some(it.id.as_str()) == device.id();
-        if let Some(plugged) = self.plugged.iter().find(same_name) {
-            let id = plugged.id.clone();
-            return Err(HotplugError::StillLeaving { id });
-        }
-        let is_balloon = |it: &&Plugged| it.kind == ThreadKind::Balloon;
-        match (device, self.plugged.iter().find(is_balloon)) {
-            (NewDevice::Balloon(_), Some(plugged)) => Err(HotplugError::StillLeaving {
+        let mut plugged = self.pc.devices().iter();
+        let is_balloon = matches!(device, NewDevice::Balloon(_));
+        let in_the_way = |it: &&Plugged| {
+            Some(it.id.as_str()) == device.id() || is_balloon && it.kind == DeviceKind::Balloon
+        };
+        match plugged.find(in_the_way) {
+            Some(plugged) => Err(HotplugError::StillLeaving {
                 id: plugged.id.clone(),
             }),
-            _ => Ok(()),
+            None => Ok(()),
         }
     }
 
@@ -152,58 +95,55 @@ impl Vm {
     /// # Errors
     /// There is no such device, it cannot go, or it is a balloon with memory in it.
     pub fn remove_device(&mut self, id: &str) -> Result<(), VmError> {
-        self.request_removal(id).map_err(VmError::Hotplug)
-    }
-
-    fn request_removal(&mut self, id: &str) -> Result<(), HotplugError> {
-        let found = self.plugged.iter_mut().find(|it| it.id == id);
-        let plugged = found.ok_or_else(|| HotplugError::NoSuchDevice { id: id.to_owned() })?;
-        match plugged.kind {
-            ThreadKind::Block | ThreadKind::Net => {}
-            ThreadKind::Balloon => {
-                if let Some(balloon) = &self.balloon {
-                    let (ballooned_bytes, target_bytes) =
-                        (balloon.actual_bytes(), balloon.target_bytes());
-                    if ballooned_bytes > 0 || target_bytes > 0 {
-                        return Err(HotplugError::BalloonInflated {
-                            id: id.to_owned(),
-                            ballooned_bytes,
-                            target_bytes,
-                        });
-                    }
-                }
-            }
-            _ => return Err(HotplugError::NotRemovable { id: id.to_owned() }),
-        }
-        self.chassis.hotplug.request_removal(plugged.bdf);
-        let told = self.chassis.ged.announce_pci_change();
-        told.map_err(|source| HotplugError::Announce {
-            id: id.to_owned(),
-            source,
-        })?;
-        if plugged.kind == ThreadKind::Balloon {
+        let plugged = self.removable(id).map_err(VmError::Hotplug)?;
+        let is_balloon = plugged.kind == DeviceKind::Balloon;
+        self.pc.request_removal(plugged).map_err(VmError::Pc)?;
+        if is_balloon {
             // Nobody shall inflate it any more. Its figures go when it does.
             self.balloon = None;
         }
         Ok(())
     }
 
+    fn removable(&self, id: &str) -> Result<&Plugged, HotplugError> {
+        let found = self.pc.devices().iter().find(|it| it.id == id);
+        let plugged = found.ok_or_else(|| HotplugError::NoSuchDevice { id: id.to_owned() })?;
+        match (plugged.kind, &self.balloon) {
+            (DeviceKind::Balloon, Some(balloon)) => {
+                let (ballooned_bytes, target_bytes) =
+                    (balloon.actual_bytes(), balloon.target_bytes());
+                if ballooned_bytes > 0 || target_bytes > 0 {
+                    return Err(HotplugError::BalloonInflated {
+                        id: id.to_owned(),
+                        ballooned_bytes,
+                        target_bytes,
+                    });
+                }
+            }
+            (DeviceKind::Block | DeviceKind::Net | DeviceKind::Balloon, _) => {}
+            (DeviceKind::Mem | DeviceKind::Rng | DeviceKind::Console, _) => {
+                return Err(HotplugError::NotRemovable { id: id.to_owned() });
+            }
+        }
+        Ok(plugged)
+    }
+
     /// Drops the devices that the guest has let go of, and returns what they were. Waits for host I/O at most.
     pub fn take_ejected(&mut self) -> Vec<PciDeviceInfo> {
-        let ejected = self.chassis.hotplug.take_ejected();
-        let (gone, stay) = std::mem::take(&mut self.plugged)
-            .into_iter()
-            .partition(|it| ejected.contains(&it.bdf));
-        self.plugged = stay;
-        let gone: Vec<Plugged> = gone;
-        gone.into_iter()
-            .map(|plugged| {
-                // Work under way ends here, and not on a vCPU thread that holds the last reference by chance.
-                plugged.function.reset();
-                self.observer
-                    .remove(&plugged.id, plugged.kind == ThreadKind::Balloon);
-                plugged.info()
-            })
-            .collect()
+        let gone = self.pc.take_ejected().into_iter();
+        gone.map(|plugged| {
+            let is_balloon = plugged.kind == DeviceKind::Balloon;
+            self.observer.remove(&plugged.id, is_balloon);
+            info(&plugged)
+        })
+        .collect()
+    }
+}
+
+/// A device as the API shows it.
+fn info(plugged: &Plugged) -> PciDeviceInfo {
+    PciDeviceInfo {
+        id: plugged.id.clone(),
+        bdf: plugged.bdf.to_string(),
     }
 }

@@ -5,44 +5,38 @@
 //! thread and, but for one call that says so, never for the guest.
 
 mod build;
-mod chassis;
 mod consoles;
 mod devices;
 mod error;
-mod exits;
 mod hotplug;
 mod network;
 mod observer;
 mod reclaim_report;
 mod reporting;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 
-use api::config::{ConsoleOutputMode, NumaConfig, PayloadConfig, PlatformConfig};
+use api::config::PlatformConfig;
 use api::{HintingAction, ReportingPolicy, VmBalloonReporting, VmConfig};
+use machine::boot::Payload;
+use machine::events::DeviceEvent;
+use machine::pc::{Pc, PcContext};
+use machine::signals::VmSignals;
 use virtio_devices::balloon::BalloonHandle;
 use virtio_devices::mem::MemHandle;
-use virtio_devices::pci::PciFunction;
-use vm_memory::GuestAddressSpace;
 
-pub(crate) use build::BALLOON_ID;
 pub use consoles::Consoles;
 pub use error::VmError;
-pub use hotplug::{HotplugError, NewDevice};
-pub use machine::events::EventSink;
-pub use machine::signals::VmSignals;
-pub use machine::threads::ThreadStart;
+pub use hotplug::HotplugError;
 use observer::OwnObserver;
 pub use observer::{BalloonStatsError, VmObserver};
 
-use crate::acpi::{self, AcpiParams, NumaNode, VcpuEntry};
-use crate::boot::Payload;
-use crate::cpu::Vcpus;
-use crate::memory::layout::{MEM_32BIT_DEVICES_BYTES, MEM_32BIT_DEVICES_START};
-use crate::memory::{GuestMemory, RamSlots};
-use chassis::Chassis;
-use devices::Plugged;
+use crate::events::EventSink;
+use crate::threads::{ThreadKind, ThreadStart};
 
 /// What a machine needs from the program around it.
 #[derive(Clone)]
@@ -65,57 +59,59 @@ impl fmt::Debug for VmContext {
     }
 }
 
+impl VmContext {
+    /// Signals that are not raised, and no consoles yet.
+    ///
+    /// # Errors
+    /// No descriptors are left.
+    pub fn new(thread_start: ThreadStart, events: EventSink) -> io::Result<Self> {
+        Ok(Self {
+            signals: Arc::new(VmSignals::new()?),
+            thread_start,
+            events,
+            consoles: Arc::default(),
+        })
+    }
+
+    /// What the machine itself gets of it.
+    fn of_machine(&self) -> PcContext {
+        let events = Arc::clone(&self.events);
+        PcContext {
+            signals: Arc::clone(&self.signals),
+            thread_start: self.start_of_machine_threads(),
+            events: Arc::new(move |event| {
+                let (event, id) = match event {
+                    DeviceEvent::Activated(id) => ("activated", id),
+                    DeviceEvent::Reset(id) => ("reset", id),
+                };
+                events("virtio-device", event, &[("id", id.to_owned())]);
+            }),
+        }
+    }
+
+    fn start_of_machine_threads(&self) -> machine::threads::ThreadStart {
+        let thread_start = Arc::clone(&self.thread_start);
+        Arc::new(move |thread| thread_start(ThreadKind::Machine(thread)))
+    }
+}
+
 /// One virtual machine. Dropping it stops everything it started.
-///
-/// The order of the fields is the order in which they go: first who touches
-/// guest RAM, at last the RAM.
 #[derive(Debug)]
 pub struct Vm {
-    vcpus: Vcpus,
-    plugged: Vec<Plugged>,
-    /// Between [`Vm::pause`] and [`Vm::resume`].
-    paused: bool,
-    chassis: Chassis,
+    /// First, so that nobody touches guest RAM when the others go.
+    pc: Pc,
+    /// In guest RAM, until boot tells it about the machine.
+    payload: Payload,
+    platform: Option<PlatformConfig>,
     balloon: Option<BalloonHandle>,
     /// Plugs memory in, if any can be.
     mem: Option<MemHandle>,
     observer: OwnObserver,
-    /// Until boot.
-    launch: Launch,
-    /// For devices that come later.
-    context: VmContext,
-    /// Held for what its drop does.
-    _slots: RamSlots,
-    memory: GuestMemory,
-}
-
-/// What boot needs of the configuration.
-#[derive(Debug)]
-struct Launch {
-    payload: PayloadConfig,
-    platform: Option<PlatformConfig>,
-    max_vcpus: u32,
-    boot_vcpus: u32,
-    has_serial: bool,
-    numa: Vec<NumaConfig>,
-}
-
-impl Launch {
-    fn of(config: &VmConfig) -> Self {
-        Self {
-            payload: config.payload.clone().unwrap_or_default(),
-            platform: config.platform.clone(),
-            max_vcpus: config.cpus.max_vcpus,
-            boot_vcpus: config.cpus.boot_vcpus,
-            has_serial: config.serial.mode != ConsoleOutputMode::Off,
-            numa: config.numa.clone().unwrap_or_default(),
-        }
-    }
 }
 
 impl Vm {
-    /// Creates memory, vCPUs and devices from a validated configuration. On an
-    /// error nothing is left behind.
+    /// Opens everything a validated configuration names, loads the payload, and creates
+    /// memory, vCPUs and devices. On an error nothing is left behind.
     ///
     /// `config` is changed where creation decides something: the path of a
     /// pseudo-terminal, the name of a tap.
@@ -126,66 +122,14 @@ impl Vm {
         build::build(config, context)
     }
 
-    /// Loads the payload and starts the vCPUs.
+    /// Starts the vCPUs.
     ///
     /// # Errors
-    /// The payload cannot be loaded or a vCPU not be set up.
+    /// A vCPU cannot be set up.
     pub fn boot(&mut self) -> Result<(), VmError> {
-        let payload =
-            Payload::load(&self.launch.payload, &self.memory).map_err(VmError::Payload)?;
-        let rsdp_address = {
-            let ram = self.memory.ram().memory();
-            acpi::build(&self.acpi_params(), &*ram).map_err(VmError::Acpi)?
-        };
-        let entry = payload
-            .write_boot_data(&self.memory, self.launch.platform.as_ref(), rsdp_address)
-            .map_err(VmError::Payload)?;
-        self.vcpus.configure(entry).map_err(VmError::Cpu)?;
-        self.vcpus.start().map_err(VmError::Cpu)
-    }
-
-    fn acpi_params(&self) -> AcpiParams {
-        let topology = self.vcpus.topology();
-        AcpiParams {
-            vcpus: (0..self.launch.max_vcpus)
-                .map(|index| VcpuEntry {
-                    apic_id: topology.apic_id(index),
-                    enabled: index < self.launch.boot_vcpus,
-                })
-                .collect(),
-            pci_mmio32: MEM_32BIT_DEVICES_START..MEM_32BIT_DEVICES_START + MEM_32BIT_DEVICES_BYTES,
-            pci_mmio64: self.memory.map().devices_64bit.clone(),
-            ged_address: self.chassis.ged_address,
-            pci_hotplug_address: self.chassis.pci_hotplug_address,
-            has_serial: self.launch.has_serial,
-            numa: self.numa_nodes(),
-        }
-    }
-
-    fn numa_nodes(&self) -> Vec<NumaNode> {
-        let topology = self.vcpus.topology();
-        let nodes = self.launch.numa.iter().map(|node| {
-            let names = node.memory_zones.as_deref().unwrap_or_default();
-            let zones = self.memory.zones().iter();
-            let distances = node.distances.iter().flatten();
-            NumaNode {
-                domain: node.guest_numa_id,
-                apic_ids: node
-                    .cpus
-                    .iter()
-                    .flatten()
-                    .map(|vcpu| topology.apic_id(*vcpu))
-                    .collect(),
-                ram: zones
-                    .filter(|zone| names.contains(&zone.id))
-                    .flat_map(|zone| zone.ranges.clone())
-                    .collect(),
-                distances: distances
-                    .map(|distance| (distance.destination, distance.distance))
-                    .collect(),
-            }
-        });
-        nodes.collect()
+        self.pc
+            .boot(&self.payload, self.platform.as_ref())
+            .map_err(VmError::Pc)
     }
 
     /// Stops vCPUs and device workers; returns when guest memory stands still.
@@ -193,12 +137,7 @@ impl Vm {
     /// # Errors
     /// A vCPU did not stop within its deadline; the machine runs on then.
     pub fn pause(&mut self) -> Result<(), VmError> {
-        self.vcpus.pause().map_err(VmError::Cpu)?;
-        for plugged in &self.plugged {
-            plugged.function.pause();
-        }
-        self.paused = true;
-        Ok(())
+        self.pc.pause().map_err(VmError::Pc)
     }
 
     /// Undoes [`Vm::pause`].
@@ -206,11 +145,7 @@ impl Vm {
     /// # Errors
     /// A vCPU could not be resumed.
     pub fn resume(&mut self) -> Result<(), VmError> {
-        self.paused = false;
-        for plugged in &self.plugged {
-            plugged.function.resume();
-        }
-        self.vcpus.resume().map_err(VmError::Cpu)
+        self.pc.resume().map_err(VmError::Pc)
     }
 
     /// Stops everything and gives all resources back.
@@ -218,7 +153,7 @@ impl Vm {
     /// # Errors
     /// A vCPU did not end within its deadline.
     pub fn shutdown(mut self) -> Result<(), VmError> {
-        self.vcpus.stop().map_err(VmError::Cpu)
+        self.pc.shutdown().map_err(VmError::Pc)
     }
 
     /// Presses the ACPI power button.
@@ -226,10 +161,7 @@ impl Vm {
     /// # Errors
     /// The interrupt could not be raised.
     pub fn power_button(&self) -> Result<(), VmError> {
-        self.chassis
-            .ged
-            .press_power_button()
-            .map_err(VmError::PowerButton)
+        self.pc.power_button().map_err(VmError::Pc)
     }
 
     /// Sets the balloon's target in bytes and returns at once.

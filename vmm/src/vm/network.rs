@@ -5,12 +5,12 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 
 use api::config::{MacAddr, NetConfig};
+use machine::threads::DeviceKind;
 use virtio_devices::net::{Backend, Net, NetParams};
 
 use super::VmError;
-use super::devices::{Devices, Plug};
+use super::devices::Made;
 use crate::inherited_fd;
-use crate::seccomp::ThreadKind;
 
 /// Upstream's mask for an address given without one.
 const DEFAULT_MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
@@ -31,19 +31,15 @@ struct DescriptorError {
     source: io::Error,
 }
 
-/// Plugs in one interface and tells the configuration the tap's name.
-pub(super) fn plug(devices: &mut Devices<'_>, config: &mut NetConfig) -> Result<(), VmError> {
+/// Makes one interface and tells the configuration the tap's name.
+pub(super) fn net(config: &mut NetConfig) -> Result<Made, VmError> {
     let id = config
         .id
         .clone()
         .expect("ids are assigned before a machine is built");
-    let failed = |source: Box<dyn Error + Send + Sync>| VmError::Device {
-        id: id.clone(),
-        source,
-    };
     let net = Net::new(NetParams {
         id: id.clone(),
-        backend: backend(config).map_err(failed)?,
+        backend: backend(config).map_err(|source| VmError::device(&id, source))?,
         mac: config.mac.0,
         mtu: config.mtu,
         // The device adds its control queue itself.
@@ -53,16 +49,11 @@ pub(super) fn plug(devices: &mut Devices<'_>, config: &mut NetConfig) -> Result<
         offload_ufo: config.offload_ufo,
         offload_csum: config.offload_csum,
     })
-    .map_err(|source| failed(source.into()))?;
+    .map_err(|source| VmError::device(&id, source))?;
     if config.fds.is_none() {
         config.tap = Some(net.tap_name().to_owned());
     }
-    let plug = Plug {
-        id: &id,
-        kind: ThreadKind::Net,
-        slot: config.pci_device_id,
-    };
-    devices.plug(&plug, net, None)
+    Ok(Made::new(&id, DeviceKind::Net, config.pci_device_id, net))
 }
 
 fn backend(config: &NetConfig) -> Result<Backend, Box<dyn Error + Send + Sync>> {

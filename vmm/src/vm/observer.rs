@@ -5,6 +5,8 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockWriteGuard};
 use std::time::{Instant, SystemTime};
 
 use api::{BalloonStatsResponse, DeviceNode, ReclaimStats, ReportingStatus, VmCounters};
+use machine::memory::Zone;
+use machine::pc::Plugged;
 use virtio_devices::balloon::{BalloonHandle, StatsError};
 use virtio_devices::mem::MemHandle;
 use virtio_devices::reclaim::{ResidencyError, ResidencyProbe};
@@ -12,7 +14,6 @@ use virtio_devices::{Counters, VirtioDevice};
 
 use super::reclaim_report::{self, ConfiguredRam};
 use super::reporting;
-use crate::memory::Zone;
 use crate::thresholds::PolicySight;
 
 /// Why there are no figures.
@@ -76,6 +77,25 @@ struct Shown {
     mem: Option<MemHandle>,
 }
 
+/// A device is two nodes, as upstream shows it: the PCI function and, below it, the virtio device.
+fn nodes(plugged: &Plugged) -> [(String, DeviceNode); 2] {
+    let id = &plugged.id;
+    let function_id = format!("_virtio-pci-{id}");
+    let function = DeviceNode {
+        id: function_id.clone(),
+        children: vec![id.clone()],
+        pci_bdf: Some(plugged.bdf.to_string()),
+        ..DeviceNode::default()
+    };
+    let device = DeviceNode {
+        id: id.clone(),
+        parent: Some(function_id.clone()),
+        pci_bdf: Some(plugged.bdf.to_string()),
+        ..DeviceNode::default()
+    };
+    [(function_id, function), (id.clone(), device)]
+}
+
 /// A handle on the figures of one machine. Cheap to clone; outlives the machine, and has no figures then.
 ///
 /// What it looks at holds guest RAM, image files and taps. A machine that goes takes all of it back, whoever still has
@@ -101,15 +121,11 @@ impl std::fmt::Debug for VmObserver {
 pub(super) struct OwnObserver(VmObserver);
 
 impl OwnObserver {
-    pub(super) fn new(
-        observed: Observed,
-        ram_bytes: u64,
-        device_tree: BTreeMap<String, DeviceNode>,
-    ) -> Self {
+    pub(super) fn new(observed: Observed, ram_bytes: u64, devices: &[Plugged]) -> Self {
         Self(VmObserver {
             ram_bytes,
             shown: Arc::new(RwLock::new(Shown {
-                device_tree,
+                device_tree: devices.iter().flat_map(nodes).collect(),
                 balloon: observed.balloon.clone(),
                 mem: observed.mem.clone(),
             })),
@@ -124,19 +140,19 @@ impl OwnObserver {
     /// Shows a device that came. Waits for reads under way, as dropping does.
     pub(super) fn add(
         &self,
-        counters: Vec<(String, CounterSource)>,
+        plugged: &Plugged,
+        counters: CounterSource,
         balloon: Option<BalloonHandle>,
-        nodes: BTreeMap<String, DeviceNode>,
     ) {
         {
             let mut shown = self.0.write_shown();
-            shown.device_tree.extend(nodes);
+            shown.device_tree.extend(nodes(plugged));
             if balloon.is_some() {
                 shown.balloon.clone_from(&balloon);
             }
         }
         self.change(|observed| {
-            observed.counters.extend(counters);
+            observed.counters.push((plugged.id.clone(), counters));
             if balloon.is_some() {
                 observed.balloon = balloon;
             }
@@ -379,7 +395,7 @@ mod tests {
             mem: None,
             counters: vec![("_disk0".to_owned(), CounterSource::Device(device))],
         };
-        let own = OwnObserver::new(observed, 1 << 20, BTreeMap::new());
+        let own = OwnObserver::new(observed, 1 << 20, &[]);
         let handle = own.handle();
         assert_eq!(handle.counters()["_disk0"]["read_ops"], 1);
         assert!(handle.reclaim_stats().is_ok());

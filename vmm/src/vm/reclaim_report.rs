@@ -13,7 +13,7 @@ use virtio_devices::balloon::{
 };
 use virtio_devices::reclaim::{RegionResidency, ResidencySample};
 
-use crate::memory::Zone;
+use machine::memory::Zone;
 
 use super::reporting;
 

@@ -14,4 +14,4 @@ mod tests;
 
 pub use connection::Deadlines;
 pub use reply::{Answer, Reply};
-pub use server::{CONNECTIONS_MAX, HTTP_THREAD, Handler, HttpServer, HttpServerError};
+pub use server::{CONNECTIONS_MAX, Handler, HttpServer, HttpServerError};

@@ -16,9 +16,8 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::connection::{Connection, Deadlines, Step};
 use super::reply::{Answer, Mailbox, Reply};
+use crate::threads::HTTP_THREAD;
 
-/// Name of the thread.
-pub const HTTP_THREAD: &str = "http-server";
 /// Clients served at the same time, as many as upstream's server takes.
 pub const CONNECTIONS_MAX: usize = 10;
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use hypervisor::Vm as KvmVm;
 
-use super::{VmError, VmSignals};
+use super::PcError;
 use crate::bus::{Bus, BusDevice, BusError};
 use crate::interrupt::{GsiRouter, InterruptBackend, Ioapic};
 use crate::legacy::{
@@ -20,6 +20,7 @@ use crate::pci::{
     CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, DoorbellBackend, ECAM_BYTES, Ecam, EjectSink,
     HOTPLUG_BYTES, HotplugController, MemoryWindows, PciBus,
 };
+use crate::signals::VmSignals;
 
 /// Where the PCI hotplug controller is behind the event device: a page apart, so that a guest may map them apart.
 const PCI_HOTPLUG_OFFSET: u64 = 0x1000;
@@ -45,7 +46,7 @@ impl Chassis {
         kvm: &Arc<KvmVm>,
         map: &AddressMap,
         signals: &Arc<VmSignals>,
-    ) -> Result<Self, VmError> {
+    ) -> Result<Self, PcError> {
         let ports = Arc::new(Bus::new());
         let mmio = Arc::new(Bus::new());
         let router = Arc::new(GsiRouter::new(Arc::clone(kvm) as Arc<dyn InterruptBackend>));
@@ -55,20 +56,20 @@ impl Chassis {
             IOAPIC_BYTES,
             Arc::clone(&ioapic) as Arc<dyn BusDevice>,
         )
-        .map_err(VmError::Bus)?;
+        .map_err(PcError::Bus)?;
 
         let windows = MemoryWindows::new(
             MEM_32BIT_DEVICES_START..MEM_32BIT_DEVICES_START + MEM_32BIT_DEVICES_BYTES,
             map.devices_64bit.clone(),
         )
-        .map_err(VmError::Pci)?;
+        .map_err(PcError::Pci)?;
         let pci = Arc::new(PciBus::new(
             &mmio,
             windows,
             Arc::clone(kvm) as Arc<dyn DoorbellBackend>,
         ));
         mmio.insert(PCI_MMCONFIG_START, ECAM_BYTES, Arc::new(Ecam::new(&pci)))
-            .map_err(VmError::Bus)?;
+            .map_err(PcError::Bus)?;
 
         let line = ioapic
             .line(GED_IRQ)
@@ -80,7 +81,7 @@ impl Chassis {
             GED_BYTES,
             Arc::clone(&ged) as Arc<dyn BusDevice>,
         )
-        .map_err(VmError::Bus)?;
+        .map_err(PcError::Bus)?;
 
         let ejected = Arc::clone(signals);
         let sink: EjectSink = Arc::new(move || {
@@ -94,7 +95,7 @@ impl Chassis {
             HOTPLUG_BYTES,
             Arc::clone(&hotplug) as Arc<dyn BusDevice>,
         )
-        .map_err(VmError::Bus)?;
+        .map_err(PcError::Bus)?;
 
         let chassis = Self {
             ports,
@@ -107,7 +108,7 @@ impl Chassis {
             hotplug,
             pci_hotplug_address,
         };
-        chassis.plug_legacy(map, signals).map_err(VmError::Bus)?;
+        chassis.plug_legacy(map, signals).map_err(PcError::Bus)?;
         Ok(chassis)
     }
 

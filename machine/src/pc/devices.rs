@@ -1,0 +1,172 @@
+//! Virtio devices on the PCI bus: there from the start, or added to and removed from a running machine.
+//!
+//! ```text
+//! add:     on the bus ─► guest interrupted                             (at once)
+//! remove:  guest interrupted ─► … ─► guest lets go ─► off the bus ─► device dropped
+//!          (at once)                 (vCPU thread)                   (who runs the machine)
+//! ```
+//! Nothing here waits for the guest. A guest that never lets go keeps the device until it is rebooted.
+
+use std::error::Error;
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use virtio_devices::VirtioDevice;
+use virtio_devices::pci::PciFunction;
+use virtio_devices::transport::{
+    LifecycleListener, VirtioPciFunction, VirtioPciParams, vectors_needed,
+};
+use virtio_devices::worker::ThreadStart as WorkerStart;
+
+use super::{Pc, PcError};
+use crate::events::{DeviceEvent, DeviceEventSink};
+use crate::interrupt::FunctionVectors;
+use crate::pci::Bdf;
+use crate::threads::{DeviceKind, MachineThread, ThreadStart};
+
+/// A device and where it goes.
+pub struct Plug {
+    /// What it is called.
+    pub id: String,
+    /// What it is, which says what its workers may do.
+    pub kind: DeviceKind,
+    /// The slot asked for; the next free one when `None`.
+    pub slot: Option<u8>,
+    /// The device.
+    pub device: Arc<Mutex<dyn VirtioDevice>>,
+}
+
+impl fmt::Debug for Plug {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Plug")
+            .field("id", &self.id)
+            .field("kind", &self.kind)
+            .field("slot", &self.slot)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A device on the bus.
+#[derive(Debug, Clone)]
+pub struct Plugged {
+    /// What it is called.
+    pub id: String,
+    /// What it is.
+    pub kind: DeviceKind,
+    /// Where it is.
+    pub bdf: Bdf,
+    pub(super) function: Arc<VirtioPciFunction>,
+}
+
+impl Pc {
+    /// Puts a device on the bus of a machine that has not booted, and starts its workers.
+    ///
+    /// # Errors
+    /// No slot, no thread, no descriptor.
+    pub fn plug(&mut self, plug: Plug) -> Result<&Plugged, PcError> {
+        let plugged = self.put_on_bus(plug)?;
+        self.plugged.push(plugged);
+        Ok(self.plugged.last().expect("it was put there just now"))
+    }
+
+    /// Puts a device on the bus of a running or paused machine and tells the guest. On an error nothing is left behind.
+    ///
+    /// # Errors
+    /// As [`Pc::plug`], or the guest cannot be told.
+    pub fn add(&mut self, plug: Plug) -> Result<&Plugged, PcError> {
+        let plugged = self.put_on_bus(plug)?;
+        if self.paused {
+            plugged.function.pause();
+        }
+        self.chassis.hotplug.announce(plugged.bdf);
+        if let Err(source) = self.chassis.ged.announce_pci_change() {
+            self.chassis.pci.remove(plugged.bdf);
+            let id = plugged.id;
+            return Err(PcError::Announce { id, source });
+        }
+        self.plugged.push(plugged);
+        Ok(self.plugged.last().expect("it was put there just now"))
+    }
+
+    /// The devices on the bus.
+    pub fn devices(&self) -> &[Plugged] {
+        &self.plugged
+    }
+
+    /// Asks the guest to let go of a device and returns at once; may be repeated. The device goes when the guest has
+    /// let go, see [`Pc::take_ejected`].
+    ///
+    /// # Errors
+    /// The guest cannot be told.
+    pub fn request_removal(&self, device: &Plugged) -> Result<(), PcError> {
+        self.chassis.hotplug.request_removal(device.bdf);
+        let told = self.chassis.ged.announce_pci_change();
+        told.map_err(|source| PcError::Announce {
+            id: device.id.clone(),
+            source,
+        })
+    }
+
+    /// Takes the devices that the guest has let go of. Waits for host I/O at most.
+    pub fn take_ejected(&mut self) -> Vec<Plugged> {
+        let ejected = self.chassis.hotplug.take_ejected();
+        let (gone, stay): (Vec<_>, _) = std::mem::take(&mut self.plugged)
+            .into_iter()
+            .partition(|it| ejected.contains(&it.bdf));
+        self.plugged = stay;
+        for plugged in &gone {
+            // Work under way ends here, and not on a vCPU thread that holds the last reference by chance.
+            plugged.function.reset();
+        }
+        gone
+    }
+
+    /// Puts `device` behind a virtio-pci function on the bus.
+    fn put_on_bus(&self, plug: Plug) -> Result<Plugged, PcError> {
+        let in_device = |source: Box<dyn Error + Send + Sync>| PcError::Device {
+            id: plug.id.clone(),
+            source,
+        };
+        let count = vectors_needed(&*plug.device.lock().unwrap_or_else(PoisonError::into_inner));
+        let vectors = FunctionVectors::new(Arc::clone(&self.chassis.router), count);
+        let function = VirtioPciFunction::new(VirtioPciParams {
+            id: plug.id.clone(),
+            device: Arc::clone(&plug.device),
+            mem: self.memory.ram().clone(),
+            vectors: Arc::new(vectors),
+            thread_start: worker_start(&self.context.thread_start, plug.kind),
+            listener: Some(Arc::new(DeviceEvents(Arc::clone(&self.context.events)))),
+        })
+        .map_err(|source| in_device(source.into()))?;
+        let bdf = self
+            .chassis
+            .pci
+            .add(Arc::clone(&function) as _, plug.slot)
+            .map_err(|source| in_device(source.into()))?;
+        Ok(Plugged {
+            id: plug.id,
+            kind: plug.kind,
+            bdf,
+            function,
+        })
+    }
+}
+
+/// The hook for workers of this kind, whatever the user has called their device.
+fn worker_start(thread_start: &ThreadStart, kind: DeviceKind) -> WorkerStart {
+    let thread_start = Arc::clone(thread_start);
+    Arc::new(move |_own_name| thread_start(MachineThread::Worker(kind)))
+}
+
+/// Tells of drivers that come and go.
+struct DeviceEvents(DeviceEventSink);
+
+impl LifecycleListener for DeviceEvents {
+    fn device_activated(&self, id: &str) {
+        (self.0)(DeviceEvent::Activated(id));
+    }
+
+    fn device_reset(&self, id: &str) {
+        (self.0)(DeviceEvent::Reset(id));
+    }
+}

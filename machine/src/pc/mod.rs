@@ -1,0 +1,267 @@
+//! The whole machine: memory, vCPUs and buses put together; devices that come and go; booted, paused, shut down.
+//!
+//! Owned by one thread, which no call keeps waiting for the guest.
+
+mod chassis;
+mod devices;
+mod error;
+mod exits;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::sync::Arc;
+
+use api::config::{CpusConfig, NumaConfig, PlatformConfig};
+use hypervisor::Kvm;
+use virtio_devices::pci::PciFunction;
+use vm_memory::GuestAddressSpace;
+
+use crate::acpi::{self, AcpiParams, NumaNode, VcpuEntry};
+use crate::boot::Payload;
+use crate::bus::BusDevice;
+use crate::cpu::{GuestEvent, Vcpus, VcpusContext};
+use crate::events::DeviceEventSink;
+use crate::interrupt::IOAPIC_PIN_COUNT;
+use crate::memory::layout::{MEM_32BIT_DEVICES_BYTES, MEM_32BIT_DEVICES_START};
+use crate::memory::{GuestMemory, RamSlots};
+use crate::serial::{Endpoint, SERIAL_IRQ, SERIAL_PORTS, Uart};
+use crate::signals::VmSignals;
+use crate::threads::ThreadStart;
+use chassis::Chassis;
+use exits::Exits;
+
+pub use devices::{Plug, Plugged};
+pub use error::PcError;
+
+/// What a machine needs from the program around it.
+#[derive(Clone)]
+pub struct PcContext {
+    /// The way back to who runs it.
+    pub signals: Arc<VmSignals>,
+    /// Called first on every thread.
+    pub thread_start: ThreadStart,
+    /// Told of drivers that come and go.
+    pub events: DeviceEventSink,
+}
+
+impl fmt::Debug for PcContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PcContext")
+            .field("signals", &self.signals)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What a machine is made of besides its memory and its devices.
+#[derive(Debug)]
+pub struct PcParams {
+    /// vCPUs.
+    pub cpus: CpusConfig,
+    /// NUMA nodes; none if the machine is not divided.
+    pub numa: Vec<NumaConfig>,
+    /// PCI slots that devices will ask for by number.
+    pub wished_slots: Vec<u8>,
+}
+
+/// One machine. Dropping it stops everything it started.
+///
+/// The order of the fields is the order in which they go: first who touches
+/// guest RAM, at last the RAM.
+#[derive(Debug)]
+pub struct Pc {
+    vcpus: Vcpus,
+    plugged: Vec<Plugged>,
+    /// Between [`Pc::pause`] and [`Pc::resume`].
+    paused: bool,
+    has_serial: bool,
+    chassis: Chassis,
+    params: PcParams,
+    /// For devices that come later.
+    context: PcContext,
+    /// Held for what its drop does.
+    _slots: RamSlots,
+    memory: GuestMemory,
+}
+
+impl Pc {
+    /// Makes the machine around `memory`, with no device in a slot yet. On an error nothing is left behind.
+    ///
+    /// # Errors
+    /// KVM refuses, or the host cannot run vCPUs like these.
+    pub fn new(
+        kvm: &Kvm,
+        memory: GuestMemory,
+        params: PcParams,
+        context: PcContext,
+    ) -> Result<Self, PcError> {
+        let vm = Arc::new(kvm.create_vm().map_err(PcError::Kvm)?);
+        vm.enable_split_irqchip(u32::from(IOAPIC_PIN_COUNT))
+            .map_err(PcError::Kvm)?;
+        let slots = memory.attach(&vm).map_err(PcError::Memory)?;
+        let chassis = Chassis::new(&vm, memory.map(), &context.signals)?;
+        chassis.pci.reserve(params.wished_slots.iter().copied());
+        let vcpus_context = VcpusContext {
+            handler: Arc::new(Exits::new(&chassis)),
+            events: guest_events(&context.signals),
+            thread_start: Arc::clone(&context.thread_start),
+        };
+        let vcpus = Vcpus::new(kvm, &vm, &params.cpus, vcpus_context).map_err(PcError::Cpu)?;
+        Ok(Self {
+            vcpus,
+            plugged: Vec::new(),
+            paused: false,
+            has_serial: false,
+            chassis,
+            params,
+            context,
+            _slots: slots,
+            memory,
+        })
+    }
+
+    /// Its memory.
+    pub fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Puts a serial port before `endpoint`.
+    ///
+    /// # Errors
+    /// Never in a sound layout; an overlap is a fault of ours.
+    pub fn plug_serial(&mut self, endpoint: Arc<Endpoint>) -> Result<(), PcError> {
+        let line = self
+            .chassis
+            .ioapic
+            .line(SERIAL_IRQ)
+            .expect("the I/O APIC has more pins than the serial port's");
+        let uart = Uart::new(line, endpoint) as Arc<dyn BusDevice>;
+        crate::legacy::insert(&self.chassis.ports, SERIAL_PORTS, uart).map_err(PcError::Bus)?;
+        self.has_serial = true;
+        Ok(())
+    }
+
+    /// Tells a loaded payload what machine it is in, and starts the vCPUs.
+    ///
+    /// # Errors
+    /// The tables do not fit, or a vCPU cannot be set up.
+    pub fn boot(
+        &mut self,
+        payload: &Payload,
+        platform: Option<&PlatformConfig>,
+    ) -> Result<(), PcError> {
+        let rsdp_address = {
+            let ram = self.memory.ram().memory();
+            acpi::build(&self.acpi_params(), &*ram).map_err(PcError::Acpi)?
+        };
+        let entry = payload
+            .write_boot_data(&self.memory, platform, rsdp_address)
+            .map_err(PcError::Payload)?;
+        self.vcpus.configure(entry).map_err(PcError::Cpu)?;
+        self.vcpus.start().map_err(PcError::Cpu)
+    }
+
+    fn acpi_params(&self) -> AcpiParams {
+        let topology = self.vcpus.topology();
+        let cpus = &self.params.cpus;
+        AcpiParams {
+            vcpus: (0..cpus.max_vcpus)
+                .map(|index| VcpuEntry {
+                    apic_id: topology.apic_id(index),
+                    enabled: index < cpus.boot_vcpus,
+                })
+                .collect(),
+            pci_mmio32: MEM_32BIT_DEVICES_START..MEM_32BIT_DEVICES_START + MEM_32BIT_DEVICES_BYTES,
+            pci_mmio64: self.memory.map().devices_64bit.clone(),
+            ged_address: self.chassis.ged_address,
+            pci_hotplug_address: self.chassis.pci_hotplug_address,
+            has_serial: self.has_serial,
+            numa: self.numa_nodes(),
+        }
+    }
+
+    fn numa_nodes(&self) -> Vec<NumaNode> {
+        let topology = self.vcpus.topology();
+        let nodes = self.params.numa.iter().map(|node| {
+            let names = node.memory_zones.as_deref().unwrap_or_default();
+            let zones = self.memory.zones().iter();
+            let distances = node.distances.iter().flatten();
+            NumaNode {
+                domain: node.guest_numa_id,
+                apic_ids: node
+                    .cpus
+                    .iter()
+                    .flatten()
+                    .map(|vcpu| topology.apic_id(*vcpu))
+                    .collect(),
+                ram: zones
+                    .filter(|zone| names.contains(&zone.id))
+                    .flat_map(|zone| zone.ranges.clone())
+                    .collect(),
+                distances: distances
+                    .map(|distance| (distance.destination, distance.distance))
+                    .collect(),
+            }
+        });
+        nodes.collect()
+    }
+
+    /// Stops vCPUs and device workers; returns when guest memory stands still.
+    ///
+    /// # Errors
+    /// A vCPU did not stop within its deadline; the machine runs on then.
+    pub fn pause(&mut self) -> Result<(), PcError> {
+        self.vcpus.pause().map_err(PcError::Cpu)?;
+        for plugged in &self.plugged {
+            plugged.function.pause();
+        }
+        self.paused = true;
+        Ok(())
+    }
+
+    /// Undoes [`Pc::pause`].
+    ///
+    /// # Errors
+    /// A vCPU could not be resumed.
+    pub fn resume(&mut self) -> Result<(), PcError> {
+        self.paused = false;
+        for plugged in &self.plugged {
+            plugged.function.resume();
+        }
+        self.vcpus.resume().map_err(PcError::Cpu)
+    }
+
+    /// Stops everything.
+    ///
+    /// # Errors
+    /// A vCPU did not end within its deadline.
+    pub fn shutdown(&mut self) -> Result<(), PcError> {
+        self.vcpus.stop().map_err(PcError::Cpu)
+    }
+
+    /// Presses the ACPI power button.
+    ///
+    /// # Errors
+    /// The interrupt could not be raised.
+    pub fn power_button(&self) -> Result<(), PcError> {
+        self.chassis
+            .ged
+            .press_power_button()
+            .map_err(PcError::PowerButton)
+    }
+}
+
+/// What ends the guest from inside, as the one who runs the machine hears of it.
+fn guest_events(signals: &Arc<VmSignals>) -> Arc<dyn Fn(GuestEvent) + Send + Sync> {
+    let signals = Arc::clone(signals);
+    Arc::new(move |event| {
+        let signal = match event {
+            GuestEvent::Reset => &signals.reset,
+            GuestEvent::Shutdown => &signals.shutdown,
+            GuestEvent::Failed => &signals.failed,
+        };
+        if let Err(error) = signal.write(1) {
+            log::error!("The control thread cannot be told of {event:?}: {error}");
+        }
+    })
+}

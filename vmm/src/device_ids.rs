@@ -1,0 +1,12 @@
+//! Names of devices that have one without being given it.
+
+/// Names that begin like this belong to the VMM's own devices.
+pub(crate) const RESERVED_PREFIX: &str = "__";
+/// The balloon.
+pub(crate) const BALLOON_ID: &str = "__balloon";
+/// The random number device.
+pub(crate) const RNG_ID: &str = "__rng";
+/// The serial port.
+pub(crate) const SERIAL_ID: &str = "__serial";
+/// The console.
+pub(crate) const CONSOLE_ID: &str = "__console";

@@ -1,0 +1,68 @@
+//! The threads of the VMM: what each is for and what it is called.
+
+use std::sync::Arc;
+
+use machine::threads::MachineThread;
+
+/// Name of the thread that owns the machine.
+pub const CONTROL_THREAD: &str = "vmm";
+/// Name of the thread that serves the API.
+pub const HTTP_THREAD: &str = "http-server";
+/// Name of the threads that ask the machine for figures.
+pub const QUERY_THREAD: &str = "api-query";
+/// Name of the thread that writes events.
+pub const EVENT_THREAD: &str = "event-monitor";
+/// Name of the thread that looks at figures for alerts.
+pub const THRESHOLDS_THREAD: &str = "thresholds";
+
+/// Threads that may do the same things.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum ThreadKind {
+    /// Waits for the others; filtered once they run.
+    Main,
+    /// Owns the machine and starts its threads.
+    Control,
+    /// Serves the API and starts query threads.
+    HttpServer,
+    /// Asks the machine for figures.
+    ApiQuery,
+    /// Writes events.
+    EventMonitor,
+    /// Looks at figures for alerts.
+    Thresholds,
+    /// Belongs to the machine.
+    Machine(MachineThread),
+}
+
+impl ThreadKind {
+    /// Every kind.
+    pub fn all() -> impl Iterator<Item = Self> {
+        let own = [
+            Self::Main,
+            Self::Control,
+            Self::HttpServer,
+            Self::ApiQuery,
+            Self::EventMonitor,
+            Self::Thresholds,
+        ];
+        let machine = MachineThread::ALL.iter().copied();
+        own.into_iter().chain(machine.map(Self::Machine))
+    }
+}
+
+/// Called first on every thread the VMM starts; it installs the seccomp filter for that kind of thread.
+pub type ThreadStart = Arc<dyn Fn(ThreadKind) + Send + Sync>;
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn kinds_are_all_listed_once() {
+        let kinds: Vec<_> = ThreadKind::all().collect();
+        assert_eq!(kinds.len(), 14);
+        assert_eq!(kinds.iter().collect::<BTreeSet<_>>().len(), kinds.len());
+    }
+}
