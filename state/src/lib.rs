@@ -10,7 +10,7 @@
 //! * [`Saved`] is a state with its version, of whatever part: what parts hand to each other.
 //! * [`parts`] is the table of all parts and of the versions that can be read.
 //!
-//! A saved state comes from a file
+//! The rules for a new field or version are in `docs/state.md`. A saved state comes from a file
 //! or from the network: reading it never panics, and what cannot be true is refused by name.
 
 mod bytes;

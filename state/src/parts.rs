@@ -29,12 +29,18 @@ parts! {
     VIRTIO_PCI = "virtio-pci", 1..=1;
     /// Balloon.
     BALLOON = "balloon", 1..=1;
+    /// The balloon's queue half.
+    BALLOON_WORKER = "balloon-worker", 1..=1;
     /// Block device.
     BLOCK = "block", 1..=1;
     /// Console.
     CONSOLE = "console", 1..=1;
+    /// Text that a console's output has not taken yet.
+    CONSOLE_OUTPUT = "console-output", 1..=1;
     /// Memory device.
     MEM = "mem", 1..=1;
+    /// Blocks of a memory device.
+    MEM_BLOCKS = "mem-blocks", 1..=1;
     /// Network device.
     NET = "net", 1..=1;
     /// Entropy device.
@@ -61,10 +67,6 @@ parts! {
     PM_TIMER = "pm-timer", 1..=1;
     /// ACPI generic event device.
     GED = "ged", 1..=1;
-    /// Keyboard controller.
-    I8042 = "i8042", 1..=1;
-    /// A whole machine.
-    MACHINE = "machine", 1..=1;
 }
 
 const _: () = {

@@ -18,7 +18,9 @@ use std::fmt;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
-use virtio_queue::Queue;
+use serde::{Deserialize, Serialize};
+use state::{Saved, StateError, parts, require};
+use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -55,6 +57,29 @@ pub struct ActiveQueue {
     /// The doorbell, watched by the worker. A handler that stops at its bound
     /// with work left writes 1 to it and is called again after the others.
     pub doorbell: Arc<Doorbell>,
+}
+
+impl ActiveQueue {
+    /// How far the device is with it.
+    pub fn position(&self) -> QueuePosition {
+        position_of(self.index, &self.queue)
+    }
+}
+
+/// Of a handler that has nothing but queues.
+pub(crate) fn no_own_state(own: Option<&Saved>) -> Result<(), StateError> {
+    require(own.is_none(), parts::VIRTIO_PCI, "handlers", || {
+        "has a state for a handler without one".to_owned()
+    })
+}
+
+/// How far the device is with a queue.
+pub(crate) fn position_of(index: u16, queue: &Queue) -> QueuePosition {
+    QueuePosition {
+        index,
+        next_avail: queue.next_avail(),
+        next_used: queue.next_used(),
+    }
 }
 
 /// What a worker gets when the driver has set DRIVER_OK.
@@ -127,6 +152,18 @@ pub trait VirtioDevice: Send {
     /// transport; this resets what the configuration half remembers.
     fn reset(&mut self) {}
 
+    /// What a driver can see or has set, and what the host has asked for: all that a device made of
+    /// the same configuration does not have by itself. Asked for while the handlers are paused.
+    fn state(&self) -> Saved;
+
+    /// Makes a new device the one that `state` was taken of. Called once, before there is
+    /// any worker thread; after [`VirtioDevice::ack_features`] if a
+    /// driver had accepted features.
+    ///
+    /// # Errors
+    /// The state cannot be one of this device, which is then dropped.
+    fn restore(&mut self, state: &Saved) -> Result<(), StateError>;
+
     /// Counters for `vm.counters`; an empty map leaves the device out.
     fn counters(&self) -> Counters {
         Counters::new()
@@ -163,6 +200,36 @@ pub enum WorkerError {
         /// What the channel said.
         reason: &'static str,
     },
+}
+
+/// How far a queue is: the next index in either ring, both free-running.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct QueuePosition {
+    /// Number of the queue on the wire.
+    pub index: u16,
+    /// Next chain to take.
+    pub next_avail: u16,
+    /// Next used entry to write.
+    pub next_used: u16,
+}
+
+/// What only a handler knows while it is paused.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct HandlerState {
+    /// The queues it was handed.
+    pub queues: Vec<QueuePosition>,
+    /// Whatever else it has, of a type of its own.
+    pub own: Option<Saved>,
+}
+
+impl HandlerState {
+    /// Of a handler that has nothing but queues.
+    pub fn of_queues(queues: impl IntoIterator<Item = QueuePosition>) -> Self {
+        Self {
+            queues: queues.into_iter().collect(),
+            own: None,
+        }
+    }
 }
 
 /// The queue half of a device; every method runs on its worker thread.
@@ -228,6 +295,18 @@ pub trait QueueHandler: Send {
     /// holds). Sources registered in `activate` have been removed by the caller.
     /// Idempotent.
     fn reset(&mut self);
+
+    /// What it knows that nobody else does. Asked for after [`QueueHandler::pause`].
+    fn state(&self) -> HandlerState;
+
+    /// Takes [`HandlerState::own`] of the handler it shall go on as. Called once, before its thread
+    /// is started; the queues come with the activation.
+    ///
+    /// # Errors
+    /// The state cannot be one of this handler, which is then dropped.
+    fn restore(&mut self, own: Option<&Saved>) -> Result<(), StateError> {
+        no_own_state(own)
+    }
 
     /// Called when the VM pauses: requests in flight are finished before this
     /// returns, so that guest RAM stands still.

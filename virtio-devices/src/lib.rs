@@ -26,5 +26,6 @@ pub mod transport;
 pub mod worker;
 
 pub use device::{
-    Activation, ActiveQueue, Counters, GuestRam, Interrupt, QueueHandler, VirtioDevice, WorkerError,
+    Activation, ActiveQueue, Counters, GuestRam, HandlerState, Interrupt, QueueHandler,
+    QueuePosition, VirtioDevice, WorkerError,
 };

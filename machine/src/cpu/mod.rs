@@ -14,6 +14,7 @@ mod cpuid;
 mod gate;
 mod registers;
 mod run;
+mod state;
 mod topology;
 mod vcpus;
 
@@ -21,6 +22,7 @@ use std::io;
 
 pub use counters::{ExitCounters, ExitCounts};
 pub use cpuid::guest_phys_bits;
+pub use state::{IndexedVcpuState, VcpusState};
 pub use topology::Topology;
 pub use vcpus::{Vcpus, VcpusContext};
 
@@ -57,6 +59,9 @@ pub enum GuestEvent {
 /// Why vCPUs cannot be made or steered.
 #[derive(Debug, thiserror::Error)]
 pub enum CpuError {
+    /// Only vCPUs that stand still have a state.
+    #[error("vCPUs can be saved only while they are paused")]
+    NotPaused,
     /// No vCPU, fewer than none to spare, or more than KVM can run.
     #[error(
         "{boot} vCPUs at boot and {max} at most: boot must be at least 1 and at most max, max at most {limit}"

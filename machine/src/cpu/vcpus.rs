@@ -56,14 +56,16 @@ pub struct Vcpus {
     config: CpusConfig,
     topology: Topology,
     cpuid: GuestCpuid,
-    cells: Vec<Arc<VcpuCell>>,
-    gate: Arc<Gate>,
+    pub(super) cells: Vec<Arc<VcpuCell>>,
+    pub(super) gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
     context: VcpusContext,
     cores: Arc<CoreCookies>,
     kvmclock_ctrl: bool,
     /// The guest's clock when it was paused.
-    paused_clock: Option<kvm_clock_data>,
+    pub(super) paused_clock: Option<kvm_clock_data>,
+    /// What belongs to the state of a vCPU on this host.
+    pub(super) msr_indices: Vec<u32>,
 }
 
 impl Vcpus {
@@ -139,6 +141,7 @@ impl Vcpus {
             cores: Arc::new(CoreCookies::new(config.core_scheduling)?),
             kvmclock_ctrl: kvm.supports_kvmclock_ctrl(),
             paused_clock: None,
+            msr_indices: kvm.msr_indices().map_err(CpuError::Prepare)?,
         })
     }
 
@@ -188,7 +191,7 @@ impl Vcpus {
         started
     }
 
-    fn start_threads(&mut self) -> Result<(), CpuError> {
+    pub(super) fn start_threads(&mut self) -> Result<(), CpuError> {
         for cell in &self.cells {
             self.gate.add_thread();
             let thread = thread::Builder::new().name(cell.thread_name()).spawn({
@@ -333,7 +336,7 @@ fn pin(thread: &JoinHandle<()>, host_cpus: &[usize]) -> io::Result<()> {
     }
 }
 
-fn vcpu_error(vcpu: u32, what: &'static str) -> impl Fn(hypervisor::Error) -> CpuError {
+pub(super) fn vcpu_error(vcpu: u32, what: &'static str) -> impl Fn(hypervisor::Error) -> CpuError {
     move |source| CpuError::Vcpu { vcpu, what, source }
 }
 

@@ -17,6 +17,8 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
+use state::{Part, StateError, parts, require};
 use virtio_devices::pci::MsiMessage;
 
 use super::GsiRouter;
@@ -54,9 +56,32 @@ const EXT_DESTINATION_MASK: u64 = 0x7f;
 const DESTINATION_SHIFT: u32 = 56;
 const READ_ONLY: u64 = DELIVERY_STATUS | REMOTE_IRR;
 
+/// Bits of the id register that a guest can set.
+const ID_MASK: u32 = 0x0f00_0000;
+
+const PART: Part = parts::IOAPIC;
+
 const MSI_BASE: u64 = 0xfee0_0000;
 const MSI_ASSERT: u32 = 1 << 14;
 const MSI_LEVEL: u32 = 1 << 15;
+
+/// The I/O APIC at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IoapicState {
+    /// Register behind the window.
+    pub select: u8,
+    /// Id register.
+    pub id: u32,
+    /// Redirection entries, one a pin.
+    pub entries: Vec<u64>,
+    /// Pins whose line is up, one bit each.
+    pub lines: u32,
+}
+
+impl state::State for IoapicState {
+    const PART: Part = PART;
+}
 
 struct State {
     select: u8,
@@ -76,7 +101,7 @@ pub struct Ioapic {
 impl fmt::Debug for Ioapic {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Ioapic")
-            .field("entries", &format_args!("{:x?}", self.state().entries))
+            .field("entries", &format_args!("{:x?}", self.state_now().entries))
             .finish_non_exhaustive()
     }
 }
@@ -124,7 +149,7 @@ impl Ioapic {
 
     /// A vCPU finished a level-triggered interrupt (`KVM_EXIT_IOAPIC_EOI`).
     pub fn end_of_interrupt(&self, vector: u8) {
-        let mut state = self.state();
+        let mut state = self.state_now();
         for pin in 0..IOAPIC_PIN_COUNT {
             let entry = &mut state.entries[usize::from(pin)];
             let waits = LEVEL_TRIGGERED | REMOTE_IRR;
@@ -136,13 +161,63 @@ impl Ioapic {
         }
     }
 
+    /// What the guest has programmed and which lines are up.
+    pub fn state(&self) -> IoapicState {
+        let state = self.state_now();
+        IoapicState {
+            select: state.select,
+            id: state.id,
+            entries: state.entries.to_vec(),
+            lines: state.lines,
+        }
+    }
+
+    /// Takes the place of the chip that `saved` was taken of. Nothing is delivered: what was on its
+    /// way is in the local APICs.
+    ///
+    /// # Errors
+    /// What the chip cannot have been; nothing is changed then.
+    pub fn restore(&self, saved: &IoapicState) -> Result<(), StateError> {
+        let entries = <[u64; IOAPIC_PIN_COUNT as usize]>::try_from(saved.entries.as_slice())
+            .map_err(|_wrong_length| {
+                let reason = format!("are {}, there are {IOAPIC_PIN_COUNT}", saved.entries.len());
+                StateError::invalid(PART, "entries", reason)
+            })?;
+        for entry in entries {
+            let busy_edge = entry & (REMOTE_IRR | LEVEL_TRIGGERED) == REMOTE_IRR;
+            require(
+                entry & DELIVERY_STATUS == 0 && !busy_edge,
+                PART,
+                "entries",
+                || format!("cannot contain {entry:#x}"),
+            )?;
+        }
+        require(saved.lines >> IOAPIC_PIN_COUNT == 0, PART, "lines", || {
+            format!("{:#x} has lines that do not exist", saved.lines)
+        })?;
+        require(saved.id & !ID_MASK == 0, PART, "id", || {
+            format!("cannot be {:#x}", saved.id)
+        })?;
+        let mut state = self.state_now();
+        *state = State {
+            select: saved.select,
+            id: saved.id,
+            entries,
+            lines: saved.lines,
+        };
+        for (pin, entry) in (0..).zip(entries) {
+            self.route(pin, entry);
+        }
+        Ok(())
+    }
+
     /// Interrupts that the host refused, e.g. because the guest's entry is nonsense.
     pub fn undelivered(&self) -> u64 {
         self.undelivered.load(Ordering::Relaxed)
     }
 
     fn set_line(&self, pin: u8, up: bool) -> io::Result<()> {
-        let mut state = self.state();
+        let mut state = self.state_now();
         let bit = 1 << pin;
         let was_up = state.lines & bit != 0;
         if !up {
@@ -183,7 +258,7 @@ impl Ioapic {
     }
 
     fn read_register(&self) -> u32 {
-        let state = self.state();
+        let state = self.state_now();
         match state.select {
             IOAPICID | IOAPICARB => state.id,
             IOAPICVER => VERSION | u32::from(IOAPIC_PIN_COUNT - 1) << 16,
@@ -196,9 +271,9 @@ impl Ioapic {
     }
 
     fn write_register(&self, value: u32) {
-        let mut state = self.state();
+        let mut state = self.state_now();
         match state.select {
-            IOAPICID => state.id = value & 0x0f00_0000,
+            IOAPICID => state.id = value & ID_MASK,
             select => {
                 if let Some((pin, high)) = pin_of(select) {
                     self.write_entry(&mut state, pin, high, value);
@@ -220,20 +295,26 @@ impl Ioapic {
             new &= !REMOTE_IRR;
         }
         state.entries[pin] = new;
-        let routed = new & LEVEL_TRIGGERED != 0 && new & MASKED == 0;
-        if let Err(error) = self
-            .router
-            .set_route(pin as u32, routed.then(|| message_of(new)))
-            .inspect_err(|_refused| {
-                self.undelivered.fetch_add(1, Ordering::Relaxed);
-            })
-            .and_then(|()| self.service_level(state, pin as u8))
+        if self.route(pin as u32, new)
+            && let Err(error) = self.service_level(state, pin as u8)
         {
             log::debug!("I/O APIC pin {pin}: entry {new:#x} was refused: {error}");
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    /// Has KVM know of a pin what it needs to; false if the host refused.
+    fn route(&self, pin: u32, entry: u64) -> bool {
+        let routed = entry & LEVEL_TRIGGERED != 0 && entry & MASKED == 0;
+        let message = routed.then(|| message_of(entry));
+        let result = self.router.set_route(pin, message);
+        if let Err(error) = &result {
+            self.undelivered.fetch_add(1, Ordering::Relaxed);
+            log::debug!("I/O APIC pin {pin}: entry {entry:#x} was refused: {error}");
+        }
+        result.is_ok()
+    }
+
+    fn state_now(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -247,7 +328,7 @@ fn pin_of(select: u8) -> Option<(usize, bool)> {
 impl BusDevice for Ioapic {
     fn read(&self, offset: u64, data: &mut [u8]) {
         let value = match offset {
-            IOREGSEL => u32::from(self.state().select),
+            IOREGSEL => u32::from(self.state_now().select),
             IOWIN => self.read_register(),
             _ => 0,
         };
@@ -259,7 +340,7 @@ impl BusDevice for Ioapic {
 
     fn write(&self, offset: u64, data: &[u8]) {
         match (offset, data) {
-            (IOREGSEL, [select, ..]) => self.state().select = *select,
+            (IOREGSEL, [select, ..]) => self.state_now().select = *select,
             (IOWIN, &[a, b, c, d]) => self.write_register(u32::from_le_bytes([a, b, c, d])),
             (EOI, [vector, ..]) => self.end_of_interrupt(*vector),
             _ => {}

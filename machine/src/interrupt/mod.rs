@@ -22,7 +22,7 @@ use std::io;
 use virtio_devices::pci::MsiMessage;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use ioapic::{IOAPIC_PIN_COUNT, Ioapic, IrqLine};
+pub use ioapic::{IOAPIC_PIN_COUNT, Ioapic, IoapicState, IrqLine};
 pub use router::{GSI_COUNT_MAX, GsiRouter};
 pub use vectors::FunctionVectors;
 

@@ -7,7 +7,12 @@ use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
+use state::{Bytes, Part, StateError, parts, require};
+
 use crate::bus::BusDevice;
+
+const PART: Part = parts::CMOS;
 
 const RAM_BYTES: usize = 128;
 /// Bit 7 of the index port masks NMIs, which nobody sends.
@@ -41,6 +46,20 @@ const ABOVE_16_MIB: u8 = 0x34;
 const ABOVE_4_GIB: u8 = 0x5b;
 const MEMORY_UNIT_SHIFT: u32 = 16;
 const MIB_16: u64 = 16 << 20;
+
+/// Clock and RAM at one moment. The time is the host's, so it is no state.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CmosState {
+    /// Index register.
+    pub index: u8,
+    /// The RAM, clock registers as they were written.
+    pub ram: Bytes,
+}
+
+impl state::State for CmosState {
+    const PART: Part = PART;
+}
 
 struct State {
     index: u8,
@@ -76,7 +95,35 @@ impl Cmos {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    /// What the guest has written, and the memory size it found.
+    pub fn state(&self) -> CmosState {
+        let state = self.lock();
+        CmosState {
+            index: state.index,
+            ram: Bytes(state.ram.to_vec()),
+        }
+    }
+
+    /// Takes the place of the chip that `saved` was taken of.
+    ///
+    /// # Errors
+    /// Another size of RAM, or an index outside of it.
+    pub fn restore(&self, saved: &CmosState) -> Result<(), StateError> {
+        let ram = <[u8; RAM_BYTES]>::try_from(saved.ram.0.as_slice()).map_err(|_wrong_length| {
+            let reason = format!("has {} bytes instead of {RAM_BYTES}", saved.ram.0.len());
+            StateError::invalid(PART, "ram", reason)
+        })?;
+        require(saved.index <= INDEX_MASK, PART, "index", || {
+            format!("{:#x} is outside of RAM", saved.index)
+        })?;
+        *self.lock() = State {
+            index: saved.index,
+            ram,
+        };
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -119,7 +166,7 @@ fn encode(value: u8, status_b: u8) -> u8 {
 impl BusDevice for Cmos {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
-        let state = self.state();
+        let state = self.lock();
         if let Some(byte) = data.first_mut() {
             *byte = if offset == 0 {
                 state.index
@@ -133,7 +180,7 @@ impl BusDevice for Cmos {
         let Some(&value) = data.first() else {
             return;
         };
-        let mut state = self.state();
+        let mut state = self.lock();
         if offset == 0 {
             state.index = value & INDEX_MASK;
         } else {

@@ -5,8 +5,13 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use serde::{Deserialize, Serialize};
+use state::{Part, State, StateError, parts, require};
+
 use crate::bus::BusDevice;
 use crate::interrupt::IrqLine;
+
+const PART: Part = parts::GED;
 
 /// Size of the register in bytes.
 pub const GED_BYTES: u64 = 1;
@@ -16,6 +21,18 @@ pub const GED_IRQ: u8 = 16;
 pub const GED_PCI_HOTPLUG: u8 = 4;
 /// The power button was pressed.
 pub const GED_POWER_BUTTON: u8 = 8;
+
+/// The event device at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GedState {
+    /// Events the guest has not read yet.
+    pub pending: u8,
+}
+
+impl State for GedState {
+    const PART: Part = PART;
+}
 
 /// The event byte.
 #[derive(Debug)]
@@ -32,6 +49,26 @@ impl Ged {
             pending: AtomicU8::new(0),
             line,
         }
+    }
+
+    /// Events the guest has not read yet.
+    pub fn state(&self) -> GedState {
+        GedState {
+            pending: self.pending.load(Ordering::Acquire),
+        }
+    }
+
+    /// Takes over events the guest has not read yet; their interrupt was delivered.
+    ///
+    /// # Errors
+    /// Events that do not exist.
+    pub fn restore(&self, state: &GedState) -> Result<(), StateError> {
+        let unknown = state.pending & !(GED_PCI_HOTPLUG | GED_POWER_BUTTON);
+        require(unknown == 0, PART, "pending", || {
+            format!("has unknown events {unknown:#x}")
+        })?;
+        self.pending.store(state.pending, Ordering::Release);
+        Ok(())
     }
 
     /// Presses the power button. What becomes of it is up to the guest.

@@ -19,17 +19,19 @@ mod debug;
 mod ged;
 mod i8042;
 mod pm_timer;
+#[cfg(test)]
+mod state_tests;
 
 use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
 pub use acpi_power::{AcpiPower, RESET_VALUE, S5_SLEEP_TYPE};
-pub use cmos::{CMOS_CENTURY, Cmos};
+pub use cmos::{CMOS_CENTURY, Cmos, CmosState};
 pub use debug::{DebugConsole, DebugPort, FirmwareDebug};
-pub use ged::{GED_BYTES, GED_IRQ, GED_PCI_HOTPLUG, GED_POWER_BUTTON, Ged};
+pub use ged::{GED_BYTES, GED_IRQ, GED_PCI_HOTPLUG, GED_POWER_BUTTON, Ged, GedState};
 pub use i8042::I8042;
-pub use pm_timer::PmTimer;
+pub use pm_timer::{PmTimer, PmTimerState};
 
 use crate::bus::{Bus, BusDevice, BusError};
 

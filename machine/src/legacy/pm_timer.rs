@@ -2,15 +2,32 @@
 
 use std::time::Instant;
 
+use serde::{Deserialize, Serialize};
+use state::{Part, State, parts};
+
 use crate::bus::BusDevice;
 
 const PM_TIMER_FREQUENCY_HZ: u128 = 3_579_545;
 const NANOSECONDS_PER_SECOND: u128 = 1_000_000_000;
 
+/// The timer at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmTimerState {
+    /// Time it has counted. Any value is possible: the counter wraps.
+    pub elapsed_ns: u64,
+}
+
+impl State for PmTimerState {
+    const PART: Part = parts::PM_TIMER;
+}
+
 /// A 32-bit counter at 3.579545 MHz.
 #[derive(Debug)]
 pub struct PmTimer {
     start: Instant,
+    /// What it had counted by then.
+    before_ns: u64,
 }
 
 impl Default for PmTimer {
@@ -23,8 +40,23 @@ impl PmTimer {
     /// Starts counting.
     #[must_use]
     pub fn new() -> Self {
+        Self::from_state(PmTimerState { elapsed_ns: 0 })
+    }
+
+    /// Counts on from a saved state.
+    #[must_use]
+    pub fn from_state(state: PmTimerState) -> Self {
         Self {
             start: Instant::now(),
+            before_ns: state.elapsed_ns,
+        }
+    }
+
+    /// What it has counted; 2^64 ns are 584 years.
+    pub fn state(&self) -> PmTimerState {
+        let elapsed_ns = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        PmTimerState {
+            elapsed_ns: self.before_ns.wrapping_add(elapsed_ns),
         }
     }
 }
@@ -36,7 +68,7 @@ fn ticks(elapsed_ns: u128) -> u32 {
 
 impl BusDevice for PmTimer {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        let bytes = ticks(self.start.elapsed().as_nanos()).to_le_bytes();
+        let bytes = ticks(u128::from(self.state().elapsed_ns)).to_le_bytes();
         for (i, byte) in data.iter_mut().enumerate() {
             *byte = bytes.get(offset as usize + i).copied().unwrap_or(0);
         }
@@ -56,6 +88,19 @@ mod tests {
         let wrap_ns = (1_u128 << 32) * NANOSECONDS_PER_SECOND / PM_TIMER_FREQUENCY_HZ;
         assert_eq!(ticks(wrap_ns), u32::MAX);
         assert_eq!(ticks(wrap_ns + 1_000), 3);
+    }
+
+    #[test]
+    fn timer_counts_on_from_its_state() {
+        const HOUR_NS: u64 = 3_600_000_000_000;
+        let timer = PmTimer::from_state(PmTimerState {
+            elapsed_ns: HOUR_NS,
+        });
+        assert!(timer.state().elapsed_ns >= HOUR_NS);
+        let last = PmTimer::from_state(PmTimerState {
+            elapsed_ns: u64::MAX,
+        });
+        last.read(0, &mut [0; 4]);
     }
 
     #[test]

@@ -13,10 +13,12 @@ mod file;
 mod guest_ram;
 pub mod layout;
 mod numa_policy;
+mod state;
 mod zones;
 
 pub use e820::{E820Entry, E820Kind, e820_map};
 pub use error::{MemoryError, ZoneError};
 pub use guest_ram::{GuestMemory, RamSlots};
 pub use numa_policy::HOST_NUMA_NODE_MAX;
+pub use state::{MemoryRangeState, MemoryState, ZoneState};
 pub use zones::{DEFAULT_ZONE_ID, HOTPLUG_ZONE_ID, Zone};

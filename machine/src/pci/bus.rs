@@ -14,12 +14,22 @@ use crate::bus::Bus;
 /// Configuration space of one function in bytes.
 const CONFIG_BYTES: u64 = 0x1000;
 
-struct Slot {
-    function: Arc<dyn PciFunction>,
+pub(super) struct Slot {
+    pub(super) function: Arc<dyn PciFunction>,
     /// Also serialises remapping of this function.
     mappings: Mutex<Mappings>,
     /// Address space taken for its BARs.
-    ranges: Vec<RangeInclusive>,
+    pub(super) ranges: Vec<RangeInclusive>,
+}
+
+impl Slot {
+    pub(super) fn new(function: Arc<dyn PciFunction>, ranges: Vec<RangeInclusive>) -> Arc<Self> {
+        Arc::new(Self {
+            function,
+            mappings: Mutex::default(),
+            ranges,
+        })
+    }
 }
 
 /// The one bus of the one segment.
@@ -27,14 +37,14 @@ struct Slot {
 /// Lock order: a slot's `mappings` before `windows`. The slot table is never
 /// locked while a function is called.
 pub struct PciBus {
-    slots: RwLock<[Option<Arc<Slot>>; SLOT_COUNT as usize]>,
-    windows: Mutex<MemoryWindows>,
+    pub(super) slots: RwLock<[Option<Arc<Slot>>; SLOT_COUNT as usize]>,
+    pub(super) windows: Mutex<MemoryWindows>,
     /// Weak, because the MMIO bus holds our ECAM window and BARs.
     mmio: Weak<Bus>,
     doorbells: Arc<dyn DoorbellBackend>,
     unmapped_bars: AtomicU64,
     /// Bitmap of slots that are given only to who asks for them, as long as there are others.
-    reserved: AtomicU32,
+    pub(super) reserved: AtomicU32,
 }
 
 impl fmt::Debug for PciBus {
@@ -105,11 +115,7 @@ impl PciBus {
             }
         };
         let ranges = self.place_bars(function.as_ref())?;
-        let entry = Arc::new(Slot {
-            function,
-            mappings: Mutex::default(),
-            ranges,
-        });
+        let entry = Slot::new(function, ranges);
         slots[usize::from(slot)] = Some(Arc::clone(&entry));
         drop(slots);
         self.remap(&entry);
@@ -215,7 +221,7 @@ impl PciBus {
         Ok(ranges)
     }
 
-    fn remap(&self, entry: &Slot) {
+    pub(super) fn remap(&self, entry: &Slot) {
         // Without the MMIO bus the machine is being taken apart.
         let Some(mmio) = self.mmio.upgrade() else {
             return;
@@ -277,7 +283,7 @@ fn aligned_piece(offset: u16, left: usize) -> usize {
     }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

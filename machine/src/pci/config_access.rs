@@ -47,6 +47,16 @@ impl ConfigPorts {
         }
     }
 
+    /// The address register. Any value is possible, a guest can write any.
+    pub fn address(&self) -> u32 {
+        self.address.load(Ordering::Relaxed)
+    }
+
+    /// Sets the address register to what it was.
+    pub fn restore_address(&self, address: u32) {
+        self.address.store(address, Ordering::Relaxed);
+    }
+
     /// What the data window shows at `port_offset`, if cycles are enabled and
     /// for our bus.
     fn target(&self, port_offset: u64) -> Option<Target> {

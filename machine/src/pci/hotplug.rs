@@ -19,6 +19,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use serde::{Deserialize, Serialize};
+use state::{Part, State, StateError, parts, require};
+
 use super::{Bdf, PciBus, SLOT_COUNT};
 use crate::bus::BusDevice;
 
@@ -32,6 +35,28 @@ const SEGMENT: u64 = 0xc;
 
 /// Told on a vCPU thread that something was ejected. Must not block.
 pub type EjectSink = Arc<dyn Fn() + Send + Sync>;
+
+const PART: Part = parts::PCI_HOTPLUG;
+
+/// The controller at one moment: bitmaps of slots, and the segment that is selected.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HotplugState {
+    /// Filled since the guest last looked.
+    pub up: u32,
+    /// To be emptied, asked for since the guest last looked.
+    pub down: u32,
+    /// Asked to go and not yet let go of.
+    pub leaving: u32,
+    /// Off the bus; the control thread has not taken them yet.
+    pub ejected: u32,
+    /// Selected by the guest.
+    pub segment: u32,
+}
+
+impl State for HotplugState {
+    const PART: Part = PART;
+}
 
 /// Bitmaps of slots.
 #[derive(Debug, Default)]
@@ -70,6 +95,56 @@ impl HotplugController {
             sink,
             refused_ejects: AtomicU64::new(0),
         }
+    }
+
+    /// What the guest has not looked at or let go of yet.
+    pub fn state(&self) -> HotplugState {
+        let slots = self.lock();
+        HotplugState {
+            up: slots.up,
+            down: slots.down,
+            leaving: slots.leaving,
+            ejected: slots.ejected,
+            segment: slots.segment,
+        }
+    }
+
+    /// Takes the place of the controller that `state` was taken of. The functions are on the bus again.
+    ///
+    /// # Errors
+    /// Slots without a function, or the host bridge's; nothing is changed then.
+    pub fn restore(&self, state: &HotplugState) -> Result<(), StateError> {
+        let functions = self
+            .bus
+            .upgrade()
+            .map_or_else(Vec::new, |bus| bus.functions());
+        let filled = functions
+            .iter()
+            .filter(|(bdf, _)| bdf.slot() != 0)
+            .fold(0, |slots, (bdf, _)| slots | bit(*bdf));
+        for (field, slots) in [
+            ("up", state.up),
+            ("down", state.down),
+            ("leaving", state.leaving),
+        ] {
+            require(slots & !filled == 0, PART, field, || {
+                format!("names slots {slots:#x}, those with a function are {filled:#x}")
+            })?;
+        }
+        require(state.ejected & (filled | 1) == 0, PART, "ejected", || {
+            format!(
+                "names slots {:#x}, of which some have a function",
+                state.ejected
+            )
+        })?;
+        *self.lock() = Slots {
+            up: state.up,
+            down: state.down,
+            leaving: state.leaving,
+            ejected: state.ejected,
+            segment: state.segment,
+        };
+        Ok(())
     }
 
     /// A function was put into this slot. The guest has to be interrupted next.
@@ -309,5 +384,39 @@ mod tests {
             let ejected = rig.controller.take_ejected().into_iter().fold(0, |bits, it| bits | bit(it));
             prop_assert_eq!(left ^ ejected, u32::MAX);
         }
+    }
+
+    #[test]
+    fn controller_saved_and_restored_lets_go_of_what_was_asked_for() {
+        use ::state::{Saved, testing};
+
+        let rig = Rig::new();
+        let bdf = rig
+            .bus
+            .add(Arc::new(FakeFunction::new("_f")), Some(5))
+            .unwrap();
+        rig.controller.request_removal(bdf);
+        let saved = Saved::of(&rig.controller.state());
+        let other = Rig::new();
+        assert!(
+            other.controller.restore(&saved.read().unwrap()).is_err(),
+            "no function there"
+        );
+        other
+            .bus
+            .add(Arc::new(FakeFunction::new("_f")), Some(5))
+            .unwrap();
+        other.controller.restore(&saved.read().unwrap()).unwrap();
+        other.controller.write(EJECT, &(1_u32 << 5).to_le_bytes());
+        assert_eq!(other.controller.take_ejected(), [bdf]);
+        assert_eq!(other.controller.refused_ejects(), 0);
+        testing::damage(&saved, |damaged| {
+            if let Err(error) = damaged
+                .read()
+                .and_then(|state| rig.controller.restore(&state))
+            {
+                assert!(error.to_string().contains("pci-hotplug"), "{error}");
+            }
+        });
     }
 }

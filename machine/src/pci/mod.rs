@@ -16,6 +16,7 @@ mod bus;
 mod config_access;
 mod host_bridge;
 mod hotplug;
+mod state;
 mod windows;
 
 #[cfg(test)]
@@ -29,7 +30,8 @@ use vmm_sys_util::eventfd::EventFd;
 pub use bus::PciBus;
 pub use config_access::{CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, ECAM_BYTES, Ecam};
 pub use host_bridge::HostBridge;
-pub use hotplug::{EjectSink, HOTPLUG_BYTES, HotplugController};
+pub use hotplug::{EjectSink, HOTPLUG_BYTES, HotplugController, HotplugState};
+pub use state::{PciBusState, RangeState, SlotState};
 pub use windows::MemoryWindows;
 
 use crate::bus::BusError;

@@ -83,6 +83,21 @@ impl MemoryWindows {
             })
     }
 
+    /// Takes a range that a function had when its state was saved; false if it is not free, or in
+    /// neither window.
+    pub(super) fn take(&mut self, start: u64, bytes: u64) -> bool {
+        if bytes == 0 || !self.forwards(start, bytes) {
+            return false;
+        }
+        let window = if self.mmio32.range.contains(&start) {
+            &mut self.mmio32
+        } else {
+            &mut self.mmio64
+        };
+        let policy = AllocPolicy::ExactMatch(start);
+        window.allocator.allocate(bytes, 1, policy).is_ok()
+    }
+
     /// Gives back what [`MemoryWindows::allocate`] returned.
     pub(super) fn free(&mut self, range: &RangeInclusive) {
         let window = if self.mmio32.range.contains(&range.start()) {

@@ -202,6 +202,20 @@ impl Endpoint {
         self.pty_path.as_deref()
     }
 
+    /// Input that the sink had no room for.
+    pub(super) fn waiting_input(&self) -> Vec<u8> {
+        self.input
+            .as_ref()
+            .map_or_else(Vec::new, |input| input.waiting())
+    }
+
+    /// Gives `bytes` to the sink before all other input. Without a source of input they are dropped.
+    pub(super) fn put_back_input(&self, bytes: &[u8]) {
+        if let Some(input) = &self.input {
+            input.put_back(bytes);
+        }
+    }
+
     /// Gives input to `sink` from now on; it must call
     /// [`Endpoint::resume_input`] when it has refused some and has room again.
     pub fn set_input_sink(&self, sink: Weak<dyn InputSink>) {

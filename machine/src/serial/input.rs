@@ -17,7 +17,7 @@ use super::Output;
 use super::manager::{Source, Watch, Watcher};
 
 /// Bytes read at once, which is also all that is ever kept here.
-const CHUNK_BYTES: usize = 1024;
+pub(super) const CHUNK_BYTES: usize = 1024;
 
 /// A device that a guest reads from.
 pub trait InputSink: Send + Sync {
@@ -78,6 +78,18 @@ impl Input {
     pub(super) fn set_sink(&self, sink: Weak<dyn InputSink>) {
         let mut state = self.state();
         state.sink = Some(sink);
+        self.offer(&mut state);
+    }
+
+    /// What was read and the device had no room for.
+    pub(super) fn waiting(&self) -> Vec<u8> {
+        self.state().chunk.clone()
+    }
+
+    /// Has `bytes` wait before anything that was read here.
+    pub(super) fn put_back(&self, bytes: &[u8]) {
+        let mut state = self.state();
+        state.chunk.splice(..0, bytes.iter().copied());
         self.offer(&mut state);
     }
 

@@ -30,7 +30,7 @@ pub use input::InputSink;
 pub use manager::SerialManager;
 pub use output::{OUTPUT_BACKLOG_BYTES_MAX, Output};
 pub use terminal::restore_terminal;
-pub use uart::Uart;
+pub use uart::{Uart, UartState};
 
 /// First port and number of ports of COM1.
 pub const SERIAL_PORTS: (u16, u16) = (0x3f8, 8);

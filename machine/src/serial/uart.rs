@@ -5,8 +5,10 @@ use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use serde::{Deserialize, Serialize};
+use state::{Bytes, Part, State, StateError, parts, require};
 use vm_superio::Serial;
-use vm_superio::serial::{Error, NoEvents};
+use vm_superio::serial::{Error, NoEvents, SerialState};
 
 use super::{Endpoint, InputSink, Output};
 use crate::bus::BusDevice;
@@ -33,6 +35,34 @@ const IDENTIFICATION_MASK: u8 = 0xf;
 const DIVISOR_LATCH: u8 = 0x80;
 /// Offset of the modem control register, which has the loopback switch.
 const MODEM_CONTROL: u64 = 4;
+
+const PART: Part = parts::SERIAL;
+/// Bytes its receive FIFO holds.
+const FIFO_BYTES: usize = 64;
+
+/// The port at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)]
+pub struct UartState {
+    pub baud_divisor_low: u8,
+    pub baud_divisor_high: u8,
+    pub interrupt_enable: u8,
+    pub interrupt_identification: u8,
+    pub line_control: u8,
+    pub line_status: u8,
+    pub modem_control: u8,
+    pub modem_status: u8,
+    pub scratch: u8,
+    /// Received and not read by the guest.
+    pub fifo: Bytes,
+    /// Typed, and the FIFO had no room for it.
+    pub waiting: Bytes,
+}
+
+impl State for UartState {
+    const PART: Part = PART;
+}
 
 /// A serial port between a guest and an [`Endpoint`].
 pub struct Uart {
@@ -61,6 +91,65 @@ impl Uart {
         let weak: Weak<Self> = Arc::downgrade(&uart);
         uart.endpoint.set_input_sink(weak);
         uart
+    }
+
+    /// Registers and input that the guest has not read. Nobody may type meanwhile, or what is typed
+    /// is in the state, or comes later, but not both.
+    pub fn state(&self) -> UartState {
+        let serial = self.serial().state();
+        UartState {
+            baud_divisor_low: serial.baud_divisor_low,
+            baud_divisor_high: serial.baud_divisor_high,
+            interrupt_enable: serial.interrupt_enable,
+            interrupt_identification: serial.interrupt_identification,
+            line_control: serial.line_control,
+            line_status: serial.line_status,
+            modem_control: serial.modem_control,
+            modem_status: serial.modem_status,
+            scratch: serial.scratch,
+            fifo: Bytes(serial.in_buffer),
+            waiting: Bytes(self.endpoint.waiting_input()),
+        }
+    }
+
+    /// Takes the place of the port that `state` was taken of.
+    ///
+    /// # Errors
+    /// More input than a port and its endpoint hold; nothing is changed then.
+    pub fn restore(&self, state: &UartState) -> Result<(), StateError> {
+        for (field, bytes, max) in [
+            ("fifo", &state.fifo, FIFO_BYTES),
+            ("waiting", &state.waiting, super::input::CHUNK_BYTES),
+        ] {
+            let count = bytes.0.len();
+            require(count <= max, PART, field, || {
+                format!("has {count} bytes, at most {max} are possible")
+            })?;
+        }
+        let saved = SerialState {
+            baud_divisor_low: state.baud_divisor_low,
+            baud_divisor_high: state.baud_divisor_high,
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            in_buffer: state.fifo.0.clone(),
+        };
+        let mut serial = self.serial();
+        let line = serial.interrupt_evt().clone();
+        match Serial::from_state(&saved, line, NoEvents, self.endpoint.output()) {
+            Ok(restored) => *serial = restored,
+            Err(error) => {
+                let reason = format!("cannot be taken over: {error}");
+                return Err(StateError::invalid(PART, "fifo", reason));
+            }
+        }
+        drop(serial);
+        self.endpoint.put_back_input(&state.waiting.0);
+        Ok(())
     }
 
     /// Interrupts the host refused because of what the guest programmed.
@@ -285,6 +374,38 @@ mod tests {
         assert_eq!(machine.receive(1), b"L");
         machine.ports.write(BASE + 4, &[0]);
         assert_eq!(machine.receive(5), b"typed");
+    }
+
+    #[test]
+    fn port_saved_and_restored_loses_no_typed_byte() {
+        let manager = manager();
+        let directory = tempfile::tempdir().unwrap();
+        let sent: Vec<u8> = (0..200_u8).collect();
+        let open = |name| {
+            let mode = EndpointMode::Socket(directory.path().join(name));
+            machine(Endpoint::open(&mode, &manager).unwrap())
+        };
+        let first = open("first");
+        first.ports.write(BASE + 7, &[0x77]);
+        let mut client = UnixStream::connect(directory.path().join("first")).unwrap();
+        client.write_all(&sent).unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while first.uart.state().waiting.0.len() + FIFO_BYTES < sent.len() {
+            assert!(Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+        let saved = state::Saved::of(&first.uart.state());
+        let second = open("second");
+        second.uart.restore(&saved.read().unwrap()).unwrap();
+        assert_eq!(second.read(7), 0x77);
+        assert!(second.receive(sent.len()) == sent);
+
+        let third = machine(Endpoint::open(&EndpointMode::Null, &manager).unwrap());
+        state::testing::damage(&saved, |damaged| {
+            if let Err(error) = damaged.read().and_then(|state| third.uart.restore(&state)) {
+                assert!(error.to_string().contains("serial"), "{error}");
+            }
+        });
     }
 
     #[test]

@@ -131,6 +131,15 @@ macro_rules! guest_faults {
                 [$((stringify!($name), self.$name),)+].into_iter()
             }
 
+            /// Sets the fault of this name; false if there is none.
+            pub(super) fn set(&mut self, name: &str, count: u64) -> bool {
+                match name {
+                    $(stringify!($name) => self.$name = count,)+
+                    _ => return false,
+                }
+                true
+            }
+
             pub(super) fn add_all(&mut self, other: &Self) {
                 $(self.$name = self.$name.saturating_add(other.$name);)+
             }

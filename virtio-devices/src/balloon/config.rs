@@ -69,6 +69,14 @@ impl ConfigSpace {
         self.poison_val.load(Ordering::Relaxed)
     }
 
+    /// All fields as they were saved.
+    pub(super) fn restore(&self, num_pages: u32, actual: u32, hint_cmd_id: u32, poison_val: u32) {
+        self.num_pages.store(num_pages, Ordering::Relaxed);
+        self.actual.store(actual, Ordering::Relaxed);
+        self.hint_cmd_id.store(hint_cmd_id, Ordering::Relaxed);
+        self.poison_val.store(poison_val, Ordering::Relaxed);
+    }
+
     /// The driver is gone, and with it what it has told; what the host asked for stays.
     pub(super) fn forget_driver(&self) {
         self.actual.store(0, Ordering::Relaxed);

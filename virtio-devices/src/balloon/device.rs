@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
+use ::state::{Saved, StateError};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -185,6 +186,14 @@ impl VirtioDevice for Balloon {
     fn reset(&mut self) {
         self.shared.config.forget_driver();
         self.shared.control.driver_went();
+    }
+
+    fn state(&self) -> Saved {
+        Saved::of(&self.shared.state())
+    }
+
+    fn restore(&mut self, state: &Saved) -> Result<(), StateError> {
+        self.shared.restore(state)
     }
 
     fn counters(&self) -> Counters {

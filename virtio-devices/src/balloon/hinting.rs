@@ -17,8 +17,13 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use ::state::{Part, StateError, parts, require};
+use serde::{Deserialize, Serialize};
+
 use super::config::ConfigSpace;
 use super::spec::{VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP};
+
+const PART: Part = parts::BALLOON;
 
 /// First id that stands for a run.
 const CMD_ID_FIRST: u32 = 2;
@@ -39,6 +44,8 @@ pub enum HintingPhase {
 }
 
 impl HintingPhase {
+    const ALL: [Self; 4] = [Self::Idle, Self::Requested, Self::Running, Self::Stopping];
+
     /// Name in answers.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -61,6 +68,20 @@ pub struct HintingStatus {
     /// Runs asked for.
     pub runs_requested: u64,
     /// Runs the guest has ended by itself, having sent everything.
+    pub runs_completed: u64,
+}
+
+/// Runs at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HintingState {
+    /// Name of the phase.
+    pub phase: String,
+    /// Id of the latest run; 0 before the first.
+    pub command_id: u32,
+    /// Runs asked for.
+    pub runs_requested: u64,
+    /// Runs the guest has ended by itself.
     pub runs_completed: u64,
 }
 
@@ -93,6 +114,48 @@ impl Hinting {
 
     pub(super) fn status(&self) -> HintingStatus {
         *self.lock()
+    }
+
+    pub(super) fn state(&self) -> HintingState {
+        let status = self.status();
+        HintingState {
+            phase: status.phase.name().to_owned(),
+            command_id: status.command_id,
+            runs_requested: status.runs_requested,
+            runs_completed: status.runs_completed,
+        }
+    }
+
+    /// Goes on with a saved run, which the guest sees as `shown_id`.
+    pub(super) fn restore(&self, state: &HintingState, shown_id: u32) -> Result<(), StateError> {
+        let phase = HintingPhase::ALL
+            .into_iter()
+            .find(|phase| phase.name() == state.phase)
+            .ok_or_else(|| {
+                let reason = format!("has unknown phase {:?}", state.phase);
+                StateError::invalid(PART, "hinting", reason)
+            })?;
+        let shown = match phase {
+            HintingPhase::Requested | HintingPhase::Running => {
+                state.command_id >= CMD_ID_FIRST && shown_id == state.command_id
+            }
+            HintingPhase::Idle | HintingPhase::Stopping => {
+                [VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP].contains(&shown_id)
+            }
+        };
+        require(shown, PART, "free_page_hint_cmd_id", || {
+            format!(
+                "cannot be {shown_id} in phase {:?} of run {}",
+                state.phase, state.command_id
+            )
+        })?;
+        *self.lock() = HintingStatus {
+            phase,
+            command_id: state.command_id,
+            runs_requested: state.runs_requested,
+            runs_completed: state.runs_completed,
+        };
+        Ok(())
     }
 
     pub(super) fn is_running(&self) -> bool {

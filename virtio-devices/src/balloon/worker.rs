@@ -5,18 +5,20 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use ::state::{Part, Saved, StateError, parts, require};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::accounting::{GuestFaults, Path};
 use super::hinting::CommandEffect;
-use super::numbering::{Numbering, QueueRole};
+use super::numbering::{Numbering, QUEUE_SIZES, QueueRole};
 use super::policy::PausePhase;
 use super::shared::{ActiveDriver, Shared, takes_policy};
 use super::spec::VIRTIO_BALLOON_F_PAGE_POISON;
+use super::state::BalloonWorkerState;
 use super::stats::{STATS_BYTES_MAX, StatsSample};
 use super::stats_timer::StatsTimer;
 use super::{chain, hint, inflate, reporting};
-use crate::device::{Activation, GuestRam, Interrupt, QueueHandler, WorkerError};
+use crate::device::{Activation, GuestRam, HandlerState, Interrupt, QueueHandler, WorkerError};
 use crate::queue::{Chain, Next, ServedQueue};
 use crate::reclaim::{DiscardEngine, Expected, Extent, GuestRange, Outcome, SkipReason};
 use crate::worker::{EventSources, Turn};
@@ -37,6 +39,8 @@ pub(super) struct BalloonWorker {
     engine: DiscardEngine,
     timer: StatsTimer,
     active: Option<Active>,
+    /// [`Active::parked`] of the restored driver, until it is active again.
+    parked_before: Option<u16>,
     batch: Batch,
     /// Page frame numbers or statistics of one chain.
     bytes: Vec<u8>,
@@ -104,6 +108,7 @@ impl BalloonWorker {
             engine,
             timer,
             active: None,
+            parked_before: None,
             batch: Batch::default(),
             bytes: Vec::new(),
             faults: GuestFaults::default(),
@@ -446,7 +451,7 @@ impl QueueHandler for BalloonWorker {
             features: activation.features,
             interrupt: activation.interrupt,
             queues,
-            parked: None,
+            parked: self.parked_before.take(),
         });
         Ok(())
     }
@@ -494,7 +499,34 @@ impl QueueHandler for BalloonWorker {
         ]
     }
 
+    fn state(&self) -> HandlerState {
+        let active = self.active.as_ref();
+        let queues = active.iter().flat_map(|active| &active.queues);
+        HandlerState {
+            queues: queues.map(|it| it.queue.position()).collect(),
+            own: Some(Saved::of(&BalloonWorkerState {
+                parked: active.map_or(self.parked_before, |active| active.parked),
+            })),
+        }
+    }
+
+    fn restore(&mut self, own: Option<&Saved>) -> Result<(), StateError> {
+        const PART: Part = parts::BALLOON_WORKER;
+        let missing = || StateError::invalid(PART, "parked", "is missing");
+        let BalloonWorkerState { parked } = own.ok_or_else(missing)?.read()?;
+        let heads = QUEUE_SIZES.into_iter().max().unwrap_or(0);
+        require(
+            parked.is_none_or(|head| head < heads),
+            PART,
+            "parked",
+            || format!("is {parked:?}, no ring is so long"),
+        )?;
+        self.parked_before = parked;
+        Ok(())
+    }
+
     fn reset(&mut self) {
+        self.parked_before = None;
         self.active = None;
         self.batch = Batch::default();
         self.shared.set_driver(None);

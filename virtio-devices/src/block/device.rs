@@ -5,6 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
+use state::{Part, Saved, State, StateError, parts, require};
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES};
 
 use super::config_space::{self, CONFIG_BYTES, WRITEBACK_AT};
@@ -22,6 +24,20 @@ use crate::thread_name::thread_name;
 const VIRTIO_ID_BLOCK: u32 = 2;
 const QUEUE_SIZE_MIN: u16 = 4;
 const SERIAL_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
+
+/// What a disk is besides its configuration. What is in the image stays there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockState {
+    /// Size the guest sees; the image must still have it.
+    pub capacity_sectors: u64,
+    /// The driver has the cache in write-back mode.
+    pub writeback: bool,
+}
+
+impl State for BlockState {
+    const PART: Part = parts::BLOCK;
+}
 
 /// What the configuration half and all queues know.
 #[derive(Debug)]
@@ -219,6 +235,26 @@ impl VirtioDevice for Block {
 
     fn reset(&mut self) {
         self.disk.writeback.store(true, Ordering::Release);
+    }
+
+    fn state(&self) -> Saved {
+        Saved::of(&BlockState {
+            capacity_sectors: self.disk.capacity_sectors.load(Ordering::Acquire),
+            writeback: self.disk.writeback(),
+        })
+    }
+
+    fn restore(&mut self, state: &Saved) -> Result<(), StateError> {
+        let state = state.read::<BlockState>()?;
+        let sectors = self.disk.capacity_sectors.load(Ordering::Acquire);
+        let found = state.capacity_sectors;
+        require(found == sectors, parts::BLOCK, "capacity_sectors", || {
+            format!("is {found}, the image has {sectors}")
+        })?;
+        self.disk
+            .writeback
+            .store(state.writeback, Ordering::Release);
+        Ok(())
     }
 
     fn counters(&self) -> Counters {

@@ -33,7 +33,7 @@ mod tests;
 use std::io;
 use std::path::PathBuf;
 
-pub use device::Block;
+pub use device::{Block, BlockState};
 pub use engine::EngineChoice;
 pub use format::ImageFormat;
 

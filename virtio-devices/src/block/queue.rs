@@ -13,7 +13,7 @@ use super::device::DiskState;
 use super::flights::{Flights, Landed};
 use super::job::{Job, Kind, Range, Step, Transfer};
 use super::request::{Operation, Request};
-use crate::device::{Activation, GuestRam, QueueHandler, WorkerError};
+use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError};
 use crate::queue::{GuestBuffers, Next, Popped, RamGuard, ServedQueue};
 use crate::worker::{EventSources, Turn};
 
@@ -334,6 +334,10 @@ impl QueueHandler for BlockQueue {
         self.flights.abandon();
         self.landed.clear();
         self.active = None;
+    }
+
+    fn state(&self) -> HandlerState {
+        HandlerState::of_queues(self.active.iter().map(|active| active.queue.position()))
     }
 
     fn pause(&mut self) {

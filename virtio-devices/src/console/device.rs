@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 
+use serde::{Deserialize, Serialize};
+use state::{Part, Saved, State, StateError, parts};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::endpoint::ConsoleEndpoint;
@@ -36,6 +38,16 @@ pub(super) struct Shared {
     pub(super) tx_bytes: AtomicU64,
     pub(super) tx_dropped_bytes: AtomicU64,
     pub(super) bad_chains: AtomicU64,
+}
+
+/// A console has nothing of its own: its size is that of the terminal it is on now, of which a
+/// driver hears when it is resumed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleState {}
+
+impl State for ConsoleState {
+    const PART: Part = parts::CONSOLE;
 }
 
 /// The configuration half.
@@ -144,6 +156,14 @@ impl VirtioDevice for Console {
     fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {
         // Set once, by the one transport there is.
         self.interrupt.0.set(interrupt).ok();
+    }
+
+    fn state(&self) -> Saved {
+        Saved::of(&ConsoleState {})
+    }
+
+    fn restore(&mut self, state: &Saved) -> Result<(), StateError> {
+        state.read().map(|ConsoleState {}| ())
     }
 
     fn counters(&self) -> Counters {

@@ -6,15 +6,19 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use serde::{Deserialize, Serialize};
+use state::{Bytes, Part, Saved, State, StateError, parts, require};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::device::Shared;
 use super::endpoint::ConsoleEndpoint;
-use super::output::{Output, Written};
-use crate::device::{Activation, GuestRam, QueueHandler, WorkerError};
+use super::output::{BACKLOG_BYTES_MAX, Output, Written};
+use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError};
 use crate::queue::{GuestBuffers, Next, Popped, RamGuard, ServedQueue};
 use crate::worker::{EventSources, Turn};
+
+const PART: Part = parts::CONSOLE_OUTPUT;
 
 /// Queue numbers (virtio 1.2 §5.3.2).
 const RECEIVE: u16 = 0;
@@ -43,6 +47,18 @@ enum Input {
     Unpollable,
     /// Missing, at its end, or broken.
     Closed,
+}
+
+/// Text of the guest's that the output has not taken yet. Input that waits is still in the host's file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleOutputState {
+    /// The text.
+    pub backlog: Bytes,
+}
+
+impl State for ConsoleOutputState {
+    const PART: Part = PART;
 }
 
 /// What is there while the device is active.
@@ -378,6 +394,31 @@ impl QueueHandler for ConsoleHandler {
         };
         self.active = Some(active);
         outcome
+    }
+
+    fn state(&self) -> HandlerState {
+        let queues = self
+            .active
+            .iter()
+            .flat_map(|it| [&it.receive, &it.transmit]);
+        HandlerState {
+            queues: queues.flatten().map(ServedQueue::position).collect(),
+            own: Some(Saved::of(&ConsoleOutputState {
+                backlog: Bytes(self.output.backlog()),
+            })),
+        }
+    }
+
+    fn restore(&mut self, own: Option<&Saved>) -> Result<(), StateError> {
+        let own = own.ok_or_else(|| StateError::invalid(PART, "handlers", "has no output"))?;
+        let ConsoleOutputState { backlog } = own.read()?;
+        let count = backlog.0.len();
+        require(count <= BACKLOG_BYTES_MAX, PART, "backlog", || {
+            format!("has {count} bytes, at most {BACKLOG_BYTES_MAX} are kept")
+        })?;
+        let written = self.output.write(&backlog.0);
+        self.count_dropped(written);
+        Ok(())
     }
 
     fn pause(&mut self) {

@@ -16,5 +16,6 @@ mod output;
 #[cfg(test)]
 mod tests;
 
-pub use device::{Console, ConsoleHandle, WindowSize};
+pub use device::{Console, ConsoleHandle, ConsoleState, WindowSize};
 pub use endpoint::ConsoleEndpoint;
+pub use handler::ConsoleOutputState;

@@ -37,6 +37,11 @@ impl Output {
         (!self.backlog.is_empty()).then(|| file.as_raw_fd())
     }
 
+    /// Bytes that the output has not taken yet.
+    pub(super) fn backlog(&self) -> Vec<u8> {
+        self.backlog.iter().copied().collect()
+    }
+
     /// Whether anything written arrives anywhere.
     pub(super) fn is_connected(&self) -> bool {
         self.file.is_some()

@@ -58,7 +58,7 @@ fn drain(host: &mut UnixStream) -> Vec<u8> {
 
 #[test]
 fn console_conforms() {
-    conformance(|_| {
+    conformance("console", |_| {
         let zero = File::open("/dev/zero").unwrap();
         let null = File::options().write(true).open("/dev/null").unwrap();
         let endpoint = ConsoleEndpoint::new(Some(zero.into()), Some(null.into()));

@@ -14,6 +14,9 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+use state::{Part, Saved, State, StateError, parts, require};
+
 use super::handle::{MemHandle, ResizeError};
 use super::region::MemRegion;
 use super::shared::{Shared, count};
@@ -28,6 +31,24 @@ const QUEUE_SIZES: [u16; 1] = [128];
 /// Fields of 64 bits, `node_id` and its padding being one.
 const FIELDS: usize = 7;
 const FIELD_BYTES: usize = 8;
+
+/// The configuration half at one moment. Which blocks are plugged, the queue half knows.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemState {
+    /// Guest address of the region; it must be the same again.
+    pub start: u64,
+    /// Length of the region; it must be the same again.
+    pub bytes: u64,
+    /// Length of a block; it must be the same again.
+    pub block_bytes: u64,
+    /// What the host wants the guest to have.
+    pub requested_bytes: u64,
+}
+
+impl State for MemState {
+    const PART: Part = parts::MEM;
+}
 
 /// How to make the device.
 #[derive(Debug)]
@@ -120,6 +141,38 @@ impl VirtioDevice for Mem {
 
     fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {
         self.shared.set_interrupt(interrupt);
+    }
+
+    fn state(&self) -> Saved {
+        let region = &self.shared.region;
+        Saved::of(&MemState {
+            start: region.start(),
+            bytes: region.bytes(),
+            block_bytes: region.block_bytes(),
+            requested_bytes: self.shared.requested_bytes(),
+        })
+    }
+
+    fn restore(&mut self, state: &Saved) -> Result<(), StateError> {
+        let state = state.read::<MemState>()?;
+        let region = &self.shared.region;
+        for (field, saved, own) in [
+            ("start", state.start, region.start()),
+            ("bytes", state.bytes, region.bytes()),
+            ("block_bytes", state.block_bytes, region.block_bytes()),
+        ] {
+            require(saved == own, parts::MEM, field, || {
+                format!("is {saved:#x}, the region's is {own:#x}")
+            })?;
+        }
+        let requested = state.requested_bytes;
+        let possible =
+            requested <= region.bytes() && requested.is_multiple_of(region.block_bytes());
+        require(possible, parts::MEM, "requested_bytes", || {
+            format!("cannot be {requested:#x}")
+        })?;
+        self.shared.set_requested_bytes(requested);
+        Ok(())
     }
 
     fn counters(&self) -> Counters {

@@ -28,9 +28,10 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-pub use device::{Mem, MemParams};
+pub use device::{Mem, MemParams, MemState};
 pub use handle::{MemHandle, ResizeError};
 pub use region::{MemRegion, RegionError};
+pub use worker::{MemBlocksState, RunState};
 
 /// Feature bits and constants (virtio 1.2 §5.15.3, §5.15.6; include/uapi/linux/virtio_mem.h).
 pub mod spec {

@@ -115,7 +115,7 @@ impl Rig {
 
 #[test]
 fn mem_conforms() {
-    conformance(|_| Arc::new(Mutex::new(device(START, BLOCKS, 2).0)));
+    conformance("mem", |_| Arc::new(Mutex::new(device(START, BLOCKS, 2).0)));
 }
 
 #[test]

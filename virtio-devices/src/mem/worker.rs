@@ -4,6 +4,9 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use serde::{Deserialize, Serialize};
+use state::{Part, Saved, State, StateError, parts, require};
+
 use super::blocks::Blocks;
 use super::request::{ANSWER_BYTES, Answer, BlockState, Named, REQUEST_BYTES, Request};
 use super::shared::{Shared, count};
@@ -11,6 +14,31 @@ use crate::device::GuestRam;
 use crate::queue::{ChainBuffers, ChainError, Driver, Reply, SingleQueueDevice};
 use crate::reclaim::{DiscardEngine, Expected, GuestRange, Outcome};
 use crate::worker::Turn;
+
+const PART: Part = parts::MEM_BLOCKS;
+
+/// Which blocks are plugged. More than the host wants can be, while the guest takes its time to
+/// give them back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemBlocksState {
+    /// Runs of plugged blocks, ascending.
+    pub plugged: Vec<RunState>,
+}
+
+/// Blocks that follow one another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunState {
+    /// Number of the first.
+    pub first: u64,
+    /// How many.
+    pub count: u64,
+}
+
+impl State for MemBlocksState {
+    const PART: Part = PART;
+}
 
 /// Serves the one queue, and knows which blocks are plugged. A reset of the device plugs and unplugs nothing (virtio
 /// 1.2 §5.15.5.2): the driver that comes next finds the blocks as they are. A reboot makes another device.
@@ -173,5 +201,38 @@ impl SingleQueueDevice for MemWorker {
         };
         buffers.writable.copy_in(&answer.bytes());
         Reply::Done(ANSWER_BYTES as u32)
+    }
+
+    fn own_state(&self) -> Option<Saved> {
+        let run = |run: &Range<u64>| RunState {
+            first: run.start,
+            count: run.end - run.start,
+        };
+        Some(Saved::of(&MemBlocksState {
+            plugged: self.blocks.plugged_runs().iter().map(run).collect(),
+        }))
+    }
+
+    fn restore(&mut self, own: Option<&Saved>) -> Result<(), StateError> {
+        let missing = || StateError::invalid(PART, "plugged", "is missing");
+        let state: MemBlocksState = own.ok_or_else(missing)?.read()?;
+        let mut end = 0;
+        let mut plugged = 0;
+        for run in &state.plugged {
+            let last = run.first.checked_add(run.count);
+            let run_end = last.filter(|last| *last <= self.shared.region.block_count());
+            require(
+                run.count > 0 && run.first >= end && run_end.is_some(),
+                PART,
+                "plugged",
+                || format!("cannot contain {run:?}"),
+            )?;
+            end = run.first + run.count;
+            self.blocks.set(run.first..end, true);
+            plugged += run.count;
+        }
+        self.shared
+            .set_plugged_bytes(self.shared.region.bytes_of(plugged));
+        Ok(())
     }
 }

@@ -87,7 +87,7 @@ impl SingleQueueDevice for ControlQueue {
     }
 
     fn activated(&mut self, features: u64) {
-        self.net.set_offloads(features);
+        self.net.set_first_offloads(features);
     }
 
     fn answer(

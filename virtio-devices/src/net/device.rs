@@ -1,12 +1,15 @@
 //! The configuration half of a network device, and what both halves share.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde::{Deserialize, Serialize};
+use state::{Bytes, Part, Saved, State, StateError, parts, require};
 use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::config_space::{self, CONFIG_BYTES, has, tun_offloads};
+use super::config_space::{self, CONFIG_BYTES, GUEST_OFFLOADS, has, tun_offloads};
 use super::control::ControlQueue;
 use super::counters::NetCounters;
 use super::pair::QueuePair;
@@ -22,6 +25,26 @@ const QUEUE_SIZE_MIN: u16 = 4;
 /// Least MTU that IPv4 allows (RFC 791).
 const MTU_MIN: u16 = 68;
 
+/// What a network device is besides its configuration. Frames that nobody has taken are lost, as on
+/// any network.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetDeviceState {
+    /// The configuration space; it must be the same again.
+    pub config: Bytes,
+    /// Pairs that frames are spread over.
+    pub enabled_pairs: u16,
+    /// Feature bits of the offloads that the driver can cope with.
+    pub offloads: u64,
+}
+
+impl State for NetDeviceState {
+    const PART: Part = parts::NET;
+}
+
+/// Marks [`NetState::restored_offloads`] as there; no feature bit.
+const RESTORED: u64 = 1 << 63;
+
 /// What the configuration half and all workers know.
 #[derive(Debug)]
 pub(super) struct NetState {
@@ -31,6 +54,10 @@ pub(super) struct NetState {
     /// Pairs that the tap sends frames to. Held while that changes.
     enabled_pairs: Mutex<u16>,
     counters: NetCounters,
+    /// Feature bits of the offloads that the tap has been told of.
+    offloads: AtomicU64,
+    /// What the next driver that is activated, which is a restored one, had set; 0 for none.
+    restored_offloads: AtomicU64,
 }
 
 impl NetState {
@@ -46,6 +73,8 @@ impl NetState {
             enabled_events,
             enabled_pairs: Mutex::new(all),
             counters: NetCounters::default(),
+            offloads: AtomicU64::new(0),
+            restored_offloads: AtomicU64::new(0),
         };
         net.enable_pairs(1);
         Ok(net)
@@ -89,6 +118,29 @@ impl NetState {
         true
     }
 
+    /// What a driver has set last, be it restored and not yet activated.
+    fn offloads(&self) -> u64 {
+        match self.restored_offloads.load(Ordering::Acquire) {
+            0 => self.offloads.load(Ordering::Acquire),
+            restored => restored & !RESTORED,
+        }
+    }
+
+    pub(super) fn enabled_pairs(&self) -> u16 {
+        let enabled = self.enabled_pairs.lock();
+        *enabled.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A driver is there: what its features say, unless it was restored and had said something else.
+    pub(super) fn set_first_offloads(&self, features: u64) {
+        let restored = self.restored_offloads.swap(0, Ordering::AcqRel);
+        self.set_offloads(if restored == 0 {
+            features
+        } else {
+            restored & !RESTORED
+        });
+    }
+
     /// Tells the tap what the guest can cope with. False if the kernel refuses.
     pub(super) fn set_offloads(&self, features: u64) -> bool {
         let result = self.taps[0].set_offload(tun_offloads(features));
@@ -96,6 +148,10 @@ impl NetState {
             && NetCounters::count_loudly(&self.counters.tap_errors)
         {
             log::warn!("{}: setting offloads: {error}", self.taps[0].name());
+        }
+        if result.is_ok() {
+            self.offloads
+                .store(features & GUEST_OFFLOADS, Ordering::Release);
         }
         result.is_ok()
     }
@@ -249,6 +305,35 @@ impl VirtioDevice for Net {
             return Some(index / 2);
         }
         (control && index == 2 * pairs).then_some(self.pairs)
+    }
+
+    fn state(&self) -> Saved {
+        Saved::of(&NetDeviceState {
+            config: Bytes(self.config.to_vec()),
+            enabled_pairs: self.net.enabled_pairs(),
+            offloads: self.net.offloads(),
+        })
+    }
+
+    fn restore(&mut self, state: &Saved) -> Result<(), StateError> {
+        let state = state.read::<NetDeviceState>()?;
+        require(state.config.0 == self.config, parts::NET, "config", || {
+            "differs: MAC address, MTU or number of pairs are others".to_owned()
+        })?;
+        let unknown = state.offloads & !(self.features & GUEST_OFFLOADS);
+        require(unknown == 0, parts::NET, "offloads", || {
+            format!("has bits {unknown:#x} that are not on offer")
+        })?;
+        let pairs = state.enabled_pairs;
+        let possible = (1..=self.pairs).contains(&usize::from(pairs));
+        require(possible, parts::NET, "enabled_pairs", || {
+            format!("is {pairs}, there are {}", self.pairs)
+        })?;
+        self.net.enable_pairs(pairs);
+        self.net
+            .restored_offloads
+            .store(state.offloads | RESTORED, Ordering::Release);
+        Ok(())
     }
 
     fn counters(&self) -> Counters {

@@ -30,7 +30,7 @@ mod transmit;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
-pub use device::Net;
+pub use device::{Net, NetDeviceState};
 pub use tap::{Tap, TapError};
 
 /// Largest queue: the kernel takes 1024 vectors in one call.

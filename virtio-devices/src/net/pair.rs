@@ -12,7 +12,7 @@ use super::device::NetState;
 use super::receive::{self, Receiver};
 use super::tap_watch::TapWatch;
 use super::transmit::{self, Transmitter};
-use crate::device::{Activation, GuestRam, QueueHandler, WorkerError};
+use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError};
 use crate::queue::{RamGuard, ServedQueue};
 use crate::worker::{EventSources, Turn};
 
@@ -115,7 +115,7 @@ impl QueueHandler for QueuePair {
         } = activation;
         // With a control queue it is that queue's worker who sets offloads.
         if self.index == 0 && !has(features, VIRTIO_NET_F_CTRL_VQ) {
-            self.net.set_offloads(features);
+            self.net.set_first_offloads(features);
         }
         let mut active = Active {
             ram: mem,
@@ -188,6 +188,17 @@ impl QueueHandler for QueuePair {
                 log::warn!("{}: {error}", self.name);
             }
         }
+    }
+
+    fn state(&self) -> HandlerState {
+        let receiver = |active: &Active| active.receiver.as_ref().map(Receiver::position);
+        let transmitter = |active: &Active| active.transmitter.as_ref().map(Transmitter::position);
+        let positions = self.active.iter();
+        HandlerState::of_queues(
+            positions
+                .flat_map(|it| [receiver(it), transmitter(it)])
+                .flatten(),
+        )
     }
 
     fn pause(&mut self) {

@@ -12,7 +12,7 @@ use std::os::fd::RawFd;
 use super::counters::NetCounters;
 use super::frame_io::{FrameReader, Read};
 use super::{FRAME_BYTES_MAX, HEADER_BYTES};
-use crate::device::WorkerError;
+use crate::device::{QueuePosition, WorkerError};
 use crate::queue::{ChainBuffers, GuestBuffers, Next, Popped, RamGuard, ServedQueue};
 use crate::worker::Turn;
 
@@ -63,6 +63,10 @@ impl Receiver {
             spill: Vec::new(),
             held_bytes: None,
         }
+    }
+
+    pub(super) fn position(&self) -> QueuePosition {
+        self.queue.position()
     }
 
     pub(super) fn queue_index(&self) -> u16 {

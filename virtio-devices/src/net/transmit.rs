@@ -6,7 +6,7 @@ use std::os::fd::RawFd;
 use super::counters::NetCounters;
 use super::frame_io::write_frame;
 use super::{FRAME_BYTES_MAX, HEADER_BYTES};
-use crate::device::WorkerError;
+use crate::device::{QueuePosition, WorkerError};
 use crate::queue::{ChainBuffers, Next, RamGuard, ServedQueue};
 use crate::worker::Turn;
 
@@ -29,6 +29,10 @@ pub(super) struct Transmitter {
 impl Transmitter {
     pub(super) fn new(queue: ServedQueue) -> Self {
         Self { queue }
+    }
+
+    pub(super) fn position(&self) -> QueuePosition {
+        self.queue.position()
     }
 
     pub(super) fn queue_index(&self) -> u16 {

@@ -4,6 +4,11 @@
 //! Only what a driver may change is writable; everything else ignores writes,
 //! so that a guest can write anything at any width.
 
+use serde::{Deserialize, Serialize};
+use state::{Bytes, Part, State, StateError, parts, require};
+
+const PART: Part = parts::PCI_CONFIG;
+
 /// Bytes of conventional configuration space. Our functions have no PCI Express
 /// capability; the extended space behind it reads as zero, "no capabilities".
 const SPACE_BYTES: usize = 256;
@@ -59,7 +64,46 @@ pub struct ConfigSpace {
     last_capability: Option<u8>,
 }
 
+/// Conventional configuration space at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PciConfigState {
+    /// All of it.
+    pub bytes: Bytes,
+}
+
+impl State for PciConfigState {
+    const PART: Part = PART;
+}
+
 impl ConfigSpace {
+    /// What a driver has made of it.
+    pub fn state(&self) -> PciConfigState {
+        PciConfigState {
+            bytes: Bytes(self.bytes.to_vec()),
+        }
+    }
+
+    /// Takes over what a driver may change. All else tells which function this is, so it must be
+    /// the same already.
+    ///
+    /// # Errors
+    /// The state is of another function; nothing is changed then.
+    pub fn restore(&mut self, state: &PciConfigState) -> Result<(), StateError> {
+        let bytes = &state.bytes.0;
+        require(bytes.len() == SPACE_BYTES, PART, "bytes", || {
+            format!("has {} bytes instead of {SPACE_BYTES}", bytes.len())
+        })?;
+        let other =
+            (0..SPACE_BYTES).find(|&at| (bytes[at] ^ self.bytes[at]) & !self.writable[at] != 0);
+        if let Some(at) = other {
+            let reason = format!("differs at {at:#x}: it is of another function");
+            return Err(StateError::invalid(PART, "bytes", reason));
+        }
+        self.bytes.copy_from_slice(bytes);
+        Ok(())
+    }
+
     /// A header without BARs and capabilities; decoding is off, as at power-on.
     pub fn new(identity: Identity) -> Self {
         let mut space = Self {

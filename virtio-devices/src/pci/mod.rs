@@ -9,8 +9,10 @@ mod msix;
 
 use std::io;
 
-pub use config_space::{ConfigSpace, Identity};
-pub use msix::{MSIX_CAPABILITY_ID, MSIX_ENTRY_BYTES, MSIX_VECTORS_MAX, MsixLines, MsixTable};
+pub use config_space::{ConfigSpace, Identity, PciConfigState};
+pub use msix::{
+    MSIX_CAPABILITY_ID, MSIX_ENTRY_BYTES, MSIX_VECTORS_MAX, MsixLines, MsixState, MsixTable,
+};
 
 use vmm_sys_util::eventfd::EventFd;
 

@@ -17,7 +17,12 @@ use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
+use state::{Bytes, Part, State, StateError, parts, require};
+
 use super::{MsiMessage, MsiVectors};
+
+const PART: Part = parts::MSIX;
 
 /// Capability id of MSI-X.
 pub const MSIX_CAPABILITY_ID: u8 = 0x11;
@@ -33,6 +38,20 @@ const VECTOR_CONTROL_MASK: u8 = 1;
 const VECTOR_CONTROL: usize = 12;
 /// Most vectors a function can have: the table size field has eleven bits.
 pub const MSIX_VECTORS_MAX: u16 = 2048;
+
+/// Table and pending bits at one moment. Whether MSI-X is on stands in configuration space.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MsixState {
+    /// The vector table as the driver reads it.
+    pub table: Bytes,
+    /// Vectors with their pending bit set, ascending.
+    pub pending: Vec<u16>,
+}
+
+impl State for MsixState {
+    const PART: Part = PART;
+}
 
 /// The end of MSI-X that device threads hold.
 pub struct MsixLines {
@@ -76,6 +95,15 @@ impl MsixLines {
         line.pending.store(true, Ordering::SeqCst);
         if line.live.load(Ordering::SeqCst) {
             self.inject_pending(vector);
+        }
+    }
+
+    /// Injects what was pending when the table was saved and is not masked.
+    pub(crate) fn inject_restored(&self) {
+        for (vector, line) in (0u16..).zip(&self.lines) {
+            if line.live.load(Ordering::SeqCst) {
+                self.inject_pending(vector);
+            }
         }
     }
 
@@ -159,6 +187,57 @@ impl MsixTable {
     /// The end for device threads.
     pub fn lines(&self) -> Arc<MsixLines> {
         Arc::clone(&self.lines)
+    }
+
+    /// What the driver has programmed and what it is still owed.
+    pub fn state(&self) -> MsixState {
+        let pending = |line: &Line| line.pending.load(Ordering::SeqCst);
+        MsixState {
+            table: Bytes(self.entries.iter().flat_map(|entry| entry.bytes).collect()),
+            pending: (0u16..)
+                .zip(&self.lines.lines)
+                .filter_map(|(vector, line)| pending(line).then_some(vector))
+                .collect(),
+        }
+    }
+
+    /// Takes the place of the table that `state` was taken of, with `control` as the message control
+    /// register. Routes are set; nothing is injected before [`MsixLines::inject_restored`].
+    ///
+    /// # Errors
+    /// A table of another size, bits that no table has, or vectors that do not exist; nothing is
+    /// changed then.
+    pub fn restore(&mut self, state: &MsixState, control: u16) -> Result<(), StateError> {
+        let table = &state.table.0;
+        let bytes = self.entries.len() * MSIX_ENTRY_BYTES;
+        require(table.len() == bytes, PART, "table", || {
+            format!("has {} bytes instead of {bytes}", table.len())
+        })?;
+        let (entries, _) = table.as_chunks::<MSIX_ENTRY_BYTES>();
+        let reserved = entries.iter().position(|entry| {
+            entry[VECTOR_CONTROL] & !VECTOR_CONTROL_MASK != 0
+                || entry[VECTOR_CONTROL + 1..].iter().any(|byte| *byte != 0)
+        });
+        require(reserved.is_none(), PART, "table", || {
+            format!("sets reserved bits of vector {}", reserved.unwrap_or(0))
+        })?;
+        let missing = state
+            .pending
+            .iter()
+            .find(|vector| usize::from(**vector) >= entries.len());
+        require(missing.is_none(), PART, "pending", || {
+            format!("names vector {missing:?} of {}", entries.len())
+        })?;
+        for (entry, bytes) in self.entries.iter_mut().zip(entries) {
+            entry.bytes = *bytes;
+        }
+        self.set_control(control);
+        for vector in &state.pending {
+            self.lines.lines[usize::from(*vector)]
+                .pending
+                .store(true, Ordering::SeqCst);
+        }
+        Ok(())
     }
 
     /// The capability's body and its write mask for

@@ -12,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::buffers::{ChainBuffers, ChainError, RamGuard};
 use super::walk::Chain;
-use crate::device::{ActiveQueue, Doorbell, Interrupt, WorkerError};
+use crate::device::{ActiveQueue, Doorbell, Interrupt, QueuePosition, WorkerError, position_of};
 use crate::worker::Turn;
 
 /// One chain taken from the available ring.
@@ -70,6 +70,11 @@ impl ServedQueue {
     /// Number of the queue on the wire.
     pub(crate) fn index(&self) -> u16 {
         self.index
+    }
+
+    /// How far it is.
+    pub(crate) fn position(&self) -> QueuePosition {
+        position_of(self.index, &self.queue)
     }
 
     /// Ring size as the driver set it.

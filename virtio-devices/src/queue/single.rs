@@ -1,10 +1,11 @@
 //! The queue half of a device that has one queue and answers each request at once.
 
+use state::{Saved, StateError};
 use vm_memory::GuestAddressSpace;
 
 use super::buffers::{ChainBuffers, ChainError};
 use super::served::{Next, Popped, ServedQueue};
-use crate::device::{Activation, GuestRam, QueueHandler, WorkerError};
+use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError, no_own_state};
 use crate::worker::{EventSources, Turn};
 
 /// What becomes of a request.
@@ -35,6 +36,16 @@ pub(crate) trait SingleQueueDevice: Send {
 
     /// As [`QueueHandler::reset`].
     fn reset(&mut self) {}
+
+    /// As [`HandlerState::own`].
+    fn own_state(&self) -> Option<Saved> {
+        None
+    }
+
+    /// As [`QueueHandler::restore`].
+    fn restore(&mut self, own: Option<&Saved>) -> Result<(), StateError> {
+        no_own_state(own)
+    }
 }
 
 /// What a device knows of its driver.
@@ -112,5 +123,20 @@ impl<D: SingleQueueDevice> QueueHandler for SingleQueue<D> {
     fn reset(&mut self) {
         self.active = None;
         self.device.reset();
+    }
+
+    fn state(&self) -> HandlerState {
+        HandlerState {
+            queues: self
+                .active
+                .iter()
+                .map(|(_, queue)| queue.position())
+                .collect(),
+            own: self.device.own_state(),
+        }
+    }
+
+    fn restore(&mut self, own: Option<&Saved>) -> Result<(), StateError> {
+        self.device.restore(own)
     }
 }

@@ -8,7 +8,7 @@ use super::ram::TestRam;
 use crate::device::VirtioDevice;
 use crate::pci::PciFunction;
 
-const RAM_BYTES: usize = 64 << 20;
+pub(super) const RAM_BYTES: usize = 64 << 20;
 /// Rounds of random descriptors a queue gets.
 const RANDOM_ROUNDS: usize = 40;
 /// Chains a queue is offered between two looks at the device.
@@ -19,11 +19,12 @@ const SEED: u64 = 0x005e_ed0f_600d;
 type Chapter = fn(&mut MockPciDriver);
 
 /// Runs a device through a driver's life, good and bad. `make` is called for
-/// each chapter, with the RAM the device will get at activation.
+/// each chapter, with the RAM the device will get at activation. `name` is that of
+/// the samples of its saved state.
 ///
 /// # Panics
 /// The device does not conform.
-pub fn conformance(make: impl Fn(&TestRam) -> Arc<Mutex<dyn VirtioDevice>>) {
+pub fn conformance(name: &str, make: impl Fn(&TestRam) -> Arc<Mutex<dyn VirtioDevice>>) {
     let chapters: [(&str, Chapter); 7] = [
         ("identity", identity_is_virtio),
         ("features", features_are_negotiated_strictly),
@@ -41,6 +42,7 @@ pub fn conformance(make: impl Fn(&TestRam) -> Arc<Mutex<dyn VirtioDevice>>) {
     }
     println!("conformance: turns");
     super::turns::stops_for_commands(&make);
+    super::conformance_state::run(name, &make);
 }
 
 fn identity_is_virtio(driver: &mut MockPciDriver) {
@@ -183,7 +185,7 @@ fn vm_reset_and_pause_work(driver: &mut MockPciDriver) {
 /// Returns when every queue has been looked at. Commands go before doorbells, so
 /// a reset right after a kick would spare the device the garbage. But a resume has each queue
 /// serve at least one chain, and the next pause is acknowledged after that.
-fn settle(driver: &MockPciDriver) {
+pub(super) fn settle(driver: &MockPciDriver) {
     for _ in 0..=OFFERED_MAX {
         driver.function.pause();
         driver.function.resume();
@@ -191,7 +193,7 @@ fn settle(driver: &MockPciDriver) {
 }
 
 /// A device whose worker had panicked could not be activated any more.
-fn assert_alive(driver: &mut MockPciDriver) {
+pub(super) fn assert_alive(driver: &mut MockPciDriver) {
     settle(driver);
     driver.start(u64::MAX);
     settle(driver);
@@ -199,7 +201,7 @@ fn assert_alive(driver: &mut MockPciDriver) {
     driver.reset();
 }
 
-fn used_indices(driver: &mut MockPciDriver) -> Vec<u16> {
+pub(super) fn used_indices(driver: &mut MockPciDriver) -> Vec<u16> {
     (0..driver.num_queues())
         .map(|index| driver.queue(index).used_idx())
         .collect()

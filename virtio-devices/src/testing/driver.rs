@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
+use state::Saved;
 use virtio_bindings::bindings::virtio_config::{
     VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
     VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
@@ -15,7 +16,7 @@ use super::vectors::MockVectors;
 use super::wait_until;
 use crate::device::VirtioDevice;
 use crate::pci::PciFunction;
-use crate::transport::{VirtioPciFunction, VirtioPciParams, vectors_needed};
+use crate::transport::{TransportError, VirtioPciFunction, VirtioPciParams, vectors_needed};
 
 const BAR0: u16 = 0x10;
 /// Where the driver puts BAR0.
@@ -90,22 +91,88 @@ pub struct MockPciDriver {
     spare: BTreeMap<(u16, u16), DriverQueue>,
 }
 
+/// A driver in a guest whose device is gone for the moment.
+#[derive(Debug)]
+pub struct MovingDriver {
+    /// Guest RAM.
+    pub ram: TestRam,
+    windows: Windows,
+    queues: BTreeMap<u16, DriverQueue>,
+    spare: BTreeMap<(u16, u16), DriverQueue>,
+}
+
+impl MovingDriver {
+    /// Goes on with `device` behind a function built from `saved`, which is paused.
+    ///
+    /// # Errors
+    /// The state is refused.
+    pub fn restore(
+        self,
+        device: Arc<Mutex<dyn VirtioDevice>>,
+        saved: &Saved,
+    ) -> Result<MockPciDriver, TransportError> {
+        let (function, vectors) = restore(device, &self.ram, saved)?;
+        Ok(MockPciDriver {
+            function,
+            vectors,
+            ram: self.ram,
+            windows: self.windows,
+            queues: self.queues,
+            spare: self.spare,
+        })
+    }
+}
+
+/// Builds a function from a state, with vectors that record.
+///
+/// # Errors
+/// The state is refused.
+pub(super) fn restore(
+    device: Arc<Mutex<dyn VirtioDevice>>,
+    ram: &TestRam,
+    saved: &Saved,
+) -> Result<(Arc<VirtioPciFunction>, Arc<MockVectors>), TransportError> {
+    let (params, vectors) = params(device, ram);
+    Ok((VirtioPciFunction::from_state(params, saved)?, vectors))
+}
+
+fn params(
+    device: Arc<Mutex<dyn VirtioDevice>>,
+    ram: &TestRam,
+) -> (VirtioPciParams, Arc<MockVectors>) {
+    let count = vectors_needed(&*device.lock().expect("device lock is sound"));
+    let vectors = Arc::new(MockVectors::new(count));
+    let params = VirtioPciParams {
+        id: "_mock".into(),
+        device,
+        mem: ram.mem(),
+        vectors: vectors.clone(),
+        thread_start: Arc::new(|_: &str| {}),
+        listener: None,
+    };
+    (params, vectors)
+}
+
 impl MockPciDriver {
     /// Puts `device` behind a transport and probes it: BAR programmed, decoding
     /// and MSI-X on with every vector unmasked.
     pub fn new(device: Arc<Mutex<dyn VirtioDevice>>, ram: &TestRam) -> Self {
-        let count = vectors_needed(&*device.lock().expect("device lock is sound"));
-        let vectors = Arc::new(MockVectors::new(count));
-        let function = VirtioPciFunction::new(VirtioPciParams {
-            id: "_mock".into(),
-            device,
-            mem: ram.mem(),
-            vectors: vectors.clone(),
-            thread_start: Arc::new(|_: &str| {}),
-            listener: None,
-        })
-        .expect("the device fits the transport");
+        let (params, vectors) = params(device, ram);
+        let function = VirtioPciFunction::new(params).expect("the device fits the transport");
         Self::probe(function, vectors, ram)
+    }
+
+    /// Pauses the function, saves it and drops it with its device. The driver notices nothing of it.
+    pub fn save(self) -> (Saved, MovingDriver) {
+        self.function.pause();
+        let saved = Saved::of(&self.function.state());
+        let moving = MovingDriver {
+            ram: self.ram,
+            windows: self.windows,
+            queues: self.queues,
+            spare: self.spare,
+        };
+        (saved, moving)
     }
 
     /// Probes a function that is there already.

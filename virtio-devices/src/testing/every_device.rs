@@ -10,14 +10,14 @@ use crate::block::{Block, BlockParams, EngineChoice, LockGranularity};
 
 #[test]
 fn balloon_conforms() {
-    conformance(|ram| {
+    conformance("balloon", |ram| {
         let (balloon, _handle) = Balloon::new(BalloonParams {
             ram: ram.mem(),
             size_bytes: 1 << 20,
             deflate_on_oom: true,
             free_page_reporting: true,
             free_page_hinting: true,
-            reporting_policy: false,
+            reporting_policy: true,
         })
         .unwrap();
         Arc::new(Mutex::new(balloon))
@@ -27,7 +27,7 @@ fn balloon_conforms() {
 fn block_conforms(engine: EngineChoice, num_queues: u16) {
     let image = NamedTempFile::new().unwrap();
     image.as_file().set_len(1 << 20).unwrap();
-    conformance(|_| {
+    conformance(&format!("block-{num_queues}"), |_| {
         let block = Block::new(BlockParams {
             id: "_disk0".into(),
             path: image.path().into(),

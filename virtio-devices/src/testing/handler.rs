@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
+use state::{Saved, StateError};
 use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -11,7 +12,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::interrupt::MockInterrupt;
 use super::queue::{Chain, DriverQueue, Segment, Used};
 use super::ram::TestRam;
-use crate::device::{Activation, ActiveQueue, Doorbell, QueueHandler, WorkerError};
+use crate::device::{Activation, ActiveQueue, Doorbell, HandlerState, QueueHandler, WorkerError};
 use crate::worker::{EventSources, Turn, Wake};
 
 /// Entries of the queues that are not said otherwise.
@@ -241,6 +242,14 @@ impl QueueHandler for Box<dyn QueueHandler> {
 
     fn reset(&mut self) {
         (**self).reset();
+    }
+
+    fn state(&self) -> HandlerState {
+        (**self).state()
+    }
+
+    fn restore(&mut self, own: Option<&Saved>) -> Result<(), StateError> {
+        (**self).restore(own)
     }
 
     fn pause(&mut self) {

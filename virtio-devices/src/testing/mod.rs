@@ -9,6 +9,7 @@
 //! queue (virtio 1.2 §2.7). Everything here panics on misuse: it is test code.
 
 mod conformance;
+mod conformance_state;
 mod driver;
 #[cfg(test)]
 mod every_device;
@@ -20,7 +21,7 @@ mod turns;
 mod vectors;
 
 pub use conformance::conformance;
-pub use driver::{MockPciDriver, Windows, common};
+pub use driver::{MockPciDriver, MovingDriver, Windows, common};
 pub use handler::HandlerHarness;
 pub use interrupt::MockInterrupt;
 pub use queue::{Buffer, Chain, Desc, DriverQueue, INDIRECT, NEXT, Segment, Used, WRITE};

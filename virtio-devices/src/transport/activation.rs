@@ -6,18 +6,24 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::Queue;
 use vm_memory::GuestAddressSpace;
 
-use super::function::{State, VirtioPciFunction, lock};
+use super::function::{Registers, VirtioPciFunction, lock};
 use crate::device::{Activation, ActiveQueue, Interrupt};
 
 impl VirtioPciFunction {
     /// Hands the enabled queues to the workers. A driver that set them up wrongly
     /// is told DEVICE_NEEDS_RESET.
-    pub(super) fn activate(&self, state: &mut State) {
+    pub(super) fn activate(&self, state: &mut Registers) {
         let features = state.common.accepted();
         let Some(queues) = self.build_queues(state, features) else {
             self.interrupt.signal_needs_reset();
             return;
         };
+        self.hand_over(state, queues);
+    }
+
+    /// Gives queues to the workers they belong to.
+    pub(super) fn hand_over(&self, state: &mut Registers, queues: Vec<(u16, Queue)>) {
+        let features = state.common.accepted();
         let mut groups: Vec<Vec<ActiveQueue>> = self.workers.iter().map(|_| Vec::new()).collect();
         {
             let device = lock(&self.device);
@@ -57,7 +63,7 @@ impl VirtioPciFunction {
     }
 
     /// The enabled queues, or `None` if one of them cannot be used.
-    fn build_queues(&self, state: &State, features: u64) -> Option<Vec<(u16, Queue)>> {
+    fn build_queues(&self, state: &Registers, features: u64) -> Option<Vec<(u16, Queue)>> {
         let mem = self.mem.memory();
         let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         state

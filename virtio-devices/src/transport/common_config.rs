@@ -20,11 +20,11 @@ use super::queue_config::QueueConfig;
 
 const S_ACKNOWLEDGE: u8 = VIRTIO_CONFIG_S_ACKNOWLEDGE as u8;
 const S_DRIVER: u8 = VIRTIO_CONFIG_S_DRIVER as u8;
-const S_DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
-const S_FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
+pub(super) const S_DRIVER_OK: u8 = VIRTIO_CONFIG_S_DRIVER_OK as u8;
+pub(super) const S_FEATURES_OK: u8 = VIRTIO_CONFIG_S_FEATURES_OK as u8;
 const S_NEEDS_RESET: u8 = VIRTIO_CONFIG_S_NEEDS_RESET as u8;
 const S_FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
-const S_KNOWN: u8 =
+pub(super) const S_KNOWN: u8 =
     S_ACKNOWLEDGE | S_DRIVER | S_DRIVER_OK | S_FEATURES_OK | S_NEEDS_RESET | S_FAILED;
 
 /// The fields, by name, offset and width. Addresses are two registers each.
@@ -79,13 +79,13 @@ pub(super) struct Effects {
 pub(super) struct CommonConfig {
     interrupt: Arc<PciInterrupt>,
     counters: Arc<TransportCounters>,
-    vectors: u16,
-    offered: u64,
-    accepted: u64,
-    device_feature_select: u32,
-    driver_feature_select: u32,
-    queue_select: u16,
-    queues: Vec<QueueConfig>,
+    pub(super) vectors: u16,
+    pub(super) offered: u64,
+    pub(super) accepted: u64,
+    pub(super) device_feature_select: u32,
+    pub(super) driver_feature_select: u32,
+    pub(super) queue_select: u16,
+    pub(super) queues: Vec<QueueConfig>,
     /// A reset was asked for and the workers have not all let go.
     resetting: bool,
 }

@@ -1,8 +1,10 @@
 //! The PCI function: registers in front, a device and its workers behind.
 
 use std::fmt;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use ::state::{Saved, StateError};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -14,8 +16,9 @@ use super::layout::{
     BAR_BYTES, BAR_INDEX, CAP_BAR, CAP_LENGTH, CAP_OFFSET, CAP_PCI_CFG_DATA, Header,
     NOTIFY_MULTIPLIER, NOTIFY_OFFSET, QUEUES_MAX, Region,
 };
+use super::state::VirtioPciState;
 use super::{LifecycleListener, TransportError, VirtioPciParams, vectors_needed};
-use crate::device::{Counters, Doorbell, GuestRam, VirtioDevice};
+use crate::device::{Counters, Doorbell, GuestRam, QueueHandler, VirtioDevice};
 use crate::pci::{Bar, DoorbellRegister, MsixLines, MsixTable, PciFunction};
 use crate::worker::{Pausing, Worker, WorkerHandle};
 
@@ -38,14 +41,16 @@ pub struct VirtioPciFunction {
     pub(super) listener: Option<Arc<dyn LifecycleListener>>,
     /// Where the PCI_CFG capability lies; it never moves.
     window_at: u16,
-    state: Mutex<State>,
+    state: Mutex<Registers>,
+    /// Built from a saved state and not resumed since.
+    pub(super) owes_signals: AtomicBool,
 }
 
 /// What vCPU threads change, one at a time.
 #[derive(Debug)]
-pub(super) struct State {
-    header: Header,
-    msix: MsixTable,
+pub(super) struct Registers {
+    pub(super) header: Header,
+    pub(super) msix: MsixTable,
     pub(super) common: CommonConfig,
     /// Queues were handed to the workers since the last reset.
     pub(super) active: bool,
@@ -67,6 +72,27 @@ impl VirtioPciFunction {
     /// The device's queues make no sense, or the host has no descriptor or
     /// thread left. Nothing is left behind.
     pub fn new(params: VirtioPciParams) -> Result<Arc<Self>, TransportError> {
+        Self::build(params, None)
+    }
+
+    /// Puts a device behind the transport as `saved` has it, paused. `params.device` is made of the
+    /// same configuration as the one whose state was saved, and so is guest RAM of the same content.
+    ///
+    /// # Errors
+    /// As [`VirtioPciFunction::new`], or [`TransportError::State`]: a state that cannot be read or
+    /// cannot be one of this device. Nothing is left behind.
+    pub fn from_state(params: VirtioPciParams, saved: &Saved) -> Result<Arc<Self>, TransportError> {
+        let state = saved.read::<VirtioPciState>()?;
+        let function = Self::build(params, Some(&state))?;
+        function.workers.iter().for_each(WorkerHandle::pause);
+        function.continue_from(&state)?;
+        Ok(function)
+    }
+
+    fn build(
+        params: VirtioPciParams,
+        state: Option<&VirtioPciState>,
+    ) -> Result<Arc<Self>, TransportError> {
         let VirtioPciParams {
             id,
             device,
@@ -92,15 +118,7 @@ impl VirtioPciFunction {
         let holds_notifier = (0..queue_sizes.len())
             .map(|index| u16::try_from(index).is_ok_and(|index| locked.holds_notifier(index)))
             .collect();
-        let workers = locked
-            .take_handlers()
-            .into_iter()
-            .map(|handler| Worker::spawn(handler, Arc::clone(&thread_start)))
-            .collect::<Result<_, _>>()
-            .map_err(TransportError::Worker)?;
-        locked.set_interrupt(interrupt.clone());
-
-        let state = State {
+        let mut registers = Registers {
             header: Header::new(locked.device_type(), &msix),
             msix,
             common: CommonConfig::new(
@@ -111,6 +129,18 @@ impl VirtioPciFunction {
             ),
             active: false,
         };
+        let mut handlers = locked.take_handlers();
+        if let Some(state) = state {
+            state.check(locked.device_type(), &registers.common, handlers.len())?;
+            restore_device(&mut *locked, &mut handlers, state)?;
+            registers.restore(state, &interrupt)?;
+        }
+        let workers = handlers
+            .into_iter()
+            .map(|handler| Worker::spawn(handler, Arc::clone(&thread_start)))
+            .collect::<Result<_, _>>()
+            .map_err(TransportError::Worker)?;
+        locked.set_interrupt(interrupt.clone());
         drop(locked);
         Ok(Arc::new(Self {
             id,
@@ -123,8 +153,9 @@ impl VirtioPciFunction {
             workers,
             counters,
             listener,
-            window_at: state.header.window,
-            state: Mutex::new(state),
+            window_at: registers.header.window,
+            state: Mutex::new(registers),
+            owes_signals: AtomicBool::new(false),
         }))
     }
 
@@ -143,13 +174,19 @@ impl VirtioPciFunction {
         counters
     }
 
-    fn lock_state(&self) -> MutexGuard<'_, State> {
+    /// Whether every worker thread still runs.
+    #[cfg(any(test, feature = "test-utils"))]
+    pub(crate) fn workers_live(&self) -> bool {
+        self.workers.iter().all(|worker| !worker.is_finished())
+    }
+
+    pub(super) fn lock_state(&self) -> MutexGuard<'_, Registers> {
         let mut state = lock(&self.state);
         self.finish_reset_if_done(&mut state);
         state
     }
 
-    fn apply(&self, state: &mut State, effects: Effects) {
+    fn apply(&self, state: &mut Registers, effects: Effects) {
         if effects.reset {
             self.begin_reset(state);
             if state.active {
@@ -165,7 +202,7 @@ impl VirtioPciFunction {
         }
     }
 
-    fn begin_reset(&self, state: &mut State) {
+    fn begin_reset(&self, state: &mut Registers) {
         self.counters.resets.add();
         state.common.begin_reset();
         lock(&self.device).reset();
@@ -176,7 +213,7 @@ impl VirtioPciFunction {
         }
     }
 
-    fn finish_reset_if_done(&self, state: &mut State) {
+    fn finish_reset_if_done(&self, state: &mut Registers) {
         if state.common.is_resetting() && self.workers.iter().all(WorkerHandle::reset_done) {
             state.active = false;
             state.common.finish_reset();
@@ -357,6 +394,7 @@ impl PciFunction for VirtioPciFunction {
 
     fn resume(&self) {
         self.workers.iter().for_each(WorkerHandle::resume);
+        self.pay_signals();
     }
 
     fn reset(&self) {
@@ -378,7 +416,23 @@ impl PciFunction for VirtioPciFunction {
     }
 }
 
-fn bar(state: &State) -> Bar {
+/// The device's own state, on top of what its driver has accepted.
+fn restore_device(
+    device: &mut dyn VirtioDevice,
+    handlers: &mut [Box<dyn QueueHandler>],
+    state: &VirtioPciState,
+) -> Result<(), StateError> {
+    if state.features_are_accepted() {
+        device.ack_features(state.accepted);
+    }
+    device.restore(&state.device)?;
+    for (handler, own) in handlers.iter_mut().zip(&state.handlers) {
+        handler.restore(own.as_ref())?;
+    }
+    Ok(())
+}
+
+fn bar(state: &Registers) -> Bar {
     Bar {
         index: BAR_INDEX,
         size_bytes: BAR_BYTES,

@@ -15,6 +15,8 @@ pub(super) const VIRTIO_MSI_NO_VECTOR: u16 = 0xffff;
 
 const ISR_QUEUE: u8 = 1 << 0;
 const ISR_CONFIG: u8 = 1 << 1;
+/// Bits there are in the ISR register.
+pub(super) const ISR_KNOWN: u8 = ISR_QUEUE | ISR_CONFIG;
 
 /// The registers that device threads touch; atomics, so that no completion
 /// waits for a vCPU in a register access.
@@ -57,6 +59,19 @@ impl PciInterrupt {
         self.status.store(0, Ordering::SeqCst);
     }
 
+    /// The ISR register, without clearing it.
+    pub(super) fn isr(&self) -> u8 {
+        self.isr.load(Ordering::SeqCst)
+    }
+
+    /// Registers as they were when they were saved; vectors are set by themselves.
+    pub(super) fn restore(&self, status: u8, isr: u8, config_generation: u8) {
+        self.status.store(status, Ordering::SeqCst);
+        self.isr.store(isr, Ordering::SeqCst);
+        self.config_generation
+            .store(config_generation, Ordering::SeqCst);
+    }
+
     /// Reading the ISR register clears it.
     pub(super) fn take_isr(&self) -> u8 {
         self.isr.swap(0, Ordering::SeqCst)
@@ -95,6 +110,16 @@ impl PciInterrupt {
         for vector in &self.queue_vectors {
             vector.store(VIRTIO_MSI_NO_VECTOR, Ordering::SeqCst);
         }
+    }
+
+    /// Interrupts for everything that may have been on its way when the state was taken: a spurious
+    /// interrupt does no harm, a lost one hangs the driver.
+    pub(super) fn signal_all(&self) {
+        self.lines.inject_restored();
+        for queue_index in 0..self.queue_vectors.len() {
+            self.signal_queue(u16::try_from(queue_index).expect("checked by the function"));
+        }
+        self.notify_config();
     }
 
     fn notify_config(&self) {

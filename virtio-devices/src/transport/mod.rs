@@ -29,6 +29,7 @@ mod function;
 mod interrupt;
 mod layout;
 mod queue_config;
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -38,6 +39,9 @@ use std::sync::{Arc, Mutex};
 pub use function::VirtioPciFunction;
 pub use interrupt::PciInterrupt;
 pub use layout::{BAR_BYTES, BAR_INDEX, NOTIFY_MULTIPLIER, NOTIFY_OFFSET};
+pub use state::{QueueState, RingState, VirtioPciState};
+
+use ::state::StateError;
 
 use crate::device::{GuestRam, VirtioDevice, WorkerError};
 use crate::pci::MsiVectors;
@@ -101,6 +105,9 @@ pub enum TransportError {
     /// No eventfd to be had.
     #[error("cannot create a doorbell")]
     Doorbell(#[source] io::Error),
+    /// A saved state that is none of this device's.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// A worker thread could not be started.
     #[error("cannot start a worker thread")]
     Worker(#[source] WorkerError),

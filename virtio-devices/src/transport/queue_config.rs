@@ -31,7 +31,7 @@ pub(super) enum RingFault {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct QueueConfig {
     /// Largest size on offer.
-    max_size: u16,
+    pub(super) max_size: u16,
     /// Size the driver chose.
     pub(super) size: u16,
     pub(super) enabled: bool,

@@ -3,13 +3,15 @@
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use ::state::{Part, Saved, State, StateError};
 use proptest::prelude::*;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestAddressSpace;
 
 use super::{LifecycleListener, TransportError, VirtioPciFunction, VirtioPciParams};
 use crate::device::{
-    Activation, ActiveQueue, GuestRam, Interrupt, QueueHandler, VirtioDevice, WorkerError,
+    Activation, ActiveQueue, GuestRam, HandlerState, Interrupt, QueueHandler, VirtioDevice,
+    WorkerError,
 };
 use crate::pci::PciFunction;
 use crate::testing::{
@@ -81,6 +83,16 @@ impl VirtioDevice for Device {
     fn reset(&mut self) {
         self.seen.resets.fetch_add(1, Ordering::SeqCst);
     }
+    fn state(&self) -> Saved {
+        Saved::of(&DeviceState {
+            config: self.seen.config.load(Ordering::SeqCst).into(),
+        })
+    }
+    fn restore(&mut self, state: &Saved) -> Result<(), StateError> {
+        let DeviceState { config } = state.read()?;
+        self.seen.config.store(config as _, Ordering::SeqCst);
+        Ok(())
+    }
 }
 
 struct Handler {
@@ -144,6 +156,24 @@ impl QueueHandler for Handler {
     fn reset(&mut self) {
         self.queues.clear();
     }
+    fn state(&self) -> HandlerState {
+        HandlerState::of_queues(self.queues.iter().map(ActiveQueue::position))
+    }
+}
+
+/// What the device has: one field.
+#[derive(serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DeviceState {
+    config: u64,
+}
+
+impl State for DeviceState {
+    const PART: Part = Part {
+        name: "test device",
+        oldest: 1,
+        newest: 1,
+    };
 }
 
 fn device(sizes: &[u16]) -> (Arc<Mutex<dyn VirtioDevice>>, Arc<Seen>, Signal) {
@@ -172,13 +202,13 @@ fn count(driver: &MockPciDriver, counter: &str) -> u64 {
 
 #[test]
 fn stub_device_conforms() {
-    conformance(|_| device(&[16, 64, 8, 256]).0);
+    conformance("test-device", |_| device(&[16, 64, 8, 256]).0);
 }
 
 #[test]
 #[should_panic(expected = "device refused to start")]
 fn conformance_catches_a_device_that_garbage_kills() {
-    conformance(|_| {
+    conformance("test-device-1", |_| {
         let (device, seen, _) = device(&[16]);
         seen.fragile.store(true, Ordering::SeqCst);
         device

@@ -11,7 +11,7 @@ use super::ThreadStart;
 use super::sources::EventSources;
 use super::thread::WorkerThread;
 use super::turn::CommandsPending;
-use crate::device::{Activation, QueueHandler, WorkerError};
+use crate::device::{Activation, HandlerState, QueueHandler, WorkerError};
 
 /// Commands on their way at one time. The guest can cause one activation and
 /// one reset (the transport takes no further one before the reset is done), the
@@ -29,6 +29,8 @@ pub(super) enum Command {
     Reset(Option<SyncSender<()>>),
     Pause(SyncSender<()>),
     Resume,
+    /// What the paused handler knows.
+    State(SyncSender<HandlerState>),
     /// Serve this queue for a vCPU that waits; the answer is whether it was served.
     Kick(u16, SyncSender<bool>),
     Stop,
@@ -171,6 +173,16 @@ impl WorkerHandle {
         self.send(Command::Resume);
     }
 
+    /// What the handler knows; the caller has paused it. For the control thread. A thread that is
+    /// gone serves no queue.
+    pub fn state(&self) -> HandlerState {
+        let (answer, state) = sync_channel(1);
+        if self.send(Command::State(answer)) {
+            return state.recv().unwrap_or_default();
+        }
+        HandlerState::default()
+    }
+
     /// Has the handler look at a queue and returns when it has (called by vCPU
     /// threads). False if it did not look, being paused or not active: the caller
     /// then rings the doorbell. Waits for the piece of work under way, never for the guest.
@@ -195,7 +207,7 @@ impl WorkerHandle {
             .unwrap_or("worker")
     }
 
-    fn is_finished(&self) -> bool {
+    pub(crate) fn is_finished(&self) -> bool {
         self.join.as_ref().is_none_or(JoinHandle::is_finished)
     }
 

@@ -10,7 +10,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{EventSources, Turn, Worker, WorkerHandle};
 use crate::device::{
-    Activation, ActiveQueue, Doorbell, GuestRam, Interrupt, QueueHandler, WorkerError,
+    Activation, ActiveQueue, Doorbell, GuestRam, HandlerState, Interrupt, QueueHandler,
+    WorkerError, position_of,
 };
 use crate::testing::{DriverQueue, MockInterrupt, Segment, TestRam, wait_until};
 
@@ -88,6 +89,14 @@ impl QueueHandler for Echo {
     fn reset(&mut self) {
         self.active = None;
         self.seen.resets.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn state(&self) -> HandlerState {
+        let queues = self
+            .active
+            .iter()
+            .map(|(_, queue, _)| position_of(0, queue));
+        HandlerState::of_queues(queues)
     }
 
     fn pause(&mut self) {

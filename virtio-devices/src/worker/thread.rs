@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::handle::{Command, Progress};
 use super::sources::{EventSources, Wake};
 use super::turn::Turn;
-use crate::device::{Activation, Interrupt, QueueHandler, WorkerError};
+use crate::device::{Activation, ActiveQueue, HandlerState, Interrupt, QueueHandler, WorkerError};
 
 /// Whether the thread goes on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -144,6 +144,8 @@ impl WorkerThread {
                 acknowledge(&ack);
             }
             Command::Resume => self.resume(),
+            // The channel holds one message, so this never waits.
+            Command::State(answer) => drop(answer.send(self.state())),
             Command::Kick(index, ack) => {
                 let served = self.serve_held(index);
                 // The channel holds one message, so this never waits.
@@ -167,6 +169,18 @@ impl WorkerThread {
         if let Err(error) = outcome {
             self.fail(&error);
         }
+    }
+
+    fn state(&self) -> HandlerState {
+        let mut state = self.handler.state();
+        if let Some(activation) = &self.deferred {
+            let queues = activation.queues.iter();
+            state.queues = queues.map(ActiveQueue::position).collect();
+        } else if self.interrupt.is_none() {
+            // The handler gave up: nobody serves its queues until the driver resets them.
+            state.queues.clear();
+        }
+        state
     }
 
     fn resume(&mut self) {

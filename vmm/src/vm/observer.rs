@@ -355,6 +355,8 @@ mod tests {
     use virtio_devices::{GuestRam, QueueHandler};
     use vm_memory::{GuestAddress, GuestMemoryMmap};
 
+    use state::{Saved, StateError};
+
     use super::*;
 
     struct Device;
@@ -376,6 +378,14 @@ mod tests {
 
         fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
             Vec::new()
+        }
+
+        fn state(&self) -> Saved {
+            unreachable!("the observer saves nothing")
+        }
+
+        fn restore(&mut self, _state: &Saved) -> Result<(), StateError> {
+            unreachable!("the observer restores nothing")
         }
 
         fn counters(&self) -> Counters {

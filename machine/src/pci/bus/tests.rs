@@ -304,3 +304,49 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn bus_saved_and_restored_has_every_function_where_the_guest_put_it() {
+    use super::super::PciBusState;
+    use ::state::{Saved, testing};
+
+    let guest = Guest::new();
+    let functions = ["_a", "_b"].map(|id| Arc::new(FakeFunction::new(id)));
+    guest.pci.reserve([9]);
+    guest.pci.add(functions[0].clone(), Some(3)).unwrap();
+    guest.pci.add(functions[1].clone(), Some(1)).unwrap();
+    let saved = Saved::of(&guest.pci.state(0x8000_1810));
+    let state: PciBusState = saved.read().unwrap();
+    assert_eq!(state.slots.len(), 2);
+
+    let restore = |state: &PciBusState| {
+        let other = Guest::new();
+        other.pci.restore_reserved(state);
+        for slot in &state.slots {
+            let function = functions.iter().find(|function| function.id() == slot.id);
+            let function = function.unwrap_or(&functions[0]);
+            other.pci.add_restored(function.clone(), slot)?;
+        }
+        Ok::<_, ::state::StateError>(other)
+    };
+    let other = restore(&state).unwrap();
+    assert_eq!(Saved::of(&other.pci.state(state.config_address)), saved);
+    assert_eq!(other.ecam_read(3, 0), 0x1045_1af4);
+    // Address space that was given out is not given out again.
+    let third = Arc::new(FakeFunction::new("_c"));
+    other.pci.add(third, None).unwrap();
+    let ranges: Vec<_> = other
+        .pci
+        .state(0)
+        .slots
+        .iter()
+        .map(|slot| slot.ranges.clone())
+        .collect();
+    assert!(ranges[0] != ranges[1] && ranges[1] != ranges[2]);
+
+    testing::damage(&saved, |damaged| {
+        if let Err(error) = damaged.read().and_then(|state| restore(&state).map(drop)) {
+            assert!(error.to_string().contains("pci-bus"), "{error}");
+        }
+    });
+}

@@ -18,9 +18,12 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ::state::{Part, StateError, parts, require};
+use serde::{Deserialize, Serialize};
+
 use super::abi::{VIRTIO_BALLOON_REPORTING_AGAIN, VIRTIO_BALLOON_REPORTING_PAUSED};
 use super::settings::{PolicySetting, PolicySettings, SettingState};
-use super::state::{WordWrite, Words};
+use super::state::{WordWrite, Words, WordsState};
 use crate::reclaim::{DiscardSwitch, InhibitGuard, InhibitReason};
 
 /// How often a closed gate is looked at until the last batch has passed it.
@@ -102,6 +105,32 @@ pub struct ReportNowStatus {
     pub done_id: u32,
 }
 
+const PART: Part = parts::BALLOON;
+
+/// Policy, pause and reports asked for, at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ControlState {
+    /// What both sides have written.
+    pub words: WordsState,
+    /// Present while reporting is paused or about to be.
+    pub pause: Option<PauseState>,
+    /// The wish for a report of everything that the driver has not called done.
+    pub report_now_owed: Option<u32>,
+}
+
+/// A pause of reporting.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PauseState {
+    /// Generation of the policy that asks for it.
+    pub generation: u32,
+    /// The driver has said that it follows.
+    pub by_guest: bool,
+    /// No report is discarded any more.
+    pub closed: bool,
+}
+
 /// The state under its lock, and what waits for it to change.
 #[derive(Debug)]
 pub(in crate::balloon) struct Control {
@@ -146,6 +175,54 @@ impl Control {
             changed: Condvar::new(),
             gate: Arc::default(),
         }
+    }
+
+    pub(in crate::balloon) fn state(&self) -> ControlState {
+        let state = self.lock();
+        ControlState {
+            words: state.words.state(),
+            pause: state.pause.as_ref().map(|pause| PauseState {
+                generation: pause.generation,
+                by_guest: pause.by_guest,
+                closed: pause.closed.is_some(),
+            }),
+            report_now_owed: state.report_now_owed,
+        }
+    }
+
+    /// Goes on from a saved state; whether there is a driver, the features it accepted tell.
+    pub(in crate::balloon) fn restore(&self, saved: &ControlState) -> Result<(), StateError> {
+        let words = Words::from_state(&saved.words)?;
+        let flagged = words.flags & VIRTIO_BALLOON_REPORTING_PAUSED != 0;
+        let pause_is_possible = saved
+            .pause
+            .is_none_or(|pause| pause.generation <= words.generation);
+        require(
+            flagged == saved.pause.is_some() && pause_is_possible,
+            PART,
+            "pause",
+            || format!("cannot be {:?} with flags {:#x}", saved.pause, words.flags),
+        )?;
+        let owed = saved.report_now_owed;
+        let owed_is_possible = owed.is_none_or(|id| id == words.report_now_id && id > 0);
+        require(owed_is_possible, PART, "report_now_owed", || {
+            format!("is {owed:?}, the latest is {}", words.report_now_id)
+        })?;
+        let mut state = self.lock();
+        state.words = words;
+        state.report_now_owed = owed;
+        state.pause = saved.pause.map(|saved| {
+            let mut pause = Pause {
+                generation: saved.generation,
+                by_guest: saved.by_guest,
+                closed: None,
+            };
+            if saved.closed {
+                pause.close(&self.gate);
+            }
+            pause
+        });
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

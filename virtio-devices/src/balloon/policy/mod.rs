@@ -23,6 +23,8 @@ mod settings;
 mod state;
 
 pub(super) use control::Control;
-pub use control::{ControlError, PausePhase, PolicyStatus, ReportNowStatus};
+pub use control::PauseState;
+pub use control::{ControlError, ControlState, PausePhase, PolicyStatus, ReportNowStatus};
 pub use settings::{PolicySetting, PolicySettings, SettingState};
 pub(super) use state::WordWrite;
+pub use state::{FollowedState, WordsState};

@@ -1,5 +1,8 @@
 //! What the two sides have written into the policy's part of the configuration space. Pure.
 
+use ::state::{StateError, parts, require};
+use serde::{Deserialize, Serialize};
+
 use super::abi;
 use super::settings::{PolicySetting, PolicySettings};
 
@@ -17,6 +20,35 @@ pub(super) struct Words {
     pub(super) report_now_done: u32,
     /// What the driver has said of the generation it acknowledged last.
     pub(super) followed: Option<Followed>,
+}
+
+/// The words at one moment, and the driver's last answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[allow(missing_docs)]
+pub struct WordsState {
+    pub generation: u32,
+    pub order_min: u32,
+    pub pending_blocks: u32,
+    pub delay_ms_max: u32,
+    pub age_ms_min: u32,
+    pub bytes_per_second_max: u64,
+    pub flags: u32,
+    pub report_now_id: u32,
+    pub guest_generation: u32,
+    pub guest_settings: u32,
+    pub report_now_done: u32,
+    pub followed: Option<FollowedState>,
+}
+
+/// A driver's answer at one moment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FollowedState {
+    /// The generation it answers.
+    pub generation: u32,
+    /// Settings it follows, one bit each.
+    pub settings: u32,
 }
 
 /// A driver's answer, taken when it wrote `guest_generation`.
@@ -44,6 +76,63 @@ pub(in crate::balloon) enum WordWrite {
 }
 
 impl Words {
+    pub(super) fn state(&self) -> WordsState {
+        WordsState {
+            generation: self.generation,
+            order_min: self.settings.order_min,
+            pending_blocks: self.settings.pending_blocks,
+            delay_ms_max: self.settings.delay_ms_max,
+            age_ms_min: self.settings.age_ms_min,
+            bytes_per_second_max: self.settings.bytes_per_second_max,
+            flags: self.flags,
+            report_now_id: self.report_now_id,
+            guest_generation: self.guest_generation,
+            guest_settings: self.guest_settings,
+            report_now_done: self.report_now_done,
+            followed: self.followed.map(|followed| FollowedState {
+                generation: followed.generation,
+                settings: followed.settings,
+            }),
+        }
+    }
+
+    /// The words of a saved state, if both sides can have written them.
+    pub(super) fn from_state(state: &WordsState) -> Result<Self, StateError> {
+        const FLAGS: u32 =
+            abi::VIRTIO_BALLOON_REPORTING_PAUSED | abi::VIRTIO_BALLOON_REPORTING_AGAIN;
+        let latest = state.generation;
+        let followed = state.followed;
+        let answer = |generation: u32, settings: u32| {
+            generation <= latest && settings & !PolicySetting::MASK == 0
+        };
+        let possible = state.flags & !FLAGS == 0
+            && answer(state.guest_generation, state.guest_settings)
+            && followed.is_none_or(|it| answer(it.generation, it.settings))
+            && state.report_now_done <= state.report_now_id;
+        require(possible, parts::BALLOON, "words", || {
+            format!("cannot be {state:x?}")
+        })?;
+        Ok(Self {
+            generation: state.generation,
+            settings: PolicySettings {
+                order_min: state.order_min,
+                pending_blocks: state.pending_blocks,
+                delay_ms_max: state.delay_ms_max,
+                age_ms_min: state.age_ms_min,
+                bytes_per_second_max: state.bytes_per_second_max,
+            },
+            flags: state.flags,
+            report_now_id: state.report_now_id,
+            guest_generation: state.guest_generation,
+            guest_settings: state.guest_settings,
+            report_now_done: state.report_now_done,
+            followed: followed.map(|it| Followed {
+                generation: it.generation,
+                settings: it.settings,
+            }),
+        })
+    }
+
     /// Changes what the host says, under the next generation.
     pub(super) fn change(&mut self, settings: PolicySettings, flags: u32) {
         self.settings = settings;

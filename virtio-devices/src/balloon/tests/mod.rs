@@ -6,5 +6,6 @@ mod hostile;
 mod policy;
 mod queues;
 mod rig;
+mod saved;
 mod stats;
 mod turns;

@@ -191,7 +191,7 @@ fn numbers_out_of_range_are_refused() {
 fn net_conforms() {
     use std::sync::{Arc, Mutex};
     for pairs in [1, 2] {
-        crate::testing::conformance(|_| {
+        crate::testing::conformance(&format!("net-{pairs}"), |_| {
             // The far ends are gone: the tap fails at every turn, and stays quiet.
             let taps = (0..pairs)
                 .map(|_| Tap::untested(UnixDatagram::unbound().unwrap().into()))

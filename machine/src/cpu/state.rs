@@ -1,0 +1,84 @@
+//! All vCPUs of a paused machine at one moment, and how they go on from that.
+
+use ::state::{Part, Saved, State, StateError, parts, require};
+use hypervisor::{ClockState, VcpuState};
+use serde::{Deserialize, Serialize};
+
+use super::CpuError;
+use super::gate::Wanted;
+use super::vcpus::{Vcpus, vcpu_error};
+
+const PART: Part = parts::VCPUS;
+
+/// The vCPUs and the clock they share.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VcpusState {
+    /// A `ClockState`: the guest's clock when it was paused.
+    pub clock: Saved,
+    /// In the order of their index.
+    pub vcpus: Vec<IndexedVcpuState>,
+}
+
+impl State for VcpusState {
+    const PART: Part = PART;
+}
+
+/// One vCPU with its place in the machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct IndexedVcpuState {
+    /// APIC id.
+    pub apic_id: u32,
+    /// A `VcpuState`.
+    pub state: Saved,
+}
+
+impl Vcpus {
+    /// The vCPUs at this moment.
+    ///
+    /// # Errors
+    /// [`CpuError::NotPaused`], or KVM refused to show a part.
+    pub fn state(&self) -> Result<VcpusState, CpuError> {
+        let clock = self.paused_clock.ok_or(CpuError::NotPaused)?;
+        let vcpus = self.cells.iter().map(|cell| {
+            let state = cell.lock().state(&self.msr_indices);
+            let state = state.map_err(vcpu_error(cell.index, "save"))?;
+            Ok(IndexedVcpuState {
+                apic_id: cell.apic_id,
+                state: Saved::of(&state),
+            })
+        });
+        Ok(VcpusState {
+            clock: Saved::of(&ClockState::from(clock)),
+            vcpus: vcpus.collect::<Result<_, CpuError>>()?,
+        })
+    }
+
+    /// In the place of [`Vcpus::configure`] and [`Vcpus::start`]: sets the saved state and starts the
+    /// threads. They are parked; [`Vcpus::resume`] sets the clock and lets them go on.
+    ///
+    /// # Errors
+    /// The state is of other vCPUs, KVM refuses a register, or a thread cannot be started.
+    pub fn restore(&mut self, state: &VcpusState) -> Result<(), StateError> {
+        let clock: ClockState = state.clock.read()?;
+        let (saved, own) = (state.vcpus.len(), self.cells.len());
+        require(saved == own, PART, "vcpus", || {
+            format!("are {saved}, the machine has {own}")
+        })?;
+        for (cell, saved) in self.cells.iter().zip(&state.vcpus) {
+            let (index, own) = (cell.index, cell.apic_id);
+            require(saved.apic_id == own, PART, "vcpus", || {
+                format!(
+                    "has APIC id {} for vCPU {index}, which has {own}",
+                    saved.apic_id
+                )
+            })?;
+            cell.lock().restore(&saved.state.read::<VcpuState>()?)?;
+        }
+        self.paused_clock = Some(clock.into());
+        self.gate.set(Wanted::Paused);
+        self.start_threads()
+            .map_err(|error| StateError::host(PART, error))
+    }
+}

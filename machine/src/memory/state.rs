@@ -1,0 +1,117 @@
+//! The map of guest memory at one moment. The bytes in it are no part of this: who saves or sends them
+//! reads them from [`GuestMemory::ram`].
+
+use ::state::{Part, State, StateError, parts, require};
+use serde::{Deserialize, Serialize};
+
+use super::{GuestMemory, Zone};
+
+const PART: Part = parts::MEMORY;
+
+/// Where RAM is and how it is divided.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryState {
+    /// Zones in the order of their addresses.
+    pub zones: Vec<ZoneState>,
+}
+
+impl State for MemoryState {
+    const PART: Part = PART;
+}
+
+/// One zone. What it is made of may change from one host to the next, the size of its pages may not:
+/// a balloon has told its driver what it can give back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ZoneState {
+    /// Its name.
+    pub id: String,
+    /// Guest physical addresses it fills, in order.
+    pub ranges: Vec<MemoryRangeState>,
+    /// Size of its pages.
+    pub page_bytes: u64,
+    /// The guest has of it only what it plugs in.
+    pub hotplug: bool,
+}
+
+/// Guest physical addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryRangeState {
+    /// The first.
+    pub start: u64,
+    /// How many bytes.
+    pub bytes: u64,
+}
+
+impl ZoneState {
+    fn of(zone: &Zone) -> Self {
+        let range = |range: &std::ops::Range<u64>| MemoryRangeState {
+            start: range.start,
+            bytes: range.end - range.start,
+        };
+        Self {
+            id: zone.id.clone(),
+            ranges: zone.ranges.iter().map(range).collect(),
+            page_bytes: zone.page_bytes,
+            hotplug: zone.hotplug,
+        }
+    }
+}
+
+impl GuestMemory {
+    /// The map.
+    pub fn state(&self) -> MemoryState {
+        MemoryState {
+            zones: self.zones().iter().map(ZoneState::of).collect(),
+        }
+    }
+
+    /// Whether this memory, made of the saved machine's configuration, can take the place of the one
+    /// that `state` was taken of: everything the guest knows of it must be the same.
+    ///
+    /// # Errors
+    /// It is not.
+    pub fn check_state(&self, state: &MemoryState) -> Result<(), StateError> {
+        let own = self.state();
+        let (saved_count, own_count) = (state.zones.len(), own.zones.len());
+        require(saved_count == own_count, PART, "zones", || {
+            format!("are {saved_count}, the configuration has {own_count}")
+        })?;
+        for (saved, own) in state.zones.iter().zip(&own.zones) {
+            require(saved == own, PART, "zones", || {
+                format!("has {saved:x?}, the configuration makes {own:x?}")
+            })?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ::state::{Saved, testing};
+    use api::config::MemoryConfig;
+
+    use super::*;
+
+    #[test]
+    fn memory_of_the_same_configuration_is_accepted_and_any_other_is_refused() {
+        let config = MemoryConfig {
+            size: 64 << 20,
+            hotplug_size: Some(256 << 20),
+            ..MemoryConfig::default()
+        };
+        let memory = GuestMemory::new(&config, 46).unwrap();
+        let saved = Saved::of(&memory.state());
+        memory.check_state(&saved.read().unwrap()).unwrap();
+        let count = testing::damage(&saved, |damaged| {
+            let read = damaged.read::<MemoryState>();
+            let error = read
+                .and_then(|state| memory.check_state(&state))
+                .unwrap_err();
+            assert!(error.to_string().contains("memory-map"), "{error}");
+        });
+        assert!(count > 100);
+    }
+}

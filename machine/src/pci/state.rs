@@ -1,0 +1,143 @@
+//! The bus at one moment: which function is where, and the address space that was given to it.
+//!
+//! What the functions themselves are, and where the guest has moved their BARs, is in their own states.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
+
+use ::state::{Part, State, StateError, parts, require};
+use serde::{Deserialize, Serialize};
+use virtio_devices::pci::PciFunction;
+use vm_allocator::RangeInclusive;
+
+use super::bus::{Slot, lock};
+use super::{Bdf, PciBus, SLOT_COUNT};
+
+const PART: Part = parts::PCI_BUS;
+
+/// The bus and the two ports in front of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PciBusState {
+    /// Address register of configuration mechanism 1.
+    pub config_address: u32,
+    /// Slots kept for functions that ask for them, one bit each.
+    pub reserved: u32,
+    /// The functions, without the host bridge.
+    pub slots: Vec<SlotState>,
+}
+
+impl State for PciBusState {
+    const PART: Part = PART;
+}
+
+/// One function on the bus.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SlotState {
+    /// Device number.
+    pub slot: u8,
+    /// Whose function it is.
+    pub id: String,
+    /// Address space given to its BARs when it came.
+    pub ranges: Vec<RangeState>,
+}
+
+/// A range of guest physical addresses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RangeState {
+    /// First address.
+    pub start: u64,
+    /// Length.
+    pub bytes: u64,
+}
+
+impl PciBus {
+    /// Which functions there are and where. `config_address`: of the ports in front of the bus.
+    pub fn state(&self, config_address: u32) -> PciBusState {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let range = |range: &RangeInclusive| RangeState {
+            start: range.start(),
+            bytes: range.len(),
+        };
+        PciBusState {
+            config_address,
+            reserved: self.reserved.load(Ordering::Relaxed),
+            slots: (0..SLOT_COUNT)
+                .zip(slots.iter())
+                .skip(1)
+                .filter_map(|(slot, entry)| {
+                    let entry = entry.as_ref()?;
+                    Some(SlotState {
+                        slot,
+                        id: entry.function.id().to_owned(),
+                        ranges: entry.ranges.iter().map(range).collect(),
+                    })
+                })
+                .collect(),
+        }
+    }
+
+    /// Takes over which slots are kept free.
+    pub fn restore_reserved(&self, state: &PciBusState) {
+        self.reserve((0..SLOT_COUNT).filter(|slot| state.reserved & 1 << slot != 0));
+    }
+
+    /// Puts a function that was built from its state back to where it was, and maps its BARs where the
+    /// guest has them.
+    ///
+    /// # Errors
+    /// The slot or its address space is taken or does not exist; nothing is changed then.
+    pub fn add_restored(
+        &self,
+        function: Arc<dyn PciFunction>,
+        state: &SlotState,
+    ) -> Result<Bdf, StateError> {
+        let slot = state.slot;
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let is_free = slots.get(usize::from(slot)).is_some_and(Option::is_none);
+        require(is_free, PART, "slots", || {
+            format!("has slot {slot}, which is taken or does not exist")
+        })?;
+        require(state.id == function.id(), PART, "slots", || {
+            format!(
+                "has {:?} in slot {slot}, the function is {:?}",
+                state.id,
+                function.id()
+            )
+        })?;
+        let bars = function.bars();
+        let fits = bars.len() == state.ranges.len()
+            && bars
+                .iter()
+                .zip(&state.ranges)
+                .all(|(bar, range)| bar.size_bytes == range.bytes);
+        require(fits, PART, "slots", || {
+            format!("has other ranges in slot {slot} than the function has BARs")
+        })?;
+        let ranges = self.take_ranges(state)?;
+        let entry = Slot::new(function, ranges);
+        slots[usize::from(slot)] = Some(Arc::clone(&entry));
+        drop(slots);
+        self.remap(&entry);
+        Ok(Bdf { slot })
+    }
+
+    fn take_ranges(&self, state: &SlotState) -> Result<Vec<RangeInclusive>, StateError> {
+        let mut windows = lock(&self.windows);
+        let mut taken: Vec<RangeInclusive> = Vec::new();
+        for range in &state.ranges {
+            let RangeState { start, bytes } = *range;
+            if windows.take(start, bytes) {
+                let range = RangeInclusive::new(start, start + bytes - 1);
+                taken.push(range.expect("a range in a window is not empty"));
+                continue;
+            }
+            taken.iter().for_each(|range| windows.free(range));
+            let reason = format!("has {start:#x}+{bytes:#x}, which is not free or not PCI's");
+            return Err(StateError::invalid(PART, "slots", reason));
+        }
+        Ok(taken)
+    }
+}
