@@ -28,6 +28,7 @@ fn inventory(vms: u64, now_ms: u64) -> Inventory {
                 has_balloon: true,
                 policy: VmPolicy::halves(size),
                 interlock: None,
+                in_force: InForce::default(),
                 sample: Some(VmSample {
                     at_ms: now_ms,
                     resident: Bytes::mib(700 + n),

@@ -23,5 +23,6 @@ pub mod reservations;
 pub mod sample;
 #[cfg(feature = "sim")]
 pub mod sim;
+mod state_file;
 pub mod store;
 pub mod worker;

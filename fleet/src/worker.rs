@@ -22,7 +22,7 @@ use api::Client;
 
 use crate::execute::{GroupFiles, Order, OrderError, OrderTarget};
 use crate::host::ProcessIdentity;
-use crate::model::{FeatureLevel, VmId};
+use crate::model::{FeatureLevel, GuestClaims, VmId};
 use crate::sample::{
     Found, ProcessFiles, RequestCounters, Round, SampleFailure, VmReading, failure_kind, read_vm,
 };
@@ -82,6 +82,8 @@ pub enum VmEventKind {
     Missed(SampleFailure),
     /// An order was carried out or refused.
     Done(OrderDone),
+    /// An order was dropped, because one that came before it was carried out does the same.
+    Replaced(Order),
 }
 
 /// The handle of a VM's thread. Dropping it ends the thread after its current request, without waiting for that.
@@ -113,6 +115,7 @@ impl VmWorker {
             process: None,
             process_number: 0,
             policy: None,
+            claims: None,
             failures: 0,
             settle_until: None,
         };
@@ -159,6 +162,8 @@ struct Thread {
     process_number: u64,
     /// Whether the guest follows a reporting policy, and for how many more samples that is taken for granted.
     policy: Option<(bool, u32)>,
+    /// What the guest of this process said last.
+    claims: Option<GuestClaims>,
     failures: u32,
     settle_until: Option<Instant>,
 }
@@ -174,12 +179,25 @@ impl Thread {
         loop {
             match orders.recv_timeout(due.saturating_duration_since(Instant::now())) {
                 Ok(first) => {
-                    for order in latest(first, orders) {
-                        if !report(VmEventKind::Done(self.carry_out(order))) {
+                    let (orders, replaced) = latest(first, orders);
+                    if !replaced
+                        .into_iter()
+                        .all(|order| report(VmEventKind::Replaced(order)))
+                    {
+                        return;
+                    }
+                    for order in orders {
+                        let done = self.carry_out(order);
+                        // What became of an order that was not answered is asked at once.
+                        let wait = match &done.result {
+                            Ok(()) => SETTLING_SAMPLE,
+                            Err(_) => Duration::ZERO,
+                        };
+                        due = due.min(Instant::now() + wait);
+                        if !report(VmEventKind::Done(done)) {
                             return;
                         }
                     }
-                    due = due.min(Instant::now() + SETTLING_SAMPLE);
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     let begin = Instant::now();
@@ -219,8 +237,13 @@ impl Thread {
                 policy_in_effect: self.policy.map(|(in_effect, _)| in_effect),
                 guest_age_ms_max: u64::try_from(self.options.sample.as_millis())
                     .unwrap_or(u64::MAX),
+                claims_before: self.claims,
             };
-            let reading = read_vm(round, &mut self.level_max);
+            let mut reading = read_vm(round, &mut self.level_max);
+            if let Ok(reading) = &mut reading {
+                reading.process = self.process;
+                self.claims = reading.sample.guest;
+            }
             self.remember_policy(reading.as_ref().ok());
             reading
         });
@@ -269,6 +292,7 @@ impl Thread {
             self.process_number += 1;
             self.level_max = FeatureLevel::L2;
             self.policy = None;
+            self.claims = None;
         }
         self.process = process;
         Ok(pid)
@@ -296,12 +320,32 @@ impl Thread {
     }
 }
 
-/// All orders that wait, in the order they came, without those that a later one of the same kind replaces.
-fn latest(first: Order, orders: &Receiver<Order>) -> Vec<Order> {
+/// All orders that wait, in the order they came, without those that a later one of the same kind replaces; and those.
+fn latest(first: Order, orders: &Receiver<Order>) -> (Vec<Order>, Vec<Order>) {
     let mut waiting = vec![first];
+    let mut replaced = Vec::new();
     while let Ok(order) = orders.try_recv() {
-        waiting.retain(|earlier| !earlier.is_replaced_by(&order));
+        replaced.extend(waiting.extract_if(.., |earlier| earlier.is_replaced_by(&order)));
         waiting.push(order);
     }
-    waiting
+    (waiting, replaced)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::model::Bytes;
+
+    #[test]
+    fn only_the_last_of_each_kind_is_carried_out_and_the_others_are_accounted_for() {
+        let (sender, orders) = mpsc::channel();
+        let balloon = |mib| Order::Balloon(Bytes::mib(mib));
+        for order in [Order::Resume, balloon(2), balloon(3)] {
+            sender.send(order).unwrap();
+        }
+        let (waiting, replaced) = latest(balloon(1), &orders);
+        assert_eq!(waiting, [Order::Resume, balloon(3)]);
+        assert_eq!(replaced, [balloon(1), balloon(2)]);
+    }
 }

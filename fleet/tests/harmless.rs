@@ -25,6 +25,7 @@ fn vm(name: &str, class: PriorityClass, sample: VmSample) -> VmFacts {
             ..VmPolicy::halves(configured)
         },
         interlock: None,
+        in_force: InForce::default(),
         sample: Some(sample),
         missed_samples: 0,
     }

@@ -58,6 +58,7 @@ fn vm(
             ..VmPolicy::halves(configured)
         },
         interlock: None,
+        in_force: InForce::default(),
         sample: Some(VmSample {
             at_ms,
             balloon_target: configured.scale(target),

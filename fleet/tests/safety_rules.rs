@@ -21,6 +21,7 @@ fn vm(name: &str, configured: Bytes, class: PriorityClass, sample: VmSample) -> 
             ..VmPolicy::halves(configured)
         },
         interlock: None,
+        in_force: InForce::default(),
         sample: Some(sample),
         missed_samples: 0,
     }

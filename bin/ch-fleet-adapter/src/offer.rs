@@ -142,8 +142,8 @@ impl Offer {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use fleet::agent::{ReservationStatus, Status, VmStatus};
-    use fleet::model::{Bytes, HostState};
+    use fleet::agent::{PublishedState, ReservationStatus, Status, VmStatus};
+    use fleet::model::Bytes;
     use fleet::reservations::{Reservation, ReservationPhase};
 
     use super::*;
@@ -195,8 +195,8 @@ mod tests {
     #[test]
     fn scarce_or_unread_host_offers_no_more_than_what_is_here() {
         for change in [
-            |status: &mut Status| status.host.state = HostState::Orange,
-            |status: &mut Status| status.host.state = HostState::Red,
+            |status: &mut Status| status.host.state = PublishedState::Orange,
+            |status: &mut Status| status.host.state = PublishedState::Red,
             |status: &mut Status| status.host.facts_age_ms = FACTS_AGE_MS_MAX + 1,
         ] {
             let mut status = status();

@@ -13,6 +13,10 @@ use serde::de::DeserializeOwned;
 
 /// Conflict: the answer to who is refused memory.
 pub(crate) const CONFLICT: u16 = 409;
+/// Unprocessable: the answer to who asks for more memory than the host has.
+const NEVER: u16 = 422;
+/// Unavailable: the agent is too busy to answer.
+const BUSY: u16 = 503;
 
 /// A running agent, as seen from its socket.
 #[derive(Debug)]
@@ -92,18 +96,20 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> ExitCode {
         .chain()
         .find_map(|cause| cause.downcast_ref::<ClientError>());
     ExitCode::from(match cause {
-        Some(ClientError::Server(error)) if error.status == CONFLICT => 3,
+        Some(ClientError::Server(error)) if [CONFLICT, NEVER].contains(&error.status) => 3,
         Some(ClientError::TimedOut { .. }) => 5,
         _ => 1,
     })
 }
 
-/// Whether memory was refused, which may be different later.
-pub(crate) fn is_refusal(error: &anyhow::Error) -> bool {
-    error.chain().any(|cause| {
-        matches!(
-            cause.downcast_ref::<ClientError>(),
-            Some(ClientError::Server(error)) if error.status == CONFLICT
-        )
-    })
+/// Whether the answer may be another one later: memory was refused for now, or no agent answered, which a restart explains.
+pub(crate) fn may_change(error: &anyhow::Error) -> bool {
+    let cause = error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<ClientError>());
+    match cause {
+        Some(ClientError::Server(error)) => [CONFLICT, BUSY].contains(&error.status),
+        Some(_) => true,
+        None => false,
+    }
 }

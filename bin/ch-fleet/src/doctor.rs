@@ -156,6 +156,13 @@ fn agent_and_vms(agent: &Agent) -> Vec<Finding> {
     for vm in &status.vms {
         let name = &vm.vm;
         findings.push(match (&vm.failure, vm.level) {
+            (Some(failure), _) if !vm.up && failure == "resident" => finding(
+                Grade::Bad,
+                "vm",
+                format!(
+                    "{name}: how much memory it has cannot be read from /proc; nothing is taken from it"
+                ),
+            ),
             (Some(failure), _) if !vm.up => {
                 finding(Grade::Bad, "vm", format!("{name}: no answer ({failure})"))
             }

@@ -19,7 +19,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::args::RunOptions;
-use crate::ask::{Agent, is_refusal};
+use crate::ask::{Agent, may_change};
 
 /// Time between two tries with `--wait`.
 const TRY_AGAIN: Duration = Duration::from_secs(2);
@@ -96,7 +96,7 @@ fn reserve(agent: &Agent, wanted: &Wanted, options: &RunOptions) -> Result<Reser
     loop {
         match agent.put::<ReserveAnswer>("fleet.reserve", &request) {
             Ok(answer) => return answer.reservation.context("The agent promised nothing"),
-            Err(error) if is_refusal(&error) && Instant::now() + TRY_AGAIN < until => {
+            Err(error) if may_change(&error) && Instant::now() + TRY_AGAIN < until => {
                 thread::sleep(TRY_AGAIN);
             }
             Err(error) => return Err(error),

@@ -1,7 +1,6 @@
 //! What `ch-fleet top` draws, and what its keys do.
 
-use fleet::agent::{Status, VmStatus};
-use fleet::model::HostState;
+use fleet::agent::{PublishedState, Status, VmStatus};
 use ratatui::Frame;
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use ratatui::layout::{Constraint, Layout};
@@ -153,10 +152,11 @@ pub(crate) fn draw(frame: &mut Frame<'_>, screen: &Screen) {
 
 fn host_lines(status: &Status) -> Paragraph<'static> {
     let color = match status.host.state {
-        HostState::Green => Color::Green,
-        HostState::Yellow => Color::Yellow,
-        HostState::Orange => Color::LightRed,
-        HostState::Red => Color::Red,
+        PublishedState::Green => Color::Green,
+        PublishedState::Yellow => Color::Yellow,
+        PublishedState::Orange => Color::LightRed,
+        PublishedState::Red => Color::Red,
+        PublishedState::Unknown => Color::Magenta,
     };
     let text = text_of(|out| tables::host(out, status));
     let lines: Vec<Line<'static>> = text
@@ -231,6 +231,7 @@ mod tests {
             ..Status::default()
         };
         status.host.name = "host-7".to_owned();
+        status.host.state = PublishedState::Green;
         Screen::new(status)
     }
 

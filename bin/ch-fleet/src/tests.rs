@@ -1,8 +1,12 @@
 #![allow(clippy::unwrap_used)]
 //! The command line itself.
 
+use std::os::unix::process::ExitStatusExt;
+use std::process::Command;
+
 use clap::CommandFactory;
 
+use crate::agent_command::end_on_panic;
 use crate::args::Arguments;
 
 #[test]
@@ -33,4 +37,21 @@ fn completions_and_manual_page_are_written() {
         .render(&mut page)
         .unwrap();
     assert!(String::from_utf8(page).unwrap().contains(".SH"));
+}
+
+#[test]
+fn panic_of_any_thread_ends_the_agent_by_a_signal() {
+    const MARK: &str = "CH_FLEET_TEST_PANICS";
+    if std::env::var_os(MARK).is_some() {
+        end_on_panic();
+        let ended = std::thread::spawn(|| panic!("on purpose")).join();
+        unreachable!("the process outlived a panic: {ended:?}");
+    }
+    let name = "tests::panic_of_any_thread_ends_the_agent_by_a_signal";
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", name, "--nocapture"])
+        .env(MARK, "1")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.signal(), Some(libc::SIGABRT), "{output:?}");
 }

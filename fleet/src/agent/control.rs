@@ -10,6 +10,8 @@ use super::clock::Clock;
 use super::event::Event;
 use super::host_watch::HostWatch;
 use super::journal::Journal;
+use super::launch::StopError;
+use super::locks::FolderLock;
 use super::membership::Membership;
 use super::promises::{Promises, Situation};
 use super::publisher::{Parts, Publisher};
@@ -18,7 +20,6 @@ use super::rounds::VmRounds;
 use crate::agent_config::{AgentConfig, OnStop, load_for};
 use crate::cluster::{HostReport, StoreView};
 use crate::http::{Method, Request, Response};
-use crate::worker::VmEventKind;
 
 /// Events handled before due times are looked at again.
 const EVENTS_AT_ONCE: usize = 256;
@@ -46,6 +47,8 @@ pub(super) struct ControlLoop {
     /// Whether the last reload was taken.
     pub(super) reload_ok: bool,
     pub(super) due: Due,
+    /// Held as long as the agent runs.
+    pub(super) _folder: FolderLock,
 }
 
 /// What is to be done next, and when.
@@ -94,8 +97,10 @@ impl Due {
 }
 
 impl ControlLoop {
-    pub(super) fn run(&mut self, events: &Receiver<Event>) {
+    pub(super) fn run(&mut self, events: &Receiver<Event>) -> Result<(), StopError> {
         self.note("started");
+        // Whoever asks first is answered by what is there, not by nothing.
+        self.do_due();
         self.publish();
         notify(&[NotifyState::Ready]);
         loop {
@@ -103,13 +108,12 @@ impl ControlLoop {
             let event = match events.recv_timeout(next.saturating_duration_since(Instant::now())) {
                 Ok(event) => Some(event),
                 Err(RecvTimeoutError::Timeout) => None,
-                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Disconnected) => return Ok(()),
             };
             let more = std::iter::from_fn(|| events.try_recv().ok()).take(EVENTS_AT_ONCE);
             for event in event.into_iter().chain(more) {
                 if !self.handle(event) {
-                    self.stop(events);
-                    return;
+                    return self.stop(events);
                 }
             }
             self.do_due();
@@ -130,7 +134,9 @@ impl ControlLoop {
             self.rounds.act(self.host.facts(), &mut self.journal);
             self.due.host = now + self.config.agent.host.duration();
         }
-        if now >= self.due.plan() {
+        // The first plan is made as soon as all VMs are known: until then nothing is promised.
+        let first = self.due.last_plan.is_none() && !self.rounds.has_unheard();
+        if first || now >= self.due.plan() {
             let promised = self.promises.outstanding(&self.config, &self.rounds);
             self.rounds
                 .plan_and_act(&self.config, self.host.facts(), promised, &mut self.journal);
@@ -237,7 +243,7 @@ impl ControlLoop {
             .promises
             .answer_lines(view, situation, &mut self.journal);
         let report = HostReport {
-            ready: !self.rounds.is_learning(),
+            ready: self.rounds.learns_for().is_none(),
             facts_age_ms: self.clock.now_ms().saturating_sub(situation.facts.at_ms),
             books: self.promises.books(situation),
             vms: self.rounds.movable(&self.config),
@@ -293,26 +299,42 @@ impl ControlLoop {
         ))
     }
 
-    fn stop(&mut self, events: &Receiver<Event>) {
+    fn stop(&mut self, events: &Receiver<Event>) -> Result<(), StopError> {
         notify(&[NotifyState::Stopping]);
         self.note("stopping");
-        if self.config.agent.on_stop == OnStop::Restore {
-            let mut left = self.rounds.order_restore();
-            let until = Instant::now() + RESTORE;
-            while left > 0 {
-                let rest = until.saturating_duration_since(Instant::now());
-                match events.recv_timeout(rest) {
-                    Ok(Event::Vm(event)) if matches!(event.kind, VmEventKind::Done(_)) => left -= 1,
-                    Ok(_) => {}
-                    Err(_) => break,
+        let vms = if self.config.agent.on_stop == OnStop::Restore {
+            self.restore(events)
+        } else {
+            Vec::new()
+        };
+        self.publish();
+        if vms.is_empty() {
+            Ok(())
+        } else {
+            self.note(&format!("not restored: {}", vms.join(", ")));
+            Err(StopError::NotRestored { vms })
+        }
+    }
+
+    /// Gives all VMs back what was taken; returns those of which it is not known.
+    fn restore(&mut self, events: &Receiver<Event>) -> Vec<String> {
+        self.rounds.restore();
+        let until = Instant::now() + RESTORE;
+        while self.rounds.has_orders() {
+            let rest = until.saturating_duration_since(Instant::now());
+            match events.recv_timeout(rest) {
+                Ok(Event::Vm(event)) => {
+                    self.rounds.event(event, &self.config, &mut self.journal);
                 }
+                Ok(_) => {}
+                Err(_) => break,
             }
         }
-        self.publish();
+        self.rounds.unrestored()
     }
 
     fn read_host(&mut self) {
-        self.host.read(self.clock.now_ms());
+        self.host.read(self.clock.now_ms(), self.rounds.pids());
     }
 
     fn publish(&self) {

@@ -68,6 +68,8 @@ pub enum Fault {
     Status500,
     /// No HTTP at all.
     Garbage,
+    /// Does what it is asked and answers nothing.
+    Mute,
 }
 
 /// A guest.
@@ -89,6 +91,16 @@ pub struct FakeVm {
     pub level: u8,
     /// Whether the balloon follows its target.
     pub follows: bool,
+    /// Whether its memory is in huge pages.
+    pub huge: bool,
+    /// Whether the guest's statistics come.
+    pub talks: bool,
+    /// Whether it is paused, and how often it refuses to be resumed.
+    pub paused: bool,
+    /// See `paused`.
+    pub refusals: u32,
+    /// Whether its balloon is refused.
+    pub refuses_balloon: bool,
     /// What its VMM does wrong.
     pub fault: Fault,
     /// Every size that was asked for, and when.
@@ -109,6 +121,11 @@ impl FakeVm {
             actual: 0,
             level: 2,
             follows: true,
+            huge: false,
+            talks: true,
+            paused: false,
+            refusals: 0,
+            refuses_balloon: false,
             fault: Fault::None,
             resizes: Vec::new(),
             requests: 0,
@@ -311,7 +328,7 @@ fn serve(
             }
             if let Some(vm) = inner.vms.get_mut(name) {
                 let resident = vm.resident;
-                answer(vm, stream);
+                held.extend(answer(vm, stream));
                 if vm.resident != resident {
                     write_host(&inner, folder);
                 }
@@ -320,23 +337,29 @@ fn serve(
     }
 }
 
-fn answer(vm: &mut FakeVm, mut stream: UnixStream) {
+/// Answers a request; a stream that is returned stays open without an answer.
+fn answer(vm: &mut FakeVm, mut stream: UnixStream) -> Option<UnixStream> {
     stream
         .set_read_timeout(Some(Duration::from_secs(5)))
         .unwrap();
     let Some(request) = read_request(&mut stream) else {
         // Somebody only looked who listens.
-        return;
+        return None;
     };
     vm.requests += 1;
     let bytes = match vm.fault {
         Fault::None => respond(vm, &request),
         Fault::Half => "HTTP/1.1 200 \r\nContent-Length: 999\r\n\r\n{\"config".to_owned(),
         Fault::Status500 => "HTTP/1.1 500 \r\nContent-Length: 9\r\n\r\n[\"broken\"]".to_owned(),
+        Fault::Mute => {
+            respond(vm, &request);
+            return Some(stream);
+        }
         Fault::Garbage | Fault::Hang => "lorem ipsum\r\n\r\n".to_owned(),
     };
     // Whoever asked may have given up.
     let _ = stream.write_all(bytes.as_bytes());
+    None
 }
 
 fn read_request(stream: &mut UnixStream) -> Option<String> {
@@ -364,16 +387,32 @@ fn respond(vm: &mut FakeVm, request: &str) -> String {
     let body = request.split("\r\n\r\n").nth(1).unwrap();
     match (name, vm.level) {
         ("vm.info", _) => ok(&format!(
-            r#"{{"config":{{"memory":{{"size":{}}},"balloon":{{"size":{}}},"new":"field"}},"state":"Running","memory_actual_size":{}}}"#,
+            r#"{{"config":{{"memory":{{"size":{},"hugepages":{}}},"balloon":{{"size":{}}},"new":"field"}},"state":"{}","memory_actual_size":{}}}"#,
             vm.configured,
+            vm.huge,
             vm.target,
+            if vm.paused { "Paused" } else { "Running" },
             vm.configured - vm.actual
         )),
+        ("vm.resize", _) if vm.refuses_balloon => refused(),
+        ("vm.pause", _) => {
+            vm.paused = true;
+            done()
+        }
+        ("vm.resume", _) if vm.refusals > 0 => {
+            vm.refusals -= 1;
+            refused()
+        }
+        ("vm.resume", _) => {
+            vm.paused = false;
+            done()
+        }
         ("vm.resize", _) => {
             let resize: api::VmResize = serde_json::from_str(body).unwrap();
             vm.resize(resize.desired_balloon.unwrap());
-            "HTTP/1.1 204 \r\nServer: Cloud Hypervisor API\r\n\r\n".to_owned()
+            done()
         }
+        ("vm.balloon-stats", 1..) if !vm.talks => refused(),
         ("vm.balloon-stats", 1..) => ok(&format!(
             r#"{{"balloon_actual":{},"stats":{}}}"#,
             vm.actual,
@@ -400,6 +439,14 @@ fn stats(vm: &FakeVm) -> String {
         r#"{{"free_memory":{},"available_memory":{},"total_memory":{},"alloc_stalls":{},"major_faults":0,"oom_kills":0}}"#,
         vm.available, vm.available, vm.configured, vm.stalls
     )
+}
+
+fn done() -> String {
+    "HTTP/1.1 204 \r\nServer: Cloud Hypervisor API\r\n\r\n".to_owned()
+}
+
+fn refused() -> String {
+    "HTTP/1.1 500 \r\nContent-Length: 11\r\n\r\n[\"refused\"]".to_owned()
 }
 
 fn ok(body: &str) -> String {

@@ -2,7 +2,7 @@
 
 use crate::agent_config::AgentConfig;
 use crate::host::{
-    HostError, HostFiles, HostReader, PressureTrigger, TriggerLevel, watch_pressure,
+    HostError, HostFiles, HostReader, PressureTrigger, TriggerLevel, common_group, watch_pressure,
 };
 use crate::model::HostFacts;
 
@@ -12,6 +12,10 @@ pub(super) struct HostWatch {
     name: String,
     reader: HostReader,
     facts: HostFacts,
+    /// Whether the configuration names the group that is the host.
+    named: bool,
+    /// The VMMs whose common group is the host otherwise.
+    pids: Vec<i32>,
     trigger: Option<PressureTrigger>,
 }
 
@@ -35,14 +39,31 @@ impl HostWatch {
             trigger: arm_trigger(config, reader.files(), pressed),
             reader,
             facts,
+            named: group.is_some(),
+            pids: Vec::new(),
         })
     }
 
-    pub(super) fn read(&mut self, now_ms: u64) {
+    /// Reads the host anew. `pids` are the VMMs: the limit of a group that all of them are in is the host's, whether or not
+    /// anybody named it.
+    pub(super) fn read(&mut self, now_ms: u64, pids: Vec<i32>) {
+        if !self.named && self.pids != pids {
+            let files = self.reader.files();
+            let group = common_group(&files.proc, &files.cgroup_root, &pids);
+            if group != files.cgroup {
+                log::info!("the VMs' control group: {group:?}");
+                self.reader.set_cgroup(group);
+            }
+            self.pids = pids;
+        }
         match self.reader.read(now_ms) {
             Ok(facts) => self.facts = facts,
             // The facts grow old, and everything that depends on fresh ones stops by itself.
-            Err(error) => log::error!("{}", api::chain_report("the host cannot be read", &error)),
+            Err(error) => {
+                log::error!("{}", api::chain_report("the host cannot be read", &error));
+                // The group may have gone.
+                self.pids.clear();
+            }
         }
     }
 

@@ -10,11 +10,13 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-use super::clock::{Clock, unix_ms};
+use super::acts::Acts;
+use super::clock::{Clock, moment};
 use super::control::{ControlLoop, Due};
 use super::event::Event;
 use super::host_watch::HostWatch;
 use super::journal::Journal;
+use super::locks::FolderLock;
 use super::membership::Membership;
 use super::promises::Promises;
 use super::published::Published;
@@ -51,8 +53,17 @@ pub enum AgentError {
     /// The reservations.
     #[error("The reservations cannot be opened")]
     Book(#[source] BookError),
+    /// What was done to VMs.
+    #[error("The list of what was done to VMs cannot be opened")]
+    Acts(#[source] io::Error),
+    /// The folder is another agent's.
+    #[error("{} is used by another agent: stop it, or set agent.state_dir", path.display())]
+    Taken {
+        /// Which.
+        path: PathBuf,
+    },
     /// A folder.
-    #[error("Cannot make {}", path.display())]
+    #[error("Cannot use {}", path.display())]
     Folder {
         /// Which.
         path: PathBuf,
@@ -89,6 +100,20 @@ pub enum AgentError {
     Thread(#[source] io::Error),
 }
 
+/// Why an agent did not end well.
+#[derive(Debug, Error)]
+pub enum StopError {
+    /// A fault of its own.
+    #[error("the control loop panicked")]
+    Panicked,
+    /// VMs refused `on_stop = "restore"` or did not answer.
+    #[error("these VMs did not get back what was taken: {}", vms.join(", "))]
+    NotRestored {
+        /// Which.
+        vms: Vec<String>,
+    },
+}
+
 /// How to run.
 #[derive(Clone, Debug, Default)]
 pub struct AgentOptions {
@@ -108,7 +133,7 @@ pub struct Agent {
     events: SyncSender<Event>,
     published: Arc<Published>,
     page: Option<SocketAddr>,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<JoinHandle<Result<(), StopError>>>,
 }
 
 impl Agent {
@@ -163,18 +188,31 @@ impl Agent {
     }
 
     /// Waits until the agent has ended.
-    pub fn wait(mut self) {
-        if let Some(thread) = self.thread.take() {
-            // A panic there was printed already.
-            let _ = thread.join();
+    ///
+    /// # Errors
+    /// It did not end well.
+    pub fn wait(mut self) -> Result<(), StopError> {
+        match self.thread.take() {
+            Some(thread) => thread.join().unwrap_or(Err(StopError::Panicked)),
+            None => Ok(()),
         }
+    }
+
+    /// Ends the agent.
+    ///
+    /// # Errors
+    /// It did not end well.
+    pub fn stop(self) -> Result<(), StopError> {
+        // An agent that has ended needs no order.
+        let _ = self.events.send(Event::Stop);
+        self.wait()
     }
 }
 
 impl Drop for Agent {
     fn drop(&mut self) {
         if let Some(thread) = self.thread.take() {
-            // Ended by itself, or ended now.
+            // Ended by itself, or ended now. Who wants to know how calls `stop`.
             let _ = self.events.send(Event::Stop);
             let _ = thread.join();
         }
@@ -208,12 +246,13 @@ fn launch(
     let thread = thread::Builder::new()
         .name("control".to_owned())
         .spawn(move || {
-            control.run(&received);
+            let ended = control.run(&received);
             // First nobody may ask any more, then nobody answers.
             drop((local, page));
             // The store's thread learns that nobody answers any more before it is waited for.
             drop(received);
             drop(link);
+            ended
         })
         .map_err(AgentError::Thread)?;
     agent.thread = Some(thread);
@@ -232,6 +271,15 @@ fn assemble(
         path: folder.clone(),
         source,
     })?;
+    let lock = FolderLock::take(folder).map_err(|source| match source.kind() {
+        io::ErrorKind::WouldBlock => AgentError::Taken {
+            path: folder.clone(),
+        },
+        _ => AgentError::Folder {
+            path: folder.clone(),
+            source,
+        },
+    })?;
     let clock = Clock::start();
     let pressed = events.clone();
     let host = HostWatch::start(&config, files, clock.now_ms(), move || {
@@ -239,7 +287,8 @@ fn assemble(
         let _ = pressed.try_send(Event::Pressure);
     })
     .map_err(AgentError::Host)?;
-    let book = ReservationBook::open(folder, unix_ms()).map_err(AgentError::Book)?;
+    let book = ReservationBook::open(folder, moment()).map_err(AgentError::Book)?;
+    let acts = Acts::open(folder, &files.proc).map_err(AgentError::Acts)?;
     let reports = events.clone();
     let workers = Workers {
         files: GroupFiles {
@@ -254,13 +303,14 @@ fn assemble(
         file,
         clock,
         host,
-        rounds: VmRounds::new(&config, workers).map_err(AgentError::Pattern)?,
+        rounds: VmRounds::new(&config, workers, acts).map_err(AgentError::Pattern)?,
         promises: Promises::new(book),
         membership: None,
         publisher: Publisher::new(Arc::clone(published), clock),
         journal: Journal::default(),
         reload_ok: true,
         due: Due::new(Instant::now(), &config),
+        _folder: lock,
         config,
     })
 }

@@ -15,6 +15,7 @@
 //! part has its own type and sees of the others what it is handed: the rounds know nothing of promises but their sum, the
 //! promises ask the rounds what is there, the publisher reads all of them and changes none.
 
+mod acts;
 mod clock;
 mod control;
 mod counts;
@@ -22,6 +23,7 @@ mod event;
 mod host_watch;
 mod journal;
 mod launch;
+mod locks;
 mod membership;
 mod promises;
 mod published;
@@ -43,8 +45,8 @@ mod tests;
 
 pub use counts::{AdmissionCounts, DecisionCounts};
 pub use journal::{JournalEntry, JournalPage};
-pub use launch::{Agent, AgentError, AgentOptions};
+pub use launch::{Agent, AgentError, AgentOptions, StopError};
 pub use published::{Published, Snapshot};
 pub use request::{ConfirmRequest, PinRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
 pub use routes::{LOCAL_NAMES, handle_page};
-pub use status::{HostStatus, ReservationStatus, Status, StoreStatus, VmStatus};
+pub use status::{HostStatus, PublishedState, ReservationStatus, Status, StoreStatus, VmStatus};

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use super::AdmissionCounts;
-use super::clock::unix_ms;
+use super::clock::moment;
 use super::journal::Journal;
 use super::request::{ConfirmRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
 use super::rounds::VmRounds;
@@ -15,9 +15,7 @@ use crate::agent_config::AgentConfig;
 use crate::cluster::{BookEntry, HeldPromise, StoreView};
 use crate::http::{Request, Response};
 use crate::model::{Bytes, HostFacts, Ledger};
-use crate::reservations::{
-    BookError, Reservation, ReservationBook, ReservationPhase, outstanding_of,
-};
+use crate::reservations::{BookError, Reservation, ReservationBook, ReservationPhase};
 
 /// Longest name of a VM.
 const NAME_BYTES_MAX: usize = 256;
@@ -28,6 +26,29 @@ pub(super) struct Situation<'a> {
     pub(super) config: &'a AgentConfig,
     pub(super) facts: &'a HostFacts,
     pub(super) rounds: &'a VmRounds,
+}
+
+impl Situation<'_> {
+    /// For how many seconds the host could not be read, if that is too long to promise anything.
+    fn blind_for(&self) -> Option<u64> {
+        let age_ms = self.rounds.now_ms().saturating_sub(self.facts.at_ms);
+        let most = self.config.planning.admission.facts_age_max;
+        (age_ms > most.0).then_some(age_ms / 1000)
+    }
+}
+
+/// A no.
+struct Refused {
+    why: String,
+    /// Whether it can never fit on this host.
+    for_good: bool,
+}
+
+impl Refused {
+    fn now(why: String) -> Self {
+        let for_good = false;
+        Self { why, for_good }
+    }
 }
 
 /// All promises of this host.
@@ -53,7 +74,7 @@ impl Promises {
     /// Memory that is promised and not used yet.
     pub(super) fn outstanding(&self, config: &AgentConfig, rounds: &VmRounds) -> Bytes {
         self.book
-            .outstanding(unix_ms(), config.planning.admission.reservation, |name| {
+            .outstanding(moment(), config.planning.admission.reservation, |name| {
                 rounds.seen(name)
             })
     }
@@ -80,9 +101,10 @@ impl Promises {
             return Ok(held);
         }
         let verdict = self.verdict(&vm, wanted, situation, journal);
-        let admission = verdict.map_err(|text| {
+        let admission = verdict.map_err(|refused| {
             let what = format!("{} for {vm:?} are refused", asked.memory);
-            Response::error(409, &[what, text])
+            let status = if refused.for_good { 422 } else { 409 };
+            Response::error(status, &[what, refused.why])
         })?;
         let reservation = if asked.dry_run {
             None
@@ -90,7 +112,7 @@ impl Promises {
             let hold = config.planning.admission.reservation;
             let made = self
                 .book
-                .reserve(&vm, (wanted.max, admission.promise), uid, (unix_ms(), hold))
+                .reserve(&vm, (wanted.max, admission.promise), uid, (moment(), hold))
                 .map_err(|error| book_error(&error))?;
             Some(made)
         };
@@ -111,7 +133,7 @@ impl Promises {
         let hold = config.planning.admission.reservation;
         let confirmed = self
             .book
-            .confirm(&asked.reservation, unix_ms(), hold)
+            .confirm(&asked.reservation, moment(), hold)
             .map_err(|error| book_error(&error))?;
         Ok(Response::json(&confirmed))
     }
@@ -135,7 +157,7 @@ impl Promises {
 
     /// Follows the VMs: promises of those that came are used up, those of VMs that went and those that ran out are dropped.
     pub(super) fn follow(&mut self, rounds: &VmRounds, journal: &mut Journal) {
-        match self.book.follow(unix_ms(), |name| rounds.seen(name)) {
+        match self.book.follow(moment(), |name| rounds.seen(name)) {
             Ok(dropped) => {
                 for entry in dropped {
                     let text = format!(
@@ -204,19 +226,15 @@ impl Promises {
     }
 
     pub(super) fn status(&self, config: &AgentConfig, rounds: &VmRounds) -> Vec<ReservationStatus> {
-        let now_unix_ms = unix_ms();
-        let entries = self.book.entries().iter();
-        entries
-            .map(|entry| ReservationStatus {
-                reservation: entry.clone(),
-                outstanding: outstanding_of(
-                    entry,
-                    now_unix_ms,
-                    config.planning.admission.reservation,
-                    &|name| rounds.seen(name),
-                ),
-            })
-            .collect()
+        let settle = config.planning.admission.reservation;
+        let each = self
+            .book
+            .outstanding_each(moment(), settle, |name| rounds.seen(name));
+        each.map(|(entry, outstanding)| ReservationStatus {
+            reservation: entry.clone(),
+            outstanding,
+        })
+        .collect()
     }
 
     fn ledger(&self, situation: Situation<'_>) -> Ledger {
@@ -251,24 +269,34 @@ impl Promises {
         wanted: Wanted,
         situation: Situation<'_>,
         journal: &mut Journal,
-    ) -> Result<Admission, String> {
-        let verdict = if situation.rounds.is_learning() {
+    ) -> Result<Admission, Refused> {
+        let verdict = if let Some(seconds) = situation.rounds.learns_for() {
             self.counts.count("refused", "learning");
-            Err(
-                "the agent has just started and does not know every VM yet: ask again in a few seconds"
-                    .to_owned(),
-            )
+            Err(Refused::now(format!(
+                "the agent has just started and does not know every VM yet: ask again in {seconds} s"
+            )))
+        } else if let Some(seconds) = situation.blind_for() {
+            self.counts.count("refused", "stale-host");
+            Err(Refused::now(format!(
+                "the host's memory could not be read for {seconds} s: nothing is promised until it can"
+            )))
         } else {
             let verdict = admit(&wanted, &self.books(situation), &situation.config.planning);
             match &verdict {
                 Ok(_) => self.counts.count("admitted", "ok"),
                 Err(refusal) => self.counts.count("refused", reason_of(refusal)),
             }
-            verdict.map_err(|refusal| refusal.to_string())
+            verdict.map_err(|refusal| Refused {
+                for_good: refusal
+                    .obstacles
+                    .iter()
+                    .any(|obstacle| matches!(obstacle, Obstacle::TooLarge(_))),
+                why: refusal.to_string(),
+            })
         };
         let text = match &verdict {
             Ok(admission) => format!("{} admitted, {} promised", wanted.max, admission.promise),
-            Err(text) => format!("{} refused: {text}", wanted.max),
+            Err(refused) => format!("{} refused: {}", wanted.max, refused.why),
         };
         journal.enter("admission", vm, text);
         verdict
@@ -289,7 +317,8 @@ impl Promises {
             return Err(format!("a VM {vm:?} runs here already"));
         }
         let wanted = entry.request();
-        let admission = self.verdict(&vm, wanted, situation, journal)?;
+        let verdict = self.verdict(&vm, wanted, situation, journal);
+        let admission = verdict.map_err(|refused| refused.why)?;
         let hold = situation.config.planning.admission.reservation;
         self.book
             .reserve_remote(
@@ -297,7 +326,7 @@ impl Promises {
                 &vm,
                 (wanted.max, admission.promise),
                 rustix::process::getuid().as_raw(),
-                (unix_ms(), hold),
+                (moment(), hold),
             )
             .map(drop)
             // It was admitted, and cannot be kept all the same.

@@ -7,7 +7,7 @@ use super::host_watch::HostWatch;
 use super::membership::Membership;
 use super::promises::Promises;
 use super::rounds::VmRounds;
-use super::status::{HostStatus, VmStatus};
+use super::status::{HostStatus, PublishedState, VmStatus};
 use super::vms::Vm;
 use super::{Published, Snapshot, Status};
 use crate::agent_config::AgentConfig;
@@ -75,13 +75,18 @@ impl Publisher {
 fn host_status(parts: &Parts<'_>, now_ms: u64) -> HostStatus {
     let plan = parts.rounds.plan();
     let facts = *parts.host.facts();
+    let facts_age_ms = now_ms.saturating_sub(facts.at_ms);
     let coverage = plan.host.burst_coverage;
     HostStatus {
         name: parts.host.name().to_owned(),
-        state: plan.host.state,
+        state: if facts_age_ms > parts.config.planning.admission.facts_age_max.0 {
+            PublishedState::Unknown
+        } else {
+            plan.host.state.into()
+        },
         state_age_ms: now_ms.saturating_sub(parts.rounds.memory().state_since_ms),
         facts,
-        facts_age_ms: now_ms.saturating_sub(facts.at_ms),
+        facts_age_ms,
         ledger: plan.ledger,
         free: plan.host.free.0,
         shortage: plan.host.shortage,
@@ -114,6 +119,11 @@ fn vm_status(parts: &Parts<'_>, vm: &Vm, now_ms: u64) -> VmStatus {
         ..VmStatus::default()
     };
     fill_from_reading(parts.config, vm, now_ms, &mut status);
+    if vm.is_huge() {
+        status.interlock = Some("huge-pages".to_owned());
+        status.explanation =
+            format!("{name}: left alone, its memory comes out of the host's pool of huge pages");
+    }
     if let Some(memory) = parts.rounds.memory().vm(name) {
         status.suffering = memory.suffering;
     }

@@ -1,20 +1,24 @@
 //! One round of the agent: follow what is there, plan, and act.
 
+use std::cell::{OnceCell, RefCell};
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
 use super::DecisionCounts;
+use super::acts::Acts;
 use super::clock::Clock;
 use super::journal::Journal;
-use super::vms::{Direction, Vm, Vms};
+use super::locks::VmLock;
+use super::vms::{Direction, StartRefusal, Vm, Vms};
 use crate::agent_config::AgentConfig;
 use crate::execute::{Executor, GroupFiles, Order, Settled};
-use crate::model::{Bytes, HostFacts, Inventory, Ledger, VmId};
+use crate::model::{Bytes, HostFacts, InForce, Inventory, Ledger, VmId};
 use crate::placement::MovableVm;
 use crate::planner::{Action, ActionKind, Block, Plan, PlannerMemory, Present, plan};
 use crate::reservations::SeenVm;
-use crate::sample::{Discovery, Found, PatternError, RequestCounters, VmReading};
+use crate::sample::{Discovery, Found, PatternError, RequestCounters, SocketOwners, VmReading};
 use crate::worker::{OrderDone, VmEvent, VmEventKind, VmWorker, WorkerOptions};
 
 /// A balloon that turns round within this time has swung.
@@ -53,6 +57,7 @@ pub(super) struct VmRounds {
     discovery: Discovery,
     workers: Workers,
     vms: Vms,
+    acts: Acts,
     memory: PlannerMemory,
     plan: Arc<Plan>,
     executor: Executor,
@@ -60,11 +65,16 @@ pub(super) struct VmRounds {
 }
 
 impl VmRounds {
-    pub(super) fn new(config: &AgentConfig, workers: Workers) -> Result<Self, PatternError> {
+    pub(super) fn new(
+        config: &AgentConfig,
+        workers: Workers,
+        acts: Acts,
+    ) -> Result<Self, PatternError> {
         Ok(Self {
             discovery: Discovery::new(&config.discovery.sockets)?,
             workers,
             vms: Vms::default(),
+            acts,
             memory: PlannerMemory::default(),
             plan: Arc::default(),
             executor: Executor::default(),
@@ -74,10 +84,21 @@ impl VmRounds {
 
     /// Looks for sockets, and has those that are new or replaced served.
     pub(super) fn scan(&mut self, config: &AgentConfig, journal: &mut Journal) {
-        let workers = &self.workers;
+        let (workers, owners) = (&self.workers, OnceCell::new());
         let change = self.vms.follow(self.discovery.scan(), |found, number| {
-            workers.start(found, number, config)
+            let owners = owners.get_or_init(|| SocketOwners::read(&workers.files.proc));
+            if let Some(stranger) = owners.stranger(&found.socket) {
+                return Err(StartRefusal {
+                    why: format!("{stranger} listens there, which is not a VMM"),
+                    for_good: true,
+                });
+            }
+            let lock = VmLock::take(&found.identity)?;
+            Ok((workers.start(found, number, config)?, lock))
         });
+        for (id, why) in change.refused {
+            journal.enter("vm", id.as_str(), format!("not served: {why}"));
+        }
         let lines = [
             ("found", change.appeared),
             ("replaced", change.replaced),
@@ -132,6 +153,11 @@ impl VmRounds {
                 }
             }
             VmEventKind::Done(done) => self.order_done(name, &done, journal),
+            VmEventKind::Replaced(order) => {
+                if let Some(vm) = self.vms.get_mut(name) {
+                    vm.order_ended(&order);
+                }
+            }
         }
         false
     }
@@ -143,12 +169,14 @@ impl VmRounds {
         facts: &HostFacts,
         promised: Bytes,
     ) -> Inventory {
+        let now_ms = self.now_ms();
         let vms = self.vms.iter().filter_map(|vm| {
             let name = config.policy_name(vm.id.as_str());
-            vm.facts(|size| config.planning.vm_policy(name, size))
+            let policy = |size| config.planning.vm_policy(name, size);
+            vm.facts(policy, self.acts.of(&vm.id), now_ms)
         });
         Inventory {
-            now_ms: self.workers.clock.now_ms(),
+            now_ms,
             host: *facts,
             vms: vms.collect(),
             promised,
@@ -201,10 +229,12 @@ impl VmRounds {
 
     /// Hands over whatever may be done now.
     pub(super) fn act(&mut self, facts: &HostFacts, journal: &mut Journal) {
-        let (now_ms, host_available) = (self.workers.clock.now_ms(), facts.available());
-        let vms = &self.vms;
+        self.resend(journal);
+        let (now_ms, host_available) = (self.now_ms(), facts.available());
+        let (vms, acts) = (RefCell::new(&mut self.vms), &mut self.acts);
         let settled = self.executor.run(
             |action| {
+                let vms = vms.borrow();
                 let vm = vms.get(action.vm.as_str())?;
                 Some(Present {
                     epoch: vm.epoch,
@@ -214,8 +244,20 @@ impl VmRounds {
                 })
             },
             |action| {
-                vms.get(action.vm.as_str())
-                    .is_some_and(|vm| vm.worker.order(Order::from(&action.kind)))
+                let mut vms = vms.borrow_mut();
+                let Some(vm) = vms.get_mut(action.vm.as_str()) else {
+                    return false;
+                };
+                let order = Order::from(&action.kind);
+                let process = vm.reading.as_ref().and_then(|reading| reading.process);
+                // What cannot be remembered could not be undone.
+                match acts.begin(&vm.id, process, &order) {
+                    Ok(()) => vm.order(order),
+                    Err(error) => {
+                        log::error!("{}: {action} is left undone: {error}", vm.id);
+                        false
+                    }
+                }
             },
         );
         for (action, settled) in settled {
@@ -234,17 +276,47 @@ impl VmRounds {
         true
     }
 
-    /// Orders every balloon away; how many orders went out.
-    pub(super) fn order_restore(&mut self) -> usize {
-        let balloons = self.vms.iter().filter(|vm| vm.target() > Bytes::ZERO);
-        balloons
-            .filter(|vm| vm.worker.order(Order::Balloon(Bytes::ZERO)))
-            .count()
+    /// Orders every balloon away, and everything undone.
+    pub(super) fn restore(&mut self) {
+        for vm in self.vms.iter_mut() {
+            let balloon = (vm.target() > Bytes::ZERO).then_some(Order::Balloon(Bytes::ZERO));
+            for order in balloon.into_iter().chain(self.acts.undoing(&vm.id)) {
+                vm.order(order);
+            }
+        }
+    }
+
+    /// Whether orders are under way.
+    pub(super) fn has_orders(&self) -> bool {
+        self.vms.iter().any(|vm| vm.orders > 0)
+    }
+
+    /// VMs that are not known to be as they would be without this agent.
+    pub(super) fn unrestored(&self) -> Vec<String> {
+        let left = self.vms.iter().filter(|vm| {
+            vm.is_unconfirmed()
+                || vm.orders > 0
+                || vm.target() > Bytes::ZERO
+                || self.acts.of(&vm.id) != InForce::default()
+        });
+        left.map(|vm| vm.id.to_string()).collect()
+    }
+
+    /// When promises can be made: at once, or in so many seconds at most, because the agent has just started and no plan
+    /// of all VMs tells yet what is free.
+    pub(super) fn learns_for(&self) -> Option<u64> {
+        let learning = self.decisions.plans == 0 || self.has_unheard();
+        learning.then(|| {
+            LEARNING_MS
+                .saturating_sub(self.now_ms())
+                .div_ceil(1000)
+                .max(1)
+        })
     }
 
     /// Whether there are VMs of which nothing is known yet, shortly after the start.
-    pub(super) fn is_learning(&self) -> bool {
-        self.workers.clock.now_ms() < LEARNING_MS
+    pub(super) fn has_unheard(&self) -> bool {
+        self.now_ms() < LEARNING_MS
             && self
                 .vms
                 .iter()
@@ -258,6 +330,17 @@ impl VmRounds {
         // One that hangs is there all the same, with its memory; one that nobody listens for is not.
         let ended = matches!(vm.failure, Some("refused" | "no-socket" | "no-vm"));
         (!ended).then_some(SeenVm { resident })
+    }
+
+    /// The processes of the VMs.
+    pub(super) fn pids(&self) -> Vec<i32> {
+        let readings = self.vms.iter().filter_map(|vm| vm.reading.as_ref());
+        readings.map(|reading| reading.pid).collect()
+    }
+
+    /// The planner's clock.
+    pub(super) fn now_ms(&self) -> u64 {
+        self.workers.clock.now_ms()
     }
 
     pub(super) fn has_vm(&self, name: &str) -> bool {
@@ -326,23 +409,18 @@ impl VmRounds {
         } else if was_away {
             journal.enter("vm", name, "answers again".to_owned());
         }
+        self.follow_acts(name);
         urgent
     }
 
     fn order_done(&mut self, name: &str, done: &OrderDone, journal: &mut Journal) {
+        let now_ms = self.now_ms();
         let Some(vm) = self.vms.get_mut(name) else {
             return;
         };
-        if let Order::Balloon(bytes) = done.order {
-            if vm.ordered == Some(bytes) {
-                vm.ordered = None;
-            }
-            if done.result.is_ok()
-                && let Some(reading) = &mut vm.reading
-            {
-                // Until the next sample this is what is known to be asked for.
-                reading.sample.balloon_target = bytes;
-            }
+        vm.order_done(done, now_ms);
+        if done.result.is_ok() {
+            log_unsaved(self.acts.end(&vm.id, &done.order));
         }
         if let Err(error) = &done.result {
             self.decisions.count(done.order.name(), "order", "error");
@@ -352,6 +430,31 @@ impl VmRounds {
                 api::error_chain(error).join(": ")
             );
             journal.enter("action", name, text);
+        }
+    }
+
+    /// Sends again what gives memory back and was not confirmed.
+    fn resend(&mut self, journal: &mut Journal) {
+        let now_ms = self.now_ms();
+        for vm in self.vms.iter_mut() {
+            if let Some(to) = vm.to_resend(now_ms)
+                && vm.order(Order::Balloon(to))
+            {
+                let text = format!("balloon → {to} once more: it was not confirmed");
+                journal.enter("action", vm.id.as_str(), text);
+            }
+        }
+    }
+
+    /// Forgets acts that ended without this agent: with their process, or because somebody resumed the VM.
+    fn follow_acts(&mut self, name: &str) {
+        let Some(vm) = self.vms.get(name) else {
+            return;
+        };
+        let process = vm.reading.as_ref().and_then(|reading| reading.process);
+        log_unsaved(self.acts.follow(&vm.id, process));
+        if self.acts.of(&vm.id).paused && vm.runs_unasked() {
+            log_unsaved(self.acts.end(&vm.id, &Order::Resume));
         }
     }
 
@@ -388,14 +491,13 @@ impl VmRounds {
     }
 
     fn note_order(&mut self, id: &VmId, kind: &ActionKind) {
-        let now_ms = self.workers.clock.now_ms();
+        let now_ms = self.now_ms();
         let ActionKind::Balloon { from, to } = kind else {
             return;
         };
         let Some(vm) = self.vms.get_mut(id.as_str()) else {
             return;
         };
-        vm.ordered = Some(*to);
         let direction = if to > from {
             Direction::Inflate
         } else {
@@ -408,6 +510,13 @@ impl VmRounds {
             self.decisions.oscillations += 1;
         }
         vm.moved = Some((direction, now_ms));
+    }
+}
+
+/// An act that was ended in memory and not on disk is undone once more by the next agent, which does no harm.
+fn log_unsaved(result: io::Result<()>) {
+    if let Err(error) = result {
+        log::error!("the list of what was done to VMs cannot be saved: {error}");
     }
 }
 
@@ -430,4 +539,44 @@ fn is_urgent(before: Option<&VmReading>, now: &VmReading, config: &AgentConfig) 
         })
     };
     guest.available < least || stalls(now) > stalls(before)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{FeatureLevel, GuestClaims, VmSample};
+
+    fn reading(alloc_stalls: u64, oom_kills: u64) -> VmReading {
+        VmReading {
+            pid: 1,
+            process: None,
+            huge_pages: false,
+            level: FeatureLevel::L2,
+            configured: Bytes::gib(4),
+            has_balloon: true,
+            interlock: None,
+            sample: VmSample {
+                balloon_target: Bytes::gib(1),
+                ballooned: Bytes::gib(1),
+                guest: Some(GuestClaims {
+                    available: Bytes::gib(2),
+                    alloc_stalls: Some(alloc_stalls),
+                    oom_kills: Some(oom_kills),
+                    ..GuestClaims::default()
+                }),
+                ..VmSample::default()
+            },
+            requested: Bytes::ZERO,
+        }
+    }
+
+    #[test]
+    fn counters_that_a_guest_makes_up_do_no_harm() {
+        let config = AgentConfig::default();
+        let urgent = |before: &VmReading, now: &VmReading| is_urgent(Some(before), now, &config);
+        let (calm, most) = (reading(1, 1), reading(u64::MAX, u64::MAX));
+        assert!(urgent(&calm, &most));
+        assert!(!urgent(&most, &most));
+        assert!(!urgent(&most, &calm));
+    }
 }

@@ -67,13 +67,61 @@ pub struct StoreStatus {
     pub calls: BTreeMap<String, u64>,
 }
 
+/// The host's state as it is published.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    Serialize,
+    Deserialize,
+    strum::Display,
+    strum::IntoStaticStr,
+    strum::VariantArray,
+)]
+#[serde(rename_all = "lowercase")]
+#[strum(serialize_all = "lowercase")]
+pub enum PublishedState {
+    /// [`HostState::Green`]
+    #[default]
+    Green,
+    /// [`HostState::Yellow`]
+    Yellow,
+    /// [`HostState::Orange`]
+    Orange,
+    /// [`HostState::Red`]
+    Red,
+    /// The host could not be read for too long.
+    Unknown,
+}
+
+impl PublishedState {
+    /// The name in answers and metrics.
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
+}
+
+impl From<HostState> for PublishedState {
+    fn from(state: HostState) -> Self {
+        match state {
+            HostState::Green => Self::Green,
+            HostState::Yellow => Self::Yellow,
+            HostState::Orange => Self::Orange,
+            HostState::Red => Self::Red,
+        }
+    }
+}
+
 /// The host.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct HostStatus {
     /// Name of the machine.
     pub name: String,
     /// Its state.
-    pub state: HostState,
+    pub state: PublishedState,
     /// For how long, ms.
     pub state_age_ms: u64,
     /// What was read last.

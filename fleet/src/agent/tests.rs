@@ -13,7 +13,7 @@ use super::*;
 use crate::agent_config::AgentConfig;
 use crate::config::Millis;
 use crate::http::{Method, Request, Response};
-use crate::model::{Bytes, HostState};
+use crate::model::{Bytes, PriorityClass};
 use crate::reservations::ReservationPhase;
 
 fn agent_config(world: &World) -> AgentConfig {
@@ -86,7 +86,7 @@ fn host_that_is_short_takes_from_the_idle_and_is_short_no_more() {
             .sum();
         // What is shown and what was ordered are brought together once a second.
         let shown_taken: u64 = snapshot.status.vms.iter().map(|vm| vm.target.0).sum();
-        (snapshot.status.host.state == HostState::Green && taken > 0 && shown_taken == taken)
+        (snapshot.status.host.state == PublishedState::Green && taken > 0 && shown_taken == taken)
             .then_some(())
     });
     for name in ["a", "b", "c", "d"] {
@@ -117,7 +117,7 @@ fn guest_that_suffers_gets_its_memory_back() {
         (world.vm("a").actual > 256 * MIB).then_some(())
     });
     wait("ease", || {
-        (agent.published().get().status.host.state == HostState::Green).then_some(())
+        (agent.published().get().status.host.state == PublishedState::Green).then_some(())
     });
     world.change("a", |vm| {
         vm.available = 8 * MIB;
@@ -428,4 +428,294 @@ fn hundreds_of_vms_are_all_known_and_planned_for() {
         let up = snapshot.status.vms.iter().filter(|vm| vm.up).count();
         (up == 190 && snapshot.plan.explanations.len() == 190).then_some(())
     });
+}
+
+fn set_of(world: &World, names: &[&str], level: u8) {
+    for name in names {
+        let mut vm = FakeVm::new(4 * GIB, 3500 * MIB);
+        vm.level = level;
+        world.add(name, vm);
+    }
+}
+
+fn journal(world: &World) -> Vec<JournalEntry> {
+    let page = client(world).get("fleet.events").unwrap().unwrap();
+    serde_json::from_str::<JournalPage>(&page).unwrap().entries
+}
+
+#[test]
+fn memory_that_was_asked_for_without_an_answer_is_given_back_until_that_is_confirmed() {
+    let world = World::new(16 * GIB, 0);
+    set_of(&world, &["a", "b", "c"], 2);
+    let agent = start(&world);
+    for name in ["a", "b", "c"] {
+        wait_vm(&agent, name, "up", |vm| vm.up);
+    }
+    wait("plans", || {
+        (agent.published().get().decisions.plans > 5).then_some(())
+    });
+    world.change("a", |vm| vm.fault = Fault::Mute);
+    world.set_others(5 * GIB);
+    wait("an order that is carried out and not answered", || {
+        world
+            .vm("a")
+            .resizes
+            .iter()
+            .any(|(to, _)| *to > 0)
+            .then_some(())
+    });
+    // Silence after something was taken: everything is given back, and again as long as no answer comes.
+    wait("the rescue, more than once", || {
+        let resizes = world.vm("a").resizes;
+        (resizes.iter().filter(|(to, _)| *to == 0).count() >= 2).then_some(())
+    });
+    assert_eq!(world.vm("a").actual, 0);
+    world.set_others(0);
+    world.change("a", |vm| vm.fault = Fault::None);
+    wait_vm(&agent, "a", "in step", |vm| {
+        vm.up && vm.target == Bytes::ZERO && vm.actual == Bytes::ZERO
+    });
+}
+
+/// Agents that may pause VMs of the class batch.
+fn pausing(world: &World) -> AgentConfig {
+    let mut config = agent_config(world);
+    config.planning.last_resort.pause = true;
+    config.planning.last_resort.after = Millis(200);
+    let policy = |class| crate::config::PolicyConfig {
+        class,
+        balloon: false,
+        ..crate::config::PolicyConfig::default()
+    };
+    let policies = &mut config.planning.policy;
+    policies.insert("default".to_owned(), policy(PriorityClass::High));
+    policies.insert("batch".to_owned(), policy(PriorityClass::Batch));
+    config
+}
+
+fn wait_paused(world: &World, paused: bool) {
+    wait(&format!("paused: {paused}"), || {
+        (world.vm("batch").paused == paused).then_some(())
+    });
+}
+
+#[test]
+fn vm_that_an_agent_paused_is_resumed_by_the_next_one() {
+    let world = World::new(16 * GIB, 11 * GIB);
+    set_of(&world, &["batch"], 2);
+    let agent = start_with(&world, pausing(&world));
+    world.set_others(12 * GIB + 200 * MIB);
+    wait_paused(&world, true);
+    drop(agent);
+    world.set_others(0);
+    assert!(world.vm("batch").paused);
+    let _next = start_with(&world, pausing(&world));
+    wait_paused(&world, false);
+}
+
+#[test]
+fn resume_that_fails_is_tried_again() {
+    let world = World::new(16 * GIB, 11 * GIB);
+    set_of(&world, &["batch"], 2);
+    let _agent = start_with(&world, pausing(&world));
+    world.set_others(12 * GIB + 200 * MIB);
+    wait_paused(&world, true);
+    world.change("batch", |vm| vm.refusals = 1);
+    world.set_others(0);
+    wait_paused(&world, false);
+    assert_eq!(world.vm("batch").refusals, 0);
+}
+
+#[test]
+fn paused_vm_that_is_pinned_stays_as_it_is_until_it_is_unpinned() {
+    let world = World::new(16 * GIB, 11 * GIB);
+    set_of(&world, &["batch"], 2);
+    let agent = start_with(&world, pausing(&world));
+    world.set_others(12 * GIB + 200 * MIB);
+    wait_paused(&world, true);
+    let pin = |pinned| {
+        let body = format!(r#"{{"vm":"batch","pinned":{pinned}}}"#);
+        client(&world).put("fleet.pin", Some(&body)).unwrap();
+    };
+    pin(true);
+    world.set_others(0);
+    wait("green", || {
+        let state = agent.published().get().status.host.state;
+        (state == PublishedState::Green).then_some(())
+    });
+    let plans = agent.published().get().decisions.plans;
+    wait("plans", || {
+        (agent.published().get().decisions.plans > plans + 5).then_some(())
+    });
+    assert!(world.vm("batch").paused);
+    pin(false);
+    wait_paused(&world, false);
+}
+
+#[test]
+fn memory_that_cannot_be_read_is_unknown_and_named() {
+    let world = World::new(16 * GIB, GIB);
+    set_of(&world, &["a"], 0);
+    let status = format!("proc/{}/status", std::process::id());
+    fs::remove_file(world.path().join(status)).unwrap();
+    let agent = start(&world);
+    let vm = wait_vm(&agent, "a", "missed", |vm| vm.missed > 0);
+    assert_eq!(vm.failure.as_deref(), Some("resident"));
+    assert_eq!(vm.sample_age_ms, None);
+    let entries = journal(&world);
+    let named = entries
+        .iter()
+        .find(|entry| entry.vm == "a" && entry.text.contains("cannot be read"));
+    assert!(named.is_some(), "{entries:?}");
+    assert!(world.vm("a").resizes.is_empty());
+}
+
+#[test]
+fn vm_in_huge_pages_is_left_alone() {
+    let world = World::new(16 * GIB, GIB);
+    set_of(&world, &["a", "b", "c", "huge"], 2);
+    world.change("huge", |vm| vm.huge = true);
+    let agent = start(&world);
+    let vm = wait_vm(&agent, "huge", "known", |vm| vm.interlock.is_some());
+    assert_eq!(vm.interlock.as_deref(), Some("huge-pages"));
+    assert!(vm.explanation.contains("huge pages"), "{}", vm.explanation);
+    wait("the others give", || {
+        (world.vm("a").target > 0).then_some(())
+    });
+    assert!(world.vm("huge").resizes.is_empty());
+}
+
+#[test]
+fn host_that_cannot_be_read_is_unknown_and_promises_nothing() {
+    let world = World::new(16 * GIB, 0);
+    let mut config = agent_config(&world);
+    config.planning.admission.facts_age_max = Millis(500);
+    let agent = start_with(&world, config);
+    reserve(&world, "a", GIB, GIB).unwrap();
+    fs::rename(
+        world.path().join("proc/meminfo"),
+        world.path().join("meminfo"),
+    )
+    .unwrap();
+    wait("unknown", || {
+        let state = agent.published().get().status.host.state;
+        (state == PublishedState::Unknown).then_some(())
+    });
+    let Err(ClientError::Server(error)) = reserve(&world, "b", GIB, GIB) else {
+        panic!("promised");
+    };
+    let chain: Vec<&str> = error.chain().collect();
+    assert_eq!(error.status, 409);
+    assert!(chain[1].contains("could not be read"), "{chain:?}");
+    fs::rename(
+        world.path().join("meminfo"),
+        world.path().join("proc/meminfo"),
+    )
+    .unwrap();
+    reserve(&world, "b", GIB, GIB).unwrap();
+}
+
+#[test]
+fn guest_that_falls_silent_while_it_is_pressed_gets_its_memory_back() {
+    let world = World::new(16 * GIB, GIB);
+    set_of(&world, &["a", "b", "c", "d"], 1);
+    let mut config = agent_config(&world);
+    config.planning.control.sample_age_max = Millis::seconds(2);
+    let agent = start_with(&world, config);
+    wait("a balloon", || (world.vm("a").target > 0).then_some(()));
+    world.change("a", |vm| vm.talks = false);
+    wait("memory given back", || {
+        (world.vm("a").target == 0).then_some(())
+    });
+    let vm = wait_vm(&agent, "a", "still level 1", |vm| vm.target == Bytes::ZERO);
+    assert_eq!(vm.level, 1);
+    assert!(vm.up);
+}
+
+#[test]
+fn second_agent_with_the_same_folder_is_refused_by_name() {
+    let world = World::new(16 * GIB, 0);
+    let _first = start(&world);
+    let mut config = agent_config(&world);
+    config.agent.socket = world.path().join("run/second.sock");
+    let second = Agent::start(AgentOptions {
+        config,
+        file: None,
+        host: world.files(),
+        store: None,
+    });
+    assert!(
+        matches!(second, Err(AgentError::Taken { .. })),
+        "{second:?}"
+    );
+}
+
+#[test]
+fn vm_that_another_agent_serves_is_left_to_it() {
+    let world = World::new(16 * GIB, 0);
+    set_of(&world, &["a"], 2);
+    let first = start(&world);
+    wait_vm(&first, "a", "up", |vm| vm.up);
+    let mut config = agent_config(&world);
+    config.agent.socket = world.path().join("run/second.sock");
+    config.agent.state_dir = world.path().join("second");
+    let second = start_with(&world, config);
+    let other = api::Client::new(world.path().join("run/second.sock")).with_timeout(Some(DEADLINE));
+    wait("refusal", || {
+        let page = other.get("fleet.events").unwrap().unwrap();
+        page.contains("another agent serves it already")
+            .then_some(())
+    });
+    assert!(status_of(&second, "a").is_none());
+    drop(first);
+    wait_vm(&second, "a", "taken over", |vm| vm.up);
+}
+
+#[test]
+fn nothing_is_promised_before_every_vm_is_known_and_the_answer_says_when() {
+    let world = World::new(16 * GIB, 0);
+    set_of(&world, &["a"], 2);
+    world.change("a", |vm| vm.fault = Fault::Hang);
+    let mut config = agent_config(&world);
+    config.planning.control.sample_deadline = Millis::seconds(5);
+    config.planning.control.sample = Millis::seconds(1);
+    let agent = start_with(&world, config);
+    wait_vm(&agent, "a", "found", |vm| vm.missed == 0);
+    let Err(ClientError::Server(error)) = reserve(&world, "b", GIB, GIB) else {
+        panic!("promised");
+    };
+    let chain: Vec<&str> = error.chain().collect();
+    assert!(chain[1].contains("ask again in"), "{chain:?}");
+    wait_vm(&agent, "a", "missed", |vm| vm.missed > 0);
+    wait("a promise", || reserve(&world, "b", GIB, GIB).ok());
+}
+
+#[test]
+fn what_can_never_fit_is_refused_for_good() {
+    let world = World::new(16 * GIB, 0);
+    let _agent = start(&world);
+    let Err(ClientError::Server(error)) = reserve(&world, "big", 99 * GIB, 99 * GIB) else {
+        panic!("promised");
+    };
+    assert_eq!(error.status, 422);
+}
+
+#[test]
+fn agent_that_leaves_memory_taken_does_not_end_well() {
+    for refuses in [false, true] {
+        let world = World::new(16 * GIB, GIB);
+        set_of(&world, &["a", "b", "c", "d"], 2);
+        let mut config = agent_config(&world);
+        config.agent.on_stop = crate::agent_config::OnStop::Restore;
+        let agent = start_with(&world, config);
+        wait("a balloon", || (world.vm("a").target > 0).then_some(()));
+        world.change("a", |vm| vm.refuses_balloon = refuses);
+        match agent.stop() {
+            Err(StopError::NotRestored { vms }) => assert!(refuses && vms == ["a"], "{vms:?}"),
+            ended => assert!(!refuses, "{ended:?}"),
+        }
+        for name in ["b", "c", "d"] {
+            assert_eq!(world.vm(name).target, 0);
+        }
+    }
 }

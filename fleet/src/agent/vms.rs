@@ -3,9 +3,30 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use crate::model::{Bytes, FeatureLevel, Interlock, VmFacts, VmId, VmPolicy};
+use super::locks::VmLock;
+use crate::execute::{Order, OrderError};
+use crate::model::{Bytes, FeatureLevel, InForce, Interlock, VmFacts, VmId, VmPolicy};
 use crate::sample::{Found, SocketIdentity, VmReading};
-use crate::worker::VmWorker;
+use crate::worker::{OrderDone, VmWorker};
+
+/// A give that was not confirmed is sent again after this time, doubled each time.
+const RESEND_MS: u64 = 1000;
+/// But at least this often.
+const RESEND_MS_MAX: u64 = 30_000;
+/// An act that could not be undone is tried again after this time.
+const UNDO_AGAIN_MS: u64 = 5000;
+
+/// A balloon that was ordered and whose order came to an end without a word on whether it was carried out.
+#[derive(Clone, Copy, Debug)]
+struct Unconfirmed {
+    to: Bytes,
+    /// Whether it gives memory back: such an order is sent until it is confirmed.
+    gives: bool,
+    tries: u32,
+    /// When that was known, and when it is sent again, on the planner's clock.
+    at_ms: u64,
+    again_ms: u64,
+}
 
 /// One VM.
 #[derive(Debug)]
@@ -14,6 +35,7 @@ pub(super) struct Vm {
     pub(super) socket: PathBuf,
     pub(super) identity: SocketIdentity,
     pub(super) worker: VmWorker,
+    _lock: VmLock,
     /// Which process behind the socket the last reading came from.
     process: u64,
     pub(super) epoch: u64,
@@ -23,6 +45,13 @@ pub(super) struct Vm {
     pub(super) failure: Option<&'static str>,
     /// A balloon that was ordered and is not confirmed.
     pub(super) ordered: Option<Bytes>,
+    unconfirmed: Option<Unconfirmed>,
+    /// Orders handed over that have not come to an end, those of them that undo something, and when the last one ended.
+    pub(super) orders: u32,
+    undoings: u32,
+    order_ended_ms: u64,
+    /// Until then nothing is undone, because it was tried a moment ago.
+    undo_again_ms: u64,
     /// Which way the balloon was last moved, and when on the planner's clock.
     pub(super) moved: Option<(Direction, u64)>,
     pub(super) pinned: bool,
@@ -48,6 +77,25 @@ pub(super) struct Vms {
     by_name: BTreeMap<VmId, Vm>,
     workers: u64,
     epochs: u64,
+    /// Sockets that are not served, and why. One that is refused for good is not looked at again.
+    refused: BTreeMap<VmId, (SocketIdentity, StartRefusal)>,
+}
+
+/// Why a socket is not served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct StartRefusal {
+    pub(super) why: String,
+    /// Whether that can change while it is the same socket.
+    pub(super) for_good: bool,
+}
+
+impl From<std::io::Error> for StartRefusal {
+    fn from(error: std::io::Error) -> Self {
+        Self {
+            why: error.to_string(),
+            for_good: false,
+        }
+    }
 }
 
 /// What a look for sockets changed.
@@ -56,11 +104,17 @@ pub(super) struct ScanChange {
     pub(super) appeared: Vec<VmId>,
     pub(super) replaced: Vec<VmId>,
     pub(super) went: Vec<VmId>,
+    /// Not served, and that is new.
+    pub(super) refused: Vec<(VmId, String)>,
 }
 
 impl Vms {
     pub(super) fn iter(&self) -> impl Iterator<Item = &Vm> {
         self.by_name.values()
+    }
+
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Vm> {
+        self.by_name.values_mut()
     }
 
     pub(super) fn get(&self, name: &str) -> Option<&Vm> {
@@ -75,9 +129,10 @@ impl Vms {
     pub(super) fn follow(
         &mut self,
         found: Vec<Found>,
-        mut start: impl FnMut(&Found, u64) -> std::io::Result<VmWorker>,
+        mut start: impl FnMut(&Found, u64) -> Result<(VmWorker, VmLock), StartRefusal>,
     ) -> ScanChange {
         let mut change = ScanChange::default();
+        let mut refused_before = std::mem::take(&mut self.refused);
         let mut before = std::mem::take(&mut self.by_name);
         for found in found {
             let known = before.remove(found.name.as_str());
@@ -88,18 +143,32 @@ impl Vms {
                 }
                 change.replaced.push(vm.id.clone());
             }
+            let id = VmId::from(found.name.as_str());
+            let refused = refused_before.remove(&id);
+            let refused = refused.filter(|(identity, _)| *identity == found.identity);
+            if let Some((identity, why)) = &refused
+                && why.for_good
+            {
+                self.refused.insert(id, (*identity, why.clone()));
+                continue;
+            }
             self.workers += 1;
             match start(&found, self.workers) {
-                Ok(worker) => {
+                Ok(served) => {
                     self.epochs += 1;
-                    let vm = Vm::new(&found, worker, self.epochs);
+                    let vm = Vm::new(&found, served, self.epochs);
                     if !change.replaced.contains(&vm.id) {
                         change.appeared.push(vm.id.clone());
                     }
                     self.by_name.insert(vm.id.clone(), vm);
                 }
-                // The next look tries again.
-                Err(error) => log::error!("no thread for the VM {:?}: {error}", found.name),
+                // Unless that is for good, the next look tries again.
+                Err(why) => {
+                    if refused.is_none_or(|(_, before)| before != why) {
+                        change.refused.push((id.clone(), why.why.clone()));
+                    }
+                    self.refused.insert(id, (found.identity, why));
+                }
             }
         }
         change.went = before.into_keys().collect();
@@ -121,6 +190,7 @@ impl Vms {
                     // A new thread counts the processes behind the socket from the beginning.
                     vm.process = 0;
                     vm.ordered = None;
+                    (vm.orders, vm.undoings) = (0, 0);
                 }
                 Err(error) => log::error!("no thread for the VM {:?}: {error}", vm.id),
             }
@@ -142,10 +212,15 @@ impl Vms {
             vm.epoch = self.epochs;
             vm.rates = Rates::default();
             vm.moved = None;
+            vm.unconfirmed = None;
         } else if let Some(before) = &vm.reading {
             vm.rates = rates(before, &reading).unwrap_or(vm.rates);
         }
         vm.process = process;
+        // A sample tells what became of an order that was not answered.
+        vm.unconfirmed = vm
+            .unconfirmed
+            .filter(|order| reading.sample.at_ms < order.at_ms);
         vm.missed = 0;
         vm.failure = None;
         vm.reading = Some(reading);
@@ -154,12 +229,13 @@ impl Vms {
 }
 
 impl Vm {
-    fn new(found: &Found, worker: VmWorker, epoch: u64) -> Self {
+    fn new(found: &Found, (worker, lock): (VmWorker, VmLock), epoch: u64) -> Self {
         Self {
             id: VmId::from(found.name.as_str()),
             socket: found.socket.clone(),
             identity: found.identity,
             worker,
+            _lock: lock,
             process: 0,
             epoch,
             reading: None,
@@ -167,23 +243,150 @@ impl Vm {
             missed: 0,
             failure: None,
             ordered: None,
+            unconfirmed: None,
+            orders: 0,
+            undoings: 0,
+            order_ended_ms: 0,
+            undo_again_ms: 0,
             moved: None,
             pinned: false,
         }
     }
 
-    /// The balloon that was last asked for, by whomever.
+    /// Hands an order over; false when nobody is there to carry it out.
+    pub(super) fn order(&mut self, order: Order) -> bool {
+        let (balloon, undoes) = match &order {
+            Order::Balloon(to) => (Some(*to), false),
+            order => (None, order.undoes()),
+        };
+        let there = self.worker.order(order);
+        if there {
+            self.orders += 1;
+            self.undoings += u32::from(undoes);
+            self.ordered = balloon.or(self.ordered);
+        }
+        there
+    }
+
+    /// An order came to an end.
+    pub(super) fn order_done(&mut self, done: &OrderDone, now_ms: u64) {
+        self.order_ended(&done.order);
+        self.order_ended_ms = now_ms;
+        if done.order.undoes() && done.result.is_err() {
+            self.undo_again_ms = now_ms + UNDO_AGAIN_MS;
+        }
+        if let Order::Balloon(to) = done.order {
+            self.balloon_done(to, &done.result, now_ms);
+        }
+    }
+
+    /// An order is no longer under way.
+    pub(super) fn order_ended(&mut self, order: &Order) {
+        self.orders = self.orders.saturating_sub(1);
+        if order.undoes() {
+            self.undoings = self.undoings.saturating_sub(1);
+        }
+    }
+
+    fn balloon_done(&mut self, to: Bytes, result: &Result<(), OrderError>, now_ms: u64) {
+        if result.is_ok()
+            && let Some(reading) = &mut self.reading
+        {
+            // Until the next sample this is what is known to be asked for.
+            reading.sample.balloon_target = to;
+        }
+        if self.ordered != Some(to) {
+            // A newer one is under way.
+            return;
+        }
+        self.ordered = None;
+        let before = self.unconfirmed.take();
+        let Err(error) = result else {
+            return;
+        };
+        // The most that it may hold now.
+        let held = self.reading.as_ref().map_or(Bytes::ZERO, |reading| {
+            reading.sample.balloon_target.max(reading.sample.ballooned)
+        });
+        let held = before.map_or(held, |before| held.max(before.to));
+        let gives = to < held || before.is_some_and(|before| before.gives && before.to == to);
+        if gives || error.is_unknown() {
+            let tries = before
+                .filter(|before| before.to == to)
+                .map_or(0, |before| before.tries + 1);
+            let wait = RESEND_MS
+                .saturating_mul(1 << tries.min(16))
+                .min(RESEND_MS_MAX);
+            self.unconfirmed = Some(Unconfirmed {
+                to,
+                gives,
+                tries,
+                at_ms: now_ms,
+                again_ms: now_ms + wait,
+            });
+        }
+    }
+
+    /// Whether an order ended and nobody knows whether it was carried out.
+    pub(super) fn is_unconfirmed(&self) -> bool {
+        self.unconfirmed.is_some()
+    }
+
+    /// A give that has to be sent again now.
+    pub(super) fn to_resend(&self, now_ms: u64) -> Option<Bytes> {
+        let order = self.unconfirmed?;
+        let due = order.gives && now_ms >= order.again_ms && self.ordered.is_none();
+        (due && !self.pinned).then_some(order.to)
+    }
+
+    /// Whether a pause that was entered is none: the VM runs although every order came to its end.
+    pub(super) fn runs_unasked(&self) -> bool {
+        let reading = self.reading.as_ref();
+        self.orders == 0
+            && reading.is_some_and(|reading| {
+                reading.interlock != Some(Interlock::Paused)
+                    && reading.sample.at_ms >= self.order_ended_ms
+            })
+    }
+
+    /// Of what is in force, what may be undone now.
+    fn to_undo(&self, in_force: InForce, now_ms: u64) -> InForce {
+        if self.undoings > 0 || now_ms < self.undo_again_ms {
+            InForce::default()
+        } else {
+            in_force
+        }
+    }
+
+    /// Whether its memory is in huge pages, which are not managed.
+    pub(super) fn is_huge(&self) -> bool {
+        self.reading
+            .as_ref()
+            .is_some_and(|reading| reading.huge_pages)
+    }
+
+    /// The balloon that was last asked for, by whomever. Where an order was not answered, what it asked for.
     pub(super) fn target(&self) -> Bytes {
         let read = self
             .reading
             .as_ref()
             .map_or(Bytes::ZERO, |reading| reading.sample.balloon_target);
-        self.ordered.unwrap_or(read)
+        let unconfirmed = self.unconfirmed.map(|order| order.to);
+        self.ordered.or(unconfirmed).unwrap_or(read)
     }
 
-    /// As the planner sees it; `None` before the first good sample, when not even its size is known.
-    pub(super) fn facts(&self, policy: impl FnOnce(Bytes) -> VmPolicy) -> Option<VmFacts> {
-        let reading = self.reading.as_ref()?;
+    /// As the planner sees it; `None` before the first good sample, when not even its size is known, and for a VM whose
+    /// memory is not the host's to manage.
+    pub(super) fn facts(
+        &self,
+        policy: impl FnOnce(Bytes) -> VmPolicy,
+        in_force: InForce,
+        now_ms: u64,
+    ) -> Option<VmFacts> {
+        let reading = self
+            .reading
+            .as_ref()
+            .filter(|reading| !reading.huge_pages)?;
         let mut sample = reading.sample;
         sample.balloon_target = self.target();
         Some(VmFacts {
@@ -194,6 +397,7 @@ impl Vm {
             has_balloon: reading.has_balloon,
             policy: policy(reading.configured),
             interlock: self.interlock(),
+            in_force: self.to_undo(in_force, now_ms),
             sample: Some(sample),
             missed_samples: self.missed,
         })

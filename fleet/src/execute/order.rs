@@ -36,6 +36,16 @@ impl Order {
         }
     }
 
+    /// Whether it undoes what an earlier order did.
+    pub(crate) fn undoes(&self) -> bool {
+        matches!(
+            self,
+            Self::Resume
+                | Self::Group(GroupFile::MemoryMax | GroupFile::MemoryHigh, None)
+                | Self::Group(GroupFile::SwapMax, Some(Bytes::ZERO))
+        )
+    }
+
     /// The endpoint it calls or the file it writes.
     pub fn name(&self) -> &'static str {
         match self {
@@ -85,6 +95,19 @@ pub enum OrderError {
     /// The process is not known yet, or gone.
     #[error("the VMM's process is not known")]
     NoProcess,
+}
+
+impl OrderError {
+    /// Whether the order may have been carried out all the same.
+    pub(crate) fn is_unknown(&self) -> bool {
+        match self {
+            Self::Vmm(error) => !matches!(
+                error,
+                ClientError::NoSocket { .. } | ClientError::Refused { .. } | ClientError::Server(_)
+            ),
+            Self::Host(_) | Self::NoProcess => false,
+        }
+    }
 }
 
 /// The VMM that an order goes to.

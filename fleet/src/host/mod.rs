@@ -7,13 +7,16 @@ mod kernel_file;
 mod process;
 mod reader;
 mod trigger;
+mod vm_groups;
 
 #[cfg(test)]
 mod tests;
 
-pub(crate) use process::{ProcessIdentity, resident_bytes};
+pub use process::ProcessIdentity;
+pub(crate) use process::resident_bytes;
 pub use reader::{CGROUP_ROOT, HostFiles, HostReader};
 pub use trigger::{PressureTrigger, TriggerError, TriggerLevel, watch_pressure};
+pub(crate) use vm_groups::common_group;
 
 use std::io;
 use std::path::PathBuf;

@@ -1,20 +1,22 @@
 //! The VMM's process, from outside: which one it is and how much memory it has.
 //!
 //! Plain Cloud Hypervisor does not say how much of a guest's memory the host really holds; the kernel does. Guest RAM is
-//! nearly all of a VMM's anonymous and shared memory, so these two together stand for it. What the VMM needs for itself
-//! (some ten MiB) is in it, which errs on the safe side.
+//! nearly all of a VMM's anonymous, shared and huge-page memory, so these together stand for it. What the VMM needs for
+//! itself (some ten MiB) is in it, which errs on the safe side.
 
 use std::fs;
 use std::io;
 use std::path::Path;
 
+use serde::{Deserialize, Serialize};
+
 /// A process that cannot be mistaken for a later one with the same id.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct ProcessIdentity {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessIdentity {
     /// Process id.
-    pub(crate) pid: i32,
+    pub pid: i32,
     /// When it started, clock ticks since the machine did.
-    pub(crate) start_ticks: u64,
+    pub start_ticks: u64,
 }
 
 impl ProcessIdentity {
@@ -36,19 +38,23 @@ impl ProcessIdentity {
 /// Anonymous and shared memory of a process, bytes.
 ///
 /// # Errors
-/// The process is gone.
+/// The process is gone, or the file cannot be read or says nothing of memory: then it is not known, which is not 0.
 pub(crate) fn resident_bytes(proc: &Path, pid: i32) -> io::Result<u64> {
     let status = fs::read_to_string(proc.join(pid.to_string()).join("status"))?;
-    Ok(sum_resident(&status))
+    sum_resident(&status)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "there is no Rss in its status"))
 }
 
-fn sum_resident(status: &str) -> u64 {
-    ["RssAnon:", "RssShmem:"]
-        .iter()
-        .filter_map(|name| status.lines().find_map(|line| line.strip_prefix(name)))
-        .filter_map(|rest| rest.split_ascii_whitespace().next()?.parse::<u64>().ok())
-        .sum::<u64>()
-        .saturating_mul(1024)
+fn sum_resident(status: &str) -> Option<u64> {
+    let kib = |name: &str| -> Option<u64> {
+        let rest = status.lines().find_map(|line| line.strip_prefix(name))?;
+        rest.split_ascii_whitespace().next()?.parse().ok()
+    };
+    // Kernels without huge pages or shared memory leave those out.
+    let sum = kib("RssAnon:")?
+        .saturating_add(kib("RssShmem:").unwrap_or(0))
+        .saturating_add(kib("HugetlbPages:").unwrap_or(0));
+    Some(sum.saturating_mul(1024))
 }
 
 #[cfg(test)]
@@ -59,7 +65,10 @@ mod tests {
     #[test]
     fn resident_is_anonymous_and_shared_without_files() {
         let status = "VmRSS:\t 300 kB\nRssAnon:\t 100 kB\nRssFile:\t 150 kB\nRssShmem:\t 50 kB\n";
-        assert_eq!(sum_resident(status), 150 << 10);
+        assert_eq!(sum_resident(status), Some(150 << 10));
+        let huge = format!("{status}HugetlbPages:\t 2048 kB\n");
+        assert_eq!(sum_resident(&huge), Some((2048 + 150) << 10));
+        assert_eq!(sum_resident("Name:\tvmm\n"), None);
     }
 
     #[test]

@@ -82,6 +82,11 @@ impl HostReader {
         &self.files
     }
 
+    /// Takes another group for the host from now on.
+    pub(crate) fn set_cgroup(&mut self, group: Option<PathBuf>) {
+        self.files.cgroup = group;
+    }
+
     /// Reads everything once; `at_ms` is the planner's clock.
     ///
     /// # Errors
@@ -101,7 +106,9 @@ impl HostReader {
         let (swap_in_per_s, swap_out_per_s) = self.swap_rates(swap);
         Ok(HostFacts {
             at_ms,
-            total: Bytes(meminfo.figure("MemTotal")?),
+            // The pool of huge pages is no memory that VMs share; kernels without it have no such line.
+            total: Bytes(meminfo.figure("MemTotal")?)
+                - Bytes(meminfo.figure("Hugetlb").unwrap_or(0)),
             available: Bytes(meminfo.figure("MemAvailable")?),
             cgroup: match &self.files.cgroup {
                 Some(group) => read_group(group, &self.files.cgroup_root)?,

@@ -140,3 +140,13 @@ fn host_without_pressure_information_is_still_read() {
     fs::remove_file(host.folder.path().join("proc/pressure/memory")).unwrap();
     assert!(host.read(0).unwrap().pressure.some_avg10.abs() < 1e-9);
 }
+
+#[test]
+fn pool_of_huge_pages_is_no_part_of_the_host() {
+    let mut host = Host::new(None);
+    host.write(
+        "proc/meminfo",
+        "MemTotal: 16777216 kB\nMemAvailable: 4194304 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\nHugetlb: 8388608 kB\n",
+    );
+    assert_eq!(host.read(0).unwrap().total, Bytes::gib(8));
+}

@@ -163,6 +163,7 @@ fn reason_phrase(status: u16) -> &'static str {
         403 => "Forbidden",
         404 => "Not Found",
         409 => "Conflict",
+        422 => "Unprocessable Content",
         413 => "Content Too Large",
         503 => "Service Unavailable",
         _ => "Internal Server Error",

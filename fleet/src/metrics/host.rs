@@ -7,8 +7,8 @@ use prometheus_client::metrics::MetricType;
 use strum::VariantArray as _;
 
 use super::{Labels, Out};
-use crate::agent::Snapshot;
-use crate::model::{Bytes, HostState};
+use crate::agent::{PublishedState, Snapshot};
+use crate::model::Bytes;
 use crate::reservations::ReservationPhase;
 use crate::sample::{DURATION_BUCKETS_SECONDS, RequestCounters};
 
@@ -80,7 +80,7 @@ pub(super) fn write(out: &mut Out<'_>, snapshot: &Snapshot) -> fmt::Result {
     out.gauge(
         "ch_host_state",
         "1 for the state the host is in",
-        HostState::VARIANTS.iter().map(|&state| {
+        PublishedState::VARIANTS.iter().map(|&state| {
             let value = i64::from(state == host.state);
             (with("state", state.name()), value)
         }),

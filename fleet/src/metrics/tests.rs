@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use super::*;
-use crate::agent::{Status, StoreStatus, VmStatus};
-use crate::model::{Bytes, HostState};
+use crate::agent::{PublishedState, Status, StoreStatus, VmStatus};
+use crate::model::Bytes;
 
 fn snapshot() -> Arc<Snapshot> {
     let mut snapshot = Snapshot {
@@ -36,7 +36,7 @@ fn snapshot() -> Arc<Snapshot> {
         ..Snapshot::default()
     };
     snapshot.status.host.name = "h1".to_owned();
-    snapshot.status.host.state = HostState::Orange;
+    snapshot.status.host.state = PublishedState::Orange;
     snapshot
         .decisions
         .actions

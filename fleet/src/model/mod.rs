@@ -19,5 +19,6 @@ pub use ledger::Ledger;
 pub use policy::{PriorityClass, VmPolicy};
 pub use state::HostState;
 pub use vm::{
-    FeatureLevel, GuestClaims, Interlock, Inventory, ReclaimFigures, VmFacts, VmId, VmSample,
+    FeatureLevel, GuestClaims, InForce, Interlock, Inventory, ReclaimFigures, VmFacts, VmId,
+    VmSample,
 };

@@ -87,6 +87,19 @@ pub enum Interlock {
     Pinned,
 }
 
+/// What the agent did to a VM beside its balloon and has not undone.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InForce {
+    /// `memory.high` is set.
+    pub high: bool,
+    /// Swap is allowed.
+    pub swap: bool,
+    /// It is paused.
+    pub paused: bool,
+    /// `memory.max` is set to this.
+    pub max: Option<Bytes>,
+}
+
 /// One VM as the planner sees it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct VmFacts {
@@ -104,6 +117,8 @@ pub struct VmFacts {
     pub policy: VmPolicy,
     /// Why it must be left alone, if it must.
     pub interlock: Option<Interlock>,
+    /// What the agent did to it and has to undo; nothing while an undoing is under way.
+    pub in_force: InForce,
     /// The last good sample; absent before the first.
     pub sample: Option<VmSample>,
     /// Samples that failed since the last good one.

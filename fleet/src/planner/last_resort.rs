@@ -5,7 +5,7 @@
 //! stays dead.
 
 use crate::config::{Config, LastResortConfig};
-use crate::model::{Bytes, HostState, PriorityClass};
+use crate::model::{Bytes, HostState, Inventory, PriorityClass};
 
 use super::view::View;
 use super::{ActionKind, PlannerMemory, Reason, Squeezed};
@@ -39,9 +39,10 @@ pub(super) fn last_resort(
     views: &mut [View<'_>],
     memory: &mut PlannerMemory,
     helpless: bool,
-    now_ms: u64,
+    inventory: &Inventory,
     config: &Config,
 ) -> Vec<(usize, ActionKind, Reason)> {
+    let now_ms = inventory.now_ms;
     if memory.state <= HostState::Yellow {
         memory.last_resort = 0;
         return recover(views);
@@ -52,7 +53,11 @@ pub(super) fn last_resort(
             .last_resort_at_ms
             .max(memory.state_since_ms)
             .saturating_add(config.last_resort.after.0);
-    if memory.state < HostState::Red || !helpless || !due || steps.is_empty() {
+    // A step on figures from before the last one would punish somebody for what may be over.
+    let host_ms = inventory.host.at_ms;
+    let seen = host_ms >= memory.last_resort_at_ms
+        && now_ms.saturating_sub(host_ms) <= config.admission.facts_age_max.0;
+    if memory.state < HostState::Red || !helpless || !due || !seen || steps.is_empty() {
         return Vec::new();
     }
     memory.last_resort_at_ms = now_ms;
@@ -84,6 +89,7 @@ fn apply(
             view.facts.policy.class == class
                 && view.facts.sample.is_some()
                 && !view.memory.squeezed.killed
+                && !view.in_other_hands()
                 && (view.facts.interlock.is_none() || view.memory.squeezed.paused)
         })
         .collect();
@@ -130,6 +136,9 @@ fn apply(
 fn recover(views: &mut [View<'_>]) -> Vec<(usize, ActionKind, Reason)> {
     let mut actions = Vec::new();
     for (index, view) in views.iter_mut().enumerate() {
+        if view.in_other_hands() {
+            continue;
+        }
         let Squeezed {
             high, swap, paused, ..
         } = view.memory.squeezed;

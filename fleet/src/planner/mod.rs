@@ -127,7 +127,7 @@ fn decide(
     let missing = demand.shortage - host.taken;
     let helpless =
         missing >= control.dead_band || host.state == HostState::Red && host.taken == Bytes::ZERO;
-    last_resort::last_resort(views, memory, helpless, now_ms, config)
+    last_resort::last_resort(views, memory, helpless, inventory, config)
 }
 
 /// What has to be taken: what is missing to the goal, less what is under way, plus what suffering guests are owed.

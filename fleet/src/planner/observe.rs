@@ -60,7 +60,17 @@ pub(super) fn observe(
         memory.samples = memory.samples.saturating_add(1);
         memory.last = sample;
     }
+    take_over(facts, memory);
     forget(memory, now_ms, control);
+}
+
+/// What an agent before this one did, or this one could not undo, is undone like what is remembered.
+fn take_over(facts: &VmFacts, memory: &mut VmMemory) {
+    let in_force = &facts.in_force;
+    memory.squeezed.high |= in_force.high;
+    memory.squeezed.swap |= in_force.swap;
+    memory.squeezed.paused |= in_force.paused;
+    memory.enforced = memory.enforced.or(in_force.max);
 }
 
 fn compare(facts: &VmFacts, sample: &VmSample, memory: &mut VmMemory, control: &ControlConfig) {

@@ -1,7 +1,7 @@
 //! One VM as a plan sees it: facts and memory, and the figures that the rules decide on.
 
 use crate::config::{Config, ControlConfig, SafetyRule};
-use crate::model::{Bytes, FeatureLevel, HostState, PriorityClass, VmFacts, VmSample};
+use crate::model::{Bytes, FeatureLevel, HostState, Interlock, PriorityClass, VmFacts, VmSample};
 
 use super::observe::{TURNS_MAX, dead_band, keeps, possible, refaulting, used};
 use super::{Reason, VmMemory};
@@ -74,6 +74,14 @@ impl<'a> View<'a> {
         } else {
             None
         }
+    }
+
+    /// Whether somebody else has a hand on it: then what the manager did to it stays as it is, too. That it is paused is
+    /// not such a reason; it may be the manager's own doing.
+    pub(super) fn in_other_hands(&self) -> bool {
+        self.facts
+            .interlock
+            .is_some_and(|interlock| interlock != Interlock::Paused)
     }
 
     /// No answer for so long that nothing is known any more.

@@ -97,6 +97,9 @@ impl Writer<'_> {
 
     /// A liar is held to what it claims, so that it harms nobody else.
     fn enforce(&mut self, view: &mut View<'_>) {
+        if view.in_other_hands() {
+            return;
+        }
         let limit = (view.facts.policy.enforce && view.memory.distrusted).then(|| {
             view.memory
                 .enforced

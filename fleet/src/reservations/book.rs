@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
-use super::file::{FileError, read, write};
-use super::{Reservation, ReservationPhase};
+use super::file::{FileError, Times, read, write};
+use super::{Moment, Reservation, ReservationPhase};
 use crate::config::Millis;
 use crate::model::Bytes;
 
@@ -46,13 +46,20 @@ pub struct SeenVm {
     pub resident: Bytes,
 }
 
+#[derive(Clone, Copy, Debug)]
+struct EntryClock {
+    times: Times,
+    /// When its VM was last seen, ms since the machine started; not saved.
+    seen_ms: u64,
+}
+
 /// The reservations of a host, on disk and in memory.
 #[derive(Debug, Default)]
 pub struct ReservationBook {
     path: PathBuf,
     entries: Vec<Reservation>,
-    /// When each running one was last seen, ms since the Unix epoch; not saved.
-    seen_unix_ms: Vec<u64>,
+    /// One for each entry.
+    clocks: Vec<EntryClock>,
     made: u64,
 }
 
@@ -61,14 +68,18 @@ impl ReservationBook {
     ///
     /// # Errors
     /// There is a book and it cannot be read: starting without it would sell memory twice.
-    pub fn open(state_dir: &Path, now_unix_ms: u64) -> Result<Self, BookError> {
+    pub fn open(state_dir: &Path, now: Moment) -> Result<Self, BookError> {
         let path = state_dir.join("reservations.json");
-        let entries = read(&path).map_err(BookError::Save)?;
-        let seen_unix_ms = vec![now_unix_ms; entries.len()];
+        let read = read(&path, now).map_err(BookError::Save)?;
+        let clock = |(entry, times)| {
+            let seen_ms = now.ms;
+            (entry, EntryClock { times, seen_ms })
+        };
+        let (entries, clocks) = read.into_iter().map(clock).unzip();
         Ok(Self {
             path,
             entries,
-            seen_unix_ms,
+            clocks,
             made: 0,
         })
     }
@@ -98,7 +109,7 @@ impl ReservationBook {
         vm: &str,
         (configured, promised): (Bytes, Bytes),
         owner_uid: u32,
-        (now_unix_ms, hold): (u64, Millis),
+        (now, hold): (Moment, Millis),
     ) -> Result<Reservation, BookError> {
         if let Some(held) = self.find(vm) {
             if held.configured == configured && held.owner_uid == owner_uid {
@@ -110,17 +121,20 @@ impl ReservationBook {
             });
         }
         self.made += 1;
-        self.enter(Reservation {
-            id: format!("{now_unix_ms:x}-{:x}", self.made),
-            vm: vm.to_owned(),
-            configured,
-            promised,
-            phase: ReservationPhase::Promised,
-            owner_uid,
-            remote: false,
-            since_unix_ms: now_unix_ms,
-            deadline_unix_ms: Some(now_unix_ms.saturating_add(hold.0)),
-        })
+        self.enter(
+            Reservation {
+                id: format!("{:x}-{:x}", now.unix_ms, self.made),
+                vm: vm.to_owned(),
+                configured,
+                promised,
+                phase: ReservationPhase::Promised,
+                owner_uid,
+                remote: false,
+                since_unix_ms: now.unix_ms,
+                deadline_unix_ms: Some(now.unix_ms.saturating_add(hold.0)),
+            },
+            (now, hold),
+        )
     }
 
     /// Enters a reservation that was asked for through the store, under the id it has there.
@@ -133,7 +147,7 @@ impl ReservationBook {
         vm: &str,
         (configured, promised): (Bytes, Bytes),
         owner_uid: u32,
-        (now_unix_ms, hold): (u64, Millis),
+        (now, hold): (Moment, Millis),
     ) -> Result<Reservation, BookError> {
         if let Some(held) = self.find(vm) {
             return Err(BookError::Held {
@@ -141,30 +155,39 @@ impl ReservationBook {
                 held: held.configured,
             });
         }
-        self.enter(Reservation {
-            id: id.to_owned(),
-            vm: vm.to_owned(),
-            configured,
-            promised,
-            phase: ReservationPhase::Promised,
-            owner_uid,
-            remote: true,
-            since_unix_ms: now_unix_ms,
-            deadline_unix_ms: Some(now_unix_ms.saturating_add(hold.0)),
-        })
+        self.enter(
+            Reservation {
+                id: id.to_owned(),
+                vm: vm.to_owned(),
+                configured,
+                promised,
+                phase: ReservationPhase::Promised,
+                owner_uid,
+                remote: true,
+                since_unix_ms: now.unix_ms,
+                deadline_unix_ms: Some(now.unix_ms.saturating_add(hold.0)),
+            },
+            (now, hold),
+        )
     }
 
-    fn enter(&mut self, reservation: Reservation) -> Result<Reservation, BookError> {
+    fn enter(
+        &mut self,
+        reservation: Reservation,
+        (now, hold): (Moment, Millis),
+    ) -> Result<Reservation, BookError> {
         if self.entries.len() >= RESERVATIONS_MAX {
             return Err(BookError::Full);
         }
-        let now_unix_ms = reservation.since_unix_ms;
         self.entries.push(reservation.clone());
-        self.seen_unix_ms.push(now_unix_ms);
+        self.clocks.push(EntryClock {
+            times: Times::until(now, hold),
+            seen_ms: now.ms,
+        });
         if let Err(error) = self.save() {
             // What is not on disk was not promised.
             self.entries.pop();
-            self.seen_unix_ms.pop();
+            self.clocks.pop();
             return Err(error);
         }
         Ok(reservation)
@@ -177,7 +200,7 @@ impl ReservationBook {
     pub fn confirm(
         &mut self,
         key: &str,
-        now_unix_ms: u64,
+        now: Moment,
         hold: Millis,
     ) -> Result<Reservation, BookError> {
         let index = self.position(key).ok_or_else(|| BookError::Unknown {
@@ -186,8 +209,9 @@ impl ReservationBook {
         let entry = &mut self.entries[index];
         if entry.phase == ReservationPhase::Promised {
             entry.phase = ReservationPhase::Starting;
-            entry.since_unix_ms = now_unix_ms;
-            entry.deadline_unix_ms = Some(now_unix_ms.saturating_add(hold.0));
+            entry.since_unix_ms = now.unix_ms;
+            entry.deadline_unix_ms = Some(now.unix_ms.saturating_add(hold.0));
+            self.clocks[index].times = Times::until(now, hold);
         }
         let entry = entry.clone();
         self.save()?;
@@ -202,7 +226,7 @@ impl ReservationBook {
         let index = self.position(key).ok_or_else(|| BookError::Unknown {
             key: key.to_owned(),
         })?;
-        self.seen_unix_ms.remove(index);
+        self.clocks.remove(index);
         let entry = self.entries.remove(index);
         self.save()?;
         Ok(entry)
@@ -215,7 +239,7 @@ impl ReservationBook {
     /// The change cannot be saved; it is made all the same, and tried again with the next one.
     pub fn follow(
         &mut self,
-        now_unix_ms: u64,
+        now: Moment,
         seen: impl Fn(&str) -> Option<SeenVm>,
     ) -> Result<Vec<Reservation>, BookError> {
         let mut changed = false;
@@ -223,23 +247,29 @@ impl ReservationBook {
         let mut index = 0;
         while index < self.entries.len() {
             let entry = &mut self.entries[index];
+            let clock = &mut self.clocks[index];
             let present = seen(&entry.vm).is_some();
             if present {
-                self.seen_unix_ms[index] = now_unix_ms;
+                clock.seen_ms = now.ms;
                 if entry.phase != ReservationPhase::Running {
                     entry.phase = ReservationPhase::Running;
-                    entry.since_unix_ms = now_unix_ms;
+                    entry.since_unix_ms = now.unix_ms;
                     entry.deadline_unix_ms = None;
+                    clock.times = Times {
+                        since_ms: now.ms,
+                        deadline_ms: None,
+                    };
                     changed = true;
                 }
             }
-            let over = entry
-                .deadline_unix_ms
-                .is_some_and(|deadline| now_unix_ms > deadline);
+            let over = clock
+                .times
+                .deadline_ms
+                .is_some_and(|deadline| now.ms > deadline);
             let gone = entry.phase == ReservationPhase::Running
-                && now_unix_ms.saturating_sub(self.seen_unix_ms[index]) > GONE_AFTER.0;
+                && now.ms.saturating_sub(clock.seen_ms) > GONE_AFTER.0;
             if over || gone {
-                self.seen_unix_ms.remove(index);
+                self.clocks.remove(index);
                 dropped.push(self.entries.remove(index));
                 changed = true;
             } else {
@@ -255,35 +285,46 @@ impl ReservationBook {
     /// Memory promised and not used yet. A running VM counts for `settle` after it appeared.
     pub fn outstanding(
         &self,
-        now_unix_ms: u64,
+        now: Moment,
         settle: Millis,
         seen: impl Fn(&str) -> Option<SeenVm>,
     ) -> Bytes {
-        self.entries
-            .iter()
-            .map(|entry| outstanding_of(entry, now_unix_ms, settle, &seen))
+        self.outstanding_each(now, settle, seen)
+            .map(|(_, bytes)| bytes)
             .sum()
     }
 
+    /// All reservations with what each still counts for.
+    pub fn outstanding_each(
+        &self,
+        now: Moment,
+        settle: Millis,
+        seen: impl Fn(&str) -> Option<SeenVm>,
+    ) -> impl Iterator<Item = (&Reservation, Bytes)> {
+        let entries = self.entries.iter().zip(&self.clocks);
+        entries.map(move |(entry, clock)| {
+            let age_ms = now.ms.saturating_sub(clock.times.since_ms);
+            let settled = entry.phase == ReservationPhase::Running && age_ms > settle.0;
+            let bytes = match seen(&entry.vm) {
+                _ if settled => Bytes::ZERO,
+                Some(vm) => entry.promised - vm.resident,
+                None => entry.promised,
+            };
+            (entry, bytes)
+        })
+    }
+
     fn save(&self) -> Result<(), BookError> {
-        write(&self.path, &self.entries).map_err(BookError::Save)
+        let times = self.clocks.iter().map(|clock| clock.times);
+        write(&self.path, self.entries.iter().zip(times)).map_err(BookError::Save)
     }
 }
 
-/// What one reservation still counts for.
-pub(crate) fn outstanding_of(
-    entry: &Reservation,
-    now_unix_ms: u64,
-    settle: Millis,
-    seen: &impl Fn(&str) -> Option<SeenVm>,
-) -> Bytes {
-    let settled = entry.phase == ReservationPhase::Running
-        && now_unix_ms.saturating_sub(entry.since_unix_ms) > settle.0;
-    if settled {
-        return Bytes::ZERO;
-    }
-    match seen(&entry.vm) {
-        Some(vm) => entry.promised - vm.resident,
-        None => entry.promised,
+impl Times {
+    fn until(now: Moment, hold: Millis) -> Self {
+        Self {
+            since_ms: now.ms,
+            deadline_ms: Some(now.ms.saturating_add(hold.0)),
+        }
     }
 }

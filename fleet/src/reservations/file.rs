@@ -1,14 +1,14 @@
-//! The book on disk: replaced as a whole, so that it is always either the old one or the new one.
+//! The book on disk.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::Reservation;
+use super::{Moment, Reservation};
+use crate::state_file::replace;
 
 /// Form of the file; another one is refused rather than misread.
 const VERSION: u32 = 1;
@@ -44,13 +44,28 @@ pub enum FileError {
     },
 }
 
+/// When a reservation's present phase began and when it is dropped, ms since the machine started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Times {
+    pub(super) since_ms: u64,
+    pub(super) deadline_ms: Option<u64>,
+}
+
 #[derive(Serialize, Deserialize)]
 struct Saved {
     version: u32,
+    /// Which start of the machine `times` are of.
+    #[serde(default)]
+    boot: String,
     reservations: Vec<Reservation>,
+    /// One for each reservation.
+    #[serde(default)]
+    times: Vec<Times>,
 }
 
-pub(super) fn read(path: &Path) -> Result<Vec<Reservation>, FileError> {
+/// The reservations with their times. Those of another start of the machine, or of an older agent, begin their present
+/// phase now.
+pub(super) fn read(path: &Path, now: Moment) -> Result<Vec<(Reservation, Times)>, FileError> {
     let text = match fs::read_to_string(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         text => text.map_err(|source| FileError::System {
@@ -68,13 +83,32 @@ pub(super) fn read(path: &Path) -> Result<Vec<Reservation>, FileError> {
             found: saved.version,
         });
     }
-    Ok(saved.reservations)
+    let same = saved.boot == boot_id() && saved.times.len() == saved.reservations.len();
+    let mut times = saved.times.into_iter();
+    let entries = saved.reservations.into_iter().map(|entry| {
+        let known = times.next().filter(|_| same);
+        let times = known.unwrap_or_else(|| Times {
+            since_ms: now.ms,
+            deadline_ms: entry.deadline_unix_ms.map(|deadline| {
+                now.ms
+                    .saturating_add(deadline.saturating_sub(entry.since_unix_ms))
+            }),
+        });
+        (entry, times)
+    });
+    Ok(entries.collect())
 }
 
-pub(super) fn write(path: &Path, reservations: &[Reservation]) -> Result<(), FileError> {
+pub(super) fn write<'a>(
+    path: &Path,
+    entries: impl Iterator<Item = (&'a Reservation, Times)>,
+) -> Result<(), FileError> {
+    let (reservations, times) = entries.map(|(entry, times)| (entry.clone(), times)).unzip();
     let saved = Saved {
         version: VERSION,
-        reservations: reservations.to_vec(),
+        boot: boot_id(),
+        reservations,
+        times,
     };
     let text = serde_json::to_string_pretty(&saved).map_err(|source| FileError::Form {
         path: path.to_owned(),
@@ -86,20 +120,8 @@ pub(super) fn write(path: &Path, reservations: &[Reservation]) -> Result<(), Fil
     })
 }
 
-/// Writes beside the file, has it reach the disk, and then takes the file's name.
-fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let beside = path.with_extension("new");
-    let mut file = File::options()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&beside)?;
-    file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&beside, path)?;
-    match path.parent() {
-        Some(folder) => File::open(folder)?.sync_all(),
-        None => Ok(()),
-    }
+/// Tells the starts of the machine apart; empty where the kernel does not say.
+fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map_or_else(|_| String::new(), |text| text.trim().to_owned())
 }

@@ -17,13 +17,21 @@ mod file;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use book::outstanding_of;
 pub use book::{BookError, ReservationBook, SeenVm};
 pub use file::FileError;
 
 use serde::{Deserialize, Serialize};
 
 use crate::model::Bytes;
+
+/// One moment on two clocks. Deadlines go by the first; the second is for people, and may jump.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Moment {
+    /// ms since the machine started; the same for one agent and the next.
+    pub ms: u64,
+    /// Wall time, ms since the Unix epoch.
+    pub unix_ms: u64,
+}
 
 /// How far a reservation is.
 #[derive(

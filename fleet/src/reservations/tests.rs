@@ -9,12 +9,17 @@ use crate::config::Millis;
 const HOLD: Millis = Millis::seconds(60);
 const GIB: Bytes = Bytes::gib(1);
 
+/// Both clocks at this time.
+fn at(ms: u64) -> Moment {
+    Moment { ms, unix_ms: ms }
+}
+
 fn open(folder: &TempDir) -> ReservationBook {
-    ReservationBook::open(folder.path(), 0).unwrap()
+    ReservationBook::open(folder.path(), at(0)).unwrap()
 }
 
 fn reserve(book: &mut ReservationBook, vm: &str, now: u64) -> Result<Reservation, BookError> {
-    book.reserve(vm, (Bytes::gib(4), GIB), 0, (now, HOLD))
+    book.reserve(vm, (Bytes::gib(4), GIB), 0, (at(now), HOLD))
 }
 
 fn nobody(_: &str) -> Option<SeenVm> {
@@ -35,7 +40,7 @@ fn reservation_outlives_a_restart() {
     let made = reserve(&mut open(&folder), "a", 5).unwrap();
     let mut again = open(&folder);
     assert_eq!(again.entries(), std::slice::from_ref(&made));
-    assert_eq!(again.outstanding(5, HOLD, nobody), GIB);
+    assert_eq!(again.outstanding(at(5), HOLD, nobody), GIB);
     again.release(&made.id).unwrap();
     assert!(open(&folder).entries().is_empty());
 }
@@ -46,7 +51,7 @@ fn reservation_asked_for_twice_is_one() {
     let mut book = open(&folder);
     let first = reserve(&mut book, "a", 5).unwrap();
     assert_eq!(reserve(&mut book, "a", 9).unwrap(), first);
-    let other = book.reserve("a", (Bytes::gib(8), GIB), 0, (9, HOLD));
+    let other = book.reserve("a", (Bytes::gib(8), GIB), 0, (at(9), HOLD));
     assert!(matches!(other, Err(BookError::Held { .. })));
 }
 
@@ -55,9 +60,9 @@ fn reservation_that_nobody_confirms_is_given_back() {
     let folder = TempDir::new().unwrap();
     let mut book = open(&folder);
     reserve(&mut book, "a", 0).unwrap();
-    assert!(book.follow(60_000, nobody).unwrap().is_empty());
-    assert_eq!(book.follow(60_001, nobody).unwrap().len(), 1);
-    assert_eq!(book.outstanding(60_001, HOLD, nobody), Bytes::ZERO);
+    assert!(book.follow(at(60_000), nobody).unwrap().is_empty());
+    assert_eq!(book.follow(at(60_001), nobody).unwrap().len(), 1);
+    assert_eq!(book.outstanding(at(60_001), HOLD, nobody), Bytes::ZERO);
     assert!(open(&folder).entries().is_empty());
 }
 
@@ -66,16 +71,22 @@ fn promise_shrinks_as_the_vm_grows_into_it() {
     let folder = TempDir::new().unwrap();
     let mut book = open(&folder);
     reserve(&mut book, "a", 0).unwrap();
-    book.confirm("a", 50_000, HOLD).unwrap();
-    assert!(book.follow(100_000, nobody).unwrap().is_empty());
-    book.follow(101_000, resident(24)).unwrap();
+    book.confirm("a", at(50_000), HOLD).unwrap();
+    assert!(book.follow(at(100_000), nobody).unwrap().is_empty());
+    book.follow(at(101_000), resident(24)).unwrap();
     assert_eq!(book.entries()[0].phase, ReservationPhase::Running);
     assert_eq!(
-        book.outstanding(101_000, HOLD, resident(24)),
+        book.outstanding(at(101_000), HOLD, resident(24)),
         Bytes::mib(1000)
     );
-    assert_eq!(book.outstanding(101_000, HOLD, resident(5000)), Bytes::ZERO);
-    assert_eq!(book.outstanding(161_001, HOLD, resident(24)), Bytes::ZERO);
+    assert_eq!(
+        book.outstanding(at(101_000), HOLD, resident(5000)),
+        Bytes::ZERO
+    );
+    assert_eq!(
+        book.outstanding(at(161_001), HOLD, resident(24)),
+        Bytes::ZERO
+    );
 }
 
 #[test]
@@ -83,19 +94,19 @@ fn reservation_of_a_vm_that_went_is_dropped_but_not_at_once() {
     let folder = TempDir::new().unwrap();
     let mut book = open(&folder);
     reserve(&mut book, "a", 0).unwrap();
-    book.follow(1000, resident(1)).unwrap();
-    assert!(book.follow(31_000, nobody).unwrap().is_empty());
-    assert_eq!(book.follow(31_001, nobody).unwrap()[0].vm, "a");
+    book.follow(at(1000), resident(1)).unwrap();
+    assert!(book.follow(at(31_000), nobody).unwrap().is_empty());
+    assert_eq!(book.follow(at(31_001), nobody).unwrap()[0].vm, "a");
 }
 
 #[test]
 fn book_that_cannot_be_read_is_not_taken_for_an_empty_one() {
     let folder = TempDir::new().unwrap();
     std::fs::write(folder.path().join("reservations.json"), "{").unwrap();
-    assert!(ReservationBook::open(folder.path(), 0).is_err());
+    assert!(ReservationBook::open(folder.path(), at(0)).is_err());
     let newer = r#"{"version":2,"reservations":[]}"#;
     std::fs::write(folder.path().join("reservations.json"), newer).unwrap();
-    assert!(ReservationBook::open(folder.path(), 0).is_err());
+    assert!(ReservationBook::open(folder.path(), at(0)).is_err());
 }
 
 #[test]
@@ -108,4 +119,40 @@ fn promise_that_cannot_be_saved_is_not_made() {
         Err(BookError::Save(_))
     ));
     assert!(book.entries().is_empty());
+}
+
+#[test]
+fn wall_clock_that_jumps_neither_shortens_nor_lengthens_a_promise() {
+    let folder = TempDir::new().unwrap();
+    let mut book = open(&folder);
+    let hour = 3_600_000;
+    let (begin, ahead, back) = (10 * hour, 11 * hour, 9 * hour);
+    let moment = |ms, unix_ms| Moment { ms, unix_ms };
+    book.reserve("a", (Bytes::gib(4), GIB), 0, (moment(0, begin), HOLD))
+        .unwrap();
+    assert!(book.follow(moment(3000, ahead), nobody).unwrap().is_empty());
+    assert_eq!(book.outstanding(moment(3000, ahead), HOLD, nobody), GIB);
+    // The next agent of the same start of the machine goes by the same clock.
+    let mut book = ReservationBook::open(folder.path(), moment(50_000, back)).unwrap();
+    assert!(
+        book.follow(moment(60_000, back), nobody)
+            .unwrap()
+            .is_empty()
+    );
+    assert_eq!(book.follow(moment(60_001, back), nobody).unwrap().len(), 1);
+}
+
+#[test]
+fn promise_of_an_older_agent_is_held_for_its_whole_time_from_now_on() {
+    let folder = TempDir::new().unwrap();
+    reserve(&mut open(&folder), "a", 0).unwrap();
+    let path = folder.path().join("reservations.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let mut saved: serde_json::Value = serde_json::from_str(&text).unwrap();
+    let saved_table = saved.as_object_mut().unwrap();
+    assert!(saved_table.remove("times").is_some() && saved_table.remove("boot").is_some());
+    std::fs::write(&path, saved.to_string()).unwrap();
+    let mut book = ReservationBook::open(folder.path(), at(500_000)).unwrap();
+    assert!(book.follow(at(560_000), nobody).unwrap().is_empty());
+    assert_eq!(book.follow(at(560_001), nobody).unwrap().len(), 1);
 }

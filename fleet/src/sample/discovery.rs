@@ -4,6 +4,7 @@
 //! `/run/vms/*/api.sock` names `/run/vms/web-1/api.sock` `web-1`, `/run/ch/*.sock` names `/run/ch/db.sock` `db`.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
@@ -38,6 +39,16 @@ pub struct SocketIdentity {
     device: u64,
     inode: u64,
     changed_ns: i64,
+}
+
+impl fmt::Display for SocketIdentity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:x}-{:x}-{:x}",
+            self.device, self.inode, self.changed_ns
+        )
+    }
 }
 
 /// A socket that was found.

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::RequestCounters;
-use crate::host::resident_bytes;
+use crate::host::{ProcessIdentity, resident_bytes};
 use crate::model::{Bytes, FeatureLevel, GuestClaims, Interlock, ReclaimFigures, VmSample};
 
 /// HTTP status of a VMM that does not know an endpoint or has no VM.
@@ -23,6 +23,10 @@ const NOT_FOUND: u16 = 404;
 pub struct VmReading {
     /// The VMM's process, by its id in this process's pid namespace.
     pub pid: i32,
+    /// The same so that it cannot be mistaken; absent when it cannot be looked up.
+    pub process: Option<ProcessIdentity>,
+    /// Whether its memory comes out of the host's pool of huge pages, which is no part of the memory managed here.
+    pub huge_pages: bool,
     /// What the interface tells.
     pub level: FeatureLevel,
     /// Memory of the VM with everything plugged in.
@@ -58,6 +62,15 @@ pub enum SampleFailure {
         #[source]
         source: serde_json::Error,
     },
+    /// How much memory it occupies cannot be read. That is unknown, not 0.
+    #[error("the memory of process {pid} cannot be read")]
+    Resident {
+        /// The process.
+        pid: i32,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
     /// The VMM runs and has no VM.
     #[error("the VMM has no VM")]
     NoVm,
@@ -69,6 +82,7 @@ impl SampleFailure {
         match self {
             Self::Request { source, .. } => failure_kind(source),
             Self::Form { .. } => "form",
+            Self::Resident { .. } => "resident",
             Self::NoVm => "no-vm",
         }
     }
@@ -111,6 +125,8 @@ struct InfoMemory {
     hotplugged_size: Option<u64>,
     #[serde(default)]
     zones: Option<Vec<InfoZone>>,
+    #[serde(default)]
+    hugepages: bool,
 }
 
 #[derive(Debug, Deserialize)]
@@ -118,6 +134,8 @@ struct InfoZone {
     size: u64,
     #[serde(default)]
     hotplugged_size: Option<u64>,
+    #[serde(default)]
+    hugepages: bool,
 }
 
 #[derive(Debug, Deserialize)]
@@ -126,6 +144,11 @@ struct InfoBalloon {
 }
 
 impl InfoMemory {
+    /// A VM with some of its memory there counts as one with all of it: its parts cannot be told apart from outside.
+    fn is_huge(&self) -> bool {
+        self.hugepages || self.zones.iter().flatten().any(|zone| zone.hugepages)
+    }
+
     fn configured(&self) -> Bytes {
         let zones = self.zones.iter().flatten();
         let zones: Bytes = zones
@@ -154,6 +177,8 @@ pub(crate) struct Round<'a> {
     pub(crate) policy_in_effect: Option<bool>,
     /// A guest's figures older than this are asked for anew.
     pub(crate) guest_age_ms_max: u64,
+    /// What the guest said last. A guest that falls silent is one whose figures grow old, not one that never had any.
+    pub(crate) claims_before: Option<GuestClaims>,
 }
 
 /// Asks everything once. Endpoints that turn out to be missing are struck off `level_max`.
@@ -183,8 +208,10 @@ pub(crate) fn read_vm(
     }
     if reading.level < FeatureLevel::L2 {
         let process = round.process;
-        // A process that is gone meanwhile is told by the next request; until then nothing is known to be resident.
-        let resident = resident_bytes(process.proc, process.pid).unwrap_or(0);
+        let resident = resident_bytes(process.proc, process.pid).map_err(|source| {
+            let pid = process.pid;
+            SampleFailure::Resident { pid, source }
+        })?;
         reading.sample.resident = Bytes(resident).min(reading.configured);
     }
     let fresh = round.at_ms.saturating_sub(round.guest_age_ms_max);
@@ -194,6 +221,10 @@ pub(crate) fn read_vm(
         .is_some_and(|guest| guest.at_ms >= fresh);
     if *level_max >= FeatureLevel::L1 && !known && reading.has_balloon {
         ask_guest(round, &mut reading, level_max)?;
+    }
+    if reading.sample.guest.is_none() && round.claims_before.is_some() {
+        reading.sample.guest = round.claims_before;
+        reading.level = reading.level.max(FeatureLevel::L1);
     }
     Ok(reading)
 }
@@ -258,6 +289,8 @@ fn from_info(info: &Info, pid: i32, at_ms: u64) -> VmReading {
     let actual = Bytes(info.memory_actual_size).min(configured);
     VmReading {
         pid,
+        process: None,
+        huge_pages: info.config.memory.is_huge(),
         level: FeatureLevel::L0,
         configured,
         has_balloon: balloon.is_some(),

@@ -2,8 +2,8 @@
 
 use crate::config::Config;
 use crate::model::{
-    Bytes, FeatureLevel, GuestClaims, HostFacts, Inventory, Pressure, ReclaimFigures, VmFacts,
-    VmId, VmPolicy, VmSample,
+    Bytes, FeatureLevel, GuestClaims, HostFacts, InForce, Inventory, Pressure, ReclaimFigures,
+    VmFacts, VmId, VmPolicy, VmSample,
 };
 use crate::placement::SplitMix64;
 use crate::planner::Plan;
@@ -113,6 +113,7 @@ impl Host {
             has_balloon: true,
             policy,
             interlock: None,
+            in_force: InForce::default(),
             sample: None,
             missed_samples: 0,
         });

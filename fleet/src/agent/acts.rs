@@ -1,0 +1,214 @@
+//! What the agent did to VMs and has to undo: pauses and limits of control groups.
+//!
+//! An act is on disk before it is carried out and leaves the disk when its undoing was confirmed, so the next agent knows
+//! what this one left behind, whatever ended it. An act is about one process: it ends with it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::execute::{GroupFile, Order};
+use crate::host::ProcessIdentity;
+use crate::model::{Bytes, InForce, VmId};
+use crate::state_file::replace;
+
+/// Form of the file; another one is refused rather than misread.
+const VERSION: u32 = 1;
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Record {
+    process: Option<ProcessIdentity>,
+    acts: InForce,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Saved {
+    version: u32,
+    vms: BTreeMap<VmId, Record>,
+}
+
+/// The acts that are in force, by VM.
+#[derive(Debug, Default)]
+pub(super) struct Acts {
+    path: PathBuf,
+    records: BTreeMap<VmId, Record>,
+}
+
+impl Acts {
+    /// Opens the list in `state_dir`, without what was done to processes that have ended.
+    ///
+    /// # Errors
+    /// There is a list and it cannot be read: VMs would stay paused or limited for ever.
+    pub(super) fn open(state_dir: &Path, proc: &Path) -> io::Result<Self> {
+        let path = state_dir.join("acts.json");
+        let mut records = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => BTreeMap::new(),
+            text => {
+                let saved: Saved = serde_json::from_str(&text?)?;
+                if saved.version != VERSION {
+                    let text = format!("version {} is unknown", saved.version);
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, text));
+                }
+                saved.vms
+            }
+        };
+        records.retain(|_, record| record.process.is_none_or(|process| process.is_alive(proc)));
+        Ok(Self { path, records })
+    }
+
+    /// What is in force on a VM.
+    pub(super) fn of(&self, vm: &VmId) -> InForce {
+        self.records
+            .get(vm)
+            .map_or_else(InForce::default, |record| record.acts)
+    }
+
+    /// Enters what an order is about to do. Only then may it be handed over.
+    ///
+    /// # Errors
+    /// It cannot be saved, so it must not be done.
+    pub(super) fn begin(
+        &mut self,
+        vm: &VmId,
+        process: Option<ProcessIdentity>,
+        order: &Order,
+    ) -> io::Result<()> {
+        self.change(vm, process, |acts| match *order {
+            Order::Pause => acts.paused = true,
+            Order::Group(GroupFile::MemoryHigh, Some(_)) => acts.high = true,
+            Order::Group(GroupFile::SwapMax, Some(limit)) if limit > Bytes::ZERO => {
+                acts.swap = true;
+            }
+            Order::Group(GroupFile::MemoryMax, Some(limit)) => acts.max = Some(limit),
+            _ => {}
+        })
+    }
+
+    /// Strikes what an order has undone.
+    ///
+    /// # Errors
+    /// It cannot be saved: it would be undone once more.
+    pub(super) fn end(&mut self, vm: &VmId, order: &Order) -> io::Result<()> {
+        self.change(vm, None, |acts| match *order {
+            Order::Resume => acts.paused = false,
+            Order::Group(GroupFile::MemoryHigh, None) => acts.high = false,
+            Order::Group(GroupFile::SwapMax, Some(Bytes::ZERO)) => acts.swap = false,
+            Order::Group(GroupFile::MemoryMax, None) => acts.max = None,
+            _ => {}
+        })
+    }
+
+    /// Forgets what was done to another process than this one.
+    pub(super) fn follow(&mut self, vm: &VmId, process: Option<ProcessIdentity>) -> io::Result<()> {
+        let other = self
+            .records
+            .get(vm)
+            .is_some_and(|record| record.process.is_some() && record.process != process);
+        if other {
+            self.change(vm, None, |acts| *acts = InForce::default())?;
+        }
+        Ok(())
+    }
+
+    /// The orders that undo everything on a VM.
+    pub(super) fn undoing(&self, vm: &VmId) -> Vec<Order> {
+        let acts = self.of(vm);
+        let orders = [
+            (acts.paused, Order::Resume),
+            (acts.high, Order::Group(GroupFile::MemoryHigh, None)),
+            (
+                acts.swap,
+                Order::Group(GroupFile::SwapMax, Some(Bytes::ZERO)),
+            ),
+            (acts.max.is_some(), Order::Group(GroupFile::MemoryMax, None)),
+        ];
+        orders
+            .into_iter()
+            .filter_map(|(is, order)| is.then_some(order))
+            .collect()
+    }
+
+    fn change(
+        &mut self,
+        vm: &VmId,
+        process: Option<ProcessIdentity>,
+        change: impl FnOnce(&mut InForce),
+    ) -> io::Result<()> {
+        let before = self.of(vm);
+        let mut acts = before;
+        change(&mut acts);
+        if acts == before {
+            return Ok(());
+        }
+        let known = self.records.get(vm).and_then(|record| record.process);
+        if acts == InForce::default() {
+            self.records.remove(vm);
+        } else {
+            let process = process.or(known);
+            self.records.insert(vm.clone(), Record { process, acts });
+        }
+        let saved = Saved {
+            version: VERSION,
+            vms: self.records.clone(),
+        };
+        replace(&self.path, &serde_json::to_vec_pretty(&saved)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn act_is_on_disk_before_it_is_done_and_until_it_is_undone() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let proc = Path::new("/proc");
+        let own = ProcessIdentity::of(proc, i32::try_from(std::process::id()).unwrap());
+        let vm = VmId::from("a");
+        let open = || Acts::open(folder.path(), proc).unwrap();
+        let mut acts = open();
+        acts.begin(&vm, own, &Order::Pause).unwrap();
+        let limit = Order::Group(GroupFile::MemoryMax, Some(Bytes::gib(1)));
+        acts.begin(&vm, own, &limit).unwrap();
+        let mut next = open();
+        assert_eq!(
+            next.undoing(&vm),
+            [Order::Resume, Order::Group(GroupFile::MemoryMax, None)]
+        );
+        next.end(&vm, &Order::Resume).unwrap();
+        assert!(!open().of(&vm).paused);
+        assert_eq!(open().of(&vm).max, Some(Bytes::gib(1)));
+    }
+
+    #[test]
+    fn act_ends_with_its_process() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let proc = Path::new("/proc");
+        let vm = VmId::from("a");
+        let gone = ProcessIdentity {
+            pid: i32::MAX,
+            start_ticks: 1,
+        };
+        let mut acts = Acts::open(folder.path(), proc).unwrap();
+        acts.begin(&vm, Some(gone), &Order::Pause).unwrap();
+        assert!(acts.of(&vm).paused);
+        assert!(!Acts::open(folder.path(), proc).unwrap().of(&vm).paused);
+        let other = ProcessIdentity {
+            pid: 7,
+            start_ticks: 2,
+        };
+        acts.follow(&vm, Some(other)).unwrap();
+        assert!(!acts.of(&vm).paused);
+    }
+
+    #[test]
+    fn list_that_cannot_be_read_is_not_taken_for_an_empty_one() {
+        let folder = tempfile::TempDir::new().unwrap();
+        fs::write(folder.path().join("acts.json"), "{").unwrap();
+        assert!(Acts::open(folder.path(), Path::new("/proc")).is_err());
+    }
+}

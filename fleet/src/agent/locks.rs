@@ -1,0 +1,111 @@
+//! Locks that keep two agents apart: one on the folder of what must outlive an agent, one on each VM.
+//!
+//! Two agents with one folder would both sell the same memory; two that serve the same VM would move its balloon against
+//! each other. The kernel releases both kinds when the agent ends, however it ends.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::path::Path;
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::geteuid;
+
+use crate::sample::SocketIdentity;
+
+/// Held while an agent uses the folder.
+#[derive(Debug)]
+pub(super) struct FolderLock {
+    _file: File,
+}
+
+impl FolderLock {
+    /// Takes the lock; an error of the kind `WouldBlock` means that another agent has it.
+    pub(super) fn take(folder: &Path) -> io::Result<Self> {
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(folder.join("lock"))?;
+        flock(&file, FlockOperation::NonBlockingLockExclusive)?;
+        Ok(Self { _file: file })
+    }
+}
+
+/// Held while an agent serves a VM: a name in the abstract socket namespace, made from which file the VM's socket is.
+#[derive(Debug)]
+pub(super) struct VmLock {
+    _listener: Option<UnixListener>,
+}
+
+impl VmLock {
+    /// Takes the lock.
+    ///
+    /// # Errors
+    /// Another agent has it, or the system does not give it.
+    pub(super) fn take(socket: &SocketIdentity) -> io::Result<Self> {
+        let name = format!("ch-fleet/{socket}");
+        let address = SocketAddr::from_abstract_name(name.as_bytes())?;
+        match UnixListener::bind_addr(&address) {
+            Ok(listener) => Ok(Self {
+                _listener: Some(listener),
+            }),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => holder(&address, error),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Who holds it. Any user can take a name; only an agent's own user, or root, can keep a VM from this agent.
+fn holder(address: &SocketAddr, in_use: io::Error) -> io::Result<VmLock> {
+    let Ok(stream) = UnixStream::connect_addr(address) else {
+        return Err(in_use);
+    };
+    let peer = socket_peercred(&stream)?;
+    if !peer.uid.is_root() && peer.uid != geteuid() {
+        log::warn!(
+            "user {} holds the name of a VM's lock; it is ignored",
+            peer.uid.as_raw()
+        );
+        return Ok(VmLock { _listener: None });
+    }
+    let text = format!(
+        "another agent serves it already (process {})",
+        peer.pid.as_raw_nonzero()
+    );
+    Err(io::Error::new(io::ErrorKind::AddrInUse, text))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::sample::Discovery;
+
+    #[test]
+    fn folder_belongs_to_one_agent_until_it_ends() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let first = FolderLock::take(folder.path()).unwrap();
+        let second = FolderLock::take(folder.path()).unwrap_err();
+        assert_eq!(second.kind(), io::ErrorKind::WouldBlock);
+        drop(first);
+        FolderLock::take(folder.path()).unwrap();
+    }
+
+    #[test]
+    fn vm_belongs_to_one_agent_and_the_other_is_told_which() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let path = folder.path().join("a.sock");
+        let _vmm = UnixListener::bind(&path).unwrap();
+        let pattern = path.display().to_string();
+        let found = Discovery::new(&[pattern]).unwrap().scan();
+        let first = VmLock::take(&found[0].identity).unwrap();
+        let second = VmLock::take(&found[0].identity).unwrap_err();
+        let text = second.to_string();
+        assert!(text.contains(&std::process::id().to_string()), "{text}");
+        drop(first);
+        VmLock::take(&found[0].identity).unwrap();
+    }
+}

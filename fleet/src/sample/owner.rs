@@ -1,0 +1,149 @@
+//! Who listens at a socket, from outside: a request to a stranger may do harm.
+//!
+//! A pattern can match sockets of other programs. A vhost-user back end, for example, serves one connection: one that is
+//! opened to ask for its VM takes the place of the guest's. The kernel tells the process of a listening socket, and its
+//! command line tells whether that is a VMM.
+
+use std::cell::OnceCell;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The flag of a listening socket in `/proc/net/unix`.
+const LISTENS: &str = "00010000";
+
+/// The processes behind listening sockets, looked up once.
+#[derive(Debug)]
+pub(crate) struct SocketOwners<'a> {
+    proc: &'a Path,
+    inodes: BTreeMap<PathBuf, String>,
+    /// Processes by what their descriptors link to; a look at all of them is dear, so it waits until it is needed.
+    pids: OnceCell<BTreeMap<String, Vec<String>>>,
+}
+
+impl<'a> SocketOwners<'a> {
+    pub(crate) fn read(proc: &'a Path) -> Self {
+        let text = fs::read_to_string(proc.join("net/unix")).unwrap_or_default();
+        let inodes = text.lines().filter_map(|line| {
+            let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+            let [_, _, _, flags, _, _, inode, path] = fields.as_slice() else {
+                return None;
+            };
+            (*flags == LISTENS).then(|| (PathBuf::from(path), format!("socket:[{inode}]")))
+        });
+        Self {
+            proc,
+            inodes: inodes.collect(),
+            pids: OnceCell::new(),
+        }
+    }
+
+    /// The process that listens at `socket`, if it is known and is no VMM. A process that cannot be looked at gets the benefit
+    /// of the doubt.
+    pub(crate) fn stranger(&self, socket: &Path) -> Option<String> {
+        let link = self.inodes.get(socket)?;
+        let pids = self.pids.get_or_init(|| self.read_pids()).get(link)?;
+        let lines: Vec<(&String, Vec<u8>)> = pids
+            .iter()
+            .filter_map(|pid| Some((pid, fs::read(self.proc.join(pid).join("cmdline")).ok()?)))
+            .collect();
+        if lines.iter().any(|(_, line)| is_vmm(line)) {
+            return None;
+        }
+        let (pid, line) = lines.first()?;
+        let program = line.split(|byte| *byte == 0).next().unwrap_or_default();
+        Some(format!(
+            "process {pid} ({})",
+            String::from_utf8_lossy(program)
+        ))
+    }
+
+    fn read_pids(&self) -> BTreeMap<String, Vec<String>> {
+        let mut pids: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for entry in fs::read_dir(self.proc).into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if !name.bytes().all(|byte| byte.is_ascii_digit()) {
+                continue;
+            }
+            let descriptors = fs::read_dir(entry.path().join("fd"));
+            for descriptor in descriptors.into_iter().flatten().flatten() {
+                let Ok(link) = fs::read_link(descriptor.path()) else {
+                    continue;
+                };
+                if let Some(link) = link.to_str().filter(|link| link.starts_with("socket:")) {
+                    pids.entry(link.to_owned()).or_default().push(name.clone());
+                }
+            }
+        }
+        pids
+    }
+}
+
+/// Whether a command line, its arguments ended by zeros, is that of a VMM with this API.
+fn is_vmm(line: &[u8]) -> bool {
+    let mut arguments = line.split(|byte| *byte == 0);
+    let program = arguments.next().unwrap_or_default();
+    let name = program
+        .rsplit(|byte| *byte == b'/')
+        .next()
+        .unwrap_or_default();
+    // An empty line is that of a process that is ending, or of the kernel.
+    line.is_empty()
+        || name.starts_with(b"cloud-hypervisor")
+        || arguments.any(|argument| argument.starts_with(b"--api-socket"))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn process(proc: &Path, pid: &str, inode: &str, line: &str) {
+        let folder = proc.join(pid);
+        fs::create_dir_all(folder.join("fd")).unwrap();
+        symlink(format!("socket:[{inode}]"), folder.join("fd/3")).unwrap();
+        fs::write(folder.join("cmdline"), line).unwrap();
+    }
+
+    #[test]
+    fn stranger_is_who_listens_and_is_no_vmm() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let proc = folder.path();
+        fs::create_dir(proc.join("net")).unwrap();
+        let line = |flags: &str, inode: &str, path: &str| {
+            format!("0000000000000000: 00000002 00000000 {flags} 0001 01 {inode} {path}\n")
+        };
+        let table = [
+            "Num       RefCount Protocol Flags    Type St Inode Path\n".to_owned(),
+            line(LISTENS, "11", "/run/a.sock"),
+            line(LISTENS, "12", "/run/b.sock"),
+            line(LISTENS, "13", "/run/c.sock"),
+            line("00000000", "14", "/run/d.sock"),
+            line(LISTENS, "15", "/run/e.sock"),
+        ];
+        fs::write(proc.join("net/unix"), table.concat()).unwrap();
+        process(
+            proc,
+            "101",
+            "11",
+            "/usr/bin/cloud-hypervisor\0--memory\0size=1G\0",
+        );
+        process(proc, "102", "12", "/opt/vmm\0--api-socket=/run/b.sock\0");
+        process(proc, "103", "13", "/usr/bin/spdk_tgt\0-S\0/run\0");
+        process(proc, "104", "14", "/usr/bin/spdk_tgt\0");
+        let owners = SocketOwners::read(proc);
+        let stranger = |path: &str| owners.stranger(Path::new(path));
+        assert_eq!(stranger("/run/a.sock"), None);
+        assert_eq!(stranger("/run/b.sock"), None);
+        assert_eq!(
+            stranger("/run/c.sock").as_deref(),
+            Some("process 103 (/usr/bin/spdk_tgt)")
+        );
+        // It does not listen; and nobody is known to; and nothing is known of the path.
+        assert_eq!(stranger("/run/d.sock"), None);
+        assert_eq!(stranger("/run/e.sock"), None);
+        assert_eq!(stranger("/run/f.sock"), None);
+    }
+}
