@@ -69,23 +69,32 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// Checks what can be checked without making anything.
+    /// Checks what does not depend on the host.
     ///
     /// # Errors
     /// Numbers that cannot be, or a setting that is not supported.
-    pub fn validate(kvm: &Kvm, config: &CpusConfig) -> Result<Topology, CpuError> {
-        let limit = kvm.max_vcpus();
-        let (boot, max) = (config.boot_vcpus, config.max_vcpus);
-        if boot == 0 || boot > max || max as usize > limit {
-            return Err(CpuError::VcpuCount { boot, max, limit });
-        }
+    pub fn check(config: &CpusConfig) -> Result<Topology, CpuError> {
         if config.kvm_hyperv {
             return Err(CpuError::NotSupported { what: "kvm_hyperv" });
         }
         if config.features.amx {
             return Err(CpuError::NotSupported { what: "amx" });
         }
-        let topology = Topology::new(config)?;
+        check_affinity(config)?;
+        Topology::new(config)
+    }
+
+    /// Checks what can be checked without making anything.
+    ///
+    /// # Errors
+    /// As [`Vcpus::check`], or KVM has not so many.
+    pub fn validate(kvm: &Kvm, config: &CpusConfig) -> Result<Topology, CpuError> {
+        let limit = kvm.max_vcpus();
+        let (boot, max) = (config.boot_vcpus, config.max_vcpus);
+        if boot == 0 || boot > max || max as usize > limit {
+            return Err(CpuError::VcpuCount { boot, max, limit });
+        }
+        let topology = Self::check(config)?;
         let apic_id = topology.apic_id(max - 1);
         let limit = if kvm.supports_x2apic_api() {
             APIC_ID_MAX_EXTENDED
@@ -95,7 +104,6 @@ impl Vcpus {
         if apic_id > limit {
             return Err(CpuError::ApicId { apic_id, limit });
         }
-        check_affinity(config)?;
         Ok(topology)
     }
 

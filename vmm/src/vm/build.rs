@@ -13,7 +13,7 @@ use std::sync::Arc;
 use api::VmConfig;
 use hypervisor::Kvm;
 use machine::boot::{Payload, PayloadFiles};
-use machine::cpu::guest_phys_bits;
+use machine::cpu::{CpuError, Vcpus, guest_phys_bits};
 use machine::memory::GuestMemory;
 use machine::pc::{Pc, PcError, PcParams};
 use machine::serial::Endpoint;
@@ -41,6 +41,7 @@ impl Parts {
     /// Opens and checks everything. `config` is changed where opening decides something: the path of a
     /// pseudo-terminal, the name of a tap.
     pub(super) fn open(config: &mut VmConfig, context: &VmContext) -> Result<Self, VmError> {
+        Vcpus::check(&config.cpus).map_err(in_cpus)?;
         let disks = config.disks.iter().flatten().map(devices::disk);
         let disks = disks.collect::<Result<Vec<_>, _>>()?;
         let rng = devices::rng(config)?;
@@ -83,8 +84,7 @@ impl Parts {
         config: &VmConfig,
         context: &VmContext,
     ) -> Result<Vm, VmError> {
-        let phys_bits = guest_phys_bits(kvm, config.cpus.max_phys_bits)
-            .map_err(|source| VmError::Pc(PcError::Cpu(source)))?;
+        let phys_bits = guest_phys_bits(kvm, config.cpus.max_phys_bits).map_err(in_cpus)?;
         self.memory.narrow(phys_bits).map_err(in_memory)?;
         let residency =
             ResidencyProbe::new(self.memory.ram().clone()).map_err(VmError::Residency)?;
@@ -129,6 +129,10 @@ pub(super) fn build(config: &mut VmConfig, context: &VmContext) -> Result<Vm, Vm
     let parts = Parts::open(config, context)?;
     let kvm = Kvm::open().map_err(|source| VmError::Pc(PcError::Kvm(source)))?;
     parts.assemble(&kvm, config, context)
+}
+
+fn in_cpus(source: CpuError) -> VmError {
+    VmError::Pc(PcError::Cpu(source))
 }
 
 fn in_payload(source: machine::boot::BootError) -> VmError {

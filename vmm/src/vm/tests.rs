@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use api::config::{
-    ConsoleConfig, ConsoleOutputMode, DiskConfig, MemoryZoneConfig, PayloadConfig, SerialConfig,
+    ConsoleConfig, ConsoleOutputMode, CpuAffinity, DiskConfig, MemoryZoneConfig, PayloadConfig,
+    SerialConfig,
 };
 
 use super::build::Parts;
@@ -96,6 +97,17 @@ fn path_that_is_not_there_is_named_whatever_the_host_has() {
     for refusal in refusals.into_iter().chain(consoles) {
         assert!(refusal.contains("/nonexistent/x"), "{refusal}");
     }
+}
+
+#[test]
+fn affinity_to_a_cpu_that_no_host_has_is_told_whatever_the_host_has() {
+    let refusal = refusal(|config| {
+        config.cpus.affinity = Some(vec![CpuAffinity {
+            vcpu: 0,
+            host_cpus: vec![9999],
+        }]);
+    });
+    assert!(refusal.contains("9999"), "{refusal}");
 }
 
 #[test]

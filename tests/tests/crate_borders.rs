@@ -1,0 +1,87 @@
+//! Which crate of the workspace may use which other, as ARCHITECTURE.md has it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use integration_tests::paths::workspace;
+use serde_json::Value;
+
+/// Every crate of the workspace with those it may use. What stands below uses nothing that stands above.
+const MAY_USE: &[(&str, &[&str])] = &[
+    ("api-macros", &[]),
+    ("api", &["api-macros", "device-facts"]),
+    ("device-facts", &[]),
+    ("state", &[]),
+    ("hypervisor", &["state"]),
+    ("virtio-devices", &["device-facts", "state"]),
+    ("machine", &["api", "hypervisor", "state", "virtio-devices"]),
+    (
+        "vmm",
+        &[
+            "api",
+            "device-facts",
+            "hypervisor",
+            "machine",
+            "state",
+            "virtio-devices",
+        ],
+    ),
+    ("fleet", &["api", "device-facts"]),
+    ("cloud-hypervisor", &["api", "vmm"]),
+    ("ch-remote", &["api"]),
+    ("ch-fleet", &["api", "fleet"]),
+    ("ch-fleet-adapter", &["api"]),
+    (
+        "integration-tests",
+        &["api", "device-facts", "virtio-devices"],
+    ),
+    ("guest-programs", &[]),
+    ("xtask", &["api", "device-facts"]),
+];
+/// What would be a way around the border: HTTP, JSON, command lines and confinement are the business of who runs the
+/// machine.
+const NOT_IN_THE_MACHINE: &[&str] = &["dbs-uhttp", "clap", "seccompiler", "serde_json"];
+
+/// What each crate of the workspace depends on, without what only its tests use.
+fn dependencies() -> Result<BTreeMap<String, BTreeSet<String>>> {
+    let output = Command::new("cargo")
+        .args(["metadata", "--no-deps", "--offline", "--format-version=1"])
+        .current_dir(workspace())
+        .output()?;
+    ensure!(output.status.success(), "{output:?}");
+    let metadata: Value = serde_json::from_slice(&output.stdout)?;
+    let packages = metadata["packages"].as_array().context("packages")?;
+    let name = |it: &Value| it["name"].as_str().unwrap_or_default().to_owned();
+    let uses = |package: &Value| {
+        let all = package["dependencies"].as_array();
+        let all = all.into_iter().flatten();
+        all.filter(|it| it["kind"].is_null()).map(name).collect()
+    };
+    Ok(packages.iter().map(|it| (name(it), uses(it))).collect())
+}
+
+#[test]
+fn crates_use_only_what_stands_below_them() -> Result<()> {
+    let dependencies = dependencies()?;
+    for (package, used) in &dependencies {
+        let (_, may_use) = MAY_USE
+            .iter()
+            .find(|(name, _)| name == package)
+            .with_context(|| format!("{package} is not in the table"))?;
+        for used in used.iter().filter(|name| dependencies.contains_key(*name)) {
+            ensure!(may_use.contains(&used.as_str()), "{package} uses {used}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn machine_knows_no_http_no_json_no_command_line_and_no_filters() -> Result<()> {
+    let dependencies = dependencies()?;
+    let machine = dependencies.get("machine").context("machine")?;
+    for unwanted in NOT_IN_THE_MACHINE {
+        ensure!(!machine.contains(*unwanted), "machine uses {unwanted}");
+    }
+    Ok(())
+}
