@@ -3,12 +3,15 @@
 //! `micro_http` parses; this file only finds where a request ends. The crate's own connection type is not used because
 //! it bounds neither the number of header lines nor the descriptors that come with them.
 
-use micro_http::{Headers, Request, RequestError};
+use micro_http::{Body, Headers, Request, RequestError};
 
 /// Longest request line and headers together. Clients of this API send a few hundred bytes.
 pub(super) const HEAD_BYTES_MAX: usize = 16 << 10;
 /// Longest body, the same as upstream's limit.
 pub(super) const PAYLOAD_BYTES_MAX: usize = 4 << 20;
+
+/// Longest line before a chunk: its size and extensions, which nobody sends.
+const CHUNK_LINE_BYTES_MAX: usize = 1 << 10;
 
 const LINE_END: &[u8] = b"\r\n";
 const HEAD_END: &[u8] = b"\r\n\r\n";
@@ -27,9 +30,15 @@ pub(super) enum FramingError {
         /// Size that was announced.
         bytes: usize,
     },
-    /// The body comes in chunks, which no client of this API does.
-    #[error("Transfer-Encoding is not supported: send a Content-Length.")]
-    Chunked,
+    /// A coding that is not `chunked`.
+    #[error("The only supported Transfer-Encoding is chunked.")]
+    TransferEncoding,
+    /// Two lengths that differ, or a length beside a transfer coding: another reader may cut the stream elsewhere.
+    #[error("The request gives more than one length of its body.")]
+    AmbiguousLength,
+    /// No chunk begins where one should.
+    #[error("The chunks of the request body are malformed.")]
+    Chunk,
     /// Not HTTP. `RequestError` is no `std::error::Error`, so its text stands here.
     #[error("{0}")]
     Malformed(RequestError),
@@ -45,17 +54,35 @@ pub(super) struct Framer {
 }
 
 /// What is known once the head is complete.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 struct Head {
-    len: usize,
-    body_len: usize,
+    body: BodyFrame,
     continue_due: bool,
+}
+
+/// How the end of the body is found.
+#[derive(Debug)]
+enum BodyFrame {
+    /// Head and body together have this many bytes.
+    RequestBytes(usize),
+    /// The body comes in chunks.
+    Chunked(Box<Chunks>),
+}
+
+/// A request whose body comes in chunks (RFC 9112 section 7.1), and what has come of it.
+#[derive(Debug)]
+struct Chunks {
+    /// Without its body, until that is complete.
+    request: Option<Request>,
+    body: Vec<u8>,
+    /// Set by the last chunk: trailer fields follow, which are ignored.
+    trailer_bytes: Option<usize>,
 }
 
 impl Framer {
     /// True when no request has begun.
     pub(super) fn is_empty(&self) -> bool {
-        self.bytes.is_empty()
+        self.bytes.is_empty() && self.head.is_none()
     }
 
     /// Takes in what was received. The caller calls [`Framer::next`] after each push, which bounds the buffer.
@@ -68,25 +95,29 @@ impl Framer {
     /// # Errors
     /// The stream is no HTTP, or a part is too large.
     pub(super) fn next(&mut self) -> Result<Option<Request>, FramingError> {
-        let head = match self.head {
-            Some(head) => head,
-            None => match self.find_head()? {
-                Some(head) => *self.head.insert(head),
-                None => return Ok(None),
-            },
-        };
-        let request_len = head.len + head.body_len;
-        if self.bytes.len() < request_len {
-            return Ok(None);
+        if self.head.is_none() {
+            self.head = self.find_head()?;
         }
-        let request =
-            Request::try_from(&self.bytes[..request_len], None).map_err(FramingError::Malformed)?;
-        self.bytes.drain(..request_len);
-        // A large body must not stay allocated on a connection kept alive.
-        self.bytes.shrink_to(HEAD_BYTES_MAX);
-        self.scanned = 0;
-        self.head = None;
-        Ok(Some(request))
+        let Some(head) = &mut self.head else {
+            return Ok(None);
+        };
+        let request = match &mut head.body {
+            BodyFrame::RequestBytes(len) if self.bytes.len() < *len => None,
+            BodyFrame::RequestBytes(len) => {
+                let request = Request::try_from(&self.bytes[..*len], None)
+                    .map_err(FramingError::Malformed)?;
+                self.bytes.drain(..*len);
+                Some(request)
+            }
+            BodyFrame::Chunked(chunks) => chunks.take(&mut self.bytes)?,
+        };
+        if request.is_some() {
+            // A large body must not stay allocated on a connection kept alive.
+            self.bytes.shrink_to(HEAD_BYTES_MAX);
+            self.scanned = 0;
+            self.head = None;
+        }
+        Ok(request)
     }
 
     /// True once per request, when the client waits for `100 Continue` before it sends the body.
@@ -118,24 +149,126 @@ impl Framer {
         self.parse_head(fields_end).map(Some)
     }
 
-    fn parse_head(&self, fields_end: usize) -> Result<Head, FramingError> {
+    fn parse_head(&mut self, fields_end: usize) -> Result<Head, FramingError> {
         let fields = match find(&self.bytes[..fields_end], LINE_END) {
             Some(line_end) => &self.bytes[line_end + LINE_END.len()..fields_end],
             None => &[],
         };
         let headers = Headers::try_from(fields).map_err(FramingError::Malformed)?;
-        if headers.chunked() {
-            return Err(FramingError::Chunked);
+        let head_len = fields_end + HEAD_END.len();
+        if is_chunked(fields)? {
+            let head: Vec<u8> = self.bytes.drain(..head_len).collect();
+            let request = Request::try_from(&head, None).map_err(FramingError::Malformed)?;
+            return Ok(Head {
+                continue_due: headers.expect(),
+                body: BodyFrame::Chunked(Box::new(Chunks {
+                    request: Some(request),
+                    body: Vec::new(),
+                    trailer_bytes: None,
+                })),
+            });
         }
         let body_len = headers.content_length() as usize;
         if body_len > PAYLOAD_BYTES_MAX {
             return Err(FramingError::PayloadTooLarge { bytes: body_len });
         }
         Ok(Head {
-            len: fields_end + HEAD_END.len(),
-            body_len,
             continue_due: headers.expect() && body_len > 0,
+            body: BodyFrame::RequestBytes(head_len + body_len),
         })
+    }
+}
+
+impl Chunks {
+    /// Moves chunks out of `bytes`. The request, when its body is complete.
+    fn take(&mut self, bytes: &mut Vec<u8>) -> Result<Option<Request>, FramingError> {
+        loop {
+            if let Some(seen) = &mut self.trailer_bytes {
+                let Some(line_bytes) = find(bytes, LINE_END) else {
+                    return match *seen + bytes.len() > HEAD_BYTES_MAX {
+                        true => Err(FramingError::HeadTooLong),
+                        false => Ok(None),
+                    };
+                };
+                bytes.drain(..line_bytes + LINE_END.len());
+                *seen += line_bytes + LINE_END.len();
+                if *seen > HEAD_BYTES_MAX {
+                    return Err(FramingError::HeadTooLong);
+                }
+                if line_bytes == 0 {
+                    return Ok(self.finish());
+                }
+                continue;
+            }
+            let Some((data_at, chunk_bytes)) = chunk_line(bytes)? else {
+                return Ok(None);
+            };
+            if chunk_bytes == 0 {
+                bytes.drain(..data_at);
+                self.trailer_bytes = Some(0);
+                continue;
+            }
+            let total = self.body.len().saturating_add(chunk_bytes);
+            if total > PAYLOAD_BYTES_MAX {
+                return Err(FramingError::PayloadTooLarge { bytes: total });
+            }
+            let data_end = data_at + chunk_bytes;
+            let Some(end) = bytes.get(data_end..data_end + LINE_END.len()) else {
+                return Ok(None);
+            };
+            if end != LINE_END {
+                return Err(FramingError::Chunk);
+            }
+            self.body.extend_from_slice(&bytes[data_at..data_end]);
+            bytes.drain(..data_end + LINE_END.len());
+        }
+    }
+
+    fn finish(&mut self) -> Option<Request> {
+        let mut request = self.request.take()?;
+        // As with a length of 0: there is no body.
+        let body = std::mem::take(&mut self.body);
+        request.body = (!body.is_empty()).then(|| Body::new(body));
+        Some(request)
+    }
+}
+
+/// Where the data of the next chunk begins and how long it is; `None` while its line is not complete.
+fn chunk_line(bytes: &[u8]) -> Result<Option<(usize, usize)>, FramingError> {
+    let parsed = httparse::parse_chunk_size(bytes).map_err(|_| FramingError::Chunk)?;
+    match parsed {
+        httparse::Status::Complete((at, size)) if at <= CHUNK_LINE_BYTES_MAX => {
+            Ok(Some((at, usize::try_from(size).unwrap_or(usize::MAX))))
+        }
+        httparse::Status::Partial if bytes.len() <= CHUNK_LINE_BYTES_MAX => Ok(None),
+        _ => Err(FramingError::Chunk),
+    }
+}
+
+/// Whether the body comes in chunks. `micro_http` takes the last of several lengths and ignores codings it does not
+/// know; a request that another reader would cut elsewhere is refused here.
+fn is_chunked(fields: &[u8]) -> Result<bool, FramingError> {
+    let text = String::from_utf8_lossy(fields);
+    let mut length = None;
+    let mut chunked = false;
+    for (name, value) in text.split("\r\n").filter_map(|line| line.split_once(':')) {
+        let (name, value) = (name.trim(), value.trim());
+        if name.eq_ignore_ascii_case("content-length") {
+            if length.is_some_and(|first| first != value) {
+                return Err(FramingError::AmbiguousLength);
+            }
+            length = Some(value);
+        } else if name.eq_ignore_ascii_case("transfer-encoding") {
+            match value {
+                "identity" => {}
+                _ if value.eq_ignore_ascii_case("chunked") && !chunked => chunked = true,
+                _ => return Err(FramingError::TransferEncoding),
+            }
+        }
+    }
+    match (chunked, length) {
+        (true, Some(_)) => Err(FramingError::AmbiguousLength),
+        _ => Ok(chunked),
     }
 }
 
@@ -224,9 +357,87 @@ mod tests {
             );
         }
         assert!(matches!(
-            framer(b"PUT /a HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n").next(),
-            Err(FramingError::Chunked)
+            framer(b"PUT /a HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n").next(),
+            Err(FramingError::TransferEncoding)
         ));
+    }
+
+    #[test]
+    fn framer_conflicting_lengths_are_refused() {
+        for fields in [
+            "Content-Length: 2\r\nContent-Length: 3",
+            "content-length: 2\r\nX: y\r\nContent-Length: 02",
+            "Content-Length: 2\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding: chunked\r\nContent-Length: 0",
+        ] {
+            let request = format!("PUT /a HTTP/1.1\r\n{fields}\r\n\r\n{{}}}}");
+            assert!(
+                matches!(
+                    framer(request.as_bytes()).next(),
+                    Err(FramingError::AmbiguousLength)
+                ),
+                "{fields}"
+            );
+        }
+        let same = b"PUT /a HTTP/1.1\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\n{}";
+        assert!(framer(same).next().unwrap().is_some());
+    }
+
+    const CHUNKED: &[u8] = b"PUT /a HTTP/1.1\r\nTransfer-Encoding: Chunked\r\n\r\n";
+
+    #[test]
+    fn framer_chunks_become_one_body() {
+        let body = b"2\r\n{\"\r\n3;x=y\r\na\":\r\n02\r\n1}\r\n0\r\nTrailer: t\r\n\r\n";
+        let mut framer = Framer::default();
+        let bytes = [CHUNKED, body].concat();
+        for (index, byte) in bytes.iter().enumerate() {
+            assert_eq!(framer.is_empty(), index == 0);
+            framer.push(&[*byte]);
+            let request = framer.next().unwrap();
+            assert_eq!(request.is_some(), index + 1 == bytes.len(), "byte {index}");
+            if let Some(request) = request {
+                assert_eq!(request.body.unwrap().raw(), b"{\"a\":1}");
+            }
+        }
+        assert!(framer.is_empty());
+        framer.push(PUT);
+        assert!(framer.next().unwrap().is_some());
+    }
+
+    #[test]
+    fn framer_chunked_body_that_is_empty_is_none() {
+        let mut framer = framer(&[CHUNKED, b"0\r\n\r\n", PUT].concat());
+        assert!(framer.next().unwrap().unwrap().body.is_none());
+        assert!(framer.next().unwrap().unwrap().body.is_some());
+    }
+
+    #[test]
+    fn framer_chunks_have_the_bounds_of_other_bodies() {
+        let refused = |body: &str| {
+            framer(&[CHUNKED, body.as_bytes()].concat())
+                .next()
+                .unwrap_err()
+        };
+        for body in [
+            "x\r\n",
+            "-1\r\n",
+            "2\r\nabc\r\n",
+            "fffffffffffffffff\r\n",
+            &format!("1;{}", "x".repeat(CHUNK_LINE_BYTES_MAX)),
+        ] {
+            assert!(matches!(refused(body), FramingError::Chunk), "{body}");
+        }
+        for body in ["ffffffffffffffff\r\n", "1\r\nx\r\n400000\r\n"] {
+            assert!(
+                matches!(refused(body), FramingError::PayloadTooLarge { .. }),
+                "{body}"
+            );
+        }
+        let trailers = "a: b\r\n".repeat(HEAD_BYTES_MAX / 6 + 1);
+        for rest in ["", "x"] {
+            let body = format!("0\r\n{trailers}{rest}");
+            assert!(matches!(refused(&body), FramingError::HeadTooLong));
+        }
     }
 
     #[test]
@@ -251,6 +462,9 @@ mod tests {
             known("Content-Length: 4194305\r\n"),
             known("Content-Length:\r\n"),
             known("Expect: 100-continue\r\n"),
+            known("Transfer-Encoding: chunked\r\n"),
+            known("2\r\n{}\r\n"),
+            known("0\r\n\r\n"),
             known("Accept-Encoding: *;q=0\r\n"),
             known(":\r\n"),
             known("\r\n"),
