@@ -4,12 +4,14 @@
 //! for the tags from 10 on) are written once, in the table below. From it come the struct, its JSON fields, the tag
 //! numbers and the access by tag, so that a statistic is added in one line.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 macro_rules! balloon_stats {
     ($($(#[$doc:meta])* $name:ident = $tag:literal,)*) => {
         /// The guest's memory statistics. A statistic the guest did not send is absent.
-        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
         pub struct BalloonStats {
             $(
                 $(#[$doc])*
@@ -93,8 +95,11 @@ impl BalloonStats {
     }
 }
 
-/// `GET /vm.balloon-stats`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// The guest's view of its memory.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[schemars(extend("example" = json!({
+    "balloon_actual": 0, "last_update": 1_700_000_000_000_u64, "age_ms": 120, "stats": {"free_memory": 400_000_000}
+})))]
 pub struct BalloonStatsResponse {
     /// Bytes the guest says are in the balloon.
     pub balloon_actual: u64,

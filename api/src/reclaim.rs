@@ -6,12 +6,27 @@
 
 use std::collections::BTreeMap;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::{BalloonStats, HintingStatus, ReportingStatus};
 
-/// `GET /vm.reclaim-stats`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// How much memory came back to the host. Ballooned, reported and reclaimed describe the same memory from three sides
+/// and must not be added up.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[schemars(extend("example" = json!({
+    "configured_bytes": 1 << 30,
+    "resident_bytes": 114_294_784,
+    "reclaimed_bytes": 959_447_040,
+    "ballooned_bytes": 0,
+    "balloon_target_bytes": 0,
+    "backing": "anonymous-private",
+    "residency_method": "pagemap",
+    "resident_sample_us": 310,
+    "resident_age_ms": 0,
+    "reporting": {"active": true},
+})))]
 pub struct ReclaimStats {
     /// Guest RAM as configured, bytes.
     pub configured_bytes: u64,
@@ -35,11 +50,11 @@ pub struct ReclaimStats {
     pub ballooned_bytes: u64,
     /// Bytes the operator wants in the balloon.
     pub balloon_target_bytes: u64,
-    /// What guest RAM is made of, which decides how it can be discarded: `anonymous-private`, `memfd-shared`, …; `mixed`
-    /// if its zones differ.
+    /// What guest RAM is made of, which decides how it can be discarded: `anonymous-private`, `memfd-shared`,
+    /// `hugetlb-shared`, `hugetlb-private`, `file-shared`, `file-private`, or `mixed` if its zones differ.
     #[serde(default)]
     pub backing: String,
-    /// Residency zone by zone; RAM without zones is one. Empty where residency was not measured.
+    /// Residency zone by zone; RAM without zones is one, `mem0`. Empty where residency was not measured.
     #[serde(default)]
     pub zones: Vec<ZoneResidency>,
     /// How `resident_bytes` was measured.
@@ -72,7 +87,7 @@ pub struct ReclaimStats {
 }
 
 /// What one zone of guest RAM holds of the host.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct ZoneResidency {
     /// Name of the zone.
     pub id: String,
@@ -80,7 +95,7 @@ pub struct ZoneResidency {
     pub backing: String,
     /// Size of its pages, bytes: less than a page cannot be given back.
     pub page_bytes: u64,
-    /// Its size, bytes; of memory that can be plugged in, what the guest has plugged.
+    /// Its size, bytes; of the zone `mem0-hotplug`, what the guest has plugged in.
     pub configured_bytes: u64,
     /// Of it, held in host memory now, bytes.
     pub resident_bytes: u64,
@@ -93,7 +108,7 @@ pub struct ZoneResidency {
 }
 
 /// Whether free pages of one zone can be reported.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct ZoneReporting {
     /// True when the guest's reports are accepted and acted upon.
     pub active: bool,
@@ -104,7 +119,7 @@ pub struct ZoneReporting {
 
 /// What came in over one queue since the VM booted, and what became of it. Every requested byte ends in exactly one of
 /// `discarded_bytes`, `skipped_bytes` and `failed_bytes`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct ReclaimPath {
     /// Bytes the guest named.
     pub requested_bytes: u64,
@@ -146,7 +161,7 @@ impl ReclaimPath {
 }
 
 /// A distribution of durations, in the unit that the name of the field holding it gives.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct LatencySummary {
     /// Number of durations seen.
     pub count: u64,
@@ -163,7 +178,7 @@ pub struct LatencySummary {
 }
 
 /// The durations above the bucket before it and up to `le`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct LatencyBucket {
     /// The longest duration this bucket takes.
     pub le: u64,
@@ -171,8 +186,8 @@ pub struct LatencyBucket {
     pub count: u64,
 }
 
-/// One batch.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// The most recent batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct LastBatch {
     /// Bytes discarded.
     pub bytes: u64,
@@ -185,7 +200,7 @@ pub struct LastBatch {
 }
 
 /// The guest's statistics with their age.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct GuestSample {
     /// The statistics the guest sent.
     pub stats: BalloonStats,
@@ -197,7 +212,7 @@ pub struct GuestSample {
 }
 
 /// What the guest says of its reporting.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct GuestReporting {
     /// Bytes free and not yet reported.
     #[serde(default, skip_serializing_if = "Option::is_none")]

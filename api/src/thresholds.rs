@@ -6,14 +6,28 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
-
 use api_macros::Words;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
 
 use crate::options::{OptionError, OptionFault, Options, parse_bytes};
 
-/// `GET /vm.reclaim-thresholds`, and the answer to a `PUT`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// Alerts with their states, and the reporting policy.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[schemars(extend("example" = json!({
+    "alerts": [{
+        "name": "big", "figure": "resident_bytes", "direction": "above", "enter": 2_u64 << 30, "leave": 3 << 29,
+        "duration_ms": 5000, "active": false, "since_ms": 61000, "value": 114_294_784, "times_entered": 0,
+    }],
+    "reporting_policy": {
+        "order_min": 9, "pending_blocks": 16, "delay_ms_max": 2000, "age_ms_min": 0, "bytes_per_second_max": 0,
+        "in_effect": false, "reason": "the guest's driver does not take VIRTIO_BALLOON_F_REPORTING_POLICY",
+        "settings": {"order_min": {
+            "in_effect": false, "reason": "the guest's driver does not take VIRTIO_BALLOON_F_REPORTING_POLICY",
+        }},
+    },
+})))]
 pub struct ReclaimThresholds {
     /// The rules with their states, in the order in which they were made.
     pub alerts: Vec<AlertStatus>,
@@ -22,7 +36,7 @@ pub struct ReclaimThresholds {
 }
 
 /// On which side of its values an alert is active.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, Words)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, Words, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum AlertDirection {
     /// Active when the figure is above `enter`.
@@ -35,7 +49,7 @@ pub enum AlertDirection {
 }
 
 /// A named rule on one figure.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct AlertRule {
     /// What events call it; unique in a VM.
     pub name: String,
@@ -53,8 +67,8 @@ pub struct AlertRule {
     pub duration_ms: u64,
 }
 
-/// A rule and where it stands.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// A rule on one figure and where it stands. Between `enter` and `leave` lies the dead band, in which nothing changes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct AlertStatus {
     /// The rule.
     #[serde(flatten)]
@@ -71,7 +85,7 @@ pub struct AlertStatus {
 }
 
 /// How the guest shall report free memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct ReportingPolicy {
     /// Order of the smallest block that is reported; a block has `4096 << order` bytes. 0 leaves it to the guest.
     pub order_min: u64,
@@ -100,7 +114,7 @@ impl Default for ReportingPolicy {
 }
 
 /// The policy, and whether this guest follows it.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct ReportingPolicyStatus {
     /// The policy.
     #[serde(flatten)]
@@ -117,7 +131,7 @@ pub struct ReportingPolicyStatus {
 }
 
 /// Whether this guest follows one setting.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct SettingStatus {
     /// True when it does.
     pub in_effect: bool,
@@ -126,10 +140,16 @@ pub struct SettingStatus {
     pub reason: Option<String>,
 }
 
-/// Body of `PUT /vm.reclaim-thresholds`. What is absent stays as it is.
-///
-/// An answer of `GET` is a valid body: what only an answer has is ignored.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// What to change of alerts and reporting policy. What is absent stays unchanged. An answer of the `GET` is a valid body:
+/// what only an answer has is ignored.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[schemars(extend("example" = json!({
+    "remove_alerts": ["old"],
+    "alerts": [{
+        "name": "big", "figure": "resident_bytes", "direction": "above", "enter": 2_u64 << 30, "leave": 3 << 29,
+    }],
+    "reporting_policy": {"delay_ms_max": 100},
+})))]
 pub struct ReclaimThresholdsChange {
     /// Names of alerts to remove; done first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -142,44 +162,44 @@ pub struct ReclaimThresholdsChange {
     pub reporting_policy: Option<ReportingPolicyChange>,
 }
 
-/// What to set of one alert. A new one needs `figure`, `direction` and `enter`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// What to set of one alert, which is made if none has this name. A new one needs `figure`, `direction` and `enter`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct AlertChange {
-    /// Which alert.
+    /// What events call it; unique in a VM.
     pub name: String,
-    /// See [`AlertRule::figure`].
+    /// A number of `vm.reclaim-stats` by its path, or a counter of `vm.counters`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub figure: Option<String>,
-    /// See [`AlertRule::direction`].
+    /// On which side of `enter` the alert is active.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub direction: Option<AlertDirection>,
-    /// See [`AlertRule::enter`].
+    /// The alert becomes active when the figure is beyond this value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub enter: Option<u64>,
-    /// See [`AlertRule::leave`]; that of a new alert is its `enter`.
+    /// The alert ends when the figure is back at this value or on its safe side; that of a new alert is its `enter`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub leave: Option<u64>,
-    /// See [`AlertRule::duration_ms`]; that of a new alert is 0.
+    /// How long the figure must be beyond `enter` before the alert becomes active, ms; that of a new alert is 0.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub duration_ms: Option<u64>,
 }
 
-/// What to set of the policy; see [`ReportingPolicy`].
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+/// What to set of the policy; what is absent stays unchanged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct ReportingPolicyChange {
-    /// See [`ReportingPolicy::order_min`].
+    /// Order of the smallest block that is reported; a block has `4096 << order` bytes. 0 leaves it to the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub order_min: Option<u64>,
-    /// See [`ReportingPolicy::pending_blocks`].
+    /// Free blocks that start a report.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pending_blocks: Option<u64>,
-    /// See [`ReportingPolicy::delay_ms_max`].
+    /// After this time a report starts, however few blocks are pending, ms.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub delay_ms_max: Option<u64>,
-    /// See [`ReportingPolicy::age_ms_min`].
+    /// Blocks that have been free for a shorter time are left alone, ms.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub age_ms_min: Option<u64>,
-    /// See [`ReportingPolicy::bytes_per_second_max`].
+    /// Most bytes reported per second; 0 sets no bound.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bytes_per_second_max: Option<u64>,
 }

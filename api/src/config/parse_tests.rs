@@ -289,6 +289,42 @@ fn sockets_are_paths_or_descriptors() {
 }
 
 #[test]
+fn help_shows_the_keys_of_a_section_with_their_values() {
+    assert_eq!(
+        DiskConfig::syntax(),
+        "Disk parameters \"path=<disk_image_path>,readonly=on|off,direct=on|off,iommu=on|off,\
+         num_queues=<number_of_queues>,queue_size=<size_of_each_queue>,vhost_user=on|off,\
+         socket=<vhost_user_socket_path>,rate_limit_group=<group_id>,bw_size=<bytes>,bw_one_time_burst=<bytes>,\
+         bw_refill_time=<ms>,ops_size=<io_ops>,ops_one_time_burst=<io_ops>,ops_refill_time=<ms>,id=<device_id>,\
+         pci_segment=<segment_id>,pci_device_id=<pci_slot>,serial=<serial_number>,\
+         queue_affinity=<list_of_queue_indices_with_their_associated_cpuset>,backing_files=on|off,sparse=on|off,\
+         image_type=vmdk|vhd|qcow2|raw|vhdx,lock_granularity=byte-range|full\""
+    );
+    assert_eq!(
+        ConsoleConfig::syntax(),
+        "Control (virtio) console: \"off|null|pty|tty|file=<path>|socket=<path>,iommu=on|off,id=<device_id>,\
+         pci_segment=<segment_id>,pci_device_id=<pci_slot>\""
+    );
+    // Only known so that they can be refused.
+    for hidden in ["tdx", "sev_snp", "uuid"] {
+        assert!(!PlatformConfig::syntax().contains(&format!(",{hidden}=")));
+        assert!(PlatformConfig::parse(&format!("{hidden}=on")).is_ok());
+    }
+}
+
+#[test]
+fn unknown_key_of_a_section_names_the_one_it_resembles() {
+    let error = DiskConfig::parse("path=/d,read_only=on").unwrap_err();
+    let text = error_chain(&error).join(": ");
+    assert!(
+        text.contains("unknown parameter \"read_only\" (did you mean \"readonly\"?)"),
+        "{text}"
+    );
+    let error = CpusConfig::parse("profile=p").unwrap_err();
+    assert!(error_chain(&error)[1].contains("not supported"));
+}
+
+#[test]
 fn sections_parsed_from_options_survive_json() {
     let net = NetConfig::parse("tap=t0,ip=10.0.0.1,bw_size=1,bw_refill_time=2").unwrap();
     assert_eq!(

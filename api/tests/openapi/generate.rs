@@ -29,12 +29,25 @@ pub(crate) fn schemas() -> BTreeMap<String, Value> {
     generator.subschema_for::<PciDeviceInfo>();
     generator.subschema_for::<VmBalloonHinting>();
     generator.subschema_for::<VmBalloonReporting>();
-    generator.subschema_for::<HintingStatus>();
-    generator.subschema_for::<ReportingStatus>();
+    generator.subschema_for::<BalloonStatsResponse>();
+    generator.subschema_for::<ReclaimStats>();
+    generator.subschema_for::<ReclaimThresholds>();
+    generator.subschema_for::<ReclaimThresholdsChange>();
+    // An alias, which has no name of its own.
+    let mut counters = generator.subschema_for::<VmCounters>();
+    counters.insert(
+        "description".to_owned(),
+        json!("Device id, then counter name, then value."),
+    );
+    counters.insert(
+        "example".to_owned(),
+        json!({"_disk0": {"read_bytes": 4096, "read_ops": 1}}),
+    );
     let mut enum_defaults = BTreeMap::new();
     let mut schemas: BTreeMap<_, _> = generator
         .take_definitions(true)
         .into_iter()
+        .chain([("VmCounters".to_owned(), counters.to_value())])
         .map(|(name, mut schema)| {
             simplify(&mut schema, &mut enum_defaults);
             (name, schema)
