@@ -2,7 +2,8 @@
 //!
 //! This crate holds the wire types of the REST API (serde and schema), the syntax of the command line options that produce
 //! them, the table of endpoints, and a small synchronous client. The VMM, `ch-remote` and the fleet manager all speak
-//! through these types, so a field exists once. Of our crates this one depends only on its macros, and it starts no thread.
+//! through these types, so a field exists once. What the devices know as well comes from `device-facts`, below both. The crate
+//! starts no thread.
 //!
 //! Conventions of the wire, which are Cloud Hypervisor's:
 //! - sizes are bytes as `u64`, durations carry their unit in the name;
@@ -27,9 +28,10 @@ mod resize;
 mod thresholds;
 
 pub use ascii_json::to_ascii_json;
-pub use balloon_stats::{BALLOON_STAT_TAGS, BalloonStats, BalloonStatsResponse};
+pub use balloon_stats::BalloonStatsResponse;
 pub use client::{Client, ClientError};
 pub use config::VmConfig;
+pub use device_facts::{BalloonStats, GuestReporting, ReportingPolicy, ReportingPolicyChange};
 pub use endpoints::{API_PREFIX, Endpoint, Method};
 pub use error::{ErrorBody, chain_report, error_chain};
 pub use event::{Event, EventTimestamp};
@@ -37,15 +39,14 @@ pub use hinting::{HintingAction, HintingReport, HintingStatus, VmBalloonHinting}
 pub use hotplug::VmRemoveDevice;
 pub use info::{DeviceNode, PciDeviceInfo, VmCounters, VmInfo, VmState, VmmPingResponse};
 pub use reclaim::{
-    GuestReporting, GuestSample, LastBatch, LatencyBucket, LatencySummary, ReclaimPath,
-    ReclaimStats, ZoneReporting, ZoneResidency,
+    GuestSample, LastBatch, LatencyBucket, LatencySummary, ReclaimPath, ReclaimStats,
+    ZoneReporting, ZoneResidency,
 };
 pub use reporting::{ReportNow, ReportingAction, ReportingStatus, VmBalloonReporting};
 pub use resize::VmResize;
 pub use thresholds::{
     AlertChange, AlertDirection, AlertRule, AlertStatus, ReclaimThresholds,
-    ReclaimThresholdsChange, ReportingPolicy, ReportingPolicyChange, ReportingPolicyStatus,
-    SettingStatus,
+    ReclaimThresholdsChange, ReportingPolicyStatus, SettingStatus,
 };
 
 /// The OpenAPI description of what is served.

@@ -6,11 +6,12 @@
 
 use std::collections::BTreeMap;
 
+use device_facts::{BalloonStats, GuestReporting};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::{BalloonStats, HintingStatus, ReportingStatus};
+use crate::{HintingStatus, ReportingStatus};
 
 /// How much memory came back to the host. Ballooned, reported and reclaimed describe the same memory from three sides
 /// and must not be added up.
@@ -209,21 +210,4 @@ pub struct GuestSample {
     pub reporting: Option<GuestReporting>,
     /// How long ago they arrived, ms.
     pub age_ms: u64,
-}
-
-/// What the guest says of its reporting.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-pub struct GuestReporting {
-    /// Bytes free and not yet reported.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pending_bytes: Option<u64>,
-    /// Bytes reported and still free.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reported_bytes: Option<u64>,
-    /// Batches sent since the guest booted.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub batches: Option<u64>,
-    /// Blocks that could not be taken, as their pageblock is isolated.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub isolation_failures: Option<u64>,
 }

@@ -5,8 +5,11 @@
 //! can.
 
 use std::collections::BTreeMap;
+use std::sync::LazyLock;
 
 use api_macros::Words;
+use device_facts::reporting_policy::Unit;
+use device_facts::{ReportingPolicy, ReportingPolicyChange};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -84,35 +87,6 @@ pub struct AlertStatus {
     pub times_entered: u64,
 }
 
-/// How the guest shall report free memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-pub struct ReportingPolicy {
-    /// Order of the smallest block that is reported; a block has `4096 << order` bytes. 0 leaves it to the guest.
-    pub order_min: u64,
-    /// Free blocks that start a report.
-    pub pending_blocks: u64,
-    /// After this time a report starts, however few blocks are pending, ms.
-    pub delay_ms_max: u64,
-    /// Blocks that have been free for a shorter time are left alone, ms.
-    pub age_ms_min: u64,
-    /// Most bytes reported in a second; 0 sets no bound.
-    pub bytes_per_second_max: u64,
-}
-
-impl Default for ReportingPolicy {
-    /// The block size and the delay are those of Linux' own page reporting, the pending blocks those of the proposal
-    /// that it came from.
-    fn default() -> Self {
-        Self {
-            order_min: 9,
-            pending_blocks: 16,
-            delay_ms_max: 2000,
-            age_ms_min: 0,
-            bytes_per_second_max: 0,
-        }
-    }
-}
-
 /// The policy, and whether this guest follows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct ReportingPolicyStatus {
@@ -184,53 +158,19 @@ pub struct AlertChange {
     pub duration_ms: Option<u64>,
 }
 
-/// What to set of the policy; what is absent stays unchanged.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
-pub struct ReportingPolicyChange {
-    /// Order of the smallest block that is reported; a block has `4096 << order` bytes. 0 leaves it to the guest.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub order_min: Option<u64>,
-    /// Free blocks that start a report.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pending_blocks: Option<u64>,
-    /// After this time a report starts, however few blocks are pending, ms.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub delay_ms_max: Option<u64>,
-    /// Blocks that have been free for a shorter time are left alone, ms.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub age_ms_min: Option<u64>,
-    /// Most bytes reported per second; 0 sets no bound.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub bytes_per_second_max: Option<u64>,
-}
-
 const ALERT_KEYS: &[&str] = &["figure", "direction", "enter", "leave", "duration_ms"];
-const POLICY_KEYS: &[&str] = &[
-    "order_min",
-    "pending_blocks",
-    "delay_ms_max",
-    "age_ms_min",
-    "bytes_per_second_max",
-];
-const KEYS: &[&str] = &[
-    "name",
-    "figure",
-    "direction",
-    "enter",
-    "leave",
-    "duration_ms",
-    "order_min",
-    "pending_blocks",
-    "delay_ms_max",
-    "age_ms_min",
-    "bytes_per_second_max",
-];
+const POLICY_KEYS: &[&str] = ReportingPolicy::NAMES;
+static KEYS: LazyLock<Vec<&str>> = LazyLock::new(|| [&["name"], ALERT_KEYS, POLICY_KEYS].concat());
 
 impl ReclaimThresholdsChange {
     /// Syntax of `ch-remote reclaim-thresholds --set`.
-    pub const SYNTAX: &str = "An alert \"name=<name>,figure=<figure>,direction=above|below,enter=<value>,\
-        leave=<value>,duration_ms=<ms>\", or the reporting policy \"order_min=<order>,pending_blocks=<count>,\
-        delay_ms_max=<ms>,age_ms_min=<ms>,bytes_per_second_max=<bytes>\"";
+    pub fn syntax() -> String {
+        format!(
+            "An alert \"name=<name>,figure=<figure>,direction=above|below,enter=<value>,leave=<value>,\
+             duration_ms=<ms>\", or the reporting policy \"{}\"",
+            ReportingPolicy::syntax()
+        )
+    }
 
     /// Reads one `--set`: an alert when there is a `name`, else settings of the policy. Values and bytes take the
     /// suffixes of sizes.
@@ -238,7 +178,7 @@ impl ReclaimThresholdsChange {
     /// # Errors
     /// An unknown key, a malformed value, or keys of both kinds.
     pub fn parse(text: &str) -> Result<Self, OptionError> {
-        let options = Options::parse("set", text, KEYS.into())?;
+        let options = Options::parse("set", text, KEYS.as_slice().into())?;
         let given =
             |keys: &[&'static str]| keys.iter().copied().find(|key| options.text(key).is_some());
         let Some(name) = options.get::<String>("name")? else {
@@ -246,7 +186,7 @@ impl ReclaimThresholdsChange {
                 return Err(options.missing("name"));
             }
             return Ok(Self {
-                reporting_policy: Some(ReportingPolicyChange::of(&options)?),
+                reporting_policy: Some(policy_change(&options)?),
                 ..Self::default()
             });
         };
@@ -274,27 +214,19 @@ impl ReclaimThresholdsChange {
         let Some(policy) = other.reporting_policy else {
             return;
         };
-        let own = self.reporting_policy.unwrap_or_default();
-        self.reporting_policy = Some(ReportingPolicyChange {
-            order_min: policy.order_min.or(own.order_min),
-            pending_blocks: policy.pending_blocks.or(own.pending_blocks),
-            delay_ms_max: policy.delay_ms_max.or(own.delay_ms_max),
-            age_ms_min: policy.age_ms_min.or(own.age_ms_min),
-            bytes_per_second_max: policy.bytes_per_second_max.or(own.bytes_per_second_max),
-        });
+        self.reporting_policy = Some(policy.or(self.reporting_policy.unwrap_or_default()));
     }
 }
 
-impl ReportingPolicyChange {
-    fn of(options: &Options) -> Result<Self, OptionError> {
-        Ok(Self {
-            order_min: options.get("order_min")?,
-            pending_blocks: options.get("pending_blocks")?,
-            delay_ms_max: options.get("delay_ms_max")?,
-            age_ms_min: options.get("age_ms_min")?,
-            bytes_per_second_max: options.read("bytes_per_second_max", parse_bytes)?,
-        })
+fn policy_change(options: &Options) -> Result<ReportingPolicyChange, OptionError> {
+    let mut change = ReportingPolicyChange::default();
+    for setting in ReportingPolicy::TABLE {
+        *setting.slot(&mut change) = match setting.unit {
+            Unit::Bytes => options.read(setting.name, parse_bytes)?,
+            Unit::Order | Unit::Count | Unit::Ms => options.get(setting.name)?,
+        };
     }
+    Ok(change)
 }
 
 #[cfg(test)]

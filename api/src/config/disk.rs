@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use api_macros::{Words, section};
+pub use device_facts::LockGranularity;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::rate_limit::{RATE_LIMIT_KEYS, RateLimiterConfig};
-use crate::options::{OptionValue, ValueError, parse_integer_map};
+use crate::options::{OptionValue, ValueError, Words, parse_integer_map};
 
 /// Queues of a disk that does not say otherwise.
 pub const DEFAULT_DISK_NUM_QUEUES: usize = 1;
@@ -99,16 +100,8 @@ pub enum ImageType {
     Unknown,
 }
 
-/// How a disk image is locked against a second user.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, Words)]
-pub enum LockGranularity {
-    /// Lock the byte range the disk covers.
-    #[default]
-    #[word("byte-range")]
-    ByteRange,
-    /// Lock the whole file.
-    #[word("full")]
-    Full,
+impl Words for LockGranularity {
+    const WORDS: &'static [(&'static str, Self)] = &Self::WORDS;
 }
 
 /// Pins the worker of one queue.

@@ -213,7 +213,7 @@ pub(crate) struct ReclaimStatsArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct ReclaimThresholdsArguments {
-    #[arg(long, value_name = "SETTINGS", value_parser = parse_set, help = ReclaimThresholdsChange::SYNTAX)]
+    #[arg(long, value_name = "SETTINGS", value_parser = parse_set, help = ReclaimThresholdsChange::syntax())]
     pub(crate) set: Vec<ReclaimThresholdsChange>,
 
     /// Remove the alert with this name; done before anything is set

@@ -64,13 +64,7 @@ impl From<&ActionKind> for Order {
         match *kind {
             ActionKind::Balloon { to, .. } => Self::Balloon(to),
             ActionKind::Reporting { policy } => Self::Report(ReclaimThresholdsChange {
-                reporting_policy: Some(api::ReportingPolicyChange {
-                    order_min: Some(policy.order_min),
-                    pending_blocks: Some(policy.pending_blocks),
-                    delay_ms_max: Some(policy.delay_ms_max),
-                    age_ms_min: Some(policy.age_ms_min),
-                    bytes_per_second_max: Some(policy.bytes_per_second_max),
-                }),
+                reporting_policy: Some(policy.into()),
                 ..ReclaimThresholdsChange::default()
             }),
             ActionKind::MemoryMax { limit } => Self::Group(GroupFile::MemoryMax, limit),

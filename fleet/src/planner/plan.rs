@@ -186,11 +186,7 @@ impl fmt::Display for Action {
         };
         match &self.kind {
             ActionKind::Balloon { from, to } => write!(f, "balloon {from} → {to}")?,
-            ActionKind::Reporting { policy } => write!(
-                f,
-                "reporting policy: {} blocks pending, {} ms at most, blocks {} ms old",
-                policy.pending_blocks, policy.delay_ms_max, policy.age_ms_min
-            )?,
+            ActionKind::Reporting { policy } => write!(f, "reporting policy {policy}")?,
             ActionKind::MemoryMax { limit } => write!(f, "memory.max {}", or_off(*limit))?,
             ActionKind::MemoryHigh { limit } => write!(f, "memory.high {}", or_off(*limit))?,
             ActionKind::SwapMax { limit } => write!(f, "memory.swap.max {limit}")?,

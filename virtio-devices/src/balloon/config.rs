@@ -13,7 +13,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::policy::abi;
+use device_facts::policy_space::{POLICY_END, POLICY_OFFSET};
 
 const ACTUAL_OFFSET: u64 = 4;
 const POISON_VAL_OFFSET: u64 = 12;
@@ -21,7 +21,7 @@ const FIELDS: usize = 4;
 const FIELD_BYTES: usize = 4;
 const SPACE_BYTES: usize = FIELDS * FIELD_BYTES;
 /// The standard fields, a gap, and the reporting policy.
-const WHOLE_BYTES: usize = abi::POLICY_END as usize;
+const WHOLE_BYTES: usize = POLICY_END as usize;
 
 /// The fields, written by vCPU and API threads and read by everybody. Each is
 /// independent of the others, so no ordering is asked for.
@@ -83,7 +83,7 @@ impl ConfigSpace {
         self.poison_val.store(0, Ordering::Relaxed);
     }
 
-    /// `policy`: the bytes from [`abi::POLICY_OFFSET`] on, if there are any.
+    /// `policy`: the bytes from [`POLICY_OFFSET`] on, if there are any.
     pub(super) fn read(&self, policy: Option<&[u8]>, offset: u64, data: &mut [u8]) {
         let fields = [
             self.num_pages(),
@@ -97,7 +97,7 @@ impl ConfigSpace {
             bytes.copy_from_slice(&field.to_le_bytes());
         }
         if let Some(policy) = policy {
-            let gap = abi::POLICY_OFFSET as usize - SPACE_BYTES;
+            let gap = POLICY_OFFSET as usize - SPACE_BYTES;
             behind[gap..].copy_from_slice(policy);
         }
         let from = usize::try_from(offset).unwrap_or(usize::MAX);

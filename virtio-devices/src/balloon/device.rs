@@ -4,29 +4,25 @@ use std::io;
 use std::sync::Arc;
 
 use ::state::{Saved, StateError};
-use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
+use device_facts::policy_space::VIRTIO_BALLOON_F_REPORTING_POLICY;
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::config::ConfigWrite;
 use super::handle::BalloonHandle;
 use super::numbering::{self, QUEUE_SIZES};
-use super::policy::WordWrite;
-use super::policy::abi::VIRTIO_BALLOON_F_REPORTING_POLICY;
-use super::shared::{Shared, takes_policy};
+use super::policy::FieldWrite;
+use super::shared::{Shared, blocks_can_free, takes_policy};
 use super::spec::{
     VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_FREE_PAGE_HINT,
     VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
-    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1, VIRTIO_ID_BALLOON,
+    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1, VIRTIO_ID_BALLOON, bytes_of_pages,
+    pages_of_bytes,
 };
 use super::stats_timer::StatsTimer;
 use super::worker::BalloonWorker;
-use super::{bytes_of_pages, pages_of_bytes};
 use crate::device::{Counters, GuestRam, Interrupt, QueueHandler, VirtioDevice};
-use crate::reclaim::{DiscardEngine, Expected, smallest_reclaimable_page_bytes};
-
-/// Blocks a guest reports or hints are at most this large (4 MiB, the largest block
-/// of the x86-64 buddy allocator): behind larger pages they free nothing.
-pub const FREE_BLOCK_BYTES_MAX: u64 = 4 << 20;
+use crate::reclaim::{DiscardEngine, Expected};
 
 /// How to make a balloon.
 #[derive(Debug)]
@@ -98,9 +94,9 @@ impl Balloon {
 impl Balloon {
     fn write_policy(&self, offset: u64, data: &[u8]) {
         match self.shared.control.write_config(offset, data) {
-            WordWrite::Taken => {}
-            WordWrite::Invalid => self.shared.ledger.faults().policy_words_invalid += 1,
-            WordWrite::Ignored => self.shared.ledger.faults().config_writes_ignored += 1,
+            FieldWrite::Taken => {}
+            FieldWrite::Invalid => self.shared.ledger.faults().policy_words_invalid += 1,
+            FieldWrite::Ignored => self.shared.ledger.faults().config_writes_ignored += 1,
         }
     }
 }
@@ -124,12 +120,6 @@ fn features_on_offer(params: &BalloonParams) -> u64 {
         }
     }
     features
-}
-
-/// Whether any region is made of pages that a free block of the guest can cover.
-pub(super) fn blocks_can_free(mem: &GuestMemoryMmap<()>, expected: Expected) -> bool {
-    smallest_reclaimable_page_bytes(mem, expected)
-        .is_some_and(|bytes| bytes <= FREE_BLOCK_BYTES_MAX)
 }
 
 impl VirtioDevice for Balloon {

@@ -12,9 +12,10 @@
 
 use std::time::Instant;
 
+use device_facts::policy_space as abi;
+use device_facts::{PausePhase, ReportingPolicy};
 use vm_memory::GuestAddress;
 
-use super::policy::{PausePhase, PolicySettings, abi};
 use super::spec::{
     VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
     VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1,
@@ -281,9 +282,9 @@ impl Guest {
                 let again = input.byte().is_multiple_of(2);
                 self.handle.report_now(again).err();
             }
-            3 => self.handle.set_reporting_policy(PolicySettings {
+            3 => self.handle.set_reporting_policy(ReportingPolicy {
                 bytes_per_second_max: input.number(8),
-                ..PolicySettings::default()
+                ..ReportingPolicy::default()
             }),
             4 => {
                 let patience = Instant::now();

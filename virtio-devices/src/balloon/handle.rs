@@ -7,15 +7,19 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use device_facts::{PausePhase, ReportingPolicy};
+
 use super::accounting::{GuestFaults, Path, PathFigures};
+use super::counters;
 use super::hinting::{HintingError, HintingStatus};
-use super::policy::{ControlError, PausePhase, PolicySettings, PolicyStatus, ReportNowStatus};
+use super::policy::{ControlError, PolicyStatus, ReportNowStatus};
 use super::shared::Shared;
 use super::spec::{
     VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
+    bytes_of_pages, pages_of_bytes,
 };
 use super::stats::{StatsError, StatsSample};
-use super::{bytes_of_pages, counters, pages_of_bytes};
+
 use crate::device::Counters;
 use crate::reclaim::{Extent, InhibitGuard, InhibitReason};
 
@@ -226,8 +230,8 @@ impl BalloonHandle {
     }
 
     /// Tells the guest how to report, if it takes a policy; returns at once. Kept for the next driver.
-    pub fn set_reporting_policy(&self, settings: PolicySettings) {
-        self.shared.control.set_policy(settings);
+    pub fn set_reporting_policy(&self, policy: ReportingPolicy) {
+        self.shared.control.set_policy(policy);
         self.shared.signal_config();
     }
 

@@ -18,6 +18,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use ::state::{Part, StateError, parts, require};
+use device_facts::HintingPhase;
 use serde::{Deserialize, Serialize};
 
 use super::config::ConfigSpace;
@@ -27,36 +28,6 @@ const PART: Part = parts::BALLOON;
 
 /// First id that stands for a run.
 const CMD_ID_FIRST: u32 = 2;
-
-/// Where a run of hinting stands.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum HintingPhase {
-    /// No run.
-    #[default]
-    Idle,
-    /// The host has asked, the guest has not begun.
-    Requested,
-    /// The guest sends what it has free, and it is discarded.
-    Running,
-    /// The host has stopped the run, the guest has not confirmed it. Nothing is
-    /// discarded any more, but for the batch that may have been under way.
-    Stopping,
-}
-
-impl HintingPhase {
-    const ALL: [Self; 4] = [Self::Idle, Self::Requested, Self::Running, Self::Stopping];
-
-    /// Name in answers.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Idle => "idle",
-            Self::Requested => "requested",
-            Self::Running => "running",
-            Self::Stopping => "stopping",
-        }
-    }
-}
 
 /// What is known of runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -129,7 +100,8 @@ impl Hinting {
     /// Goes on with a saved run, which the guest sees as `shown_id`.
     pub(super) fn restore(&self, state: &HintingState, shown_id: u32) -> Result<(), StateError> {
         let phase = HintingPhase::ALL
-            .into_iter()
+            .iter()
+            .copied()
             .find(|phase| phase.name() == state.phase)
             .ok_or_else(|| {
                 let reason = format!("has unknown phase {:?}", state.phase);

@@ -3,20 +3,28 @@
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+use device_facts::policy_space::VIRTIO_BALLOON_F_REPORTING_POLICY;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::accounting::Ledger;
-use super::bytes_of_pages;
 use super::config::ConfigSpace;
-use super::device::blocks_can_free;
 use super::hinting::Hinting;
 use super::policy::Control;
-use super::policy::abi::VIRTIO_BALLOON_F_REPORTING_POLICY;
-use super::spec::{VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING};
+use super::spec::{VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING, bytes_of_pages};
 use super::stats::StatsCell;
 use crate::device::{GuestRam, Interrupt};
-use crate::reclaim::{DiscardSwitch, Expected};
+use crate::reclaim::{DiscardSwitch, Expected, smallest_reclaimable_page_bytes};
+
+/// Blocks a guest reports or hints are at most this large (4 MiB, the largest block
+/// of the x86-64 buddy allocator): behind larger pages they free nothing.
+pub const FREE_BLOCK_BYTES_MAX: u64 = 4 << 20;
+
+/// Whether any region is made of pages that a free block of the guest can cover.
+pub(super) fn blocks_can_free(mem: &GuestMemoryMmap<()>, expected: Expected) -> bool {
+    smallest_reclaimable_page_bytes(mem, expected)
+        .is_some_and(|bytes| bytes <= FREE_BLOCK_BYTES_MAX)
+}
 
 pub(super) struct Shared {
     pub(super) ram: GuestRam,

@@ -20,83 +20,9 @@
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use device_facts::{BalloonStats, GuestReporting};
+
 use super::accounting::GuestFaults;
-use super::policy::abi;
-
-/// Declares the tags and, from the same list, their names in `vm.balloon-stats`.
-macro_rules! stat_tags {
-    ($($number:literal $tag:ident $name:literal,)+) => {
-        /// A statistic a driver may send (VIRTIO_BALLOON_S_* in include/uapi/linux/virtio_balloon.h).
-        /// Memory is in bytes; the rest counts events since the guest started.
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        #[repr(u16)]
-        pub enum StatTag {
-            $(#[doc = $name] $tag = $number,)+
-        }
-
-        impl StatTag {
-            /// Every tag, in the order of its number.
-            pub const ALL: [Self; [$($number),+].len()] = [$(Self::$tag),+];
-
-            /// Name of the statistic in the API.
-            #[must_use]
-            pub const fn name(self) -> &'static str {
-                match self {
-                    $(Self::$tag => $name,)+
-                }
-            }
-        }
-    };
-}
-
-stat_tags! {
-    0 SwapIn "swap_in",
-    1 SwapOut "swap_out",
-    2 MajorFaults "major_faults",
-    3 MinorFaults "minor_faults",
-    4 FreeMemory "free_memory",
-    5 TotalMemory "total_memory",
-    6 AvailableMemory "available_memory",
-    7 DiskCaches "disk_caches",
-    8 HugetlbAllocations "hugetlb_allocations",
-    9 HugetlbFailures "hugetlb_failures",
-    10 OomKills "oom_kills",
-    11 AllocStalls "alloc_stalls",
-    12 AsyncScans "async_scans",
-    13 DirectScans "direct_scans",
-    14 AsyncReclaims "async_reclaims",
-    15 DirectReclaims "direct_reclaims",
-}
-
-/// A statistic of the in-guest half (`guest-patches/README.md`), sent by drivers
-/// that take a reporting policy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u16)]
-pub enum ReportingTag {
-    /// Bytes free and not yet reported.
-    Pending = abi::VIRTIO_BALLOON_S_REPORTING_PENDING,
-    /// Bytes reported and still free.
-    Reported = abi::VIRTIO_BALLOON_S_REPORTING_REPORTED,
-    /// Batches sent since the guest booted.
-    Batches = abi::VIRTIO_BALLOON_S_REPORTING_BATCHES,
-    /// Blocks that could not be taken, as their pageblock is isolated.
-    IsolationFailures = abi::VIRTIO_BALLOON_S_REPORTING_ISOLATION_FAILURES,
-}
-
-impl ReportingTag {
-    /// Every tag, in the order of its number and without gaps.
-    const ALL: [Self; 4] = [
-        Self::Pending,
-        Self::Reported,
-        Self::Batches,
-        Self::IsolationFailures,
-    ];
-
-    /// Its place among them.
-    const fn place(self) -> usize {
-        (self as u16 - Self::ALL[0] as u16) as usize
-    }
-}
 
 /// Bytes of a statistics buffer looked at: room for 409 tags of ten bytes.
 pub(super) const STATS_BYTES_MAX: usize = 4096;
@@ -108,22 +34,27 @@ const ENTRY_BYTES: usize = 10;
 /// more than the guest's own comfort.
 #[derive(Clone, Copy, Debug)]
 pub struct StatsSample {
-    values: [Option<u64>; StatTag::ALL.len()],
-    reporting: [Option<u64>; ReportingTag::ALL.len()],
+    /// The statistics of the standard.
+    pub stats: BalloonStats,
+    /// What the in-guest half (`guest-patches/README.md`) says of its reporting.
+    pub reporting: GuestReporting,
     /// When the buffer arrived.
     pub taken: Instant,
 }
 
 impl StatsSample {
-    /// `private`: the driver may send [`ReportingTag`]s.
+    /// `private`: the driver may send the tags of [`GuestReporting`].
     pub(super) fn parse(
         bytes: &[u8],
         taken: Instant,
         private: bool,
         faults: &mut GuestFaults,
     ) -> Self {
-        let mut values = [None; StatTag::ALL.len()];
-        let mut reporting = [None; ReportingTag::ALL.len()];
+        let mut sample = Self {
+            stats: BalloonStats::default(),
+            reporting: GuestReporting::default(),
+            taken,
+        };
         let entries = bytes.chunks_exact(ENTRY_BYTES);
         if !entries.remainder().is_empty() {
             faults.stats_ragged += 1;
@@ -132,40 +63,11 @@ impl StatsSample {
             let (tag, value) = entry.split_at(2);
             let tag = u16::from_le_bytes(tag.try_into().expect("split at two"));
             let value = u64::from_le_bytes(value.try_into().expect("ten less two"));
-            let own = tag.checked_sub(ReportingTag::ALL[0] as u16);
-            let slot = match own.filter(|_| private) {
-                Some(place) => reporting.get_mut(usize::from(place)),
-                None => values.get_mut(usize::from(tag)),
-            };
-            match slot {
-                Some(slot) => *slot = Some(value),
-                None => faults.stats_unknown_tags += 1,
+            if !(sample.stats.set(tag, value) || private && sample.reporting.set(tag, value)) {
+                faults.stats_unknown_tags += 1;
             }
         }
-        Self {
-            values,
-            reporting,
-            taken,
-        }
-    }
-
-    /// The value of a statistic, if the driver sends it.
-    #[must_use]
-    pub fn get(&self, tag: StatTag) -> Option<u64> {
-        self.values[tag as usize]
-    }
-
-    /// What the in-guest half says of its reporting, if there is one.
-    #[must_use]
-    pub fn reporting(&self, tag: ReportingTag) -> Option<u64> {
-        self.reporting[tag.place()]
-    }
-
-    /// The statistics the driver has sent.
-    pub fn iter(&self) -> impl Iterator<Item = (StatTag, u64)> + '_ {
-        StatTag::ALL
-            .into_iter()
-            .filter_map(|tag| Some((tag, self.get(tag)?)))
+        sample
     }
 }
 

@@ -6,12 +6,12 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use ::state::{Part, Saved, StateError, parts, require};
+use device_facts::{PausePhase, SkipReason};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::accounting::{GuestFaults, Path};
 use super::hinting::CommandEffect;
 use super::numbering::{Numbering, QUEUE_SIZES, QueueRole};
-use super::policy::PausePhase;
 use super::shared::{ActiveDriver, Shared, takes_policy};
 use super::spec::VIRTIO_BALLOON_F_PAGE_POISON;
 use super::state::BalloonWorkerState;
@@ -20,7 +20,7 @@ use super::stats_timer::StatsTimer;
 use super::{chain, hint, inflate, reporting};
 use crate::device::{Activation, GuestRam, HandlerState, Interrupt, QueueHandler, WorkerError};
 use crate::queue::{Chain, Next, ServedQueue};
-use crate::reclaim::{DiscardEngine, Expected, Extent, GuestRange, Outcome, SkipReason};
+use crate::reclaim::{DiscardEngine, Expected, Extent, GuestRange, Outcome};
 use crate::worker::{EventSources, Turn};
 
 /// A batch is worked off when it has this many ranges: four full vectors. One

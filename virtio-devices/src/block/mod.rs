@@ -34,6 +34,7 @@ use std::io;
 use std::path::PathBuf;
 
 pub use device::{Block, BlockState};
+pub use device_facts::LockGranularity;
 pub use engine::EngineChoice;
 pub use format::ImageFormat;
 
@@ -55,16 +56,6 @@ const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 15;
 /// Most data of one read or write. A pause or a reset waits for every request in
 /// flight, and firmware, which knows no limit of segments, reads whole files at once.
 const DATA_BYTES_MAX: u64 = 64 << 20;
-
-/// How much of the image file is locked against other processes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum LockGranularity {
-    /// The bytes that exist when it is opened.
-    #[default]
-    ByteRange,
-    /// The whole file, growth included.
-    Full,
-}
 
 /// Everything that makes a disk.
 #[derive(Debug, Clone)]

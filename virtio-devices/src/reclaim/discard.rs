@@ -17,10 +17,11 @@ use std::io;
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Weak};
 
+use device_facts::SkipReason;
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::backing::{Backing, RegionLayout, layout_of};
-use super::ranges::{Expected, GuestRange, Piece, SkipReason, SkippedBytes, plan};
+use super::ranges::{Expected, GuestRange, Piece, SkippedBytes, plan};
 use super::switch::DiscardSwitch;
 use super::sys::{self, HostSpan, VECTOR_SPANS_MAX};
 use crate::device::GuestRam;

@@ -32,8 +32,9 @@ pub mod terrain;
 mod tests;
 
 pub use backing::smallest_reclaimable_page_bytes;
+pub use device_facts::SkipReason;
 pub use discard::{DiscardEngine, Extent, Outcome};
-pub use ranges::{Expected, GuestRange, SkipReason, SkippedBytes};
+pub use ranges::{Expected, GuestRange, SkippedBytes};
 pub use residency::{
     RegionResidency, ResidencyError, ResidencyMethod, ResidencyProbe, ResidencySample,
 };

@@ -6,6 +6,8 @@
 //! Uniting comes before cutting, so 512 adjacent 4 KiB claims free one 2 MiB
 //! page, and a claim that crosses from one region into the next is served in both.
 
+use device_facts::SkipReason;
+
 use super::backing::{Backing, RegionLayout};
 
 /// A range of guest physical memory somebody claims is free. Nothing about it
@@ -27,74 +29,9 @@ pub enum Expected {
     Anything,
 }
 
-/// Why bytes that were asked for have not been discarded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[repr(usize)]
-pub enum SkipReason {
-    /// No RAM there.
-    OutsideRam,
-    /// Named before in the same batch.
-    Duplicate,
-    /// Part of a 4 KiB page that was not given up whole.
-    Unaligned,
-    /// Part of a backing page (hugetlb) that was not given up whole.
-    BackingPageLarger,
-    /// A private mapping of a file: dropping the page would bring the file's
-    /// bytes back where the guest expects zeros.
-    PrivateFile,
-    /// A mapping this engine does not know how to discard safely.
-    UnsupportedBacking,
-    /// Discarding is switched off; see [`super::InhibitReason`].
-    Inhibited,
-    /// The guest fills its free pages with a value other than zero and relies on
-    /// finding it again.
-    PagePoison,
-    /// Hinted outside of a run: before the guest has acknowledged it, or after it was stopped.
-    HintStale,
-    /// Hinted in a run, but the guest may be using the block again by now.
-    HintNotHeld,
-    /// Reported while reporting is paused.
-    ReportingPaused,
-}
-
-impl SkipReason {
-    /// Every reason, in the order of [`SkippedBytes`].
-    pub const ALL: [Self; 11] = [
-        Self::OutsideRam,
-        Self::Duplicate,
-        Self::Unaligned,
-        Self::BackingPageLarger,
-        Self::PrivateFile,
-        Self::UnsupportedBacking,
-        Self::Inhibited,
-        Self::PagePoison,
-        Self::HintStale,
-        Self::HintNotHeld,
-        Self::ReportingPaused,
-    ];
-
-    /// Name in counters and answers.
-    #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::OutsideRam => "outside_ram",
-            Self::Duplicate => "duplicate",
-            Self::Unaligned => "unaligned",
-            Self::BackingPageLarger => "backing_page_larger",
-            Self::PrivateFile => "private_file",
-            Self::UnsupportedBacking => "unsupported_backing",
-            Self::Inhibited => "inhibited",
-            Self::PagePoison => "page_poison",
-            Self::HintStale => "hint_stale",
-            Self::HintNotHeld => "hint_not_held",
-            Self::ReportingPaused => "reporting_paused",
-        }
-    }
-}
-
 /// Bytes not discarded, by reason.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SkippedBytes([u64; SkipReason::ALL.len()]);
+pub struct SkippedBytes([u64; SkipReason::COUNT]);
 
 impl SkippedBytes {
     /// Bytes skipped for `reason`.
@@ -111,7 +48,7 @@ impl SkippedBytes {
 
     /// Every reason with its bytes, zeros included.
     pub fn iter(&self) -> impl Iterator<Item = (SkipReason, u64)> + '_ {
-        SkipReason::ALL.into_iter().map(|r| (r, self.get(r)))
+        SkipReason::ALL.iter().map(|r| (*r, self.get(*r)))
     }
 
     /// Counts `bytes` more for `reason`.

@@ -47,7 +47,7 @@ impl Book {
             }
         }
         if let Some(change) = change.reporting_policy {
-            let policy = policy::changed(next.policy.unwrap_or_default(), change);
+            let policy = change.applied_to(next.policy.unwrap_or_default());
             policy::check(policy)?;
             next.policy = Some(policy);
         }

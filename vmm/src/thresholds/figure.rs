@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 
 use api::{
-    BALLOON_STAT_TAGS, BalloonStats, GuestReporting, GuestSample, LastBatch, ReclaimPath,
-    ReclaimStats, VmCounters,
+    BalloonStats, GuestReporting, GuestSample, LastBatch, ReclaimPath, ReclaimStats, VmCounters,
 };
+use device_facts::SkipReason;
 use serde_json::Value;
-use virtio_devices::reclaim::SkippedBytes;
 
 use super::NAME_LENGTH_MAX;
 
@@ -112,18 +111,16 @@ fn follow<'a, T: AsRef<str>>(start: &'a Value, path: &[T]) -> Option<&'a Value> 
 /// Statistics in which nothing is left out.
 fn every_figure() -> Value {
     let mut stats = BalloonStats::default();
-    for &(_, tag) in BALLOON_STAT_TAGS {
-        stats.set(tag, 0);
+    for statistic in BalloonStats::TABLE {
+        stats.set(statistic.tag, 0);
     }
-    let reporting = GuestReporting {
-        pending_bytes: Some(0),
-        reported_bytes: Some(0),
-        batches: Some(0),
-        isolation_failures: Some(0),
-    };
-    let skipped: BTreeMap<_, _> = SkippedBytes::default()
+    let mut reporting = GuestReporting::default();
+    for statistic in GuestReporting::TABLE {
+        reporting.set(statistic.tag, 0);
+    }
+    let skipped: BTreeMap<_, _> = SkipReason::ALL
         .iter()
-        .map(|(reason, bytes)| (reason.name().to_owned(), bytes))
+        .map(|reason| (reason.name().to_owned(), 0))
         .collect();
     let path = ReclaimPath {
         skipped_bytes: skipped,

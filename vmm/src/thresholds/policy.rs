@@ -1,25 +1,10 @@
 //! The reporting policy: within which bounds, and what this guest makes of it.
 
-use api::{ReportingPolicy, ReportingPolicyChange, ReportingPolicyStatus, SettingStatus};
-use virtio_devices::balloon::policy::{PolicySetting, PolicyStatus};
+use api::{ReportingPolicy, ReportingPolicyStatus, SettingStatus};
+use device_facts::PolicySetting;
+use virtio_devices::balloon::policy::PolicyStatus;
 
 use super::error::ThresholdError;
-
-/// Largest order of a free block on x86 (`MAX_PAGE_ORDER` of include/linux/mmzone.h): 4 MiB.
-const ORDER_MAX: u64 = 10;
-/// Blocks of 4 KiB in 4 TiB; more pending ones would mean that nothing is ever reported.
-const PENDING_BLOCKS_MAX: u64 = 1 << 30;
-/// An hour.
-const DELAY_MS_MAX: u64 = 3_600_000;
-
-/// The settings of which the policy consists; the others are asked of the guest one by one.
-const OF_THE_POLICY: [PolicySetting; 5] = [
-    PolicySetting::OrderMin,
-    PolicySetting::PendingBlocks,
-    PolicySetting::DelayMsMax,
-    PolicySetting::AgeMsMin,
-    PolicySetting::BytesPerSecondMax,
-];
 
 /// What there is to follow a policy.
 #[derive(Clone, Copy, Debug)]
@@ -45,8 +30,8 @@ impl PolicySight {
 
 /// The policy and this guest, as the API shows them.
 pub(super) fn status(policy: ReportingPolicy, sight: PolicySight) -> ReportingPolicyStatus {
-    let settings = PolicySetting::ALL.map(|setting| {
-        let reason = sight.reason(setting);
+    let settings = PolicySetting::ALL.iter().map(|setting| {
+        let reason = sight.reason(*setting);
         let status = SettingStatus {
             in_effect: reason.is_none(),
             reason: reason.map(str::to_owned),
@@ -55,20 +40,24 @@ pub(super) fn status(policy: ReportingPolicy, sight: PolicySight) -> ReportingPo
     });
     ReportingPolicyStatus {
         policy,
-        in_effect: OF_THE_POLICY.iter().all(|it| sight.reason(*it).is_none()),
+        in_effect: ReportingPolicy::TABLE
+            .iter()
+            .all(|it| sight.reason(it.id).is_none()),
         reason: reason(sight),
-        settings: settings.into(),
+        settings: settings.collect(),
     }
 }
 
 /// One sentence for all settings.
 fn reason(sight: PolicySight) -> Option<String> {
-    let missing: Vec<_> = OF_THE_POLICY
-        .into_iter()
-        .filter_map(|setting| Some((setting.name(), sight.reason(setting)?)))
+    let missing: Vec<_> = ReportingPolicy::TABLE
+        .iter()
+        .filter_map(|setting| Some((setting.name, sight.reason(setting.id)?)))
         .collect();
     let (_, first) = missing.first()?;
-    if missing.len() == OF_THE_POLICY.len() && missing.iter().all(|(_, reason)| reason == first) {
+    if missing.len() == ReportingPolicy::TABLE.len()
+        && missing.iter().all(|(_, reason)| reason == first)
+    {
         return Some((*first).to_owned());
     }
     let names: Vec<_> = missing.iter().map(|(name, _)| *name).collect();
@@ -78,32 +67,13 @@ fn reason(sight: PolicySight) -> Option<String> {
     ))
 }
 
-pub(super) fn changed(policy: ReportingPolicy, change: ReportingPolicyChange) -> ReportingPolicy {
-    ReportingPolicy {
-        order_min: change.order_min.unwrap_or(policy.order_min),
-        pending_blocks: change.pending_blocks.unwrap_or(policy.pending_blocks),
-        delay_ms_max: change.delay_ms_max.unwrap_or(policy.delay_ms_max),
-        age_ms_min: change.age_ms_min.unwrap_or(policy.age_ms_min),
-        bytes_per_second_max: change
-            .bytes_per_second_max
-            .unwrap_or(policy.bytes_per_second_max),
-    }
-}
-
 pub(super) fn check(policy: ReportingPolicy) -> Result<(), ThresholdError> {
-    for (setting, value, min, max) in [
-        ("order_min", policy.order_min, 0, ORDER_MAX),
-        (
-            "pending_blocks",
-            policy.pending_blocks,
-            1,
-            PENDING_BLOCKS_MAX,
-        ),
-        ("delay_ms_max", policy.delay_ms_max, 1, DELAY_MS_MAX),
-    ] {
+    for setting in ReportingPolicy::TABLE {
+        let (min, max) = (setting.min, setting.max);
+        let value = setting.value(&policy);
         if !(min..=max).contains(&value) {
             return Err(ThresholdError::PolicyOutOfBounds {
-                setting,
+                setting: setting.name,
                 value,
                 min,
                 max,
@@ -130,7 +100,7 @@ mod tests {
 
     use super::*;
 
-    fn seen(settings: [SettingState; PolicySetting::ALL.len()]) -> ReportingPolicyStatus {
+    fn seen(settings: [SettingState; PolicySetting::COUNT]) -> ReportingPolicyStatus {
         let sight = PolicySight::Balloon(PolicyStatus {
             offered: true,
             generation: 1,
@@ -142,10 +112,10 @@ mod tests {
 
     #[test]
     fn policy_is_in_effect_when_each_of_its_settings_is() {
-        let all = [SettingState::InEffect; PolicySetting::ALL.len()];
+        let all = [SettingState::InEffect; PolicySetting::COUNT];
         let status = seen(all);
         assert_eq!((status.in_effect, &status.reason), (true, &None));
-        assert_eq!(status.settings.len(), PolicySetting::ALL.len());
+        assert_eq!(status.settings.len(), PolicySetting::COUNT);
         assert!(status.settings.values().all(|it| it.in_effect));
         // What is not a setting of the policy does not take it out of effect.
         let mut settings = all;
@@ -156,7 +126,7 @@ mod tests {
 
     #[test]
     fn policy_that_is_followed_in_part_names_what_is_not() {
-        let mut settings = [SettingState::InEffect; PolicySetting::ALL.len()];
+        let mut settings = [SettingState::InEffect; PolicySetting::COUNT];
         settings[PolicySetting::AgeMsMin as usize] = SettingState::NotFollowed;
         settings[PolicySetting::PendingBlocks as usize] = SettingState::NotFollowed;
         let status = seen(settings);
@@ -171,7 +141,7 @@ mod tests {
 
     #[test]
     fn policy_that_is_not_followed_at_all_has_one_reason() {
-        let settings = [SettingState::NotAcknowledged; PolicySetting::ALL.len()];
+        let settings = [SettingState::NotAcknowledged; PolicySetting::COUNT];
         let reason = SettingState::NotAcknowledged.reason();
         assert_eq!(seen(settings).reason.as_deref(), reason);
     }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api::VmConfig;
-use api::config::{BalloonConfig, DiskConfig, LockGranularity};
+use api::config::{BalloonConfig, DiskConfig};
 use machine::memory::layout::MIB;
 use machine::memory::{DEFAULT_ZONE_ID, GuestMemory};
 use machine::pc::Plug;
@@ -72,10 +72,7 @@ pub(super) fn disk(disk: &DiskConfig) -> Result<Made, VmError> {
         serial: disk.serial.clone(),
         sparse: disk.sparse,
         autodetect: disk.image_type.is_none(),
-        lock_granularity: match disk.lock_granularity {
-            LockGranularity::ByteRange => block::LockGranularity::ByteRange,
-            LockGranularity::Full => block::LockGranularity::Full,
-        },
+        lock_granularity: disk.lock_granularity,
         engine: block::EngineChoice::default(),
     })
     .map_err(|source| VmError::device(id, source))?;

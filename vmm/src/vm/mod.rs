@@ -210,7 +210,7 @@ impl Vm {
     /// Tells the guest how to report, if there is a balloon and its driver takes a policy; returns at once.
     pub fn set_reporting_policy(&self, policy: ReportingPolicy) {
         if let Some(balloon) = &self.balloon {
-            balloon.set_reporting_policy(reporting::settings(policy));
+            balloon.set_reporting_policy(policy);
         }
     }
 

@@ -269,7 +269,7 @@ impl VmObserver {
             balloon_actual: balloon.actual_bytes(),
             last_update: reclaim_report::millis(since_epoch),
             age_ms: Some(reclaim_report::millis(age)),
-            stats: reclaim_report::guest_stats(&sample),
+            stats: sample.stats,
         })
     }
 

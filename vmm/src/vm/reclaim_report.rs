@@ -5,11 +5,11 @@
 use std::time::{Duration, Instant};
 
 use api::{
-    BalloonStats, GuestReporting, GuestSample, HintingStatus, LastBatch, LatencyBucket,
-    LatencySummary, ReclaimPath, ReclaimStats, ReportingStatus, ZoneReporting, ZoneResidency,
+    GuestSample, HintingStatus, LastBatch, LatencyBucket, LatencySummary, ReclaimPath,
+    ReclaimStats, ReportingStatus, ZoneReporting, ZoneResidency,
 };
 use virtio_devices::balloon::{
-    BalloonSnapshot, FREE_BLOCK_BYTES_MAX, LatencyHistogram, PathFigures, ReportingTag, StatsSample,
+    BalloonSnapshot, FREE_BLOCK_BYTES_MAX, LatencyHistogram, PathFigures,
 };
 use virtio_devices::reclaim::{RegionResidency, ResidencySample};
 
@@ -78,8 +78,8 @@ pub(super) fn reclaim_stats(
         }
         stats.reporting = reporting::status(balloon.reporting, balloon.pause, balloon.report_now);
         stats.guest = balloon.stats.as_ref().map(|sample| GuestSample {
-            stats: guest_stats(sample),
-            reporting: guest_reporting(sample),
+            stats: sample.stats,
+            reporting: (!sample.reporting.is_empty()).then_some(sample.reporting),
             age_ms: millis(sample.taken.elapsed()),
         });
     }
@@ -141,27 +141,6 @@ fn zone_residency(
             }
         },
     }
-}
-
-/// The statistics under their wire names.
-pub(super) fn guest_stats(sample: &StatsSample) -> BalloonStats {
-    let mut stats = BalloonStats::default();
-    for (tag, value) in sample.iter() {
-        let known = stats.set(tag as u16, value);
-        debug_assert!(known, "both tables hold the tags of the standard");
-    }
-    stats
-}
-
-/// What a guest with our patches says of its reporting.
-fn guest_reporting(sample: &StatsSample) -> Option<GuestReporting> {
-    let told = GuestReporting {
-        pending_bytes: sample.reporting(ReportingTag::Pending),
-        reported_bytes: sample.reporting(ReportingTag::Reported),
-        batches: sample.reporting(ReportingTag::Batches),
-        isolation_failures: sample.reporting(ReportingTag::IsolationFailures),
-    };
-    (told != GuestReporting::default()).then_some(told)
 }
 
 /// Whole milliseconds of a duration that fits.

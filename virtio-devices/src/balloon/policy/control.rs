@@ -19,39 +19,18 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ::state::{Part, StateError, parts, require};
+use device_facts::policy_space::{VIRTIO_BALLOON_REPORTING_AGAIN, VIRTIO_BALLOON_REPORTING_PAUSED};
+use device_facts::{PausePhase, PolicySetting, ReportingPolicy};
 use serde::{Deserialize, Serialize};
 
-use super::abi::{VIRTIO_BALLOON_REPORTING_AGAIN, VIRTIO_BALLOON_REPORTING_PAUSED};
-use super::settings::{PolicySetting, PolicySettings, SettingState};
-use super::state::{WordWrite, Words, WordsState};
+use super::fields::{FieldWrite, Fields, WordsState};
+use super::status::{PolicyStatus, ReportNowStatus, SettingState};
 use crate::reclaim::{DiscardSwitch, InhibitGuard, InhibitReason};
 
 /// How often a closed gate is looked at until the last batch has passed it.
 const SETTLE_LOOK: Duration = Duration::from_millis(2);
 /// How long that may take: many times the longest discard of one batch.
 const SETTLE_MAX: Duration = Duration::from_secs(2);
-
-/// Where a pause of reporting stands.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum PausePhase {
-    /// Reports are taken.
-    #[default]
-    Running,
-    /// Asked for and not confirmed; reports that are under way are still discarded.
-    Pausing,
-    /// The guest has said that it reports nothing, and none of its reports would be discarded.
-    PausedByGuest,
-    /// No report is discarded; the guest has not said that it sends none.
-    PausedByDevice,
-}
-
-impl PausePhase {
-    /// Whether nothing that is reported is discarded any more.
-    #[must_use]
-    pub const fn is_paused(self) -> bool {
-        matches!(self, Self::PausedByGuest | Self::PausedByDevice)
-    }
-}
 
 /// Why the guest cannot be steered so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -71,38 +50,6 @@ pub enum ControlError {
     /// First things first.
     #[error("reporting is paused")]
     Paused,
-}
-
-/// The policy and the driver's answer to it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PolicyStatus {
-    /// The device has the feature.
-    pub offered: bool,
-    /// Counts changes; 0 before the first.
-    pub generation: u32,
-    /// The generation the driver has acknowledged last; 0 for none.
-    pub acknowledged: u32,
-    /// In the order of [`PolicySetting::ALL`].
-    pub settings: [SettingState; PolicySetting::ALL.len()],
-}
-
-impl PolicyStatus {
-    /// Whether this guest follows `setting`, and if not, why.
-    #[must_use]
-    pub fn of(&self, setting: PolicySetting) -> SettingState {
-        self.settings[setting as usize]
-    }
-}
-
-/// The latest wish for a report of everything.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ReportNowStatus {
-    /// Its number; 0 before the first.
-    pub id: u32,
-    /// The guest is at it. False as well when its driver went before it was done.
-    pub pending: bool,
-    /// The last number the guest has called done; 0 for none.
-    pub done_id: u32,
 }
 
 const PART: Part = parts::BALLOON;
@@ -143,7 +90,7 @@ pub(in crate::balloon) struct Control {
 
 #[derive(Debug, Default)]
 struct State {
-    words: Words,
+    fields: Fields,
     /// A driver is there.
     driver: bool,
     /// It takes a policy.
@@ -180,7 +127,7 @@ impl Control {
     pub(in crate::balloon) fn state(&self) -> ControlState {
         let state = self.lock();
         ControlState {
-            words: state.words.state(),
+            words: state.fields.state(),
             pause: state.pause.as_ref().map(|pause| PauseState {
                 generation: pause.generation,
                 by_guest: pause.by_guest,
@@ -192,24 +139,24 @@ impl Control {
 
     /// Goes on from a saved state; whether there is a driver, the features it accepted tell.
     pub(in crate::balloon) fn restore(&self, saved: &ControlState) -> Result<(), StateError> {
-        let words = Words::from_state(&saved.words)?;
-        let flagged = words.flags & VIRTIO_BALLOON_REPORTING_PAUSED != 0;
+        let fields = Fields::from_state(&saved.words)?;
+        let flagged = fields.flags & VIRTIO_BALLOON_REPORTING_PAUSED != 0;
         let pause_is_possible = saved
             .pause
-            .is_none_or(|pause| pause.generation <= words.generation);
+            .is_none_or(|pause| pause.generation <= fields.generation);
         require(
             flagged == saved.pause.is_some() && pause_is_possible,
             PART,
             "pause",
-            || format!("cannot be {:?} with flags {:#x}", saved.pause, words.flags),
+            || format!("cannot be {:?} with flags {:#x}", saved.pause, fields.flags),
         )?;
         let owed = saved.report_now_owed;
-        let owed_is_possible = owed.is_none_or(|id| id == words.report_now_id && id > 0);
+        let owed_is_possible = owed.is_none_or(|id| id == fields.report_now_id && id > 0);
         require(owed_is_possible, PART, "report_now_owed", || {
-            format!("is {owed:?}, the latest is {}", words.report_now_id)
+            format!("is {owed:?}, the latest is {}", fields.report_now_id)
         })?;
         let mut state = self.lock();
-        state.words = words;
+        state.fields = fields;
         state.report_now_owed = owed;
         state.pause = saved.pause.map(|saved| {
             let mut pause = Pause {
@@ -247,7 +194,7 @@ impl Control {
         let mut state = self.lock();
         state.driver = false;
         state.accepted = false;
-        state.words.forget_driver();
+        state.fields.forget_driver();
         state.report_now_owed = None;
         if let Some(pause) = &mut state.pause {
             pause.by_guest = false;
@@ -258,17 +205,17 @@ impl Control {
 
     /// The policy's part of the configuration space, if there is one.
     pub(in crate::balloon) fn config_bytes(&self) -> Option<impl AsRef<[u8]> + use<>> {
-        self.policy_offered.then(|| self.lock().words.bytes())
+        self.policy_offered.then(|| self.lock().fields.bytes())
     }
 
     /// The driver writes to the configuration space.
-    pub(in crate::balloon) fn write_config(&self, offset: u64, data: &[u8]) -> WordWrite {
+    pub(in crate::balloon) fn write_config(&self, offset: u64, data: &[u8]) -> FieldWrite {
         let mut state = self.lock();
         if !state.accepted {
-            return WordWrite::Ignored;
+            return FieldWrite::Ignored;
         }
-        let written = state.words.write(offset, data);
-        if written == WordWrite::Taken {
+        let written = state.fields.write(offset, data);
+        if written == FieldWrite::Taken {
             state.take_answers(&self.gate);
             self.changed.notify_all();
         }
@@ -276,10 +223,10 @@ impl Control {
     }
 
     /// Sets the policy. The caller signals the configuration.
-    pub(in crate::balloon) fn set_policy(&self, settings: PolicySettings) {
+    pub(in crate::balloon) fn set_policy(&self, policy: ReportingPolicy) {
         let mut state = self.lock();
-        let flags = state.words.flags;
-        state.words.change(settings, flags);
+        let flags = state.fields.flags;
+        state.fields.change(policy, flags);
     }
 
     /// Asks for a pause; the caller signals the configuration. Asking twice is asking once.
@@ -290,7 +237,7 @@ impl Control {
         }
         state.set_flag(VIRTIO_BALLOON_REPORTING_PAUSED, true);
         let mut pause = Pause {
-            generation: state.words.generation,
+            generation: state.fields.generation,
             by_guest: false,
             closed: None,
         };
@@ -357,13 +304,13 @@ impl Control {
         ];
         // A driver that was never told anything has not said what it does.
         for (setting, _) in wanted.into_iter().filter(|(_, wanted)| *wanted) {
-            if state.words.followed.is_some_and(|it| !it.follows(setting)) {
+            if state.fields.followed.is_some_and(|it| !it.follows(setting)) {
                 return Err(ControlError::NotFollowed(setting.name()));
             }
         }
         state.set_flag(VIRTIO_BALLOON_REPORTING_AGAIN, again);
-        let id = state.words.report_now_id.wrapping_add(1).max(1);
-        state.words.report_now_id = id;
+        let id = state.fields.report_now_id.wrapping_add(1).max(1);
+        state.fields.report_now_id = id;
         state.report_now_owed = Some(id);
         Ok(id)
     }
@@ -375,48 +322,47 @@ impl Control {
     pub(in crate::balloon) fn report_now_status(&self) -> ReportNowStatus {
         let state = self.lock();
         ReportNowStatus {
-            id: state.words.report_now_id,
+            id: state.fields.report_now_id,
             pending: state.report_now_owed.is_some(),
-            done_id: state.words.report_now_done,
+            done_id: state.fields.report_now_done,
         }
     }
 
     pub(in crate::balloon) fn policy_status(&self) -> PolicyStatus {
         let state = self.lock();
-        let of = |setting| {
-            if self.policy_offered {
-                state.setting(setting)
-            } else {
-                SettingState::NotOffered
+        let mut settings = [SettingState::NotOffered; PolicySetting::COUNT];
+        if self.policy_offered {
+            for (slot, setting) in settings.iter_mut().zip(PolicySetting::ALL) {
+                *slot = state.setting(*setting);
             }
-        };
+        }
         PolicyStatus {
             offered: self.policy_offered,
-            generation: state.words.generation,
-            acknowledged: state.words.followed.map_or(0, |it| it.generation),
-            settings: PolicySetting::ALL.map(of),
+            generation: state.fields.generation,
+            acknowledged: state.fields.followed.map_or(0, |it| it.generation),
+            settings,
         }
     }
 }
 
 impl State {
     fn set_flag(&mut self, flag: u32, on: bool) {
-        let flags = self.words.flags & !flag | if on { flag } else { 0 };
-        if flags != self.words.flags {
-            self.words.change(self.words.settings, flags);
+        let flags = self.fields.flags & !flag | if on { flag } else { 0 };
+        if flags != self.fields.flags {
+            self.fields.change(self.fields.policy, flags);
         }
     }
 
     /// Draws the conclusions from what the driver has written.
     fn take_answers(&mut self, gate: &Arc<DiscardSwitch>) {
-        if let (Some(pause), Some(followed)) = (&mut self.pause, self.words.followed)
+        if let (Some(pause), Some(followed)) = (&mut self.pause, self.fields.followed)
             && followed.generation >= pause.generation
         {
             // One that does not do it has said so: there is nothing to wait for.
             pause.by_guest = followed.follows(PolicySetting::Pause);
             pause.close(gate);
         }
-        if self.report_now_owed == Some(self.words.report_now_done) {
+        if self.report_now_owed == Some(self.fields.report_now_done) {
             self.report_now_owed = None;
         }
     }
@@ -441,11 +387,11 @@ impl State {
         if !self.accepted {
             return SettingState::GuestDeclined;
         }
-        if self.words.generation == 0 {
+        if self.fields.generation == 0 {
             return SettingState::NotSet;
         }
-        match self.words.followed {
-            Some(it) if it.generation == self.words.generation => match it.follows(setting) {
+        match self.fields.followed {
+            Some(it) if it.generation == self.fields.generation => match it.follows(setting) {
                 true => SettingState::InEffect,
                 false => SettingState::NotFollowed,
             },
@@ -473,7 +419,8 @@ impl Closed {
 
 #[cfg(test)]
 mod tests {
-    use super::super::abi;
+    use device_facts::policy_space::{GUEST_GENERATION, GUEST_SETTINGS, REPORT_NOW_DONE};
+
     use super::*;
 
     const ALL: u32 = 0xff;
@@ -485,13 +432,10 @@ mod tests {
     }
 
     fn answer(control: &Control, settings: u32) {
-        let generation = control.lock().words.generation;
-        for (offset, word) in [
-            (abi::GUEST_SETTINGS, settings),
-            (abi::GUEST_GENERATION, generation),
-        ] {
+        let generation = control.lock().fields.generation;
+        for (offset, word) in [(GUEST_SETTINGS, settings), (GUEST_GENERATION, generation)] {
             let written = control.write_config(offset, &word.to_le_bytes());
-            assert_eq!(written, WordWrite::Taken);
+            assert_eq!(written, FieldWrite::Taken);
         }
     }
 
@@ -535,19 +479,19 @@ mod tests {
     fn driver_that_says_it_does_not_pause_is_not_waited_for() {
         let control = control(true);
         control.pause();
-        answer(&control, ALL & !PolicySetting::Pause.bit());
+        answer(&control, ALL & !PolicySetting::Pause.mask());
         assert_eq!(control.phase(), PausePhase::PausedByDevice);
     }
 
     #[test]
     fn answer_to_an_older_generation_confirms_nothing() {
         let control = control(true);
-        control.set_policy(PolicySettings::default());
+        control.set_policy(ReportingPolicy::default());
         control.pause();
-        control.write_config(abi::GUEST_SETTINGS, &ALL.to_le_bytes());
-        control.write_config(abi::GUEST_GENERATION, &1_u32.to_le_bytes());
+        control.write_config(GUEST_SETTINGS, &ALL.to_le_bytes());
+        control.write_config(GUEST_GENERATION, &1_u32.to_le_bytes());
         assert_eq!(control.phase(), PausePhase::Pausing);
-        control.write_config(abi::GUEST_GENERATION, &2_u32.to_le_bytes());
+        control.write_config(GUEST_GENERATION, &2_u32.to_le_bytes());
         assert_eq!(control.phase(), PausePhase::PausedByGuest);
     }
 
@@ -610,7 +554,7 @@ mod tests {
         assert_eq!(declined.report_now(false), Err(ControlError::GuestDeclined));
         let able = control(true);
         assert_eq!(able.report_now(true), Ok(1), "it has not said what it does");
-        answer(&able, PolicySetting::ReportNow.bit());
+        answer(&able, PolicySetting::ReportNow.mask());
         assert_eq!(able.report_now(false), Ok(2));
         let again = ControlError::NotFollowed("report_again");
         assert_eq!(able.report_now(true), Err(again));
@@ -627,7 +571,7 @@ mod tests {
         control.report_now(false).unwrap();
         let id = control.report_now(false).unwrap();
         for (done, pending) in [(1_u32, true), (id, false)] {
-            control.write_config(abi::REPORT_NOW_DONE, &done.to_le_bytes());
+            control.write_config(REPORT_NOW_DONE, &done.to_le_bytes());
             let status = control.report_now_status();
             assert_eq!((status.done_id, status.pending), (done, pending));
         }
@@ -641,8 +585,8 @@ mod tests {
     fn again_is_a_change_of_the_policy_and_goes_with_the_next_wish() {
         let control = control(true);
         let flags = || {
-            let words = control.lock().words;
-            (words.flags, words.generation)
+            let fields = control.lock().fields;
+            (fields.flags, fields.generation)
         };
         control.report_now(false).unwrap();
         assert_eq!(flags(), (0, 0));
@@ -662,13 +606,13 @@ mod tests {
         assert_eq!(state(&control(false)), SettingState::GuestDeclined);
         let able = control(true);
         assert_eq!(state(&able), SettingState::NotSet);
-        able.set_policy(PolicySettings::default());
+        able.set_policy(ReportingPolicy::default());
         assert_eq!(state(&able), SettingState::NotAcknowledged);
-        answer(&able, !PolicySetting::AgeMsMin.bit() & ALL);
+        answer(&able, !PolicySetting::AgeMsMin.mask() & ALL);
         assert_eq!(state(&able), SettingState::NotFollowed);
         answer(&able, ALL);
         assert_eq!(state(&able), SettingState::InEffect);
-        able.set_policy(PolicySettings::default());
+        able.set_policy(ReportingPolicy::default());
         assert_eq!(state(&able), SettingState::NotAcknowledged);
         assert_eq!(able.policy_status().acknowledged, 1);
     }

@@ -1,13 +1,13 @@
 //! The reporting policy: telling the guest's driver how to report, and what it answers.
 //!
 //! Feature bit 56 and a block of configuration fields behind the standard ones;
-//! `guest-patches/README.md` is the specification, [`abi`] its constants. Linux
+//! `guest-patches/README.md` is the specification, `device-facts` holds its numbers. Linux
 //! knows the bit only with our patches, and it is offered only on request.
 //!
 //! ```text
 //!   API ─► BalloonHandle ─► Control (mutex) ◄── configuration space ◄── driver
-//!                              │ host's words: settings, flags, report_now_id
-//!                              │ driver's words: generation, settings, report_now_done
+//!                              │ host's fields: settings, flags, report_now_id
+//!                              │ driver's fields: generation, settings, report_now_done
 //!                              └ gate ─► worker: may this report be discarded?
 //! ```
 //!
@@ -17,14 +17,12 @@
 //! device closes before the pause counts as confirmed, so nothing that is said
 //! of a paused balloon rests on the guest's word.
 
-pub mod abi;
 mod control;
-mod settings;
-mod state;
+mod fields;
+mod status;
 
 pub(super) use control::Control;
-pub use control::PauseState;
-pub use control::{ControlError, ControlState, PausePhase, PolicyStatus, ReportNowStatus};
-pub use settings::{PolicySetting, PolicySettings, SettingState};
-pub(super) use state::WordWrite;
-pub use state::{FollowedState, WordsState};
+pub use control::{ControlError, ControlState, PauseState};
+pub(super) use fields::FieldWrite;
+pub use fields::{FollowedState, WordsState};
+pub use status::{PolicyStatus, ReportNowStatus, SettingState};

@@ -3,25 +3,26 @@
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use device_facts::policy_space::{self as abi, VIRTIO_BALLOON_F_REPORTING_POLICY};
+use device_facts::{PausePhase, PolicySetting, ReportingPolicy};
 use vm_memory::GuestAddress;
 
 use super::rig::{FREE_PFN, LINUX_FEATURES, PAGE, RAM_BYTES, REPORTING, Rig, policy_rig};
-use crate::balloon::policy::abi::{self, VIRTIO_BALLOON_F_REPORTING_POLICY};
-use crate::balloon::policy::{
-    ControlError, PausePhase, PolicySetting, PolicySettings, SettingState,
-};
+use crate::balloon::policy::{ControlError, SettingState};
 use crate::balloon::{Balloon, BalloonParams, ReportingState};
 use crate::device::VirtioDevice;
 use crate::reclaim::SkipReason;
 use crate::testing::{DEADLINE, MockPciDriver, Segment, TestRam, wait_until};
 
-const POLICY: PolicySettings = PolicySettings {
-    order_min: 9,
-    pending_blocks: 8,
-    delay_ms_max: 250,
-    age_ms_min: 100,
-    bytes_per_second_max: 1 << 33,
-};
+fn policy() -> ReportingPolicy {
+    ReportingPolicy {
+        pending_blocks: 8,
+        delay_ms_max: 250,
+        age_ms_min: 100,
+        bytes_per_second_max: 1 << 33,
+        ..ReportingPolicy::default()
+    }
+}
 
 fn word(rig: &Rig, offset: u64) -> u32 {
     let mut data = [0xff; 4];
@@ -49,24 +50,24 @@ fn report_page(rig: &mut Rig) {
 fn policy_reaches_the_driver_under_a_generation_and_a_signal() {
     let rig = policy_rig();
     assert_eq!(word(&rig, abi::POLICY_GENERATION), 0);
-    rig.handle.set_reporting_policy(POLICY);
+    rig.handle.set_reporting_policy(policy());
     assert_eq!(rig.harness.interrupt.config_signals(), 1);
     for (offset, value) in [
         (abi::POLICY_GENERATION, 1),
-        (abi::ORDER_MIN, 9),
-        (abi::PENDING_BLOCKS, 8),
-        (abi::DELAY_MS_MAX, 250),
-        (abi::AGE_MS_MIN, 100),
+        (0x44, 9),
+        (0x48, 8),
+        (0x4c, 250),
+        (0x50, 100),
         (abi::HOST_FLAGS, 0),
-        (abi::BYTES_PER_SECOND_MAX, 0),
-        (abi::BYTES_PER_SECOND_MAX + 4, 2),
+        (0x58, 0),
+        (0x5c, 2),
         (abi::REPORT_NOW_ID, 0),
         (0x3c, 0),
         (abi::POLICY_END, 0),
     ] {
         assert_eq!(word(&rig, offset), value, "{offset:#x}");
     }
-    rig.handle.set_reporting_policy(POLICY);
+    rig.handle.set_reporting_policy(policy());
     assert_eq!(word(&rig, abi::POLICY_GENERATION), 2);
 }
 
@@ -84,7 +85,7 @@ fn policy_not_asked_for_is_not_on_the_wire() {
         };
         let (mut balloon, handle) = Balloon::new(params).unwrap();
         assert_eq!(balloon.features() & VIRTIO_BALLOON_F_REPORTING_POLICY, 0);
-        handle.set_reporting_policy(POLICY);
+        handle.set_reporting_policy(policy());
         balloon.ack_features(!0);
         balloon.write_config(abi::GUEST_SETTINGS, &[1; 4]);
         let mut space = [0xff; 0x80];
@@ -99,8 +100,8 @@ fn policy_not_asked_for_is_not_on_the_wire() {
 #[test]
 fn driver_that_follows_makes_its_settings_take_effect() {
     let mut rig = policy_rig();
-    rig.handle.set_reporting_policy(POLICY);
-    acknowledge(&mut rig, PolicySetting::OrderMin.bit());
+    rig.handle.set_reporting_policy(policy());
+    acknowledge(&mut rig, PolicySetting::OrderMin.mask());
     let status = rig.handle.reporting_policy();
     assert_eq!((status.generation, status.acknowledged), (1, 1));
     assert_eq!(status.of(PolicySetting::OrderMin), SettingState::InEffect);
@@ -127,7 +128,7 @@ fn driver_that_follows_makes_its_settings_take_effect() {
 #[test]
 fn driver_that_writes_where_it_must_not_changes_nothing_and_is_counted() {
     let mut rig = policy_rig();
-    rig.handle.set_reporting_policy(POLICY);
+    rig.handle.set_reporting_policy(policy());
     let space = |rig: &Rig| {
         let mut space = [0; 0x70];
         rig.balloon.read_config(0, &mut space);
@@ -261,7 +262,7 @@ fn report_now_raises_its_number_and_ends_with_the_guests_word() {
 }
 
 fn acknowledge_first(rig: &mut Rig) {
-    rig.handle.set_reporting_policy(POLICY);
+    rig.handle.set_reporting_policy(policy());
     acknowledge(rig, 0xff);
 }
 
@@ -280,13 +281,13 @@ fn policy_is_negotiated_and_followed_through_the_transport() {
     let (balloon, handle) = Balloon::new(params).unwrap();
     let mut driver = MockPciDriver::new(Arc::new(Mutex::new(balloon)), &ram);
     driver.start(LINUX_FEATURES | VIRTIO_BALLOON_F_REPORTING_POLICY);
-    handle.set_reporting_policy(POLICY);
+    handle.set_reporting_policy(policy());
     let read = |driver: &MockPciDriver, offset| {
         let mut word = [0; 4];
         driver.device_config(offset, &mut word);
         u32::from_le_bytes(word)
     };
-    assert_eq!(read(&driver, abi::DELAY_MS_MAX), 250);
+    assert_eq!(read(&driver, 0x4c), 250);
     let generation = read(&driver, abi::POLICY_GENERATION).to_le_bytes();
     driver.write_device_config(abi::GUEST_SETTINGS, &0x1f_u32.to_le_bytes());
     driver.write_device_config(abi::GUEST_GENERATION, &generation);

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use vm_memory::GuestAddress;
 
-use crate::balloon::policy::abi::VIRTIO_BALLOON_F_REPORTING_POLICY;
 use crate::balloon::spec::{
     VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1,
 };
@@ -12,6 +11,7 @@ use crate::balloon::{Balloon, BalloonHandle, BalloonParams, BalloonSnapshot};
 use crate::device::{QueueHandler, VirtioDevice};
 use crate::reclaim::DiscardEngine;
 use crate::testing::{HandlerHarness, Segment, TestRam};
+use device_facts::policy_space::VIRTIO_BALLOON_F_REPORTING_POLICY;
 
 pub(super) const PAGE: u64 = 4096;
 pub(super) const RAM_BYTES: u64 = 64 << 20;

@@ -3,11 +3,12 @@
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use device_facts::statistics::VIRTIO_BALLOON_S_MEMFREE;
+use device_facts::{HintingPhase, PausePhase, ReportingPolicy};
 use vm_memory::GuestAddress;
 
 use super::rig::{FREE_PFN, PAGE, pfns};
-use crate::balloon::policy::{PausePhase, PolicySettings};
-use crate::balloon::{Balloon, BalloonHandle, BalloonParams, HintingPhase, StatTag};
+use crate::balloon::{Balloon, BalloonHandle, BalloonParams};
 use crate::device::Counters;
 use crate::pci::PciFunction;
 use crate::testing::{DEADLINE, MockPciDriver, Segment, TestRam, wait_until};
@@ -34,7 +35,7 @@ fn balloon(ram: &TestRam) -> (Arc<Mutex<Balloon>>, BalloonHandle) {
 
 /// A statistics buffer with the free memory in it.
 fn free_memory(bytes: u64) -> Vec<u8> {
-    let mut entry = (StatTag::FreeMemory as u16).to_le_bytes().to_vec();
+    let mut entry = VIRTIO_BALLOON_S_MEMFREE.to_le_bytes().to_vec();
     entry.extend(bytes.to_le_bytes());
     entry
 }
@@ -71,9 +72,9 @@ fn balloon_saved_in_the_middle_of_everything_goes_on() {
     wait_until("a sample", || handle.cached_stats().is_some());
     let run = handle.start_hinting().unwrap();
     hint(&mut driver, Segment::Readable(&run.to_le_bytes()));
-    let policy = PolicySettings {
+    let policy = ReportingPolicy {
         delay_ms_max: 7,
-        ..PolicySettings::default()
+        ..ReportingPolicy::default()
     };
     handle.set_reporting_policy(policy);
     handle.pause_reporting().unwrap();
@@ -117,7 +118,7 @@ fn balloon_saved_in_the_middle_of_everything_goes_on() {
         .push(&[Segment::Readable(&free_memory(77))]);
     driver.kick(STATS);
     let sample = asking.join().unwrap().unwrap();
-    assert_eq!(sample.get(StatTag::FreeMemory), Some(77));
+    assert_eq!(sample.stats.free_memory, Some(77));
     handle.resume_reporting().unwrap();
     assert!(!driver.needs_reset());
 }

@@ -3,8 +3,10 @@
 use proptest::collection::vec;
 use proptest::prelude::*;
 
+use device_facts::SkipReason;
+
 use crate::reclaim::backing::{Backing, RegionLayout};
-use crate::reclaim::ranges::{Expected, GuestRange, Piece, SkipReason, SkippedBytes, plan};
+use crate::reclaim::ranges::{Expected, GuestRange, Piece, SkippedBytes, plan};
 
 /// The model's grain; every generated address is a multiple of it.
 const UNIT: u64 = 512;

@@ -1,0 +1,24 @@
+//! What the devices, the wire and the guest must agree on, each fact in one row of one table.
+//!
+//! | Module | Facts | Read by |
+//! | --- | --- | --- |
+//! | [`statistics`] | balloon statistics: tag, name, meaning | device, wire types, schema, guest patches |
+//! | [`reporting_policy`] | settings of the reporting policy: bit, offset, unit, default, bounds | the same, and help texts |
+//! | [`policy_space`] | the other words of the guest/host interface | device, guest patches |
+//! | [`reclaim`] | why memory was skipped, phases of pauses and of hinting | device, counters, wire types |
+//! | [`disk`] | how a disk image is locked | device, wire types, options |
+//!
+//! The crate stands below `api` and `virtio-devices`, holds no logic beyond its tables, and depends on neither. The
+//! interface with the guest is specified in `guest-patches/README.md`; `tests/documents.rs` compares the tables
+//! with that page and with the header in the patches.
+
+pub mod disk;
+pub mod policy_space;
+pub mod reclaim;
+pub mod reporting_policy;
+pub mod statistics;
+
+pub use disk::LockGranularity;
+pub use reclaim::{HintingPhase, PausePhase, SkipReason};
+pub use reporting_policy::{PolicySetting, ReportingPolicy, ReportingPolicyChange};
+pub use statistics::{BalloonStats, GuestReporting, Statistic};

@@ -1,0 +1,103 @@
+//! The words of the reporting policy in the balloon's configuration space, and the feature bit that announces them.
+//! Everything is little endian. `guest-patches/README.md` is the specification.
+
+use crate::reporting_policy::ReportingPolicy;
+
+/// Feature bit: the driver takes a reporting policy. Depends on `VIRTIO_BALLOON_F_REPORTING`.
+pub const VIRTIO_BALLOON_F_REPORTING_POLICY_BIT: u32 = 56;
+/// The same as a mask.
+pub const VIRTIO_BALLOON_F_REPORTING_POLICY: u64 = 1 << VIRTIO_BALLOON_F_REPORTING_POLICY_BIT;
+
+/// First byte of the policy in the configuration space. The standard fields end at 0x10; what lies between is left to
+/// the standard.
+pub const POLICY_OFFSET: u64 = 0x40;
+/// First byte behind it.
+pub const POLICY_END: u64 = 0x70;
+
+/// Bit of `host_flags`: start no new report.
+pub const VIRTIO_BALLOON_REPORTING_PAUSED: u32 = 1 << 0;
+/// Bit of `host_flags`: a `report_now` forgets what was reported before.
+pub const VIRTIO_BALLOON_REPORTING_AGAIN: u32 = 1 << 1;
+
+/// One field of the configuration space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Field {
+    /// From the start of the device's configuration space, bytes.
+    pub offset: u64,
+    /// Its size.
+    pub bytes: u64,
+    /// As the specification and the header call it.
+    pub name: &'static str,
+    /// Who writes it.
+    pub writer: Writer,
+}
+
+/// Who writes a field; the other side only reads it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writer {
+    /// The device.
+    Host,
+    /// The driver.
+    Guest,
+}
+
+macro_rules! words {
+    ($($offset:literal $constant:ident $name:literal $writer:ident,)+) => {
+        $(#[doc = concat!("Offset of `", $name, "`.")] pub const $constant: u64 = $offset;)+
+
+        /// The fields that are no setting of the policy, 32 bits each.
+        const WORDS: &[Field] = &[
+            $(Field { offset: $offset, bytes: 4, name: $name, writer: Writer::$writer },)+
+        ];
+    };
+}
+
+words! {
+    0x40 POLICY_GENERATION "policy_generation" Host,
+    0x54 HOST_FLAGS "host_flags" Host,
+    0x60 REPORT_NOW_ID "report_now_id" Host,
+    0x64 GUEST_GENERATION "guest_generation" Guest,
+    0x68 GUEST_SETTINGS "guest_settings" Guest,
+    0x6c REPORT_NOW_DONE "report_now_done" Guest,
+}
+
+/// Every field, settings included, in the order of its offset.
+#[must_use]
+pub fn fields() -> Vec<Field> {
+    let settings = ReportingPolicy::TABLE.iter().map(|setting| Field {
+        offset: setting.offset,
+        bytes: setting.bytes,
+        name: setting.name,
+        writer: Writer::Host,
+    });
+    let mut fields: Vec<_> = WORDS.iter().copied().chain(settings).collect();
+    fields.sort_by_key(|field| field.offset);
+    fields
+}
+
+/// The bytes of a field as bits, counted from the start of the policy.
+const fn occupied(offset: u64, bytes: u64) -> u64 {
+    assert!(offset >= POLICY_OFFSET && offset.is_multiple_of(bytes));
+    ((1 << bytes) - 1) << (offset - POLICY_OFFSET)
+}
+
+// The fields are aligned and cover the policy from its first byte to its last, each byte once.
+const _: () = {
+    let mut covered = 0;
+    let mut index = 0;
+    while index < WORDS.len() {
+        let bits = occupied(WORDS[index].offset, WORDS[index].bytes);
+        assert!(covered & bits == 0);
+        covered |= bits;
+        index += 1;
+    }
+    index = 0;
+    while index < ReportingPolicy::TABLE.len() {
+        let setting = &ReportingPolicy::TABLE[index];
+        let bits = occupied(setting.offset, setting.bytes);
+        assert!(covered & bits == 0);
+        covered |= bits;
+        index += 1;
+    }
+    assert!(covered == u64::MAX >> (64 - (POLICY_END - POLICY_OFFSET)));
+};

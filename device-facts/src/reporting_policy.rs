@@ -1,0 +1,313 @@
+//! The reporting policy: how the host asks a guest to report its free memory.
+//!
+//! A setting is one row; the device, the wire types, the options of `ch-remote`, the schemas and the check of bounds
+//! read it from here. What it means to the guest is specified in `guest-patches/README.md`.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+use strum::{IntoStaticStr, VariantArray};
+
+/// What the number of a setting counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub enum Unit {
+    /// Power of two of pages of 4 KiB.
+    Order,
+    /// Things.
+    Count,
+    /// Milliseconds.
+    Ms,
+    /// Bytes; options accept the suffixes of sizes.
+    Bytes,
+}
+
+impl Unit {
+    /// Word in help texts.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
+}
+
+/// One setting of the policy.
+#[derive(Clone, Copy, Debug)]
+pub struct Setting {
+    /// Which one.
+    pub id: PolicySetting,
+    /// Name in the API, in options and in the header.
+    pub name: &'static str,
+    /// Bit in `guest_settings` by which the driver says that it follows the setting.
+    pub bit: u32,
+    /// Place in the configuration space, bytes.
+    pub offset: u64,
+    /// Its size there, bytes.
+    pub bytes: u64,
+    /// What the number counts.
+    pub unit: Unit,
+    /// Value until somebody sets another.
+    pub default: u64,
+    /// Least value.
+    pub min: u64,
+    /// Largest value.
+    pub max: u64,
+    /// What it does.
+    pub meaning: &'static str,
+    value: fn(&ReportingPolicy) -> u64,
+    slot: fn(&mut ReportingPolicyChange) -> &mut Option<u64>,
+}
+
+impl Setting {
+    /// Its value in `policy`.
+    #[must_use]
+    pub fn value(&self, policy: &ReportingPolicy) -> u64 {
+        (self.value)(policy)
+    }
+
+    /// Its place in a change.
+    pub fn slot<'a>(&self, change: &'a mut ReportingPolicyChange) -> &'a mut Option<u64> {
+        (self.slot)(change)
+    }
+}
+
+macro_rules! reporting_policy {
+    (
+        settings {
+            $($setting:ident $name:ident {
+                bit: $bit:literal, offset: $offset:literal, bytes: $bytes:literal, unit: $unit:ident,
+                default: $default:literal, bounds: $min:literal..=$max:expr,
+                $meaning:literal
+            })+
+        }
+        requests { $($request:ident { bit: $request_bit:literal, $request_meaning:literal })+ }
+    ) => {
+        /// Something that a driver follows or does not: the settings of the policy, and what else can be asked of it.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr, VariantArray)]
+        #[strum(serialize_all = "snake_case", const_into_str)]
+        pub enum PolicySetting {
+            $(#[doc = $meaning] $setting,)+
+            $(#[doc = $request_meaning] $request,)+
+        }
+
+        impl PolicySetting {
+            /// Everything, the settings of the policy first.
+            pub const ALL: &'static [Self] = Self::VARIANTS;
+            /// Length of [`PolicySetting::ALL`].
+            pub const COUNT: usize = Self::ALL.len();
+            /// The bits of `guest_settings` that mean something.
+            pub const MASK: u32 = 0 $(| 1 << $bit)+ $(| 1 << $request_bit)+;
+
+            /// Name in the API.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                self.into_str()
+            }
+
+            /// Its bit in `guest_settings`, as a mask.
+            #[must_use]
+            pub const fn mask(self) -> u32 {
+                match self {
+                    $(Self::$setting => 1 << $bit,)+
+                    $(Self::$request => 1 << $request_bit,)+
+                }
+            }
+        }
+
+        // No two share a bit.
+        const _: () = assert!(PolicySetting::MASK.count_ones() as usize == PolicySetting::COUNT);
+
+        /// How the guest shall report free memory.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+        #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+        pub struct ReportingPolicy {
+            $(#[doc = $meaning] pub $name: u64,)+
+        }
+
+        impl Default for ReportingPolicy {
+            fn default() -> Self {
+                Self { $($name: $default,)+ }
+            }
+        }
+
+        /// What to set of the policy; what is absent stays as it is.
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+        #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+        pub struct ReportingPolicyChange {
+            $(
+                #[doc = $meaning]
+                #[serde(default, skip_serializing_if = "Option::is_none")]
+                pub $name: Option<u64>,
+            )+
+        }
+
+        impl From<ReportingPolicy> for ReportingPolicyChange {
+            /// Sets everything.
+            fn from(policy: ReportingPolicy) -> Self {
+                Self { $($name: Some(policy.$name),)+ }
+            }
+        }
+
+        impl ReportingPolicyChange {
+            /// The policy after this change.
+            #[must_use]
+            pub fn applied_to(self, policy: ReportingPolicy) -> ReportingPolicy {
+                ReportingPolicy { $($name: self.$name.unwrap_or(policy.$name),)+ }
+            }
+
+            /// Both changes; where both set the same thing, this one wins.
+            #[must_use]
+            pub fn or(self, other: Self) -> Self {
+                Self { $($name: self.$name.or(other.$name),)+ }
+            }
+        }
+
+        impl ReportingPolicy {
+            /// Every setting.
+            pub const TABLE: &'static [Setting] = &[
+                $(Setting {
+                    id: PolicySetting::$setting,
+                    name: stringify!($name),
+                    bit: $bit,
+                    offset: $offset,
+                    bytes: $bytes,
+                    unit: Unit::$unit,
+                    default: $default,
+                    min: $min,
+                    max: $max,
+                    meaning: $meaning,
+                    value: |policy| policy.$name,
+                    slot: |change| &mut change.$name,
+                },)+
+            ];
+            /// The names of the settings.
+            pub const NAMES: &'static [&'static str] = &[$(stringify!($name)),+];
+        }
+    };
+}
+
+/// An hour.
+const DELAY_MS_MAX: u64 = 3_600_000;
+
+// The defaults are those of Linux' own page reporting (block size, delay) and of the proposal that it came from (pending
+// blocks). They are also what a guest finds that is asked for a pause before any policy: zeros would ask for reports
+// without end.
+reporting_policy! {
+    settings {
+        // The largest order of a free block on x86 is `MAX_PAGE_ORDER` of include/linux/mmzone.h: 4 MiB.
+        OrderMin order_min {
+            bit: 0, offset: 0x44, bytes: 4, unit: Order, default: 9, bounds: 0..=10,
+            "Order of the smallest block that is reported; a block has 4096 << order bytes. 0 leaves it to the guest"
+        }
+        // Blocks of 4 KiB in 4 TiB; more pending ones would mean that nothing is ever reported.
+        PendingBlocks pending_blocks {
+            bit: 1, offset: 0x48, bytes: 4, unit: Count, default: 16, bounds: 1..=1 << 30,
+            "Free blocks that start a report"
+        }
+        DelayMsMax delay_ms_max {
+            bit: 2, offset: 0x4c, bytes: 4, unit: Ms, default: 2000, bounds: 1..=DELAY_MS_MAX,
+            "After this time a report starts, however few blocks are pending, milliseconds"
+        }
+        // Also at most `delay_ms_max`, or nothing would ever be old enough in time.
+        AgeMsMin age_ms_min {
+            bit: 3, offset: 0x50, bytes: 4, unit: Ms, default: 0, bounds: 0..=DELAY_MS_MAX,
+            "Blocks that have been free for a shorter time are left alone, milliseconds"
+        }
+        BytesPerSecondMax bytes_per_second_max {
+            bit: 4, offset: 0x58, bytes: 8, unit: Bytes, default: 0, bounds: 0..=u64::MAX,
+            "Most bytes reported per second; 0 sets no bound"
+        }
+    }
+    requests {
+        Pause { bit: 5, "Stops when asked to, and says when nothing is in flight" }
+        ReportNow { bit: 6, "Reports everything at once when asked to" }
+        ReportAgain { bit: 7, "Then forgets what it reported before, if asked to" }
+    }
+}
+
+impl ReportingPolicy {
+    /// Syntax of the settings as an option: `order_min=<order>,…`.
+    #[must_use]
+    pub fn syntax() -> String {
+        let keys: Vec<_> = Self::TABLE
+            .iter()
+            .map(|it| format!("{}=<{}>", it.name, it.unit.name()))
+            .collect();
+        keys.join(",")
+    }
+}
+
+impl fmt::Display for ReportingPolicy {
+    /// The settings as an option.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (place, setting) in Self::TABLE.iter().enumerate() {
+            let comma = if place == 0 { "" } else { "," };
+            write!(f, "{comma}{}={}", setting.name, setting.value(self))?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_setting_reads_and_changes_its_own_field() {
+        for setting in ReportingPolicy::TABLE {
+            let mut change = ReportingPolicyChange::default();
+            *setting.slot(&mut change) = Some(77);
+            let json = serde_json::to_string(&change).expect("numbers");
+            assert_eq!(json, format!("{{\"{}\":77}}", setting.name));
+            let policy = change.applied_to(ReportingPolicy::default());
+            for other in ReportingPolicy::TABLE {
+                let expected = if other.id == setting.id {
+                    77
+                } else {
+                    other.default
+                };
+                assert_eq!(other.value(&policy), expected, "{}", other.name);
+            }
+            assert_eq!(setting.name, setting.id.name());
+            assert_eq!(1 << setting.bit, setting.id.mask());
+        }
+    }
+
+    #[test]
+    fn defaults_are_within_the_bounds_and_the_bounds_fit_their_fields() {
+        for setting in ReportingPolicy::TABLE {
+            let bounds = setting.min..=setting.max;
+            assert!(bounds.contains(&setting.default), "{}", setting.name);
+            let field_max = u64::MAX >> (64 - 8 * setting.bytes);
+            assert!(setting.max <= field_max, "{}", setting.name);
+        }
+    }
+
+    #[test]
+    fn change_over_a_change_wins_and_a_policy_sets_everything() {
+        let policy = ReportingPolicy {
+            age_ms_min: 5,
+            ..ReportingPolicy::default()
+        };
+        let all = ReportingPolicyChange::from(policy);
+        assert_eq!(all.applied_to(ReportingPolicy::default()), policy);
+        let delay = ReportingPolicyChange {
+            delay_ms_max: Some(1),
+            ..ReportingPolicyChange::default()
+        };
+        assert_eq!(delay.or(all).delay_ms_max, Some(1));
+        assert_eq!(delay.or(all).age_ms_min, Some(5));
+        assert_eq!(all.or(delay), all);
+    }
+
+    #[test]
+    fn syntax_and_text_name_every_setting_in_order() {
+        assert_eq!(
+            ReportingPolicy::syntax(),
+            "order_min=<order>,pending_blocks=<count>,delay_ms_max=<ms>,age_ms_min=<ms>,bytes_per_second_max=<bytes>"
+        );
+        assert_eq!(
+            ReportingPolicy::default().to_string(),
+            "order_min=9,pending_blocks=16,delay_ms_max=2000,age_ms_min=0,bytes_per_second_max=0"
+        );
+    }
+}

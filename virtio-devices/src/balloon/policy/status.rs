@@ -1,0 +1,72 @@
+//! What is known of the policy's effect in the guest that runs now.
+
+use device_facts::PolicySetting;
+
+/// The policy and the driver's answer to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PolicyStatus {
+    /// The device has the feature.
+    pub offered: bool,
+    /// Counts changes; 0 before the first.
+    pub generation: u32,
+    /// The generation the driver has acknowledged last; 0 for none.
+    pub acknowledged: u32,
+    /// In the order of [`PolicySetting::ALL`].
+    pub settings: [SettingState; PolicySetting::COUNT],
+}
+
+impl PolicyStatus {
+    /// Whether this guest follows `setting`, and if not, why.
+    #[must_use]
+    pub fn of(&self, setting: PolicySetting) -> SettingState {
+        self.settings[setting as usize]
+    }
+}
+
+/// The latest wish for a report of everything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ReportNowStatus {
+    /// Its number; 0 before the first.
+    pub id: u32,
+    /// The guest is at it. False as well when its driver went before it was done.
+    pub pending: bool,
+    /// The last number the guest has called done; 0 for none.
+    pub done_id: u32,
+}
+
+/// Whether a setting is in effect in the guest that runs now, and if not, why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SettingState {
+    /// The driver follows it.
+    InEffect,
+    /// The device does not have the feature.
+    NotOffered,
+    /// No driver is running.
+    DriverNotReady,
+    /// The driver does not know the feature.
+    GuestDeclined,
+    /// Nothing has been set, so the guest does as it does by itself.
+    NotSet,
+    /// The driver has been told and has not answered.
+    NotAcknowledged,
+    /// The driver has answered that it does not do this.
+    NotFollowed,
+}
+
+impl SettingState {
+    /// Why it is not in effect; `None` when it is.
+    #[must_use]
+    pub const fn reason(self) -> Option<&'static str> {
+        Some(match self {
+            Self::InEffect => return None,
+            Self::NotOffered => "the balloon is not configured with reporting_policy=on",
+            Self::DriverNotReady => "no balloon driver is running",
+            Self::GuestDeclined => {
+                "the guest's driver does not take VIRTIO_BALLOON_F_REPORTING_POLICY"
+            }
+            Self::NotSet => "no policy has been set; the guest reports as it does by itself",
+            Self::NotAcknowledged => "the guest has been told and has not acknowledged it yet",
+            Self::NotFollowed => "the guest's driver does not follow this setting",
+        })
+    }
+}

@@ -1,0 +1,44 @@
+//! The balloon's own feature bits and constants (virtio 1.2 §5.5.3, §5.5.6; include/uapi/linux/virtio_balloon.h).
+
+/// Virtio device id.
+pub const VIRTIO_ID_BALLOON: u32 = 5;
+
+/// The driver may use ballooned pages again only when the device has answered.
+pub const VIRTIO_BALLOON_F_MUST_TELL_HOST: u64 = 1 << 0;
+/// Statistics queue.
+pub const VIRTIO_BALLOON_F_STATS_VQ: u64 = 1 << 1;
+/// The guest takes pages back by itself before it runs out of memory.
+pub const VIRTIO_BALLOON_F_DEFLATE_ON_OOM: u64 = 1 << 2;
+/// Free page hinting queue.
+pub const VIRTIO_BALLOON_F_FREE_PAGE_HINT: u64 = 1 << 3;
+/// The guest tells what it fills free pages with.
+pub const VIRTIO_BALLOON_F_PAGE_POISON: u64 = 1 << 4;
+/// Free page reporting queue.
+pub const VIRTIO_BALLOON_F_REPORTING: u64 = 1 << 5;
+/// Modern device, from the common feature bits (virtio 1.2 §6).
+pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;
+
+/// `free_page_hint_cmd_id`: send no hints.
+pub const VIRTIO_BALLOON_CMD_ID_STOP: u32 = 0;
+/// `free_page_hint_cmd_id`: take the hinted blocks back.
+pub const VIRTIO_BALLOON_CMD_ID_DONE: u32 = 1;
+
+/// Page frame numbers count pages of 4 KiB whatever the guest's page size is.
+pub const VIRTIO_BALLOON_PFN_SHIFT: u32 = 12;
+/// Bytes of one such page.
+pub const VIRTIO_BALLOON_PAGE_BYTES: u64 = 1 << VIRTIO_BALLOON_PFN_SHIFT;
+
+/// Converts bytes to whole balloon pages. What does not fit 32 bits is cut
+/// off, as the API this device is compatible with does.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "num_pages is 32 bits on the wire"
+)]
+pub(super) const fn pages_of_bytes(bytes: u64) -> u32 {
+    (bytes >> VIRTIO_BALLOON_PFN_SHIFT) as u32
+}
+
+/// Converts balloon pages to bytes.
+pub(super) const fn bytes_of_pages(pages: u32) -> u64 {
+    (pages as u64) << VIRTIO_BALLOON_PFN_SHIFT
+}
