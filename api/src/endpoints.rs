@@ -1,8 +1,8 @@
 //! The table of endpoints: the one list of what the API serves.
 //!
-//! The server's routes, the client's calls, the commands of `ch-remote` and the test of the OpenAPI file all come from
-//! this table. The server matches on [`Endpoint`] without a catch-all arm, so a row added here does not compile until it
-//! is served.
+//! The server's routes and failure texts, the client's calls, the commands of `ch-remote` and the test of the OpenAPI
+//! file all come from this table. The server matches on [`Endpoint`] without a catch-all arm, so a row added here does
+//! not compile until it is served. The comment of a row is the help text of its command.
 
 /// What every path starts with.
 pub const API_PREFIX: &str = "/api/v1/";
@@ -26,21 +26,41 @@ impl Method {
     }
 }
 
+/// Who defined an endpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// Cloud Hypervisor. Unknown keys in a body are ignored, as they are there.
+    Upstream,
+    /// This project. Unknown keys in a body are refused by name.
+    Ours,
+}
+
 macro_rules! endpoints {
     ($(
-        $(#[$doc:meta])*
-        $variant:ident = $method:ident $name:literal,
-            request $request:expr, response $response:expr, command $command:literal;
+        #[doc = $doc:literal]
+        $variant:ident = $origin:ident $method:ident $name:literal,
+            request $request:expr, response $response:expr, command $command:literal,
+            failure $failure:literal;
     )*) => {
         /// One endpoint of the API.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum Endpoint {
-            $($(#[$doc])* $variant,)*
+            $(#[doc = $doc] $variant,)*
         }
 
         impl Endpoint {
             /// Every endpoint.
             pub const ALL: &[Self] = &[$(Self::$variant),*];
+
+            /// What it does, in a sentence.
+            pub const fn about(self) -> &'static str {
+                match self { $(Self::$variant => $doc.trim_ascii(),)* }
+            }
+
+            /// Who defined it.
+            pub const fn origin(self) -> Origin {
+                match self { $(Self::$variant => Origin::$origin,)* }
+            }
 
             /// How it is called.
             pub const fn method(self) -> Method {
@@ -66,69 +86,108 @@ macro_rules! endpoints {
             pub const fn command(self) -> &'static str {
                 match self { $(Self::$variant => $command,)* }
             }
+
+            /// What the answer says when it failed; users match on upstream's texts.
+            pub const fn failure(self) -> &'static str {
+                match self { $(Self::$variant => $failure,)* }
+            }
         }
     };
 }
 
 endpoints! {
-    /// Is the VMM alive, and which one is it.
-    VmmPing = Get "vmm.ping", request None, response Some("VmmPingResponse"), command "ping";
-    /// Ends the VMM.
-    VmmShutdown = Put "vmm.shutdown", request None, response None, command "shutdown-vmm";
-    /// Stores a configuration.
-    VmCreate = Put "vm.create", request Some("VmConfig"), response None, command "create";
-    /// Boots the stored configuration.
-    VmBoot = Put "vm.boot", request None, response None, command "boot";
-    /// Ends the VM and forgets its configuration.
-    VmDelete = Put "vm.delete", request None, response None, command "delete";
-    /// The configuration and the state.
-    VmInfo = Get "vm.info", request None, response Some("VmInfo"), command "info";
-    /// Counters of the devices.
-    VmCounters = Get "vm.counters", request None, response Some("VmCounters"), command "counters";
-    /// Changes vCPUs, RAM or balloon.
-    VmResize = Put "vm.resize", request Some("VmResize"), response None, command "resize";
-    /// The guest's view of its memory.
-    VmBalloonStats = Get "vm.balloon-stats",
-        request None, response Some("BalloonStatsResponse"), command "balloon-stats";
-    /// How much memory came back to the host.
-    VmReclaimStats = Get "vm.reclaim-stats",
-        request None, response Some("ReclaimStats"), command "reclaim-stats";
-    /// What the operator wants to be told, and how the guest shall report.
-    VmReclaimThresholds = Get "vm.reclaim-thresholds",
-        request None, response Some("ReclaimThresholds"), command "reclaim-thresholds";
-    /// Changes these; all of it or nothing.
-    VmSetReclaimThresholds = Put "vm.reclaim-thresholds",
-        request Some("ReclaimThresholdsChange"), response Some("ReclaimThresholds"),
-        command "reclaim-thresholds";
-    /// Starts or ends a run of free page hinting.
-    VmBalloonHinting = Put "vm.balloon-hinting",
-        request Some("VmBalloonHinting"), response None, command "balloon-hinting";
-    /// Adds a disk, to a running VM too.
-    VmAddDisk = Put "vm.add-disk",
-        request Some("DiskConfig"), response Some("PciDeviceInfo"), command "add-disk";
-    /// Adds a network interface, to a running VM too.
-    VmAddNet = Put "vm.add-net",
-        request Some("NetConfig"), response Some("PciDeviceInfo"), command "add-net";
-    /// Adds the balloon, to a running VM too.
-    VmAddBalloon = Put "vm.add-balloon",
-        request Some("BalloonConfig"), response Some("PciDeviceInfo"), command "add-balloon";
-    /// Removes a device, from a running VM when its guest has let go.
-    VmRemoveDevice = Put "vm.remove-device",
-        request Some("VmRemoveDevice"), response None, command "remove-device";
-    /// Pauses or resumes free page reporting, or asks for a report of everything.
-    VmBalloonReporting = Put "vm.balloon-reporting",
-        request Some("VmBalloonReporting"), response Some("ReportingStatus"),
-        command "balloon-reporting";
-    /// Stops the vCPUs.
-    VmPause = Put "vm.pause", request None, response None, command "pause";
-    /// Lets the vCPUs go on.
-    VmResume = Put "vm.resume", request None, response None, command "resume";
-    /// Ends the VM and keeps its configuration.
-    VmShutdown = Put "vm.shutdown", request None, response None, command "shutdown";
-    /// Starts the VM anew.
-    VmReboot = Put "vm.reboot", request None, response None, command "reboot";
-    /// Presses the power button.
-    VmPowerButton = Put "vm.power-button", request None, response None, command "power-button";
+    /// Check that the VMM responds, and show its version.
+    VmmPing = Upstream Get "vmm.ping",
+        request None, response Some("VmmPingResponse"), command "ping",
+        failure "The VMM info is not available";
+    /// End the VMM.
+    VmmShutdown = Upstream Put "vmm.shutdown",
+        request None, response None, command "shutdown-vmm",
+        failure "The VMM could not shutdown";
+    /// Store the configuration of a VM without booting it.
+    VmCreate = Upstream Put "vm.create",
+        request Some("VmConfig"), response None, command "create",
+        failure "The VM could not be created";
+    /// Boot the VM.
+    VmBoot = Upstream Put "vm.boot",
+        request None, response None, command "boot",
+        failure "The VM could not boot";
+    /// End the VM and delete its configuration.
+    VmDelete = Upstream Put "vm.delete",
+        request None, response None, command "delete",
+        failure "The VM could not be deleted";
+    /// Show the configuration and the state of the VM.
+    VmInfo = Upstream Get "vm.info",
+        request None, response Some("VmInfo"), command "info",
+        failure "The VM info is not available";
+    /// Show the counters of the VM's devices.
+    VmCounters = Upstream Get "vm.counters",
+        request None, response Some("VmCounters"), command "counters",
+        failure "The VM counters are not available";
+    /// Change the VM's vCPUs, RAM or balloon.
+    VmResize = Upstream Put "vm.resize",
+        request Some("VmResize"), response None, command "resize",
+        failure "The VM could not be resized";
+    /// Show the memory statistics that the guest reports.
+    VmBalloonStats = Upstream Get "vm.balloon-stats",
+        request None, response Some("BalloonStatsResponse"), command "balloon-stats",
+        failure "The balloon statistics are not available";
+    /// Show how much of the VM's memory returned to the host.
+    VmReclaimStats = Ours Get "vm.reclaim-stats",
+        request None, response Some("ReclaimStats"), command "reclaim-stats",
+        failure "The reclaim statistics are not available";
+    /// Show alerts and the reporting policy.
+    VmReclaimThresholds = Ours Get "vm.reclaim-thresholds",
+        request None, response Some("ReclaimThresholds"), command "reclaim-thresholds",
+        failure "The reclaim thresholds are not available";
+    /// Change alerts and the reporting policy, all or nothing.
+    VmSetReclaimThresholds = Ours Put "vm.reclaim-thresholds",
+        request Some("ReclaimThresholdsChange"), response Some("ReclaimThresholds"), command "reclaim-thresholds",
+        failure "The reclaim thresholds could not be changed";
+    /// Start or stop a run of free page hinting.
+    VmBalloonHinting = Ours Put "vm.balloon-hinting",
+        request Some("VmBalloonHinting"), response None, command "balloon-hinting",
+        failure "Free page hinting could not be started or stopped";
+    /// Add a disk, also to a running VM.
+    VmAddDisk = Upstream Put "vm.add-disk",
+        request Some("DiskConfig"), response Some("PciDeviceInfo"), command "add-disk",
+        failure "The disk could not be added to the VM";
+    /// Add a network interface, also to a running VM.
+    VmAddNet = Upstream Put "vm.add-net",
+        request Some("NetConfig"), response Some("PciDeviceInfo"), command "add-net",
+        failure "The network device could not be added to the VM";
+    /// Add the balloon, also to a running VM.
+    VmAddBalloon = Ours Put "vm.add-balloon",
+        request Some("BalloonConfig"), response Some("PciDeviceInfo"), command "add-balloon",
+        failure "The balloon could not be added to the VM";
+    /// Remove a device; a running guest must release it first.
+    VmRemoveDevice = Upstream Put "vm.remove-device",
+        request Some("VmRemoveDevice"), response None, command "remove-device",
+        failure "The device could not be removed from the VM";
+    /// Pause or resume free page reporting, or request a full report.
+    VmBalloonReporting = Ours Put "vm.balloon-reporting",
+        request Some("VmBalloonReporting"), response Some("ReportingStatus"), command "balloon-reporting",
+        failure "Free page reporting could not be steered";
+    /// Stop the VM's vCPUs.
+    VmPause = Upstream Put "vm.pause",
+        request None, response None, command "pause",
+        failure "The VM could not be paused";
+    /// Resume the vCPUs of a paused VM.
+    VmResume = Upstream Put "vm.resume",
+        request None, response None, command "resume",
+        failure "The VM could not resume";
+    /// End the VM and keep its configuration.
+    VmShutdown = Upstream Put "vm.shutdown",
+        request None, response None, command "shutdown",
+        failure "The VM could not shutdown";
+    /// Restart the VM.
+    VmReboot = Upstream Put "vm.reboot",
+        request None, response None, command "reboot",
+        failure "The VM could not reboot";
+    /// Press the VM's power button.
+    VmPowerButton = Upstream Put "vm.power-button",
+        request None, response None, command "power-button",
+        failure "Error triggering power button";
 }
 
 impl Endpoint {

@@ -7,7 +7,7 @@
 //!
 //! Conventions of the wire, which are Cloud Hypervisor's:
 //! - sizes are bytes as `u64`, durations carry their unit in the name;
-//! - unknown fields are ignored on input, so a newer client can talk to an older VMM;
+//! - unknown fields are ignored on input to upstream's endpoints and refused by name on input to ours ([`Origin`]);
 //! - an unset optional field is left out on output;
 //! - new fields may appear, an existing field never changes its meaning.
 
@@ -32,7 +32,7 @@ pub use balloon_stats::BalloonStatsResponse;
 pub use client::{Client, ClientError};
 pub use config::VmConfig;
 pub use device_facts::{BalloonStats, GuestReporting, ReportingPolicy, ReportingPolicyChange};
-pub use endpoints::{API_PREFIX, Endpoint, Method};
+pub use endpoints::{API_PREFIX, Endpoint, Method, Origin};
 pub use error::{ErrorBody, chain_report, error_chain};
 pub use event::{Event, EventTimestamp};
 pub use hinting::{HintingAction, HintingReport, HintingStatus, VmBalloonHinting};

@@ -103,17 +103,17 @@ fn disk_and_balloon_come_and_the_balloon_goes_when_it_is_empty() -> Result<()> {
 fn refused_additions_leave_nothing(vmm: &Vmm, image: &str) -> Result<()> {
     let state = || -> Result<_> { Ok((vmm.possessions()?, vmm.get("vm.info")?)) };
     let before = state()?;
-    for body in [
-        json!({"path": "/no/such/image"}),
-        json!({"path": "/"}),
-        json!({"path": image}),
-        json!({"path": image, "id": "d", "readonly": true}),
-        json!({"path": "/dev/null", "pci_device_id": 2}),
-        json!({"path": "/dev/null", "num_queues": 99}),
-        json!({}),
+    for (status, body) in [
+        (400, json!({"path": "/no/such/image"})),
+        (400, json!({"path": "/"})),
+        (409, json!({"path": image})),
+        (409, json!({"path": image, "id": "d", "readonly": true})),
+        (400, json!({"path": "/dev/null", "pci_device_id": 2})),
+        (400, json!({"path": "/dev/null", "num_queues": 99})),
+        (400, json!({})),
     ] {
         let answer = put(vmm, "vm.add-disk", &body)?;
-        expect(&answer, 400).with_context(|| body.to_string())?;
+        expect(&answer, status).with_context(|| body.to_string())?;
     }
     expect(
         &put(vmm, "vm.add-net", &json!({"tap": "0123456789abcdef"}))?,
@@ -152,7 +152,7 @@ fn device_that_the_guest_does_not_let_go_is_gone_after_a_reboot() -> Result<()> 
     ensure!(info["device_tree"]["d"].is_object(), "{info:#}");
     ensure!(!info["config"].to_string().contains("\"d\""), "{info:#}");
     let refused = put(&vmm, "vm.add-disk", &disk)?;
-    expect(&refused, 400)?;
+    expect(&refused, 429)?;
     let cause = refused.json()?.to_string();
     ensure!(cause.contains("still being removed"), "{cause}");
     vmm.put("vm.reboot", None)?;

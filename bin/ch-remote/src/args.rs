@@ -3,10 +3,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use api::ReclaimThresholdsChange;
 use api::config::{BalloonConfig, DiskConfig, NetConfig};
 use api::options::parse_bytes;
-use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use api::{Endpoint, ReclaimThresholdsChange};
+use clap::error::ErrorKind;
+use clap::{ArgGroup, ArgMatches, Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 
 /// Shortest time between two samples of `reclaim-stats --watch`. A measurement of residency costs the host something.
 const INTERVAL_SECONDS_MIN: f64 = 0.05;
@@ -50,30 +51,10 @@ impl Arguments {
 /// The commands. Names are those of the endpoint table, which a test checks.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Ask the VMM whether it is alive, and which one it is
-    Ping,
-    /// Show the configuration and the state of the VM
-    Info,
-    /// Show the counters of the VM's devices
-    Counters,
+    #[command(flatten)]
+    Bare(Bare),
     /// Store the configuration of a VM, without booting it
     Create(CreateArguments),
-    /// Boot the VM
-    Boot,
-    /// Stop the VM's vCPUs
-    Pause,
-    /// Let the vCPUs of a paused VM go on
-    Resume,
-    /// End the VM and keep its configuration
-    Shutdown,
-    /// Start the VM anew
-    Reboot,
-    /// Press the VM's power button
-    PowerButton,
-    /// End the VM and forget its configuration
-    Delete,
-    /// End the VMM
-    ShutdownVmm,
     /// Change the VM's vCPUs, RAM or balloon
     Resize(ResizeArguments),
     /// Add a disk to the VM
@@ -84,8 +65,6 @@ pub(crate) enum Command {
     AddBalloon(AddBalloonArguments),
     /// Remove a disk, a network interface or the balloon from the VM
     RemoveDevice(RemoveDeviceArguments),
-    /// Show what the guest says about its memory
-    BalloonStats,
     /// Show how much of the VM's memory came back to the host, and how
     ReclaimStats(ReclaimStatsArguments),
     /// Show what is watched and how the guest shall report, or change it
@@ -94,6 +73,53 @@ pub(crate) enum Command {
     BalloonHinting(BalloonHintingArguments),
     /// Pause or resume free page reporting, ask for a report of everything, or show where it stands
     BalloonReporting(BalloonReportingArguments),
+}
+
+/// A command without arguments: it comes from the endpoint table, with its help text.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bare(pub(crate) Endpoint);
+
+impl Bare {
+    fn endpoints() -> impl Iterator<Item = Endpoint> {
+        // The commands of these two take arguments all the same.
+        let has_arguments =
+            |it| matches!(it, Endpoint::VmReclaimStats | Endpoint::VmReclaimThresholds);
+        let all = Endpoint::ALL.iter().copied();
+        all.filter(move |it| it.request().is_none() && !has_arguments(*it))
+    }
+
+    fn named(name: &str) -> Option<Self> {
+        Self::endpoints().find(|it| it.command() == name).map(Self)
+    }
+}
+
+impl Subcommand for Bare {
+    fn augment_subcommands(command: clap::Command) -> clap::Command {
+        Self::endpoints().fold(command, |command, endpoint| {
+            let about = endpoint.about().trim_end_matches('.');
+            command.subcommand(clap::Command::new(endpoint.command()).about(about))
+        })
+    }
+
+    fn augment_subcommands_for_update(command: clap::Command) -> clap::Command {
+        Self::augment_subcommands(command)
+    }
+
+    fn has_subcommand(name: &str) -> bool {
+        Self::named(name).is_some()
+    }
+}
+
+impl FromArgMatches for Bare {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let named = matches.subcommand_name().and_then(Self::named);
+        named.ok_or_else(|| clap::Error::new(ErrorKind::MissingSubcommand))
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
 }
 
 #[derive(Debug, Args)]

@@ -12,7 +12,7 @@ use api::{
 };
 
 use crate::args::{
-    BalloonHintingAction, BalloonReportingAction, BalloonReportingArguments, Command,
+    BalloonHintingAction, BalloonReportingAction, BalloonReportingArguments, Bare, Command,
     ResizeArguments,
 };
 
@@ -69,24 +69,13 @@ impl Request {
 /// The endpoint that `command` calls.
 pub(crate) fn endpoint(command: &Command) -> Endpoint {
     match command {
-        Command::Ping => Endpoint::VmmPing,
-        Command::Info => Endpoint::VmInfo,
-        Command::Counters => Endpoint::VmCounters,
+        Command::Bare(Bare(endpoint)) => *endpoint,
         Command::Create(_) => Endpoint::VmCreate,
-        Command::Boot => Endpoint::VmBoot,
-        Command::Pause => Endpoint::VmPause,
-        Command::Resume => Endpoint::VmResume,
-        Command::Shutdown => Endpoint::VmShutdown,
-        Command::Reboot => Endpoint::VmReboot,
-        Command::PowerButton => Endpoint::VmPowerButton,
-        Command::Delete => Endpoint::VmDelete,
-        Command::ShutdownVmm => Endpoint::VmmShutdown,
         Command::Resize(_) => Endpoint::VmResize,
         Command::AddDisk(_) => Endpoint::VmAddDisk,
         Command::AddNet(_) => Endpoint::VmAddNet,
         Command::AddBalloon(_) => Endpoint::VmAddBalloon,
         Command::RemoveDevice(_) => Endpoint::VmRemoveDevice,
-        Command::BalloonStats => Endpoint::VmBalloonStats,
         Command::ReclaimStats(_) => Endpoint::VmReclaimStats,
         Command::ReclaimThresholds(thresholds) if thresholds.change().is_some() => {
             Endpoint::VmSetReclaimThresholds

@@ -5,10 +5,10 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use api::config::PathOrFd;
-use api::{VmConfig, VmmPingResponse};
+use api::{Endpoint, VmConfig, VmmPingResponse};
 use vmm::api::http::{Deadlines, HttpServer};
 use vmm::api::{ApiSocket, Dispatcher};
-use vmm::control::{ControlSetup, ControlThread, Ending, PublishedView, VmRequest};
+use vmm::control::{ControlSetup, ControlThread, Ending, Lifecycle, PublishedView};
 use vmm::event_monitor::EventMonitor;
 use vmm::seccomp::Seccomp;
 use vmm::signals::{ExitSignals, exit_was_asked_for, survive_file_size_limit};
@@ -73,7 +73,8 @@ pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
     let booted = plan.config.map_or(Ok(()), |config| boot(&control, config));
     if booted.is_err() {
         // The boot's error is the one to report; what stopping says is in the log.
-        drop(control.handle().call(VmRequest::ShutdownVmm));
+        let ended = control.handle().call(Endpoint::VmmShutdown, Lifecycle::end);
+        drop(ended);
     } else {
         seccomp.apply(ThreadKind::Main)?;
     }
@@ -115,7 +116,8 @@ fn start_control(
     let context = VmContext::new(Arc::clone(thread_start), events.sink())
         .context("Cannot create eventfds")?;
     let thread_start = Arc::clone(thread_start);
-    Ok(ControlThread::start::<Vm>(ControlSetup {
+    Ok(ControlThread::start(ControlSetup {
+        make_machine: |config, context| Ok(Box::new(Vm::new(config, context)?)),
         view: Arc::clone(view),
         context,
         no_shutdown,
@@ -150,8 +152,8 @@ fn start_server(
 
 fn boot(control: &ControlThread, config: VmConfig) -> Result<()> {
     let handle = control.handle();
-    handle.call(VmRequest::Create(Box::new(config)))?;
-    handle.call(VmRequest::Boot)?;
+    handle.call(Endpoint::VmCreate, |vm| vm.create(config))?;
+    handle.call(Endpoint::VmBoot, Lifecycle::boot)?;
     Ok(())
 }
 

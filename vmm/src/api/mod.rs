@@ -1,7 +1,10 @@
 //! The REST API: an HTTP server on a UNIX socket, and what its endpoints do.
 
+mod body;
 mod dispatch;
+mod failure;
 pub mod http;
+mod query;
 mod socket;
 #[cfg(test)]
 mod tests;

@@ -23,12 +23,10 @@ use virtio_devices::balloon::HintingError;
 use virtio_devices::balloon::policy::ControlError;
 
 use crate::config::NewDevice;
-use crate::control::{
-    ControlSetup, ControlThread, Ending, Machine, MachineObserver, PublishedView,
-};
+use crate::control::{ControlSetup, ControlThread, Ending, Lifecycle, PublishedView};
 use crate::threads::ThreadStart;
 use crate::thresholds::PolicySight;
-use crate::vm::{BalloonStatsError, HotplugError, VmContext, VmError};
+use crate::vm::{BalloonStatsError, HotplugError, Machine, MachineObserver, VmContext, VmError};
 use machine::memory::GuestMemory;
 use machine::pc::PcError;
 use machine::signals::VmSignals;
@@ -78,10 +76,8 @@ impl Gate {
     }
 }
 
-impl Machine for FakeMachine {
-    type Observer = FakeObserver;
-
-    fn new(config: &mut VmConfig, _context: &VmContext) -> Result<Self, VmError> {
+impl FakeMachine {
+    fn make(config: &mut VmConfig, _context: &VmContext) -> Result<Box<dyn Machine>, VmError> {
         let behaviour = config.payload.clone().unwrap().cmdline.unwrap_or_default();
         if behaviour == "broken" {
             return Err(VmError::MissingBalloon);
@@ -94,7 +90,7 @@ impl Machine for FakeMachine {
         if behaviour == "slow" {
             SLOW.pass();
         }
-        Ok(Self {
+        Ok(Box::new(Self {
             leaving: Vec::new(),
             observer: FakeObserver {
                 ram_bytes: config.memory.total_bytes().unwrap(),
@@ -105,9 +101,11 @@ impl Machine for FakeMachine {
                 wedged: behaviour == "wedged",
                 steered: Steered::default(),
             },
-        })
+        }))
     }
+}
 
+impl Machine for FakeMachine {
     fn boot(&mut self) -> Result<(), VmError> {
         Ok(())
     }
@@ -120,7 +118,7 @@ impl Machine for FakeMachine {
         Ok(())
     }
 
-    fn shutdown(self) -> Result<(), VmError> {
+    fn shutdown(self: Box<Self>) -> Result<(), VmError> {
         Ok(())
     }
 
@@ -151,6 +149,9 @@ impl Machine for FakeMachine {
 
     fn add_device(&mut self, device: &mut NewDevice) -> Result<PciDeviceInfo, VmError> {
         let id = device.id().unwrap().to_owned();
+        if self.leaving.contains(&id) {
+            return Err(VmError::Hotplug(HotplugError::StillLeaving { id }));
+        }
         if id == "bad" {
             let source = "no such image".into();
             return Err(VmError::Pc(PcError::Device { id, source }));
@@ -200,8 +201,8 @@ impl Machine for FakeMachine {
         steered.push(format!("delay {}", policy.delay_ms_max));
     }
 
-    fn observer(&self) -> FakeObserver {
-        self.observer.clone()
+    fn observer(&self) -> Arc<dyn MachineObserver> {
+        Arc::new(self.observer.clone())
     }
 }
 
@@ -292,7 +293,8 @@ fn vmm_with(no_shutdown: bool) -> Vmm {
     let context = VmContext::new(Arc::clone(&thread_start), sink).unwrap();
     let signals = Arc::clone(&context.signals);
     let view = Arc::new(PublishedView::default());
-    let control = ControlThread::start::<FakeMachine>(ControlSetup {
+    let control = ControlThread::start(ControlSetup {
+        make_machine: FakeMachine::make,
         view: Arc::clone(&view),
         context,
         no_shutdown,
@@ -556,6 +558,19 @@ fn endpoints_refuse_what_is_no_json() {
         assert_eq!(response.body[0], "Failed to deserialize JSON");
         assert!(response.body[1].is_string());
     }
+    for body in [
+        r#"{"remove":["zzz"]}"#,
+        r#"{"policy":{"order_min":200}}"#,
+        "[]",
+    ] {
+        let response = vmm.call(Endpoint::VmSetReclaimThresholds, Some(body));
+        assert_eq!(response.status, 400, "{body}");
+        assert_eq!(response.body[0], "Failed to deserialize JSON");
+    }
+    vmm.ok(
+        Endpoint::VmCreate,
+        Some(r#"{"payload": {"kernel": "/k"}, "of_a_later_version": {}}"#),
+    );
     let deep = "[".repeat(1 << 20);
     assert_eq!(vmm.call(Endpoint::VmCreate, Some(&deep)).status, 400);
 }
@@ -578,10 +593,10 @@ fn devices_added_become_part_of_the_configuration_until_they_are_removed() {
     assert_eq!(ids(&vmm), ["_disk0", "cold", "_disk1"]);
 
     for (body, status) in [
-        (r#"{"path": "/g", "id": "cold"}"#, 400),
+        (r#"{"path": "/g", "id": "cold"}"#, 409),
         (r#"{"path": "/g", "id": "__x"}"#, 400),
         (r#"{"path": "/g", "pci_device_id": 32}"#, 400),
-        (r#"{"path": "/f"}"#, 400),
+        (r#"{"path": "/f"}"#, 409),
         (r#"{"path": "/g", "iommu": true}"#, 400),
         (r#"{"path": "/g", "id": "bad"}"#, 400),
         (r#"{"id": "no-path"}"#, 400),
@@ -606,6 +621,9 @@ fn devices_added_become_part_of_the_configuration_until_they_are_removed() {
         vmm.call(Endpoint::VmRemoveDevice, Some(&body)).status
     };
     assert_eq!(remove("cold"), 204);
+    assert_eq!(ids(&vmm), ["_disk0", "_disk1"]);
+    let again = add(r#"{"path": "/g", "id": "cold"}"#);
+    assert_eq!(again.status, 429, "its removal is pending: {again:?}");
     assert_eq!(ids(&vmm), ["_disk0", "_disk1"]);
     vmm.signals.ejected.write(1).unwrap();
     vmm.wait_until("the removal is told", |vmm| {
@@ -637,6 +655,11 @@ fn balloon_comes_once_and_goes_only_when_it_is_empty() {
     assert!(cause.contains("4096 bytes in the balloon"), "{cause}");
     vmm.ok(Endpoint::VmResize, Some(r#"{"desired_balloon": 0}"#));
     assert_eq!(remove().status, 204);
+    assert_eq!(add(r#"{"size": 0}"#).status, 429, "its removal is pending");
+    vmm.signals.ejected.write(1).unwrap();
+    vmm.wait_until("the removal is told", |vmm| {
+        vmm.has_event("vm device-removed")
+    });
     let config = vmm.ok(Endpoint::VmInfo, None)["config"].clone();
     assert!(config.get("balloon").is_none(), "{config}");
     assert_eq!(add(r#"{"size": 1152921504606846976}"#).status, 400);
@@ -774,6 +797,21 @@ fn boot_of_a_configuration_that_makes_no_sense_is_400() {
     assert_eq!(response.status, 400);
     assert_eq!(response.body[2], "Failed to validate config");
     assert_eq!(vmm.state(), "Created");
+}
+
+#[test]
+fn boot_of_a_configuration_with_two_devices_of_one_name_or_image_is_409() {
+    for disks in [
+        json!([{"path": "/a", "id": "x"}, {"path": "/b", "id": "x"}]),
+        json!([{"path": "/a"}, {"path": "/a"}]),
+    ] {
+        let vmm = vmm();
+        let config = json!({"payload": {"kernel": "/k"}, "disks": disks});
+        vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+        let response = vmm.call(Endpoint::VmBoot, None);
+        assert_eq!(response.status, 409, "{response:?}");
+        assert_eq!(response.body[2], "Failed to validate config");
+    }
 }
 
 #[test]
@@ -1079,4 +1117,30 @@ fn signals_without_a_machine_change_nothing() {
     vmm.ok(Endpoint::VmBoot, None);
     assert_eq!(vmm.state(), "Running");
     assert!(!vmm.has_event("vm rebooting"));
+}
+
+#[test]
+fn wish_to_end_waits_for_one_request_however_many_there_are() {
+    let control = vmm().control.take().unwrap();
+    let handle = control.handle();
+    let (let_go, held) = std::sync::mpsc::channel();
+    let first = move |_: &mut Lifecycle| {
+        held.recv().unwrap();
+        Ok(())
+    };
+    handle.submit(Endpoint::VmPowerButton, first, drop);
+    let served = Arc::new(AtomicU64::new(0));
+    for _ in 0..8 {
+        let served = Arc::clone(&served);
+        let next = move |_: &mut Lifecycle| {
+            served.fetch_add(1, Ordering::Relaxed);
+            Ok(())
+        };
+        handle.submit(Endpoint::VmPowerButton, next, drop);
+    }
+    handle.exit_event().write(1).unwrap();
+    let_go.send(()).unwrap();
+    assert_eq!(control.join(), Ending::Regular);
+    assert_eq!(served.load(Ordering::Relaxed), 0);
+    assert!(handle.call(Endpoint::VmPause, Lifecycle::pause).is_err());
 }

@@ -15,23 +15,25 @@ use std::sync::Arc;
 
 use api::config::{HotplugMethod, MemoryConfig};
 use api::{
-    PciDeviceInfo, ReclaimThresholdsChange, ReportingAction, VmBalloonReporting, VmConfig,
-    VmResize, VmState,
+    Endpoint, PciDeviceInfo, ReclaimThresholdsChange, ReportingAction, VmBalloonReporting,
+    VmConfig, VmResize, VmState,
 };
 
-use super::machine::Machine;
-use super::request::{ControlError, RequestError, VmAnswer, VmRequest};
+use super::error::{LifecycleError, RequestError};
 use super::view::{MachineView, PublishedView, View};
 use crate::config::{self, NewDevice, with_device, without_device};
 use crate::thresholds::{Subjects, Thresholds};
-use crate::vm::{HotplugError, VmContext, VmError};
+use crate::vm::{HotplugError, Machine, MachineFactory, VmContext, VmError};
 
-/// The VM and everything that may be asked of it.
-pub(super) struct Lifecycle<M: Machine> {
+/// The VM and every change that a request can make to it.
+///
+/// The public methods are what endpoints call, on the control thread.
+pub struct Lifecycle {
     config: Option<VmConfig>,
-    machine: Option<M>,
-    /// How many there have been, and how many balloons were added to one.
-    machines: u64,
+    make_machine: MachineFactory,
+    machine: Option<Box<dyn Machine>>,
+    /// Counts machines, and balloons that were added to one: figures start anew with each.
+    generation: u64,
     /// Open taps that came with requests, by the numbers that the configuration has for them. They stay open for
     /// reboots.
     taps: BTreeMap<i32, OwnedFd>,
@@ -46,8 +48,15 @@ pub(super) struct Lifecycle<M: Machine> {
     ended: bool,
 }
 
-impl<M: Machine> Lifecycle<M> {
+impl std::fmt::Debug for Lifecycle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lifecycle").finish_non_exhaustive()
+    }
+}
+
+impl Lifecycle {
     pub(super) fn new(
+        make_machine: MachineFactory,
         view: Arc<PublishedView>,
         thresholds: Arc<Thresholds>,
         events_are_read: bool,
@@ -55,8 +64,9 @@ impl<M: Machine> Lifecycle<M> {
     ) -> Self {
         Self {
             config: None,
+            make_machine,
             machine: None,
-            machines: 0,
+            generation: 0,
             taps: BTreeMap::new(),
             paused: false,
             view,
@@ -68,42 +78,23 @@ impl<M: Machine> Lifecycle<M> {
         }
     }
 
-    /// Carries out a request and publishes what came of it, so that whoever gets the answer also sees the effect.
-    pub(super) fn handle(&mut self, request: VmRequest) -> Result<VmAnswer, RequestError> {
-        let kind = request.kind();
-        let outcome = match request {
-            VmRequest::AddDevice(device, fds) => self.add_device(*device, fds),
-            other => self.change(other).map(|()| VmAnswer::Done),
-        };
+    /// Carries out a change and publishes the result, so that a client that gets the answer also sees the effect.
+    pub(super) fn run<T>(
+        &mut self,
+        endpoint: Endpoint,
+        change: impl FnOnce(&mut Self) -> Result<T, LifecycleError>,
+    ) -> Result<T, RequestError> {
+        let outcome = change(self);
         self.close_unnamed_taps();
         self.publish();
-        outcome.map_err(|cause| RequestError { kind, cause })
+        outcome.map_err(|cause| RequestError { endpoint, cause })
     }
 
-    fn change(&mut self, request: VmRequest) -> Result<(), ControlError> {
-        match request {
-            VmRequest::Create(config) => self.create(*config),
-            VmRequest::Boot => self.boot(),
-            VmRequest::Delete => self.delete(),
-            VmRequest::Shutdown => self.shutdown(),
-            VmRequest::Reboot => self.reboot(),
-            VmRequest::Pause => self.pause(),
-            VmRequest::Resume => self.resume(),
-            VmRequest::PowerButton => self.power_button(),
-            VmRequest::Resize(resize) => self.resize(resize),
-            VmRequest::SetReclaimThresholds(change) => self.set_thresholds(&change),
-            VmRequest::BalloonHinting(action) => {
-                self.on_machine(|machine| machine.balloon_hinting(action))
-            }
-            VmRequest::AddDevice(device, fds) => self.add_device(*device, fds).map(drop),
-            VmRequest::RemoveDevice(id) => self.remove_device(&id),
-            VmRequest::BalloonReporting(request) => self.balloon_reporting(request),
-            VmRequest::ShutdownVmm => self.end(),
-        }
-    }
-
-    /// Stops the machine if there is one and tells, once and last of all, that the VMM ends.
-    fn end(&mut self) -> Result<(), ControlError> {
+    /// `vmm.shutdown`: stops the machine if there is one and emits, once and as the last event, that the VMM ends.
+    ///
+    /// # Errors
+    /// A thread of the machine did not end in time. The VMM ends nevertheless.
+    pub fn end(&mut self) -> Result<(), LifecycleError> {
         let deleted = self.delete();
         if !std::mem::replace(&mut self.ended, true) {
             self.emit("vmm", "shutdown");
@@ -111,13 +102,18 @@ impl<M: Machine> Lifecycle<M> {
         deleted
     }
 
+    /// True after [`Lifecycle::end`].
+    pub(super) fn has_ended(&self) -> bool {
+        self.ended
+    }
+
     fn publish(&self) {
         self.view.publish(View {
             config: self.config.clone().map(Arc::new),
             machine: self.machine.as_ref().map(|machine| MachineView {
-                number: self.machines,
+                generation: self.generation,
                 state: self.machine_state(),
-                observer: Arc::new(machine.observer()),
+                observer: machine.observer(),
             }),
             thresholds: self.config.as_ref().map(|_| Arc::clone(&self.thresholds)),
         });
@@ -144,40 +140,54 @@ impl<M: Machine> Lifecycle<M> {
     }
 
     /// Checks that the machine is in state `from`, to go to state `to`.
-    fn machine_in(&self, from: VmState, to: VmState) -> Result<(), ControlError> {
+    fn machine_in(&self, from: VmState, to: VmState) -> Result<(), LifecycleError> {
         if self.machine.is_none() {
-            return Err(ControlError::VmNotRunning);
+            return Err(LifecycleError::VmNotRunning);
         }
         let state = self.machine_state();
         if state != from {
-            return Err(ControlError::InvalidStateTransition { from: state, to });
+            return Err(LifecycleError::InvalidStateTransition { from: state, to });
         }
         Ok(())
     }
 
     /// Calls `action` on the machine.
-    fn on_machine(
+    ///
+    /// # Errors
+    /// There is no machine, or it refused.
+    pub fn on_machine(
         &mut self,
-        action: impl FnOnce(&mut M) -> Result<(), VmError>,
-    ) -> Result<(), ControlError> {
-        let machine = self.machine.as_mut().ok_or(ControlError::VmNotRunning)?;
-        action(machine).map_err(ControlError::Machine)
+        action: impl FnOnce(&mut dyn Machine) -> Result<(), VmError>,
+    ) -> Result<(), LifecycleError> {
+        let machine = self.machine.as_mut().ok_or(LifecycleError::VmNotRunning)?;
+        action(machine.as_mut()).map_err(LifecycleError::Machine)
     }
 
-    fn create(&mut self, config: VmConfig) -> Result<(), ControlError> {
+    /// `vm.create`: stores a configuration.
+    ///
+    /// # Errors
+    /// There is one already.
+    pub fn create(&mut self, config: VmConfig) -> Result<(), LifecycleError> {
         if self.config.is_some() {
-            return Err(ControlError::VmAlreadyCreated);
+            return Err(LifecycleError::VmAlreadyCreated);
         }
         self.config = Some(config);
         Ok(())
     }
 
-    fn boot(&mut self) -> Result<(), ControlError> {
+    /// `vm.boot`: builds the machine of the stored configuration and starts it.
+    ///
+    /// # Errors
+    /// No configuration, one that makes no sense, or a part could not be made; nothing is left behind.
+    pub fn boot(&mut self) -> Result<(), LifecycleError> {
         if self.machine.is_some() {
-            return Err(ControlError::VmAlreadyCreated);
+            return Err(LifecycleError::VmAlreadyCreated);
         }
-        let config = self.config.as_ref().ok_or(ControlError::VmMissingConfig)?;
-        config::validate(config).map_err(ControlError::ConfigValidation)?;
+        let config = self
+            .config
+            .as_ref()
+            .ok_or(LifecycleError::VmMissingConfig)?;
+        config::validate(config).map_err(LifecycleError::ConfigValidation)?;
         self.emit("vm", "booting");
         self.start_machine()?;
         self.emit("vm", "booted");
@@ -185,25 +195,29 @@ impl<M: Machine> Lifecycle<M> {
     }
 
     /// Builds and boots the machine of the stored configuration, which was valid when it was booted for the first time.
-    fn start_machine(&mut self) -> Result<(), ControlError> {
-        let stored = self.config.as_ref().ok_or(ControlError::VmMissingConfig)?;
+    fn start_machine(&mut self) -> Result<(), LifecycleError> {
+        let stored = self
+            .config
+            .as_ref()
+            .ok_or(LifecycleError::VmMissingConfig)?;
         // What creation decides (ids, names of taps) becomes part of the configuration only when it succeeds.
         let mut config = stored.clone();
         config::assign_ids(&mut config);
-        let mut machine = M::new(&mut config, &self.context).map_err(ControlError::Machine)?;
-        steer_reporting(&machine, &self.thresholds, self.reporting_paused);
-        machine.boot().map_err(ControlError::Machine)?;
+        let mut machine =
+            (self.make_machine)(&mut config, &self.context).map_err(LifecycleError::Machine)?;
+        steer_reporting(machine.as_ref(), &self.thresholds, self.reporting_paused);
+        machine.boot().map_err(LifecycleError::Machine)?;
         self.config = Some(config);
         self.machine = Some(machine);
-        self.machines += 1;
+        self.generation += 1;
         self.paused = false;
         Ok(())
     }
 
-    fn stop_machine(&mut self) -> Result<(), ControlError> {
-        let machine = self.machine.take().ok_or(ControlError::VmNotRunning)?;
+    fn stop_machine(&mut self) -> Result<(), LifecycleError> {
+        let machine = self.machine.take().ok_or(LifecycleError::VmNotRunning)?;
         self.paused = false;
-        let stopped = machine.shutdown().map_err(ControlError::Machine);
+        let stopped = machine.shutdown().map_err(LifecycleError::Machine);
         // What the machine signalled while it went must not hit the next one.
         for signal in [
             &self.context.signals.shutdown,
@@ -216,13 +230,21 @@ impl<M: Machine> Lifecycle<M> {
         stopped
     }
 
-    fn shutdown(&mut self) -> Result<(), ControlError> {
+    /// `vm.shutdown`: stops the machine and keeps the configuration.
+    ///
+    /// # Errors
+    /// There is no machine, or a thread of it did not end in time.
+    pub fn shutdown(&mut self) -> Result<(), LifecycleError> {
         self.stop_machine()?;
         self.emit("vm", "shutdown");
         Ok(())
     }
 
-    fn delete(&mut self) -> Result<(), ControlError> {
+    /// `vm.delete`: stops the machine, if there is one, and forgets the configuration.
+    ///
+    /// # Errors
+    /// A thread of the machine did not end in time.
+    pub fn delete(&mut self) -> Result<(), LifecycleError> {
         let stopped = match self.machine {
             Some(_) => self.shutdown(),
             None => Ok(()),
@@ -236,9 +258,13 @@ impl<M: Machine> Lifecycle<M> {
         stopped
     }
 
-    fn reboot(&mut self) -> Result<(), ControlError> {
+    /// `vm.reboot`: stops the machine and starts another one.
+    ///
+    /// # Errors
+    /// There is no machine, or the new one could not be started.
+    pub fn reboot(&mut self) -> Result<(), LifecycleError> {
         if self.machine.is_none() {
-            return Err(ControlError::VmNotCreated);
+            return Err(LifecycleError::VmNotCreated);
         }
         self.emit("vm", "rebooting");
         self.stop_machine()?;
@@ -248,34 +274,42 @@ impl<M: Machine> Lifecycle<M> {
         Ok(())
     }
 
-    fn pause(&mut self) -> Result<(), ControlError> {
+    /// `vm.pause`
+    ///
+    /// # Errors
+    /// The machine does not run, or a vCPU did not stop in time.
+    pub fn pause(&mut self) -> Result<(), LifecycleError> {
         self.machine_in(VmState::Running, VmState::Paused)?;
         self.emit("vm", "pausing");
-        self.on_machine(M::pause)?;
+        self.on_machine(|machine| machine.pause())?;
         self.paused = true;
         self.emit("vm", "paused");
         Ok(())
     }
 
-    fn resume(&mut self) -> Result<(), ControlError> {
+    /// `vm.resume`
+    ///
+    /// # Errors
+    /// The machine is not paused, or a vCPU could not be resumed.
+    pub fn resume(&mut self) -> Result<(), LifecycleError> {
         self.machine_in(VmState::Paused, VmState::Running)?;
         self.emit("vm", "resuming");
-        self.on_machine(M::resume)?;
+        self.on_machine(|machine| machine.resume())?;
         self.paused = false;
         self.emit("vm", "resumed");
         Ok(())
     }
 
-    fn power_button(&mut self) -> Result<(), ControlError> {
-        self.on_machine(|machine| machine.power_button())
-    }
-
-    fn resize(&mut self, resize: VmResize) -> Result<(), ControlError> {
-        let config = self.config.as_mut().ok_or(ControlError::VmNotCreated)?;
+    /// `vm.resize`: changes the stored configuration, or the running machine.
+    ///
+    /// # Errors
+    /// No VM, or a size that it cannot have.
+    pub fn resize(&mut self, resize: VmResize) -> Result<(), LifecycleError> {
+        let config = self.config.as_mut().ok_or(LifecycleError::VmNotCreated)?;
         let Some(machine) = &self.machine else {
             let mut wanted = config.clone();
             resize_stored(&mut wanted, resize);
-            config::validate_balloon(&wanted).map_err(ControlError::ConfigValidation)?;
+            config::validate_balloon(&wanted).map_err(LifecycleError::ConfigValidation)?;
             *config = wanted;
             return Ok(());
         };
@@ -284,7 +318,7 @@ impl<M: Machine> Lifecycle<M> {
             && desired != config.cpus.boot_vcpus
         {
             let current = config.cpus.boot_vcpus;
-            return Err(ControlError::VcpuHotplug { current, desired });
+            return Err(LifecycleError::VcpuHotplug { current, desired });
         }
         let ram = resize
             .desired_ram
@@ -298,18 +332,18 @@ impl<M: Machine> Lifecycle<M> {
             balloon.size = bytes;
         }
         // What could not be booted is refused before anything changes.
-        config::validate_balloon(&wanted).map_err(ControlError::ConfigValidation)?;
+        config::validate_balloon(&wanted).map_err(LifecycleError::ConfigValidation)?;
         if ram.is_some() {
             machine
                 .resize_memory(wanted.memory.hotplugged_size.unwrap_or(0))
-                .map_err(ControlError::Machine)?;
+                .map_err(LifecycleError::Machine)?;
             // Kept as the wish that it is: the guest may take a while, and a reboot starts from it.
             config.memory.hotplugged_size = wanted.memory.hotplugged_size;
         }
         if let Some(desired) = resize.desired_balloon {
             machine
                 .resize_balloon(desired)
-                .map_err(ControlError::Machine)?;
+                .map_err(LifecycleError::Machine)?;
             if let Some(balloon) = &mut config.balloon {
                 balloon.size = desired;
             }
@@ -318,15 +352,20 @@ impl<M: Machine> Lifecycle<M> {
         Ok(())
     }
 
-    fn add_device(
+    /// Adds a device. A network interface takes the open taps that came with the request. `None` without a running
+    /// machine: the device has no address yet.
+    ///
+    /// # Errors
+    /// There is no VM, or the device cannot be made; nothing is left behind.
+    pub fn add_device(
         &mut self,
         mut device: NewDevice,
         fds: Vec<OwnedFd>,
-    ) -> Result<VmAnswer, ControlError> {
-        let config = self.config.as_ref().ok_or(ControlError::VmNotCreated)?;
+    ) -> Result<Option<PciDeviceInfo>, LifecycleError> {
+        let config = self.config.as_ref().ok_or(LifecycleError::VmNotCreated)?;
         if let (NewDevice::Balloon(_), Some(balloon)) = (&device, &config.balloon) {
             let id = config::balloon_id(balloon).to_owned();
-            return Err(ControlError::Device(HotplugError::BalloonPresent { id }));
+            return Err(LifecycleError::Device(HotplugError::BalloonPresent { id }));
         }
         if let NewDevice::Net(net) = &mut device
             && !fds.is_empty()
@@ -334,25 +373,25 @@ impl<M: Machine> Lifecycle<M> {
             net.fds = Some(fds.iter().map(AsRawFd::as_raw_fd).collect());
         }
         let mut wanted = with_device(config, device.clone());
-        config::validate_addition(&wanted, &device).map_err(ControlError::ConfigValidation)?;
+        config::validate_addition(&wanted, &device).map_err(LifecycleError::ConfigValidation)?;
         let Some(machine) = &mut self.machine else {
             self.config = Some(wanted);
             self.keep_taps(fds);
-            return Ok(VmAnswer::Done);
+            return Ok(None);
         };
         config::assign_ids(&mut wanted);
         config::take_id(&wanted, &mut device);
         let added = machine
             .add_device(&mut device)
-            .map_err(ControlError::Machine)?;
+            .map_err(LifecycleError::Machine)?;
         if matches!(device, NewDevice::Balloon(_)) {
-            self.machines += 1;
-            steer_reporting(machine, &self.thresholds, self.reporting_paused);
+            self.generation += 1;
+            steer_reporting(machine.as_ref(), &self.thresholds, self.reporting_paused);
         }
         self.config = Some(with_device(config, device));
         self.keep_taps(fds);
         self.emit_device("virtio-device", "added", &added);
-        Ok(VmAnswer::Added(added))
+        Ok(Some(added))
     }
 
     fn keep_taps(&mut self, fds: Vec<OwnedFd>) {
@@ -366,13 +405,17 @@ impl<M: Machine> Lifecycle<M> {
         self.taps.retain(|fd, _| named.contains(fd));
     }
 
-    fn remove_device(&mut self, id: &str) -> Result<(), ControlError> {
-        let config = self.config.as_ref().ok_or(ControlError::VmNotCreated)?;
+    /// `vm.remove-device`: a running guest must release the device first.
+    ///
+    /// # Errors
+    /// There is no such device, or it cannot be removed.
+    pub fn remove_device(&mut self, id: &str) -> Result<(), LifecycleError> {
+        let config = self.config.as_ref().ok_or(LifecycleError::VmNotCreated)?;
         let without = without_device(config, id);
         match (&mut self.machine, without) {
             // One that the guest has been asked to let go of is in the machine alone.
             (Some(machine), without) => {
-                machine.remove_device(id).map_err(ControlError::Machine)?;
+                machine.remove_device(id).map_err(LifecycleError::Machine)?;
                 if let Some(without) = without {
                     self.config = Some(without);
                 }
@@ -380,7 +423,7 @@ impl<M: Machine> Lifecycle<M> {
             (None, Some(without)) => self.config = Some(without),
             (None, None) => {
                 let id = id.to_owned();
-                return Err(ControlError::Device(HotplugError::NoSuchDevice { id }));
+                return Err(LifecycleError::Device(HotplugError::NoSuchDevice { id }));
             }
         }
         Ok(())
@@ -405,13 +448,17 @@ impl<M: Machine> Lifecycle<M> {
         (self.context.events)(source, event, &properties);
     }
 
-    fn set_thresholds(&self, change: &ReclaimThresholdsChange) -> Result<(), ControlError> {
+    /// `PUT vm.reclaim-thresholds`
+    ///
+    /// # Errors
+    /// There is no VM, or the change makes no sense; nothing has changed then.
+    pub fn set_thresholds(&self, change: &ReclaimThresholdsChange) -> Result<(), LifecycleError> {
         if self.config.is_none() {
-            return Err(ControlError::VmNotCreated);
+            return Err(LifecycleError::VmNotCreated);
         }
         self.thresholds
             .change(change)
-            .map_err(ControlError::Thresholds)?;
+            .map_err(LifecycleError::Thresholds)?;
         if let (Some(_), Some(policy), Some(machine)) = (
             change.reporting_policy,
             self.thresholds.policy(),
@@ -422,7 +469,11 @@ impl<M: Machine> Lifecycle<M> {
         Ok(())
     }
 
-    fn balloon_reporting(&mut self, request: VmBalloonReporting) -> Result<(), ControlError> {
+    /// `vm.balloon-reporting`: a pause is only requested here.
+    ///
+    /// # Errors
+    /// There is no balloon, or the guest cannot do it now.
+    pub fn balloon_reporting(&mut self, request: VmBalloonReporting) -> Result<(), LifecycleError> {
         self.on_machine(|machine| machine.balloon_reporting(request))?;
         match request.action {
             ReportingAction::Pause => self.reporting_paused = true,
@@ -439,7 +490,7 @@ impl<M: Machine> Lifecycle<M> {
 }
 
 /// Tells a new balloon what the operator wants of the guest's reporting.
-fn steer_reporting<M: Machine>(machine: &M, thresholds: &Thresholds, paused: bool) {
+fn steer_reporting(machine: &dyn Machine, thresholds: &Thresholds, paused: bool) {
     if let Some(policy) = thresholds.policy() {
         machine.set_reporting_policy(policy);
     }
@@ -456,16 +507,16 @@ fn steer_reporting<M: Machine>(machine: &M, thresholds: &Thresholds, paused: boo
 }
 
 /// What a guest shall have plugged in to have `desired` bytes in all.
-fn hotplugged_bytes(memory: &MemoryConfig, desired: u64) -> Result<u64, ControlError> {
+fn hotplugged_bytes(memory: &MemoryConfig, desired: u64) -> Result<u64, LifecycleError> {
     let room = memory.hotplug_size.unwrap_or(0);
     if room == 0 || memory.hotplug_method != HotplugMethod::VirtioMem {
         let current = memory.total_bytes().unwrap_or(memory.size);
-        return Err(ControlError::MemoryHotplug { current, desired });
+        return Err(LifecycleError::MemoryHotplug { current, desired });
     }
     let added = desired.checked_sub(memory.size);
     added
         .filter(|added| *added <= room)
-        .ok_or(ControlError::MemoryOutOfRange {
+        .ok_or(LifecycleError::MemoryOutOfRange {
             desired,
             least: memory.size,
             most: memory.size.saturating_add(room),

@@ -1,12 +1,11 @@
 //! The control thread: owns the VM, runs every change, and publishes what there is.
 
+mod error;
 mod lifecycle;
-mod machine;
-mod request;
 mod thread;
 mod view;
 
-pub use machine::{Machine, MachineObserver};
-pub use request::{ControlError, RequestError, RequestKind, VmAnswer, VmRequest};
-pub use thread::{ControlHandle, ControlSetup, ControlThread, ControlThreadError, Done, Ending};
+pub use error::{LifecycleError, RequestError};
+pub use lifecycle::Lifecycle;
+pub use thread::{ControlHandle, ControlSetup, ControlThread, ControlThreadError, Ending};
 pub use view::{MachineView, PublishedView, View};

@@ -6,19 +6,20 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
+use api::Endpoint;
+
+use super::error::{LifecycleError, RequestError};
 use super::lifecycle::Lifecycle;
-use super::machine::Machine;
-use super::request::{ControlError, RequestError, VmAnswer, VmRequest};
 use super::view::PublishedView;
 use crate::threads::{CONTROL_THREAD, THRESHOLDS_THREAD, ThreadKind};
 use crate::thresholds::{Monitor, Thresholds};
-use crate::vm::VmContext;
+use crate::vm::{MachineFactory, VmContext};
 use machine::signals::VmSignals;
 
 /// Requests that may wait. More than the HTTP server has connections, so that only clients that go away without waiting
@@ -37,12 +38,12 @@ const TOKEN_RESET: u64 = 4;
 const TOKEN_REQUEST: u64 = 5;
 const TOKENS: usize = 6;
 
-/// Called on the control thread with the outcome; must not block.
-pub type Done = Box<dyn FnOnce(Result<VmAnswer, RequestError>) + Send>;
+/// A change and the way its outcome goes. Without a lifecycle it only reports that the change was not made.
+type Job = Box<dyn FnOnce(Option<&mut Lifecycle>) + Send>;
 
-struct Envelope {
-    request: VmRequest,
-    done: Done,
+struct Request {
+    endpoint: Endpoint,
+    job: Job,
 }
 
 /// How the control thread ended.
@@ -71,7 +72,7 @@ pub enum ControlThreadError {
 /// The way to the control thread.
 #[derive(Clone)]
 pub struct ControlHandle {
-    queue: SyncSender<Envelope>,
+    queue: SyncSender<Request>,
     wake: Arc<EventFd>,
     exit: Arc<EventFd>,
 }
@@ -83,36 +84,44 @@ impl std::fmt::Debug for ControlHandle {
 }
 
 impl ControlHandle {
-    /// Queues a request and returns at once; `done` learns the outcome, also when the queue is full.
-    pub fn submit(&self, request: VmRequest, done: Done) {
-        match self.queue.try_send(Envelope { request, done }) {
+    /// Queues `change` and returns at once. `done` is called with the outcome, also when the queue is full: on the
+    /// control thread, so it must not block.
+    pub fn submit<T>(
+        &self,
+        endpoint: Endpoint,
+        change: impl FnOnce(&mut Lifecycle) -> Result<T, LifecycleError> + Send + 'static,
+        done: impl FnOnce(Result<T, RequestError>) + Send + 'static,
+    ) {
+        let job: Job = Box::new(move |lifecycle| {
+            done(match lifecycle {
+                Some(lifecycle) => lifecycle.run(endpoint, change),
+                None => Err(queue_full(endpoint)),
+            });
+        });
+        match self.queue.try_send(Request { endpoint, job }) {
             // A full counter means that the thread is about to wake up anyway.
             Ok(()) => drop(self.wake.write(1)),
-            Err(error) => {
-                let envelope = match error {
-                    std::sync::mpsc::TrySendError::Full(envelope)
-                    | std::sync::mpsc::TrySendError::Disconnected(envelope) => envelope,
-                };
-                let kind = envelope.request.kind();
-                let cause = ControlError::QueueFull;
-                (envelope.done)(Err(RequestError { kind, cause }));
+            Err(TrySendError::Full(request) | TrySendError::Disconnected(request)) => {
+                (request.job)(None);
             }
         }
     }
 
-    /// Queues a request and waits for its outcome.
+    /// Queues `change` and waits for its outcome.
     ///
     /// # Errors
-    /// The request failed.
-    pub fn call(&self, request: VmRequest) -> Result<VmAnswer, RequestError> {
-        let kind = request.kind();
+    /// The change failed.
+    pub fn call<T: Send + 'static>(
+        &self,
+        endpoint: Endpoint,
+        change: impl FnOnce(&mut Lifecycle) -> Result<T, LifecycleError> + Send + 'static,
+    ) -> Result<T, RequestError> {
         let (sender, receiver) = sync_channel(1);
         // Nobody listens any more when the caller has gone, which it cannot while it waits below.
-        self.submit(request, Box::new(move |outcome| drop(sender.send(outcome))));
-        receiver.recv().unwrap_or(Err(RequestError {
-            kind,
-            cause: ControlError::QueueFull,
-        }))
+        self.submit(endpoint, change, move |outcome| drop(sender.send(outcome)));
+        receiver
+            .recv()
+            .unwrap_or_else(|_| Err(queue_full(endpoint)))
     }
 
     /// The descriptor to write to when the process shall end, for signal handlers.
@@ -121,8 +130,15 @@ impl ControlHandle {
     }
 }
 
+fn queue_full(endpoint: Endpoint) -> RequestError {
+    let cause = LifecycleError::QueueFull;
+    RequestError { endpoint, cause }
+}
+
 /// What the control thread is made from.
 pub struct ControlSetup {
+    /// Makes machines.
+    pub make_machine: MachineFactory,
     /// Where it shows what there is.
     pub view: Arc<PublishedView>,
     /// What every machine gets; its signals come back here.
@@ -149,11 +165,11 @@ pub struct ControlThread {
 }
 
 impl ControlThread {
-    /// Starts it for machines of type `M`.
+    /// Starts it.
     ///
     /// # Errors
     /// The host lacks descriptors or threads.
-    pub fn start<M: Machine>(setup: ControlSetup) -> Result<Self, ControlThreadError> {
+    pub fn start(setup: ControlSetup) -> Result<Self, ControlThreadError> {
         let new_event = || EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC);
         let wake = Arc::new(new_event().map_err(ControlThreadError::Setup)?);
         let exit = Arc::new(new_event().map_err(ControlThreadError::Setup)?);
@@ -182,7 +198,7 @@ impl ControlThread {
             .name(CONTROL_THREAD.to_owned())
             .stack_size(STACK_BYTES)
             .spawn(move || {
-                let ending = run::<M>(setup, thresholds, &epoll, &requests, &own.wake);
+                let ending = run(setup, thresholds, &epoll, &requests, &own.wake);
                 // It tells of nothing any more once the end is told.
                 drop(monitor);
                 ending
@@ -214,18 +230,23 @@ fn watch(events: &[(&EventFd, u64)]) -> io::Result<Epoll> {
     Ok(epoll)
 }
 
-fn run<M: Machine>(
+fn run(
     setup: ControlSetup,
     thresholds: Arc<Thresholds>,
     epoll: &Epoll,
-    requests: &Receiver<Envelope>,
+    requests: &Receiver<Request>,
     wake: &EventFd,
 ) -> Ending {
     (setup.on_start)();
     (setup.context.events)("vmm", "starting", &[]);
     let signals = Arc::clone(&setup.context.signals);
-    let lifecycle =
-        Lifecycle::<M>::new(setup.view, thresholds, setup.events_are_read, setup.context);
+    let lifecycle = Lifecycle::new(
+        setup.make_machine,
+        setup.view,
+        thresholds,
+        setup.events_are_read,
+        setup.context,
+    );
     let mut control = Control {
         lifecycle,
         signals,
@@ -247,21 +268,21 @@ fn run<M: Machine>(
             break ending;
         }
     };
-    control.log_failure(VmRequest::ShutdownVmm);
+    control.log_failure(Endpoint::VmmShutdown, Lifecycle::end);
     ending
 }
 
-struct Control<M: Machine> {
-    lifecycle: Lifecycle<M>,
+struct Control {
+    lifecycle: Lifecycle,
     signals: Arc<VmSignals>,
     no_shutdown: bool,
 }
 
-impl<M: Machine> Control<M> {
+impl Control {
     fn handle_tokens(
         &mut self,
         tokens: &[u64],
-        requests: &Receiver<Envelope>,
+        requests: &Receiver<Request>,
         wake: &EventFd,
     ) -> Option<Ending> {
         for token in tokens {
@@ -277,7 +298,7 @@ impl<M: Machine> Control<M> {
                 }
                 _ => {
                     clear(wake);
-                    self.serve_requests(requests)
+                    self.serve_request(requests, wake)
                 }
             };
             if ending.is_some() {
@@ -287,21 +308,18 @@ impl<M: Machine> Control<M> {
         None
     }
 
-    fn serve_requests(&mut self, requests: &Receiver<Envelope>) -> Option<Ending> {
-        loop {
-            let Envelope { request, done } = match requests.try_recv() {
-                Ok(envelope) => envelope,
-                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return None,
-            };
-            log::info!("API request: {:?}", request.kind());
-            let ends = matches!(request, VmRequest::ShutdownVmm);
-            // Whoever asked tells of a failure: the API in its answer and in the log, the command
-            // line at the end of the process.
-            done(self.lifecycle.handle(request));
-            if ends {
-                return Some(Ending::Regular);
-            }
-        }
+    /// Serves one request and comes back for the next one, so that a wish to end or a failed machine waits for one
+    /// request at most, however many clients there are.
+    fn serve_request(&mut self, requests: &Receiver<Request>, wake: &EventFd) -> Option<Ending> {
+        // Empty: every request has been served. Its sender lives as long as this thread.
+        let Request { endpoint, job } = requests.try_recv().ok()?;
+        // A full counter wakes the thread as well.
+        let _ = wake.write(1);
+        log::info!("API request: {endpoint:?}");
+        // Whoever asked reports a failure: the API in its answer and in the log, the command line at the end of the
+        // process.
+        job(Some(&mut self.lifecycle));
+        self.lifecycle.has_ended().then_some(Ending::Regular)
     }
 
     fn guest_shut_down(&mut self) -> Option<Ending> {
@@ -313,7 +331,7 @@ impl<M: Machine> Control<M> {
         if !self.no_shutdown {
             return Some(Ending::Regular);
         }
-        self.log_failure(VmRequest::Shutdown);
+        self.log_failure(Endpoint::VmShutdown, Lifecycle::shutdown);
         None
     }
 
@@ -323,7 +341,7 @@ impl<M: Machine> Control<M> {
             return None;
         }
         log::info!("The guest has asked for a reset");
-        match self.log_failure(VmRequest::Reboot) {
+        match self.log_failure(Endpoint::VmReboot, Lifecycle::reboot) {
             true => Some(Ending::MachineFailed),
             false => None,
         }
@@ -335,13 +353,17 @@ impl<M: Machine> Control<M> {
             return None;
         }
         log::error!("The machine has failed and is stopped");
-        self.log_failure(VmRequest::Shutdown);
+        self.log_failure(Endpoint::VmShutdown, Lifecycle::shutdown);
         (!self.no_shutdown).then_some(Ending::MachineFailed)
     }
 
-    /// Does what nobody waits for; true when it failed.
-    fn log_failure(&mut self, request: VmRequest) -> bool {
-        let outcome = self.lifecycle.handle(request);
+    /// Makes a change that nobody waits for; true when it failed.
+    fn log_failure(
+        &mut self,
+        endpoint: Endpoint,
+        change: impl FnOnce(&mut Lifecycle) -> Result<(), LifecycleError>,
+    ) -> bool {
+        let outcome = self.lifecycle.run(endpoint, change);
         if let Err(error) = &outcome {
             log::error!("{}", api::error_chain(error).join(": "));
         }

@@ -6,8 +6,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use api::{VmConfig, VmInfo, VmState};
 
-use super::machine::MachineObserver;
 use crate::thresholds::Thresholds;
+use crate::vm::MachineObserver;
 
 /// One consistent picture.
 #[derive(Debug, Clone, Default)]
@@ -25,7 +25,7 @@ pub struct View {
 pub struct MachineView {
     /// Counts machines: each boot and reboot makes another one, and figures start anew. Those of a balloon do so when
     /// one is added, too, which counts as well.
-    pub number: u64,
+    pub generation: u64,
     /// `Running` or `Paused`.
     pub state: VmState,
     /// Its figures.

@@ -14,10 +14,11 @@ use super::error::ThresholdError;
 use super::figure::{Needs, Sources};
 use super::policy::PolicySight;
 use super::reporting::{ReportingEvent, ReportingSight, ReportingWatch};
-use crate::control::{MachineObserver, MachineView, PublishedView};
+use crate::control::{MachineView, PublishedView};
 use crate::device_ids::BALLOON_ID;
 use crate::events::EventSink;
 use crate::threads::THRESHOLDS_THREAD;
+use crate::vm::MachineObserver;
 
 /// Time between two looks. Residency is measured at most once in it, and the probe itself rests a hundred times as long
 /// as a measurement took, so that alerts never cost more than a hundredth of a core.
@@ -251,7 +252,7 @@ impl Looker {
 
 fn sight(machine: &MachineView, stats: &ReclaimStats) -> Sight {
     Sight {
-        machine: machine.number,
+        machine: machine.generation,
         running: machine.state == VmState::Running,
         target_bytes: stats.balloon_target_bytes,
         actual_bytes: stats.ballooned_bytes,
@@ -264,7 +265,7 @@ fn sight(machine: &MachineView, stats: &ReclaimStats) -> Sight {
 fn reporting_sight(machine: &MachineView, stats: &ReclaimStats) -> ReportingSight {
     let wish = stats.reporting.report_now;
     ReportingSight {
-        machine: machine.number,
+        machine: machine.generation,
         paused_by: stats.reporting.paused_by.clone(),
         // Only of the latest wish: to an older one the guest may come back as often as it likes.
         report_now_done: if wish.done_id == wish.id { wish.id } else { 0 },

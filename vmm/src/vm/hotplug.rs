@@ -53,13 +53,8 @@ pub enum HotplugError {
 }
 
 impl Vm {
-    /// Adds a device whose configuration has been checked and named, and tells the guest. On an error nothing is left
-    /// behind. `device` is changed as [`Vm::new`] changes the configuration.
-    ///
-    /// # Errors
-    /// The device cannot be made or named, or there is no slot for it.
-    pub fn add_device(&mut self, device: &mut NewDevice) -> Result<PciDeviceInfo, VmError> {
-        self.check_addition(device).map_err(VmError::Hotplug)?;
+    /// Plugs in a device that [`Vm::check_addition`] allows, and interrupts the guest.
+    pub(super) fn plug(&mut self, device: &mut NewDevice) -> Result<PciDeviceInfo, VmError> {
         let (Made { plug, counters }, balloon) = match device {
             NewDevice::Disk(disk) => (devices::disk(disk)?, None),
             NewDevice::Net(net) => (network::net(net)?, None),
@@ -75,7 +70,7 @@ impl Vm {
         Ok(info)
     }
 
-    fn check_addition(&self, device: &NewDevice) -> Result<(), HotplugError> {
+    pub(super) fn check_addition(&self, device: &NewDevice) -> Result<(), HotplugError> {
         let mut plugged = self.pc.devices().iter();
         let is_balloon = matches!(device, NewDevice::Balloon(_));
         let in_the_way = |it: &&Plugged| {
@@ -89,23 +84,8 @@ impl Vm {
         }
     }
 
-    /// Asks the guest to let go of a device and returns at once; may be repeated. The device goes when the guest has
-    /// let go, see [`Vm::take_ejected`].
-    ///
-    /// # Errors
-    /// There is no such device, it cannot go, or it is a balloon with memory in it.
-    pub fn remove_device(&mut self, id: &str) -> Result<(), VmError> {
-        let plugged = self.removable(id).map_err(VmError::Hotplug)?;
-        let is_balloon = plugged.kind == DeviceKind::Balloon;
-        self.pc.request_removal(plugged).map_err(VmError::Pc)?;
-        if is_balloon {
-            // Nobody shall inflate it any more. Its figures go when it does.
-            self.balloon = None;
-        }
-        Ok(())
-    }
-
-    fn removable(&self, id: &str) -> Result<&Plugged, HotplugError> {
+    /// The device, if it can be removed now.
+    pub(super) fn removable(&self, id: &str) -> Result<&Plugged, HotplugError> {
         let found = self.pc.devices().iter().find(|it| it.id == id);
         let plugged = found.ok_or_else(|| HotplugError::NoSuchDevice { id: id.to_owned() })?;
         match (plugged.kind, &self.balloon) {
@@ -127,21 +107,10 @@ impl Vm {
         }
         Ok(plugged)
     }
-
-    /// Drops the devices that the guest has let go of, and returns what they were. Waits for host I/O at most.
-    pub fn take_ejected(&mut self) -> Vec<PciDeviceInfo> {
-        let gone = self.pc.take_ejected().into_iter();
-        gone.map(|plugged| {
-            let is_balloon = plugged.kind == DeviceKind::Balloon;
-            self.observer.remove(&plugged.id, is_balloon);
-            info(&plugged)
-        })
-        .collect()
-    }
 }
 
 /// A device as the API shows it.
-fn info(plugged: &Plugged) -> PciDeviceInfo {
+pub(super) fn info(plugged: &Plugged) -> PciDeviceInfo {
     PciDeviceInfo {
         id: plugged.id.clone(),
         bdf: plugged.bdf.to_string(),

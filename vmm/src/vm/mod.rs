@@ -1,7 +1,7 @@
 //! One virtual machine: built from a checked configuration, booted, paused, shut down.
 //!
 //! Owned by the control thread alone. What other threads may read of a running
-//! machine goes through [`VmObserver`], which never waits for the control
+//! machine goes through [`MachineObserver`], which never waits for the control
 //! thread and, but for one call that says so, never for the guest.
 
 mod build;
@@ -21,11 +21,12 @@ use std::io;
 use std::sync::Arc;
 
 use api::config::PlatformConfig;
-use api::{HintingAction, ReportingPolicy, VmBalloonReporting, VmConfig};
+use api::{HintingAction, PciDeviceInfo, ReportingPolicy, VmBalloonReporting, VmConfig};
 use machine::boot::Payload;
 use machine::events::DeviceEvent;
 use machine::pc::{Pc, PcContext};
 use machine::signals::VmSignals;
+use machine::threads::DeviceKind;
 use virtio_devices::balloon::BalloonHandle;
 use virtio_devices::mem::MemHandle;
 
@@ -33,8 +34,9 @@ pub use consoles::Consoles;
 pub use error::VmError;
 pub use hotplug::HotplugError;
 use observer::OwnObserver;
-pub use observer::{BalloonStatsError, VmObserver};
+pub use observer::{BalloonStatsError, MachineObserver};
 
+use crate::config::NewDevice;
 use crate::events::EventSink;
 use crate::threads::{ThreadKind, ThreadStart};
 
@@ -95,6 +97,90 @@ impl VmContext {
     }
 }
 
+/// The machine as the control thread drives it. Every call comes from that thread and none waits for the guest. Tests of
+/// the control thread and of the API implement it without KVM.
+pub trait Machine {
+    /// Starts the vCPUs.
+    ///
+    /// # Errors
+    /// A vCPU cannot be set up.
+    fn boot(&mut self) -> Result<(), VmError>;
+
+    /// Stops vCPUs and device workers; returns when guest memory does not change any more.
+    ///
+    /// # Errors
+    /// A vCPU did not stop within its deadline; the machine continues then.
+    fn pause(&mut self) -> Result<(), VmError>;
+
+    /// Undoes [`Machine::pause`].
+    ///
+    /// # Errors
+    /// A vCPU could not be resumed.
+    fn resume(&mut self) -> Result<(), VmError>;
+
+    /// Stops everything and gives all resources back.
+    ///
+    /// # Errors
+    /// A vCPU did not end within its deadline.
+    fn shutdown(self: Box<Self>) -> Result<(), VmError>;
+
+    /// Presses the ACPI power button.
+    ///
+    /// # Errors
+    /// The interrupt could not be raised.
+    fn power_button(&self) -> Result<(), VmError>;
+
+    /// Sets the balloon's target in bytes and returns at once.
+    ///
+    /// # Errors
+    /// [`VmError::MissingBalloon`].
+    fn resize_balloon(&self, bytes: u64) -> Result<(), VmError>;
+
+    /// Sets how much memory the guest should plug in beyond what it booted with, and returns at once.
+    ///
+    /// # Errors
+    /// [`VmError::MissingMem`], or [`VmError::MemoryResize`] with the reason.
+    fn resize_memory(&self, hotplugged_bytes: u64) -> Result<(), VmError>;
+
+    /// Starts or ends a run of free page hinting and returns at once.
+    ///
+    /// # Errors
+    /// [`VmError::MissingBalloon`], or [`VmError::Hinting`] with the reason.
+    fn balloon_hinting(&self, action: HintingAction) -> Result<(), VmError>;
+
+    /// Pauses or resumes reporting, or requests a report of everything; returns at once.
+    /// [`MachineObserver::reporting`] waits until a pause is complete.
+    ///
+    /// # Errors
+    /// [`VmError::MissingBalloon`], or [`VmError::Reporting`] with the reason.
+    fn balloon_reporting(&self, request: VmBalloonReporting) -> Result<(), VmError>;
+
+    /// Sends the guest a reporting policy, if there is a balloon and its driver takes one; returns at once.
+    fn set_reporting_policy(&self, policy: ReportingPolicy);
+
+    /// Adds a device whose configuration has been checked and named, and interrupts the guest. On an error nothing is
+    /// left behind. `device` is changed as [`Vm::new`] changes the configuration.
+    ///
+    /// # Errors
+    /// The device cannot be made or named, or there is no slot for it.
+    fn add_device(&mut self, device: &mut NewDevice) -> Result<PciDeviceInfo, VmError>;
+
+    /// Requests the release of a device from the guest and returns at once; may be repeated.
+    ///
+    /// # Errors
+    /// There is no such device, it cannot be removed, or it is a balloon with memory in it.
+    fn remove_device(&mut self, id: &str) -> Result<(), VmError>;
+
+    /// Drops the devices that the guest has released, and returns what they were. Waits for host I/O at most.
+    fn take_ejected(&mut self) -> Vec<PciDeviceInfo>;
+
+    /// The figures that other threads may read.
+    fn observer(&self) -> Arc<dyn MachineObserver>;
+}
+
+/// Makes the machine of a validated configuration, as [`Vm::new`] does.
+pub type MachineFactory = fn(&mut VmConfig, &VmContext) -> Result<Box<dyn Machine>, VmError>;
+
 /// One virtual machine. Dropping it stops everything it started.
 #[derive(Debug)]
 pub struct Vm {
@@ -121,74 +207,44 @@ impl Vm {
     pub fn new(config: &mut VmConfig, context: &VmContext) -> Result<Self, VmError> {
         build::build(config, context)
     }
+}
 
-    /// Starts the vCPUs.
-    ///
-    /// # Errors
-    /// A vCPU cannot be set up.
-    pub fn boot(&mut self) -> Result<(), VmError> {
+impl Machine for Vm {
+    fn boot(&mut self) -> Result<(), VmError> {
         self.pc
             .boot(&self.payload, self.platform.as_ref())
             .map_err(VmError::Pc)
     }
 
-    /// Stops vCPUs and device workers; returns when guest memory stands still.
-    ///
-    /// # Errors
-    /// A vCPU did not stop within its deadline; the machine runs on then.
-    pub fn pause(&mut self) -> Result<(), VmError> {
+    fn pause(&mut self) -> Result<(), VmError> {
         self.pc.pause().map_err(VmError::Pc)
     }
 
-    /// Undoes [`Vm::pause`].
-    ///
-    /// # Errors
-    /// A vCPU could not be resumed.
-    pub fn resume(&mut self) -> Result<(), VmError> {
+    fn resume(&mut self) -> Result<(), VmError> {
         self.pc.resume().map_err(VmError::Pc)
     }
 
-    /// Stops everything and gives all resources back.
-    ///
-    /// # Errors
-    /// A vCPU did not end within its deadline.
-    pub fn shutdown(mut self) -> Result<(), VmError> {
+    fn shutdown(mut self: Box<Self>) -> Result<(), VmError> {
         self.pc.shutdown().map_err(VmError::Pc)
     }
 
-    /// Presses the ACPI power button.
-    ///
-    /// # Errors
-    /// The interrupt could not be raised.
-    pub fn power_button(&self) -> Result<(), VmError> {
+    fn power_button(&self) -> Result<(), VmError> {
         self.pc.power_button().map_err(VmError::Pc)
     }
 
-    /// Sets the balloon's target in bytes and returns at once.
-    ///
-    /// # Errors
-    /// [`VmError::MissingBalloon`].
-    pub fn resize_balloon(&self, bytes: u64) -> Result<(), VmError> {
+    fn resize_balloon(&self, bytes: u64) -> Result<(), VmError> {
         let balloon = self.balloon.as_ref().ok_or(VmError::MissingBalloon)?;
         balloon.set_target_bytes(bytes);
         Ok(())
     }
 
-    /// Sets how much memory the guest shall have plugged in, beyond what it booted with, and returns at once.
-    ///
-    /// # Errors
-    /// [`VmError::MissingMem`], or [`VmError::MemoryResize`] with the reason.
-    pub fn resize_memory(&self, hotplugged_bytes: u64) -> Result<(), VmError> {
+    fn resize_memory(&self, hotplugged_bytes: u64) -> Result<(), VmError> {
         let mem = self.mem.as_ref().ok_or(VmError::MissingMem)?;
         mem.set_requested_bytes(hotplugged_bytes)
             .map_err(VmError::MemoryResize)
     }
 
-    /// Starts or ends a run of free page hinting and returns at once.
-    ///
-    /// # Errors
-    /// [`VmError::MissingBalloon`], or [`VmError::Hinting`] with the reason.
-    pub fn balloon_hinting(&self, action: HintingAction) -> Result<(), VmError> {
+    fn balloon_hinting(&self, action: HintingAction) -> Result<(), VmError> {
         let balloon = self.balloon.as_ref().ok_or(VmError::MissingBalloon)?;
         match action {
             HintingAction::Start => balloon.start_hinting().map(drop),
@@ -197,25 +253,44 @@ impl Vm {
         .map_err(VmError::Hinting)
     }
 
-    /// Pauses or resumes reporting, or asks for a report of everything; returns at once. Whether a pause is one
-    /// is for [`VmObserver::reporting`] to wait for.
-    ///
-    /// # Errors
-    /// [`VmError::MissingBalloon`], or [`VmError::Reporting`] with the reason.
-    pub fn balloon_reporting(&self, request: VmBalloonReporting) -> Result<(), VmError> {
+    fn balloon_reporting(&self, request: VmBalloonReporting) -> Result<(), VmError> {
         let balloon = self.balloon.as_ref().ok_or(VmError::MissingBalloon)?;
         reporting::steer(balloon, request).map_err(VmError::Reporting)
     }
 
-    /// Tells the guest how to report, if there is a balloon and its driver takes a policy; returns at once.
-    pub fn set_reporting_policy(&self, policy: ReportingPolicy) {
+    fn set_reporting_policy(&self, policy: ReportingPolicy) {
         if let Some(balloon) = &self.balloon {
             balloon.set_reporting_policy(policy);
         }
     }
 
-    /// What other threads may look at.
-    pub fn observer(&self) -> VmObserver {
-        self.observer.handle()
+    fn observer(&self) -> Arc<dyn MachineObserver> {
+        Arc::new(self.observer.handle())
+    }
+
+    fn add_device(&mut self, device: &mut NewDevice) -> Result<PciDeviceInfo, VmError> {
+        self.check_addition(device).map_err(VmError::Hotplug)?;
+        self.plug(device)
+    }
+
+    fn remove_device(&mut self, id: &str) -> Result<(), VmError> {
+        let plugged = self.removable(id).map_err(VmError::Hotplug)?;
+        let is_balloon = plugged.kind == DeviceKind::Balloon;
+        self.pc.request_removal(plugged).map_err(VmError::Pc)?;
+        if is_balloon {
+            // Nobody shall inflate it any more. Its figures go when it does.
+            self.balloon = None;
+        }
+        Ok(())
+    }
+
+    fn take_ejected(&mut self) -> Vec<PciDeviceInfo> {
+        let gone = self.pc.take_ejected().into_iter();
+        gone.map(|plugged| {
+            let is_balloon = plugged.kind == DeviceKind::Balloon;
+            self.observer.remove(&plugged.id, is_balloon);
+            hotplug::info(&plugged)
+        })
+        .collect()
     }
 }

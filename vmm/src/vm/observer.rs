@@ -96,12 +96,52 @@ fn nodes(plugged: &Plugged) -> [(String, DeviceNode); 2] {
     [(function_id, function), (id.clone(), device)]
 }
 
+/// Read-only access to a machine from any thread; never waits for the control thread.
+pub trait MachineObserver: std::fmt::Debug + Send + Sync {
+    /// RAM at boot and what was plugged in, less what the guest says is in the balloon. O(1).
+    fn memory_actual_size_bytes(&self) -> u64;
+
+    /// Counters by device. Takes microseconds.
+    fn counters(&self) -> VmCounters;
+
+    /// A fresh statistics sample from the guest; waits for it until `deadline`.
+    ///
+    /// # Errors
+    /// No balloon, or no answer in time.
+    fn balloon_stats(&self, deadline: Instant) -> Result<BalloonStatsResponse, BalloonStatsError>;
+
+    /// What the guest gave back; measures residency, which takes a few milliseconds.
+    ///
+    /// # Errors
+    /// The page tables cannot be read.
+    fn reclaim_stats(&self) -> Result<ReclaimStats, BalloonStatsError>;
+
+    /// The figures of the balloon alone: those of residency are 0. Takes microseconds.
+    ///
+    /// # Errors
+    /// The machine has gone.
+    fn balloon_figures(&self) -> Result<ReclaimStats, BalloonStatsError>;
+
+    /// How the guest takes the reporting policy. O(1), and waits for nobody.
+    fn reporting_policy(&self) -> PolicySight;
+
+    /// Whether reporting is at work. Waits until `deadline` for a pause that was requested: a guest that has not
+    /// confirmed it then is shut out.
+    ///
+    /// # Errors
+    /// No balloon, or no machine.
+    fn reporting(&self, deadline: Instant) -> Result<ReportingStatus, BalloonStatsError>;
+
+    /// Devices by id with their PCI addresses.
+    fn device_tree(&self) -> BTreeMap<String, DeviceNode>;
+}
+
 /// A handle on the figures of one machine. Cheap to clone; outlives the machine, and has no figures then.
 ///
 /// What it looks at holds guest RAM, image files and taps. A machine that goes takes all of it back, whoever still has
 /// a handle: the next machine may need the same files a moment later.
 #[derive(Clone)]
-pub struct VmObserver {
+pub(super) struct VmObserver {
     /// RAM at boot.
     ram_bytes: u64,
     shown: Arc<RwLock<Shown>>,
@@ -214,8 +254,13 @@ impl VmObserver {
         observed.as_ref().map(read)
     }
 
-    /// RAM at boot and what was plugged in, less what the guest says is in the balloon. O(1).
-    pub fn memory_actual_size_bytes(&self) -> u64 {
+    fn write_shown(&self) -> RwLockWriteGuard<'_, Shown> {
+        self.shown.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl MachineObserver for VmObserver {
+    fn memory_actual_size_bytes(&self) -> u64 {
         let shown = self.shown.read().unwrap_or_else(PoisonError::into_inner);
         let balloon = shown.balloon.as_ref();
         let ballooned_bytes = balloon.map_or(0, BalloonHandle::actual_bytes);
@@ -224,8 +269,7 @@ impl VmObserver {
         ram_bytes.saturating_sub(ballooned_bytes)
     }
 
-    /// Counters by device. Takes microseconds.
-    pub fn counters(&self) -> VmCounters {
+    fn counters(&self) -> VmCounters {
         self.look(|observed| {
             observed
                 .counters
@@ -244,14 +288,7 @@ impl VmObserver {
         .unwrap_or_default()
     }
 
-    /// A fresh statistics sample from the guest; waits for it until `deadline`.
-    ///
-    /// # Errors
-    /// No balloon, or no answer in time.
-    pub fn balloon_stats(
-        &self,
-        deadline: Instant,
-    ) -> Result<BalloonStatsResponse, BalloonStatsError> {
+    fn balloon_stats(&self, deadline: Instant) -> Result<BalloonStatsResponse, BalloonStatsError> {
         // The lock is given back before the wait for the guest.
         let balloon = self
             .look(|observed| observed.balloon.clone())
@@ -273,11 +310,7 @@ impl VmObserver {
         })
     }
 
-    /// What the guest gave back; measures residency, which takes a few milliseconds.
-    ///
-    /// # Errors
-    /// The page tables cannot be read.
-    pub fn reclaim_stats(&self) -> Result<ReclaimStats, BalloonStatsError> {
+    fn reclaim_stats(&self) -> Result<ReclaimStats, BalloonStatsError> {
         self.look(|observed| {
             let residency = observed
                 .residency
@@ -293,11 +326,7 @@ impl VmObserver {
         .unwrap_or(Err(BalloonStatsError::MachineGone))
     }
 
-    /// The figures of the balloon alone: those of residency are 0. Takes microseconds.
-    ///
-    /// # Errors
-    /// The machine has gone.
-    pub fn balloon_figures(&self) -> Result<ReclaimStats, BalloonStatsError> {
+    fn balloon_figures(&self) -> Result<ReclaimStats, BalloonStatsError> {
         self.look(|observed| {
             let balloon = observed.balloon.as_ref().map(BalloonHandle::snapshot);
             reclaim_report::reclaim_stats(None, &observed.ram(), balloon.as_ref())
@@ -305,8 +334,7 @@ impl VmObserver {
         .ok_or(BalloonStatsError::MachineGone)
     }
 
-    /// What the guest makes of the reporting policy. O(1), and waits for nobody.
-    pub fn reporting_policy(&self) -> PolicySight {
+    fn reporting_policy(&self) -> PolicySight {
         // A machine on its way out holds the lock, and is none any more.
         let Ok(observed) = self.observed.try_read() else {
             return PolicySight::NoMachine;
@@ -318,12 +346,7 @@ impl VmObserver {
         }
     }
 
-    /// Whether reporting is at work. Waits until `deadline` for a pause that was asked for: a guest that has not
-    /// confirmed it then is shut out.
-    ///
-    /// # Errors
-    /// No balloon, or no machine.
-    pub fn reporting(&self, deadline: Instant) -> Result<ReportingStatus, BalloonStatsError> {
+    fn reporting(&self, deadline: Instant) -> Result<ReportingStatus, BalloonStatsError> {
         // The lock is given back before the wait for the guest.
         let balloon = self
             .look(|observed| observed.balloon.clone())
@@ -337,14 +360,9 @@ impl VmObserver {
         ))
     }
 
-    /// Devices by id with their PCI addresses.
-    pub fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
+    fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
         let shown = self.shown.read().unwrap_or_else(PoisonError::into_inner);
         shown.device_tree.clone()
-    }
-
-    fn write_shown(&self) -> RwLockWriteGuard<'_, Shown> {
-        self.shown.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

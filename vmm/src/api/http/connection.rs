@@ -17,12 +17,12 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use micro_http::{Request, Response, StatusCode, Version};
+use micro_http::{Request, Version};
 use vmm_sys_util::epoll::EventSet;
 
 use super::framing::Framer;
 use super::receive::{FDS_MAX, receive};
-use super::reply::Answer;
+use super::reply::{Answer, Status};
 
 /// Bytes read and forgotten from a client that was refused.
 const LINGER_BYTES_MAX: usize = 16 << 20;
@@ -242,7 +242,7 @@ impl Connection {
             }
             Ok(None) => {
                 if self.framer.take_continue_due() {
-                    self.output = continue_bytes();
+                    self.output = Answer::empty(Status::Continue).to_bytes(Version::Http11);
                     if self.flush(now).is_err() {
                         return Step::Close;
                     }
@@ -255,7 +255,7 @@ impl Connection {
 
     fn refuse(&mut self, reason: &str, now: Instant) -> Step {
         let text = format!("{reason}\nAll previous unanswered requests will be dropped.");
-        let answer = Answer::refusal(StatusCode::BadRequest, &text);
+        let answer = Answer::refusal(Status::BadRequest, &text);
         self.framer = Framer::default();
         self.files.clear();
         self.output
@@ -298,14 +298,4 @@ fn asks_to_close(request: &Request) -> bool {
         .any(|(name, value)| {
             name.eq_ignore_ascii_case("connection") && value.eq_ignore_ascii_case("close")
         })
-}
-
-fn continue_bytes() -> Vec<u8> {
-    let mut bytes = Vec::new();
-    let mut response = Response::new(Version::Http11, StatusCode::Continue);
-    response.set_server("Cloud Hypervisor API");
-    response
-        .write_all(&mut bytes)
-        .expect("writing to a vector does not fail");
-    bytes
 }

@@ -13,5 +13,5 @@ mod server;
 mod tests;
 
 pub use connection::Deadlines;
-pub use reply::{Answer, Reply};
+pub use reply::{Answer, Reply, Status};
 pub use server::{CONNECTIONS_MAX, Handler, HttpServer, HttpServerError};

@@ -10,11 +10,35 @@ use vmm_sys_util::eventfd::EventFd;
 /// Value of the `Server` header, upstream's.
 const SERVER_NAME: &str = "Cloud Hypervisor API";
 
+/// The status codes of the API. `micro_http` has no name for some of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Status {
+    /// The head is fine; send the body.
+    Continue = 100,
+    /// Success, usually with a body.
+    Ok = 200,
+    /// Success without a body.
+    NoContent = 204,
+    /// The request makes no sense.
+    BadRequest = 400,
+    /// No such path, VM or device.
+    NotFound = 404,
+    /// An identifier or an image is in use already.
+    Conflict = 409,
+    /// Something is pending: the same request may succeed later.
+    TooManyRequests = 429,
+    /// Everything else.
+    InternalServerError = 500,
+    /// Too many clients or requests.
+    ServiceUnavailable = 503,
+}
+
 /// What a request is answered with.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
     /// The status.
-    pub status: StatusCode,
+    pub status: Status,
     /// JSON in ASCII; no body and no `Content-Length` when absent.
     pub body: Option<String>,
 }
@@ -22,30 +46,30 @@ pub struct Answer {
 impl Answer {
     /// 204.
     pub fn no_content() -> Self {
-        Self::empty(StatusCode::NoContent)
+        Self::empty(Status::NoContent)
     }
 
     /// `status` without a body.
-    pub fn empty(status: StatusCode) -> Self {
+    pub fn empty(status: Status) -> Self {
         Self { status, body: None }
     }
 
     /// 200 with `value` as JSON.
     pub fn json<T: Serialize + ?Sized>(value: &T) -> Self {
-        Self::with_body(StatusCode::OK, value)
+        Self::with_body(Status::Ok, value)
     }
 
     /// An error with its chain of causes.
-    pub fn error(status: StatusCode, chain: &ErrorBody) -> Self {
+    pub fn error(status: Status, chain: &ErrorBody) -> Self {
         Self::with_body(status, chain)
     }
 
     /// What the HTTP layer itself has to complain about: an object, where the API sends an array, as upstream does.
-    pub(super) fn refusal(status: StatusCode, text: &str) -> Self {
+    pub(super) fn refusal(status: Status, text: &str) -> Self {
         Self::with_body(status, &serde_json::json!({ "error": text }))
     }
 
-    fn with_body<T: Serialize + ?Sized>(status: StatusCode, value: &T) -> Self {
+    fn with_body<T: Serialize + ?Sized>(status: Status, value: &T) -> Self {
         match api::to_ascii_json(value) {
             Ok(body) => Self {
                 status,
@@ -53,7 +77,7 @@ impl Answer {
             },
             Err(error) => {
                 log::error!("An answer cannot be written as JSON: {error}");
-                Self::empty(StatusCode::InternalServerError)
+                Self::empty(Status::InternalServerError)
             }
         }
     }
@@ -61,15 +85,23 @@ impl Answer {
     /// The bytes on the wire: no reason phrase and `Content-Length` in exactly this case, which upstream's client
     /// depends on.
     pub(super) fn to_bytes(&self, version: Version) -> Vec<u8> {
-        let mut response = Response::new(version, self.status);
+        let version_text = match version {
+            Version::Http10 => "HTTP/1.0",
+            Version::Http11 => "HTTP/1.1",
+        };
+        let mut bytes = format!("{version_text} {} \r\n", self.status as u16).into_bytes();
+        // Headers and body are the crate's. Its own status line, which lacks codes, is left out.
+        let mut response = Response::new(version, StatusCode::OK);
         response.set_server(SERVER_NAME);
         if let Some(body) = &self.body {
             response.set_body(Body::new(body.as_str()));
         }
-        let mut bytes = Vec::new();
+        let mut written = Vec::new();
         response
-            .write_all(&mut bytes)
+            .write_all(&mut written)
             .expect("writing to a vector does not fail");
+        let status_line = written.iter().position(|byte| *byte == b'\n');
+        bytes.extend_from_slice(&written[status_line.map_or(0, |end| end + 1)..]);
         bytes
     }
 }
@@ -103,7 +135,7 @@ impl Drop for Reply {
     fn drop(&mut self) {
         if !self.sent {
             let chain = ErrorBody(vec!["The request was dropped without an answer".to_owned()]);
-            let answer = Answer::error(StatusCode::InternalServerError, &chain);
+            let answer = Answer::error(Status::InternalServerError, &chain);
             self.mailbox.post(self.connection, answer);
         }
     }
@@ -171,12 +203,28 @@ mod tests {
     }
 
     #[test]
+    fn answer_has_the_status_codes_that_the_crate_lacks() {
+        for (status, line) in [
+            (Status::Conflict, "HTTP/1.0 409 \r\nServer: "),
+            (Status::TooManyRequests, "HTTP/1.0 429 \r\nServer: "),
+        ] {
+            let bytes = Answer::refusal(status, "x").to_bytes(Version::Http10);
+            let text = String::from_utf8(bytes).unwrap();
+            assert!(text.starts_with(line), "{text}");
+            assert!(
+                text.ends_with("Content-Length: 13\r\n\r\n{\"error\":\"x\"}"),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
     fn reply_dropped_unanswered_answers_500() {
         let mailbox = Arc::new(Mailbox::new().unwrap());
         drop(Reply::new(7, Arc::clone(&mailbox)));
         let answers = mailbox.take();
         assert_eq!(answers.len(), 1);
         assert_eq!(answers[0].0, 7);
-        assert_eq!(answers[0].1.status, StatusCode::InternalServerError);
+        assert_eq!(answers[0].1.status, Status::InternalServerError);
     }
 }

@@ -11,11 +11,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use micro_http::{Request, StatusCode, Version};
+use micro_http::{Request, Version};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::connection::{Connection, Deadlines, Step};
-use super::reply::{Answer, Mailbox, Reply};
+use super::reply::{Answer, Mailbox, Reply, Status};
 use crate::threads::HTTP_THREAD;
 
 /// Clients served at the same time, as many as upstream's server takes.
@@ -370,7 +370,7 @@ impl<H: Handler> Loop<H> {
 
 /// Tells a client that there is no room. It fits any socket buffer, so one attempt without waiting is enough.
 fn refuse_full(mut stream: UnixStream) {
-    let answer = Answer::refusal(StatusCode::ServiceUnavailable, "Too many open connections");
+    let answer = Answer::refusal(Status::ServiceUnavailable, "Too many open connections");
     if let Err(error) = stream.write_all(&answer.to_bytes(Version::Http11)) {
         log::debug!("A client was refused and did not learn why: {error}");
     }

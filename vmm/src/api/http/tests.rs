@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use micro_http::{Request, StatusCode};
+use micro_http::Request;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::*;
@@ -32,7 +32,7 @@ impl Handler for Fixture {
             }
             "/big" => reply.send(Answer::json(&"x".repeat(1 << 20))),
             "/later" => self.kept.lock().unwrap().push(reply),
-            "/empty" => reply.send(Answer::empty(StatusCode::OK)),
+            "/empty" => reply.send(Answer::empty(Status::Ok)),
             _ => reply.send(Answer::no_content()),
         }
     }
@@ -314,6 +314,21 @@ fn server_waits_for_continue() {
     assert_eq!(read_response(&mut stream), (100, None));
     stream.write_all(b"ab").unwrap();
     assert_eq!(read_response(&mut stream), (200, Some("[2,0]".to_owned())));
+}
+
+#[test]
+fn server_empty_body_in_chunks_is_no_body() {
+    let server = server();
+    let mut stream = server.connect();
+    stream
+        .write_all(
+            b"PUT /count HTTP/1.1\r\nTransfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n",
+        )
+        .unwrap();
+    assert_eq!(read_response(&mut stream), (100, None));
+    stream.write_all(b"0\r\n\r\n").unwrap();
+    assert_eq!(read_response(&mut stream), (200, Some("[0,0]".to_owned())));
+    server.ping();
 }
 
 #[test]

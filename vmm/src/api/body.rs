@@ -1,0 +1,152 @@
+//! Reads request bodies. A body is bounded before it is parsed, because a few bytes of JSON can become a large structure,
+//! and keys that nobody knows are refused or logged.
+
+use api::{Endpoint, Origin};
+use serde::de::DeserializeOwned;
+
+/// Most objects and arrays in a body. The largest configuration that makes sense has 128 NUMA nodes with 128 distances
+/// each and a few lists. The largest structure that `{}` can stand for takes less than 400 bytes, so all of them take
+/// less than 8 MiB.
+const CONTAINERS_MAX: usize = 20_000;
+/// Most values in a body, for long lists of numbers: 1024 vCPUs with 256 host CPUs each.
+const VALUES_MAX: usize = 1 << 18;
+/// Unknown keys that are named.
+const KEYS_NAMED_MAX: usize = 8;
+/// Longest part of a key that is named.
+const KEY_CHARS_MAX: usize = 80;
+
+/// Why a body cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum BodyError {
+    /// Far more than any configuration has.
+    #[error("the body has more than {CONTAINERS_MAX} objects and arrays or {VALUES_MAX} values")]
+    TooManyValues,
+    /// An array would be taken for an object whose keys are left out.
+    #[error("the body must be a JSON object")]
+    NotAnObject,
+    /// Keys that this endpoint does not know.
+    #[error("unknown key {keys}")]
+    UnknownKeys {
+        /// The first of them.
+        keys: String,
+    },
+    /// No JSON, or values of a wrong type.
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+}
+
+/// Reads the body of a request to `endpoint`.
+pub(super) fn read<T: DeserializeOwned>(endpoint: Endpoint, body: &[u8]) -> Result<T, BodyError> {
+    check_amount(body)?;
+    if body.trim_ascii_start().first() == Some(&b'[') {
+        return Err(BodyError::NotAnObject);
+    }
+    let mut unknown = Vec::new();
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let value = serde_ignored::deserialize(&mut json, |path| {
+        if unknown.len() < KEYS_NAMED_MAX {
+            // A question mark stands for an optional value on the way.
+            let key = path.to_string().replace(".?", "");
+            unknown.push(format!(
+                "{:?}",
+                key.chars().take(KEY_CHARS_MAX).collect::<String>()
+            ));
+        }
+    })?;
+    json.end()?;
+    if unknown.is_empty() {
+        return Ok(value);
+    }
+    let keys = unknown.join(", ");
+    match endpoint.origin() {
+        Origin::Ours => Err(BodyError::UnknownKeys { keys }),
+        Origin::Upstream => {
+            log::warn!("{} ignores the unknown key {keys}", endpoint.name());
+            Ok(value)
+        }
+    }
+}
+
+/// Counts values without building any. What is no JSON is found by the parser.
+fn check_amount(body: &[u8]) -> Result<(), BodyError> {
+    let (mut containers, mut values) = (0, 1);
+    let (mut in_string, mut escaped) = (false, false);
+    for byte in body {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b'{' | b'[' if !in_string => containers += 1,
+            b',' if !in_string => values += 1,
+            _ => {}
+        }
+    }
+    if containers > CONTAINERS_MAX || values > VALUES_MAX {
+        return Err(BodyError::TooManyValues);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use api::config::{DiskConfig, NetConfig};
+    use api::{ReclaimThresholdsChange, VmConfig, VmResize};
+
+    use super::*;
+
+    #[test]
+    fn body_unknown_keys_of_our_endpoints_are_refused_by_name() {
+        let refused = |body: &str| {
+            let endpoint = Endpoint::VmSetReclaimThresholds;
+            let read = read::<ReclaimThresholdsChange>(endpoint, body.as_bytes());
+            read.unwrap_err().to_string()
+        };
+        assert_eq!(refused(r#"{"remove":["zzz"]}"#), r#"unknown key "remove""#);
+        assert_eq!(
+            refused(r#"{"policy":{"order_min":200},"x\n":1}"#),
+            r#"unknown key "policy", "x\n""#
+        );
+        assert_eq!(
+            refused(r#"{"reporting_policy":{"order_max":2}}"#),
+            r#"unknown key "reporting_policy.order_max""#
+        );
+        assert_eq!(refused("[]"), "the body must be a JSON object");
+        assert_eq!(refused(" [[]]"), "the body must be a JSON object");
+        let many: Vec<String> = (0..1000).map(|key| format!(r#""{key}":1"#)).collect();
+        let named = refused(&format!("{{{}}}", many.join(",")));
+        assert_eq!(named.matches(", ").count(), KEYS_NAMED_MAX - 1);
+    }
+
+    #[test]
+    fn body_unknown_keys_of_upstreams_endpoints_are_ignored() {
+        let body = br#"{"desired_balloon":1,"desired_future":{"deep":[1,2]}}"#;
+        let resize: VmResize = read(Endpoint::VmResize, body).unwrap();
+        assert_eq!(resize.desired_balloon, Some(1));
+    }
+
+    #[test]
+    fn body_with_more_values_than_any_vm_has_is_refused_before_it_is_built() {
+        for (part, count) in [("{}", CONTAINERS_MAX), ("1", VALUES_MAX)] {
+            let list = vec![part; count].join(",");
+            let body = format!(r#"{{"disks":[{list}],"balloon":null}}"#);
+            assert!(matches!(
+                read::<VmConfig>(Endpoint::VmCreate, body.as_bytes()),
+                Err(BodyError::TooManyValues)
+            ));
+        }
+        // Brackets and commas in a string are text.
+        let text = "[{,\\\"".repeat(VALUES_MAX);
+        let body = format!(r#"{{"payload":{{"kernel":"/k","cmdline":"{text}"}}}}"#);
+        let config: VmConfig = read(Endpoint::VmCreate, body.as_bytes()).unwrap();
+        assert!(config.payload.unwrap().cmdline.unwrap().ends_with("[{,\""));
+    }
+
+    #[test]
+    fn body_bound_keeps_every_list_below_8_mib() {
+        for bytes in [size_of::<DiskConfig>(), size_of::<NetConfig>()] {
+            assert!(bytes * CONTAINERS_MAX < 8 << 20, "{bytes}");
+        }
+    }
+}

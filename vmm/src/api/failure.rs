@@ -1,0 +1,63 @@
+//! The answers to requests that fail: which status each cause has.
+
+use std::error::Error;
+
+use api::ErrorBody;
+use machine::pc::PcError;
+
+use super::http::{Answer, Status};
+use crate::config::ValidationError;
+use crate::control::{LifecycleError, RequestError};
+use crate::vm::{HotplugError, VmError};
+
+/// What every error of an endpoint starts with, as upstream's does.
+#[derive(Debug, thiserror::Error)]
+#[error("Error from API")]
+struct ApiError<E: Error + 'static>(#[source] E);
+
+/// The answer with `status` and the chain of causes of `error`.
+pub(super) fn answer<E: Error + 'static>(status: Status, error: E) -> Answer {
+    Answer::error(status, &ErrorBody::new(&ApiError(error)))
+}
+
+/// The answer to a request that failed.
+pub(super) fn request_failed(error: RequestError) -> Answer {
+    let adds_device = error.endpoint.adds_device();
+    let status = match &error.cause {
+        LifecycleError::VmNotCreated | LifecycleError::VmMissingConfig => Status::NotFound,
+        LifecycleError::ConfigValidation(
+            ValidationError::IdentifierNotUnique { .. } | ValidationError::DuplicateDiskPath { .. },
+        ) => Status::Conflict,
+        LifecycleError::ConfigValidation(_)
+        | LifecycleError::Thresholds(_)
+        | LifecycleError::MemoryOutOfRange { .. }
+        | LifecycleError::Machine(VmError::MemoryResize(_))
+        | LifecycleError::Machine(VmError::Reporting(_)) => Status::BadRequest,
+        // Found only where the host is known, and still the configuration's fault.
+        LifecycleError::Machine(VmError::Pc(error)) if error.is_of_configuration() => {
+            Status::BadRequest
+        }
+        LifecycleError::Device(fault) | LifecycleError::Machine(VmError::Hotplug(fault)) => {
+            match fault {
+                HotplugError::NoSuchDevice { .. } => Status::NotFound,
+                // The guest may release the device at any moment: the same request may succeed later.
+                HotplugError::StillLeaving { .. } => Status::TooManyRequests,
+                HotplugError::NotRemovable { .. }
+                | HotplugError::BalloonInflated { .. }
+                | HotplugError::BalloonPresent { .. } => Status::BadRequest,
+            }
+        }
+        // What was asked for names an image or a tap that cannot be used, or there is no slot for it.
+        LifecycleError::Machine(VmError::Pc(PcError::Device { .. })) if adds_device => {
+            Status::BadRequest
+        }
+        LifecycleError::QueueFull => Status::ServiceUnavailable,
+        LifecycleError::VmAlreadyCreated
+        | LifecycleError::VmNotRunning
+        | LifecycleError::InvalidStateTransition { .. }
+        | LifecycleError::VcpuHotplug { .. }
+        | LifecycleError::MemoryHotplug { .. }
+        | LifecycleError::Machine(_) => Status::InternalServerError,
+    };
+    answer(status, error)
+}

@@ -1,0 +1,147 @@
+//! Queries that may take time or wait for the guest: each runs on a thread of its own.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use api::{Endpoint, VmState};
+use serde::Serialize;
+
+use super::failure::{self, request_failed};
+use super::http::{Answer, Reply, Status};
+use crate::control::{LifecycleError, PublishedView, RequestError};
+use crate::threads::{QUERY_THREAD, ThreadKind, ThreadStart};
+use crate::vm::{BalloonStatsError, MachineObserver};
+
+/// Queries at the same time. More than there are connections, so that only clients that do not wait for their answer
+/// meet the limit.
+const QUERIES_MAX: usize = 16;
+const QUERY_STACK_BYTES: usize = 256 << 10;
+/// How long a pause of reporting waits for the guest to confirm it. A guest that reports hands over its batches within
+/// milliseconds; what takes longer is wedged, and is shut out.
+const PAUSE_WAIT: Duration = Duration::from_secs(5);
+
+/// A query that failed.
+#[derive(Debug, thiserror::Error)]
+enum QueryError {
+    #[error("{}", endpoint.failure())]
+    Observer {
+        endpoint: Endpoint,
+        #[source]
+        cause: BalloonStatsError,
+    },
+    #[error("The request needs a thread and none could be started")]
+    Thread(#[source] std::io::Error),
+    #[error("{QUERIES_MAX} queries are under way already")]
+    TooMany,
+}
+
+/// Asks the machine on threads of their own.
+#[derive(Clone)]
+pub(super) struct Queries {
+    view: Arc<PublishedView>,
+    thread_start: ThreadStart,
+    under_way: Arc<AtomicUsize>,
+}
+
+impl Queries {
+    pub(super) fn new(view: Arc<PublishedView>, thread_start: ThreadStart) -> Self {
+        Self {
+            view,
+            thread_start,
+            under_way: Arc::default(),
+        }
+    }
+
+    /// Answers with the state of reporting once a pause that was asked for is one. A guest that stands still is not
+    /// waited for.
+    pub(super) fn reporting(&self, reply: Reply) {
+        let machine = self.view.get().machine.clone();
+        let runs = machine.is_some_and(|machine| machine.state == VmState::Running);
+        let patience = if runs { PAUSE_WAIT } else { Duration::ZERO };
+        self.ask(Endpoint::VmBalloonReporting, reply, move |observer| {
+            observer.reporting(Instant::now() + patience)
+        });
+    }
+
+    /// Asks the machine on a thread of its own: it may have to wait for the guest, and a guest may be wedged.
+    pub(super) fn ask<T: Serialize + 'static>(
+        &self,
+        endpoint: Endpoint,
+        reply: Reply,
+        ask: impl FnOnce(&dyn MachineObserver) -> Result<T, BalloonStatsError> + Send + 'static,
+    ) {
+        let view = self.view.get();
+        let machine = match &view.machine {
+            // Only a running guest can refill its statistics.
+            Some(machine)
+                if endpoint != Endpoint::VmBalloonStats || machine.state == VmState::Running =>
+            {
+                machine
+            }
+            _ => {
+                let cause = LifecycleError::VmNotRunning;
+                reply.send(request_failed(RequestError { endpoint, cause }));
+                return;
+            }
+        };
+        let Some(ticket) = Ticket::take(&self.under_way) else {
+            reply.send(failure::answer(
+                Status::ServiceUnavailable,
+                QueryError::TooMany,
+            ));
+            return;
+        };
+        let observer = Arc::clone(&machine.observer);
+        let thread_start = Arc::clone(&self.thread_start);
+        // Shared with this thread only for the case that there is no other.
+        let reply = Arc::new(Mutex::new(Some(reply)));
+        let own_reply = Arc::clone(&reply);
+        let spawned = std::thread::Builder::new()
+            .name(QUERY_THREAD.to_owned())
+            .stack_size(QUERY_STACK_BYTES)
+            .spawn(move || {
+                thread_start(ThreadKind::ApiQuery);
+                let answer = match ask(&*observer) {
+                    Ok(value) => Answer::json(&value),
+                    Err(cause) => failure::answer(
+                        Status::InternalServerError,
+                        QueryError::Observer { endpoint, cause },
+                    ),
+                };
+                drop(ticket);
+                send_once(&own_reply, answer);
+            });
+        if let Err(error) = spawned {
+            let answer = failure::answer(Status::InternalServerError, QueryError::Thread(error));
+            send_once(&reply, answer);
+        }
+    }
+}
+
+fn send_once(reply: &Mutex<Option<Reply>>, answer: Answer) {
+    let taken = reply.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(reply) = taken {
+        reply.send(answer);
+    }
+}
+
+/// One of the [`QUERIES_MAX`] places, given back when dropped.
+struct Ticket(Arc<AtomicUsize>);
+
+impl Ticket {
+    fn take(queries: &Arc<AtomicUsize>) -> Option<Self> {
+        queries
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| {
+                (count < QUERIES_MAX).then_some(count + 1)
+            })
+            .ok()?;
+        Some(Self(Arc::clone(queries)))
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
