@@ -542,7 +542,7 @@ fn bad_configurations_over_the_api_are_refused_at_boot_and_leave_nothing() -> Re
             with("cpus", json!({ "boot_vcpus": 0, "max_vcpus": 0 })),
         ),
         (
-            400,
+            409,
             with(
                 "disks",
                 json!([{ "path": disk, "id": "a" }, { "path": kernel, "id": "a" }]),
