@@ -93,7 +93,7 @@ fn start(program: PathBuf, world: &World) -> Agent {
     let (file, log) = (world.path().join("agent.toml"), world.path().join("log"));
     let settings = format!(
         "[agent]\nsocket = '{here}/agent.sock'\nstate_dir = '{here}/state'\nlisten = '127.0.0.1:0'\n\
-         [discovery]\nsockets = ['{here}/vms/*.sock']\n[host]\nreserve = '0B'\n"
+         [discovery]\nsockets = ['{here}/vms/*.sock']\nany_program = true\n[host]\nreserve = '0B'\n"
     );
     fs::write(&file, settings).unwrap();
     let child = Command::new(program)

@@ -28,7 +28,7 @@ fn settings(folder: &Path, more: &str) -> String {
     let here = folder.display();
     format!(
         "[agent]\nsocket = '{here}/agent.sock'\nstate_dir = '{here}/state'\n\
-         [discovery]\nsockets = ['{here}/*.vm']\n[host]\nreserve = '0B'\n{more}"
+         [discovery]\nsockets = ['{here}/*.vm']\nany_program = true\n[host]\nreserve = '0B'\n{more}"
     )
 }
 

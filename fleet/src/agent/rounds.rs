@@ -87,7 +87,9 @@ impl VmRounds {
         let (workers, owners) = (&self.workers, OnceCell::new());
         let change = self.vms.follow(self.discovery.scan(), |found, number| {
             let owners = owners.get_or_init(|| SocketOwners::read(&workers.files.proc));
-            if let Some(stranger) = owners.stranger(&found.socket) {
+            if !config.discovery.any_program
+                && let Some(stranger) = owners.stranger(&found.socket)
+            {
                 return Err(StartRefusal {
                     why: format!("{stranger} listens there, which is not a VMM"),
                     for_good: true,

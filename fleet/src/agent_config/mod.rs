@@ -112,12 +112,16 @@ pub enum OnStop {
 pub struct DiscoverySection {
     /// Patterns of API sockets.
     pub sockets: Vec<String>,
+    /// Ask at every socket that matches. Otherwise one whose process is known and is no VMM is left alone: a back end
+    /// that serves a single connection would not survive a request.
+    pub any_program: bool,
 }
 
 impl Default for DiscoverySection {
     fn default() -> Self {
         Self {
             sockets: vec!["/run/ch/*/api.sock".to_owned(), "/run/ch/*.sock".to_owned()],
+            any_program: false,
         }
     }
 }

@@ -45,7 +45,7 @@ impl Host {
         let here = self.world.path().display();
         let settings = format!(
             "[agent]\nsocket = '{here}/agent.sock'\nstate_dir = '{here}/state'\nlisten = '{}'\n\
-             [discovery]\nsockets = ['{here}/vms/*.sock']\n[host]\nreserve = '{}B'\n[control]\nsample = '1s'\n",
+             [discovery]\nsockets = ['{here}/vms/*.sock']\nany_program = true\n[host]\nreserve = '{}B'\n[control]\nsample = '1s'\n",
             self.address,
             available_bytes()
         );

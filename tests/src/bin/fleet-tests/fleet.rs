@@ -138,7 +138,7 @@ impl Fleet {
         // machine's, on which other things run.
         let text = format!(
             "[agent]\nsocket = '{here}/agent.sock'\nstate_dir = '{here}/state'\ndry_run = true\nscan = '500ms'\n\
-             [discovery]\nsockets = ['{here}/*.sock']\n\
+             [discovery]\nsockets = ['{here}/*.sock']\nany_program = true\n\
              [host]\nreserve = '0B'\n\
              [admission]\novercommit_max = 1.2\nreservation = '{HOLD}'\nfacts_age_max = '30s'\n\
              [thresholds]\nyellow = {{ enter = '0.3%', leave = '0.4%' }}\norange = {{ enter = '0.2%', leave = '0.3%' }}\n\
