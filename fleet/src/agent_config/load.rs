@@ -50,7 +50,7 @@ pub enum LoadError {
     #[error("The settings have a rule without effect")]
     Rule(#[source] RuleFault),
     /// The reserve takes the whole machine.
-    #[error("host.reserve of {reserve} leaves less than a tenth of this machine's {total}")]
+    #[error("host.reserve of {reserve} leaves nothing of this machine's {total}")]
     Reserve {
         /// Never promised.
         reserve: Bytes,

@@ -160,7 +160,7 @@ impl AgentConfig {
     /// Nothing of the machine would be left to hand out.
     pub fn check_machine(&self, total: Bytes) -> Result<(), LoadError> {
         let reserve = self.planning.reserve(total);
-        if total > Bytes::ZERO && reserve.0 >= total.0 / 10 * 9 {
+        if total > Bytes::ZERO && reserve >= total {
             return Err(LoadError::Reserve { reserve, total });
         }
         Ok(())

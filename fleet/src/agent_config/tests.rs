@@ -108,6 +108,7 @@ fn reserve_that_takes_the_machine_is_refused() {
     let (_folder, file) = files("[host]\nreserve = '15GiB'\n", &[]);
     let settings = load(&file, true).unwrap().config;
     assert!(settings.check_machine(Bytes::gib(64)).is_ok());
-    let refusal = settings.check_machine(Bytes::gib(16)).unwrap_err();
+    assert!(settings.check_machine(Bytes::gib(16)).is_ok());
+    let refusal = settings.check_machine(Bytes::gib(15)).unwrap_err();
     assert!(refusal.to_string().contains("host.reserve"), "{refusal}");
 }
