@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use sd_notify::NotifyState;
 
 use super::clock::Clock;
+use super::error::StopError;
 use super::event::Event;
 use super::host_watch::HostWatch;
 use super::journal::Journal;
-use super::launch::StopError;
 use super::locks::FolderLock;
 use super::membership::Membership;
 use super::promises::{Promises, Situation};

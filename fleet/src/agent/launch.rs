@@ -8,11 +8,10 @@ use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use thiserror::Error;
-
 use super::acts::Acts;
 use super::clock::{Clock, moment};
 use super::control::{ControlLoop, Due};
+use super::error::{AgentError, StopError};
 use super::event::Event;
 use super::host_watch::HostWatch;
 use super::journal::Journal;
@@ -24,95 +23,17 @@ use super::publisher::Publisher;
 use super::rounds::{VmRounds, Workers};
 use super::routes;
 use super::signals::{self, Asked};
-use crate::agent_config::{AgentConfig, LoadError, StoreFault};
-use crate::cluster::NameError;
+use crate::agent_config::AgentConfig;
 use crate::execute::GroupFiles;
-use crate::host::{HostError, HostFiles};
+use crate::host::HostFiles;
 use crate::http::{HttpServer, Request, Response, serve_tcp, serve_unix};
-use crate::reservations::{BookError, ReservationBook};
-use crate::sample::PatternError;
+use crate::reservations::ReservationBook;
 use crate::store::Store;
 
 /// Events that wait before those who bring them wait too.
 const EVENTS_MAX: usize = 4096;
 /// How long a client waits for the control loop.
 const ANSWER: Duration = Duration::from_secs(5);
-
-/// Why the agent does not run.
-#[derive(Debug, Error)]
-pub enum AgentError {
-    /// The configuration.
-    #[error("The settings cannot be used")]
-    Settings(#[source] LoadError),
-    /// A socket pattern.
-    #[error("The sockets cannot be looked for")]
-    Pattern(#[source] PatternError),
-    /// The host.
-    #[error("The host cannot be read")]
-    Host(#[source] HostError),
-    /// The reservations.
-    #[error("The reservations cannot be opened")]
-    Book(#[source] BookError),
-    /// What was done to VMs.
-    #[error("The list of what was done to VMs cannot be opened")]
-    Acts(#[source] io::Error),
-    /// The folder is another agent's.
-    #[error("{} is used by another agent: stop it, or set agent.state_dir", path.display())]
-    Taken {
-        /// Which.
-        path: PathBuf,
-    },
-    /// A folder.
-    #[error("Cannot use {}", path.display())]
-    Folder {
-        /// Which.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// The local socket.
-    #[error("Cannot listen at {}", path.display())]
-    Socket {
-        /// Which.
-        path: PathBuf,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// The page.
-    #[error("Cannot serve the page and the metrics at {address}")]
-    Page {
-        /// Where.
-        address: SocketAddr,
-        /// What the system said.
-        #[source]
-        source: io::Error,
-    },
-    /// The name in the fleet.
-    #[error("The host cannot join the fleet under this name: set store.host")]
-    Name(#[source] NameError),
-    /// The store.
-    #[error("The store cannot be used")]
-    Store(#[source] StoreFault),
-    /// A thread or a signal handler.
-    #[error("Cannot start the agent's threads")]
-    Thread(#[source] io::Error),
-}
-
-/// Why an agent did not end well.
-#[derive(Debug, Error)]
-pub enum StopError {
-    /// A fault of its own.
-    #[error("the control loop panicked")]
-    Panicked,
-    /// VMs refused `on_stop = "restore"` or did not answer.
-    #[error("these VMs did not get back what was taken: {}", vms.join(", "))]
-    NotRestored {
-        /// Which.
-        vms: Vec<String>,
-    },
-}
 
 /// How to run.
 #[derive(Clone, Debug, Default)]

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::AgentError;
+use super::error::AgentError;
 use super::event::Event;
 use super::status::StoreStatus;
 use super::store_link::{StoreHealth, StoreLink};

@@ -19,6 +19,7 @@ mod acts;
 mod clock;
 mod control;
 mod counts;
+mod error;
 mod event;
 mod host_watch;
 mod journal;
@@ -44,8 +45,9 @@ mod fleet_tests;
 mod tests;
 
 pub use counts::{AdmissionCounts, DecisionCounts};
+pub use error::{AgentError, StopError};
 pub use journal::{JournalEntry, JournalPage};
-pub use launch::{Agent, AgentError, AgentOptions, StopError};
+pub use launch::{Agent, AgentOptions};
 pub use published::{Published, Snapshot};
 pub use request::{ConfirmRequest, PinRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
 pub use routes::{LOCAL_NAMES, handle_page};

@@ -1,0 +1,86 @@
+//! Why an agent does not start, and why it did not end well.
+
+use std::io;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use thiserror::Error;
+
+use crate::agent_config::StoreFault;
+use crate::cluster::NameError;
+use crate::host::HostError;
+use crate::reservations::BookError;
+use crate::sample::PatternError;
+
+/// Why the agent does not run.
+#[derive(Debug, Error)]
+pub enum AgentError {
+    /// A socket pattern.
+    #[error("The sockets cannot be looked for")]
+    Pattern(#[source] PatternError),
+    /// The host.
+    #[error("The host cannot be read")]
+    Host(#[source] HostError),
+    /// The reservations.
+    #[error("The reservations cannot be opened")]
+    Book(#[source] BookError),
+    /// What was done to VMs.
+    #[error("The list of what was done to VMs cannot be opened")]
+    Acts(#[source] io::Error),
+    /// The folder is another agent's.
+    #[error("{} is used by another agent: stop it, or set agent.state_dir", path.display())]
+    Taken {
+        /// Which.
+        path: PathBuf,
+    },
+    /// A folder.
+    #[error("Cannot use {}", path.display())]
+    Folder {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The local socket.
+    #[error("Cannot listen at {}", path.display())]
+    Socket {
+        /// Which.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The page.
+    #[error("Cannot serve the page and the metrics at {address}")]
+    Page {
+        /// Where.
+        address: SocketAddr,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The name in the fleet.
+    #[error("The host cannot join the fleet under this name: set store.host")]
+    Name(#[source] NameError),
+    /// The store.
+    #[error("The store cannot be used")]
+    Store(#[source] StoreFault),
+    /// A thread or a signal handler.
+    #[error("Cannot start the agent's threads")]
+    Thread(#[source] io::Error),
+}
+
+/// Why an agent did not end well.
+#[derive(Debug, Error)]
+pub enum StopError {
+    /// A fault of its own.
+    #[error("the control loop panicked")]
+    Panicked,
+    /// VMs refused `on_stop = "restore"` or did not answer.
+    #[error("these VMs did not get back what was taken: {}", vms.join(", "))]
+    NotRestored {
+        /// Which.
+        vms: Vec<String>,
+    },
+}
