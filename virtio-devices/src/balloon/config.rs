@@ -15,6 +15,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use device_facts::policy_space::{POLICY_END, POLICY_OFFSET};
 
+use super::spec::VIRTIO_BALLOON_PFN_SHIFT;
+
 const ACTUAL_OFFSET: u64 = 4;
 const POISON_VAL_OFFSET: u64 = 12;
 const FIELDS: usize = 4;
@@ -36,8 +38,8 @@ pub(super) struct ConfigSpace {
 /// What a write to the configuration space was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ConfigWrite {
-    /// `actual` has a new value.
-    Actual(u32),
+    /// `actual` has a new value, in bytes.
+    Actual(u64),
     /// `poison_val` has a new value.
     PoisonVal,
     /// Not a field a driver may write, or not all of one.
@@ -49,12 +51,29 @@ impl ConfigSpace {
         self.num_pages.load(Ordering::Relaxed)
     }
 
-    pub(super) fn set_num_pages(&self, pages: u32) {
+    pub(super) fn actual(&self) -> u32 {
+        self.actual.load(Ordering::Relaxed)
+    }
+
+    /// What the host asks for.
+    pub(super) fn target_bytes(&self) -> u64 {
+        bytes_of_pages(self.num_pages())
+    }
+
+    /// Asks for whole pages. What does not fit 32 bits is cut off, as the API this device is
+    /// compatible with does.
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "num_pages is 32 bits on the wire"
+    )]
+    pub(super) fn set_target_bytes(&self, bytes: u64) {
+        let pages = (bytes >> VIRTIO_BALLOON_PFN_SHIFT) as u32;
         self.num_pages.store(pages, Ordering::Relaxed);
     }
 
-    pub(super) fn actual(&self) -> u32 {
-        self.actual.load(Ordering::Relaxed)
+    /// What the driver says it has given.
+    pub(super) fn actual_bytes(&self) -> u64 {
+        bytes_of_pages(self.actual())
     }
 
     pub(super) fn hint_cmd_id(&self) -> u32 {
@@ -115,7 +134,7 @@ impl ConfigSpace {
         match offset {
             ACTUAL_OFFSET => {
                 self.actual.store(value, Ordering::Relaxed);
-                ConfigWrite::Actual(value)
+                ConfigWrite::Actual(bytes_of_pages(value))
             }
             POISON_VAL_OFFSET => {
                 self.poison_val.store(value, Ordering::Relaxed);
@@ -126,6 +145,10 @@ impl ConfigSpace {
     }
 }
 
+fn bytes_of_pages(pages: u32) -> u64 {
+    u64::from(pages) << VIRTIO_BALLOON_PFN_SHIFT
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -133,7 +156,7 @@ mod tests {
     #[test]
     fn space_read_past_its_end_gives_zeros() {
         let config = ConfigSpace::default();
-        config.set_num_pages(0x0403_0201);
+        config.set_target_bytes(0x0403_0201 << 12);
         for offset in [0_u64, 1, 3, 15, 16, 17, u64::MAX] {
             let mut data = [0xff; 32];
             config.read(None, offset, &mut data);
@@ -163,7 +186,7 @@ mod tests {
         );
         assert_eq!(
             config.write(4, &7_u32.to_le_bytes()),
-            ConfigWrite::Actual(7)
+            ConfigWrite::Actual(7 << 12)
         );
     }
 }

@@ -16,8 +16,7 @@ use super::shared::{Shared, blocks_can_free, takes_policy};
 use super::spec::{
     VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_FREE_PAGE_HINT,
     VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
-    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1, VIRTIO_ID_BALLOON, bytes_of_pages,
-    pages_of_bytes,
+    VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1, VIRTIO_ID_BALLOON,
 };
 use super::stats_timer::StatsTimer;
 use super::worker::BalloonWorker;
@@ -79,7 +78,7 @@ impl Balloon {
         } = params;
         let refill = EventFd::new(EFD_NONBLOCK)?;
         let shared = Arc::new(Shared::new(ram, offered, free_page_reporting, refill));
-        shared.config.set_num_pages(pages_of_bytes(size_bytes));
+        shared.config.set_target_bytes(size_bytes);
         let engine = engine(Arc::clone(&shared.switch));
         let worker = BalloonWorker::new(Arc::clone(&shared), engine, StatsTimer::new()?);
         let handle = BalloonHandle::new(Arc::clone(&shared));
@@ -147,8 +146,8 @@ impl VirtioDevice for Balloon {
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         match self.shared.config.write(offset, data) {
-            ConfigWrite::Actual(pages) => {
-                if bytes_of_pages(pages) > self.shared.ram_bytes() {
+            ConfigWrite::Actual(bytes) => {
+                if bytes > self.shared.ram_bytes() {
                     self.shared.ledger.faults().actual_beyond_ram += 1;
                 }
             }

@@ -22,7 +22,7 @@ use super::spec::{
 };
 use super::{Balloon, BalloonHandle, BalloonParams, BalloonSnapshot};
 use crate::device::{QueueHandler, VirtioDevice};
-use crate::reclaim::terrain::{Kind, PAGE, Plot, Terrain};
+use crate::reclaim::guarded_ram::{GuardedRam, Kind, PAGE, RamArea};
 use crate::reclaim::{DiscardEngine, InhibitGuard, InhibitReason};
 use crate::testing::{Desc, HandlerHarness, Segment, TestRam, WRITE};
 
@@ -35,18 +35,18 @@ const REPORTING: u16 = 4;
 
 /// Three kinds of memory: private, then shared right behind it, and private
 /// again after a hole. Rings lie in the first.
-const PLOTS: [Plot; 3] = [
-    Plot {
+const AREAS: [RamArea; 3] = [
+    RamArea {
         guest_page: 0,
         pages: 48,
         kind: Kind::Anonymous,
     },
-    Plot {
+    RamArea {
         guest_page: 48,
         pages: 16,
         kind: Kind::Memfd,
     },
-    Plot {
+    RamArea {
         guest_page: 72,
         pages: 8,
         kind: Kind::Anonymous,
@@ -67,16 +67,16 @@ const LIST_START: u64 = 41 * PAGE as u64;
 pub fn run(bytes: &[u8]) -> BalloonSnapshot {
     thread_local! {
         // Mapping is most of the price of a run, so the memory is used again.
-        static TERRAIN: Terrain = Terrain::new(&PLOTS);
+        static TERRAIN: GuardedRam = GuardedRam::new(&AREAS);
     }
-    TERRAIN.with(|terrain| {
-        terrain.refill();
-        run_on(terrain, Input(bytes))
+    TERRAIN.with(|guarded| {
+        guarded.refill();
+        run_on(guarded, Input(bytes))
     })
 }
 
-fn run_on(terrain: &Terrain, mut input: Input<'_>) -> BalloonSnapshot {
-    let mut guest = Guest::new(terrain, input.byte());
+fn run_on(guarded: &GuardedRam, mut input: Input<'_>) -> BalloonSnapshot {
+    let mut guest = Guest::new(guarded, input.byte());
     for _ in 0..STEPS_MAX {
         if input.0.is_empty() {
             break;
@@ -85,7 +85,7 @@ fn run_on(terrain: &Terrain, mut input: Input<'_>) -> BalloonSnapshot {
     }
     guest.check_books();
     guest.check_service();
-    terrain.check_guards();
+    guarded.check_guards();
     guest.handle.snapshot()
 }
 
@@ -135,8 +135,8 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(terrain: &Terrain, options: u8) -> Self {
-        let ram = TestRam::around(terrain.ram.clone(), 0, SOLID_BYTES);
+    fn new(guarded: &GuardedRam, options: u8) -> Self {
+        let ram = TestRam::around(guarded.ram.clone(), 0, SOLID_BYTES);
         let params = BalloonParams {
             ram: ram.mem(),
             size_bytes: 0,

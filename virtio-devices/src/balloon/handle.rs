@@ -16,7 +16,6 @@ use super::policy::{ControlError, PolicyStatus, ReportNowStatus};
 use super::shared::Shared;
 use super::spec::{
     VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
-    bytes_of_pages, pages_of_bytes,
 };
 use super::stats::{StatsError, StatsSample};
 
@@ -133,14 +132,14 @@ impl BalloonHandle {
     /// Asks the guest to have given `bytes`, in whole pages of 4 KiB, and
     /// returns at once; the guest works towards it in its own time.
     pub fn set_target_bytes(&self, bytes: u64) {
-        self.shared.config.set_num_pages(pages_of_bytes(bytes));
+        self.shared.config.set_target_bytes(bytes);
         self.shared.signal_config();
     }
 
     /// What the host asks the guest to give.
     #[must_use]
     pub fn target_bytes(&self) -> u64 {
-        bytes_of_pages(self.shared.config.num_pages())
+        self.shared.config.target_bytes()
     }
 
     /// What the guest says it has given. It may lie, so this is cut to its RAM.

@@ -32,14 +32,11 @@ mod device;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod fuzz;
 mod handle;
-mod hint;
 mod hinting;
-mod inflate;
 mod latency;
 mod numbering;
 pub mod policy;
 mod rate;
-mod reporting;
 mod shared;
 pub mod spec;
 mod state;

@@ -11,7 +11,7 @@ use super::accounting::Ledger;
 use super::config::ConfigSpace;
 use super::hinting::Hinting;
 use super::policy::Control;
-use super::spec::{VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING, bytes_of_pages};
+use super::spec::{VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING};
 use super::stats::StatsCell;
 use crate::device::{GuestRam, Interrupt};
 use crate::reclaim::{DiscardSwitch, Expected, smallest_reclaimable_page_bytes};
@@ -42,6 +42,8 @@ pub(super) struct Shared {
     pub(super) hinting: Hinting,
     pub(super) control: Control,
     pub(super) switch: Arc<DiscardSwitch>,
+    /// Passed by each batch of reports; `control` closes it.
+    pub(super) report_gate: Arc<DiscardSwitch>,
     /// Tells the worker that somebody wants statistics, now or at another interval.
     pub(super) refill: EventFd,
     driver: Mutex<Option<ActiveDriver>>,
@@ -63,6 +65,7 @@ impl Shared {
         reporting_configured: bool,
         refill: EventFd,
     ) -> Self {
+        let report_gate = Arc::default();
         let blocks_can_be_zeros = blocks_can_free(&ram.memory(), Expected::Zeros);
         Self {
             ram,
@@ -74,7 +77,11 @@ impl Shared {
             stats: StatsCell::default(),
             stats_poll_ms: AtomicU64::new(0),
             hinting: Hinting::default(),
-            control: Control::new(offered & VIRTIO_BALLOON_F_REPORTING_POLICY != 0),
+            control: Control::new(
+                offered & VIRTIO_BALLOON_F_REPORTING_POLICY != 0,
+                Arc::clone(&report_gate),
+            ),
+            report_gate,
             switch: Arc::default(),
             refill,
             driver: Mutex::new(None),
@@ -88,7 +95,7 @@ impl Shared {
 
     /// What the guest says it has given, cut to what there is.
     pub(super) fn actual_bytes(&self) -> u64 {
-        bytes_of_pages(self.config.actual()).min(self.ram_bytes())
+        self.config.actual_bytes().min(self.ram_bytes())
     }
 
     pub(super) fn driver(&self) -> Option<ActiveDriver> {

@@ -27,18 +27,3 @@ pub const VIRTIO_BALLOON_CMD_ID_DONE: u32 = 1;
 pub const VIRTIO_BALLOON_PFN_SHIFT: u32 = 12;
 /// Bytes of one such page.
 pub const VIRTIO_BALLOON_PAGE_BYTES: u64 = 1 << VIRTIO_BALLOON_PFN_SHIFT;
-
-/// Converts bytes to whole balloon pages. What does not fit 32 bits is cut
-/// off, as the API this device is compatible with does.
-#[expect(
-    clippy::cast_possible_truncation,
-    reason = "num_pages is 32 bits on the wire"
-)]
-pub(super) const fn pages_of_bytes(bytes: u64) -> u32 {
-    (bytes >> VIRTIO_BALLOON_PFN_SHIFT) as u32
-}
-
-/// Converts balloon pages to bytes.
-pub(super) const fn bytes_of_pages(pages: u32) -> u64 {
-    (pages as u64) << VIRTIO_BALLOON_PFN_SHIFT
-}

@@ -10,6 +10,7 @@ use device_facts::{PausePhase, SkipReason};
 use vm_memory::{GuestAddressSpace, GuestMemoryMmap};
 
 use super::accounting::{GuestFaults, Path};
+use super::chain;
 use super::hinting::CommandEffect;
 use super::numbering::{Numbering, QUEUE_SIZES, QueueRole};
 use super::shared::{ActiveDriver, Shared, takes_policy};
@@ -17,7 +18,6 @@ use super::spec::VIRTIO_BALLOON_F_PAGE_POISON;
 use super::state::BalloonWorkerState;
 use super::stats::{STATS_BYTES_MAX, StatsSample};
 use super::stats_timer::StatsTimer;
-use super::{chain, hint, inflate, reporting};
 use crate::device::{Activation, GuestRam, HandlerState, Interrupt, QueueHandler, WorkerError};
 use crate::queue::{Chain, Next, ServedQueue};
 use crate::reclaim::{DiscardEngine, Expected, Extent, GuestRange, Outcome};
@@ -181,13 +181,13 @@ impl BalloonWorker {
     fn gather(&mut self, path: Path, chain: Chain<'_>, mem: &GuestMemoryMmap<()>, turn: &mut Turn) {
         let (claims, faults) = (&mut self.batch.claims, &mut self.faults);
         match path {
-            Path::Inflate => inflate::gather(chain, mem, &mut self.bytes, claims, turn, faults),
-            Path::Report => reporting::gather(chain, claims, turn, faults),
+            Path::Inflate => chain::inflated(chain, mem, &mut self.bytes, claims, turn, faults),
+            Path::Report => chain::reported(chain, claims, turn, faults),
             Path::Hint => unreachable!("hints are judged chain by chain"),
         }
     }
 
-    /// Hinting: chain by chain, because each is judged by itself; see [`hint`].
+    /// Hinting: chain by chain, because each is judged by itself; see [`super::hinting`].
     fn serve_hints(
         &mut self,
         active: &mut Active,
@@ -206,7 +206,7 @@ impl BalloonWorker {
             };
             let head = chain.head_index();
             let claims = &mut self.batch.claims;
-            if let Some(id) = hint::gather(chain, mem, claims, turn, &mut self.faults) {
+            if let Some(id) = chain::hinted(chain, mem, claims, turn, &mut self.faults) {
                 self.obey_hinting_command(active, id);
             }
             if self.batch.claims.is_empty() {
@@ -269,7 +269,7 @@ impl BalloonWorker {
         }
         let Handled { path, refusal } = handled;
         // Held until the chains are answered: a pause is one when nobody is past here.
-        let passage = (path == Path::Report).then(|| self.shared.control.gate().begin());
+        let passage = (path == Path::Report).then(|| self.shared.report_gate.begin());
         let paused = matches!(passage, Some(Err(_)));
         let refusal = refusal.or(paused.then_some(SkipReason::ReportingPaused));
         let outcome = match refusal {
@@ -333,7 +333,7 @@ impl BalloonWorker {
                 break;
             };
             let head = chain.head_index();
-            inflate::count_deflated(chain, &mut deflated, turn, &mut self.faults);
+            chain::deflated(chain, &mut deflated, turn, &mut self.faults);
             chain::answer(queue, mem, &[head], &mut self.faults)?;
         }
         self.shared.ledger.deflate().add_all(deflated);

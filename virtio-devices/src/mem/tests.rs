@@ -12,7 +12,7 @@ use super::spec::{
 };
 use super::{Mem, MemHandle, MemParams, MemRegion, ResizeError};
 use crate::device::{QueueHandler, VirtioDevice};
-use crate::reclaim::terrain::{Kind, PAGE, Plot, Terrain};
+use crate::reclaim::guarded_ram::{GuardedRam, Kind, PAGE, RamArea};
 use crate::testing::{Desc, HandlerHarness, MockInterrupt, Segment, TestRam, WRITE, conformance};
 
 const MIB: u64 = 1 << 20;
@@ -335,16 +335,16 @@ fn reset_leaves_blocks_as_they_are_and_unplug_all_takes_them() {
 fn block_that_the_host_cannot_take_back_stays_plugged() {
     let first_page = START / PAGE as u64;
     let pages = BLOCK as usize / PAGE;
-    let plot = |guest_page, pages, kind| Plot {
+    let area = |guest_page, pages, kind| RamArea {
         guest_page,
         pages,
         kind,
     };
-    let terrain = Terrain::new(&[
-        plot(0, 256, Kind::Anonymous),
-        plot(first_page, pages, Kind::ReadOnlyMemfd),
+    let guarded = GuardedRam::new(&[
+        area(0, 256, Kind::Anonymous),
+        area(first_page, pages, Kind::ReadOnlyMemfd),
     ]);
-    let ram = TestRam::around(terrain.ram, 0, MIB);
+    let ram = TestRam::around(guarded.ram, 0, MIB);
     // The rings are to be zeros in the beginning.
     ram.write(GuestAddress(0), &vec![0; MIB as usize]);
     let mut rig = Rig::around(ram, device(START, 1, 1));

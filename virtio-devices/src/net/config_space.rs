@@ -12,7 +12,7 @@ use virtio_bindings::bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
 };
 
-use super::NetParams;
+use super::params::NetParams;
 
 /// Bytes of `struct virtio_net_config` up to and including the MTU.
 pub(super) const CONFIG_BYTES: usize = 12;

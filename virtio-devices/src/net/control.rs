@@ -11,7 +11,7 @@ use virtio_bindings::bindings::virtio_net::{
 
 use super::config_space::{GUEST_OFFLOADS, has};
 use super::counters::NetCounters;
-use super::device::NetState;
+use super::shared::NetShared;
 use crate::queue::{ChainBuffers, ChainError, Driver, Reply, SingleQueueDevice};
 use crate::worker::Turn;
 
@@ -21,11 +21,11 @@ const COMMAND_BYTES_MAX: usize = 2 + 8;
 /// Serves the control queue.
 pub(super) struct ControlQueue {
     name: String,
-    net: Arc<NetState>,
+    net: Arc<NetShared>,
 }
 
 impl ControlQueue {
-    pub(super) fn new(name: String, net: Arc<NetState>) -> Self {
+    pub(super) fn new(name: String, net: Arc<NetShared>) -> Self {
         Self { name, net }
     }
 

@@ -1,20 +1,19 @@
-//! The configuration half of a network device, and what both halves share.
+//! The configuration half of a network device.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use state::{Bytes, Part, Saved, State, StateError, parts, require};
 use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use super::config_space::{self, CONFIG_BYTES, GUEST_OFFLOADS, has, tun_offloads};
+use super::config_space::{self, CONFIG_BYTES, GUEST_OFFLOADS, has};
 use super::control::ControlQueue;
 use super::counters::NetCounters;
 use super::pair::QueuePair;
+use super::params::{Backend, NetError, NetParams, PAIRS_MAX, QUEUE_SIZE_MAX};
+use super::shared::NetShared;
 use super::tap::{Tap, TapSettings};
-use super::{Backend, NetError, NetParams, PAIRS_MAX, QUEUE_SIZE_MAX};
 use crate::device::{Counters, QueueHandler, VirtioDevice};
 use crate::queue::SingleQueue;
 use crate::thread_name::thread_name;
@@ -42,124 +41,9 @@ impl State for NetDeviceState {
     const PART: Part = parts::NET;
 }
 
-/// Marks [`NetState::restored_offloads`] as there; no feature bit.
-const RESTORED: u64 = 1 << 63;
-
-/// What the configuration half and all workers know.
-#[derive(Debug)]
-pub(super) struct NetState {
-    taps: Vec<Tap>,
-    /// One per pair: written when the pair is enabled.
-    enabled_events: Vec<EventFd>,
-    /// Pairs that the tap sends frames to. Held while that changes.
-    enabled_pairs: Mutex<u16>,
-    counters: NetCounters,
-    /// Feature bits of the offloads that the tap has been told of.
-    offloads: AtomicU64,
-    /// What the next driver that is activated, which is a restored one, had set; 0 for none.
-    restored_offloads: AtomicU64,
-}
-
-impl NetState {
-    fn new(taps: Vec<Tap>) -> Result<Self, NetError> {
-        let enabled_events = taps
-            .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
-            .collect::<Result<_, _>>()
-            .map_err(NetError::Events)?;
-        let all = taps.len() as u16;
-        let net = Self {
-            taps,
-            enabled_events,
-            enabled_pairs: Mutex::new(all),
-            counters: NetCounters::default(),
-            offloads: AtomicU64::new(0),
-            restored_offloads: AtomicU64::new(0),
-        };
-        net.enable_pairs(1);
-        Ok(net)
-    }
-
-    pub(super) fn tap(&self, pair: usize) -> &Tap {
-        &self.taps[pair]
-    }
-
-    pub(super) fn enabled_event(&self, pair: usize) -> &EventFd {
-        &self.enabled_events[pair]
-    }
-
-    pub(super) fn counters(&self) -> &NetCounters {
-        &self.counters
-    }
-
-    /// Has the tap spread frames over the first `count` pairs: those of a pair
-    /// the guest does not look at would be lost. False if there are not so many.
-    pub(super) fn enable_pairs(&self, count: u16) -> bool {
-        if count == 0 || usize::from(count) > self.taps.len() {
-            return false;
-        }
-        let mut enabled = self
-            .enabled_pairs
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let (low, high) = (count.min(*enabled), count.max(*enabled));
-        for pair in usize::from(low)..usize::from(high) {
-            // Queues that cannot be switched stay on; frames steered to one the
-            // guest ignores are then lost, as on a card without this command.
-            if let Err(error) = self.taps[pair].set_enabled(count > *enabled) {
-                log::debug!("{}: queue {pair}: {error}", self.taps[pair].name());
-            }
-            if count > *enabled {
-                // An eventfd refuses only after 2^64 - 2 unread writes.
-                self.enabled_events[pair].write(1).ok();
-            }
-        }
-        *enabled = count;
-        true
-    }
-
-    /// What a driver has set last, be it restored and not yet activated.
-    fn offloads(&self) -> u64 {
-        match self.restored_offloads.load(Ordering::Acquire) {
-            0 => self.offloads.load(Ordering::Acquire),
-            restored => restored & !RESTORED,
-        }
-    }
-
-    pub(super) fn enabled_pairs(&self) -> u16 {
-        let enabled = self.enabled_pairs.lock();
-        *enabled.unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A driver is there: what its features say, unless it was restored and had said something else.
-    pub(super) fn set_first_offloads(&self, features: u64) {
-        let restored = self.restored_offloads.swap(0, Ordering::AcqRel);
-        self.set_offloads(if restored == 0 {
-            features
-        } else {
-            restored & !RESTORED
-        });
-    }
-
-    /// Tells the tap what the guest can cope with. False if the kernel refuses.
-    pub(super) fn set_offloads(&self, features: u64) -> bool {
-        let result = self.taps[0].set_offload(tun_offloads(features));
-        if let Err(error) = &result
-            && NetCounters::count_loudly(&self.counters.tap_errors)
-        {
-            log::warn!("{}: setting offloads: {error}", self.taps[0].name());
-        }
-        if result.is_ok() {
-            self.offloads
-                .store(features & GUEST_OFFLOADS, Ordering::Release);
-        }
-        result.is_ok()
-    }
-}
-
 /// A virtio network device (virtio 1.2 §5.1).
 pub struct Net {
-    net: Arc<NetState>,
+    net: Arc<NetShared>,
     features: u64,
     config: [u8; CONFIG_BYTES],
     queue_sizes: Vec<u16>,
@@ -209,7 +93,7 @@ impl Net {
     /// A device on taps that are ready, one for each pair.
     pub(super) fn with_taps(params: &NetParams, taps: Vec<Tap>) -> Result<Self, NetError> {
         let pairs = taps.len();
-        let net = Arc::new(NetState::new(taps)?);
+        let net = Arc::new(NetShared::new(taps)?);
         let mut handlers: Vec<Box<dyn QueueHandler>> = Vec::new();
         for index in 0..pairs {
             let name = thread_name(&params.id, &format!("_qp{index}"));
@@ -232,7 +116,7 @@ impl Net {
 
     /// Name of the tap on the host.
     pub fn tap_name(&self) -> &str {
-        self.net.taps[0].name()
+        self.net.tap(0).name()
     }
 }
 
@@ -284,7 +168,7 @@ impl VirtioDevice for Net {
 
     /// No field is writable since virtio 1.0.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {
-        NetCounters::count(&self.net.counters.bad_requests);
+        NetCounters::count(&self.net.counters().bad_requests);
     }
 
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
@@ -330,13 +214,11 @@ impl VirtioDevice for Net {
             format!("is {pairs}, there are {}", self.pairs)
         })?;
         self.net.enable_pairs(pairs);
-        self.net
-            .restored_offloads
-            .store(state.offloads | RESTORED, Ordering::Release);
+        self.net.restore_offloads(state.offloads);
         Ok(())
     }
 
     fn counters(&self) -> Counters {
-        self.net.counters.snapshot()
+        self.net.counters().snapshot()
     }
 }

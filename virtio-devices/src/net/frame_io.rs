@@ -9,6 +9,13 @@ use std::os::fd::RawFd;
 
 use crate::queue::{GuestBuffers, IOVECS_MAX};
 
+/// `struct virtio_net_hdr_v1`.
+pub(super) const HEADER_BYTES: usize = 12;
+
+/// Longest frame with its header: 64 KiB of IP packet, Ethernet with two VLAN
+/// tags. Longer ones from a guest are dropped.
+pub(super) const FRAME_BYTES_MAX: usize = HEADER_BYTES + 14 + 8 + 65535;
+
 /// Writes one frame, header first.
 ///
 /// # Errors

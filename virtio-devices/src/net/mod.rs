@@ -1,6 +1,7 @@
 //! virtio-net (virtio 1.2 §5.1) on a tap device.
 //!
 //! ```text
+//!   params        what makes a device         shared  what its halves share
 //!   device        configuration half: features, configuration space, queue numbers
 //!   pair          queue half: one receive and one transmit queue on one worker
 //!   receive       tap → guest            transmit   guest → tap
@@ -19,7 +20,9 @@ mod counters;
 mod device;
 mod frame_io;
 mod pair;
+mod params;
 mod receive;
+mod shared;
 mod tap;
 mod tap_sys;
 mod tap_watch;
@@ -27,100 +30,6 @@ mod tap_watch;
 mod tests;
 mod transmit;
 
-use std::net::Ipv4Addr;
-use std::os::fd::OwnedFd;
-
 pub use device::{Net, NetDeviceState};
+pub use params::{Backend, NetError, NetParams, PAIRS_MAX, QUEUE_SIZE_MAX};
 pub use tap::{Tap, TapError};
-
-/// Largest queue: the kernel takes 1024 vectors in one call.
-pub const QUEUE_SIZE_MAX: u16 = 1024;
-
-/// Most pairs of queues; what the kernel's tap has at most.
-pub const PAIRS_MAX: u16 = 256;
-
-/// `struct virtio_net_hdr_v1`.
-const HEADER_BYTES: usize = 12;
-
-/// Longest frame with its header: 64 KiB of IP packet, Ethernet with two VLAN
-/// tags. Longer ones from a guest are dropped.
-const FRAME_BYTES_MAX: usize = HEADER_BYTES + 14 + 8 + 65535;
-
-/// Where frames come from and go to.
-#[derive(Debug)]
-pub enum Backend {
-    /// A tap made or opened by name.
-    Tap {
-        /// Its name; the kernel picks a `vmtapN` if absent.
-        name: Option<String>,
-        /// Address and mask for the host's side.
-        ip: Option<(Ipv4Addr, Ipv4Addr)>,
-        /// Hardware address of the host's side.
-        host_mac: Option<[u8; 6]>,
-    },
-    /// Queues of a tap that somebody has opened and configured.
-    Fds(Vec<OwnedFd>),
-}
-
-/// Everything that makes a network device.
-#[derive(Debug)]
-pub struct NetParams {
-    /// Names the worker threads, e.g. `_net0`.
-    pub id: String,
-    /// The tap.
-    pub backend: Backend,
-    /// Hardware address of the guest's side.
-    pub mac: [u8; 6],
-    /// MTU to set on the tap and to offer to the guest.
-    pub mtu: Option<u16>,
-    /// Receive and transmit queues together: even, from 2 to twice [`PAIRS_MAX`].
-    pub num_queues: u16,
-    /// Entries of each: a power of two from 4 to [`QUEUE_SIZE_MAX`].
-    pub queue_size: u16,
-    /// Offer TCP segmentation offload.
-    pub offload_tso: bool,
-    /// Offer UDP fragmentation offload.
-    pub offload_ufo: bool,
-    /// Offer checksum offload; the others need it.
-    pub offload_csum: bool,
-}
-
-/// Why a network device cannot be made.
-#[derive(Debug, thiserror::Error)]
-pub enum NetError {
-    /// Number of queues out of range.
-    #[error("{num_queues} queues are not possible: an even number from 2 to 512 is")]
-    QueueCount {
-        /// What was asked for.
-        num_queues: u16,
-    },
-    /// Queue size out of range.
-    #[error("queue size {queue_size} is not a power of two from 4 to {QUEUE_SIZE_MAX}")]
-    QueueSize {
-        /// What was asked for.
-        queue_size: u16,
-    },
-    /// A descriptor is needed for each pair.
-    #[error("{fds} file descriptors do not fit {num_queues} queues: one for each two is needed")]
-    FdCount {
-        /// Descriptors given.
-        fds: usize,
-        /// Queues asked for.
-        num_queues: u16,
-    },
-    /// Below the least that IPv4 allows.
-    #[error("MTU {mtu} is less than 68")]
-    Mtu {
-        /// What was asked for.
-        mtu: u16,
-    },
-    /// A multicast address cannot be anybody's own.
-    #[error("hardware address is a multicast address")]
-    MulticastMac,
-    /// The tap.
-    #[error("cannot use the tap device")]
-    Tap(#[from] TapError),
-    /// Descriptors of our own.
-    #[error("cannot make the event descriptors of a queue pair")]
-    Events(#[source] std::io::Error),
-}

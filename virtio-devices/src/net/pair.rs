@@ -8,8 +8,8 @@ use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_M
 use vm_memory::GuestAddressSpace;
 
 use super::config_space::has;
-use super::device::NetState;
 use super::receive::{self, Receiver};
+use super::shared::NetShared;
 use super::tap_watch::TapWatch;
 use super::transmit::{self, Transmitter};
 use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError};
@@ -24,7 +24,7 @@ const ENABLED: u32 = 1;
 /// One pair of queues.
 pub(super) struct QueuePair {
     name: String,
-    net: Arc<NetState>,
+    net: Arc<NetShared>,
     index: usize,
     watch: TapWatch,
     active: Option<Active>,
@@ -42,7 +42,7 @@ impl QueuePair {
     ///
     /// # Errors
     /// No event set to be had.
-    pub(super) fn new(name: String, net: Arc<NetState>, index: usize) -> std::io::Result<Self> {
+    pub(super) fn new(name: String, net: Arc<NetShared>, index: usize) -> std::io::Result<Self> {
         Ok(Self {
             name,
             watch: TapWatch::new(net.tap(index).as_raw_fd())?,

@@ -10,8 +10,7 @@ use std::io;
 use std::os::fd::RawFd;
 
 use super::counters::NetCounters;
-use super::frame_io::{FrameReader, Read};
-use super::{FRAME_BYTES_MAX, HEADER_BYTES};
+use super::frame_io::{FRAME_BYTES_MAX, FrameReader, HEADER_BYTES, Read};
 use crate::device::{QueuePosition, WorkerError};
 use crate::queue::{ChainBuffers, GuestBuffers, Next, Popped, RamGuard, ServedQueue};
 use crate::worker::Turn;

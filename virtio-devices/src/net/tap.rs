@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use libc::{IFF_MULTI_QUEUE, IFF_NO_PI, IFF_TAP, IFF_VNET_HDR, c_int};
 
-use super::HEADER_BYTES;
+use super::frame_io::HEADER_BYTES;
 use super::tap_sys::{self, ConfigSocket, NAME_BYTES_MAX};
 
 const TUN_DEVICE: &str = "/dev/net/tun";

@@ -4,8 +4,7 @@ use std::io;
 use std::os::fd::RawFd;
 
 use super::counters::NetCounters;
-use super::frame_io::write_frame;
-use super::{FRAME_BYTES_MAX, HEADER_BYTES};
+use super::frame_io::{FRAME_BYTES_MAX, HEADER_BYTES, write_frame};
 use crate::device::{QueuePosition, WorkerError};
 use crate::queue::{ChainBuffers, Next, RamGuard, ServedQueue};
 use crate::worker::Turn;

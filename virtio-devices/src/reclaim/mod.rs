@@ -20,13 +20,13 @@
 
 mod backing;
 mod discard;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod guarded_ram;
 mod pagemap;
 mod ranges;
 mod residency;
 mod switch;
 mod sys;
-#[cfg(any(test, feature = "test-utils"))]
-pub mod terrain;
 
 #[cfg(test)]
 mod tests;

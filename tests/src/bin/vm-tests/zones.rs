@@ -11,7 +11,9 @@ use integration_tests::outcome::{Outcome, Test};
 use integration_tests::tests;
 use integration_tests::wait::wait_for;
 use serde_json::Value;
-use virtio_devices::reclaim::terrain::{HUGE_PAGE_PAGES, Kind, PAGE, Plot, trial};
+use virtio_devices::reclaim::guarded_ram::{
+    HUGE_PAGE_PAGES, Kind, PAGE, RamArea, discard_and_check,
+};
 use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange};
 
 use integration_tests::huge_pages::ReservedHugePages;
@@ -267,16 +269,16 @@ fn discard_engine_frees_whole_huge_pages_and_nothing_else() -> Result<Outcome> {
     let mut freed = 0;
     for seed in 1..=ROUNDS {
         let mut numbers = Numbers(seed);
-        let plots = [
-            plot(numbers.below(600), 1 + numbers.below(40), Kind::Anonymous),
+        let areas = [
+            area(numbers.below(600), 1 + numbers.below(40), Kind::Anonymous),
             // On a border of huge pages, or not.
-            plot(
+            area(
                 640 + 512 * numbers.below(2) + numbers.below(2) * 100,
                 1024,
                 Kind::Huge,
             ),
-            plot(2400 + numbers.below(50), 1 + numbers.below(40), Kind::Memfd),
-            plot(2500 + numbers.below(50), 512, Kind::Huge),
+            area(2400 + numbers.below(50), 1 + numbers.below(40), Kind::Memfd),
+            area(2500 + numbers.below(50), 512, Kind::Huge),
         ];
         let claims: Vec<_> = (0..1 + numbers.below(12))
             .map(|_| GuestRange {
@@ -289,7 +291,7 @@ fn discard_engine_frees_whole_huge_pages_and_nothing_else() -> Result<Outcome> {
             DiscardEngine::without_vectors(Arc::default()),
         ];
         for mut engine in engines {
-            let outcome = trial(&mut engine, &plots, &claims, Expected::Zeros)
+            let outcome = discard_and_check(&mut engine, &areas, &claims, Expected::Zeros)
                 .with_context(|| format!("seed {seed}"))?;
             freed += outcome.discarded.bytes;
         }
@@ -301,10 +303,10 @@ fn discard_engine_frees_whole_huge_pages_and_nothing_else() -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-fn plot(guest_page: u64, pages: u64, kind: Kind) -> Plot {
+fn area(guest_page: u64, pages: u64, kind: Kind) -> RamArea {
     let pages = usize::try_from(pages).expect("a few thousand");
     assert!(kind != Kind::Huge || pages.is_multiple_of(HUGE_PAGE_PAGES));
-    Plot {
+    RamArea {
         guest_page,
         pages,
         kind,

@@ -115,12 +115,12 @@ struct Closed {
 }
 
 impl Control {
-    pub(in crate::balloon) fn new(policy_offered: bool) -> Self {
+    pub(in crate::balloon) fn new(policy_offered: bool, gate: Arc<DiscardSwitch>) -> Self {
         Self {
             policy_offered,
             state: Mutex::default(),
             changed: Condvar::new(),
-            gate: Arc::default(),
+            gate,
         }
     }
 
@@ -175,11 +175,6 @@ impl Control {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Plain stores, none of which can panic.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What each batch of reports has to pass.
-    pub(in crate::balloon) fn gate(&self) -> &DiscardSwitch {
-        &self.gate
     }
 
     /// A driver has accepted its features.
@@ -425,8 +420,12 @@ mod tests {
 
     const ALL: u32 = 0xff;
 
+    fn new(policy_offered: bool) -> Control {
+        Control::new(policy_offered, Arc::default())
+    }
+
     fn control(accepted: bool) -> Control {
-        let control = Control::new(true);
+        let control = new(true);
         control.driver_came(accepted);
         control
     }
@@ -448,28 +447,25 @@ mod tests {
         let control = control(true);
         control.pause();
         assert_eq!(control.phase(), PausePhase::Pausing);
-        assert!(
-            control.gate().begin().is_ok(),
-            "its reports are still taken"
-        );
+        assert!(control.gate.begin().is_ok(), "its reports are still taken");
         answer(&control, ALL);
         assert_eq!(control.phase(), PausePhase::PausedByGuest);
         assert!(
-            control.gate().begin().is_err(),
+            control.gate.begin().is_err(),
             "its word is not all there is"
         );
         control.resume();
         assert_eq!(control.phase(), PausePhase::Running);
-        assert!(control.gate().begin().is_ok());
+        assert!(control.gate.begin().is_ok());
     }
 
     #[test]
     fn pause_without_a_capable_driver_is_the_devices_at_once() {
-        for control in [Control::new(false), Control::new(true), control(false)] {
+        for control in [new(false), new(true), control(false)] {
             control.pause();
             control.pause();
             assert_eq!(control.phase(), PausePhase::PausedByDevice);
-            assert!(control.gate().begin().is_err());
+            assert!(control.gate.begin().is_err());
             control.resume();
             assert_eq!(control.phase(), PausePhase::Running);
         }
@@ -507,7 +503,7 @@ mod tests {
     #[test]
     fn pause_waits_for_the_batch_that_is_under_way() {
         let control = control(false);
-        let batch = control.gate().begin().expect("nobody has paused");
+        let batch = control.gate.begin().expect("nobody has paused");
         control.pause();
         assert_eq!(control.phase(), PausePhase::Pausing);
         std::thread::scope(|scope| {
@@ -516,7 +512,7 @@ mod tests {
             assert_eq!(waiter.join().unwrap(), PausePhase::PausedByDevice);
         });
         // A report that is turned away at the gate does not undo that.
-        assert!(control.gate().begin().is_err());
+        assert!(control.gate.begin().is_err());
         assert_eq!(control.phase(), PausePhase::PausedByDevice);
     }
 
@@ -548,7 +544,7 @@ mod tests {
 
     #[test]
     fn report_now_is_refused_to_whoever_cannot() {
-        let none = Control::new(false);
+        let none = new(false);
         assert_eq!(none.report_now(false), Err(ControlError::PolicyNotOffered));
         let declined = control(false);
         assert_eq!(declined.report_now(false), Err(ControlError::GuestDeclined));
@@ -601,8 +597,8 @@ mod tests {
     #[test]
     fn setting_says_why_it_is_not_in_effect() {
         let state = |control: &Control| control.policy_status().of(PolicySetting::AgeMsMin);
-        assert_eq!(state(&Control::new(false)), SettingState::NotOffered);
-        assert_eq!(state(&Control::new(true)), SettingState::DriverNotReady);
+        assert_eq!(state(&new(false)), SettingState::NotOffered);
+        assert_eq!(state(&new(true)), SettingState::DriverNotReady);
         assert_eq!(state(&control(false)), SettingState::GuestDeclined);
         let able = control(true);
         assert_eq!(state(&able), SettingState::NotSet);

@@ -10,8 +10,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::time::Instant;
 
+use super::frame_io::HEADER_BYTES;
 use super::tap::Tap;
-use super::{Backend, HEADER_BYTES, Net, NetError, NetParams};
+use super::{Backend, Net, NetError, NetParams};
 use crate::testing::{Chain, DEADLINE, HandlerHarness, Segment, Used};
 use crate::{QueueHandler, VirtioDevice};
 

@@ -15,7 +15,9 @@ use vm_memory::{
 };
 
 use crate::device::GuestRam;
-use crate::reclaim::terrain::{HUGE_PAGE_PAGES, Kind, PAGE, Plot, Terrain, trial};
+use crate::reclaim::guarded_ram::{
+    GuardedRam, HUGE_PAGE_PAGES, Kind, PAGE, RamArea, discard_and_check,
+};
 use crate::reclaim::{
     DiscardEngine, DiscardSwitch, Expected, GuestRange, InhibitReason, Outcome, ResidencyProbe,
     SkipReason,
@@ -39,8 +41,8 @@ fn pages(first: u64, count: u64) -> GuestRange {
     }
 }
 
-fn plot(guest_page: u64, pages: usize, kind: Kind) -> Plot {
-    Plot {
+fn area(guest_page: u64, pages: usize, kind: Kind) -> RamArea {
+    RamArea {
         guest_page,
         pages,
         kind,
@@ -63,16 +65,16 @@ fn kinds() -> impl Strategy<Value = Kind> {
     ]
 }
 
-fn plot_lists() -> impl Strategy<Value = Vec<Plot>> {
+fn area_lists() -> impl Strategy<Value = Vec<RamArea>> {
     vec((0..6_u64, 1..24_usize, kinds()), 1..5).prop_map(|shapes| {
         let mut at = 0;
-        let mut plots = Vec::new();
+        let mut areas = Vec::new();
         for (gap, pages, kind) in shapes {
             at += gap;
-            plots.push(plot(at, pages, kind));
+            areas.push(area(at, pages, kind));
             at += pages as u64;
         }
-        plots
+        areas
     })
 }
 
@@ -96,29 +98,29 @@ proptest! {
 
     #[test]
     fn engine_discards_the_intersection_and_nothing_else(
-        plots in plot_lists(),
+        areas in area_lists(),
         claims in claim_lists(),
         expected in expectations(),
     ) {
         for mut engine in engines() {
-            trial(&mut engine, &plots, &claims, expected).unwrap();
+            discard_and_check(&mut engine, &areas, &claims, expected).unwrap();
         }
     }
 }
 
 /// Huge pages beside others, and claims about as large.
-fn huge_plot_lists() -> impl Strategy<Value = Vec<Plot>> {
+fn huge_area_lists() -> impl Strategy<Value = Vec<RamArea>> {
     let huge = (1..3_usize).prop_map(|count| (count * HUGE_PAGE_PAGES, Kind::Huge));
     let small = (1..40_usize, kinds());
     vec((0..300_u64, prop_oneof![2 => huge, 1 => small]), 1..4).prop_map(|shapes| {
         let mut at = 0;
-        let mut plots = Vec::new();
+        let mut areas = Vec::new();
         for (gap, (pages, kind)) in shapes {
             at += gap;
-            plots.push(plot(at, pages, kind));
+            areas.push(area(at, pages, kind));
             at += pages as u64;
         }
-        plots
+        areas
     })
 }
 
@@ -132,12 +134,12 @@ proptest! {
 
     #[test]
     fn engine_discards_whole_huge_pages_beside_others(
-        plots in huge_plot_lists(),
+        areas in huge_area_lists(),
         claims in large_claim_lists(),
         expected in expectations(),
     ) {
         for mut engine in engines() {
-            if let Err(error) = trial(&mut engine, &plots, &claims, expected) {
+            if let Err(error) = discard_and_check(&mut engine, &areas, &claims, expected) {
                 eprintln!("skipped: this host has not set aside enough huge pages: {error}");
             }
         }
@@ -151,26 +153,26 @@ fn engine_with_vectors_discards_scattered_pages_in_one_call() {
         eprintln!("skipped: this kernel does not discard by vector");
         return;
     }
-    let terrain = Terrain::new(&[
-        plot(0, 600, Kind::Anonymous),
-        plot(600, 600, Kind::Anonymous),
+    let guarded = GuardedRam::new(&[
+        area(0, 600, Kind::Anonymous),
+        area(600, 600, Kind::Anonymous),
     ]);
     let mut claims: Vec<_> = (0..1200).step_by(2).map(|page| pages(page, 1)).collect();
-    let outcome = engine.discard(&terrain.ram, &mut claims, Expected::Zeros);
+    let outcome = engine.discard(&guarded.ram, &mut claims, Expected::Zeros);
     assert_eq!((outcome.discarded.ranges, outcome.syscalls), (600, 1));
-    assert_eq!(terrain.discarded().len(), 600);
+    assert_eq!(guarded.discarded().len(), 600);
 }
 
 #[test]
 fn engine_splits_vectors_at_the_longest_the_kernel_takes() {
     for mut engine in engines() {
-        let terrain = Terrain::new(&[plot(0, 4200, Kind::Anonymous)]);
+        let guarded = GuardedRam::new(&[area(0, 4200, Kind::Anonymous)]);
         let mut claims: Vec<_> = (0..2100).map(|at| pages(2 * at, 1)).collect();
-        let outcome = engine.discard(&terrain.ram, &mut claims, Expected::Zeros);
+        let outcome = engine.discard(&guarded.ram, &mut claims, Expected::Zeros);
         assert_eq!(outcome.discarded.bytes, 2100 * PAGE_BYTES);
         let calls = if engine.has_vectors() { 3 } else { 2100 };
         assert_eq!(outcome.syscalls, calls);
-        assert_eq!(terrain.discarded().len(), 2100);
+        assert_eq!(guarded.discarded().len(), 2100);
     }
 }
 
@@ -178,9 +180,9 @@ fn engine_splits_vectors_at_the_longest_the_kernel_takes() {
 fn contiguous_pages_cost_one_call_whatever_the_kernel() {
     for mut engine in engines() {
         for kind in [Kind::Anonymous, Kind::Memfd] {
-            let terrain = Terrain::new(&[plot(0, 256, kind)]);
+            let guarded = GuardedRam::new(&[area(0, 256, kind)]);
             let mut claims: Vec<_> = (0..256).rev().map(|page| pages(page, 1)).collect();
-            let outcome = engine.discard(&terrain.ram, &mut claims, Expected::Zeros);
+            let outcome = engine.discard(&guarded.ram, &mut claims, Expected::Zeros);
             assert_eq!(
                 (outcome.syscalls, outcome.discarded.ranges),
                 (1, 1),
@@ -193,10 +195,10 @@ fn contiguous_pages_cost_one_call_whatever_the_kernel() {
 #[test]
 fn range_the_kernel_refuses_fails_alone() {
     for mut engine in engines() {
-        let terrain = Terrain::new(&[plot(0, 12, Kind::Anonymous)]);
-        terrain.lock_page(0, 4);
+        let guarded = GuardedRam::new(&[area(0, 12, Kind::Anonymous)]);
+        guarded.lock_page(0, 4);
         let mut claims = [pages(0, 2), pages(4, 1), pages(6, 2), pages(10, 1)];
-        let outcome = engine.discard(&terrain.ram, &mut claims, Expected::Zeros);
+        let outcome = engine.discard(&guarded.ram, &mut claims, Expected::Zeros);
         assert_balanced(&outcome);
         assert_eq!(
             (outcome.failed.ranges, outcome.failed.bytes),
@@ -204,7 +206,7 @@ fn range_the_kernel_refuses_fails_alone() {
         );
         let error = outcome.first_error.expect("the first failure is told");
         assert_eq!(error.raw_os_error(), Some(libc::EINVAL));
-        let pages: Vec<_> = terrain.discarded().iter().map(|(_, page)| *page).collect();
+        let pages: Vec<_> = guarded.discarded().iter().map(|(_, page)| *page).collect();
         assert_eq!(pages, [0, 1, 6, 7, 10]);
     }
 }
@@ -212,16 +214,16 @@ fn range_the_kernel_refuses_fails_alone() {
 #[test]
 fn private_file_is_dropped_only_where_its_bytes_are_good_enough() {
     for mut engine in engines() {
-        let terrain = Terrain::new(&[plot(0, 8, Kind::PrivateFile)]);
-        let probe = ResidencyProbe::new(terrain.ram.clone()).unwrap();
+        let guarded = GuardedRam::new(&[area(0, 8, Kind::PrivateFile)]);
+        let probe = ResidencyProbe::new(guarded.ram.clone()).unwrap();
         let mut claims = [pages(0, 3), pages(5, 3)];
-        let outcome = engine.discard(&terrain.ram, &mut claims, Expected::Zeros);
+        let outcome = engine.discard(&guarded.ram, &mut claims, Expected::Zeros);
         assert_eq!(outcome.skipped.get(SkipReason::PrivateFile), 6 * PAGE_BYTES);
-        assert_eq!((outcome.syscalls, terrain.discarded()), (0, vec![]));
-        let outcome = engine.discard(&terrain.ram, &mut claims, Expected::Anything);
+        assert_eq!((outcome.syscalls, guarded.discarded()), (0, vec![]));
+        let outcome = engine.discard(&guarded.ram, &mut claims, Expected::Anything);
         assert_eq!(outcome.discarded.bytes, 6 * PAGE_BYTES);
         assert_eq!(probe.measure().unwrap().resident_bytes, 2 * PAGE_BYTES);
-        assert_eq!(terrain.discarded().len(), 6);
+        assert_eq!(guarded.discarded().len(), 6);
     }
 }
 
@@ -229,21 +231,21 @@ fn private_file_is_dropped_only_where_its_bytes_are_good_enough() {
 fn inhibited_engine_discards_nothing_until_the_guard_goes() {
     let switch = Arc::<DiscardSwitch>::default();
     let mut engine = DiscardEngine::new(Arc::clone(&switch));
-    let terrain = Terrain::new(&[plot(0, 4, Kind::Anonymous)]);
+    let guarded = GuardedRam::new(&[area(0, 4, Kind::Anonymous)]);
     let guard = switch.inhibit(InhibitReason::PinnedMemory);
-    let outcome = engine.discard(&terrain.ram, &mut [pages(0, 4)], Expected::Zeros);
+    let outcome = engine.discard(&guarded.ram, &mut [pages(0, 4)], Expected::Zeros);
     assert_eq!(outcome.skipped.get(SkipReason::Inhibited), 4 * PAGE_BYTES);
-    assert_eq!((outcome.syscalls, terrain.discarded()), (0, vec![]));
+    assert_eq!((outcome.syscalls, guarded.discarded()), (0, vec![]));
     assert_eq!(engine.discarded_ranges().count(), 0);
     drop(guard);
-    let outcome = engine.discard(&terrain.ram, &mut [pages(0, 4)], Expected::Zeros);
+    let outcome = engine.discard(&guarded.ram, &mut [pages(0, 4)], Expected::Zeros);
     assert_eq!(outcome.discarded.bytes, 4 * PAGE_BYTES);
 }
 
 #[test]
 fn engine_follows_a_memory_map_that_changes() {
-    let first = Terrain::new(&[plot(0, 4, Kind::Anonymous)]);
-    let second = Terrain::new(&[plot(0, 8, Kind::Anonymous)]);
+    let first = GuardedRam::new(&[area(0, 4, Kind::Anonymous)]);
+    let second = GuardedRam::new(&[area(0, 8, Kind::Anonymous)]);
     let mut engine = DiscardEngine::new(Arc::default());
     engine.discard(&first.ram, &mut [pages(0, 1)], Expected::Zeros);
     let new_map: Arc<GuestMemoryMmap<()>> = second.ram.memory().into_inner();

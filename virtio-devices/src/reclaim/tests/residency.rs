@@ -7,14 +7,14 @@ use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap};
 
 use crate::device::GuestRam;
+use crate::reclaim::guarded_ram::{GuardedRam, Kind, PAGE, RamArea};
 use crate::reclaim::pagemap::Pagemap;
-use crate::reclaim::terrain::{Kind, PAGE, Plot, Terrain};
 use crate::reclaim::{DiscardEngine, Expected, GuestRange, ResidencyMethod, ResidencyProbe};
 
 const PAGE_BYTES: u64 = PAGE as u64;
 
 /// A probe for each way of reading page tables that this kernel has.
-fn probes(terrain: &Terrain) -> Vec<ResidencyProbe> {
+fn probes(guarded: &GuardedRam) -> Vec<ResidencyProbe> {
     let scan = Pagemap::open().unwrap();
     let read = Pagemap::open_without_scan().unwrap();
     if !scan.scans() {
@@ -22,18 +22,18 @@ fn probes(terrain: &Terrain) -> Vec<ResidencyProbe> {
     }
     [scan, read]
         .into_iter()
-        .map(|pagemap| ResidencyProbe::with_pagemap(terrain.ram.clone(), pagemap))
+        .map(|pagemap| ResidencyProbe::with_pagemap(guarded.ram.clone(), pagemap))
         .collect()
 }
 
-fn terrain(kind: Kind) -> Terrain {
-    Terrain::new(&[
-        Plot {
+fn guarded(kind: Kind) -> GuardedRam {
+    GuardedRam::new(&[
+        RamArea {
             guest_page: 0,
             pages: 40,
             kind,
         },
-        Plot {
+        RamArea {
             guest_page: 64,
             pages: 24,
             kind: Kind::Anonymous,
@@ -43,16 +43,16 @@ fn terrain(kind: Kind) -> Terrain {
 
 #[test]
 fn probe_follows_discards_page_by_page() {
-    let terrain = terrain(Kind::Anonymous);
+    let guarded = guarded(Kind::Anonymous);
     let mut engine = DiscardEngine::new(Arc::default());
-    for probe in probes(&terrain) {
+    for probe in probes(&guarded) {
         let before = probe.measure().unwrap();
         assert_eq!(before.configured_bytes, 64 * PAGE_BYTES);
         let mut claims = [GuestRange {
             start: 3 * PAGE_BYTES,
             bytes: PAGE_BYTES,
         }];
-        let outcome = engine.discard(&terrain.ram, &mut claims, Expected::Zeros);
+        let outcome = engine.discard(&guarded.ram, &mut claims, Expected::Zeros);
         assert_eq!(outcome.discarded.bytes, PAGE_BYTES);
         let after = probe.measure().unwrap();
         // The second probe finds the page already gone.
@@ -70,12 +70,12 @@ fn probe_follows_discards_page_by_page() {
 fn scattered_pages_are_counted_beyond_one_window_of_either_method() {
     // More ranges than one scan returns and more pages than one read covers.
     let pages = 5000;
-    let plot = Plot {
+    let area = RamArea {
         guest_page: 0,
         pages,
         kind: Kind::Anonymous,
     };
-    let terrain = Terrain::new(&[plot]);
+    let guarded = GuardedRam::new(&[area]);
     let mut claims: Vec<_> = (0..pages as u64)
         .step_by(2)
         .map(|page| GuestRange {
@@ -83,22 +83,22 @@ fn scattered_pages_are_counted_beyond_one_window_of_either_method() {
             bytes: PAGE_BYTES,
         })
         .collect();
-    DiscardEngine::new(Arc::default()).discard(&terrain.ram, &mut claims, Expected::Zeros);
-    for probe in probes(&terrain) {
+    DiscardEngine::new(Arc::default()).discard(&guarded.ram, &mut claims, Expected::Zeros);
+    for probe in probes(&guarded) {
         assert_eq!(probe.measure().unwrap().resident_bytes, 2500 * PAGE_BYTES);
     }
 }
 
 #[test]
 fn page_only_ever_read_costs_nothing() {
-    let terrain = terrain(Kind::Anonymous);
+    let guarded = guarded(Kind::Anonymous);
     let mut claims = [GuestRange {
         start: 0,
         bytes: 40 * PAGE_BYTES,
     }];
-    DiscardEngine::new(Arc::default()).discard(&terrain.ram, &mut claims, Expected::Zeros);
-    assert_eq!(terrain.touch_for_reading(0, 7), 0);
-    let probe = &probes(&terrain)[0];
+    DiscardEngine::new(Arc::default()).discard(&guarded.ram, &mut claims, Expected::Zeros);
+    assert_eq!(guarded.touch_for_reading(0, 7), 0);
+    let probe = &probes(&guarded)[0];
     let sample = probe.measure().unwrap();
     if sample.method == ResidencyMethod::PagemapScan {
         assert_eq!(sample.resident_bytes, 24 * PAGE_BYTES);
@@ -107,15 +107,15 @@ fn page_only_ever_read_costs_nothing() {
 
 #[test]
 fn memory_file_is_measured_by_its_own_pages() {
-    let terrain = terrain(Kind::Memfd);
-    for probe in probes(&terrain) {
+    let guarded = guarded(Kind::Memfd);
+    for probe in probes(&guarded) {
         // The file has guard pages around the region; they belong to it.
         let before = probe.measure().unwrap();
         let mut claims = [GuestRange {
             start: 0,
             bytes: 16 * PAGE_BYTES,
         }];
-        DiscardEngine::new(Arc::default()).discard(&terrain.ram, &mut claims, Expected::Zeros);
+        DiscardEngine::new(Arc::default()).discard(&guarded.ram, &mut claims, Expected::Zeros);
         let after = probe.measure().unwrap();
         let gone = before.resident_bytes - after.resident_bytes;
         assert!(gone == 8 * PAGE_BYTES || gone == 0, "gone {gone}");
@@ -125,7 +125,7 @@ fn memory_file_is_measured_by_its_own_pages() {
 
 #[test]
 fn sample_is_shared_while_it_is_young() {
-    let probe = ResidencyProbe::new(terrain(Kind::Anonymous).ram).unwrap();
+    let probe = ResidencyProbe::new(guarded(Kind::Anonymous).ram).unwrap();
     let first = probe.sample().unwrap();
     let second = probe.sample().unwrap();
     assert_eq!(first.taken, second.taken);

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::reclaim::terrain::{Kind, PAGE, Plot, Terrain};
+use crate::reclaim::guarded_ram::{GuardedRam, Kind, PAGE, RamArea};
 use crate::reclaim::{
     DiscardEngine, DiscardSwitch, Expected, GuestRange, InhibitReason, SkipReason,
 };
@@ -27,8 +27,8 @@ fn pages(first: usize, count: usize) -> GuestRange {
     }
 }
 
-fn terrain(kind: Kind) -> Terrain {
-    Terrain::new(&[Plot {
+fn guarded(kind: Kind) -> GuardedRam {
+    GuardedRam::new(&[RamArea {
         guest_page: 0,
         pages: PAGES,
         kind,
@@ -41,18 +41,18 @@ fn switch_for_each_reason_keeps_every_kind_of_memory() {
         for kind in [Kind::Anonymous, Kind::Memfd, Kind::PrivateFile] {
             let switch = Arc::<DiscardSwitch>::default();
             let mut engine = DiscardEngine::new(Arc::clone(&switch));
-            let terrain = terrain(kind);
+            let guarded = guarded(kind);
             let guard = switch.inhibit(reason);
             assert_eq!(switch.inhibited(), Some(reason));
-            let outcome = engine.discard(&terrain.ram, &mut [pages(0, PAGES)], Expected::Anything);
+            let outcome = engine.discard(&guarded.ram, &mut [pages(0, PAGES)], Expected::Anything);
             assert_eq!(
                 outcome.skipped.get(SkipReason::Inhibited),
                 (PAGES * PAGE) as u64
             );
-            assert_eq!((outcome.syscalls, terrain.discarded()), (0, vec![]));
+            assert_eq!((outcome.syscalls, guarded.discarded()), (0, vec![]));
             drop(guard);
-            engine.discard(&terrain.ram, &mut [pages(0, PAGES)], Expected::Anything);
-            assert_eq!(terrain.discarded().len(), PAGES, "{kind:?}");
+            engine.discard(&guarded.ram, &mut [pages(0, PAGES)], Expected::Anything);
+            assert_eq!(guarded.discarded().len(), PAGES, "{kind:?}");
         }
     }
 }
@@ -62,8 +62,8 @@ fn switch_for_each_reason_keeps_every_kind_of_memory() {
 #[test]
 fn guard_that_has_settled_keeps_memory_under_a_busy_engine() {
     let switch = Arc::<DiscardSwitch>::default();
-    let terrain = terrain(Kind::Anonymous);
-    let (ram, stop) = (terrain.ram.clone(), AtomicBool::new(false));
+    let guarded = guarded(Kind::Anonymous);
+    let (ram, stop) = (guarded.ram.clone(), AtomicBool::new(false));
     thread::scope(|scope| {
         let busy = scope.spawn(|| {
             let mut engine = DiscardEngine::new(Arc::clone(&switch));
@@ -81,9 +81,9 @@ fn guard_that_has_settled_keeps_memory_under_a_busy_engine() {
                 assert!(start.elapsed() < DEADLINE, "a batch does not end");
                 thread::yield_now();
             }
-            terrain.refill();
+            guarded.refill();
             for _ in 0..20 {
-                assert_eq!(terrain.discarded(), []);
+                assert_eq!(guarded.discarded(), []);
             }
             drop(guard);
             thread::yield_now();
@@ -96,8 +96,8 @@ fn guard_that_has_settled_keeps_memory_under_a_busy_engine() {
 /// As a restore on demand sees it: a page discarded is an event that somebody must read.
 #[test]
 fn inhibited_discard_tells_a_userfaultfd_nothing() {
-    let terrain = terrain(Kind::Anonymous);
-    let mem = terrain.ram.memory().into_inner();
+    let guarded = guarded(Kind::Anonymous);
+    let mem = guarded.ram.memory().into_inner();
     let region = mem.iter().next().unwrap();
     let (start, bytes) = (region.as_ptr() as u64, region.len());
     let mut faults = match Faults::watch(start, bytes) {
@@ -111,12 +111,12 @@ fn inhibited_discard_tells_a_userfaultfd_nothing() {
     let mut engine = DiscardEngine::new(Arc::clone(&switch));
     let guard = switch.inhibit(InhibitReason::MemoryImport);
     // Would block for good: nobody reads the event.
-    engine.discard(&terrain.ram, &mut [pages(2, 3)], Expected::Zeros);
+    engine.discard(&guarded.ram, &mut [pages(2, 3)], Expected::Zeros);
     assert_eq!(faults.removed(Duration::ZERO).unwrap(), None);
     drop(guard);
     let removed = thread::scope(|scope| {
         let reader = scope.spawn(|| faults.removed(DEADLINE).unwrap());
-        let outcome = engine.discard(&terrain.ram, &mut [pages(2, 3)], Expected::Zeros);
+        let outcome = engine.discard(&guarded.ram, &mut [pages(2, 3)], Expected::Zeros);
         assert_eq!(outcome.discarded.bytes, 3 * PAGE as u64);
         reader.join().unwrap()
     });
@@ -124,7 +124,7 @@ fn inhibited_discard_tells_a_userfaultfd_nothing() {
     assert_eq!(removed, Some((first, end)));
     // Without it pages that are not there are zeros again, and not faults.
     drop(faults);
-    assert_eq!(terrain.discarded(), [(0, 2), (0, 3), (0, 4)]);
+    assert_eq!(guarded.discarded(), [(0, 2), (0, 3), (0, 4)]);
 }
 
 /// A userfaultfd (include/uapi/linux/userfaultfd.h) that hears of discarded memory.

@@ -2,7 +2,7 @@
 //!
 //! For tests and fuzzing: whatever a guest makes the device do, the strangers'
 //! pages must not change, and no page may end up as anything but itself or what a discarded one is.
-//! [`trial`] compares an engine with the rule on such ground.
+//! [`discard_and_check`] compares an engine with the rule on such ground.
 #![allow(unsafe_code)]
 // UNSAFETY: regions are put into the middle of larger mappings, and `mlock` and
 // `memfd_create` have no safe wrapper among our dependencies.
@@ -35,7 +35,7 @@ pub enum Kind {
     Memfd,
     /// A file, mapped private. It holds something else than zeros.
     PrivateFile,
-    /// A memory file of huge pages of 2 MiB, mapped shared. Its plots are whole huge pages.
+    /// A memory file of huge pages of 2 MiB, mapped shared. Its areas are whole huge pages.
     Huge,
     /// A memfd whose descriptor may not punch holes.
     ReadOnlyMemfd,
@@ -62,7 +62,7 @@ impl Kind {
 
 /// One region: where the guest sees it, how long it is, what it is made of.
 #[derive(Clone, Copy, Debug)]
-pub struct Plot {
+pub struct RamArea {
     /// First guest page.
     pub guest_page: u64,
     /// Length in pages.
@@ -73,64 +73,64 @@ pub struct Plot {
 
 /// The RAM and, through the larger mappings, everything around it.
 #[derive(Debug)]
-pub struct Terrain {
+pub struct GuardedRam {
     /// The regions as guest RAM.
     pub ram: GuestRam,
-    plots: Vec<Plot>,
+    areas: Vec<RamArea>,
     /// Longer than the regions by the guards, and outlives them.
     outer: Vec<MmapRegion>,
 }
 
-impl Terrain {
-    /// Maps the plots, which are in ascending order, and fills every page with its pattern.
+impl GuardedRam {
+    /// Maps the areas, which are in ascending order, and fills every page with its pattern.
     ///
     /// # Panics
     /// They cannot be mapped.
     #[must_use]
-    pub fn new(plots: &[Plot]) -> Self {
-        Self::try_new(plots).expect("memory can be mapped")
+    pub fn new(areas: &[RamArea]) -> Self {
+        Self::try_new(areas).expect("memory can be mapped")
     }
 
-    /// As [`Terrain::new`], where the host may have no huge pages, or no more of them.
+    /// As [`GuardedRam::new`], where the host may have no huge pages, or no more of them.
     ///
     /// # Errors
     /// They cannot be mapped.
     ///
     /// # Panics
     /// They are not in ascending order.
-    pub fn try_new(plots: &[Plot]) -> io::Result<Self> {
+    pub fn try_new(areas: &[RamArea]) -> io::Result<Self> {
         let mut outer = Vec::new();
         let mut regions = Vec::new();
-        for plot in plots {
-            let (mapping, region) = map(*plot)?;
+        for area in areas {
+            let (mapping, region) = map(*area)?;
             outer.push(mapping);
             regions.push(region);
         }
-        let mem = GuestMemoryMmap::from_regions(regions).expect("plots are in ascending order");
-        let terrain = Self {
+        let mem = GuestMemoryMmap::from_regions(regions).expect("areas are in ascending order");
+        let guarded = Self {
             ram: GuestRam::new(mem),
-            plots: plots.to_vec(),
+            areas: areas.to_vec(),
             outer,
         };
-        terrain.fill();
-        Ok(terrain)
+        guarded.fill();
+        Ok(guarded)
     }
 
-    /// The pages of a plot in its mapping, between the guards.
+    /// The pages of a area in its mapping, between the guards.
     fn inside(&self, at: usize) -> std::ops::Range<usize> {
-        let guard = self.plots[at].kind.guard_pages();
-        guard..guard + self.plots[at].pages
+        let guard = self.areas[at].kind.guard_pages();
+        guard..guard + self.areas[at].pages
     }
 
-    fn page_address(&self, plot: usize, page: usize) -> *mut u8 {
-        assert!(page < self.plots[plot].pages);
-        let page = self.plots[plot].kind.guard_pages() + page;
-        self.outer[plot].as_ptr().wrapping_add(page * PAGE)
+    fn page_address(&self, area: usize, page: usize) -> *mut u8 {
+        assert!(page < self.areas[area].pages);
+        let page = self.areas[area].kind.guard_pages() + page;
+        self.outer[area].as_ptr().wrapping_add(page * PAGE)
     }
 
     fn fill(&self) {
-        for (plot, outer) in self.outer.iter().enumerate() {
-            fill_pages(plot, outer, 0..outer.size() / PAGE);
+        for (area, outer) in self.outer.iter().enumerate() {
+            fill_pages(area, outer, 0..outer.size() / PAGE);
         }
     }
 
@@ -141,7 +141,7 @@ impl Terrain {
         }
     }
 
-    /// Pages, by plot and position in it, that were discarded: they are all zeros, or show
+    /// Pages, by area and position in it, that were discarded: they are all zeros, or show
     /// the file that was mapped private.
     ///
     /// # Panics
@@ -152,7 +152,7 @@ impl Terrain {
         let mut discarded = Vec::new();
         for (at, outer) in self.outer.iter().enumerate() {
             let inside = self.inside(at);
-            let gone = match self.plots[at].kind {
+            let gone = match self.areas[at].kind {
                 Kind::PrivateFile => {
                     check_file(outer);
                     FILE_BYTE
@@ -164,12 +164,12 @@ impl Terrain {
                 if bytes == [gone; PAGE] {
                     assert!(
                         inside.contains(&page),
-                        "guard page {page} of plot {at} is gone"
+                        "guard page {page} of area {at} is gone"
                     );
                     discarded.push((at, page - inside.start));
                 } else {
                     let whole = bytes == [pattern(at, page); PAGE];
-                    assert!(whole, "page {page} of plot {at} is damaged");
+                    assert!(whole, "page {page} of area {at} is damaged");
                 }
             }
         }
@@ -186,7 +186,7 @@ impl Terrain {
             for page in (0..outer.size() / PAGE).filter(|page| !inside.contains(page)) {
                 let bytes = page_of(outer, page);
                 let whole = bytes == [pattern(at, page); PAGE];
-                assert!(whole, "guard page {page} of plot {at} has changed");
+                assert!(whole, "guard page {page} of area {at} has changed");
             }
         }
     }
@@ -195,8 +195,8 @@ impl Terrain {
     ///
     /// # Panics
     /// The kernel refuses to pin it.
-    pub fn lock_page(&self, plot: usize, page: usize) {
-        let start = self.page_address(plot, page);
+    pub fn lock_page(&self, area: usize, page: usize) {
+        let start = self.page_address(area, page);
         // SAFETY: the page lies inside the mapping; nothing changes in it.
         let ret = unsafe { libc::mlock(start.cast::<c_void>(), PAGE) };
         assert_eq!(ret, 0, "a page can be locked");
@@ -204,14 +204,14 @@ impl Terrain {
 
     /// Reads one byte of a page, which maps it.
     #[must_use]
-    pub fn touch_for_reading(&self, plot: usize, page: usize) -> u8 {
-        let start = self.page_address(plot, page);
+    pub fn touch_for_reading(&self, area: usize, page: usize) -> u8 {
+        let start = self.page_address(area, page);
         // SAFETY: the page lies inside the mapping, which is readable.
         unsafe { start.read_volatile() }
     }
 }
 
-/// Lets `engine` discard `claims` on new ground of `plots` and compares what is gone with the rule:
+/// Lets `engine` discard `claims` on new ground of `areas` and compares what is gone with the rule:
 /// backing pages that lie whole in the union of the claims, where their kind can be discarded.
 ///
 /// # Errors
@@ -219,26 +219,26 @@ impl Terrain {
 ///
 /// # Panics
 /// Anything else is gone, or is not, or the engine tells something else.
-pub fn trial(
+pub fn discard_and_check(
     engine: &mut DiscardEngine,
-    plots: &[Plot],
+    areas: &[RamArea],
     claims: &[GuestRange],
     expected: Expected,
 ) -> io::Result<Outcome> {
-    let terrain = Terrain::try_new(plots)?;
-    let outcome = engine.discard(&terrain.ram, &mut claims.to_vec(), expected);
+    let guarded = GuardedRam::try_new(areas)?;
+    let outcome = engine.discard(&guarded.ram, &mut claims.to_vec(), expected);
     let (mut gone, mut refused) = (Vec::new(), 0);
-    for (at, plot) in plots.iter().enumerate() {
-        let given_up: Vec<_> = (0..plot.pages as u64)
-            .map(|page| given_up(claims, plot.guest_page + page))
+    for (at, area) in areas.iter().enumerate() {
+        let given_up: Vec<_> = (0..area.pages as u64)
+            .map(|page| given_up(claims, area.guest_page + page))
             .collect();
-        for page in 0..plot.pages {
-            let unit = plot.kind.unit_pages();
+        for page in 0..area.pages {
+            let unit = area.kind.unit_pages();
             let first = page - page % unit;
             if !given_up[first..first + unit].iter().all(|page| *page) {
                 continue;
             }
-            match plot.kind {
+            match area.kind {
                 Kind::Anonymous | Kind::Memfd | Kind::Huge => gone.push((at, page)),
                 Kind::PrivateFile if expected == Expected::Anything => gone.push((at, page)),
                 Kind::PrivateFile => {}
@@ -246,7 +246,7 @@ pub fn trial(
             }
         }
     }
-    assert_eq!(terrain.discarded(), gone);
+    assert_eq!(guarded.discarded(), gone);
     assert_eq!(outcome.discarded.bytes, (gone.len() * PAGE) as u64);
     assert_eq!(outcome.failed.bytes, refused);
     assert_eq!(
@@ -274,13 +274,13 @@ fn given_up(claims: &[GuestRange], page: u64) -> bool {
     reached >= end
 }
 
-fn fill_pages(plot: usize, outer: &MmapRegion, pages: std::ops::Range<usize>) {
+fn fill_pages(area: usize, outer: &MmapRegion, pages: std::ops::Range<usize>) {
     assert!(pages.end * PAGE <= outer.size());
     for page in pages {
         // SAFETY: the page lies inside the mapping, as just checked, and is writable.
         unsafe {
             let start = outer.as_ptr().add(page * PAGE);
-            start.write_bytes(pattern(plot, page), PAGE);
+            start.write_bytes(pattern(area, page), PAGE);
         }
     }
 }
@@ -296,9 +296,9 @@ fn page_of(outer: &MmapRegion, page: usize) -> [u8; PAGE] {
     bytes
 }
 
-fn pattern(plot: usize, page: usize) -> u8 {
+fn pattern(area: usize, page: usize) -> u8 {
     // Never zero.
-    (page * 7 + plot * 31) as u8 | 1
+    (page * 7 + area * 31) as u8 | 1
 }
 
 /// Looks whether a file that is mapped private still holds what it held.
@@ -313,15 +313,15 @@ fn check_file(outer: &MmapRegion) {
     );
 }
 
-fn map(plot: Plot) -> io::Result<(MmapRegion, GuestRegionMmap)> {
-    let guard_bytes = plot.kind.guard_pages() * PAGE;
-    let bytes = plot.pages * PAGE + 2 * guard_bytes;
-    let flags = match plot.kind {
+fn map(area: RamArea) -> io::Result<(MmapRegion, GuestRegionMmap)> {
+    let guard_bytes = area.kind.guard_pages() * PAGE;
+    let bytes = area.pages * PAGE + 2 * guard_bytes;
+    let flags = match area.kind {
         Kind::Anonymous => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
         Kind::Memfd | Kind::ReadOnlyMemfd | Kind::Huge => libc::MAP_SHARED,
         Kind::PrivateFile => libc::MAP_PRIVATE,
     };
-    let file = match plot.kind {
+    let file = match area.kind {
         Kind::Anonymous => None,
         kind => Some(memfd(kind, bytes)?),
     };
@@ -333,14 +333,14 @@ fn map(plot: Plot) -> io::Result<(MmapRegion, GuestRegionMmap)> {
     }
     let outer = outer.build().map_err(io::Error::other)?;
     let inner_start = outer.as_ptr().wrapping_add(guard_bytes);
-    // SAFETY: the range lies inside `outer`, which the terrain keeps.
+    // SAFETY: the range lies inside `outer`, which the guarded keeps.
     let inner =
-        unsafe { MmapRegionBuilder::new(plot.pages * PAGE).with_raw_mmap_pointer(inner_start) };
+        unsafe { MmapRegionBuilder::new(area.pages * PAGE).with_raw_mmap_pointer(inner_start) };
     let mut inner = inner
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(flags);
     if let Some(file) = file {
-        let file = if plot.kind == Kind::ReadOnlyMemfd {
+        let file = if area.kind == Kind::ReadOnlyMemfd {
             reopen_for_reading(&file)
         } else {
             file
@@ -348,8 +348,8 @@ fn map(plot: Plot) -> io::Result<(MmapRegion, GuestRegionMmap)> {
         inner = inner.with_file_offset(FileOffset::new(file, guard_bytes as u64));
     }
     let inner = inner.build().map_err(io::Error::other)?;
-    let start = GuestAddress(plot.guest_page * PAGE as u64);
-    let region = GuestRegionMmap::new(inner, start).expect("plots end below the last address");
+    let start = GuestAddress(area.guest_page * PAGE as u64);
+    let region = GuestRegionMmap::new(inner, start).expect("areas end below the last address");
     Ok((outer, region))
 }
 
@@ -359,7 +359,7 @@ fn memfd(kind: Kind, bytes: usize) -> io::Result<File> {
         _ => 0,
     };
     // SAFETY: the name is a C string; the result is checked.
-    let fd = unsafe { libc::memfd_create(c"terrain".as_ptr(), libc::MFD_CLOEXEC | huge) };
+    let fd = unsafe { libc::memfd_create(c"guarded-ram".as_ptr(), libc::MFD_CLOEXEC | huge) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }

@@ -1,0 +1,132 @@
+//! What both halves of a network device share.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::config_space::{GUEST_OFFLOADS, tun_offloads};
+use super::counters::NetCounters;
+use super::params::NetError;
+use super::tap::Tap;
+
+/// Marks [`NetShared::restored_offloads`] as there; no feature bit.
+const RESTORED: u64 = 1 << 63;
+
+/// What the configuration half and all workers know.
+#[derive(Debug)]
+pub(super) struct NetShared {
+    taps: Vec<Tap>,
+    /// One per pair: written when the pair is enabled.
+    enabled_events: Vec<EventFd>,
+    /// Pairs that the tap sends frames to. Held while that changes.
+    enabled_pairs: Mutex<u16>,
+    counters: NetCounters,
+    /// Feature bits of the offloads that the tap has been told of.
+    offloads: AtomicU64,
+    /// What the next driver that is activated, which is a restored one, had set; 0 for none.
+    restored_offloads: AtomicU64,
+}
+
+impl NetShared {
+    pub(super) fn new(taps: Vec<Tap>) -> Result<Self, NetError> {
+        let enabled_events = taps
+            .iter()
+            .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
+            .collect::<Result<_, _>>()
+            .map_err(NetError::Events)?;
+        let all = taps.len() as u16;
+        let net = Self {
+            taps,
+            enabled_events,
+            enabled_pairs: Mutex::new(all),
+            counters: NetCounters::default(),
+            offloads: AtomicU64::new(0),
+            restored_offloads: AtomicU64::new(0),
+        };
+        net.enable_pairs(1);
+        Ok(net)
+    }
+
+    pub(super) fn tap(&self, pair: usize) -> &Tap {
+        &self.taps[pair]
+    }
+
+    pub(super) fn enabled_event(&self, pair: usize) -> &EventFd {
+        &self.enabled_events[pair]
+    }
+
+    pub(super) fn counters(&self) -> &NetCounters {
+        &self.counters
+    }
+
+    /// Has the tap spread frames over the first `count` pairs: those of a pair
+    /// the guest does not look at would be lost. False if there are not so many.
+    pub(super) fn enable_pairs(&self, count: u16) -> bool {
+        if count == 0 || usize::from(count) > self.taps.len() {
+            return false;
+        }
+        let mut enabled = self
+            .enabled_pairs
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let (low, high) = (count.min(*enabled), count.max(*enabled));
+        for pair in usize::from(low)..usize::from(high) {
+            // Queues that cannot be switched stay on; frames steered to one the
+            // guest ignores are then lost, as on a card without this command.
+            if let Err(error) = self.taps[pair].set_enabled(count > *enabled) {
+                log::debug!("{}: queue {pair}: {error}", self.taps[pair].name());
+            }
+            if count > *enabled {
+                // An eventfd refuses only after 2^64 - 2 unread writes.
+                self.enabled_events[pair].write(1).ok();
+            }
+        }
+        *enabled = count;
+        true
+    }
+
+    /// What a driver has set last, be it restored and not yet activated.
+    pub(super) fn offloads(&self) -> u64 {
+        match self.restored_offloads.load(Ordering::Acquire) {
+            0 => self.offloads.load(Ordering::Acquire),
+            restored => restored & !RESTORED,
+        }
+    }
+
+    pub(super) fn enabled_pairs(&self) -> u16 {
+        let enabled = self.enabled_pairs.lock();
+        *enabled.unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A driver is there: what its features say, unless it was restored and had said something else.
+    pub(super) fn set_first_offloads(&self, features: u64) {
+        let restored = self.restored_offloads.swap(0, Ordering::AcqRel);
+        self.set_offloads(if restored == 0 {
+            features
+        } else {
+            restored & !RESTORED
+        });
+    }
+
+    /// Tells the tap what the guest can cope with. False if the kernel refuses.
+    pub(super) fn set_offloads(&self, features: u64) -> bool {
+        let result = self.taps[0].set_offload(tun_offloads(features));
+        if let Err(error) = &result
+            && NetCounters::count_loudly(&self.counters.tap_errors)
+        {
+            log::warn!("{}: setting offloads: {error}", self.taps[0].name());
+        }
+        if result.is_ok() {
+            self.offloads
+                .store(features & GUEST_OFFLOADS, Ordering::Release);
+        }
+        result.is_ok()
+    }
+
+    /// Keeps what a saved driver had set until it is active again.
+    pub(super) fn restore_offloads(&self, features: u64) {
+        self.restored_offloads
+            .store(features | RESTORED, Ordering::Release);
+    }
+}
