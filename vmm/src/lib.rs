@@ -1,12 +1,15 @@
 //! The virtual machine monitor: from a configuration to a running guest and the API that steers it.
 
+pub mod alerts;
 pub mod api;
+mod balloon_events;
 pub mod config;
 pub mod control;
 mod device_ids;
 pub mod event_monitor;
 pub mod events;
 mod inherited_fd;
+pub mod reporting_policy;
 pub mod seccomp;
 pub mod signals;
 pub mod threads;

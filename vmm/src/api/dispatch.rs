@@ -23,8 +23,8 @@ use super::http::{Answer, Handler, Reply, Status};
 use super::query::Queries;
 use crate::config::NewDevice;
 use crate::control::{ControlHandle, Lifecycle, LifecycleError, PublishedView, RequestError};
+use crate::reporting_policy::GuestPolicy;
 use crate::threads::ThreadStart;
-use crate::thresholds::PolicySight;
 
 /// How long `vm.balloon-stats` waits for the guest, as long as upstream does.
 const BALLOON_STATS_WAIT: Duration = Duration::from_secs(1);
@@ -255,7 +255,7 @@ fn thresholds(endpoint: Endpoint, view: &PublishedView) -> Answer {
     let view = view.get();
     let sight = match &view.machine {
         Some(machine) => machine.observer.reporting_policy(),
-        None => PolicySight::NoMachine,
+        None => GuestPolicy::NoMachine,
     };
     match &view.thresholds {
         Some(thresholds) => Answer::json(&thresholds.status(sight)),

@@ -24,8 +24,8 @@ use virtio_devices::balloon::policy::ControlError;
 
 use crate::config::NewDevice;
 use crate::control::{ControlSetup, ControlThread, Ending, Lifecycle, PublishedView};
+use crate::reporting_policy::GuestPolicy;
 use crate::threads::ThreadStart;
-use crate::thresholds::PolicySight;
 use crate::vm::{BalloonStatsError, HotplugError, Machine, MachineObserver, VmContext, VmError};
 use machine::memory::GuestMemory;
 use machine::pc::PcError;
@@ -248,8 +248,8 @@ impl MachineObserver for FakeObserver {
         self.reclaim_stats()
     }
 
-    fn reporting_policy(&self) -> PolicySight {
-        PolicySight::NoBalloon
+    fn reporting_policy(&self) -> GuestPolicy {
+        GuestPolicy::NoBalloon
     }
 
     /// Shows what was asked of the machine in place of a reason.

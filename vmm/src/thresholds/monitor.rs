@@ -1,22 +1,20 @@
-//! The thread that looks at figures once a second, and the book it shares with the control thread and the API.
+//! The thread that evaluates figures once per second, and the settings it shares with the control thread and the API.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use api::{ReclaimStats, ReclaimThresholds, ReclaimThresholdsChange, ReportingPolicy, VmState};
+use api::{ReclaimStats, ReclaimThresholds, ReclaimThresholdsChange, ReportingPolicy};
 
-use super::alert::Transition;
-use super::balloon::{BalloonEvent, Sight, Watch};
-use super::book::Book;
-use super::error::ThresholdError;
-use super::figure::{Needs, Sources};
-use super::policy::PolicySight;
-use super::reporting::{ReportingEvent, ReportingSight, ReportingWatch};
-use crate::control::{MachineView, PublishedView};
+use super::ThresholdError;
+use super::settings::ThresholdSettings;
+use crate::alerts::{Needs, Sources, Transition};
+use crate::balloon_events::BalloonEvents;
+use crate::control::PublishedView;
 use crate::device_ids::BALLOON_ID;
 use crate::events::EventSink;
+use crate::reporting_policy::GuestPolicy;
 use crate::threads::THRESHOLDS_THREAD;
 use crate::vm::MachineObserver;
 
@@ -35,17 +33,17 @@ pub struct Thresholds {
 
 #[derive(Debug, Default)]
 struct State {
-    book: Book,
+    settings: ThresholdSettings,
     subjects: Subjects,
     stop: bool,
 }
 
-/// What there is to look at.
+/// What there is to evaluate.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Subjects {
     /// A machine, for alerts.
     pub machine: bool,
-    /// A machine with a balloon, and somebody who reads what is told of it.
+    /// A machine with a balloon, and a reader of its events.
     pub balloon: bool,
 }
 
@@ -72,27 +70,27 @@ impl Thresholds {
     /// # Errors
     /// The change makes no sense.
     pub fn change(&self, change: &ReclaimThresholdsChange) -> Result<(), ThresholdError> {
-        self.lock().book.change(change, self.now_ms())?;
+        self.lock().settings.change(change, self.now_ms())?;
         self.wake.notify_all();
         Ok(())
     }
 
-    /// Everything as it stands, for the guest in sight. Takes microseconds.
-    pub fn status(&self, sight: PolicySight) -> ReclaimThresholds {
-        self.lock().book.status(self.now_ms(), sight)
+    /// Everything as it stands, for the guest that runs now. Takes microseconds.
+    pub fn status(&self, guest: GuestPolicy) -> ReclaimThresholds {
+        self.lock().settings.status(self.now_ms(), guest)
     }
 
     /// The reporting policy, if one was set.
     pub fn policy(&self) -> Option<ReportingPolicy> {
-        self.lock().book.policy()
+        self.lock().settings.policy()
     }
 
     /// Forgets everything: the VM is no more.
     pub fn clear(&self) {
-        self.lock().book.clear();
+        self.lock().settings.clear();
     }
 
-    /// Tells what there is to look at.
+    /// Sets what there is to evaluate.
     pub fn set_subjects(&self, subjects: Subjects) {
         self.lock().subjects = subjects;
         self.wake.notify_all();
@@ -102,7 +100,7 @@ impl Thresholds {
         u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// The book is whole after every change, so a thread that died with the lock has left nothing half done.
+    /// The settings are whole after every change, so a thread that died with the lock has left nothing half done.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -118,7 +116,7 @@ impl Thresholds {
         let mut state = self.lock();
         while !state.stop {
             let Subjects { machine, balloon } = state.subjects;
-            if !(balloon || (machine && state.book.has_alerts())) {
+            if !(balloon || (machine && state.settings.has_alerts())) {
                 *due = None;
                 state = self
                     .wake
@@ -130,7 +128,7 @@ impl Thresholds {
             let at = *due.get_or_insert(now + interval);
             if now >= at {
                 *due = Some(now + interval);
-                let alerts = state.book.needs();
+                let alerts = state.settings.needs();
                 return Some(Look { alerts, balloon });
             }
             let waited = self.wake.wait_timeout(state, at - now);
@@ -164,16 +162,15 @@ impl Monitor {
             .stack_size(STACK_BYTES)
             .spawn(move || {
                 on_start();
-                let mut looker = Looker {
+                let mut evaluator = Evaluator {
                     thresholds: own,
                     view,
                     events,
-                    watch: None,
-                    reporting: ReportingWatch::default(),
+                    balloon: BalloonEvents::default(),
                 };
                 let mut due = None;
-                while let Some(look) = looker.thresholds.wait(&mut due, INTERVAL) {
-                    looker.look(look);
+                while let Some(look) = evaluator.thresholds.wait(&mut due, INTERVAL) {
+                    evaluator.look(look);
                 }
             })?;
         Ok(Self {
@@ -193,15 +190,14 @@ impl Drop for Monitor {
 }
 
 /// The thread's side.
-struct Looker {
+struct Evaluator {
     thresholds: Arc<Thresholds>,
     view: Arc<PublishedView>,
     events: EventSink,
-    watch: Option<Watch>,
-    reporting: ReportingWatch,
+    balloon: BalloonEvents,
 }
 
-impl Looker {
+impl Evaluator {
     fn look(&mut self, look: Look) {
         let view = self.view.get();
         // No lock is held while figures are read, which takes milliseconds.
@@ -222,10 +218,10 @@ impl Looker {
         };
         let crossed = {
             let mut state = self.thresholds.lock();
-            state.book.step(self.thresholds.now_ms(), &sources)
+            state.settings.step(self.thresholds.now_ms(), &sources)
         };
         for transition in crossed {
-            tell(&self.events, transition);
+            report(&self.events, transition);
         }
         if let (true, Some(machine), Some(stats)) = (look.balloon, &view.machine, &stats) {
             let configured = view
@@ -234,45 +230,13 @@ impl Looker {
                 .and_then(|config| config.balloon.as_ref());
             let id = configured.and_then(|balloon| balloon.id.as_deref());
             let id = id.unwrap_or(BALLOON_ID);
-            self.watch_balloon(id, sight(machine, stats));
-            for event in self.reporting.step(reporting_sight(machine, stats)) {
-                tell_of_reporting(&self.events, id, &event);
+            let now_ms = self.thresholds.now_ms();
+            for event in self.balloon.step(now_ms, machine, stats) {
+                let id = std::iter::once(("id", id.to_owned()));
+                let properties: Vec<_> = id.chain(event.properties).collect();
+                (self.events)("virtio-device", event.name, &properties);
             }
         }
-    }
-
-    fn watch_balloon(&mut self, id: &str, sight: Sight) {
-        let now_ms = self.thresholds.now_ms();
-        let watch = self.watch.get_or_insert_with(|| Watch::new(now_ms, sight));
-        for event in watch.step(now_ms, sight) {
-            tell_of_balloon(&self.events, id, event);
-        }
-    }
-}
-
-fn sight(machine: &MachineView, stats: &ReclaimStats) -> Sight {
-    Sight {
-        machine: machine.generation,
-        running: machine.state == VmState::Running,
-        target_bytes: stats.balloon_target_bytes,
-        actual_bytes: stats.ballooned_bytes,
-        failed_bytes: [&stats.report, &stats.inflate, &stats.hint]
-            .into_iter()
-            .fold(0, |sum, path| sum.saturating_add(path.failed_bytes)),
-    }
-}
-
-fn reporting_sight(machine: &MachineView, stats: &ReclaimStats) -> ReportingSight {
-    let wish = stats.reporting.report_now;
-    ReportingSight {
-        machine: machine.generation,
-        paused_by: stats.reporting.paused_by.clone(),
-        // Only of the latest wish: to an older one the guest may come back as often as it likes.
-        report_now_done: if wish.done_id == wish.id { wish.id } else { 0 },
-        acknowledged: match machine.observer.reporting_policy() {
-            PolicySight::Balloon(status) => status.acknowledged,
-            PolicySight::NoMachine | PolicySight::NoBalloon => 0,
-        },
     }
 }
 
@@ -290,22 +254,7 @@ fn read_stats(observer: &dyn MachineObserver, look: Look) -> Option<ReclaimStats
         .ok()
 }
 
-fn tell_of_balloon(events: &EventSink, id: &str, event: BalloonEvent) {
-    let figures = event.properties().into_iter();
-    let properties: Vec<_> = std::iter::once(("id", id.to_owned()))
-        .chain(figures.map(|(name, value)| (name, value.to_string())))
-        .collect();
-    events("virtio-device", event.name(), &properties);
-}
-
-fn tell_of_reporting(events: &EventSink, id: &str, event: &ReportingEvent) {
-    let properties: Vec<_> = std::iter::once(("id", id.to_owned()))
-        .chain(event.property())
-        .collect();
-    events("virtio-device", event.name(), &properties);
-}
-
-fn tell(events: &EventSink, transition: Transition) {
+fn report(events: &EventSink, transition: Transition) {
     let event = match transition.entered {
         true => "reclaim-threshold-entered",
         false => "reclaim-threshold-left",

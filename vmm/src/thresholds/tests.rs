@@ -9,10 +9,10 @@ use api::{
 use proptest::prelude::*;
 use serde_json::json;
 
-use super::book::Book;
-use super::error::{AlertFault, ThresholdError};
-use super::figure::{Figure, Needs, Sources};
-use super::*;
+use super::ThresholdError;
+use super::settings::ThresholdSettings;
+use crate::alerts::{ALERTS_MAX, AlertError, AlertFault, Figure, NAME_LENGTH_MAX, Needs, Sources};
+use crate::reporting_policy::GuestPolicy;
 
 const FIGURE: &str = "_disk0/read_ops";
 
@@ -42,19 +42,19 @@ fn alerts(alerts: Vec<AlertChange>) -> ReclaimThresholdsChange {
     }
 }
 
-fn book_of(alert: AlertChange) -> Book {
-    let mut book = Book::default();
-    book.change(&alerts(vec![alert]), 0).unwrap();
-    book
+fn settings_of(alert: AlertChange) -> ThresholdSettings {
+    let mut settings = ThresholdSettings::default();
+    settings.change(&alerts(vec![alert]), 0).unwrap();
+    settings
 }
 
-fn only(book: &Book, now_ms: u64) -> AlertStatus {
-    book.status(now_ms, PolicySight::NoMachine).alerts[0].clone()
+fn only(settings: &ThresholdSettings, now_ms: u64) -> AlertStatus {
+    settings.status(now_ms, GuestPolicy::NoMachine).alerts[0].clone()
 }
 
 fn fault(change: AlertChange) -> AlertFault {
-    match Book::default().change(&alerts(vec![change]), 0) {
-        Err(ThresholdError::Alert { fault, .. }) => fault,
+    match ThresholdSettings::default().change(&alerts(vec![change]), 0) {
+        Err(ThresholdError::Alerts(AlertError::Alert { fault, .. })) => fault,
         other => panic!("{other:?}"),
     }
 }
@@ -129,7 +129,7 @@ fn needs_include_residency_only_for_what_is_measured() {
             figure: Some(name.to_owned()),
             ..rule("a", AlertDirection::Above, 1, 1)
         };
-        book_of(change).needs()
+        settings_of(change).needs()
     };
     let expected = |reclaim, residency, counters| Needs {
         reclaim,
@@ -140,16 +140,16 @@ fn needs_include_residency_only_for_what_is_measured() {
     assert_eq!(needs("resident_bytes"), expected(true, true, false));
     assert_eq!(needs("repopulated_bytes"), expected(true, true, false));
     assert_eq!(needs(FIGURE), expected(false, false, true));
-    assert!(!Book::default().has_alerts());
+    assert!(!ThresholdSettings::default().has_alerts());
 }
 
 #[test]
 fn alert_enters_after_its_duration_and_leaves_at_once() {
-    let mut book = book_of(AlertChange {
+    let mut settings = settings_of(AlertChange {
         duration_ms: Some(2000),
         ..rule("a", AlertDirection::Above, 10, 5)
     });
-    let mut step = |now_ms, value| book.step(now_ms, &value_of(value));
+    let mut step = |now_ms, value| settings.step(now_ms, &value_of(value));
     assert!(step(0, 11).is_empty());
     assert!(step(1000, 11).is_empty());
     // Back in the dead band: the duration starts anew.
@@ -167,7 +167,7 @@ fn alert_enters_after_its_duration_and_leaves_at_once() {
         (left[0].entered, left[0].value, left[0].threshold),
         (false, 5, 5)
     );
-    let status = only(&book, 6500);
+    let status = only(&settings, 6500);
     assert_eq!(
         (status.active, status.since_ms, status.times_entered),
         (false, 500, 1)
@@ -176,32 +176,32 @@ fn alert_enters_after_its_duration_and_leaves_at_once() {
 
 #[test]
 fn alert_without_a_figure_neither_enters_nor_leaves() {
-    let mut book = book_of(AlertChange {
+    let mut settings = settings_of(AlertChange {
         duration_ms: Some(1000),
         ..rule("a", AlertDirection::Below, 5, 10)
     });
-    assert!(book.step(0, &value_of(1)).is_empty());
-    assert!(book.step(1000, &Sources::default()).is_empty());
-    assert!(book.step(1500, &value_of(1)).is_empty());
-    assert_eq!(book.step(2500, &value_of(1)).len(), 1);
-    assert!(book.step(3000, &Sources::default()).is_empty());
-    let status = only(&book, 3000);
+    assert!(settings.step(0, &value_of(1)).is_empty());
+    assert!(settings.step(1000, &Sources::default()).is_empty());
+    assert!(settings.step(1500, &value_of(1)).is_empty());
+    assert_eq!(settings.step(2500, &value_of(1)).len(), 1);
+    assert!(settings.step(3000, &Sources::default()).is_empty());
+    let status = only(&settings, 3000);
     assert_eq!((status.active, status.value), (true, None));
 }
 
 #[test]
 fn alert_changed_in_its_values_keeps_its_state_and_on_another_figure_starts_anew() {
-    let mut book = book_of(rule("a", AlertDirection::Above, 10, 5));
-    book.step(0, &value_of(11));
+    let mut settings = settings_of(rule("a", AlertDirection::Above, 10, 5));
+    settings.step(0, &value_of(11));
     let lower = AlertChange {
         name: "a".to_owned(),
         leave: Some(6),
         ..AlertChange::default()
     };
-    book.change(&alerts(vec![lower]), 1).unwrap();
-    assert!(only(&book, 1).active);
+    settings.change(&alerts(vec![lower]), 1).unwrap();
+    assert!(only(&settings, 1).active);
     assert_eq!(
-        (only(&book, 1).rule.enter, only(&book, 1).rule.leave),
+        (only(&settings, 1).rule.enter, only(&settings, 1).rule.leave),
         (10, 6)
     );
     let other = AlertChange {
@@ -209,9 +209,9 @@ fn alert_changed_in_its_values_keeps_its_state_and_on_another_figure_starts_anew
         figure: Some("_disk0/write_ops".to_owned()),
         ..AlertChange::default()
     };
-    book.change(&alerts(vec![other]), 2).unwrap();
+    settings.change(&alerts(vec![other]), 2).unwrap();
     assert_eq!(
-        (only(&book, 2).active, only(&book, 2).times_entered),
+        (only(&settings, 2).active, only(&settings, 2).times_entered),
         (false, 0)
     );
 }
@@ -222,10 +222,10 @@ fn alert_set_again_as_it_is_does_not_put_off_its_entry() {
         duration_ms: Some(1500),
         ..rule("a", AlertDirection::Above, 10, 5)
     };
-    let mut book = book_of(change.clone());
-    assert!(book.step(0, &value_of(11)).is_empty());
-    book.change(&alerts(vec![change]), 1000).unwrap();
-    assert_eq!(book.step(1500, &value_of(11)).len(), 1);
+    let mut settings = settings_of(change.clone());
+    assert!(settings.step(0, &value_of(11)).is_empty());
+    settings.change(&alerts(vec![change]), 1000).unwrap();
+    assert_eq!(settings.step(1500, &value_of(11)).len(), 1);
 }
 
 #[test]
@@ -294,12 +294,12 @@ fn change_that_makes_no_sense_is_refused_by_name() {
         assert_eq!(fault(change), expected);
     }
     let twice = alerts(vec![good.clone(), good]);
-    assert!(Book::default().change(&twice, 0).is_err());
+    assert!(ThresholdSettings::default().change(&twice, 0).is_err());
     let unknown = ReclaimThresholdsChange {
         remove_alerts: vec!["a".to_owned()],
         ..ReclaimThresholdsChange::default()
     };
-    assert!(Book::default().change(&unknown, 0).is_err());
+    assert!(ThresholdSettings::default().change(&unknown, 0).is_err());
 }
 
 #[test]
@@ -308,21 +308,21 @@ fn change_above_the_bound_is_refused_and_removal_makes_room() {
         let alert = |number: usize| rule(&number.to_string(), AlertDirection::Above, 1, 0);
         alerts((0..count).map(alert).collect())
     };
-    let mut book = Book::default();
-    let error = book.change(&many(ALERTS_MAX + 1), 0).unwrap_err();
-    assert_eq!(error, ThresholdError::TooManyAlerts);
-    assert!(!book.has_alerts());
-    book.change(&many(ALERTS_MAX), 0).unwrap();
+    let mut settings = ThresholdSettings::default();
+    let error = settings.change(&many(ALERTS_MAX + 1), 0).unwrap_err();
+    assert_eq!(error, ThresholdError::Alerts(AlertError::TooManyAlerts));
+    assert!(!settings.has_alerts());
+    settings.change(&many(ALERTS_MAX), 0).unwrap();
     let mut another = alerts(vec![rule("new", AlertDirection::Above, 1, 0)]);
-    assert!(book.change(&another, 0).is_err());
+    assert!(settings.change(&another, 0).is_err());
     another.remove_alerts.push("7".to_owned());
-    book.change(&another, 0).unwrap();
+    settings.change(&another, 0).unwrap();
     assert_eq!(
-        book.status(0, PolicySight::NoMachine).alerts.len(),
+        settings.status(0, GuestPolicy::NoMachine).alerts.len(),
         ALERTS_MAX
     );
-    book.clear();
-    assert!(!book.has_alerts());
+    settings.clear();
+    assert!(!settings.has_alerts());
 }
 
 #[test]
@@ -332,13 +332,13 @@ fn policy_is_changed_in_part_and_checked_as_a_whole() {
         ..ReclaimThresholdsChange::default()
     };
     let nothing = ReportingPolicyChange::default();
-    let mut book = Book::default();
+    let mut settings = ThresholdSettings::default();
     let shorter = ReportingPolicyChange {
         delay_ms_max: Some(100),
         ..nothing
     };
-    book.change(&policy(shorter), 0).unwrap();
-    let before = book.status(0, PolicySight::NoMachine).reporting_policy;
+    settings.change(&policy(shorter), 0).unwrap();
+    let before = settings.status(0, GuestPolicy::NoMachine).reporting_policy;
     assert_eq!(
         (before.policy.delay_ms_max, before.policy.pending_blocks),
         (100, 16)
@@ -362,9 +362,9 @@ fn policy_is_changed_in_part_and_checked_as_a_whole() {
             ..nothing
         },
     ] {
-        assert!(book.change(&policy(bad), 0).is_err(), "{bad:?}");
+        assert!(settings.change(&policy(bad), 0).is_err(), "{bad:?}");
         assert_eq!(
-            book.status(0, PolicySight::NoMachine).reporting_policy,
+            settings.status(0, GuestPolicy::NoMachine).reporting_policy,
             before
         );
     }
@@ -384,7 +384,7 @@ proptest! {
             true => (AlertDirection::Below, enter, leave),
             false => (AlertDirection::Above, leave, enter),
         };
-        let mut book = book_of(AlertChange {
+        let mut settings = settings_of(AlertChange {
             duration_ms: Some(duration_ms),
             ..rule("a", direction, enter, leave)
         });
@@ -392,7 +392,7 @@ proptest! {
         for (passed_ms, value) in steps {
             now_ms += passed_ms;
             let sources = value.map(value_of).unwrap_or_default();
-            let crossed = book.step(now_ms, &sources);
+            let crossed = settings.step(now_ms, &sources);
             prop_assert!(crossed.len() <= 1);
             let is_beyond = value.is_some_and(|value| match below {
                 true => value < enter,
@@ -412,7 +412,7 @@ proptest! {
                 prop_assert_eq!(transition.entered, active);
                 prop_assert_eq!(Some(transition.value), value);
             }
-            let status = only(&book, now_ms);
+            let status = only(&settings, now_ms);
             prop_assert_eq!((status.active, status.times_entered), (active, entered));
         }
     }

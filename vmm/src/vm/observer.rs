@@ -14,7 +14,7 @@ use virtio_devices::{Counters, VirtioDevice};
 
 use super::reclaim_report::{self, ConfiguredRam};
 use super::reporting;
-use crate::thresholds::PolicySight;
+use crate::reporting_policy::GuestPolicy;
 
 /// Why there are no figures.
 #[derive(Debug, thiserror::Error)]
@@ -123,7 +123,7 @@ pub trait MachineObserver: std::fmt::Debug + Send + Sync {
     fn balloon_figures(&self) -> Result<ReclaimStats, BalloonStatsError>;
 
     /// How the guest takes the reporting policy. O(1), and waits for nobody.
-    fn reporting_policy(&self) -> PolicySight;
+    fn reporting_policy(&self) -> GuestPolicy;
 
     /// Whether reporting is at work. Waits until `deadline` for a pause that was requested: a guest that has not
     /// confirmed it then is shut out.
@@ -334,15 +334,15 @@ impl MachineObserver for VmObserver {
         .ok_or(BalloonStatsError::MachineGone)
     }
 
-    fn reporting_policy(&self) -> PolicySight {
+    fn reporting_policy(&self) -> GuestPolicy {
         // A machine on its way out holds the lock, and is none any more.
         let Ok(observed) = self.observed.try_read() else {
-            return PolicySight::NoMachine;
+            return GuestPolicy::NoMachine;
         };
         match observed.as_ref().map(|observed| &observed.balloon) {
-            None => PolicySight::NoMachine,
-            Some(None) => PolicySight::NoBalloon,
-            Some(Some(balloon)) => PolicySight::Balloon(balloon.reporting_policy()),
+            None => GuestPolicy::NoMachine,
+            Some(None) => GuestPolicy::NoBalloon,
+            Some(Some(balloon)) => GuestPolicy::Balloon(balloon.reporting_policy()),
         }
     }
 

@@ -1,74 +1,57 @@
-//! All thresholds of a VM: changed as a whole or not at all, looked at as a whole.
+//! All alerts of a VM: changed as a whole or not at all, evaluated as a whole.
 
 use std::collections::BTreeSet;
 
-use api::{
-    AlertChange, AlertDirection, AlertRule, ReclaimThresholds, ReclaimThresholdsChange,
-    ReportingPolicy,
-};
+use api::{AlertChange, AlertDirection, AlertRule, AlertStatus};
 
 use super::alert::{Alert, Transition};
-use super::error::{AlertFault, ThresholdError};
+use super::error::{AlertError, AlertFault};
 use super::figure::{Figure, Needs, Sources};
-use super::policy::{self, PolicySight};
 use super::{ALERTS_MAX, NAME_LENGTH_MAX};
 
 /// A day.
 const DURATION_MS_MAX: u64 = 86_400_000;
 
-/// Alerts with their states, and the policy.
+/// Alerts with their states.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Book {
-    alerts: Vec<Alert>,
-    /// As the operator has set it; before that no guest is told anything.
-    policy: Option<ReportingPolicy>,
-}
+pub(crate) struct AlertList(Vec<Alert>);
 
-impl Book {
-    /// Makes all of `change`, or nothing.
-    pub(super) fn change(
+impl AlertList {
+    /// Removes and changes alerts. After an error some of the change is made.
+    pub(crate) fn change(
         &mut self,
-        change: &ReclaimThresholdsChange,
+        removed: &[String],
+        changed: &[AlertChange],
         now_ms: u64,
-    ) -> Result<(), ThresholdError> {
-        let mut next = self.clone();
-        next.remove(&change.remove_alerts)?;
+    ) -> Result<(), AlertError> {
+        self.remove(removed)?;
         let mut seen = BTreeSet::new();
-        for alert in &change.alerts {
+        for alert in changed {
             let repeated = !seen.insert(&alert.name);
             let changed = match repeated {
                 true => Err(AlertFault::Twice),
-                false => next.set_alert(alert, now_ms),
+                false => self.set_alert(alert, now_ms),
             };
             changed.map_err(|fault| of_alert(&alert.name, fault))?;
             // Checked for each one, so that a request of any length is given up early.
-            if next.alerts.len() > ALERTS_MAX {
-                return Err(ThresholdError::TooManyAlerts);
+            if self.0.len() > ALERTS_MAX {
+                return Err(AlertError::TooManyAlerts);
             }
         }
-        if let Some(change) = change.reporting_policy {
-            let policy = change.applied_to(next.policy.unwrap_or_default());
-            policy::check(policy)?;
-            next.policy = Some(policy);
-        }
-        *self = next;
         Ok(())
     }
 
-    fn remove(&mut self, names: &[String]) -> Result<(), ThresholdError> {
+    fn remove(&mut self, names: &[String]) -> Result<(), AlertError> {
         for name in names {
-            let known = self
-                .alerts
-                .iter()
-                .position(|alert| alert.rule.name == *name);
+            let known = self.0.iter().position(|alert| alert.rule.name == *name);
             let index = known.ok_or_else(|| of_alert(name, AlertFault::Unknown))?;
-            self.alerts.remove(index);
+            self.0.remove(index);
         }
         Ok(())
     }
 
     fn set_alert(&mut self, change: &AlertChange, now_ms: u64) -> Result<(), AlertFault> {
-        let mut alerts = self.alerts.iter_mut();
+        let mut alerts = self.0.iter_mut();
         match alerts.find(|alert| alert.rule.name == change.name) {
             Some(alert) => {
                 let rule = changed_rule(&alert.rule, change);
@@ -78,59 +61,42 @@ impl Book {
             None => {
                 let rule = new_rule(change)?;
                 let figure = check_rule(&rule)?;
-                self.alerts.push(Alert::new(rule, figure, now_ms));
+                self.0.push(Alert::new(rule, figure, now_ms));
             }
         }
         Ok(())
     }
 
-    /// Forgets everything.
-    pub(super) fn clear(&mut self) {
-        *self = Self::default();
+    /// Whether there is nothing to evaluate.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
-    /// Whether there is anything to look at.
-    pub(super) fn has_alerts(&self) -> bool {
-        !self.alerts.is_empty()
-    }
-
-    /// What has to be read to look at it.
-    pub(super) fn needs(&self) -> Needs {
+    /// What has to be read to evaluate them.
+    pub(crate) fn needs(&self) -> Needs {
         let mut needs = Needs::default();
-        for alert in &self.alerts {
+        for alert in &self.0 {
             alert.figure.add_needs(&mut needs);
         }
         needs
     }
 
-    /// Looks at every figure; at most one transition for each alert.
-    pub(super) fn step(&mut self, now_ms: u64, sources: &Sources) -> Vec<Transition> {
-        self.alerts
+    /// Evaluates every alert; at most one transition each.
+    pub(crate) fn step(&mut self, now_ms: u64, sources: &Sources) -> Vec<Transition> {
+        self.0
             .iter_mut()
             .filter_map(|alert| alert.step(now_ms, sources))
             .collect()
     }
 
-    /// The policy, if one was set.
-    pub(super) fn policy(&self) -> Option<ReportingPolicy> {
-        self.policy
-    }
-
-    /// As the API shows it.
-    pub(super) fn status(&self, now_ms: u64, sight: PolicySight) -> ReclaimThresholds {
-        ReclaimThresholds {
-            alerts: self
-                .alerts
-                .iter()
-                .map(|alert| alert.status(now_ms))
-                .collect(),
-            reporting_policy: policy::status(self.policy.unwrap_or_default(), sight),
-        }
+    /// As the API shows them.
+    pub(crate) fn status(&self, now_ms: u64) -> Vec<AlertStatus> {
+        self.0.iter().map(|alert| alert.status(now_ms)).collect()
     }
 }
 
-fn of_alert(name: &str, fault: AlertFault) -> ThresholdError {
-    ThresholdError::Alert {
+fn of_alert(name: &str, fault: AlertFault) -> AlertError {
+    AlertError::Alert {
         // A name that is too long is not sent back whole.
         name: name.chars().take(NAME_LENGTH_MAX).collect(),
         fault,

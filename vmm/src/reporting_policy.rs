@@ -4,20 +4,18 @@ use api::{ReportingPolicy, ReportingPolicyStatus, SettingStatus};
 use device_facts::PolicySetting;
 use virtio_devices::balloon::policy::PolicyStatus;
 
-use super::error::ThresholdError;
-
-/// What there is to follow a policy.
+/// What the guest makes of the policy.
 #[derive(Clone, Copy, Debug)]
-pub enum PolicySight {
+pub enum GuestPolicy {
     /// The VM is not running.
     NoMachine,
     /// The machine has no balloon.
     NoBalloon,
-    /// This is what its guest does.
+    /// What its driver has answered.
     Balloon(PolicyStatus),
 }
 
-impl PolicySight {
+impl GuestPolicy {
     /// Why a setting is not in effect; `None` when it is.
     fn reason(self, setting: PolicySetting) -> Option<&'static str> {
         match self {
@@ -28,10 +26,37 @@ impl PolicySight {
     }
 }
 
+/// Why a policy was refused.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PolicyError {
+    /// A setting of the policy is out of bounds.
+    #[error("{setting} of the reporting policy is {value}, which is not between {min} and {max}")]
+    OutOfBounds {
+        /// Which setting.
+        setting: &'static str,
+        /// What was asked for.
+        value: u64,
+        /// Least value.
+        min: u64,
+        /// Largest value.
+        max: u64,
+    },
+    /// Nothing would ever be old enough in time.
+    #[error(
+        "age_ms_min of the reporting policy is {age_ms_min}, above its delay_ms_max of {delay_ms_max}"
+    )]
+    AgeAboveDelay {
+        /// Least age of a block.
+        age_ms_min: u64,
+        /// Longest delay of a report.
+        delay_ms_max: u64,
+    },
+}
+
 /// The policy and this guest, as the API shows them.
-pub(super) fn status(policy: ReportingPolicy, sight: PolicySight) -> ReportingPolicyStatus {
+pub(crate) fn status(policy: ReportingPolicy, guest: GuestPolicy) -> ReportingPolicyStatus {
     let settings = PolicySetting::ALL.iter().map(|setting| {
-        let reason = sight.reason(*setting);
+        let reason = guest.reason(*setting);
         let status = SettingStatus {
             in_effect: reason.is_none(),
             reason: reason.map(str::to_owned),
@@ -42,17 +67,17 @@ pub(super) fn status(policy: ReportingPolicy, sight: PolicySight) -> ReportingPo
         policy,
         in_effect: ReportingPolicy::TABLE
             .iter()
-            .all(|it| sight.reason(it.id).is_none()),
-        reason: reason(sight),
+            .all(|it| guest.reason(it.id).is_none()),
+        reason: reason(guest),
         settings: settings.collect(),
     }
 }
 
 /// One sentence for all settings.
-fn reason(sight: PolicySight) -> Option<String> {
+fn reason(guest: GuestPolicy) -> Option<String> {
     let missing: Vec<_> = ReportingPolicy::TABLE
         .iter()
-        .filter_map(|setting| Some((setting.name, sight.reason(setting.id)?)))
+        .filter_map(|setting| Some((setting.name, guest.reason(setting.id)?)))
         .collect();
     let (_, first) = missing.first()?;
     if missing.len() == ReportingPolicy::TABLE.len()
@@ -67,12 +92,12 @@ fn reason(sight: PolicySight) -> Option<String> {
     ))
 }
 
-pub(super) fn check(policy: ReportingPolicy) -> Result<(), ThresholdError> {
+pub(crate) fn check(policy: ReportingPolicy) -> Result<(), PolicyError> {
     for setting in ReportingPolicy::TABLE {
         let (min, max) = (setting.min, setting.max);
         let value = setting.value(&policy);
         if !(min..=max).contains(&value) {
-            return Err(ThresholdError::PolicyOutOfBounds {
+            return Err(PolicyError::OutOfBounds {
                 setting: setting.name,
                 value,
                 min,
@@ -86,7 +111,7 @@ pub(super) fn check(policy: ReportingPolicy) -> Result<(), ThresholdError> {
         ..
     } = policy;
     if age_ms_min > delay_ms_max {
-        return Err(ThresholdError::AgeAboveDelay {
+        return Err(PolicyError::AgeAboveDelay {
             age_ms_min,
             delay_ms_max,
         });
@@ -101,13 +126,13 @@ mod tests {
     use super::*;
 
     fn seen(settings: [SettingState; PolicySetting::COUNT]) -> ReportingPolicyStatus {
-        let sight = PolicySight::Balloon(PolicyStatus {
+        let guest = GuestPolicy::Balloon(PolicyStatus {
             offered: true,
             generation: 1,
             acknowledged: 1,
             settings,
         });
-        status(ReportingPolicy::default(), sight)
+        status(ReportingPolicy::default(), guest)
     }
 
     #[test]

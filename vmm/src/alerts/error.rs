@@ -1,10 +1,10 @@
-//! Why thresholds were refused. All of these are the caller's.
+//! Why alerts were refused. All of these are the caller's faults.
 
 use super::{ALERTS_MAX, NAME_LENGTH_MAX};
 
 /// Why a change was refused; nothing of it was made.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ThresholdError {
+pub enum AlertError {
     /// One alert makes no sense.
     #[error("Alert {name:?}")]
     Alert {
@@ -17,28 +17,6 @@ pub enum ThresholdError {
     /// It would be too many.
     #[error("There can be no more than {ALERTS_MAX} alerts")]
     TooManyAlerts,
-    /// A setting of the policy is out of bounds.
-    #[error("{setting} of the reporting policy is {value}, which is not between {min} and {max}")]
-    PolicyOutOfBounds {
-        /// Which setting.
-        setting: &'static str,
-        /// What was asked for.
-        value: u64,
-        /// Least value.
-        min: u64,
-        /// Largest value.
-        max: u64,
-    },
-    /// Nothing would ever be old enough in time.
-    #[error(
-        "age_ms_min of the reporting policy is {age_ms_min}, above its delay_ms_max of {delay_ms_max}"
-    )]
-    AgeAboveDelay {
-        /// Least age of a block.
-        age_ms_min: u64,
-        /// Longest delay of a report.
-        delay_ms_max: u64,
-    },
 }
 
 /// What is wrong with an alert.

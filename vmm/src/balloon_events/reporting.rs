@@ -1,10 +1,10 @@
-//! What is told of reporting: paused, resumed, policy followed, everything reported.
+//! Events of free page reporting: paused, resumed, policy acknowledged, everything reported.
 //!
 //! Each event answers something the operator did, once, so a guest cannot make more of them than the operator asked for.
 
 /// Reporting at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct ReportingSight {
+pub(super) struct ReportingFigures {
     /// Which machine it belongs to: the guest's words start anew with each.
     pub(super) machine: u64,
     /// Who holds a pause, while there is one.
@@ -15,7 +15,7 @@ pub(super) struct ReportingSight {
     pub(super) acknowledged: u32,
 }
 
-/// Something to tell.
+/// Something to report.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum ReportingEvent {
     /// Nothing that is reported is discarded any more.
@@ -28,7 +28,7 @@ pub(super) enum ReportingEvent {
     ReportNowDone { id: u32 },
 }
 
-/// Remembers what was told.
+/// Remembers what was reported.
 #[derive(Debug, Default)]
 pub(super) struct ReportingWatch {
     machine: u64,
@@ -39,30 +39,30 @@ pub(super) struct ReportingWatch {
 
 impl ReportingWatch {
     /// Looks again.
-    pub(super) fn step(&mut self, sight: ReportingSight) -> Vec<ReportingEvent> {
-        if sight.machine != self.machine {
+    pub(super) fn step(&mut self, figures: ReportingFigures) -> Vec<ReportingEvent> {
+        if figures.machine != self.machine {
             // A pause goes on over a reboot.
             *self = Self {
-                machine: sight.machine,
+                machine: figures.machine,
                 paused: self.paused,
                 ..Self::default()
             };
         }
         let mut events = Vec::new();
-        let was_paused = std::mem::replace(&mut self.paused, sight.paused_by.is_some());
-        match sight.paused_by {
+        let was_paused = std::mem::replace(&mut self.paused, figures.paused_by.is_some());
+        match figures.paused_by {
             Some(by) if !was_paused => events.push(ReportingEvent::Paused { by }),
             None if was_paused => events.push(ReportingEvent::Resumed),
             _ => {}
         }
-        if sight.acknowledged > self.acknowledged {
-            self.acknowledged = sight.acknowledged;
-            let generation = sight.acknowledged;
+        if figures.acknowledged > self.acknowledged {
+            self.acknowledged = figures.acknowledged;
+            let generation = figures.acknowledged;
             events.push(ReportingEvent::PolicyAcknowledged { generation });
         }
-        if sight.report_now_done > self.report_now_done {
-            self.report_now_done = sight.report_now_done;
-            let id = sight.report_now_done;
+        if figures.report_now_done > self.report_now_done {
+            self.report_now_done = figures.report_now_done;
+            let id = figures.report_now_done;
             events.push(ReportingEvent::ReportNowDone { id });
         }
         events
@@ -95,11 +95,11 @@ impl ReportingEvent {
 mod tests {
     use super::*;
 
-    fn sight(machine: u64, paused_by: Option<&str>) -> ReportingSight {
-        ReportingSight {
+    fn figures(machine: u64, paused_by: Option<&str>) -> ReportingFigures {
+        ReportingFigures {
             machine,
             paused_by: paused_by.map(str::to_owned),
-            ..ReportingSight::default()
+            ..ReportingFigures::default()
         }
     }
 
@@ -110,23 +110,23 @@ mod tests {
     #[test]
     fn pause_is_told_once_however_it_changes_hands_and_over_reboots() {
         let mut watch = ReportingWatch::default();
-        assert_eq!(watch.step(sight(1, None)), []);
+        assert_eq!(watch.step(figures(1, None)), []);
         let by = "guest".to_owned();
         let paused = ReportingEvent::Paused { by };
-        assert_eq!(watch.step(sight(1, Some("guest"))), [paused]);
-        assert_eq!(watch.step(sight(1, Some("device"))), []);
-        assert_eq!(watch.step(sight(2, Some("device"))), []);
-        assert_eq!(names(&watch.step(sight(2, None))), ["reporting-resumed"]);
-        assert_eq!(watch.step(sight(2, None)), []);
+        assert_eq!(watch.step(figures(1, Some("guest"))), [paused]);
+        assert_eq!(watch.step(figures(1, Some("device"))), []);
+        assert_eq!(watch.step(figures(2, Some("device"))), []);
+        assert_eq!(names(&watch.step(figures(2, None))), ["reporting-resumed"]);
+        assert_eq!(watch.step(figures(2, None)), []);
     }
 
     #[test]
     fn words_of_the_guest_are_told_once_until_they_grow() {
         let mut watch = ReportingWatch::default();
-        let words = |machine, word| ReportingSight {
+        let words = |machine, word| ReportingFigures {
             report_now_done: word,
             acknowledged: word,
-            ..sight(machine, None)
+            ..figures(machine, None)
         };
         let both = ["reporting-policy-acknowledged", "report-now-done"];
         assert_eq!(names(&watch.step(words(1, 2))), both);

@@ -25,7 +25,7 @@ const SPARSE: &str = "skipped_bytes";
 
 /// Where a figure comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Figure {
+pub(crate) enum Figure {
     /// A number of `vm.reclaim-stats`, by the names that lead to it.
     Reclaim(Vec<String>),
     /// A counter of `vm.counters`.
@@ -34,25 +34,25 @@ pub(super) enum Figure {
 
 /// What has to be read to look at figures.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Needs {
+pub(crate) struct Needs {
     /// `vm.reclaim-stats`.
-    pub(super) reclaim: bool,
+    pub(crate) reclaim: bool,
     /// With a measurement of residency, which is what costs.
-    pub(super) residency: bool,
+    pub(crate) residency: bool,
     /// `vm.counters`.
-    pub(super) counters: bool,
+    pub(crate) counters: bool,
 }
 
 /// What was read at one moment; absent is what was not needed or could not be had.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Sources {
-    pub(super) reclaim: Option<Value>,
-    pub(super) counters: Option<VmCounters>,
+pub(crate) struct Sources {
+    pub(crate) reclaim: Option<Value>,
+    pub(crate) counters: Option<VmCounters>,
 }
 
 impl Figure {
     /// The figure called `name`, if there can be one. Whether a device has a counter is known only when it runs.
-    pub(super) fn parse(name: &str) -> Option<Self> {
+    pub(crate) fn parse(name: &str) -> Option<Self> {
         let parts: Vec<_> = name.split('/').collect();
         if name.len() > NAME_LENGTH_MAX || parts.contains(&"") {
             return None;
@@ -73,7 +73,7 @@ impl Figure {
     }
 
     /// Adds what this figure needs.
-    pub(super) fn add_needs(&self, needs: &mut Needs) {
+    pub(crate) fn add_needs(&self, needs: &mut Needs) {
         match self {
             Self::Reclaim(path) => {
                 needs.reclaim = true;
@@ -84,7 +84,7 @@ impl Figure {
     }
 
     /// Its value; `None` when there is none at present.
-    pub(super) fn read(&self, sources: &Sources) -> Option<u64> {
+    pub(crate) fn read(&self, sources: &Sources) -> Option<u64> {
         match self {
             Self::Reclaim(path) => {
                 let stats = sources.reclaim.as_ref()?;

@@ -16,15 +16,15 @@ use api::{AlertDirection, AlertRule, AlertStatus};
 
 use super::figure::{Figure, Sources};
 
-/// A crossing, to be told once.
+/// A crossing, to be reported once.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Transition {
-    pub(super) entered: bool,
-    pub(super) name: String,
-    pub(super) figure: String,
-    pub(super) value: u64,
+pub(crate) struct Transition {
+    pub(crate) entered: bool,
+    pub(crate) name: String,
+    pub(crate) figure: String,
+    pub(crate) value: u64,
     /// The value of the rule that was crossed.
-    pub(super) threshold: u64,
+    pub(crate) threshold: u64,
 }
 
 /// A rule and its state. Times are ms on any clock that does not go back.

@@ -1,18 +1,18 @@
-//! What is told of the balloon without being asked for: target reached, guest stuck, discards that failed.
+//! Events of the balloon itself: target reached, guest stuck, discards failed.
 //!
 //! Figures are looked at once a second, and nothing the guest does makes it talk more than once a second: a target is
-//! reached once, a guest is stuck once in [`STUCK_MS`], failures are told once in [`FAILED_REST_MS`] and added up
+//! reached once, a guest is stuck once in [`STUCK_MS`], failures are reported once in [`FAILED_REST_MS`] and added up
 //! in between.
 
 /// A guest that has come no nearer to its target for so long is stuck. Inflating in 4 KiB pages goes at hundreds of MiB
 /// a second, and a guest under load still moves some; a guest that boots may need this long for its driver.
 const STUCK_MS: u64 = 30_000;
-/// Shortest time between two tellings of failed discards.
+/// Shortest time between two reports of failed discards.
 const FAILED_REST_MS: u64 = 60_000;
 
 /// The balloon at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Sight {
+pub(super) struct BalloonFigures {
     /// Which machine it belongs to: figures start anew with each.
     pub(super) machine: u64,
     /// False while the guest cannot move because its machine is paused.
@@ -23,7 +23,7 @@ pub(super) struct Sight {
     pub(super) failed_bytes: u64,
 }
 
-/// Something to tell.
+/// Something to report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum BalloonEvent {
     /// The guest has given what it was asked for.
@@ -38,57 +38,57 @@ pub(super) enum BalloonEvent {
     DiscardFailed { failed_bytes: u64, new_bytes: u64 },
 }
 
-/// Remembers what was seen and told.
+/// Remembers what was seen and reported.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Watch {
-    last: Sight,
+pub(super) struct BalloonWatch {
+    last: BalloonFigures,
     /// The target was set and has not been reached since.
     pending: bool,
     /// Nearest the guest has come to its target, bytes. Moving to and fro is not coming nearer.
     distance_bytes_min: u64,
     /// When it came nearer, or could not move.
     progress_at_ms: u64,
-    /// It has been told that it does not come nearer.
-    stuck_told: bool,
-    failed_bytes_told: u64,
-    failed_told_at_ms: Option<u64>,
+    /// It has been reported as stuck.
+    stuck_reported: bool,
+    failed_bytes_reported: u64,
+    failed_reported_at_ms: Option<u64>,
 }
 
-impl Watch {
-    /// The first sight of a machine. A balloon that nobody asked anything of has reached nothing.
-    pub(super) fn new(now_ms: u64, sight: Sight) -> Self {
-        let distance = sight.target_bytes.abs_diff(sight.actual_bytes);
+impl BalloonWatch {
+    /// The first figures of a machine. A balloon that nobody asked anything of has reached nothing.
+    pub(super) fn new(now_ms: u64, figures: BalloonFigures) -> Self {
+        let distance = figures.target_bytes.abs_diff(figures.actual_bytes);
         Self {
-            last: sight,
-            pending: sight.target_bytes != 0 || distance != 0,
+            last: figures,
+            pending: figures.target_bytes != 0 || distance != 0,
             distance_bytes_min: distance,
             progress_at_ms: now_ms,
-            stuck_told: false,
-            failed_bytes_told: 0,
-            failed_told_at_ms: None,
+            stuck_reported: false,
+            failed_bytes_reported: 0,
+            failed_reported_at_ms: None,
         }
     }
 
     /// Looks again.
-    pub(super) fn step(&mut self, now_ms: u64, sight: Sight) -> Vec<BalloonEvent> {
-        if sight.machine != self.last.machine {
-            *self = Self::new(now_ms, sight);
+    pub(super) fn step(&mut self, now_ms: u64, figures: BalloonFigures) -> Vec<BalloonEvent> {
+        if figures.machine != self.last.machine {
+            *self = Self::new(now_ms, figures);
         }
-        let events = [self.target(now_ms, sight), self.failures(now_ms, sight)];
-        self.last = sight;
+        let events = [self.target(now_ms, figures), self.failures(now_ms, figures)];
+        self.last = figures;
         events.into_iter().flatten().collect()
     }
 
-    fn target(&mut self, now_ms: u64, sight: Sight) -> Option<BalloonEvent> {
-        let Sight {
+    fn target(&mut self, now_ms: u64, figures: BalloonFigures) -> Option<BalloonEvent> {
+        let BalloonFigures {
             target_bytes,
             actual_bytes,
             ..
-        } = sight;
+        } = figures;
         let distance = target_bytes.abs_diff(actual_bytes);
         if target_bytes != self.last.target_bytes {
             self.pending = true;
-            self.stuck_told = false;
+            self.stuck_reported = false;
             self.distance_bytes_min = distance;
             self.progress_at_ms = now_ms;
         }
@@ -99,17 +99,17 @@ impl Watch {
             self.pending = false;
             return Some(BalloonEvent::TargetReached { target_bytes });
         }
-        if distance < self.distance_bytes_min || !sight.running {
-            self.stuck_told &= distance >= self.distance_bytes_min;
+        if distance < self.distance_bytes_min || !figures.running {
+            self.stuck_reported &= distance >= self.distance_bytes_min;
             self.distance_bytes_min = distance.min(self.distance_bytes_min);
             self.progress_at_ms = now_ms;
             return None;
         }
         let stuck_ms = now_ms.saturating_sub(self.progress_at_ms);
-        if stuck_ms < STUCK_MS || self.stuck_told {
+        if stuck_ms < STUCK_MS || self.stuck_reported {
             return None;
         }
-        self.stuck_told = true;
+        self.stuck_reported = true;
         Some(BalloonEvent::Stuck {
             target_bytes,
             actual_bytes,
@@ -117,18 +117,20 @@ impl Watch {
         })
     }
 
-    fn failures(&mut self, now_ms: u64, sight: Sight) -> Option<BalloonEvent> {
-        let new_bytes = sight.failed_bytes.saturating_sub(self.failed_bytes_told);
+    fn failures(&mut self, now_ms: u64, figures: BalloonFigures) -> Option<BalloonEvent> {
+        let new_bytes = figures
+            .failed_bytes
+            .saturating_sub(self.failed_bytes_reported);
         let resting = self
-            .failed_told_at_ms
-            .is_some_and(|told| now_ms.saturating_sub(told) < FAILED_REST_MS);
+            .failed_reported_at_ms
+            .is_some_and(|at_ms| now_ms.saturating_sub(at_ms) < FAILED_REST_MS);
         if new_bytes == 0 || resting {
             return None;
         }
-        self.failed_bytes_told = sight.failed_bytes;
-        self.failed_told_at_ms = Some(now_ms);
+        self.failed_bytes_reported = figures.failed_bytes;
+        self.failed_reported_at_ms = Some(now_ms);
         Some(BalloonEvent::DiscardFailed {
-            failed_bytes: sight.failed_bytes,
+            failed_bytes: figures.failed_bytes,
             new_bytes,
         })
     }
@@ -171,8 +173,8 @@ mod tests {
 
     use super::*;
 
-    fn sight(target_bytes: u64, actual_bytes: u64) -> Sight {
-        Sight {
+    fn figures(target_bytes: u64, actual_bytes: u64) -> BalloonFigures {
+        BalloonFigures {
             machine: 1,
             running: true,
             target_bytes,
@@ -181,31 +183,31 @@ mod tests {
         }
     }
 
-    fn watch(first: Sight) -> Watch {
-        Watch::new(0, first)
+    fn watch(first: BalloonFigures) -> BalloonWatch {
+        BalloonWatch::new(0, first)
     }
 
     #[test]
     fn target_reached_is_told_once_for_each_target() {
-        let mut watch = watch(sight(0, 0));
-        assert_eq!(watch.step(0, sight(0, 0)), []);
-        assert_eq!(watch.step(1000, sight(8, 0)), []);
+        let mut watch = watch(figures(0, 0));
+        assert_eq!(watch.step(0, figures(0, 0)), []);
+        assert_eq!(watch.step(1000, figures(8, 0)), []);
         let reached = |target_bytes| [BalloonEvent::TargetReached { target_bytes }];
-        assert_eq!(watch.step(2000, sight(8, 8)), reached(8));
+        assert_eq!(watch.step(2000, figures(8, 8)), reached(8));
         // Taken back by the guest and given again: nobody asked for that.
-        assert_eq!(watch.step(3000, sight(8, 4)), []);
-        assert_eq!(watch.step(4000, sight(8, 8)), []);
+        assert_eq!(watch.step(3000, figures(8, 4)), []);
+        assert_eq!(watch.step(4000, figures(8, 8)), []);
         // Set and reached between two looks.
-        assert_eq!(watch.step(5000, sight(2, 2)), reached(2));
+        assert_eq!(watch.step(5000, figures(2, 2)), reached(2));
     }
 
     #[test]
     fn target_of_the_next_machine_is_told_anew() {
-        let mut watch = watch(sight(8, 8));
-        assert_eq!(watch.step(0, sight(8, 8)).len(), 1);
-        let next = |actual| Sight {
+        let mut watch = watch(figures(8, 8));
+        assert_eq!(watch.step(0, figures(8, 8)).len(), 1);
+        let next = |actual| BalloonFigures {
             machine: 2,
-            ..sight(8, actual)
+            ..figures(8, actual)
         };
         assert_eq!(watch.step(1000, next(0)), []);
         assert_eq!(watch.step(2000, next(8)).len(), 1);
@@ -213,37 +215,37 @@ mod tests {
 
     #[test]
     fn guest_that_comes_no_nearer_is_stuck_once_until_it_does() {
-        let mut watch = watch(sight(8, 0));
-        assert_eq!(watch.step(STUCK_MS - 1, sight(8, 0)), []);
+        let mut watch = watch(figures(8, 0));
+        assert_eq!(watch.step(STUCK_MS - 1, figures(8, 0)), []);
         let stuck = BalloonEvent::Stuck {
             target_bytes: 8,
             actual_bytes: 0,
             stuck_ms: STUCK_MS,
         };
-        assert_eq!(watch.step(STUCK_MS, sight(8, 0)), [stuck]);
-        assert_eq!(watch.step(10 * STUCK_MS, sight(8, 0)), []);
-        assert_eq!(watch.step(11 * STUCK_MS, sight(8, 1)), []);
-        assert_eq!(watch.step(12 * STUCK_MS, sight(8, 0)).len(), 1);
-        assert_eq!(watch.step(13 * STUCK_MS, sight(8, 8)).len(), 1);
+        assert_eq!(watch.step(STUCK_MS, figures(8, 0)), [stuck]);
+        assert_eq!(watch.step(10 * STUCK_MS, figures(8, 0)), []);
+        assert_eq!(watch.step(11 * STUCK_MS, figures(8, 1)), []);
+        assert_eq!(watch.step(12 * STUCK_MS, figures(8, 0)).len(), 1);
+        assert_eq!(watch.step(13 * STUCK_MS, figures(8, 8)).len(), 1);
     }
 
     #[test]
     fn guest_that_is_paused_is_not_stuck() {
-        let paused = Sight {
+        let paused = BalloonFigures {
             running: false,
-            ..sight(8, 0)
+            ..figures(8, 0)
         };
         let mut watch = watch(paused);
         assert_eq!(watch.step(2 * STUCK_MS, paused), []);
-        assert_eq!(watch.step(3 * STUCK_MS - 1, sight(8, 0)), []);
-        assert_eq!(watch.step(3 * STUCK_MS, sight(8, 0)).len(), 1);
+        assert_eq!(watch.step(3 * STUCK_MS - 1, figures(8, 0)), []);
+        assert_eq!(watch.step(3 * STUCK_MS, figures(8, 0)).len(), 1);
     }
 
     #[test]
     fn failures_are_added_up_while_they_rest() {
-        let failed = |failed_bytes| Sight {
+        let failed = |failed_bytes| BalloonFigures {
             failed_bytes,
-            ..sight(0, 0)
+            ..figures(0, 0)
         };
         let told = |failed_bytes, new_bytes| {
             [BalloonEvent::DiscardFailed {
@@ -266,7 +268,7 @@ mod tests {
             targets in prop::collection::vec((0u64..3, 0u64..200), 1..8),
             actuals in prop::collection::vec(0u64..200, 1..400),
         ) {
-            let mut watch = watch(sight(0, 0));
+            let mut watch = watch(figures(0, 0));
             let (mut now_ms, mut reached, mut stuck, mut failed) = (0, 0, 0, 0);
             let mut targets_seen = 0;
             let mut last_target = (1, 0);
@@ -275,10 +277,10 @@ mod tests {
                 let (machine, target) = targets[look * targets.len() / actuals.len()];
                 targets_seen += u64::from(last_target != (machine, target));
                 last_target = (machine, target);
-                let events = watch.step(now_ms, Sight {
+                let events = watch.step(now_ms, BalloonFigures {
                     machine,
                     failed_bytes: look as u64,
-                    ..sight(target, *actual)
+                    ..figures(target, *actual)
                 });
                 prop_assert!(events.len() <= 2);
                 for event in events {

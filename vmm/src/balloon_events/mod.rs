@@ -1,0 +1,79 @@
+//! Events of the balloon that nobody has to ask for: its target ([`target`]) and free page reporting ([`reporting`]).
+//! Pure, but for the look at the machine.
+
+mod reporting;
+mod target;
+
+use api::{ReclaimStats, VmState};
+
+use self::reporting::{ReportingFigures, ReportingWatch};
+use self::target::{BalloonFigures, BalloonWatch};
+use crate::control::MachineView;
+use crate::reporting_policy::GuestPolicy;
+
+/// One event for the event monitor.
+#[derive(Debug)]
+pub(crate) struct Event {
+    pub(crate) name: &'static str,
+    pub(crate) properties: Vec<(&'static str, String)>,
+}
+
+/// Remembers what was reported.
+#[derive(Debug, Default)]
+pub(crate) struct BalloonEvents {
+    target: Option<BalloonWatch>,
+    reporting: ReportingWatch,
+}
+
+impl BalloonEvents {
+    /// What is new since the last look.
+    pub(crate) fn step(
+        &mut self,
+        now_ms: u64,
+        machine: &MachineView,
+        stats: &ReclaimStats,
+    ) -> Vec<Event> {
+        let figures = balloon_figures(machine, stats);
+        let target = self
+            .target
+            .get_or_insert_with(|| BalloonWatch::new(now_ms, figures));
+        let target = target.step(now_ms, figures).into_iter().map(|event| Event {
+            name: event.name(),
+            properties: (event.properties().into_iter())
+                .map(|(name, value)| (name, value.to_string()))
+                .collect(),
+        });
+        let reporting = self.reporting.step(reporting_figures(machine, stats));
+        let reporting = reporting.into_iter().map(|event| Event {
+            name: event.name(),
+            properties: event.property().into_iter().collect(),
+        });
+        target.chain(reporting).collect()
+    }
+}
+
+fn balloon_figures(machine: &MachineView, stats: &ReclaimStats) -> BalloonFigures {
+    BalloonFigures {
+        machine: machine.generation,
+        running: machine.state == VmState::Running,
+        target_bytes: stats.balloon_target_bytes,
+        actual_bytes: stats.ballooned_bytes,
+        failed_bytes: [&stats.report, &stats.inflate, &stats.hint]
+            .into_iter()
+            .fold(0, |sum, path| sum.saturating_add(path.failed_bytes)),
+    }
+}
+
+fn reporting_figures(machine: &MachineView, stats: &ReclaimStats) -> ReportingFigures {
+    let wish = stats.reporting.report_now;
+    ReportingFigures {
+        machine: machine.generation,
+        paused_by: stats.reporting.paused_by.clone(),
+        // Only of the latest wish: to an older one the guest may come back as often as it likes.
+        report_now_done: if wish.done_id == wish.id { wish.id } else { 0 },
+        acknowledged: match machine.observer.reporting_policy() {
+            GuestPolicy::Balloon(status) => status.acknowledged,
+            GuestPolicy::NoMachine | GuestPolicy::NoBalloon => 0,
+        },
+    }
+}

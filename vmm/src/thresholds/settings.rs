@@ -1,0 +1,68 @@
+//! What the operator has set: changed as a whole or not at all.
+
+use api::{ReclaimThresholds, ReclaimThresholdsChange, ReportingPolicy};
+
+use super::ThresholdError;
+use crate::alerts::{AlertList, Needs, Sources, Transition};
+use crate::reporting_policy::{self, GuestPolicy};
+
+/// Alerts with their states, and the policy.
+#[derive(Clone, Debug, Default)]
+pub(super) struct ThresholdSettings {
+    alerts: AlertList,
+    /// As the operator has set it; before that no guest is told anything.
+    policy: Option<ReportingPolicy>,
+}
+
+impl ThresholdSettings {
+    /// Makes all of `change`, or nothing.
+    pub(super) fn change(
+        &mut self,
+        change: &ReclaimThresholdsChange,
+        now_ms: u64,
+    ) -> Result<(), ThresholdError> {
+        let mut next = self.clone();
+        next.alerts
+            .change(&change.remove_alerts, &change.alerts, now_ms)?;
+        if let Some(change) = change.reporting_policy {
+            let policy = change.applied_to(next.policy.unwrap_or_default());
+            reporting_policy::check(policy)?;
+            next.policy = Some(policy);
+        }
+        *self = next;
+        Ok(())
+    }
+
+    /// Forgets everything.
+    pub(super) fn clear(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Whether there is anything to evaluate.
+    pub(super) fn has_alerts(&self) -> bool {
+        !self.alerts.is_empty()
+    }
+
+    /// What has to be read to evaluate it.
+    pub(super) fn needs(&self) -> Needs {
+        self.alerts.needs()
+    }
+
+    /// Evaluates every alert; at most one transition each.
+    pub(super) fn step(&mut self, now_ms: u64, sources: &Sources) -> Vec<Transition> {
+        self.alerts.step(now_ms, sources)
+    }
+
+    /// The policy, if one was set.
+    pub(super) fn policy(&self) -> Option<ReportingPolicy> {
+        self.policy
+    }
+
+    /// As the API shows it.
+    pub(super) fn status(&self, now_ms: u64, guest: GuestPolicy) -> ReclaimThresholds {
+        ReclaimThresholds {
+            alerts: self.alerts.status(now_ms),
+            reporting_policy: reporting_policy::status(self.policy.unwrap_or_default(), guest),
+        }
+    }
+}
