@@ -659,6 +659,58 @@ fn body_of_five_mebibytes_is_refused_and_one_of_three_is_read() -> Result<()> {
     Ok(())
 }
 
+/// The body may have 4 MiB, and the process a few times that: nothing in the body is multiplied.
+#[test]
+fn body_of_many_small_values_does_not_grow_the_vmm() -> Result<()> {
+    let vmm = Vmm::start(&[])?;
+    let list = |value: &str, count: usize| vec![value; count].join(",");
+    let disks = |disk: &str, count| format!("{{\"disks\":[{}]}}", list(disk, count));
+    let affinity = |count| {
+        let cpus = list("0", count);
+        format!(
+            "{{\"cpus\":{{\"boot_vcpus\":1,\"max_vcpus\":1,\"affinity\":[{{\"vcpu\":0,\"host_cpus\":[{cpus}]}}]}}}}"
+        )
+    };
+    for body in [
+        disks("{}", 1_390_000),
+        disks("[]", 1_390_000),
+        disks("{\"path\":\"\"}", 320_000),
+        affinity(2_000_000),
+    ] {
+        ensure!(body.len() <= 4 << 20, "{}", body.len());
+        let answer = vmm.request("PUT", "vm.create", Some(&body))?;
+        ensure!(answer.status == 400, "{answer:?}");
+        let cause = answer.json()?[1].to_string();
+        ensure!(cause.contains("the body has more than"), "{cause}");
+    }
+    // As much as is taken. The second one is refused for being the second.
+    vmm.put("vm.create", Some(&disks("{\"path\":\"/d\"}", 19_000)))?;
+    let answer = vmm.request("PUT", "vm.create", Some(&affinity(260_000)))?;
+    ensure!(answer.status == 500, "{answer:?}");
+    let peak = vmm.peak_resident_bytes()?;
+    ensure!(peak < 40 << 20, "{peak}");
+    Ok(())
+}
+
+#[test]
+fn empty_body_in_chunks_is_none_and_two_lengths_are_refused() -> Result<()> {
+    let vmm = Vmm::start(&[])?;
+    let head = "PUT /api/v1/vm.delete HTTP/1.1\r\nHost: x\r\n";
+    let answer = raw(
+        &vmm,
+        format!("{head}Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n").as_bytes(),
+    )?;
+    ensure!(answer.status == 204, "{answer:?}");
+    for lengths in [
+        "Content-Length: 0\r\nContent-Length: 1\r\n",
+        "Content-Length: 0\r\nTransfer-Encoding: chunked\r\n",
+    ] {
+        let answer = raw(&vmm, format!("{head}{lengths}\r\n0\r\n\r\n").as_bytes())?;
+        ensure!(answer.status == 400, "{answer:?}");
+    }
+    Ok(())
+}
+
 #[test]
 fn clients_that_stop_half_way_delay_nobody_and_are_dropped() -> Result<()> {
     const HALVES: &[&str] = &[
