@@ -34,8 +34,9 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("ch-fleet-adapter", &["api"]),
     (
         "integration-tests",
-        &["api", "device-facts", "virtio-devices"],
+        &["api", "device-facts", "test-server", "virtio-devices"],
     ),
+    ("test-server", &[]),
     ("guest-programs", &[]),
     ("xtask", &["api", "device-facts"]),
 ];

@@ -6,10 +6,11 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
+use test_server::{Request, Server};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::response::ResponseReader;
@@ -20,19 +21,19 @@ use crate::error_chain;
 struct MockServer {
     _dir: TempDir,
     client: Client,
-    thread: JoinHandle<()>,
+    server: Server,
 }
 
 impl MockServer {
     fn new(serve: impl FnOnce(UnixStream) + Send + 'static) -> Self {
         let dir = TempDir::new().unwrap();
         let path = dir.path().join("api.sock");
-        let listener = UnixListener::bind(&path).unwrap();
-        let thread = thread::spawn(move || serve(listener.accept().unwrap().0));
+        let mut serve = Some(serve);
+        let server = Server::unix(&path, 1, move |stream| serve.take().unwrap()(stream));
         Self {
             _dir: dir,
             client: Client::new(path).with_timeout(Some(Duration::from_secs(10))),
-            thread,
+            server,
         }
     }
 
@@ -48,30 +49,15 @@ impl MockServer {
 
     fn get(self) -> Result<Option<String>, ClientError> {
         let answer = self.client.get("vm.info");
-        self.thread.join().unwrap();
+        self.server.join();
         answer
     }
 }
 
-/// Reads to the end of the headers and then the body.
 fn read_request(stream: &mut UnixStream) -> String {
-    let mut bytes = Vec::new();
-    let mut byte = [0];
-    while !bytes.ends_with(HEAD_END) {
-        stream.read_exact(&mut byte).unwrap();
-        bytes.push(byte[0]);
-    }
-    let head = String::from_utf8(bytes).unwrap();
-    let length = head
-        .lines()
-        .find_map(|line| line.strip_prefix("Content-Length: "))
-        .map_or(0, |length| length.parse().unwrap());
-    let mut body = vec![0; length];
-    stream.read_exact(&mut body).unwrap();
-    head + std::str::from_utf8(&body).unwrap()
+    let Request { head, body } = Request::read(stream).unwrap();
+    head + &body
 }
-
-const HEAD_END: &[u8] = b"\r\n\r\n";
 
 fn one(text: &str) -> Vec<Vec<u8>> {
     vec![text.as_bytes().to_vec()]
@@ -118,7 +104,7 @@ fn client_no_content_is_success_without_body_and_without_waiting() {
     });
     assert_eq!(server.client.get("vm.info").unwrap(), None);
     drop(release);
-    server.thread.join().unwrap();
+    server.server.join();
 }
 
 #[test]
@@ -192,7 +178,7 @@ fn client_garbage_is_refused_at_once() {
         "{error:?}"
     );
     drop(release);
-    server.thread.join().unwrap();
+    server.server.join();
 }
 
 #[test]
@@ -285,7 +271,7 @@ fn client_silent_server_times_out() {
     assert!(matches!(error, ClientError::TimedOut { .. }), "{error:?}");
     assert_eq!(error.to_string(), "The VMM did not answer within 50 ms");
     drop(release);
-    server.thread.join().unwrap();
+    server.server.join();
 }
 
 #[test]
@@ -308,7 +294,7 @@ fn client_dripping_server_does_not_renew_the_timeout() {
     ));
     assert!(started.elapsed() < Duration::from_secs(5));
     drop(client);
-    server.thread.join().unwrap();
+    server.server.join();
 }
 
 #[test]
@@ -367,7 +353,7 @@ fn client_request_has_the_form_upstream_sends() {
         "PUT /api/v1/vm.resize HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\
          Content-Type: application/json\r\nContent-Length: 7\r\n\r\n{\"a\":1}"
     );
-    server.thread.join().unwrap();
+    server.server.join();
 }
 
 #[test]
@@ -384,7 +370,7 @@ fn client_large_request_answered_early_shows_the_answer() {
         .client
         .put("vm.create", Some(&" ".repeat(8 << 20)))
         .unwrap_err();
-    server.thread.join().unwrap();
+    server.server.join();
     assert_eq!(
         error_chain(&error),
         ["Server responded with BadRequest", "too big"]
@@ -412,7 +398,7 @@ fn client_descriptors_travel_with_the_request() {
         .put_with_fds("vm.add-net", Some("{}"), &[file.as_raw_fd()])
         .unwrap();
     assert_eq!(received.recv().unwrap(), "contents");
-    server.thread.join().unwrap();
+    server.server.join();
 }
 
 #[test]
@@ -428,7 +414,7 @@ fn client_typed_call_decodes_or_says_why_not() {
         (stats.balloon_actual, stats.stats.free_memory),
         (4096, Some(7))
     );
-    server.thread.join().unwrap();
+    server.server.join();
 
     let server = MockServer::answering(one("HTTP/1.1 200 \r\nContent-Length: 2\r\n\r\n[]"));
     assert!(matches!(
@@ -438,7 +424,7 @@ fn client_typed_call_decodes_or_says_why_not() {
             ..
         }
     ));
-    server.thread.join().unwrap();
+    server.server.join();
 
     let server = MockServer::answering(one("HTTP/1.1 204 \r\n\r\n"));
     assert!(matches!(
@@ -447,7 +433,7 @@ fn client_typed_call_decodes_or_says_why_not() {
             endpoint: "vmm.ping"
         }
     ));
-    server.thread.join().unwrap();
+    server.server.join();
 }
 
 proptest! {
@@ -485,5 +471,5 @@ fn peer_pid_is_the_listener() {
         server.client.peer_pid().unwrap(),
         i32::try_from(std::process::id()).unwrap()
     );
-    server.thread.join().unwrap();
+    server.server.join();
 }

@@ -4,17 +4,16 @@
 //! A server for tests: gives the replies it was given, one a request, and notes what it was asked.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
 
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::Value;
+use test_server::{Request, Server, response};
 
 /// A connection, encrypted or not.
 trait Stream: Read + Write + Send {}
@@ -52,18 +51,9 @@ impl Reply {
 }
 
 #[derive(Debug)]
-struct Asked {
-    line: String,
-    headers: Vec<(String, String)>,
-    body: Value,
-}
-
-#[derive(Debug)]
 pub(crate) struct FakeServer {
-    address: SocketAddr,
-    asked: Arc<Mutex<Vec<Asked>>>,
-    stop: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
+    server: Server,
+    asked: Arc<Mutex<Vec<Request>>>,
 }
 
 impl FakeServer {
@@ -99,120 +89,53 @@ impl FakeServer {
         wrap: impl Fn(TcpStream) -> Box<dyn Stream> + Send + 'static,
     ) -> Self {
         let mut replies: VecDeque<Reply> = replies.into_iter().collect();
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let (asked, stop) = (
-            Arc::<Mutex<Vec<Asked>>>::default(),
-            Arc::<AtomicBool>::default(),
-        );
-        let (noted, stopped) = (Arc::clone(&asked), Arc::clone(&stop));
-        let thread = thread::spawn(move || {
-            let mut held = Vec::new();
-            for stream in listener.incoming() {
-                if stopped.load(Ordering::Relaxed) {
-                    return;
-                }
-                let mut stream = wrap(stream.unwrap());
-                let Some(request) = read(stream.as_mut()) else {
-                    continue;
-                };
-                noted.lock().unwrap().push(request);
-                let reply = replies.pop_front().expect("an answer to every request");
-                if reply.hangs {
-                    held.push(stream);
-                } else {
-                    write(stream.as_mut(), &reply);
-                }
+        let asked = Arc::<Mutex<Vec<Request>>>::default();
+        let noted = Arc::clone(&asked);
+        // Connections without an answer stay open.
+        let mut held = Vec::new();
+        let server = Server::tcp(move |stream| {
+            let mut stream = wrap(stream);
+            let Some(request) = Request::read(stream.as_mut()) else {
+                return;
+            };
+            noted.lock().unwrap().push(request);
+            let reply = replies.pop_front().expect("an answer to every request");
+            if reply.hangs {
+                held.push(stream);
+                return;
             }
+            let headers = format!("{}Connection: close\r\n", reply.headers);
+            // Whoever asked may have given up.
+            let _ = stream.write_all(response(reply.status, &headers, &reply.body).as_bytes());
         });
-        Self {
-            address,
-            asked,
-            stop,
-            thread: Some(thread),
-        }
+        Self { server, asked }
     }
 
     pub(crate) fn port(&self) -> u16 {
-        self.address.port()
+        self.server.port()
     }
 
     pub(crate) fn url(&self) -> String {
-        format!("http://{}", self.address)
+        format!("http://127.0.0.1:{}", self.server.port())
     }
 
     /// Method and path of every request, with its body.
     pub(crate) fn requests(&self) -> Vec<(String, Value)> {
         let asked = self.asked.lock().unwrap();
+        let body = |one: &Request| serde_json::from_str(&one.body).unwrap_or(Value::Null);
         asked
             .iter()
-            .map(|one| (one.line.clone(), one.body.clone()))
+            .map(|one| (one.target().to_owned(), body(one)))
             .collect()
     }
 
     /// A header of every request.
     pub(crate) fn headers(&self, name: &str) -> Vec<String> {
         let asked = self.asked.lock().unwrap();
-        let of = |one: &Asked| {
-            one.headers
-                .iter()
-                .find(|(known, _)| known == name)
-                .map(|(_, value)| value.clone())
-        };
-        asked.iter().filter_map(of).collect()
+        asked
+            .iter()
+            .filter_map(|one| one.header(name))
+            .map(str::to_owned)
+            .collect()
     }
-}
-
-impl Drop for FakeServer {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-        // Wakes the thread; it may have ended.
-        let _ = TcpStream::connect(self.address);
-        // A panic there was printed.
-        let _ = self.thread.take().unwrap().join();
-    }
-}
-
-fn read(stream: &mut dyn Stream) -> Option<Asked> {
-    let mut reader = BufReader::new(stream);
-    let mut lines = Vec::new();
-    loop {
-        let mut line = String::new();
-        if reader.read_line(&mut line).ok()? == 0 {
-            return None;
-        }
-        let line = line.trim_end().to_owned();
-        if line.is_empty() {
-            break;
-        }
-        lines.push(line);
-    }
-    let headers: Vec<(String, String)> = lines[1..]
-        .iter()
-        .map(|line| line.split_once(": ").unwrap())
-        .map(|(name, value)| (name.to_lowercase(), value.to_owned()))
-        .collect();
-    let length = headers
-        .iter()
-        .find(|(name, _)| name == "content-length")
-        .map_or(0, |(_, value)| value.parse().unwrap());
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body).ok()?;
-    Some(Asked {
-        line: lines[0].trim_end_matches(" HTTP/1.1").to_owned(),
-        headers,
-        body: serde_json::from_slice(&body).unwrap_or(Value::Null),
-    })
-}
-
-fn write(stream: &mut dyn Stream, reply: &Reply) {
-    let text = format!(
-        "HTTP/1.1 {} X\r\nContent-Type: application/json\r\nConnection: close\r\n{}Content-Length: {}\r\n\r\n{}",
-        reply.status,
-        reply.headers,
-        reply.body.len(),
-        reply.body
-    );
-    // Whoever asked may have given up.
-    let _ = stream.write_all(text.as_bytes());
 }

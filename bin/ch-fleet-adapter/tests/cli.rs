@@ -4,8 +4,7 @@
 #[path = "../src/fake_server.rs"]
 mod fake_server;
 
-use std::io::{Read, Write};
-use std::os::unix::net::UnixListener;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex};
@@ -17,6 +16,7 @@ use fleet::agent::{Status, VmStatus};
 use fleet::model::Bytes;
 use serde_json::Value;
 use tempfile::TempDir;
+use test_server::{Request, Server, response};
 
 /// Machines that run tests are shared.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -26,6 +26,7 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_ch-fleet-adapter");
 struct FakeAgent {
     folder: TempDir,
     status: Arc<Mutex<Status>>,
+    _server: Server,
 }
 
 impl FakeAgent {
@@ -42,27 +43,20 @@ impl FakeAgent {
         status.host.ledger.firm_free = Bytes::gib(4);
         let status = Arc::new(Mutex::new(status));
         let shown = Arc::clone(&status);
-        let listener = UnixListener::bind(folder.path().join("agent.sock")).unwrap();
-        // Ends with the process.
-        thread::spawn(move || {
-            for stream in listener.incoming() {
-                let mut stream = stream.unwrap();
-                let mut head = Vec::new();
-                let mut byte = [0];
-                while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte).unwrap() == 1 {
-                    head.push(byte[0]);
-                }
-                assert!(head.starts_with(b"GET /api/v1/fleet.status "));
-                let body = serde_json::to_string(&*shown.lock().unwrap()).unwrap();
-                let length = body.len();
-                write!(
-                    stream,
-                    "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{body}"
-                )
+        let socket = folder.path().join("agent.sock");
+        let server = Server::unix(&socket, usize::MAX, move |mut stream| {
+            let request = Request::read(&mut stream).unwrap();
+            assert_eq!(request.target(), "GET /api/v1/fleet.status");
+            let body = serde_json::to_string(&*shown.lock().unwrap()).unwrap();
+            stream
+                .write_all(response(200, "", &body).as_bytes())
                 .unwrap();
-            }
         });
-        Self { folder, status }
+        Self {
+            folder,
+            status,
+            _server: server,
+        }
     }
 
     fn socket(&self) -> PathBuf {

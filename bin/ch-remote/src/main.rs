@@ -11,8 +11,6 @@ mod units;
 mod watch;
 
 #[cfg(test)]
-mod mock_server;
-#[cfg(test)]
 mod tests;
 
 use std::io::{self, IsTerminal, Read, Write};

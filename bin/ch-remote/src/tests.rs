@@ -1,13 +1,15 @@
 //! The program against a mock VMM.
 
-use std::collections::BTreeSet;
-use std::path::Path;
+use std::collections::{BTreeSet, VecDeque};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 
 use api::{Endpoint, Method, error_chain};
 use clap::CommandFactory;
+use tempfile::TempDir;
+use test_server::{Request, Server, response};
 
 use super::*;
-use crate::mock_server::{MockServer, answer};
 
 fn parse(socket: &Path, words: &str) -> Arguments {
     let head = [
@@ -25,6 +27,49 @@ fn parse(socket: &Path, words: &str) -> Arguments {
 fn refused(words: &str) -> clap::Error {
     Arguments::try_parse_from(["ch-remote"].into_iter().chain(words.split_whitespace()))
         .unwrap_err()
+}
+
+/// A VMM that answers one connection after the other with the given bytes.
+struct MockServer {
+    _dir: TempDir,
+    socket: PathBuf,
+    server: Server,
+    requests: Arc<Mutex<Vec<String>>>,
+}
+
+impl MockServer {
+    fn answering(answers: &[&str]) -> Self {
+        let dir = TempDir::new().unwrap();
+        let socket = dir.path().join("api.sock");
+        let requests = Arc::<Mutex<Vec<String>>>::default();
+        let noted = Arc::clone(&requests);
+        let mut answers: VecDeque<String> = answers.iter().map(|it| (*it).to_owned()).collect();
+        let server = Server::unix(&socket, answers.len(), move |mut stream| {
+            let Request { head, body } = Request::read(&mut stream).unwrap();
+            noted.lock().unwrap().push(head + &body);
+            let answer = answers.pop_front().unwrap();
+            // In two writes, as a server with separate buffers for head and body does it.
+            let (first, second) = answer.split_at(answer.len() / 2);
+            stream.write_all(first.as_bytes()).unwrap();
+            stream.write_all(second.as_bytes()).unwrap();
+        });
+        Self {
+            _dir: dir,
+            socket,
+            server,
+            requests,
+        }
+    }
+
+    /// The requests, once all answers are given.
+    fn requests(self) -> Vec<String> {
+        self.server.join();
+        self.requests.lock().unwrap().clone()
+    }
+}
+
+fn answer(status: u16, body: &str) -> String {
+    response(status, "Connection: keep-alive\r\n", body)
 }
 
 /// Runs `words` against `answers`; what was printed, and the requests.

@@ -85,7 +85,7 @@ pub(crate) fn placed_vm_that_starts_takes_its_promise_over(fleet: &mut Fleet) ->
         .as_str()
         .and_then(|name| name.strip_prefix('h')?.parse().ok())
         .context("the host has a name")?;
-    let _vm = FakeVm::start(&fleet.folder_of(host).join("web.sock"), fleet.size)?;
+    let _vm = FakeVm::start(&fleet.folder_of(host).join("web.sock"), fleet.size);
     wait_for("the VM to be seen by all", DEADLINE, || {
         let hosts = fleet.hosts()?;
         let host = &hosts[host];
