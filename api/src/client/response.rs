@@ -1,9 +1,10 @@
-//! Puts an HTTP response together from pieces of any size.
+//! Puts an HTTP response together from pieces of any size; `httparse` reads its head.
 //!
 //! Only what an API of this kind sends is understood: a status line whose reason phrase may be absent (RFC 9112
 //! section 4), headers in any case, and a body whose length is given. Without a length there is no body, which is how
 //! upstream's client reads it too.
 
+use httparse::Status;
 use thiserror::Error;
 
 /// Most bytes of status line and headers.
@@ -12,6 +13,8 @@ pub const RESPONSE_HEAD_BYTES_MAX: usize = 64 << 10;
 pub const RESPONSE_BODY_BYTES_MAX: usize = 16 << 20;
 /// Most characters of a line shown in an error.
 const LINE_CHARS_SHOWN: usize = 80;
+/// Most headers. Servers of this API send four at most.
+const HEADERS_MAX: usize = 64;
 const HEAD_END: &[u8] = b"\r\n\r\n";
 
 /// Why bytes are not a response.
@@ -32,6 +35,9 @@ pub enum ResponseError {
         /// The line, shortened.
         line: String,
     },
+    /// A line that is no header, or too many of them.
+    #[error("the headers are malformed")]
+    Headers(#[from] httparse::Error),
     /// Headers without end.
     #[error("the headers are longer than {RESPONSE_HEAD_BYTES_MAX} bytes")]
     HeadTooLong,
@@ -137,10 +143,8 @@ impl ResponseReader {
         self.searched = self.bytes.len();
         match end {
             Some(end) if from + end <= RESPONSE_HEAD_BYTES_MAX => {
-                self.head = Some(parse_head(
-                    &self.bytes[..from + end],
-                    from + end + HEAD_END.len(),
-                )?);
+                let length = from + end + HEAD_END.len();
+                self.head = Some(parse_head(&self.bytes[..length])?);
                 Ok(self.head)
             }
             None if self.bytes.len() <= RESPONSE_HEAD_BYTES_MAX => {
@@ -167,25 +171,37 @@ fn check_start(bytes: &[u8]) -> Result<(), ResponseError> {
     })
 }
 
-fn parse_head(head: &[u8], length: usize) -> Result<Head, ResponseError> {
+fn parse_head(head: &[u8]) -> Result<Head, ResponseError> {
     check_start(head)?;
-    let text = String::from_utf8_lossy(head);
-    let mut lines = text.split("\r\n");
-    let status = parse_status(lines.next().unwrap_or_default())?;
+    let status_line = || {
+        let text = String::from_utf8_lossy(head);
+        let line = shorten(text.lines().next().unwrap_or_default());
+        ResponseError::StatusLine { line }
+    };
+    let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
+    let mut parsed = httparse::Response::new(&mut headers);
+    let parse_result = parsed.parse(head);
+    let status = parsed.code.filter(|status| *status >= 100);
+    let status = status.ok_or_else(status_line)?;
+    // Lines may end in a bare LF for `httparse`, which then finds an earlier end than we did: that is no head either.
+    match parse_result? {
+        Status::Complete(length) if length == head.len() => {}
+        _ => return Err(httparse::Error::NewLine.into()),
+    }
     let mut body_length = None;
-    for (name, value) in lines.filter_map(|line| line.split_once(':')) {
-        let value = value.trim();
-        if name.eq_ignore_ascii_case("transfer-encoding") && !value.eq_ignore_ascii_case("identity")
-        {
+    for header in parsed.headers {
+        let value = String::from_utf8_lossy(header.value);
+        let is = |name: &str| header.name.eq_ignore_ascii_case(name);
+        if is("transfer-encoding") && !value.eq_ignore_ascii_case("identity") {
             return Err(ResponseError::TransferEncoding {
-                coding: shorten(value),
+                coding: shorten(&value),
             });
         }
-        if name.eq_ignore_ascii_case("content-length") {
-            let bytes = parse_length(value)?;
+        if is("content-length") {
+            let bytes = parse_length(&value)?;
             if body_length.is_some_and(|first| first != bytes) {
                 return Err(ResponseError::ContentLength {
-                    value: shorten(value),
+                    value: shorten(&value),
                 });
             }
             body_length = Some(bytes);
@@ -200,30 +216,9 @@ fn parse_head(head: &[u8], length: usize) -> Result<Head, ResponseError> {
     };
     Ok(Head {
         status,
-        length,
+        length: head.len(),
         body_length,
     })
-}
-
-/// The status of `HTTP/1.1 200 ` or `HTTP/1.1 200 OK`.
-fn parse_status(line: &str) -> Result<u16, ResponseError> {
-    let malformed = || ResponseError::StatusLine {
-        line: shorten(line),
-    };
-    let mut words = line.split(' ');
-    let version = words.next().unwrap_or_default();
-    let status = words.next().unwrap_or_default();
-    if !matches!(version, "HTTP/1.1" | "HTTP/1.0") || status.len() != 3 {
-        return Err(malformed());
-    }
-    if !status.bytes().all(|digit| digit.is_ascii_digit()) {
-        return Err(malformed());
-    }
-    status
-        .parse()
-        .ok()
-        .filter(|status| *status >= 100)
-        .ok_or_else(malformed)
 }
 
 fn parse_length(value: &str) -> Result<usize, ResponseError> {

@@ -192,6 +192,9 @@ fn client_malformed_heads_are_refused() {
         "HTTP/1.1 200 \r\nContent-Length: -1\r\n\r\n",
         "HTTP/1.1 200 \r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nxx",
         "HTTP/1.1 200 \r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        "HTTP/1.1 200 \r\nContent-Length : 2\r\n\r\n{}",
+        "HTTP/1.1 200 \r\nno colon\r\n\r\n",
+        "HTTP/1.1 200 \n\nContent-Length: 2\r\n\r\n{}",
     ] {
         let error = MockServer::answering(one(head)).get().unwrap_err();
         assert!(
@@ -199,6 +202,23 @@ fn client_malformed_heads_are_refused() {
             "{head:?}: {error:?}"
         );
     }
+}
+
+#[test]
+fn client_shows_the_status_line_alone_and_why_headers_are_refused() {
+    let refused = |answer: &str| {
+        let error = MockServer::answering(one(answer)).get().unwrap_err();
+        error_chain(&error)[1..].join(": ")
+    };
+    assert_eq!(
+        refused("HTTP/1.1 2x0 OK\r\nContent-Length: 2\r\n\r\n{}"),
+        "\"HTTP/1.1 2x0 OK\" is not an HTTP status line"
+    );
+    let many = "X: y\r\n".repeat(65);
+    assert_eq!(
+        refused(&format!("HTTP/1.1 200 \r\n{many}\r\n")),
+        "the headers are malformed: too many headers"
+    );
 }
 
 #[test]
