@@ -44,6 +44,7 @@ fn inventory(vms: u64, now_ms: u64) -> Inventory {
             })
             .collect(),
         promised: Bytes::ZERO,
+        wanted: Vec::new(),
     }
 }
 

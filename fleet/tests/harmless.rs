@@ -58,6 +58,7 @@ fn inventory(now_ms: u64, free: Bytes, vms: Vec<VmFacts>) -> Inventory {
         },
         vms,
         promised: Bytes::ZERO,
+        wanted: Vec::new(),
     }
 }
 

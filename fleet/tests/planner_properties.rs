@@ -103,6 +103,7 @@ prop_compose! {
                 })
                 .collect(),
             promised: Bytes::ZERO,
+            wanted: Vec::new(),
         }
     }
 }
@@ -197,6 +198,7 @@ fn turns(moments: &[(f64, f64, bool, f64)], hours: u64) -> Vec<u64> {
             },
             vms: vec![facts],
             promised: Bytes::ZERO,
+            wanted: Vec::new(),
         };
         let plan = plan(&inventory, &config(), &memory);
         for (_, from, to) in balloons(&plan) {
@@ -414,6 +416,7 @@ fn plans_until_quiet(sizes: &[(u64, f64, f64)], total_part: f64) -> Option<u64> 
             },
             vms,
             promised: Bytes::ZERO,
+            wanted: Vec::new(),
         };
         let plan = plan(&inventory, &config(), &memory);
         idle = if balloons(&plan).next().is_none() {

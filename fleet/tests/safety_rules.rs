@@ -54,6 +54,7 @@ fn inventory(now_ms: u64, free: Bytes, vms: Vec<VmFacts>) -> Inventory {
         },
         vms,
         promised: Bytes::ZERO,
+        wanted: Vec::new(),
     }
 }
 

@@ -53,12 +53,13 @@ pub(crate) fn host(out: &mut dyn Write, status: &Status) -> io::Result<()> {
     )?;
     writeln!(
         out,
-        "pressure some {:.1} % full {:.1} %  swap in {:#}/s out {:#}/s  lacking {:#}  coming {:#}  owed {:#}",
+        "pressure some {:.1} % full {:.1} %  swap in {:#}/s out {:#}/s  lacking {:#}  wanted {:#}  coming {:#}  owed {:#}",
         pressure.some_avg10,
         pressure.full_avg10,
         host.facts.swap_in_per_s,
         host.facts.swap_out_per_s,
         host.shortage,
+        host.wanted,
         host.pending,
         host.owed
     )

@@ -116,9 +116,7 @@ pub enum Remedy {
 pub fn admit(request: &Request, books: &HostBooks, config: &Config) -> Result<Admission, Refusal> {
     let ledger = &books.ledger;
     let needed = request.needs(config);
-    // New VMs must not push the host to where it takes the caches of the others.
-    let keep = ledger.usable.part(config.thresholds.orange.enter);
-    let free = ledger.firm_free - keep;
+    let free = ledger.firm_free - config.newcomers_leave(ledger.usable);
     let obstacles = obstacles(request, books, needed, free, config);
     if obstacles.is_empty() {
         return Ok(Admission {

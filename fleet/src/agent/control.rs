@@ -16,7 +16,7 @@ use super::membership::Membership;
 use super::promises::{Promises, Situation};
 use super::publisher::{Parts, Publisher};
 use super::request::PinRequest;
-use super::rounds::VmRounds;
+use super::rounds::{Claims, VmRounds};
 use crate::agent_config::{AgentConfig, OnStop, load_for};
 use crate::cluster::{HostReport, StoreView};
 use crate::http::{Method, Request, Response};
@@ -137,9 +137,12 @@ impl ControlLoop {
         // The first plan is made as soon as all VMs are known: until then nothing is promised.
         let first = self.due.last_plan.is_none() && !self.rounds.has_unheard();
         if first || now >= self.due.plan() {
-            let promised = self.promises.outstanding(&self.config, &self.rounds);
+            let claims = Claims {
+                promised: self.promises.outstanding(&self.config, &self.rounds),
+                wanted: self.promises.wanted(&self.config, &self.rounds),
+            };
             self.rounds
-                .plan_and_act(&self.config, self.host.facts(), promised, &mut self.journal);
+                .plan_and_act(&self.config, self.host.facts(), claims, &mut self.journal);
             self.due.plan_wanted = false;
             self.due.pressed = false;
             self.due.last_plan = Some(now);

@@ -97,6 +97,7 @@ function showBooks(host) {
     ["callable", size(ledger.callable_liability)],
     ["firm free", size(ledger.firm_free)],
     ["lacking", size(host.shortage)],
+    ["wanted by new VMs", size(host.wanted)],
     ["burst covered", host.burst_coverage === null ? "–" : host.burst_coverage.toFixed(1) + " ×"],
     ["pressure some", pressure.some_avg10.toFixed(1) + " %"],
     ["pressure full", pressure.full_avg10.toFixed(1) + " %"],

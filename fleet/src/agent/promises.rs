@@ -37,18 +37,43 @@ impl Situation<'_> {
     }
 }
 
+/// Most refused VMs whose needs are remembered.
+const WAITING_MAX: usize = 256;
+
 /// A no.
 struct Refused {
     why: String,
     /// Whether it can never fit on this host.
     for_good: bool,
+    /// What is needed, if memory is all that is missing.
+    needs: Option<Bytes>,
 }
 
 impl Refused {
     fn now(why: String) -> Self {
-        let for_good = false;
-        Self { why, for_good }
+        Self {
+            why,
+            for_good: false,
+            needs: None,
+        }
     }
+
+    fn of(refusal: &Refusal) -> Self {
+        let short = |obstacle: &Obstacle| matches!(obstacle, Obstacle::Short(_));
+        let too_large = |obstacle: &Obstacle| matches!(obstacle, Obstacle::TooLarge(_));
+        Self {
+            why: refusal.to_string(),
+            for_good: refusal.obstacles.iter().any(too_large),
+            needs: (refusal.obstacles.iter().all(short)).then_some(refusal.needed),
+        }
+    }
+}
+
+/// A VM that was refused, and may ask again.
+#[derive(Debug)]
+struct Waiting {
+    needs: Bytes,
+    asked_ms: u64,
 }
 
 /// All promises of this host.
@@ -56,6 +81,8 @@ impl Refused {
 pub(super) struct Promises {
     book: ReservationBook,
     counts: AdmissionCounts,
+    /// By name.
+    waiting: BTreeMap<String, Waiting>,
 }
 
 impl Promises {
@@ -63,6 +90,7 @@ impl Promises {
         Self {
             book,
             counts: AdmissionCounts::default(),
+            waiting: BTreeMap::new(),
         }
     }
 
@@ -77,6 +105,16 @@ impl Promises {
             .outstanding(moment(), config.planning.admission.reservation, |name| {
                 rounds.seen(name)
             })
+    }
+
+    /// What each VM needs that was refused, for as long as a promise to it would have been kept.
+    pub(super) fn wanted(&mut self, config: &AgentConfig, rounds: &VmRounds) -> Vec<Bytes> {
+        let oldest_ms = rounds
+            .now_ms()
+            .saturating_sub(config.planning.admission.reservation.0);
+        self.waiting
+            .retain(|vm, waiting| waiting.asked_ms >= oldest_ms && !rounds.has_vm(vm));
+        self.waiting.values().map(|waiting| waiting.needs).collect()
     }
 
     /// `PUT fleet.reserve`
@@ -101,6 +139,10 @@ impl Promises {
             return Ok(held);
         }
         let verdict = self.verdict(&vm, wanted, situation, journal);
+        if !asked.dry_run {
+            let needs = verdict.as_ref().err().and_then(|refused| refused.needs);
+            self.remember(&vm, needs, situation.rounds.now_ms());
+        }
         let admission = verdict.map_err(|refused| {
             let what = format!("{} for {vm:?} are refused", asked.memory);
             let status = if refused.for_good { 422 } else { 409 };
@@ -262,6 +304,19 @@ impl Promises {
         })
     }
 
+    /// Notes that a VM waits for memory, or waits no more.
+    fn remember(&mut self, vm: &str, needs: Option<Bytes>, now_ms: u64) {
+        let Some(needs) = needs else {
+            self.waiting.remove(vm);
+            return;
+        };
+        if self.waiting.len() < WAITING_MAX || self.waiting.contains_key(vm) {
+            let asked_ms = now_ms;
+            self.waiting
+                .insert(vm.to_owned(), Waiting { needs, asked_ms });
+        }
+    }
+
     /// Yes, or why not.
     fn verdict(
         &mut self,
@@ -286,13 +341,7 @@ impl Promises {
                 Ok(_) => self.counts.count("admitted", "ok"),
                 Err(refusal) => self.counts.count("refused", reason_of(refusal)),
             }
-            verdict.map_err(|refusal| Refused {
-                for_good: refusal
-                    .obstacles
-                    .iter()
-                    .any(|obstacle| matches!(obstacle, Obstacle::TooLarge(_))),
-                why: refusal.to_string(),
-            })
+            verdict.map_err(|refusal| Refused::of(&refusal))
         };
         let text = match &verdict {
             Ok(admission) => format!("{} admitted, {} promised", wanted.max, admission.promise),

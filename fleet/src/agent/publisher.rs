@@ -90,6 +90,7 @@ fn host_status(parts: &Parts<'_>, now_ms: u64) -> HostStatus {
         ledger: plan.ledger,
         free: plan.host.free.0,
         shortage: plan.host.shortage,
+        wanted: plan.host.wanted,
         pending: plan.host.pending,
         owed: plan.host.owed,
         burst_coverage: coverage.is_finite().then_some(coverage),

@@ -52,6 +52,14 @@ impl Workers {
     }
 }
 
+/// What VMs claim that are not there yet.
+pub(super) struct Claims {
+    /// Promised and not used yet.
+    pub(super) promised: Bytes,
+    /// What each needs that was refused and may ask again.
+    pub(super) wanted: Vec<Bytes>,
+}
+
 /// The VMs of this host, the last plan for them, and what of it is still to be done.
 pub(super) struct VmRounds {
     discovery: Discovery,
@@ -169,7 +177,7 @@ impl VmRounds {
         &self,
         config: &AgentConfig,
         facts: &HostFacts,
-        promised: Bytes,
+        claims: Claims,
     ) -> Inventory {
         let now_ms = self.now_ms();
         let vms = self.vms.iter().filter_map(|vm| {
@@ -181,7 +189,8 @@ impl VmRounds {
             now_ms,
             host: *facts,
             vms: vms.collect(),
-            promised,
+            promised: claims.promised,
+            wanted: claims.wanted,
         }
     }
 
@@ -192,7 +201,8 @@ impl VmRounds {
         facts: &HostFacts,
         promised: Bytes,
     ) -> Ledger {
-        let inventory = self.inventory(config, facts, promised);
+        let wanted = Vec::new();
+        let inventory = self.inventory(config, facts, Claims { promised, wanted });
         let reserve = config.planning.reserve(inventory.host.limit());
         let last = &self.plan.ledger;
         Ledger::of(&inventory, reserve, last.burst, last.granted)
@@ -203,11 +213,11 @@ impl VmRounds {
         &mut self,
         config: &AgentConfig,
         facts: &HostFacts,
-        promised: Bytes,
+        claims: Claims,
         journal: &mut Journal,
     ) {
         let begin = Instant::now();
-        let inventory = self.inventory(config, facts, promised);
+        let inventory = self.inventory(config, facts, claims);
         let plan = plan(&inventory, &config.planning, &self.memory);
         self.decisions.plans += 1;
         self.decisions.plan_us += u64::try_from(begin.elapsed().as_micros()).unwrap_or(u64::MAX);

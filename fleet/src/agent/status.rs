@@ -134,6 +134,9 @@ pub struct HostStatus {
     pub free: f64,
     /// Memory missing to the goal.
     pub shortage: Bytes,
+    /// What refused VMs need, as far as guests can give it and are asked for it.
+    #[serde(default)]
+    pub wanted: Bytes,
     /// What growing balloons will still bring.
     pub pending: Bytes,
     /// What suffering guests lack.

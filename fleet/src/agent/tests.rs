@@ -238,6 +238,33 @@ fn hundred_at_once_for_ten_places_are_ten() {
 }
 
 #[test]
+fn what_a_refused_vm_needs_is_asked_of_idle_guests_until_it_fits() {
+    let world = World::new(16 * GIB, 4 * GIB);
+    for name in ["a", "b"] {
+        world.add(name, FakeVm::new(4 * GIB, 3 * GIB));
+    }
+    let mut config = agent_config(&world);
+    config.planning.host.reserve = crate::model::Amount::Bytes(Bytes::ZERO);
+    let agent = start_with(&world, config);
+    for name in ["a", "b"] {
+        wait_vm(&agent, name, "up", |vm| vm.up);
+    }
+    // A third of the host is free, so for nobody else anything would be taken.
+    wait("room", || match reserve(&world, "new", 6 * GIB, 5 * GIB) {
+        Ok(_) => Some(()),
+        Err(ClientError::Server(error)) if error.status == 409 => None,
+        Err(error) => panic!("{error:?}"),
+    });
+    let decisions = &agent.published().get().decisions;
+    let asked = |reason| {
+        decisions
+            .actions
+            .contains_key(&("inflate", reason, "ordered"))
+    };
+    assert!(asked("newcomer") && !asked("shortage"), "{decisions:?}");
+}
+
+#[test]
 fn refusal_says_what_would_make_it_fit() {
     let world = World::new(16 * GIB, 0);
     let _agent = start(&world);

@@ -93,6 +93,11 @@ impl Config {
         self.host.reserve.of(host).min(host)
     }
 
+    /// What a new VM leaves to those that are there: it must not push the host to where their caches are taken.
+    pub fn newcomers_leave(&self, usable: Bytes) -> Bytes {
+        usable.part(self.thresholds.orange.enter)
+    }
+
     /// Limits of a VM of `configured` bytes under the policy called `name`; `default`, or the built-in values, where
     /// there is none of that name.
     pub fn vm_policy(&self, name: &str, configured: Bytes) -> VmPolicy {

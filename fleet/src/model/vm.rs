@@ -193,6 +193,9 @@ pub struct Inventory {
     pub vms: Vec<VmFacts>,
     /// Memory promised to VMs that are not there yet.
     pub promised: Bytes,
+    /// What each VM needs that was refused for want of memory a moment ago, and may ask again.
+    #[serde(default)]
+    pub wanted: Vec<Bytes>,
 }
 
 impl VmFacts {

@@ -136,11 +136,12 @@ fn urgency(view: &View<'_>, now_ms: u64, control: &ControlConfig) -> Option<(Byt
     ((lately || long) && view.stale(now_ms, control)).then_some((view.low, Reason::StallSuspected))
 }
 
-/// Gives to those that could do with it, and, when memory is plenty, to everybody.
+/// Gives to those that could do with it, and to everybody on a host that has had memory to spare since `relax_since_ms`.
 pub(super) fn give_rest(
     views: &mut [View<'_>],
     budget: &mut Budget,
-    (state, since_ms): (HostState, u64),
+    state: HostState,
+    relax_since_ms: Option<u64>,
     now_ms: u64,
     config: &Config,
 ) {
@@ -154,7 +155,7 @@ pub(super) fn give_rest(
         Reason::Need,
         control,
     );
-    if state == HostState::Green {
+    if let Some(since_ms) = relax_since_ms {
         relax_slowly(views, budget, since_ms, now_ms, config);
         let above_relax = budget
             .above(control.relax_above.0, control)

@@ -100,12 +100,14 @@ fn decide(
     }
     give::give_urgent(views, budget, now_ms, config);
 
+    let giving = host.state.max(HostState::Yellow);
     for view in views.iter() {
-        let (freeable, soon) = view.freeable(now_ms, control);
+        let (freeable, soon) = view.freeable(giving, now_ms, control);
         host.freeable += freeable;
         host.freeable_soon += soon;
     }
     host.pending = views.iter().map(|view| view.pending_gain(control)).sum();
+    host.wanted = wanted(ledger, host, inventory, config);
     let demand = demand(ledger, budget, host, now_ms, config);
     let near = if control.safety.has(SafetyRule::DeadBand) {
         control.dead_band
@@ -115,16 +117,13 @@ fn decide(
     if demand.shortage >= near || demand.firm >= near {
         host.taken = take::take(views, &demand, control);
     }
-    give::give_rest(
-        views,
-        budget,
-        (memory.state, memory.state_since_ms),
-        now_ms,
-        config,
-    );
+    // Memory that somebody waits for is not given to guests that do not need it.
+    let relax_since_ms = (host.state == HostState::Green && host.wanted == Bytes::ZERO)
+        .then_some(memory.state_since_ms);
+    give::give_rest(views, budget, host.state, relax_since_ms, now_ms, config);
     explain_untouched(views, now_ms, config);
 
-    let missing = demand.shortage - host.taken;
+    let missing = host.shortage - host.taken;
     let helpless =
         missing >= control.dead_band || host.state == HostState::Red && host.taken == Bytes::ZERO;
     last_resort::last_resort(views, memory, helpless, inventory, config)
@@ -147,13 +146,53 @@ fn demand(
     } else {
         Bytes::ZERO
     };
-    host.shortage = (host.goal + budget.owed + granted) - (ledger.available + host.pending);
+    let there = ledger.available + host.pending;
+    host.shortage = (host.goal + budget.owed + granted) - there;
+    let for_newcomers = match host.wanted {
+        Bytes::ZERO => Bytes::ZERO,
+        wanted => (unavailable(ledger, config) + budget.owed + wanted) - there,
+    };
+    // The last bit is worth a step: without it nobody comes in.
+    let for_newcomers = match for_newcomers {
+        Bytes::ZERO => Bytes::ZERO,
+        missing => missing.max(control.dead_band),
+    };
     Demand {
         now_ms,
         state: host.state,
-        shortage: host.shortage,
+        shortage: host.shortage.max(for_newcomers),
+        reason: if host.shortage >= for_newcomers {
+            Reason::Shortage
+        } else {
+            Reason::Newcomer
+        },
         firm: firm(ledger, control),
     }
+}
+
+/// What of the available memory admission cannot promise.
+fn unavailable(ledger: &Ledger, config: &Config) -> Bytes {
+    ledger.burst + ledger.promised + ledger.granted + config.newcomers_leave(ledger.usable)
+}
+
+/// What newcomers that were refused need: of as many, the smallest first, as guests can give memory for. Guests are not
+/// asked for what would let nobody in.
+fn wanted(
+    ledger: &Ledger,
+    host: &HostExplanation,
+    inventory: &Inventory,
+    config: &Config,
+) -> Bytes {
+    let most = (ledger.available + host.pending + host.freeable) - unavailable(ledger, config);
+    let mut needs = inventory.wanted.clone();
+    needs.sort_unstable();
+    let sums = needs.iter().scan(Bytes::ZERO, |sum, &need| {
+        *sum += need;
+        Some(*sum)
+    });
+    sums.take_while(|&sum| sum <= most)
+        .last()
+        .unwrap_or_default()
 }
 
 /// Callable memory that has to become firm: no more may be called in at once than is there.
@@ -272,3 +311,53 @@ fn explain_untouched(views: &mut [View<'_>], now_ms: u64, config: &Config) {
 
 /// A name and what is remembered under it.
 type Remembered = (VmId, VmMemory);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host(freeable_gib: u64) -> (Ledger, HostExplanation) {
+        let ledger = Ledger {
+            usable: Bytes::gib(100),
+            available: Bytes::gib(30),
+            burst: Bytes::gib(15),
+            promised: Bytes::gib(2),
+            ..Ledger::default()
+        };
+        let host = HostExplanation {
+            freeable: Bytes::gib(freeable_gib),
+            ..HostExplanation::default()
+        };
+        (ledger, host)
+    }
+
+    fn wanted_of(needs_gib: &[u64], freeable_gib: u64) -> Bytes {
+        let (ledger, host) = host(freeable_gib);
+        let inventory = Inventory {
+            wanted: needs_gib.iter().copied().map(Bytes::gib).collect(),
+            ..Inventory::default()
+        };
+        wanted(&ledger, &host, &inventory, &Config::default())
+    }
+
+    #[test]
+    fn guests_are_asked_for_as_many_newcomers_as_they_can_give_for() {
+        // 30 are there, of which 15 are the burst's, 2 promised and 10 those guests' that are there.
+        assert_eq!(wanted_of(&[], 50), Bytes::ZERO);
+        assert_eq!(wanted_of(&[8, 4, 4], 5), Bytes::gib(8));
+        assert_eq!(wanted_of(&[8, 4, 4], 13), Bytes::gib(16));
+        assert_eq!(wanted_of(&[8], 4), Bytes::ZERO, "it would not fit");
+    }
+
+    #[test]
+    fn newcomers_are_no_shortage_of_the_host() {
+        let (ledger, mut host) = host(10);
+        host.wanted = Bytes::gib(4);
+        let config = Config::default();
+        let budget = Budget::new(&ledger, &config.control);
+        let demand = demand(&ledger, &budget, &mut host, 0, &config);
+        assert_eq!(host.shortage, Bytes::ZERO);
+        assert_eq!(demand.shortage, Bytes::gib(1));
+        assert_eq!(demand.reason, Reason::Newcomer);
+    }
+}

@@ -270,6 +270,8 @@ pub enum Reason {
     Critical,
     /// The host is short of memory.
     Shortage,
+    /// A VM that was refused needs memory that this one does not.
+    Newcomer,
     /// What guests may call in at once is not covered.
     BurstCover,
     /// The guest has nothing left that could be taken without harm.
@@ -415,7 +417,9 @@ pub struct HostExplanation {
     pub granted: Bytes,
     /// What suffering guests lack and could not be given.
     pub owed: Bytes,
-    /// What balloons could bring without harm, from caches too.
+    /// What newcomers need that were refused a moment ago, as far as guests can give it.
+    pub wanted: Bytes,
+    /// What balloons could bring without harm; from caches too when the host is orange or red.
     pub freeable: Bytes,
     /// And what of it would come within the reaction time, at the speed that was measured.
     pub freeable_soon: Bytes,

@@ -18,6 +18,8 @@ pub(super) struct Demand {
     pub(super) now_ms: u64,
     pub(super) state: HostState,
     pub(super) shortage: Bytes,
+    /// Why it is missing.
+    pub(super) reason: Reason,
     /// Callable memory that has to become firm, so that what guests call in at once is there.
     pub(super) firm: Bytes,
 }
@@ -123,7 +125,7 @@ fn take_from_class(
             .min(giver.gain);
         view.to = view.target + giver.absent + gain;
         view.gain = gain;
-        view.reason = Reason::Shortage;
+        view.reason = demand.reason;
         taken += gain;
     }
     taken

@@ -205,12 +205,17 @@ impl<'a> View<'a> {
         1.0 / (0.25 + 0.75 * (per_min / 0.05).min(1.0))
     }
 
-    /// What it could give without harm, all in all and within the reaction time.
-    pub(super) fn freeable(&self, now_ms: u64, control: &ControlConfig) -> (Bytes, Bytes) {
-        if self.spared(HostState::Orange, now_ms, control).is_some() {
+    /// What it could give without harm to a host in this state, all in all and within the reaction time.
+    pub(super) fn freeable(
+        &self,
+        state: HostState,
+        now_ms: u64,
+        control: &ControlConfig,
+    ) -> (Bytes, Bytes) {
+        if self.spared(state, now_ms, control).is_some() {
             return (Bytes::ZERO, Bytes::ZERO);
         }
-        let room = self.target_max(HostState::Orange, control) - self.target;
+        let room = self.target_max(state, control) - self.target;
         let gain = room - self.absent();
         // What never moved is believed to be as slow as a balloon may be without being stuck.
         let rate = self.memory.rate_per_s.max(control.stuck_rate.0 as f64);

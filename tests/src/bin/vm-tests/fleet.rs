@@ -131,7 +131,13 @@ impl Agent {
             last = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
             Ok(output.status.success().then_some(()))
         })
-        .with_context(|| format!("{last}\n{}", self.last_words()))
+        .with_context(|| {
+            let why = self.ask(&["explain"]).map(|output| output.stdout);
+            format!(
+                "{last}\n{}",
+                String::from_utf8_lossy(&why.unwrap_or_default())
+            )
+        })
     }
 
     fn wait<T>(&self, what: &str, condition: impl Fn(&Value) -> Option<T>) -> Result<T> {
