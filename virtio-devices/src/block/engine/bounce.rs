@@ -96,8 +96,8 @@ impl Bounce {
         let _one_at_a_time = (!whole_blocks).then(|| image.lock_partial_writes());
         let buffer = self.buffer(window.len);
         if !whole_blocks {
-            let got = image.file().read_at(buffer, window.start)?;
-            buffer[got..].fill(0);
+            // All of it, or an error: what could not be read must not be written back as zeroes.
+            image.file().read_exact_at(buffer, window.start)?;
         }
         let mut target = &mut buffer[window.skip..window.skip + window.wanted];
         for piece in from {
@@ -137,5 +137,39 @@ impl Bounce {
         }
         let at = self.memory.as_ptr().align_offset(align);
         &mut self.memory[at..at + len]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::tests::{image, params};
+
+    #[test]
+    fn write_into_a_block_that_cannot_be_read_whole_changes_nothing() {
+        let file = image(16);
+        let image = Image::open(&params(&file)).expect("the image is sound");
+        let mut bounce = Bounce::new(DioAlignment {
+            memory: 512,
+            offset: 4096,
+        });
+        let mut write = |offset| {
+            let data = [9_u8; 512];
+            let vector = libc::iovec {
+                iov_base: data.as_ptr().cast_mut().cast(),
+                iov_len: data.len(),
+            };
+            // SAFETY: the vector describes `data`, which outlives the call and is only read.
+            unsafe { bounce.write(&image, offset, &[vector]) }
+        };
+        // Sectors 8 to 15 are one block, of which somebody takes the second half away.
+        file.as_file().set_len(12 * 512).unwrap();
+        let before = std::fs::read(file.path()).unwrap();
+        assert!(write(9 * 512).is_err());
+        assert_eq!(std::fs::read(file.path()).unwrap(), before);
+        assert_eq!(write(512).unwrap(), 512);
+        let mut after = before;
+        after[512..1024].fill(9);
+        assert_eq!(std::fs::read(file.path()).unwrap(), after);
     }
 }
