@@ -31,7 +31,9 @@ pub use ascii_json::to_ascii_json;
 pub use balloon_stats::BalloonStatsResponse;
 pub use client::{Client, ClientError};
 pub use config::VmConfig;
-pub use device_facts::{BalloonStats, GuestReporting, ReportingPolicy, ReportingPolicyChange};
+pub use device_facts::{
+    BalloonStats, GuestReporting, PolicyError, ReportingPolicy, ReportingPolicyChange,
+};
 pub use endpoints::{API_PREFIX, Endpoint, Method, Origin};
 pub use error::{ErrorBody, chain_report, error_chain};
 pub use event::{Event, EventTimestamp};

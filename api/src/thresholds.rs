@@ -23,13 +23,7 @@ use crate::options::{OptionError, OptionFault, Options, parse_bytes};
         "name": "big", "figure": "resident_bytes", "direction": "above", "enter": 2_u64 << 30, "leave": 3 << 29,
         "duration_ms": 5000, "active": false, "since_ms": 61000, "value": 114_294_784, "times_entered": 0,
     }],
-    "reporting_policy": {
-        "order_min": 9, "pending_blocks": 16, "delay_ms_max": 2000, "age_ms_min": 0, "bytes_per_second_max": 0,
-        "in_effect": false, "reason": "the guest's driver does not take VIRTIO_BALLOON_F_REPORTING_POLICY",
-        "settings": {"order_min": {
-            "in_effect": false, "reason": "the guest's driver does not take VIRTIO_BALLOON_F_REPORTING_POLICY",
-        }},
-    },
+    "reporting_policy": ReportingPolicyStatus::example(),
 })))]
 pub struct ReclaimThresholds {
     /// The rules with their states, in the order in which they were made.
@@ -102,6 +96,23 @@ pub struct ReportingPolicyStatus {
     /// `report_again`.
     #[serde(default)]
     pub settings: BTreeMap<String, SettingStatus>,
+}
+
+impl ReportingPolicyStatus {
+    /// The default policy, and a guest that does not follow it; one setting stands for all.
+    fn example() -> Self {
+        let reason = "the guest's driver does not take VIRTIO_BALLOON_F_REPORTING_POLICY";
+        let not_followed = SettingStatus {
+            in_effect: false,
+            reason: Some(reason.to_owned()),
+        };
+        Self {
+            policy: ReportingPolicy::default(),
+            in_effect: false,
+            reason: not_followed.reason.clone(),
+            settings: [(ReportingPolicy::NAMES[0].to_owned(), not_followed)].into(),
+        }
+    }
 }
 
 /// Whether this guest follows one setting.

@@ -20,5 +20,5 @@ pub mod statistics;
 
 pub use disk::LockGranularity;
 pub use reclaim::{HintingPhase, PausePhase, SkipReason};
-pub use reporting_policy::{PolicySetting, ReportingPolicy, ReportingPolicyChange};
+pub use reporting_policy::{PolicyError, PolicySetting, ReportingPolicy, ReportingPolicyChange};
 pub use statistics::{BalloonStats, GuestReporting, Statistic};

@@ -64,6 +64,13 @@ impl Setting {
         (self.value)(policy)
     }
 
+    /// Its value in `policy` as a guest is shown it. A policy is checked when it is set; a value out of bounds all the
+    /// same becomes the nearest within.
+    #[must_use]
+    pub fn shown(&self, policy: &ReportingPolicy) -> u64 {
+        self.value(policy).clamp(self.min, self.max)
+    }
+
     /// Its place in a change.
     pub fn slot<'a>(&self, change: &'a mut ReportingPolicyChange) -> &'a mut Option<u64> {
         (self.slot)(change)
@@ -224,7 +231,86 @@ reporting_policy! {
     }
 }
 
+/// Why a policy is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PolicyError {
+    /// A setting of the policy is out of bounds.
+    #[error("{setting} of the reporting policy is {value}, which is not between {min} and {max}")]
+    OutOfBounds {
+        /// Which setting.
+        setting: &'static str,
+        /// What was asked for.
+        value: u64,
+        /// Least value.
+        min: u64,
+        /// Largest value.
+        max: u64,
+    },
+    /// Two settings contradict each other.
+    #[error("{low} of the reporting policy is {low_value}, above its {high} of {high_value}")]
+    Reversed {
+        /// The setting that must not be above the other.
+        low: &'static str,
+        /// Its value.
+        low_value: u64,
+        /// The other one.
+        high: &'static str,
+        /// Its value.
+        high_value: u64,
+    },
+}
+
 impl ReportingPolicy {
+    /// Pairs of settings of which the first must not be above the second. If the age were above the delay, no block
+    /// would ever be old enough in time.
+    pub const ORDERED: &'static [(PolicySetting, PolicySetting)] =
+        &[(PolicySetting::AgeMsMin, PolicySetting::DelayMsMax)];
+
+    /// Checks the bounds of each setting, then the pairs that must be in order.
+    ///
+    /// # Errors
+    /// The first setting or pair at fault.
+    pub fn check(&self) -> Result<(), PolicyError> {
+        for setting in Self::TABLE {
+            let (min, max) = (setting.min, setting.max);
+            let value = setting.value(self);
+            if !(min..=max).contains(&value) {
+                return Err(PolicyError::OutOfBounds {
+                    setting: setting.name,
+                    value,
+                    min,
+                    max,
+                });
+            }
+        }
+        self.check_order()
+    }
+
+    /// Checks the pairs of settings that must be in order.
+    ///
+    /// # Errors
+    /// The first pair that is reversed.
+    pub fn check_order(&self) -> Result<(), PolicyError> {
+        for (low, high) in Self::ORDERED {
+            let (low_value, high_value) = (self.value(*low), self.value(*high));
+            if low_value > high_value {
+                return Err(PolicyError::Reversed {
+                    low: low.name(),
+                    low_value,
+                    high: high.name(),
+                    high_value,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Value of a setting; 0 for what is no setting of the policy.
+    fn value(&self, setting: PolicySetting) -> u64 {
+        let row = Self::TABLE.iter().find(|it| it.id == setting);
+        row.map_or(0, |it| it.value(self))
+    }
+
     /// Syntax of the settings as an option: `order_min=<order>,…`.
     #[must_use]
     pub fn syntax() -> String {
@@ -280,6 +366,46 @@ mod tests {
             let field_max = u64::MAX >> (64 - 8 * setting.bytes);
             assert!(setting.max <= field_max, "{}", setting.name);
         }
+    }
+
+    #[test]
+    fn setting_out_of_its_bounds_is_refused_by_name() {
+        for setting in ReportingPolicy::TABLE {
+            let with = |value| {
+                let mut change = ReportingPolicyChange::default();
+                *setting.slot(&mut change) = Some(value);
+                change.applied_to(ReportingPolicy::default())
+            };
+            let below = setting.min.checked_sub(1);
+            for value in below.into_iter().chain(setting.max.checked_add(1)) {
+                let refusal = PolicyError::OutOfBounds {
+                    setting: setting.name,
+                    value,
+                    min: setting.min,
+                    max: setting.max,
+                };
+                assert_eq!(with(value).check(), Err(refusal));
+            }
+        }
+        assert_eq!(ReportingPolicy::default().check(), Ok(()));
+    }
+
+    #[test]
+    fn age_above_the_delay_is_refused() {
+        let policy = ReportingPolicy {
+            delay_ms_max: 100,
+            age_ms_min: 100,
+            ..ReportingPolicy::default()
+        };
+        assert_eq!(policy.check(), Ok(()));
+        let older = ReportingPolicy {
+            age_ms_min: 101,
+            ..policy
+        };
+        assert_eq!(
+            older.check().map_err(|error| error.to_string()),
+            Err("age_ms_min of the reporting policy is 101, above its delay_ms_max of 100".into())
+        );
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The reporting policy: within which bounds, and what this guest makes of it.
+//! The reporting policy: what this guest makes of it. Its settings and their bounds are a table of `device-facts`.
 
 use api::{ReportingPolicy, ReportingPolicyStatus, SettingStatus};
 use device_facts::PolicySetting;
@@ -24,33 +24,6 @@ impl GuestPolicy {
             Self::Balloon(status) => status.of(setting).reason(),
         }
     }
-}
-
-/// Why a policy was refused.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub enum PolicyError {
-    /// A setting of the policy is out of bounds.
-    #[error("{setting} of the reporting policy is {value}, which is not between {min} and {max}")]
-    OutOfBounds {
-        /// Which setting.
-        setting: &'static str,
-        /// What was asked for.
-        value: u64,
-        /// Least value.
-        min: u64,
-        /// Largest value.
-        max: u64,
-    },
-    /// Nothing would ever be old enough in time.
-    #[error(
-        "age_ms_min of the reporting policy is {age_ms_min}, above its delay_ms_max of {delay_ms_max}"
-    )]
-    AgeAboveDelay {
-        /// Least age of a block.
-        age_ms_min: u64,
-        /// Longest delay of a report.
-        delay_ms_max: u64,
-    },
 }
 
 /// The policy and this guest, as the API shows them.
@@ -92,33 +65,6 @@ fn reason(guest: GuestPolicy) -> Option<String> {
     ))
 }
 
-pub(crate) fn check(policy: ReportingPolicy) -> Result<(), PolicyError> {
-    for setting in ReportingPolicy::TABLE {
-        let (min, max) = (setting.min, setting.max);
-        let value = setting.value(&policy);
-        if !(min..=max).contains(&value) {
-            return Err(PolicyError::OutOfBounds {
-                setting: setting.name,
-                value,
-                min,
-                max,
-            });
-        }
-    }
-    let ReportingPolicy {
-        age_ms_min,
-        delay_ms_max,
-        ..
-    } = policy;
-    if age_ms_min > delay_ms_max {
-        return Err(PolicyError::AgeAboveDelay {
-            age_ms_min,
-            delay_ms_max,
-        });
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use virtio_devices::balloon::policy::SettingState;
@@ -152,14 +98,18 @@ mod tests {
     #[test]
     fn policy_that_is_followed_in_part_names_what_is_not() {
         let mut settings = [SettingState::InEffect; PolicySetting::COUNT];
-        settings[PolicySetting::AgeMsMin as usize] = SettingState::NotFollowed;
-        settings[PolicySetting::PendingBlocks as usize] = SettingState::NotFollowed;
+        let (first, second) = (&ReportingPolicy::TABLE[1], &ReportingPolicy::TABLE[3]);
+        settings[second.id as usize] = SettingState::NotFollowed;
+        settings[first.id as usize] = SettingState::NotFollowed;
         let status = seen(settings);
         assert!(!status.in_effect && status.settings["delay_ms_max"].in_effect);
-        let reason = "the guest's driver does not follow pending_blocks, age_ms_min";
-        assert_eq!(status.reason.as_deref(), Some(reason));
+        let reason = format!(
+            "the guest's driver does not follow {}, {}",
+            first.name, second.name
+        );
+        assert_eq!(status.reason, Some(reason));
         assert_eq!(
-            status.settings["age_ms_min"].reason.as_deref(),
+            status.settings[second.name].reason.as_deref(),
             SettingState::NotFollowed.reason()
         );
     }

@@ -175,7 +175,7 @@ fn merge(into: &mut toml::Table, from: toml::Table, prefix: &str) {
 fn check(config: &AgentConfig) -> Result<(), LoadError> {
     config.planning.check().map_err(LoadError::Config)?;
     let agent = &config.agent;
-    let mut faults: Vec<_> = ranges::faults("agent.", AGENT, agent).collect();
+    let mut faults: Vec<_> = ranges::faults(ranges::entries("agent.", AGENT, agent)).collect();
     if agent.trigger_stall >= agent.trigger_window {
         faults.push(ConfigFault::TriggerOrder);
     }

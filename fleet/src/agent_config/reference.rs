@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 
 use super::{AGENT, AgentSection, StoreSection};
-use crate::config::ranges::{CONFIG, POLICY, Quantity, Row};
+use crate::config::ranges::{self, Entry, POLICY, Quantity};
 use crate::config::{Config, Millis, PolicyConfig};
 use crate::model::{Bytes, Fraction};
 
@@ -16,9 +16,7 @@ pub fn reference() -> String {
          `fleet/src/config/ranges.rs`; a test compares the two. What each key does is explained in [fleet.md](fleet.md).\n\n\
          | Key | Default | Range |\n| --- | --- | --- |\n",
     );
-    rows(&mut page, "agent.", AGENT, &AgentSection::default());
-    rows(&mut page, "", CONFIG, &Config::default());
-    rows(&mut page, "policy.NAME.", POLICY, &PolicyConfig::default());
+    rows(&mut page, &entries("policy.NAME."));
     let store = StoreSection::default();
     let (lease_min, lease_max) = StoreSection::LEASE;
     let mut row = |key: &str, value: Millis, range: String| {
@@ -30,23 +28,25 @@ pub fn reference() -> String {
     page
 }
 
-fn rows<T>(page: &mut String, section: &str, rows: &[Row<T>], defaults: &T) {
-    let mut last = "";
-    for row in rows {
-        // The three pressures are one key.
-        if row.key == last {
-            continue;
-        }
-        last = row.key;
-        let same = rows.iter().filter(|other| other.key == row.key);
-        let values: Vec<String> = same.map(|row| shown((row.value)(defaults))).collect();
+/// All keys with their defaults; `policy` stands before the keys of a policy.
+fn entries(policy: &str) -> Vec<Entry> {
+    let mut all = ranges::entries("agent.", AGENT, &AgentSection::default());
+    all.extend(ranges::config(&Config::default()));
+    all.extend(ranges::entries(policy, POLICY, &PolicyConfig::default()));
+    all
+}
+
+fn rows(page: &mut String, entries: &[Entry]) {
+    // The three pressures are one key.
+    for same in entries.chunk_by(|one, next| one.key == next.key) {
+        let values: Vec<String> = same.iter().map(|entry| shown(entry.value)).collect();
         // Writing to a string cannot fail.
         let _ = writeln!(
             page,
-            "| `{section}{}` | {} | {} |",
-            row.key,
+            "| `{}` | {} | {} |",
+            same[0].key,
             values.join(", "),
-            row.range
+            same[0].range
         );
     }
 }
@@ -185,14 +185,7 @@ mod tests {
 
     #[test]
     fn zero_is_taken_exactly_where_the_range_says() {
-        let ranges = CONFIG.iter().map(|row| (row.key.to_owned(), row.range));
-        let agent = AGENT
-            .iter()
-            .map(|row| (format!("agent.{}", row.key), row.range));
-        let policy = POLICY
-            .iter()
-            .map(|row| (format!("policy.default.{}", row.key), row.range));
-        for (key, range) in ranges.chain(agent).chain(policy) {
+        for Entry { key, range, .. } in entries("policy.default.") {
             // The values of a list must rise as well.
             if key == "thresholds.pressure" {
                 continue;

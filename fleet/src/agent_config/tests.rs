@@ -3,6 +3,7 @@
 
 use std::fs;
 
+use api::ReportingPolicy;
 use tempfile::TempDir;
 
 use super::*;
@@ -59,6 +60,21 @@ fn shown_settings_read_back_the_same() {
     assert_eq!(load(&file, true).unwrap().config, config, "{shown}");
 }
 
+/// A policy whose first pair of settings is in the wrong order.
+fn reversed_policy() -> String {
+    let (low, high) = ReportingPolicy::ORDERED[0];
+    let mut text = String::from("[reporting.calm]\n");
+    for setting in ReportingPolicy::TABLE {
+        let value = match setting.id {
+            id if id == low => 6,
+            id if id == high => 5,
+            _ => setting.default,
+        };
+        text += &format!("{} = {value}\n", setting.name);
+    }
+    text
+}
+
 #[test]
 fn fault_is_told_with_the_file_it_is_in() {
     for (text, word) in [
@@ -80,10 +96,7 @@ fn fault_is_told_with_the_file_it_is_in() {
         ("[agent]\nscan = '0s'\n", "agent.scan must be 100ms"),
         ("[agent]\ntrigger_stall = '2s'\n", "trigger_window"),
         ("[control]\nplan = '18446744073709551615ms'\n", "plan"),
-        (
-            "[reporting.calm]\norder_min = 9\npending_blocks = 1\ndelay_ms_max = 5\nage_ms_min = 6\nbytes_per_second_max = 0\n",
-            "reporting.calm",
-        ),
+        (&reversed_policy(), "reporting.calm: "),
         ("[store]\nhost = 'a/b'\n", "no name"),
         ("[store]\nlease = '1s'\n", "store.lease"),
         ("[store]\ndeadline = '11s'\n", "store.deadline"),

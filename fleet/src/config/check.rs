@@ -1,5 +1,7 @@
 //! What must hold between values of a configuration.
 
+use api::PolicyError;
+
 use super::{Config, Thresholds, ranges};
 use crate::model::HostState;
 
@@ -27,8 +29,15 @@ pub enum ConfigFault {
     #[error("policy.{0}: max must not be below min or floor")]
     PolicyOrder(String),
     /// The VMM refuses such a policy, so guests would never follow it.
-    #[error("reporting.{0}: age_ms_min must not be above delay_ms_max")]
-    ReportingOrder(&'static str),
+    #[error("reporting.{policy}: {low} must not be above {high}")]
+    ReportingOrder {
+        /// Which policy.
+        policy: &'static str,
+        /// The setting that is above the other.
+        low: &'static str,
+        /// The other one.
+        high: &'static str,
+    },
     /// Giving and taking would chase each other.
     #[error("control.give_above must lie between thresholds.orange.leave and control.relax_above")]
     GiveOrder,
@@ -51,25 +60,21 @@ pub(super) fn faults(config: &Config) -> Vec<ConfigFault> {
     let mut faults = Vec::new();
     bands(&config.thresholds, &mut faults);
     let control = &config.control;
-    faults.extend(ranges::faults("", ranges::CONFIG, config));
+    faults.extend(ranges::faults(ranges::config(config)));
     for (name, policy) in &config.policy {
-        faults.extend(ranges::faults(
-            &format!("policy.{name}."),
-            ranges::POLICY,
-            policy,
-        ));
+        let entries = ranges::entries(&format!("policy.{name}."), ranges::POLICY, policy);
+        faults.extend(ranges::faults(entries));
         if policy.contradicts_itself() {
             faults.push(ConfigFault::PolicyOrder(name.clone()));
         }
     }
-    let reporting = &config.reporting;
-    for (name, policy) in [
-        ("relaxed", reporting.relaxed),
-        ("calm", reporting.calm),
-        ("eager", reporting.eager),
-    ] {
-        if policy.age_ms_min > policy.delay_ms_max {
-            faults.push(ConfigFault::ReportingOrder(name));
+    for (name, policy) in config.reporting.policies() {
+        if let Err(PolicyError::Reversed { low, high, .. }) = policy.check_order() {
+            faults.push(ConfigFault::ReportingOrder {
+                policy: name,
+                low,
+                high,
+            });
         }
     }
     if control.give_above < config.thresholds.orange.leave

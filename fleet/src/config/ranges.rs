@@ -5,6 +5,8 @@
 
 use std::fmt;
 
+use api::ReportingPolicy;
+
 use super::{Config, ConfigFault, Millis, PolicyConfig};
 use crate::model::{Amount, Bytes, Fraction};
 
@@ -162,16 +164,9 @@ pub(crate) use rows;
 use Range as R;
 
 const WHOLE: Range = R::Part(0.0, 1.0);
-/// Linux has blocks up to this order (`MAX_PAGE_ORDER` on x86-64); the VMM refuses more.
-const ORDER: Range = R::Count(0, 10);
-/// Those of the VMM's `vm.reclaim-thresholds`, which refuses a policy beyond them.
-const PENDING_BLOCKS: Range = R::Count(1, 1 << 30);
-const DELAY_MS: Range = R::Count(1, HOUR);
-const AGE_MS: Range = R::Count(0, HOUR);
-const BYTES_PER_SECOND: Range = R::Count(0, SIZE_MAX);
 
-/// The keys of [`Config`] but for those of policies.
-pub(crate) const CONFIG: &[Row<Config>] = rows! { Config:
+/// The keys of [`Config`] but for those of policies, and of reporting policies, whose ranges `api` has.
+const CONFIG: &[Row<Config>] = rows! { Config:
     host.reserve = R::Amount((0, SIZE_MAX), (0.0, 0.9));
     thresholds.yellow.enter = WHOLE;
     thresholds.yellow.leave = WHOLE;
@@ -184,22 +179,6 @@ pub(crate) const CONFIG: &[Row<Config>] = rows! { Config:
     thresholds.pressure[1] = R::Part(0.0001, 1.0);
     thresholds.pressure[2] = R::Part(0.0001, 1.0);
     thresholds.pressure_below = WHOLE;
-    reporting.relaxed.order_min = ORDER;
-    reporting.relaxed.pending_blocks = PENDING_BLOCKS;
-    reporting.relaxed.delay_ms_max = DELAY_MS;
-    reporting.relaxed.age_ms_min = AGE_MS;
-    reporting.relaxed.bytes_per_second_max = BYTES_PER_SECOND;
-    reporting.calm.order_min = ORDER;
-    reporting.calm.pending_blocks = PENDING_BLOCKS;
-    reporting.calm.delay_ms_max = DELAY_MS;
-    reporting.calm.age_ms_min = AGE_MS;
-    reporting.calm.bytes_per_second_max = BYTES_PER_SECOND;
-    reporting.eager.order_min = ORDER;
-    reporting.eager.pending_blocks = PENDING_BLOCKS;
-    reporting.eager.delay_ms_max = DELAY_MS;
-    reporting.eager.age_ms_min = AGE_MS;
-    reporting.eager.bytes_per_second_max = BYTES_PER_SECOND;
-    reporting.churn_percent = R::Count(1, 100);
     // A plan reads every VM; more often than samples come it says the same.
     control.plan = R::Time(50, MINUTE);
     control.sample = R::Time(50, 5 * MINUTE);
@@ -237,6 +216,7 @@ pub(crate) const CONFIG: &[Row<Config>] = rows! { Config:
     admission.candidates = R::Count(1, 1000);
     last_resort.after = R::Time(SECOND, HOUR);
     last_resort.swap_max = R::Amount((0, SIZE_MAX), (0.0, 1.0));
+    reporting.churn_percent = R::Count(1, 100);
 };
 
 /// The keys of each `[policy.NAME]`.
@@ -248,16 +228,44 @@ pub(crate) const POLICY: &[Row<PolicyConfig>] = rows! { PolicyConfig:
     shares = R::Count(0, 1_000_000);
 };
 
-/// Every value of `all` that is out of its range; `section` stands before the keys.
-pub(crate) fn faults<T>(
-    section: &str,
-    rows: &[Row<T>],
-    all: &T,
-) -> impl Iterator<Item = ConfigFault> {
-    rows.iter()
-        .filter(|row| !row.range.allows((row.value)(all)))
-        .map(move |row| ConfigFault::Range {
-            key: format!("{section}{}", row.key),
-            range: row.range.to_string(),
+/// A key with the section it is in, and its value.
+pub(crate) struct Entry {
+    pub(crate) key: String,
+    pub(crate) range: Range,
+    pub(crate) value: Quantity,
+}
+
+/// The values of `all`; `section` stands before the keys.
+pub(crate) fn entries<T>(section: &str, rows: &[Row<T>], all: &T) -> Vec<Entry> {
+    let entry = |row: &Row<T>| Entry {
+        key: format!("{section}{}", row.key),
+        range: row.range,
+        value: (row.value)(all),
+    };
+    rows.iter().map(entry).collect()
+}
+
+/// The values of [`Config`] but for those of policies.
+pub(crate) fn config(config: &Config) -> Vec<Entry> {
+    let mut all = entries("", CONFIG, config);
+    for (state, policy) in config.reporting.policies() {
+        // The VMM refuses a policy beyond its bounds.
+        all.extend(ReportingPolicy::TABLE.iter().map(|setting| Entry {
+            key: format!("reporting.{state}.{}", setting.name),
+            range: R::Count(setting.min, setting.max.min(SIZE_MAX)),
+            value: setting.value(policy).into(),
+        }));
+    }
+    all
+}
+
+/// Every value that is out of its range.
+pub(crate) fn faults(entries: Vec<Entry>) -> impl Iterator<Item = ConfigFault> {
+    entries
+        .into_iter()
+        .filter(|entry| !entry.range.allows(entry.value))
+        .map(|entry| ConfigFault::Range {
+            key: entry.key,
+            range: entry.range.to_string(),
         })
 }

@@ -75,6 +75,17 @@ pub struct ReportingConfig {
     pub churn_percent: u64,
 }
 
+impl ReportingConfig {
+    /// Each policy with its key.
+    pub(super) fn policies(&self) -> [(&'static str, &ReportingPolicy); 3] {
+        [
+            ("relaxed", &self.relaxed),
+            ("calm", &self.calm),
+            ("eager", &self.eager),
+        ]
+    }
+}
+
 impl Default for ReportingConfig {
     fn default() -> Self {
         let policy = ReportingPolicy::default();

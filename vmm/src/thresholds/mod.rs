@@ -18,8 +18,9 @@ mod settings;
 #[cfg(test)]
 mod tests;
 
+use device_facts::PolicyError;
+
 use crate::alerts::AlertError;
-use crate::reporting_policy::PolicyError;
 
 pub use monitor::{Monitor, Subjects, Thresholds};
 

@@ -26,7 +26,7 @@ impl ThresholdSettings {
             .change(&change.remove_alerts, &change.alerts, now_ms)?;
         if let Some(change) = change.reporting_policy {
             let policy = change.applied_to(next.policy.unwrap_or_default());
-            reporting_policy::check(policy)?;
+            policy.check()?;
             next.policy = Some(policy);
         }
         *self = next;

@@ -3,9 +3,10 @@
 #![allow(clippy::unwrap_used)]
 
 use api::{
-    AlertChange, AlertDirection, AlertStatus, ReclaimThresholdsChange, ReportingPolicyChange,
-    VmCounters,
+    AlertChange, AlertDirection, AlertStatus, ReclaimThresholdsChange, ReportingPolicy,
+    ReportingPolicyChange, VmCounters,
 };
+use device_facts::PolicySetting;
 use proptest::prelude::*;
 use serde_json::json;
 
@@ -344,23 +345,18 @@ fn policy_is_changed_in_part_and_checked_as_a_whole() {
         (100, 16)
     );
     assert!(!before.in_effect && before.reason.is_some());
+    let with = |setting: PolicySetting, value| {
+        let mut change = nothing;
+        let row = ReportingPolicy::TABLE.iter().find(|it| it.id == setting);
+        *row.unwrap().slot(&mut change) = Some(value);
+        change
+    };
+    let (age, _) = ReportingPolicy::ORDERED[0];
     for bad in [
-        ReportingPolicyChange {
-            order_min: Some(11),
-            ..nothing
-        },
-        ReportingPolicyChange {
-            pending_blocks: Some(0),
-            ..nothing
-        },
-        ReportingPolicyChange {
-            delay_ms_max: Some(0),
-            ..nothing
-        },
-        ReportingPolicyChange {
-            age_ms_min: Some(101),
-            ..nothing
-        },
+        with(PolicySetting::OrderMin, 11),
+        with(PolicySetting::PendingBlocks, 0),
+        with(PolicySetting::DelayMsMax, 0),
+        with(age, 101),
     ] {
         assert!(settings.change(&policy(bad), 0).is_err(), "{bad:?}");
         assert_eq!(

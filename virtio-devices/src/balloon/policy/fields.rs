@@ -1,12 +1,14 @@
 //! The policy's fields in the configuration space, as the two sides have written them. Pure.
 
+use std::collections::BTreeMap;
+
 use ::state::{StateError, parts, require};
 use device_facts::policy_space::{
     GUEST_GENERATION, GUEST_SETTINGS, HOST_FLAGS, POLICY_END, POLICY_GENERATION, POLICY_OFFSET,
     REPORT_NOW_DONE, REPORT_NOW_ID, VIRTIO_BALLOON_REPORTING_AGAIN,
     VIRTIO_BALLOON_REPORTING_PAUSED,
 };
-use device_facts::{PolicySetting, ReportingPolicy};
+use device_facts::{PolicySetting, ReportingPolicy, ReportingPolicyChange};
 use serde::{Deserialize, Serialize};
 
 const SPACE_BYTES: usize = (POLICY_END - POLICY_OFFSET) as usize;
@@ -26,16 +28,14 @@ pub(super) struct Fields {
 }
 
 /// The words at one moment, and the driver's last answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct WordsState {
     pub generation: u32,
-    pub order_min: u32,
-    pub pending_blocks: u32,
-    pub delay_ms_max: u32,
-    pub age_ms_min: u32,
-    pub bytes_per_second_max: u64,
+    /// The settings of the policy by their names; unknown names are rejected. A setting that is absent was unknown to
+    /// the writer, so that nobody has set it: it has its default.
+    #[serde(flatten)]
+    pub settings: BTreeMap<String, u64>,
     pub flags: u32,
     pub report_now_id: u32,
     pub guest_generation: u32,
@@ -80,14 +80,11 @@ pub(in crate::balloon) enum FieldWrite {
 
 impl Fields {
     pub(super) fn state(&self) -> WordsState {
-        let word = |value| u32::try_from(value).unwrap_or(u32::MAX);
         WordsState {
             generation: self.generation,
-            order_min: word(self.policy.order_min),
-            pending_blocks: word(self.policy.pending_blocks),
-            delay_ms_max: word(self.policy.delay_ms_max),
-            age_ms_min: word(self.policy.age_ms_min),
-            bytes_per_second_max: self.policy.bytes_per_second_max,
+            settings: (ReportingPolicy::TABLE.iter())
+                .map(|setting| (setting.name.to_owned(), setting.shown(&self.policy)))
+                .collect(),
             flags: self.flags,
             report_now_id: self.report_now_id,
             guest_generation: self.guest_generation,
@@ -117,13 +114,7 @@ impl Fields {
         })?;
         Ok(Self {
             generation: state.generation,
-            policy: ReportingPolicy {
-                order_min: state.order_min.into(),
-                pending_blocks: state.pending_blocks.into(),
-                delay_ms_max: state.delay_ms_max.into(),
-                age_ms_min: state.age_ms_min.into(),
-                bytes_per_second_max: state.bytes_per_second_max,
-            },
+            policy: policy_from(&state.settings)?,
             flags: state.flags,
             report_now_id: state.report_now_id,
             guest_generation: state.guest_generation,
@@ -171,9 +162,7 @@ impl Fields {
             put(offset, 4, value.into());
         }
         for setting in ReportingPolicy::TABLE {
-            // Checked when it was set; a value beyond its bounds all the same is the nearest within.
-            let value = setting.value(&self.policy).clamp(setting.min, setting.max);
-            put(setting.offset, setting.bytes, value);
+            put(setting.offset, setting.bytes, setting.shown(&self.policy));
         }
         space
     }
@@ -217,11 +206,29 @@ impl Fields {
     }
 }
 
+/// The policy of a saved state.
+fn policy_from(settings: &BTreeMap<String, u64>) -> Result<ReportingPolicy, StateError> {
+    let mut change = ReportingPolicyChange::default();
+    for (name, value) in settings {
+        let setting = (ReportingPolicy::TABLE.iter())
+            .find(|it| it.name == name && (it.min..=it.max).contains(value));
+        let Some(setting) = setting else {
+            return Err(StateError::invalid(
+                parts::BALLOON,
+                "words",
+                format!("cannot have {name} {value}"),
+            ));
+        };
+        *setting.slot(&mut change) = Some(*value);
+    }
+    Ok(change.applied_to(ReportingPolicy::default()))
+}
+
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
+    #![allow(clippy::unwrap_used)]
 
-    use device_facts::{ReportingPolicyChange, policy_space};
+    use device_facts::policy_space;
     use proptest::prelude::*;
 
     use super::*;
@@ -313,6 +320,42 @@ mod tests {
     }
 
     #[test]
+    fn settings_of_a_saved_state_are_restored_by_name() {
+        let mut change = ReportingPolicyChange::default();
+        for setting in ReportingPolicy::TABLE {
+            *setting.slot(&mut change) = Some(setting.min + 1);
+        }
+        let mut fields = Fields::default();
+        fields.change(change.applied_to(ReportingPolicy::default()), 0);
+        let state = fields.state();
+        assert_eq!(state.settings.len(), ReportingPolicy::TABLE.len());
+        assert_eq!(Fields::from_state(&state).unwrap(), fields);
+        for setting in ReportingPolicy::TABLE {
+            // A state of before there was such a setting.
+            let mut older = state.clone();
+            older.settings.remove(setting.name);
+            let policy = Fields::from_state(&older).unwrap().policy;
+            for other in ReportingPolicy::TABLE {
+                let expected = match other.id == setting.id {
+                    true => other.default,
+                    false => other.min + 1,
+                };
+                assert_eq!(other.value(&policy), expected, "{}", other.name);
+            }
+        }
+    }
+
+    #[test]
+    fn saved_state_with_an_unknown_or_impossible_setting_is_refused_by_name() {
+        for (name, value) in [("colour", 1), ("order_min", 11), ("pending_blocks", 0)] {
+            let mut state = Fields::default().state();
+            state.settings.insert(name.to_owned(), value);
+            let refusal = Fields::from_state(&state).unwrap_err().to_string();
+            assert!(refusal.contains(&format!("{name} {value}")), "{refusal}");
+        }
+    }
+
+    #[test]
     fn setting_beyond_its_field_is_as_much_as_is_allowed() {
         let mut fields = Fields::default();
         let everything = ReportingPolicy::TABLE.iter().fold(
@@ -339,7 +382,7 @@ mod tests {
                 (0_u64..0x80, prop::collection::vec(any::<u8>(), 0..9)), 0..64),
         ) {
             let mut fields = Fields::default();
-            fields.change(ReportingPolicy { order_min: 9, ..ReportingPolicy::default() }, 1);
+            fields.change(ReportingPolicy::default(), 1);
             fields.report_now_id = 3;
             let before = fields;
             for (offset, data) in writes {

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use device_facts::policy_space::{self as abi, VIRTIO_BALLOON_F_REPORTING_POLICY};
-use device_facts::{PausePhase, PolicySetting, ReportingPolicy};
+use device_facts::{PausePhase, PolicySetting, ReportingPolicy, ReportingPolicyChange};
 use vm_memory::GuestAddress;
 
 use super::rig::{FREE_PFN, LINUX_FEATURES, PAGE, RAM_BYTES, REPORTING, Rig, policy_rig};
@@ -14,14 +14,16 @@ use crate::device::VirtioDevice;
 use crate::reclaim::SkipReason;
 use crate::testing::{DEADLINE, MockPciDriver, Segment, TestRam, wait_until};
 
+/// What [`policy`] sets, by the places in the configuration space.
+const SET: [(u64, u64); 4] = [(0x48, 8), (0x4c, 250), (0x50, 100), (0x58, 1 << 33)];
+
 fn policy() -> ReportingPolicy {
-    ReportingPolicy {
-        pending_blocks: 8,
-        delay_ms_max: 250,
-        age_ms_min: 100,
-        bytes_per_second_max: 1 << 33,
-        ..ReportingPolicy::default()
+    let mut change = ReportingPolicyChange::default();
+    for (offset, value) in SET {
+        let setting = ReportingPolicy::TABLE.iter().find(|it| it.offset == offset);
+        *setting.unwrap().slot(&mut change) = Some(value);
     }
+    change.applied_to(ReportingPolicy::default())
 }
 
 fn word(rig: &Rig, offset: u64) -> u32 {
