@@ -29,6 +29,7 @@ fn inventory(vms: u64, now_ms: u64) -> Inventory {
                 policy: VmPolicy::halves(size),
                 interlock: None,
                 in_force: InForce::default(),
+                lessons: Lessons::default(),
                 sample: Some(VmSample {
                     at_ms: now_ms,
                     resident: Bytes::mib(700 + n),

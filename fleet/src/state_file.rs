@@ -7,6 +7,27 @@ use std::path::Path;
 
 /// Writes beside the file, has it reach the disk, and then takes the file's name.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write_beside(path, bytes)?.sync_all()?;
+    take_name(path)?;
+    match path.parent() {
+        Some(folder) => File::open(folder)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
+/// The same for what has to outlive the agent but not the machine.
+pub(crate) fn replace_in_memory(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    write_beside(path, bytes)?;
+    take_name(path)
+}
+
+/// Tells the starts of the machine apart; empty where the kernel does not say.
+pub(crate) fn boot_id() -> String {
+    fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map_or_else(|_| String::new(), |text| text.trim().to_owned())
+}
+
+fn write_beside(path: &Path, bytes: &[u8]) -> io::Result<File> {
     let beside = path.with_extension("new");
     let mut file = File::options()
         .write(true)
@@ -15,10 +36,9 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
         .mode(0o600)
         .open(&beside)?;
     file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(&beside, path)?;
-    match path.parent() {
-        Some(folder) => File::open(folder)?.sync_all(),
-        None => Ok(()),
-    }
+    Ok(file)
+}
+
+fn take_name(path: &Path) -> io::Result<()> {
+    fs::rename(path.with_extension("new"), path)
 }

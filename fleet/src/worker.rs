@@ -131,7 +131,12 @@ impl VmWorker {
                     })
                 });
             })?;
-        Ok(Self { orders, number })
+        Ok(Self::new(orders, number))
+    }
+
+    /// The handle of a VM whose orders go to `orders`.
+    pub(crate) fn new(orders: Sender<Order>, number: u64) -> Self {
+        Self { orders, number }
     }
 
     /// See [`VmEvent::worker`].
@@ -321,7 +326,7 @@ impl Thread {
 }
 
 /// All orders that wait, in the order they came, without those that a later one of the same kind replaces; and those.
-fn latest(first: Order, orders: &Receiver<Order>) -> (Vec<Order>, Vec<Order>) {
+pub(crate) fn latest(first: Order, orders: &Receiver<Order>) -> (Vec<Order>, Vec<Order>) {
     let mut waiting = vec![first];
     let mut replaced = Vec::new();
     while let Ok(order) = orders.try_recv() {

@@ -2,63 +2,28 @@
 //!
 //! What needs guests that live on is shown by the simulator (`fleet/src/sim/tests.rs`).
 
+mod histories;
+
 use fleet::admission::{Request, admit};
 use fleet::config::Config;
 use fleet::model::*;
 use fleet::planner::{ActionKind, Plan, PlannerMemory, Reason, plan};
+use histories::{HOST, inventory};
 
-const HOST: Bytes = Bytes::gib(32);
 const SAMPLE_MS: u64 = 5000;
 const PLAN_MS: u64 = 2000;
 
 fn vm(name: &str, class: PriorityClass, sample: VmSample) -> VmFacts {
-    let configured = Bytes::gib(8);
-    VmFacts {
-        id: VmId::from(name),
-        epoch: 1,
-        level: FeatureLevel::L2,
-        configured,
-        has_balloon: true,
-        policy: VmPolicy {
-            min: Bytes::gib(2),
-            class,
-            ..VmPolicy::halves(configured)
-        },
-        interlock: None,
-        in_force: InForce::default(),
-        sample: Some(sample),
-        missed_samples: 0,
-    }
+    let mut vm = histories::vm(name, Bytes::gib(8), class, sample);
+    vm.policy.min = Bytes::gib(2);
+    vm
 }
 
 fn sample(at_ms: u64, target: Bytes, ballooned: Bytes, available: Bytes) -> VmSample {
+    let resident = Bytes::gib(8) - ballooned;
     VmSample {
-        at_ms,
         balloon_target: target,
-        ballooned,
-        resident: Bytes::gib(8) - ballooned,
-        guest: Some(GuestClaims {
-            at_ms,
-            available,
-            free: available,
-            ..GuestClaims::default()
-        }),
-        ..VmSample::default()
-    }
-}
-
-fn inventory(now_ms: u64, free: Bytes, vms: Vec<VmFacts>) -> Inventory {
-    Inventory {
-        now_ms,
-        host: HostFacts {
-            at_ms: now_ms,
-            total: HOST,
-            available: Config::default().reserve(HOST) + free,
-            ..HostFacts::default()
-        },
-        vms,
-        promised: Bytes::ZERO,
-        wanted: Vec::new(),
+        ..histories::sample(at_ms, ballooned, resident, available)
     }
 }
 
@@ -231,4 +196,61 @@ fn balloons_of_silent_guests_go_back_slowly_between_the_marks() {
         ballooned <= taken.scale(0.5),
         "{ballooned} of {taken} stayed away"
     );
+}
+
+/// How often balloon requests are made to a guest that always has something to give, on a host that is always short, and why
+/// none is made in the end. `moved` is where its balloon really goes, from what was asked.
+fn requests_to_a_pressed_guest(
+    lessons: &Lessons,
+    moved: impl Fn(Bytes, u64) -> Bytes,
+) -> (u32, Reason) {
+    let config = Config::default();
+    let (mut memory, mut target) = (PlannerMemory::default(), Bytes::gib(2));
+    let (mut requests, mut last) = (0, Reason::NoNeed);
+    for step in 1..=300 {
+        let now_ms = step * SAMPLE_MS;
+        let sample = sample(now_ms, target, target, Bytes::gib(4));
+        let mut vm = vm("pressed", PriorityClass::Normal, sample);
+        vm.lessons = lessons.clone();
+        let plan = plan(
+            &inventory(now_ms, Bytes::gib(3), vec![vm]),
+            &config,
+            &memory,
+        );
+        if let Some((_, to)) = asked(&plan, "pressed") {
+            requests += 1;
+            target = to;
+        }
+        target = moved(target, step);
+        last = reason(&plan, "pressed");
+        memory = plan.memory;
+    }
+    (requests, last)
+}
+
+#[test]
+fn balloon_that_others_move_back_is_not_moved_for_ever() {
+    // An order that was carried out late, or somebody else's.
+    let back = |target: Bytes, step: u64| {
+        if step.is_multiple_of(2) {
+            Bytes::gib(1)
+        } else {
+            target
+        }
+    };
+    let (requests, last) = requests_to_a_pressed_guest(&Lessons::default(), back);
+    assert!((1..=12).contains(&requests), "{requests} requests");
+    assert_eq!(last, Reason::Blocked);
+}
+
+#[test]
+fn turns_under_the_agent_before_count() {
+    let lessons = Lessons {
+        turns_ms: vec![SAMPLE_MS; 10],
+        ..Lessons::default()
+    };
+    let stays = |target: Bytes, _| target;
+    let (requests, last) = requests_to_a_pressed_guest(&lessons, stays);
+    assert_eq!((requests, last), (0, Reason::Blocked));
+    assert!(requests_to_a_pressed_guest(&Lessons::default(), stays).0 > 0);
 }

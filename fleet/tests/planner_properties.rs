@@ -59,6 +59,7 @@ fn vm(
         },
         interlock: None,
         in_force: InForce::default(),
+        lessons: Lessons::default(),
         sample: Some(VmSample {
             at_ms,
             balloon_target: configured.scale(target),

@@ -2,61 +2,12 @@
 //!
 //! The rules that need guests which live on are shown by scenarios (`fleet/scenarios`, the key `shows`).
 
+mod histories;
+
 use fleet::config::{Config, SafetyRule};
 use fleet::model::*;
 use fleet::planner::{ActionKind, Plan, PlannerMemory, plan};
-
-const HOST: Bytes = Bytes::gib(32);
-
-fn vm(name: &str, configured: Bytes, class: PriorityClass, sample: VmSample) -> VmFacts {
-    VmFacts {
-        id: VmId::from(name),
-        epoch: 1,
-        level: FeatureLevel::L2,
-        configured,
-        has_balloon: true,
-        policy: VmPolicy {
-            min: Bytes::gib(1),
-            class,
-            ..VmPolicy::halves(configured)
-        },
-        interlock: None,
-        in_force: InForce::default(),
-        sample: Some(sample),
-        missed_samples: 0,
-    }
-}
-
-fn sample(at_ms: u64, ballooned: Bytes, resident: Bytes, available: Bytes) -> VmSample {
-    VmSample {
-        at_ms,
-        balloon_target: ballooned,
-        ballooned,
-        resident,
-        guest: Some(GuestClaims {
-            at_ms,
-            available,
-            free: available,
-            ..GuestClaims::default()
-        }),
-        ..VmSample::default()
-    }
-}
-
-fn inventory(now_ms: u64, free: Bytes, vms: Vec<VmFacts>) -> Inventory {
-    Inventory {
-        now_ms,
-        host: HostFacts {
-            at_ms: now_ms,
-            total: HOST,
-            available: Config::default().reserve(HOST) + free,
-            ..HostFacts::default()
-        },
-        vms,
-        promised: Bytes::ZERO,
-        wanted: Vec::new(),
-    }
-}
+use histories::{inventory, sample, vm};
 
 fn without(rule: Option<SafetyRule>) -> Config {
     let mut config = Config::default();

@@ -1,21 +1,32 @@
 //! The agent's clocks: a monotonic one for every decision, the wall clock for people.
 
-use std::time::{Instant, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::reservations::Moment;
 
-/// The planner's clock. It begins at 0 when the agent starts.
+/// The planner's clock. It begins at 0 when the machine starts, so that what one agent learned holds for the next one.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Clock {
     zero: Instant,
+    /// When the agent started.
+    start: Instant,
+    #[cfg(test)]
+    script: Option<&'static script::ScriptedTime>,
 }
 
 impl Clock {
     pub(super) fn start() -> Self {
+        let start = Instant::now();
+        // The clock that `Instant` is made of on Linux.
+        let up = clock_gettime(ClockId::Monotonic);
+        let up = Duration::new(up.tv_sec.unsigned_abs(), up.tv_nsec.unsigned_abs() as u32);
         Self {
-            zero: Instant::now(),
+            zero: start.checked_sub(up).unwrap_or(start),
+            start,
+            #[cfg(test)]
+            script: None,
         }
     }
 
@@ -23,19 +34,38 @@ impl Clock {
         self.zero
     }
 
-    pub(super) fn now_ms(self) -> u64 {
-        u64::try_from(self.zero.elapsed().as_millis()).unwrap_or(u64::MAX)
+    pub(super) fn now(self) -> Instant {
+        #[cfg(test)]
+        if let Some(script) = self.script {
+            return script.now();
+        }
+        Instant::now()
     }
-}
 
-/// Now, for what outlives the agent.
-pub(super) fn moment() -> Moment {
-    let since_boot = clock_gettime(ClockId::Boottime);
-    let ms =
-        since_boot.tv_sec.unsigned_abs() * 1000 + since_boot.tv_nsec.unsigned_abs() / 1_000_000;
-    Moment {
-        ms,
-        unix_ms: unix_ms(),
+    pub(super) fn now_ms(self) -> u64 {
+        let since = self.now().saturating_duration_since(self.zero);
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// How long the agent has run, ms.
+    pub(super) fn running_ms(self) -> u64 {
+        let since = self.now().saturating_duration_since(self.start);
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// Now, for what outlives the agent.
+    pub(super) fn moment(self) -> Moment {
+        #[cfg(test)]
+        if let Some(script) = self.script {
+            return script.moment();
+        }
+        let since_boot = clock_gettime(ClockId::Boottime);
+        let ms =
+            since_boot.tv_sec.unsigned_abs() * 1000 + since_boot.tv_nsec.unsigned_abs() / 1_000_000;
+        Moment {
+            ms,
+            unix_ms: unix_ms(),
+        }
     }
 }
 
@@ -46,4 +76,69 @@ pub(super) fn unix_ms() -> u64 {
         .map_or(0, |since| {
             u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
         })
+}
+
+#[cfg(test)]
+pub(super) mod script {
+    //! Time that passes when a test says so, with a wall clock that jumps when a test says so.
+
+    use super::*;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    /// One machine's time.
+    #[derive(Debug)]
+    pub(in crate::agent) struct ScriptedTime {
+        origin: Instant,
+        ms: AtomicU64,
+        unix_ms: AtomicU64,
+    }
+
+    impl ScriptedTime {
+        /// A machine that has just started. It lives as long as the process, as clocks do.
+        pub(in crate::agent) fn begin() -> &'static Self {
+            Box::leak(Box::new(Self {
+                origin: Instant::now(),
+                ms: AtomicU64::new(0),
+                unix_ms: AtomicU64::new(1_700_000_000_000),
+            }))
+        }
+
+        pub(in crate::agent) fn ms(&self) -> u64 {
+            self.ms.load(Ordering::Relaxed)
+        }
+
+        pub(in crate::agent) fn pass(&self, ms: u64) {
+            self.ms.fetch_add(ms, Ordering::Relaxed);
+            self.unix_ms.fetch_add(ms, Ordering::Relaxed);
+        }
+
+        /// Moves the wall clock and nothing else.
+        pub(in crate::agent) fn jump(&self, by_ms: i64) {
+            let add = |unix_ms: u64| Some(unix_ms.saturating_add_signed(by_ms));
+            // The closure never refuses.
+            let _ = self
+                .unix_ms
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);
+        }
+
+        /// The clock of an agent that starts now.
+        pub(in crate::agent) fn clock(&'static self) -> Clock {
+            Clock {
+                zero: self.origin,
+                start: self.now(),
+                script: Some(self),
+            }
+        }
+
+        pub(super) fn now(&self) -> Instant {
+            self.origin + Duration::from_millis(self.ms())
+        }
+
+        pub(super) fn moment(&self) -> Moment {
+            Moment {
+                ms: self.ms(),
+                unix_ms: self.unix_ms.load(Ordering::Relaxed),
+            }
+        }
+    }
 }

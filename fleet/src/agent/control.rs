@@ -77,12 +77,15 @@ impl Due {
         }
     }
 
-    fn next(&self) -> Instant {
-        self.scan.min(self.host).min(self.plan()).min(self.publish)
+    fn next(&self, now: Instant) -> Instant {
+        self.scan
+            .min(self.host)
+            .min(self.plan(now))
+            .min(self.publish)
     }
 
     /// When the next plan is made.
-    fn plan(&self) -> Instant {
+    fn plan(&self, now: Instant) -> Instant {
         if !self.plan_wanted {
             return self.plan;
         }
@@ -92,7 +95,7 @@ impl Due {
             PLAN_DISTANCE_MIN
         };
         let earliest = self.last_plan.map(|last| last + distance);
-        earliest.map_or_else(Instant::now, |earliest| earliest.min(self.plan))
+        earliest.map_or(now, |earliest| earliest.min(self.plan))
     }
 }
 
@@ -104,8 +107,9 @@ impl ControlLoop {
         self.publish();
         notify(&[NotifyState::Ready]);
         loop {
-            let next = self.due.next();
-            let event = match events.recv_timeout(next.saturating_duration_since(Instant::now())) {
+            let now = self.clock.now();
+            let rest = self.due.next(now).saturating_duration_since(now);
+            let event = match events.recv_timeout(rest) {
                 Ok(event) => Some(event),
                 Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
@@ -122,8 +126,8 @@ impl ControlLoop {
         }
     }
 
-    fn do_due(&mut self) {
-        let now = Instant::now();
+    pub(super) fn do_due(&mut self) {
+        let now = self.clock.now();
         if now >= self.due.scan {
             self.rounds.scan(&self.config, &mut self.journal);
             self.due.scan = now + self.config.agent.scan.duration();
@@ -136,7 +140,7 @@ impl ControlLoop {
         }
         // The first plan is made as soon as all VMs are known: until then nothing is promised.
         let first = self.due.last_plan.is_none() && !self.rounds.has_unheard();
-        if first || now >= self.due.plan() {
+        if first || now >= self.due.plan(now) {
             let claims = Claims {
                 promised: self.promises.outstanding(&self.config, &self.rounds),
                 wanted: self.promises.wanted(&self.config, &self.rounds),
@@ -155,7 +159,7 @@ impl ControlLoop {
     }
 
     /// False ends the agent.
-    fn handle(&mut self, event: Event) -> bool {
+    pub(super) fn handle(&mut self, event: Event) -> bool {
         match event {
             Event::Vm(event) => {
                 self.due.plan_wanted |= self.rounds.event(event, &self.config, &mut self.journal);
@@ -278,7 +282,7 @@ impl ControlLoop {
                 self.rounds.reload(&self.config, &config);
                 self.config = config;
                 self.reload_ok = true;
-                self.due.scan = Instant::now();
+                self.due.scan = self.clock.now();
                 self.note("settings reloaded");
             }
             Err(error) => {

@@ -6,21 +6,22 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::acts::Acts;
-use super::clock::{Clock, moment};
+use super::clock::Clock;
 use super::control::{ControlLoop, Due};
 use super::error::{AgentError, StopError};
 use super::event::Event;
 use super::host_watch::HostWatch;
 use super::journal::Journal;
+use super::lessons::LessonBook;
 use super::locks::FolderLock;
 use super::membership::Membership;
 use super::promises::Promises;
 use super::published::Published;
 use super::publisher::Publisher;
-use super::rounds::{VmRounds, Workers};
+use super::rounds::{Serve, VmRounds, with_threads};
 use super::routes;
 use super::signals::{self, Asked};
 use crate::agent_config::AgentConfig;
@@ -152,7 +153,28 @@ fn launch(
         store,
     } = options;
     let published: Arc<Published> = Arc::default();
-    let mut control = assemble(config, file, &host, &published, &events)?;
+    let clock = Clock::start();
+    let groups = GroupFiles {
+        proc: host.proc.clone(),
+        cgroup_root: host.cgroup_root.clone(),
+    };
+    let (reports, pressed) = (events.clone(), events.clone());
+    let serve = with_threads(
+        groups,
+        clock,
+        Arc::clone(&published.requests),
+        move |event| reports.send(Event::Vm(event)).is_ok(),
+    );
+    let surroundings = Surroundings {
+        files: &host,
+        clock,
+        serve,
+        pressed: Box::new(move || {
+            // A full queue is being worked off already.
+            let _ = pressed.try_send(Event::Pressure);
+        }),
+    };
+    let mut control = assemble(config, file, &published, surroundings)?;
     let local = serve_local(&control.config, &published, &events)?;
     let page = serve_page(&control.config, &published, &events)?;
     let joined = Membership::join(&control.config, control.host.name(), store, events.clone())?;
@@ -180,13 +202,27 @@ fn launch(
     Ok(agent)
 }
 
-fn assemble(
+/// What the control loop touches of the world beside its sockets: that of the host, or that of a test.
+pub(super) struct Surroundings<'a> {
+    pub(super) files: &'a HostFiles,
+    pub(super) clock: Clock,
+    pub(super) serve: Serve,
+    /// Called when the kernel reports memory pressure.
+    pub(super) pressed: Box<dyn Fn() + Send>,
+}
+
+pub(super) fn assemble(
     config: AgentConfig,
     file: Option<(PathBuf, bool)>,
-    files: &HostFiles,
     published: &Arc<Published>,
-    events: &SyncSender<Event>,
+    surroundings: Surroundings<'_>,
 ) -> Result<ControlLoop, AgentError> {
+    let Surroundings {
+        files,
+        clock,
+        serve,
+        pressed,
+    } = surroundings;
     let folder = &config.agent.state_dir;
     std::fs::create_dir_all(folder).map_err(|source| AgentError::Folder {
         path: folder.clone(),
@@ -201,36 +237,24 @@ fn assemble(
             source,
         },
     })?;
-    let clock = Clock::start();
-    let pressed = events.clone();
-    let host = HostWatch::start(&config, files, clock.now_ms(), move || {
-        // A full queue is being worked off already.
-        let _ = pressed.try_send(Event::Pressure);
-    })
-    .map_err(AgentError::Host)?;
-    let book = ReservationBook::open(folder, moment()).map_err(AgentError::Book)?;
+    let host =
+        HostWatch::start(&config, files, clock.now_ms(), pressed).map_err(AgentError::Host)?;
+    let book = ReservationBook::open(folder, clock.moment()).map_err(AgentError::Book)?;
     let acts = Acts::open(folder, &files.proc).map_err(AgentError::Acts)?;
-    let reports = events.clone();
-    let workers = Workers {
-        files: GroupFiles {
-            proc: files.proc.clone(),
-            cgroup_root: files.cgroup_root.clone(),
-        },
-        clock,
-        counters: Arc::clone(&published.requests),
-        report: Arc::new(move |event| reports.send(Event::Vm(event)).is_ok()),
-    };
+    let books = (acts, LessonBook::open(folder));
+    let rounds = VmRounds::new(&config, files.proc.clone(), (clock, serve), books)
+        .map_err(AgentError::Pattern)?;
     Ok(ControlLoop {
         file,
         clock,
         host,
-        rounds: VmRounds::new(&config, workers, acts).map_err(AgentError::Pattern)?,
-        promises: Promises::new(book),
+        rounds,
+        promises: Promises::new(book, clock),
         membership: None,
         publisher: Publisher::new(Arc::clone(published), clock),
         journal: Journal::default(),
         reload_ok: true,
-        due: Due::new(Instant::now(), &config),
+        due: Due::new(clock.now(), &config),
         _folder: lock,
         config,
     })

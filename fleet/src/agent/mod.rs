@@ -16,6 +16,8 @@
 //! promises ask the rounds what is there, the publisher reads all of them and changes none.
 
 mod acts;
+#[cfg(test)]
+mod chaos;
 mod clock;
 mod control;
 mod counts;
@@ -24,6 +26,7 @@ mod event;
 mod host_watch;
 mod journal;
 mod launch;
+mod lessons;
 mod locks;
 mod membership;
 mod promises;
@@ -41,6 +44,8 @@ mod vms;
 pub mod fake_vmm;
 #[cfg(test)]
 mod fleet_tests;
+#[cfg(any(test, feature = "test-utils"))]
+pub mod no_harm;
 #[cfg(test)]
 mod tests;
 

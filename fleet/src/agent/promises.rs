@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use super::AdmissionCounts;
-use super::clock::moment;
+use super::clock::Clock;
 use super::journal::Journal;
 use super::request::{ConfirmRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
 use super::rounds::VmRounds;
@@ -80,15 +80,17 @@ struct Waiting {
 #[derive(Debug)]
 pub(super) struct Promises {
     book: ReservationBook,
+    clock: Clock,
     counts: AdmissionCounts,
     /// By name.
     waiting: BTreeMap<String, Waiting>,
 }
 
 impl Promises {
-    pub(super) fn new(book: ReservationBook) -> Self {
+    pub(super) fn new(book: ReservationBook, clock: Clock) -> Self {
         Self {
             book,
+            clock,
             counts: AdmissionCounts::default(),
             waiting: BTreeMap::new(),
         }
@@ -101,10 +103,11 @@ impl Promises {
 
     /// Memory that is promised and not used yet.
     pub(super) fn outstanding(&self, config: &AgentConfig, rounds: &VmRounds) -> Bytes {
-        self.book
-            .outstanding(moment(), config.planning.admission.reservation, |name| {
-                rounds.seen(name)
-            })
+        self.book.outstanding(
+            self.clock.moment(),
+            config.planning.admission.reservation,
+            |name| rounds.seen(name),
+        )
     }
 
     /// What each VM needs that was refused, for as long as a promise to it would have been kept.
@@ -154,7 +157,12 @@ impl Promises {
             let hold = config.planning.admission.reservation;
             let made = self
                 .book
-                .reserve(&vm, (wanted.max, admission.promise), uid, (moment(), hold))
+                .reserve(
+                    &vm,
+                    (wanted.max, admission.promise),
+                    uid,
+                    (self.clock.moment(), hold),
+                )
                 .map_err(|error| book_error(&error))?;
             Some(made)
         };
@@ -175,7 +183,7 @@ impl Promises {
         let hold = config.planning.admission.reservation;
         let confirmed = self
             .book
-            .confirm(&asked.reservation, moment(), hold)
+            .confirm(&asked.reservation, self.clock.moment(), hold)
             .map_err(|error| book_error(&error))?;
         Ok(Response::json(&confirmed))
     }
@@ -199,7 +207,10 @@ impl Promises {
 
     /// Follows the VMs: promises of those that came are used up, those of VMs that went and those that ran out are dropped.
     pub(super) fn follow(&mut self, rounds: &VmRounds, journal: &mut Journal) {
-        match self.book.follow(moment(), |name| rounds.seen(name)) {
+        match self
+            .book
+            .follow(self.clock.moment(), |name| rounds.seen(name))
+        {
             Ok(dropped) => {
                 for entry in dropped {
                     let text = format!(
@@ -271,7 +282,7 @@ impl Promises {
         let settle = config.planning.admission.reservation;
         let each = self
             .book
-            .outstanding_each(moment(), settle, |name| rounds.seen(name));
+            .outstanding_each(self.clock.moment(), settle, |name| rounds.seen(name));
         each.map(|(entry, outstanding)| ReservationStatus {
             reservation: entry.clone(),
             outstanding,
@@ -375,7 +386,7 @@ impl Promises {
                 &vm,
                 (wanted.max, admission.promise),
                 rustix::process::getuid().as_raw(),
-                (moment(), hold),
+                (self.clock.moment(), hold),
             )
             .map(drop)
             // It was admitted, and cannot be kept all the same.

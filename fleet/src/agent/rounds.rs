@@ -2,7 +2,7 @@
 
 use std::cell::{OnceCell, RefCell};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -10,6 +10,7 @@ use super::DecisionCounts;
 use super::acts::Acts;
 use super::clock::Clock;
 use super::journal::Journal;
+use super::lessons::LessonBook;
 use super::locks::VmLock;
 use super::vms::{Direction, StartRefusal, Vm, Vms};
 use crate::agent_config::AgentConfig;
@@ -26,30 +27,27 @@ const OSCILLATION_MS: u64 = 60_000;
 /// How long after its start an agent waits for all VMs' first sample before it promises anything.
 const LEARNING_MS: u64 = 10_000;
 
-/// Hands a VM's event to the control loop; false ends the VM's thread.
-type Report = Arc<dyn Fn(VmEvent) -> bool + Send + Sync>;
+/// Has a socket that was found served under a number that no other ever had.
+pub(super) type Serve = Box<dyn Fn(&Found, u64, &AgentConfig) -> io::Result<VmWorker> + Send>;
 
-/// What the threads of all VMs share.
-pub(super) struct Workers {
-    pub(super) files: GroupFiles,
-    pub(super) clock: Clock,
-    pub(super) counters: Arc<RequestCounters>,
-    pub(super) report: Report,
-}
-
-impl Workers {
-    fn start(&self, found: &Found, number: u64, config: &AgentConfig) -> std::io::Result<VmWorker> {
+/// Serves each VM with a thread; `report` hands its events to the control loop, false ends the thread.
+pub(super) fn with_threads(
+    files: GroupFiles,
+    clock: Clock,
+    counters: Arc<RequestCounters>,
+    report: impl Fn(VmEvent) -> bool + Clone + Send + 'static,
+) -> Serve {
+    Box::new(move |found, number, config| {
         let control = &config.planning.control;
         let options = WorkerOptions {
             sample: control.sample.duration(),
             deadline: control.sample_deadline.duration(),
-            files: self.files.clone(),
-            clock: self.clock.zero(),
-            counters: Arc::clone(&self.counters),
+            files: files.clone(),
+            clock: clock.zero(),
+            counters: Arc::clone(&counters),
         };
-        let report = Arc::clone(&self.report);
-        VmWorker::start(found, number, options, move |event| report(event))
-    }
+        VmWorker::start(found, number, options, report.clone())
+    })
 }
 
 /// What VMs claim that are not there yet.
@@ -63,9 +61,12 @@ pub(super) struct Claims {
 /// The VMs of this host, the last plan for them, and what of it is still to be done.
 pub(super) struct VmRounds {
     discovery: Discovery,
-    workers: Workers,
+    proc: PathBuf,
+    clock: Clock,
+    serve: Serve,
     vms: Vms,
     acts: Acts,
+    lessons: LessonBook,
     memory: PlannerMemory,
     plan: Arc<Plan>,
     executor: Executor,
@@ -75,15 +76,24 @@ pub(super) struct VmRounds {
 impl VmRounds {
     pub(super) fn new(
         config: &AgentConfig,
-        workers: Workers,
-        acts: Acts,
+        proc: PathBuf,
+        (clock, serve): (Clock, Serve),
+        (acts, lessons): (Acts, LessonBook),
     ) -> Result<Self, PatternError> {
+        let memory = PlannerMemory {
+            state_since_ms: clock.now_ms(),
+            window_from_ms: clock.now_ms(),
+            ..PlannerMemory::default()
+        };
         Ok(Self {
             discovery: Discovery::new(&config.discovery.sockets)?,
-            workers,
+            proc,
+            clock,
+            serve,
             vms: Vms::default(),
             acts,
-            memory: PlannerMemory::default(),
+            lessons,
+            memory,
             plan: Arc::default(),
             executor: Executor::default(),
             decisions: DecisionCounts::default(),
@@ -92,9 +102,9 @@ impl VmRounds {
 
     /// Looks for sockets, and has those that are new or replaced served.
     pub(super) fn scan(&mut self, config: &AgentConfig, journal: &mut Journal) {
-        let (workers, owners) = (&self.workers, OnceCell::new());
+        let (proc, serve, owners) = (&self.proc, &self.serve, OnceCell::new());
         let change = self.vms.follow(self.discovery.scan(), |found, number| {
-            let owners = owners.get_or_init(|| SocketOwners::read(&workers.files.proc));
+            let owners = owners.get_or_init(|| SocketOwners::read(proc));
             if !config.discovery.any_program
                 && let Some(stranger) = owners.stranger(&found.socket)
             {
@@ -104,7 +114,7 @@ impl VmRounds {
                 });
             }
             let lock = VmLock::take(&found.identity)?;
-            Ok((workers.start(found, number, config)?, lock))
+            Ok((serve(found, number, config)?, lock))
         });
         for (id, why) in change.refused {
             journal.enter("vm", id.as_str(), format!("not served: {why}"));
@@ -128,9 +138,9 @@ impl VmRounds {
         }
         let (before, after) = (&before.planning.control, &config.planning.control);
         if before.sample != after.sample || before.sample_deadline != after.sample_deadline {
-            let workers = &self.workers;
+            let serve = &self.serve;
             self.vms
-                .restart(|found, number| workers.start(found, number, config));
+                .restart(|found, number| serve(found, number, config));
         }
     }
 
@@ -183,7 +193,8 @@ impl VmRounds {
         let vms = self.vms.iter().filter_map(|vm| {
             let name = config.policy_name(vm.id.as_str());
             let policy = |size| config.planning.vm_policy(name, size);
-            vm.facts(policy, self.acts.of(&vm.id), now_ms)
+            let known = (self.acts.of(&vm.id), self.lessons.of(&vm.id, vm.process()));
+            vm.facts(policy, known, now_ms)
         });
         Inventory {
             now_ms,
@@ -233,10 +244,24 @@ impl VmRounds {
             self.pretend(&plan, journal);
         } else {
             self.memory = plan.memory.clone();
+            self.keep_lessons();
             self.executor.replace(plan.actions.clone());
         }
         self.plan = Arc::new(plan);
         self.act(facts, journal);
+    }
+
+    /// Saves what was learned, before anything is done because of it.
+    fn keep_lessons(&mut self) {
+        for (id, memory) in &self.memory.vms {
+            if let Some(vm) = self.vms.get(id.as_str()) {
+                self.lessons.enter(id, vm.process(), memory.lessons());
+            }
+        }
+        let vms = &self.vms;
+        if let Err(error) = self.lessons.save(|id| vms.get(id.as_str()).is_some()) {
+            log::error!("what was learned about VMs cannot be saved: {error}");
+        }
     }
 
     /// Hands over whatever may be done now.
@@ -261,7 +286,7 @@ impl VmRounds {
                     return false;
                 };
                 let order = Order::from(&action.kind);
-                let process = vm.reading.as_ref().and_then(|reading| reading.process);
+                let process = vm.process();
                 // What cannot be remembered could not be undone.
                 match acts.begin(&vm.id, process, &order) {
                     Ok(()) => vm.order(order),
@@ -320,7 +345,7 @@ impl VmRounds {
         let learning = self.decisions.plans == 0 || self.has_unheard();
         learning.then(|| {
             LEARNING_MS
-                .saturating_sub(self.now_ms())
+                .saturating_sub(self.clock.running_ms())
                 .div_ceil(1000)
                 .max(1)
         })
@@ -328,7 +353,7 @@ impl VmRounds {
 
     /// Whether there are VMs of which nothing is known yet, shortly after the start.
     pub(super) fn has_unheard(&self) -> bool {
-        self.now_ms() < LEARNING_MS
+        self.clock.running_ms() < LEARNING_MS
             && self
                 .vms
                 .iter()
@@ -352,7 +377,7 @@ impl VmRounds {
 
     /// The planner's clock.
     pub(super) fn now_ms(&self) -> u64 {
-        self.workers.clock.now_ms()
+        self.clock.now_ms()
     }
 
     pub(super) fn has_vm(&self, name: &str) -> bool {
@@ -463,7 +488,7 @@ impl VmRounds {
         let Some(vm) = self.vms.get(name) else {
             return;
         };
-        let process = vm.reading.as_ref().and_then(|reading| reading.process);
+        let process = vm.process();
         log_unsaved(self.acts.follow(&vm.id, process));
         if self.acts.of(&vm.id).paused && vm.runs_unasked() {
             log_unsaved(self.acts.end(&vm.id, &Order::Resume));

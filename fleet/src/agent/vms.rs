@@ -5,7 +5,10 @@ use std::path::PathBuf;
 
 use super::locks::VmLock;
 use crate::execute::{Order, OrderError};
-use crate::model::{Bytes, FeatureLevel, InForce, Interlock, VmFacts, VmId, VmPolicy};
+use crate::host::ProcessIdentity;
+use crate::model::{
+    Bytes, FeatureLevel, GuestClaims, InForce, Interlock, Lessons, VmFacts, VmId, VmPolicy,
+};
 use crate::sample::{Found, SocketIdentity, VmReading};
 use crate::worker::{OrderDone, VmWorker};
 
@@ -50,6 +53,9 @@ pub(super) struct Vm {
     pub(super) orders: u32,
     undoings: u32,
     order_ended_ms: u64,
+    /// Whether an order may still be carried out that nobody waits for: the VMM did not answer it, and has answered none
+    /// since. The same holds for orders of an agent before this one.
+    order_left: bool,
     /// Until then nothing is undone, because it was tried a moment ago.
     undo_again_ms: u64,
     /// Which way the balloon was last moved, and when on the planner's clock.
@@ -247,6 +253,7 @@ impl Vm {
             orders: 0,
             undoings: 0,
             order_ended_ms: 0,
+            order_left: true,
             undo_again_ms: 0,
             moved: None,
             pinned: false,
@@ -272,6 +279,13 @@ impl Vm {
     pub(super) fn order_done(&mut self, done: &OrderDone, now_ms: u64) {
         self.order_ended(&done.order);
         self.order_ended_ms = now_ms;
+        // A VMM carries orders out one after the other, so an answer tells that all before it came to their end.
+        match &done.result {
+            Ok(()) if done.order.asks_vmm() => self.order_left = false,
+            Err(error) if error.is_answer() => self.order_left = false,
+            Err(error) if error.is_unknown() => self.order_left = true,
+            _ => {}
+        }
         if done.order.undoes() && done.result.is_err() {
             self.undo_again_ms = now_ms + UNDO_AGAIN_MS;
         }
@@ -339,10 +353,12 @@ impl Vm {
         (due && !self.pinned).then_some(order.to)
     }
 
-    /// Whether a pause that was entered is none: the VM runs although every order came to its end.
+    /// Whether a pause that was entered is none: the VM runs although every order came to its end. One that may still be
+    /// carried out has to be undone all the same.
     pub(super) fn runs_unasked(&self) -> bool {
         let reading = self.reading.as_ref();
         self.orders == 0
+            && !self.order_left
             && reading.is_some_and(|reading| {
                 reading.interlock != Some(Interlock::Paused)
                     && reading.sample.at_ms >= self.order_ended_ms
@@ -356,6 +372,11 @@ impl Vm {
         } else {
             in_force
         }
+    }
+
+    /// The process that answered last.
+    pub(super) fn process(&self) -> Option<ProcessIdentity> {
+        self.reading.as_ref().and_then(|reading| reading.process)
     }
 
     /// Whether its memory is in huge pages, which are not managed.
@@ -380,7 +401,7 @@ impl Vm {
     pub(super) fn facts(
         &self,
         policy: impl FnOnce(Bytes) -> VmPolicy,
-        in_force: InForce,
+        (in_force, lessons): (InForce, Lessons),
         now_ms: u64,
     ) -> Option<VmFacts> {
         let reading = self
@@ -389,15 +410,26 @@ impl Vm {
             .filter(|reading| !reading.huge_pages)?;
         let mut sample = reading.sample;
         sample.balloon_target = self.target();
+        let mut level = reading.level;
+        if lessons.told && sample.guest.is_none() {
+            // It fell silent before this agent came: what it told is out of date, not absent.
+            level = level.max(FeatureLevel::L1);
+            sample.guest = Some(GuestClaims {
+                free: reading.configured,
+                available: reading.configured,
+                ..GuestClaims::default()
+            });
+        }
         Some(VmFacts {
             id: self.id.clone(),
             epoch: self.epoch,
-            level: reading.level,
+            level,
             configured: reading.configured,
             has_balloon: reading.has_balloon,
             policy: policy(reading.configured),
             interlock: self.interlock(),
             in_force: self.to_undo(in_force, now_ms),
+            lessons,
             sample: Some(sample),
             missed_samples: self.missed,
         })
@@ -437,4 +469,71 @@ fn rates(before: &VmReading, now: &VmReading) -> Option<Rates> {
             .saturating_sub(repopulated.cast_signed()),
         repopulated_per_s: repopulated,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use std::os::unix::net::UnixListener;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use api::ClientError;
+
+    use super::*;
+    use crate::execute::GroupFile;
+    use crate::model::VmSample;
+    use crate::sample::Discovery;
+
+    fn reading(at_ms: u64) -> VmReading {
+        VmReading {
+            pid: 1,
+            process: None,
+            huge_pages: false,
+            level: FeatureLevel::L2,
+            configured: Bytes::gib(4),
+            has_balloon: true,
+            interlock: None,
+            sample: VmSample {
+                at_ms,
+                ..VmSample::default()
+            },
+            requested: Bytes::ZERO,
+        }
+    }
+
+    #[test]
+    fn pause_that_was_not_answered_may_still_come() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let path = folder.path().join("a.sock");
+        let _vmm = UnixListener::bind(&path).unwrap();
+        let pattern = path.display().to_string();
+        let found = Discovery::new(&[pattern]).unwrap().scan();
+        let (orders, _received) = mpsc::channel();
+        let lock = VmLock::take(&found[0].identity).unwrap();
+        let mut vm = Vm::new(&found[0], (VmWorker::new(orders, 1), lock), 1);
+        let end = |vm: &mut Vm, order, result, now_ms| {
+            vm.orders = 1;
+            vm.order_done(&OrderDone { order, result }, now_ms);
+            vm.reading = Some(reading(now_ms));
+        };
+        // What an agent before this one asked for may still come, too.
+        vm.reading = Some(reading(1));
+        assert!(!vm.runs_unasked());
+        end(&mut vm, Order::Resume, Ok(()), 10);
+        assert!(vm.runs_unasked());
+        let timeout = Duration::from_secs(1);
+        let late = ClientError::TimedOut { timeout };
+        end(&mut vm, Order::Pause, Err(late.into()), 20);
+        assert!(!vm.runs_unasked());
+        end(
+            &mut vm,
+            Order::Group(GroupFile::MemoryHigh, None),
+            Ok(()),
+            30,
+        );
+        assert!(!vm.runs_unasked());
+        end(&mut vm, Order::Resume, Ok(()), 40);
+        assert!(vm.runs_unasked());
+    }
 }

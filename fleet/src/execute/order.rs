@@ -46,6 +46,11 @@ impl Order {
         )
     }
 
+    /// Whether it is the VMM that carries it out.
+    pub(crate) fn asks_vmm(&self) -> bool {
+        !matches!(self, Self::Group(..) | Self::Kill)
+    }
+
     /// The endpoint it calls or the file it writes.
     pub fn name(&self) -> &'static str {
         match self {
@@ -92,6 +97,11 @@ pub enum OrderError {
 }
 
 impl OrderError {
+    /// Whether the VMM itself said no.
+    pub(crate) fn is_answer(&self) -> bool {
+        matches!(self, Self::Vmm(ClientError::Server(_)))
+    }
+
     /// Whether the order may have been carried out all the same.
     pub(crate) fn is_unknown(&self) -> bool {
         match self {

@@ -7,6 +7,7 @@ mod burst;
 mod bytes;
 mod host;
 mod ledger;
+mod lessons;
 mod policy;
 mod state;
 mod vm;
@@ -16,6 +17,7 @@ pub(crate) use bytes::split_number;
 pub use bytes::{Amount, Bytes, Fraction, ParseQuantityError};
 pub use host::{CgroupMemory, HostFacts, Pressure};
 pub use ledger::Ledger;
+pub use lessons::Lessons;
 pub use policy::{PriorityClass, VmPolicy};
 pub use state::HostState;
 pub use vm::{

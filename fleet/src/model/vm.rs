@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Bytes, HostFacts, VmPolicy};
+use super::{Bytes, HostFacts, Lessons, VmPolicy};
 
 /// The stable name of a VM on its host. Cloning it costs nothing.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -119,6 +119,8 @@ pub struct VmFacts {
     pub interlock: Option<Interlock>,
     /// What the agent did to it and has to undo; nothing while an undoing is under way.
     pub in_force: InForce,
+    /// What an agent learned about it before.
+    pub lessons: Lessons,
     /// The last good sample; absent before the first.
     pub sample: Option<VmSample>,
     /// Samples that failed since the last good one.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{BurstHistogram, Bytes, HostState, VmId, VmSample};
+use crate::model::{BurstHistogram, Bytes, HostState, Lessons, VmId, VmSample};
 
 /// Everything remembered about a host.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -128,6 +128,40 @@ pub struct VmMemory {
     pub enforced: Option<Bytes>,
     /// Which last resorts are in use on it.
     pub squeezed: Squeezed,
+}
+
+impl VmMemory {
+    /// What the agent that follows this one has to know.
+    pub fn lessons(&self) -> Lessons {
+        Lessons {
+            turns_ms: self.turns_ms.clone(),
+            grew: self.grew,
+            taken_at_ms: self.taken_at_ms,
+            take_blocked_until_ms: self.take_blocked_until_ms,
+            reversals: self.reversals,
+            learned_min: self.learned_min,
+            learned_until_ms: self.learned_until_ms,
+            told: self.last.guest.is_some(),
+        }
+    }
+
+    /// The balloon was moved this way.
+    pub(super) fn turn(&mut self, grows: bool, now_ms: u64) {
+        if self.grew.is_some_and(|grew| grew != grows) {
+            self.turns_ms.push(now_ms);
+        }
+        self.grew = Some(grows);
+    }
+
+    pub(super) fn take_over(&mut self, lessons: &Lessons) {
+        self.turns_ms.clone_from(&lessons.turns_ms);
+        self.grew = lessons.grew;
+        self.taken_at_ms = lessons.taken_at_ms;
+        self.take_blocked_until_ms = lessons.take_blocked_until_ms;
+        self.reversals = lessons.reversals;
+        self.learned_min = lessons.learned_min;
+        self.learned_until_ms = lessons.learned_until_ms;
+    }
 }
 
 /// The ways of reporting between which the planner chooses.

@@ -48,6 +48,7 @@ pub(super) fn observe(
             step_scale: 1.0,
             ..VmMemory::default()
         };
+        memory.take_over(&facts.lessons);
     }
     if let Some(sample) = facts.sample
         && (memory.samples == 0 || sample.at_ms > memory.last.at_ms)
@@ -60,12 +61,12 @@ pub(super) fn observe(
         memory.samples = memory.samples.saturating_add(1);
         memory.last = sample;
     }
-    take_over(facts, memory);
+    undo_what_is_left(facts, memory);
     forget(memory, now_ms, control);
 }
 
 /// What an agent before this one did, or this one could not undo, is undone like what is remembered.
-fn take_over(facts: &VmFacts, memory: &mut VmMemory) {
+fn undo_what_is_left(facts: &VmFacts, memory: &mut VmMemory) {
     let in_force = &facts.in_force;
     memory.squeezed.high |= in_force.high;
     memory.squeezed.swap |= in_force.swap;
@@ -104,6 +105,10 @@ fn request(sample: &VmSample, memory: &mut VmMemory, control: &ControlConfig) {
     }
     let grew = memory.target > memory.asked_before;
     let unchanged = sample.balloon_target.distance(memory.asked_before) < TARGET_GRAIN;
+    if !unchanged {
+        // A request that was carried out late, or somebody else's: for the guest it is a turn like any other.
+        memory.turn(sample.balloon_target > memory.target, sample.at_ms);
+    }
     memory.target = sample.balloon_target;
     memory.asked_from = sample.ballooned;
     memory.asked_gain = Bytes::ZERO;

@@ -142,10 +142,7 @@ fn remember_move(view: &mut View<'_>, grant: Bytes, now_ms: u64, control: &Contr
     let pending = view.pending_gain(control);
     let memory = &mut view.memory;
     let grows = view.to > view.target;
-    if memory.grew.is_some_and(|grew| grew != grows) {
-        memory.turns_ms.push(now_ms);
-    }
-    memory.grew = Some(grows);
+    memory.turn(grows, now_ms);
     memory.asked_at_ms = now_ms;
     memory.asked_before = view.target;
     memory.asked_from = view.sample.ballooned;

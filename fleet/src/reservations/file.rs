@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::{Moment, Reservation};
-use crate::state_file::replace;
+use crate::state_file::{boot_id, replace};
 
 /// Form of the file; another one is refused rather than misread.
 const VERSION: u32 = 1;
@@ -118,10 +118,4 @@ pub(super) fn write<'a>(
         path: path.to_owned(),
         source,
     })
-}
-
-/// Tells the starts of the machine apart; empty where the kernel does not say.
-fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .map_or_else(|_| String::new(), |text| text.trim().to_owned())
 }

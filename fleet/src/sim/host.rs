@@ -2,8 +2,8 @@
 
 use crate::config::Config;
 use crate::model::{
-    Bytes, FeatureLevel, GuestClaims, HostFacts, InForce, Inventory, Pressure, ReclaimFigures,
-    VmFacts, VmId, VmPolicy, VmSample,
+    Bytes, FeatureLevel, GuestClaims, HostFacts, InForce, Inventory, Lessons, Pressure,
+    ReclaimFigures, VmFacts, VmId, VmPolicy, VmSample,
 };
 use crate::placement::SplitMix64;
 use crate::planner::Plan;
@@ -114,6 +114,7 @@ impl Host {
             policy,
             interlock: None,
             in_force: InForce::default(),
+            lessons: Lessons::default(),
             sample: None,
             missed_samples: 0,
         });

@@ -1,0 +1,139 @@
+//! What was learned about VMs, on disk for the agent that follows this one.
+//!
+//! A lesson is about one process and ends with it. The planner's clock counts from the start of the machine, so times hold
+//! for the next agent too, and the file for one start of the machine. That is also why it need not reach the disk: when the
+//! machine ends, so do the VMs.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::host::ProcessIdentity;
+use crate::model::{Lessons, VmId};
+use crate::state_file::{boot_id, replace_in_memory};
+
+/// Form of the file; another one counts as none.
+const VERSION: u32 = 1;
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct Record {
+    process: Option<ProcessIdentity>,
+    lessons: Lessons,
+}
+
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Saved {
+    version: u32,
+    boot: String,
+    vms: BTreeMap<VmId, Record>,
+}
+
+/// Lessons by VM.
+#[derive(Debug, Default)]
+pub(super) struct LessonBook {
+    path: PathBuf,
+    records: BTreeMap<VmId, Record>,
+    changed: bool,
+}
+
+impl LessonBook {
+    /// Opens the book in `state_dir`. Without one that can be read everything is learned anew.
+    pub(super) fn open(state_dir: &Path) -> Self {
+        let path = state_dir.join("lessons.json");
+        let saved: Saved = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Saved::default(),
+            Err(error) => {
+                log::error!("{} cannot be read: {error}", path.display());
+                Saved::default()
+            }
+            Ok(text) => serde_json::from_str(&text).unwrap_or_else(|error| {
+                log::error!("{} is not understood: {error}", path.display());
+                Saved::default()
+            }),
+        };
+        let holds = saved.version == VERSION && saved.boot == boot_id();
+        Self {
+            path,
+            records: if holds { saved.vms } else { BTreeMap::new() },
+            changed: false,
+        }
+    }
+
+    /// What was learned about a VM while this process ran it.
+    pub(super) fn of(&self, vm: &VmId, process: Option<ProcessIdentity>) -> Lessons {
+        self.records
+            .get(vm)
+            .filter(|record| record.process == process)
+            .map_or_else(Lessons::default, |record| record.lessons.clone())
+    }
+
+    /// Enters what is known now.
+    pub(super) fn enter(&mut self, vm: &VmId, process: Option<ProcessIdentity>, lessons: Lessons) {
+        let record = Record { process, lessons };
+        if self.records.get(vm) != Some(&record) {
+            self.records.insert(vm.clone(), record);
+            self.changed = true;
+        }
+    }
+
+    /// Forgets VMs that are gone, and saves what changed.
+    ///
+    /// # Errors
+    /// It cannot be saved. The next agent knows less; nothing else is lost.
+    pub(super) fn save(&mut self, is_there: impl Fn(&VmId) -> bool) -> io::Result<()> {
+        let before = self.records.len();
+        self.records.retain(|vm, _| is_there(vm));
+        if !self.changed && self.records.len() == before {
+            return Ok(());
+        }
+        let saved = Saved {
+            version: VERSION,
+            boot: boot_id(),
+            vms: self.records.clone(),
+        };
+        replace_in_memory(&self.path, &serde_json::to_vec(&saved)?)?;
+        self.changed = false;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const PROCESS: Option<ProcessIdentity> = Some(ProcessIdentity {
+        pid: 7,
+        start_ticks: 2,
+    });
+
+    #[test]
+    fn lessons_outlive_the_agent_and_end_with_the_process() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let vm = VmId::from("a");
+        let lessons = Lessons {
+            turns_ms: vec![5, 6],
+            ..Lessons::default()
+        };
+        let mut book = LessonBook::open(folder.path());
+        book.enter(&vm, PROCESS, lessons.clone());
+        book.save(|_| true).unwrap();
+        let mut next = LessonBook::open(folder.path());
+        assert_eq!(next.of(&vm, PROCESS), lessons);
+        assert_eq!(next.of(&vm, None), Lessons::default());
+        next.save(|_| false).unwrap();
+        let last = LessonBook::open(folder.path());
+        assert_eq!(last.of(&vm, PROCESS), Lessons::default());
+    }
+
+    #[test]
+    fn lessons_that_cannot_be_read_are_learned_anew() {
+        let folder = tempfile::TempDir::new().unwrap();
+        fs::write(folder.path().join("lessons.json"), "{").unwrap();
+        let book = LessonBook::open(folder.path());
+        assert_eq!(book.of(&VmId::from("a"), PROCESS), Lessons::default());
+    }
+}

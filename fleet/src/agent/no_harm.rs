@@ -1,0 +1,227 @@
+//! What an agent must not do to VMs, judged from outside: by what the VMs are, and by what the agent says of them.
+//!
+//! The chaos runs use it, in virtual time (`chaos`) and with real processes (`fleet_chaos`).
+
+use thiserror::Error;
+
+use super::{Status, VmStatus};
+use crate::model::Bytes;
+
+/// Most changes of direction of one balloon in an hour.
+pub const TURNS_MAX: usize = 12;
+const HOUR_MS: u64 = 3_600_000;
+/// Targets that differ by less are the same.
+const GRAIN: u64 = 1 << 20;
+
+/// Reasons that `explain` may give for a limit or a pause.
+const RESTRAINED: [&str; 2] = ["last-resort", "lying"];
+/// Reasons that `explain` may give for memory in a balloon while the host has plenty.
+const WITHHELD: [&str; 4] = ["unmanaged", "lying", "above-maximum", "dead-band"];
+
+/// One VM as it is, whatever anybody says.
+#[derive(Clone, Debug, Default)]
+pub struct Actual {
+    /// Its name.
+    pub vm: String,
+    /// Whether it is paused.
+    pub paused: bool,
+    /// Whether its control group has a limit.
+    pub limited: bool,
+    /// The balloon that was last asked for, bytes.
+    pub target: u64,
+}
+
+/// Something that an agent did and should not have done.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum Harm {
+    /// A VM is stopped.
+    #[error("{vm} is left paused, which is explained as {reason:?}")]
+    Paused {
+        /// Which.
+        vm: String,
+        /// What the agent says.
+        reason: String,
+    },
+    /// A control group is limited.
+    #[error("{vm} is left limited, which is explained as {reason:?}")]
+    Limited {
+        /// Which.
+        vm: String,
+        /// What the agent says.
+        reason: String,
+    },
+    /// Memory is withheld.
+    #[error("{vm} is left with a balloon of {target}, which is explained as {reason:?}")]
+    Ballooned {
+        /// Which.
+        vm: String,
+        /// Its balloon.
+        target: Bytes,
+        /// What the agent says.
+        reason: String,
+    },
+    /// A balloon went to and fro.
+    #[error("the balloon of {vm} turned {turns} times within an hour")]
+    Turned {
+        /// Whose.
+        vm: String,
+        /// How often.
+        turns: usize,
+    },
+    /// More was promised than there is.
+    #[error("{promised} are promised, {there} are there")]
+    Oversold {
+        /// What has to be there.
+        promised: Bytes,
+        /// What is.
+        there: Bytes,
+    },
+    /// A promise is not on the books any more.
+    #[error("the promise {id} to {vm} is lost")]
+    Lost {
+        /// Its id.
+        id: String,
+        /// Its VM.
+        vm: String,
+    },
+    /// A promise is still on the books.
+    #[error("the promise {id} to {vm} holds longer than it should")]
+    Overdue {
+        /// Its id.
+        id: String,
+        /// Its VM.
+        vm: String,
+    },
+}
+
+/// What is left behind on a host that has plenty of memory and whose VMs answer.
+pub fn left_behind(status: &Status, vms: &[Actual]) -> Vec<Harm> {
+    let mut harms = Vec::new();
+    for actual in vms {
+        let said = status.vms.iter().find(|vm| vm.vm == actual.vm);
+        let reason = said.map_or_else(|| "not known".to_owned(), |vm| vm.reason.clone());
+        let pinned = said.is_some_and(is_pinned);
+        let vm = actual.vm.clone();
+        let restrained = pinned || RESTRAINED.contains(&reason.as_str());
+        if actual.paused && !restrained {
+            harms.push(Harm::Paused {
+                vm: vm.clone(),
+                reason: reason.clone(),
+            });
+        }
+        if actual.limited && !restrained {
+            harms.push(Harm::Limited {
+                vm: vm.clone(),
+                reason: reason.clone(),
+            });
+        }
+        if actual.target >= GRAIN && !pinned && !WITHHELD.contains(&reason.as_str()) {
+            let target = Bytes(actual.target);
+            harms.push(Harm::Ballooned { vm, target, reason });
+        }
+    }
+    harms
+}
+
+fn is_pinned(vm: &VmStatus) -> bool {
+    vm.interlock.as_deref() == Some("pinned")
+}
+
+/// The directions in which a balloon was moved.
+#[derive(Clone, Debug, Default)]
+pub struct Turns {
+    target: u64,
+    grew: Option<bool>,
+    at_ms: Vec<u64>,
+}
+
+impl Turns {
+    /// A balloon of this size was asked for, at this time of a clock that never jumps.
+    pub fn asked(&mut self, target: u64, at_ms: u64) {
+        if target.abs_diff(self.target) < GRAIN {
+            return;
+        }
+        let grew = target > self.target;
+        if self.grew.is_some_and(|before| before != grew) {
+            self.at_ms.push(at_ms);
+        }
+        (self.target, self.grew) = (target, Some(grew));
+    }
+
+    /// The most changes of direction within an hour.
+    pub fn worst(&self) -> usize {
+        let within = |from: &u64| {
+            let hour = self.at_ms.iter().skip_while(|at| *at < from);
+            hour.take_while(|at| **at < from + HOUR_MS).count()
+        };
+        self.at_ms.iter().map(within).max().unwrap_or(0)
+    }
+
+    /// Whether that is too often.
+    ///
+    /// # Errors
+    /// It is.
+    pub fn check(&self, vm: &str) -> Result<(), Harm> {
+        let turns = self.worst();
+        if turns <= TURNS_MAX {
+            return Ok(());
+        }
+        Err(Harm::Turned {
+            vm: vm.to_owned(),
+            turns,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn told(reason: &str) -> Status {
+        let vm = VmStatus {
+            vm: "a".to_owned(),
+            reason: reason.to_owned(),
+            ..VmStatus::default()
+        };
+        Status {
+            vms: vec![vm],
+            ..Status::default()
+        }
+    }
+
+    #[test]
+    fn what_is_left_behind_needs_a_reason() {
+        let actual = Actual {
+            vm: "a".to_owned(),
+            paused: true,
+            limited: true,
+            target: 1 << 30,
+        };
+        let harms = |reason| left_behind(&told(reason), std::slice::from_ref(&actual)).len();
+        assert_eq!(harms("no-need"), 3);
+        assert_eq!(harms("last-resort"), 1);
+        assert_eq!(harms("lying"), 0);
+        assert_eq!(left_behind(&Status::default(), &[actual]).len(), 3);
+    }
+
+    #[test]
+    fn turns_count_within_any_hour() {
+        let mut turns = Turns::default();
+        for step in 0..14_u64 {
+            turns.asked((step % 2 + 1) << 30, step * 600_000);
+        }
+        assert_eq!(turns.worst(), 6);
+        turns.check("a").unwrap();
+        for step in 0..14_u64 {
+            turns.asked((step % 2 + 1) << 30, 10_000_000 + step);
+        }
+        assert!(turns.check("a").is_err());
+        // The same again, or nearly, is no turn.
+        let mut still = Turns::default();
+        for step in 0..50 {
+            still.asked((1 << 30) + step % 2, step);
+        }
+        assert_eq!(still.worst(), 0);
+    }
+}
