@@ -104,6 +104,25 @@ impl Serial {
         found.with_context(|| self.last_words())
     }
 
+    /// Waits for text that need not end a line, such as a prompt, behind what was expected before.
+    ///
+    /// # Errors
+    /// It did not come in time; the end of what did come is shown.
+    pub fn expect_text(&mut self, text: &str, deadline: Duration) -> Result<()> {
+        let found = wait_for(&format!("{text:?} on the serial port"), deadline, || {
+            let open = self.read_available()?;
+            match self.text[self.seen..].find(text) {
+                Some(at) => {
+                    self.seen += at + text.len();
+                    Ok(Some(()))
+                }
+                None if open => Ok(None),
+                None => bail!("the serial port was closed before {text:?}"),
+            }
+        });
+        found.with_context(|| self.last_words())
+    }
+
     /// Sends one line.
     ///
     /// # Errors

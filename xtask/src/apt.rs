@@ -80,7 +80,7 @@ fn announce(missing: &[&Need]) {
 }
 
 /// A command that runs as root: directly, or by sudo. `task` completes the message if neither works.
-fn as_root(program: &str, task: &str) -> Result<Command> {
+pub(crate) fn as_root(program: &str, task: &str) -> Result<Command> {
     // SAFETY: geteuid takes nothing and always succeeds.
     #[allow(unsafe_code)]
     // UNSAFETY: std has no way to ask for the user id.
@@ -201,9 +201,61 @@ fn install(packages: &[&str], suite: Option<&str>) -> Result<()> {
     apt_get(&args)
 }
 
+/// Package lists: those of the machine, or others that apt finds with more options.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Lists {
+    pub(crate) options: Vec<String>,
+}
+
+impl Lists {
+    /// apt-get or apt-cache on these lists.
+    pub(crate) fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.env("LC_ALL", "C");
+        for option in &self.options {
+            command.args(["-o", option]);
+        }
+        command
+    }
+
+    /// The newest version of a package, whatever apt would prefer.
+    pub(crate) fn newest(&self, package: &str) -> Result<Offer> {
+        self.offers(package)
+            .into_iter()
+            .max_by_key(|offer| numbers(&offer.version))
+            .with_context(|| format!("no package {package} in these lists"))
+    }
+
+    /// All versions, the one that apt would install first.
+    fn offers(&self, package: &str) -> Vec<Offer> {
+        let output = self
+            .command("apt-cache")
+            .args(["show", package])
+            .stderr(Stdio::null())
+            .output();
+        let text = output
+            .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+            .unwrap_or_default();
+        text.split("\n\n")
+            .filter_map(|stanza| parse_offer(stanza, self))
+            .collect()
+    }
+}
+
+/// The upstream part of a version by its numbers.
+fn numbers(version: &str) -> Vec<u64> {
+    let upstream = version.split('-').next().unwrap_or(version);
+    upstream
+        .split(|c: char| !c.is_ascii_digit())
+        .filter_map(|digits| digits.parse().ok())
+        .collect()
+}
+
 /// A package as the archive offers it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Offer {
+    /// Where it was found, and its dependencies are.
+    pub(crate) lists: Lists,
     pub(crate) package: String,
     pub(crate) version: String,
     pub(crate) download_bytes: u64,
@@ -228,9 +280,8 @@ impl Offer {
             &format!("downloading {}", self.package),
         )?;
         let wanted = format!("{}={}", self.package, self.version);
-        let mut command = Command::new("apt-get");
+        let mut command = self.lists.command("apt-get");
         command
-            .env("LC_ALL", "C")
             // The folder may be in a home that apt's own user cannot enter.
             .args(["-qq", "-o", "APT::Sandbox::User=root", "download", &wanted])
             .current_dir(dir);
@@ -247,7 +298,12 @@ impl Offer {
 /// What the archive offers under the first of these names that it has; the package lists are
 /// refreshed if they have none.
 pub(crate) fn offer(packages: &[&str]) -> Result<Offer> {
-    let known = || packages.iter().find_map(|package| known_offer(package));
+    let lists = Lists::default();
+    let known = || {
+        packages
+            .iter()
+            .find_map(|package| lists.offers(package).into_iter().next())
+    };
     if let Some(offer) = known() {
         return Ok(offer);
     }
@@ -267,17 +323,7 @@ pub(crate) fn fresh_offer(packages: &[&str]) -> Result<Offer> {
     offer(packages)
 }
 
-fn known_offer(package: &str) -> Option<Offer> {
-    let output = Command::new("apt-cache")
-        .args(["show", "--no-all-versions", package])
-        .env("LC_ALL", "C")
-        .stderr(Stdio::null())
-        .output()
-        .ok()?;
-    parse_offer(&String::from_utf8_lossy(&output.stdout))
-}
-
-fn parse_offer(text: &str) -> Option<Offer> {
+fn parse_offer(text: &str, lists: &Lists) -> Option<Offer> {
     let field = |name: &str| {
         text.lines()
             .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
@@ -285,6 +331,7 @@ fn parse_offer(text: &str) -> Option<Offer> {
     };
     let number = |name| field(name).and_then(|value| value.parse::<u64>().ok());
     Some(Offer {
+        lists: lists.clone(),
         package: field("Package")?.into(),
         version: field("Version")?.into(),
         download_bytes: number("Size")?,
@@ -328,6 +375,11 @@ fn offers(package: &str, suite: &str) -> bool {
 }
 
 fn backports_suite() -> Result<String> {
+    Ok(format!("{}-backports", release_codename()?))
+}
+
+/// `bookworm`, for instance.
+pub(crate) fn release_codename() -> Result<String> {
     let release = fs::read_to_string("/etc/os-release").context("reading /etc/os-release")?;
     let codename = release
         .lines()
@@ -338,7 +390,7 @@ fn backports_suite() -> Result<String> {
                 release_name()
             )
         })?;
-    Ok(format!("{}-backports", codename.trim_matches('"')))
+    Ok(codename.trim_matches('"').to_string())
 }
 
 /// Adds the backports suite at the place the machine already gets its release from.
@@ -361,8 +413,7 @@ fn add_backports(suite: &str) -> Result<()> {
 
 /// A line of a source file for another suite of the archive this machine uses.
 pub(crate) fn archive_line(suite: &str) -> Result<String> {
-    let backports = backports_suite()?;
-    Ok(archive(backports.trim_end_matches("-backports"))?.line(suite))
+    Ok(archive(&release_codename()?)?.line(suite))
 }
 
 /// The archive that this machine gets `release` from.
@@ -458,7 +509,7 @@ mod tests {
         let text = "Package: linux-image-cloud-amd64\nVersion: 6.1.192-2\n\
                     Installed-Size: 13\nDepends: linux-base, linux-image-6.1.0-56-cloud-amd64 (= 6.1.192-2)\n\
                     Size: 1504\nDescription: Linux\n long text\n";
-        let offer = parse_offer(text).unwrap();
+        let offer = parse_offer(text, &Lists::default()).unwrap();
         assert_eq!(
             offer.dependency("linux-image-"),
             Some("linux-image-6.1.0-56-cloud-amd64")
@@ -467,7 +518,13 @@ mod tests {
             (offer.download_bytes, offer.unpacked_bytes),
             (1504, 13 << 10)
         );
-        assert_eq!(parse_offer(""), None);
+        assert_eq!(parse_offer("", &Lists::default()), None);
+    }
+
+    #[test]
+    fn newest_version_is_by_number_and_not_by_letter() {
+        assert!(numbers("6.12.95-1~bpo12+1") < numbers("6.12.117-1"));
+        assert!(numbers("7.2.13-1") < numbers("7.3.4-1~bpo13+1"));
     }
 
     #[test]

@@ -28,6 +28,8 @@ const SILENCE_MAX: Duration = Duration::from_secs(480);
 const MACHINES_MAX: u32 = 3;
 /// How many emulated hosts run at a time, where this machine has a processor for each.
 const LANES_MAX: usize = 4;
+/// How the names of those tests begin that boot what a distribution has made.
+const DISTRIBUTIONS: &str = "debian_";
 /// Memory of an emulated host: with less it has no page of 1 GiB to give.
 const HOST_MEMORY: &str = "5G";
 
@@ -44,6 +46,10 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let program = test_programs::build("vm-tests")?;
     let names = list(&program, &options.filters)?;
+    if needs_distributions(&names) {
+        // Once, before several testbeds look for it at the same time.
+        testbed::prepare_distributions()?;
+    }
     let lanes = if testbed::emulates(&options.profile)? {
         let processors = thread::available_parallelism().map_or(1, usize::from);
         processors.min(LANES_MAX)
@@ -71,6 +77,11 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+fn needs_distributions<'a>(names: impl IntoIterator<Item = &'a String>) -> bool {
+    let mut names = names.into_iter();
+    names.any(|name| name.starts_with(DISTRIBUTIONS))
 }
 
 /// Shares of the tests for `lanes` lanes, neighbours apart: they take about as long as each
@@ -180,6 +191,7 @@ fn run_in_one_machine(
     let mut command = Command::new(this);
     command
         .args(["testbed", "run", "--memory", HOST_MEMORY])
+        .args(needs_distributions(&*left).then_some("--distributions"))
         .args(["--profile", &options.profile, "--"])
         .arg(program)
         .arg("--exactly")

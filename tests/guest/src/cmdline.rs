@@ -16,17 +16,22 @@ pub(crate) enum End {
 pub(crate) struct Request {
     pub(crate) script: Option<Vec<u8>>,
     pub(crate) end: End,
+    /// A disk with a system of its own, which the guest goes on with.
+    pub(crate) root: Option<String>,
 }
 
-/// Reads `guest.run=` and `guest.end=`; anything else on the line is the kernel's.
+/// Reads `guest.run=`, `guest.end=` and `guest.root=`; anything else on the line is the kernel's.
 pub(crate) fn parse(line: &str) -> Result<Request, String> {
     let mut request = Request {
         script: None,
         end: End::PowerOff,
+        root: None,
     };
     for word in line.split_ascii_whitespace() {
         if let Some(text) = word.strip_prefix("guest.run=") {
             request.script = Some(base64(text).ok_or("guest.run= is no base64")?);
+        } else if let Some(text) = word.strip_prefix("guest.root=") {
+            request.root = Some(text.into());
         } else if let Some(text) = word.strip_prefix("guest.end=") {
             request.end = match text {
                 "poweroff" => End::PowerOff,
@@ -76,7 +81,9 @@ mod tests {
 
     #[test]
     fn cmdline_with_script_decodes_it() {
-        let request = parse("quiet guest.run=ZWNobyBoaQ== guest.end=stay").unwrap();
+        let line = "quiet guest.run=ZWNobyBoaQ== guest.end=stay guest.root=/dev/vda";
+        let request = parse(line).unwrap();
+        assert_eq!(request.root.as_deref(), Some("/dev/vda"));
         assert_eq!(request.script.as_deref(), Some(&b"echo hi"[..]));
         assert_eq!(request.end, End::Stay);
     }

@@ -1,7 +1,8 @@
 //! Process 1 of a test guest.
 //!
 //! mounts → `guest: init SECONDS` on the console → modules → `guest.run=` script or an interactive
-//! shell → `guest: exit STATUS` → power off, reboot or stay. The marker comes as early as
+//! shell → `guest: exit STATUS` → power off, reboot or stay. With `guest.root=` the init of the system
+//! on that disk takes over instead. The marker comes as early as
 //! possible, because the time to it is a published figure. A press of the power button ends
 //! the guest in any state.
 
@@ -10,8 +11,8 @@ use std::io::{Seek as _, SeekFrom, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, Stdio};
 
-use crate::cmdline::{self, End};
-use crate::{modules, sys};
+use crate::cmdline::{self, End, Request};
+use crate::{modules, root, sys};
 
 /// Port that VMMs print a time stamp for, and the value that stands for "user space runs".
 const DEBUG_PORT: u64 = 0x80;
@@ -39,11 +40,17 @@ pub(crate) fn main() -> ! {
     ] {
         mount(kind, target, kind);
     }
-    watch_power_button();
 
     let line = std::fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let end = match cmdline::parse(&line) {
+        Ok(Request {
+            root: Some(device), ..
+        }) => {
+            println!("guest: {device}: {}", root::go_on_with(&device));
+            End::PowerOff
+        }
         Ok(request) => {
+            watch_power_button();
             let status = run(request.script.as_deref());
             println!("guest: exit {status}");
             request.end

@@ -17,6 +17,7 @@ mod net_bench;
 mod outer;
 mod pattern;
 mod random;
+mod root;
 mod serve;
 mod size;
 mod stress;

@@ -21,6 +21,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use super::cache::Lock;
 use super::cpio;
 use super::modules;
+use super::newest;
 use crate::apt::{self, Need, Offer};
 use crate::{disk, paths};
 
@@ -63,12 +64,14 @@ const LEFT_OUT: [&str; 6] = [
 
 /// The release's kernel for cloud guests: what guests boot.
 pub(crate) const CLOUD: &[&str] = &["linux-image-cloud-amd64"];
+/// Linux 6.12 for cloud guests, where the release does not have it as [`CLOUD`].
+pub(crate) const CLOUD_6_12: &[&str] = &["linux-image-6.12-cloud-amd64", "linux-image-cloud-amd64"];
 /// A kernel for any machine: what the emulated host boots. The cloud kernel lacks 9p, and before
 /// Linux 6.7 the VMM reads page tables so slowly that it looks at them only now and then.
 pub(crate) const GENERIC: &[&str] = &["linux-image-6.12-amd64", "linux-image-amd64"];
 
-/// Modules of a guest: every device that our VMM has, and the power button.
-pub(crate) const GUEST_MODULES: [&str; 9] = [
+/// Modules of a guest: every device that our VMM has, the power button, a file system for disks.
+pub(crate) const GUEST_MODULES: [&str; 10] = [
     "virtio_pci",
     "virtio_balloon",
     "virtio_blk",
@@ -78,10 +81,11 @@ pub(crate) const GUEST_MODULES: [&str; 9] = [
     "virtio_mem",
     "evdev",
     "button",
+    "ext4",
 ];
 
 /// Modules of the emulated host: its root, its ports, its swap, KVM, networks of guests.
-pub(crate) const HOST_MODULES: [&str; 8] = [
+pub(crate) const HOST_MODULES: [&str; 9] = [
     "virtio_pci",
     "virtio_console",
     "virtio_blk",
@@ -90,7 +94,11 @@ pub(crate) const HOST_MODULES: [&str; 8] = [
     "overlay",
     "kvm_amd",
     "tun",
+    "virtio_net",
 ];
+
+/// Where newer packages have modules, and the kernel beside them.
+const WITH_MODULES: &str = "usr/lib/modules";
 
 /// An unpacked kernel.
 #[derive(Debug, Clone)]
@@ -104,13 +112,35 @@ impl DebianKernel {
     /// The kernel that the first of `packages` which the release has is or, for a meta-package,
     /// stands for; downloaded if it is not there yet. `progress` is called with the bytes of the download so far and of all of it.
     pub(crate) fn fetch(packages: &[&str], progress: impl Fn(u64, u64) + Sync) -> Result<Self> {
+        let again = || apt::fresh_offer(packages);
+        Self::recorded(
+            &packages.join("+"),
+            || apt::offer(packages),
+            again,
+            &progress,
+        )
+    }
+
+    /// The newest kernel for cloud guests that Debian packages, be it for a later release.
+    pub(crate) fn fetch_newest() -> Result<Self> {
+        let again = newest::fresh_cloud_image;
+        Self::recorded("newest", newest::cloud_image, again, &|_, _| ())
+    }
+
+    /// As it was found last time, if that is not long ago, or else what is on offer.
+    fn recorded(
+        name: &str,
+        offer: impl Fn() -> Result<Offer>,
+        again: impl Fn() -> Result<Offer>,
+        progress: &(impl Fn(u64, u64) + Sync),
+    ) -> Result<Self> {
         let cache = paths::cache()?;
         // Asking apt takes seconds on a busy machine, and a new kernel is not needed every day.
-        let record = cache.join(format!("debian-{}", packages.join("+")));
+        let record = cache.join(format!("debian-{name}"));
         if let Some(found) = recorded(&record).and_then(|dir| Self::open(&dir).ok().flatten()) {
             return Ok(found);
         }
-        let dir = Self::newest(&cache, packages, &progress)?;
+        let dir = Self::unpacked(&cache, offer, again, progress)?;
         let found = Self::open(&dir)?;
         let found = found.with_context(|| format!("{} has no kernel", dir.display()))?;
         fs::write(&record, dir.as_os_str().as_encoded_bytes())
@@ -118,26 +148,27 @@ impl DebianKernel {
         Ok(found)
     }
 
-    /// The folder of the newest kernel that the archive has.
-    fn newest(
+    /// The folder of the kernel on offer. `again` asks the archive anew: it may have a newer version
+    /// in place of the one in the lists.
+    fn unpacked(
         cache: &Path,
-        packages: &[&str],
+        offer: impl Fn() -> Result<Offer>,
+        again: impl Fn() -> Result<Offer>,
         progress: &(impl Fn(u64, u64) + Sync),
     ) -> Result<PathBuf> {
-        let offer = resolve(apt::offer(packages)?)?;
-        let dir = folder(cache, &offer);
+        let image = Image::of(offer()?)?;
+        let dir = image.folder(cache);
         if dir.exists() {
             return Ok(dir);
         }
         apt::ensure(&[XZ])?;
         let _lock = Lock::take_named(cache, "debian-lock", "another download of a kernel")?;
-        let error = match unpack(cache, &offer, progress) {
+        let error = match image.unpack(cache, progress) {
             Ok(dir) => return Ok(dir),
             Err(error) => error,
         };
-        // The archive may have a newer version in place of the one in the lists.
-        match apt::fresh_offer(packages).and_then(resolve) {
-            Ok(newer) if newer.version != offer.version => unpack(cache, &newer, progress),
+        match again().and_then(Image::of) {
+            Ok(newer) if newer.version() != image.version() => newer.unpack(cache, progress),
             _ => Err(error),
         }
     }
@@ -146,24 +177,50 @@ impl DebianKernel {
         if !dir.exists() {
             return Ok(None);
         }
-        let boot = dir.join("boot");
-        let entries = fs::read_dir(&boot).with_context(|| format!("reading {}", boot.display()))?;
-        let release = entries
-            .flatten()
-            .find_map(|entry| {
-                let name = entry.file_name().into_string().ok()?;
-                name.strip_prefix("vmlinuz-").map(str::to_string)
+        let found = Self::found_in(dir);
+        let found = found.with_context(|| format!("no kernel in {}", dir.display()))?;
+        Ok(Some(found))
+    }
+
+    /// The kernel in an unpacked tree: `boot/vmlinuz-RELEASE`, or since Linux 7.2 with its modules.
+    fn found_in(dir: &Path) -> Option<Self> {
+        let names = |folder: &Path| {
+            let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+            let names = entries.map(|entry| entry.file_name().into_string());
+            names.flatten().collect::<Vec<String>>()
+        };
+        let of_boot = names(&dir.join("boot"))
+            .iter()
+            .find_map(|name| Some(name.strip_prefix("vmlinuz-")?.to_string()));
+        let with_modules = || {
+            names(&dir.join(WITH_MODULES)).into_iter().find(|release| {
+                dir.join(WITH_MODULES)
+                    .join(release)
+                    .join("vmlinuz")
+                    .exists()
             })
-            .with_context(|| format!("no vmlinuz in {}", boot.display()))?;
-        Ok(Some(Self {
+        };
+        let release = of_boot.or_else(with_modules)?;
+        Some(Self {
             dir: dir.to_path_buf(),
             release,
-        }))
+        })
+    }
+
+    /// `6.12` of `6.12.117+deb12-cloud-amd64`.
+    pub(crate) fn series(&self) -> String {
+        let numbers: Vec<&str> = self.release.split('.').take(2).collect();
+        numbers.join(".")
     }
 
     /// The kernel as the package has it: a bzImage.
     pub(crate) fn vmlinuz(&self) -> PathBuf {
-        self.dir.join(format!("boot/vmlinuz-{}", self.release))
+        let of_boot = self.dir.join(format!("boot/vmlinuz-{}", self.release));
+        if of_boot.exists() {
+            return of_boot;
+        }
+        let folder = self.dir.join(WITH_MODULES).join(&self.release);
+        folder.join("vmlinuz")
     }
 
     /// The form of the kernel that starts soonest under emulation: to unpack it takes emulated
@@ -198,7 +255,7 @@ impl DebianKernel {
     /// `names` and what they depend on, as files under `modules/` of an initramfs. Their order by
     /// name is the order in which init loads them.
     pub(crate) fn modules(&self, names: &[&str]) -> Result<cpio::Archive> {
-        let tree = ["lib/modules", "usr/lib/modules"]
+        let tree = ["lib/modules", WITH_MODULES]
             .map(|folder| self.dir.join(folder).join(&self.release))
             .into_iter()
             .find(|tree| tree.exists())
@@ -226,50 +283,90 @@ fn recorded(record: &Path) -> Option<PathBuf> {
     (age < RECORD_MAX && dir.exists()).then_some(dir)
 }
 
-/// The offer of the image itself.
-fn resolve(offer: Offer) -> Result<Offer> {
-    match offer.dependency("linux-image-") {
-        Some(image) => apt::offer(&[image]),
-        None => Ok(offer),
-    }
+/// The packages that a kernel comes in: one, or since Linux 7.2 several.
+struct Image {
+    packages: Vec<Offer>,
 }
 
-fn folder(cache: &Path, offer: &Offer) -> PathBuf {
-    cache.join(format!("debian-{}_{}", offer.package, offer.version))
-}
+/// Dependencies of an image that are parts of it.
+const PARTS: [&str; 3] = ["linux-base-", "linux-binary-", "linux-modules-"];
 
-/// Downloads and unpacks; what an interrupted run has left is used or cleared away. The caller
-/// holds the lock.
-fn unpack(cache: &Path, offer: &Offer, progress: &(impl Fn(u64, u64) + Sync)) -> Result<PathBuf> {
-    let dir = folder(cache, offer);
-    if dir.exists() {
-        return Ok(dir);
+impl Image {
+    /// What `offer` is, or stands for.
+    fn of(offer: Offer) -> Result<Self> {
+        let named = |offer: &Offer, prefix| {
+            let name = offer.dependency(prefix)?;
+            Some(offer.lists.newest(name))
+        };
+        let image = named(&offer, "linux-image-").unwrap_or(Ok(offer))?;
+        let parts = PARTS.iter().filter_map(|prefix| named(&image, prefix));
+        let mut packages = parts.collect::<Result<Vec<Offer>>>()?;
+        packages.insert(0, image);
+        Ok(Self { packages })
     }
-    let part = dir.with_file_name(format!("debian-{}_{}.part", offer.package, offer.version));
-    let tree = part.join("tree");
-    if tree.exists() {
-        fs::remove_dir_all(&tree).with_context(|| format!("removing {}", tree.display()))?;
+
+    fn version(&self) -> &str {
+        &self.packages[0].version
     }
-    fs::create_dir_all(&tree).with_context(|| format!("creating {}", tree.display()))?;
-    disk::require(
-        cache,
-        offer.download_bytes + offer.unpacked_bytes,
-        &format!("downloading and unpacking {}", offer.package),
-    )?;
-    let package = watched(&part, offer.download_bytes, progress, || {
-        offer.download(&part)
-    })?;
-    if let Err(error) = extract(&package, &tree) {
-        // The next run must not find it.
-        fs::remove_file(&package).with_context(|| format!("removing {}", package.display()))?;
-        return Err(error.context(format!(
-            "{} is damaged and was removed: run this command again",
-            package.display()
-        )));
+
+    fn folder(&self, cache: &Path) -> PathBuf {
+        let Offer {
+            package, version, ..
+        } = &self.packages[0];
+        cache.join(format!("debian-{package}_{version}"))
     }
-    fs::rename(&tree, &dir).with_context(|| format!("creating {}", dir.display()))?;
-    fs::remove_dir_all(&part).with_context(|| format!("removing {}", part.display()))?;
-    Ok(dir)
+
+    /// Downloads and unpacks; what an interrupted run has left is used or cleared away. The caller
+    /// holds the lock.
+    fn unpack(&self, cache: &Path, progress: &(impl Fn(u64, u64) + Sync)) -> Result<PathBuf> {
+        let dir = self.folder(cache);
+        if dir.exists() {
+            return Ok(dir);
+        }
+        let mut part = dir.clone().into_os_string();
+        part.push(".part");
+        let part = PathBuf::from(part);
+        let tree = part.join("tree");
+        if tree.exists() {
+            fs::remove_dir_all(&tree).with_context(|| format!("removing {}", tree.display()))?;
+        }
+        fs::create_dir_all(&tree).with_context(|| format!("creating {}", tree.display()))?;
+        let sum = |bytes: fn(&Offer) -> u64| self.packages.iter().map(bytes).sum::<u64>();
+        let all = sum(|offer| offer.download_bytes);
+        disk::require(
+            cache,
+            all + sum(|offer| offer.unpacked_bytes),
+            &format!("downloading and unpacking {}", self.packages[0].package),
+        )?;
+        let mut before = 0;
+        for offer in &self.packages {
+            let folder = part.join(&offer.package);
+            fs::create_dir_all(&folder)
+                .with_context(|| format!("creating {}", folder.display()))?;
+            let at = |done: u64, _: u64| progress(before + done, all);
+            let package = watched(&folder, offer.download_bytes, &at, || {
+                offer.download(&folder)
+            })?;
+            before += offer.download_bytes;
+            if let Err(error) = extract(&package, &tree) {
+                // The next run must not find it.
+                fs::remove_file(&package)
+                    .with_context(|| format!("removing {}", package.display()))?;
+                return Err(error.context(format!(
+                    "{} is damaged and was removed: run this command again",
+                    package.display()
+                )));
+            }
+        }
+        ensure!(
+            DebianKernel::found_in(&tree).is_some(),
+            "no kernel in {}",
+            self.packages[0].package
+        );
+        fs::rename(&tree, &dir).with_context(|| format!("creating {}", dir.display()))?;
+        fs::remove_dir_all(&part).with_context(|| format!("removing {}", part.display()))?;
+        Ok(dir)
+    }
 }
 
 /// Runs `work` and reports the size of what is in `dir` meanwhile.
@@ -388,16 +485,21 @@ pub(super) fn ensure_tools() -> Result<()> {
 
 /// Makes `dir/{vmlinux,vmlinuz,initramfs.cpio.gz}` from a kernel and the common initramfs.
 pub(super) fn publish(kernel: &DebianKernel, common: &Path, dir: &Path) -> Result<()> {
-    fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
-    for (name, file) in [
-        ("vmlinuz", kernel.vmlinuz()),
-        ("vmlinux", kernel.quickest()?),
-    ] {
-        let published = dir.join(name);
-        if fs::read(&published).ok() != fs::read(&file).ok() {
-            paths::link_or_copy(&file, &published)?;
-        }
+    publish_packed(kernel, common, dir)?;
+    publish_file(&kernel.quickest()?, &dir.join("vmlinux"))
+}
+
+fn publish_file(file: &Path, published: &Path) -> Result<()> {
+    if fs::read(published).ok() == fs::read(file).ok() {
+        return Ok(());
     }
+    paths::link_or_copy(file, published)
+}
+
+/// As [`publish`], without `vmlinux`.
+pub(super) fn publish_packed(kernel: &DebianKernel, common: &Path, dir: &Path) -> Result<()> {
+    fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+    publish_file(&kernel.vmlinuz(), &dir.join("vmlinuz"))?;
     let modules = kernel.modules(&GUEST_MODULES)?;
     super::initramfs::extend(common, modules, &dir.join("initramfs.cpio.gz"))
 }
@@ -454,6 +556,35 @@ mod tests {
         ] {
             assert_eq!(payload(&image), None);
         }
+    }
+
+    #[test]
+    fn kernel_is_found_in_the_old_layout_and_in_the_new() {
+        let dir = std::env::temp_dir().join(format!("xtask-layouts-{}", std::process::id()));
+        for (release, file) in [
+            (
+                "6.1.0-1-cloud-amd64",
+                "old/boot/vmlinuz-6.1.0-1-cloud-amd64",
+            ),
+            (
+                "7.3.4+deb13-cloud-amd64",
+                "new/usr/lib/modules/7.3.4+deb13-cloud-amd64/vmlinuz",
+            ),
+        ] {
+            let file = dir.join(file);
+            fs::create_dir_all(file.parent().unwrap()).unwrap();
+            fs::write(&file, "kernel").unwrap();
+            let tree = dir.join(if release.starts_with('6') {
+                "old"
+            } else {
+                "new"
+            });
+            let found = DebianKernel::found_in(&tree).unwrap();
+            assert_eq!((found.release.as_str(), found.vmlinuz()), (release, file));
+            assert_eq!(found.series(), release[..3]);
+        }
+        assert!(DebianKernel::found_in(&dir).is_none());
+        fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //!   + guest-patches/{series,config}   ─→ cache/kernel-KEY/{vmlinux,bzImage} ─→ target/guest/patched/
 //! busybox-static + tests/guest        ─→ target/guest/initramfs.cpio.gz
 //! linux-image-cloud-amd64, unpacked   ─→ target/guest/debian/{vmlinuz,vmlinux,initramfs.cpio.gz}
+//! as above, 6.1, 6.12 and the newest  ─→ target/guest/debian-SERIES/{vmlinuz,initramfs.cpio.gz}
+//! mmdebstrap                          ─→ cache/debian-disk-KEY/disk.ext4
 //! ```
 
 mod boot;
@@ -16,6 +18,8 @@ mod config;
 pub(crate) mod core;
 pub(crate) mod cpio;
 pub(crate) mod debian;
+mod debian_disk;
+mod distributions;
 mod emulator;
 mod initramfs;
 mod kernel;
@@ -54,6 +58,8 @@ pub(crate) struct Artefacts {
     /// The patched kernel's, if there is one.
     pub(crate) patched: Option<Built>,
     pub(crate) debian: Option<Unpacked>,
+    /// What [`Artefacts::add_distributions`] has made: names under `/guest`, and the files.
+    distributions: Vec<(String, PathBuf)>,
 }
 
 /// A kernel of ours in its two forms.
@@ -93,8 +99,14 @@ impl Artefacts {
             .or_else(|| debian.map(|kernel| (&kernel.vmlinux, &kernel.initramfs)))
     }
 
+    /// Adds Debian's kernels of several series, and a disk with Debian on it.
+    pub(crate) fn add_distributions(&mut self) -> Result<()> {
+        self.distributions = distributions::publish(&self.initramfs)?;
+        Ok(())
+    }
+
     /// What `/guest` of a testbed has: a name there and the file here.
-    pub(crate) fn files(&self) -> Vec<(&'static str, &PathBuf)> {
+    pub(crate) fn files(&self) -> Vec<(&str, &PathBuf)> {
         let mut files = vec![("initramfs.cpio.gz", &self.initramfs)];
         if let Some(stock) = &self.stock {
             files.push(("vmlinux", &stock.vmlinux));
@@ -109,6 +121,8 @@ impl Artefacts {
             files.push(("debian/vmlinux", &debian.vmlinux));
             files.push(("debian/initramfs.cpio.gz", &debian.initramfs));
         }
+        let more = self.distributions.iter();
+        files.extend(more.map(|(name, file)| (name.as_str(), file)));
         files
     }
 }
@@ -134,6 +148,7 @@ pub(crate) fn build(wanted: Wanted) -> Result<Artefacts> {
             Wanted::Stock | Wanted::Both => None,
         },
         initramfs,
+        distributions: Vec::new(),
     })
 }
 

@@ -1,4 +1,4 @@
-//! The newest kernel source that Debian packages, for a look ahead: its lists and package are
+//! The newest kernels that Debian packages, as source and as binary, for a look ahead: the lists are
 //! kept in the cache, and the machine's own sources stay as they are.
 
 use std::fs;
@@ -11,11 +11,13 @@ use anyhow::{Context as _, Result};
 use super::cache::key;
 use super::make::quiet;
 use super::source::{Source, parse_version};
-use crate::{apt, paths};
+use crate::apt::{self, Lists, Offer};
+use crate::paths;
 
 /// Where the newest kernels appear.
 const SUITES: [&str; 2] = ["unstable", "trixie-backports"];
 const PREFIX: &str = "linux-source-";
+const CLOUD: &str = "linux-image-cloud-amd64";
 /// How old the lists may be.
 const LISTS_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
@@ -44,21 +46,39 @@ pub(super) fn source(base: &Source) -> Result<Option<Source>> {
     Ok(Some(source))
 }
 
+/// The newest binary kernel for cloud guests.
+pub(super) fn cloud_image() -> Result<Offer> {
+    Archive::open()?.lists.newest(CLOUD)
+}
+
+/// As [`cloud_image`], from lists that are read anew.
+pub(super) fn fresh_cloud_image() -> Result<Offer> {
+    let list = dir()?.join("sources.list");
+    fs::remove_file(&list).with_context(|| format!("removing {}", list.display()))?;
+    cloud_image()
+}
+
+fn dir() -> Result<PathBuf> {
+    Ok(paths::cache()?.join("debian"))
+}
+
 /// Debian's archive seen through a folder of our own.
 #[derive(Debug)]
 struct Archive {
     dir: PathBuf,
+    lists: Lists,
 }
 
 impl Archive {
     /// Reads the lists anew if they are old.
     fn open() -> Result<Self> {
-        let dir = paths::cache()?.join("debian");
+        let dir = dir()?;
         for folder in ["lists/partial", "archives/partial"] {
             fs::create_dir_all(dir.join(folder))
                 .with_context(|| format!("creating {}", dir.display()))?;
         }
-        let archive = Self { dir };
+        let lists = lists_in(&dir);
+        let archive = Self { dir, lists };
         let lines = SUITES.map(apt::archive_line).into_iter();
         let text: String = lines.collect::<Result<Vec<String>>>()?.join("\n");
         let list = archive.dir.join("sources.list");
@@ -66,7 +86,7 @@ impl Archive {
         if !fresh {
             eprintln!("Reading what Debian has in {}", SUITES.join(" and "));
             fs::write(&list, &text).with_context(|| format!("writing {}", list.display()))?;
-            quiet(archive.command("apt-get").args(["-qq", "update"])).inspect_err(|_| {
+            quiet(archive.lists.command("apt-get").args(["-qq", "update"])).inspect_err(|_| {
                 // The next run shall try again; that it was not there is no matter.
                 fs::remove_file(&list).ok();
             })?;
@@ -74,27 +94,9 @@ impl Archive {
         Ok(archive)
     }
 
-    fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(program);
-        command.env("LC_ALL", "C");
-        let dir = self.dir.display();
-        for option in [
-            format!("Dir::Etc::SourceList={dir}/sources.list"),
-            "Dir::Etc::SourceParts=/dev/null".into(),
-            format!("Dir::State::Lists={dir}/lists"),
-            format!("Dir::Cache={dir}"),
-            // Else the user whom apt becomes would have to own the folder.
-            "APT::Sandbox::User=".into(),
-            "Acquire::Languages=none".into(),
-            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".into(),
-        ] {
-            command.arg("-o").arg(option);
-        }
-        command
-    }
-
     fn text(&self, program: &str, args: &[&str]) -> Result<String> {
         let output = self
+            .lists
             .command(program)
             .args(args)
             .output()
@@ -125,7 +127,8 @@ impl Archive {
         }
         fs::create_dir_all(&fetched).with_context(|| format!("creating {}", fetched.display()))?;
         quiet(
-            self.command("apt-get")
+            self.lists
+                .command("apt-get")
                 .args(["-qq", "download", package])
                 .current_dir(&fetched),
         )?;
@@ -137,6 +140,23 @@ impl Archive {
             .path();
         quiet(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&unpacked))?;
         fs::remove_dir_all(&fetched).with_context(|| format!("removing {}", fetched.display()))
+    }
+}
+
+/// What makes apt look into `dir` and nowhere else.
+fn lists_in(dir: &Path) -> Lists {
+    let dir = dir.display();
+    Lists {
+        options: vec![
+            format!("Dir::Etc::SourceList={dir}/sources.list"),
+            "Dir::Etc::SourceParts=/dev/null".into(),
+            format!("Dir::State::Lists={dir}/lists"),
+            format!("Dir::Cache={dir}"),
+            // Else the user whom apt becomes would have to own the folder.
+            "APT::Sandbox::User=".into(),
+            "Acquire::Languages=none".into(),
+            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".into(),
+        ],
     }
 }
 

@@ -71,6 +71,9 @@ pub(crate) struct Options {
     /// Kernel of the guests that our own tests boot
     #[arg(long, value_enum, default_value = "stock")]
     kernel: KernelChoice,
+    /// Also offer Debian's kernels of several series and a disk with Debian on it
+    #[arg(long)]
+    distributions: bool,
     /// Build only these of our programs [default: all]
     #[arg(long = "program", value_name = "NAME")]
     programs: Vec<String>,
@@ -159,6 +162,8 @@ pub(crate) struct Surroundings {
     pub(crate) profile: Option<String>,
     /// Our binaries that the command needs; all if there is none.
     pub(crate) programs: Vec<String>,
+    /// More options for QEMU, if the host is emulated.
+    pub(crate) qemu: Option<String>,
     /// Ends with status 124 after this many seconds.
     pub(crate) timeout: Option<u64>,
 }
@@ -175,8 +180,9 @@ pub(crate) fn run_command(command: Vec<OsString>, around: Surroundings) -> Resul
         host: HostChoice::Auto,
         profile: around.profile.unwrap_or_else(|| DEFAULT_PROFILE.into()),
         kernel: around.kernel,
+        distributions: false,
         programs: around.programs,
-        qemu: None,
+        qemu: around.qemu,
         console: false,
         command,
     }))
@@ -204,7 +210,10 @@ fn run_job(options: Options) -> Result<Outcome> {
         ),
         None => None,
     };
-    let artefacts = guest::build(options.kernel.wanted())?;
+    let mut artefacts = guest::build(options.kernel.wanted())?;
+    if options.distributions {
+        artefacts.add_distributions()?;
+    }
     if options.kernel == KernelChoice::Patched && artefacts.patched.is_none() {
         bail!("--kernel patched: there is no patch series yet");
     }
@@ -239,6 +248,11 @@ pub(crate) fn build_programs(profile: &str) -> Result<()> {
 pub(crate) fn emulates(profile: &str) -> Result<bool> {
     let artefacts = guest::build(Wanted::Stock)?;
     Ok(!kvm_boots_linux(&artefacts, &bins::build(profile, &[])?)?)
+}
+
+/// Makes what `--distributions` offers.
+pub(crate) fn prepare_distributions() -> Result<()> {
+    guest::build(Wanted::Stock)?.add_distributions()
 }
 
 fn kvm_boots_linux(artefacts: &Artefacts, bins: &[PathBuf]) -> Result<bool> {

@@ -27,10 +27,10 @@ pub(crate) fn tests() -> Vec<Test> {
 
 const MIB: u64 = 1 << 20;
 /// Mainline reports two seconds after a free, then a sixteenth every two seconds.
-const RECLAIM_DEADLINE: Duration = Duration::from_secs(120);
+pub(crate) const RECLAIM_DEADLINE: Duration = Duration::from_secs(120);
 
 /// One figure of `vm.reclaim-stats`.
-fn figure(guest: &Guest, pointer: &str) -> Result<u64> {
+pub(crate) fn figure(guest: &Guest, pointer: &str) -> Result<u64> {
     let stats = guest.vmm.get("vm.reclaim-stats")?;
     stats
         .pointer(pointer)
@@ -38,13 +38,13 @@ fn figure(guest: &Guest, pointer: &str) -> Result<u64> {
         .with_context(|| format!("no {pointer} in {stats:#}"))
 }
 
-fn resize(guest: &Guest, bytes: u64) -> Result<()> {
+pub(crate) fn resize(guest: &Guest, bytes: u64) -> Result<()> {
     let body = format!("{{\"desired_balloon\":{bytes}}}");
     guest.vmm.put("vm.resize", Some(&body)).map(drop)
 }
 
 /// Waits until `vm.info` shows this much memory.
-fn wait_actual(guest: &Guest, bytes: u64) -> Result<()> {
+pub(crate) fn wait_actual(guest: &Guest, bytes: u64) -> Result<()> {
     wait_for("memory_actual_size", RECLAIM_DEADLINE, || {
         let info = guest.vmm.get("vm.info")?;
         Ok((info["memory_actual_size"] == bytes).then_some(()))

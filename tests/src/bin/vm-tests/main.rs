@@ -7,6 +7,7 @@ mod api;
 mod balloon;
 mod boot;
 mod consoles;
+mod debian;
 mod devices;
 mod fleet;
 mod hotplug;
@@ -39,6 +40,7 @@ fn all() -> Vec<Test> {
         overhead::tests(),
         fleet::tests(),
         patched::tests(),
+        debian::tests(),
     ]
     .concat()
 }

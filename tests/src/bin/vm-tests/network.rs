@@ -23,6 +23,8 @@ pub(crate) fn tests() -> Vec<Test> {
     ]
 }
 
+/// Of the card that [`exchange`] uses.
+pub(crate) const MAC: &str = "12:34:56:78:90:ab";
 const TRANSFER_BYTES: usize = 4 << 20;
 const ACCEPT_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -42,20 +44,31 @@ fn noise() -> Vec<u8> {
 /// `tap` is the test's own, as is the network of that number.
 fn carries_data(tap: &str, network: u8, options: &str) -> Result<Outcome> {
     let prefix = format!("192.168.{network}");
-    let net = format!("tap={tap},ip={prefix}.1,mask=255.255.255.0,mac=12:34:56:78:90:ab{options}");
+    let net = format!("tap={tap},ip={prefix}.1,mask=255.255.255.0,mac={MAC}{options}");
     let mut guest = Machine {
         cpus: "boot=2",
         arguments: &["--net", &net],
         ..Machine::default()
     }
     .serve()?;
+    exchange(&mut guest, &prefix)?;
+    guest.end_cleanly()?;
+    wait_for("the tap to vanish", PROCESS_DEADLINE, || {
+        Ok((!Path::new("/sys/class/net").join(tap).exists()).then_some(()))
+    })?;
+    Ok(Outcome::Passed)
+}
+
+/// Sends data into the guest and has it sent back; the host's end of the network is `prefix`.1, and the
+/// guest's card has the address [`MAC`].
+pub(crate) fn exchange(guest: &mut Guest, prefix: &str) -> Result<()> {
     guest.shell(&format!(
         "ip addr add {prefix}.2/24 dev eth0 && ip link set eth0 up"
     ))?;
     let text = guest.shell(&format!(
         "cat /sys/class/net/eth0/address; ping -c 3 -W 20 {prefix}.1"
     ))?;
-    ensure!(text.contains("12:34:56:78:90:ab"), "{text}");
+    ensure!(text.contains(MAC), "{text}");
 
     let data = noise();
     let listener = TcpListener::bind(format!("{prefix}.1:0"))?;
@@ -78,17 +91,16 @@ fn carries_data(tap: &str, network: u8, options: &str) -> Result<Outcome> {
     guest.serial.expect("ok sh 0", ACCEPT_DEADLINE)?;
 
     let counters = guest.vmm.get("vm.counters")?;
+    let net = counters
+        .as_object()
+        .and_then(|devices| devices.iter().find(|(name, _)| name.starts_with("_net")))
+        .map(|(_, net)| net)
+        .with_context(|| format!("{counters:#}"))?;
     for name in ["rx_bytes", "tx_bytes"] {
-        let bytes = counters
-            .pointer(&format!("/_net0/{name}"))
-            .and_then(serde_json::Value::as_u64);
+        let bytes = net.get(name).and_then(serde_json::Value::as_u64);
         ensure!(bytes >= Some(TRANSFER_BYTES as u64), "{name}: {counters:#}");
     }
-    guest.end_cleanly()?;
-    wait_for("the tap to vanish", PROCESS_DEADLINE, || {
-        Ok((!Path::new("/sys/class/net").join(tap).exists()).then_some(()))
-    })?;
-    Ok(Outcome::Passed)
+    Ok(())
 }
 
 fn accept(listener: &TcpListener) -> Result<std::net::TcpStream> {

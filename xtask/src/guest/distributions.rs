@@ -1,0 +1,44 @@
+//! Guests from distributions, for the tests: Debian's kernels for cloud guests, of every series
+//! that is tested, and a disk with Debian on it.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use super::debian::{self, DebianKernel};
+use super::debian_disk;
+use crate::paths;
+
+/// Series with a name of their own under `/guest`; the newest is there as `debian-newest`.
+const SERIES: [&str; 2] = ["6.1", "6.12"];
+
+/// Names under `/guest` and the files. A series that this machine's release does not have is left
+/// out, and so is the newest if its archive cannot be reached.
+pub(super) fn publish(common: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let mut kernels: Vec<(String, DebianKernel)> = Vec::new();
+    for packages in [debian::CLOUD, debian::CLOUD_6_12] {
+        let kernel = DebianKernel::fetch(packages, |_, _| ())?;
+        let series = kernel.series();
+        let is_new = kernels.iter().all(|(name, _)| *name != series);
+        if is_new && SERIES.contains(&series.as_str()) {
+            kernels.push((series, kernel));
+        }
+    }
+    match DebianKernel::fetch_newest() {
+        Ok(kernel) if kernels.iter().all(|(name, _)| *name != kernel.series()) => {
+            kernels.push(("newest".into(), kernel));
+        }
+        Ok(kernel) => eprintln!("note: {} is the newest kernel", kernel.series()),
+        Err(error) => eprintln!("note: the newest kernel is left out: {error:#}"),
+    }
+    let mut files = vec![("debian-disk.ext4".into(), debian_disk::image()?)];
+    for (name, kernel) in kernels {
+        let folder = format!("debian-{name}");
+        let dir = paths::guest().join(&folder);
+        debian::publish_packed(&kernel, common, &dir)?;
+        for file in ["vmlinuz", "initramfs.cpio.gz"] {
+            files.push((format!("{folder}/{file}"), dir.join(file)));
+        }
+    }
+    Ok(files)
+}
