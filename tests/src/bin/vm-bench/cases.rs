@@ -130,7 +130,70 @@ fn bounded(
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::fd::OwnedFd;
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
+
+    use integration_tests::serial::Serial;
+    use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
+
     use super::*;
+
+    /// A guest that never answers, in a process that takes no notice of anything: its serial port is
+    /// closed when it is killed.
+    fn hanging_guest() -> Result<Guest> {
+        let folder = tempfile::tempdir()?;
+        let program = folder.path().join("vmm");
+        fs::write(
+            &program,
+            "#!/bin/sh\nread first\necho ready\nwhile read line; do :; done\n",
+        )?;
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+        let (ours, its) = UnixStream::pair()?;
+        let keeps = its.try_clone()?;
+        let vmm = Vmm::spawn_program(&program, &[], |command| {
+            command
+                .stdin(OwnedFd::from(its))
+                .stdout(OwnedFd::from(keeps));
+        })?;
+        ours.set_nonblocking(true)?;
+        let serial = Serial::over(OwnedFd::from(ours).into());
+        let mut guest = Guest { vmm, serial };
+        // The folder of the script goes only when it runs.
+        guest.serial.send("start")?;
+        guest.expect("ready", PROCESS_DEADLINE)?;
+        Ok(guest)
+    }
+
+    #[test]
+    fn case_that_does_not_end_is_reported_and_the_next_one_has_a_new_guest() {
+        let mut cases = Cases::new(&hanging_guest);
+        cases.bound = Duration::from_millis(50);
+        let hang = |guest: &mut Guest| Ok(json!(guest.command("ping")?));
+        cases.run("hangs", hang).unwrap();
+        cases.run("hangs_too", hang).unwrap();
+        cases.bound = Duration::from_secs(600);
+        cases
+            .run("ends", |guest| Ok(json!(guest.vmm.has_ended()?)))
+            .unwrap();
+        let figures = cases.finish().unwrap();
+        let too_late = json!({ TOO_LATE: 0 });
+        assert_eq!(
+            figures,
+            json!({ "hangs": too_late, "hangs_too": too_late, "ends": false })
+        );
+    }
+
+    #[test]
+    fn figure_without_a_case_that_ends_is_an_error() {
+        let mut cases = Cases::new(&hanging_guest);
+        cases.bound = Duration::from_millis(50);
+        cases
+            .run("hangs", |guest| Ok(json!(guest.command("ping")?)))
+            .unwrap();
+        assert!(cases.finish().is_err());
+    }
 
     #[test]
     fn work_that_ends_in_time_gives_its_value() {
