@@ -87,13 +87,14 @@ impl Drop for Agent {
 
 impl Agent {
     fn start(folder: &Path, group: &Group, balloon: bool) -> Result<Self> {
+        // On a busy emulated host a balloon may grow as slowly as one that is stuck elsewhere.
         let here = folder.display();
         let settings = format!(
             "[agent]\nsocket = '{here}/agent.sock'\nstate_dir = '{here}/state'\n\
              [discovery]\nsockets = ['{here}/vms/*.sock']\n\
              [host]\ncgroup = '{}'\n\
              [control]\nsample = '500ms'\nplan = '500ms'\nsample_deadline = '5s'\n\
-             keep_min = '48MiB'\nsuffer_min = '24MiB'\nstep_part = '25%'\n\
+             keep_min = '48MiB'\nsuffer_min = '24MiB'\nstep_part = '25%'\nstuck_rate = '1MiB'\n\
              [policy.default]\nmin = '128MiB'\nfloor = '128MiB'\nballoon = {balloon}\n",
             group.name()
         );
