@@ -137,19 +137,19 @@ impl EventMonitor {
     /// What others call to tell something. Never blocks.
     pub fn sink(&self) -> EventSink {
         let Some(writer) = &self.writer else {
-            return Arc::new(|_, _, _| {});
+            return Arc::new(|_| {});
         };
         let queue = writer.queue.clone();
         let lost = Arc::clone(&writer.lost);
         let start = writer.start;
-        Arc::new(move |source, event, properties| {
-            let event = Event {
+        Arc::new(move |event| {
+            let record = Event {
                 timestamp: start.elapsed().into(),
-                source: source.to_owned(),
-                event: event.to_owned(),
-                properties: owned(properties),
+                source: event.kind.source().to_owned(),
+                event: event.kind.name().to_owned(),
+                properties: owned(event.properties()),
             };
-            if queue.try_send(Message::Write(event)).is_err() {
+            if queue.try_send(Message::Write(record)).is_err() {
                 lost.fetch_add(1, Ordering::Relaxed);
             }
         })
@@ -163,13 +163,11 @@ impl EventMonitor {
     }
 }
 
-fn owned(properties: &[(&str, String)]) -> Option<BTreeMap<String, String>> {
+fn owned(properties: Vec<(&'static str, String)>) -> Option<BTreeMap<String, String>> {
     if properties.is_empty() {
         return None;
     }
-    let owned = properties
-        .iter()
-        .map(|(name, value)| ((*name).to_owned(), value.clone()));
+    let owned = (properties.into_iter()).map(|(name, value)| (name.to_owned(), value));
     Some(owned.collect())
 }
 
@@ -263,6 +261,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::events::{self, EventKind};
 
     fn pipe() -> (File, File) {
         let (reader, writer) = std::io::pipe().unwrap();
@@ -284,12 +283,11 @@ mod tests {
     fn event_monitor_writes_each_event_with_an_empty_line() {
         let (mut reader, writer) = pipe();
         let monitor = EventMonitor::write_to(writer, Instant::now(), || {}).unwrap();
-        monitor.sink()("vm", "booted", &[]);
-        monitor.sink()(
-            "virtio-device",
-            "activated",
-            &[("id", "__balloon".to_owned())],
-        );
+        monitor.sink()(&EventKind::Booted.into());
+        monitor.sink()(&events::Event {
+            kind: EventKind::DeviceActivated,
+            device: Some("__balloon"),
+        });
         drop(monitor);
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
@@ -310,7 +308,11 @@ mod tests {
         let sink = monitor.sink();
         const EVENTS: u64 = 5000;
         for number in 0..EVENTS {
-            sink("vm", "event", &[("number", number.to_string())]);
+            let event = EventKind::DiscardFailed {
+                failed_bytes: number,
+                new_bytes: 1,
+            };
+            sink(&event.into());
         }
         let deadline = Instant::now() + Duration::from_secs(20);
         while monitor.lost_events() == 0 {
@@ -343,14 +345,14 @@ mod tests {
         assert_eq!(made, 0);
         let place = PathOrFd::Path(path);
         let monitor = EventMonitor::open(&place, Instant::now(), || {}).unwrap();
-        monitor.sink()("vm", "booted", &[]);
+        monitor.sink()(&EventKind::Booted.into());
         drop(monitor);
     }
 
     #[test]
     fn event_monitor_off_takes_everything() {
         let monitor = EventMonitor::off();
-        monitor.sink()("vm", "booted", &[]);
+        monitor.sink()(&EventKind::Booted.into());
         assert_eq!(monitor.lost_events(), 0);
         assert!(!monitor.is_on());
     }

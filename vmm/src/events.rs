@@ -1,6 +1,165 @@
-//! What the VMM tells an outside reader.
+//! Everything the VMM reports to an outside reader: each event with its source, its name and its properties, once.
 
 use std::sync::Arc;
 
-/// Takes `(source, event, properties)` for the event monitor. Never blocks.
-pub type EventSink = Arc<dyn Fn(&str, &str, &[(&str, String)]) + Send + Sync>;
+/// Takes events for the event monitor. Never blocks.
+pub type EventSink = Arc<dyn Fn(&Event<'_>) + Send + Sync>;
+
+/// An event, and the device it is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Event<'a> {
+    /// What happened.
+    pub kind: EventKind,
+    /// Identifier of the device it happened to.
+    pub device: Option<&'a str>,
+}
+
+impl From<EventKind> for Event<'_> {
+    fn from(kind: EventKind) -> Self {
+        Self { kind, device: None }
+    }
+}
+
+impl Event<'_> {
+    /// The details; every value is a string.
+    #[must_use]
+    pub fn properties(&self) -> Vec<(&'static str, String)> {
+        let device = self.device.map(|id| ("id", id.to_owned()));
+        device.into_iter().chain(self.kind.properties()).collect()
+    }
+}
+
+macro_rules! events {
+    ($(
+        $source:literal {
+            $($(#[$doc:meta])* $event:ident $name:literal $({ $($property:ident: $type:ty),+ })?)+
+        }
+    )+) => {
+        /// What happened. The fields of a kind are the properties of the event.
+        #[derive(Clone, Debug, PartialEq, Eq)]
+        #[allow(missing_docs)]
+        pub enum EventKind {
+            $($($(#[$doc])* $event $({ $($property: $type),+ })?,)+)+
+        }
+
+        impl EventKind {
+            /// The part of the VMM in which it happened.
+            #[must_use]
+            pub const fn source(&self) -> &'static str {
+                match self {
+                    $($(Self::$event { .. } => $source,)+)+
+                }
+            }
+
+            /// Its name on the event monitor.
+            #[must_use]
+            pub const fn name(&self) -> &'static str {
+                match self {
+                    $($(Self::$event { .. } => $name,)+)+
+                }
+            }
+
+            fn properties(&self) -> Vec<(&'static str, String)> {
+                match self {
+                    $($(Self::$event $({ $($property),+ })? =>
+                        vec![$($((stringify!($property), $property.to_string())),+)?],)+)+
+                }
+            }
+        }
+    };
+}
+
+events! {
+    "vmm" {
+        /// The control thread runs.
+        VmmStarting "starting"
+        /// The program ends.
+        VmmShutdown "shutdown"
+    }
+    "vm" {
+        /// The machine is being made.
+        Booting "booting"
+        /// Its vCPUs run.
+        Booted "booted"
+        /// The machine is gone; its configuration stays.
+        Shutdown "shutdown"
+        /// The configuration is gone, too.
+        Deleted "deleted"
+        /// A new machine will take the place of this one.
+        Rebooting "rebooting"
+        /// It has.
+        Rebooted "rebooted"
+        /// The vCPUs are being stopped.
+        Pausing "pausing"
+        /// They have stopped.
+        Paused "paused"
+        /// The vCPUs are being resumed.
+        Resuming "resuming"
+        /// They run.
+        Resumed "resumed"
+        /// Memory or balloon change their size.
+        Resizing "resizing"
+        /// Their new sizes are set; the guest may still be at work.
+        Resized "resized"
+        /// The guest has released a device.
+        DeviceRemoved "device-removed" { bdf: String }
+    }
+    "virtio-device" {
+        /// A driver took the device.
+        DeviceActivated "activated"
+        /// The driver released it.
+        DeviceReset "reset"
+        /// The device was hot-plugged.
+        DeviceAdded "added" { bdf: String }
+        /// The guest has given what it was asked for.
+        BalloonTargetReached "balloon-target-reached" { target_bytes: u64 }
+        /// The guest makes no progress towards its target.
+        BalloonStuck "balloon-stuck" { target_bytes: u64, actual_bytes: u64, stuck_ms: u64 }
+        /// More discards have failed.
+        DiscardFailed "balloon-discard-failed" { failed_bytes: u64, new_bytes: u64 }
+        /// Nothing that is reported is discarded any more.
+        ReportingPaused "reporting-paused" { by: String }
+        /// It is again.
+        ReportingResumed "reporting-resumed"
+        /// The guest follows another generation of the policy.
+        PolicyAcknowledged "reporting-policy-acknowledged" { generation: u32 }
+        /// Everything that was free has been reported.
+        ReportNowDone "report-now-done" { report_now_id: u32 }
+        /// An alert became active.
+        AlertEntered "reclaim-threshold-entered" { name: String, figure: String, value: u64, threshold: u64 }
+        /// An alert ended.
+        AlertLeft "reclaim-threshold-left" { name: String, figure: String, value: u64, threshold: u64 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn properties_are_the_device_and_the_fields_of_the_kind() {
+        let event = Event {
+            kind: EventKind::BalloonStuck {
+                target_bytes: 3,
+                actual_bytes: 1,
+                stuck_ms: 30_000,
+            },
+            device: Some("__balloon"),
+        };
+        assert_eq!(event.kind.source(), "virtio-device");
+        assert_eq!(event.kind.name(), "balloon-stuck");
+        let expected = [
+            ("id", "__balloon"),
+            ("target_bytes", "3"),
+            ("actual_bytes", "1"),
+            ("stuck_ms", "30000"),
+        ];
+        let properties = event.properties();
+        let shown: Vec<_> = properties
+            .iter()
+            .map(|(name, value)| (*name, &**value))
+            .collect();
+        assert_eq!(shown, expected);
+        assert_eq!(Event::from(EventKind::Booted).properties(), []);
+    }
+}

@@ -286,8 +286,9 @@ fn vmm_with(no_shutdown: bool) -> Vmm {
     let dir = tempfile::tempdir().unwrap();
     let events = Events::default();
     let recorded = Arc::clone(&events);
-    let sink: crate::events::EventSink = Arc::new(move |source, event, _| {
-        recorded.lock().unwrap().push(format!("{source} {event}"));
+    let sink: crate::events::EventSink = Arc::new(move |event| {
+        let (source, name) = (event.kind.source(), event.kind.name());
+        recorded.lock().unwrap().push(format!("{source} {name}"));
     });
     let thread_start: ThreadStart = Arc::new(|_| {});
     let context = VmContext::new(Arc::clone(&thread_start), sink).unwrap();

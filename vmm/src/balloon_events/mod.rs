@@ -9,14 +9,8 @@ use api::{ReclaimStats, VmState};
 use self::reporting::{ReportingFigures, ReportingWatch};
 use self::target::{BalloonFigures, BalloonWatch};
 use crate::control::MachineView;
+use crate::events::EventKind;
 use crate::reporting_policy::GuestPolicy;
-
-/// One event for the event monitor.
-#[derive(Debug)]
-pub(crate) struct Event {
-    pub(crate) name: &'static str,
-    pub(crate) properties: Vec<(&'static str, String)>,
-}
 
 /// Remembers what was reported.
 #[derive(Debug, Default)]
@@ -32,23 +26,14 @@ impl BalloonEvents {
         now_ms: u64,
         machine: &MachineView,
         stats: &ReclaimStats,
-    ) -> Vec<Event> {
+    ) -> Vec<EventKind> {
         let figures = balloon_figures(machine, stats);
         let target = self
             .target
             .get_or_insert_with(|| BalloonWatch::new(now_ms, figures));
-        let target = target.step(now_ms, figures).into_iter().map(|event| Event {
-            name: event.name(),
-            properties: (event.properties().into_iter())
-                .map(|(name, value)| (name, value.to_string()))
-                .collect(),
-        });
-        let reporting = self.reporting.step(reporting_figures(machine, stats));
-        let reporting = reporting.into_iter().map(|event| Event {
-            name: event.name(),
-            properties: event.property().into_iter().collect(),
-        });
-        target.chain(reporting).collect()
+        let mut events = target.step(now_ms, figures);
+        events.extend(self.reporting.step(reporting_figures(machine, stats)));
+        events
     }
 }
 

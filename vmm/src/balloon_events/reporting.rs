@@ -2,6 +2,8 @@
 //!
 //! Each event answers something the operator did, once, so a guest cannot make more of them than the operator asked for.
 
+use crate::events::EventKind;
+
 /// Reporting at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct ReportingFigures {
@@ -15,19 +17,6 @@ pub(super) struct ReportingFigures {
     pub(super) acknowledged: u32,
 }
 
-/// Something to report.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum ReportingEvent {
-    /// Nothing that is reported is discarded any more.
-    Paused { by: String },
-    /// It is again.
-    Resumed,
-    /// The guest follows another generation of the policy.
-    PolicyAcknowledged { generation: u32 },
-    /// Everything that was free has been reported.
-    ReportNowDone { id: u32 },
-}
-
 /// Remembers what was reported.
 #[derive(Debug, Default)]
 pub(super) struct ReportingWatch {
@@ -39,7 +28,7 @@ pub(super) struct ReportingWatch {
 
 impl ReportingWatch {
     /// Looks again.
-    pub(super) fn step(&mut self, figures: ReportingFigures) -> Vec<ReportingEvent> {
+    pub(super) fn step(&mut self, figures: ReportingFigures) -> Vec<EventKind> {
         if figures.machine != self.machine {
             // A pause goes on over a reboot.
             *self = Self {
@@ -51,43 +40,21 @@ impl ReportingWatch {
         let mut events = Vec::new();
         let was_paused = std::mem::replace(&mut self.paused, figures.paused_by.is_some());
         match figures.paused_by {
-            Some(by) if !was_paused => events.push(ReportingEvent::Paused { by }),
-            None if was_paused => events.push(ReportingEvent::Resumed),
+            Some(by) if !was_paused => events.push(EventKind::ReportingPaused { by }),
+            None if was_paused => events.push(EventKind::ReportingResumed),
             _ => {}
         }
         if figures.acknowledged > self.acknowledged {
             self.acknowledged = figures.acknowledged;
             let generation = figures.acknowledged;
-            events.push(ReportingEvent::PolicyAcknowledged { generation });
+            events.push(EventKind::PolicyAcknowledged { generation });
         }
         if figures.report_now_done > self.report_now_done {
             self.report_now_done = figures.report_now_done;
-            let id = figures.report_now_done;
-            events.push(ReportingEvent::ReportNowDone { id });
+            let report_now_id = figures.report_now_done;
+            events.push(EventKind::ReportNowDone { report_now_id });
         }
         events
-    }
-}
-
-impl ReportingEvent {
-    /// Its name on the event monitor.
-    pub(super) fn name(&self) -> &'static str {
-        match self {
-            Self::Paused { .. } => "reporting-paused",
-            Self::Resumed => "reporting-resumed",
-            Self::PolicyAcknowledged { .. } => "reporting-policy-acknowledged",
-            Self::ReportNowDone { .. } => "report-now-done",
-        }
-    }
-
-    /// Its detail, if it has one.
-    pub(super) fn property(&self) -> Option<(&'static str, String)> {
-        match self {
-            Self::Paused { by } => Some(("by", by.clone())),
-            Self::Resumed => None,
-            Self::PolicyAcknowledged { generation } => Some(("generation", generation.to_string())),
-            Self::ReportNowDone { id } => Some(("report_now_id", id.to_string())),
-        }
     }
 }
 
@@ -103,8 +70,8 @@ mod tests {
         }
     }
 
-    fn names(events: &[ReportingEvent]) -> Vec<&'static str> {
-        events.iter().map(ReportingEvent::name).collect()
+    fn names(events: &[EventKind]) -> Vec<&'static str> {
+        events.iter().map(EventKind::name).collect()
     }
 
     #[test]
@@ -112,7 +79,7 @@ mod tests {
         let mut watch = ReportingWatch::default();
         assert_eq!(watch.step(figures(1, None)), []);
         let by = "guest".to_owned();
-        let paused = ReportingEvent::Paused { by };
+        let paused = EventKind::ReportingPaused { by };
         assert_eq!(watch.step(figures(1, Some("guest"))), [paused]);
         assert_eq!(watch.step(figures(1, Some("device"))), []);
         assert_eq!(watch.step(figures(2, Some("device"))), []);

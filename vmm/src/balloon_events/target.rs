@@ -4,6 +4,8 @@
 //! reached once, a guest is stuck once in [`STUCK_MS`], failures are reported once in [`FAILED_REST_MS`] and added up
 //! in between.
 
+use crate::events::EventKind;
+
 /// A guest that has come no nearer to its target for so long is stuck. Inflating in 4 KiB pages goes at hundreds of MiB
 /// a second, and a guest under load still moves some; a guest that boots may need this long for its driver.
 const STUCK_MS: u64 = 30_000;
@@ -21,21 +23,6 @@ pub(super) struct BalloonFigures {
     pub(super) actual_bytes: u64,
     /// Bytes the host's kernel refused to take back, since the machine was made.
     pub(super) failed_bytes: u64,
-}
-
-/// Something to report.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum BalloonEvent {
-    /// The guest has given what it was asked for.
-    TargetReached { target_bytes: u64 },
-    /// The guest comes no nearer to its target.
-    Stuck {
-        target_bytes: u64,
-        actual_bytes: u64,
-        stuck_ms: u64,
-    },
-    /// More discards have failed.
-    DiscardFailed { failed_bytes: u64, new_bytes: u64 },
 }
 
 /// Remembers what was seen and reported.
@@ -70,7 +57,7 @@ impl BalloonWatch {
     }
 
     /// Looks again.
-    pub(super) fn step(&mut self, now_ms: u64, figures: BalloonFigures) -> Vec<BalloonEvent> {
+    pub(super) fn step(&mut self, now_ms: u64, figures: BalloonFigures) -> Vec<EventKind> {
         if figures.machine != self.last.machine {
             *self = Self::new(now_ms, figures);
         }
@@ -79,7 +66,7 @@ impl BalloonWatch {
         events.into_iter().flatten().collect()
     }
 
-    fn target(&mut self, now_ms: u64, figures: BalloonFigures) -> Option<BalloonEvent> {
+    fn target(&mut self, now_ms: u64, figures: BalloonFigures) -> Option<EventKind> {
         let BalloonFigures {
             target_bytes,
             actual_bytes,
@@ -97,7 +84,7 @@ impl BalloonWatch {
         }
         if distance == 0 {
             self.pending = false;
-            return Some(BalloonEvent::TargetReached { target_bytes });
+            return Some(EventKind::BalloonTargetReached { target_bytes });
         }
         if distance < self.distance_bytes_min || !figures.running {
             self.stuck_reported &= distance >= self.distance_bytes_min;
@@ -110,14 +97,14 @@ impl BalloonWatch {
             return None;
         }
         self.stuck_reported = true;
-        Some(BalloonEvent::Stuck {
+        Some(EventKind::BalloonStuck {
             target_bytes,
             actual_bytes,
             stuck_ms,
         })
     }
 
-    fn failures(&mut self, now_ms: u64, figures: BalloonFigures) -> Option<BalloonEvent> {
+    fn failures(&mut self, now_ms: u64, figures: BalloonFigures) -> Option<EventKind> {
         let new_bytes = figures
             .failed_bytes
             .saturating_sub(self.failed_bytes_reported);
@@ -129,41 +116,10 @@ impl BalloonWatch {
         }
         self.failed_bytes_reported = figures.failed_bytes;
         self.failed_reported_at_ms = Some(now_ms);
-        Some(BalloonEvent::DiscardFailed {
+        Some(EventKind::DiscardFailed {
             failed_bytes: figures.failed_bytes,
             new_bytes,
         })
-    }
-}
-
-impl BalloonEvent {
-    /// Its name on the event monitor.
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::TargetReached { .. } => "balloon-target-reached",
-            Self::Stuck { .. } => "balloon-stuck",
-            Self::DiscardFailed { .. } => "balloon-discard-failed",
-        }
-    }
-
-    /// Its details.
-    pub(super) fn properties(self) -> Vec<(&'static str, u64)> {
-        match self {
-            Self::TargetReached { target_bytes } => vec![("target_bytes", target_bytes)],
-            Self::Stuck {
-                target_bytes,
-                actual_bytes,
-                stuck_ms,
-            } => vec![
-                ("target_bytes", target_bytes),
-                ("actual_bytes", actual_bytes),
-                ("stuck_ms", stuck_ms),
-            ],
-            Self::DiscardFailed {
-                failed_bytes,
-                new_bytes,
-            } => vec![("failed_bytes", failed_bytes), ("new_bytes", new_bytes)],
-        }
     }
 }
 
@@ -192,7 +148,7 @@ mod tests {
         let mut watch = watch(figures(0, 0));
         assert_eq!(watch.step(0, figures(0, 0)), []);
         assert_eq!(watch.step(1000, figures(8, 0)), []);
-        let reached = |target_bytes| [BalloonEvent::TargetReached { target_bytes }];
+        let reached = |target_bytes| [EventKind::BalloonTargetReached { target_bytes }];
         assert_eq!(watch.step(2000, figures(8, 8)), reached(8));
         // Taken back by the guest and given again: nobody asked for that.
         assert_eq!(watch.step(3000, figures(8, 4)), []);
@@ -217,7 +173,7 @@ mod tests {
     fn guest_that_comes_no_nearer_is_stuck_once_until_it_does() {
         let mut watch = watch(figures(8, 0));
         assert_eq!(watch.step(STUCK_MS - 1, figures(8, 0)), []);
-        let stuck = BalloonEvent::Stuck {
+        let stuck = EventKind::BalloonStuck {
             target_bytes: 8,
             actual_bytes: 0,
             stuck_ms: STUCK_MS,
@@ -248,7 +204,7 @@ mod tests {
             ..figures(0, 0)
         };
         let told = |failed_bytes, new_bytes| {
-            [BalloonEvent::DiscardFailed {
+            [EventKind::DiscardFailed {
                 failed_bytes,
                 new_bytes,
             }]
@@ -285,9 +241,10 @@ mod tests {
                 prop_assert!(events.len() <= 2);
                 for event in events {
                     match event {
-                        BalloonEvent::TargetReached { .. } => reached += 1,
-                        BalloonEvent::Stuck { .. } => stuck += 1,
-                        BalloonEvent::DiscardFailed { .. } => failed += 1,
+                        EventKind::BalloonTargetReached { .. } => reached += 1,
+                        EventKind::BalloonStuck { .. } => stuck += 1,
+                        EventKind::DiscardFailed { .. } => failed += 1,
+                        other => unreachable!("{other:?} is no event of a target"),
                     }
                 }
             }

@@ -22,6 +22,7 @@ use api::{
 use super::error::{LifecycleError, RequestError};
 use super::view::{MachineView, PublishedView, View};
 use crate::config::{self, NewDevice, with_device, without_device};
+use crate::events::{Event, EventKind};
 use crate::thresholds::{Subjects, Thresholds};
 use crate::vm::{HotplugError, Machine, MachineFactory, VmContext, VmError};
 
@@ -97,7 +98,7 @@ impl Lifecycle {
     pub fn end(&mut self) -> Result<(), LifecycleError> {
         let deleted = self.delete();
         if !std::mem::replace(&mut self.ended, true) {
-            self.emit("vmm", "shutdown");
+            self.emit(EventKind::VmmShutdown);
         }
         deleted
     }
@@ -135,8 +136,8 @@ impl Lifecycle {
         }
     }
 
-    fn emit(&self, source: &str, event: &str) {
-        (self.context.events)(source, event, &[]);
+    fn emit(&self, kind: EventKind) {
+        (self.context.events)(&kind.into());
     }
 
     /// Checks that the machine is in state `from`, to go to state `to`.
@@ -188,9 +189,9 @@ impl Lifecycle {
             .as_ref()
             .ok_or(LifecycleError::VmMissingConfig)?;
         config::validate(config).map_err(LifecycleError::ConfigValidation)?;
-        self.emit("vm", "booting");
+        self.emit(EventKind::Booting);
         self.start_machine()?;
-        self.emit("vm", "booted");
+        self.emit(EventKind::Booted);
         Ok(())
     }
 
@@ -236,7 +237,7 @@ impl Lifecycle {
     /// There is no machine, or a thread of it did not end in time.
     pub fn shutdown(&mut self) -> Result<(), LifecycleError> {
         self.stop_machine()?;
-        self.emit("vm", "shutdown");
+        self.emit(EventKind::Shutdown);
         Ok(())
     }
 
@@ -253,7 +254,7 @@ impl Lifecycle {
         self.thresholds.clear();
         self.reporting_paused = false;
         if self.config.take().is_some() {
-            self.emit("vm", "deleted");
+            self.emit(EventKind::Deleted);
         }
         stopped
     }
@@ -266,11 +267,11 @@ impl Lifecycle {
         if self.machine.is_none() {
             return Err(LifecycleError::VmNotCreated);
         }
-        self.emit("vm", "rebooting");
+        self.emit(EventKind::Rebooting);
         self.stop_machine()?;
         // Not judged again: every change since the boot was.
         self.start_machine()?;
-        self.emit("vm", "rebooted");
+        self.emit(EventKind::Rebooted);
         Ok(())
     }
 
@@ -280,10 +281,10 @@ impl Lifecycle {
     /// The machine does not run, or a vCPU did not stop in time.
     pub fn pause(&mut self) -> Result<(), LifecycleError> {
         self.machine_in(VmState::Running, VmState::Paused)?;
-        self.emit("vm", "pausing");
+        self.emit(EventKind::Pausing);
         self.on_machine(|machine| machine.pause())?;
         self.paused = true;
-        self.emit("vm", "paused");
+        self.emit(EventKind::Paused);
         Ok(())
     }
 
@@ -293,10 +294,10 @@ impl Lifecycle {
     /// The machine is not paused, or a vCPU could not be resumed.
     pub fn resume(&mut self) -> Result<(), LifecycleError> {
         self.machine_in(VmState::Paused, VmState::Running)?;
-        self.emit("vm", "resuming");
+        self.emit(EventKind::Resuming);
         self.on_machine(|machine| machine.resume())?;
         self.paused = false;
-        self.emit("vm", "resumed");
+        self.emit(EventKind::Resumed);
         Ok(())
     }
 
@@ -313,7 +314,7 @@ impl Lifecycle {
             *config = wanted;
             return Ok(());
         };
-        (self.context.events)("vm", "resizing", &[]);
+        (self.context.events)(&EventKind::Resizing.into());
         if let Some(desired) = resize.desired_vcpus
             && desired != config.cpus.boot_vcpus
         {
@@ -348,7 +349,7 @@ impl Lifecycle {
                 balloon.size = desired;
             }
         }
-        (self.context.events)("vm", "resized", &[]);
+        (self.context.events)(&EventKind::Resized.into());
         Ok(())
     }
 
@@ -390,7 +391,8 @@ impl Lifecycle {
         }
         self.config = Some(with_device(config, device));
         self.keep_taps(fds);
-        self.emit_device("virtio-device", "added", &added);
+        let bdf = added.bdf.clone();
+        self.emit_device(EventKind::DeviceAdded { bdf }, &added.id);
         Ok(Some(added))
     }
 
@@ -436,16 +438,17 @@ impl Lifecycle {
         };
         let gone = machine.take_ejected();
         for device in &gone {
-            self.emit_device("vm", "device-removed", device);
+            let bdf = device.bdf.clone();
+            self.emit_device(EventKind::DeviceRemoved { bdf }, &device.id);
         }
         if !gone.is_empty() {
             self.publish();
         }
     }
 
-    fn emit_device(&self, source: &str, event: &str, device: &PciDeviceInfo) {
-        let properties = [("id", device.id.clone()), ("bdf", device.bdf.clone())];
-        (self.context.events)(source, event, &properties);
+    fn emit_device(&self, kind: EventKind, id: &str) {
+        let device = Some(id);
+        (self.context.events)(&Event { kind, device });
     }
 
     /// `PUT vm.reclaim-thresholds`

@@ -17,6 +17,7 @@ use api::Endpoint;
 use super::error::{LifecycleError, RequestError};
 use super::lifecycle::Lifecycle;
 use super::view::PublishedView;
+use crate::events::EventKind;
 use crate::threads::{CONTROL_THREAD, THRESHOLDS_THREAD, ThreadKind};
 use crate::thresholds::{Monitor, Thresholds};
 use crate::vm::{MachineFactory, VmContext};
@@ -238,7 +239,7 @@ fn run(
     wake: &EventFd,
 ) -> Ending {
     (setup.on_start)();
-    (setup.context.events)("vmm", "starting", &[]);
+    (setup.context.events)(&EventKind::VmmStarting.into());
     let signals = Arc::clone(&setup.context.signals);
     let lifecycle = Lifecycle::new(
         setup.make_machine,

@@ -13,7 +13,7 @@ use crate::alerts::{Needs, Sources, Transition};
 use crate::balloon_events::BalloonEvents;
 use crate::control::PublishedView;
 use crate::device_ids::BALLOON_ID;
-use crate::events::EventSink;
+use crate::events::{Event, EventKind, EventSink};
 use crate::reporting_policy::GuestPolicy;
 use crate::threads::THRESHOLDS_THREAD;
 use crate::vm::MachineObserver;
@@ -221,7 +221,7 @@ impl Evaluator {
             state.settings.step(self.thresholds.now_ms(), &sources)
         };
         for transition in crossed {
-            report(&self.events, transition);
+            (self.events)(&event_of(transition).into());
         }
         if let (true, Some(machine), Some(stats)) = (look.balloon, &view.machine, &stats) {
             let configured = view
@@ -231,10 +231,9 @@ impl Evaluator {
             let id = configured.and_then(|balloon| balloon.id.as_deref());
             let id = id.unwrap_or(BALLOON_ID);
             let now_ms = self.thresholds.now_ms();
-            for event in self.balloon.step(now_ms, machine, stats) {
-                let id = std::iter::once(("id", id.to_owned()));
-                let properties: Vec<_> = id.chain(event.properties).collect();
-                (self.events)("virtio-device", event.name, &properties);
+            for kind in self.balloon.step(now_ms, machine, stats) {
+                let device = Some(id);
+                (self.events)(&Event { kind, device });
             }
         }
     }
@@ -254,16 +253,27 @@ fn read_stats(observer: &dyn MachineObserver, look: Look) -> Option<ReclaimStats
         .ok()
 }
 
-fn report(events: &EventSink, transition: Transition) {
-    let event = match transition.entered {
-        true => "reclaim-threshold-entered",
-        false => "reclaim-threshold-left",
-    };
-    let properties = [
-        ("name", transition.name),
-        ("figure", transition.figure),
-        ("value", transition.value.to_string()),
-        ("threshold", transition.threshold.to_string()),
-    ];
-    events("virtio-device", event, &properties);
+fn event_of(transition: Transition) -> EventKind {
+    let Transition {
+        entered,
+        name,
+        figure,
+        value,
+        threshold,
+    } = transition;
+    if entered {
+        EventKind::AlertEntered {
+            name,
+            figure,
+            value,
+            threshold,
+        }
+    } else {
+        EventKind::AlertLeft {
+            name,
+            figure,
+            value,
+            threshold,
+        }
+    }
 }

@@ -37,7 +37,7 @@ use observer::OwnObserver;
 pub use observer::{BalloonStatsError, MachineObserver};
 
 use crate::config::NewDevice;
-use crate::events::EventSink;
+use crate::events::{Event, EventKind, EventSink};
 use crate::threads::{ThreadKind, ThreadStart};
 
 /// What a machine needs from the program around it.
@@ -82,11 +82,12 @@ impl VmContext {
             signals: Arc::clone(&self.signals),
             thread_start: self.start_of_machine_threads(),
             events: Arc::new(move |event| {
-                let (event, id) = match event {
-                    DeviceEvent::Activated(id) => ("activated", id),
-                    DeviceEvent::Reset(id) => ("reset", id),
+                let (kind, id) = match event {
+                    DeviceEvent::Activated(id) => (EventKind::DeviceActivated, id),
+                    DeviceEvent::Reset(id) => (EventKind::DeviceReset, id),
                 };
-                events("virtio-device", event, &[("id", id.to_owned())]);
+                let device = Some(id);
+                events(&Event { kind, device });
             }),
         }
     }

@@ -34,7 +34,7 @@ fn refusal(change: impl FnOnce(&mut VmConfig)) -> String {
     };
     config.memory.size = 64 << 20;
     change(&mut config);
-    let context = VmContext::new(Arc::new(|_| {}), Arc::new(|_, _, _| {})).unwrap();
+    let context = VmContext::new(Arc::new(|_| {}), Arc::new(|_| {})).unwrap();
     match Parts::open(&mut config, &context) {
         Ok(_parts) => panic!("{config:?} can be opened"),
         Err(error) => api::error_chain(&error).join(": "),
@@ -55,7 +55,7 @@ fn console_refusal(mode: ConsoleOutputMode) -> [String; 2] {
         socket: path(),
         ..ConsoleConfig::default()
     };
-    let context = VmContext::new(Arc::new(|_| {}), Arc::new(|_, _, _| {})).unwrap();
+    let context = VmContext::new(Arc::new(|_| {}), Arc::new(|_| {})).unwrap();
     let serial = consoles::open_serial(&mut config, &context).err().unwrap();
     let console = consoles::open_console(&mut config, &context).err().unwrap();
     [serial, console].map(|error| api::error_chain(&error).join(": "))
