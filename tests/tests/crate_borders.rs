@@ -1,7 +1,9 @@
 //! Which crate of the workspace may use which other, as ARCHITECTURE.md has it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::{fs, io};
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::paths::workspace;
@@ -39,6 +41,26 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("test-server", &[]),
     ("guest-programs", &[]),
     ("xtask", &["api", "device-facts"]),
+];
+/// The modules of `vmm`, from the ground up: each uses only what stands before it.
+const VMM_MODULES: &[&str] = &[
+    "device_ids",
+    "inherited_fd",
+    "threads",
+    "signals",
+    "seccomp",
+    "events",
+    "event_monitor",
+    "config",
+    "reporting_policy",
+    "alerts",
+    "thresholds",
+    "vm",
+    "view",
+    "balloon_events",
+    "figures_thread",
+    "control",
+    "api",
 ];
 /// What would be a way around the border: HTTP, JSON, command lines and confinement are the business of who runs the
 /// machine.
@@ -84,5 +106,72 @@ fn machine_knows_no_http_no_json_no_command_line_and_no_filters() -> Result<()> 
     for unwanted in NOT_IN_THE_MACHINE {
         ensure!(!machine.contains(*unwanted), "machine uses {unwanted}");
     }
+    Ok(())
+}
+
+/// The Rust files of a module, without those of its tests.
+fn sources(place: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
+    if place.is_file() {
+        files.push(place.to_owned());
+        return Ok(());
+    }
+    for entry in fs::read_dir(place)? {
+        let path = entry?.path();
+        if path.file_stem().is_none_or(|name| name != "tests") {
+            sources(&path, files)?;
+        }
+    }
+    Ok(())
+}
+
+/// The modules of the crate that a source names, comments and unit tests left out.
+fn modules_used(source: &str) -> BTreeSet<&str> {
+    let product = source.split("\n#[cfg(test)]\nmod tests {").next();
+    product
+        .unwrap_or_default()
+        .lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .flat_map(|line| line.split("crate::").skip(1))
+        .filter_map(|rest| {
+            rest.split(|c: char| !(c.is_alphanumeric() || c == '_'))
+                .next()
+        })
+        .collect()
+}
+
+#[test]
+fn modules_of_the_vmm_use_only_what_stands_below_them() -> Result<()> {
+    let folder = workspace().join("vmm/src");
+    let mut imports = 0;
+    for (place, module) in VMM_MODULES.iter().enumerate() {
+        let file = folder.join(format!("{module}.rs"));
+        let module_place = if file.is_file() {
+            file
+        } else {
+            folder.join(module)
+        };
+        let mut files = Vec::new();
+        sources(&module_place, &mut files).with_context(|| module_place.display().to_string())?;
+        for file in files {
+            let source = fs::read_to_string(&file)?;
+            for used in modules_used(&source) {
+                let below = VMM_MODULES[..=place].contains(&used);
+                ensure!(
+                    below,
+                    "{} uses {used}, which is above {module}",
+                    file.display()
+                );
+                imports += 1;
+            }
+        }
+    }
+    ensure!(imports > 20, "only {imports} imports were seen");
+    let lib = fs::read_to_string(folder.join("lib.rs"))?;
+    let declared = lib.lines().filter_map(|line| line.split("mod ").nth(1));
+    let declared: BTreeSet<_> = declared.map(|it| it.trim_end_matches(';')).collect();
+    ensure!(
+        declared == VMM_MODULES.iter().copied().collect(),
+        "{declared:?}"
+    );
     Ok(())
 }

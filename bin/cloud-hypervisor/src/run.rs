@@ -8,11 +8,12 @@ use api::config::PathOrFd;
 use api::{Endpoint, VmConfig, VmmPingResponse};
 use vmm::api::http::{Deadlines, HttpServer};
 use vmm::api::{ApiSocket, Dispatcher};
-use vmm::control::{ControlSetup, ControlThread, Ending, Lifecycle, PublishedView};
+use vmm::control::{ControlSetup, ControlThread, Ending, Lifecycle};
 use vmm::event_monitor::EventMonitor;
 use vmm::seccomp::Seccomp;
 use vmm::signals::{ExitSignals, exit_was_asked_for, survive_file_size_limit};
 use vmm::threads::{ThreadKind, ThreadStart};
+use vmm::view::PublishedView;
 use vmm::vm::{Vm, VmContext};
 
 use crate::args::Arguments;

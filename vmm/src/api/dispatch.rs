@@ -22,9 +22,10 @@ use super::failure::request_failed;
 use super::http::{Answer, Handler, Reply, Status};
 use super::query::Queries;
 use crate::config::NewDevice;
-use crate::control::{ControlHandle, Lifecycle, LifecycleError, PublishedView, RequestError};
+use crate::control::{ControlHandle, Lifecycle, LifecycleError, RequestError};
 use crate::reporting_policy::GuestPolicy;
 use crate::threads::ThreadStart;
+use crate::view::PublishedView;
 
 /// How long `vm.balloon-stats` waits for the guest, as long as upstream does.
 const BALLOON_STATS_WAIT: Duration = Duration::from_secs(1);

@@ -9,8 +9,9 @@ use serde::Serialize;
 
 use super::failure::{self, request_failed};
 use super::http::{Answer, Reply, Status};
-use crate::control::{LifecycleError, PublishedView, RequestError};
+use crate::control::{LifecycleError, RequestError};
 use crate::threads::{QUERY_THREAD, ThreadKind, ThreadStart};
+use crate::view::PublishedView;
 use crate::vm::{BalloonStatsError, MachineObserver};
 
 /// Queries at the same time. More than there are connections, so that only clients that do not wait for their answer

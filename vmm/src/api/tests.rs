@@ -23,9 +23,10 @@ use virtio_devices::balloon::HintingError;
 use virtio_devices::balloon::policy::ControlError;
 
 use crate::config::NewDevice;
-use crate::control::{ControlSetup, ControlThread, Ending, Lifecycle, PublishedView};
+use crate::control::{ControlSetup, ControlThread, Ending, Lifecycle};
 use crate::reporting_policy::GuestPolicy;
 use crate::threads::ThreadStart;
+use crate::view::PublishedView;
 use crate::vm::{BalloonStatsError, HotplugError, Machine, MachineObserver, VmContext, VmError};
 use machine::memory::GuestMemory;
 use machine::pc::PcError;

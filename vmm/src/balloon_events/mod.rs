@@ -8,9 +8,9 @@ use api::{ReclaimStats, VmState};
 
 use self::reporting::{ReportingFigures, ReportingWatch};
 use self::target::{BalloonFigures, BalloonWatch};
-use crate::control::MachineView;
 use crate::events::EventKind;
 use crate::reporting_policy::GuestPolicy;
+use crate::view::MachineView;
 
 /// Remembers what was reported.
 #[derive(Debug, Default)]

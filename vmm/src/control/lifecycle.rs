@@ -20,10 +20,10 @@ use api::{
 };
 
 use super::error::{LifecycleError, RequestError};
-use super::view::{MachineView, PublishedView, View};
 use crate::config::{self, NewDevice, with_device, without_device};
 use crate::events::{Event, EventKind};
 use crate::thresholds::{Subjects, Thresholds};
+use crate::view::{MachineView, PublishedView, View};
 use crate::vm::{HotplugError, Machine, MachineFactory, VmContext, VmError};
 
 /// The VM and every change that a request can make to it.

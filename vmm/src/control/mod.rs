@@ -3,9 +3,7 @@
 mod error;
 mod lifecycle;
 mod thread;
-mod view;
 
 pub use error::{LifecycleError, RequestError};
 pub use lifecycle::Lifecycle;
 pub use thread::{ControlHandle, ControlSetup, ControlThread, ControlThreadError, Ending};
-pub use view::{MachineView, PublishedView, View};

@@ -16,10 +16,11 @@ use api::Endpoint;
 
 use super::error::{LifecycleError, RequestError};
 use super::lifecycle::Lifecycle;
-use super::view::PublishedView;
 use crate::events::EventKind;
+use crate::figures_thread::FiguresThread;
 use crate::threads::{CONTROL_THREAD, THRESHOLDS_THREAD, ThreadKind};
-use crate::thresholds::{Monitor, Thresholds};
+use crate::thresholds::Thresholds;
+use crate::view::PublishedView;
 use crate::vm::{MachineFactory, VmContext};
 use machine::signals::VmSignals;
 
@@ -188,7 +189,7 @@ impl ControlThread {
         let own = handle.clone();
         let thresholds = Arc::new(Thresholds::default());
         let thread_start = Arc::clone(&setup.context.thread_start);
-        let monitor = Monitor::start(
+        let monitor = FiguresThread::start(
             Arc::clone(&thresholds),
             Arc::clone(&setup.view),
             Arc::clone(&setup.context.events),

@@ -71,7 +71,7 @@ impl PublishedView {
         Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
     }
 
-    pub(super) fn publish(&self, view: View) {
+    pub(crate) fn publish(&self, view: View) {
         let previous = {
             let mut place = self.0.write().unwrap_or_else(PoisonError::into_inner);
             std::mem::replace(&mut *place, Arc::new(view))

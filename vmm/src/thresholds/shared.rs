@@ -1,0 +1,133 @@
+//! The settings, shared by the control thread, the API and the thread that evaluates them.
+
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use api::{ReclaimThresholds, ReclaimThresholdsChange, ReportingPolicy};
+
+use super::ThresholdError;
+use super::settings::ThresholdSettings;
+use crate::alerts::{Needs, Sources, Transition};
+use crate::reporting_policy::GuestPolicy;
+
+/// The thresholds of a VM, for the control thread, the API and the thread that looks at figures.
+#[derive(Debug)]
+pub struct Thresholds {
+    start: Instant,
+    state: Mutex<State>,
+    wake: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    settings: ThresholdSettings,
+    subjects: Subjects,
+    stop: bool,
+}
+
+/// What there is to evaluate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Subjects {
+    /// A machine, for alerts.
+    pub machine: bool,
+    /// A machine with a balloon, and a reader of its events.
+    pub balloon: bool,
+}
+
+/// What has to be read for one look.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Look {
+    pub(crate) alerts: Needs,
+    pub(crate) balloon: bool,
+}
+
+impl Default for Thresholds {
+    fn default() -> Self {
+        Self {
+            start: Instant::now(),
+            state: Mutex::default(),
+            wake: Condvar::new(),
+        }
+    }
+}
+
+impl Thresholds {
+    /// Makes all of `change`, or nothing. Takes microseconds.
+    ///
+    /// # Errors
+    /// The change makes no sense.
+    pub fn change(&self, change: &ReclaimThresholdsChange) -> Result<(), ThresholdError> {
+        self.lock().settings.change(change, self.now_ms())?;
+        self.wake.notify_all();
+        Ok(())
+    }
+
+    /// Everything as it stands, for the guest that runs now. Takes microseconds.
+    pub fn status(&self, guest: GuestPolicy) -> ReclaimThresholds {
+        self.lock().settings.status(self.now_ms(), guest)
+    }
+
+    /// The reporting policy, if one was set.
+    pub fn policy(&self) -> Option<ReportingPolicy> {
+        self.lock().settings.policy()
+    }
+
+    /// Forgets everything: the VM is no more.
+    pub fn clear(&self) {
+        self.lock().settings.clear();
+    }
+
+    /// Sets what there is to evaluate.
+    pub fn set_subjects(&self, subjects: Subjects) {
+        self.lock().subjects = subjects;
+        self.wake.notify_all();
+    }
+
+    /// Evaluates every alert; at most one transition each.
+    pub(crate) fn step(&self, sources: &Sources) -> Vec<Transition> {
+        self.lock().settings.step(self.now_ms(), sources)
+    }
+
+    /// The clock of alerts.
+    pub(crate) fn now_ms(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// The settings are whole after every change, so a thread that died with the lock has left nothing half done.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ends the wait.
+    pub(crate) fn stop(&self) {
+        self.lock().stop = true;
+        self.wake.notify_all();
+    }
+
+    /// Waits until it is time to look at something; `None` when the end has come. While there is nothing to look at
+    /// the thread sleeps.
+    pub(crate) fn wait(&self, due: &mut Option<Instant>, interval: Duration) -> Option<Look> {
+        let mut state = self.lock();
+        while !state.stop {
+            let Subjects { machine, balloon } = state.subjects;
+            if !(balloon || (machine && state.settings.has_alerts())) {
+                *due = None;
+                state = self
+                    .wake
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            let now = Instant::now();
+            let at = *due.get_or_insert(now + interval);
+            if now >= at {
+                *due = Some(now + interval);
+                let alerts = state.settings.needs();
+                return Some(Look { alerts, balloon });
+            }
+            let waited = self.wake.wait_timeout(state, at - now);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        None
+    }
+}
