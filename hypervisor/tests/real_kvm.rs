@@ -1,68 +1,23 @@
 //! Drives this host's `/dev/kvm` with a few bytes of real mode code.
 //!
 //! Without a usable KVM the tests print why and pass: they say nothing then.
-#![allow(unsafe_code)]
-// UNSAFETY: memory slots point into memory that the test keeps mapped.
+
+mod guest;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use hypervisor::{Error, IoAddress, Kvm, MemorySlot, MsiMessage, Vcpu, Vm, VmExit, kick};
+use guest::{Guest, Page, kvm};
+use hypervisor::{Error, IoAddress, Kvm, MsiMessage, VmExit, kick};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-
-const CODE_ADDRESS: u64 = 0x1000;
-const PAGE_BYTES: usize = 4096;
-
-/// One page at `CODE_ADDRESS`, kept mapped as long as the machine lives.
-struct Guest {
-    // Dropped in this order: the machine before the memory it uses.
-    vcpu: Vcpu,
-    vm: Vm,
-    _page: Box<Page>,
-}
-
-#[repr(align(4096))]
-struct Page([u8; PAGE_BYTES]);
-
-fn kvm() -> Option<Kvm> {
-    match Kvm::open() {
-        Ok(kvm) => Some(kvm),
-        Err(error) => {
-            println!("skipped: {error}");
-            None
-        }
-    }
-}
 
 fn guest(code: &[u8]) -> Option<Guest> {
     let vm = kvm()?.create_vm().expect("a machine");
-    let mut page = Box::new(Page([0xf4; PAGE_BYTES]));
-    page.0[..code.len()].copy_from_slice(code);
-    let slot = MemorySlot {
-        slot: 0,
-        guest_address: CODE_ADDRESS,
-        bytes: PAGE_BYTES as u64,
-        host_address: page.0.as_mut_ptr() as u64,
-        flags: 0,
-    };
-    // SAFETY: the page lives in the same structure as the machine and is dropped after it.
-    unsafe { vm.set_memory_slot(slot) }.expect("a slot");
-    let vcpu = vm.create_vcpu(0).expect("a vCPU");
-    let mut sregs = vcpu.sregs().expect("sregs");
-    sregs.cs.base = 0;
-    sregs.cs.selector = 0;
-    vcpu.set_sregs(&sregs).expect("sregs");
-    let mut regs = vcpu.regs().expect("regs");
-    regs.rip = CODE_ADDRESS;
-    regs.rflags = 2;
-    vcpu.set_regs(&regs).expect("regs");
-    Some(Guest {
-        vcpu,
-        vm,
-        _page: page,
-    })
+    let guest = Guest::new(vm, Page::with(code));
+    guest.start();
+    Some(guest)
 }
 
 #[test]

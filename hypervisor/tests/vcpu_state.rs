@@ -1,71 +1,26 @@
 //! Saves a vCPU of this host's `/dev/kvm` in the middle of a program and goes on in another machine.
 //!
 //! Without a usable KVM the tests print why and pass: they say nothing then.
-#![allow(unsafe_code)]
-// UNSAFETY: memory slots point into memory that the test keeps mapped.
 
-use hypervisor::{Kvm, MemorySlot, Vcpu, VcpuState, Vm, VmExit};
+mod guest;
+
+use guest::{Guest, Page, kvm};
+use hypervisor::{Kvm, Vcpu, VcpuState, VmExit};
 use state::{Saved, StateError};
 
-const CODE_ADDRESS: u64 = 0x1000;
-const PAGE_BYTES: usize = 4096;
-
-#[repr(align(4096))]
-struct Page([u8; PAGE_BYTES]);
-
-/// The machine is dropped before the memory it uses.
-struct Guest {
-    vcpu: Vcpu,
-    _vm: Vm,
-    page: Box<Page>,
-}
-
-fn kvm() -> Option<Kvm> {
-    match Kvm::open() {
-        Ok(kvm) => Some(kvm),
-        Err(error) => {
-            println!("skipped: {error}");
-            None
-        }
-    }
-}
-
 /// A machine around `page`, with a vCPU as after reset.
-fn machine(kvm: &Kvm, mut page: Box<Page>) -> Guest {
+fn machine(kvm: &Kvm, page: Box<Page>) -> Guest {
     let vm = kvm.create_vm().expect("a machine");
     vm.enable_split_irqchip(24).expect("split irqchip");
-    let slot = MemorySlot {
-        slot: 0,
-        guest_address: CODE_ADDRESS,
-        bytes: PAGE_BYTES as u64,
-        host_address: page.0.as_mut_ptr() as u64,
-        flags: 0,
-    };
-    // SAFETY: the page lives in the same structure as the machine and is dropped after it.
-    unsafe { vm.set_memory_slot(slot) }.expect("a slot");
-    let vcpu = vm.create_vcpu(0).expect("a vCPU");
-    Guest {
-        vcpu,
-        _vm: vm,
-        page,
-    }
+    Guest::new(vm, page)
 }
 
 /// A vCPU at the start of `code` in real mode.
 fn guest(kvm: &Kvm, code: &[u8]) -> Guest {
-    let mut page = Box::new(Page([0xf4; PAGE_BYTES]));
-    page.0[..code.len()].copy_from_slice(code);
-    let guest = machine(kvm, page);
+    let guest = machine(kvm, Page::with(code));
     let cpuid = kvm.supported_cpuid().expect("cpuid");
     guest.vcpu.set_cpuid(&cpuid).expect("cpuid");
-    let mut sregs = guest.vcpu.sregs().expect("sregs");
-    sregs.cs.base = 0;
-    sregs.cs.selector = 0;
-    guest.vcpu.set_sregs(&sregs).expect("sregs");
-    let mut regs = guest.vcpu.regs().expect("regs");
-    regs.rip = CODE_ADDRESS;
-    regs.rflags = 2;
-    guest.vcpu.set_regs(&regs).expect("regs");
+    guest.start();
     guest
 }
 

@@ -239,7 +239,7 @@ impl InputSink for Uart {
 #[cfg(test)]
 mod tests {
     use super::super::manager::tests::manager;
-    use super::super::{EndpointMode, SERIAL_IRQ, SERIAL_PORTS};
+    use super::super::{EndpointMode, SERIAL_IRQ, SERIAL_PORTS, SerialManager};
     use super::*;
     use crate::bus::Bus;
     use crate::interrupt::fake::FakeBackend;
@@ -248,6 +248,7 @@ mod tests {
     use std::io::Write;
     use std::os::unix::net::UnixStream;
     use std::time::{Duration, Instant};
+    use tempfile::TempDir;
 
     const BASE: u64 = SERIAL_PORTS.0 as u64;
 
@@ -272,6 +273,20 @@ mod tests {
             backend,
             uart,
         }
+    }
+
+    /// A machine whose port is a socket, and a client that connects after `before` was done to the machine.
+    fn machine_on_a_socket(
+        before: impl FnOnce(&Machine),
+    ) -> ((SerialManager, TempDir), Machine, UnixStream) {
+        let manager = manager();
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("console");
+        let mode = EndpointMode::Socket(path.clone());
+        let machine = machine(Endpoint::open(&mode, &manager).unwrap());
+        before(&machine);
+        let client = UnixStream::connect(path).unwrap();
+        ((manager, directory), machine, client)
     }
 
     impl Machine {
@@ -311,13 +326,9 @@ mod tests {
 
     #[test]
     fn long_input_passes_through_the_small_fifo_complete_and_in_order() {
-        let manager = manager();
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("console");
-        let mode = EndpointMode::Socket(path.clone());
-        let machine = machine(Endpoint::open(&mode, &manager).unwrap());
-        machine.ports.write(BASE + 1, &[1]);
-        let mut client = UnixStream::connect(path).unwrap();
+        let (_keep, machine, mut client) = machine_on_a_socket(|machine| {
+            machine.ports.write(BASE + 1, &[1]);
+        });
         let sent: Vec<u8> = (0..5000_u32).map(|i| (i % 249) as u8).collect();
         client.write_all(&sent).unwrap();
         assert!(machine.receive(sent.len()) == sent);
@@ -327,13 +338,9 @@ mod tests {
 
     #[test]
     fn line_longer_than_a_drivers_loop_arrives_without_another_key() {
-        let manager = manager();
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("console");
-        let mode = EndpointMode::Socket(path.clone());
-        let machine = machine(Endpoint::open(&mode, &manager).unwrap());
-        machine.ports.write(BASE + 1, &[1]);
-        let mut client = UnixStream::connect(path).unwrap();
+        let (_keep, machine, mut client) = machine_on_a_socket(|machine| {
+            machine.ports.write(BASE + 1, &[1]);
+        });
         let sent: Vec<u8> = (0..300_u32).map(|i| (i % 251) as u8).collect();
         client.write_all(&sent).unwrap();
         let deadline = Instant::now() + Duration::from_secs(10);
@@ -362,13 +369,9 @@ mod tests {
 
     #[test]
     fn input_during_loopback_comes_after_it() {
-        let manager = manager();
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("console");
-        let mode = EndpointMode::Socket(path.clone());
-        let machine = machine(Endpoint::open(&mode, &manager).unwrap());
-        machine.ports.write(BASE + 4, &[0x10]);
-        let mut client = UnixStream::connect(path).unwrap();
+        let (_keep, machine, mut client) = machine_on_a_socket(|machine| {
+            machine.ports.write(BASE + 4, &[0x10]);
+        });
         client.write_all(b"typed").unwrap();
         machine.ports.write(BASE, b"L");
         assert_eq!(machine.receive(1), b"L");

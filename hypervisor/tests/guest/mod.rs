@@ -1,0 +1,71 @@
+//! A guest of one page of real mode code, for the tests on this host's `/dev/kvm`.
+#![allow(unsafe_code)]
+// UNSAFETY: memory slots point into memory that the guest keeps mapped.
+
+use hypervisor::{Kvm, MemorySlot, Vcpu, Vm};
+
+const CODE_ADDRESS: u64 = 0x1000;
+const PAGE_BYTES: usize = 4096;
+
+/// One page at `CODE_ADDRESS`.
+#[repr(align(4096))]
+pub(crate) struct Page([u8; PAGE_BYTES]);
+
+impl Page {
+    /// `code`, then `hlt` over and over.
+    pub(crate) fn with(code: &[u8]) -> Box<Self> {
+        let mut page = Box::new(Self([0xf4; PAGE_BYTES]));
+        page.0[..code.len()].copy_from_slice(code);
+        page
+    }
+}
+
+/// A machine with one vCPU and one page, which is kept mapped as long as the machine lives.
+pub(crate) struct Guest {
+    // Dropped in this order: the machine before the memory it uses.
+    pub(crate) vcpu: Vcpu,
+    #[allow(dead_code, reason = "only one of the test programs rings eventfds")]
+    pub(crate) vm: Vm,
+    #[allow(dead_code, reason = "only one of the test programs moves it on")]
+    pub(crate) page: Box<Page>,
+}
+
+/// This host's KVM, if it has one.
+pub(crate) fn kvm() -> Option<Kvm> {
+    match Kvm::open() {
+        Ok(kvm) => Some(kvm),
+        Err(error) => {
+            println!("skipped: {error}");
+            None
+        }
+    }
+}
+
+impl Guest {
+    /// Puts `page` and a vCPU as after reset into `vm`.
+    pub(crate) fn new(vm: Vm, mut page: Box<Page>) -> Self {
+        let slot = MemorySlot {
+            slot: 0,
+            guest_address: CODE_ADDRESS,
+            bytes: PAGE_BYTES as u64,
+            host_address: page.0.as_mut_ptr() as u64,
+            flags: 0,
+        };
+        // SAFETY: the page lives in the same structure as the machine and is dropped after it.
+        unsafe { vm.set_memory_slot(slot) }.expect("a slot");
+        let vcpu = vm.create_vcpu(0).expect("a vCPU");
+        Self { vcpu, vm, page }
+    }
+
+    /// Sets the vCPU to the start of the page, in real mode.
+    pub(crate) fn start(&self) {
+        let mut sregs = self.vcpu.sregs().expect("sregs");
+        sregs.cs.base = 0;
+        sregs.cs.selector = 0;
+        self.vcpu.set_sregs(&sregs).expect("sregs");
+        let mut regs = self.vcpu.regs().expect("regs");
+        regs.rip = CODE_ADDRESS;
+        regs.rflags = 2;
+        self.vcpu.set_regs(&regs).expect("regs");
+    }
+}
