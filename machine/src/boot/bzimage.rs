@@ -11,7 +11,7 @@ use linux_loader::loader::{BzImage, KernelLoader};
 use vm_memory::{ByteValued, GuestMemoryMmap};
 
 use super::image::Image;
-use super::payload::LoadedImage;
+use super::loaded::LoadedImage;
 use super::{BootError, BootProtocol, EntryPoint};
 use crate::memory::layout::HIGH_RAM_START;
 

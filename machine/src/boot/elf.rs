@@ -12,7 +12,7 @@ use linux_loader::loader::{Elf, KernelLoader, PvhBootCapability};
 use vm_memory::{ByteValued, GuestMemoryMmap};
 
 use super::image::Image;
-use super::payload::LoadedImage;
+use super::loaded::LoadedImage;
 use super::{BootError, BootProtocol, EntryPoint};
 
 /// Number of the note that holds the entry point (Xen's `XEN_ELFNOTE_PHYS32_ENTRY`), and its owner.

@@ -15,6 +15,7 @@ mod bzimage;
 mod elf;
 mod gdt;
 mod image;
+mod loaded;
 mod payload;
 mod pvh;
 mod smbios;

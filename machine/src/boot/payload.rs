@@ -5,37 +5,16 @@ use std::io::Seek;
 use std::ops::Range;
 
 use api::config::{PayloadConfig, PlatformConfig};
-use linux_loader::bootparam::setup_header;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryMmap};
 
 use super::image::{Format, Image};
+use super::loaded::{BootData, LoadedImage};
 use super::{BOOT_GDT, BootError, BootProtocol, EntryPoint, bzimage, elf, pvh, smbios, zero_page};
+use crate::memory::GuestMemory;
 use crate::memory::layout::{
     BOOT_GDT_START, BOOT_IDT_START, CMDLINE_MAX_BYTES, CMDLINE_START, EBDA_POINTER, EBDA_START,
     HIGH_RAM_START, PAGE_BYTES, SMBIOS_MAX_BYTES, SMBIOS_START,
 };
-use crate::memory::{E820Entry, GuestMemory};
-
-/// A kernel or firmware in guest RAM.
-#[derive(Debug)]
-pub(super) struct LoadedImage {
-    pub(super) entry: EntryPoint,
-    /// First address it does not use.
-    pub(super) end: u64,
-    /// The initramfs must end at or before this.
-    pub(super) initramfs_end_max: u64,
-    /// Of a bzImage, as it is in the file.
-    pub(super) setup_header: Option<setup_header>,
-}
-
-/// What both protocols tell the payload.
-#[derive(Debug)]
-pub(super) struct BootData {
-    pub(super) e820: Vec<E820Entry>,
-    pub(super) cmdline_address: u64,
-    pub(super) rsdp_address: u64,
-    pub(super) initramfs: Option<Range<u64>>,
-}
 
 /// A payload that is in guest RAM, but not yet told about the machine.
 #[derive(Debug)]

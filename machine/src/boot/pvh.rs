@@ -4,7 +4,7 @@ use linux_loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_st
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::BootError;
-use super::payload::BootData;
+use super::loaded::BootData;
 use crate::memory::layout::{PAGE_BYTES, PVH_INFO_START, PVH_MEMMAP_START, PVH_MODLIST_START};
 
 /// `XEN_HVM_START_MAGIC_VALUE`

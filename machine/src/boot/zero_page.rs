@@ -4,7 +4,7 @@ use linux_loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::BootError;
-use super::payload::BootData;
+use super::loaded::BootData;
 use crate::memory::layout::ZERO_PAGE_START;
 
 /// `type_of_loader` of loaders without an assigned number.

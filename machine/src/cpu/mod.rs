@@ -22,9 +22,10 @@ use std::io;
 
 pub use counters::{ExitCounters, ExitCounts};
 pub use cpuid::guest_phys_bits;
+pub use run::VcpusContext;
 pub use state::{IndexedVcpuState, VcpusState};
 pub use topology::Topology;
-pub use vcpus::{Vcpus, VcpusContext};
+pub use vcpus::Vcpus;
 
 /// What the guest's accesses outside of RAM reach. Implemented by the buses.
 ///

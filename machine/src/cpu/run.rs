@@ -1,5 +1,6 @@
 //! The life of one vCPU thread.
 
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use hypervisor::{SystemEvent, Vcpu, VmExit, kick};
@@ -7,14 +8,30 @@ use hypervisor::{SystemEvent, Vcpu, VmExit, kick};
 use super::core_scheduling::CoreCookies;
 use super::counters::{ExitCounters, count};
 use super::gate::Gate;
-use super::vcpus::VcpusContext;
 use super::{GuestEvent, VmExitHandler};
-use crate::threads::MachineThread;
+use crate::threads::{MachineThread, ThreadStart};
 
 /// Exits served after a pause is asked for, so that the instruction that caused the last one is
 /// finished. An access that crosses a page takes two; a guest that repeats a port access without
 /// end is left in the middle of it, which is harmless: the next run goes on where it was.
 const DRAIN_EXITS_MAX: u32 = 16;
+
+/// What vCPU threads call.
+#[derive(Clone)]
+pub struct VcpusContext {
+    /// The buses.
+    pub handler: Arc<dyn VmExitHandler>,
+    /// Told what ends the machine, on the vCPU's thread. Must not block.
+    pub events: Arc<dyn Fn(GuestEvent) + Send + Sync>,
+    /// Called first on every vCPU thread.
+    pub thread_start: ThreadStart,
+}
+
+impl fmt::Debug for VcpusContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("VcpusContext").finish_non_exhaustive()
+    }
+}
 
 /// One vCPU and what is known of it outside of its thread.
 #[derive(Debug)]

@@ -2,7 +2,6 @@
 #![allow(unsafe_code)]
 // UNSAFETY: pthread_setaffinity_np has no safe wrapper.
 
-use std::fmt;
 use std::io;
 use std::mem;
 use std::os::unix::thread::JoinHandleExt;
@@ -17,11 +16,10 @@ use hypervisor::{Kvm, Vm, kick};
 use super::core_scheduling::CoreCookies;
 use super::cpuid::{CpuidOptions, GuestCpuid, guest_phys_bits};
 use super::gate::{Gate, Wanted};
-use super::run::{VcpuCell, vcpu_thread};
-use super::{CpuError, ExitCounters, GuestEvent, Topology, VmExitHandler, registers};
+use super::run::{VcpuCell, VcpusContext, vcpu_thread};
+use super::{CpuError, ExitCounters, Topology, registers};
 use crate::boot::EntryPoint;
 use crate::memory::layout::{KVM_IDENTITY_MAP_START, KVM_TSS_START};
-use crate::threads::ThreadStart;
 
 /// How long vCPU threads have to leave the guest: a handler that takes longer is broken.
 const STAND_STILL_DEADLINE: Duration = Duration::from_secs(5);
@@ -31,23 +29,6 @@ const APIC_ID_MAX: u32 = 254;
 const APIC_ID_MAX_EXTENDED: u32 = (1 << 15) - 1;
 /// Host CPUs an affinity can name.
 const HOST_CPUS_MAX: usize = libc::CPU_SETSIZE as usize;
-
-/// What vCPU threads call.
-#[derive(Clone)]
-pub struct VcpusContext {
-    /// The buses.
-    pub handler: Arc<dyn VmExitHandler>,
-    /// Told what ends the machine, on the vCPU's thread. Must not block.
-    pub events: Arc<dyn Fn(GuestEvent) + Send + Sync>,
-    /// Called first on every vCPU thread.
-    pub thread_start: ThreadStart,
-}
-
-impl fmt::Debug for VcpusContext {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("VcpusContext").finish_non_exhaustive()
-    }
-}
 
 /// The vCPUs of one machine. Used by the control thread alone; dropping stops them.
 #[derive(Debug)]

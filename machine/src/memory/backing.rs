@@ -13,7 +13,6 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
-use std::os::unix::fs::MetadataExt;
 use std::ptr;
 use std::sync::Arc;
 
@@ -25,6 +24,7 @@ use super::error::ZoneError;
 use super::file::{ZoneFile, huge_page_bytes_of};
 use super::layout::{MIB, PAGE_BYTES};
 use super::numa_policy;
+use super::source::Source;
 
 /// Transparent huge pages on x86-64. Guest and host addresses must agree modulo
 /// this, or KVM can map no range of the guest with a huge page.
@@ -48,58 +48,6 @@ enum Kind {
     /// Page size in bytes; `None` for the host's default.
     HugetlbMemfd(Option<u64>),
     File(ZoneFile),
-}
-
-/// Where the pages of a zone come from, opened and checked.
-#[derive(Debug)]
-pub(super) struct Source {
-    /// `None` for private anonymous memory.
-    pub(super) file: Option<Arc<File>>,
-    /// Mapped shared; else private.
-    pub(super) shared: bool,
-    /// Size of the pages.
-    pub(super) page_bytes: u64,
-    /// What it is, as figures name it.
-    pub(super) name: &'static str,
-}
-
-impl Source {
-    pub(super) fn anonymous() -> Self {
-        Self {
-            file: None,
-            shared: false,
-            page_bytes: PAGE_BYTES,
-            name: "anonymous-private",
-        }
-    }
-
-    /// `file`, of which `huge_page_bytes` is the size of its huge pages if it has any.
-    pub(super) fn file(file: File, shared: bool, huge_page_bytes: Option<u64>) -> Self {
-        Self {
-            file: Some(Arc::new(file)),
-            shared,
-            page_bytes: huge_page_bytes.unwrap_or(PAGE_BYTES),
-            name: match (huge_page_bytes, shared) {
-                (Some(_), true) => "hugetlb-shared",
-                (Some(_), false) => "hugetlb-private",
-                (None, true) => "file-shared",
-                (None, false) => "file-private",
-            },
-        }
-    }
-
-    fn is_hugetlb(&self) -> bool {
-        self.page_bytes > PAGE_BYTES
-    }
-
-    /// Whether the two have a file in common that one of them writes to.
-    pub(super) fn conflicts(&self, other: &Self) -> bool {
-        let file = |source: &Self| source.file.as_ref().and_then(|file| file.metadata().ok());
-        let (Some(first), Some(second)) = (file(self), file(other)) else {
-            return false;
-        };
-        (first.dev(), first.ino()) == (second.dev(), second.ino()) && (self.shared || other.shared)
-    }
 }
 
 impl Backing {
@@ -139,8 +87,8 @@ impl Backing {
     pub(super) fn open(&self, bytes: u64) -> Result<Source, ZoneError> {
         match &self.kind {
             Kind::PrivateAnonymous => Ok(Source::anonymous()),
-            Kind::SharedMemfd => Source::memfd(bytes, 0),
-            Kind::HugetlbMemfd(page_bytes) => Source::memfd(bytes, hugetlb_flags(*page_bytes)),
+            Kind::SharedMemfd => memfd(bytes, 0),
+            Kind::HugetlbMemfd(page_bytes) => memfd(bytes, hugetlb_flags(*page_bytes)),
             Kind::File(file) => file.open(bytes),
         }
     }
@@ -257,40 +205,37 @@ fn hugetlb_flags(page_bytes: Option<u64>) -> libc::c_uint {
 /// Name of our memory files, seen as `memfd:ch_ram` in the process's map.
 const MEMFD_NAME: &std::ffi::CStr = c"ch_ram";
 
-impl Source {
-    /// An anonymous file of `bytes` in memory.
-    fn memfd(bytes: u64, flags: libc::c_uint) -> Result<Self, ZoneError> {
-        let host = |operation| {
-            move |source| ZoneError::Host {
-                operation,
-                bytes,
-                source,
-            }
-        };
-        // SAFETY: the name is a zero-terminated constant; the result is checked below.
-        let fd = unsafe { libc::memfd_create(MEMFD_NAME.as_ptr(), libc::MFD_CLOEXEC | flags) };
-        if fd < 0 {
-            return Err(host("memfd_create")(io::Error::last_os_error()));
+/// An anonymous file of `bytes` in memory.
+fn memfd(bytes: u64, flags: libc::c_uint) -> Result<Source, ZoneError> {
+    let host = |operation| {
+        move |source| ZoneError::Host {
+            operation,
+            bytes,
+            source,
         }
-        // SAFETY: the descriptor is open and belongs to nobody else.
-        let file = unsafe { File::from_raw_fd(fd) };
-        let huge_page_bytes = huge_page_bytes_of(&file);
-        let page_bytes = huge_page_bytes.unwrap_or(PAGE_BYTES);
-        if !bytes.is_multiple_of(page_bytes) {
-            return Err(ZoneError::NotPageMultiple { bytes, page_bytes });
-        }
-        file.set_len(bytes).map_err(host("ftruncate"))?;
-        let source = Self::file(file, true, huge_page_bytes);
-        Ok(match huge_page_bytes {
-            Some(_) => source,
-            None => Self {
-                name: "memfd-shared",
-                ..source
-            },
-        })
+    };
+    // SAFETY: the name is a zero-terminated constant; the result is checked below.
+    let fd = unsafe { libc::memfd_create(MEMFD_NAME.as_ptr(), libc::MFD_CLOEXEC | flags) };
+    if fd < 0 {
+        return Err(host("memfd_create")(io::Error::last_os_error()));
     }
+    // SAFETY: the descriptor is open and belongs to nobody else.
+    let file = unsafe { File::from_raw_fd(fd) };
+    let huge_page_bytes = huge_page_bytes_of(&file);
+    let page_bytes = huge_page_bytes.unwrap_or(PAGE_BYTES);
+    if !bytes.is_multiple_of(page_bytes) {
+        return Err(ZoneError::NotPageMultiple { bytes, page_bytes });
+    }
+    file.set_len(bytes).map_err(host("ftruncate"))?;
+    let source = Source::file(file, true, huge_page_bytes);
+    Ok(match huge_page_bytes {
+        Some(_) => source,
+        None => Source {
+            name: "memfd-shared",
+            ..source
+        },
+    })
 }
-
 /// Maps so that the host address is a multiple of [`THP_BYTES`], as newer kernels do by themselves.
 ///
 /// The mapping must be made by `vm-memory` without a wish for an address, because only such a

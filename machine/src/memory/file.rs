@@ -19,9 +19,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use super::backing::Source;
 use super::error::ZoneError;
 use super::layout::PAGE_BYTES;
+use super::source::Source;
 
 /// What the configuration says of the file.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -13,8 +13,9 @@ use vm_memory::{
     GuestRegionMmap,
 };
 
-use super::backing::{Backing, Source};
+use super::backing::Backing;
 use super::layout::AddressMap;
+use super::source::Source;
 use super::zones::{Zone, hotplug_zone_of, place, zones_of};
 use super::{E820Entry, MemoryError, ZoneError, e820_map};
 

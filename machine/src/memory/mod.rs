@@ -13,6 +13,7 @@ mod file;
 mod guest_ram;
 pub mod layout;
 mod numa_policy;
+mod source;
 mod state;
 mod zones;
 

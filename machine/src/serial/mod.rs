@@ -16,6 +16,7 @@ mod endpoint;
 mod input;
 mod manager;
 mod output;
+mod poll;
 mod pty;
 mod socket;
 mod streams;

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::EventSet;
 
 use super::manager::{Source, Watch, Watcher};
-use super::terminal::is_writable;
+use super::poll::is_writable;
 
 /// The most that waits for a reader: some thousands of lines.
 pub const OUTPUT_BACKLOG_BYTES_MAX: usize = 256 << 10;

@@ -12,7 +12,6 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use super::output::Sink;
 
@@ -136,18 +135,6 @@ fn is_foreground(terminal: RawFd) -> bool {
     // SAFETY: both take and return plain numbers.
     let (foreground, ours) = unsafe { (libc::tcgetpgrp(terminal), libc::getpgrp()) };
     foreground == -1 || foreground == ours
-}
-
-/// Whether `fd` takes bytes within `timeout`, or reports an error when written.
-pub(super) fn is_writable(fd: RawFd, timeout: Duration) -> bool {
-    let mut poll = libc::pollfd {
-        fd,
-        events: libc::POLLOUT,
-        revents: 0,
-    };
-    let timeout_ms = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
-    // SAFETY: one valid pollfd, which the call reads and writes.
-    unsafe { libc::poll(&raw mut poll, 1, timeout_ms) > 0 }
 }
 
 /// Standard output for a guest's text.

@@ -1,0 +1,59 @@
+//! Where the pages of a zone come from.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use super::layout::PAGE_BYTES;
+
+/// Where the pages of a zone come from, opened and checked.
+#[derive(Debug)]
+pub(super) struct Source {
+    /// `None` for private anonymous memory.
+    pub(super) file: Option<Arc<File>>,
+    /// Mapped shared; else private.
+    pub(super) shared: bool,
+    /// Size of the pages.
+    pub(super) page_bytes: u64,
+    /// What it is, as figures name it.
+    pub(super) name: &'static str,
+}
+
+impl Source {
+    pub(super) fn anonymous() -> Self {
+        Self {
+            file: None,
+            shared: false,
+            page_bytes: PAGE_BYTES,
+            name: "anonymous-private",
+        }
+    }
+
+    /// `file`, of which `huge_page_bytes` is the size of its huge pages if it has any.
+    pub(super) fn file(file: File, shared: bool, huge_page_bytes: Option<u64>) -> Self {
+        Self {
+            file: Some(Arc::new(file)),
+            shared,
+            page_bytes: huge_page_bytes.unwrap_or(PAGE_BYTES),
+            name: match (huge_page_bytes, shared) {
+                (Some(_), true) => "hugetlb-shared",
+                (Some(_), false) => "hugetlb-private",
+                (None, true) => "file-shared",
+                (None, false) => "file-private",
+            },
+        }
+    }
+
+    pub(super) fn is_hugetlb(&self) -> bool {
+        self.page_bytes > PAGE_BYTES
+    }
+
+    /// Whether the two have a file in common that one of them writes to.
+    pub(super) fn conflicts(&self, other: &Self) -> bool {
+        let file = |source: &Self| source.file.as_ref().and_then(|file| file.metadata().ok());
+        let (Some(first), Some(second)) = (file(self), file(other)) else {
+            return false;
+        };
+        (first.dev(), first.ino()) == (second.dev(), second.ino()) && (self.shared || other.shared)
+    }
+}
