@@ -1,4 +1,5 @@
-//! `cargo xtask fleet-page` and `fleet-bench`: the fleet agent with programs of others, and what it costs.
+//! `cargo xtask fleet-page`, `fleet-bench` and `fleet-chaos`: the fleet agent with other programs, its costs, and its
+//! behaviour when everything fails.
 
 use std::process::ExitCode;
 
@@ -71,6 +72,33 @@ pub(crate) fn bench(options: &BenchOptions) -> Result<ExitCode> {
         .status()
         .context("starting the measurement")?;
     Ok(if status.success() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ChaosOptions {
+    /// Minutes of chaos, before everything settles
+    #[arg(long, default_value_t = 10)]
+    minutes: u64,
+    /// Seed of the script
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+}
+
+/// Runs the test of the same name for longer.
+pub(crate) fn chaos(options: &ChaosOptions) -> Result<ExitCode> {
+    let passed = cargo::command(["test", "--package", "ch-fleet", "--test", "chaos"])
+        .args(["--", "--exact", "--nocapture"])
+        .arg("agent_that_is_killed_again_and_again_does_no_harm")
+        .env("FLEET_CHAOS_MINUTES", options.minutes.to_string())
+        .env("SEED", options.seed.to_string())
+        .status()
+        .context("starting the test")?
+        .success();
+    Ok(if passed {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

@@ -54,6 +54,8 @@ enum Command {
     FleetPage,
     /// Measure what the fleet agent costs its host
     FleetBench(fleet::BenchOptions),
+    /// Kill the fleet agent again and again while its VMs fail, and check that it does no harm
+    FleetChaos(fleet::ChaosOptions),
     /// Test the fleet manager with a real etcd
     FleetStore(fleet_store::Options),
     /// Do anything to the devices, for a while
@@ -105,6 +107,7 @@ fn main() -> ExitCode {
         Command::VmTests(options) => vm_tests::run(&options),
         Command::FleetPage => fleet::page(),
         Command::FleetBench(options) => fleet::bench(&options),
+        Command::FleetChaos(options) => fleet::chaos(&options),
         Command::FleetStore(options) => fleet_store::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Experiment(experiment) => experiment::run(&experiment),

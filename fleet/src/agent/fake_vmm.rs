@@ -91,6 +91,8 @@ pub struct FakeVm {
     pub level: u8,
     /// Whether the balloon follows its target.
     pub follows: bool,
+    /// Whether it says that its balloon holds what was asked for, whatever it holds.
+    pub lies: bool,
     /// Whether its memory is in huge pages.
     pub huge: bool,
     /// Whether the guest's statistics come.
@@ -121,6 +123,7 @@ impl FakeVm {
             actual: 0,
             level: 2,
             follows: true,
+            lies: false,
             huge: false,
             talks: true,
             paused: false,
@@ -135,7 +138,18 @@ impl FakeVm {
     fn resize(&mut self, target: u64) {
         self.resizes.push((target, Instant::now()));
         self.target = target;
-        if self.follows {
+        self.settle();
+    }
+
+    /// What its balloon holds as far as anybody is told.
+    fn claimed(&self) -> u64 {
+        if self.lies { self.target } else { self.actual }
+    }
+
+    /// Has the balloon follow its target.
+    pub fn settle(&mut self) {
+        let target = self.target;
+        if self.follows && !self.lies {
             let taken = target.saturating_sub(self.actual);
             let given = self.actual.saturating_sub(target);
             self.resident = self.resident.saturating_sub(taken);
@@ -392,7 +406,7 @@ fn respond(vm: &mut FakeVm, request: &str) -> String {
             vm.huge,
             vm.target,
             if vm.paused { "Paused" } else { "Running" },
-            vm.configured - vm.actual
+            vm.configured - vm.claimed()
         )),
         ("vm.resize", _) if vm.refuses_balloon => refused(),
         ("vm.pause", _) => {
@@ -415,15 +429,15 @@ fn respond(vm: &mut FakeVm, request: &str) -> String {
         ("vm.balloon-stats", 1..) if !vm.talks => refused(),
         ("vm.balloon-stats", 1..) => ok(&format!(
             r#"{{"balloon_actual":{},"stats":{}}}"#,
-            vm.actual,
+            vm.claimed(),
             stats(vm)
         )),
         ("vm.reclaim-stats", 2..) => ok(&format!(
             r#"{{"configured_bytes":{},"resident_bytes":{},"reclaimed_bytes":{},"ballooned_bytes":{},"balloon_target_bytes":{},"guest":{{"age_ms":0,"stats":{}}}}}"#,
             vm.configured,
             vm.resident,
-            vm.configured - vm.resident,
-            vm.actual,
+            vm.configured.saturating_sub(vm.resident),
+            vm.claimed(),
             vm.target,
             stats(vm)
         )),

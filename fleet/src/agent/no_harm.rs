@@ -34,6 +34,9 @@ pub struct Actual {
 /// Something that an agent did and should not have done.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Harm {
+    /// Nobody is there to explain anything.
+    #[error("the agent does not answer")]
+    Silent,
     /// A VM is stopped.
     #[error("{vm} is left paused, which is explained as {reason:?}")]
     Paused {
