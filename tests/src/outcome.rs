@@ -1,12 +1,19 @@
-//! Running a list of tests, a few at a time, and counting how they end.
+//! Tests as a program: chosen, listed and run by `libtest-mimic`, a few at a time.
+//!
+//! What is printed is ours. libtest starts a line before the test and ends it after, tells why a test failed when all
+//! have ended, and times none; a host that hangs would take all of it along. Here each test ends with one whole line, with
+//! time and reason, which `cargo xtask` reads while the others run.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::available_parallelism;
 use std::time::Instant;
 
 use anyhow::Result;
+use clap::Parser;
+use libtest_mimic::{Completion, Failed, Trial};
 
 /// How a test ended when it did not fail.
 #[derive(Debug)]
@@ -18,66 +25,123 @@ pub enum Outcome {
 }
 
 /// One test.
-#[derive(Debug, Clone, Copy)]
+#[expect(missing_debug_implementations, reason = "it is a function")]
 pub struct Test {
-    /// `subject_condition_outcome`.
-    pub name: &'static str,
-    /// The test itself.
-    pub run: fn() -> Result<Outcome>,
+    name: &'static str,
+    run: Box<dyn Fn() -> Result<Outcome> + Send>,
 }
 
-/// Makes a [`Test`] of a function, named after it.
+impl Test {
+    /// A test with a name of the form `subject_condition_outcome`.
+    pub fn new(name: &'static str, run: impl Fn() -> Result<Outcome> + Send + 'static) -> Self {
+        let run = Box::new(run);
+        Self { name, run }
+    }
+}
+
+/// Makes a [`Test`] of each function, named after it.
 #[macro_export]
 macro_rules! tests {
     ($($function:path),* $(,)?) => {
-        vec![$($crate::outcome::Test { name: stringify!($function), run: $function }),*]
+        vec![$($crate::outcome::Test::new(stringify!($function), $function)),*]
     };
+}
+
+/// The options of libtest, which also takes several filters.
+#[derive(Debug, Parser)]
+struct Options {
+    #[command(flatten)]
+    libtest: libtest_mimic::Arguments,
+    /// More of the same: a test runs if one of them fits
+    #[arg(value_name = "FILTER")]
+    filters: Vec<String>,
 }
 
 /// How many tests run at a time: one for each processor, since a guest's tests
 /// are as much waiting as work, but not so many that their deadlines suffer.
 const JOBS_MAX: usize = 4;
 
-/// Runs the tests, prints one line each and a closing line. True when none failed.
-pub fn run(tests: &[Test]) -> bool {
-    let start = Instant::now();
-    let tally = Tally::default();
-    let queue = Mutex::new(tests.iter());
-    // A binding of its own, for the lock is not to be held while a test runs.
-    let next = || {
-        let mut queue = queue.lock().expect("taking the next test does not panic");
-        queue.next()
-    };
+/// Does what the command line says, with a few tests at a time.
+pub fn main(tests: Vec<Test>) -> ExitCode {
     let jobs = available_parallelism().map_or(1, usize::from).min(JOBS_MAX);
-    std::thread::scope(|scope| {
-        for _ in 0..jobs {
-            scope.spawn(|| {
-                while let Some(test) = next() {
-                    tally.run(test);
-                }
-            });
-        }
-    });
-    let [passed, failed, skipped] =
-        [tally.passed, tally.failed, tally.skipped].map(AtomicU32::into_inner);
-    let seconds = start.elapsed().as_secs();
-    let retried = tally.retried.into_inner();
-    if retried > 0 {
-        println!("{retried} tests were tried a second time");
+    main_with_jobs(tests, jobs)
+}
+
+/// The same, one test after the other.
+pub fn main_in_order(tests: Vec<Test>) -> ExitCode {
+    main_with_jobs(tests, 1)
+}
+
+fn main_with_jobs(tests: Vec<Test>, jobs: usize) -> ExitCode {
+    let mut options = Options::parse();
+    options.libtest.test_threads.get_or_insert(jobs);
+    if options.libtest.list {
+        let listed = tests
+            .into_iter()
+            .map(|test| Trial::test(test.name, || Ok(())));
+        let listed = chosen(&mut options, listed);
+        return libtest_mimic::run(&options.libtest, listed).exit_code();
     }
-    println!("ran for {seconds} s");
-    // Read by machines, so it stands alone.
+    let start = Instant::now();
+    let Tally {
+        passed,
+        failed,
+        skipped,
+        retried,
+    } = run(options, tests, is_second_try_fair());
+    println!("ran for {} s", start.elapsed().as_secs());
+    // Read by machines, so these stand alone.
     println!("{passed} passed, {failed} failed, {skipped} skipped");
-    failed == 0
+    println!("{retried} retried");
+    // A filter that fits nothing is a mistake.
+    if failed > 0 || passed + skipped == 0 {
+        return ExitCode::FAILURE;
+    }
+    ExitCode::SUCCESS
 }
 
 /// How many tests ended how.
-#[derive(Debug, Default)]
+#[derive(Debug, PartialEq, Eq)]
 struct Tally {
-    passed: AtomicU32,
-    failed: AtomicU32,
-    skipped: AtomicU32,
-    retried: AtomicU32,
+    passed: u64,
+    failed: u64,
+    skipped: u64,
+    retried: u64,
+}
+
+fn run(mut options: Options, tests: Vec<Test>, second_try: bool) -> Tally {
+    let retried = Arc::<AtomicU64>::default();
+    let trials = tests
+        .into_iter()
+        .map(|test| trial(test, second_try, Arc::clone(&retried)));
+    let trials = chosen(&mut options, trials);
+    // Its lines would stand between ours.
+    options.libtest.logfile = Some("/dev/null".to_owned());
+    let ended = libtest_mimic::run(&options.libtest, trials);
+    Tally {
+        passed: ended.num_passed,
+        failed: ended.num_failed,
+        skipped: ended.num_ignored,
+        retried: retried.load(Ordering::Relaxed),
+    }
+}
+
+/// The trials that one of the filters lets through; `libtest-mimic` itself knows one filter alone.
+fn chosen(options: &mut Options, trials: impl Iterator<Item = Trial>) -> Vec<Trial> {
+    let libtest = &mut options.libtest;
+    let Some(first) = libtest.filter.take() else {
+        return trials.collect();
+    };
+    let by_filter: Vec<_> = std::iter::once(first)
+        .chain(options.filters.drain(..))
+        .map(|filter| libtest_mimic::Arguments {
+            filter: Some(filter),
+            ..libtest.clone()
+        })
+        .collect();
+    trials
+        .filter(|trial| by_filter.iter().any(|it| !it.is_filtered_out(trial)))
+        .collect()
 }
 
 /// An emulated host loses interrupts and takes seconds for what a processor does in
@@ -87,25 +151,111 @@ fn is_second_try_fair() -> bool {
     std::env::var("TESTBED").is_ok_and(|testbed| testbed == "emulated")
 }
 
-impl Tally {
-    fn run(&self, test: &Test) {
+/// Runs the test, prints its line and tells `libtest-mimic` how it ended.
+fn trial(test: Test, second_try: bool, retried: Arc<AtomicU64>) -> Trial {
+    let Test { name, run } = test;
+    Trial::ignorable_test(name, move || {
         let start = Instant::now();
-        let mut result = catch_unwind(AssertUnwindSafe(test.run));
+        let attempt = || catch_unwind(AssertUnwindSafe(&run));
+        let mut result = attempt();
+        // A panic is a mismatch of data or a mistake of the test: never tried again.
         if let Ok(Err(error)) = &result
-            && is_second_try_fair()
+            && second_try
         {
-            println!("AGAIN           {}: {error:#}", test.name);
-            self.retried.fetch_add(1, Ordering::Relaxed);
-            result = catch_unwind(AssertUnwindSafe(test.run));
+            println!("AGAIN           {name}: {error:#}");
+            retried.fetch_add(1, Ordering::Relaxed);
+            result = attempt();
         }
-        let seconds = start.elapsed().as_secs_f32();
-        let (verdict, count, more) = match result {
-            Ok(Ok(Outcome::Passed)) => ("PASS", &self.passed, String::new()),
-            Ok(Ok(Outcome::Skipped(why))) => ("SKIP", &self.skipped, format!(": {why}")),
-            Ok(Err(error)) => ("FAIL", &self.failed, format!(": {error:#}")),
-            Err(_) => ("FAIL", &self.failed, ": panicked".to_owned()),
+        let failed = Err(Failed::without_message());
+        let (verdict, ended, why) = match result {
+            Ok(Ok(Outcome::Passed)) => ("PASS", Ok(Completion::Completed), String::new()),
+            Ok(Ok(Outcome::Skipped(why))) => {
+                ("SKIP", Ok(Completion::ignored()), format!(": {why}"))
+            }
+            Ok(Err(error)) => ("FAIL", failed, format!(": {error:#}")),
+            Err(_) => ("FAIL", failed, ": panicked".to_owned()),
         };
-        count.fetch_add(1, Ordering::Relaxed);
-        println!("{verdict} [{seconds:7.2}s] {}{more}", test.name);
+        let seconds = start.elapsed().as_secs_f32();
+        println!("{verdict} [{seconds:7.2}s] {name}{why}");
+        ended
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use anyhow::{bail, ensure};
+
+    use super::*;
+
+    fn passes() -> Result<Outcome> {
+        Ok(Outcome::Passed)
+    }
+
+    fn skips() -> Result<Outcome> {
+        Ok(Outcome::Skipped("nothing to do".to_owned()))
+    }
+
+    fn fails() -> Result<Outcome> {
+        bail!("no answer")
+    }
+
+    fn panics() -> Result<Outcome> {
+        panic!("wrong byte")
+    }
+
+    /// Fails until it has failed once.
+    fn flaky() -> Test {
+        let failed = AtomicBool::new(false);
+        Test::new("flaky", move || {
+            ensure!(failed.swap(true, Ordering::Relaxed), "late");
+            Ok(Outcome::Passed)
+        })
+    }
+
+    fn tally(second_try: bool, words: &[&str]) -> Tally {
+        let mut tests = tests![passes, skips, fails, panics];
+        tests.push(flaky());
+        let words = ["program"].iter().chain(words);
+        run(Options::parse_from(words), tests, second_try)
+    }
+
+    #[test]
+    fn failure_but_no_panic_is_tried_twice_where_that_is_fair() {
+        let fair = Tally {
+            passed: 2,
+            failed: 2,
+            skipped: 1,
+            retried: 2,
+        };
+        assert_eq!(tally(true, &[]), fair);
+        let unfair = Tally {
+            passed: 1,
+            failed: 3,
+            skipped: 1,
+            retried: 0,
+        };
+        assert_eq!(tally(false, &["--test-threads", "1"]), unfair);
+    }
+
+    #[test]
+    fn filters_and_skips_choose_as_those_of_libtest_do() {
+        let names = |words: &[&str]| {
+            let words = ["program"].iter().chain(words);
+            let mut options = Options::parse_from(words);
+            let all = ["pass", "pass_more", "fail"].map(|name| Trial::test(name, || Ok(())));
+            let chosen = chosen(&mut options, all.into_iter());
+            let left = chosen
+                .iter()
+                .filter(|it| !options.libtest.is_filtered_out(it));
+            left.map(|it| it.name().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(names(&[]), ["pass", "pass_more", "fail"]);
+        assert_eq!(names(&["pass"]), ["pass", "pass_more"]);
+        assert_eq!(names(&["ai", "more"]), ["pass_more", "fail"]);
+        assert_eq!(names(&["--exact", "pass", "fail"]), ["pass", "fail"]);
+        assert_eq!(names(&["pass", "--skip", "more"]), ["pass"]);
+        assert_eq!(names(&["none"]), [""; 0]);
     }
 }

@@ -67,11 +67,12 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             .map(|lane| lane.join().expect("a lane does not panic"))
             .sum::<Result<Tally>>()
     })?;
-    // The last line is read by machines: it stands alone.
+    // The last lines are read by machines: they stand alone.
     println!(
         "{} passed, {} failed, {} skipped",
         tally.passed, tally.failed, tally.skipped
     );
+    println!("{} retried", tally.retried);
     Ok(if tally.failed == 0 {
         ExitCode::SUCCESS
     } else {
@@ -126,6 +127,8 @@ struct Tally {
     passed: u64,
     failed: u64,
     skipped: u64,
+    /// Of those, tried a second time.
+    retried: u64,
 }
 
 impl Tally {
@@ -144,6 +147,7 @@ impl Sum for Tally {
             passed: sum.passed + tally.passed,
             failed: sum.failed + tally.failed,
             skipped: sum.skipped + tally.skipped,
+            retried: sum.retried + tally.retried,
         })
     }
 }
@@ -173,7 +177,7 @@ fn list(program: &Path, filters: &[String]) -> Result<Vec<String>> {
         .with_context(|| format!("starting {}", program.display()))?;
     let names: Vec<String> = String::from_utf8_lossy(&output.stdout)
         .lines()
-        .map(str::to_owned)
+        .filter_map(|line| Some(line.strip_suffix(": test")?.to_owned()))
         .collect();
     ensure!(!names.is_empty(), "no test matches {filters:?}");
     Ok(names)
@@ -194,7 +198,7 @@ fn run_in_one_machine(
         .args(needs_distributions(&*left).then_some("--distributions"))
         .args(["--profile", &options.profile, "--"])
         .arg(program)
-        .arg("--exactly")
+        .arg("--exact")
         .args(&*left)
         .stdout(input);
     let mut child = process::spawn_tied(&mut command, Tie::Terminate, Vec::new())?;
@@ -208,9 +212,11 @@ fn run_in_one_machine(
                     println!("{line}");
                     tally.count(verdict);
                 }
-                // The closing lines of this machine are not those of all.
-                _ if line.ends_with(" skipped") || line.starts_with("ran for ") => {}
-                _ => println!("{line}"),
+                _ if is_closing(&line) => {}
+                _ => {
+                    tally.retried += u64::from(line.starts_with("AGAIN "));
+                    println!("{line}");
+                }
             },
             Err(RecvTimeoutError::Disconnected) => break Ended::ByItself,
             Err(RecvTimeoutError::Timeout) => {
@@ -237,6 +243,11 @@ fn lines_of(output: PipeReader) -> Receiver<String> {
         }
     });
     receiver
+}
+
+/// The closing lines of one machine are not those of all.
+fn is_closing(line: &str) -> bool {
+    [" skipped", " retried"].iter().any(|it| line.ends_with(it)) || line.starts_with("ran for ")
 }
 
 /// `PASS [   1.23s] name`, with `: why` behind the name for the other two.

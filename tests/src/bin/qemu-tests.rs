@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use integration_tests::outcome::{Outcome, Test, run};
+use integration_tests::outcome::{self, Outcome};
 use integration_tests::qemu::QemuGuest;
 use integration_tests::wait::wait_for;
 use integration_tests::{paths, tests};
@@ -53,8 +53,7 @@ const SMALL: &[&str] = &[
 ];
 
 fn main() -> ExitCode {
-    let filters: Vec<String> = std::env::args().skip(1).collect();
-    let all: Vec<Test> = tests![
+    outcome::main(tests![
         nodes_both_give_memory_back,
         mainline_tracker_in_a_patched_kernel_gives_memory_back,
         tracker_changed_at_run_time_gives_memory_back,
@@ -65,25 +64,7 @@ fn main() -> ExitCode {
         huge_pages_always_and_never_give_memory_back,
         everything_at_once_leaves_no_trace,
         memory_filled_to_the_brim_survives_where_it_does_with_mainline,
-    ];
-    let chosen: Vec<Test> = all
-        .into_iter()
-        .filter(|test| {
-            filters.is_empty()
-                || filters
-                    .iter()
-                    .any(|filter| test.name.contains(filter.as_str()))
-        })
-        .collect();
-    if chosen.is_empty() {
-        println!("no test matches {filters:?}");
-        return ExitCode::FAILURE;
-    }
-    if run(&chosen) {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    ])
 }
 
 fn kernel() -> Result<PathBuf> {

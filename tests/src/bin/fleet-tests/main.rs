@@ -12,10 +12,10 @@ mod network;
 mod node;
 
 use std::process::{Command, ExitCode};
-use std::time::Instant;
+use std::sync::{Arc, Mutex};
 
-use anyhow::{Context as _, Result};
-use integration_tests::outcome::Outcome;
+use anyhow::{Context as _, Result, anyhow};
+use integration_tests::outcome::{self, Outcome, Test};
 
 use fleet::Fleet;
 use network::Network;
@@ -23,9 +23,9 @@ use network::Network;
 /// Set for the copy of this program that runs in a network namespace of its own.
 const INSIDE: &str = "FLEET_TESTS_INSIDE";
 
-type Case = (&'static str, fn(&mut Fleet) -> Result<Outcome>);
+type Case = fn(&mut Fleet) -> Result<Outcome>;
 
-const CASES: [Case; 6] = [
+const CASES: [(&str, Case); 6] = [
     (
         "hundred_placers_for_ten_places_get_exactly_ten",
         cases::hundred_placers_for_ten_places_get_exactly_ten,
@@ -53,54 +53,61 @@ const CASES: [Case; 6] = [
 ];
 
 fn main() -> Result<ExitCode> {
-    let filters: Vec<String> = std::env::args().skip(1).collect();
     if std::env::var_os(INSIDE).is_none()
-        && let Some(code) = run_inside(&filters)?
+        && let Some(code) = run_inside()?
     {
         return Ok(code);
     }
-    let network = match Network::new() {
-        Ok(network) => Ok(network),
-        Err(error) => Err(format!("no network namespaces here: {error:#}")),
+    let shared = Arc::<Mutex<Shared>>::default();
+    let test = |(name, case)| {
+        let shared = Arc::clone(&shared);
+        Test::new(name, move || match shared.lock() {
+            Ok(mut shared) => shared.run(case),
+            Err(_) => Ok(left_unknown()),
+        })
     };
-    let mut fleet = Fleet::start(network)?;
-    let mut counts = [0u32; 3];
-    for (name, case) in CASES {
-        if !filters.is_empty() && !filters.iter().any(|filter| name.contains(filter.as_str())) {
-            continue;
-        }
-        let start = Instant::now();
-        let result = fleet.settle().and_then(|()| case(&mut fleet));
-        let seconds = start.elapsed().as_secs_f32();
-        match result {
-            Ok(Outcome::Passed) => {
-                counts[0] += 1;
-                println!("PASS {name} ({seconds:.1} s)");
+    Ok(outcome::main_in_order(CASES.map(test).into()))
+}
+
+/// The fleet of all tests, which the first one starts.
+#[derive(Debug, Default)]
+enum Shared {
+    #[default]
+    NotStarted,
+    Running(Box<Fleet>),
+    /// A test has failed, or runs.
+    Unknown,
+}
+
+fn left_unknown() -> Outcome {
+    Outcome::Skipped("a test that failed left the fleet in an unknown state".to_owned())
+}
+
+impl Shared {
+    /// Runs a test, and leaves the fleet to the next one only if this one has ended well.
+    fn run(&mut self, case: Case) -> Result<Outcome> {
+        let mut fleet = match std::mem::replace(self, Self::Unknown) {
+            Self::NotStarted => {
+                let network = Network::new();
+                let network =
+                    network.map_err(|error| format!("no network namespaces here: {error:#}"));
+                Box::new(Fleet::start(network)?)
             }
-            Ok(Outcome::Skipped(why)) => {
-                counts[2] += 1;
-                println!("SKIP {name}: {why}");
+            Self::Running(fleet) => fleet,
+            Self::Unknown => return Ok(left_unknown()),
+        };
+        match fleet.settle().and_then(|()| case(&mut fleet)) {
+            Ok(outcome) => {
+                *self = Self::Running(fleet);
+                Ok(outcome)
             }
-            Err(error) => {
-                counts[1] += 1;
-                println!("FAIL {name} ({seconds:.1} s): {error:#}\n{}", fleet.tell());
-                // What is left of the fleet is in an unknown state.
-                break;
-            }
+            Err(error) => Err(anyhow!("{error:#}\n{}", fleet.tell())),
         }
     }
-    let [passed, failed, skipped] = counts;
-    drop(fleet);
-    println!("{passed} passed, {failed} failed, {skipped} skipped");
-    Ok(if failed == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
 }
 
 /// Runs this program again where links can be made and cut, if there is such a place.
-fn run_inside(filters: &[String]) -> Result<Option<ExitCode>> {
+fn run_inside() -> Result<Option<ExitCode>> {
     let places: [&[&str]; 2] = [&["--net"], &["--user", "--map-root-user", "--net"]];
     let place = places.into_iter().find(|place| {
         Command::new("unshare")
@@ -117,7 +124,7 @@ fn run_inside(filters: &[String]) -> Result<Option<ExitCode>> {
     let status = Command::new("unshare")
         .args(place)
         .arg(own)
-        .args(filters)
+        .args(std::env::args_os().skip(1))
         .env(INSIDE, "1")
         .status()
         .context("running in a network namespace")?;
