@@ -1,6 +1,6 @@
 //! Saves a vCPU of this host's `/dev/kvm` in the middle of a program and goes on in another machine.
 //!
-//! Without a usable KVM the tests print why and pass: they say nothing then.
+//! Without a usable KVM the tests are skipped.
 
 mod guest;
 

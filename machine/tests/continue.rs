@@ -191,9 +191,8 @@ fn wait(told: &(Mutex<Told>, Condvar), what: &str, reached: impl Fn(&Told) -> bo
 
 #[test]
 fn guest_saved_twice_at_work_finishes_in_a_third_machine() {
-    let kvm = match Kvm::open() {
-        Ok(kvm) => kvm,
-        Err(error) => return println!("skipped: {error}"),
+    let Ok(kvm) = Kvm::open().map_err(test_skip::skip) else {
+        return;
     };
     let config = MemoryConfig {
         size: 64 << 20,

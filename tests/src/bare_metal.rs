@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use test_skip::skip;
 
 use crate::paths::workspace;
 use crate::vmm::Vmm;
@@ -14,12 +15,12 @@ use crate::wait::wait_for;
 /// Where KVM emulates guest code a scenario takes seconds; a busy machine makes it minutes.
 pub const SCENARIO_DEADLINE: Duration = Duration::from_secs(300);
 
-/// False, with the reason printed, where there is no KVM at all.
+/// False where there is no KVM; the test is then marked as skipped.
 pub fn kvm_opens() -> bool {
     match File::options().read(true).write(true).open("/dev/kvm") {
         Ok(_) => true,
         Err(error) => {
-            eprintln!("SKIPPED: /dev/kvm does not open: {error}");
+            skip(format!("/dev/kvm does not open: {error}"));
             false
         }
     }

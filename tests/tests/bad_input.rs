@@ -20,6 +20,7 @@ use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use test_skip::skip;
 
 /// A folder of files to boot from, most of them bad.
 struct Files {
@@ -432,7 +433,7 @@ fn unknown_keys_of_every_option_end_in_one_chain() -> Result<()> {
 #[test]
 fn boot_that_fails_late_leaves_no_tap_behind() -> Result<()> {
     if !Path::new("/dev/net/tun").exists() {
-        eprintln!("SKIPPED: no /dev/net/tun");
+        skip("no /dev/net/tun");
         return Ok(());
     }
     let name = format!("bad{}", std::process::id());
@@ -767,7 +768,7 @@ fn in_a_dev_where(kvm: &str, user: &str) -> Result<Option<Ended>> {
             .current_dir(files.folder.path()),
     )?;
     if ended.code != Some(1) {
-        eprintln!("SKIPPED: no mount namespace of one's own: {ended:?}");
+        skip(format!("no mount namespace of one's own: {ended:?}"));
         return Ok(None);
     }
     ensure!(!files.path("s").exists() && !files.path("s.lock").exists());

@@ -36,11 +36,18 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("ch-fleet-adapter", &["api"]),
     (
         "integration-tests",
-        &["api", "device-facts", "test-server", "virtio-devices"],
+        &[
+            "api",
+            "device-facts",
+            "test-server",
+            "test-skip",
+            "virtio-devices",
+        ],
     ),
     ("test-server", &[]),
+    ("test-skip", &[]),
     ("guest-programs", &[]),
-    ("xtask", &["api", "device-facts"]),
+    ("xtask", &["api", "device-facts", "test-skip"]),
 ];
 /// The modules of `vmm`, from the ground up: each uses only what stands before it.
 const VMM_MODULES: &[&str] = &[

@@ -30,15 +30,9 @@ pub(crate) struct Guest {
     pub(crate) page: Box<Page>,
 }
 
-/// This host's KVM, if it has one.
+/// This host's KVM; without one the test is skipped.
 pub(crate) fn kvm() -> Option<Kvm> {
-    match Kvm::open() {
-        Ok(kvm) => Some(kvm),
-        Err(error) => {
-            println!("skipped: {error}");
-            None
-        }
-    }
+    Kvm::open().map_err(test_skip::skip).ok()
 }
 
 impl Guest {

@@ -126,7 +126,7 @@ mod tests {
 
     fn cookies(mode: CoreScheduling) -> Option<Vec<u64>> {
         if let Err(error) = probe() {
-            eprintln!("SKIPPED: no core scheduling here: {error}");
+            test_skip::skip(format!("no core scheduling here: {error}"));
             return None;
         }
         let cores = CoreCookies::new(mode).unwrap();

@@ -60,10 +60,7 @@ mod tests {
 
     /// A machine with one vCPU, or `None` where there is no KVM.
     fn machine() -> Option<(Arc<Vm>, hypervisor::Vcpu)> {
-        let Ok(kvm) = Kvm::open() else {
-            eprintln!("skipped: no usable /dev/kvm");
-            return None;
-        };
+        let kvm = Kvm::open().map_err(test_skip::skip).ok()?;
         let vm = kvm.create_vm().unwrap();
         vm.enable_split_irqchip(u32::from(IOAPIC_PIN_COUNT))
             .unwrap();

@@ -424,7 +424,7 @@ mod tests {
         // A TiB: no host that runs tests sets that aside.
         let bytes = 1 << 40;
         let Ok(source) = backing.open(bytes) else {
-            println!("skipped: this kernel has no huge pages of 2 MiB");
+            test_skip::skip("this kernel has no huge pages of 2 MiB");
             return;
         };
         let mapped = backing.map(&source, 0, bytes);

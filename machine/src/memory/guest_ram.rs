@@ -467,8 +467,7 @@ mod tests {
 
     #[test]
     fn slots_attach_and_go_with_the_guard() {
-        let Ok(kvm) = hypervisor::Kvm::open() else {
-            println!("skipped: no KVM");
+        let Ok(kvm) = hypervisor::Kvm::open().map_err(test_skip::skip) else {
             return;
         };
         let vm = Arc::new(kvm.create_vm().unwrap());

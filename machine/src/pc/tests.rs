@@ -10,8 +10,7 @@ use crate::threads::{DeviceKind, MachineThread};
 
 #[test]
 fn worker_of_a_device_named_like_a_thread_is_confined_as_a_worker() {
-    let Ok(kvm) = Kvm::open() else {
-        eprintln!("skipped: no usable /dev/kvm");
+    let Ok(kvm) = Kvm::open().map_err(test_skip::skip) else {
         return;
     };
     let (sender, threads) = std::sync::mpsc::channel();

@@ -72,13 +72,7 @@ struct Machine {
 }
 
 fn kvm() -> Option<Kvm> {
-    match Kvm::open() {
-        Ok(kvm) => Some(kvm),
-        Err(error) => {
-            println!("skipped: {error}");
-            None
-        }
-    }
+    Kvm::open().map_err(test_skip::skip).ok()
 }
 
 /// A machine with the image loaded, not yet started.

@@ -1,6 +1,7 @@
 //! The steps, as a table, and how one is run.
 
 use std::ffi::OsString;
+use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::process::{Command, Stdio};
 
@@ -187,8 +188,10 @@ impl Step {
         let (program, args) = words.split_first().context("a step has a command")?;
         // One pipe for both, in order: nextest tells its counts on standard error.
         let (output, input) = std::io::pipe().context("making a pipe")?;
+        let skips = tempfile::NamedTempFile::new().context("making a file for skipped tests")?;
         let mut child = Command::new(program)
             .args(args)
+            .env(test_skip::SKIPS_FILE, skips.path())
             .current_dir(paths::workspace())
             .stdin(Stdio::null())
             .stdout(input.try_clone().context("doubling a pipe")?)
@@ -206,6 +209,8 @@ impl Step {
             }
         }
         let status = child.wait().context("waiting for the step")?;
+        let skips = fs::read_to_string(skips.path()).context("reading which tests were skipped")?;
+        counts.move_to_skipped(seen.read_skips(&skips));
         Ok((status.success(), counts))
     }
 

@@ -50,6 +50,20 @@ impl TestsSeen {
         }
     }
 
+    /// Takes in what tests wrote that could not run here, `NAME: WHY` on each line. Returns how many tests that are: one
+    /// may have several reasons.
+    pub(super) fn read_skips(&mut self, lines: &str) -> u64 {
+        let before = self.skipped.len();
+        for line in lines.lines() {
+            let name = line.split(": ").next();
+            let known = self.skipped[before..].iter().any(|it| name == Some(&it.0));
+            if !known {
+                self.skip(line);
+            }
+        }
+        (self.skipped.len() - before) as u64
+    }
+
     fn skip(&mut self, text: &str) {
         let (name, why) = match text.trim().split_once(": ") {
             Some((name, why)) => (name, Some(why.to_string())),
@@ -70,12 +84,14 @@ impl TestsSeen {
             slowest.map(|(took, name)| format!("{:8.2} s  {name}", took.as_secs_f64())),
         );
         paragraph(&mut text, "Taken from caches", self.caches.into_iter());
-        paragraph(&mut text, "Tried twice", self.tried_twice.into_iter());
+        let title = format!("Tried twice ({})", self.tried_twice.len());
+        paragraph(&mut text, &title, self.tried_twice.into_iter());
+        let title = format!("Skipped ({})", self.skipped.len());
         let skipped = self.skipped.into_iter().map(|(name, why)| {
             let why = why.or_else(|| reason(sources, &name));
             format!("{name}: {}", why.as_deref().unwrap_or("ignored"))
         });
-        paragraph(&mut text, "Skipped", skipped);
+        paragraph(&mut text, &title, skipped);
         text
     }
 }
@@ -175,9 +191,21 @@ mod tests {
         ]);
         assert_eq!(
             seen.summary("/nowhere".as_ref()),
-            "\nTaken from caches:\n  Test kernel: x\n\nTried twice:\n  guest_boots: late\n\n\
-             Skipped:\n  guest_with_tun: no tun\n  store::etcd: needs etcd\n  \
+            "\nTaken from caches:\n  Test kernel: x\n\nTried twice (1):\n  guest_boots: late\n\n\
+             Skipped (4):\n  guest_with_tun: no tun\n  store::etcd: needs etcd\n  \
              fleet no_such_test: ignored\n  the newest source: no network\n"
+        );
+    }
+
+    #[test]
+    fn tests_that_marked_themselves_as_skipped_are_named_once() {
+        let mut seen = TestsSeen::default();
+        let lines = "machine a::b: no KVM\nvmm c: no tap: refused\nmachine a::b: no io_uring\n";
+        assert_eq!(seen.read_skips(lines), 2);
+        assert_eq!(seen.read_skips("machine a::b: no KVM\n"), 1);
+        assert_eq!(
+            seen.summary("/nowhere".as_ref()),
+            "\nSkipped (3):\n  machine a::b: no KVM\n  vmm c: no tap: refused\n  machine a::b: no KVM\n"
         );
     }
 

@@ -196,7 +196,7 @@ mod tests {
         match IoUringEngine::new(image, 8) {
             Ok(engine) => Some(engine),
             Err(error) => {
-                eprintln!("skipped: no io_uring here: {error}");
+                test_skip::skip(format!("no io_uring here: {error}"));
                 None
             }
         }

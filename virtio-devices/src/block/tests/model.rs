@@ -72,7 +72,7 @@ fn play(actions: &[Action], engine: EngineChoice, direct: bool) {
             Rig::with_features(block, features)
         }
         Err(BlockError::NoDirectIo { .. }) => {
-            eprintln!("SKIP: temporary directory has no direct I/O");
+            test_skip::skip("the temporary directory has no direct I/O");
             return;
         }
         Err(error) => panic!("{error}"),

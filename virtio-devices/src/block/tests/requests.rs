@@ -198,7 +198,7 @@ fn direct_io_serves_aligned_and_misaligned_buffers() {
                 Rig::with_features(block, features)
             }
             Err(BlockError::NoDirectIo { .. }) => {
-                eprintln!("SKIP: temporary directory has no direct I/O");
+                test_skip::skip("the temporary directory has no direct I/O");
                 return;
             }
             Err(error) => panic!("{error}"),

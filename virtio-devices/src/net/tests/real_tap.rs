@@ -15,21 +15,22 @@ const GUEST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
 const HOST_MAC: [u8; 6] = [0x52, 0x54, 0, 9, 9, 9];
 
-/// Runs a test where it may make taps, or says why not.
+/// Runs a test where it may make taps, or skips it.
 fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let outcome = std::thread::spawn(|| {
         // SAFETY: takes a number; changes the namespace of this thread only.
         if unsafe { libc::unshare(libc::CLONE_NEWNET) } != 0 {
-            eprintln!("SKIP: no right to make a network namespace");
-            return;
+            return Err("no right to make a network namespace");
         }
         if !std::path::Path::new("/dev/net/tun").exists() {
-            eprintln!("SKIP: no /dev/net/tun");
-            return;
+            return Err("no /dev/net/tun");
         }
         test();
+        Ok(())
     });
-    outcome.join().expect("the test passes");
+    if let Err(why) = outcome.join().expect("the test passes") {
+        test_skip::skip(why);
+    }
 }
 
 fn tap_params(name: Option<&str>, num_queues: u16) -> NetParams {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
+use test_skip::skip;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryMmap, GuestRegionMmap,
@@ -140,7 +141,7 @@ proptest! {
     ) {
         for mut engine in engines() {
             if let Err(error) = discard_and_check(&mut engine, &areas, &claims, expected) {
-                eprintln!("skipped: this host has not set aside enough huge pages: {error}");
+                skip(format!("cases with more huge pages than this host has set aside: {error}"));
             }
         }
     }
@@ -150,7 +151,7 @@ proptest! {
 fn engine_with_vectors_discards_scattered_pages_in_one_call() {
     let mut engine = DiscardEngine::new(Arc::default());
     if !engine.has_vectors() {
-        eprintln!("skipped: this kernel does not discard by vector");
+        skip("this kernel does not discard by vector");
         return;
     }
     let guarded = GuardedRam::new(&[
@@ -323,7 +324,7 @@ fn file_that_cannot_have_holes_is_skipped_and_counted() {
     let file = match file_without_holes(bytes) {
         Ok(file) => file,
         Err(error) => {
-            eprintln!("skipped: no ramfs can be mounted here: {error}");
+            skip(format!("no ramfs can be mounted here: {error}"));
             return;
         }
     };
@@ -348,7 +349,7 @@ const HUGE_PAGE_BYTES: u64 = 2 << 20;
 #[test]
 fn huge_pages_are_freed_whole_or_not_at_all() {
     let Some(ram) = huge_ram(2) else {
-        eprintln!("skipped: this host has no huge pages set aside");
+        skip("this host has no huge pages set aside");
         return;
     };
     let mem = ram.memory().into_inner();
