@@ -168,6 +168,4 @@ impl VmConfig {
 }
 
 #[cfg(test)]
-mod parse_tests;
-#[cfg(test)]
 mod tests;

@@ -42,8 +42,6 @@ mod vms;
 
 #[cfg(any(test, feature = "test-utils"))]
 pub mod fake_vmm;
-#[cfg(test)]
-mod fleet_tests;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod no_harm;
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use ::state::{Saved, State, StateError, testing};
 
-use super::{CMOS_PORTS, Cmos, CmosState, GED_IRQ, Ged, GedState};
+use super::super::{CMOS_PORTS, Cmos, CmosState, GED_IRQ, Ged, GedState};
 use crate::bus::BusDevice;
 use crate::interrupt::{GsiRouter, Ioapic, IoapicState, fake::FakeBackend};
 

@@ -1,6 +1,8 @@
 #![allow(clippy::unwrap_used)]
 //! The whole agent against fake VMMs on a host made of files.
 
+mod fleet;
+
 use std::fs;
 use std::sync::Barrier;
 use std::thread;

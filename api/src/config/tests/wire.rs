@@ -4,7 +4,7 @@
 
 use serde_json::json;
 
-use super::*;
+use super::super::*;
 
 #[test]
 fn vm_config_minimal_input_takes_upstream_defaults() {

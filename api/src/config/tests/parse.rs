@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use super::*;
+use super::super::*;
 use crate::error_chain;
 
 #[test]

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::fake_vmm::{DEADLINE, FakeVm, GIB, MIB, World, wait};
-use super::*;
+use super::super::fake_vmm::{DEADLINE, FakeVm, GIB, MIB, World, wait};
+use super::super::*;
 use crate::admission::Request;
 use crate::agent_config::AgentConfig;
 use crate::cluster::{FleetPicture, Keys, PlaceError, Placed, Placer, Wanted};

@@ -1,0 +1,4 @@
+//! The configuration on the command line and on the wire.
+
+mod parse;
+mod wire;

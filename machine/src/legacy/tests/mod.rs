@@ -1,0 +1,62 @@
+//! Every device against random accesses, and helpers to make them.
+
+mod state;
+
+use super::*;
+use crate::interrupt::{GsiRouter, Ioapic, fake::FakeBackend};
+use crate::signals::VmSignals;
+use proptest::prelude::*;
+use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+pub(super) fn signals() -> Arc<VmSignals> {
+    let event = || EventFd::new(EFD_NONBLOCK).unwrap();
+    Arc::new(VmSignals {
+        shutdown: event(),
+        reset: event(),
+        failed: event(),
+        ejected: event(),
+    })
+}
+
+pub(super) fn is_raised(event: &EventFd) -> bool {
+    event.read().is_ok()
+}
+
+fn devices() -> Vec<(Ports, Arc<dyn BusDevice>)> {
+    let router = Arc::new(GsiRouter::new(Arc::new(FakeBackend::default())));
+    let line = Arc::new(Ioapic::new(router)).line(GED_IRQ).unwrap();
+    vec![
+        (I8042_PORTS, Arc::new(I8042::new(signals()))),
+        (CMOS_PORTS, Arc::new(Cmos::new(1 << 30, 0))),
+        (DEBUG_PORTS, Arc::new(DebugPort::new())),
+        (
+            DEBUG_CONSOLE_PORTS,
+            Arc::new(DebugConsole::new(Box::new(std::io::sink()))),
+        ),
+        (FIRMWARE_DEBUG_PORTS, Arc::new(FirmwareDebug::new())),
+        (ACPI_POWER_PORTS, Arc::new(AcpiPower::new(signals()))),
+        (PM_TIMER_PORTS, Arc::new(PmTimer::new())),
+        ((0x1000, GED_BYTES as u16), Arc::new(Ged::new(line))),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn random_accesses_never_panic(
+        accesses in prop::collection::vec(
+            (any::<prop::sample::Index>(), 0u16..4, prop::collection::vec(any::<u8>(), 0..9), any::<bool>()),
+            0..200,
+        )
+    ) {
+        let bus = Bus::new();
+        let mut ports = Vec::new();
+        for (range, device) in devices() {
+            insert(&bus, range, device).unwrap();
+            ports.push(range.0);
+        }
+        for (device, offset, mut data, is_write) in accesses {
+            let address = u64::from(device.get(&ports) + offset);
+            if is_write { bus.write(address, &data) } else { bus.read(address, &mut data) }
+        }
+    }
+}
