@@ -2,9 +2,9 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
+use parking_lot::{Mutex, MutexGuard};
 
 /// One test at a time, so that each can tell its own pages by counting.
 static TURN: Mutex<()> = Mutex::new(());
@@ -33,7 +33,7 @@ impl ReservedHugePages {
     /// As [`ReservedHugePages::new`].
     pub fn of(page_bytes: u64, count: u64) -> Result<Option<Self>> {
         // A test that panicked has put the pages back all the same.
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let turn = TURN.lock();
         let name = format!("/sys/kernel/mm/hugepages/hugepages-{}kB", page_bytes / 1024);
         let pool = PathBuf::from(name);
         let file = pool.join("nr_hugepages");

@@ -3,6 +3,7 @@
 //! way upstream's does.
 
 pub mod bare_metal;
+pub mod chart;
 pub mod descriptors;
 pub mod ended;
 pub mod huge_pages;
@@ -10,6 +11,7 @@ pub mod linux;
 pub mod literal_client;
 pub mod mappings;
 pub mod outcome;
+pub mod overhead;
 pub mod paths;
 pub mod qemu;
 pub mod serial;

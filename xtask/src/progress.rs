@@ -7,11 +7,11 @@
 
 use std::io::IsTerminal as _;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
+use parking_lot::{Mutex, MutexGuard};
 
 /// Between two lines in a log.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
@@ -27,7 +27,7 @@ static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
 
 /// Writes a line to stderr, above the bar if there is one.
 pub(crate) fn note(line: &str) {
-    match &*BAR.lock().unwrap_or_else(PoisonError::into_inner) {
+    match &*BAR.lock() {
         Some(bar) => bar.suspend(|| eprintln!("{line}")),
         None => eprintln!("{line}"),
     }
@@ -100,9 +100,9 @@ impl Plan {
         }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Vec<Task>>> {
+    fn lock(&self) -> MutexGuard<'_, Vec<Vec<Task>>> {
         // Nothing that is done under the lock can leave it half done.
-        self.lanes.lock().unwrap_or_else(PoisonError::into_inner)
+        self.lanes.lock()
     }
 
     /// Runs the next task of a lane.
@@ -155,7 +155,7 @@ impl Plan {
         let style = ProgressStyle::with_template("{bar:30} {wide_msg}")
             .expect("the template is well-formed");
         let bar = ProgressBar::new(BAR_PARTS).with_style(style);
-        *BAR.lock().unwrap_or_else(PoisonError::into_inner) = Some(bar.clone());
+        *BAR.lock() = Some(bar.clone());
         while ending.recv_timeout(BAR_INTERVAL) == Err(RecvTimeoutError::Timeout) {
             let now = Instant::now();
             let elapsed = now.duration_since(self.begin).as_secs_f64();
@@ -163,7 +163,7 @@ impl Plan {
             bar.set_position((elapsed / (elapsed + left + 0.001) * BAR_PARTS as f64) as u64);
             bar.set_message(self.line(now));
         }
-        *BAR.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *BAR.lock() = None;
         bar.finish_and_clear();
     }
 

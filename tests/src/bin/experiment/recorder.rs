@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use parking_lot::{Mutex, MutexGuard};
 use serde::Serialize;
 
 use crate::host::Host;
@@ -82,9 +83,9 @@ impl Recorder {
         self.lock().samples.clone()
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Shared> {
+    fn lock(&self) -> MutexGuard<'_, Shared> {
         // A thread that panicked left nothing half-done.
-        self.shared.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.lock()
     }
 }
 
@@ -102,7 +103,7 @@ impl Drop for Recorder {
 /// Takes one sample; false when the recording has ended.
 fn sample(host: &Host, shared: &Mutex<Shared>, begun: Instant) -> bool {
     let (pids, own_bytes) = {
-        let shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = shared.lock();
         if shared.ended {
             return false;
         }
@@ -124,7 +125,7 @@ fn sample(host: &Host, shared: &Mutex<Shared>, begun: Instant) -> bool {
             resident_bytes,
             excess_bytes,
         };
-        let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shared = shared.lock();
         shared.samples.push(sample);
     }
     true

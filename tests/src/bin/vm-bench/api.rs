@@ -12,7 +12,7 @@ use integration_tests::literal_client::{Answer, request};
 use serde_json::{Map, Value, json};
 
 use crate::cases::Cases;
-use crate::overhead::disk_image;
+use integration_tests::overhead::disk_image;
 
 /// Requests for a latency distribution, of all clients together.
 const REQUESTS: usize = 400;

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::MIB;
 use crate::cases::Cases;
 use crate::course::Taken;
-use crate::overhead::disk_image;
+use integration_tests::overhead::disk_image;
 
 /// Turns of each VMM when two are compared.
 pub(crate) const TURNS: usize = 3;

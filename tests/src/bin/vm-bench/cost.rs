@@ -6,6 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use integration_tests::overhead::Overhead;
 use serde_json::{Value, json};
 
 use crate::compare::rounded;
@@ -96,6 +97,25 @@ fn exits(pid: u32) -> Option<u64> {
         }
     }
     sum
+}
+
+/// Resident memory of `vmm` outside of guest RAM.
+pub(crate) fn overhead(vmm: &Path) -> Result<Value> {
+    let mut found = Overhead::measure(Some(vmm))?;
+    found
+        .maps
+        .sort_by_key(|map| std::cmp::Reverse(map.anonymous));
+    let largest: Vec<Value> = found
+        .maps
+        .iter()
+        .take(6)
+        .map(|map| json!({ "name": map.name, "anonymous_bytes": map.anonymous }))
+        .collect();
+    Ok(json!({
+        "resident_bytes": found.resident,
+        "anonymous_bytes": found.anonymous,
+        "largest_anonymous": largest,
+    }))
 }
 
 #[cfg(test)]

@@ -15,7 +15,6 @@ mod guest_overhead;
 mod kicks;
 mod net;
 mod options;
-mod overhead;
 mod reclaim;
 mod start;
 mod subject;
@@ -54,7 +53,7 @@ const BY_NAME_ONLY: [&str; 5] = [
 ];
 
 const FIGURES: [Figure; 9] = [
-    of_vmm("overhead", 1, overhead::measure),
+    of_vmm("overhead", 1, cost::overhead),
     of_vmm("start", start::TURNS, start::measure),
     of_ours(reclaim::NAME, reclaim::run),
     of_vmm("api", 1, api::measure),

@@ -10,7 +10,7 @@ use integration_tests::linux::{BOOT_DEADLINE, Machine};
 use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 
-use crate::overhead::disk_image;
+use integration_tests::overhead::disk_image;
 
 /// Starts of each VMM, to show that they agree.
 pub(crate) const TURNS: usize = 3;

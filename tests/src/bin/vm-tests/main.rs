@@ -13,9 +13,9 @@ mod fleet;
 mod hotplug;
 mod life;
 mod network;
-mod overhead;
 mod patched;
 mod power;
+mod promises;
 mod stress;
 mod zones;
 
@@ -37,7 +37,7 @@ fn main() -> ExitCode {
         stress::tests(),
         zones::tests(),
         api::tests(),
-        overhead::tests(),
+        promises::tests(),
         fleet::tests(),
         patched::tests(),
         debian::tests(),

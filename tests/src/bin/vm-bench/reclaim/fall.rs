@@ -1,11 +1,12 @@
 //! How a VMM's resident memory falls: samples of it, and what can be read from them.
 
 use std::fs;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
+use parking_lot::{Mutex, MutexGuard};
 
 /// Between two samples, where the host's timers are as fine; what it came to is told.
 const INTERVAL: Duration = Duration::from_millis(2);
@@ -144,9 +145,9 @@ impl Drop for Recording {
     }
 }
 
-fn lock(shared: &Mutex<Shared>) -> std::sync::MutexGuard<'_, Shared> {
+fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
     // A thread that panicked left nothing half-done.
-    shared.lock().unwrap_or_else(PoisonError::into_inner)
+    shared.lock()
 }
 
 /// What is seen of one free.
