@@ -254,3 +254,74 @@ fn turns_under_the_agent_before_count() {
     assert_eq!((requests, last), (0, Reason::Blocked));
     assert!(requests_to_a_pressed_guest(&Lessons::default(), stays).0 > 0);
 }
+
+#[test]
+fn limit_of_a_guest_that_was_booted_again_is_taken_away() {
+    let config = Config::default();
+    let mut memory = PlannerMemory::default();
+    let mut limit = None;
+    for step in 1..=8 {
+        let now_ms = step * SAMPLE_MS;
+        let booted = step > 6;
+        let target = Bytes::gib(if booted { 0 } else { 4 });
+        let mut vm = vm(
+            "enforced",
+            PriorityClass::Normal,
+            sample(now_ms, target, target, Bytes::gib(2)),
+        );
+        vm.policy.enforce = true;
+        vm.in_force.max = limit;
+        if booted {
+            vm.epoch = 2;
+        } else {
+            // It says that it gave half of its memory, and occupies nearly all of it.
+            vm.sample.as_mut().unwrap().resident = Bytes::gib(7);
+        }
+        let plan = plan(
+            &inventory(now_ms, Bytes::gib(20), vec![vm]),
+            &config,
+            &memory,
+        );
+        for action in &plan.actions {
+            if let ActionKind::MemoryMax { limit: to } = action.kind {
+                limit = to;
+            }
+        }
+        if step == 6 {
+            assert!(limit.is_some(), "the liar was not held to anything");
+        }
+        memory = plan.memory;
+    }
+    assert_eq!(limit, None);
+}
+
+#[test]
+fn nobody_is_killed_on_figures_that_are_old() {
+    let mut config = Config::default();
+    config.last_resort.kill = true;
+    let kills = |readable: bool| {
+        let mut memory = PlannerMemory::default();
+        let mut kills = 0;
+        for now_ms in (SAMPLE_MS..120_000).step_by(PLAN_MS as usize) {
+            let mut vms = Vec::new();
+            for name in ["a", "b", "c"] {
+                vms.push(vm(
+                    name,
+                    PriorityClass::Batch,
+                    sample(now_ms, Bytes::ZERO, Bytes::ZERO, Bytes::ZERO),
+                ));
+            }
+            let mut inventory = inventory(now_ms, Bytes::mib(100), vms);
+            if !readable {
+                inventory.host.at_ms = SAMPLE_MS;
+            }
+            let plan = plan(&inventory, &config, &memory);
+            let killed = |action: &&fleet::planner::Action| action.kind == ActionKind::Kill;
+            kills += plan.actions.iter().filter(killed).count();
+            memory = plan.memory;
+        }
+        kills
+    };
+    assert_eq!(kills(true), 3);
+    assert_eq!(kills(false), 1);
+}

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
+use fleet::agent::VmStatus;
 use serde::Serialize;
 
 use crate::args::Output;
@@ -153,44 +154,51 @@ fn agent_and_vms(agent: &Agent) -> Vec<Finding> {
             ),
         });
     }
-    for vm in &status.vms {
-        let name = &vm.vm;
-        findings.push(match (&vm.failure, vm.level) {
-            (Some(failure), _) if !vm.up && failure == "resident" => finding(
-                Grade::Bad,
-                "vm",
-                format!(
-                    "{name}: how much memory it has cannot be read from /proc; nothing is taken from it"
-                ),
-            ),
-            (Some(failure), _) if !vm.up => {
-                finding(Grade::Bad, "vm", format!("{name}: no answer ({failure})"))
-            }
-            (_, 2) => finding(
-                Grade::Good,
-                "vm",
-                format!(
-                    "{name}: level 2{}",
-                    if vm.reporting {
-                        ""
-                    } else {
-                        ", free page reporting is not at work"
-                    }
-                ),
-            ),
-            (_, 1) => finding(
-                Grade::Good,
-                "vm",
-                format!("{name}: level 1, the guest's statistics without what came back"),
-            ),
-            _ => finding(
-                Grade::Note,
-                "vm",
-                format!("{name}: level 0, nothing is known from inside; taken from carefully"),
-            ),
-        });
-    }
+    findings.extend(status.vms.iter().map(vm_finding));
     findings
+}
+
+fn vm_finding(vm: &VmStatus) -> Finding {
+    let name = &vm.vm;
+    match (&vm.failure, vm.level) {
+        _ if vm.interlock.as_deref() == Some("huge-pages") => finding(
+            Grade::Note,
+            "vm",
+            format!("{name}: not managed, its memory comes from the host's pool of huge pages"),
+        ),
+        (Some(failure), _) if !vm.up && failure == "resident" => finding(
+            Grade::Bad,
+            "vm",
+            format!(
+                "{name}: how much memory it has cannot be read from /proc; nothing is taken from it"
+            ),
+        ),
+        (Some(failure), _) if !vm.up => {
+            finding(Grade::Bad, "vm", format!("{name}: no answer ({failure})"))
+        }
+        (_, 2) => finding(
+            Grade::Good,
+            "vm",
+            format!(
+                "{name}: level 2{}",
+                if vm.reporting {
+                    ""
+                } else {
+                    ", free page reporting is not at work"
+                }
+            ),
+        ),
+        (_, 1) => finding(
+            Grade::Good,
+            "vm",
+            format!("{name}: level 1, the guest's statistics without what came back"),
+        ),
+        _ => finding(
+            Grade::Note,
+            "vm",
+            format!("{name}: level 0, nothing is known from inside; taken from carefully"),
+        ),
+    }
 }
 
 #[cfg(test)]
@@ -203,5 +211,26 @@ mod tests {
         let findings = host(nowhere, nowhere);
         assert!(findings.len() >= 3);
         assert!(findings.iter().all(|finding| finding.grade == Grade::Note));
+    }
+
+    #[test]
+    fn figure_that_cannot_be_read_is_bad_and_named() {
+        let vm = VmStatus {
+            vm: "web".to_owned(),
+            failure: Some("resident".to_owned()),
+            ..VmStatus::default()
+        };
+        let found = vm_finding(&vm);
+        assert_eq!(found.grade, Grade::Bad);
+        assert!(
+            found.text.contains("web: how much memory it has"),
+            "{found:?}"
+        );
+        let huge = VmStatus {
+            interlock: Some("huge-pages".to_owned()),
+            up: true,
+            ..VmStatus::default()
+        };
+        assert!(vm_finding(&huge).text.contains("huge pages"));
     }
 }

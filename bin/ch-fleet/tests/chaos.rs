@@ -12,7 +12,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fleet::agent::fake_vmm::{FakeVm, Fault, GIB, World};
+use fleet::agent::fake_vmm::{FakeVm, Fault, GIB, World, wait};
 use fleet::agent::no_harm::{Actual, Harm, Turns, left_behind};
 use fleet::agent::{ReserveAnswer, ReserveRequest, Status};
 use fleet::model::Bytes;
@@ -472,4 +472,21 @@ fn agents_that_forget_what_they_did_are_noticed() {
         harms.iter().any(left)
     });
     assert!(noticed);
+}
+
+#[test]
+fn vm_that_a_killed_agent_left_paused_is_resumed_by_the_next_one() {
+    let mut chaos = Chaos::new(1, false);
+    chaos.world.set_others(HOST);
+    wait("a VM that is paused", || {
+        chaos.supervise();
+        chaos.world.vm("batch-1").paused.then_some(())
+    });
+    chaos.kill_agent();
+    chaos.world.set_others(0);
+    assert!(chaos.world.vm("batch-1").paused);
+    wait("a VM that runs", || {
+        chaos.supervise();
+        (!chaos.world.vm("batch-1").paused && !chaos.limited()).then_some(())
+    });
 }

@@ -94,11 +94,17 @@ impl Agent {
 
     /// Runs a shell script in the place of a VMM of so much memory.
     fn run(&self, memory: &str, script: &str) -> Output {
+        self.run_command(memory, script, "0").output().unwrap()
+    }
+
+    fn run_command(&self, memory: &str, script: &str, wait: &str) -> Command {
         let socket = self.folder.path().join("new.vm");
         let socket = socket.to_str().unwrap();
         let size = format!("size={memory}");
-        self.ask(&[
+        self.command(&[
             "run",
+            "--wait",
+            wait,
             "--",
             "sh",
             "-c",
@@ -135,6 +141,38 @@ fn refused_memory_is_exit_status_3_and_starts_nothing() {
     assert!(output.stdout.is_empty());
     let output = agent.ask(&["reserve", "a", "--memory", "100T", "--dry-run"]);
     assert_eq!(output.status.code(), Some(3), "{output:?}");
+}
+
+#[test]
+fn waiting_ends_at_once_for_what_can_never_fit() {
+    let agent = Agent::start();
+    // Longer than any test may take.
+    let mut waits = agent
+        .run_command("100T", "echo started", "86400")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let status = wait("the end", || waits.try_wait().unwrap());
+    assert_eq!(status.code(), Some(3));
+}
+
+#[test]
+fn waiting_goes_on_while_the_agent_is_started_again() {
+    let mut agent = Agent::start();
+    agent.child.kill().unwrap();
+    agent.child.wait().unwrap();
+    let log = agent.folder.path().join("told");
+    let mut waits = agent
+        .run_command("64M", "exit 7", "86400")
+        .stdout(Stdio::null())
+        .stderr(fs::File::create(&log).unwrap())
+        .spawn()
+        .unwrap();
+    agent.child = spawn(agent.folder.path());
+    let status = wait("the end", || waits.try_wait().unwrap());
+    let told = fs::read_to_string(log).unwrap();
+    assert_eq!(status.code(), Some(7), "{told}");
 }
 
 #[test]

@@ -748,3 +748,36 @@ fn agent_that_leaves_memory_taken_does_not_end_well() {
         }
     }
 }
+
+#[test]
+fn limit_of_the_group_that_vmms_are_in_bounds_promises_without_being_named() {
+    let world = World::new(16 * GIB, 0);
+    set_of(&world, &["a"], 2);
+    world.change("a", |vm| vm.resident = 512 * MIB);
+    let pid = std::process::id();
+    let group = world.path().join("cgroup/vms");
+    fs::create_dir_all(group.join("a")).unwrap();
+    for (file, text) in [
+        ("memory.max", format!("{}\n", 2 * GIB)),
+        ("memory.current", format!("{}\n", 512 * MIB)),
+        ("memory.stat", "inactive_file 0\n".to_owned()),
+        ("a/memory.max", "max\n".to_owned()),
+        ("a/cgroup.procs", format!("{pid}\n")),
+    ] {
+        fs::write(group.join(file), text).unwrap();
+    }
+    let process = world.path().join(format!("proc/{pid}/cgroup"));
+    fs::write(process, "0::/vms/a\n").unwrap();
+    let agent = start(&world);
+    wait("the group", || {
+        let facts = agent.published().get().status.host.facts;
+        facts
+            .cgroup
+            .map(|group| assert_eq!(group.limit, Bytes(2 * GIB)))
+    });
+    let Err(ClientError::Server(error)) = reserve(&world, "large", 8 * GIB, 8 * GIB) else {
+        panic!("promised");
+    };
+    assert_eq!(error.status, 422);
+    reserve(&world, "small", GIB, GIB / 2).unwrap();
+}
