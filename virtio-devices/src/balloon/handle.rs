@@ -12,7 +12,7 @@ use device_facts::{PausePhase, ReportingPolicy};
 use super::accounting::{GuestFaults, Path, PathFigures};
 use super::counters;
 use super::hinting::{HintingError, HintingStatus};
-use super::policy::{ControlError, PolicyStatus, ReportNowStatus};
+use super::policy::{PolicyStatus, ReportNowStatus, ReportingError};
 use super::shared::Shared;
 use super::spec::{
     VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING,
@@ -245,7 +245,7 @@ impl BalloonHandle {
     ///
     /// # Errors
     /// Reporting is not on offer.
-    pub fn pause_reporting(&self) -> Result<(), ControlError> {
+    pub fn pause_reporting(&self) -> Result<(), ReportingError> {
         self.check_reporting()?;
         self.shared.control.pause();
         self.shared.signal_config();
@@ -265,7 +265,7 @@ impl BalloonHandle {
     ///
     /// # Errors
     /// Reporting is not on offer.
-    pub fn resume_reporting(&self) -> Result<(), ControlError> {
+    pub fn resume_reporting(&self) -> Result<(), ReportingError> {
         self.check_reporting()?;
         self.shared.control.resume();
         self.shared.signal_config();
@@ -277,7 +277,7 @@ impl BalloonHandle {
     ///
     /// # Errors
     /// The guest cannot, or reporting is paused.
-    pub fn report_now(&self, again: bool) -> Result<u32, ControlError> {
+    pub fn report_now(&self, again: bool) -> Result<u32, ReportingError> {
         self.check_reporting()?;
         let id = self.shared.control.report_now(again)?;
         self.shared.signal_config();
@@ -290,10 +290,10 @@ impl BalloonHandle {
         self.shared.control.report_now_status()
     }
 
-    fn check_reporting(&self) -> Result<(), ControlError> {
+    fn check_reporting(&self) -> Result<(), ReportingError> {
         match self.shared.offers(VIRTIO_BALLOON_F_REPORTING) {
             true => Ok(()),
-            false => Err(ControlError::ReportingNotOffered),
+            false => Err(ReportingError::ReportingNotOffered),
         }
     }
 

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use super::http::{Deadlines, HttpServer};
 use super::*;
 use virtio_devices::balloon::HintingError;
-use virtio_devices::balloon::policy::ControlError;
+use virtio_devices::balloon::policy::ReportingError;
 
 use crate::config::NewDevice;
 use crate::control::{ControlSetup, ControlThread, Ending, Lifecycle};
@@ -190,7 +190,7 @@ impl Machine for FakeMachine {
 
     fn balloon_reporting(&self, request: VmBalloonReporting) -> Result<(), VmError> {
         if request.action == ReportingAction::ReportNow {
-            return Err(VmError::Reporting(ControlError::GuestDeclined));
+            return Err(VmError::Reporting(ReportingError::GuestDeclined));
         }
         let mut steered = self.observer.steered.lock().unwrap();
         steered.push(format!("{:?}", request.action));
@@ -700,7 +700,7 @@ fn report_now_to_a_guest_that_cannot_is_refused_as_the_callers_mistake() {
     let wish = r#"{"action": "report-now", "again": true}"#;
     let response = vmm.call(Endpoint::VmBalloonReporting, Some(wish));
     assert_eq!(response.status, 400);
-    let refusal = ControlError::GuestDeclined.to_string();
+    let refusal = ReportingError::GuestDeclined.to_string();
     assert_eq!(
         response.body,
         json!([

@@ -25,7 +25,7 @@ pub enum VmError {
     Hotplug(super::HotplugError),
     /// Reporting cannot be steered so.
     #[error("The balloon does not take it")]
-    Reporting(#[source] virtio_devices::balloon::policy::ControlError),
+    Reporting(#[source] virtio_devices::balloon::policy::ReportingError),
     /// Residency of guest RAM cannot be measured.
     #[error("Cannot measure the residency of guest memory")]
     Residency(#[source] virtio_devices::reclaim::ResidencyError),

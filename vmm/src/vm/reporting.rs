@@ -1,14 +1,14 @@
 //! Free page reporting in the words of the wire: requests, and where a pause stands.
 
 use api::{ReportNow, ReportingAction, ReportingStatus, VmBalloonReporting};
-use virtio_devices::balloon::policy::{ControlError, ReportNowStatus};
+use virtio_devices::balloon::policy::{ReportNowStatus, ReportingError};
 use virtio_devices::balloon::{BalloonHandle, PausePhase, ReportingState};
 
 /// Carries out a request; a pause is only asked for here.
 pub(super) fn steer(
     balloon: &BalloonHandle,
     request: VmBalloonReporting,
-) -> Result<(), ControlError> {
+) -> Result<(), ReportingError> {
     match request.action {
         ReportingAction::Pause => balloon.pause_reporting(),
         ReportingAction::Resume => balloon.resume_reporting(),

@@ -34,7 +34,7 @@ const SETTLE_MAX: Duration = Duration::from_secs(2);
 
 /// Why the guest cannot be steered so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum ControlError {
+pub enum ReportingError {
     /// Not configured, or guest memory cannot be given back in blocks.
     #[error("free page reporting is not configured, or guest memory is of a kind it cannot free")]
     ReportingNotOffered,
@@ -282,16 +282,16 @@ impl Control {
 
     /// Asks for a report of everything free, with `again` also of what was reported
     /// before; the caller signals the configuration. Returns the number of the wish.
-    pub(in crate::balloon) fn report_now(&self, again: bool) -> Result<u32, ControlError> {
+    pub(in crate::balloon) fn report_now(&self, again: bool) -> Result<u32, ReportingError> {
         let mut state = self.lock();
         if !self.policy_offered {
-            return Err(ControlError::PolicyNotOffered);
+            return Err(ReportingError::PolicyNotOffered);
         }
         if !state.accepted {
-            return Err(ControlError::GuestDeclined);
+            return Err(ReportingError::GuestDeclined);
         }
         if state.pause.is_some() {
-            return Err(ControlError::Paused);
+            return Err(ReportingError::Paused);
         }
         let wanted = [
             (PolicySetting::ReportNow, true),
@@ -300,7 +300,7 @@ impl Control {
         // A driver that was never told anything has not said what it does.
         for (setting, _) in wanted.into_iter().filter(|(_, wanted)| *wanted) {
             if state.fields.followed.is_some_and(|it| !it.follows(setting)) {
-                return Err(ControlError::NotFollowed(setting.name()));
+                return Err(ReportingError::NotFollowed(setting.name()));
             }
         }
         state.set_flag(VIRTIO_BALLOON_REPORTING_AGAIN, again);
@@ -545,20 +545,26 @@ mod tests {
     #[test]
     fn report_now_is_refused_to_whoever_cannot() {
         let none = new(false);
-        assert_eq!(none.report_now(false), Err(ControlError::PolicyNotOffered));
+        assert_eq!(
+            none.report_now(false),
+            Err(ReportingError::PolicyNotOffered)
+        );
         let declined = control(false);
-        assert_eq!(declined.report_now(false), Err(ControlError::GuestDeclined));
+        assert_eq!(
+            declined.report_now(false),
+            Err(ReportingError::GuestDeclined)
+        );
         let able = control(true);
         assert_eq!(able.report_now(true), Ok(1), "it has not said what it does");
         answer(&able, PolicySetting::ReportNow.mask());
         assert_eq!(able.report_now(false), Ok(2));
-        let again = ControlError::NotFollowed("report_again");
+        let again = ReportingError::NotFollowed("report_again");
         assert_eq!(able.report_now(true), Err(again));
         answer(&able, 0);
-        let now = ControlError::NotFollowed("report_now");
+        let now = ReportingError::NotFollowed("report_now");
         assert_eq!(able.report_now(false), Err(now));
         able.pause();
-        assert_eq!(able.report_now(false), Err(ControlError::Paused));
+        assert_eq!(able.report_now(false), Err(ReportingError::Paused));
     }
 
     #[test]

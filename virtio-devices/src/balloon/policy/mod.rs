@@ -22,7 +22,7 @@ mod fields;
 mod status;
 
 pub(super) use control::Control;
-pub use control::{ControlError, ControlState, PauseState};
+pub use control::{ControlState, PauseState, ReportingError};
 pub(super) use fields::FieldWrite;
 pub use fields::{FollowedState, WordsState};
 pub use status::{PolicyStatus, ReportNowStatus, SettingState};

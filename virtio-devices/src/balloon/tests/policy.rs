@@ -8,7 +8,7 @@ use device_facts::{PausePhase, PolicySetting, ReportingPolicy, ReportingPolicyCh
 use vm_memory::GuestAddress;
 
 use super::rig::{FREE_PFN, LINUX_FEATURES, PAGE, RAM_BYTES, REPORTING, Rig, policy_rig};
-use crate::balloon::policy::{ControlError, SettingState};
+use crate::balloon::policy::{ReportingError, SettingState};
 use crate::balloon::{Balloon, BalloonParams, ReportingState};
 use crate::device::VirtioDevice;
 use crate::reclaim::SkipReason;
@@ -259,7 +259,7 @@ fn report_now_raises_its_number_and_ends_with_the_guests_word() {
     rig.balloon.reset();
     assert_eq!(
         rig.handle.report_now(false),
-        Err(ControlError::GuestDeclined)
+        Err(ReportingError::GuestDeclined)
     );
 }
 
