@@ -50,7 +50,7 @@ const CODE: &[u8] = &[
 
 /// What the guest has told so far.
 #[derive(Default)]
-struct Told {
+struct GuestReport {
     counts: Vec<u32>,
     done: Option<u32>,
 }
@@ -59,7 +59,7 @@ struct Told {
 struct Board {
     ports: Bus,
     mmio: Bus,
-    told: Arc<(Mutex<Told>, Condvar)>,
+    told: Arc<(Mutex<GuestReport>, Condvar)>,
 }
 
 impl VmExitHandler for Board {
@@ -102,7 +102,7 @@ impl Machine {
         kvm: &Kvm,
         memory: &GuestMemory,
         timer: PmTimerState,
-        told: &Arc<(Mutex<Told>, Condvar)>,
+        told: &Arc<(Mutex<GuestReport>, Condvar)>,
     ) -> Self {
         let vm = Arc::new(kvm.create_vm().unwrap());
         vm.enable_split_irqchip(u32::from(IOAPIC_PIN_COUNT))
@@ -156,7 +156,7 @@ impl Machine {
         kvm: &Kvm,
         memory: &GuestMemory,
         saved: &SavedMachine,
-        told: &Arc<(Mutex<Told>, Condvar)>,
+        told: &Arc<(Mutex<GuestReport>, Condvar)>,
     ) -> Self {
         let read = |at: usize| serde_json::from_str::<Saved>(&saved.0[at]).unwrap();
         memory
@@ -179,7 +179,7 @@ impl Machine {
     }
 }
 
-fn wait(told: &(Mutex<Told>, Condvar), what: &str, reached: impl Fn(&Told) -> bool) {
+fn wait(told: &(Mutex<GuestReport>, Condvar), what: &str, reached: impl Fn(&GuestReport) -> bool) {
     let end = Instant::now() + DEADLINE;
     let mut now = told.0.lock().unwrap();
     while !reached(&now) {
@@ -205,7 +205,7 @@ fn guest_saved_twice_at_work_finishes_in_a_third_machine() {
         .memory()
         .write_slice(CODE, GuestAddress(CODE_ADDRESS))
         .unwrap();
-    let told = Arc::<(Mutex<Told>, Condvar)>::default();
+    let told = Arc::<(Mutex<GuestReport>, Condvar)>::default();
     let timer = PmTimerState { elapsed_ns: 0 };
 
     let mut machine = Machine::new(&kvm, &memory, timer, &told);

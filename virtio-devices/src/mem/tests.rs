@@ -21,11 +21,11 @@ const START: u64 = 4 << 30;
 const BLOCKS: u64 = 8;
 
 /// Answer of a request, with the state that goes with some.
-type Told = (u16, u16);
-const ACK: Told = (VIRTIO_MEM_RESP_ACK, 0);
-const NACK: Told = (VIRTIO_MEM_RESP_NACK, 0);
-const BUSY: Told = (VIRTIO_MEM_RESP_BUSY, 0);
-const ERROR: Told = (VIRTIO_MEM_RESP_ERROR, 0);
+type Response = (u16, u16);
+const ACK: Response = (VIRTIO_MEM_RESP_ACK, 0);
+const NACK: Response = (VIRTIO_MEM_RESP_NACK, 0);
+const BUSY: Response = (VIRTIO_MEM_RESP_BUSY, 0);
+const ERROR: Response = (VIRTIO_MEM_RESP_ERROR, 0);
 
 struct Rig {
     device: Mem,
@@ -66,7 +66,7 @@ impl Rig {
         }
     }
 
-    fn ask_at(&mut self, kind: u16, address: u64, count: u16) -> Told {
+    fn ask_at(&mut self, kind: u16, address: u64, count: u16) -> Response {
         let mut request = [0; REQUEST_BYTES];
         request[..2].copy_from_slice(&kind.to_le_bytes());
         request[8..16].copy_from_slice(&address.to_le_bytes());
@@ -82,7 +82,7 @@ impl Rig {
         (field(0), field(8))
     }
 
-    fn ask(&mut self, kind: u16, block: u64, count: u16) -> Told {
+    fn ask(&mut self, kind: u16, block: u64, count: u16) -> Response {
         self.ask_at(kind, START + block * BLOCK, count)
     }
 

@@ -21,7 +21,7 @@ use super::backing::base_page_bytes;
 
 /// Bytes of a range by where they are; the rest is nowhere.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Held {
+pub(super) struct MappedBytes {
     /// Mapped to a page of RAM (for the scan: other than the shared zero page).
     pub(super) present: u64,
     /// Written out to swap.
@@ -57,7 +57,7 @@ impl Pagemap {
     }
 
     /// What is held of `[start, end)`; both page aligned.
-    pub(super) fn held(&self, start: u64, end: u64) -> io::Result<Held> {
+    pub(super) fn mapped(&self, start: u64, end: u64) -> io::Result<MappedBytes> {
         if self.scans {
             self.scan(start, end)
         } else {
@@ -65,8 +65,8 @@ impl Pagemap {
         }
     }
 
-    fn scan(&self, start: u64, end: u64) -> io::Result<Held> {
-        let mut held = Held::default();
+    fn scan(&self, start: u64, end: u64) -> io::Result<MappedBytes> {
+        let mut held = MappedBytes::default();
         let mut regions = [PageRegion::default(); SCAN_REGIONS];
         let mut arg = PmScanArg {
             size: size_of::<PmScanArg>() as u64,
@@ -111,9 +111,9 @@ impl Pagemap {
         }
     }
 
-    fn read(&self, start: u64, end: u64) -> io::Result<Held> {
+    fn read(&self, start: u64, end: u64) -> io::Result<MappedBytes> {
         let page = base_page_bytes();
-        let mut held = Held::default();
+        let mut held = MappedBytes::default();
         let mut buffer = [0_u8; READ_ENTRIES * ENTRY_BYTES];
         let (mut at, last) = (start / page, end / page);
         while at < last {

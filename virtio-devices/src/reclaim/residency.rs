@@ -23,7 +23,7 @@ use vm_memory::{
 };
 
 use super::backing::{base_page_bytes, is_memory_file};
-use super::pagemap::{Held, Pagemap};
+use super::pagemap::{MappedBytes, Pagemap};
 use crate::device::GuestRam;
 
 /// Samples younger than this are always good enough.
@@ -194,12 +194,12 @@ impl ResidencyProbe {
                         None
                     };
                     note_file(&mut files, file, cached, regions.len())?;
-                    Held::default()
+                    MappedBytes::default()
                 }
                 None => {
                     let start = region.as_ptr() as u64;
                     let end = start + region.len().next_multiple_of(base_page_bytes());
-                    let held = self.pagemap.held(start, end);
+                    let held = self.pagemap.mapped(start, end);
                     held.map_err(ResidencyError::Lookup)?
                 }
             };

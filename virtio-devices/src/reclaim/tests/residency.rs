@@ -159,7 +159,7 @@ fn sample_of_a_sparse_large_guest_takes_a_call_a_window() {
     }
     let (ram, pages) = sparse(64 << 20);
     let start = ram.memory().get_host_address(GuestAddress(0)).unwrap() as u64;
-    let held = scan.held(start, start + RAM_BYTES).unwrap();
+    let held = scan.mapped(start, start + RAM_BYTES).unwrap();
     assert_eq!(held.present, pages * PAGE_BYTES);
     // 256 MiB a window, each with four pages.
     assert_eq!(held.calls, 64 * 4);
