@@ -51,7 +51,7 @@ impl Turner {
         recorder.own_use(number, idle_bytes);
         let (turn, turns) = mpsc::channel();
         let busy = Arc::new(AtomicBool::new(false));
-        let mut course = Course {
+        let mut guest_turn = GuestTurn {
             guest,
             number,
             idle_bytes,
@@ -62,7 +62,7 @@ impl Turner {
         let (flag, progress) = (Arc::clone(&busy), Arc::clone(progress));
         let thread = thread::spawn(move || {
             while turns.recv().is_ok() {
-                if let Err(error) = course.run() {
+                if let Err(error) = guest_turn.run() {
                     println!("guest {number}: {:.300}", format!("{error:#}"));
                     progress.broken.store(true, Ordering::SeqCst);
                     return;
@@ -99,7 +99,7 @@ impl Drop for Turner {
 }
 
 /// A turn: allocate, hold, free.
-struct Course {
+struct GuestTurn {
     guest: Guest,
     number: usize,
     idle_bytes: u64,
@@ -108,7 +108,7 @@ struct Course {
     recorder: Arc<Recorder>,
 }
 
-impl Course {
+impl GuestTurn {
     fn run(&mut self) -> Result<()> {
         let top = self.idle_bytes + self.burst_bytes;
         self.recorder.own_use(self.number, top);

@@ -9,17 +9,17 @@ use serde_json::{Value, json};
 
 use crate::MIB;
 use crate::cases::Cases;
-use crate::course::Taken;
+use crate::timed_work::TimedWork;
 use integration_tests::overhead::disk_image;
 
 /// Turns of each VMM when two are compared.
 pub(crate) const TURNS: usize = 3;
 
 /// A name, `read` or `write`, bytes of a request, how many, and more for `guest-mem disk-bench`.
-type Course = (&'static str, &'static str, u64, u64, &'static str);
+type Workload = (&'static str, &'static str, u64, u64, &'static str);
 
 /// The first writes all of the disk, so that no later one reads a hole.
-const COURSES: [Course; 6] = [
+const WORKLOADS: [Workload; 6] = [
     ("write_1m", "write", MIB, 64, ""),
     ("read_1m", "read", MIB, 64, ""),
     ("random_write_4k", "write", 4096, 1024, "--random 1"),
@@ -52,13 +52,13 @@ pub(crate) fn measure(vmm: &Path) -> Result<Value> {
         .serve()
     };
     let mut cases = Cases::new(&boot);
-    for (name, kind, bytes, requests, more) in COURSES {
+    for (name, kind, bytes, requests, more) in WORKLOADS {
         cases.run(name, |guest| {
             let mut run = |requests: u64| {
                 let words = format!(
                     "disk-bench {kind} /dev/vda --block {bytes} --requests {requests} {more}"
                 );
-                Taken::by(guest, words.trim_end())
+                TimedWork::by(guest, words.trim_end())
             };
             let nothing = run(0)?;
             let taken = run(requests)?.beyond(&nothing);

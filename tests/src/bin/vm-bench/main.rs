@@ -10,7 +10,6 @@ mod boot_free;
 mod cases;
 mod compare;
 mod cost;
-mod course;
 mod guest_overhead;
 mod kicks;
 mod net;
@@ -18,6 +17,7 @@ mod options;
 mod reclaim;
 mod start;
 mod subject;
+mod timed_work;
 
 use std::fs;
 use std::path::Path;

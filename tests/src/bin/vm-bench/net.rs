@@ -11,7 +11,7 @@ use integration_tests::linux::{Guest, Machine};
 use serde_json::{Value, json};
 
 use crate::MIB;
-use crate::course::Taken;
+use crate::timed_work::TimedWork;
 
 /// Turns of each VMM when two are compared.
 pub(crate) const TURNS: usize = 3;
@@ -45,11 +45,11 @@ pub(crate) fn measure(vmm: &Path) -> Result<Value> {
     // The first connection costs what no later one does.
     connection(&mut guest, &listener, "ask", 1)?;
     let stream_mib = STREAM_BYTES / MIB;
-    let mut course = |kind, amount| course(&mut guest, &listener, kind, amount);
-    let sent = course("send", STREAM_BYTES)?;
-    let received = course("receive", STREAM_BYTES)?;
-    let asked = course("ask", ROUND_TRIPS)?;
-    let stream = |taken: Taken| {
+    let mut timed_work = |kind, amount| timed_work(&mut guest, &listener, kind, amount);
+    let sent = timed_work("send", STREAM_BYTES)?;
+    let received = timed_work("receive", STREAM_BYTES)?;
+    let asked = timed_work("ask", ROUND_TRIPS)?;
+    let stream = |taken: TimedWork| {
         json!({
             "mib_per_s": taken.per_second(stream_mib),
             "each_mib": taken.each(stream_mib),
@@ -66,17 +66,27 @@ pub(crate) fn measure(vmm: &Path) -> Result<Value> {
 }
 
 /// What `amount` took beyond a connection.
-fn course(guest: &mut Guest, listener: &TcpListener, kind: &str, amount: u64) -> Result<Taken> {
+fn timed_work(
+    guest: &mut Guest,
+    listener: &TcpListener,
+    kind: &str,
+    amount: u64,
+) -> Result<TimedWork> {
     let nothing = connection(guest, listener, kind, 0)?;
     Ok(connection(guest, listener, kind, amount)?.beyond(&nothing))
 }
 
 /// One connection from the guest.
-fn connection(guest: &mut Guest, listener: &TcpListener, kind: &str, amount: u64) -> Result<Taken> {
+fn connection(
+    guest: &mut Guest,
+    listener: &TcpListener,
+    kind: &str,
+    amount: u64,
+) -> Result<TimedWork> {
     let address = listener.local_addr()?;
     thread::scope(|scope| {
         let server = scope.spawn(|| serve(&listener.accept()?.0));
-        let taken = Taken::by(
+        let taken = TimedWork::by(
             guest,
             &format!("net-bench {kind} {address} --amount {amount}"),
         );

@@ -6,9 +6,9 @@
 //! touches the same bytes again when nothing more leaves the host.
 
 mod bare;
-mod course;
-mod fall;
 mod plan;
+mod residency_trace;
+mod rounds;
 mod table;
 
 use std::env;
@@ -19,8 +19,8 @@ use integration_tests::huge_pages::ReservedHugePages;
 use integration_tests::paths;
 use serde_json::{Value, json};
 
-use self::course::Course;
 use self::plan::{Backing, Combination, Plan};
+use self::rounds::ReclaimGuest;
 use self::table::Row;
 use crate::options::Asked;
 
@@ -88,10 +88,10 @@ fn measure(combinations: &[Combination], rounds: usize, rows: &mut Vec<Row>) -> 
         });
     }
     progress(&combinations[0], "booting");
-    let mut course = Course::boot(&combinations[0])?;
+    let mut reclaim_guest = ReclaimGuest::boot(&combinations[0])?;
     for row in &mut rows[first..] {
         progress(&row.combination, "measuring");
-        row.rounds = course
+        row.rounds = reclaim_guest
             .run(row.combination.block, rounds)
             .with_context(|| row.combination.to_string())?;
     }

@@ -2,8 +2,8 @@
 
 use serde_json::{Map, Value, json};
 
-use super::course::{Round, SHARES};
 use super::plan::Combination;
+use super::rounds::{Round, SHARES};
 
 const MIB: f64 = (1 << 20) as f64;
 const GIB: f64 = (1 << 30) as f64;

@@ -129,8 +129,8 @@ impl Recording {
     }
 
     /// What was seen so far.
-    pub(super) fn fall(&self) -> Fall {
-        Fall(lock(&self.shared).samples.clone())
+    pub(super) fn trace(&self) -> ResidencyTrace {
+        ResidencyTrace(lock(&self.shared).samples.clone())
     }
 }
 
@@ -152,9 +152,9 @@ fn lock(shared: &Mutex<Shared>) -> MutexGuard<'_, Shared> {
 
 /// What is seen of one free.
 #[derive(Debug)]
-pub(super) struct Fall(Vec<Sample>);
+pub(super) struct ResidencyTrace(Vec<Sample>);
 
-impl Fall {
+impl ResidencyTrace {
     /// The most that was gone at once.
     pub(super) fn back_bytes(&self) -> u64 {
         let gone = self.0.iter().map(|sample| sample.gone_bytes);
@@ -195,34 +195,34 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
 
-    fn fall(begin: Instant, gone_mib: &[u64]) -> Fall {
+    fn trace(begin: Instant, gone_mib: &[u64]) -> ResidencyTrace {
         let samples = (0..).zip(gone_mib).map(|(tick, mib)| Sample {
             at: begin + Duration::from_millis(tick * 10),
             gone_bytes: mib * MIB,
         });
-        Fall(samples.collect())
+        ResidencyTrace(samples.collect())
     }
 
     #[test]
     fn fall_tells_when_how_far_and_how_fast() {
         let begin = Instant::now();
-        let fall = fall(begin, &[0, 0, 100, 200, 200, 300, 299, 300]);
+        let trace = trace(begin, &[0, 0, 100, 200, 200, 300, 299, 300]);
         let ms = |ms| Some(begin + Duration::from_millis(ms));
-        assert_eq!(fall.back_bytes(), 300 * MIB);
-        assert_eq!(fall.reached(150 * MIB), ms(30));
-        assert_eq!(fall.reached(301 * MIB), None);
+        assert_eq!(trace.back_bytes(), 300 * MIB);
+        assert_eq!(trace.reached(150 * MIB), ms(30));
+        assert_eq!(trace.reached(301 * MIB), None);
         // 297 MiB between 10 and 50 ms.
-        let rate = fall.bytes_per_second().unwrap() / MIB as f64;
+        let rate = trace.bytes_per_second().unwrap() / MIB as f64;
         assert!((rate - 297.0 / 0.04).abs() < 100.0, "{rate}");
-        assert_eq!(fall.interval(), Some(Duration::from_millis(10)));
+        assert_eq!(trace.interval(), Some(Duration::from_millis(10)));
     }
 
     #[test]
     fn fall_that_did_not_happen_has_neither_time_nor_rate() {
-        let fall = fall(Instant::now(), &[0, 0, 0]);
-        assert_eq!(fall.back_bytes(), 0);
-        assert_eq!(fall.reached(1), None);
-        assert_eq!(fall.bytes_per_second(), None);
+        let trace = trace(Instant::now(), &[0, 0, 0]);
+        assert_eq!(trace.back_bytes(), 0);
+        assert_eq!(trace.reached(1), None);
+        assert_eq!(trace.bytes_per_second(), None);
     }
 
     #[test]

@@ -8,8 +8,8 @@ use integration_tests::linux::{Guest, Machine};
 use integration_tests::wait::wait_for;
 use serde_json::Value;
 
-use super::fall::{Fall, Recording, faults};
 use super::plan::{Block, Combination, Way};
+use super::residency_trace::{Recording, ResidencyTrace, faults};
 
 const MIB: u64 = 1 << 20;
 const GUEST_BYTES: u64 = 1 << 30;
@@ -64,12 +64,12 @@ pub(super) struct Round {
 
 /// A booted guest and how its memory is to come back.
 #[derive(Debug)]
-pub(super) struct Course {
+pub(super) struct ReclaimGuest {
     guest: Guest,
     way: Way,
 }
 
-impl Course {
+impl ReclaimGuest {
     /// Boots the guest for this combination and those that share it.
     pub(super) fn boot(combination: &Combination) -> Result<Self> {
         let way = combination.way;
@@ -141,7 +141,7 @@ impl Course {
         let asked = self.ask(freed_bytes, returned)?;
         self.wait_end(&recording, asked, freed_bytes)?;
 
-        let fall = recording.fall();
+        let trace = recording.trace();
         let faults_back = faults(pid)?;
         let counts = self.counted()?;
         let deflate_ms = self.take_back()?;
@@ -155,15 +155,15 @@ impl Course {
             blocks,
             free_ms: ms(free),
             before_bytes: recording.before_bytes(),
-            back_bytes: fall.back_bytes(),
-            to_ms: SHARES.map(|percent| since(&fall, asked, freed_bytes / 100 * percent)),
-            bytes_per_second: fall.bytes_per_second(),
+            back_bytes: trace.back_bytes(),
+            to_ms: SHARES.map(|percent| since(&trace, asked, freed_bytes / 100 * percent)),
+            bytes_per_second: trace.bytes_per_second(),
             batches: counts.batches - counted.batches,
             ranges: counts.ranges - counted.ranges,
             discarded_bytes: counts.discarded_bytes - counted.discarded_bytes,
             discard_syscalls: counts.discard_syscalls - counted.discard_syscalls,
             faults: faults_back - faults_before,
-            sample_ms: fall.interval().map(ms),
+            sample_ms: trace.interval().map(ms),
             deflate_ms,
             touch_ms: number(&refilled, 4)? as f64 / 1000.0,
             touch_faults: faults(pid)? - faults_rested,
@@ -286,7 +286,7 @@ fn ms(time: Duration) -> f64 {
 }
 
 /// Time until so much was gone; 0 when it was before.
-fn since(fall: &Fall, asked: Instant, bytes: u64) -> Option<f64> {
-    let reached = fall.reached(bytes)?;
+fn since(trace: &ResidencyTrace, asked: Instant, bytes: u64) -> Option<f64> {
+    let reached = trace.reached(bytes)?;
     Some(ms(reached.saturating_duration_since(asked)))
 }

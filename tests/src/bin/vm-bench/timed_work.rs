@@ -7,15 +7,15 @@ use serde_json::Value;
 use crate::compare::rounded;
 use crate::cost::Cost;
 
-/// What a course took.
+/// What a piece of work took.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Taken {
+pub(crate) struct TimedWork {
     /// Of the guest's clock.
     ns: u64,
     cost: Cost,
 }
 
-impl Taken {
+impl TimedWork {
     /// Runs `guest-mem WORDS` in the guest, which answers `ok VERB N ns`.
     ///
     /// # Errors
@@ -38,7 +38,7 @@ impl Taken {
         Ok(Self { ns, cost })
     }
 
-    /// Without what `nothing` took: the same course with no work in it.
+    /// Without what `nothing` took: the same steps with no work in them.
     pub(crate) fn beyond(&self, nothing: &Self) -> Self {
         Self {
             ns: self.ns.saturating_sub(nothing.ns).max(1),
