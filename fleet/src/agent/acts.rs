@@ -1,4 +1,4 @@
-//! What the agent did to VMs and has to undo: pauses and limits of control groups.
+//! What the agent did to VMs and has to undo: pauses and limits of control groups. And which VMs it must leave alone.
 //!
 //! An act is on disk before it is carried out and leaves the disk when its undoing was confirmed, so the next agent knows
 //! what this one left behind, whatever ended it. An act is about one process: it ends with it.
@@ -18,10 +18,13 @@ use crate::state_file::replace;
 /// Form of the file; another one is refused rather than misread.
 const VERSION: u32 = 1;
 
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 struct Record {
     process: Option<ProcessIdentity>,
     acts: InForce,
+    /// Whether the operator excluded the VM.
+    #[serde(default)]
+    pinned: bool,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -76,7 +79,7 @@ impl Acts {
         process: Option<ProcessIdentity>,
         order: &Order,
     ) -> io::Result<()> {
-        self.change(vm, process, |acts| match *order {
+        self.change_acts(vm, process, |acts| match *order {
             Order::Pause => acts.paused = true,
             Order::Group(GroupFile::MemoryHigh, Some(_)) => acts.high = true,
             Order::Group(GroupFile::SwapMax, Some(limit)) if limit > Bytes::ZERO => {
@@ -92,7 +95,7 @@ impl Acts {
     /// # Errors
     /// It cannot be saved: it would be undone once more.
     pub(super) fn end(&mut self, vm: &VmId, order: &Order) -> io::Result<()> {
-        self.change(vm, None, |acts| match *order {
+        self.change_acts(vm, None, |acts| match *order {
             Order::Resume => acts.paused = false,
             Order::Group(GroupFile::MemoryHigh, None) => acts.high = false,
             Order::Group(GroupFile::SwapMax, Some(Bytes::ZERO)) => acts.swap = false,
@@ -108,9 +111,30 @@ impl Acts {
             .get(vm)
             .is_some_and(|record| record.process.is_some() && record.process != process);
         if other {
-            self.change(vm, None, |acts| *acts = InForce::default())?;
+            self.change(vm, |record| *record = Record::default())?;
         }
         Ok(())
+    }
+
+    /// Whether the operator excluded a VM.
+    pub(super) fn is_pinned(&self, vm: &VmId) -> bool {
+        self.records.get(vm).is_some_and(|record| record.pinned)
+    }
+
+    /// Excludes a VM for as long as its process lives, or includes it again.
+    ///
+    /// # Errors
+    /// It cannot be saved, so the next agent would not know.
+    pub(super) fn pin(
+        &mut self,
+        vm: &VmId,
+        process: Option<ProcessIdentity>,
+        pinned: bool,
+    ) -> io::Result<()> {
+        self.change(vm, |record| {
+            record.process = process.or(record.process);
+            record.pinned = pinned;
+        })
     }
 
     /// The orders that undo everything on a VM.
@@ -131,24 +155,32 @@ impl Acts {
             .collect()
     }
 
-    fn change(
+    fn change_acts(
         &mut self,
         vm: &VmId,
         process: Option<ProcessIdentity>,
         change: impl FnOnce(&mut InForce),
     ) -> io::Result<()> {
-        let before = self.of(vm);
-        let mut acts = before;
-        change(&mut acts);
-        if acts == before {
+        self.change(vm, |record| {
+            let before = record.acts;
+            change(&mut record.acts);
+            if record.acts != before {
+                record.process = process.or(record.process);
+            }
+        })
+    }
+
+    fn change(&mut self, vm: &VmId, change: impl FnOnce(&mut Record)) -> io::Result<()> {
+        let before = self.records.get(vm).cloned().unwrap_or_default();
+        let mut record = before.clone();
+        change(&mut record);
+        if record == before {
             return Ok(());
         }
-        let known = self.records.get(vm).and_then(|record| record.process);
-        if acts == InForce::default() {
+        if record.acts == InForce::default() && !record.pinned {
             self.records.remove(vm);
         } else {
-            let process = process.or(known);
-            self.records.insert(vm.clone(), Record { process, acts });
+            self.records.insert(vm.clone(), record);
         }
         let saved = Saved {
             version: VERSION,

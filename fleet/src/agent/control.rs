@@ -228,7 +228,14 @@ impl ControlLoop {
 
     fn pin(&mut self, request: &Request) -> Result<Response, Response> {
         let asked: PinRequest = request.json()?;
-        if !self.rounds.pin(&asked.vm, asked.pinned, &mut self.journal) {
+        let known = self
+            .rounds
+            .pin(&asked.vm, asked.pinned, &mut self.journal)
+            .map_err(|error| {
+                let text = format!("Cannot save that {:?} is pinned or not", asked.vm);
+                Response::error(500, &[text, error.to_string()])
+            })?;
+        if !known {
             let text = format!("There is no VM {:?}", asked.vm);
             return Err(Response::error(404, &[text]));
         }

@@ -303,14 +303,23 @@ impl VmRounds {
     }
 
     /// Excludes a VM from management, or includes it again; false when there is none of that name.
-    pub(super) fn pin(&mut self, name: &str, pinned: bool, journal: &mut Journal) -> bool {
+    ///
+    /// # Errors
+    /// It cannot be saved, and is not done.
+    pub(super) fn pin(
+        &mut self,
+        name: &str,
+        pinned: bool,
+        journal: &mut Journal,
+    ) -> io::Result<bool> {
         let Some(vm) = self.vms.get_mut(name) else {
-            return false;
+            return Ok(false);
         };
+        self.acts.pin(&vm.id, vm.process(), pinned)?;
         vm.pinned = pinned;
         let text = if pinned { "pinned" } else { "unpinned" };
         journal.enter("vm", name, text.to_owned());
-        true
+        Ok(true)
     }
 
     /// Orders every balloon away, and everything undone.
@@ -485,11 +494,11 @@ impl VmRounds {
 
     /// Forgets acts that ended without this agent: with their process, or because somebody resumed the VM.
     fn follow_acts(&mut self, name: &str) {
-        let Some(vm) = self.vms.get(name) else {
+        let Some(vm) = self.vms.get_mut(name) else {
             return;
         };
-        let process = vm.process();
-        log_unsaved(self.acts.follow(&vm.id, process));
+        log_unsaved(self.acts.follow(&vm.id, vm.process()));
+        vm.pinned = self.acts.is_pinned(&vm.id);
         if self.acts.of(&vm.id).paused && vm.runs_unasked() {
             log_unsaved(self.acts.end(&vm.id, &Order::Resume));
         }

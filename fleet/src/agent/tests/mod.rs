@@ -781,3 +781,27 @@ fn limit_of_the_group_that_vmms_are_in_bounds_promises_without_being_named() {
     assert_eq!(error.status, 422);
     reserve(&world, "small", GIB, GIB / 2).unwrap();
 }
+
+#[test]
+fn pin_holds_for_the_next_agent() {
+    let world = World::new(16 * GIB, 0);
+    set_of(&world, &["a", "b"], 2);
+    let agent = start(&world);
+    wait_vm(&agent, "a", "up", |vm| vm.up);
+    client(&world)
+        .put("fleet.pin", Some(r#"{"vm":"a","pinned":true}"#))
+        .unwrap();
+    drop(agent);
+    world.set_others(8 * GIB);
+    let agent = start(&world);
+    let pinned = |vm: &VmStatus| vm.interlock.as_deref() == Some("pinned");
+    wait_vm(&agent, "a", "pinned", pinned);
+    wait("the other gives", || {
+        (world.vm("b").target > 0).then_some(())
+    });
+    assert!(world.vm("a").resizes.is_empty());
+    client(&world)
+        .put("fleet.pin", Some(r#"{"vm":"a","pinned":false}"#))
+        .unwrap();
+    wait_vm(&agent, "a", "unpinned", |vm| !pinned(vm));
+}
