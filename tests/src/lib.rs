@@ -6,6 +6,7 @@ pub mod bare_metal;
 pub mod chart;
 pub mod descriptors;
 pub mod ended;
+pub mod fleet;
 pub mod huge_pages;
 pub mod linux;
 pub mod literal_client;

@@ -7,17 +7,23 @@
 //! packages, kernels ─┐
 //! VMM, programs     ─┴─ testbed: the program `demo` of the integration tests
 //! ```
+//!
+//! With `--fleet` it is three guests under one agent, whose page is forwarded to this machine.
 
-use std::process::ExitCode;
+use std::ffi::OsString;
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ExitCode};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::guest::debian::{self, DebianKernel};
+use crate::process::{self, Tie};
 use crate::progress::Plan;
 use crate::testbed::{self, KernelChoice, Surroundings};
-use crate::{apt, cargo, disk, guest, paths};
+use crate::{apt, cargo, disk, fleet, guest, paths};
 
 /// Memory of the testbed's host: the guest's 1 GiB and room to spare.
 const HOST_BYTES: u64 = 3 << 30;
@@ -35,29 +41,111 @@ pub(crate) struct Options {
     /// The guest's kernel
     #[arg(long, value_enum, default_value = "debian")]
     kernel: KernelChoice,
+    /// Three guests under one fleet agent, with its page for this machine's browser
+    #[arg(long)]
+    fleet: bool,
+    /// Where the page is, on 127.0.0.1
+    #[arg(long, default_value_t = 9273, requires = "fleet")]
+    port: u16,
+    /// Go on until interrupted
+    #[arg(long, requires = "fleet")]
+    keep: bool,
+    /// Take a picture of the page with Chromium and end then
+    #[arg(long, value_name = "FILE", requires = "fleet", conflicts_with = "keep")]
+    picture: Option<PathBuf>,
+}
+
+impl Options {
+    fn programs(&self) -> Vec<&'static str> {
+        let mut programs = PROGRAMS.to_vec();
+        programs.extend(self.fleet.then_some("ch-fleet"));
+        programs
+    }
 }
 
 /// Runs the demonstration; its chart and figures are left in `target/demo`.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    if options.fleet {
+        // Before anything is built for it.
+        TcpListener::bind((Ipv4Addr::LOCALHOST, options.port)).with_context(|| {
+            format!(
+                "port {} of 127.0.0.1 is not free for the page; choose another with --port",
+                options.port
+            )
+        })?;
+    }
     let results = paths::target().join("demo");
     std::fs::create_dir_all(&results).with_context(|| format!("creating {}", results.display()))?;
     disk::require(&results, TARGET_BYTES, "building the demonstration")?;
-    prepare(options.kernel)?;
-    testbed::run_command(
-        vec![cargo::folder(PROFILE).join("demo").into(), "/share".into()],
-        Surroundings {
-            memory: HOST_BYTES,
-            share: Some(results),
-            kernel: options.kernel,
-            profile: Some(PROFILE.into()),
-            programs: PROGRAMS.map(str::to_string).to_vec(),
-            ..Surroundings::default()
-        },
+    prepare(options)?;
+    let mut command: Vec<OsString> = vec![cargo::folder(PROFILE).join("demo").into()];
+    let mut around = Surroundings {
+        memory: HOST_BYTES,
+        share: Some(results.clone()),
+        kernel: options.kernel,
+        profile: Some(PROFILE.into()),
+        programs: options
+            .programs()
+            .iter()
+            .map(|name| (*name).to_string())
+            .collect(),
+        ..Surroundings::default()
+    };
+    if !options.fleet {
+        command.push("/share".into());
+        return testbed::run_command(command, around);
+    }
+    around.qemu = Some(forwarding(options.port));
+    command.extend(["--fleet".into(), options.port.to_string().into()]);
+    command.extend(options.keep.then(|| "keep".into()));
+    let Some(picture) = &options.picture else {
+        return testbed::run_command(command, around);
+    };
+    around.timeout = Some(PICTURE_MAX.as_secs());
+    command.extend(["until".into(), format!("/share/{PICTURE}").into()]);
+    with_picture(&results.join(PICTURE), options.port, picture, || {
+        testbed::run_command(command, around)
+    })
+}
+
+/// In the folder for results.
+const PICTURE: &str = "fleet.png";
+/// For the guests to boot and have their turns, on a busy machine.
+const PICTURE_MAX: Duration = Duration::from_secs(900);
+
+/// Options for QEMU: a network between its process and the emulated host, and one port of it here.
+fn forwarding(port: u16) -> String {
+    format!(
+        "-netdev user,id=page,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:{port} \
+         -device virtio-net-pci,netdev=page,romfile="
     )
 }
 
+/// Runs `work` with a browser beside it, which takes a picture and puts it to `taken`.
+fn with_picture(
+    taken: &Path,
+    port: u16,
+    to: &Path,
+    work: impl FnOnce() -> Result<ExitCode>,
+) -> Result<ExitCode> {
+    if taken.exists() {
+        std::fs::remove_file(taken).with_context(|| format!("removing {}", taken.display()))?;
+    }
+    let mut photographer = fleet::photographer(port, taken)?;
+    let mut browser: Child = process::spawn_tied(&mut photographer, Tie::Terminate, Vec::new())?;
+    let status = work()?;
+    let seen = browser.wait().context("waiting for the browser's test")?;
+    ensure!(seen.success(), "no picture was taken ({seen})");
+    std::fs::copy(taken, to).with_context(|| format!("writing {}", to.display()))?;
+    Ok(status)
+}
+
 /// Downloads and builds what the run needs; the run itself then finds all of it in place.
-fn prepare(kernel: KernelChoice) -> Result<()> {
+fn prepare(options: &Options) -> Result<()> {
+    let kernel = options.kernel;
+    if options.picture.is_some() {
+        fleet::prepare_photographer()?;
+    }
     let emulated = testbed::is_emulation_certain()?;
     let debian = kernel == KernelChoice::Debian;
     let mut downloads = vec![("Debian packages", 25)];
@@ -69,7 +157,7 @@ fn prepare(kernel: KernelChoice) -> Result<()> {
     }
     let builds = [
         ("guest program", 12),
-        ("the VMM and ch-remote, crates", 50),
+        ("the VMM and its tools, crates", 50),
         ("the demonstration, crates", 12),
     ];
     let plan = Plan::new(&[&downloads, &builds], RUN_EXPECTED);
@@ -85,7 +173,7 @@ fn prepare(kernel: KernelChoice) -> Result<()> {
                 }
                 Ok(())
             });
-            let built = build(&plan);
+            let built = build(&plan, &options.programs());
             let downloaded = downloading
                 .join()
                 .expect("the downloading thread does not panic");
@@ -108,11 +196,11 @@ fn fetch(plan: &Plan, packages: &[&str]) -> Result<DebianKernel> {
     })
 }
 
-fn build(plan: &Plan) -> Result<()> {
+fn build(plan: &Plan, programs: &[&str]) -> Result<()> {
     plan.next(1, |_| guest::programs::build())?;
     let profile = ["--profile", PROFILE];
     plan.next(1, |task| {
-        cargo::build(&PROGRAMS, &profile, |done, all| task.at(done, all))
+        cargo::build(programs, &profile, |done, all| task.at(done, all))
     })?;
     plan.next(1, |task| {
         let more = [

@@ -1,7 +1,8 @@
 //! `cargo xtask fleet-page`, `fleet-bench` and `fleet-chaos`: the fleet agent with other programs, its costs, and its
 //! behaviour when everything fails.
 
-use std::process::ExitCode;
+use std::path::Path;
+use std::process::{Command, ExitCode};
 
 use anyhow::{Context as _, Result, bail};
 
@@ -35,7 +36,13 @@ pub(crate) fn page() -> Result<ExitCode> {
     for [package, kind, target] in TESTS {
         let passed = cargo::command(["test", "--package", package, kind, target])
             // One browser or server at a time.
-            .args(["--", "--ignored", "--test-threads=1"])
+            .args([
+                "--",
+                "--ignored",
+                "--test-threads=1",
+                "--skip",
+                PHOTOGRAPHER,
+            ])
             .status()
             .context("starting the tests")?
             .success();
@@ -44,6 +51,29 @@ pub(crate) fn page() -> Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The test that looks at a real fleet and leaves a picture of it.
+const PHOTOGRAPHER: &str = "page_of_a_real_fleet_shows_memory_going_from_guest_to_guest";
+const PHOTOGRAPHER_IN: [&str; 5] = ["test", "--package", "ch-fleet", "--test", "seen"];
+
+/// Installs the browser and builds what drives it.
+pub(crate) fn prepare_photographer() -> Result<()> {
+    apt::ensure(&NEEDS[..1])?;
+    cargo::run(PHOTOGRAPHER_IN.into_iter().chain(["--no-run"]))
+}
+
+/// A command that waits for the page of a fleet on a port of this machine and takes its picture.
+pub(crate) fn photographer(port: u16, picture: &Path) -> Result<Command> {
+    let picture = std::path::absolute(picture).context("the picture's path")?;
+    let mut command = cargo::command(PHOTOGRAPHER_IN);
+    command
+        .args(["--quiet", "--", "--ignored", "--exact"])
+        .arg(format!("picture::{PHOTOGRAPHER}"))
+        .env("FLEET_PAGE", format!("127.0.0.1:{port}"))
+        .env("FLEET_PICTURE", picture)
+        .stdout(std::io::stderr());
+    Ok(command)
 }
 
 #[derive(Debug, clap::Args)]

@@ -7,4 +7,5 @@
 mod browser;
 mod host;
 mod page;
+mod picture;
 mod prometheus;

@@ -2,17 +2,19 @@
 //! host gets it back, seen through the REST API.
 //!
 //! Runs where KVM boots Linux: `cargo xtask demo` starts it in the testbed with
-//! the folder for its results as the only argument.
+//! the folder for its results as the only argument; `demo --fleet PORT [keep | until FILE]` is the fleet's.
 
 mod chart;
+mod fleet;
 mod recording;
 mod screen;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use fleet::Then;
 use integration_tests::linux::{Guest, Machine};
 use integration_tests::paths;
 use integration_tests::vmm::Vmm;
@@ -36,11 +38,19 @@ const SETTLE_DEADLINE: Duration = Duration::from_secs(90);
 const NOISE_BYTES: u64 = 2 * MIB;
 
 fn main() -> Result<()> {
-    let folder: PathBuf = std::env::args_os()
-        .nth(1)
-        .context("usage: demo FOLDER")?
-        .into();
-    fs::create_dir_all(&folder).with_context(|| folder.display().to_string())?;
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments.as_slice() {
+        ["--fleet", port] => fleet::run(port, Then::End),
+        ["--fleet", port, "keep"] => fleet::run(port, Then::Keep),
+        ["--fleet", port, "until", file] => fleet::run(port, Then::Until(file.as_ref())),
+        [folder] => one_guest(folder.as_ref()),
+        _ => bail!("usage: demo FOLDER, or demo --fleet PORT [keep | until FILE]"),
+    }
+}
+
+fn one_guest(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
 
     // Set by the testbed's --kernel.
     let patched = paths::guest_kernel_is_patched();

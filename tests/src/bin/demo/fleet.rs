@@ -1,0 +1,178 @@
+//! Three guests under one fleet agent, on a host smaller than their memory together: each in turn
+//! grows while the one before it frees its memory, and the agent's page shows it.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use integration_tests::fleet::{Agent, Group};
+use integration_tests::linux::{Guest, Machine};
+use integration_tests::wait::wait_for;
+
+const MIB: u64 = 1 << 20;
+const NAMES: [&str; 3] = ["web", "build", "database"];
+/// Each guest's, 1536 MiB together.
+const GUEST_MIB: u64 = 512;
+/// Above this the kernel kills.
+const HOST_BYTES: u64 = 1200 * MIB;
+/// What a guest uses in its turn, in steps that can be watched.
+const STEP_BYTES: u64 = 75 * MIB;
+const STEPS: u64 = 4;
+/// How often each guest has its turn.
+const ROUNDS: usize = 2;
+/// Mainline reports two seconds after a free, then a sixteenth every two seconds.
+const RECLAIM_DEADLINE: Duration = Duration::from_secs(120);
+/// A guest that has freed its memory is below this.
+const IDLE_BYTES: u64 = 260 * MIB;
+/// For the agent to serve its page, and for somebody to take a picture of it.
+const PAGE_DEADLINE: Duration = Duration::from_secs(120);
+
+const SETTINGS: &str = "\
+[control]
+sample = '1s'
+plan = '1s'
+sample_deadline = '5s'
+keep_min = '48MiB'
+suffer_min = '24MiB'
+[policy.default]
+min = '128MiB'
+floor = '128MiB'
+";
+
+/// The emulated host's address in QEMU's own network, from where a port is forwarded.
+const EMULATED_ADDRESS: &str = "10.0.2.15";
+
+/// What to do when all have had their turns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Then<'a> {
+    End,
+    /// Go on for ever.
+    Keep,
+    /// Go on until there is this file.
+    Until(&'a Path),
+}
+
+/// Runs it with the page on `port`.
+pub(crate) fn run(port: &str, then: Then<'_>) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    fs::create_dir(folder.path().join("vms"))?;
+    // Dropped after the guests in it.
+    let group = Group::new(HOST_BYTES)?;
+    let listen = format!("{}:{port}", address()?);
+    let agent = Agent::start(folder.path(), &group, Some(&listen), SETTINGS)?;
+    wait_for("the agent's page", PAGE_DEADLINE, || {
+        Ok(std::net::TcpStream::connect(&listen).ok())
+    })
+    .with_context(|| agent.last_words())?;
+    say(&format!("The fleet's page: http://127.0.0.1:{port}/"));
+
+    let mut guests = Vec::new();
+    for name in NAMES {
+        agent.admit(name, &format!("{GUEST_MIB}M"))?;
+        guests.push(start(name, folder.path(), &group)?);
+        say(&format!("{name}: a guest of {GUEST_MIB} MiB has booted"));
+    }
+    let mut turns = 0;
+    loop {
+        turn(&mut guests, turns % NAMES.len())?;
+        turns += 1;
+        let is_done = turns >= ROUNDS * NAMES.len();
+        if is_done
+            && match then {
+                Then::End => true,
+                Then::Keep => false,
+                Then::Until(file) => file.exists(),
+            }
+        {
+            break;
+        }
+    }
+    guests[(turns - 1) % NAMES.len()].command("free")?;
+    let resident = wait_for("the guests' memory on the host", RECLAIM_DEADLINE, || {
+        let all = resident(&guests)?;
+        Ok((all < IDLE_BYTES * NAMES.len() as u64).then_some(all))
+    })?;
+    ensure!(group.oom_kills()? == 0, "the kernel has killed guests");
+    for guest in &mut guests {
+        guest.end()?;
+    }
+    println!(
+        "{} guests of {GUEST_MIB} MiB shared a host of {} MiB: each used {} MiB more in turn, none was killed, and at \
+         the end {} MiB are resident.",
+        NAMES.len(),
+        HOST_BYTES / MIB,
+        STEP_BYTES * STEPS / MIB,
+        resident / MIB
+    );
+    Ok(())
+}
+
+/// The guest of this number grows; the one before it has freed its memory.
+fn turn(guests: &mut [Guest], number: usize) -> Result<()> {
+    let before = (number + guests.len() - 1) % guests.len();
+    guests[before].command("free")?;
+    for step in 0..STEPS {
+        // Only so fast as the host gets memory back.
+        wait_for("room on the host", RECLAIM_DEADLINE, || {
+            let all = resident(guests)?;
+            Ok((all + STEP_BYTES + 64 * MIB < HOST_BYTES).then_some(()))
+        })?;
+        guests[number].command(&format!("alloc {STEP_BYTES} seed={step}"))?;
+    }
+    guests[number].command("verify")?;
+    wait_for("the memory that was freed", RECLAIM_DEADLINE, || {
+        let resident = guests[before].vmm.resident_bytes()?;
+        Ok((resident < IDLE_BYTES).then_some(()))
+    })?;
+    say(&format!(
+        "{} freed its memory, {} has grown by {} MiB: {} of {} MiB are resident",
+        NAMES[before],
+        NAMES[number],
+        STEP_BYTES * STEPS / MIB,
+        resident(guests)? / MIB,
+        HOST_BYTES / MIB
+    ));
+    Ok(())
+}
+
+fn start(name: &str, folder: &Path, group: &Group) -> Result<Guest> {
+    let vmm = Machine {
+        arguments: &[
+            "--balloon",
+            "size=0,free_page_reporting=on,deflate_on_oom=on,stats_poll_ms=1000",
+        ],
+        ..Machine::default()
+    }
+    .start()?;
+    group.add(vmm.pid())?;
+    let mut guest = Guest::on_socket(vmm, "serial.sock")?;
+    guest.wait_init()?;
+    guest.wait_serving()?;
+    symlink(guest.vmm.socket(), folder.join(format!("vms/{name}.sock")))?;
+    Ok(guest)
+}
+
+fn resident(guests: &[Guest]) -> Result<u64> {
+    guests.iter().map(|guest| guest.vmm.resident_bytes()).sum()
+}
+
+/// Where the agent listens: an emulated host gets its network from QEMU, and has it set up here.
+fn address() -> Result<&'static str> {
+    if std::env::var_os("TESTBED").is_none_or(|testbed| testbed != "emulated") {
+        return Ok("127.0.0.1");
+    }
+    let set_up = format!("ip addr add {EMULATED_ADDRESS}/24 dev eth0 && ip link set eth0 up");
+    let status = Command::new("sh").args(["-c", &set_up]).status()?;
+    ensure!(status.success(), "{set_up}: {status}");
+    Ok(EMULATED_ADDRESS)
+}
+
+fn say(line: &str) {
+    println!("{line}");
+    // Whoever reads has gone: no reason to end.
+    std::io::stdout().flush().ok();
+}
