@@ -13,14 +13,14 @@
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ExitCode};
+use std::process::{ExitCode, Stdio};
 use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 
 use crate::guest::debian::{self, DebianKernel};
-use crate::process::{self, Tie};
+use crate::process;
 use crate::progress::Plan;
 use crate::testbed::{self, KernelChoice, Surroundings};
 use crate::{apt, cargo, disk, fleet, guest, paths};
@@ -131,9 +131,13 @@ fn with_picture(
     if taken.exists() {
         std::fs::remove_file(taken).with_context(|| format!("removing {}", taken.display()))?;
     }
-    let mut photographer = fleet::photographer(port, taken)?;
-    let mut browser: Child = process::spawn_tied(&mut photographer, Tie::Terminate, Vec::new())?;
+    let photographer = fleet::photographer(port, taken)?;
+    let mut browser = process::spawn_tied_group(&photographer, Stdio::null(), Stdio::inherit())?;
     let status = work()?;
+    if !taken.exists() {
+        // The fleet failed, and said why. The browser ends with this process.
+        return Ok(status);
+    }
     let seen = browser.wait().context("waiting for the browser's test")?;
     ensure!(seen.success(), "no picture was taken ({seen})");
     std::fs::copy(taken, to).with_context(|| format!("writing {}", to.display()))?;

@@ -71,8 +71,7 @@ pub(crate) fn photographer(port: u16, picture: &Path) -> Result<Command> {
         .args(["--quiet", "--", "--ignored", "--exact"])
         .arg(format!("picture::{PHOTOGRAPHER}"))
         .env("FLEET_PAGE", format!("127.0.0.1:{port}"))
-        .env("FLEET_PICTURE", picture)
-        .stdout(std::io::stderr());
+        .env("FLEET_PICTURE", picture);
     Ok(command)
 }
 
