@@ -8,7 +8,9 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, RwLock};
+
+use virtio_devices::Unpoisoned;
 
 /// Something that answers reads and writes in a range of addresses.
 ///
@@ -61,7 +63,7 @@ pub struct Bus {
 
 impl fmt::Debug for Bus {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
+        let ranges = self.ranges.read().unpoisoned();
         f.debug_map()
             .entries(ranges.iter().map(|(base, entry)| (base, entry.bytes)))
             .finish()
@@ -89,7 +91,7 @@ impl Bus {
             .checked_sub(1)
             .and_then(|extent| base.checked_add(extent))
             .ok_or(BusError::NotARange { base, bytes })?;
-        let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
+        let mut ranges = self.ranges.write().unpoisoned();
         // Ranges do not overlap, so only the last one that starts at or before
         // our end can reach into ours.
         if let Some((&other_base, other)) = ranges.range(..=last).next_back()
@@ -109,7 +111,7 @@ impl Bus {
     /// Takes the device that starts at `base` away; false if there is none.
     /// Accesses that have already found it may still be running.
     pub fn remove(&self, base: u64) -> bool {
-        let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
+        let mut ranges = self.ranges.write().unpoisoned();
         ranges.remove(&base).is_some()
     }
 
@@ -140,7 +142,7 @@ impl Bus {
     }
 
     fn resolve(&self, address: u64, bytes: usize) -> Option<(Arc<dyn BusDevice>, u64)> {
-        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
+        let ranges = self.ranges.read().unpoisoned();
         let (base, entry) = ranges.range(..=address).next_back()?;
         let offset = address - base;
         let end = offset.checked_add(bytes as u64)?;

@@ -23,9 +23,11 @@ pub mod rng;
 pub mod testing;
 mod thread_name;
 pub mod transport;
+mod unpoisoned;
 pub mod worker;
 
 pub use device::{
     Activation, ActiveQueue, Counters, GuestRam, HandlerState, Interrupt, QueueHandler,
     QueuePosition, VirtioDevice, WorkerError,
 };
+pub use unpoisoned::Unpoisoned;

@@ -2,9 +2,10 @@
 //!
 //! Readers take a reference and never wait for the control thread, however long it takes to boot or to stop a machine.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, RwLock};
 
 use api::{VmConfig, VmInfo, VmState};
+use virtio_devices::Unpoisoned;
 
 use crate::thresholds::Thresholds;
 use crate::vm::MachineObserver;
@@ -68,12 +69,12 @@ pub struct PublishedView(RwLock<Arc<View>>);
 impl PublishedView {
     /// The latest picture.
     pub fn get(&self) -> Arc<View> {
-        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.0.read().unpoisoned())
     }
 
     pub(crate) fn publish(&self, view: View) {
         let previous = {
-            let mut place = self.0.write().unwrap_or_else(PoisonError::into_inner);
+            let mut place = self.0.write().unpoisoned();
             std::mem::replace(&mut *place, Arc::new(view))
         };
         // Outside of the lock: it may be the last reference to a machine's figures.

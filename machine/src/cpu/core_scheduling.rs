@@ -10,9 +10,10 @@
 // UNSAFETY: this use of prctl has no safe wrapper.
 
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use api::config::CoreScheduling;
+use virtio_devices::Unpoisoned;
 
 use super::CpuError;
 
@@ -71,7 +72,7 @@ impl CoreCookies {
 
     fn share(&self) -> io::Result<()> {
         // Held until the first thread has its cookie.
-        let mut first = self.first.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut first = self.first.lock().unpoisoned();
         match *first {
             Some(thread) => core(PR_SCHED_CORE_SHARE_FROM, thread),
             None => {

@@ -11,8 +11,10 @@
 //! will not touch the guest again.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
+
+use virtio_devices::Unpoisoned;
 
 /// What the control thread wants of the vCPU threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,7 +57,7 @@ impl Gate {
 
     /// No code panics while it holds the lock, and the state is plain numbers.
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unpoisoned()
     }
 
     /// Control thread: a thread is about to be started. It starts out parked.
@@ -100,11 +102,7 @@ impl Gate {
             if remaining.is_zero() {
                 return Err(left);
             }
-            state = self
-                .changed
-                .wait_timeout(state, remaining)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state = self.changed.wait_timeout(state, remaining).unpoisoned().0;
         }
     }
 
@@ -120,10 +118,7 @@ impl Gate {
                 }
                 Wanted::Stopping => return None,
                 Wanted::Paused => {
-                    state = self
-                        .changed
-                        .wait(state)
-                        .unwrap_or_else(PoisonError::into_inner);
+                    state = self.changed.wait(state).unpoisoned();
                 }
             }
         }
@@ -133,10 +128,7 @@ impl Gate {
     pub(super) fn wait_for_stop(&self) {
         let mut state = self.lock();
         while state.wanted != Wanted::Stopping {
-            state = self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            state = self.changed.wait(state).unpoisoned();
         }
     }
 

@@ -1,9 +1,10 @@
 //! The life of one vCPU thread.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use hypervisor::{SystemEvent, Vcpu, VmExit, kick};
+use virtio_devices::Unpoisoned;
 
 use super::core_scheduling::CoreCookies;
 use super::counters::{ExitCounters, count};
@@ -56,7 +57,7 @@ impl VcpuCell {
     /// The vCPU. A thread that panicked leaves registers that are still the kernel's, so a
     /// poisoned lock is no reason not to look at them.
     pub(super) fn lock(&self) -> MutexGuard<'_, Vcpu> {
-        self.vcpu.lock().unwrap_or_else(PoisonError::into_inner)
+        self.vcpu.lock().unpoisoned()
     }
 
     pub(super) fn thread_name(&self) -> String {

@@ -15,10 +15,11 @@
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use serde::{Deserialize, Serialize};
 use state::{Part, StateError, parts, require};
+use virtio_devices::Unpoisoned;
 use virtio_devices::pci::MsiMessage;
 
 use super::GsiRouter;
@@ -315,7 +316,7 @@ impl Ioapic {
     }
 
     fn state_now(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unpoisoned()
     }
 }
 

@@ -6,8 +6,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
+use virtio_devices::Unpoisoned;
 use virtio_devices::pci::MsiMessage;
 
 use super::{IOAPIC_PIN_COUNT, InterruptBackend, Route};
@@ -105,7 +106,7 @@ impl GsiRouter {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unpoisoned()
     }
 }
 

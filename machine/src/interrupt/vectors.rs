@@ -7,8 +7,9 @@
 
 use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
+use virtio_devices::Unpoisoned;
 use virtio_devices::pci::{MsiMessage, MsiVectors};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -48,7 +49,7 @@ impl FunctionVectors {
     fn slot(&self, vector: u16) -> io::Result<MutexGuard<'_, Option<Vector>>> {
         self.vectors
             .get(usize::from(vector))
-            .map(|slot| slot.lock().unwrap_or_else(PoisonError::into_inner))
+            .map(|slot| slot.lock().unpoisoned())
             .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))
     }
 
@@ -116,7 +117,7 @@ impl MsiVectors for FunctionVectors {
 impl Drop for FunctionVectors {
     fn drop(&mut self) {
         for slot in &self.vectors {
-            let vector = slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let vector = slot.lock().unpoisoned().take();
             let Some(mut vector) = vector else {
                 continue;
             };

@@ -4,11 +4,12 @@
 //! where firmware has looked for it since the PC AT.
 
 use std::fmt;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use state::{Bytes, Part, StateError, parts, require};
+use virtio_devices::Unpoisoned;
 
 use crate::bus::BusDevice;
 
@@ -124,7 +125,7 @@ impl Cmos {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unpoisoned()
     }
 }
 

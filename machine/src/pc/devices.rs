@@ -9,8 +9,9 @@
 
 use std::error::Error;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
+use virtio_devices::Unpoisoned;
 use virtio_devices::VirtioDevice;
 use virtio_devices::pci::PciFunction;
 use virtio_devices::transport::{
@@ -127,7 +128,7 @@ impl Pc {
             id: plug.id.clone(),
             source,
         };
-        let count = vectors_needed(&*plug.device.lock().unwrap_or_else(PoisonError::into_inner));
+        let count = vectors_needed(&*plug.device.lock().unpoisoned());
         let vectors = FunctionVectors::new(Arc::clone(&self.chassis.router), count);
         let function = VirtioPciFunction::new(VirtioPciParams {
             id: plug.id.clone(),

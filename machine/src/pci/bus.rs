@@ -2,8 +2,9 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, Weak};
 
+use virtio_devices::Unpoisoned;
 use virtio_devices::pci::PciFunction;
 use vm_allocator::RangeInclusive;
 
@@ -96,7 +97,7 @@ impl PciBus {
     /// # Errors
     /// No such slot, no free slot, or no address space; nothing changed then.
     pub fn add(&self, function: Arc<dyn PciFunction>, slot: Option<u8>) -> Result<Bdf, PciError> {
-        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.slots.write().unpoisoned();
         let slot = match slot {
             Some(slot) if slot == 0 || slot >= SLOT_COUNT => {
                 return Err(PciError::SlotOutOfRange(slot));
@@ -129,7 +130,7 @@ impl PciBus {
             return None;
         }
         let entry = {
-            let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+            let mut slots = self.slots.write().unpoisoned();
             slots.get_mut(usize::from(bdf.slot))?.take()?
         };
         {
@@ -148,7 +149,7 @@ impl PciBus {
 
     /// Every function with its place, the host bridge first.
     pub fn functions(&self) -> Vec<(Bdf, Arc<dyn PciFunction>)> {
-        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let slots = self.slots.read().unpoisoned();
         (0..SLOT_COUNT)
             .zip(slots.iter())
             .filter_map(|(slot, entry)| {
@@ -199,7 +200,7 @@ impl PciBus {
     }
 
     fn slot(&self, slot: u8) -> Option<Arc<Slot>> {
-        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let slots = self.slots.read().unpoisoned();
         slots.get(usize::from(slot))?.clone()
     }
 
@@ -245,7 +246,7 @@ impl PciBus {
             return;
         };
         let entries: Vec<Arc<Slot>> = {
-            let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+            let slots = self.slots.read().unpoisoned();
             slots.iter().flatten().cloned().collect()
         };
         // A BAR that another vCPU is moving at this moment may be released here, and not there, where it would be seen.
@@ -284,7 +285,7 @@ fn aligned_piece(offset: u16, left: usize) -> usize {
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    mutex.lock().unpoisoned()
 }
 
 #[cfg(test)]

@@ -17,10 +17,11 @@
 //! not go with memory in it. Anything else that it ejects is counted and stays.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use serde::{Deserialize, Serialize};
 use state::{Part, State, StateError, parts, require};
+use virtio_devices::Unpoisoned;
 
 use super::{Bdf, PciBus, SLOT_COUNT};
 use crate::bus::BusDevice;
@@ -200,7 +201,7 @@ impl HotplugController {
 
     /// The bitmaps are whole after every statement, so a thread that died with the lock has left nothing half done.
     fn lock(&self) -> MutexGuard<'_, Slots> {
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+        self.slots.lock().unpoisoned()
     }
 }
 

@@ -2,11 +2,12 @@
 //!
 //! What the functions themselves are, and where the guest has moved their BARs, is in their own states.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 
 use ::state::{Part, State, StateError, parts, require};
 use serde::{Deserialize, Serialize};
+use virtio_devices::Unpoisoned;
 use virtio_devices::pci::PciFunction;
 use vm_allocator::RangeInclusive;
 
@@ -56,7 +57,7 @@ pub struct RangeState {
 impl PciBus {
     /// Which functions there are and where. `config_address`: of the ports in front of the bus.
     pub fn state(&self, config_address: u32) -> PciBusState {
-        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let slots = self.slots.read().unpoisoned();
         let range = |range: &RangeInclusive| RangeState {
             start: range.start(),
             bytes: range.len(),
@@ -95,7 +96,7 @@ impl PciBus {
         state: &SlotState,
     ) -> Result<Bdf, StateError> {
         let slot = state.slot;
-        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.slots.write().unpoisoned();
         let is_free = slots.get(usize::from(slot)).is_some_and(Option::is_none);
         require(is_free, PART, "slots", || {
             format!("has slot {slot}, which is taken or does not exist")

@@ -6,9 +6,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use api::config::ConsoleOutputMode;
+use virtio_devices::Unpoisoned;
 use virtio_devices::console::ConsoleEndpoint;
 
 use super::input::Input;
@@ -237,7 +238,7 @@ impl Endpoint {
     /// # Errors
     /// No descriptors.
     pub fn console(&self) -> io::Result<ConsoleEndpoint> {
-        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut streams = self.streams.lock().unpoisoned();
         let streams = match &mut *streams {
             Some(streams) => streams,
             None => streams.insert(Streams::new(

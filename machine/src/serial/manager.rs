@@ -9,9 +9,10 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::thread::JoinHandle;
 
+use virtio_devices::Unpoisoned;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -39,7 +40,7 @@ struct Shared {
 
 impl Shared {
     fn sources(&self) -> MutexGuard<'_, BTreeMap<u64, Weak<dyn Source>>> {
-        self.sources.lock().unwrap_or_else(PoisonError::into_inner)
+        self.sources.lock().unpoisoned()
     }
 }
 
@@ -87,7 +88,7 @@ impl SerialManager {
     /// # Errors
     /// The thread cannot be started.
     pub(super) fn watcher(&self) -> io::Result<Watcher> {
-        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut thread = self.thread.lock().unpoisoned();
         if thread.is_none() {
             let shared = Arc::clone(&self.shared);
             let thread_start = Arc::clone(&self.thread_start);
@@ -105,11 +106,7 @@ impl SerialManager {
 
 impl Drop for SerialManager {
     fn drop(&mut self) {
-        let thread = self
-            .thread
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
+        let thread = self.thread.get_mut().unpoisoned().take();
         let Some(thread) = thread else {
             return;
         };

@@ -11,9 +11,10 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
+use virtio_devices::Unpoisoned;
 use vmm_sys_util::epoll::EventSet;
 
 use super::manager::{Source, Watch, Watcher};
@@ -193,7 +194,7 @@ impl Write for Output {
 
 impl Queue {
     fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unpoisoned()
     }
 
     fn push(&self, bytes: &[u8]) {

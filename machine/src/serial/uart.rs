@@ -3,10 +3,11 @@
 use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use serde::{Deserialize, Serialize};
 use state::{Bytes, Part, State, StateError, parts, require};
+use virtio_devices::Unpoisoned;
 use vm_superio::Serial;
 use vm_superio::serial::{Error, NoEvents, SerialState};
 
@@ -158,7 +159,7 @@ impl Uart {
     }
 
     fn serial(&self) -> MutexGuard<'_, Serial<IrqLine, NoEvents, Output>> {
-        self.serial.lock().unwrap_or_else(PoisonError::into_inner)
+        self.serial.lock().unpoisoned()
     }
 
     /// The output never fails and a full FIFO is asked about before, so that

@@ -5,11 +5,12 @@
 //! guest memory. So a snapshot is consistent: within a path, what was requested
 //! is exactly what was discarded, failed and skipped.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::latency::LatencyHistogram;
 use super::rate::RateWindow;
+use crate::Unpoisoned;
 use crate::reclaim::{Extent, Outcome, SkippedBytes};
 
 /// Everything that came in by one way: reporting, inflation or hinting.
@@ -113,7 +114,7 @@ impl Ledger {
 /// Figures are whole after every single update, so a thread that died while it
 /// held the lock has left nothing half done.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    mutex.lock().unpoisoned()
 }
 
 /// Declares the faults and, from the same list, their names in `vm.counters`.

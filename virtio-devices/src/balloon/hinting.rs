@@ -53,7 +53,7 @@
 //! told DONE, upon which it takes its blocks back: they are ordinary free memory
 //! again, without host memory behind them.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use ::state::{Part, StateError, parts, require};
 use device_facts::HintingPhase;
@@ -61,6 +61,7 @@ use serde::{Deserialize, Serialize};
 
 use super::config::ConfigSpace;
 use super::spec::{VIRTIO_BALLOON_CMD_ID_DONE, VIRTIO_BALLOON_CMD_ID_STOP};
+use crate::Unpoisoned;
 
 const PART: Part = parts::BALLOON;
 
@@ -118,7 +119,7 @@ pub(super) struct Hinting(Mutex<HintingStatus>);
 impl Hinting {
     fn lock(&self) -> MutexGuard<'_, HintingStatus> {
         // Plain stores, none of which can panic.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unpoisoned()
     }
 
     pub(super) fn status(&self) -> HintingStatus {

@@ -1,7 +1,7 @@
 //! What the configuration half, the worker and the handle have in common.
 
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use device_facts::policy_space::VIRTIO_BALLOON_F_REPORTING_POLICY;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
@@ -13,6 +13,7 @@ use super::hinting::Hinting;
 use super::policy::Control;
 use super::spec::{VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING};
 use super::stats::StatsCell;
+use crate::Unpoisoned;
 use crate::device::{GuestRam, Interrupt};
 use crate::reclaim::{DiscardSwitch, Expected, smallest_reclaimable_page_bytes};
 
@@ -149,5 +150,5 @@ pub(super) const fn takes_policy(features: u64) -> bool {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Single stores: a thread cannot die half-way through one.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    mutex.lock().unpoisoned()
 }

@@ -17,12 +17,13 @@
 //! worker and the VMM's control loop never do. A guest that never answers
 //! leaves one request standing, however many callers come.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Instant;
 
 use device_facts::{BalloonStats, GuestReporting};
 
 use super::accounting::GuestFaults;
+use crate::Unpoisoned;
 
 /// Bytes of a statistics buffer looked at: room for 409 tags of ten bytes.
 pub(super) const STATS_BYTES_MAX: usize = 4096;
@@ -108,7 +109,7 @@ struct State {
 impl StatsCell {
     fn lock(&self) -> MutexGuard<'_, State> {
         // Every change of the state is a few plain stores that cannot panic.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unpoisoned()
     }
 
     pub(super) fn latest(&self) -> Option<StatsSample> {
@@ -135,7 +136,7 @@ impl StatsCell {
         let waited = self.changed.wait_timeout_while(state, patience, |state| {
             state.arrivals == arrivals && state.resets == resets
         });
-        let (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let (state, _) = waited.unpoisoned();
         if state.resets != resets {
             Err(StatsError::Reset)
         } else if state.arrivals != arrivals {

@@ -5,10 +5,11 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use super::format::{self, HEADER_BYTES, ImageFormat};
 use super::{BlockError, BlockParams, LockGranularity, SECTOR_BYTES, disk_sys};
+use crate::Unpoisoned;
 
 /// Direct I/O alignment assumed where the kernel does not tell: the largest
 /// logical block in use.
@@ -118,9 +119,7 @@ impl Image {
     /// Held while part of a block is read, changed and written back.
     pub(super) fn lock_partial_writes(&self) -> MutexGuard<'_, ()> {
         // The lock protects no data that a panic could have left half-done.
-        self.partial_writes
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        self.partial_writes.lock().unpoisoned()
     }
 
     /// Size when opened.

@@ -1,9 +1,10 @@
 //! What the configuration half, the worker and the handle have in common.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::region::MemRegion;
+use crate::Unpoisoned;
 use crate::device::{Counters, Interrupt};
 
 /// Declares the tally and, from the same list, its names in `vm.counters`.
@@ -89,19 +90,13 @@ impl Shared {
     }
 
     pub(super) fn set_interrupt(&self, interrupt: Arc<dyn Interrupt>) {
-        let mut place = self
-            .interrupt
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut place = self.interrupt.lock().unpoisoned();
         *place = Some(interrupt);
     }
 
     /// Tells the driver to read the configuration space again.
     pub(super) fn signal_config(&self) {
-        let place = self
-            .interrupt
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let place = self.interrupt.lock().unpoisoned();
         let interrupt = place.clone();
         drop(place);
         if let Some(interrupt) = interrupt {

@@ -1,7 +1,7 @@
 //! What both halves of a network device share.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -9,6 +9,7 @@ use super::config_space::{GUEST_OFFLOADS, tun_offloads};
 use super::counters::NetCounters;
 use super::params::NetError;
 use super::tap::Tap;
+use crate::Unpoisoned;
 
 /// Marks [`NetShared::restored_offloads`] as there; no feature bit.
 const RESTORED: u64 = 1 << 63;
@@ -66,10 +67,7 @@ impl NetShared {
         if count == 0 || usize::from(count) > self.taps.len() {
             return false;
         }
-        let mut enabled = self
-            .enabled_pairs
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut enabled = self.enabled_pairs.lock().unpoisoned();
         let (low, high) = (count.min(*enabled), count.max(*enabled));
         for pair in usize::from(low)..usize::from(high) {
             // Queues that cannot be switched stay on; frames steered to one the
@@ -96,7 +94,7 @@ impl NetShared {
 
     pub(super) fn enabled_pairs(&self) -> u16 {
         let enabled = self.enabled_pairs.lock();
-        *enabled.unwrap_or_else(PoisonError::into_inner)
+        *enabled.unpoisoned()
     }
 
     /// A driver is there: what its features say, unless it was restored and had said something else.

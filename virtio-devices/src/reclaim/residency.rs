@@ -15,7 +15,7 @@ use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use vm_memory::{
@@ -24,6 +24,7 @@ use vm_memory::{
 
 use super::backing::{base_page_bytes, is_memory_file};
 use super::pagemap::{MappedBytes, Pagemap};
+use crate::Unpoisoned;
 use crate::device::GuestRam;
 
 /// Samples younger than this are always good enough.
@@ -138,7 +139,7 @@ impl ResidencyProbe {
     /// # Errors
     /// The host refuses to tell.
     pub fn sample(&self) -> Result<ResidencySample, ResidencyError> {
-        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.last.lock().unpoisoned();
         if let Some(sample) = &*last {
             let rest = Duration::from_micros(sample.cost_us).saturating_mul(REST_PER_COST);
             if sample.taken.elapsed() < rest.max(SAMPLE_AGE_MIN) {

@@ -9,8 +9,11 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use strum::{IntoStaticStr, VariantArray};
+
 /// Why discarding is off.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "snake_case", const_into_str)]
 #[repr(usize)]
 pub enum InhibitReason {
     /// A device has guest memory pinned for DMA.
@@ -24,29 +27,17 @@ pub enum InhibitReason {
 }
 
 impl InhibitReason {
-    pub(super) const ALL: [Self; 4] = [
-        Self::PinnedMemory,
-        Self::MemoryExport,
-        Self::MemoryImport,
-        Self::ReportingPaused,
-    ];
-
     /// Name in counters and answers.
     #[must_use]
     pub const fn name(self) -> &'static str {
-        match self {
-            Self::PinnedMemory => "pinned_memory",
-            Self::MemoryExport => "memory_export",
-            Self::MemoryImport => "memory_import",
-            Self::ReportingPaused => "reporting_paused",
-        }
+        self.into_str()
     }
 }
 
 /// Shared by the engine and everybody who may have to stop it.
 #[derive(Debug, Default)]
 pub struct DiscardSwitch {
-    holders: [AtomicU32; InhibitReason::ALL.len()],
+    holders: [AtomicU32; InhibitReason::VARIANTS.len()],
     /// Batches between their look at `holders` and their last system call.
     batches_running: AtomicU32,
 }
@@ -66,8 +57,9 @@ impl DiscardSwitch {
     /// The first reason discarding is off for, if it is.
     #[must_use]
     pub fn inhibited(&self) -> Option<InhibitReason> {
-        InhibitReason::ALL
-            .into_iter()
+        InhibitReason::VARIANTS
+            .iter()
+            .copied()
             .find(|reason| self.holders[*reason as usize].load(Ordering::SeqCst) > 0)
     }
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use ::state::{Saved, StateError};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -18,6 +18,7 @@ use super::layout::{
 };
 use super::state::VirtioPciState;
 use super::{LifecycleListener, TransportError, VirtioPciParams, vectors_needed};
+use crate::Unpoisoned;
 use crate::device::{Counters, Doorbell, GuestRam, QueueHandler, VirtioDevice};
 use crate::pci::{Bar, DoorbellRegister, MsixLines, MsixTable, PciFunction};
 use crate::worker::{Pausing, Worker, WorkerHandle};
@@ -459,5 +460,5 @@ fn check_queues(queue_sizes: &[u16]) -> Result<(), TransportError> {
 /// A thread that panicked while it held a lock has been reported; the registers
 /// it left are as good as any a guest could write.
 pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    mutex.lock().unpoisoned()
 }

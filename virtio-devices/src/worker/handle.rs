@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -11,6 +11,7 @@ use super::ThreadStart;
 use super::sources::EventSources;
 use super::thread::WorkerThread;
 use super::turn::CommandsPending;
+use crate::Unpoisoned;
 use crate::device::{Activation, HandlerState, QueueHandler, WorkerError};
 
 /// Commands on their way at one time. The guest can cause one activation and
@@ -189,7 +190,7 @@ impl WorkerHandle {
     pub fn kick_and_wait(&self, queue_index: u16) -> bool {
         let one_at_a_time = self.kicks.lock();
         // It guards no data that a panic could have left half done.
-        let _one_at_a_time = one_at_a_time.unwrap_or_else(PoisonError::into_inner);
+        let _one_at_a_time = one_at_a_time.unpoisoned();
         let (ack, done) = sync_channel(1);
         // An error means that the thread ended: nobody looks any more.
         self.send(Command::Kick(queue_index, ack)) && done.recv().unwrap_or(false)

@@ -1,11 +1,12 @@
 //! Queries that may take time or wait for the guest: each runs on a thread of its own.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use api::{Endpoint, VmState};
 use serde::Serialize;
+use virtio_devices::Unpoisoned;
 
 use super::failure::{self, request_failed};
 use super::http::{Answer, Reply, Status};
@@ -121,7 +122,7 @@ impl Queries {
 }
 
 fn send_once(reply: &Mutex<Option<Reply>>, answer: Answer) {
-    let taken = reply.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let taken = reply.lock().unpoisoned().take();
     if let Some(reply) = taken {
         reply.send(answer);
     }

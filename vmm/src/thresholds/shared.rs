@@ -1,9 +1,10 @@
 //! The settings, shared by the control thread, the API and the thread that evaluates them.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use api::{ReclaimThresholds, ReclaimThresholdsChange, ReportingPolicy};
+use virtio_devices::Unpoisoned;
 
 use super::ThresholdError;
 use super::settings::ThresholdSettings;
@@ -95,7 +96,7 @@ impl Thresholds {
 
     /// The settings are whole after every change, so a thread that died with the lock has left nothing half done.
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unpoisoned()
     }
 
     /// Ends the wait.
@@ -112,10 +113,7 @@ impl Thresholds {
             let Subjects { machine, balloon } = state.subjects;
             if !(balloon || (machine && state.settings.has_alerts())) {
                 *due = None;
-                state = self
-                    .wake
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner);
+                state = self.wake.wait(state).unpoisoned();
                 continue;
             }
             let now = Instant::now();
@@ -126,7 +124,7 @@ impl Thresholds {
                 return Some(Look { alerts, balloon });
             }
             let waited = self.wake.wait_timeout(state, at - now);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state = waited.unpoisoned().0;
         }
         None
     }

@@ -2,12 +2,13 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use api::VmConfig;
 use api::config::ConsoleOutputMode;
 use machine::serial::{Endpoint, EndpointMode, SerialError, SerialManager};
 use machine::threads::{DeviceKind, ThreadStart};
+use virtio_devices::Unpoisoned;
 use virtio_devices::console::Console;
 
 use super::devices::Made;
@@ -50,7 +51,7 @@ impl Consoles {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Open> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+        self.open.lock().unpoisoned()
     }
 
     fn serial(

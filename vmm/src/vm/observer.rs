@@ -1,12 +1,13 @@
 //! Read-only access to a running machine for API threads.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, RwLock, RwLockWriteGuard};
 use std::time::{Instant, SystemTime};
 
 use api::{BalloonStatsResponse, DeviceNode, ReclaimStats, ReportingStatus, VmCounters};
 use machine::memory::Zone;
 use machine::pc::Plugged;
+use virtio_devices::Unpoisoned;
 use virtio_devices::balloon::{BalloonHandle, StatsError};
 use virtio_devices::mem::MemHandle;
 use virtio_devices::reclaim::{ResidencyError, ResidencyProbe};
@@ -43,10 +44,7 @@ impl CounterSource {
     fn read(&self) -> Counters {
         match self {
             Self::Balloon(balloon) => balloon.counters(),
-            Self::Device(device) => device
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .counters(),
+            Self::Device(device) => device.lock().unpoisoned().counters(),
         }
     }
 }
@@ -225,7 +223,7 @@ impl OwnObserver {
 
     fn change(&self, change: impl FnOnce(&mut Observed)) {
         let observed = self.0.observed.write();
-        let mut observed = observed.unwrap_or_else(PoisonError::into_inner);
+        let mut observed = observed.unpoisoned();
         if let Some(observed) = &mut *observed {
             change(observed);
         }
@@ -236,11 +234,7 @@ impl Drop for OwnObserver {
     /// Waits for reads under way, of which the longest measures residency and takes milliseconds. None of them waits
     /// for the guest.
     fn drop(&mut self) {
-        let mut observed = self
-            .0
-            .observed
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut observed = self.0.observed.write().unpoisoned();
         drop(observed.take());
         let mut shown = self.0.write_shown();
         (shown.balloon, shown.mem) = (None, None);
@@ -250,18 +244,18 @@ impl Drop for OwnObserver {
 impl VmObserver {
     /// Looks at the machine, which cannot go meanwhile; `None` when it has gone.
     fn look<T>(&self, read: impl FnOnce(&Observed) -> T) -> Option<T> {
-        let observed = self.observed.read().unwrap_or_else(PoisonError::into_inner);
+        let observed = self.observed.read().unpoisoned();
         observed.as_ref().map(read)
     }
 
     fn write_shown(&self) -> RwLockWriteGuard<'_, Shown> {
-        self.shown.write().unwrap_or_else(PoisonError::into_inner)
+        self.shown.write().unpoisoned()
     }
 }
 
 impl MachineObserver for VmObserver {
     fn memory_actual_size_bytes(&self) -> u64 {
-        let shown = self.shown.read().unwrap_or_else(PoisonError::into_inner);
+        let shown = self.shown.read().unpoisoned();
         let balloon = shown.balloon.as_ref();
         let ballooned_bytes = balloon.map_or(0, BalloonHandle::actual_bytes);
         let plugged_bytes = shown.mem.as_ref().map_or(0, MemHandle::plugged_bytes);
@@ -361,7 +355,7 @@ impl MachineObserver for VmObserver {
     }
 
     fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
-        let shown = self.shown.read().unwrap_or_else(PoisonError::into_inner);
+        let shown = self.shown.read().unpoisoned();
         shown.device_tree.clone()
     }
 }

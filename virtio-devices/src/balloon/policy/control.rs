@@ -15,7 +15,7 @@
 //! makes the pause one by the guest. A pause outlives drivers: the next one finds
 //! the flag set, and the gate closed until it says that it follows or for good.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use ::state::{Part, StateError, parts, require};
@@ -25,6 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use super::fields::{FieldWrite, Fields, WordsState};
 use super::status::{PolicyStatus, ReportNowStatus, SettingState};
+use crate::Unpoisoned;
 use crate::reclaim::{DiscardSwitch, InhibitGuard, InhibitReason};
 
 /// How often a closed gate is looked at until the last batch has passed it.
@@ -174,7 +175,7 @@ impl Control {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         // Plain stores, none of which can panic.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().unpoisoned()
     }
 
     /// A driver has accepted its features.
@@ -266,7 +267,7 @@ impl Control {
                 None => deadline.saturating_duration_since(now),
             };
             let waited = self.changed.wait_timeout(state, patience);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            state = waited.unpoisoned().0;
         }
     }
 

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use strum::VariantArray;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::reclaim::guarded_ram::{GuardedRam, Kind, PAGE, RamArea};
@@ -37,7 +38,7 @@ fn guarded(kind: Kind) -> GuardedRam {
 
 #[test]
 fn switch_for_each_reason_keeps_every_kind_of_memory() {
-    for reason in InhibitReason::ALL {
+    for &reason in InhibitReason::VARIANTS {
         for kind in [Kind::Anonymous, Kind::Memfd, Kind::PrivateFile] {
             let switch = Arc::<DiscardSwitch>::default();
             let mut engine = DiscardEngine::new(Arc::clone(&switch));

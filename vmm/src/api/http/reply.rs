@@ -1,10 +1,11 @@
 //! Answers, and the way they come back to the HTTP thread from wherever they were made.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use api::ErrorBody;
 use micro_http::{Body, Response, StatusCode, Version};
 use serde::Serialize;
+use virtio_devices::Unpoisoned;
 use vmm_sys_util::eventfd::EventFd;
 
 /// Value of the `Server` header, upstream's.
@@ -158,10 +159,7 @@ impl Mailbox {
     }
 
     fn post(&self, connection: u64, answer: Answer) {
-        self.answers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push((connection, answer));
+        self.answers.lock().unpoisoned().push((connection, answer));
         self.wake_up();
     }
 
@@ -177,7 +175,7 @@ impl Mailbox {
     pub(super) fn take(&self) -> Vec<(u64, Answer)> {
         // Nothing to read means that another wake-up has already emptied it.
         let _ = self.wake.read();
-        std::mem::take(&mut *self.answers.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut *self.answers.lock().unpoisoned())
     }
 }
 
