@@ -100,6 +100,13 @@ mod tests {
     }
 
     #[test]
+    fn test_that_marked_itself_as_skipped_is_no_longer_passed() {
+        let mut total = closing_line("5 passed, 1 failed, 2 skipped").unwrap_or_default();
+        total.move_to_skipped(3);
+        assert_eq!(Some(total), counts(2, 1, 5));
+    }
+
+    #[test]
     fn other_line_is_not_counted() {
         for line in [
             "",
