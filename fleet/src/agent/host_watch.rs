@@ -2,9 +2,13 @@
 
 use crate::agent_config::AgentConfig;
 use crate::host::{
-    HostError, HostFiles, HostReader, PressureTrigger, TriggerLevel, common_group, watch_pressure,
+    HostError, HostFiles, HostReader, PressureTrigger, TriggerLevel, limiting_groups,
+    watch_pressure,
 };
 use crate::model::HostFacts;
+
+/// A limit that somebody sets on the VMs' control groups is seen after this time.
+const SEARCH_MS: u64 = 30_000;
 
 /// The host as the control loop sees it.
 #[derive(Debug)]
@@ -14,8 +18,10 @@ pub(super) struct HostWatch {
     facts: HostFacts,
     /// Whether the configuration names the group that is the host.
     named: bool,
-    /// The VMMs whose common group is the host otherwise.
+    /// The VMMs whose groups' limits are the host's otherwise.
     pids: Vec<i32>,
+    /// When their groups were last looked for.
+    searched_ms: u64,
     trigger: Option<PressureTrigger>,
 }
 
@@ -41,20 +47,23 @@ impl HostWatch {
             facts,
             named: group.is_some(),
             pids: Vec::new(),
+            searched_ms: now_ms,
         })
     }
 
-    /// Reads the host anew. `pids` are the VMMs: the limit of a group that all of them are in is the host's, whether or not
-    /// anybody named it.
+    /// Reads the host anew. `pids` are the VMMs: if all of them are in groups with limits, those limits together are the
+    /// host's, whether or not anybody named them.
     pub(super) fn read(&mut self, now_ms: u64, pids: Vec<i32>) {
-        if !self.named && self.pids != pids {
+        let due = self.pids != pids || now_ms >= self.searched_ms + SEARCH_MS;
+        if !self.named && due {
             let files = self.reader.files();
-            let group = common_group(&files.proc, &files.cgroup_root, &pids);
-            if group != files.cgroup {
-                log::info!("the VMs' control group: {group:?}");
-                self.reader.set_cgroup(group);
+            let groups = limiting_groups(&files.proc, &files.cgroup_root, &pids);
+            if groups != self.reader.groups() {
+                log::info!("control groups that limit the VMs: {groups:?}");
+                self.reader.set_groups(groups);
             }
             self.pids = pids;
+            self.searched_ms = now_ms;
         }
         match self.reader.read(now_ms) {
             Ok(facts) => self.facts = facts,

@@ -16,7 +16,7 @@ pub use process::ProcessIdentity;
 pub(crate) use process::resident_bytes;
 pub use reader::{CGROUP_ROOT, HostFiles, HostReader};
 pub use trigger::{PressureTrigger, TriggerError, TriggerLevel, watch_pressure};
-pub(crate) use vm_groups::common_group;
+pub(crate) use vm_groups::limiting_groups;
 
 use std::io;
 use std::path::PathBuf;

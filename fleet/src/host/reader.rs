@@ -63,6 +63,8 @@ struct SwapCount {
 #[derive(Debug)]
 pub struct HostReader {
     files: HostFiles,
+    /// Groups that hold the VMs, if none is named.
+    groups: Vec<PathBuf>,
     page_bytes: u64,
     last_swap: Option<SwapCount>,
 }
@@ -71,6 +73,7 @@ impl HostReader {
     /// A reader of these files.
     pub fn new(files: HostFiles) -> Self {
         Self {
+            groups: files.cgroup.iter().cloned().collect(),
             files,
             page_bytes: 4096,
             last_swap: None,
@@ -82,9 +85,14 @@ impl HostReader {
         &self.files
     }
 
-    /// Takes another group for the host from now on.
-    pub(crate) fn set_cgroup(&mut self, group: Option<PathBuf>) {
-        self.files.cgroup = group;
+    /// The groups that are the host together; none: the machine is.
+    pub(crate) fn groups(&self) -> &[PathBuf] {
+        &self.groups
+    }
+
+    /// Takes other groups for the host from now on.
+    pub(crate) fn set_groups(&mut self, groups: Vec<PathBuf>) {
+        self.groups = groups;
     }
 
     /// Reads everything once; `at_ms` is the planner's clock.
@@ -96,8 +104,11 @@ impl HostReader {
         let meminfo = KernelFile::read(proc.join("meminfo"))?;
         let vmstat = KernelFile::read(proc.join("vmstat"))?;
         let machine = read_pressure(&proc.join("pressure/memory")).unwrap_or_default();
-        let group = self.files.cgroup.as_ref();
-        let own = group.and_then(|group| read_pressure(&group.join("memory.pressure")).ok());
+        let own = self
+            .groups
+            .iter()
+            .filter_map(|group| read_pressure(&group.join("memory.pressure")).ok())
+            .reduce(worse);
         let swap = SwapCount {
             at_ms,
             in_pages: vmstat.figure("pswpin")?,
@@ -110,16 +121,9 @@ impl HostReader {
             total: Bytes(meminfo.figure("MemTotal")?)
                 - Bytes(meminfo.figure("Hugetlb").unwrap_or(0)),
             available: Bytes(meminfo.figure("MemAvailable")?),
-            cgroup: match &self.files.cgroup {
-                Some(group) => read_group(group, &self.files.cgroup_root)?,
-                None => None,
-            },
+            cgroup: read_groups(&self.groups, &self.files.cgroup_root)?,
             // The averages of whichever suffers more; the totals stay with one source, so that they only grow.
-            pressure: own.map_or(machine, |own| Pressure {
-                some_avg10: own.some_avg10.max(machine.some_avg10),
-                full_avg10: own.full_avg10.max(machine.full_avg10),
-                ..own
-            }),
+            pressure: own.map_or(machine, |own| worse(own, machine)),
             swap_total: Bytes(meminfo.figure("SwapTotal")?),
             swap_free: Bytes(meminfo.figure("SwapFree")?),
             swap_in_per_s,
@@ -141,6 +145,34 @@ impl HostReader {
             rate(now.out_pages, last.out_pages),
         )
     }
+}
+
+/// The higher averages of both, and the totals of the first.
+fn worse(a: Pressure, b: Pressure) -> Pressure {
+    Pressure {
+        some_avg10: a.some_avg10.max(b.some_avg10),
+        full_avg10: a.full_avg10.max(b.full_avg10),
+        ..a
+    }
+}
+
+/// The sum of the groups' figures; `None` when there is none, or one of them has no limit.
+fn read_groups(groups: &[PathBuf], root: &Path) -> Result<Option<CgroupMemory>, HostError> {
+    let mut sum: Option<CgroupMemory> = None;
+    for group in groups {
+        let Some(memory) = read_group(group, root)? else {
+            return Ok(None);
+        };
+        sum = Some(match sum {
+            None => memory,
+            Some(sum) => CgroupMemory {
+                limit: sum.limit + memory.limit,
+                current: sum.current + memory.current,
+                reclaimable: sum.reclaimable + memory.reclaimable,
+            },
+        });
+    }
+    Ok(sum)
 }
 
 /// The group's figures; `None` when neither it nor a parent has a limit.

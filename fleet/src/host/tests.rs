@@ -101,6 +101,19 @@ fn group_without_a_limit_leaves_the_machine() {
 }
 
 #[test]
+fn groups_side_by_side_are_one_host() {
+    let mut host = Host::new(None);
+    host.group("a", "4294967296\n", Bytes::gib(2));
+    host.group("b", "2147483648\n", Bytes::gib(1));
+    let root = host.folder.path().join("cgroup");
+    host.reader.set_groups(vec![root.join("a"), root.join("b")]);
+    let group = host.read(0).unwrap().cgroup.unwrap();
+    assert_eq!((group.limit, group.current), (Bytes::gib(6), Bytes::gib(3)));
+    host.group("b", "max\n", Bytes::gib(1));
+    assert_eq!(host.read(0).unwrap().cgroup, None);
+}
+
+#[test]
 fn group_that_suffers_more_than_the_machine_gives_the_pressure() {
     let mut host = Host::new(Some("vms"));
     host.group("vms", "8589934592\n", Bytes::gib(6));

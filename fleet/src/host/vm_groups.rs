@@ -1,25 +1,58 @@
-//! The control group that the VMMs of a host are in together.
+//! The control groups whose limits the VMMs of a host run into.
 //!
 //! VMs that a container runtime or systemd put below a limit run into that limit long before they run into the machine's
 //! memory. Nobody has to name such a group: the processes say where they are.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The deepest group that holds all of these processes, if it is another one than the root. A VMM that is alone in its own
-/// group does not count with that group but with the one above: its limit is the VM's own.
-pub(crate) fn common_group(proc: &Path, root: &Path, pids: &[i32]) -> Option<PathBuf> {
-    let mut common: Option<PathBuf> = None;
+use super::kernel_file::read_limit;
+
+/// The groups with a limit that hold all of these processes and none of which holds another: what the VMs may use is the
+/// sum of their limits. None if a process is below no limit, for then the machine's memory is what they may use.
+///
+/// A VMM that is alone in its own group does not count with that group but with the one above: its limit is the VM's own.
+pub(crate) fn limiting_groups(proc: &Path, root: &Path, pids: &[i32]) -> Vec<PathBuf> {
+    let mut limits = BTreeMap::new();
+    let mut groups = BTreeSet::new();
     for &pid in pids {
         let Some(group) = group_of(proc, root, pid) else {
             continue;
         };
-        common = Some(match common {
-            None => group,
-            Some(common) => shared(&common, &group)?,
-        });
+        let mut own = limits_of(&group, root).peekable();
+        match own.peek() {
+            Some((deepest, _)) => groups.insert(deepest.clone()),
+            None => return Vec::new(),
+        };
+        limits.extend(own);
     }
-    common.filter(|group| group != root && group.join("memory.max").exists())
+    let mut upwards: Vec<(&PathBuf, u64)> = limits
+        .iter()
+        .map(|(group, limit)| (group, *limit))
+        .collect();
+    upwards.sort_by_key(|(group, _)| std::cmp::Reverse(group.components().count()));
+    for (above, limit) in upwards {
+        let is_below = |group: &PathBuf| group != above && group.starts_with(above);
+        let below = groups.iter().filter(|group| is_below(group));
+        let sum = below.fold(0_u64, |sum, group| sum.saturating_add(limits[group]));
+        if groups.contains(above) || sum >= limit {
+            groups.retain(|group| !is_below(group));
+            groups.insert(above.clone());
+        }
+    }
+    groups.into_iter().collect()
+}
+
+/// This group and those above it that have a limit, the deepest first.
+fn limits_of(group: &Path, root: &Path) -> impl Iterator<Item = (PathBuf, u64)> {
+    group
+        .ancestors()
+        .take_while(move |part| *part != root && part.starts_with(root))
+        .filter_map(|part| {
+            let limit = read_limit(&part.join("memory.max")).ok().flatten()?;
+            Some((part.to_owned(), limit))
+        })
 }
 
 fn group_of(proc: &Path, root: &Path, pid: i32) -> Option<PathBuf> {
@@ -33,44 +66,65 @@ fn group_of(proc: &Path, root: &Path, pid: i32) -> Option<PathBuf> {
     Some(group)
 }
 
-fn shared(a: &Path, b: &Path) -> Option<PathBuf> {
-    a.ancestors()
-        .find(|part| b.starts_with(part))
-        .map(Path::to_owned)
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn put(folder: &Path, pid: i32, group: &str, members: &str) {
-        let process = folder.join(format!("proc/{pid}"));
-        fs::create_dir_all(&process).unwrap();
-        fs::write(process.join("cgroup"), format!("0::/{group}\n")).unwrap();
-        let group = folder.join("cgroup").join(group);
-        fs::create_dir_all(&group).unwrap();
-        fs::write(group.join("cgroup.procs"), members).unwrap();
-        for part in group.ancestors().take_while(|part| *part != folder) {
-            fs::write(part.join("memory.max"), "max\n").unwrap();
+    /// Processes 10 to 13 in groups of their own below `a` and `b`, which have these limits, below `vms` with this one.
+    fn found(a: &str, b: &str, vms: &str, pids: &[i32]) -> Vec<String> {
+        let folder = tempfile::TempDir::new().unwrap();
+        let (proc, root) = (folder.path().join("proc"), folder.path().join("cgroup"));
+        for (pid, group) in [
+            (10, "vms/a/1"),
+            (11, "vms/a/2"),
+            (12, "vms/b/3"),
+            (13, "vms/b"),
+        ] {
+            let process = proc.join(pid.to_string());
+            fs::create_dir_all(&process).unwrap();
+            fs::write(process.join("cgroup"), format!("0::/{group}\n")).unwrap();
+            fs::create_dir_all(root.join(group)).unwrap();
         }
+        for (group, members) in [
+            ("vms/a/1", "10\n"),
+            ("vms/a/2", "11\n"),
+            ("vms/b/3", "12\n"),
+        ] {
+            fs::write(root.join(group).join("cgroup.procs"), members).unwrap();
+            // A limit of the VM's own.
+            fs::write(root.join(group).join("memory.max"), "1024\n").unwrap();
+        }
+        fs::write(root.join("vms/b/cgroup.procs"), "13\n14\n").unwrap();
+        for (group, limit) in [("vms/a", a), ("vms/b", b), ("vms", vms)] {
+            fs::write(root.join(group).join("memory.max"), limit).unwrap();
+        }
+        let groups = limiting_groups(&proc, &root, pids);
+        let name = |group: &PathBuf| group.strip_prefix(&root).unwrap().display().to_string();
+        groups.iter().map(name).collect()
     }
 
     #[test]
-    fn group_is_the_deepest_that_holds_all_vmms() {
-        let folder = tempfile::TempDir::new().unwrap();
-        let (proc, root) = (folder.path().join("proc"), folder.path().join("cgroup"));
-        let common = |pids: &[i32]| common_group(&proc, &root, pids);
-        put(folder.path(), 10, "vms/a", "10\n");
-        put(folder.path(), 11, "vms/b", "11\n");
-        put(folder.path(), 12, "shared", "12\n13\n");
-        put(folder.path(), 13, "shared", "12\n13\n");
-        assert_eq!(common(&[10, 11]), Some(root.join("vms")));
-        // The limit of a group with one VMM is that VM's.
-        assert_eq!(common(&[10]), Some(root.join("vms")));
-        assert_eq!(common(&[12, 13]), Some(root.join("shared")));
-        assert_eq!(common(&[10, 12]), None);
-        assert_eq!(common(&[]), None);
-        assert_eq!(common(&[99]), None);
+    fn group_with_a_limit_that_holds_all_vmms_is_found() {
+        assert_eq!(found("max", "max", "8192", &[10, 11, 12]), ["vms"]);
+        assert_eq!(found("4096", "max", "max", &[10, 11]), ["vms/a"]);
+        assert_eq!(found("4096", "max", "max", &[10]), ["vms/a"]);
+        assert_eq!(found("max", "2048", "max", &[12, 13]), ["vms/b"]);
+    }
+
+    #[test]
+    fn groups_side_by_side_count_together_unless_one_above_is_tighter() {
+        let all = [10, 11, 12, 13];
+        assert_eq!(found("4096", "2048", "max", &all), ["vms/a", "vms/b"]);
+        assert_eq!(found("4096", "2048", "8192", &all), ["vms/a", "vms/b"]);
+        assert_eq!(found("4096", "2048", "5000", &all), ["vms"]);
+    }
+
+    #[test]
+    fn vmm_below_no_limit_leaves_the_machine() {
+        let none: [&str; 0] = [];
+        assert_eq!(found("4096", "max", "max", &[10, 12]), none);
+        assert_eq!(found("4096", "4096", "max", &[]), none);
+        assert_eq!(found("4096", "4096", "max", &[99]), none);
     }
 }

@@ -13,7 +13,7 @@ pub struct HostFacts {
     pub total: Bytes,
     /// MemAvailable of `/proc/meminfo`.
     pub available: Bytes,
-    /// The group of the VMs, when it has a limit.
+    /// The group of the VMs, when it has a limit; of several the sum.
     pub cgroup: Option<CgroupMemory>,
     /// Memory pressure of the machine or of the group, whichever is higher.
     pub pressure: Pressure,
