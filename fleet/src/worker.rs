@@ -292,7 +292,9 @@ impl Thread {
                 source,
             })?;
         // A process in another pid namespace cannot be looked up; it is then known by the socket file alone.
-        let process = ProcessIdentity::of(proc, pid);
+        // One that was looked up before and cannot be now is still the same.
+        let before = self.process.filter(|known| known.pid == pid);
+        let process = ProcessIdentity::of(proc, pid).or(before);
         if process != self.process || self.process_number == 0 {
             self.process_number += 1;
             self.level_max = FeatureLevel::L2;

@@ -325,3 +325,45 @@ fn nobody_is_killed_on_figures_that_are_old() {
     assert_eq!(kills(true), 3);
     assert_eq!(kills(false), 1);
 }
+
+#[test]
+fn guest_whose_statistics_stopped_long_after_the_last_take_gets_its_memory_back() {
+    let config = Config::default();
+    let mut memory = PlannerMemory::default();
+    let mut held = Bytes::gib(2);
+    for now_ms in (0..300_000).step_by(PLAN_MS as usize) {
+        let at_ms = now_ms / SAMPLE_MS * SAMPLE_MS;
+        let mut sample = sample(at_ms, held, held, Bytes::gib(3));
+        // The VMM goes on answering, its guest does not.
+        sample.guest.as_mut().unwrap().at_ms = at_ms.min(60_000);
+        let vms = vec![vm("silent", PriorityClass::Normal, sample)];
+        // So much is free that nothing is taken, and so little that nothing is given without need.
+        let plan = plan(&inventory(now_ms, Bytes::gib(9), vms), &config, &memory);
+        if let Some((_, to)) = asked(&plan, "silent") {
+            assert!(now_ms > 60_000 && to < held, "{held} to {to} at {now_ms}");
+            held = to;
+        }
+        memory = plan.memory;
+    }
+    assert_eq!(held, Bytes::ZERO);
+}
+
+#[test]
+fn balloon_that_ignores_the_operators_maximum_is_not_asked_at_every_plan() {
+    let config = Config::default();
+    let mut memory = PlannerMemory::default();
+    let mut requests = 0;
+    for now_ms in (0..75_000).step_by(PLAN_MS as usize) {
+        let unmoved = sample(now_ms, Bytes::ZERO, Bytes::ZERO, Bytes::gib(6));
+        let mut vm = vm("large", PriorityClass::Normal, unmoved);
+        vm.policy.max = Bytes::gib(4);
+        let plan = plan(
+            &inventory(now_ms, Bytes::gib(20), vec![vm]),
+            &config,
+            &memory,
+        );
+        requests += u32::from(asked(&plan, "large").is_some());
+        memory = plan.memory;
+    }
+    assert!((1..=4).contains(&requests), "{requests} requests");
+}

@@ -86,7 +86,7 @@ fn code_of(status: ExitStatus) -> ExitCode {
 }
 
 fn reserve(agent: &Agent, wanted: &Wanted, options: &RunOptions) -> Result<Reservation> {
-    let until = Instant::now() + Duration::from_secs(options.wait);
+    let until = Instant::now().checked_add(Duration::from_secs(options.wait));
     let request = ReserveRequest {
         vm: wanted.socket.clone(),
         memory: wanted.memory,
@@ -96,7 +96,10 @@ fn reserve(agent: &Agent, wanted: &Wanted, options: &RunOptions) -> Result<Reser
     loop {
         match agent.put::<ReserveAnswer>("fleet.reserve", &request) {
             Ok(answer) => return answer.reservation.context("The agent promised nothing"),
-            Err(error) if may_change(&error) && Instant::now() + TRY_AGAIN < until => {
+            Err(error)
+                if may_change(&error)
+                    && until.is_none_or(|until| Instant::now() + TRY_AGAIN < until) =>
+            {
                 thread::sleep(TRY_AGAIN);
             }
             Err(error) => return Err(error),

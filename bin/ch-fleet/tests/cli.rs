@@ -2,6 +2,7 @@
 //! The program itself, as processes on this machine.
 
 use std::fs;
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
@@ -46,11 +47,12 @@ fn spawn(folder: &Path) -> Child {
 impl Agent {
     fn start() -> Self {
         let folder = TempDir::new().unwrap();
-        fs::write(
-            folder.path().join("agent.toml"),
-            settings(folder.path(), ""),
-        )
-        .unwrap();
+        let text = settings(folder.path(), "");
+        Self::start_in(folder, &text)
+    }
+
+    fn start_in(folder: TempDir, settings: &str) -> Self {
+        fs::write(folder.path().join("agent.toml"), settings).unwrap();
         let child = spawn(folder.path());
         let agent = Self { folder, child };
         agent.wait_up();
@@ -131,6 +133,24 @@ fn run_reserves_while_the_vmm_runs_and_ends_as_it_does() {
     let held: Value = serde_json::from_slice(&fs::read(held).unwrap()).unwrap();
     assert_eq!(held[0]["vm"], "new.vm");
     assert_eq!(agent.json(&["reservations"]), serde_json::json!([]));
+}
+
+#[test]
+fn program_that_is_no_vmm_is_asked_nothing() {
+    let folder = TempDir::new().unwrap();
+    let back_end = UnixListener::bind(folder.path().join("back-end.vm")).unwrap();
+    back_end.set_nonblocking(true).unwrap();
+    let text = settings(folder.path(), "").replace("any_program = true\n", "");
+    let agent = Agent::start_in(folder, &text);
+    let log = agent.folder.path().join("log");
+    wait("a word about it", || {
+        let log = fs::read_to_string(&log).unwrap();
+        (log.contains("back-end") && log.contains("which is not a VMM")).then_some(())
+    });
+    // Not even a connection, which a back end that serves a single one would not survive.
+    let error = back_end.accept().unwrap_err();
+    assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
+    assert_eq!(agent.json(&["status"])["vms"], serde_json::json!([]));
 }
 
 #[test]

@@ -82,7 +82,7 @@ pub enum Obstacle {
         /// What is allowed.
         allowed: f64,
     },
-    /// It is larger than the whole host.
+    /// It is larger than the most that this host can ever give to a new VM.
     TooLarge(Bytes),
 }
 
@@ -142,8 +142,12 @@ fn obstacles(
 ) -> Vec<Obstacle> {
     let ledger = &books.ledger;
     let mut obstacles = Vec::new();
-    if needed > ledger.usable {
-        obstacles.push(Obstacle::TooLarge(ledger.usable));
+    let most = ledger.usable - config.newcomers_leave(ledger.usable);
+    let largest = ledger.usable.scale(config.admission.overcommit_max);
+    if needed > most {
+        obstacles.push(Obstacle::TooLarge(most));
+    } else if request.max > largest {
+        obstacles.push(Obstacle::TooLarge(largest));
     } else if needed > free {
         obstacles.push(Obstacle::Short(needed - free));
     }
@@ -233,7 +237,7 @@ impl fmt::Display for Obstacle {
                 f,
                 "all VMs together would have {would_be:.2} times the usable memory, {allowed:.2} is allowed"
             ),
-            Self::TooLarge(usable) => write!(f, "the host has only {usable} in all"),
+            Self::TooLarge(most) => write!(f, "the host can never give more than {most}"),
         }
     }
 }

@@ -82,7 +82,7 @@ fn overcommit_has_a_limit_that_memory_does_not_lift() {
 #[test]
 fn vm_larger_than_the_host_is_told_so() {
     let refusal = admit(&request(101, 101), &books(80), &Config::default()).unwrap_err();
-    assert_eq!(refusal.obstacles, [Obstacle::TooLarge(Bytes::gib(100))]);
+    assert_eq!(refusal.obstacles, [Obstacle::TooLarge(Bytes::gib(90))]);
     assert!(refusal.to_string().contains("Nothing would make it fit"));
 }
 

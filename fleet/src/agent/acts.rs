@@ -58,7 +58,11 @@ impl Acts {
                 saved.vms
             }
         };
-        records.retain(|_, record| record.process.is_none_or(|process| process.is_alive(proc)));
+        records.retain(|_, record| {
+            record
+                .process
+                .is_none_or(|process| !process.has_ended(proc))
+        });
         Ok(Self { path, records })
     }
 
@@ -104,12 +108,13 @@ impl Acts {
         })
     }
 
-    /// Forgets what was done to another process than this one.
+    /// Forgets what was done to another process than this one. A process that could not be looked up is not another one.
     pub(super) fn follow(&mut self, vm: &VmId, process: Option<ProcessIdentity>) -> io::Result<()> {
         let other = self
             .records
             .get(vm)
-            .is_some_and(|record| record.process.is_some() && record.process != process);
+            .and_then(|record| record.process)
+            .is_some_and(|before| process.is_some_and(|process| process != before));
         if other {
             self.change(vm, |record| *record = Record::default())?;
         }
@@ -177,16 +182,20 @@ impl Acts {
         if record == before {
             return Ok(());
         }
+        let mut vms = self.records.clone();
         if record.acts == InForce::default() && !record.pinned {
-            self.records.remove(vm);
+            vms.remove(vm);
         } else {
-            self.records.insert(vm.clone(), record);
+            vms.insert(vm.clone(), record);
         }
         let saved = Saved {
             version: VERSION,
-            vms: self.records.clone(),
+            vms,
         };
-        replace(&self.path, &serde_json::to_vec_pretty(&saved)?)
+        replace(&self.path, &serde_json::to_vec_pretty(&saved)?)?;
+        // Only what is on disk is true: what could not be saved is tried again as if it were new.
+        self.records = saved.vms;
+        Ok(())
     }
 }
 
@@ -194,6 +203,46 @@ impl Acts {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+
+    #[test]
+    fn act_that_could_not_be_saved_is_not_in_force() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let proc = Path::new("/proc");
+        let vm = VmId::from("a");
+        let state_dir = folder.path().join("state");
+        fs::create_dir(&state_dir).unwrap();
+        let mut acts = Acts::open(&state_dir, proc).unwrap();
+        fs::remove_dir(&state_dir).unwrap();
+        for _ in 0..2 {
+            acts.begin(&vm, None, &Order::Pause).unwrap_err();
+            acts.pin(&vm, None, true).unwrap_err();
+        }
+        assert!(!acts.of(&vm).paused && !acts.is_pinned(&vm));
+        fs::create_dir(&state_dir).unwrap();
+        acts.begin(&vm, None, &Order::Pause).unwrap();
+        assert!(acts.of(&vm).paused);
+    }
+
+    #[test]
+    fn process_that_cannot_be_looked_up_is_no_other_one() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let own = ProcessIdentity::of(
+            Path::new("/proc"),
+            i32::try_from(std::process::id()).unwrap(),
+        );
+        let vm = VmId::from("a");
+        let mut acts = Acts::open(folder.path(), Path::new("/proc")).unwrap();
+        acts.begin(&vm, own, &Order::Pause).unwrap();
+        acts.follow(&vm, None).unwrap();
+        assert!(acts.of(&vm).paused);
+        // A file that cannot be read is not a process that has ended.
+        let proc = folder.path().join("proc");
+        let pid = std::process::id().to_string();
+        fs::create_dir_all(proc.join(&pid).join("stat")).unwrap();
+        assert!(Acts::open(folder.path(), &proc).unwrap().of(&vm).paused);
+        fs::remove_dir_all(&proc).unwrap();
+        assert!(!Acts::open(folder.path(), &proc).unwrap().of(&vm).paused);
+    }
 
     #[test]
     fn act_is_on_disk_before_it_is_done_and_until_it_is_undone() {

@@ -332,7 +332,7 @@ impl ControlLoop {
 
     /// Gives all VMs back what was taken; returns those of which it is not known.
     fn restore(&mut self, events: &Receiver<Event>) -> Vec<String> {
-        self.rounds.restore();
+        self.rounds.restore(&self.config);
         let until = Instant::now() + RESTORE;
         while self.rounds.has_orders() {
             let rest = until.saturating_duration_since(Instant::now());
@@ -344,7 +344,7 @@ impl ControlLoop {
                 Err(_) => break,
             }
         }
-        self.rounds.unrestored()
+        self.rounds.unrestored(&self.config)
     }
 
     fn read_host(&mut self) {

@@ -6,11 +6,12 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::Path;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::net::sockopt::socket_peercred;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use rustix::process::geteuid;
 
 use crate::sample::SocketIdentity;
@@ -48,21 +49,25 @@ impl VmLock {
     pub(super) fn take(socket: &SocketIdentity) -> io::Result<Self> {
         let name = format!("ch-fleet/{socket}");
         let address = SocketAddr::from_abstract_name(name.as_bytes())?;
+        let same = SocketAddrUnix::new_abstract_name(name.as_bytes())?;
         match UnixListener::bind_addr(&address) {
             Ok(listener) => Ok(Self {
                 _listener: Some(listener),
             }),
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => holder(&address, error),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => holder(&same, error),
             Err(error) => Err(error),
         }
     }
 }
 
 /// Who holds it. Any user can take a name; only an agent's own user, or root, can keep a VM from this agent.
-fn holder(address: &SocketAddr, in_use: io::Error) -> io::Result<VmLock> {
-    let Ok(stream) = UnixStream::connect_addr(address) else {
+fn holder(address: &SocketAddrUnix, in_use: io::Error) -> io::Result<VmLock> {
+    // Nobody accepts connections there, so there is no waiting for it either.
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let stream = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    if connect(&stream, address).is_err() {
         return Err(in_use);
-    };
+    }
     let peer = socket_peercred(&stream)?;
     if !peer.uid.is_root() && peer.uid != geteuid() {
         log::warn!(
@@ -107,5 +112,28 @@ mod tests {
         assert!(text.contains(&std::process::id().to_string()), "{text}");
         drop(first);
         VmLock::take(&found[0].identity).unwrap();
+    }
+
+    #[test]
+    fn lock_whose_holder_takes_no_more_connections_is_not_waited_for() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let path = folder.path().join("a.sock");
+        let _vmm = UnixListener::bind(&path).unwrap();
+        let pattern = path.display().to_string();
+        let found = Discovery::new(&[pattern]).unwrap().scan();
+        let _first = VmLock::take(&found[0].identity).unwrap();
+        let name = format!("ch-fleet/{}", found[0].identity);
+        let address = SocketAddrUnix::new_abstract_name(name.as_bytes()).unwrap();
+        let mut held = Vec::new();
+        loop {
+            let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+            let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None).unwrap();
+            if connect(&socket, &address).is_err() {
+                break;
+            }
+            held.push(socket);
+        }
+        let refusal = VmLock::take(&found[0].identity).unwrap_err();
+        assert_eq!(refusal.kind(), io::ErrorKind::AddrInUse);
     }
 }

@@ -1,6 +1,6 @@
 //! What an agent must not do to VMs, judged from outside: by what the VMs are, and by what the agent says of them.
 //!
-//! The chaos runs use it, in virtual time (`chaos`) and with real processes (`fleet_chaos`).
+//! The chaos runs use it, in virtual time (`chaos`) and with real processes (`bin/ch-fleet/tests/chaos.rs`).
 
 use thiserror::Error;
 

@@ -15,9 +15,9 @@ use super::locks::VmLock;
 use super::vms::{Direction, StartRefusal, Vm, Vms};
 use crate::agent_config::AgentConfig;
 use crate::execute::{Executor, GroupFiles, Order, Settled};
-use crate::model::{Bytes, HostFacts, InForce, Inventory, Ledger, VmId};
+use crate::model::{Bytes, HostFacts, InForce, Interlock, Inventory, Ledger, VmId};
 use crate::placement::MovableVm;
-use crate::planner::{Action, ActionKind, Block, Plan, PlannerMemory, Present, plan};
+use crate::planner::{Action, ActionKind, Block, Plan, PlannerMemory, Present, books, plan};
 use crate::reservations::SeenVm;
 use crate::sample::{Discovery, Found, PatternError, RequestCounters, SocketOwners, VmReading};
 use crate::worker::{OrderDone, VmEvent, VmEventKind, VmWorker, WorkerOptions};
@@ -214,9 +214,7 @@ impl VmRounds {
     ) -> Ledger {
         let wanted = Vec::new();
         let inventory = self.inventory(config, facts, Claims { promised, wanted });
-        let reserve = config.planning.reserve(inventory.host.limit());
-        let last = &self.plan.ledger;
-        Ledger::of(&inventory, reserve, last.burst, last.granted)
+        books(&inventory, &config.planning, &self.plan, &self.memory)
     }
 
     /// Makes the next plan and hands over what may be done now.
@@ -322,9 +320,9 @@ impl VmRounds {
         Ok(true)
     }
 
-    /// Orders every balloon away, and everything undone.
-    pub(super) fn restore(&mut self) {
-        for vm in self.vms.iter_mut() {
+    /// Orders every balloon away, and everything undone, at the VMs that this agent may touch.
+    pub(super) fn restore(&mut self, config: &AgentConfig) {
+        for vm in self.vms.iter_mut().filter(|vm| may_restore(vm, config)) {
             let balloon = (vm.target() > Bytes::ZERO).then_some(Order::Balloon(Bytes::ZERO));
             for order in balloon.into_iter().chain(self.acts.undoing(&vm.id)) {
                 vm.order(order);
@@ -338,8 +336,9 @@ impl VmRounds {
     }
 
     /// VMs that are not known to be as they would be without this agent.
-    pub(super) fn unrestored(&self) -> Vec<String> {
-        let left = self.vms.iter().filter(|vm| {
+    pub(super) fn unrestored(&self, config: &AgentConfig) -> Vec<String> {
+        let mine = self.vms.iter().filter(|vm| may_restore(vm, config));
+        let left = mine.filter(|vm| {
             vm.is_unconfirmed()
                 || vm.orders > 0
                 || vm.target() > Bytes::ZERO
@@ -585,6 +584,22 @@ fn is_urgent(before: Option<&VmReading>, now: &VmReading, config: &AgentConfig) 
         })
     };
     guest.available < least || stalls(now) > stalls(before)
+}
+
+/// Whether an agent that ends may give a VM its memory back: nobody else has a hand on it.
+fn may_restore(vm: &Vm, config: &AgentConfig) -> bool {
+    let policy = |size| {
+        let name = config.policy_name(vm.id.as_str());
+        config.planning.vm_policy(name, size)
+    };
+    let managed = vm
+        .reading
+        .as_ref()
+        .is_none_or(|reading| policy(reading.configured).managed());
+    let in_other_hands = vm
+        .interlock()
+        .is_some_and(|interlock| interlock != Interlock::Paused);
+    managed && !in_other_hands && !vm.is_huge() && !config.agent.dry_run
 }
 
 #[cfg(test)]

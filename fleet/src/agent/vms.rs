@@ -197,6 +197,8 @@ impl Vms {
                     vm.process = 0;
                     vm.ordered = None;
                     (vm.orders, vm.undoings) = (0, 0);
+                    // What was handed to the thread before may still be carried out.
+                    vm.order_left = true;
                 }
                 Err(error) => log::error!("no thread for the VM {:?}: {error}", vm.id),
             }

@@ -29,6 +29,14 @@ impl ProcessIdentity {
         Some(Self { pid, start_ticks })
     }
 
+    /// True when it is known that this process has ended: there is none of that id, or another one.
+    pub(crate) fn has_ended(self, proc: &Path) -> bool {
+        match Self::of(proc, self.pid) {
+            Some(process) => process != self,
+            None => !proc.join(self.pid.to_string()).exists(),
+        }
+    }
+
     /// True while it is this process that has the id.
     pub(crate) fn is_alive(self, proc: &Path) -> bool {
         Self::of(proc, self.pid) == Some(self)

@@ -12,15 +12,21 @@ use super::kernel_file::read_limit;
 /// The groups with a limit that hold all of these processes and none of which holds another: what the VMs may use is the
 /// sum of their limits. None if a process is below no limit, for then the machine's memory is what they may use.
 ///
-/// A VMM that is alone in its own group does not count with that group but with the one above: its limit is the VM's own.
+/// A group with one VMM, and perhaps its helpers, does not count but the one above: its limit is the VM's own.
 pub(crate) fn limiting_groups(proc: &Path, root: &Path, pids: &[i32]) -> Vec<PathBuf> {
     let mut limits = BTreeMap::new();
     let mut groups = BTreeSet::new();
-    for &pid in pids {
-        let Some(group) = group_of(proc, root, pid) else {
-            continue;
+    let members: Vec<PathBuf> = pids
+        .iter()
+        .filter_map(|&pid| group_of(proc, root, pid))
+        .collect();
+    for group in &members {
+        let alone = members.iter().filter(|other| *other == group).count() == 1;
+        let group = match group.parent() {
+            Some(above) if alone && group != root => above,
+            _ => group,
         };
-        let mut own = limits_of(&group, root).peekable();
+        let mut own = limits_of(group, root).peekable();
         match own.peek() {
             Some((deepest, _)) => groups.insert(deepest.clone()),
             None => return Vec::new(),
@@ -58,12 +64,7 @@ fn limits_of(group: &Path, root: &Path) -> impl Iterator<Item = (PathBuf, u64)> 
 fn group_of(proc: &Path, root: &Path, pid: i32) -> Option<PathBuf> {
     let text = fs::read_to_string(proc.join(pid.to_string()).join("cgroup")).ok()?;
     let path = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    let group = root.join(path);
-    let members = fs::read_to_string(group.join("cgroup.procs")).unwrap_or_default();
-    if members.trim() == pid.to_string() && group != root {
-        return group.parent().map(Path::to_owned);
-    }
-    Some(group)
+    Some(root.join(path))
 }
 
 #[cfg(test)]
@@ -80,22 +81,17 @@ mod tests {
             (11, "vms/a/2"),
             (12, "vms/b/3"),
             (13, "vms/b"),
+            (14, "vms/b"),
         ] {
             let process = proc.join(pid.to_string());
             fs::create_dir_all(&process).unwrap();
             fs::write(process.join("cgroup"), format!("0::/{group}\n")).unwrap();
             fs::create_dir_all(root.join(group)).unwrap();
         }
-        for (group, members) in [
-            ("vms/a/1", "10\n"),
-            ("vms/a/2", "11\n"),
-            ("vms/b/3", "12\n"),
-        ] {
-            fs::write(root.join(group).join("cgroup.procs"), members).unwrap();
+        for group in ["vms/a/1", "vms/a/2", "vms/b/3"] {
             // A limit of the VM's own.
             fs::write(root.join(group).join("memory.max"), "1024\n").unwrap();
         }
-        fs::write(root.join("vms/b/cgroup.procs"), "13\n14\n").unwrap();
         for (group, limit) in [("vms/a", a), ("vms/b", b), ("vms", vms)] {
             fs::write(root.join(group).join("memory.max"), limit).unwrap();
         }
@@ -109,15 +105,24 @@ mod tests {
         assert_eq!(found("max", "max", "8192", &[10, 11, 12]), ["vms"]);
         assert_eq!(found("4096", "max", "max", &[10, 11]), ["vms/a"]);
         assert_eq!(found("4096", "max", "max", &[10]), ["vms/a"]);
-        assert_eq!(found("max", "2048", "max", &[12, 13]), ["vms/b"]);
+        assert_eq!(found("max", "2048", "max", &[12, 13, 14]), ["vms/b"]);
     }
 
     #[test]
     fn groups_side_by_side_count_together_unless_one_above_is_tighter() {
-        let all = [10, 11, 12, 13];
+        let all = [10, 11, 12, 13, 14];
         assert_eq!(found("4096", "2048", "max", &all), ["vms/a", "vms/b"]);
         assert_eq!(found("4096", "2048", "8192", &all), ["vms/a", "vms/b"]);
         assert_eq!(found("4096", "2048", "5000", &all), ["vms"]);
+    }
+
+    #[test]
+    fn limit_of_a_group_with_one_vmm_is_that_vms_own() {
+        let none: [&str; 0] = [];
+        assert_eq!(found("max", "max", "max", &[10, 12]), none);
+        // Whatever other processes are in the group.
+        assert_eq!(found("max", "2048", "max", &[13]), none);
+        assert_eq!(found("max", "2048", "8192", &[10, 13]), ["vms"]);
     }
 
     #[test]

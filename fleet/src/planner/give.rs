@@ -132,7 +132,12 @@ fn urgency(view: &View<'_>, now_ms: u64, control: &ControlConfig) -> Option<(Byt
     let lately =
         view.memory.taken_at_ms > 0 && now_ms < view.memory.taken_at_ms + STALL_SUSPECTED_MS;
     // Without such a coincidence silence has to last longer, for the agent itself may be late.
-    let long = view.facts.missed_samples >= 2 * control.misses_max;
+    let silent_ms = view
+        .sample
+        .guest
+        .map(|guest| now_ms.saturating_sub(guest.at_ms));
+    let long = view.facts.missed_samples >= 2 * control.misses_max
+        || silent_ms.is_some_and(|silent_ms| silent_ms > 2 * control.sample_age_max.0);
     ((lately || long) && view.stale(now_ms, control)).then_some((view.low, Reason::StallSuspected))
 }
 

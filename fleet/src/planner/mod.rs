@@ -273,16 +273,39 @@ fn ledger(
     let reserve = config.reserve(inventory.host.limit());
     let granted = views.iter().map(|view| view.memory.granted).sum();
     let mut ledger = Ledger::of(inventory, reserve, Bytes::ZERO, granted);
-    // Balloons of guests that lie hold nothing: all that is not resident may come back.
     for view in views.iter().filter(|view| view.memory.distrusted) {
-        ledger.callable_liability +=
-            (view.facts.configured - view.sample.resident) - view.facts.callable();
+        ledger.callable_liability += unbelieved(view.facts);
     }
     ledger.with_burst(burst::expected(
         memory,
         ledger.callable_liability,
         &config.control,
     ))
+}
+
+/// The books as they are now, between two plans: with what the last one learned of bursts, grants and liars.
+pub fn books(
+    inventory: &Inventory,
+    config: &Config,
+    last: &Plan,
+    memory: &PlannerMemory,
+) -> Ledger {
+    let (inventory, impossible) = &believable(inventory, config);
+    let reserve = config.reserve(inventory.host.limit());
+    let mut ledger = Ledger::of(inventory, reserve, Bytes::ZERO, last.ledger.granted);
+    for vm in &inventory.vms {
+        let remembered = memory.vm(vm.id.as_str());
+        if impossible.contains(&vm.id) || remembered.is_some_and(|vm| vm.distrusted) {
+            ledger.callable_liability += unbelieved(vm);
+        }
+    }
+    ledger.with_burst(last.ledger.burst)
+}
+
+/// What a VM that lies may call in beyond its claims: its balloon holds nothing, so all that is not resident.
+fn unbelieved(vm: &VmFacts) -> Bytes {
+    let resident = vm.sample.unwrap_or_default().resident;
+    (vm.configured - resident) - vm.callable()
 }
 
 fn enter(memory: &mut PlannerMemory, state: HostState, now_ms: u64) {

@@ -9,6 +9,7 @@ use strum::VariantArray as _;
 use crate::config::ControlConfig;
 use crate::model::{Bytes, HostState, PriorityClass};
 
+use super::observe::TURNS_MAX;
 use super::view::View;
 use super::{Reason, Squeezed};
 
@@ -173,9 +174,10 @@ fn explain_rest(view: &mut View<'_>, demand: &Demand, control: &ControlConfig) {
 /// Moves balloons that hold less than the VM's maximum demands. The operator's limit needs no shortage.
 pub(super) fn hold_to_maximum(view: &mut View<'_>, now_ms: u64, control: &ControlConfig) {
     let known = view.off_limits().is_none() && !view.stale(now_ms, control);
+    let moves = !view.memory.stuck && view.memory.turns_ms.len() < TURNS_MAX;
     // One step for each sample: the next one tells how the guest took it.
     let seen = view.sample.at_ms > view.memory.asked_at_ms;
-    if view.target < view.low && known && seen {
+    if view.target < view.low && known && moves && seen {
         let step = view.step(HostState::Red, control);
         view.to = view.low.min(view.target + step);
         view.gain = (view.to - view.target) - view.absent();

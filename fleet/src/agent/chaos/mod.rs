@@ -3,7 +3,7 @@
 //!
 //! Only threads and clocks are replaced. VMs hang, refuse, lie, fall silent, answer late and garbage, reboot, die and come
 //! back as other machines; files of the host vanish; the wall clock jumps; the agent is killed between any two events and
-//! started again on the same folder. The same with real processes and sockets is the example `fleet_chaos`.
+//! started again on the same folder. The same with real processes and sockets is `bin/ch-fleet/tests/chaos.rs`.
 
 mod machine;
 

@@ -267,10 +267,23 @@ fn what_a_refused_vm_needs_is_asked_of_idle_guests_until_it_fits() {
 }
 
 #[test]
+fn vm_that_claims_the_impossible_costs_the_others_no_promise() {
+    let world = World::new(16 * GIB, 4 * GIB);
+    world.add("giant", FakeVm::new(u64::MAX, GIB));
+    let agent = start(&world);
+    wait_vm(&agent, "giant", "up", |vm| vm.up);
+    wait("a promise", || match reserve(&world, "new", 2 * GIB, GIB) {
+        Ok(_) => Some(()),
+        Err(ClientError::Server(error)) if error.status == 409 => None,
+        Err(error) => panic!("{error:?}"),
+    });
+}
+
+#[test]
 fn refusal_says_what_would_make_it_fit() {
-    let world = World::new(16 * GIB, 0);
+    let world = World::new(16 * GIB, 8 * GIB);
     let _agent = start(&world);
-    let Err(ClientError::Server(error)) = reserve(&world, "big", 15 * GIB, 15 * GIB) else {
+    let Err(ClientError::Server(error)) = reserve(&world, "big", 12 * GIB, 10 * GIB) else {
         panic!("admitted");
     };
     let chain: Vec<&str> = error.chain().collect();
@@ -804,4 +817,25 @@ fn pin_holds_for_the_next_agent() {
         .put("fleet.pin", Some(r#"{"vm":"a","pinned":false}"#))
         .unwrap();
     wait_vm(&agent, "a", "unpinned", |vm| !pinned(vm));
+}
+
+#[test]
+fn agent_that_restores_leaves_alone_what_is_pinned() {
+    let world = World::new(16 * GIB, GIB);
+    set_of(&world, &["a", "b", "c", "d"], 2);
+    let mut config = agent_config(&world);
+    config.agent.on_stop = crate::agent_config::OnStop::Restore;
+    let agent = start_with(&world, config);
+    wait("balloons", || {
+        (world.vm("a").target > 0 && world.vm("b").target > 0).then_some(())
+    });
+    client(&world)
+        .put("fleet.pin", Some(r#"{"vm":"a","pinned":true}"#))
+        .unwrap();
+    wait_vm(&agent, "a", "pinned", |vm| {
+        vm.interlock.as_deref() == Some("pinned") && vm.target.0 == world.vm("a").target
+    });
+    let held = world.vm("a").target;
+    agent.stop().unwrap();
+    assert_eq!((world.vm("a").target, world.vm("b").target), (held, 0));
 }
