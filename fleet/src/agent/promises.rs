@@ -130,9 +130,7 @@ impl Promises {
         let asked: ReserveRequest = request.json()?;
         let vm = vm_name(&asked.vm, situation.rounds)?;
         let config = situation.config;
-        let policy = config
-            .planning
-            .vm_policy(config.policy_name(&vm), asked.memory);
+        let policy = config.vm_policy(&vm, asked.memory);
         let wanted = Wanted {
             min: asked.min.unwrap_or(policy.min).min(asked.memory),
             max: asked.memory,

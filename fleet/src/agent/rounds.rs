@@ -191,8 +191,7 @@ impl VmRounds {
     ) -> Inventory {
         let now_ms = self.now_ms();
         let vms = self.vms.iter().filter_map(|vm| {
-            let name = config.policy_name(vm.id.as_str());
-            let policy = |size| config.planning.vm_policy(name, size);
+            let policy = |size| config.vm_policy(vm.id.as_str(), size);
             let known = (self.acts.of(&vm.id), self.lessons.of(&vm.id, vm.process()));
             vm.facts(policy, known, now_ms)
         });
@@ -588,14 +587,10 @@ fn is_urgent(before: Option<&VmReading>, now: &VmReading, config: &AgentConfig) 
 
 /// Whether an agent that ends may give a VM its memory back: nobody else has a hand on it.
 fn may_restore(vm: &Vm, config: &AgentConfig) -> bool {
-    let policy = |size| {
-        let name = config.policy_name(vm.id.as_str());
-        config.planning.vm_policy(name, size)
-    };
-    let managed = vm
-        .reading
-        .as_ref()
-        .is_none_or(|reading| policy(reading.configured).managed());
+    let managed = vm.reading.as_ref().is_none_or(|reading| {
+        let policy = config.vm_policy(vm.id.as_str(), reading.configured);
+        policy.managed()
+    });
     let in_other_hands = vm
         .interlock()
         .is_some_and(|interlock| interlock != Interlock::Paused);

@@ -24,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::ranges::{Range, Row, rows};
 use crate::config::{Config, Millis};
-use crate::model::Bytes;
+use crate::model::{Bytes, VmPolicy};
 
 /// Where the file is unless something else is said.
 pub const DEFAULT_FILE: &str = "/etc/ch-fleet/agent.toml";
@@ -152,6 +152,11 @@ impl AgentConfig {
                 .get_key_value(vm)
                 .map_or("default", |(name, _)| name),
         }
+    }
+
+    /// Limits of a VM of `configured` bytes under its policy.
+    pub fn vm_policy(&self, vm: &str, configured: Bytes) -> VmPolicy {
+        self.planning.vm_policy(self.policy_name(vm), configured)
     }
 
     /// Checks the settings against the machine that they are for.
