@@ -16,3 +16,4 @@ pub mod pci;
 pub mod serial;
 pub mod signals;
 pub mod threads;
+pub mod token_bucket;

@@ -11,7 +11,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Instant;
@@ -25,6 +25,8 @@ use crate::threads::EVENT_THREAD;
 
 /// Events that may wait for the thread: a burst of device activations, not a backlog.
 const QUEUE_LENGTH: usize = 256;
+/// How many of them a guest may cause by register writes, so that it cannot displace the others.
+const REGISTER_EVENTS_MAX: usize = QUEUE_LENGTH / 2;
 const STACK_BYTES: usize = 128 << 10;
 
 /// Why there is no event monitor.
@@ -61,13 +63,18 @@ pub struct EventMonitor {
 
 #[derive(Debug)]
 enum Message {
-    Write(Event),
+    Write {
+        record: Event,
+        /// Counts in `register_events` as long as it waits.
+        by_register: bool,
+    },
     Stop,
 }
 
 #[derive(Debug)]
 struct Writer {
     queue: SyncSender<Message>,
+    register_events: Arc<AtomicUsize>,
     lost: Arc<AtomicU64>,
     start: Instant,
     thread: Option<JoinHandle<()>>,
@@ -105,10 +112,12 @@ impl EventMonitor {
         on_start: impl FnOnce() + Send + 'static,
     ) -> Result<Self, EventMonitorError> {
         let (queue, events) = sync_channel(QUEUE_LENGTH);
+        let register_events = Arc::new(AtomicUsize::new(0));
         let lost = Arc::new(AtomicU64::new(0));
         let mut stream = Stream {
             file,
             unwritten: Vec::new(),
+            register_events: Arc::clone(&register_events),
             lost: Arc::clone(&lost),
         };
         let thread = std::thread::Builder::new()
@@ -122,6 +131,7 @@ impl EventMonitor {
         Ok(Self {
             writer: Some(Writer {
                 queue,
+                register_events,
                 lost,
                 start,
                 thread: Some(thread),
@@ -140,16 +150,29 @@ impl EventMonitor {
             return Arc::new(|_| {});
         };
         let queue = writer.queue.clone();
+        let register_events = Arc::clone(&writer.register_events);
         let lost = Arc::clone(&writer.lost);
         let start = writer.start;
         Arc::new(move |event| {
+            let by_register = event.kind.is_by_register();
+            if by_register && register_events.load(Ordering::Relaxed) >= REGISTER_EVENTS_MAX {
+                lost.fetch_add(1, Ordering::Relaxed);
+                return;
+            }
             let record = Event {
                 timestamp: start.elapsed().into(),
                 source: event.kind.source().to_owned(),
                 event: event.kind.name().to_owned(),
                 properties: owned(event.properties()),
             };
-            if queue.try_send(Message::Write(record)).is_err() {
+            // Before it is sent, because the thread counts it off. vCPUs at the same time exceed the bound by one each.
+            register_events.fetch_add(usize::from(by_register), Ordering::Relaxed);
+            let message = Message::Write {
+                record,
+                by_register,
+            };
+            if queue.try_send(message).is_err() {
+                register_events.fetch_sub(usize::from(by_register), Ordering::Relaxed);
                 lost.fetch_add(1, Ordering::Relaxed);
             }
         })
@@ -206,13 +229,20 @@ struct Stream {
     file: File,
     /// The rest of an event of which a part has left.
     unwritten: Vec<u8>,
+    register_events: Arc<AtomicUsize>,
     lost: Arc<AtomicU64>,
 }
 
 impl Stream {
     fn run(&mut self, events: &Receiver<Message>) {
-        while let Ok(Message::Write(event)) = events.recv() {
-            if !self.write(event.to_record().as_bytes()) {
+        while let Ok(Message::Write {
+            record,
+            by_register,
+        }) = events.recv()
+        {
+            let register_events = &self.register_events;
+            register_events.fetch_sub(usize::from(by_register), Ordering::Relaxed);
+            if !self.write(record.to_record().as_bytes()) {
                 self.lost.fetch_add(1, Ordering::Relaxed);
             }
         }
@@ -284,10 +314,8 @@ mod tests {
         let (mut reader, writer) = pipe();
         let monitor = EventMonitor::write_to(writer, Instant::now(), || {}).unwrap();
         monitor.sink()(&EventKind::Booted.into());
-        monitor.sink()(&events::Event {
-            kind: EventKind::DeviceActivated,
-            device: Some("__balloon"),
-        });
+        let activated = EventKind::DeviceActivated;
+        monitor.sink()(&events::Event::of_device(activated, "__balloon"));
         drop(monitor);
         let mut text = String::new();
         reader.read_to_string(&mut text).unwrap();
@@ -332,6 +360,30 @@ mod tests {
         let seen = events_of(complete).len() as u64;
         assert!(seen + lost.load(Ordering::Relaxed) >= EVENTS - 1);
         assert!(seen < EVENTS);
+    }
+
+    #[test]
+    fn event_monitor_keeps_room_for_other_events_when_devices_flood_it() {
+        const OTHERS: usize = QUEUE_LENGTH - REGISTER_EVENTS_MAX;
+        let (mut reader, writer) = pipe();
+        let (begin, may_begin) = std::sync::mpsc::channel::<()>();
+        let wait = move || may_begin.recv().unwrap();
+        let monitor = EventMonitor::write_to(writer, Instant::now(), wait).unwrap();
+        let sink = monitor.sink();
+        for _ in 0..1000 {
+            sink(&EventKind::DeviceReset.into());
+        }
+        for _ in 0..OTHERS {
+            sink(&EventKind::Resized.into());
+        }
+        assert_eq!(monitor.lost_events(), 1000 - REGISTER_EVENTS_MAX as u64);
+        begin.send(()).unwrap();
+        drop(monitor);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        let events = events_of(&text);
+        let others = events.iter().filter(|event| event.source == "vm");
+        assert_eq!(others.count(), OTHERS);
     }
 
     #[test]

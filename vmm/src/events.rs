@@ -12,20 +12,37 @@ pub struct Event<'a> {
     pub kind: EventKind,
     /// Identifier of the device it happened to.
     pub device: Option<&'a str>,
+    /// Events of this device that were left out before this one, because there were too many.
+    pub left_out: u64,
 }
 
 impl From<EventKind> for Event<'_> {
     fn from(kind: EventKind) -> Self {
-        Self { kind, device: None }
+        Self {
+            kind,
+            device: None,
+            left_out: 0,
+        }
     }
 }
 
-impl Event<'_> {
+impl<'a> Event<'a> {
+    /// An event of a device.
+    #[must_use]
+    pub fn of_device(kind: EventKind, id: &'a str) -> Self {
+        Self {
+            device: Some(id),
+            ..kind.into()
+        }
+    }
+
     /// The details; every value is a string.
     #[must_use]
     pub fn properties(&self) -> Vec<(&'static str, String)> {
         let device = self.device.map(|id| ("id", id.to_owned()));
-        device.into_iter().chain(self.kind.properties()).collect()
+        let left_out = (self.left_out > 0).then(|| ("left_out", self.left_out.to_string()));
+        let details = device.into_iter().chain(self.kind.properties());
+        details.chain(left_out).collect()
     }
 }
 
@@ -43,6 +60,12 @@ macro_rules! events {
         }
 
         impl EventKind {
+            /// Whether a guest can cause such events as fast as it writes registers.
+            #[must_use]
+            pub const fn is_by_register(&self) -> bool {
+                matches!(self, Self::DeviceActivated | Self::DeviceReset)
+            }
+
             /// The part of the VMM in which it happened.
             #[must_use]
             pub const fn source(&self) -> &'static str {
@@ -138,14 +161,12 @@ mod tests {
 
     #[test]
     fn properties_are_the_device_and_the_fields_of_the_kind() {
-        let event = Event {
-            kind: EventKind::BalloonStuck {
-                target_bytes: 3,
-                actual_bytes: 1,
-                stuck_ms: 30_000,
-            },
-            device: Some("__balloon"),
+        let kind = EventKind::BalloonStuck {
+            target_bytes: 3,
+            actual_bytes: 1,
+            stuck_ms: 30_000,
         };
+        let event = Event::of_device(kind, "__balloon");
         assert_eq!(event.kind.source(), "virtio-device");
         assert_eq!(event.kind.name(), "balloon-stuck");
         let expected = [
@@ -161,5 +182,11 @@ mod tests {
             .collect();
         assert_eq!(shown, expected);
         assert_eq!(Event::from(EventKind::Booted).properties(), []);
+        let after_a_flood = Event {
+            left_out: 7,
+            ..EventKind::DeviceReset.into()
+        };
+        let left_out = ("left_out", "7".to_owned());
+        assert_eq!(after_a_flood.properties(), [left_out]);
     }
 }

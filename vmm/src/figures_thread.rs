@@ -112,8 +112,7 @@ impl Evaluator {
             let id = id.unwrap_or(BALLOON_ID);
             let now_ms = self.thresholds.now_ms();
             for kind in self.balloon.step(now_ms, machine, stats) {
-                let device = Some(id);
-                (self.events)(&Event { kind, device });
+                (self.events)(&Event::of_device(kind, id));
             }
         }
     }

@@ -14,13 +14,11 @@ use std::sync::{Arc, Mutex};
 use virtio_devices::Unpoisoned;
 use virtio_devices::VirtioDevice;
 use virtio_devices::pci::PciFunction;
-use virtio_devices::transport::{
-    LifecycleListener, VirtioPciFunction, VirtioPciParams, vectors_needed,
-};
+use virtio_devices::transport::{VirtioPciFunction, VirtioPciParams, vectors_needed};
 use virtio_devices::worker::ThreadStart as WorkerStart;
 
+use super::device_events::DeviceEvents;
 use super::{Pc, PcError};
-use crate::events::{DeviceEvent, DeviceEventSink};
 use crate::interrupt::FunctionVectors;
 use crate::pci::Bdf;
 use crate::threads::{DeviceKind, MachineThread, ThreadStart};
@@ -136,7 +134,9 @@ impl Pc {
             mem: self.memory.ram().clone(),
             vectors: Arc::new(vectors),
             thread_start: worker_start(&self.context.thread_start, plug.kind),
-            listener: Some(Arc::new(DeviceEvents(Arc::clone(&self.context.events)))),
+            listener: Some(Arc::new(DeviceEvents::new(Arc::clone(
+                &self.context.events,
+            )))),
         })
         .map_err(|source| in_device(source.into()))?;
         let bdf = self
@@ -157,17 +157,4 @@ impl Pc {
 fn worker_start(thread_start: &ThreadStart, kind: DeviceKind) -> WorkerStart {
     let thread_start = Arc::clone(thread_start);
     Arc::new(move |_own_name| thread_start(MachineThread::Worker(kind)))
-}
-
-/// Tells of drivers that come and go.
-struct DeviceEvents(DeviceEventSink);
-
-impl LifecycleListener for DeviceEvents {
-    fn device_activated(&self, id: &str) {
-        (self.0)(DeviceEvent::Activated(id));
-    }
-
-    fn device_reset(&self, id: &str) {
-        (self.0)(DeviceEvent::Reset(id));
-    }
 }

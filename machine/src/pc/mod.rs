@@ -3,6 +3,7 @@
 //! Owned by one thread, which no call keeps waiting for the guest.
 
 mod chassis;
+mod device_events;
 mod devices;
 mod error;
 mod exits;

@@ -447,8 +447,7 @@ impl Lifecycle {
     }
 
     fn emit_device(&self, kind: EventKind, id: &str) {
-        let device = Some(id);
-        (self.context.events)(&Event { kind, device });
+        (self.context.events)(&Event::of_device(kind, id));
     }
 
     /// `PUT vm.reclaim-thresholds`

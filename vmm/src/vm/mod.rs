@@ -23,7 +23,7 @@ use std::sync::Arc;
 use api::config::PlatformConfig;
 use api::{HintingAction, PciDeviceInfo, ReportingPolicy, VmBalloonReporting, VmConfig};
 use machine::boot::Payload;
-use machine::events::DeviceEvent;
+use machine::events::DeviceEventKind;
 use machine::pc::{Pc, PcContext};
 use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
@@ -82,12 +82,14 @@ impl VmContext {
             signals: Arc::clone(&self.signals),
             thread_start: self.start_of_machine_threads(),
             events: Arc::new(move |event| {
-                let (kind, id) = match event {
-                    DeviceEvent::Activated(id) => (EventKind::DeviceActivated, id),
-                    DeviceEvent::Reset(id) => (EventKind::DeviceReset, id),
-                };
-                let device = Some(id);
-                events(&Event { kind, device });
+                events(&Event {
+                    kind: match event.kind {
+                        DeviceEventKind::Activated => EventKind::DeviceActivated,
+                        DeviceEventKind::Reset => EventKind::DeviceReset,
+                    },
+                    device: Some(event.device),
+                    left_out: event.left_out,
+                });
             }),
         }
     }
