@@ -87,6 +87,7 @@ prop_compose! {
         free in 0.0..0.6f64,
         some_avg10 in prop::sample::select(vec![0.0, 0.0, 0.0, 2.0, 10.0, 40.0]),
         parts in prop::collection::vec(((0.0..1.0f64, 0.0..1.0f64, 0.0..1.1f64), claims(), prop::bool::weighted(0.1)), policies.len()),
+        wanted in prop::collection::vec(0u64..16_384, 0..3),
     ) -> Inventory {
         let total = Bytes::gib(64);
         Inventory {
@@ -104,7 +105,7 @@ prop_compose! {
                 })
                 .collect(),
             promised: Bytes::ZERO,
-            wanted: Vec::new(),
+            wanted: wanted.into_iter().map(Bytes::mib).collect(),
         }
     }
 }
@@ -287,6 +288,8 @@ proptest! {
     #[test]
     fn less_memory_takes_no_less_and_gives_no_more(history in history(), less in 0.0..1.0f64) {
         let (mut inventory, memory) = remembered(history);
+        // A newcomer that fits no more is nobody to take for.
+        inventory.wanted.clear();
         let roomy = plan(&inventory, &config(), &memory);
         inventory.host.available = inventory.host.available.scale(less);
         let tight = plan(&inventory, &config(), &memory);
@@ -331,6 +334,7 @@ proptest! {
     #[test]
     fn second_look_at_the_same_samples_takes_only_what_is_still_missing(history in history()) {
         let (mut inventory, memory) = remembered(history);
+        inventory.wanted.clear();
         let first = plan(&inventory, &config(), &memory);
         inventory.now_ms += 1;
         let second = plan(&inventory, &config(), &first.memory);
@@ -340,6 +344,25 @@ proptest! {
             first.host.taken + second.host.taken <= first.host.shortage + blur,
             "{:?} {:?}", first.host, second.host
         );
+    }
+
+    #[test]
+    fn guests_give_newcomers_no_more_than_they_need_and_nothing_in_vain(history in history()) {
+        let (mut inventory, memory) = remembered(history);
+        let asked = plan(&inventory, &config(), &memory);
+        let most = inventory.wanted.iter().copied().sum::<Bytes>();
+        prop_assert!(asked.host.wanted <= most);
+        inventory.wanted.clear();
+        let quiet = plan(&inventory, &config(), &memory);
+        if asked.host.wanted == Bytes::ZERO {
+            prop_assert_eq!(&asked, &quiet);
+        }
+        // What cannot be promised of the free memory counts with what they need; parts are rounded up to dead bands.
+        let ledger = &asked.ledger;
+        let kept = ledger.burst + ledger.promised + ledger.granted + config().newcomers_leave(ledger.usable);
+        let need = (kept + asked.host.owed + asked.host.wanted).max(quiet.host.taken);
+        let band = Bytes::mib(5 * 164);
+        prop_assert!(asked.host.taken <= need + band, "{:?} {:?}", asked.host, quiet.host);
     }
 
     #[test]

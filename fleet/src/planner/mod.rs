@@ -101,13 +101,15 @@ fn decide(
     give::give_urgent(views, budget, now_ms, config);
 
     let giving = host.state.max(HostState::Yellow);
+    let mut firm = Bytes::ZERO;
     for view in views.iter() {
-        let (freeable, soon) = view.freeable(giving, now_ms, control);
-        host.freeable += freeable;
-        host.freeable_soon += soon;
+        let freeable = view.freeable(giving, now_ms, control);
+        host.freeable += freeable.gain;
+        host.freeable_soon += freeable.soon;
+        firm += freeable.firm;
     }
     host.pending = views.iter().map(|view| view.pending_gain(control)).sum();
-    host.wanted = wanted(ledger, host, inventory, config);
+    host.wanted = wanted(ledger, host, firm, inventory, config);
     let demand = demand(ledger, budget, host, now_ms, config);
     let near = if control.safety.has(SafetyRule::DeadBand) {
         control.dead_band
@@ -176,14 +178,21 @@ fn unavailable(ledger: &Ledger, config: &Config) -> Bytes {
 }
 
 /// What newcomers that were refused need: of as many, the smallest first, as guests can give memory for. Guests are not
-/// asked for what would let nobody in.
+/// asked for what would let nobody in. `firm` is what balloons take on the way there that occupies nothing: guests cannot call
+/// that in any more, so that a burst that is bounded by what there is to be called in becomes smaller.
 fn wanted(
     ledger: &Ledger,
     host: &HostExplanation,
+    firm: Bytes,
     inventory: &Inventory,
     config: &Config,
 ) -> Bytes {
-    let most = (ledger.available + host.pending + host.freeable) - unavailable(ledger, config);
+    let callable = ledger.callable_liability - firm;
+    let then = Ledger {
+        burst: ledger.burst.min(callable),
+        ..*ledger
+    };
+    let most = (ledger.available + host.pending + host.freeable) - unavailable(&then, config);
     let mut needs = inventory.wanted.clone();
     needs.sort_unstable();
     let sums = needs.iter().scan(Bytes::ZERO, |sum, &need| {
@@ -344,6 +353,7 @@ mod tests {
             usable: Bytes::gib(100),
             available: Bytes::gib(30),
             burst: Bytes::gib(15),
+            callable_liability: Bytes::gib(20),
             promised: Bytes::gib(2),
             ..Ledger::default()
         };
@@ -355,12 +365,17 @@ mod tests {
     }
 
     fn wanted_of(needs_gib: &[u64], freeable_gib: u64) -> Bytes {
+        wanted_with(needs_gib, freeable_gib, 0)
+    }
+
+    fn wanted_with(needs_gib: &[u64], freeable_gib: u64, firm_gib: u64) -> Bytes {
         let (ledger, host) = host(freeable_gib);
         let inventory = Inventory {
             wanted: needs_gib.iter().copied().map(Bytes::gib).collect(),
             ..Inventory::default()
         };
-        wanted(&ledger, &host, &inventory, &Config::default())
+        let firm = Bytes::gib(firm_gib);
+        wanted(&ledger, &host, firm, &inventory, &Config::default())
     }
 
     #[test]
@@ -370,6 +385,13 @@ mod tests {
         assert_eq!(wanted_of(&[8, 4, 4], 5), Bytes::gib(8));
         assert_eq!(wanted_of(&[8, 4, 4], 13), Bytes::gib(16));
         assert_eq!(wanted_of(&[8], 4), Bytes::ZERO, "it would not fit");
+    }
+
+    #[test]
+    fn what_a_balloon_takes_on_the_way_can_no_longer_be_called_in() {
+        // 20 can be called in, and 15 at once: the first 5 that become firm change nothing.
+        assert_eq!(wanted_with(&[8], 4, 5), Bytes::ZERO);
+        assert_eq!(wanted_with(&[8], 4, 6), Bytes::gib(8));
     }
 
     #[test]

@@ -32,6 +32,17 @@ pub(super) struct View<'a> {
     pub(super) gain: Bytes,
 }
 
+/// What guests could give without harm.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Freeable {
+    /// Host memory, all in all.
+    pub(super) gain: Bytes,
+    /// And what of it would come within the reaction time.
+    pub(super) soon: Bytes,
+    /// What a balloon takes on the way there that occupies no host memory: it can no longer be called in.
+    pub(super) firm: Bytes,
+}
+
 impl<'a> View<'a> {
     pub(super) fn new(facts: &'a VmFacts, memory: VmMemory, now_ms: u64, config: &Config) -> Self {
         let sample = facts.sample.unwrap_or_default();
@@ -205,22 +216,30 @@ impl<'a> View<'a> {
         1.0 / (0.25 + 0.75 * (per_min / 0.05).min(1.0))
     }
 
-    /// What it could give without harm to a host in this state, all in all and within the reaction time.
+    /// What it could give without harm to a host in this state.
     pub(super) fn freeable(
         &self,
         state: HostState,
         now_ms: u64,
         control: &ControlConfig,
-    ) -> (Bytes, Bytes) {
+    ) -> Freeable {
         if self.spared(state, now_ms, control).is_some() {
-            return (Bytes::ZERO, Bytes::ZERO);
+            return Freeable::default();
         }
         let room = self.target_max(state, control) - self.target;
-        let gain = room - self.absent();
+        let absent = self.absent();
+        let gain = room - absent;
+        if gain == Bytes::ZERO {
+            return Freeable::default();
+        }
         // What never moved is believed to be as slow as a balloon may be without being stuck.
         let rate = self.memory.rate_per_s.max(control.stuck_rate.0 as f64);
         let soon = gain.min(Bytes((rate * control.react.0 as f64 / 1000.0) as u64));
-        (gain, soon)
+        Freeable {
+            gain,
+            soon,
+            firm: absent,
+        }
     }
 
     /// Its weight when memory is taken: much that is idle, and few shares.
