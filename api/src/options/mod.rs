@@ -6,7 +6,8 @@
 //! - A key that the section does not have is an error, so that a typing mistake never starts a VM with a default.
 //! - Some sections have bare words (`--console tty`), called flags here.
 //!
-//! This is Cloud Hypervisor's syntax. Sizes accept `T` in addition, and a size or list that would overflow is refused.
+//! This is Cloud Hypervisor's syntax. In addition, sizes accept `T`, `KiB` to `TiB` and lower case. Sizes and lists that
+//! would overflow are refused.
 
 mod keys;
 mod option_value;

@@ -21,7 +21,9 @@ pub enum ValueError {
     #[error("{0:?} is not on, off, true or false")]
     Toggle(String),
     /// Not a size.
-    #[error("{0:?} is not a number of bytes with an optional suffix K, M, G or T")]
+    #[error(
+        "{0:?} is not a number of bytes with an optional suffix K, M, G, T, KiB, MiB, GiB or TiB"
+    )]
     Bytes(String),
     /// A size above 64 bits.
     #[error("{0:?} is more than 64 bits can hold")]
@@ -74,19 +76,29 @@ pub fn parse_toggle(text: &str) -> Result<bool, ValueError> {
     }
 }
 
-/// A number of bytes: decimal digits with an optional binary suffix `K`, `M`, `G` or `T`, upper case only.
+/// The suffixes of sizes in lower case, each with its power of two. `MB` is missing: it means 10^6 to some.
+const SIZE_SUFFIXES: [(&str, u32); 8] = [
+    ("kib", 10),
+    ("mib", 20),
+    ("gib", 30),
+    ("tib", 40),
+    ("k", 10),
+    ("m", 20),
+    ("g", 30),
+    ("t", 40),
+];
+
+/// A number of bytes: decimal digits with an optional binary suffix, `K` or `KiB` up to `T` or `TiB`, in any case.
 ///
 /// # Errors
 /// [`ValueError::Bytes`] when it is not of that form, [`ValueError::BytesTooLarge`] when it does not fit 64 bits.
 pub fn parse_bytes(text: &str) -> Result<u64, ValueError> {
     let text = text.trim();
-    let (digits, shift) = match text.as_bytes().last() {
-        Some(b'K') => (&text[..text.len() - 1], 10),
-        Some(b'M') => (&text[..text.len() - 1], 20),
-        Some(b'G') => (&text[..text.len() - 1], 30),
-        Some(b'T') => (&text[..text.len() - 1], 40),
-        _ => (text, 0),
-    };
+    let lower = text.to_ascii_lowercase();
+    let (digits, shift) = SIZE_SUFFIXES
+        .iter()
+        .find_map(|(suffix, shift)| Some((lower.strip_suffix(suffix)?, *shift)))
+        .unwrap_or((&lower, 0));
     // The standard parser would accept a plus sign.
     if digits.is_empty() || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
         return Err(ValueError::Bytes(text.to_owned()));

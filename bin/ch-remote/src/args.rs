@@ -176,11 +176,11 @@ pub(crate) struct ResizeArguments {
     #[arg(long, value_name = "COUNT", group = "change", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) cpus: Option<u32>,
 
-    /// RAM, in bytes or with a suffix K, M, G or T
+    /// RAM, in bytes or with a suffix such as M or GiB
     #[arg(long, value_name = "SIZE", group = "change", value_parser = parse_bytes)]
     pub(crate) memory: Option<u64>,
 
-    /// Memory the guest shall give up to the balloon, in bytes or with a suffix K, M, G or T
+    /// Memory the guest shall give up to the balloon, in bytes or with a suffix such as M or GiB
     #[arg(long, value_name = "SIZE", group = "change", value_parser = parse_bytes)]
     pub(crate) balloon: Option<u64>,
 }

@@ -246,7 +246,7 @@ fn bad_arguments_are_refused_before_anything_is_sent() {
         "ping",
         "--api-socket /x",
         "--api-socket /x resize",
-        "--api-socket /x resize --balloon 1g",
+        "--api-socket /x resize --balloon 1gb",
         "--api-socket /x resize --balloon -1",
         "--api-socket /x resize --cpus 0",
         "--api-socket /x info extra",
