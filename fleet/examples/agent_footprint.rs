@@ -91,11 +91,11 @@ fn world(vms: usize) -> World {
 fn start(program: PathBuf, world: &World) -> Agent {
     let here = world.path().display();
     let (file, log) = (world.path().join("agent.toml"), world.path().join("log"));
-    let settings = format!(
+    let config = format!(
         "[agent]\nsocket = '{here}/agent.sock'\nstate_dir = '{here}/state'\nlisten = '127.0.0.1:0'\n\
          [discovery]\nsockets = ['{here}/vms/*.sock']\nany_program = true\n[host]\nreserve = '0B'\n"
     );
-    fs::write(&file, settings).unwrap();
+    fs::write(&file, config).unwrap();
     let child = Command::new(program)
         .args(["agent", "--config"])
         .arg(file)

@@ -27,9 +27,9 @@ const SETTLE: Duration = Duration::from_secs(180);
 const HOLD: Duration = Duration::from_secs(10);
 
 /// Pseudo-random numbers (xorshift64*).
-struct Lot(u64);
+struct Random(u64);
 
-impl Lot {
+impl Random {
     fn next(&mut self) -> u64 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
@@ -51,7 +51,7 @@ impl Lot {
     }
 }
 
-struct Held {
+struct Reserved {
     id: String,
     vm: String,
     bytes: u64,
@@ -61,7 +61,7 @@ struct Held {
 struct Chaos {
     world: World,
     begin: Instant,
-    lot: Lot,
+    random: Random,
     forgets: bool,
     settle: Duration,
     child: Option<Child>,
@@ -72,7 +72,7 @@ struct Chaos {
     healed: BTreeMap<String, Instant>,
     turns: BTreeMap<String, Turns>,
     seen: BTreeMap<String, usize>,
-    held: Vec<Held>,
+    reserved: Vec<Reserved>,
     harms: Vec<Harm>,
     kills: u32,
     faults: u32,
@@ -100,7 +100,7 @@ impl Chaos {
         let process = world.path().join(format!("proc/{pid}/cgroup"));
         fs::write(process, "0::/vms/fake\n").unwrap();
         let here = world.path().display();
-        let settings = format!(
+        let config = format!(
             "[agent]\nsocket = '{here}/run/agent.sock'\nstate_dir = '{here}/state'\nscan = '200ms'\nhost = '100ms'\n\
              [discovery]\nsockets = ['{here}/vms/*.sock']\nany_program = true\n\
              [control]\nplan = '500ms'\nsample = '500ms'\nsample_deadline = '500ms'\nsample_age_max = '3s'\n\
@@ -110,11 +110,11 @@ impl Chaos {
              [[vm]]\nname = 'batch-*'\npolicy = 'batch'\n",
             HOLD.as_secs()
         );
-        fs::write(world.path().join("agent.toml"), settings).unwrap();
+        fs::write(world.path().join("agent.toml"), config).unwrap();
         Self {
             world,
             begin: Instant::now(),
-            lot: Lot(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1),
+            random: Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1),
             forgets,
             settle: SETTLE,
             child: None,
@@ -125,7 +125,7 @@ impl Chaos {
             healed: BTreeMap::new(),
             turns: BTreeMap::new(),
             seen: BTreeMap::new(),
-            held: Vec::new(),
+            reserved: Vec::new(),
             harms: Vec::new(),
             kills: 0,
             faults: 0,
@@ -191,7 +191,7 @@ impl Chaos {
             // There may be none yet.
             let _ = fs::remove_file(self.world.path().join("state/acts.json"));
         }
-        self.back = Instant::now() + Duration::from_millis(self.lot.below(3000));
+        self.back = Instant::now() + Duration::from_millis(self.random.below(3000));
     }
 
     fn limited(&self) -> bool {
@@ -230,15 +230,15 @@ impl Chaos {
                 self.healed.remove(name);
                 self.world.change(name, heal);
             }
-            if self.lot.once_in(8) {
+            if self.random.once_in(8) {
                 self.faults += 1;
-                let kind = self.lot.below(10);
+                let kind = self.random.below(10);
                 self.world.change(name, |vm| fail(vm, kind));
-                let heals = now + Duration::from_millis(500 + self.lot.below(8000));
+                let heals = now + Duration::from_millis(500 + self.random.below(8000));
                 self.healed.insert(name.to_owned(), heals);
             }
-            if self.lot.once_in(5) {
-                let (part, stalls) = (self.lot.part(), self.lot.below(2));
+            if self.random.once_in(5) {
+                let (part, stalls) = (self.random.part(), self.random.below(2));
                 self.world.change(name, |vm| {
                     let has = vm.configured - vm.actual;
                     vm.available = (has as f64 * part) as u64;
@@ -246,31 +246,31 @@ impl Chaos {
                     vm.stalls += stalls;
                 });
             }
-            if self.lot.once_in(120) {
+            if self.random.once_in(120) {
                 self.watch();
                 self.judge_turns(name);
                 let mut vm = FakeVm::new(VM, VM / 2);
-                vm.level = self.lot.below(3) as u8;
+                vm.level = self.random.below(3) as u8;
                 self.world.add(name, vm);
             }
         }
-        if self.lot.once_in(10) {
+        if self.random.once_in(10) {
             // With the VMs this is more than there is at times.
-            self.others = self.lot.below(18) * GIB;
+            self.others = self.random.below(18) * GIB;
             self.world.set_others(self.others);
         }
         let (file, aside) = ("proc/vmstat", "vmstat");
         if self.file_back.is_some_and(|at| now >= at) {
             self.file_back = None;
             fs::rename(self.world.path().join(aside), self.world.path().join(file)).unwrap();
-        } else if self.file_back.is_none() && self.lot.once_in(30) {
+        } else if self.file_back.is_none() && self.random.once_in(30) {
             fs::rename(self.world.path().join(file), self.world.path().join(aside)).unwrap();
-            self.file_back = Some(now + Duration::from_millis(self.lot.below(10_000)));
+            self.file_back = Some(now + Duration::from_millis(self.random.below(10_000)));
         }
-        if self.lot.once_in(2) {
+        if self.random.once_in(2) {
             self.reserve();
         }
-        if self.child.is_some() && self.lot.once_in(4) {
+        if self.child.is_some() && self.random.once_in(4) {
             self.kill_agent();
         }
     }
@@ -281,7 +281,7 @@ impl Chaos {
     }
 
     fn reserve(&mut self) {
-        let bytes = (1 + self.lot.below(3)) * GIB;
+        let bytes = (1 + self.random.below(3)) * GIB;
         let vm = format!("new-{}", self.promises);
         let request = ReserveRequest {
             vm: vm.clone(),
@@ -296,14 +296,14 @@ impl Chaos {
         };
         self.promises += 1;
         let answer: ReserveAnswer = serde_json::from_str(&answer).unwrap();
-        self.held.retain(|held| asked < held.until);
-        self.held.push(Held {
+        self.reserved.retain(|reserved| asked < reserved.until);
+        self.reserved.push(Reserved {
             id: answer.reservation.unwrap().id,
             vm,
             bytes,
             until: asked + HOLD,
         });
-        let promised = self.held.iter().map(|held| held.bytes).sum();
+        let promised = self.reserved.iter().map(|reserved| reserved.bytes).sum();
         let there = self.available();
         if promised > there {
             self.harms.push(Harm::Oversold {
@@ -320,18 +320,17 @@ impl Chaos {
         };
         let now = Instant::now();
         let listed = |id: &str| {
-            let mut book = status.reservations.iter();
-            book.any(|entry| entry.reservation.id == id)
+            let mut reservations = status.reservations.iter();
+            reservations.any(|entry| entry.reservation.id == id)
         };
-        let lost = self
-            .held
-            .iter()
-            .filter(|held| now + Duration::from_secs(1) < held.until && !listed(&held.id));
-        self.harms.extend(lost.map(|held| Harm::Lost {
-            id: held.id.clone(),
-            vm: held.vm.clone(),
+        let lost = self.reserved.iter().filter(|reserved| {
+            now + Duration::from_secs(1) < reserved.until && !listed(&reserved.id)
+        });
+        self.harms.extend(lost.map(|reserved| Harm::Lost {
+            id: reserved.id.clone(),
+            vm: reserved.vm.clone(),
         }));
-        self.held.retain(|held| listed(&held.id));
+        self.reserved.retain(|reserved| listed(&reserved.id));
     }
 
     fn calm(&mut self) {

@@ -25,7 +25,7 @@ impl Drop for Agent {
     }
 }
 
-fn settings(folder: &Path, more: &str) -> String {
+fn config(folder: &Path, more: &str) -> String {
     let here = folder.display();
     format!(
         "[agent]\nsocket = '{here}/agent.sock'\nstate_dir = '{here}/state'\n\
@@ -47,12 +47,12 @@ fn spawn(folder: &Path) -> Child {
 impl Agent {
     fn start() -> Self {
         let folder = TempDir::new().unwrap();
-        let text = settings(folder.path(), "");
+        let text = config(folder.path(), "");
         Self::start_in(folder, &text)
     }
 
-    fn start_in(folder: TempDir, settings: &str) -> Self {
-        fs::write(folder.path().join("agent.toml"), settings).unwrap();
+    fn start_in(folder: TempDir, config: &str) -> Self {
+        fs::write(folder.path().join("agent.toml"), config).unwrap();
         let child = spawn(folder.path());
         let agent = Self { folder, child };
         agent.wait_up();
@@ -140,7 +140,7 @@ fn program_that_is_no_vmm_is_asked_nothing() {
     let folder = TempDir::new().unwrap();
     let back_end = UnixListener::bind(folder.path().join("back-end.vm")).unwrap();
     back_end.set_nonblocking(true).unwrap();
-    let text = settings(folder.path(), "").replace("any_program = true\n", "");
+    let text = config(folder.path(), "").replace("any_program = true\n", "");
     let agent = Agent::start_in(folder, &text);
     let log = agent.folder.path().join("log");
     wait("a word about it", || {
@@ -217,7 +217,7 @@ fn sighup_reloads_and_sigterm_ends() {
     let file = agent.folder.path().join("agent.toml");
     fs::write(
         &file,
-        settings(agent.folder.path(), "[control]\nplam = '1s'\n"),
+        config(agent.folder.path(), "[control]\nplam = '1s'\n"),
     )
     .unwrap();
     agent.signal(rustix::process::Signal::HUP);
@@ -227,7 +227,7 @@ fn sighup_reloads_and_sigterm_ends() {
     assert!(!agent.ask(&["reload"]).status.success());
     fs::write(
         &file,
-        settings(agent.folder.path(), "[control]\nplan = '3s'\n"),
+        config(agent.folder.path(), "[control]\nplan = '3s'\n"),
     )
     .unwrap();
     agent.signal(rustix::process::Signal::HUP);

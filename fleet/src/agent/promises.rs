@@ -12,7 +12,7 @@ use super::rounds::VmRounds;
 use super::status::ReservationStatus;
 use crate::admission::{Admission, HostBooks, Obstacle, Refusal, Request as Wanted, admit};
 use crate::agent_config::AgentConfig;
-use crate::cluster::{BookEntry, HeldPromise, StoreView};
+use crate::cluster::{HeldPromise, RemoteReservation, StoreView};
 use crate::http::{Request, Response};
 use crate::model::{Bytes, HostFacts, Ledger};
 use crate::reservations::{BookError, Reservation, ReservationBook, ReservationPhase};
@@ -362,7 +362,7 @@ impl Promises {
 
     fn promise(
         &mut self,
-        entry: &BookEntry,
+        entry: &RemoteReservation,
         situation: Situation<'_>,
         journal: &mut Journal,
     ) -> Result<(), String> {

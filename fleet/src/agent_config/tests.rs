@@ -119,9 +119,9 @@ fn file_that_is_not_there_is_default_unless_required() {
 #[test]
 fn reserve_that_takes_the_machine_is_refused() {
     let (_folder, file) = files("[host]\nreserve = '15GiB'\n", &[]);
-    let settings = load(&file, true).unwrap().config;
-    assert!(settings.check_machine(Bytes::gib(64)).is_ok());
-    assert!(settings.check_machine(Bytes::gib(16)).is_ok());
-    let refusal = settings.check_machine(Bytes::gib(15)).unwrap_err();
+    let config = load(&file, true).unwrap().config;
+    assert!(config.check_machine(Bytes::gib(64)).is_ok());
+    assert!(config.check_machine(Bytes::gib(16)).is_ok());
+    let refusal = config.check_machine(Bytes::gib(15)).unwrap_err();
     assert!(refusal.to_string().contains("host.reserve"), "{refusal}");
 }

@@ -6,7 +6,10 @@ use std::time::{Duration, Instant};
 use thiserror::Error;
 
 use super::records::write;
-use super::{Answer, Book, BookEntry, FleetHost, FleetPicture, HostRecord, Keys, VmsRecord};
+use super::{
+    Answer, FleetHost, FleetPicture, HostRecord, Keys, RemoteReservation, RemoteReservations,
+    VmsRecord,
+};
 use crate::admission::HostBooks;
 use crate::model::Bytes;
 use crate::placement::{HostCapacity, MovableVm};
@@ -26,7 +29,7 @@ const TELL_PART: f64 = 0.02;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StoreView {
     /// Lines that have no answer yet.
-    pub asked: Vec<BookEntry>,
+    pub asked: Vec<RemoteReservation>,
     /// Ids of all lines; absent when the store has no book of this host, as after its lease was over. With a book, a
     /// promise that was asked for from afar and is not in it was taken back by who asked.
     pub lines: Option<Vec<String>>,
@@ -112,7 +115,7 @@ struct LastWrite {
     at: Instant,
     books: HostBooks,
     vms: usize,
-    book: Book,
+    book: RemoteReservations,
 }
 
 /// A host as a member of the fleet.
@@ -302,7 +305,7 @@ impl Member {
     }
 
     /// The book with the host's answers.
-    fn answered(&mut self, found: &FleetHost, account: &HostReport) -> Book {
+    fn answered(&mut self, found: &FleetHost, account: &HostReport) -> RemoteReservations {
         let now = Instant::now();
         let mut left: Vec<&HeldPromise> = account.held.iter().collect();
         let mut entries = Vec::new();
@@ -323,7 +326,7 @@ impl Member {
                 // No longer held: its VM runs, or it was given back.
                 (None, None, Answer::Confirmed | Answer::Starting) => continue,
             };
-            entries.push(BookEntry {
+            entries.push(RemoteReservation {
                 answer,
                 ..entry.clone()
             });
@@ -333,7 +336,7 @@ impl Member {
         entries.extend(left.into_iter().map(line_of));
         self.refused_at
             .retain(|id, _| entries.iter().any(|entry| entry.id == *id));
-        Book { entries }
+        RemoteReservations { entries }
     }
 
     /// Writes record, book and VMs; false when somebody else was quicker or the lease is over.
@@ -343,7 +346,7 @@ impl Member {
         found: &FleetHost,
         lease: LeaseId,
         account: &HostReport,
-        book: Book,
+        book: RemoteReservations,
     ) -> Result<bool, StoreError> {
         self.generation += 1;
         let record = HostRecord {
@@ -423,8 +426,8 @@ fn answer_of(held: &HeldPromise) -> Answer {
     }
 }
 
-fn line_of(held: &HeldPromise) -> BookEntry {
-    BookEntry {
+fn line_of(held: &HeldPromise) -> RemoteReservation {
+    RemoteReservation {
         id: held.id.clone(),
         vm: held.vm.clone(),
         min: held.promise,

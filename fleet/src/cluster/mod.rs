@@ -33,5 +33,6 @@ pub use member::{HeldPromise, HostReport, Member, MemberCounts, MemberError, Rou
 pub use picture::{FleetHost, FleetPicture};
 pub use placer::{PlaceError, PlaceRefusal, Placed, Placer, Wanted};
 pub use records::{
-    Answer, Book, BookEntry, DrainMark, HostRecord, Keys, NameError, RecordError, VmsRecord,
+    Answer, DrainMark, HostRecord, Keys, NameError, RecordError, RemoteReservation,
+    RemoteReservations, VmsRecord,
 };

@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde::Deserialize;
 
 use super::records::read;
-use super::{Answer, Book, DrainMark, HostRecord, Keys, VmsRecord};
+use super::{Answer, DrainMark, HostRecord, Keys, RemoteReservations, VmsRecord};
 use crate::placement::{HostCapacity, MovableVm};
 use crate::store::{LeaseId, Listing, Revision, Store, StoreError};
 
@@ -22,7 +22,7 @@ pub struct FleetHost {
     /// When the record was written.
     pub record_changed: Revision,
     /// What was asked of it; absent when it is not there or not understood.
-    pub book: Option<Book>,
+    pub book: Option<RemoteReservations>,
     /// When the book was written.
     pub book_changed: Revision,
     /// The lease of both.

@@ -9,7 +9,9 @@ use serde::Serialize;
 use thiserror::Error;
 
 use super::records::write;
-use super::{Answer, Book, BookEntry, DrainMark, FleetHost, FleetPicture, Keys};
+use super::{
+    Answer, DrainMark, FleetHost, FleetPicture, Keys, RemoteReservation, RemoteReservations,
+};
 use crate::admission::Request;
 use crate::config::Config;
 use crate::model::Bytes;
@@ -106,7 +108,7 @@ pub enum PlaceError {
 
 /// What became of a line.
 enum Line {
-    Promised(BookEntry),
+    Promised(RemoteReservation),
     Refused(String),
     Gone,
 }
@@ -119,7 +121,7 @@ pub struct Placer<'a> {
     config: Config,
     /// How long one call to the store may take.
     call: Duration,
-    lot: Mutex<SplitMix64>,
+    random: Mutex<SplitMix64>,
 }
 
 impl<'a> Placer<'a> {
@@ -136,7 +138,7 @@ impl<'a> Placer<'a> {
             keys,
             config,
             call,
-            lot: Mutex::new(SplitMix64(seed)),
+            random: Mutex::new(SplitMix64(seed)),
         }
     }
 
@@ -145,7 +147,7 @@ impl<'a> Placer<'a> {
     }
 
     fn draw(&self) -> u64 {
-        self.lot.lock().next()
+        self.random.lock().next()
     }
 
     /// All hosts.
@@ -244,8 +246,8 @@ impl<'a> Placer<'a> {
             .filter(|host| (host.record_changed, host.book_changed) == (*record, *book))
     }
 
-    fn line(&self, wanted: &Wanted, id: &str) -> BookEntry {
-        BookEntry {
+    fn line(&self, wanted: &Wanted, id: &str) -> RemoteReservation {
+        RemoteReservation {
             id: id.to_owned(),
             vm: wanted.vm.clone(),
             min: wanted.request.min,
@@ -283,11 +285,11 @@ impl<'a> Placer<'a> {
     fn add_line(
         &self,
         host: &FleetHost,
-        line: &BookEntry,
+        line: &RemoteReservation,
         until: Instant,
     ) -> Result<(), StoreError> {
         let mut book = host.book.clone().unwrap_or_default();
-        if book.entries.len() >= Book::ENTRIES_MAX {
+        if book.entries.len() >= RemoteReservations::ENTRIES_MAX {
             // The host will soon have answered some of them.
             std::thread::sleep(PAUSE);
             return Ok(());
@@ -306,7 +308,7 @@ impl<'a> Placer<'a> {
         }
     }
 
-    fn put_book(&self, host: &FleetHost, book: &Book) -> Write {
+    fn put_book(&self, host: &FleetHost, book: &RemoteReservations) -> Write {
         Write::Put {
             key: self.keys.book(&host.host),
             value: write(book),
@@ -379,8 +381,8 @@ impl<'a> Placer<'a> {
     ///
     /// # Errors
     /// There is none, its VM is being started, or the store does not answer.
-    pub fn release(&self, id: &str, until: Instant) -> Result<BookEntry, PlaceError> {
-        let mut found: Option<BookEntry> = None;
+    pub fn release(&self, id: &str, until: Instant) -> Result<RemoteReservation, PlaceError> {
+        let mut found: Option<RemoteReservation> = None;
         loop {
             let picture = self.picture(until)?;
             let Some(host) = picture.holder(id) else {
@@ -453,7 +455,7 @@ fn answer_of(host: &FleetHost, id: &str) -> Option<Line> {
     }
 }
 
-fn placed(host: &str, entry: BookEntry) -> Placed {
+fn placed(host: &str, entry: RemoteReservation) -> Placed {
     Placed {
         host: host.to_owned(),
         id: entry.id,

@@ -81,7 +81,7 @@ impl Keys {
         format!("{}/hosts/{host}/record", self.prefix)
     }
 
-    /// [`Book`]
+    /// [`RemoteReservations`]
     pub fn book(&self, host: &str) -> String {
         format!("{}/hosts/{host}/book", self.prefix)
     }
@@ -123,24 +123,24 @@ pub struct HostRecord {
 
 /// The promises asked of a host from afar.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Book {
+pub struct RemoteReservations {
     /// Oldest first.
-    pub entries: Vec<BookEntry>,
+    pub entries: Vec<RemoteReservation>,
 }
 
-impl Book {
+impl RemoteReservations {
     /// Most lines; more would be a client gone wild, and the value must stay far below the store's largest.
     pub const ENTRIES_MAX: usize = 256;
 
     /// The line with this id.
-    pub fn find(&self, id: &str) -> Option<&BookEntry> {
+    pub fn find(&self, id: &str) -> Option<&RemoteReservation> {
         self.entries.iter().find(|entry| entry.id == id)
     }
 }
 
 /// One promise asked for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct BookEntry {
+pub struct RemoteReservation {
     /// Its id; that of the host's reservation as well.
     pub id: String,
     /// Name of the VM.
@@ -157,7 +157,7 @@ pub struct BookEntry {
     pub answer: Answer,
 }
 
-impl BookEntry {
+impl RemoteReservation {
     /// What is asked for.
     pub fn request(&self) -> Request {
         Request {

@@ -75,17 +75,17 @@ impl SplitMix64 {
     }
 }
 
-/// Finds hosts for a VM. `lot` decides which of the fitting hosts are compared: a number that differs from call to
+/// Finds hosts for a VM. `seed` decides which of the fitting hosts are compared: a number that differs from call to
 /// call.
 pub fn place(
     request: &Request,
     hosts: &[HostCapacity],
     now_ms: u64,
-    lot: u64,
+    seed: u64,
     config: &Config,
 ) -> Placement {
     let mut placement = Placement::default();
-    let mut lot = SplitMix64(lot);
+    let mut random = SplitMix64(seed);
     let wanted = config.admission.candidates.max(1) as usize;
     for (index, host) in hosts.iter().enumerate() {
         if let Err(refusal) = fits(request, host, now_ms, config) {
@@ -101,7 +101,7 @@ pub fn place(
         if placement.candidates.len() < wanted {
             placement.candidates.push(candidate);
         } else {
-            let place = (lot.next() % placement.fitting as u64) as usize;
+            let place = (random.next() % placement.fitting as u64) as usize;
             if let Some(chosen) = placement.candidates.get_mut(place) {
                 *chosen = candidate;
             }

@@ -74,7 +74,7 @@ fn stale_draining_tight_and_foreign_hosts_are_no_candidates() {
 fn many_callers_do_not_choose_one_host() {
     let hosts: Vec<HostCapacity> = (0..50).map(|n| host(&n.to_string(), 40 + n % 2)).collect();
     let chosen: std::collections::BTreeSet<usize> = (0..100)
-        .map(|lot| place(&REQUEST, &hosts, 1000, lot, &Config::default()).candidates[0].index)
+        .map(|random| place(&REQUEST, &hosts, 1000, random, &Config::default()).candidates[0].index)
         .collect();
     assert!(chosen.len() > 15, "only {} hosts chosen", chosen.len());
 }

@@ -79,7 +79,7 @@ struct Fleet<'a> {
     /// What each host promised, and until when.
     promises: Vec<VecDeque<(u64, Bytes)>>,
     waiting: VecDeque<Waiting>,
-    lot: SplitMix64,
+    random: SplitMix64,
     outcome: FleetOutcome,
     /// Arrivals that are due, in parts of a VM.
     arrivals: f64,
@@ -95,7 +95,7 @@ pub(super) fn run(scenario: &Scenario) -> FleetRun {
         published: vec![HostCapacity::default(); hosts.len()],
         promises: vec![VecDeque::new(); hosts.len()],
         waiting: VecDeque::new(),
-        lot: SplitMix64(scenario.seed),
+        random: SplitMix64(scenario.seed),
         outcome: FleetOutcome {
             hosts: scenario.hosts.count,
             vms: hosts.iter().map(|host| host.guests.len() as u64).sum(),
@@ -169,7 +169,7 @@ impl Fleet<'_> {
         let part = now_ms as f64 / self.scenario.lasts.0 as f64;
         let due = (self.scenario.trouble.hosts_die.0 * f64::from(all) * part) as u32;
         while self.outcome.died < due {
-            let number = (self.lot.next() % u64::from(all)) as usize;
+            let number = (self.random.next() % u64::from(all)) as usize;
             let host = &mut self.hosts[number];
             if !host.alive {
                 continue;
@@ -193,7 +193,7 @@ impl Fleet<'_> {
             self.scenario.trouble.arrivals_per_min.0 * self.outcome.vms as f64 * minutes;
         while self.arrivals >= 1.0 {
             self.arrivals -= 1.0;
-            let group = (self.lot.next() % self.scenario.guests.len() as u64) as u16;
+            let group = (self.random.next() % self.scenario.guests.len() as u64) as u16;
             self.waiting.push_back(Waiting {
                 group,
                 since_ms: now_ms,
@@ -225,7 +225,13 @@ impl Fleet<'_> {
             min: kind.memory.part(kind.min),
             max: kind.memory,
         };
-        let placement = place(&request, &self.published, now_ms, self.lot.next(), config);
+        let placement = place(
+            &request,
+            &self.published,
+            now_ms,
+            self.random.next(),
+            config,
+        );
         if placement.candidates.is_empty() {
             self.outcome.no_candidate += 1;
         }
@@ -246,7 +252,7 @@ impl Fleet<'_> {
             };
             self.promises[number].push_back((now_ms + START.0, admission.promise));
             host.promise(promised + admission.promise);
-            host.add(vm.group, 1.0, &mut self.lot, config);
+            host.add(vm.group, 1.0, &mut self.random, config);
             self.published[number].book(admission.promise);
             return true;
         }

@@ -56,7 +56,7 @@ pub(super) struct Guests {
     pub(super) epoch: Vec<u32>,
     level: Vec<f32>,
     phase: Vec<f32>,
-    lot: Vec<u32>,
+    random: Vec<u32>,
 }
 
 impl Guests {
@@ -70,7 +70,7 @@ impl Guests {
         group: u16,
         kind: &GuestGroup,
         down_s: f32,
-        lot: &mut SplitMix64,
+        random: &mut SplitMix64,
     ) {
         self.group.push(group);
         self.configured.push(mib(kind.memory.0));
@@ -93,9 +93,9 @@ impl Guests {
         self.down_s.push(down_s);
         self.stall_events.push(0);
         self.epoch.push(1);
-        self.level.push(unit(lot.next()));
-        self.phase.push(unit(lot.next()));
-        self.lot.push(lot.next() as u32 | 1);
+        self.level.push(unit(random.next()));
+        self.phase.push(unit(random.next()));
+        self.random.push(random.next() as u32 | 1);
     }
 
     pub(super) fn resident(&self, i: usize) -> f32 {
@@ -245,11 +245,11 @@ impl Guests {
 
     /// Pseudo-random number in 0…1 (xorshift32), one state a guest so that hosts can be computed in any order.
     fn draw(&mut self, i: usize) -> f32 {
-        let mut x = self.lot[i];
+        let mut x = self.random[i];
         x ^= x << 13;
         x ^= x >> 17;
         x ^= x << 5;
-        self.lot[i] = x;
+        self.random[i] = x;
         (x >> 8) as f32 / (1 << 24) as f32
     }
 

@@ -42,7 +42,7 @@ pub(super) struct Host {
     next_record_ms: u64,
     pressure: f64,
     lost: f64,
-    lot: SplitMix64,
+    random: SplitMix64,
     /// Which way each balloon was last moved, and how often that changed.
     turns: Vec<(i8, u16)>,
     pub(super) outcome: Outcome,
@@ -52,7 +52,7 @@ pub(super) struct Host {
 
 impl Host {
     pub(super) fn new(scenario: &Scenario, kind: ManagerKind, number: u64) -> Self {
-        let mut lot = SplitMix64(scenario.seed ^ number.wrapping_mul(0x2545_f491_4f6c_dd1d));
+        let mut random = SplitMix64(scenario.seed ^ number.wrapping_mul(0x2545_f491_4f6c_dd1d));
         let mut host = Self {
             kinds: scenario.guests.clone(),
             guests: Guests::default(),
@@ -72,7 +72,7 @@ impl Host {
             turns: Vec::new(),
             outcome: Outcome::default(),
             alive: true,
-            lot: SplitMix64(lot.next()),
+            random: SplitMix64(random.next()),
         };
         for (group, guests) in scenario.guests.iter().enumerate() {
             for n in 0..guests.count {
@@ -80,7 +80,7 @@ impl Host {
                 host.add(
                     group as u16,
                     down_ms as f32 / 1000.0,
-                    &mut lot,
+                    &mut random,
                     &scenario.config,
                 );
                 if kind == ManagerKind::Squeezed {
@@ -96,10 +96,16 @@ impl Host {
     }
 
     /// Puts one more guest on the host.
-    pub(super) fn add(&mut self, group: u16, down_s: f32, lot: &mut SplitMix64, config: &Config) {
+    pub(super) fn add(
+        &mut self,
+        group: u16,
+        down_s: f32,
+        random: &mut SplitMix64,
+        config: &Config,
+    ) {
         let kind = &self.kinds[usize::from(group)];
         let place = self.guests.len();
-        self.guests.push(group, kind, down_s, lot);
+        self.guests.push(group, kind, down_s, random);
         self.turns.push((0, 0));
         let mut policy: VmPolicy = config.vm_policy("default", kind.memory);
         policy.min = kind.memory.part(kind.min);
@@ -202,7 +208,7 @@ impl Host {
         let turn = now_ms / self.tick_ms % rounds;
         for i in (turn as usize..self.guests.len()).step_by(rounds as usize) {
             let character = self.kinds[usize::from(self.guests.group[i])].character;
-            let lost = self.lost > 0.0 && (self.lot.next() as f64 / u64::MAX as f64) < self.lost;
+            let lost = self.lost > 0.0 && (self.random.next() as f64 / u64::MAX as f64) < self.lost;
             let wedged = character == Character::Wedging
                 && self.guests.stalling[i] > 0.0
                 && self.guests.balloon[i] > 0.0;

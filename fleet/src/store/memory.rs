@@ -117,11 +117,11 @@ impl Inner {
         if let Some(fault) = self.faults.pop_front() {
             return Some(fault);
         }
-        let (lot, one_in) = self.chance.as_mut()?;
-        if !lot.next().is_multiple_of(*one_in) {
+        let (random, one_in) = self.chance.as_mut()?;
+        if !random.next().is_multiple_of(*one_in) {
             return None;
         }
-        Some(Fault::VARIANTS[(lot.next() % Fault::VARIANTS.len() as u64) as usize])
+        Some(Fault::VARIANTS[(random.next() % Fault::VARIANTS.len() as u64) as usize])
     }
 
     fn commit(&mut self, txn: &Txn) -> Result<Committed, StoreError> {

@@ -142,12 +142,12 @@ impl RealPlacement {
     fn start() -> Self {
         let folder = TempDir::new().unwrap();
         let here = folder.path();
-        let settings = format!(
+        let config = format!(
             "[api]\nauth_strategy = noauth2\n[placement_database]\nconnection = sqlite:///{0}/db\n[DEFAULT]\nlog_file = {0}/log\n",
             here.display()
         );
         let file = here.join("placement.conf");
-        fs::write(&file, settings).unwrap();
+        fs::write(&file, config).unwrap();
         let status = Command::new("placement-manage")
             .arg("--config-file")
             .arg(&file)

@@ -43,7 +43,7 @@ impl Host {
 
     pub(crate) fn start_agent(&mut self) {
         let here = self.world.path().display();
-        let settings = format!(
+        let config = format!(
             "[agent]\nsocket = '{here}/agent.sock'\nstate_dir = '{here}/state'\nlisten = '{}'\n\
              [discovery]\nsockets = ['{here}/vms/*.sock']\nany_program = true\n[host]\nreserve = '{}B'\n[control]\nsample = '1s'\n",
             self.address,
@@ -53,7 +53,7 @@ impl Host {
             self.world.path().join("agent.toml"),
             self.world.path().join("log"),
         );
-        fs::write(&file, settings).unwrap();
+        fs::write(&file, config).unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_ch-fleet"))
             .args(["agent", "--config"])
             .arg(file)

@@ -181,12 +181,12 @@ impl Machine {
     }
 
     /// The agent ended in the middle of something: what was under way may still be carried out.
-    pub(super) fn abandon(&mut self, now_ms: u64, lot: &mut SplitMix64) {
+    pub(super) fn abandon(&mut self, now_ms: u64, random: &mut SplitMix64) {
         if let Some(line) = self.line.take()
             && let Some((_, Some(order))) = line.busy
-            && lot.next().is_multiple_of(2)
+            && random.next().is_multiple_of(2)
         {
-            self.late.push((now_ms + lot.next() % 3000, order));
+            self.late.push((now_ms + random.next() % 3000, order));
         }
     }
 
@@ -311,7 +311,7 @@ impl Machine {
     }
 
     /// Goes on talking with the agent; returns what it hears.
-    pub(super) fn talk(&mut self, now_ms: u64, lot: &mut SplitMix64) -> Vec<VmEvent> {
+    pub(super) fn talk(&mut self, now_ms: u64, random: &mut SplitMix64) -> Vec<VmEvent> {
         let Some(mut line) = self.line.take() else {
             return Vec::new();
         };
@@ -320,7 +320,7 @@ impl Machine {
             if now_ms < until_ms {
                 line.busy = Some((until_ms, order));
             } else if let Some(order) = order {
-                let result = self.carry_out(&order, now_ms, lot);
+                let result = self.carry_out(&order, now_ms, random);
                 if matches!(order, Order::Balloon(_)) {
                     line.settle_until_ms = now_ms + 10_000;
                 }
@@ -372,7 +372,7 @@ impl Machine {
         &mut self,
         order: &Order,
         now_ms: u64,
-        lot: &mut SplitMix64,
+        random: &mut SplitMix64,
     ) -> Result<(), OrderError> {
         if matches!(order, Order::Group(..) | Order::Kill) {
             if self.fault() == Some(Fault::Unreadable) {
@@ -386,13 +386,13 @@ impl Machine {
             Some(Fault::Late | Fault::LateOrders) => {
                 let after_ms = self.late.last().map_or(now_ms, |(at_ms, _)| *at_ms);
                 self.late
-                    .push((after_ms + lot.next() % 20_000, order.clone()));
+                    .push((after_ms + random.next() % 20_000, order.clone()));
                 Err(timed_out().into())
             }
             Some(Fault::Refuse | Fault::Refused) => Err(self.refused().into()),
             Some(Fault::Garbage) => {
                 // What it did nobody can tell.
-                if lot.next().is_multiple_of(2) {
+                if random.next().is_multiple_of(2) {
                     self.obey_after_earlier(order, now_ms);
                 }
                 Err(ClientError::MissingBody { endpoint: "any" }.into())

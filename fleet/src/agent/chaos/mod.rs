@@ -66,7 +66,7 @@ struct Running {
 
 /// A promise as its client knows it.
 #[derive(Debug)]
-struct Held {
+struct Reserved {
     id: String,
     vm: String,
     bytes: u64,
@@ -90,7 +90,7 @@ struct Outcome {
 struct Chaos {
     canary: Canary,
     time: &'static ScriptedTime,
-    lot: SplitMix64,
+    random: SplitMix64,
     folder: TempDir,
     machines: Vec<Machine>,
     pids: i32,
@@ -101,7 +101,7 @@ struct Chaos {
     files_back_ms: Option<u64>,
     agent: Option<Running>,
     agent_back_ms: u64,
-    held: Vec<Held>,
+    reserved: Vec<Reserved>,
     outcome: Outcome,
 }
 
@@ -116,7 +116,7 @@ impl Chaos {
         let mut chaos = Self {
             canary,
             time: ScriptedTime::begin(),
-            lot: SplitMix64(seed),
+            random: SplitMix64(seed),
             folder,
             machines: Vec::new(),
             pids: 1000,
@@ -126,7 +126,7 @@ impl Chaos {
             files_back_ms: None,
             agent: None,
             agent_back_ms: 0,
-            held: Vec::new(),
+            reserved: Vec::new(),
             outcome: Outcome::default(),
         };
         for name in ["a", "b", "c", "batch-1", "batch-2", "d"] {
@@ -138,23 +138,23 @@ impl Chaos {
 
     /// True once in so many seconds, as a mean.
     fn once_in(&mut self, seconds: u64) -> bool {
-        self.lot
+        self.random
             .next()
             .is_multiple_of(seconds * SECOND_MS / TICK_MS)
     }
 
     fn between(&mut self, low: u64, high: u64) -> u64 {
-        low + self.lot.next() % (high - low + 1)
+        low + self.random.next() % (high - low + 1)
     }
 
     fn add(&mut self, name: &str, configured: u64) {
         self.pids += 1;
-        let level = match self.lot.next() % 4 {
+        let level = match self.random.next() % 4 {
             0 => FeatureLevel::L0,
             1 => FeatureLevel::L1,
             _ => FeatureLevel::L2,
         };
-        let wedges = self.lot.next().is_multiple_of(4);
+        let wedges = self.random.next().is_multiple_of(4);
         let character = Character { level, wedges };
         let machine = Machine::start(self.folder.path(), name, self.pids, character, configured);
         self.machines.push(machine);
@@ -242,7 +242,7 @@ impl Chaos {
             self.outcome.kills += 1;
             self.outcome.plans += running.control.rounds.decisions().plans;
             for machine in &mut self.machines {
-                machine.abandon(now_ms, &mut self.lot);
+                machine.abandon(now_ms, &mut self.random);
             }
         }
         self.agent_back_ms = now_ms + self.between(0, 15_000);
@@ -335,7 +335,7 @@ impl Chaos {
         }
         let mut events = Vec::new();
         for machine in &mut self.machines {
-            events.extend(machine.talk(now_ms, &mut self.lot));
+            events.extend(machine.talk(now_ms, &mut self.random));
         }
         let all = killed_after.unwrap_or(events.len());
         for event in events.into_iter().take(all) {
@@ -377,9 +377,9 @@ impl Chaos {
         }
         self.outcome.promises += 1;
         let answer: ReserveAnswer = serde_json::from_slice(&response.body).unwrap();
-        let starts = self.lot.next().is_multiple_of(2);
+        let starts = self.random.next().is_multiple_of(2);
         let starts_ms = starts.then(|| now_ms + self.between(2000, 20_000));
-        self.held.push(Held {
+        self.reserved.push(Reserved {
             id: answer.reservation.unwrap().id,
             vm,
             bytes,
@@ -401,27 +401,37 @@ impl Chaos {
     /// What has to be there for promises that are not used yet.
     fn outstanding(&self) -> u64 {
         let now_ms = self.time.ms();
-        let held = self.held.iter().filter(|held| now_ms < held.until_ms);
-        held.map(|held| {
-            let machine = self.machines.iter().find(|machine| machine.name == held.vm);
-            held.bytes
-                .saturating_sub(machine.map_or(0, Machine::resident))
-        })
-        .sum()
+        let reserved = self
+            .reserved
+            .iter()
+            .filter(|reserved| now_ms < reserved.until_ms);
+        reserved
+            .map(|reserved| {
+                let machine = self
+                    .machines
+                    .iter()
+                    .find(|machine| machine.name == reserved.vm);
+                reserved
+                    .bytes
+                    .saturating_sub(machine.map_or(0, Machine::resident))
+            })
+            .sum()
     }
 
     fn start_promised(&mut self) {
         let now_ms = self.time.ms();
-        let due = |held: &Held| !held.runs && held.starts_ms.is_some_and(|at_ms| now_ms >= at_ms);
-        let Some(index) = self.held.iter().position(due) else {
+        let due = |reserved: &Reserved| {
+            !reserved.runs && reserved.starts_ms.is_some_and(|at_ms| now_ms >= at_ms)
+        };
+        let Some(index) = self.reserved.iter().position(due) else {
             return;
         };
-        let id = self.held[index].id.clone();
+        let id = self.reserved[index].id.clone();
         let confirmed = self.ask("fleet.confirm", format!(r#"{{"reservation":"{id}"}}"#));
         if confirmed.is_none_or(|response| response.status != 200) {
             // Tried again as long as the promise holds.
-            if now_ms >= self.held[index].until_ms {
-                self.held[index].starts_ms = None;
+            if now_ms >= self.reserved[index].until_ms {
+                self.reserved[index].starts_ms = None;
             }
             return;
         }
@@ -429,10 +439,10 @@ impl Chaos {
             let goes = self.between(0, self.machines.len() as u64 - 1) as usize;
             self.remove(goes);
         }
-        let (vm, bytes) = (self.held[index].vm.clone(), self.held[index].bytes);
+        let (vm, bytes) = (self.reserved[index].vm.clone(), self.reserved[index].bytes);
         self.add(&vm, bytes);
-        let held = &mut self.held[index];
-        (held.runs, held.until_ms) = (true, now_ms + HOLD_MS);
+        let reserved = &mut self.reserved[index];
+        (reserved.runs, reserved.until_ms) = (true, now_ms + HOLD_MS);
     }
 
     fn check_promises(&mut self) {
@@ -441,24 +451,24 @@ impl Chaos {
             return;
         };
         let status = &running.published.get().status;
-        let on_book = |held: &Held| {
+        let on_book = |reserved: &Reserved| {
             let mut book = status.reservations.iter();
-            book.any(|entry| entry.reservation.id == held.id)
+            book.any(|entry| entry.reservation.id == reserved.id)
         };
         let settled = now_ms > running.since_ms + SLACK_MS;
         let mut harms = Vec::new();
-        self.held.retain(|held| {
-            let (id, vm) = (held.id.clone(), held.vm.clone());
-            let listed = on_book(held);
-            if !listed && now_ms + SECOND_MS < held.until_ms && !held.runs {
+        self.reserved.retain(|reserved| {
+            let (id, vm) = (reserved.id.clone(), reserved.vm.clone());
+            let listed = on_book(reserved);
+            if !listed && now_ms + SECOND_MS < reserved.until_ms && !reserved.runs {
                 harms.push(Harm::Lost { id, vm });
                 return false;
             }
-            if listed && settled && now_ms > held.until_ms + SLACK_MS && !held.runs {
+            if listed && settled && now_ms > reserved.until_ms + SLACK_MS && !reserved.runs {
                 harms.push(Harm::Overdue { id, vm });
                 return false;
             }
-            now_ms <= held.until_ms + 2 * SLACK_MS
+            now_ms <= reserved.until_ms + 2 * SLACK_MS
         });
         self.outcome.harms.extend(harms);
     }
@@ -469,7 +479,7 @@ impl Chaos {
         for index in 0..self.machines.len() {
             if self.once_in(80) {
                 let until_ms = now_ms + self.between(3000, 60_000);
-                let fault = Fault::VARIANTS[self.lot.next() as usize % Fault::VARIANTS.len()];
+                let fault = Fault::VARIANTS[self.random.next() as usize % Fault::VARIANTS.len()];
                 self.machines[index].fail(Some(fault), until_ms);
                 self.outcome.faults += 1;
             }
@@ -497,7 +507,7 @@ impl Chaos {
         }
         if self.once_in(120) {
             let hour = HOUR_MS.cast_signed();
-            let by_ms = [hour, -hour, hour / 60, -hour / 60][self.lot.next() as usize % 4];
+            let by_ms = [hour, -hour, hour / 60, -hour / 60][self.random.next() as usize % 4];
             self.time.jump(by_ms);
         }
         if self.once_in(15) {
