@@ -67,7 +67,7 @@ impl Setting {
     /// Its value in `policy` as a guest is shown it. A policy is checked when it is set; a value out of bounds all the
     /// same becomes the nearest within.
     #[must_use]
-    pub fn shown(&self, policy: &ReportingPolicy) -> u64 {
+    pub fn bounded(&self, policy: &ReportingPolicy) -> u64 {
         self.value(policy).clamp(self.min, self.max)
     }
 

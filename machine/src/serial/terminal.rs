@@ -1,10 +1,10 @@
 //! The operator's terminal: raw while a guest uses it, restored whatever happens.
 //!
-//! Its settings outlive the process, so they are put back when the guard is
+//! Its attributes outlive the process, so they are put back when the guard is
 //! dropped, on `exit`, and before a panic's message; [`restore_terminal`] is
 //! for signal handlers.
 #![allow(unsafe_code)]
-// UNSAFETY: terminal settings and `poll` have no safe interface in std.
+// UNSAFETY: terminal attributes and `poll` have no safe interface in std.
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
@@ -18,22 +18,22 @@ use super::output::Sink;
 /// The terminal as it was first found.
 struct Saved {
     fd: RawFd,
-    settings: libc::termios,
+    attributes: libc::termios,
 }
 
 static SAVED: OnceLock<Saved> = OnceLock::new();
 static IS_RAW: AtomicBool = AtomicBool::new(false);
 
-/// Puts the terminal's settings back if they were changed. Safe in a signal
+/// Puts the terminal's attributes back if they were changed. Safe in a signal
 /// handler: one system call, no lock, no allocation.
 pub fn restore_terminal() {
     let Some(saved) = SAVED.get() else {
         return;
     };
     if IS_RAW.swap(false, Ordering::AcqRel) {
-        // SAFETY: `settings` is a valid termios of static life; the call reads
+        // SAFETY: `attributes` is a valid termios of static life; the call reads
         // it. A descriptor that is closed by now is an error it returns.
-        unsafe { libc::tcsetattr(saved.fd, libc::TCSANOW, &raw const saved.settings) };
+        unsafe { libc::tcsetattr(saved.fd, libc::TCSANOW, &raw const saved.attributes) };
     }
 }
 
@@ -47,7 +47,7 @@ pub(super) struct RawMode;
 
 impl RawMode {
     /// Makes standard input raw. `None` if it is no terminal, if this process
-    /// is in the background (changing the settings would stop it), or if
+    /// is in the background (changing the attributes would stop it), or if
     /// another guard lives.
     pub(super) fn enter() -> io::Result<Option<Self>> {
         let stdin = io::stdin();
@@ -58,12 +58,12 @@ impl RawMode {
     }
 
     fn enter_on(fd: RawFd) -> io::Result<Option<Self>> {
-        let found = settings(fd)?;
+        let found = attributes(fd)?;
         let saved = SAVED.get_or_init(|| {
             restore_on_exit_and_panic();
             Saved {
                 fd,
-                settings: found,
+                attributes: found,
             }
         });
         if saved.fd != fd || IS_RAW.swap(true, Ordering::AcqRel) {
@@ -98,28 +98,28 @@ fn restore_on_exit_and_panic() {
     }));
 }
 
-fn settings(fd: RawFd) -> io::Result<libc::termios> {
-    let mut settings = std::mem::MaybeUninit::uninit();
+fn attributes(fd: RawFd) -> io::Result<libc::termios> {
+    let mut attributes = std::mem::MaybeUninit::uninit();
     // SAFETY: the call writes a whole termios or fails.
-    if unsafe { libc::tcgetattr(fd, settings.as_mut_ptr()) } != 0 {
+    if unsafe { libc::tcgetattr(fd, attributes.as_mut_ptr()) } != 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: written by the call above, which succeeded.
-    Ok(unsafe { settings.assume_init() })
+    Ok(unsafe { attributes.assume_init() })
 }
 
 /// Raw input as `cfmakeraw` has it; output is left alone, so that the VMM's own
 /// messages still start at the left.
-fn make_raw(settings: &mut libc::termios) {
-    let output = settings.c_oflag;
+fn make_raw(attributes: &mut libc::termios) {
+    let output = attributes.c_oflag;
     // SAFETY: changes the fields of a valid termios.
-    unsafe { libc::cfmakeraw(settings) };
-    settings.c_oflag = output;
+    unsafe { libc::cfmakeraw(attributes) };
+    attributes.c_oflag = output;
 }
 
 /// Makes a terminal pass bytes through unchanged in both directions.
 pub(super) fn make_transparent(terminal: &OwnedFd) -> io::Result<()> {
-    let mut raw = settings(terminal.as_raw_fd())?;
+    let mut raw = attributes(terminal.as_raw_fd())?;
     // SAFETY: changes the fields of a valid termios.
     unsafe { libc::cfmakeraw(&raw mut raw) };
     // SAFETY: `raw` is a valid termios that the call reads.
@@ -179,19 +179,19 @@ mod tests {
         let pty = Pty::open().unwrap();
         let fd = pty.slave.as_raw_fd();
         // A pty of ours is transparent; make it a cooked terminal again.
-        let mut cooked = settings(fd).unwrap();
+        let mut cooked = attributes(fd).unwrap();
         cooked.c_lflag |= libc::ICANON | libc::ECHO | libc::ISIG;
         cooked.c_oflag |= libc::OPOST;
         // SAFETY: a valid termios that the call reads.
         unsafe { libc::tcsetattr(fd, libc::TCSANOW, &raw const cooked) };
 
         let guard = RawMode::enter_on(fd).unwrap().unwrap();
-        let raw = settings(fd).unwrap();
+        let raw = attributes(fd).unwrap();
         assert_eq!(raw.c_lflag & (libc::ICANON | libc::ECHO | libc::ISIG), 0);
         assert_ne!(raw.c_oflag & libc::OPOST, 0);
         assert!(RawMode::enter_on(fd).unwrap().is_none());
         drop(guard);
-        assert_eq!(settings(fd).unwrap().c_lflag, cooked.c_lflag);
+        assert_eq!(attributes(fd).unwrap().c_lflag, cooked.c_lflag);
     }
 
     #[test]

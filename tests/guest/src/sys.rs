@@ -186,15 +186,15 @@ pub(crate) fn swapon(device: &str) -> io::Result<()> {
 
 /// Lines in, lines out, nothing echoed: a terminal that a test on the other end steers.
 pub(crate) fn make_terminal_raw(terminal: &File) -> io::Result<()> {
-    // SAFETY: tcgetattr fills `settings`, which is zeroed and large enough; tcsetattr reads it.
+    // SAFETY: tcgetattr fills `attributes`, which is zeroed and large enough; tcsetattr reads it.
     unsafe {
-        let mut settings: libc::termios = std::mem::zeroed();
-        check(libc::tcgetattr(terminal.as_raw_fd(), &raw mut settings))?;
-        libc::cfmakeraw(&raw mut settings);
+        let mut attributes: libc::termios = std::mem::zeroed();
+        check(libc::tcgetattr(terminal.as_raw_fd(), &raw mut attributes))?;
+        libc::cfmakeraw(&raw mut attributes);
         check(libc::tcsetattr(
             terminal.as_raw_fd(),
             libc::TCSANOW,
-            &raw const settings,
+            &raw const attributes,
         ))?;
     }
     Ok(())

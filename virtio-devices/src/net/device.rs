@@ -13,7 +13,7 @@ use super::counters::NetCounters;
 use super::pair::QueuePair;
 use super::params::{Backend, NetError, NetParams, PAIRS_MAX, QUEUE_SIZE_MAX};
 use super::shared::NetShared;
-use super::tap::{Tap, TapSettings};
+use super::tap::{Tap, TapConfig};
 use crate::device::{Counters, QueueHandler, VirtioDevice};
 use crate::queue::SingleQueue;
 use crate::thread_name::thread_name;
@@ -70,12 +70,12 @@ impl Net {
         let pairs = params.num_queues / 2;
         let taps = match &mut params.backend {
             Backend::Tap { name, ip, host_mac } => {
-                let settings = TapSettings {
+                let config = TapConfig {
                     ip: *ip,
                     host_mac: *host_mac,
                     mtu: params.mtu,
                 };
-                Tap::open(name.as_deref(), pairs, settings)?
+                Tap::open(name.as_deref(), pairs, config)?
             }
             Backend::Fds(fds) if fds.len() == usize::from(pairs) => {
                 Tap::from_fds(std::mem::take(fds))?

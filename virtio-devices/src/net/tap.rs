@@ -100,7 +100,7 @@ pub enum TapError {
 
 /// What is set on a tap, where given.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct TapSettings {
+pub struct TapConfig {
     /// Address and mask.
     pub ip: Option<(Ipv4Addr, Ipv4Addr)>,
     /// Hardware address of the host's side.
@@ -122,11 +122,7 @@ impl Tap {
     ///
     /// # Errors
     /// See [`TapError`]; a tap that was made for this is gone again.
-    pub fn open(
-        name: Option<&str>,
-        queues: u16,
-        settings: TapSettings,
-    ) -> Result<Vec<Self>, TapError> {
+    pub fn open(name: Option<&str>, queues: u16, config: TapConfig) -> Result<Vec<Self>, TapError> {
         let pattern = checked_name(name)?;
         let first = Self::attach(pattern, queues)?;
         let mut taps = vec![first];
@@ -134,7 +130,7 @@ impl Tap {
             let next = Self::attach(&taps[0].name, queues)?;
             taps.push(next);
         }
-        taps[0].configure(settings)?;
+        taps[0].configure(config)?;
         Ok(taps)
     }
 
@@ -209,16 +205,16 @@ impl Tap {
             .map_err(|source| self.refused("offloads", source))
     }
 
-    fn configure(&self, settings: TapSettings) -> Result<(), TapError> {
+    fn configure(&self, config: TapConfig) -> Result<(), TapError> {
         let name = &self.name;
         let socket =
             ConfigSocket::open().map_err(|source| self.refused("anything (no socket)", source))?;
-        if let Some(mac) = settings.host_mac {
+        if let Some(mac) = config.host_mac {
             socket
                 .set_hardware_address(name, mac)
                 .map_err(|source| self.refused("hardware address", source))?;
         }
-        if let Some((address, mask)) = settings.ip {
+        if let Some((address, mask)) = config.ip {
             socket
                 .set_address(name, address)
                 .map_err(|source| self.refused("address", source))?;
@@ -226,7 +222,7 @@ impl Tap {
                 .set_netmask(name, mask)
                 .map_err(|source| self.refused("netmask", source))?;
         }
-        if let Some(mtu) = settings.mtu {
+        if let Some(mtu) = config.mtu {
             socket
                 .set_mtu(name, mtu)
                 .map_err(|source| self.refused("MTU", source))?;

@@ -4,15 +4,15 @@
 //! ```text
 //!  PUT ─► control thread ─► Thresholds::change        GET ─► Thresholds::status
 //!                                │                              ▲
-//!                     settings and states (ThresholdSettings) ──┘
+//!                     rules and states (ThresholdConfig) ──┘
 //!                                │
 //!  thread `thresholds`: once per second: what is needed ─► figures of the machine ─► step ─► events
 //! ```
-//! The control thread and the API only ever take the lock on the settings, which is held for microseconds; the figures
-//! are read outside of it. The settings belong to the VM and not to the machine: they outlive reboots and pauses and go
-//! with `vm.delete`.
+//! The control thread and the API only ever take the lock on the configuration, which is held for microseconds; the
+//! figures are read outside of it. The configuration belongs to the VM and not to the machine: it outlives reboots and
+//! pauses and goes with `vm.delete`.
 
-mod settings;
+mod config;
 mod shared;
 #[cfg(test)]
 mod tests;

@@ -1,4 +1,4 @@
-//! The settings, shared by the control thread, the API and the thread that evaluates them.
+//! The configuration, shared by the control thread, the API and the thread that evaluates them.
 
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use api::{ReclaimThresholds, ReclaimThresholdsChange, ReportingPolicy};
 use virtio_devices::Unpoisoned;
 
 use super::ThresholdError;
-use super::settings::ThresholdSettings;
+use super::config::ThresholdConfig;
 use crate::alerts::{Needs, Sources, Transition};
 use crate::reporting_policy::GuestPolicy;
 
@@ -21,7 +21,7 @@ pub struct Thresholds {
 
 #[derive(Debug, Default)]
 struct State {
-    settings: ThresholdSettings,
+    config: ThresholdConfig,
     subjects: Subjects,
     stop: bool,
 }
@@ -58,24 +58,24 @@ impl Thresholds {
     /// # Errors
     /// The change makes no sense.
     pub fn change(&self, change: &ReclaimThresholdsChange) -> Result<(), ThresholdError> {
-        self.lock().settings.change(change, self.now_ms())?;
+        self.lock().config.change(change, self.now_ms())?;
         self.wake.notify_all();
         Ok(())
     }
 
     /// Everything as it stands, for the guest that runs now. Takes microseconds.
     pub fn status(&self, guest: GuestPolicy) -> ReclaimThresholds {
-        self.lock().settings.status(self.now_ms(), guest)
+        self.lock().config.status(self.now_ms(), guest)
     }
 
     /// The reporting policy, if one was set.
     pub fn policy(&self) -> Option<ReportingPolicy> {
-        self.lock().settings.policy()
+        self.lock().config.policy()
     }
 
     /// Forgets everything: the VM is no more.
     pub fn clear(&self) {
-        self.lock().settings.clear();
+        self.lock().config.clear();
     }
 
     /// Sets what there is to evaluate.
@@ -86,7 +86,7 @@ impl Thresholds {
 
     /// Evaluates every alert; at most one transition each.
     pub(crate) fn step(&self, sources: &Sources) -> Vec<Transition> {
-        self.lock().settings.step(self.now_ms(), sources)
+        self.lock().config.step(self.now_ms(), sources)
     }
 
     /// The clock of alerts.
@@ -94,7 +94,7 @@ impl Thresholds {
         u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// The settings are whole after every change, so a thread that died with the lock has left nothing half done.
+    /// The configuration is whole after every change, so a thread that died with the lock has left nothing half done.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unpoisoned()
     }
@@ -111,7 +111,7 @@ impl Thresholds {
         let mut state = self.lock();
         while !state.stop {
             let Subjects { machine, balloon } = state.subjects;
-            if !(balloon || (machine && state.settings.has_alerts())) {
+            if !(balloon || (machine && state.config.has_alerts())) {
                 *due = None;
                 state = self.wake.wait(state).unpoisoned();
                 continue;
@@ -120,7 +120,7 @@ impl Thresholds {
             let at = *due.get_or_insert(now + interval);
             if now >= at {
                 *due = Some(now + interval);
-                let alerts = state.settings.needs();
+                let alerts = state.config.needs();
                 return Some(Look { alerts, balloon });
             }
             let waited = self.wake.wait_timeout(state, at - now);

@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::ThresholdError;
-use super::settings::ThresholdSettings;
+use super::config::ThresholdConfig;
 use crate::alerts::{ALERTS_MAX, AlertError, AlertFault, Figure, NAME_LENGTH_MAX, Needs, Sources};
 use crate::reporting_policy::GuestPolicy;
 
@@ -43,18 +43,18 @@ fn alerts(alerts: Vec<AlertChange>) -> ReclaimThresholdsChange {
     }
 }
 
-fn settings_of(alert: AlertChange) -> ThresholdSettings {
-    let mut settings = ThresholdSettings::default();
-    settings.change(&alerts(vec![alert]), 0).unwrap();
-    settings
+fn config_of(alert: AlertChange) -> ThresholdConfig {
+    let mut config = ThresholdConfig::default();
+    config.change(&alerts(vec![alert]), 0).unwrap();
+    config
 }
 
-fn only(settings: &ThresholdSettings, now_ms: u64) -> AlertStatus {
-    settings.status(now_ms, GuestPolicy::NoMachine).alerts[0].clone()
+fn only(config: &ThresholdConfig, now_ms: u64) -> AlertStatus {
+    config.status(now_ms, GuestPolicy::NoMachine).alerts[0].clone()
 }
 
 fn fault(change: AlertChange) -> AlertFault {
-    match ThresholdSettings::default().change(&alerts(vec![change]), 0) {
+    match ThresholdConfig::default().change(&alerts(vec![change]), 0) {
         Err(ThresholdError::Alerts(AlertError::Alert { fault, .. })) => fault,
         other => panic!("{other:?}"),
     }
@@ -130,7 +130,7 @@ fn needs_include_residency_only_for_what_is_measured() {
             figure: Some(name.to_owned()),
             ..rule("a", AlertDirection::Above, 1, 1)
         };
-        settings_of(change).needs()
+        config_of(change).needs()
     };
     let expected = |reclaim, residency, counters| Needs {
         reclaim,
@@ -141,16 +141,16 @@ fn needs_include_residency_only_for_what_is_measured() {
     assert_eq!(needs("resident_bytes"), expected(true, true, false));
     assert_eq!(needs("repopulated_bytes"), expected(true, true, false));
     assert_eq!(needs(FIGURE), expected(false, false, true));
-    assert!(!ThresholdSettings::default().has_alerts());
+    assert!(!ThresholdConfig::default().has_alerts());
 }
 
 #[test]
 fn alert_enters_after_its_duration_and_leaves_at_once() {
-    let mut settings = settings_of(AlertChange {
+    let mut config = config_of(AlertChange {
         duration_ms: Some(2000),
         ..rule("a", AlertDirection::Above, 10, 5)
     });
-    let mut step = |now_ms, value| settings.step(now_ms, &value_of(value));
+    let mut step = |now_ms, value| config.step(now_ms, &value_of(value));
     assert!(step(0, 11).is_empty());
     assert!(step(1000, 11).is_empty());
     // Back in the dead band: the duration starts anew.
@@ -168,7 +168,7 @@ fn alert_enters_after_its_duration_and_leaves_at_once() {
         (left[0].entered, left[0].value, left[0].threshold),
         (false, 5, 5)
     );
-    let status = only(&settings, 6500);
+    let status = only(&config, 6500);
     assert_eq!(
         (status.active, status.since_ms, status.times_entered),
         (false, 500, 1)
@@ -177,32 +177,32 @@ fn alert_enters_after_its_duration_and_leaves_at_once() {
 
 #[test]
 fn alert_without_a_figure_neither_enters_nor_leaves() {
-    let mut settings = settings_of(AlertChange {
+    let mut config = config_of(AlertChange {
         duration_ms: Some(1000),
         ..rule("a", AlertDirection::Below, 5, 10)
     });
-    assert!(settings.step(0, &value_of(1)).is_empty());
-    assert!(settings.step(1000, &Sources::default()).is_empty());
-    assert!(settings.step(1500, &value_of(1)).is_empty());
-    assert_eq!(settings.step(2500, &value_of(1)).len(), 1);
-    assert!(settings.step(3000, &Sources::default()).is_empty());
-    let status = only(&settings, 3000);
+    assert!(config.step(0, &value_of(1)).is_empty());
+    assert!(config.step(1000, &Sources::default()).is_empty());
+    assert!(config.step(1500, &value_of(1)).is_empty());
+    assert_eq!(config.step(2500, &value_of(1)).len(), 1);
+    assert!(config.step(3000, &Sources::default()).is_empty());
+    let status = only(&config, 3000);
     assert_eq!((status.active, status.value), (true, None));
 }
 
 #[test]
 fn alert_changed_in_its_values_keeps_its_state_and_on_another_figure_starts_anew() {
-    let mut settings = settings_of(rule("a", AlertDirection::Above, 10, 5));
-    settings.step(0, &value_of(11));
+    let mut config = config_of(rule("a", AlertDirection::Above, 10, 5));
+    config.step(0, &value_of(11));
     let lower = AlertChange {
         name: "a".to_owned(),
         leave: Some(6),
         ..AlertChange::default()
     };
-    settings.change(&alerts(vec![lower]), 1).unwrap();
-    assert!(only(&settings, 1).active);
+    config.change(&alerts(vec![lower]), 1).unwrap();
+    assert!(only(&config, 1).active);
     assert_eq!(
-        (only(&settings, 1).rule.enter, only(&settings, 1).rule.leave),
+        (only(&config, 1).rule.enter, only(&config, 1).rule.leave),
         (10, 6)
     );
     let other = AlertChange {
@@ -210,9 +210,9 @@ fn alert_changed_in_its_values_keeps_its_state_and_on_another_figure_starts_anew
         figure: Some("_disk0/write_ops".to_owned()),
         ..AlertChange::default()
     };
-    settings.change(&alerts(vec![other]), 2).unwrap();
+    config.change(&alerts(vec![other]), 2).unwrap();
     assert_eq!(
-        (only(&settings, 2).active, only(&settings, 2).times_entered),
+        (only(&config, 2).active, only(&config, 2).times_entered),
         (false, 0)
     );
 }
@@ -223,10 +223,10 @@ fn alert_set_again_as_it_is_does_not_put_off_its_entry() {
         duration_ms: Some(1500),
         ..rule("a", AlertDirection::Above, 10, 5)
     };
-    let mut settings = settings_of(change.clone());
-    assert!(settings.step(0, &value_of(11)).is_empty());
-    settings.change(&alerts(vec![change]), 1000).unwrap();
-    assert_eq!(settings.step(1500, &value_of(11)).len(), 1);
+    let mut config = config_of(change.clone());
+    assert!(config.step(0, &value_of(11)).is_empty());
+    config.change(&alerts(vec![change]), 1000).unwrap();
+    assert_eq!(config.step(1500, &value_of(11)).len(), 1);
 }
 
 #[test]
@@ -295,12 +295,12 @@ fn change_that_makes_no_sense_is_refused_by_name() {
         assert_eq!(fault(change), expected);
     }
     let twice = alerts(vec![good.clone(), good]);
-    assert!(ThresholdSettings::default().change(&twice, 0).is_err());
+    assert!(ThresholdConfig::default().change(&twice, 0).is_err());
     let unknown = ReclaimThresholdsChange {
         remove_alerts: vec!["a".to_owned()],
         ..ReclaimThresholdsChange::default()
     };
-    assert!(ThresholdSettings::default().change(&unknown, 0).is_err());
+    assert!(ThresholdConfig::default().change(&unknown, 0).is_err());
 }
 
 #[test]
@@ -309,21 +309,21 @@ fn change_above_the_bound_is_refused_and_removal_makes_room() {
         let alert = |number: usize| rule(&number.to_string(), AlertDirection::Above, 1, 0);
         alerts((0..count).map(alert).collect())
     };
-    let mut settings = ThresholdSettings::default();
-    let error = settings.change(&many(ALERTS_MAX + 1), 0).unwrap_err();
+    let mut config = ThresholdConfig::default();
+    let error = config.change(&many(ALERTS_MAX + 1), 0).unwrap_err();
     assert_eq!(error, ThresholdError::Alerts(AlertError::TooManyAlerts));
-    assert!(!settings.has_alerts());
-    settings.change(&many(ALERTS_MAX), 0).unwrap();
+    assert!(!config.has_alerts());
+    config.change(&many(ALERTS_MAX), 0).unwrap();
     let mut another = alerts(vec![rule("new", AlertDirection::Above, 1, 0)]);
-    assert!(settings.change(&another, 0).is_err());
+    assert!(config.change(&another, 0).is_err());
     another.remove_alerts.push("7".to_owned());
-    settings.change(&another, 0).unwrap();
+    config.change(&another, 0).unwrap();
     assert_eq!(
-        settings.status(0, GuestPolicy::NoMachine).alerts.len(),
+        config.status(0, GuestPolicy::NoMachine).alerts.len(),
         ALERTS_MAX
     );
-    settings.clear();
-    assert!(!settings.has_alerts());
+    config.clear();
+    assert!(!config.has_alerts());
 }
 
 #[test]
@@ -333,13 +333,13 @@ fn policy_is_changed_in_part_and_checked_as_a_whole() {
         ..ReclaimThresholdsChange::default()
     };
     let nothing = ReportingPolicyChange::default();
-    let mut settings = ThresholdSettings::default();
+    let mut config = ThresholdConfig::default();
     let shorter = ReportingPolicyChange {
         delay_ms_max: Some(100),
         ..nothing
     };
-    settings.change(&policy(shorter), 0).unwrap();
-    let before = settings.status(0, GuestPolicy::NoMachine).reporting_policy;
+    config.change(&policy(shorter), 0).unwrap();
+    let before = config.status(0, GuestPolicy::NoMachine).reporting_policy;
     assert_eq!(
         (before.policy.delay_ms_max, before.policy.pending_blocks),
         (100, 16)
@@ -358,9 +358,9 @@ fn policy_is_changed_in_part_and_checked_as_a_whole() {
         with(PolicySetting::DelayMsMax, 0),
         with(age, 101),
     ] {
-        assert!(settings.change(&policy(bad), 0).is_err(), "{bad:?}");
+        assert!(config.change(&policy(bad), 0).is_err(), "{bad:?}");
         assert_eq!(
-            settings.status(0, GuestPolicy::NoMachine).reporting_policy,
+            config.status(0, GuestPolicy::NoMachine).reporting_policy,
             before
         );
     }
@@ -380,7 +380,7 @@ proptest! {
             true => (AlertDirection::Below, enter, leave),
             false => (AlertDirection::Above, leave, enter),
         };
-        let mut settings = settings_of(AlertChange {
+        let mut config = config_of(AlertChange {
             duration_ms: Some(duration_ms),
             ..rule("a", direction, enter, leave)
         });
@@ -388,7 +388,7 @@ proptest! {
         for (passed_ms, value) in steps {
             now_ms += passed_ms;
             let sources = value.map(value_of).unwrap_or_default();
-            let crossed = settings.step(now_ms, &sources);
+            let crossed = config.step(now_ms, &sources);
             prop_assert!(crossed.len() <= 1);
             let is_beyond = value.is_some_and(|value| match below {
                 true => value < enter,
@@ -408,7 +408,7 @@ proptest! {
                 prop_assert_eq!(transition.entered, active);
                 prop_assert_eq!(Some(transition.value), value);
             }
-            let status = only(&settings, now_ms);
+            let status = only(&config, now_ms);
             prop_assert_eq!((status.active, status.times_entered), (active, entered));
         }
     }

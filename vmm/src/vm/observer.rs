@@ -69,7 +69,7 @@ impl Observed {
 
 /// What is shown without ever waiting for those who measure: held for microseconds by whoever reads or changes it.
 #[derive(Default)]
-struct Shown {
+struct Published {
     device_tree: BTreeMap<String, DeviceNode>,
     balloon: Option<BalloonHandle>,
     mem: Option<MemHandle>,
@@ -142,7 +142,7 @@ pub trait MachineObserver: std::fmt::Debug + Send + Sync {
 pub(super) struct VmObserver {
     /// RAM at boot.
     ram_bytes: u64,
-    shown: Arc<RwLock<Shown>>,
+    published: Arc<RwLock<Published>>,
     observed: Arc<RwLock<Option<Observed>>>,
 }
 
@@ -162,7 +162,7 @@ impl OwnObserver {
     pub(super) fn new(observed: Observed, ram_bytes: u64, devices: &[Plugged]) -> Self {
         Self(VmObserver {
             ram_bytes,
-            shown: Arc::new(RwLock::new(Shown {
+            published: Arc::new(RwLock::new(Published {
                 device_tree: devices.iter().flat_map(nodes).collect(),
                 balloon: observed.balloon.clone(),
                 mem: observed.mem.clone(),
@@ -183,10 +183,10 @@ impl OwnObserver {
         balloon: Option<BalloonHandle>,
     ) {
         {
-            let mut shown = self.0.write_shown();
-            shown.device_tree.extend(nodes(plugged));
+            let mut published = self.0.write_published();
+            published.device_tree.extend(nodes(plugged));
             if balloon.is_some() {
-                shown.balloon.clone_from(&balloon);
+                published.balloon.clone_from(&balloon);
             }
         }
         self.change(|observed| {
@@ -211,13 +211,13 @@ impl OwnObserver {
         });
         // Outside of the lock: what is dropped may be a disk.
         drop(gone);
-        let mut shown = self.0.write_shown();
-        let node = shown.device_tree.remove(id);
+        let mut published = self.0.write_published();
+        let node = published.device_tree.remove(id);
         if let Some(parent) = node.and_then(|node| node.parent) {
-            shown.device_tree.remove(&parent);
+            published.device_tree.remove(&parent);
         }
         if is_balloon {
-            shown.balloon = None;
+            published.balloon = None;
         }
     }
 
@@ -236,8 +236,8 @@ impl Drop for OwnObserver {
     fn drop(&mut self) {
         let mut observed = self.0.observed.write().unpoisoned();
         drop(observed.take());
-        let mut shown = self.0.write_shown();
-        (shown.balloon, shown.mem) = (None, None);
+        let mut published = self.0.write_published();
+        (published.balloon, published.mem) = (None, None);
     }
 }
 
@@ -248,17 +248,17 @@ impl VmObserver {
         observed.as_ref().map(read)
     }
 
-    fn write_shown(&self) -> RwLockWriteGuard<'_, Shown> {
-        self.shown.write().unpoisoned()
+    fn write_published(&self) -> RwLockWriteGuard<'_, Published> {
+        self.published.write().unpoisoned()
     }
 }
 
 impl MachineObserver for VmObserver {
     fn memory_actual_size_bytes(&self) -> u64 {
-        let shown = self.shown.read().unpoisoned();
-        let balloon = shown.balloon.as_ref();
+        let published = self.published.read().unpoisoned();
+        let balloon = published.balloon.as_ref();
         let ballooned_bytes = balloon.map_or(0, BalloonHandle::actual_bytes);
-        let plugged_bytes = shown.mem.as_ref().map_or(0, MemHandle::plugged_bytes);
+        let plugged_bytes = published.mem.as_ref().map_or(0, MemHandle::plugged_bytes);
         let ram_bytes = self.ram_bytes.saturating_add(plugged_bytes);
         ram_bytes.saturating_sub(ballooned_bytes)
     }
@@ -355,8 +355,8 @@ impl MachineObserver for VmObserver {
     }
 
     fn device_tree(&self) -> BTreeMap<String, DeviceNode> {
-        let shown = self.shown.read().unpoisoned();
-        shown.device_tree.clone()
+        let published = self.published.read().unpoisoned();
+        published.device_tree.clone()
     }
 }
 

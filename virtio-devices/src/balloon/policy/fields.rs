@@ -83,7 +83,7 @@ impl Fields {
         WordsState {
             generation: self.generation,
             settings: (ReportingPolicy::TABLE.iter())
-                .map(|setting| (setting.name.to_owned(), setting.shown(&self.policy)))
+                .map(|setting| (setting.name.to_owned(), setting.bounded(&self.policy)))
                 .collect(),
             flags: self.flags,
             report_now_id: self.report_now_id,
@@ -162,7 +162,7 @@ impl Fields {
             put(offset, 4, value.into());
         }
         for setting in ReportingPolicy::TABLE {
-            put(setting.offset, setting.bytes, setting.shown(&self.policy));
+            put(setting.offset, setting.bytes, setting.bounded(&self.policy));
         }
         space
     }

@@ -8,13 +8,13 @@ use crate::reporting_policy::{self, GuestPolicy};
 
 /// Alerts with their states, and the policy.
 #[derive(Clone, Debug, Default)]
-pub(super) struct ThresholdSettings {
+pub(super) struct ThresholdConfig {
     alerts: AlertList,
     /// As the operator has set it; before that no guest is told anything.
     policy: Option<ReportingPolicy>,
 }
 
-impl ThresholdSettings {
+impl ThresholdConfig {
     /// Makes all of `change`, or nothing.
     pub(super) fn change(
         &mut self,
