@@ -29,7 +29,7 @@ const SLOTS: usize = 8;
 /// What to do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Plan {
-    /// Held at most, by all threads.
+    /// Filled at most, by all threads together.
     pub(crate) bytes: u64,
     pub(crate) seed: u64,
     pub(crate) threads: u64,
@@ -111,13 +111,13 @@ impl Churn {
 
 struct Worker<'a> {
     random: Random,
-    slots: [Option<Held>; SLOTS],
+    slots: [Option<Filled>; SLOTS],
     slot_pages: usize,
     tally: &'a Tally,
 }
 
 /// Filled memory.
-struct Held {
+struct Filled {
     mapping: Mapping,
     seed: u64,
 }
@@ -143,39 +143,40 @@ impl<'a> Worker<'a> {
             })?;
             self.tally.steps.fetch_add(1, Ordering::Relaxed);
         }
-        self.slots.iter().flatten().try_for_each(|held| {
-            held.verify(self.tally)
+        self.slots.iter().flatten().try_for_each(|filled| {
+            filled
+                .verify(self.tally)
                 .map_err(|what| format!("at the end: {what}"))
         })
     }
 
     fn step(&mut self, at: usize) -> Result<(), String> {
-        let Some(mut held) = self.slots[at].take() else {
+        let Some(mut filled) = self.slots[at].take() else {
             let filled = self.fill_new().map_err(|error| error.to_string())?;
             self.slots[at] = Some(filled?);
             return Ok(());
         };
-        held.verify(self.tally)?;
+        filled.verify(self.tally)?;
         match self.random.below(4) {
             // Unmapped here and now.
             0 | 1 => return Ok(()),
             2 => {
-                let pages = held.mapping.words().len() / PAGE_WORDS;
+                let pages = filled.mapping.words().len() / PAGE_WORDS;
                 let first = self.random.below(pages);
                 let count = 1 + self.random.below(pages - first);
-                held.replace_pages(first, count, self.tally)?;
+                filled.replace_pages(first, count, self.tally)?;
             }
             _ => {
-                held.seed = self.random.next();
-                pattern::fill(held.mapping.words_mut(), held.seed, 0);
+                filled.seed = self.random.next();
+                pattern::fill(filled.mapping.words_mut(), filled.seed, 0);
             }
         }
-        self.slots[at] = Some(held);
+        self.slots[at] = Some(filled);
         Ok(())
     }
 
     /// Memory of a random size and kind, as likely small as large.
-    fn fill_new(&mut self) -> io::Result<Result<Held, String>> {
+    fn fill_new(&mut self) -> io::Result<Result<Filled, String>> {
         let shift = self.random.below(self.slot_pages.ilog2() as usize + 1);
         let pages = (1 << shift) + self.random.below(1 << shift);
         let bytes = pages.min(self.slot_pages) * PAGE_BYTES;
@@ -185,16 +186,16 @@ impl<'a> Worker<'a> {
             3 => Mapping::new(bytes, HugePages::Never)?,
             _ => Mapping::new(bytes, HugePages::Always)?,
         };
-        let mut held = Held {
+        let mut filled = Filled {
             mapping,
             seed: self.random.next(),
         };
-        let pages = held.mapping.words().len() / PAGE_WORDS;
-        Ok(held.fill_fresh(0, pages, self.tally).map(|()| held))
+        let pages = filled.mapping.words().len() / PAGE_WORDS;
+        Ok(filled.fill_fresh(0, pages, self.tally).map(|()| filled))
     }
 }
 
-impl Held {
+impl Filled {
     /// Gives pages back to the kernel and fills what comes in their place.
     fn replace_pages(&mut self, first: usize, count: usize, tally: &Tally) -> Result<(), String> {
         let given = self.mapping.discard(first * PAGE_BYTES, count * PAGE_BYTES);
@@ -260,11 +261,11 @@ mod tests {
         let tally = Tally::default();
         let mut worker = worker(&tally);
         worker.step(3).unwrap();
-        let held = worker.slots[3].as_mut().unwrap();
-        let words = held.mapping.words_mut();
+        let filled = worker.slots[3].as_mut().unwrap();
+        let words = filled.mapping.words_mut();
         *words.last_mut().unwrap() ^= 1 << 40;
-        let told = worker.step(3).unwrap_err();
-        assert!(told.contains("reads"), "{told}");
+        let error = worker.step(3).unwrap_err();
+        assert!(error.contains("reads"), "{error}");
     }
 
     #[test]

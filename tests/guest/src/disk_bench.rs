@@ -48,7 +48,7 @@ pub(crate) fn run(arguments: &[&str]) -> Result<(), String> {
         let tasks: Vec<_> = (0..plan.threads)
             .map(|task| {
                 let file = &file;
-                scope.spawn(move || course(plan, file, blocks, task))
+                scope.spawn(move || run_task(plan, file, blocks, task))
             })
             .collect();
         tasks
@@ -91,7 +91,7 @@ fn plan<'a>(arguments: &[&'a str]) -> Result<(&'a str, Plan), String> {
 }
 
 /// The requests of one thread, each begun when the one before is done.
-fn course(plan: Plan, file: &File, blocks: u64, task: u64) -> Result<(), String> {
+fn run_task(plan: Plan, file: &File, blocks: u64, task: u64) -> Result<(), String> {
     let bytes = usize::try_from(plan.block_bytes).map_err(|_| "too large")?;
     let mut buffer = Mapping::new(bytes, HugePages::Never).map_err(|error| error.to_string())?;
     // Pages that were never written are all one page of zeroes.

@@ -348,13 +348,13 @@ pub(crate) fn everything_free_is_reported() -> Result<(), String> {
     loop {
         let done = asked(&path, "again");
         let (reported, free) = (bytes("reported_bytes")?, free_bytes()?);
-        let told = format!("{} of {} MiB free are reported", reported >> 20, free >> 20);
+        let figures = format!("{} of {} MiB free are reported", reported >> 20, free >> 20);
         if done == Done::Yes && reported > free / 2 {
-            println!("stress: {told}");
+            println!("stress: {figures}");
             return Ok(());
         }
         if begin.elapsed() > REPORT_DEADLINE {
-            return Err(format!("{told}, the last wish was {done:?}"));
+            return Err(format!("{figures}, the last request was {done:?}"));
         }
         thread::sleep(Duration::from_secs(1));
     }
@@ -384,11 +384,11 @@ mod tests {
             contents[0] ^= 1;
             fs::write(name, contents).unwrap();
         }
-        let told = (0..100).find_map(|_| files(&mut random, &mut state).err());
+        let error = (0..100).find_map(|_| files(&mut random, &mut state).err());
         for (name, _, _) in &state.files {
             fs::remove_file(name).unwrap();
         }
-        assert!(told.unwrap().contains("wrong contents at byte 0"));
+        assert!(error.unwrap().contains("wrong contents at byte 0"));
     }
 
     #[test]

@@ -11,7 +11,7 @@ const PAGE_WORDS: usize = 512;
 
 /// What to allocate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Wish {
+pub(crate) struct Allocation {
     pub(crate) bytes: u64,
     /// With a seed every word is filled; without, one word in each page, which is enough to
     /// make it resident and much quicker.
@@ -23,24 +23,24 @@ pub(crate) struct Wish {
 #[derive(Debug)]
 pub(crate) struct Region {
     mapping: Mapping,
-    wish: Wish,
+    allocation: Allocation,
     picked: Picked,
 }
 
 impl Region {
     /// Allocates and touches every page.
-    pub(crate) fn new(wish: Wish) -> Result<Self, String> {
-        let bytes = usize::try_from(wish.bytes).map_err(|_| "too large".to_string())?;
+    pub(crate) fn new(allocation: Allocation) -> Result<Self, String> {
+        let bytes = usize::try_from(allocation.bytes).map_err(|_| "too large".to_string())?;
         if bytes == 0 {
             return Err("zero bytes".into());
         }
-        let mut mapping = Mapping::new(bytes, wish.huge)
+        let mut mapping = Mapping::new(bytes, allocation.huge)
             .map_err(|error| format!("mapping {bytes} bytes: {error}"))?;
         let words = mapping.words_mut();
-        fill(words, wish.seed, 0);
+        fill(words, allocation.seed, 0);
         Ok(Self {
             mapping,
-            wish,
+            allocation,
             picked: Picked::default(),
         })
     }
@@ -78,7 +78,7 @@ impl Region {
         for Range { start, end } in &self.picked.runs {
             fill(
                 &mut words[start * PAGE_WORDS..end * PAGE_WORDS],
-                self.wish.seed,
+                self.allocation.seed,
                 *start as u64,
             );
         }
@@ -86,13 +86,13 @@ impl Region {
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        self.wish.bytes
+        self.allocation.bytes
     }
 
     /// Checks what was written; the error tells the first wrong offset.
     pub(crate) fn verify(&self) -> Result<(), String> {
         let words = self.mapping.words();
-        let wrong = match self.wish.seed {
+        let wrong = match self.allocation.seed {
             Some(seed) => pattern::first_difference(words, seed, 0),
             None => (0..)
                 .zip(words.chunks(PAGE_WORDS))
@@ -125,12 +125,12 @@ mod tests {
     #[test]
     fn region_after_allocation_verifies() {
         for seed in [None, Some(3)] {
-            let wish = Wish {
+            let allocation = Allocation {
                 bytes: 1 << 20,
                 seed,
                 huge: HugePages::Default,
             };
-            let mut region = Region::new(wish).unwrap();
+            let mut region = Region::new(allocation).unwrap();
             region.verify().unwrap();
             region.mapping.words_mut()[PAGE_WORDS * 5] = 1;
             assert_eq!(region.verify().unwrap_err(), "wrong contents at byte 20480");
@@ -140,12 +140,12 @@ mod tests {
     #[test]
     fn region_given_back_is_empty_until_it_is_refilled() {
         for seed in [None, Some(3)] {
-            let wish = Wish {
+            let allocation = Allocation {
                 bytes: 1 << 20,
                 seed,
                 huge: HugePages::Never,
             };
-            let mut region = Region::new(wish).unwrap();
+            let mut region = Region::new(allocation).unwrap();
             region.picked.runs = vec![3..5, 9..10];
             assert_eq!(region.give_back(), Ok(3 * PAGE_BYTES));
             assert_eq!(region.verify().unwrap_err(), "wrong contents at byte 12288");
@@ -156,11 +156,11 @@ mod tests {
 
     #[test]
     fn region_of_no_bytes_is_refused() {
-        let wish = Wish {
+        let allocation = Allocation {
             bytes: 0,
             seed: None,
             huge: HugePages::Never,
         };
-        assert!(Region::new(wish).is_err());
+        assert!(Region::new(allocation).is_err());
     }
 }

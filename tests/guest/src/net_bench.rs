@@ -25,22 +25,26 @@ pub(crate) fn run(arguments: &[&str]) -> Result<(), String> {
         return Err(USAGE.into());
     };
     let amount = size::parse(amount)?;
-    let course = match *kind {
+    let transfer = match *kind {
         "send" => send,
         "receive" => receive,
         "ask" => ask,
         _ => return Err(USAGE.into()),
     };
-    let told = |error: std::io::Error| format!("{kind} {address}: {error}");
-    let mut stream = TcpStream::connect(*address).map_err(told)?;
-    stream.set_nodelay(true).map_err(told)?;
-    stream.set_read_timeout(Some(SILENCE_MAX)).map_err(told)?;
-    stream.set_write_timeout(Some(SILENCE_MAX)).map_err(told)?;
+    let with_address = |error: std::io::Error| format!("{kind} {address}: {error}");
+    let mut stream = TcpStream::connect(*address).map_err(with_address)?;
+    stream.set_nodelay(true).map_err(with_address)?;
+    stream
+        .set_read_timeout(Some(SILENCE_MAX))
+        .map_err(with_address)?;
+    stream
+        .set_write_timeout(Some(SILENCE_MAX))
+        .map_err(with_address)?;
     let begin = Instant::now();
     stream
         .write_all(format!("{kind} {amount}\n").as_bytes())
-        .and_then(|()| course(&mut stream, amount))
-        .map_err(told)?;
+        .and_then(|()| transfer(&mut stream, amount))
+        .map_err(with_address)?;
     println!("ok net-bench {} ns", begin.elapsed().as_nanos());
     Ok(())
 }

@@ -29,7 +29,7 @@ use std::time::Instant;
 
 use crate::churn::{Churn, Plan, Tally};
 use crate::disk;
-use crate::mem::{Region, Wish};
+use crate::mem::{Allocation, Region};
 use crate::size;
 use crate::sys::HugePages;
 
@@ -79,7 +79,7 @@ impl Server {
         let words: Vec<&str> = rest.split_ascii_whitespace().collect();
         match (verb, words.as_slice()) {
             ("ping" | "exit", []) => Ok(verb.into()),
-            ("alloc", [bytes, options @ ..]) => self.alloc(wish(bytes, options)?),
+            ("alloc", [bytes, options @ ..]) => self.alloc(allocation(bytes, options)?),
             ("verify", id) => {
                 let mut bytes = 0;
                 for key in self.chosen(id)? {
@@ -141,12 +141,12 @@ impl Server {
         }
     }
 
-    fn alloc(&mut self, wish: Wish) -> Result<String, String> {
-        let region = Region::new(wish)?;
+    fn alloc(&mut self, allocation: Allocation) -> Result<String, String> {
+        let region = Region::new(allocation)?;
         let id = self.next_id;
         self.next_id += 1;
         self.regions.insert(id, region);
-        Ok(format!("alloc {id} {} bytes", wish.bytes))
+        Ok(format!("alloc {id} {} bytes", allocation.bytes))
     }
 
     fn churn_start(&mut self, plan: Plan) -> Result<String, String> {
@@ -182,22 +182,22 @@ impl Server {
 }
 
 /// Reads `alloc`'s words.
-pub(crate) fn wish(bytes: &str, options: &[&str]) -> Result<Wish, String> {
-    let mut wish = Wish {
+pub(crate) fn allocation(bytes: &str, options: &[&str]) -> Result<Allocation, String> {
+    let mut allocation = Allocation {
         bytes: size::parse(bytes)?,
         seed: None,
         huge: HugePages::Default,
     };
     for option in options {
         match option.split_once('=') {
-            Some(("seed", seed)) => wish.seed = Some(size::parse(seed)?),
-            Some(("huge", "default")) => wish.huge = HugePages::Default,
-            Some(("huge", "always")) => wish.huge = HugePages::Always,
-            Some(("huge", "never")) => wish.huge = HugePages::Never,
+            Some(("seed", seed)) => allocation.seed = Some(size::parse(seed)?),
+            Some(("huge", "default")) => allocation.huge = HugePages::Default,
+            Some(("huge", "always")) => allocation.huge = HugePages::Always,
+            Some(("huge", "never")) => allocation.huge = HugePages::Never,
             _ => return Err(format!("unknown option {option:?}")),
         }
     }
-    Ok(wish)
+    Ok(allocation)
 }
 
 /// Reads `churn-start`'s words.

@@ -19,7 +19,7 @@ const USAGE: &str =
     "usage: guest-mem stress --seconds N --seed N --bytes SIZE [--threads N] [--without NAME]…";
 
 /// How often it says that it is still at work.
-const WORD_SECONDS: u64 = 30;
+const LOG_SECONDS: u64 = 30;
 /// What a disturbance may take to see that it shall end; a busy emulator is slow.
 const END_DEADLINE: Duration = Duration::from_secs(240);
 
@@ -126,8 +126,8 @@ fn disturb_for(
         match ends.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok((name, result)) => {
                 left.retain(|other| *other != name);
-                let told = result.map_err(|error| format!("{name}: {error}"));
-                wrong = wrong.or(told.err());
+                let failure = result.map_err(|error| format!("{name}: {error}"));
+                wrong = wrong.or(failure.err());
             }
             Err(RecvTimeoutError::Timeout) => {
                 disturb::tell_blocked_tasks();
@@ -149,15 +149,15 @@ fn wait(
     left: &mut Vec<&str>,
 ) -> Result<(), String> {
     let begin = Instant::now();
-    let mut told = 0;
+    let mut logged_seconds = 0;
     loop {
         churn.tally().check()?;
         let seconds = begin.elapsed().as_secs();
         if seconds >= plan.seconds {
             return Ok(());
         }
-        if seconds >= told + WORD_SECONDS {
-            told = seconds;
+        if seconds >= logged_seconds + LOG_SECONDS {
+            logged_seconds = seconds;
             let verified = churn.tally().verified_bytes.load(Ordering::Relaxed);
             println!("stress: {seconds} s, {} MiB verified", verified >> 20);
         }
@@ -241,8 +241,8 @@ mod tests {
         };
         let plan = plan(&words("--seconds 60 --bytes 1M")).unwrap();
         let churn = Churn::start(plan.churn).unwrap();
-        let told = disturb_for(&plan, &[&BROKEN], &churn).unwrap_err();
+        let error = disturb_for(&plan, &[&BROKEN], &churn).unwrap_err();
         churn.stop().unwrap();
-        assert_eq!(told, "broken: no");
+        assert_eq!(error, "broken: no");
     }
 }

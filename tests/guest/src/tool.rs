@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::BufReader;
 
 use crate::mem::Region;
-use crate::serve::{Server, wish};
+use crate::serve::{Server, allocation};
 use crate::{disk, disk_bench, net_bench, size, stress, sys, workload};
 
 const USAGE: &str = "usage:
@@ -59,7 +59,7 @@ fn touch(options: &[&str]) -> Result<(), String> {
         }
     }
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let region = Region::new(wish(bytes.ok_or(USAGE)?, &words)?)?;
+    let region = Region::new(allocation(bytes.ok_or(USAGE)?, &words)?)?;
     region.verify()?;
     println!("ok touch {} bytes", region.bytes());
     if hold {

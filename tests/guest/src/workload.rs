@@ -11,7 +11,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::mem::{Region, Wish};
+use crate::mem::{Allocation, Region};
 use crate::size;
 use crate::sys::{HugePages, Mapping};
 
@@ -110,37 +110,37 @@ fn plan(arguments: &[&str]) -> Result<Plan, String> {
 
 /// The rounds of one task, and how long each of them took.
 fn course(plan: Plan, task: u64) -> Result<Vec<Duration>, String> {
-    let told = |error: io::Error| format!("task {task}: {error}");
+    let with_context = |error: io::Error| format!("task {task}: {error}");
     match plan.kind {
         Kind::PageFault1 => timed(plan.rounds, || {
-            touch(Mapping::new(plan.bytes, HugePages::Never).map_err(told)?);
+            touch(Mapping::new(plan.bytes, HugePages::Never).map_err(with_context)?);
             Ok(())
         }),
         Kind::PageFault2 => {
             let path = std::env::temp_dir().join(format!("page_fault2.{task}"));
-            let file = File::create_new(&path).map_err(told)?;
+            let file = File::create_new(&path).map_err(with_context)?;
             // Gone with the descriptor, however this ends.
-            fs::remove_file(&path).map_err(told)?;
-            file.set_len(plan.bytes as u64).map_err(told)?;
+            fs::remove_file(&path).map_err(with_context)?;
+            file.set_len(plan.bytes as u64).map_err(with_context)?;
             timed(plan.rounds, || {
-                touch(Mapping::of_file(&file, plan.bytes).map_err(told)?);
+                touch(Mapping::of_file(&file, plan.bytes).map_err(with_context)?);
                 Ok(())
             })
         }
         Kind::Churn => {
-            let wish = Wish {
+            let allocation = Allocation {
                 bytes: plan.bytes as u64,
                 seed: None,
                 huge: HugePages::Default,
             };
-            timed(plan.rounds, || Region::new(wish).map(drop))
+            timed(plan.rounds, || Region::new(allocation).map(drop))
         }
-        Kind::Remove => timed(plan.rounds, || remove(plan, task).map_err(told)),
+        Kind::Remove => timed(plan.rounds, || remove(plan, task).map_err(with_context)),
         Kind::Build => {
             let folder = std::env::temp_dir().join(format!("build.{task}"));
-            fs::create_dir_all(&folder).map_err(told)?;
+            fs::create_dir_all(&folder).map_err(with_context)?;
             let times = timed(plan.rounds, || build(&folder, plan.bytes));
-            fs::remove_dir_all(&folder).map_err(told)?;
+            fs::remove_dir_all(&folder).map_err(with_context)?;
             times
         }
     }
@@ -164,7 +164,7 @@ fn remove(plan: Plan, task: u64) -> io::Result<()> {
 
 /// One process after another, as one job of `make` has them, and the link.
 fn build(folder: &Path, bytes: usize) -> Result<(), String> {
-    let told = |error: io::Error| format!("{}: {error}", folder.display());
+    let with_context = |error: io::Error| format!("{}: {error}", folder.display());
     let objects: Vec<_> = (0..BUILD_PROCESSES)
         .map(|number| folder.join(format!("{number}.o")))
         .collect();
@@ -174,26 +174,27 @@ fn build(folder: &Path, bytes: usize) -> Result<(), String> {
             .arg(object)
             .arg(bytes.to_string())
             .status()
-            .map_err(told)?;
+            .map_err(with_context)?;
         if !status.success() {
             return Err(format!("{}: {status}", object.display()));
         }
     }
     let linked = folder.join("linked");
-    let mut output = File::create(&linked).map_err(told)?;
+    let mut output = File::create(&linked).map_err(with_context)?;
     for object in &objects {
-        io::copy(&mut File::open(object).map_err(told)?, &mut output).map_err(told)?;
-        fs::remove_file(object).map_err(told)?;
+        io::copy(&mut File::open(object).map_err(with_context)?, &mut output)
+            .map_err(with_context)?;
+        fs::remove_file(object).map_err(with_context)?;
     }
-    fs::remove_file(&linked).map_err(told)
+    fs::remove_file(&linked).map_err(with_context)
 }
 
 /// What each process of a build does.
 pub(crate) fn build_step(object: &str, bytes: u64) -> Result<(), String> {
-    let told = |error: io::Error| format!("{object}: {error}");
+    let with_context = |error: io::Error| format!("{object}: {error}");
     let bytes = usize::try_from(bytes).map_err(|_| "too large")?;
-    touch(Mapping::new(bytes, HugePages::Default).map_err(told)?);
-    fs::write(object, vec![1; OBJECT_BYTES]).map_err(told)
+    touch(Mapping::new(bytes, HugePages::Default).map_err(with_context)?);
+    fs::write(object, vec![1; OBJECT_BYTES]).map_err(with_context)
 }
 
 fn timed(

@@ -70,22 +70,23 @@ fn one_guest(folder: &Path) -> Result<()> {
     }
     .serve()?;
 
-    let mut show = Show {
+    let mut monitor = Monitor {
         recording: Recording::new(GUEST_BYTES),
         screen: Screen::new(),
     };
-    show.watch(&guest, Phase::Idle, CALM)?;
-    show.screen
+    monitor.watch(&guest, Phase::Idle, CALM)?;
+    monitor
+        .screen
         .headline(&format!("The guest touches {} MiB:", TOUCH_BYTES / MIB));
-    show.touch(&mut guest)?;
-    show.watch(&guest, Phase::Touched, CALM)?;
-    show.screen.headline("The guest frees them:");
+    monitor.touch(&mut guest)?;
+    monitor.watch(&guest, Phase::Touched, CALM)?;
+    monitor.screen.headline("The guest frees them:");
     guest.command("free")?;
-    show.recording.freed();
-    show.settle(&guest)?;
-    show.screen.end();
+    monitor.recording.freed();
+    monitor.settle(&guest)?;
+    monitor.screen.end();
 
-    let recording = show.recording;
+    let recording = monitor.recording;
     let result = recording.result()?;
     fs::write(folder.join("demo.json"), recording.to_json(&result)?)?;
     fs::write(folder.join("demo.svg"), chart::svg(&recording, &result))?;
@@ -95,12 +96,12 @@ fn one_guest(folder: &Path) -> Result<()> {
 }
 
 /// What is sampled, and how it is shown meanwhile.
-struct Show {
+struct Monitor {
     recording: Recording,
     screen: Screen,
 }
 
-impl Show {
+impl Monitor {
     /// Samples the API once and shows the sample.
     fn sample(&mut self, vmm: &Vmm, phase: Phase) -> Result<Sample> {
         let stats = vmm.get("vm.reclaim-stats")?;
