@@ -11,7 +11,8 @@ use syn::{DeriveInput, parse_macro_input};
 ///
 /// From the fields and their `#[key(…)]` lines it derives the serde rules of the wire, `JsonSchema` (doc comments become
 /// descriptions), and `Default`. With `#[section(option = "disk", about = "Disk parameters")]` it also derives the
-/// command line option `--disk`: `parse`, which reads `key=value,key=value`, and `syntax`, which is its help.
+/// command line option `--disk`: `parse`, which reads `key=value,key=value`, and `syntax`, which is its help. In tests there
+/// is `reference` too, from which `docs/options.md` is generated.
 ///
 /// # Wire
 /// An `Option` may be absent and is left out on output while it is `None`. Any other field may be absent too, and then
@@ -30,6 +31,7 @@ use syn::{DeriveInput, parse_macro_input};
 /// | `name = "…"` | the key, where it is not the field's name |
 /// | `alias = "…"` | an older name, understood on the wire and the command line |
 /// | `hidden` | understood, and not in the help |
+/// | `since = "…"` | version that first had the key, for `docs/options.md`; the first version when left out |
 /// | `read = …` | function that reads the text, where it is not that of the type |
 /// | `group = …` | a `KeyGroup`, several keys that make up this field |
 ///

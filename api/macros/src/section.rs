@@ -89,9 +89,12 @@ struct Rule {
     kind: Type,
     is_key: bool,
     is_flattened: bool,
+    /// The first paragraph of the field's documentation and those that follow, as one line.
+    doc: String,
     help: Option<LitStr>,
     name: Option<LitStr>,
     alias: Option<LitStr>,
+    since: Option<LitStr>,
     default: Option<Expr>,
     read: Option<Expr>,
     group: Option<Expr>,
@@ -110,9 +113,11 @@ impl Rule {
             kind: field.ty.clone(),
             is_key: false,
             is_flattened: field.attrs.iter().any(is_flatten),
+            doc: doc_text(&field.attrs),
             help: None,
             name: None,
             alias: None,
+            since: None,
             default: None,
             read: None,
             group: None,
@@ -144,6 +149,7 @@ impl Rule {
                 Argument::Switch(name) if name == "hidden" => self.hidden = true,
                 Argument::Value(name, value) if name == "name" => self.name = Some(text(value)?),
                 Argument::Value(name, value) if name == "alias" => self.alias = Some(text(value)?),
+                Argument::Value(name, value) if name == "since" => self.since = Some(text(value)?),
                 Argument::Value(name, value) if name == "default" => self.default = Some(value),
                 Argument::Value(name, value) if name == "read" => self.read = Some(value),
                 Argument::Value(name, value) if name == "group" => self.group = Some(value),
@@ -225,6 +231,44 @@ impl Rule {
         quote!(#shown #(keys.hidden(#alias);)*)
     }
 
+    /// What the page of all options says of the key.
+    fn reference(&self, rules: &[Self]) -> TokenStream {
+        let (declaration, doc, field) = (self.declaration(), &self.doc, self.field.to_string());
+        let since = match &self.since {
+            Some(version) => quote!(Some(#version)),
+            None => quote!(None),
+        };
+        let is_size =
+            matches!(&self.read, Some(Expr::Path(read)) if read.path.is_ident("parse_bytes"));
+        let same_as = rules.iter().find(|other| {
+            matches!(&self.default, Some(Expr::Path(value)) if value.path.is_ident(&other.field))
+        });
+        let default = match same_as {
+            Some(other) => {
+                let key = other.key();
+                quote!(crate::options::KeyDefault::SameAs(#key))
+            }
+            None if self.fresh => quote!(crate::options::KeyDefault::Generated),
+            None if self.required && self.default.is_none() => {
+                quote!(crate::options::KeyDefault::Required)
+            }
+            // Left out of the wire form while it is `false`.
+            None if self.omit_false => quote!(crate::options::KeyDefault::Value(false.into())),
+            None => quote!(crate::options::KeyDefault::Value(defaults[#field].take())),
+        };
+        quote! {{
+            let mut keys = crate::options::Keys::default();
+            #declaration
+            crate::options::KeyReference {
+                syntax: keys.shown_keys().to_vec(),
+                doc: #doc,
+                default: #default,
+                is_size: #is_size,
+                since: #since,
+            }
+        }}
+    }
+
     /// The statement that reads the field from `options` into a variable of its name.
     fn reading(&self) -> TokenStream {
         let (field, kind, key, default) =
@@ -255,6 +299,20 @@ impl Rule {
             let #field: #kind = match given { Some(value) => value, None => #otherwise };
         }
     }
+}
+
+/// The documentation that `attributes` hold, on one line.
+fn doc_text(attributes: &[Attribute]) -> String {
+    let lines = attributes.iter().filter_map(|attribute| {
+        let syn::Meta::NameValue(meta) = &attribute.meta else {
+            return None;
+        };
+        let text = text(meta.value.clone()).ok()?;
+        meta.path
+            .is_ident("doc")
+            .then(|| text.value().trim().to_owned())
+    });
+    lines.collect::<Vec<_>>().join(" ")
 }
 
 fn is_flatten(attribute: &Attribute) -> bool {
@@ -302,8 +360,9 @@ pub(crate) fn expand(arguments: Arguments, mut item: DeriveInput) -> syn::Result
 fn command_line(section: &Ident, line: &CommandLine, rules: &[Rule]) -> TokenStream {
     let CommandLine { option, about, .. } = line;
     let fields: Vec<_> = rules.iter().map(|rule| &rule.field).collect();
-    let keys = rules.iter().filter(|rule| rule.is_key);
-    let declarations = keys.map(Rule::declaration);
+    let keys: Vec<_> = rules.iter().filter(|rule| rule.is_key).collect();
+    let declarations = keys.iter().map(|rule| rule.declaration());
+    let references = keys.iter().map(|rule| rule.reference(rules));
     let readings = rules.iter().map(Rule::reading);
     let unsupported: Vec<_> = line.unsupported.iter().collect();
     let parse = match &line.parse {
@@ -327,6 +386,14 @@ fn command_line(section: &Ident, line: &CommandLine, rules: &[Rule]) -> TokenStr
             #[doc = #syntax_doc]
             pub fn syntax() -> String {
                 Self::keys().help(#about)
+            }
+
+            /// Its part of the page of all options.
+            #[cfg(test)]
+            pub(crate) fn reference() -> crate::options::OptionReference {
+                let mut defaults = ::serde_json::to_value(Self::default()).unwrap_or_default();
+                let keys = vec![#(#references),*];
+                crate::options::OptionReference { option: #option, keys }
             }
 
             #[doc = #parse_doc]

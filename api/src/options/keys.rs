@@ -44,6 +44,12 @@ impl Keys {
         format!("{about} \"{}\"", self.help.join(","))
     }
 
+    /// What the help shows of each key.
+    #[cfg(test)]
+    pub(crate) fn shown_keys(&self) -> &[String] {
+        &self.help
+    }
+
     pub(super) fn has_key(&self, key: &str) -> bool {
         self.keys.contains(&key)
     }

@@ -11,6 +11,8 @@
 
 mod keys;
 mod option_value;
+#[cfg(test)]
+mod page;
 mod split;
 #[cfg(test)]
 mod tests;
@@ -20,6 +22,8 @@ pub use value::{INTEGER_LIST_MAX, ValueError, parse_bytes, parse_toggle};
 
 pub(crate) use keys::{KeyGroup, Keys};
 pub(crate) use option_value::{OptionValue, Words};
+#[cfg(test)]
+pub(crate) use page::{KeyDefault, KeyReference, OptionReference};
 pub(crate) use value::{parse_integer_map, parse_integer_pairs, parse_strings};
 
 use std::collections::BTreeMap;
