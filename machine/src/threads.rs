@@ -21,6 +21,8 @@ pub enum DeviceKind {
     Rng,
     /// The console.
     Console,
+    /// The watchdog.
+    Watchdog,
 }
 
 /// What a thread of the machine does.
@@ -45,6 +47,7 @@ impl MachineThread {
         Self::Worker(DeviceKind::Net),
         Self::Worker(DeviceKind::Rng),
         Self::Worker(DeviceKind::Console),
+        Self::Worker(DeviceKind::Watchdog),
     ];
 }
 

@@ -45,6 +45,10 @@ parts! {
     NET = "net", 1..=1;
     /// Entropy device.
     RNG = "rng", 1..=1;
+    /// Watchdog.
+    WATCHDOG = "watchdog", 1..=1;
+    /// The watchdog's queue half.
+    WATCHDOG_TIMER = "watchdog-timer", 1..=1;
     /// One vCPU.
     VCPU = "vcpu", 1..=1;
     /// The clock that all vCPUs of a machine share.

@@ -210,6 +210,26 @@ fn triple_fault_reboots() -> Result<()> {
 }
 
 #[test]
+fn watchdog_that_is_pinged_no_more_resets_the_machine() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let arguments = ["--cmdline", "scenario=watchdog stay", "--watchdog"];
+    let events = ["--event-monitor", "path=@/events"];
+    let mut vmm = start("watchdog", &[&arguments[..], &events].concat())?;
+    expect_all_passed(&mut vmm)?;
+    wait_for("a reset by the watchdog", SCENARIO_DEADLINE, || {
+        ensure!(!vmm.has_ended()?, "the VMM ended");
+        Ok(vmm.text("events").contains("\"rebooted\"").then_some(()))
+    })
+    .with_context(|| vmm.stderr())?;
+    let log = vmm.stderr();
+    ensure!(log.contains("__watchdog: no ping from the guest"), "{log}");
+    vmm.put("vmm.shutdown", None)?;
+    vmm.expect_clean_exit(SCENARIO_DEADLINE)
+}
+
+#[test]
 fn reboots_leave_no_descriptor_and_no_thread_behind() -> Result<()> {
     if !kvm_opens() {
         return Ok(());

@@ -24,6 +24,7 @@ pub mod testing;
 mod thread_name;
 pub mod transport;
 mod unpoisoned;
+pub mod watchdog;
 pub mod worker;
 
 pub use device::{

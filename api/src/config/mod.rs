@@ -81,7 +81,7 @@ pub struct VmConfig {
     pub platform: Option<PlatformConfig>,
     /// A virtual IOMMU. Unsupported.
     pub iommu: bool,
-    /// A watchdog device. Unsupported.
+    /// A watchdog device: a guest that has pinged it once and stops doing so is reset.
     pub watchdog: bool,
     /// A device through which the guest reports a panic. Unsupported.
     pub pvpanic: bool,
@@ -152,11 +152,7 @@ impl VmConfig {
     /// Every part of the configuration that this VMM knows by name and cannot do, for validation to refuse.
     pub fn unsupported_sections(&self) -> Vec<&'static str> {
         let mut names = self.unsupported.requested();
-        let switches = [
-            ("iommu", self.iommu),
-            ("watchdog", self.watchdog),
-            ("pvpanic", self.pvpanic),
-        ];
+        let switches = [("iommu", self.iommu), ("pvpanic", self.pvpanic)];
         names.extend(
             switches
                 .into_iter()

@@ -94,6 +94,10 @@ pub(crate) struct Arguments {
     /// Print version
     #[arg(short = 'V', long)]
     pub(crate) version: bool,
+
+    /// Add a watchdog: a guest that has pinged it once is reset when it stops for 20 s
+    #[arg(long, requires = "payload")]
+    watchdog: bool,
 }
 
 /// Value of `--seccomp`.
@@ -148,6 +152,7 @@ impl Arguments {
             console: read(&self.console, ConsoleConfig::parse)?.unwrap_or_default(),
             numa: read_all(&self.numa, NumaConfig::parse)?,
             platform: read(&self.platform, PlatformConfig::parse)?,
+            watchdog: self.watchdog,
             ..defaults
         }))
     }
@@ -197,13 +202,14 @@ mod tests {
             "--api-socket /s --kernel /k --initramfs /i --cmdline console=ttyS0 --cpus boot=2,max=4 \
              --memory size=1G,shared=on --disk path=/a path=/b,readonly=on --disk path=/c --net tap=t0 \
              --balloon size=128M,free_page_reporting=on --serial tty --console off --rng src=/dev/random \
-             --event-monitor path=/e --seccomp log --no-shutdown -vv",
+             --event-monitor path=/e --seccomp log --no-shutdown -vv --watchdog",
         )
         .unwrap();
         let config = arguments.vm_config().unwrap().unwrap();
         assert_eq!(config.memory.size, 1 << 30);
         assert_eq!(config.cpus.max_vcpus, 4);
         assert_eq!(config.disks.unwrap().len(), 3);
+        assert!(config.watchdog);
         assert_eq!(config.balloon.unwrap().size, 128 << 20);
         assert_eq!(
             config.payload.unwrap().cmdline.as_deref(),

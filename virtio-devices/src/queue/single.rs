@@ -1,5 +1,7 @@
 //! The queue half of a device that has one queue and answers each request at once.
 
+use std::os::fd::RawFd;
+
 use state::{Saved, StateError};
 use vm_memory::GuestAddressSpace;
 
@@ -7,6 +9,9 @@ use super::buffers::{ChainBuffers, ChainError};
 use super::served::{Next, Popped, ServedQueue};
 use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError, no_own_state};
 use crate::worker::{EventSources, Turn};
+
+/// Token of the device's timer, the only source there is.
+const TOKEN_TIMER: u32 = 0;
 
 /// What becomes of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,6 +38,21 @@ pub(crate) trait SingleQueueDevice: Send {
         request: Result<ChainBuffers, ChainError>,
         turn: &mut Turn,
     ) -> Reply;
+
+    /// A descriptor that becomes readable when the device wants [`SingleQueueDevice::timer_expired`] called. It is
+    /// watched while a driver is active.
+    fn timer(&self) -> Option<RawFd> {
+        None
+    }
+
+    /// The timer is readable. It must not be when this returns.
+    fn timer_expired(&mut self) {}
+
+    /// The VM pauses.
+    fn paused(&mut self) {}
+
+    /// The VM continues after a pause, with the driver still active.
+    fn resumed(&mut self) {}
 
     /// As [`QueueHandler::reset`].
     fn reset(&mut self) {}
@@ -61,6 +81,7 @@ pub(crate) struct SingleQueue<D> {
     device: D,
     /// Absent too if the driver left the queue disabled.
     active: Option<(Driver, ServedQueue)>,
+    paused: bool,
 }
 
 impl<D: SingleQueueDevice> SingleQueue<D> {
@@ -68,6 +89,7 @@ impl<D: SingleQueueDevice> SingleQueue<D> {
         Self {
             device,
             active: None,
+            paused: false,
         }
     }
 }
@@ -80,8 +102,12 @@ impl<D: SingleQueueDevice> QueueHandler for SingleQueue<D> {
     fn activate(
         &mut self,
         activation: Activation,
-        _sources: &mut EventSources,
+        sources: &mut EventSources,
     ) -> Result<(), WorkerError> {
+        if let Some(timer) = self.device.timer() {
+            sources.add(timer, TOKEN_TIMER)?;
+        }
+        self.paused = false;
         let Activation {
             mem: ram,
             features,
@@ -100,6 +126,9 @@ impl<D: SingleQueueDevice> QueueHandler for SingleQueue<D> {
         let Some((driver, queue)) = &mut self.active else {
             return Ok(());
         };
+        if std::mem::take(&mut self.paused) {
+            self.device.resumed();
+        }
         let ram = driver.ram.memory();
         queue.disable_doorbell(&ram)?;
         loop {
@@ -120,8 +149,24 @@ impl<D: SingleQueueDevice> QueueHandler for SingleQueue<D> {
         queue.signal(&ram)
     }
 
+    fn source_ready(
+        &mut self,
+        _token: u32,
+        _sources: &mut EventSources,
+        _turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
+        self.device.timer_expired();
+        Ok(())
+    }
+
+    fn pause(&mut self) {
+        self.paused = true;
+        self.device.paused();
+    }
+
     fn reset(&mut self) {
         self.active = None;
+        self.paused = false;
         self.device.reset();
     }
 

@@ -124,6 +124,7 @@ fn pci_slot_count(config: &VmConfig) -> Result<(), ValidationError> {
         config.balloon.is_some(),
         config.console.mode != ConsoleOutputMode::Off,
         config.memory.hotplug_size.is_some_and(|bytes| bytes > 0),
+        config.watchdog,
     ];
     // The random number device is always there.
     let count = 1 + lists.iter().sum::<usize>() + singles.iter().filter(|there| **there).count();

@@ -565,7 +565,7 @@ fn validate_what_is_not_built_is_refused_by_name() {
             "numa.device_id",
         ),
         ("devices", json!([{"path": "/sys/x"}]), "devices"),
-        ("watchdog", json!(true), "watchdog"),
+        ("pvpanic", json!(true), "pvpanic"),
         ("landlock_enable", json!(true), "landlock"),
         (
             "memory",

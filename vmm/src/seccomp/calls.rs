@@ -208,5 +208,6 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [c_long]] {
         MachineThread::Worker(DeviceKind::Net) => &[SOCKET_IO, TIMERS],
         MachineThread::Worker(DeviceKind::Rng) => &[TIMERS, &[libc::SYS_pread64]],
         MachineThread::Worker(DeviceKind::Console) => &[SOCKET_IO, TIMERS],
+        MachineThread::Worker(DeviceKind::Watchdog) => &[TIMERS],
     }
 }

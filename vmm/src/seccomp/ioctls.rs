@@ -115,6 +115,7 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Ioctl> {
         }
         ThreadKind::EventMonitor
         | ThreadKind::Machine(MachineThread::Worker(DeviceKind::Mem))
+        | ThreadKind::Machine(MachineThread::Worker(DeviceKind::Watchdog))
         | ThreadKind::Machine(MachineThread::Worker(DeviceKind::Rng)) => requests(&[]),
     }
 }

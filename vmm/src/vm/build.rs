@@ -45,6 +45,7 @@ impl Parts {
         let disks = config.disks.iter().flatten().map(devices::disk);
         let disks = disks.collect::<Result<Vec<_>, _>>()?;
         let rng = devices::rng(config)?;
+        let watchdog = devices::watchdog(config, &context.signals)?;
         let nets = config.net.iter_mut().flatten().map(network::net);
         let nets = nets.collect::<Result<Vec<_>, _>>()?;
         let payload = config.payload.clone().unwrap_or_default();
@@ -71,6 +72,7 @@ impl Parts {
                 .chain([rng])
                 .chain(balloon)
                 .chain(mem)
+                .chain(watchdog)
                 .collect(),
             balloon: balloon_handle,
             mem: mem_handle,

@@ -12,16 +12,18 @@ use api::config::{BalloonConfig, DiskConfig};
 use machine::memory::layout::MIB;
 use machine::memory::{DEFAULT_ZONE_ID, GuestMemory};
 use machine::pc::Plug;
+use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
 use virtio_devices::VirtioDevice;
 use virtio_devices::balloon::{Balloon, BalloonHandle, BalloonParams};
 use virtio_devices::block::{self, Block, BlockParams};
 use virtio_devices::mem::{Mem, MemHandle, MemParams, MemRegion};
 use virtio_devices::rng::Rng;
+use virtio_devices::watchdog::{self, Watchdog};
 
 use super::VmError;
 use super::observer::CounterSource;
-use crate::device_ids::{BALLOON_ID, RNG_ID};
+use crate::device_ids::{BALLOON_ID, RNG_ID, WATCHDOG_ID};
 
 /// Least part in which memory is plugged in: the guest can give back a transparent huge page, or a page of its own of
 /// that size.
@@ -147,4 +149,27 @@ pub(super) fn mem(
     })
     .map_err(|source| VmError::device(id, source))?;
     Ok(Some((Made::new(id, DeviceKind::Mem, None, mem), handle)))
+}
+
+/// The watchdog, if there is to be one. It resets the machine as the guest itself would.
+pub(super) fn watchdog(
+    config: &VmConfig,
+    signals: &Arc<VmSignals>,
+) -> Result<Option<Made>, VmError> {
+    if !config.watchdog {
+        return Ok(None);
+    }
+    let signals = Arc::clone(signals);
+    let watchdog = Watchdog::new(WATCHDOG_ID, watchdog::TIMEOUT, move || {
+        if let Err(error) = signals.reset.write(1) {
+            log::error!("Cannot request the reset of the VM: {error}");
+        }
+    })
+    .map_err(|source| VmError::device(WATCHDOG_ID, source))?;
+    Ok(Some(Made::new(
+        WATCHDOG_ID,
+        DeviceKind::Watchdog,
+        None,
+        watchdog,
+    )))
 }

@@ -101,7 +101,7 @@ impl Vm {
                 }
             }
             (DeviceKind::Block | DeviceKind::Net | DeviceKind::Balloon, _) => {}
-            (DeviceKind::Mem | DeviceKind::Rng | DeviceKind::Console, _) => {
+            (DeviceKind::Mem | DeviceKind::Rng | DeviceKind::Console | DeviceKind::Watchdog, _) => {
                 return Err(HotplugError::NotRemovable { id: id.to_owned() });
             }
         }

@@ -57,10 +57,9 @@ fn vm_config_known_but_unsupported_sections_are_named() {
         "tpm": null,
         "rtc": false,
         "vsock": {"cid": 3, "socket": "/s"},
-        "watchdog": true,
     }))
     .unwrap();
-    assert_eq!(config.unsupported_sections(), ["fs", "vsock", "watchdog"]);
+    assert_eq!(config.unsupported_sections(), ["fs", "vsock"]);
 }
 
 #[test]

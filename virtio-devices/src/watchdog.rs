@@ -1,0 +1,384 @@
+//! Watchdog device (virtio device id 35, as Cloud Hypervisor defines it): a guest that has pinged once
+//! must keep pinging, or the host resets the machine.
+//!
+//! There is one queue. Each device-writable buffer on it is a ping, answered with one byte.
+//!
+//! ```text
+//!   unarmed ── first ping ──► armed ── no ping for the timeout ──► expired: the host is called, once
+//!      ▲                       │ ▲
+//!      └──── device reset ─────┘ └── ping, or resume after a pause: the timeout starts anew
+//! ```
+
+use std::fmt;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use state::{Part, Saved, State, StateError, parts};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use vmm_sys_util::timerfd::TimerFd;
+
+use crate::device::{Counters, QueueHandler, VirtioDevice};
+use crate::queue::{ChainBuffers, ChainError, Driver, Reply, SingleQueue, SingleQueueDevice};
+use crate::worker::Turn;
+
+/// Virtio device id.
+const DEVICE_TYPE: u32 = 35;
+/// Entries of the one queue. A driver keeps a single ping in flight.
+const QUEUE_SIZES: [u16; 1] = [8];
+/// The answer to a ping.
+const PONG: [u8; 1] = [1];
+
+/// How long a guest may go without a ping. Cloud Hypervisor's drivers ping at least every 15 s.
+pub const TIMEOUT: Duration = Duration::from_secs(20);
+
+#[derive(Debug, Default)]
+struct Stats {
+    pings: AtomicU64,
+    bad_requests: AtomicU64,
+    expirations: AtomicU64,
+}
+
+/// The configuration half has nothing a driver could change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WatchdogState {}
+
+impl State for WatchdogState {
+    const PART: Part = parts::WATCHDOG;
+}
+
+/// What the queue half remembers. The time of the last ping is not part of it: the timeout starts anew
+/// on the host that continues the machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WatchdogTimerState {
+    /// The guest has pinged, and the timeout has not expired since.
+    pub armed: bool,
+}
+
+impl State for WatchdogTimerState {
+    const PART: Part = parts::WATCHDOG_TIMER;
+}
+
+/// The configuration half. There is no device configuration.
+#[derive(Debug)]
+pub struct Watchdog {
+    handler: Option<Pings>,
+    stats: Arc<Stats>,
+}
+
+impl Watchdog {
+    /// Calls `expired` on the worker thread when an armed watchdog has had no ping for `timeout`. `expired` must not
+    /// block. `id` names the device and its thread.
+    ///
+    /// # Errors
+    /// No descriptor is left for the timer.
+    pub fn new(
+        id: &str,
+        timeout: Duration,
+        expired: impl FnMut() + Send + 'static,
+    ) -> io::Result<Self> {
+        let stats = Arc::new(Stats::default());
+        Ok(Self {
+            handler: Some(Pings {
+                name: id.to_owned(),
+                timer: TimerFd::new()?,
+                timeout,
+                armed: false,
+                expired: Box::new(expired),
+                stats: Arc::clone(&stats),
+            }),
+            stats,
+        })
+    }
+}
+
+impl VirtioDevice for Watchdog {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_F_VERSION_1
+    }
+
+    fn read_config(&self, _offset: u64, data: &mut [u8]) {
+        data.fill(0);
+    }
+
+    fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
+        self.handler
+            .take()
+            .map(|handler| Box::new(SingleQueue::new(handler)) as Box<dyn QueueHandler>)
+            .into_iter()
+            .collect()
+    }
+
+    fn state(&self) -> Saved {
+        Saved::of(&WatchdogState {})
+    }
+
+    fn restore(&mut self, state: &Saved) -> Result<(), StateError> {
+        state.read().map(|WatchdogState {}| ())
+    }
+
+    fn counters(&self) -> Counters {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Counters::from([
+            ("pings", read(&self.stats.pings)),
+            ("bad_requests", read(&self.stats.bad_requests)),
+            ("expirations", read(&self.stats.expirations)),
+        ])
+    }
+}
+
+/// The queue half.
+struct Pings {
+    name: String,
+    timer: TimerFd,
+    timeout: Duration,
+    armed: bool,
+    expired: Box<dyn FnMut() + Send>,
+    stats: Arc<Stats>,
+}
+
+impl fmt::Debug for Pings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pings")
+            .field("name", &self.name)
+            .field("armed", &self.armed)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Pings {
+    /// Starts the timeout if the watchdog is armed, and stops it otherwise.
+    fn set_timer(&mut self) {
+        let done = if self.armed {
+            self.timer.reset(self.timeout, None)
+        } else {
+            self.timer.clear()
+        };
+        if let Err(error) = done {
+            // Neither call can fail on a timer with a valid time.
+            log::error!("{}: timer: {error}", self.name);
+        }
+    }
+}
+
+impl SingleQueueDevice for Pings {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn activated(&mut self, _features: u64) {
+        self.set_timer();
+    }
+
+    fn answer(
+        &mut self,
+        _driver: &Driver,
+        request: Result<ChainBuffers, ChainError>,
+        turn: &mut Turn,
+    ) -> Reply {
+        Reply::Done(match request {
+            Ok(buffers) if buffers.writable.copy_in(&PONG) > 0 => {
+                self.stats.pings.fetch_add(1, Ordering::Relaxed);
+                self.armed = true;
+                turn.charge_call(1, 1);
+                self.set_timer();
+                1
+            }
+            _ => {
+                self.stats.bad_requests.fetch_add(1, Ordering::Relaxed);
+                0
+            }
+        })
+    }
+
+    fn timer(&self) -> Option<RawFd> {
+        Some(self.timer.as_raw_fd())
+    }
+
+    fn timer_expired(&mut self) {
+        // Once: the machine is about to be reset, and a new guest arms its own watchdog.
+        self.armed = false;
+        self.set_timer();
+        self.stats.expirations.fetch_add(1, Ordering::Relaxed);
+        log::warn!(
+            "{}: no ping from the guest for {} s, resetting the VM",
+            self.name,
+            self.timeout.as_secs()
+        );
+        (self.expired)();
+    }
+
+    fn paused(&mut self) {
+        // A paused guest cannot ping.
+        if let Err(error) = self.timer.clear() {
+            log::error!("{}: timer: {error}", self.name);
+        }
+    }
+
+    fn resumed(&mut self) {
+        self.set_timer();
+    }
+
+    fn reset(&mut self) {
+        self.armed = false;
+        self.set_timer();
+    }
+
+    fn own_state(&self) -> Option<Saved> {
+        Some(Saved::of(&WatchdogTimerState { armed: self.armed }))
+    }
+
+    fn restore(&mut self, own: Option<&Saved>) -> Result<(), StateError> {
+        let missing = || StateError::invalid(parts::WATCHDOG_TIMER, "armed", "is missing");
+        let WatchdogTimerState { armed } = own.ok_or_else(missing)?.read()?;
+        self.armed = armed;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Mutex;
+
+    use crate::testing::{HandlerHarness, Segment, conformance};
+
+    /// Long enough that it never expires in a test.
+    const NEVER: Duration = Duration::from_secs(24 * 60 * 60);
+    /// Expires as soon as the test looks.
+    const SOON: Duration = Duration::from_millis(1);
+    /// A test that waits this long for an expiry has failed.
+    const DEADLINE_MS: i32 = 60_000;
+
+    struct Rig {
+        watchdog: Watchdog,
+        expired: Arc<AtomicU64>,
+        harness: HandlerHarness<Box<dyn QueueHandler>>,
+    }
+
+    impl Rig {
+        fn new(timeout: Duration) -> Self {
+            Self::restored(timeout, None)
+        }
+
+        fn restored(timeout: Duration, own: Option<&Saved>) -> Self {
+            let expired = Arc::new(AtomicU64::new(0));
+            let count = Arc::clone(&expired);
+            let mut watchdog = Watchdog::new("__watchdog", timeout, move || {
+                count.fetch_add(1, Ordering::Relaxed);
+            })
+            .unwrap();
+            let mut handler = watchdog.take_handlers().remove(0);
+            if own.is_some() {
+                handler.restore(own).unwrap();
+            }
+            let mut harness = HandlerHarness::new(handler, watchdog.features());
+            harness.add_queues(1);
+            harness.activate().unwrap();
+            Self {
+                watchdog,
+                expired,
+                harness,
+            }
+        }
+
+        fn ping(&mut self) {
+            let (chain, used) = self.harness.request(0, &[Segment::Writable(1)]).unwrap();
+            assert_eq!(used.unwrap().len, 1);
+            assert_eq!(self.harness.queue(0).read_buffer(chain.buffers[0]), [1]);
+        }
+
+        fn expirations(&self) -> u64 {
+            self.expired.load(Ordering::Relaxed)
+        }
+    }
+
+    #[test]
+    fn watchdog_conforms() {
+        conformance("watchdog", |_| {
+            Arc::new(Mutex::new(
+                Watchdog::new("__watchdog", TIMEOUT, || {}).unwrap(),
+            ))
+        });
+    }
+
+    #[test]
+    fn watchdog_without_a_further_ping_expires_once() {
+        let mut rig = Rig::new(SOON);
+        rig.ping();
+        assert_eq!(rig.harness.serve_sources(DEADLINE_MS).unwrap(), 1);
+        assert_eq!(rig.expirations(), 1);
+        assert_eq!(rig.watchdog.counters()["expirations"], 1);
+        // Disarmed until the next ping.
+        assert_eq!(rig.harness.serve_sources(20).unwrap(), 0);
+        rig.ping();
+        assert_eq!(rig.harness.serve_sources(DEADLINE_MS).unwrap(), 1);
+        assert_eq!(rig.expirations(), 2);
+    }
+
+    #[test]
+    fn watchdog_never_pinged_never_expires() {
+        let mut rig = Rig::new(SOON);
+        assert_eq!(rig.harness.serve_sources(20).unwrap(), 0);
+        assert_eq!(rig.expirations(), 0);
+    }
+
+    #[test]
+    fn watchdog_paused_does_not_expire_and_a_resume_starts_the_timeout_anew() {
+        let mut rig = Rig::new(SOON);
+        rig.ping();
+        rig.harness.handler.pause();
+        assert_eq!(rig.harness.serve_sources(20).unwrap(), 0);
+        // What the worker does at a resume.
+        rig.harness.kick(0).unwrap();
+        assert_eq!(rig.harness.serve_sources(DEADLINE_MS).unwrap(), 1);
+        assert_eq!(rig.expirations(), 1);
+    }
+
+    #[test]
+    fn watchdog_reset_by_its_driver_is_unarmed() {
+        let mut rig = Rig::new(SOON);
+        rig.ping();
+        rig.harness.reset();
+        rig.harness.activate().unwrap();
+        assert_eq!(rig.harness.serve_sources(20).unwrap(), 0);
+        assert_eq!(rig.expirations(), 0);
+    }
+
+    #[test]
+    fn watchdog_saved_armed_expires_where_it_continues() {
+        let mut rig = Rig::new(NEVER);
+        let unarmed = rig.harness.handler.state().own;
+        rig.ping();
+        let armed = rig.harness.handler.state().own;
+        let mut continued = Rig::restored(SOON, armed.as_ref());
+        assert_eq!(continued.harness.serve_sources(DEADLINE_MS).unwrap(), 1);
+        assert_eq!(continued.expirations(), 1);
+        let mut continued = Rig::restored(SOON, unarmed.as_ref());
+        assert_eq!(continued.harness.serve_sources(20).unwrap(), 0);
+    }
+
+    #[test]
+    fn requests_without_room_for_the_answer_are_no_pings() {
+        let mut rig = Rig::new(SOON);
+        let (_, used) = rig.harness.request(0, &[Segment::Readable(b"x")]).unwrap();
+        assert_eq!(used.unwrap().len, 0);
+        assert_eq!(rig.watchdog.counters()["bad_requests"], 1);
+        assert_eq!(rig.watchdog.counters()["pings"], 0);
+        assert_eq!(rig.harness.serve_sources(20).unwrap(), 0);
+        assert_eq!(rig.expirations(), 0);
+    }
+}
