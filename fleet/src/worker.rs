@@ -13,18 +13,21 @@
 //! most. A newer order of the same kind replaces an older one that was not carried out yet.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use api::Client;
+use api::{Client, Peer};
 
-use crate::execute::{GroupFiles, Order, OrderError, OrderTarget};
-use crate::host::ProcessIdentity;
+use crate::execute::{Addressed, GroupFiles, Order, OrderError, OrderTarget};
+use crate::host::{Process, holds_vm};
 use crate::model::{FeatureLevel, GuestClaims, VmId};
 use crate::sample::{
-    Found, ProcessFiles, RequestCounters, Round, SampleFailure, VmReading, failure_kind, read_vm,
+    Found, ProcessFiles, RequestCounters, Round, SampleFailure, SocketOwners, VmReading,
+    failure_kind, read_info, read_vm,
 };
 
 /// Stack of a VM's thread: what reading an answer needs, several times over. It is address space until used.
@@ -89,7 +92,7 @@ pub enum VmEventKind {
 /// The handle of a VM's thread. Dropping it ends the thread after its current request, without waiting for that.
 #[derive(Debug)]
 pub struct VmWorker {
-    orders: Sender<Order>,
+    orders: Sender<Addressed>,
     number: u64,
 }
 
@@ -103,7 +106,7 @@ impl VmWorker {
         number: u64,
         options: WorkerOptions,
         events: impl Fn(VmEvent) -> bool + Send + 'static,
-    ) -> std::io::Result<Self> {
+    ) -> io::Result<Self> {
         let (orders, received) = mpsc::channel();
         let id = VmId::from(found.name.as_str());
         let client = Client::new(&found.socket).with_timeout(Some(options.deadline));
@@ -111,7 +114,9 @@ impl VmWorker {
         let thread = Thread {
             client,
             options,
+            owner: found.owner,
             level_max: FeatureLevel::L2,
+            listener: None,
             process: None,
             process_number: 0,
             policy: None,
@@ -135,7 +140,7 @@ impl VmWorker {
     }
 
     /// The handle of a VM whose orders go to `orders`.
-    pub(crate) fn new(orders: Sender<Order>, number: u64) -> Self {
+    pub(crate) fn new(orders: Sender<Addressed>, number: u64) -> Self {
         Self { orders, number }
     }
 
@@ -144,9 +149,9 @@ impl VmWorker {
         self.number
     }
 
-    /// Hands an order over; it never waits. False when the thread is gone.
-    pub fn order(&self, order: Order) -> bool {
-        self.orders.send(order).is_ok()
+    /// Hands an order over for the process it was decided for; it never waits. False when the thread is gone.
+    pub fn order(&self, order: Order, to: Option<Process>) -> bool {
+        self.orders.send(Addressed { order, to }).is_ok()
     }
 }
 
@@ -162,8 +167,12 @@ fn phase_of(name: &str, period: Duration) -> Duration {
 struct Thread {
     client: Client,
     options: WorkerOptions,
+    /// Who owns the socket.
+    owner: u32,
     level_max: FeatureLevel,
-    process: Option<ProcessIdentity>,
+    /// Who began to listen there, by id: nobody else is sent anything before the next sample.
+    listener: Option<i32>,
+    process: Option<Process>,
     process_number: u64,
     /// Whether the guest follows a reporting policy, and for how many more samples that is taken for granted.
     policy: Option<(bool, u32)>,
@@ -176,7 +185,7 @@ struct Thread {
 impl Thread {
     fn run(
         mut self,
-        orders: &Receiver<Order>,
+        orders: &Receiver<Addressed>,
         phase: Duration,
         report: impl Fn(VmEventKind) -> bool,
     ) {
@@ -187,7 +196,7 @@ impl Thread {
                     let (orders, replaced) = latest(first, orders);
                     if !replaced
                         .into_iter()
-                        .all(|order| report(VmEventKind::Replaced(order)))
+                        .all(|replaced| report(VmEventKind::Replaced(replaced.order)))
                     {
                         return;
                     }
@@ -229,29 +238,8 @@ impl Thread {
     }
 
     fn sample(&mut self) -> VmEventKind {
-        let reading = self.identify().and_then(|pid| {
-            let at = self.options.clock.elapsed();
-            let round = Round {
-                client: &self.client,
-                process: ProcessFiles {
-                    proc: &self.options.files.proc,
-                    pid,
-                },
-                counters: &self.options.counters,
-                at_ms: u64::try_from(at.as_millis()).unwrap_or(u64::MAX),
-                policy_in_effect: self.policy.map(|(in_effect, _)| in_effect),
-                guest_age_ms_max: u64::try_from(self.options.sample.as_millis())
-                    .unwrap_or(u64::MAX),
-                claims_before: self.claims,
-            };
-            let mut reading = read_vm(round, &mut self.level_max);
-            if let Ok(reading) = &mut reading {
-                reading.process = self.process;
-                self.claims = reading.sample.guest;
-            }
-            self.remember_policy(reading.as_ref().ok());
-            reading
-        });
+        let reading = self.read();
+        self.remember_policy(reading.as_ref().ok());
         match reading {
             Ok(reading) => {
                 self.failures = 0;
@@ -276,47 +264,83 @@ impl Thread {
         self.policy = (left > 0).then(|| (figures.policy_in_effect, left - 1));
     }
 
-    /// Makes sure which process answers. Another one begins with everything unknown.
-    fn identify(&mut self) -> Result<i32, SampleFailure> {
-        let proc = &self.options.files.proc;
-        if let Some(process) = self.process
-            && process.is_alive(proc)
-        {
-            return Ok(process.pid);
+    fn read(&mut self) -> Result<VmReading, SampleFailure> {
+        let at = self.options.clock.elapsed();
+        let (info, peer) = read_info(&self.client, &self.options.counters)?;
+        let listener = peer.pid;
+        let pid = self.identify(peer)?;
+        let round = Round {
+            client: &self.client.to_peer(listener),
+            process: ProcessFiles {
+                proc: &self.options.files.proc,
+                pid,
+            },
+            counters: &self.options.counters,
+            at_ms: u64::try_from(at.as_millis()).unwrap_or(u64::MAX),
+            policy_in_effect: self.policy.map(|(in_effect, _)| in_effect),
+            guest_age_ms_max: u64::try_from(self.options.sample.as_millis()).unwrap_or(u64::MAX),
+            claims_before: self.claims,
+        };
+        let mut reading = read_vm(round, &info, &mut self.level_max)?;
+        reading.process = self.process.clone();
+        self.claims = reading.sample.guest;
+        Ok(reading)
+    }
+
+    /// Finds out which process answered. Another one begins with everything unknown.
+    fn identify(&mut self, peer: Peer) -> Result<i32, SampleFailure> {
+        if !may_listen(peer.uid, self.owner) {
+            return Err(SampleFailure::Owner {
+                owner: self.owner,
+                listener: peer.uid,
+            });
         }
-        let pid = self
-            .client
-            .peer_pid()
-            .map_err(|source| SampleFailure::Request {
-                op: "connect",
-                source,
-            })?;
-        // A process in another pid namespace cannot be looked up; it is then known by the socket file alone.
-        // One that was looked up before and cannot be now is still the same.
-        let before = self.process.filter(|known| known.pid == pid);
-        let process = ProcessIdentity::of(proc, pid).or(before);
-        if process != self.process || self.process_number == 0 {
+        let proc = &self.options.files.proc;
+        let listener = peer.pid;
+        let same = self.listener.replace(listener) == Some(listener);
+        let before = self.process.take().filter(|_| same);
+        let process = match before
+            .clone()
+            .filter(|process| still_runs_vm(proc, process))
+        {
+            Some(process) => Ok(process),
+            None => {
+                let pid = vmm_behind(proc, self.client.socket(), listener);
+                let handle = peer.process.filter(|_| pid == listener);
+                // One that was looked up before and cannot be now is still the same. A process in another pid namespace
+                // cannot be looked up; it is then known by the socket file alone.
+                let known = || before.clone().filter(|process| process.pid() == pid);
+                Process::hold(proc, pid, handle).or_else(known).ok_or(pid)
+            }
+        };
+        let pid = process.as_ref().map_or_else(|pid| *pid, Process::pid);
+        self.process = process.ok();
+        if self.process != before || self.process_number == 0 {
             self.process_number += 1;
             self.level_max = FeatureLevel::L2;
             self.policy = None;
             self.claims = None;
         }
-        self.process = process;
         Ok(pid)
     }
 
-    fn carry_out(&mut self, order: Order) -> OrderDone {
+    fn carry_out(&mut self, order: Addressed) -> OrderDone {
         let begin = Instant::now();
+        let client = match self.listener {
+            Some(listener) => self.client.to_peer(listener),
+            None => self.client.clone(),
+        };
         let target = OrderTarget {
-            client: &self.client,
-            process: self.process,
+            client: &client,
+            process: self.process.as_ref(),
             files: &self.options.files,
         };
         let result = target.carry_out(&order);
         let failure = result.as_ref().err().map(|error| match error {
             OrderError::Vmm(error) => failure_kind(error),
-            OrderError::Host(_) | OrderError::NoProcess => "host",
+            _ => "host",
         });
+        let order = order.order;
         self.options
             .counters
             .record(order.name(), failure, begin.elapsed());
@@ -327,12 +351,38 @@ impl Thread {
     }
 }
 
+/// Whether a process of user `listener` may listen at a socket of user `owner`. What root does it could do otherwise, too.
+fn may_listen(listener: u32, owner: u32) -> bool {
+    listener == owner || listener == 0
+}
+
+/// Whether a process that was looked up before lives and, as far as can be seen, runs a VM.
+fn still_runs_vm(proc: &Path, process: &Process) -> bool {
+    process.lives() && holds_vm(proc, process.pid()).unwrap_or(true)
+}
+
+/// The process that runs the VM behind a socket at which `listener` began to listen, by id.
+fn vmm_behind(proc: &Path, socket: &Path, listener: i32) -> i32 {
+    match holds_vm(proc, listener) {
+        Ok(false) => SocketOwners::read(proc).vmm(socket, listener),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            SocketOwners::read(proc).vmm(socket, listener)
+        }
+        // So it does, or cannot be looked into.
+        _ => listener,
+    }
+}
+
 /// All orders that wait, in the order they came, without those that a later one of the same kind replaces; and those.
-pub(crate) fn latest(first: Order, orders: &Receiver<Order>) -> (Vec<Order>, Vec<Order>) {
+pub(crate) fn latest(
+    first: Addressed,
+    orders: &Receiver<Addressed>,
+) -> (Vec<Addressed>, Vec<Addressed>) {
     let mut waiting = vec![first];
     let mut replaced = Vec::new();
     while let Ok(order) = orders.try_recv() {
-        replaced.extend(waiting.extract_if(.., |earlier| earlier.is_replaced_by(&order)));
+        let same = |earlier: &mut Addressed| earlier.order.is_replaced_by(&order.order);
+        replaced.extend(waiting.extract_if(.., same));
         waiting.push(order);
     }
     (waiting, replaced)
@@ -342,17 +392,94 @@ pub(crate) fn latest(first: Order, orders: &Receiver<Order>) -> (Vec<Order>, Vec
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
+    use crate::agent::fake_vmm::{DEADLINE, FakeVm, GIB, MIB, World};
+    use crate::host::ProcessIdentity;
     use crate::model::Bytes;
+    use crate::sample::Discovery;
 
     #[test]
     fn only_the_last_of_each_kind_is_carried_out_and_the_others_are_accounted_for() {
         let (sender, orders) = mpsc::channel();
-        let balloon = |mib| Order::Balloon(Bytes::mib(mib));
-        for order in [Order::Resume, balloon(2), balloon(3)] {
+        let addressed = |order| Addressed { order, to: None };
+        let balloon = |mib| addressed(Order::Balloon(Bytes::mib(mib)));
+        for order in [addressed(Order::Resume), balloon(2), balloon(3)] {
             sender.send(order).unwrap();
         }
         let (waiting, replaced) = latest(balloon(1), &orders);
-        assert_eq!(waiting, [Order::Resume, balloon(3)]);
+        assert_eq!(waiting, [addressed(Order::Resume), balloon(3)]);
         assert_eq!(replaced, [balloon(1), balloon(2)]);
+    }
+
+    /// A VM in a world of its own, served by a thread.
+    fn serve(change: impl FnOnce(&mut Found)) -> (World, VmWorker, Receiver<VmEventKind>) {
+        let world = World::new(4 * GIB, 0);
+        world.add("a", FakeVm::new(GIB, GIB / 2));
+        let pattern = world.socket_of("a").display().to_string();
+        let mut found = Discovery::new(&[pattern]).unwrap().scan().remove(0);
+        change(&mut found);
+        let files = world.files();
+        let options = WorkerOptions {
+            sample: Duration::from_millis(50),
+            deadline: DEADLINE,
+            files: GroupFiles {
+                proc: files.proc,
+                cgroup_root: files.cgroup_root,
+            },
+            clock: Instant::now(),
+            counters: Arc::default(),
+        };
+        let (events, received) = mpsc::channel();
+        let report = move |event: VmEvent| events.send(event.kind).is_ok();
+        let worker = VmWorker::start(&found, 1, options, report).unwrap();
+        (world, worker, received)
+    }
+
+    #[test]
+    fn order_for_the_machine_before_is_not_carried_out_on_this_one() {
+        let (world, worker, events) = serve(|_| {});
+        let VmEventKind::Sampled(reading, _) = events.recv_timeout(DEADLINE).unwrap() else {
+            panic!("no sample");
+        };
+        let process = reading.process.unwrap();
+        let before = Process::known(ProcessIdentity {
+            start_ticks: process.identity().start_ticks - 1,
+            ..process.identity()
+        });
+        let balloon = |mib| Order::Balloon(Bytes::mib(mib));
+        assert!(worker.order(balloon(128), Some(before)));
+        let mut done = events.iter().filter_map(|event| match event {
+            VmEventKind::Done(done) => Some(done.result),
+            _ => None,
+        });
+        let result = done.next().unwrap();
+        assert!(
+            matches!(result, Err(OrderError::OtherProcess)),
+            "{result:?}"
+        );
+        assert!(world.vm("a").resizes.is_empty());
+        assert!(worker.order(balloon(64), Some(process)));
+        done.next().unwrap().unwrap();
+        assert_eq!(world.vm("a").target, 64 * MIB);
+    }
+
+    #[test]
+    fn only_the_owner_of_a_socket_and_root_may_listen_there() {
+        assert!(may_listen(1000, 1000) && may_listen(0, 1000));
+        assert!(!may_listen(1001, 1000) && !may_listen(1000, 0));
+    }
+
+    #[test]
+    fn socket_of_one_user_at_which_another_listens_is_not_believed() {
+        let owner = rustix::process::getuid().as_raw();
+        let (_world, _worker, events) = serve(|found| found.owner = owner + 1);
+        let event = events.recv_timeout(DEADLINE).unwrap();
+        // Root may do so.
+        assert_eq!(
+            owner == 0,
+            matches!(event, VmEventKind::Sampled(..)),
+            "{event:?}"
+        );
+        let missed = matches!(event, VmEventKind::Missed(SampleFailure::Owner { .. }));
+        assert_eq!(owner != 0, missed, "{event:?}");
     }
 }

@@ -6,7 +6,7 @@
 //! gives no chance for.
 
 #![allow(unsafe_code)]
-// UNSAFETY: three plain system calls on a descriptor and structures of our own, for which no safe wrapper is at hand.
+// UNSAFETY: plain system calls on a descriptor and structures of our own, for which no safe wrapper is at hand.
 
 use std::io;
 use std::mem;
@@ -15,7 +15,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use super::{ClientError, Deadline};
+use super::{ClientError, Deadline, Peer};
 
 pub(super) fn connect(
     socket: &Path,
@@ -63,24 +63,40 @@ fn address_of(socket: &Path) -> io::Result<libc::sockaddr_un> {
     Ok(address)
 }
 
-/// The process that listens at the other end, as the kernel noted it when the socket was bound: its id in this
-/// process's pid namespace.
-pub(super) fn peer_pid(stream: &UnixStream) -> io::Result<i32> {
+/// `SO_PEERPIDFD` of `include/uapi/asm-generic/socket.h`, which the `libc` crate lacks; Linux 6.5 and later have it.
+const SO_PEERPIDFD: libc::c_int = 77;
+
+/// Who is at the other end, as the kernel noted it when `listen` was called.
+pub(super) fn peer(stream: &UnixStream) -> io::Result<Peer> {
     // SAFETY: `ucred` is plain data for which all zeroes is a valid value.
     let mut credentials: libc::ucred = unsafe { mem::zeroed() };
-    let mut length = mem::size_of::<libc::ucred>() as libc::socklen_t;
-    // SAFETY: both pointers are to locals that live through the call, and `length` is the size of the first.
+    read_option(stream, libc::SO_PEERCRED, &mut credentials)?;
+    let mut fd: libc::c_int = -1;
+    // An older kernel does not know the option, and a process that has ended has none.
+    let process = read_option(stream, SO_PEERPIDFD, &mut fd).is_ok() && fd >= 0;
+    Ok(Peer {
+        pid: credentials.pid,
+        uid: credentials.uid,
+        // SAFETY: the kernel made the descriptor for this call, and nobody else owns it.
+        process: process.then(|| unsafe { OwnedFd::from_raw_fd(fd) }),
+    })
+}
+
+/// Reads an option of the socket into plain data, for which every value is valid.
+fn read_option<T: Copy>(stream: &UnixStream, option: libc::c_int, value: &mut T) -> io::Result<()> {
+    let mut length = mem::size_of::<T>() as libc::socklen_t;
+    // SAFETY: both pointers are to memory that lives through the call, and `length` is the size of the first.
     let result = unsafe {
         libc::getsockopt(
             stream.as_raw_fd(),
             libc::SOL_SOCKET,
-            libc::SO_PEERCRED,
-            (&raw mut credentials).cast(),
+            option,
+            std::ptr::from_mut(value).cast(),
             &raw mut length,
         )
     };
     if result == 0 {
-        Ok(credentials.pid)
+        Ok(())
     } else {
         Err(io::Error::last_os_error())
     }

@@ -43,6 +43,14 @@ pub enum ClientError {
         #[source]
         source: io::Error,
     },
+    /// Somebody else listens than the request is for. Nothing was sent.
+    #[error("The request is for process {expected}, and process {found} listens")]
+    OtherPeer {
+        /// Whom it is for.
+        expected: i32,
+        /// Who listens.
+        found: i32,
+    },
     /// No complete answer in time.
     #[error("The VMM did not answer within {} ms", timeout.as_millis())]
     TimedOut {

@@ -15,7 +15,7 @@ mod tests;
 pub use error::{ClientError, ServerError};
 pub use response::{RESPONSE_BODY_BYTES_MAX, RESPONSE_HEAD_BYTES_MAX, ResponseError};
 
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -31,11 +31,26 @@ use exchange::Request;
 /// How long a request may take unless the caller says otherwise.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Who listens at the other end of a connection, as the kernel noted it when the socket began to listen. For a listener
+/// that was inherited that is whoever made it.
+#[derive(Debug)]
+pub struct Peer {
+    /// Process id, in this process's pid namespace: what `vmm.ping` says of itself is its id in its own.
+    pub pid: i32,
+    /// User id.
+    pub uid: u32,
+    /// The process itself, which no later one of the same id can be mistaken for; absent when it has ended, and before
+    /// Linux 6.5.
+    pub process: Option<OwnedFd>,
+}
+
 /// A client of one VMM.
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
     timeout: Option<Duration>,
+    /// Whom requests are for, if not for whoever listens.
+    peer: Option<i32>,
 }
 
 impl Client {
@@ -44,6 +59,7 @@ impl Client {
         Self {
             socket: socket.into(),
             timeout: Some(DEFAULT_TIMEOUT),
+            peer: None,
         }
     }
 
@@ -59,17 +75,22 @@ impl Client {
         &self.socket
     }
 
-    /// The process that listens at the socket, by its id in this process's pid namespace: what `vmm.ping` says of itself
-    /// is its id in its own. Connects and sends nothing.
+    /// A client that sends requests to this process only: see [`Peer::pid`]. Another one that listens at the socket by
+    /// now is sent nothing.
+    #[must_use]
+    pub fn to_peer(&self, pid: i32) -> Self {
+        Self {
+            peer: Some(pid),
+            ..self.clone()
+        }
+    }
+
+    /// `GET`s an endpoint by name and says who is at the other end of the connection that carried the answer.
     ///
     /// # Errors
-    /// Nobody listens there, or not in time.
-    pub fn peer_pid(&self) -> Result<i32, ClientError> {
-        let stream = connect::connect(&self.socket, self.deadline())?;
-        connect::peer_pid(&stream).map_err(|source| ClientError::Connect {
-            socket: self.socket.clone(),
-            source,
-        })
+    /// As [`Client::call`].
+    pub fn get_with_peer(&self, name: &str) -> Result<(Option<String>, Peer), ClientError> {
+        self.exchange(Method::Get, name, None, &[])
     }
 
     /// Calls an endpoint of the table. Returns the body of the answer, if it has one.
@@ -235,8 +256,30 @@ impl Client {
         body: Option<&str>,
         fds: &[RawFd],
     ) -> Result<Option<String>, ClientError> {
+        self.exchange(method, name, body, fds).map(|(body, _)| body)
+    }
+
+    fn exchange(
+        &self,
+        method: Method,
+        name: &str,
+        body: Option<&str>,
+        fds: &[RawFd],
+    ) -> Result<(Option<String>, Peer), ClientError> {
         let deadline = self.deadline();
         let stream = connect::connect(&self.socket, deadline)?;
+        let peer = connect::peer(&stream).map_err(|source| ClientError::Connect {
+            socket: self.socket.clone(),
+            source,
+        })?;
+        if let Some(expected) = self.peer
+            && peer.pid != expected
+        {
+            return Err(ClientError::OtherPeer {
+                expected,
+                found: peer.pid,
+            });
+        }
         let path = format!("{API_PREFIX}{name}");
         let response = exchange::exchange(
             &stream,
@@ -254,7 +297,7 @@ impl Client {
                 &response.body,
             )));
         }
-        Ok((!response.body.is_empty()).then_some(response.body))
+        Ok(((!response.body.is_empty()).then_some(response.body), peer))
     }
 }
 

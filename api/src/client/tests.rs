@@ -4,6 +4,7 @@
 
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc;
 use std::thread;
@@ -485,11 +486,26 @@ proptest! {
 }
 
 #[test]
-fn peer_pid_is_the_listener() {
-    let server = MockServer::new(drop);
-    assert_eq!(
-        server.client.peer_pid().unwrap(),
-        i32::try_from(std::process::id()).unwrap()
+fn peer_is_the_listener_and_nobody_else_is_sent_anything() {
+    let server = MockServer::new(|mut stream| {
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).unwrap();
+        assert_eq!(bytes, b"", "the request was for somebody else");
+    });
+    let own = i32::try_from(std::process::id()).unwrap();
+    let error = server.client.to_peer(own + 1).ping().unwrap_err();
+    assert!(
+        matches!(error, ClientError::OtherPeer { expected, found } if expected == own + 1 && found == own),
+        "{error:?}"
     );
+    server.server.join();
+    let server = MockServer::new(|mut stream| {
+        let mut bytes = [0; 16];
+        stream.read_exact(&mut bytes).unwrap();
+        stream.write_all(b"HTTP/1.1 204 \r\n\r\n").unwrap();
+    });
+    let (body, peer) = server.client.to_peer(own).get_with_peer("vm.info").unwrap();
+    assert_eq!((body, peer.pid), (None, own));
+    assert_eq!(peer.uid, std::fs::metadata("/proc/self").unwrap().uid());
     server.server.join();
 }

@@ -4,6 +4,8 @@
 //! gone. Signals that ask to end are passed on.
 
 use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitCode, ExitStatus};
 use std::thread;
@@ -14,7 +16,7 @@ use api::config::MemoryConfig;
 use fleet::agent::{ConfirmRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
 use fleet::model::Bytes;
 use fleet::reservations::Reservation;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -59,17 +61,25 @@ pub(crate) fn run(agent: &Agent, options: &RunOptions) -> Result<ExitCode> {
     if let Err(error) = confirmed {
         eprintln!("{}", api::chain_report("ch-fleet", error.as_ref()));
     }
-    let pid = Pid::from_child(&child);
+    let handle = handle_of(&child);
     thread::spawn(move || {
         for signal in signals.forever() {
             let signal = Signal::from_named_raw(signal).unwrap_or(Signal::TERM);
-            // Ended already.
-            let _ = kill_process(pid, signal);
+            if let Ok(handle) = &handle {
+                // Ended already.
+                let _ = pidfd_send_signal(handle, signal);
+            }
         }
     });
     let status = wait(&mut child);
     release();
     Ok(code_of(status?))
+}
+
+/// A descriptor of a child that was not waited for yet. Signals through it reach the child or nobody: its id may be another
+/// process's as soon as it was waited for.
+fn handle_of(child: &Child) -> io::Result<OwnedFd> {
+    Ok(pidfd_open(Pid::from_child(child), PidfdFlags::empty())?)
 }
 
 fn wait(child: &mut Child) -> Result<ExitStatus> {
@@ -196,6 +206,16 @@ mod tests {
             assert_eq!(wanted.memory, Bytes::mib(mib), "{line}");
             assert_eq!(wanted.socket, "/run/ch/a.sock", "{line}");
         }
+    }
+
+    #[test]
+    fn signal_reaches_the_child_and_nobody_after_it() {
+        let mut child = Command::new("sleep").arg("600").spawn().unwrap();
+        let handle = handle_of(&child).unwrap();
+        pidfd_send_signal(&handle, Signal::TERM).unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(SIGTERM));
+        let errno = pidfd_send_signal(&handle, Signal::TERM).unwrap_err();
+        assert_eq!(errno, rustix::io::Errno::SRCH);
     }
 
     #[test]

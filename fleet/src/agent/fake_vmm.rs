@@ -300,7 +300,8 @@ fn write_host(inner: &MutexGuard<'_, Inner>, folder: &Path) {
         // It stays as it is. Written anew it would be empty for a moment, and the process another one to whoever looks then.
         return;
     }
-    fs::create_dir_all(&process).unwrap();
+    fs::create_dir_all(process.join("fd")).unwrap();
+    std::os::unix::fs::symlink("anon_inode:kvm-vm", process.join("fd/3")).unwrap();
     let fields = vec!["0"; 18].join(" ");
     fs::write(process.join("stat"), format!("1 (vmm) S {fields} 77 0")).unwrap();
     fs::write(process.join("status"), "RssAnon: 524288 kB\n").unwrap();

@@ -104,6 +104,12 @@ impl VmRounds {
     pub(super) fn scan(&mut self, config: &AgentConfig, journal: &mut Journal) {
         let (proc, serve, owners) = (&self.proc, &self.serve, OnceCell::new());
         let change = self.vms.follow(self.discovery.scan(), |found, number| {
+            if let Some(fault) = found.fault {
+                return Err(StartRefusal {
+                    why: fault.to_owned(),
+                    for_good: true,
+                });
+            }
             let owners = owners.get_or_init(|| SocketOwners::read(proc));
             if !config.discovery.any_program
                 && let Some(stranger) = owners.stranger(&found.socket)

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::locks::VmLock;
 use crate::execute::{Order, OrderError};
-use crate::host::ProcessIdentity;
+use crate::host::{Process, ProcessIdentity};
 use crate::model::{
     Bytes, FeatureLevel, GuestClaims, InForce, Interlock, Lessons, VmFacts, VmId, VmPolicy,
 };
@@ -37,6 +37,7 @@ pub(super) struct Vm {
     pub(super) id: VmId,
     pub(super) socket: PathBuf,
     pub(super) identity: SocketIdentity,
+    owner: u32,
     pub(super) worker: VmWorker,
     _lock: VmLock,
     /// Which process behind the socket the last reading came from.
@@ -189,6 +190,8 @@ impl Vms {
                 name: vm.id.as_str().to_owned(),
                 socket: vm.socket.clone(),
                 identity: vm.identity,
+                owner: vm.owner,
+                fault: None,
             };
             match start(&found, self.workers) {
                 Ok(worker) => {
@@ -242,6 +245,7 @@ impl Vm {
             id: VmId::from(found.name.as_str()),
             socket: found.socket.clone(),
             identity: found.identity,
+            owner: found.owner,
             worker,
             _lock: lock,
             process: 0,
@@ -268,7 +272,11 @@ impl Vm {
             Order::Balloon(to) => (Some(*to), false),
             order => (None, order.undoes()),
         };
-        let there = self.worker.order(order);
+        let to = self
+            .reading
+            .as_ref()
+            .and_then(|reading| reading.process.clone());
+        let there = self.worker.order(order, to);
         if there {
             self.orders += 1;
             self.undoings += u32::from(undoes);
@@ -378,7 +386,8 @@ impl Vm {
 
     /// The process that answered last.
     pub(super) fn process(&self) -> Option<ProcessIdentity> {
-        self.reading.as_ref().and_then(|reading| reading.process)
+        let process = self.reading.as_ref()?.process.as_ref();
+        process.map(Process::identity)
     }
 
     /// Whether its memory is in huge pages, which are not managed.

@@ -7,7 +7,6 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rustix::process::{Pid, Signal, kill_process as send_signal};
 use thiserror::Error;
 
 use crate::model::Bytes;
@@ -98,14 +97,25 @@ impl GroupFiles {
         Ok(self.cgroup_root.join(path))
     }
 
-    /// Sets a limit of the process's own group; `None` takes it away.
+    /// Sets a limit of the process's own group; `None` takes it away. `lives` says whether it is still the process that is
+    /// meant, and is asked when its group is known.
     ///
     /// # Errors
     /// The group is shared, gone, or the kernel refuses.
-    pub fn limit(&self, pid: i32, file: GroupFile, limit: Option<Bytes>) -> Result<(), GroupError> {
+    pub fn limit(
+        &self,
+        pid: i32,
+        file: GroupFile,
+        limit: Option<Bytes>,
+        lives: impl FnOnce() -> bool,
+    ) -> Result<(), GroupError> {
         let path = self.group_of(pid)?;
         if path == self.cgroup_root || !is_alone(&path, pid) {
             return Err(GroupError::Shared { path, pid });
+        }
+        if !lives() {
+            let source = io::ErrorKind::NotFound.into();
+            return Err(GroupError::NoGroup { pid, source });
         }
         let path = path.join(file.name());
         let text = limit.map_or_else(|| "max".to_owned(), |limit| limit.0.to_string());
@@ -115,18 +125,4 @@ impl GroupFiles {
 
 fn is_alone(group: &Path, pid: i32) -> bool {
     fs::read_to_string(group.join("cgroup.procs")).is_ok_and(|text| text.trim() == pid.to_string())
-}
-
-/// Ends a process without its consent.
-///
-/// # Errors
-/// It is gone or not ours to kill.
-pub fn kill_process(pid: i32) -> Result<(), GroupError> {
-    let failed = |source: io::Error| GroupError::Kill { pid, source };
-    // Below that are init, and ways to say "everybody".
-    let process = (pid > 1)
-        .then_some(pid)
-        .and_then(Pid::from_raw)
-        .ok_or_else(|| failed(io::ErrorKind::InvalidInput.into()))?;
-    send_signal(process, Signal::KILL).map_err(|errno| failed(errno.into()))
 }

@@ -9,8 +9,8 @@ mod order;
 #[cfg(test)]
 mod tests;
 
-pub use group::{GroupError, GroupFile, GroupFiles, kill_process};
-pub(crate) use order::OrderTarget;
+pub use group::{GroupError, GroupFile, GroupFiles};
+pub(crate) use order::{Addressed, OrderTarget};
 pub use order::{Order, OrderError};
 
 use crate::planner::{Action, Block, Present};

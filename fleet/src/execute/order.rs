@@ -5,8 +5,8 @@ use std::mem;
 use api::{Client, ClientError, ReclaimThresholdsChange, VmResize};
 use thiserror::Error;
 
-use super::{GroupError, GroupFile, GroupFiles, kill_process};
-use crate::host::ProcessIdentity;
+use super::{GroupError, GroupFile, GroupFiles};
+use crate::host::{Process, holds_vm};
 use crate::model::Bytes;
 use crate::planner::ActionKind;
 
@@ -82,6 +82,14 @@ impl From<&ActionKind> for Order {
     }
 }
 
+/// An order and the process that it was decided for.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Addressed {
+    pub(crate) order: Order,
+    /// Absent when nobody knows it.
+    pub(crate) to: Option<Process>,
+}
+
 /// Why an order was not carried out.
 #[derive(Debug, Error)]
 pub enum OrderError {
@@ -94,6 +102,24 @@ pub enum OrderError {
     /// The process is not known yet, or gone.
     #[error("the VMM's process is not known")]
     NoProcess,
+    /// The VM is served by another process than it was when that was decided.
+    #[error("another process serves the VM by now")]
+    OtherProcess,
+    /// What would be done to the process is only done to one that runs a VM.
+    #[error("process {pid} holds no VM of KVM")]
+    NoVm {
+        /// The process.
+        pid: i32,
+    },
+    /// It is not known whether the process runs a VM.
+    #[error("it cannot be seen whether process {pid} holds a VM of KVM")]
+    Unseen {
+        /// The process.
+        pid: i32,
+        /// What the system said.
+        #[source]
+        source: std::io::Error,
+    },
 }
 
 impl OrderError {
@@ -107,9 +133,16 @@ impl OrderError {
         match self {
             Self::Vmm(error) => !matches!(
                 error,
-                ClientError::NoSocket { .. } | ClientError::Refused { .. } | ClientError::Server(_)
+                ClientError::NoSocket { .. }
+                    | ClientError::Refused { .. }
+                    | ClientError::OtherPeer { .. }
+                    | ClientError::Server(_)
             ),
-            Self::Host(_) | Self::NoProcess => false,
+            Self::Host(_)
+            | Self::NoProcess
+            | Self::OtherProcess
+            | Self::NoVm { .. }
+            | Self::Unseen { .. } => false,
         }
     }
 }
@@ -118,13 +151,19 @@ impl OrderError {
 #[derive(Debug)]
 pub(crate) struct OrderTarget<'a> {
     pub(crate) client: &'a Client,
-    /// The process that was sampled, if it is known.
-    pub(crate) process: Option<ProcessIdentity>,
+    /// The process that was sampled last, if it is known.
+    pub(crate) process: Option<&'a Process>,
     pub(crate) files: &'a GroupFiles,
 }
 
 impl OrderTarget<'_> {
-    pub(crate) fn carry_out(&self, order: &Order) -> Result<(), OrderError> {
+    pub(crate) fn carry_out(&self, addressed: &Addressed) -> Result<(), OrderError> {
+        let Addressed { order, to } = addressed;
+        if let (Some(to), Some(now)) = (to, self.process)
+            && to != now
+        {
+            return Err(OrderError::OtherProcess);
+        }
         match order {
             Order::Balloon(bytes) => self.client.resize(&VmResize {
                 desired_balloon: Some(bytes.0),
@@ -133,17 +172,33 @@ impl OrderTarget<'_> {
             Order::Report(change) => drop(self.client.set_reclaim_thresholds(change)?),
             Order::Pause => drop(self.client.put("vm.pause", None)?),
             Order::Resume => drop(self.client.put("vm.resume", None)?),
-            Order::Group(file, limit) => self.files.limit(self.pid()?, *file, *limit)?,
-            Order::Kill => kill_process(self.pid()?)?,
+            Order::Group(file, limit) => {
+                let vmm = self.vmm(to.as_ref())?;
+                self.files.limit(vmm.pid(), *file, *limit, || vmm.lives())?;
+            }
+            Order::Kill => {
+                let vmm = self.vmm(to.as_ref())?;
+                let pid = vmm.pid();
+                vmm.kill()
+                    .map_err(|source| GroupError::Kill { pid, source })?;
+            }
         }
         Ok(())
     }
 
-    /// Id of the process, if it is still the one that was sampled.
-    fn pid(&self) -> Result<i32, OrderError> {
-        match self.process {
-            Some(process) if process.is_alive(&self.files.proc) => Ok(process.pid),
-            _ => Err(OrderError::NoProcess),
+    /// The process, if it lives and runs a VM.
+    fn vmm<'b>(&self, to: Option<&'b Process>) -> Result<&'b Process, OrderError> {
+        let process = to.ok_or(OrderError::NoProcess)?;
+        let pid = process.pid();
+        let holds = holds_vm(&self.files.proc, pid);
+        // What was seen is true of the process only if it has not ended meanwhile.
+        if !process.lives() {
+            return Err(OrderError::NoProcess);
+        }
+        match holds {
+            Ok(true) => Ok(process),
+            Ok(false) => Err(OrderError::NoVm { pid }),
+            Err(source) => Err(OrderError::Unseen { pid, source }),
         }
     }
 }

@@ -2,10 +2,14 @@
 //! Plans against a world that moved on.
 
 use std::fs;
+use std::os::unix::fs::symlink;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command};
 
 use tempfile::TempDir;
 
 use super::*;
+use crate::host::Process;
 use crate::model::{Bytes, VmId};
 use crate::planner::{ActionKind, Phase, Precondition, Reason};
 
@@ -120,26 +124,89 @@ fn limit_is_set_only_where_the_vmm_is_alone() {
     )
     .unwrap();
     fs::write(group.join("cgroup.procs"), "42\n43\n").unwrap();
-    let shared = files.limit(42, GroupFile::MemoryHigh, Some(Bytes::mib(1)));
+    let shared = files.limit(42, GroupFile::MemoryHigh, Some(Bytes::mib(1)), || true);
     assert!(matches!(shared, Err(GroupError::Shared { .. })));
     fs::write(group.join("cgroup.procs"), "42\n").unwrap();
     files
-        .limit(42, GroupFile::MemoryHigh, Some(Bytes::mib(1)))
+        .limit(42, GroupFile::MemoryHigh, Some(Bytes::mib(1)), || true)
         .unwrap();
     assert_eq!(
         fs::read_to_string(group.join("memory.high")).unwrap(),
         "1048576"
     );
-    files.limit(42, GroupFile::MemoryMax, None).unwrap();
+    files
+        .limit(42, GroupFile::MemoryMax, None, || true)
+        .unwrap();
+    assert_eq!(fs::read_to_string(group.join("memory.max")).unwrap(), "max");
+    // A process that has ended meanwhile may have had another group.
+    let ended = files.limit(42, GroupFile::MemoryMax, Some(Bytes::mib(1)), || false);
+    assert!(matches!(ended, Err(GroupError::NoGroup { .. })));
     assert_eq!(fs::read_to_string(group.join("memory.max")).unwrap(), "max");
     // A process in no group of its own is left alone.
     fs::write(files.proc.join("42/cgroup"), "0::/\n").unwrap();
-    assert!(files.limit(42, GroupFile::MemoryHigh, None).is_err());
+    assert!(
+        files
+            .limit(42, GroupFile::MemoryHigh, None, || true)
+            .is_err()
+    );
+}
+
+/// A process that lives, looked up in `files`.
+fn spawn(files: &GroupFiles) -> (Child, Process) {
+    let child = Command::new("sleep").arg("600").spawn().unwrap();
+    let folder = files.proc.join(child.id().to_string());
+    fs::create_dir_all(folder.join("fd")).unwrap();
+    let stat = fs::read_to_string(format!("/proc/{}/stat", child.id())).unwrap();
+    fs::write(folder.join("stat"), stat).unwrap();
+    let pid = i32::try_from(child.id()).unwrap();
+    let process = Process::hold(&files.proc, pid, None).unwrap();
+    (child, process)
 }
 
 #[test]
-fn kill_never_aims_at_init_or_everybody() {
-    for pid in [-1, 0, 1] {
-        assert!(kill_process(pid).is_err());
+fn only_the_process_that_was_meant_is_killed_and_only_with_a_vm() {
+    let folder = TempDir::new().unwrap();
+    let files = GroupFiles {
+        proc: folder.path().join("proc"),
+        cgroup_root: folder.path().join("cgroup"),
+    };
+    let client = api::Client::new(folder.path().join("no.sock"));
+    let (mut meant, process) = spawn(&files);
+    let (mut other, successor) = spawn(&files);
+    let kill = |now: &Process, to: Option<&Process>| {
+        let target = OrderTarget {
+            client: &client,
+            process: Some(now),
+            files: &files,
+        };
+        target.carry_out(&Addressed {
+            order: Order::Kill,
+            to: to.cloned(),
+        })
+    };
+    assert!(matches!(kill(&process, None), Err(OrderError::NoProcess)));
+    // Whoever made the listener, and is no VMM.
+    let refused = kill(&process, Some(&process));
+    assert!(
+        matches!(refused, Err(OrderError::NoVm { .. })),
+        "{refused:?}"
+    );
+    for pid in [meant.id(), other.id()] {
+        symlink("anon_inode:kvm-vm", files.proc.join(format!("{pid}/fd/3"))).unwrap();
     }
+    // Restarted behind the same path since it was decided.
+    let refused = kill(&successor, Some(&process));
+    assert!(
+        matches!(refused, Err(OrderError::OtherProcess)),
+        "{refused:?}"
+    );
+    assert!(meant.try_wait().unwrap().is_none());
+    kill(&process, Some(&process)).unwrap();
+    assert_eq!(meant.wait().unwrap().signal(), Some(9));
+    // Its id may be anybody's by now, and the files here still tell of a VM.
+    let refused = kill(&process, Some(&process));
+    assert!(matches!(refused, Err(OrderError::NoProcess)), "{refused:?}");
+    assert!(other.try_wait().unwrap().is_none());
+    other.kill().unwrap();
+    other.wait().unwrap();
 }

@@ -12,8 +12,8 @@ mod vm_groups;
 #[cfg(test)]
 mod tests;
 
-pub use process::ProcessIdentity;
-pub(crate) use process::resident_bytes;
+pub use process::{Process, ProcessIdentity};
+pub(crate) use process::{holds_vm, resident_bytes};
 pub use reader::{CGROUP_ROOT, HostFiles, HostReader};
 pub use trigger::{PressureTrigger, TriggerError, TriggerLevel, watch_pressure};
 pub(crate) use vm_groups::limiting_groups;

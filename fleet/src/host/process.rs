@@ -6,9 +6,16 @@
 
 use std::fs;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
+
+/// What a descriptor of a KVM VM links to.
+const KVM_VM: &str = "anon_inode:kvm-vm";
 
 /// A process that cannot be mistaken for a later one with the same id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,11 +43,98 @@ impl ProcessIdentity {
             None => !proc.join(self.pid.to_string()).exists(),
         }
     }
+}
 
-    /// True while it is this process that has the id.
-    pub(crate) fn is_alive(self, proc: &Path) -> bool {
-        Self::of(proc, self.pid) == Some(self)
+/// A process by a descriptor of it: what is done through it reaches this process or nobody, whoever has its id by then.
+#[derive(Clone, Debug)]
+pub struct Process {
+    identity: ProcessIdentity,
+    handle: Option<Arc<OwnedFd>>,
+}
+
+impl PartialEq for Process {
+    fn eq(&self, other: &Self) -> bool {
+        self.identity == other.identity
     }
+}
+
+impl Process {
+    /// Takes hold of a process; `None` when there is none of that id. `handle` is its descriptor where that is known.
+    pub(crate) fn hold(proc: &Path, pid: i32, handle: Option<OwnedFd>) -> Option<Self> {
+        let open = || pidfd_open(positive(pid)?, PidfdFlags::empty()).ok();
+        let handle = handle.or_else(open).map(Arc::new);
+        let process = Self {
+            identity: ProcessIdentity::of(proc, pid)?,
+            handle,
+        };
+        // If it lives still, it was this one that was looked up.
+        process
+            .handle
+            .as_ref()
+            .is_none_or(|_| process.lives())
+            .then_some(process)
+    }
+
+    /// One of which nothing but the identity is known.
+    #[cfg(test)]
+    pub(crate) fn known(identity: ProcessIdentity) -> Self {
+        Self {
+            identity,
+            handle: None,
+        }
+    }
+
+    /// Which one it is.
+    pub fn identity(&self) -> ProcessIdentity {
+        self.identity
+    }
+
+    /// Its id, which may be another process's once this one has ended.
+    pub(crate) fn pid(&self) -> i32 {
+        self.identity.pid
+    }
+
+    /// Whether it is known to live.
+    pub(crate) fn lives(&self) -> bool {
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // Such a descriptor can be read when its process has ended.
+        self.handle.as_ref().is_some_and(|handle| {
+            poll(
+                &mut [PollFd::new(handle.as_ref(), PollFlags::IN)],
+                Some(&now),
+            ) == Ok(0)
+        })
+    }
+
+    /// Ends it without its consent.
+    pub(crate) fn kill(&self) -> io::Result<()> {
+        match &self.handle {
+            // Nothing but a VMM is killed, and init is none.
+            Some(handle) if self.identity.pid > 1 => {
+                pidfd_send_signal(handle.as_fd(), Signal::KILL).map_err(io::Error::from)
+            }
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+}
+
+fn positive(pid: i32) -> Option<Pid> {
+    (pid > 0).then_some(pid).and_then(Pid::from_raw)
+}
+
+/// Whether a process holds a VM of KVM.
+///
+/// # Errors
+/// Its descriptors cannot be looked at.
+pub(crate) fn holds_vm(proc: &Path, pid: i32) -> io::Result<bool> {
+    let descriptors = fs::read_dir(proc.join(pid.to_string()).join("fd"))?;
+    let mut links = descriptors
+        .flatten()
+        .filter_map(|entry| fs::read_link(entry.path()).ok());
+    Ok(links.any(|link| link == Path::new(KVM_VM)))
 }
 
 /// Anonymous and shared memory of a process, bytes.
@@ -84,12 +178,55 @@ mod tests {
         let proc = Path::new("/proc");
         let pid = i32::try_from(std::process::id()).unwrap();
         let identity = ProcessIdentity::of(proc, pid).unwrap();
-        assert!(identity.is_alive(proc));
+        assert!(!identity.has_ended(proc));
         let later = ProcessIdentity {
             start_ticks: identity.start_ticks + 1,
             ..identity
         };
-        assert!(!later.is_alive(proc));
+        assert!(later.has_ended(proc));
         assert!(resident_bytes(proc, pid).unwrap() > 0);
+    }
+
+    #[test]
+    fn process_that_has_ended_cannot_be_taken_for_another_of_its_id() {
+        let proc = Path::new("/proc");
+        let mut child = std::process::Command::new("sleep")
+            .arg("600")
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let process = Process::hold(proc, pid, None).unwrap();
+        assert!(process.lives());
+        process.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!process.lives());
+        assert!(process.kill().is_err());
+        assert!(Process::hold(proc, pid, None).is_none());
+    }
+
+    #[test]
+    fn init_and_everybody_are_never_killed() {
+        for pid in [-1, 0, 1] {
+            let identity = ProcessIdentity {
+                pid,
+                start_ticks: 0,
+            };
+            let handle = pidfd_open(rustix::process::getpid(), PidfdFlags::empty()).unwrap();
+            let handle = Some(Arc::new(handle));
+            assert!(Process { identity, handle }.kill().is_err());
+            assert!(Process::hold(Path::new("/nowhere"), pid, None).is_none());
+        }
+    }
+
+    #[test]
+    fn vm_is_told_by_the_descriptor_of_kvm() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let fd = folder.path().join("7/fd");
+        fs::create_dir_all(&fd).unwrap();
+        std::os::unix::fs::symlink("anon_inode:kvm-vcpu:0", fd.join("3")).unwrap();
+        assert!(!holds_vm(folder.path(), 7).unwrap());
+        std::os::unix::fs::symlink(KVM_VM, fd.join("4")).unwrap();
+        assert!(holds_vm(folder.path(), 7).unwrap());
+        assert!(holds_vm(folder.path(), 8).is_err());
     }
 }

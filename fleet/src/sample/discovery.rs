@@ -60,6 +60,10 @@ pub struct Found {
     pub socket: PathBuf,
     /// Which file that is.
     pub identity: SocketIdentity,
+    /// The user who owns it.
+    pub owner: u32,
+    /// Why it is not served, whoever listens there.
+    pub fault: Option<&'static str>,
 }
 
 /// The patterns to look for.
@@ -117,7 +121,7 @@ impl Discovery {
                     log::error!("more than {VMS_MAX} sockets match, the rest is left alone");
                     return by_name.into_values().collect();
                 }
-                let Some(identity) = identity_of(&socket) else {
+                let Some(file) = look(pattern, &socket) else {
                     continue;
                 };
                 let mut name = name_of(pattern, &socket);
@@ -133,7 +137,7 @@ impl Discovery {
                     Found {
                         name,
                         socket,
-                        identity,
+                        ..file
                     },
                 );
             }
@@ -142,13 +146,46 @@ impl Discovery {
     }
 }
 
-fn identity_of(socket: &Path) -> Option<SocketIdentity> {
-    let metadata = socket.metadata().ok()?;
-    metadata.file_type().is_socket().then(|| SocketIdentity {
-        device: metadata.dev(),
-        inode: metadata.ino(),
-        changed_ns: metadata.ctime() * 1_000_000_000 + metadata.ctime_nsec(),
+/// What the file is, without its name; `None` when it is no socket, nor a link to one.
+fn look(pattern: &str, socket: &Path) -> Option<Found> {
+    let metadata = socket.symlink_metadata().ok()?;
+    let is_link = metadata.is_symlink();
+    if is_link {
+        let target = socket.metadata().ok()?;
+        target.file_type().is_socket().then_some(())?;
+    } else if !metadata.file_type().is_socket() {
+        return None;
+    }
+    Some(Found {
+        name: String::new(),
+        socket: PathBuf::new(),
+        identity: SocketIdentity {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            // The kernel's nanoseconds fit for 292 years; a file may have any time.
+            changed_ns: metadata
+                .ctime()
+                .saturating_mul(1_000_000_000)
+                .saturating_add(metadata.ctime_nsec()),
+        },
+        owner: metadata.uid(),
+        fault: (is_link || leads_through_link(pattern, socket))
+            .then_some("its path leads through a symbolic link"),
     })
+}
+
+/// Whether a folder that a wildcard chose, or one below, is a link: whoever may make files there could name any socket.
+/// What stands before the first wildcard is the operator's own word.
+fn leads_through_link(pattern: &str, socket: &Path) -> bool {
+    let plain = Path::new(pattern)
+        .components()
+        .take_while(|component| !has_wildcard(*component))
+        .count();
+    socket
+        .ancestors()
+        .skip(1)
+        .take_while(|folder| folder.components().count() > plain)
+        .any(Path::is_symlink)
 }
 
 /// The first component of the path that a wildcard matched; the file's stem where there is none.
@@ -215,6 +252,41 @@ mod tests {
         let _second = UnixListener::bind(&path).unwrap();
         assert_ne!(discovery.scan()[0].identity, before[0].identity);
         drop(first);
+    }
+
+    #[test]
+    fn link_to_a_socket_is_named_and_not_served() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let root = folder.path();
+        for name in ["real", "elsewhere"] {
+            std::fs::create_dir(root.join(name)).unwrap();
+        }
+        let _first = UnixListener::bind(root.join("real/api.sock")).unwrap();
+        let _second = UnixListener::bind(root.join("elsewhere/other.sock")).unwrap();
+        let link =
+            |target: &str, at: &str| std::os::unix::fs::symlink(target, root.join(at)).unwrap();
+        std::fs::create_dir(root.join("file")).unwrap();
+        link("../elsewhere/other.sock", "file/api.sock");
+        link("real", "folder");
+        link("nowhere", "dangling");
+        let scan = |pattern: String| Discovery::new(&[pattern]).unwrap().scan();
+        let found: Vec<(String, bool)> = scan(format!("{}/*/api.sock", root.display()))
+            .into_iter()
+            .map(|found| (found.name, found.fault.is_some()))
+            .collect();
+        let named = |name: &str, fault| (name.to_owned(), fault);
+        assert_eq!(
+            found,
+            [
+                named("file", true),
+                named("folder", true),
+                named("real", false)
+            ]
+        );
+        // What the operator wrote may lead anywhere.
+        let found = scan(format!("{}/folder/*.sock", root.display()));
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].fault, None);
     }
 
     #[test]

@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::host::holds_vm;
+
 /// The flag of a listening socket in `/proc/net/unix`.
 const LISTENS: &str = "00010000";
 
@@ -58,6 +60,27 @@ impl<'a> SocketOwners<'a> {
         ))
     }
 
+    /// The process that runs the VM behind `socket`. The kernel names who began to listen there, `listener`. Where that is
+    /// not the VMM, because the VMM inherited the socket, it is the one process with that socket that holds a VM.
+    pub(crate) fn vmm(&self, socket: &Path, listener: i32) -> i32 {
+        let holders = || {
+            let link = self.inodes.get(socket)?;
+            self.pids.get_or_init(|| self.read_pids()).get(link)
+        };
+        let mut vmms: Vec<i32> = holders()
+            .into_iter()
+            .flatten()
+            .filter_map(|pid| pid.parse().ok())
+            .filter(|pid| holds_vm(self.proc, *pid).unwrap_or(false))
+            .collect();
+        vmms.dedup();
+        match vmms.as_slice() {
+            [vmm] => *vmm,
+            // Nobody, as before the VM is made, or it cannot be told which.
+            _ => listener,
+        }
+    }
+
     fn read_pids(&self) -> BTreeMap<String, Vec<String>> {
         let mut pids: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for entry in fs::read_dir(self.proc).into_iter().flatten().flatten() {
@@ -105,6 +128,34 @@ mod tests {
         fs::create_dir_all(folder.join("fd")).unwrap();
         symlink(format!("socket:[{inode}]"), folder.join("fd/3")).unwrap();
         fs::write(folder.join("cmdline"), line).unwrap();
+    }
+
+    #[test]
+    fn vmm_that_inherited_its_socket_is_found_by_its_vm() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let proc = folder.path();
+        fs::create_dir(proc.join("net")).unwrap();
+        let line =
+            format!("0000000000000000: 00000002 00000000 {LISTENS} 0001 01 11 /run/a.sock\n");
+        fs::write(proc.join("net/unix"), line).unwrap();
+        // The launcher keeps the socket, and so does the VMM.
+        process(proc, "100", "11", "/usr/bin/launcher\0");
+        process(
+            proc,
+            "200",
+            "11",
+            "/usr/bin/cloud-hypervisor\0--api-socket\0fd=3\0",
+        );
+        process(proc, "300", "99", "/usr/bin/cloud-hypervisor\0");
+        let vmm = || SocketOwners::read(proc).vmm(Path::new("/run/a.sock"), 100);
+        assert_eq!(vmm(), 100, "there is no VM yet");
+        let hold = |pid: &str| symlink("anon_inode:kvm-vm", proc.join(pid).join("fd/9")).unwrap();
+        hold("300");
+        assert_eq!(vmm(), 100, "that VM is another's");
+        hold("200");
+        assert_eq!(vmm(), 200);
+        hold("100");
+        assert_eq!(vmm(), 100, "it cannot be told which");
     }
 
     #[test]

@@ -7,12 +7,12 @@
 use std::path::Path;
 use std::time::Instant;
 
-use api::{Client, ClientError, ReclaimStats};
+use api::{Client, ClientError, Peer, ReclaimStats};
 use serde::Deserialize;
 use thiserror::Error;
 
 use super::RequestCounters;
-use crate::host::{ProcessIdentity, resident_bytes};
+use crate::host::{Process, resident_bytes};
 use crate::model::{Bytes, FeatureLevel, GuestClaims, Interlock, ReclaimFigures, VmSample};
 
 /// HTTP status of a VMM that does not know an endpoint or has no VM.
@@ -24,7 +24,7 @@ pub struct VmReading {
     /// The VMM's process, by its id in this process's pid namespace.
     pub pid: i32,
     /// The same so that it cannot be mistaken; absent when it cannot be looked up.
-    pub process: Option<ProcessIdentity>,
+    pub process: Option<Process>,
     /// Whether its memory comes out of the host's pool of huge pages, which is no part of the memory managed here.
     pub huge_pages: bool,
     /// What the interface tells.
@@ -71,6 +71,14 @@ pub enum SampleFailure {
         #[source]
         source: std::io::Error,
     },
+    /// Somebody else listens than the user whose socket it is.
+    #[error("the socket belongs to user {owner}, and a process of user {listener} listens there")]
+    Owner {
+        /// Who owns the file.
+        owner: u32,
+        /// Who listens.
+        listener: u32,
+    },
     /// The VMM runs and has no VM.
     #[error("the VMM has no VM")]
     NoVm,
@@ -83,6 +91,7 @@ impl SampleFailure {
             Self::Request { source, .. } => failure_kind(source),
             Self::Form { .. } => "form",
             Self::Resident { .. } => "resident",
+            Self::Owner { .. } => "owner",
             Self::NoVm => "no-vm",
         }
     }
@@ -97,6 +106,7 @@ pub(crate) fn failure_kind(error: &ClientError) -> &'static str {
         ClientError::Server(_) => "status",
         ClientError::Decode { .. } | ClientError::MissingBody { .. } => "form",
         ClientError::Response(_) => "wire",
+        ClientError::OtherPeer { .. } => "replaced",
         _ => "io",
     }
 }
@@ -104,7 +114,7 @@ pub(crate) fn failure_kind(error: &ClientError) -> &'static str {
 /// The part of `vm.info` that counts here. Read on its own, because a newer VMM's configuration may hold values that
 /// this version does not know, and none of them matters.
 #[derive(Debug, Deserialize)]
-struct Info {
+pub(crate) struct Info {
     config: InfoConfig,
     state: String,
     #[serde(default)]
@@ -181,13 +191,13 @@ pub(crate) struct Round<'a> {
     pub(crate) claims_before: Option<GuestClaims>,
 }
 
-/// Asks everything once. Endpoints that turn out to be missing are struck off `level_max`.
+/// Asks everything else once. Endpoints that turn out to be missing are struck off `level_max`.
 pub(crate) fn read_vm(
     round: Round<'_>,
+    info: &Info,
     level_max: &mut FeatureLevel,
 ) -> Result<VmReading, SampleFailure> {
-    let info = read_info(round)?;
-    let mut reading = from_info(&info, round.process.pid, round.at_ms);
+    let mut reading = from_info(info, round.process.pid, round.at_ms);
     let reclaim = match *level_max {
         FeatureLevel::L2 => optional(round, "vm.reclaim-stats")?,
         _ => Answer::Absent,
@@ -260,15 +270,18 @@ fn policy_in_effect(round: Round<'_>) -> bool {
         .is_ok_and(|thresholds| thresholds.reporting_policy.in_effect)
 }
 
-fn read_info(round: Round<'_>) -> Result<Info, SampleFailure> {
+/// The first question, and who answered it.
+pub(crate) fn read_info(
+    client: &Client,
+    counters: &RequestCounters,
+) -> Result<(Info, Peer), SampleFailure> {
     let op = "vm.info";
-    match request(round, op) {
-        Ok(Some(body)) => parse(op, &body),
-        Ok(None) => Err(SampleFailure::NoVm),
-        Err(SampleFailure::Request { source, .. }) if means_no_vm(&source) => {
-            Err(SampleFailure::NoVm)
-        }
-        Err(failure) => Err(failure),
+    let answer = counted(counters, op, || client.get_with_peer(op));
+    match answer {
+        Ok((Some(body), peer)) => Ok((parse(op, &body)?, peer)),
+        Ok((None, _)) => Err(SampleFailure::NoVm),
+        Err(source) if means_no_vm(&source) => Err(SampleFailure::NoVm),
+        Err(source) => Err(SampleFailure::Request { op, source }),
     }
 }
 
@@ -383,11 +396,20 @@ fn optional(round: Round<'_>, op: &'static str) -> Result<Answer, SampleFailure>
 }
 
 fn request(round: Round<'_>, op: &'static str) -> Result<Option<String>, SampleFailure> {
+    counted(round.counters, op, || round.client.get(op))
+        .map_err(|source| SampleFailure::Request { op, source })
+}
+
+fn counted<T>(
+    counters: &RequestCounters,
+    op: &'static str,
+    ask: impl FnOnce() -> Result<T, ClientError>,
+) -> Result<T, ClientError> {
     let begin = Instant::now();
-    let answer = round.client.get(op);
+    let answer = ask();
     let failure = answer.as_ref().err().map(failure_kind);
-    round.counters.record(op, failure, begin.elapsed());
-    answer.map_err(|source| SampleFailure::Request { op, source })
+    counters.record(op, failure, begin.elapsed());
+    answer
 }
 
 fn parse<T: serde::de::DeserializeOwned>(op: &'static str, body: &str) -> Result<T, SampleFailure> {

@@ -10,8 +10,8 @@ use std::{fs, mem};
 use api::ClientError;
 
 use crate::agent::no_harm::Turns;
-use crate::execute::{GroupFile, Order, OrderError};
-use crate::host::ProcessIdentity;
+use crate::execute::{Addressed, GroupFile, Order, OrderError};
+use crate::host::{Process, ProcessIdentity};
 use crate::model::{Bytes, FeatureLevel, GuestClaims, Interlock, ReclaimFigures, VmId, VmSample};
 use crate::placement::SplitMix64;
 use crate::sample::{SampleFailure, VmReading};
@@ -65,7 +65,7 @@ pub(super) struct Character {
 
 /// The agent's end of the line to it.
 struct Line {
-    orders: Receiver<Order>,
+    orders: Receiver<Addressed>,
     number: u64,
     due_ms: u64,
     failures: u32,
@@ -166,7 +166,7 @@ impl Machine {
         self.high.is_some() || self.max.is_some() || self.swap > 0
     }
 
-    pub(super) fn serve(&mut self, orders: Receiver<Order>, number: u64, now_ms: u64) {
+    pub(super) fn serve(&mut self, orders: Receiver<Addressed>, number: u64, now_ms: u64) {
         self.line = Some(Line {
             orders,
             number,
@@ -334,8 +334,10 @@ impl Machine {
         if line.busy.is_none() {
             if let Ok(first) = line.orders.try_recv() {
                 let (orders, replaced) = latest(first, &line.orders);
-                line.waiting.extend(orders);
-                kinds.extend(replaced.into_iter().map(VmEventKind::Replaced));
+                line.waiting
+                    .extend(orders.into_iter().map(|sent| sent.order));
+                let replaced = replaced.into_iter().map(|sent| sent.order);
+                kinds.extend(replaced.map(VmEventKind::Replaced));
             }
             let silent = matches!(self.fault(), Some(Fault::Hang | Fault::Late));
             if !line.waiting.is_empty() {
@@ -480,10 +482,10 @@ impl Machine {
         });
         VmReading {
             pid: self.pid,
-            process: Some(ProcessIdentity {
+            process: Some(Process::known(ProcessIdentity {
                 pid: self.pid,
                 start_ticks: 7,
-            }),
+            })),
             huge_pages: false,
             level: self.character.level,
             configured: Bytes(configured),

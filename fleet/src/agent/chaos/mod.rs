@@ -23,7 +23,7 @@ use super::rounds::Serve;
 use super::{Published, ReserveAnswer};
 use crate::agent_config::{AgentConfig, VmRule};
 use crate::config::PolicyConfig;
-use crate::execute::Order;
+use crate::execute::Addressed;
 use crate::host::HostFiles;
 use crate::http::{Method, Peer, Request, Response};
 use crate::model::{Bytes, FeatureLevel, PriorityClass};
@@ -60,7 +60,7 @@ enum Canary {
 struct Running {
     control: ControlLoop,
     published: Arc<Published>,
-    served: Receiver<(String, u64, Receiver<Order>)>,
+    served: Receiver<(String, u64, Receiver<Addressed>)>,
     since_ms: u64,
 }
 
