@@ -182,7 +182,7 @@ fn reaction_ms(world: &World, round: usize) -> Option<u128> {
 
 fn get(agent: &Agent, path: &str) -> String {
     let mut stream = TcpStream::connect(&agent.address).unwrap();
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: agent\r\n\r\n").unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     answer.split_once("\r\n\r\n").unwrap().1.to_owned()

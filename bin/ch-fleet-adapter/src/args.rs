@@ -16,7 +16,11 @@ use crate::http::Service;
 #[command(name = "ch-fleet-adapter", version = concat!("v", env!("CARGO_PKG_VERSION")))]
 pub(crate) struct Arguments {
     /// Socket of the agent
-    #[arg(long, value_name = "PATH", default_value = "/run/ch-fleet/agent.sock")]
+    #[arg(
+        long,
+        value_name = "PATH",
+        default_value = "/run/ch-fleet/agent.read.sock"
+    )]
     pub(crate) socket: PathBuf,
 
     /// Seconds between two looks at the agent

@@ -17,6 +17,7 @@ use super::promises::{Promises, Situation};
 use super::publisher::{Parts, Publisher};
 use super::request::PinRequest;
 use super::rounds::{Claims, VmRounds};
+use super::signals::StopFlag;
 use crate::agent_config::{AgentConfig, OnStop, load_for};
 use crate::cluster::{HostReport, StoreView};
 use crate::http::{Method, Request, Response};
@@ -47,6 +48,7 @@ pub(super) struct ControlLoop {
     /// Whether the last reload was taken.
     pub(super) reload_ok: bool,
     pub(super) due: Due,
+    pub(super) stop: StopFlag,
     /// Held as long as the agent runs.
     pub(super) _folder: FolderLock,
 }
@@ -116,7 +118,8 @@ impl ControlLoop {
             };
             let more = std::iter::from_fn(|| events.try_recv().ok()).take(EVENTS_AT_ONCE);
             for event in event.into_iter().chain(more) {
-                if !self.handle(event) {
+                // Looked at before each: what clients have asked for meanwhile may be much.
+                if self.stop.is_asked() || !self.handle(event) {
                     return self.stop(events);
                 }
             }
@@ -212,12 +215,6 @@ impl ControlLoop {
             (Method::Put, "fleet.reload") => {
                 self.reload();
                 self.reload_answer()
-            }
-            (Method::Get, "fleet.events") => {
-                let since = request
-                    .query_value("since")
-                    .and_then(|text| text.parse().ok());
-                Ok(Response::json(&self.journal.since(since.unwrap_or(0))))
             }
             (Method::Get, "fleet.config") => {
                 Ok(Response::text("application/toml", self.config.to_toml()))

@@ -9,6 +9,7 @@ use thiserror::Error;
 use crate::agent_config::StoreFault;
 use crate::cluster::NameError;
 use crate::host::HostError;
+use crate::http::TlsError;
 use crate::reservations::BookError;
 use crate::sample::PatternError;
 
@@ -51,6 +52,18 @@ pub enum AgentError {
         #[source]
         source: io::Error,
     },
+    /// The token of the page.
+    #[error("{} holds no token for the page", path.display())]
+    Token {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// TLS of the page.
+    #[error("The page cannot be served with TLS")]
+    Tls(#[source] TlsError),
     /// The page.
     #[error("Cannot serve the page and the metrics at {address}")]
     Page {

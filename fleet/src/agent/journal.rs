@@ -1,7 +1,9 @@
 //! What happened lately, for people: a bounded list of short lines with a number each.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 
+use parking_lot::RwLock;
 use serde::{Deserialize, Serialize};
 
 use super::clock::unix_ms;
@@ -33,10 +35,16 @@ pub struct JournalPage {
     pub next: u64,
 }
 
-/// The journal.
-#[derive(Debug, Default)]
+/// The journal. The control loop enters, and whoever asks reads without it.
+#[derive(Clone, Debug, Default)]
 pub(super) struct Journal {
-    entries: VecDeque<JournalEntry>,
+    // Held for a step of either; a reader copies what it wants.
+    entries: Arc<RwLock<Entries>>,
+}
+
+#[derive(Debug, Default)]
+struct Entries {
+    kept: VecDeque<JournalEntry>,
     next: u64,
 }
 
@@ -44,22 +52,25 @@ impl Journal {
     /// Enters something, and logs it.
     pub(super) fn enter(&mut self, kind: &str, vm: &str, text: String) {
         log::info!(target: "ch_fleet", "kind={kind} vm={vm:?} {text}");
-        if self.entries.len() == ENTRIES_MAX {
-            self.entries.pop_front();
+        let mut entries = self.entries.write();
+        if entries.kept.len() == ENTRIES_MAX {
+            entries.kept.pop_front();
         }
-        self.entries.push_back(JournalEntry {
-            number: self.next,
+        let number = entries.next;
+        entries.kept.push_back(JournalEntry {
+            number,
             unix_ms: unix_ms(),
             kind: kind.to_owned(),
             vm: vm.to_owned(),
             text,
         });
-        self.next += 1;
+        entries.next += 1;
     }
 
     /// The latest of a kind.
     pub(super) fn last_of(&self, kind: &str) -> Option<String> {
-        let mut latest = self.entries.iter().rev();
+        let entries = self.entries.read();
+        let mut latest = entries.kept.iter().rev();
         latest
             .find(|entry| entry.kind == kind)
             .map(|entry| entry.text.clone())
@@ -67,14 +78,15 @@ impl Journal {
 
     /// Everything from `since` on.
     pub(super) fn since(&self, since: u64) -> JournalPage {
+        let entries = self.entries.read();
         JournalPage {
-            entries: self
-                .entries
+            entries: entries
+                .kept
                 .iter()
                 .filter(|entry| entry.number >= since)
                 .cloned()
                 .collect(),
-            next: self.next,
+            next: entries.next,
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread::{self, JoinHandle};
@@ -14,25 +14,28 @@ use super::control::{ControlLoop, Due};
 use super::error::{AgentError, StopError};
 use super::event::Event;
 use super::host_watch::HostWatch;
-use super::journal::Journal;
 use super::lessons::LessonBook;
 use super::locks::FolderLock;
 use super::membership::Membership;
+use super::page_guard::PageGuard;
 use super::promises::Promises;
 use super::published::Published;
 use super::publisher::Publisher;
 use super::rounds::{Serve, VmRounds, with_threads};
 use super::routes;
-use super::signals::{self, Asked};
+use super::signals::{self, Asked, StopFlag};
 use crate::agent_config::AgentConfig;
 use crate::execute::GroupFiles;
 use crate::host::HostFiles;
-use crate::http::{HttpServer, Request, Response, serve_tcp, serve_unix};
+use crate::http::{Deadlines, HttpServer, Request, Response, serve_tcp, serve_unix, server_tls};
 use crate::reservations::ReservationBook;
 use crate::store::Store;
 
 /// Events that wait before those who bring them wait too.
 const EVENTS_MAX: usize = 4096;
+/// The socket for orders is for its owner only; its group may look at the other one.
+const ORDERS_MODE: u32 = 0o600;
+const READ_MODE: u32 = 0o660;
 /// How long a client waits for the control loop.
 const ANSWER: Duration = Duration::from_secs(5);
 
@@ -53,6 +56,7 @@ pub struct AgentOptions {
 #[derive(Debug)]
 pub struct Agent {
     events: SyncSender<Event>,
+    stop: StopFlag,
     published: Arc<Published>,
     page: Option<SocketAddr>,
     thread: Option<JoinHandle<Result<(), StopError>>>,
@@ -65,7 +69,7 @@ impl Agent {
     /// What it needs from the start is not there. What may come and go later, VMs above all, is no reason.
     pub fn start(options: AgentOptions) -> Result<Self, AgentError> {
         let (events, received) = mpsc::sync_channel(EVENTS_MAX);
-        launch(options, events, received)
+        launch(options, events, received, StopFlag::default())
     }
 
     /// The same, and SIGHUP, SIGTERM and SIGINT of this process reach the agent: from before anybody can see that it is there,
@@ -75,16 +79,17 @@ impl Agent {
     /// As above, or the handlers cannot be installed.
     pub fn start_with_signals(options: AgentOptions) -> Result<Self, AgentError> {
         let (events, received) = mpsc::sync_channel(EVENTS_MAX);
-        let asking = events.clone();
-        signals::forward(move |asked| {
-            // An agent that has ended needs no signal any more.
-            let _ = asking.send(match asked {
-                Asked::Reload => Event::Reload,
-                Asked::Stop => Event::Stop,
-            });
+        let (asking, stop) = (events.clone(), StopFlag::default());
+        let stopping = stop.clone();
+        signals::forward(move |asked| match asked {
+            Asked::Reload => {
+                // An agent that has ended needs no signal any more.
+                let _ = asking.send(Event::Reload);
+            }
+            Asked::Stop => ask_to_stop(&stopping, &asking),
         })
         .map_err(AgentError::Thread)?;
-        launch(options, events, received)
+        launch(options, events, received, stop)
     }
 
     /// What is published.
@@ -125,8 +130,7 @@ impl Agent {
     /// # Errors
     /// It did not end well.
     pub fn stop(self) -> Result<(), StopError> {
-        // An agent that has ended needs no order.
-        let _ = self.events.send(Event::Stop);
+        ask_to_stop(&self.stop, &self.events);
         self.wait()
     }
 }
@@ -135,16 +139,24 @@ impl Drop for Agent {
     fn drop(&mut self) {
         if let Some(thread) = self.thread.take() {
             // Ended by itself, or ended now. Who wants to know how calls `stop`.
-            let _ = self.events.send(Event::Stop);
+            ask_to_stop(&self.stop, &self.events);
             let _ = thread.join();
         }
     }
+}
+
+/// Has the agent end after the event it is at.
+fn ask_to_stop(stop: &StopFlag, events: &SyncSender<Event>) {
+    stop.ask();
+    // Only to wake it: where the queue is full it is awake, and one that has ended needs no order.
+    let _ = events.try_send(Event::Stop);
 }
 
 fn launch(
     options: AgentOptions,
     events: SyncSender<Event>,
     received: Receiver<Event>,
+    stop: StopFlag,
 ) -> Result<Agent, AgentError> {
     let AgentOptions {
         config,
@@ -175,13 +187,15 @@ fn launch(
         }),
     };
     let mut control = assemble(config, file, &published, surroundings)?;
+    control.stop = stop.clone();
     let local = serve_local(&control.config, &published, &events)?;
-    let page = serve_page(&control.config, &published, &events)?;
+    let page = serve_page(&control.config, control.host.name(), &published)?;
     let joined = Membership::join(&control.config, control.host.name(), store, events.clone())?;
     let (membership, link) = joined.unzip();
     control.membership = membership;
     let mut agent = Agent {
         events,
+        stop,
         published,
         page: page.as_ref().and_then(HttpServer::address),
         thread: None,
@@ -252,46 +266,69 @@ pub(super) fn assemble(
         promises: Promises::new(book, clock),
         membership: None,
         publisher: Publisher::new(Arc::clone(published), clock),
-        journal: Journal::default(),
+        journal: published.journal.clone(),
         reload_ok: true,
         due: Due::new(clock.now(), &config),
+        stop: StopFlag::default(),
         _folder: lock,
         config,
     })
 }
 
+/// The sockets of this host: the one for orders, and the one beside it for those who only look.
 fn serve_local(
     config: &AgentConfig,
     published: &Arc<Published>,
     events: &SyncSender<Event>,
-) -> Result<HttpServer, AgentError> {
+) -> Result<[HttpServer; 2], AgentError> {
     let path = &config.agent.socket;
-    let failed = |source| AgentError::Socket {
-        path: path.clone(),
-        source,
+    let failed = |path: &Path| {
+        let path = path.to_owned();
+        move |source| AgentError::Socket { path, source }
     };
     if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).map_err(failed)?;
+        std::fs::create_dir_all(folder).map_err(failed(path))?;
     }
-    let (published, events) = (Arc::clone(published), events.clone());
-    serve_unix(path, move |request| {
-        routes::handle_local(request, &published, |request| ask(&events, request))
+    let (shown, events) = (Arc::clone(published), events.clone());
+    let orders = serve_unix(path, ORDERS_MODE, move |request| {
+        routes::handle_local(request, &shown, |request| ask(&events, request))
     })
-    .map_err(failed)
+    .map_err(failed(path))?;
+    let path = config.agent.read_socket();
+    let shown = Arc::clone(published);
+    let reading = serve_unix(&path, READ_MODE, move |request| {
+        routes::handle_read(request, &shown)
+    })
+    .map_err(failed(&path))?;
+    Ok([orders, reading])
 }
 
 fn serve_page(
     config: &AgentConfig,
+    machine: &str,
     published: &Arc<Published>,
-    events: &SyncSender<Event>,
 ) -> Result<Option<HttpServer>, AgentError> {
-    let Some(address) = config.agent.listen else {
+    let agent = &config.agent;
+    let Some(address) = agent.listen else {
         return Ok(None);
     };
-    let (published, events) = (Arc::clone(published), events.clone());
-    serve_tcp(address, move |request| {
-        routes::handle_page(request, &published, |request| ask(&events, request))
-    })
+    let guard = PageGuard::new(agent, machine)?;
+    let tls = match (&agent.tls_certificate, &agent.tls_key) {
+        (Some(certificate), Some(key)) => {
+            Some(server_tls(certificate, key).map_err(AgentError::Tls)?)
+        }
+        _ => None,
+    };
+    let published = Arc::clone(published);
+    serve_tcp(
+        address,
+        tls,
+        Deadlines::default(),
+        move |request| match guard.check(request) {
+            Ok(()) => routes::handle_page(request, &published),
+            Err(refusal) => refusal,
+        },
+    )
     .map(Some)
     .map_err(|source| AgentError::Page { address, source })
 }

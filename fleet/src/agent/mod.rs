@@ -29,6 +29,7 @@ mod launch;
 mod lessons;
 mod locks;
 mod membership;
+mod page_guard;
 mod promises;
 mod published;
 mod publisher;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use parking_lot::RwLock;
 
+use super::journal::Journal;
 use super::{AdmissionCounts, DecisionCounts, Status};
 use crate::planner::Plan;
 use crate::sample::RequestCounters;
@@ -26,6 +27,8 @@ pub struct Snapshot {
 pub struct Published {
     // Held to copy or to replace one pointer.
     snapshot: RwLock<Arc<Snapshot>>,
+    /// What happened lately, entered by the control loop.
+    pub(super) journal: Journal,
     /// Requests to VMMs; counted by the VMs' threads themselves.
     pub requests: Arc<RequestCounters>,
 }

@@ -17,6 +17,9 @@ pub const LOCAL_NAMES: [&str; 9] = [
     "fleet.reload",
 ];
 
+/// Those of them that are answered from what is published.
+const READ_NAMES: [&str; 3] = ["fleet.status", "fleet.explain", "fleet.events"];
+
 /// Content type of the Prometheus text format in its OpenMetrics form.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -42,22 +45,33 @@ pub(super) fn handle_local(
     ask: impl Fn(&Request) -> Response,
 ) -> Response {
     let Some(name) = request.path.strip_prefix(api::API_PREFIX) else {
-        return handle_page(request, published, ask);
+        return handle_page(request, published);
     };
     match (request.method, name) {
-        (Method::Get, "fleet.status") => Response::json(&published.get().status),
-        (Method::Get, "fleet.explain") => Response::json(&*published.get().plan),
+        (Method::Get, name) if READ_NAMES.contains(&name) => handle_read(request, published),
         _ if LOCAL_NAMES.contains(&name) => ask(request),
         _ => Response::error(404, &["Not Found".to_owned()]),
     }
 }
 
+/// The socket for those who only look: what is published, and the page.
+pub(super) fn handle_read(request: &Request, published: &Published) -> Response {
+    let Some(name) = request.path.strip_prefix(api::API_PREFIX) else {
+        return handle_page(request, published);
+    };
+    match (request.method, name) {
+        (Method::Get, "fleet.status") => Response::json(&published.get().status),
+        (Method::Get, "fleet.explain") => Response::json(&*published.get().plan),
+        (Method::Get, "fleet.events") => events(request, published),
+        _ if LOCAL_NAMES.contains(&name) => {
+            Response::error(403, &[format!("{name} is not served at this socket")])
+        }
+        _ => Response::error(404, &["Not Found".to_owned()]),
+    }
+}
+
 /// The page and the metrics, over TCP: nothing that changes anything, and nothing that says how the host is set up.
-pub fn handle_page(
-    request: &Request,
-    published: &Published,
-    ask: impl Fn(&Request) -> Response,
-) -> Response {
+pub fn handle_page(request: &Request, published: &Published) -> Response {
     if request.method != Method::Get {
         return Response::error(400, &["Only GET is served here".to_owned()]);
     }
@@ -68,13 +82,17 @@ pub fn handle_page(
     match request.path.as_str() {
         "/metrics" => Response::text(OPEN_METRICS, metrics::render(&published.get(), published)),
         "/status.json" => Response::json(&without_paths(&published.get().status)),
-        "/events.json" => ask(&Request {
-            path: format!("{}fleet.events", api::API_PREFIX),
-            ..request.clone()
-        }),
+        "/events.json" => events(request, published),
         "/healthz" => Response::text("text/plain; charset=utf-8", "ok\n"),
         _ => Response::error(404, &["Not Found".to_owned()]),
     }
+}
+
+fn events(request: &Request, published: &Published) -> Response {
+    let since = request
+        .query_value("since")
+        .and_then(|text| text.parse().ok());
+    Response::json(&published.journal.since(since.unwrap_or(0)))
 }
 
 fn without_paths(status: &Status) -> Status {

@@ -46,6 +46,9 @@ pub enum LoadError {
     /// The store is not described well.
     #[error("The settings name no valid store")]
     Store(#[source] StoreFault),
+    /// One of the two files that TLS needs.
+    #[error("agent.tls_certificate and agent.tls_key are needed together")]
+    HalfOfTls,
     /// A rule for VMs can have no effect.
     #[error("The settings have a rule without effect")]
     Rule(#[source] RuleFault),
@@ -178,6 +181,9 @@ fn check(config: &AgentConfig) -> Result<(), LoadError> {
     let mut faults: Vec<_> = ranges::faults(ranges::entries("agent.", AGENT, agent)).collect();
     if agent.trigger_stall >= agent.trigger_window {
         faults.push(ConfigFault::TriggerOrder);
+    }
+    if agent.tls_certificate.is_some() != agent.tls_key.is_some() {
+        return Err(LoadError::HalfOfTls);
     }
     if !faults.is_empty() {
         return Err(LoadError::Config(ConfigError::Faults(faults)));

@@ -28,7 +28,7 @@ use crate::model::{Bytes, VmPolicy};
 
 /// Where the file is unless something else is said.
 pub const DEFAULT_FILE: &str = "/etc/ch-fleet/agent.toml";
-/// Where the agent listens unless something else is said.
+/// Where the agent takes orders unless something else is said.
 pub const DEFAULT_SOCKET: &str = "/run/ch-fleet/agent.sock";
 
 /// Everything that is configured.
@@ -56,6 +56,17 @@ pub struct AgentSection {
     pub state_dir: PathBuf,
     /// Address of the metrics and the page; nothing is served without.
     pub listen: Option<SocketAddr>,
+    /// Names of this host besides its own and its addresses by which clients may ask for the page.
+    pub listen_names: Vec<String>,
+    /// File with the token that clients of the page must have; none is asked for without.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_file: Option<PathBuf>,
+    /// File with the certificate of the page; it is served without TLS if there is none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_certificate: Option<PathBuf>,
+    /// File with the key of that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tls_key: Option<PathBuf>,
     /// Time between two looks for sockets.
     pub scan: Millis,
     /// Time between two readings of the host.
@@ -76,6 +87,10 @@ impl Default for AgentSection {
             socket: PathBuf::from(DEFAULT_SOCKET),
             state_dir: PathBuf::from("/var/lib/ch-fleet"),
             listen: None,
+            listen_names: Vec::new(),
+            token_file: None,
+            tls_certificate: None,
+            tls_key: None,
             scan: Millis::seconds(2),
             host: Millis::seconds(1),
             trigger_stall: Millis(150),
@@ -83,6 +98,13 @@ impl Default for AgentSection {
             on_stop: OnStop::Keep,
             dry_run: false,
         }
+    }
+}
+
+impl AgentSection {
+    /// The socket beside [`AgentSection::socket`] for those who only look: `agent.read.sock` beside `agent.sock`.
+    pub fn read_socket(&self) -> PathBuf {
+        self.socket.with_extension("read.sock")
     }
 }
 

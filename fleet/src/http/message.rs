@@ -1,7 +1,6 @@
 //! Requests and answers.
 
 use std::io::{self, Read, Write};
-use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -50,6 +49,10 @@ pub struct Request {
     pub path: String,
     /// What stands behind `?`; empty without.
     pub query: String,
+    /// The header `Host`.
+    pub host: Option<String>,
+    /// The header `Authorization`.
+    pub authorization: Option<String>,
     /// The body.
     pub body: Vec<u8>,
     /// Who asks; absent over TCP.
@@ -141,6 +144,9 @@ impl Response {
             self.status,
             reason_phrase(self.status)
         );
+        if self.status == 401 {
+            bytes.push_str("WWW-Authenticate: Bearer\r\n");
+        }
         if self.status != 204 {
             bytes.push_str(&format!(
                 "Content-Type: {}\r\nContent-Length: {}\r\n",
@@ -160,11 +166,13 @@ fn reason_phrase(status: u16) -> &'static str {
         200 => "OK",
         204 => "No Content",
         400 => "Bad Request",
+        401 => "Unauthorized",
         403 => "Forbidden",
         404 => "Not Found",
         409 => "Conflict",
         422 => "Unprocessable Content",
         413 => "Content Too Large",
+        421 => "Misdirected Request",
         503 => "Service Unavailable",
         _ => "Internal Server Error",
     }
@@ -184,30 +192,8 @@ impl From<io::Error> for ReadError {
     }
 }
 
-/// A stream on which a read can be given a limit.
-pub(super) trait Timed: Read + Write {
-    fn limit(&self, timeout: Duration) -> io::Result<()>;
-}
-
-impl Timed for std::os::unix::net::UnixStream {
-    fn limit(&self, timeout: Duration) -> io::Result<()> {
-        self.set_read_timeout(Some(timeout))?;
-        self.set_write_timeout(Some(timeout))
-    }
-}
-
-impl Timed for std::net::TcpStream {
-    fn limit(&self, timeout: Duration) -> io::Result<()> {
-        self.set_read_timeout(Some(timeout))?;
-        self.set_write_timeout(Some(timeout))
-    }
-}
-
-/// Reads one request until `deadline`.
-pub(super) fn read_request(
-    stream: &mut impl Timed,
-    deadline: Instant,
-) -> Result<Request, ReadError> {
+/// Reads one request. The stream bounds how long that takes.
+pub(super) fn read_request(stream: &mut impl Read) -> Result<Request, ReadError> {
     let refuse =
         |status, text: &str| ReadError::Refused(Response::error(status, &[text.to_owned()]));
     let mut bytes = Vec::new();
@@ -221,16 +207,15 @@ pub(super) fn read_request(
             if bytes.len() >= HEAD_BYTES_MAX {
                 return Err(refuse(413, "The headers are too long"));
             }
-            read_more(stream, &mut bytes, HEAD_BYTES_MAX, deadline)?;
+            read_more(stream, &mut bytes, HEAD_BYTES_MAX)?;
             continue;
         };
-        let body_bytes = head
-            .headers
-            .iter()
-            .find(|header| header.name.eq_ignore_ascii_case("content-length"))
-            .map_or(Some(0), |header| {
-                std::str::from_utf8(header.value).ok()?.trim().parse().ok()
-            })
+        let header = |name| only(head.headers, name).map_err(|text| refuse(400, &text));
+        if header("Transfer-Encoding")?.is_some() {
+            return Err(refuse(400, "A body needs a Content-Length"));
+        }
+        let body_bytes = header("Content-Length")?
+            .map_or(Some(0), number)
             .ok_or_else(|| refuse(400, "Content-Length is no number"))?;
         if body_bytes > BODY_BYTES_MAX {
             return Err(refuse(413, "The body is too long"));
@@ -247,29 +232,48 @@ pub(super) fn read_request(
             },
             path: path.to_owned(),
             query: query.to_owned(),
+            host: header("Host")?.map(str::to_owned),
+            authorization: header("Authorization")?.map(str::to_owned),
             body: Vec::new(),
             peer: None,
         };
         let whole = head_bytes + body_bytes;
         while bytes.len() < whole {
-            read_more(stream, &mut bytes, whole, deadline)?;
+            read_more(stream, &mut bytes, whole)?;
         }
         request.body = bytes[head_bytes..whole].to_vec();
         return Ok(request);
     }
 }
 
+/// A header that stands there once at most: of two, others on the way might have believed the other one.
+fn only<'a>(headers: &[httparse::Header<'a>], name: &str) -> Result<Option<&'a str>, String> {
+    let mut found = headers
+        .iter()
+        .filter(|header| header.name.eq_ignore_ascii_case(name));
+    let Some(header) = found.next() else {
+        return Ok(None);
+    };
+    if found.next().is_some() {
+        return Err(format!("{name} is there twice"));
+    }
+    std::str::from_utf8(header.value)
+        .map(|value| Some(value.trim()))
+        .map_err(|_| format!("{name} is no text"))
+}
+
+/// Digits and nothing else.
+fn number(text: &str) -> Option<usize> {
+    let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+    // What does not fit is too long in any case.
+    digits.then(|| text.parse().unwrap_or(usize::MAX))
+}
+
 fn read_more(
-    stream: &mut impl Timed,
+    stream: &mut impl Read,
     bytes: &mut Vec<u8>,
     bytes_max: usize,
-    deadline: Instant,
 ) -> Result<(), ReadError> {
-    let left = deadline.saturating_duration_since(Instant::now());
-    if left.is_zero() {
-        return Err(ReadError::Gone);
-    }
-    stream.limit(left)?;
     let mut buffer = [0; 2048];
     let wanted = buffer
         .len()

@@ -13,16 +13,16 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 
-use super::message::{ReadError, Timed, read_request};
+use super::message::{ReadError, read_request};
+use super::stream::{Limited, Timed};
 use super::{Method, Peer, Request, Response};
 
 /// Connections served at once; the next one is told to come back.
 pub const CONNECTIONS_MAX: usize = 64;
-/// How long a request may take to arrive.
-const REQUEST_DEADLINE: Duration = Duration::from_secs(5);
-/// How long an answer may take to leave.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(10);
+/// How long a connection that is one too many may take to be told so: the thread that accepts waits for it.
+const REFUSAL_DEADLINE: Duration = Duration::from_millis(100);
 /// How often an idle server looks whether it shall end.
 const STOP_POLL: Timespec = Timespec {
     tv_sec: 0,
@@ -30,6 +30,24 @@ const STOP_POLL: Timespec = Timespec {
 };
 /// An answer of the size that occurs takes some tens of KiB of stack to write as JSON, more without optimisation.
 const STACK_BYTES: usize = 512 << 10;
+
+/// How long one request and its answer may take, however they trickle.
+#[derive(Clone, Copy, Debug)]
+pub struct Deadlines {
+    /// A request, to arrive; with TLS the handshake is part of it.
+    pub request: Duration,
+    /// An answer, to leave.
+    pub answer: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self {
+            request: Duration::from_secs(5),
+            answer: Duration::from_secs(10),
+        }
+    }
+}
 
 /// A listening server; ends when dropped, and takes its socket file with it.
 #[derive(Debug)]
@@ -61,12 +79,13 @@ impl Drop for HttpServer {
     }
 }
 
-/// Serves a UNIX socket that only its owner may use.
+/// Serves a UNIX socket with this mode.
 ///
 /// # Errors
 /// Somebody else listens there, or the socket cannot be made.
 pub fn serve_unix(
     path: &Path,
+    mode: u32,
     handler: impl Fn(&Request) -> Response + Send + Sync + 'static,
 ) -> io::Result<HttpServer> {
     if UnixStream::connect(path).is_ok() {
@@ -84,7 +103,7 @@ pub fn serve_unix(
     // Left over from an agent that was killed in between, or not there at all.
     let _ = fs::remove_file(&hidden);
     let listener = UnixListener::bind(&hidden)?;
-    fs::set_permissions(&hidden, fs::Permissions::from_mode(0o600))?;
+    fs::set_permissions(&hidden, fs::Permissions::from_mode(mode))?;
     fs::rename(&hidden, path)?;
     listener.set_nonblocking(true)?;
     let accept = move |listener: &UnixListener| {
@@ -95,19 +114,21 @@ pub fn serve_unix(
             pid: peer.pid.as_raw_nonzero().get(),
             uid: peer.uid.as_raw(),
         };
-        Ok((stream, Some(peer)))
+        Ok((Limited::new(stream), Some(peer)))
     };
-    let mut server = start(listener, accept, handler)?;
+    let mut server = start(listener, accept, Deadlines::default(), handler)?;
     server.socket = Some(path.to_owned());
     Ok(server)
 }
 
-/// Serves a TCP address.
+/// Serves a TCP address, with TLS if there is a configuration of it.
 ///
 /// # Errors
 /// The address cannot be listened at.
 pub fn serve_tcp(
     address: SocketAddr,
+    tls: Option<Arc<ServerConfig>>,
+    deadlines: Deadlines,
     handler: impl Fn(&Request) -> Response + Send + Sync + 'static,
 ) -> io::Result<HttpServer> {
     let listener = TcpListener::bind(address)?;
@@ -116,9 +137,22 @@ pub fn serve_tcp(
     let accept = |listener: &TcpListener| {
         let (stream, _) = listener.accept()?;
         stream.set_nonblocking(false)?;
-        Ok((stream, None))
+        io::Result::Ok(Limited::new(stream))
     };
-    let mut server = start(listener, accept, handler)?;
+    let mut server = match tls {
+        None => {
+            let accept = move |listener: &TcpListener| Ok((accept(listener)?, None));
+            start(listener, accept, deadlines, handler)?
+        }
+        Some(tls) => {
+            let accept = move |listener: &TcpListener| {
+                let stream = accept(listener)?;
+                let session = ServerConnection::new(Arc::clone(&tls)).map_err(io::Error::other)?;
+                Ok((StreamOwned::new(session, stream), None))
+            };
+            start(listener, accept, deadlines, handler)?
+        }
+    };
     server.address = Some(address);
     Ok(server)
 }
@@ -126,6 +160,7 @@ pub fn serve_tcp(
 fn start<L: AsFd + Send + 'static, S: Timed + Send + 'static>(
     listener: L,
     accept: impl Fn(&L) -> io::Result<(S, Option<Peer>)> + Send + 'static,
+    deadlines: Deadlines,
     handler: impl Fn(&Request) -> Response + Send + Sync + 'static,
 ) -> io::Result<HttpServer> {
     let stop = Arc::new(AtomicBool::new(false));
@@ -142,7 +177,7 @@ fn start<L: AsFd + Send + 'static, S: Timed + Send + 'static>(
                 }
                 // A client that is gone again, or too few descriptors: the next round tries anew.
                 if let Ok((stream, peer)) = accept(&listener) {
-                    serve(stream, peer, &handler, &open);
+                    serve((stream, peer), deadlines, &handler, &open);
                 }
             }
         })?;
@@ -166,18 +201,16 @@ impl Drop for Open {
 }
 
 fn serve<S: Timed + Send + 'static>(
-    mut stream: S,
-    peer: Option<Peer>,
+    (mut stream, peer): (S, Option<Peer>),
+    deadlines: Deadlines,
     handler: &Handler,
     open: &Arc<AtomicUsize>,
 ) {
     let count = open.fetch_add(1, Ordering::Relaxed);
     let open = Open(Arc::clone(open));
     if count >= CONNECTIONS_MAX {
-        answer(
-            &mut stream,
-            &Response::error(503, &["Too many connections".to_owned()]),
-        );
+        let refusal = Response::error(503, &["Too many connections".to_owned()]);
+        answer(&mut stream, &refusal, REFUSAL_DEADLINE);
         return;
     }
     let handler = Arc::clone(handler);
@@ -186,7 +219,8 @@ fn serve<S: Timed + Send + 'static>(
         .stack_size(STACK_BYTES)
         .spawn(move || {
             let _open = open;
-            let response = match read_request(&mut stream, Instant::now() + REQUEST_DEADLINE) {
+            stream.until(Instant::now() + deadlines.request);
+            let response = match read_request(&mut stream) {
                 Ok(request) if request.method == Method::Other => {
                     Response::error(400, &["Only GET and PUT are served".to_owned()])
                 }
@@ -194,16 +228,15 @@ fn serve<S: Timed + Send + 'static>(
                 Err(ReadError::Refused(response)) => response,
                 Err(ReadError::Gone) => return,
             };
-            answer(&mut stream, &response);
+            answer(&mut stream, &response, deadlines.answer);
         });
     if let Err(error) = started {
         log::warn!("no thread for a request: {error}");
     }
 }
 
-fn answer(stream: &mut impl Timed, response: &Response) {
+fn answer(stream: &mut impl Timed, response: &Response, deadline: Duration) {
+    stream.until(Instant::now() + deadline);
     // Whoever asked may be gone; that is their business.
-    let _ = stream
-        .limit(ANSWER_DEADLINE)
-        .and_then(|()| response.write(stream));
+    let _ = response.write(stream).and_then(|()| stream.finish());
 }

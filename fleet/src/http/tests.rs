@@ -1,13 +1,23 @@
 #![allow(clippy::unwrap_used)]
 //! The server against clients that ask well, oddly, or never finish.
 
-use std::io::{Read, Write};
-use std::net::TcpStream;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
 
 use tempfile::TempDir;
 
+use super::stream::{Limited, Timed as _};
 use super::*;
 
 fn echo(request: &Request) -> Response {
@@ -34,7 +44,21 @@ fn ask(server: &HttpServer, request: &str) -> String {
 }
 
 fn tcp() -> HttpServer {
-    serve_tcp("127.0.0.1:0".parse().unwrap(), echo).unwrap()
+    within(Deadlines::default(), echo)
+}
+
+fn within(
+    deadlines: Deadlines,
+    handler: impl Fn(&Request) -> Response + Send + Sync + 'static,
+) -> HttpServer {
+    serve_tcp("127.0.0.1:0".parse().unwrap(), None, deadlines, handler).unwrap()
+}
+
+/// A file of the adapter's tests, made for `localhost`.
+fn pem(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../bin/ch-fleet-adapter/tests/tls")
+        .join(name)
 }
 
 #[test]
@@ -59,6 +83,17 @@ fn request_that_is_none_is_refused() {
         ("GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n", "400"),
         ("PUT / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n", "413"),
         ("DELETE / HTTP/1.1\r\n\r\n", "400"),
+        ("PUT / HTTP/1.1\r\nContent-Length: +1\r\n\r\na", "400"),
+        (
+            "PUT / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+            "400",
+        ),
+        ("PUT / HTTP/1.1\r\nContent-Length: 1, 2\r\n\r\nab", "400"),
+        (
+            "PUT / HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\na",
+            "400",
+        ),
+        ("GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", "400"),
     ] {
         let answer = ask(&server, request);
         assert!(
@@ -74,7 +109,7 @@ fn request_that_is_none_is_refused() {
 fn unix_socket_is_for_its_owner_and_tells_who_asks() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("agent.sock");
-    let server = serve_unix(&path, echo).unwrap();
+    let server = serve_unix(&path, 0o600, echo).unwrap();
     let mode = std::fs::metadata(&path).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
     let answer = api::Client::new(&path).get("fleet.status?a=1").unwrap();
@@ -82,7 +117,7 @@ fn unix_socket_is_for_its_owner_and_tells_who_asks() {
         answer.as_deref(),
         Some("Get /api/v1/fleet.status Some(\"1\") 0 true")
     );
-    let second = serve_unix(&path, echo).unwrap_err();
+    let second = serve_unix(&path, 0o600, echo).unwrap_err();
     assert_eq!(second.kind(), std::io::ErrorKind::AddrInUse);
     drop(server);
     assert!(!path.exists());
@@ -92,7 +127,7 @@ fn unix_socket_is_for_its_owner_and_tells_who_asks() {
 fn connections_beyond_the_bound_are_told_to_come_back() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("agent.sock");
-    let _server = serve_unix(&path, echo).unwrap();
+    let _server = serve_unix(&path, 0o600, echo).unwrap();
     // Each of these sends nothing and so keeps its place until its deadline.
     let held: Vec<UnixStream> = (0..CONNECTIONS_MAX)
         .map(|_| UnixStream::connect(&path).unwrap())
@@ -104,4 +139,114 @@ fn connections_beyond_the_bound_are_told_to_come_back() {
         .unwrap();
     assert!(answer.starts_with("HTTP/1.1 503"), "{answer}");
     drop(held);
+}
+
+/// Longer than a socket of this machine buffers, so that somebody has to read.
+const LONG: usize = 64 << 20;
+/// Short, so that what is given up is given up soon; whoever is well is served in far less.
+const SHORT: Deadlines = Deadlines {
+    request: Duration::from_millis(500),
+    answer: Duration::from_millis(500),
+};
+
+#[test]
+fn client_that_takes_an_answer_byte_by_byte_is_given_up() {
+    let (ours, mut theirs) = UnixStream::pair().unwrap();
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            // Every read makes a little room. A limit on each write would never be met.
+            while !over.load(Ordering::Relaxed) && theirs.read(&mut [0]).is_ok() {
+                thread::sleep(Duration::from_millis(1));
+            }
+        });
+        let mut stream = Limited::new(ours);
+        stream.until(Instant::now() + SHORT.answer);
+        let result = stream.write_all(&vec![0; LONG]);
+        over.store(true, Ordering::Relaxed);
+        let error = result.unwrap_err();
+        let late = [ErrorKind::TimedOut, ErrorKind::WouldBlock];
+        assert!(late.contains(&error.kind()), "{error:?}");
+    });
+}
+
+#[test]
+fn clients_that_send_nothing_or_little_hold_nobody_up_for_long() {
+    let server = within(SHORT, echo);
+    let address = server.address().unwrap();
+    let slow: Vec<TcpStream> = (0..CONNECTIONS_MAX)
+        .map(|_| TcpStream::connect(address).unwrap())
+        .collect();
+    // A byte of the head at a time, while somebody else wants to be served.
+    let mut served = false;
+    for byte in b"GET / HTTP/1.1\r\nX: "
+        .iter()
+        .chain([b'a'].iter().cycle())
+        .take(5000)
+    {
+        for mut stream in &slow {
+            let _ = stream.write(&[*byte]);
+        }
+        if ask(&server, "GET /x HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 200") {
+            served = true;
+            break;
+        }
+    }
+    assert!(served, "the slow ones were never given up");
+}
+
+#[test]
+fn client_that_never_ends_its_handshake_is_given_up() {
+    let tls = server_tls(&pem("server.pem"), &pem("server.key")).unwrap();
+    let address = "127.0.0.1:0".parse().unwrap();
+    let server = serve_tcp(address, Some(tls), SHORT, echo).unwrap();
+    let mut slow = TcpStream::connect(server.address().unwrap()).unwrap();
+    // The beginning of a handshake record, and then a byte now and then.
+    slow.write_all(&[22, 3, 1, 2, 0]).unwrap();
+    while slow.write(&[1]).is_ok() {
+        thread::sleep(Duration::from_millis(20));
+    }
+    // And one that speaks no TLS is told nothing of the agent.
+    let mut plain = TcpStream::connect(server.address().unwrap()).unwrap();
+    plain.write_all(b"GET /x HTTP/1.1\r\n\r\n").unwrap();
+    plain.shutdown(Shutdown::Write).unwrap();
+    let mut answer = Vec::new();
+    let _ = plain.read_to_end(&mut answer);
+    assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
+}
+
+#[test]
+fn request_over_tls_is_answered_to_whoever_believes_the_certificate() {
+    let tls = server_tls(&pem("server.pem"), &pem("server.key")).unwrap();
+    let address = "127.0.0.1:0".parse().unwrap();
+    let server = serve_tcp(address, Some(tls), Deadlines::default(), echo).unwrap();
+    let ask = |ca: &str| {
+        let mut roots = RootCertStore::empty();
+        roots
+            .add(CertificateDer::from_pem_file(pem(ca)).unwrap())
+            .unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = ServerName::try_from("localhost").unwrap();
+        let session = ClientConnection::new(Arc::new(config), name).unwrap();
+        let stream = TcpStream::connect(server.address().unwrap()).unwrap();
+        let mut stream = StreamOwned::new(session, stream);
+        stream.write_all(b"GET /x HTTP/1.1\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        std::io::Result::Ok(answer)
+    };
+    assert!(ask("ca.pem").unwrap().starts_with("HTTP/1.1 200 OK\r\n"));
+    assert!(ask("other.pem").is_err());
+}
+
+#[test]
+fn certificate_without_its_key_is_refused_by_name() {
+    let error = server_tls(&pem("server.pem"), &pem("ca.pem")).unwrap_err();
+    assert!(error.to_string().contains("ca.pem holds no key"), "{error}");
+    assert!(server_tls(Path::new("/nowhere"), &pem("server.key")).is_err());
 }

@@ -4,19 +4,28 @@
 mod fleet;
 
 use std::fs;
-use std::sync::Barrier;
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::os::unix::fs::PermissionsExt;
+use std::sync::{Arc, Barrier, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use api::ClientError;
 
+use super::clock::Clock;
+use super::event::Event;
 use super::fake_vmm::{DEADLINE, FakeVm, Fault, GIB, MIB, World, wait};
+use super::launch::{Surroundings, assemble};
+use super::rounds::with_threads;
 use super::*;
 use crate::agent_config::AgentConfig;
 use crate::config::Millis;
-use crate::http::{Method, Request, Response};
+use crate::execute::GroupFiles;
+use crate::http::{Method, Request};
 use crate::model::{Bytes, PriorityClass};
 use crate::reservations::ReservationPhase;
+use crate::worker::VmEvent;
 
 fn agent_config(world: &World) -> AgentConfig {
     let mut config = AgentConfig::default();
@@ -404,11 +413,12 @@ fn page_and_metrics_come_from_what_is_published_and_change_nothing() {
                 method,
                 path: path.to_owned(),
                 query: String::new(),
+                host: None,
+                authorization: None,
                 body: Vec::new(),
                 peer: None,
             },
             agent.published(),
-            |_| Response::done(),
         )
     };
     let metrics = String::from_utf8(ask(Method::Get, "/metrics").body).unwrap();
@@ -420,6 +430,116 @@ fn page_and_metrics_come_from_what_is_published_and_change_nothing() {
     assert_eq!(status.vms[0].socket, "");
     assert_eq!(ask(Method::Put, "/status.json").status, 400);
     assert_eq!(ask(Method::Get, "/api/v1/fleet.reserve").status, 404);
+    let page: JournalPage = serde_json::from_slice(&ask(Method::Get, "/events.json").body).unwrap();
+    assert!(page.entries.iter().any(|entry| entry.vm == "a"), "{page:?}");
+}
+
+/// Asks the page as whoever is called `host`, with these headers besides; returns the status line.
+fn ask_page(agent: &Agent, host: &str, headers: &str) -> String {
+    let mut stream = TcpStream::connect(agent.page().unwrap()).unwrap();
+    write!(
+        stream,
+        "GET /healthz HTTP/1.1\r\nHost: {host}\r\n{headers}\r\n"
+    )
+    .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer.lines().next().unwrap().to_owned()
+}
+
+#[test]
+fn page_is_for_clients_that_know_its_name_and_its_token() {
+    let world = World::new(16 * GIB, 0);
+    let agent = start(&world);
+    assert_eq!(ask_page(&agent, "127.0.0.1", ""), "HTTP/1.1 200 OK");
+    assert_eq!(ask_page(&agent, "fake:9273", ""), "HTTP/1.1 200 OK");
+    let other = ask_page(&agent, "evil.example", "");
+    assert_eq!(other, "HTTP/1.1 421 Misdirected Request");
+    drop(agent);
+    let mut config = agent_config(&world);
+    let token = world.path().join("token");
+    fs::write(&token, "secret").unwrap();
+    config.agent.token_file = Some(token);
+    let agent = start_with(&world, config);
+    assert_eq!(ask_page(&agent, "fake", ""), "HTTP/1.1 401 Unauthorized");
+    let with = ask_page(&agent, "fake", "Authorization: Bearer secret\r\n");
+    assert_eq!(with, "HTTP/1.1 200 OK");
+}
+
+#[test]
+fn socket_for_reading_shows_and_takes_no_orders() {
+    let world = World::new(16 * GIB, 0);
+    world.add("a", FakeVm::new(4 * GIB, GIB));
+    let agent = start(&world);
+    wait_vm(&agent, "a", "up", |vm| vm.up);
+    let path = world.path().join("run/agent.read.sock");
+    let mode = fs::metadata(&path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o660);
+    let reader = api::Client::new(&path).with_timeout(Some(DEADLINE));
+    for name in ["fleet.status", "fleet.explain", "fleet.events?since=0"] {
+        assert!(reader.get(name).unwrap().is_some(), "{name}");
+    }
+    let refused = [
+        reader.put("fleet.pin", Some(r#"{"vm":"a","pinned":true}"#)),
+        reader.put("fleet.reload", None),
+        reader.get("fleet.config"),
+    ];
+    for refused in refused {
+        let Err(ClientError::Server(error)) = refused else {
+            panic!("{refused:?}");
+        };
+        assert_eq!(error.status, 403);
+    }
+    let vm = status_of(&agent, "a").unwrap();
+    assert_eq!(vm.interlock, None);
+}
+
+#[test]
+fn agent_that_shall_end_does_so_after_one_request_however_many_wait() {
+    let world = World::new(16 * GIB, 0);
+    let clock = Clock::start();
+    let (reports, _reported) = mpsc::sync_channel::<VmEvent>(16);
+    let files = world.files();
+    let groups = GroupFiles {
+        proc: files.proc.clone(),
+        cgroup_root: files.cgroup_root.clone(),
+    };
+    let surroundings = Surroundings {
+        files: &files,
+        clock,
+        serve: with_threads(groups, clock, Arc::default(), move |event| {
+            reports.send(event).is_ok()
+        }),
+        pressed: Box::new(|| {}),
+    };
+    let mut control = assemble(agent_config(&world), None, &Arc::default(), surroundings).unwrap();
+    let (events, received) = mpsc::sync_channel(1000);
+    let mut answers = Vec::new();
+    let stop = control.stop.clone();
+    for number in 0..1000 {
+        let (answer, answered) = mpsc::sync_channel(1);
+        let request = Request {
+            method: Method::Get,
+            path: "/api/v1/fleet.config".to_owned(),
+            query: String::new(),
+            host: None,
+            authorization: None,
+            body: Vec::new(),
+            peer: None,
+        };
+        events
+            .send(Event::Client(Box::new(request), answer))
+            .unwrap();
+        answers.push(answered);
+        if number == 500 {
+            stop.ask();
+        }
+    }
+    control.run(&received).unwrap();
+    let answered = answers
+        .iter()
+        .filter(|answered| answered.try_recv().is_ok());
+    assert!(answered.count() <= 1);
 }
 
 #[test]
