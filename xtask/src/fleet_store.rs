@@ -8,10 +8,14 @@ use anyhow::{Context as _, Result};
 use crate::apt::{self, Need};
 use crate::{cargo, test_programs, testbed};
 
-const NEEDS: [Need; 3] = [
+const NEEDS: [Need; 4] = [
     Need {
         package: "etcd-server",
         why: "the store that hosts share",
+    },
+    Need {
+        package: "openssl",
+        why: "certificates for a store with TLS",
     },
     Need {
         package: "iproute2",
@@ -44,7 +48,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             "--lib",
             "--bins",
             "--tests",
-            "etcd_does_what_a_store_must",
+            "store::tests::etcd_",
             "--",
             "--ignored",
         ])?;

@@ -367,8 +367,19 @@ impl Promises {
         journal: &mut Journal,
     ) -> Result<(), String> {
         let held = self.book.find(&entry.id);
-        if held.is_some_and(|held| held.id == entry.id) {
-            return Ok(());
+        if let Some(held) = held {
+            // Another one's id would have this line answered with what that one was promised.
+            let same = held.id == entry.id
+                && held.remote
+                && held.vm == entry.vm
+                && held.configured == entry.max;
+            return match same {
+                true => Ok(()),
+                false => Err(format!(
+                    "a reservation {:?} is here already, and is another one",
+                    entry.id
+                )),
+            };
         }
         let vm = checked_name(entry.vm.clone())?;
         if situation.rounds.has_vm(&vm) {

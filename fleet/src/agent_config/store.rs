@@ -1,13 +1,16 @@
 //! `[store]`: what the hosts of a fleet share.
 
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use ureq::tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConfig, parse_pem};
 
 use crate::cluster::{Keys, NameError};
 use crate::config::Millis;
-use crate::store::{Endpoint, EndpointError, EtcdStore};
+use crate::store::{Endpoint, EndpointError, EtcdStore, Login};
 
 /// The shortest lease: three rounds of keeping alive, each with time for a slow member, must fit into it.
 const LEASE_MIN: Millis = Millis::seconds(3);
@@ -18,8 +21,23 @@ const LEASE_MAX: Millis = Millis::seconds(600);
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StoreSection {
-    /// Members of the etcd cluster, `http://host:port`; none: this host is for itself.
+    /// Members of the etcd cluster, `http://host:port` or `https://host:port`; none: this host is for itself.
     pub endpoints: Vec<String>,
+    /// File with the certificates that sign the members'; `https` needs it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ca_file: Option<PathBuf>,
+    /// File with the certificate that this host shows to the members.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<PathBuf>,
+    /// File with the key of that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key: Option<PathBuf>,
+    /// User of etcd that this host is; nobody is logged in without.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
+    /// File with the password of that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub password_file: Option<PathBuf>,
     /// Before all keys; fleets that share a cluster have different ones.
     pub prefix: String,
     /// Name of this host in the fleet; that of the machine when absent.
@@ -35,6 +53,11 @@ impl Default for StoreSection {
     fn default() -> Self {
         Self {
             endpoints: Vec::new(),
+            ca_file: None,
+            certificate: None,
+            key: None,
+            user: None,
+            password_file: None,
             prefix: "/ch-fleet".to_owned(),
             host: None,
             lease: Millis::seconds(10),
@@ -49,6 +72,26 @@ pub enum StoreFault {
     /// A member.
     #[error("store.endpoints is wrong")]
     Endpoint(#[source] EndpointError),
+    /// Nobody says whom to believe.
+    #[error("store.ca_file is needed for https")]
+    NoCa,
+    /// One of the two files of a certificate.
+    #[error("store.certificate and store.key are needed together")]
+    HalfOfCertificate,
+    /// One of the two parts of a login.
+    #[error("store.user and store.password_file are needed together")]
+    HalfOfLogin,
+    /// Everybody on the network could read the password.
+    #[error("store.user needs https: a password would be sent in the clear")]
+    PlainLogin,
+    /// A file without what it should hold.
+    #[error("{} holds no {what}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// What it should hold.
+        what: &'static str,
+    },
     /// The host's name or the prefix.
     #[error("store.host or store.prefix is wrong")]
     Name(#[source] NameError),
@@ -74,7 +117,19 @@ impl StoreSection {
     /// # Errors
     /// The first thing that is wrong.
     pub fn check(&self) -> Result<(), StoreFault> {
-        self.endpoints()?;
+        let endpoints = self.endpoints()?;
+        if endpoints.iter().any(Endpoint::has_tls) && self.ca_file.is_none() {
+            return Err(StoreFault::NoCa);
+        }
+        if self.certificate.is_some() != self.key.is_some() {
+            return Err(StoreFault::HalfOfCertificate);
+        }
+        if self.user.is_some() != self.password_file.is_some() {
+            return Err(StoreFault::HalfOfLogin);
+        }
+        if self.user.is_some() && !endpoints.iter().all(Endpoint::is_private) {
+            return Err(StoreFault::PlainLogin);
+        }
         self.keys()?;
         if let Some(host) = &self.host {
             Keys::check_host(host).map_err(StoreFault::Name)?;
@@ -99,9 +154,36 @@ impl StoreSection {
     /// A client of the store. `member` is the one that it asks first, counted round.
     ///
     /// # Errors
-    /// An endpoint is none.
+    /// An endpoint is none, or a file is not what it should be.
     pub fn connect(&self, member: usize) -> Result<Arc<EtcdStore>, StoreFault> {
-        Ok(Arc::new(EtcdStore::new(self.endpoints()?, member)))
+        let login = self.user.clone().zip(self.password_file.clone());
+        let login = login.map(|(user, password_file)| Login {
+            user,
+            password_file,
+        });
+        let store = EtcdStore::with_access(self.endpoints()?, member, self.tls()?, login);
+        Ok(Arc::new(store))
+    }
+
+    /// Whom to believe and what to show.
+    fn tls(&self) -> Result<TlsConfig, StoreFault> {
+        let mut tls = TlsConfig::builder()
+            .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()));
+        if let Some(path) = &self.ca_file {
+            let roots = RootCerts::Specific(Arc::new(certificates(path)?));
+            tls = tls.root_certs(roots);
+        }
+        if let (Some(certificate), Some(path)) = (&self.certificate, &self.key) {
+            let key = fs::read(path).ok();
+            let key = key.and_then(|bytes| PrivateKey::from_pem(&bytes).ok());
+            let key = key.ok_or_else(|| StoreFault::File {
+                path: path.clone(),
+                what: "key",
+            })?;
+            let shown = ClientCert::new_with_certs(&certificates(certificate)?, key);
+            tls = tls.client_cert(Some(shown));
+        }
+        Ok(tls.build())
     }
 
     fn endpoints(&self) -> Result<Vec<Endpoint>, StoreFault> {
@@ -109,5 +191,66 @@ impl StoreSection {
         endpoints
             .collect::<Result<_, _>>()
             .map_err(StoreFault::Endpoint)
+    }
+}
+
+fn certificates(path: &Path) -> Result<Vec<Certificate<'static>>, StoreFault> {
+    let bytes = fs::read(path).unwrap_or_default();
+    let certificates: Vec<_> = parse_pem(&bytes)
+        .filter_map(|item| match item {
+            Ok(PemItem::Certificate(certificate)) => Some(certificate),
+            _ => None,
+        })
+        .collect();
+    if certificates.is_empty() {
+        return Err(StoreFault::File {
+            path: path.to_owned(),
+            what: "certificate",
+        });
+    }
+    Ok(certificates)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn section(endpoint: &str) -> StoreSection {
+        StoreSection {
+            endpoints: vec![endpoint.to_owned()],
+            ..StoreSection::default()
+        }
+    }
+
+    #[test]
+    fn half_of_what_goes_together_is_refused_by_name() {
+        let (http, https) = ("http://etcd:2379", "https://etcd:2379");
+        let path = || Some(PathBuf::from("/f"));
+        let user = || Some("agent".to_owned());
+        assert_eq!(section(http).check(), Ok(()));
+        assert_eq!(section(https).check(), Err(StoreFault::NoCa));
+        let secure = |change: fn(&mut StoreSection)| {
+            let mut section = section(https);
+            section.ca_file = path();
+            change(&mut section);
+            section.check()
+        };
+        assert_eq!(secure(|_| {}), Ok(()));
+        let half = secure(|section| section.key = Some("/f".into()));
+        assert_eq!(half, Err(StoreFault::HalfOfCertificate));
+        let half = secure(|section| section.user = Some("agent".to_owned()));
+        assert_eq!(half, Err(StoreFault::HalfOfLogin));
+        let mut plain = section(http);
+        (plain.user, plain.password_file) = (user(), path());
+        assert_eq!(plain.check(), Err(StoreFault::PlainLogin));
+    }
+
+    #[test]
+    fn file_without_a_certificate_is_named() {
+        let mut section = section("https://etcd:2379");
+        section.ca_file = Some("/dev/null".into());
+        let error = section.connect(0).unwrap_err();
+        assert_eq!(error.to_string(), "/dev/null holds no certificate");
     }
 }

@@ -310,7 +310,11 @@ impl Member {
         let mut left: Vec<&HeldPromise> = account.held.iter().collect();
         let mut entries = Vec::new();
         for entry in found.book.iter().flat_map(|book| &book.entries) {
-            let held = left.iter().position(|held| held.id == entry.id);
+            // A line that only has the id of a promise is not answered with it.
+            let same = |held: &&HeldPromise| {
+                held.id == entry.id && held.vm == entry.vm && held.max == entry.max
+            };
+            let held = left.iter().position(same);
             let answer = match (held, account.refused.get(&entry.id), &entry.answer) {
                 (Some(index), ..) => answer_of(left.remove(index)),
                 (None, Some(why), _) => Answer::Refused(why.clone()),

@@ -149,9 +149,9 @@ impl ReservationBook {
         owner_uid: u32,
         (now, hold): (Moment, Millis),
     ) -> Result<Reservation, BookError> {
-        if let Some(held) = self.find(vm) {
+        if let Some(held) = self.find(vm).or_else(|| self.find(id)) {
             return Err(BookError::Held {
-                vm: vm.to_owned(),
+                vm: held.vm.clone(),
                 held: held.configured,
             });
         }

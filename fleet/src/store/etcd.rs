@@ -5,14 +5,19 @@
 //! Reads go from member to member until one answers. A change goes on to the next member only if it cannot have reached
 //! the one before.
 
+use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use thiserror::Error;
+use ureq::tls::TlsConfig;
 
 use super::etcd_wire as wire;
 use super::{Committed, LeaseId, Listing, Revision, Store, StoreError, Txn};
@@ -28,29 +33,48 @@ const ATTEMPT_MIN: Duration = Duration::from_millis(50);
 /// Longest line of a stream of changes.
 const LINE_BYTES_MAX: u64 = 16 << 20;
 
+/// Most that is read of an answer that is none of success.
+const FAILURE_BYTES_MAX: u64 = 4096;
+/// Longest password, and longest token that one is given for it.
+const SECRET_BYTES_MAX: u64 = 4096;
+
 /// Why a text is no endpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum EndpointError {
-    /// Only plain HTTP is spoken.
-    #[error(
-        "{0:?} does not start with http://; TLS is not spoken here, put a proxy before the store"
-    )]
+    /// Something else than HTTP.
+    #[error("{0:?} does not start with http:// or https://")]
     Scheme(String),
     /// There is no host.
     #[error("{0:?} names no host and port")]
     Host(String),
 }
 
-/// Where a member serves its clients: `http://host:port`.
+/// Where a member serves its clients: `http://host:port` or `https://host:port`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint(String);
+
+impl Endpoint {
+    /// Whether TLS is spoken there.
+    pub fn has_tls(&self) -> bool {
+        self.0.starts_with("https:")
+    }
+
+    /// Whether what is sent there stays on this machine or is encrypted.
+    pub fn is_private(&self) -> bool {
+        let place = self.0.trim_start_matches("http://");
+        let host = place.rsplit_once(':').map_or(place, |(host, _)| host);
+        let address = host.trim_matches(['[', ']']).parse::<IpAddr>();
+        self.has_tls() || host == "localhost" || address.is_ok_and(|address| address.is_loopback())
+    }
+}
 
 impl FromStr for Endpoint {
     type Err = EndpointError;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let rest = text
-            .strip_prefix("http://")
+        let (scheme, rest) = ["http://", "https://"]
+            .into_iter()
+            .find_map(|scheme| Some((scheme, text.strip_prefix(scheme)?)))
             .ok_or_else(|| EndpointError::Scheme(text.to_owned()))?;
         let place = rest.strip_suffix('/').unwrap_or(rest);
         let (host, port) = place.rsplit_once(':').unwrap_or((place, ""));
@@ -58,8 +82,17 @@ impl FromStr for Endpoint {
         if host.is_empty() || place.contains(odd) || port.parse::<u16>().is_err() {
             return Err(EndpointError::Host(text.to_owned()));
         }
-        Ok(Self(format!("http://{place}")))
+        Ok(Self(format!("{scheme}{place}")))
     }
+}
+
+/// Whom etcd takes a client for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Login {
+    /// Name of the user.
+    pub user: String,
+    /// File with the password. It is read for every login, so that it can be changed.
+    pub password_file: PathBuf,
 }
 
 /// A cluster of etcd members.
@@ -67,6 +100,9 @@ impl FromStr for Endpoint {
 pub struct EtcdStore {
     agent: ureq::Agent,
     endpoints: Vec<Endpoint>,
+    login: Option<Login>,
+    /// What the last login brought. Held for a copy only.
+    token: Mutex<Option<String>>,
     /// The member that is asked first; the next one when it did not answer.
     first: AtomicUsize,
 }
@@ -79,6 +115,8 @@ enum Attempt {
     NoAnswer(String),
     /// The member could not do it now, or does not say whether it did.
     Unable(String),
+    /// The login is over; nothing was done.
+    LoginOver(String),
     /// It was answered, and the answer is final.
     Final(StoreError),
 }
@@ -87,7 +125,18 @@ impl EtcdStore {
     /// A store with these members. `member` is the one that is asked first, counted round: clients that begin with
     /// different ones spread over all.
     pub fn new(endpoints: Vec<Endpoint>, member: usize) -> Self {
+        Self::with_access(endpoints, member, TlsConfig::default(), None)
+    }
+
+    /// The same with whom to believe, what to show, and as whom to log in.
+    pub fn with_access(
+        endpoints: Vec<Endpoint>,
+        member: usize,
+        tls: TlsConfig,
+        login: Option<Login>,
+    ) -> Self {
         let config = ureq::Agent::config_builder()
+            .tls_config(tls)
             .http_status_as_error(false)
             .max_redirects(0)
             .max_idle_connections(0)
@@ -98,6 +147,8 @@ impl EtcdStore {
         Self {
             agent: ureq::Agent::new_with_config(config),
             endpoints,
+            login,
+            token: Mutex::default(),
             first: AtomicUsize::new(member),
         }
     }
@@ -111,35 +162,122 @@ impl EtcdStore {
         let _ = self.first.compare_exchange(member, next, order, order);
     }
 
-    fn post(
+    /// Asks a member, logged in if that is wanted. A login that is over is renewed once.
+    fn call(
         &self,
         endpoint: &Endpoint,
         path: &str,
         body: &Value,
         limit: Duration,
     ) -> Result<ureq::Body, Attempt> {
-        let answer = self
+        let until = Instant::now() + limit;
+        let left = || {
+            until
+                .saturating_duration_since(Instant::now())
+                .max(ATTEMPT_MIN)
+        };
+        let Some(login) = &self.login else {
+            return self.post(endpoint, path, body, None, left());
+        };
+        let known = self.token.lock().clone();
+        if let Some(token) = &known {
+            match self.post(endpoint, path, body, Some(token), left()) {
+                Err(Attempt::LoginOver(_)) => {}
+                answer => return answer,
+            }
+        }
+        let token = self.log_in(endpoint, login, left())?;
+        self.post(endpoint, path, body, Some(&token), left())
+    }
+
+    /// A new token. Whatever goes wrong here, the request itself was not sent.
+    fn log_in(
+        &self,
+        endpoint: &Endpoint,
+        login: &Login,
+        limit: Duration,
+    ) -> Result<String, Attempt> {
+        let refused = |why: String| Attempt::Final(StoreError::Refused { why });
+        let password = read_secret(&login.password_file).map_err(|error| {
+            refused(format!(
+                "{} holds no password: {error}",
+                login.password_file.display()
+            ))
+        })?;
+        let request = wire::authenticate(&login.user, &password);
+        let answer = self.post(endpoint, "/v3/auth/authenticate", &request, None, limit);
+        let body = match answer {
+            Ok(body) => body,
+            Err(Attempt::NoAnswer(why) | Attempt::Unable(why)) => {
+                return Err(Attempt::NotSent(why));
+            }
+            Err(other) => return Err(other),
+        };
+        let told = read_first_json::<wire::AuthAnswer>(body)
+            .map_err(|error| Attempt::NotSent(format!("{}: {error}", endpoint.0)))?;
+        // It becomes a header.
+        let good = |c: char| c.is_ascii_graphic();
+        if told.token.is_empty()
+            || told.token.len() as u64 > SECRET_BYTES_MAX
+            || !told.token.chars().all(good)
+        {
+            return Err(refused("it gave no token for the password".to_owned()));
+        }
+        *self.token.lock() = Some(told.token.clone());
+        Ok(told.token)
+    }
+
+    fn post(
+        &self,
+        endpoint: &Endpoint,
+        path: &str,
+        body: &Value,
+        token: Option<&str>,
+        limit: Duration,
+    ) -> Result<ureq::Body, Attempt> {
+        let mut request = self
             .agent
             .post(format!("{}{path}", endpoint.0))
             .config()
             .timeout_global(Some(limit))
             .build()
-            .header("Content-Type", "application/json")
-            .send(body.to_string());
+            .header("Content-Type", "application/json");
+        if let Some(token) = token {
+            request = request.header("Authorization", token);
+        }
+        let answer = request.send(body.to_string());
         let answer = answer.map_err(|error| attempt_of(endpoint, &error))?;
         let status = answer.status().as_u16();
         let body = answer.into_body();
         if status == 200 {
             return Ok(body);
         }
-        let told = read_first_json::<wire::Failure>(body).unwrap_or_default();
+        let told = read_failure(body);
         Err(match told.code {
             wire::NOT_FOUND => Attempt::Final(StoreError::LeaseOver),
+            code if token.is_some() && wire::is_login_over(code, &told.message) => {
+                Attempt::LoginOver(told.message)
+            }
             code if wire::NOT_DONE.contains(&code) => {
                 Attempt::Final(StoreError::Refused { why: told.message })
             }
             _ => Attempt::Unable(format!("{}: {status} {}", endpoint.0, told.message)),
         })
+    }
+
+    /// What an administrator asks of the first member, for tests.
+    #[cfg(test)]
+    pub(super) fn administer(&self, path: &str, body: &Value) -> Result<(), String> {
+        match self.call(&self.endpoints[0], path, body, Duration::from_secs(10)) {
+            Ok(_) => Ok(()),
+            Err(Attempt::Final(error)) => Err(error.to_string()),
+            Err(
+                Attempt::NotSent(why)
+                | Attempt::NoAnswer(why)
+                | Attempt::Unable(why)
+                | Attempt::LoginOver(why),
+            ) => Err(why),
+        }
     }
 
     /// Asks member after member. `again` says whether a request that may have arrived may be sent to another one too.
@@ -161,7 +299,7 @@ impl EtcdStore {
             let member = self.first.load(Ordering::Relaxed);
             let endpoint = &self.endpoints[member % count];
             let limit = if count > 1 { left.min(ATTEMPT) } else { left };
-            let attempt = match self.post(endpoint, path, body, limit.max(ATTEMPT_MIN)) {
+            let attempt = match self.call(endpoint, path, body, limit.max(ATTEMPT_MIN)) {
                 Ok(body) => match read(body) {
                     Ok(answer) => return Ok(answer),
                     Err(error) if again && error.kind() == io::ErrorKind::InvalidData => {
@@ -176,6 +314,8 @@ impl EtcdStore {
             self.pass_over(member);
             match attempt {
                 Attempt::NotSent(text) => why = text,
+                // Just logged in, and already over again.
+                Attempt::LoginOver(why) => return Err(StoreError::Refused { why }),
                 Attempt::NoAnswer(text) | Attempt::Unable(text) if again => why = text,
                 Attempt::NoAnswer(why) | Attempt::Unable(why) => {
                     return Err(StoreError::Unknown { why });
@@ -203,6 +343,37 @@ fn attempt_of(endpoint: &Endpoint, error: &ureq::Error) -> Attempt {
     } else {
         Attempt::NoAnswer(text)
     }
+}
+
+/// What an answer says that is none of success: as JSON, or as plain text from before the JSON interface.
+fn read_failure(body: ureq::Body) -> wire::Failure {
+    let mut text = Vec::new();
+    // What came is better than nothing.
+    let _ = body
+        .into_reader()
+        .take(FAILURE_BYTES_MAX)
+        .read_to_end(&mut text);
+    let mut values = serde_json::Deserializer::from_slice(&text).into_iter();
+    match values.next() {
+        Some(Ok(failure)) => failure,
+        _ => wire::Failure {
+            message: String::from_utf8_lossy(&text).trim().to_owned(),
+            ..wire::Failure::default()
+        },
+    }
+}
+
+/// The text of a file that holds a secret.
+fn read_secret(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    File::open(path)?
+        .take(SECRET_BYTES_MAX)
+        .read_to_string(&mut text)?;
+    let text = text.trim();
+    if text.is_empty() {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(text.to_owned())
 }
 
 /// The first JSON value of a body: streams have more, and some members end theirs untidily.
@@ -300,11 +471,12 @@ impl Store for EtcdStore {
             });
         };
         let left = until.saturating_duration_since(Instant::now());
-        let body = match self.post(endpoint, "/v3/watch", &request, left.max(ATTEMPT_MIN)) {
+        let body = match self.call(endpoint, "/v3/watch", &request, left.max(ATTEMPT_MIN)) {
             Ok(body) => body,
             // No stream began in all the time: as good as nothing happening, as far as is known.
             Err(_) if Instant::now() >= until => return Ok(false),
             Err(Attempt::Final(error)) => return Err(error),
+            Err(Attempt::LoginOver(why)) => return Err(StoreError::Refused { why }),
             Err(Attempt::NotSent(why) | Attempt::NoAnswer(why) | Attempt::Unable(why)) => {
                 self.pass_over(member);
                 return Err(StoreError::Unreachable { why });
@@ -346,8 +518,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn endpoint_is_a_plain_http_address() {
+    fn endpoint_is_an_http_address() {
         for good in [
+            "https://etcd:2379",
             "http://127.0.0.1:2379",
             "http://etcd-1:2379/",
             "http://[::1]:2379",
@@ -355,7 +528,8 @@ mod tests {
             good.parse::<Endpoint>().unwrap();
         }
         for bad in [
-            "https://etcd:2379",
+            "ftp://etcd:2379",
+            "https://etcd",
             "etcd:2379",
             "http://",
             "http://etcd",
@@ -363,6 +537,26 @@ mod tests {
             "http://etcd:2379/v3",
         ] {
             assert!(bad.parse::<Endpoint>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn password_goes_over_tls_or_stays_on_this_machine() {
+        let private = |text: &str| text.parse::<Endpoint>().unwrap().is_private();
+        for good in [
+            "https://etcd:2379",
+            "http://[::1]:2379",
+            "http://127.0.0.2:1",
+            "http://localhost:1",
+        ] {
+            assert!(private(good), "{good}");
+        }
+        for bad in [
+            "http://etcd:2379",
+            "http://10.0.0.1:2379",
+            "http://localhost.example:2379",
+        ] {
+            assert!(!private(bad), "{bad}");
         }
     }
 

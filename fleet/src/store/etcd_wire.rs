@@ -16,6 +16,24 @@ pub(super) const NOT_FOUND: u32 = 5;
 /// does not allow it (9), no permission (7, 16), no such function (12).
 pub(super) const NOT_DONE: [u32; 7] = [3, 7, 8, 9, 11, 12, 16];
 
+/// Whether a refusal means that the token is not, or no longer, one of etcd's (16), or is from before users or rights were
+/// changed (3, `etcdserver: revision of auth store is old`).
+pub(super) fn is_login_over(code: u32, message: &str) -> bool {
+    code == 16 || code == 3 && message.contains("auth store is old")
+}
+
+/// Asks for a token.
+pub(super) fn authenticate(user: &str, password: &str) -> Value {
+    json!({ "name": user, "password": password })
+}
+
+/// A token; etcd tells its header as well.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct AuthAnswer {
+    pub(super) token: String,
+}
+
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Header {

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use thiserror::Error;
 
-pub use etcd::{Endpoint, EndpointError, EtcdStore};
+pub use etcd::{Endpoint, EndpointError, EtcdStore, Login};
 pub use measured::{Measured, StoreCall, StoreCounters};
 pub use memory::{Fault, MemoryStore};
 

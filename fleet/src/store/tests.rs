@@ -1,9 +1,20 @@
 #![allow(clippy::unwrap_used)]
 //! The store in memory, and etcd where a test run names one.
 
+use std::ffi::OsStr;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use serde_json::json;
+
 use super::*;
+use crate::agent_config::StoreSection;
+use crate::cluster::Keys;
 
 #[test]
 fn memory_store_does_what_a_store_must() {
@@ -80,13 +91,19 @@ struct Etcd {
 
 impl Etcd {
     fn start() -> Self {
+        Self::start_with("http", &[])
+    }
+
+    /// The same over `scheme`, with these arguments besides.
+    fn start_with(scheme: &str, arguments: &[&OsStr]) -> Self {
         let folder = tempfile::TempDir::new().unwrap();
         // Two ports that were free a moment ago.
         let free = || {
             let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
             listener.local_addr().unwrap()
         };
-        let (client, peer) = (format!("http://{}", free()), format!("http://{}", free()));
+        let client = format!("{scheme}://{}", free());
+        let peer = format!("http://{}", free());
         let child = std::process::Command::new("etcd")
             .arg("--data-dir")
             .arg(folder.path())
@@ -96,6 +113,7 @@ impl Etcd {
             .args(["--initial-advertise-peer-urls", &peer])
             .args(["--initial-cluster", &format!("default={peer}")])
             .args(["--log-level", "error", "--logger", "zap"])
+            .args(arguments)
             .spawn()
             .expect("etcd-server is installed");
         Self {
@@ -124,4 +142,201 @@ fn etcd_does_what_a_store_must() {
     }
     // The demands themselves wait until the keys of a lease are gone.
     conformance::check(&store, "/conformance", |_: Duration| {});
+}
+
+/// Certificates made for one test: a CA, and what it signed for the members and for their clients.
+struct Certificates(tempfile::TempDir);
+
+impl Certificates {
+    fn make() -> Self {
+        let made = Self(tempfile::TempDir::new().unwrap());
+        let key = [
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:prime256v1",
+            "-nodes",
+            "-days",
+            "2",
+        ];
+        for ca in ["ca", "other"] {
+            made.openssl(
+                &[
+                    &["req", "-x509"],
+                    &key[..],
+                    &["-subj", "/CN=test CA", "-keyout"],
+                ]
+                .concat(),
+                ca,
+            );
+        }
+        // Members call themselves, too, so theirs is good for both ends.
+        // etcd refuses clients of its JSON interface with a common name, which it would otherwise take for a user's.
+        for (name, usage, subject) in [
+            ("server", "serverAuth,clientAuth", "/CN=test"),
+            ("client", "clientAuth", "/O=test"),
+        ] {
+            let usage = format!("extendedKeyUsage={usage}");
+            let (ca, ca_key) = (made.pem("ca.pem"), made.pem("ca.key"));
+            let signed = [
+                "-CA",
+                ca.to_str().unwrap(),
+                "-CAkey",
+                ca_key.to_str().unwrap(),
+                "-addext",
+                "subjectAltName=IP:127.0.0.1,DNS:localhost",
+                "-addext",
+                &usage,
+                "-addext",
+                "basicConstraints=critical,CA:FALSE",
+                "-subj",
+                subject,
+                "-keyout",
+            ];
+            made.openssl(&[&["req", "-x509"], &key[..], &signed].concat(), name);
+        }
+        made
+    }
+
+    fn pem(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn openssl(&self, arguments: &[&str], name: &str) {
+        let output = Command::new("openssl")
+            .args(arguments)
+            .arg(self.pem(&format!("{name}.key")))
+            .arg("-out")
+            .arg(self.pem(&format!("{name}.pem")))
+            .output()
+            .expect("openssl is installed");
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+}
+
+fn put(key: String) -> Txn {
+    Txn {
+        expect: Vec::new(),
+        writes: vec![Write::Put {
+            key,
+            value: b"1".to_vec(),
+            lease: None,
+        }],
+    }
+}
+
+/// Waits until etcd answers.
+fn wait_for(store: &EtcdStore) {
+    let until = Instant::now() + Duration::from_secs(60);
+    while let Err(error) = store.list("/", until) {
+        assert!(Instant::now() < until, "etcd does not answer: {error:?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+#[test]
+#[ignore = "needs etcd: cargo xtask fleet-store"]
+fn etcd_with_tls_and_users_does_what_a_store_must_and_gives_each_user_its_rights_only() {
+    let made = Certificates::make();
+    let (certificate, key, ca) = (
+        made.pem("server.pem"),
+        made.pem("server.key"),
+        made.pem("ca.pem"),
+    );
+    let arguments: [&OsStr; 7] = [
+        OsStr::new("--cert-file"),
+        certificate.as_ref(),
+        OsStr::new("--key-file"),
+        key.as_ref(),
+        OsStr::new("--trusted-ca-file"),
+        ca.as_ref(),
+        OsStr::new("--client-cert-auth"),
+    ];
+    let etcd = Etcd::start_with("https", &arguments);
+    let password =
+        |user: &str, text: &str| fs::write(made.pem(&format!("{user}.password")), text).unwrap();
+    let section = |user: Option<&str>| StoreSection {
+        endpoints: vec![etcd.address.clone()],
+        ca_file: Some(ca.clone()),
+        certificate: Some(made.pem("client.pem")),
+        key: Some(made.pem("client.key")),
+        user: user.map(str::to_owned),
+        password_file: user.map(|user| made.pem(&format!("{user}.password"))),
+        ..StoreSection::default()
+    };
+    let connect = |section: &StoreSection| -> Arc<EtcdStore> {
+        section.check().unwrap();
+        section.connect(0).unwrap()
+    };
+    let root = connect(&section(None));
+    wait_for(&root);
+    let until = || Instant::now() + Duration::from_secs(10);
+    // Who shows no certificate, and who believes another CA, is not served.
+    let mut stranger = section(None);
+    (stranger.certificate, stranger.key) = (None, None);
+    assert!(connect(&stranger).list("/", until()).is_err());
+    let mut fooled = section(None);
+    fooled.ca_file = Some(made.pem("other.pem"));
+    assert!(connect(&fooled).list("/", until()).is_err());
+
+    let administer = |path: &str, body: serde_json::Value| root.administer(path, &body).unwrap();
+    // Everything below the fleet's prefix, and nothing else.
+    let range = |kind: &str, key: &str| {
+        let mut end = key.as_bytes().to_vec();
+        *end.last_mut().unwrap() += 1;
+        json!({ "permType": kind, "key": STANDARD.encode(key), "range_end": STANDARD.encode(end) })
+    };
+    for (user, kind, prefix) in [
+        ("agent", "READWRITE", "/test/"),
+        ("reader", "READ", "/test/"),
+        ("elsewhere", "READWRITE", "/other/"),
+        ("root", "READWRITE", "/"),
+    ] {
+        password(user, &format!("{user}'s word\n"));
+        administer(
+            "/v3/auth/user/add",
+            json!({ "name": user, "password": format!("{user}'s word") }),
+        );
+        administer("/v3/auth/role/add", json!({ "name": user }));
+        administer(
+            "/v3/auth/role/grant",
+            json!({ "name": user, "perm": range(kind, prefix) }),
+        );
+        administer("/v3/auth/user/grant", json!({ "user": user, "role": user }));
+    }
+    administer("/v3/auth/enable", json!({}));
+
+    let agent = connect(&section(Some("agent")));
+    conformance::check(&*agent, "/test", |_: Duration| {});
+
+    // A line in a host's book is what makes it promise: who may not write there cannot have it do so.
+    let book = Keys::new("/test").unwrap().book("node-1");
+    let there = || agent.list(&book, until()).unwrap().pairs.len();
+    for user in [Some("reader"), Some("elsewhere"), None] {
+        let store = connect(&section(user));
+        let error = store.commit(&put(book.clone()), until()).unwrap_err();
+        assert!(
+            matches!(error, StoreError::Refused { .. }),
+            "{user:?}: {error:?}"
+        );
+        assert_eq!(there(), 0, "{user:?}");
+    }
+    connect(&section(Some("reader")))
+        .list("/test/", until())
+        .unwrap();
+    agent.commit(&put(book.clone()), until()).unwrap();
+    assert_eq!(there(), 1);
+
+    // A password that was changed ends the login, and the file is read again.
+    let root = connect(&section(Some("root")));
+    let changed = json!({ "name": "agent", "password": "another word" });
+    root.administer("/v3/auth/user/changepw", &changed).unwrap();
+    let error = agent.list("/test/", until()).unwrap_err();
+    assert!(matches!(error, StoreError::Refused { .. }), "{error:?}");
+    password("agent", "another word");
+    assert_eq!(there(), 1);
 }

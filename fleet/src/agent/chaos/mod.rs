@@ -355,6 +355,8 @@ impl Chaos {
             path: format!("{}{name}", api::API_PREFIX),
             query: String::new(),
             body: body.into_bytes(),
+            host: None,
+            authorization: None,
             peer: Some(Peer { pid: 1, uid: 0 }),
         };
         running

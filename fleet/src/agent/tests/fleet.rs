@@ -13,7 +13,7 @@ use crate::cluster::{FleetPicture, Keys, PlaceError, Placed, Placer, Wanted};
 use crate::config::{Config, Millis};
 use crate::model::Bytes;
 use crate::reservations::ReservationPhase;
-use crate::store::{MemoryStore, Store};
+use crate::store::{Committed, MemoryStore, Revision, Store, Txn, Write};
 
 const CALL: Duration = Duration::from_secs(2);
 
@@ -190,4 +190,76 @@ fn promises_at_the_socket_and_from_afar_come_out_of_one_ledger() {
         .map(|agent| agent.published().get().status.reservations.len())
         .sum();
     assert_eq!((sold, held), (18, 18));
+}
+
+/// Writes a line into a host's book, as whoever may write there can.
+fn write_line(store: &MemoryStore, host: &str, line: &serde_json::Value) {
+    let key = keys().book(host);
+    wait("the book stays as it is for a moment", || {
+        let until = Instant::now() + CALL;
+        let found = store.list(&key, until).unwrap().pairs.pop();
+        let mut book: serde_json::Value = match &found {
+            Some(pair) => serde_json::from_slice(&pair.value).unwrap(),
+            None => serde_json::json!({ "entries": [] }),
+        };
+        book["entries"].as_array_mut().unwrap().push(line.clone());
+        let txn = Txn {
+            expect: vec![(key.clone(), found.map_or(Revision(0), |pair| pair.changed))],
+            writes: vec![Write::Put {
+                key: key.clone(),
+                value: serde_json::to_vec(&book).unwrap(),
+                lease: None,
+            }],
+        };
+        match store.commit(&txn, until).unwrap() {
+            Committed::Yes(_) => Some(()),
+            Committed::Conflict => None,
+        }
+    });
+}
+
+#[test]
+fn line_with_the_id_of_another_reservation_gets_a_no() {
+    let (world, store) = (World::new(16 * GIB, 0), Arc::<MemoryStore>::default());
+    let agent = start(&world, &store, "h1");
+    wait_registered(&store, 1);
+    let remote = place(&store, "placed", 1).unwrap().id;
+    let body = r#"{"vm":"local","memory":"1GiB"}"#;
+    let socket = world.path().join("run/agent.sock");
+    let answer = api::Client::new(socket).put("fleet.reserve", Some(body));
+    let answer: ReserveAnswer = serde_json::from_str(&answer.unwrap().unwrap()).unwrap();
+    let local = answer.reservation.unwrap().id;
+    let before = agent.published().get().status.reservations.len();
+    for (id, vm) in [(&local, "thief"), (&local, "local"), (&remote, "thief")] {
+        let line = serde_json::json!({
+            "id": id, "vm": vm, "min": "8GiB", "max": "8GiB", "promise": "8GiB", "placer": vm,
+            "answer": { "is": "asked" },
+        });
+        write_line(&store, "h1", &line);
+        wait("a no", || {
+            let key = keys().book("h1");
+            let pair = store
+                .list(&key, Instant::now() + CALL)
+                .unwrap()
+                .pairs
+                .pop()?;
+            let book: serde_json::Value = serde_json::from_slice(&pair.value).unwrap();
+            let mut lines = book["entries"].as_array().unwrap().iter();
+            let answer = &lines.find(|line| line["placer"] == vm && line["id"] == **id)?["answer"];
+            (answer["is"] == "refused").then(|| {
+                assert!(
+                    answer["because"].to_string().contains("is here already"),
+                    "{answer}"
+                );
+            })
+        });
+    }
+    let status = agent.published().get().status.clone();
+    assert_eq!(status.reservations.len(), before);
+    let most = status
+        .reservations
+        .iter()
+        .map(|held| held.reservation.configured)
+        .max();
+    assert_eq!(most, Some(Bytes::gib(1)));
 }
