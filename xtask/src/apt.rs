@@ -8,8 +8,9 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::disk;
+use crate::guest::cache::Lock;
 use crate::progress::note;
+use crate::{disk, paths};
 
 /// A package and what it is needed for.
 #[derive(Debug, Clone, Copy)]
@@ -110,9 +111,14 @@ pub(crate) fn as_root(program: &str, task: &str) -> Result<Command> {
     Ok(command)
 }
 
-/// Runs apt-get as root.
+/// Runs apt-get as root, when no other command of ours does: it does not wait for another one.
 fn apt_get(args: &[&str]) -> Result<()> {
     let task = format!("apt-get {}", args.join(" "));
+    let _lock = Lock::take_named(
+        &paths::cache()?,
+        "apt-lock",
+        "another command to install its packages",
+    )?;
     let mut command = as_root("env", &task)?;
     command
         .args(["DEBIAN_FRONTEND=noninteractive", "LC_ALL=C"])

@@ -43,15 +43,21 @@ pub(crate) fn folder(profile: &str) -> PathBuf {
     paths::target().join(if profile == "dev" { "debug" } else { profile })
 }
 
-/// Builds and calls `progress` with the packages done and their number. The build ends with this
+/// How much longer than others the packages of this workspace take, roughly: they are larger, and little else is left
+/// to be compiled beside them.
+const OURS_WEIGHT: u64 = 8;
+
+/// Builds without default features and calls `progress` with the work done and all of it. The build ends with this
 /// process; what it has compiled until then is kept for the next one.
 pub(crate) fn build(
     packages: &[&str],
     more: &[&str],
     mut progress: impl FnMut(u64, u64),
 ) -> Result<()> {
+    const FEATURES: &str = "--no-default-features";
     let selected = packages.iter().flat_map(|name| ["--package", name]);
-    let all = count_packages(selected.clone())?;
+    let selected = selected.chain([FEATURES]);
+    let all = work_of_packages(selected.clone())?;
     let mut command = command(
         [
             "build",
@@ -65,12 +71,16 @@ pub(crate) fn build(
     command.stdin(Stdio::null());
     let mut child = process::spawn_tied_group(&command, Stdio::piped(), Stdio::inherit())?;
     let stdout = child.stdout.take().context("cargo's output is piped")?;
-    let mut done = BTreeSet::new();
+    let mut finished = BTreeSet::new();
+    let mut done = 0;
     for line in BufReader::new(stdout).lines() {
         let line = line.context("reading cargo's messages")?;
         if let Some(package) = finished_package(&line) {
-            done.insert(package);
-            progress(done.len() as u64, all);
+            let is_ours = package.starts_with("path+");
+            if finished.insert(package) {
+                done += weight(is_ours);
+                progress(done, all);
+            }
         }
     }
     let status = child.wait().context("waiting for cargo")?;
@@ -89,26 +99,43 @@ fn finished_package(line: &str) -> Option<String> {
     (text("reason")? == "compiler-artifact").then(|| text("package_id").map(str::to_string))?
 }
 
-/// How many packages a build consists of.
-fn count_packages<'a>(selected: impl IntoIterator<Item = &'a str>) -> Result<u64> {
+fn weight(is_ours: bool) -> u64 {
+    if is_ours { OURS_WEIGHT } else { 1 }
+}
+
+/// The work that a build consists of.
+fn work_of_packages<'a>(selected: impl IntoIterator<Item = &'a str>) -> Result<u64> {
     let tree = ["tree", "--quiet", "--prefix=none", "--edges=normal,build"];
     let output = command(tree.into_iter().chain(selected))
         .stderr(Stdio::null())
         .output()
         .context("starting cargo")?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    // A package that was shown before ends with ` (*)`.
-    let names: BTreeSet<&str> = text
+    Ok(work_in_tree(&String::from_utf8_lossy(&output.stdout)))
+}
+
+/// Lines of `cargo tree`: `anyhow v1.0.104`, and `api v0.1.0 (/path/of/api)` for a package of ours.
+fn work_in_tree(text: &str) -> u64 {
+    let packages: BTreeSet<&str> = text
         .lines()
+        // A package that was shown before.
         .map(|line| line.trim_end_matches(" (*)"))
         .filter(|line| !line.is_empty())
         .collect();
-    Ok(names.len() as u64)
+    packages
+        .iter()
+        .map(|line| weight(line.contains(" (/")))
+        .sum()
 }
 
 #[cfg(test)]
 mod tests {
-    use super::finished_package;
+    use super::{OURS_WEIGHT, finished_package, work_in_tree};
+
+    #[test]
+    fn package_of_ours_is_more_work_than_another_and_each_is_counted_once() {
+        let text = "api v0.1.0 (/src/api)\nserde_derive v1.0.229 (proc-macro)\nlibc v0.2.1\nlibc v0.2.1 (*)\n\n";
+        assert_eq!(work_in_tree(text), OURS_WEIGHT + 2);
+    }
 
     #[test]
     fn package_that_is_compiled_is_read_from_cargos_messages() {

@@ -31,6 +31,8 @@ const HOST_BYTES: u64 = 3 << 30;
 /// share.
 const PROFILE: &str = "dev";
 const PROGRAMS: [&str; 2] = ["cloud-hypervisor", "ch-remote"];
+/// The program of the integration tests that shows it.
+const DEMO: &str = "demo";
 /// From the start of the emulated host to the last line.
 const RUN_EXPECTED: Duration = Duration::from_secs(30);
 /// Built and downloaded in all, by measurement, rounded up.
@@ -76,9 +78,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     }
     let results = paths::target().join("demo");
     std::fs::create_dir_all(&results).with_context(|| format!("creating {}", results.display()))?;
-    disk::require(&results, TARGET_BYTES, "building the demonstration")?;
+    disk::require_in_all(&paths::target(), TARGET_BYTES, "building the demonstration")?;
     prepare(options)?;
-    let mut command: Vec<OsString> = vec![cargo::folder(PROFILE).join("demo").into()];
+    let mut command: Vec<OsString> = vec![cargo::folder(PROFILE).join(DEMO).into()];
     let mut around = Surroundings {
         memory: HOST_BYTES,
         share: Some(results.clone()),
@@ -89,6 +91,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
             .iter()
             .map(|name| (*name).to_string())
             .collect(),
+        are_built: true,
         ..Surroundings::default()
     };
     if !options.fleet {
@@ -147,28 +150,25 @@ fn with_picture(
 /// Downloads and builds what the run needs; the run itself then finds all of it in place.
 fn prepare(options: &Options) -> Result<()> {
     let kernel = options.kernel;
-    if options.picture.is_some() {
-        fleet::prepare_photographer()?;
-    }
+    let picture = options.picture.is_some();
     let emulated = testbed::is_emulation_certain()?;
     let debian = kernel == KernelChoice::Debian;
     let mut downloads = vec![("Debian packages", 25)];
     if debian {
-        downloads.push(("Debian's kernel for the guest, KiB", 8));
+        downloads.push(("Debian's kernel for the guest", 8));
     }
     if debian && emulated {
-        downloads.push(("Debian's kernel for the emulated host, KiB", 20));
+        downloads.push(("Debian's kernel for the emulated host", 20));
     }
-    let builds = [
-        ("guest program", 12),
-        ("the VMM and its tools, crates", 50),
-        ("the demonstration, crates", 12),
-    ];
+    let mut builds = vec![("guest program", 12), ("the VMM and its tools", 60)];
+    if picture {
+        builds.push(("what takes the picture", 90));
+    }
     let plan = Plan::new(&[&downloads, &builds], RUN_EXPECTED);
     plan.show(|| {
         thread::scope(|scope| {
             let downloading = scope.spawn(|| -> Result<()> {
-                plan.next(0, |_| packages(emulated))?;
+                plan.next(0, |_| packages(emulated, picture))?;
                 if debian {
                     fetch(&plan, debian::CLOUD)?;
                 }
@@ -177,7 +177,7 @@ fn prepare(options: &Options) -> Result<()> {
                 }
                 Ok(())
             });
-            let built = build(&plan, &options.programs());
+            let built = build(&plan, options);
             let downloaded = downloading
                 .join()
                 .expect("the downloading thread does not panic");
@@ -186,36 +186,36 @@ fn prepare(options: &Options) -> Result<()> {
     })
 }
 
-fn packages(emulated: bool) -> Result<()> {
+fn packages(emulated: bool, picture: bool) -> Result<()> {
     guest::ensure_tools()?;
     if emulated {
         apt::ensure_from_backports(testbed::QEMU)?;
+    }
+    if picture {
+        fleet::ensure_browser()?;
     }
     Ok(())
 }
 
 fn fetch(plan: &Plan, packages: &[&str]) -> Result<DebianKernel> {
     plan.next(0, |task| {
-        DebianKernel::fetch(packages, |done, all| task.at(done >> 10, all >> 10))
+        DebianKernel::fetch(packages, |done, all| task.at(done, all))
     })
 }
 
-fn build(plan: &Plan, programs: &[&str]) -> Result<()> {
+/// All of ours at once: a selection of packages has the same features for what they share, which is then built once.
+fn build(plan: &Plan, options: &Options) -> Result<()> {
+    let programs = options.programs();
     plan.next(1, |_| guest::programs::build())?;
-    let profile = ["--profile", PROFILE];
+    let mut more = vec!["--profile", PROFILE, "--bin", DEMO];
+    more.extend(programs.iter().flat_map(|program| ["--bin", program]));
+    let mut packages = programs.to_vec();
+    packages.push("integration-tests");
     plan.next(1, |task| {
-        cargo::build(programs, &profile, |done, all| task.at(done, all))
+        cargo::build(&packages, &more, |done, all| task.at(done, all))
     })?;
-    plan.next(1, |task| {
-        let more = [
-            "--profile",
-            PROFILE,
-            "--bin",
-            "demo",
-            "--no-default-features",
-        ];
-        cargo::build(&["integration-tests"], &more, |done, all| {
-            task.at(done, all);
-        })
-    })
+    if options.picture.is_some() {
+        plan.next(1, |_| fleet::build_photographer())?;
+    }
+    Ok(())
 }

@@ -1,7 +1,7 @@
 //! Whether a file system has room for what is about to be written.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -22,31 +22,52 @@ pub(crate) fn require(dir: &Path, bytes: u64, task: &str) -> Result<()> {
     Ok(())
 }
 
+/// As [`require`], for what has `bytes` in `dir` when it is complete; earlier runs may have left a part.
+pub(crate) fn require_in_all(dir: &Path, bytes: u64, task: &str) -> Result<()> {
+    std::fs::create_dir_all(dir).with_context(|| format!("creating {}", dir.display()))?;
+    let left = bytes.saturating_sub(used_bytes(dir)?);
+    match left {
+        0 => Ok(()),
+        left => require(dir, left, task),
+    }
+}
+
 /// As df(1) reports it: what this user may still write.
 fn free_bytes(dir: &Path) -> Result<u64> {
-    let output = Command::new("df")
-        .args(["--output=avail", "-B1"])
-        .arg(dir)
-        .output()
-        .context("starting df")?;
-    String::from_utf8_lossy(&output.stdout)
+    let text = ask("df", &["--output=avail", "-B1"], dir)?;
+    let number = text
         .lines()
         .nth(1)
-        .and_then(|line| line.trim().parse().ok())
-        .with_context(|| {
-            format!(
-                "free space of {}: {}",
-                dir.display(),
-                String::from_utf8_lossy(&output.stderr).trim()
-            )
-        })
+        .and_then(|line| line.trim().parse().ok());
+    number.with_context(|| format!("no free space of {} in {text:?}", dir.display()))
+}
+
+/// As du(1) reports it.
+fn used_bytes(dir: &Path) -> Result<u64> {
+    let text = ask("du", &["-s", "-B1"], dir)?;
+    let number = text
+        .split_whitespace()
+        .next()
+        .and_then(|word| word.parse().ok());
+    number.with_context(|| format!("no size of {} in {text:?}", dir.display()))
+}
+
+/// What the program prints about `dir`; files may vanish while du looks at them, which is no failure.
+fn ask(program: &str, options: &[&str], dir: &Path) -> Result<String> {
+    let output = Command::new(program)
+        .args(options)
+        .arg(dir)
+        .stderr(Stdio::null())
+        .output()
+        .with_context(|| format!("starting {program}"))?;
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }
 
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
-    use super::require;
+    use super::{require, require_in_all};
 
     #[test]
     fn room_that_is_missing_is_named_with_its_amount_and_place() {
@@ -55,5 +76,14 @@ mod tests {
         let error = require(dir, 1 << 60, "a test").unwrap_err().to_string();
         assert!(error.starts_with("a test needs 10995116"), "{error}");
         assert!(error.contains(" MiB in /tmp, which has "), "{error}");
+    }
+
+    #[test]
+    fn room_that_earlier_runs_have_taken_is_not_asked_for_again() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("built"), vec![1; 64 << 10]).unwrap();
+        require_in_all(dir.path(), 64 << 10, "nothing").unwrap();
+        let error = require_in_all(dir.path(), 1 << 60, "a test");
+        assert!(error.unwrap_err().to_string().starts_with("a test needs"));
     }
 }

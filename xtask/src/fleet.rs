@@ -24,17 +24,15 @@ const NEEDS: &[Need] = &[
     },
 ];
 
-/// Tests marked as needing something: package and target.
-const TESTS: &[[&str; 3]] = &[
-    ["ch-fleet", "--test", "seen"],
-    ["ch-fleet-adapter", "--bin", "ch-fleet-adapter"],
-];
+/// Targets with tests that are marked as needing something. They are selected from the whole workspace, as the unit
+/// tests are, so that nothing is built twice.
+const TESTS: &[[&str; 2]] = &[["--test", "seen"], ["--bin", "ch-fleet-adapter"]];
 
 /// Shows the agent to a browser, a Prometheus and a placement. Pictures of the page are left in `target/tmp/page`.
 pub(crate) fn page() -> Result<ExitCode> {
     apt::ensure(NEEDS)?;
-    for [package, kind, target] in TESTS {
-        let passed = cargo::command(["test", "--package", package, kind, target])
+    for [kind, target] in TESTS {
+        let passed = cargo::command(["test", "--workspace", kind, target])
             // One browser or server at a time.
             .args([
                 "--",
@@ -55,12 +53,16 @@ pub(crate) fn page() -> Result<ExitCode> {
 
 /// The test that looks at a real fleet and leaves a picture of it.
 const PHOTOGRAPHER: &str = "page_of_a_real_fleet_shows_memory_going_from_guest_to_guest";
-const PHOTOGRAPHER_IN: [&str; 5] = ["test", "--package", "ch-fleet", "--test", "seen"];
+const PHOTOGRAPHER_IN: [&str; 4] = ["test", "--workspace", "--test", "seen"];
 
-/// Installs the browser and builds what drives it.
-pub(crate) fn prepare_photographer() -> Result<()> {
-    apt::ensure(&NEEDS[..1])?;
-    cargo::run(PHOTOGRAPHER_IN.into_iter().chain(["--no-run"]))
+/// Installs the browser.
+pub(crate) fn ensure_browser() -> Result<()> {
+    apt::ensure(&NEEDS[..1])
+}
+
+/// Builds what drives it.
+pub(crate) fn build_photographer() -> Result<()> {
+    cargo::run(PHOTOGRAPHER_IN.into_iter().chain(["--no-run", "--quiet"]))
 }
 
 /// A command that waits for the page of a fleet on a port of this machine and takes its picture.

@@ -167,7 +167,7 @@ impl Plan {
         bar.finish_and_clear();
     }
 
-    /// `12 s: the VMM (40 of 90), Debian packages; about 80 s left`.
+    /// `12 s: the VMM (44 %), Debian packages; about 80 s left`.
     fn line(&self, now: Instant) -> String {
         let running: Vec<String> = self
             .lock()
@@ -178,7 +178,7 @@ impl Plan {
                 State::Running {
                     done: Some((done, all)),
                     ..
-                } => Some(format!("{} ({done} of {all})", task.name)),
+                } => Some(format!("{} ({} %)", task.name, done * 100 / all)),
                 State::Waiting | State::Done { .. } => None,
             })
             .collect();
@@ -296,9 +296,9 @@ mod tests {
             since: plan.begin,
             done: Some((1, 2)),
         };
-        assert_eq!(plan.line(plan.begin), "0 s: b (1 of 2); about 40 s left");
+        assert_eq!(plan.line(plan.begin), "0 s: b (50 %); about 40 s left");
         // Half of it in ten seconds: ten more, then five for c.
         let later = plan.begin + SECOND * 10;
-        assert_eq!(plan.line(later), "10 s: b (1 of 2); about 45 s left");
+        assert_eq!(plan.line(later), "10 s: b (50 %); about 45 s left");
     }
 }

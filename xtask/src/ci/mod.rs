@@ -1,4 +1,5 @@
-//! `cargo xtask ci`: everything that a change must pass, cheapest first.
+//! `cargo xtask ci`: everything that a change must pass, cheapest first. Steps that keep one processor busy run two at a
+//! time; each of their lines begins with the step's name.
 //!
 //! Every step runs even when an earlier one has failed, so that one run tells all there is to
 //! repair; only what cannot work without an earlier step is left out and shown as such. The
@@ -11,16 +12,19 @@ mod since;
 mod step;
 mod tests_seen;
 
+use std::collections::VecDeque;
 use std::process::ExitCode;
+use std::thread;
 use std::time::Duration;
 
 use anyhow::Result;
+use parking_lot::Mutex;
 
 use count::Counts;
-use step::{Kind, STEPS, Step};
+use step::{Ended, Kind, STEPS, Step, runs_beside};
 use tests_seen::TestsSeen;
 
-use crate::{cargo, paths};
+use crate::{cargo, disk, paths};
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
@@ -34,6 +38,9 @@ pub(crate) struct Options {
     #[arg(long, value_name = "COMMIT")]
     since: Option<String>,
 }
+
+/// Of a target folder after all steps, by measurement, rounded up.
+const TARGET_BYTES: u64 = 12 << 30;
 
 /// How a step ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,41 +70,84 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         println!("\n{}", Counts::default());
         return Ok(ExitCode::SUCCESS);
     }
+    disk::require_in_all(&paths::target(), TARGET_BYTES, "building everything")?;
     let mut seen = TestsSeen::default();
     for line in compiled_before() {
         println!("{line}");
         seen.read(&line);
     }
+    let chosen: Vec<&'static Step> = steps
+        .into_iter()
+        .filter(|step| {
+            let named = options.only.as_ref();
+            named.is_none_or(|name| step.name.contains(name))
+                && !(options.quick && step.kind == Kind::Guests)
+        })
+        .collect();
     let mut results: Vec<Record> = Vec::new();
-    for step in steps {
-        let named = options
-            .only
-            .as_ref()
-            .is_none_or(|name| step.name.contains(name));
-        if !named || (options.quick && step.kind == Kind::Guests) {
-            continue;
-        }
-        let blocked = step.needs.iter().any(|need| {
-            results
-                .iter()
-                .any(|done| done.step.name == *need && done.verdict != Verdict::Passed)
-        });
-        results.push(if blocked {
-            Record {
-                step,
-                verdict: Verdict::LeftOut,
-                took: Duration::ZERO,
-                counts: Counts::default(),
-            }
-        } else {
-            run_one(step, &mut seen)
-        });
+    for group in chosen.chunk_by(|one, next| runs_beside(one, next)) {
+        run_group(group, &mut results, &mut seen);
     }
     let good = summary(&results, seen);
     Ok(if good {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE
+    })
+}
+
+/// Steps that run at a time, where they run beside each other.
+const LANES: usize = 2;
+
+/// Runs steps that need none of each other, two at a time.
+fn run_group(group: &[&'static Step], results: &mut Vec<Record>, seen: &mut TestsSeen) {
+    let (blocked, free): (Vec<&'static Step>, Vec<_>) =
+        group.iter().partition(|step| is_blocked(step, results));
+    let processors = thread::available_parallelism().map_or(1, usize::from);
+    let lanes = free.len().min(LANES).min(processors);
+    let waiting = Mutex::new(VecDeque::from(free));
+    let ended = Mutex::new(Vec::new());
+    // The lock is not held while a step runs.
+    let next = || waiting.lock().pop_front();
+    thread::scope(|scope| {
+        for _ in 0..lanes {
+            scope.spawn(|| {
+                while let Some(step) = next() {
+                    let one = run_one(step, lanes > 1);
+                    ended.lock().push((step, one));
+                }
+            });
+        }
+    });
+    let mut ended = ended.into_inner();
+    ended.sort_by_key(|(step, _)| group.iter().position(|other| other.name == step.name));
+    for (step, one) in ended {
+        seen.add(one.seen);
+        results.push(Record {
+            step,
+            verdict: if one.passed {
+                Verdict::Passed
+            } else {
+                Verdict::Failed
+            },
+            took: one.took,
+            counts: one.counts,
+        });
+    }
+    results.extend(blocked.into_iter().map(|step| Record {
+        step,
+        verdict: Verdict::LeftOut,
+        took: Duration::ZERO,
+        counts: Counts::default(),
+    }));
+}
+
+/// Whether a step that this one needs has not passed.
+fn is_blocked(step: &Step, results: &[Record]) -> bool {
+    step.needs.iter().any(|need| {
+        results
+            .iter()
+            .any(|done| done.step.name == *need && done.verdict != Verdict::Passed)
     })
 }
 
@@ -116,33 +166,22 @@ fn compiled_before() -> Vec<String> {
         .collect()
 }
 
-fn run_one(step: &'static Step, seen: &mut TestsSeen) -> Record {
+fn run_one(step: &Step, has_neighbours: bool) -> Ended {
     println!("\n=== {} ===", step.name);
-    let started = std::time::Instant::now();
-    let (passed, counts) = match step.run(seen) {
-        Ok(outcome) => outcome,
-        Err(error) => {
-            println!("error: {error:#}");
-            (false, Counts::default())
+    let ended = step.run(|line| {
+        if has_neighbours {
+            println!("{}: {line}", step.name);
+        } else {
+            println!("{line}");
         }
-    };
-    let took = started.elapsed();
-    let verdict = if passed {
-        Verdict::Passed
-    } else {
-        Verdict::Failed
-    };
+    });
     println!(
-        "=== {}: {verdict:?} in {:.1} s ===",
+        "=== {}: {} in {:.1} s ===",
         step.name,
-        took.as_secs_f64()
+        if ended.passed { "passed" } else { "FAILED" },
+        ended.took.as_secs_f64()
     );
-    Record {
-        step,
-        verdict,
-        took,
-        counts,
-    }
+    ended
 }
 
 /// Prints the table and the closing line; true if nothing failed.

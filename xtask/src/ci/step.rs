@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
 
@@ -11,7 +12,7 @@ use super::count::{Counts, closing_line};
 use super::since::Part;
 use super::since::Part::{Fleet, Fuzz, GuestPatches, Tests, Text, Vmm, Xtask};
 use super::tests_seen::TestsSeen;
-use crate::{cargo, paths};
+use crate::{cargo, paths, test_programs};
 
 /// What a step needs besides the source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,11 +23,21 @@ pub(crate) enum Kind {
     Guests,
 }
 
+/// How much of the machine a step keeps busy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Load {
+    /// All processors.
+    All,
+    /// About one, or it waits: another such step runs beside it.
+    One,
+}
+
 /// One step.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Step {
     pub(crate) name: &'static str,
     pub(crate) kind: Kind,
+    pub(super) load: Load,
     /// Steps that must have passed.
     pub(crate) needs: &'static [&'static str],
     /// Parts of the project whose change can change the step's result.
@@ -44,6 +55,7 @@ const fn host(
     Step {
         name,
         kind: Kind::Host,
+        load: Load::All,
         needs,
         parts,
         command,
@@ -59,9 +71,18 @@ const fn guests(
     Step {
         name,
         kind: Kind::Guests,
+        load: Load::All,
         needs,
         parts,
         command,
+    }
+}
+
+/// A step beside which another one can run.
+const fn beside(step: Step) -> Step {
+    Step {
+        load: Load::One,
+        ..step
     }
 }
 
@@ -71,7 +92,8 @@ const BUILT: &[&str] = &["build", "test programs", "guest"];
 const CODE: &[Part] = &[Vmm, Fleet, Fuzz, Tests, Xtask];
 const GUESTS: &[Part] = &[Vmm, Fleet, GuestPatches, Tests, Xtask];
 
-/// The steps in their order.
+/// The steps in their order. Steps that run beside others follow each other, the longest first, so that they end at
+/// about the same time.
 pub(crate) const STEPS: &[Step] = &[
     host("format", &[], CODE, "cargo fmt --all --check"),
     host(
@@ -95,95 +117,115 @@ pub(crate) const STEPS: &[Step] = &[
         &[Vmm, Fleet, GuestPatches, Tests, Xtask, Text],
         "cargo {test} --workspace --lib --bins --tests --no-fail-fast",
     ),
-    // The agent's page in Chromium, its metrics and rules in Prometheus, its host in placement.
-    host("fleet page", &[], &[Fleet, Vmm], "cargo xtask fleet-page"),
-    host(
-        "doc tests",
-        &[],
-        &[Vmm, Fleet],
-        "cargo test --workspace --doc",
-    ),
-    // Each once, without measuring: that they still run at all.
-    host(
-        "benchmarks",
-        &[],
-        &[Vmm],
-        "cargo test --package virtio-devices --features test-utils --bench balloon --bench rates --bench block",
-    ),
-    // The canary from nothing, then each target; an input that fails is kept in target/fuzz.
-    host(
-        "fuzz",
-        &[],
-        &[Vmm, Fuzz, Xtask],
-        "cargo xtask fuzz --seconds 30",
-    ),
-    // Linked by the unit tests already: selected as there, so that nothing is built twice.
+    // Compiled for the unit tests already: selected as there, so that nothing is built twice.
     host(
         "test programs",
         &[],
         &[Vmm, Tests],
-        "cargo build --workspace {test programs}",
+        "cargo build {test programs}",
     ),
-    // Three members and five agents, killed, stopped and cut off; about a minute and a half.
-    host(
-        "fleet store",
-        &["build", "test programs"],
-        &[Fleet, Vmm, Tests, Xtask],
-        "cargo xtask fleet-store",
-    ),
-    host(
-        "guest core",
-        &[],
-        &[GuestPatches, Xtask],
-        "cargo xtask guest core",
-    ),
-    // Debian's kernels: nothing of a kernel is compiled.
-    guests("demo", &[], GUESTS, "cargo xtask demo"),
     guests(
         "guest",
         &[],
         &[GuestPatches, Tests, Xtask],
         "cargo xtask guest build",
     ),
-    // Builds nothing that the step before has not built.
-    guests(
-        "guest series",
-        &["guest"],
-        &[GuestPatches, Xtask],
-        "cargo xtask guest check --quick",
-    ),
-    // The patched kernel with QEMU as its host: nothing is built. Two minutes.
-    guests(
+    // The patched kernel with QEMU as its host: nothing is built.
+    beside(guests(
         "qemu tests",
         &["test programs", "guest"],
         &[GuestPatches, Tests, Xtask],
         "cargo xtask guest qemu-test",
-    ),
-    // The tests take a few minutes; a guest that hangs costs its test's own deadline.
-    guests("vm tests", BUILT, GUESTS, "cargo xtask vm-tests"),
-    guests("vm bench", BUILT, GUESTS, "cargo xtask bench"),
+    )),
+    // Debian's kernels: nothing of a kernel is compiled.
+    beside(guests("demo", &[], GUESTS, "cargo xtask demo")),
+    // The canary from nothing, then each target; an input that fails is kept in target/fuzz.
+    beside(host(
+        "fuzz",
+        &[],
+        &[Vmm, Fuzz, Xtask],
+        "cargo xtask fuzz --seconds 30",
+    )),
+    // Each once, without measuring: that they still run at all.
+    beside(host(
+        "benchmarks",
+        &[],
+        &[Vmm],
+        "cargo test --workspace --features virtio-devices/test-utils --bench balloon --bench rates --bench block",
+    )),
+    // Three members and five agents, killed, stopped and cut off.
+    beside(host(
+        "fleet store",
+        &["build", "test programs"],
+        &[Fleet, Vmm, Tests, Xtask],
+        "cargo xtask fleet-store",
+    )),
+    beside(guests("vm bench", BUILT, GUESTS, "cargo xtask bench")),
+    // The agent's page in Chromium, its metrics and rules in Prometheus, its host in placement.
+    beside(host(
+        "fleet page",
+        &[],
+        &[Fleet, Vmm],
+        "cargo xtask fleet-page",
+    )),
     // Without reporting two guests fit. Small and few, to show that it works.
-    guests(
+    beside(guests(
         "experiment",
         BUILT,
         GUESTS,
         "cargo xtask experiment overcommit --reporting mainline --scale 0.1 --max 5 --expect 4 --timeout 900",
-    ),
+    )),
+    beside(host(
+        "guest core",
+        &[],
+        &[GuestPatches, Xtask],
+        "cargo xtask guest core",
+    )),
+    beside(host(
+        "doc tests",
+        &[],
+        &[Vmm, Fleet],
+        "cargo test --workspace --doc",
+    )),
+    // Builds nothing that the guests' step has not built.
+    beside(guests(
+        "guest series",
+        &["guest"],
+        &[GuestPatches, Xtask],
+        "cargo xtask guest check --quick",
+    )),
+    // The tests take a few minutes; a guest that hangs costs its test's own deadline.
+    guests("vm tests", BUILT, GUESTS, "cargo xtask vm-tests"),
 ];
 
-/// Programs of the integration tests that steps start.
-const TEST_PROGRAMS: [&str; 6] = [
-    "vm-tests",
-    "vm-bench",
-    "qemu-tests",
-    "fleet-tests",
-    "experiment",
-    "demo",
-];
+/// How a step ended that has run.
+#[derive(Debug)]
+pub(super) struct Ended {
+    pub(super) passed: bool,
+    pub(super) counts: Counts,
+    pub(super) took: Duration,
+    pub(super) seen: TestsSeen,
+}
 
 impl Step {
-    /// Runs the step and shows its output: whether it passed, and its tests.
-    pub(super) fn run(&self, seen: &mut TestsSeen) -> Result<(bool, Counts)> {
+    /// Runs the step and hands on each line of its output.
+    pub(super) fn run(&self, show: impl FnMut(&str)) -> Ended {
+        let started = Instant::now();
+        let mut ended = Ended {
+            passed: false,
+            counts: Counts::default(),
+            took: Duration::ZERO,
+            seen: TestsSeen::default(),
+        };
+        if let Err(error) = self.run_into(&mut ended, show) {
+            ended.passed = false;
+            eprintln!("error: {}: {error:#}", self.name);
+        }
+        ended.took = started.elapsed();
+        ended
+    }
+
+    fn run_into(&self, ended: &mut Ended, mut show: impl FnMut(&str)) -> Result<()> {
         let words = self.words();
         let (program, args) = words.split_first().context("a step has a command")?;
         // One pipe for both, in order: nextest tells its counts on standard error.
@@ -198,28 +240,27 @@ impl Step {
             .stderr(input)
             .spawn()
             .with_context(|| format!("starting {}", program.display()))?;
-        let mut counts = Counts::default();
         for line in BufReader::new(output).split(b'\n') {
             let line = line.context("reading the step's output")?;
             let line = String::from_utf8_lossy(&line);
-            println!("{line}");
-            seen.read(&line);
+            show(&line);
+            ended.seen.read(&line);
             if let Some(more) = closing_line(&line) {
-                counts += more;
+                ended.counts += more;
             }
         }
         let status = child.wait().context("waiting for the step")?;
         let skips = fs::read_to_string(skips.path()).context("reading which tests were skipped")?;
-        counts.move_to_skipped(seen.read_skips(&skips));
-        Ok((status.success(), counts))
+        let marked = ended.seen.read_skips(&skips);
+        ended.counts.move_to_skipped(marked);
+        ended.passed = status.success();
+        Ok(())
     }
 
     fn words(&self) -> Vec<OsString> {
         let mut words: Vec<OsString> = Vec::new();
-        let command = self.command.replace(
-            "{test programs}",
-            &TEST_PROGRAMS.map(|name| format!("--bin {name}")).join(" "),
-        );
+        let programs = test_programs::selection(&test_programs::ALL).join(" ");
+        let command = self.command.replace("{test programs}", &programs);
         for word in command.split_whitespace() {
             match word {
                 "cargo" => words.push(cargo::program()),
@@ -235,6 +276,11 @@ impl Step {
     }
 }
 
+/// Whether neighbours in the list of steps run at the same time.
+pub(super) fn runs_beside(one: &Step, next: &Step) -> bool {
+    one.load == Load::One && next.load == Load::One
+}
+
 /// nextest is quicker and kills a test that hangs, but is not part of Rust.
 fn has_nextest() -> bool {
     cargo::command(["nextest", "--version"])
@@ -246,7 +292,7 @@ fn has_nextest() -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::STEPS;
+    use super::{STEPS, runs_beside};
 
     #[test]
     fn step_needs_only_earlier_steps() {
@@ -256,6 +302,16 @@ mod tests {
                     STEPS[..index].iter().any(|earlier| earlier.name == *need),
                     "{need}"
                 );
+            }
+        }
+    }
+
+    #[test]
+    fn step_needs_none_of_those_that_it_runs_beside() {
+        for group in STEPS.chunk_by(runs_beside) {
+            for step in group {
+                let inside = |need: &&str| group.iter().any(|other| other.name == *need);
+                assert!(!step.needs.iter().any(inside), "{}", step.name);
             }
         }
     }

@@ -26,9 +26,7 @@ impl TestsSeen {
         if let Some(rest) = line.strip_prefix("AGAIN ") {
             self.tried_twice.push(rest.trim().into());
         } else if let Some(rest) = line.strip_prefix("cache: ") {
-            if !self.caches.iter().any(|known| known == rest) {
-                self.caches.push(rest.into());
-            }
+            self.cache(rest.into());
         } else if let Some(rest) = line.strip_prefix("SKIP  ") {
             self.skip(rest);
         } else if let Some((name, why)) = ignored(line) {
@@ -47,6 +45,22 @@ impl TestsSeen {
                 "SKIP" => self.skip(rest),
                 _ => {}
             }
+        }
+    }
+
+    /// Takes in what another step's output has said.
+    pub(super) fn add(&mut self, other: Self) {
+        self.timed.extend(other.timed);
+        self.skipped.extend(other.skipped);
+        self.tried_twice.extend(other.tried_twice);
+        for cache in other.caches {
+            self.cache(cache);
+        }
+    }
+
+    fn cache(&mut self, what: String) {
+        if !self.caches.contains(&what) {
+            self.caches.push(what);
         }
     }
 

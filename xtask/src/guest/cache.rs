@@ -44,7 +44,7 @@ pub(super) fn compiler() -> Result<String> {
 
 /// Holds the cache for one build at a time; released when dropped or when the process ends.
 #[derive(Debug)]
-pub(super) struct Lock {
+pub(crate) struct Lock {
     _file: File,
 }
 
@@ -56,7 +56,7 @@ impl Lock {
     /// As [`Lock::take`], of other work: the file that is locked, and what another holder is doing.
     #[allow(unsafe_code)]
     // UNSAFETY: flock is not in std for the oldest supported compiler.
-    pub(super) fn take_named(cache: &Path, name: &str, holder: &str) -> Result<Self> {
+    pub(crate) fn take_named(cache: &Path, name: &str, holder: &str) -> Result<Self> {
         let path = cache.join(name);
         let file = File::create(&path).with_context(|| format!("creating {}", path.display()))?;
         // SAFETY: flock takes an open descriptor and no pointers.

@@ -11,7 +11,7 @@
 
 mod boot;
 mod build_tree;
-mod cache;
+pub(crate) mod cache;
 pub(crate) mod check;
 mod complaints;
 mod config;

@@ -12,9 +12,11 @@ use anyhow::{Context as _, Result, bail};
 use crate::process;
 
 /// Between two lines of progress where there is no terminal: CI shows life, logs stay short.
-const LINE_INTERVAL: Duration = Duration::from_secs(30);
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
 /// Between two updates of a terminal's line.
 const TERMINAL_INTERVAL: Duration = Duration::from_millis(200);
+/// Steps after which their pace says how long the others take.
+const STEPS_THAT_TELL: usize = 50;
 /// Lines of the log quoted when the build fails.
 const QUOTED_LINES: usize = 30;
 
@@ -36,6 +38,7 @@ impl Steps<'_> {
             .lines()
             .filter(|line| is_step(line))
             .count();
+        let before = count;
         let mut log = self.open_log()?;
         let mut child = process::spawn_tied_group(command, Stdio::piped(), self.open_log()?)?;
         let stdout = child.stdout.take().context("the build's output is piped")?;
@@ -47,13 +50,14 @@ impl Steps<'_> {
         } else {
             LINE_INTERVAL
         };
-        self.show(count, started, terminal);
+        let show = |count| self.show(count, before, started.elapsed(), terminal);
+        show(count);
         for line in BufReader::new(stdout).lines() {
             let line = line.context("reading the build's output")?;
             writeln!(log, "{line}").with_context(|| format!("writing {}", self.log.display()))?;
             count += usize::from(is_step(&line));
             if shown.elapsed() >= interval {
-                self.show(count, started, terminal);
+                show(count);
                 shown = Instant::now();
             }
         }
@@ -81,15 +85,31 @@ impl Steps<'_> {
             .with_context(|| format!("opening {}", self.log.display()))
     }
 
-    fn show(&self, count: usize, started: Instant, terminal: bool) {
-        let Self { what, expected, .. } = self;
-        let seconds = started.elapsed().as_secs();
-        let of = expected.map_or(String::new(), |all| format!(" of at most {all}"));
+    fn show(&self, count: usize, before: usize, elapsed: Duration, terminal: bool) {
+        let line = self.line(count, before, elapsed);
         if terminal {
-            eprint!("\r{what}: step {count}{of}, {seconds} s ");
+            eprint!("\r{line} ");
         } else {
-            eprintln!("{what}: step {count}{of}, {seconds} s");
+            eprintln!("{line}");
         }
+    }
+
+    /// After `count` steps, `before` of them in an earlier run.
+    fn line(&self, count: usize, before: usize, elapsed: Duration) -> String {
+        let Self { what, expected, .. } = self;
+        let seconds = elapsed.as_secs();
+        let Some(all) = expected else {
+            return format!("{what}: step {count}, {seconds} s");
+        };
+        let done = count - before;
+        let left = if done < STEPS_THAT_TELL {
+            String::new()
+        } else {
+            let each = elapsed / u32::try_from(done).unwrap_or(u32::MAX);
+            let steps = u32::try_from(all.saturating_sub(count)).unwrap_or(u32::MAX);
+            format!("; at most about {} s left", (each * steps).as_secs())
+        };
+        format!("{what}: step {count} of at most {all}, {seconds} s{left}")
     }
 
     fn quote_log(&self) {
@@ -110,7 +130,29 @@ fn is_step(line: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::is_step;
+    use std::path::Path;
+    use std::time::Duration;
+
+    use super::{Steps, is_step};
+
+    #[test]
+    fn line_tells_what_is_left_by_the_pace_of_this_run() {
+        let steps = |expected| Steps {
+            what: "Kernel",
+            expected,
+            log: Path::new("/nowhere"),
+        };
+        let after = Duration::from_secs(20);
+        assert_eq!(
+            steps(Some(500)).line(300, 200, after),
+            "Kernel: step 300 of at most 500, 20 s; at most about 40 s left"
+        );
+        assert_eq!(
+            steps(Some(500)).line(210, 200, after),
+            "Kernel: step 210 of at most 500, 20 s"
+        );
+        assert_eq!(steps(None).line(300, 200, after), "Kernel: step 300, 20 s");
+    }
 
     #[test]
     fn step_of_kbuild_is_recognised() {

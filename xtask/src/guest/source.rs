@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use super::cache::{Lock, key};
 use super::make::quiet;
 use crate::apt::{self, Need};
-use crate::paths;
+use crate::{disk, paths};
 
 const PACKAGE: Need = Need {
     package: "linux-source-6.12",
@@ -26,6 +26,9 @@ const XZ: Need = Need {
 const TARBALL: &str = "/usr/src/linux-source-6.12.tar.xz";
 /// The folder inside the tarball.
 const FOLDER: &str = "linux-source-6.12";
+
+/// The source unpacked, objects of one configuration, and the kernels, by measurement, rounded up.
+const BUILT_BYTES: u64 = 2300 << 20;
 
 /// A kernel source that is packaged but perhaps not unpacked yet.
 #[derive(Debug, Clone)]
@@ -70,6 +73,8 @@ impl Source {
             return Ok(source);
         }
         apt::ensure(&[XZ])?;
+        let task = format!("unpacking {} and building kernels from it", self.name);
+        disk::require(&cache, BUILT_BYTES, &task)?;
         eprintln!("Unpacking {}", self.name);
         let beside = cache.join("source-unpacking");
         if beside.exists() {

@@ -31,6 +31,11 @@ pub(crate) fn build(profile: &str, only: &[String]) -> Result<Vec<PathBuf>> {
         arguments.extend(["--package", package]);
     }
     cargo::run(arguments)?;
+    Ok(built(profile, &packages))
+}
+
+/// Where these programs are.
+pub(crate) fn built(profile: &str, names: &[String]) -> Vec<PathBuf> {
     let dir = cargo::folder(profile);
-    Ok(packages.iter().map(|name| dir.join(name)).collect())
+    names.iter().map(|name| dir.join(name)).collect()
 }

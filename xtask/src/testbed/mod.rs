@@ -77,6 +77,9 @@ pub(crate) struct Options {
     /// Build only these of our programs [default: all]
     #[arg(long = "program", value_name = "NAME")]
     programs: Vec<String>,
+    /// They are built already
+    #[arg(skip)]
+    are_built: bool,
     /// More options for QEMU, split at blanks (for devices of the emulated host)
     #[arg(long, value_name = "OPTIONS", allow_hyphen_values = true)]
     qemu: Option<String>,
@@ -162,6 +165,8 @@ pub(crate) struct Surroundings {
     pub(crate) profile: Option<String>,
     /// Our binaries that the command needs; all if there is none.
     pub(crate) programs: Vec<String>,
+    /// The caller has built them.
+    pub(crate) are_built: bool,
     /// More options for QEMU, if the host is emulated.
     pub(crate) qemu: Option<String>,
     /// Ends with status 124 after this many seconds.
@@ -182,6 +187,7 @@ pub(crate) fn run_command(command: Vec<OsString>, around: Surroundings) -> Resul
         kernel: around.kernel,
         distributions: false,
         programs: around.programs,
+        are_built: around.are_built,
         qemu: around.qemu,
         console: false,
         command,
@@ -217,7 +223,11 @@ fn run_job(options: Options) -> Result<Outcome> {
     if options.kernel == KernelChoice::Patched && artefacts.patched.is_none() {
         bail!("--kernel patched: there is no patch series yet");
     }
-    let bins = bins::build(&options.profile, &options.programs)?;
+    let bins = if options.are_built {
+        bins::built(&options.profile, &options.programs)
+    } else {
+        bins::build(&options.profile, &options.programs)?
+    };
     let direct = match options.host {
         _ if options.icount && options.host == HostChoice::Direct => {
             bail!("--icount counts in emulation only")
