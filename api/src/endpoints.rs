@@ -156,6 +156,10 @@ endpoints! {
     VmAddNet = Upstream Put "vm.add-net",
         request Some("NetConfig"), response Some("PciDeviceInfo"), command "add-net",
         failure "The network device could not be added to the VM";
+    /// Add the vsock device, also to a running VM.
+    VmAddVsock = Upstream Put "vm.add-vsock",
+        request Some("VsockConfig"), response Some("PciDeviceInfo"), command "add-vsock",
+        failure "The vsock device could not be added to the VM";
     /// Add the balloon, also to a running VM.
     VmAddBalloon = Ours Put "vm.add-balloon",
         request Some("BalloonConfig"), response Some("PciDeviceInfo"), command "add-balloon",
@@ -219,7 +223,10 @@ impl Endpoint {
 impl Endpoint {
     /// Whether it adds a device. A VM that does not run has no place for one yet, so there the answer of success is 204.
     pub const fn adds_device(self) -> bool {
-        matches!(self, Self::VmAddDisk | Self::VmAddNet | Self::VmAddBalloon)
+        matches!(
+            self,
+            Self::VmAddDisk | Self::VmAddNet | Self::VmAddVsock | Self::VmAddBalloon
+        )
     }
 }
 

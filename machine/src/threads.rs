@@ -23,6 +23,8 @@ pub enum DeviceKind {
     Console,
     /// The watchdog.
     Watchdog,
+    /// The socket device.
+    Vsock,
 }
 
 /// What a thread of the machine does.
@@ -48,6 +50,7 @@ impl MachineThread {
         Self::Worker(DeviceKind::Rng),
         Self::Worker(DeviceKind::Console),
         Self::Worker(DeviceKind::Watchdog),
+        Self::Worker(DeviceKind::Vsock),
     ];
 }
 

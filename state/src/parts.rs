@@ -45,6 +45,10 @@ parts! {
     NET = "net", 1..=1;
     /// Entropy device.
     RNG = "rng", 1..=1;
+    /// Socket device.
+    VSOCK = "vsock", 1..=1;
+    /// Connections of a socket device.
+    VSOCK_CONNECTIONS = "vsock-connections", 1..=1;
     /// Watchdog.
     WATCHDOG = "watchdog", 1..=1;
     /// The watchdog's queue half.

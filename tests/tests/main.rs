@@ -8,6 +8,7 @@ mod crate_borders;
 mod host_view;
 mod hotplug;
 mod reporting_policy;
+mod vsock;
 
 use std::collections::BTreeSet;
 use std::fs;

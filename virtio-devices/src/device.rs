@@ -108,8 +108,8 @@ impl fmt::Debug for Activation {
 /// Called under a lock by whichever vCPU thread touches a register, and by the
 /// VMM's control thread. Must not block, must not panic on any input.
 pub trait VirtioDevice: Send {
-    /// Virtio device id (virtio 1.2 §5): 1 net, 2 block, 3 console, 4 entropy, 5 balloon, 24 memory,
-    /// 35 watchdog.
+    /// Virtio device id (virtio 1.2 §5): 1 net, 2 block, 3 console, 4 entropy, 5 balloon, 19 socket,
+    /// 24 memory, 35 watchdog.
     fn device_type(&self) -> u32;
 
     /// Maximum size of each queue; the length is the number of queues.

@@ -13,6 +13,7 @@ pub mod balloon;
 pub mod block;
 pub mod console;
 pub mod device;
+mod listening_socket;
 pub mod mem;
 pub mod net;
 pub mod pci;
@@ -24,6 +25,7 @@ pub mod testing;
 mod thread_name;
 pub mod transport;
 mod unpoisoned;
+pub mod vsock;
 pub mod watchdog;
 pub mod worker;
 
@@ -31,4 +33,5 @@ pub use device::{
     Activation, ActiveQueue, Counters, GuestRam, HandlerState, Interrupt, QueueHandler,
     QueuePosition, VirtioDevice, WorkerError,
 };
+pub use listening_socket::ListeningSocket;
 pub use unpoisoned::Unpoisoned;

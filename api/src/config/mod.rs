@@ -18,6 +18,7 @@ mod payload;
 mod platform;
 mod rate_limit;
 mod rng;
+mod vsock;
 
 pub use balloon::BalloonConfig;
 pub use console::{
@@ -40,6 +41,7 @@ pub use payload::PayloadConfig;
 pub use platform::{DEFAULT_IOMMU_ADDRESS_WIDTH_BITS, DEFAULT_NUM_PCI_SEGMENTS, PlatformConfig};
 pub use rate_limit::{RateLimiterConfig, TokenBucket};
 pub use rng::{DEFAULT_RNG_SOURCE, RngConfig};
+pub use vsock::VsockConfig;
 
 use api_macros::section;
 use serde_json::{Value, json};
@@ -69,6 +71,8 @@ pub struct VmConfig {
     pub rng: RngConfig,
     /// The memory balloon; there is none when absent.
     pub balloon: Option<BalloonConfig>,
+    /// The vsock device; there is none when absent.
+    pub vsock: Option<VsockConfig>,
     /// The serial port.
     pub serial: SerialConfig,
     /// The virtio console.
@@ -132,8 +136,6 @@ unsupported_sections! {
     user_devices,
     /// vDPA devices. Unsupported.
     vdpa,
-    /// The vsock device. Unsupported.
-    vsock,
     /// Apertures of PCI segments. Unsupported.
     pci_segments,
     /// The TPM. Unsupported.

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, MemoryConfig,
-    MemoryZoneConfig, NetConfig, NumaConfig, PlatformConfig, RngConfig, SerialConfig,
+    MemoryZoneConfig, NetConfig, NumaConfig, PlatformConfig, RngConfig, SerialConfig, VsockConfig,
 };
 use crate::{AlertChange, ReportingPolicy};
 
@@ -52,6 +52,7 @@ fn sections() -> Vec<OptionReference> {
         NumaConfig::reference(),
         DiskConfig::reference(),
         NetConfig::reference(),
+        VsockConfig::reference(),
         BalloonConfig::reference(),
         RngConfig::reference(),
         SerialConfig::reference(),

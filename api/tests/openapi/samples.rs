@@ -98,6 +98,7 @@ samples![
     TokenBucket,
     RngConfig,
     BalloonConfig,
+    VsockConfig,
     SerialConfig,
     ConsoleConfig,
     DebugConsoleConfig,

@@ -51,6 +51,10 @@ pub(crate) const FIELDS: &[(&str, &str)] = &[
         "BalloonConfig",
         "size deflate_on_oom free_page_reporting iommu id pci_segment pci_device_id",
     ),
+    (
+        "VsockConfig",
+        "cid socket iommu id pci_segment pci_device_id",
+    ),
     ("SerialConfig", "file mode socket"),
     (
         "ConsoleConfig",
@@ -78,6 +82,7 @@ pub(crate) const REQUIRED: &[(&str, &str)] = &[
     ("TokenBucket", "size refill_time"),
     ("RngConfig", "src"),
     ("BalloonConfig", "size"),
+    ("VsockConfig", "cid socket"),
     ("SerialConfig", "mode"),
     ("ConsoleConfig", "mode"),
     ("DebugConsoleConfig", "mode"),

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use api::config::{BalloonConfig, DiskConfig, NetConfig};
+use api::config::{BalloonConfig, DiskConfig, NetConfig, VsockConfig};
 use api::options::parse_bytes;
 use api::{Endpoint, ReclaimThresholdsChange};
 use clap::error::ErrorKind;
@@ -61,9 +61,11 @@ pub(crate) enum Command {
     AddDisk(AddDiskArguments),
     /// Add a network interface to the VM
     AddNet(AddNetArguments),
+    /// Add the vsock device to the VM
+    AddVsock(AddVsockArguments),
     /// Add the balloon to the VM
     AddBalloon(AddBalloonArguments),
-    /// Remove a disk, a network interface or the balloon from the VM
+    /// Remove a disk, a network interface, the vsock device or the balloon from the VM
     RemoveDevice(RemoveDeviceArguments),
     /// Show how much of the VM's memory came back to the host, and how
     ReclaimStats(ReclaimStatsArguments),
@@ -198,6 +200,12 @@ pub(crate) struct AddNetArguments {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct AddVsockArguments {
+    #[arg(value_name = "VSOCK", value_parser = parse_vsock, help = VsockConfig::syntax())]
+    pub(crate) vsock: VsockConfig,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct AddBalloonArguments {
     #[arg(value_name = "BALLOON", value_parser = parse_balloon, help = BalloonConfig::syntax())]
     pub(crate) balloon: BalloonConfig,
@@ -216,6 +224,10 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
 
 fn parse_net(text: &str) -> Result<NetConfig, String> {
     NetConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
+}
+
+fn parse_vsock(text: &str) -> Result<VsockConfig, String> {
+    VsockConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
 }
 
 fn parse_balloon(text: &str) -> Result<BalloonConfig, String> {

@@ -44,6 +44,7 @@ impl Request {
                 .transpose()?,
             Command::AddDisk(add) => Some(to_ascii_json(&add.disk)?),
             Command::AddNet(add) => Some(to_ascii_json(&add.net)?),
+            Command::AddVsock(add) => Some(to_ascii_json(&add.vsock)?),
             Command::AddBalloon(add) => Some(to_ascii_json(&add.balloon)?),
             Command::RemoveDevice(remove) => {
                 let id = remove.id.clone();
@@ -74,6 +75,7 @@ pub(crate) fn endpoint(command: &Command) -> Endpoint {
         Command::Resize(_) => Endpoint::VmResize,
         Command::AddDisk(_) => Endpoint::VmAddDisk,
         Command::AddNet(_) => Endpoint::VmAddNet,
+        Command::AddVsock(_) => Endpoint::VmAddVsock,
         Command::AddBalloon(_) => Endpoint::VmAddBalloon,
         Command::RemoveDevice(_) => Endpoint::VmRemoveDevice,
         Command::ReclaimStats(_) => Endpoint::VmReclaimStats,

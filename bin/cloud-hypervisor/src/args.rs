@@ -6,6 +6,7 @@ use api::VmConfig;
 use api::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, MemoryZoneConfig,
     NetConfig, NumaConfig, PathOrFd, PayloadConfig, PlatformConfig, RngConfig, SerialConfig,
+    VsockConfig,
 };
 use api::options::OptionError;
 use clap::{ArgAction, ArgGroup, Parser, ValueEnum};
@@ -95,6 +96,9 @@ pub(crate) struct Arguments {
     #[arg(short = 'V', long)]
     pub(crate) version: bool,
 
+    #[arg(long, requires = "payload", help = VsockConfig::syntax())]
+    vsock: Option<String>,
+
     /// Add a watchdog: a guest that has pinged it once is reset when it stops for 20 s
     #[arg(long, requires = "payload")]
     watchdog: bool,
@@ -152,6 +156,7 @@ impl Arguments {
             console: read(&self.console, ConsoleConfig::parse)?.unwrap_or_default(),
             numa: read_all(&self.numa, NumaConfig::parse)?,
             platform: read(&self.platform, PlatformConfig::parse)?,
+            vsock: read(&self.vsock, VsockConfig::parse)?,
             watchdog: self.watchdog,
             ..defaults
         }))
@@ -202,7 +207,8 @@ mod tests {
             "--api-socket /s --kernel /k --initramfs /i --cmdline console=ttyS0 --cpus boot=2,max=4 \
              --memory size=1G,shared=on --disk path=/a path=/b,readonly=on --disk path=/c --net tap=t0 \
              --balloon size=128M,free_page_reporting=on --serial tty --console off --rng src=/dev/random \
-             --event-monitor path=/e --seccomp log --no-shutdown -vv --watchdog",
+             --event-monitor path=/e --seccomp log --no-shutdown -vv --watchdog \
+             --vsock cid=3,socket=/v",
         )
         .unwrap();
         let config = arguments.vm_config().unwrap().unwrap();
@@ -210,6 +216,7 @@ mod tests {
         assert_eq!(config.cpus.max_vcpus, 4);
         assert_eq!(config.disks.unwrap().len(), 3);
         assert!(config.watchdog);
+        assert_eq!(config.vsock.unwrap().cid, 3);
         assert_eq!(config.balloon.unwrap().size, 128 << 20);
         assert_eq!(
             config.payload.unwrap().cmdline.as_deref(),
@@ -283,6 +290,9 @@ mod tests {
         for line in [
             "--kernel /k --balloon size=1G,colour=red",
             "--kernel /k --memory size=much",
+            "--kernel /k --vsock cid=3",
+            "--kernel /k --vsock socket=/s",
+            "--kernel /k --vsock cid=4294967296,socket=/s",
             "--kernel /k --serial teletype",
         ] {
             assert!(parse(line).unwrap().vm_config().is_err(), "{line}");

@@ -148,6 +148,7 @@ impl Dispatcher {
             }
             Endpoint::VmAddDisk => self.add_device(call, NewDevice::Disk),
             Endpoint::VmAddNet => self.add_device(call, NewDevice::Net),
+            Endpoint::VmAddVsock => self.add_device(call, NewDevice::Vsock),
             Endpoint::VmAddBalloon => self.add_device(call, NewDevice::Balloon),
             Endpoint::VmSetReclaimThresholds => self.set_thresholds(call),
             Endpoint::VmBalloonReporting => self.steer_reporting(call),
@@ -215,7 +216,7 @@ impl Dispatcher {
         let fds = match device {
             NewDevice::Net(_) => std::mem::take(&mut call.fds),
             // No other device has a use for descriptors: the call closes them.
-            NewDevice::Disk(_) | NewDevice::Balloon(_) => Vec::new(),
+            NewDevice::Disk(_) | NewDevice::Vsock(_) | NewDevice::Balloon(_) => Vec::new(),
         };
         self.submit(
             call,

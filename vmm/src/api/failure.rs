@@ -45,6 +45,8 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
                 HotplugError::NotRemovable { .. }
                 | HotplugError::BalloonInflated { .. }
                 | HotplugError::BalloonPresent { .. } => Status::BadRequest,
+                // As upstream.
+                HotplugError::VsockPresent { .. } => Status::InternalServerError,
             }
         }
         // What was asked for names an image or a tap that cannot be used, or there is no slot for it.

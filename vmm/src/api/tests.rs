@@ -436,6 +436,7 @@ fn body_of(endpoint: Endpoint) -> Option<&'static str> {
         Endpoint::VmBalloonHinting => Some(r#"{"action": "start"}"#),
         Endpoint::VmAddDisk => Some(r#"{"path": "/e"}"#),
         Endpoint::VmAddNet => Some("{}"),
+        Endpoint::VmAddVsock => Some(r#"{"cid": 3, "socket": "/s"}"#),
         Endpoint::VmAddBalloon => Some(r#"{"size": 0}"#),
         Endpoint::VmRemoveDevice => Some(r#"{"id": "__balloon"}"#),
         Endpoint::VmBalloonReporting => Some(PAUSE),
@@ -463,7 +464,7 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
         }
         Endpoint::VmBalloonStats => [500, 500, 200, 500],
         Endpoint::VmResize => [404, 204, 204, 204],
-        Endpoint::VmAddDisk | Endpoint::VmAddNet => [404, 204, 200, 200],
+        Endpoint::VmAddDisk | Endpoint::VmAddNet | Endpoint::VmAddVsock => [404, 204, 200, 200],
         // There is one.
         Endpoint::VmAddBalloon => [404, 400, 400, 400],
         Endpoint::VmRemoveDevice => [404, 204, 204, 204],
@@ -637,6 +638,22 @@ fn devices_added_become_part_of_the_configuration_until_they_are_removed() {
     assert_eq!(remove("nobody"), 404);
     assert_eq!(remove("_disk1"), 204);
     assert_eq!(ids(&vmm), ["_disk0"]);
+}
+
+#[test]
+fn vsock_device_can_be_added_once() {
+    let vmm = vmm();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    let add = || vmm.call(Endpoint::VmAddVsock, body_of(Endpoint::VmAddVsock));
+    assert_eq!(add().status, 200);
+    let refused = add();
+    assert_eq!(refused.status, 500);
+    let body = format!("{:?}", refused.body);
+    assert!(
+        body.contains("already has a vsock device, _vsock"),
+        "{body}"
+    );
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Devices that are added to a configuration and taken out of it again.
 
 use api::VmConfig;
-use api::config::{BalloonConfig, DiskConfig, NetConfig};
+use api::config::{BalloonConfig, DiskConfig, NetConfig, VsockConfig};
 
 use crate::device_ids::BALLOON_ID;
 
@@ -12,6 +12,8 @@ pub enum NewDevice {
     Disk(DiskConfig),
     /// A network interface.
     Net(NetConfig),
+    /// The vsock device.
+    Vsock(VsockConfig),
     /// The balloon.
     Balloon(BalloonConfig),
 }
@@ -22,6 +24,7 @@ impl NewDevice {
         match self {
             Self::Disk(disk) => disk.id.as_deref(),
             Self::Net(net) => net.id.as_deref(),
+            Self::Vsock(vsock) => vsock.id.as_deref(),
             Self::Balloon(balloon) => Some(balloon_id(balloon)),
         }
     }
@@ -33,12 +36,13 @@ pub fn with_device(config: &VmConfig, device: NewDevice) -> VmConfig {
     match device {
         NewDevice::Disk(disk) => config.disks.get_or_insert_default().push(disk),
         NewDevice::Net(net) => config.net.get_or_insert_default().push(net),
+        NewDevice::Vsock(vsock) => config.vsock = Some(vsock),
         NewDevice::Balloon(balloon) => config.balloon = Some(balloon),
     }
     config
 }
 
-/// The configuration without the disk, network interface or balloon of this name; `None` if it has none.
+/// The configuration without the disk, network interface, vsock device or balloon of this name; `None` if it has none.
 pub fn without_device(config: &VmConfig, id: &str) -> Option<VmConfig> {
     let named = |known: &Option<String>| known.as_deref() == Some(id);
     let mut without = config.clone();
@@ -48,6 +52,7 @@ pub fn without_device(config: &VmConfig, id: &str) -> Option<VmConfig> {
     if let Some(net) = &mut without.net {
         net.retain(|net| !named(&net.id));
     }
+    without.vsock.take_if(|vsock| named(&vsock.id));
     without.balloon.take_if(|balloon| balloon_id(balloon) == id);
     (without != *config).then_some(without)
 }
@@ -67,6 +72,9 @@ pub fn take_id(config: &VmConfig, device: &mut NewDevice) {
         NewDevice::Net(net) => {
             let last = config.net.iter().flatten().next_back();
             net.id = last.and_then(|last| last.id.clone());
+        }
+        NewDevice::Vsock(vsock) => {
+            vsock.id = config.vsock.as_ref().and_then(|named| named.id.clone());
         }
         // It has one name, given or not.
         NewDevice::Balloon(_) => {}
@@ -98,8 +106,17 @@ mod tests {
             id: Some("b".to_owned()),
             ..NetConfig::default()
         });
+        let vsock = NewDevice::Vsock(VsockConfig {
+            id: Some("v".to_owned()),
+            ..VsockConfig::default()
+        });
         let balloon = NewDevice::Balloon(BalloonConfig::default());
-        for (device, id) in [(disk(Some("a")), "a"), (net, "b"), (balloon, "__balloon")] {
+        for (device, id) in [
+            (disk(Some("a")), "a"),
+            (net, "b"),
+            (vsock, "v"),
+            (balloon, "__balloon"),
+        ] {
             let with = with_device(&empty, device);
             assert!(without_device(&with, "c").is_none());
             assert_eq!(without_device(&with, id).unwrap(), empty);
@@ -114,5 +131,11 @@ mod tests {
         assign_ids(&mut config);
         take_id(&config, &mut device);
         assert_eq!(device.id(), Some("_disk1"));
+        let mut vsock = NewDevice::Vsock(VsockConfig::default());
+        let config = with_device(&VmConfig::default(), disk(None));
+        let mut config = with_device(&config, vsock.clone());
+        assign_ids(&mut config);
+        take_id(&config, &mut vsock);
+        assert_eq!(vsock.id(), Some("_vsock1"));
     }
 }

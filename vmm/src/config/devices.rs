@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use api::VmConfig;
-use api::config::{ConsoleOutputMode, DiskConfig, NetConfig};
+use api::config::{ConsoleOutputMode, DiskConfig, NetConfig, VsockConfig};
 
 use super::error::{DeviceFault, ValidationError};
 use super::pci_devices::pci_devices;
@@ -14,6 +14,12 @@ const QUEUE_SIZE_MIN: u16 = 2;
 const QUEUE_SIZE_MAX: u16 = 1024;
 /// The smallest MTU of IPv6 (RFC 8200 section 5), and upstream's limit.
 const MTU_MIN: u16 = 1280;
+/// The host's address; those below it are taken, too (virtio 1.2 §5.10.4).
+const HOST_CID: u32 = 2;
+/// Stands for any address.
+const ANY_CID: u32 = u32::MAX;
+/// What `sockaddr_un` has room for, with a zero behind it.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// Descriptors up to here are the standard streams.
 const LAST_STANDARD_FD: i32 = 2;
 const PCI_SLOTS: std::ops::RangeInclusive<u8> = 1..=31;
@@ -25,6 +31,9 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     }
     for (index, net) in config.net.iter().flatten().enumerate() {
         check_net(net, vcpus).map_err(|fault| at("net", index, net.id.as_deref(), fault))?;
+    }
+    if let Some(vsock) = &config.vsock {
+        check_vsock(vsock).map_err(|fault| at("vsock", 0, vsock.id.as_deref(), fault))?;
     }
     disk_paths(config)?;
     pci_slot_count(config)?;
@@ -82,6 +91,25 @@ fn check_net(net: &NetConfig, vcpus: usize) -> Result<(), DeviceFault> {
     }
 }
 
+fn check_vsock(vsock: &VsockConfig) -> Result<(), DeviceFault> {
+    let cid = vsock.cid;
+    if cid <= HOST_CID || cid == ANY_CID {
+        return Err(DeviceFault::Cid {
+            cid,
+            min: HOST_CID + 1,
+            max: ANY_CID - 1,
+        });
+    }
+    let bytes = vsock.socket.as_os_str().len();
+    if !(1..=SOCKET_PATH_BYTES_MAX).contains(&bytes) {
+        return Err(DeviceFault::SocketPath {
+            bytes,
+            max: SOCKET_PATH_BYTES_MAX,
+        });
+    }
+    Ok(())
+}
+
 fn queue_size(size: u16) -> Result<(), DeviceFault> {
     if !size.is_power_of_two() || !(QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&size) {
         return Err(DeviceFault::QueueSize {
@@ -125,6 +153,7 @@ fn pci_slot_count(config: &VmConfig) -> Result<(), ValidationError> {
         config.console.mode != ConsoleOutputMode::Off,
         config.memory.hotplug_size.is_some_and(|bytes| bytes > 0),
         config.watchdog,
+        config.vsock.is_some(),
     ];
     // The random number device is always there.
     let count = 1 + lists.iter().sum::<usize>() + singles.iter().filter(|there| **there).count();

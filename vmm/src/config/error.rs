@@ -325,6 +325,24 @@ pub enum CpusFault {
 /// What is wrong with a device.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceFault {
+    /// An address that no guest can have.
+    #[error("cid must be between {min} and {max}; got {cid}")]
+    Cid {
+        /// The address.
+        cid: u32,
+        /// Least.
+        min: u32,
+        /// Most.
+        max: u32,
+    },
+    /// A path to which no socket can be bound.
+    #[error("socket must be a path of 1 to {max} bytes; got {bytes} bytes")]
+    SocketPath {
+        /// Its length.
+        bytes: usize,
+        /// Most.
+        max: usize,
+    },
     /// No image.
     #[error("A path is required")]
     PathMissing,

@@ -28,6 +28,7 @@ macro_rules! devices {
 pub(super) fn pci_devices(config: &VmConfig) -> impl Iterator<Item = PciDevice<'_>> {
     devices!("disks", config.disks.iter().flatten())
         .chain(devices!("net", config.net.iter().flatten()))
+        .chain(devices!("vsock", &config.vsock))
         .chain(devices!("balloon", &config.balloon))
         .chain(devices!("rng", [&config.rng]))
         .chain(devices!("console", [&config.console]))

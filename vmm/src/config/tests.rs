@@ -551,9 +551,37 @@ fn validate_consoles_do_not_share_the_terminal_and_have_their_paths() {
 }
 
 #[test]
+fn validate_vsock_needs_an_address_of_a_guest_and_a_path() {
+    for cid in [0, 1, 2, u32::MAX] {
+        assert!(matches!(
+            fault("vsock", json!({"cid": cid, "socket": "/s"})),
+            ValidationError::Device {
+                fault: DeviceFault::Cid { cid: refused, min: 3, .. },
+                ..
+            } if refused == cid
+        ));
+    }
+    for path in [String::new(), "s".repeat(108)] {
+        assert!(matches!(
+            fault("vsock", json!({"cid": 3, "socket": path})),
+            ValidationError::Device {
+                fault: DeviceFault::SocketPath { max: 107, .. },
+                ..
+            }
+        ));
+    }
+    assert_eq!(
+        fault("vsock", json!({"cid": 3, "socket": "/s", "pci_segment": 1})),
+        ValidationError::Unsupported {
+            what: "vsock.pci_segment".to_owned()
+        }
+    );
+}
+
+#[test]
 fn validate_what_is_not_built_is_refused_by_name() {
     for (section, value, name) in [
-        ("vsock", json!({"cid": 3, "socket": "/s"}), "vsock"),
+        ("pmem", json!([{"file": "/p"}]), "pmem"),
         (
             "numa",
             json!([{"guest_numa_id": 0, "pci_segments": [1]}]),

@@ -368,6 +368,10 @@ impl Lifecycle {
             let id = config::balloon_id(balloon).to_owned();
             return Err(LifecycleError::Device(HotplugError::BalloonPresent { id }));
         }
+        if let (NewDevice::Vsock(_), Some(vsock)) = (&device, &config.vsock) {
+            let id = vsock.id.clone().unwrap_or_default();
+            return Err(LifecycleError::Device(HotplugError::VsockPresent { id }));
+        }
         if let NewDevice::Net(net) = &mut device
             && !fds.is_empty()
         {

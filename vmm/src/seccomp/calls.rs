@@ -209,5 +209,9 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [c_long]] {
         MachineThread::Worker(DeviceKind::Rng) => &[TIMERS, &[libc::SYS_pread64]],
         MachineThread::Worker(DeviceKind::Console) => &[SOCKET_IO, TIMERS],
         MachineThread::Worker(DeviceKind::Watchdog) => &[TIMERS],
+        // Connects to programs of the host, and removes its socket when it ends.
+        MachineThread::Worker(DeviceKind::Vsock) => {
+            &[SOCKET_IO, CLEANUP, &[libc::SYS_connect, libc::SYS_socket]]
+        }
     }
 }

@@ -90,7 +90,9 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Ioctl> {
         ],
         ThreadKind::Machine(MachineThread::Vcpu) => requests(KVM_OF_VCPU),
         ThreadKind::Main => requests(&[TCGETS, TCSETSW, TCSETSF]),
-        ThreadKind::HttpServer => requests(&[FIONBIO]),
+        ThreadKind::HttpServer | ThreadKind::Machine(MachineThread::Worker(DeviceKind::Vsock)) => {
+            requests(&[FIONBIO])
+        }
         ThreadKind::ApiQuery | ThreadKind::Thresholds => requests(&[PAGEMAP_SCAN]),
         // Input raises the serial port's interrupt, which is a message of the I/O APIC.
         ThreadKind::Machine(MachineThread::Serial) => requests(&[

@@ -60,6 +60,7 @@ impl Parts {
         let (mem, mem_handle) = devices::mem(config, &memory)?.unzip();
         let serial = consoles::open_serial(config, context)?;
         let console = consoles::open_console(config, context)?;
+        let vsock = config.vsock.as_ref().map(devices::vsock).transpose()?;
 
         let disks_and_nets = disks.into_iter().chain(nets);
         Ok(Self {
@@ -70,6 +71,7 @@ impl Parts {
                 .into_iter()
                 .chain(disks_and_nets)
                 .chain([rng])
+                .chain(vsock)
                 .chain(balloon)
                 .chain(mem)
                 .chain(watchdog)

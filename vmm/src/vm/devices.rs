@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api::VmConfig;
-use api::config::{BalloonConfig, DiskConfig};
+use api::config::{BalloonConfig, DiskConfig, VsockConfig};
 use machine::memory::layout::MIB;
 use machine::memory::{DEFAULT_ZONE_ID, GuestMemory};
 use machine::pc::Plug;
@@ -19,6 +19,7 @@ use virtio_devices::balloon::{Balloon, BalloonHandle, BalloonParams};
 use virtio_devices::block::{self, Block, BlockParams};
 use virtio_devices::mem::{Mem, MemHandle, MemParams, MemRegion};
 use virtio_devices::rng::Rng;
+use virtio_devices::vsock::{Vsock, VsockParams};
 use virtio_devices::watchdog::{self, Watchdog};
 
 use super::VmError;
@@ -172,4 +173,32 @@ pub(super) fn watchdog(
         None,
         watchdog,
     )))
+}
+
+/// The socket of a vsock device cannot be made.
+#[derive(Debug, thiserror::Error)]
+#[error("Cannot listen on {}", path.display())]
+struct VsockSocketError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// The vsock device, which listens on its socket from now on.
+pub(super) fn vsock(config: &VsockConfig) -> Result<Made, VmError> {
+    let id = config
+        .id
+        .as_deref()
+        .expect("ids are assigned before a machine is built");
+    let vsock = Vsock::new(VsockParams {
+        id: id.to_owned(),
+        cid: config.cid,
+        socket: config.socket.clone(),
+    })
+    .map_err(|source| {
+        let path = config.socket.clone();
+        VmError::device(id, VsockSocketError { path, source })
+    })?;
+    let slot = config.pci_device_id;
+    Ok(Made::new(id, DeviceKind::Vsock, slot, vsock))
 }

@@ -20,7 +20,9 @@ pub enum HotplugError {
         id: String,
     },
     /// A device that every machine has, or that was not built to go.
-    #[error("Device {id} cannot be removed: only disks, network devices and the balloon can")]
+    #[error(
+        "Device {id} cannot be removed: only disks, network devices, the vsock device and the balloon can"
+    )]
     NotRemovable {
         /// The name.
         id: String,
@@ -50,6 +52,12 @@ pub enum HotplugError {
         /// The balloon.
         id: String,
     },
+    /// There are no two socket devices.
+    #[error("The VM already has a vsock device, {id}")]
+    VsockPresent {
+        /// The device.
+        id: String,
+    },
 }
 
 impl Vm {
@@ -58,6 +66,7 @@ impl Vm {
         let (Made { plug, counters }, balloon) = match device {
             NewDevice::Disk(disk) => (devices::disk(disk)?, None),
             NewDevice::Net(net) => (network::net(net)?, None),
+            NewDevice::Vsock(vsock) => (devices::vsock(vsock)?, None),
             NewDevice::Balloon(balloon) => {
                 let (made, handle) = devices::balloon(balloon, self.pc.memory())?;
                 (made, Some(handle))
@@ -72,10 +81,13 @@ impl Vm {
 
     pub(super) fn check_addition(&self, device: &NewDevice) -> Result<(), HotplugError> {
         let mut plugged = self.pc.devices().iter();
-        let is_balloon = matches!(device, NewDevice::Balloon(_));
-        let in_the_way = |it: &&Plugged| {
-            Some(it.id.as_str()) == device.id() || is_balloon && it.kind == DeviceKind::Balloon
+        let only_one = match device {
+            NewDevice::Balloon(_) => Some(DeviceKind::Balloon),
+            NewDevice::Vsock(_) => Some(DeviceKind::Vsock),
+            NewDevice::Disk(_) | NewDevice::Net(_) => None,
         };
+        let in_the_way =
+            |it: &&Plugged| Some(it.id.as_str()) == device.id() || Some(it.kind) == only_one;
         match plugged.find(in_the_way) {
             Some(plugged) => Err(HotplugError::StillLeaving {
                 id: plugged.id.clone(),
@@ -100,7 +112,7 @@ impl Vm {
                     });
                 }
             }
-            (DeviceKind::Block | DeviceKind::Net | DeviceKind::Balloon, _) => {}
+            (DeviceKind::Block | DeviceKind::Net | DeviceKind::Vsock | DeviceKind::Balloon, _) => {}
             (DeviceKind::Mem | DeviceKind::Rng | DeviceKind::Console | DeviceKind::Watchdog, _) => {
                 return Err(HotplugError::NotRemovable { id: id.to_owned() });
             }

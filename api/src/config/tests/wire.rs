@@ -54,12 +54,13 @@ fn vm_config_known_but_unsupported_sections_are_named() {
         "payload": {"kernel": "/k"},
         "fs": [{"tag": "t", "socket": "/s"}],
         "pmem": [],
-        "tpm": null,
+        "tpm": {"socket": "/t"},
+        "vdpa": null,
         "rtc": false,
         "vsock": {"cid": 3, "socket": "/s"},
     }))
     .unwrap();
-    assert_eq!(config.unsupported_sections(), ["fs", "vsock"]);
+    assert_eq!(config.unsupported_sections(), ["fs", "tpm"]);
 }
 
 #[test]

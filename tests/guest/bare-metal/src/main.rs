@@ -30,6 +30,7 @@ mod queue;
 mod registers;
 mod report;
 mod virtio;
+mod vsock;
 mod watchdog;
 
 use core::arch::global_asm;
@@ -60,6 +61,7 @@ extern "C" fn guest_main(start_info: u64) -> ! {
             let seed = machine::option(command_line, "seed=").and_then(|seed| seed.parse().ok());
             registers::scenario(seed.unwrap_or(DEFAULT_SEED), &mut report);
         }
+        Some("vsock") => vsock::scenario(&mut report),
         Some("watchdog") => watchdog::scenario(&mut report),
         Some("triple-fault") => machine::triple_fault(),
         Some("reset") => machine::reset(),

@@ -1,0 +1,368 @@
+//! One stream between a port of the guest and a UNIX socket of the host.
+//!
+//! ```text
+//!   Requested ── the guest accepts ──► Open ── either side sends no more ──► Open, in one direction
+//!       │                               │                                      │
+//!       └──────── a reset from either side, or both directions ended ──────────┴──► gone
+//! ```
+//!
+//! Credit (virtio 1.2 §5.10.6.3): each side says how much it can buffer and how much of what it got it has passed
+//! on. The counts run without end and wrap at 2³².
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+
+use super::packet::{Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+
+/// Bytes of one connection that may be on their way to the host, which is what the guest is told it may send.
+pub(super) const BUFFER_BYTES: u32 = 64 << 10;
+/// The guest is told of room when it knows of less than this.
+const ROOM_KNOWN_MIN: u32 = BUFFER_BYTES / 2;
+
+/// A connection's ports: the host's and the guest's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Ports {
+    pub(super) host: u32,
+    pub(super) guest: u32,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    /// The guest has not answered the request.
+    Requested,
+    Open,
+}
+
+/// A packet for the guest, without what all packets of a connection have in common.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Outgoing {
+    pub(super) op: Op,
+    pub(super) flags: u32,
+    /// Bytes of data in the caller's buffer.
+    pub(super) len: usize,
+}
+
+/// The guest broke the protocol: the connection is reset.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Violation;
+
+/// Packets the guest is owed, apart from data.
+#[derive(Debug, Default)]
+struct Owed {
+    request: bool,
+    response: bool,
+    reset: bool,
+    credit_update: bool,
+}
+
+#[derive(Debug)]
+pub(super) struct Connection {
+    pub(super) ports: Ports,
+    stream: UnixStream,
+    phase: Phase,
+    owed: Owed,
+
+    // Host to guest.
+    /// The stream may have something to read; false only after it said that it has not.
+    readable: bool,
+    /// The stream has ended.
+    at_end: bool,
+    sent: u32,
+    guest_buf_alloc: u32,
+    guest_fwd_cnt: u32,
+    /// The guest was asked for credit and has not answered.
+    credit_requested: bool,
+    /// SHUTDOWN_* that the guest knows of.
+    shutdown_sent: u32,
+
+    // Guest to host.
+    backlog: VecDeque<u8>,
+    received: u32,
+    forwarded: u32,
+    /// `forwarded` as the guest knows it.
+    forwarded_known: u32,
+    /// The host's program takes nothing any more.
+    host_closed: bool,
+    /// SHUTDOWN_* that the guest has sent.
+    shutdown_received: u32,
+    /// The guest's end was passed on to the host.
+    end_passed_on: bool,
+}
+
+impl Connection {
+    /// A host's program wants to connect to the guest.
+    pub(super) fn to_guest(ports: Ports, stream: UnixStream) -> Self {
+        let mut connection = Self::new(ports, stream, Phase::Requested);
+        connection.owed.request = true;
+        connection
+    }
+
+    /// The guest has connected to the host.
+    pub(super) fn from_guest(ports: Ports, stream: UnixStream, request: &Header) -> Self {
+        let mut connection = Self::new(ports, stream, Phase::Open);
+        connection.owed.response = true;
+        connection.take_credit(request);
+        connection
+    }
+
+    fn new(ports: Ports, stream: UnixStream, phase: Phase) -> Self {
+        Self {
+            ports,
+            stream,
+            phase,
+            owed: Owed::default(),
+            readable: true,
+            at_end: false,
+            sent: 0,
+            guest_buf_alloc: 0,
+            guest_fwd_cnt: 0,
+            credit_requested: false,
+            shutdown_sent: 0,
+            backlog: VecDeque::new(),
+            received: 0,
+            forwarded: 0,
+            forwarded_known: 0,
+            host_closed: false,
+            shutdown_received: 0,
+            end_passed_on: false,
+        }
+    }
+
+    /// Bytes passed on to the host, as the guest is told with every packet.
+    pub(super) fn forwarded(&self) -> u32 {
+        self.forwarded
+    }
+
+    /// The guest gets a reset, and then the connection is gone.
+    pub(super) fn reset(&mut self) {
+        self.owed.reset = true;
+    }
+
+    /// The stream may have something to read.
+    pub(super) fn host_readable(&mut self) {
+        self.readable = true;
+    }
+
+    /// The stream's other end is closed: it takes nothing, though there may be something left to read.
+    pub(super) fn host_hung_up(&mut self) {
+        self.readable = true;
+        self.host_gone();
+    }
+
+    /// The stream takes bytes. Returns how many it took.
+    pub(super) fn host_writable(&mut self) -> usize {
+        let before = self.forwarded;
+        while !self.backlog.is_empty() && !self.host_closed {
+            let (front, _) = self.backlog.as_slices();
+            match self.stream.write(front) {
+                Ok(count) => {
+                    self.backlog.drain(..count);
+                    self.passed_on(count);
+                }
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Err(_) => self.host_gone(),
+            }
+        }
+        if self.backlog.is_empty() {
+            // A connection that once filled its buffer does not keep it.
+            self.backlog = VecDeque::new();
+            self.pass_on_end();
+        }
+        self.forwarded.wrapping_sub(before) as usize
+    }
+
+    /// The guest accepts. The host's program hears it.
+    pub(super) fn accepted(&mut self) -> Result<(), Violation> {
+        if self.phase != Phase::Requested {
+            return Err(Violation);
+        }
+        self.phase = Phase::Open;
+        let text = format!("OK {}\n", self.ports.host);
+        // Nothing was written yet, so a program that is still there has room for all of it.
+        match self.stream.write(text.as_bytes()) {
+            Ok(count) if count == text.len() => {}
+            Ok(_) | Err(_) => self.host_gone(),
+        }
+        Ok(())
+    }
+
+    /// Credit comes with every packet of the guest's.
+    pub(super) fn take_credit(&mut self, header: &Header) {
+        self.guest_buf_alloc = header.buf_alloc;
+        self.guest_fwd_cnt = header.fwd_cnt;
+        self.credit_requested = false;
+    }
+
+    /// The guest asks for credit.
+    pub(super) fn credit_requested(&mut self) {
+        self.owed.credit_update = true;
+    }
+
+    /// Data of the guest's, on its way to the host.
+    pub(super) fn take_data(&mut self, data: &[u8]) -> Result<(), Violation> {
+        let on_the_way = self.received.wrapping_sub(self.forwarded);
+        let room = (BUFFER_BYTES - on_the_way) as usize;
+        let ended = self.shutdown_received & SHUTDOWN_SEND != 0;
+        if self.phase != Phase::Open || ended || data.len() > room {
+            return Err(Violation);
+        }
+        // At most BUFFER_BYTES.
+        self.received = self.received.wrapping_add(data.len() as u32);
+        if self.host_closed {
+            self.passed_on(data.len());
+            return Ok(());
+        }
+        self.backlog.extend(data);
+        self.host_writable();
+        Ok(())
+    }
+
+    /// The guest sends or receives no more.
+    pub(super) fn take_shutdown(&mut self, flags: u32) -> Result<(), Violation> {
+        if self.phase != Phase::Open {
+            return Err(Violation);
+        }
+        self.shutdown_received |= flags & SHUTDOWN_BOTH;
+        if self.shutdown_received & SHUTDOWN_RECEIVE != 0 {
+            // The host's program may be gone already, which is as good.
+            self.stream.shutdown(Shutdown::Read).ok();
+        }
+        self.pass_on_end();
+        Ok(())
+    }
+
+    /// The next packet for the guest, with data in `buffer`. `None` if there is none now.
+    pub(super) fn next(&mut self, buffer: &mut [u8]) -> Option<Outgoing> {
+        let bare = |op| Outgoing {
+            op,
+            flags: 0,
+            len: 0,
+        };
+        let outgoing = if self.owed.reset {
+            bare(Op::Reset)
+        } else if std::mem::take(&mut self.owed.request) {
+            bare(Op::Request)
+        } else if self.phase == Phase::Requested {
+            return None;
+        } else if std::mem::take(&mut self.owed.response) {
+            bare(Op::Response)
+        } else if let Some(outgoing) = self.next_data(buffer) {
+            outgoing
+        } else if let Some(flags) = self.next_shutdown() {
+            Outgoing {
+                flags,
+                ..bare(Op::Shutdown)
+            }
+        } else if self.owed.credit_update {
+            bare(Op::CreditUpdate)
+        } else {
+            return None;
+        };
+        self.owed.credit_update = false;
+        self.forwarded_known = self.forwarded;
+        Some(outgoing)
+    }
+
+    fn next_data(&mut self, buffer: &mut [u8]) -> Option<Outgoing> {
+        let unwanted = self.shutdown_received & SHUTDOWN_RECEIVE != 0;
+        if !self.readable || self.at_end || unwanted {
+            return None;
+        }
+        let unread = self.sent.wrapping_sub(self.guest_fwd_cnt);
+        let credit = self.guest_buf_alloc.saturating_sub(unread) as usize;
+        if credit == 0 {
+            let ask = !std::mem::replace(&mut self.credit_requested, true);
+            return ask.then_some(Outgoing {
+                op: Op::CreditRequest,
+                flags: 0,
+                len: 0,
+            });
+        }
+        let room = buffer.len().min(credit);
+        match self.read(&mut buffer[..room]) {
+            Ok(0) => {
+                self.at_end = true;
+                None
+            }
+            Ok(len) => {
+                // No longer than a buffer.
+                self.sent = self.sent.wrapping_add(len as u32);
+                Some(Outgoing {
+                    op: Op::Data,
+                    flags: 0,
+                    len,
+                })
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                self.readable = false;
+                None
+            }
+            Err(_) => {
+                self.at_end = true;
+                self.host_gone();
+                None
+            }
+        }
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.stream.read(buffer) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                done => return done,
+            }
+        }
+    }
+
+    /// SHUTDOWN_* if the guest has to be told of more than it knows. What it has not asked for any more need not be
+    /// read to the end.
+    fn next_shutdown(&mut self) -> Option<u32> {
+        let unwanted = self.shutdown_received & SHUTDOWN_RECEIVE != 0;
+        let mut flags = self.shutdown_sent;
+        if self.at_end || unwanted && self.host_closed {
+            flags |= SHUTDOWN_SEND;
+        }
+        if self.host_closed {
+            flags |= SHUTDOWN_RECEIVE;
+        }
+        let news = flags != self.shutdown_sent;
+        self.shutdown_sent = flags;
+        news.then_some(flags)
+    }
+
+    /// The host's program takes nothing any more; what was on the way is lost, as on any socket.
+    fn host_gone(&mut self) {
+        self.host_closed = true;
+        let lost = std::mem::take(&mut self.backlog).len();
+        self.passed_on(lost);
+        self.pass_on_end();
+    }
+
+    fn passed_on(&mut self, count: usize) {
+        // At most BUFFER_BYTES are on the way.
+        self.forwarded = self.forwarded.wrapping_add(count as u32);
+        let on_the_way_as_known = self.received.wrapping_sub(self.forwarded_known);
+        let room_known = BUFFER_BYTES.saturating_sub(on_the_way_as_known);
+        if self.forwarded != self.forwarded_known && room_known < ROOM_KNOWN_MIN {
+            self.owed.credit_update = true;
+        }
+    }
+
+    /// Once all of the guest's data is with the host, the host hears that no more comes. A guest that has ended both
+    /// directions is answered with a reset (virtio 1.2 §5.10.6.6).
+    fn pass_on_end(&mut self) {
+        if !self.backlog.is_empty() || self.shutdown_received & SHUTDOWN_SEND == 0 {
+            return;
+        }
+        if !std::mem::replace(&mut self.end_passed_on, true) {
+            // The host's program may be gone already, which is as good.
+            self.stream.shutdown(Shutdown::Write).ok();
+        }
+        if self.shutdown_received == SHUTDOWN_BOTH {
+            self.reset();
+        }
+    }
+}

@@ -1,0 +1,159 @@
+//! The configuration half: the guest's address.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use serde::{Deserialize, Serialize};
+use state::{Part, Saved, State, StateError, parts};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+use super::handler::VsockHandler;
+use super::muxer::Muxer;
+use crate::device::{Counters, QueueHandler, VirtioDevice};
+use crate::listening_socket::ListeningSocket;
+
+/// Virtio device id.
+const DEVICE_TYPE: u32 = 19;
+/// Receive, transmit, event.
+const QUEUE_SIZES: [u16; 3] = [256; 3];
+
+/// What the device needs to be made.
+#[derive(Debug)]
+pub struct VsockParams {
+    /// Names the device and its thread.
+    pub id: String,
+    /// The guest's address, above 2.
+    pub cid: u32,
+    /// Where the host's programs connect. Beside it, with `_PORT` added, are those that the guest connects to.
+    pub socket: PathBuf,
+}
+
+/// The configuration half has nothing a driver could change.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockState {}
+
+impl State for VsockState {
+    const PART: Part = parts::VSOCK;
+}
+
+/// What both halves count.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    /// Now.
+    pub(super) connections: AtomicU64,
+    pub(super) opened: AtomicU64,
+    pub(super) refused: AtomicU64,
+    pub(super) rx_bytes: AtomicU64,
+    pub(super) tx_bytes: AtomicU64,
+    pub(super) rx_packets: AtomicU64,
+    pub(super) tx_packets: AtomicU64,
+    pub(super) bad_packets: AtomicU64,
+    pub(super) resets_dropped: AtomicU64,
+}
+
+impl Shared {
+    /// Counts, and says whether this is the first time: the guest can cause it over and over.
+    pub(super) fn count_loudly(counter: &AtomicU64) -> bool {
+        counter.fetch_add(1, Ordering::Relaxed) == 0
+    }
+
+    pub(super) fn bad_packet(&self, reason: &str) {
+        if Self::count_loudly(&self.bad_packets) {
+            log::warn!("vsock: bad packet from the guest: {reason}");
+        }
+    }
+}
+
+/// The configuration half.
+#[derive(Debug)]
+pub struct Vsock {
+    cid: u64,
+    handler: Option<VsockHandler>,
+    shared: Arc<Shared>,
+}
+
+impl Vsock {
+    /// Listens on the socket. The worker thread closes it and removes its path when it ends.
+    ///
+    /// # Errors
+    /// The socket cannot be made, or is in use.
+    pub fn new(params: VsockParams) -> io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let cid = u64::from(params.cid);
+        let listener = ListeningSocket::bind(&params.socket)?;
+        let muxer = Muxer::new(cid, listener, Arc::clone(&shared))?;
+        Ok(Self {
+            cid,
+            handler: Some(VsockHandler::new(params.id, muxer, Arc::clone(&shared))),
+            shared,
+        })
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn device_type(&self) -> u32 {
+        DEVICE_TYPE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let config = self.cid.to_le_bytes();
+        let from = usize::try_from(offset).map_or(config.len(), |at| at.min(config.len()));
+        let count = data.len().min(config.len() - from);
+        data[..count].copy_from_slice(&config[from..from + count]);
+    }
+
+    fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
+        self.handler
+            .take()
+            .map(|handler| Box::new(handler) as Box<dyn QueueHandler>)
+            .into_iter()
+            .collect()
+    }
+
+    fn state(&self) -> Saved {
+        Saved::of(&VsockState {})
+    }
+
+    fn restore(&mut self, state: &Saved) -> Result<(), StateError> {
+        state.read().map(|VsockState {}| ())
+    }
+
+    fn counters(&self) -> Counters {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let Shared {
+            connections,
+            opened,
+            refused,
+            rx_bytes,
+            tx_bytes,
+            rx_packets,
+            tx_packets,
+            bad_packets,
+            resets_dropped,
+        } = &*self.shared;
+        Counters::from([
+            ("connections", read(connections)),
+            ("connections_opened", read(opened)),
+            ("connections_refused", read(refused)),
+            ("rx_bytes", read(rx_bytes)),
+            ("tx_bytes", read(tx_bytes)),
+            ("rx_packets", read(rx_packets)),
+            ("tx_packets", read(tx_packets)),
+            ("bad_packets", read(bad_packets)),
+            ("resets_dropped", read(resets_dropped)),
+        ])
+    }
+}
