@@ -200,6 +200,10 @@ pub(crate) struct ReserveOptions {
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub(crate) min: Option<u64>,
 
+    /// The VM is backed by huge pages: all of its memory is taken from the host's pool
+    #[arg(long)]
+    pub(crate) huge_pages: bool,
+
     /// Only tell whether it would fit
     #[arg(long)]
     pub(crate) dry_run: bool,

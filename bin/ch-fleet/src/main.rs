@@ -107,6 +107,7 @@ fn show(agent: &Agent, command: &Command, output: Output, out: &mut dyn Write) -
                     vm: options.vm.clone(),
                     memory: Bytes(options.memory),
                     min: options.min.map(Bytes),
+                    huge_pages: options.huge_pages,
                     dry_run: options.dry_run,
                 },
             )?;

@@ -101,6 +101,7 @@ fn reserve(agent: &Agent, wanted: &Wanted, options: &RunOptions) -> Result<Reser
         vm: wanted.socket.clone(),
         memory: wanted.memory,
         min: options.min.map(Bytes),
+        huge_pages: wanted.huge_pages,
         dry_run: false,
     };
     loop {
@@ -122,6 +123,7 @@ fn reserve(agent: &Agent, wanted: &Wanted, options: &RunOptions) -> Result<Reser
 struct Wanted {
     socket: String,
     memory: Bytes,
+    huge_pages: bool,
 }
 
 impl Wanted {
@@ -139,8 +141,12 @@ impl Wanted {
         let in_zones: Bytes = zones
             .map(|zone| Bytes(zone.size) + Bytes(zone.hotplugged_size.unwrap_or(0)))
             .sum();
+        // Its parts cannot be told apart from outside, so one in huge pages counts as all of them.
+        let huge_pages =
+            memory.hugepages || memory.zones.iter().flatten().any(|zone| zone.hugepages);
         Ok(Self {
             socket,
+            huge_pages,
             memory: Bytes(memory.size) + Bytes(memory.hotplugged_size.unwrap_or(0)) + in_zones,
         })
     }
@@ -205,6 +211,20 @@ mod tests {
             let wanted = wanted(line).unwrap();
             assert_eq!(wanted.memory, Bytes::mib(mib), "{line}");
             assert_eq!(wanted.socket, "/run/ch/a.sock", "{line}");
+        }
+    }
+
+    #[test]
+    fn command_line_tells_huge_pages() {
+        for (line, huge_pages) in [
+            ("--api-socket /a --memory size=4G,hugepages=on", true),
+            (
+                "--api-socket /a --memory size=0 --memory-zone id=a,size=1G id=b,size=1G,hugepages=on",
+                true,
+            ),
+            ("--api-socket /a --memory size=4G", false),
+        ] {
+            assert_eq!(wanted(line).unwrap().huge_pages, huge_pages, "{line}");
         }
     }
 

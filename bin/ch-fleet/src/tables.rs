@@ -2,7 +2,9 @@
 
 use std::io::{self, Write};
 
-use fleet::agent::{JournalPage, ReservationStatus, ReserveAnswer, Status, StoreStatus, VmStatus};
+use fleet::agent::{
+    JournalPage, PoolStatus, ReservationStatus, ReserveAnswer, Status, StoreStatus, VmStatus,
+};
 use fleet::model::Bytes;
 
 /// The host in three lines, then the VMs.
@@ -62,6 +64,14 @@ pub(crate) fn host(out: &mut dyn Write, status: &Status) -> io::Result<()> {
         host.wanted,
         host.pending,
         host.owed
+    )?;
+    if host.pool == PoolStatus::default() {
+        return Ok(());
+    }
+    writeln!(
+        out,
+        "huge pages {:#}  free {:#}  held {:#}  promised {:#}",
+        host.pool.total, host.pool.free, host.pool.held, host.pool.promised
     )
 }
 

@@ -287,6 +287,7 @@ impl Chaos {
             vm: vm.clone(),
             memory: Bytes(bytes),
             min: Some(Bytes(bytes)),
+            huge_pages: false,
             dry_run: false,
         };
         let asked = Instant::now();

@@ -164,6 +164,8 @@ struct Inner {
     vms: BTreeMap<String, FakeVm>,
     total: u64,
     others: u64,
+    /// The pool of huge pages, and what of it is free.
+    pool: (u64, u64),
 }
 
 /// A VM and where it is listened for.
@@ -269,6 +271,12 @@ impl World {
         self.write_host();
     }
 
+    /// Makes `pool` bytes of the host a pool of huge pages, of which `free` are free.
+    pub fn set_pool(&self, pool: u64, free: u64) {
+        self.inner.lock().unwrap().pool = (pool, free);
+        self.write_host();
+    }
+
     fn write_host(&self) {
         write_host(&self.inner.lock().unwrap(), self.folder.path());
     }
@@ -287,9 +295,12 @@ fn write_host(inner: &MutexGuard<'_, Inner>, folder: &Path) {
     let used: u64 = inner.vms.values().map(|vm| vm.resident).sum::<u64>() + inner.others;
     let available = inner.total.saturating_sub(used);
     let text = format!(
-        "MemTotal: {} kB\nMemAvailable: {} kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n",
+        "MemTotal: {} kB\nMemAvailable: {} kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\n\
+         HugePages_Free: {}\nHugePages_Rsvd: 0\nHugepagesize: 2048 kB\nHugetlb: {} kB\n",
         inner.total >> 10,
-        available >> 10
+        available >> 10,
+        inner.pool.1 >> 21,
+        inner.pool.0 >> 10
     );
     let beside = folder.join("proc/meminfo.new");
     fs::write(&beside, text).unwrap();

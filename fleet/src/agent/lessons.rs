@@ -62,11 +62,11 @@ impl LessonBook {
         }
     }
 
-    /// What was learned about a VM while this process ran it.
+    /// What was learned about a VM while this process ran it. A process that could not be looked up is not another one.
     pub(super) fn of(&self, vm: &VmId, process: Option<ProcessIdentity>) -> Lessons {
         self.records
             .get(vm)
-            .filter(|record| record.process == process)
+            .filter(|record| process.is_none() || record.process == process)
             .map_or_else(Lessons::default, |record| record.lessons.clone())
     }
 
@@ -123,7 +123,12 @@ mod tests {
         book.save(|_| true).unwrap();
         let mut next = LessonBook::open(folder.path());
         assert_eq!(next.of(&vm, PROCESS), lessons);
-        assert_eq!(next.of(&vm, None), Lessons::default());
+        assert_eq!(next.of(&vm, None), lessons);
+        let other = PROCESS.map(|process| ProcessIdentity {
+            start_ticks: process.start_ticks + 1,
+            ..process
+        });
+        assert_eq!(next.of(&vm, other), Lessons::default());
         next.save(|_| false).unwrap();
         let last = LessonBook::open(folder.path());
         assert_eq!(last.of(&vm, PROCESS), Lessons::default());

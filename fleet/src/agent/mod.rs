@@ -55,4 +55,6 @@ pub use launch::{Agent, AgentOptions};
 pub use published::{Published, Snapshot};
 pub use request::{ConfirmRequest, PinRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
 pub use routes::{LOCAL_NAMES, handle_page};
-pub use status::{HostStatus, PublishedState, ReservationStatus, Status, StoreStatus, VmStatus};
+pub use status::{
+    HostStatus, PoolStatus, PublishedState, ReservationStatus, Status, StoreStatus, VmStatus,
+};

@@ -69,6 +69,24 @@ impl Refused {
     }
 }
 
+/// What is asked for, of either kind of memory.
+trait HasSize {
+    /// Memory of the VM.
+    fn size(&self) -> Bytes;
+}
+
+impl HasSize for Wanted {
+    fn size(&self) -> Bytes {
+        self.max
+    }
+}
+
+impl HasSize for Bytes {
+    fn size(&self) -> Bytes {
+        *self
+    }
+}
+
 /// A VM that was refused, and may ask again.
 #[derive(Debug)]
 struct Waiting {
@@ -136,10 +154,14 @@ impl Promises {
             max: asked.memory,
         };
         let uid = uid_of(request);
-        if let Some(held) = self.held_already(&vm, wanted, uid, situation) {
+        if let Some(held) = self.held_already(&vm, (wanted, asked.huge_pages), uid, situation) {
             return Ok(held);
         }
-        let verdict = self.verdict(&vm, wanted, situation, journal);
+        let verdict = if asked.huge_pages {
+            self.verdict(&vm, &wanted.max, situation, journal, Self::admit_to_pool)
+        } else {
+            self.verdict(&vm, &wanted, situation, journal, Self::admit)
+        };
         if !asked.dry_run {
             let needs = verdict.as_ref().err().and_then(|refused| refused.needs);
             self.remember(&vm, needs, situation.rounds.now_ms());
@@ -158,6 +180,7 @@ impl Promises {
                 .reserve(
                     &vm,
                     (wanted.max, admission.promise),
+                    asked.huge_pages,
                     uid,
                     (self.clock.moment(), hold),
                 )
@@ -267,7 +290,7 @@ impl Promises {
             .book
             .entries()
             .iter()
-            .filter(|entry| situation.rounds.seen(&entry.vm).is_none());
+            .filter(|entry| !entry.huge_pages && situation.rounds.seen(&entry.vm).is_none());
         let unseen: Bytes = unseen.map(|entry| entry.configured).sum();
         ledger.configured += unseen - ledger.promised;
         HostBooks {
@@ -299,12 +322,13 @@ impl Promises {
     fn held_already(
         &self,
         vm: &str,
-        wanted: Wanted,
+        (wanted, huge_pages): (Wanted, bool),
         uid: u32,
         situation: Situation<'_>,
     ) -> Option<Response> {
         let held = self.book.find(vm)?;
-        let same = held.configured == wanted.max && held.owner_uid == uid;
+        let same =
+            held.configured == wanted.max && held.huge_pages == huge_pages && held.owner_uid == uid;
         same.then(|| {
             Response::json(&ReserveAnswer {
                 reservation: Some(held.clone()),
@@ -326,13 +350,57 @@ impl Promises {
         }
     }
 
-    /// Yes, or why not.
-    fn verdict(
+    /// Decides by the books of the host's memory.
+    fn admit(&mut self, wanted: &Wanted, situation: Situation<'_>) -> Result<Admission, Refused> {
+        let verdict = admit(wanted, &self.books(situation), &situation.config.planning);
+        match &verdict {
+            Ok(_) => self.counts.count("admitted", "ok"),
+            Err(refusal) => self.counts.count("refused", reason_of(refusal)),
+        }
+        verdict.map_err(|refusal| Refused::of(&refusal))
+    }
+
+    /// Decides by the books of the pool of huge pages: nobody there gives anything back, so all of the VM must fit.
+    fn admit_to_pool(
+        &mut self,
+        size: &Bytes,
+        situation: Situation<'_>,
+    ) -> Result<Admission, Refused> {
+        let pool = situation.facts.pool;
+        let free = pool.free - self.pool_promised(situation.config, situation.rounds);
+        if *size <= free {
+            self.counts.count("admitted", "ok");
+            return Ok(Admission {
+                promise: *size,
+                left: free - *size,
+            });
+        }
+        self.counts.count("refused", "pool");
+        Err(Refused {
+            why: format!(
+                "no: {size} of huge pages needed, {free} of the pool of {} can be promised",
+                pool.total
+            ),
+            for_good: *size > pool.total,
+            needs: None,
+        })
+    }
+
+    /// What is promised of the pool of huge pages and not taken yet.
+    pub(super) fn pool_promised(&self, config: &AgentConfig, rounds: &VmRounds) -> Bytes {
+        let settle = config.planning.admission.reservation;
+        self.book
+            .outstanding_pool(self.clock.moment(), settle, |name| rounds.seen(name))
+    }
+
+    /// Yes, or why not, as `decide` says if anything can be promised now.
+    fn verdict<W: HasSize>(
         &mut self,
         vm: &str,
-        wanted: Wanted,
+        wanted: &W,
         situation: Situation<'_>,
         journal: &mut Journal,
+        decide: impl FnOnce(&mut Self, &W, Situation<'_>) -> Result<Admission, Refused>,
     ) -> Result<Admission, Refused> {
         let verdict = if let Some(seconds) = situation.rounds.learns_for() {
             self.counts.count("refused", "learning");
@@ -345,16 +413,12 @@ impl Promises {
                 "the host's memory could not be read for {seconds} s: nothing is promised until it can"
             )))
         } else {
-            let verdict = admit(&wanted, &self.books(situation), &situation.config.planning);
-            match &verdict {
-                Ok(_) => self.counts.count("admitted", "ok"),
-                Err(refusal) => self.counts.count("refused", reason_of(refusal)),
-            }
-            verdict.map_err(|refusal| Refused::of(&refusal))
+            decide(self, wanted, situation)
         };
+        let size = wanted.size();
         let text = match &verdict {
-            Ok(admission) => format!("{} admitted, {} promised", wanted.max, admission.promise),
-            Err(refused) => format!("{} refused: {}", wanted.max, refused.why),
+            Ok(admission) => format!("{size} admitted, {} promised", admission.promise),
+            Err(refused) => format!("{size} refused: {}", refused.why),
         };
         journal.enter("admission", vm, text);
         verdict
@@ -386,7 +450,10 @@ impl Promises {
             return Err(format!("a VM {vm:?} runs here already"));
         }
         let wanted = entry.request();
-        let verdict = self.verdict(&vm, wanted, situation, journal);
+        let verdict = self.verdict(&vm, &wanted, situation, journal, Self::admit);
+        // Guests are asked for what it needs, as for a VM that was refused here.
+        let needs = verdict.as_ref().err().and_then(|refused| refused.needs);
+        self.remember(&vm, needs, situation.rounds.now_ms());
         let admission = verdict.map_err(|refused| refused.why)?;
         let hold = situation.config.planning.admission.reservation;
         self.book

@@ -7,7 +7,7 @@ use super::host_watch::HostWatch;
 use super::membership::Membership;
 use super::promises::Promises;
 use super::rounds::VmRounds;
-use super::status::{HostStatus, PublishedState, VmStatus};
+use super::status::{HostStatus, PoolStatus, PublishedState, VmStatus};
 use super::vms::Vm;
 use super::{Published, Snapshot, Status};
 use crate::agent_config::AgentConfig;
@@ -88,6 +88,12 @@ fn host_status(parts: &Parts<'_>, now_ms: u64) -> HostStatus {
         facts,
         facts_age_ms,
         ledger: plan.ledger,
+        pool: PoolStatus {
+            total: facts.pool.total,
+            free: facts.pool.free,
+            held: parts.rounds.pool_held(),
+            promised: parts.promises.pool_promised(parts.config, parts.rounds),
+        },
         free: plan.host.free.0,
         shortage: plan.host.shortage,
         wanted: plan.host.wanted,
@@ -122,8 +128,10 @@ fn vm_status(parts: &Parts<'_>, vm: &Vm, now_ms: u64) -> VmStatus {
     fill_from_reading(parts.config, vm, now_ms, &mut status);
     if vm.is_huge() {
         status.interlock = Some("huge-pages".to_owned());
-        status.explanation =
-            format!("{name}: left alone, its memory comes out of the host's pool of huge pages");
+        status.explanation = format!(
+            "{name}: left alone, its memory comes out of the host's pool of huge pages, of which it holds {}",
+            status.pool_held
+        );
     }
     if let Some(memory) = parts.rounds.memory().vm(name) {
         status.suffering = memory.suffering;
@@ -154,6 +162,7 @@ fn fill_from_reading(config: &AgentConfig, vm: &Vm, now_ms: u64, status: &mut Vm
     (status.min, status.max) = (policy.min, policy.max);
     status.actual = sample.ballooned;
     status.resident = sample.resident;
+    status.pool_held = reading.pool_held;
     status.swapped = sample.swapped;
     status.sample_age_ms = Some(now_ms.saturating_sub(sample.at_ms));
     if let Some(guest) = sample.guest {

@@ -16,6 +16,9 @@ pub struct ReserveRequest {
     /// Memory that must be promised; that of the VM's policy when absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min: Option<Bytes>,
+    /// Whether it is backed by huge pages: all of it is promised, out of the host's pool.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub huge_pages: bool,
     /// Only tell whether it would fit.
     #[serde(default)]
     pub dry_run: bool,

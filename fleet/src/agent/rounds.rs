@@ -376,7 +376,12 @@ impl VmRounds {
     /// What is there of the VM of a reservation.
     pub(super) fn seen(&self, name: &str) -> Option<SeenVm> {
         let vm = self.vms.get(name)?;
-        let resident = vm.reading.as_ref()?.sample.resident;
+        let reading = vm.reading.as_ref()?;
+        // A mapping of huge pages takes all of them out of the pool's free ones at once.
+        let resident = match reading.huge_pages {
+            true => reading.configured,
+            false => reading.sample.resident,
+        };
         // One that hangs is there all the same, with its memory; one that nobody listens for is not.
         let ended = matches!(vm.failure, Some("refused" | "no-socket" | "no-vm"));
         (!ended).then_some(SeenVm { resident })
@@ -386,6 +391,12 @@ impl VmRounds {
     pub(super) fn pids(&self) -> Vec<i32> {
         let readings = self.vms.iter().filter_map(|vm| vm.reading.as_ref());
         readings.map(|reading| reading.pid).collect()
+    }
+
+    /// What the VMs hold of the pool of huge pages.
+    pub(super) fn pool_held(&self) -> Bytes {
+        let readings = self.vms.iter().filter_map(|vm| vm.reading.as_ref());
+        readings.map(|reading| reading.pool_held).sum()
     }
 
     /// The planner's clock.
@@ -613,6 +624,7 @@ mod tests {
             pid: 1,
             process: None,
             huge_pages: false,
+            pool_held: Bytes::ZERO,
             level: FeatureLevel::L2,
             configured: Bytes::gib(4),
             has_balloon: true,

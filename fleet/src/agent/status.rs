@@ -130,6 +130,9 @@ pub struct HostStatus {
     pub facts_age_ms: u64,
     /// The books of the last plan.
     pub ledger: Ledger,
+    /// The books of the pool of huge pages.
+    #[serde(default)]
+    pub pool: PoolStatus,
     /// Available memory above the reserve as a part of the usable.
     pub free: f64,
     /// Memory missing to the goal.
@@ -149,6 +152,19 @@ pub struct HostStatus {
     pub trigger: bool,
     /// Grants that wait for memory.
     pub grants_waiting: usize,
+}
+
+/// The host's pool of huge pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolStatus {
+    /// All of it.
+    pub total: Bytes,
+    /// Neither in use nor reserved by a mapping.
+    pub free: Bytes,
+    /// Held by VMs.
+    pub held: Bytes,
+    /// Promised to VMs that have not taken it yet.
+    pub promised: Bytes,
 }
 
 /// One VM.
@@ -186,6 +202,9 @@ pub struct VmStatus {
     pub actual: Bytes,
     /// Host memory it occupies.
     pub resident: Bytes,
+    /// What it holds of the pool of huge pages.
+    #[serde(default)]
+    pub pool_held: Bytes,
     /// Its memory in the host's swap.
     pub swapped: Bytes,
     /// What it may call in without asking.

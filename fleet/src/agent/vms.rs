@@ -501,6 +501,7 @@ mod tests {
             pid: 1,
             process: None,
             huge_pages: false,
+            pool_held: Bytes::ZERO,
             level: FeatureLevel::L2,
             configured: Bytes::gib(4),
             has_balloon: true,

@@ -14,6 +14,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
+use crate::model::Bytes;
+
 /// What a descriptor of a KVM VM links to.
 const KVM_VM: &str = "anon_inode:kvm-vm";
 
@@ -137,26 +139,39 @@ pub(crate) fn holds_vm(proc: &Path, pid: i32) -> io::Result<bool> {
     Ok(links.any(|link| link == Path::new(KVM_VM)))
 }
 
-/// Anonymous and shared memory of a process, bytes.
-///
-/// # Errors
-/// The process is gone, or the file cannot be read or says nothing of memory: then it is not known, which is not 0.
-pub(crate) fn resident_bytes(proc: &Path, pid: i32) -> io::Result<u64> {
-    let status = fs::read_to_string(proc.join(pid.to_string()).join("status"))?;
-    sum_resident(&status)
-        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "there is no Rss in its status"))
+/// What a process has of the host's memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct ProcessMemory {
+    /// Anonymous and shared memory.
+    pub(crate) resident: Bytes,
+    /// Out of the pool of huge pages.
+    pub(crate) huge: Bytes,
 }
 
-fn sum_resident(status: &str) -> Option<u64> {
-    let kib = |name: &str| -> Option<u64> {
-        let rest = status.lines().find_map(|line| line.strip_prefix(name))?;
-        rest.split_ascii_whitespace().next()?.parse().ok()
-    };
-    // Kernels without huge pages or shared memory leave those out.
-    let sum = kib("RssAnon:")?
-        .saturating_add(kib("RssShmem:").unwrap_or(0))
-        .saturating_add(kib("HugetlbPages:").unwrap_or(0));
-    Some(sum.saturating_mul(1024))
+impl ProcessMemory {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// The process is gone, or the file cannot be read or says nothing of memory: then it is not known, which is not 0.
+    pub(crate) fn read(proc: &Path, pid: i32) -> io::Result<Self> {
+        let status = fs::read_to_string(proc.join(pid.to_string()).join("status"))?;
+        Self::of(&status).ok_or_else(|| {
+            io::Error::new(io::ErrorKind::InvalidData, "there is no Rss in its status")
+        })
+    }
+
+    fn of(status: &str) -> Option<Self> {
+        let figure = |name: &str| -> Option<Bytes> {
+            let rest = status.lines().find_map(|line| line.strip_prefix(name))?;
+            let kib: u64 = rest.split_ascii_whitespace().next()?.parse().ok()?;
+            Some(Bytes(kib.saturating_mul(1024)))
+        };
+        // Kernels without huge pages or shared memory leave those out.
+        Some(Self {
+            resident: figure("RssAnon:")? + figure("RssShmem:").unwrap_or_default(),
+            huge: figure("HugetlbPages:").unwrap_or_default(),
+        })
+    }
 }
 
 #[cfg(test)]
@@ -167,10 +182,18 @@ mod tests {
     #[test]
     fn resident_is_anonymous_and_shared_without_files() {
         let status = "VmRSS:\t 300 kB\nRssAnon:\t 100 kB\nRssFile:\t 150 kB\nRssShmem:\t 50 kB\n";
-        assert_eq!(sum_resident(status), Some(150 << 10));
+        let memory = ProcessMemory {
+            resident: Bytes(150 << 10),
+            huge: Bytes::ZERO,
+        };
+        assert_eq!(ProcessMemory::of(status), Some(memory));
         let huge = format!("{status}HugetlbPages:\t 2048 kB\n");
-        assert_eq!(sum_resident(&huge), Some((2048 + 150) << 10));
-        assert_eq!(sum_resident("Name:\tvmm\n"), None);
+        let memory = ProcessMemory {
+            huge: Bytes::mib(2),
+            ..memory
+        };
+        assert_eq!(ProcessMemory::of(&huge), Some(memory));
+        assert_eq!(ProcessMemory::of("Name:\tvmm\n"), None);
     }
 
     #[test]
@@ -184,7 +207,7 @@ mod tests {
             ..identity
         };
         assert!(later.has_ended(proc));
-        assert!(resident_bytes(proc, pid).unwrap() > 0);
+        assert!(ProcessMemory::read(proc, pid).unwrap().resident > Bytes::ZERO);
     }
 
     #[test]

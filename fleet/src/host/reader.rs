@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::HostError;
 use super::kernel_file::{KernelFile, read_limit, read_text};
-use crate::model::{Bytes, CgroupMemory, HostFacts, Pressure};
+use crate::model::{Bytes, CgroupMemory, HostFacts, HugePool, Pressure};
 
 /// Where control groups (version 2) are mounted. The limits of a group's parents are its own too, up to here.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
@@ -102,6 +102,7 @@ impl HostReader {
     pub fn read(&mut self, at_ms: u64) -> Result<HostFacts, HostError> {
         let proc = &self.files.proc;
         let meminfo = KernelFile::read(proc.join("meminfo"))?;
+        let pool = read_pool(&meminfo);
         let vmstat = KernelFile::read(proc.join("vmstat"))?;
         let machine = read_pressure(&proc.join("pressure/memory")).unwrap_or_default();
         let own = self
@@ -117,10 +118,9 @@ impl HostReader {
         let (swap_in_per_s, swap_out_per_s) = self.swap_rates(swap);
         Ok(HostFacts {
             at_ms,
-            // The pool of huge pages is no memory that VMs share; kernels without it have no such line.
-            total: Bytes(meminfo.figure("MemTotal")?)
-                - Bytes(meminfo.figure("Hugetlb").unwrap_or(0)),
+            total: Bytes(meminfo.figure("MemTotal")?) - pool.total,
             available: Bytes(meminfo.figure("MemAvailable")?),
+            pool,
             cgroup: read_groups(&self.groups, &self.files.cgroup_root)?,
             // The averages of whichever suffers more; the totals stay with one source, so that they only grow.
             pressure: own.map_or(machine, |own| worse(own, machine)),
@@ -144,6 +144,16 @@ impl HostReader {
             rate(now.in_pages, last.in_pages),
             rate(now.out_pages, last.out_pages),
         )
+    }
+}
+
+/// The pool of huge pages; kernels without it have no such lines.
+fn read_pool(meminfo: &KernelFile) -> HugePool {
+    let figure = |name| meminfo.figure(name).unwrap_or(0);
+    let pages = figure("HugePages_Free").saturating_sub(figure("HugePages_Rsvd"));
+    HugePool {
+        total: Bytes(figure("Hugetlb")),
+        free: Bytes(pages.saturating_mul(figure("Hugepagesize"))),
     }
 }
 

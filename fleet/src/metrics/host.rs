@@ -77,6 +77,17 @@ pub(super) fn write(out: &mut Out<'_>, snapshot: &Snapshot) -> fmt::Result {
     for (name, help, bytes) in books {
         out.gauge(name, help, [(own(), bytes.0)])?;
     }
+    let pool = &host.pool;
+    out.gauge(
+        "ch_host_huge_pages_bytes",
+        "The pool of huge pages: all of it, free, held by VMs, and promised to VMs that have not taken it yet",
+        [
+            (with("kind", "total"), pool.total.0),
+            (with("kind", "free"), pool.free.0),
+            (with("kind", "held"), pool.held.0),
+            (with("kind", "promised"), pool.promised.0),
+        ],
+    )?;
     out.gauge(
         "ch_host_state",
         "1 for the state the host is in",

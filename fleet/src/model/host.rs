@@ -13,6 +13,9 @@ pub struct HostFacts {
     pub total: Bytes,
     /// MemAvailable of `/proc/meminfo`.
     pub available: Bytes,
+    /// The pool of huge pages, which is in neither of the two.
+    #[serde(default)]
+    pub pool: HugePool,
     /// The group of the VMs, when it has a limit; of several the sum.
     pub cgroup: Option<CgroupMemory>,
     /// Memory pressure of the machine or of the group, whichever is higher.
@@ -25,6 +28,15 @@ pub struct HostFacts {
     pub swap_in_per_s: Bytes,
     /// Memory going to swap, bytes a second.
     pub swap_out_per_s: Bytes,
+}
+
+/// The host's pool of huge pages. VMs in it neither use the rest of the memory nor give anything back to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HugePool {
+    /// All of it, of pages of every size.
+    pub total: Bytes,
+    /// Neither in use nor reserved by a mapping, of pages of the default size.
+    pub free: Bytes,
 }
 
 /// Figures of a memory control group.

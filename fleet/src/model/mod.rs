@@ -15,7 +15,7 @@ mod vm;
 pub use burst::BurstHistogram;
 pub(crate) use bytes::split_number;
 pub use bytes::{Amount, Bytes, Fraction, ParseQuantityError};
-pub use host::{CgroupMemory, HostFacts, Pressure};
+pub use host::{CgroupMemory, HostFacts, HugePool, Pressure};
 pub use ledger::Ledger;
 pub use lessons::Lessons;
 pub use policy::{PriorityClass, VmPolicy};

@@ -108,11 +108,15 @@ impl ReservationBook {
         &mut self,
         vm: &str,
         (configured, promised): (Bytes, Bytes),
+        huge_pages: bool,
         owner_uid: u32,
         (now, hold): (Moment, Millis),
     ) -> Result<Reservation, BookError> {
         if let Some(held) = self.find(vm) {
-            if held.configured == configured && held.owner_uid == owner_uid {
+            if held.configured == configured
+                && held.huge_pages == huge_pages
+                && held.owner_uid == owner_uid
+            {
                 return Ok(held.clone());
             }
             return Err(BookError::Held {
@@ -130,6 +134,7 @@ impl ReservationBook {
                 phase: ReservationPhase::Promised,
                 owner_uid,
                 remote: false,
+                huge_pages,
                 since_unix_ms: now.unix_ms,
                 deadline_unix_ms: Some(now.unix_ms.saturating_add(hold.0)),
             },
@@ -164,6 +169,7 @@ impl ReservationBook {
                 phase: ReservationPhase::Promised,
                 owner_uid,
                 remote: true,
+                huge_pages: false,
                 since_unix_ms: now.unix_ms,
                 deadline_unix_ms: Some(now.unix_ms.saturating_add(hold.0)),
             },
@@ -289,7 +295,28 @@ impl ReservationBook {
         settle: Millis,
         seen: impl Fn(&str) -> Option<SeenVm>,
     ) -> Bytes {
+        self.outstanding_of(false, now, settle, seen)
+    }
+
+    /// What is promised of the pool of huge pages and not taken yet.
+    pub fn outstanding_pool(
+        &self,
+        now: Moment,
+        settle: Millis,
+        seen: impl Fn(&str) -> Option<SeenVm>,
+    ) -> Bytes {
+        self.outstanding_of(true, now, settle, seen)
+    }
+
+    fn outstanding_of(
+        &self,
+        huge_pages: bool,
+        now: Moment,
+        settle: Millis,
+        seen: impl Fn(&str) -> Option<SeenVm>,
+    ) -> Bytes {
         self.outstanding_each(now, settle, seen)
+            .filter(|(entry, _)| entry.huge_pages == huge_pages)
             .map(|(_, bytes)| bytes)
             .sum()
     }

@@ -82,6 +82,9 @@ pub struct Reservation {
     /// Whether it was asked for through the store, on behalf of a VM that somebody elsewhere placed here.
     #[serde(default)]
     pub remote: bool,
+    /// Whether it is of the pool of huge pages.
+    #[serde(default)]
+    pub huge_pages: bool,
     /// When the present phase began, ms since the Unix epoch.
     pub since_unix_ms: u64,
     /// When it is dropped unless the next phase is reached, ms since the Unix epoch; absent while running.

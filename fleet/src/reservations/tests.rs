@@ -19,7 +19,7 @@ fn open(folder: &TempDir) -> ReservationBook {
 }
 
 fn reserve(book: &mut ReservationBook, vm: &str, now: u64) -> Result<Reservation, BookError> {
-    book.reserve(vm, (Bytes::gib(4), GIB), 0, (at(now), HOLD))
+    book.reserve(vm, (Bytes::gib(4), GIB), false, 0, (at(now), HOLD))
 }
 
 fn nobody(_: &str) -> Option<SeenVm> {
@@ -51,7 +51,7 @@ fn reservation_asked_for_twice_is_one() {
     let mut book = open(&folder);
     let first = reserve(&mut book, "a", 5).unwrap();
     assert_eq!(reserve(&mut book, "a", 9).unwrap(), first);
-    let other = book.reserve("a", (Bytes::gib(8), GIB), 0, (at(9), HOLD));
+    let other = book.reserve("a", (Bytes::gib(8), GIB), false, 0, (at(9), HOLD));
     assert!(matches!(other, Err(BookError::Held { .. })));
 }
 
@@ -128,8 +128,14 @@ fn wall_clock_that_jumps_neither_shortens_nor_lengthens_a_promise() {
     let hour = 3_600_000;
     let (begin, ahead, back) = (10 * hour, 11 * hour, 9 * hour);
     let moment = |ms, unix_ms| Moment { ms, unix_ms };
-    book.reserve("a", (Bytes::gib(4), GIB), 0, (moment(0, begin), HOLD))
-        .unwrap();
+    book.reserve(
+        "a",
+        (Bytes::gib(4), GIB),
+        false,
+        0,
+        (moment(0, begin), HOLD),
+    )
+    .unwrap();
     assert!(book.follow(moment(3000, ahead), nobody).unwrap().is_empty());
     assert_eq!(book.outstanding(moment(3000, ahead), HOLD, nobody), GIB);
     // The next agent of the same start of the machine goes by the same clock.

@@ -12,7 +12,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use super::RequestCounters;
-use crate::host::{Process, resident_bytes};
+use crate::host::{Process, ProcessMemory};
 use crate::model::{Bytes, FeatureLevel, GuestClaims, Interlock, ReclaimFigures, VmSample};
 
 /// HTTP status of a VMM that does not know an endpoint or has no VM.
@@ -27,6 +27,8 @@ pub struct VmReading {
     pub process: Option<Process>,
     /// Whether its memory comes out of the host's pool of huge pages, which is no part of the memory managed here.
     pub huge_pages: bool,
+    /// What it holds of that pool.
+    pub pool_held: Bytes,
     /// What the interface tells.
     pub level: FeatureLevel,
     /// Memory of the VM with everything plugged in.
@@ -39,6 +41,22 @@ pub struct VmReading {
     pub sample: VmSample,
     /// Bytes the guest named on the reporting and inflate queues since its boot; they begin anew when it does.
     pub requested: Bytes,
+}
+
+impl VmReading {
+    /// Takes over what the kernel tells of the VMM's process.
+    fn fill_from_process(&mut self, memory: ProcessMemory) {
+        // A file in a file system of huge pages is none that the configuration tells. A few such pages take nobody out of
+        // the books of the other memory.
+        self.huge_pages |= memory.huge > memory.resident;
+        if self.level < FeatureLevel::L2 {
+            self.sample.resident = (memory.resident + memory.huge).min(self.configured);
+        }
+        // Nothing is in two places at once.
+        let rest = self.configured - self.sample.resident;
+        self.sample.swapped = self.sample.swapped.min(rest);
+        self.pool_held = memory.huge;
+    }
 }
 
 /// Why a round brought nothing.
@@ -216,13 +234,15 @@ pub(crate) fn read_vm(
         Answer::Absent => *level_max = FeatureLevel::L1.min(*level_max),
         Answer::Nothing => {}
     }
-    if reading.level < FeatureLevel::L2 {
-        let process = round.process;
-        let resident = resident_bytes(process.proc, process.pid).map_err(|source| {
+    let process = round.process;
+    match ProcessMemory::read(process.proc, process.pid) {
+        Ok(memory) => reading.fill_from_process(memory),
+        // What a VMM tells of itself is all that is known then.
+        Err(_) if reading.level == FeatureLevel::L2 => {}
+        Err(source) => {
             let pid = process.pid;
-            SampleFailure::Resident { pid, source }
-        })?;
-        reading.sample.resident = Bytes(resident).min(reading.configured);
+            return Err(SampleFailure::Resident { pid, source });
+        }
     }
     let fresh = round.at_ms.saturating_sub(round.guest_age_ms_max);
     let known = reading
@@ -304,6 +324,7 @@ fn from_info(info: &Info, pid: i32, at_ms: u64) -> VmReading {
         pid,
         process: None,
         huge_pages: info.config.memory.is_huge(),
+        pool_held: Bytes::ZERO,
         level: FeatureLevel::L0,
         configured,
         has_balloon: balloon.is_some(),
@@ -414,4 +435,54 @@ fn counted<T>(
 
 fn parse<T: serde::de::DeserializeOwned>(op: &'static str, body: &str) -> Result<T, SampleFailure> {
     serde_json::from_str(body).map_err(|source| SampleFailure::Form { op, source })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn reading(level: FeatureLevel, hugepages: bool) -> VmReading {
+        let info = format!(
+            r#"{{"config":{{"memory":{{"size":4294967296,"hugepages":{hugepages}}}}},"state":"Running"}}"#
+        );
+        let info: Info = serde_json::from_str(&info).unwrap();
+        VmReading {
+            level,
+            ..from_info(&info, 1, 0)
+        }
+    }
+
+    fn memory(resident_gib: u64, huge_gib: u64) -> ProcessMemory {
+        ProcessMemory {
+            resident: Bytes::gib(resident_gib),
+            huge: Bytes::gib(huge_gib),
+        }
+    }
+
+    #[test]
+    fn resident_memory_is_the_vmms_word_at_level_2_only_and_swap_is_what_is_left() {
+        let claims = |level, resident_gib| {
+            let mut reading = reading(level, false);
+            reading.sample.resident = Bytes::gib(resident_gib);
+            reading.sample.swapped = Bytes::gib(9);
+            reading.fill_from_process(memory(2, 0));
+            (reading.sample.resident, reading.sample.swapped)
+        };
+        assert_eq!(claims(FeatureLevel::L2, 1), (Bytes::gib(1), Bytes::gib(3)));
+        assert_eq!(claims(FeatureLevel::L0, 1), (Bytes::gib(2), Bytes::gib(2)));
+    }
+
+    #[test]
+    fn vm_in_huge_pages_is_known_by_its_process_as_well() {
+        for (told, huge_gib, huge) in [(true, 0, true), (false, 3, true), (false, 0, false)] {
+            let mut reading = reading(FeatureLevel::L0, told);
+            reading.fill_from_process(memory(0, huge_gib));
+            assert_eq!(reading.huge_pages, huge);
+            assert_eq!(reading.pool_held, Bytes::gib(huge_gib));
+        }
+        let mut reading = reading(FeatureLevel::L0, false);
+        reading.fill_from_process(memory(2, 1));
+        assert!(!reading.huge_pages);
+    }
 }

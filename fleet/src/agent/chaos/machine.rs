@@ -487,6 +487,7 @@ impl Machine {
                 start_ticks: 7,
             })),
             huge_pages: false,
+            pool_held: Bytes::ZERO,
             level: self.character.level,
             configured: Bytes(configured),
             has_balloon: true,

@@ -83,6 +83,7 @@ fn promise_from_afar_is_the_hosts_own_until_its_vm_runs() {
         vm: "new".to_owned(),
         memory: Bytes::gib(1),
         min: None,
+        huge_pages: false,
         dry_run: false,
     })
     .unwrap();
@@ -172,6 +173,7 @@ fn promises_at_the_socket_and_from_afar_come_out_of_one_ledger() {
                     vm: format!("near-{n}"),
                     memory: Bytes::gib(1),
                     min: Some(Bytes::gib(1)),
+                    huge_pages: false,
                     dry_run: false,
                 })
                 .unwrap();

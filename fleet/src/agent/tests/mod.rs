@@ -75,6 +75,7 @@ fn reserve(world: &World, vm: &str, memory: u64, min: u64) -> Result<ReserveAnsw
         vm: vm.to_owned(),
         memory: Bytes(memory),
         min: Some(Bytes(min)),
+        huge_pages: false,
         dry_run: false,
     })
     .unwrap();
@@ -730,6 +731,75 @@ fn memory_that_cannot_be_read_is_unknown_and_named() {
         .find(|entry| entry.vm == "a" && entry.text.contains("cannot be read"));
     assert!(named.is_some(), "{entries:?}");
     assert!(world.vm("a").resizes.is_empty());
+}
+
+#[test]
+fn pool_of_huge_pages_has_books_of_its_own() {
+    // Of 64 GiB a pool of 52, 44 of them free, and 6 GiB of the other memory available.
+    let world = World::new(64 * GIB, 58 * GIB);
+    world.set_pool(52 * GIB, 44 * GIB);
+    let agent = start(&world);
+    wait("the first plan", || {
+        (agent.published().get().decisions.plans > 0).then_some(())
+    });
+    let ask = |vm: &str, memory, huge_pages| {
+        let body = api::to_ascii_json(&ReserveRequest {
+            vm: vm.to_owned(),
+            memory: Bytes(memory),
+            min: None,
+            huge_pages,
+            dry_run: false,
+        });
+        client(&world).put("fleet.reserve", Some(&body.unwrap()))
+    };
+    let status = |answer| match answer {
+        Ok(_) => 200,
+        Err(ClientError::Server(error)) => error.status,
+        Err(error) => panic!("{error:?}"),
+    };
+    // More than all other memory fits, twice the rest does not, and the pool itself could never hold 60.
+    assert_eq!(status(ask("large", 40 * GIB, true)), 200);
+    assert_eq!(status(ask("second", 8 * GIB, true)), 409);
+    assert_eq!(status(ask("giant", 60 * GIB, true)), 422);
+    assert_eq!(status(ask("third", 4 * GIB, true)), 200);
+    assert_eq!(status(ask("fourth", GIB, true)), 409);
+    // What is promised of the pool takes nothing from the others.
+    assert_eq!(status(ask("small", 2 * GIB, false)), 200);
+    let host = agent.published().get().status.host.clone();
+    assert_eq!(host.state, PublishedState::Green);
+    assert_eq!(host.facts.total, Bytes::gib(12));
+    let pool = PoolStatus {
+        total: Bytes::gib(52),
+        free: Bytes::gib(44),
+        held: Bytes::ZERO,
+        promised: Bytes::gib(44),
+    };
+    assert_eq!(host.pool, pool);
+}
+
+#[test]
+fn vm_in_huge_pages_without_a_word_of_it_is_booked_by_what_it_holds() {
+    let world = World::new(64 * GIB, GIB);
+    world.set_pool(32 * GIB, 24 * GIB);
+    let mut vm = FakeVm::new(8 * GIB, 8 * GIB);
+    vm.level = 0;
+    world.add("a", vm);
+    let status = format!("proc/{}/status", std::process::id());
+    fs::write(
+        world.path().join(status),
+        "RssAnon: 65536 kB\nHugetlbPages: 8388608 kB\n",
+    )
+    .unwrap();
+    let agent = start(&world);
+    let vm = wait_vm(&agent, "a", "up", |vm| vm.up);
+    assert_eq!(vm.interlock.as_deref(), Some("huge-pages"));
+    assert_eq!(vm.pool_held, Bytes::gib(8));
+    assert!(vm.explanation.contains("it holds 8"), "{}", vm.explanation);
+    wait("the books", || {
+        let host = agent.published().get().status.host.clone();
+        (host.pool.held == Bytes::gib(8) && host.ledger.callable_liability == Bytes::ZERO)
+            .then_some(())
+    });
 }
 
 #[test]
