@@ -40,19 +40,19 @@ const TARGET_BYTES: u64 = 1 << 30;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// The guest's kernel
+    /// Boot this guest kernel
     #[arg(long, value_enum, default_value = "debian")]
     kernel: KernelChoice,
-    /// Three guests under one fleet agent, with its page for this machine's browser
+    /// Run three guests under one fleet agent and serve its page to this machine's browser
     #[arg(long)]
     fleet: bool,
-    /// Where the page is, on 127.0.0.1
+    /// Serve the page on this port of 127.0.0.1
     #[arg(long, default_value_t = 9273, requires = "fleet")]
     port: u16,
-    /// Go on until interrupted
+    /// Run until interrupted
     #[arg(long, requires = "fleet")]
     keep: bool,
-    /// Take a picture of the page with Chromium and end then
+    /// Take a picture of the page with Chromium, then end
     #[arg(long, value_name = "FILE", requires = "fleet", conflicts_with = "keep")]
     picture: Option<PathBuf>,
 }
