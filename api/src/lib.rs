@@ -25,6 +25,7 @@ pub mod options;
 mod reclaim;
 mod reporting;
 mod resize;
+mod scale;
 mod thresholds;
 
 pub use ascii_json::to_ascii_json;
@@ -46,6 +47,7 @@ pub use reclaim::{
 };
 pub use reporting::{ReportNow, ReportingAction, ReportingStatus, VmBalloonReporting};
 pub use resize::VmResize;
+pub use scale::scale_bytes;
 pub use thresholds::{
     AlertChange, AlertDirection, AlertRule, AlertStatus, ReclaimThresholds,
     ReclaimThresholdsChange, ReportingPolicyStatus, SettingStatus,

@@ -1,25 +1,19 @@
 //! Numbers for people.
 
-const BYTE_UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
+use api::scale_bytes;
 
 /// `bytes` with a binary unit and three significant digits or more, `1.50 GiB`.
 pub(crate) fn bytes(bytes: u64) -> String {
     if bytes < 1024 {
         return format!("{bytes} B");
     }
-    let mut amount = bytes as f64 / 1024.0;
-    let mut unit = 0;
-    // The next unit as soon as this one would show four digits before the point, rounding included.
-    while amount >= 999.5 && unit + 1 < BYTE_UNITS.len() {
-        amount /= 1024.0;
-        unit += 1;
-    }
+    let (amount, unit) = scale_bytes(bytes, &["B", "KiB", "MiB", "GiB", "TiB", "PiB"]);
     let decimals = match amount {
         ..10.0 => 2,
         10.0..100.0 => 1,
         _ => 0,
     };
-    format!("{amount:.decimals$} {}", BYTE_UNITS[unit])
+    format!("{amount:.decimals$} {unit}")
 }
 
 /// `us` microseconds in the unit that suits them.

@@ -61,15 +61,9 @@ impl Bytes {
 
     /// In at most five characters, for columns.
     fn short(self) -> String {
-        const UNITS: [&str; 7] = ["B", "K", "M", "G", "T", "P", "E"];
-        let mut value = self.0 as f64;
-        let mut unit = 0;
-        while value >= 999.5 && unit + 1 < UNITS.len() {
-            value /= 1024.0;
-            unit += 1;
-        }
-        let decimals = usize::from(value < 9.95 && unit > 0);
-        format!("{value:.decimals$}{}", UNITS[unit])
+        let (value, unit) = api::scale_bytes(self.0, &["B", "K", "M", "G", "T", "P", "E"]);
+        let decimals = usize::from(value < 9.95 && unit != "B");
+        format!("{value:.decimals$}{unit}")
     }
 
     /// The distance between two amounts.
