@@ -17,11 +17,6 @@ const KVM_PATH: &str = "/dev/kvm";
 /// `KVM_API_VERSION` in the type the kernel answers with. Frozen at 12 since 2007.
 const API_VERSION: i32 = KVM_API_VERSION.cast_signed();
 
-/// CPUID leaf 1, ECX bit 5: VMX. Intel SDM volume 2, CPUID.
-const LEAF1_ECX_VMX: u32 = 1 << 5;
-/// CPUID leaf 0x8000_0001, ECX bit 2: SVM. AMD APM volume 3, appendix E.
-const LEAF80000001_ECX_SVM: u32 = 1 << 2;
-
 /// Everything the VMM relies on; without one of these no machine is created.
 pub const REQUIRED_CAPABILITIES: [(&str, Cap); 18] = [
     ("ADJUST_CLOCK", Cap::AdjustClock),
@@ -146,23 +141,6 @@ impl Kvm {
     #[must_use]
     pub fn max_vcpus(&self) -> usize {
         self.fd.get_max_vcpus()
-    }
-
-    /// Whether a guest on this host can itself run KVM: VMX or SVM is among the
-    /// supported features and its state can be saved.
-    ///
-    /// # Errors
-    /// `KVM_GET_SUPPORTED_CPUID` failed.
-    pub fn supports_nested(&self) -> Result<bool> {
-        if self.fd.check_extension_int(Cap::NestedState) <= 0 {
-            return Ok(false);
-        }
-        let cpuid = self.supported_cpuid()?;
-        Ok(cpuid.as_slice().iter().any(|leaf| match leaf.function {
-            1 => leaf.ecx & LEAF1_ECX_VMX != 0,
-            0x8000_0001 => leaf.ecx & LEAF80000001_ECX_SVM != 0,
-            _ => false,
-        }))
     }
 
     /// Whether APIC ids above 254 are possible (`KVM_CAP_X2APIC_API`).

@@ -79,17 +79,6 @@ impl Vm {
             .map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))
     }
 
-    /// Pages of a slot written since the last call, one bit a 4 KiB page.
-    /// The slot must have `KVM_MEM_LOG_DIRTY_PAGES`.
-    ///
-    /// # Errors
-    /// `KVM_GET_DIRTY_LOG` failed.
-    pub fn dirty_log(&self, slot: u32, bytes: usize) -> Result<Vec<u64>> {
-        self.fd
-            .get_dirty_log(slot, bytes)
-            .map_err(ioctl("KVM_GET_DIRTY_LOG"))
-    }
-
     /// Puts the local APICs into the kernel and leaves an I/O APIC with `pins`
     /// pins to user space. Must come before the first vCPU.
     ///

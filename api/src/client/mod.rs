@@ -205,14 +205,6 @@ impl Client {
         self.read(Endpoint::VmReclaimStats)
     }
 
-    /// What the operator wants to be told, and how the guest shall report.
-    ///
-    /// # Errors
-    /// As [`Client::call`], or an answer of another form.
-    pub fn reclaim_thresholds(&self) -> Result<ReclaimThresholds, ClientError> {
-        self.read(Endpoint::VmReclaimThresholds)
-    }
-
     /// Changes these, all or nothing; returns what came of it.
     ///
     /// # Errors

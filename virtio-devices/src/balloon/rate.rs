@@ -1,6 +1,6 @@
 //! How fast something has been going lately.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// Whole seconds looked back on.
 const WINDOW_SECONDS: u64 = 10;
@@ -27,9 +27,6 @@ impl Default for RateWindow {
 }
 
 impl RateWindow {
-    /// How far back [`RateWindow::bytes_per_second`] looks.
-    pub const SPAN: Duration = Duration::from_secs(WINDOW_SECONDS);
-
     pub(super) fn add(&mut self, now: Instant, bytes: u64) {
         self.move_to(self.second(now));
         let slot = &mut self.slots[slot_of(self.newest)];
@@ -69,6 +66,8 @@ fn slot_of(second: u64) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn at(window: &RateWindow, millis: u64) -> Instant {
