@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
+use strum::VariantArray;
+
 /// Name of the thread that carries text of the serial port and the console. vCPUs are `vcpu0`, `vcpu1` and so on; a
 /// worker is named after its device.
 pub const SERIAL_THREAD: &str = "serial-manager";
 
 /// Devices that are served alike.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, VariantArray)]
 pub enum DeviceKind {
     /// The balloon.
     Balloon,
@@ -40,18 +42,10 @@ pub enum MachineThread {
 
 impl MachineThread {
     /// Every kind.
-    pub const ALL: &[Self] = &[
-        Self::Vcpu,
-        Self::Serial,
-        Self::Worker(DeviceKind::Balloon),
-        Self::Worker(DeviceKind::Mem),
-        Self::Worker(DeviceKind::Block),
-        Self::Worker(DeviceKind::Net),
-        Self::Worker(DeviceKind::Rng),
-        Self::Worker(DeviceKind::Console),
-        Self::Worker(DeviceKind::Watchdog),
-        Self::Worker(DeviceKind::Vsock),
-    ];
+    pub fn all() -> impl Iterator<Item = Self> {
+        let workers = DeviceKind::VARIANTS.iter().copied().map(Self::Worker);
+        [Self::Vcpu, Self::Serial].into_iter().chain(workers)
+    }
 }
 
 /// Called first on every thread the machine starts; may confine it for good.

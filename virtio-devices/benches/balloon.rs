@@ -44,7 +44,7 @@ fn segments(ranges: &[(u64, u64)]) -> Vec<Segment<'static>> {
 }
 
 fn reports(c: &mut Criterion) {
-    for backing in Backing::ALL {
+    for &backing in Backing::ALL {
         let mut group = c.benchmark_group(format!("report/{}", backing.name()));
         for mib in [2, 4] {
             let ranges = report_ranges(mib * MIB);
@@ -72,7 +72,7 @@ fn reports(c: &mut Criterion) {
 }
 
 fn absent_reports(c: &mut Criterion) {
-    for backing in Backing::ALL {
+    for &backing in Backing::ALL {
         let mut group = c.benchmark_group(format!("report-absent/{}", backing.name()));
         let ranges = report_ranges(2 * MIB);
         let segments = segments(&ranges);
@@ -149,7 +149,7 @@ fn inflate_group(c: &mut Criterion, name: &str, pages: &[u64], _busy: Option<Bus
 
 fn residency(c: &mut Criterion) {
     let mut group = c.benchmark_group("residency/1GiB");
-    for backing in Backing::ALL {
+    for &backing in Backing::ALL {
         let ram = map(backing, 1 << 30);
         let probe = ResidencyProbe::new(ram.mem()).expect("there is a page map");
         group.bench_function(BenchmarkId::new("untouched", backing.name()), |b| {

@@ -40,7 +40,7 @@ fn main() {
     let rounds = |rounds| if measuring { rounds } else { 1 };
     println!("kernel {}", kernel());
     for mib in [2, 4] {
-        for backing in Backing::ALL {
+        for &backing in Backing::ALL {
             report(backing, mib * MIB, rounds(REPORT_ROUNDS));
         }
     }

@@ -45,8 +45,8 @@ impl ThreadKind {
             Self::EventMonitor,
             Self::Thresholds,
         ];
-        let machine = MachineThread::ALL.iter().copied();
-        own.into_iter().chain(machine.map(Self::Machine))
+        own.into_iter()
+            .chain(MachineThread::all().map(Self::Machine))
     }
 }
 

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use strum::VariantArray as _;
 use virtio_devices::balloon::spec::{
     VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_F_VERSION_1,
 };
@@ -26,22 +27,20 @@ pub(crate) const REPORTING: u16 = 3;
 /// `UIO_MAXIOV`: the longest vector the kernel takes.
 const VECTOR_SPANS_MAX: usize = 1024;
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "kebab-case")]
 pub(crate) enum Backing {
     Private,
+    #[strum(serialize = "private-thp")]
     PrivateHuge,
     Memfd,
 }
 
 impl Backing {
-    pub(crate) const ALL: [Self; 3] = [Self::Private, Self::PrivateHuge, Self::Memfd];
+    pub(crate) const ALL: &'static [Self] = Self::VARIANTS;
 
     pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::Private => "private",
-            Self::PrivateHuge => "private-thp",
-            Self::Memfd => "memfd",
-        }
+        self.into()
     }
 }
 

@@ -47,7 +47,8 @@ pub enum ResidencyError {
 }
 
 /// How page tables are read on this host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
 pub enum ResidencyMethod {
     /// `PAGEMAP_SCAN`; the shared zero page counts as absent.
     PagemapScan,
@@ -58,11 +59,8 @@ pub enum ResidencyMethod {
 impl ResidencyMethod {
     /// As declared in answers.
     #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::PagemapScan => "pagemap-scan",
-            Self::PagemapRead => "pagemap-read",
-        }
+    pub fn name(self) -> &'static str {
+        self.into()
     }
 }
 

@@ -166,10 +166,9 @@ const CLEANUP: &[c_long] = &[libc::SYS_munlock, libc::SYS_unlink, libc::SYS_unli
 
 /// The threads a thread of this kind starts.
 pub(super) fn children(kind: ThreadKind) -> Vec<ThreadKind> {
-    let machine = MachineThread::ALL.iter().copied();
     match kind {
         ThreadKind::HttpServer => vec![ThreadKind::ApiQuery],
-        ThreadKind::Control => machine.map(ThreadKind::Machine).collect(),
+        ThreadKind::Control => MachineThread::all().map(ThreadKind::Machine).collect(),
         _ => Vec::new(),
     }
 }

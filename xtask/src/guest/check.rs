@@ -71,7 +71,7 @@ fn on_base(options: &Options, series: &Series, base: &Source, report: &mut Repor
     if applies && !options.no_build {
         if !options.quick {
             let prefixes = Prefixes::new(series, base, Honoured::All)?;
-            for variant in Variant::ALL {
+            for &variant in Variant::ALL {
                 prefixes.check(variant, 1..=series.patches.len(), report)?;
             }
         }
@@ -176,7 +176,7 @@ fn on_newest(series: &Series, base: &Source, no_build: bool, report: &mut Report
     }
     let count = series.patches.len();
     let prefixes = Prefixes::new(series, &newest, Honoured::Ours)?;
-    for variant in Variant::ALL {
+    for &variant in Variant::ALL {
         // What matters most first: the rest is for finding faults of single patches.
         prefixes.check(variant, count..=count, report)?;
     }

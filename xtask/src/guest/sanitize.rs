@@ -27,7 +27,8 @@ const SPARE: Duration = Duration::from_secs(1200);
 const QUOTED_LINES: usize = 40;
 
 /// What a kernel can look for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, strum::IntoStaticStr)]
+#[strum(serialize_all = "lowercase")]
 enum Kind {
     /// Orders of locks, sleeping in the wrong place, pages touched after they were freed
     Lockdep,
@@ -66,12 +67,7 @@ impl Kind {
 
     /// The name of its configuration and folder.
     fn name(self) -> &'static str {
-        match self {
-            Self::Lockdep => "lockdep",
-            Self::Kasan => "kasan",
-            Self::Kcsan => "kcsan",
-            Self::Plain => "plain",
-        }
+        self.into()
     }
 
     fn kernel(self) -> Result<Option<Kernel>> {

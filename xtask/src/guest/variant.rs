@@ -4,12 +4,14 @@
 use std::fs;
 
 use anyhow::{Context as _, Result};
+use strum::VariantArray as _;
 
 use super::cache::key;
 use super::series::{self, Contents};
 
 /// The series' own options: all on, all off, or on where much of what they work with is not.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "lowercase")]
 pub(super) enum Variant {
     On,
     Off,
@@ -26,15 +28,11 @@ const MIXED: &str = "CONFIG_SMP=n\nCONFIG_NR_CPUS=1\nCONFIG_JUMP_LABEL=n\nCONFIG
                      CONFIG_ENABLE_DEFAULT_TRACERS=n\n";
 
 impl Variant {
-    pub(super) const ALL: [Self; 3] = [Self::On, Self::Off, Self::Mixed];
+    pub(super) const ALL: &'static [Self] = Self::VARIANTS;
 
     /// Names its tree of objects, too.
     pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::On => "on",
-            Self::Off => "off",
-            Self::Mixed => "mixed",
-        }
+        self.into()
     }
 
     /// The trackers that a kernel of the whole series can be told to use.

@@ -99,7 +99,8 @@ enum HostChoice {
 }
 
 /// What our own tests and programs boot, unless they name a kernel.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum, strum::IntoStaticStr)]
+#[strum(serialize_all = "lowercase")]
 pub(crate) enum KernelChoice {
     /// Debian's binary kernel for cloud guests, with its modules; nothing is compiled
     Debian,
@@ -113,11 +114,7 @@ pub(crate) enum KernelChoice {
 impl KernelChoice {
     /// For the environment variable `GUEST_KERNEL`.
     fn name(self) -> &'static str {
-        match self {
-            Self::Debian => "debian",
-            Self::Stock => "stock",
-            Self::Patched => "patched",
-        }
+        self.into()
     }
 
     /// What has to be built for it.

@@ -14,7 +14,8 @@ const BACK_SHARE: f64 = 0.95;
 const AGE_MS_MAX: u64 = 1000;
 
 /// What the guest is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, strum::IntoStaticStr)]
+#[strum(serialize_all = "lowercase")]
 pub(crate) enum Phase {
     Idle,
     Touching,
@@ -24,12 +25,7 @@ pub(crate) enum Phase {
 
 impl Phase {
     pub(crate) fn name(self) -> &'static str {
-        match self {
-            Phase::Idle => "idle",
-            Phase::Touching => "touching",
-            Phase::Touched => "touched",
-            Phase::Freed => "freed",
-        }
+        self.into()
     }
 }
 

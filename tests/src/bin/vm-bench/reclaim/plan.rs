@@ -3,6 +3,7 @@
 use std::fmt;
 
 use anyhow::{Context, Result, bail, ensure};
+use strum::VariantArray as _;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;
@@ -22,7 +23,8 @@ const USAGE: &str = "options of reclaim, each with one value or several with com
   --rounds N";
 
 /// What the guest's memory is made of on the host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "lowercase")]
 pub(super) enum Backing {
     /// Private, in pages of 4 KiB.
     Private,
@@ -35,15 +37,8 @@ pub(super) enum Backing {
 }
 
 impl Backing {
-    const ALL: [Self; 4] = [Self::Private, Self::Thp, Self::Memfd, Self::Hugetlb];
-
     pub(super) fn word(self) -> &'static str {
-        match self {
-            Self::Private => "private",
-            Self::Thp => "thp",
-            Self::Memfd => "memfd",
-            Self::Hugetlb => "hugetlb",
-        }
+        self.into()
     }
 
     /// For `--memory`.
@@ -320,7 +315,10 @@ fn tracker(word: &str) -> Result<Way> {
 }
 
 fn backing(word: &str) -> Result<Backing> {
-    let known = Backing::ALL.into_iter().find(|known| known.word() == word);
+    let known = Backing::VARIANTS
+        .iter()
+        .copied()
+        .find(|known| known.word() == word);
     known.context("there is no such backing")
 }
 
