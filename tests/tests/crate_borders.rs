@@ -29,7 +29,8 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "virtio-devices",
         ],
     ),
-    ("fleet", &["api", "device-facts"]),
+    // The server is for its fake VMMs, which only tests have.
+    ("fleet", &["api", "device-facts", "test-server"]),
     ("cloud-hypervisor", &["api", "vmm"]),
     ("ch-remote", &["api"]),
     ("ch-fleet", &["api", "fleet"]),

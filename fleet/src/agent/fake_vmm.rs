@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tempfile::TempDir;
+use test_server::{Request, response};
 
 use crate::host::HostFiles;
 
@@ -368,7 +369,7 @@ fn answer(vm: &mut FakeVm, mut stream: UnixStream) -> Option<UnixStream> {
     stream
         .set_read_timeout(Some(Duration::from_secs(5)))
         .unwrap();
-    let Some(request) = read_request(&mut stream) else {
+    let Some(request) = Request::read(&mut stream) else {
         // Somebody only looked who listens.
         return None;
     };
@@ -376,7 +377,7 @@ fn answer(vm: &mut FakeVm, mut stream: UnixStream) -> Option<UnixStream> {
     let bytes = match vm.fault {
         Fault::None => respond(vm, &request),
         Fault::Half => "HTTP/1.1 200 \r\nContent-Length: 999\r\n\r\n{\"config".to_owned(),
-        Fault::Status500 => "HTTP/1.1 500 \r\nContent-Length: 9\r\n\r\n[\"broken\"]".to_owned(),
+        Fault::Status500 => response(500, "", r#"["broken"]"#),
         Fault::Mute => {
             respond(vm, &request);
             return Some(stream);
@@ -388,29 +389,9 @@ fn answer(vm: &mut FakeVm, mut stream: UnixStream) -> Option<UnixStream> {
     None
 }
 
-fn read_request(stream: &mut UnixStream) -> Option<String> {
-    let mut bytes = Vec::new();
-    let mut byte = [0];
-    while !bytes.ends_with(b"\r\n\r\n") {
-        match stream.read(&mut byte) {
-            Ok(1) => bytes.push(byte[0]),
-            _ => return None,
-        }
-    }
-    let head = String::from_utf8(bytes).unwrap();
-    let length = head
-        .lines()
-        .find_map(|line| line.strip_prefix("Content-Length: "))
-        .map_or(0, |length| length.parse().unwrap());
-    let mut body = vec![0; length];
-    stream.read_exact(&mut body).ok()?;
-    Some(head + std::str::from_utf8(&body).unwrap())
-}
-
-fn respond(vm: &mut FakeVm, request: &str) -> String {
-    let path = request.split(' ').nth(1).unwrap();
+fn respond(vm: &mut FakeVm, request: &Request) -> String {
+    let (_, path) = request.target().split_once(' ').unwrap();
     let name = path.strip_prefix("/api/v1/").unwrap();
-    let body = request.split("\r\n\r\n").nth(1).unwrap();
     match (name, vm.level) {
         ("vm.info", _) => ok(&format!(
             r#"{{"config":{{"memory":{{"size":{},"hugepages":{}}},"balloon":{{"size":{}}},"new":"field"}},"state":"{}","memory_actual_size":{}}}"#,
@@ -434,7 +415,7 @@ fn respond(vm: &mut FakeVm, request: &str) -> String {
             done()
         }
         ("vm.resize", _) => {
-            let resize: api::VmResize = serde_json::from_str(body).unwrap();
+            let resize: api::VmResize = serde_json::from_str(&request.body).unwrap();
             vm.resize(resize.desired_balloon.unwrap());
             done()
         }
@@ -456,7 +437,7 @@ fn respond(vm: &mut FakeVm, request: &str) -> String {
         ("vm.reclaim-thresholds", 2..) => {
             ok(&api::to_ascii_json(&api::ReclaimThresholds::default()).unwrap())
         }
-        _ => "HTTP/1.1 404 \r\nContent-Length: 13\r\n\r\n[\"Not Found\"]".to_owned(),
+        _ => response(404, "", r#"["Not Found"]"#),
     }
 }
 
@@ -468,17 +449,13 @@ fn stats(vm: &FakeVm) -> String {
 }
 
 fn done() -> String {
-    "HTTP/1.1 204 \r\nServer: Cloud Hypervisor API\r\n\r\n".to_owned()
+    response(204, "", "")
 }
 
 fn refused() -> String {
-    "HTTP/1.1 500 \r\nContent-Length: 11\r\n\r\n[\"refused\"]".to_owned()
+    response(500, "", r#"["refused"]"#)
 }
 
 fn ok(body: &str) -> String {
-    // No reason phrase, as upstream answers.
-    format!(
-        "HTTP/1.1 200 \r\nServer: Cloud Hypervisor API\r\nConnection: keep-alive\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n{body}",
-        body.len()
-    )
+    response(200, "Connection: keep-alive\r\n", body)
 }
