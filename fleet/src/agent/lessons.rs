@@ -35,6 +35,8 @@ struct Saved {
 #[derive(Debug, Default)]
 pub(super) struct LessonBook {
     path: PathBuf,
+    /// This start of the machine.
+    boot: String,
     records: BTreeMap<VmId, Record>,
     changed: bool,
 }
@@ -54,9 +56,11 @@ impl LessonBook {
                 Saved::default()
             }),
         };
-        let holds = saved.version == VERSION && saved.boot == boot_id();
+        let boot = boot_id();
+        let holds = saved.version == VERSION && saved.boot == boot;
         Self {
             path,
+            boot,
             records: if holds { saved.vms } else { BTreeMap::new() },
             changed: false,
         }
@@ -91,7 +95,7 @@ impl LessonBook {
         }
         let saved = Saved {
             version: VERSION,
-            boot: boot_id(),
+            boot: self.boot.clone(),
             vms: self.records.clone(),
         };
         replace_in_memory(&self.path, &serde_json::to_vec(&saved)?)?;

@@ -608,40 +608,27 @@ fn may_restore(vm: &Vm, config: &AgentConfig) -> bool {
         let policy = config.vm_policy(vm.id.as_str(), reading.configured);
         policy.managed()
     });
-    let in_other_hands = vm
-        .interlock()
-        .is_some_and(|interlock| interlock != Interlock::Paused);
+    let in_other_hands = vm.interlock().is_some_and(Interlock::in_other_hands);
     managed && !in_other_hands && !vm.is_huge() && !config.agent.dry_run
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{FeatureLevel, GuestClaims, VmSample};
+    use crate::model::{GuestClaims, VmSample};
 
     fn reading(alloc_stalls: u64, oom_kills: u64) -> VmReading {
-        VmReading {
-            pid: 1,
-            process: None,
-            huge_pages: false,
-            pool_held: Bytes::ZERO,
-            level: FeatureLevel::L2,
-            configured: Bytes::gib(4),
-            has_balloon: true,
-            interlock: None,
-            sample: VmSample {
-                balloon_target: Bytes::gib(1),
-                ballooned: Bytes::gib(1),
-                guest: Some(GuestClaims {
-                    available: Bytes::gib(2),
-                    alloc_stalls: Some(alloc_stalls),
-                    oom_kills: Some(oom_kills),
-                    ..GuestClaims::default()
-                }),
-                ..VmSample::default()
-            },
-            requested: Bytes::ZERO,
-        }
+        VmReading::of_4_gib(VmSample {
+            balloon_target: Bytes::gib(1),
+            ballooned: Bytes::gib(1),
+            guest: Some(GuestClaims {
+                available: Bytes::gib(2),
+                alloc_stalls: Some(alloc_stalls),
+                oom_kills: Some(oom_kills),
+                ..GuestClaims::default()
+            }),
+            ..VmSample::default()
+        })
     }
 
     #[test]

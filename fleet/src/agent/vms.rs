@@ -497,21 +497,10 @@ mod tests {
     use crate::sample::Discovery;
 
     fn reading(at_ms: u64) -> VmReading {
-        VmReading {
-            pid: 1,
-            process: None,
-            huge_pages: false,
-            pool_held: Bytes::ZERO,
-            level: FeatureLevel::L2,
-            configured: Bytes::gib(4),
-            has_balloon: true,
-            interlock: None,
-            sample: VmSample {
-                at_ms,
-                ..VmSample::default()
-            },
-            requested: Bytes::ZERO,
-        }
+        VmReading::of_4_gib(VmSample {
+            at_ms,
+            ..VmSample::default()
+        })
     }
 
     #[test]

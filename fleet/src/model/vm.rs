@@ -87,6 +87,14 @@ pub enum Interlock {
     Pinned,
 }
 
+impl Interlock {
+    /// Whether somebody else controls the VM: then what the manager did to it stays as it is, too. A pause does not
+    /// mean that; it may be the manager's own.
+    pub(crate) fn in_other_hands(self) -> bool {
+        self != Self::Paused
+    }
+}
+
 /// What the agent did to a VM beside its balloon and has not undone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InForce {

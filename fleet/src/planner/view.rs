@@ -87,12 +87,9 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Whether somebody else has a hand on it: then what the manager did to it stays as it is, too. That it is paused is
-    /// not such a reason; it may be the manager's own doing.
+    /// [`Interlock::in_other_hands`]
     pub(super) fn in_other_hands(&self) -> bool {
-        self.facts
-            .interlock
-            .is_some_and(|interlock| interlock != Interlock::Paused)
+        self.facts.interlock.is_some_and(Interlock::in_other_hands)
     }
 
     /// No answer for so long that nothing is known any more.

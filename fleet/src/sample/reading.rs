@@ -59,6 +59,25 @@ impl VmReading {
     }
 }
 
+#[cfg(test)]
+impl VmReading {
+    /// Of a VM of 4 GiB with a balloon and nothing special.
+    pub(crate) fn of_4_gib(sample: VmSample) -> Self {
+        Self {
+            pid: 1,
+            process: None,
+            huge_pages: false,
+            pool_held: Bytes::ZERO,
+            level: FeatureLevel::L2,
+            configured: Bytes::gib(4),
+            has_balloon: true,
+            interlock: None,
+            sample,
+            requested: Bytes::ZERO,
+        }
+    }
+}
+
 /// Why a round brought nothing.
 #[derive(Debug, Error)]
 pub enum SampleFailure {
