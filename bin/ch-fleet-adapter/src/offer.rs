@@ -161,6 +161,7 @@ mod tests {
                 configured: Bytes::gib(2),
                 promised: Bytes::gib(1),
                 phase: ReservationPhase::Promised,
+                huge_pages: false,
                 owner_uid: 0,
                 remote: false,
                 since_unix_ms: 0,
