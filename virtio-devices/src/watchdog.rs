@@ -32,7 +32,8 @@ const QUEUE_SIZES: [u16; 1] = [8];
 /// The answer to a ping.
 const PONG: [u8; 1] = [1];
 
-/// How long a guest may go without a ping. Cloud Hypervisor's drivers ping at least every 15 s.
+/// How long a guest may go without a ping. Cloud Hypervisor has the same limit but checks it every 15 s, so that it
+/// resets up to 15 s later.
 pub const TIMEOUT: Duration = Duration::from_secs(20);
 
 #[derive(Debug, Default)]

@@ -352,7 +352,7 @@ impl Connection {
     }
 
     /// Once all of the guest's data is with the host, the host hears that no more comes. A guest that has ended both
-    /// directions is answered with a reset (virtio 1.2 §5.10.6.6).
+    /// directions is answered with a reset (virtio 1.2 §5.10.6.5).
     fn pass_on_end(&mut self) {
         if !self.backlog.is_empty() || self.shutdown_received & SHUTDOWN_SEND == 0 {
             return;
