@@ -2,6 +2,9 @@
 //!
 //! Filters are inherited and add up: what a thread may do is what its own filter *and* those of all its ancestors
 //! allow. So a thread that starts others has their lists in its own.
+//!
+//! Where a call can do more than the thread needs, conditions on its arguments stand behind it. Several lines for one
+//! call are alternatives; a line without conditions allows any arguments.
 
 use libc::c_long;
 
@@ -9,160 +12,247 @@ use machine::threads::{DeviceKind, MachineThread};
 
 use crate::threads::ThreadKind;
 
+/// A system call that a thread may make, if all conditions hold.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Call {
+    /// For the document.
+    #[cfg(test)]
+    pub(super) name: &'static str,
+    pub(super) number: c_long,
+    pub(super) conditions: &'static [Condition],
+}
+
+/// A condition on an argument, counted from 0. All of them are integers of 32 bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Condition {
+    pub(super) argument: u8,
+    pub(super) test: Test,
+    pub(super) text: &'static str,
+}
+
+/// What is asked of an argument.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Test {
+    /// It has this value.
+    Is(u64),
+    /// None of these bits is set.
+    Without(u64),
+    /// All of these bits are set.
+    With(u64),
+    /// It is the id of this process.
+    OwnProcess,
+    /// It is the signal that interrupts vCPUs.
+    KickSignal,
+}
+
+/// The values that conditions name.
+mod values {
+    pub(super) use libc::*;
+
+    pub(super) const PUNCH_HOLE: c_int = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+    pub(super) const DATAGRAM: c_int = SOCK_DGRAM | SOCK_CLOEXEC;
+    pub(super) const NO_FLAGS: c_int = 0;
+}
+
+macro_rules! condition {
+    ($argument:literal is $value:ident) => {
+        condition!(@ $argument, Test::Is(values::$value as u64), concat!("is ", stringify!($value)))
+    };
+    ($argument:literal without $($bit:ident)|+) => {
+        condition!(@ $argument, Test::Without($(values::$bit as u64)|+), concat!("has none of", $(" ", stringify!($bit)),+))
+    };
+    ($argument:literal with $($bit:ident)|+) => {
+        condition!(@ $argument, Test::With($(values::$bit as u64)|+), concat!("has", $(" ", stringify!($bit)),+))
+    };
+    ($argument:literal own_process) => {
+        condition!(@ $argument, Test::OwnProcess, "is the id of this process")
+    };
+    ($argument:literal kick_signal) => {
+        condition!(@ $argument, Test::KickSignal, "is the signal that interrupts vCPUs")
+    };
+    (@ $argument:literal, $test:expr, $text:expr) => {
+        Condition { argument: $argument, test: $test, text: $text }
+    };
+}
+
+macro_rules! calls {
+    ($($name:ident $([$($condition:tt)+])*),* $(,)?) => {
+        &[$(Call {
+            #[cfg(test)]
+            name: stringify!($name),
+            number: libc::$name,
+            conditions: &[$(condition!($($condition)+)),*],
+        }),*]
+    };
+}
+
 /// What Rust's and glibc's run time need on every thread: memory, locks, time, signals, the thread's own end, and
 /// reading, writing and waiting on descriptors that are open already.
-const EVERY_THREAD: &[c_long] = &[
-    libc::SYS_brk,
-    libc::SYS_clock_getres,
-    libc::SYS_clock_gettime,
-    libc::SYS_clock_nanosleep,
-    libc::SYS_close,
-    libc::SYS_epoll_ctl,
-    libc::SYS_epoll_pwait,
-    libc::SYS_epoll_wait,
-    libc::SYS_exit,
-    libc::SYS_exit_group,
+pub(super) const EVERY_THREAD: &[Call] = calls![
+    SYS_brk,
+    SYS_clock_getres,
+    SYS_clock_gettime,
+    SYS_clock_nanosleep,
+    SYS_close,
+    SYS_epoll_ctl,
+    SYS_epoll_pwait,
+    SYS_epoll_wait,
+    SYS_exit,
+    SYS_exit_group,
     // The standard library's check, in debug builds, that what it closes is open.
-    libc::SYS_fcntl,
-    libc::SYS_futex,
-    libc::SYS_getpid,
-    libc::SYS_getrandom,
-    libc::SYS_gettid,
-    libc::SYS_gettimeofday,
-    libc::SYS_lseek,
-    libc::SYS_madvise,
-    libc::SYS_membarrier,
-    libc::SYS_mmap,
-    libc::SYS_mprotect,
-    libc::SYS_mremap,
-    libc::SYS_munmap,
-    libc::SYS_nanosleep,
-    libc::SYS_poll,
-    libc::SYS_ppoll,
-    libc::SYS_prctl,
-    libc::SYS_read,
-    libc::SYS_readv,
-    libc::SYS_restart_syscall,
-    libc::SYS_rseq,
-    libc::SYS_rt_sigaction,
-    libc::SYS_rt_sigprocmask,
-    libc::SYS_rt_sigreturn,
-    libc::SYS_sched_getaffinity,
-    libc::SYS_sched_yield,
-    libc::SYS_set_robust_list,
-    libc::SYS_sigaltstack,
+    SYS_fcntl,
+    SYS_futex,
+    SYS_getpid,
+    SYS_getrandom,
+    SYS_gettid,
+    SYS_gettimeofday,
+    SYS_lseek,
+    SYS_madvise,
+    SYS_membarrier,
+    // Nothing here makes code at run time, and memory that is writable stays data.
+    SYS_mmap [2 without PROT_EXEC],
+    SYS_mprotect [2 without PROT_EXEC],
+    SYS_mremap,
+    SYS_munmap,
+    SYS_nanosleep,
+    SYS_poll,
+    SYS_ppoll,
+    SYS_prctl [0 is PR_SET_NAME],
+    SYS_prctl [0 is PR_GET_NAME],
+    // glibc names mappings if GLIBC_TUNABLES asks for it.
+    SYS_prctl [0 is PR_SET_VMA],
+    SYS_read,
+    SYS_readv,
+    SYS_restart_syscall,
+    SYS_rseq,
+    // What ends a process resets its own handler first.
+    SYS_rt_sigaction [0 is SIGABRT],
+    SYS_rt_sigaction [0 is SIGBUS],
+    SYS_rt_sigaction [0 is SIGSEGV],
+    SYS_rt_sigprocmask,
+    SYS_rt_sigreturn,
+    SYS_sched_getaffinity,
+    SYS_sched_yield,
+    SYS_set_robust_list,
+    SYS_sigaltstack,
     // A thread stops a vCPU, or aborts, by a signal to a thread of this process.
-    libc::SYS_tgkill,
-    libc::SYS_write,
-    libc::SYS_writev,
+    SYS_tgkill [0 own_process],
+    SYS_write,
+    SYS_writev,
 ];
 
 /// Starts threads, which then take a narrower filter.
-const STARTS_THREADS: &[c_long] = &[
-    libc::SYS_clone,
-    libc::SYS_clone3,
-    libc::SYS_seccomp,
-    libc::SYS_set_tid_address,
+const STARTS_THREADS: &[Call] = calls![
+    SYS_clone [0 with CLONE_THREAD | CLONE_VM],
+    // Its flags lie in memory, which a filter cannot read.
+    SYS_clone3,
+    SYS_prctl [0 is PR_SET_NO_NEW_PRIVS],
+    SYS_seccomp [0 is SECCOMP_SET_MODE_FILTER],
+    SYS_set_tid_address,
 ];
 
 /// Bytes over a connected socket or a terminal.
-const SOCKET_IO: &[c_long] = &[
-    libc::SYS_accept4,
-    libc::SYS_getsockopt,
-    libc::SYS_recvfrom,
-    libc::SYS_recvmsg,
-    libc::SYS_sendmsg,
-    libc::SYS_sendto,
-    libc::SYS_shutdown,
+const SOCKET_IO: &[Call] = calls![
+    SYS_accept4,
+    SYS_getsockopt,
+    SYS_recvfrom,
+    SYS_recvmsg,
+    SYS_sendmsg,
+    SYS_sendto,
+    SYS_shutdown,
 ];
 
 /// Gives guest memory back to the host and looks where it is.
-const DISCARD: &[c_long] = &[
-    libc::SYS_fallocate,
-    libc::SYS_fstatfs,
-    libc::SYS_mincore,
-    libc::SYS_pidfd_open,
-    libc::SYS_process_madvise,
+const DISCARD: &[Call] = calls![
+    SYS_fallocate [1 is PUNCH_HOLE],
+    SYS_fstatfs,
+    SYS_mincore,
+    SYS_process_madvise [3 is MADV_DONTNEED] [4 is NO_FLAGS],
 ];
 
 /// Finds out how much of guest memory is resident.
-const RESIDENCY: &[c_long] = &[
-    libc::SYS_fstat,
-    libc::SYS_fstatfs,
-    libc::SYS_mincore,
+const RESIDENCY: &[Call] = calls![
+    SYS_fstat,
+    SYS_fstatfs,
+    SYS_mincore,
     // What glibc makes of `fstat`, in versions before 2.39.
-    libc::SYS_newfstatat,
-    libc::SYS_openat,
-    libc::SYS_pread64,
-    libc::SYS_statx,
-    libc::SYS_sysinfo,
+    SYS_newfstatat,
+    SYS_pread64,
+    SYS_statx,
+    SYS_sysinfo,
+];
+
+/// Reads what the host shows of itself and of this process.
+const READ_FILES: &[Call] = calls![
+    SYS_openat [2 without O_WRONLY | O_RDWR | O_CREAT | O_TRUNC],
 ];
 
 /// Reads and writes a disk image, by io_uring or by plain calls.
-const DISK_IO: &[c_long] = &[
-    libc::SYS_fallocate,
-    libc::SYS_fdatasync,
-    libc::SYS_fstat,
-    libc::SYS_fsync,
-    libc::SYS_io_uring_enter,
-    libc::SYS_pread64,
-    libc::SYS_preadv,
-    libc::SYS_preadv2,
-    libc::SYS_pwrite64,
-    libc::SYS_pwritev,
-    libc::SYS_pwritev2,
-    libc::SYS_statx,
+const DISK_IO: &[Call] = calls![
+    SYS_fallocate,
+    SYS_fdatasync,
+    SYS_fstat,
+    SYS_fsync,
+    SYS_io_uring_enter,
+    SYS_pread64,
+    SYS_preadv,
+    SYS_preadv2,
+    SYS_pwrite64,
+    SYS_pwritev,
+    SYS_pwritev2,
+    SYS_statx,
 ];
 
 /// Wakes by timers.
-const TIMERS: &[c_long] = &[
-    libc::SYS_timerfd_create,
-    libc::SYS_timerfd_gettime,
-    libc::SYS_timerfd_settime,
-];
+const TIMERS: &[Call] = calls![SYS_timerfd_create, SYS_timerfd_gettime, SYS_timerfd_settime,];
 
 /// Makes a machine and takes it down: descriptors, memory, files, taps, threads' affinity.
-const MACHINE: &[c_long] = &[
-    libc::SYS_bind,
-    libc::SYS_connect,
-    libc::SYS_dup,
-    libc::SYS_epoll_create1,
-    libc::SYS_eventfd2,
-    libc::SYS_flock,
-    libc::SYS_fstatfs,
-    libc::SYS_ftruncate,
-    libc::SYS_getcwd,
+const MACHINE: &[Call] = calls![
+    SYS_bind,
+    SYS_connect,
+    SYS_dup,
+    SYS_epoll_create1,
+    SYS_eventfd2,
+    SYS_flock,
+    SYS_fstatfs,
+    SYS_ftruncate,
+    SYS_getcwd,
     // Whether this process may change the terminal that it is on.
-    libc::SYS_getpgrp,
-    libc::SYS_getuid,
-    libc::SYS_io_uring_register,
-    libc::SYS_io_uring_setup,
-    libc::SYS_listen,
-    libc::SYS_mbind,
-    libc::SYS_memfd_create,
-    libc::SYS_mkdir,
-    libc::SYS_mlock,
-    libc::SYS_newfstatat,
-    libc::SYS_open,
-    libc::SYS_openat,
-    libc::SYS_pipe2,
-    libc::SYS_prlimit64,
-    libc::SYS_readlink,
-    libc::SYS_rename,
-    libc::SYS_rt_sigpending,
-    libc::SYS_rt_sigtimedwait,
-    libc::SYS_sched_setaffinity,
-    libc::SYS_setsockopt,
-    libc::SYS_signalfd4,
-    libc::SYS_socket,
-    libc::SYS_socketpair,
-    libc::SYS_uname,
-    libc::SYS_unlink,
-    libc::SYS_unlinkat,
+    SYS_getpgrp,
+    SYS_getuid,
+    SYS_io_uring_register,
+    SYS_io_uring_setup,
+    SYS_listen,
+    SYS_mbind,
+    SYS_memfd_create,
+    SYS_mkdir,
+    SYS_mlock,
+    SYS_newfstatat,
+    SYS_open,
+    SYS_openat,
+    // The engine of discards tries once what the kernel can do.
+    SYS_pidfd_open [0 own_process],
+    SYS_pipe2,
+    SYS_prlimit64,
+    SYS_readlink,
+    SYS_rename,
+    SYS_rt_sigaction [0 kick_signal],
+    SYS_rt_sigpending,
+    SYS_rt_sigtimedwait,
+    SYS_sched_setaffinity,
+    SYS_setsockopt,
+    SYS_signalfd4,
+    SYS_socket [0 is AF_UNIX],
+    // Interfaces are configured through a socket that sends nothing.
+    SYS_socket [0 is AF_INET] [1 is DATAGRAM],
+    SYS_socketpair [0 is AF_UNIX],
+    SYS_uname,
+    SYS_unlink,
+    SYS_unlinkat,
 ];
 
 /// Restores the terminal and removes the sockets at the end.
-const CLEANUP: &[c_long] = &[libc::SYS_munlock, libc::SYS_unlink, libc::SYS_unlinkat];
+const CLEANUP: &[Call] = calls![SYS_munlock, SYS_unlink, SYS_unlinkat];
 
 /// The threads a thread of this kind starts.
 pub(super) fn children(kind: ThreadKind) -> Vec<ThreadKind> {
@@ -174,7 +264,7 @@ pub(super) fn children(kind: ThreadKind) -> Vec<ThreadKind> {
 }
 
 /// The lists of a kind, without those of its children.
-pub(super) fn own(kind: ThreadKind) -> Vec<&'static [c_long]> {
+pub(super) fn own(kind: ThreadKind) -> Vec<&'static [Call]> {
     let mut lists = vec![EVERY_THREAD];
     lists.extend_from_slice(match kind {
         ThreadKind::Main => &[CLEANUP],
@@ -188,29 +278,34 @@ pub(super) fn own(kind: ThreadKind) -> Vec<&'static [c_long]> {
             RESIDENCY,
         ],
         ThreadKind::HttpServer => &[SOCKET_IO, STARTS_THREADS],
-        ThreadKind::ApiQuery => &[RESIDENCY, &[libc::SYS_eventfd2]],
+        ThreadKind::ApiQuery => &[RESIDENCY, READ_FILES, calls![SYS_eventfd2]],
         ThreadKind::EventMonitor => &[],
-        ThreadKind::Thresholds => &[RESIDENCY],
+        ThreadKind::Thresholds => &[RESIDENCY, READ_FILES],
         ThreadKind::Machine(thread) => of_machine(thread),
     });
     lists
 }
 
-fn of_machine(thread: MachineThread) -> &'static [&'static [c_long]] {
+fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
     match thread {
         // Serial output leaves on the vCPU thread; MSI-X vectors get their descriptors when the guest unmasks them.
-        MachineThread::Vcpu => &[SOCKET_IO, &[libc::SYS_eventfd2]],
-        MachineThread::Serial => &[SOCKET_IO, TIMERS, &[libc::SYS_eventfd2]],
+        MachineThread::Vcpu => &[
+            SOCKET_IO,
+            calls![SYS_eventfd2, SYS_prctl [0 is PR_SCHED_CORE]],
+        ],
+        MachineThread::Serial => &[SOCKET_IO, TIMERS, calls![SYS_eventfd2]],
         MachineThread::Worker(DeviceKind::Balloon) => &[DISCARD, TIMERS, RESIDENCY],
         MachineThread::Worker(DeviceKind::Mem) => &[DISCARD],
         MachineThread::Worker(DeviceKind::Block) => &[DISK_IO, TIMERS],
         MachineThread::Worker(DeviceKind::Net) => &[SOCKET_IO, TIMERS],
-        MachineThread::Worker(DeviceKind::Rng) => &[TIMERS, &[libc::SYS_pread64]],
+        MachineThread::Worker(DeviceKind::Rng) => &[TIMERS, calls![SYS_pread64]],
         MachineThread::Worker(DeviceKind::Console) => &[SOCKET_IO, TIMERS],
         MachineThread::Worker(DeviceKind::Watchdog) => &[TIMERS],
         // Connects to programs of the host, and removes its socket when it ends.
-        MachineThread::Worker(DeviceKind::Vsock) => {
-            &[SOCKET_IO, CLEANUP, &[libc::SYS_connect, libc::SYS_socket]]
-        }
+        MachineThread::Worker(DeviceKind::Vsock) => &[
+            SOCKET_IO,
+            CLEANUP,
+            calls![SYS_connect, SYS_socket [0 is AF_UNIX]],
+        ],
     }
 }

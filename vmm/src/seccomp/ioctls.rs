@@ -2,122 +2,174 @@
 
 use machine::threads::{DeviceKind, MachineThread};
 
+use super::calls::{Condition, Test};
 use crate::threads::ThreadKind;
 
-/// Requests of one kind of device share the second byte of their number (`_IOC_TYPE` in asm-generic/ioctl.h).
-const TYPE_MASK: u64 = 0xff00;
+/// An allowed request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Request {
+    pub(super) name: &'static str,
+    pub(super) number: u64,
+}
 
-/// Type byte of KVM.
-const KVM: u64 = 0xae << 8;
-/// Type byte of taps and of terminals.
-const TTY_AND_TUN: u64 = b'T' as u64 * 0x100;
-/// Type byte of network interfaces (`SIOC…`).
-const SOCKET: u64 = 0x89 << 8;
-/// Type byte of block devices.
-const BLOCK: u64 = 0x12 << 8;
+impl Request {
+    /// The condition on the arguments of `ioctl`.
+    pub(super) fn condition(self) -> Condition {
+        Condition {
+            argument: 1,
+            test: Test::Is(self.number),
+            text: self.name,
+        }
+    }
+}
 
-const FIONBIO: u64 = 0x5421;
-const TCGETS: u64 = 0x5401;
-const TCSETS: u64 = 0x5402;
-const TCSETSW: u64 = 0x5403;
-const TCSETSF: u64 = 0x5404;
-const TIOCGWINSZ: u64 = 0x5413;
-const TUNSETOFFLOAD: u64 = 0x4004_54d0;
-const TUNSETQUEUE: u64 = 0x4004_54d9;
-const PAGEMAP_SCAN: u64 = 0xc060_6610;
-const BLKDISCARD: u64 = 0x1277;
-const BLKZEROOUT: u64 = 0x127f;
-const KVM_SIGNAL_MSI: u64 = 0x4020_aea5;
+macro_rules! requests {
+    ($($name:ident = $number:literal),* $(,)?) => {
+        &[$(Request { name: stringify!($name), number: $number }),*]
+    };
+}
 
 /// Requests of linux/kvm.h that a vCPU thread makes for itself, or for the interrupts and notifications its guest sets
-/// up by writing to device registers.
-const KVM_OF_VCPU: &[u64] = &[
-    0xae80,      // KVM_RUN
-    0xae9a,      // KVM_NMI
-    0xaead,      // KVM_KVMCLOCK_CTRL
-    0x8090_ae81, // KVM_GET_REGS
-    0x4090_ae82, // KVM_SET_REGS
-    0x8138_ae83, // KVM_GET_SREGS
-    0x4138_ae84, // KVM_SET_SREGS
-    0xc008_ae88, // KVM_GET_MSRS
-    0x4008_ae89, // KVM_SET_MSRS
-    0x4004_ae8b, // KVM_SET_SIGNAL_MASK
-    0x81a0_ae8c, // KVM_GET_FPU
-    0x41a0_ae8d, // KVM_SET_FPU
-    0x8400_ae8e, // KVM_GET_LAPIC
-    0x4400_ae8f, // KVM_SET_LAPIC
-    0x4008_ae90, // KVM_SET_CPUID2
-    0x8004_ae98, // KVM_GET_MP_STATE
-    0x4004_ae99, // KVM_SET_MP_STATE
-    0x8040_ae9f, // KVM_GET_VCPU_EVENTS
-    0x4040_aea0, // KVM_SET_VCPU_EVENTS
-    0x4008_ae61, // KVM_IRQ_LINE
-    0x4008_ae6a, // KVM_SET_GSI_ROUTING
-    0x4020_ae76, // KVM_IRQFD
-    0x4040_ae79, // KVM_IOEVENTFD
-    KVM_SIGNAL_MSI,
+/// up by writing to device registers. The first is by far the most frequent.
+const KVM_OF_VCPU: &[Request] = requests![
+    KVM_RUN = 0xae80,
+    KVM_NMI = 0xae9a,
+    KVM_KVMCLOCK_CTRL = 0xaead,
+    KVM_GET_REGS = 0x8090_ae81,
+    KVM_SET_REGS = 0x4090_ae82,
+    KVM_GET_SREGS = 0x8138_ae83,
+    KVM_SET_SREGS = 0x4138_ae84,
+    KVM_GET_MSRS = 0xc008_ae88,
+    KVM_SET_MSRS = 0x4008_ae89,
+    KVM_SET_SIGNAL_MASK = 0x4004_ae8b,
+    KVM_GET_FPU = 0x81a0_ae8c,
+    KVM_SET_FPU = 0x41a0_ae8d,
+    KVM_GET_LAPIC = 0x8400_ae8e,
+    KVM_SET_LAPIC = 0x4400_ae8f,
+    KVM_SET_CPUID2 = 0x4008_ae90,
+    KVM_GET_MP_STATE = 0x8004_ae98,
+    KVM_SET_MP_STATE = 0x4004_ae99,
+    KVM_GET_VCPU_EVENTS = 0x8040_ae9f,
+    KVM_SET_VCPU_EVENTS = 0x4040_aea0,
+    KVM_IRQ_LINE = 0x4008_ae61,
+    KVM_SET_GSI_ROUTING = 0x4008_ae6a,
+    KVM_IRQFD = 0x4020_ae76,
+    KVM_IOEVENTFD = 0x4040_ae79,
+    KVM_SIGNAL_MSI = 0x4020_aea5,
 ];
 
-/// One allowed request, or a whole type of them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Ioctl {
-    /// Exactly this number.
-    Request(u64),
-    /// Every request of this type, given with its byte in place.
-    Type(u64),
-}
+/// Requests of linux/kvm.h that make a machine, save its state and restore it.
+const KVM_OF_MACHINE: &[Request] = requests![
+    KVM_GET_API_VERSION = 0xae00,
+    KVM_CREATE_VM = 0xae01,
+    KVM_GET_MSR_INDEX_LIST = 0xc004_ae02,
+    KVM_CHECK_EXTENSION = 0xae03,
+    KVM_GET_VCPU_MMAP_SIZE = 0xae04,
+    KVM_GET_SUPPORTED_CPUID = 0xc008_ae05,
+    KVM_CREATE_VCPU = 0xae41,
+    KVM_GET_DIRTY_LOG = 0x4010_ae42,
+    KVM_SET_USER_MEMORY_REGION = 0x4020_ae46,
+    KVM_SET_TSS_ADDR = 0xae47,
+    KVM_SET_IDENTITY_MAP_ADDR = 0x4008_ae48,
+    KVM_SET_CLOCK = 0x4030_ae7b,
+    KVM_GET_CLOCK = 0x8030_ae7c,
+    KVM_GET_CPUID2 = 0xc008_ae91,
+    KVM_GET_DEBUGREGS = 0x8080_aea1,
+    KVM_SET_DEBUGREGS = 0x4080_aea2,
+    KVM_SET_TSC_KHZ = 0xaea2,
+    KVM_GET_TSC_KHZ = 0xaea3,
+    KVM_ENABLE_CAP = 0x4068_aea3,
+    KVM_GET_XSAVE = 0x9000_aea4,
+    KVM_SET_XSAVE = 0x5000_aea5,
+    KVM_GET_XCRS = 0x8188_aea6,
+    KVM_SET_XCRS = 0x4188_aea7,
+    KVM_GET_NESTED_STATE = 0xc080_aebe,
+    KVM_SET_NESTED_STATE = 0x4080_aebf,
+];
 
-impl Ioctl {
-    /// Mask of the bits that count.
-    pub(super) const TYPE_MASK: u64 = TYPE_MASK;
-}
+/// Attributes of a terminal. Every thread may put them back: the process does so before it ends at a forbidden call.
+const RESTORE_TERMINAL: &[Request] = requests![TCSETS = 0x5402];
+const TERMINAL: &[Request] = requests![TCGETS = 0x5401, TCSETSW = 0x5403, TCSETSF = 0x5404];
+const TERMINAL_SIZE: &[Request] = requests![TIOCGWINSZ = 0x5413];
+/// Makes a pseudo-terminal, and finds out whose terminal this is.
+const NEW_TERMINAL: &[Request] = requests![
+    TIOCGPGRP = 0x540f,
+    TIOCGPTN = 0x8004_5430,
+    TIOCSPTLCK = 0x4004_5431,
+    TIOCGPTPEER = 0x5441,
+];
+
+/// Flags of descriptors, as the standard library sets them.
+const NONBLOCKING: &[Request] = requests![FIONBIO = 0x5421];
+const CLOSE_ON_EXEC: &[Request] = requests![FIOCLEX = 0x5451];
+
+/// Opens taps and configures interfaces.
+const NEW_TAP: &[Request] = requests![
+    TUNSETIFF = 0x4004_54ca,
+    TUNGETIFF = 0x8004_54d2,
+    TUNSETVNETHDRSZ = 0x4004_54d8,
+    SIOCGIFFLAGS = 0x8913,
+    SIOCSIFFLAGS = 0x8914,
+    SIOCSIFADDR = 0x8916,
+    SIOCSIFNETMASK = 0x891c,
+    SIOCSIFMTU = 0x8922,
+    SIOCSIFHWADDR = 0x8924,
+];
+const TAP: &[Request] = requests![TUNSETOFFLOAD = 0x4004_54d0, TUNSETQUEUE = 0x4004_54d9];
+
+/// Sizes of a block device.
+const NEW_DISK: &[Request] = requests![
+    BLKSSZGET = 0x1268,
+    BLKIOMIN = 0x1278,
+    BLKIOOPT = 0x1279,
+    BLKPBSZGET = 0x127b,
+];
+const DISK: &[Request] = requests![BLKDISCARD = 0x1277, BLKZEROOUT = 0x127f];
+
+const PAGEMAP: &[Request] = requests![PAGEMAP_SCAN = 0xc060_6610];
+const MESSAGE: &[Request] = requests![KVM_SIGNAL_MSI = 0x4020_aea5];
 
 /// The requests of a kind, without those of its children.
-pub(super) fn own(kind: ThreadKind) -> Vec<Ioctl> {
-    use Ioctl::{Request, Type};
-    // The terminal is put back before the process ends at a forbidden call, on whichever thread that was.
-    let requests = |numbers: &[u64]| {
-        let numbers = numbers.iter().chain(&[TCSETS]);
-        numbers.copied().map(Request).collect()
-    };
-    match kind {
-        ThreadKind::Control => vec![
-            Type(KVM),
-            Type(TTY_AND_TUN),
-            Type(SOCKET),
-            Type(BLOCK),
-            Request(PAGEMAP_SCAN),
+pub(super) fn own(kind: ThreadKind) -> Vec<Request> {
+    let lists: &[&[Request]] = match kind {
+        // The first comes first in the filters of vCPUs too, which start on this thread.
+        ThreadKind::Control => &[
+            KVM_OF_VCPU,
+            KVM_OF_MACHINE,
+            TERMINAL,
+            TERMINAL_SIZE,
+            NEW_TERMINAL,
+            NONBLOCKING,
+            CLOSE_ON_EXEC,
+            NEW_TAP,
+            NEW_DISK,
+            PAGEMAP,
         ],
-        ThreadKind::Machine(MachineThread::Vcpu) => requests(KVM_OF_VCPU),
-        ThreadKind::Main => requests(&[TCGETS, TCSETSW, TCSETSF]),
-        ThreadKind::HttpServer | ThreadKind::Machine(MachineThread::Worker(DeviceKind::Vsock)) => {
-            requests(&[FIONBIO])
-        }
-        ThreadKind::ApiQuery | ThreadKind::Thresholds => requests(&[PAGEMAP_SCAN]),
+        ThreadKind::Main => &[TERMINAL],
+        ThreadKind::HttpServer => &[NONBLOCKING],
+        ThreadKind::ApiQuery | ThreadKind::Thresholds => &[PAGEMAP],
+        ThreadKind::EventMonitor => &[],
+        ThreadKind::Machine(thread) => of_machine(thread),
+    };
+    lists
+        .iter()
+        .chain(&[RESTORE_TERMINAL])
+        .copied()
+        .flatten()
+        .copied()
+        .collect()
+}
+
+fn of_machine(thread: MachineThread) -> &'static [&'static [Request]] {
+    match thread {
+        MachineThread::Vcpu => &[KVM_OF_VCPU],
         // Input raises the serial port's interrupt, which is a message of the I/O APIC.
-        ThreadKind::Machine(MachineThread::Serial) => requests(&[
-            FIONBIO,
-            TCGETS,
-            TCSETSW,
-            TCSETSF,
-            TIOCGWINSZ,
-            KVM_SIGNAL_MSI,
-        ]),
-        ThreadKind::Machine(MachineThread::Worker(DeviceKind::Console)) => {
-            requests(&[FIONBIO, TCGETS, TCSETSW, TCSETSF, TIOCGWINSZ])
-        }
-        ThreadKind::Machine(MachineThread::Worker(DeviceKind::Balloon)) => {
-            requests(&[PAGEMAP_SCAN])
-        }
-        ThreadKind::Machine(MachineThread::Worker(DeviceKind::Block)) => {
-            requests(&[BLKDISCARD, BLKZEROOUT])
-        }
-        ThreadKind::Machine(MachineThread::Worker(DeviceKind::Net)) => {
-            requests(&[TUNSETOFFLOAD, TUNSETQUEUE])
-        }
-        ThreadKind::EventMonitor
-        | ThreadKind::Machine(MachineThread::Worker(DeviceKind::Mem))
-        | ThreadKind::Machine(MachineThread::Worker(DeviceKind::Watchdog))
-        | ThreadKind::Machine(MachineThread::Worker(DeviceKind::Rng)) => requests(&[]),
+        MachineThread::Serial => &[NONBLOCKING, TERMINAL, TERMINAL_SIZE, MESSAGE],
+        MachineThread::Worker(DeviceKind::Console) => &[NONBLOCKING, TERMINAL, TERMINAL_SIZE],
+        MachineThread::Worker(DeviceKind::Vsock) => &[NONBLOCKING],
+        MachineThread::Worker(DeviceKind::Balloon) => &[PAGEMAP],
+        MachineThread::Worker(DeviceKind::Block) => &[DISK],
+        MachineThread::Worker(DeviceKind::Net) => &[TAP],
+        MachineThread::Worker(DeviceKind::Mem | DeviceKind::Rng | DeviceKind::Watchdog) => &[],
     }
 }

@@ -1,9 +1,11 @@
 //! A system call filter for each kind of thread (`--seccomp`).
 //!
 //! The filter is installed by the thread itself, first thing. What each kind may do is written down in [`calls`] and
-//! [`ioctls`]; everything else ends the process with a message, by default.
+//! [`ioctls`], and shown in `docs/seccomp.md`; everything else ends the process with a message, by default.
 
 mod calls;
+#[cfg(test)]
+mod document;
 mod ioctls;
 mod sigsys;
 #[cfg(test)]
@@ -12,13 +14,14 @@ mod tests;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use hypervisor::kick;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
 };
 
 use crate::threads::{ThreadKind, ThreadStart};
-use ioctls::Ioctl;
+use calls::{Condition, Test};
 
 /// What happens at a forbidden call.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -117,38 +120,64 @@ impl Seccomp {
     }
 }
 
-/// Rules by system call; no rule at all for a call means that it is allowed with any arguments.
-type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+/// What is allowed of each system call: alternatives, each of conditions that must all hold. One without conditions
+/// allows any arguments.
+type Allowed = BTreeMap<i64, Vec<Vec<Condition>>>;
 
 fn compile(kind: ThreadKind, on_mismatch: SeccompAction) -> Result<BpfProgram, SeccompError> {
     let fail = |source| SeccompError::Compile { kind, source };
-    let rules = rules(kind).map_err(fail)?;
+    let rules = rules(allowed(kind)).map_err(fail)?;
     SeccompFilter::new(rules, on_mismatch, SeccompAction::Allow, TargetArch::x86_64)
         .and_then(BpfProgram::try_from)
         .map_err(fail)
 }
 
-fn rules(kind: ThreadKind) -> Result<Rules, seccompiler::BackendError> {
-    let mut rules = Rules::new();
-    let mut ioctls = Vec::new();
+fn allowed(kind: ThreadKind) -> Allowed {
+    let mut allowed = Allowed::new();
+    let mut allow = |number, conditions: Vec<Condition>| {
+        let alternatives = allowed.entry(number).or_default();
+        if !alternatives.contains(&conditions) {
+            alternatives.push(conditions);
+        }
+    };
     for member in family(kind) {
-        for list in calls::own(member) {
-            rules.extend(list.iter().map(|number| (*number, Vec::new())));
+        for call in calls::own(member).into_iter().flatten() {
+            allow(call.number, call.conditions.to_vec());
         }
-        for ioctl in ioctls::own(member) {
-            if !ioctls.contains(&ioctl) {
-                ioctls.push(ioctl);
-            }
+        for request in ioctls::own(member) {
+            allow(libc::SYS_ioctl, vec![request.condition()]);
         }
     }
-    if !ioctls.is_empty() {
-        let conditions = ioctls
-            .into_iter()
-            .map(ioctl_rule)
-            .collect::<Result<_, _>>()?;
-        rules.insert(libc::SYS_ioctl, conditions);
-    }
-    Ok(rules)
+    allowed
+}
+
+fn rules(allowed: Allowed) -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError> {
+    let rule = |conditions: Vec<Condition>| {
+        SeccompRule::new(conditions.iter().map(condition).collect::<Result<_, _>>()?)
+    };
+    let chain = |alternatives: Vec<Vec<Condition>>| {
+        // For seccompiler, no rule at all means any arguments.
+        if alternatives.iter().any(Vec::is_empty) {
+            return Ok(Vec::new());
+        }
+        alternatives.into_iter().map(rule).collect()
+    };
+    let rules = allowed.into_iter();
+    rules
+        .map(|(number, alternatives)| Ok((number, chain(alternatives)?)))
+        .collect()
+}
+
+fn condition(condition: &Condition) -> Result<SeccompCondition, seccompiler::BackendError> {
+    let (operator, value) = match condition.test {
+        Test::Is(value) => (SeccompCmpOp::Eq, value),
+        Test::Without(bits) => (SeccompCmpOp::MaskedEq(bits), 0),
+        Test::With(bits) => (SeccompCmpOp::MaskedEq(bits), bits),
+        Test::OwnProcess => (SeccompCmpOp::Eq, u64::from(std::process::id())),
+        Test::KickSignal => (SeccompCmpOp::Eq, u64::from(kick::signal().unsigned_abs())),
+    };
+    // The kernel looks at the lower half only.
+    SeccompCondition::new(condition.argument, SeccompCmpArgLen::Dword, operator, value)
 }
 
 /// The kind and all that it starts, directly or not.
@@ -164,16 +193,4 @@ fn family(kind: ThreadKind) -> Vec<ThreadKind> {
         }
     }
     members
-}
-
-fn ioctl_rule(ioctl: Ioctl) -> Result<SeccompRule, seccompiler::BackendError> {
-    const REQUEST_ARGUMENT: u8 = 1;
-    let (operator, value) = match ioctl {
-        Ioctl::Request(number) => (SeccompCmpOp::Eq, number),
-        Ioctl::Type(byte) => (SeccompCmpOp::MaskedEq(Ioctl::TYPE_MASK), byte),
-    };
-    // The kernel looks at the lower half only.
-    let condition =
-        SeccompCondition::new(REQUEST_ARGUMENT, SeccompCmpArgLen::Dword, operator, value)?;
-    SeccompRule::new(vec![condition])
 }
