@@ -108,6 +108,8 @@ events! {
         Shutdown "shutdown"
         /// The configuration is gone, too.
         Deleted "deleted"
+        /// The guest resets itself too often; its next machine must wait.
+        RebootDelayed "reboot-delayed"
         /// A new machine will take the place of this one.
         Rebooting "rebooting"
         /// It has.

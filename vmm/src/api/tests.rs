@@ -1114,6 +1114,46 @@ fn guest_reset_starts_the_machine_anew_once() {
 }
 
 #[test]
+fn guest_that_resets_itself_without_end_must_wait_and_the_operator_must_not() {
+    let vmm = vmm();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    let count = |vmm: &Vmm, name: &str| {
+        let events = vmm.events.lock().unwrap();
+        events.iter().filter(|event| *event == name).count()
+    };
+    let outcomes = |vmm: &Vmm| count(vmm, "vm rebooted") + count(vmm, "vm reboot-delayed");
+    let reset_until_delayed = |times: usize| {
+        let mut resets = 0;
+        while count(&vmm, "vm reboot-delayed") < times {
+            assert!(resets < 1000, "no reset is delayed");
+            resets += 1;
+            let before = outcomes(&vmm);
+            vmm.signals.reset.write(1).unwrap();
+            vmm.wait_until("reset or delayed", |vmm| outcomes(vmm) > before);
+        }
+    };
+    reset_until_delayed(1);
+    let rebooted = count(&vmm, "vm rebooted");
+    // The delayed one comes in the end. What is asked for meanwhile is the same reset.
+    vmm.signals.reset.write(1).unwrap();
+    vmm.wait_until("rebooted", |vmm| count(vmm, "vm rebooted") > rebooted);
+    assert_eq!(count(&vmm, "vm reboot-delayed"), 1);
+    reset_until_delayed(2);
+    // While it waits, requests are served, and a machine that the operator reboots does not inherit the delay.
+    assert_eq!(vmm.state(), "Running");
+    vmm.ok(Endpoint::VmReboot, None);
+    let rebooted = count(&vmm, "vm rebooted");
+    vmm.ok(Endpoint::VmPause, None);
+    vmm.ok(Endpoint::VmResume, None);
+    vmm.ok(Endpoint::VmShutdown, None);
+    vmm.ok(Endpoint::VmBoot, None);
+    assert_eq!(count(&vmm, "vm rebooted"), rebooted);
+    vmm.ok(Endpoint::VmmShutdown, None);
+    assert_eq!(vmm.join(), Ending::Regular);
+}
+
+#[test]
 fn machine_that_fails_ends_the_vmm_with_a_failure() {
     let vmm = vmm();
     vmm.create("");

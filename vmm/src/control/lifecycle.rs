@@ -493,6 +493,23 @@ impl Lifecycle {
     pub(super) fn has_machine(&self) -> bool {
         self.machine.is_some()
     }
+
+    /// Changes with each machine.
+    pub(super) fn generation(&self) -> u64 {
+        self.generation
+    }
+
+    /// The guest's wish for a reset must wait. Its vCPUs do not run until then.
+    ///
+    /// # Errors
+    /// A vCPU did not stop in time.
+    pub(super) fn delay_reboot(&mut self) -> Result<(), LifecycleError> {
+        self.emit(EventKind::RebootDelayed);
+        match self.paused {
+            true => Ok(()),
+            false => self.on_machine(|machine| machine.pause()),
+        }
+    }
 }
 
 /// Tells a new balloon what the operator wants of the guest's reporting.

@@ -8,6 +8,7 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
@@ -23,11 +24,16 @@ use crate::thresholds::Thresholds;
 use crate::view::PublishedView;
 use crate::vm::{MachineFactory, VmContext};
 use machine::signals::VmSignals;
+use machine::token_bucket::TokenBucket;
 
 /// Requests that may wait. More than the HTTP server has connections, so that only clients that go away without waiting
 /// for their answer can fill it.
 const QUEUE_LENGTH: usize = 32;
 const STACK_BYTES: usize = 1 << 20;
+/// Resets by the guest in a row: a crash loop, which reads kernel and firmware from disk and populates RAM each time.
+const GUEST_RESETS_BURST: u32 = 30;
+/// Interval between further ones.
+const GUEST_RESET_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What the thread is woken by; the order is the order in which they are looked at.
 const TOKEN_EXIT: u64 = 0;
@@ -253,10 +259,12 @@ fn run(
         lifecycle,
         signals,
         no_shutdown: setup.no_shutdown,
+        guest_resets: TokenBucket::new(GUEST_RESETS_BURST, GUEST_RESET_INTERVAL, Instant::now()),
+        delayed_reset: None,
     };
     let ending = loop {
         let mut events = [EpollEvent::default(); TOKENS];
-        let count = match epoll.wait(-1, &mut events) {
+        let count = match epoll.wait(control.timeout_ms(), &mut events) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => {
@@ -266,7 +274,8 @@ fn run(
         };
         let mut tokens: Vec<u64> = events[..count].iter().map(EpollEvent::data).collect();
         tokens.sort_unstable();
-        if let Some(ending) = control.handle_tokens(&tokens, requests, wake) {
+        let ending = control.handle_tokens(&tokens, requests, wake);
+        if let Some(ending) = ending.or_else(|| control.reset_if_due()) {
             break ending;
         }
     };
@@ -278,9 +287,41 @@ struct Control {
     lifecycle: Lifecycle,
     signals: Arc<VmSignals>,
     no_shutdown: bool,
+    guest_resets: TokenBucket,
+    delayed_reset: Option<DelayedReset>,
+}
+
+/// A reset that must wait because the guest has had too many.
+struct DelayedReset {
+    due: Instant,
+    /// The machine it is for.
+    generation: u64,
 }
 
 impl Control {
+    fn timeout_ms(&self) -> i32 {
+        self.delayed_reset.as_ref().map_or(-1, |delayed| {
+            // Rounded up: waking a moment early would only spin.
+            let wait = delayed.due.saturating_duration_since(Instant::now());
+            i32::try_from(wait.as_millis() + 1).unwrap_or(i32::MAX)
+        })
+    }
+
+    fn reset_if_due(&mut self) -> Option<Ending> {
+        let DelayedReset { due, generation } = self.delayed_reset.take()?;
+        // The operator may have replaced or stopped the machine meanwhile.
+        if !self.lifecycle.has_machine() || self.lifecycle.generation() != generation {
+            return None;
+        }
+        if Instant::now() < due {
+            self.delayed_reset = Some(DelayedReset { due, generation });
+            return None;
+        }
+        // Whether or not rounding left a token: this one has waited.
+        let _ = self.guest_resets.take(Instant::now());
+        self.reboot()
+    }
+
     fn handle_tokens(
         &mut self,
         tokens: &[u64],
@@ -343,6 +384,25 @@ impl Control {
             return None;
         }
         log::info!("The guest has asked for a reset");
+        let generation = self.lifecycle.generation();
+        let delayed = self.delayed_reset.as_ref();
+        if delayed.is_some_and(|delayed| delayed.generation == generation) {
+            return None;
+        }
+        let now = Instant::now();
+        if self.guest_resets.take(now).is_some() {
+            return self.reboot();
+        }
+        log::warn!("The guest resets itself too often: the next reboot is delayed");
+        self.delayed_reset = Some(DelayedReset {
+            due: now + GUEST_RESET_INTERVAL,
+            generation,
+        });
+        self.log_failure(Endpoint::VmReboot, Lifecycle::delay_reboot);
+        None
+    }
+
+    fn reboot(&mut self) -> Option<Ending> {
         match self.log_failure(Endpoint::VmReboot, Lifecycle::reboot) {
             true => Some(Ending::MachineFailed),
             false => None,
