@@ -12,7 +12,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::ptr;
 use std::sync::Arc;
 
@@ -205,6 +205,11 @@ fn hugetlb_flags(page_bytes: Option<u64>) -> libc::c_uint {
 /// Name of our memory files, seen as `memfd:ch_ram` in the process's map.
 const MEMFD_NAME: &std::ffi::CStr = c"ch_ram";
 
+const MEMFD_FLAGS: libc::c_uint = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+/// The size is fixed for good: a process that has the file, such as a back end, cannot shorten it and so kill the VMM
+/// with SIGBUS. Holes can still be punched.
+const MEMFD_SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+
 /// An anonymous file of `bytes` in memory.
 fn memfd(bytes: u64, flags: libc::c_uint) -> Result<Source, ZoneError> {
     let host = |operation| {
@@ -215,7 +220,7 @@ fn memfd(bytes: u64, flags: libc::c_uint) -> Result<Source, ZoneError> {
         }
     };
     // SAFETY: the name is a zero-terminated constant; the result is checked below.
-    let fd = unsafe { libc::memfd_create(MEMFD_NAME.as_ptr(), libc::MFD_CLOEXEC | flags) };
+    let fd = unsafe { libc::memfd_create(MEMFD_NAME.as_ptr(), MEMFD_FLAGS | flags) };
     if fd < 0 {
         return Err(host("memfd_create")(io::Error::last_os_error()));
     }
@@ -227,6 +232,10 @@ fn memfd(bytes: u64, flags: libc::c_uint) -> Result<Source, ZoneError> {
         return Err(ZoneError::NotPageMultiple { bytes, page_bytes });
     }
     file.set_len(bytes).map_err(host("ftruncate"))?;
+    // SAFETY: the command takes an integer.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, MEMFD_SEALS) } != 0 {
+        return Err(host("fcntl(F_ADD_SEALS)")(io::Error::last_os_error()));
+    }
     let source = Source::file(file, true, huge_page_bytes);
     Ok(match huge_page_bytes {
         Some(_) => source,
@@ -349,6 +358,31 @@ mod tests {
             libc::MAP_PRIVATE | libc::MAP_NORESERVE
         );
         assert_eq!(region.as_ptr() as usize % THP_BYTES, 0);
+    }
+
+    #[test]
+    fn memfd_keeps_its_size_and_loses_its_pages() {
+        let shared = MemoryZoneConfig {
+            shared: true,
+            ..zone()
+        };
+        let file = Backing::new(&shared, true)
+            .open(4 * MIB)
+            .unwrap()
+            .file
+            .unwrap();
+        for bytes in [0, MIB, 8 * MIB] {
+            let refused = file.set_len(bytes).unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(libc::EPERM));
+        }
+        // SAFETY: sealing takes an integer.
+        let sealed =
+            unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) };
+        assert_eq!(sealed, -1, "nobody adds a seal that would stop the guest");
+        let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+        // SAFETY: the file is ours alone and holds nothing.
+        let punched = unsafe { libc::fallocate(file.as_raw_fd(), punch, 0, MIB as libc::off_t) };
+        assert_eq!(punched, 0);
     }
 
     #[test]
