@@ -72,7 +72,8 @@ pub(super) struct Connection {
     sent: u32,
     guest_buf_alloc: u32,
     guest_fwd_cnt: u32,
-    /// The guest was asked for credit and has not answered.
+    /// The guest was asked for credit and has had no data since. One that has none says so at once: asking again at
+    /// each answer would keep both sides busy until a program of the guest reads.
     credit_requested: bool,
     /// SHUTDOWN_* that the guest knows of.
     shutdown_sent: u32,
@@ -193,7 +194,6 @@ impl Connection {
     pub(super) fn take_credit(&mut self, header: &Header) {
         self.guest_buf_alloc = header.buf_alloc;
         self.guest_fwd_cnt = header.fwd_cnt;
-        self.credit_requested = false;
     }
 
     /// The guest asks for credit.
@@ -290,6 +290,7 @@ impl Connection {
             Ok(len) => {
                 // No longer than a buffer.
                 self.sent = self.sent.wrapping_add(len as u32);
+                self.credit_requested = false;
                 Some(Outgoing {
                     op: Op::Data,
                     flags: 0,

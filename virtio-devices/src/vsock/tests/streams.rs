@@ -130,8 +130,10 @@ fn host_sends_no_more_than_the_guest_has_room_for() {
     let text = pattern(1500);
     stream.write_all(&text).unwrap();
     assert_eq!(rig.next().1, text[..1000]);
-    // Asked for once, not over and over.
+    // Asked for once, not over and over, nor again when the answer is that there is none.
     rig.next_is(Op::CreditRequest);
+    rig.nothing_comes();
+    rig.send(small, &[]);
     rig.nothing_comes();
     // The count of what was read wraps; here it goes on.
     rig.send(
