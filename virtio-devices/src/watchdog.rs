@@ -210,6 +210,10 @@ impl SingleQueueDevice for Pings {
     }
 
     fn timer_expired(&mut self) {
+        // The worker woke up for a ping too and has served it first: the timeout has started anew.
+        if self.timer.is_armed().unwrap_or(false) {
+            return;
+        }
         // Once: the machine is about to be reset, and a new guest arms its own watchdog.
         self.armed = false;
         self.set_timer();
@@ -256,6 +260,7 @@ mod tests {
     use std::sync::Mutex;
 
     use crate::testing::{HandlerHarness, Segment, conformance};
+    use crate::worker::EventSources;
 
     /// Long enough that it never expires in a test.
     const NEVER: Duration = Duration::from_secs(24 * 60 * 60);
@@ -328,6 +333,20 @@ mod tests {
         rig.ping();
         assert_eq!(rig.harness.serve_sources(DEADLINE_MS).unwrap(), 1);
         assert_eq!(rig.expirations(), 2);
+    }
+
+    #[test]
+    fn watchdog_pinged_after_the_worker_saw_the_expiry_goes_on() {
+        let mut rig = Rig::new(NEVER);
+        rig.ping();
+        // The wake-up for the expiry is served after the doorbell, and so after the ping.
+        let mut sources = EventSources::new().unwrap();
+        let handler = &mut rig.harness.handler;
+        let served = handler.source_ready(0, &mut sources, &mut Turn::default());
+        served.unwrap();
+        assert_eq!(rig.expirations(), 0);
+        let own = rig.harness.handler.state().own.unwrap();
+        assert!(own.read::<WatchdogTimerState>().unwrap().armed);
     }
 
     #[test]
