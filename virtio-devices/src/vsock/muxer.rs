@@ -7,12 +7,14 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 use state::{Part, State, StateError, parts, require};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::timerfd::TimerFd;
 
 use super::connection::{BUFFER_BYTES, Connection, Outgoing, Ports};
 use super::device::Shared;
@@ -35,8 +37,12 @@ const GREETING_BYTES_MAX: usize = 32;
 const FIRST_HOST_PORT: u32 = 1 << 30;
 const LAST_HOST_PORT: u32 = (1 << 31) - 1;
 
-/// The listener's datum in the epoll set; streams have their slot.
+/// How long no program is accepted after the process ran out of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+// Data in the epoll set; streams have their slot.
 const LISTENER: u64 = u64::MAX;
+const ACCEPT_AGAIN: u64 = LISTENER - 1;
 
 /// What is left of the connections when the machine continues elsewhere: the guest hears that they are gone. Programs
 /// of the host have to connect again.
@@ -85,8 +91,10 @@ pub(super) struct Muxer {
     guest_cid: u64,
     listener: ListeningSocket,
     epoll: Epoll,
-    /// A driver is there.
+    /// The listener is watched.
     listening: bool,
+    /// Runs while a driver is there and the listener is not watched.
+    accept_again: TimerFd,
     slots: Vec<Slot>,
     free: Vec<usize>,
     by_ports: BTreeMap<Ports, usize>,
@@ -112,11 +120,16 @@ impl Muxer {
         listener: ListeningSocket,
         shared: Arc<Shared>,
     ) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        let accept_again = TimerFd::new()?;
+        let event = EpollEvent::new(EventSet::IN, ACCEPT_AGAIN);
+        epoll.ctl(ControlOperation::Add, accept_again.as_raw_fd(), event)?;
         Ok(Self {
             guest_cid,
             listener,
-            epoll: Epoll::new()?,
+            epoll,
             listening: false,
+            accept_again,
             slots: Vec::new(),
             free: Vec::new(),
             by_ports: BTreeMap::new(),
@@ -134,6 +147,7 @@ impl Muxer {
 
     /// A driver is there. Until now programs waited in the listener's backlog.
     pub(super) fn start(&mut self) -> io::Result<()> {
+        self.accept_again.clear()?;
         if !std::mem::replace(&mut self.listening, true) {
             let event = EpollEvent::new(EventSet::IN, LISTENER);
             self.epoll
@@ -144,12 +158,9 @@ impl Muxer {
 
     /// The driver is gone, and all connections with it.
     pub(super) fn stop(&mut self) {
-        if std::mem::take(&mut self.listening) {
-            let event = EpollEvent::default();
-            let fd = self.listener.as_raw_fd();
-            if let Err(error) = self.epoll.ctl(ControlOperation::Delete, fd, event) {
-                log::error!("vsock: epoll_ctl(DEL): {error}");
-            }
+        self.stop_listening();
+        if let Err(error) = self.accept_again.clear() {
+            log::error!("vsock: timer: {error}");
         }
         self.slots.clear();
         self.free.clear();
@@ -157,6 +168,16 @@ impl Muxer {
         self.ready.clear();
         self.resets.clear();
         self.count_connections();
+    }
+
+    fn stop_listening(&mut self) {
+        if std::mem::take(&mut self.listening) {
+            let event = EpollEvent::default();
+            let fd = self.listener.as_raw_fd();
+            if let Err(error) = self.epoll.ctl(ControlOperation::Delete, fd, event) {
+                log::error!("vsock: epoll_ctl(DEL): {error}");
+            }
+        }
     }
 
     pub(super) fn state(&self) -> VsockConnectionsState {
@@ -200,7 +221,8 @@ impl Muxer {
         for event in &events[..count] {
             turn.charge_call(1, 0);
             match event.data() {
-                LISTENER => self.accept(),
+                LISTENER => self.accept()?,
+                ACCEPT_AGAIN => self.start()?,
                 // A slot's number. Nothing but its own event frees a slot in this loop, so it is the same stream.
                 slot => self.serve_stream(slot as usize, event.event_set(), turn),
             }
@@ -208,7 +230,7 @@ impl Muxer {
         Ok(())
     }
 
-    fn accept(&mut self) {
+    fn accept(&mut self) -> io::Result<()> {
         match self.listener.accept() {
             Ok(stream) if self.has_room() => match self.watch(stream.as_raw_fd()) {
                 Ok(index) => {
@@ -220,8 +242,14 @@ impl Muxer {
             // Closed at once: the program sees the end.
             Ok(_) => self.refuse("too many connections"),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
-            Err(error) => self.refuse(error),
+            Err(error) => {
+                // No descriptor. The program goes on waiting, and would wake this thread without end.
+                self.refuse(error);
+                self.stop_listening();
+                self.accept_again.reset(ACCEPT_PAUSE, None)?;
+            }
         }
+        Ok(())
     }
 
     fn refuse(&self, reason: impl std::fmt::Display) {

@@ -305,6 +305,7 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
         MachineThread::Worker(DeviceKind::Vsock) => &[
             SOCKET_IO,
             CLEANUP,
+            TIMERS,
             calls![SYS_connect, SYS_socket [0 is AF_UNIX]],
         ],
     }

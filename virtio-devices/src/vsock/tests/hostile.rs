@@ -226,3 +226,39 @@ fn shutdown_of_a_connection_that_was_never_open_resets_it() {
     rig.next_is(Op::Reset);
     assert_eq!(rig.counter("connections"), 0);
 }
+
+/// Played in a process of its own, because the limit of descriptors is the process's.
+#[test]
+fn programs_wait_without_a_spin_while_descriptors_are_out() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    const CASE: &str = "VSOCK_TEST_WITHOUT_DESCRIPTORS";
+    const TEST: &str =
+        "vsock::tests::hostile::programs_wait_without_a_spin_while_descriptors_are_out";
+    const WAKE_UPS: u64 = 1000;
+    if std::env::var_os(CASE).is_none() {
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", TEST, "--nocapture", "--test-threads=1"])
+            .env(CASE, "1")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        return;
+    }
+    let mut rig = Rig::new(8);
+    let mut program = rig.connect();
+    program.write_all(b"CONNECT 52\n").unwrap();
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = Some(64);
+    setrlimit(Resource::Nofile, limit).unwrap();
+    let mut taken = Vec::new();
+    while let Ok(file) = std::fs::File::open("/dev/null") {
+        taken.push(file);
+    }
+    for _ in 0..WAKE_UPS {
+        rig.harness.serve_sources(0).unwrap();
+    }
+    let tried = rig.counter("connections_refused");
+    assert!((1..WAKE_UPS / 2).contains(&tried), "{tried}");
+    drop(taken);
+    assert_eq!(rig.next_is(Op::Request).dst_port, 52);
+}
