@@ -23,7 +23,7 @@ use virtio_devices::balloon::HintingError;
 use virtio_devices::balloon::policy::ReportingError;
 
 use crate::config::NewDevice;
-use crate::control::{ControlSetup, ControlThread, Ending, Lifecycle};
+use crate::control::{ControlSetup, ControlThread, Ending, GUEST_RESET_INTERVAL, Lifecycle};
 use crate::reporting_policy::GuestPolicy;
 use crate::threads::ThreadStart;
 use crate::view::PublishedView;
@@ -1151,6 +1151,52 @@ fn guest_that_resets_itself_without_end_must_wait_and_the_operator_must_not() {
     assert_eq!(count(&vmm, "vm rebooted"), rebooted);
     vmm.ok(Endpoint::VmmShutdown, None);
     assert_eq!(vmm.join(), Ending::Regular);
+}
+
+#[test]
+fn reset_that_waits_survives_a_new_balloon_and_never_starts_a_paused_vm() {
+    let vmm = vmm();
+    let config = json!({"payload": {"kernel": "/k"}});
+    vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+    vmm.ok(Endpoint::VmBoot, None);
+    let count = |name: &str| {
+        let events = vmm.events.lock().unwrap();
+        events.iter().filter(|event| *event == name).count()
+    };
+    let reset = || {
+        let outcomes = || count("vm rebooted") + count("vm reboot-delayed");
+        let before = outcomes();
+        vmm.signals.reset.write(1).unwrap();
+        vmm.wait_until("reset or delayed", |_| outcomes() > before);
+    };
+    while count("vm reboot-delayed") == 0 {
+        assert!(count("vm rebooted") < 1000, "no reset is delayed");
+        reset();
+    }
+    let rebooted = count("vm rebooted");
+    let add = vmm.call(Endpoint::VmAddBalloon, body_of(Endpoint::VmAddBalloon));
+    assert_eq!(add.status, 200);
+    vmm.ok(Endpoint::VmPause, None);
+    // Longer than any reset waits, and served by the thread that would carry it out.
+    let due = Instant::now() + GUEST_RESET_INTERVAL;
+    while Instant::now() < due {
+        vmm.ok(Endpoint::VmResize, Some("{}"));
+    }
+    vmm.ok(Endpoint::VmResize, Some("{}"));
+    assert_eq!(vmm.state(), "Paused");
+    assert_eq!(count("vm rebooted"), rebooted);
+    vmm.ok(Endpoint::VmResume, None);
+    vmm.wait_until("rebooted", |_| count("vm rebooted") > rebooted);
+    // One that the guest asked for as it was being paused waits as well.
+    vmm.ok(Endpoint::VmPause, None);
+    vmm.signals.reset.write(1).unwrap();
+    vmm.ok(Endpoint::VmResize, Some("{}"));
+    vmm.ok(Endpoint::VmResize, Some("{}"));
+    assert_eq!(vmm.state(), "Paused");
+    assert_eq!(count("vm rebooted"), rebooted + 1);
+    vmm.ok(Endpoint::VmResume, None);
+    vmm.wait_until("rebooted", |_| count("vm rebooted") == rebooted + 2);
+    assert_eq!(vmm.state(), "Running");
 }
 
 #[test]

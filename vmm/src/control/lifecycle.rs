@@ -35,6 +35,8 @@ pub struct Lifecycle {
     machine: Option<Box<dyn Machine>>,
     /// Counts machines, and balloons that were added to one: figures start anew with each.
     generation: u64,
+    /// Counts machines alone.
+    machines: u64,
     /// Open taps that came with requests, by the numbers that the configuration has for them. They stay open for
     /// reboots.
     taps: BTreeMap<i32, OwnedFd>,
@@ -68,6 +70,7 @@ impl Lifecycle {
             make_machine,
             machine: None,
             generation: 0,
+            machines: 0,
             taps: BTreeMap::new(),
             paused: false,
             view,
@@ -211,6 +214,7 @@ impl Lifecycle {
         self.config = Some(config);
         self.machine = Some(machine);
         self.generation += 1;
+        self.machines += 1;
         self.paused = false;
         Ok(())
     }
@@ -494,9 +498,14 @@ impl Lifecycle {
         self.machine.is_some()
     }
 
-    /// Changes with each machine.
-    pub(super) fn generation(&self) -> u64 {
-        self.generation
+    /// The number of the machine; `None` if there is none.
+    pub(super) fn machine_number(&self) -> Option<u64> {
+        self.machine.as_ref().map(|_| self.machines)
+    }
+
+    /// The operator has paused the machine.
+    pub(super) fn is_paused(&self) -> bool {
+        self.paused
     }
 
     /// The guest's wish for a reset must wait. Its vCPUs do not run until then.
@@ -505,10 +514,7 @@ impl Lifecycle {
     /// A vCPU did not stop in time.
     pub(super) fn delay_reboot(&mut self) -> Result<(), LifecycleError> {
         self.emit(EventKind::RebootDelayed);
-        match self.paused {
-            true => Ok(()),
-            false => self.on_machine(|machine| machine.pause()),
-        }
+        self.on_machine(|machine| machine.pause())
     }
 }
 

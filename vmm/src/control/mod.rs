@@ -6,4 +6,6 @@ mod thread;
 
 pub use error::{LifecycleError, RequestError};
 pub use lifecycle::Lifecycle;
+#[cfg(test)]
+pub(crate) use thread::GUEST_RESET_INTERVAL;
 pub use thread::{ControlHandle, ControlSetup, ControlThread, ControlThreadError, Ending};

@@ -33,7 +33,7 @@ const STACK_BYTES: usize = 1 << 20;
 /// Resets by the guest in a row: a crash loop, which reads kernel and firmware from disk and populates RAM each time.
 const GUEST_RESETS_BURST: u32 = 30;
 /// Interval between further ones.
-const GUEST_RESET_INTERVAL: Duration = Duration::from_secs(2);
+pub(crate) const GUEST_RESET_INTERVAL: Duration = Duration::from_secs(2);
 
 /// What the thread is woken by; the order is the order in which they are looked at.
 const TOKEN_EXIT: u64 = 0;
@@ -291,16 +291,19 @@ struct Control {
     delayed_reset: Option<DelayedReset>,
 }
 
-/// A reset that must wait because the guest has had too many.
+/// A reset that must wait: the guest has had too many, or the operator has paused it.
 struct DelayedReset {
     due: Instant,
-    /// The machine it is for.
-    generation: u64,
+    /// The number of the machine it is for.
+    machine: u64,
 }
 
 impl Control {
     fn timeout_ms(&self) -> i32 {
-        self.delayed_reset.as_ref().map_or(-1, |delayed| {
+        // What the operator has paused waits for a request.
+        let delayed = self.delayed_reset.as_ref();
+        let delayed = delayed.filter(|_| !self.lifecycle.is_paused());
+        delayed.map_or(-1, |delayed| {
             // Rounded up: waking a moment early would only spin.
             let wait = delayed.due.saturating_duration_since(Instant::now());
             i32::try_from(wait.as_millis() + 1).unwrap_or(i32::MAX)
@@ -308,13 +311,13 @@ impl Control {
     }
 
     fn reset_if_due(&mut self) -> Option<Ending> {
-        let DelayedReset { due, generation } = self.delayed_reset.take()?;
+        let delayed = self.delayed_reset.take()?;
         // The operator may have replaced or stopped the machine meanwhile.
-        if !self.lifecycle.has_machine() || self.lifecycle.generation() != generation {
+        if self.lifecycle.machine_number() != Some(delayed.machine) {
             return None;
         }
-        if Instant::now() < due {
-            self.delayed_reset = Some(DelayedReset { due, generation });
+        if self.lifecycle.is_paused() || Instant::now() < delayed.due {
+            self.delayed_reset = Some(delayed);
             return None;
         }
         // Whether or not rounding left a token: this one has waited.
@@ -380,23 +383,25 @@ impl Control {
 
     fn guest_reset(&mut self) -> Option<Ending> {
         clear(&self.signals.reset);
-        if !self.lifecycle.has_machine() {
-            return None;
-        }
+        let machine = self.lifecycle.machine_number()?;
         log::info!("The guest has asked for a reset");
-        let generation = self.lifecycle.generation();
         let delayed = self.delayed_reset.as_ref();
-        if delayed.is_some_and(|delayed| delayed.generation == generation) {
+        if delayed.is_some_and(|delayed| delayed.machine == machine) {
             return None;
         }
         let now = Instant::now();
+        if self.lifecycle.is_paused() {
+            // It asked as it was being paused.
+            self.delayed_reset = Some(DelayedReset { due: now, machine });
+            return None;
+        }
         if self.guest_resets.take(now).is_some() {
             return self.reboot();
         }
         log::warn!("The guest resets itself too often: the next reboot is delayed");
         self.delayed_reset = Some(DelayedReset {
             due: now + GUEST_RESET_INTERVAL,
-            generation,
+            machine,
         });
         self.log_failure(Endpoint::VmReboot, Lifecycle::delay_reboot);
         None
