@@ -175,6 +175,11 @@ impl Connection {
         self.forwarded.wrapping_sub(before) as usize
     }
 
+    /// The guest has sent all that it wanted to, and not all of it is with the host.
+    pub(super) fn is_draining(&self) -> bool {
+        self.shutdown_received & SHUTDOWN_SEND != 0 && !self.backlog.is_empty()
+    }
+
     /// The guest accepts. The host's program hears it.
     pub(super) fn accepted(&mut self) -> Result<(), Violation> {
         if self.phase != Phase::Requested {

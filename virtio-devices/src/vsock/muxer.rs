@@ -75,6 +75,8 @@ enum Slot {
         /// It is in `ready`.
         queued: bool,
     },
+    /// The guest has forgotten the connection, and its last bytes are still on the way to the host.
+    Draining(Connection),
 }
 
 /// What a greeting has so far.
@@ -322,6 +324,14 @@ impl Muxer {
                 }
                 self.make_ready(index);
             }
+            Some(Slot::Draining(connection)) => {
+                turn.charge_call(1, connection.host_writable() as u64);
+                if events.intersects(EventSet::HANG_UP | EventSet::ERROR)
+                    || !connection.is_draining()
+                {
+                    self.remove(index);
+                }
+            }
         }
     }
 
@@ -395,7 +405,7 @@ impl Muxer {
             return;
         };
         if op == Some(Op::Reset) {
-            return self.remove_ready(index);
+            return self.reset_by_guest(index);
         }
         let Slot::Connected { connection, .. } = &mut self.slots[index] else {
             return;
@@ -422,10 +432,22 @@ impl Muxer {
         self.make_ready(index);
     }
 
-    /// As [`Muxer::remove`], for one that may be in `ready`.
-    fn remove_ready(&mut self, index: usize) {
+    /// The guest has forgotten a connection. A guest that has closed it does so after some seconds, even if the host's
+    /// program has not read everything by then.
+    fn reset_by_guest(&mut self, index: usize) {
         self.ready.retain(|ready| *ready != index);
-        self.remove(index);
+        let slot = std::mem::replace(&mut self.slots[index], Slot::Free);
+        match slot {
+            Slot::Connected { connection, .. } if connection.is_draining() => {
+                self.by_ports.remove(&connection.ports);
+                self.count_connections();
+                self.slots[index] = Slot::Draining(connection);
+            }
+            slot => {
+                self.slots[index] = slot;
+                self.remove(index);
+            }
+        }
     }
 
     /// The guest wants to go to a port of the host's: a socket beside the listener's.

@@ -194,6 +194,48 @@ fn guest_is_told_of_room_once_the_host_reads() {
 }
 
 #[test]
+fn guest_that_closes_and_does_not_wait_leaves_its_last_bytes_to_the_host() {
+    let mut rig = Rig::new(64);
+    let (mut stream, header) = rig.connect_to_guest(52);
+    // Until the host's socket is full, and then what the device may keep.
+    let chunk = pattern(16 << 10);
+    let mut sent = 0;
+    let mut known = 0;
+    while sent - known + 16384 <= BUFFER_BYTES {
+        rig.send(data_of(header, &chunk), &chunk);
+        sent += 16384;
+        rig.send(of(header, Op::CreditRequest), &[]);
+        while let Some((update, _)) = rig.poll() {
+            known = update.fwd_cnt;
+            rig.offer(1);
+        }
+    }
+    // So the device keeps more than half of what it may.
+    let close = Header {
+        flags: SHUTDOWN_BOTH,
+        ..of(header, Op::Shutdown)
+    };
+    rig.send(close, &[]);
+    rig.send(of(header, Op::Reset), &[]);
+    assert_eq!(rig.counter("connections"), 0);
+    let reader = std::thread::spawn(move || {
+        let mut read = Vec::new();
+        stream.read_to_end(&mut read).unwrap();
+        read
+    });
+    let end = Instant::now() + DEADLINE;
+    while !reader.is_finished() {
+        assert!(Instant::now() < end, "the end does not come");
+        rig.harness.serve_sources(100).unwrap();
+    }
+    let read = reader.join().unwrap();
+    assert_eq!(read.len(), sent as usize);
+    assert!(read.chunks(16384).all(|read| read == chunk));
+    // The ports are free, and nothing more comes of the old connection.
+    rig.nothing_comes();
+}
+
+#[test]
 fn guest_that_asks_for_credit_is_told() {
     let mut rig = Rig::new(4);
     let (_stream, header) = rig.connect_to_guest(52);
