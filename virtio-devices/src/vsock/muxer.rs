@@ -505,6 +505,10 @@ impl Muxer {
             let ports = connection.ports;
             let Some(outgoing) = connection.next(buffer) else {
                 *queued = false;
+                // The caller comes back for the others.
+                if turn.is_called() {
+                    return None;
+                }
                 continue;
             };
             let forwarded = connection.forwarded();

@@ -195,6 +195,25 @@ fn connections_are_bounded_and_those_that_are_there_go_on() {
 }
 
 #[test]
+fn command_waits_for_one_of_many_connections_without_packets() {
+    const STREAMS: u32 = 40;
+    let mut rig = Rig::new(0);
+    let mut streams = Vec::new();
+    for port in 0..STREAMS {
+        rig.offer(1);
+        streams.push(rig.connect_to_guest(1000 + port));
+    }
+    // There is no buffer, so each of them may have a packet for the next one.
+    for (_, header) in &streams {
+        rig.send(of(*header, Op::CreditUpdate), &[]);
+    }
+    rig.offer(1);
+    rig.nothing_comes();
+    let most = rig.harness.turn.most_between_looks();
+    assert!(most.calls <= 16, "{most:?}");
+}
+
+#[test]
 fn host_socket_with_a_full_backlog_resets_and_does_not_wait() {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
     const BACKLOG: u32 = 4;
