@@ -103,6 +103,23 @@ impl fmt::Debug for Activation {
     }
 }
 
+/// Fills `data` from `space`, the bytes of a configuration space, at `offset`; with zeros past its end.
+pub(crate) fn read_config_space(space: &[u8], offset: u64, data: &mut [u8]) {
+    let at = usize::try_from(offset).unwrap_or(usize::MAX);
+    let known = space.get(at..).unwrap_or_default();
+    let count = known.len().min(data.len());
+    data[..count].copy_from_slice(&known[..count]);
+    data[count..].fill(0);
+}
+
+/// What [`VirtioDevice::take_handlers`] returns for a device with one handler, or once that has been taken.
+pub(crate) fn boxed<H: QueueHandler + 'static>(handler: Option<H>) -> Vec<Box<dyn QueueHandler>> {
+    handler
+        .into_iter()
+        .map(|handler| Box::new(handler) as Box<dyn QueueHandler>)
+        .collect()
+}
+
 /// The configuration half of a device.
 ///
 /// Called under a lock by whichever vCPU thread touches a register, and by the
@@ -122,8 +139,10 @@ pub trait VirtioDevice: Send {
     /// FEATURES_OK. Called once between two resets.
     fn ack_features(&mut self, _features: u64) {}
 
-    /// Reads the device configuration space. Bytes past its end read as zero.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Reads the device configuration space. Bytes past its end read as zero; a device without one has nothing else.
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_space(&[], offset, data);
+    }
 
     /// Writes the device configuration space. Writes that make no sense are
     /// dropped and counted.

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use state::{Part, Saved, State, StateError, parts};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 
-use crate::device::{Counters, QueueHandler, VirtioDevice};
+use crate::device::{Counters, QueueHandler, VirtioDevice, boxed};
 use crate::queue::{
     ChainBuffers, ChainError, Driver, GuestBuffers, Reply, SingleQueue, SingleQueueDevice,
 };
@@ -81,16 +81,8 @@ impl VirtioDevice for Rng {
         1 << VIRTIO_F_VERSION_1
     }
 
-    fn read_config(&self, _offset: u64, data: &mut [u8]) {
-        data.fill(0);
-    }
-
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
-        self.handler
-            .take()
-            .map(|handler| Box::new(SingleQueue::new(handler)) as Box<dyn QueueHandler>)
-            .into_iter()
-            .collect()
+        boxed(self.handler.take().map(SingleQueue::new))
     }
 
     fn state(&self) -> Saved {

@@ -20,7 +20,7 @@ use super::spec::{
 };
 use super::stats_timer::StatsTimer;
 use super::worker::BalloonWorker;
-use crate::device::{Counters, GuestRam, Interrupt, QueueHandler, VirtioDevice};
+use crate::device::{Counters, GuestRam, Interrupt, QueueHandler, VirtioDevice, boxed};
 use crate::reclaim::{DiscardEngine, Expected};
 
 /// How to make a balloon.
@@ -161,11 +161,7 @@ impl VirtioDevice for Balloon {
     }
 
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
-        let worker = self.worker.take();
-        worker
-            .into_iter()
-            .map(|worker| Box::new(worker) as Box<dyn QueueHandler>)
-            .collect()
+        boxed(self.worker.take())
     }
 
     fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {

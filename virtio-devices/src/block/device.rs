@@ -17,7 +17,7 @@ use super::image::Image;
 use super::queue::BlockQueue;
 use super::request::Rules;
 use super::{BlockError, BlockParams, QUEUE_SIZE_MAX, QUEUES_MAX};
-use crate::device::{Counters, QueueHandler, VirtioDevice};
+use crate::device::{Counters, QueueHandler, VirtioDevice, read_config_space};
 use crate::thread_name::thread_name;
 
 /// Device id (virtio 1.2 §5).
@@ -205,12 +205,7 @@ impl VirtioDevice for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let space = self.config();
-        let at = usize::try_from(offset).unwrap_or(usize::MAX);
-        let known = space.get(at..).unwrap_or_default();
-        let count = known.len().min(data.len());
-        data[..count].copy_from_slice(&known[..count]);
-        data[count..].fill(0);
+        read_config_space(&self.config(), offset, data);
     }
 
     fn write_config(&mut self, offset: u64, data: &[u8]) {

@@ -9,7 +9,7 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::endpoint::ConsoleEndpoint;
 use super::handler::ConsoleHandler;
-use crate::device::{Counters, Interrupt, QueueHandler, VirtioDevice, WorkerError};
+use crate::device::{Counters, Interrupt, QueueHandler, VirtioDevice, WorkerError, boxed};
 
 /// Virtio device id.
 const DEVICE_TYPE: u32 = 3;
@@ -146,11 +146,7 @@ impl VirtioDevice for Console {
     }
 
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
-        self.handler
-            .take()
-            .map(|handler| Box::new(handler) as Box<dyn QueueHandler>)
-            .into_iter()
-            .collect()
+        boxed(self.handler.take())
     }
 
     fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {

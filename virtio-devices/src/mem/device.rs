@@ -22,7 +22,7 @@ use super::region::MemRegion;
 use super::shared::{Shared, count};
 use super::spec::{VIRTIO_F_VERSION_1, VIRTIO_ID_MEM, VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE};
 use super::worker::MemWorker;
-use crate::device::{Counters, Interrupt, QueueHandler, VirtioDevice};
+use crate::device::{Counters, Interrupt, QueueHandler, VirtioDevice, boxed, read_config_space};
 use crate::queue::SingleQueue;
 use crate::reclaim::DiscardEngine;
 
@@ -120,11 +120,7 @@ impl VirtioDevice for Mem {
         for (bytes, field) in space.chunks_exact_mut(FIELD_BYTES).zip(fields) {
             bytes.copy_from_slice(&field.to_le_bytes());
         }
-        let from = usize::try_from(offset).unwrap_or(usize::MAX);
-        let present = space.get(from..).unwrap_or_default();
-        let len = present.len().min(data.len());
-        data[..len].copy_from_slice(&present[..len]);
-        data[len..].fill(0);
+        read_config_space(&space, offset, data);
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {
@@ -132,11 +128,7 @@ impl VirtioDevice for Mem {
     }
 
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
-        let worker = self.worker.take();
-        worker
-            .into_iter()
-            .map(|worker| Box::new(SingleQueue::new(worker)) as Box<dyn QueueHandler>)
-            .collect()
+        boxed(self.worker.take().map(SingleQueue::new))
     }
 
     fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {

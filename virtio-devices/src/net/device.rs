@@ -14,7 +14,7 @@ use super::pair::QueuePair;
 use super::params::{Backend, NetError, NetParams, PAIRS_MAX, QUEUE_SIZE_MAX};
 use super::shared::NetShared;
 use super::tap::{Tap, TapConfig};
-use crate::device::{Counters, QueueHandler, VirtioDevice};
+use crate::device::{Counters, QueueHandler, VirtioDevice, read_config_space};
 use crate::queue::SingleQueue;
 use crate::thread_name::thread_name;
 
@@ -159,11 +159,7 @@ impl VirtioDevice for Net {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        let at = usize::try_from(offset).unwrap_or(usize::MAX);
-        let known = self.config.get(at..).unwrap_or_default();
-        let count = known.len().min(data.len());
-        data[..count].copy_from_slice(&known[..count]);
-        data[count..].fill(0);
+        read_config_space(&self.config, offset, data);
     }
 
     /// No field is writable since virtio 1.0.

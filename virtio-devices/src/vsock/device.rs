@@ -12,7 +12,7 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::handler::VsockHandler;
 use super::muxer::Muxer;
-use crate::device::{Counters, QueueHandler, VirtioDevice};
+use crate::device::{Counters, QueueHandler, VirtioDevice, boxed, read_config_space};
 use crate::listening_socket::ListeningSocket;
 
 /// Virtio device id.
@@ -108,19 +108,11 @@ impl VirtioDevice for Vsock {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        let config = self.cid.to_le_bytes();
-        let from = usize::try_from(offset).map_or(config.len(), |at| at.min(config.len()));
-        let count = data.len().min(config.len() - from);
-        data[..count].copy_from_slice(&config[from..from + count]);
+        read_config_space(&self.cid.to_le_bytes(), offset, data);
     }
 
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
-        self.handler
-            .take()
-            .map(|handler| Box::new(handler) as Box<dyn QueueHandler>)
-            .into_iter()
-            .collect()
+        boxed(self.handler.take())
     }
 
     fn state(&self) -> Saved {
