@@ -1,4 +1,4 @@
-//! Names of devices that have one without being given it.
+//! Default names of devices.
 
 /// Names that begin like this belong to the VMM's own devices.
 pub(crate) const RESERVED_PREFIX: &str = "__";

@@ -1,8 +1,8 @@
-//! The event monitor (`--event-monitor`): tells an outside reader what happens, and never waits for it.
+//! The event monitor (`--event-monitor`): writes events for an outside reader without blocking.
 //!
-//! Whoever has something to tell puts it into a bounded queue; a thread of its own writes it to a non-blocking
-//! descriptor. A slow reader loses whole events, which are counted; the stream stays well-formed. Without a monitor
-//! nothing is formatted, queued or started.
+//! Senders put events into a bounded queue; a thread of its own writes them to a non-blocking descriptor. A slow reader
+//! loses whole events, which are counted; the stream stays well-formed. Without a monitor, nothing is formatted, queued
+//! or started.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -23,13 +23,13 @@ use crate::events::EventSink;
 use crate::inherited_fd;
 use crate::threads::EVENT_THREAD;
 
-/// Events that may wait for the thread: a burst of device activations, not a backlog.
+/// Maximum number of queued events: enough for a burst of device activations, not a backlog.
 const QUEUE_LENGTH: usize = 256;
 /// How many of them a guest may cause by register writes, so that it cannot displace the others.
 const REGISTER_EVENTS_MAX: usize = QUEUE_LENGTH / 2;
 const STACK_BYTES: usize = 128 << 10;
 
-/// Why there is no event monitor.
+/// Errors of starting the event monitor.
 #[derive(Debug, thiserror::Error)]
 pub enum EventMonitorError {
     /// The file cannot be opened.
@@ -37,7 +37,7 @@ pub enum EventMonitorError {
     Open {
         /// The file.
         path: PathBuf,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -46,16 +46,16 @@ pub enum EventMonitorError {
     Descriptor {
         /// The descriptor.
         fd: i32,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// No thread.
+    /// The thread cannot be started.
     #[error("Cannot start the thread {EVENT_THREAD}")]
     Spawn(#[source] io::Error),
 }
 
-/// Takes events. Dropping it writes what is queued and ends the thread; what is told later is lost.
+/// Accepts events. Dropping it writes the queued events and ends the thread; later events are lost.
 #[derive(Debug, Default)]
 pub struct EventMonitor {
     writer: Option<Writer>,
@@ -65,7 +65,7 @@ pub struct EventMonitor {
 enum Message {
     Write {
         record: Event,
-        /// Counts in `register_events` as long as it waits.
+        /// Counts in `register_events` while it is queued.
         by_register: bool,
     },
     Stop,
@@ -81,7 +81,7 @@ struct Writer {
 }
 
 impl EventMonitor {
-    /// A monitor that takes no notice of anything.
+    /// A monitor that ignores all events.
     pub fn off() -> Self {
         Self::default()
     }
@@ -89,7 +89,7 @@ impl EventMonitor {
     /// A monitor that writes to `place`. Times count from `start`; `on_start` is called first on the thread.
     ///
     /// # Errors
-    /// The place cannot be written to.
+    /// The place is not writable.
     pub fn open(
         place: &PathOrFd,
         start: Instant,
@@ -139,12 +139,12 @@ impl EventMonitor {
         })
     }
 
-    /// Whether anything that is told goes anywhere.
+    /// Whether events are written anywhere.
     pub fn is_on(&self) -> bool {
         self.writer.is_some()
     }
 
-    /// What others call to tell something. Never blocks.
+    /// The callback that sends an event. Never blocks.
     pub fn sink(&self) -> EventSink {
         let Some(writer) = &self.writer else {
             return Arc::new(|_| {});
@@ -165,7 +165,8 @@ impl EventMonitor {
                 event: event.kind.name().to_owned(),
                 properties: owned(event.properties()),
             };
-            // Before it is sent, because the thread counts it off. vCPUs at the same time exceed the bound by one each.
+            // Before it is sent, because the thread decrements the count. Concurrent vCPUs may exceed the limit by one
+            // each.
             register_events.fetch_add(usize::from(by_register), Ordering::Relaxed);
             let message = Message::Write {
                 record,
@@ -196,7 +197,7 @@ fn owned(properties: Vec<(&'static str, String)>) -> Option<BTreeMap<String, Str
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        // The thread never waits for the reader, so there is room soon; it has ended only if it panicked.
+        // The thread never waits for the reader, so there will be room soon; it has ended only if it panicked.
         drop(self.queue.send(Message::Stop));
         if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
             log::error!("The thread {EVENT_THREAD} panicked");
@@ -208,7 +209,7 @@ impl Drop for Writer {
     }
 }
 
-/// Opens for writing without ever waiting. A pipe that nobody reads yet would refuse that, so it is opened for both.
+/// Opens for writing without blocking. A pipe without a reader would fail, so it is opened for reading and writing.
 fn open(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.write(true).custom_flags(libc::O_NONBLOCK);
@@ -227,7 +228,7 @@ fn open(path: &Path) -> io::Result<File> {
 /// The thread's side.
 struct Stream {
     file: File,
-    /// The rest of an event of which a part has left.
+    /// The rest of a partly written event.
     unwritten: Vec<u8>,
     register_events: Arc<AtomicUsize>,
     lost: Arc<AtomicU64>,
@@ -252,8 +253,8 @@ impl Stream {
         );
     }
 
-    /// False when the reader has no room for the event. An event of which a part has left must leave entirely, or the
-    /// reader would lose its place in the stream.
+    /// False if the reader has no room for the event. A partly written event must be completed, or the reader would
+    /// lose its place in the stream.
     fn write(&mut self, record: &[u8]) -> bool {
         let rest = std::mem::take(&mut self.unwritten);
         let left = self.write_part(&rest);

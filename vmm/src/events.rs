@@ -1,18 +1,18 @@
-//! Everything the VMM reports to an outside reader: each event with its source, its name and its properties, once.
+//! Every event that the VMM reports to an outside reader, with its source, name and properties.
 
 use std::sync::Arc;
 
-/// Takes events for the event monitor. Never blocks.
+/// Accepts events for the event monitor. Never blocks.
 pub type EventSink = Arc<dyn Fn(&Event<'_>) + Send + Sync>;
 
-/// An event, and the device it is about.
+/// An event, and the device that it concerns.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Event<'a> {
-    /// What happened.
+    /// The event itself.
     pub kind: EventKind,
-    /// Identifier of the device it happened to.
+    /// Identifier of the device.
     pub device: Option<&'a str>,
-    /// Events of this device that were left out before this one, because there were too many.
+    /// Events of this device that were dropped before this one, because there were too many.
     pub left_out: u64,
 }
 
@@ -52,7 +52,7 @@ macro_rules! events {
             $($(#[$doc:meta])* $event:ident $name:literal $({ $($property:ident: $type:ty),+ })?)+
         }
     )+) => {
-        /// What happened. The fields of a kind are the properties of the event.
+        /// The kind of event. The fields of a kind are the properties of the event.
         #[derive(Clone, Debug, PartialEq, Eq)]
         #[allow(missing_docs)]
         pub enum EventKind {
@@ -100,7 +100,7 @@ events! {
         VmmShutdown "shutdown"
     }
     "vm" {
-        /// The machine is being made.
+        /// The machine is being created.
         Booting "booting"
         /// Its vCPUs run.
         Booted "booted"
@@ -110,45 +110,45 @@ events! {
         Deleted "deleted"
         /// The guest resets itself too often; its next machine must wait.
         RebootDelayed "reboot-delayed"
-        /// A new machine will take the place of this one.
+        /// A new machine will replace this one.
         Rebooting "rebooting"
-        /// It has.
+        /// The new machine runs.
         Rebooted "rebooted"
         /// The vCPUs are being stopped.
         Pausing "pausing"
-        /// They have stopped.
+        /// The vCPUs have stopped.
         Paused "paused"
         /// The vCPUs are being resumed.
         Resuming "resuming"
-        /// They run.
+        /// The vCPUs run again.
         Resumed "resumed"
-        /// Memory or balloon change their size.
+        /// Memory or balloon are being resized.
         Resizing "resizing"
-        /// Their new sizes are set; the guest may still be at work.
+        /// The new sizes are set; the guest may still be working on them.
         Resized "resized"
         /// The guest has released a device.
         DeviceRemoved "device-removed" { bdf: String }
     }
     "virtio-device" {
-        /// A driver took the device.
+        /// A driver initialised the device.
         DeviceActivated "activated"
         /// The driver released it.
         DeviceReset "reset"
         /// The device was hot-plugged.
         DeviceAdded "added" { bdf: String }
-        /// The guest has given what it was asked for.
+        /// The guest has reached the balloon's target.
         BalloonTargetReached "balloon-target-reached" { target_bytes: u64 }
         /// The guest makes no progress towards its target.
         BalloonStuck "balloon-stuck" { target_bytes: u64, actual_bytes: u64, stuck_ms: u64 }
         /// More discards have failed.
         DiscardFailed "balloon-discard-failed" { failed_bytes: u64, new_bytes: u64 }
-        /// Nothing that is reported is discarded any more.
+        /// Reported memory is no longer discarded.
         ReportingPaused "reporting-paused" { by: String }
-        /// It is again.
+        /// Reported memory is discarded again.
         ReportingResumed "reporting-resumed"
         /// The guest follows another generation of the policy.
         PolicyAcknowledged "reporting-policy-acknowledged" { generation: u32 }
-        /// Everything that was free has been reported.
+        /// All free memory has been reported.
         ReportNowDone "report-now-done" { report_now_id: u32 }
         /// An alert became active.
         AlertEntered "reclaim-threshold-entered" { name: String, figure: String, value: u64, threshold: u64 }

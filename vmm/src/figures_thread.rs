@@ -17,12 +17,12 @@ use crate::thresholds::{Look, Thresholds};
 use crate::view::PublishedView;
 use crate::vm::MachineObserver;
 
-/// Time between two looks. Residency is measured at most once in it, and the probe itself rests a hundred times as long
-/// as a measurement took, so that alerts never cost more than a hundredth of a core.
+/// Interval of the evaluation. Each evaluation measures residency at most once. After a measurement the probe itself
+/// rests a hundred times as long as it took, so that alerts never cost more than a hundredth of a core.
 const INTERVAL: Duration = Duration::from_secs(1);
 const STACK_BYTES: usize = 256 << 10;
 
-/// The running thread. Dropping it ends the thread, after the look that is under way.
+/// The running thread. Dropping it ends the thread after the current evaluation.
 #[derive(Debug)]
 pub(crate) struct FiguresThread {
     thresholds: Arc<Thresholds>,
@@ -30,10 +30,10 @@ pub(crate) struct FiguresThread {
 }
 
 impl FiguresThread {
-    /// Starts the thread, which looks at the machine in `view`; `on_start` is called first on it.
+    /// Starts the thread, which evaluates the machine in `view`; `on_start` is called first on it.
     ///
     /// # Errors
-    /// No thread.
+    /// The thread cannot be started.
     pub(crate) fn start(
         thresholds: Arc<Thresholds>,
         view: Arc<PublishedView>,
@@ -118,7 +118,7 @@ impl Evaluator {
     }
 }
 
-/// The statistics, measured only if an alert is about what is measured.
+/// The statistics; residency is measured only if an alert needs it.
 fn read_stats(observer: &dyn MachineObserver, look: Look) -> Option<ReclaimStats> {
     let stats = if look.alerts.residency {
         observer.reclaim_stats()

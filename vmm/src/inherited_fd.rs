@@ -1,6 +1,6 @@
 //! Descriptors that the parent process left open for this one (`fd=N` on the command line).
 
-// UNSAFETY: a descriptor that comes as a number has no owner yet in the eyes of the standard library.
+// UNSAFETY: a descriptor that is passed as a number has no owner that the standard library knows.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -11,7 +11,7 @@ use std::os::unix::net::UnixListener;
 /// Takes over an open file and makes it non-blocking.
 ///
 /// # Errors
-/// It is not open.
+/// The descriptor is not open.
 pub(crate) fn non_blocking_file(fd: i32) -> io::Result<File> {
     // SAFETY: these commands only read and set flags of a descriptor; one that is not open is answered with an error.
     let set = unsafe {
@@ -54,7 +54,7 @@ pub(crate) fn listener(fd: i32) -> io::Result<UnixListener> {
     Ok(unsafe { UnixListener::from_raw_fd(fd) })
 }
 
-/// A descriptor of our own for the same open file. The original stays open, so that a reboot finds it again.
+/// Duplicates the descriptor of an open file. The original stays open, so that a reboot finds it again.
 ///
 /// # Errors
 /// It is not open, or there are no descriptors left.

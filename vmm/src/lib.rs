@@ -1,4 +1,4 @@
-//! The virtual machine monitor: from a configuration to a running guest and the API that steers it.
+//! The virtual machine monitor: turns a configuration into a running guest and serves its API.
 
 pub mod alerts;
 pub mod api;

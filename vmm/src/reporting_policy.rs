@@ -1,22 +1,23 @@
-//! The reporting policy: what this guest makes of it. Its settings and their bounds are a table of `device-facts`.
+//! The reporting policy and its status in the current guest. Its settings and their bounds are a table of
+//! `device-facts`.
 
 use api::{ReportingPolicy, ReportingPolicyStatus, SettingStatus};
 use device_facts::PolicySetting;
 use virtio_devices::balloon::policy::PolicyStatus;
 
-/// What the guest makes of the policy.
+/// The status of the policy in the guest.
 #[derive(Clone, Copy, Debug)]
 pub enum GuestPolicy {
     /// The VM is not running.
     NoMachine,
     /// The machine has no balloon.
     NoBalloon,
-    /// What its driver has answered.
+    /// The driver's answer.
     Balloon(PolicyStatus),
 }
 
 impl GuestPolicy {
-    /// Why a setting is not in effect; `None` when it is.
+    /// The reason why a setting is not in effect; `None` if it is.
     fn reason(self, setting: PolicySetting) -> Option<&'static str> {
         match self {
             Self::NoMachine => Some("the VM is not running"),
@@ -26,7 +27,7 @@ impl GuestPolicy {
     }
 }
 
-/// The policy and this guest, as the API shows them.
+/// The policy and its status in this guest, as the API shows them.
 pub(crate) fn status(policy: ReportingPolicy, guest: GuestPolicy) -> ReportingPolicyStatus {
     let settings = PolicySetting::ALL.iter().map(|setting| {
         let reason = guest.reason(*setting);
@@ -88,7 +89,7 @@ mod tests {
         assert_eq!((status.in_effect, &status.reason), (true, &None));
         assert_eq!(status.settings.len(), PolicySetting::COUNT);
         assert!(status.settings.values().all(|it| it.in_effect));
-        // What is not a setting of the policy does not take it out of effect.
+        // A key that is not a setting of the policy does not affect whether the policy is in effect.
         let mut settings = all;
         settings[PolicySetting::ReportNow as usize] = SettingState::NotFollowed;
         let status = seen(settings);

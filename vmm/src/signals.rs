@@ -1,7 +1,8 @@
-//! SIGTERM and SIGINT end the VMM in good order.
+//! SIGTERM and SIGINT shut the VMM down cleanly.
 //!
-//! They are blocked before any thread is started, which all threads inherit, and unblocked on the main thread alone
-//! once there is somebody to tell. So no vCPU or worker is ever interrupted by them, and no thread has to wait for them.
+//! They are blocked before any thread is started, which all threads inherit. They are unblocked on the main thread
+//! alone, once the control thread can receive the request. So they never interrupt a vCPU or worker, and no thread has
+//! to wait for them.
 
 // UNSAFETY: a signal handler may only call what is async-signal-safe, which `write` is and the standard library is not.
 #![allow(unsafe_code)]
@@ -19,14 +20,14 @@ use vmm_sys_util::signal::{block_signal, register_signal_handler, unblock_signal
 /// # Errors
 /// The signal cannot be ignored.
 pub fn survive_file_size_limit() -> std::io::Result<()> {
-    // SAFETY: SIG_IGN is no code, and the signal has no other user in this process.
+    // SAFETY: SIG_IGN is not code, and the signal has no other user in this process.
     match unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } {
         libc::SIG_ERR => Err(std::io::Error::last_os_error()),
         _ => Ok(()),
     }
 }
 
-/// Signals that mean "please end".
+/// Signals that request an exit.
 const EXIT_SIGNALS: [libc::c_int; 2] = [libc::SIGTERM, libc::SIGINT];
 
 /// The descriptor the handler writes to; -1 before there is one.
@@ -34,31 +35,32 @@ static EXIT_FD: AtomicI32 = AtomicI32::new(-1);
 /// Whether an exit signal has been delivered.
 static EXIT_ASKED: AtomicBool = AtomicBool::new(false);
 
-/// Why signals cannot be handled.
+/// Errors of setting up signal handling.
 #[derive(Debug, thiserror::Error)]
 pub enum SignalsError {
-    /// The mask cannot be changed. The cause is no `std::error::Error`, so its text stands here.
+    /// The mask cannot be changed. The cause does not implement `std::error::Error`, so its text is stored here.
     #[error("Cannot change the signal mask: {0}")]
     Mask(vmm_sys_util::signal::Error),
-    /// No handler.
+    /// The handler cannot be installed.
     #[error("Cannot install the handler of signal {signal}")]
     Handler {
         /// The signal's number.
         signal: libc::c_int,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: vmm_sys_util::errno::Error,
     },
 }
 
-/// Exit signals that wait until [`ExitSignals::deliver_to`].
+/// Exit signals that stay pending until [`ExitSignals::deliver_to`].
 #[derive(Debug)]
 pub struct ExitSignals {
     event: Option<Arc<EventFd>>,
 }
 
 impl ExitSignals {
-    /// Holds the signals back on this thread and on all that it starts. Call it on the main thread before any other.
+    /// Blocks the signals on this thread and on all threads that it starts. Call it on the main thread before it starts
+    /// any other.
     ///
     /// # Errors
     /// The mask cannot be changed.
@@ -72,7 +74,7 @@ impl ExitSignals {
         Ok(Self { event: None })
     }
 
-    /// From now on, also for signals held back so far, writes to `event`. Call it on the main thread.
+    /// From now on, signals write to `event`, including those that are pending. Call it on the main thread.
     ///
     /// # Errors
     /// A handler or the mask cannot be set.
@@ -89,7 +91,7 @@ impl ExitSignals {
     }
 }
 
-/// Whether the process was asked to end by a signal. What fails from then on fails because of that.
+/// Whether a signal requested an exit. Later failures are consequences of that.
 pub fn exit_was_asked_for() -> bool {
     EXIT_ASKED.load(Ordering::Acquire)
 }

@@ -1,4 +1,4 @@
-//! The threads of the VMM: what each is for and what it is called.
+//! The threads of the VMM: purpose and name.
 
 use std::sync::Arc;
 
@@ -8,27 +8,27 @@ use machine::threads::MachineThread;
 pub const CONTROL_THREAD: &str = "vmm";
 /// Name of the thread that serves the API.
 pub const HTTP_THREAD: &str = "http-server";
-/// Name of the threads that ask the machine for figures.
+/// Name of the threads that query the machine for figures.
 pub const QUERY_THREAD: &str = "api-query";
 /// Name of the thread that writes events.
 pub const EVENT_THREAD: &str = "event-monitor";
-/// Name of the thread that looks at figures for alerts.
+/// Name of the thread that evaluates alerts.
 pub const THRESHOLDS_THREAD: &str = "thresholds";
 
-/// Threads that may do the same things.
+/// Threads with the same permissions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ThreadKind {
-    /// Waits for the others; filtered once they run.
+    /// Waits for the others; installs its filter once they run.
     Main,
     /// Owns the machine and starts its threads.
     Control,
     /// Serves the API and starts query threads.
     HttpServer,
-    /// Asks the machine for figures.
+    /// Queries the machine for figures.
     ApiQuery,
     /// Writes events.
     EventMonitor,
-    /// Looks at figures for alerts.
+    /// Evaluates alerts.
     Thresholds,
     /// Belongs to the machine.
     Machine(MachineThread),

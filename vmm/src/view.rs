@@ -1,4 +1,4 @@
-//! What the control thread lets everybody see: the state after the last change that was completed.
+//! The published view: the state after the last completed change.
 //!
 //! Readers take a reference and never wait for the control thread, however long it takes to boot or to stop a machine.
 
@@ -10,7 +10,7 @@ use virtio_devices::Unpoisoned;
 use crate::thresholds::Thresholds;
 use crate::vm::MachineObserver;
 
-/// One consistent picture.
+/// One consistent snapshot.
 #[derive(Debug, Clone, Default)]
 pub struct View {
     /// The stored configuration, if there is one.
@@ -24,8 +24,8 @@ pub struct View {
 /// A machine in a [`View`].
 #[derive(Debug, Clone)]
 pub struct MachineView {
-    /// Counts machines: each boot and reboot makes another one, and figures start anew. Those of a balloon do so when
-    /// one is added, too, which counts as well.
+    /// Counts machines: each boot and reboot creates another one, and its figures start from zero. Adding a balloon
+    /// resets the balloon's figures, so it counts as well.
     pub generation: u64,
     /// `Running` or `Paused`.
     pub state: VmState,
@@ -34,7 +34,7 @@ pub struct MachineView {
 }
 
 impl View {
-    /// Where the VM is in its life; `None` without a configuration.
+    /// The state of the VM in its life cycle; `None` without a configuration.
     pub fn state(&self) -> Option<VmState> {
         match (&self.machine, &self.config) {
             (Some(machine), _) => Some(machine.state),
@@ -51,7 +51,7 @@ impl View {
             state: self.state()?,
             memory_actual_size: match &self.machine {
                 Some(machine) => machine.observer.memory_actual_size_bytes(),
-                // A stored configuration is not judged before boot, so its sum may be nonsense.
+                // A stored configuration is not validated before boot, so its sum may be meaningless.
                 None => config.memory.total_bytes().unwrap_or(u64::MAX),
             },
             device_tree: self
@@ -62,12 +62,12 @@ impl View {
     }
 }
 
-/// The place where the control thread puts its picture.
+/// Where the control thread publishes its snapshot.
 #[derive(Debug, Default)]
 pub struct PublishedView(RwLock<Arc<View>>);
 
 impl PublishedView {
-    /// The latest picture.
+    /// The latest snapshot.
     pub fn get(&self) -> Arc<View> {
         Arc::clone(&self.0.read().unpoisoned())
     }

@@ -7,7 +7,7 @@
 //!     │  └─────────────────────┘                               │
 //!     └──────────────── at leave or safer ─────────────────────┘        (left)
 //! ```
-//! - A figure that cannot be had ends a pending entry, because nobody knows that the figure stayed beyond; it neither
+//! - If a figure is unavailable, a pending entry ends, because the figure may not have stayed beyond; the alert neither
 //!   enters nor leaves.
 //! - Between `leave` and `enter` nothing changes, whatever the figure does there.
 //! - One step makes one transition at most, so that the rate of steps bounds the rate of events.
@@ -40,7 +40,7 @@ pub(super) struct Alert {
 }
 
 impl Alert {
-    /// A rule that has not been looked at.
+    /// A rule that has not been evaluated.
     pub(super) fn new(rule: AlertRule, figure: Figure, now_ms: u64) -> Self {
         Self {
             rule,
@@ -53,11 +53,11 @@ impl Alert {
         }
     }
 
-    /// Changes the values of the rule. What looks at another figure, or at the other side of it, is another rule and
+    /// Changes the values of the rule. A rule on another figure, or on the other side of it, is a different rule and
     /// starts anew.
     pub(super) fn replace(&mut self, rule: AlertRule, figure: Figure, now_ms: u64) {
         if self.rule == rule {
-            // Whoever sets the same rule again and again does not put off its entry.
+            // Setting the same rule repeatedly does not delay its entry.
             return;
         }
         if self.rule.figure == rule.figure && self.rule.direction == rule.direction {
@@ -68,7 +68,7 @@ impl Alert {
         }
     }
 
-    /// Looks at the figure.
+    /// Evaluates the figure.
     pub(super) fn step(&mut self, now_ms: u64, sources: &Sources) -> Option<Transition> {
         self.value = self.figure.read(sources);
         let Some(value) = self.value else {
@@ -109,7 +109,7 @@ impl Alert {
         }
     }
 
-    /// As the API shows it.
+    /// The representation in the API.
     pub(super) fn status(&self, now_ms: u64) -> AlertStatus {
         AlertStatus {
             rule: self.rule.clone(),

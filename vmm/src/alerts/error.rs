@@ -1,34 +1,34 @@
-//! Why alerts were refused. All of these are the caller's faults.
+//! Reasons for rejecting alerts. All of them are client errors.
 
 use super::{ALERTS_MAX, NAME_LENGTH_MAX};
 
-/// Why a change was refused; nothing of it was made.
+/// Reasons for rejecting a change; nothing of it was applied.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AlertError {
-    /// One alert makes no sense.
+    /// One alert is invalid.
     #[error("Alert {name:?}")]
     Alert {
-        /// Which one.
+        /// The alert.
         name: String,
-        /// What is wrong with it.
+        /// The reason.
         #[source]
         fault: AlertFault,
     },
-    /// It would be too many.
+    /// There would be too many alerts.
     #[error("There can be no more than {ALERTS_MAX} alerts")]
     TooManyAlerts,
 }
 
-/// What is wrong with an alert.
+/// Errors in an alert.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AlertFault {
     /// The name is empty or too long.
     #[error("a name has between 1 and {NAME_LENGTH_MAX} characters")]
     Name,
-    /// The request has it twice.
+    /// The request contains the name twice.
     #[error("it is in the request more than once")]
     Twice,
-    /// There is none to remove.
+    /// There is no such alert to remove.
     #[error("there is no such alert")]
     Unknown,
     /// A new alert lacks something.
@@ -47,7 +47,7 @@ pub enum AlertFault {
         /// `above` or `below`.
         side: &'static str,
     },
-    /// Nobody waits that long.
+    /// The duration is too long.
     #[error("duration_ms is {0}, more than a day")]
     Duration(u64),
 }

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use super::NAME_LENGTH_MAX;
 
-/// What only a measurement of residency knows.
+/// Figures that need a measurement of residency.
 const MEASURED: &[&str] = &[
     "configured_bytes",
     "resident_bytes",
@@ -23,7 +23,7 @@ const MEASURED: &[&str] = &[
 /// The maps that leave out what is zero.
 const SPARSE: &str = "skipped_bytes";
 
-/// Where a figure comes from.
+/// The source of a figure.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Figure {
     /// A number of `vm.reclaim-stats`, by the names that lead to it.
@@ -32,18 +32,18 @@ pub(crate) enum Figure {
     Counter { device: String, counter: String },
 }
 
-/// What has to be read to look at figures.
+/// What must be read to obtain figures.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Needs {
     /// `vm.reclaim-stats`.
     pub(crate) reclaim: bool,
-    /// With a measurement of residency, which is what costs.
+    /// With a measurement of residency, which is the expensive part.
     pub(crate) residency: bool,
     /// `vm.counters`.
     pub(crate) counters: bool,
 }
 
-/// What was read at one moment; absent is what was not needed or could not be had.
+/// The values read at one moment; absent if not needed or not available.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Sources {
     pub(crate) reclaim: Option<Value>,
@@ -51,7 +51,7 @@ pub(crate) struct Sources {
 }
 
 impl Figure {
-    /// The figure called `name`, if there can be one. Whether a device has a counter is known only when it runs.
+    /// The figure called `name`, if it is possible. Whether a device has a counter is known only while it runs.
     pub(crate) fn parse(name: &str) -> Option<Self> {
         let parts: Vec<_> = name.split('/').collect();
         if name.len() > NAME_LENGTH_MAX || parts.contains(&"") {
@@ -83,7 +83,7 @@ impl Figure {
         }
     }
 
-    /// Its value; `None` when there is none at present.
+    /// Its value; `None` if there is none at present.
     pub(crate) fn read(&self, sources: &Sources) -> Option<u64> {
         match self {
             Self::Reclaim(path) => {

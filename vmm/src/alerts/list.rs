@@ -1,4 +1,4 @@
-//! All alerts of a VM: changed as a whole or not at all, evaluated as a whole.
+//! All alerts of a VM: changed atomically, evaluated together.
 
 use std::collections::BTreeSet;
 
@@ -17,7 +17,7 @@ const DURATION_MS_MAX: u64 = 86_400_000;
 pub(crate) struct AlertList(Vec<Alert>);
 
 impl AlertList {
-    /// Removes and changes alerts. After an error some of the change is made.
+    /// Removes and changes alerts. After an error, some of the change is applied.
     pub(crate) fn change(
         &mut self,
         removed: &[String],
@@ -33,7 +33,7 @@ impl AlertList {
                 false => self.set_alert(alert, now_ms),
             };
             changed.map_err(|fault| of_alert(&alert.name, fault))?;
-            // Checked for each one, so that a request of any length is given up early.
+            // Checked for each one, so that a request of any length fails early.
             if self.0.len() > ALERTS_MAX {
                 return Err(AlertError::TooManyAlerts);
             }
@@ -72,7 +72,7 @@ impl AlertList {
         self.0.is_empty()
     }
 
-    /// What has to be read to evaluate them.
+    /// What must be read to evaluate them.
     pub(crate) fn needs(&self) -> Needs {
         let mut needs = Needs::default();
         for alert in &self.0 {
@@ -89,7 +89,7 @@ impl AlertList {
             .collect()
     }
 
-    /// As the API shows them.
+    /// The representation in the API.
     pub(crate) fn status(&self, now_ms: u64) -> Vec<AlertStatus> {
         self.0.iter().map(|alert| alert.status(now_ms)).collect()
     }
@@ -97,7 +97,7 @@ impl AlertList {
 
 fn of_alert(name: &str, fault: AlertFault) -> AlertError {
     AlertError::Alert {
-        // A name that is too long is not sent back whole.
+        // A name that is too long is not returned whole.
         name: name.chars().take(NAME_LENGTH_MAX).collect(),
         fault,
     }

@@ -12,7 +12,7 @@ pub(crate) use figure::Figure;
 pub(crate) use figure::{Needs, Sources};
 pub(crate) use list::AlertList;
 
-/// Most alerts of a VM: what bounds events, memory and the cost of a look.
+/// Maximum number of alerts of a VM, which bounds events, memory and the cost of an evaluation.
 pub const ALERTS_MAX: usize = 32;
-/// Most characters of an alert's name and of a figure's.
+/// Maximum length of an alert's name and of a figure's, in characters.
 pub const NAME_LENGTH_MAX: usize = 128;

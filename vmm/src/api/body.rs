@@ -1,5 +1,5 @@
-//! Reads request bodies. A body is bounded before it is parsed, because a few bytes of JSON can become a large structure,
-//! and keys that nobody knows are refused or logged.
+//! Reads request bodies. A body is bounded before it is parsed, because a few bytes of JSON can become a large
+//! structure. Unknown keys are rejected or logged.
 
 use api::{Endpoint, Origin};
 use serde::de::DeserializeOwned;
@@ -10,18 +10,18 @@ use serde::de::DeserializeOwned;
 const CONTAINERS_MAX: usize = 20_000;
 /// Most values in a body, for long lists of numbers: 1024 vCPUs with 256 host CPUs each.
 const VALUES_MAX: usize = 1 << 18;
-/// Unknown keys that are named.
+/// Maximum number of unknown keys in a message.
 const KEYS_NAMED_MAX: usize = 8;
-/// Longest part of a key that is named.
+/// Maximum length of a key in a message.
 const KEY_CHARS_MAX: usize = 80;
 
-/// Why a body cannot be read.
+/// Reasons for rejecting a body.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum BodyError {
-    /// Far more than any configuration has.
+    /// Far more values than any configuration has.
     #[error("the body has more than {CONTAINERS_MAX} objects and arrays or {VALUES_MAX} values")]
     TooManyValues,
-    /// An array would be taken for an object whose keys are left out.
+    /// An array, which the parser would accept as an object without keys.
     #[error("the body must be a JSON object")]
     NotAnObject,
     /// Keys that this endpoint does not know.
@@ -30,7 +30,7 @@ pub(super) enum BodyError {
         /// The first of them.
         keys: String,
     },
-    /// No JSON, or values of a wrong type.
+    /// Not JSON, or values of a wrong type.
     #[error(transparent)]
     Json(#[from] serde_json::Error),
 }
@@ -45,7 +45,7 @@ pub(super) fn read<T: DeserializeOwned>(endpoint: Endpoint, body: &[u8]) -> Resu
     let mut json = serde_json::Deserializer::from_slice(body);
     let value = serde_ignored::deserialize(&mut json, |path| {
         if unknown.len() < KEYS_NAMED_MAX {
-            // A question mark stands for an optional value on the way.
+            // A question mark stands for an optional value in the path.
             let key = path.to_string().replace(".?", "");
             unknown.push(format!(
                 "{:?}",
@@ -67,7 +67,7 @@ pub(super) fn read<T: DeserializeOwned>(endpoint: Endpoint, body: &[u8]) -> Resu
     }
 }
 
-/// Counts values without building any. What is no JSON is found by the parser.
+/// Counts values without building any. The parser detects invalid JSON.
 fn check_amount(body: &[u8]) -> Result<(), BodyError> {
     let (mut containers, mut values) = (0, 1);
     let (mut in_string, mut escaped) = (false, false);

@@ -1,4 +1,4 @@
-//! What each endpoint does and where.
+//! Maps each endpoint to its action and thread.
 //!
 //! | Where | Endpoints | Why |
 //! | --- | --- | --- |
@@ -27,7 +27,7 @@ use crate::reporting_policy::GuestPolicy;
 use crate::threads::ThreadStart;
 use crate::view::PublishedView;
 
-/// How long `vm.balloon-stats` waits for the guest, as long as upstream does.
+/// How long `vm.balloon-stats` waits for the guest, the same as upstream.
 const BALLOON_STATS_WAIT: Duration = Duration::from_secs(1);
 
 /// Serves the table of endpoints.
@@ -44,7 +44,7 @@ impl std::fmt::Debug for Dispatcher {
     }
 }
 
-/// One request: what it asks for, and the way back to whoever sent it.
+/// One request: its content, and the way back to its sender.
 struct Call {
     endpoint: Endpoint,
     body: Vec<u8>,
@@ -53,7 +53,7 @@ struct Call {
 }
 
 impl Call {
-    /// Reads the body; answers the request if the body makes no sense.
+    /// Parses the body; rejects the request if the body is invalid.
     fn read_body<T: DeserializeOwned>(mut self) -> Option<(T, Self)> {
         match body::read(self.endpoint, &std::mem::take(&mut self.body)) {
             Ok(value) => Some((value, self)),
@@ -81,7 +81,7 @@ impl Handler for Dispatcher {
             reply.send(bad_request(&["Bad Request"]));
             return;
         };
-        // A body where none belongs, or none where one belongs.
+        // A body where none belongs, or a missing body.
         if endpoint.request().is_some() != request.body.is_some() {
             reply.send(bad_request(&["Bad Request"]));
             return;
@@ -96,7 +96,7 @@ impl Handler for Dispatcher {
 }
 
 impl Dispatcher {
-    /// A dispatcher that reads `view` and hands changes to `control`.
+    /// A dispatcher that reads `view` and passes changes to `control`.
     pub fn new(
         view: Arc<PublishedView>,
         control: ControlHandle,
@@ -162,7 +162,7 @@ impl Dispatcher {
         }
     }
 
-    /// Makes a change on the control thread. `answer` is given the result of a change that succeeded.
+    /// Makes a change on the control thread. `answer` receives the result of a change that succeeded.
     fn submit<T: 'static>(
         &self,
         Call {
@@ -181,7 +181,7 @@ impl Dispatcher {
             });
     }
 
-    /// Makes a change that needs no body and answers without one.
+    /// Makes a change that needs no body and responds without one.
     fn change(
         &self,
         call: Call,
@@ -196,7 +196,7 @@ impl Dispatcher {
         });
     }
 
-    /// Makes the change that the body describes and answers without one.
+    /// Makes the change that the body describes and responds without a body.
     fn change_to<B: DeserializeOwned + Send + 'static>(
         &self,
         call: Call,
@@ -215,7 +215,7 @@ impl Dispatcher {
         let device = device(config);
         let fds = match device {
             NewDevice::Net(_) => std::mem::take(&mut call.fds),
-            // No other device has a use for descriptors: the call closes them.
+            // No other device uses descriptors: the call closes them.
             NewDevice::Disk(_) | NewDevice::Vsock(_) | NewDevice::Balloon(_) => Vec::new(),
         };
         self.submit(
@@ -227,7 +227,7 @@ impl Dispatcher {
         );
     }
 
-    /// Changes thresholds and answers with the result.
+    /// Changes thresholds and responds with the result.
     fn set_thresholds(&self, call: Call) {
         let view = Arc::clone(&self.view);
         let endpoint = call.endpoint;
@@ -240,7 +240,7 @@ impl Dispatcher {
         }
     }
 
-    /// Steers reporting in order with every other change, then waits for the result on a thread of its own.
+    /// Controls reporting in order with every other change, then waits for the result on a thread of its own.
     fn steer_reporting(&self, call: Call) {
         let queries = self.queries.clone();
         if let Some((request, call)) = call.read_body::<VmBalloonReporting>() {

@@ -1,4 +1,4 @@
-//! The answers to requests that fail: which status each cause has.
+//! Responses to failed requests: maps each cause to a status.
 
 use std::error::Error;
 
@@ -10,17 +10,17 @@ use crate::config::ValidationError;
 use crate::control::{LifecycleError, RequestError};
 use crate::vm::{HotplugError, VmError};
 
-/// What every error of an endpoint starts with, as upstream's does.
+/// The start of every error of an endpoint, as upstream has it.
 #[derive(Debug, thiserror::Error)]
 #[error("Error from API")]
 struct ApiError<E: Error + 'static>(#[source] E);
 
-/// The answer with `status` and the chain of causes of `error`.
+/// The response with `status` and the chain of causes of `error`.
 pub(super) fn answer<E: Error + 'static>(status: Status, error: E) -> Answer {
     Answer::error(status, &ErrorBody::new(&ApiError(error)))
 }
 
-/// The answer to a request that failed.
+/// The response to a request that failed.
 pub(super) fn request_failed(error: RequestError) -> Answer {
     let adds_device = error.endpoint.adds_device();
     let status = match &error.cause {
@@ -33,14 +33,14 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         | LifecycleError::MemoryOutOfRange { .. }
         | LifecycleError::Machine(VmError::MemoryResize(_))
         | LifecycleError::Machine(VmError::Reporting(_)) => Status::BadRequest,
-        // Found only where the host is known, and still the configuration's fault.
+        // Detected only where the host is known, and still the configuration's fault.
         LifecycleError::Machine(VmError::Pc(error)) if error.is_of_configuration() => {
             Status::BadRequest
         }
         LifecycleError::Device(fault) | LifecycleError::Machine(VmError::Hotplug(fault)) => {
             match fault {
                 HotplugError::NoSuchDevice { .. } => Status::NotFound,
-                // The guest may release the device at any moment: the same request may succeed later.
+                // The guest may release the device at any moment, so the same request may succeed later.
                 HotplugError::StillLeaving { .. } => Status::TooManyRequests,
                 HotplugError::NotRemovable { .. }
                 | HotplugError::BalloonInflated { .. }
@@ -49,7 +49,7 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
                 HotplugError::VsockPresent { .. } => Status::InternalServerError,
             }
         }
-        // What was asked for names an image or a tap that cannot be used, or there is no slot for it.
+        // The request names an image or a tap that cannot be used, or there is no slot for the device.
         LifecycleError::Machine(VmError::Pc(PcError::Device { .. })) if adds_device => {
             Status::BadRequest
         }

@@ -1,4 +1,4 @@
-//! The REST API: an HTTP server on a UNIX socket, and what its endpoints do.
+//! The REST API: an HTTP server on a UNIX socket, and the implementation of its endpoints.
 
 mod body;
 mod dispatch;

@@ -1,4 +1,4 @@
-//! Queries that may take time or wait for the guest: each runs on a thread of its own.
+//! Queries that take time or wait for the guest; each runs on a thread of its own.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -15,12 +15,12 @@ use crate::threads::{QUERY_THREAD, ThreadKind, ThreadStart};
 use crate::view::PublishedView;
 use crate::vm::{BalloonStatsError, MachineObserver};
 
-/// Queries at the same time. More than there are connections, so that only clients that do not wait for their answer
-/// meet the limit.
+/// Maximum number of concurrent queries. It exceeds the number of connections, so that only clients that do not wait
+/// for their response reach the limit.
 const QUERIES_MAX: usize = 16;
 const QUERY_STACK_BYTES: usize = 256 << 10;
-/// How long a pause of reporting waits for the guest to confirm it. A guest that reports hands over its batches within
-/// milliseconds; what takes longer is wedged, and is shut out.
+/// How long a pause of reporting waits for the guest's confirmation. A guest that reports hands over its batches within
+/// milliseconds; a guest that takes longer is stuck, and its reports are completed without discarding.
 const PAUSE_WAIT: Duration = Duration::from_secs(5);
 
 /// A query that failed.
@@ -38,7 +38,7 @@ enum QueryError {
     TooMany,
 }
 
-/// Asks the machine on threads of their own.
+/// Queries the machine on separate threads.
 #[derive(Clone)]
 pub(super) struct Queries {
     view: Arc<PublishedView>,
@@ -55,8 +55,8 @@ impl Queries {
         }
     }
 
-    /// Answers with the state of reporting once a pause that was asked for is one. A guest that stands still is not
-    /// waited for.
+    /// Responds with the state of reporting once a requested pause is complete. It does not wait for a guest that is
+    /// not running.
     pub(super) fn reporting(&self, reply: Reply) {
         let machine = self.view.get().machine.clone();
         let runs = machine.is_some_and(|machine| machine.state == VmState::Running);
@@ -66,7 +66,7 @@ impl Queries {
         });
     }
 
-    /// Asks the machine on a thread of its own: it may have to wait for the guest, and a guest may be wedged.
+    /// Queries the machine on a thread of its own: it may have to wait for the guest, and a guest may be stuck.
     pub(super) fn ask<T: Serialize + 'static>(
         &self,
         endpoint: Endpoint,
@@ -96,7 +96,7 @@ impl Queries {
         };
         let observer = Arc::clone(&machine.observer);
         let thread_start = Arc::clone(&self.thread_start);
-        // Shared with this thread only for the case that there is no other.
+        // Shared with this thread only in case no other can be started.
         let reply = Arc::new(Mutex::new(Some(reply)));
         let own_reply = Arc::clone(&reply);
         let spawned = std::thread::Builder::new()
@@ -128,7 +128,7 @@ fn send_once(reply: &Mutex<Option<Reply>>, answer: Answer) {
     }
 }
 
-/// One of the [`QUERIES_MAX`] places, given back when dropped.
+/// One of the [`QUERIES_MAX`] slots, released when dropped.
 struct Ticket(Arc<AtomicUsize>);
 
 impl Ticket {

@@ -1,6 +1,6 @@
-//! The API socket: made, locked, and taken away again.
+//! The API socket: creation, locking and removal.
 //!
-//! A lock on `<path>.lock` tells a running VMM from the remains of one that was killed, whose socket is replaced.
+//! A lock on `<path>.lock` distinguishes a running VMM from the remains of a killed one, whose socket is replaced.
 
 // UNSAFETY: open file description locks have no safe interface in the standard library.
 #![allow(unsafe_code)]
@@ -16,7 +16,7 @@ use api::config::PathOrFd;
 
 use crate::inherited_fd;
 
-/// Why the API socket could not be made.
+/// Errors of creating the API socket.
 #[derive(Debug, thiserror::Error)]
 pub enum ApiSocketError {
     /// Another process holds the lock.
@@ -25,27 +25,27 @@ pub enum ApiSocketError {
         /// The socket.
         path: PathBuf,
     },
-    /// The lock file cannot be made or locked.
+    /// The lock file cannot be created or locked.
     #[error("Cannot lock {}", path.display())]
     Lock {
         /// The lock file.
         path: PathBuf,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// What lies at the path is no socket.
+    /// The path exists but is not a socket.
     #[error("{} exists and is no socket", path.display())]
     NotASocket {
         /// The path.
         path: PathBuf,
     },
-    /// The socket cannot be made.
+    /// The socket cannot be created.
     #[error("Cannot create the API socket {}", path.display())]
     Bind {
         /// The socket.
         path: PathBuf,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -54,7 +54,7 @@ pub enum ApiSocketError {
     Descriptor {
         /// The descriptor.
         fd: i32,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -68,10 +68,10 @@ pub struct ApiSocket {
 }
 
 impl ApiSocket {
-    /// Makes the socket, or takes over the inherited one.
+    /// Creates the socket, or takes over the inherited one.
     ///
     /// # Errors
-    /// It is in use or cannot be made; nothing is left behind then.
+    /// It is in use or cannot be created; in this case nothing is left behind.
     pub fn open(place: &PathOrFd) -> Result<Self, ApiSocketError> {
         match place {
             PathOrFd::Path(path) => Self::bind(path),
@@ -105,13 +105,13 @@ impl ApiSocket {
         })
     }
 
-    /// True for a socket that was made here, not inherited.
+    /// True for a socket that was created here, not inherited.
     pub fn has_path(&self) -> bool {
         self.files.is_some()
     }
 }
 
-/// What lies in the file system; removed when dropped. The lock is given up last.
+/// The files of the socket, removed when dropped. The lock is released last.
 #[derive(Debug)]
 struct SocketFiles {
     socket: Option<PathBuf>,
@@ -141,8 +141,8 @@ impl SocketFiles {
                     path: socket.to_owned(),
                 });
             }
-            // Its last owner may have removed the file between our open and our lock: a lock on a file without a name
-            // keeps nobody out.
+            // Its last owner may have removed the file between our open and our lock. A lock on a file without a name
+            // excludes nobody.
             let ours = file.metadata().map_err(fail)?;
             match fs::metadata(&lock_path) {
                 Ok(named) if named.ino() == ours.ino() => {
@@ -170,7 +170,7 @@ impl Drop for SocketFiles {
     }
 }
 
-/// Removes the socket of a VMM that was killed, and nothing that is no socket.
+/// Removes the socket of a VMM that was killed, and nothing that is not a socket.
 fn remove_stale(path: &Path) -> Result<(), ApiSocketError> {
     use std::os::unix::fs::FileTypeExt;
     match fs::symlink_metadata(path) {
@@ -181,7 +181,7 @@ fn remove_stale(path: &Path) -> Result<(), ApiSocketError> {
             path: path.to_owned(),
             source,
         }),
-        // Whatever else is wrong, binding says it better.
+        // For any other problem, the error from bind is clearer.
         Err(_) => Ok(()),
     }
 }

@@ -1,4 +1,4 @@
-//! Every endpoint in every state, through the socket, with a machine that is none.
+//! Every endpoint in every state, through the socket, with a fake machine.
 
 #![allow(clippy::unwrap_used)]
 
@@ -34,7 +34,7 @@ use machine::signals::VmSignals;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Machines are made in another thread from a configuration alone, so its command line tells them how to behave.
+/// Machines are created on another thread from a configuration alone, so its command line selects their behaviour.
 #[derive(Debug)]
 struct FakeMachine {
     observer: FakeObserver,
@@ -49,17 +49,17 @@ struct FakeObserver {
     steered: Steered,
 }
 
-/// What reached the machine about reporting: the policy's delay, and pauses.
+/// What the machine received about reporting: the policy's delay, and pauses.
 type Steered = Arc<Mutex<Vec<String>>>;
 
-/// Holds somebody up while a test looks at everybody else.
+/// Blocks one thread while a test checks the others.
 struct Gate(Mutex<bool>, Condvar);
 
-/// Closed while a test wants a machine to be slow to make.
+/// Closed while a test needs a machine that is slow to create.
 static SLOW: Gate = Gate::open();
-/// Closed while a test wants a guest not to answer.
+/// Closed while a test needs a guest that does not respond.
 static WEDGED: Gate = Gate::open();
-/// Closed while a test wants a guest not to confirm a pause of reporting.
+/// Closed while a test needs a guest that does not confirm a pause of reporting.
 static PAUSING: Gate = Gate::open();
 
 impl Gate {
@@ -84,7 +84,7 @@ impl FakeMachine {
             return Err(VmError::MissingBalloon);
         }
         if behaviour == "narrow" {
-            // A host of fewer physical address bits than the configuration counts on.
+            // A host with fewer physical address bits than the configuration expects.
             GuestMemory::validate(&config.memory, 33)
                 .map_err(|error| VmError::Pc(PcError::Memory(error)))?;
         }
@@ -887,7 +887,7 @@ fn resize_of_the_balloon_to_all_ram_or_more_is_refused_and_changes_nothing() {
     vmm.create("");
     let size = || vmm.ok(Endpoint::VmInfo, None)["config"]["balloon"]["size"].clone();
     let sizes = [512u64 << 20, 1 << 30, 17_592_186_044_416, u64::MAX];
-    // Stored, running, and running on after all the refusals.
+    // Stored, running, and still running after all the rejected requests.
     for _ in 0..2 {
         for bytes in sizes {
             let body = json!({"desired_balloon": bytes}).to_string();
@@ -1135,7 +1135,7 @@ fn guest_that_resets_itself_without_end_must_wait_and_the_operator_must_not() {
     };
     reset_until_delayed(1);
     let rebooted = count(&vmm, "vm rebooted");
-    // The delayed one comes in the end. What is asked for meanwhile is the same reset.
+    // The delayed reset comes in the end. Requests for a reset in the meantime are the same reset.
     vmm.signals.reset.write(1).unwrap();
     vmm.wait_until("rebooted", |vmm| count(vmm, "vm rebooted") > rebooted);
     assert_eq!(count(&vmm, "vm reboot-delayed"), 1);

@@ -1,5 +1,5 @@
-//! Events of the balloon that nobody has to ask for: its target ([`target`]) and free page reporting ([`reporting`]).
-//! Pure, but for the look at the machine.
+//! Unsolicited events of the balloon: its target ([`target`]) and free page reporting ([`reporting`]). Pure, except for
+//! reading the machine.
 
 mod reporting;
 mod target;
@@ -12,7 +12,7 @@ use crate::events::EventKind;
 use crate::reporting_policy::GuestPolicy;
 use crate::view::MachineView;
 
-/// Remembers what was reported.
+/// The events that have been reported.
 #[derive(Debug, Default)]
 pub(crate) struct BalloonEvents {
     target: Option<BalloonWatch>,
@@ -20,7 +20,7 @@ pub(crate) struct BalloonEvents {
 }
 
 impl BalloonEvents {
-    /// What is new since the last look.
+    /// The events since the last evaluation.
     pub(crate) fn step(
         &mut self,
         now_ms: u64,
@@ -54,7 +54,7 @@ fn reporting_figures(machine: &MachineView, stats: &ReclaimStats) -> ReportingFi
     ReportingFigures {
         machine: machine.generation,
         paused_by: stats.reporting.paused_by.clone(),
-        // Only of the latest wish: to an older one the guest may come back as often as it likes.
+        // Only for the latest request: the guest may return to an older one as often as it likes.
         report_now_done: if wish.done_id == wish.id { wish.id } else { 0 },
         acknowledged: match machine.observer.reporting_policy() {
             GuestPolicy::Balloon(status) => status.acknowledged,

@@ -1,23 +1,23 @@
 //! Events of free page reporting: paused, resumed, policy acknowledged, everything reported.
 //!
-//! Each event answers something the operator did, once, so a guest cannot make more of them than the operator asked for.
+//! Each event follows an action of the operator, once, so a guest cannot cause more events than the operator's actions.
 
 use crate::events::EventKind;
 
 /// Reporting at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct ReportingFigures {
-    /// Which machine it belongs to: the guest's words start anew with each.
+    /// The machine that it belongs to: the guest's status starts anew with each.
     pub(super) machine: u64,
     /// Who holds a pause, while there is one.
     pub(super) paused_by: Option<String>,
-    /// The latest wish for a report of everything, once it is done.
+    /// The latest request for a report of everything, once it is complete.
     pub(super) report_now_done: u32,
     /// The generation of the policy the guest has acknowledged.
     pub(super) acknowledged: u32,
 }
 
-/// Remembers what was reported.
+/// The events that have been reported.
 #[derive(Debug, Default)]
 pub(super) struct ReportingWatch {
     machine: u64,
@@ -27,10 +27,10 @@ pub(super) struct ReportingWatch {
 }
 
 impl ReportingWatch {
-    /// Looks again.
+    /// Evaluates the current figures.
     pub(super) fn step(&mut self, figures: ReportingFigures) -> Vec<EventKind> {
         if figures.machine != self.machine {
-            // A pause goes on over a reboot.
+            // A pause continues across a reboot.
             *self = Self {
                 machine: figures.machine,
                 paused: self.paused,

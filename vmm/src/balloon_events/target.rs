@@ -1,39 +1,39 @@
 //! Events of the balloon itself: target reached, guest stuck, discards failed.
 //!
-//! Figures are looked at once a second, and nothing the guest does makes it talk more than once a second: a target is
-//! reached once, a guest is stuck once in [`STUCK_MS`], failures are reported once in [`FAILED_REST_MS`] and added up
-//! in between.
+//! Figures are evaluated once per second, and no guest can cause more than one event of a kind per second. A target is
+//! reached once, a guest is stuck once per [`STUCK_MS`], and failures are reported once per [`FAILED_REST_MS`] and
+//! added up in between.
 
 use crate::events::EventKind;
 
-/// A guest that has come no nearer to its target for so long is stuck. Inflating in 4 KiB pages goes at hundreds of MiB
-/// a second, and a guest under load still moves some; a guest that boots may need this long for its driver.
+/// A guest that makes no progress towards its target for this long is stuck. Inflating in 4 KiB pages reaches hundreds
+/// of MiB per second, and a guest under load still moves some; a guest that boots may need this long for its driver.
 const STUCK_MS: u64 = 30_000;
-/// Shortest time between two reports of failed discards.
+/// Minimum time between two reports of failed discards.
 const FAILED_REST_MS: u64 = 60_000;
 
 /// The balloon at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct BalloonFigures {
-    /// Which machine it belongs to: figures start anew with each.
+    /// The machine that it belongs to: figures start from zero with each.
     pub(super) machine: u64,
     /// False while the guest cannot move because its machine is paused.
     pub(super) running: bool,
     pub(super) target_bytes: u64,
     pub(super) actual_bytes: u64,
-    /// Bytes the host's kernel refused to take back, since the machine was made.
+    /// Bytes that the host's kernel failed to discard since the machine was created.
     pub(super) failed_bytes: u64,
 }
 
-/// Remembers what was seen and reported.
+/// The figures seen and the events reported.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BalloonWatch {
     last: BalloonFigures,
     /// The target was set and has not been reached since.
     pending: bool,
-    /// Nearest the guest has come to its target, bytes. Moving to and fro is not coming nearer.
+    /// The smallest distance to the target so far, bytes. Moving back and forth is not progress.
     distance_bytes_min: u64,
-    /// When it came nearer, or could not move.
+    /// The time of the last progress, or when it could not move.
     progress_at_ms: u64,
     /// It has been reported as stuck.
     stuck_reported: bool,
@@ -42,7 +42,7 @@ pub(super) struct BalloonWatch {
 }
 
 impl BalloonWatch {
-    /// The first figures of a machine. A balloon that nobody asked anything of has reached nothing.
+    /// The first figures of a machine. A balloon without a target set has not reached one.
     pub(super) fn new(now_ms: u64, figures: BalloonFigures) -> Self {
         let distance = figures.target_bytes.abs_diff(figures.actual_bytes);
         Self {
@@ -56,7 +56,7 @@ impl BalloonWatch {
         }
     }
 
-    /// Looks again.
+    /// Evaluates the current figures.
     pub(super) fn step(&mut self, now_ms: u64, figures: BalloonFigures) -> Vec<EventKind> {
         if figures.machine != self.last.machine {
             *self = Self::new(now_ms, figures);
@@ -150,10 +150,10 @@ mod tests {
         assert_eq!(watch.step(1000, figures(8, 0)), []);
         let reached = |target_bytes| [EventKind::BalloonTargetReached { target_bytes }];
         assert_eq!(watch.step(2000, figures(8, 8)), reached(8));
-        // Taken back by the guest and given again: nobody asked for that.
+        // The guest deflated and inflated again: no target was set.
         assert_eq!(watch.step(3000, figures(8, 4)), []);
         assert_eq!(watch.step(4000, figures(8, 8)), []);
-        // Set and reached between two looks.
+        // Set and reached between two evaluations.
         assert_eq!(watch.step(5000, figures(2, 2)), reached(2));
     }
 

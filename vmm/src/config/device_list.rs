@@ -1,4 +1,4 @@
-//! Devices that are added to a configuration and taken out of it again.
+//! Adds devices to a configuration and removes them.
 
 use api::VmConfig;
 use api::config::{BalloonConfig, DiskConfig, NetConfig, VsockConfig};
@@ -30,7 +30,7 @@ impl NewDevice {
     }
 }
 
-/// The configuration with one more device, behind the others of its kind.
+/// Returns the configuration with one more device, after the others of its kind.
 pub fn with_device(config: &VmConfig, device: NewDevice) -> VmConfig {
     let mut config = config.clone();
     match device {
@@ -42,7 +42,8 @@ pub fn with_device(config: &VmConfig, device: NewDevice) -> VmConfig {
     config
 }
 
-/// The configuration without the disk, network interface, vsock device or balloon of this name; `None` if it has none.
+/// Returns the configuration without the disk, network interface, vsock device or balloon of this name; `None` if there
+/// is none.
 pub fn without_device(config: &VmConfig, id: &str) -> Option<VmConfig> {
     let named = |known: &Option<String>| known.as_deref() == Some(id);
     let mut without = config.clone();
@@ -57,12 +58,12 @@ pub fn without_device(config: &VmConfig, id: &str) -> Option<VmConfig> {
     (without != *config).then_some(without)
 }
 
-/// The balloon's name: its own, or the one of a balloon without.
+/// The balloon's name, or the default name.
 pub fn balloon_id(balloon: &BalloonConfig) -> &str {
     balloon.id.as_deref().unwrap_or(BALLOON_ID)
 }
 
-/// Tells the device that was added last the name it has in the configuration.
+/// Stores the name of the device that was added last in the configuration.
 pub fn take_id(config: &VmConfig, device: &mut NewDevice) {
     match device {
         NewDevice::Disk(disk) => {
@@ -76,7 +77,7 @@ pub fn take_id(config: &VmConfig, device: &mut NewDevice) {
         NewDevice::Vsock(vsock) => {
             vsock.id = config.vsock.as_ref().and_then(|named| named.id.clone());
         }
-        // It has one name, given or not.
+        // Named or not, its name is always the same.
         NewDevice::Balloon(_) => {}
     }
 }

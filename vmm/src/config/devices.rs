@@ -10,15 +10,15 @@ use super::pci_devices::pci_devices;
 
 /// Two descriptors make the smallest useful request.
 const QUEUE_SIZE_MIN: u16 = 2;
-/// Ring entries for which the transport has room; virtio itself would allow 32768.
+/// The largest ring that the transport supports; virtio itself allows 32768.
 const QUEUE_SIZE_MAX: u16 = 1024;
 /// The smallest MTU of IPv6 (RFC 8200 section 5), and upstream's limit.
 const MTU_MIN: u16 = 1280;
-/// The host's address; those below it are taken, too (virtio 1.2 §5.10.4).
+/// The host's address. Lower addresses are reserved, too (virtio 1.2 §5.10.4).
 const HOST_CID: u32 = 2;
 /// Stands for any address.
 const ANY_CID: u32 = u32::MAX;
-/// What `sockaddr_un` has room for, with a zero behind it.
+/// The capacity of `sockaddr_un`, without the final zero.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// Descriptors up to here are the standard streams.
 const LAST_STANDARD_FD: i32 = 2;
@@ -64,7 +64,7 @@ fn check_disk(disk: &DiskConfig, vcpus: usize) -> Result<(), DeviceFault> {
 
 fn check_net(net: &NetConfig, vcpus: usize) -> Result<(), DeviceFault> {
     queue_size(net.queue_size)?;
-    // An odd number counts the control queue, which is there in any case.
+    // An odd number includes the control queue, which exists in any case.
     queue_count(net.num_queues, 2, vcpus.saturating_mul(2).saturating_add(1))?;
     if let Some(mtu) = net.mtu
         && mtu < MTU_MIN
@@ -155,7 +155,7 @@ fn pci_slot_count(config: &VmConfig) -> Result<(), ValidationError> {
         config.watchdog,
         config.vsock.is_some(),
     ];
-    // The random number device is always there.
+    // The random number device is always present.
     let count = 1 + lists.iter().sum::<usize>() + singles.iter().filter(|there| **there).count();
     let max = PCI_SLOTS.count();
     if count > max {
@@ -164,7 +164,7 @@ fn pci_slot_count(config: &VmConfig) -> Result<(), ValidationError> {
     Ok(())
 }
 
-/// The slots that devices ask for, in no order.
+/// The slots that devices request, in no particular order.
 pub fn wished_slots(config: &VmConfig) -> impl Iterator<Item = u8> {
     pci_devices(config).filter_map(|device| device.slot)
 }

@@ -1,10 +1,10 @@
-//! Why a configuration cannot be booted.
+//! Reasons for which a configuration cannot boot.
 
 use std::path::PathBuf;
 
 use machine::boot::SmbiosError;
 
-/// What is wrong, and in which section.
+/// The problem and its section.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ValidationError {
     /// Nothing to boot.
@@ -16,7 +16,7 @@ pub enum ValidationError {
     /// An initramfs without the kernel that could use it.
     #[error("An initramfs is given without a kernel")]
     InitramfsWithoutKernel,
-    /// A part of upstream's configuration that is not built here.
+    /// A part of upstream's configuration that this VMM does not support.
     #[error("{what} is not supported")]
     Unsupported {
         /// The section, or section and field.
@@ -39,9 +39,9 @@ pub enum ValidationError {
         "Ballooning {balloon_bytes} bytes of {ram_bytes} bytes of RAM leaves the guest nothing"
     )]
     BalloonLargerThanRam {
-        /// What the guest shall give up.
+        /// The requested size of the balloon.
         balloon_bytes: u64,
-        /// What it has.
+        /// The guest's RAM.
         ram_bytes: u64,
     },
     /// The `balloon` section's `reporting_policy`.
@@ -50,9 +50,9 @@ pub enum ValidationError {
     /// The `balloon` section's `stats_poll_ms`.
     #[error("Statistics every {poll_ms} ms are too often: 0, or at least {least_ms} ms")]
     StatsPollTooOften {
-        /// What was asked for.
+        /// The requested value.
         poll_ms: u64,
-        /// What can be had.
+        /// The accepted values.
         least_ms: u64,
     },
     /// One device.
@@ -60,11 +60,11 @@ pub enum ValidationError {
     Device {
         /// The device by its id, or by section and position.
         device: String,
-        /// What is wrong with it.
+        /// The reason.
         #[source]
         fault: DeviceFault,
     },
-    /// Two devices of one name.
+    /// Two devices with the same name.
     #[error("Identifier {id} is not unique")]
     IdentifierNotUnique {
         /// The name.
@@ -78,7 +78,7 @@ pub enum ValidationError {
         /// The name.
         id: String,
     },
-    /// One image for two disks of which one writes.
+    /// One image for two disks, at least one of which is writable.
     #[error("Disk image {} is used by two disks and not read-only in both", path.display())]
     DuplicateDiskPath {
         /// The image.
@@ -98,12 +98,12 @@ pub enum ValidationError {
         /// The slot.
         slot: u8,
     },
-    /// Both want the terminal's input.
+    /// Serial port and console both want the terminal's input.
     #[error("Console and serial cannot both be in tty mode")]
     DoubleTty,
 }
 
-/// What is wrong with the memory.
+/// Errors in the memory configuration.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MemoryFault {
     /// No RAM at all.
@@ -118,7 +118,7 @@ pub enum MemoryFault {
         /// The size.
         bytes: u64,
     },
-    /// What all of RAM is made of, where a zone says it is made of something else.
+    /// A setting for all of RAM, although zones have their own.
     #[error("shared, hugepages or hugepage_size is given for all of RAM but not for each zone")]
     KindBesideZones,
     /// One zone.
@@ -126,17 +126,17 @@ pub enum MemoryFault {
     Zone {
         /// Its name.
         id: String,
-        /// What is wrong with it.
+        /// The reason.
         #[source]
         fault: Box<MemoryFault>,
     },
-    /// No kernel knows so many nodes.
+    /// A node number that no kernel supports.
     #[error("There is no NUMA node {node} on any host")]
     HostNumaNode {
         /// The node.
         node: u32,
     },
-    /// A policy for pages that others use as well.
+    /// A NUMA policy for pages that other users share.
     #[error("host_numa_node cannot be given for a file that is shared")]
     HostNumaNodeOfSharedFile,
     /// Less than the boot structures and a payload need.
@@ -152,28 +152,28 @@ pub enum MemoryFault {
     NotWholePages {
         /// RAM.
         bytes: u64,
-        /// The page it is made of.
+        /// The page size of its backing.
         page_bytes: u64,
     },
-    /// Memory that comes in larger parts.
+    /// A size that is not a multiple of its granularity.
     #[error("{field} {bytes} is no multiple of {unit_bytes} bytes")]
     HotplugNotWhole {
         /// The setting.
         field: &'static str,
         /// Its value.
         bytes: u64,
-        /// What it must be a multiple of.
+        /// The required granularity.
         unit_bytes: u64,
     },
-    /// More memory plugged in than there is room for.
+    /// More hot-plugged memory than the maximum.
     #[error("hotplugged_size {added_bytes} is more than hotplug_size, {room_bytes}")]
     HotpluggedBeyondRoom {
-        /// What is to be there from the start.
+        /// The amount at boot.
         added_bytes: u64,
-        /// The most there can be.
+        /// The maximum.
         room_bytes: u64,
     },
-    /// More than can be addressed.
+    /// More RAM than the address width covers.
     #[error("RAM of {bytes} bytes does not fit into {address_bits} address bits")]
     BeyondAddressSpace {
         /// RAM.
@@ -181,7 +181,7 @@ pub enum MemoryFault {
         /// `cpus.max_phys_bits`.
         address_bits: u8,
     },
-    /// No size of a huge page.
+    /// Not a size of a huge page.
     #[error("Huge pages of {bytes} bytes do not exist")]
     HugePageSize {
         /// The size.
@@ -192,18 +192,18 @@ pub enum MemoryFault {
     HugePageSizeWithoutHugePages,
 }
 
-/// What is wrong with the guest's NUMA nodes.
+/// Errors in the NUMA configuration.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NumaFault {
-    /// A number that the distance table has no room for.
+    /// A number that does not fit the distance table.
     #[error("Node {node} is above {max}")]
     NodeNumber {
         /// The node.
         node: u32,
-        /// The highest there can be.
+        /// The highest number.
         max: u32,
     },
-    /// Two nodes of one number.
+    /// Two nodes with the same number.
     #[error("Node {node} is described twice")]
     NodeTwice {
         /// The node.
@@ -217,7 +217,7 @@ pub enum NumaFault {
         /// The zone.
         zone: String,
     },
-    /// A zone in two places.
+    /// A zone in two nodes.
     #[error("Memory zone {zone:?} belongs to nodes {first} and {second}")]
     ZoneReused {
         /// The zone.
@@ -237,7 +237,7 @@ pub enum NumaFault {
         /// The highest index.
         last: u32,
     },
-    /// A vCPU in two places.
+    /// A vCPU in two nodes.
     #[error("vCPU {vcpu} belongs to nodes {first} and {second}")]
     VcpuReused {
         /// The vCPU.
@@ -255,7 +255,7 @@ pub enum NumaFault {
         /// The other node.
         destination: u32,
     },
-    /// A distance that ACPI does not know.
+    /// A distance that ACPI does not allow.
     #[error(
         "Distance {distance} from node {node} to node {destination}: 10 to itself, 11 to 255 to another"
     )]
@@ -269,7 +269,7 @@ pub enum NumaFault {
     },
 }
 
-/// What is wrong with the vCPUs.
+/// Errors in the vCPU configuration.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CpusFault {
     /// Not 1 ≤ boot ≤ max ≤ limit.
@@ -277,9 +277,9 @@ pub enum CpusFault {
     Count {
         /// vCPUs at boot.
         boot: u32,
-        /// vCPUs at most.
+        /// The maximum number of vCPUs.
         max: u32,
-        /// What is possible.
+        /// The limit.
         limit: u32,
     },
     /// The topology does not describe the vCPUs.
@@ -287,17 +287,17 @@ pub enum CpusFault {
     Topology {
         /// Threads × cores × dies × packages.
         product: u64,
-        /// vCPUs at most.
+        /// The maximum number of vCPUs.
         max: u32,
     },
-    /// No x86-64 has this width.
+    /// An address width that no x86-64 processor has.
     #[error("max_phys_bits {bits} is not within {min}..={max}")]
     PhysBits {
         /// The width.
         bits: u8,
-        /// Least.
+        /// The minimum.
         min: u8,
-        /// Most.
+        /// The maximum.
         max: u8,
     },
     /// An affinity for a vCPU that does not exist.
@@ -314,7 +314,7 @@ pub enum CpusFault {
         /// The index.
         vcpu: u32,
     },
-    /// A vCPU that could run nowhere.
+    /// An affinity without host CPUs.
     #[error("Affinity of vCPU {vcpu} names no host CPU")]
     AffinityEmpty {
         /// The index.
@@ -322,7 +322,7 @@ pub enum CpusFault {
     },
 }
 
-/// What is wrong with a device.
+/// Errors in the configuration of a device.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DeviceFault {
     /// An address that no guest can have.
@@ -330,9 +330,9 @@ pub enum DeviceFault {
     Cid {
         /// The address.
         cid: u32,
-        /// Least.
+        /// The minimum.
         min: u32,
-        /// Most.
+        /// The maximum.
         max: u32,
     },
     /// A path to which no socket can be bound.
@@ -340,7 +340,7 @@ pub enum DeviceFault {
     SocketPath {
         /// Its length.
         bytes: usize,
-        /// Most.
+        /// The maximum.
         max: usize,
     },
     /// No image.
@@ -351,9 +351,9 @@ pub enum DeviceFault {
     QueueSize {
         /// Entries.
         size: u16,
-        /// Least.
+        /// The minimum.
         min: u16,
-        /// Most.
+        /// The maximum.
         max: u16,
     },
     /// Too few or too many queues.
@@ -361,26 +361,26 @@ pub enum DeviceFault {
     QueueCount {
         /// Queues.
         count: usize,
-        /// Least.
+        /// The minimum.
         min: usize,
         /// Most: one, or one pair, for each vCPU.
         max: usize,
     },
-    /// Below what IPv6 needs.
+    /// An MTU below the minimum of IPv6.
     #[error("An MTU of {mtu} is below {min}")]
     Mtu {
         /// The MTU.
         mtu: u16,
-        /// Least.
+        /// The minimum.
         min: u16,
     },
-    /// An address nobody can have.
+    /// An address that no interface can have.
     #[error("{mac} is no address of a single station")]
     Mac {
         /// The address.
         mac: String,
     },
-    /// One descriptor for each pair of queues.
+    /// The number of descriptors differs from the number of queue pairs.
     #[error("{fds} file descriptors are given for {pairs} queue pairs")]
     DescriptorCount {
         /// Descriptors.

@@ -9,7 +9,7 @@ use machine::memory::layout::{MIN_RAM_BYTES, SECTION_BYTES};
 const PAGE_BYTES: u64 = 4 << 10;
 /// The two sizes of huge pages of x86-64.
 const HUGE_PAGE_BYTES: [u64; 2] = [2 << 20, 1 << 30];
-/// RAM above 3 GiB goes above 4 GiB, and devices need addresses behind it: room that RAM cannot have.
+/// RAM above 3 GiB is placed above 4 GiB, and devices need addresses after it, which RAM cannot use.
 const RESERVED_BYTES: u64 = 2 << 30;
 
 pub(super) fn check(memory: &MemoryConfig, address_bits: u8) -> Result<(), MemoryFault> {
@@ -51,7 +51,7 @@ pub(super) fn check(memory: &MemoryConfig, address_bits: u8) -> Result<(), Memor
 
 fn check_zones(memory: &MemoryConfig, zones: &[MemoryZoneConfig]) -> Result<(), MemoryFault> {
     for zone in zones {
-        // Each zone says what it is made of; what is said of all of them must not be lost.
+        // Each zone has its own settings, so a setting for all of RAM would be ignored.
         if memory.shared && !zone.shared
             || memory.hugepages && !zone.hugepages
             || memory.hugepage_size.is_some() && memory.hugepage_size != zone.hugepage_size
@@ -73,13 +73,13 @@ fn zone_of(zone: &MemoryZoneConfig) -> Result<(), MemoryFault> {
     pages(zone.size, zone.hugepages, zone.hugepage_size)?;
     match zone.host_numa_node {
         Some(node) if node > HOST_NUMA_NODE_MAX => Err(MemoryFault::HostNumaNode { node }),
-        // The file's pages may be there already, and belong to its other users as well.
+        // The file's pages may exist already, and other users may share them.
         Some(_) if zone.shared && zone.file.is_some() => Err(MemoryFault::HostNumaNodeOfSharedFile),
         _ => Ok(()),
     }
 }
 
-/// Checks what can be plugged in and what is to be from the start, and returns the former.
+/// Checks the maximum of hot-plugged memory and its amount at boot, and returns the maximum.
 fn hotplug(memory: &MemoryConfig, added_bytes: u64) -> Result<u64, MemoryFault> {
     let bytes = memory.hotplug_size.unwrap_or(0);
     let huge_page_bytes = memory.hugepage_size.filter(|_| memory.hugepages);
@@ -103,7 +103,7 @@ fn hotplug(memory: &MemoryConfig, added_bytes: u64) -> Result<u64, MemoryFault> 
     Ok(bytes)
 }
 
-/// Whether `bytes` are whole pages of the kind that is asked for.
+/// Whether `bytes` is a multiple of the configured page size.
 fn pages(bytes: u64, hugepages: bool, hugepage_bytes: Option<u64>) -> Result<(), MemoryFault> {
     let page_bytes = match (hugepages, hugepage_bytes) {
         (false, None) => PAGE_BYTES,

@@ -1,4 +1,4 @@
-//! Decides whether a configuration can be booted, before anything is created.
+//! Validates a configuration before anything is created.
 //!
 //! `vm.create` stores whatever parses, as upstream does; this runs at boot and at the start from the command line.
 
@@ -24,10 +24,10 @@ pub use devices::wished_slots;
 pub use error::{CpusFault, DeviceFault, MemoryFault, NumaFault, ValidationError};
 pub use ids::assign_ids;
 
-/// Checks every section, in the order in which they matter to the reader of the error.
+/// Checks every section, in the order of importance to the reader of the error.
 ///
 /// # Errors
-/// The first thing found wrong.
+/// The first problem found.
 pub fn validate(config: &VmConfig) -> Result<(), ValidationError> {
     payload(config.payload.as_ref())?;
     unsupported::check(config)?;
@@ -43,14 +43,14 @@ pub fn validate(config: &VmConfig) -> Result<(), ValidationError> {
     consoles(config)
 }
 
-/// Checks a configuration that a device was just added to: that device, and whether it goes with the others. What else
-/// the configuration says is judged at boot, or was.
+/// Checks a configuration to which a device was just added: that device, and whether it is compatible with the others.
+/// The rest of the configuration is validated at boot, or was.
 ///
 /// # Errors
-/// The first thing found wrong.
+/// The first problem found.
 pub fn validate_addition(config: &VmConfig, added: &NewDevice) -> Result<(), ValidationError> {
     unsupported::check(config)?;
-    // One that is there already may have been resized to more than all RAM, which a running machine takes.
+    // An existing balloon may have been resized to more than all RAM, which a running machine accepts.
     if matches!(added, NewDevice::Balloon(_)) {
         balloon(config)?;
     }
@@ -69,10 +69,10 @@ fn payload(payload: Option<&PayloadConfig>) -> Result<(), ValidationError> {
     }
 }
 
-/// Least time between two samples of statistics: each wakes the guest.
+/// Minimum time between two samples of statistics: each wakes the guest.
 const STATS_POLL_MS_MIN: u64 = 100;
 
-/// Checks what `vm.resize` changes of the balloon against the rest: a VM that was resized must be able to boot again.
+/// Checks the balloon's new size from `vm.resize` against the rest: a VM that was resized must be able to boot again.
 ///
 /// # Errors
 /// The balloon would leave the guest no RAM.

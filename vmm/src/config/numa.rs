@@ -82,7 +82,7 @@ fn vcpus(max_vcpus: u32, nodes: &[NumaConfig]) -> Result<(), NumaFault> {
     Ok(())
 }
 
-/// Linux takes no table in which another node is as near as the node itself.
+/// Linux rejects a table in which another node is as near as the node itself.
 fn distances(node: &NumaConfig, exists: impl Fn(u32) -> bool) -> Result<(), NumaFault> {
     for distance in node.distances.iter().flatten() {
         let (node, destination) = (node.guest_numa_id, distance.destination);

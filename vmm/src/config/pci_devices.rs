@@ -1,8 +1,8 @@
-//! What the PCI devices of a configuration have in common: a name and a place.
+//! Common properties of the PCI devices in a configuration: name and slot.
 
 use api::VmConfig;
 
-/// Name and place of one device.
+/// Name and slot of one device.
 pub(super) struct PciDevice<'a> {
     /// The section of the configuration that describes it.
     pub(super) section: &'static str,
@@ -24,7 +24,7 @@ macro_rules! devices {
     };
 }
 
-/// Every device the user can name or place: a section for PCI devices is one line here.
+/// Every device that the user can name or assign to a slot. A new section of PCI devices needs one line here.
 pub(super) fn pci_devices(config: &VmConfig) -> impl Iterator<Item = PciDevice<'_>> {
     devices!("disks", config.disks.iter().flatten())
         .chain(devices!("net", config.net.iter().flatten()))

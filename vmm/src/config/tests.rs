@@ -1,4 +1,4 @@
-//! What is accepted, and what is refused with which error.
+//! Accepted and refused configurations, with the error of each.
 
 #![allow(clippy::unwrap_used, clippy::needless_pass_by_value)]
 
@@ -10,7 +10,7 @@ fn parse(input: Value) -> VmConfig {
     serde_json::from_value(input).unwrap()
 }
 
-/// A bootable configuration with `section` put in.
+/// A bootable configuration with `section` added.
 fn with(section: &str, value: Value) -> VmConfig {
     let mut input = json!({ "payload": { "kernel": "/k" } });
     input[section] = value;
@@ -142,7 +142,7 @@ fn validate_memory_faults_are_named() {
     );
 }
 
-/// A configuration of these zones and nodes.
+/// A configuration with these zones and nodes.
 fn zoned(zones: Value, numa: Value) -> VmConfig {
     parse(json!({
         "payload": {"kernel": "/k"},
@@ -167,7 +167,7 @@ fn validate_zones_and_nodes_pass() {
         ]),
     );
     assert_eq!(validate(&config), Ok(()));
-    // RAM without zones is a zone, too.
+    // RAM without zones counts as a zone, too.
     let whole = with(
         "numa",
         json!([{"guest_numa_id": 0, "memory_zones": ["mem0"]}]),

@@ -1,4 +1,4 @@
-//! Refuses by name what upstream has and this VMM has not, so that nothing that was asked for is silently left out.
+//! Rejects, by name, settings that upstream has and this VMM does not support, so that no setting is silently ignored.
 
 use api::VmConfig;
 use api::config::{

@@ -1,4 +1,4 @@
-//! Why requests to the control thread fail.
+//! Errors of requests to the control thread.
 
 use api::{Endpoint, VmState};
 
@@ -12,18 +12,18 @@ use crate::vm::{HotplugError, VmError};
 pub struct RequestError {
     /// Which request.
     pub endpoint: Endpoint,
-    /// Why.
+    /// The reason.
     #[source]
     pub cause: LifecycleError,
 }
 
-/// Why the control thread refused or failed. The first texts are upstream's.
+/// Reasons why the control thread rejected or failed a request. The first messages are upstream's.
 #[derive(Debug, thiserror::Error)]
 pub enum LifecycleError {
     /// There is no machine, or no configuration, where one is needed.
     #[error("VM is not created")]
     VmNotCreated,
-    /// A configuration, or a machine, is there already.
+    /// A configuration, or a machine, exists already.
     #[error("VM is already created")]
     VmAlreadyCreated,
     /// Nothing to boot.
@@ -37,42 +37,42 @@ pub enum LifecycleError {
     InvalidStateTransition {
         /// The state it is in.
         from: VmState,
-        /// The state that was asked for.
+        /// The requested state.
         to: VmState,
     },
-    /// The configuration makes no sense or asks for what is not built.
+    /// The configuration is invalid or uses unsupported features.
     #[error("Failed to validate config")]
     ConfigValidation(#[source] ValidationError),
-    /// The thresholds make no sense.
+    /// The thresholds are invalid.
     #[error("Failed to validate thresholds")]
     Thresholds(#[source] ThresholdError),
     /// Hotplug is not built.
     #[error("The number of vCPUs of a running VM cannot be changed from {current} to {desired}")]
     VcpuHotplug {
-        /// What it has.
+        /// The current value.
         current: u32,
-        /// What was asked for.
+        /// The requested value.
         desired: u32,
     },
     /// There is no room for more RAM.
     #[error("The RAM of a running VM cannot be changed from {current} to {desired} bytes")]
     MemoryHotplug {
-        /// What it has.
+        /// The current size.
         current: u64,
-        /// What was asked for.
+        /// The requested value.
         desired: u64,
     },
     /// Less RAM than at boot, or more than there is room for.
     #[error("The RAM of this VM can have {least} to {most} bytes, not {desired}")]
     MemoryOutOfRange {
-        /// What was asked for.
+        /// The requested value.
         desired: u64,
         /// What it booted with.
         least: u64,
         /// That, and all that can be plugged in.
         most: u64,
     },
-    /// A device to be removed, or one in the way of a new one.
+    /// A device that cannot be removed, or one that prevents adding another.
     #[error(transparent)]
     Device(HotplugError),
     /// The machine itself.

@@ -1,4 +1,4 @@
-//! The life of the VM, without threads: what each request does in each state.
+//! The life cycle of the VM, without threads: the effect of each request in each state.
 //!
 //! ```text
 //!            create            boot                 pause
@@ -7,7 +7,7 @@
 //!     │     delete      │ └──────────────┴──── shutdown ──────────┤
 //!     └─────────────────┴──────────────── delete ─────────────────┘
 //! ```
-//! A boot that fails leaves Created, with everything given back. A reboot that fails does, too.
+//! If a boot or reboot fails, the state is Created, and all resources have been released.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -28,23 +28,22 @@ use crate::vm::{HotplugError, Machine, MachineFactory, VmContext, VmError};
 
 /// The VM and every change that a request can make to it.
 ///
-/// The public methods are what endpoints call, on the control thread.
+/// Endpoints call the public methods on the control thread.
 pub struct Lifecycle {
     config: Option<VmConfig>,
     make_machine: MachineFactory,
     machine: Option<Box<dyn Machine>>,
-    /// Counts machines, and balloons that were added to one: figures start anew with each.
+    /// Counts machines, and balloons that were added to one: figures start from zero with each.
     generation: u64,
     /// Counts machines alone.
     machines: u64,
-    /// Open taps that came with requests, by the numbers that the configuration has for them. They stay open for
-    /// reboots.
+    /// Open taps that came with requests, by their numbers in the configuration. They stay open across reboots.
     taps: BTreeMap<i32, OwnedFd>,
     paused: bool,
     view: Arc<PublishedView>,
-    /// Kept over reboots; forgotten with the configuration.
+    /// Kept across reboots; discarded with the configuration.
     thresholds: Arc<Thresholds>,
-    /// The operator has paused reporting. Kept and forgotten with the thresholds.
+    /// The operator has paused reporting. Kept and discarded with the thresholds.
     reporting_paused: bool,
     events_are_read: bool,
     context: VmContext,
@@ -82,7 +81,7 @@ impl Lifecycle {
         }
     }
 
-    /// Carries out a change and publishes the result, so that a client that gets the answer also sees the effect.
+    /// Executes a change and publishes the result, so that a client that receives the response also sees the effect.
     pub(super) fn run<T>(
         &mut self,
         endpoint: Endpoint,
@@ -94,10 +93,10 @@ impl Lifecycle {
         outcome.map_err(|cause| RequestError { endpoint, cause })
     }
 
-    /// `vmm.shutdown`: stops the machine if there is one and emits, once and as the last event, that the VMM ends.
+    /// `vmm.shutdown`: stops the machine if there is one, and emits the final event of the VMM, once.
     ///
     /// # Errors
-    /// A thread of the machine did not end in time. The VMM ends nevertheless.
+    /// A thread of the machine did not end in time. The VMM ends regardless.
     pub fn end(&mut self) -> Result<(), LifecycleError> {
         let deleted = self.delete();
         if !std::mem::replace(&mut self.ended, true) {
@@ -143,7 +142,7 @@ impl Lifecycle {
         (self.context.events)(&kind.into());
     }
 
-    /// Checks that the machine is in state `from`, to go to state `to`.
+    /// Checks that the machine is in state `from` and may change to state `to`.
     fn machine_in(&self, from: VmState, to: VmState) -> Result<(), LifecycleError> {
         if self.machine.is_none() {
             return Err(LifecycleError::VmNotRunning);
@@ -182,7 +181,7 @@ impl Lifecycle {
     /// `vm.boot`: builds the machine of the stored configuration and starts it.
     ///
     /// # Errors
-    /// No configuration, one that makes no sense, or a part could not be made; nothing is left behind.
+    /// There is no configuration, it is invalid, or a part could not be created; nothing is left behind.
     pub fn boot(&mut self) -> Result<(), LifecycleError> {
         if self.machine.is_some() {
             return Err(LifecycleError::VmAlreadyCreated);
@@ -223,7 +222,7 @@ impl Lifecycle {
         let machine = self.machine.take().ok_or(LifecycleError::VmNotRunning)?;
         self.paused = false;
         let stopped = machine.shutdown().map_err(LifecycleError::Machine);
-        // What the machine signalled while it went must not hit the next one.
+        // Signals of the old machine must not affect the next one.
         for signal in [
             &self.context.signals.shutdown,
             &self.context.signals.reset,
@@ -245,7 +244,7 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// `vm.delete`: stops the machine, if there is one, and forgets the configuration.
+    /// `vm.delete`: stops the machine, if there is one, and deletes the configuration.
     ///
     /// # Errors
     /// A thread of the machine did not end in time.
@@ -273,7 +272,7 @@ impl Lifecycle {
         }
         self.emit(EventKind::Rebooting);
         self.stop_machine()?;
-        // Not judged again: every change since the boot was.
+        // Not validated again: every change since the boot was.
         self.start_machine()?;
         self.emit(EventKind::Rebooted);
         Ok(())
@@ -308,7 +307,7 @@ impl Lifecycle {
     /// `vm.resize`: changes the stored configuration, or the running machine.
     ///
     /// # Errors
-    /// No VM, or a size that it cannot have.
+    /// There is no VM, or the size is not possible.
     pub fn resize(&mut self, resize: VmResize) -> Result<(), LifecycleError> {
         let config = self.config.as_mut().ok_or(LifecycleError::VmNotCreated)?;
         let Some(machine) = &self.machine else {
@@ -336,13 +335,13 @@ impl Lifecycle {
         if let (Some(bytes), Some(balloon)) = (resize.desired_balloon, &mut wanted.balloon) {
             balloon.size = bytes;
         }
-        // What could not be booted is refused before anything changes.
+        // A size that could not boot is rejected before anything changes.
         config::validate_balloon(&wanted).map_err(LifecycleError::ConfigValidation)?;
         if ram.is_some() {
             machine
                 .resize_memory(wanted.memory.hotplugged_size.unwrap_or(0))
                 .map_err(LifecycleError::Machine)?;
-            // Kept as the wish that it is: the guest may take a while, and a reboot starts from it.
+            // Stored as the requested size: the guest may take a while, and a reboot starts from it.
             config.memory.hotplugged_size = wanted.memory.hotplugged_size;
         }
         if let Some(desired) = resize.desired_balloon {
@@ -361,7 +360,7 @@ impl Lifecycle {
     /// machine: the device has no address yet.
     ///
     /// # Errors
-    /// There is no VM, or the device cannot be made; nothing is left behind.
+    /// There is no VM, or the device cannot be created; nothing is left behind.
     pub fn add_device(
         &mut self,
         mut device: NewDevice,
@@ -423,7 +422,7 @@ impl Lifecycle {
         let config = self.config.as_ref().ok_or(LifecycleError::VmNotCreated)?;
         let without = without_device(config, id);
         match (&mut self.machine, without) {
-            // One that the guest has been asked to let go of is in the machine alone.
+            // A device whose release is pending exists in the machine alone.
             (Some(machine), without) => {
                 machine.remove_device(id).map_err(LifecycleError::Machine)?;
                 if let Some(without) = without {
@@ -439,7 +438,7 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// The guest has let go of devices.
+    /// Called when the guest has released devices.
     pub(super) fn finish_removals(&mut self) {
         let Some(machine) = &mut self.machine else {
             return;
@@ -461,7 +460,7 @@ impl Lifecycle {
     /// `PUT vm.reclaim-thresholds`
     ///
     /// # Errors
-    /// There is no VM, or the change makes no sense; nothing has changed then.
+    /// There is no VM, or the change is invalid; in this case nothing has changed.
     pub fn set_thresholds(&self, change: &ReclaimThresholdsChange) -> Result<(), LifecycleError> {
         if self.config.is_none() {
             return Err(LifecycleError::VmNotCreated);
@@ -508,7 +507,7 @@ impl Lifecycle {
         self.paused
     }
 
-    /// The guest's wish for a reset must wait. Its vCPUs do not run until then.
+    /// Delays a reset that the guest requested. Its vCPUs do not run until then.
     ///
     /// # Errors
     /// A vCPU did not stop in time.
@@ -518,7 +517,7 @@ impl Lifecycle {
     }
 }
 
-/// Tells a new balloon what the operator wants of the guest's reporting.
+/// Passes the operator's reporting settings to a new balloon.
 fn steer_reporting(machine: &dyn Machine, thresholds: &Thresholds, paused: bool) {
     if let Some(policy) = thresholds.policy() {
         machine.set_reporting_policy(policy);
@@ -529,13 +528,13 @@ fn steer_reporting(machine: &dyn Machine, thresholds: &Thresholds, paused: bool)
             again: false,
         };
         if let Err(error) = machine.balloon_reporting(request) {
-            // Without a balloon, or with one that takes no reports, there is nothing to pause.
+            // Without a balloon, or with one that accepts no reports, there is nothing to pause.
             log::info!("Reporting has nothing to pause: {error}");
         }
     }
 }
 
-/// What a guest shall have plugged in to have `desired` bytes in all.
+/// The amount that a guest must plug in to have `desired` bytes in total.
 fn hotplugged_bytes(memory: &MemoryConfig, desired: u64) -> Result<u64, LifecycleError> {
     let room = memory.hotplug_size.unwrap_or(0);
     if room == 0 || memory.hotplug_method != HotplugMethod::VirtioMem {
@@ -552,7 +551,7 @@ fn hotplugged_bytes(memory: &MemoryConfig, desired: u64) -> Result<u64, Lifecycl
         })
 }
 
-/// Before boot only the configuration changes; whether it makes sense is decided at boot.
+/// Before boot only the configuration changes; it is validated at boot.
 fn resize_stored(config: &mut VmConfig, resize: VmResize) {
     if let Some(vcpus) = resize.desired_vcpus {
         config.cpus.boot_vcpus = vcpus;

@@ -1,4 +1,4 @@
-//! The control thread: owns the VM, runs every change, and publishes what there is.
+//! The control thread: owns the VM, runs every change, and publishes the state.
 
 mod error;
 mod lifecycle;

@@ -1,7 +1,7 @@
-//! The `vmm` thread: one epoll on requests, on what the guest did, and on the wish to end.
+//! The `vmm` thread: one epoll on requests, signals from the guest, and exit requests.
 //!
 //! It owns the VM and never waits for the guest. Requests come through a bounded queue and are answered by a callback,
-//! so that nobody has to block for them.
+//! so that no caller has to block.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -26,19 +26,19 @@ use crate::vm::{MachineFactory, VmContext};
 use machine::signals::VmSignals;
 use machine::token_bucket::TokenBucket;
 
-/// Requests that may wait. More than the HTTP server has connections, so that only clients that go away without waiting
-/// for their answer can fill it.
+/// Maximum number of queued requests. It exceeds the HTTP server's number of connections, so that only clients that
+/// leave without waiting for their response can fill the queue.
 const QUEUE_LENGTH: usize = 32;
 const STACK_BYTES: usize = 1 << 20;
-/// Resets by the guest in a row: a crash loop, which reads kernel and firmware from disk and populates RAM each time.
+/// Allowed resets by the guest in a row. A crash loop reads kernel and firmware from disk and populates RAM each time.
 const GUEST_RESETS_BURST: u32 = 30;
-/// Interval between further ones.
+/// Interval between further resets.
 pub(crate) const GUEST_RESET_INTERVAL: Duration = Duration::from_secs(2);
 
-/// What the thread is woken by; the order is the order in which they are looked at.
+/// The sources that wake the thread, in the order in which they are handled.
 const TOKEN_EXIT: u64 = 0;
-/// Before requests, so that whoever asks after a device went also sees it gone; and before the end of the machine, so
-/// that it is told of what went before.
+/// Before requests, so that a client that checks whether a device was released also sees it removed; and before the end
+/// of the machine, so that the earlier event is reported first.
 const TOKEN_EJECTED: u64 = 1;
 const TOKEN_FAILED: u64 = 2;
 const TOKEN_GUEST_SHUTDOWN: u64 = 3;
@@ -46,7 +46,7 @@ const TOKEN_RESET: u64 = 4;
 const TOKEN_REQUEST: u64 = 5;
 const TOKENS: usize = 6;
 
-/// A change and the way its outcome goes. Without a lifecycle it only reports that the change was not made.
+/// A change and the callback for its result. Without a lifecycle it only reports that the change was not made.
 type Job = Box<dyn FnOnce(Option<&mut Lifecycle>) + Send>;
 
 struct Request {
@@ -57,27 +57,27 @@ struct Request {
 /// How the control thread ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ending {
-    /// As asked: by the API, a signal, or the guest's power-off.
+    /// On request: by the API, a signal, or the guest's power-off.
     Regular,
     /// The machine failed.
     MachineFailed,
 }
 
-/// Why the control thread could not be started.
+/// Errors of starting the control thread.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlThreadError {
     /// No epoll or eventfd.
     #[error("Cannot set up the event loop of the control thread")]
     Setup(#[source] io::Error),
-    /// No thread.
+    /// The thread cannot be started.
     #[error("Cannot start the thread {CONTROL_THREAD}")]
     Spawn(#[source] io::Error),
-    /// No thread.
+    /// The thread cannot be started.
     #[error("Cannot start the thread {THRESHOLDS_THREAD}")]
     SpawnThresholds(#[source] io::Error),
 }
 
-/// The way to the control thread.
+/// A handle for requests to the control thread.
 #[derive(Clone)]
 pub struct ControlHandle {
     queue: SyncSender<Request>,
@@ -92,7 +92,7 @@ impl std::fmt::Debug for ControlHandle {
 }
 
 impl ControlHandle {
-    /// Queues `change` and returns at once. `done` is called with the outcome, also when the queue is full: on the
+    /// Queues `change` and returns at once. `done` is called with the result, even if the queue is full. It runs on the
     /// control thread, so it must not block.
     pub fn submit<T>(
         &self,
@@ -115,7 +115,7 @@ impl ControlHandle {
         }
     }
 
-    /// Queues `change` and waits for its outcome.
+    /// Queues `change` and waits for its result.
     ///
     /// # Errors
     /// The change failed.
@@ -125,14 +125,14 @@ impl ControlHandle {
         change: impl FnOnce(&mut Lifecycle) -> Result<T, LifecycleError> + Send + 'static,
     ) -> Result<T, RequestError> {
         let (sender, receiver) = sync_channel(1);
-        // Nobody listens any more when the caller has gone, which it cannot while it waits below.
+        // The receiver exists as long as the caller waits below.
         self.submit(endpoint, change, move |outcome| drop(sender.send(outcome)));
         receiver
             .recv()
             .unwrap_or_else(|_| Err(queue_full(endpoint)))
     }
 
-    /// The descriptor to write to when the process shall end, for signal handlers.
+    /// The descriptor to write to when the process must end, for signal handlers.
     pub fn exit_event(&self) -> Arc<EventFd> {
         Arc::clone(&self.exit)
     }
@@ -143,17 +143,17 @@ fn queue_full(endpoint: Endpoint) -> RequestError {
     RequestError { endpoint, cause }
 }
 
-/// What the control thread is made from.
+/// The parts of the control thread.
 pub struct ControlSetup {
-    /// Makes machines.
+    /// Creates machines.
     pub make_machine: MachineFactory,
-    /// Where it shows what there is.
+    /// Where the state is published.
     pub view: Arc<PublishedView>,
-    /// What every machine gets; its signals come back here.
+    /// The environment of every machine; its signals come back here.
     pub context: VmContext,
     /// Stay when the guest powers off (`--no-shutdown`).
     pub no_shutdown: bool,
-    /// Whether there is an event monitor: without one nobody looks for what could be told of the balloon.
+    /// Whether there is an event monitor. Without one, no events of the balloon are evaluated.
     pub events_are_read: bool,
     /// Called first on the thread.
     pub on_start: Box<dyn FnOnce() + Send>,
@@ -207,7 +207,7 @@ impl ControlThread {
             .stack_size(STACK_BYTES)
             .spawn(move || {
                 let ending = run(setup, thresholds, &epoll, &requests, &own.wake);
-                // It tells of nothing any more once the end is told.
+                // No further events follow after the final one.
                 drop(monitor);
                 ending
             })
@@ -215,7 +215,7 @@ impl ControlThread {
         Ok(Self { handle, thread })
     }
 
-    /// The way to it.
+    /// A handle for requests.
     pub fn handle(&self) -> ControlHandle {
         self.handle.clone()
     }
@@ -291,10 +291,10 @@ struct Control {
     delayed_reset: Option<DelayedReset>,
 }
 
-/// A reset that must wait: the guest has had too many, or the operator has paused it.
+/// A delayed reset: the guest has had too many, or the operator has paused it.
 struct DelayedReset {
     due: Instant,
-    /// The number of the machine it is for.
+    /// The number of the machine that requested it.
     machine: u64,
 }
 
@@ -320,7 +320,7 @@ impl Control {
             self.delayed_reset = Some(delayed);
             return None;
         }
-        // Whether or not rounding left a token: this one has waited.
+        // Rounding may leave a token or not: this reset has waited.
         let _ = self.guest_resets.take(Instant::now());
         self.reboot()
     }
@@ -354,16 +354,15 @@ impl Control {
         None
     }
 
-    /// Serves one request and comes back for the next one, so that a wish to end or a failed machine waits for one
-    /// request at most, however many clients there are.
+    /// Serves one request and returns, so that an exit request or a failed machine waits for one request at most,
+    /// however many clients there are.
     fn serve_request(&mut self, requests: &Receiver<Request>, wake: &EventFd) -> Option<Ending> {
         // Empty: every request has been served. Its sender lives as long as this thread.
         let Request { endpoint, job } = requests.try_recv().ok()?;
         // A full counter wakes the thread as well.
         let _ = wake.write(1);
         log::info!("API request: {endpoint:?}");
-        // Whoever asked reports a failure: the API in its answer and in the log, the command line at the end of the
-        // process.
+        // The caller reports a failure: the API in its response and in the log, the command line when the process ends.
         job(Some(&mut self.lifecycle));
         self.lifecycle.has_ended().then_some(Ending::Regular)
     }
@@ -424,7 +423,7 @@ impl Control {
         (!self.no_shutdown).then_some(Ending::MachineFailed)
     }
 
-    /// Makes a change that nobody waits for; true when it failed.
+    /// Makes a change without a waiting caller; returns true if it failed.
     fn log_failure(
         &mut self,
         endpoint: Endpoint,

@@ -1,10 +1,10 @@
-//! Which system calls each kind of thread makes, and why.
+//! The system calls of each thread kind, with reasons.
 //!
-//! Filters are inherited and add up: what a thread may do is what its own filter *and* those of all its ancestors
-//! allow. So a thread that starts others has their lists in its own.
+//! Filters are inherited and add up: a thread may make a call only if its own filter *and* those of all its ancestors
+//! allow it. So the list of a thread that starts others includes their lists.
 //!
-//! Where a call can do more than the thread needs, conditions on its arguments stand behind it. Several lines for one
-//! call are alternatives; a line without conditions allows any arguments.
+//! If a call can do more than the thread needs, conditions on its arguments follow it. Several lines for one call are
+//! alternatives; a line without conditions allows any arguments.
 
 use libc::c_long;
 
@@ -30,7 +30,7 @@ pub(super) struct Condition {
     pub(super) text: &'static str,
 }
 
-/// What is asked of an argument.
+/// The test of an argument.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Test {
     /// It has this value.
@@ -45,7 +45,7 @@ pub(super) enum Test {
     KickSignal,
 }
 
-/// The values that conditions name.
+/// The values that conditions use.
 mod values {
     pub(super) use libc::*;
 
@@ -86,8 +86,8 @@ macro_rules! calls {
     };
 }
 
-/// What Rust's and glibc's run time need on every thread: memory, locks, time, signals, the thread's own end, and
-/// reading, writing and waiting on descriptors that are open already.
+/// The needs of Rust's and glibc's run time on every thread: memory, locks, time, signals, the thread's own end, and
+/// reading, writing and waiting on open descriptors.
 pub(super) const EVERY_THREAD: &[Call] = calls![
     SYS_brk,
     SYS_clock_getres,
@@ -99,7 +99,7 @@ pub(super) const EVERY_THREAD: &[Call] = calls![
     SYS_epoll_wait,
     SYS_exit,
     SYS_exit_group,
-    // The standard library's check, in debug builds, that what it closes is open.
+    // In debug builds, the standard library checks that a descriptor is open before it closes it.
     SYS_fcntl,
     SYS_futex,
     SYS_getpid,
@@ -109,7 +109,7 @@ pub(super) const EVERY_THREAD: &[Call] = calls![
     SYS_lseek,
     SYS_madvise,
     SYS_membarrier,
-    // Nothing here makes code at run time, and memory that is writable stays data.
+    // The VMM generates no code at run time, and writable memory stays data.
     SYS_mmap [2 without PROT_EXEC],
     SYS_mprotect [2 without PROT_EXEC],
     SYS_mremap,
@@ -119,13 +119,13 @@ pub(super) const EVERY_THREAD: &[Call] = calls![
     SYS_ppoll,
     SYS_prctl [0 is PR_SET_NAME],
     SYS_prctl [0 is PR_GET_NAME],
-    // glibc names mappings if GLIBC_TUNABLES asks for it.
+    // glibc names mappings if GLIBC_TUNABLES requests it.
     SYS_prctl [0 is PR_SET_VMA],
     SYS_read,
     SYS_readv,
     SYS_restart_syscall,
     SYS_rseq,
-    // What ends a process resets its own handler first.
+    // The code that ends a process resets its own handler first.
     SYS_rt_sigaction [0 is SIGABRT],
     SYS_rt_sigaction [0 is SIGBUS],
     SYS_rt_sigaction [0 is SIGSEGV],
@@ -141,7 +141,7 @@ pub(super) const EVERY_THREAD: &[Call] = calls![
     SYS_writev,
 ];
 
-/// Starts threads, which then take a narrower filter.
+/// Starts threads, which then install a narrower filter.
 const STARTS_THREADS: &[Call] = calls![
     SYS_clone [0 with CLONE_THREAD | CLONE_VM],
     // Its flags lie in memory, which a filter cannot read.
@@ -162,7 +162,7 @@ const SOCKET_IO: &[Call] = calls![
     SYS_shutdown,
 ];
 
-/// Gives guest memory back to the host and looks where it is.
+/// Returns guest memory to the host and measures residency.
 const DISCARD: &[Call] = calls![
     SYS_fallocate [1 is PUNCH_HOLE],
     SYS_fstatfs,
@@ -170,19 +170,19 @@ const DISCARD: &[Call] = calls![
     SYS_process_madvise [3 is MADV_DONTNEED] [4 is NO_FLAGS],
 ];
 
-/// Finds out how much of guest memory is resident.
+/// Measures how much of guest memory is resident.
 const RESIDENCY: &[Call] = calls![
     SYS_fstat,
     SYS_fstatfs,
     SYS_mincore,
-    // What glibc makes of `fstat`, in versions before 2.39.
+    // glibc's `fstat` in versions before 2.39.
     SYS_newfstatat,
     SYS_pread64,
     SYS_statx,
     SYS_sysinfo,
 ];
 
-/// Reads what the host shows of itself and of this process.
+/// Reads what the host reports about itself and this process.
 const READ_FILES: &[Call] = calls![
     SYS_openat [2 without O_WRONLY | O_RDWR | O_CREAT | O_TRUNC],
 ];
@@ -206,7 +206,7 @@ const DISK_IO: &[Call] = calls![
 /// Wakes by timers.
 const TIMERS: &[Call] = calls![SYS_timerfd_create, SYS_timerfd_gettime, SYS_timerfd_settime,];
 
-/// Makes a machine and takes it down: descriptors, memory, files, taps, threads' affinity.
+/// Creates a machine and takes it down: descriptors, memory, files, taps, threads' affinity.
 const MACHINE: &[Call] = calls![
     SYS_bind,
     SYS_connect,
@@ -217,7 +217,7 @@ const MACHINE: &[Call] = calls![
     SYS_fstatfs,
     SYS_ftruncate,
     SYS_getcwd,
-    // Whether this process may change the terminal that it is on.
+    // Checks whether this process may change its terminal.
     SYS_getpgrp,
     SYS_getuid,
     SYS_io_uring_register,
@@ -230,7 +230,7 @@ const MACHINE: &[Call] = calls![
     SYS_newfstatat,
     SYS_open,
     SYS_openat,
-    // The engine of discards tries once what the kernel can do.
+    // The discard engine probes the kernel's features once.
     SYS_pidfd_open [0 own_process],
     SYS_pipe2,
     SYS_prlimit64,
@@ -243,7 +243,7 @@ const MACHINE: &[Call] = calls![
     SYS_setsockopt,
     SYS_signalfd4,
     SYS_socket [0 is AF_UNIX],
-    // Interfaces are configured through a socket that sends nothing.
+    // Interfaces are configured through a socket that sends no data.
     SYS_socket [0 is AF_INET] [1 is DATAGRAM],
     SYS_socketpair [0 is AF_UNIX],
     SYS_uname,

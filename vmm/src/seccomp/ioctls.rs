@@ -1,4 +1,4 @@
-//! Which requests each kind of thread may make with `ioctl`, which is not one system call but hundreds.
+//! The `ioctl` requests of each thread kind, because `ioctl` is not one system call but hundreds.
 
 use machine::threads::{DeviceKind, MachineThread};
 
@@ -87,11 +87,11 @@ const KVM_OF_MACHINE: &[Request] = requests![
     KVM_SET_NESTED_STATE = 0x4080_aebf,
 ];
 
-/// Attributes of a terminal. Every thread may put them back: the process does so before it ends at a forbidden call.
+/// Attributes of a terminal. Every thread may restore them: the process does so before it ends at a forbidden call.
 const RESTORE_TERMINAL: &[Request] = requests![TCSETS = 0x5402];
 const TERMINAL: &[Request] = requests![TCGETS = 0x5401, TCSETSW = 0x5403, TCSETSF = 0x5404];
 const TERMINAL_SIZE: &[Request] = requests![TIOCGWINSZ = 0x5413];
-/// Makes a pseudo-terminal, and finds out whose terminal this is.
+/// Creates a pseudo-terminal, and determines who owns this terminal.
 const NEW_TERMINAL: &[Request] = requests![
     TIOCGPGRP = 0x540f,
     TIOCGPTN = 0x8004_5430,

@@ -1,7 +1,7 @@
-//! A system call filter for each kind of thread (`--seccomp`).
+//! One seccomp filter per thread kind (`--seccomp`).
 //!
-//! The filter is installed by the thread itself, first thing. What each kind may do is written down in [`calls`] and
-//! [`ioctls`], and shown in `docs/seccomp.md`; everything else ends the process with a message, by default.
+//! Each thread installs its filter before anything else. The lists of each kind are in [`calls`] and [`ioctls`], and in
+//! `docs/seccomp.md`. By default, any other call ends the process with a message.
 
 mod calls;
 #[cfg(test)]
@@ -23,42 +23,42 @@ use seccompiler::{
 use crate::threads::{ThreadKind, ThreadStart};
 use calls::{Condition, Test};
 
-/// What happens at a forbidden call.
+/// The effect of a forbidden call.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum SeccompMode {
-    /// The process says which call it was and ends.
+    /// The process logs the call and ends.
     #[default]
     Trap,
     /// There are no filters.
     Off,
-    /// The kernel's log tells of it and the call is made.
+    /// The kernel logs the call and executes it.
     Log,
     /// The call fails with `EPERM`.
     Errno,
 }
 
-/// Why there is no filter.
+/// Errors of creating or installing a filter.
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
-    /// A list cannot be made a filter.
+    /// A list cannot be turned into a filter.
     #[error("Cannot make the seccomp filter of {kind:?} threads")]
     Compile {
         /// The kind of thread.
         kind: ThreadKind,
-        /// Why.
+        /// The reason.
         #[source]
         source: seccompiler::BackendError,
     },
-    /// The kernel refuses it.
+    /// The kernel rejects the filter.
     #[error("Cannot install the seccomp filter of {kind:?} threads")]
     Apply {
         /// The kind of thread.
         kind: ThreadKind,
-        /// Why.
+        /// The reason.
         #[source]
         source: seccompiler::Error,
     },
-    /// Nobody could tell which call was forbidden.
+    /// The handler that logs forbidden calls cannot be installed.
     #[error("Cannot install the handler of SIGSYS")]
     Handler(#[source] vmm_sys_util::errno::Error),
 }
@@ -70,11 +70,11 @@ pub struct Seccomp {
 }
 
 impl Seccomp {
-    /// Makes the filters; nothing is installed yet but, with [`SeccompMode::Trap`], the handler that tells of a
+    /// Creates the filters. Nothing is installed yet except, with [`SeccompMode::Trap`], the handler that logs a
     /// forbidden call.
     ///
     /// # Errors
-    /// A filter cannot be made, or the handler not be installed.
+    /// A filter cannot be created, or the handler cannot be installed.
     pub fn new(mode: SeccompMode) -> Result<Self, SeccompError> {
         let on_mismatch = match mode {
             SeccompMode::Off => {
@@ -95,10 +95,10 @@ impl Seccomp {
         Ok(Self { filters })
     }
 
-    /// Installs the filter of `kind` on the calling thread, for good.
+    /// Installs the filter of `kind` on the calling thread, irrevocably.
     ///
     /// # Errors
-    /// The kernel refuses it.
+    /// The kernel rejects the filter.
     pub fn apply(&self, kind: ThreadKind) -> Result<(), SeccompError> {
         match self.filters.get(&kind) {
             Some(filter) => seccompiler::apply_filter(filter)
@@ -107,8 +107,8 @@ impl Seccomp {
         }
     }
 
-    /// What every thread calls first. A thread that cannot be confined must not run, and the process not go on without
-    /// it.
+    /// The first call of every thread. A thread that cannot be confined must not run, and the process must not continue
+    /// without it.
     pub fn hook(self: &Arc<Self>) -> ThreadStart {
         let seccomp = Arc::clone(self);
         Arc::new(move |kind| {
@@ -120,8 +120,8 @@ impl Seccomp {
     }
 }
 
-/// What is allowed of each system call: alternatives, each of conditions that must all hold. One without conditions
-/// allows any arguments.
+/// The alternatives for each system call. All conditions of an alternative must hold; one without conditions allows any
+/// arguments.
 type Allowed = BTreeMap<i64, Vec<Vec<Condition>>>;
 
 fn compile(kind: ThreadKind, on_mismatch: SeccompAction) -> Result<BpfProgram, SeccompError> {
@@ -156,7 +156,7 @@ fn rules(allowed: Allowed) -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompile
         SeccompRule::new(conditions.iter().map(condition).collect::<Result<_, _>>()?)
     };
     let chain = |alternatives: Vec<Vec<Condition>>| {
-        // For seccompiler, no rule at all means any arguments.
+        // For seccompiler, an empty list of rules means any arguments.
         if alternatives.iter().any(Vec::is_empty) {
             return Ok(Vec::new());
         }
@@ -176,11 +176,11 @@ fn condition(condition: &Condition) -> Result<SeccompCondition, seccompiler::Bac
         Test::OwnProcess => (SeccompCmpOp::Eq, u64::from(std::process::id())),
         Test::KickSignal => (SeccompCmpOp::Eq, u64::from(kick::signal().unsigned_abs())),
     };
-    // The kernel looks at the lower half only.
+    // The kernel passes on the lower half only.
     SeccompCondition::new(condition.argument, SeccompCmpArgLen::Dword, operator, value)
 }
 
-/// The kind and all that it starts, directly or not.
+/// The kind and all kinds that it starts, directly or indirectly.
 fn family(kind: ThreadKind) -> Vec<ThreadKind> {
     let mut members = vec![kind];
     let mut next = 0;

@@ -1,4 +1,4 @@
-//! Tells which thread made which forbidden system call before the process ends (`--seccomp true`).
+//! Logs the thread and the forbidden system call before the process ends (`--seccomp true`).
 
 // UNSAFETY: a signal handler reads what the kernel left on the stack and may only call what is async-signal-safe.
 #![allow(unsafe_code)]
@@ -6,7 +6,7 @@
 use vmm_sys_util::errno;
 use vmm_sys_util::signal::register_signal_handler;
 
-/// Status of a process that was stopped by its own filter: that of a shell for a death by SIGSYS.
+/// Exit status of a process that its own filter stopped: a shell's status for a death by SIGSYS.
 const EXIT_STATUS: libc::c_int = 128 + libc::SIGSYS;
 /// Where `si_syscall` lies in `siginfo_t` on 64-bit Linux: behind three integers, padding and `si_call_addr`
 /// (asm-generic/siginfo.h). The libc crate does not name it.
@@ -45,11 +45,11 @@ extern "C" fn on_bad_syscall(
         decimal(number, &mut digits),
         b"; ending the process. --seccomp log tells of such calls without ending it.\n",
     ] {
-        // SAFETY: `write` is async-signal-safe and reads live bytes. There is nobody to tell that it failed.
+        // SAFETY: `write` is async-signal-safe and reads live bytes. A failure cannot be reported.
         unsafe { libc::write(libc::STDERR_FILENO, part.as_ptr().cast(), part.len()) };
     }
     machine::serial::restore_terminal();
-    // SAFETY: ends the process without running anything of the interrupted program.
+    // SAFETY: ends the process without running any code of the interrupted program.
     unsafe { libc::_exit(EXIT_STATUS) }
 }
 

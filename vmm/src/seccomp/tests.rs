@@ -1,4 +1,4 @@
-//! Filters of a legal size, total naming, and a thread that breaks its filter.
+//! Filters of valid size, complete naming, and a thread that violates its filter.
 
 #![allow(clippy::unwrap_used)]
 
@@ -68,8 +68,8 @@ fn document_shows_the_filters() {
     );
 }
 
-/// A filter cannot be taken off and a trap ends the process, so each case runs in a process of its own: this very
-/// test program, told by the environment which case to play.
+/// A filter cannot be removed and a trap ends the process, so each case runs in a process of its own: this very test
+/// program, with the case in its environment.
 const CASE: &str = "SECCOMP_TEST_CASE";
 
 fn play(case: &str) -> Output {
@@ -85,7 +85,7 @@ fn play(case: &str) -> Output {
         .unwrap()
 }
 
-/// Runs `action` under the filter of this kind of thread, on one that is called as the message of a trap shall say.
+/// Runs `action` under the filter of this kind of thread, on a thread whose name the message of a trap must contain.
 fn confined(
     mode: SeccompMode,
     kind: ThreadKind,
@@ -107,7 +107,7 @@ fn opens_a_socket() -> bool {
     std::net::UdpSocket::bind("127.0.0.1:0").is_ok()
 }
 
-/// What any thread does: allocate, lock, tell the time, log, start over.
+/// Common actions of every thread: allocate, lock, read the clock, log, restart system calls.
 fn lives() -> bool {
     let large = vec![1u8; 8 << 20];
     let locked = std::sync::Mutex::new(large);
@@ -183,7 +183,7 @@ fn gives_memory_back_and_measures_it() -> bool {
             })
 }
 
-/// Calls that none of the kinds named may make, each harmless if it is made.
+/// Calls that none of the named kinds may make; each is harmless if it succeeds.
 fn forbidden() -> Vec<Forbidden> {
     let every = |_: ThreadKind| true;
     let but_control = |kind| kind != ThreadKind::Control;
@@ -283,7 +283,7 @@ struct Forbidden {
 }
 
 impl Forbidden {
-    /// Whether a filter refuses the call. Nothing else gives that answer to these arguments.
+    /// Whether a filter rejects the call. These arguments have no other cause for this result.
     #[allow(unsafe_code)]
     fn is_refused(&self) -> bool {
         let [a, b, c, d, e, f] = self.arguments;
@@ -294,7 +294,7 @@ impl Forbidden {
     }
 }
 
-/// Tries, on a thread of each kind, all that it must not do.
+/// Tries all forbidden calls on a thread of each kind.
 fn forbidden_is_refused() -> bool {
     let tried = ThreadKind::all().all(|kind| {
         confined(SeccompMode::Errno, kind, move || {
@@ -307,7 +307,7 @@ fn forbidden_is_refused() -> bool {
             })
         })
     });
-    // Without a filter none of them is, or the test above would show nothing.
+    // Without a filter none is rejected; otherwise the test above would prove nothing.
     let canary = confined(SeccompMode::Off, ThreadKind::Main, || {
         forbidden().iter().all(|call| !call.is_refused())
     });
@@ -330,7 +330,7 @@ fn case_runner() {
         "off" => confined(SeccompMode::Off, ThreadKind::EventMonitor, opens_a_socket),
         "discard" => gives_memory_back_and_measures_it(),
         "query" => {
-            // Made before there is a filter, as the program does: that installs a signal handler.
+            // Created before the filter is installed, as in the program, because it installs a signal handler.
             let hook = Arc::new(Seccomp::new(SeccompMode::Trap).unwrap()).hook();
             confined(SeccompMode::Trap, ThreadKind::HttpServer, move || {
                 starts_a_query(&hook)

@@ -1,4 +1,4 @@
-//! What the operator has set: changed as a whole or not at all.
+//! The operator's settings, changed atomically.
 
 use api::{ReclaimThresholds, ReclaimThresholdsChange, ReportingPolicy};
 
@@ -10,12 +10,12 @@ use crate::reporting_policy::{self, GuestPolicy};
 #[derive(Clone, Debug, Default)]
 pub(super) struct ThresholdConfig {
     alerts: AlertList,
-    /// As the operator has set it; before that no guest is told anything.
+    /// The operator's policy; until it is set, nothing is sent to any guest.
     policy: Option<ReportingPolicy>,
 }
 
 impl ThresholdConfig {
-    /// Makes all of `change`, or nothing.
+    /// Applies all of `change`, or nothing.
     pub(super) fn change(
         &mut self,
         change: &ReclaimThresholdsChange,
@@ -33,7 +33,7 @@ impl ThresholdConfig {
         Ok(())
     }
 
-    /// Forgets everything.
+    /// Clears everything.
     pub(super) fn clear(&mut self) {
         *self = Self::default();
     }
@@ -43,7 +43,7 @@ impl ThresholdConfig {
         !self.alerts.is_empty()
     }
 
-    /// What has to be read to evaluate it.
+    /// What must be read to evaluate it.
     pub(super) fn needs(&self) -> Needs {
         self.alerts.needs()
     }
@@ -58,7 +58,7 @@ impl ThresholdConfig {
         self.policy
     }
 
-    /// As the API shows it.
+    /// The representation in the API.
     pub(super) fn status(&self, now_ms: u64, guest: GuestPolicy) -> ReclaimThresholds {
         ReclaimThresholds {
             alerts: self.alerts.status(now_ms),

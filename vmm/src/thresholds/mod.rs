@@ -24,7 +24,7 @@ use crate::alerts::AlertError;
 pub(crate) use shared::Look;
 pub use shared::{Subjects, Thresholds};
 
-/// Why a change was refused; nothing of it was made.
+/// Reasons for rejecting a change; nothing of it was applied.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ThresholdError {
     /// One of the alerts, or their number.

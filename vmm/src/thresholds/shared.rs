@@ -11,7 +11,7 @@ use super::config::ThresholdConfig;
 use crate::alerts::{Needs, Sources, Transition};
 use crate::reporting_policy::GuestPolicy;
 
-/// The thresholds of a VM, for the control thread, the API and the thread that looks at figures.
+/// The thresholds of a VM, for the control thread, the API and the thread that evaluates them.
 #[derive(Debug)]
 pub struct Thresholds {
     start: Instant,
@@ -35,7 +35,7 @@ pub struct Subjects {
     pub balloon: bool,
 }
 
-/// What has to be read for one look.
+/// What must be read for one evaluation.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Look {
     pub(crate) alerts: Needs,
@@ -56,14 +56,14 @@ impl Thresholds {
     /// Makes all of `change`, or nothing. Takes microseconds.
     ///
     /// # Errors
-    /// The change makes no sense.
+    /// The change is invalid.
     pub fn change(&self, change: &ReclaimThresholdsChange) -> Result<(), ThresholdError> {
         self.lock().config.change(change, self.now_ms())?;
         self.wake.notify_all();
         Ok(())
     }
 
-    /// Everything as it stands, for the guest that runs now. Takes microseconds.
+    /// The current status, for the running guest. Takes microseconds.
     pub fn status(&self, guest: GuestPolicy) -> ReclaimThresholds {
         self.lock().config.status(self.now_ms(), guest)
     }
@@ -73,7 +73,7 @@ impl Thresholds {
         self.lock().config.policy()
     }
 
-    /// Forgets everything: the VM is no more.
+    /// Clears everything: the VM has been deleted.
     pub fn clear(&self) {
         self.lock().config.clear();
     }
@@ -94,7 +94,8 @@ impl Thresholds {
         u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// The configuration is whole after every change, so a thread that died with the lock has left nothing half done.
+    /// The configuration is consistent after every change, so a thread that panicked with the lock left nothing half
+    /// done.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unpoisoned()
     }
@@ -105,8 +106,8 @@ impl Thresholds {
         self.wake.notify_all();
     }
 
-    /// Waits until it is time to look at something; `None` when the end has come. While there is nothing to look at
-    /// the thread sleeps.
+    /// Waits until the next evaluation is due; `None` at the end. While there is nothing to evaluate, the thread
+    /// sleeps.
     pub(crate) fn wait(&self, due: &mut Option<Instant>, interval: Duration) -> Option<Look> {
         let mut state = self.lock();
         while !state.stop {

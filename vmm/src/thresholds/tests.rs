@@ -1,4 +1,4 @@
-//! Rules and their states on a clock that is a number.
+//! Rules and their states on a simulated clock.
 
 #![allow(clippy::unwrap_used)]
 

@@ -1,6 +1,6 @@
-//! Puts a machine together, part by part, from a validated configuration.
+//! Builds a machine from a validated configuration.
 //!
-//! Whatever the configuration names is opened first and KVM last, so that what is said of a path or a value does not
+//! Everything that the configuration names is opened first and KVM last, so that errors about a path or a value do not
 //! depend on the host:
 //!
 //! ```text
@@ -26,7 +26,7 @@ use super::observer::{Observed, OwnObserver};
 use super::{Vm, VmContext, VmError, consoles, network};
 use crate::config::wished_slots;
 
-/// Everything a machine is made of, open and checked, before there is one.
+/// All parts of a machine, open and checked, before it is created.
 pub(super) struct Parts {
     payload: Payload,
     memory: GuestMemory,
@@ -81,7 +81,7 @@ impl Parts {
         })
     }
 
-    /// Makes the machine of them.
+    /// Creates the machine from them.
     fn assemble(
         mut self,
         kvm: &Kvm,
@@ -128,7 +128,7 @@ impl Parts {
     }
 }
 
-/// Builds the machine; on an error everything made so far is dropped again.
+/// Builds the machine; on an error, everything created so far is dropped.
 pub(super) fn build(config: &mut VmConfig, context: &VmContext) -> Result<Vm, VmError> {
     let parts = Parts::open(config, context)?;
     let kvm = Kvm::open().map_err(|source| VmError::Pc(PcError::Kvm(source)))?;

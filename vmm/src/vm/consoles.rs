@@ -26,7 +26,7 @@ pub struct Consoles {
 struct Open {
     serial: Option<(EndpointMode, Arc<Endpoint>)>,
     console: Option<(EndpointMode, Arc<Endpoint>)>,
-    /// Last: endpoints take themselves off its list when they go.
+    /// Last, because endpoints remove themselves from its list when dropped.
     manager: Option<SerialManager>,
 }
 
@@ -36,7 +36,7 @@ impl fmt::Debug for Consoles {
     }
 }
 
-/// What a configuration says of one console.
+/// The configuration of one console.
 struct Wanted {
     id: &'static str,
     mode: ConsoleOutputMode,
@@ -77,7 +77,7 @@ impl Consoles {
     }
 }
 
-/// The endpoint that is open already, if it is the wanted one, or a new one.
+/// The endpoint that is already open, if it matches the configuration, or a new one.
 fn endpoint(
     slot: &mut Option<(EndpointMode, Arc<Endpoint>)>,
     manager: &mut Option<SerialManager>,
@@ -88,7 +88,7 @@ fn endpoint(
         id: wanted.id.to_owned(),
         source,
     };
-    // The path of a pseudo-terminal is told, not asked for.
+    // The path of a pseudo-terminal is an output, not an input.
     let file = wanted.file.as_deref();
     let mode =
         EndpointMode::from_config(wanted.mode, file, wanted.socket.as_deref()).map_err(failed)?;
@@ -114,7 +114,7 @@ fn endpoint(
     Ok(Some(endpoint))
 }
 
-/// Opens the other end of the serial port, if there is to be one, and tells the configuration the pseudo-terminal's path.
+/// Opens the other end of the serial port, if configured, and stores the pseudo-terminal's path in the configuration.
 pub(super) fn open_serial(
     config: &mut VmConfig,
     context: &VmContext,
@@ -133,7 +133,7 @@ pub(super) fn open_serial(
     Ok(endpoint)
 }
 
-/// Makes the console, if there is to be one, and tells the configuration the pseudo-terminal's path.
+/// Creates the console, if configured, and stores the pseudo-terminal's path in the configuration.
 pub(super) fn open_console(
     config: &mut VmConfig,
     context: &VmContext,

@@ -1,4 +1,4 @@
-//! Virtio devices, made of what the configuration says. Nothing here needs a machine to put them in.
+//! Builds virtio devices from the configuration, without a machine.
 
 use std::fs::File;
 use std::io;
@@ -26,19 +26,18 @@ use super::VmError;
 use super::observer::CounterSource;
 use crate::device_ids::{BALLOON_ID, RNG_ID, WATCHDOG_ID};
 
-/// Least part in which memory is plugged in: the guest can give back a transparent huge page, or a page of its own of
-/// that size.
+/// Minimum granularity of memory hot-plug: the guest can return a transparent huge page, or a page of this size.
 const BLOCK_BYTES_MIN: u64 = 2 * MIB;
 
 /// A device that waits for its slot.
 pub(super) struct Made {
     pub(super) plug: Plug,
-    /// Where its counters come from.
+    /// The source of its counters.
     pub(super) counters: CounterSource,
 }
 
 impl Made {
-    /// A device that counts for itself.
+    /// A device with its own counters.
     pub(super) fn new(
         id: &str,
         kind: DeviceKind,
@@ -82,7 +81,7 @@ pub(super) fn disk(disk: &DiskConfig) -> Result<Made, VmError> {
     Ok(Made::new(id, DeviceKind::Block, disk.pci_device_id, block))
 }
 
-/// Where the entropy should come from cannot be opened.
+/// The source of entropy cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[error("Cannot open the entropy source {}", path.display())]
 struct EntropySourceError {
@@ -91,7 +90,7 @@ struct EntropySourceError {
     source: io::Error,
 }
 
-/// The entropy device is always there, as upstream has it.
+/// The entropy device is always present, as in upstream.
 pub(super) fn rng(config: &VmConfig) -> Result<Made, VmError> {
     let id = config.rng.id.as_deref().unwrap_or(RNG_ID);
     let path = &config.rng.src;
@@ -107,7 +106,7 @@ pub(super) fn rng(config: &VmConfig) -> Result<Made, VmError> {
     Ok(Made::new(id, DeviceKind::Rng, slot, Rng::new(id, source)))
 }
 
-/// The balloon, and the handle it is steered by.
+/// The balloon and its handle.
 pub(super) fn balloon(
     config: &BalloonConfig,
     memory: &GuestMemory,
@@ -130,7 +129,7 @@ pub(super) fn balloon(
     Ok((made, handle))
 }
 
-/// The device that plugs memory in, if any can be. It has the name of the zone that grows, as upstream has it.
+/// The memory hot-plug device, if configured. It has the name of the zone that grows, as in upstream.
 pub(super) fn mem(
     config: &VmConfig,
     memory: &GuestMemory,
@@ -152,7 +151,7 @@ pub(super) fn mem(
     Ok(Some((Made::new(id, DeviceKind::Mem, None, mem), handle)))
 }
 
-/// The watchdog, if there is to be one. It resets the machine as the guest itself would.
+/// The watchdog, if configured. It resets the machine as the guest itself would.
 pub(super) fn watchdog(
     config: &VmConfig,
     signals: &Arc<VmSignals>,
@@ -175,7 +174,7 @@ pub(super) fn watchdog(
     )))
 }
 
-/// The socket of a vsock device cannot be made.
+/// The socket of a vsock device cannot be created.
 #[derive(Debug, thiserror::Error)]
 #[error("Cannot listen on {}", path.display())]
 struct VsockSocketError {

@@ -1,29 +1,29 @@
-//! Why a machine could not be built or steered.
+//! Errors of building and controlling a machine.
 
 use std::error::Error;
 
 use machine::pc::PcError;
 use machine::serial::SerialError;
 
-/// Each variant names the part of the machine; the cause says the rest.
+/// Each variant names the part of the machine; the cause has the details.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
     /// The configuration has no balloon.
     #[error("Missing virtio-balloon, can't proceed as expected")]
     MissingBalloon,
-    /// The guest cannot have so much memory.
+    /// The guest cannot have this much memory.
     #[error("The size of RAM cannot be changed so")]
     MemoryResize(#[source] virtio_devices::mem::ResizeError),
-    /// The configuration gives no memory to be plugged in.
+    /// The configuration has no memory hot-plug.
     #[error("Missing virtio-mem, can't proceed as expected")]
     MissingMem,
     /// A run of hinting cannot be started or stopped.
     #[error("The balloon does not take it")]
     Hinting(#[source] virtio_devices::balloon::HintingError),
-    /// A device cannot come or go.
+    /// A device cannot be added or removed.
     #[error(transparent)]
     Hotplug(super::HotplugError),
-    /// Reporting cannot be steered so.
+    /// Reporting cannot be controlled this way.
     #[error("The balloon does not take it")]
     Reporting(#[source] virtio_devices::balloon::policy::ReportingError),
     /// Residency of guest RAM cannot be measured.
@@ -34,17 +34,17 @@ pub enum VmError {
     Console {
         /// The device.
         id: String,
-        /// Why.
+        /// The reason.
         #[source]
         source: SerialError,
     },
-    /// The machine without its devices, or a device cannot be plugged in.
+    /// The machine without its devices cannot be created, or a device cannot be plugged in.
     #[error(transparent)]
     Pc(PcError),
 }
 
 impl VmError {
-    /// The device `id` cannot be made.
+    /// The device `id` cannot be created.
     pub(crate) fn device(id: &str, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self::Pc(PcError::Device {
             id: id.to_owned(),

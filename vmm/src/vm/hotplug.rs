@@ -1,6 +1,6 @@
-//! Devices that come to and go from a running machine, as far as the configuration knows them.
+//! Device hot-plug, on the side of the configuration.
 //!
-//! The configuration forgets a device when it is asked to go; the guest may keep it until it is rebooted.
+//! The configuration drops a device when its removal is requested; the guest may keep it until it is rebooted.
 
 use api::PciDeviceInfo;
 use machine::pc::Plugged;
@@ -10,7 +10,7 @@ use super::devices::{self, Made};
 use super::{Vm, VmError, network};
 use crate::config::NewDevice;
 
-/// Why a device cannot come or go.
+/// Reasons why a device cannot be added or removed.
 #[derive(Debug, thiserror::Error)]
 pub enum HotplugError {
     /// No device of this name.
@@ -19,7 +19,7 @@ pub enum HotplugError {
         /// The name.
         id: String,
     },
-    /// A device that every machine has, or that was not built to go.
+    /// A device that every machine has, or that does not support removal.
     #[error(
         "Device {id} cannot be removed: only disks, network devices, the vsock device and the balloon can"
     )]
@@ -27,7 +27,7 @@ pub enum HotplugError {
         /// The name.
         id: String,
     },
-    /// The guest has given memory to the balloon, or has been asked to.
+    /// The balloon holds memory of the guest, or has a target.
     #[error(
         "The guest has {ballooned_bytes} bytes in the balloon {id} of {target_bytes} bytes it is asked for: \
          resize the balloon to 0 and wait until it is empty"
@@ -35,24 +35,24 @@ pub enum HotplugError {
     BalloonInflated {
         /// The balloon.
         id: String,
-        /// What the guest says it has given.
+        /// The size that the guest reports.
         ballooned_bytes: u64,
-        /// What it is asked for.
+        /// The target.
         target_bytes: u64,
     },
-    /// The guest has been asked to let go of a device of this name and has not done so yet.
+    /// A device of this name is still waiting for its release by the guest.
     #[error("Device {id} is still being removed: the guest has not let go of it")]
     StillLeaving {
         /// The name.
         id: String,
     },
-    /// There are no two balloons.
+    /// A second balloon.
     #[error("The VM has a balloon already, {id}")]
     BalloonPresent {
         /// The balloon.
         id: String,
     },
-    /// There are no two socket devices.
+    /// A second vsock device.
     #[error("The VM already has a vsock device, {id}")]
     VsockPresent {
         /// The device.

@@ -1,8 +1,7 @@
 //! One virtual machine: built from a checked configuration, booted, paused, shut down.
 //!
-//! Owned by the control thread alone. What other threads may read of a running
-//! machine goes through [`MachineObserver`], which never waits for the control
-//! thread and, but for one call that says so, never for the guest.
+//! Owned by the control thread alone. Other threads read a running machine through [`MachineObserver`], which never
+//! waits for the control thread. Except for one documented call, it never waits for the guest.
 
 mod build;
 mod consoles;
@@ -43,7 +42,7 @@ use crate::threads::{ThreadKind, ThreadStart};
 /// What a machine needs from the program around it.
 #[derive(Clone)]
 pub struct VmContext {
-    /// The way back to the control thread.
+    /// Signals to the control thread.
     pub signals: Arc<VmSignals>,
     /// Seccomp hook for every thread.
     pub thread_start: ThreadStart,
@@ -75,7 +74,7 @@ impl VmContext {
         })
     }
 
-    /// What the machine itself gets of it.
+    /// The part that the machine itself needs.
     fn of_machine(&self) -> PcContext {
         let events = Arc::clone(&self.events);
         PcContext {
@@ -100,7 +99,7 @@ impl VmContext {
     }
 }
 
-/// The machine as the control thread drives it. Every call comes from that thread and none waits for the guest. Tests of
+/// The machine as the control thread uses it. Every call comes from that thread and none waits for the guest. Tests of
 /// the control thread and of the API implement it without KVM.
 pub trait Machine {
     /// Starts the vCPUs.
@@ -109,10 +108,10 @@ pub trait Machine {
     /// A vCPU cannot be set up.
     fn boot(&mut self) -> Result<(), VmError>;
 
-    /// Stops vCPUs and device workers; returns when guest memory does not change any more.
+    /// Stops vCPUs and device workers; returns when guest memory no longer changes.
     ///
     /// # Errors
-    /// A vCPU did not stop within its deadline; the machine continues then.
+    /// A vCPU did not stop within its deadline; in this case the machine continues.
     fn pause(&mut self) -> Result<(), VmError>;
 
     /// Undoes [`Machine::pause`].
@@ -121,7 +120,7 @@ pub trait Machine {
     /// A vCPU could not be resumed.
     fn resume(&mut self) -> Result<(), VmError>;
 
-    /// Stops everything and gives all resources back.
+    /// Stops everything and releases all resources.
     ///
     /// # Errors
     /// A vCPU did not end within its deadline.
@@ -158,14 +157,14 @@ pub trait Machine {
     /// [`VmError::MissingBalloon`], or [`VmError::Reporting`] with the reason.
     fn balloon_reporting(&self, request: VmBalloonReporting) -> Result<(), VmError>;
 
-    /// Sends the guest a reporting policy, if there is a balloon and its driver takes one; returns at once.
+    /// Sends a reporting policy to the guest, if there is a balloon and its driver supports one; returns at once.
     fn set_reporting_policy(&self, policy: ReportingPolicy);
 
     /// Adds a device whose configuration has been checked and named, and interrupts the guest. On an error nothing is
     /// left behind. `device` is changed as [`Vm::new`] changes the configuration.
     ///
     /// # Errors
-    /// The device cannot be made or named, or there is no slot for it.
+    /// The device cannot be created or named, or there is no slot for it.
     fn add_device(&mut self, device: &mut NewDevice) -> Result<PciDeviceInfo, VmError>;
 
     /// Requests the release of a device from the guest and returns at once; may be repeated.
@@ -181,19 +180,19 @@ pub trait Machine {
     fn observer(&self) -> Arc<dyn MachineObserver>;
 }
 
-/// Makes the machine of a validated configuration, as [`Vm::new`] does.
+/// Creates the machine of a validated configuration, as [`Vm::new`] does.
 pub type MachineFactory = fn(&mut VmConfig, &VmContext) -> Result<Box<dyn Machine>, VmError>;
 
 /// One virtual machine. Dropping it stops everything it started.
 #[derive(Debug)]
 pub struct Vm {
-    /// First, so that nobody touches guest RAM when the others go.
+    /// First, so that nothing accesses guest RAM when the others are dropped.
     pc: Pc,
-    /// In guest RAM, until boot tells it about the machine.
+    /// In guest RAM; boot adds the description of the machine.
     payload: Payload,
     platform: Option<PlatformConfig>,
     balloon: Option<BalloonHandle>,
-    /// Plugs memory in, if any can be.
+    /// Hot-plugs memory, if configured.
     mem: Option<MemHandle>,
     observer: OwnObserver,
 }
@@ -206,7 +205,7 @@ impl Vm {
     /// pseudo-terminal, the name of a tap.
     ///
     /// # Errors
-    /// Whatever part could not be made, with its cause.
+    /// A part that could not be created, with its cause.
     pub fn new(config: &mut VmConfig, context: &VmContext) -> Result<Self, VmError> {
         build::build(config, context)
     }
@@ -281,7 +280,7 @@ impl Machine for Vm {
         let is_balloon = plugged.kind == DeviceKind::Balloon;
         self.pc.request_removal(plugged).map_err(VmError::Pc)?;
         if is_balloon {
-            // Nobody shall inflate it any more. Its figures go when it does.
+            // The balloon must not be inflated any more. Its figures are dropped with it.
             self.balloon = None;
         }
         Ok(())

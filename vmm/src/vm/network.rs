@@ -1,4 +1,4 @@
-//! Network interfaces: from the configuration to a device on a tap.
+//! Network interfaces: builds a device on a tap from the configuration.
 
 use std::error::Error;
 use std::io;
@@ -22,7 +22,7 @@ struct NotIpv4 {
     address: IpAddr,
 }
 
-/// A descriptor for a tap cannot be taken over.
+/// A tap's descriptor cannot be taken over.
 #[derive(Debug, thiserror::Error)]
 #[error("Cannot use file descriptor {fd} as a tap device")]
 struct DescriptorError {
@@ -31,7 +31,7 @@ struct DescriptorError {
     source: io::Error,
 }
 
-/// Makes one interface and tells the configuration the tap's name.
+/// Creates one interface and stores the tap's name in the configuration.
 pub(super) fn net(config: &mut NetConfig) -> Result<Made, VmError> {
     let id = config
         .id

@@ -17,7 +17,7 @@ use super::reclaim_report::{self, ConfiguredRam};
 use super::reporting;
 use crate::reporting_policy::GuestPolicy;
 
-/// Why there are no figures.
+/// Reasons why figures are unavailable.
 #[derive(Debug, thiserror::Error)]
 pub enum BalloonStatsError {
     /// The configuration has no balloon.
@@ -26,7 +26,7 @@ pub enum BalloonStatsError {
     /// The guest sent none.
     #[error("The guest has not sent its memory statistics")]
     NoAnswer(#[source] StatsError),
-    /// It was shut down between the question and the answer.
+    /// The machine was shut down between request and response.
     #[error("VM is not running")]
     MachineGone,
     /// The page tables cannot be read.
@@ -34,7 +34,7 @@ pub enum BalloonStatsError {
     Residency(#[source] ResidencyError),
 }
 
-/// Where the counters of one device come from.
+/// The source of one device's counters.
 pub(super) enum CounterSource {
     Balloon(BalloonHandle),
     Device(Arc<Mutex<dyn VirtioDevice>>),
@@ -49,7 +49,7 @@ impl CounterSource {
     }
 }
 
-/// What an observer looks at; made once when the machine is built.
+/// The parts that an observer reads; created once when the machine is built.
 pub(super) struct Observed {
     pub(super) zones: Vec<Zone>,
     pub(super) residency: ResidencyProbe,
@@ -67,7 +67,7 @@ impl Observed {
     }
 }
 
-/// What is shown without ever waiting for those who measure: held for microseconds by whoever reads or changes it.
+/// Data that is read without waiting for measurements; the lock is held for microseconds.
 #[derive(Default)]
 struct Published {
     device_tree: BTreeMap<String, DeviceNode>,
@@ -96,7 +96,7 @@ fn nodes(plugged: &Plugged) -> [(String, DeviceNode); 2] {
 
 /// Read-only access to a machine from any thread; never waits for the control thread.
 pub trait MachineObserver: std::fmt::Debug + Send + Sync {
-    /// RAM at boot and what was plugged in, less what the guest says is in the balloon. O(1).
+    /// RAM at boot and hot-plugged memory, less what the guest reports as in the balloon. O(1).
     fn memory_actual_size_bytes(&self) -> u64;
 
     /// Counters by device. Takes microseconds.
@@ -105,10 +105,10 @@ pub trait MachineObserver: std::fmt::Debug + Send + Sync {
     /// A fresh statistics sample from the guest; waits for it until `deadline`.
     ///
     /// # Errors
-    /// No balloon, or no answer in time.
+    /// No balloon, or no response in time.
     fn balloon_stats(&self, deadline: Instant) -> Result<BalloonStatsResponse, BalloonStatsError>;
 
-    /// What the guest gave back; measures residency, which takes a few milliseconds.
+    /// The memory that the guest returned; measures residency, which takes a few milliseconds.
     ///
     /// # Errors
     /// The page tables cannot be read.
@@ -117,14 +117,14 @@ pub trait MachineObserver: std::fmt::Debug + Send + Sync {
     /// The figures of the balloon alone: those of residency are 0. Takes microseconds.
     ///
     /// # Errors
-    /// The machine has gone.
+    /// The machine no longer exists.
     fn balloon_figures(&self) -> Result<ReclaimStats, BalloonStatsError>;
 
-    /// How the guest takes the reporting policy. O(1), and waits for nobody.
+    /// The guest's status of the reporting policy. O(1), and never blocks.
     fn reporting_policy(&self) -> GuestPolicy;
 
-    /// Whether reporting is at work. Waits until `deadline` for a pause that was requested: a guest that has not
-    /// confirmed it then is shut out.
+    /// The state of reporting. Waits until `deadline` for a pause that was requested. If the guest has not confirmed it
+    /// by then, its reports are completed without discarding.
     ///
     /// # Errors
     /// No balloon, or no machine.
@@ -134,10 +134,10 @@ pub trait MachineObserver: std::fmt::Debug + Send + Sync {
     fn device_tree(&self) -> BTreeMap<String, DeviceNode>;
 }
 
-/// A handle on the figures of one machine. Cheap to clone; outlives the machine, and has no figures then.
+/// A handle on the figures of one machine. It is cheap to clone, and has no figures after the machine is gone.
 ///
-/// What it looks at holds guest RAM, image files and taps. A machine that goes takes all of it back, whoever still has
-/// a handle: the next machine may need the same files a moment later.
+/// The observed parts hold guest RAM, image files and taps. A machine that ends releases all of them, even if handles
+/// remain: the next machine may need the same files a moment later.
 #[derive(Clone)]
 pub(super) struct VmObserver {
     /// RAM at boot.
@@ -154,7 +154,7 @@ impl std::fmt::Debug for VmObserver {
     }
 }
 
-/// The machine's own handle, which takes everything back when it is dropped.
+/// The machine's own handle, which releases everything when it is dropped.
 #[derive(Debug)]
 pub(super) struct OwnObserver(VmObserver);
 
@@ -175,7 +175,7 @@ impl OwnObserver {
         self.0.clone()
     }
 
-    /// Shows a device that came. Waits for reads under way, as dropping does.
+    /// Adds a new device. Waits for reads in progress, as dropping does.
     pub(super) fn add(
         &self,
         plugged: &Plugged,
@@ -197,7 +197,7 @@ impl OwnObserver {
         });
     }
 
-    /// Forgets a device that went, and lets go of it. Waits for reads under way, as dropping does.
+    /// Removes and drops a device. Waits for reads in progress, as dropping does.
     pub(super) fn remove(&self, id: &str, is_balloon: bool) {
         let mut gone = Vec::new();
         self.change(|observed| {
@@ -231,7 +231,7 @@ impl OwnObserver {
 }
 
 impl Drop for OwnObserver {
-    /// Waits for reads under way, of which the longest measures residency and takes milliseconds. None of them waits
+    /// Waits for reads in progress, the longest of which measures residency and takes milliseconds. None of them waits
     /// for the guest.
     fn drop(&mut self) {
         let mut observed = self.0.observed.write().unpoisoned();
@@ -242,7 +242,7 @@ impl Drop for OwnObserver {
 }
 
 impl VmObserver {
-    /// Looks at the machine, which cannot go meanwhile; `None` when it has gone.
+    /// Reads the machine, which cannot end meanwhile; `None` if it has ended.
     fn look<T>(&self, read: impl FnOnce(&Observed) -> T) -> Option<T> {
         let observed = self.observed.read().unpoisoned();
         observed.as_ref().map(read)
@@ -283,7 +283,7 @@ impl MachineObserver for VmObserver {
     }
 
     fn balloon_stats(&self, deadline: Instant) -> Result<BalloonStatsResponse, BalloonStatsError> {
-        // The lock is given back before the wait for the guest.
+        // The lock is released before the wait for the guest.
         let balloon = self
             .look(|observed| observed.balloon.clone())
             .ok_or(BalloonStatsError::MachineGone)?
@@ -329,7 +329,7 @@ impl MachineObserver for VmObserver {
     }
 
     fn reporting_policy(&self) -> GuestPolicy {
-        // A machine on its way out holds the lock, and is none any more.
+        // A machine that is ending holds the lock, and counts as gone.
         let Ok(observed) = self.observed.try_read() else {
             return GuestPolicy::NoMachine;
         };
@@ -341,7 +341,7 @@ impl MachineObserver for VmObserver {
     }
 
     fn reporting(&self, deadline: Instant) -> Result<ReportingStatus, BalloonStatsError> {
-        // The lock is given back before the wait for the guest.
+        // The lock is released before the wait for the guest.
         let balloon = self
             .look(|observed| observed.balloon.clone())
             .ok_or(BalloonStatsError::MachineGone)?

@@ -1,6 +1,6 @@
-//! `vm.reclaim-stats` and `vm.balloon-stats` from what the balloon and the page tables say.
+//! `vm.reclaim-stats` and `vm.balloon-stats`, from the balloon's figures and the page tables.
 //!
-//! The device's types are not wire types: this is the one place where they meet.
+//! The device's types are not wire types; only this file converts between them.
 
 use std::time::{Duration, Instant};
 
@@ -17,10 +17,10 @@ use machine::memory::Zone;
 
 use super::reporting;
 
-/// RAM that the guest has been given.
+/// RAM that the guest has.
 pub(super) struct ConfiguredRam<'a> {
     pub(super) zones: &'a [Zone],
-    /// Of the zone that memory is plugged in from, what the guest has plugged.
+    /// The plugged part of the zone for memory hot-plug.
     pub(super) plugged_bytes: u64,
 }
 
@@ -38,7 +38,7 @@ impl ConfiguredRam<'_> {
     }
 }
 
-/// Puts the answer together. Without a balloon only residency has figures, and without a sample residency has none.
+/// Assembles the response. Without a balloon, only residency has figures; without a sample, residency has none.
 pub(super) fn reclaim_stats(
     residency: Option<&ResidencySample>,
     ram: &ConfiguredRam<'_>,
@@ -50,7 +50,7 @@ pub(super) fn reclaim_stats(
         ..ReclaimStats::default()
     };
     if let Some(residency) = residency {
-        // Less than what is mapped, where memory can be plugged in: what is not plugged was not given.
+        // Less than what is mapped, if memory can be hot-plugged: unplugged memory does not count.
         stats.configured_bytes = ram.bytes();
         stats.resident_bytes = residency.resident_bytes;
         stats.reclaimed_bytes = ram.bytes().saturating_sub(residency.resident_bytes);
@@ -71,7 +71,7 @@ pub(super) fn reclaim_stats(
             runs_requested: balloon.hinting.runs_requested,
             runs_completed: balloon.hinting.runs_completed,
         };
-        // Without a sample nothing is known to be absent.
+        // Without a sample, nothing is known to be absent.
         if residency.is_some() {
             stats.repopulated_bytes = repopulated_bytes(&stats);
             stats.repopulated_method = "discarded-minus-absent".to_owned();
@@ -148,7 +148,7 @@ pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// What was discarded and is not absent now. See the field for what this cannot tell.
+/// Memory that was discarded and is not present now. See the field for the limits of this figure.
 fn repopulated_bytes(stats: &ReclaimStats) -> u64 {
     [&stats.report, &stats.inflate, &stats.hint]
         .into_iter()
@@ -305,7 +305,7 @@ mod tests {
         };
         assert_eq!(figures(0, 0), ((100, 60, 40), (0, 0, 0)));
         assert_eq!(figures(200, 50), ((300, 110, 190), (200, 50, 150)));
-        // A guest that uses what it has not plugged is seen.
+        // A guest that uses memory it has not plugged is detected.
         assert_eq!(figures(0, 70), ((100, 130, 0), (0, 70, 0)));
     }
 

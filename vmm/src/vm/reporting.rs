@@ -1,10 +1,10 @@
-//! Free page reporting in the words of the wire: requests, and where a pause stands.
+//! Free page reporting in wire types: requests, and the state of a pause.
 
 use api::{ReportNow, ReportingAction, ReportingStatus, VmBalloonReporting};
 use virtio_devices::balloon::policy::{ReportNowStatus, ReportingError};
 use virtio_devices::balloon::{BalloonHandle, PausePhase, ReportingState};
 
-/// Carries out a request; a pause is only asked for here.
+/// Executes a request; a pause is only requested here.
 pub(super) fn steer(
     balloon: &BalloonHandle,
     request: VmBalloonReporting,

@@ -1,4 +1,4 @@
-//! One client: reads a request, waits for its answer, writes it, reads the next.
+//! One client: reads a request, waits for its response, writes it, and reads the next request.
 //!
 //! ```text
 //!            request complete            answer written
@@ -7,8 +7,8 @@
 //!     │ too slow                  ▼
 //!     └──────────────────────► Closing ──► Lingering ──► gone
 //! ```
-//! Lingering reads and forgets what the client still sends: closing a UNIX socket with unread bytes would break the
-//! client's write and keep it from reading why it was refused.
+//! Lingering reads and discards further data from the client. Closing a UNIX socket with unread bytes would break the
+//! client's write and keep it from reading the reason for the rejection.
 
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
@@ -24,19 +24,19 @@ use super::framing::Framer;
 use super::receive::{FDS_MAX, receive};
 use super::reply::{Answer, Status};
 
-/// Bytes read and forgotten from a client that was refused.
+/// Maximum number of bytes read and discarded from a rejected client.
 const LINGER_BYTES_MAX: usize = 16 << 20;
 
-/// How long a client may take.
+/// Time limits of a client.
 #[derive(Debug, Clone, Copy)]
 pub struct Deadlines {
-    /// Longest silence within a request or while an answer is not being read.
+    /// Maximum silence within a request, or while the client does not read a response.
     pub stall: Duration,
-    /// Longest time for one whole request, however lively the client drips.
+    /// Maximum time for one whole request, even if bytes keep arriving.
     pub request: Duration,
-    /// A connection without a request must be this old before another client may have its place.
+    /// Minimum idle time before a connection can be closed in favour of another client.
     pub idle_grace: Duration,
-    /// How long a refused client is listened to.
+    /// How long data from a rejected client is read.
     pub linger: Duration,
 }
 
@@ -51,14 +51,14 @@ impl Default for Deadlines {
     }
 }
 
-/// What the server shall do after a connection did its part.
+/// The server's next action for a connection.
 #[derive(Debug)]
 pub(super) enum Step {
     /// Wait for the next event.
     Wait,
-    /// Have this request answered.
+    /// Have this request served.
     Serve(Box<Request>),
-    /// Forget the connection.
+    /// Drop the connection.
     Close,
 }
 
@@ -106,8 +106,8 @@ impl Connection {
         }
     }
 
-    /// What to wait for. A client whose request is being worked on is not read from, so that it cannot fill our memory
-    /// with the next ones.
+    /// The events to wait for. Nothing is read from a client whose request is in progress, so that it cannot fill our
+    /// memory with further requests.
     pub(super) fn interest(&self) -> EventSet {
         let mut interest = EventSet::empty();
         if matches!(self.phase, Phase::Reading | Phase::Lingering { .. }) {
@@ -131,7 +131,7 @@ impl Connection {
         }
     }
 
-    /// True when another client may have this one's place.
+    /// True if this connection can be closed in favour of another client.
     pub(super) fn may_be_evicted(&self, now: Instant, deadlines: &Deadlines) -> bool {
         match self.phase {
             Phase::Lingering { .. } => true,
@@ -144,12 +144,12 @@ impl Connection {
         }
     }
 
-    /// When the connection last did something.
+    /// The time of the connection's last activity.
     pub(super) fn last_progress(&self) -> Instant {
         self.last_progress
     }
 
-    /// True when nothing is left to be written.
+    /// True if nothing is left to be written.
     pub(super) fn is_flushed(&self) -> bool {
         self.output.is_empty()
     }
@@ -168,7 +168,7 @@ impl Connection {
         self.advance(now)
     }
 
-    /// The deadline has passed: a half-sent request is refused, anything else is given up.
+    /// Called when the deadline has passed: rejects a half-sent request, and drops the connection in any other state.
     pub(super) fn expire(&mut self, now: Instant) -> Step {
         if self.phase == Phase::Reading && self.output.is_empty() {
             return self.refuse("The request was not completed in time.", now);
@@ -176,7 +176,7 @@ impl Connection {
         Step::Close
     }
 
-    /// Writes the answer to the request being worked on, and looks at what came after it.
+    /// Writes the response to the request in progress, and processes what was received after it.
     pub(super) fn answer(&mut self, answer: &Answer, now: Instant) -> Step {
         if self.phase != Phase::Busy {
             return Step::Wait;
@@ -267,7 +267,7 @@ impl Connection {
         }
     }
 
-    /// Writes as much as the client takes.
+    /// Writes as much as the client accepts.
     fn flush(&mut self, now: Instant) -> io::Result<()> {
         while !self.output.is_empty() {
             match self.stream.write(&self.output) {

@@ -1,45 +1,46 @@
-//! Cuts a byte stream into HTTP requests (RFC 9112), with a bound on every part.
+//! Splits a byte stream into HTTP requests (RFC 9112), with a limit on every part.
 //!
 //! `micro_http` parses; this file only finds where a request ends. The crate's own connection type is not used because
 //! it bounds neither the number of header lines nor the descriptors that come with them.
 
 use micro_http::{Body, Headers, Request, RequestError};
 
-/// Longest request line and headers together. Clients of this API send a few hundred bytes.
+/// Maximum length of request line and headers together. Clients of this API send a few hundred bytes.
 pub(super) const HEAD_BYTES_MAX: usize = 16 << 10;
-/// Longest body, the same as upstream's limit.
+/// Maximum length of a body, the same as upstream's limit.
 pub(super) const PAYLOAD_BYTES_MAX: usize = 4 << 20;
 
-/// Longest line before a chunk: its size and extensions, which nobody sends.
+/// Maximum length of the line before a chunk: its size and extensions, which no known client sends.
 const CHUNK_LINE_BYTES_MAX: usize = 1 << 10;
 
 const LINE_END: &[u8] = b"\r\n";
 const HEAD_END: &[u8] = b"\r\n\r\n";
 
-/// Why the bytes are no request. The connection cannot be used any more, because nobody knows where the next one begins.
+/// Reasons for rejecting the bytes. The connection cannot be used any more, because the start of the next request is
+/// unknown.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum FramingError {
     /// The head does not end.
     #[error("Request line and headers are longer than {HEAD_BYTES_MAX} bytes.")]
     HeadTooLong,
-    /// The body is announced as larger than allowed.
+    /// The announced body exceeds the limit.
     #[error(
         "Request payload with size {bytes} is larger than the limit of {PAYLOAD_BYTES_MAX} allowed by server."
     )]
     PayloadTooLarge {
-        /// Size that was announced.
+        /// The announced size.
         bytes: usize,
     },
     /// A coding that is not `chunked`.
     #[error("The only supported Transfer-Encoding is chunked.")]
     TransferEncoding,
-    /// Two lengths that differ, or a length beside a transfer coding: another reader may cut the stream elsewhere.
+    /// Two different lengths, or a length beside a transfer coding: another reader may split the stream elsewhere.
     #[error("The request gives more than one length of its body.")]
     AmbiguousLength,
-    /// No chunk begins where one should.
+    /// Missing start of a chunk.
     #[error("The chunks of the request body are malformed.")]
     Chunk,
-    /// Not HTTP. `RequestError` is no `std::error::Error`, so its text stands here.
+    /// Not HTTP. `RequestError` does not implement `std::error::Error`, so its text is stored here.
     #[error("{0}")]
     Malformed(RequestError),
 }
@@ -48,12 +49,12 @@ pub(super) enum FramingError {
 #[derive(Debug, Default)]
 pub(super) struct Framer {
     bytes: Vec<u8>,
-    /// How far the end of the head was looked for, so that a byte-by-byte client costs no quadratic scan.
+    /// Where the search for the end of the head continues, so that a byte-by-byte client costs no quadratic scan.
     scanned: usize,
     head: Option<Head>,
 }
 
-/// What is known once the head is complete.
+/// What is known after the head is complete.
 #[derive(Debug)]
 struct Head {
     body: BodyFrame,
@@ -69,7 +70,7 @@ enum BodyFrame {
     Chunked(Box<Chunks>),
 }
 
-/// A request whose body comes in chunks (RFC 9112 section 7.1), and what has come of it.
+/// A request whose body comes in chunks (RFC 9112 section 7.1), and its progress.
 #[derive(Debug)]
 struct Chunks {
     /// Without its body, until that is complete.
@@ -80,12 +81,12 @@ struct Chunks {
 }
 
 impl Framer {
-    /// True when no request has begun.
+    /// True if no request has begun.
     pub(super) fn is_empty(&self) -> bool {
         self.bytes.is_empty() && self.head.is_none()
     }
 
-    /// Takes in what was received. The caller calls [`Framer::next`] after each push, which bounds the buffer.
+    /// Appends received bytes. The caller calls [`Framer::next`] after each push, which bounds the buffer.
     pub(super) fn push(&mut self, received: &[u8]) {
         self.bytes.extend_from_slice(received);
     }
@@ -93,7 +94,7 @@ impl Framer {
     /// The next complete request, if there is one.
     ///
     /// # Errors
-    /// The stream is no HTTP, or a part is too large.
+    /// The stream is not HTTP, or a part is too large.
     pub(super) fn next(&mut self) -> Result<Option<Request>, FramingError> {
         if self.head.is_none() {
             self.head = self.find_head()?;
@@ -112,7 +113,7 @@ impl Framer {
             BodyFrame::Chunked(chunks) => chunks.take(&mut self.bytes)?,
         };
         if request.is_some() {
-            // A large body must not stay allocated on a connection kept alive.
+            // A large body must not stay allocated on a connection that is kept alive.
             self.bytes.shrink_to(HEAD_BYTES_MAX);
             self.scanned = 0;
             self.head = None;
@@ -233,7 +234,7 @@ impl Chunks {
     }
 }
 
-/// Where the data of the next chunk begins and how long it is; `None` while its line is not complete.
+/// The start and length of the next chunk's data; `None` while its line is incomplete.
 fn chunk_line(bytes: &[u8]) -> Result<Option<(usize, usize)>, FramingError> {
     let parsed = httparse::parse_chunk_size(bytes).map_err(|_| FramingError::Chunk)?;
     match parsed {
@@ -245,8 +246,8 @@ fn chunk_line(bytes: &[u8]) -> Result<Option<(usize, usize)>, FramingError> {
     }
 }
 
-/// Whether the body comes in chunks. `micro_http` takes the last of several lengths and ignores codings it does not
-/// know; a request that another reader would cut elsewhere is refused here.
+/// Whether the body comes in chunks. `micro_http` uses the last of several lengths and ignores unknown codings. A
+/// request that another reader would split elsewhere is rejected here.
 fn is_chunked(fields: &[u8]) -> Result<bool, FramingError> {
     let text = String::from_utf8_lossy(fields);
     let mut length = None;
@@ -451,7 +452,7 @@ mod tests {
         assert!(framer.next().unwrap().is_some());
     }
 
-    /// Pieces of requests, right and wrong, that a stream is made of.
+    /// Valid and invalid pieces of requests, of which a stream is composed.
     fn piece() -> impl Strategy<Value = Vec<u8>> {
         let known = |text: &'static str| Just(text.as_bytes().to_vec());
         prop_oneof![

@@ -1,8 +1,8 @@
-//! HTTP on a UNIX socket: `micro_http` parses and formats, our own loop serves.
+//! HTTP on a UNIX socket: `micro_http` parses and formats; our own loop serves.
 //!
-//! Bounds: ten clients, a head of 16 KiB, a body of 4 MiB, 64 descriptors, one request at a time on each connection, and a
-//! deadline on everything a client can be slow at. The wire has upstream's form, because its `ch-remote` parses it by
-//! hand.
+//! Limits: ten clients, a head of 16 KiB, a body of 4 MiB, 64 descriptors, one request at a time on each connection,
+//! and a deadline on everything that a client can delay. The format on the wire is upstream's, because its `ch-remote`
+//! parses it by hand.
 
 mod connection;
 mod framing;

@@ -10,13 +10,13 @@ use std::os::unix::net::UnixStream;
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// Most descriptors in one message. A network device takes one for each queue pair.
+/// Maximum number of descriptors in one message. A network device takes one for each queue pair.
 pub(super) const FDS_MAX: usize = 64;
 
-/// Receives once. More than [`FDS_MAX`] descriptors in one message are an error; all of them are closed then.
+/// Receives once. More than [`FDS_MAX`] descriptors in one message are an error; in this case all of them are closed.
 ///
 /// # Errors
-/// `recvmsg` failed, `WouldBlock` among others.
+/// `recvmsg` failed, for example with `WouldBlock`.
 pub(super) fn receive(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<(usize, Vec<File>)> {
     let mut fds = [-1; FDS_MAX];
     let mut iovecs = [libc::iovec {

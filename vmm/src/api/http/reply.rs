@@ -1,4 +1,4 @@
-//! Answers, and the way they come back to the HTTP thread from wherever they were made.
+//! Responses, and their way back to the HTTP thread.
 
 use std::sync::{Arc, Mutex};
 
@@ -21,7 +21,7 @@ pub enum Status {
     Ok = 200,
     /// Success without a body.
     NoContent = 204,
-    /// The request makes no sense.
+    /// The request is invalid.
     BadRequest = 400,
     /// No such path, VM or device.
     NotFound = 404,
@@ -35,7 +35,7 @@ pub enum Status {
     ServiceUnavailable = 503,
 }
 
-/// What a request is answered with.
+/// The response to a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
     /// The status.
@@ -65,7 +65,7 @@ impl Answer {
         Self::with_body(status, chain)
     }
 
-    /// What the HTTP layer itself has to complain about: an object, where the API sends an array, as upstream does.
+    /// An error from the HTTP layer itself: an object, where the API sends an array, as upstream does.
     pub(super) fn refusal(status: Status, text: &str) -> Self {
         Self::with_body(status, &serde_json::json!({ "error": text }))
     }
@@ -91,7 +91,7 @@ impl Answer {
             Version::Http11 => "HTTP/1.1",
         };
         let mut bytes = format!("{version_text} {} \r\n", self.status as u16).into_bytes();
-        // Headers and body are the crate's. Its own status line, which lacks codes, is left out.
+        // Headers and body are formatted by `micro_http`. Its own status line, which lacks some codes, is left out.
         let mut response = Response::new(version, StatusCode::OK);
         response.set_server(SERVER_NAME);
         if let Some(body) = &self.body {
@@ -107,8 +107,8 @@ impl Answer {
     }
 }
 
-/// The right, and the duty, to answer one request. May be sent to another thread. Dropping it unanswered answers 500,
-/// so that no client waits for ever for a request that got lost.
+/// The right, and the duty, to respond to one request. It may be sent to another thread. If it is dropped without a
+/// response, it sends 500, so that no client waits forever for a lost request.
 #[derive(Debug)]
 pub struct Reply {
     connection: u64,
@@ -125,7 +125,7 @@ impl Reply {
         }
     }
 
-    /// Hands the answer to the HTTP thread. Never waits for the client.
+    /// Hands the response to the HTTP thread. Never waits for the client.
     pub fn send(mut self, answer: Answer) {
         self.sent = true;
         self.mailbox.post(self.connection, answer);
@@ -142,8 +142,8 @@ impl Drop for Reply {
     }
 }
 
-/// Answers on their way to the HTTP thread. Holds at most one for each connection that ever waited, and is emptied at
-/// every turn of the loop.
+/// Responses on their way to the HTTP thread. The queue holds at most one for each connection that ever waited, and is
+/// emptied in every iteration of the loop.
 #[derive(Debug)]
 pub(super) struct Mailbox {
     answers: Mutex<Vec<(u64, Answer)>>,

@@ -1,6 +1,6 @@
-//! The `http-server` thread: accepts clients, keeps their number and their patience bounded, and carries answers back.
+//! The `http-server` thread: accepts clients, limits their number and time, and forwards responses.
 //!
-//! It never waits for anything but epoll. Requests go to the [`Handler`], which must not block either.
+//! It blocks only in epoll. Requests go to the [`Handler`], which must not block either.
 
 use std::collections::BTreeMap;
 use std::io::{self, ErrorKind, Write};
@@ -18,12 +18,12 @@ use super::connection::{Connection, Deadlines, Step};
 use super::reply::{Answer, Mailbox, Reply, Status};
 use crate::threads::HTTP_THREAD;
 
-/// Clients served at the same time, as many as upstream's server takes.
+/// Maximum number of concurrent clients, the same as upstream's.
 pub const CONNECTIONS_MAX: usize = 10;
 
-/// How long no connection is accepted after the process ran out of descriptors.
+/// How long the server accepts no connection after the process ran out of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Longest wait for answers to leave when the server stops.
+/// Maximum wait for pending responses when the server stops.
 const FLUSH_WAIT: Duration = Duration::from_secs(1);
 const READ_BYTES: usize = 16 << 10;
 const STACK_BYTES: usize = 256 << 10;
@@ -32,24 +32,24 @@ const TOKEN_LISTENER: u64 = 0;
 const TOKEN_WAKE: u64 = 1;
 const TOKEN_FIRST_CLIENT: u64 = 2;
 
-/// Answers requests. Called on the HTTP thread; whatever takes time is done elsewhere and the [`Reply`] taken along.
+/// Serves requests. Called on the HTTP thread; slow work is done elsewhere and takes the [`Reply`] along.
 pub trait Handler: Send + 'static {
-    /// Answers `request`, now or later.
+    /// Responds to `request`, now or later.
     fn handle(&self, request: Request, reply: Reply);
 }
 
-/// Why the server could not be started.
+/// Errors of starting the server.
 #[derive(Debug, thiserror::Error)]
 pub enum HttpServerError {
     /// No epoll, no eventfd, or the socket cannot be made non-blocking.
     #[error("Cannot set up the event loop of the HTTP server")]
     Setup(#[source] io::Error),
-    /// No thread.
+    /// The thread cannot be started.
     #[error("Cannot start the thread {HTTP_THREAD}")]
     Spawn(#[source] io::Error),
 }
 
-/// A running server; dropping it stops it after the answers that are ready have left.
+/// A running server; dropping it stops it after the pending responses have been sent.
 #[derive(Debug)]
 pub struct HttpServer {
     stop: Arc<AtomicBool>,
@@ -188,7 +188,7 @@ impl<H: Handler> Loop<H> {
                 token => self.on_client_events(token, event.event_set()),
             }
         }
-        // Last, when those that have hung up have made room.
+        // Last, after clients that have hung up have made room.
         if somebody_connects {
             self.accept();
         }
@@ -222,7 +222,7 @@ impl<H: Handler> Loop<H> {
     fn deliver_answers(&mut self) {
         let now = Instant::now();
         for (token, answer) in self.mailbox.take() {
-            // A client that has gone meanwhile is not told.
+            // If the client has gone meanwhile, the response is dropped.
             if let Some(client) = self.clients.get_mut(&token) {
                 let step = client.connection.answer(&answer, now);
                 self.take_step(token, step);
@@ -263,7 +263,7 @@ impl<H: Handler> Loop<H> {
                 self.handler.handle(*request, reply);
             }
             Step::Close => {
-                // Closing the descriptor takes it out of the epoll set, too.
+                // Closing the descriptor removes it from the epoll set, too.
                 self.clients.remove(&token);
                 return;
             }
@@ -287,8 +287,8 @@ impl<H: Handler> Loop<H> {
         }
     }
 
-    /// Takes as many as there is room for, but at least one, which may be refused: before the
-    /// next, others may hang up. So a storm of connects does not keep the others from being served.
+    /// Accepts as many clients as there is room for, but at least one, which may be rejected: others may hang up before
+    /// the next. So a storm of connects does not starve the others.
     fn accept(&mut self) {
         let room = CONNECTIONS_MAX.saturating_sub(self.clients.len());
         for _ in 0..room.max(1) {
@@ -301,7 +301,7 @@ impl<H: Handler> Loop<H> {
                         ErrorKind::Interrupted | ErrorKind::ConnectionAborted
                     ) => {}
                 Err(error) => {
-                    // Most likely out of descriptors. The pending connection would wake us at once, for ever.
+                    // Most likely out of descriptors. The pending connection would wake the thread at once, endlessly.
                     log::warn!("The API takes no connections for a moment: {error}");
                     self.accept_again_at = Some(Instant::now() + ACCEPT_PAUSE);
                     self.watch_listener(EventSet::empty());
@@ -353,7 +353,7 @@ impl<H: Handler> Loop<H> {
         );
     }
 
-    /// Makes room by dropping the connection that has been idle longest, if one has been so long enough.
+    /// Makes room by dropping the connection that has been idle longest, if it has been idle long enough.
     fn evict(&mut self, now: Instant) -> bool {
         let longest_idle = self
             .clients
@@ -368,7 +368,8 @@ impl<H: Handler> Loop<H> {
     }
 }
 
-/// Tells a client that there is no room. It fits any socket buffer, so one attempt without waiting is enough.
+/// Rejects a client because there is no room. The response fits any socket buffer, so one non-blocking attempt is
+/// enough.
 fn refuse_full(mut stream: UnixStream) {
     let answer = Answer::refusal(Status::ServiceUnavailable, "Too many open connections");
     if let Err(error) = stream.write_all(&answer.to_bytes(Version::Http11)) {

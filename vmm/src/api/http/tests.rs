@@ -1,4 +1,4 @@
-//! The server against clients that send raw bytes, polite and not.
+//! The server against well-behaved and hostile clients that send raw bytes.
 
 #![allow(clippy::unwrap_used)]
 
@@ -13,10 +13,10 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::*;
 
-/// Long enough for a loaded machine; no test waits for it unless it fails.
+/// Long enough for a loaded machine; only a failing test waits this long.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Answers `/ping` at once, `/count` with sizes, and keeps the reply to `/later`.
+/// Responds to `/ping` at once, to `/count` with sizes, and keeps the reply to `/later`.
 #[derive(Clone, Default)]
 struct Fixture {
     kept: Arc<Mutex<Vec<Reply>>>,
@@ -78,7 +78,7 @@ impl Server {
     }
 }
 
-/// Reads one response the way upstream's client does: `Content-Length: ` in exactly this case, or no body.
+/// Reads one response as upstream's client does: `Content-Length: ` in exactly this case, or no body.
 fn read_response(stream: &mut UnixStream) -> (u16, Option<String>) {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
@@ -176,7 +176,7 @@ fn server_eleventh_client_gets_503_until_the_others_were_idle_long_enough() {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let mut retry = server.connect();
-        // Refused clients see a closed pipe here; that the answer says 200 is what counts.
+        // Rejected clients see a closed pipe here; only the status 200 of a response counts.
         let _ = retry.write_all(b"GET /ping HTTP/1.1\r\n\r\n");
         if read_response(&mut retry).0 == 200 {
             break;
@@ -193,7 +193,7 @@ fn server_has_room_for_ten_clients_that_come_again_and_again() {
     });
     std::thread::scope(|scope| {
         for _ in 0..CONNECTIONS_MAX {
-            // Each has left when it comes again, and no request is refused.
+            // Each client has left before it connects again, so no request is rejected.
             scope.spawn(|| (0..200).for_each(|_| server.ping()));
         }
     });
