@@ -1,9 +1,8 @@
-//! Address spaces of the guest: which device answers at which port or address.
+//! Address spaces of the guest: maps ports and addresses to devices.
 //!
-//! One [`Bus`] for port I/O and one for memory-mapped I/O. vCPU threads look
-//! devices up on every exit; PCI moves ranges when the guest programs a BAR.
-//! The lock is held only to find the device, never while it works: a device
-//! may change the very bus it is called through.
+//! One [`Bus`] serves port I/O and one memory-mapped I/O. vCPU threads look up devices on every exit; PCI moves ranges
+//! when the guest programs a BAR. The lock is held only to find the device, never while the device works, because a
+//! device may change the very bus through which it is called.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,19 +11,18 @@ use std::sync::{Arc, RwLock};
 
 use virtio_devices::Unpoisoned;
 
-/// Something that answers reads and writes in a range of addresses.
+/// A device that responds to reads and writes in a range of addresses.
 ///
-/// Called by vCPU threads, several at a time. `offset` counts from the start of
-/// the device's range, and `offset + data.len()` never passes its end. Any
-/// length may come; nothing may panic or block.
+/// vCPU threads call it, several at a time. `offset` counts from the start of the device's range, and `offset +
+/// data.len()` never exceeds its end. Any length is possible; the device must not panic or block.
 pub trait BusDevice: Send + Sync {
     /// Fills all of `data`.
     fn read(&self, offset: u64, data: &mut [u8]);
-    /// Takes all of `data`.
+    /// Processes all of `data`.
     fn write(&self, offset: u64, data: &[u8]);
 }
 
-/// Why a range cannot be changed.
+/// Reasons why a range cannot be changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum BusError {
     /// Part of the range belongs to another device.
@@ -34,12 +32,12 @@ pub enum BusError {
         base: u64,
         /// Its length.
         bytes: u64,
-        /// Start of the range that is there.
+        /// Start of the existing range.
         other_base: u64,
         /// Its length.
         other_bytes: u64,
     },
-    /// The range is empty or goes past the end of the address space.
+    /// The range is empty or exceeds the address space.
     #[error("{base:#x}+{bytes:#x} is not a range of addresses")]
     NotARange {
         /// Start of the refused range.
@@ -77,10 +75,10 @@ impl Bus {
         Self::default()
     }
 
-    /// Puts `device` at `base..base + bytes`.
+    /// Maps `device` at `base..base + bytes`.
     ///
     /// # Errors
-    /// The range is taken, even in part, or is none.
+    /// The range, or a part of it, is in use, or it is invalid.
     pub fn insert(
         &self,
         base: u64,
@@ -108,14 +106,14 @@ impl Bus {
         Ok(())
     }
 
-    /// Takes the device that starts at `base` away; false if there is none.
-    /// Accesses that have already found it may still be running.
+    /// Unmaps the device that starts at `base`; false if there is none. Accesses that have already found it may still
+    /// be running.
     pub fn remove(&self, base: u64) -> bool {
         let mut ranges = self.ranges.write().unpoisoned();
         ranges.remove(&base).is_some()
     }
 
-    /// Reads; all ones where nothing answers, as on an undriven bus.
+    /// Reads; returns all ones where there is no device, as on an undriven bus.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.resolve(address, data.len()) {
             Some((device, offset)) => device.read(offset, data),
@@ -126,7 +124,7 @@ impl Bus {
         }
     }
 
-    /// Writes; dropped where nothing answers.
+    /// Writes; ignored where there is no device.
     pub fn write(&self, address: u64, data: &[u8]) {
         match self.resolve(address, data.len()) {
             Some((device, offset)) => device.write(offset, data),
@@ -136,7 +134,7 @@ impl Bus {
         }
     }
 
-    /// Accesses that hit nothing or straddled the end of a device.
+    /// Accesses that hit no device or crossed the end of one.
     pub fn missed(&self) -> u64 {
         self.missed.load(Ordering::Relaxed)
     }
@@ -156,7 +154,7 @@ mod tests {
     use proptest::prelude::*;
     use std::sync::Mutex;
 
-    /// Answers with the low byte of each offset and remembers writes.
+    /// Returns the low byte of each offset and records writes.
     #[derive(Default)]
     struct Recorder {
         writes: Mutex<Vec<(u64, Vec<u8>)>>,

@@ -1,17 +1,17 @@
-//! What a machine tells the one who runs it.
+//! Signals from a machine to its owner.
 
 use vmm_sys_util::eventfd::EventFd;
 
-/// What the machine reports back to the control thread.
+/// The machine's reports to the control thread.
 #[derive(Debug)]
 pub struct VmSignals {
     /// The guest powered off (ACPI S5).
     pub shutdown: EventFd,
-    /// The guest asked for a reset (ACPI reset register, i8042, triple fault).
+    /// The guest requested a reset (ACPI reset register, i8042, triple fault).
     pub reset: EventFd,
-    /// A vCPU stopped on something the VMM cannot handle; the machine is lost.
+    /// A vCPU stopped on an exit that the VMM cannot handle; the machine is lost.
     pub failed: EventFd,
-    /// The guest let go of devices it was asked to.
+    /// The guest released devices on request.
     pub ejected: EventFd,
 }
 

@@ -1,19 +1,19 @@
-//! What the threads of a machine are for, so that who runs it can confine each kind in its own way.
+//! The purpose of each thread of a machine, so that the owner can confine each kind separately.
 
 use std::sync::Arc;
 
 use strum::VariantArray;
 
-/// Name of the thread that carries text of the serial port and the console. vCPUs are `vcpu0`, `vcpu1` and so on; a
+/// Name of the thread that transfers text of the serial port and the console. vCPUs are `vcpu0`, `vcpu1` and so on; a
 /// worker is named after its device.
 pub const SERIAL_THREAD: &str = "serial-manager";
 
-/// Devices that are served alike.
+/// Kinds of devices, by the needs of their workers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, VariantArray)]
 pub enum DeviceKind {
     /// The balloon.
     Balloon,
-    /// The device that plugs memory in.
+    /// The memory hot-plug device.
     Mem,
     /// A disk.
     Block,
@@ -25,16 +25,16 @@ pub enum DeviceKind {
     Console,
     /// The watchdog.
     Watchdog,
-    /// The socket device.
+    /// The vsock device.
     Vsock,
 }
 
-/// What a thread of the machine does.
+/// The purpose of a thread of the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum MachineThread {
     /// Runs the guest.
     Vcpu,
-    /// Carries serial port input and output.
+    /// Transfers serial port input and output.
     Serial,
     /// Serves queues of a device.
     Worker(DeviceKind),
@@ -48,5 +48,5 @@ impl MachineThread {
     }
 }
 
-/// Called first on every thread the machine starts; may confine it for good.
+/// Called first on every thread that the machine starts; may confine it permanently.
 pub type ThreadStart = Arc<dyn Fn(MachineThread) + Send + Sync>;

@@ -1,8 +1,8 @@
-//! A bound on how often something may happen, with a count of what exceeds it.
+//! A rate limit that counts what exceeds it.
 
 use std::time::{Duration, Instant};
 
-/// A token bucket: up to a burst at once, then one each refill interval.
+/// A token bucket: up to a burst at once, then one token per refill interval.
 #[derive(Debug)]
 pub struct TokenBucket {
     burst: u32,
@@ -14,7 +14,7 @@ pub struct TokenBucket {
 }
 
 impl TokenBucket {
-    /// A full bucket of `burst` tokens that gains one each `refill`, which is at least a millisecond.
+    /// A full bucket of `burst` tokens that gains one per `refill`, which is at least a millisecond.
     #[must_use]
     pub fn new(burst: u32, refill: Duration, now: Instant) -> Self {
         Self {
@@ -26,8 +26,8 @@ impl TokenBucket {
         }
     }
 
-    /// Takes a token and returns how many attempts have failed since the last success. `None`: the bucket is empty, and
-    /// this attempt is counted too.
+    /// Takes a token and returns the number of failed attempts since the last success. `None`: the bucket is empty, and
+    /// this attempt is counted as failed.
     pub fn take(&mut self, now: Instant) -> Option<u64> {
         let passed = now.saturating_duration_since(self.filled).as_millis();
         let fresh = passed / self.refill.as_millis().max(1);

@@ -1,7 +1,7 @@
-//! A bare-metal guest is paused in the middle of its work, all that it is becomes saved states, and a new
-//! machine built from them goes on and finishes; its memory is handed over.
+//! A bare-metal guest is paused in the middle of its work and saved. A new machine built from the saved states
+//! continues and finishes the work; the memory is handed over.
 //!
-//! Without a usable KVM the test prints why and passes: it says nothing then.
+//! Without a usable KVM the test prints the reason and passes; it then shows nothing.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::{Arc, Condvar, Mutex};
@@ -23,13 +23,13 @@ const DEADLINE: Duration = Duration::from_secs(60);
 const CODE_ADDRESS: u64 = 0x10_0000;
 const COUNT_PORT: u16 = 0x10;
 const DONE_PORT: u16 = 0x14;
-/// Where the guest stops counting.
+/// The guest's final count.
 const LAST: u32 = 3000;
 /// Written to the clock's RAM before the move, and read after it.
 const MARK: u32 = 0x5a;
 
-/// 32-bit code: puts a mark into the clock's RAM, counts in a register, in memory and on a port, and at the
-/// end reports the mark.
+/// 32-bit code: writes a mark to the clock's RAM, counts in a register, in memory and on a port, and at the end reports
+/// the mark.
 const CODE: &[u8] = &[
     0xb0, 0x40, // mov al,0x40
     0xe6, 0x70, // out 0x70,al
@@ -48,14 +48,14 @@ const CODE: &[u8] = &[
     0xeb, 0xfe, // jmp $
 ];
 
-/// What the guest has told so far.
+/// The guest's reports so far.
 #[derive(Default)]
 struct GuestReport {
     counts: Vec<u32>,
     done: Option<u32>,
 }
 
-/// The buses, and the ports the guest talks to the test by.
+/// The buses, and the ports through which the guest reports to the test.
 struct Board {
     ports: Bus,
     mmio: Bus,

@@ -18,7 +18,7 @@ use crate::memory::layout;
 use crate::pci::{CONFIG_PORT_BASE, CONFIG_PORT_BYTES};
 use crate::serial::{SERIAL_IRQ, SERIAL_PORTS};
 
-/// From 2 on integers have 64 bits.
+/// Revision 2 and later have 64-bit integers.
 const DSDT_REVISION: u8 = 6;
 /// Notification of a power button that it was pressed (ACPI 6.5 §5.6.6).
 const BUTTON_PRESSED: u8 = 0x80;
@@ -97,8 +97,7 @@ fn pci_host_bridge(params: &AcpiParams, aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// Answers that BARs must stay where they are: there is no firmware that could
-/// place them again after a reset.
+/// States that BARs must stay in place: there is no firmware that could place them again after a reset.
 struct PciDsm;
 
 impl Aml for PciDsm {
@@ -129,9 +128,8 @@ impl Aml for PciDsm {
     }
 }
 
-/// Keeps the guest from putting anything over the PCI configuration space,
-/// which by the PCI firmware specification (§4.1.2) must not be in the host
-/// bridge's own resources.
+/// Keeps the guest from placing anything over the PCI configuration space. By the PCI firmware specification (§4.1.2)
+/// this space must not be in the host bridge's own resources.
 fn motherboard(aml: &mut Vec<u8>) {
     Device::new(
         Path::new("_SB_.MBRD"),
@@ -171,9 +169,8 @@ fn serial_port(aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// The clock is told of as a device without an interrupt. A kernel that finds
-/// none tries the one of a PC, takes interrupt 8 for granted and, with no PIC
-/// here, gives the clock up.
+/// The clock is described as a device without an interrupt. A kernel that finds no clock device tries a PC's, assumes
+/// interrupt 8 and, because there is no PIC, gives up on the clock.
 fn real_time_clock(aml: &mut Vec<u8>) {
     let (port, count) = CMOS_PORTS;
     Device::new(

@@ -13,8 +13,7 @@ use crate::serial::SERIAL_IRQ;
 /// Bytes of the header every table starts with.
 pub(super) const HEADER_BYTES: u32 = 36;
 
-/// FADT `IAPC_BOOT_ARCH`: no VGA to probe for. There is no keyboard either, its
-/// bit is clear.
+/// FADT `IAPC_BOOT_ARCH`: no VGA to probe for. There is no keyboard either, so its bit is clear.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 const HYPERVISOR_ID: u64 = u64::from_le_bytes(*b"CLOUDHYP");
 
@@ -45,7 +44,7 @@ fn io_port(port: u16, bits: u8, access: AccessSize) -> GAS {
     GAS::new(AddressSpace::SystemIo, bits, 0, access, u64::from(port))
 }
 
-/// Revision that knows processors that are not there yet (ACPI 6.3).
+/// Revision that supports processors that are not online yet (ACPI 6.3).
 const MADT_REVISION: u8 = 5;
 const MADT_IO_APIC: u8 = 1;
 const MADT_INTERRUPT_OVERRIDE: u8 = 2;
@@ -76,7 +75,7 @@ pub(super) fn madt(vcpus: &[VcpuEntry]) -> Vec<u8> {
     entries.extend([MADT_IO_APIC, 12, 0, 0]);
     entries.extend((layout::IOAPIC_START as u32).to_le_bytes());
     entries.extend(0_u32.to_le_bytes());
-    // ISA interrupt 4 is the interrupt of the same number.
+    // ISA interrupt 4 is the global interrupt of the same number.
     entries.extend([MADT_INTERRUPT_OVERRIDE, 10, 0, SERIAL_IRQ]);
     entries.extend(u32::from(SERIAL_IRQ).to_le_bytes());
     entries.extend(FLAGS_CONFORM_TO_BUS.to_le_bytes());

@@ -1,4 +1,4 @@
-//! ACPI tables: how the guest learns what machine it is in (ACPI 6.5).
+//! ACPI tables, which describe the machine to the guest (ACPI 6.5).
 //!
 //! ```text
 //! RSDP (0xa0000) ─► XSDT ─┬─► FADT ─► DSDT    power, reset, timer; devices
@@ -26,13 +26,13 @@ use crate::memory::layout;
 
 pub use numa::{LOCAL_DISTANCE, NumaNode, PROXIMITY_DOMAIN_MAX};
 
-/// The name this platform is known by.
+/// The platform's name in the tables.
 const OEM_ID: [u8; 6] = *b"CLOUDH";
 const OEM_REVISION: u32 = 1;
 /// Tables start at a cache line.
 const TABLE_ALIGNMENT: u64 = 64;
 
-/// A vCPU as the guest is told of it, in order of its number.
+/// A vCPU as described to the guest, in order of its number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VcpuEntry {
     /// Local APIC id.
@@ -41,10 +41,10 @@ pub struct VcpuEntry {
     pub enabled: bool,
 }
 
-/// What of the machine differs from one to the next.
+/// The properties that differ between machines.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AcpiParams {
-    /// Every vCPU there can be.
+    /// Every possible vCPU.
     pub vcpus: Vec<VcpuEntry>,
     /// 32-bit PCI window.
     pub pci_mmio32: Range<u64>,
@@ -60,33 +60,32 @@ pub struct AcpiParams {
     pub numa: Vec<NumaNode>,
 }
 
-/// Why the tables cannot be placed.
+/// Reasons why the tables cannot be placed.
 #[derive(Debug, thiserror::Error)]
 pub enum AcpiError {
-    /// They reach into what follows.
+    /// They overlap the next area.
     #[error("ACPI tables of {bytes} bytes do not fit into {max_bytes} bytes")]
     TooLarge {
-        /// What they need.
+        /// The required size.
         bytes: u64,
-        /// What there is.
+        /// The available size.
         max_bytes: u64,
     },
-    /// Guest RAM is not there.
+    /// There is no guest RAM at the address.
     #[error("Cannot write an ACPI table to guest memory at {address:#x}")]
     Write {
         /// Start of the table.
         address: u64,
-        /// What guest memory said.
+        /// The error from guest memory.
         #[source]
         source: GuestMemoryError,
     },
 }
 
-/// Builds all tables and writes them to guest memory; returns where the root
-/// pointer is.
+/// Builds all tables and writes them to guest memory; returns the address of the root pointer.
 ///
 /// # Errors
-/// They do not fit, or there is no guest RAM where they belong.
+/// The tables do not fit, or there is no guest RAM at their address.
 pub fn build<M: GuestMemory>(params: &AcpiParams, memory: &M) -> Result<GuestAddress, AcpiError> {
     let mut placer = Placer::new(layout::RSDP_START + Rsdp::len() as u64);
     let dsdt = placer.place(dsdt::dsdt(params));

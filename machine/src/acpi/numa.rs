@@ -1,5 +1,5 @@
-//! SRAT and SLIT: which vCPUs and which RAM belong together, and how far apart they are
-//! (ACPI 6.5 §5.2.16, §5.2.17). Only for a machine that has NUMA nodes.
+//! SRAT and SLIT: the nodes of vCPUs and RAM, and the distances between nodes (ACPI 6.5 §5.2.16, §5.2.17). Only for a
+//! machine that has NUMA nodes.
 
 use std::ops::Range;
 
@@ -8,14 +8,14 @@ use acpi_tables::sdt::Sdt;
 use super::fixed::HEADER_BYTES;
 use super::{OEM_ID, OEM_REVISION};
 
-/// A node's distance to itself; every other is more.
+/// A node's distance to itself; all others are larger.
 pub const LOCAL_DISTANCE: u8 = 10;
-/// Between nodes of which nothing is known, as ACPI suggests.
+/// The distance between nodes if none is configured, as ACPI suggests.
 const REMOTE_DISTANCE: u8 = 20;
-/// The table of distances has a byte for each pair: 64 KiB, for which there is room below SMBIOS.
+/// The table of distances has one byte per pair: 64 KiB, which fit below SMBIOS.
 pub const PROXIMITY_DOMAIN_MAX: u32 = 255;
 
-/// One NUMA node as the guest is told of it.
+/// One NUMA node as described to the guest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NumaNode {
     /// Its proximity domain, at most [`PROXIMITY_DOMAIN_MAX`].
@@ -63,8 +63,8 @@ pub(super) fn srat(nodes: &[NumaNode]) -> Vec<u8> {
 
 const SLIT_REVISION: u8 = 1;
 
-/// System locality information table: the distance from each domain to each. One that is known in
-/// one direction only holds for both.
+/// System locality information table: the distance from each domain to each. A distance that is known in one direction
+/// only is used for both.
 pub(super) fn slit(nodes: &[NumaNode]) -> Vec<u8> {
     let domains = nodes.iter().map(|node| node.domain + 1).max().unwrap_or(0);
     let known = |from: u32, to: u32| {

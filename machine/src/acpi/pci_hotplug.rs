@@ -1,4 +1,4 @@
-//! How the guest hears of PCI functions that come and go (ACPI 6.5 §5.6.6, §6.3.3).
+//! How the guest is notified of added and removed PCI functions (ACPI 6.5 §5.6.6, §6.3.3).
 //!
 //! ```text
 //! GED_._EVT ─► PHPR.PSCN ─► PC00.PCNT ─┬─ reads PCIU: Notify(S005, device check)
@@ -17,16 +17,16 @@ use acpi_tables::{Aml, AmlSink};
 
 use crate::pci::{HOTPLUG_BYTES, SLOT_COUNT};
 
-/// Something was plugged in (ACPI 6.5, table 5.187).
+/// A function was plugged in (ACPI 6.5, table 5.187).
 const DEVICE_CHECK: u8 = 1;
-/// The guest is asked to let go.
+/// The guest must eject the function.
 const EJECT_REQUEST: u8 = 3;
-/// No bound: whoever has the lock does a handful of register accesses.
+/// No timeout: the owner of the lock only makes a few register accesses.
 const WAIT_FOR_EVER: u16 = 0xffff;
-/// `_STA`: present, decoding and working, and not for the user to see.
+/// `_STA`: present, decoding and working, and hidden from the user.
 const STATUS_HIDDEN: u8 = 0b1011;
 
-/// What the event device calls.
+/// The method that the event device calls.
 pub(super) const SCAN_METHOD: &str = "\\_SB_.PHPR.PSCN";
 
 /// The controller with its registers at `address`.
@@ -89,7 +89,7 @@ pub(super) fn controller(address: u64, aml: &mut dyn AmlSink) {
     .to_aml_bytes(aml);
 }
 
-/// What the host bridge needs of it: a device for each slot that can change, and the method that tells them.
+/// The host bridge's part: a device for each slot that can change, and the method that notifies them.
 pub(super) struct BridgeSlots;
 
 impl Aml for BridgeSlots {
@@ -139,7 +139,7 @@ fn slot_device(slot: u8, sink: &mut dyn AmlSink) {
     .to_aml_bytes(sink);
 }
 
-/// `DVNT(bitmap of slots, what to tell them)`.
+/// `DVNT(bitmap of slots, notification for them)`.
 fn tell_slots(sink: &mut dyn AmlSink) {
     struct TellSlot(u8);
     impl Aml for TellSlot {

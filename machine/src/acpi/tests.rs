@@ -55,7 +55,7 @@ fn table(memory: &Memory, address: u64) -> Vec<u8> {
     table
 }
 
-/// Tables the root pointer leads to, by signature; the DSDT last.
+/// The tables that the root pointer leads to, by signature; the DSDT last.
 fn tables(memory: &Memory, rsdp: GuestAddress) -> Vec<(String, Vec<u8>)> {
     let rsdp = bytes(memory, rsdp.0, 36);
     assert_eq!(&rsdp[..8], b"RSD PTR ");

@@ -1,8 +1,7 @@
 //! Linux bzImages, entered by the 32-bit boot protocol (Documentation/arch/x86/boot.rst).
 //!
-//! A bzImage unpacks itself: besides the file it needs `init_size` bytes from
-//! where it will run, which is its preferred address or, if it may be moved and
-//! was loaded higher, where it was loaded.
+//! A bzImage unpacks itself. Besides the file it needs `init_size` bytes from the address at which it will run. This is
+//! its preferred address or, if it is relocatable and was loaded higher, its load address.
 
 use std::ops::Range;
 
@@ -16,7 +15,7 @@ use super::{BootError, BootProtocol, EntryPoint};
 use crate::memory::layout::HIGH_RAM_START;
 
 const SETUP_HEADER_OFFSET: u64 = 0x1f1;
-/// Protocol 2.10 (Linux 2.6.31) brought `pref_address` and `init_size`.
+/// Protocol 2.10 (Linux 2.6.31) introduced `pref_address` and `init_size`.
 const PROTOCOL_MIN: u16 = 0x020a;
 /// `loadflags`: the protected mode code belongs at 1 MiB.
 const LOADED_HIGH: u8 = 1;
@@ -25,7 +24,7 @@ const XLF_CAN_BE_LOADED_ABOVE_4G: u16 = 1 << 1;
 /// `setup_sects` of ancient kernels that leave it zero.
 const SETUP_SECTS_DEFAULT: u64 = 4;
 const SECTOR_BYTES: u64 = 512;
-/// `syssize` counts these.
+/// The unit of `syssize`.
 const PARAGRAPH_BYTES: u64 = 16;
 
 /// Loads the image into `usable` RAM.
@@ -67,7 +66,7 @@ pub(super) fn load(
     })
 }
 
-/// Boot sector and real mode code, which the file starts with and nobody runs.
+/// Boot sector and real mode code at the start of the file, which are not executed.
 fn setup_bytes(header: &setup_header) -> u64 {
     let sectors = match u64::from(header.setup_sects) {
         0 => SETUP_SECTS_DEFAULT,

@@ -1,8 +1,8 @@
 //! ELF images with a PVH entry point: Linux `vmlinux` and firmware.
 //!
-//! The loader crate copies the segments and finds the note, but tells neither a
-//! truncated file from too little RAM nor a segment that would overwrite the
-//! boot structures. The program headers are checked here first.
+//! The loader crate copies the segments and finds the note. It does not distinguish a truncated file from too little
+//! RAM, and it does not detect a segment that would overwrite the boot structures. So the program headers are checked
+//! here first.
 
 use std::mem::size_of;
 use std::ops::Range;
@@ -18,7 +18,7 @@ use super::{BootError, BootProtocol, EntryPoint};
 /// Number of the note that holds the entry point (Xen's `XEN_ELFNOTE_PHYS32_ENTRY`), and its owner.
 const PVH_NOTE_TYPE: u32 = 18;
 const PVH_NOTE_OWNER: &[u8] = b"Xen\0";
-/// Bytes of notes looked at; Linux has less than a KiB of them.
+/// Maximum number of bytes of notes to search; Linux has less than a KiB of them.
 const NOTES_MAX_BYTES: u64 = 64 << 10;
 /// Name size, description size and type, each 4 bytes.
 const NOTE_HEADER_BYTES: usize = 12;
@@ -33,7 +33,7 @@ pub(super) fn load(
         path: image.path.clone(),
     };
     let segments = segments(image)?;
-    // First of all: where any other program wants to lie is of no interest.
+    // First of all, because the addresses of any other program are irrelevant.
     if !has_pvh_note(image, &segments)? {
         return Err(missing_note(image));
     }
@@ -81,7 +81,7 @@ fn has_pvh_note(image: &mut Image, segments: &[Elf64_Phdr]) -> Result<bool, Boot
     Ok(false)
 }
 
-/// Walks notes, each a header, the owner and a description, padded to 4 bytes.
+/// Iterates over notes, each a header, the owner and a description, padded to 4 bytes.
 fn lists_pvh_note(mut notes: &[u8]) -> bool {
     while let Some((header, rest)) = notes.split_first_chunk::<NOTE_HEADER_BYTES>() {
         let word = |at: usize| {

@@ -1,9 +1,9 @@
-//! The descriptor table of the first instruction: flat 32-bit segments.
+//! The initial descriptor table: flat 32-bit segments.
 //!
-//! One table serves both protocols. The Linux boot protocol wants code at
-//! selector 0x10 and data at 0x18; PVH does not care.
+//! One table serves both protocols. The Linux boot protocol requires code at selector 0x10 and data at 0x18; PVH has no
+//! requirement.
 
-/// A segment as descriptor and as the processor's hidden registers.
+/// A segment, both as a descriptor and as the processor's hidden registers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BootSegment {
     /// Offset in the table.
@@ -12,11 +12,11 @@ pub struct BootSegment {
     pub flags: u16,
     /// First address.
     pub base: u32,
-    /// Last offset, in bytes or 4 KiB units as the granularity bit says.
+    /// Last offset, in bytes or 4 KiB units, depending on the granularity bit.
     pub limit: u32,
 }
 
-/// Busy 32-bit task state segment; nothing ever switches to it.
+/// Busy 32-bit task state segment, which is never switched to.
 pub const TASK_SEGMENT: BootSegment = BootSegment {
     selector: 0x08,
     flags: 0x008b,
@@ -51,7 +51,7 @@ pub const BOOT_GDT: [u64; 4] = [
 const _: () = {
     assert!(TASK_SEGMENT.selector == 8 && CODE_SEGMENT.selector == 16);
     assert!(DATA_SEGMENT.selector == 24);
-    // The classic flat descriptors, as every manual prints them.
+    // The classic flat descriptors, as in every manual.
     assert!(CODE_SEGMENT.descriptor() == 0x00cf_9b00_0000_ffff);
     assert!(DATA_SEGMENT.descriptor() == 0x00cf_9300_0000_ffff);
 };

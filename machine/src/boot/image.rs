@@ -1,4 +1,4 @@
-//! Payload files: opened, measured, and told apart by their first bytes.
+//! Payload files: opens and measures them, and detects their format by the first bytes.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use super::BootError;
 
-/// What kind of kernel or firmware a file is.
+/// The kind of a kernel or firmware file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Format {
     Elf,
@@ -34,7 +34,7 @@ impl Image {
             path: path.to_path_buf(),
             source,
         };
-        // Opening a FIFO would wait for somebody to write to it.
+        // Opening a FIFO would block until it has a writer.
         let file = File::options()
             .read(true)
             .custom_flags(libc::O_NONBLOCK)
@@ -53,7 +53,7 @@ impl Image {
         })
     }
 
-    /// Looks at the magic numbers.
+    /// Detects the format from the magic numbers.
     pub(super) fn format(&mut self) -> Result<Format, BootError> {
         let mut start = Vec::with_capacity(BZIMAGE_MAGIC.0 + BZIMAGE_MAGIC.1.len());
         let capacity = start.capacity() as u64;
@@ -72,7 +72,7 @@ impl Image {
         }
     }
 
-    /// Checks that the file has the `bytes` from `offset` that its headers speak of.
+    /// Checks that the file has the `bytes` from `offset` that its headers announce.
     pub(super) fn require(&self, offset: u64, bytes: u64) -> Result<(), BootError> {
         let needed_bytes = offset.saturating_add(bytes);
         if needed_bytes <= self.bytes {
@@ -108,7 +108,7 @@ impl Image {
         }
     }
 
-    /// Checks that an image that wants `start..end` may have it.
+    /// Checks that an image may occupy `start..end`.
     pub(super) fn require_ram(
         &self,
         start: u64,

@@ -1,4 +1,4 @@
-//! What loading leaves behind for those who tell the payload about the machine.
+//! The result of loading, for the code that describes the machine to the payload.
 
 use std::ops::Range;
 
@@ -11,15 +11,15 @@ use crate::memory::E820Entry;
 #[derive(Debug)]
 pub(super) struct LoadedImage {
     pub(super) entry: EntryPoint,
-    /// First address it does not use.
+    /// First address after the image.
     pub(super) end: u64,
     /// The initramfs must end at or before this.
     pub(super) initramfs_end_max: u64,
-    /// Of a bzImage, as it is in the file.
+    /// The setup header of a bzImage, as in the file.
     pub(super) setup_header: Option<setup_header>,
 }
 
-/// What both protocols tell the payload.
+/// Parameters that both protocols pass to the payload.
 #[derive(Debug)]
 pub(super) struct BootData {
     pub(super) e820: Vec<E820Entry>,

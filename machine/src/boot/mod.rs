@@ -6,10 +6,9 @@
 //!                             └─► Payload::write_boot_data ─► EntryPoint  (fast: tables)
 //! ```
 //!
-//! Two protocols: PVH for ELF images (Linux `vmlinux`, firmware), the 32-bit
-//! Linux boot protocol for bzImages. Both enter in protected mode without
-//! paging. Loading touches only guest RAM, so it can run on a thread of its own
-//! while devices are made.
+//! There are two protocols: PVH for ELF images (Linux `vmlinux`, firmware), and the 32-bit Linux boot protocol for
+//! bzImages. Both enter in protected mode without paging. Loading accesses only guest RAM, so it can run on a separate
+//! thread while devices are created.
 
 mod bzimage;
 mod elf;
@@ -28,7 +27,7 @@ pub use gdt::{BOOT_GDT, BootSegment, CODE_SEGMENT, DATA_SEGMENT, TASK_SEGMENT};
 pub use payload::{Payload, PayloadFiles};
 pub use smbios::{SmbiosError, check_platform};
 
-/// How the first instruction of the payload is reached.
+/// The boot protocol of the payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BootProtocol {
     /// Xen's PVH: start info in RBX.
@@ -37,22 +36,22 @@ pub enum BootProtocol {
     Linux32,
 }
 
-/// Where the boot vCPU starts, and by which protocol.
+/// The boot vCPU's entry point, and its protocol.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EntryPoint {
-    /// What the registers hold.
+    /// The initial registers.
     pub protocol: BootProtocol,
     /// Guest physical address of the first instruction.
     pub address: u64,
 }
 
-/// Why the payload cannot be booted.
+/// Reasons why the payload cannot be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// Neither kernel nor firmware.
     #[error("There is neither a kernel nor a firmware to boot")]
     MissingPayload,
-    /// Kernel and firmware: which one?
+    /// Kernel and firmware exclude each other.
     #[error("Both a kernel and a firmware are given")]
     KernelAndFirmware,
     /// A payload file cannot be opened.
@@ -60,7 +59,7 @@ pub enum BootError {
     Open {
         /// The file.
         path: PathBuf,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -75,18 +74,18 @@ pub enum BootError {
     Read {
         /// The file.
         path: PathBuf,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// A payload file ends before what its header announces.
+    /// A payload file is shorter than its headers announce.
     #[error("{} is truncated: {found_bytes} bytes of at least {needed_bytes}", path.display())]
     Truncated {
         /// The file.
         path: PathBuf,
-        /// What its headers announce.
+        /// The size in its headers.
         needed_bytes: u64,
-        /// What there is.
+        /// The actual size.
         found_bytes: u64,
     },
     /// Neither ELF nor bzImage.
@@ -95,13 +94,13 @@ pub enum BootError {
         /// The file.
         path: PathBuf,
     },
-    /// An ELF image without the note that names the 32-bit entry point.
+    /// An ELF image without the note for the 32-bit entry point.
     #[error("{} has no PVH header (ELF note XEN_ELFNOTE_PHYS32_ENTRY): is the kernel built with CONFIG_PVH?", path.display())]
     KernelMissingPvhHeader {
         /// The file.
         path: PathBuf,
     },
-    /// A bzImage that is older than protocol 2.10 or not made to be loaded high.
+    /// A bzImage that is older than protocol 2.10, or that does not load high.
     #[error("{} speaks Linux boot protocol {version:#06x}, which is not supported", path.display())]
     BzImageProtocol {
         /// The file.
@@ -114,18 +113,18 @@ pub enum BootError {
     Load {
         /// The file.
         path: PathBuf,
-        /// What the loader said.
+        /// The error from the loader.
         #[source]
         source: linux_loader::loader::Error,
     },
-    /// A part of the image belongs where there is no RAM, or where the boot structures are.
+    /// A part of the image would be outside of RAM, or over the boot structures.
     #[error("{} needs guest RAM at {start:#x}..{end:#x}; usable are {ram_start:#x}..{ram_end:#x}", path.display())]
     OutsideRam {
         /// The file.
         path: PathBuf,
         /// First address needed.
         start: u64,
-        /// First address not needed.
+        /// First address after the part.
         end: u64,
         /// First usable address.
         ram_start: u64,
@@ -139,10 +138,10 @@ pub enum BootError {
         path: PathBuf,
         /// Its size.
         bytes: u64,
-        /// What is left above the kernel.
+        /// The space left above the kernel.
         room_bytes: u64,
     },
-    /// The command line does not fit its place.
+    /// The command line is too long.
     #[error("The kernel command line has {bytes} bytes, the limit is {max_bytes}")]
     CmdlineTooLong {
         /// Its length with the final zero.
@@ -150,18 +149,18 @@ pub enum BootError {
         /// The limit.
         max_bytes: u64,
     },
-    /// The command line has a zero byte in it.
+    /// The command line contains a zero byte.
     #[error("The kernel command line contains a zero byte")]
     CmdlineZeroByte,
-    /// What SMBIOS should tell cannot be told.
+    /// SMBIOS cannot represent a setting.
     #[error("Cannot make the SMBIOS tables")]
     Smbios(#[source] SmbiosError),
-    /// A boot structure cannot be written; RAM is smaller than the layout promises.
+    /// A boot structure cannot be written, because RAM is smaller than the layout requires.
     #[error("Cannot write {what} to guest RAM")]
     Write {
         /// The structure.
         what: &'static str,
-        /// What guest memory said.
+        /// The error from guest memory.
         #[source]
         source: vm_memory::GuestMemoryError,
     },

@@ -1,4 +1,4 @@
-//! From a payload configuration to guest memory that can be run.
+//! Turns a payload configuration into runnable guest memory.
 
 use std::ffi::CString;
 use std::io::Seek;
@@ -16,7 +16,7 @@ use crate::memory::layout::{
     HIGH_RAM_START, PAGE_BYTES, SMBIOS_MAX_BYTES, SMBIOS_START,
 };
 
-/// A payload that is in guest RAM, but not yet told about the machine.
+/// A payload in guest RAM, before the machine is described to it.
 #[derive(Debug)]
 pub struct Payload {
     image: LoadedImage,
@@ -24,7 +24,7 @@ pub struct Payload {
     cmdline: CString,
 }
 
-/// A payload whose files are open and of a kind that can be booted.
+/// A payload whose files are open and have a bootable format.
 #[derive(Debug)]
 pub struct PayloadFiles {
     image: Image,
@@ -54,7 +54,7 @@ impl PayloadFiles {
         })
     }
 
-    /// Reads them into guest RAM. Takes as long as reading the files takes; needs nothing but `memory`.
+    /// Reads them into guest RAM. The time depends on the size of the files. Needs only `memory`.
     ///
     /// # Errors
     /// Files that are truncated, broken or too large.
@@ -79,11 +79,11 @@ impl PayloadFiles {
 }
 
 impl Payload {
-    /// Writes descriptor table, command line, memory map, SMBIOS and start info. ACPI tables
-    /// are the caller's; `rsdp_address` says where they begin.
+    /// Writes descriptor table, command line, memory map, SMBIOS and start info. The caller writes the ACPI tables;
+    /// `rsdp_address` is the address of their root pointer.
     ///
     /// # Errors
-    /// SMBIOS strings that cannot be told, or RAM smaller than the layout promises.
+    /// SMBIOS cannot represent a string, or RAM is smaller than the layout requires.
     pub fn write_boot_data(
         &self,
         memory: &GuestMemory,
@@ -139,7 +139,7 @@ fn load_initramfs(
         .file
         .rewind()
         .map_err(|source| image.read_error(source))?;
-    // In range of `usize`: it is smaller than low RAM.
+    // It fits `usize`, because it is smaller than low RAM.
     ram.read_exact_volatile_from(GuestAddress(start), &mut image.file, bytes as usize)
         .map_err(write_error("the initramfs"))?;
     Ok(start..start + bytes)

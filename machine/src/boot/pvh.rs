@@ -1,4 +1,4 @@
-//! PVH start info: what the entry point finds behind RBX (Xen's `public/arch-x86/hvm/start_info.h`).
+//! PVH start info, which the entry point finds through RBX (Xen's `public/arch-x86/hvm/start_info.h`).
 
 use linux_loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -9,9 +9,9 @@ use crate::memory::layout::{PAGE_BYTES, PVH_INFO_START, PVH_MEMMAP_START, PVH_MO
 
 /// `XEN_HVM_START_MAGIC_VALUE`
 const START_INFO_MAGIC: u32 = 0x336e_c578;
-/// Version 1 has the memory map.
+/// Version 1 includes the memory map.
 const START_INFO_VERSION: u32 = 1;
-/// The map's page holds this many lines; there are at most four.
+/// Maximum number of entries in the map's page; at most four are used.
 const MEMMAP_ENTRIES_MAX: usize = PAGE_BYTES as usize / size_of::<hvm_memmap_table_entry>();
 
 /// Writes start info, module list and memory map.

@@ -1,4 +1,4 @@
-//! SMBIOS: who made this machine and what it is called (DSP0134, version 3.2).
+//! SMBIOS tables: manufacturer, product and serial strings (DSP0134, version 3.2).
 //!
 //! A 64-bit entry point, then the structures: BIOS (type 0), system (1),
 //! chassis (3) if it has an asset tag, OEM strings (11) if there are any, end
@@ -30,46 +30,46 @@ const BIOS_VERSION: &str = "0";
 const SYSTEM_MANUFACTURER: &str = "Cloud Hypervisor";
 const SYSTEM_PRODUCT: &str = "cloud-hypervisor";
 
-/// Why the tables cannot be made.
+/// Reasons why the tables cannot be created.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SmbiosError {
-    /// The system UUID is not one.
+    /// The system UUID is invalid.
     #[error("\"{text}\" is not a UUID")]
     InvalidUuid {
-        /// What was given.
+        /// The configured value.
         text: String,
     },
     /// A string holds a zero byte, which ends SMBIOS strings.
     #[error("The {what} contains a zero byte")]
     ZeroByte {
-        /// Which string.
+        /// The name of the string.
         what: &'static str,
     },
-    /// More OEM strings than their count can say.
+    /// More OEM strings than their counter can represent.
     #[error("There are {count} OEM strings, the limit is 255")]
     TooManyOemStrings {
-        /// How many were given.
+        /// The number of strings.
         count: usize,
     },
-    /// Everything together is too large.
+    /// The tables are too large in total.
     #[error("The tables have {bytes} bytes, the limit is {max_bytes}")]
     TooLarge {
-        /// Their size.
+        /// The required size.
         bytes: u64,
         /// The limit.
         max_bytes: u64,
     },
 }
 
-/// Whether tables can be made of these settings.
+/// Checks whether SMBIOS can represent these settings.
 ///
 /// # Errors
-/// What cannot be told to the guest.
+/// A setting cannot be represented.
 pub fn check_platform(platform: &PlatformConfig) -> Result<(), SmbiosError> {
     tables(Some(platform), SMBIOS_START, SMBIOS_MAX_BYTES).map(|_tables| ())
 }
 
-/// Entry point and structures, to be put at `address`.
+/// Entry point and structures, to be written at `address`.
 pub(super) fn tables(
     platform: Option<&PlatformConfig>,
     address: u64,
@@ -114,14 +114,14 @@ fn entry_point(structures_address: u64, structures_bytes: u32) -> Vec<u8> {
     entry
 }
 
-/// Structures one after the other, numbered as they come.
+/// Structures in sequence, numbered in this order.
 #[derive(Default)]
 struct Structures {
     bytes: Vec<u8>,
     count: u16,
 }
 
-/// Strings of one structure; the fixed part names them by number.
+/// Strings of one structure; the fixed part refers to them by number.
 #[derive(Default)]
 struct Strings {
     bytes: Vec<u8>,

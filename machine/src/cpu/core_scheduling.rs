@@ -1,5 +1,5 @@
-//! Keeps other programs off the hardware threads that a vCPU shares a core with (`PR_SCHED_CORE`, Linux's
-//! Documentation/admin-guide/hw-vuln/core-scheduling.rst): only threads with the same cookie run on one core together.
+//! Keeps other programs off the hardware threads that share a core with a vCPU (`PR_SCHED_CORE`, Linux's
+//! Documentation/admin-guide/hw-vuln/core-scheduling.rst): only threads with the same cookie run on one core at a time.
 //!
 //! | `core_scheduling` | Cookies |
 //! | --- | --- |
@@ -23,23 +23,23 @@ const PR_SCHED_CORE_GET: libc::c_ulong = 0;
 const PR_SCHED_CORE_CREATE: libc::c_ulong = 1;
 const PR_SCHED_CORE_SHARE_FROM: libc::c_ulong = 3;
 const PR_SCHED_CORE_SCOPE_THREAD: libc::c_ulong = 0;
-/// Stands for the calling thread.
+/// Refers to the calling thread.
 const SELF: libc::pid_t = 0;
 
-/// Gives the vCPU threads of one machine their cookies.
+/// Assigns cookies to the vCPU threads of one machine.
 #[derive(Debug)]
 pub(super) struct CoreCookies {
     mode: CoreScheduling,
-    /// The thread that the others take their cookie from.
+    /// The thread from which the others copy their cookie.
     first: Mutex<Option<libc::pid_t>>,
 }
 
 impl CoreCookies {
-    /// Finds out whether the host can do it. One without threads that share a core has nothing to separate.
+    /// Checks whether the host supports it. A host without threads that share a core has nothing to separate.
     ///
     /// # Errors
-    /// A cookie for each vCPU was asked for, and the kernel has none to give. One for all is everybody's default and
-    /// done without then.
+    /// One cookie per vCPU is configured, and the kernel does not support cookies. One cookie for all is the default,
+    /// and without support it is skipped.
     pub(super) fn new(mode: CoreScheduling) -> Result<Self, CpuError> {
         let mode = match (mode, probe().err()) {
             (mode, None) => mode,
@@ -77,7 +77,7 @@ impl CoreCookies {
             Some(thread) => core(PR_SCHED_CORE_SHARE_FROM, thread),
             None => {
                 core(PR_SCHED_CORE_CREATE, SELF)?;
-                // SAFETY: takes nothing and cannot fail.
+                // SAFETY: has no arguments and cannot fail.
                 *first = Some(unsafe { libc::gettid() });
                 Ok(())
             }
@@ -135,7 +135,7 @@ mod tests {
             cores.take();
             probe().unwrap()
         };
-        // All alive until the last has taken its own.
+        // All threads are alive until the last has its cookie.
         let barrier = &std::sync::Barrier::new(3);
         Some(std::thread::scope(|scope| {
             let threads = [(); 3].map(|()| {

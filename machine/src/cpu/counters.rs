@@ -1,11 +1,11 @@
-//! Why a vCPU left the guest, counted.
+//! Counts vCPU exits by reason.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// One source for the fields, so that live counters and their copy cannot differ.
+/// One list of the fields, so that live counters and their copy cannot differ.
 macro_rules! exit_counters {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
-        /// Exits of one vCPU, counted by its thread and read by any.
+        /// Exits of one vCPU, counted by its thread and readable by any thread.
         #[derive(Debug, Default)]
         pub struct ExitCounters {
             $(pub(super) $name: AtomicU64,)*
@@ -18,7 +18,7 @@ macro_rules! exit_counters {
         }
 
         impl ExitCounters {
-            /// The counts now. Each is exact, but they are not of one instant.
+            /// The current counts. Each is exact, but they are not of one instant.
             pub fn counts(&self) -> ExitCounts {
                 ExitCounts {
                     $($name: self.$name.load(Ordering::Relaxed),)*
@@ -35,15 +35,15 @@ exit_counters! {
     pio_out,
     /// Loads from device memory.
     mmio_read,
-    /// Stores to device memory, without those that KVM turned into doorbells.
+    /// Stores to device memory, except those that KVM turned into doorbells.
     mmio_write,
     /// Acknowledged level-triggered interrupts.
     ioapic_eoi,
-    /// Runs ended by a signal.
+    /// Exits caused by a signal.
     interrupted,
 }
 
-/// Counts one. Only the vCPU's own thread writes, so no read-modify-write is needed.
+/// Counts one exit. Only the vCPU's own thread writes, so no read-modify-write is needed.
 pub(super) fn count(counter: &AtomicU64) {
     counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
 }

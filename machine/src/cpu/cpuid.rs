@@ -1,4 +1,4 @@
-//! The processor the guest sees: KVM's CPUID with topology, names and limits of our own.
+//! The guest's CPUID: KVM's leaves with our topology, names and limits.
 //!
 //! Leaf numbers and bits: Intel SDM volume 2 (CPUID), AMD APM volume 3
 //! (appendix E), Documentation/virt/kvm/x86/cpuid.rst.
@@ -10,7 +10,7 @@ use hypervisor::bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_ent
 
 use super::{CpuError, Topology};
 
-/// Physical address bits of a processor that does not say.
+/// Physical address bits of a processor that does not report them.
 const PHYS_BITS_DEFAULT: u8 = 36;
 /// KVM's local APIC timer counts nanoseconds.
 const KVM_APIC_BUS_KHZ: u32 = 1_000_000;
@@ -41,10 +41,10 @@ const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 const LEVEL_DIE: u32 = 5;
 
-/// Physical address bits of the guest: the host's, but at most `max_phys_bits`.
+/// The guest's physical address bits: the host's, but at most `max_phys_bits`.
 ///
 /// # Errors
-/// KVM does not tell its CPUID.
+/// KVM does not return its CPUID.
 pub fn guest_phys_bits(kvm: &Kvm, max_phys_bits: u8) -> Result<u8, CpuError> {
     let supported = kvm.supported_cpuid().map_err(CpuError::Prepare)?;
     Ok(host_phys_bits(supported.as_slice()).min(max_phys_bits))
@@ -57,18 +57,18 @@ fn host_phys_bits(leaves: &[kvm_cpuid_entry2]) -> u8 {
         .map_or(PHYS_BITS_DEFAULT, |leaf| (leaf.eax & 0xff) as u8)
 }
 
-/// What the guest's CPUID depends on besides the host.
+/// The inputs of the guest's CPUID besides the host.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct CpuidOptions {
     pub(super) topology: Topology,
     pub(super) phys_bits: u8,
-    /// Whether the guest may itself run VMs, if the host can.
+    /// Whether the guest may run VMs itself, if the host can.
     pub(super) nested: bool,
     /// Frequency of the guest's time stamp counter, if known.
     pub(super) tsc_khz: Option<u32>,
 }
 
-/// The guest's CPUID, complete but for what differs between vCPUs.
+/// The guest's CPUID, complete except for what differs between vCPUs.
 #[derive(Debug, Clone)]
 pub(super) struct GuestCpuid {
     leaves: Vec<kvm_cpuid_entry2>,
@@ -76,7 +76,7 @@ pub(super) struct GuestCpuid {
 }
 
 impl GuestCpuid {
-    /// Patches what KVM supports.
+    /// Adapts the CPUID that KVM supports.
     pub(super) fn new(supported: &[kvm_cpuid_entry2], options: &CpuidOptions) -> Self {
         let mut cpuid = Self {
             leaves: supported.to_vec(),
@@ -116,7 +116,7 @@ impl GuestCpuid {
             .find(|leaf| leaf.function == function)
     }
 
-    /// The leaf, made if it is not there.
+    /// The leaf, added if it is missing.
     fn leaf(&mut self, function: u32) -> &mut kvm_cpuid_entry2 {
         let at = self
             .leaves
@@ -132,7 +132,7 @@ impl GuestCpuid {
         &mut self.leaves[at]
     }
 
-    /// KVM gives no processor name; the host's own is what people look for.
+    /// KVM provides no processor name; users look for the host's.
     fn set_brand_string(&mut self) {
         for function in 0x8000_0002..=0x8000_0004 {
             let host = __cpuid(function);
@@ -158,8 +158,8 @@ impl GuestCpuid {
         }
     }
 
-    /// Leaf 0xb on every processor (KVM has an x2APIC on all), leaf 0x1f where there are dies to
-    /// tell of or the processor has it anyway.
+    /// Leaf 0xb on every processor (KVM provides an x2APIC on all); leaf 0x1f if there are dies to describe, or if the
+    /// processor has it anyway.
     fn set_topology_leaves(&mut self) {
         let topology = self.topology;
         let intel = self.is_intel();
@@ -187,7 +187,7 @@ impl GuestCpuid {
         }
     }
 
-    /// One sub-leaf a level (type, (shift to the next level, vCPUs in it)), and one that ends them.
+    /// One sub-leaf per level (type, (shift to the next level, vCPUs in it)), and a final one that ends the list.
     fn push_levels(&mut self, function: u32, levels: &[(u32, (u32, u32))]) {
         let end = (0, (0, 0));
         for (index, (kind, (shift, vcpus))) in
@@ -229,7 +229,7 @@ fn patch_features(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
             let ids = (1u32 << options.topology.package_shift()).min(0xff);
             leaf.ebx = leaf.ebx & !0x00ff_0000 | ids << 16;
         }
-        // AMX needs a permission of the VMM that is not asked for.
+        // AMX needs a permission of the VMM that it does not request.
         (7, 0) => leaf.edx &= !LEAF7_EDX_AMX,
         (0xd, 0) => leaf.eax &= !LEAFD_EAX_XTILE,
         (0xd, index) if XTILE_COMPONENTS.contains(&index) => clear(leaf),
@@ -238,15 +238,16 @@ fn patch_features(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
         (0x8000_0001, _) if !options.nested => leaf.ecx &= !LEAF80000001_ECX_SVM,
         (0x8000_000a, _) if !options.nested => clear(leaf),
         (0x8000_0008, _) => {
-            // Bits 16–23 are the width below a second translation; zero says "the same".
+            // Bits 16–23 are the width below a second translation; zero means the same width.
             leaf.eax = leaf.eax & 0xff00_ff00 | u32::from(options.phys_bits);
         }
         _ => {}
     }
 }
 
-/// Leaf 4 and its AMD twin: who shares a cache. Levels 1 and 2 belong to a core, level 3 to a die, but never to more
-/// than share it on the host: a guest's scheduler would take processors for neighbours that are not.
+/// Leaf 4 and its AMD twin describe which processors share a cache. Levels 1 and 2 belong to a core, level 3 to a die,
+/// but never to more processors than share it on the host. Otherwise a guest's scheduler would treat processors as
+/// neighbours that are not.
 fn patch_caches(leaf: &mut kvm_cpuid_entry2, topology: &Topology) {
     if !matches!(leaf.function, 4 | 0x8000_001d) || leaf.eax & 0x1f == 0 {
         return;
@@ -272,8 +273,8 @@ fn patch_amd_topology(leaf: &mut kvm_cpuid_entry2, topology: &Topology) {
         0x8000_0001 if leaf.ecx & LEAF80000001_ECX_TOPOEXT != 0 => {
             set_bits(&mut leaf.ecx, LEAF80000001_ECX_CMP_LEGACY, threads > 1);
         }
-        // Threads in the package less one, and the bits of the APIC id that number them. Reserved
-        // on Intel, where the register is zero.
+        // Threads in the package minus one, and the number of APIC id bits for them. Reserved on Intel, where the
+        // register is zero.
         0x8000_0008 if leaf.ecx != 0 => {
             leaf.ecx =
                 leaf.ecx & !0xf0ff | (threads - 1).min(0xff) | topology.package_shift() << 12;

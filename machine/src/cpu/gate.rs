@@ -1,4 +1,4 @@
-//! The gate every vCPU thread passes before it enters the guest.
+//! The gate that every vCPU thread passes before it enters the guest.
 //!
 //! ```text
 //!              ┌── pause ──►            ── stop ──►
@@ -6,9 +6,8 @@
 //!              ◄── resume ──┘          └── resume ──► Running
 //! ```
 //!
-//! The control thread writes what it wants and kicks; vCPU threads see it at
-//! the gate and park. A thread that has ended or failed counts as parked: it
-//! will not touch the guest again.
+//! The control thread sets the wanted state and kicks; vCPU threads see it at the gate and park. A thread that has
+//! ended or failed counts as parked, because it will not access the guest again.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
@@ -16,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use virtio_devices::Unpoisoned;
 
-/// What the control thread wants of the vCPU threads.
+/// The state that the control thread wants of the vCPU threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wanted {
     Running,
@@ -27,7 +26,7 @@ pub(super) enum Wanted {
 #[derive(Debug)]
 struct State {
     wanted: Wanted,
-    /// Threads that may still touch the guest.
+    /// Threads that may still access the guest.
     active: usize,
     /// Threads that have not ended.
     alive: usize,
@@ -37,7 +36,7 @@ struct State {
 pub(super) struct Gate {
     state: Mutex<State>,
     changed: Condvar,
-    /// `wanted == Running`, to be looked at before every run without a lock.
+    /// `wanted == Running`, checked before every run without a lock.
     open: AtomicBool,
 }
 
@@ -60,19 +59,19 @@ impl Gate {
         self.state.lock().unpoisoned()
     }
 
-    /// Control thread: a thread is about to be started. It starts out parked.
+    /// Control thread: adds a thread that is about to be started. It is parked at first.
     pub(super) fn add_thread(&self) {
         self.lock().alive += 1;
     }
 
-    /// Control thread: the thread just added could not be started.
-    /// vCPU thread: nothing more will be done.
+    /// Control thread: the thread that was just added could not be started.
+    /// vCPU thread: the thread is about to end.
     pub(super) fn remove_thread(&self) {
         self.lock().alive -= 1;
         self.changed.notify_all();
     }
 
-    /// Control thread: says what is wanted. The caller kicks the threads.
+    /// Control thread: sets the wanted state. The caller kicks the threads.
     pub(super) fn set(&self, wanted: Wanted) {
         let mut state = self.lock();
         state.wanted = wanted;
@@ -80,12 +79,12 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Control thread: waits until nobody touches the guest; how many still do, else.
+    /// Control thread: waits until no thread accesses the guest; on a timeout returns how many still do.
     pub(super) fn wait_parked(&self, deadline: Duration) -> Result<(), usize> {
         self.wait(deadline, |state| state.active)
     }
 
-    /// Control thread: waits until all threads have ended; how many have not, else.
+    /// Control thread: waits until all threads have ended; on a timeout returns how many have not.
     pub(super) fn wait_ended(&self, deadline: Duration) -> Result<(), usize> {
         self.wait(deadline, |state| state.alive)
     }
@@ -106,8 +105,8 @@ impl Gate {
         }
     }
 
-    /// vCPU thread: parks until the guest may run (`Some`) or all is over (`None`). While the
-    /// pass lives, the thread counts as touching the guest.
+    /// vCPU thread: parks until the guest may run (`Some`) or the end (`None`). While the pass exists, the thread
+    /// counts as accessing the guest.
     pub(super) fn enter(&self) -> Option<Pass<'_>> {
         let mut state = self.lock();
         loop {
@@ -124,7 +123,7 @@ impl Gate {
         }
     }
 
-    /// vCPU thread: stands still until all is over.
+    /// vCPU thread: parks until the end.
     pub(super) fn wait_for_stop(&self) {
         let mut state = self.lock();
         while state.wanted != Wanted::Stopping {
@@ -132,13 +131,13 @@ impl Gate {
         }
     }
 
-    /// vCPU thread: whether the guest may go on running.
+    /// vCPU thread: whether the guest may continue to run.
     pub(super) fn is_open(&self) -> bool {
         self.open.load(Ordering::SeqCst)
     }
 }
 
-/// Permission to touch the guest, given back on drop.
+/// Permission to access the guest, returned on drop.
 #[derive(Debug)]
 pub(super) struct Pass<'a> {
     gate: &'a Gate,

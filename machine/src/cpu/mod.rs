@@ -1,4 +1,4 @@
-//! vCPUs: what processor the guest sees, how it starts, and the threads that run it.
+//! vCPUs: their processor model, initial state and threads.
 //!
 //! ```text
 //!   CpusConfig ─► Vcpus::new ─► configure(EntryPoint) ─► start ⇄ pause/resume ─► stop
@@ -27,11 +27,10 @@ pub use state::{IndexedVcpuState, VcpusState};
 pub use topology::Topology;
 pub use vcpus::Vcpus;
 
-/// What the guest's accesses outside of RAM reach. Implemented by the buses.
+/// The target of the guest's accesses outside of RAM. Implemented by the buses.
 ///
-/// Called on vCPU threads, several at once. Must not block, and must fill
-/// `data` of every read: what nobody claims reads as all ones. `data` is one
-/// access of 1 to 8 bytes.
+/// Called on vCPU threads, several at once. It must not block, and it must fill `data` of every read: an unclaimed
+/// address reads as all ones. `data` is one access of 1 to 8 bytes.
 pub trait VmExitHandler: Send + Sync {
     /// `in` from a port.
     fn pio_read(&self, port: u16, data: &mut [u8]);
@@ -45,59 +44,58 @@ pub trait VmExitHandler: Send + Sync {
     fn ioapic_eoi(&self, vector: u8);
 }
 
-/// What ends a machine from inside. Told at most once by each vCPU, which then
-/// stands still until [`Vcpus::stop`].
+/// Events inside the guest that end a machine. Each vCPU reports at most one and then parks until [`Vcpus::stop`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum GuestEvent {
     /// Triple fault, or KVM's own reset event.
     Reset,
     /// KVM's own shutdown event.
     Shutdown,
-    /// The vCPU cannot go on: KVM gave up on it, or the VMM did. Logged.
+    /// The vCPU cannot continue, because of KVM or the VMM. Logged.
     Failed,
 }
 
-/// Why vCPUs cannot be made or steered.
+/// Errors of creating and controlling vCPUs.
 #[derive(Debug, thiserror::Error)]
 pub enum CpuError {
-    /// Only vCPUs that stand still have a state.
+    /// Only parked vCPUs have a state.
     #[error("vCPUs can be saved only while they are paused")]
     NotPaused,
-    /// No vCPU, fewer than none to spare, or more than KVM can run.
+    /// No vCPU, fewer at most than at boot, or more than KVM supports.
     #[error(
         "{boot} vCPUs at boot and {max} at most: boot must be at least 1 and at most max, max at most {limit}"
     )]
     VcpuCount {
         /// vCPUs at boot.
         boot: u32,
-        /// vCPUs at most.
+        /// The maximum number of vCPUs.
         max: u32,
-        /// What KVM allows.
+        /// KVM's limit.
         limit: usize,
     },
-    /// The topology has a zero in it or is not as large as the machine.
+    /// The topology contains a zero or does not match the number of vCPUs.
     #[error("A topology of {product} vCPUs does not fit a machine of at most {max}")]
     Topology {
         /// Threads × cores × dies × packages.
         product: u64,
-        /// vCPUs at most.
+        /// The maximum number of vCPUs.
         max: u32,
     },
-    /// The topology needs APIC ids that this host cannot give.
+    /// The topology needs APIC ids that this host does not support.
     #[error("APIC id {apic_id} is above the limit {limit} of this host")]
     ApicId {
         /// The highest id needed.
         apic_id: u32,
-        /// The highest there is.
+        /// The highest id supported.
         limit: u32,
     },
-    /// Something this version does not do.
+    /// A setting that this version does not support.
     #[error("vCPUs with {what} are not supported")]
     NotSupported {
         /// The setting.
         what: &'static str,
     },
-    /// An affinity for a vCPU that is not there or a host CPU that cannot be.
+    /// An affinity for a vCPU that does not exist, or with an invalid host CPU.
     #[error(
         "Affinity of vCPU {vcpu} to host CPU {} is not possible",
         host_cpu.map_or_else(|| "none".to_owned(), |cpu| cpu.to_string())
@@ -105,7 +103,7 @@ pub enum CpuError {
     AffinityRange {
         /// The vCPU.
         vcpu: u32,
-        /// The host CPU; none given at all is no affinity either.
+        /// The host CPU; an empty list is invalid, too.
         host_cpu: Option<usize>,
     },
     /// The host refused an affinity.
@@ -113,30 +111,30 @@ pub enum CpuError {
     Affinity {
         /// The vCPU.
         vcpu: u32,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// The kernel has no cookies for vCPUs.
+    /// The kernel does not support cookies for vCPUs.
     #[error("core_scheduling Vcpu is not possible on this host")]
     CoreScheduling(#[source] io::Error),
-    /// More CPUID leaves than KVM takes.
+    /// More CPUID leaves than KVM accepts.
     #[error("The guest's CPUID has {count} leaves, more than KVM takes")]
     CpuidLeaves {
-        /// How many.
+        /// The number of leaves.
         count: usize,
     },
-    /// KVM refused something for the whole machine.
+    /// KVM rejected an operation on the whole machine.
     #[error("Cannot prepare KVM for vCPUs")]
     Prepare(#[source] hypervisor::Error),
-    /// KVM refused something for one vCPU.
+    /// KVM rejected an operation on one vCPU.
     #[error("Cannot {what} vCPU {vcpu}")]
     Vcpu {
         /// The vCPU.
         vcpu: u32,
-        /// What was tried: "create", "set up", "pause".
+        /// The operation: "create", "set up", "pause".
         what: &'static str,
-        /// KVM's answer.
+        /// The error from KVM.
         #[source]
         source: hypervisor::Error,
     },
@@ -145,22 +143,22 @@ pub enum CpuError {
     Thread {
         /// The vCPU.
         vcpu: u32,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
     /// vCPUs are stuck in the VMM: a device handler does not return.
     #[error("{stuck} vCPUs did not stand still within {deadline_ms} ms")]
     Stuck {
-        /// How many.
+        /// The number of vCPUs.
         stuck: usize,
-        /// How long was waited.
+        /// The time waited.
         deadline_ms: u128,
     },
 }
 
 impl CpuError {
-    /// Whether the configuration asks for what this host does not have.
+    /// Whether the configuration requires a feature that this host does not have.
     pub fn is_of_configuration(&self) -> bool {
         matches!(
             self,

@@ -1,4 +1,4 @@
-//! The state a vCPU starts in: registers of the boot protocol, MSRs, FPU, local interrupts.
+//! The initial state of a vCPU: registers of the boot protocol, MSRs, FPU, local interrupts.
 
 use hypervisor::Vcpu;
 use hypervisor::bindings::{kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs, kvm_segment};
@@ -34,7 +34,7 @@ const MSR_KERNEL_GS_BASE: u32 = 0xc000_0102;
 
 /// `rep movs` and `rep stos` may be fast.
 const MISC_ENABLE_FAST_STRING: u64 = 1;
-/// MTRRs on; memory is write-back where no range says otherwise.
+/// MTRRs on; memory is write-back unless a range specifies otherwise.
 const MTRR_ENABLE: u64 = 1 << 11;
 const MTRR_WRITE_BACK: u64 = 6;
 
@@ -60,8 +60,7 @@ const MSRS: [(u32, u64); 11] = [
     (MSR_MTRR_DEF_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK),
 ];
 
-/// What every vCPU starts with. The others than the boot vCPU then wait for
-/// their start-up interrupt, which KVM arranges by itself.
+/// The initial state of every vCPU. All except the boot vCPU then wait for their start-up interrupt, which KVM handles.
 pub(super) fn set_common(vcpu: &Vcpu) -> hypervisor::Result<()> {
     let msrs = MSRS.map(|(index, data)| kvm_msr_entry {
         index,

@@ -12,17 +12,17 @@ use super::gate::Gate;
 use super::{GuestEvent, VmExitHandler};
 use crate::threads::{MachineThread, ThreadStart};
 
-/// Exits served after a pause is asked for, so that the instruction that caused the last one is
-/// finished. An access that crosses a page takes two; a guest that repeats a port access without
-/// end is left in the middle of it, which is harmless: the next run goes on where it was.
+/// Exits served after a pause is requested, so that the instruction that caused the last one completes. An access that
+/// crosses a page needs two. A guest that repeats a port access endlessly is stopped in the middle of it, which is
+/// harmless: the next run continues there.
 const DRAIN_EXITS_MAX: u32 = 16;
 
-/// What vCPU threads call.
+/// The targets that vCPU threads call.
 #[derive(Clone)]
 pub struct VcpusContext {
     /// The buses.
     pub handler: Arc<dyn VmExitHandler>,
-    /// Told what ends the machine, on the vCPU's thread. Must not block.
+    /// Called with the event that ends the machine, on the vCPU's thread. Must not block.
     pub events: Arc<dyn Fn(GuestEvent) + Send + Sync>,
     /// Called first on every vCPU thread.
     pub thread_start: ThreadStart,
@@ -34,12 +34,12 @@ impl fmt::Debug for VcpusContext {
     }
 }
 
-/// One vCPU and what is known of it outside of its thread.
+/// One vCPU and its data outside of its thread.
 #[derive(Debug)]
 pub(super) struct VcpuCell {
     pub(super) index: u32,
     pub(super) apic_id: u32,
-    /// Locked by the vCPU's thread while it may be in the guest, by the control thread else.
+    /// Locked by the vCPU's thread while it may be in the guest, otherwise by the control thread.
     vcpu: Mutex<Vcpu>,
     pub(super) counters: Arc<ExitCounters>,
 }
@@ -54,8 +54,8 @@ impl VcpuCell {
         }
     }
 
-    /// The vCPU. A thread that panicked leaves registers that are still the kernel's, so a
-    /// poisoned lock is no reason not to look at them.
+    /// The vCPU. A thread that panicked leaves registers that are still the kernel's, so a poisoned lock does not
+    /// prevent reading them.
     pub(super) fn lock(&self) -> MutexGuard<'_, Vcpu> {
         self.vcpu.lock().unpoisoned()
     }
@@ -65,7 +65,7 @@ impl VcpuCell {
     }
 }
 
-/// Why the inner loop ended.
+/// The reason why the inner loop ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
     /// The gate closed.
@@ -74,7 +74,7 @@ enum Outcome {
     Over(GuestEvent),
 }
 
-/// Says that the thread is gone, and that this was not expected if it unwinds.
+/// Marks the thread as ended and, if it unwinds, as failed.
 struct ThreadGuard<'a> {
     gate: &'a Gate,
     context: &'a VcpusContext,
@@ -116,8 +116,8 @@ pub(super) fn vcpu_thread(
 fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusContext) -> Outcome {
     let mut drained = 0;
     loop {
-        // In this order: a kick after the flag is cleared sets it again, one before has closed
-        // the gate already.
+        // In this order: a kick after the flag is cleared sets it again; before an earlier one, the gate was closed
+        // already.
         vcpu.set_immediate_exit(false);
         let leaving = !gate.is_open();
         if leaving {
@@ -138,7 +138,7 @@ fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusConte
             }
             Step::Interrupted | Step::GoOn => {}
             Step::Over(event) => {
-                // Once a boot: a triple fault leaves no trace on the guest's console.
+                // Once per boot: a triple fault leaves no trace on the guest's console.
                 let rip = vcpu.regs().map_or(0, |regs| regs.rip);
                 log::warn!("vCPU {} asks at {rip:#x} for: {event:?}", cell.index);
                 return Outcome::Over(event);
@@ -153,12 +153,12 @@ fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusConte
     }
 }
 
-/// What to do after an exit.
+/// The action after an exit.
 enum Step {
     GoOn,
     Interrupted,
     Over(GuestEvent),
-    /// KVM gave up; the text says why.
+    /// KVM failed; the text has the reason.
     Lost(String),
 }
 

@@ -1,4 +1,4 @@
-//! All vCPUs of a paused machine at one moment, and how they go on from that.
+//! The saved state of all vCPUs of a paused machine.
 
 use ::state::{Part, Saved, State, StateError, parts, require};
 use hypervisor::{ClockState, VcpuState};
@@ -24,7 +24,7 @@ impl State for VcpusState {
     const PART: Part = PART;
 }
 
-/// One vCPU with its place in the machine.
+/// One vCPU with its position in the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct IndexedVcpuState {
@@ -35,10 +35,10 @@ pub struct IndexedVcpuState {
 }
 
 impl Vcpus {
-    /// The vCPUs at this moment.
+    /// The current state of the vCPUs.
     ///
     /// # Errors
-    /// [`CpuError::NotPaused`], or KVM refused to show a part.
+    /// [`CpuError::NotPaused`], or KVM refused to read a part.
     pub fn state(&self) -> Result<VcpusState, CpuError> {
         let clock = self.paused_clock.ok_or(CpuError::NotPaused)?;
         let vcpus = self.cells.iter().map(|cell| {
@@ -55,11 +55,11 @@ impl Vcpus {
         })
     }
 
-    /// In the place of [`Vcpus::configure`] and [`Vcpus::start`]: sets the saved state and starts the
-    /// threads. They are parked; [`Vcpus::resume`] sets the clock and lets them go on.
+    /// Replaces [`Vcpus::configure`] and [`Vcpus::start`]: sets the saved state and starts the threads. They are
+    /// parked; [`Vcpus::resume`] sets the clock and lets them continue.
     ///
     /// # Errors
-    /// The state is of other vCPUs, KVM refuses a register, or a thread cannot be started.
+    /// The state belongs to other vCPUs, KVM rejects a register, or a thread cannot be started.
     pub fn restore(&mut self, state: &VcpusState) -> Result<(), StateError> {
         let clock: ClockState = state.clock.read()?;
         let (saved, own) = (state.vcpus.len(), self.cells.len());

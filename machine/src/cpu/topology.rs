@@ -1,19 +1,18 @@
 //! Threads, cores, dies and packages, and the APIC ids that encode them.
 //!
-//! An APIC id is four bit fields, each as wide as its level needs:
+//! An APIC id is four bit fields, each as wide as its level requires:
 //!
 //! ```text
 //!   package │ die │ core │ thread
 //! ```
 //!
-//! A level whose size is no power of two leaves holes in the ids (Intel SDM
-//! volume 3, §9.9.1).
+//! A level whose size is not a power of two leaves holes in the ids (Intel SDM volume 3, §9.9.1).
 
 use api::config::{CpuTopology, CpusConfig};
 
 use super::CpuError;
 
-/// How the guest sees its vCPUs arranged.
+/// The arrangement of the vCPUs that the guest sees.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Topology {
     /// Hardware threads in a core.
@@ -27,10 +26,10 @@ pub struct Topology {
 }
 
 impl Topology {
-    /// What the configuration says, or one package of single-threaded cores.
+    /// The configured topology, or one package of single-threaded cores.
     ///
     /// # Errors
-    /// [`CpuError::Topology`] when its product is not the largest number of vCPUs.
+    /// [`CpuError::Topology`] if its product is not the maximum number of vCPUs.
     pub fn new(config: &CpusConfig) -> Result<Self, CpuError> {
         let topology = config.topology.unwrap_or(CpuTopology {
             threads_per_core: 1,

@@ -1,4 +1,4 @@
-//! All vCPUs of a machine: made, set up, started, paused, stopped.
+//! All vCPUs of a machine: creation, set-up, start, pause and stop.
 #![allow(unsafe_code)]
 // UNSAFETY: pthread_setaffinity_np has no safe wrapper.
 
@@ -21,13 +21,13 @@ use super::{CpuError, ExitCounters, Topology, registers};
 use crate::boot::EntryPoint;
 use crate::memory::layout::{KVM_IDENTITY_MAP_START, KVM_TSS_START};
 
-/// How long vCPU threads have to leave the guest: a handler that takes longer is broken.
+/// How long vCPU threads have to leave the guest. A handler that takes longer is broken.
 const STAND_STILL_DEADLINE: Duration = Duration::from_secs(5);
-/// The highest APIC id that needs no extension; 255 is the broadcast.
+/// The highest APIC id without the extension; 255 is the broadcast id.
 const APIC_ID_MAX: u32 = 254;
-/// The highest with the extension: bits 0–14 can be written into an MSI.
+/// The highest with the extension: an MSI has room for bits 0–14.
 const APIC_ID_MAX_EXTENDED: u32 = (1 << 15) - 1;
-/// Host CPUs an affinity can name.
+/// The number of host CPUs that an affinity can name.
 const HOST_CPUS_MAX: usize = libc::CPU_SETSIZE as usize;
 
 /// The vCPUs of one machine. Used by the control thread alone; dropping stops them.
@@ -45,7 +45,7 @@ pub struct Vcpus {
     kvmclock_ctrl: bool,
     /// The guest's clock when it was paused.
     pub(super) paused_clock: Option<kvm_clock_data>,
-    /// What belongs to the state of a vCPU on this host.
+    /// Host-dependent parts of a vCPU's state.
     pub(super) msr_indices: Vec<u32>,
 }
 
@@ -53,7 +53,7 @@ impl Vcpus {
     /// Checks what does not depend on the host.
     ///
     /// # Errors
-    /// Numbers that cannot be, or a setting that is not supported.
+    /// Invalid numbers, or a setting that is not supported.
     pub fn check(config: &CpusConfig) -> Result<Topology, CpuError> {
         if config.kvm_hyperv {
             return Err(CpuError::NotSupported { what: "kvm_hyperv" });
@@ -65,10 +65,10 @@ impl Vcpus {
         Topology::new(config)
     }
 
-    /// Checks what can be checked without making anything.
+    /// Checks everything that can be checked without creating anything.
     ///
     /// # Errors
-    /// As [`Vcpus::check`], or KVM has not so many.
+    /// As [`Vcpus::check`], or KVM does not support as many.
     pub fn validate(kvm: &Kvm, config: &CpusConfig) -> Result<Topology, CpuError> {
         let limit = kvm.max_vcpus();
         let (boot, max) = (config.boot_vcpus, config.max_vcpus);
@@ -88,7 +88,7 @@ impl Vcpus {
         Ok(topology)
     }
 
-    /// Makes the vCPUs that run at boot. `vm` must have its interrupt chip already.
+    /// Creates the vCPUs that run at boot. `vm` must have its interrupt chip already.
     ///
     /// # Errors
     /// As [`Vcpus::validate`], or KVM refuses.
@@ -114,7 +114,7 @@ impl Vcpus {
             topology,
             phys_bits: guest_phys_bits(kvm, config.max_phys_bits)?,
             nested: config.nested,
-            // A host whose counter is not stable does not tell; neither do we then.
+            // A host whose counter is not stable reports no frequency, so the guest gets none either.
             tsc_khz: cells[0].lock().tsc_khz().ok(),
         };
         let supported = kvm.supported_cpuid().map_err(CpuError::Prepare)?;
@@ -139,7 +139,7 @@ impl Vcpus {
         &self.topology
     }
 
-    /// Exit counters of each vCPU, to be kept by whoever reads them.
+    /// Exit counters of each vCPU, for a reader to keep.
     pub fn counters(&self) -> Vec<Arc<ExitCounters>> {
         self.cells
             .iter()
@@ -147,10 +147,10 @@ impl Vcpus {
             .collect()
     }
 
-    /// Sets the state all vCPUs start in; the first starts at `entry`.
+    /// Sets the initial state of all vCPUs; the first starts at `entry`.
     ///
     /// # Errors
-    /// KVM refused a register.
+    /// KVM rejected a register.
     pub fn configure(&self, entry: EntryPoint) -> Result<(), CpuError> {
         for cell in &self.cells {
             let cpuid = self.cpuid.of_vcpu(cell.apic_id)?;
@@ -169,7 +169,7 @@ impl Vcpus {
     /// Starts the threads and lets them run.
     ///
     /// # Errors
-    /// A thread could not be started or pinned; all that were are stopped again.
+    /// A thread could not be started or pinned; all threads started so far are stopped again.
     pub fn start(&mut self) -> Result<(), CpuError> {
         let started = self.start_threads();
         if started.is_ok() {
@@ -198,7 +198,7 @@ impl Vcpus {
             }
         }
         for affinity in self.config.affinity.iter().flatten() {
-            // One for a vCPU that may be added later has nobody to pin yet.
+            // An affinity for a vCPU that may be added later has no thread to pin yet.
             if let Some(thread) = self.threads.get(affinity.vcpu as usize) {
                 pin(thread, &affinity.host_cpus).map_err(|source| CpuError::Affinity {
                     vcpu: affinity.vcpu,
@@ -209,10 +209,10 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Takes all vCPUs out of the guest and stops its clock. On an error they run on.
+    /// Takes all vCPUs out of the guest and stops its clock. On an error they continue to run.
     ///
     /// # Errors
-    /// [`CpuError::Stuck`], or KVM refused.
+    /// [`CpuError::Stuck`], or an error from KVM.
     pub fn pause(&mut self) -> Result<(), CpuError> {
         let paused = self.pause_and_read_clock();
         match paused {
@@ -238,10 +238,10 @@ impl Vcpus {
         self.vm.clock().map_err(CpuError::Prepare)
     }
 
-    /// Lets the vCPUs go on, at the time they were paused.
+    /// Resumes the vCPUs, at the time at which they were paused.
     ///
     /// # Errors
-    /// KVM refused the clock; the vCPUs stay paused.
+    /// KVM rejected the clock; the vCPUs stay paused.
     pub fn resume(&mut self) -> Result<(), CpuError> {
         if let Some(clock) = self.paused_clock {
             self.vm.set_clock(&clock).map_err(CpuError::Prepare)?;
@@ -260,7 +260,7 @@ impl Vcpus {
         self.kick_all();
         let ended = self.gate.wait_ended(STAND_STILL_DEADLINE);
         for thread in mem::take(&mut self.threads) {
-            // A thread that is not stuck has only to return; one that is would hold us up.
+            // A thread that is not stuck only has to return; joining a stuck one would block.
             if (ended.is_ok() || thread.is_finished()) && thread.join().is_err() {
                 log::error!("A vCPU thread panicked");
             }
@@ -281,7 +281,7 @@ impl Drop for Vcpus {
     }
 }
 
-/// Real mode support pages, and long APIC ids if the machine has some.
+/// Real mode support pages, and extended APIC ids if the machine has some.
 fn prepare_vm(vm: &Vm, apic_id_max: u32) -> hypervisor::Result<()> {
     // Both are below 4 GiB.
     vm.set_identity_map_address(KVM_IDENTITY_MAP_START as u32)?;

@@ -1,10 +1,9 @@
 //! The I/O APIC (Intel 82093AA with the EOI register of later chips), 24 pins.
 //!
-//! Redirection entries are turned into MSIs and delivered one by one. An entry
-//! that is level-triggered and unmasked is also put into KVM's routing table
-//! under its pin number: from the routes of the pins KVM computes for which
-//! vectors an end of interrupt must leave the kernel
-//! (`kvm_scan_ioapic_routes`, arch/x86/kvm/irq.c). Edge entries need no route.
+//! Redirection entries are turned into MSIs and delivered one by one. An entry that is level-triggered and unmasked is
+//! also put into KVM's routing table under its pin number: KVM uses the routes of the pins to compute for which vectors
+//! an end of interrupt must leave the kernel (`kvm_scan_ioapic_routes`, arch/x86/kvm/irq.c). Edge entries need no
+//! route.
 //!
 //! ```text
 //!  line up ─► [masked?] ─ level ─► remote IRR set ─► MSI ─► guest ─► EOI exit
@@ -51,7 +50,7 @@ const DELIVERY_STATUS: u64 = 1 << 12;
 const REMOTE_IRR: u64 = 1 << 14;
 const LEVEL_TRIGGERED: u64 = 1 << 15;
 const MASKED: u64 = 1 << 16;
-/// Destination bits 8–14, the paravirtual extension KVM guests use.
+/// Destination bits 8–14, the paravirtual extension that KVM guests use.
 const EXT_DESTINATION_SHIFT: u32 = 49;
 const EXT_DESTINATION_MASK: u64 = 0x7f;
 const DESTINATION_SHIFT: u32 = 56;
@@ -66,17 +65,17 @@ const MSI_BASE: u64 = 0xfee0_0000;
 const MSI_ASSERT: u32 = 1 << 14;
 const MSI_LEVEL: u32 = 1 << 15;
 
-/// The I/O APIC at one moment.
+/// The saved state of the I/O APIC.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct IoapicState {
-    /// Register behind the window.
+    /// Selected register of the window.
     pub select: u8,
     /// Id register.
     pub id: u32,
-    /// Redirection entries, one a pin.
+    /// Redirection entries, one per pin.
     pub entries: Vec<u64>,
-    /// Pins whose line is up, one bit each.
+    /// Pins whose line is asserted, one bit each.
     pub lines: u32,
 }
 
@@ -88,7 +87,7 @@ struct State {
     select: u8,
     id: u32,
     entries: [u64; IOAPIC_PIN_COUNT as usize],
-    /// Pins whose line is up now, one bit each.
+    /// Pins whose line is asserted now, one bit each.
     lines: u32,
 }
 
@@ -107,7 +106,7 @@ impl fmt::Debug for Ioapic {
     }
 }
 
-/// The message a redirection entry stands for.
+/// The message that a redirection entry describes.
 fn message_of(entry: u64) -> MsiMessage {
     let destination = entry >> DESTINATION_SHIFT;
     let ext_destination = (entry >> EXT_DESTINATION_SHIFT) & EXT_DESTINATION_MASK;
@@ -124,7 +123,7 @@ fn message_of(entry: u64) -> MsiMessage {
 }
 
 impl Ioapic {
-    /// As after power-on: every pin masked.
+    /// The state after power-on: every pin masked.
     #[must_use]
     pub fn new(router: Arc<GsiRouter>) -> Self {
         Self {
@@ -156,13 +155,13 @@ impl Ioapic {
             let waits = LEVEL_TRIGGERED | REMOTE_IRR;
             if *entry & waits == waits && *entry & VECTOR_MASK == u64::from(vector) {
                 *entry &= !REMOTE_IRR;
-                // A refusal is counted there, and nobody here could act on it.
+                // A rejection is counted there, and this caller could not act on it.
                 let _counted = self.service_level(&mut state, pin);
             }
         }
     }
 
-    /// What the guest has programmed and which lines are up.
+    /// The programmed registers and the asserted lines.
     pub fn state(&self) -> IoapicState {
         let state = self.state_now();
         IoapicState {
@@ -173,11 +172,11 @@ impl Ioapic {
         }
     }
 
-    /// Takes the place of the chip that `saved` was taken of. Nothing is delivered: what was on its
-    /// way is in the local APICs.
+    /// Restores the chip from which `saved` was taken. Nothing is delivered: interrupts in transit are in the local
+    /// APICs.
     ///
     /// # Errors
-    /// What the chip cannot have been; nothing is changed then.
+    /// A state that the chip cannot have; nothing is changed then.
     pub fn restore(&self, saved: &IoapicState) -> Result<(), StateError> {
         let entries = <[u64; IOAPIC_PIN_COUNT as usize]>::try_from(saved.entries.as_slice())
             .map_err(|_wrong_length| {
@@ -212,7 +211,7 @@ impl Ioapic {
         Ok(())
     }
 
-    /// Interrupts that the host refused, e.g. because the guest's entry is nonsense.
+    /// Interrupts that the host rejected, for example because the guest's entry is invalid.
     pub fn undelivered(&self) -> u64 {
         self.undelivered.load(Ordering::Relaxed)
     }
@@ -237,8 +236,7 @@ impl Ioapic {
         self.deliver(entry)
     }
 
-    /// Delivers a level-triggered pin if its line is up and the guest is not
-    /// still busy with the last one.
+    /// Delivers a level-triggered pin if its line is asserted and the guest is not still processing the last one.
     fn service_level(&self, state: &mut State, pin: u8) -> io::Result<()> {
         let entry = &mut state.entries[usize::from(pin)];
         let up = state.lines & (1 << pin) != 0;
@@ -291,7 +289,7 @@ impl Ioapic {
             (old & !0xffff_ffff) | u64::from(value)
         };
         new = (new & !READ_ONLY) | (old & READ_ONLY);
-        // Turning a pin to edge and back is how systems clear a stuck remote IRR.
+        // Systems switch a pin to edge and back to clear a stuck remote IRR.
         if new & LEVEL_TRIGGERED == 0 {
             new &= !REMOTE_IRR;
         }
@@ -303,7 +301,7 @@ impl Ioapic {
         }
     }
 
-    /// Has KVM know of a pin what it needs to; false if the host refused.
+    /// Updates KVM's route of a pin; false if the host rejected it.
     fn route(&self, pin: u32, entry: u64) -> bool {
         let routed = entry & LEVEL_TRIGGERED != 0 && entry & MASKED == 0;
         let message = routed.then(|| message_of(entry));
@@ -349,7 +347,7 @@ impl BusDevice for Ioapic {
     }
 }
 
-/// One input of the I/O APIC, given to the device that drives it.
+/// One input of the I/O APIC, owned by the device that drives it.
 #[derive(Clone)]
 pub struct IrqLine {
     ioapic: Arc<Ioapic>,
@@ -363,20 +361,20 @@ impl fmt::Debug for IrqLine {
 }
 
 impl IrqLine {
-    /// One pulse: what an edge-triggered device does. Never blocks.
+    /// One pulse, for an edge-triggered device. Never blocks.
     ///
     /// # Errors
-    /// The host refused the message the guest programmed.
+    /// The host rejected the message that the guest programmed.
     pub fn trigger(&self) -> io::Result<()> {
         let result = self.ioapic.set_line(self.pin, true);
         self.ioapic.set_line(self.pin, false)?;
         result
     }
 
-    /// Holds the line up or down: what a level-triggered device does.
+    /// Asserts or deasserts the line, for a level-triggered device.
     ///
     /// # Errors
-    /// The host refused the message the guest programmed.
+    /// The host rejected the message that the guest programmed.
     pub fn set_level(&self, up: bool) -> io::Result<()> {
         self.ioapic.set_line(self.pin, up)
     }
@@ -516,7 +514,7 @@ mod tests {
         ) {
             let (_, ioapic) = ioapic();
             for (offset, mut data, is_write, byte) in accesses {
-                // Half of the accesses go where something is.
+                // Half of the accesses hit an existing register.
                 let offset = if byte & 1 == 0 { [IOREGSEL, IOWIN, EOI][usize::from(byte) % 3] } else { offset };
                 if is_write { ioapic.write(offset, &data); } else { ioapic.read(offset, &mut data); }
                 if let Some(line) = ioapic.line(byte % 32) {

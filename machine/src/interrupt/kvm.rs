@@ -36,8 +36,7 @@ impl InterruptBackend for Vm {
     }
 
     fn signal_msi(&self, message: MsiMessage) -> io::Result<()> {
-        // Whether the APIC took it or the guest has it switched off is the
-        // guest's business.
+        // Whether the APIC accepted it, or the guest has disabled the APIC, does not matter here.
         Vm::signal_msi(self, to_kvm(message))
             .map(|_delivered| ())
             .map_err(io::Error::other)
@@ -46,7 +45,7 @@ impl InterruptBackend for Vm {
 
 #[cfg(test)]
 mod tests {
-    //! The one thing a fake backend cannot show: that KVM takes what is sent.
+    //! The part that a fake back end cannot show: KVM accepts what is sent.
 
     use std::sync::Arc;
 

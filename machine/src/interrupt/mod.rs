@@ -1,16 +1,15 @@
 //! Interrupts: from a device's line or vector to a vCPU's local APIC.
 //!
-//! The local APICs are in the kernel, the I/O APIC is here ("split irqchip",
-//! Documentation/virt/kvm/api.rst §7.5). Every interrupt reaches the guest as a
-//! message-signalled one:
+//! The local APICs are in the kernel, the I/O APIC is in the VMM ("split irqchip", Documentation/virt/kvm/api.rst
+//! §7.5). Every interrupt reaches the guest as a message-signalled one:
 //!
 //! ```text
 //! legacy device ─ IrqLine ─► Ioapic ── KVM_SIGNAL_MSI ─────────────► local APIC
 //! virtio-pci ─── FunctionVectors ─ eventfd ─ irqfd ─ GSI ─ route ──► local APIC
 //! ```
 //!
-//! A GSI is a number KVM's routing table translates into a message: 0–23 are
-//! the pins of the I/O APIC, the others are handed out to MSI-X vectors.
+//! A GSI is a number that KVM's routing table translates into a message: 0–23 are the pins of the I/O APIC, the others
+//! are allocated to MSI-X vectors.
 
 mod ioapic;
 mod kvm;
@@ -26,43 +25,42 @@ pub use ioapic::{IOAPIC_PIN_COUNT, Ioapic, IoapicState, IrqLine};
 pub use router::{GSI_COUNT_MAX, GsiRouter};
 pub use vectors::FunctionVectors;
 
-/// One line of the routing table: an interrupt on `gsi` is delivered as `message`.
+/// One entry of the routing table: an interrupt on `gsi` is delivered as `message`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Route {
     /// Global system interrupt.
     pub gsi: u32,
-    /// What the local APICs receive.
+    /// The message to the local APICs.
     pub message: MsiMessage,
 }
 
-/// What interrupt delivery needs from the hypervisor. Called from any thread;
-/// every method is one system call.
+/// The hypervisor's part of interrupt delivery. Called from any thread; every method is one system call.
 pub trait InterruptBackend: Send + Sync {
     /// Replaces the whole routing table.
     ///
     /// # Errors
-    /// The host refused it; the old table stays.
+    /// The host rejected it; the old table stays.
     fn set_routes(&self, routes: &[Route]) -> io::Result<()>;
-    /// From now on a write to `event` raises `gsi`.
+    /// Connects `event`: a write to it raises `gsi` from now on.
     ///
     /// # Errors
-    /// The host refused.
+    /// The host rejected it.
     fn register_irqfd(&self, event: &EventFd, gsi: u32) -> io::Result<()>;
     /// Undoes [`InterruptBackend::register_irqfd`].
     ///
     /// # Errors
-    /// The host refused.
+    /// The host rejected it.
     fn unregister_irqfd(&self, event: &EventFd, gsi: u32) -> io::Result<()>;
     /// Delivers one message now.
     ///
     /// # Errors
-    /// The host refused, which includes nonsense the guest wrote into a vector.
+    /// The host rejected it, for example because of an invalid vector from the guest.
     fn signal_msi(&self, message: MsiMessage) -> io::Result<()>;
 }
 
 #[cfg(test)]
 pub(crate) mod fake {
-    //! A hypervisor that only takes notes.
+    //! A fake hypervisor that only records calls.
 
     use super::*;
     use std::collections::BTreeMap;

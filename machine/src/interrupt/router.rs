@@ -1,7 +1,7 @@
 //! The owner of KVM's interrupt routing table and of the GSI numbers in it.
 //!
-//! KVM takes only whole tables and waits for all vCPUs to leave the old one, so
-//! a table is set only when it differs from the one in force.
+//! KVM accepts only whole tables and waits for all vCPUs to leave the old one, so a table is set only if it differs
+//! from the current one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -13,18 +13,18 @@ use virtio_devices::pci::MsiMessage;
 
 use super::{IOAPIC_PIN_COUNT, InterruptBackend, Route};
 
-/// GSIs there are, pins included: `KVM_MAX_IRQ_ROUTES` on x86
-/// (include/linux/kvm_host.h), which bounds both the numbers and the table.
+/// Maximum number of GSIs, pins included: `KVM_MAX_IRQ_ROUTES` on x86 (include/linux/kvm_host.h), which limits both the
+/// numbers and the table.
 pub const GSI_COUNT_MAX: u32 = 4096;
 
 #[derive(Default)]
 struct State {
     routes: BTreeMap<u32, MsiMessage>,
-    /// Handed out, routed or not.
+    /// Allocated GSIs, routed or not.
     allocated: BTreeSet<u32>,
 }
 
-/// Hands out GSIs and keeps their routes.
+/// Allocates GSIs and keeps their routes.
 pub struct GsiRouter {
     backend: Arc<dyn InterruptBackend>,
     state: Mutex<State>,
@@ -46,7 +46,7 @@ impl GsiRouter {
         }
     }
 
-    /// Takes a GSI for a message-signalled interrupt.
+    /// Allocates a GSI for a message-signalled interrupt.
     ///
     /// # Errors
     /// All [`GSI_COUNT_MAX`] are in use.
@@ -60,10 +60,10 @@ impl GsiRouter {
         Ok(free)
     }
 
-    /// Gives a GSI back and forgets its route.
+    /// Frees a GSI and removes its route.
     ///
     /// # Errors
-    /// The host refused the smaller table.
+    /// The host rejected the smaller table.
     pub fn release(&self, gsi: u32) -> io::Result<()> {
         let mut state = self.state();
         state.allocated.remove(&gsi);
@@ -73,13 +73,13 @@ impl GsiRouter {
     /// Routes `gsi` to `message`, or nowhere.
     ///
     /// # Errors
-    /// The host refused the table; the old route stays.
+    /// The host rejected the table; the old route stays.
     pub fn set_route(&self, gsi: u32, message: Option<MsiMessage>) -> io::Result<()> {
         let mut state = self.state();
         self.update(&mut state, gsi, message)
     }
 
-    /// What routes are set in.
+    /// The back end that holds the routes.
     pub fn backend(&self) -> &dyn InterruptBackend {
         self.backend.as_ref()
     }

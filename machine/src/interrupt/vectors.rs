@@ -1,9 +1,8 @@
 //! The MSI-X vectors of one PCI function, each a GSI with an irqfd.
 //!
-//! A vector costs nothing until the driver enables it: GSI and eventfd are made
-//! then and kept until the function goes. Masking takes only the irqfd away,
-//! because drivers mask and unmask with the same message and a new routing
-//! table is the dear part.
+//! A vector costs nothing until the driver enables it. GSI and eventfd are created then and kept until the function is
+//! removed. Masking removes only the irqfd, because drivers mask and unmask with the same message, and rebuilding the
+//! routing table is the expensive step.
 
 use std::fmt;
 use std::io;
@@ -22,7 +21,7 @@ struct Vector {
     armed: bool,
 }
 
-/// Vectors of one function; dropping them gives the GSIs back.
+/// Vectors of one function; dropping them frees the GSIs.
 pub struct FunctionVectors {
     router: Arc<GsiRouter>,
     vectors: Vec<Mutex<Option<Vector>>>,
@@ -82,7 +81,7 @@ impl MsiVectors for FunctionVectors {
             None => slot.insert(self.create()?),
         };
         if let Err(refused) = self.router.set_route(vector.gsi, Some(message)) {
-            // An interrupt must not go where the driver no longer wants it.
+            // An interrupt must not be delivered to an address that the driver has replaced.
             self.disarm(vector)?;
             return Err(refused);
         }
@@ -105,7 +104,7 @@ impl MsiVectors for FunctionVectors {
     fn trigger(&self, vector: u16) -> io::Result<()> {
         match &*self.slot(vector)? {
             Some(vector) if vector.armed => match vector.event.write(1) {
-                // A full counter means interrupts are pending already.
+                // A full counter means that interrupts are pending already.
                 Err(full) if full.kind() == io::ErrorKind::WouldBlock => Ok(()),
                 result => result,
             },

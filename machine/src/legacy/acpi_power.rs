@@ -7,7 +7,7 @@ use super::raise;
 use crate::bus::BusDevice;
 use crate::signals::VmSignals;
 
-/// What the FADT tells the guest to write for a reset.
+/// The value that the FADT specifies for a reset.
 pub const RESET_VALUE: u8 = 1;
 /// Sleep type of S5 in the DSDT's `_S5_` package.
 pub const S5_SLEEP_TYPE: u8 = 5;
@@ -16,14 +16,14 @@ pub const S5_SLEEP_TYPE: u8 = 5;
 const SLP_TYP_SHIFT: u8 = 2;
 const SLP_EN: u8 = 1 << 5;
 
-/// The register; power-off and reset go to the control thread.
+/// The register; power-off and reset are signalled to the control thread.
 #[derive(Debug)]
 pub struct AcpiPower {
     signals: Arc<VmSignals>,
 }
 
 impl AcpiPower {
-    /// A register that tells `signals`.
+    /// A register that raises `signals`.
     #[must_use]
     pub fn new(signals: Arc<VmSignals>) -> Self {
         Self { signals }

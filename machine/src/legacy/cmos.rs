@@ -1,7 +1,7 @@
 //! The real-time clock and its 128 bytes of RAM (Motorola MC146818A).
 //!
-//! The time is the host's, in UTC, and cannot be set. The size of RAM stands
-//! where firmware has looked for it since the PC AT.
+//! The time is the host's, in UTC, and cannot be set. The size of RAM is where firmware has looked for it since the PC
+//! AT.
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard};
@@ -16,7 +16,7 @@ use crate::bus::BusDevice;
 const PART: Part = parts::CMOS;
 
 const RAM_BYTES: usize = 128;
-/// Bit 7 of the index port masks NMIs, which nobody sends.
+/// Bit 7 of the index port masks NMIs, which are never sent.
 const INDEX_MASK: u8 = 0x7f;
 
 // Clock registers.
@@ -27,7 +27,7 @@ const DAY_OF_WEEK: u8 = 0x06;
 const DAY_OF_MONTH: u8 = 0x07;
 const MONTH: u8 = 0x08;
 const YEAR: u8 = 0x09;
-/// RAM byte that holds the century; the FADT tells the guest.
+/// RAM byte that holds the century; the FADT contains its index.
 pub const CMOS_CENTURY: u8 = 0x32;
 const STATUS_A: u8 = 0x0a;
 const STATUS_B: u8 = 0x0b;
@@ -48,13 +48,13 @@ const ABOVE_4_GIB: u8 = 0x5b;
 const MEMORY_UNIT_SHIFT: u32 = 16;
 const MIB_16: u64 = 16 << 20;
 
-/// Clock and RAM at one moment. The time is the host's, so it is no state.
+/// The saved state of clock and RAM. The time is the host's, so it is not part of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CmosState {
     /// Index register.
     pub index: u8,
-    /// The RAM, clock registers as they were written.
+    /// The RAM, with clock registers as they were written.
     pub ram: Bytes,
 }
 
@@ -86,7 +86,7 @@ impl Cmos {
         let low = low_ram_bytes.saturating_sub(MIB_16) >> MEMORY_UNIT_SHIFT;
         let low = u16::try_from(low).unwrap_or(u16::MAX);
         ram[usize::from(ABOVE_16_MIB)..][..2].copy_from_slice(&low.to_le_bytes());
-        // Three bytes: up to 1 TiB can be told.
+        // Three bytes can represent up to 1 TiB.
         let high = (high_ram_bytes >> MEMORY_UNIT_SHIFT).min(0xff_ffff);
         ram[usize::from(ABOVE_4_GIB)..][..3].copy_from_slice(&high.to_le_bytes()[..3]);
         ram[usize::from(STATUS_A)] = STATUS_A_RESET;
@@ -96,7 +96,7 @@ impl Cmos {
         }
     }
 
-    /// What the guest has written, and the memory size it found.
+    /// The values that the guest has written, and the memory size.
     pub fn state(&self) -> CmosState {
         let state = self.lock();
         CmosState {
@@ -105,10 +105,10 @@ impl Cmos {
         }
     }
 
-    /// Takes the place of the chip that `saved` was taken of.
+    /// Restores the chip from which `saved` was taken.
     ///
     /// # Errors
-    /// Another size of RAM, or an index outside of it.
+    /// A different size of RAM, or an index outside of it.
     pub fn restore(&self, saved: &CmosState) -> Result<(), StateError> {
         let ram = <[u8; RAM_BYTES]>::try_from(saved.ram.0.as_slice()).map_err(|_wrong_length| {
             let reason = format!("has {} bytes instead of {RAM_BYTES}", saved.ram.0.len());
@@ -155,7 +155,7 @@ impl State {
     }
 }
 
-/// A value as status register B asks for it: binary or BCD.
+/// A value in the format that status register B selects: binary or BCD.
 fn encode(value: u8, status_b: u8) -> u8 {
     if status_b & STATUS_B_BINARY != 0 {
         value
@@ -185,14 +185,14 @@ impl BusDevice for Cmos {
         if offset == 0 {
             state.index = value & INDEX_MASK;
         } else {
-            // Clock registers are written too, but never read from RAM.
+            // Clock registers are stored in RAM as well, but never read from it.
             let index = usize::from(state.index);
             state.ram[index] = value;
         }
     }
 }
 
-/// A point of time as a calendar and clock show it, in UTC.
+/// A point in time as date and time of day, in UTC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Clock {
     year: u64,
@@ -228,8 +228,8 @@ impl Clock {
 
 /// Year, month and day of a day counted from 1970-01-01.
 ///
-/// Years are taken to start in March, so that the leap day is the last of one:
-/// then a month's first day is a linear function of its number.
+/// Years start in March, so that the leap day is the last day of a year. Then a month's first day is a linear function
+/// of its number.
 fn date_of(days: u64) -> (u64, u8, u8) {
     const DAYS_400_YEARS: u64 = 146_097;
     const DAYS_0000_03_01_TO_1970: u64 = 719_468;

@@ -1,7 +1,7 @@
-//! Three ports a guest may write to for whoever looks for a fault in it.
+//! Three ports to which a guest may write for debugging.
 //!
-//! All of it is the guest's text: lines are cut at a length, their number is
-//! bounded, and control characters do not reach a terminal.
+//! All of it is the guest's text: the length of lines is limited, as is their number, and control characters do not
+//! reach a terminal.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -14,16 +14,16 @@ use virtio_devices::Unpoisoned;
 
 use crate::bus::BusDevice;
 
-/// Codes logged per machine; Linux also writes here to pass time.
+/// Codes logged per machine; Linux also writes here as a delay.
 const CODES_LOGGED_MAX: u64 = 64;
 /// Bytes of one line of firmware text.
 const LINE_BYTES_MAX: usize = 256;
 /// Lines of firmware text logged per machine: about 1 MiB.
 const LINES_LOGGED_MAX: u64 = 4096;
-/// What a reader finds at 0xe9 and 0x402 if the port is there.
+/// The value that reads of 0xe9 and 0x402 return if the port is present.
 const PORT_PRESENT: u8 = 0xe9;
 
-/// Port 0x80: codes of boot progress, with the time they came.
+/// Port 0x80: codes of boot progress, with their times.
 #[derive(Debug)]
 pub struct DebugPort {
     start: Instant,
@@ -47,8 +47,8 @@ impl DebugPort {
         }
     }
 
-    /// When `code` first came, counted from [`DebugPort::new`]. Kept for
-    /// [`DebugPort::CODE_KERNEL`] and [`DebugPort::CODE_USERSPACE`].
+    /// The time of `code`'s first occurrence, counted from [`DebugPort::new`]. Kept for [`DebugPort::CODE_KERNEL`] and
+    /// [`DebugPort::CODE_USERSPACE`].
     pub fn first_seen(&self, code: u8) -> Option<Duration> {
         lock(&self.first_seen).get(&code).copied()
     }
@@ -83,7 +83,7 @@ impl BusDevice for DebugPort {
     }
 }
 
-/// Port 0x402: firmware's debug text, a line of the log each.
+/// Port 0x402: firmware's debug text, one log entry per line.
 #[derive(Debug)]
 pub struct FirmwareDebug {
     line: Mutex<Vec<u8>>,
@@ -91,7 +91,7 @@ pub struct FirmwareDebug {
 }
 
 impl FirmwareDebug {
-    /// Nothing said yet.
+    /// No text yet.
     #[must_use]
     pub fn new() -> Self {
         Self {
@@ -100,7 +100,7 @@ impl FirmwareDebug {
         }
     }
 
-    /// Lines that came, logged or not.
+    /// Lines received, logged or not.
     pub fn lines(&self) -> u64 {
         self.lines.load(Ordering::Relaxed)
     }
@@ -141,7 +141,7 @@ impl BusDevice for FirmwareDebug {
     }
 }
 
-/// Port 0xe9: bytes handed to an output of the operator's choice.
+/// Port 0xe9: bytes for an output of the operator's choice.
 pub struct DebugConsole {
     output: Mutex<Box<dyn Write + Send>>,
     lost_bytes: AtomicU64,

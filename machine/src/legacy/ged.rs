@@ -17,16 +17,16 @@ const PART: Part = parts::GED;
 pub const GED_BYTES: u64 = 1;
 /// I/O APIC pin of the device: the first that no ISA device ever had.
 pub const GED_IRQ: u8 = 16;
-/// PCI functions came, or are asked to go.
+/// PCI functions were added, or should be removed.
 pub const GED_PCI_HOTPLUG: u8 = 4;
 /// The power button was pressed.
 pub const GED_POWER_BUTTON: u8 = 8;
 
-/// The event device at one moment.
+/// The saved state of the event device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GedState {
-    /// Events the guest has not read yet.
+    /// Events that the guest has not read yet.
     pub pending: u8,
 }
 
@@ -42,7 +42,7 @@ pub struct Ged {
 }
 
 impl Ged {
-    /// No events; pulses `line` when there are.
+    /// No events; pulses `line` for each new one.
     #[must_use]
     pub fn new(line: IrqLine) -> Self {
         Self {
@@ -51,17 +51,17 @@ impl Ged {
         }
     }
 
-    /// Events the guest has not read yet.
+    /// Events that the guest has not read yet.
     pub fn state(&self) -> GedState {
         GedState {
             pending: self.pending.load(Ordering::Acquire),
         }
     }
 
-    /// Takes over events the guest has not read yet; their interrupt was delivered.
+    /// Restores events that the guest has not read yet; their interrupt was delivered.
     ///
     /// # Errors
-    /// Events that do not exist.
+    /// Unknown events.
     pub fn restore(&self, state: &GedState) -> Result<(), StateError> {
         let unknown = state.pending & !(GED_PCI_HOTPLUG | GED_POWER_BUTTON);
         require(unknown == 0, PART, "pending", || {
@@ -71,15 +71,15 @@ impl Ged {
         Ok(())
     }
 
-    /// Presses the power button. What becomes of it is up to the guest.
+    /// Presses the power button. The reaction is up to the guest.
     ///
     /// # Errors
-    /// The host refused the interrupt the guest has programmed.
+    /// The host rejected the interrupt that the guest programmed.
     pub fn press_power_button(&self) -> std::io::Result<()> {
         self.raise(GED_POWER_BUTTON)
     }
 
-    /// Has the guest look at the PCI hotplug controller.
+    /// Makes the guest read the PCI hot-plug controller.
     ///
     /// # Errors
     /// As [`Ged::press_power_button`].

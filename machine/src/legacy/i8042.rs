@@ -1,4 +1,4 @@
-//! As much of the keyboard controller as systems use to reset a PC.
+//! The part of the keyboard controller that systems use to reset a PC.
 
 use std::sync::Arc;
 
@@ -15,14 +15,14 @@ const TIMER_2_OUTPUT: u8 = 0x20;
 /// Pulses the processor's reset line.
 const COMMAND_RESET: u8 = 0xfe;
 
-/// Ports 0x61–0x64. Port 0x60 is left alone: there is no keyboard.
+/// Ports 0x61–0x64. Port 0x60 is not implemented, because there is no keyboard.
 #[derive(Debug)]
 pub struct I8042 {
     signals: Arc<VmSignals>,
 }
 
 impl I8042 {
-    /// A controller that tells `signals` of a reset.
+    /// A controller that signals a reset to `signals`.
     #[must_use]
     pub fn new(signals: Arc<VmSignals>) -> Self {
         Self { signals }
@@ -31,8 +31,7 @@ impl I8042 {
 
 impl BusDevice for I8042 {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        // A status of zero says that the input buffer is empty: a guest that
-        // resets this way waits for that first.
+        // A status of zero means that the input buffer is empty. A guest that resets this way waits for that first.
         data.fill(0);
         if let (SYSTEM_CONTROL, Some(byte)) = (offset, data.first_mut()) {
             *byte = TIMER_2_OUTPUT;

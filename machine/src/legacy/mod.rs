@@ -1,4 +1,4 @@
-//! Devices at fixed ports and the platform's event device.
+//! Devices at fixed ports, and the platform's event device.
 //!
 //! | Where | Device |
 //! | --- | --- |
@@ -11,7 +11,7 @@
 //! | 0x608 | [`PmTimer`]: ACPI's clock |
 //! | platform MMIO | [`Ged`]: power button and PCI hotplug |
 //!
-//! There is no PIC, no PIT and no HPET; their ports read all ones.
+//! There is no PIC, no PIT and no HPET; their ports read as all ones.
 
 mod acpi_power;
 mod cmos;
@@ -51,10 +51,10 @@ pub const ACPI_POWER_PORTS: Ports = (0x600, 4);
 /// ACPI power management timer.
 pub const PM_TIMER_PORTS: Ports = (0x608, 4);
 
-/// Puts `device` at `ports`.
+/// Maps `device` at `ports`.
 ///
 /// # Errors
-/// The ports are taken.
+/// The ports are in use.
 pub fn insert(
     bus: &Bus,
     (first, count): Ports,
@@ -63,8 +63,7 @@ pub fn insert(
     bus.insert(u64::from(first), u64::from(count), device)
 }
 
-/// Tells the control thread. It may hear the same thing twice: a guest tries
-/// several ways to reset.
+/// Signals the control thread. It may receive the same signal twice, because a guest tries several ways to reset.
 fn raise(event: &EventFd, what: &str) {
     log::info!("The guest asks for a {what}");
     if let Err(error) = event.write(1) {

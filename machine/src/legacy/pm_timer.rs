@@ -10,11 +10,11 @@ use crate::bus::BusDevice;
 const PM_TIMER_FREQUENCY_HZ: u128 = 3_579_545;
 const NANOSECONDS_PER_SECOND: u128 = 1_000_000_000;
 
-/// The timer at one moment.
+/// The saved state of the timer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PmTimerState {
-    /// Time it has counted. Any value is possible: the counter wraps.
+    /// Time counted so far. Any value is possible, because the counter wraps.
     pub elapsed_ns: u64,
 }
 
@@ -26,7 +26,7 @@ impl State for PmTimerState {
 #[derive(Debug)]
 pub struct PmTimer {
     start: Instant,
-    /// What it had counted by then.
+    /// The count at the start.
     before_ns: u64,
 }
 
@@ -43,7 +43,7 @@ impl PmTimer {
         Self::from_state(PmTimerState { elapsed_ns: 0 })
     }
 
-    /// Counts on from a saved state.
+    /// Continues from a saved state.
     #[must_use]
     pub fn from_state(state: PmTimerState) -> Self {
         Self {
@@ -52,7 +52,7 @@ impl PmTimer {
         }
     }
 
-    /// What it has counted; 2^64 ns are 584 years.
+    /// The count so far; 2^64 ns are 584 years.
     pub fn state(&self) -> PmTimerState {
         let elapsed_ns = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
         PmTimerState {

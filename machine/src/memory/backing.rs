@@ -1,4 +1,4 @@
-//! What backs a range of guest RAM: which mapping, which advice.
+//! The backing of a range of guest RAM: mapping flags and advice.
 //!
 //! | Configuration | Mapping |
 //! | --- | --- |
@@ -7,8 +7,7 @@
 //! | `hugepages` | shared hugetlb memfd |
 //! | `file` | see [`super::file`] |
 #![allow(unsafe_code)]
-// UNSAFETY: memfd_create, madvise and the mapping that keeps an address range occupied
-// have no safe wrapper.
+// UNSAFETY: memfd_create, madvise and the mapping that keeps an address range occupied have no safe wrapper.
 
 use std::fs::File;
 use std::io;
@@ -26,11 +25,11 @@ use super::layout::{MIB, PAGE_BYTES};
 use super::numa_policy;
 use super::source::Source;
 
-/// Transparent huge pages on x86-64. Guest and host addresses must agree modulo
-/// this, or KVM can map no range of the guest with a huge page.
+/// Transparent huge pages on x86-64. Guest and host addresses must agree modulo this size; otherwise KVM cannot map any
+/// range of the guest with a huge page.
 const THP_BYTES: usize = (2 * MIB) as usize;
 
-/// How one zone is backed.
+/// The backing of one zone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Backing {
     kind: Kind,
@@ -51,8 +50,7 @@ enum Kind {
 }
 
 impl Backing {
-    /// Reads the backing from the configuration, and looks at nothing else. `thp`: whether RAM
-    /// shall have transparent huge pages.
+    /// Determines the backing from the configuration alone. `thp`: whether RAM should have transparent huge pages.
     pub(super) fn new(zone: &MemoryZoneConfig, thp: bool) -> Self {
         let kind = match (&zone.file, zone.hugepages, zone.shared) {
             (Some(path), _, _) => Kind::File(ZoneFile {
@@ -75,7 +73,7 @@ impl Backing {
         }
     }
 
-    /// The page size that sizes must be multiples of, where it is known before anything is made.
+    /// The page size that sizes must be a multiple of, if it is known before anything is created.
     pub(super) fn page_bytes(&self) -> u64 {
         match &self.kind {
             Kind::HugetlbMemfd(bytes) => bytes.unwrap_or(2 * MIB),
@@ -83,7 +81,7 @@ impl Backing {
         }
     }
 
-    /// Opens or makes what holds `bytes` of pages.
+    /// Opens or creates the file for `bytes` of pages.
     pub(super) fn open(&self, bytes: u64) -> Result<Source, ZoneError> {
         match &self.kind {
             Kind::PrivateAnonymous => Ok(Source::anonymous()),
@@ -93,7 +91,7 @@ impl Backing {
         }
     }
 
-    /// Makes a mapping of `bytes` from `offset` on and gives it its advice.
+    /// Creates a mapping of `bytes` from `offset` on and applies its advice.
     pub(super) fn map(
         &self,
         source: &Source,
@@ -139,8 +137,8 @@ impl Backing {
             (Some(_), false) => libc::MAP_PRIVATE,
             (None, _) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
         };
-        // Huge pages come from a pool that does not grow: without a reservation a pool too
-        // small would kill the VMM in the middle of the guest's work.
+        // Huge pages come from a pool that does not grow. Without a reservation, a pool that is too small would kill
+        // the VMM while the guest runs.
         let reserved = self.reserve || source.is_hugetlb();
         let reserving = if reserved { 0 } else { libc::MAP_NORESERVE };
         let mut builder = MmapRegionBuilder::new(size)
@@ -159,12 +157,12 @@ impl Backing {
         region: &MmapRegion<()>,
         bytes: u64,
     ) -> Result<(), ZoneError> {
-        // Before the first page is there, so that none has to move.
+        // Before the first page exists, so that none has to be migrated.
         if let Some(node) = self.host_numa_node {
             numa_policy::bind(region, node)
                 .map_err(|source| ZoneError::HostNumaNode { node, source })?;
         }
-        // A core dump of the VMM must not carry the guest's secrets, nor its size.
+        // A core dump of the VMM must not contain the guest's secrets, nor have its size.
         madvise(region, libc::MADV_DONTDUMP, "madvise(MADV_DONTDUMP)", bytes)?;
         let wishes = [
             (
@@ -180,7 +178,7 @@ impl Backing {
         ];
         for (wanted, advice, operation) in wishes {
             if wanted && let Err(error) = madvise(region, advice, operation, bytes) {
-                // A host kernel built without runs the guest all the same, as upstream does.
+                // A host kernel without the feature runs the guest nevertheless, as with upstream.
                 log::warn!("{}", ::api::error_chain(&error).join(": "));
             }
         }
@@ -196,7 +194,7 @@ impl Backing {
     }
 }
 
-/// `MFD_HUGETLB` with the page size encoded as `MFD_HUGE_SHIFT` wants it: its logarithm.
+/// `MFD_HUGETLB` with the page size encoded for `MFD_HUGE_SHIFT`: its logarithm.
 fn hugetlb_flags(page_bytes: Option<u64>) -> libc::c_uint {
     let size_flag = page_bytes.map_or(0, |bytes| bytes.trailing_zeros() << libc::MFD_HUGE_SHIFT);
     libc::MFD_HUGETLB | size_flag
@@ -206,8 +204,8 @@ fn hugetlb_flags(page_bytes: Option<u64>) -> libc::c_uint {
 const MEMFD_NAME: &std::ffi::CStr = c"ch_ram";
 
 const MEMFD_FLAGS: libc::c_uint = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-/// The size is fixed for good: a process that has the file, such as a back end, cannot shorten it and so kill the VMM
-/// with SIGBUS. Holes can still be punched.
+/// The size is sealed: a process that shares the file, such as a back end, cannot shorten it and so kill the VMM with
+/// SIGBUS. Holes can still be punched.
 const MEMFD_SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
 
 /// An anonymous file of `bytes` in memory.
@@ -224,7 +222,7 @@ fn memfd(bytes: u64, flags: libc::c_uint) -> Result<Source, ZoneError> {
     if fd < 0 {
         return Err(host("memfd_create")(io::Error::last_os_error()));
     }
-    // SAFETY: the descriptor is open and belongs to nobody else.
+    // SAFETY: the descriptor is open and has no other owner.
     let file = unsafe { File::from_raw_fd(fd) };
     let huge_page_bytes = huge_page_bytes_of(&file);
     let page_bytes = huge_page_bytes.unwrap_or(PAGE_BYTES);
@@ -245,13 +243,12 @@ fn memfd(bytes: u64, flags: libc::c_uint) -> Result<Source, ZoneError> {
         },
     })
 }
-/// Maps so that the host address is a multiple of [`THP_BYTES`], as newer kernels do by themselves.
+/// Maps such that the host address is a multiple of [`THP_BYTES`], as newer kernels do.
 ///
-/// The mapping must be made by `vm-memory` without a wish for an address, because only such a
-/// mapping is unmapped by it. So the kernel is moved to the right place: after a first, unaligned
-/// mapping is gone again, the excess at the end (or, should the kernel search upwards, the gap at
-/// the start) is occupied, and the next mapping lands beside it. If another thread interferes, the
-/// mapping is still good, only slower.
+/// `vm-memory` must create the mapping without a requested address, because it unmaps only such a mapping. So the
+/// kernel is steered to the right address: a first, unaligned mapping is removed. Then the excess at the end (or, if
+/// the kernel searches upwards, the gap at the start) is occupied, and the next mapping lands beside it. If another
+/// thread interferes, the mapping is still valid, only slower.
 fn map_aligned<E>(
     size: usize,
     build: impl Fn() -> Result<MmapRegion<()>, E>,
@@ -278,7 +275,7 @@ fn map_aligned<E>(
     build()
 }
 
-/// An address range kept occupied, without memory behind it.
+/// An occupied address range without memory.
 struct Placeholder {
     address: *mut libc::c_void,
     bytes: usize,
@@ -287,8 +284,8 @@ struct Placeholder {
 impl Placeholder {
     /// `None` if the range is in use.
     fn new(address: usize, bytes: usize) -> Option<Self> {
-        // SAFETY: with MAP_FIXED_NOREPLACE the kernel maps this range only if nothing is there,
-        // so no memory of anybody is touched.
+        // SAFETY: with MAP_FIXED_NOREPLACE the kernel maps this range only if it is free, so no other memory is
+        // affected.
         let mapped = unsafe {
             libc::mmap(
                 ptr::without_provenance_mut(address),
@@ -311,7 +308,7 @@ impl Placeholder {
 
 impl Drop for Placeholder {
     fn drop(&mut self) {
-        // SAFETY: this is the mapping made in `new`, and nobody else knows of it.
+        // SAFETY: this is the mapping created in `new`, and no other code knows it.
         unsafe { libc::munmap(self.address, self.bytes) };
     }
 }
@@ -322,8 +319,7 @@ fn madvise(
     operation: &'static str,
     bytes: u64,
 ) -> Result<(), ZoneError> {
-    // SAFETY: the range is exactly one mapping, alive through the borrow. None of the advice given
-    // here discards content.
+    // SAFETY: the range is exactly one mapping, alive through the borrow. None of this advice discards content.
     let result = unsafe { libc::madvise(region.as_ptr().cast(), region.size(), advice) };
     if result == 0 {
         return Ok(());
@@ -380,7 +376,7 @@ mod tests {
             unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_WRITE) };
         assert_eq!(sealed, -1, "nobody adds a seal that would stop the guest");
         let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
-        // SAFETY: the file is ours alone and holds nothing.
+        // SAFETY: the file is ours alone and empty.
         let punched = unsafe { libc::fallocate(file.as_raw_fd(), punch, 0, MIB as libc::off_t) };
         assert_eq!(punched, 0);
     }
@@ -424,7 +420,7 @@ mod tests {
         let pages = 512;
         let region = map(&zone, false, pages * PAGE_BYTES);
         let mut resident = vec![0u8; pages as usize];
-        // SAFETY: one byte a page of a mapping that is alive.
+        // SAFETY: one byte per page of a mapping that is alive.
         let result = unsafe {
             libc::mincore(
                 region.as_ptr().cast(),
@@ -455,7 +451,7 @@ mod tests {
             ..zone()
         };
         let backing = Backing::new(&zone, false);
-        // A TiB: no host that runs tests sets that aside.
+        // A TiB: no host that runs tests can reserve that.
         let bytes = 1 << 40;
         let Ok(source) = backing.open(bytes) else {
             test_skip::skip("this kernel has no huge pages of 2 MiB");

@@ -1,10 +1,10 @@
-//! The memory map the guest is told: RAM, and what it must keep its hands off.
+//! The memory map for the guest: RAM and reserved ranges.
 
 use super::layout::{
     AddressMap, EBDA_START, HIGH_RAM_START, PCI_MMCONFIG_BYTES, PCI_MMCONFIG_START,
 };
 
-/// What lies in a range (ACPI 6.5 §15, table 15.4; the PVH map uses the same numbers).
+/// The type of a range (ACPI 6.5 §15, table 15.4; the PVH map uses the same numbers).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum E820Kind {
@@ -14,19 +14,19 @@ pub enum E820Kind {
     Reserved = 2,
 }
 
-/// One line of the memory map.
+/// One entry of the memory map.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct E820Entry {
     /// Guest physical address.
     pub start: u64,
     /// Length.
     pub bytes: u64,
-    /// What lies there.
+    /// The type of the range.
     pub kind: E820Kind,
 }
 
-/// The memory map, in ascending order. The backed range from 640 KiB to 1 MiB,
-/// which holds ACPI and SMBIOS tables, is left out: it is not to be used as RAM.
+/// The memory map, in ascending order. The backed range from 640 KiB to 1 MiB, which holds ACPI and SMBIOS tables, is
+/// left out, because the guest must not use it as RAM.
 pub fn e820_map(map: &AddressMap) -> Vec<E820Entry> {
     let ram = |start, end| E820Entry {
         start,

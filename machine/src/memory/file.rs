@@ -1,4 +1,4 @@
-//! Zones made of a file (`--memory-zone file=`).
+//! Zones backed by a file (`--memory-zone file=`).
 //!
 //! | `file` is | `shared=on` | `shared=off` |
 //! | --- | --- | --- |
@@ -6,8 +6,8 @@
 //! | a directory | a new file in it, without a name | private anonymous memory |
 //! | a directory of huge pages | a new file in it, without a name | the same |
 //!
-//! Nobody else can see a file without a name, so a private mapping of it would be private
-//! anonymous memory that takes its zeros from the file system, for more.
+//! No other process can see a file without a name. A private mapping of it would behave like private anonymous memory,
+//! at a higher cost, because its zeros come from the file system.
 #![allow(unsafe_code)]
 // UNSAFETY: `fstatfs` has no safe wrapper among our dependencies.
 
@@ -23,21 +23,21 @@ use super::error::ZoneError;
 use super::layout::PAGE_BYTES;
 use super::source::Source;
 
-/// What the configuration says of the file.
+/// The file's configuration.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct ZoneFile {
     pub(super) path: PathBuf,
     pub(super) shared: bool,
-    /// Huge pages are asked for, …
+    /// Huge pages are configured, …
     pub(super) huge_pages: bool,
     /// … of this size.
     pub(super) huge_page_bytes: Option<u64>,
 }
 
 impl ZoneFile {
-    /// Opens the file, or makes one in the directory.
+    /// Opens the file, or creates one in the directory.
     pub(super) fn open(&self, bytes: u64) -> Result<Source, ZoneError> {
-        // Looked at before it is opened: opening a device can do something.
+        // Checked before it is opened, because opening a device can have effects.
         let metadata = fs::metadata(&self.path).map_err(|source| self.open_error(source))?;
         let (file, shared) = if metadata.is_dir() {
             self.open_directory(bytes)?
@@ -60,7 +60,7 @@ impl ZoneFile {
             .write(self.shared)
             .open(&self.path)
             .map_err(|source| self.open_error(source))?;
-        // Another file may have taken the name meanwhile.
+        // Another file may have taken the name in the meantime.
         let metadata = file.metadata().map_err(|source| self.open_error(source))?;
         if !metadata.is_file() {
             return Err(self.not_a_file());
@@ -75,7 +75,7 @@ impl ZoneFile {
         Ok(file)
     }
 
-    /// A new file of `bytes` without a name, unless private anonymous memory does; always shared.
+    /// A new file of `bytes` without a name, unless private anonymous memory suffices; always shared.
     fn open_directory(&self, bytes: u64) -> Result<(Option<File>, bool), ZoneError> {
         let directory = File::open(&self.path).map_err(|source| self.open_error(source))?;
         let page_bytes = huge_page_bytes_of(&directory);
@@ -124,11 +124,11 @@ impl ZoneFile {
     }
 }
 
-/// Makes a file in `directory` and takes its name away again.
+/// Creates a file in `directory` and removes its name.
 ///
-/// Not by `O_TMPFILE`: not every file system has it, those of shared directories for one.
+/// `O_TMPFILE` is not used, because not every file system supports it, for example those of shared directories.
 fn nameless_file(directory: &Path) -> io::Result<File> {
-    /// Names tried: whoever occupies that many of ours does it on purpose.
+    /// Names to try. If that many are taken, it is deliberate.
     const ATTEMPTS_MAX: u32 = 100;
     static COUNTER: AtomicU32 = AtomicU32::new(0);
     for _ in 0..ATTEMPTS_MAX {
@@ -160,7 +160,7 @@ pub(super) fn huge_page_bytes_of(file: &File) -> Option<u64> {
     if ret != 0 {
         return None;
     }
-    // SAFETY: the kernel has filled it, as it returned zero.
+    // SAFETY: the kernel has filled it, because it returned zero.
     let stat = unsafe { stat.assume_init() };
     (stat.f_type == libc::HUGETLBFS_MAGIC).then(|| u64::try_from(stat.f_bsize).ok())?
 }

@@ -1,4 +1,4 @@
-//! Guest RAM: mapped in this process, and given to KVM as memory slots.
+//! Guest RAM: mapped into this process, and registered with KVM as memory slots.
 #![allow(unsafe_code)]
 // UNSAFETY: memory slots hand address ranges of this process to the kernel.
 
@@ -19,7 +19,7 @@ use super::source::Source;
 use super::zones::{Zone, hotplug_zone_of, place, zones_of};
 use super::{E820Entry, MemoryError, ZoneError, e820_map};
 
-/// The RAM of one machine and the map it lies in.
+/// The RAM of one machine and its address map.
 #[derive(Debug, Clone)]
 pub struct GuestMemory {
     ram: GuestRam,
@@ -27,7 +27,7 @@ pub struct GuestMemory {
     zones: Vec<Zone>,
 }
 
-/// What a configuration comes to before anything is made.
+/// The checked configuration, before anything is created.
 struct Plan {
     map: AddressMap,
     zones: Vec<ZonePlan>,
@@ -42,11 +42,11 @@ struct ZonePlan {
 }
 
 impl GuestMemory {
-    /// Checks the configuration, then maps RAM as it says. `phys_bits` is the width of the
-    /// guest's physical addresses, or more if [`GuestMemory::narrow`] follows.
+    /// Checks the configuration, then maps RAM accordingly. `phys_bits` is the width of the guest's physical addresses,
+    /// or more if [`GuestMemory::narrow`] follows.
     ///
     /// # Errors
-    /// A size that cannot be, found before anything is made; or the host has not got the memory.
+    /// An invalid size, found before anything is created; or the host does not have the memory.
     pub fn new(config: &MemoryConfig, phys_bits: u8) -> Result<Self, MemoryError> {
         let Plan { map, zones } = Self::plan(config, phys_bits)?;
         let sources = open(&zones)?;
@@ -79,10 +79,10 @@ impl GuestMemory {
         })
     }
 
-    /// Checks the configuration and makes nothing.
+    /// Checks the configuration and creates nothing.
     ///
     /// # Errors
-    /// As [`GuestMemory::new`], but for what only the host can refuse.
+    /// As [`GuestMemory::new`], except for errors that only the host can report.
     pub fn validate(config: &MemoryConfig, phys_bits: u8) -> Result<(), MemoryError> {
         Self::plan(config, phys_bits).map(|_plan| ())
     }
@@ -110,7 +110,7 @@ impl GuestMemory {
         Ok(Plan { map, zones: plans })
     }
 
-    /// Takes note that the guest has addresses of no more than `phys_bits`. RAM stays where it is.
+    /// Limits the guest's addresses to `phys_bits`. RAM stays where it is.
     ///
     /// # Errors
     /// [`MemoryError::AddressSpace`].
@@ -119,33 +119,33 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// The zones RAM is made of, in the order of their addresses.
+    /// The zones of RAM, in the order of their addresses.
     pub fn zones(&self) -> &[Zone] {
         &self.zones
     }
 
-    /// What the guest has from the start.
+    /// The RAM that the guest has from the start.
     pub fn boot_bytes(&self) -> u64 {
         let boot = self.zones.iter().filter(|zone| !zone.hotplug);
         boot.map(Zone::bytes).sum()
     }
 
-    /// The zone of memory that is plugged in later, if there is to be any.
+    /// The zone for memory hot-plug, if configured.
     pub fn hotplug_zone(&self) -> Option<&Zone> {
         self.zones.iter().find(|zone| zone.hotplug)
     }
 
-    /// RAM as devices and loaders use it, with all that can be plugged in.
+    /// RAM as devices and loaders use it, including memory that can be hot-plugged.
     pub fn ram(&self) -> &GuestRam {
         &self.ram
     }
 
-    /// Where everything lies.
+    /// The address map.
     pub fn map(&self) -> &AddressMap {
         &self.map
     }
 
-    /// What the guest is told of it.
+    /// The memory map for the guest.
     pub fn e820(&self) -> Vec<E820Entry> {
         e820_map(&self.map)
     }
@@ -153,7 +153,7 @@ impl GuestMemory {
     /// Makes RAM visible to the guest. KVM's view ends when the result is dropped.
     ///
     /// # Errors
-    /// KVM refused a slot; the ones already made are removed.
+    /// KVM rejected a slot; existing ones are removed.
     pub fn attach(&self, vm: &Arc<Vm>) -> Result<RamSlots, MemoryError> {
         let mut slots = RamSlots {
             vm: Arc::clone(vm),
@@ -213,7 +213,7 @@ impl ZonePlan {
     }
 }
 
-/// Opens what every zone is made of, and makes sure that no two share it.
+/// Opens the backing of every zone, and checks that no two zones share it.
 fn open(zones: &[ZonePlan]) -> Result<Vec<Source>, MemoryError> {
     let mut sources: Vec<Source> = Vec::new();
     for zone in zones {
@@ -230,8 +230,8 @@ fn open(zones: &[ZonePlan]) -> Result<Vec<Source>, MemoryError> {
     Ok(sources)
 }
 
-/// The memory slots of a machine's RAM. Keeps the RAM mapped, and takes it away from KVM on drop,
-/// so the guest cannot reach memory that has become something else.
+/// The memory slots of a machine's RAM. Keeps the RAM mapped and removes it from KVM on drop, so the guest cannot
+/// access memory that has been reused.
 #[derive(Debug)]
 pub struct RamSlots {
     vm: Arc<Vm>,
@@ -244,8 +244,8 @@ impl Drop for RamSlots {
     fn drop(&mut self) {
         for slot in 0..self.count {
             if let Err(error) = self.vm.remove_memory_slot(slot) {
-                // KVM would go on using the range: keep it mapped for good, for then the
-                // guest can still reach nothing but its own RAM.
+                // KVM would continue to use the range. Keep it mapped forever, so that the guest still accesses nothing
+                // but its own RAM.
                 log::error!("Memory slot {slot} stays: {error}");
                 std::mem::forget(Arc::clone(&self.ram));
             }
@@ -333,7 +333,7 @@ mod tests {
         );
         let ram = memory.ram().memory();
         assert_eq!(ram.num_regions(), 3);
-        // Across the border of two zones, and behind the hole, where the file goes on.
+        // Across the boundary of two zones, and after the hole, where the file continues.
         let across = GuestAddress(GIB - 2);
         ram.write_slice(b"abcd", across).unwrap();
         ram.write_slice(b"high", GuestAddress(4 * GIB)).unwrap();
@@ -382,7 +382,7 @@ mod tests {
             panic!("{refused}");
         };
         assert_eq!(id, "b");
-        // Only a kernel without huge pages says something else.
+        // Only a kernel without huge pages reports another value.
         assert!(
             matches!(
                 source,
@@ -406,7 +406,7 @@ mod tests {
 
     #[test]
     fn ram_more_than_the_host_can_map_is_an_error() {
-        // A process has 47 bits of address, all of which the guest would fill.
+        // A process has 47 bits of address, all of which the guest would occupy.
         assert!(matches!(
             GuestMemory::new(&config(1 << 47), 52),
             Err(MemoryError::Zone {
@@ -452,7 +452,7 @@ mod tests {
             let probe = virtio_devices::reclaim::ResidencyProbe::new(memory.ram().clone()).unwrap();
             let sample = probe.measure().unwrap();
             let last = sample.regions.last().unwrap();
-            // A huge page at most for the byte that was written.
+            // At most a huge page for the byte that was written.
             assert!(
                 last.bytes == GIB && last.resident_bytes <= 2 * MIB,
                 "{last:?}"

@@ -12,8 +12,8 @@
 //!   …          64-bit PCI window, then platform registers, up to the last address
 //! ```
 //!
-//! The addresses are Cloud Hypervisor's, so that firmware and tools written for
-//! it find everything in its place.
+//! The addresses are Cloud Hypervisor's, so that firmware and tools written for it find everything where they expect
+//! it.
 
 use std::ops::Range;
 
@@ -39,7 +39,7 @@ pub const PVH_INFO_START: u64 = 0x6000;
 pub const PVH_MODLIST_START: u64 = 0x6040;
 /// PVH memory map, one page.
 pub const PVH_MEMMAP_START: u64 = 0x7000;
-/// bzImage zero page; the PVH memory map is not used by that protocol.
+/// bzImage zero page; that protocol does not use the PVH memory map.
 pub const ZERO_PAGE_START: u64 = 0x7000;
 /// Initial stack pointer.
 pub const BOOT_STACK_POINTER: u64 = 0x8ff0;
@@ -87,15 +87,14 @@ pub const RAM_64BIT_START: u64 = 4 * GIB;
 pub const PLATFORM_DEVICE_AREA_BYTES: u64 = MIB;
 /// The last bytes of the address space stay free: some guests cannot address them.
 const TOP_RESERVED_BYTES: u64 = 64 * KIB;
-/// A memory section of Linux on x86-64: memory comes to a running guest in no smaller parts. What is behind RAM starts
-/// at such a border.
+/// A memory section of Linux on x86-64, the smallest unit of memory hot-plug. The area after RAM is aligned to it.
 pub const SECTION_BYTES: u64 = 128 * MIB;
-/// The least 64-bit window: 2048 devices of 512 KiB, more than the buses have slots for.
+/// The minimum size of the 64-bit window: 2048 devices of 512 KiB, more than the buses have slots for.
 const DEVICE_AREA_MIN_BYTES: u64 = GIB;
 
-/// The least RAM: the first MiB with the boot structures and one for a payload.
+/// The minimum RAM: the first MiB with the boot structures and one for a payload.
 pub const MIN_RAM_BYTES: u64 = 2 * MIB;
-/// The narrowest physical address that this map has room in.
+/// The minimum physical address width for this map.
 const PHYS_BITS_MIN: u8 = 33;
 /// The widest physical address of an x86-64 processor.
 pub const PHYS_BITS_MAX: u8 = 52;
@@ -114,12 +113,12 @@ const _: () = {
     assert!(MIN_RAM_BYTES > HIGH_RAM_START);
 };
 
-/// Where one machine's RAM and device areas lie.
+/// The address map of one machine's RAM and device areas.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AddressMap {
     /// RAM from 0, and the rest from 4 GiB if there is any.
     pub ram: Vec<Range<u64>>,
-    /// Where memory can be plugged in; empty if none can.
+    /// The range for memory hot-plug; empty if not configured.
     pub hotplug: Range<u64>,
     /// 64-bit PCI window.
     pub devices_64bit: Range<u64>,
@@ -176,8 +175,8 @@ impl AddressMap {
         })
     }
 
-    /// The same map with room for `bytes` of memory behind RAM, at a multiple of `align_bytes`, a power of two.
-    /// `phys_bits` is what the map was made with.
+    /// The same map with room for `bytes` of memory after RAM, at a multiple of `align_bytes`, a power of two.
+    /// `phys_bits` is the width that the map was created with.
     ///
     /// # Errors
     /// [`MemoryError::AddressSpace`].
@@ -207,7 +206,7 @@ impl AddressMap {
         }
     }
 
-    /// The same RAM, and the devices behind it in `phys_bits` of physical address.
+    /// The same RAM, with the devices after it in `phys_bits` of physical address.
     ///
     /// # Errors
     /// [`MemoryError::AddressSpace`].
@@ -237,7 +236,7 @@ impl AddressMap {
     }
 }
 
-/// Where the platform's own devices are in `phys_bits` of physical address; `None` if nothing can be.
+/// The addresses of the platform's own devices in `phys_bits` of physical address; `None` if there is no room.
 fn platform_devices(phys_bits: u8) -> Option<Range<u64>> {
     if !(PHYS_BITS_MIN..=PHYS_BITS_MAX).contains(&phys_bits) {
         return None;

@@ -1,4 +1,4 @@
-//! Guest physical memory: where everything lies, what backs the RAM, what the guest is told.
+//! Guest physical memory: layout, backing of RAM, and the memory map for the guest.
 //!
 //! ```text
 //!   MemoryConfig ─► zones ─► GuestMemory::new ─► GuestRam (shared with devices)

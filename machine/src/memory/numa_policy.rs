@@ -1,4 +1,4 @@
-//! Takes the pages of a mapping from one NUMA node of the host.
+//! Binds the pages of a mapping to one NUMA node of the host.
 #![allow(unsafe_code)]
 // UNSAFETY: `mbind` has no safe wrapper among our dependencies.
 
@@ -12,11 +12,10 @@ pub const HOST_NUMA_NODE_MAX: u32 = 1023;
 const WORD_BITS: usize = u64::BITS as usize;
 const MASK_WORDS: usize = (HOST_NUMA_NODE_MAX as usize + 1) / WORD_BITS;
 
-/// Has the kernel take every page of `region` from `node` and from no other. Pages that are there
-/// already stay where they are.
+/// Makes the kernel allocate every page of `region` on `node` and on no other. Existing pages stay where they are.
 ///
 /// # Errors
-/// The host has no such node, or the file behind the mapping has no memory policy.
+/// The host has no such node, or the file behind the mapping does not support memory policies.
 pub(super) fn bind(region: &MmapRegion<()>, node: u32) -> io::Result<()> {
     let node = usize::try_from(node).unwrap_or(usize::MAX);
     let mut mask = [0_u64; MASK_WORDS];
@@ -24,8 +23,8 @@ pub(super) fn bind(region: &MmapRegion<()>, node: u32) -> io::Result<()> {
         .get_mut(node / WORD_BITS)
         .ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
     *word |= 1 << (node % WORD_BITS);
-    // SAFETY: the range is one mapping, alive through the borrow, and none of its content changes.
-    // The mask has as many bits as the call is told, less the one that it does not look at.
+    // SAFETY: the range is one mapping, alive through the borrow, and none of its content changes. The mask has as many
+    // bits as the call's argument, minus the one that the call ignores.
     let ret = unsafe {
         libc::syscall(
             libc::SYS_mbind,

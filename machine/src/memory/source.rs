@@ -1,4 +1,4 @@
-//! Where the pages of a zone come from.
+//! The source of a zone's pages.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -6,16 +6,16 @@ use std::sync::Arc;
 
 use super::layout::PAGE_BYTES;
 
-/// Where the pages of a zone come from, opened and checked.
+/// The source of a zone's pages, opened and checked.
 #[derive(Debug)]
 pub(super) struct Source {
     /// `None` for private anonymous memory.
     pub(super) file: Option<Arc<File>>,
-    /// Mapped shared; else private.
+    /// Mapped shared; otherwise private.
     pub(super) shared: bool,
     /// Size of the pages.
     pub(super) page_bytes: u64,
-    /// What it is, as figures name it.
+    /// Its kind, as named in statistics.
     pub(super) name: &'static str,
 }
 
@@ -29,7 +29,7 @@ impl Source {
         }
     }
 
-    /// `file`, of which `huge_page_bytes` is the size of its huge pages if it has any.
+    /// `file`, with the size of its huge pages in `huge_page_bytes` if it has any.
     pub(super) fn file(file: File, shared: bool, huge_page_bytes: Option<u64>) -> Self {
         Self {
             file: Some(Arc::new(file)),
@@ -48,7 +48,7 @@ impl Source {
         self.page_bytes > PAGE_BYTES
     }
 
-    /// Whether the two have a file in common that one of them writes to.
+    /// Whether both use the same file and one of them writes to it.
     pub(super) fn conflicts(&self, other: &Self) -> bool {
         let file = |source: &Self| source.file.as_ref().and_then(|file| file.metadata().ok());
         let (Some(first), Some(second)) = (file(self), file(other)) else {

@@ -1,5 +1,5 @@
-//! The map of guest memory at one moment. The bytes in it are no part of this: who saves or sends them
-//! reads them from [`GuestMemory::ram`].
+//! The saved map of guest memory. Its contents are not part of it: code that saves or sends them reads them from
+//! [`GuestMemory::ram`].
 
 use ::state::{Part, State, StateError, parts, require};
 use serde::{Deserialize, Serialize};
@@ -8,7 +8,7 @@ use super::{GuestMemory, Zone};
 
 const PART: Part = parts::MEMORY;
 
-/// Where RAM is and how it is divided.
+/// The ranges of RAM and their division.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryState {
@@ -20,8 +20,8 @@ impl State for MemoryState {
     const PART: Part = PART;
 }
 
-/// One zone. What it is made of may change from one host to the next, the size of its pages may not:
-/// a balloon has told its driver what it can give back.
+/// One zone. Its backing may differ between hosts, but not its page size: a balloon has reported to its driver what it
+/// can return.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ZoneState {
@@ -31,7 +31,7 @@ pub struct ZoneState {
     pub ranges: Vec<MemoryRangeState>,
     /// Size of its pages.
     pub page_bytes: u64,
-    /// The guest has of it only what it plugs in.
+    /// Hot-plugged: the guest has only the part that it plugs.
     pub hotplug: bool,
 }
 
@@ -39,9 +39,9 @@ pub struct ZoneState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryRangeState {
-    /// The first.
+    /// The first address.
     pub start: u64,
-    /// How many bytes.
+    /// The number of bytes.
     pub bytes: u64,
 }
 
@@ -68,11 +68,11 @@ impl GuestMemory {
         }
     }
 
-    /// Whether this memory, made of the saved machine's configuration, can take the place of the one
-    /// that `state` was taken of: everything the guest knows of it must be the same.
+    /// Checks whether this memory, created from the saved machine's configuration, can replace the memory from which
+    /// `state` was taken: everything that the guest knows of it must be the same.
     ///
     /// # Errors
-    /// It is not.
+    /// It cannot.
     pub fn check_state(&self, state: &MemoryState) -> Result<(), StateError> {
         let own = self.state();
         let (saved_count, own_count) = (state.zones.len(), own.zones.len());

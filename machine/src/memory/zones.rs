@@ -1,8 +1,7 @@
-//! The zones guest RAM is divided into (`--memory-zone`), and where each lies.
+//! The zones of guest RAM (`--memory-zone`) and their addresses.
 //!
-//! RAM without zones is one zone of that name which Cloud Hypervisor gives it too, so
-//! everything below knows zones only. They follow one another in the order of the
-//! configuration; one that does not fit below 3 GiB goes on at 4 GiB:
+//! RAM without zones is one zone with the name that Cloud Hypervisor uses, so all other code only handles zones. Zones
+//! follow one another in the order of the configuration. A zone that does not fit below 3 GiB continues at 4 GiB:
 //!
 //! ```text
 //!   zones      │ a 1G │        b 4G          │
@@ -13,9 +12,9 @@ use std::ops::Range;
 
 use api::config::{MemoryConfig, MemoryZoneConfig};
 
-/// Name of the only zone of RAM that the configuration does not divide.
+/// Name of the only zone if the configuration does not divide RAM.
 pub const DEFAULT_ZONE_ID: &str = "mem0";
-/// Name of the zone of memory that is plugged in later.
+/// Name of the zone for memory hot-plug.
 pub const HOTPLUG_ZONE_ID: &str = "mem0-hotplug";
 
 /// One zone of guest RAM.
@@ -25,11 +24,11 @@ pub struct Zone {
     pub id: String,
     /// Guest physical addresses it fills, in order.
     pub ranges: Vec<Range<u64>>,
-    /// What it is made of, as figures name it.
+    /// The kind of its backing, as named in statistics.
     pub backing: &'static str,
     /// Size of its pages.
     pub page_bytes: u64,
-    /// Whether the guest has of it only what it plugs in.
+    /// Whether the guest has only the part that it plugs.
     pub hotplug: bool,
 }
 
@@ -42,14 +41,14 @@ impl Zone {
             .sum()
     }
 
-    /// Whether a guest physical address lies in it.
+    /// Whether a guest physical address is in it.
     pub fn holds(&self, address: u64) -> bool {
         self.ranges.iter().any(|range| range.contains(&address))
     }
 }
 
-/// The zones of a configuration; those of RAM that is not divided are one. What `memory` says of
-/// all RAM and a zone can say of itself holds for a zone if either says so.
+/// The zones of a configuration; RAM that is not divided is one zone. A setting that exists both for all of RAM and per
+/// zone applies to a zone if either sets it.
 pub(super) fn zones_of(config: &MemoryConfig) -> Vec<MemoryZoneConfig> {
     let zones = config.zones.as_deref().unwrap_or_default();
     if zones.is_empty() {
@@ -74,8 +73,8 @@ pub(super) fn zones_of(config: &MemoryConfig) -> Vec<MemoryZoneConfig> {
     zones.collect()
 }
 
-/// The zone of memory that is plugged in later, as long as all of it; made of what undivided RAM is made of. No page of
-/// it is there before the guest plugs it in and touches it.
+/// The zone for memory hot-plug, at its maximum size, with the backing of undivided RAM. None of its pages exists
+/// before the guest plugs and touches it.
 pub(super) fn hotplug_zone_of(config: &MemoryConfig) -> Option<MemoryZoneConfig> {
     let size = config.hotplug_size.filter(|bytes| *bytes > 0)?;
     let boot = zones_of(config).into_iter().next()?;
@@ -87,8 +86,7 @@ pub(super) fn hotplug_zone_of(config: &MemoryConfig) -> Option<MemoryZoneConfig>
     })
 }
 
-/// Hands the ranges of `ram` out to zones of these sizes, in order. The sizes add up to no more
-/// than `ram` holds.
+/// Assigns the ranges of `ram` to zones of these sizes, in order. The sum of the sizes is at most the size of `ram`.
 pub(super) fn place(sizes: &[u64], ram: &[Range<u64>]) -> Vec<Vec<Range<u64>>> {
     let mut free = ram.iter().cloned();
     let mut rest = free.next().unwrap_or(0..0);
@@ -171,7 +169,7 @@ mod tests {
             for (size, ranges) in sizes.iter().zip(&placed) {
                 prop_assert_eq!(ranges.iter().map(|it| it.end - it.start).sum::<u64>(), *size);
             }
-            // Joined where they touch they are the map again.
+            // Joined where they touch, they form the map again.
             let mut joined: Vec<Range<u64>> = Vec::new();
             for range in placed.into_iter().flatten() {
                 match joined.last_mut() {

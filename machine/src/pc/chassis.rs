@@ -1,5 +1,4 @@
-//! What every machine has before any device is plugged in: buses, interrupt
-//! delivery, PCI and the legacy devices.
+//! The parts of every machine before any device is plugged in: buses, interrupt delivery, PCI and the legacy devices.
 
 use std::sync::Arc;
 
@@ -22,7 +21,7 @@ use crate::pci::{
 };
 use crate::signals::VmSignals;
 
-/// Where the PCI hotplug controller is behind the event device: a page apart, so that a guest may map them apart.
+/// The offset of the PCI hot-plug controller from the event device: one page, so that a guest may map them separately.
 const PCI_HOTPLUG_OFFSET: u64 = 0x1000;
 
 /// The bare machine.
@@ -41,7 +40,7 @@ pub(super) struct Chassis {
 
 impl Chassis {
     /// # Errors
-    /// Never with a sound address map; an overlap is a fault of ours.
+    /// Never happens with a correct address map; an overlap is a bug in the VMM.
     pub(super) fn new(
         kvm: &Arc<KvmVm>,
         map: &AddressMap,
@@ -85,7 +84,7 @@ impl Chassis {
 
         let ejected = Arc::clone(signals);
         let sink: EjectSink = Arc::new(move || {
-            // Fails only when the counter is full, and then the control thread is about to look anyway.
+            // Fails only if the counter is full, and then the control thread is about to wake up anyway.
             ejected.ejected.write(1).ok();
         });
         let hotplug = Arc::new(HotplugController::new(&pci, sink));

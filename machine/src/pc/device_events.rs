@@ -13,7 +13,7 @@ use virtio_devices::transport::LifecycleListener;
 use crate::events::{DeviceEvent, DeviceEventKind, DeviceEventSink};
 use crate::token_bucket::TokenBucket;
 
-/// Events in a row: firmware, boot loader and kernel each reset and activate a device a few times.
+/// Burst of events: firmware, boot loader and kernel each reset and activate a device a few times.
 const BURST: u32 = 16;
 const REFILL: Duration = Duration::from_millis(250);
 

@@ -1,11 +1,11 @@
-//! Virtio devices on the PCI bus: there from the start, or added to and removed from a running machine.
+//! Virtio devices on the PCI bus: present at boot, or hot-plugged and unplugged.
 //!
 //! ```text
 //! add:     on the bus ─► guest interrupted                             (at once)
 //! remove:  guest interrupted ─► … ─► guest lets go ─► off the bus ─► device dropped
 //!          (at once)                 (vCPU thread)                   (who runs the machine)
 //! ```
-//! Nothing here waits for the guest. A guest that never lets go keeps the device until it is rebooted.
+//! None of this waits for the guest. If a guest never releases a device, it keeps the device until it is rebooted.
 
 use std::error::Error;
 use std::fmt;
@@ -23,13 +23,13 @@ use crate::interrupt::FunctionVectors;
 use crate::pci::Bdf;
 use crate::threads::{DeviceKind, MachineThread, ThreadStart};
 
-/// A device and where it goes.
+/// A device and its slot.
 pub struct Plug {
-    /// What it is called.
+    /// Its identifier.
     pub id: String,
-    /// What it is, which says what its workers may do.
+    /// Its kind, which determines the permissions of its workers.
     pub kind: DeviceKind,
-    /// The slot asked for; the next free one when `None`.
+    /// The requested slot; the next free one if `None`.
     pub slot: Option<u8>,
     /// The device.
     pub device: Arc<Mutex<dyn VirtioDevice>>,
@@ -48,11 +48,11 @@ impl fmt::Debug for Plug {
 /// A device on the bus.
 #[derive(Debug, Clone)]
 pub struct Plugged {
-    /// What it is called.
+    /// Its identifier.
     pub id: String,
-    /// What it is.
+    /// Its kind.
     pub kind: DeviceKind,
-    /// Where it is.
+    /// Its address.
     pub bdf: Bdf,
     pub(super) function: Arc<VirtioPciFunction>,
 }
@@ -61,17 +61,18 @@ impl Pc {
     /// Puts a device on the bus of a machine that has not booted, and starts its workers.
     ///
     /// # Errors
-    /// No slot, no thread, no descriptor.
+    /// No free slot, thread or descriptor.
     pub fn plug(&mut self, plug: Plug) -> Result<&Plugged, PcError> {
         let plugged = self.put_on_bus(plug)?;
         self.plugged.push(plugged);
         Ok(self.plugged.last().expect("it was put there just now"))
     }
 
-    /// Puts a device on the bus of a running or paused machine and tells the guest. On an error nothing is left behind.
+    /// Puts a device on the bus of a running or paused machine and notifies the guest. On an error nothing is left
+    /// behind.
     ///
     /// # Errors
-    /// As [`Pc::plug`], or the guest cannot be told.
+    /// As [`Pc::plug`], or the guest cannot be notified.
     pub fn add(&mut self, plug: Plug) -> Result<&Plugged, PcError> {
         let plugged = self.put_on_bus(plug)?;
         if self.paused {
@@ -92,11 +93,11 @@ impl Pc {
         &self.plugged
     }
 
-    /// Asks the guest to let go of a device and returns at once; may be repeated. The device goes when the guest has
-    /// let go, see [`Pc::take_ejected`].
+    /// Requests the release of a device from the guest and returns at once; may be repeated. After the guest has
+    /// released it, [`Pc::take_ejected`] removes the device.
     ///
     /// # Errors
-    /// The guest cannot be told.
+    /// The guest cannot be notified.
     pub fn request_removal(&self, device: &Plugged) -> Result<(), PcError> {
         self.chassis.hotplug.request_removal(device.bdf);
         let told = self.chassis.ged.announce_pci_change();
@@ -106,7 +107,7 @@ impl Pc {
         })
     }
 
-    /// Takes the devices that the guest has let go of. Waits for host I/O at most.
+    /// Removes the devices that the guest has released. Waits for host I/O at most.
     pub fn take_ejected(&mut self) -> Vec<Plugged> {
         let ejected = self.chassis.hotplug.take_ejected();
         let (gone, stay): (Vec<_>, _) = std::mem::take(&mut self.plugged)
@@ -114,7 +115,7 @@ impl Pc {
             .partition(|it| ejected.contains(&it.bdf));
         self.plugged = stay;
         for plugged in &gone {
-            // Work under way ends here, and not on a vCPU thread that holds the last reference by chance.
+            // Work in progress ends here, and not on a vCPU thread that happens to hold the last reference.
             plugged.function.reset();
         }
         gone
@@ -153,7 +154,7 @@ impl Pc {
     }
 }
 
-/// The hook for workers of this kind, whatever the user has called their device.
+/// The hook for workers of this kind, independent of the device's name.
 fn worker_start(thread_start: &ThreadStart, kind: DeviceKind) -> WorkerStart {
     let thread_start = Arc::clone(thread_start);
     Arc::new(move |_own_name| thread_start(MachineThread::Worker(kind)))

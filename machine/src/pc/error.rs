@@ -1,4 +1,4 @@
-//! Why a machine could not be built or steered.
+//! Errors of building and controlling a machine.
 
 use std::error::Error;
 use std::io;
@@ -10,7 +10,7 @@ use crate::cpu::CpuError;
 use crate::memory::MemoryError;
 use crate::pci::PciError;
 
-/// Each variant names the part of the machine; the cause says the rest.
+/// Each variant names the part of the machine; the cause has the details.
 #[derive(Debug, thiserror::Error)]
 pub enum PcError {
     /// KVM itself.
@@ -22,7 +22,7 @@ pub enum PcError {
     /// vCPUs.
     #[error("Cannot manage the vCPUs")]
     Cpu(#[source] CpuError),
-    /// Two of our own devices claim one address.
+    /// Two built-in devices use the same address.
     #[error("Cannot lay out the machine's devices")]
     Bus(#[source] BusError),
     /// The PCI bus.
@@ -33,16 +33,16 @@ pub enum PcError {
     Device {
         /// The device.
         id: String,
-        /// What it said.
+        /// The error from the device.
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },
-    /// The guest cannot be told that a device comes or shall go.
+    /// The guest cannot be notified that a device was added or should be removed.
     #[error("Cannot tell the guest of device {id}")]
     Announce {
         /// The device.
         id: String,
-        /// What the host said.
+        /// The error from the host.
         #[source]
         source: io::Error,
     },
@@ -58,7 +58,7 @@ pub enum PcError {
 }
 
 impl PcError {
-    /// Whether the host cannot give what was asked for, rather than that something broke.
+    /// Whether the host cannot provide what is configured, as opposed to an internal failure.
     pub fn is_of_configuration(&self) -> bool {
         match self {
             Self::Cpu(error) => error.is_of_configuration(),

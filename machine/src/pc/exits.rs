@@ -1,4 +1,4 @@
-//! Where a vCPU's exits go.
+//! Dispatches vCPU exits.
 
 use std::sync::Arc;
 

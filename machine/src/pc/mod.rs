@@ -1,6 +1,6 @@
-//! The whole machine: memory, vCPUs and buses put together; devices that come and go; booted, paused, shut down.
+//! The whole machine: memory, vCPUs and buses; device hot-plug; boot, pause and shutdown.
 //!
-//! Owned by one thread, which no call keeps waiting for the guest.
+//! One thread owns it. No call makes that thread wait for the guest.
 
 mod chassis;
 mod device_events;
@@ -35,14 +35,14 @@ use exits::Exits;
 pub use devices::{Plug, Plugged};
 pub use error::PcError;
 
-/// What a machine needs from the program around it.
+/// The environment of a machine.
 #[derive(Clone)]
 pub struct PcContext {
-    /// The way back to who runs it.
+    /// Signals to the machine's owner.
     pub signals: Arc<VmSignals>,
     /// Called first on every thread.
     pub thread_start: ThreadStart,
-    /// Told of drivers that come and go.
+    /// Called when a driver initialises or releases a device.
     pub events: DeviceEventSink,
 }
 
@@ -54,21 +54,21 @@ impl fmt::Debug for PcContext {
     }
 }
 
-/// What a machine is made of besides its memory and its devices.
+/// The properties of a machine besides its memory and its devices.
 #[derive(Debug)]
 pub struct PcParams {
     /// vCPUs.
     pub cpus: CpusConfig,
     /// NUMA nodes; none if the machine is not divided.
     pub numa: Vec<NumaConfig>,
-    /// PCI slots that devices will ask for by number.
+    /// PCI slots that devices will request by number.
     pub wished_slots: Vec<u8>,
 }
 
-/// One machine. Dropping it stops everything it started.
+/// One machine. Dropping it stops everything that it started.
 ///
-/// The order of the fields is the order in which they go: first who touches
-/// guest RAM, at last the RAM.
+/// The order of the fields is the order in which they are dropped: first everything that accesses guest RAM, RAM itself
+/// last.
 #[derive(Debug)]
 pub struct Pc {
     vcpus: Vcpus,
@@ -78,18 +78,18 @@ pub struct Pc {
     has_serial: bool,
     chassis: Chassis,
     params: PcParams,
-    /// For devices that come later.
+    /// For devices that are hot-plugged.
     context: PcContext,
-    /// Held for what its drop does.
+    /// Held for the effect of its drop.
     _slots: RamSlots,
     memory: GuestMemory,
 }
 
 impl Pc {
-    /// Makes the machine around `memory`, with no device in a slot yet. On an error nothing is left behind.
+    /// Creates the machine around `memory`, with no device in a slot yet. On an error nothing is left behind.
     ///
     /// # Errors
-    /// KVM refuses, or the host cannot run vCPUs like these.
+    /// KVM fails, or the host cannot run such vCPUs.
     pub fn new(
         kvm: &Kvm,
         memory: GuestMemory,
@@ -126,10 +126,10 @@ impl Pc {
         &self.memory
     }
 
-    /// Puts a serial port before `endpoint`.
+    /// Connects a serial port to `endpoint`.
     ///
     /// # Errors
-    /// Never in a sound layout; an overlap is a fault of ours.
+    /// Never happens with a correct layout; an overlap is a bug in the VMM.
     pub fn plug_serial(&mut self, endpoint: Arc<Endpoint>) -> Result<(), PcError> {
         let line = self
             .chassis
@@ -142,7 +142,7 @@ impl Pc {
         Ok(())
     }
 
-    /// Tells a loaded payload what machine it is in, and starts the vCPUs.
+    /// Describes the machine to a loaded payload, and starts the vCPUs.
     ///
     /// # Errors
     /// The tables do not fit, or a vCPU cannot be set up.
@@ -207,10 +207,10 @@ impl Pc {
         nodes.collect()
     }
 
-    /// Stops vCPUs and device workers; returns when guest memory stands still.
+    /// Stops vCPUs and device workers; returns when guest memory no longer changes.
     ///
     /// # Errors
-    /// A vCPU did not stop within its deadline; the machine runs on then.
+    /// A vCPU did not stop within its deadline; the machine continues to run then.
     pub fn pause(&mut self) -> Result<(), PcError> {
         self.vcpus.pause().map_err(PcError::Cpu)?;
         for plugged in &self.plugged {
@@ -252,7 +252,7 @@ impl Pc {
     }
 }
 
-/// What ends the guest from inside, as the one who runs the machine hears of it.
+/// The signal for an event that ends the guest from inside.
 fn guest_events(signals: &Arc<VmSignals>) -> Arc<dyn Fn(GuestEvent) + Send + Sync> {
     let signals = Arc::clone(signals);
     Arc::new(move |event| {

@@ -1,4 +1,4 @@
-//! Where a function's BARs answer now, kept equal to what the guest programmed.
+//! Keeps the bus mappings of a function's BARs in step with what the guest programmed.
 
 use std::fmt;
 use std::sync::Arc;
@@ -24,29 +24,29 @@ impl BusDevice for BarDevice {
     }
 }
 
-/// What mapping a BAR needs.
+/// The parts needed to map a BAR.
 pub(super) struct Fabric<'a> {
     pub(super) mmio: &'a Bus,
     pub(super) doorbells: &'a dyn DoorbellBackend,
     pub(super) windows: &'a MemoryWindows,
 }
 
-/// What an update came to.
+/// The result of an update.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Remapped {
-    /// BARs that cannot answer where they are.
+    /// BARs that cannot be mapped at their address.
     pub(super) refused: u64,
-    /// Addresses became free, which a refused BAR of another function may be waiting for.
+    /// Addresses became free, which an unmapped BAR of another function may need.
     pub(super) released: bool,
 }
 
-/// The BARs of one function that answer on the MMIO bus.
+/// The mapped BARs of one function.
 #[derive(Default)]
 pub(super) struct Mappings {
     mapped: Vec<Bar>,
-    /// A decoded BAR does not answer: outside of the windows, or over another one.
+    /// A decoded BAR is not mapped: it is outside of the windows, or over another one.
     has_refused: bool,
-    /// The function is off the bus, and a write that was still on its way to it maps nothing any more.
+    /// The function is off the bus; a write that is still on its way to it no longer maps anything.
     detached: bool,
 }
 
@@ -57,10 +57,10 @@ impl fmt::Debug for Mappings {
 }
 
 impl Mappings {
-    /// Takes away what moved or is no longer decoded, then maps what is new.
+    /// Unmaps BARs that moved or are no longer decoded, then maps new ones.
     ///
-    /// A BAR the guest put outside of the windows or over another one does not
-    /// answer until one of both is moved.
+    /// A BAR that the guest placed outside of the windows or over another one is not mapped until one of the two is
+    /// moved.
     pub(super) fn update(
         &mut self,
         function: &Arc<dyn PciFunction>,
@@ -103,7 +103,7 @@ impl Mappings {
         self.has_refused
     }
 
-    /// Takes everything away, for good.
+    /// Unmaps everything permanently.
     pub(super) fn detach(&mut self, function: &Arc<dyn PciFunction>, fabric: &Fabric<'_>) {
         self.detached = true;
         self.has_refused = false;
@@ -131,7 +131,7 @@ fn map(function: &Arc<dyn PciFunction>, bar: &Bar, fabric: &Fabric<'_>) -> bool 
                 .doorbells
                 .register_doorbell(bar.address + doorbell.offset, doorbell.event)
         {
-            // Not fatal: the write then reaches `bar_write`, which rings it.
+            // Not fatal: the write then reaches `bar_write`, which signals the doorbell.
             log::warn!("Doorbell of {} stays slow: {error}", function.id());
         }
     });

@@ -1,4 +1,4 @@
-//! Slots, and configuration cycles on their way to the function in one.
+//! Slots, and the dispatch of configuration cycles to the function in each.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -19,7 +19,7 @@ pub(super) struct Slot {
     pub(super) function: Arc<dyn PciFunction>,
     /// Also serialises remapping of this function.
     mappings: Mutex<Mappings>,
-    /// Address space taken for its BARs.
+    /// Address space allocated to its BARs.
     pub(super) ranges: Vec<RangeInclusive>,
 }
 
@@ -44,7 +44,7 @@ pub struct PciBus {
     mmio: Weak<Bus>,
     doorbells: Arc<dyn DoorbellBackend>,
     unmapped_bars: AtomicU64,
-    /// Bitmap of slots that are given only to who asks for them, as long as there are others.
+    /// Bitmap of slots that are assigned only on request, as long as there are others.
     pub(super) reserved: AtomicU32,
 }
 
@@ -84,8 +84,8 @@ impl PciBus {
         }
     }
 
-    /// Keeps these slots for functions that ask for them: those without a wish, put on the bus before, must not be in
-    /// their way. Numbers that are no slots are left out.
+    /// Reserves these slots for functions that request them, so that functions without a requested slot, added earlier,
+    /// do not occupy them. Invalid slot numbers are ignored.
     pub fn reserve(&self, slots: impl IntoIterator<Item = u8>) {
         let slots = slots.into_iter().filter(|slot| *slot < SLOT_COUNT);
         let bitmap = slots.fold(0, |bitmap, slot| bitmap | 1_u32 << slot);
@@ -95,7 +95,7 @@ impl PciBus {
     /// Puts `function` into `slot`, or into the next free one, and places its BARs.
     ///
     /// # Errors
-    /// No such slot, no free slot, or no address space; nothing changed then.
+    /// No such slot, no free slot, or no address space; nothing is changed then.
     pub fn add(&self, function: Arc<dyn PciFunction>, slot: Option<u8>) -> Result<Bdf, PciError> {
         let mut slots = self.slots.write().unpoisoned();
         let slot = match slot {
@@ -123,8 +123,8 @@ impl PciBus {
         Ok(Bdf { slot })
     }
 
-    /// Takes the function out of its slot; `None` if there is none or it is the
-    /// host bridge. The guest must have let go of it.
+    /// Takes the function out of its slot; `None` if there is none or it is the host bridge. The guest must have
+    /// released it.
     pub fn remove(&self, bdf: Bdf) -> Option<Arc<dyn PciFunction>> {
         if bdf.slot == 0 {
             return None;
@@ -147,7 +147,7 @@ impl PciBus {
         Some(Arc::clone(&entry.function))
     }
 
-    /// Every function with its place, the host bridge first.
+    /// Every function with its slot, the host bridge first.
     pub fn functions(&self) -> Vec<(Bdf, Arc<dyn PciFunction>)> {
         let slots = self.slots.read().unpoisoned();
         (0..SLOT_COUNT)
@@ -159,7 +159,7 @@ impl PciBus {
             .collect()
     }
 
-    /// How often the guest programmed a BAR to where it cannot answer.
+    /// How often the guest programmed a BAR to an address where it cannot be mapped.
     pub fn unmapped_bars(&self) -> u64 {
         self.unmapped_bars.load(Ordering::Relaxed)
     }
@@ -223,7 +223,7 @@ impl PciBus {
     }
 
     pub(super) fn remap(&self, entry: &Slot) {
-        // Without the MMIO bus the machine is being taken apart.
+        // Without the MMIO bus, the machine is being torn down.
         let Some(mmio) = self.mmio.upgrade() else {
             return;
         };
@@ -239,8 +239,8 @@ impl PciBus {
         }
     }
 
-    /// Lets BARs answer that could not while another one was where they are. A guest that gives two functions new
-    /// places one after the other has them over each other in between.
+    /// Maps BARs that could not be mapped while another one was at their address. A guest that moves two functions one
+    /// after the other may overlap them temporarily.
     fn retry_refused(&self) {
         let Some(mmio) = self.mmio.upgrade() else {
             return;
@@ -249,7 +249,8 @@ impl PciBus {
             let slots = self.slots.read().unpoisoned();
             slots.iter().flatten().cloned().collect()
         };
-        // A BAR that another vCPU is moving at this moment may be released here, and not there, where it would be seen.
+        // A BAR that another vCPU is moving at this moment may be released here, and not there, where it would be
+        // noticed.
         for _ in 0..SLOT_COUNT {
             let mut released = false;
             for entry in &entries {

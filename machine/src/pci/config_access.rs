@@ -1,7 +1,7 @@
-//! The two ways into configuration space: ports 0xcf8/0xcfc and ECAM.
+//! The two access mechanisms of configuration space: ports 0xcf8/0xcfc and ECAM.
 //!
-//! Both accept any width at any offset; the bus cuts accesses into naturally
-//! aligned pieces and a piece that leaves the function's space reads all ones.
+//! Both accept any width at any offset. The bus splits accesses into naturally aligned pieces, and a piece beyond the
+//! function's space reads as all ones.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
@@ -21,7 +21,7 @@ const ADDRESS_ENABLE: u32 = 1 << 31;
 /// Functions have 4 KiB of configuration space.
 const FUNCTION_SHIFT: u32 = 12;
 
-/// Slot, function number and offset that a configuration access names.
+/// Slot, function number and offset of a configuration access.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Target {
     slot: u8,
@@ -38,7 +38,7 @@ pub struct ConfigPorts {
 }
 
 impl ConfigPorts {
-    /// Ports in front of `bus`.
+    /// Ports for `bus`.
     #[must_use]
     pub fn new(bus: Arc<PciBus>) -> Self {
         Self {
@@ -47,18 +47,17 @@ impl ConfigPorts {
         }
     }
 
-    /// The address register. Any value is possible, a guest can write any.
+    /// The address register. Any value is possible, because a guest can write any.
     pub fn address(&self) -> u32 {
         self.address.load(Ordering::Relaxed)
     }
 
-    /// Sets the address register to what it was.
+    /// Restores the address register.
     pub fn restore_address(&self, address: u32) {
         self.address.store(address, Ordering::Relaxed);
     }
 
-    /// What the data window shows at `port_offset`, if cycles are enabled and
-    /// for our bus.
+    /// The target of the data window at `port_offset`, if cycles are enabled and for our bus.
     fn target(&self, port_offset: u64) -> Option<Target> {
         let address = self.address.load(Ordering::Relaxed);
         let bus = (address >> 16) & 0xff;
@@ -96,9 +95,8 @@ impl BusDevice for ConfigPorts {
             }
             return;
         }
-        // A narrow write changes its bytes only: Linux probes for this
-        // mechanism with a byte write to 0xcfb (arch/x86/pci/direct.c). Two
-        // vCPUs writing at once are the guest's own race.
+        // A narrow write changes only its bytes: Linux probes for this mechanism with a byte write to 0xcfb
+        // (arch/x86/pci/direct.c). If two vCPUs write at once, the race is the guest's own.
         let mut bytes = self.address.load(Ordering::Relaxed).to_le_bytes();
         for (old, new) in bytes.iter_mut().skip(offset as usize).zip(data) {
             *old = *new;
@@ -110,8 +108,7 @@ impl BusDevice for ConfigPorts {
 
 /// Memory-mapped configuration space of bus 0.
 ///
-/// It sits on the MMIO bus that [`PciBus`] moves BARs on, hence the weak
-/// reference: the two would keep each other alive.
+/// It is on the MMIO bus on which [`PciBus`] moves BARs, hence the weak reference: the two would keep each other alive.
 #[derive(Debug)]
 pub struct Ecam {
     bus: Weak<PciBus>,

@@ -1,5 +1,4 @@
-//! A PCI function with one 64-bit BAR and one doorbell, and a hypervisor that
-//! takes notes of doorbells.
+//! A PCI function with one 64-bit BAR and one doorbell, and a hypervisor that records doorbells.
 
 use std::collections::BTreeSet;
 use std::io;

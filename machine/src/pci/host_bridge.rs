@@ -1,8 +1,8 @@
-//! The function at `0000:00:00.0`: identity only, nothing to program.
+//! The function at `0000:00:00.0`: identity only, no programmable registers.
 
 use virtio_devices::pci::{Bar, DoorbellRegister, PciFunction};
 
-/// Vendor and device guests know Cloud Hypervisor's bridge by.
+/// Vendor and device id by which guests recognise Cloud Hypervisor's bridge.
 const VENDOR_ID: u16 = 0x8086;
 const DEVICE_ID: u16 = 0x0d57;
 /// Class 06 (bridge), subclass 00 (host).

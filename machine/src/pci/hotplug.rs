@@ -1,4 +1,4 @@
-//! The registers through which the guest hears of functions that came and lets go of those that shall go.
+//! Hot-plug registers: the guest reads which functions were added or should be removed, and ejects slots.
 //!
 //! | Offset | Name in the DSDT | Read | Write |
 //! | --- | --- | --- | --- |
@@ -13,8 +13,8 @@
 //!          add              request_removal           B0EJ           take_ejected
 //!  empty ───────► occupied ─────────────────► leaving ─────► ejected ─────────────► empty
 //! ```
-//! A guest can only eject what it was asked to: the host's configuration says what the machine has, and a balloon must
-//! not go with memory in it. Anything else that it ejects is counted and stays.
+//! A guest can only eject what the host requested: the host's configuration determines the machine's devices, and a
+//! balloon must not be removed with memory in it. Any other ejection is counted and has no effect.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -34,22 +34,22 @@ const SLOTS_DOWN: u64 = 0x4;
 const EJECT: u64 = 0x8;
 const SEGMENT: u64 = 0xc;
 
-/// Told on a vCPU thread that something was ejected. Must not block.
+/// Called on a vCPU thread when a slot was ejected. Must not block.
 pub type EjectSink = Arc<dyn Fn() + Send + Sync>;
 
 const PART: Part = parts::PCI_HOTPLUG;
 
-/// The controller at one moment: bitmaps of slots, and the segment that is selected.
+/// The saved state of the controller: bitmaps of slots, and the selected segment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HotplugState {
-    /// Filled since the guest last looked.
+    /// Added since the guest last read it.
     pub up: u32,
-    /// To be emptied, asked for since the guest last looked.
+    /// Requested for removal since the guest last read it.
     pub down: u32,
-    /// Asked to go and not yet let go of.
+    /// Requested for removal and not yet released.
     pub leaving: u32,
-    /// Off the bus; the control thread has not taken them yet.
+    /// Off the bus; the control thread has not collected them yet.
     pub ejected: u32,
     /// Selected by the guest.
     pub segment: u32,
@@ -64,13 +64,13 @@ impl State for HotplugState {
 struct Slots {
     up: u32,
     down: u32,
-    /// Asked to go and not yet let go of.
+    /// Requested for removal and not yet released.
     leaving: u32,
     ejected: u32,
     segment: u32,
 }
 
-/// The hotplug controller of the bus.
+/// The hot-plug controller of the bus.
 pub struct HotplugController {
     /// Weak, because the bus's own MMIO bus holds this.
     bus: Weak<PciBus>,
@@ -88,7 +88,7 @@ impl std::fmt::Debug for HotplugController {
 }
 
 impl HotplugController {
-    /// A controller that takes functions off `bus` and then tells `sink`.
+    /// A controller that takes functions off `bus` and then notifies `sink`.
     pub fn new(bus: &Arc<PciBus>, sink: EjectSink) -> Self {
         Self {
             bus: Arc::downgrade(bus),
@@ -98,7 +98,7 @@ impl HotplugController {
         }
     }
 
-    /// What the guest has not looked at or let go of yet.
+    /// Slots that the guest has not read or released yet.
     pub fn state(&self) -> HotplugState {
         let slots = self.lock();
         HotplugState {
@@ -110,7 +110,7 @@ impl HotplugController {
         }
     }
 
-    /// Takes the place of the controller that `state` was taken of. The functions are on the bus again.
+    /// Restores the controller from which `state` was taken. The functions are on the bus again.
     ///
     /// # Errors
     /// Slots without a function, or the host bridge's; nothing is changed then.
@@ -148,25 +148,25 @@ impl HotplugController {
         Ok(())
     }
 
-    /// A function was put into this slot. The guest has to be interrupted next.
+    /// Records that a function was put into this slot. The caller interrupts the guest next.
     pub fn announce(&self, bdf: Bdf) {
         self.lock().up |= bit(bdf);
     }
 
-    /// The function in this slot shall go. The guest has to be interrupted next; may be repeated.
+    /// Requests the removal of the function in this slot. The caller interrupts the guest next; may be repeated.
     pub fn request_removal(&self, bdf: Bdf) {
         let mut slots = self.lock();
         slots.down |= bit(bdf);
         slots.leaving |= bit(bdf);
     }
 
-    /// What the guest has let go of since the last call; it is off the bus.
+    /// Slots that the guest has released since the last call; they are off the bus.
     pub fn take_ejected(&self) -> Vec<Bdf> {
         let ejected = std::mem::take(&mut self.lock().ejected);
         bdfs(ejected).collect()
     }
 
-    /// How often the guest ejected what it was not asked to.
+    /// How often the guest ejected a slot without a request.
     pub fn refused_ejects(&self) -> u64 {
         self.refused_ejects.load(Ordering::Relaxed)
     }
@@ -189,7 +189,7 @@ impl HotplugController {
         if granted == 0 {
             return;
         }
-        // Gone before this write returns, so that the guest never finds again what it let go of.
+        // Removed before this write returns, so that the guest never finds a function again after releasing it.
         if let Some(bus) = self.bus.upgrade() {
             for bdf in bdfs(granted) {
                 bus.remove(bdf);
@@ -199,7 +199,8 @@ impl HotplugController {
         (self.sink)();
     }
 
-    /// The bitmaps are whole after every statement, so a thread that died with the lock has left nothing half done.
+    /// The bitmaps are consistent after every statement, so a thread that panicked with the lock left nothing half
+    /// done.
     fn lock(&self) -> MutexGuard<'_, Slots> {
         self.slots.lock().unpoisoned()
     }
@@ -331,7 +332,7 @@ mod tests {
         assert_eq!(rig.controller.take_ejected(), [bdf]);
         assert!(rig.controller.take_ejected().is_empty());
         assert_eq!(rig.controller.refused_ejects(), 0);
-        // The guest never read that it had come.
+        // The guest never read that it was added.
         assert_eq!(rig.read(SLOTS_UP), 0);
     }
 

@@ -7,9 +7,9 @@
 //!                                        └─► MMIO bus + doorbells (ioeventfd)
 //! ```
 //!
-//! What a function is stands in [`virtio_devices::pci`]; here is what a host
-//! bridge and its firmware do: answer configuration cycles (PCI 3.0 §3.2.2.3.2,
-//! PCI Express 3.0 §7.2.2), place BARs and forward memory accesses to them.
+//! [`virtio_devices::pci`] defines what a function is. This module does the work of a host bridge and its firmware: it
+//! answers configuration cycles (PCI 3.0 §3.2.2.3.2, PCI Express 3.0 §7.2.2), places BARs and forwards memory accesses
+//! to them.
 
 mod bars;
 mod bus;
@@ -39,8 +39,7 @@ use crate::bus::BusError;
 /// Slots of the bus; slot 0 is the host bridge's.
 pub const SLOT_COUNT: u8 = 32;
 
-/// Where a function sits, shown as `0000:00:05.0`. Segment, bus and function
-/// number are always zero.
+/// The address of a function, shown as `0000:00:05.0`. Segment, bus and function number are always zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Bdf {
     slot: u8,
@@ -60,13 +59,13 @@ impl fmt::Display for Bdf {
     }
 }
 
-/// Registers doorbells with the hypervisor: guest writes to an address ring an
-/// eventfd without leaving the kernel.
+/// Registers doorbells with the hypervisor: a guest's write to an address signals an eventfd without leaving the
+/// kernel.
 pub trait DoorbellBackend: Send + Sync {
-    /// A write of any width to `address` rings `event` from now on.
+    /// Connects `event`: a write of any width to `address` signals it from now on.
     ///
     /// # Errors
-    /// The host refused, e.g. because it has too many.
+    /// The host rejected it, for example because it has too many.
     fn register_doorbell(&self, address: u64, event: &EventFd) -> io::Result<()>;
     /// Undoes [`DoorbellBackend::register_doorbell`].
     ///
@@ -87,38 +86,38 @@ impl DoorbellBackend for hypervisor::Vm {
     }
 }
 
-/// Why a function cannot be put on the bus.
+/// Reasons why a function cannot be put on the bus.
 #[derive(Debug, thiserror::Error)]
 pub enum PciError {
-    /// The wanted device number is 0 (host bridge) or not below 32.
+    /// The requested device number is 0 (host bridge) or not below 32.
     #[error("PCI device number {0} is not between 1 and 31")]
     SlotOutOfRange(u8),
-    /// The wanted device number is taken.
+    /// The requested device number is in use.
     #[error("PCI device number {0} is already in use")]
     SlotInUse(u8),
-    /// All 31 slots are taken.
+    /// All 31 slots are in use.
     #[error("No free PCI device number: all 31 are in use")]
     BusFull,
-    /// A BAR's size is no power of two of at least 16 bytes.
+    /// A BAR's size is not a power of two of at least 16 bytes.
     #[error("BAR {index} of {id} cannot have a size of {bytes} bytes")]
     BarSize {
         /// The function.
         id: String,
         /// BAR number.
         index: u8,
-        /// What it asked for.
+        /// The requested size.
         bytes: u64,
     },
-    /// No room for a BAR.
+    /// No address space for a BAR.
     #[error("No room for BAR {index} of {id} ({bytes} bytes)")]
     NoAddressSpace {
         /// The function.
         id: String,
         /// BAR number.
         index: u8,
-        /// What it asked for.
+        /// The requested size.
         bytes: u64,
-        /// What the allocator said.
+        /// The error from the allocator.
         #[source]
         source: vm_allocator::Error,
     },
@@ -129,11 +128,11 @@ pub enum PciError {
         base: u64,
         /// Length.
         bytes: u64,
-        /// What the allocator said.
+        /// The error from the allocator.
         #[source]
         source: vm_allocator::Error,
     },
-    /// A register window of the bus itself collides with something.
+    /// A register window of the bus itself overlaps another range.
     #[error("Cannot place the PCI configuration space")]
     Place(#[from] BusError),
 }

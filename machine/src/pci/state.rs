@@ -1,6 +1,6 @@
-//! The bus at one moment: which function is where, and the address space that was given to it.
+//! The saved state of the bus: functions in their slots, and allocated address space.
 //!
-//! What the functions themselves are, and where the guest has moved their BARs, is in their own states.
+//! The functions themselves, and the addresses to which the guest has moved their BARs, are in their own states.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -16,13 +16,13 @@ use super::{Bdf, PciBus, SLOT_COUNT};
 
 const PART: Part = parts::PCI_BUS;
 
-/// The bus and the two ports in front of it.
+/// The bus and its two ports.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PciBusState {
     /// Address register of configuration mechanism 1.
     pub config_address: u32,
-    /// Slots kept for functions that ask for them, one bit each.
+    /// Slots reserved for functions that request them, one bit each.
     pub reserved: u32,
     /// The functions, without the host bridge.
     pub slots: Vec<SlotState>,
@@ -38,9 +38,9 @@ impl State for PciBusState {
 pub struct SlotState {
     /// Device number.
     pub slot: u8,
-    /// Whose function it is.
+    /// The identifier of the function.
     pub id: String,
-    /// Address space given to its BARs when it came.
+    /// Address space allocated to its BARs when it was added.
     pub ranges: Vec<RangeState>,
 }
 
@@ -55,7 +55,7 @@ pub struct RangeState {
 }
 
 impl PciBus {
-    /// Which functions there are and where. `config_address`: of the ports in front of the bus.
+    /// The functions and their slots. `config_address`: the address register of the two ports.
     pub fn state(&self, config_address: u32) -> PciBusState {
         let slots = self.slots.read().unpoisoned();
         let range = |range: &RangeInclusive| RangeState {
@@ -80,16 +80,15 @@ impl PciBus {
         }
     }
 
-    /// Takes over which slots are kept free.
+    /// Restores which slots are reserved.
     pub fn restore_reserved(&self, state: &PciBusState) {
         self.reserve((0..SLOT_COUNT).filter(|slot| state.reserved & 1 << slot != 0));
     }
 
-    /// Puts a function that was built from its state back to where it was, and maps its BARs where the
-    /// guest has them.
+    /// Puts a function that was restored from its state back into its slot, and maps its BARs at the guest's addresses.
     ///
     /// # Errors
-    /// The slot or its address space is taken or does not exist; nothing is changed then.
+    /// The slot or its address space is in use or does not exist; nothing is changed then.
     pub fn add_restored(
         &self,
         function: Arc<dyn PciFunction>,

@@ -1,7 +1,7 @@
-//! The address ranges the host bridge forwards to PCI, and who got which part.
+//! The address ranges that the host bridge forwards to PCI, and their allocation.
 //!
-//! Firmware's part of the work: there is none between us and a directly booted
-//! kernel, so BARs are placed here before the guest sees them.
+//! Does what firmware normally would: a directly booted kernel has none, so BARs are placed here before the guest sees
+//! them.
 
 use std::ops::Range;
 
@@ -10,9 +10,9 @@ use vm_allocator::{AddressAllocator, AllocPolicy, RangeInclusive};
 
 use super::PciError;
 
-/// BARs share no page, so that the guest can map each on its own.
+/// BARs share no page, so that the guest can map each separately.
 const BAR_ALIGNMENT_MIN: u64 = 0x1000;
-/// The smallest memory BAR there is (PCI 3.0 §6.2.5.1).
+/// The smallest possible memory BAR (PCI 3.0 §6.2.5.1).
 const BAR_BYTES_MIN: u64 = 16;
 
 /// The 32-bit and the 64-bit window of the bus.
@@ -54,10 +54,10 @@ impl MemoryWindows {
         })
     }
 
-    /// Takes room for a BAR of function `id`.
+    /// Allocates address space for a BAR of function `id`.
     ///
     /// # Errors
-    /// The size is impossible or there is no room.
+    /// The size is invalid or there is no room.
     pub(super) fn allocate(&mut self, id: &str, bar: &Bar) -> Result<RangeInclusive, PciError> {
         let bytes = bar.size_bytes;
         if !bytes.is_power_of_two() || bytes < BAR_BYTES_MIN {
@@ -83,8 +83,7 @@ impl MemoryWindows {
             })
     }
 
-    /// Takes a range that a function had when its state was saved; false if it is not free, or in
-    /// neither window.
+    /// Allocates a range that a function had when its state was saved; false if it is not free, or in neither window.
     pub(super) fn take(&mut self, start: u64, bytes: u64) -> bool {
         if bytes == 0 || !self.forwards(start, bytes) {
             return false;
@@ -98,7 +97,7 @@ impl MemoryWindows {
         window.allocator.allocate(bytes, 1, policy).is_ok()
     }
 
-    /// Gives back what [`MemoryWindows::allocate`] returned.
+    /// Frees the result of [`MemoryWindows::allocate`].
     pub(super) fn free(&mut self, range: &RangeInclusive) {
         let window = if self.mmio32.range.contains(&range.start()) {
             &mut self.mmio32
@@ -113,8 +112,7 @@ impl MemoryWindows {
         }
     }
 
-    /// Whether the host bridge forwards this range, which is all that a guest
-    /// can make a BAR answer at.
+    /// Whether the host bridge forwards this range. A guest can only map a BAR in such a range.
     pub(super) fn forwards(&self, address: u64, bytes: u64) -> bool {
         let Some(end) = address.checked_add(bytes) else {
             return false;

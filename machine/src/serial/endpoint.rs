@@ -21,10 +21,10 @@ use super::streams::Streams;
 use super::terminal::{RawMode, standard_input, standard_output};
 use super::{InputSink, Output, SerialError, SerialManager};
 
-/// Where a guest's text goes and comes from.
+/// The source and destination of a guest's text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum EndpointMode {
-    /// Nowhere.
+    /// None.
     Null,
     /// Standard output and input.
     Tty,
@@ -32,12 +32,12 @@ pub enum EndpointMode {
     Pty,
     /// A file, emptied first; no input.
     File(PathBuf),
-    /// A UNIX socket that one client at a time connects to.
+    /// A UNIX socket for one client at a time.
     Socket(PathBuf),
 }
 
 impl EndpointMode {
-    /// What a configuration asks for; `None` if there is to be no device.
+    /// The configured mode; `None` if no device is configured.
     ///
     /// # Errors
     /// [`SerialError::MissingPath`].
@@ -61,15 +61,15 @@ impl EndpointMode {
     }
 }
 
-/// An open endpoint. It outlives the machines that use it one after another, so
-/// that a reboot keeps the pseudo-terminal and the socket's client.
+/// An open endpoint. It outlives the machines that use it one after another, so that a reboot keeps the pseudo-terminal
+/// and the socket's client.
 pub struct Endpoint {
     output: Output,
     input: Option<Arc<Input>>,
     watcher: Option<Watcher>,
     pty_path: Option<PathBuf>,
     streams: Mutex<Option<Streams>>,
-    // Held for what their drop does.
+    // Held for the effect of their drop.
     _pty_slave: Option<OwnedFd>,
     _socket: Option<Arc<ConsoleSocket>>,
     _raw_mode: Option<RawMode>,
@@ -85,8 +85,7 @@ impl fmt::Debug for Endpoint {
 }
 
 impl Endpoint {
-    /// Opens what `mode` names. Call on the control thread: the manager may
-    /// start its thread here.
+    /// Opens the endpoint for `mode`. Call it on the control thread, because the manager may start its thread here.
     ///
     /// # Errors
     /// It cannot be opened; nothing is left behind.
@@ -162,7 +161,7 @@ impl Endpoint {
             source,
         };
         let file = create(path).map_err(refused)?;
-        // A disk takes everything; a FIFO or another terminal may not.
+        // A disk accepts everything; a FIFO or another terminal may not.
         let watcher = if file.metadata().map_err(refused)?.is_file() {
             None
         } else {
@@ -193,12 +192,12 @@ impl Endpoint {
         })
     }
 
-    /// Takes a guest's text; never blocks, never fails.
+    /// Accepts a guest's text; never blocks, never fails.
     pub fn output(&self) -> Output {
         self.output.clone()
     }
 
-    /// What an operator opens to see the guest, with mode `Pty`.
+    /// The path that an operator opens to see the guest, with mode `Pty`.
     pub fn pty_path(&self) -> Option<&Path> {
         self.pty_path.as_deref()
     }
@@ -210,30 +209,29 @@ impl Endpoint {
             .map_or_else(Vec::new, |input| input.waiting())
     }
 
-    /// Gives `bytes` to the sink before all other input. Without a source of input they are dropped.
+    /// Passes `bytes` to the sink before all other input. Without a source of input they are dropped.
     pub(super) fn put_back_input(&self, bytes: &[u8]) {
         if let Some(input) = &self.input {
             input.put_back(bytes);
         }
     }
 
-    /// Gives input to `sink` from now on; it must call
-    /// [`Endpoint::resume_input`] when it has refused some and has room again.
+    /// Passes input to `sink` from now on. The sink must call [`Endpoint::resume_input`] when it has rejected some and
+    /// has room again.
     pub fn set_input_sink(&self, sink: Weak<dyn InputSink>) {
         if let Some(input) = &self.input {
             input.set_sink(sink);
         }
     }
 
-    /// The device has room again. Cheap when nothing waits.
+    /// The device has room again. Cheap if no input is waiting.
     pub fn resume_input(&self) {
         if let Some(input) = &self.input {
             input.resume();
         }
     }
 
-    /// Both directions as descriptors, for the console device. This endpoint
-    /// must be kept for as long as the device lives.
+    /// Both directions as descriptors, for the console device. This endpoint must be kept as long as the device exists.
     ///
     /// # Errors
     /// No descriptors.
@@ -251,8 +249,8 @@ impl Endpoint {
     }
 }
 
-/// Creates or empties a file. A FIFO is opened too, with or without a reader:
-/// for reading as well then, so that it can be written before there is one.
+/// Creates or empties a file. A FIFO is opened with or without a reader: also for reading, so that it can be written
+/// before there is a reader.
 fn create(path: &Path) -> io::Result<File> {
     let mut options = File::options();
     options

@@ -1,9 +1,8 @@
-//! Bytes on their way into the guest.
+//! Bytes to the guest.
 //!
-//! A chunk is read when the source has one and offered to the device. What the
-//! device has no room for stays here, and nothing more is read until
-//! [`Input::resume`] says that there is room again: the terminal, pty or socket
-//! holds back whoever types.
+//! A chunk is read when the source has one, and offered to the device. The rest for which the device has no room stays
+//! here, and nothing more is read until [`Input::resume`] reports room again. Meanwhile the terminal, pty or socket
+//! blocks the sender.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -17,13 +16,12 @@ use vmm_sys_util::epoll::EventSet;
 use super::Output;
 use super::manager::{Source, Watch, Watcher};
 
-/// Bytes read at once, which is also all that is ever kept here.
+/// Maximum number of bytes read at once, which is also the maximum kept here.
 pub(super) const CHUNK_BYTES: usize = 1024;
 
 /// A device that a guest reads from.
 pub trait InputSink: Send + Sync {
-    /// Takes the first of `bytes`, as many as there is room for, and returns
-    /// how many those are. Never blocks.
+    /// Accepts the first of `bytes`, as many as there is room for, and returns their number. Never blocks.
     fn accept(&self, bytes: &[u8]) -> usize;
 }
 
@@ -60,11 +58,10 @@ impl Input {
         })
     }
 
-    /// Reads from `file` from now on, and no more from the source before it.
+    /// Reads from `file` from now on, and no longer from the previous source.
     ///
     /// # Errors
-    /// It cannot be watched. A file that is always ready is not read from and
-    /// no error: there is nobody typing.
+    /// It cannot be watched. A file that is always ready is not read and is not an error: it has no typing user.
     pub(super) fn set_source(self: &Arc<Self>, file: OwnedFd, watcher: &Watcher) -> io::Result<()> {
         let this: Weak<Self> = Arc::downgrade(self);
         let file = File::from(file);
@@ -75,33 +72,33 @@ impl Input {
         Ok(())
     }
 
-    /// Gives input to `sink` from now on, what waits here first.
+    /// Passes input to `sink` from now on, waiting bytes first.
     pub(super) fn set_sink(&self, sink: Weak<dyn InputSink>) {
         let mut state = self.state();
         state.sink = Some(sink);
         self.offer(&mut state);
     }
 
-    /// What was read and the device had no room for.
+    /// Bytes that were read and that the device had no room for.
     pub(super) fn waiting(&self) -> Vec<u8> {
         self.state().chunk.clone()
     }
 
-    /// Has `bytes` wait before anything that was read here.
+    /// Queues `bytes` before anything that was read here.
     pub(super) fn put_back(&self, bytes: &[u8]) {
         let mut state = self.state();
         state.chunk.splice(..0, bytes.iter().copied());
         self.offer(&mut state);
     }
 
-    /// The device has room again. Cheap when nothing waits.
+    /// The device has room again. Cheap if no bytes are waiting.
     pub(super) fn resume(&self) {
         if self.is_paused.load(Ordering::Acquire) {
             self.offer(&mut self.state());
         }
     }
 
-    /// Offers the chunk; goes on reading when all of it is taken.
+    /// Offers the chunk; continues reading when all of it is accepted.
     fn offer(&self, state: &mut State) {
         if !state.chunk.is_empty()
             && let Some(sink) = state.sink.as_ref().and_then(Weak::upgrade)
@@ -128,7 +125,7 @@ impl Source for Input {
         let Some(open) = source else {
             return;
         };
-        // A hang-up is reported even while bytes wait; it is seen again later.
+        // A hang-up is reported even while bytes wait; it will be reported again.
         if !chunk.is_empty() {
             return;
         }
@@ -161,7 +158,7 @@ pub(super) mod tests {
     use std::sync::Condvar;
     use std::time::Duration;
 
-    /// Takes bytes while there is room.
+    /// Accepts bytes while there is room.
     #[derive(Default)]
     pub(in super::super) struct Device {
         state: Mutex<(Vec<u8>, usize)>,
@@ -218,7 +215,7 @@ pub(super) mod tests {
         theirs.write_all(b"abcdef").unwrap();
         device.wait_for(b"abc");
         device.add_room(100);
-        // The chunk may still be on its way to being kept.
+        // The chunk may still be on its way to the queue.
         while !input.is_paused.load(Ordering::Acquire) {
             std::thread::yield_now();
         }

@@ -1,8 +1,7 @@
 //! The thread that waits for terminals, pseudo-terminals and sockets.
 //!
-//! Every watch is one-shot: once a source is ready, it is left alone until it
-//! arms its watch again, which it may do from any thread. So a source that
-//! nobody has room for costs nothing.
+//! Every watch is one-shot: once a source is ready, it is not watched until it arms its watch again, which it may do
+//! from any thread. So a source whose consumer has no room costs nothing.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,15 +17,13 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::threads::{MachineThread, SERIAL_THREAD, ThreadStart};
 
-/// Events taken from the kernel at once.
+/// Maximum number of events per epoll call.
 const EVENTS_MAX: usize = 8;
 const STOP_TOKEN: u64 = 0;
 
-/// Something with a descriptor to wait for. `ready` runs on the manager's
-/// thread and must not block.
+/// A source with a descriptor to wait for. `ready` runs on the manager's thread and must not block.
 pub(super) trait Source: Send + Sync {
-    /// What was waited for has come, or the other side has gone. The watch is
-    /// no longer armed.
+    /// The awaited event has occurred, or the other side has closed. The watch is no longer armed.
     fn ready(&self);
 }
 
@@ -83,7 +80,7 @@ impl SerialManager {
         })
     }
 
-    /// A way to make watches, once the thread runs.
+    /// A handle that creates watches, once the thread runs.
     ///
     /// # Errors
     /// The thread cannot be started.
@@ -135,8 +132,8 @@ fn run(shared: &Shared) {
             if event.data() == STOP_TOKEN {
                 return;
             }
-            // The table is not locked while a source works: it may be dropped
-            // there, and its watch with it.
+            // The table is not locked while a source works, because the source may be dropped there, and its watch with
+            // it.
             let source = shared.sources().get(&event.data()).and_then(Weak::upgrade);
             if let Some(source) = source {
                 source.ready();
@@ -145,21 +142,20 @@ fn run(shared: &Shared) {
     }
 }
 
-/// Makes watches; the thread behind it runs.
+/// Creates watches; their thread is running.
 #[derive(Clone)]
 pub(super) struct Watcher(Arc<Shared>);
 
 impl Watcher {
-    /// Watches `fd` on behalf of `source`, not armed yet. `None` for a file
-    /// that is always ready, like one on a disk.
+    /// Watches `fd` on behalf of `source`, not armed yet. `None` for a file that is always ready, for example on a
+    /// disk.
     ///
     /// # Errors
-    /// The kernel refused.
+    /// The kernel rejected it.
     pub(super) fn watch(&self, fd: RawFd, source: Weak<dyn Source>) -> io::Result<Option<Watch>> {
         let token = self.0.next_token.fetch_add(1, Ordering::Relaxed);
         let unarmed = EpollEvent::new(EventSet::ONE_SHOT, token);
-        // One-shot with no events still reports a hang-up once, so the source
-        // must be known before.
+        // One-shot with no events still reports a hang-up once, so the source must be registered before.
         self.0.sources().insert(token, source);
         match self.0.epoll.ctl(ControlOperation::Add, fd, unarmed) {
             Ok(()) => Ok(Some(Watch {
@@ -186,7 +182,7 @@ pub(super) struct Watch {
 }
 
 impl Watch {
-    /// Calls the source once when one of `events` comes.
+    /// Calls the source once when one of `events` occurs.
     pub(super) fn arm(&self, events: EventSet) {
         let event = EpollEvent::new(events | EventSet::ONE_SHOT, self.token);
         if let Err(error) = self

@@ -1,4 +1,4 @@
-//! The serial port, and where a guest's text comes from and goes to.
+//! The serial port, and the sources and sinks of a guest's text.
 //!
 //! ```text
 //!  vCPU ─ Uart ─┐            ┌─ Output ──► terminal, file, pty, socket client
@@ -8,9 +8,9 @@
 //!                          serial-manager thread (epoll)
 //! ```
 //!
-//! Neither direction ever blocks a vCPU or the console's worker: output that
-//! the other side does not take is kept up to a bound, then the oldest is
-//! dropped and counted; input that the guest does not take stays with its source.
+//! Neither direction ever blocks a vCPU or the console's worker. Output that the other side does not accept is kept up
+//! to a limit, beyond which the oldest bytes are dropped and counted. Input that the guest does not accept stays with
+//! its source.
 
 mod endpoint;
 mod input;
@@ -38,7 +38,7 @@ pub const SERIAL_PORTS: (u16, u16) = (0x3f8, 8);
 /// Its interrupt.
 pub const SERIAL_IRQ: u8 = 4;
 
-/// Why a guest's text has nowhere to go.
+/// Errors of opening or using an endpoint.
 #[derive(Debug, thiserror::Error)]
 pub enum SerialError {
     /// A mode that needs a path has none.
@@ -52,26 +52,26 @@ pub enum SerialError {
     File {
         /// Its path.
         path: PathBuf,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// The socket cannot be made, often because there is one.
+    /// The socket cannot be created, often because the path exists.
     #[error("Cannot listen on console socket {}", path.display())]
     Socket {
         /// Its path.
         path: PathBuf,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// No pseudo-terminal.
+    /// A pseudo-terminal cannot be created.
     #[error("Cannot open a pseudo-terminal")]
     Pty(#[source] io::Error),
     /// Standard input or output cannot be used.
     #[error("Cannot use the terminal")]
     Terminal(#[source] io::Error),
-    /// The thread that serves consoles cannot do its work.
+    /// The thread that serves consoles cannot work.
     #[error("Cannot watch a console")]
     Manager(#[source] io::Error),
 }

@@ -1,9 +1,7 @@
-//! Bytes on their way out of the guest.
+//! Bytes from the guest.
 //!
-//! They are written at once if the other side takes them. What it does not
-//! take goes into a bounded backlog that the manager's thread writes as soon as
-//! it can; a full backlog loses its oldest bytes, because the newest are the
-//! ones that tell why a guest died.
+//! They are written at once if the other side accepts them. The rest goes into a bounded backlog that the manager's
+//! thread writes as soon as it can. A full backlog loses its oldest bytes, because the newest show why a guest crashed.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -20,20 +18,19 @@ use vmm_sys_util::epoll::EventSet;
 use super::manager::{Source, Watch, Watcher};
 use super::poll::is_writable;
 
-/// The most that waits for a reader: some thousands of lines.
+/// Maximum number of bytes that wait for a reader: some thousands of lines.
 pub const OUTPUT_BACKLOG_BYTES_MAX: usize = 256 << 10;
 /// How long the last bytes may take when an output is dropped.
 const LAST_WRITE_MAX: Duration = Duration::from_millis(250);
-/// Bytes that a pipe or socket which is writable at all takes without blocking.
+/// Number of bytes that a writable pipe or socket accepts without blocking.
 const CAREFUL_WRITE_BYTES: usize = 512;
 
-/// Where bytes go.
+/// The destination of bytes.
 pub(super) struct Sink {
     // Before `file`, which it watches.
     watch: Option<Watch>,
     file: File,
-    /// The descriptor is shared with others and may block, so it is asked
-    /// before each write.
+    /// The descriptor is shared with others and may block, so it is polled before each write.
     may_block: bool,
 }
 
@@ -47,7 +44,7 @@ impl Sink {
         }
     }
 
-    /// A descriptor that blocks and cannot be changed, because it is not ours.
+    /// A descriptor that blocks and cannot be changed, because it is shared.
     pub(super) fn blocking(file: File) -> Self {
         Self {
             may_block: true,
@@ -84,11 +81,11 @@ impl State {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// Bytes are thrown away on purpose.
+    /// Bytes are discarded on purpose.
     Null,
-    /// One sink for good.
+    /// One permanent sink.
     Fixed,
-    /// Sinks come and go.
+    /// Sinks change.
     Clients,
 }
 
@@ -119,24 +116,23 @@ impl Output {
         }))
     }
 
-    /// Throws everything away.
+    /// Discards everything.
     pub(super) fn null() -> Self {
         Self::new(Kind::Null)
     }
 
-    /// Goes to one sink, given to [`Output::connect`] next.
+    /// Writes to one sink, which [`Output::connect`] sets next.
     pub(super) fn unconnected() -> Self {
         Self::new(Kind::Fixed)
     }
 
-    /// Goes to one client after another; keeps the newest bytes between them.
+    /// Writes to one client after another; keeps the newest bytes between them.
     pub(super) fn for_clients() -> Self {
         Self::new(Kind::Clients)
     }
 
-    /// Writes to `sink` from now on, the backlog first. `watcher` tells when it
-    /// takes more; without one, what it does not take at once waits for the
-    /// next write.
+    /// Writes to `sink` from now on, the backlog first. `watcher` reports when it accepts more. Without one, bytes that
+    /// it does not accept at once wait for the next write.
     ///
     /// # Errors
     /// The sink cannot be watched.
@@ -151,18 +147,17 @@ impl Output {
         Ok(())
     }
 
-    /// Forgets the sink; bytes are kept for the next one.
+    /// Disconnects the sink; bytes are kept for the next one.
     pub(super) fn disconnect(&self) {
         self.0.state().sink = None;
     }
 
-    /// Whether everything is thrown away.
+    /// Whether everything is discarded.
     pub(super) fn is_null(&self) -> bool {
         self.0.kind == Kind::Null
     }
 
-    /// The descriptor itself, if it stays the same and may be written without
-    /// being asked first.
+    /// The descriptor itself, if it is permanent and may be written without polling first.
     ///
     /// # Errors
     /// It cannot be duplicated.
@@ -175,7 +170,7 @@ impl Output {
         }
     }
 
-    /// Bytes that were lost because nobody took them.
+    /// Bytes lost because they were not read in time.
     pub fn dropped_bytes(&self) -> u64 {
         self.0.dropped_bytes.load(Ordering::Relaxed)
     }
@@ -202,8 +197,8 @@ impl Queue {
             return;
         }
         let mut state = self.state();
-        // With a backlog and a watch, the manager's thread writes, and trying
-        // here too would be two system calls a byte for nothing.
+        // With a backlog and a watch, the manager's thread writes. Trying here too would cost two useless system calls
+        // per byte.
         if !state.backlog.is_empty() && !state.is_watched() {
             self.drain(&mut state);
         }
@@ -235,7 +230,7 @@ impl Queue {
         self.count_dropped(skipped + excess);
     }
 
-    /// Writes what the sink takes. Waits for the sink if that is not all.
+    /// Writes what the sink accepts, and waits for the sink if there is more.
     fn drain(&self, state: &mut State) {
         let State { sink, backlog } = state;
         let Some(open) = sink else {
@@ -254,7 +249,7 @@ impl Queue {
                     return;
                 }
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                    // The reader has gone; what it has not read is the next one's.
+                    // The reader has gone; the next one gets what it has not read.
                     *sink = None;
                     return;
                 }
@@ -267,7 +262,7 @@ impl Queue {
                 }
             }
         }
-        // A long backlog was the exception; its memory is not needed any more.
+        // A long backlog was the exception; its memory is no longer needed.
         backlog.shrink_to_fit();
     }
 
@@ -407,7 +402,7 @@ mod tests {
         let mut output = Output::unconnected();
         let sink = Sink::blocking(File::from(OwnedFd::from(ours)));
         output.connect(sink, None).unwrap();
-        // Would hang here if it were not.
+        // This would hang if it blocked.
         output
             .write_all(&pattern(OUTPUT_BACKLOG_BYTES_MAX))
             .unwrap();

@@ -1,5 +1,4 @@
-//! A new pseudo-terminal: the VMM holds its master side, an operator opens the
-//! other by path.
+//! A new pseudo-terminal: the VMM holds its master side; an operator opens the other by path.
 #![allow(unsafe_code)]
 // UNSAFETY: three ioctls of the pty driver (ioctl_tty(2)) have no safe interface.
 
@@ -23,7 +22,7 @@ pub(super) struct Pty {
     pub(super) master: File,
     /// Held open so that the master does not hang up when an operator leaves.
     pub(super) slave: OwnedFd,
-    /// What the operator opens.
+    /// The path that the operator opens.
     pub(super) path: PathBuf,
 }
 
@@ -46,7 +45,7 @@ impl Pty {
         if slave < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the descriptor is new and nobody else's.
+        // SAFETY: the descriptor is new and has no other owner.
         let slave = unsafe { OwnedFd::from_raw_fd(slave) };
         make_transparent(&slave)?;
         let path = path_of(&master)?;

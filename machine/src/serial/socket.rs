@@ -1,4 +1,4 @@
-//! A UNIX socket to one guest's console, for one client at a time: the latest.
+//! A UNIX socket for one guest's console, with one client at a time: the latest.
 
 use std::fs::File;
 use std::io;
@@ -26,10 +26,10 @@ pub(super) struct ConsoleSocket {
 }
 
 impl ConsoleSocket {
-    /// Listens on `path`. A socket there that nobody listens on any more is replaced.
+    /// Listens on `path`. A stale socket without a listener is replaced.
     ///
     /// # Errors
-    /// Something else is there, or somebody listens on it.
+    /// The path is something else, or a socket with a listener.
     pub(super) fn listen(
         path: &Path,
         watcher: Watcher,
@@ -64,8 +64,8 @@ impl ConsoleSocket {
 impl Source for ConsoleSocket {
     fn ready(&self) {
         match self.listener.accept() {
-            // It takes the place of the one that is there, which sees the end:
-            // an operator whose connection hangs must be able to come back.
+            // It replaces the current client, which sees the end of the stream: an operator whose connection hangs must
+            // be able to reconnect.
             Ok(client) => {
                 if let Err(error) = self.connect(client) {
                     log::warn!("{}: client lost: {error}", self.listener.path().display());

@@ -6,8 +6,8 @@
 //!                  ──► socket pair ──► Input ──► OutputSink ──► Output
 //! ```
 //!
-//! The second form of output is for what a descriptor alone cannot do: clients
-//! that come and go, and a standard output that blocks.
+//! The second form of output handles what a descriptor alone cannot: changing clients, and a standard output that
+//! blocks.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -22,7 +22,7 @@ use super::input::Input;
 use super::manager::{Source, Watch, Watcher};
 use super::{InputSink, Output};
 
-/// What a device's descriptors need to be kept alive.
+/// The parts that keep a device's descriptors alive.
 pub(super) struct Streams {
     input: Option<Arc<PipeSink>>,
     output: Option<OutputStream>,
@@ -34,7 +34,7 @@ struct OutputStream {
 }
 
 impl Streams {
-    /// Streams to and from the given halves of an endpoint.
+    /// Streams from and to the given halves of an endpoint.
     ///
     /// # Errors
     /// No descriptors.
@@ -56,7 +56,7 @@ impl Streams {
         Ok(Self { input, output })
     }
 
-    /// Gives `input` to a new device and returns the descriptors for it.
+    /// Connects `input` to a new device and returns the descriptors for it.
     ///
     /// # Errors
     /// No descriptors.
@@ -99,17 +99,17 @@ fn nonblocking_pair() -> io::Result<(UnixStream, UnixStream)> {
     Ok((reader, writer))
 }
 
-/// Passes a device's output on; there is always room, if only in the backlog.
+/// Passes a device's output on; there is always room, at least in the backlog.
 struct OutputSink(Output);
 
 impl InputSink for OutputSink {
     fn accept(&self, bytes: &[u8]) -> usize {
-        // The output takes all and never fails.
+        // The output accepts everything and never fails.
         self.0.clone().write(bytes).unwrap_or(bytes.len())
     }
 }
 
-/// Passes input on to a device as far as the sockets hold it.
+/// Passes input on to a device, as much as the sockets hold.
 struct PipeSink {
     // Before `writer`, which it watches.
     watch: OnceLock<Watch>,
@@ -179,7 +179,7 @@ mod tests {
         let (ours, mut operator) = UnixStream::pair().unwrap();
         input.set_source(ours.into(), &watcher).unwrap();
 
-        // More than all sockets on the way hold: the operator must wait meanwhile.
+        // More than all sockets on the way can hold: the operator must wait.
         let sent: Vec<u8> = (0..2_000_000_u32).map(|i| (i % 253) as u8).collect();
         let expected = sent.clone();
         let writer = std::thread::spawn(move || operator.write_all(&sent));

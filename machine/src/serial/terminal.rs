@@ -1,8 +1,7 @@
-//! The operator's terminal: raw while a guest uses it, restored whatever happens.
+//! The operator's terminal: raw while a guest uses it, always restored afterwards.
 //!
-//! Its attributes outlive the process, so they are put back when the guard is
-//! dropped, on `exit`, and before a panic's message; [`restore_terminal`] is
-//! for signal handlers.
+//! Its attributes outlive the process, so they are restored when the guard is dropped, on `exit`, and before a panic's
+//! message; [`restore_terminal`] is for signal handlers.
 #![allow(unsafe_code)]
 // UNSAFETY: terminal attributes and `poll` have no safe interface in std.
 
@@ -15,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::output::Sink;
 
-/// The terminal as it was first found.
+/// The terminal's original attributes.
 struct Saved {
     fd: RawFd,
     attributes: libc::termios,
@@ -24,8 +23,8 @@ struct Saved {
 static SAVED: OnceLock<Saved> = OnceLock::new();
 static IS_RAW: AtomicBool = AtomicBool::new(false);
 
-/// Puts the terminal's attributes back if they were changed. Safe in a signal
-/// handler: one system call, no lock, no allocation.
+/// Restores the terminal's attributes if they were changed. Safe in a signal handler: one system call, no lock, no
+/// allocation.
 pub fn restore_terminal() {
     let Some(saved) = SAVED.get() else {
         return;
@@ -46,9 +45,8 @@ extern "C" fn restore_at_exit() {
 pub(super) struct RawMode;
 
 impl RawMode {
-    /// Makes standard input raw. `None` if it is no terminal, if this process
-    /// is in the background (changing the attributes would stop it), or if
-    /// another guard lives.
+    /// Makes standard input raw. `None` if it is not a terminal, if this process is in the background (changing the
+    /// attributes would stop it), or if another guard exists.
     pub(super) fn enter() -> io::Result<Option<Self>> {
         let stdin = io::stdin();
         if !stdin.is_terminal() || !is_foreground(stdin.as_raw_fd()) {
@@ -108,8 +106,7 @@ fn attributes(fd: RawFd) -> io::Result<libc::termios> {
     Ok(unsafe { attributes.assume_init() })
 }
 
-/// Raw input as `cfmakeraw` has it; output is left alone, so that the VMM's own
-/// messages still start at the left.
+/// Raw input like `cfmakeraw`; output is left alone, so that the VMM's own messages still start at the left.
 fn make_raw(attributes: &mut libc::termios) {
     let output = attributes.c_oflag;
     // SAFETY: changes the fields of a valid termios.
@@ -129,8 +126,8 @@ pub(super) fn make_transparent(terminal: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether nothing stops this process from using the terminal. One that is not
-/// its controlling terminal tells no foreground group and stops nobody.
+/// Whether this process may use the terminal without being stopped. A terminal that is not its controlling terminal
+/// reports no foreground group and stops no process.
 fn is_foreground(terminal: RawFd) -> bool {
     // SAFETY: both take and return plain numbers.
     let (foreground, ours) = unsafe { (libc::tcgetpgrp(terminal), libc::getpgrp()) };
@@ -139,9 +136,8 @@ fn is_foreground(terminal: RawFd) -> bool {
 
 /// Standard output for a guest's text.
 ///
-/// Its open file description is shared with the shell and must stay blocking. A
-/// terminal or pipe is therefore opened once more; what cannot be opened
-/// (a socket) is asked before each write.
+/// Its open file description is shared with the shell and must stay blocking. A terminal or pipe is therefore opened
+/// once more. A file that cannot be reopened (a socket) is polled before each write.
 pub(super) fn standard_output() -> io::Result<Sink> {
     let shared = File::from(io::stdout().as_fd().try_clone_to_owned()?);
     let kind = shared.metadata()?.file_type();
@@ -160,7 +156,7 @@ pub(super) fn standard_output() -> io::Result<Sink> {
     Ok(Sink::blocking(shared))
 }
 
-/// Standard input, if there is somebody at it.
+/// Standard input, if it is interactive.
 pub(super) fn standard_input() -> io::Result<Option<OwnedFd>> {
     let stdin = io::stdin();
     if stdin.is_terminal() && !is_foreground(stdin.as_raw_fd()) {

@@ -29,7 +29,7 @@ const LINE_STATUS: u8 = 5;
 const RECEIVED_DATA_ENABLED: u8 = 1;
 const RECEIVED_DATA_PENDING: u8 = 4;
 const RECEIVED_DATA_READY: u8 = 1;
-/// In the identification: nothing is pending. The bits below `0x10` say what is.
+/// In the identification: nothing is pending. The bits below `0x10` give the cause.
 const NOTHING_PENDING: u8 = 1;
 const IDENTIFICATION_MASK: u8 = 0xf;
 /// In the line control: offsets 0 and 1 are the divisor.
@@ -38,10 +38,10 @@ const DIVISOR_LATCH: u8 = 0x80;
 const MODEM_CONTROL: u64 = 4;
 
 const PART: Part = parts::SERIAL;
-/// Bytes its receive FIFO holds.
+/// Size of its receive FIFO in bytes.
 const FIFO_BYTES: usize = 64;
 
-/// The port at one moment.
+/// The saved state of the port.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[allow(missing_docs)]
@@ -55,9 +55,9 @@ pub struct UartState {
     pub modem_control: u8,
     pub modem_status: u8,
     pub scratch: u8,
-    /// Received and not read by the guest.
+    /// Received but not read by the guest.
     pub fifo: Bytes,
-    /// Typed, and the FIFO had no room for it.
+    /// Typed, but without room in the FIFO.
     pub waiting: Bytes,
 }
 
@@ -81,7 +81,7 @@ impl fmt::Debug for Uart {
 }
 
 impl Uart {
-    /// A port that pulses `line` and takes the endpoint's input over.
+    /// A port that pulses `line` and takes over the endpoint's input.
     #[must_use]
     pub fn new(line: IrqLine, endpoint: Arc<Endpoint>) -> Arc<Self> {
         let uart = Arc::new(Self {
@@ -94,8 +94,8 @@ impl Uart {
         uart
     }
 
-    /// Registers and input that the guest has not read. Nobody may type meanwhile, or what is typed
-    /// is in the state, or comes later, but not both.
+    /// Registers and input that the guest has not read. No input may arrive meanwhile; otherwise it is either in the
+    /// state, or comes later, but not both.
     pub fn state(&self) -> UartState {
         let serial = self.serial().state();
         UartState {
@@ -113,10 +113,10 @@ impl Uart {
         }
     }
 
-    /// Takes the place of the port that `state` was taken of.
+    /// Restores the port from which `state` was taken.
     ///
     /// # Errors
-    /// More input than a port and its endpoint hold; nothing is changed then.
+    /// More input than a port and its endpoint can hold; nothing is changed then.
     pub fn restore(&self, state: &UartState) -> Result<(), StateError> {
         for (field, bytes, max) in [
             ("fifo", &state.fifo, FIFO_BYTES),
@@ -153,7 +153,7 @@ impl Uart {
         Ok(())
     }
 
-    /// Interrupts the host refused because of what the guest programmed.
+    /// Interrupts that the host rejected because of what the guest programmed.
     pub fn lost_interrupts(&self) -> u64 {
         self.lost_interrupts.load(Ordering::Relaxed)
     }
@@ -162,16 +162,15 @@ impl Uart {
         self.serial.lock().unpoisoned()
     }
 
-    /// The output never fails and a full FIFO is asked about before, so that
-    /// only the interrupt is left.
+    /// The output never fails, and a full FIFO is checked for before, so only errors of the interrupt remain.
     fn count<T>(&self, result: &Result<T, Error<io::Error>>) {
         if result.is_err() {
             self.lost_interrupts.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// A register as a 16550 has it. vm-superio ends the interrupt for received data with the first byte that is read;
-    /// real hardware ends it when the FIFO is empty (PC16550D, 8.5). Linux reads at most 256 bytes a look at the
+    /// A register as a 16550 has it. vm-superio ends the interrupt for received data with the first byte read; real
+    /// hardware ends it when the FIFO is empty (PC16550D, 8.5). Linux reads at most 256 bytes per check of the
     /// identification, and would leave the rest until more arrives.
     fn read_register(serial: &mut Serial<IrqLine, NoEvents, Output>, register: u8) -> u8 {
         let value = serial.read(register);
@@ -189,7 +188,7 @@ impl Uart {
         }
     }
 
-    /// The port is eight bits wide: a wider access is one to each register.
+    /// The port is eight bits wide: a wider access becomes one access per register.
     fn registers(offset: u64, count: usize) -> impl Iterator<Item = u8> {
         (offset..).map(|offset| offset as u8).take(count)
     }
@@ -213,7 +212,7 @@ impl BusDevice for Uart {
             self.count(&serial.write(register, *byte));
         }
         drop(serial);
-        // In loopback no input is accepted, and this may have been its end.
+        // In loopback no input is accepted, and loopback may have just ended.
         if (offset..offset + data.len() as u64).contains(&MODEM_CONTROL) {
             self.endpoint.resume_input();
         }
@@ -229,7 +228,7 @@ impl InputSink for Uart {
         }
         let before = serial.fifo_capacity();
         let result = serial.enqueue_raw_bytes(&bytes[..room]);
-        // Bytes are in the FIFO even if the interrupt was refused.
+        // Bytes are in the FIFO even if the interrupt was rejected.
         let accepted = before - serial.fifo_capacity();
         drop(serial);
         self.count(&result);
@@ -276,7 +275,7 @@ mod tests {
         }
     }
 
-    /// A machine whose port is a socket, and a client that connects after `before` was done to the machine.
+    /// A machine whose port is a socket, and a client that connects after `before` was applied to the machine.
     fn machine_on_a_socket(
         before: impl FnOnce(&Machine),
     ) -> ((SerialManager, TempDir), Machine, UnixStream) {
@@ -297,7 +296,7 @@ mod tests {
             byte[0]
         }
 
-        /// Reads as a driver does: data while the line status says so.
+        /// Reads as a driver does: data while the line status reports some.
         fn receive(&self, count: usize) -> Vec<u8> {
             let deadline = Instant::now() + Duration::from_secs(10);
             let mut received = Vec::new();
@@ -350,7 +349,7 @@ mod tests {
             std::thread::yield_now();
         }
         // One interrupt, handled as Linux does it (drivers/tty/serial/8250): up to 256 bytes each time that the
-        // identification says that something is pending.
+        // identification reports a pending interrupt.
         let mut received = Vec::new();
         while machine.read(2) & 0xf == 4 {
             for _ in 0..256 {

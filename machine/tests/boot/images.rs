@@ -1,4 +1,4 @@
-//! Kernels of a few bytes, made by hand.
+//! Kernels of a few bytes, written by hand.
 
 /// Where the images are loaded and entered.
 pub(crate) const LOAD_ADDRESS: u64 = 0x10_0000;

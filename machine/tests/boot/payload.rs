@@ -1,4 +1,4 @@
-//! What becomes of payload files, good and bad. Needs no KVM.
+//! Valid and invalid payload files. Needs no KVM.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -174,7 +174,7 @@ fn payload_garbage_is_of_unknown_format() {
     }
 }
 
-/// A program for Linux wants to lie anywhere; that is not what is wrong with it.
+/// A Linux program can have any load address; that is not the error to report.
 #[test]
 fn payload_program_for_linux_has_no_pvh_note() {
     let program = std::env::current_exe().expect("this test");

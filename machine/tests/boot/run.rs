@@ -1,6 +1,6 @@
 //! Payloads of a few instructions, run on this host's KVM through loader and vCPU threads.
 //!
-//! Without a usable KVM the tests print why and pass: they say nothing then.
+//! Without a usable KVM the tests print the reason and pass; they then show nothing.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -31,7 +31,7 @@ enum Access {
     Store(u64, Vec<u8>),
 }
 
-/// Notes writes, answers reads with 0x5a.
+/// Records writes, and answers reads with 0x5a.
 #[derive(Default)]
 struct Recorder {
     accesses: Mutex<Vec<Access>>,
@@ -63,7 +63,7 @@ impl VmExitHandler for Recorder {
 }
 
 struct Machine {
-    // In the order of dropping: threads first, then what they use.
+    // In the order of dropping: threads first, then the parts that they use.
     vcpus: Vcpus,
     _slots: RamSlots,
     recorder: Arc<Recorder>,

@@ -1,4 +1,4 @@
-//! Every device against random accesses, and helpers to make them.
+//! Every device against random accesses, and helpers for them.
 
 mod state;
 

@@ -1,4 +1,4 @@
-//! Small devices are saved, restored, and given states that lie.
+//! Saves and restores small devices, and restores them from invalid states.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use super::super::{CMOS_PORTS, Cmos, CmosState, GED_IRQ, Ged, GedState};
 use crate::bus::BusDevice;
 use crate::interrupt::{GsiRouter, Ioapic, IoapicState, fake::FakeBackend};
 
-/// Damages a state in every way; whoever reads it must refuse by the part's name or accept.
+/// Damages a state in every way. The reader must accept it or reject it with the part's name.
 fn survives_damage<S: State>(state: &S, restore: impl Fn(&S) -> Result<(), StateError>) {
     let mut refused = 0;
     let count = testing::damage(&Saved::of(state), |damaged| {

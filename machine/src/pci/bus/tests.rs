@@ -1,4 +1,4 @@
-//! The bus as a guest sees it, through both ways into configuration space.
+//! The bus as a guest sees it, through both access mechanisms of configuration space.
 
 use std::sync::Arc;
 
@@ -96,7 +96,7 @@ fn slots_wished_for_are_left_to_who_wishes_for_them() {
     assert_eq!(add(None).unwrap().slot(), 2);
     assert_eq!(add(None).unwrap().slot(), 4);
     assert_eq!(add(Some(3)).unwrap().slot(), 3);
-    // Rather than none.
+    // Instead of none.
     while let Ok(bdf) = add(None) {
         assert!(bdf.slot() == 1 || bdf.slot() > 4);
     }
@@ -130,7 +130,7 @@ fn config_ports_reach_a_function_only_when_enabled() {
 
 #[test]
 fn byte_write_to_the_address_register_changes_that_byte() {
-    // Linux's probe: outb(1, 0xcfb), then the register must still be usable.
+    // Linux's probe: outb(1, 0xcfb), after which the register must still be usable.
     let guest = Guest::new();
     guest.ports.write(0xcfb, &[0x01]);
     let mut data = [0; 4];
@@ -240,14 +240,14 @@ fn bar_refused_for_another_answers_when_that_one_moves_away_or_goes() {
     }
     let first = MMIO64_BASE + DOORBELL_OFFSET;
     let second = first + BAR_BYTES;
-    // Two functions change places: the first is over the second for a moment.
+    // Two functions swap addresses: for a moment the first is over the second.
     guest.ecam_write(1, 0x10, BAR_BYTES as u32);
     assert!(!guest.doorbells().contains(&first));
     guest.ecam_write(2, 0x10, 0);
     assert!(guest.doorbells().contains(&first));
     assert!(guest.doorbells().contains(&second));
     assert_eq!(guest.doorbells().len(), 3);
-    // The third goes where the first is, which then leaves.
+    // The third moves to the address of the first, which then moves away.
     guest.ecam_write(3, 0x10, BAR_BYTES as u32);
     assert_eq!(guest.doorbells().len(), 2);
     guest.pci.remove(Bdf { slot: 1 });
@@ -332,7 +332,7 @@ fn bus_saved_and_restored_has_every_function_where_the_guest_put_it() {
     let other = restore(&state).unwrap();
     assert_eq!(Saved::of(&other.pci.state(state.config_address)), saved);
     assert_eq!(other.ecam_read(3, 0), 0x1045_1af4);
-    // Address space that was given out is not given out again.
+    // Allocated address space is not allocated again.
     let third = Arc::new(FakeFunction::new("_c"));
     other.pci.add(third, None).unwrap();
     let ranges: Vec<_> = other
