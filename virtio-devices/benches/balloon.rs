@@ -1,23 +1,20 @@
-//! What the balloon costs beside the system calls it cannot do without.
+//! The balloon's cost beyond the unavoidable system calls.
 //!
-//! Every `device` figure has a `bare` one over the same ranges: the fewest system
-//! calls that free them, with nothing around. `kick` includes reading the ring,
-//! validating, merging, discarding, answering and accounting.
+//! Every `device` figure has a `bare` one over the same ranges: the minimum number of system calls that free them, and
+//! nothing else. `kick` includes reading the ring, validating, merging, discarding, completing and accounting.
 //!
 //! * `report`: 32 ranges of 2 or 4 MiB, no two adjacent, on each backing.
-//! * `report-absent`: the same with nothing left to free, which leaves the
-//!   device's own time bare.
-//! * `inflate`: 256 scattered pages, against one `madvise` for each as other
-//!   devices do it, with the process otherwise idle and with a busy thread,
-//!   which is what vCPUs are.
+//! * `report-absent`: the same with nothing left to free, which shows the device's own time.
+//! * `inflate`: 256 scattered pages, against one `madvise` for each as other devices do it, with the process otherwise
+//!   idle and with a busy thread, as with vCPUs.
 //! * `inflate-contiguous`: 256 adjacent pages against one `madvise` over all.
 //! * `residency`: a sample over 1 GiB, touched and untouched.
 //!
-//! Rates against each other, measured in turns, are the bench `rates`'s.
+//! The bench `rates` compares rates with each other, measured in turns.
 //!
 //! `cargo bench -p virtio-devices --features test-utils --bench balloon`
 #![allow(unsafe_code)]
-// UNSAFETY: memory is touched for a measurement of what is resident.
+// UNSAFETY: memory is touched to measure what is resident.
 
 mod rig;
 

@@ -1,10 +1,9 @@
 //! The two I/O engines of the disk side by side, on a real file, from the ring
 //! and back to it.
 //!
-//! For each workload and engine: requests and bytes per second, and the
-//! processor time of the whole process for one request (kernel included; what
-//! the driver side of the mock takes is the same for both). The file is made in
-//! the current directory, or in `BENCH_DIR`.
+//! For each workload and engine: requests and bytes per second, and the processor time of the whole process per request
+//! (kernel included; the mock driver's part is the same for both). The file is created in the current directory, or in
+//! `BENCH_DIR`.
 //!
 //! `cargo bench -p virtio-devices --features test-utils --bench block`
 #![allow(unsafe_code)]
@@ -23,7 +22,7 @@ use vm_memory::GuestAddress;
 const FILE_BYTES: u64 = 512 << 20;
 const QUEUE_SIZE: u16 = 128;
 const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
-/// Each figure is the median of so many runs.
+/// Number of runs per figure, which is their median.
 const RUNS: usize = 3;
 const RUN: Duration = Duration::from_millis(700);
 
@@ -106,7 +105,7 @@ impl Bench {
         }
     }
 
-    /// Requests finished in [`RUN`], and the time it really took.
+    /// Requests finished in [`RUN`], and the actual duration.
     fn run(&mut self, workload: Workload) -> (u64, Duration, Duration) {
         let slots = self.slots(workload);
         let mut free: Vec<usize> = (0..slots.len()).collect();
@@ -198,9 +197,9 @@ fn cpu_time() -> Duration {
 enum Cache {
     /// In the page cache, all of it.
     Hot,
-    /// On the disk, to be read into the page cache.
+    /// On the disk, read through the page cache.
     Cold,
-    /// On the disk, past the page cache.
+    /// On the disk, bypassing the page cache.
     Direct,
 }
 
@@ -243,7 +242,7 @@ fn measure(file: &NamedTempFile, engine: EngineChoice, cache: Cache, workload: W
 }
 
 fn main() {
-    // `cargo test --benches` runs this too, to see that it starts.
+    // `cargo test --benches` runs this too, to check that it starts.
     if std::env::args().any(|argument| argument == "--test") {
         return;
     }

@@ -1,8 +1,8 @@
-//! How fast the balloon gives memory back, beside other ways to give back the same memory.
+//! The rate at which the balloon returns memory, beside other ways to return the same memory.
 //!
-//! Ways are compared in turns, a small batch each, in an order that changes from round to
-//! round: whatever else a machine does meets all of them alike, and the medians can be
-//! divided by each other. Every batch is touched anew before it is given back.
+//! The ways are measured in turns, a small batch each, in an order that changes from round to round. So other load on
+//! the machine affects all of them alike, and the medians can be divided by each other. Every batch is touched again
+//! before it is returned.
 //!
 //! | Way | Is |
 //! | --- | --- |
@@ -25,10 +25,10 @@ use vm_memory::GuestAddress;
 /// Page frame numbers in a chain of Linux's.
 const CHAIN_PFNS: u64 = 256;
 const CHAINS_JOINED: u64 = 16;
-/// What is touched and then given back in one turn, every other page of twice as much: more
-/// than the host's kernel keeps at hand for the next allocation, as in an inflation of a GiB.
+/// The memory touched and returned in one turn: every other page of twice as much. It exceeds what the host's kernel
+/// keeps ready for the next allocation, as in an inflation of a GiB.
 const SCATTERED_BYTES: u64 = 64 << 20;
-/// So that every way gives 1 GiB back.
+/// So that every way returns 1 GiB in total.
 const INFLATE_ROUNDS: u64 = (1 << 30) / SCATTERED_BYTES;
 /// Of 1 MiB, and of 16.
 const ADJACENT_ROUNDS: u64 = 128;
@@ -88,7 +88,7 @@ fn report(backing: Backing, bytes: u64, rounds: u64) {
     );
 }
 
-/// Pages of which no two are adjacent, as much at a time as a balloon that really grows.
+/// Pages of which no two are adjacent, as many at a time as a growing balloon returns.
 fn inflate_scattered(beside: &str, rounds: u64) {
     let mut bench = Bench::new(Backing::Private, FREE_START + 2 * SCATTERED_BYTES);
     let mut lists = Lists::new(&mut bench);
@@ -101,7 +101,7 @@ fn inflate_scattered(beside: &str, rounds: u64) {
         Way::new("one call"),
     ];
     let chains = SCATTERED_BYTES / PAGE / CHAIN_PFNS;
-    // A chain's pages lie beside each other but for the gaps, in no order; chains are apart.
+    // A chain's pages are adjacent except for the gaps, in no order; chains are apart.
     let pages: Vec<_> = (0..chains)
         .flat_map(|chain| {
             (0..CHAIN_PFNS).map(move |at| (chain * 29 % chains, at * 97 % CHAIN_PFNS))
@@ -123,7 +123,7 @@ fn inflate_scattered(beside: &str, rounds: u64) {
                 2 => each(256).map(|vector| bench.bare(vector)).sum(),
                 3 => each(1024).map(|vector| bench.bare(vector)).sum(),
                 4 => bench.discard_each(&pages),
-                // As if the pages between were free as well: what freeing them costs at least.
+                // As if the pages between were free as well: the lower bound of their cost.
                 _ => bench.discard_each(&[(FREE_START, 2 * SCATTERED_BYTES)]),
             };
             ways[way].times.push(took / chains as u32);
@@ -132,7 +132,7 @@ fn inflate_scattered(beside: &str, rounds: u64) {
     show(&format!("inflate 256 scattered pages, {beside}"), &ways);
 }
 
-/// Lists of adjacent pages, one and sixteen at a kick.
+/// Lists of adjacent pages, one and sixteen per kick.
 fn inflate_contiguous(beside: &str, rounds: u64) {
     for chains in [1, CHAINS_JOINED] {
         let bytes = chains * CHAIN_PFNS * PAGE;
@@ -168,7 +168,7 @@ impl Lists {
         Self((0..CHAINS_JOINED).map(buffer).collect())
     }
 
-    /// Time from one kick to the answers, with a chain for each 256 pages.
+    /// Time from one kick to the completions, with one chain per 256 pages.
     fn inflate(&mut self, bench: &mut Bench, pages: &[(u64, u64)]) -> Duration {
         let mut chains = Vec::new();
         for (pages, buffer) in pages.chunks(CHAIN_PFNS as usize).zip(&self.0) {
@@ -183,7 +183,7 @@ impl Lists {
     }
 }
 
-/// One way to do it, and what it took in each round.
+/// One way, and its time in each round.
 struct Way {
     name: &'static str,
     times: Vec<Duration>,
@@ -202,7 +202,7 @@ impl Way {
     }
 }
 
-/// Medians, and the rate of the first way as a multiple of every other's.
+/// Medians, and the rate of the first way as a multiple of every other way's.
 fn show(what: &str, ways: &[Way]) {
     println!("{what}");
     let first = ways[0].median_us();

@@ -1,4 +1,4 @@
-//! The two halves of a virtio device and what passes between them.
+//! The two halves of a virtio device and their interface.
 //!
 //! ```text
 //!   vCPU threads                         worker thread (one per queue group)
@@ -8,10 +8,9 @@
 //!                 ── reset ───────────►  QueueHandler::reset
 //! ```
 //!
-//! Virtio 1.2 §2 (basic facilities) and §3 (initialisation) give the order:
-//! features are acknowledged once, then queues are set up, then DRIVER_OK
-//! activates. A device that fails while active sets DEVICE_NEEDS_RESET and
-//! stands still until the driver resets it.
+//! Virtio 1.2 §2 (basic facilities) and §3 (initialisation) define the order: features are acknowledged once, then
+//! queues are set up, then DRIVER_OK activates. A device that fails while active sets DEVICE_NEEDS_RESET and stops
+//! until the driver resets it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -26,54 +25,54 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::worker::{EventSources, Turn};
 
-/// Guest RAM as every device sees it: an immutable map behind an atomic
-/// pointer, so that later hotplug swaps the map without stopping a device.
+/// Guest RAM as every device sees it: an immutable map behind an atomic pointer, so that memory hot-plug swaps the map
+/// without stopping a device.
 pub type GuestRam = GuestMemoryAtomic<GuestMemoryMmap<()>>;
 
 /// Named `u64` counters of one device, as `vm.counters` shows them.
 pub type Counters = BTreeMap<&'static str, u64>;
 
-/// How a device tells the driver that something happened (virtio 1.2 §2.3).
+/// Notifies the driver (virtio 1.2 §2.3).
 ///
 /// Called from worker threads and from the VMM's control thread; never blocks.
 pub trait Interrupt: Send + Sync {
     /// Used buffer notification for the queue with this index.
     fn signal_queue(&self, queue_index: u16);
-    /// Configuration change notification; also moves the configuration generation on.
+    /// Configuration change notification; also increments the configuration generation.
     fn signal_config(&self);
-    /// The device cannot go on: sets DEVICE_NEEDS_RESET and notifies the driver.
+    /// The device cannot continue: sets DEVICE_NEEDS_RESET and notifies the driver.
     fn signal_needs_reset(&self);
 }
 
 /// One enabled queue, handed to the worker at activation.
 #[derive(Debug)]
 pub struct ActiveQueue {
-    /// Queue number on the wire. Not the position in [`Activation::queues`]:
-    /// a driver may leave queues disabled.
+    /// Queue number on the wire. It can differ from the position in [`Activation::queues`], because a driver may leave
+    /// queues disabled.
     pub index: u16,
-    /// Validated against guest RAM by the transport before activation; its
-    /// event index is on if VIRTIO_F_EVENT_IDX was accepted.
+    /// Validated against guest RAM by the transport before activation; its event index is on if VIRTIO_F_EVENT_IDX was
+    /// accepted.
     pub queue: Queue,
-    /// The doorbell, watched by the worker. A handler that stops at its bound
-    /// with work left writes 1 to it and is called again after the others.
+    /// The doorbell, watched by the worker. A handler that stops at its limit with work left writes 1 to it and is
+    /// called again after the others.
     pub doorbell: Arc<Doorbell>,
 }
 
 impl ActiveQueue {
-    /// How far the device is with it.
+    /// The device's progress.
     pub fn position(&self) -> QueuePosition {
         position_of(self.index, &self.queue)
     }
 }
 
-/// Of a handler that has nothing but queues.
+/// The state of a handler that has nothing but queues.
 pub(crate) fn no_own_state(own: Option<&Saved>) -> Result<(), StateError> {
     require(own.is_none(), parts::VIRTIO_PCI, "handlers", || {
         "has a state for a handler without one".to_owned()
     })
 }
 
-/// How far the device is with a queue.
+/// The device's progress in a queue.
 pub(crate) fn position_of(index: u16, queue: &Queue) -> QueuePosition {
     QueuePosition {
         index,
@@ -82,7 +81,7 @@ pub(crate) fn position_of(index: u16, queue: &Queue) -> QueuePosition {
     }
 }
 
-/// What a worker gets when the driver has set DRIVER_OK.
+/// The worker's parameters when the driver has set DRIVER_OK.
 pub struct Activation {
     /// Guest RAM; load it once per batch of work, not once per descriptor.
     pub mem: GuestRam,
@@ -90,7 +89,7 @@ pub struct Activation {
     pub features: u64,
     /// The enabled queues of this worker's group, in ascending order of index.
     pub queues: Vec<ActiveQueue>,
-    /// The way back to the driver.
+    /// The interrupt to the driver.
     pub interrupt: Arc<dyn Interrupt>,
 }
 
@@ -122,8 +121,8 @@ pub(crate) fn boxed<H: QueueHandler + 'static>(handler: Option<H>) -> Vec<Box<dy
 
 /// The configuration half of a device.
 ///
-/// Called under a lock by whichever vCPU thread touches a register, and by the
-/// VMM's control thread. Must not block, must not panic on any input.
+/// Called under a lock by the vCPU thread that accesses a register, and by the VMM's control thread. It must not block,
+/// and must not panic on any input.
 pub trait VirtioDevice: Send {
     /// Virtio device id (virtio 1.2 §5): 1 net, 2 block, 3 console, 4 entropy, 5 balloon, 19 socket,
     /// 24 memory, 35 watchdog.
@@ -132,11 +131,10 @@ pub trait VirtioDevice: Send {
     /// Maximum size of each queue; the length is the number of queues.
     fn queue_sizes(&self) -> &[u16];
 
-    /// Feature bits on offer, VIRTIO_F_VERSION_1 included.
+    /// Offered feature bits, including VIRTIO_F_VERSION_1.
     fn features(&self) -> u64;
 
-    /// The driver has accepted `features` (a subset of what was offered) with
-    /// FEATURES_OK. Called once between two resets.
+    /// The driver has accepted `features` (a subset of those offered) with FEATURES_OK. Called once between two resets.
     fn ack_features(&mut self, _features: u64) {}
 
     /// Reads the device configuration space. Bytes past its end read as zero; a device without one has nothing else.
@@ -144,23 +142,21 @@ pub trait VirtioDevice: Send {
         read_config_space(&[], offset, data);
     }
 
-    /// Writes the device configuration space. Writes that make no sense are
-    /// dropped and counted.
+    /// Writes the device configuration space. Invalid writes are dropped and counted.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
-    /// The queue halves, taken once when the device is put behind its
-    /// transport. Each gets a worker thread.
+    /// The queue halves, taken once when the device is put behind its transport. Each gets a worker thread.
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>>;
 
-    /// Which handler (position in `take_handlers`) serves this queue under the
-    /// accepted features. `None`: nobody, kicks on it are ignored.
+    /// The handler (position in `take_handlers`) that serves this queue under the accepted features. `None`: no
+    /// handler; kicks on it are ignored.
     fn handler_of_queue(&self, _queue_index: u16, _features: u64) -> Option<usize> {
         Some(0)
     }
 
-    /// Whether the vCPU that rings this queue's doorbell is held there until the
-    /// worker has looked, see [`QueueHandler::queue_ready_while_held`]. Asked once,
-    /// before any driver: it must answer for every set of features that may come.
+    /// Whether the vCPU that rings this queue's doorbell is held until the worker has processed it, see
+    /// [`QueueHandler::queue_ready_while_held`]. Called once, before any driver, so the result must hold for every
+    /// possible set of features.
     fn holds_notifier(&self, _queue_index: u16) -> bool {
         false
     }
@@ -168,33 +164,30 @@ pub trait VirtioDevice: Send {
     /// Called once by the transport before the guest sees the device.
     fn set_interrupt(&mut self, _interrupt: Arc<dyn Interrupt>) {}
 
-    /// The driver wrote 0 to the status register. The workers are reset by the
-    /// transport; this resets what the configuration half remembers.
+    /// The driver wrote 0 to the status register. The transport resets the workers; this resets the configuration half.
     fn reset(&mut self) {}
 
-    /// What a driver can see or has set, and what the host has asked for: all that a device made of
-    /// the same configuration does not have by itself. Asked for while the handlers are paused.
+    /// Values that a driver can see or has set, and the host's requests: everything that a new device with the same
+    /// configuration does not have. Called while the handlers are paused.
     fn state(&self) -> Saved;
 
-    /// Makes a new device the one that `state` was taken of. Called once, before there is
-    /// any worker thread; after [`VirtioDevice::ack_features`] if a
-    /// driver had accepted features.
+    /// Restores `state` into a new device. Called once, before there is any worker thread; after
+    /// [`VirtioDevice::ack_features`] if a driver had accepted features.
     ///
     /// # Errors
-    /// The state cannot be one of this device, which is then dropped.
+    /// The state cannot belong to this device, which is then dropped.
     fn restore(&mut self, state: &Saved) -> Result<(), StateError>;
 
-    /// Counters for `vm.counters`; an empty map leaves the device out.
+    /// Counters for `vm.counters`; an empty map omits the device.
     fn counters(&self) -> Counters {
         Counters::new()
     }
 }
 
-/// Why a worker gave up on its device until the next reset.
+/// Reasons why a worker stops serving its device until the next reset.
 ///
-/// Only for faults that make going on impossible (rings that point outside of
-/// guest RAM, a host descriptor that is gone). A bad request is answered with
-/// an error status or dropped and counted, and is not a `WorkerError`.
+/// Only for faults that prevent continuing (rings that point outside of guest RAM, a host descriptor that is gone). A
+/// bad request is completed with an error status or dropped and counted, and is not a `WorkerError`.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
     /// The ring itself cannot be read or written.
@@ -202,7 +195,7 @@ pub enum WorkerError {
     Queue {
         /// Queue number.
         index: u16,
-        /// What the queue code said; it has no `std::error::Error`.
+        /// The error from the queue code; it does not implement `std::error::Error`.
         reason: String,
     },
     /// Registering or using a host descriptor failed.
@@ -210,19 +203,19 @@ pub enum WorkerError {
     Host {
         /// The operation, e.g. "epoll_ctl".
         what: &'static str,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: std::io::Error,
     },
-    /// The worker thread takes no commands.
+    /// The worker thread accepts no commands.
     #[error("the worker thread does not answer: {reason}")]
     Unresponsive {
-        /// What the channel said.
+        /// The error from the channel.
         reason: &'static str,
     },
 }
 
-/// How far a queue is: the next index in either ring, both free-running.
+/// The progress of a queue: the next index in either ring, both free-running.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueuePosition {
     /// Number of the queue on the wire.
@@ -233,17 +226,17 @@ pub struct QueuePosition {
     pub next_used: u16,
 }
 
-/// What only a handler knows while it is paused.
+/// State that only a handler has, while it is paused.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HandlerState {
     /// The queues it was handed.
     pub queues: Vec<QueuePosition>,
-    /// Whatever else it has, of a type of its own.
+    /// Further state, of its own type.
     pub own: Option<Saved>,
 }
 
 impl HandlerState {
-    /// Of a handler that has nothing but queues.
+    /// The state of a handler that has nothing but queues.
     pub fn of_queues(queues: impl IntoIterator<Item = QueuePosition>) -> Self {
         Self {
             queues: queues.into_iter().collect(),
@@ -257,8 +250,8 @@ pub trait QueueHandler: Send {
     /// Name of the worker thread, at most 15 bytes: `_disk0`, `_net1_qp0`, `__balloon`.
     fn name(&self) -> String;
 
-    /// The driver is ready. Own event sources (tap, timer, ring completion) are
-    /// registered here with `sources.add`; the queues' doorbells already are.
+    /// The driver is ready. Own event sources (tap, timer, ring completion) are registered here with `sources.add`; the
+    /// queues' doorbells already are.
     ///
     /// # Errors
     /// Sets DEVICE_NEEDS_RESET.
@@ -268,19 +261,16 @@ pub trait QueueHandler: Send {
         sources: &mut EventSources,
     ) -> Result<(), WorkerError>;
 
-    /// The doorbell of a queue rang (already drained), or the VM was resumed.
-    /// Must work off what is available until the turn is over, ring its own doorbell
-    /// if there is more, and must not wait for the guest.
+    /// The doorbell of a queue rang (already drained), or the VM was resumed. The handler must process available chains
+    /// until the turn is over and ring its own doorbell if there are more. It must not wait for the guest.
     ///
     /// # Errors
     /// Sets DEVICE_NEEDS_RESET.
     fn queue_ready(&mut self, queue_index: u16, turn: &mut Turn) -> Result<(), WorkerError>;
 
-    /// As [`QueueHandler::queue_ready`], but the vCPU that rang the doorbell has
-    /// not returned from doing so: whatever its driver does after notifying the
-    /// device has not happened yet. Only for queues of which
-    /// [`VirtioDevice::holds_notifier`] says so; even for those a look may come
-    /// through `queue_ready` instead (after a pause, say).
+    /// As [`QueueHandler::queue_ready`], but the vCPU that rang the doorbell has not returned from it: its driver has
+    /// done nothing after notifying the device. Only for queues for which [`VirtioDevice::holds_notifier`] returns
+    /// true. Even those may be served through `queue_ready` instead, for example after a pause.
     ///
     /// # Errors
     /// Sets DEVICE_NEEDS_RESET.
@@ -305,33 +295,31 @@ pub trait QueueHandler: Send {
         Ok(())
     }
 
-    /// Descriptors watched even while the device is not active (host commands),
-    /// with the token `source_ready` is called with.
+    /// Descriptors watched even while the device is not active (host commands), with the token for `source_ready`.
     fn idle_sources(&self) -> Vec<(RawFd, u32)> {
         Vec::new()
     }
 
-    /// Gives up queues, drops requests in flight (waits for those the kernel
-    /// holds). Sources registered in `activate` have been removed by the caller.
-    /// Idempotent.
+    /// Releases queues and drops requests in flight (waits for those that the kernel holds). The caller has removed the
+    /// sources registered in `activate`. Idempotent.
     fn reset(&mut self);
 
-    /// What it knows that nobody else does. Asked for after [`QueueHandler::pause`].
+    /// State that only the handler has. Called after [`QueueHandler::pause`].
     fn state(&self) -> HandlerState;
 
-    /// Takes [`HandlerState::own`] of the handler it shall go on as. Called once, before its thread
-    /// is started; the queues come with the activation.
+    /// Restores [`HandlerState::own`] of the saved handler. Called once, before its thread is started; the queues
+    /// follow with the activation.
     ///
     /// # Errors
-    /// The state cannot be one of this handler, which is then dropped.
+    /// The state cannot belong to this handler, which is then dropped.
     fn restore(&mut self, own: Option<&Saved>) -> Result<(), StateError> {
         no_own_state(own)
     }
 
-    /// Called when the VM pauses: requests in flight are finished before this
-    /// returns, so that guest RAM stands still.
+    /// Called when the VM pauses: requests in flight are finished before this returns, so that guest RAM no longer
+    /// changes.
     fn pause(&mut self) {}
 }
 
-/// A doorbell as the transport keeps it: one per queue, written by KVM.
+/// A doorbell of the transport: one per queue, written by KVM.
 pub type Doorbell = EventFd;

@@ -1,13 +1,12 @@
 //! Virtio devices and their PCI transport.
 //!
-//! A device has two halves. The *configuration half* ([`VirtioDevice`]) answers
-//! register accesses of the vCPU threads and never blocks. The *queue half*
-//! ([`QueueHandler`]) lives on a worker thread of its own, is created with the
-//! device and is handed the queues when the driver is ready. What both need is
-//! shared by the device itself in an `Arc` of atomics.
+//! A device has two halves. The *configuration half* ([`VirtioDevice`]) handles register accesses of the vCPU threads
+//! and never blocks. The *queue half* ([`QueueHandler`]) runs on its own worker thread; it is created with the device
+//! and receives the queues when the driver is ready. Data that both need is shared by the device itself in an `Arc` of
+//! atomics.
 //!
-//! This crate knows no KVM, no HTTP and no command line: interrupts, doorbells
-//! and threads come in through the traits in [`pci`] and [`worker`].
+//! This crate knows no KVM, no HTTP and no command line: interrupts, doorbells and threads come in through the traits
+//! in [`pci`] and [`worker`].
 
 pub mod balloon;
 pub mod block;

@@ -1,4 +1,4 @@
-//! A UNIX socket that the VMM listens on, and its place in the file system.
+//! A UNIX socket on which the VMM listens, and its path in the file system.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -14,10 +14,10 @@ pub struct ListeningSocket {
 }
 
 impl ListeningSocket {
-    /// Listens on `path`. A socket there that nobody listens on any more is replaced.
+    /// Listens on `path`. A stale socket without a listener is replaced.
     ///
     /// # Errors
-    /// Something else is there, or somebody listens on it.
+    /// The path is something else, or a socket with a listener.
     pub fn bind(path: &Path) -> io::Result<Self> {
         let socket = Self {
             listener: bind(path)?,
@@ -27,7 +27,7 @@ impl ListeningSocket {
         Ok(socket)
     }
 
-    /// Takes the next client, non-blocking as well. `WouldBlock` if there is none.
+    /// Accepts the next client, non-blocking as well. `WouldBlock` if there is none.
     ///
     /// # Errors
     /// No client, or no descriptor for it.
@@ -37,7 +37,7 @@ impl ListeningSocket {
         Ok(client)
     }
 
-    /// Where it listens.
+    /// The path of the socket.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -68,9 +68,9 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     }
 }
 
-/// Whether this is a socket that a process left behind. To connect would take the place of a client of a live one, so a
-/// socket of another type tries to: the kernel says "wrong type" where somebody listens, and "refused" where nobody does
-/// (`unix_find_bsd` in net/unix/af_unix.c).
+/// Whether this is a stale socket. A connection would use up a client's place of a live listener, so a socket of
+/// another type is used for the attempt. The kernel returns "wrong type" if there is a listener, and "refused" if there
+/// is none (`unix_find_bsd` in net/unix/af_unix.c).
 fn is_dead(path: &Path) -> bool {
     let is_socket = path
         .symlink_metadata()
@@ -94,13 +94,13 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         let listener = bind(&path).unwrap();
         listener.set_nonblocking(true).unwrap();
-        // One that is in use is neither taken nor disturbed.
+        // A socket in use is neither replaced nor disturbed.
         let refusal = bind(&path).unwrap_err();
         assert_eq!(refusal.kind(), io::ErrorKind::AddrInUse);
         let pending = listener.accept().unwrap_err();
         assert_eq!(pending.kind(), io::ErrorKind::WouldBlock);
         UnixStream::connect(&path).unwrap();
-        // Nor is what is no socket at all, or only points to one.
+        // Nor is a file that is not a socket, or a link to a socket.
         let file = folder.path().join("file");
         std::fs::write(&file, "kept").unwrap();
         assert!(bind(&file).is_err());

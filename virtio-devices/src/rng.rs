@@ -20,8 +20,8 @@ use crate::worker::Turn;
 const DEVICE_TYPE: u32 = 4;
 /// Entries of the one queue. Linux keeps a single request in flight.
 const QUEUE_SIZES: [u16; 1] = [256];
-/// Most bytes one request gets; a longer one is answered short, which §5.4.6
-/// allows. Linux asks for 64 at a time.
+/// Maximum number of bytes per request; a longer one is completed short, which §5.4.6 allows. Linux requests 64 at a
+/// time.
 const REQUEST_BYTES_MAX: usize = 64 << 10;
 /// Bytes read from the source at once.
 const CHUNK_BYTES: usize = 4 << 10;
@@ -34,7 +34,7 @@ struct Stats {
     source_failures: AtomicU64,
 }
 
-/// An entropy device has nothing but its queue.
+/// An entropy device has no state but its queue.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RngState {}
@@ -51,9 +51,9 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// Serves from `source`; `id` names the device and its thread. A source that
-    /// can run dry (a FIFO, `/dev/hwrng`) must be open non-blocking, or a pause
-    /// of the VM waits for it; a request it cannot serve is answered empty.
+    /// Serves from `source`; `id` names the device and its thread. A source that can run dry (a FIFO, `/dev/hwrng`)
+    /// must be open non-blocking; otherwise a pause of the VM waits for it. A request that it cannot serve is completed
+    /// empty.
     pub fn new(id: &str, source: File) -> Self {
         let stats = Arc::new(Stats::default());
         Self {
@@ -114,7 +114,7 @@ struct RngHandler {
 }
 
 impl RngHandler {
-    /// Fills the front of `buffers` and returns how many bytes that were.
+    /// Fills the front of `buffers` and returns the number of bytes.
     fn fill(&mut self, mut buffers: GuestBuffers, turn: &mut Turn) -> u32 {
         let mut filled = 0;
         let wanted = buffers.bytes().min(REQUEST_BYTES_MAX);
@@ -128,7 +128,7 @@ impl RngHandler {
                     filled += count;
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // End of file, dry, or broken: the driver gets what there is.
+                // End of file, dry, or broken: the driver gets the bytes read so far.
                 Ok(_) | Err(_) => {
                     self.stats.source_failures.fetch_add(1, Ordering::Relaxed);
                     break;

@@ -1,10 +1,9 @@
 //! Names of worker threads.
 
-/// Longest name a Linux thread can have.
+/// Maximum length of a Linux thread's name.
 const THREAD_NAME_BYTES: usize = 15;
 
-/// A device id with a suffix that tells its threads apart; the id is cut so that
-/// the suffix still fits.
+/// A device id with a suffix that distinguishes its threads; the id is truncated so that the suffix still fits.
 pub(crate) fn thread_name(id: &str, suffix: &str) -> String {
     let room = THREAD_NAME_BYTES.saturating_sub(suffix.len());
     let mut end = id.len().min(room);

@@ -2,12 +2,12 @@
 
 use std::sync::{LockResult, PoisonError};
 
-/// What a lock guards, even if a thread panicked while it held the lock.
+/// The data of a lock, even if a thread panicked while it held the lock.
 ///
-/// What our locks guard is changed in steps that each leave it whole, so it is good to use. The released program aborts
-/// on a panic anyhow; where threads unwind, in tests, the first panic is what counts, and no second one behind it.
+/// Data under our locks changes in steps that each leave it consistent, so it is usable. The released program aborts on
+/// a panic anyway. Where threads unwind, in tests, the first panic matters, and it must not cause a second one.
 pub trait Unpoisoned {
-    /// The guard of the lock, or what waiting with it returns.
+    /// The guard of the lock, or the result of waiting with it.
     type Guard;
 
     /// The guard.

@@ -43,7 +43,7 @@ struct Stats {
     expirations: AtomicU64,
 }
 
-/// The configuration half has nothing a driver could change.
+/// The configuration half has no state that a driver could change.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WatchdogState {}
@@ -52,8 +52,8 @@ impl State for WatchdogState {
     const PART: Part = parts::WATCHDOG;
 }
 
-/// What the queue half remembers. The time of the last ping is not part of it: the timeout starts anew
-/// on the host that continues the machine.
+/// The state of the queue half. The time of the last ping is not part of it: the timeout starts anew on the host that
+/// continues the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct WatchdogTimerState {
@@ -256,7 +256,7 @@ mod tests {
 
     /// Long enough that it never expires in a test.
     const NEVER: Duration = Duration::from_secs(24 * 60 * 60);
-    /// Expires as soon as the test looks.
+    /// Expires before the test's first check.
     const SOON: Duration = Duration::from_millis(1);
     /// A test that waits this long for an expiry has failed.
     const DEADLINE_MS: i32 = 60_000;
@@ -354,7 +354,7 @@ mod tests {
         rig.ping();
         rig.harness.handler.pause();
         assert_eq!(rig.harness.serve_sources(20).unwrap(), 0);
-        // What the worker does at a resume.
+        // The worker's action at a resume.
         rig.harness.kick(0).unwrap();
         assert_eq!(rig.harness.serve_sources(DEADLINE_MS).unwrap(), 1);
         assert_eq!(rig.expirations(), 1);

@@ -1,6 +1,6 @@
-//! A balloon over memory of its own, and the bare system calls to compare it with.
+//! A balloon over its own memory, and the bare system calls to compare it with.
 #![allow(unsafe_code)]
-// UNSAFETY: the bare system calls are what is compared with.
+// UNSAFETY: the bare system calls are the baseline.
 
 use std::fs::File;
 use std::hint::black_box;
@@ -20,11 +20,11 @@ use vm_memory::{FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryBackend,
 
 pub(crate) const PAGE: u64 = 4096;
 pub(crate) const MIB: u64 = 1 << 20;
-/// Rings and lists lie below, what is given away above.
+/// Rings and lists are below, the memory to return above.
 pub(crate) const FREE_START: u64 = 16 * MIB;
 pub(crate) const INFLATE: u16 = 0;
 pub(crate) const REPORTING: u16 = 3;
-/// `UIO_MAXIOV`: the longest vector the kernel takes.
+/// `UIO_MAXIOV`: the longest vector that the kernel accepts.
 const VECTOR_SPANS_MAX: usize = 1024;
 
 #[derive(Clone, Copy, strum::IntoStaticStr, strum::VariantArray)]
@@ -97,12 +97,12 @@ impl Bench {
         }
     }
 
-    /// Time for one chain of these segments, from the kick to the answer.
+    /// Time for one chain of these segments, from the kick to the completion.
     pub(crate) fn device(&mut self, queue: u16, segments: &[Segment<'_>]) -> Duration {
         self.device_chains(queue, [segments])
     }
 
-    /// Time for chains that are all available at one kick, until all are answered.
+    /// Time for chains that are all available at one kick, until all are completed.
     pub(crate) fn device_chains<'s>(
         &mut self,
         queue: u16,
@@ -120,7 +120,7 @@ impl Bench {
         took
     }
 
-    /// Time for the fewest system calls that free these ranges, nothing else of it counted.
+    /// Time for the minimum number of system calls that free these ranges, and nothing else.
     pub(crate) fn bare(&self, ranges: &[(u64, u64)]) -> Duration {
         if let Some(file) = &self.file {
             return timed(|| punch_each(file, ranges));
@@ -140,7 +140,7 @@ impl Bench {
         if done {
             return took;
         }
-        // A kernel without vectors has one call for each.
+        // A kernel without vectors needs one call for each.
         self.discard_each(ranges)
     }
 
@@ -204,14 +204,14 @@ pub(crate) fn map(backing: Backing, bytes: u64) -> TestRam {
         Backing::Private | Backing::Memfd => libc::MADV_NOHUGEPAGE,
     };
     let region = mem.iter().next().expect("there is one region");
-    // SAFETY: changes how the region is paged, not what is in it. A kernel
-    // without huge pages refuses, and then there is nothing to ask for.
+    // SAFETY: changes the page size of the region, not its content. A kernel without huge pages rejects it, and then no
+    // huge pages are needed.
     unsafe { libc::madvise(region.as_ptr().cast(), bytes as usize, advice) };
     TestRam::around(GuestRam::new(mem), 0, FREE_START)
 }
 
-/// Keeps a second thread of this process running while it lives, so that the
-/// kernel has somebody else's TLB to flush.
+/// Keeps a second thread of this process running while it exists, so that the kernel must flush another processor's
+/// TLB.
 pub(crate) struct BusyThread(Arc<AtomicBool>, Option<std::thread::JoinHandle<()>>);
 
 impl BusyThread {

@@ -1,9 +1,8 @@
-//! What the balloon has done, in figures.
+//! Counts the balloon's work.
 //!
-//! Written by the worker once per batch and read by API threads, each set under
-//! a mutex of its own that is held for a copy and never across a system call on
-//! guest memory. So a snapshot is consistent: within a path, what was requested
-//! is exactly what was discarded, failed and skipped.
+//! The worker updates them once per batch, and API threads read them. Each set has its own mutex, which is held for a
+//! copy and never across a system call on guest memory. So a snapshot is consistent: within a path, the requested
+//! amount is exactly the sum of discarded, failed and skipped.
 
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -13,27 +12,27 @@ use super::rate::RateWindow;
 use crate::Unpoisoned;
 use crate::reclaim::{Extent, Outcome, SkippedBytes};
 
-/// Everything that came in by one way: reporting, inflation or hinting.
+/// All memory that arrived by one path: reporting, inflation or hinting.
 #[derive(Clone, Debug, Default)]
 pub struct PathFigures {
-    /// As the guest claimed it, gross: a range reported twice counts twice. A run
-    /// of adjacent page numbers in an inflate chain counts as one range.
+    /// The guest's claims, gross: a range reported twice counts twice. A run of adjacent page numbers in an inflate
+    /// chain counts as one range.
     pub requested: Extent,
-    /// Given back to the host.
+    /// Discarded.
     pub discarded: Extent,
-    /// The host's kernel refused.
+    /// The system call of the host's kernel failed.
     pub failed: Extent,
     /// Not tried, by reason.
     pub skipped: SkippedBytes,
-    /// Descriptor chains answered.
+    /// Descriptor chains completed.
     pub chains: u64,
-    /// Batches worked off; one batch may serve several chains.
+    /// Batches processed; one batch may serve several chains.
     pub batches: u64,
     /// System calls that discard.
     pub syscalls: u64,
-    /// From taking the first chain of a batch to having answered the last one.
+    /// From taking the first chain of a batch to completing the last one.
     pub latency: LatencyHistogram,
-    /// How fast memory has been given back lately.
+    /// The recent rate at which memory was discarded.
     pub rate: RateWindow,
     /// The most recent batch.
     pub last: Option<LastBatch>,
@@ -42,13 +41,13 @@ pub struct PathFigures {
 /// The most recent batch of a path.
 #[derive(Clone, Copy, Debug)]
 pub struct LastBatch {
-    /// When it was answered.
+    /// The time of its completion.
     pub at: Instant,
-    /// As the guest claimed it.
+    /// The guest's claims.
     pub requested: Extent,
-    /// Given back to the host.
+    /// Discarded.
     pub discarded: Extent,
-    /// How long it took.
+    /// Its duration.
     pub took_us: u64,
 }
 
@@ -74,7 +73,7 @@ impl PathFigures {
     }
 }
 
-/// All figures of one balloon, from its creation on; resets of the device do not clear them.
+/// All figures of one balloon since its creation; resets of the device do not clear them.
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
     report: Mutex<PathFigures>,
@@ -84,7 +83,7 @@ pub(super) struct Ledger {
     faults: Mutex<GuestFaults>,
 }
 
-/// The ways memory comes back.
+/// The paths by which memory returns.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Path {
     Report,
@@ -111,8 +110,8 @@ impl Ledger {
     }
 }
 
-/// Figures are whole after every single update, so a thread that died while it
-/// held the lock has left nothing half done.
+/// The figures are consistent after every single update, so a thread that panicked with the lock left nothing half
+/// done.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unpoisoned()
 }
@@ -120,7 +119,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Declares the faults and, from the same list, their names in `vm.counters`.
 macro_rules! guest_faults {
     ($($(#[$doc:meta])* $name:ident,)+) => {
-        /// Things a well-behaved driver never does. Each was contained.
+        /// Actions that a well-behaved driver never takes. Each was contained.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         pub struct GuestFaults {
             $($(#[$doc])* pub $name: u64,)+
@@ -132,7 +131,7 @@ macro_rules! guest_faults {
                 [$((stringify!($name), self.$name),)+].into_iter()
             }
 
-            /// Sets the fault of this name; false if there is none.
+            /// Sets the fault with this name; false if there is none.
             pub(super) fn set(&mut self, name: &str, count: u64) -> bool {
                 match name {
                     $(stringify!($name) => self.$name = count,)+
@@ -149,43 +148,42 @@ macro_rules! guest_faults {
 }
 
 guest_faults! {
-    /// Buffers of the wrong direction: writable page frame numbers or
-    /// statistics, or reported ranges the device may not write to.
+    /// Buffers of the wrong direction: writable page frame numbers or statistics, or reported ranges that the device
+    /// may not write to.
     descriptors_wrong_direction,
     /// Descriptors of length zero.
     descriptors_empty,
-    /// Buffers that do not lie in RAM.
+    /// Buffers outside of RAM.
     descriptors_unreadable,
-    /// Chains with more descriptors or bytes than the device looks at; the rest was ignored.
+    /// Chains with more descriptors or bytes than the device reads; the rest was ignored.
     chains_too_long,
-    /// Chains that come back to a descriptor of theirs, go on where there is none, or
-    /// add up to more than 4 GiB; what came before that was used.
+    /// Chains that loop, continue outside of the table, or add up to more than 4 GiB; the part before that was used.
     chains_without_end,
-    /// Chains without a single descriptor the device could use.
+    /// Chains without a usable descriptor.
     chains_empty,
-    /// Chains whose head does not exist; they cannot be answered.
+    /// Chains whose head does not exist; they cannot be completed.
     chains_without_head,
     /// Lists of page frame numbers that end within a number.
     page_lists_ragged,
     /// Statistics buffers that end within an entry.
     stats_ragged,
-    /// Statistics with a tag nobody has defined; skipped. Newer drivers may send such.
+    /// Statistics with an undefined tag; skipped. Newer drivers may send such tags.
     stats_unknown_tags,
     /// Statistics buffers sent while another one was still waiting.
     stats_surplus_buffers,
     /// Hinting commands that are not a number of four bytes.
     hint_commands_malformed,
-    /// Hinting commands with an id the host does not ask for. A driver that is
-    /// overtaken by a new request sends one.
+    /// Hinting commands with an id that the host does not request. A driver that is overtaken by a new request sends
+    /// one.
     hint_commands_not_asked_for,
-    /// Queues that are enabled though no negotiated feature explains them.
+    /// Queues that are enabled although no negotiated feature explains them.
     queues_unexplained,
-    /// Writes to the configuration space that hit no writable field exactly.
+    /// Writes to the configuration space that do not match a writable field exactly.
     config_writes_ignored,
-    /// Words of the reporting policy's that answer what was never asked, or mean nothing.
+    /// Fields of the reporting policy that acknowledge an unknown request, or have an invalid value.
     policy_words_invalid,
-    /// Chains of reports that came after the driver had confirmed that it sends none.
+    /// Chains of reports that arrived after the driver had confirmed that it sends none.
     reports_while_paused,
-    /// Times `actual` named more memory than there is.
+    /// How often `actual` named more memory than the guest has.
     actual_beyond_ram,
 }

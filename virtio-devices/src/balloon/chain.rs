@@ -1,4 +1,4 @@
-//! What the chains of each queue name, and how chains are answered, with a bound on everything.
+//! Reads the chains of each queue into claims and completes them, with a limit on everything.
 
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -10,24 +10,24 @@ use crate::queue::{Chain, ChainEnd, ServedQueue, walk};
 use crate::reclaim::{Extent, GuestRange};
 use crate::worker::Turn;
 
-/// Descriptors looked at in one chain: the size of our largest queue, so that
-/// only a chain through an indirect table, which is not on offer, can have more.
+/// Maximum number of descriptors read in one chain: the size of our largest queue. Only a chain through an indirect
+/// table, which is not offered, can have more.
 const CHAIN_DESCRIPTORS_MAX: usize = 256;
 
 const PFN_BYTES: usize = 4;
 
-/// Page frame numbers looked at in one chain. Linux sends 256; sixteen times
-/// that is room for others, and bounds a batch to 16 MiB of guest memory a chain.
+/// Maximum number of page frame numbers read in one chain. Linux sends 256. Sixteen times that leaves room for others,
+/// and bounds a batch to 16 MiB of guest memory per chain.
 const CHAIN_PFNS_MAX: usize = 4096;
 
-/// A command of the hinting queue is a number.
+/// A command of the hinting queue is one number.
 const COMMAND_BYTES: usize = 4;
 
-/// Reporting (virtio 1.2 §5.5.6.7): adds the ranges of a chain to `claims`. The guest has isolated
-/// the pages and waits; nobody uses them until the chain is answered.
+/// Reporting (virtio 1.2 §5.5.6.7): adds the ranges of a chain to `claims`. The guest has isolated the pages and waits;
+/// they are not used until the chain is completed.
 ///
-/// A buffer the device may only read cannot be one of the driver's free pages:
-/// to discard it would be to write to it.
+/// A buffer that the device may only read cannot be one of the driver's free pages: discarding it would be writing to
+/// it.
 pub(super) fn reported(
     chain: Chain<'_>,
     claims: &mut Vec<GuestRange>,
@@ -46,7 +46,7 @@ pub(super) fn reported(
     });
 }
 
-/// Inflate (virtio 1.2 §5.5.6.1): adds the pages named in a chain to `claims`, runs of adjacent ones as one.
+/// Inflate (virtio 1.2 §5.5.6.1): adds the pages named in a chain to `claims`, merging runs of adjacent ones.
 pub(super) fn inflated(
     chain: Chain<'_>,
     mem: &GuestMemoryMmap<()>,
@@ -66,8 +66,7 @@ pub(super) fn inflated(
     }
 }
 
-/// Linux takes pages from its free lists in whatever order they lie there, but
-/// often a block at a time, ascending.
+/// Linux takes pages from its free lists in any order, but often a block at a time, ascending.
 fn claim_page(start: u64, claims: &mut Vec<GuestRange>) {
     match claims.last_mut() {
         Some(last) if last.start + last.bytes == start => last.bytes += VIRTIO_BALLOON_PAGE_BYTES,
@@ -78,8 +77,8 @@ fn claim_page(start: u64, claims: &mut Vec<GuestRange>) {
     }
 }
 
-/// Deflate: counts the pages a chain names, by its length alone: nothing needs
-/// to be done to them, so nothing needs to be known of them.
+/// Deflate: counts the pages in a chain by its length alone. The device does nothing with them, so it need not read
+/// their numbers.
 pub(super) fn deflated(
     chain: Chain<'_>,
     total: &mut Extent,
@@ -101,9 +100,9 @@ pub(super) fn deflated(
     total.add(pages * VIRTIO_BALLOON_PAGE_BYTES);
 }
 
-/// Hinting (virtio 1.2 §5.5.6.5): adds the blocks of a chain to `claims` and returns the command id in it, if there is one.
+/// Hinting (virtio 1.2 §5.5.6.5): adds the blocks of a chain to `claims` and returns the command id in it, if any.
 ///
-/// A chain is either; should one be both, the command counts first.
+/// A chain holds either kind; if it holds both, the command is processed first.
 pub(super) fn hinted(
     chain: Chain<'_>,
     mem: &GuestMemoryMmap<()>,
@@ -132,13 +131,11 @@ pub(super) fn hinted(
     command
 }
 
-/// Puts chains into the used ring with length zero: the balloon never writes
-/// into a guest's buffers.
+/// Puts chains into the used ring with length zero: the balloon never writes into a guest's buffers.
 ///
-/// For a report it would be tempting to answer with the length that was
-/// discarded. But a device that writes "length" bytes into a reported page says
-/// what they are, and one proposed feature (device-initialised pages) reads the
-/// length as a promise of zeros. Without that feature nothing is promised.
+/// For a report, the discarded length might seem natural. But a device that writes "length" bytes into a reported page
+/// defines their content, and one proposed feature (device-initialised pages) treats the length as a guarantee of
+/// zeros. Without that feature nothing is guaranteed.
 pub(super) fn answer(
     queue: &mut ServedQueue,
     mem: &GuestMemoryMmap<()>,
@@ -150,7 +147,7 @@ pub(super) fn answer(
     queue.push_used_together(mem, heads.iter().map(|head| (*head, 0)))
 }
 
-/// The descriptors of a chain that are not empty, up to the bound.
+/// The non-empty descriptors of a chain, up to the limit.
 fn each_descriptor(
     chain: Chain<'_>,
     turn: &mut Turn,
@@ -180,8 +177,8 @@ fn read_u32(mem: &GuestMemoryMmap<()>, at: GuestAddress) -> Option<u32> {
     Some(u32::from_le_bytes(bytes))
 }
 
-/// Copies what the driver has written into a chain, at most `bytes_max` of it.
-/// Buffers that are not the driver's to write, or not in RAM, are left out.
+/// Copies the driver's data from a chain, at most `bytes_max` of it. Buffers that the driver may not write, or outside
+/// of RAM, are left out.
 pub(super) fn read(
     chain: Chain<'_>,
     mem: &GuestMemoryMmap<()>,

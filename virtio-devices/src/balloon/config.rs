@@ -7,9 +7,8 @@
 //! | 8 | `free_page_hint_cmd_id` | device: id of the hinting run it asks for |
 //! | 12 | `poison_val` | driver, with PAGE_POISON |
 //!
-//! All are 32 bits, little endian. Reads may come in any size; a write counts
-//! only if it is one whole field. What lies behind them, the reporting policy, is
-//! in [`super::policy`].
+//! All are 32 bits, little endian. Reads may have any size; a write counts only if it covers exactly one field. The
+//! fields after them, the reporting policy, are in [`super::policy`].
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -25,8 +24,8 @@ const SPACE_BYTES: usize = FIELDS * FIELD_BYTES;
 /// The standard fields, a gap, and the reporting policy.
 const WHOLE_BYTES: usize = POLICY_END as usize;
 
-/// The fields, written by vCPU and API threads and read by everybody. Each is
-/// independent of the others, so no ordering is asked for.
+/// The fields, written by vCPU and API threads and read by all threads. They are independent of each other, so no
+/// ordering is needed.
 #[derive(Debug, Default)]
 pub(super) struct ConfigSpace {
     num_pages: AtomicU32,
@@ -35,14 +34,14 @@ pub(super) struct ConfigSpace {
     poison_val: AtomicU32,
 }
 
-/// What a write to the configuration space was.
+/// The effect of a write to the configuration space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ConfigWrite {
     /// `actual` has a new value, in bytes.
     Actual(u64),
     /// `poison_val` has a new value.
     PoisonVal,
-    /// Not a field a driver may write, or not all of one.
+    /// Not a field that a driver may write, or not all of one.
     Ignored,
 }
 
@@ -55,13 +54,12 @@ impl ConfigSpace {
         self.actual.load(Ordering::Relaxed)
     }
 
-    /// What the host asks for.
+    /// The number of pages that the host requests.
     pub(super) fn target_bytes(&self) -> u64 {
         bytes_of_pages(self.num_pages())
     }
 
-    /// Asks for whole pages. What does not fit 32 bits is cut off, as the API this device is
-    /// compatible with does.
+    /// Requests whole pages. A value beyond 32 bits is truncated, as in the API with which this device is compatible.
     #[expect(
         clippy::cast_possible_truncation,
         reason = "num_pages is 32 bits on the wire"
@@ -71,7 +69,7 @@ impl ConfigSpace {
         self.num_pages.store(pages, Ordering::Relaxed);
     }
 
-    /// What the driver says it has given.
+    /// The number of pages that the driver reports as given.
     pub(super) fn actual_bytes(&self) -> u64 {
         bytes_of_pages(self.actual())
     }
@@ -88,7 +86,7 @@ impl ConfigSpace {
         self.poison_val.load(Ordering::Relaxed)
     }
 
-    /// All fields as they were saved.
+    /// Restores all fields.
     pub(super) fn restore(&self, num_pages: u32, actual: u32, hint_cmd_id: u32, poison_val: u32) {
         self.num_pages.store(num_pages, Ordering::Relaxed);
         self.actual.store(actual, Ordering::Relaxed);
@@ -96,13 +94,13 @@ impl ConfigSpace {
         self.poison_val.store(poison_val, Ordering::Relaxed);
     }
 
-    /// The driver is gone, and with it what it has told; what the host asked for stays.
+    /// The driver is gone, and so are its values; the host's requests stay.
     pub(super) fn forget_driver(&self) {
         self.actual.store(0, Ordering::Relaxed);
         self.poison_val.store(0, Ordering::Relaxed);
     }
 
-    /// `policy`: the bytes from [`POLICY_OFFSET`] on, if there are any.
+    /// `policy`: the bytes from [`POLICY_OFFSET`] on, if any.
     pub(super) fn read(&self, policy: Option<&[u8]>, offset: u64, data: &mut [u8]) {
         let fields = [
             self.num_pages(),

@@ -8,7 +8,7 @@ use super::accounting::PathFigures;
 
 type Figure = (&'static str, fn(&PathFigures) -> u64);
 
-/// What is counted of a path.
+/// The counters of a path.
 const FIGURES: [Figure; 13] = [
     ("chains", |path| path.chains),
     ("batches", |path| path.batches),

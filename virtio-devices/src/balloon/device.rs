@@ -23,21 +23,21 @@ use super::worker::BalloonWorker;
 use crate::device::{Counters, GuestRam, Interrupt, QueueHandler, VirtioDevice, boxed};
 use crate::reclaim::{DiscardEngine, Expected};
 
-/// How to make a balloon.
+/// Parameters of a balloon.
 #[derive(Debug)]
 pub struct BalloonParams {
-    /// The memory it takes from.
+    /// The guest's memory.
     pub ram: GuestRam,
-    /// Bytes asked of the guest from the start.
+    /// Initial target in bytes.
     pub size_bytes: u64,
-    /// Let the guest take pages back before it runs out of memory.
+    /// Lets the guest take pages back before it runs out of memory.
     pub deflate_on_oom: bool,
-    /// Let the guest report what it has free.
+    /// Lets the guest report its free pages.
     pub free_page_reporting: bool,
-    /// Let the host ask for hints, see [`BalloonHandle::start_hinting`]. It moves the
-    /// number of the reporting queue in guests that number without gaps.
+    /// Lets the host request hints, see [`BalloonHandle::start_hinting`]. It changes the number of the reporting queue
+    /// in guests that number queues without gaps.
     pub free_page_hinting: bool,
-    /// Offer to tell the guest how to report, see [`super::policy`]. Without reporting it is nothing.
+    /// Offers the reporting policy to the guest, see [`super::policy`]. It has no effect without reporting.
     pub reporting_policy: bool,
 }
 
@@ -45,26 +45,26 @@ pub struct BalloonParams {
 #[derive(Debug)]
 pub struct Balloon {
     shared: Arc<Shared>,
-    /// Until the transport takes it.
+    /// Present until the transport takes it.
     worker: Option<BalloonWorker>,
 }
 
 impl Balloon {
-    /// A balloon, and the handle by which the VMM steers and reads it.
+    /// Creates a balloon, and the handle by which the VMM controls and reads it.
     ///
-    /// Call it before any seccomp filter is in place, or allow `pidfd_open`,
-    /// `process_madvise`, `mmap` and `munmap`: it tries what the kernel can.
+    /// Call it before any seccomp filter is in place, or allow `pidfd_open`, `process_madvise`, `mmap` and `munmap`: it
+    /// probes the kernel's features.
     ///
     /// # Errors
-    /// No event descriptor or timer is to be had.
+    /// No event descriptor or timer is available.
     pub fn new(params: BalloonParams) -> io::Result<(Self, BalloonHandle)> {
         Self::with_engine(params, DiscardEngine::new)
     }
 
-    /// As [`Balloon::new`], with a discard engine of the caller's making.
+    /// As [`Balloon::new`], with a discard engine from the caller.
     ///
     /// # Errors
-    /// No event descriptor or timer is to be had.
+    /// No event descriptor or timer is available.
     pub fn with_engine(
         params: BalloonParams,
         engine: impl FnOnce(Arc<crate::reclaim::DiscardSwitch>) -> DiscardEngine,
@@ -111,8 +111,7 @@ fn features_on_offer(params: &BalloonParams) -> u64 {
         features |= VIRTIO_BALLOON_F_FREE_PAGE_HINT | VIRTIO_BALLOON_F_PAGE_POISON;
     }
     if params.free_page_reporting && blocks_can_free {
-        // A guest that clears or poisons its free pages reports only to a device
-        // that wants to know the value.
+        // A guest that clears or poisons its free pages reports only to a device that accepts the value.
         features |= VIRTIO_BALLOON_F_REPORTING | VIRTIO_BALLOON_F_PAGE_POISON;
         if params.reporting_policy {
             features |= VIRTIO_BALLOON_F_REPORTING_POLICY;

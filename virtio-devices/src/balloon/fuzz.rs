@@ -1,13 +1,12 @@
-//! A guest made of bytes: whatever they say, done to a balloon over real memory.
+//! A fuzzed guest: any sequence of bytes drives a balloon over real memory.
 //!
-//! [`run`] is what the fuzz targets call and what the ordinary tests call with
-//! random bytes. It plays a driver that writes any descriptor, any ring index, any
-//! word of the configuration space and any byte of its own RAM, in any order, and
-//! afterwards looks at what must hold whatever was done:
+//! The fuzz targets call [`run`], and so do the ordinary tests with random bytes. It plays a driver that writes any
+//! descriptor, any ring index, any word of the configuration space and any byte of its own RAM, in any order.
+//! Afterwards it checks the invariants:
 //!
-//! * memory around the guest's is as it was;
+//! * memory around the guest's is unchanged;
 //! * every byte requested was discarded, skipped for a reason, or failed;
-//! * what the guest says it gave is never more than it has;
+//! * the guest never reports more memory as given than it has;
 //! * the device works again after a reset.
 
 use std::time::Instant;
@@ -26,15 +25,15 @@ use crate::reclaim::guarded_ram::{GuardedRam, Kind, PAGE, RamArea};
 use crate::reclaim::{DiscardEngine, InhibitGuard, InhibitReason};
 use crate::testing::{Desc, HandlerHarness, Segment, TestRam, WRITE};
 
-/// Steps one input may take; more bytes are ignored.
+/// Maximum number of steps per input; more bytes are ignored.
 const STEPS_MAX: usize = 64;
 const QUEUE_SIZE: u16 = 32;
 const QUEUES: u16 = 5;
 const HINT: u16 = 3;
 const REPORTING: u16 = 4;
 
-/// Three kinds of memory: private, then shared right behind it, and private
-/// again after a hole. Rings lie in the first.
+/// Three kinds of memory: private, then shared directly after it, and private again after a hole. Rings are in the
+/// first.
 const AREAS: [RamArea; 3] = [
     RamArea {
         guest_page: 0,
@@ -54,7 +53,7 @@ const AREAS: [RamArea; 3] = [
 ];
 /// RAM without a hole, where any byte may be written.
 const SOLID_BYTES: u64 = 64 * PAGE as u64;
-/// A page that no ring lies in.
+/// A page without rings.
 const SPARE_PFN: u64 = 40;
 /// Where well-formed lists of page frame numbers are written.
 const LIST_START: u64 = 41 * PAGE as u64;
@@ -62,11 +61,11 @@ const LIST_START: u64 = 41 * PAGE as u64;
 /// Plays the bytes and returns the figures.
 ///
 /// # Panics
-/// Something that must hold does not.
+/// An invariant is violated.
 #[must_use]
 pub fn run(bytes: &[u8]) -> BalloonSnapshot {
     thread_local! {
-        // Mapping is most of the price of a run, so the memory is used again.
+        // Mapping dominates the cost of a run, so the memory is reused.
         static TERRAIN: GuardedRam = GuardedRam::new(&AREAS);
     }
     TERRAIN.with(|guarded| {
@@ -89,7 +88,7 @@ fn run_on(guarded: &GuardedRam, mut input: Input<'_>) -> BalloonSnapshot {
     guest.handle.snapshot()
 }
 
-/// Takes numbers off the front of the input; zeros when it is used up.
+/// Takes numbers from the front of the input; zeros when it is exhausted.
 struct Input<'a>(&'a [u8]);
 
 impl Input<'_> {
@@ -107,7 +106,7 @@ impl Input<'_> {
         u16::from(self.byte()) << 8 | u16::from(self.byte())
     }
 
-    /// An address: often a page of RAM, else any byte of it, else anything.
+    /// An address: often a page of RAM, otherwise any byte of it, otherwise anything.
     fn address(&mut self) -> u64 {
         match self.byte() % 4 {
             0 | 1 => u64::from(self.byte() % 96) * PAGE as u64,
@@ -116,7 +115,7 @@ impl Input<'_> {
         }
     }
 
-    /// A length: often some pages, else a few bytes, else anything.
+    /// A length: often some pages, otherwise a few bytes, otherwise anything.
     fn length(&mut self) -> u32 {
         match self.byte() % 4 {
             0 | 1 => u32::from(self.byte() % 8) * PAGE as u32,
@@ -185,7 +184,7 @@ impl Guest {
             .expect("activation asks for nothing");
     }
 
-    /// Resets as a driver does that starts over.
+    /// Resets like a driver that starts over.
     fn reset(&mut self) {
         self.harness.reset();
         self.balloon.reset();
@@ -220,13 +219,13 @@ impl Guest {
         }
     }
 
-    /// Writes up to eight descriptors from some slot on, and offers that slot.
+    /// Writes up to eight descriptors from some slot on, and makes that slot available.
     fn offer_chain(&mut self, queue: u16, input: &mut Input<'_>) {
         let count = u16::from(input.byte() % 8) + 1;
         let first = u16::from(input.byte()) % QUEUE_SIZE;
         for at in 0..count {
             let shape = input.byte();
-            // Mostly the next slot, sometimes a loop or nowhere.
+            // Mostly the next slot, sometimes a loop or an invalid slot.
             let next = match shape >> 6 {
                 0..=2 => (first + at + 1) % QUEUE_SIZE,
                 _ => input.word(),
@@ -246,7 +245,7 @@ impl Guest {
         self.kick(queue);
     }
 
-    /// Inflates or deflates as a driver does, with numbers near and in RAM.
+    /// Inflates or deflates like a driver, with numbers near and in RAM.
     fn offer_list(&mut self, queue: u16, input: &mut Input<'_>) {
         let count = input.byte() % 32;
         let list: Vec<u8> = (0..count)
@@ -264,7 +263,7 @@ impl Guest {
         self.kick(queue);
     }
 
-    /// The host's part; what it answers depends on what came before.
+    /// The host's part; its results depend on the steps before.
     fn steer_hinting(&mut self, input: &mut Input<'_>) {
         let answer = match input.byte() % 3 {
             0 => self.handle.stop_hinting(),
@@ -273,7 +272,7 @@ impl Guest {
         answer.err();
     }
 
-    /// The host's part of the reporting policy, and the answers of a driver that follows it.
+    /// The host's part of the reporting policy, and the acknowledgements of a driver that follows it.
     fn steer_reporting(&mut self, input: &mut Input<'_>) {
         match input.byte() % 8 {
             0 => self.handle.pause_reporting().expect("on offer"),
@@ -310,7 +309,7 @@ impl Guest {
         }
     }
 
-    /// Acknowledges what the host says.
+    /// Acknowledges the host's fields.
     fn copy_word(&mut self, input: &mut Input<'_>) {
         let (from, to) = match input.byte() % 2 {
             0 => (abi::POLICY_GENERATION, abi::GUEST_GENERATION),
@@ -323,7 +322,7 @@ impl Guest {
         self.balloon.write_config(to, &word);
     }
 
-    /// Hints as a driver does: the id asked for, the end of a run, or a page.
+    /// Hints like a driver: the requested id, the end of a run, or a page.
     fn hint(&mut self, input: &mut Input<'_>) {
         let id = match input.byte() % 3 {
             0 => 0,
@@ -352,7 +351,7 @@ impl Guest {
 
     fn kick(&mut self, queue: u16) {
         if self.harness.kick(queue).is_err() {
-            // DEVICE_NEEDS_RESET; nothing else gets a driver out of it.
+            // DEVICE_NEEDS_RESET; a driver can only recover by a reset.
             self.check_books();
             self.reset();
         }
@@ -390,7 +389,7 @@ impl Guest {
         assert!(snapshot.actual_bytes <= snapshot.ram_bytes);
     }
 
-    /// A driver that starts over and behaves gets its page freed.
+    /// Checks that a page is freed for a driver that starts over and behaves well.
     fn check_service(&mut self) {
         self.guard = None;
         self.handle.resume_reporting().expect("on offer");
@@ -424,14 +423,14 @@ mod tests {
         }
     }
 
-    /// Once ended the rig itself, which ran out of descriptors.
+    /// Regression test: the rig itself once ran out of descriptors.
     #[test]
     fn guest_that_only_reports_breaks_nothing() {
         let figures = run(&[0x67; 400]);
         assert!(figures.report.batches > 1, "only the check at the end");
     }
 
-    /// Without this the test above could pass because nothing ever arrives.
+    /// Without this, the test above could pass because no claim ever arrives.
     #[test]
     fn random_bytes_reach_every_path() {
         let mut runner = proptest::test_runner::TestRunner::deterministic();

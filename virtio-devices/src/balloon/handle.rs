@@ -1,7 +1,7 @@
-//! The balloon as the VMM holds it: target, figures, statistics.
+//! The VMM's handle of the balloon: target, figures, statistics.
 //!
-//! Every call may come from any thread. Only [`BalloonHandle::request_stats`]
-//! waits for the guest, and only until its caller's deadline.
+//! All calls are allowed from any thread. Only [`BalloonHandle::request_stats`] waits for the guest, and only until its
+//! caller's deadline.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -28,27 +28,27 @@ pub struct BalloonHandle {
     shared: Arc<Shared>,
 }
 
-/// Whether free pages reach us and are discarded, and if not, why.
+/// Whether reports arrive and are discarded, and if not, why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReportingState {
-    /// The guest reports and reports are discarded.
+    /// The guest reports, and reports are discarded.
     Active,
     /// Reporting is not configured.
     NotConfigured,
-    /// All guest RAM is made of pages larger than the blocks guests report, or
-    /// of files that are mapped private while the guest expects zeros in its free pages.
+    /// All guest RAM is made of pages larger than the blocks that guests report, or of files that are mapped private
+    /// while the guest expects zeros in its free pages.
     BackingUnsuitable,
     /// No driver is running yet.
     DriverNotReady,
-    /// The driver does not report: too old, or built without it.
+    /// The driver does not report: it is too old, or was built without it.
     GuestDeclined,
     /// The driver reports but has not enabled the queue.
     QueueNotEnabled,
-    /// The operator has paused it, and the guest has said that it reports nothing.
+    /// The operator has paused it, and the guest has confirmed that it reports nothing.
     PausedByGuest,
-    /// The operator has paused it; reports may arrive and are left alone.
+    /// The operator has paused it; reports may arrive and are not discarded.
     PausedByDevice,
-    /// Reports arrive but the guest wants to find this value in its free pages.
+    /// Reports arrive, but the guest expects this value in its free pages.
     PagePoison(u32),
     /// Reports arrive but discarding is switched off.
     Inhibited(InhibitReason),
@@ -63,7 +63,7 @@ impl ReportingState {
 }
 
 impl std::fmt::Display for ReportingState {
-    /// Ends the sentence "reporting is …".
+    /// Completes the sentence "reporting is …".
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Active => f.write_str("active"),
@@ -93,32 +93,32 @@ impl std::fmt::Display for ReportingState {
     }
 }
 
-/// Everything there is to know about a balloon at one moment.
+/// All figures of a balloon at one moment.
 #[derive(Clone, Debug)]
 pub struct BalloonSnapshot {
-    /// RAM the guest has been given.
+    /// The guest's RAM.
     pub ram_bytes: u64,
-    /// What the host asks the guest to give.
+    /// The host's target.
     pub target_bytes: u64,
-    /// What the guest says it has given, at most all of its RAM.
+    /// The balloon's size as the guest reports it, at most all of its RAM.
     pub actual_bytes: u64,
-    /// What came by free page reporting.
+    /// Memory that came by free page reporting.
     pub report: PathFigures,
-    /// What came by inflation.
+    /// Memory that came by inflation.
     pub inflate: PathFigures,
-    /// What came by free page hinting.
+    /// Memory that came by free page hinting.
     pub hint: PathFigures,
-    /// Where hinting stands.
+    /// The state of hinting.
     pub hinting: HintingStatus,
-    /// What the guest took back: chains and bytes.
+    /// Memory that the guest took back: chains and bytes.
     pub deflated: Extent,
-    /// What the guest did wrong.
+    /// Faults of the guest.
     pub faults: GuestFaults,
     /// Whether reporting works.
     pub reporting: ReportingState,
-    /// Where a pause of reporting stands.
+    /// The state of a pause of reporting.
     pub pause: PausePhase,
-    /// The latest wish for a report of everything.
+    /// The latest request for a report of everything.
     pub report_now: ReportNowStatus,
     /// The last statistics, however old.
     pub stats: Option<StatsSample>,
@@ -129,39 +129,37 @@ impl BalloonHandle {
         Self { shared }
     }
 
-    /// Asks the guest to have given `bytes`, in whole pages of 4 KiB, and
-    /// returns at once; the guest works towards it in its own time.
+    /// Sets the target to `bytes`, in whole pages of 4 KiB, and returns at once; the guest works towards it at its own
+    /// pace.
     pub fn set_target_bytes(&self, bytes: u64) {
         self.shared.config.set_target_bytes(bytes);
         self.shared.signal_config();
     }
 
-    /// What the host asks the guest to give.
+    /// The host's target.
     #[must_use]
     pub fn target_bytes(&self) -> u64 {
         self.shared.config.target_bytes()
     }
 
-    /// What the guest says it has given. It may lie, so this is cut to its RAM.
+    /// The balloon's size as the guest reports it. It may be wrong, so it is limited to the guest's RAM.
     #[must_use]
     pub fn actual_bytes(&self) -> u64 {
         self.shared.actual_bytes()
     }
 
-    /// Fresh statistics from the guest. Callers that come while a request stands share it.
+    /// Fresh statistics from the guest. Callers that arrive while a request is pending share it.
     ///
     /// # Errors
-    /// No driver sends statistics, it has not answered until `deadline` (a paused
-    /// machine never does), or it went away.
+    /// No driver sends statistics, it did not respond before `deadline` (a paused machine never does), or it is gone.
     pub fn request_stats(&self, deadline: Instant) -> Result<StatsSample, StatsError> {
         self.shared
             .stats
             .request(deadline, || self.wake_for_statistics())
     }
 
-    /// Has the guest send statistics at this interval, so that
-    /// [`BalloonHandle::cached_stats`] is never much older; zero stops it. In
-    /// whole milliseconds, rounded up. Each sample wakes the guest once.
+    /// Makes the guest send statistics at this interval, so that [`BalloonHandle::cached_stats`] is never much older;
+    /// zero stops it. In whole milliseconds, rounded up. Each sample wakes the guest once.
     pub fn set_stats_poll(&self, interval: Duration) {
         let poll_ms = interval.as_nanos().div_ceil(1_000_000);
         let poll_ms = u64::try_from(poll_ms).unwrap_or(u64::MAX);
@@ -171,24 +169,22 @@ impl BalloonHandle {
 
     fn wake_for_statistics(&self) {
         if let Err(e) = self.shared.refill.write(1) {
-            // Only a counter at its limit refuses, and then the worker is about
-            // to wake anyway.
+            // Only a counter at its limit rejects the write, and then the worker is about to wake anyway.
             log::debug!("balloon: statistics request not signalled: {e}");
         }
     }
 
-    /// The last statistics, however old, without asking the guest.
+    /// The last statistics, however old, without a request to the guest.
     #[must_use]
     pub fn cached_stats(&self) -> Option<StatsSample> {
         self.shared.stats.latest()
     }
 
-    /// Asks the guest to hint at all the memory it has free, and returns at once
-    /// with the id of the run. For its length the guest is without that memory; at
-    /// the end it takes it back by itself.
+    /// Requests hints of all free memory from the guest, and returns at once with the id of the run. During the run the
+    /// guest is without that memory; at the end it takes it back automatically.
     ///
     /// # Errors
-    /// There is no driver that hints, or a run is under way.
+    /// There is no driver that hints, or a run is in progress.
     pub fn start_hinting(&self) -> Result<u32, HintingError> {
         self.check_hinting()?;
         let id = self.shared.hinting.start(&self.shared.config)?;
@@ -196,11 +192,11 @@ impl BalloonHandle {
         Ok(id)
     }
 
-    /// Ends the run of hinting, if there is one, and returns at once. The batch
-    /// under way is still discarded; no other is.
+    /// Ends the run of hinting, if there is one, and returns at once. The current batch is still discarded; no other
+    /// is.
     ///
     /// # Errors
-    /// Hinting is not on offer.
+    /// Hinting is not offered.
     pub fn stop_hinting(&self) -> Result<(), HintingError> {
         if !self.shared.offers(VIRTIO_BALLOON_F_FREE_PAGE_HINT) {
             return Err(HintingError::NotOffered);
@@ -211,7 +207,7 @@ impl BalloonHandle {
         Ok(())
     }
 
-    /// Where hinting stands.
+    /// The state of hinting.
     #[must_use]
     pub fn hinting(&self) -> HintingStatus {
         self.shared.hinting.status()
@@ -228,23 +224,23 @@ impl BalloonHandle {
         }
     }
 
-    /// Tells the guest how to report, if it takes a policy; returns at once. Kept for the next driver.
+    /// Sends a reporting policy to the guest, if it supports one; returns at once. Kept for the next driver.
     pub fn set_reporting_policy(&self, policy: ReportingPolicy) {
         self.shared.control.set_policy(policy);
         self.shared.signal_config();
     }
 
-    /// What this guest makes of the policy.
+    /// The status of the policy in this guest.
     #[must_use]
     pub fn reporting_policy(&self) -> PolicyStatus {
         self.shared.control.policy_status()
     }
 
-    /// Asks for a pause of reporting and returns at once; see [`BalloonHandle::wait_for_pause`].
-    /// It holds over resets of the device, until [`BalloonHandle::resume_reporting`].
+    /// Requests a pause of reporting and returns at once; see [`BalloonHandle::wait_for_pause`]. It persists across
+    /// resets of the device, until [`BalloonHandle::resume_reporting`].
     ///
     /// # Errors
-    /// Reporting is not on offer.
+    /// Reporting is not offered.
     pub fn pause_reporting(&self) -> Result<(), ReportingError> {
         self.check_reporting()?;
         self.shared.control.pause();
@@ -252,19 +248,18 @@ impl BalloonHandle {
         Ok(())
     }
 
-    /// Waits until the pause that was asked for is one. A guest that has not
-    /// confirmed at `deadline` is shut out: `PausedByDevice`. `Pausing` only if a
-    /// batch does not end.
+    /// Waits until a requested pause is complete. If a guest has not confirmed by `deadline`, its reports are no longer
+    /// discarded: `PausedByDevice`. `Pausing` only if a batch does not end.
     #[must_use]
     pub fn wait_for_pause(&self, deadline: Instant) -> PausePhase {
         self.shared.control.wait_for_pause(deadline)
     }
 
-    /// Ends the pause, if there is one. What a guest that knows of no pause has
-    /// reported meanwhile it does not report again.
+    /// Ends the pause, if there is one. A guest that does not know of the pause does not repeat what it has reported
+    /// meanwhile.
     ///
     /// # Errors
-    /// Reporting is not on offer.
+    /// Reporting is not offered.
     pub fn resume_reporting(&self) -> Result<(), ReportingError> {
         self.check_reporting()?;
         self.shared.control.resume();
@@ -272,11 +267,11 @@ impl BalloonHandle {
         Ok(())
     }
 
-    /// Asks a guest that takes a policy to report everything it has free at once,
-    /// with `again` also what it has reported before; returns the number of the wish.
+    /// Requests an immediate report of all free memory from a guest that supports a policy. With `again`, this includes
+    /// memory that it has reported before. Returns the number of the request.
     ///
     /// # Errors
-    /// The guest cannot, or reporting is paused.
+    /// The guest does not support it, or reporting is paused.
     pub fn report_now(&self, again: bool) -> Result<u32, ReportingError> {
         self.check_reporting()?;
         let id = self.shared.control.report_now(again)?;
@@ -284,7 +279,7 @@ impl BalloonHandle {
         Ok(id)
     }
 
-    /// The latest wish for a report of everything.
+    /// The latest request for a report of everything.
     #[must_use]
     pub fn report_now_status(&self) -> ReportNowStatus {
         self.shared.control.report_now_status()

@@ -1,4 +1,4 @@
-//! A run of free page hinting, from the host's request to the guest's last word.
+//! A run of free page hinting, from the host's request to the guest's last message.
 //!
 //! ```text
 //!            start                  guest sends the id
@@ -9,21 +9,18 @@
 //!     └───────────────────────────────────────────────────┴───┘
 //! ```
 //!
-//! Blocks are discarded in `Running` alone. The guest sees the request as
-//! `free_page_hint_cmd_id`: a new id for start, DONE for stop and at the end, so
-//! that it takes its blocks back. A guest that never answers keeps the run in
-//! `Requested`; one that never ends it, in `Stopping`, from where the next start
-//! leads out as well.
+//! Blocks are discarded in `Running` alone. The guest sees the request as `free_page_hint_cmd_id`: a new id for a
+//! start; DONE for a stop and at the end, so that it takes its blocks back. A guest that never responds keeps the run
+//! in `Requested`. A guest that never ends it keeps the run in `Stopping`, which the next start also leaves.
 //!
 //! # When a hinted block may be discarded
 //!
-//! Reporting isolates pages until the device answers. Hinting does not: the
-//! standard lets the driver use a hinted block again whenever it likes, answered
-//! or not, and what it writes then must stay. A device that discards a block
-//! some time after it was hinted may throw such a write away.
+//! Reporting isolates pages until the device completes the chain. Hinting does not: the standard lets the driver reuse
+//! a hinted block at any time, completed or not, and its writes must persist. A device that discards a block some time
+//! after it was hinted may lose such a write.
 //!
-//! Linux (drivers/virtio/virtio_balloon.c, the same order since 4.20) does in
-//! `get_free_page_and_send`, for one block at a time:
+//! Linux (drivers/virtio/virtio_balloon.c, the same order since 4.20) does this in `get_free_page_and_send`, for one
+//! block at a time:
 //!
 //! ```text
 //!   page = alloc_pages(…)            nobody else has the block
@@ -35,23 +32,20 @@
 //!                                    (`return_free_pages_to_mm`), may free it
 //! ```
 //!
-//! The shrinker takes the block that was pushed last, and it looks at no used
-//! ring, so neither an unanswered chain nor a run still under way protects a
-//! block. What does is the kick: while the vCPU that rang has not come back from
-//! it, the block is allocated and on no list. Hence the rule:
+//! The shrinker takes the block that was pushed last and checks no used ring, so neither an uncompleted chain nor a run
+//! in progress protects a block. The kick does: until the vCPU that rang returns from it, the block is allocated and on
+//! no list. Hence the rule:
 //!
 //! * the doorbell of this queue holds the vCPU that rings it
 //!   ([`crate::VirtioDevice::holds_notifier`]), and KVM does not ring it alone;
-//! * only then, and of the chains available only the *last* one is discarded: the
-//!   kicks of those before it are over. The driver's work item is one thread and no
-//!   feature that suppresses kicks is on offer, so there are none as a rule;
-//! * everything found in another way, after a pause for example, is answered and
-//!   counted as `hint_not_held`;
-//! * the run must be acknowledged and not stopped, else it is `hint_stale`.
+//! * a block is discarded only then, and of the available chains only the *last* one: the kicks of those before it are
+//!   over. The driver's work item is one thread, and no feature that suppresses kicks is offered, so normally there are
+//!   none;
+//! * every block found in another way, for example after a pause, is completed and counted as `hint_not_held`;
+//! * the run must be acknowledged and not stopped; otherwise the block is counted as `hint_stale`.
 //!
-//! When the guest has sent all it has it ends the run with the id STOP, and is
-//! told DONE, upon which it takes its blocks back: they are ordinary free memory
-//! again, without host memory behind them.
+//! After the guest has sent all its blocks, it ends the run with the id STOP and receives DONE. It then takes its
+//! blocks back: they are ordinary free memory again, without host memory.
 
 use std::sync::{Mutex, MutexGuard};
 
@@ -65,23 +59,23 @@ use crate::Unpoisoned;
 
 const PART: Part = parts::BALLOON;
 
-/// First id that stands for a run.
+/// The first id of a run.
 const CMD_ID_FIRST: u32 = 2;
 
-/// What is known of runs.
+/// The state of runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HintingStatus {
-    /// Where the latest run stands.
+    /// The phase of the latest run.
     pub phase: HintingPhase,
     /// Id of the latest run; 0 before the first.
     pub command_id: u32,
-    /// Runs asked for.
+    /// Runs requested.
     pub runs_requested: u64,
-    /// Runs the guest has ended by itself, having sent everything.
+    /// Runs that the guest has ended after sending everything.
     pub runs_completed: u64,
 }
 
-/// Runs at one moment.
+/// The runs at one moment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HintingState {
@@ -89,30 +83,30 @@ pub struct HintingState {
     pub phase: String,
     /// Id of the latest run; 0 before the first.
     pub command_id: u32,
-    /// Runs asked for.
+    /// Runs requested.
     pub runs_requested: u64,
-    /// Runs the guest has ended by itself.
+    /// Runs that the guest has ended.
     pub runs_completed: u64,
 }
 
-/// Why a run cannot be started or stopped.
+/// Reasons why a run cannot be started or stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HintingError {
-    /// Not configured, or guest memory cannot be given back in blocks.
+    /// Not configured, or guest memory cannot be discarded in blocks.
     #[error("free page hinting is not configured, or guest memory is of a kind it cannot free")]
     NotOffered,
     /// No driver is running.
     #[error("no balloon driver is running in the guest")]
     DriverNotReady,
-    /// The driver cannot do it or has not enabled the queue.
+    /// The driver does not support it or has not enabled the queue.
     #[error("the guest's balloon driver does not hint")]
     GuestDeclined,
-    /// One at a time.
+    /// A run is in progress already.
     #[error("run {0} of free page hinting is under way already")]
     UnderWay(u32),
 }
 
-/// The state of runs. What the guest sees changes under the same lock.
+/// The state of runs. The fields that the guest sees change under the same lock.
 #[derive(Debug, Default)]
 pub(super) struct Hinting(Mutex<HintingStatus>);
 
@@ -136,7 +130,7 @@ impl Hinting {
         }
     }
 
-    /// Goes on with a saved run, which the guest sees as `shown_id`.
+    /// Continues a saved run, which the guest sees as `shown_id`.
     pub(super) fn restore(&self, state: &HintingState, shown_id: u32) -> Result<(), StateError> {
         let phase = HintingPhase::ALL
             .iter()
@@ -173,7 +167,7 @@ impl Hinting {
         self.lock().phase == HintingPhase::Running
     }
 
-    /// Asks for a run; the caller then signals the configuration.
+    /// Requests a run; the caller then signals the configuration.
     pub(super) fn start(&self, config: &ConfigSpace) -> Result<u32, HintingError> {
         let mut status = self.lock();
         if matches!(
@@ -182,7 +176,7 @@ impl Hinting {
         ) {
             return Err(HintingError::UnderWay(status.command_id));
         }
-        // Wraps past the two ids that mean something else.
+        // Wraps past the two ids with another meaning.
         let id = status.command_id.wrapping_add(1).max(CMD_ID_FIRST);
         status.phase = HintingPhase::Requested;
         status.command_id = id;
@@ -196,7 +190,7 @@ impl Hinting {
         let mut status = self.lock();
         status.phase = match status.phase {
             HintingPhase::Idle | HintingPhase::Stopping => return false,
-            // Its id, should it still come, finds no run.
+            // If its id still arrives, it finds no run.
             HintingPhase::Requested => HintingPhase::Idle,
             HintingPhase::Running => HintingPhase::Stopping,
         };
@@ -228,7 +222,7 @@ impl Hinting {
         }
     }
 
-    /// The driver is gone. The next one must not find a request it never saw made.
+    /// The driver is gone. The next one must not see a request from before its start.
     pub(super) fn forget_driver(&self, config: &ConfigSpace) {
         let mut status = self.lock();
         status.phase = HintingPhase::Idle;
@@ -236,7 +230,7 @@ impl Hinting {
     }
 }
 
-/// What follows from a command id.
+/// The effect of a command id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum CommandEffect {
     None,
@@ -270,7 +264,7 @@ mod tests {
         assert!(!hinting.stop(&config), "once is enough");
         assert_eq!(hinting.status().phase, HintingPhase::Stopping);
         let second = hinting.start(&config).unwrap();
-        // The end of the first is not the end of the second.
+        // The end of the first run is not the end of the second.
         hinting.command(VIRTIO_BALLOON_CMD_ID_STOP, &config);
         assert_eq!(hinting.status().phase, HintingPhase::Requested);
         assert_eq!(hinting.command(first, &config), CommandEffect::NotAskedFor);

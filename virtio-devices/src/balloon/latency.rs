@@ -1,8 +1,7 @@
-//! A fixed-size histogram of how long things take.
+//! A fixed-size latency histogram.
 //!
-//! Log-linear buckets: eight to each power of two, so that a value is known to
-//! within an eighth from 1 µs to over an hour, in a few hundred counters that
-//! never grow.
+//! Log-linear buckets: eight per power of two. So a value is known to within an eighth from 1 µs to over an hour, in a
+//! fixed number of a few hundred counters.
 
 /// Sub-buckets per power of two, as a power of two.
 const SUB_BITS: u32 = 3;
@@ -19,7 +18,7 @@ pub struct LatencyHistogram {
     max_us: u64,
 }
 
-/// One bucket that has counted something.
+/// A non-empty bucket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LatencyBucket {
     /// Largest value of this bucket.
@@ -58,8 +57,8 @@ impl LatencyHistogram {
         self.max_us
     }
 
-    /// A value that at least `percent` of all values do not exceed, at most an
-    /// eighth too high. Zero if nothing has been counted.
+    /// A value that at least `percent` of all values do not exceed, at most an eighth too high. Zero if no value has
+    /// been counted.
     #[must_use]
     pub fn percentile_us(&self, percent: u64) -> u64 {
         let rank = (u128::from(self.count) * u128::from(percent)).div_ceil(100);
@@ -73,7 +72,7 @@ impl LatencyHistogram {
         0
     }
 
-    /// The buckets that have counted something, ascending.
+    /// The non-empty buckets, ascending.
     #[must_use]
     pub fn buckets(&self) -> Vec<LatencyBucket> {
         let used = self

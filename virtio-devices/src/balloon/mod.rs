@@ -1,4 +1,4 @@
-//! The virtio memory balloon (virtio 1.2 §5.5): gives the memory a guest does not use back to the host.
+//! The virtio memory balloon (virtio 1.2 §5.5): returns unused guest memory to the host.
 //!
 //! ```text
 //!   API threads ── BalloonHandle ──┐                      ┌── Balloon: VirtioDevice (vCPU threads)
@@ -18,11 +18,10 @@
 //! | hinting | command ids, and free blocks that it may use again at any time | discards them while the vCPU that sent them waits |
 //! | reporting | free ranges, isolated until answered | discards them, then answers |
 //!
-//! What can go wrong, and where it ends: a chain that makes no sense is counted
-//! and completed; a range that is not whole pages of RAM is skipped and counted by
-//! reason; a system call that fails is counted, and the guest's page simply stays;
-//! a ring that cannot be read stops the device until it is reset. The guest can
-//! make the counters grow, never the memory or the system calls per batch.
+//! Errors and their containment: an invalid chain is counted and completed. A range that is not whole pages of RAM is
+//! skipped and counted by reason. A system call that fails is counted, and the guest's page stays. A ring that cannot
+//! be read stops the device until it is reset. The guest can increase the counters, but never the memory or the number
+//! of system calls per batch.
 
 mod accounting;
 mod chain;

@@ -1,16 +1,15 @@
-//! Which queue is which.
+//! The numbers of the queues.
 //!
-//! The standard gives each queue a fixed number (virtio 1.2 §5.5.2): statistics
-//! 2, hinting 3, reporting 4. Linux numbers only the queues it uses, without
-//! gaps (`vp_find_vqs` in drivers/virtio/virtio_pci_common.c): with statistics
-//! and reporting but no hinting, reporting is 3. Neither announces which it
-//! does, but the set of queues the driver has enabled gives it away.
+//! The standard gives each queue a fixed number (virtio 1.2 §5.5.2): statistics 2, hinting 3, reporting 4. Linux
+//! numbers only the queues that it uses, without gaps (`vp_find_vqs` in drivers/virtio/virtio_pci_common.c): with
+//! statistics and reporting but no hinting, reporting is 3. A driver does not announce its scheme, but the set of
+//! queues that it has enabled reveals it.
 
 use super::spec::{
     VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ,
 };
 
-/// What a queue carries.
+/// The role of a queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum QueueRole {
     Inflate,
@@ -20,8 +19,7 @@ pub(super) enum QueueRole {
     Reporting,
 }
 
-/// The queues in their standard order, with the feature each depends on. The
-/// position is the fixed number.
+/// The queues in their standard order, with the feature on which each depends. The position is the fixed number.
 const ROLES: [(QueueRole, u64); 5] = [
     (QueueRole::Inflate, 0),
     (QueueRole::Deflate, 0),
@@ -30,13 +28,12 @@ const ROLES: [(QueueRole, u64); 5] = [
     (QueueRole::Reporting, VIRTIO_BALLOON_F_REPORTING),
 ];
 
-/// Largest size of each queue. 128 for page frame numbers is what drivers know;
-/// Linux refuses to report with fewer than 32 entries, and newer drivers put as
-/// many ranges in a report as the queue has entries. Numbers 2 and 3 mean
-/// different queues in the two schemes, so all three get the same.
+/// Maximum size of each queue. Drivers expect 128 for page frame numbers. Linux rejects reporting with fewer than 32
+/// entries, and newer drivers put as many ranges in a report as the queue has entries. Numbers 2 and 3 mean different
+/// queues in the two schemes, so all three get the same size.
 pub(super) const QUEUE_SIZES: [u16; ROLES.len()] = [128, 128, 256, 256, 256];
 
-/// Whether this number is the hinting queue's under some set of features.
+/// Whether this number is the hinting queue under some set of features.
 pub(super) fn may_be_hint(index: u16) -> bool {
     [0, VIRTIO_BALLOON_F_STATS_VQ].into_iter().any(|features| {
         let dense = Numbering::dense(features | VIRTIO_BALLOON_F_FREE_PAGE_HINT);
@@ -49,7 +46,7 @@ pub(super) fn may_be_hint(index: u16) -> bool {
 pub(super) struct Numbering([Option<QueueRole>; ROLES.len()]);
 
 impl Numbering {
-    /// The numbering that explains `enabled`, by preference the one of Linux.
+    /// The numbering that explains `enabled`, preferably Linux's.
     pub(super) fn of(features: u64, enabled: impl Iterator<Item = u16> + Clone) -> Self {
         let dense = Self::dense(features);
         let fixed = Self::fixed(features);
@@ -77,7 +74,7 @@ impl Numbering {
         enabled.all(|index| self.role(index).is_some())
     }
 
-    /// What the queue with this number carries; `None` for one nobody negotiated.
+    /// The role of the queue with this number; `None` if it was not negotiated.
     pub(super) fn role(&self, index: u16) -> Option<QueueRole> {
         self.0.get(usize::from(index)).copied().flatten()
     }

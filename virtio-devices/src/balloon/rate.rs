@@ -1,13 +1,13 @@
-//! How fast something has been going lately.
+//! A rate over the recent past.
 
 use std::time::Instant;
 
-/// Whole seconds looked back on.
+/// Length of the window in whole seconds.
 const WINDOW_SECONDS: u64 = 10;
-/// Those, and the one that is still filling.
+/// The seconds of the window, and the current one.
 const SLOTS: u64 = WINDOW_SECONDS + 1;
 
-/// Bytes by the second, for the last few seconds.
+/// Bytes per second, for the last few seconds.
 #[derive(Clone, Debug)]
 pub struct RateWindow {
     start: Instant,
@@ -33,7 +33,7 @@ impl RateWindow {
         *slot = slot.saturating_add(bytes);
     }
 
-    /// Mean over the window's whole seconds; the one that has just begun is left out.
+    /// Mean over the window's whole seconds; the current one is left out.
     #[must_use]
     pub fn bytes_per_second(&self, now: Instant) -> u64 {
         let mut window = self.clone();
@@ -50,12 +50,12 @@ impl RateWindow {
         now.saturating_duration_since(self.start).as_secs()
     }
 
-    /// Clears what has left the window. Time that runs back changes nothing.
+    /// Clears slots that have left the window. A clock that runs backwards changes nothing.
     fn move_to(&mut self, second: u64) {
         for gone in (self.newest + 1..=second).take(SLOTS as usize) {
             self.slots[slot_of(gone)] = 0;
         }
-        // More than a window later everything was cleared, whichever came first.
+        // More than a window later everything is cleared, in any order.
         self.newest = self.newest.max(second);
     }
 }
@@ -101,7 +101,7 @@ mod tests {
         }
         window.add(at(&window, 3_600_000), 50);
         assert_eq!(window.bytes_per_second(at(&window, 3_601_000)), 5);
-        // Time that runs back is counted where the newest is.
+        // With a clock that runs backwards, bytes count in the newest slot.
         window.add(at(&window, 0), 50);
         assert_eq!(window.bytes_per_second(at(&window, 3_601_000)), 10);
     }

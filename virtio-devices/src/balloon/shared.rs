@@ -1,4 +1,4 @@
-//! What the configuration half, the worker and the handle have in common.
+//! Data shared by the configuration half, the worker and the handle.
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -17,8 +17,8 @@ use crate::Unpoisoned;
 use crate::device::{GuestRam, Interrupt};
 use crate::reclaim::{DiscardSwitch, Expected, smallest_reclaimable_page_bytes};
 
-/// Blocks a guest reports or hints are at most this large (4 MiB, the largest block
-/// of the x86-64 buddy allocator): behind larger pages they free nothing.
+/// Maximum size of blocks that a guest reports or hints (4 MiB, the largest block of the x86-64 buddy allocator). On
+/// larger backing pages they free nothing.
 pub const FREE_BLOCK_BYTES_MAX: u64 = 4 << 20;
 
 /// Whether any region is made of pages that a free block of the guest can cover.
@@ -31,9 +31,9 @@ pub(super) struct Shared {
     pub(super) ram: GuestRam,
     /// Feature bits on offer.
     pub(super) offered: u64,
-    /// The operator wants free page reporting.
+    /// The operator has configured free page reporting.
     pub(super) reporting_configured: bool,
-    /// Blocks can be discarded also where the guest expects zeros afterwards.
+    /// Blocks can be discarded even if the guest expects zeros afterwards.
     pub(super) blocks_can_be_zeros: bool,
     pub(super) config: ConfigSpace,
     pub(super) ledger: Ledger,
@@ -45,13 +45,13 @@ pub(super) struct Shared {
     pub(super) switch: Arc<DiscardSwitch>,
     /// Passed by each batch of reports; `control` closes it.
     pub(super) report_gate: Arc<DiscardSwitch>,
-    /// Tells the worker that somebody wants statistics, now or at another interval.
+    /// Wakes the worker for statistics, now or at another interval.
     pub(super) refill: EventFd,
     driver: Mutex<Option<ActiveDriver>>,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
 }
 
-/// The driver that is running now.
+/// The current driver.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct ActiveDriver {
     pub(super) features: u64,
@@ -94,7 +94,7 @@ impl Shared {
         self.ram.memory().iter().map(GuestMemoryRegion::len).sum()
     }
 
-    /// What the guest says it has given, cut to what there is.
+    /// The balloon's size as the guest reports it, limited to the guest's RAM.
     pub(super) fn actual_bytes(&self) -> u64 {
         self.config.actual_bytes().min(self.ram_bytes())
     }
@@ -111,7 +111,7 @@ impl Shared {
         *lock(&self.interrupt) = Some(interrupt);
     }
 
-    /// Tells the driver to read the configuration space again.
+    /// Signals the driver to read the configuration space again.
     pub(super) fn signal_config(&self) {
         let interrupt = lock(&self.interrupt).clone();
         if let Some(interrupt) = interrupt {
@@ -119,8 +119,7 @@ impl Shared {
         }
     }
 
-    /// The value the guest fills free pages with, if it is one that a discarded
-    /// page (all zeros) would not have.
+    /// The value with which the guest fills free pages, if it differs from a discarded page (all zeros).
     pub(super) fn poison(&self, features: u64) -> Option<u32> {
         let told = features & VIRTIO_BALLOON_F_PAGE_POISON != 0;
         Some(self.config.poison_val()).filter(|value| told && *value != 0)
@@ -141,14 +140,13 @@ impl std::fmt::Debug for Shared {
     }
 }
 
-/// Whether a driver with these features takes a reporting policy: the bit means
-/// nothing without reporting.
+/// Whether a driver with these features supports a reporting policy: the bit has no meaning without reporting.
 pub(super) const fn takes_policy(features: u64) -> bool {
     const BOTH: u64 = VIRTIO_BALLOON_F_REPORTING_POLICY | VIRTIO_BALLOON_F_REPORTING;
     features & BOTH == BOTH
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Single stores: a thread cannot die half-way through one.
+    // Single stores: a thread cannot panic half-way through one.
     mutex.lock().unpoisoned()
 }

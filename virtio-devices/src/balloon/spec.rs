@@ -3,15 +3,15 @@
 /// Virtio device id.
 pub const VIRTIO_ID_BALLOON: u32 = 5;
 
-/// The driver may use ballooned pages again only when the device has answered.
+/// The driver may use ballooned pages again only after the device has completed the request.
 pub const VIRTIO_BALLOON_F_MUST_TELL_HOST: u64 = 1 << 0;
 /// Statistics queue.
 pub const VIRTIO_BALLOON_F_STATS_VQ: u64 = 1 << 1;
-/// The guest takes pages back by itself before it runs out of memory.
+/// The guest takes pages back automatically before it runs out of memory.
 pub const VIRTIO_BALLOON_F_DEFLATE_ON_OOM: u64 = 1 << 2;
 /// Free page hinting queue.
 pub const VIRTIO_BALLOON_F_FREE_PAGE_HINT: u64 = 1 << 3;
-/// The guest tells what it fills free pages with.
+/// The guest reports the value with which it fills free pages.
 pub const VIRTIO_BALLOON_F_PAGE_POISON: u64 = 1 << 4;
 /// Free page reporting queue.
 pub const VIRTIO_BALLOON_F_REPORTING: u64 = 1 << 5;
@@ -23,7 +23,7 @@ pub const VIRTIO_BALLOON_CMD_ID_STOP: u32 = 0;
 /// `free_page_hint_cmd_id`: take the hinted blocks back.
 pub const VIRTIO_BALLOON_CMD_ID_DONE: u32 = 1;
 
-/// Page frame numbers count pages of 4 KiB whatever the guest's page size is.
+/// Page frame numbers count pages of 4 KiB, independent of the guest's page size.
 pub const VIRTIO_BALLOON_PFN_SHIFT: u32 = 12;
 /// Bytes of one such page.
 pub const VIRTIO_BALLOON_PAGE_BYTES: u64 = 1 << VIRTIO_BALLOON_PFN_SHIFT;

@@ -1,6 +1,6 @@
-//! The balloon at one moment. Memory that was given back is no part of it: it is what guest RAM lacks.
+//! The saved state of the balloon. Discarded memory is not part of it: it is simply absent from guest RAM.
 //!
-//! Times are left out (latencies, rates, the age of statistics): they mean nothing on another host.
+//! Times are left out (latencies, rates, the age of statistics), because they are meaningless on another host.
 
 use std::collections::BTreeMap;
 
@@ -14,24 +14,24 @@ use super::shared::Shared;
 use crate::reclaim::{Extent, SkippedBytes};
 
 const PART: Part = parts::BALLOON;
-/// No counter has come so far, not of bytes either: what is above would wrap when it goes on.
+/// No counter can reach this value, not even one of bytes; larger ones would wrap later.
 const COUNTER_MAX: u64 = 1 << 62;
 
-/// What driver and host have told the balloon, and what it has done so far.
+/// The values written by driver and host, and the balloon's counters.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonState {
-    /// Pages asked of the guest.
+    /// The target in pages.
     pub num_pages: u32,
-    /// Pages the guest says it has given.
+    /// The balloon's size in pages, as the guest reports it.
     pub actual: u32,
     /// Id of the hinting run, as the guest sees it.
     pub free_page_hint_cmd_id: u32,
-    /// What the guest fills free pages with.
+    /// The value with which the guest fills free pages.
     pub poison_val: u32,
     /// The run of free page hinting.
     pub hinting: HintingState,
-    /// Reporting policy, pause and reports asked for.
+    /// Reporting policy, pause and requested reports.
     pub control: ControlState,
     /// Reported ranges.
     pub report: PathState,
@@ -41,7 +41,7 @@ pub struct BalloonState {
     pub hint: PathState,
     /// Pages the guest took back.
     pub deflate: ExtentState,
-    /// What no well-behaved driver does, by name.
+    /// Faults of the driver, by name.
     pub faults: BTreeMap<String, u64>,
 }
 
@@ -53,9 +53,9 @@ impl State for BalloonState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ExtentState {
-    /// How many ranges.
+    /// The number of ranges.
     pub ranges: u64,
-    /// How many bytes in all of them.
+    /// The number of bytes in all of them.
     pub bytes: u64,
 }
 
@@ -77,21 +77,21 @@ impl From<ExtentState> for Extent {
     }
 }
 
-/// Counters of one way that memory comes back by.
+/// Counters of one path by which memory returns.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PathState {
-    /// As the guest claimed it.
+    /// The guest's claims.
     pub requested: ExtentState,
-    /// Given back to the host.
+    /// Discarded.
     pub discarded: ExtentState,
-    /// Refused by the host.
+    /// Failed.
     pub failed: ExtentState,
     /// Bytes not tried, by reason.
     pub skipped: BTreeMap<String, u64>,
-    /// Chains answered.
+    /// Chains completed.
     pub chains: u64,
-    /// Batches worked off.
+    /// Batches processed.
     pub batches: u64,
     /// System calls that discard.
     pub syscalls: u64,
@@ -158,11 +158,11 @@ fn possible(
     })
 }
 
-/// The queue half at one moment.
+/// The saved state of the queue half.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonWorkerState {
-    /// Head of the statistics chain that is kept until somebody asks for new ones.
+    /// Head of the statistics chain that is kept until new ones are requested.
     pub parked: Option<u16>,
 }
 

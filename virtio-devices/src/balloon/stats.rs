@@ -1,7 +1,7 @@
-//! Guest memory statistics (virtio 1.2 §5.5.6.3): tags, and asking for a fresh set.
+//! Guest memory statistics (virtio 1.2 §5.5.6.3): tags, and requests for a fresh set.
 //!
-//! The driver hands the device one buffer of statistics at start. The device
-//! keeps it, and by returning it asks for a new one:
+//! The driver hands the device one buffer of statistics at start. The device keeps it, and requests a new set by
+//! returning it:
 //!
 //! ```text
 //!            request            buffer returned            buffer comes back
@@ -11,11 +11,10 @@
 //!                                    request stands and serves the next caller
 //! ```
 //!
-//! A timer asks as callers do, without waiting (see [`super::BalloonHandle::set_stats_poll`]).
+//! A timer requests statistics as callers do, without waiting (see [`super::BalloonHandle::set_stats_poll`]).
 //!
-//! Only the caller waits, on its own thread and with its own deadline; the
-//! worker and the VMM's control loop never do. A guest that never answers
-//! leaves one request standing, however many callers come.
+//! Only the caller waits, on its own thread and with its own deadline; the worker and the VMM's control loop never do.
+//! A guest that never responds leaves one request pending, regardless of the number of callers.
 
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Instant;
@@ -25,19 +24,19 @@ use device_facts::{BalloonStats, GuestReporting};
 use super::accounting::GuestFaults;
 use crate::Unpoisoned;
 
-/// Bytes of a statistics buffer looked at: room for 409 tags of ten bytes.
+/// Maximum number of bytes read from a statistics buffer: room for 409 tags of ten bytes.
 pub(super) const STATS_BYTES_MAX: usize = 4096;
 
 /// An entry is a packed `{ le16 tag; le64 value; }`.
 const ENTRY_BYTES: usize = 10;
 
-/// One set of statistics. What the guest says, not what is: never trust it with
-/// more than the guest's own comfort.
+/// One set of statistics. These are the guest's claims and may be wrong: only the guest's own comfort may depend on
+/// them.
 #[derive(Clone, Copy, Debug)]
 pub struct StatsSample {
     /// The statistics of the standard.
     pub stats: BalloonStats,
-    /// What the in-guest half (`guest-patches/README.md`) says of its reporting.
+    /// Statistics from the guest patches (`guest-patches/README.md`) about reporting.
     pub reporting: GuestReporting,
     /// When the buffer arrived.
     pub taken: Instant,
@@ -72,7 +71,7 @@ impl StatsSample {
     }
 }
 
-/// Why there is no fresh sample.
+/// Reasons why there is no fresh sample.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum StatsError {
     /// No driver, or one without a statistics queue.
@@ -86,7 +85,7 @@ pub enum StatsError {
     Reset,
 }
 
-/// Where callers and the worker meet.
+/// State shared by callers and the worker.
 #[derive(Debug, Default)]
 pub(super) struct StatsCell {
     state: Mutex<State>,
@@ -98,9 +97,9 @@ struct State {
     latest: Option<StatsSample>,
     /// A driver with a statistics queue is running.
     active: bool,
-    /// Somebody wants a fresh sample.
+    /// A fresh sample is wanted.
     wanted: bool,
-    /// Counts samples, so that a waiting caller notices his.
+    /// Counts samples, so that a waiting caller notices its own.
     arrivals: u64,
     /// Counts resets, so that a waiting caller notices one.
     resets: u64,
@@ -116,8 +115,7 @@ impl StatsCell {
         self.lock().latest
     }
 
-    /// Waits for a fresh sample until `deadline`; `wake` tells the worker and is
-    /// called only if no request is standing.
+    /// Waits for a fresh sample until `deadline`; `wake` wakes the worker and is called only if no request is pending.
     pub(super) fn request(
         &self,
         deadline: Instant,
@@ -146,14 +144,14 @@ impl StatsCell {
         }
     }
 
-    /// Asks for a sample that nobody waits for. Nothing happens without a driver
-    /// that sends any, or while a request stands.
+    /// Requests a sample without waiting. Has no effect without a driver that sends statistics, or while a request is
+    /// pending.
     pub(super) fn want(&self) {
         let mut state = self.lock();
         state.wanted |= state.active;
     }
 
-    /// Whether the worker should return the buffer it has parked.
+    /// Whether the worker should return the parked buffer.
     pub(super) fn is_wanted(&self) -> bool {
         self.lock().wanted
     }
@@ -170,7 +168,7 @@ impl StatsCell {
         self.lock().active = true;
     }
 
-    /// Forgets the driver, and with it the last sample: it is of a kernel that is gone.
+    /// Drops the driver, and with it the last sample, because its kernel is gone.
     pub(super) fn reset(&self) {
         let mut state = self.lock();
         state.active = false;

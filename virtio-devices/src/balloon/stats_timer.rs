@@ -1,8 +1,7 @@
-//! The timer that asks for statistics.
+//! The timer that requests statistics.
 //!
-//! Only the worker touches it. It is set anew after each expiry, which also makes
-//! its descriptor unreadable again: reading it could block, as the expiry it
-//! announced may have been undone since.
+//! Only the worker uses it. It is set again after each expiry, which also makes its descriptor unreadable again.
+//! Reading the descriptor could block, because the expiry may have been cancelled in the meantime.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -10,7 +9,7 @@ use std::time::Duration;
 
 use vmm_sys_util::timerfd::TimerFd;
 
-/// Longest interval: a year, far from what a timer cannot hold.
+/// Maximum interval: a year, far below the timer's limit.
 const POLL_MS_MAX: u64 = 365 * 24 * 60 * 60 * 1000;
 
 #[derive(Debug)]
@@ -20,7 +19,7 @@ pub(super) struct StatsTimer {
 }
 
 impl StatsTimer {
-    /// Standing still.
+    /// Stopped.
     pub(super) fn new() -> io::Result<Self> {
         Ok(Self {
             timer: TimerFd::new()?,
@@ -32,7 +31,7 @@ impl StatsTimer {
         self.timer.as_raw_fd()
     }
 
-    /// Takes up a new interval; one that is the same leaves the timer running.
+    /// Sets a new interval; an unchanged one leaves the timer running.
     pub(super) fn set(&mut self, poll_ms: u64) {
         if self.poll_ms != poll_ms {
             self.poll_ms = poll_ms;
@@ -40,7 +39,7 @@ impl StatsTimer {
         }
     }
 
-    /// Runs for another interval, or stands still if that is zero.
+    /// Runs for another interval, or stops if it is zero.
     pub(super) fn restart(&mut self) {
         let done = match self.poll_ms.min(POLL_MS_MAX) {
             0 => self.timer.clear(),

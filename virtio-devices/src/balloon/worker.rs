@@ -23,13 +23,13 @@ use crate::queue::{Chain, Next, ServedQueue};
 use crate::reclaim::{DiscardEngine, Expected, Extent, GuestRange, Outcome};
 use crate::worker::{EventSources, Turn};
 
-/// A batch is worked off when it has this many ranges: four full vectors. One
-/// chain may take it past that by what a chain may hold.
+/// A batch is processed when it has this many ranges: four full vectors. One chain may exceed that by the maximum of a
+/// chain.
 const BATCH_RANGES_MAX: usize = 4096;
 
-/// Token of the descriptor that says somebody wants statistics.
+/// Token of the descriptor that requests statistics.
 const REFILL: u32 = 0;
-/// Token of the timer that asks for them.
+/// Token of the timer that requests them.
 const POLL: u32 = 1;
 
 /// Serves all queues of the balloon.
@@ -54,7 +54,7 @@ struct Active {
     features: u64,
     interrupt: Arc<dyn Interrupt>,
     queues: Vec<RoleQueue>,
-    /// Head of the statistics chain we keep until somebody asks.
+    /// Head of the statistics chain that is kept until the next request.
     parked: Option<u16>,
 }
 
@@ -63,7 +63,7 @@ struct RoleQueue {
     queue: ServedQueue,
 }
 
-/// What is left of a queue when the worker turns to others.
+/// The rest of a queue when the worker turns to others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Left {
     /// None of the chains that were available when it began.
@@ -72,16 +72,16 @@ enum Left {
     Some,
 }
 
-/// How a batch is worked off.
+/// How a batch is processed.
 #[derive(Clone, Copy, Debug)]
 struct Handled {
-    /// Where it is counted.
+    /// The path for its counters.
     path: Path,
-    /// Why none of it is to be discarded, if so.
+    /// The reason why none of it is discarded, if any.
     refusal: Option<SkipReason>,
 }
 
-/// Ranges collected, and the chains that wait for them to be discarded.
+/// Collected ranges, and the chains that wait until they are discarded.
 #[derive(Debug, Default)]
 struct Batch {
     claims: Vec<GuestRange>,
@@ -142,7 +142,7 @@ impl BalloonWorker {
         active.queues[at].queue.signal(&mem)
     }
 
-    /// Inflate and reporting: collect, discard, answer.
+    /// Inflate and reporting: collect, discard, complete.
     fn serve_discards(
         &mut self,
         active: &mut Active,
@@ -151,7 +151,7 @@ impl BalloonWorker {
         mem: &GuestMemoryMmap<()>,
         turn: &mut Turn,
     ) -> Result<Left, WorkerError> {
-        // Pages in the balloon are allocated ones: poison is no matter there.
+        // Pages in the balloon are allocated, so poison does not apply to them.
         let poisoned = path == Path::Report && self.shared.poison(active.features).is_some();
         let refusal = poisoned.then_some(SkipReason::PagePoison);
         let handled = Handled { path, refusal };
@@ -187,7 +187,7 @@ impl BalloonWorker {
         }
     }
 
-    /// Hinting: chain by chain, because each is judged by itself; see [`super::hinting`].
+    /// Hinting: chain by chain, because each is checked separately; see [`super::hinting`].
     fn serve_hints(
         &mut self,
         active: &mut Active,
@@ -252,9 +252,9 @@ impl BalloonWorker {
         self.batch.faults_before = self.faults;
     }
 
-    /// Discards what has been collected and only then answers its chains. If a command comes in
-    /// between, the chains go back to the ring and are served from the beginning: until they are
-    /// answered their memory is nobody's, so discarding it twice is the same as once.
+    /// Discards the collected ranges and only then completes their chains. If a command arrives in between, the chains
+    /// go back to the ring and are served from the beginning. Until they are completed, the guest does not use their
+    /// memory, so discarding it twice has the same effect as once.
     fn finish_batch(
         &mut self,
         active: &mut Active,
@@ -268,7 +268,7 @@ impl BalloonWorker {
             return Ok(Left::Nothing);
         }
         let Handled { path, refusal } = handled;
-        // Held until the chains are answered: a pause is one when nobody is past here.
+        // Held until the chains are completed: a pause is complete when no batch is between here and there.
         let passage = (path == Path::Report).then(|| self.shared.report_gate.begin());
         let paused = matches!(passage, Some(Err(_)));
         let refusal = refusal.or(paused.then_some(SkipReason::ReportingPaused));
@@ -299,16 +299,15 @@ impl BalloonWorker {
         let first_failure = figures.failed.ranges == 0 && outcome.failed.ranges > 0;
         figures.record(&outcome, chains, started.elapsed());
         drop(figures);
-        // Once: the counters tell the rest, and a guest could repeat it at will.
+        // Logged once: the counters show the rest, and a guest could repeat it at will.
         if let Some(e) = outcome.first_error.filter(|_| first_failure) {
             log::warn!("balloon: guest memory cannot be given back ({path:?}): {e}");
         }
         Ok(Left::Nothing)
     }
 
-    /// Deflation costs nothing: the pages come back when they are touched. But once
-    /// it is answered the driver uses them, so whatever was inflated before must be
-    /// done first, whichever doorbell was heard first.
+    /// Deflation costs nothing: the pages return when they are touched. But once it is completed, the driver uses them.
+    /// So everything inflated before must be discarded first, whichever doorbell was served first.
     fn serve_deflate(
         &mut self,
         active: &mut Active,
@@ -316,7 +315,7 @@ impl BalloonWorker {
         mem: &GuestMemoryMmap<()>,
         turn: &mut Turn,
     ) -> Result<(), WorkerError> {
-        // In this order: nothing deflated here was inflated after the look below.
+        // In this order: no page deflated here was inflated after the check below.
         let available = active.queues[at].queue.available(mem)?;
         let mut queues = active.queues.iter();
         if let Some(inflate) = queues.position(|queue| queue.role == QueueRole::Inflate) {
@@ -340,7 +339,7 @@ impl BalloonWorker {
         Ok(())
     }
 
-    /// Takes in statistics and keeps their buffer.
+    /// Parses statistics and keeps their buffer.
     fn serve_stats(
         &mut self,
         active: &mut Active,
@@ -369,7 +368,7 @@ impl BalloonWorker {
         Ok(())
     }
 
-    /// Returns the parked statistics buffer if somebody wants a new one.
+    /// Returns the parked statistics buffer if a new one is wanted.
     fn request_refill(&mut self, active: &mut Active) -> Result<(), WorkerError> {
         if !self.shared.stats.is_wanted() {
             return Ok(());
@@ -378,8 +377,7 @@ impl BalloonWorker {
             .queues
             .iter_mut()
             .find(|q| q.role == QueueRole::Stats);
-        // Without a buffer there is nothing to return: it is with the guest,
-        // and when it comes it answers the request.
+        // Without a buffer there is nothing to return: the guest has it, and its arrival satisfies the request.
         let (Some(RoleQueue { queue, .. }), Some(head)) = (stats_queue, active.parked.take())
         else {
             return Ok(());
@@ -389,7 +387,7 @@ impl BalloonWorker {
         queue.signal(&mem)
     }
 
-    /// Runs `work` on the active state, if there is one, and books the faults.
+    /// Runs `work` on the active state, if there is one, and counts the faults.
     fn while_active(
         &mut self,
         work: impl FnOnce(&mut Self, &mut Active) -> Result<(), WorkerError>,
@@ -402,8 +400,8 @@ impl BalloonWorker {
         if result.is_ok() {
             self.active = Some(active);
         } else {
-            // Nothing is served from here to the next reset: whoever waits
-            // for statistics, or asks whether reports arrive, must know.
+            // No queue is served from here to the next reset. Callers that wait for statistics, or query whether
+            // reports arrive, must be notified.
             self.reset();
         }
         if self.faults != GuestFaults::default() {
@@ -477,7 +475,7 @@ impl QueueHandler for BalloonWorker {
         match token {
             REFILL => {
                 if let Err(e) = self.shared.refill.read() {
-                    // Nothing to read: somebody was faster. What is wanted tells.
+                    // Nothing to read: another read was faster. The requested state decides.
                     log::debug!("balloon: statistics request without a signal: {e}");
                 }
                 let poll_ms = self.shared.stats_poll_ms.load(Ordering::Relaxed);
@@ -535,9 +533,9 @@ impl QueueHandler for BalloonWorker {
     }
 }
 
-/// What the guest may rely on. With PAGE_POISON it wants free pages as they are, or filled with its
-/// value, and gets here only if that is zero (virtio 1.2 §5.5.6.7.2). Pages in the balloon are
-/// allocated ones, which nobody reads before they are written.
+/// What the guest may rely on. With PAGE_POISON it expects free pages unchanged or filled with its value, and this is
+/// reached only if that value is zero (virtio 1.2 §5.5.6.7.2). Pages in the balloon are allocated, and are not read
+/// before they are written.
 fn expected(path: Path, features: u64) -> Expected {
     if path != Path::Inflate && features & VIRTIO_BALLOON_F_PAGE_POISON != 0 {
         Expected::Zeros
@@ -546,7 +544,7 @@ fn expected(path: Path, features: u64) -> Expected {
     }
 }
 
-/// The outcome of not even trying.
+/// The outcome if nothing was tried.
 fn skip_all(claims: &[GuestRange], reason: SkipReason) -> Outcome {
     let mut outcome = Outcome::default();
     for claim in claims {

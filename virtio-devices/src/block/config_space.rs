@@ -18,9 +18,9 @@ pub(super) const CONFIG_BYTES: usize = 60;
 /// The one writable field.
 pub(super) const WRITEBACK_AT: usize = 32;
 
-/// Sectors in one discard request: no limit of ours.
+/// Maximum number of sectors in one discard request: no limit of ours.
 const DISCARD_SECTORS_MAX: u32 = u32::MAX;
-/// Ranges in one discard or write zeroes request. One keeps a request one operation.
+/// Maximum number of ranges in one discard or write zeroes request. With one, a request is one operation.
 const RANGES_MAX: u32 = 1;
 
 /// Whether an accepted or offered set holds a bit.
@@ -55,8 +55,8 @@ pub(super) fn features(params: &BlockParams) -> u64 {
     bits.into_iter().fold(0, |set, bit| set | 1 << bit)
 }
 
-/// Longest segment: as many of them as one request may have are no more data than it
-/// may move. A power of two, so that pages and sectors fit in whole.
+/// Maximum length of a segment: the maximum number of segments per request holds no more data than a request may move.
+/// A power of two, so that pages and sectors fit evenly.
 fn segment_bytes_max(segments: u32) -> u32 {
     // At most DATA_BYTES_MAX, which has 27 bits.
     let bytes = (DATA_BYTES_MAX / u64::from(segments.max(1))) as u32;
@@ -73,8 +73,7 @@ pub(super) fn bytes(
     let mut space = [0; CONFIG_BYTES];
     let mut put = |at: usize, field: &[u8]| space[at..at + field.len()].copy_from_slice(field);
     put(0, &capacity_sectors.to_le_bytes());
-    // Header and status take two descriptors of a ring; an indirect table of
-    // ring size must not hold more either.
+    // Header and status use two descriptors of a ring; an indirect table of ring size must not hold more either.
     let segments = u32::from(params.queue_size - 2);
     put(8, &segment_bytes_max(segments).to_le_bytes());
     put(12, &segments.to_le_bytes());

@@ -1,11 +1,11 @@
-//! What a disk counts. One set per device, written by all its queues.
+//! Counters of a disk, one set per device, shared by its queues.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
 use crate::device::Counters;
 
-/// Latencies are `u64::MAX` until the first request, as upstream shows them.
+/// Latencies are `u64::MAX` until the first request, as in upstream.
 const NO_LATENCY_YET: u64 = u64::MAX;
 
 /// One direction of transfer.
@@ -53,7 +53,7 @@ impl Transfer {
     }
 }
 
-/// Counters of a disk; relaxed atomics, so a snapshot is not one instant.
+/// Counters of a disk; relaxed atomics, so a snapshot is not of one instant.
 #[derive(Debug)]
 pub(super) struct BlockCounters {
     read: Transfer,
@@ -61,7 +61,7 @@ pub(super) struct BlockCounters {
     flush_ops: AtomicU64,
     discard_bytes: AtomicU64,
     write_zeroes_bytes: AtomicU64,
-    /// The guest's fault: malformed, unknown, out of range, refused.
+    /// The guest's fault: malformed, unknown, out of range, or rejected.
     bad_requests: AtomicU64,
     /// The host's fault: the image could not be read or written.
     io_errors: AtomicU64,
@@ -100,12 +100,12 @@ impl BlockCounters {
         self.write_zeroes_bytes.fetch_add(bytes, Relaxed);
     }
 
-    /// Counts a request that is the guest's fault and returns how many there were before.
+    /// Counts a request that is the guest's fault and returns the number before it.
     pub(super) fn add_bad_request(&self) -> u64 {
         self.bad_requests.fetch_add(1, Relaxed)
     }
 
-    /// Counts a host error and returns how many there were before.
+    /// Counts a host error and returns the number before it.
     pub(super) fn add_io_error(&self) -> u64 {
         self.io_errors.fetch_add(1, Relaxed)
     }

@@ -1,4 +1,4 @@
-//! The configuration half of a disk, and what both halves share.
+//! The configuration half of a disk, and the data that both halves share.
 
 use std::fmt;
 use std::path::Path;
@@ -25,7 +25,7 @@ const VIRTIO_ID_BLOCK: u32 = 2;
 const QUEUE_SIZE_MIN: u16 = 4;
 const SERIAL_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 
-/// What a disk is besides its configuration. What is in the image stays there.
+/// The saved state of a disk besides its configuration. The image's content is not part of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlockState {
@@ -39,7 +39,7 @@ impl State for BlockState {
     const PART: Part = parts::BLOCK;
 }
 
-/// What the configuration half and all queues know.
+/// Data shared by the configuration half and all queues.
 #[derive(Debug)]
 pub(super) struct DiskState {
     params: BlockParams,
@@ -102,8 +102,7 @@ impl fmt::Debug for Block {
 }
 
 impl Block {
-    /// Opens and locks the image, and makes the I/O engines. Everything is given
-    /// back when the device is dropped.
+    /// Opens and locks the image, and creates the I/O engines. Everything is released when the device is dropped.
     ///
     /// # Errors
     /// See [`BlockError`]; nothing is left behind.
@@ -168,7 +167,7 @@ fn check(params: &BlockParams) -> Result<(), BlockError> {
     }
 }
 
-/// A derived serial may be longer than fits; the front tells disks apart well enough.
+/// A derived serial may be too long; its beginning suffices to tell disks apart.
 fn padded(serial: &str) -> [u8; SERIAL_BYTES] {
     let mut padded = [0; SERIAL_BYTES];
     let len = serial.len().min(SERIAL_BYTES);
@@ -197,8 +196,8 @@ impl VirtioDevice for Block {
         self.features
     }
 
-    /// A driver that cannot flush finds the cache in write-through mode
-    /// (virtio 1.2 §5.2.5.2), or what it writes could never be made stable.
+    /// A driver that cannot flush sees the cache in write-through mode (virtio 1.2 §5.2.5.2); otherwise it could never
+    /// make its writes stable.
     fn ack_features(&mut self, features: u64) {
         let can_flush = config_space::has(features, VIRTIO_BLK_F_FLUSH);
         self.disk.writeback.store(can_flush, Ordering::Release);

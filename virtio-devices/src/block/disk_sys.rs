@@ -18,8 +18,8 @@ const STATX_DIO_OFFSET_ALIGN_AT: usize = 156;
 /// Unnumbered block device ioctls (linux/fs.h); not in libc.
 const BLKDISCARD: libc::Ioctl = 0x1277;
 
-/// Alignment that direct I/O on `file` wants: (memory, offset and length), in
-/// bytes. `None`: the kernel or the file system does not say.
+/// Alignment that direct I/O on `file` requires: (memory, offset and length), in bytes. `None`: the kernel or the file
+/// system does not report it.
 pub(super) fn dio_alignment(file: &File) -> Option<(u32, u32)> {
     let mut buffer = [0u64; STATX_BYTES / 8];
     // SAFETY: the path is an empty C string, which AT_EMPTY_PATH makes mean the
@@ -51,7 +51,7 @@ pub(super) fn dio_alignment(file: &File) -> Option<(u32, u32)> {
     (result == 0 && mask & STATX_DIOALIGN != 0 && mem != 0 && offset != 0).then_some((mem, offset))
 }
 
-/// Sizes a block device tells about itself, in bytes (linux/fs.h `BLK*GET`).
+/// Sizes that a block device reports, in bytes (linux/fs.h `BLK*GET`).
 #[derive(Debug, Clone, Copy)]
 pub(super) struct BlockDeviceSizes {
     pub(super) logical: u32,
@@ -60,10 +60,10 @@ pub(super) struct BlockDeviceSizes {
     pub(super) io_opt: u32,
 }
 
-/// Asks a block device for its sizes.
+/// Reads the sizes of a block device.
 ///
 /// # Errors
-/// The ioctl failed, e.g. because this is no block device.
+/// The ioctl failed, for example because this is not a block device.
 pub(super) fn block_device_sizes(file: &File) -> io::Result<BlockDeviceSizes> {
     let get = |request: libc::Ioctl| {
         let mut value: libc::c_uint = 0;
@@ -96,11 +96,10 @@ pub(super) fn block_device_discard(fd: RawFd, offset: u64, bytes: u64) -> io::Re
     Ok(())
 }
 
-/// Takes an open-file-description lock on `[0, bytes)`, or on the whole file
-/// whatever its size for 0, without waiting.
+/// Takes an open-file-description lock on `[0, bytes)`, or on the whole file of any size for 0, without waiting.
 ///
 /// # Errors
-/// `WouldBlock`: somebody else has a lock in the way.
+/// `WouldBlock`: another process has a conflicting lock.
 pub(super) fn lock(file: &File, exclusive: bool, bytes: u64) -> io::Result<()> {
     let kind = if exclusive {
         libc::F_WRLCK

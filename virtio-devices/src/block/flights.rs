@@ -1,8 +1,8 @@
-//! The jobs an I/O engine holds.
+//! The jobs in an I/O engine.
 //!
-//! A pause waits for all of them, so what they cost together is bounded by [`COST_MAX`]. A long job is
-//! carried out alone, and nothing is taken from the ring behind it: then a pause need only wait for the
-//! operation it has come to, and the chain goes back to the ring to be served from its beginning.
+//! A pause waits for all of them, so their total cost is limited by [`COST_MAX`]. A long job is executed alone, and
+//! nothing is taken from the ring after it. A pause then only waits for the job's current operation, and the chain goes
+//! back to the ring to be served from its beginning.
 
 #![allow(unsafe_code)]
 // UNSAFETY: owns the promise of `IoEngine::submit`: a job, and with it the memory
@@ -19,17 +19,16 @@ use super::engine::{Completion, IoEngine};
 use super::job::{Job, Progress};
 use crate::worker::Turn;
 
-/// Pause before the kernel is asked again when it fails to take operations that
-/// must be waited for. Seen under memory pressure only.
+/// Delay before the kernel is tried again when it rejects operations that must be waited for. Seen under memory
+/// pressure only.
 const WAIT_RETRY: Duration = Duration::from_millis(1);
 
-/// How often the kernel is asked to take operations, [`WAIT_RETRY`] apart, before
-/// the disk stands still: for a second. Short of memory is not broken, and Linux
-/// never resets a disk that asks for it.
+/// How often submission is tried, [`WAIT_RETRY`] apart, before the disk stops: for one second. A shortage of memory is
+/// temporary, and Linux never resets a disk that requests it.
 const FLUSH_TRIES_MAX: u32 = 1000;
 
-/// Most that the jobs in flight cost together, see [`Job::cost`]. A disk of 500 MB/s moves as many bytes
-/// in 32 ms, and as many of the shortest jobs (256) keep any disk busy.
+/// Maximum total cost of the jobs in flight, see [`Job::cost`]. A disk of 500 MB/s moves as many bytes in 32 ms, and as
+/// many of the shortest jobs (256) keep any disk busy.
 const COST_MAX: u64 = 16 << 20;
 
 /// A job that has ended.
@@ -38,18 +37,18 @@ pub(super) struct Landed {
     pub(super) job: Job,
     /// Status byte for the guest.
     pub(super) status: u8,
-    /// Set if the host is to blame.
+    /// Set if the host is at fault.
     pub(super) host_errno: Option<i32>,
 }
 
-/// Jobs in flight and the engine that carries them out.
+/// Jobs in flight and the engine that executes them.
 pub(super) struct Flights {
     engine: Box<dyn IoEngine>,
     slots: Vec<Option<Job>>,
     free: Vec<u16>,
-    /// Jobs that have more to do, but no operation with the engine.
+    /// Jobs with further operations, none of which is in the engine.
     suspended: Vec<u16>,
-    /// Of all jobs.
+    /// Total of all jobs.
     cost: u64,
     /// The only job is a long one.
     has_long: bool,
@@ -57,7 +56,7 @@ pub(super) struct Flights {
 }
 
 impl Flights {
-    /// Room for `depth` jobs; `engine` was made for as many.
+    /// Room for `depth` jobs; `engine` was created for as many.
     pub(super) fn new(engine: Box<dyn IoEngine>, depth: u16) -> Self {
         Self {
             engine,
@@ -99,7 +98,7 @@ impl Flights {
         !self.suspended.is_empty()
     }
 
-    /// Starts a job; only if there is room for it. One the engine does not take has landed.
+    /// Starts a job; requires room for it. A job that the engine rejects has landed.
     pub(super) fn start(&mut self, job: Job, landed: &mut Vec<Landed>, turn: &mut Turn) {
         let id = self.free.pop().expect("callers check for room");
         self.cost += job.cost();
@@ -115,10 +114,10 @@ impl Flights {
         }
     }
 
-    /// Hands what was started to the kernel.
+    /// Submits started operations to the kernel.
     ///
     /// # Errors
-    /// The kernel refused, and not only for the moment.
+    /// The kernel rejected them, and not only temporarily.
     pub(super) fn flush(&mut self) -> io::Result<()> {
         for _ in 1..FLUSH_TRIES_MAX {
             match self.engine.flush() {
@@ -132,15 +131,15 @@ impl Flights {
     /// Collects ended jobs and continues those with more to do, unless a command waits.
     ///
     /// # Errors
-    /// The kernel refused what is to be continued; it is still pending.
+    /// The kernel rejected the continuation; it is still pending.
     pub(super) fn land(&mut self, landed: &mut Vec<Landed>, turn: &mut Turn) -> io::Result<()> {
         self.land_and(landed, turn, |_, turn| !turn.is_called())
     }
 
-    /// Waits until the engine has no operation. Jobs have ended then and are collected in `landed`,
-    /// but for a long one: true if there was one. It is forgotten, and nothing was taken behind it.
+    /// Waits until the engine has no operation. All jobs have then ended and are collected in `landed`, except for a
+    /// long one: true if there was one. It is dropped, and nothing was taken after it.
     pub(super) fn settle(&mut self, landed: &mut Vec<Landed>) -> bool {
-        // Nothing stops the others: they are bounded.
+        // The others are not interrupted, because they are bounded.
         let mut turn = Turn::default();
         if !self.has_long {
             self.go_on(landed, &mut turn);
@@ -149,7 +148,7 @@ impl Flights {
         self.forget_suspended()
     }
 
-    /// Waits until the engine has no operation, and forgets all jobs.
+    /// Waits until the engine has no operation, and drops all jobs.
     pub(super) fn abandon(&mut self) {
         self.drain(&mut Vec::new(), &mut Turn::default(), |_| false);
         self.forget_suspended();
@@ -165,7 +164,7 @@ impl Flights {
             let waited = self.engine.wait();
             let result = waited.and_then(|()| self.land_and(landed, turn, |job, _| may_go_on(job)));
             if let Err(error) = result {
-                // Nothing but waiting is safe: the kernel may still write guest RAM.
+                // Only waiting is safe: the kernel may still write guest RAM.
                 log::warn!("waiting for disk I/O in flight: {error}");
                 std::thread::sleep(WAIT_RETRY);
             }
@@ -269,7 +268,7 @@ mod tests {
     use crate::testing::TestRam;
     use vm_memory::GuestAddressSpace;
 
-    /// Refuses a number of times with an errno.
+    /// Rejects a number of times with an errno.
     struct Reluctant {
         errno: i32,
         refusals: Arc<AtomicU32>,
@@ -353,7 +352,7 @@ mod tests {
             flights.start(job(kind), &mut Vec::new(), &mut Turn::default());
         }
         let started = flights.len();
-        // This engine never finishes anything, which nobody could wait for.
+        // This engine never completes anything, which cannot be waited for.
         std::mem::forget(flights);
         started
     }

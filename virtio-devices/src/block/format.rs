@@ -1,16 +1,15 @@
 //! Recognises disk image formats by their signatures.
 //!
-//! Serving a qcow2 file as a raw disk would show the guest the container
-//! instead of its contents, so a known signature is an error. The opposite
-//! danger, a guest writing a signature into a raw image to have the next start
-//! misread it, is why sector 0 of an image with a guessed format is protected.
+//! Serving a qcow2 file as a raw disk would show the guest the container instead of its contents, so a known signature
+//! is an error. The reverse danger is a guest that writes a signature into a raw image, so that the next start misreads
+//! it. Therefore sector 0 of an image with a guessed format is protected.
 
 use std::fmt;
 
-/// Bytes at the front that decide ([`detect`]); one sector.
+/// Bytes at the front that [`detect`] checks; one sector.
 pub(super) const HEADER_BYTES: usize = 512;
 
-/// What an image file is, as far as its signature tells.
+/// The format of an image file, according to its signature.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ImageFormat {
     /// No known signature: the file is the disk.

@@ -1,4 +1,4 @@
-//! Opens and locks what is behind a disk: a raw image file or a host block device.
+//! Opens and locks a raw image file or host block device.
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io;
@@ -11,11 +11,10 @@ use super::format::{self, HEADER_BYTES, ImageFormat};
 use super::{BlockError, BlockParams, LockGranularity, SECTOR_BYTES, disk_sys};
 use crate::Unpoisoned;
 
-/// Direct I/O alignment assumed where the kernel does not tell: the largest
-/// logical block in use.
+/// Direct I/O alignment assumed if the kernel does not report it: the largest logical block in use.
 const DIO_ALIGN_FALLBACK_BYTES: u32 = 4096;
 
-/// Alignment that direct I/O demands, in bytes (powers of two).
+/// Alignment that direct I/O requires, in bytes (powers of two).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DioAlignment {
     pub(super) memory: usize,
@@ -23,7 +22,7 @@ pub(super) struct DioAlignment {
     pub(super) offset: usize,
 }
 
-/// What the guest is told about block sizes, in bytes.
+/// The block sizes reported to the guest, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Topology {
     pub(super) logical: u32,
@@ -118,7 +117,7 @@ impl Image {
 
     /// Held while part of a block is read, changed and written back.
     pub(super) fn lock_partial_writes(&self) -> MutexGuard<'_, ()> {
-        // The lock protects no data that a panic could have left half-done.
+        // The lock protects no data that a panic could have left half done.
         self.partial_writes.lock().unpoisoned()
     }
 
@@ -137,7 +136,7 @@ impl Image {
     }
 }
 
-/// Refuses a file with the signature of a format that is not served.
+/// Rejects a file with the signature of an unsupported format.
 fn refuse_container(path: &Path) -> Result<(), BlockError> {
     let inspect = |source| BlockError::Inspect {
         path: path.to_path_buf(),
@@ -168,7 +167,7 @@ fn refuse_container(path: &Path) -> Result<(), BlockError> {
     }
 }
 
-/// Fills as much of `buffer` as the file has from `offset` on.
+/// Fills as much of `buffer` as the file holds from `offset` on.
 fn read_up_to(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
     let mut done = 0;
     while done < buffer.len() {
@@ -223,7 +222,7 @@ fn lock(file: &File, params: &BlockParams) -> Result<(), BlockError> {
     })
 }
 
-/// Size of a file or block device; `stat` says 0 for the latter.
+/// Size of a file or block device; `stat` reports 0 for the latter.
 fn file_bytes(mut file: &File) -> io::Result<u64> {
     use std::io::{Seek, SeekFrom};
     file.seek(SeekFrom::End(0))
@@ -244,10 +243,9 @@ fn dio_alignment(file: &File, block_device: bool) -> DioAlignment {
     }
 }
 
-/// A block device passes its sizes on. An image file is a disk of 512-byte
-/// logical blocks whatever file system holds it: partition tables count in
-/// logical blocks, and an image must mean the same on every host. What direct
-/// I/O would like instead is shown as the physical block size.
+/// A block device passes its sizes on. An image file is a disk of 512-byte logical blocks on any file system: partition
+/// tables count in logical blocks, and an image must mean the same on every host. The block size preferred for direct
+/// I/O is reported as the physical block size.
 fn topology(file: &File, block_device: bool, dio: Option<DioAlignment>) -> io::Result<Topology> {
     if block_device {
         let sizes = disk_sys::block_device_sizes(file)?;

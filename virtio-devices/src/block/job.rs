@@ -1,4 +1,4 @@
-//! A request on its way: which I/O operation is next, and when it is finished.
+//! A request in progress: its next I/O operation, and its completion.
 //!
 //! ```text
 //!   Read ───────────────────────────────────► done
@@ -7,7 +7,7 @@
 //!   WriteZeroes ─► PunchHole ─► ZeroRange ─► WriteZeroBuffer … ─► (Sync) ─► done
 //!                  each only where the one before is not supported
 //! ```
-//! Each step is done in operations of bounded size. Short transfers repeat a step with what is left.
+//! Each step is done in operations of bounded size. After a short transfer, the step is repeated with the rest.
 
 use std::time::Instant;
 
@@ -18,29 +18,29 @@ use virtio_bindings::bindings::virtio_blk::{
 use super::engine::{IoOperation, ZERO_BUFFER_BYTES};
 use crate::queue::GuestBuffers;
 
-/// Repetitions of an operation the host could not take just now.
+/// Repetitions of an operation that the host temporarily rejects.
 const RETRIES_MAX: u32 = 64;
 
-/// Most bytes one operation reads, writes or zeroes: as much as Linux asks for in one request.
+/// Maximum number of bytes that one operation reads, writes or zeroes: the maximum of one Linux request.
 const PIECE_BYTES_MAX: u64 = 4 << 20;
 
-/// Most bytes one operation discards. That moves no data, so it is worth 64 times less.
+/// Maximum number of bytes that one operation discards. That moves no data, so it counts 64 times less.
 const DISCARD_PIECE_BYTES_MAX: u64 = DISCARD_PER_COST * PIECE_BYTES_MAX;
 const DISCARD_PER_COST: u64 = 64;
 
-/// What a job costs at least, in bytes moved: the time of one access to a disk.
+/// Minimum cost of a job, in bytes moved: the time of one access to a disk.
 const COST_MIN: u64 = 64 << 10;
 
-/// What bringing data to stable storage costs.
+/// Cost of bringing data to stable storage.
 const SYNC_COST: u64 = 1 << 20;
 
-/// Where data is and what of it is not yet moved.
+/// The location of data and the part not yet moved.
 #[derive(Debug)]
 pub(super) struct Transfer {
     offset: u64,
-    /// What the next operation moves.
+    /// The part that the next operation moves.
     piece: GuestBuffers,
-    /// What comes after it.
+    /// The part after it.
     rest: Option<GuestBuffers>,
 }
 
@@ -81,7 +81,7 @@ pub(super) struct Range {
 }
 
 impl Range {
-    /// The front of it, up to a multiple of `bytes_max`: what is aligned in the whole is so in each piece.
+    /// The beginning of it, up to a multiple of `bytes_max`: if the whole is aligned, so is each piece.
     fn piece(self, bytes_max: u64) -> Self {
         Self {
             offset: self.offset,
@@ -97,7 +97,7 @@ impl Range {
     }
 }
 
-/// What the request was, for the counters. Bytes are of the whole request.
+/// The kind of the request, for the counters. Bytes are of the whole request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Read(u64),
@@ -130,18 +130,18 @@ pub(super) struct Job {
     pub(super) status: GuestBuffers,
     pub(super) kind: Kind,
     pub(super) started: Instant,
-    /// Data is to be on stable storage before the request completes.
+    /// Data must be on stable storage before the request completes.
     pub(super) write_through: bool,
     pub(super) step: Step,
     pub(super) retries: u32,
 }
 
-/// What a completed operation means for its job.
+/// The effect of a completed operation on its job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Progress {
     /// [`Job::operation`] has another operation.
     Again,
-    /// Finished with this status byte; an errno if the host is to blame.
+    /// Finished with this status byte; an errno if the host is at fault.
     Done { status: u8, host_errno: Option<i32> },
 }
 
@@ -151,7 +151,7 @@ const OK: Progress = Progress::Done {
 };
 
 impl Job {
-    /// What it may take the host, in bytes moved.
+    /// Its cost for the host, in bytes moved.
     pub(super) fn cost(&self) -> u64 {
         let cost = match self.kind {
             Kind::Read(bytes) | Kind::Write(bytes) | Kind::WriteZeroes(bytes) => bytes,
@@ -162,7 +162,7 @@ impl Job {
         cost.max(COST_MIN) + sync_cost
     }
 
-    /// Whether it takes so many operations that a pause cannot wait for all of them.
+    /// Whether it takes too many operations for a pause to wait for all of them.
     pub(super) fn is_long(&self) -> bool {
         match self.kind {
             Kind::Read(bytes) | Kind::Write(bytes) | Kind::WriteZeroes(bytes) => {
@@ -212,7 +212,7 @@ impl Job {
         }
     }
 
-    /// The part of the image that the next operation is about.
+    /// The part of the image for the next operation.
     pub(super) fn piece(&self) -> Range {
         match &self.step {
             Step::Read(transfer) | Step::Write(transfer) => Range {
@@ -232,7 +232,7 @@ impl Job {
         }
     }
 
-    /// Takes the result of that operation: bytes moved, or a negated errno.
+    /// Processes the result of that operation: bytes moved, or a negated errno.
     pub(super) fn advance(&mut self, result: i32) -> Progress {
         match u64::try_from(result) {
             Ok(moved) => self.succeeded(moved),
@@ -255,7 +255,7 @@ impl Job {
             return self.moved_all();
         }
         if moved == 0 {
-            // The image has become shorter under us.
+            // The image was truncated during use.
             return io_error(libc::EIO);
         }
         Progress::Again

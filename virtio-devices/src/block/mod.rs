@@ -11,9 +11,8 @@
 //!   config_space   what the guest reads       counters what we count
 //! ```
 //!
-//! A FLUSH covers what was completed before it was made available, as the
-//! standard has it: data of completed writes is in the page cache or on the
-//! device, and the flush is an `fdatasync` of the one file behind all queues.
+//! A FLUSH covers everything completed before it was made available, as the standard requires: data of completed writes
+//! is in the page cache or on the device, and the flush is an `fdatasync` of the one file behind all queues.
 
 mod config_space;
 mod counters;
@@ -41,23 +40,21 @@ pub use format::ImageFormat;
 /// Unit of addresses and capacity on the wire, whatever the block size.
 pub const SECTOR_BYTES: u64 = 512;
 
-/// Largest queue: a request may fill the ring with its pieces, and the kernel
-/// takes 1024 of them in one call.
+/// Maximum queue size: a request may fill the ring with its pieces, and the kernel accepts 1024 of them in one call.
 pub const QUEUE_SIZE_MAX: u16 = 1024;
 
-/// Most queues of one disk.
+/// Maximum number of queues of one disk.
 pub const QUEUES_MAX: u16 = 256;
 
-/// Sectors one write zeroes request may cover: 16 MiB. Where the file system
-/// cannot zero a range itself they are written out, and a pause or a reset
-/// waits for every request in flight.
+/// Maximum number of sectors of one write zeroes request: 16 MiB. If the file system cannot zero a range itself, they
+/// are written out, and a pause or a reset waits for every request in flight.
 const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 15;
 
-/// Most data of one read or write. A pause or a reset waits for every request in
-/// flight, and firmware, which knows no limit of segments, reads whole files at once.
+/// Maximum data of one read or write. A pause or a reset waits for every request in flight, and firmware, which has no
+/// limit of segments, reads whole files at once.
 const DATA_BYTES_MAX: u64 = 64 << 20;
 
-/// Everything that makes a disk.
+/// Parameters of a disk.
 #[derive(Debug, Clone)]
 pub struct BlockParams {
     /// Names the worker threads, e.g. `_disk0`.
@@ -66,26 +63,25 @@ pub struct BlockParams {
     pub path: PathBuf,
     /// The guest may not write; the image is locked for reading only.
     pub readonly: bool,
-    /// Bypass the host's page cache.
+    /// Bypasses the host's page cache.
     pub direct: bool,
     /// Number of queues, 1 to [`QUEUES_MAX`].
     pub num_queues: u16,
     /// Entries of each queue: a power of two from 4 to [`QUEUE_SIZE_MAX`].
     pub queue_size: u16,
-    /// Up to 20 bytes for GET_ID; made from device and inode if absent.
+    /// Up to 20 bytes for GET_ID; derived from device and inode if absent.
     pub serial: Option<String>,
-    /// Discarded ranges become holes. Off: nothing is ever deallocated.
+    /// Discarded ranges become holes. If off, nothing is ever deallocated.
     pub sparse: bool,
-    /// No image_type was given: refuse known container formats and writes to
-    /// sector 0.
+    /// No image_type was given: reject known container formats and writes to sector 0.
     pub autodetect: bool,
-    /// What to lock.
+    /// The range to lock.
     pub lock_granularity: LockGranularity,
-    /// How to do I/O.
+    /// The I/O engine.
     pub engine: EngineChoice,
 }
 
-/// Why a disk cannot be made.
+/// Errors of creating a disk.
 #[derive(Debug, thiserror::Error)]
 pub enum BlockError {
     /// The path cannot be opened.
@@ -93,7 +89,7 @@ pub enum BlockError {
     Open {
         /// The image.
         path: PathBuf,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -108,7 +104,7 @@ pub enum BlockError {
     NoDirectIo {
         /// The image.
         path: PathBuf,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -122,56 +118,56 @@ pub enum BlockError {
         path: PathBuf,
         /// Its size.
         bytes: u64,
-        /// What direct I/O can address.
+        /// The size that direct I/O can address.
         block_bytes: usize,
     },
-    /// Size or block sizes cannot be found out.
+    /// The size or block sizes cannot be determined.
     #[error("cannot inspect disk image {}", path.display())]
     Inspect {
         /// The image.
         path: PathBuf,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// A container format we do not read.
+    /// An unsupported container format.
     #[error("{} is a {format} image, which is not supported (only raw is)", path.display())]
     UnsupportedFormat {
         /// The image.
         path: PathBuf,
-        /// What it is.
+        /// The format.
         format: ImageFormat,
     },
-    /// Another process, or another disk of this one, has it.
+    /// Another process, or another disk of this one, has it locked.
     #[error("cannot lock {} for {access}: it is in use by another process", path.display())]
     Locked {
         /// The image.
         path: PathBuf,
         /// "reading" or "writing".
         access: &'static str,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// Locking does not work here.
+    /// The file system does not support locking.
     #[error("cannot lock {}", path.display())]
     Lock {
         /// The image.
         path: PathBuf,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
     /// Number of queues out of range.
     #[error("{num_queues} queues are not possible: 1 to {QUEUES_MAX} are")]
     QueueCount {
-        /// What was asked for.
+        /// The requested value.
         num_queues: u16,
     },
     /// Queue size out of range.
     #[error("queue size {queue_size} is not a power of two from 4 to {QUEUE_SIZE_MAX}")]
     QueueSize {
-        /// What was asked for.
+        /// The requested value.
         queue_size: u16,
     },
     /// Serial too long for GET_ID.
@@ -185,7 +181,7 @@ pub enum BlockError {
     Engine {
         /// The image.
         path: PathBuf,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },

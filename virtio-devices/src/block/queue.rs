@@ -20,7 +20,7 @@ use crate::worker::{EventSources, Turn};
 /// Event source: the engine has completions.
 const COMPLETIONS: u32 = 0;
 
-/// Every how many faults of a kind one is logged: the first, then ever fewer.
+/// Logging interval for faults of a kind: the first is logged, then ever fewer.
 fn worth_logging(seen_before: u64) -> bool {
     seen_before == 0 || seen_before.is_multiple_of(1 << 20)
 }
@@ -34,14 +34,14 @@ pub(super) struct BlockQueue {
     active: Option<Active>,
 }
 
-/// Why no more chains are taken.
+/// The reason why no more chains are taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stopped {
     /// The ring is empty: wait for the guest.
     Empty,
     /// Too much is in flight: wait for the engine.
     NoRoom,
-    /// Others' turn; the queue has rung its doorbell.
+    /// The turn is over; the queue has rung its doorbell.
     TurnOver,
 }
 
@@ -63,7 +63,7 @@ impl BlockQueue {
         }
     }
 
-    /// Takes what is available and there is room for, starts it and returns what has ended.
+    /// Takes available chains while there is room, starts them, and completes ended jobs.
     fn run(&mut self, turn: &mut Turn) -> Result<(), WorkerError> {
         let Some(mut active) = self.active.take() else {
             return Ok(());
@@ -96,7 +96,7 @@ impl BlockQueue {
         active.queue.signal(ram)?;
         let again = match stopped {
             Stopped::Empty => active.queue.enable_doorbell(ram)?,
-            // Else the engine announces room, and then this runs again.
+            // Otherwise the engine announces room, and then this runs again.
             Stopped::NoRoom => self.flights.is_empty(),
             // It has rung.
             Stopped::TurnOver => false,
@@ -133,7 +133,7 @@ impl BlockQueue {
         Ok(Stopped::NoRoom)
     }
 
-    /// Turns a chain into a job, or answers it at once.
+    /// Turns a chain into a job, or completes it at once.
     fn take(
         &mut self,
         active: &mut Active,
@@ -222,7 +222,7 @@ impl BlockQueue {
         }
     }
 
-    /// Returns to the driver what the engine has finished.
+    /// Returns finished chains to the driver.
     fn land(
         &mut self,
         queue: &mut ServedQueue,
@@ -247,8 +247,8 @@ impl BlockQueue {
             } = landed;
             account(&self.disk, &job, status, host_errno);
             job.status.copy_in(&[status]);
-            // What the device has written: data of a read, and the status. A failed
-            // read may have written some; claiming all keeps the driver on the safe side.
+            // The bytes that the device has written: data of a read, and the status. A failed read may have written
+            // some; claiming all is safe for the driver.
             let data = match job.kind {
                 Kind::Read(bytes) => u32::try_from(bytes).unwrap_or(u32::MAX - 1),
                 _ => 0,
@@ -302,7 +302,7 @@ impl QueueHandler for BlockQueue {
         activation: Activation,
         sources: &mut EventSources,
     ) -> Result<(), WorkerError> {
-        // A driver may leave a queue disabled; then there is nothing to serve.
+        // If a driver leaves a queue disabled, there is nothing to serve.
         let Some(queue) = activation.queues.into_iter().next() else {
             return Ok(());
         };
@@ -354,7 +354,7 @@ impl QueueHandler for BlockQueue {
             .answer_landed(&mut active.queue, &ram)
             .and_then(|()| active.queue.signal(&ram));
         if let Err(error) = answered {
-            // Will show again, and be handled, at the next run.
+            // It is reported again, and handled, at the next run.
             log::warn!("{}: while pausing: {error}", self.name);
         }
         self.active = Some(active);
@@ -362,8 +362,8 @@ impl QueueHandler for BlockQueue {
 }
 
 impl DiskState {
-    /// Whether a completed write may still be in a volatile cache: not if the
-    /// driver cannot flush, or asked for write-through (virtio 1.2 §5.2.5.2).
+    /// Whether a completed write may still be in a volatile cache: not if the driver cannot flush, or requested
+    /// write-through (virtio 1.2 §5.2.5.2).
     fn is_write_back(&self, features: u64) -> bool {
         if has(features, VIRTIO_BLK_F_CONFIG_WCE) {
             return self.writeback();

@@ -1,8 +1,7 @@
 //! Reads a descriptor chain as a block request (virtio 1.2 §5.2.6).
 //!
-//! The layout does not depend on how the driver cut it into descriptors: the
-//! first 16 readable bytes are the header, the last writable byte is the
-//! status, what is left in between is data.
+//! The layout does not depend on how the driver split it into descriptors: the first 16 readable bytes are the header,
+//! the last writable byte is the status, and everything in between is data.
 
 use virtio_bindings::bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
@@ -18,20 +17,19 @@ const HEADER_BYTES: usize = 16;
 /// `struct virtio_blk_discard_write_zeroes`: sector, num_sectors, flags.
 const RANGE_BYTES: usize = 16;
 
-/// What decides whether a request is allowed.
+/// The properties that determine whether a request is allowed.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Rules {
     pub(super) capacity_sectors: u64,
     pub(super) readonly: bool,
     pub(super) discard: bool,
     pub(super) write_zeroes: bool,
-    /// Deallocate when write zeroes asks for it.
+    /// Deallocate if write zeroes requests it.
     pub(super) unmap: bool,
     pub(super) protect_sector_0: bool,
 }
 
-/// A request that may be carried out. Offsets and lengths in bytes of the
-/// image, inside its capacity.
+/// A valid request. Offsets and lengths in bytes of the image, inside its capacity.
 #[derive(Debug)]
 pub(super) enum Operation {
     Read {
@@ -57,7 +55,7 @@ pub(super) enum Operation {
     },
 }
 
-/// A request with a place for its answer.
+/// A request with the location of its status.
 #[derive(Debug)]
 pub(super) struct Request {
     /// One byte of guest RAM.
@@ -65,7 +63,7 @@ pub(super) struct Request {
     pub(super) operation: Result<Operation, Refusal>,
 }
 
-/// Why there is no request to answer at all.
+/// Reasons why a chain has no status to write.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Unanswerable {
     #[error(transparent)]
@@ -74,7 +72,7 @@ pub(super) enum Unanswerable {
     NoStatus,
 }
 
-/// Why a request is answered with an error without touching the image.
+/// Reasons why a request fails without accessing the image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Refusal {
     #[error("request header is incomplete")]
@@ -96,7 +94,7 @@ pub(super) enum Refusal {
 }
 
 impl Refusal {
-    /// The status byte that says so.
+    /// The corresponding status byte.
     pub(super) fn status(self) -> u8 {
         match self {
             Self::Unsupported => VIRTIO_BLK_S_UNSUPP as u8,
@@ -106,7 +104,7 @@ impl Refusal {
 }
 
 impl Request {
-    /// Takes a chain apart and checks it against `rules`.
+    /// Parses a chain and checks it against `rules`.
     pub(super) fn parse(chain: ChainBuffers, rules: &Rules) -> Result<Self, Unanswerable> {
         let ChainBuffers {
             readable,
@@ -150,7 +148,7 @@ fn parse_operation(
                 data: readable,
             })
         }
-        // Drivers may attach data to a flush by mistake; it means nothing.
+        // Drivers may attach data to a flush by mistake; it is ignored.
         VIRTIO_BLK_T_FLUSH => Ok(Operation::Flush),
         VIRTIO_BLK_T_GET_ID if writable.bytes() >= VIRTIO_BLK_ID_BYTES as usize => {
             Ok(Operation::GetId { data: writable })

@@ -29,7 +29,7 @@ pub struct WindowSize {
     pub rows: u16,
 }
 
-/// What both halves and the VMM see.
+/// Data that both halves and the VMM share.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
     /// Columns in the lower half, rows in the upper: read and written as one.
@@ -40,8 +40,8 @@ pub(super) struct Shared {
     pub(super) bad_chains: AtomicU64,
 }
 
-/// A console has nothing of its own: its size is that of the terminal it is on now, of which a
-/// driver hears when it is resumed.
+/// A console has no state of its own: its size is that of its current terminal, which the driver receives when it is
+/// resumed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConsoleState {}
@@ -60,11 +60,11 @@ pub struct Console {
 }
 
 impl Console {
-    /// A console on `endpoint`; `id` names the device and its thread. A `window`
-    /// is offered to the guest as VIRTIO_CONSOLE_F_SIZE.
+    /// A console on `endpoint`; `id` names the device and its thread. A `window` is offered to the guest as
+    /// VIRTIO_CONSOLE_F_SIZE.
     ///
     /// # Errors
-    /// No eventfd to be had.
+    /// No eventfd is available.
     pub fn new(
         id: &str,
         endpoint: ConsoleEndpoint,
@@ -82,7 +82,7 @@ impl Console {
         })
     }
 
-    /// The end that the VMM keeps.
+    /// The VMM's handle.
     pub fn handle(&self) -> ConsoleHandle {
         ConsoleHandle {
             shared: Arc::clone(&self.shared),
@@ -91,7 +91,7 @@ impl Console {
     }
 }
 
-/// Tells a running console about its terminal.
+/// Notifies a running console of changes of its terminal.
 #[derive(Debug, Clone)]
 pub struct ConsoleHandle {
     shared: Arc<Shared>,
@@ -99,7 +99,7 @@ pub struct ConsoleHandle {
 }
 
 impl ConsoleHandle {
-    /// The terminal has another size now.
+    /// The terminal has been resized.
     pub fn resize(&self, window: WindowSize) {
         let packed = pack(window);
         if self.shared.window.swap(packed, Ordering::SeqCst) != packed

@@ -1,4 +1,4 @@
-//! The host's end of a console: descriptors that never make a thread wait.
+//! The host side of a console: non-blocking descriptors.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 
-/// Where a console's bytes come from and go to; either may be missing.
+/// The source and destination of a console's bytes; either may be missing.
 #[derive(Debug, Default)]
 pub struct ConsoleEndpoint {
     pub(super) input: Option<File>,
@@ -14,9 +14,8 @@ pub struct ConsoleEndpoint {
 }
 
 impl ConsoleEndpoint {
-    /// Takes descriptors that are non-blocking, or regular files. An input that
-    /// ends or fails is not read again: keep the other end of a pseudo-terminal
-    /// open, or it fails whenever nobody has it open.
+    /// Takes descriptors that are non-blocking, or regular files. An input that ends or fails is not read again. Keep
+    /// the other end of a pseudo-terminal open; otherwise it fails whenever no other process has it open.
     pub fn new(input: Option<OwnedFd>, output: Option<OwnedFd>) -> Self {
         Self {
             input: input.map(File::from),
@@ -24,12 +23,12 @@ impl ConsoleEndpoint {
         }
     }
 
-    /// Nothing comes in and what goes out is lost.
+    /// No input, and all output is dropped.
     pub fn null() -> Self {
         Self::default()
     }
 
-    /// A non-blocking descriptor to read what `fd` reads.
+    /// A non-blocking descriptor that reads from the same source as `fd`.
     ///
     /// # Errors
     /// See [`ConsoleEndpoint::nonblocking_output`].
@@ -37,13 +36,12 @@ impl ConsoleEndpoint {
         nonblocking(fd, OpenOptions::new().read(true))
     }
 
-    /// A non-blocking descriptor to write where `fd` writes. Terminals and pipes
-    /// are opened anew, because O_NONBLOCK belongs to the open file and our
-    /// standard output is often the shell's as well. Regular files never make
-    /// anybody wait and keep their position.
+    /// A non-blocking descriptor that writes to the same destination as `fd`. Terminals and pipes are opened again,
+    /// because O_NONBLOCK belongs to the open file, and our standard output is often shared with the shell. Regular
+    /// files never block and keep their position.
     ///
     /// # Errors
-    /// The descriptor cannot be duplicated or opened anew.
+    /// The descriptor cannot be duplicated or opened again.
     pub fn nonblocking_output(fd: BorrowedFd<'_>) -> io::Result<OwnedFd> {
         nonblocking(fd, OpenOptions::new().write(true))
     }
@@ -60,7 +58,7 @@ fn nonblocking(fd: BorrowedFd<'_>, options: &mut OpenOptions) -> io::Result<Owne
         .open(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()));
     match anew {
         Ok(anew) => Ok(anew.into()),
-        // A socket has no path to open; ENXIO. Nobody else reads or writes ours.
+        // A socket has no path to open; ENXIO. No other process reads or writes ours.
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
             let stream = UnixStream::from(OwnedFd::from(file));
             stream.set_nonblocking(true)?;

@@ -30,18 +30,18 @@ const TOKEN_OUTPUT: u32 = 1;
 /// Queue callbacks cannot register sources; they ring this to have it done.
 const TOKEN_REARM: u32 = 2;
 
-/// Bytes of one chain that are written out. Linux never sends more than 32 KiB
-/// at once; the rest of a longer chain is dropped and counted.
+/// Maximum number of bytes of one chain that are written out. Linux never sends more than 32 KiB at once; the rest of a
+/// longer chain is dropped and counted.
 const CHAIN_BYTES_MAX: usize = 64 << 10;
-/// Bytes moved at once.
+/// Maximum number of bytes moved at once.
 const CHUNK_BYTES: usize = 4 << 10;
 
-/// What the handler knows about its input.
+/// The state of the input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Input {
     /// Watched: the worker wakes when there is something to read.
     Watched,
-    /// Not watched, because the guest has no buffer or nothing is active.
+    /// Not watched, because the guest has no buffer or the device is not active.
     Unwatched,
     /// Cannot be polled (a regular file, `/dev/null`): read when the guest has buffers.
     Unpollable,
@@ -49,7 +49,7 @@ enum Input {
     Closed,
 }
 
-/// Text of the guest's that the output has not taken yet. Input that waits is still in the host's file.
+/// Guest text that the output has not accepted yet. Waiting input is still in the host's file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConsoleOutputState {
@@ -61,12 +61,12 @@ impl State for ConsoleOutputState {
     const PART: Part = PART;
 }
 
-/// What is there while the device is active.
+/// The state while the device is active.
 struct Active {
     mem: GuestRam,
     receive: Option<ServedQueue>,
     transmit: Option<ServedQueue>,
-    /// A buffer taken from the guest that no input has come for yet.
+    /// A buffer from the guest that still waits for input.
     waiting: Option<(u16, GuestBuffers)>,
 }
 
@@ -163,7 +163,7 @@ impl ConsoleHandler {
         Ok(starved)
     }
 
-    /// The next buffer the guest lets us write. Useless chains go straight back.
+    /// The next buffer that the device may write. Unusable chains are returned at once.
     fn next_buffer(
         &self,
         ram: &RamGuard,
@@ -188,7 +188,7 @@ impl ConsoleHandler {
         }
     }
 
-    /// Up to `room` bytes into the chunk; `None` if there are none now or ever.
+    /// Reads up to `room` bytes into the chunk; `None` if there are none now or ever.
     fn read_input(&mut self, room: usize) -> Option<usize> {
         let input = self.input.as_mut()?;
         loop {
@@ -197,7 +197,7 @@ impl ConsoleHandler {
                 Ok(count) => return Some(count),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return None,
-                // EIO: the other end of a pty is gone for now, or for good.
+                // EIO: the other end of a pty is closed, temporarily or permanently.
                 Err(_) => break,
             }
         }
@@ -267,10 +267,9 @@ impl ConsoleHandler {
         })
     }
 
-    /// Watches what is worth watching: input while the guest has buffers, output
-    /// while there is a backlog.
+    /// Watches the sources that are needed: input while the guest has buffers, output while there is a backlog.
     fn rearm(&mut self, sources: &mut EventSources) -> Result<(), WorkerError> {
-        // EAGAIN: asked for by activation, not through the eventfd.
+        // EAGAIN: requested by activation, not through the eventfd.
         self.rearm.read().ok();
         if self.input_state == Input::Unwatched
             && let Some(input) = &self.input
@@ -288,8 +287,7 @@ impl ConsoleHandler {
         {
             match sources.add_writable(fd, TOKEN_OUTPUT) {
                 Ok(()) => self.output_watched = true,
-                // A file that is always writable never leaves a backlog; try at the
-                // next write.
+                // A file that is always writable never leaves a backlog; try at the next write.
                 Err(WorkerError::Host { source, .. }) if is_unpollable(&source) => {}
                 Err(error) => return Err(error),
             }
@@ -311,7 +309,7 @@ impl ConsoleHandler {
             sources.remove(input.as_raw_fd())?;
             self.input = None;
         } else if starved {
-            // Until the guest gives a buffer; else the readable input would spin us.
+            // Until the guest provides a buffer; otherwise the readable input would cause a busy loop.
             sources.remove(input.as_raw_fd())?;
             self.input_state = Input::Unwatched;
         }
@@ -371,7 +369,7 @@ impl QueueHandler for ConsoleHandler {
             (TRANSMIT, _) => self.transmit(&mut active, turn),
             (RECEIVE, Input::Unpollable) => self.receive(&mut active, turn).map(|_| ()),
             (RECEIVE, Input::Unwatched) => self.ask_to_rearm(),
-            // Watched input wakes us by itself.
+            // Watched input wakes the worker.
             _ => Ok(()),
         };
         self.active = Some(active);
@@ -422,7 +420,7 @@ impl QueueHandler for ConsoleHandler {
     }
 
     fn pause(&mut self) {
-        // The ring alone says what the guest has offered, to whoever saves it or goes on with it.
+        // A saved or continued device finds the guest's buffers through the ring alone.
         if let Some(Active {
             receive: Some(queue),
             waiting,
@@ -436,7 +434,7 @@ impl QueueHandler for ConsoleHandler {
 
     fn reset(&mut self) {
         self.active = None;
-        // Nobody waits for the output until the next driver comes: a last try.
+        // The output is not watched until the next driver arrives: a last attempt.
         let written = self.output.flush();
         self.count_dropped(written);
         // The worker has removed the sources.
@@ -447,7 +445,7 @@ impl QueueHandler for ConsoleHandler {
     }
 }
 
-/// The kernel's answer for files without a poll operation.
+/// The kernel's error for files without a poll operation.
 fn is_unpollable(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EPERM)
 }

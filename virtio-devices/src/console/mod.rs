@@ -5,9 +5,8 @@
 //!   host output ◄── backlog, bounded, oldest first ◄── queue 1 (transmit)
 //! ```
 //!
-//! A slow reader of the output never holds the guest up: Linux spins until its
-//! console write is taken. What the output does not take at once waits in the
-//! backlog; what does not fit there is dropped and counted.
+//! A slow reader of the output never blocks the guest, although Linux spins until its console write is completed.
+//! Output that is not accepted at once waits in the backlog; what does not fit there is dropped and counted.
 
 mod device;
 mod endpoint;

@@ -1,15 +1,14 @@
-//! The output side: writes at once what it can, keeps a bounded backlog, drops the rest.
+//! The output side: writes what it can, keeps a bounded backlog, drops the rest.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::os::fd::{AsRawFd, RawFd};
 
-/// Bytes kept for an output that does not take them now: a screenful of boot
-/// messages or so.
+/// Maximum backlog in bytes: about a screenful of boot messages.
 pub(super) const BACKLOG_BYTES_MAX: usize = 64 << 10;
 
-/// What became of some bytes.
+/// The result of writing some bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Written {
     /// Bytes lost: backlog full, or the output broken.
@@ -37,17 +36,17 @@ impl Output {
         (!self.backlog.is_empty()).then(|| file.as_raw_fd())
     }
 
-    /// Bytes that the output has not taken yet.
+    /// Bytes that the output has not accepted yet.
     pub(super) fn backlog(&self) -> Vec<u8> {
         self.backlog.iter().copied().collect()
     }
 
-    /// Whether anything written arrives anywhere.
+    /// Whether written bytes go anywhere.
     pub(super) fn is_connected(&self) -> bool {
         self.file.is_some()
     }
 
-    /// Writes behind what is in the backlog.
+    /// Writes after the backlog.
     pub(super) fn write(&mut self, data: &[u8]) -> Written {
         let Some(file) = &self.file else {
             return Written::default();
@@ -67,7 +66,7 @@ impl Output {
         }
     }
 
-    /// The output takes bytes again.
+    /// The output accepts bytes again.
     pub(super) fn flush(&mut self) -> Written {
         let Some(file) = &self.file else {
             return Written::default();
@@ -76,7 +75,7 @@ impl Output {
             Ok(count) => {
                 self.backlog.drain(..count);
                 if self.backlog.is_empty() {
-                    // A console is mostly silent; its memory goes back.
+                    // A console is mostly silent, so its memory is freed.
                     self.backlog.shrink_to_fit();
                 }
                 Written::default()
@@ -89,8 +88,7 @@ impl Output {
     }
 }
 
-/// Writes until all is written or the output would block. An output that is
-/// broken loses all of `data`.
+/// Writes until all is written or the output would block. A broken output loses all of `data`.
 fn write_some(mut file: &File, data: &[u8]) -> Result<usize, Written> {
     let mut done = 0;
     while done < data.len() {

@@ -1,4 +1,4 @@
-//! The console's promises, on pipes.
+//! The console's guarantees, on pipes.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -88,7 +88,7 @@ fn input_waits_for_buffers_and_fills_them_in_order() {
     let mut rig = rig();
     rig.host.write_all(b"abcdef").unwrap();
     assert_eq!(rig.harness.serve_sources(1000).unwrap(), 1);
-    // No buffers: the input is not watched any more and does not spin the worker.
+    // No buffers: the input is no longer watched, and does not cause a busy loop.
     assert_eq!(rig.harness.serve_sources(0).unwrap(), 0);
 
     let segments = [Segment::Writable(2), Segment::Writable(2)];
@@ -176,7 +176,7 @@ fn slow_output_never_holds_the_guest_up_and_loses_only_the_excess() {
     received += drain(&mut rig.host).len();
     assert_eq!(received + dropped, sent);
     assert!(received > BACKLOG_BYTES_MAX);
-    // Drained: the output is not watched any more, and goes straight again.
+    // Drained: the output is no longer watched, and bytes are written directly again.
     rig.harness
         .request(TRANSMIT, &[Segment::Readable(b"end")])
         .unwrap();
@@ -320,7 +320,7 @@ fn pause_gives_the_buffer_that_waits_for_input_back() {
         }
     };
     assert_eq!(receive(&mut rig, "one"), (u32::from(chains[0].head), 3));
-    // The second has been taken by now, in vain.
+    // The second has been taken by now, without effect.
     rig.harness.handler.pause();
     rig.harness.kick(RECEIVE).unwrap();
     assert_eq!(receive(&mut rig, "four"), (u32::from(chains[1].head), 4));

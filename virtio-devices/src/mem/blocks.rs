@@ -1,4 +1,4 @@
-//! Which blocks are plugged: one bit each.
+//! The plugged blocks: one bit each.
 
 use std::ops::Range;
 
@@ -27,7 +27,7 @@ impl Blocks {
         self.words[word] & mask != 0
     }
 
-    /// How many of these blocks, which exist, are plugged.
+    /// The number of plugged blocks among these, which exist.
     pub(super) fn plugged_in(&self, blocks: Range<u64>) -> u64 {
         blocks.map(|block| u64::from(self.is_plugged(block))).sum()
     }

@@ -32,7 +32,7 @@ const QUEUE_SIZES: [u16; 1] = [128];
 const FIELDS: usize = 7;
 const FIELD_BYTES: usize = 8;
 
-/// The configuration half at one moment. Which blocks are plugged, the queue half knows.
+/// The saved state of the configuration half. The queue half knows which blocks are plugged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemState {
@@ -42,7 +42,7 @@ pub struct MemState {
     pub bytes: u64,
     /// Length of a block; it must be the same again.
     pub block_bytes: u64,
-    /// What the host wants the guest to have.
+    /// The size that the host requests.
     pub requested_bytes: u64,
 }
 
@@ -50,14 +50,14 @@ impl State for MemState {
     const PART: Part = parts::MEM;
 }
 
-/// How to make the device.
+/// Parameters of the device.
 #[derive(Debug)]
 pub struct MemParams {
     /// Names the device and its thread.
     pub id: String,
-    /// What it owns of guest RAM: mapped, and in the guest's memory map of no firmware.
+    /// Its region of guest RAM: mapped, and in no memory map of the guest's firmware.
     pub region: MemRegion,
-    /// Bytes that the guest shall have from the start.
+    /// Bytes requested from the start.
     pub requested_bytes: u64,
 }
 
@@ -65,14 +65,14 @@ pub struct MemParams {
 #[derive(Debug)]
 pub struct Mem {
     shared: Arc<Shared>,
-    /// Until the transport takes it.
+    /// Present until the transport takes it.
     worker: Option<MemWorker>,
 }
 
 impl Mem {
-    /// A device without a plugged block, and the handle by which the VMM steers and reads it.
+    /// Creates a device without a plugged block, and the handle by which the VMM controls and reads it.
     ///
-    /// Call it before any seccomp filter is in place, or allow what [`DiscardEngine::new`] tries.
+    /// Call it before any seccomp filter is in place, or allow the calls that [`DiscardEngine::new`] tries.
     ///
     /// # Errors
     /// The region cannot have the requested size.
@@ -99,8 +99,8 @@ impl VirtioDevice for Mem {
         &QUEUE_SIZES
     }
 
-    /// Reading a block that is not plugged would bring a page of a shared file into being, so the driver is asked not
-    /// to. One that does not promise it may run all the same, as the standard allows.
+    /// Reading an unplugged block would allocate a page of a shared file, so the driver must promise not to. A driver
+    /// that does not promise it may run nevertheless, as the standard allows.
     fn features(&self) -> u64 {
         VIRTIO_F_VERSION_1 | VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE
     }

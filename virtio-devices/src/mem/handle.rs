@@ -1,4 +1,4 @@
-//! The device as the VMM holds it.
+//! The VMM's handle of the device.
 
 use std::sync::Arc;
 
@@ -10,25 +10,25 @@ pub struct MemHandle {
     shared: Arc<Shared>,
 }
 
-/// A size that the region cannot have.
+/// A size that is not possible for the region.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ResizeError {
-    /// Blocks come and go whole.
+    /// Only whole blocks can be plugged.
     #[error("{bytes} bytes of hotplugged memory are no whole blocks of {block_bytes} bytes")]
     NotWholeBlocks {
-        /// What was asked for.
+        /// The requested value.
         bytes: u64,
         /// Size of a block.
         block_bytes: u64,
     },
-    /// More than there is room for.
+    /// More than the region holds.
     #[error(
         "{bytes} bytes of hotplugged memory are more than the {region_bytes} bytes there is room for"
     )]
     BeyondRegion {
-        /// What was asked for.
+        /// The requested value.
         bytes: u64,
-        /// Room.
+        /// The region's size.
         region_bytes: u64,
     },
 }
@@ -38,11 +38,11 @@ impl MemHandle {
         Self { shared }
     }
 
-    /// Asks the guest to have `bytes` plugged and returns at once; the guest works towards it in its own time, as far
-    /// as it can.
+    /// Requests that the guest has `bytes` plugged and returns at once; the guest works towards it at its own pace, as
+    /// far as it can.
     ///
     /// # Errors
-    /// The region cannot have that size.
+    /// That size is not possible for the region.
     pub fn set_requested_bytes(&self, bytes: u64) -> Result<(), ResizeError> {
         let region = &self.shared.region;
         if bytes > region.bytes() {
@@ -62,19 +62,19 @@ impl MemHandle {
         Ok(())
     }
 
-    /// What the guest shall have.
+    /// The requested size.
     #[must_use]
     pub fn requested_bytes(&self) -> u64 {
         self.shared.requested_bytes()
     }
 
-    /// What the guest has.
+    /// The plugged size.
     #[must_use]
     pub fn plugged_bytes(&self) -> u64 {
         self.shared.plugged_bytes()
     }
 
-    /// The most it can have.
+    /// The maximum size.
     #[must_use]
     pub fn region_bytes(&self) -> u64 {
         self.shared.region.bytes()

@@ -1,4 +1,4 @@
-//! Memory that comes and goes by the block (virtio-mem, virtio 1.2 §5.15).
+//! Memory hot-plug by blocks (virtio-mem, virtio 1.2 §5.15).
 //!
 //! ```text
 //!   control thread ── MemHandle ──┐                  ┌── Mem: VirtioDevice (vCPU threads)
@@ -7,15 +7,15 @@
 //!                                                          plug, unplug, state ─► DiscardEngine
 //! ```
 //!
-//! The device owns one region of guest RAM, cut into blocks. The host says how many bytes of it the guest shall have;
-//! the guest plugs blocks until it has them, or unplugs those that it can do without. The region is mapped from the
-//! start and costs nothing until it is touched, so plugging is bookkeeping, and unplugging is a discard: a block counts
-//! as unplugged when its memory is back at the host, and not before.
+//! The device owns one region of guest RAM, divided into blocks. The host requests a number of bytes. The guest plugs
+//! blocks until it has them, or unplugs blocks that it can spare. The region is mapped from the start and costs nothing
+//! until it is touched, so plugging is bookkeeping, and unplugging is a discard: a block counts as unplugged only after
+//! its memory has been returned to the host.
 //!
-//! What can go wrong, and where it ends: a request that breaks a rule is answered with an error and counted, and
-//! changes nothing; a block that the host cannot take back stays plugged, and the guest is told to come again. A guest
-//! that uses blocks which it has not plugged gets them, as the region is there; it can take no more than the region
-//! holds, and what is resident of it shows that.
+//! Errors and their containment: an invalid request gets an error response, is counted, and changes nothing. A block
+//! that the host cannot discard stays plugged, and the guest must try again. A guest that uses blocks without plugging
+//! them gets them, because the region is mapped; it cannot use more than the region holds, and the resident size shows
+//! it.
 
 mod blocks;
 mod device;
@@ -39,7 +39,7 @@ pub mod spec {
     pub const VIRTIO_ID_MEM: u32 = 24;
     /// Modern device, from the common feature bits (virtio 1.2 §6).
     pub const VIRTIO_F_VERSION_1: u64 = 1 << 32;
-    /// The driver never touches blocks that are not plugged, not even to read.
+    /// The driver never accesses unplugged blocks, not even to read.
     pub const VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
 
     /// Plug blocks.
@@ -48,16 +48,16 @@ pub mod spec {
     pub const VIRTIO_MEM_REQ_UNPLUG: u16 = 1;
     /// Unplug every block.
     pub const VIRTIO_MEM_REQ_UNPLUG_ALL: u16 = 2;
-    /// Tell whether blocks are plugged.
+    /// Query whether blocks are plugged.
     pub const VIRTIO_MEM_REQ_STATE: u16 = 3;
 
     /// Done.
     pub const VIRTIO_MEM_RESP_ACK: u16 = 0;
-    /// Not now: it would be more than is requested.
+    /// Not now: it would exceed the requested size.
     pub const VIRTIO_MEM_RESP_NACK: u16 = 1;
     /// Not now: try again.
     pub const VIRTIO_MEM_RESP_BUSY: u16 = 2;
-    /// Never: the request is wrong.
+    /// Never: the request is invalid.
     pub const VIRTIO_MEM_RESP_ERROR: u16 = 3;
 
     /// All blocks are plugged.

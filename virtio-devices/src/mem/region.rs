@@ -27,7 +27,7 @@ impl MemRegion {
     /// `bytes` from the guest address `start` on, in blocks of `block_bytes`.
     ///
     /// # Errors
-    /// Blocks are no power of two, or start and size no multiples of it, or the region is empty or wraps.
+    /// The block size is not a power of two, start or size are not multiples of it, or the region is empty or wraps.
     pub fn new(start: u64, bytes: u64, block_bytes: u64) -> Result<Self, RegionError> {
         let whole = |bytes: u64| bytes.is_multiple_of(block_bytes);
         if block_bytes.is_power_of_two()
@@ -71,7 +71,7 @@ impl MemRegion {
         self.bytes / self.block_bytes
     }
 
-    /// The blocks a driver names; `None` if it names none, or something else.
+    /// The blocks that a driver names; `None` if these are not blocks of the region.
     pub(super) fn blocks(&self, address: u64, count: u16) -> Option<Range<u64>> {
         let offset = address.checked_sub(self.start)?;
         let first = offset / self.block_bytes;
@@ -80,7 +80,7 @@ impl MemRegion {
         (count > 0 && exact && end <= self.block_count()).then_some(first..end)
     }
 
-    /// Bytes of so many blocks of the region.
+    /// Size of this many blocks of the region.
     pub(super) fn bytes_of(&self, blocks: u64) -> u64 {
         blocks * self.block_bytes
     }

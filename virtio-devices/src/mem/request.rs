@@ -1,4 +1,4 @@
-//! Requests and answers on the wire (virtio 1.2 §5.15.6): little endian, a type and what belongs to it.
+//! Requests and responses on the wire (virtio 1.2 §5.15.6): little endian, a type and its parameters.
 
 use super::spec::{
     VIRTIO_MEM_REQ_PLUG, VIRTIO_MEM_REQ_STATE, VIRTIO_MEM_REQ_UNPLUG, VIRTIO_MEM_REQ_UNPLUG_ALL,
@@ -11,7 +11,7 @@ pub(super) const REQUEST_BYTES: usize = 24;
 /// Bytes of `struct virtio_mem_resp`.
 pub(super) const ANSWER_BYTES: usize = 10;
 
-/// Blocks as the driver names them; nothing about them has been checked.
+/// Blocks as named by the driver; not checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Named {
     /// Guest physical address.
@@ -20,14 +20,14 @@ pub(super) struct Named {
     pub(super) count: u16,
 }
 
-/// What the driver wants.
+/// The request of the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Request {
     Plug(Named),
     Unplug(Named),
     UnplugAll,
     State(Named),
-    /// Of a type that nobody has defined.
+    /// A request of an undefined type.
     Unknown,
 }
 
@@ -59,7 +59,7 @@ pub(super) enum BlockState {
     Mixed,
 }
 
-/// What the driver hears.
+/// The response to the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Answer {
     Ack,

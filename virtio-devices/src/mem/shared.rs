@@ -1,4 +1,4 @@
-//! What the configuration half, the worker and the handle have in common.
+//! Data shared by the configuration half, the worker and the handle.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -10,7 +10,7 @@ use crate::device::{Counters, Interrupt};
 /// Declares the tally and, from the same list, its names in `vm.counters`.
 macro_rules! tally {
     ($($(#[$doc:meta])* $name:ident,)+) => {
-        /// What has happened since the device was made; resets do not clear it.
+        /// Counts since the device was created; resets do not clear them.
         #[derive(Debug, Default)]
         pub(super) struct Tally {
             $($(#[$doc])* pub(super) $name: AtomicU64,)+
@@ -29,18 +29,18 @@ tally! {
     unplug_requests,
     unplug_all_requests,
     state_requests,
-    /// Requests to plug more than the host wants the guest to have.
+    /// Requests to plug more than the requested size.
     requests_nacked,
-    /// Requests to unplug what the host could not take back.
+    /// Requests to unplug blocks that the host could not discard.
     requests_busy,
-    /// Requests that name no blocks of the region, or blocks that are not in the state they must be in.
+    /// Requests that name no blocks of the region, or blocks in the wrong state.
     requests_wrong,
-    /// Requests of a type that nobody has defined.
+    /// Requests of an undefined type.
     requests_unknown,
-    /// Chains that are no request, or have no room for the answer.
+    /// Chains that are not requests, or have no room for the response.
     requests_malformed,
     config_writes_ignored,
-    /// Bytes of blocks that were to be unplugged: of them given back, refused by the host, and not tried.
+    /// Bytes of blocks to unplug: discarded, failed, and not tried.
     unplug_requested_bytes,
     unplug_discarded_bytes,
     unplug_failed_bytes,
@@ -94,7 +94,7 @@ impl Shared {
         *place = Some(interrupt);
     }
 
-    /// Tells the driver to read the configuration space again.
+    /// Signals the driver to read the configuration space again.
     pub(super) fn signal_config(&self) {
         let place = self.interrupt.lock().unpoisoned();
         let interrupt = place.clone();

@@ -44,7 +44,7 @@ fn device(start: u64, blocks: u64, requested: u64) -> (Mem, MemHandle) {
 }
 
 impl Rig {
-    /// A region of [`BLOCKS`] behind other RAM, `requested` of them wanted.
+    /// A region of [`BLOCKS`] after other RAM, `requested` of them requested.
     fn new(requested: u64) -> Self {
         let bytes = (BLOCKS * BLOCK) as usize;
         let ram = TestRam::from_regions(&[(0, 4 << 20), (START, bytes)]);
@@ -160,7 +160,7 @@ fn plug_beyond_what_is_requested_waits_for_the_host() {
         (1, 3 * BLOCK)
     );
     assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 7, 1), ACK);
-    // Less is wanted: nothing goes by itself, and nothing more comes.
+    // Fewer are requested: none is unplugged automatically, and no more are plugged.
     rig.handle.set_requested_bytes(0).unwrap();
     assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 4, 1), NACK);
     assert_eq!(rig.handle.plugged_bytes(), 3 * BLOCK);
@@ -258,7 +258,7 @@ fn requests_that_break_a_rule_are_errors_and_change_nothing() {
 #[test]
 fn chains_that_are_no_request_are_answered_empty_and_not_carried_out() {
     let mut rig = Rig::new(BLOCKS);
-    // Each a request to plug the first block, or a part of one.
+    // Each requests to plug the first block, or a part of one.
     let mut request = [0; REQUEST_BYTES];
     request[8..16].copy_from_slice(&START.to_le_bytes());
     request[16] = 1;

@@ -17,8 +17,7 @@ use crate::worker::Turn;
 
 const PART: Part = parts::MEM_BLOCKS;
 
-/// Which blocks are plugged. More than the host wants can be, while the guest takes its time to
-/// give them back.
+/// The plugged blocks. There can be more than the host requests, while the guest takes its time to return them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemBlocksState {
@@ -26,13 +25,13 @@ pub struct MemBlocksState {
     pub plugged: Vec<RunState>,
 }
 
-/// Blocks that follow one another.
+/// Consecutive blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunState {
     /// Number of the first.
     pub first: u64,
-    /// How many.
+    /// Their number.
     pub count: u64,
 }
 
@@ -41,7 +40,7 @@ impl State for MemBlocksState {
 }
 
 /// Serves the one queue, and knows which blocks are plugged. A reset of the device plugs and unplugs nothing (virtio
-/// 1.2 §5.15.5.2): the driver that comes next finds the blocks as they are. A reboot makes another device.
+/// 1.2 §5.15.5.2): the next driver finds the blocks unchanged. A reboot creates another device.
 #[derive(Debug)]
 pub(super) struct MemWorker {
     name: String,
@@ -60,7 +59,7 @@ impl MemWorker {
         }
     }
 
-    /// `None`: a command came in between, and the request is to be carried out again.
+    /// `None`: a command arrived in between, and the request must be executed again.
     fn carry_out(&mut self, mem: &GuestRam, request: Request, turn: &mut Turn) -> Option<Answer> {
         let answer = match request {
             Request::Plug(named) => self.named(named).map_or(Answer::Error, |it| self.plug(it)),
@@ -130,8 +129,8 @@ impl MemWorker {
         })
     }
 
-    /// Unplugs runs of plugged blocks, if the host takes back all of their memory. A driver may not read what it finds
-    /// in a block that it plugs again, so it need not be zeros.
+    /// Unplugs runs of plugged blocks, if the host can discard all of their memory. A driver may not read the content
+    /// of a block that it plugs again, so it need not be zeros.
     fn give_back(
         &mut self,
         mem: &GuestRam,
@@ -156,7 +155,7 @@ impl MemWorker {
 
     fn record(&self, outcome: &Outcome) {
         let tally = &self.shared.tally;
-        // Once: the counters tell the rest, and a guest could repeat it at will.
+        // Logged once: the counters show the rest, and a guest could repeat it at will.
         if let Some(error) = &outcome.first_error
             && tally.unplug_failed_bytes.load(Ordering::Relaxed) == 0
         {
@@ -173,7 +172,7 @@ impl MemWorker {
     }
 }
 
-/// The request in a chain, if it is one and leaves room for the answer: what cannot be answered is not carried out.
+/// The request in a chain, if it is one and leaves room for the response: a request without a response is not executed.
 fn read(buffers: ChainBuffers) -> Option<(Request, ChainBuffers)> {
     let mut bytes = [0; REQUEST_BYTES];
     let whole = buffers.readable.copy_out(&mut bytes) == REQUEST_BYTES;

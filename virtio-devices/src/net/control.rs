@@ -1,5 +1,5 @@
-//! The control queue (virtio 1.2 §5.1.6.5): how many pairs the driver uses, and
-//! which offloads it can cope with at the moment.
+//! The control queue (virtio 1.2 §5.1.6.5): the number of pairs that the driver uses, and the offloads that it
+//! currently accepts.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use super::shared::NetShared;
 use crate::queue::{ChainBuffers, ChainError, Driver, Reply, SingleQueueDevice};
 use crate::worker::Turn;
 
-/// Class, command, and the longest data of a command we know.
+/// Class, command, and the maximum data of a known command.
 const COMMAND_BYTES_MAX: usize = 2 + 8;
 
 /// Serves the control queue.
@@ -29,7 +29,7 @@ impl ControlQueue {
         Self { name, net }
     }
 
-    /// Obeys a command and returns the bytes written in answer.
+    /// Executes a command and returns the number of response bytes.
     fn carry_out(&self, features: u64, request: Result<ChainBuffers, ChainError>) -> u32 {
         let parts = request.ok().and_then(|chain| {
             let ChainBuffers {
@@ -101,8 +101,8 @@ impl SingleQueueDevice for ControlQueue {
     }
 
     fn reset(&mut self) {
-        // What a driver finds after reset: one pair (virtio 1.2 §5.1.6.5.5), and
-        // no frame that only the driver before it could cope with.
+        // The state that a driver finds after reset: one pair (virtio 1.2 §5.1.6.5.5), and no frame that only the
+        // previous driver could accept.
         self.net.enable_pairs(1);
         self.net.set_offloads(0);
     }

@@ -1,4 +1,4 @@
-//! What a network device counts. One set per device, written by all its queues.
+//! Counters of a network device, one set per device, shared by its queues.
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -13,11 +13,11 @@ pub(super) struct NetCounters {
     pub(super) rx_drops: AtomicU64,
     pub(super) tx_bytes: AtomicU64,
     pub(super) tx_frames: AtomicU64,
-    /// Frames the tap did not take: malformed offloads, link down.
+    /// Frames that the tap rejected: malformed offloads, link down.
     pub(super) tx_drops: AtomicU64,
-    /// The tap failed on the host's account.
+    /// The tap failed because of the host.
     pub(super) tap_errors: AtomicU64,
-    /// Chains, commands and register writes that make no sense.
+    /// Invalid chains, commands and register writes.
     pub(super) bad_requests: AtomicU64,
 }
 
@@ -27,8 +27,7 @@ impl NetCounters {
         counter.fetch_add(1, Relaxed);
     }
 
-    /// Adds one, and says whether this occurrence is worth a line in the log:
-    /// the first is, then ever fewer are.
+    /// Adds one, and returns whether to log this occurrence: the first is logged, then ever fewer are.
     pub(super) fn count_loudly(counter: &AtomicU64) -> bool {
         let before = counter.fetch_add(1, Relaxed);
         before == 0 || before.is_multiple_of(1 << 20)

@@ -21,19 +21,19 @@ use crate::thread_name::thread_name;
 /// Device id (virtio 1.2 §5).
 const VIRTIO_ID_NET: u32 = 1;
 const QUEUE_SIZE_MIN: u16 = 4;
-/// Least MTU that IPv4 allows (RFC 791).
+/// Minimum MTU that IPv4 allows (RFC 791).
 const MTU_MIN: u16 = 68;
 
-/// What a network device is besides its configuration. Frames that nobody has taken are lost, as on
-/// any network.
+/// The saved state of a network device besides its configuration. Frames that were not received are lost, as on any
+/// network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetDeviceState {
     /// The configuration space; it must be the same again.
     pub config: Bytes,
-    /// Pairs that frames are spread over.
+    /// Pairs over which frames are spread.
     pub enabled_pairs: u16,
-    /// Feature bits of the offloads that the driver can cope with.
+    /// Feature bits of the offloads that the driver accepts.
     pub offloads: u64,
 }
 
@@ -60,8 +60,8 @@ impl fmt::Debug for Net {
 }
 
 impl Net {
-    /// Opens and configures the tap. Everything is given back when the device is
-    /// dropped; a tap that was made here vanishes.
+    /// Opens and configures the tap. Everything is released when the device is dropped; a tap that was created here
+    /// disappears.
     ///
     /// # Errors
     /// See [`NetError`]; nothing is left behind.
@@ -90,7 +90,7 @@ impl Net {
         Self::with_taps(&params, taps)
     }
 
-    /// A device on taps that are ready, one for each pair.
+    /// A device on taps that are ready, one per pair.
     pub(super) fn with_taps(params: &NetParams, taps: Vec<Tap>) -> Result<Self, NetError> {
         let pairs = taps.len();
         let net = Arc::new(NetShared::new(taps)?);
@@ -171,8 +171,8 @@ impl VirtioDevice for Net {
         std::mem::take(&mut self.handlers)
     }
 
-    /// The control queue comes after all pairs if the driver knows of several,
-    /// else after the first (virtio 1.2 §5.1.2).
+    /// The control queue comes after all pairs if the driver supports several, otherwise after the first (virtio 1.2
+    /// §5.1.2).
     fn handler_of_queue(&self, queue_index: u16, features: u64) -> Option<usize> {
         let control = has(features, VIRTIO_NET_F_CTRL_VQ);
         let pairs = if control && has(features, VIRTIO_NET_F_MQ) {

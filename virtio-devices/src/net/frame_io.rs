@@ -1,5 +1,4 @@
-//! Frames between a tap and guest RAM, one system call each, without a copy of
-//! our own.
+//! Frames between a tap and guest RAM, one system call each, without an intermediate copy.
 
 #![allow(unsafe_code)]
 // UNSAFETY: readv and writev on vectors into guest RAM.
@@ -12,14 +11,14 @@ use crate::queue::{GuestBuffers, IOVECS_MAX};
 /// `struct virtio_net_hdr_v1`.
 pub(super) const HEADER_BYTES: usize = 12;
 
-/// Longest frame with its header: 64 KiB of IP packet, Ethernet with two VLAN
-/// tags. Longer ones from a guest are dropped.
+/// Maximum length of a frame with its header: 64 KiB of IP packet, Ethernet with two VLAN tags. Longer ones from a
+/// guest are dropped.
 pub(super) const FRAME_BYTES_MAX: usize = HEADER_BYTES + 14 + 8 + 65535;
 
 /// Writes one frame, header first.
 ///
 /// # Errors
-/// `WouldBlock`: no room; anything else: the tap does not take this frame.
+/// `WouldBlock`: no room; anything else: the tap rejects this frame.
 pub(super) fn write_frame(fd: RawFd, frame: &GuestBuffers) -> io::Result<usize> {
     let vectors = frame.iovecs();
     // SAFETY: the vectors lie in guest RAM that `frame` keeps mapped; there are at
@@ -27,12 +26,12 @@ pub(super) fn write_frame(fd: RawFd, frame: &GuestBuffers) -> io::Result<usize> 
     moved(unsafe { libc::writev(fd, vectors.as_ptr(), vectors.len() as i32) })
 }
 
-/// What a read brought.
+/// The result of a read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Read {
-    /// A whole frame of so many bytes, header included.
+    /// A whole frame of this length, including the header.
     Frame(usize),
-    /// A frame of so many bytes that went on behind the buffers.
+    /// A frame of this length that continued beyond the buffers.
     Spilled(usize),
     /// A frame that did not fit; the rest of it is lost.
     TooLong,
@@ -48,9 +47,8 @@ pub(super) struct FrameReader {
 unsafe impl Send for FrameReader {}
 
 impl FrameReader {
-    /// Reads one frame into `buffers`, one after the other, as many as fit the
-    /// kernel's limit. `spill` is room for a whole frame, or none: where a frame is
-    /// longer than the buffers, the spill holds all of it.
+    /// Reads one frame into `buffers`, in order, up to the kernel's limit. `spill` is room for a whole frame, or empty.
+    /// If a frame is longer than the buffers, the spill holds all of it.
     ///
     /// # Errors
     /// `WouldBlock`: no frame; anything else: the tap is unusable.
@@ -60,12 +58,12 @@ impl FrameReader {
         buffers: impl Iterator<Item = &'a GuestBuffers> + Clone,
         spill: &mut [u8],
     ) -> io::Result<Read> {
-        // One byte too many tells a frame that fits exactly from one cut off.
+        // One extra byte distinguishes a frame that fits exactly from a truncated one.
         let mut too_long = 0u8;
         let mut room = 0;
         let mut count = 0;
         for buffer in buffers.clone() {
-            // Two more for the spill and the byte too many.
+            // Two more for the spill and the extra byte.
             if self.vectors.len() + buffer.iovecs().len() + 2 > IOVECS_MAX {
                 break;
             }

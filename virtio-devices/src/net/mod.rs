@@ -11,8 +11,8 @@
 //!   tap_watch     what the worker wants to hear of the tap
 //! ```
 //!
-//! Frames carry the 12-byte header of virtio 1.x on both sides, so the kernel
-//! fills in and reads checksums and segmentation offloads itself.
+//! Frames have the 12-byte header of virtio 1.x on both sides, so the kernel fills in and reads checksums and
+//! segmentation offloads itself.
 
 mod config_space;
 mod control;

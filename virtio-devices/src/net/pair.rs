@@ -16,7 +16,7 @@ use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerErro
 use crate::queue::{RamGuard, ServedQueue};
 use crate::worker::{EventSources, Turn};
 
-/// Event source: the tap is ready in a way that is waited for.
+/// Event source: the tap has an awaited event.
 const TAP: u32 = 0;
 /// Event source: this pair has just been enabled.
 const ENABLED: u32 = 1;
@@ -41,7 +41,7 @@ impl QueuePair {
     /// Pair number `index` of the device.
     ///
     /// # Errors
-    /// No event set to be had.
+    /// No event set is available.
     pub(super) fn new(name: String, net: Arc<NetShared>, index: usize) -> std::io::Result<Self> {
         Ok(Self {
             name,
@@ -113,7 +113,7 @@ impl QueueHandler for QueuePair {
             queues,
             interrupt,
         } = activation;
-        // With a control queue it is that queue's worker who sets offloads.
+        // With a control queue, that queue's worker sets offloads.
         if self.index == 0 && !has(features, VIRTIO_NET_F_CTRL_VQ) {
             self.net.set_first_offloads(features);
         }
@@ -151,7 +151,7 @@ impl QueueHandler for QueuePair {
             if receiver_index == Some(queue_index) {
                 return pair.receive(active, ram, turn);
             }
-            // Rung while the tap has no room: it will tell.
+            // Rung while the tap has no room: the tap's event follows.
             if transmitter_index == Some(queue_index) && !pair.watch.wants_writable() {
                 return pair.transmit(active, ram, turn);
             }
@@ -166,7 +166,7 @@ impl QueueHandler for QueuePair {
         turn: &mut Turn,
     ) -> Result<(), WorkerError> {
         if token == ENABLED {
-            // Reading fails only when nothing was there to read.
+            // Reading fails only if there was nothing to read.
             self.net.enabled_event(self.index).read().ok();
             return self.with_active(|pair, active, ram| pair.receive(active, ram, turn));
         }

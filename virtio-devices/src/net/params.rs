@@ -1,20 +1,20 @@
-//! Everything that makes a network device, and why it cannot be made.
+//! Parameters of a network device, and the errors of creating one.
 
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 
 use super::tap::TapError;
 
-/// Largest queue: the kernel takes 1024 vectors in one call.
+/// Maximum queue size: the kernel accepts 1024 vectors in one call.
 pub const QUEUE_SIZE_MAX: u16 = 1024;
 
-/// Most pairs of queues; what the kernel's tap has at most.
+/// Maximum number of queue pairs; the limit of the kernel's tap.
 pub const PAIRS_MAX: u16 = 256;
 
-/// Where frames come from and go to.
+/// The source and destination of frames.
 #[derive(Debug)]
 pub enum Backend {
-    /// A tap made or opened by name.
+    /// A tap created or opened by name.
     Tap {
         /// Its name; the kernel picks a `vmtapN` if absent.
         name: Option<String>,
@@ -23,11 +23,11 @@ pub enum Backend {
         /// Hardware address of the host's side.
         host_mac: Option<[u8; 6]>,
     },
-    /// Queues of a tap that somebody has opened and configured.
+    /// Queues of a tap that another process has opened and configured.
     Fds(Vec<OwnedFd>),
 }
 
-/// Everything that makes a network device.
+/// Parameters of a network device.
 #[derive(Debug)]
 pub struct NetParams {
     /// Names the worker threads, e.g. `_net0`.
@@ -50,42 +50,42 @@ pub struct NetParams {
     pub offload_csum: bool,
 }
 
-/// Why a network device cannot be made.
+/// Errors of creating a network device.
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
     /// Number of queues out of range.
     #[error("{num_queues} queues are not possible: an even number from 2 to 512 is")]
     QueueCount {
-        /// What was asked for.
+        /// The requested value.
         num_queues: u16,
     },
     /// Queue size out of range.
     #[error("queue size {queue_size} is not a power of two from 4 to {QUEUE_SIZE_MAX}")]
     QueueSize {
-        /// What was asked for.
+        /// The requested value.
         queue_size: u16,
     },
-    /// A descriptor is needed for each pair.
+    /// One descriptor per pair is required.
     #[error("{fds} file descriptors do not fit {num_queues} queues: one for each two is needed")]
     FdCount {
         /// Descriptors given.
         fds: usize,
-        /// Queues asked for.
+        /// Queues requested.
         num_queues: u16,
     },
-    /// Below the least that IPv4 allows.
+    /// Below the minimum that IPv4 allows.
     #[error("MTU {mtu} is less than 68")]
     Mtu {
-        /// What was asked for.
+        /// The requested value.
         mtu: u16,
     },
-    /// A multicast address cannot be anybody's own.
+    /// A multicast address cannot belong to an interface.
     #[error("hardware address is a multicast address")]
     MulticastMac,
     /// The tap.
     #[error("cannot use the tap device")]
     Tap(#[from] TapError),
-    /// Descriptors of our own.
+    /// Descriptors of the device itself.
     #[error("cannot make the event descriptors of a queue pair")]
     Events(#[source] std::io::Error),
 }

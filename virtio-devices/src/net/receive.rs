@@ -1,9 +1,8 @@
 //! From the tap to the guest (virtio 1.2 §5.1.6.3, §5.1.6.4).
 //!
-//! Buffers the guest has made available are taken ahead of frames and kept in
-//! order. A frame goes to the first of them, or, with mergeable buffers, to as
-//! many from the front as it needs. A frame longer than all of those is held
-//! until the guest has made enough of them available: the tap cannot take it back.
+//! Buffers that the guest has made available are taken ahead of frames and kept in order. A frame goes to the first of
+//! them or, with mergeable buffers, to as many from the front as it needs. A frame longer than all of those is held
+//! until the guest has made enough of them available, because the tap cannot take it back.
 
 use std::collections::VecDeque;
 use std::io;
@@ -15,26 +14,26 @@ use crate::device::{QueuePosition, WorkerError};
 use crate::queue::{ChainBuffers, GuestBuffers, Next, Popped, RamGuard, ServedQueue};
 use crate::worker::Turn;
 
-/// Where `num_buffers` is in the header.
+/// The offset of `num_buffers` in the header.
 const NUM_BUFFERS_AT: usize = 10;
 
-/// Why receiving stopped.
+/// The reason why receiving stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stopped {
     /// No more frames: wait for the tap.
     NoFrame,
     /// No more buffers: wait for the guest.
     NoBuffer,
-    /// Others' turn: the tap is still readable.
+    /// The turn is over: the tap is still readable.
     TurnOver,
-    /// The tap fails: look again when the guest rings.
+    /// The tap fails: try again when the guest rings.
     TapFailed,
 }
 
 /// A chain taken from the ring ahead of time.
 struct Ready {
     head: u16,
-    /// `None`: unusable, to be returned when its turn comes.
+    /// `None`: unusable, to be returned in its turn.
     buffers: Option<GuestBuffers>,
 }
 
@@ -45,9 +44,9 @@ pub(super) struct Receiver {
     ready: VecDeque<Ready>,
     ready_bytes: usize,
     reader: FrameReader,
-    /// Room for one frame, made when the buffers were first too few for the longest.
+    /// Room for one frame, allocated when the buffers were first too small for the longest.
     spill: Vec<u8>,
-    /// Bytes of the frame that is held there.
+    /// Length of the held frame.
     held_bytes: Option<usize>,
 }
 
@@ -72,7 +71,7 @@ impl Receiver {
         self.queue.index()
     }
 
-    /// Moves frames until something stops it.
+    /// Moves frames until they are exhausted or blocked.
     ///
     /// # Errors
     /// The ring is unusable.
@@ -88,7 +87,7 @@ impl Receiver {
         Ok(stopped)
     }
 
-    /// Gives buffers taken ahead back to the ring, as if never taken.
+    /// Returns buffers taken ahead to the ring, as if never taken.
     pub(super) fn put_back(&mut self) {
         // Never more than the ring has entries.
         self.queue.unpop(self.ready.len() as u16);
@@ -122,7 +121,7 @@ impl Receiver {
                 }
                 return Ok(Stopped::NoBuffer);
             }
-            // Only with mergeable buffers can a guest make up for what is missing.
+            // Only with mergeable buffers can a guest provide the rest.
             if self.mergeable && self.ready_bytes < FRAME_BYTES_MAX {
                 self.spill.resize(FRAME_BYTES_MAX, 0);
             }
@@ -140,7 +139,7 @@ impl Receiver {
                         if NetCounters::count_loudly(&counters.tap_errors) {
                             log::warn!("reading from a tap: {error}");
                         }
-                        // The guest's next buffer is the occasion to try again.
+                        // The guest's next buffer triggers another attempt.
                         self.queue.enable_doorbell(ram)?;
                         return Ok(Stopped::TapFailed);
                     }
@@ -150,15 +149,14 @@ impl Receiver {
         Ok(Stopped::TurnOver)
     }
 
-    /// Takes buffers until the longest frame would fit, and returns unusable
-    /// ones that have come to the front.
+    /// Takes buffers until the longest frame would fit, and returns unusable ones that have reached the front.
     fn fill(
         &mut self,
         ram: &RamGuard,
         counters: &NetCounters,
         turn: &mut Turn,
     ) -> Result<(), WorkerError> {
-        // A ring claims at most its size at once; a guest may offer on while we look.
+        // A ring claims at most its size at once; a guest may add more in the meantime.
         for _ in 0..self.queue.size() {
             while let Some(Ready {
                 head,
@@ -182,8 +180,8 @@ impl Receiver {
         Ok(())
     }
 
-    /// Copies the held frame to the front buffers and hands it to the driver, if
-    /// they are enough. False: the guest has to offer more.
+    /// Copies the held frame to the front buffers and hands it to the driver, if they suffice. False: the guest has to
+    /// provide more.
     fn deliver_held(
         &mut self,
         ram: &RamGuard,
@@ -192,8 +190,7 @@ impl Receiver {
     ) -> Result<bool, WorkerError> {
         let usable = || self.ready.iter().map_while(|ready| ready.buffers.as_ref());
         if usable().map(GuestBuffers::bytes).sum::<usize>() < bytes {
-            // A ring that is full of too little, or has a bad chain in the way, will
-            // never have enough.
+            // A ring full of buffers that are too small, or with an invalid chain in the way, will never suffice.
             let in_vain = self.ready.len() >= usize::from(self.queue.size())
                 || self.ready.iter().any(|ready| ready.buffers.is_none());
             if in_vain {
@@ -256,7 +253,7 @@ impl Receiver {
     }
 }
 
-/// A buffer to receive into is writable throughout and holds at least a header.
+/// A receive buffer is writable throughout and holds at least a header.
 fn usable(popped: Popped, counters: &NetCounters) -> Ready {
     let head = popped.head;
     match popped.buffers {

@@ -1,4 +1,4 @@
-//! What both halves of a network device share.
+//! Data shared by both halves of a network device.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,21 +11,21 @@ use super::params::NetError;
 use super::tap::Tap;
 use crate::Unpoisoned;
 
-/// Marks [`NetShared::restored_offloads`] as there; no feature bit.
+/// Marks [`NetShared::restored_offloads`] as present; not a feature bit.
 const RESTORED: u64 = 1 << 63;
 
-/// What the configuration half and all workers know.
+/// Data shared by the configuration half and all workers.
 #[derive(Debug)]
 pub(super) struct NetShared {
     taps: Vec<Tap>,
     /// One per pair: written when the pair is enabled.
     enabled_events: Vec<EventFd>,
-    /// Pairs that the tap sends frames to. Held while that changes.
+    /// Pairs to which the tap sends frames. Held while that changes.
     enabled_pairs: Mutex<u16>,
     counters: NetCounters,
-    /// Feature bits of the offloads that the tap has been told of.
+    /// Feature bits of the offloads that are set on the tap.
     offloads: AtomicU64,
-    /// What the next driver that is activated, which is a restored one, had set; 0 for none.
+    /// The offloads set by the saved driver, for the next driver to be activated, which is a restored one; 0 for none.
     restored_offloads: AtomicU64,
 }
 
@@ -61,8 +61,8 @@ impl NetShared {
         &self.counters
     }
 
-    /// Has the tap spread frames over the first `count` pairs: those of a pair
-    /// the guest does not look at would be lost. False if there are not so many.
+    /// Makes the tap spread frames over the first `count` pairs: frames for a pair that the guest does not use would be
+    /// lost. False if there are not as many.
     pub(super) fn enable_pairs(&self, count: u16) -> bool {
         if count == 0 || usize::from(count) > self.taps.len() {
             return false;
@@ -70,13 +70,13 @@ impl NetShared {
         let mut enabled = self.enabled_pairs.lock().unpoisoned();
         let (low, high) = (count.min(*enabled), count.max(*enabled));
         for pair in usize::from(low)..usize::from(high) {
-            // Queues that cannot be switched stay on; frames steered to one the
-            // guest ignores are then lost, as on a card without this command.
+            // Queues that cannot be switched stay on. Frames steered to one that the guest ignores are then lost, as on
+            // a card without this command.
             if let Err(error) = self.taps[pair].set_enabled(count > *enabled) {
                 log::debug!("{}: queue {pair}: {error}", self.taps[pair].name());
             }
             if count > *enabled {
-                // An eventfd refuses only after 2^64 - 2 unread writes.
+                // An eventfd rejects a write only after 2^64 - 2 unread ones.
                 self.enabled_events[pair].write(1).ok();
             }
         }
@@ -84,7 +84,7 @@ impl NetShared {
         true
     }
 
-    /// What a driver has set last, be it restored and not yet activated.
+    /// The last offloads set by a driver, including one that is restored and not yet activated.
     pub(super) fn offloads(&self) -> u64 {
         match self.restored_offloads.load(Ordering::Acquire) {
             0 => self.offloads.load(Ordering::Acquire),
@@ -97,7 +97,7 @@ impl NetShared {
         *enabled.unpoisoned()
     }
 
-    /// A driver is there: what its features say, unless it was restored and had said something else.
+    /// A driver is active: its features determine the offloads, unless it was restored and had set others.
     pub(super) fn set_first_offloads(&self, features: u64) {
         let restored = self.restored_offloads.swap(0, Ordering::AcqRel);
         self.set_offloads(if restored == 0 {
@@ -107,7 +107,7 @@ impl NetShared {
         });
     }
 
-    /// Tells the tap what the guest can cope with. False if the kernel refuses.
+    /// Sets the guest's offloads on the tap. False if the kernel rejects them.
     pub(super) fn set_offloads(&self, features: u64) -> bool {
         let result = self.taps[0].set_offload(tun_offloads(features));
         if let Err(error) = &result
@@ -122,7 +122,7 @@ impl NetShared {
         result.is_ok()
     }
 
-    /// Keeps what a saved driver had set until it is active again.
+    /// Keeps the offloads of a saved driver until it is active again.
     pub(super) fn restore_offloads(&self, features: u64) {
         self.restored_offloads
             .store(features | RESTORED, Ordering::Release);

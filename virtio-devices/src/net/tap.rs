@@ -1,7 +1,7 @@
 //! Opens and configures tap devices.
 //!
-//! A tap made here lives as long as its descriptors: an error half-way, or the
-//! end of the VM, takes it away again. One that existed before stays.
+//! A tap created here exists as long as its descriptors: an error half-way, or the end of the VM, removes it. One that
+//! existed before stays.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -14,10 +14,10 @@ use super::frame_io::HEADER_BYTES;
 use super::tap_sys::{self, ConfigSocket, NAME_BYTES_MAX};
 
 const TUN_DEVICE: &str = "/dev/net/tun";
-/// Name pattern of taps that were given none.
+/// Name pattern of taps without a configured name.
 const DEFAULT_NAME: &str = "vmtap%d";
 
-/// Why a tap cannot be used.
+/// Reasons why a tap cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
     /// Interface names have at most 15 bytes, none of them a slash, colon or blank.
@@ -26,38 +26,38 @@ pub enum TapError {
         /// The name.
         name: String,
     },
-    /// The tun driver is not there.
+    /// The tun driver is missing.
     #[error("{TUN_DEVICE} does not exist: is the tun driver loaded?")]
     NoTunDevice(#[source] io::Error),
     /// The tun driver cannot be opened.
     #[error("cannot open {TUN_DEVICE}")]
     Open(#[source] io::Error),
-    /// Making a tap needs CAP_NET_ADMIN; using one needs to be its owner.
+    /// Creating a tap needs CAP_NET_ADMIN; using one requires being its owner.
     #[error("no permission to use tap {name}")]
     Permission {
         /// The tap.
         name: String,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// Somebody else has it.
+    /// Another process uses it.
     #[error("tap {name} is in use")]
     Busy {
         /// The tap.
         name: String,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// It exists as something else: no tap, or with one queue only.
+    /// It exists but is not a tap, or has only one queue.
     #[error("{name} is not a tap that can have {queues} queues")]
     Unsuitable {
         /// The interface.
         name: String,
-        /// Queue pairs asked for.
+        /// Queue pairs requested.
         queues: u16,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -66,16 +66,16 @@ pub enum TapError {
     Attach {
         /// The tap.
         name: String,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// The descriptor given is none of a tap.
+    /// The descriptor given is not a tap.
     #[error("file descriptor {fd} is not a tap")]
     NotATap {
         /// Its number.
         fd: RawFd,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -85,20 +85,20 @@ pub enum TapError {
         /// Its number.
         fd: RawFd,
     },
-    /// A setting was refused.
+    /// A setting was rejected.
     #[error("cannot set {what} of tap {name}")]
     Configure {
         /// The setting.
         what: &'static str,
         /// The tap.
         name: String,
-        /// The system's answer.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
 }
 
-/// What is set on a tap, where given.
+/// The settings of a tap, if given.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct TapConfig {
     /// Address and mask.
@@ -117,11 +117,10 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Opens `queues` queues of the tap `name`, makes it if it does not exist,
-    /// and configures it.
+    /// Opens `queues` queues of the tap `name`, creates it if it does not exist, and configures it.
     ///
     /// # Errors
-    /// See [`TapError`]; a tap that was made for this is gone again.
+    /// See [`TapError`]; a tap that was created for this is removed.
     pub fn open(name: Option<&str>, queues: u16, config: TapConfig) -> Result<Vec<Self>, TapError> {
         let pattern = checked_name(name)?;
         let first = Self::attach(pattern, queues)?;
@@ -134,10 +133,10 @@ impl Tap {
         Ok(taps)
     }
 
-    /// Takes over queues that somebody else has opened, sized and brought up.
+    /// Takes over queues that another process has opened, sized and brought up.
     ///
     /// # Errors
-    /// One is no tap, or of the wrong kind.
+    /// One is not a tap, or of the wrong kind.
     pub fn from_fds(fds: Vec<OwnedFd>) -> Result<Vec<Self>, TapError> {
         fds.into_iter().map(Self::from_fd).collect()
     }
@@ -159,7 +158,7 @@ impl Tap {
         Ok(tap)
     }
 
-    /// A queue that is no tap at all, for tests without the right to make one.
+    /// A queue that is not a tap, for tests without permission to create one.
     #[cfg(test)]
     pub(super) fn untested(fd: OwnedFd) -> Self {
         Self {
@@ -180,8 +179,7 @@ impl Tap {
             attach_once(name, multi)?
         } else {
             match attach_once(name, single)? {
-                // An existing tap made for several queues wants to be told so even
-                // by those who use one.
+                // An existing tap with several queues requires this flag even from those who use one.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                     attach_once(name, multi)?
                 }
@@ -194,13 +192,13 @@ impl Tap {
         Ok(tap)
     }
 
-    /// What every queue needs, whoever opened it.
+    /// The settings that every queue needs, whoever opened it.
     fn prepare(&self) -> Result<(), TapError> {
         tap_sys::set_header_bytes(&self.file, HEADER_BYTES)
             .map_err(|source| self.refused("header size", source))?;
         tap_sys::set_nonblocking(&self.file)
             .map_err(|source| self.refused("non-blocking mode", source))?;
-        // Whoever had the tap before may have coped with more than our guest does.
+        // The previous user of the tap may have enabled offloads that our guest does not accept.
         self.set_offload(0)
             .map_err(|source| self.refused("offloads", source))
     }
@@ -245,10 +243,10 @@ impl Tap {
         &self.name
     }
 
-    /// What the guest can cope with, `TUN_F_*`; the same for all queues of a tap.
+    /// The guest's offloads, `TUN_F_*`; the same for all queues of a tap.
     ///
     /// # Errors
-    /// The kernel does not know one of them.
+    /// The kernel does not support one of them.
     pub(super) fn set_offload(&self, offloads: u32) -> io::Result<()> {
         tap_sys::set_offload(&self.file, offloads)
     }

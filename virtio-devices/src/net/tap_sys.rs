@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 /// Longest interface name.
 pub(super) const NAME_BYTES_MAX: usize = libc::IFNAMSIZ - 1;
 
-/// What TUNSETIFF and TUNGETIFF are about.
+/// The parameters of TUNSETIFF and TUNGETIFF.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Interface {
     pub(super) name: String,
@@ -51,8 +51,8 @@ fn check(result: c_int) -> io::Result<()> {
     Ok(())
 }
 
-/// TUNSETIFF: attaches `file` to the tap `name`, making it if need be. A `%d` in
-/// the name is replaced by the kernel; the answer has the name.
+/// TUNSETIFF: attaches `file` to the tap `name`, creating it if necessary. The kernel replaces a `%d` in the name and
+/// returns the result.
 pub(super) fn attach(file: &File, name: &str, flags: c_int) -> io::Result<String> {
     let mut request = request(name);
     request.ifr_ifru.ifru_flags = flags as c_short;
@@ -61,7 +61,7 @@ pub(super) fn attach(file: &File, name: &str, flags: c_int) -> io::Result<String
     Ok(name_of(&request))
 }
 
-/// TUNGETIFF: what `file` is attached to.
+/// TUNGETIFF: the interface to which `file` is attached.
 pub(super) fn attached(file: &File) -> io::Result<Interface> {
     let mut request = request("");
     // SAFETY: TUNGETIFF writes one `ifreq`.
@@ -80,7 +80,7 @@ pub(super) fn set_header_bytes(file: &File, bytes: usize) -> io::Result<()> {
     check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETVNETHDRSZ, &bytes) })
 }
 
-/// TUNSETOFFLOAD: what the reader of the tap can cope with, `TUN_F_*`.
+/// TUNSETOFFLOAD: the offloads that the reader of the tap accepts, `TUN_F_*`.
 pub(super) fn set_offload(file: &File, offloads: c_uint) -> io::Result<()> {
     // SAFETY: TUNSETOFFLOAD takes its argument by value.
     check(unsafe {
@@ -105,7 +105,7 @@ pub(super) fn set_queue_enabled(file: &File, enabled: bool) -> io::Result<()> {
     check(unsafe { libc::ioctl(file.as_raw_fd(), libc::TUNSETQUEUE, &request) })
 }
 
-/// Makes reads and writes return instead of waiting.
+/// Makes the descriptor non-blocking.
 pub(super) fn set_nonblocking(file: &File) -> io::Result<()> {
     // SAFETY: F_GETFL takes no argument.
     let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
@@ -114,7 +114,7 @@ pub(super) fn set_nonblocking(file: &File) -> io::Result<()> {
     check(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) })
 }
 
-/// A socket to configure interfaces through.
+/// A socket for configuring interfaces.
 pub(super) struct ConfigSocket(OwnedFd);
 
 impl ConfigSocket {
@@ -162,7 +162,7 @@ impl ConfigSocket {
         self.call(libc::SIOCSIFMTU as c_ulong, &mut request)
     }
 
-    /// Brings the interface up, without a right to do so if it already is.
+    /// Brings the interface up; needs no permission if it is up already.
     pub(super) fn bring_up(&self, name: &str) -> io::Result<()> {
         let mut request = request(name);
         self.call(libc::SIOCGIFFLAGS as c_ulong, &mut request)?;

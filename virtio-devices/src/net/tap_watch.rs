@@ -1,10 +1,9 @@
-//! What a worker wants to hear of its tap.
+//! The events of its tap that a worker waits for.
 //!
-//! The worker's own event set watches for readability, and only code it calls
-//! may change it. A tap must be watched for writability too, and not at all
-//! while the guest has no buffers, or a frame that cannot be delivered would
-//! wake the worker for ever. So the tap sits in an event set of its own, which
-//! in turn is readable when the tap is ready in a way that is wanted now.
+//! The worker's own event set watches for readability, and only code that the worker calls may change it. A tap must
+//! also be watched for writability, and not at all while the guest has no buffers; otherwise a frame that cannot be
+//! delivered would wake the worker endlessly. So the tap is in its own event set, which is readable when the tap has an
+//! event that is currently awaited.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -22,7 +21,7 @@ pub(super) struct TapWatch {
 }
 
 impl TapWatch {
-    /// Watches for nothing yet. `tap` must stay open as long as this.
+    /// Watches for nothing yet. `tap` must stay open as long as this exists.
     pub(super) fn new(tap: RawFd) -> io::Result<Self> {
         Ok(Self {
             epoll: Epoll::new()?,
@@ -31,12 +30,12 @@ impl TapWatch {
         })
     }
 
-    /// Wants to hear when a frame can be read, or no more.
+    /// Starts or stops waiting for a readable frame.
     pub(super) fn readable(&mut self, wanted: bool) -> Result<(), WorkerError> {
         self.change(EventSet::IN, wanted)
     }
 
-    /// Wants to hear when a frame can be written, or no more.
+    /// Starts or stops waiting for room for a frame.
     pub(super) fn writable(&mut self, wanted: bool) -> Result<(), WorkerError> {
         self.change(EventSet::OUT, wanted)
     }
@@ -58,8 +57,8 @@ impl TapWatch {
         if after == before {
             return Ok(());
         }
-        // Errors are reported even for a descriptor of which nothing is wanted,
-        // hence Delete instead of Modify with an empty set.
+        // Errors are reported even for a descriptor with an empty set of events, hence Delete instead of Modify with an
+        // empty set.
         let operation = if before.is_empty() {
             ControlOperation::Add
         } else if after.is_empty() {

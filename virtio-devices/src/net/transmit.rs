@@ -9,14 +9,14 @@ use crate::device::{QueuePosition, WorkerError};
 use crate::queue::{ChainBuffers, Next, RamGuard, ServedQueue};
 use crate::worker::Turn;
 
-/// Why transmitting stopped.
+/// The reason why transmitting stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Stopped {
     /// No more frames: wait for the guest.
     NoFrame,
     /// The tap has no room: wait for it.
     NoRoom,
-    /// Others' turn; the queue has rung its doorbell.
+    /// The turn is over; the queue has rung its doorbell.
     TurnOver,
 }
 
@@ -38,7 +38,7 @@ impl Transmitter {
         self.queue.index()
     }
 
-    /// Moves frames until something stops it.
+    /// Moves frames until they are exhausted or blocked.
     ///
     /// # Errors
     /// The ring is unusable.

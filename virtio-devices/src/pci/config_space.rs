@@ -1,8 +1,8 @@
-//! The configuration space of one function (PCI 3.0 §6): a type 0 header with
-//! 64-bit memory BARs and a capability list, behind a write mask.
+//! The configuration space of one function (PCI 3.0 §6): a type 0 header with 64-bit memory BARs and a capability list,
+//! with a write mask.
 //!
-//! Only what a driver may change is writable; everything else ignores writes,
-//! so that a guest can write anything at any width.
+//! Only fields that a driver may change are writable; all others ignore writes, so that a guest can write anything at
+//! any width.
 
 use serde::{Deserialize, Serialize};
 use state::{Bytes, Part, State, StateError, parts, require};
@@ -36,7 +36,7 @@ const BAR_MEMORY_64: u32 = 0b100;
 /// Number of BAR registers in a type 0 header.
 const BAR_REGISTERS: u8 = 6;
 
-/// Who a function says it is.
+/// The identity of a function.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Identity {
     /// Vendor id.
@@ -55,7 +55,7 @@ pub struct Identity {
     pub subsystem: u16,
 }
 
-/// Bytes, and which bits of them a driver may change.
+/// The bytes, and the bits of them that a driver may change.
 #[derive(Debug)]
 pub struct ConfigSpace {
     bytes: [u8; SPACE_BYTES],
@@ -64,7 +64,7 @@ pub struct ConfigSpace {
     last_capability: Option<u8>,
 }
 
-/// Conventional configuration space at one moment.
+/// The saved state of conventional configuration space.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PciConfigState {
@@ -77,18 +77,18 @@ impl State for PciConfigState {
 }
 
 impl ConfigSpace {
-    /// What a driver has made of it.
+    /// The current content.
     pub fn state(&self) -> PciConfigState {
         PciConfigState {
             bytes: Bytes(self.bytes.to_vec()),
         }
     }
 
-    /// Takes over what a driver may change. All else tells which function this is, so it must be
-    /// the same already.
+    /// Restores the fields that a driver may change. The other fields identify the function, so they must match
+    /// already.
     ///
     /// # Errors
-    /// The state is of another function; nothing is changed then.
+    /// The state belongs to another function; nothing is changed then.
     pub fn restore(&mut self, state: &PciConfigState) -> Result<(), StateError> {
         let bytes = &state.bytes.0;
         require(bytes.len() == SPACE_BYTES, PART, "bytes", || {
@@ -137,8 +137,8 @@ impl ConfigSpace {
         assert!(size_bytes.is_power_of_two() && size_bytes >= 16);
         assert!(index + 1 < BAR_REGISTERS);
         let at = bar_register(index);
-        // Address bits below the size are hard-wired to zero: writing all ones
-        // and reading back is how a driver learns the size.
+        // Address bits below the size are hard-wired to zero: a driver learns the size by writing all ones and reading
+        // back.
         let address_bits = !(size_bytes - 1);
         self.bytes[at..at + 8].copy_from_slice(&u64::from(BAR_MEMORY_64).to_le_bytes());
         self.writable[at..at + 8].copy_from_slice(&address_bits.to_le_bytes());
@@ -167,9 +167,8 @@ impl ConfigSpace {
         self.bytes[COMMAND..COMMAND + 2].fill(0);
     }
 
-    /// Appends a capability: `body` follows the id and the next pointer,
-    /// `writable` says which of its bits a driver may change (shorter: the rest
-    /// is read-only). Returns the offset of the capability.
+    /// Appends a capability: `body` follows the id and the next pointer; `writable` has the bits of it that a driver
+    /// may change (shorter: the rest is read-only). Returns the offset of the capability.
     ///
     /// # Panics
     /// The space is full: an error of the caller, never of a guest.
@@ -209,7 +208,7 @@ impl ConfigSpace {
         self.write_masked(start, &data[..count]);
     }
 
-    /// Sets bytes regardless of what a driver may change.
+    /// Sets bytes regardless of the write mask.
     pub fn overwrite(&mut self, offset: u8, data: &[u8]) {
         let start = usize::from(offset);
         self.bytes[start..start + data.len()].copy_from_slice(data);

@@ -1,8 +1,7 @@
-//! What a PCI function on our bus is, and what it needs from the VMM.
+//! A PCI function on our bus, and what it needs from the VMM.
 //!
-//! The bus itself (ECAM, CF8/CFC, address windows) lives in the VMM; this
-//! module holds the seam between both, and the two building blocks that every
-//! function has: its configuration space and MSI-X.
+//! The bus itself (ECAM, CF8/CFC, address windows) is in the VMM. This module holds the interface between both, and the
+//! two building blocks of every function: its configuration space and MSI-X.
 
 mod config_space;
 mod msix;
@@ -31,9 +30,9 @@ pub trait MsiVectors: Send + Sync {
     /// Routes `vector` to `message`; from then on [`MsiVectors::trigger`] injects.
     ///
     /// # Errors
-    /// The host refused the route; the vector stays disabled.
+    /// The host rejected the route; the vector stays disabled.
     fn enable(&self, vector: u16, message: MsiMessage) -> io::Result<()>;
-    /// Takes the route away. Idempotent.
+    /// Removes the route. Idempotent.
     ///
     /// # Errors
     /// The host refused.
@@ -41,7 +40,7 @@ pub trait MsiVectors: Send + Sync {
     /// Injects an enabled vector; never blocks.
     ///
     /// # Errors
-    /// The vector is not enabled or the host refused.
+    /// The vector is not enabled, or the host rejected it.
     fn trigger(&self, vector: u16) -> io::Result<()>;
 }
 
@@ -54,9 +53,9 @@ pub struct Bar {
     pub size_bytes: u64,
     /// 64-bit prefetchable-capable BAR.
     pub is_64bit: bool,
-    /// Address programmed now.
+    /// The programmed address.
     pub address: u64,
-    /// Whether memory decoding is on, i.e. the function answers at `address`.
+    /// Whether memory decoding is on, so that the function responds at `address`.
     pub decoded: bool,
 }
 
@@ -71,9 +70,9 @@ pub struct DoorbellRegister<'a> {
     pub event: &'a EventFd,
 }
 
-/// A PCI function. Called by vCPU threads, serialised by the implementation;
-/// never waits for the guest. A write that rings the doorbell of a queue which
-/// holds its notifier waits for the worker's batch under way and one look at that queue.
+/// A PCI function. Called by vCPU threads, serialised by the implementation; never waits for the guest. A write that
+/// rings the doorbell of a queue that holds its notifier waits for the worker's current batch and one run of that
+/// queue.
 pub trait PciFunction: Send + Sync {
     /// The device's id in the API, e.g. `_disk0`.
     fn id(&self) -> &str;
@@ -92,7 +91,7 @@ pub trait PciFunction: Send + Sync {
     fn bar_write(&self, index: u8, offset: u64, data: &[u8]);
     /// The doorbells, for the bus to register with KVM wherever the BAR is mapped.
     fn with_doorbells(&self, visit: &mut dyn FnMut(DoorbellRegister<'_>));
-    /// Stops device threads from touching guest RAM; returns when they have.
+    /// Stops device threads from accessing guest RAM; returns when they have stopped.
     fn pause(&self);
     /// Undoes [`PciFunction::pause`].
     fn resume(&self);

@@ -1,8 +1,7 @@
 //! MSI-X: capability, vector table and pending bits (PCI 3.0 §6.8.2).
 //!
-//! [`MsixTable`] is what the driver programs; it is kept under the function's
-//! lock. [`MsixLines`] is what device threads pull; it takes no lock, so that a
-//! vCPU busy with a register never delays a completion:
+//! The driver programs [`MsixTable`], under the function's lock. Device threads use [`MsixLines`], which takes no lock,
+//! so that a vCPU busy with a register never delays a completion:
 //!
 //! ```text
 //!   device thread: signal(v) ── live? ──yes──► MsiVectors::trigger
@@ -10,8 +9,8 @@
 //!   vCPU: unmask(v) ── MsiVectors::enable ── live = 1 ── pending[v]? ── trigger
 //! ```
 //!
-//! Either the device thread sees `live`, or the vCPU sees `pending`: both sides
-//! write their own flag before they read the other's, in one total order.
+//! Either the device thread sees `live`, or the vCPU sees `pending`: both sides write their own flag before they read
+//! the other's, in one total order.
 
 use std::fmt;
 use std::sync::Arc;
@@ -32,14 +31,14 @@ pub const MSIX_ENTRY_BYTES: usize = 16;
 const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
 /// Message control: MSI-X is on.
 const CONTROL_ENABLE: u16 = 1 << 15;
-/// Vector control: this vector is masked. The only bit there is.
+/// Vector control: this vector is masked. The only defined bit.
 const VECTOR_CONTROL_MASK: u8 = 1;
-/// Where vector control lies in an entry.
+/// The offset of vector control in an entry.
 const VECTOR_CONTROL: usize = 12;
-/// Most vectors a function can have: the table size field has eleven bits.
+/// Maximum number of vectors of a function: the table size field has eleven bits.
 pub const MSIX_VECTORS_MAX: u16 = 2048;
 
-/// Table and pending bits at one moment. Whether MSI-X is on stands in configuration space.
+/// The saved table and pending bits. Configuration space holds whether MSI-X is on.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MsixState {
@@ -53,7 +52,7 @@ impl State for MsixState {
     const PART: Part = PART;
 }
 
-/// The end of MSI-X that device threads hold.
+/// The device threads' side of MSI-X.
 pub struct MsixLines {
     vectors: Arc<dyn MsiVectors>,
     enabled: AtomicBool,
@@ -78,9 +77,8 @@ impl fmt::Debug for MsixLines {
 }
 
 impl MsixLines {
-    /// Sends the vector's message now or, if it is masked, when it is unmasked.
-    /// Numbers without a vector (VIRTIO_MSI_NO_VECTOR) are ignored, and so is
-    /// everything while MSI-X is off.
+    /// Sends the vector's message now or, if it is masked, when it is unmasked. Numbers without a vector
+    /// (VIRTIO_MSI_NO_VECTOR) are ignored, as are all numbers while MSI-X is off.
     pub fn signal(&self, vector: u16) {
         let Some(line) = self.lines.get(usize::from(vector)) else {
             return;
@@ -88,7 +86,7 @@ impl MsixLines {
         if !self.is_enabled() {
             return;
         }
-        // The host refuses a vector that was masked just now; then it is pending.
+        // The host rejects a vector that was masked just now; then it is pending.
         if line.live.load(Ordering::SeqCst) && self.vectors.trigger(vector).is_ok() {
             return;
         }
@@ -112,7 +110,7 @@ impl MsixLines {
         self.enabled.load(Ordering::SeqCst)
     }
 
-    /// Interrupts the host refused to route or to inject.
+    /// Interrupts that the host refused to route or to inject.
     pub fn undelivered(&self) -> u64 {
         self.undelivered.load(Ordering::Relaxed)
     }
@@ -129,7 +127,7 @@ impl MsixLines {
 #[derive(Debug, Clone)]
 struct Entry {
     bytes: [u8; MSIX_ENTRY_BYTES],
-    /// What the host routes now.
+    /// The current routes of the host.
     routed: Option<MsiMessage>,
 }
 
@@ -156,7 +154,7 @@ impl Entry {
     }
 }
 
-/// The end of MSI-X that the driver programs.
+/// The driver's side of MSI-X.
 #[derive(Debug)]
 pub struct MsixTable {
     entries: Vec<Entry>,
@@ -184,12 +182,12 @@ impl MsixTable {
         }
     }
 
-    /// The end for device threads.
+    /// The side for device threads.
     pub fn lines(&self) -> Arc<MsixLines> {
         Arc::clone(&self.lines)
     }
 
-    /// What the driver has programmed and what it is still owed.
+    /// The values that the driver has programmed, and its pending interrupts.
     pub fn state(&self) -> MsixState {
         let pending = |line: &Line| line.pending.load(Ordering::SeqCst);
         MsixState {
@@ -201,12 +199,11 @@ impl MsixTable {
         }
     }
 
-    /// Takes the place of the table that `state` was taken of, with `control` as the message control
-    /// register. Routes are set; nothing is injected before [`MsixLines::inject_restored`].
+    /// Restores the table from which `state` was taken, with `control` as the message control register. Routes are set;
+    /// nothing is injected before [`MsixLines::inject_restored`].
     ///
     /// # Errors
-    /// A table of another size, bits that no table has, or vectors that do not exist; nothing is
-    /// changed then.
+    /// A table of another size, undefined bits, or vectors that do not exist; nothing is changed then.
     pub fn restore(&mut self, state: &MsixState, control: u16) -> Result<(), StateError> {
         let table = &state.table.0;
         let bytes = self.entries.len() * MSIX_ENTRY_BYTES;
@@ -280,7 +277,7 @@ impl MsixTable {
         }
     }
 
-    /// Writes the table at a byte offset and routes what that unmasks.
+    /// Writes the table at a byte offset and routes the vectors that this unmasks.
     pub fn write_table(&mut self, offset: u64, data: &[u8]) {
         let mut touched: Option<(usize, usize)> = None;
         for (at, value) in (offset..).zip(data) {
@@ -332,7 +329,7 @@ impl MsixTable {
         (vector < self.entries.len()).then_some((vector, offset % MSIX_ENTRY_BYTES))
     }
 
-    /// Makes the host's route of one vector agree with the table.
+    /// Synchronises the host's route of one vector with the table.
     fn apply(&mut self, vector: usize, enabled: bool) {
         let entry = &mut self.entries[vector];
         let line = &self.lines.lines[vector];
@@ -351,7 +348,7 @@ impl MsixTable {
             return;
         }
         if self.lines.vectors.enable(number, message).is_err() {
-            // Stays pending, and is tried again when the driver touches the entry.
+            // Stays pending, and is tried again when the driver writes the entry.
             entry.routed = None;
             line.live.store(false, Ordering::SeqCst);
             self.lines.undelivered.fetch_add(1, Ordering::Relaxed);

@@ -1,9 +1,8 @@
-//! Guest buffers as host I/O vectors, so that a disk or a tap reads and writes
-//! guest RAM without a copy in between (virtio 1.2 §2.7).
+//! Guest buffers as host I/O vectors, so that a disk or a tap reads and writes guest RAM without an intermediate copy
+//! (virtio 1.2 §2.7).
 //!
-//! Everything in a descriptor is a claim. [`ChainBuffers::collect`] resolves it
-//! against guest RAM once; what comes out is valid host memory for as long as
-//! the value lives, because each [`GuestBuffers`] keeps the memory map alive.
+//! Everything in a descriptor is a claim. [`ChainBuffers::collect`] resolves it against guest RAM once. The result is
+//! valid host memory for as long as the value exists, because each [`GuestBuffers`] keeps the memory map alive.
 
 #![allow(unsafe_code)]
 // UNSAFETY: the kernel is handed raw pointers into guest RAM (`iovec`), and small
@@ -15,18 +14,17 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice
 use super::walk::{Chain, ChainEnd, walk};
 use crate::worker::Turn;
 
-/// The memory map as a worker holds it for one batch of work.
+/// The memory map that a worker holds for one batch of work.
 pub(crate) type RamGuard = GuestMemoryLoadGuard<GuestMemoryMmap<()>>;
 
-/// Most vectors the kernel takes in one call (`UIO_MAXIOV`).
+/// Maximum number of vectors that the kernel accepts in one call (`UIO_MAXIOV`).
 pub(crate) const IOVECS_MAX: usize = 1024;
 
-/// Descriptors looked at in one chain: our longest queue. A chain may not have more than its
-/// queue has entries, whether they lie in the queue's own table or in an indirect one (virtio
-/// 1.2 §2.7.5.3.1).
+/// Maximum number of descriptors read in one chain: our longest queue. A chain may not have more than its queue has
+/// entries, whether they are in the queue's own table or in an indirect one (virtio 1.2 §2.7.5.3.1).
 const DESCRIPTORS_MAX: usize = 1024;
 
-/// Why a descriptor chain cannot be served.
+/// Reasons why a descriptor chain cannot be served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum ChainError {
     /// No descriptor could be read: the head is out of the table, or the table out of RAM.
@@ -80,13 +78,13 @@ impl GuestBuffers {
         self.bytes
     }
 
-    /// The pieces as the kernel wants them; at most [`IOVECS_MAX`].
+    /// The pieces in the kernel's format; at most [`IOVECS_MAX`].
     pub(crate) fn iovecs(&self) -> &[libc::iovec] {
         &self.iovecs
     }
 
-    /// Appends `len` bytes of guest RAM at `addr`, joined to the last piece where
-    /// both are neighbours on the host. A length of 0 appends nothing.
+    /// Appends `len` bytes of guest RAM at `addr`, merged with the last piece if both are adjacent on the host. A
+    /// length of 0 appends nothing.
     fn push(&mut self, addr: GuestAddress, len: usize) -> Result<(), ChainError> {
         // Split borrows: the slices borrow the map, the pieces are appended to.
         let Self { iovecs, bytes, ram } = self;
@@ -128,7 +126,7 @@ impl GuestBuffers {
         self.iovecs.drain(..whole);
     }
 
-    /// Takes the first `count` bytes (all if there are fewer) away as buffers of their own.
+    /// Splits off the first `count` bytes (all if there are fewer) as separate buffers.
     pub(crate) fn split_front(&mut self, count: usize) -> Self {
         let mut front = Self {
             iovecs: Vec::new(),
@@ -148,7 +146,7 @@ impl GuestBuffers {
         front
     }
 
-    /// Takes the last byte away as a buffer of its own; `None` if there is none.
+    /// Splits off the last byte as a separate buffer; `None` if there is none.
     pub(crate) fn split_last_byte(&mut self) -> Option<Self> {
         let last = self.iovecs.last_mut()?;
         last.iov_len -= 1;
@@ -167,7 +165,7 @@ impl GuestBuffers {
         })
     }
 
-    /// Copies from the front into `out` and returns how many bytes there were.
+    /// Copies from the front into `out` and returns the number of bytes.
     pub(crate) fn copy_out(&self, out: &mut [u8]) -> usize {
         let mut done = 0;
         for slice in self.slices() {
@@ -179,12 +177,12 @@ impl GuestBuffers {
         done
     }
 
-    /// Copies `data` to the front and returns how many bytes found room.
+    /// Copies `data` to the front and returns the number of bytes that fit.
     pub(crate) fn copy_in(&self, data: &[u8]) -> usize {
         self.copy_in_at(0, data)
     }
 
-    /// Copies `data` to `offset` and returns how many bytes found room.
+    /// Copies `data` to `offset` and returns the number of bytes that fit.
     pub(crate) fn copy_in_at(&self, mut offset: usize, data: &[u8]) -> usize {
         let mut done = 0;
         for slice in self.slices() {
@@ -219,9 +217,9 @@ impl GuestBuffers {
 /// A whole descriptor chain, split by direction.
 #[derive(Debug)]
 pub(crate) struct ChainBuffers {
-    /// What the device may read, in order.
+    /// The buffers that the device may read, in order.
     pub(crate) readable: GuestBuffers,
-    /// What the device may write, in order.
+    /// The buffers that the device may write, in order.
     pub(crate) writable: GuestBuffers,
 }
 
@@ -229,7 +227,7 @@ impl ChainBuffers {
     /// Resolves every descriptor of `chain`.
     ///
     /// # Errors
-    /// The chain is malformed; nothing of it has been touched.
+    /// The chain is malformed; none of it has been accessed.
     pub(crate) fn collect(
         chain: Chain<'_>,
         ram: &RamGuard,

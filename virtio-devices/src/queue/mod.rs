@@ -1,5 +1,4 @@
-//! The queue toolkit of all devices: how chains come out of a split virtqueue, and how answers go back
-//! (virtio 1.2 §2.7).
+//! The queue toolkit of all devices: taking chains from a split virtqueue, and returning them (virtio 1.2 §2.7).
 //!
 //! ```text
 //!   served    a queue as a worker serves it; every loop over chains goes through `ServedQueue::next`
@@ -8,8 +7,8 @@
 //!   single    the queue half of a device that serves one queue and answers each request at once
 //! ```
 //!
-//! A loop ends when the ring is empty or when the [`Turn`](crate::worker::Turn) is over. In the second case
-//! the queue rings its own doorbell, and the worker comes back to it.
+//! A loop ends when the ring is empty or when the [`Turn`](crate::worker::Turn) is over. In the second case the queue
+//! rings its own doorbell, and the worker returns to it.
 
 mod buffers;
 mod served;

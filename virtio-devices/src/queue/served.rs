@@ -1,6 +1,5 @@
-//! A split virtqueue as a worker serves it: chains come out resolved, used
-//! buffers go in, and the driver is interrupted only when it asked for it
-//! (virtio 1.2 §2.7).
+//! A split virtqueue as a worker serves it: it takes resolved chains, returns used buffers, and interrupts the driver
+//! only on request (virtio 1.2 §2.7).
 
 use std::fmt;
 use std::sync::Arc;
@@ -18,30 +17,30 @@ use crate::worker::Turn;
 /// One chain taken from the available ring.
 #[derive(Debug)]
 pub(crate) struct Popped {
-    /// What the used ring wants back.
+    /// The head for the used ring.
     pub(crate) head: u16,
-    /// The buffers, or why they are unusable.
+    /// The buffers, or the reason why they are unusable.
     pub(crate) buffers: Result<ChainBuffers, ChainError>,
 }
 
-/// What [`ServedQueue::next`] found.
+/// The result of [`ServedQueue::next`].
 #[derive(Debug)]
 pub(crate) enum Next<T> {
     /// The next available chain.
     Chain(T),
     /// The ring is empty.
     Empty,
-    /// The turn is over. The queue has rung its doorbell, so the worker comes back.
+    /// The turn is over. The queue has rung its doorbell, so the worker returns to it.
     TurnOver,
 }
 
-/// A queue, its way to the driver, and whether the driver is owed an interrupt.
+/// A queue, its interrupt, and whether an interrupt is owed to the driver.
 pub(crate) struct ServedQueue {
     index: u16,
     queue: Queue,
     doorbell: Arc<Doorbell>,
     interrupt: Arc<dyn Interrupt>,
-    /// Pushed since the driver was last considered.
+    /// Pushed since the last interrupt decision.
     used_pending: u16,
 }
 
@@ -72,7 +71,7 @@ impl ServedQueue {
         self.index
     }
 
-    /// How far it is.
+    /// The progress of the queue.
     pub(crate) fn position(&self) -> QueuePosition {
         position_of(self.index, &self.queue)
     }
@@ -101,7 +100,7 @@ impl ServedQueue {
         })
     }
 
-    /// Takes the next available chain as it is, unless the turn is over.
+    /// Takes the next available chain unresolved, unless the turn is over.
     ///
     /// # Errors
     /// As for [`ServedQueue::next`].
@@ -129,8 +128,8 @@ impl ServedQueue {
         })
     }
 
-    /// Chains available now. A handler that must not take any made available later
-    /// counts them before it starts.
+    /// The number of chains available now. A handler that must not take any made available later counts them before it
+    /// starts.
     ///
     /// # Errors
     /// As for [`ServedQueue::next`].
@@ -150,7 +149,7 @@ impl ServedQueue {
         self.queue.set_next_avail(next_avail);
     }
 
-    /// As [`ServedQueue::unpop`], for work that a command interrupts: the worker comes back to it.
+    /// As [`ServedQueue::unpop`], for work that a command interrupts: the worker returns to it.
     ///
     /// # Errors
     /// The eventfd cannot be written.
@@ -159,8 +158,8 @@ impl ServedQueue {
         self.ring_again()
     }
 
-    /// Returns a chain to the driver; `bytes` is what the device wrote to it. A head out of
-    /// the table is dropped, see [`ServedQueue::push_used_together`].
+    /// Returns a chain to the driver; `bytes` is the length that the device wrote. A head outside of the table is
+    /// dropped, see [`ServedQueue::push_used_together`].
     ///
     /// # Errors
     /// The used ring cannot be written.
@@ -173,9 +172,8 @@ impl ServedQueue {
         self.push_used_together(map, [(head, bytes)])
     }
 
-    /// Returns several chains at once: the driver sees all of them or none, as a
-    /// packet spread over several needs it (virtio 1.2 §5.1.6.4). Heads out of the
-    /// table cannot be returned and are dropped: the driver made them up.
+    /// Returns several chains at once: the driver sees all of them or none, as a packet spread over several requires
+    /// (virtio 1.2 §5.1.6.4). Heads outside of the table cannot be returned and are dropped: the driver made them up.
     ///
     /// # Errors
     /// The used ring cannot be written.
@@ -196,13 +194,12 @@ impl ServedQueue {
             self.used_pending = self.used_pending.saturating_add(1);
         }
         self.queue.set_next_used(next_used);
-        // Release: the elements are there before the index says so.
+        // Release: the elements are visible before the index is.
         map.store(next_used.to_le(), GuestAddress(ring + 2), Ordering::Release)
             .map_err(|error| unusable(self.index, &error))
     }
 
-    /// Interrupts the driver if used buffers were pushed since the last call and
-    /// it wants to hear of them.
+    /// Interrupts the driver if used buffers were pushed since the last call and it requested an interrupt.
     ///
     /// # Errors
     /// The ring cannot be read.
@@ -211,8 +208,7 @@ impl ServedQueue {
         if pushed == 0 {
             return Ok(());
         }
-        // The index must be visible before we look at what the driver wants:
-        // it does the same in the other order.
+        // The index must be visible before the driver's request is read; the driver uses the opposite order.
         fence(Ordering::SeqCst);
         if self.driver_wants_interrupt(map, pushed)? {
             self.interrupt.signal_queue(self.index);
@@ -242,7 +238,7 @@ impl ServedQueue {
         Ok(u32::from(field(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
-    /// Asks the driver not to ring while the queue is being worked off anyway.
+    /// Asks the driver not to ring while the queue is being processed anyway.
     ///
     /// # Errors
     /// The ring cannot be written.
@@ -255,8 +251,7 @@ impl ServedQueue {
             .map_err(|error| unusable(self.index, &error))
     }
 
-    /// Asks the driver to ring again. True: something came in meanwhile, for
-    /// which it may not have rung.
+    /// Asks the driver to ring again. True: chains arrived in the meantime, for which it may not have rung.
     ///
     /// # Errors
     /// The ring cannot be written or read.
@@ -269,8 +264,8 @@ impl ServedQueue {
             .map_err(|error| unusable(self.index, &error))
     }
 
-    /// Rings the doorbell on the driver's behalf: the handler stops with work left
-    /// and wants to be called again after the others.
+    /// Rings the doorbell on the driver's behalf: the handler stops with work left and must be called again after the
+    /// others.
     ///
     /// # Errors
     /// The eventfd cannot be written.
@@ -340,7 +335,7 @@ mod tests {
             take(&mut self.queue, &ram).expect("just pushed")
         }
 
-        /// Returns `count` chains at once and says whether that interrupted.
+        /// Returns `count` chains at once and reports whether that caused an interrupt.
         fn use_chains(&mut self, count: usize) -> bool {
             let heads: Vec<(u16, u32)> = (0..count).map(|_| (self.push_and_pop(), 1)).collect();
             let ram = self.ram.mem().memory();
@@ -368,10 +363,10 @@ mod tests {
         assert!(!rig.use_chains(1));
         assert!(rig.use_chains(1));
         assert!(!rig.use_chains(1));
-        // Passed over in the middle of several.
+        // The event index is in the middle of several.
         rig.write_avail(used_event, 5);
         assert!(rig.use_chains(4));
-        // All the way round the 16-bit index.
+        // All the way around the 16-bit index.
         rig.write_avail(used_event, 0);
         let mut signals = 0;
         for _ in 0..(1 << 16) / 4 {
@@ -388,7 +383,7 @@ mod tests {
         assert!(!rig.use_chains(1));
         rig.write_avail(0, 0);
         assert!(rig.use_chains(1));
-        // Nothing used, nothing to hear of.
+        // Nothing used, so no interrupt.
         let ram = rig.ram.mem().memory();
         rig.queue.signal(&ram).unwrap();
         assert_eq!(rig.interrupt.queue_signals(3), 2);

@@ -1,4 +1,4 @@
-//! The queue half of a device that has one queue and answers each request at once.
+//! The queue half of a device that has one queue and completes each request at once.
 
 use std::os::fd::RawFd;
 
@@ -10,20 +10,19 @@ use super::served::{Next, Popped, ServedQueue};
 use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError, no_own_state};
 use crate::worker::{EventSources, Turn};
 
-/// Token of the device's timer, the only source there is.
+/// Token of the device's timer, the only source.
 const TOKEN_TIMER: u32 = 0;
 
-/// What becomes of a request.
+/// The result of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Reply {
-    /// Answered, with so many bytes written.
+    /// Completed, with this number of bytes written.
     Done(u32),
-    /// A command came in between. The chain goes back to the ring and will be served
-    /// from its beginning.
+    /// A command arrived in between. The chain goes back to the ring and will be served from its beginning.
     PutBack,
 }
 
-/// What tells one such device from another.
+/// The properties that distinguish such devices.
 pub(crate) trait SingleQueueDevice: Send {
     /// As [`QueueHandler::name`].
     fn name(&self) -> String;
@@ -31,7 +30,7 @@ pub(crate) trait SingleQueueDevice: Send {
     /// A driver is ready.
     fn activated(&mut self, _features: u64) {}
 
-    /// Carries one request out.
+    /// Executes one request.
     fn answer(
         &mut self,
         driver: &Driver,
@@ -39,13 +38,13 @@ pub(crate) trait SingleQueueDevice: Send {
         turn: &mut Turn,
     ) -> Reply;
 
-    /// A descriptor that becomes readable when the device wants [`SingleQueueDevice::timer_expired`] called. It is
-    /// watched while a driver is active.
+    /// A descriptor that becomes readable when [`SingleQueueDevice::timer_expired`] should be called. It is watched
+    /// while a driver is active.
     fn timer(&self) -> Option<RawFd> {
         None
     }
 
-    /// The timer is readable. It must not be when this returns.
+    /// The timer is readable. It must no longer be when this returns.
     fn timer_expired(&mut self) {}
 
     /// The VM pauses.
@@ -68,7 +67,7 @@ pub(crate) trait SingleQueueDevice: Send {
     }
 }
 
-/// What a device knows of its driver.
+/// The state while a driver is active.
 #[derive(Debug)]
 pub(crate) struct Driver {
     pub(crate) ram: GuestRam,
@@ -79,7 +78,7 @@ pub(crate) struct Driver {
 #[derive(Debug)]
 pub(crate) struct SingleQueue<D> {
     device: D,
-    /// Absent too if the driver left the queue disabled.
+    /// Also absent if the driver left the queue disabled.
     active: Option<(Driver, ServedQueue)>,
     paused: bool,
 }

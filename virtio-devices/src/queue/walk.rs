@@ -6,7 +6,7 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::worker::Turn;
 
-/// A chain as it lies in the descriptor table; nothing of it has been read.
+/// A chain in the descriptor table; nothing of it has been read.
 pub(crate) type Chain<'m> = DescriptorChain<&'m GuestMemoryMmap<()>>;
 
 /// How a chain ended.
@@ -18,12 +18,12 @@ pub(crate) enum ChainEnd {
     Empty,
     /// In a loop, outside of its table, or beyond 4 GiB.
     Broken,
-    /// At the caller's bound. An indirect table may have 65 535 descriptors.
+    /// At the caller's limit. An indirect table may have 65 535 descriptors.
     TooLong,
 }
 
-/// Shows `visit` up to `descriptors_max` descriptors, until it returns false, and charges them to the turn.
-/// `None`: `visit` stopped the walk.
+/// Passes up to `descriptors_max` descriptors to `visit`, until it returns false, and charges them to the turn. `None`:
+/// `visit` stopped the walk.
 pub(crate) fn walk(
     chain: Chain<'_>,
     descriptors_max: usize,

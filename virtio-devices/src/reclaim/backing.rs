@@ -1,4 +1,4 @@
-//! What stands behind each region of guest RAM, and so how its pages are given back.
+//! The backing of each region of guest RAM, which determines how its pages are discarded.
 #![allow(unsafe_code)]
 // UNSAFETY: `fstatfs` and `sysconf` have no safe wrapper among our dependencies.
 
@@ -11,21 +11,20 @@ use vm_memory::{Address, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
 use super::ranges::Expected;
 use super::sys;
 
-/// The kinds of mapping guest RAM may be made of.
+/// The kinds of mapping for guest RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Backing {
     /// Private anonymous memory: `MADV_DONTNEED` frees it.
     AnonymousPrivate,
-    /// A file mapped shared (memfd, hugetlbfs, tmpfs): the file owns the pages,
-    /// so only a hole in the file frees them.
+    /// A file mapped shared (memfd, hugetlbfs, tmpfs): the file owns the pages, so only a hole in the file frees them.
     SharedFile {
         /// The file. Valid as long as the memory map it was taken from.
         fd: RawFd,
-        /// Where in the file the region begins.
+        /// The offset of the region in the file.
         file_start: u64,
     },
-    /// A file mapped private: never punched, because the file is somebody else's.
-    /// `MADV_DONTNEED` frees what the guest has written, and shows the file again.
+    /// A file mapped private: never punched, because the VMM does not own the file. `MADV_DONTNEED` frees the pages
+    /// that the guest has written, and the mapping shows the file again.
     PrivateFile,
     /// Neither clearly private nor backed by a file that can be punched.
     Unsupported,
@@ -38,7 +37,7 @@ pub(super) struct RegionLayout {
     pub(super) bytes: u64,
     /// Address of the mapping in this process.
     pub(super) host_start: usize,
-    /// Size of the pages behind it; a power of two.
+    /// Size of its backing pages; a power of two.
     pub(super) page_bytes: u64,
     pub(super) backing: Backing,
 }
@@ -51,7 +50,7 @@ impl RegionLayout {
         let private = flags & libc::MAP_PRIVATE != 0;
         let backing = match file {
             None if private && !shared => Backing::AnonymousPrivate,
-            // Nothing of it can be freed but by removing it.
+            // None of it can be freed except by removing it.
             Some(file) if shared && !sys::can_punch(file.file().as_raw_fd()) => {
                 Backing::Unsupported
             }
@@ -118,8 +117,8 @@ fn file_system(file: &File) -> Option<libc::statfs> {
 
 /// Page size of an anonymous `MAP_HUGETLB` mapping, from its flags.
 fn anonymous_huge_page_bytes(flags: i32) -> Option<u64> {
-    /// The largest huge page of x86-64. Where the flags leave the size to the
-    /// system we assume it: too large a page only makes us skip more.
+    /// The largest huge page of x86-64. If the flags leave the size to the system, it is assumed: a page size that is
+    /// too large only causes more to be skipped.
     const LARGEST_HUGE_PAGE_BYTES: u64 = 1 << 30;
     if flags & libc::MAP_HUGETLB == 0 {
         return None;
@@ -139,8 +138,8 @@ pub(super) fn base_page_bytes() -> u64 {
     u64::try_from(bytes).expect("every Linux has a page size")
 }
 
-/// The smallest backing page among the regions that can be discarded where the guest
-/// expects this afterwards; `None` if there is no such region.
+/// The smallest backing page among the regions that can be discarded with this expectation of the guest; `None` if
+/// there is no such region.
 #[must_use]
 pub fn smallest_reclaimable_page_bytes(
     mem: &GuestMemoryMmap<()>,

@@ -1,4 +1,4 @@
-//! The discard engine: carries a plan out with the fewest system calls the kernel allows.
+//! The discard engine: executes a plan with the fewest system calls that the kernel allows.
 //!
 //! | Backing | Call | Calls per batch |
 //! | --- | --- | --- |
@@ -6,12 +6,12 @@
 //! | private, older | `madvise(MADV_DONTNEED)` | 1 per piece |
 //! | shared file | `fallocate(PUNCH_HOLE)` | 1 per piece; no vector form exists |
 //!
-//! `MADV_DONTNEED` on a shared file would only unmap: the pages stay in the file. On a private
-//! mapping of a file it drops the pages the guest has written, and then the file shows again: so
-//! only where the guest expects nothing ([`Expected::Anything`]). The file itself is never changed.
+//! On a shared file, `MADV_DONTNEED` would only unmap: the pages stay in the file. On a private mapping of a file it
+//! drops the pages that the guest has written, and the mapping shows the file again. So it is used only if the guest
+//! expects nothing ([`Expected::Anything`]). The file itself is never changed.
 #![allow(unsafe_code)]
-// UNSAFETY: this module decides that memory may be discarded, which is what the
-// functions in `sys` ask their caller to vouch for.
+// UNSAFETY: this module decides that memory may be discarded, which the functions in `sys` require their caller to
+// guarantee.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -27,16 +27,16 @@ use super::sys::{self, HostSpan, VECTOR_SPANS_MAX};
 use crate::device::GuestRam;
 use crate::worker::Turn;
 
-/// Most bytes one call discards, unless a single backing page is larger. The kernel frees resident
+/// Maximum number of bytes discarded by one call, unless a single backing page is larger. The kernel frees resident
 /// memory at some GiB per second, and a call cannot be interrupted.
 const CALL_BYTES_MAX: u64 = 128 << 20;
 
 /// A number of ranges and the bytes in them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Extent {
-    /// How many ranges.
+    /// The number of ranges.
     pub ranges: u64,
-    /// How many bytes in all of them.
+    /// The number of bytes in all of them.
     pub bytes: u64,
 }
 
@@ -46,39 +46,38 @@ impl Extent {
         self.add_all(Self { ranges: 1, bytes });
     }
 
-    /// Counts everything `other` has counted.
+    /// Adds the counts of `other`.
     pub fn add_all(&mut self, other: Self) {
         self.ranges = self.ranges.saturating_add(other.ranges);
         self.bytes = self.bytes.saturating_add(other.bytes);
     }
 }
 
-/// What became of one batch. Every byte requested is in exactly one of
-/// `discarded`, `failed` and `skipped`.
+/// The result of one batch. Every requested byte is in exactly one of `discarded`, `failed` and `skipped`.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    /// As claimed, before anything was checked.
+    /// The claims, before any check.
     pub requested: Extent,
-    /// Given back to the host. Ranges are counted after uniting.
+    /// Discarded. Ranges are counted after merging.
     pub discarded: Extent,
-    /// The system call said no. Ranges are counted after uniting.
+    /// The system call failed. Ranges are counted after merging.
     pub failed: Extent,
     /// Never tried.
     pub skipped: SkippedBytes,
     /// System calls made.
     pub syscalls: u64,
-    /// Why the first range that failed did.
+    /// The reason why the first failed range failed.
     pub first_error: Option<io::Error>,
 }
 
-/// Discards guest memory. One per worker thread; keeps its buffers from batch to batch.
+/// Discards guest memory. One per worker thread; reuses its buffers across batches.
 #[derive(Debug)]
 pub struct DiscardEngine {
-    /// This process, if its kernel discards by vector.
+    /// A descriptor of this process, if the kernel discards by vector.
     vectors: Option<BorrowedFd<'static>>,
     switch: Arc<DiscardSwitch>,
-    /// The map `regions` was made from. Weak: it identifies the map without
-    /// keeping unplugged memory mapped, and its address cannot be reused while we hold it.
+    /// The map from which `regions` was derived. Weak: it identifies the map without keeping unplugged memory mapped,
+    /// and its address cannot be reused while it is held.
     known: Weak<GuestMemoryMmap<()>>,
     regions: Vec<RegionLayout>,
     pieces: Vec<Piece>,
@@ -86,7 +85,7 @@ pub struct DiscardEngine {
 }
 
 impl DiscardEngine {
-    /// An engine that obeys `switch` and uses the best calls this kernel has.
+    /// An engine that obeys `switch` and uses the best calls of this kernel.
     #[must_use]
     pub fn new(switch: Arc<DiscardSwitch>) -> Self {
         Self::with_vectors(switch, sys::vector_advice())
@@ -115,9 +114,8 @@ impl DiscardEngine {
         self.vectors.is_some()
     }
 
-    /// Discards what of `claims` is whole pages of guest RAM, and says exactly
-    /// what that was. Sorts `claims`. After it returns, discarded memory costs the
-    /// host nothing until it is touched again, and then reads as `expected`.
+    /// Discards the whole pages of guest RAM in `claims`, and reports exactly what they were. Sorts `claims`. After it
+    /// returns, discarded memory costs the host nothing until it is touched again, and then reads as `expected`.
     pub fn discard(
         &mut self,
         ram: &GuestRam,
@@ -128,9 +126,8 @@ impl DiscardEngine {
             .expect("a turn of one's own has no commands")
     }
 
-    /// As [`DiscardEngine::discard`], but stops between two system calls if a command comes in.
-    /// `None`: it did. Any part of the memory may be discarded then; as nobody was told, all of it
-    /// can be discarded again.
+    /// As [`DiscardEngine::discard`], but stops between two system calls if a command arrives. `None`: it was stopped.
+    /// Any part of the memory may be discarded then; because nothing was completed, all of it can be discarded again.
     pub fn discard_unless_called(
         &mut self,
         ram: &GuestRam,
@@ -142,8 +139,7 @@ impl DiscardEngine {
             requested: requested(claims),
             ..Outcome::default()
         };
-        // A reference of our own, so that the map and the switch can be held
-        // beside `self`.
+        // A separate reference, so that the map and the switch can be held beside `self`.
         let switch = Arc::clone(&self.switch);
         let Ok(_batch) = switch.begin() else {
             self.pieces.clear();
@@ -171,10 +167,10 @@ impl DiscardEngine {
         }
     }
 
-    /// Walks the pieces, whole vectors of private ones at a time. False: a command came in.
+    /// Iterates over the pieces, whole vectors of private ones at a time. False: a command arrived.
     fn carry_out(&mut self, outcome: &mut Outcome, turn: &mut Turn) -> bool {
         let mut at = 0;
-        // What a vector did not reach is tried one by one, from the first range that failed.
+        // Spans that a vector did not reach are tried one by one, from the first range that failed.
         let mut one_by_one_until = 0;
         while at < self.pieces.len() {
             if outcome.syscalls > 0 && turn.is_called() {
@@ -194,8 +190,8 @@ impl DiscardEngine {
         true
     }
 
-    /// Fills `self.spans` with private pieces from `first` on. False: too few for a vector, as the
-    /// plain call is a little cheaper.
+    /// Fills `self.spans` with private pieces from `first` on. False: too few for a vector, because the plain call is
+    /// slightly cheaper.
     fn collect_vector(&mut self, first: usize) -> bool {
         self.spans.clear();
         let mut left = CALL_BYTES_MAX;
@@ -210,7 +206,7 @@ impl DiscardEngine {
         self.spans.len() > 1
     }
 
-    /// Tries `self.spans` in one call; returns how many were discarded whole.
+    /// Tries `self.spans` in one call; returns the number that were discarded completely.
     fn discard_by_vector(
         &mut self,
         pidfd: BorrowedFd<'_>,
@@ -222,12 +218,12 @@ impl DiscardEngine {
         let asked = pieces.iter().map(|piece| piece.bytes).sum();
         outcome.syscalls += 1;
         turn.charge_call(pieces.len() as u64, asked);
-        // SAFETY: the planner has checked that every span is whole pages of
-        // guest RAM, which the guest has given up; `discard` keeps the mapping alive.
+        // SAFETY: the planner has checked that every span is whole pages of guest RAM that the guest has released;
+        // `discard` keeps the mapping alive.
         let advised = match unsafe { sys::discard_vector(pidfd, &self.spans) } {
             Ok(bytes) => bytes as u64,
             Err(e) => {
-                // Forbidden or gone: it will not come back, so stop asking.
+                // Forbidden or gone permanently, so stop trying.
                 if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) {
                     self.vectors = None;
                 }
@@ -245,7 +241,7 @@ impl DiscardEngine {
         self.spans.len()
     }
 
-    /// Discards what is left of a piece, as far as one call goes. False: there is more of it.
+    /// Discards the rest of a piece, up to the limit of one call. False: there is more of it.
     fn discard_one(&mut self, at: usize, outcome: &mut Outcome, turn: &mut Turn) -> bool {
         let piece = &mut self.pieces[at];
         let region = &self.regions[piece.region];
@@ -257,14 +253,12 @@ impl DiscardEngine {
         turn.charge_call(1, bytes);
         let result = match region.backing {
             Backing::AnonymousPrivate | Backing::PrivateFile => {
-                // SAFETY: whole pages of guest RAM that the guest has given up;
-                // `discard` keeps the mapping alive.
+                // SAFETY: whole pages of guest RAM that the guest has released; `discard` keeps the mapping alive.
                 unsafe { sys::discard_span(region.span(offset, bytes)) }
             }
             Backing::SharedFile { fd, file_start } => {
-                // SAFETY: the planner has checked that the piece consists of
-                // whole pages of this region, which the guest has given up;
-                // `discard` keeps the file open.
+                // SAFETY: the planner has checked that the piece consists of whole pages of this region that the guest
+                // has released; `discard` keeps the file open.
                 unsafe { sys::punch_hole(fd, file_start + offset, bytes) }
             }
             Backing::Unsupported => {
@@ -294,7 +288,7 @@ impl DiscardEngine {
         }
     }
 
-    /// What the last batch discarded, as guest ranges in ascending order.
+    /// The ranges that the last batch discarded, as guest addresses in ascending order.
     pub fn discarded_ranges(&self) -> impl Iterator<Item = GuestRange> + '_ {
         self.pieces
             .iter()
@@ -323,7 +317,7 @@ fn requested(claims: &[GuestRange]) -> Extent {
     requested
 }
 
-/// Pieces lie inside mappings of this process, so they fit its addresses.
+/// Pieces are inside mappings of this process, so they fit its addresses.
 fn to_usize(bytes: u64) -> usize {
     usize::try_from(bytes).expect("a mapped length is an address")
 }

@@ -1,11 +1,10 @@
-//! Guest RAM on real mappings, each region with pages of a stranger before and after it.
+//! Guest RAM on real mappings, each region with guard pages before and after it.
 //!
-//! For tests and fuzzing: whatever a guest makes the device do, the strangers'
-//! pages must not change, and no page may end up as anything but itself or what a discarded one is.
-//! [`discard_and_check`] compares an engine with the rule on such ground.
+//! For tests and fuzzing: whatever a guest makes the device do, the guard pages must not change, and every page must
+//! end up unchanged or discarded. [`discard_and_check`] compares an engine with the rule on such memory.
 #![allow(unsafe_code)]
-// UNSAFETY: regions are put into the middle of larger mappings, and `mlock` and
-// `memfd_create` have no safe wrapper among our dependencies.
+// UNSAFETY: regions are placed in the middle of larger mappings, and `mlock` and `memfd_create` have no safe wrapper
+// among our dependencies.
 
 use std::ffi::c_void;
 use std::fs::File;
@@ -23,17 +22,17 @@ use crate::reclaim::{DiscardEngine, Expected, GuestRange, Outcome};
 pub const PAGE: usize = 4096;
 /// Pages in a huge page of [`Kind::Huge`].
 pub const HUGE_PAGE_PAGES: usize = (2 << 20) / PAGE;
-/// What a file that is mapped private holds; in no pattern.
+/// The content of a file that is mapped private; it differs from all patterns.
 const FILE_BYTE: u8 = 0xa6;
 
-/// What a region is made of.
+/// The backing of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Private anonymous memory.
     Anonymous,
     /// A memory file, mapped shared.
     Memfd,
-    /// A file, mapped private. It holds something else than zeros.
+    /// A file, mapped private. Its content is not zeros.
     PrivateFile,
     /// A memory file of huge pages of 2 MiB, mapped shared. Its areas are whole huge pages.
     Huge,
@@ -42,7 +41,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Pages of a stranger on either side of a region.
+    /// Guard pages on either side of a region.
     fn guard_pages(self) -> usize {
         match self {
             Self::Huge => HUGE_PAGE_PAGES,
@@ -60,7 +59,7 @@ impl Kind {
     }
 }
 
-/// One region: where the guest sees it, how long it is, what it is made of.
+/// One region: its guest address, length and backing.
 #[derive(Clone, Copy, Debug)]
 pub struct RamArea {
     /// First guest page.
@@ -77,7 +76,7 @@ pub struct GuardedRam {
     /// The regions as guest RAM.
     pub ram: GuestRam,
     areas: Vec<RamArea>,
-    /// Longer than the regions by the guards, and outlives them.
+    /// Larger than the regions by the guards, and outlives them.
     outer: Vec<MmapRegion>,
 }
 
@@ -91,7 +90,7 @@ impl GuardedRam {
         Self::try_new(areas).expect("memory can be mapped")
     }
 
-    /// As [`GuardedRam::new`], where the host may have no huge pages, or no more of them.
+    /// As [`GuardedRam::new`], if the host may have no huge pages, or not enough of them.
     ///
     /// # Errors
     /// They cannot be mapped.
@@ -116,7 +115,7 @@ impl GuardedRam {
         Ok(guarded)
     }
 
-    /// The pages of a area in its mapping, between the guards.
+    /// The pages of an area in its mapping, between the guards.
     fn inside(&self, at: usize) -> std::ops::Range<usize> {
         let guard = self.areas[at].kind.guard_pages();
         guard..guard + self.areas[at].pages
@@ -134,19 +133,19 @@ impl GuardedRam {
         }
     }
 
-    /// Gives every page of the regions its pattern again.
+    /// Writes its pattern to every page of the regions again.
     pub fn refill(&self) {
         for (at, outer) in self.outer.iter().enumerate() {
             fill_pages(at, outer, self.inside(at));
         }
     }
 
-    /// Pages, by area and position in it, that were discarded: they are all zeros, or show
-    /// the file that was mapped private.
+    /// Pages, by area and position in it, that were discarded: they are all zeros, or show the file that was mapped
+    /// private.
     ///
     /// # Panics
-    /// At a page that is neither that nor its pattern, at a stranger's page
-    /// that changed, and at a file that was mapped private and has changed.
+    /// At a page that is neither that nor its pattern, at a guard page that changed, and at a file that was mapped
+    /// private and has changed.
     #[must_use]
     pub fn discarded(&self) -> Vec<(usize, usize)> {
         let mut discarded = Vec::new();
@@ -176,7 +175,7 @@ impl GuardedRam {
         discarded
     }
 
-    /// Looks at the strangers' pages alone.
+    /// Checks the guard pages alone.
     ///
     /// # Panics
     /// One of them has changed.
@@ -211,14 +210,14 @@ impl GuardedRam {
     }
 }
 
-/// Lets `engine` discard `claims` on new ground of `areas` and compares what is gone with the rule:
-/// backing pages that lie whole in the union of the claims, where their kind can be discarded.
+/// Lets `engine` discard `claims` on new memory of `areas` and compares the discarded pages with the rule: backing
+/// pages completely inside the union of the claims, if their kind can be discarded.
 ///
 /// # Errors
-/// The ground cannot be mapped.
+/// The memory cannot be mapped.
 ///
 /// # Panics
-/// Anything else is gone, or is not, or the engine tells something else.
+/// Another page is discarded, a page is not, or the engine reports something else.
 pub fn discard_and_check(
     engine: &mut DiscardEngine,
     areas: &[RamArea],
@@ -258,7 +257,7 @@ pub fn discard_and_check(
     Ok(outcome)
 }
 
-/// Whether a guest page lies whole in the union of the claims, byte by byte.
+/// Whether a guest page is completely in the union of the claims, byte by byte.
 fn given_up(claims: &[GuestRange], page: u64) -> bool {
     let bytes = PAGE as u64;
     let (start, end) = (u128::from(page * bytes), u128::from((page + 1) * bytes));
@@ -301,7 +300,7 @@ fn pattern(area: usize, page: usize) -> u8 {
     (page * 7 + area * 31) as u8 | 1
 }
 
-/// Looks whether a file that is mapped private still holds what it held.
+/// Checks whether a file that is mapped private still has its content.
 fn check_file(outer: &MmapRegion) {
     let file = outer.file_offset().expect("a file is mapped").file();
     let mut bytes = vec![0; outer.size()];
@@ -333,7 +332,7 @@ fn map(area: RamArea) -> io::Result<(MmapRegion, GuestRegionMmap)> {
     }
     let outer = outer.build().map_err(io::Error::other)?;
     let inner_start = outer.as_ptr().wrapping_add(guard_bytes);
-    // SAFETY: the range lies inside `outer`, which the guarded keeps.
+    // SAFETY: the range is inside `outer`, which the guarded region keeps.
     let inner =
         unsafe { MmapRegionBuilder::new(area.pages * PAGE).with_raw_mmap_pointer(inner_start) };
     let mut inner = inner
@@ -363,7 +362,7 @@ fn memfd(kind: Kind, bytes: usize) -> io::Result<File> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has just given us this descriptor, and nobody else.
+    // SAFETY: the kernel has just returned this descriptor, and it has no other owner.
     let file = unsafe { File::from_raw_fd(fd) };
     file.set_len(bytes as u64)?;
     if kind == Kind::PrivateFile {

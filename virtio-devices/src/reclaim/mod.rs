@@ -1,7 +1,7 @@
-//! Giving guest memory back to the host, and measuring how much of it is back.
+//! Discards guest memory, and measures how much of it the host has back.
 //!
-//! [`DiscardEngine`] is the only code of the VMM that discards guest memory. It
-//! takes ranges a guest *claims* are free and treats each as a claim:
+//! [`DiscardEngine`] is the only code of the VMM that discards guest memory. It accepts ranges that a guest *claims*
+//! are free and treats each as a claim:
 //!
 //! ```text
 //!   claims ──► plan (ranges.rs, pure) ──► pieces ──► system calls (discard.rs, sys.rs) ──► Outcome
@@ -10,13 +10,11 @@
 //!              cut to whole backing pages
 //! ```
 //!
-//! Every byte asked for is accounted for exactly once: it was discarded, it was
-//! skipped for a [`SkipReason`], or the system call on it failed. Nothing else
-//! is ever reported, to the guest or to the operator.
+//! Every requested byte is accounted for exactly once: it was discarded, it was skipped for a [`SkipReason`], or the
+//! system call on it failed. Nothing else is ever reported, to the guest or to the operator.
 //!
-//! [`ResidencyProbe`] measures what is resident. It looks at page tables and
-//! files, never at what was discarded: a discarded page the guest has touched
-//! again is resident, and only measuring tells.
+//! [`ResidencyProbe`] measures what is resident. It reads page tables and files, and does not rely on what was
+//! discarded: a discarded page that the guest has touched again is resident, and only a measurement shows it.
 
 mod backing;
 mod discard;

@@ -1,14 +1,12 @@
-//! Reading which pages of our own mappings are present or swapped, from `/proc/self/pagemap`.
+//! Reads from `/proc/self/pagemap` which pages of our mappings are present or swapped.
 //!
-//! Both ways walk the page tables under the read side of the memory map lock:
-//! faults of vCPU threads go on beside them. But a thread that wants to change the
-//! map waits for the walk, and faults then queue up behind that thread; so no
-//! single call walks more than a window of memory.
+//! Both ways walk the page tables under the read side of the memory map lock, so page faults of vCPU threads continue
+//! in parallel. But a thread that wants to change the map waits for the walk, and page faults then queue up behind that
+//! thread. So no single call walks more than a window of memory.
 //!
-//! * `PAGEMAP_SCAN` (Linux ≥ 6.7, Documentation/admin-guide/mm/pagemap.rst)
-//!   answers with ranges and steps over absent page tables and over huge pages
-//!   at once: its price is that of the page tables that exist.
-//! * Reading the file gives eight bytes for each page of the range, there or not.
+//! * `PAGEMAP_SCAN` (Linux ≥ 6.7, Documentation/admin-guide/mm/pagemap.rst) returns ranges, and skips absent page
+//!   tables and huge pages in one step: its cost is that of the existing page tables.
+//! * Reading the file returns eight bytes for each page of the range, present or not.
 #![allow(unsafe_code)]
 // UNSAFETY: the scan is an ioctl that takes addresses.
 
@@ -19,14 +17,14 @@ use std::os::unix::fs::FileExt;
 
 use super::backing::base_page_bytes;
 
-/// Bytes of a range by where they are; the rest is nowhere.
+/// Bytes of a range by location; the rest is absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct MappedBytes {
     /// Mapped to a page of RAM (for the scan: other than the shared zero page).
     pub(super) present: u64,
     /// Written out to swap.
     pub(super) swapped: u64,
-    /// System calls it took to know.
+    /// The number of system calls.
     pub(super) calls: u64,
 }
 
@@ -56,7 +54,7 @@ impl Pagemap {
         self.scans
     }
 
-    /// What is held of `[start, end)`; both page aligned.
+    /// The memory held of `[start, end)`; both page aligned.
     pub(super) fn mapped(&self, start: u64, end: u64) -> io::Result<MappedBytes> {
         if self.scans {
             self.scan(start, end)
@@ -102,8 +100,8 @@ impl Pagemap {
                     held.swapped += bytes;
                 }
             }
-            // The kernel stops before the end of the window only when the array is
-            // full, so every further turn begins later: the loop ends.
+            // The kernel stops before the end of the window only if the array is full, so every iteration begins later:
+            // the loop ends.
             if arg.walk_end >= end || arg.walk_end <= arg.start {
                 return Ok(held);
             }
@@ -135,7 +133,7 @@ impl Pagemap {
     }
 }
 
-/// Memory one scan call walks: 65536 pages of 4 KiB, well under a millisecond.
+/// Memory walked by one scan call: 65536 pages of 4 KiB, well under a millisecond.
 const SCAN_WINDOW_BYTES: u64 = 256 << 20;
 /// Ranges one scan call returns: 12 KiB of stack, few calls even when scattered.
 const SCAN_REGIONS: usize = 512;

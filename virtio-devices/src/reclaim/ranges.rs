@@ -1,17 +1,16 @@
-//! The pure half of the discard engine: from claimed ranges to pieces that may be discarded.
+//! The pure half of the discard engine: turns claimed ranges into pieces that may be discarded.
 //!
-//! The rule, in terms of sets: take the union of all claimed bytes, intersect it
-//! with each RAM region, and keep the backing pages that lie in it *whole*. A
-//! page of which only a part was given up still holds the guest's data.
-//! Uniting comes before cutting, so 512 adjacent 4 KiB claims free one 2 MiB
-//! page, and a claim that crosses from one region into the next is served in both.
+//! The rule, in terms of sets: take the union of all claimed bytes, intersect it with each RAM region, and keep the
+//! backing pages that are *completely* inside. A page of which only a part was released still holds the guest's data.
+//! Merging comes before cutting, so 512 adjacent 4 KiB claims free one 2 MiB page, and a claim that crosses from one
+//! region into the next is served in both.
 
 use device_facts::SkipReason;
 
 use super::backing::{Backing, RegionLayout};
 
-/// A range of guest physical memory somebody claims is free. Nothing about it
-/// has been checked: it may be empty, wrap around or lie outside of RAM.
+/// A range of guest physical memory that is claimed to be free. It has not been checked: it may be empty, wrap around
+/// or be outside of RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestRange {
     /// First guest physical address.
@@ -20,7 +19,7 @@ pub struct GuestRange {
     pub bytes: u64,
 }
 
-/// What the guest may rely on finding in memory that was discarded.
+/// The content that the guest may rely on in discarded memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expected {
     /// Zeros.
@@ -40,7 +39,7 @@ impl SkippedBytes {
         self.0[reason as usize]
     }
 
-    /// Bytes skipped for whatever reason.
+    /// Bytes skipped for any reason.
     #[must_use]
     pub fn total(&self) -> u64 {
         self.0.iter().fold(0, |sum, b| sum.saturating_add(*b))
@@ -51,13 +50,13 @@ impl SkippedBytes {
         SkipReason::ALL.iter().map(|r| (*r, self.get(*r)))
     }
 
-    /// Counts `bytes` more for `reason`.
+    /// Adds `bytes` for `reason`.
     pub fn add(&mut self, reason: SkipReason, bytes: u64) {
         let slot = &mut self.0[reason as usize];
         *slot = slot.saturating_add(bytes);
     }
 
-    /// Counts everything `other` has counted.
+    /// Adds the counts of `other`.
     pub fn add_all(&mut self, other: &Self) {
         for (reason, bytes) in other.iter() {
             self.add(reason, bytes);
@@ -74,18 +73,17 @@ pub(super) struct Piece {
     pub(super) offset: u64,
     /// Not zero; a multiple of the region's page size.
     pub(super) bytes: u64,
-    /// What the system calls have really freed of it.
+    /// The part of it that system calls have freed.
     pub(super) discarded_bytes: u64,
 }
 
-/// The smallest unit a guest can give up (virtio 1.2 §5.5.6: balloon pages are 4 KiB).
+/// The smallest unit that a guest can release (virtio 1.2 §5.5.6: balloon pages are 4 KiB).
 const GUEST_PAGE_BYTES: u64 = 4096;
 
-/// Fills `pieces` with what of `claims` may be discarded and returns what may not, by reason.
+/// Fills `pieces` with the parts of `claims` that may be discarded, and returns the skipped bytes by reason.
 ///
-/// `claims` is sorted in place. `regions` is in ascending order and free of
-/// overlaps, as guest memory maps are. Exactly:
-/// Σ claims = Σ pieces + Σ skipped (saturating at `u64::MAX`).
+/// `claims` is sorted in place. `regions` is in ascending order without overlaps, as in guest memory maps. Exactly: Σ
+/// claims = Σ pieces + Σ skipped (saturating at `u64::MAX`).
 pub(super) fn plan(
     regions: &[RegionLayout],
     claims: &mut [GuestRange],
@@ -104,7 +102,7 @@ pub(super) fn plan(
     let mut united: Option<(u64, u64)> = None;
     for claim in claims.iter().filter(|claim| claim.bytes > 0) {
         let end = claim.start.saturating_add(claim.bytes);
-        // What would lie above the last address there is.
+        // The part above the last address.
         planner
             .skipped
             .add(SkipReason::OutsideRam, claim.bytes - (end - claim.start));
@@ -127,18 +125,18 @@ pub(super) fn plan(
     planner.skipped
 }
 
-/// One sweep over the regions, in step with ascending ranges.
+/// One pass over the regions, in step with ascending ranges.
 struct Planner<'a> {
     regions: &'a [RegionLayout],
     expected: Expected,
-    /// Regions before this one end before everything still to come.
+    /// Regions before this one end before all further ranges.
     first_region: usize,
     pieces: &'a mut Vec<Piece>,
     skipped: SkippedBytes,
 }
 
 impl Planner<'_> {
-    /// Places `[start, end)`, which begins after everything placed before.
+    /// Places `[start, end)`, which begins after all ranges placed before.
     fn place(&mut self, start: u64, end: u64) {
         while self
             .regions
@@ -191,7 +189,7 @@ impl Planner<'_> {
         });
     }
 
-    /// The whole pages in `[low, high)`; what falls off is counted for `reason`.
+    /// The whole pages in `[low, high)`; the remainder is counted for `reason`.
     fn align(
         &mut self,
         low: u64,
@@ -199,8 +197,8 @@ impl Planner<'_> {
         page_bytes: u64,
         reason: SkipReason,
     ) -> Option<(u64, u64)> {
-        // Page sizes are powers of two: a mask costs nothing, where two divisions for each of
-        // an inflation's pages took longer than all else in here.
+        // Page sizes are powers of two: a mask costs nothing, while two divisions for each page of an inflation took
+        // longer than everything else in here.
         let inside = page_bytes - 1;
         let first = low.checked_add(inside).map_or(u64::MAX, |at| at & !inside);
         let last = high & !inside;

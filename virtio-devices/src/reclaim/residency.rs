@@ -1,13 +1,11 @@
-//! How much of guest RAM the host really holds, measured and not inferred.
+//! Measures how much guest RAM the host holds.
 //!
-//! Private memory is looked up in the page tables ([`super::pagemap`]). For a
-//! shared file in memory (memfd, tmpfs, hugetlbfs) the page tables would tell
-//! only what this process has mapped; the file itself knows its pages, so its
-//! allocated blocks are taken. They include what the host has swapped out.
+//! For private memory it reads the page tables ([`super::pagemap`]). For a shared file in memory (memfd, tmpfs,
+//! hugetlbfs) the page tables would show only what this process has mapped. The file itself knows its pages, so its
+//! allocated blocks are used. They include swapped-out pages.
 //!
-//! A sample stops no vCPU and waits for no guest. It is cached, and longer the
-//! more it costs, so that a flood of questions can never take more than
-//! 1/[`REST_PER_COST`] of a core.
+//! A sample stops no vCPU and waits for no guest. It is cached for longer the more it costs, so that a flood of
+//! requests can never use more than 1/[`REST_PER_COST`] of a core.
 #![allow(unsafe_code)]
 // UNSAFETY: `fstat`, `sysinfo` and `mincore` have no safe wrapper among our dependencies.
 
@@ -27,9 +25,9 @@ use super::pagemap::{MappedBytes, Pagemap};
 use crate::Unpoisoned;
 use crate::device::GuestRam;
 
-/// Samples younger than this are always good enough.
+/// Maximum age of a sample that is always reused.
 const SAMPLE_AGE_MIN: Duration = Duration::from_millis(100);
-/// A sample is kept at least this many times as long as it took.
+/// A sample is kept at least this many times its duration.
 const REST_PER_COST: u32 = 100;
 
 /// Measuring failed; there is no figure rather than a wrong one.
@@ -57,39 +55,39 @@ pub enum ResidencyMethod {
 }
 
 impl ResidencyMethod {
-    /// As declared in answers.
+    /// The name in responses.
     #[must_use]
     pub fn name(self) -> &'static str {
         self.into()
     }
 }
 
-/// What one region of guest RAM holds of the host.
+/// The host memory that one region of guest RAM holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegionResidency {
-    /// Where the guest sees the region.
+    /// The guest address of the region.
     pub guest_start: u64,
     /// Its size.
     pub bytes: u64,
-    /// Of it, held in host RAM. Of regions that show parts of one file in memory the first holds
-    /// for all of them, for nobody but the file knows its pages.
+    /// The part in host RAM. If several regions show parts of one file in memory, the first has the figure for all of
+    /// them, because only the file knows its pages.
     pub resident_bytes: u64,
-    /// Of it, held in host swap; likewise.
+    /// The part in host swap; likewise.
     pub swapped_bytes: u64,
 }
 
 /// One measurement of all of guest RAM.
 #[derive(Clone, Debug)]
 pub struct ResidencySample {
-    /// RAM the guest has been given.
+    /// The guest's RAM.
     pub configured_bytes: u64,
-    /// Of it, held in host RAM.
+    /// The part in host RAM.
     pub resident_bytes: u64,
-    /// Of it, held in host swap.
+    /// The part in host swap.
     pub swapped_bytes: u64,
-    /// When it was measured.
+    /// The time of the measurement.
     pub taken: Instant,
-    /// How long measuring took.
+    /// The duration of the measurement.
     pub cost_us: u64,
     /// How page tables were read.
     pub method: ResidencyMethod,
@@ -98,14 +96,14 @@ pub struct ResidencySample {
 }
 
 impl ResidencySample {
-    /// Guest RAM that occupies no host RAM: never touched, given back, or swapped out.
+    /// Guest RAM that occupies no host RAM: never touched, discarded, or swapped out.
     #[must_use]
     pub fn reclaimed_bytes(&self) -> u64 {
         self.configured_bytes.saturating_sub(self.resident_bytes)
     }
 }
 
-/// Measures guest RAM; shared by all threads that ask.
+/// Measures guest RAM; shared by all threads that need it.
 #[derive(Debug)]
 pub struct ResidencyProbe {
     ram: GuestRam,
@@ -131,11 +129,11 @@ impl ResidencyProbe {
         }
     }
 
-    /// The present state, or a sample young enough. Callers that come while one
-    /// is being taken wait for it and share it.
+    /// The current state, or a sample that is recent enough. Callers that arrive during a measurement wait for it and
+    /// share it.
     ///
     /// # Errors
-    /// The host refuses to tell.
+    /// The host rejects the measurement.
     pub fn sample(&self) -> Result<ResidencySample, ResidencyError> {
         let mut last = self.last.lock().unpoisoned();
         if let Some(sample) = &*last {
@@ -149,10 +147,10 @@ impl ResidencyProbe {
         Ok(sample)
     }
 
-    /// A measurement made now, whatever it costs.
+    /// A measurement made now, at any cost.
     ///
     /// # Errors
-    /// The host refuses to tell.
+    /// The host rejects the measurement.
     pub fn measure(&self) -> Result<ResidencySample, ResidencyError> {
         let taken = Instant::now();
         let mem = self.ram.memory();
@@ -210,7 +208,7 @@ impl ResidencyProbe {
             });
         }
         for file in files {
-            // Looked at moments apart: pages that came in between are in RAM.
+            // Read moments apart: pages that were added in between are in RAM.
             let swapped = file.allocated.saturating_sub(file.cached);
             regions[file.first_region].swapped_bytes = swapped;
             regions[file.first_region].resident_bytes = file.allocated - swapped;
@@ -226,13 +224,13 @@ struct FileFigures {
     first_region: usize,
     /// Bytes of its pages, in RAM or in swap.
     allocated: u64,
-    /// Of its mapped parts, bytes in RAM.
+    /// Bytes in RAM, of its mapped parts.
     cached: u64,
 }
 
 type FileId = (libc::dev_t, libc::ino_t);
 
-/// Takes in what `region` shows of a file: `cached` bytes in RAM, all of it if nobody looked.
+/// Adds the part of a file that `region` shows: `cached` bytes in RAM, or all of it if this was not measured.
 fn note_file(
     files: &mut Vec<FileFigures>,
     file: &File,
@@ -255,7 +253,7 @@ fn note_file(
 
 /// The identity of a file in memory and the bytes of its pages, swapped ones included.
 fn allocation(file: &File) -> io::Result<(FileId, u64)> {
-    /// `st_blocks` counts in these, whatever the file system (stat(2)).
+    /// `st_blocks` counts in this unit, on any file system (stat(2)).
     const BLOCK_BYTES: u64 = 512;
     let mut stat = MaybeUninit::<libc::stat>::uninit();
     // SAFETY: the descriptor is open and `stat` is large enough.
@@ -271,7 +269,7 @@ fn allocation(file: &File) -> io::Result<(FileId, u64)> {
     ))
 }
 
-/// Whether the host has anything in swap; if not, none of the guest is.
+/// Whether the host has anything in swap; if not, no guest memory is swapped.
 fn swap_in_use() -> bool {
     let mut info = MaybeUninit::<libc::sysinfo>::zeroed();
     // SAFETY: the structure is large enough, and all zeros is a valid value of it.

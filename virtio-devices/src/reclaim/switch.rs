@@ -1,17 +1,16 @@
 //! The switch that turns discarding off.
 //!
-//! A page that a device has pinned for DMA, or that is being copied out of the
-//! machine, must not be replaced under it: the device would go on using the old
-//! page while the guest sees a new one. Whoever has such a need holds a
-//! [`InhibitGuard`]; several may, for the same or different reasons, and
-//! discarding comes back when the last one lets go.
+//! A page that a device has pinned for DMA, or that is being copied out of the machine, must not be replaced: the
+//! device would continue to use the old page while the guest sees a new one. Code with such a need holds an
+//! [`InhibitGuard`]. There may be several, for the same or different reasons; discarding resumes when the last one is
+//! dropped.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use strum::{IntoStaticStr, VariantArray};
 
-/// Why discarding is off.
+/// Reasons why discarding is off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "snake_case", const_into_str)]
 #[repr(usize)]
@@ -20,31 +19,31 @@ pub enum InhibitReason {
     PinnedMemory,
     /// Guest memory is being written out (snapshot, migration, dump).
     MemoryExport,
-    /// Guest memory is still being brought in.
+    /// Guest memory is still being loaded.
     MemoryImport,
-    /// The operator has paused reporting; only reports are held up by it.
+    /// The operator has paused reporting; this affects only reports.
     ReportingPaused,
 }
 
 impl InhibitReason {
-    /// Name in counters and answers.
+    /// Name in counters and responses.
     #[must_use]
     pub const fn name(self) -> &'static str {
         self.into_str()
     }
 }
 
-/// Shared by the engine and everybody who may have to stop it.
+/// Shared by the engine and all code that may have to stop it.
 #[derive(Debug, Default)]
 pub struct DiscardSwitch {
     holders: [AtomicU32; InhibitReason::VARIANTS.len()],
-    /// Batches between their look at `holders` and their last system call.
+    /// Batches between their check of `holders` and their last system call.
     batches_running: AtomicU32,
 }
 
 impl DiscardSwitch {
-    /// Turns discarding off until the guard is dropped. A batch that has begun
-    /// goes on: see [`InhibitGuard::is_settled`].
+    /// Turns discarding off until the guard is dropped. A batch that has begun continues: see
+    /// [`InhibitGuard::is_settled`].
     #[must_use]
     pub fn inhibit(self: &Arc<Self>, reason: InhibitReason) -> InhibitGuard {
         self.holders[reason as usize].fetch_add(1, Ordering::SeqCst);
@@ -54,7 +53,7 @@ impl DiscardSwitch {
         }
     }
 
-    /// The first reason discarding is off for, if it is.
+    /// The first reason why discarding is off, if it is.
     #[must_use]
     pub fn inhibited(&self) -> Option<InhibitReason> {
         InhibitReason::VARIANTS
@@ -65,9 +64,8 @@ impl DiscardSwitch {
 
     /// Begins a batch, unless discarding is off.
     ///
-    /// The engine announces itself before it looks, and a guard counts itself
-    /// before it looks for running batches; with sequential consistency at
-    /// least one of the two sees the other.
+    /// The engine announces itself before it checks, and a guard counts itself before it checks for running batches.
+    /// With sequential consistency, at least one of the two sees the other.
     pub(crate) fn begin(&self) -> Result<BatchGuard<'_>, InhibitReason> {
         self.batches_running.fetch_add(1, Ordering::SeqCst);
         let batch = BatchGuard(self);
@@ -78,7 +76,7 @@ impl DiscardSwitch {
     }
 }
 
-/// Keeps discarding off while it lives.
+/// Keeps discarding off while it exists.
 #[derive(Debug)]
 pub struct InhibitGuard {
     switch: Arc<DiscardSwitch>,
@@ -86,9 +84,8 @@ pub struct InhibitGuard {
 }
 
 impl InhibitGuard {
-    /// Whether no batch is running any more. Once this was true, no page of the
-    /// guest is discarded for the life of the guard. Ask no further then: a batch
-    /// on its way to being refused counts as running for that moment.
+    /// Whether no batch is running any more. Once this was true, no page of the guest is discarded for the life of the
+    /// guard. Do not call it again then: a batch that is about to be rejected counts as running for that moment.
     #[must_use]
     pub fn is_settled(&self) -> bool {
         self.switch.batches_running.load(Ordering::SeqCst) == 0

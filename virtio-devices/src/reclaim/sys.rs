@@ -1,4 +1,4 @@
-//! The system calls that give memory back. Nothing in here decides anything.
+//! The system calls that discard memory, without any decisions.
 #![allow(unsafe_code)]
 // UNSAFETY: discarding memory and calling without a libc wrapper cannot be done safely.
 
@@ -6,8 +6,8 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 
-/// A span of this process's memory. Same layout as `struct iovec`, but without
-/// a raw pointer, so that whoever keeps a list of them stays `Send`.
+/// A span of this process's memory. Same layout as `struct iovec`, but without a raw pointer, so that types with a list
+/// of them stay `Send`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct HostSpan {
@@ -20,13 +20,13 @@ const _: () = assert!(align_of::<HostSpan>() == align_of::<libc::iovec>());
 const _: () =
     assert!(std::mem::offset_of!(HostSpan, bytes) == std::mem::offset_of!(libc::iovec, iov_len));
 
-/// Longest vector the kernel takes (`UIO_MAXIOV` in include/uapi/linux/uio.h).
+/// Maximum length of a vector that the kernel accepts (`UIO_MAXIOV` in include/uapi/linux/uio.h).
 pub(super) const VECTOR_SPANS_MAX: usize = 1024;
 
-/// A descriptor of this very process if its kernel discards vectors of it.
+/// A descriptor of this very process if its kernel supports vectored discards.
 ///
-/// Linux does since 6.13 (`process_madvise(2)`); whether this kernel does, and
-/// whether we are allowed to, is tried once per process on a page of our own.
+/// Linux supports it since 6.13 (`process_madvise(2)`). Whether this kernel does, and whether we are permitted, is
+/// tried once per process on one page.
 pub(super) fn vector_advice() -> Option<BorrowedFd<'static>> {
     static SELF: OnceLock<Option<OwnedFd>> = OnceLock::new();
     SELF.get_or_init(|| {
@@ -44,11 +44,11 @@ fn open_self() -> io::Result<OwnedFd> {
         return Err(io::Error::last_os_error());
     }
     let fd = RawFd::try_from(fd).expect("descriptors are small integers");
-    // SAFETY: the kernel has just given this descriptor to us and to nobody else.
+    // SAFETY: the kernel has just returned this descriptor, and it has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Writes to a fresh page, discards it by vector and looks whether it is zero.
+/// Writes to a fresh page, discards it by vector and checks whether it is zero.
 fn scratch_page_is_discarded(pidfd: &OwnedFd) -> bool {
     const SCRATCH_BYTES: usize = 4096;
     // SAFETY: a new private mapping, placed by the kernel, aliases nothing.
@@ -72,7 +72,7 @@ fn scratch_page_is_discarded(pidfd: &OwnedFd) -> bool {
         start: page as usize,
         bytes: SCRATCH_BYTES,
     };
-    // SAFETY: nobody else knows the page.
+    // SAFETY: no other code knows the page.
     let advised = unsafe { discard_vector(std::os::fd::AsFd::as_fd(pidfd), &[span]) };
     // SAFETY: the mapping is still there and readable.
     let gone = unsafe { byte.read_volatile() } == 0;
@@ -81,11 +81,11 @@ fn scratch_page_is_discarded(pidfd: &OwnedFd) -> bool {
     advised.is_ok_and(|bytes| bytes == SCRATCH_BYTES) && gone
 }
 
-/// `process_madvise(MADV_DONTNEED)` on this process. Returns the bytes advised:
-/// fewer than asked for when one of the spans failed.
+/// `process_madvise(MADV_DONTNEED)` on this process. Returns the bytes advised: fewer than requested if one of the
+/// spans failed.
 ///
 /// # Safety
-/// Every span is page aligned memory whose content its owner has given up.
+/// Every span is page aligned memory whose content its owner has released.
 pub(super) unsafe fn discard_vector(
     pidfd: BorrowedFd<'_>,
     spans: &[HostSpan],
@@ -130,7 +130,7 @@ pub(super) unsafe fn discard_span(span: HostSpan) -> io::Result<()> {
 /// them wherever they are mapped.
 ///
 /// # Safety
-/// `fd` is open, and the content of the range has been given up by its owner.
+/// `fd` is open, and the owner has released the content of the range.
 pub(super) unsafe fn punch_hole(fd: RawFd, offset: u64, bytes: u64) -> io::Result<()> {
     let too_far = |_| io::Error::from_raw_os_error(libc::EFBIG);
     let offset = libc::off_t::try_from(offset).map_err(too_far)?;
@@ -150,10 +150,10 @@ pub(super) unsafe fn punch_hole(fd: RawFd, offset: u64, bytes: u64) -> io::Resul
     })
 }
 
-/// Whether the file system of `fd` can free a part of a file. Tried far behind the end of the file,
-/// where nothing is.
+/// Whether the file system of `fd` can free a part of a file. Tried far beyond the end of the file, where there is no
+/// content.
 pub(super) fn can_punch(fd: RawFd) -> bool {
-    /// Nobody lets the file grow by a TiB meanwhile.
+    /// The file does not grow by a TiB in the meantime.
     const FAR_BYTES: u64 = 1 << 40;
     const TRIED_BYTES: u64 = 4096;
     // SAFETY: the call takes and returns integers. Nobody reads or writes guest RAM at a position.
@@ -162,9 +162,9 @@ pub(super) fn can_punch(fd: RawFd) -> bool {
         return false;
     };
     let offset = end.next_multiple_of(TRIED_BYTES).saturating_add(FAR_BYTES);
-    // SAFETY: there is no content so far behind the end.
+    // SAFETY: there is no content that far beyond the end.
     let punched = unsafe { punch_hole(fd, offset, TRIED_BYTES) };
-    // Any other error is told when it is met.
+    // Any other error is reported when it occurs in use.
     !punched.is_err_and(|e| e.raw_os_error() == Some(libc::EOPNOTSUPP))
 }
 
@@ -176,8 +176,7 @@ fn check(ret: libc::c_int) -> io::Result<()> {
     }
 }
 
-/// A signal (a vCPU kick, a profiler) is no reason to give up; each attempt is
-/// bounded, so this ends when the signals do.
+/// A signal (a vCPU kick, a profiler) must not abort it; each attempt is bounded, so this ends when the signals do.
 fn retry_interrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {

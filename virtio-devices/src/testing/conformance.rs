@@ -1,4 +1,4 @@
-//! What every device has to survive, whatever it does.
+//! The requirements that every device must meet.
 
 use std::sync::{Arc, Mutex};
 
@@ -9,18 +9,17 @@ use crate::device::VirtioDevice;
 use crate::pci::PciFunction;
 
 pub(super) const RAM_BYTES: usize = 64 << 20;
-/// Rounds of random descriptors a queue gets.
+/// Rounds of random descriptors per queue.
 const RANDOM_ROUNDS: usize = 40;
-/// Chains a queue is offered between two looks at the device.
+/// Chains offered to a queue between two checks of the device.
 const OFFERED_MAX: u16 = 32;
 const SEED: u64 = 0x005e_ed0f_600d;
 
 /// One aspect, on a device of its own.
 type Chapter = fn(&mut MockPciDriver);
 
-/// Runs a device through a driver's life, good and bad. `make` is called for
-/// each chapter, with the RAM the device will get at activation. `name` is that of
-/// the samples of its saved state.
+/// Runs a device through a driver's life, well-behaved and hostile. `make` is called for each chapter, with the RAM
+/// that the device will get at activation. `name` is that of the samples of its saved state.
 ///
 /// # Panics
 /// The device does not conform.
@@ -119,7 +118,7 @@ fn survives_garbage_chains(driver: &mut MockPciDriver) {
                 continue;
             }
             driver.queue(index).push_raw(&garbage);
-            // A good chain behind the bad one.
+            // A valid chain after the invalid one.
             driver.queue(index).push(&[Segment::Writable(8)]);
             driver.kick(index);
         }
@@ -158,7 +157,7 @@ fn reset_during_work_lets_go(driver: &mut MockPciDriver) {
         driver.set_status(0);
         super::wait_until("the reset", || driver.status() == 0);
         let seen: Vec<u16> = used_indices(driver);
-        // What was let go of is not touched any more, kicked or not.
+        // Released memory is not accessed any more, kicked or not.
         for index in 0..driver.num_queues() {
             driver.kick(index);
         }
@@ -182,9 +181,9 @@ fn vm_reset_and_pause_work(driver: &mut MockPciDriver) {
     assert_alive(driver);
 }
 
-/// Returns when every queue has been looked at. Commands go before doorbells, so
-/// a reset right after a kick would spare the device the garbage. But a resume has each queue
-/// serve at least one chain, and the next pause is acknowledged after that.
+/// Returns when every queue has been processed. Commands go before doorbells, so a reset right after a kick would keep
+/// the garbage from the device. But after a resume each queue serves at least one chain, and the next pause is
+/// acknowledged after that.
 pub(super) fn settle(driver: &MockPciDriver) {
     for _ in 0..=OFFERED_MAX {
         driver.function.pause();
@@ -192,7 +191,7 @@ pub(super) fn settle(driver: &MockPciDriver) {
     }
 }
 
-/// A device whose worker had panicked could not be activated any more.
+/// A device whose worker had panicked could no longer be activated.
 pub(super) fn assert_alive(driver: &mut MockPciDriver) {
     settle(driver);
     driver.start(u64::MAX);

@@ -1,5 +1,5 @@
-//! A device that is saved and goes on elsewhere: idle, in the middle of work, from states that were
-//! written long ago, and from states that lie.
+//! A device that is saved and continues elsewhere: idle, in the middle of work, from old states, and from invalid
+//! states.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,9 +16,9 @@ use crate::device::VirtioDevice;
 use crate::pci::PciFunction;
 use crate::transport::{TransportError, VirtioPciState};
 
-/// Writes a sample of the present versions if they have none yet.
+/// Writes a sample of the current versions if there is none yet.
 const WRITE_SAMPLES: &str = "WRITE_STATE_SAMPLES";
-/// Looks at all queues until work of this size is surely done.
+/// Kicks all queues until work of this size is certainly done.
 const SETTLE_ROUNDS: usize = 8;
 
 type Make<'a> = &'a dyn Fn(&TestRam) -> Arc<Mutex<dyn VirtioDevice>>;
@@ -50,7 +50,7 @@ fn started(make: Make<'_>) -> MockPciDriver {
     driver
 }
 
-/// Requests on every queue, half of them without ringing for them.
+/// Requests on every queue, half of them without a kick.
 fn work(driver: &mut MockPciDriver, load: Load) {
     if load == Load::None {
         return;
@@ -68,7 +68,7 @@ fn work(driver: &mut MockPciDriver, load: Load) {
     }
 }
 
-/// How much of the work a device does that is never saved.
+/// The amount of work of a device that is never saved.
 fn used_without_saving(make: Make<'_>, load: Load) -> Vec<u16> {
     let mut driver = started(make);
     work(&mut driver, load);
@@ -117,7 +117,7 @@ fn saved_without_driver_is_found_by_one(make: Make<'_>) {
     driver.function.resume();
     assert_eq!(driver.status(), 0);
     assert_alive(&mut driver);
-    // A reset that the driver has asked for while nobody could finish it.
+    // A reset that the driver requested while it could not be finished.
     driver.start(u64::MAX);
     driver.function.pause();
     driver.set_status(0);
@@ -131,8 +131,8 @@ fn samples() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src/testing/samples")
 }
 
-/// Every sample that was ever committed can be read. The newest is what is written today: a state
-/// that has another shape needs another version, see `docs/state.md`.
+/// Every committed sample can be read. The newest equals today's output: a state of another shape needs another
+/// version, see `docs/state.md`.
 fn samples_are_readable(name: &str, make: Make<'_>) {
     let today = Saved::of(
         &started(make)

@@ -1,5 +1,4 @@
-//! Drives a whole PCI function through its registers, in the order Linux does
-//! (virtio 1.2 §3.1.1, §4.1.5).
+//! Drives a whole PCI function through its registers, in Linux's order (virtio 1.2 §3.1.1, §4.1.5).
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -19,7 +18,7 @@ use crate::pci::PciFunction;
 use crate::transport::{TransportError, VirtioPciFunction, VirtioPciParams, vectors_needed};
 
 const BAR0: u16 = 0x10;
-/// Where the driver puts BAR0.
+/// The address of BAR0.
 const BAR_ADDRESS: u64 = 0x10_0000_0000;
 const COMMAND: u16 = 0x04;
 const COMMAND_MEMORY_AND_MASTER: u16 = 0b110;
@@ -78,20 +77,20 @@ pub struct Windows {
 /// A driver bound to one function.
 #[derive(Debug)]
 pub struct MockPciDriver {
-    /// The function, for what a driver cannot do (pause, resume, VM reset).
+    /// The function, for operations beyond a driver (pause, resume, VM reset).
     pub function: Arc<VirtioPciFunction>,
     /// Its interrupts. Vector 0 is the configuration's, queue n has vector n + 1.
     pub vectors: Arc<MockVectors>,
     /// Guest RAM.
     pub ram: TestRam,
-    /// Where the registers are.
+    /// The offsets of the registers.
     pub windows: Windows,
     queues: BTreeMap<u16, DriverQueue>,
-    /// Rings of before the last reset, by index and size: RAM is not endless.
+    /// Rings from before the last reset, by index and size, because RAM is finite.
     spare: BTreeMap<(u16, u16), DriverQueue>,
 }
 
-/// A driver in a guest whose device is gone for the moment.
+/// A driver in a guest whose device is temporarily gone.
 #[derive(Debug)]
 pub struct MovingDriver {
     /// Guest RAM.
@@ -102,10 +101,10 @@ pub struct MovingDriver {
 }
 
 impl MovingDriver {
-    /// Goes on with `device` behind a function built from `saved`, which is paused.
+    /// Continues with `device` behind a function built from `saved`, which is paused.
     ///
     /// # Errors
-    /// The state is refused.
+    /// The state is rejected.
     pub fn restore(
         self,
         device: Arc<Mutex<dyn VirtioDevice>>,
@@ -126,7 +125,7 @@ impl MovingDriver {
 /// Builds a function from a state, with vectors that record.
 ///
 /// # Errors
-/// The state is refused.
+/// The state is rejected.
 pub(super) fn restore(
     device: Arc<Mutex<dyn VirtioDevice>>,
     ram: &TestRam,
@@ -162,7 +161,7 @@ impl MockPciDriver {
         Self::probe(function, vectors, ram)
     }
 
-    /// Pauses the function, saves it and drops it with its device. The driver notices nothing of it.
+    /// Pauses the function, saves it and drops it with its device. The driver does not notice.
     pub fn save(self) -> (Saved, MovingDriver) {
         self.function.pause();
         let saved = Saved::of(&self.function.state());
@@ -175,7 +174,7 @@ impl MockPciDriver {
         (saved, moving)
     }
 
-    /// Probes a function that is there already.
+    /// Probes an existing function.
     pub fn probe(
         function: Arc<VirtioPciFunction>,
         vectors: Arc<MockVectors>,
@@ -193,7 +192,7 @@ impl MockPciDriver {
         driver
     }
 
-    /// What a PCI core does: BAR, command register, MSI-X.
+    /// The work of a PCI core: BAR, command register, MSI-X.
     pub fn set_up_pci(&mut self) {
         self.pci_write(BAR0, &(BAR_ADDRESS as u32).to_le_bytes());
         self.pci_write(BAR0 + 4, &((BAR_ADDRESS >> 32) as u32).to_le_bytes());
@@ -213,11 +212,11 @@ impl MockPciDriver {
         self.pci_write(control, &MSIX_ENABLE.to_le_bytes());
     }
 
-    /// Reset, negotiation of everything on offer out of `wanted` (VERSION_1 is
-    /// added), all queues at their largest size, DRIVER_OK. Returns what was accepted.
+    /// Reset, negotiation of all offered features in `wanted` (VERSION_1 is added), all queues at their maximum size,
+    /// DRIVER_OK. Returns the accepted features.
     ///
     /// # Panics
-    /// The device refuses.
+    /// The device rejects them.
     pub fn start(&mut self, wanted: u64) -> u64 {
         self.reset();
         let accepted = self.negotiate(wanted);
@@ -238,7 +237,7 @@ impl MockPciDriver {
         }
     }
 
-    /// Steps 2 to 6 of the initialisation. Returns what was accepted.
+    /// Steps 2 to 6 of the initialisation. Returns the accepted features.
     ///
     /// # Panics
     /// FEATURES_OK does not stick.
@@ -248,7 +247,7 @@ impl MockPciDriver {
         accepted
     }
 
-    /// Offers to use exactly `features`; tells whether FEATURES_OK stuck.
+    /// Accepts exactly `features`; returns whether FEATURES_OK stuck.
     pub fn try_features(&mut self, features: u64) -> bool {
         self.add_status(VIRTIO_CONFIG_S_ACKNOWLEDGE);
         self.add_status(VIRTIO_CONFIG_S_DRIVER);
@@ -339,7 +338,7 @@ impl MockPciDriver {
         status[0]
     }
 
-    /// Whether the device has given up.
+    /// Whether the device has failed.
     pub fn needs_reset(&self) -> bool {
         self.status() & VIRTIO_CONFIG_S_NEEDS_RESET as u8 != 0
     }

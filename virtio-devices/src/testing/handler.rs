@@ -15,9 +15,9 @@ use super::ram::TestRam;
 use crate::device::{Activation, ActiveQueue, Doorbell, HandlerState, QueueHandler, WorkerError};
 use crate::worker::{EventSources, Turn, Wake};
 
-/// Entries of the queues that are not said otherwise.
+/// Default number of entries of a queue.
 const QUEUE_SIZE: u16 = 64;
-/// Bytes of RAM that are not said otherwise.
+/// Default number of bytes of RAM.
 const RAM_BYTES: usize = 64 << 20;
 
 /// A queue handler with a driver in front of it and no thread in between.
@@ -31,13 +31,13 @@ const RAM_BYTES: usize = 64 << 20;
 /// let used = harness.queue(0).pop_used().unwrap();
 /// ```
 pub struct HandlerHarness<H> {
-    /// The handler, for a test that wants to look inside.
+    /// The handler, for tests that inspect it.
     pub handler: H,
-    /// What it signals.
+    /// Its signals.
     pub interrupt: Arc<MockInterrupt>,
     /// Guest RAM.
     pub ram: TestRam,
-    /// The handler's turns, begun anew for each wake-up.
+    /// The handler's turns, started again for each wake-up.
     pub turn: Turn,
     features: u64,
     queues: BTreeMap<u16, DriverQueue>,
@@ -60,7 +60,7 @@ impl<H: QueueHandler> HandlerHarness<H> {
         Self::with_ram(handler, features, TestRam::new(RAM_BYTES))
     }
 
-    /// The same in RAM of the test's making.
+    /// The same in RAM from the test.
     pub fn with_ram(handler: H, features: u64, ram: TestRam) -> Self {
         let sources = EventSources::new().expect("epoll descriptors are to be had");
         for (fd, token) in handler.idle_sources() {
@@ -101,10 +101,10 @@ impl<H: QueueHandler> HandlerHarness<H> {
             .expect("the test has added that queue")
     }
 
-    /// Sets DRIVER_OK, so to speak.
+    /// Corresponds to DRIVER_OK.
     ///
     /// # Errors
-    /// What the handler says.
+    /// The handler's error.
     pub fn activate(&mut self) -> Result<(), WorkerError> {
         let queues = self.queues.iter().map(|(index, driver)| {
             let mut queue = driver.device_queue();
@@ -124,11 +124,11 @@ impl<H: QueueHandler> HandlerHarness<H> {
         self.handler.activate(activation, &mut self.sources)
     }
 
-    /// Rings the doorbell of queue `index` and serves it, again for as long as
-    /// the handler asks for more and no command waits.
+    /// Rings the doorbell of queue `index` and serves it, again for as long as the handler rings itself and no command
+    /// waits.
     ///
     /// # Errors
-    /// What the handler says.
+    /// The handler's error.
     pub fn kick(&mut self, index: u16) -> Result<(), WorkerError> {
         let doorbell = Arc::clone(&self.doorbells[&index]);
         doorbell.write(1).expect("doorbell is not full");
@@ -142,16 +142,16 @@ impl<H: QueueHandler> HandlerHarness<H> {
     /// Serves queue `index` as for a vCPU that waits at its doorbell.
     ///
     /// # Errors
-    /// What the handler says.
+    /// The handler's error.
     pub fn kick_held(&mut self, index: u16) -> Result<(), WorkerError> {
         self.turn.begin();
         self.handler.queue_ready_while_held(index, &mut self.turn)
     }
 
-    /// Pushes one chain, kicks, and takes the answer, if there is one by then.
+    /// Pushes one chain, kicks, and returns the completion, if there is one by then.
     ///
     /// # Errors
-    /// What the handler says.
+    /// The handler's error.
     pub fn request(
         &mut self,
         index: u16,
@@ -167,7 +167,7 @@ impl<H: QueueHandler> HandlerHarness<H> {
     /// that are ready. Returns how many were.
     ///
     /// # Errors
-    /// What the handler says.
+    /// The handler's error.
     pub fn serve_sources(&mut self, timeout_ms: i32) -> Result<usize, WorkerError> {
         let mut served = 0;
         let mut wakes = Vec::new();
@@ -200,8 +200,7 @@ impl<H: QueueHandler> HandlerHarness<H> {
     }
 }
 
-/// So that what [`VirtioDevice::take_handlers`](crate::VirtioDevice::take_handlers)
-/// returns fits into a harness.
+/// So that the result of [`VirtioDevice::take_handlers`](crate::VirtioDevice::take_handlers) fits into a harness.
 impl QueueHandler for Box<dyn QueueHandler> {
     fn name(&self) -> String {
         (**self).name()

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::device::Interrupt;
 
-/// Records what a device signals.
+/// Records a device's signals.
 #[derive(Debug, Default)]
 pub struct MockInterrupt {
     queues: Mutex<BTreeMap<u16, u64>>,
@@ -26,7 +26,7 @@ impl MockInterrupt {
         self.config.load(Ordering::SeqCst)
     }
 
-    /// Whether the device gave up.
+    /// Whether the device failed.
     pub fn needs_reset(&self) -> bool {
         self.needs_reset.load(Ordering::SeqCst) > 0
     }

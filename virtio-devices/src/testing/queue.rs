@@ -1,5 +1,4 @@
-//! The driver's side of a split virtqueue (virtio 1.2 §2.7), written out by hand
-//! so that it can also be got wrong on purpose.
+//! The driver's side of a split virtqueue (virtio 1.2 §2.7), written by hand so that it can also be wrong on purpose.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
@@ -13,7 +12,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 use super::ram::TestRam;
 use super::wait_until;
 
-/// Descriptor flag: the chain goes on.
+/// Descriptor flag: the chain continues.
 pub const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 /// Descriptor flag: the device writes.
 pub const WRITE: u16 = VRING_DESC_F_WRITE as u16;
@@ -23,7 +22,7 @@ pub const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
 const DESC_BYTES: u64 = 16;
 const USED_ELEM_BYTES: u64 = 8;
 
-/// A raw descriptor; any value of any field is fine.
+/// A raw descriptor; any value of any field is allowed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Desc {
     /// Guest address.
@@ -40,7 +39,7 @@ impl Desc {
     /// Size in a descriptor table.
     pub const BYTES: u64 = DESC_BYTES;
 
-    /// As it lies in a descriptor table.
+    /// Its format in a descriptor table.
     #[must_use]
     pub fn bytes(self) -> [u8; DESC_BYTES as usize] {
         let mut bytes = [0; DESC_BYTES as usize];
@@ -59,9 +58,9 @@ pub enum Segment<'a> {
     Readable(&'a [u8]),
     /// The device may write that many bytes.
     Writable(u32),
-    /// The device reads RAM that is there already.
+    /// The device reads existing RAM.
     ReadableAt(GuestAddress, u32),
-    /// The device writes RAM that is there already.
+    /// The device writes existing RAM.
     WritableAt(GuestAddress, u32),
 }
 
@@ -88,7 +87,7 @@ pub struct Chain {
 pub struct Used {
     /// Head of the chain.
     pub head: u32,
-    /// Bytes the device says it wrote.
+    /// Bytes that the device reports as written.
     pub len: u32,
 }
 
@@ -246,7 +245,7 @@ impl DriverQueue {
         self.set_avail_idx(self.avail_idx.wrapping_add(1));
     }
 
-    /// Sets the available index to any value, e.g. further ahead than the ring is long.
+    /// Sets the available index to any value, for example further ahead than the ring is long.
     pub fn set_avail_idx(&mut self, idx: u16) {
         self.avail_idx = idx;
         self.ram
@@ -260,7 +259,7 @@ impl DriverQueue {
             .expect("ring is in test RAM");
     }
 
-    /// The next chain the device is done with, if there is one.
+    /// The next chain that the device has completed, if there is one.
     pub fn pop_used(&mut self) -> Option<Used> {
         if self.used_idx() == self.used_seen {
             return None;
@@ -285,7 +284,7 @@ impl DriverQueue {
         Some(used)
     }
 
-    /// Waits for the device to be done with a chain.
+    /// Waits for the device to complete a chain.
     ///
     /// # Panics
     /// After [`super::DEADLINE`].
@@ -309,12 +308,12 @@ impl DriverQueue {
         u16::from_le(idx)
     }
 
-    /// What a buffer holds now.
+    /// The current content of a buffer.
     pub fn read_buffer(&self, buffer: Buffer) -> Vec<u8> {
         self.ram.read(buffer.address, buffer.len as usize)
     }
 
-    /// Forgets everything, as after a device reset; the rings stay where they are.
+    /// Clears everything, as after a device reset; the rings stay where they are.
     pub fn clear(&mut self) {
         self.free = (0..self.size).rev().collect();
         self.in_flight.clear();

@@ -1,4 +1,4 @@
-//! Guest RAM for tests, with an allocator that stands in for the guest's own.
+//! Guest RAM for tests, with an allocator in place of the guest's own.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -36,8 +36,8 @@ impl TestRam {
         Self::around(GuestRam::new(map), start, start + bytes as u64)
     }
 
-    /// RAM that the test has mapped itself (shared, hugetlb, …); allocations
-    /// come from `start..end`, which must be inside one region.
+    /// RAM that the test has mapped itself (shared, hugetlb, …); allocations come from `start..end`, which must be
+    /// inside one region.
     pub fn around(mem: GuestRam, start: u64, end: u64) -> Self {
         Self {
             mem,
@@ -51,7 +51,7 @@ impl TestRam {
         self.mem.clone()
     }
 
-    /// Takes `bytes` of fresh RAM, aligned to `align` (a power of two).
+    /// Allocates `bytes` of fresh RAM, aligned to `align` (a power of two).
     pub fn alloc(&self, bytes: u64, align: u64) -> GuestAddress {
         let mut taken = 0;
         self.next

@@ -11,18 +11,18 @@ use crate::device::{QueueHandler, VirtioDevice};
 use crate::worker::Work;
 
 const RAM_BYTES: usize = 64 << 20;
-/// Descriptors of the longest indirect table there is.
+/// Descriptors of the longest possible indirect table.
 const TABLE_ENTRIES: u16 = u16::MAX;
-/// A table of the worst kind, and what its descriptors point to. Rings lie below.
+/// A worst-case table, and the memory of its descriptors. Rings are below.
 const TABLE_AT: u64 = 32 << 20;
 const DATA_AT: u64 = 34 << 20;
 const DATA_BYTES: u64 = 16 << 20;
-/// Chains on each queue: what matters is the longest of them, not their number.
+/// Chains on each queue: their maximum length matters, not their number.
 const CHAINS: u16 = 8;
-/// The looks for a command at which one is sent.
+/// The checks for a command at which one is sent.
 const CALLS_AT: [u64; 4] = [0, 1, 2, 5];
 
-/// The most that lies between two looks for a command. One system call, or one chain.
+/// The maximum work between two checks for a command: one system call, or one chain.
 const PIECE: Work = Work {
     chains: 1,
     descriptors: 1024,
@@ -32,7 +32,7 @@ const PIECE: Work = Work {
     calls: 16,
 };
 
-/// What the driver fills its rings with.
+/// The content of the driver's rings.
 #[derive(Debug, Clone, Copy)]
 struct Ring {
     name: &'static str,
@@ -77,7 +77,7 @@ const RINGS: [Ring; 5] = [
     },
 ];
 
-/// Puts every queue of a device to the test, each with every ring.
+/// Tests every queue of a device, each with every ring.
 pub(super) fn stops_for_commands(make: &dyn Fn(&TestRam) -> Arc<Mutex<dyn VirtioDevice>>) {
     for ring in RINGS {
         for entries in [TABLE_ENTRIES, 64] {
@@ -105,8 +105,8 @@ fn assert_within_piece(most: Work) {
     assert!(most.calls <= PIECE.calls, "{most:?}");
 }
 
-/// Serves full rings, with a pause at the given look for commands of each first kick. Returns the chains
-/// used on each queue at the end, and the most done between two looks.
+/// Serves full rings, with a pause at the given check for commands of each first kick. Returns the chains used on each
+/// queue at the end, and the maximum work between two checks.
 fn play(
     make: &dyn Fn(&TestRam) -> Arc<Mutex<dyn VirtioDevice>>,
     ring: Ring,
@@ -140,7 +140,7 @@ fn play(
                 harness.turn.call_after(looks);
             }
             harness.kick(*index).expect("the ring is sound");
-            // What has been collected from the ring may still be handed to the kernel, once.
+            // Chains collected from the ring may still be submitted to the kernel, once.
             let in_spite = harness.turn.done_in_spite();
             assert!(in_spite.chains == 0 && in_spite.calls <= 1, "{in_spite:?}");
             assert_within_piece(in_spite);
@@ -153,7 +153,7 @@ fn play(
     (used, most)
 }
 
-/// Obeys the command, as the worker would: the ring does not change after it.
+/// Executes the command, as the worker would: the ring does not change after it.
 fn pause_stands_still(harness: &mut HandlerHarness<Box<dyn QueueHandler>>, queues: &[u16]) {
     harness.handler.pause();
     let used = used(harness, queues);
@@ -162,7 +162,7 @@ fn pause_stands_still(harness: &mut HandlerHarness<Box<dyn QueueHandler>>, queue
     harness.turn.set_called(false);
 }
 
-/// Kicks and waits until nothing moves any more.
+/// Kicks and waits until nothing changes any more.
 fn serve_out(harness: &mut HandlerHarness<Box<dyn QueueHandler>>, queues: &[u16]) {
     loop {
         let before = used(harness, queues);

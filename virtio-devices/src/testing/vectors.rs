@@ -55,7 +55,7 @@ impl MockVectors {
         assert!(!timeout.timed_out(), "no interrupt on vector {vector}");
     }
 
-    /// Plays a host that refuses every new route.
+    /// Plays a host that rejects every new route.
     pub fn refuse(&self, refusing: bool) {
         self.refusing.store(refusing, Ordering::SeqCst);
     }

@@ -1,4 +1,4 @@
-//! DRIVER_OK: from the queue registers to queues in the hands of workers.
+//! DRIVER_OK: hands the configured queues over to the workers.
 
 use std::sync::Arc;
 
@@ -10,8 +10,7 @@ use super::function::{Registers, VirtioPciFunction, lock};
 use crate::device::{Activation, ActiveQueue, Interrupt};
 
 impl VirtioPciFunction {
-    /// Hands the enabled queues to the workers. A driver that set them up wrongly
-    /// is told DEVICE_NEEDS_RESET.
+    /// Hands the enabled queues to the workers. If a driver set them up wrongly, DEVICE_NEEDS_RESET is set.
     pub(super) fn activate(&self, state: &mut Registers) {
         let features = state.common.accepted();
         let Some(queues) = self.build_queues(state, features) else {
@@ -21,7 +20,7 @@ impl VirtioPciFunction {
         self.hand_over(state, queues);
     }
 
-    /// Gives queues to the workers they belong to.
+    /// Hands queues to their workers.
     pub(super) fn hand_over(&self, state: &mut Registers, queues: Vec<(u16, Queue)>) {
         let features = state.common.accepted();
         let mut groups: Vec<Vec<ActiveQueue>> = self.workers.iter().map(|_| Vec::new()).collect();

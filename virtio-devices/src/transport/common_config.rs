@@ -1,9 +1,8 @@
 //! `struct virtio_pci_common_cfg` (virtio 1.2 §4.1.4.3) and the status state machine (§3.1).
 //!
-//! Registers only: what a write means for the device comes back as [`Effects`].
-//! The structure is little-endian bytes to the driver, so any width at any
-//! offset is well defined: a read copies from an image, a write is laid over
-//! the image and given field by field.
+//! Registers only: the effects of a write on the device are returned as [`Effects`]. For the driver the structure is
+//! little-endian bytes, so any width at any offset is well defined: a read copies from an image; a write is applied to
+//! the image and passed on field by field.
 
 use std::sync::Arc;
 
@@ -63,7 +62,7 @@ fields! {
 
 const IMAGE_BYTES: usize = COMMON_BYTES as usize;
 
-/// What the function has to do after a write, in this order.
+/// The actions of the function after a write, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Effects {
     /// Status 0 was written.
@@ -86,7 +85,7 @@ pub(super) struct CommonConfig {
     pub(super) driver_feature_select: u32,
     pub(super) queue_select: u16,
     pub(super) queues: Vec<QueueConfig>,
-    /// A reset was asked for and the workers have not all let go.
+    /// A reset was requested, and not all workers have released their queues.
     resetting: bool,
 }
 
@@ -127,8 +126,7 @@ impl CommonConfig {
         self.resetting
     }
 
-    /// Back to power-on, except for the status, which keeps its old value until
-    /// [`CommonConfig::finish_reset`].
+    /// Back to power-on, except for the status, which keeps its old value until [`CommonConfig::finish_reset`].
     pub(super) fn begin_reset(&mut self) {
         self.accepted = 0;
         self.device_feature_select = 0;
@@ -171,7 +169,7 @@ impl CommonConfig {
             if at + width <= start || end <= at {
                 continue;
             }
-            // Taken anew for each field: one may change what the next one shows.
+            // Read again for each field, because one may change the value of the next.
             let mut image = self.image();
             image[start..end].copy_from_slice(&data[..end - start]);
             let value = little_endian(&image[at..at + width]);
@@ -256,8 +254,7 @@ impl CommonConfig {
         }
     }
 
-    /// A vector this function does not have reads back as none, which is how a
-    /// driver learns of it.
+    /// A vector that this function does not have reads back as none, which is how a driver detects it.
     fn existing_vector(&self, vector: u16) -> u16 {
         if vector < self.vectors {
             vector
@@ -274,14 +271,14 @@ impl CommonConfig {
                 self.accepted &= !(u64::from(u32::MAX) << shift);
                 self.accepted |= u64::from(value) << shift;
             }
-            // There are no features up there to decline, so zero is right.
+            // There are no features above to decline, so zero is correct.
             select if select > 1 && value == 0 => {}
             _ => self.counters.bad_features.add(),
         }
     }
 
-    /// False if the register cannot be written now or with this value: the
-    /// queue does not exist, is enabled already, or the device is active.
+    /// False if the register cannot be written now or with this value: the queue does not exist, is enabled already, or
+    /// the device is active.
     fn write_queue(&mut self, field: Field, value: u32) -> bool {
         let frozen = self.interrupt.status() & S_DRIVER_OK != 0 || self.resetting;
         let Some(queue) = self
@@ -311,12 +308,12 @@ impl CommonConfig {
     fn write_status(&mut self, value: u8) -> Effects {
         let mut effects = Effects::default();
         if value == 0 {
-            // A second reset while one is under way changes nothing.
+            // A second reset during a reset changes nothing.
             effects.reset = !self.resetting;
             return effects;
         }
         let old = self.interrupt.status();
-        // DEVICE_NEEDS_RESET is ours; a driver may write it back or leave it out.
+        // DEVICE_NEEDS_RESET belongs to the device; a driver may write it back or leave it out.
         let cleared = old & !value & !S_NEEDS_RESET;
         if self.resetting || cleared != 0 {
             self.counters.bad_status_writes.add();
@@ -349,8 +346,8 @@ impl CommonConfig {
         effects
     }
 
-    /// §3.1.1 step 5: a subset of what is on offer. §6: VERSION_1 has to be in
-    /// it, for there is no legacy interface.
+    /// §3.1.1 step 5: a subset of the offered features. §6: VERSION_1 must be included, because there is no legacy
+    /// interface.
     fn features_are_acceptable(&self) -> bool {
         let version_1 = 1 << VIRTIO_F_VERSION_1;
         self.interrupt.status() & S_DRIVER != 0
@@ -359,7 +356,7 @@ impl CommonConfig {
     }
 }
 
-/// The lower (0) or upper (1) half; there is nothing above.
+/// The lower (0) or upper (1) half; other selectors have no bits.
 fn half(value: u64, select: u32) -> u32 {
     match select {
         0 => value as u32,

@@ -1,10 +1,10 @@
-//! What a driver did that it should not have, and how often devices came and went.
+//! Counts driver errors, activations and resets.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::device::Counters;
 
-/// Declares the counters once: a field and its name in [`Counters`] each.
+/// Declares each counter once: a field and its name in [`Counters`].
 macro_rules! counters {
     ($($(#[$doc:meta])* $name:ident),+ $(,)?) => {
         /// Counters of one function; relaxed, they order nothing.
@@ -27,11 +27,11 @@ counters! {
     activations,
     /// Resets by the driver or the VM.
     resets,
-    /// The driver accepted what was not offered, or not VERSION_1.
+    /// The driver accepted features that were not offered, or not VERSION_1.
     bad_features,
     /// A status write that clears bits, skips a step or has unknown bits.
     bad_status_writes,
-    /// A queue register written when or as it may not be.
+    /// A queue register written at the wrong time or with an invalid value.
     bad_queue_writes,
     /// A queue enabled with rings outside of RAM or misaligned.
     bad_queue_rings,
@@ -39,7 +39,7 @@ counters! {
     bad_register_writes,
     /// A doorbell of a queue that does not exist.
     bad_notifications,
-    /// A PCI_CFG window that points nowhere.
+    /// A PCI_CFG window with an invalid target.
     bad_window_accesses,
 }
 

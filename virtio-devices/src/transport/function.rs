@@ -23,8 +23,8 @@ use crate::device::{Counters, Doorbell, GuestRam, QueueHandler, VirtioDevice};
 use crate::pci::{Bar, DoorbellRegister, MsixLines, MsixTable, PciFunction};
 use crate::worker::{Pausing, Worker, WorkerHandle};
 
-/// Feature bits of the transport itself that this one cannot do (virtio 1.2 §6):
-/// PACKED, IN_ORDER, SR_IOV, NOTIFICATION_DATA, NOTIF_CONFIG_DATA, RING_RESET.
+/// Feature bits of the transport itself that are not supported (virtio 1.2 §6): PACKED, IN_ORDER, SR_IOV,
+/// NOTIFICATION_DATA, NOTIF_CONFIG_DATA, RING_RESET.
 const FEATURES_NOT_OFFERED: u64 = 1 << 34 | 1 << 35 | 1 << 37 | 1 << 38 | 1 << 39 | 1 << 40;
 
 /// A virtio device as a PCI function.
@@ -35,19 +35,19 @@ pub struct VirtioPciFunction {
     pub(super) interrupt: Arc<PciInterrupt>,
     lines: Arc<MsixLines>,
     pub(super) doorbells: Vec<Arc<Doorbell>>,
-    /// For each queue, whether its doorbell is rung by hand and holds who rings it.
+    /// For each queue, whether the VMM rings its doorbell and holds the vCPU that rang.
     holds_notifier: Vec<bool>,
     pub(super) workers: Vec<WorkerHandle>,
     pub(super) counters: Arc<TransportCounters>,
     pub(super) listener: Option<Arc<dyn LifecycleListener>>,
-    /// Where the PCI_CFG capability lies; it never moves.
+    /// The offset of the PCI_CFG capability; it never changes.
     window_at: u16,
     state: Mutex<Registers>,
     /// Built from a saved state and not resumed since.
     pub(super) owes_signals: AtomicBool,
 }
 
-/// What vCPU threads change, one at a time.
+/// The state that vCPU threads change, one at a time.
 #[derive(Debug)]
 pub(super) struct Registers {
     pub(super) header: Header,
@@ -70,18 +70,17 @@ impl VirtioPciFunction {
     /// Puts a device behind the transport and starts its worker threads.
     ///
     /// # Errors
-    /// The device's queues make no sense, or the host has no descriptor or
-    /// thread left. Nothing is left behind.
+    /// The device's queues are invalid, or the host has no descriptor or thread left. Nothing is left behind.
     pub fn new(params: VirtioPciParams) -> Result<Arc<Self>, TransportError> {
         Self::build(params, None)
     }
 
-    /// Puts a device behind the transport as `saved` has it, paused. `params.device` is made of the
-    /// same configuration as the one whose state was saved, and so is guest RAM of the same content.
+    /// Puts a device behind the transport in the state `saved`, paused. `params.device` has the same configuration as
+    /// the device whose state was saved, and guest RAM has the same content.
     ///
     /// # Errors
-    /// As [`VirtioPciFunction::new`], or [`TransportError::State`]: a state that cannot be read or
-    /// cannot be one of this device. Nothing is left behind.
+    /// As [`VirtioPciFunction::new`], or [`TransportError::State`]: the state cannot be read or cannot belong to this
+    /// device. Nothing is left behind.
     pub fn from_state(params: VirtioPciParams, saved: &Saved) -> Result<Arc<Self>, TransportError> {
         let state = saved.read::<VirtioPciState>()?;
         let function = Self::build(params, Some(&state))?;
@@ -165,8 +164,7 @@ impl VirtioPciFunction {
         &self.device
     }
 
-    /// What the transport has counted; the device's own are
-    /// [`VirtioDevice::counters`].
+    /// The transport's counters; the device's own are [`VirtioDevice::counters`].
     pub fn transport_counters(&self) -> Counters {
         let mut counters = self.counters.read();
         let failures = self.workers.iter().map(WorkerHandle::failures).sum();
@@ -175,7 +173,7 @@ impl VirtioPciFunction {
         counters
     }
 
-    /// Whether every worker thread still runs.
+    /// Whether every worker thread is still running.
     #[cfg(any(test, feature = "test-utils"))]
     pub(crate) fn workers_live(&self) -> bool {
         self.workers.iter().all(|worker| !worker.is_finished())
@@ -227,18 +225,18 @@ impl VirtioPciFunction {
             return;
         }
         match self.doorbells.get(index) {
-            // Fails only when the counter is full, and then the bell is ringing anyway.
+            // Fails only if the counter is full, and then the doorbell is ringing anyway.
             Some(doorbell) => drop(doorbell.write(1)),
             None => self.counters.bad_notifications.add(),
         }
     }
 
-    /// Lets the queue's worker look before the vCPU goes on. False if nobody looked.
+    /// Lets the queue's worker process it before the vCPU continues. False if it did not.
     fn kick_and_wait(&self, index: usize) -> bool {
         let Ok(index) = u16::try_from(index) else {
             return false;
         };
-        // Not the state's lock across the wait: other vCPUs need it.
+        // The state's lock is not held across the wait, because other vCPUs need it.
         let features = self.lock_state().common.accepted();
         let handler = lock(&self.device).handler_of_queue(index, features);
         handler
@@ -246,8 +244,7 @@ impl VirtioPciFunction {
             .is_some_and(|worker| worker.kick_and_wait(index))
     }
 
-    /// Where the PCI_CFG window points, if that is a place one can access
-    /// (§4.1.4.9): `length` bytes, naturally aligned, in BAR0.
+    /// The target of the PCI_CFG window, if it is accessible (§4.1.4.9): `length` bytes, naturally aligned, in BAR0.
     fn window(&self, access_offset: u16) -> Option<(u64, usize)> {
         let state = self.lock_state();
         let window = self.window_at;
@@ -337,8 +334,8 @@ impl PciFunction for VirtioPciFunction {
         }
         match Region::of(offset) {
             Some((Region::Common, at)) => {
-                // A device changes its configuration first, then the generation, then it
-                // interrupts: a driver that read in between is told to read again.
+                // A device changes its configuration first, then the generation, then it interrupts: a driver that read
+                // in between is notified to read again.
                 self.lock_state().common.read(at, data);
             }
             Some((Region::Isr, _)) => {
@@ -375,7 +372,7 @@ impl PciFunction for VirtioPciFunction {
     fn with_doorbells(&self, visit: &mut dyn FnMut(DoorbellRegister<'_>)) {
         let bells = self.doorbells.iter().zip(&self.holds_notifier);
         for (index, (doorbell, holds_notifier)) in (0u64..).zip(bells) {
-            // KVM would ring the bell and let the vCPU go on.
+            // KVM would ring the doorbell and let the vCPU continue.
             if *holds_notifier {
                 continue;
             }
@@ -388,7 +385,7 @@ impl PciFunction for VirtioPciFunction {
     }
 
     fn pause(&self) {
-        // All at once: each waits for what its own queue has in flight.
+        // All at once: each waits for the requests in flight of its own queue.
         let pausing: Vec<_> = self.workers.iter().map(WorkerHandle::begin_pause).collect();
         pausing.into_iter().for_each(Pausing::wait);
     }
@@ -409,15 +406,15 @@ impl PciFunction for VirtioPciFunction {
         let control = state.header.msix_control;
         state.header.space.write(control, &[0; 2]);
         state.header.space.reset_command();
-        // A kick of the old guest is none of the new one's.
+        // A kick of the old guest does not apply to the new one.
         for doorbell in &self.doorbells {
-            // EAGAIN: it was silent.
+            // EAGAIN: it had not rung.
             doorbell.read().ok();
         }
     }
 }
 
-/// The device's own state, on top of what its driver has accepted.
+/// The device's own state, in addition to the accepted features.
 fn restore_device(
     device: &mut dyn VirtioDevice,
     handlers: &mut [Box<dyn QueueHandler>],
@@ -457,8 +454,8 @@ fn check_queues(queue_sizes: &[u16]) -> Result<(), TransportError> {
     Ok(())
 }
 
-/// A thread that panicked while it held a lock has been reported; the registers
-/// it left are as good as any a guest could write.
+/// A thread that panicked while it held a lock has been reported; the registers that it left are as valid as any that a
+/// guest could write.
 pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unpoisoned()
 }

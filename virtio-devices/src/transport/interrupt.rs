@@ -1,4 +1,4 @@
-//! How a device behind PCI reaches its driver (virtio 1.2 §4.1.5.3, §4.1.5.4).
+//! Interrupts from a device behind PCI to its driver (virtio 1.2 §4.1.5.3, §4.1.5.4).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU16, Ordering};
@@ -15,11 +15,10 @@ pub(super) const VIRTIO_MSI_NO_VECTOR: u16 = 0xffff;
 
 const ISR_QUEUE: u8 = 1 << 0;
 const ISR_CONFIG: u8 = 1 << 1;
-/// Bits there are in the ISR register.
+/// The defined bits of the ISR register.
 pub(super) const ISR_KNOWN: u8 = ISR_QUEUE | ISR_CONFIG;
 
-/// The registers that device threads touch; atomics, so that no completion
-/// waits for a vCPU in a register access.
+/// The registers that device threads access; atomics, so that no completion waits for a vCPU in a register access.
 #[derive(Debug)]
 pub struct PciInterrupt {
     lines: Arc<MsixLines>,
@@ -64,7 +63,7 @@ impl PciInterrupt {
         self.isr.load(Ordering::SeqCst)
     }
 
-    /// Registers as they were when they were saved; vectors are set by themselves.
+    /// Restores registers; vectors are set separately.
     pub(super) fn restore(&self, status: u8, isr: u8, config_generation: u8) {
         self.status.store(status, Ordering::SeqCst);
         self.isr.store(isr, Ordering::SeqCst);
@@ -102,8 +101,7 @@ impl PciInterrupt {
         }
     }
 
-    /// A device reset: no vectors, nothing to service. MSI-X itself belongs to
-    /// PCI and stays as programmed.
+    /// A device reset: no vectors, nothing to service. MSI-X itself belongs to PCI and keeps its programming.
     pub(super) fn reset(&self) {
         self.isr.store(0, Ordering::SeqCst);
         self.set_config_vector(VIRTIO_MSI_NO_VECTOR);
@@ -112,8 +110,8 @@ impl PciInterrupt {
         }
     }
 
-    /// Interrupts for everything that may have been on its way when the state was taken: a spurious
-    /// interrupt does no harm, a lost one hangs the driver.
+    /// Interrupts for everything that may have been in transit when the state was taken: a spurious interrupt is
+    /// harmless, a lost one hangs the driver.
     pub(super) fn signal_all(&self) {
         self.lines.inject_restored();
         for queue_index in 0..self.queue_vectors.len() {
@@ -131,7 +129,7 @@ impl PciInterrupt {
 impl Interrupt for PciInterrupt {
     fn signal_queue(&self, queue_index: u16) {
         if !self.lines.is_enabled() {
-            // Nobody reads this register with MSI-X on; without, it is all there is.
+            // With MSI-X on, this register is not used; without, it is the only one.
             self.isr.fetch_or(ISR_QUEUE, Ordering::SeqCst);
         }
         self.lines.signal(self.queue_vector(queue_index));
@@ -144,8 +142,8 @@ impl Interrupt for PciInterrupt {
 
     fn signal_needs_reset(&self) {
         let active = VIRTIO_CONFIG_S_DRIVER_OK as u8;
-        // Only an active device can need a reset. A late signal must not dirty the
-        // zero that a driver waits for after its reset.
+        // Only an active device can need a reset. A late signal must not corrupt the zero for which a driver waits
+        // after its reset.
         let told = self
             .status
             .fetch_update(Ordering::SeqCst, Ordering::SeqCst, |status| {

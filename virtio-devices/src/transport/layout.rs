@@ -1,8 +1,8 @@
-//! Where things lie in BAR0 and in configuration space (virtio 1.2 §4.1.4).
+//! The layout of BAR0 and configuration space (virtio 1.2 §4.1.4).
 
 use crate::pci::{ConfigSpace, Identity, MSIX_CAPABILITY_ID, MsixTable};
 
-/// The one BAR.
+/// The only BAR.
 pub const BAR_INDEX: u8 = 0;
 /// Its size.
 pub const BAR_BYTES: u64 = 512 << 10;
@@ -24,13 +24,13 @@ const MSIX_TABLE_BYTES: u64 = 0x40000;
 const MSIX_PBA_OFFSET: u64 = 0x48000;
 const MSIX_PBA_BYTES: u64 = 0x800;
 
-/// As many queues as doorbells fit into the notify window.
+/// Maximum number of queues: the number of doorbells in the notify window.
 pub(super) const QUEUES_MAX: usize = (NOTIFY_BYTES / NOTIFY_MULTIPLIER as u64) as usize;
 
 const _: () = {
     assert!(MSIX_TABLE_OFFSET + MSIX_TABLE_BYTES <= MSIX_PBA_OFFSET);
     assert!(MSIX_PBA_OFFSET + MSIX_PBA_BYTES <= BAR_BYTES);
-    // One vector a queue and one for the configuration.
+    // One vector per queue and one for the configuration.
     assert!(QUEUES_MAX < crate::pci::MSIX_VECTORS_MAX as usize);
     assert!((QUEUES_MAX + 1) * crate::pci::MSIX_ENTRY_BYTES <= MSIX_TABLE_BYTES as usize);
 };
@@ -47,7 +47,7 @@ pub(super) enum Region {
 }
 
 impl Region {
-    /// The part an offset lies in, and the offset in that part.
+    /// The part that contains an offset, and the offset in that part.
     pub(super) fn of(offset: u64) -> Option<(Self, u64)> {
         const REGIONS: [(Region, u64, u64); 6] = [
             (Region::Common, COMMON_OFFSET, COMMON_BYTES),
@@ -86,7 +86,7 @@ pub(super) const CAP_PCI_CFG_DATA: u16 = 16;
 /// `sizeof(struct virtio_pci_cap)`; the notify and the window capability have four more.
 const CAP_BYTES: u8 = 16;
 
-/// Configuration space of a function and where in it the function must act itself.
+/// Configuration space of a function, and the offsets at which the function must act.
 #[derive(Debug)]
 pub(super) struct Header {
     pub(super) space: ConfigSpace,
@@ -115,7 +115,7 @@ impl Header {
         );
         space.add_capability(CAPABILITY_VENDOR, &notify, &[]);
 
-        // The driver moves the window: bar, offset and length are its to write.
+        // The driver moves the window: it may write bar, offset and length.
         let window_body = body(VIRTIO_PCI_CAP_PCI_CFG, 0, 0, Some(0));
         let mut window_writable = [0; 14];
         window_writable[usize::from(CAP_BAR) - 2] = 0xff;
@@ -133,8 +133,8 @@ impl Header {
     }
 }
 
-/// Base class and subclass by device type, so that firmware and `lspci` know a
-/// disk and a network card; anything else is an unclassified device.
+/// Base class and subclass by device type, so that firmware and `lspci` recognise a disk and a network card; all others
+/// are unclassified devices.
 fn identity(device_type: u32) -> Identity {
     let (class, subclass) = match device_type {
         1 => (0x02, 0x00),

@@ -10,7 +10,7 @@
 //!  0x48000 pending bits     MsixTable, under the function's lock
 //! ```
 //!
-//! The life of a device, as the driver drives it through `device_status`:
+//! The life of a device, controlled by the driver through `device_status`:
 //!
 //! ```text
 //!  0 ─ACKNOWLEDGE─ DRIVER ─FEATURES_OK─ DRIVER_OK ──────────► active
@@ -19,8 +19,7 @@
 //!  └──── write 0: workers let go first; until then the old status is read back
 //! ```
 //!
-//! Lock order: function, then device. Interrupts take neither, so a device may
-//! signal while it holds its own lock.
+//! Lock order: function, then device. Interrupts take neither, so a device may signal while it holds its own lock.
 
 mod activation;
 mod common_config;
@@ -47,16 +46,16 @@ use crate::device::{GuestRam, VirtioDevice, WorkerError};
 use crate::pci::MsiVectors;
 use crate::worker::ThreadStart;
 
-/// Told when a driver starts or resets a device. Called on a vCPU thread with
-/// the function's lock held: must neither block nor call back.
+/// Notified when a driver starts or resets a device. Called on a vCPU thread with the function's lock held: must
+/// neither block nor call back.
 pub trait LifecycleListener: Send + Sync {
     /// DRIVER_OK was set and the queues were handed over.
     fn device_activated(&self, id: &str);
-    /// The driver, or a reset of the VM, took the device back.
+    /// The driver, or a reset of the VM, reset the device.
     fn device_reset(&self, id: &str);
 }
 
-/// What a PCI function is made of.
+/// The parts of a PCI function.
 pub struct VirtioPciParams {
     /// The device's id in the API, e.g. `_disk0`.
     pub id: String,
@@ -80,32 +79,32 @@ impl std::fmt::Debug for VirtioPciParams {
     }
 }
 
-/// Number of MSI-X vectors of a device: one a queue, one for configuration changes.
+/// Number of MSI-X vectors of a device: one per queue, one for configuration changes.
 pub fn vectors_needed(device: &dyn VirtioDevice) -> u16 {
     u16::try_from(device.queue_sizes().len() + 1).unwrap_or(u16::MAX)
 }
 
-/// Why a device cannot be put behind the transport.
+/// Reasons why a device cannot be put behind the transport.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
-    /// More queues than there can be vectors.
+    /// More queues than possible vectors.
     #[error("a device with {queues} queues does not fit a PCI function")]
     TooManyQueues {
-        /// Queues the device asked for.
+        /// Queues of the device.
         queues: usize,
     },
-    /// A queue's size is not one that a split queue can have.
+    /// A queue's size is invalid for a split queue.
     #[error("queue {index} cannot have {size} entries")]
     QueueSize {
         /// Queue number.
         index: usize,
-        /// Entries the device asked for.
+        /// Entries of the queue.
         size: u16,
     },
-    /// No eventfd to be had.
+    /// No eventfd is available.
     #[error("cannot create a doorbell")]
     Doorbell(#[source] io::Error),
-    /// A saved state that is none of this device's.
+    /// A saved state that does not belong to this device.
     #[error(transparent)]
     State(#[from] StateError),
     /// A worker thread could not be started.

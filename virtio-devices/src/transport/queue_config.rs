@@ -1,4 +1,4 @@
-//! One queue as the driver sets it up (virtio 1.2 §2.7, §4.1.4.3).
+//! One queue, set up by the driver (virtio 1.2 §2.7, §4.1.4.3).
 
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
@@ -10,7 +10,7 @@ const USED_ELEM_BYTES: u64 = 8;
 /// `flags`, `idx` and the event index of either ring.
 const RING_META_BYTES: u64 = 6;
 
-/// Why a queue cannot be used.
+/// Reasons why a queue cannot be used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum RingFault {
     #[error("{ring} at {address:#x} is not aligned to {align} bytes")]
@@ -30,7 +30,7 @@ pub(super) enum RingFault {
 /// The registers of one queue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct QueueConfig {
-    /// Largest size on offer.
+    /// Offered maximum size.
     pub(super) max_size: u16,
     /// Size the driver chose.
     pub(super) size: u16,
@@ -56,7 +56,7 @@ impl QueueConfig {
         *self = Self::new(self.max_size);
     }
 
-    /// Takes a size a split queue can have; false if it is not one.
+    /// Sets a size that is valid for a split queue; false if it is not.
     pub(super) fn set_size(&mut self, size: u16) -> bool {
         let valid = size.is_power_of_two() && size <= self.max_size;
         if valid {
@@ -101,8 +101,7 @@ impl QueueConfig {
                 });
             }
             let length = usize::try_from(bytes).expect("at most 32768 entries");
-            // Address zero is what a driver leaves that never set it; and the queue
-            // code takes it for "not ready".
+            // Address zero means that a driver never set it, and the queue code treats it as "not ready".
             if address == 0
                 || !mem.check_range(GuestAddress(address), length, Permissions::ReadWrite)
             {

@@ -1,4 +1,4 @@
-//! A virtio-pci function at one moment, and how one is built from that again.
+//! The saved state of a virtio-pci function, and its restoration.
 //!
 //! ```text
 //!  pause ─► workers finish what is in flight ─► state(): registers, MSI-X, device, handlers
@@ -31,11 +31,11 @@ const PART: Part = parts::VIRTIO_PCI;
 pub struct VirtioPciState {
     /// Virtio device id.
     pub device_type: u32,
-    /// Feature bits on offer when the driver came.
+    /// Feature bits offered to the driver.
     pub offered: u64,
-    /// Feature bits the driver has written.
+    /// Feature bits that the driver has written.
     pub accepted: u64,
-    /// Device status. A reset that was under way is finished here: it reads 0.
+    /// Device status. A reset in progress is finished here: it reads 0.
     pub status: u8,
     /// ISR status.
     pub isr: u8,
@@ -57,7 +57,7 @@ pub struct VirtioPciState {
     pub msix: Saved,
     /// The configuration half of the device, of the device's own type.
     pub device: Saved,
-    /// The queue halves in the order of their workers; absent for one that has nothing of its own.
+    /// The queue halves in the order of their workers; absent for one without own state.
     pub handlers: Vec<Option<Saved>>,
 }
 
@@ -65,11 +65,11 @@ impl State for VirtioPciState {
     const PART: Part = PART;
 }
 
-/// One queue as the driver has set it up, and how far the device is.
+/// One queue, set up by the driver, with the device's progress.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct QueueState {
-    /// Largest size on offer.
+    /// Offered maximum size.
     pub max_size: u16,
     /// Size the driver chose.
     pub size: u16,
@@ -83,11 +83,11 @@ pub struct QueueState {
     pub used_ring: u64,
     /// MSI-X vector.
     pub vector: u16,
-    /// Absent while no worker serves the queue: before activation, or after the worker gave up.
+    /// Absent while no worker serves the queue: before activation, or after the worker failed.
     pub position: Option<RingState>,
 }
 
-/// Free-running indices. Any pair is possible: a driver may leave chains unanswered for good.
+/// Free-running indices. Any pair is possible: a driver may leave chains uncompleted forever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RingState {
@@ -98,7 +98,7 @@ pub struct RingState {
 }
 
 impl VirtioPciFunction {
-    /// The function at this moment. The caller has paused it, and no vCPU runs.
+    /// The current state of the function. The caller has paused it, and no vCPU runs.
     pub fn state(&self) -> VirtioPciState {
         let handlers: Vec<HandlerState> = self.workers.iter().map(WorkerHandle::state).collect();
         let positions: BTreeMap<u16, QueuePosition> = handlers
@@ -152,8 +152,8 @@ impl VirtioPciFunction {
             queue.set_next_avail(position.next_avail);
             queue.set_next_used(position.next_used);
             queues.push((index, queue));
-            // What the driver rang for is no state, and the worker looks only when somebody rings.
-            // A new counter is not full.
+            // Rung doorbells are not part of the state, and the worker checks a queue only when it rings. A new counter
+            // is not full.
             self.doorbells[usize::from(index)].write(1).ok();
         }
         let served = registers.common.enabled_queues().count() == queues.len();
@@ -165,7 +165,7 @@ impl VirtioPciFunction {
         Ok(())
     }
 
-    /// After the first resume: what may have been on its way when the state was taken.
+    /// After the first resume: interrupts that may have been in transit when the state was taken.
     pub(super) fn pay_signals(&self) {
         if !self.owes_signals.swap(false, Ordering::SeqCst) {
             return;
@@ -204,7 +204,7 @@ impl VirtioPciState {
         self.status & S_FEATURES_OK != 0
     }
 
-    /// Refuses what cannot have been a function of this device.
+    /// Rejects states that cannot belong to a function of this device.
     pub(super) fn check(
         &self,
         device_type: u32,
@@ -278,7 +278,7 @@ impl CommonConfig {
         vector < self.vectors || vector == VIRTIO_MSI_NO_VECTOR
     }
 
-    /// Registers as they were when `state`, which was checked, was saved.
+    /// Restores registers from `state`, which was checked.
     pub(super) fn restore(&mut self, state: &VirtioPciState, interrupt: &PciInterrupt) {
         self.offered = state.offered;
         self.accepted = state.accepted;
@@ -299,7 +299,7 @@ impl CommonConfig {
 }
 
 impl Registers {
-    /// Configuration space, MSI-X and the common configuration of a function that nobody sees yet.
+    /// Configuration space, MSI-X and the common configuration of a function before it is visible.
     pub(super) fn restore(
         &mut self,
         state: &VirtioPciState,

@@ -1,4 +1,4 @@
-//! The transport's promises, with a device that answers every chain.
+//! The guarantees of the transport, with a device that completes every chain.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -31,7 +31,7 @@ struct Seen {
     /// Makes the handler panic at a head outside of the table.
     fragile: AtomicBool,
     entered: AtomicU64,
-    /// Held by a test, it keeps a handler busy.
+    /// Held by a test, it blocks a handler.
     slow: Mutex<()>,
 }
 
@@ -161,7 +161,7 @@ impl QueueHandler for Handler {
     }
 }
 
-/// What the device has: one field.
+/// The device's configuration: one field.
 #[derive(serde::Serialize, serde::Deserialize)]
 #[serde(deny_unknown_fields)]
 struct DeviceState {
@@ -251,7 +251,7 @@ fn queue_kicked_is_answered_on_its_own_vector() {
         assert_eq!(driver.queue(index).wait_used().head, u32::from(chain.head));
         driver.vectors.wait_triggered(index + 1, 1);
     }
-    // Queue 2 belongs to nobody.
+    // No handler serves queue 2.
     driver.queue(2).push(&[Segment::Writable(4)]);
     driver.kick(2);
     driver.kick(1);

@@ -6,8 +6,8 @@
 //!       └──────── a reset from either side, or both directions ended ──────────┴──► gone
 //! ```
 //!
-//! Credit (virtio 1.2 §5.10.6.3): each side says how much it can buffer and how much of what it got it has passed
-//! on. The counts run without end and wrap at 2³².
+//! Credit (virtio 1.2 §5.10.6.3): each side reports how much it can buffer and how much of the received data it has
+//! passed on. The counts run endlessly and wrap at 2³².
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
@@ -16,9 +16,9 @@ use std::os::unix::net::UnixStream;
 
 use super::packet::{Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
-/// Bytes of one connection that may be on their way to the host, which is what the guest is told it may send.
+/// Maximum number of bytes of one connection in transit to the host, which is the buffer size reported to the guest.
 pub(super) const BUFFER_BYTES: u32 = 64 << 10;
-/// The guest is told of room when it knows of less than this.
+/// The guest is notified of room if it knows of less than this.
 const ROOM_KNOWN_MIN: u32 = BUFFER_BYTES / 2;
 
 /// A connection's ports: the host's and the guest's.
@@ -35,7 +35,7 @@ enum Phase {
     Open,
 }
 
-/// A packet for the guest, without what all packets of a connection have in common.
+/// A packet for the guest, without the fields that all packets of a connection share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Outgoing {
     pub(super) op: Op,
@@ -44,11 +44,11 @@ pub(super) struct Outgoing {
     pub(super) len: usize,
 }
 
-/// The guest broke the protocol: the connection is reset.
+/// The guest violated the protocol: the connection is reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Violation;
 
-/// Packets the guest is owed, apart from data.
+/// Packets owed to the guest, apart from data.
 #[derive(Debug, Default)]
 struct Owed {
     request: bool,
@@ -65,15 +65,15 @@ pub(super) struct Connection {
     owed: Owed,
 
     // Host to guest.
-    /// The stream may have something to read; false only after it said that it has not.
+    /// The stream may be readable; false only after a read would have blocked.
     readable: bool,
     /// The stream has ended.
     at_end: bool,
     sent: u32,
     guest_buf_alloc: u32,
     guest_fwd_cnt: u32,
-    /// The guest was asked for credit and has had no data since. One that has none says so at once: asking again at
-    /// each answer would keep both sides busy until a program of the guest reads.
+    /// Credit was requested from the guest, and no data was sent since. A guest without credit answers at once: a new
+    /// request at each answer would keep both sides busy until a program of the guest reads.
     credit_requested: bool,
     /// SHUTDOWN_* that the guest knows of.
     shutdown_sent: u32,
@@ -82,9 +82,9 @@ pub(super) struct Connection {
     backlog: VecDeque<u8>,
     received: u32,
     forwarded: u32,
-    /// `forwarded` as the guest knows it.
+    /// `forwarded` as last reported to the guest.
     forwarded_known: u32,
-    /// The host's program takes nothing any more.
+    /// The host's program accepts nothing any more.
     host_closed: bool,
     /// SHUTDOWN_* that the guest has sent.
     shutdown_received: u32,
@@ -93,7 +93,7 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    /// A host's program wants to connect to the guest.
+    /// A host program connects to the guest.
     pub(super) fn to_guest(ports: Ports, stream: UnixStream) -> Self {
         let mut connection = Self::new(ports, stream, Phase::Requested);
         connection.owed.request = true;
@@ -131,28 +131,28 @@ impl Connection {
         }
     }
 
-    /// Bytes passed on to the host, as the guest is told with every packet.
+    /// Bytes passed on to the host, reported to the guest with every packet.
     pub(super) fn forwarded(&self) -> u32 {
         self.forwarded
     }
 
-    /// The guest gets a reset, and then the connection is gone.
+    /// The guest gets a reset, and then the connection is removed.
     pub(super) fn reset(&mut self) {
         self.owed.reset = true;
     }
 
-    /// The stream may have something to read.
+    /// The stream may be readable.
     pub(super) fn host_readable(&mut self) {
         self.readable = true;
     }
 
-    /// The stream's other end is closed: it takes nothing, though there may be something left to read.
+    /// The stream's other end is closed: it accepts nothing, but there may be data left to read.
     pub(super) fn host_hung_up(&mut self) {
         self.readable = true;
         self.host_gone();
     }
 
-    /// The stream takes bytes. Returns how many it took.
+    /// The stream is writable. Returns the number of bytes written.
     pub(super) fn host_writable(&mut self) -> usize {
         let before = self.forwarded;
         while !self.backlog.is_empty() && !self.host_closed {
@@ -168,26 +168,26 @@ impl Connection {
             }
         }
         if self.backlog.is_empty() {
-            // A connection that once filled its buffer does not keep it.
+            // A connection that once filled its buffer frees it.
             self.backlog = VecDeque::new();
             self.pass_on_end();
         }
         self.forwarded.wrapping_sub(before) as usize
     }
 
-    /// The guest has sent all that it wanted to, and not all of it is with the host.
+    /// The guest has sent everything, and part of it is not yet delivered to the host.
     pub(super) fn is_draining(&self) -> bool {
         self.shutdown_received & SHUTDOWN_SEND != 0 && !self.backlog.is_empty()
     }
 
-    /// The guest accepts. The host's program hears it.
+    /// The guest accepts. The host's program is notified.
     pub(super) fn accepted(&mut self) -> Result<(), Violation> {
         if self.phase != Phase::Requested {
             return Err(Violation);
         }
         self.phase = Phase::Open;
         let text = format!("OK {}\n", self.ports.host);
-        // Nothing was written yet, so a program that is still there has room for all of it.
+        // Nothing was written yet, so if the program still exists, there is room for all of it.
         match self.stream.write(text.as_bytes()) {
             Ok(count) if count == text.len() => {}
             Ok(_) | Err(_) => self.host_gone(),
@@ -195,18 +195,18 @@ impl Connection {
         Ok(())
     }
 
-    /// Credit comes with every packet of the guest's.
+    /// Every packet of the guest carries credit.
     pub(super) fn take_credit(&mut self, header: &Header) {
         self.guest_buf_alloc = header.buf_alloc;
         self.guest_fwd_cnt = header.fwd_cnt;
     }
 
-    /// The guest asks for credit.
+    /// The guest requests credit.
     pub(super) fn credit_requested(&mut self) {
         self.owed.credit_update = true;
     }
 
-    /// Data of the guest's, on its way to the host.
+    /// Data from the guest, on its way to the host.
     pub(super) fn take_data(&mut self, data: &[u8]) -> Result<(), Violation> {
         let on_the_way = self.received.wrapping_sub(self.forwarded);
         let room = (BUFFER_BYTES - on_the_way) as usize;
@@ -225,14 +225,14 @@ impl Connection {
         Ok(())
     }
 
-    /// The guest sends or receives no more.
+    /// The guest stops sending or receiving.
     pub(super) fn take_shutdown(&mut self, flags: u32) -> Result<(), Violation> {
         if self.phase != Phase::Open {
             return Err(Violation);
         }
         self.shutdown_received |= flags & SHUTDOWN_BOTH;
         if self.shutdown_received & SHUTDOWN_RECEIVE != 0 {
-            // The host's program may be gone already, which is as good.
+            // The host's program may be gone already, which has the same effect.
             self.stream.shutdown(Shutdown::Read).ok();
         }
         self.pass_on_end();
@@ -323,8 +323,8 @@ impl Connection {
         }
     }
 
-    /// SHUTDOWN_* if the guest has to be told of more than it knows. What it has not asked for any more need not be
-    /// read to the end.
+    /// SHUTDOWN_* if the guest has not received it yet. Data that the guest no longer receives need not be read to the
+    /// end.
     fn next_shutdown(&mut self) -> Option<u32> {
         let unwanted = self.shutdown_received & SHUTDOWN_RECEIVE != 0;
         let mut flags = self.shutdown_sent;
@@ -339,7 +339,7 @@ impl Connection {
         news.then_some(flags)
     }
 
-    /// The host's program takes nothing any more; what was on the way is lost, as on any socket.
+    /// The host's program accepts nothing any more; data in transit is lost, as on any socket.
     fn host_gone(&mut self) {
         self.host_closed = true;
         let lost = std::mem::take(&mut self.backlog).len();
@@ -348,7 +348,7 @@ impl Connection {
     }
 
     fn passed_on(&mut self, count: usize) {
-        // At most BUFFER_BYTES are on the way.
+        // At most BUFFER_BYTES are in transit.
         self.forwarded = self.forwarded.wrapping_add(count as u32);
         let on_the_way_as_known = self.received.wrapping_sub(self.forwarded_known);
         let room_known = BUFFER_BYTES.saturating_sub(on_the_way_as_known);
@@ -357,14 +357,14 @@ impl Connection {
         }
     }
 
-    /// Once all of the guest's data is with the host, the host hears that no more comes. A guest that has ended both
-    /// directions is answered with a reset (virtio 1.2 §5.10.6.5).
+    /// Once all of the guest's data is with the host, the end is passed on to the host. A guest that has ended both
+    /// directions gets a reset (virtio 1.2 §5.10.6.5).
     fn pass_on_end(&mut self) {
         if !self.backlog.is_empty() || self.shutdown_received & SHUTDOWN_SEND == 0 {
             return;
         }
         if !std::mem::replace(&mut self.end_passed_on, true) {
-            // The host's program may be gone already, which is as good.
+            // The host's program may be gone already, which has the same effect.
             self.stream.shutdown(Shutdown::Write).ok();
         }
         if self.shutdown_received == SHUTDOWN_BOTH {

@@ -20,18 +20,19 @@ const DEVICE_TYPE: u32 = 19;
 /// Receive, transmit, event.
 const QUEUE_SIZES: [u16; 3] = [256; 3];
 
-/// What the device needs to be made.
+/// Parameters of the device.
 #[derive(Debug)]
 pub struct VsockParams {
     /// Names the device and its thread.
     pub id: String,
     /// The guest's address, above 2.
     pub cid: u32,
-    /// Where the host's programs connect. Beside it, with `_PORT` added, are those that the guest connects to.
+    /// The socket to which the host's programs connect. The guest connects to sockets with `_PORT` appended to this
+    /// path.
     pub socket: PathBuf,
 }
 
-/// The configuration half has nothing a driver could change.
+/// The configuration half has no state that a driver could change.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockState {}
@@ -40,7 +41,7 @@ impl State for VsockState {
     const PART: Part = parts::VSOCK;
 }
 
-/// What both halves count.
+/// The counters of both halves.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
     /// Now.
@@ -56,7 +57,7 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    /// Counts, and says whether this is the first time: the guest can cause it over and over.
+    /// Counts, and returns whether this is the first time, because the guest can cause it repeatedly.
     pub(super) fn count_loudly(counter: &AtomicU64) -> bool {
         counter.fetch_add(1, Ordering::Relaxed) == 0
     }
@@ -80,7 +81,7 @@ impl Vsock {
     /// Listens on the socket. The worker thread closes it and removes its path when it ends.
     ///
     /// # Errors
-    /// The socket cannot be made, or is in use.
+    /// The socket cannot be created, or is in use.
     pub fn new(params: VsockParams) -> io::Result<Self> {
         let shared = Arc::new(Shared::default());
         let cid = u64::from(params.cid);

@@ -20,7 +20,7 @@ const TRANSMIT: u16 = 1;
 /// Token of the only source.
 const TOKEN_HOST: u32 = 0;
 
-/// Bytes of data in one packet, either way. Linux sends no more.
+/// Maximum number of data bytes in one packet, either way. Linux sends no more.
 const DATA_BYTES_MAX: usize = 64 << 10;
 
 struct Active {
@@ -60,7 +60,7 @@ impl VsockHandler {
         }
     }
 
-    /// Takes the guest's packets.
+    /// Processes the guest's packets.
     fn transmit(&mut self, active: &mut Active, turn: &mut Turn) -> Result<(), WorkerError> {
         let Some(queue) = &mut active.transmit else {
             return Ok(());
@@ -103,7 +103,7 @@ impl VsockHandler {
         self.muxer.take_packet(&header, data, turn);
     }
 
-    /// Gives the guest the packets that wait for it.
+    /// Passes waiting packets to the guest.
     fn receive(&mut self, active: &mut Active, turn: &mut Turn) -> Result<(), WorkerError> {
         let Some(queue) = &mut active.receive else {
             return Ok(());
@@ -114,7 +114,7 @@ impl VsockHandler {
             match next_buffer(queue, &ram, &self.shared, turn)? {
                 Next::Chain((head, buffers)) => match self.fill(&buffers, turn) {
                     Some(written) => queue.push_used(&ram, head, written)?,
-                    // Nothing after all. The buffer is for the next packet.
+                    // Nothing after all. The buffer is kept for the next packet.
                     None => queue.unpop(1),
                 },
                 // The guest rings when it has a buffer.
@@ -154,7 +154,7 @@ impl VsockHandler {
     }
 }
 
-/// The next buffer that takes a packet with at least a byte of data. Others go straight back.
+/// The next buffer with room for a packet with at least one byte of data. Others are returned at once.
 fn next_buffer(
     queue: &mut ServedQueue,
     ram: &RamGuard,

@@ -1,5 +1,5 @@
-//! Socket device (virtio 1.2 §5.10): stream connections between the guest and programs of the host, which
-//! reach it through UNIX sockets.
+//! Socket device (virtio 1.2 §5.10): stream connections between the guest and programs of the host, which connect
+//! through UNIX sockets.
 //!
 //! ```text
 //!   host → guest   connect to SOCKET, write "CONNECT PORT\n"; once the guest has accepted, read "OK PORT\n"
@@ -12,8 +12,8 @@
 //!   device      the configuration half
 //! ```
 //!
-//! There are no timeouts. A client that gives up closes its end; a guest that gives up sends a reset. What either
-//! leaves hanging is bounded by [`CONNECTIONS_MAX`].
+//! There are no timeouts. A client that gives up closes its end; a guest that gives up sends a reset.
+//! [`CONNECTIONS_MAX`] limits the connections that either leaves open.
 
 mod connection;
 mod device;

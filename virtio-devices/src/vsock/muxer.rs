@@ -1,4 +1,4 @@
-//! All connections of a guest, the socket on which the host's programs connect, and whose turn it is.
+//! All connections of a guest, the socket to which the host's programs connect, and the order of service.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind, Read};
@@ -24,32 +24,32 @@ use crate::worker::Turn;
 
 const PART: Part = parts::VSOCK_CONNECTIONS;
 
-/// Streams at a time, those included whose host program has not said where it wants to go. As in Cloud Hypervisor.
+/// Maximum number of streams, including those whose host program has not sent its greeting. As in Cloud Hypervisor.
 pub const CONNECTIONS_MAX: usize = 1023;
-/// Resets that wait for the guest and have no connection. More are dropped and counted: a guest that takes none has
-/// sent as many packets that mean nothing.
+/// Maximum number of resets that wait for the guest without a connection. More are dropped and counted: a guest that
+/// receives none has sent as many invalid packets.
 const RESETS_MAX: usize = 2 * CONNECTIONS_MAX;
-/// Events taken out of the kernel at once. More stay ready.
+/// Maximum number of events per call. More stay ready.
 const EVENTS_MAX: usize = 64;
 /// Length of "CONNECT 4294967295\n", and some spaces.
 const GREETING_BYTES_MAX: usize = 32;
-/// Ports of the host's programs: bit 30 set, bit 31 clear, as Cloud Hypervisor numbers them.
+/// Ports of the host's programs: bit 30 set, bit 31 clear, as in Cloud Hypervisor.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 const LAST_HOST_PORT: u32 = (1 << 31) - 1;
 
 /// How long no program is accepted after the process ran out of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-// Data in the epoll set; streams have their slot.
+// Data in the epoll set; streams use their slot.
 const LISTENER: u64 = u64::MAX;
 const ACCEPT_AGAIN: u64 = LISTENER - 1;
 
-/// What is left of the connections when the machine continues elsewhere: the guest hears that they are gone. Programs
-/// of the host have to connect again.
+/// The state of the connections when the machine continues elsewhere: the guest is notified that they are gone.
+/// Programs of the host have to connect again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockConnectionsState {
-    /// The port that the next host program gets. A guest may still remember those before it.
+    /// The port of the next host program. A guest may still remember those before it.
     pub next_host_port: u32,
     /// Ports of the host and of the guest.
     pub connections: Vec<(u32, u32)>,
@@ -59,7 +59,7 @@ impl State for VsockConnectionsState {
     const PART: Part = PART;
 }
 
-/// A host program that has connected and not said where it wants to go.
+/// A host program that has connected and not sent its greeting.
 #[derive(Debug)]
 struct Greeting {
     stream: UnixStream,
@@ -79,11 +79,11 @@ enum Slot {
     Draining(Connection),
 }
 
-/// What a greeting has so far.
+/// The state of a greeting.
 enum Progress {
     /// Not the whole line.
     Incomplete,
-    /// The port of the guest that the program wants.
+    /// The requested port of the guest.
     Port(u32),
     /// Not `CONNECT PORT`.
     Invalid,
@@ -147,7 +147,7 @@ impl Muxer {
         self.epoll.as_raw_fd()
     }
 
-    /// A driver is there. Until now programs waited in the listener's backlog.
+    /// A driver is active. Until now, programs waited in the listener's backlog.
     pub(super) fn start(&mut self) -> io::Result<()> {
         self.accept_again.clear()?;
         if !std::mem::replace(&mut self.listening, true) {

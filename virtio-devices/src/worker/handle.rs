@@ -1,4 +1,4 @@
-//! The near end of a worker thread: what the transport and the control thread hold.
+//! The handle of a worker thread, used by the transport and the control thread.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -14,43 +14,41 @@ use super::turn::CommandsPending;
 use crate::Unpoisoned;
 use crate::device::{Activation, HandlerState, QueueHandler, WorkerError};
 
-/// Commands on their way at one time. The guest can cause one activation and
-/// one reset (the transport takes no further one before the reset is done), the
-/// control thread a pause, a resume, a reset and a stop; of kicks there is one at
-/// a time: seven, so eight never fill.
+/// Maximum number of commands in transit. The guest can cause one activation and one reset (the transport accepts no
+/// further one before the reset is done); the control thread can send a pause, a resume, a reset and a stop; and there
+/// is one kick at a time. That is seven, so eight never fill.
 const COMMANDS_PENDING_MAX: usize = 8;
 
-/// Virtual size of a worker's stack; only touched pages cost memory. Handlers
-/// keep their buffers on the heap.
+/// Virtual size of a worker's stack; only touched pages cost memory. Handlers keep their buffers on the heap.
 const STACK_BYTES: usize = 256 << 10;
 
-/// What a worker thread can be told. `SyncSender<()>`s are acknowledgements.
+/// The commands of a worker thread. `SyncSender<()>`s are acknowledgements.
 pub(super) enum Command {
     Activate(Box<Activation>),
     Reset(Option<SyncSender<()>>),
     Pause(SyncSender<()>),
     Resume,
-    /// What the paused handler knows.
+    /// The paused handler's state.
     State(SyncSender<HandlerState>),
-    /// Serve this queue for a vCPU that waits; the answer is whether it was served.
+    /// Serves this queue for a vCPU that waits; the result is whether it was served.
     Kick(u16, SyncSender<bool>),
     Stop,
 }
 
-/// Figures both ends see.
+/// Figures that both ends share.
 #[derive(Debug, Default)]
 pub(super) struct Progress {
-    /// Resets asked for.
+    /// Resets requested.
     pub(super) resets_requested: AtomicU64,
-    /// Resets finished; equal to the above when the worker stands still.
+    /// Resets finished; equal to the above when the worker is idle.
     pub(super) resets_done: AtomicU64,
-    /// How often the handler gave up.
+    /// How often the handler failed.
     pub(super) failures: AtomicU64,
-    /// What a handler stops for.
+    /// The signal that makes a handler stop.
     pub(super) pending: CommandsPending,
 }
 
-/// Makes worker threads.
+/// Creates worker threads.
 #[derive(Debug)]
 pub struct Worker {}
 
@@ -59,7 +57,7 @@ impl Worker {
     /// runs on it before anything else.
     ///
     /// # Errors
-    /// No descriptor or no thread to be had.
+    /// No descriptor or thread is available.
     pub fn spawn(
         handler: Box<dyn QueueHandler>,
         thread_start: ThreadStart,
@@ -78,7 +76,7 @@ impl Worker {
 
         let progress = Arc::new(Progress::default());
         let (sender, receiver) = sync_channel(COMMANDS_PENDING_MAX);
-        // A thread name with a NUL inside would panic in std.
+        // A NUL in a thread name would make std panic.
         let name = handler.name().replace('\0', "");
         let thread = WorkerThread::new(
             name.clone(),
@@ -108,49 +106,48 @@ impl Worker {
     }
 }
 
-/// The near end of a worker thread. Dropping it stops and joins the thread.
+/// The handle of a worker thread. Dropping it stops and joins the thread.
 #[derive(Debug)]
 pub struct WorkerHandle {
     commands: SyncSender<Command>,
     wake: Arc<EventFd>,
     progress: Arc<Progress>,
-    /// Held for the length of a kick: see COMMANDS_PENDING_MAX.
+    /// Held for the duration of a kick: see COMMANDS_PENDING_MAX.
     kicks: Mutex<()>,
     join: Option<JoinHandle<()>>,
 }
 
 impl WorkerHandle {
-    /// Hands the queues over; returns at once (called by vCPU threads). A
-    /// handler that cannot activate tells the driver through its interrupt.
+    /// Hands over the queues; returns at once (called by vCPU threads). A handler that cannot activate notifies the
+    /// driver through its interrupt.
     ///
     /// # Errors
-    /// [`WorkerError::Unresponsive`]: the thread is gone or takes no commands.
+    /// [`WorkerError::Unresponsive`]: the thread is gone or accepts no commands.
     pub fn activate(&self, activation: Activation) -> Result<(), WorkerError> {
         self.post(Command::Activate(Box::new(activation)))
     }
 
-    /// Asks for a reset and returns at once (called by vCPU threads);
-    /// [`WorkerHandle::reset_done`] tells when the handler has let go of the queues.
+    /// Requests a reset and returns at once (called by vCPU threads); [`WorkerHandle::reset_done`] reports when the
+    /// handler has released the queues.
     pub fn request_reset(&self) {
         self.progress
             .resets_requested
             .fetch_add(1, Ordering::SeqCst);
         if self.post(Command::Reset(None)).is_err() {
-            // Cannot happen while the thread lives, see COMMANDS_PENDING_MAX; and a
-            // dead thread is covered by reset_done.
+            // Cannot happen while the thread is alive, see COMMANDS_PENDING_MAX; reset_done covers a dead thread.
             log::error!("{}: worker took no reset command", self.name());
         }
     }
 
-    /// Whether every reset asked for is finished. A thread that is gone touches
-    /// nothing any more, so it counts as reset.
+    /// Whether every requested reset is finished. A thread that is gone accesses nothing any more, so it counts as
+    /// reset.
     pub fn reset_done(&self) -> bool {
         let done = self.progress.resets_done.load(Ordering::SeqCst);
         done == self.progress.resets_requested.load(Ordering::SeqCst) || self.is_finished()
     }
 
-    /// Resets and returns when the handler has let go of the queues. For the
-    /// control thread; waits for host I/O at most, never for the guest.
+    /// Resets and returns when the handler has released the queues. For the control thread; waits for host I/O at most,
+    /// never for the guest.
     pub fn reset_and_wait(&self) {
         self.progress
             .resets_requested
@@ -158,8 +155,8 @@ impl WorkerHandle {
         self.call(|ack| Command::Reset(Some(ack)));
     }
 
-    /// Returns when the handler has finished its requests in flight and the
-    /// thread touches guest RAM no more. For the control thread.
+    /// Returns when the handler has finished its requests in flight and the thread no longer accesses guest RAM. For
+    /// the control thread.
     pub fn pause(&self) {
         self.begin_pause().wait();
     }
@@ -169,13 +166,12 @@ impl WorkerHandle {
         Pausing(self.begin_call(Command::Pause))
     }
 
-    /// Undoes [`WorkerHandle::pause`]; every active queue is looked at again.
+    /// Undoes [`WorkerHandle::pause`]; every active queue is served again.
     pub fn resume(&self) {
         self.send(Command::Resume);
     }
 
-    /// What the handler knows; the caller has paused it. For the control thread. A thread that is
-    /// gone serves no queue.
+    /// The handler's state; the caller has paused it. For the control thread. A thread that is gone serves no queue.
     pub fn state(&self) -> HandlerState {
         let (answer, state) = sync_channel(1);
         if self.send(Command::State(answer)) {
@@ -184,19 +180,19 @@ impl WorkerHandle {
         HandlerState::default()
     }
 
-    /// Has the handler look at a queue and returns when it has (called by vCPU
-    /// threads). False if it did not look, being paused or not active: the caller
-    /// then rings the doorbell. Waits for the piece of work under way, never for the guest.
+    /// Makes the handler serve a queue and returns when it has (called by vCPU threads). False if it did not, because
+    /// it is paused or not active: the caller then rings the doorbell. Waits for the current piece of work, never for
+    /// the guest.
     pub fn kick_and_wait(&self, queue_index: u16) -> bool {
         let one_at_a_time = self.kicks.lock();
         // It guards no data that a panic could have left half done.
         let _one_at_a_time = one_at_a_time.unpoisoned();
         let (ack, done) = sync_channel(1);
-        // An error means that the thread ended: nobody looks any more.
+        // An error means that the thread ended: the queue is not served any more.
         self.send(Command::Kick(queue_index, ack)) && done.recv().unwrap_or(false)
     }
 
-    /// How often the handler gave up on its device until a reset.
+    /// How often the handler failed and stopped serving its device until a reset.
     pub fn failures(&self) -> u64 {
         self.progress.failures.load(Ordering::Relaxed)
     }
@@ -228,8 +224,7 @@ impl WorkerHandle {
         })
     }
 
-    /// Sends, waiting for room. Fails only if the thread is gone, which every
-    /// caller treats as "it stands still".
+    /// Sends, waiting for room. Fails only if the thread is gone, which every caller treats as stopped.
     fn send(&self, command: Command) -> bool {
         self.progress.pending.announce();
         let sent = self.commands.send(command).is_ok();
@@ -243,18 +238,18 @@ impl WorkerHandle {
 
     fn begin_call(&self, command: impl FnOnce(SyncSender<()>) -> Command) -> Receiver<()> {
         let (ack, done) = sync_channel(1);
-        // If the thread has ended the sender is dropped, and the receiver learns that.
+        // If the thread has ended, the sender is dropped, and the receiver returns an error.
         self.send(command(ack));
         done
     }
 
     fn ring(&self) {
-        // The counter would have to stand at u64::MAX - 1 for this to fail.
+        // The counter would have to be at u64::MAX - 1 for this to fail.
         self.wake.write(1).ok();
     }
 }
 
-/// A pause that is under way.
+/// A pause in progress.
 #[derive(Debug)]
 #[must_use]
 pub struct Pausing(Receiver<()>);
@@ -267,7 +262,7 @@ impl Pausing {
 }
 
 fn wait_for(done: &Receiver<()>) {
-    // An error means that the thread ended, hence stands still.
+    // An error means that the thread ended, and so has stopped.
     done.recv().ok();
 }
 

@@ -1,7 +1,7 @@
 //! Worker threads: one per queue handler, created with the device, driven by commands.
 //!
-//! Threads are made with the device, before a guest sees it, because seccomp filters are inherited:
-//! a thread born on a vCPU thread would carry that filter too.
+//! Threads are created with the device, before a guest sees it, because seccomp filters are inherited: a thread created
+//! on a vCPU thread would have that filter too.
 //!
 //! ```text
 //!            activate              fault                 resume
@@ -12,14 +12,13 @@
 //!
 //! * *Idle*: only commands and the handler's idle sources are served.
 //! * *Active*: doorbells and the handler's own sources too.
-//! * *Failed*: as idle; the driver has been told DEVICE_NEEDS_RESET. Entered
-//!   when a handler returns an error, which is logged once and counted.
+//! * *Failed*: as idle; DEVICE_NEEDS_RESET is set for the driver. Entered when a handler returns an error, which is
+//!   logged once and counted.
 //! * *Paused*: commands only. Doorbells are level-triggered and not drained, so
 //!   a kick that arrives now is found again at resume. An activation that
 //!   arrives now waits for resume, a reset does not.
 //!
-//! A handler works in turns, see [`Turn`]: whatever a ring holds, a command waits for one bounded
-//! piece of work.
+//! A handler works in turns, see [`Turn`]: whatever a ring holds, a command waits for one bounded piece of work.
 
 mod handle;
 mod sources;
@@ -36,6 +35,6 @@ pub use sources::EventSources;
 pub(crate) use sources::Wake;
 pub use turn::{Turn, Work};
 
-/// What the VMM runs first on every new worker thread, with the thread's name:
-/// the place to install a seccomp filter.
+/// The VMM's hook that runs first on every new worker thread, with the thread's name: the place to install a seccomp
+/// filter.
 pub type ThreadStart = Arc<dyn Fn(&str) + Send + Sync>;

@@ -1,4 +1,4 @@
-//! What a worker thread sleeps on: commands, doorbells and the handler's own descriptors.
+//! The event sources of a worker thread: commands, doorbells and the handler's own descriptors.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -9,7 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::{Doorbell, WorkerError};
 
-/// Events taken out of the kernel by one wait. More simply stay ready.
+/// Maximum number of events per wait. More stay ready.
 const WAKES_PER_WAIT: usize = 16;
 
 // The epoll datum: what kind of descriptor in the upper half, which one in the lower.
@@ -19,7 +19,7 @@ const KIND_DOORBELL: u64 = 2 << 32;
 const KIND_COMMAND: u64 = 3 << 32;
 const KIND_MASK: u64 = !0 << 32;
 
-/// Why the thread woke up.
+/// The reason why the thread woke up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Wake {
     /// A command is waiting.
@@ -32,11 +32,10 @@ pub(crate) enum Wake {
     Idle(u32),
 }
 
-/// Where a handler registers further descriptors to be woken by (readable,
-/// level-triggered). All are dropped at reset.
+/// Where a handler registers further descriptors to be woken by (readable, level-triggered). All are dropped at reset.
 ///
-/// A descriptor whose other end is gone counts as readable for ever: a handler
-/// that reads end-of-file must [`EventSources::remove`] it.
+/// A descriptor whose other end is gone is readable forever: a handler that reads end-of-file must
+/// [`EventSources::remove`] it.
 #[derive(Debug)]
 pub struct EventSources {
     epoll: Epoll,
@@ -68,8 +67,8 @@ impl EventSources {
         Ok(())
     }
 
-    /// Wakes the handler with `token` whenever `fd` takes bytes. Worth it only while
-    /// there is something to write: most descriptors nearly always do.
+    /// Wakes the handler with `token` whenever `fd` is writable. Use it only while there is something to write, because
+    /// most descriptors nearly always are.
     ///
     /// # Errors
     /// `epoll_ctl` failed.
@@ -117,7 +116,7 @@ impl EventSources {
         self.doorbells.iter().map(|(index, _)| *index).collect()
     }
 
-    /// Empties the doorbell. False if that queue is not watched any more.
+    /// Drains the doorbell. False if that queue is no longer watched.
     pub(crate) fn drain_doorbell(&self, queue_index: u16) -> bool {
         let Some((_, doorbell)) = self
             .doorbells
@@ -126,7 +125,7 @@ impl EventSources {
         else {
             return false;
         };
-        // EAGAIN: somebody else has drained it. The wake-up is served all the same.
+        // EAGAIN: it has been drained already. The wake-up is served nevertheless.
         doorbell.read().ok();
         true
     }
@@ -139,7 +138,7 @@ impl EventSources {
     /// Drops all doorbells and all sources of the active device.
     pub(crate) fn clear(&mut self) {
         for (fd, _) in self.sources.drain(..) {
-            // Closing a descriptor has already taken it out of the set (EBADF, ENOENT).
+            // Closing a descriptor has already removed it from the set (EBADF, ENOENT).
             self.epoll
                 .ctl(ControlOperation::Delete, fd, EpollEvent::default())
                 .ok();
@@ -156,9 +155,8 @@ impl EventSources {
         }
     }
 
-    /// Sleeps until something is ready and lists it in `wakes`, emptied first;
-    /// `timeout_ms` as for `epoll_wait` (-1: for ever). Nothing listed means a
-    /// timeout or a signal.
+    /// Sleeps until a source is ready and lists it in `wakes`, emptied first; `timeout_ms` as for `epoll_wait` (-1: no
+    /// timeout). An empty list means a timeout or a signal.
     pub(crate) fn wait(&self, timeout_ms: i32, wakes: &mut Vec<Wake>) -> Result<(), WorkerError> {
         wakes.clear();
         let mut events = [EpollEvent::default(); WAKES_PER_WAIT];

@@ -1,4 +1,4 @@
-//! The worker's promises, with a handler that answers every chain.
+//! The guarantees of a worker, with a handler that completes every chain.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::testing::{DriverQueue, MockInterrupt, Segment, TestRam, wait_until};
 const SOURCE: u32 = 7;
 const IDLE: u32 = 8;
 
-/// What the test sees of the handler.
+/// The handler's state that the test sees.
 #[derive(Debug)]
 struct Seen {
     source: EventFd,
@@ -179,8 +179,7 @@ fn worker_paused_keeps_kicks_for_resume() {
     rig.worker.pause();
     assert_eq!(rig.seen.pauses.load(Ordering::SeqCst), 1);
     rig.push_and_kick();
-    // A second pause is acknowledged by a thread that has had every chance to
-    // serve the kick wrongly.
+    // A second pause is acknowledged by a thread that has had every chance to serve the kick wrongly.
     rig.worker.pause();
     assert_eq!(rig.driver.used_idx(), 0);
     rig.worker.resume();
@@ -324,7 +323,7 @@ fn worker_kicked_by_a_waiting_vcpu_has_answered_when_it_goes_on() {
     assert!(!rig.worker.kick_and_wait(3), "stands still");
 }
 
-/// However many vCPUs ring, the commands of the others find room.
+/// However many vCPUs ring, the other commands find room.
 #[test]
 fn worker_kicked_by_many_vcpus_still_takes_every_command() {
     let rig = Rig::new();

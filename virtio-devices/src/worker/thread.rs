@@ -12,14 +12,14 @@ use super::sources::{EventSources, Wake};
 use super::turn::Turn;
 use crate::device::{Activation, ActiveQueue, HandlerState, Interrupt, QueueHandler, WorkerError};
 
-/// Whether the thread goes on.
+/// Whether the thread continues.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Flow {
     Continue,
     Stop,
 }
 
-/// Everything a worker thread owns.
+/// Everything that a worker thread owns.
 pub(super) struct WorkerThread {
     name: String,
     handler: Box<dyn QueueHandler>,
@@ -59,7 +59,7 @@ impl WorkerThread {
         }
     }
 
-    /// Runs until told to stop or until the near end is gone.
+    /// Runs until it is stopped or until the handle is dropped.
     pub(super) fn run(mut self) {
         while self.turn() == Flow::Continue {}
         self.reset();
@@ -86,12 +86,12 @@ impl WorkerThread {
             return Flow::Stop;
         }
         if wakes.contains(&Wake::Command) {
-            // A command may make the other wake-ups stale. They are level-triggered
-            // and come again if they are not.
+            // A command may make the other wake-ups stale. They are level-triggered and are reported again if they are
+            // not.
             return self.obey_all();
         }
         for wake in wakes.drain(..) {
-            // The other wake-ups come again after the command.
+            // The other wake-ups are reported again after the command.
             if self.turn.is_called() {
                 break;
             }
@@ -104,8 +104,8 @@ impl WorkerThread {
     }
 
     fn obey_all(&mut self) -> Flow {
-        // Drained before the channel: a command sent after this rings again.
-        // EAGAIN is as good, the channel is looked at anyway.
+        // Drained before the channel: a command sent after this rings again. EAGAIN is harmless, because the channel is
+        // checked anyway.
         self.wake.read().ok();
         loop {
             match self.commands.try_recv() {
@@ -157,8 +157,7 @@ impl WorkerThread {
     }
 
     fn activate(&mut self, activation: Activation) {
-        // Whatever was active before is gone; the transport resets first, so this
-        // is for callers that do not.
+        // Whatever was active before is gone. The transport resets first, so this is for callers that do not.
         self.sources.clear();
         self.interrupt = Some(Arc::clone(&activation.interrupt));
         let outcome = activation
@@ -177,7 +176,7 @@ impl WorkerThread {
             let queues = activation.queues.iter();
             state.queues = queues.map(ActiveQueue::position).collect();
         } else if self.interrupt.is_none() {
-            // The handler gave up: nobody serves its queues until the driver resets them.
+            // The handler failed: its queues are not served until the driver resets them.
             state.queues.clear();
         }
         state
@@ -192,7 +191,7 @@ impl WorkerThread {
             self.activate(*activation);
             return;
         }
-        // Work that the handler put off for the pause has no kick of its own.
+        // Work that the handler postponed for the pause has no kick of its own.
         for index in self.sources.queue_indices() {
             self.turn.begin();
             if let Err(error) = self.handler.queue_ready(index, &mut self.turn) {
@@ -218,7 +217,7 @@ impl WorkerThread {
         }
     }
 
-    /// Serves a queue while the vCPU that rang waits; false if it cannot be now.
+    /// Serves a queue while the vCPU that rang waits; false if this is not possible now.
     fn serve_held(&mut self, index: u16) -> bool {
         if self.paused || !self.sources.drain_doorbell(index) {
             return false;
@@ -237,14 +236,14 @@ impl WorkerThread {
         self.handler.reset();
     }
 
-    /// Stands still until the next reset.
+    /// Stops until the next reset.
     fn fail(&mut self, error: &WorkerError) {
         self.sources.clear();
         let before = self.progress.failures.fetch_add(1, Ordering::Relaxed);
         let cause = error
             .source()
             .map_or_else(String::new, |source| format!(": {source}"));
-        // A guest can cause this over and over by resetting its device.
+        // A guest can cause this repeatedly by resetting its device.
         let level = if before == 0 {
             log::Level::Error
         } else {
@@ -262,6 +261,6 @@ impl WorkerThread {
 }
 
 fn acknowledge(ack: &SyncSender<()>) {
-    // The channel holds one message, so this never waits; nobody listening is fine.
+    // The channel holds one message, so this never waits; a dropped receiver is no error.
     ack.send(()).ok();
 }

@@ -1,25 +1,25 @@
-//! How much a handler does before the worker looks around.
+//! Limits how much a handler does before the worker checks for commands.
 //!
-//! A guest decides what its rings hold, so work is cut in two ways:
+//! A guest controls the content of its rings, so work is limited in two ways:
 //!
 //! * A *turn* has a budget. When it is spent the handler returns, and other queues and sources are served.
-//! * A *command* (pause, reset, a vCPU that waits at a doorbell) ends the turn at once. Handlers look for
-//!   commands between chains, and between the system calls of a chain that takes several.
+//! * A *command* (pause, reset, a vCPU that waits at a doorbell) ends the turn at once. Handlers check for commands
+//!   between chains, and between the system calls of a chain that takes several.
 //!
-//! So a command waits for one piece of work, whatever the ring holds. Each turn does at least one piece: a
-//! host that pauses and resumes all the time still lets the guest get on.
+//! So a command waits for one piece of work, whatever the ring holds. Each turn does at least one piece, so a guest
+//! makes progress even if the host pauses and resumes constantly.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Amounts of work. One system call moves or discards bounded amounts of each.
+/// Amounts of work. One system call moves or discards a bounded amount of each.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Work {
     /// Descriptor chains taken.
     pub chains: u64,
     /// Descriptors read.
     pub descriptors: u64,
-    /// Ranges of guest memory or of an image handed to the kernel.
+    /// Ranges of guest memory or of an image passed to the kernel.
     pub ranges: u64,
     /// Bytes moved or discarded.
     pub bytes: u64,
@@ -27,7 +27,7 @@ pub struct Work {
     pub calls: u64,
 }
 
-/// What a turn may do: some milliseconds of work. A turn ends with the chain that exceeds it.
+/// The budget of a turn: some milliseconds of work. A turn ends with the chain that exceeds it.
 const TURN: Work = Work {
     // The longest rings of most devices.
     chains: 256,
@@ -40,7 +40,7 @@ const TURN: Work = Work {
     calls: 8192,
 };
 
-/// Commands that have been sent to a worker and not been taken yet.
+/// Commands that have been sent to a worker and not been received yet.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct CommandsPending(Arc<AtomicU32>);
 
@@ -50,7 +50,7 @@ impl CommandsPending {
         self.0.fetch_add(1, Ordering::Release);
     }
 
-    /// The command was taken, or could not be sent.
+    /// The command was received, or could not be sent.
     pub(super) fn settle(&self) {
         self.0.fetch_sub(1, Ordering::Release);
     }
@@ -60,7 +60,7 @@ impl CommandsPending {
     }
 }
 
-/// One turn of a handler, see the module's text.
+/// One turn of a handler, see the module documentation.
 #[derive(Debug, Default)]
 pub struct Turn {
     commands: CommandsPending,
@@ -104,7 +104,7 @@ impl Turn {
                 || calls >= TURN.calls)
     }
 
-    /// Whether a command waits: work that can be put back or continued later has to stop.
+    /// Whether a command waits: work that can be put back or continued later must stop.
     pub(crate) fn is_called(&mut self) -> bool {
         self.note_look();
         let called = self.commands.any();
@@ -113,7 +113,7 @@ impl Turn {
         called
     }
 
-    /// A chain was taken.
+    /// Counts a taken chain.
     pub(crate) fn charge_chain(&mut self) {
         self.charge(Work {
             chains: 1,
@@ -121,7 +121,7 @@ impl Turn {
         });
     }
 
-    /// Descriptors were read.
+    /// Counts read descriptors.
     pub(crate) fn charge_descriptors(&mut self, descriptors: u64) {
         self.charge(Work {
             descriptors,
@@ -129,7 +129,7 @@ impl Turn {
         });
     }
 
-    /// A system call on `ranges` ranges of `bytes` in all.
+    /// Counts a system call on `ranges` ranges of `bytes` in total.
     pub(crate) fn charge_call(&mut self, ranges: u64, bytes: u64) {
         self.charge(Work {
             ranges,
@@ -164,7 +164,7 @@ impl Work {
     }
 }
 
-/// What tests want to know of a handler's turns.
+/// Data about a handler's turns, for tests.
 #[cfg(any(test, feature = "test-utils"))]
 mod record {
     use super::{Turn, Work};
@@ -174,7 +174,7 @@ mod record {
         since_look: Work,
         most: Work,
         looks: u64,
-        /// The look at which a command is announced.
+        /// The check at which a command is announced.
         call_at: Option<u64>,
         called: bool,
         /// The handler was told to stop in this turn.
@@ -201,7 +201,7 @@ mod record {
     }
 
     impl Work {
-        /// The larger of each kind.
+        /// The maximum of each kind.
         #[must_use]
         pub fn max(self, other: Self) -> Self {
             Self {
@@ -215,13 +215,13 @@ mod record {
     }
 
     impl Turn {
-        /// Whether a command waits. Unlike the handler's looks, this one is not counted.
+        /// Whether a command waits. Unlike the handler's checks, this one is not counted.
         #[must_use]
         pub fn has_command(&self) -> bool {
             self.commands.any()
         }
 
-        /// The most of each kind of work done between two looks for commands.
+        /// The maximum of each kind of work between two checks for commands.
         #[must_use]
         pub fn most_between_looks(&mut self) -> Work {
             self.note_look();
@@ -234,7 +234,7 @@ mod record {
             self.record.done_in_spite
         }
 
-        /// Has a command wait from now on; or wait no longer, nor come in later.
+        /// Makes a command wait from now on; or removes it, and announces none later.
         pub fn set_called(&mut self, called: bool) {
             self.record.call_at = None;
             if called != self.record.called {
@@ -247,7 +247,7 @@ mod record {
             }
         }
 
-        /// Has a command wait after that many further looks.
+        /// Makes a command wait after this number of further checks.
         pub fn call_after(&mut self, looks: u64) {
             self.record.call_at = Some(self.record.looks + looks);
         }

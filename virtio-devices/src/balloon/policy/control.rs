@@ -1,4 +1,4 @@
-//! Steering the guest's reporting: policy, pause, resume, report now.
+//! Controls the guest's reporting: policy, pause, resume, report now.
 //!
 //! ```text
 //!            pause, of a driver that takes a policy
@@ -11,9 +11,8 @@
 //!                         Pausing until the batch under way is done, then Paused
 //! ```
 //!
-//! A driver that acknowledges late, after the gate was closed without it, still
-//! makes the pause one by the guest. A pause outlives drivers: the next one finds
-//! the flag set, and the gate closed until it says that it follows or for good.
+//! If a driver acknowledges late, after the device closed the gate without it, the pause still becomes a confirmed one.
+//! A pause outlives drivers: the next one finds the flag set, and the gate closed until it confirms or permanently.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -28,15 +27,15 @@ use super::status::{PolicyStatus, ReportNowStatus, SettingState};
 use crate::Unpoisoned;
 use crate::reclaim::{DiscardSwitch, InhibitGuard, InhibitReason};
 
-/// How often a closed gate is looked at until the last batch has passed it.
+/// Polling interval of a closed gate, until the last batch has passed it.
 const SETTLE_LOOK: Duration = Duration::from_millis(2);
-/// How long that may take: many times the longest discard of one batch.
+/// Maximum time for that: many times the longest discard of one batch.
 const SETTLE_MAX: Duration = Duration::from_secs(2);
 
-/// Why the guest cannot be steered so.
+/// Reasons why the guest cannot be controlled this way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReportingError {
-    /// Not configured, or guest memory cannot be given back in blocks.
+    /// Not configured, or guest memory cannot be discarded in blocks.
     #[error("free page reporting is not configured, or guest memory is of a kind it cannot free")]
     ReportingNotOffered,
     /// The feature is off.
@@ -45,25 +44,25 @@ pub enum ReportingError {
     /// No driver, or one without the feature.
     #[error("no driver that takes VIRTIO_BALLOON_F_REPORTING_POLICY is running in the guest")]
     GuestDeclined,
-    /// The driver has said that it does not do this.
+    /// The driver has reported that it does not support this.
     #[error("the guest's driver does not follow {0}")]
     NotFollowed(&'static str),
-    /// First things first.
+    /// Another request must be completed first.
     #[error("reporting is paused")]
     Paused,
 }
 
 const PART: Part = parts::BALLOON;
 
-/// Policy, pause and reports asked for, at one moment.
+/// The policy, the pause and the requested reports at one moment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ControlState {
-    /// What both sides have written.
+    /// The fields of both sides.
     pub words: WordsState,
     /// Present while reporting is paused or about to be.
     pub pause: Option<PauseState>,
-    /// The wish for a report of everything that the driver has not called done.
+    /// The request for a report of everything that the driver has not completed.
     pub report_now_owed: Option<u32>,
 }
 
@@ -71,15 +70,15 @@ pub struct ControlState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PauseState {
-    /// Generation of the policy that asks for it.
+    /// Generation of the policy that requests it.
     pub generation: u32,
-    /// The driver has said that it follows.
+    /// The driver has confirmed it.
     pub by_guest: bool,
     /// No report is discarded any more.
     pub closed: bool,
 }
 
-/// The state under its lock, and what waits for it to change.
+/// The state under its lock, and the condition variable for its changes.
 #[derive(Debug)]
 pub(in crate::balloon) struct Control {
     policy_offered: bool,
@@ -92,13 +91,13 @@ pub(in crate::balloon) struct Control {
 #[derive(Debug, Default)]
 struct State {
     fields: Fields,
-    /// A driver is there.
+    /// A driver is active.
     driver: bool,
-    /// It takes a policy.
+    /// It supports a policy.
     accepted: bool,
-    /// The generation that asks for the pause, and how far it is.
+    /// The generation that requests the pause, and its progress.
     pause: Option<Pause>,
-    /// The wish that the present driver owes.
+    /// The pending request of the current driver.
     report_now_owed: Option<u32>,
 }
 
@@ -138,7 +137,7 @@ impl Control {
         }
     }
 
-    /// Goes on from a saved state; whether there is a driver, the features it accepted tell.
+    /// Continues from a saved state; its accepted features show whether there is a driver.
     pub(in crate::balloon) fn restore(&self, saved: &ControlState) -> Result<(), StateError> {
         let fields = Fields::from_state(&saved.words)?;
         let flagged = fields.flags & VIRTIO_BALLOON_REPORTING_PAUSED != 0;
@@ -185,7 +184,7 @@ impl Control {
         state.accepted = self.policy_offered && takes_policy;
     }
 
-    /// The driver is gone: a pause it has not confirmed is the device's, and what it owes is off.
+    /// The driver is gone: an unconfirmed pause becomes the device's, and pending requests are dropped.
     pub(in crate::balloon) fn driver_went(&self) {
         let mut state = self.lock();
         state.driver = false;
@@ -204,7 +203,7 @@ impl Control {
         self.policy_offered.then(|| self.lock().fields.bytes())
     }
 
-    /// The driver writes to the configuration space.
+    /// Handles a write by the driver to the configuration space.
     pub(in crate::balloon) fn write_config(&self, offset: u64, data: &[u8]) -> FieldWrite {
         let mut state = self.lock();
         if !state.accepted {
@@ -225,7 +224,7 @@ impl Control {
         state.fields.change(policy, flags);
     }
 
-    /// Asks for a pause; the caller signals the configuration. Asking twice is asking once.
+    /// Requests a pause; the caller signals the configuration. A second request has no further effect.
     pub(in crate::balloon) fn pause(&self) {
         let mut state = self.lock();
         if state.pause.is_some() {
@@ -243,10 +242,9 @@ impl Control {
         state.pause = Some(pause);
     }
 
-    /// Waits until no report is discarded any more. A guest that has not confirmed
-    /// at `deadline` is not waited for: the gate closes without it. `Pausing` then
-    /// only if a batch is still under way after a while, and `Running` if somebody
-    /// has resumed meanwhile.
+    /// Waits until no report is discarded any more. If a guest has not confirmed by `deadline`, the gate closes without
+    /// it. Then the result is `Pausing` only if a batch is still in progress after a while, and `Running` only if
+    /// reporting was resumed meanwhile.
     pub(in crate::balloon) fn wait_for_pause(&self, deadline: Instant) -> PausePhase {
         let mut state = self.lock();
         loop {
@@ -271,18 +269,18 @@ impl Control {
         }
     }
 
-    /// Ends a pause; the caller signals the configuration. Without one nothing happens.
+    /// Ends a pause; the caller signals the configuration. Has no effect without one.
     pub(in crate::balloon) fn resume(&self) {
         let mut state = self.lock();
-        // The gate opens first: what a driver reports that has seen the flag go is welcome.
+        // The gate opens first: reports from a driver that has seen the flag cleared must be accepted.
         if state.pause.take().is_some() {
             state.set_flag(VIRTIO_BALLOON_REPORTING_PAUSED, false);
             self.changed.notify_all();
         }
     }
 
-    /// Asks for a report of everything free, with `again` also of what was reported
-    /// before; the caller signals the configuration. Returns the number of the wish.
+    /// Requests a report of all free memory, with `again` also of memory that was reported before; the caller signals
+    /// the configuration. Returns the number of the request.
     pub(in crate::balloon) fn report_now(&self, again: bool) -> Result<u32, ReportingError> {
         let mut state = self.lock();
         if !self.policy_offered {
@@ -298,7 +296,7 @@ impl Control {
             (PolicySetting::ReportNow, true),
             (PolicySetting::ReportAgain, again),
         ];
-        // A driver that was never told anything has not said what it does.
+        // A driver that has received no policy has not reported what it supports.
         for (setting, _) in wanted.into_iter().filter(|(_, wanted)| *wanted) {
             if state.fields.followed.is_some_and(|it| !it.follows(setting)) {
                 return Err(ReportingError::NotFollowed(setting.name()));
@@ -349,12 +347,12 @@ impl State {
         }
     }
 
-    /// Draws the conclusions from what the driver has written.
+    /// Evaluates the fields that the driver has written.
     fn take_answers(&mut self, gate: &Arc<DiscardSwitch>) {
         if let (Some(pause), Some(followed)) = (&mut self.pause, self.fields.followed)
             && followed.generation >= pause.generation
         {
-            // One that does not do it has said so: there is nothing to wait for.
+            // A driver that does not support it has reported so: there is nothing to wait for.
             pause.by_guest = followed.follows(PolicySetting::Pause);
             pause.close(gate);
         }
@@ -406,7 +404,7 @@ impl Pause {
 }
 
 impl Closed {
-    /// Whether no batch is on its way through the gate. Once it was so it stays so.
+    /// Whether no batch is passing the gate. Once this is true, it stays true.
     fn is_settled(&mut self) -> bool {
         self.settled = self.settled || self.guard.is_settled();
         self.settled
@@ -512,7 +510,7 @@ mod tests {
             drop(batch);
             assert_eq!(waiter.join().unwrap(), PausePhase::PausedByDevice);
         });
-        // A report that is turned away at the gate does not undo that.
+        // A report that is rejected at the gate does not undo that.
         assert!(control.gate.begin().is_err());
         assert_eq!(control.phase(), PausePhase::PausedByDevice);
     }

@@ -23,17 +23,17 @@ pub(super) struct Fields {
     guest_generation: u32,
     guest_settings: u32,
     pub(super) report_now_done: u32,
-    /// What the driver has said of the generation it acknowledged last.
+    /// The driver's values for the generation that it acknowledged last.
     pub(super) followed: Option<Followed>,
 }
 
-/// The words at one moment, and the driver's last answer.
+/// The fields at one moment, and the driver's last acknowledgement.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct WordsState {
     pub generation: u32,
-    /// The settings of the policy by their names; unknown names are rejected. A setting that is absent was unknown to
-    /// the writer, so that nobody has set it: it has its default.
+    /// The settings of the policy by name; unknown names are rejected. An absent setting was unknown to the writer and
+    /// so was never set: it has its default.
     #[serde(flatten)]
     pub settings: BTreeMap<String, u64>,
     pub flags: u32,
@@ -44,17 +44,17 @@ pub struct WordsState {
     pub followed: Option<FollowedState>,
 }
 
-/// A driver's answer at one moment.
+/// A driver's acknowledgement at one moment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FollowedState {
-    /// The generation it answers.
+    /// The acknowledged generation.
     pub generation: u32,
     /// Settings it follows, one bit each.
     pub settings: u32,
 }
 
-/// A driver's answer, taken when it wrote `guest_generation`.
+/// A driver's acknowledgement, taken when it wrote `guest_generation`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Followed {
     pub(super) generation: u32,
@@ -67,14 +67,14 @@ impl Followed {
     }
 }
 
-/// What a write by the driver was.
+/// The effect of a write by the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::balloon) enum FieldWrite {
-    /// A value that makes sense.
+    /// A valid value.
     Taken,
-    /// A field of the driver's with a value that makes none.
+    /// An invalid value for a field of the driver.
     Invalid,
-    /// Not a field of the driver's, or not all of one.
+    /// Not a field of the driver, or not all of one.
     Ignored,
 }
 
@@ -97,7 +97,7 @@ impl Fields {
         }
     }
 
-    /// The words of a saved state, if both sides can have written them.
+    /// The fields of a saved state, if both sides can have written them.
     pub(super) fn from_state(state: &WordsState) -> Result<Self, StateError> {
         const FLAGS: u32 = VIRTIO_BALLOON_REPORTING_PAUSED | VIRTIO_BALLOON_REPORTING_AGAIN;
         let latest = state.generation;
@@ -127,7 +127,7 @@ impl Fields {
         })
     }
 
-    /// Changes what the host says, under the next generation.
+    /// Changes the host's fields, under the next generation.
     pub(super) fn change(&mut self, policy: ReportingPolicy, flags: u32) {
         self.policy = policy;
         self.flags = flags;
@@ -135,7 +135,7 @@ impl Fields {
         self.generation = self.generation.wrapping_add(1).max(1);
     }
 
-    /// The driver is gone, and with it what it has told.
+    /// The driver is gone, and so are its values.
     pub(super) fn forget_driver(&mut self) {
         self.guest_generation = 0;
         self.guest_settings = 0;
@@ -167,7 +167,7 @@ impl Fields {
         space
     }
 
-    /// The driver writes.
+    /// Handles a write by the driver.
     pub(super) fn write(&mut self, offset: u64, data: &[u8]) -> FieldWrite {
         let Ok(bytes) = <[u8; 4]>::try_from(data) else {
             return FieldWrite::Ignored;
@@ -175,8 +175,8 @@ impl Fields {
         let word = u32::from_le_bytes(bytes);
         match offset {
             GUEST_GENERATION => {
-                // Of generations there has not been the driver knows nothing. Zero is the
-                // answer of one that starts before there is a policy.
+                // The driver cannot acknowledge generations that never existed. Zero is the value of a driver that
+                // starts before there is a policy.
                 if word > self.generation {
                     return FieldWrite::Invalid;
                 }
@@ -248,7 +248,7 @@ mod tests {
         assert!(followed.follows(PolicySetting::OrderMin));
         assert!(followed.follows(PolicySetting::Pause));
         assert!(!followed.follows(PolicySetting::ReportNow));
-        // Another set of settings is none before it is acknowledged.
+        // Another set of settings has no effect before it is acknowledged.
         write(&mut fields, GUEST_SETTINGS, 0);
         assert_eq!(fields.followed, Some(followed));
     }
@@ -331,7 +331,7 @@ mod tests {
         assert_eq!(state.settings.len(), ReportingPolicy::TABLE.len());
         assert_eq!(Fields::from_state(&state).unwrap(), fields);
         for setting in ReportingPolicy::TABLE {
-            // A state of before there was such a setting.
+            // A state from before the setting was introduced.
             let mut older = state.clone();
             older.settings.remove(setting.name);
             let policy = Fields::from_state(&older).unwrap().policy;
@@ -375,7 +375,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the driver writes and wherever, the host's fields stay.
+        /// Whatever the driver writes, the host's fields stay unchanged.
         #[test]
         fn fields_of_the_host_are_its_own(
             writes in prop::collection::vec(

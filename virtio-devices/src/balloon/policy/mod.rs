@@ -1,8 +1,8 @@
-//! The reporting policy: telling the guest's driver how to report, and what it answers.
+//! The reporting policy: the host's settings for the guest's driver, and the driver's acknowledgement.
 //!
-//! Feature bit 56 and a block of configuration fields behind the standard ones;
-//! `guest-patches/README.md` is the specification, `device-facts` holds its numbers. Linux
-//! knows the bit only with our patches, and it is offered only on request.
+//! It uses feature bit 56 and a block of configuration fields after the standard ones. `guest-patches/README.md` is the
+//! specification; `device-facts` holds its numbers. Linux knows the bit only with our patches, and it is offered only
+//! on request.
 //!
 //! ```text
 //!   API ─► BalloonHandle ─► Control (mutex) ◄── configuration space ◄── driver
@@ -11,11 +11,9 @@
 //!                              └ gate ─► worker: may this report be discarded?
 //! ```
 //!
-//! Pausing works with every guest. One that follows the policy is asked to stop
-//! and says when nothing is in flight any more. Any other is not asked: its
-//! reports are answered without being discarded. Either way the gate of the
-//! device closes before the pause counts as confirmed, so nothing that is said
-//! of a paused balloon rests on the guest's word.
+//! Pausing works with every guest. A guest that follows the policy is asked to stop and confirms when no report is in
+//! flight any more. For any other guest, reports are completed without being discarded. In both cases the device's gate
+//! closes before the pause counts as confirmed, so no statement about a paused balloon relies on the guest.
 
 mod control;
 mod fields;

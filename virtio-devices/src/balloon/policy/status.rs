@@ -1,15 +1,15 @@
-//! What is known of the policy's effect in the guest that runs now.
+//! The effect of the policy in the current guest, as far as it is known.
 
 use device_facts::PolicySetting;
 
-/// The policy and the driver's answer to it.
+/// The policy and the driver's acknowledgement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PolicyStatus {
     /// The device has the feature.
     pub offered: bool,
     /// Counts changes; 0 before the first.
     pub generation: u32,
-    /// The generation the driver has acknowledged last; 0 for none.
+    /// The generation that the driver acknowledged last; 0 for none.
     pub acknowledged: u32,
     /// In the order of [`PolicySetting::ALL`].
     pub settings: [SettingState; PolicySetting::COUNT],
@@ -23,18 +23,18 @@ impl PolicyStatus {
     }
 }
 
-/// The latest wish for a report of everything.
+/// The latest request for a report of everything.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReportNowStatus {
     /// Its number; 0 before the first.
     pub id: u32,
-    /// The guest is at it. False as well when its driver went before it was done.
+    /// The guest is working on it. Also false if its driver disappeared before it was done.
     pub pending: bool,
-    /// The last number the guest has called done; 0 for none.
+    /// The last number that the guest has completed; 0 for none.
     pub done_id: u32,
 }
 
-/// Whether a setting is in effect in the guest that runs now, and if not, why.
+/// Whether a setting is in effect in the current guest, and if not, why.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SettingState {
     /// The driver follows it.
@@ -45,16 +45,16 @@ pub enum SettingState {
     DriverNotReady,
     /// The driver does not know the feature.
     GuestDeclined,
-    /// Nothing has been set, so the guest does as it does by itself.
+    /// Nothing has been set, so the guest uses its own defaults.
     NotSet,
-    /// The driver has been told and has not answered.
+    /// The driver has received the policy and has not acknowledged it.
     NotAcknowledged,
-    /// The driver has answered that it does not do this.
+    /// The driver has acknowledged that it does not support this.
     NotFollowed,
 }
 
 impl SettingState {
-    /// Why it is not in effect; `None` when it is.
+    /// The reason why it is not in effect; `None` if it is.
     #[must_use]
     pub const fn reason(self) -> Option<&'static str> {
         Some(match self {

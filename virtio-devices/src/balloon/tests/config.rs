@@ -39,7 +39,7 @@ fn features_follow_the_configuration() {
 
 #[test]
 fn reporting_over_memory_that_cannot_be_freed_is_not_offered() {
-    // Shared with nobody knows whom, and no file to punch.
+    // Shared with unknown users, and without a file to punch.
     let params = params_over(libc::MAP_SHARED | libc::MAP_ANONYMOUS, None);
     let (balloon, handle) = Balloon::new(params).unwrap();
     assert_eq!(balloon.features() & VIRTIO_BALLOON_F_REPORTING, 0);
@@ -90,7 +90,7 @@ fn target_reaches_the_driver_through_the_configuration_space() {
     rig.handle.set_target_bytes((5 << 12) + 4095);
     assert_eq!((num_pages(), rig.handle.target_bytes()), (5, 5 << 12));
     assert_eq!(rig.harness.interrupt.config_signals(), 1);
-    // More than 32 bits of pages: cut, as the compatible API does.
+    // More than 32 bits of pages: truncated, as in the compatible API.
     rig.handle.set_target_bytes((1 << 44) + (7 << 12));
     assert_eq!(num_pages(), 7);
 }

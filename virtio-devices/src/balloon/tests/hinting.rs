@@ -1,4 +1,4 @@
-//! Free page hinting: runs, and what may be discarded when.
+//! Free page hinting: runs, and which blocks may be discarded when.
 
 use std::sync::{Arc, Mutex};
 
@@ -11,7 +11,7 @@ use crate::device::VirtioDevice;
 use crate::reclaim::SkipReason;
 use crate::testing::{MockPciDriver, Segment, TestRam};
 
-/// As Linux counts with statistics, hinting and reporting.
+/// Linux's numbering with statistics, hinting and reporting.
 const HINT: u16 = 3;
 const STOP: u32 = 0;
 const DONE: u32 = 1;
@@ -79,7 +79,7 @@ fn hint_is_discarded_only_while_its_sender_is_held() {
     rig.dirty(FREE_PFN, 8);
     let id = rig.handle.start_hinting().unwrap();
     command(&mut rig, id);
-    // Found after a pause, say: nobody waits.
+    // Found after a pause, for example: no vCPU waits.
     rig.harness.queue(HINT).push(&[block(0)]);
     rig.harness.kick(HINT).unwrap();
     // Two at once: the kick of the first is over.
@@ -189,8 +189,8 @@ fn start_that_cannot_be_tells_why() {
     assert!((0..5).all(|index| !balloon.holds_notifier(index)));
 }
 
-/// The order Linux relies on: when the kick returns, the block is gone already,
-/// and what the guest writes from then on stays.
+/// The order on which Linux relies: when the kick returns, the block is already discarded, and what the guest writes
+/// from then on persists.
 #[test]
 fn kick_through_the_transport_returns_after_the_discard() {
     let ram = TestRam::new(RAM_BYTES as usize);
@@ -221,7 +221,7 @@ fn kick_through_the_transport_returns_after_the_discard() {
         assert_eq!(ram.read(at, PAGE as usize), [0; PAGE as usize]);
         assert_eq!(handle.snapshot().hint.discarded.bytes, round * PAGE);
     }
-    // A paused worker lets the vCPU go on, and finds the block too late.
+    // A paused worker lets the vCPU continue, and finds the block too late.
     ram.write(at, &[1; PAGE as usize]);
     use crate::pci::PciFunction;
     driver.function.pause();

@@ -1,4 +1,4 @@
-//! What a hostile driver gets: an answer, a counter, and nothing else.
+//! Hostile drivers: every request is completed and counted, and has no other effect.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -156,7 +156,7 @@ fn empty_and_unreadable_descriptors_are_counted() {
 #[test]
 fn page_list_of_gigantic_length_is_read_up_to_the_bound() {
     let mut rig = Rig::new();
-    // Zeros: every number in it is page zero, where the test has nothing.
+    // Zeros: every number in it is page zero, which the test does not use.
     let zeros = Segment::ReadableAt(GuestAddress(FREE_PFN * PAGE), 16 << 20);
     rig.send(INFLATE, &[zeros]);
     let snapshot = rig.snapshot();
@@ -202,7 +202,7 @@ fn head_that_does_not_exist_is_counted_and_the_queue_goes_on() {
     assert_eq!((faults.chains_without_head, faults.chains_empty), (1, 1));
 }
 
-/// Counts the lines that the queue code writes of its own.
+/// Counts the lines that the queue code itself logs.
 struct QueueLines(AtomicUsize);
 
 impl log::Log for QueueLines {
@@ -242,7 +242,7 @@ fn ring_that_claims_more_chains_than_it_has_stops_the_device() {
         rig.harness.queue(queue).set_avail_idx(1000);
         let error = rig.harness.kick(queue).unwrap_err();
         assert!(matches!(error, WorkerError::Queue { index, .. } if index == queue));
-        // Nothing is served any more, and nothing waits.
+        // No request is served any more, and none waits.
         rig.harness.kick(INFLATE).unwrap();
         assert!(!rig.handle.reporting().is_active());
     }

@@ -1,4 +1,4 @@
-//! The balloon behind real queues, driven by a driver that is sometimes hostile.
+//! The balloon behind real queues, with well-behaved and hostile drivers.
 
 mod config;
 mod hinting;

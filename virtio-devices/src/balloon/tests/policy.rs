@@ -1,4 +1,4 @@
-//! The reporting policy, as a driver sees it: good ones, old ones, and ones that lie.
+//! The reporting policy with drivers that follow it, do not know it, or lie.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use crate::device::VirtioDevice;
 use crate::reclaim::SkipReason;
 use crate::testing::{DEADLINE, MockPciDriver, Segment, TestRam, wait_until};
 
-/// What [`policy`] sets, by the places in the configuration space.
+/// The settings of [`policy`], by their offsets in the configuration space.
 const SET: [(u64, u64); 4] = [(0x48, 8), (0x4c, 250), (0x50, 100), (0x58, 1 << 33)];
 
 fn policy() -> ReportingPolicy {
@@ -36,7 +36,7 @@ fn write(rig: &mut Rig, offset: u64, word: u32) {
     rig.balloon.write_config(offset, &word.to_le_bytes());
 }
 
-/// What a driver does when its configuration changed.
+/// The reaction of a driver to a changed configuration.
 fn acknowledge(rig: &mut Rig, settings: u32) {
     let generation = word(rig, abi::POLICY_GENERATION);
     write(rig, abi::GUEST_SETTINGS, settings);
@@ -111,7 +111,7 @@ fn driver_that_follows_makes_its_settings_take_effect() {
         status.of(PolicySetting::AgeMsMin),
         SettingState::NotFollowed
     );
-    // Its successor starts with nothing said.
+    // Its successor starts without any values.
     rig.harness.reset();
     rig.balloon.reset();
     assert_eq!(word(&rig, abi::GUEST_GENERATION), 0);
@@ -268,7 +268,7 @@ fn acknowledge_first(rig: &mut Rig) {
     acknowledge(rig, 0xff);
 }
 
-/// Through registers, with a worker on its own thread, as a kernel does it.
+/// Through registers, with a worker on its own thread, as with a kernel.
 #[test]
 fn policy_is_negotiated_and_followed_through_the_transport() {
     let ram = TestRam::new(RAM_BYTES as usize);
@@ -296,7 +296,7 @@ fn policy_is_negotiated_and_followed_through_the_transport() {
     let status = handle.reporting_policy();
     assert_eq!(status.of(PolicySetting::AgeMsMin), SettingState::InEffect);
 
-    // Its next kernel is too old for it.
+    // The next kernel does not support it.
     driver.reset();
     wait_until("the driver to be forgotten", || {
         let state = handle.reporting_policy().of(PolicySetting::AgeMsMin);

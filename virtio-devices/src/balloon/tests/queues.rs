@@ -1,4 +1,4 @@
-//! What a well-behaved driver gets.
+//! Well-behaved drivers.
 
 use vm_memory::GuestAddress;
 
@@ -75,7 +75,7 @@ fn batches_end_at_their_bound() {
         let list = pfns((0..2048).map(|at| 2 * (2048 * (chain % 2) + at)));
         rig.harness.queue(INFLATE).push(&[Segment::Readable(&list)]);
     }
-    // Far away from anything, so that the rings stay whole.
+    // Far away from everything else, so that the rings stay intact.
     let figures = {
         let guard = rig.handle.inhibit(InhibitReason::MemoryExport);
         rig.harness.kick(INFLATE).unwrap();
@@ -100,7 +100,7 @@ fn deflate_costs_nothing_and_is_counted() {
     assert_eq!(snapshot.inflate.syscalls + snapshot.report.syscalls, 0);
 }
 
-/// With both doorbells rung it is chance which is heard first.
+/// With both doorbells rung, the order of service is random.
 #[test]
 fn deflate_is_answered_after_what_was_inflated_before_it() {
     let mut rig = Rig::new();
@@ -117,7 +117,7 @@ fn deflate_is_answered_after_what_was_inflated_before_it() {
     assert!(rig.gone(FREE_PFN, 4).is_empty());
 }
 
-/// Every combination of optional queues, as Linux counts them and as the standard does.
+/// Every combination of optional queues, in Linux's and the standard's numbering.
 #[test]
 fn queues_are_known_by_either_way_of_counting_under_all_features() {
     for combination in 0..8 {

@@ -15,10 +15,10 @@ use device_facts::policy_space::VIRTIO_BALLOON_F_REPORTING_POLICY;
 
 pub(super) const PAGE: u64 = 4096;
 pub(super) const RAM_BYTES: u64 = 64 << 20;
-/// First page of the RAM the tests give away; rings and buffers lie below.
+/// First page of the RAM that the tests return; rings and buffers are below.
 pub(super) const FREE_PFN: u64 = (32 << 20) / PAGE;
 
-/// Numbers as Linux counts them with statistics and reporting.
+/// Linux's numbering with statistics and reporting.
 pub(super) const INFLATE: u16 = 0;
 pub(super) const DEFLATE: u16 = 1;
 pub(super) const STATS: u16 = 2;
@@ -56,8 +56,8 @@ impl Rig {
             free_page_hinting: true,
             reporting_policy: true,
         };
-        // Without vectors, so that the number of system calls is the same on
-        // every kernel; the engine's own tests compare both ways.
+        // Without vectors, so that the number of system calls is the same on every kernel; the engine's own tests
+        // compare both ways.
         let (mut balloon, handle) =
             Balloon::with_engine(params, DiscardEngine::without_vectors).unwrap();
         let handler = balloon.take_handlers().remove(0);
@@ -82,7 +82,7 @@ impl Rig {
             .write(GuestAddress(first_pfn * PAGE), &ones);
     }
 
-    /// Pages of `count` that are not all ones any more; they must be all zeros.
+    /// The pages among the first `count` that are no longer all ones; they must be all zeros.
     pub(super) fn gone(&self, first_pfn: u64, count: u64) -> Vec<u64> {
         let mut gone = Vec::new();
         for pfn in first_pfn..first_pfn + count {
@@ -102,7 +102,7 @@ impl Rig {
         gone
     }
 
-    /// Sends one chain and expects its answer, of length zero.
+    /// Sends one chain and expects its completion, of length zero.
     pub(super) fn send(&mut self, queue: u16, segments: &[Segment<'_>]) {
         let (chain, used) = self.harness.request(queue, segments).unwrap();
         let used = used.expect("the chain is answered");
@@ -110,7 +110,7 @@ impl Rig {
     }
 }
 
-/// As [`Rig::new`], with a driver that takes a reporting policy.
+/// As [`Rig::new`], with a driver that supports a reporting policy.
 pub(super) fn policy_rig() -> Rig {
     let features = LINUX_FEATURES | VIRTIO_BALLOON_F_REPORTING_POLICY;
     let mut rig = Rig::idle(features);
@@ -120,7 +120,7 @@ pub(super) fn policy_rig() -> Rig {
     rig
 }
 
-/// Page frame numbers as they lie in memory.
+/// Page frame numbers in their format in memory.
 pub(super) fn pfns(pfns: impl IntoIterator<Item = u64>) -> Vec<u8> {
     pfns.into_iter()
         .flat_map(|pfn| u32::try_from(pfn).unwrap().to_le_bytes())

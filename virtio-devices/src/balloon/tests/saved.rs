@@ -1,4 +1,4 @@
-//! A balloon in the middle of everything, saved and restored behind its transport.
+//! A balloon with everything in progress, saved and restored behind its transport.
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -14,7 +14,7 @@ use crate::pci::PciFunction;
 use crate::testing::{DEADLINE, MockPciDriver, Segment, TestRam, wait_until};
 
 const RAM_BYTES: usize = 64 << 20;
-/// As Linux counts with everything.
+/// Linux's numbering with all queues.
 const INFLATE: u16 = 0;
 const STATS: u16 = 2;
 const HINT: u16 = 3;
@@ -40,7 +40,7 @@ fn free_memory(bytes: u64) -> Vec<u8> {
     entry
 }
 
-/// How long things took on the other host is no state.
+/// Durations on the other host are not part of the state.
 fn timeless(handle: &BalloonHandle) -> Counters {
     let mut counters = handle.counters();
     counters.retain(|name, _| !name.contains("latency"));
@@ -101,12 +101,12 @@ fn balloon_saved_in_the_middle_of_everything_goes_on() {
     assert_eq!(restored_config, config);
     driver.function.resume();
 
-    // The run that was under way still discards.
+    // The run in progress still discards.
     let discarded = handle.snapshot().hint.discarded.bytes;
     let block = GuestAddress((FREE_PFN + 16) * PAGE);
     hint(&mut driver, Segment::WritableAt(block, PAGE as u32));
     assert_eq!(handle.snapshot().hint.discarded.bytes, discarded + PAGE);
-    // The buffer that was kept comes back when somebody asks.
+    // The parked buffer is returned on the next request.
     assert!(driver.queue(STATS).pop_used().is_none());
     let asking = std::thread::spawn({
         let handle = handle.clone();

@@ -1,4 +1,4 @@
-//! Statistics: taken in by tag, asked for on demand, never waited for by the worker.
+//! Guest statistics: parsed by tag, requested on demand; the worker never blocks on them.
 
 use std::time::{Duration, Instant};
 
@@ -18,8 +18,8 @@ fn send(rig: &mut Rig, entries: &[Vec<u8>]) {
     rig.harness.kick(STATS).unwrap();
 }
 
-/// Plays the worker's and the driver's part while callers wait: serves the
-/// request, and refills the buffer with `value` when it comes back.
+/// Plays the worker's and the driver's part while callers wait: serves the request, and refills the returned buffer
+/// with `value`.
 fn refill(rig: &mut Rig, value: u64) {
     wait_until("the buffer to come back", || {
         rig.harness.serve_sources(10).unwrap();
@@ -98,7 +98,7 @@ fn callers_that_come_together_share_one_refill() {
             std::thread::spawn(move || handle.request_stats(Instant::now() + DEADLINE))
         })
         .collect();
-    // Callers that came after the refill ask again; the guest answers as often.
+    // Callers that arrive after the refill send another request; the guest responds to each.
     let mut value = 1;
     wait_until("all callers to have a sample", || {
         rig.harness.serve_sources(1).unwrap();
@@ -127,7 +127,7 @@ fn request_to_a_guest_that_does_not_answer_times_out_and_stands() {
     let cached = rig.handle.cached_stats().unwrap();
     assert_eq!(cached.stats.free_memory, Some(1));
 
-    // The late answer serves whoever asks next, without another refill.
+    // The late response serves the next caller, without another refill.
     let handle = rig.handle.clone();
     let caller = std::thread::spawn(move || handle.request_stats(Instant::now() + DEADLINE));
     refill(&mut rig, 9);
@@ -195,7 +195,7 @@ fn poll_asks_again_and_again_until_it_is_switched_off() {
         assert_eq!(sample.stats.free_memory, Some(value));
     }
     rig.handle.set_stats_poll(Duration::ZERO);
-    // Takes up the change; the timer may have gone off before that.
+    // Processes the change; the timer may have expired before that.
     rig.harness.serve_sources(0).unwrap();
     rig.harness.serve_sources(0).unwrap();
     if rig.harness.queue(STATS).pop_used().is_some() {

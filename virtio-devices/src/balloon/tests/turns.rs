@@ -5,7 +5,7 @@ use crate::reclaim::SkipReason;
 use crate::testing::Segment;
 use vm_memory::GuestAddress;
 
-/// Pages of one chain: as many as it may name.
+/// Pages of one chain: the maximum.
 const PAGES: u64 = 4096;
 const CHAINS: usize = 3;
 
@@ -14,7 +14,7 @@ fn scattered() -> Vec<u64> {
     (0..PAGES).map(|page| FREE_PFN + 2 * page).collect()
 }
 
-/// Has a command come in while scattered pages are discarded. The rig's engine discards one range a call.
+/// Sends a command while scattered pages are discarded. The rig's engine discards one range per call.
 fn interrupt(rig: &mut Rig, queue: u16, look: u64) {
     rig.harness.turn.call_after(look);
     rig.harness.kick(queue).unwrap();

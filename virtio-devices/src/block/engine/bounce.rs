@@ -1,8 +1,7 @@
 //! Direct I/O for guests whose buffers or sectors are not aligned for it.
 //!
-//! Linux aligns what it sends, firmware may not. Such transfers go through an
-//! aligned buffer, synchronously and piece by piece: they are rare, and a
-//! bounded buffer matters more than their speed.
+//! Linux aligns its requests; firmware may not. Misaligned transfers go through an aligned buffer, synchronously and
+//! piece by piece: they are rare, and a bounded buffer matters more than their speed.
 
 #![allow(unsafe_code)]
 // UNSAFETY: copies between the bounce buffer and guest memory given as raw vectors.
@@ -12,7 +11,7 @@ use std::os::unix::fs::FileExt;
 
 use crate::block::image::{DioAlignment, Image};
 
-/// Most bytes moved by one call; a multiple of every sane block size.
+/// Maximum number of bytes moved by one call; a multiple of every common block size.
 const BOUNCE_BYTES: usize = 256 << 10;
 
 /// An aligned buffer, allocated when first needed.
@@ -21,16 +20,16 @@ pub(super) struct Bounce {
     memory: Vec<u8>,
 }
 
-/// A transfer widened to whole blocks.
+/// A transfer extended to whole blocks.
 #[derive(Debug, Clone, Copy)]
 struct Window {
     /// Aligned offset in the image.
     start: u64,
     /// Aligned length, at most [`BOUNCE_BYTES`].
     len: usize,
-    /// Where the wanted bytes begin in the window.
+    /// Where the requested bytes begin in the window.
     skip: usize,
-    /// How many are wanted from there.
+    /// The number of requested bytes from there.
     wanted: usize,
 }
 
@@ -42,7 +41,7 @@ impl Bounce {
         }
     }
 
-    /// Whether the kernel would refuse this transfer as it is.
+    /// Whether the kernel would reject this transfer unmodified.
     pub(super) fn is_needed(&self, offset: u64, vectors: &[libc::iovec]) -> bool {
         !offset.is_multiple_of(self.align.offset as u64)
             || vectors.iter().any(|piece| {
@@ -90,13 +89,12 @@ impl Bounce {
     ) -> io::Result<usize> {
         let window = self.window(offset, from);
         let whole_blocks = window.wanted == window.len;
-        // Two writes to parts of one block must not overtake each other between
-        // reading and writing it. Writes of whole blocks need no such care: to
-        // overlap with those is the guest's own race.
+        // Two writes to parts of one block must not interleave between reading and writing it. Writes of whole blocks
+        // need no such care: overlapping with those is the guest's own race.
         let _one_at_a_time = (!whole_blocks).then(|| image.lock_partial_writes());
         let buffer = self.buffer(window.len);
         if !whole_blocks {
-            // All of it, or an error: what could not be read must not be written back as zeroes.
+            // All of it, or an error: unread bytes must not be written back as zeroes.
             image.file().read_exact_at(buffer, window.start)?;
         }
         let mut target = &mut buffer[window.skip..window.skip + window.wanted];
@@ -162,7 +160,7 @@ mod tests {
             // SAFETY: the vector describes `data`, which outlives the call and is only read.
             unsafe { bounce.write(&image, offset, &[vector]) }
         };
-        // Sectors 8 to 15 are one block, of which somebody takes the second half away.
+        // Sectors 8 to 15 are one block, whose second half is truncated away.
         file.as_file().set_len(12 * 512).unwrap();
         let before = std::fs::read(file.path()).unwrap();
         assert!(write(9 * 512).is_err());

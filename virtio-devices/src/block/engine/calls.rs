@@ -1,5 +1,5 @@
-//! Operations carried out by system calls, at once. All of them for the
-//! synchronous engine; for io_uring those it cannot do.
+//! Operations executed by system calls, synchronously: all of them for the synchronous engine, and for io_uring those
+//! that it cannot do.
 
 #![allow(unsafe_code)]
 // UNSAFETY: preadv, pwritev and pwrite on vectors whose validity is the caller's
@@ -13,7 +13,7 @@ use super::bounce::Bounce;
 use crate::block::disk_sys;
 use crate::block::image::Image;
 
-/// Zeroes written at once where the file system cannot zero a range itself.
+/// Zeroes written per call where the file system cannot zero a range itself.
 pub(in crate::block) const ZERO_BUFFER_BYTES: u64 = 64 << 10;
 
 /// Aligned for direct I/O on any device.
@@ -39,7 +39,7 @@ fn zeroes_vector(bytes: u64) -> libc::iovec {
 pub(super) const PUNCH_HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
 pub(super) const ZERO_RANGE: i32 = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
 
-/// Does operations on one image, with what is needed for misaligned direct I/O.
+/// Executes operations on one image, including misaligned direct I/O.
 pub(super) struct Calls {
     image: Arc<Image>,
     bounce: Option<Bounce>,
@@ -51,8 +51,7 @@ impl Calls {
         Self { image, bounce }
     }
 
-    /// Whether only [`Calls::perform`] can do this: misaligned direct I/O, and
-    /// ioctls.
+    /// Whether only [`Calls::perform`] can do this: misaligned direct I/O, and ioctls.
     pub(super) fn must_perform(&self, operation: &IoOperation<'_>) -> bool {
         match (operation, &self.bounce) {
             (IoOperation::DeviceDiscard { .. }, _) => true,
@@ -67,7 +66,7 @@ impl Calls {
         }
     }
 
-    /// Carries out an operation: bytes moved, or the negated errno.
+    /// Executes an operation: bytes moved, or the negated errno.
     ///
     /// # Safety
     /// The vectors and the memory behind them are valid.

@@ -1,18 +1,14 @@
-//! The engine on io_uring: one ring for each queue. The ring's own descriptor is
-//! readable while it holds completions; unlike an eventfd it costs nothing for
-//! those that are there when submission returns.
+//! The engine on io_uring: one ring per queue. The ring's own descriptor is readable while it holds completions; unlike
+//! an eventfd it costs nothing for completions that exist when submission returns.
 //!
-//! Writes to the page cache do not go through the ring: most file systems cannot
-//! start them without blocking, and the kernel then hands them to threads of its
-//! own, which takes longer than the copy.
+//! Writes to the page cache do not go through the ring. Most file systems cannot start them without blocking, and the
+//! kernel then passes them to its own threads, which takes longer than the copy.
 //!
-//! The image is not registered with the ring. A ring is torn down some time after
-//! it is closed, or after its process has died, and would hold the image and its
-//! lock until then: a quick restart would find its own disk in use.
+//! The image is not registered with the ring. A ring is torn down some time after it is closed, or after its process
+//! has died, and would hold the image and its lock until then: after a quick restart, the disk would still be in use.
 //!
-//! A system call filter does not see what a ring carries out, so the ring itself is restricted to the
-//! operations in use before it is enabled. It can open no file and make no socket, and cannot be
-//! given buffers, files or other settings.
+//! A seccomp filter does not see the operations of a ring, so the ring itself is restricted to the operations in use
+//! before it is enabled. It cannot open files or create sockets, and cannot be given buffers, files or other settings.
 
 #![allow(unsafe_code)]
 // UNSAFETY: submission queue entries carry raw pointers; the promise that they
@@ -29,7 +25,7 @@ use super::calls::{Calls, PUNCH_HOLE, ZERO_RANGE, zeroes};
 use super::{Completion, IoEngine, IoOperation};
 use crate::block::image::Image;
 
-/// What the ring must be able to do, and all that it may.
+/// The operations that the ring must support, which are also the only ones allowed.
 const OPCODES: [u8; 5] = [
     opcode::Readv::CODE,
     opcode::Writev::CODE,
@@ -44,13 +40,12 @@ pub(super) struct IoUringEngine {
     direct: bool,
     ring: IoUring,
     calls: Calls,
-    /// Completions of what the ring could not do.
+    /// Completions of operations that the ring could not do.
     done: Vec<Completion>,
 }
 
 impl IoUringEngine {
-    /// Sets the ring up. Called on the control thread, so that workers need
-    /// no right to make rings.
+    /// Sets up the ring. Called on the control thread, so that workers need no permission to create rings.
     ///
     /// # Errors
     /// The kernel has no io_uring, forbids it, lacks an operation, or cannot restrict
@@ -65,7 +60,7 @@ impl IoUringEngine {
         if !OPCODES.iter().all(|code| probe.is_supported(*code)) {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        // What is not named is refused: registrations and flags too.
+        // Everything not named is rejected, including registrations and flags.
         let mut allowed = OPCODES.map(Restriction::sqe_op);
         submitter.register_restrictions(&mut allowed)?;
         submitter.register_enable_rings()?;
@@ -78,7 +73,7 @@ impl IoUringEngine {
         })
     }
 
-    /// Whether this is done at once instead of by the ring.
+    /// Whether this is executed synchronously instead of by the ring.
     fn performs(&self, operation: &IoOperation<'_>) -> bool {
         let writes = matches!(
             operation,
@@ -87,7 +82,7 @@ impl IoUringEngine {
         (writes && !self.direct) || self.calls.must_perform(operation)
     }
 
-    /// Enters the kernel until it has taken everything, and waits for `want`.
+    /// Enters the kernel until it has accepted everything, and waits for `want`.
     fn enter(&self, want: usize) -> io::Result<()> {
         loop {
             match self.ring.submit_and_wait(want) {
@@ -99,7 +94,7 @@ impl IoUringEngine {
     }
 }
 
-/// The entry for an operation, `None` for those that are not the ring's.
+/// The entry for an operation; `None` for operations that do not go through the ring.
 fn entry(image: types::Fd, operation: &IoOperation<'_>) -> Option<squeue::Entry> {
     Some(match *operation {
         IoOperation::Read { offset, into } => {
@@ -152,7 +147,7 @@ impl IoEngine for IoUringEngine {
         // SAFETY: the caller keeps vectors and memory valid until completion.
         let mut pushed = unsafe { self.ring.submission().push(&entry) };
         if pushed.is_err() {
-            // Full: hand over what is in it, which empties it.
+            // Full: submit its entries, which empties it.
             self.enter(0)?;
             // SAFETY: as above.
             pushed = unsafe { self.ring.submission().push(&entry) };
@@ -234,10 +229,10 @@ mod tests {
         for entry in &entries {
             assert_eq!(result_of(&mut engine, entry), -libc::EACCES, "{entry:?}");
         }
-        // What is in use still works.
+        // The operations in use still work.
         let sync = entry(engine.image, &IoOperation::Sync).expect("the ring does that");
         assert_eq!(result_of(&mut engine, &sync), 0);
-        // With a flag it does not.
+        // With a flag they do not.
         let linked = sync.flags(squeue::Flags::IO_LINK);
         assert_eq!(result_of(&mut engine, &linked), -libc::EACCES);
     }

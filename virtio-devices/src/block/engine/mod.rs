@@ -1,6 +1,5 @@
-//! How I/O on an image gets done: by io_uring, or by system calls on the
-//! worker thread. Which is the default, and why, is in
-//! `docs/decisions/0004-block-io-engine.md`.
+//! I/O on an image: by io_uring, or by system calls on the worker thread. `docs/decisions/0004-block-io-engine.md`
+//! states the default and the reasons.
 
 #![allow(unsafe_code)]
 // UNSAFETY: declares `IoEngine::submit`, whose callers promise that memory stays.
@@ -23,7 +22,7 @@ pub(super) use calls::ZERO_BUFFER_BYTES;
 /// Which engine serves a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum EngineChoice {
-    /// io_uring where the kernel has it and lets us, else system calls.
+    /// io_uring if the kernel supports and allows it, otherwise system calls.
     #[default]
     Auto,
     /// io_uring, or an error.
@@ -64,14 +63,13 @@ pub(super) struct Completion {
     pub(super) result: i32,
 }
 
-/// Carries out operations for one queue, on that queue's worker thread.
+/// Executes operations for one queue, on that queue's worker thread.
 pub(super) trait IoEngine: Send {
     /// Readable while there are completions to reap. `None`: `submit` completes
     /// operations before it returns.
     fn completion_fd(&self) -> Option<RawFd>;
 
-    /// Starts an operation. There are never more at once than the depth the
-    /// engine was made for.
+    /// Starts an operation. There are never more at once than the depth for which the engine was created.
     ///
     /// # Safety
     /// The vectors and the memory behind them stay valid until the completion
@@ -81,26 +79,26 @@ pub(super) trait IoEngine: Send {
     /// The operation has not been started and will not complete.
     unsafe fn submit(&mut self, id: u16, operation: &IoOperation<'_>) -> io::Result<()>;
 
-    /// Hands what was submitted to the kernel.
+    /// Submits the started operations to the kernel.
     ///
     /// # Errors
-    /// The kernel refused; the operations are still pending and the call may be repeated.
+    /// The kernel rejected them; the operations are still pending and the call may be repeated.
     fn flush(&mut self) -> io::Result<()>;
 
-    /// Blocks until something can be reaped. Only with operations pending.
+    /// Blocks until a completion can be reaped. Only with operations pending.
     ///
     /// # Errors
     /// As `flush`.
     fn wait(&mut self) -> io::Result<()>;
 
-    /// Appends all completions there are now.
+    /// Appends all current completions.
     fn reap(&mut self, completions: &mut Vec<Completion>);
 }
 
-/// Makes the engine for one queue of `depth` requests.
+/// Creates the engine for one queue of `depth` requests.
 ///
 /// # Errors
-/// io_uring was demanded and is not to be had.
+/// io_uring was configured and is not available.
 pub(super) fn new_engine(
     choice: EngineChoice,
     image: &Arc<Image>,

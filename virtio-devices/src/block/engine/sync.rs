@@ -1,4 +1,4 @@
-//! The engine that does everything at once, on the worker thread.
+//! The synchronous engine, on the worker thread.
 
 #![allow(unsafe_code)]
 // UNSAFETY: passes the caller's promise about vectors on.

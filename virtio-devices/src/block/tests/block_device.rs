@@ -1,4 +1,4 @@
-//! On real block devices: loop devices over a file, where we may make them.
+//! On real block devices: loop devices over a file, if the test may create them.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -13,8 +13,7 @@ struct Loop {
 }
 
 impl Loop {
-    /// Over `sectors` numbered sectors; `None`, and the test is skipped, where that
-    /// does not work.
+    /// Over `sectors` numbered sectors; `None`, and the test is skipped, if that is not possible.
     fn new(sectors: u64, logical_block: u32) -> Option<Self> {
         let file = image(sectors);
         let output = Command::new("losetup")
@@ -74,7 +73,7 @@ fn device_is_read_written_zeroed_and_discarded() {
                 assert_eq!(rig.read(8, 4096), (S_OK, vec![0; 4096]));
                 assert_eq!(rig.write(8, &[1; 4096]), S_OK);
             }
-            // A discard need not leave zeroes, only succeed and hit nothing else.
+            // A discard need not leave zeroes; it must only succeed and affect nothing else.
             assert_eq!(rig.on_range(11, range(16, 16, 0)), S_OK);
             assert_eq!(rig.read(15, 512), (S_OK, vec![1; 512]));
             assert_eq!(rig.read(32, 512), (S_OK, vec![32; 512]));
@@ -101,7 +100,7 @@ fn device_with_4k_blocks_says_so_and_serves_single_sectors() {
         assert_eq!(rig.read(16, 512), (S_OK, vec![16; 512]));
         assert_eq!(rig.read(17, 512), (S_OK, vec![0xee; 512]));
         assert_eq!(rig.read(18, 512), (S_OK, vec![18; 512]));
-        // Across a border of blocks, both ends in the middle.
+        // Across a block boundary, both ends in the middle.
         let data: Vec<u8> = (0..20 * 512u32).map(|at| (at / 512) as u8 ^ 0x55).collect();
         assert_eq!(rig.write(29, &data), S_OK);
         assert_eq!(rig.read(29, 20 * 512), (S_OK, data));

@@ -1,11 +1,10 @@
-//! Guests that do not play by the rules. Whatever they send, the next honest
-//! request works, and the nonsense has been counted.
+//! Misbehaving guests. Whatever they send, the next valid request works, and the invalid one has been counted.
 
 use super::*;
 use crate::WorkerError;
 use crate::testing::{Desc, NEXT, WRITE};
 
-/// Sends a raw chain and checks that an honest request works afterwards.
+/// Sends a raw chain and checks that a valid request works afterwards.
 fn survive(descs: &[Desc], expect_used_len: u32) {
     for engine in ENGINES {
         let file = image(8);

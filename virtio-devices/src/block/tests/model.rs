@@ -1,4 +1,4 @@
-//! Any sequence of requests does to the file what it does to an array.
+//! Any sequence of requests has the same effect on the file as on an array.
 
 use proptest::prelude::*;
 
@@ -30,7 +30,7 @@ enum Action {
 }
 
 fn action() -> impl Strategy<Value = Action> {
-    // Some ranges reach past the end on purpose.
+    // Some ranges intentionally reach past the end.
     let span = (0..SECTORS + 4, 1..20u64);
     prop_oneof![
         (span.clone(), any::<u8>()).prop_map(|((sector, sectors), fill)| Action::Write {
@@ -139,7 +139,7 @@ proptest! {
     ) {
         play(&actions, EngineChoice::Sync, false);
         play(&actions, EngineChoice::Auto, false);
-        // Buffers of the mock driver are not aligned for this, so it goes the long way.
+        // The mock driver's buffers are not aligned for this, so it takes the bounce buffer.
         play(&actions, EngineChoice::Auto, true);
     }
 }

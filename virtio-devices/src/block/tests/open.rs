@@ -1,4 +1,4 @@
-//! What can be opened, and what is said about the rest.
+//! Which images can be opened, and the errors of the others.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! What each request does.
+//! The effect of each request.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -236,7 +236,7 @@ fn reset_with_requests_in_flight_leaves_ram_alone_afterwards() {
     ]);
     rig.harness.kick(0).unwrap();
     rig.harness.reset();
-    // Whatever the read did, it is over: what the driver writes now stays.
+    // The read is over, whatever it did: what the driver writes now persists.
     let ram = rig.harness.ram.clone();
     ram.write(chain.buffers[1].address, &[0xa5; 65536]);
     assert_eq!(ram.read(chain.buffers[1].address, 65536), [0xa5; 65536]);
@@ -261,8 +261,8 @@ fn pause_finishes_what_is_in_flight() {
 
 #[test]
 fn write_through_survives_without_a_flush() {
-    // Without FLUSH and CONFIG_WCE the driver cannot flush, so writes must not
-    // complete before they are stable. Only that this path works is visible here.
+    // Without FLUSH and CONFIG_WCE the driver cannot flush, so writes must not complete before they are stable. The
+    // test only shows that this path works.
     let file = image(8);
     let block = Block::new(params(&file)).unwrap();
     let features = block.features() & !(1 << 9 | 1 << 11);

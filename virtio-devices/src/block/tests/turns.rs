@@ -1,4 +1,4 @@
-//! A pause waits for little, and loses nothing.
+//! A pause waits only briefly and loses nothing.
 
 use vm_memory::GuestAddress;
 
@@ -14,7 +14,7 @@ const DATA_AT: GuestAddress = GuestAddress(16 * MIB);
 const DATA_BYTES: u32 = 20 << 20;
 const CHAINS: usize = 4;
 
-/// Kicks a ring of requests, pauses at the given look for commands, resumes and waits for all.
+/// Kicks a ring of requests, pauses at the given check for commands, resumes and waits for all.
 fn pause_at(rig: &mut Rig, look: u64, request: &[Segment<'_>]) {
     let mut segments = request.to_vec();
     segments.push(Segment::Writable(1));

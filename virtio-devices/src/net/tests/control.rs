@@ -10,7 +10,7 @@ struct Control {
 }
 
 impl Control {
-    /// Three pairs of which the driver knows, on something that is no tap.
+    /// Three pairs that the driver supports, on descriptors that are not taps.
     fn new() -> Self {
         let taps = (0..3)
             .map(|_| Tap::untested(UnixDatagram::unbound().unwrap().into()))

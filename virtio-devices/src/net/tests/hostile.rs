@@ -1,5 +1,4 @@
-//! Guests that do not play by the rules. Whatever they send, the next honest
-//! frame passes, and the nonsense has been counted.
+//! Misbehaving guests. Whatever they send, the next valid frame passes, and the invalid input has been counted.
 
 use super::*;
 use crate::WorkerError;
@@ -16,8 +15,8 @@ fn desc(addr: u64, len: u32, flags: u16, next: u16) -> Desc {
 
 const OUT_OF_RAM: u64 = 1 << 40;
 
-/// Offers a raw chain on `queue` and checks that it comes back unused, is
-/// counted, and that honest frames pass afterwards.
+/// Offers a raw chain on `queue` and checks that it is returned unused and counted, and that valid frames pass
+/// afterwards.
 fn survive(queue: u16, descs: &[Desc]) {
     for features in [0, MRG_RXBUF] {
         let mut rig = Rig::new(features);

@@ -1,5 +1,5 @@
-//! A network device behind a mock driver. A datagram socket stands in for the
-//! tap: it too keeps frames apart, cuts what does not fit and refuses when full.
+//! A network device behind a mock driver. A datagram socket replaces the tap: it also keeps frames apart, truncates
+//! those that do not fit, and rejects writes when full.
 
 mod control;
 mod hostile;
@@ -42,7 +42,7 @@ pub(super) struct Rig {
 }
 
 impl Rig {
-    /// Accepts everything on offer but mergeable buffers, plus `features`.
+    /// Accepts all offered features except mergeable buffers, plus `features`.
     pub(super) fn new(features: u64) -> Self {
         let (near, far) = UnixDatagram::pair().unwrap();
         near.set_nonblocking(true).unwrap();
@@ -193,7 +193,7 @@ fn net_conforms() {
     use std::sync::{Arc, Mutex};
     for pairs in [1, 2] {
         crate::testing::conformance(&format!("net-{pairs}"), |_| {
-            // The far ends are gone: the tap fails at every turn, and stays quiet.
+            // The far ends are gone: the tap fails each time, without a busy loop.
             let taps = (0..pairs)
                 .map(|_| Tap::untested(UnixDatagram::unbound().unwrap().into()))
                 .inspect(|tap| crate::net::tap_sys::set_nonblocking(tap.file()).unwrap())

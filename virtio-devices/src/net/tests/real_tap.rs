@@ -15,7 +15,7 @@ const GUEST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
 const MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
 const HOST_MAC: [u8; 6] = [0x52, 0x54, 0, 9, 9, 9];
 
-/// Runs a test where it may make taps, or skips it.
+/// Runs a test if it may create taps; otherwise skips it.
 fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let outcome = std::thread::spawn(|| {
         // SAFETY: takes a number; changes the namespace of this thread only.

@@ -95,7 +95,7 @@ fn frame_longer_than_all_buffers_waits_for_more_of_them() {
         0,
         "turns in circles"
     );
-    // Given back for a pause, the frame still waits.
+    // Returned for a pause; the frame still waits.
     rig.harness.handler.pause();
     chains.push(rig.offer(100));
     rig.settle();
@@ -131,7 +131,7 @@ fn frame_waits_without_waking_until_there_is_a_buffer() {
     let mut rig = Rig::new(0);
     rig.arrive(100, 1);
     rig.settle();
-    // The frame is still there, and nothing turns in circles for it.
+    // The frame is still there, and there is no busy loop.
     assert_eq!(rig.harness.serve_sources(20).unwrap(), 0);
     rig.offer(1600);
     assert_eq!(rig.wait_used(RX).len, 112);
@@ -146,7 +146,7 @@ fn frames_wait_for_room_in_the_tap() {
         sent += 1;
         assert!(sent < 10_000, "the socket never fills");
     }
-    // Blocked: the last chain is not back, and no wake-ups until there is room.
+    // Blocked: the last chain is not returned, and there are no wake-ups until there is room.
     assert_eq!(rig.harness.serve_sources(20).unwrap(), 0);
     let before = rig.counter("tx_frames");
     while rig.far.recv(&mut [0; 2048]).is_ok() {}
@@ -157,7 +157,7 @@ fn frames_wait_for_room_in_the_tap() {
 }
 
 impl Rig {
-    /// Sends a frame; true if it did not come back.
+    /// Sends a frame; true if it was not returned.
     fn counter_stalls(&mut self, frame: &[u8]) -> bool {
         let (_, used) = self
             .harness

@@ -1,4 +1,4 @@
-//! The discard engine on real mappings: what is zero afterwards, and what is not.
+//! The discard engine on real mappings: which pages are zero afterwards, and which are not.
 #![allow(unsafe_code)]
 // UNSAFETY: `memfd_create` with huge pages has no safe wrapper among our dependencies.
 
@@ -109,7 +109,7 @@ proptest! {
     }
 }
 
-/// Huge pages beside others, and claims about as large.
+/// Huge pages beside others, and claims of similar sizes.
 fn huge_area_lists() -> impl Strategy<Value = Vec<RamArea>> {
     let huge = (1..3_usize).prop_map(|count| (count * HUGE_PAGE_PAGES, Kind::Huge));
     let small = (1..40_usize, kinds());
@@ -257,8 +257,7 @@ fn engine_follows_a_memory_map_that_changes() {
     assert_eq!(zeroed, BTreeSet::from([(0, 5), (0, 6)]));
 }
 
-/// Shared huge pages, as `--memory hugepages=on` gives them. `None` where the
-/// host has set none aside.
+/// Shared huge pages, as with `--memory hugepages=on`. `None` if the host has none reserved.
 fn huge_ram(pages: usize) -> Option<GuestRam> {
     let name = c"huge";
     let flags = libc::MFD_CLOEXEC | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
@@ -281,7 +280,7 @@ fn huge_ram(pages: usize) -> Option<GuestRam> {
     ))
 }
 
-/// A file of a file system that has no holes, in a mount namespace that goes with its thread.
+/// A file on a file system that has no holes, in a mount namespace that ends with its thread.
 fn file_without_holes(bytes: u64) -> std::io::Result<File> {
     let folder = tempfile::tempdir()?;
     let ram = folder.path().join("ram");

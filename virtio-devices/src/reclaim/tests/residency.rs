@@ -1,4 +1,4 @@
-//! The residency probe against mappings whose state is known.
+//! The residency probe against mappings of known state.
 #![allow(unsafe_code)]
 // UNSAFETY: `madvise` keeps huge pages out of a mapping whose pages are counted.
 
@@ -55,7 +55,7 @@ fn probe_follows_discards_page_by_page() {
         let outcome = engine.discard(&guarded.ram, &mut claims, Expected::Zeros);
         assert_eq!(outcome.discarded.bytes, PAGE_BYTES);
         let after = probe.measure().unwrap();
-        // The second probe finds the page already gone.
+        // The second probe finds the page already discarded.
         let fresh = before.resident_bytes == 64 * PAGE_BYTES;
         assert_eq!(
             before.resident_bytes - after.resident_bytes,
@@ -139,7 +139,7 @@ fn sparse(stride: u64) -> (GuestRam, u64) {
     let start = mem.get_host_address(GuestAddress(0)).unwrap();
     // SAFETY: the mapping is ours and lives in `mem`; advice changes no byte of it.
     let advised = unsafe { libc::madvise(start.cast(), RAM_BYTES as usize, libc::MADV_NOHUGEPAGE) };
-    // A kernel without huge pages knows no such advice, and needs none.
+    // A kernel without huge pages does not support this advice, and does not need it.
     assert!(advised == 0 || !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists());
     let pages = RAM_BYTES / stride;
     for page in 0..pages {
@@ -148,8 +148,7 @@ fn sparse(stride: u64) -> (GuestRam, u64) {
     (GuestRam::new(mem), pages)
 }
 
-/// What a sample costs is the page tables that exist; that it walks them in short calls
-/// is what keeps vCPUs from waiting behind it.
+/// A sample costs as much as the existing page tables. It walks them in short calls, so vCPUs do not wait behind it.
 #[test]
 fn sample_of_a_sparse_large_guest_takes_a_call_a_window() {
     let scan = Pagemap::open().unwrap();
@@ -161,13 +160,13 @@ fn sample_of_a_sparse_large_guest_takes_a_call_a_window() {
     let start = ram.memory().get_host_address(GuestAddress(0)).unwrap() as u64;
     let held = scan.mapped(start, start + RAM_BYTES).unwrap();
     assert_eq!(held.present, pages * PAGE_BYTES);
-    // 256 MiB a window, each with four pages.
+    // 256 MiB per window, each with four pages.
     assert_eq!(held.calls, 64 * 4);
     let sample = ResidencyProbe::with_pagemap(ram, scan).measure().unwrap();
     assert_eq!(sample.resident_bytes, pages * PAGE_BYTES);
 }
 
-/// Figures for docs/balloon.md, by hand: `-- --ignored --nocapture cost_of_a_sample`.
+/// Figures for docs/balloon.md, run manually: `-- --ignored --nocapture cost_of_a_sample`.
 #[test]
 #[ignore = "measures, and takes gigabytes"]
 fn cost_of_a_sample() {

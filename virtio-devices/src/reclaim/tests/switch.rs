@@ -1,4 +1,4 @@
-//! Discarding while memory is exported, brought in on demand or pinned: it does not happen.
+//! No memory is discarded while it is exported, loaded on demand or pinned.
 #![allow(unsafe_code)]
 // UNSAFETY: `userfaultfd` has no safe wrapper among our dependencies.
 
@@ -58,8 +58,7 @@ fn switch_for_each_reason_keeps_every_kind_of_memory() {
     }
 }
 
-/// An exporter's promise: between a settled guard and its end no page changes, however
-/// busy the guest is giving memory back.
+/// An exporter's guarantee: between a settled guard and its end no page changes, however much memory the guest returns.
 #[test]
 fn guard_that_has_settled_keeps_memory_under_a_busy_engine() {
     let switch = Arc::<DiscardSwitch>::default();
@@ -94,7 +93,7 @@ fn guard_that_has_settled_keeps_memory_under_a_busy_engine() {
     });
 }
 
-/// As a restore on demand sees it: a page discarded is an event that somebody must read.
+/// The view of a restore on demand: a discarded page is an event that must be read.
 #[test]
 fn inhibited_discard_tells_a_userfaultfd_nothing() {
     let guarded = guarded(Kind::Anonymous);
@@ -111,7 +110,7 @@ fn inhibited_discard_tells_a_userfaultfd_nothing() {
     let switch = Arc::<DiscardSwitch>::default();
     let mut engine = DiscardEngine::new(Arc::clone(&switch));
     let guard = switch.inhibit(InhibitReason::MemoryImport);
-    // Would block for good: nobody reads the event.
+    // It would block forever, because the event is not read.
     engine.discard(&guarded.ram, &mut [pages(2, 3)], Expected::Zeros);
     assert_eq!(faults.removed(Duration::ZERO).unwrap(), None);
     drop(guard);
@@ -123,12 +122,12 @@ fn inhibited_discard_tells_a_userfaultfd_nothing() {
     });
     let (first, end) = (start + 2 * PAGE as u64, start + 5 * PAGE as u64);
     assert_eq!(removed, Some((first, end)));
-    // Without it pages that are not there are zeros again, and not faults.
+    // Without it, absent pages are zeros again, and not page faults.
     drop(faults);
     assert_eq!(guarded.discarded(), [(0, 2), (0, 3), (0, 4)]);
 }
 
-/// A userfaultfd (include/uapi/linux/userfaultfd.h) that hears of discarded memory.
+/// A userfaultfd (include/uapi/linux/userfaultfd.h) that is notified of discarded memory.
 struct Faults {
     file: File,
 }
@@ -149,7 +148,7 @@ impl Faults {
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: the kernel has just given us this descriptor, and nobody else.
+        // SAFETY: the kernel has just returned this descriptor, and it has no other owner.
         let file = unsafe { File::from_raw_fd(i32::try_from(fd).unwrap()) };
         let faults = Self { file };
         // API, wanted features, and what the kernel answers.
@@ -174,7 +173,7 @@ impl Faults {
         }
     }
 
-    /// The next range that was discarded, if one is within `wait`.
+    /// The next range that was discarded, if one arrives within `wait`.
     fn removed(&mut self, wait: Duration) -> io::Result<Option<(u64, u64)>> {
         let mut poll = libc::pollfd {
             fd: self.file.as_raw_fd(),

@@ -1,4 +1,4 @@
-//! Connections as well-behaved guests and programs make them.
+//! Connections of well-behaved guests and programs.
 
 use std::net::Shutdown;
 
@@ -6,7 +6,7 @@ use super::super::connection::BUFFER_BYTES;
 use super::super::packet::{SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use super::*;
 
-/// Bytes that differ from their neighbours, 64 KiB apart too.
+/// Bytes that differ from their neighbours, even 64 KiB apart.
 fn pattern(count: usize) -> Vec<u8> {
     (0..count).map(|at| (at % 251) as u8).collect()
 }
@@ -22,7 +22,7 @@ fn host_program_reaches_a_port_of_the_guest_and_back() {
     let (packet, data) = rig.next();
     assert_eq!(Op::from_wire(packet.op), Some(Op::Data));
     assert_eq!(data, b"from the host");
-    // The guest's data is with the host, and every packet says so.
+    // The guest's data has reached the host, and every packet reports it.
     assert_eq!((packet.buf_alloc, packet.fwd_cnt), (BUFFER_BYTES, 14));
     assert_eq!(rig.counter("connections"), 1);
     // The next one has another port.
@@ -34,7 +34,7 @@ fn host_program_reaches_a_port_of_the_guest_and_back() {
 fn what_follows_the_greeting_at_once_is_the_guests() {
     let mut rig = Rig::new(8);
     let mut stream = rig.connect();
-    // In any case, and with what follows in one write.
+    // In any case, and with further data in one write.
     stream.write_all(b"connect 7\nhello").unwrap();
     let request = rig.next_is(Op::Request);
     rig.nothing_comes();
@@ -130,12 +130,12 @@ fn host_sends_no_more_than_the_guest_has_room_for() {
     let text = pattern(1500);
     stream.write_all(&text).unwrap();
     assert_eq!(rig.next().1, text[..1000]);
-    // Asked for once, not over and over, nor again when the answer is that there is none.
+    // Requested once, not repeatedly, nor again when the answer is that there is none.
     rig.next_is(Op::CreditRequest);
     rig.nothing_comes();
     rig.send(small, &[]);
     rig.nothing_comes();
-    // The count of what was read wraps; here it goes on.
+    // The count of read bytes wraps and continues.
     rig.send(
         Header {
             fwd_cnt: 300,
@@ -169,7 +169,7 @@ fn guest_is_told_of_room_once_the_host_reads() {
     let mut sent = 0u32;
     let mut known = 0u32;
     while sent < 4 << 20 {
-        // A guest sends while it knows of room.
+        // A guest sends while it has credit.
         if sent - known + 16384 > BUFFER_BYTES {
             match rig.poll() {
                 Some((header, _)) => known = header.fwd_cnt,
@@ -183,7 +183,7 @@ fn guest_is_told_of_room_once_the_host_reads() {
         rig.offer(1);
     }
     assert!(sent < 4 << 20, "the host's socket never filled");
-    // Nothing of it is lost, and the rest is told.
+    // No data is lost, and the rest is reported.
     let read = read_exactly(&mut stream, sent as usize - BUFFER_BYTES as usize);
     assert!(read.chunks(16384).all(|read| read == &chunk[..read.len()]));
     while sent - known > BUFFER_BYTES / 2 {
@@ -294,7 +294,7 @@ fn host_that_closes_leaves_its_last_bytes_to_the_guest() {
     drop(stream);
     assert_eq!(rig.next().1, b"last words");
     assert_eq!(rig.next_is(Op::Shutdown).flags, SHUTDOWN_BOTH);
-    // What the guest has sent meanwhile goes nowhere and is no fault of its.
+    // The guest's data in the meantime is dropped and is not a fault.
     rig.send(data_of(header, b"late"), b"late");
     assert_eq!(rig.counter("bad_packets"), 0);
     rig.send(of(header, Op::Reset), &[]);
@@ -348,7 +348,7 @@ fn driver_that_resets_the_device_closes_all_streams() {
     // The stream's other ends see it: an end, or a reset where something was left unread.
     assert!(!matches!(stream.read(&mut [0]), Ok(1)));
     assert!(!matches!(greeting.read(&mut [0]), Ok(1)));
-    // Who comes now waits for the next driver.
+    // New programs wait for the next driver.
     let mut waiting = rig.connect();
     waiting.write_all(b"CONNECT 9\n").unwrap();
     rig.offered.clear();
