@@ -1,4 +1,4 @@
-//! How long decisions take: a plan for 500 VMs, a placement among 10 000 hosts.
+//! The duration of decisions: a plan for 500 VMs, a placement among 10 000 hosts.
 
 use std::hint::black_box;
 

@@ -16,13 +16,13 @@ use std::time::{Duration, Instant};
 use fleet::agent::Status;
 use fleet::agent::fake_vmm::{FakeVm, Fault, GIB, MIB, World, wait_within};
 
-/// As Prometheus asks by default.
+/// Prometheus's default interval.
 const SCRAPE: Duration = Duration::from_secs(15);
-/// Guests that begin to suffer while it is measured.
+/// Guests that begin to suffer during the measurement.
 const SUFFERERS: usize = 10;
-/// Nobody waits longer for one of them.
+/// Maximum wait for one of them.
 const REACTION_MAX: Duration = Duration::from_secs(30);
-/// Host memory of each VM at first.
+/// Initial host memory of each VM.
 const RESIDENT: u64 = 3 * GIB;
 const DEADLINE: Duration = Duration::from_secs(120);
 /// `sysconf(_SC_CLK_TCK)` of every Linux that runs VMs.
@@ -35,7 +35,7 @@ struct Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        // Ended already is as good.
+        // It may have ended already.
         let _ = self.child.kill();
         self.child.wait().unwrap();
     }
@@ -77,7 +77,7 @@ fn fault(number: usize) -> Fault {
 }
 
 fn world(vms: usize) -> World {
-    // An eighth of it is free at first: short, until balloons have grown.
+    // Initially an eighth of it is free, so memory is short until balloons have grown.
     let world = World::new(vms as u64 * RESIDENT * 8 / 7, 0);
     for number in 0..vms {
         let mut vm = FakeVm::new(4 * GIB, RESIDENT);
@@ -158,9 +158,9 @@ fn measure(world: &World, agent: &Agent, vms: usize, span: Duration) {
     );
 }
 
-/// Has a guest suffer, and takes the time until its balloon is asked to shrink, ms; `None` without a balloon.
+/// Makes a guest suffer, and measures the time until its balloon is asked to shrink, ms; `None` without a balloon.
 fn reaction_ms(world: &World, round: usize) -> Option<u128> {
-    // Of those on level 2, each another.
+    // Of the guests on level 2, a different one each time.
     let name = name(2 + 3 * 5 * round);
     let before = world.vm(&name).target;
     if before == 0 {
@@ -210,7 +210,7 @@ fn ticks(agent: &Agent) -> f64 {
     fields.map(|field| field.parse::<f64>().unwrap()).sum()
 }
 
-/// The first number behind a name in a file of the kernel's.
+/// The first number after a name in a kernel file.
 fn field(file: &str, name: &str) -> u64 {
     let text = fs::read_to_string(file).unwrap();
     let line = text

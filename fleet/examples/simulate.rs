@@ -1,6 +1,6 @@
 //! Runs the scenarios named on the command line: `cargo run --release -p fleet --example simulate -- FILE…`, with
-//! `--plot=FILE` for a plot, `--seed=N` for another seed and `--without=RULE` to switch a safety rule off. The same as
-//! `ch-fleet simulate`, without the agent around it.
+//! `--plot=FILE` for a plot, `--seed=N` for another seed and `--without=RULE` to switch off a safety rule. It does the
+//! same as `ch-fleet simulate`, without the agent.
 
 use std::error::Error;
 use std::process::ExitCode;

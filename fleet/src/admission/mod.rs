@@ -1,13 +1,13 @@
-//! Whether one more VM fits on a host, and if not, what would make it fit.
+//! Decides whether another VM fits on a host, and if not, what would make it fit.
 //!
-//! The decision is pure and is made twice for a fleet: by whoever looks for a host, from what the host published, and
-//! by the host's agent from what is true now. Only the agent's word counts. Whoever decides must hold the ledger still
-//! meanwhile and book the promise before the next decision ([`Ledger::promised`]); that is what makes a hundred requests
-//! for ten places end with ten.
+//! The decision is pure and is made twice in a fleet: by the placer that looks for a host, from the data that the host
+//! published, and by the host's agent, from its current data. Only the agent's decision counts. The caller must keep
+//! the ledger unchanged during the decision, and record the reservation before the next one ([`Ledger::promised`]).
+//! Therefore exactly ten of a hundred requests succeed if there is room for ten.
 //!
-//! A VM is admitted on memory that is there now: available, less what the other guests will call in at once, less what
-//! was promised or given and is not used yet. What balloons could still bring is told to the one who asks, and never
-//! promised.
+//! A VM is admitted on memory that is available now. Memory that the other guests may take at once is subtracted, as is
+//! memory that is reserved or granted and not used yet. Memory that balloons could still return is reported to the
+//! client, and never reserved.
 
 use std::fmt;
 
@@ -16,103 +16,103 @@ use serde::{Deserialize, Serialize};
 use crate::config::{Config, Millis};
 use crate::model::{Bytes, Fraction, HostState, Ledger};
 
-/// A VM that wants to start.
+/// A VM that is to start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
-    /// Memory it is guaranteed.
+    /// Its guaranteed memory.
     pub min: Bytes,
-    /// Memory it may have: its configured size.
+    /// Its maximum memory: its configured size.
     pub max: Bytes,
 }
 
 impl Request {
-    /// What must be there for it to start.
+    /// The memory that must be available for its start.
     pub fn needs(&self, config: &Config) -> Bytes {
         self.min + (self.max - self.min).part(config.admission.above_min)
     }
 }
 
-/// A host as admission sees it.
+/// The host's data for admission.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct HostBooks {
-    /// The books.
+    /// The ledger.
     pub ledger: Ledger,
     /// The host's state.
     pub state: HostState,
-    /// What balloons could bring without harm.
+    /// Memory that balloons could return without harm.
     pub freeable: Bytes,
-    /// And what of it would come within the reaction time, at the speed that was measured.
+    /// The part of it that would arrive within the reaction time, at the measured speed.
     pub freeable_soon: Bytes,
 }
 
-/// A yes.
+/// An acceptance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Admission {
-    /// To be booked as promised until the VM runs.
+    /// The memory to record as reserved until the VM runs.
     pub promise: Bytes,
-    /// What can still be promised after that.
+    /// The memory that can still be reserved after that.
     pub left: Bytes,
 }
 
-/// A no.
+/// A refusal.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Refusal {
-    /// What the VM needs.
+    /// The memory that the VM needs.
     pub needed: Bytes,
-    /// What can be promised.
+    /// The memory that can be reserved.
     pub free: Bytes,
-    /// Everything that stands against it.
+    /// All obstacles.
     pub obstacles: Vec<Obstacle>,
-    /// What would make it fit; each one alone, in the order of ease. Empty when nothing would.
+    /// Remedies, each sufficient alone, easiest first. Empty if there is none.
     pub remedies: Vec<Remedy>,
 }
 
-/// What stands against a VM.
+/// An obstacle for a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Obstacle {
-    /// It needs so much more than can be promised.
+    /// It needs this much more than can be reserved.
     Short(Bytes),
     /// The host has to recover first.
     State(HostState),
-    /// All VMs together would exceed what the operator allowed.
+    /// All VMs together would exceed the operator's limit.
     Overcommit {
         /// Configured memory with this VM, as a multiple of the usable memory.
         would_be: f64,
-        /// What is allowed.
+        /// The limit.
         allowed: f64,
     },
-    /// It is larger than the most that this host can ever give to a new VM.
+    /// It exceeds the maximum that this host can ever give to a new VM.
     TooLarge(Bytes),
 }
 
-/// What would make it fit.
+/// A remedy.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Remedy {
-    /// Asking again after the guests have given so much, which takes about so long.
+    /// Retry after the guests have returned this amount, which takes about this long.
     Wait {
-        /// So much.
+        /// The amount.
         for_bytes: Bytes,
-        /// So long.
+        /// The time.
         about: Millis,
     },
-    /// Confirming or releasing promises of so much.
+    /// Confirm or release reservations of this amount.
     Release(Bytes),
-    /// A minimum of at most so much.
+    /// A minimum of at most this amount.
     LowerMinimum(Bytes),
-    /// A configured size of at most so much.
+    /// A configured size of at most this amount.
     Shrink(Bytes),
-    /// Stopping or moving VMs that occupy so much.
+    /// Stop or move VMs that occupy this amount.
     MakeRoom(Bytes),
     /// `admission.overcommit_max` of at least this.
     RaiseOvercommit(f64),
 }
 
-/// Decides.
+/// Decides on a VM.
 ///
 /// # Errors
-/// [`Refusal`] with everything that stands against it and what would help.
+/// [`Refusal`] with all obstacles and remedies.
 pub fn admit(request: &Request, books: &HostBooks, config: &Config) -> Result<Admission, Refusal> {
     let ledger = &books.ledger;
     let needed = request.needs(config);

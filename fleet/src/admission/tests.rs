@@ -1,4 +1,4 @@
-//! Admission against books that are written by hand.
+//! Admission on hand-written ledgers.
 
 use proptest::prelude::*;
 
@@ -101,7 +101,7 @@ fn hundred_requests_for_ten_places_give_ten() {
 }
 
 proptest! {
-    /// A remedy that is a smaller wish has to work when it is followed.
+    /// A remedy that reduces the request must work if it is followed.
     #[test]
     fn lower_minimum_that_was_offered_is_admitted(
         free in 0u64..60, min in 1u64..60, more in 0u64..60, above_min in 0.0..0.9f64,

@@ -1,7 +1,8 @@
-//! What the agent did to VMs and has to undo: pauses and limits of control groups. And which VMs it must leave alone.
+//! The agent's actions on VMs that it must undo: pauses and limits of control groups. And the VMs that it must not
+//! manage.
 //!
-//! An act is on disk before it is carried out and leaves the disk when its undoing was confirmed, so the next agent knows
-//! what this one left behind, whatever ended it. An act is about one process: it ends with it.
+//! An act is saved before it is executed, and removed after its undoing was confirmed. So the next agent knows what
+//! this one left behind, however it ended. An act applies to one process and ends with it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,7 +16,7 @@ use crate::host::ProcessIdentity;
 use crate::model::{Bytes, InForce, VmId};
 use crate::state_file::replace;
 
-/// Form of the file; another one is refused rather than misread.
+/// Version of the file; another one is rejected rather than misread.
 const VERSION: u32 = 1;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -33,7 +34,7 @@ struct Saved {
     vms: BTreeMap<VmId, Record>,
 }
 
-/// The acts that are in force, by VM.
+/// The acts in force, by VM.
 #[derive(Debug, Default)]
 pub(super) struct Acts {
     path: PathBuf,
@@ -41,10 +42,10 @@ pub(super) struct Acts {
 }
 
 impl Acts {
-    /// Opens the list in `state_dir`, without what was done to processes that have ended.
+    /// Opens the list in `state_dir`, without acts on processes that have ended.
     ///
     /// # Errors
-    /// There is a list and it cannot be read: VMs would stay paused or limited for ever.
+    /// There is a list and it cannot be read: VMs would stay paused or limited forever.
     pub(super) fn open(state_dir: &Path, proc: &Path) -> io::Result<Self> {
         let path = state_dir.join("acts.json");
         let mut records = match fs::read_to_string(&path) {
@@ -66,17 +67,17 @@ impl Acts {
         Ok(Self { path, records })
     }
 
-    /// What is in force on a VM.
+    /// The acts in force on a VM.
     pub(super) fn of(&self, vm: &VmId) -> InForce {
         self.records
             .get(vm)
             .map_or_else(InForce::default, |record| record.acts)
     }
 
-    /// Enters what an order is about to do. Only then may it be handed over.
+    /// Records the effect of an order. The order may only be handed over after that.
     ///
     /// # Errors
-    /// It cannot be saved, so it must not be done.
+    /// It cannot be saved, so the order must not be executed.
     pub(super) fn begin(
         &mut self,
         vm: &VmId,
@@ -94,10 +95,10 @@ impl Acts {
         })
     }
 
-    /// Strikes what an order has undone.
+    /// Removes the acts that an order has undone.
     ///
     /// # Errors
-    /// It cannot be saved: it would be undone once more.
+    /// It cannot be saved: the act would be undone once more.
     pub(super) fn end(&mut self, vm: &VmId, order: &Order) -> io::Result<()> {
         self.change_acts(vm, None, |acts| match *order {
             Order::Resume => acts.paused = false,
@@ -108,7 +109,8 @@ impl Acts {
         })
     }
 
-    /// Forgets what was done to another process than this one. A process that could not be looked up is not another one.
+    /// Drops acts on any other process than this one. A process that could not be looked up does not count as another
+    /// one.
     pub(super) fn follow(&mut self, vm: &VmId, process: Option<ProcessIdentity>) -> io::Result<()> {
         let other = self
             .records
@@ -126,7 +128,7 @@ impl Acts {
         self.records.get(vm).is_some_and(|record| record.pinned)
     }
 
-    /// Excludes a VM for as long as its process lives, or includes it again.
+    /// Excludes a VM for as long as its process exists, or includes it again.
     ///
     /// # Errors
     /// It cannot be saved, so the next agent would not know.
@@ -142,7 +144,7 @@ impl Acts {
         })
     }
 
-    /// The orders that undo everything on a VM.
+    /// The orders that undo all acts on a VM.
     pub(super) fn undoing(&self, vm: &VmId) -> Vec<Order> {
         let acts = self.of(vm);
         let orders = [
@@ -193,7 +195,7 @@ impl Acts {
             vms,
         };
         replace(&self.path, &serde_json::to_vec_pretty(&saved)?)?;
-        // Only what is on disk is true: what could not be saved is tried again as if it were new.
+        // Only saved acts count: an act that could not be saved is tried again as if it were new.
         self.records = saved.vms;
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! The agent's clocks: a monotonic one for every decision, the wall clock for people.
+//! The agent's clocks: a monotonic one for decisions, the wall clock for display.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -6,7 +6,8 @@ use rustix::time::{ClockId, clock_gettime};
 
 use crate::reservations::Moment;
 
-/// The planner's clock. It begins at 0 when the machine starts, so that what one agent learned holds for the next one.
+/// The planner's clock. It begins at 0 when the machine starts, so that what one agent learned is valid for the next
+/// one.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Clock {
     zero: Instant,
@@ -53,7 +54,7 @@ impl Clock {
         u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// Now, for what outlives the agent.
+    /// The current time, for data that outlives the agent.
     pub(super) fn moment(self) -> Moment {
         #[cfg(test)]
         if let Some(script) = self.script {
@@ -80,7 +81,7 @@ pub(super) fn unix_ms() -> u64 {
 
 #[cfg(test)]
 pub(super) mod script {
-    //! Time that passes when a test says so, with a wall clock that jumps when a test says so.
+    //! A clock that advances on a test's request, with a wall clock that jumps on request.
 
     use super::*;
     use std::sync::atomic::{AtomicU64, Ordering};
@@ -94,7 +95,7 @@ pub(super) mod script {
     }
 
     impl ScriptedTime {
-        /// A machine that has just started. It lives as long as the process, as clocks do.
+        /// A machine that has just started. It exists as long as the process, as clocks do.
         pub(in crate::agent) fn begin() -> &'static Self {
             Box::leak(Box::new(Self {
                 origin: Instant::now(),
@@ -112,10 +113,10 @@ pub(super) mod script {
             self.unix_ms.fetch_add(ms, Ordering::Relaxed);
         }
 
-        /// Moves the wall clock and nothing else.
+        /// Moves only the wall clock.
         pub(in crate::agent) fn jump(&self, by_ms: i64) {
             let add = |unix_ms: u64| Some(unix_ms.saturating_add_signed(by_ms));
-            // The closure never refuses.
+            // The closure always succeeds.
             let _ = self
                 .unix_ms
                 .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add);

@@ -1,4 +1,4 @@
-//! The control loop: one thread over events and due times, which owns every part of the agent.
+//! The control loop: one thread that processes events and due times, and owns every part of the agent.
 
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
@@ -22,21 +22,21 @@ use crate::agent_config::{AgentConfig, OnStop, load_for};
 use crate::cluster::{HostReport, StoreView};
 use crate::http::{Method, Request, Response};
 
-/// Events handled before due times are looked at again.
+/// Maximum number of events handled before due times are checked again.
 const EVENTS_AT_ONCE: usize = 256;
-/// Two plans are never closer together, however urgent.
+/// Minimum interval between two plans, however urgent.
 const PLAN_DISTANCE_MIN: Duration = Duration::from_millis(200);
-/// But pressure, which the kernel tells once a window at most, need not wait so long.
+/// After pressure the interval is shorter, because the kernel reports it at most once per window.
 const PRESSED_PLAN_DISTANCE_MIN: Duration = Duration::from_millis(20);
 /// Time between two publications.
 const PUBLISH: Duration = Duration::from_secs(1);
-/// How long VMs have to take `on_stop = "restore"`.
+/// How long VMs have to execute `on_stop = "restore"`.
 const RESTORE: Duration = Duration::from_secs(5);
 
 /// Everything the control loop owns.
 pub(super) struct ControlLoop {
     pub(super) config: AgentConfig,
-    /// Where the configuration is from, and whether the file must be there.
+    /// The source of the configuration, and whether the file is required.
     pub(super) file: Option<(PathBuf, bool)>,
     pub(super) clock: Clock,
     pub(super) host: HostWatch,
@@ -45,7 +45,7 @@ pub(super) struct ControlLoop {
     pub(super) membership: Option<Membership>,
     pub(super) publisher: Publisher,
     pub(super) journal: Journal,
-    /// Whether the last reload was taken.
+    /// Whether the last reload succeeded.
     pub(super) reload_ok: bool,
     pub(super) due: Due,
     pub(super) stop: StopFlag,
@@ -53,16 +53,16 @@ pub(super) struct ControlLoop {
     pub(super) _folder: FolderLock,
 }
 
-/// What is to be done next, and when.
+/// The next actions, and their times.
 pub(super) struct Due {
     scan: Instant,
     host: Instant,
     plan: Instant,
     last_plan: Option<Instant>,
     publish: Instant,
-    /// A plan should not wait until it is due.
+    /// The next plan should not wait until it is due.
     plan_wanted: bool,
-    /// And that because of pressure.
+    /// The reason is pressure.
     pressed: bool,
 }
 
@@ -104,7 +104,7 @@ impl Due {
 impl ControlLoop {
     pub(super) fn run(&mut self, events: &Receiver<Event>) -> Result<(), StopError> {
         self.note("started");
-        // Whoever asks first is answered by what is there, not by nothing.
+        // The first request must find published data.
         self.do_due();
         self.publish();
         notify(&[NotifyState::Ready]);
@@ -118,13 +118,13 @@ impl ControlLoop {
             };
             let more = std::iter::from_fn(|| events.try_recv().ok()).take(EVENTS_AT_ONCE);
             for event in event.into_iter().chain(more) {
-                // Looked at before each: what clients have asked for meanwhile may be much.
+                // Checked before each event, because many requests may have arrived meanwhile.
                 if self.stop.is_asked() || !self.handle(event) {
                     return self.stop(events);
                 }
             }
             self.do_due();
-            // Fed by the loop itself: a loop that hangs is what the watchdog is for.
+            // Notified by the loop itself: the watchdog is for a loop that hangs.
             notify(&[NotifyState::Watchdog]);
         }
     }
@@ -141,7 +141,7 @@ impl ControlLoop {
             self.rounds.act(self.host.facts(), &mut self.journal);
             self.due.host = now + self.config.agent.host.duration();
         }
-        // The first plan is made as soon as all VMs are known: until then nothing is promised.
+        // The first plan is made as soon as all VMs are known: until then nothing is reserved.
         let first = self.due.last_plan.is_none() && !self.rounds.has_unheard();
         if first || now >= self.due.plan(now) {
             let claims = Claims {
@@ -161,7 +161,7 @@ impl ControlLoop {
         }
     }
 
-    /// False ends the agent.
+    /// Returns false to end the agent.
     pub(super) fn handle(&mut self, event: Event) -> bool {
         match event {
             Event::Vm(event) => {
@@ -174,12 +174,12 @@ impl ControlLoop {
             }
             Event::Client(request, answer) => {
                 let response = self.answer(&request).unwrap_or_else(|response| response);
-                // A client that gave up gets no answer; its reservation, if any, ends with its deadline.
+                // A client that gave up gets no response; its reservation, if any, ends with its deadline.
                 let _ = answer.send(response);
             }
             Event::Store(view, answer) => {
                 let report = self.report(&view);
-                // A thread that gave up asks again.
+                // A thread that gave up sends the request again.
                 let _ = answer.send(report);
             }
             Event::Reload => self.reload(),
@@ -188,7 +188,7 @@ impl ControlLoop {
         true
     }
 
-    /// Answers what cannot be answered from what is published.
+    /// Handles requests that the published data cannot answer.
     fn answer(&mut self, request: &Request) -> Result<Response, Response> {
         let name = request.path.rsplit('/').next().unwrap_or_default();
         match (request.method, name) {
@@ -240,7 +240,7 @@ impl ControlLoop {
         Ok(Response::done())
     }
 
-    /// Answers what was asked through the store, and reports how the host is.
+    /// Decides on requests from the store, and reports the host's state.
     fn report(&mut self, view: &StoreView) -> HostReport {
         if !view.asked.is_empty() {
             self.read_host();
@@ -327,7 +327,7 @@ impl ControlLoop {
         }
     }
 
-    /// Gives all VMs back what was taken; returns those of which it is not known.
+    /// Returns all memory taken from VMs; returns the VMs for which this is not confirmed.
     fn restore(&mut self, events: &Receiver<Event>) -> Vec<String> {
         self.rounds.restore(&self.config);
         let until = Instant::now() + RESTORE;
@@ -364,7 +364,7 @@ impl ControlLoop {
     }
 }
 
-/// Notifies the service manager, if one started us.
+/// Notifies the service manager, if it started this process.
 fn notify(states: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(states) {
         log::debug!("the service manager was not notified: {error}");

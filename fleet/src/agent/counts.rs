@@ -1,4 +1,4 @@
-//! Counters of what the agent decided.
+//! Counts the agent's decisions.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +11,7 @@ pub struct DecisionCounts {
     pub plans: u64,
     /// Time spent planning, µs.
     pub plan_us: u64,
-    /// Balloons that were moved one way and the other within a minute.
+    /// Balloons that changed direction within a minute.
     pub oscillations: u64,
 }
 
@@ -26,7 +26,7 @@ impl DecisionCounts {
     }
 }
 
-/// Answers to requests for memory, by result and reason.
+/// Responses to requests for memory, by result and reason.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AdmissionCounts {
     /// See [`AdmissionCounts`].

@@ -1,4 +1,4 @@
-//! Why an agent does not start, and why it did not end well.
+//! Errors of starting and stopping an agent.
 
 use std::io;
 use std::net::SocketAddr;
@@ -13,7 +13,7 @@ use crate::http::TlsError;
 use crate::reservations::BookError;
 use crate::sample::PatternError;
 
-/// Why the agent does not run.
+/// Reasons why the agent does not run.
 #[derive(Debug, Error)]
 pub enum AgentError {
     /// A socket pattern.
@@ -25,30 +25,30 @@ pub enum AgentError {
     /// The reservations.
     #[error("The reservations cannot be opened")]
     Book(#[source] BookError),
-    /// What was done to VMs.
+    /// The acts on VMs.
     #[error("The list of what was done to VMs cannot be opened")]
     Acts(#[source] io::Error),
-    /// The folder is another agent's.
+    /// Another agent uses the folder.
     #[error("{} is used by another agent: stop it, or set agent.state_dir", path.display())]
     Taken {
-        /// Which.
+        /// The folder.
         path: PathBuf,
     },
     /// A folder.
     #[error("Cannot use {}", path.display())]
     Folder {
-        /// Which.
+        /// The folder.
         path: PathBuf,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
     /// The local socket.
     #[error("Cannot listen at {}", path.display())]
     Socket {
-        /// Which.
+        /// The socket.
         path: PathBuf,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -57,7 +57,7 @@ pub enum AgentError {
     Token {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -67,9 +67,9 @@ pub enum AgentError {
     /// The page.
     #[error("Cannot serve the page and the metrics at {address}")]
     Page {
-        /// Where.
+        /// The address.
         address: SocketAddr,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -84,16 +84,16 @@ pub enum AgentError {
     Thread(#[source] io::Error),
 }
 
-/// Why an agent did not end well.
+/// Reasons why an agent did not end cleanly.
 #[derive(Debug, Error)]
 pub enum StopError {
-    /// A fault of its own.
+    /// An internal error.
     #[error("the control loop panicked")]
     Panicked,
-    /// VMs refused `on_stop = "restore"` or did not answer.
+    /// VMs rejected `on_stop = "restore"` or did not respond.
     #[error("these VMs did not get back what was taken: {}", vms.join(", "))]
     NotRestored {
-        /// Which.
+        /// The VMs.
         vms: Vec<String>,
     },
 }

@@ -1,4 +1,4 @@
-//! What wakes the control loop.
+//! Events that wake the control loop.
 
 use std::sync::mpsc::SyncSender;
 
@@ -9,11 +9,11 @@ use crate::worker::VmEvent;
 /// An event for the control loop.
 pub(super) enum Event {
     Vm(VmEvent),
-    /// The kernel says that tasks wait for memory.
+    /// The kernel reports that tasks wait for memory.
     Pressure,
-    /// A client's request; the answer goes back over the sender.
+    /// A client's request; the response is sent through the sender.
     Client(Box<Request>, SyncSender<Response>),
-    /// The store's thread brings what was asked from afar; the answer goes back over the sender.
+    /// Requests from the store, sent by its thread; the response is sent through the sender.
     Store(Box<StoreView>, SyncSender<HostReport>),
     Reload,
     Stop,

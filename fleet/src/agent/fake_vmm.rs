@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used)]
-//! VMMs and a host for tests: real sockets with upstream's wire, behind them guests that do what a test says.
+//! VMMs and a host for tests: real sockets with upstream's wire format and guests that a test controls.
 //!
-//! One thread serves all of them, so that hundreds cost a test little. The host's files are written anew whenever a guest
+//! One thread serves all of them, so hundreds cost a test little. The host's files are rewritten whenever a guest
 //! changes, so the loop from an order to the host's free memory is closed.
 
 use std::collections::BTreeMap;
@@ -25,13 +25,13 @@ pub const MIB: u64 = 1 << 20;
 /// 1 GiB.
 pub const GIB: u64 = 1 << 30;
 
-/// Machines that run tests are shared; what is waited for mostly takes a second.
+/// Machines that run tests are shared; most conditions are met within a second.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Waits until `condition` finds something.
+/// Waits until `condition` returns a value.
 ///
 /// # Panics
-/// It has not after [`DEADLINE`].
+/// It has not by [`DEADLINE`].
 pub fn wait<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
     wait_within(DEADLINE, what, condition)
 }
@@ -39,7 +39,7 @@ pub fn wait<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
 /// [`wait`] with another deadline.
 ///
 /// # Panics
-/// It has found nothing by then.
+/// It has not by then.
 pub fn wait_within<T>(
     deadline: Duration,
     what: &str,
@@ -55,21 +55,21 @@ pub fn wait_within<T>(
     }
 }
 
-/// What a VMM does instead of answering well.
+/// The fault of a VMM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Fault {
-    /// Answers well.
+    /// None.
     #[default]
     None,
-    /// Takes the connection and says nothing.
+    /// Accepts the connection and sends nothing.
     Hang,
-    /// Half an answer, then the end.
+    /// Half a response, then the end.
     Half,
     /// 500 to everything.
     Status500,
-    /// No HTTP at all.
+    /// Not HTTP.
     Garbage,
-    /// Does what it is asked and answers nothing.
+    /// Executes requests and does not respond.
     Mute,
 }
 
@@ -80,33 +80,33 @@ pub struct FakeVm {
     pub configured: u64,
     /// Host memory it occupies, bytes.
     pub resident: u64,
-    /// What it says is available inside, bytes.
+    /// Available memory inside, as it reports.
     pub available: u64,
-    /// What it says it had to wait for memory, times.
+    /// Number of stalls on memory, as it reports.
     pub stalls: u64,
-    /// Balloon asked for, bytes.
+    /// Requested balloon, bytes.
     pub target: u64,
-    /// Balloon it has, bytes.
+    /// Actual balloon, bytes.
     pub actual: u64,
-    /// What its VMM's interface tells: 0, 1 or 2.
+    /// Level of its VMM's interface: 0, 1 or 2.
     pub level: u8,
     /// Whether the balloon follows its target.
     pub follows: bool,
-    /// Whether it says that its balloon holds what was asked for, whatever it holds.
+    /// Whether it reports the requested balloon, whatever its actual one.
     pub lies: bool,
     /// Whether its memory is in huge pages.
     pub huge: bool,
-    /// Whether the guest's statistics come.
+    /// Whether the guest sends statistics.
     pub talks: bool,
     /// Whether it is paused, and how often it refuses to be resumed.
     pub paused: bool,
     /// See `paused`.
     pub refusals: u32,
-    /// Whether its balloon is refused.
+    /// Whether its VMM rejects balloon requests.
     pub refuses_balloon: bool,
-    /// What its VMM does wrong.
+    /// The fault of its VMM.
     pub fault: Fault,
-    /// Every size that was asked for, and when.
+    /// Every requested size, and when.
     pub resizes: Vec<(u64, Instant)>,
     /// Requests that came.
     pub requests: u64,
@@ -183,7 +183,7 @@ pub struct World {
 }
 
 impl World {
-    /// A host of `total` bytes, of which `others` are used by something else.
+    /// A host with `total` bytes, of which `others` are used otherwise.
     pub fn new(total: u64, others: u64) -> Self {
         let folder = TempDir::new().unwrap();
         for name in ["vms", "proc/pressure", "proc/sys/kernel", "state", "run"] {
@@ -216,7 +216,7 @@ impl World {
         self.folder.path()
     }
 
-    /// Where an agent finds the kernel's files.
+    /// The location of the kernel's files for an agent.
     pub fn files(&self) -> HostFiles {
         HostFiles {
             proc: self.path().join("proc"),
@@ -230,7 +230,7 @@ impl World {
         self.path().join(format!("vms/{name}.sock"))
     }
 
-    /// Adds a VM, or replaces the one of that name by another machine.
+    /// Adds a VM, or replaces the one with that name by another machine.
     pub fn add(&self, name: &str, vm: FakeVm) {
         let socket = self.socket_of(name);
         let mut listeners = self.listeners.lock().unwrap();
@@ -244,7 +244,7 @@ impl World {
         self.write_host();
     }
 
-    /// Takes a VM away.
+    /// Removes a VM.
     pub fn remove(&self, name: &str) {
         self.listeners
             .lock()
@@ -255,7 +255,7 @@ impl World {
         self.write_host();
     }
 
-    /// A VM as it is now.
+    /// The current state of a VM.
     pub fn vm(&self, name: &str) -> FakeVm {
         self.inner.lock().unwrap().vms[name].clone()
     }
@@ -266,7 +266,7 @@ impl World {
         self.write_host();
     }
 
-    /// Changes what the rest of the host uses, bytes.
+    /// Changes the memory that the rest of the host uses, bytes.
     pub fn set_others(&self, others: u64) {
         self.inner.lock().unwrap().others = others;
         self.write_host();
@@ -309,7 +309,7 @@ fn write_host(inner: &MutexGuard<'_, Inner>, folder: &Path) {
     // This process is every VMM's, so there is one figure for all of them.
     let process = folder.join(format!("proc/{}", std::process::id()));
     if process.exists() {
-        // It stays as it is. Written anew it would be empty for a moment, and the process another one to whoever looks then.
+        // It is not rewritten: it would be empty for a moment, and a reader would see another process.
         return;
     }
     fs::create_dir_all(process.join("fd")).unwrap();
@@ -370,7 +370,7 @@ fn answer(vm: &mut FakeVm, mut stream: UnixStream) -> Option<UnixStream> {
         .set_read_timeout(Some(Duration::from_secs(5)))
         .unwrap();
     let Some(request) = Request::read(&mut stream) else {
-        // Somebody only looked who listens.
+        // The client only checked which process listens.
         return None;
     };
     vm.requests += 1;
@@ -384,7 +384,7 @@ fn answer(vm: &mut FakeVm, mut stream: UnixStream) -> Option<UnixStream> {
         }
         Fault::Garbage | Fault::Hang => "lorem ipsum\r\n\r\n".to_owned(),
     };
-    // Whoever asked may have given up.
+    // The client may have given up.
     let _ = stream.write_all(bytes.as_bytes());
     None
 }

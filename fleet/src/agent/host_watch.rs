@@ -1,4 +1,4 @@
-//! The host that the agent runs on: its last readings and its pressure trigger.
+//! The agent's host: its last readings and its pressure trigger.
 
 use crate::agent_config::AgentConfig;
 use crate::host::{
@@ -7,7 +7,7 @@ use crate::host::{
 };
 use crate::model::HostFacts;
 
-/// A limit that somebody sets on the VMs' control groups is seen after this time.
+/// Interval after which a new limit on the VMs' control groups is detected.
 const SEARCH_MS: u64 = 30_000;
 
 /// The host as the control loop sees it.
@@ -18,9 +18,9 @@ pub(super) struct HostWatch {
     facts: HostFacts,
     /// Whether the configuration names the group that is the host.
     named: bool,
-    /// The VMMs whose groups' limits are the host's otherwise.
+    /// The VMMs whose groups' limits apply to the host otherwise.
     pids: Vec<i32>,
-    /// When their groups were last looked for.
+    /// When their groups were last searched for.
     searched_ms: u64,
     trigger: Option<PressureTrigger>,
 }
@@ -51,8 +51,8 @@ impl HostWatch {
         })
     }
 
-    /// Reads the host anew. `pids` are the VMMs: if all of them are in groups with limits, those limits together are the
-    /// host's, whether or not anybody named them.
+    /// Reads the host again. `pids` are the VMMs: if all of them are in groups with limits, the sum of those limits
+    /// applies to the host, even if the groups are not configured.
     pub(super) fn read(&mut self, now_ms: u64, pids: Vec<i32>) {
         let due = self.pids != pids || now_ms >= self.searched_ms + SEARCH_MS;
         if !self.named && due {
@@ -67,10 +67,10 @@ impl HostWatch {
         }
         match self.reader.read(now_ms) {
             Ok(facts) => self.facts = facts,
-            // The facts grow old, and everything that depends on fresh ones stops by itself.
+            // The facts age, and everything that depends on fresh ones stops automatically.
             Err(error) => {
                 log::error!("{}", api::chain_report("the host cannot be read", &error));
-                // The group may have gone.
+                // The group may no longer exist.
                 self.pids.clear();
             }
         }

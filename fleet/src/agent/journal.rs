@@ -1,4 +1,4 @@
-//! What happened lately, for people: a bounded list of short lines with a number each.
+//! Recent events for people: a bounded list of short, numbered lines.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -8,21 +8,21 @@ use serde::{Deserialize, Serialize};
 
 use super::clock::unix_ms;
 
-/// Entries kept. Some ten minutes of a busy host, a day of a quiet one.
+/// Maximum number of entries: about ten minutes of a busy host, or a day of an idle one.
 const ENTRIES_MAX: usize = 1024;
 
-/// One thing that happened.
+/// One event.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JournalEntry {
     /// Its number; grows by one.
     pub number: u64,
     /// When, ms since the Unix epoch.
     pub unix_ms: u64,
-    /// What kind of thing: `state`, `action`, `vm`, `admission`, `agent`.
+    /// Its kind: `state`, `action`, `vm`, `admission`, `agent`.
     pub kind: String,
-    /// Which VM it is about; empty when none.
+    /// The VM that it concerns; empty if none.
     pub vm: String,
-    /// What.
+    /// The text.
     pub text: String,
 }
 
@@ -31,14 +31,14 @@ pub struct JournalEntry {
 pub struct JournalPage {
     /// The entries, oldest first.
     pub entries: Vec<JournalEntry>,
-    /// Where to go on.
+    /// Where to continue.
     pub next: u64,
 }
 
-/// The journal. The control loop enters, and whoever asks reads without it.
+/// The journal. The control loop adds entries, and readers need no help from it.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Journal {
-    // Held for a step of either; a reader copies what it wants.
+    // Held for one step of either; a reader copies what it needs.
     entries: Arc<RwLock<Entries>>,
 }
 
@@ -49,7 +49,7 @@ struct Entries {
 }
 
 impl Journal {
-    /// Enters something, and logs it.
+    /// Adds an entry, and logs it.
     pub(super) fn enter(&mut self, kind: &str, vm: &str, text: String) {
         log::info!(target: "ch_fleet", "kind={kind} vm={vm:?} {text}");
         let mut entries = self.entries.write();

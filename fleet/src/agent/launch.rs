@@ -31,22 +31,23 @@ use crate::http::{Deadlines, HttpServer, Request, Response, serve_tcp, serve_uni
 use crate::reservations::ReservationBook;
 use crate::store::Store;
 
-/// Events that wait before those who bring them wait too.
+/// Maximum number of queued events, beyond which senders wait.
 const EVENTS_MAX: usize = 4096;
-/// The socket for orders is for its owner only; its group may look at the other one.
+/// Only the owner may use the socket for orders; its group may use the read-only one.
 const ORDERS_MODE: u32 = 0o600;
 const READ_MODE: u32 = 0o660;
 /// How long a client waits for the control loop.
 const ANSWER: Duration = Duration::from_secs(5);
 
-/// How to run.
+/// Parameters of an agent.
 #[derive(Clone, Debug, Default)]
 pub struct AgentOptions {
     /// The configuration.
     pub config: AgentConfig,
-    /// Where it is from, for a reload, and whether the file must be there; `None`: a reload changes nothing.
+    /// The source of the configuration, for a reload, and whether the file is required; `None`: a reload changes
+    /// nothing.
     pub file: Option<(PathBuf, bool)>,
-    /// Where the kernel's files are; the group is filled in from the configuration.
+    /// The location of the kernel's files; the group comes from the configuration.
     pub host: HostFiles,
     /// Another store than that of the configuration, for tests and simulation.
     pub store: Option<Arc<dyn Store>>,
@@ -63,17 +64,18 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts an agent on threads of its own.
+    /// Starts an agent on separate threads.
     ///
     /// # Errors
-    /// What it needs from the start is not there. What may come and go later, VMs above all, is no reason.
+    /// A resource needed from the start is missing. Resources that may come and go later, VMs above all, are not an
+    /// error.
     pub fn start(options: AgentOptions) -> Result<Self, AgentError> {
         let (events, received) = mpsc::sync_channel(EVENTS_MAX);
         launch(options, events, received, StopFlag::default())
     }
 
-    /// The same, and SIGHUP, SIGTERM and SIGINT of this process reach the agent: from before anybody can see that it is there,
-    /// because a signal that came earlier would end the process.
+    /// The same, and SIGHUP, SIGTERM and SIGINT of this process reach the agent. They do so before the agent becomes
+    /// visible, because an earlier signal would end the process.
     ///
     /// # Errors
     /// As above, or the handlers cannot be installed.
@@ -92,23 +94,23 @@ impl Agent {
         launch(options, events, received, stop)
     }
 
-    /// What is published.
+    /// The published data.
     pub fn published(&self) -> &Arc<Published> {
         &self.published
     }
 
-    /// Where the page is.
+    /// The address of the page.
     pub fn page(&self) -> Option<SocketAddr> {
         self.page
     }
 
-    /// Reads the configuration anew.
+    /// Reloads the configuration.
     pub fn reload(&self) {
         // An agent that has ended has nothing to reload.
         let _ = self.events.send(Event::Reload);
     }
 
-    /// Has the pressure trigger's effect, for tests and for the curious.
+    /// Has the effect of the pressure trigger, for tests and experiments.
     pub fn pressure(&self) {
         // As above.
         let _ = self.events.send(Event::Pressure);
@@ -117,7 +119,7 @@ impl Agent {
     /// Waits until the agent has ended.
     ///
     /// # Errors
-    /// It did not end well.
+    /// It did not end cleanly.
     pub fn wait(mut self) -> Result<(), StopError> {
         match self.thread.take() {
             Some(thread) => thread.join().unwrap_or(Err(StopError::Panicked)),
@@ -128,7 +130,7 @@ impl Agent {
     /// Ends the agent.
     ///
     /// # Errors
-    /// It did not end well.
+    /// It did not end cleanly.
     pub fn stop(self) -> Result<(), StopError> {
         ask_to_stop(&self.stop, &self.events);
         self.wait()
@@ -138,17 +140,17 @@ impl Agent {
 impl Drop for Agent {
     fn drop(&mut self) {
         if let Some(thread) = self.thread.take() {
-            // Ended by itself, or ended now. Who wants to know how calls `stop`.
+            // It has ended, or ends now. Callers that need the result call `stop`.
             ask_to_stop(&self.stop, &self.events);
             let _ = thread.join();
         }
     }
 }
 
-/// Has the agent end after the event it is at.
+/// Makes the agent end after the current event.
 fn ask_to_stop(stop: &StopFlag, events: &SyncSender<Event>) {
     stop.ask();
-    // Only to wake it: where the queue is full it is awake, and one that has ended needs no order.
+    // Only to wake it: if the queue is full it is awake, and an agent that has ended needs no event.
     let _ = events.try_send(Event::Stop);
 }
 
@@ -204,9 +206,9 @@ fn launch(
         .name("control".to_owned())
         .spawn(move || {
             let ended = control.run(&received);
-            // First nobody may ask any more, then nobody answers.
+            // First no new requests are accepted, then no request is served.
             drop((local, page));
-            // The store's thread learns that nobody answers any more before it is waited for.
+            // The store's thread is notified of the end before it is joined.
             drop(received);
             drop(link);
             ended
@@ -216,7 +218,7 @@ fn launch(
     Ok(agent)
 }
 
-/// What the control loop touches of the world beside its sockets: that of the host, or that of a test.
+/// The control loop's environment besides its sockets: the host's, or a test's.
 pub(super) struct Surroundings<'a> {
     pub(super) files: &'a HostFiles,
     pub(super) clock: Clock,
@@ -275,7 +277,7 @@ pub(super) fn assemble(
     })
 }
 
-/// The sockets of this host: the one for orders, and the one beside it for those who only look.
+/// The sockets of this host: the one for orders, and the read-only one.
 fn serve_local(
     config: &AgentConfig,
     published: &Arc<Published>,
@@ -333,7 +335,7 @@ fn serve_page(
     .map_err(|source| AgentError::Page { address, source })
 }
 
-/// Has the control loop answer a request.
+/// Passes a request to the control loop.
 fn ask(events: &SyncSender<Event>, request: &Request) -> Response {
     let late = || Response::error(503, &["The agent is too busy to answer".to_owned()]);
     let (answer, answered) = mpsc::sync_channel(1);

@@ -1,8 +1,8 @@
-//! What was learned about VMs, on disk for the agent that follows this one.
+//! Saves what the agent learned about VMs for its successor.
 //!
-//! A lesson is about one process and ends with it. The planner's clock counts from the start of the machine, so times hold
-//! for the next agent too, and the file for one start of the machine. That is also why it need not reach the disk: when the
-//! machine ends, so do the VMs.
+//! A lesson concerns one process and ends with it. The planner's clock counts from the start of the machine, so times
+//! are valid for the next agent too, and the file for one start of the machine. For the same reason it need not be
+//! synced to disk: when the machine ends, so do the VMs.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -15,7 +15,7 @@ use crate::host::ProcessIdentity;
 use crate::model::{Lessons, VmId};
 use crate::state_file::{boot_id, replace_in_memory};
 
-/// Form of the file; another one counts as none.
+/// Version of the file; a file of another version is ignored.
 const VERSION: u32 = 1;
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -42,7 +42,7 @@ pub(super) struct LessonBook {
 }
 
 impl LessonBook {
-    /// Opens the book in `state_dir`. Without one that can be read everything is learned anew.
+    /// Opens the lessons in `state_dir`. Without a readable file, everything is learned again.
     pub(super) fn open(state_dir: &Path) -> Self {
         let path = state_dir.join("lessons.json");
         let saved: Saved = match fs::read_to_string(&path) {
@@ -66,7 +66,8 @@ impl LessonBook {
         }
     }
 
-    /// What was learned about a VM while this process ran it. A process that could not be looked up is not another one.
+    /// What was learned about a VM while this process ran it. A process that could not be looked up does not count as
+    /// another one.
     pub(super) fn of(&self, vm: &VmId, process: Option<ProcessIdentity>) -> Lessons {
         self.records
             .get(vm)
@@ -74,7 +75,7 @@ impl LessonBook {
             .map_or_else(Lessons::default, |record| record.lessons.clone())
     }
 
-    /// Enters what is known now.
+    /// Records the current knowledge.
     pub(super) fn enter(&mut self, vm: &VmId, process: Option<ProcessIdentity>, lessons: Lessons) {
         let record = Record { process, lessons };
         if self.records.get(vm) != Some(&record) {
@@ -83,7 +84,7 @@ impl LessonBook {
         }
     }
 
-    /// Forgets VMs that are gone, and saves what changed.
+    /// Drops VMs that are gone, and saves changes.
     ///
     /// # Errors
     /// It cannot be saved. The next agent knows less; nothing else is lost.

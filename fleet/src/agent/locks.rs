@@ -1,7 +1,7 @@
-//! Locks that keep two agents apart: one on the folder of what must outlive an agent, one on each VM.
+//! Locks that separate agents: one on the state folder, one on each VM.
 //!
-//! Two agents with one folder would both sell the same memory; two that serve the same VM would move its balloon against
-//! each other. The kernel releases both kinds when the agent ends, however it ends.
+//! Two agents with one folder would both reserve the same memory; two that manage the same VM would move its balloon
+//! against each other. The kernel releases both kinds when the agent ends, however it ends.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -23,7 +23,7 @@ pub(super) struct FolderLock {
 }
 
 impl FolderLock {
-    /// Takes the lock; an error of the kind `WouldBlock` means that another agent has it.
+    /// Takes the lock; an error of kind `WouldBlock` means that another agent has it.
     pub(super) fn take(folder: &Path) -> io::Result<Self> {
         let file = OpenOptions::new()
             .write(true)
@@ -35,7 +35,7 @@ impl FolderLock {
     }
 }
 
-/// Held while an agent serves a VM: a name in the abstract socket namespace, made from which file the VM's socket is.
+/// Held while an agent manages a VM: a name in the abstract socket namespace, derived from the file of the VM's socket.
 #[derive(Debug)]
 pub(super) struct VmLock {
     _listener: Option<UnixListener>,
@@ -45,7 +45,7 @@ impl VmLock {
     /// Takes the lock.
     ///
     /// # Errors
-    /// Another agent has it, or the system does not give it.
+    /// Another agent has it, or the system rejects it.
     pub(super) fn take(socket: &SocketIdentity) -> io::Result<Self> {
         let name = format!("ch-fleet/{socket}");
         let address = SocketAddr::from_abstract_name(name.as_bytes())?;
@@ -60,9 +60,9 @@ impl VmLock {
     }
 }
 
-/// Who holds it. Any user can take a name; only an agent's own user, or root, can keep a VM from this agent.
+/// Its holder. Any user can take a name; only an agent's own user, or root, can keep a VM from this agent.
 fn holder(address: &SocketAddrUnix, in_use: io::Error) -> io::Result<VmLock> {
-    // Nobody accepts connections there, so there is no waiting for it either.
+    // The holder accepts no connections, so this does not block either.
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let stream = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     if connect(&stream, address).is_err() {

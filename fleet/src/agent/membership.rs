@@ -1,4 +1,4 @@
-//! This host as a member of a fleet: joining it, and what is known of the store that its hosts share.
+//! This host as a member of a fleet: joining it, and the status of the shared store.
 
 use std::fs;
 use std::io;
@@ -21,7 +21,7 @@ use crate::store::Store;
 /// How long the store's thread waits for the control loop.
 const ANSWER: Duration = Duration::from_secs(5);
 
-/// What is known of the membership.
+/// The status of the membership.
 #[derive(Debug)]
 pub(super) struct Membership {
     host: String,
@@ -29,7 +29,7 @@ pub(super) struct Membership {
 }
 
 impl Membership {
-    /// Joins the fleet, if there is one: `store`, or the one that is configured. Dropping the link leaves it.
+    /// Joins the fleet, if configured: `store`, or the configured one. Dropping the link leaves it.
     pub(super) fn join(
         config: &AgentConfig,
         machine: &str,
@@ -43,7 +43,7 @@ impl Membership {
         let host = section.host.clone().unwrap_or_else(|| machine.to_owned());
         Keys::check_host(&host).map_err(AgentError::Name)?;
         let instance = instance(&config.agent.state_dir).map_err(AgentError::Thread)?;
-        // Hosts begin with different members, so that not all ask the same one.
+        // Hosts begin with different members, so that they do not all use the same one.
         let member = host.bytes().map(usize::from).sum();
         let store: Arc<dyn Store> = match store {
             Some(store) => store,
@@ -68,7 +68,7 @@ impl Membership {
         Ok(Some((Self { host, health }, link)))
     }
 
-    /// The store as this host knows it; `waiting` are promises to VMs that were placed here and do not run yet.
+    /// The store as this host knows it; `waiting` are reservations of VMs that were placed here and do not run yet.
     pub(super) fn status(&self, section: &StoreSection, waiting: &[HeldPromise]) -> StoreStatus {
         let health = self.health.lock().clone();
         let age = health.good.map(|good| {
@@ -100,7 +100,7 @@ impl Membership {
     }
 }
 
-/// What tells this machine from another one of the same name: made once, kept with the reservations.
+/// Distinguishes this machine from another one with the same name: created once, kept with the reservations.
 fn instance(state_dir: &Path) -> io::Result<String> {
     let path = state_dir.join("instance");
     match fs::read_to_string(&path) {

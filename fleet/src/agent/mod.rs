@@ -1,4 +1,4 @@
-//! The agent of one host: reads, plans, acts, and answers.
+//! The agent of one host: samples, plans, acts, and serves requests.
 //!
 //! ```text
 //!   one thread a VM ──readings──►┐                           ┌──► orders to the VMs' threads
@@ -10,10 +10,11 @@
 //!                                └───────────────────────────┘
 //! ```
 //!
-//! One thread owns everything that changes, so admission needs no lock and two requests can never sell the same memory. It
-//! never waits for a VM, a client, a scrape or the store; only the reservations' file makes it wait for the disk. Each
-//! part has its own type and sees of the others what it is handed: the rounds know nothing of promises but their sum, the
-//! promises ask the rounds what is there, the publisher reads all of them and changes none.
+//! One thread owns everything that changes, so admission needs no lock, and two requests can never reserve the same
+//! memory. It never waits for a VM, a client, a scrape or the store; only the reservations' file makes it wait for the
+//! disk. Each part has its own type and sees only the data that it receives. The rounds know only the sum of the
+//! reservations; the reservations query the rounds for the current state; the publisher reads all of them and changes
+//! none.
 
 mod acts;
 #[cfg(test)]

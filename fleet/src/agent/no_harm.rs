@@ -1,4 +1,5 @@
-//! What an agent must not do to VMs, judged from outside: by what the VMs are, and by what the agent says of them.
+//! Actions that an agent must not take on VMs, checked from outside: by the VMs' state, and by the agent's
+//! explanations.
 //!
 //! The chaos runs use it, in virtual time (`chaos`) and with real processes (`bin/ch-fleet/tests/chaos.rs`).
 
@@ -7,10 +8,10 @@ use thiserror::Error;
 use super::{Status, VmStatus};
 use crate::model::Bytes;
 
-/// Most changes of direction of one balloon in an hour.
+/// Maximum number of changes of direction of one balloon in an hour.
 pub const TURNS_MAX: usize = 12;
 const HOUR_MS: u64 = 3_600_000;
-/// Targets that differ by less are the same.
+/// Targets that differ by less count as equal.
 const GRAIN: u64 = 1 << 20;
 
 /// Reasons that `explain` may give for a limit or a pause.
@@ -18,7 +19,7 @@ const RESTRAINED: [&str; 2] = ["last-resort", "lying"];
 /// Reasons that `explain` may give for memory in a balloon while the host has plenty.
 const WITHHELD: [&str; 4] = ["unmanaged", "lying", "above-maximum", "dead-band"];
 
-/// One VM as it is, whatever anybody says.
+/// The actual state of one VM.
 #[derive(Clone, Debug, Default)]
 pub struct Actual {
     /// Its name.
@@ -27,59 +28,59 @@ pub struct Actual {
     pub paused: bool,
     /// Whether its control group has a limit.
     pub limited: bool,
-    /// The balloon that was last asked for, bytes.
+    /// The last requested balloon, bytes.
     pub target: u64,
 }
 
-/// Something that an agent did and should not have done.
+/// A forbidden action of an agent.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Harm {
-    /// Nobody is there to explain anything.
+    /// No agent is there to explain anything.
     #[error("the agent does not answer")]
     Silent,
     /// A VM is stopped.
     #[error("{vm} is left paused, which is explained as {reason:?}")]
     Paused {
-        /// Which.
+        /// The VM.
         vm: String,
-        /// What the agent says.
+        /// The agent's explanation.
         reason: String,
     },
     /// A control group is limited.
     #[error("{vm} is left limited, which is explained as {reason:?}")]
     Limited {
-        /// Which.
+        /// The VM.
         vm: String,
-        /// What the agent says.
+        /// The agent's explanation.
         reason: String,
     },
     /// Memory is withheld.
     #[error("{vm} is left with a balloon of {target}, which is explained as {reason:?}")]
     Ballooned {
-        /// Which.
+        /// The VM.
         vm: String,
         /// Its balloon.
         target: Bytes,
-        /// What the agent says.
+        /// The agent's explanation.
         reason: String,
     },
-    /// A balloon went to and fro.
+    /// A balloon moved back and forth.
     #[error("the balloon of {vm} turned {turns} times within an hour")]
     Turned {
-        /// Whose.
+        /// The VM.
         vm: String,
-        /// How often.
+        /// The number of changes.
         turns: usize,
     },
-    /// More was promised than there is.
+    /// More is reserved than available.
     #[error("{promised} are promised, {there} are there")]
     Oversold {
-        /// What has to be there.
+        /// The required memory.
         promised: Bytes,
-        /// What is.
+        /// The available memory.
         there: Bytes,
     },
-    /// A promise is not on the books any more.
+    /// A reservation was lost.
     #[error("the promise {id} to {vm} is lost")]
     Lost {
         /// Its id.
@@ -87,7 +88,7 @@ pub enum Harm {
         /// Its VM.
         vm: String,
     },
-    /// A promise is still on the books.
+    /// A reservation is still recorded.
     #[error("the promise {id} to {vm} holds longer than it should")]
     Overdue {
         /// Its id.
@@ -97,7 +98,7 @@ pub enum Harm {
     },
 }
 
-/// What is left behind on a host that has plenty of memory and whose VMs answer.
+/// Effects left behind on a host that has plenty of memory and whose VMs respond.
 pub fn left_behind(status: &Status, vms: &[Actual]) -> Vec<Harm> {
     let mut harms = Vec::new();
     for actual in vms {
@@ -139,7 +140,7 @@ pub struct Turns {
 }
 
 impl Turns {
-    /// A balloon of this size was asked for, at this time of a clock that never jumps.
+    /// A balloon of this size was requested, at this time of a clock that never jumps.
     pub fn asked(&mut self, target: u64, at_ms: u64) {
         if target.abs_diff(self.target) < GRAIN {
             return;
@@ -151,7 +152,7 @@ impl Turns {
         (self.target, self.grew) = (target, Some(grew));
     }
 
-    /// The most changes of direction within an hour.
+    /// The maximum number of changes of direction within an hour.
     pub fn worst(&self) -> usize {
         let within = |from: &u64| {
             let hour = self.at_ms.iter().skip_while(|at| *at < from);
@@ -160,7 +161,7 @@ impl Turns {
         self.at_ms.iter().map(within).max().unwrap_or(0)
     }
 
-    /// Whether that is too often.
+    /// Checks whether that is too often.
     ///
     /// # Errors
     /// It is.
@@ -220,7 +221,7 @@ mod tests {
             turns.asked((step % 2 + 1) << 30, 10_000_000 + step);
         }
         assert!(turns.check("a").is_err());
-        // The same again, or nearly, is no turn.
+        // The same again, or nearly, is no change of direction.
         let mut still = Turns::default();
         for step in 0..50 {
             still.asked((1 << 30) + step % 2, step);

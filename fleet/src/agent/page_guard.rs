@@ -1,7 +1,7 @@
-//! Whom the page and the metrics are shown to over TCP.
+//! Access control of the page and the metrics over TCP.
 //!
-//! A page of somebody else that a browser has open can have its own name lead here, and then read what is answered. So the
-//! name that a client believes to speak to must be this host's. A token, where one is set, is asked of everybody.
+//! A foreign page open in a browser can make its own name resolve to this host, and then read the responses. So the
+//! name that a client uses must be this host's. If a token is configured, every client must have it.
 
 use std::fs;
 use std::io;
@@ -11,10 +11,10 @@ use super::error::AgentError;
 use crate::agent_config::AgentSection;
 use crate::http::{Request, Response};
 
-/// Longest token: it has to fit into the head of a request, with everything else.
+/// Maximum length of the token: it must fit into the head of a request, with everything else.
 const TOKEN_BYTES_MAX: u64 = 4096;
 
-/// What is asked of a client.
+/// The requirements for a client.
 #[derive(Debug)]
 pub(super) struct PageGuard {
     names: Vec<String>,
@@ -22,7 +22,7 @@ pub(super) struct PageGuard {
 }
 
 impl PageGuard {
-    /// The guard of these settings on the host called `machine`.
+    /// The guard with these settings on the host called `machine`.
     pub(super) fn new(agent: &AgentSection, machine: &str) -> Result<Self, AgentError> {
         let mut names = agent.listen_names.clone();
         names.extend(["localhost".to_owned(), machine.to_owned()]);
@@ -47,7 +47,7 @@ impl PageGuard {
         })
     }
 
-    /// Lets a request through, or says why not.
+    /// Accepts a request, or returns the reason for rejecting it.
     pub(super) fn check(&self, request: &Request) -> Result<(), Response> {
         let refuse = |status, text: &str| Err(Response::error(status, &[text.to_owned()]));
         let Some(host) = &request.host else {
@@ -68,7 +68,7 @@ impl PageGuard {
         }
     }
 
-    /// Whether a `Host` names this host. An address cannot be made to lead here by its owner, so every one is fine.
+    /// Whether a `Host` names this host. The owner of an address cannot redirect it here, so every address is accepted.
     fn is_ours(&self, host: &str) -> bool {
         let name = match host.rsplit_once(':') {
             Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
@@ -93,7 +93,7 @@ fn bearer(authorization: &str) -> Option<&str> {
         .then_some(token.trim())
 }
 
-/// Compares in a time that does not tell how much of it is right.
+/// Compares in a time that does not reveal how much matches.
 fn is_same(given: &str, token: &str) -> bool {
     let pairs = given.bytes().zip(token.bytes());
     let wrong = pairs.fold(0, |wrong, (a, b)| wrong | (a ^ b));

@@ -1,6 +1,7 @@
-//! Promises of memory: decides on requests, keeps the book, and gives back what nobody needs any more.
+//! Reservations: decides on requests, keeps the ledger, and releases reservations that are no longer needed.
 //!
-//! Requests come from the local socket and, through the store, from afar. Both are decided here by the same ledger.
+//! Requests come from the local socket and, through the store, from remote clients. Both are decided here with the same
+//! ledger.
 
 use std::collections::BTreeMap;
 
@@ -17,10 +18,10 @@ use crate::http::{Request, Response};
 use crate::model::{Bytes, HostFacts, Ledger};
 use crate::reservations::{BookError, Reservation, ReservationBook, ReservationPhase};
 
-/// Longest name of a VM.
+/// Maximum length of a VM's name.
 const NAME_BYTES_MAX: usize = 256;
 
-/// What a promise is decided on: the configuration, the host and its VMs as they are now.
+/// The basis of a decision: the configuration, and the current host and VMs.
 #[derive(Clone, Copy)]
 pub(super) struct Situation<'a> {
     pub(super) config: &'a AgentConfig,
@@ -37,15 +38,15 @@ impl Situation<'_> {
     }
 }
 
-/// Most refused VMs whose needs are remembered.
+/// Maximum number of refused VMs whose needs are kept.
 const WAITING_MAX: usize = 256;
 
-/// A no.
+/// A refusal.
 struct Refused {
     why: String,
     /// Whether it can never fit on this host.
     for_good: bool,
-    /// What is needed, if memory is all that is missing.
+    /// The memory needed, if only memory is missing.
     needs: Option<Bytes>,
 }
 
@@ -69,7 +70,7 @@ impl Refused {
     }
 }
 
-/// What is asked for, of either kind of memory.
+/// The requested amount of either kind of memory.
 trait HasSize {
     /// Memory of the VM.
     fn size(&self) -> Bytes;
@@ -87,14 +88,14 @@ impl HasSize for Bytes {
     }
 }
 
-/// A VM that was refused, and may ask again.
+/// A VM that was refused, and may try again.
 #[derive(Debug)]
 struct Waiting {
     needs: Bytes,
     asked_ms: u64,
 }
 
-/// All promises of this host.
+/// All reservations of this host.
 #[derive(Debug)]
 pub(super) struct Promises {
     book: ReservationBook,
@@ -114,12 +115,12 @@ impl Promises {
         }
     }
 
-    /// What was answered so far.
+    /// The responses so far.
     pub(super) fn counts(&self) -> &AdmissionCounts {
         &self.counts
     }
 
-    /// Memory that is promised and not used yet.
+    /// Memory that is reserved and not used yet.
     pub(super) fn outstanding(&self, config: &AgentConfig, rounds: &VmRounds) -> Bytes {
         self.book.outstanding(
             self.clock.moment(),
@@ -128,7 +129,7 @@ impl Promises {
         )
     }
 
-    /// What each VM needs that was refused, for as long as a promise to it would have been kept.
+    /// The needs of each refused VM, for as long as a reservation for it would have been kept.
     pub(super) fn wanted(&mut self, config: &AgentConfig, rounds: &VmRounds) -> Vec<Bytes> {
         let oldest_ms = rounds
             .now_ms()
@@ -226,7 +227,8 @@ impl Promises {
         Ok(Response::json(&released))
     }
 
-    /// Follows the VMs: promises of those that came are used up, those of VMs that went and those that ran out are dropped.
+    /// Follows the VMs: the reservations of VMs that arrived are consumed; those of VMs that left and expired ones are
+    /// dropped.
     pub(super) fn follow(&mut self, rounds: &VmRounds, journal: &mut Journal) {
         match self
             .book
@@ -246,8 +248,8 @@ impl Promises {
         }
     }
 
-    /// Decides on what was asked through the store, after giving back what was withdrawn there. Returns the lines that are
-    /// refused, with the reason.
+    /// Decides on requests from the store, after releasing reservations that were withdrawn there. Returns the refused
+    /// lines, with the reason.
     pub(super) fn answer_lines(
         &mut self,
         view: &StoreView,
@@ -266,7 +268,7 @@ impl Promises {
         refused
     }
 
-    /// Promises that were asked for from afar and whose VM does not run yet.
+    /// Remote reservations whose VM does not run yet.
     pub(super) fn held_for_others(&self) -> Vec<HeldPromise> {
         self.book
             .entries()
@@ -282,10 +284,10 @@ impl Promises {
             .collect()
     }
 
-    /// The books as admission sees them: with the whole size of VMs that are to come.
+    /// The ledger for admission: with the whole size of pending VMs.
     pub(super) fn books(&self, situation: Situation<'_>) -> HostBooks {
         let mut ledger = self.ledger(situation);
-        // Admission counts what is promised towards all memory; VMs to come may grow larger than that.
+        // Admission counts reservations towards all memory; pending VMs may grow larger than that.
         let unseen = self
             .book
             .entries()
@@ -318,7 +320,7 @@ impl Promises {
             .ledger(situation.config, situation.facts, promised)
     }
 
-    /// The answer to who asks for what it has.
+    /// The response to a client that already has a reservation.
     fn held_already(
         &self,
         vm: &str,
@@ -337,7 +339,7 @@ impl Promises {
         })
     }
 
-    /// Notes that a VM waits for memory, or waits no more.
+    /// Records that a VM waits for memory, or no longer waits.
     fn remember(&mut self, vm: &str, needs: Option<Bytes>, now_ms: u64) {
         let Some(needs) = needs else {
             self.waiting.remove(vm);
@@ -350,7 +352,7 @@ impl Promises {
         }
     }
 
-    /// Decides by the books of the host's memory.
+    /// Decides by the ledger of the host's memory.
     fn admit(&mut self, wanted: &Wanted, situation: Situation<'_>) -> Result<Admission, Refused> {
         let verdict = admit(wanted, &self.books(situation), &situation.config.planning);
         match &verdict {
@@ -360,7 +362,7 @@ impl Promises {
         verdict.map_err(|refusal| Refused::of(&refusal))
     }
 
-    /// Decides by the books of the pool of huge pages: nobody there gives anything back, so all of the VM must fit.
+    /// Decides by the ledger of the pool of huge pages: no VM returns any of them, so all of the VM must fit.
     fn admit_to_pool(
         &mut self,
         size: &Bytes,
@@ -386,14 +388,14 @@ impl Promises {
         })
     }
 
-    /// What is promised of the pool of huge pages and not taken yet.
+    /// Memory of the pool of huge pages that is reserved and not taken yet.
     pub(super) fn pool_promised(&self, config: &AgentConfig, rounds: &VmRounds) -> Bytes {
         let settle = config.planning.admission.reservation;
         self.book
             .outstanding_pool(self.clock.moment(), settle, |name| rounds.seen(name))
     }
 
-    /// Yes, or why not, as `decide` says if anything can be promised now.
+    /// The acceptance, or the refusal from `decide`, if anything can be reserved now.
     fn verdict<W: HasSize>(
         &mut self,
         vm: &str,
@@ -432,7 +434,7 @@ impl Promises {
     ) -> Result<(), String> {
         let held = self.book.find(&entry.id);
         if let Some(held) = held {
-            // Another one's id would have this line answered with what that one was promised.
+            // With another request's id, this line would receive that request's reservation.
             let same = held.id == entry.id
                 && held.remote
                 && held.vm == entry.vm
@@ -451,7 +453,7 @@ impl Promises {
         }
         let wanted = entry.request();
         let verdict = self.verdict(&vm, &wanted, situation, journal, Self::admit);
-        // Guests are asked for what it needs, as for a VM that was refused here.
+        // The needed memory is requested from guests, as for a VM that was refused here.
         let needs = verdict.as_ref().err().and_then(|refused| refused.needs);
         self.remember(&vm, needs, situation.rounds.now_ms());
         let admission = verdict.map_err(|refused| refused.why)?;
@@ -465,11 +467,11 @@ impl Promises {
                 (self.clock.moment(), hold),
             )
             .map(drop)
-            // It was admitted, and cannot be kept all the same.
+            // It was admitted, but cannot be saved.
             .map_err(|error| api::error_chain(&error).join(": "))
     }
 
-    /// Promises that were taken back by who asked for them. One whose VM is being started is past that.
+    /// Reservations that their clients withdrew. A VM that is being started is past that.
     fn release_withdrawn(&mut self, lines: &[String], journal: &mut Journal) {
         let withdrawn: Vec<String> = self
             .book
@@ -490,7 +492,7 @@ impl Promises {
         }
     }
 
-    /// Only who made a reservation, and root, may change it.
+    /// Only the creator of a reservation, and root, may change it.
     fn may_change(&self, key: &str, request: &Request) -> Result<(), Response> {
         let uid = uid_of(request);
         match self.book.find(key) {
@@ -507,7 +509,7 @@ fn uid_of(request: &Request) -> u32 {
     request.peer.map_or(u32::MAX, |peer| peer.uid)
 }
 
-/// The name discovery will give: a path is a socket that may not exist yet.
+/// The name that discovery will use: a path is a socket that may not exist yet.
 fn vm_name(vm: &str, rounds: &VmRounds) -> Result<String, Response> {
     let name = if vm.starts_with('/') {
         rounds.name_of_socket(vm.as_ref())
@@ -523,7 +525,7 @@ fn vm_name(vm: &str, rounds: &VmRounds) -> Result<String, Response> {
     checked_name(name).map_err(refuse)
 }
 
-/// A name that may be a VM's.
+/// A valid name of a VM.
 fn checked_name(name: String) -> Result<String, String> {
     if name.is_empty() || name.len() > NAME_BYTES_MAX || name.chars().any(char::is_control) {
         return Err(format!("{name:?} is no name for a VM"));

@@ -1,4 +1,4 @@
-//! What readers see: put together by the control loop once a second, read by anybody at any time.
+//! The data for readers: assembled by the control loop once per second, readable at any time.
 
 use std::sync::Arc;
 
@@ -9,16 +9,16 @@ use super::{AdmissionCounts, DecisionCounts, Status};
 use crate::planner::Plan;
 use crate::sample::RequestCounters;
 
-/// Everything that is published, at one moment.
+/// All published data of one moment.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     /// The figures.
     pub status: Status,
     /// The last plan.
     pub plan: Arc<Plan>,
-    /// What was decided.
+    /// The counts of decisions.
     pub decisions: DecisionCounts,
-    /// What was answered to requests for memory.
+    /// The counts of responses to requests for memory.
     pub admissions: AdmissionCounts,
 }
 
@@ -27,9 +27,9 @@ pub struct Snapshot {
 pub struct Published {
     // Held to copy or to replace one pointer.
     snapshot: RwLock<Arc<Snapshot>>,
-    /// What happened lately, entered by the control loop.
+    /// Recent events, added by the control loop.
     pub(super) journal: Journal,
-    /// Requests to VMMs; counted by the VMs' threads themselves.
+    /// Requests to VMMs, counted by the VMs' threads.
     pub requests: Arc<RequestCounters>,
 }
 

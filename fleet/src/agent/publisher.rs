@@ -1,4 +1,4 @@
-//! Puts together what is published: one [`Snapshot`] from all parts of the agent.
+//! Assembles the published data: one [`Snapshot`] from all parts of the agent.
 
 use std::sync::Arc;
 

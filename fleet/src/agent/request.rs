@@ -1,4 +1,4 @@
-//! What clients ask for, and what they are answered.
+//! Requests of clients and their responses.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! One round of the agent: follow what is there, plan, and act.
+//! One round of the agent: update the picture of host and VMs, plan, and act.
 
 use std::cell::{OnceCell, RefCell};
 use std::io;
@@ -22,15 +22,15 @@ use crate::reservations::SeenVm;
 use crate::sample::{Discovery, Found, PatternError, RequestCounters, SocketOwners, VmReading};
 use crate::worker::{OrderDone, VmEvent, VmEventKind, VmWorker, WorkerOptions};
 
-/// A balloon that turns round within this time has swung.
+/// A balloon that changes direction within this time has swung.
 const OSCILLATION_MS: u64 = 60_000;
-/// How long after its start an agent waits for all VMs' first sample before it promises anything.
+/// How long after its start an agent waits for all VMs' first sample before it reserves anything.
 const LEARNING_MS: u64 = 10_000;
 
-/// Has a socket that was found served under a number that no other ever had.
+/// Starts serving a socket that was found, under a unique number.
 pub(super) type Serve = Box<dyn Fn(&Found, u64, &AgentConfig) -> io::Result<VmWorker> + Send>;
 
-/// Serves each VM with a thread; `report` hands its events to the control loop, false ends the thread.
+/// Serves each VM with a thread; `report` passes its events to the control loop, and false ends the thread.
 pub(super) fn with_threads(
     files: GroupFiles,
     clock: Clock,
@@ -50,11 +50,11 @@ pub(super) fn with_threads(
     })
 }
 
-/// What VMs claim that are not there yet.
+/// Claims of VMs that have not started yet.
 pub(super) struct Claims {
-    /// Promised and not used yet.
+    /// Reserved and not used yet.
     pub(super) promised: Bytes,
-    /// What each needs that was refused and may ask again.
+    /// The needs of refused VMs that may try again.
     pub(super) wanted: Vec<Bytes>,
 }
 
@@ -100,7 +100,7 @@ impl VmRounds {
         })
     }
 
-    /// Looks for sockets, and has those that are new or replaced served.
+    /// Looks for sockets, and starts serving new or replaced ones.
     pub(super) fn scan(&mut self, config: &AgentConfig, journal: &mut Journal) {
         let (proc, serve, owners) = (&self.proc, &self.serve, OnceCell::new());
         let change = self.vms.follow(self.discovery.scan(), |found, number| {
@@ -137,7 +137,7 @@ impl VmRounds {
         }
     }
 
-    /// Follows a new configuration.
+    /// Applies a new configuration.
     pub(super) fn reload(&mut self, before: &AgentConfig, config: &AgentConfig) {
         if let Ok(discovery) = Discovery::new(&config.discovery.sockets) {
             self.discovery = discovery;
@@ -150,7 +150,7 @@ impl VmRounds {
         }
     }
 
-    /// Takes an event over; true when the next plan should not wait.
+    /// Processes an event; true if the next plan should not wait.
     pub(super) fn event(
         &mut self,
         event: VmEvent,
@@ -188,7 +188,7 @@ impl VmRounds {
         false
     }
 
-    /// What is known now.
+    /// The current facts.
     pub(super) fn inventory(
         &self,
         config: &AgentConfig,
@@ -210,7 +210,7 @@ impl VmRounds {
         }
     }
 
-    /// The books as they are now, with what the last plan learned of bursts and grants.
+    /// The current ledger, with the bursts and grants of the last plan.
     pub(super) fn ledger(
         &self,
         config: &AgentConfig,
@@ -222,7 +222,7 @@ impl VmRounds {
         books(&inventory, &config.planning, &self.plan, &self.memory)
     }
 
-    /// Makes the next plan and hands over what may be done now.
+    /// Makes the next plan and hands over the actions that are allowed now.
     pub(super) fn plan_and_act(
         &mut self,
         config: &AgentConfig,
@@ -254,7 +254,7 @@ impl VmRounds {
         self.act(facts, journal);
     }
 
-    /// Saves what was learned, before anything is done because of it.
+    /// Saves what was learned, before any action depends on it.
     fn keep_lessons(&mut self) {
         for (id, memory) in &self.memory.vms {
             if let Some(vm) = self.vms.get(id.as_str()) {
@@ -267,7 +267,7 @@ impl VmRounds {
         }
     }
 
-    /// Hands over whatever may be done now.
+    /// Hands over all actions that are allowed now.
     pub(super) fn act(&mut self, facts: &HostFacts, journal: &mut Journal) {
         self.resend(journal);
         let (now_ms, host_available) = (self.now_ms(), facts.available());
@@ -290,7 +290,7 @@ impl VmRounds {
                 };
                 let order = Order::from(&action.kind);
                 let process = vm.process();
-                // What cannot be remembered could not be undone.
+                // An act that cannot be saved could not be undone.
                 match acts.begin(&vm.id, process, &order) {
                     Ok(()) => vm.order(order),
                     Err(error) => {
@@ -305,7 +305,7 @@ impl VmRounds {
         }
     }
 
-    /// Excludes a VM from management, or includes it again; false when there is none of that name.
+    /// Excludes a VM from management, or includes it again; false if there is none with that name.
     ///
     /// # Errors
     /// It cannot be saved, and is not done.
@@ -325,7 +325,7 @@ impl VmRounds {
         Ok(true)
     }
 
-    /// Orders every balloon away, and everything undone, at the VMs that this agent may touch.
+    /// Orders every balloon emptied and all acts undone, for the VMs that this agent may manage.
     pub(super) fn restore(&mut self, config: &AgentConfig) {
         for vm in self.vms.iter_mut().filter(|vm| may_restore(vm, config)) {
             let balloon = (vm.target() > Bytes::ZERO).then_some(Order::Balloon(Bytes::ZERO));
@@ -335,12 +335,12 @@ impl VmRounds {
         }
     }
 
-    /// Whether orders are under way.
+    /// Whether orders are in progress.
     pub(super) fn has_orders(&self) -> bool {
         self.vms.iter().any(|vm| vm.orders > 0)
     }
 
-    /// VMs that are not known to be as they would be without this agent.
+    /// VMs that are not confirmed to be in their state without this agent.
     pub(super) fn unrestored(&self, config: &AgentConfig) -> Vec<String> {
         let mine = self.vms.iter().filter(|vm| may_restore(vm, config));
         let left = mine.filter(|vm| {
@@ -352,8 +352,8 @@ impl VmRounds {
         left.map(|vm| vm.id.to_string()).collect()
     }
 
-    /// When promises can be made: at once, or in so many seconds at most, because the agent has just started and no plan
-    /// of all VMs tells yet what is free.
+    /// When reservations are possible: at once, or in at most this many seconds, because the agent has just started and
+    /// no plan of all VMs shows yet what is free.
     pub(super) fn learns_for(&self) -> Option<u64> {
         let learning = self.decisions.plans == 0 || self.has_unheard();
         learning.then(|| {
@@ -364,7 +364,7 @@ impl VmRounds {
         })
     }
 
-    /// Whether there are VMs of which nothing is known yet, shortly after the start.
+    /// Whether VMs are still unknown, shortly after the start.
     pub(super) fn has_unheard(&self) -> bool {
         self.clock.running_ms() < LEARNING_MS
             && self
@@ -373,16 +373,16 @@ impl VmRounds {
                 .any(|vm| vm.reading.is_none() && vm.missed == 0)
     }
 
-    /// What is there of the VM of a reservation.
+    /// The memory that the VM of a reservation already has.
     pub(super) fn seen(&self, name: &str) -> Option<SeenVm> {
         let vm = self.vms.get(name)?;
         let reading = vm.reading.as_ref()?;
-        // A mapping of huge pages takes all of them out of the pool's free ones at once.
+        // A mapping of huge pages removes all of them from the pool's free ones at once.
         let resident = match reading.huge_pages {
             true => reading.configured,
             false => reading.sample.resident,
         };
-        // One that hangs is there all the same, with its memory; one that nobody listens for is not.
+        // A VM that hangs still exists, with its memory; one without a listener does not.
         let ended = matches!(vm.failure, Some("refused" | "no-socket" | "no-vm"));
         (!ended).then_some(SeenVm { resident })
     }
@@ -393,7 +393,7 @@ impl VmRounds {
         readings.map(|reading| reading.pid).collect()
     }
 
-    /// What the VMs hold of the pool of huge pages.
+    /// The VMs' part of the pool of huge pages.
     pub(super) fn pool_held(&self) -> Bytes {
         let readings = self.vms.iter().filter_map(|vm| vm.reading.as_ref());
         readings.map(|reading| reading.pool_held).sum()
@@ -413,7 +413,7 @@ impl VmRounds {
         self.discovery.name(socket)
     }
 
-    /// The VMs as others may move them.
+    /// The VMs that others may move.
     pub(super) fn movable(&self, config: &AgentConfig) -> Vec<MovableVm> {
         let vms = self.vms.iter().filter_map(|vm| {
             let reading = vm.reading.as_ref()?;
@@ -494,7 +494,7 @@ impl VmRounds {
         }
     }
 
-    /// Sends again what gives memory back and was not confirmed.
+    /// Sends unconfirmed orders that return memory again.
     fn resend(&mut self, journal: &mut Journal) {
         let now_ms = self.now_ms();
         for vm in self.vms.iter_mut() {
@@ -507,7 +507,7 @@ impl VmRounds {
         }
     }
 
-    /// Forgets acts that ended without this agent: with their process, or because somebody resumed the VM.
+    /// Drops acts that ended without this agent: with their process, or because the VM was resumed by others.
     fn follow_acts(&mut self, name: &str) {
         let Some(vm) = self.vms.get_mut(name) else {
             return;
@@ -519,7 +519,8 @@ impl VmRounds {
         }
     }
 
-    /// Enters what would be done, and remembers the VMs as if it had not been planned, because nothing happens to them.
+    /// Records the actions that would be taken, and keeps the VMs as if they had not been planned, because they have no
+    /// effect.
     fn pretend(&mut self, plan: &Plan, journal: &mut Journal) {
         let mut memory = plan.memory.clone();
         for action in &plan.actions {
@@ -574,7 +575,7 @@ impl VmRounds {
     }
 }
 
-/// An act that was ended in memory and not on disk is undone once more by the next agent, which does no harm.
+/// An act that ended in memory but not on disk is undone once more by the next agent, which is harmless.
 fn log_unsaved(result: io::Result<()>) {
     if let Err(error) = result {
         log::error!("the list of what was done to VMs cannot be saved: {error}");
@@ -592,7 +593,7 @@ fn is_urgent(before: Option<&VmReading>, now: &VmReading, config: &AgentConfig) 
     let control = &config.planning.control;
     let has = now.configured - now.sample.ballooned;
     let least = has.part(control.suffer).max(control.suffer_min);
-    // A guest may say anything.
+    // The guest's data may be arbitrary.
     let stalls = |reading: &VmReading| {
         reading.sample.guest.map_or(0, |guest| {
             let stalls = guest.alloc_stalls.unwrap_or(0);
@@ -602,7 +603,7 @@ fn is_urgent(before: Option<&VmReading>, now: &VmReading, config: &AgentConfig) 
     guest.available < least || stalls(now) > stalls(before)
 }
 
-/// Whether an agent that ends may give a VM its memory back: nobody else has a hand on it.
+/// Whether an agent that ends may return a VM's memory: no other manager controls it.
 fn may_restore(vm: &Vm, config: &AgentConfig) -> bool {
     let managed = vm.reading.as_ref().is_none_or(|reading| {
         let policy = config.vm_policy(vm.id.as_str(), reading.configured);

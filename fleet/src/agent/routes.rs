@@ -1,4 +1,4 @@
-//! Who may ask what, where. What can be answered from what is published never reaches the control thread.
+//! The endpoints of each socket. Requests for published data never reach the control thread.
 
 use super::{Published, Status};
 use crate::http::{Method, Request, Response};
@@ -17,13 +17,13 @@ pub const LOCAL_NAMES: [&str; 9] = [
     "fleet.reload",
 ];
 
-/// Those of them that are answered from what is published.
+/// The endpoints that return published data.
 const READ_NAMES: [&str; 3] = ["fleet.status", "fleet.explain", "fleet.events"];
 
 /// Content type of the Prometheus text format in its OpenMetrics form.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// The page and what it loads: path, content type, content.
+/// The page and its resources: path, content type, content.
 const PAGE: [(&str, &str, &str); 3] = [
     ("/", "text/html; charset=utf-8", include_str!("page.html")),
     (
@@ -54,7 +54,7 @@ pub(super) fn handle_local(
     }
 }
 
-/// The socket for those who only look: what is published, and the page.
+/// The read-only socket: published data, and the page.
 pub(super) fn handle_read(request: &Request, published: &Published) -> Response {
     let Some(name) = request.path.strip_prefix(api::API_PREFIX) else {
         return handle_page(request, published);
@@ -70,7 +70,7 @@ pub(super) fn handle_read(request: &Request, published: &Published) -> Response 
     }
 }
 
-/// The page and the metrics, over TCP: nothing that changes anything, and nothing that says how the host is set up.
+/// The page and the metrics, over TCP: nothing that changes state, and nothing about the host's configuration.
 pub fn handle_page(request: &Request, published: &Published) -> Response {
     if request.method != Method::Get {
         return Response::error(400, &["Only GET is served here".to_owned()]);

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-/// Whether the agent shall end. It is seen before the next event, however many wait.
+/// Whether the agent must end. It is checked before the next event, however many are queued.
 #[derive(Clone, Debug, Default)]
 pub(super) struct StopFlag(Arc<AtomicBool>);
 
@@ -21,14 +21,14 @@ impl StopFlag {
     }
 }
 
-/// What a signal asks for.
+/// The request of a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Asked {
     Reload,
     Stop,
 }
 
-/// Calls `ask` for each signal, on a thread that lives as long as the process.
+/// Calls `ask` for each signal, on a thread that exists as long as the process.
 pub(super) fn forward(ask: impl Fn(Asked) + Send + 'static) -> io::Result<()> {
     let mut signals = Signals::new([SIGHUP, SIGTERM, SIGINT])?;
     std::thread::Builder::new()

@@ -1,4 +1,4 @@
-//! What the agent shows: the same for the command line, the page and the metrics.
+//! The agent's status, shared by command line, web page and metrics.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! The threads that speak to the store. The control loop never waits for them.
+//! The threads that access the store. The control loop never waits for them.
 //!
 //! ```text
 //!   watch thread ──something changed──► store thread ──what was asked──► control thread
@@ -7,8 +7,8 @@
 //!                                       the store
 //! ```
 //!
-//! A store that does not answer costs these threads their time and nobody else anything. When it is back the next round
-//! reads what stands there and writes what is true.
+//! A store that does not respond only delays these threads. When it is available again, the next round reads its
+//! contents and writes the current state.
 
 use std::io;
 use std::sync::Arc;
@@ -22,25 +22,25 @@ use parking_lot::Mutex;
 use crate::cluster::{HostReport, Member, MemberCounts, MemberError, Round, StoreView};
 use crate::store::{Measured, Revision, Store, StoreCounters};
 
-/// How often it is looked whether the host has something to tell.
+/// How often the thread checks whether the host has something to report.
 const TICK: Duration = Duration::from_secs(1);
-/// How long is waited for a change at a time.
+/// Maximum duration of one wait for a change.
 const WATCH: Duration = Duration::from_secs(10);
-/// Between two such waits, so that hints that lead to nothing cost little.
+/// Interval between two such waits, so that useless hints cost little.
 const WATCH_PAUSE: Duration = Duration::from_millis(50);
-/// And when it cannot be waited.
+/// The interval if waiting is not possible.
 const WATCH_RETRY: Duration = Duration::from_secs(1);
 
-/// What is known of the store.
+/// The status of the store.
 #[derive(Clone, Debug, Default)]
 pub(super) struct StoreHealth {
-    /// How the last round ended.
+    /// The result of the last round.
     pub(super) round: Round,
-    /// When the last good one ended.
+    /// When the last successful one ended.
     pub(super) good: Option<Instant>,
-    /// Why the last one was none.
+    /// The reason why the last one failed.
     pub(super) error: Option<String>,
-    /// Whether the store itself answered it.
+    /// Whether the store itself responded.
     pub(super) up: bool,
     pub(super) counts: MemberCounts,
     pub(super) calls: StoreCounters,
@@ -60,7 +60,7 @@ pub(super) struct StoreLink {
 }
 
 impl StoreLink {
-    /// Starts them. `ask` has the control thread answer.
+    /// Starts them. `ask` makes the control thread respond.
     pub(super) fn start(
         member: Member,
         store: Arc<dyn Store>,
@@ -77,7 +77,7 @@ impl StoreLink {
             stop: Arc::clone(&stop),
             nudges: nudges.clone(),
         };
-        // It may be in the middle of a wait when the agent ends; nobody waits for it.
+        // It may be waiting when the agent ends, and is not joined.
         thread::Builder::new()
             .name("store-watch".to_owned())
             .spawn(move || watch.run())?;
@@ -99,7 +99,7 @@ impl StoreLink {
         })
     }
 
-    /// What is known of the store, as it changes.
+    /// The status of the store, as it changes.
     pub(super) fn health(&self) -> Arc<Mutex<StoreHealth>> {
         Arc::clone(&self.health)
     }
@@ -108,7 +108,7 @@ impl StoreLink {
 impl Drop for StoreLink {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        // A thread that has ended needs no word.
+        // A thread that has ended needs no notification.
         let _ = self.nudges.send(Nudge::Stop);
         if let Some(thread) = self.thread.take() {
             // A panic there was printed already.
@@ -129,7 +129,7 @@ impl Worker {
     fn run(&mut self, nudged: &Receiver<Nudge>) {
         loop {
             let now = Instant::now();
-            // Asking costs no call to the store, so it is done every time.
+            // The check costs no call to the store, so it is done every time.
             let news = (self.ask)(StoreView::default())
                 .is_some_and(|account| self.member.has_news(&account, now));
             if news || self.member.is_due(now) {
@@ -171,7 +171,7 @@ impl Worker {
             }
             Err(error) => {
                 let text = api::error_chain(&error).join(": ");
-                // Once, not with every try.
+                // Logged once, not with every try.
                 if health.error.is_none() {
                     log::warn!("store: {text}");
                 }
@@ -197,14 +197,14 @@ impl Watch {
         while !self.stop.load(Ordering::Relaxed) {
             let seen = self.seen.load(Ordering::Relaxed);
             if seen == 0 {
-                // Nothing was read yet; the first round needs no hint.
+                // Nothing has been read yet; the first round needs no hint.
                 thread::sleep(WATCH_RETRY);
                 continue;
             }
             let until = Instant::now() + WATCH;
             match self.store.await_change(&self.prefix, Revision(seen), until) {
                 Ok(true) => {
-                    // A round that is about to be made anyway will see it.
+                    // A round that is about to start anyway will see it.
                     let _ = self.nudges.try_send(Nudge::Changed);
                     thread::sleep(WATCH_PAUSE);
                 }

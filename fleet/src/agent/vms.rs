@@ -1,4 +1,4 @@
-//! The VMs of this host: who serves each, what was last heard of it, what is under way to it.
+//! The VMs of this host: the thread of each, its last reading, and its orders in progress.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,18 +12,18 @@ use crate::model::{
 use crate::sample::{Found, SocketIdentity, VmReading};
 use crate::worker::{OrderDone, VmWorker};
 
-/// A give that was not confirmed is sent again after this time, doubled each time.
+/// An unconfirmed order that returns memory is sent again after this time, doubled each time.
 const RESEND_MS: u64 = 1000;
-/// But at least this often.
+/// Maximum interval.
 const RESEND_MS_MAX: u64 = 30_000;
 /// An act that could not be undone is tried again after this time.
 const UNDO_AGAIN_MS: u64 = 5000;
 
-/// A balloon that was ordered and whose order came to an end without a word on whether it was carried out.
+/// A balloon order that ended without a confirmation or rejection.
 #[derive(Clone, Copy, Debug)]
 struct Unconfirmed {
     to: Bytes,
-    /// Whether it gives memory back: such an order is sent until it is confirmed.
+    /// Whether it returns memory: such an order is sent until it is confirmed.
     gives: bool,
     tries: u32,
     /// When that was known, and when it is sent again, on the planner's clock.
@@ -40,7 +40,7 @@ pub(super) struct Vm {
     owner: u32,
     pub(super) worker: VmWorker,
     _lock: VmLock,
-    /// Which process behind the socket the last reading came from.
+    /// The process behind the socket from which the last reading came.
     process: u64,
     pub(super) epoch: u64,
     pub(super) reading: Option<VmReading>,
@@ -50,21 +50,21 @@ pub(super) struct Vm {
     /// A balloon that was ordered and is not confirmed.
     pub(super) ordered: Option<Bytes>,
     unconfirmed: Option<Unconfirmed>,
-    /// Orders handed over that have not come to an end, those of them that undo something, and when the last one ended.
+    /// Orders that have not ended, those of them that undo something, and when the last one ended.
     pub(super) orders: u32,
     undoings: u32,
     order_ended_ms: u64,
-    /// Whether an order may still be carried out that nobody waits for: the VMM did not answer it, and has answered none
-    /// since. The same holds for orders of an agent before this one.
+    /// Whether an order may still be executed later: the VMM did not respond to it, and has responded to none since.
+    /// The same holds for orders of an agent before this one.
     order_left: bool,
-    /// Until then nothing is undone, because it was tried a moment ago.
+    /// Until then nothing is undone, because an attempt was made a moment ago.
     undo_again_ms: u64,
-    /// Which way the balloon was last moved, and when on the planner's clock.
+    /// The direction in which the balloon was last moved, and when, on the planner's clock.
     pub(super) moved: Option<(Direction, u64)>,
     pub(super) pinned: bool,
 }
 
-/// Which way a balloon goes.
+/// The direction of a balloon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Direction {
     Inflate,
@@ -78,17 +78,17 @@ pub(super) struct Rates {
     pub(super) repopulated_per_s: u64,
 }
 
-/// All of them by name, and the numbers that tell machines apart.
+/// All of them by name, and the numbers that distinguish machines.
 #[derive(Debug, Default)]
 pub(super) struct Vms {
     by_name: BTreeMap<VmId, Vm>,
     workers: u64,
     epochs: u64,
-    /// Sockets that are not served, and why. One that is refused for good is not looked at again.
+    /// Sockets that are not served, with reasons. A socket that is rejected permanently is not checked again.
     refused: BTreeMap<VmId, (SocketIdentity, StartRefusal)>,
 }
 
-/// Why a socket is not served.
+/// The reason why a socket is not served.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct StartRefusal {
     pub(super) why: String,
@@ -105,7 +105,7 @@ impl From<std::io::Error> for StartRefusal {
     }
 }
 
-/// What a look for sockets changed.
+/// The changes found by a look for sockets.
 #[derive(Debug, Default)]
 pub(super) struct ScanChange {
     pub(super) appeared: Vec<VmId>,
@@ -132,7 +132,7 @@ impl Vms {
         self.by_name.get_mut(name)
     }
 
-    /// Follows what was found. `start` makes the thread for a socket under a number that no other ever had.
+    /// Processes the sockets found. `start` creates the thread for a socket under a unique number.
     pub(super) fn follow(
         &mut self,
         found: Vec<Found>,
@@ -169,7 +169,7 @@ impl Vms {
                     }
                     self.by_name.insert(vm.id.clone(), vm);
                 }
-                // Unless that is for good, the next look tries again.
+                // Unless that is permanent, the next look tries again.
                 Err(why) => {
                     if refused.is_none_or(|(_, before)| before != why) {
                         change.refused.push((id.clone(), why.why.clone()));
@@ -182,7 +182,7 @@ impl Vms {
         change
     }
 
-    /// Has every VM served by a new thread.
+    /// Makes a new thread serve every VM.
     pub(super) fn restart(&mut self, start: impl Fn(&Found, u64) -> std::io::Result<VmWorker>) {
         for vm in self.by_name.values_mut() {
             self.workers += 1;
@@ -200,7 +200,7 @@ impl Vms {
                     vm.process = 0;
                     vm.ordered = None;
                     (vm.orders, vm.undoings) = (0, 0);
-                    // What was handed to the thread before may still be carried out.
+                    // Orders that the previous thread received may still be executed.
                     vm.order_left = true;
                 }
                 Err(error) => log::error!("no thread for the VM {:?}: {error}", vm.id),
@@ -208,7 +208,7 @@ impl Vms {
         }
     }
 
-    /// Takes a reading over. True when another machine stands behind the name than before.
+    /// Processes a reading. True if another machine is behind the name than before.
     pub(super) fn sampled(&mut self, name: &str, reading: VmReading, process: u64) -> bool {
         let Some(vm) = self.by_name.get_mut(name) else {
             return false;
@@ -228,7 +228,7 @@ impl Vms {
             vm.rates = rates(before, &reading).unwrap_or(vm.rates);
         }
         vm.process = process;
-        // A sample tells what became of an order that was not answered.
+        // A sample shows the result of an order without a response.
         vm.unconfirmed = vm
             .unconfirmed
             .filter(|order| reading.sample.at_ms < order.at_ms);
@@ -266,7 +266,7 @@ impl Vm {
         }
     }
 
-    /// Hands an order over; false when nobody is there to carry it out.
+    /// Hands over an order; false if there is no thread to execute it.
     pub(super) fn order(&mut self, order: Order) -> bool {
         let (balloon, undoes) = match &order {
             Order::Balloon(to) => (Some(*to), false),
@@ -285,11 +285,11 @@ impl Vm {
         there
     }
 
-    /// An order came to an end.
+    /// An order ended.
     pub(super) fn order_done(&mut self, done: &OrderDone, now_ms: u64) {
         self.order_ended(&done.order);
         self.order_ended_ms = now_ms;
-        // A VMM carries orders out one after the other, so an answer tells that all before it came to their end.
+        // A VMM executes orders sequentially, so a response means that all before it have ended.
         match &done.result {
             Ok(()) if done.order.asks_vmm() => self.order_left = false,
             Err(error) if error.is_answer() => self.order_left = false,
@@ -304,7 +304,7 @@ impl Vm {
         }
     }
 
-    /// An order is no longer under way.
+    /// An order is no longer in progress.
     pub(super) fn order_ended(&mut self, order: &Order) {
         self.orders = self.orders.saturating_sub(1);
         if order.undoes() {
@@ -316,11 +316,11 @@ impl Vm {
         if result.is_ok()
             && let Some(reading) = &mut self.reading
         {
-            // Until the next sample this is what is known to be asked for.
+            // Until the next sample, this is the known target.
             reading.sample.balloon_target = to;
         }
         if self.ordered != Some(to) {
-            // A newer one is under way.
+            // A newer one is in progress.
             return;
         }
         self.ordered = None;
@@ -328,7 +328,7 @@ impl Vm {
         let Err(error) = result else {
             return;
         };
-        // The most that it may hold now.
+        // The maximum that it may hold now.
         let held = self.reading.as_ref().map_or(Bytes::ZERO, |reading| {
             reading.sample.balloon_target.max(reading.sample.ballooned)
         });
@@ -351,20 +351,20 @@ impl Vm {
         }
     }
 
-    /// Whether an order ended and nobody knows whether it was carried out.
+    /// Whether an order ended with an unknown result.
     pub(super) fn is_unconfirmed(&self) -> bool {
         self.unconfirmed.is_some()
     }
 
-    /// A give that has to be sent again now.
+    /// An order that returns memory and must be sent again now.
     pub(super) fn to_resend(&self, now_ms: u64) -> Option<Bytes> {
         let order = self.unconfirmed?;
         let due = order.gives && now_ms >= order.again_ms && self.ordered.is_none();
         (due && !self.pinned).then_some(order.to)
     }
 
-    /// Whether a pause that was entered is none: the VM runs although every order came to its end. One that may still be
-    /// carried out has to be undone all the same.
+    /// Whether a recorded pause has no effect: the VM runs although every order ended. A pause that may still be
+    /// executed must be undone nevertheless.
     pub(super) fn runs_unasked(&self) -> bool {
         let reading = self.reading.as_ref();
         self.orders == 0
@@ -375,7 +375,7 @@ impl Vm {
             })
     }
 
-    /// Of what is in force, what may be undone now.
+    /// The acts in force that may be undone now.
     fn to_undo(&self, in_force: InForce, now_ms: u64) -> InForce {
         if self.undoings > 0 || now_ms < self.undo_again_ms {
             InForce::default()
@@ -384,7 +384,7 @@ impl Vm {
         }
     }
 
-    /// The process that answered last.
+    /// The process that responded last.
     pub(super) fn process(&self) -> Option<ProcessIdentity> {
         let process = self.reading.as_ref()?.process.as_ref();
         process.map(Process::identity)
@@ -397,7 +397,7 @@ impl Vm {
             .is_some_and(|reading| reading.huge_pages)
     }
 
-    /// The balloon that was last asked for, by whomever. Where an order was not answered, what it asked for.
+    /// The last requested balloon, by any manager. If an order got no response, its target.
     pub(super) fn target(&self) -> Bytes {
         let read = self
             .reading
@@ -423,7 +423,7 @@ impl Vm {
         sample.balloon_target = self.target();
         let mut level = reading.level;
         if lessons.told && sample.guest.is_none() {
-            // It fell silent before this agent came: what it told is out of date, not absent.
+            // It stopped responding before this agent started: its data is out of date, not absent.
             level = level.max(FeatureLevel::L1);
             sample.guest = Some(GuestClaims {
                 free: reading.configured,
@@ -518,7 +518,7 @@ mod tests {
             vm.order_done(&OrderDone { order, result }, now_ms);
             vm.reading = Some(reading(now_ms));
         };
-        // What an agent before this one asked for may still come, too.
+        // An earlier agent's request may still be executed, too.
         vm.reading = Some(reading(1));
         assert!(!vm.runs_unasked());
         end(&mut vm, Order::Resume, Ok(()), 10);

@@ -1,4 +1,4 @@
-//! Reads the files and puts them together.
+//! Reads and merges the settings files.
 
 use std::fs;
 use std::io;

@@ -1,8 +1,8 @@
 //! The agent's files: one TOML file with drop-ins beside it.
 //!
-//! `agent.toml` is read first, then every `*.toml` in the folder `agent.d` beside it, by name; what comes later wins. Only
-//! the lists of sockets and of VM rules are joined, so that a package can bring its own file and be removed again. Every
-//! file is checked by itself first, so that an error names the file it is in.
+//! `agent.toml` is read first, then every `*.toml` in the folder `agent.d` beside it, by name; later values win. Only
+//! the lists of sockets and of VM rules are joined, so that a package can install and remove its own file. Every file
+//! is first checked alone, so that an error names its file.
 
 mod load;
 mod reference;

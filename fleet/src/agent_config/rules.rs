@@ -13,7 +13,7 @@ pub enum RuleFault {
     Pattern {
         /// The pattern.
         name: String,
-        /// What is wrong with it.
+        /// The reason.
         reason: &'static str,
     },
     /// A rule before it matches everything that it would.

@@ -1,4 +1,4 @@
-//! A host's part: to be there, to say what can be promised, and to answer what was asked.
+//! A host's part: to be a member, to publish what can be reserved, and to respond to requests.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -15,27 +15,27 @@ use crate::model::Bytes;
 use crate::placement::{HostCapacity, MovableVm};
 use crate::store::{Committed, LeaseId, Revision, Store, StoreError, Txn, Write};
 
-/// How often a round is begun anew because somebody else was quicker. Every time it was a placer that added or removed a
-/// line, so it ends; a round more a second later does as well.
+/// Maximum number of restarts of a round because of a concurrent change. Each time a placer added or removed a line, so
+/// it ends; another round a second later suffices.
 const TRIES: usize = 16;
-/// How long a no stays to be read.
+/// How long a refusal stays readable.
 const REFUSED_STAYS: Duration = Duration::from_secs(10);
-/// A record is written at least this often.
+/// Maximum interval between two writes of a record.
 const REWRITE: Duration = Duration::from_secs(10);
-/// Free memory that has changed by this part of the usable is told at once.
+/// Free memory that has changed by this part of the usable is published at once.
 const TELL_PART: f64 = 0.02;
 
-/// What the store says of promises that were asked of this host.
+/// The store's data about reservations on this host.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StoreView {
-    /// Lines that have no answer yet.
+    /// Lines without a response.
     pub asked: Vec<RemoteReservation>,
-    /// Ids of all lines; absent when the store has no book of this host, as after its lease was over. With a book, a
-    /// promise that was asked for from afar and is not in it was taken back by who asked.
+    /// Ids of all lines; absent if the store has no book of this host, as after the end of its lease. With a book, a
+    /// remote reservation that is not in it was withdrawn.
     pub lines: Option<Vec<String>>,
 }
 
-/// What the host says to it.
+/// The host's response.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct HostReport {
     /// Whether the host knows its VMs well enough to be seen by others.
@@ -46,13 +46,13 @@ pub struct HostReport {
     pub books: HostBooks,
     /// Its VMs.
     pub vms: Vec<MovableVm>,
-    /// Promises that were asked for from afar and whose VM is not there yet.
+    /// Remote reservations whose VM has not started yet.
     pub held: Vec<HeldPromise>,
     /// Lines that are refused, with the reason.
     pub refused: BTreeMap<String, String>,
 }
 
-/// A promise held for somebody afar.
+/// A reservation held for a remote client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HeldPromise {
     /// Id of the line.
@@ -67,30 +67,30 @@ pub struct HeldPromise {
     pub starting: bool,
 }
 
-/// Why a round did not end well.
+/// Reasons why a round failed.
 #[derive(Debug, Error)]
 pub enum MemberError {
     /// The store.
     #[error("the store did not serve this host")]
     Store(#[from] StoreError),
-    /// Another agent has the name.
+    /// Another agent uses the name.
     #[error("another machine is registered as {0:?}: set store.host")]
     NameTaken(String),
-    /// The control loop does not answer. Without it the host is not there, and its lease may end.
+    /// The control loop does not respond. Without it the host is not available, and its lease may end.
     #[error("the control loop did not answer")]
     Silent,
-    /// Its figures are old. The host cannot be said to be there with them.
+    /// Its figures are old. They do not show that the host is available.
     #[error("the host's figures are {0} ms old")]
     Stale(u64),
-    /// Others were quicker every time.
+    /// Concurrent changes prevented every attempt.
     #[error("the host's book changed {TRIES} times meanwhile")]
     Busy,
 }
 
-/// What a round came to.
+/// The result of a round.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Round {
-    /// The host is in the store, with its answers.
+    /// The host is in the store, with its responses.
     pub registered: bool,
     /// Lines in its book.
     pub lines: usize,
@@ -109,7 +109,7 @@ pub struct MemberCounts {
     pub conflicts: u64,
 }
 
-/// What was written last.
+/// The last values written.
 #[derive(Clone, Debug)]
 struct LastWrite {
     at: Instant,
@@ -169,7 +169,7 @@ impl Member {
         self.keys.host(&self.host)
     }
 
-    /// Whether the host has something to tell: its books have changed, or it is time.
+    /// Whether the host has something to report: its ledger has changed, or the interval has passed.
     pub fn has_news(&self, account: &HostReport, now: Instant) -> bool {
         let Some(written) = &self.written else {
             return account.ready || self.lease.is_some();
@@ -202,8 +202,8 @@ impl Member {
             .is_none_or(|kept| now.saturating_duration_since(kept) >= self.lasts / 3)
     }
 
-    /// One round: reads what was asked, has the host answer it through `ask`, writes what it says. `ask` returns `None`
-    /// when the host's control loop does not answer.
+    /// One round: reads the requests, gets the host's responses through `ask`, writes its data. `ask` returns `None` if
+    /// the host's control loop does not respond.
     ///
     /// # Errors
     /// The host is not, or no longer, known to be in the store.
@@ -231,7 +231,7 @@ impl Member {
             if Duration::from_millis(account.facts_age_ms) > self.facts_age_max {
                 return Err(MemberError::Stale(account.facts_age_ms));
             }
-            // Only now: a lease that is kept by a host that does not answer would be a lie.
+            // Only now: a host that does not respond must not keep its lease.
             let Some(lease) = self.keep(store)? else {
                 continue;
             };
@@ -253,10 +253,10 @@ impl Member {
         Err(MemberError::Busy)
     }
 
-    /// Gives everything back and leaves.
+    /// Releases everything and leaves.
     ///
     /// # Errors
-    /// It is given back when the lease is over.
+    /// It is released when the lease ends.
     pub fn leave(&mut self, store: &dyn Store) -> Result<(), StoreError> {
         self.forget();
         match self.lease.take() {
@@ -304,7 +304,7 @@ impl Member {
         self.forget();
     }
 
-    /// The book with the host's answers.
+    /// The book with the host's responses.
     fn answered(&mut self, found: &FleetHost, account: &HostReport) -> RemoteReservations {
         let now = Instant::now();
         let mut left: Vec<&HeldPromise> = account.held.iter().collect();
@@ -325,7 +325,7 @@ impl Member {
                     }
                     Answer::Refused(why.clone())
                 }
-                // Asked while the host was answering: next time.
+                // Added while the host was responding: next time.
                 (None, None, Answer::Asked) => Answer::Asked,
                 // No longer held: its VM runs, or it was given back.
                 (None, None, Answer::Confirmed | Answer::Starting) => continue,
@@ -343,7 +343,7 @@ impl Member {
         RemoteReservations { entries }
     }
 
-    /// Writes record, book and VMs; false when somebody else was quicker or the lease is over.
+    /// Writes record, book and VMs; false if there was a concurrent change or the lease ended.
     fn write(
         &mut self,
         store: &dyn Store,
@@ -398,7 +398,7 @@ impl Member {
                 Ok(false)
             }
             Err(error) => {
-                // What stands there now is not known: the next round writes again.
+                // The stored data is unknown: the next round writes again.
                 self.written = None;
                 Err(error)
             }

@@ -1,4 +1,4 @@
-//! Many hosts as one: who is there, what each can promise, and promises made from afar.
+//! The fleet: its members, the memory that each can reserve, and remote reservations.
 //!
 //! ```text
 //! <prefix>/hosts/<host>/record   the host's lease   what the host can promise, and in which state it is
@@ -7,19 +7,19 @@
 //! <prefix>/vms/<host>            the host's lease   the VMs there, for advice
 //! ```
 //!
-//! A placer reads record, book and drain mark of all hosts at one moment, chooses, and adds a line to the book of the host it
-//! chose, on the condition that record, book and drain mark are still the ones it read. The host's agent sees the line, decides
-//! again by what is true now, books the promise like one that was asked for at its socket, and writes its answer into the
-//! line. Only its yes is a promise. So nothing is sold twice, for two reasons of which each is enough:
+//! A placer reads record, book and drain mark of all hosts at one moment and chooses a host. It adds a line to that
+//! host's book, on the condition that record, book and drain mark are unchanged. The host's agent sees the line,
+//! decides again by its current data, records the reservation like a local one, and writes its response into the line.
+//! Only its acceptance is a reservation. So no memory is reserved twice, for two reasons, each sufficient alone:
 //!
 //! - A line is added only to the very picture it was decided on. What the record has not taken into account yet is
 //!   in the book, and both are counted. Of two placers that chose on the same picture one fails and reads again.
 //! - One thread of the host's agent says yes, with the ledger of that moment, and a yes is on the host's disk before it is
 //!   in the store.
 //!
-//! Nothing is kept for nobody: record and book go with the host's lease; a line that nobody turns into a VM is given
-//! back by the host after `admission.reservation`; a placer that gives up takes its line out again, and one that died is
-//! the case before.
+//! No memory stays reserved without a user: record and book end with the host's lease. The host releases a line whose
+//! VM does not start after `admission.reservation`. A placer that gives up removes its line; a placer that died is
+//! covered by the case before.
 
 mod member;
 mod picture;

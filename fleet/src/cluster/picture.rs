@@ -1,4 +1,4 @@
-//! What the store says of all hosts at one moment.
+//! The state of all hosts in the store at one moment.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -10,36 +10,37 @@ use super::{Answer, DrainMark, HostRecord, Keys, RemoteReservations, VmsRecord};
 use crate::placement::{HostCapacity, MovableVm};
 use crate::store::{LeaseId, Listing, Revision, Store, StoreError};
 
-/// A host as the store shows it.
+/// A host in the store.
 #[derive(Clone, Debug, Default)]
 pub struct FleetHost {
     /// Its name.
     pub host: String,
-    /// What it says of itself; absent for one that is not there, and for one whose record has another form.
+    /// Its published data; absent if it is not available, or if its record has another version.
     pub record: Option<HostRecord>,
-    /// The form of its record; absent when there is none.
+    /// The version of its record; absent if there is none.
     pub schema: Option<u32>,
     /// When the record was written.
     pub record_changed: Revision,
-    /// What was asked of it; absent when it is not there or not understood.
+    /// The requests to it; absent if it is not available or not understood.
     pub book: Option<RemoteReservations>,
     /// When the book was written.
     pub book_changed: Revision,
     /// The lease of both.
     pub lease: Option<LeaseId>,
-    /// Whether nothing new may go there.
+    /// Whether it accepts no new VMs.
     pub drain: Option<DrainMark>,
     /// When the mark was set; 0 without one.
     pub drain_changed: Revision,
 }
 
 impl FleetHost {
-    /// Whether it is there.
+    /// Whether it is available.
     pub fn is_there(&self) -> bool {
         self.schema.is_some()
     }
 
-    /// What can be placed there: what it says, less what was asked of it since. `now_ms` is on the placer's clock.
+    /// The memory that can be placed there: its published value, less later requests. `now_ms` is on the placer's
+    /// clock.
     pub fn capacity(&self, now_ms: u64) -> HostCapacity {
         let record = self.record.clone().unwrap_or_default();
         let mut capacity = HostCapacity {
@@ -52,7 +53,7 @@ impl FleetHost {
         let entries = self.book.iter().flat_map(|book| &book.entries);
         for entry in entries.filter(|entry| entry.answer == Answer::Asked) {
             capacity.book(entry.promise);
-            // The books count promises towards the configured memory already.
+            // The ledger counts reservations towards the configured memory already.
             capacity.books.ledger.configured += entry.max - entry.promise;
         }
         capacity
@@ -77,8 +78,8 @@ impl FleetPicture {
     /// Reads it.
     ///
     /// # Errors
-    /// The store does not answer. What stands behind a key and is not understood is no error: it costs that host its
-    /// candidacy and nobody else anything.
+    /// The store does not respond. A value that is not understood is no error: it only excludes that host as a
+    /// candidate.
     pub fn read(store: &dyn Store, keys: &Keys, until: Instant) -> Result<Self, StoreError> {
         Self::read_below(store, keys, &keys.hosts(), until)
     }
@@ -175,7 +176,7 @@ fn hosts_of(listing: &Listing, prefix: &str) -> Vec<FleetHost> {
             }
             "drain" => {
                 host.drain_changed = pair.changed;
-                // That there is a mark counts, whatever it says.
+                // The existence of a mark counts, not its content.
                 host.drain = Some(logged(read(&pair.key, &pair.value)).unwrap_or_default());
             }
             _ => {}

@@ -1,4 +1,4 @@
-//! Asking a host for a promise from afar.
+//! Requests reservations from remote hosts.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,13 +18,13 @@ use crate::model::Bytes;
 use crate::placement::{HostRefusal, SplitMix64, place};
 use crate::store::{Committed, Revision, Store, StoreError, Txn, Write};
 
-/// How long a host may take to answer before another one is asked.
+/// Maximum time for a host's response before another one is tried.
 const ANSWER: Duration = Duration::from_secs(5);
-/// Time that is kept to take a line out again.
+/// Time that is kept to remove a line.
 const WITHDRAW: Duration = Duration::from_secs(2);
-/// Between two tries while the store does not answer.
+/// Interval between two tries while the store does not respond.
 const PAUSE: Duration = Duration::from_millis(100);
-/// A hint that something changed may be lost; then it is looked for after this time.
+/// A hint of a change may be lost; this is the maximum interval between two checks.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 
 /// A VM that looks for a host.
@@ -38,10 +38,10 @@ pub struct Wanted {
     pub placer: String,
 }
 
-/// A promise.
+/// A reservation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Placed {
-    /// Where.
+    /// The host.
     pub host: String,
     /// Id of the reservation there.
     pub id: String,
@@ -51,12 +51,12 @@ pub struct Placed {
     pub promised: Bytes,
 }
 
-/// No host takes it.
+/// No host accepts it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct PlaceRefusal {
     /// Hosts by the reason why they were no candidates.
     pub hosts: BTreeMap<HostRefusal, usize>,
-    /// What hosts that were asked said.
+    /// The responses of the hosts that were tried.
     pub said: BTreeMap<String, String>,
 }
 
@@ -78,7 +78,7 @@ impl fmt::Display for PlaceRefusal {
     }
 }
 
-/// Why there is no promise.
+/// Reasons why there is no reservation.
 #[derive(Debug, Error)]
 pub enum PlaceError {
     /// The store.
@@ -87,10 +87,11 @@ pub enum PlaceError {
     /// It was refused.
     #[error("{0}")]
     Refused(PlaceRefusal),
-    /// Time is over, and no promise was made or none that holds.
+    /// The time is over, and there is no valid reservation.
     #[error("No host has answered in time")]
     Late,
-    /// Time is over and it is not known whether there is a promise. If there is one it is given back by itself.
+    /// The time is over, and it is unknown whether there is a reservation. If there is one, it is released
+    /// automatically.
     #[error("The host {host} may have promised it as {id} and could not be asked in time")]
     Unanswered {
         /// The host.
@@ -106,14 +107,14 @@ pub enum PlaceError {
     Starting(String),
 }
 
-/// What became of a line.
+/// The result of a line.
 enum Line {
     Promised(RemoteReservation),
     Refused(String),
     Gone,
 }
 
-/// Asks for promises.
+/// Requests reservations.
 #[derive(Debug)]
 pub struct Placer<'a> {
     store: &'a dyn Store,
@@ -153,7 +154,7 @@ impl<'a> Placer<'a> {
     /// All hosts.
     ///
     /// # Errors
-    /// The store does not answer.
+    /// The store does not respond.
     pub fn picture(&self, until: Instant) -> Result<FleetPicture, StoreError> {
         FleetPicture::read(self.store, &self.keys, self.by(until))
     }
@@ -186,10 +187,10 @@ impl<'a> Placer<'a> {
         }
     }
 
-    /// Finds a host and has it promise the memory.
+    /// Finds a host and requests a reservation of the memory.
     ///
     /// # Errors
-    /// There is no promise, or it is not known whether there is one: [`PlaceError::Unanswered`].
+    /// There is no reservation, or it is unknown whether there is one: [`PlaceError::Unanswered`].
     pub fn reserve(&self, wanted: &Wanted, until: Instant) -> Result<Placed, PlaceError> {
         let mut said = BTreeMap::new();
         let mut id = self.new_id();

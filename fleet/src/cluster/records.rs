@@ -1,4 +1,4 @@
-//! The keys in the store and what stands behind them.
+//! The keys and values in the store.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! What must hold between values of a configuration.
+//! Conditions between values of a configuration.
 
 use api::PolicyError;
 
@@ -17,7 +17,7 @@ pub enum ConfigFault {
     /// Pressures must rise.
     #[error("thresholds.pressure: the three values must rise")]
     PressureOrder,
-    /// A value makes no sense, whatever the others are.
+    /// A value is invalid, whatever the others are.
     #[error("{key} must be {range}")]
     Range {
         /// Which.

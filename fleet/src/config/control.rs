@@ -1,4 +1,4 @@
-//! `[control]`, `[admission]` and `[last_resort]`: how fast the loop moves, and how far it may go.
+//! `[control]`, `[admission]` and `[last_resort]`: speed and limits of the control loop.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! Times as people write them: `"150ms"`, `"10s"`, `"2min"`.
+//! Durations in human-readable form: `"150ms"`, `"10s"`, `"2min"`.
 
 use std::fmt;
 use std::str::FromStr;

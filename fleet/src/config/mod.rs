@@ -1,4 +1,4 @@
-//! What the operator wants, as TOML and with defaults for everything.
+//! The operator's settings as TOML, with defaults for everything.
 //!
 //! A file holds only what differs. Unknown keys are errors, because a misspelt limit that is silently ignored is worse
 //! than none. Sizes, times and parts are written with their units (`"256MiB"`, `"10s"`, `"15%"`). What was measured

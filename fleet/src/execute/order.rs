@@ -1,4 +1,4 @@
-//! One order to one VM: what it does, and carrying it out.
+//! One order to one VM, and its execution.
 
 use std::mem;
 

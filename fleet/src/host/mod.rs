@@ -1,4 +1,4 @@
-//! What the agent reads of the host it runs on: memory, pressure and swap, from the kernel's own files.
+//! Reads memory, pressure and swap of the agent's host from the kernel's files.
 //!
 //! "The host" is what the VMs may use together: the machine, or a control group if its limit is smaller. An agent that
 //! read the machine's memory while its VMs ran below a smaller limit would admit them to their death.

@@ -1,4 +1,4 @@
-//! The VMM's process, from outside: which one it is and how much memory it has.
+//! Identity and memory of the VMM's process, read from outside.
 //!
 //! Plain Cloud Hypervisor does not say how much of a guest's memory the host really holds; the kernel does. Guest RAM is
 //! nearly all of a VMM's anonymous, shared and huge-page memory, so these together stand for it. What the VMM needs for

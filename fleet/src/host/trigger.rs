@@ -1,4 +1,4 @@
-//! Has the kernel tell the moment tasks begin to wait for memory.
+//! Kernel notification when tasks begin to wait for memory.
 //!
 //! A trigger is a line written to a pressure file; `poll` then returns `POLLPRI` at most once a window. That is
 //! milliseconds where an average over ten seconds takes seconds to move. A process without `CAP_SYS_RESOURCE` may only
@@ -29,7 +29,7 @@ pub struct TriggerLevel {
     pub window_us: u64,
 }
 
-/// Why there is no trigger. The agent then relies on its own reading of the averages, once a second.
+/// Why there is no trigger. The agent then relies on its own reading of the averages, once per second.
 #[derive(Debug, Error)]
 pub enum TriggerError {
     /// The pressure file cannot be opened for writing.
@@ -46,7 +46,7 @@ pub enum TriggerError {
     Refused {
         /// The file.
         path: PathBuf,
-        /// What was asked for.
+        /// The requested value.
         level: TriggerLevel,
         /// What the system said.
         #[source]

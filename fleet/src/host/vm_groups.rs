@@ -1,4 +1,4 @@
-//! The control groups whose limits the VMMs of a host run into.
+//! The control groups that limit the VMMs of a host.
 //!
 //! VMs that a container runtime or systemd put below a limit run into that limit long before they run into the machine's
 //! memory. Nobody has to name such a group: the processes say where they are.

@@ -1,4 +1,4 @@
-//! Figures of the store that hosts share; none where there is no store.
+//! Metrics of the shared store; none without a store.
 
 use std::fmt;
 

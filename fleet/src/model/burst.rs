@@ -1,4 +1,4 @@
-//! How much guests call in at once, measured.
+//! How much callable memory guests take at once, measured.
 //!
 //! Every window's growth of the guests' resident memory on one host, summed over the VMs of the host, is one entry. The
 //! sum carries what averages hide: VMs that burst together. The histogram forgets by halves, so that a host that became

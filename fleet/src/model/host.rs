@@ -1,4 +1,4 @@
-//! What was read from the host.
+//! A reading of the host.
 
 use serde::{Deserialize, Serialize};
 

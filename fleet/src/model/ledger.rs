@@ -1,4 +1,4 @@
-//! The books of a host: what is there, what is used, what was promised, and what may be called in.
+//! The memory accounts of a host: total, used, reserved, and callable memory.
 //!
 //! Three kinds of memory look alike in the host's free memory and are kept apart here. What a balloon holds is firm as
 //! long as the guest is honest. What a guest never touched, or reported and had discarded, is a loan that it calls in at

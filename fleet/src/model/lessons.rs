@@ -1,4 +1,4 @@
-//! What was learned about a VM and must not be forgotten when the agent is started again.
+//! What the agent learned about a VM and keeps across restarts.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! What the operator granted to one VM.
+//! The operator's limits for one VM.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! How tight memory is on a host, in four named states.
+//! Four named states of memory pressure on a host.
 
 use serde::{Deserialize, Serialize};
 

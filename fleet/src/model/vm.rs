@@ -1,4 +1,4 @@
-//! What was read from one VM, with its age.
+//! A sample of one VM, with its age.
 
 use std::borrow::Borrow;
 use std::fmt;
@@ -203,7 +203,7 @@ pub struct Inventory {
     pub vms: Vec<VmFacts>,
     /// Memory promised to VMs that are not there yet.
     pub promised: Bytes,
-    /// What each VM needs that was refused for want of memory a moment ago, and may ask again.
+    /// What each VM needs that was refused for lack of memory a moment ago, and may ask again.
     #[serde(default)]
     pub wanted: Vec<Bytes>,
 }

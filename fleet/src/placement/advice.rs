@@ -1,4 +1,4 @@
-//! Advice which VMs to move: to empty a host, or to relieve one that is short of memory.
+//! Proposes which VMs to move, to empty a host or to relieve one that is short of memory.
 //!
 //! Advice only: moving is done by whoever can migrate. A VM that was moved rests before it is moved again, longer each
 //! time (OpenShift's descheduler does the same), because a fleet that answers every pressure with migrations can spend

@@ -1,4 +1,4 @@
-//! Choosing a host.
+//! Chooses a host.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! Which host a VM goes to, and which VMs should leave a host.
+//! Chooses hosts for VMs, and VMs that should leave a host.
 //!
 //! Pure functions over what hosts published. They may be wrong by the age of what was published: the chosen host's agent
 //! decides again, and a no there means the next candidate. Comparing a few hosts drawn by lot instead of all keeps many

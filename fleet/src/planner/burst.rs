@@ -1,4 +1,4 @@
-//! Measuring what guests call in at once.
+//! Measures how much callable memory guests take at once.
 
 use crate::config::{ControlConfig, SafetyRule};
 use crate::model::{Bytes, Ledger};

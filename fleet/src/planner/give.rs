@@ -1,4 +1,4 @@
-//! Giving: who gets memory back, and out of what.
+//! Giving: which VMs get memory back, and from which source.
 //!
 //! Nothing is given that is not free now. What balloons are about to bring is given by the plan that sees it arrive:
 //! that is the second of the two phases. A suffering guest gets all of its memory in one request, because a guest that

@@ -1,4 +1,4 @@
-//! What the planner remembers from one plan to the next.
+//! What the planner keeps from one plan to the next.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,4 +1,4 @@
-//! The planner: facts, configuration and memory in, a plan out. It reads no clock and touches nothing.
+//! The planner: a pure function from facts, configuration and memory to a plan, without a clock.
 //!
 //! The plan is so specific that the executor has no choice left: absolute targets, each with what must still be true
 //! when it is carried out. Running a plan twice does the same as running it once. What the planner has to remember

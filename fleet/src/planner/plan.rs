@@ -1,4 +1,4 @@
-//! What a plan is made of.
+//! The parts of a plan.
 
 use std::fmt;
 
@@ -49,7 +49,7 @@ pub struct Action {
     pub phase: Phase,
     /// What.
     pub kind: ActionKind,
-    /// Why.
+    /// The reason.
     pub reason: Reason,
     /// What must still be true when it is carried out.
     pub requires: Precondition,

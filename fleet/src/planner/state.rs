@@ -1,4 +1,4 @@
-//! The host's state, from its facts and the state before.
+//! Derives the host's state from its facts and its previous state.
 
 use crate::config::{Config, SafetyRule, Thresholds};
 use crate::model::{Bytes, Fraction, HostFacts, HostState, Inventory, Ledger};

@@ -1,4 +1,4 @@
-//! Taking: which guests' balloons grow, and by how much.
+//! Taking: which balloons grow, and by how much.
 //!
 //! The lowest class gives all it can in this plan before the next one gives anything. Within a class the part of each
 //! VM goes with what it has to spare, weighed by idleness and against shares. A step bounds what one plan takes from

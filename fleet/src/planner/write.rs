@@ -1,4 +1,4 @@
-//! Writing the plan down: actions in their order, explanations, and what is remembered.
+//! Writes the plan: ordered actions, explanations, and memory for the next plan.
 
 use crate::config::{Config, ControlConfig};
 use crate::model::{Bytes, Inventory, Ledger};

@@ -28,7 +28,7 @@ pub enum BookError {
     /// There is none.
     #[error("there is no reservation {key:?}")]
     Unknown {
-        /// What was asked for.
+        /// The requested value.
         key: String,
     },
     /// Too many.

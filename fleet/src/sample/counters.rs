@@ -1,4 +1,4 @@
-//! How the VMMs answer: requests by endpoint and result, and what they took.
+//! Counts requests to VMMs by endpoint and result, with their durations.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

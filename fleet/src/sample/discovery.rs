@@ -21,7 +21,7 @@ pub enum PatternError {
     Syntax {
         /// The pattern.
         pattern: String,
-        /// What is wrong with it.
+        /// The reason.
         #[source]
         source: glob::PatternError,
     },

@@ -1,4 +1,4 @@
-//! Finds VMs and samples them: which sockets are there, and what each VMM answers.
+//! Finds the sockets of VMs and samples each VMM.
 
 mod counters;
 mod discovery;

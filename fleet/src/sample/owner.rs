@@ -1,4 +1,4 @@
-//! Who listens at a socket, from outside: a request to a stranger may do harm.
+//! Identifies the process behind a socket without a request, because a request to a stranger may do harm.
 //!
 //! A pattern can match sockets of other programs. A vhost-user back end, for example, serves one connection: one that is
 //! opened to ask for its VM takes the place of the guest's. The kernel tells the process of a listening socket, and its

@@ -1,4 +1,4 @@
-//! One round of questions to a VMM, at the level of what it can answer.
+//! One round of queries to a VMM, at the level that it supports.
 //!
 //! Level 0 is `vm.info`, which every Cloud Hypervisor has, with the resident memory taken from the VMM's process. Level 1
 //! adds `vm.balloon-stats`, level 2 `vm.reclaim-stats`. A VMM that answers 404 does not have the endpoint; any other
@@ -86,7 +86,7 @@ pub enum SampleFailure {
     Request {
         /// The endpoint.
         op: &'static str,
-        /// Why.
+        /// The reason.
         #[source]
         source: ClientError,
     },

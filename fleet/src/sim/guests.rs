@@ -18,7 +18,7 @@ const WATERMARK: f32 = 0.02;
 const REPORT_RELAXED: f32 = 1.0 / 32.0;
 /// The same when the guest was asked to be eager.
 const REPORT_EAGER: f32 = 0.2;
-/// MiB a second.
+/// MiB per second.
 const INFLATE: f32 = 1024.0;
 const INFLATE_SLOW: f32 = 20.0;
 const DEFLATE: f32 = 2048.0;
@@ -26,7 +26,7 @@ const DEFLATE: f32 = 2048.0;
 const COLD_CACHE: f32 = 0.5;
 /// Seconds until a killed guest is up again.
 const RESTART_S: f32 = 30.0;
-/// MiB a second that a guest's programs can newly touch.
+/// MiB per second that a guest's programs can newly touch.
 const TOUCH: f32 = 1024.0;
 
 /// The columns.

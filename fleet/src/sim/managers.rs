@@ -1,4 +1,4 @@
-//! The managers that a scenario can name: the planner of this crate, those it is compared with, and nobody.
+//! The managers that a scenario can name: this planner, those it is compared with, and none.
 
 use crate::config::Config;
 use crate::model::{Bytes, HostState, Inventory};

@@ -1,4 +1,4 @@
-//! The closed loop on virtual time: what the manager does to guests, and what guests do to the manager.
+//! The closed loop on virtual time: the manager acts on guests, and guests react.
 //!
 //! The planner, the checks before an action, admission and placement are those of the agent. Only the guests, the hosts
 //! and the store are made up: [`scenario`] says which, and everything by chance comes from the scenario's seed, so a run
@@ -39,7 +39,7 @@ pub enum SimError {
     Read {
         /// Which.
         path: String,
-        /// Why.
+        /// The reason.
         #[source]
         source: std::io::Error,
     },
@@ -60,7 +60,7 @@ pub enum SimError {
     Write {
         /// Which.
         path: String,
-        /// Why.
+        /// The reason.
         #[source]
         source: std::io::Error,
     },

@@ -1,4 +1,4 @@
-//! What came out of a run.
+//! The outcome of a run.
 
 use serde::Serialize;
 use strum::VariantArray as _;

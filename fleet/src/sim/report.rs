@@ -1,4 +1,4 @@
-//! Telling what came out: as a table, as a plot, as JSON.
+//! Reports an outcome as a table, a chart or JSON.
 
 use std::fmt::{self, Write};
 

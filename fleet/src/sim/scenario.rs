@@ -97,10 +97,10 @@ impl Default for Steps {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Character {
-    /// Does what it is told, at 1 GiB a second, and reports free pages.
+    /// Does what it is told, at 1 GiB per second, and reports free pages.
     #[default]
     Ideal,
-    /// Does it at 20 MiB a second.
+    /// Does it at 20 MiB per second.
     Slow,
     /// Never inflates.
     Stuck,

@@ -1,4 +1,4 @@
-//! How many guests a manager can carry.
+//! Searches for the largest number of guests that a manager can hold.
 
 use serde::Serialize;
 

@@ -1,4 +1,4 @@
-//! etcd's JSON interface: what is sent and what comes back.
+//! etcd's JSON interface: requests and responses.
 //!
 //! It is the protocol-buffer interface written as JSON: keys and values in base64, every 64-bit number as a string, and
 //! everything that has its default value left out, so that a comparison that failed is an answer without `succeeded`.

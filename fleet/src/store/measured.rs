@@ -1,4 +1,4 @@
-//! Counts and times what is asked of a store.
+//! Counts and times the calls of a store.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

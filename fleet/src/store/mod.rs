@@ -149,7 +149,7 @@ pub enum StoreError {
     /// The answer is not what the store's interface promises.
     #[error("the store's answer is not understood: {why}")]
     Form {
-        /// What is wrong with it.
+        /// The reason.
         why: String,
     },
 }

@@ -24,56 +24,56 @@ const DEADLINE_MS: u64 = 1000;
 const SAMPLE_MS: u64 = 5000;
 const SETTLING_MS: u64 = 500;
 
-/// What a VMM or its guest does wrong for a while.
+/// Temporary faults of a VMM or its guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, strum::VariantArray)]
 pub(super) enum Fault {
-    /// Answers nothing; does nothing.
+    /// No responses, no effects.
     Hang,
-    /// Answers nothing; does what it was asked much later.
+    /// No responses; requests are executed much later.
     Late,
-    /// Answers questions; orders time out and are carried out much later.
+    /// Queries are answered; orders time out and are executed much later.
     LateOrders,
-    /// Refuses orders.
+    /// Orders are rejected.
     Refuse,
-    /// Confirms orders and does nothing.
+    /// Orders are confirmed without effect.
     NoEffect,
-    /// Answers what nobody understands.
+    /// Malformed responses.
     Garbage,
-    /// Nobody listens.
+    /// The socket has no listener.
     Refused,
-    /// Its process cannot be looked at.
+    /// The process cannot be inspected.
     Unreadable,
-    /// The guest's statistics stop.
+    /// No statistics from the guest.
     Silent,
-    /// Claims balloons that it does not have.
+    /// The guest claims a balloon that it does not have.
     Lie,
-    /// Claims to be larger than anything.
+    /// The guest claims an impossible size.
     Giant,
-    /// Counters jump to the end and back.
+    /// Counters jump to the maximum and back.
     Counters,
-    /// The balloon crawls.
+    /// The balloon moves very slowly.
     Slow,
 }
 
-/// What a VM is for as long as it runs.
+/// The fixed properties of a VM.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Character {
     pub(super) level: FeatureLevel,
-    /// Falls silent when its cache is taken.
+    /// Stops responding when its cache is taken.
     pub(super) wedges: bool,
 }
 
-/// The agent's end of the line to it.
+/// The agent's side of the connection.
 struct Line {
     orders: Receiver<Addressed>,
     number: u64,
     due_ms: u64,
     failures: u32,
     settle_until_ms: u64,
-    /// Which process behind the socket this line has seen, and how many.
+    /// The current process behind the socket, as seen by this connection, and their number.
     seen: (i32, u64),
     claims: Option<GuestClaims>,
-    /// Orders that wait, and what is under way until when.
+    /// Pending orders, and the current one with its end.
     waiting: Vec<Order>,
     busy: Option<(u64, Option<Order>)>,
 }
@@ -101,7 +101,7 @@ pub(super) struct Machine {
     swap: u64,
     pub(super) killed: bool,
     fault: Option<(Fault, u64)>,
-    /// Orders that will be carried out without anybody's waiting for it.
+    /// Orders that will be executed although their caller no longer waits.
     late: Vec<(u64, Order)>,
     pub(super) turns: Turns,
     line: Option<Line>,
@@ -154,7 +154,7 @@ impl Machine {
 
     pub(super) fn end(self) {
         fs::remove_dir_all(&self.proc).unwrap();
-        // A machine of the same name may have taken its place.
+        // Another machine may have taken its name.
         let _ = fs::remove_file(&self.socket);
     }
 
@@ -180,7 +180,7 @@ impl Machine {
         });
     }
 
-    /// The agent ended in the middle of something: what was under way may still be carried out.
+    /// The agent was killed: orders in progress may still be executed.
     pub(super) fn abandon(&mut self, now_ms: u64, random: &mut SplitMix64) {
         if let Some(line) = self.line.take()
             && let Some((_, Some(order))) = line.busy
@@ -204,7 +204,7 @@ impl Machine {
         (self.requested, self.stalls) = (0, 0);
     }
 
-    /// Lives on for a tick; `free` is what the host has left.
+    /// Simulates a tick; `free` is the host's free memory.
     pub(super) fn live(&mut self, now_ms: u64, free: &mut u64) {
         if self.fault.is_some_and(|(_, until_ms)| now_ms >= until_ms) {
             self.fault = None;
@@ -310,7 +310,7 @@ impl Machine {
             .or_else(|| wedged.then_some(Fault::Silent))
     }
 
-    /// Goes on talking with the agent; returns what it hears.
+    /// Continues the communication with the agent; returns the events for it.
     pub(super) fn talk(&mut self, now_ms: u64, random: &mut SplitMix64) -> Vec<VmEvent> {
         let Some(mut line) = self.line.take() else {
             return Vec::new();
@@ -342,7 +342,7 @@ impl Machine {
             let silent = matches!(self.fault(), Some(Fault::Hang | Fault::Late));
             if !line.waiting.is_empty() {
                 let order = line.waiting.remove(0);
-                // Limits and kills are the host's to carry out.
+                // The host executes limits and kills.
                 let asks = !matches!(order, Order::Group(..) | Order::Kill);
                 let late = asks && (silent || self.fault() == Some(Fault::LateOrders));
                 line.busy = Some((now_ms + if late { DEADLINE_MS } else { 0 }, Some(order)));
@@ -362,7 +362,7 @@ impl Machine {
             .collect()
     }
 
-    /// A VMM carries orders out in the order they came.
+    /// A VMM executes orders in their order of arrival.
     fn obey_after_earlier(&mut self, order: &Order, now_ms: u64) {
         for (_, earlier) in mem::take(&mut self.late) {
             self.obey(&earlier, now_ms);

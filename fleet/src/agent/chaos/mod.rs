@@ -1,9 +1,10 @@
-//! An hour in which everything goes wrong, in virtual time and from a seed: the real control loop with its book, its acts and
-//! its files, before scripted VMs.
+//! An hour of continuous faults, in virtual time and from a seed: the real control loop with its ledger, acts and
+//! files, with scripted VMs.
 //!
-//! Only threads and clocks are replaced. VMs hang, refuse, lie, fall silent, answer late and garbage, reboot, die and come
-//! back as other machines; files of the host vanish; the wall clock jumps; the agent is killed between any two events and
-//! started again on the same folder. The same with real processes and sockets is `bin/ch-fleet/tests/chaos.rs`.
+//! Only threads and clocks are replaced. VMs hang, reject requests, send false data, stop responding, respond late or
+//! with garbage, reboot, die and return as other machines. Files of the host vanish; the wall clock jumps; the agent is
+//! killed between any two events and restarted on the same folder. `bin/ch-fleet/tests/chaos.rs` does the same with
+//! real processes and sockets.
 
 mod machine;
 
@@ -35,24 +36,24 @@ const GIB: u64 = 1 << 30;
 const TICK_MS: u64 = 250;
 const SECOND_MS: u64 = 1000;
 const HOUR_MS: u64 = 3_600_000;
-/// How long everything may take to be as it was once nothing goes wrong any more.
+/// Maximum time until everything has recovered after the last fault.
 const SETTLE_MS: u64 = 15 * 60_000;
 const HOST: u64 = 24 * GIB;
 const VMS_MAX: usize = 8;
-/// A promise that nobody confirms ends after this (`admission.reservation`).
+/// An unconfirmed reservation ends after this time (`admission.reservation`).
 const HOLD_MS: u64 = 60_000;
-/// An agent that has just started, and one that was late, may need so long for a promise that is due.
+/// Maximum delay for a due reservation, if an agent has just started or was late.
 const SLACK_MS: u64 = 5000;
 
-/// What is broken on purpose, to see that it is noticed.
+/// Deliberate bugs, to check that they are detected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Canary {
     None,
-    /// Each agent forgets what the one before it did to VMs.
+    /// Each agent loses its predecessor's acts on VMs.
     ForgetsActs,
-    /// Each agent forgets what the one before it learned.
+    /// Each agent loses what its predecessor learned.
     ForgetsLessons,
-    /// Each agent forgets what was promised.
+    /// Each agent loses the reservations.
     ForgetsPromises,
 }
 
@@ -64,7 +65,7 @@ struct Running {
     since_ms: u64,
 }
 
-/// A promise as its client knows it.
+/// A reservation as its client knows it.
 #[derive(Debug)]
 struct Reserved {
     id: String,
@@ -76,7 +77,7 @@ struct Reserved {
     runs: bool,
 }
 
-/// What came of a run.
+/// The result of a run.
 #[derive(Debug, Default)]
 struct Outcome {
     harms: Vec<Harm>,
@@ -94,7 +95,7 @@ struct Chaos {
     folder: TempDir,
     machines: Vec<Machine>,
     pids: i32,
-    /// Machines that come back: when, name, size.
+    /// Machines that return: time, name, size.
     absent: Vec<(u64, String, u64)>,
     others: u64,
     others_goal: u64,
@@ -107,7 +108,7 @@ struct Chaos {
 
 impl Chaos {
     fn new(seed: u64, canary: Canary) -> Self {
-        // In memory, where nobody waits for a disk.
+        // In memory, to avoid waiting for a disk.
         let folder = TempDir::new_in("/dev/shm").unwrap();
         for name in ["vms", "proc/pressure", "proc/sys/kernel", "state"] {
             fs::create_dir_all(folder.path().join(name)).unwrap();
@@ -136,7 +137,7 @@ impl Chaos {
         chaos
     }
 
-    /// True once in so many seconds, as a mean.
+    /// True once per this many seconds on average.
     fn once_in(&mut self, seconds: u64) -> bool {
         self.random
             .next()
@@ -228,7 +229,7 @@ impl Chaos {
                     since_ms: now_ms,
                 });
             }
-            // Started again by the service manager, until the host can be read.
+            // Restarted by the service manager, until the host can be read.
             Err(error) => {
                 assert!(self.files_back_ms.is_some(), "{error:?}");
                 self.agent_back_ms = now_ms + 2000;
@@ -318,7 +319,7 @@ impl Chaos {
         }
     }
 
-    /// Lets the agent hear the VMs and do what is due; or only hear some of it, before it is killed.
+    /// Delivers events of the VMs and runs what is due; or delivers only some of them, before it is killed.
     fn run_agent(&mut self, killed_after: Option<usize>) {
         let now_ms = self.time.ms();
         let Some(running) = &mut self.agent else {
@@ -346,7 +347,7 @@ impl Chaos {
         }
     }
 
-    /// Asks the agent for something, if it runs.
+    /// Sends the agent a request, if it runs.
     fn ask(&mut self, name: &str, body: String) -> Option<Response> {
         let running = self.agent.as_mut()?;
         let (answer, answered) = mpsc::sync_channel(1);
@@ -400,7 +401,7 @@ impl Chaos {
         }
     }
 
-    /// What has to be there for promises that are not used yet.
+    /// The memory required for unused reservations.
     fn outstanding(&self) -> u64 {
         let now_ms = self.time.ms();
         let reserved = self
@@ -431,7 +432,7 @@ impl Chaos {
         let id = self.reserved[index].id.clone();
         let confirmed = self.ask("fleet.confirm", format!(r#"{{"reservation":"{id}"}}"#));
         if confirmed.is_none_or(|response| response.status != 200) {
-            // Tried again as long as the promise holds.
+            // Retried as long as the reservation holds.
             if now_ms >= self.reserved[index].until_ms {
                 self.reserved[index].starts_ms = None;
             }
@@ -475,7 +476,7 @@ impl Chaos {
         self.outcome.harms.extend(harms);
     }
 
-    /// Something goes wrong, or changes.
+    /// Causes a fault or a change.
     fn disturb(&mut self) {
         let now_ms = self.time.ms();
         for index in 0..self.machines.len() {

@@ -96,7 +96,7 @@ fn host_that_is_short_takes_from_the_idle_and_is_short_no_more() {
             .map(|name| world.vm(name).target)
             .iter()
             .sum();
-        // What is shown and what was ordered are brought together once a second.
+        // What is shown and what was ordered are brought together once per second.
         let shown_taken: u64 = snapshot.status.vms.iter().map(|vm| vm.target.0).sum();
         (snapshot.status.host.state == PublishedState::Green && taken > 0 && shown_taken == taken)
             .then_some(())
