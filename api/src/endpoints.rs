@@ -1,4 +1,4 @@
-//! The table of endpoints: the one list of what the API serves.
+//! The table of all endpoints of the API.
 //!
 //! The server's routes and failure texts, the client's calls, the commands of `ch-remote` and the test of the OpenAPI
 //! file all come from this table. The server matches on [`Endpoint`] without a catch-all arm, so a row added here does

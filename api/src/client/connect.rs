@@ -1,4 +1,4 @@
-//! Connects to a UNIX socket, for no longer than the deadline.
+//! Connects to a UNIX socket within the deadline.
 //!
 //! The standard library's `connect` waits without end when the other side's backlog is full, which is the state of a VMM
 //! that hangs while somebody keeps asking it. Linux takes the send timeout of the socket as the limit of `connect` too

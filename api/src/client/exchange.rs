@@ -1,4 +1,4 @@
-//! Sends one request and reads its answer.
+//! Sends one request and reads its response.
 
 use std::io::{self, Read, Write};
 use std::os::fd::RawFd;

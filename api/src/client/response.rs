@@ -1,4 +1,4 @@
-//! Puts an HTTP response together from pieces of any size; `httparse` reads its head.
+//! Assembles an HTTP response from pieces of any size; `httparse` parses its head.
 //!
 //! Only what an API of this kind sends is understood: a status line whose reason phrase may be absent (RFC 9112
 //! section 4), headers in any case, and a body whose length is given. Without a length there is no body, which is how

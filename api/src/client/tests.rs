@@ -1,4 +1,4 @@
-//! The client against servers that answer well, oddly, or not at all.
+//! The client against servers that respond correctly, incorrectly, or never.
 
 #![allow(clippy::unwrap_used)]
 

@@ -1,4 +1,4 @@
-//! Where the VMM listens and where it tells: `--api-socket` and `--event-monitor`.
+//! Where the VMM listens and where it writes events: `--api-socket` and `--event-monitor`.
 //!
 //! Both name a path or a descriptor that the parent process left open. They are no part of the VM's configuration.
 

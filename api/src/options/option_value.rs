@@ -1,4 +1,4 @@
-//! The types a setting can have, each with the way it is read and what the help shows of it.
+//! The types of option values: parsing and help text.
 
 use std::net::IpAddr;
 use std::path::PathBuf;

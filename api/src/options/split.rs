@@ -1,4 +1,4 @@
-//! Cuts a text at its commas, minding quotes and brackets.
+//! Splits a text at its commas, outside quotes and brackets.
 
 use super::OptionFault;
 
