@@ -1,4 +1,4 @@
-//! When something is told, and how much of it: less at once, more slowly, nothing when the agent is silent.
+//! Limits changes of the published capacity: decreases at once, increases slowly, zero when the agent is silent.
 //!
 //! A scheduler that is told of every wave places a burst of VMs onto its crest. What falls is told at once; what rises by a
 //! tenth a minute. Without change it is told once a minute, which also repairs what somebody else overwrote.

@@ -1,4 +1,4 @@
-//! Has the allocator of glibc keep what many threads need small.
+//! Limits the memory that glibc's allocator uses for many threads.
 //!
 //! By default it gives up to eight arenas a processor to threads, each of which keeps what it once had. The threads of the
 //! agent mostly sleep: one arena serves them all without anybody waiting, and a megabyte for each other one is saved. Answers

@@ -1,4 +1,4 @@
-//! Asks the agent.
+//! Sends requests to the agent.
 
 use std::path::Path;
 use std::process::ExitCode;

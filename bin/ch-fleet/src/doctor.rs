@@ -1,4 +1,4 @@
-//! `ch-fleet doctor`: what this host has and lacks, each with what it means.
+//! `ch-fleet doctor`: supported and missing features of this host, with their effects.
 
 use std::fs;
 use std::io::Write;

@@ -1,4 +1,4 @@
-//! `ch-fleet fleet`: all hosts, by way of the store that they share. No agent is asked.
+//! `ch-fleet fleet`: all hosts, through the shared store. It does not contact an agent.
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};

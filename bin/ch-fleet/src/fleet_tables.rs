@@ -1,4 +1,4 @@
-//! Answers about the fleet as people read them.
+//! Human-readable output about the fleet.
 
 use std::collections::BTreeMap;
 use std::io::{self, Write};

@@ -1,4 +1,4 @@
-//! `ch-fleet run -- cloud-hypervisor …`: reserves, starts, confirms, and gives back when the VMM ends.
+//! `ch-fleet run -- cloud-hypervisor …`: reserves memory, starts a VMM, confirms, and releases at the end.
 //!
 //! The wrapper is no supervisor: if it is killed, the VMM runs on, and the agent gives the reservation back when the VM is
 //! gone. Signals that ask to end are passed on.

@@ -1,4 +1,4 @@
-//! What `ch-fleet top` draws, and what its keys do.
+//! The display of `ch-fleet top` and its keys.
 
 use fleet::agent::{PublishedState, Status, VmStatus};
 use ratatui::Frame;

@@ -1,4 +1,4 @@
-//! Answers as people read them: plain text that fits 80 columns as far as it goes.
+//! Human-readable output: plain text, 80 columns wide where possible.
 
 use std::io::{self, Write};
 

@@ -1,4 +1,4 @@
-//! `ch-fleet top`: the host and its VMs, again and again.
+//! `ch-fleet top`: the host and its VMs, refreshed continuously.
 //!
 //! On a terminal a screen with keys; everywhere else, and with `--batch`, plain rounds one after the other.
 

@@ -1,4 +1,4 @@
-//! From a command to the request it stands for.
+//! Converts a command to its request.
 
 use std::fs::File;
 use std::io::Read;

@@ -1,4 +1,4 @@
-//! Numbers for people.
+//! Formats numbers with units.
 
 use api::scale_bytes;
 

@@ -1,4 +1,4 @@
-//! `reclaim-stats --watch`: fresh figures until Ctrl-C.
+//! `reclaim-stats --watch`: refreshes the figures until Ctrl-C.
 
 use std::io::Write;
 use std::thread;

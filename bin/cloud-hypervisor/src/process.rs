@@ -1,4 +1,4 @@
-//! Settings of the whole process, made before it starts a thread.
+//! Settings of the whole process, applied before any thread starts.
 
 // UNSAFETY: neither the file mode mask, nor the limits of the process, nor the allocator's settings have a safe interface.
 #![allow(unsafe_code)]
