@@ -1,4 +1,4 @@
-//! Why a saved state is refused.
+//! Reasons for rejecting a saved state.
 
 use std::error::Error;
 

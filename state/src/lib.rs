@@ -1,4 +1,4 @@
-//! The state seam: how every part of a machine says what it is, and is built from that again.
+//! Saved states: how every part of a machine is saved and restored.
 //!
 //! ```text
 //!   run-time part ── state() ──► XxxState ── Saved::of ──► Saved { "version": n, … } ──► JSON

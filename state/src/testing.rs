@@ -1,4 +1,4 @@
-//! Systematic damage to a saved state: what its reader must refuse or be able to live with.
+//! Systematically damages a saved state; the reader must refuse it or keep working.
 
 use serde_json::{Value, json};
 
