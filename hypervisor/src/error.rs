@@ -1,4 +1,4 @@
-//! The one error of this crate: which operation the kernel refused, and why.
+//! The error of this crate: the operation that the kernel refused, and the reason.
 
 use std::io;
 use std::path::PathBuf;

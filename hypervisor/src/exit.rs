@@ -1,4 +1,4 @@
-//! Why a vCPU left the guest, reduced to what an x86-64 VMM can meet.
+//! Exit reasons of a vCPU, reduced to those of an x86-64 VMM.
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 

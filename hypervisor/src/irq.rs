@@ -1,4 +1,4 @@
-//! Interrupt messages, routes and doorbell addresses as KVM wants them.
+//! Interrupt messages, routes and doorbell addresses in KVM's form.
 
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, kvm_irq_routing_entry, kvm_msi};
 

@@ -1,4 +1,4 @@
-//! Interrupting a vCPU that runs the guest.
+//! Interrupts a vCPU that runs the guest.
 //!
 //! A thread that wants a vCPU's attention sets its own flags and then sends
 //! [`signal`] to the vCPU's thread. If the vCPU is in the guest, the signal

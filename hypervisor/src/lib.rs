@@ -1,4 +1,4 @@
-//! KVM, and nothing but KVM: a thin typed layer over its system calls.
+//! A thin typed layer over the system calls of KVM.
 //!
 //! ```text
 //!   Kvm (/dev/kvm) ──create_vm──► Vm (slots, routes, event descriptors)

@@ -1,4 +1,4 @@
-//! One vCPU: its registers and its run loop's single step.
+//! One vCPU: its registers and a single step of its run loop.
 #![allow(unsafe_code)]
 // UNSAFETY: two fields of the run page are in unions that kvm-ioctls does not
 // hand out (the size of one port access, the suberror of an internal error).

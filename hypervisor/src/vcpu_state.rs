@@ -1,4 +1,4 @@
-//! What a vCPU is at one moment: read from KVM, and put into another vCPU again.
+//! The saved state of a vCPU: read from KVM and written to another vCPU.
 //!
 //! Registers have names; what only the processor or KVM lays out (XSAVE area, local APIC page,
 //! nested state) is a block of bytes. KVM itself checks every value that it is given.
