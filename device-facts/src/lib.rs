@@ -1,4 +1,4 @@
-//! What the devices, the wire and the guest must agree on, each fact in one row of one table.
+//! Facts that devices, wire and guest must agree on, one row each.
 //!
 //! | Module | Facts | Read by |
 //! | --- | --- | --- |
