@@ -1,5 +1,5 @@
-//! Debian packages that a command needs: found, or installed, with a list of what and why; and
-//! packages that are downloaded without being installed.
+//! Debian packages that a command needs: found, or installed with a list of packages and reasons; and packages that are
+//! downloaded without being installed.
 
 use std::fs;
 use std::io::IsTerminal as _;
@@ -12,14 +12,14 @@ use crate::guest::cache::Lock;
 use crate::progress::note;
 use crate::{disk, paths};
 
-/// A package and what it is needed for.
+/// A package and its purpose.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Need {
     pub(crate) package: &'static str,
     pub(crate) why: &'static str,
 }
 
-/// Installs those of `needs` that are missing.
+/// Installs the missing packages of `needs`.
 pub(crate) fn ensure(needs: &[Need]) -> Result<()> {
     let missing: Vec<&Need> = needs
         .iter()
@@ -47,8 +47,8 @@ pub(crate) fn version(package: &str) -> Option<String> {
     Some(text.strip_prefix("ii")?.trim().to_string())
 }
 
-/// Installs `need`, from the release's backports if they have it, because they carry a newer
-/// version. Without backports the release's own package is taken, which is said.
+/// Installs `need`, from the release's backports if available, because they have a newer version. Without backports the
+/// release's own package is installed, and this is printed.
 pub(crate) fn ensure_from_backports(need: Need) -> Result<()> {
     if version(need.package).is_some() {
         return Ok(());
@@ -80,9 +80,9 @@ fn announce(missing: &[&Need]) {
     }
 }
 
-/// A command that runs as root: directly, or by sudo. `task` completes the message if neither works.
+/// A command that runs as root: directly, or through sudo. `task` completes the message if neither works.
 pub(crate) fn as_root(program: &str, task: &str) -> Result<Command> {
-    // SAFETY: geteuid takes nothing and always succeeds.
+    // SAFETY: geteuid has no arguments and always succeeds.
     #[allow(unsafe_code)]
     // UNSAFETY: std has no way to ask for the user id.
     let root = unsafe { libc::geteuid() } == 0;
@@ -111,7 +111,7 @@ pub(crate) fn as_root(program: &str, task: &str) -> Result<Command> {
     Ok(command)
 }
 
-/// Runs apt-get as root, when no other command of ours does: it does not wait for another one.
+/// Runs apt-get as root, while no other of our commands does, because it does not wait for another one.
 fn apt_get(args: &[&str]) -> Result<()> {
     let task = format!("apt-get {}", args.join(" "));
     let _lock = Lock::take_named(
@@ -127,7 +127,7 @@ fn apt_get(args: &[&str]) -> Result<()> {
     run_apt(command, &task)
 }
 
-/// Runs it without its lines for each package, which say nothing while all goes well.
+/// Runs it without its lines per package, which are useless unless it fails.
 fn run_apt(mut command: Command, task: &str) -> Result<()> {
     let output = command
         .stdin(Stdio::null())
@@ -144,7 +144,7 @@ fn run_apt(mut command: Command, task: &str) -> Result<()> {
     Ok(())
 }
 
-/// What to do about the failure that apt's messages describe.
+/// The remedy for the failure that apt's messages describe.
 fn advice(said: &str) -> String {
     let known: [(&[&str], &str); 6] = [
         (
@@ -214,7 +214,7 @@ pub(crate) struct Lists {
 }
 
 impl Lists {
-    /// apt-get or apt-cache on these lists.
+    /// apt-get or apt-cache with these lists.
     pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
         command.env("LC_ALL", "C");
@@ -260,7 +260,7 @@ fn numbers(version: &str) -> Vec<u64> {
 /// A package as the archive offers it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Offer {
-    /// Where it was found, and its dependencies are.
+    /// The source of the package and its dependencies.
     pub(crate) lists: Lists,
     pub(crate) package: String,
     pub(crate) version: String,
@@ -270,7 +270,7 @@ pub(crate) struct Offer {
 }
 
 impl Offer {
-    /// The first dependency whose name starts with `prefix`: what a meta-package stands for.
+    /// The first dependency whose name starts with `prefix`: the package behind a meta-package.
     pub(crate) fn dependency(&self, prefix: &str) -> Option<&str> {
         self.depends
             .iter()
@@ -288,7 +288,7 @@ impl Offer {
         let wanted = format!("{}={}", self.package, self.version);
         let mut command = self.lists.command("apt-get");
         command
-            // The folder may be in a home that apt's own user cannot enter.
+            // The folder may be in a home directory that apt's own user cannot enter.
             .args(["-qq", "-o", "APT::Sandbox::User=root", "download", &wanted])
             .current_dir(dir);
         run_apt(command, &format!("downloading {wanted}"))?;
@@ -301,8 +301,7 @@ impl Offer {
     }
 }
 
-/// What the archive offers under the first of these names that it has; the package lists are
-/// refreshed if they have none.
+/// The archive's offer for the first available of these names; the package lists are refreshed if they have none.
 pub(crate) fn offer(packages: &[&str]) -> Result<Offer> {
     let lists = Lists::default();
     let known = || {
@@ -384,7 +383,7 @@ fn backports_suite() -> Result<String> {
     Ok(format!("{}-backports", release_codename()?))
 }
 
-/// `bookworm`, for instance.
+/// For example `bookworm`.
 pub(crate) fn release_codename() -> Result<String> {
     let release = fs::read_to_string("/etc/os-release").context("reading /etc/os-release")?;
     let codename = release
@@ -399,7 +398,7 @@ pub(crate) fn release_codename() -> Result<String> {
     Ok(codename.trim_matches('"').to_string())
 }
 
-/// Adds the backports suite at the place the machine already gets its release from.
+/// Adds the backports suite from the archive that already serves the machine's release.
 fn add_backports(suite: &str) -> Result<()> {
     let release = suite.trim_end_matches("-backports");
     let line = archive(release)?.line(suite);
@@ -443,7 +442,7 @@ fn archive(release: &str) -> Result<Source> {
         .with_context(|| format!("no apt source of {release} found"))
 }
 
-/// An archive, as far as another suite of it needs to be named.
+/// An archive, with the fields needed to name another suite of it.
 #[derive(Debug, PartialEq, Eq)]
 struct Source {
     uri: String,
@@ -482,8 +481,8 @@ fn from_deb822(stanza: &str, release: &str) -> Option<Source> {
     }
     Some(Source {
         uri: field("URIs")?.split_whitespace().next()?.to_string(),
-        // A key may be in the file itself, which a one-line source cannot say; apt then uses
-        // the keys it trusts anyway.
+        // A key may be in the file itself, which a one-line source cannot express; apt then uses the keys that it
+        // trusts anyway.
         signed_by: field("Signed-By")
             .filter(|key| key.starts_with('/'))
             .map(str::to_string),

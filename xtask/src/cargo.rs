@@ -1,4 +1,4 @@
-//! Cargo, as our commands start it.
+//! Runs cargo for our commands.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -10,19 +10,19 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{paths, process};
 
-/// Its program: the one that runs us, if one does.
+/// The program: the cargo that runs us, if any.
 pub(crate) fn program() -> OsString {
     std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
 }
 
-/// Cargo in the workspace. A build's messages go to stderr, because stdout carries results.
+/// Cargo in the workspace. A build's messages go to stderr, because stdout is for results.
 pub(crate) fn command<'a>(arguments: impl IntoIterator<Item = &'a str>) -> Command {
     let mut command = Command::new(program());
     command.args(arguments).current_dir(paths::workspace());
     command
 }
 
-/// Runs it to its end.
+/// Runs it to completion.
 pub(crate) fn run<'a>(arguments: impl IntoIterator<Item = &'a str> + Clone) -> Result<()> {
     let status = command(arguments.clone())
         .stdout(std::io::stderr())
@@ -43,12 +43,12 @@ pub(crate) fn folder(profile: &str) -> PathBuf {
     paths::target().join(if profile == "dev" { "debug" } else { profile })
 }
 
-/// How much longer than others the packages of this workspace take, roughly: they are larger, and little else is left
-/// to be compiled beside them.
+/// Approximate relative build time of this workspace's packages: they are larger, and little else is left to compile
+/// beside them.
 const OURS_WEIGHT: u64 = 8;
 
-/// Builds without default features and calls `progress` with the work done and all of it. The build ends with this
-/// process; what it has compiled until then is kept for the next one.
+/// Builds without default features and calls `progress` with the completed and total work. The build ends with this
+/// process; what it has compiled by then is kept for the next one.
 pub(crate) fn build(
     packages: &[&str],
     more: &[&str],
@@ -92,7 +92,7 @@ pub(crate) fn build(
     Ok(())
 }
 
-/// The package that a message of cargo says is compiled.
+/// The package that a cargo message reports as compiled.
 fn finished_package(line: &str) -> Option<String> {
     let message: serde_json::Value = serde_json::from_str(line).ok()?;
     let text = |key: &str| message.get(key).and_then(serde_json::Value::as_str);
@@ -103,7 +103,7 @@ fn weight(is_ours: bool) -> u64 {
     if is_ours { OURS_WEIGHT } else { 1 }
 }
 
-/// The work that a build consists of.
+/// The work of a build.
 fn work_of_packages<'a>(selected: impl IntoIterator<Item = &'a str>) -> Result<u64> {
     let tree = ["tree", "--quiet", "--prefix=none", "--edges=normal,build"];
     let output = command(tree.into_iter().chain(selected))

@@ -1,14 +1,14 @@
-//! `cargo xtask demo`: a Linux guest touches memory and frees it, and the host gets it back.
+//! `cargo xtask demo`: a Linux guest touches and frees memory, which returns to the host.
 //!
-//! By default nothing but our own programs is compiled: guest and, if there has to be one,
-//! emulated host boot Debian's binary kernels. Downloads and builds run side by side:
+//! By default only our own programs are compiled: the guest and, if needed, the emulated host boot Debian's binary
+//! kernels. Downloads and builds run concurrently:
 //!
 //! ```text
 //! packages, kernels ─┐
 //! VMM, programs     ─┴─ testbed: the program `demo` of the integration tests
 //! ```
 //!
-//! With `--fleet` it is three guests under one agent, whose page is forwarded to this machine.
+//! With `--fleet` it runs three guests under one agent, whose page is forwarded to this machine.
 
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, TcpListener};
@@ -33,9 +33,9 @@ const PROFILE: &str = "dev";
 const PROGRAMS: [&str; 2] = ["cloud-hypervisor", "ch-remote"];
 /// The program of the integration tests that shows it.
 const DEMO: &str = "demo";
-/// From the start of the emulated host to the last line.
+/// Timeout from the start of the emulated host to the last line.
 const RUN_EXPECTED: Duration = Duration::from_secs(30);
-/// Built and downloaded in all, by measurement, rounded up.
+/// Total size of builds and downloads, as measured, rounded up.
 const TARGET_BYTES: u64 = 1 << 30;
 
 #[derive(Debug, clap::Args)]
@@ -113,7 +113,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
 /// In the folder for results.
 const PICTURE: &str = "fleet.png";
-/// For the guests to boot and have their turns, on a busy machine.
+/// Time for the guests to boot and have their turns, on a busy machine.
 const PICTURE_MAX: Duration = Duration::from_secs(900);
 
 /// Options for QEMU: a network between its process and the emulated host, and one port of it here.
@@ -124,7 +124,7 @@ fn forwarding(port: u16) -> String {
     )
 }
 
-/// Runs `work` with a browser beside it, which takes a picture and puts it to `taken`.
+/// Runs `work` with a browser beside it, which takes a picture and passes it to `taken`.
 fn with_picture(
     taken: &Path,
     port: u16,
@@ -138,7 +138,7 @@ fn with_picture(
     let mut browser = process::spawn_tied_group(&photographer, Stdio::null(), Stdio::inherit())?;
     let status = work()?;
     if !taken.exists() {
-        // The fleet failed, and said why. The browser ends with this process.
+        // The fleet failed, and has reported the reason. The browser ends with this process.
         return Ok(status);
     }
     let seen = browser.wait().context("waiting for the browser's test")?;

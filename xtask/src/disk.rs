@@ -1,14 +1,14 @@
-//! Whether a file system has room for what is about to be written.
+//! Checks that a file system has room for the data to be written.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 
-/// Left free for everything else on the machine.
+/// Space to leave free for other uses of the machine.
 const SPARE_BYTES: u64 = 256 << 20;
 
-/// Fails if the file system of `dir` has no room for `bytes` more, saying how much `task` needs.
+/// Fails if the file system of `dir` has no room for `bytes` more, with the amount that `task` needs.
 pub(crate) fn require(dir: &Path, bytes: u64, task: &str) -> Result<()> {
     let free = free_bytes(dir)?;
     ensure!(
@@ -32,7 +32,7 @@ pub(crate) fn require_in_all(dir: &Path, bytes: u64, task: &str) -> Result<()> {
     }
 }
 
-/// As df(1) reports it: what this user may still write.
+/// As reported by df(1): the space that this user may still write.
 fn free_bytes(dir: &Path) -> Result<u64> {
     let text = ask("df", &["--output=avail", "-B1"], dir)?;
     let number = text
@@ -42,7 +42,7 @@ fn free_bytes(dir: &Path) -> Result<u64> {
     number.with_context(|| format!("no free space of {} in {text:?}", dir.display()))
 }
 
-/// As du(1) reports it.
+/// As reported by du(1).
 fn used_bytes(dir: &Path) -> Result<u64> {
     let text = ask("du", &["-s", "-B1"], dir)?;
     let number = text
@@ -52,7 +52,7 @@ fn used_bytes(dir: &Path) -> Result<u64> {
     number.with_context(|| format!("no size of {} in {text:?}", dir.display()))
 }
 
-/// What the program prints about `dir`; files may vanish while du looks at them, which is no failure.
+/// The program's output for `dir`; files may vanish while du reads them, which is no failure.
 fn ask(program: &str, options: &[&str], dir: &Path) -> Result<String> {
     let output = Command::new(program)
         .args(options)

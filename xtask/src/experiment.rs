@@ -127,7 +127,7 @@ pub(crate) struct Burst {
 /// What an idle guest holds beside its page structures, and what the host needs for itself.
 const IDLE_BYTES: u64 = 60 << 20;
 const HOST_OWN_BYTES: u64 = 250 << 20;
-/// A page structure is 64 bytes of 4096.
+/// A page structure takes 64 bytes per 4096.
 const PAGE_STRUCTURES_SHARE: u64 = 64;
 
 /// Runs one experiment in the testbed and returns the status the program ends with.
@@ -254,7 +254,7 @@ pub(crate) fn say_what_was_measured(path: &Path) -> Result<()> {
     std::fs::write(path, text + "\n").with_context(|| path.display().to_string())
 }
 
-/// One line of a program's output; empty where there is no such program.
+/// One line of a program's output; empty if the program is missing.
 fn output(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program)
         .args(arguments)

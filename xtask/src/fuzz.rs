@@ -1,12 +1,11 @@
-//! `cargo xtask fuzz`: what no guest may do to a device, tried for a while.
+//! `cargo xtask fuzz`: fuzzes the devices for a limited time.
 //!
-//! Works with the compiler the project is built with: the flags by which LLVM tells libFuzzer
-//! what code an input has reached are stable, only sanitizers need a nightly one
-//! (`fuzz/Cargo.toml` says how). The targets check by themselves that memory around the
-//! guest's is untouched, so most is found without.
+//! It works with the project's compiler: the flags by which LLVM reports code coverage to libFuzzer are stable; only
+//! sanitizers need nightly (see `fuzz/Cargo.toml`). The targets themselves check that memory around the guest's is
+//! untouched, which finds most errors without sanitizers.
 //!
-//! First the canary: a target that asserts what is false. If the fuzzer does not prove it wrong, it
-//! reaches nothing, and its silence about the others means nothing.
+//! The canary runs first: a target with a false assertion. If the fuzzer does not refute it, it reaches no code, and
+//! its silence about the other targets means nothing.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -29,13 +28,13 @@ const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module \
     -Ccodegen-units=1 -Cdebug-assertions";
 const TARGETS: &[&str] = &["balloon"];
 const CANARY: &str = "canary";
-/// What the canary's assertion says.
+/// The message of the canary's assertion.
 const CANARY_FOUND: &str = "canary: found";
 /// Found in seconds on a machine of its own.
 const CANARY_SECONDS_MAX: u32 = 300;
 /// Longer inputs are cut by the targets.
 const INPUT_BYTES_MAX: u32 = 4096;
-/// One input: thousands are tried in a second.
+/// Timeout of one input: thousands are tried per second.
 const INPUT_SECONDS_MAX: u32 = 60;
 
 #[derive(Debug, clap::Args)]
@@ -80,7 +79,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Builds all targets; where they are.
+/// Builds all targets; returns their locations.
 fn build() -> Result<PathBuf> {
     let target = paths::target().join("fuzz");
     let status = cargo::command(["build", "--release", "--target", TRIPLE])
@@ -95,7 +94,7 @@ fn build() -> Result<PathBuf> {
     Ok(target.join(TRIPLE).join("release"))
 }
 
-/// Whether the false assertion was proven wrong, from nothing and for the right reason.
+/// Whether the false assertion was refuted, from an empty corpus and for the right reason.
 fn canary_is_found(program: &Path) -> Result<bool> {
     let mut found = false;
     let good = fuzz(program, CANARY, None, CANARY_SECONDS_MAX, |line| {
@@ -104,14 +103,14 @@ fn canary_is_found(program: &Path) -> Result<bool> {
     Ok(found && !good)
 }
 
-/// Fuzzes a target with all that earlier runs have learnt; whether everything held.
+/// Fuzzes a target with the corpus of earlier runs; returns whether no assertion failed.
 fn holds(program: &Path, name: &str, seconds: u32) -> Result<bool> {
     let corpus = paths::target().join("fuzz/corpus").join(name);
     fs::create_dir_all(&corpus).with_context(|| format!("making {}", corpus.display()))?;
     fuzz(program, name, Some(&corpus), seconds, |_| ())
 }
 
-/// Runs one program, shows what it says, and lets `look` at each line; whether it ended well.
+/// Runs one program, shows its output, and passes each line to `look`; returns whether it succeeded.
 fn fuzz(
     program: &Path,
     name: &str,

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 
-/// The program's full path, or at once why it is none: what follows takes minutes.
+/// The program's full path, or an immediate error, because the next steps take minutes.
 pub(crate) fn found(path: &Path) -> Result<PathBuf> {
     let told = || format!("--vmm {}", path.display());
     let full = path.canonicalize().with_context(told)?;

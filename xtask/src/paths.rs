@@ -1,4 +1,4 @@
-//! Where things are: the source tree, the target directory, the cache shared by all checkouts.
+//! Locations of the source tree, the target directory, and the cache shared by all checkouts.
 
 use std::path::{Path, PathBuf};
 
@@ -20,7 +20,7 @@ pub(crate) fn target() -> PathBuf {
     }
 }
 
-/// What `guest build` leaves for everybody.
+/// The output of `guest build`, shared by all checkouts.
 pub(crate) fn guest() -> PathBuf {
     target().join("guest")
 }

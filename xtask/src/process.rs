@@ -1,4 +1,4 @@
-//! Child processes that cannot outlive this one, and waiting for them with a limit.
+//! Child processes that cannot outlive this one, and waiting for them with a deadline.
 #![allow(unsafe_code)]
 // UNSAFETY: prctl, kill and pre_exec have no safe form in std.
 
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
-/// What a child gets from the kernel when this process ends.
+/// The signal that a child gets from the kernel when this process ends.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Tie {
     /// The end.
@@ -21,8 +21,8 @@ pub(crate) enum Tie {
     Terminate,
 }
 
-/// Starts `command`, which ends when this process does, however it does. It inherits the
-/// descriptors `inherited`, which the caller keeps open during the call.
+/// Starts `command`, which ends when this process does, for any reason. It inherits the descriptors `inherited`, which
+/// the caller keeps open during the call.
 ///
 /// Must be called on the main thread: the signal comes when the thread that forked ends.
 pub(crate) fn spawn_tied(command: &mut Command, tie: Tie, inherited: Vec<RawFd>) -> Result<Child> {
@@ -89,7 +89,7 @@ pub(crate) fn wait(mut child: Child, timeout: Option<Duration>) -> Result<Option
     let (sender, receiver) = mpsc::channel();
     let waiter = thread::spawn(move || {
         let ended = child.wait();
-        // The receiver is gone only after a timeout, when nobody asks any more.
+        // The receiver is gone only after a timeout, when no result is needed any more.
         sender.send(()).ok();
         ended
     });

@@ -1,4 +1,4 @@
-//! Programs of the integration tests, which other commands start with what they need.
+//! Starts the programs of the integration tests with the files that they need.
 
 use std::path::PathBuf;
 

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::AddAssign;
 
-/// How many tests ended how.
+/// The number of tests by result.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Counts {
     pub(crate) passed: u64,
@@ -12,7 +12,7 @@ pub(crate) struct Counts {
 }
 
 impl Counts {
-    /// Tests that marked themselves as skipped, which their runner took for passed.
+    /// Tests that marked themselves as skipped, and that their runner counted as passed.
     pub(super) fn move_to_skipped(&mut self, tests: u64) {
         self.passed = self.passed.saturating_sub(tests);
         self.skipped += tests;
@@ -38,7 +38,7 @@ impl fmt::Display for Counts {
     }
 }
 
-/// Reads one line of output: `None` if it is no closing line.
+/// Parses one line of output: `None` if it is not a summary line.
 ///
 /// Known are cargo test (`test result: ok. 3 passed; 0 failed; 1 ignored; …`), nextest
 /// (`Summary [ 0.1s] 4 tests run: 3 passed, 1 failed, 2 skipped`) and our VM tests

@@ -1,11 +1,10 @@
-//! `cargo xtask ci`: everything that a change must pass, cheapest first. Steps that keep one processor busy run two at a
-//! time; each of their lines begins with the step's name.
+//! `cargo xtask ci`: all checks for a change, cheapest first. Steps that keep one processor busy run two at a time;
+//! each of their lines begins with the step's name.
 //!
-//! Every step runs even when an earlier one has failed, so that one run tells all there is to
-//! repair; only what cannot work without an earlier step is left out and shown as such. The
-//! closing line sums up the tests of all steps; a failed step without tests of its own counts
-//! as one failed test. In front of it stand the time of each step, the slowest tests, what came from
-//! caches, and which tests were skipped or tried twice, and why.
+//! Every step runs even if an earlier one has failed, so that one run shows everything to repair. Only a step that
+//! cannot work without an earlier one is skipped, and shown as skipped. The summary line adds up the tests of all
+//! steps; a failed step without tests counts as one failed test. Before it come the time of each step, the slowest
+//! tests, cache hits, and skipped or retried tests with reasons.
 
 mod count;
 mod since;
@@ -39,15 +38,15 @@ pub(crate) struct Options {
     since: Option<String>,
 }
 
-/// Of a target folder after all steps, by measurement, rounded up.
+/// Size of a target folder after all steps, as measured, rounded up.
 const TARGET_BYTES: u64 = 12 << 30;
 
-/// How a step ended.
+/// The result of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Verdict {
     Passed,
     Failed,
-    /// An earlier step that it needs has failed.
+    /// A step that it needs has failed.
     LeftOut,
 }
 
@@ -96,10 +95,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     })
 }
 
-/// Steps that run at a time, where they run beside each other.
+/// Number of concurrent steps, where steps may run concurrently.
 const LANES: usize = 2;
 
-/// Runs steps that need none of each other, two at a time.
+/// Runs independent steps, two at a time.
 fn run_group(group: &[&'static Step], results: &mut Vec<Record>, seen: &mut TestsSeen) {
     let (blocked, free): (Vec<&'static Step>, Vec<_>) =
         group.iter().partition(|step| is_blocked(step, results));
@@ -184,7 +183,7 @@ fn run_one(step: &Step, has_neighbours: bool) -> Ended {
     ended
 }
 
-/// Prints the table and the closing line; true if nothing failed.
+/// Prints the table and the summary line; true if nothing failed.
 fn summary(results: &[Record], seen: TestsSeen) -> bool {
     println!("\n{:<14} {:<8} {:>8}  tests", "step", "result", "seconds");
     let mut total = Counts::default();
@@ -208,7 +207,7 @@ fn summary(results: &[Record], seen: TestsSeen) -> bool {
     }
     let good = !results.is_empty() && results.iter().all(|r| r.verdict == Verdict::Passed);
     print!("{}", seen.summary(paths::workspace()));
-    // The last line is read by machines: it stands alone.
+    // The last line is machine-readable, so it stands alone.
     println!("\n{total}");
     good
 }

@@ -1,4 +1,4 @@
-//! `--since COMMIT`: which steps the changes since a commit can affect.
+//! `--since COMMIT`: selects the steps that the changes since a commit can affect.
 //!
 //! Files belong to parts of the project, and a step names the parts that it depends on.
 
@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use super::step::{STEPS, Step};
 use crate::paths;
 
-/// What a file belongs to.
+/// The part of the project to which a file belongs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Part {
     Fleet,
@@ -55,7 +55,7 @@ pub(super) fn steps(commit: &str) -> Result<Vec<&'static Step>> {
         .filter(|step| files.iter().any(|file| affects(file, step)))
         .map(|step| step.name)
         .collect();
-    // Needed steps come earlier in the list, so one way back through it finds all.
+    // Needed steps come earlier in the list, so one backward pass finds all.
     for step in STEPS.iter().rev() {
         if names.contains(step.name) {
             names.extend(step.needs);
@@ -72,7 +72,7 @@ fn affects(file: &str, step: &Step) -> bool {
     part == Part::Root || step.parts.contains(&part)
 }
 
-/// Files that differ from the commit, and files that git does not know yet.
+/// Files that differ from the commit, and untracked files.
 fn changed(commit: &str) -> Result<Vec<String>> {
     let mut files = git(&["diff", "--name-only", "--no-renames", commit, "--"])
         .with_context(|| format!("--since {commit}"))?;

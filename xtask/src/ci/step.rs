@@ -1,4 +1,4 @@
-//! The steps, as a table, and how one is run.
+//! The table of steps, and how a step is run.
 
 use std::ffi::OsString;
 use std::fs;
@@ -14,21 +14,21 @@ use super::since::Part::{Fleet, Fuzz, GuestPatches, Tests, Text, Vmm, Xtask};
 use super::tests_seen::TestsSeen;
 use crate::{cargo, paths, test_programs};
 
-/// What a step needs besides the source.
+/// The requirements of a step besides the source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// Runs anywhere.
     Host,
-    /// Boots Linux guests or builds them.
+    /// Boots or builds Linux guests.
     Guests,
 }
 
-/// How much of the machine a step keeps busy.
+/// The load of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Load {
     /// All processors.
     All,
-    /// About one, or it waits: another such step runs beside it.
+    /// About one, or it waits: another such step runs concurrently.
     One,
 }
 
@@ -40,9 +40,9 @@ pub(crate) struct Step {
     pub(super) load: Load,
     /// Steps that must have passed.
     pub(crate) needs: &'static [&'static str],
-    /// Parts of the project whose change can change the step's result.
+    /// Parts of the project that can change the step's result.
     pub(super) parts: &'static [Part],
-    /// Split at blanks; [`Step::words`] fills in what is in braces.
+    /// Split at blanks; [`Step::words`] replaces the names in braces.
     command: &'static str,
 }
 
@@ -78,7 +78,7 @@ const fn guests(
     }
 }
 
-/// A step beside which another one can run.
+/// A step that can run concurrently with another one.
 const fn beside(step: Step) -> Step {
     Step {
         load: Load::One,
@@ -92,8 +92,7 @@ const BUILT: &[&str] = &["build", "test programs", "guest"];
 const CODE: &[Part] = &[Vmm, Fleet, Fuzz, Tests, Xtask];
 const GUESTS: &[Part] = &[Vmm, Fleet, GuestPatches, Tests, Xtask];
 
-/// The steps in their order. Steps that run beside others follow each other, the longest first, so that they end at
-/// about the same time.
+/// The steps in order. Concurrent steps are adjacent, the longest first, so that they end at about the same time.
 pub(crate) const STEPS: &[Step] = &[
     host("format", &[], CODE, "cargo fmt --all --check"),
     host(
@@ -139,21 +138,21 @@ pub(crate) const STEPS: &[Step] = &[
     )),
     // Debian's kernels: nothing of a kernel is compiled.
     beside(guests("demo", &[], GUESTS, "cargo xtask demo")),
-    // The canary from nothing, then each target; an input that fails is kept in target/fuzz.
+    // The canary from an empty corpus, then each target; a failing input is kept in target/fuzz.
     beside(host(
         "fuzz",
         &[],
         &[Vmm, Fuzz, Xtask],
         "cargo xtask fuzz --seconds 30",
     )),
-    // Each once, without measuring: that they still run at all.
+    // Each once, without measuring, to check that they still run.
     beside(host(
         "benchmarks",
         &[],
         &[Vmm],
         "cargo test --workspace --features virtio-devices/test-utils --bench balloon --bench rates --bench block",
     )),
-    // Three members and five agents, killed, stopped and cut off.
+    // Three members and five agents, killed, stopped and disconnected.
     beside(host(
         "fleet store",
         &["build", "test programs"],
@@ -168,7 +167,7 @@ pub(crate) const STEPS: &[Step] = &[
         &[Fleet, Vmm],
         "cargo xtask fleet-page",
     )),
-    // Without reporting two guests fit. Small and few, to show that it works.
+    // Without reporting, two guests fit. Few and small guests, to show that it works.
     beside(guests(
         "experiment",
         BUILT,
@@ -198,7 +197,7 @@ pub(crate) const STEPS: &[Step] = &[
     guests("vm tests", BUILT, GUESTS, "cargo xtask vm-tests"),
 ];
 
-/// How a step ended that has run.
+/// The result of a step that has run.
 #[derive(Debug)]
 pub(super) struct Ended {
     pub(super) passed: bool,
@@ -208,7 +207,7 @@ pub(super) struct Ended {
 }
 
 impl Step {
-    /// Runs the step and hands on each line of its output.
+    /// Runs the step and passes on each line of its output.
     pub(super) fn run(&self, show: impl FnMut(&str)) -> Ended {
         let started = Instant::now();
         let mut ended = Ended {
@@ -228,7 +227,7 @@ impl Step {
     fn run_into(&self, ended: &mut Ended, mut show: impl FnMut(&str)) -> Result<()> {
         let words = self.words();
         let (program, args) = words.split_first().context("a step has a command")?;
-        // One pipe for both, in order: nextest tells its counts on standard error.
+        // One pipe for both, in order: nextest prints its counts to standard error.
         let (output, input) = std::io::pipe().context("making a pipe")?;
         let skips = tempfile::NamedTempFile::new().context("making a file for skipped tests")?;
         let mut child = Command::new(program)
@@ -281,7 +280,7 @@ pub(super) fn runs_beside(one: &Step, next: &Step) -> bool {
     one.load == Load::One && next.load == Load::One
 }
 
-/// nextest is quicker and kills a test that hangs, but is not part of Rust.
+/// nextest is faster and kills a test that hangs, but is not part of Rust.
 fn has_nextest() -> bool {
     cargo::command(["nextest", "--version"])
         .stdout(Stdio::null())

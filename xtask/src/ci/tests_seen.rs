@@ -1,11 +1,11 @@
-//! What the output of the steps says of single tests: how long they took, and which were skipped
-//! or tried twice, and why. And what was taken from a cache instead of being built.
+//! Data about single tests from the output of the steps: durations, skipped or retried tests with reasons, and cache
+//! hits instead of builds.
 
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-/// How many of the slowest tests are shown.
+/// Number of slowest tests shown.
 const SLOWEST: usize = 20;
 
 /// Collected line by line.
@@ -20,7 +20,7 @@ pub(super) struct TestsSeen {
 }
 
 impl TestsSeen {
-    /// Takes in one line of a step's output. Read are nextest, `cargo test` and our own runners.
+    /// Parses one line of a step's output. Supported are nextest, `cargo test` and our own runners.
     pub(super) fn read(&mut self, line: &str) {
         let line = line.trim();
         if let Some(rest) = line.strip_prefix("AGAIN ") {
@@ -48,7 +48,7 @@ impl TestsSeen {
         }
     }
 
-    /// Takes in what another step's output has said.
+    /// Merges the results of another step's output.
     pub(super) fn add(&mut self, other: Self) {
         self.timed.extend(other.timed);
         self.skipped.extend(other.skipped);
@@ -64,7 +64,7 @@ impl TestsSeen {
         }
     }
 
-    /// Takes in what tests wrote that could not run here, `NAME: WHY` on each line. Returns how many tests that are: one
+    /// Reads the records of tests that could not run here, `NAME: WHY` on each line. Returns the number of tests: one
     /// may have several reasons.
     pub(super) fn read_skips(&mut self, lines: &str) -> u64 {
         let before = self.skipped.len();
@@ -123,7 +123,7 @@ fn ignored(line: &str) -> Option<(&str, Option<&str>)> {
     Some((name, rest.strip_prefix(", ")))
 }
 
-/// nextest counts in front of the name: `( 3/40) api tests::name`.
+/// nextest prints a counter before the name: `( 3/40) api tests::name`.
 fn without_count(text: &str) -> &str {
     match text.strip_prefix('(').and_then(|rest| rest.split_once(')')) {
         Some((_, name)) => name.trim_start(),
@@ -136,7 +136,7 @@ fn seconds(text: &str) -> Option<Duration> {
     Duration::try_from_secs_f64(number).ok()
 }
 
-/// What `#[ignore = "…"]` above the test says.
+/// The reason in `#[ignore = "…"]` above the test.
 fn reason(sources: &Path, test: &str) -> Option<String> {
     let function = test.rsplit([':', ' ']).next()?;
     let wanted = format!("fn {function}(");

@@ -1,4 +1,4 @@
-//! Boots a small kernel under emulation with a balloon, and looks that the kernel has found it.
+//! Boots a small kernel under emulation with a balloon, and checks that the kernel finds it.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,15 +10,15 @@ use base64::engine::general_purpose::STANDARD;
 use super::complaints::complaints;
 use super::emulator::Machine;
 
-/// From power on to off, on a busy machine.
+/// Timeout from power-on to power-off, on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(600);
-/// Lines of the console shown when something is wrong.
+/// Console lines shown on a failure.
 const QUOTED_LINES: usize = 30;
 
 const BALLOON: &str = "ls -d /sys/bus/virtio/drivers/virtio_balloon/virtio0";
 const TRACKER: &str = "/sys/module/page_reporting/parameters/tracker";
 
-/// Boots to the end of the guest's init; with `tracker`, looks that it is the one in use.
+/// Boots to the end of the guest's init; with `tracker`, checks that it is the one in use.
 pub(super) fn with_balloon(vmlinux: &Path, initramfs: &Path, tracker: Option<&str>) -> Result<()> {
     let (word, script) = match tracker {
         Some(tracker) => (

@@ -1,4 +1,4 @@
-//! A source tree that kernels are built in, with any patches put in and taken out.
+//! A source tree for kernel builds, in which any patches are applied and removed.
 //!
 //! ```text
 //! cache/source-SOURCE/              unpacked, never written to
@@ -8,12 +8,12 @@
 //! cache/check-SOURCE/               another one, for `guest check`
 //! ```
 //!
-//! Checks have a tree and a lock of their own: they go through all prefixes of the series, which
-//! would make the next build of a test kernel one from nothing, and they take long.
+//! Checks have their own tree and lock: they go through all prefixes of the series, after which the next build of a
+//! test kernel would start from nothing, and they take long.
 //!
-//! Kbuild remembers the path of the source in every object, so objects serve another state of
-//! the source only in the same place. A file is written only when its contents change, and its
-//! time is then now: make builds what depends on it and nothing else.
+//! Kbuild stores the path of the source in every object, so objects can be reused for another state of the source only
+//! at the same path. A file is written only when its contents change, and then has the current time, so make rebuilds
+//! only what depends on it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -42,7 +42,7 @@ pub(super) struct BuildTree {
 }
 
 impl BuildTree {
-    /// Opens the tree in which test kernels are built from a source; waits while another process is in it.
+    /// Opens the tree in which test kernels are built from a source; waits while another process uses it.
     pub(super) fn open(source: &Source) -> Result<Self> {
         let cache = paths::cache()?;
         let lock = Lock::take(&cache)?;
@@ -51,7 +51,7 @@ impl BuildTree {
         Self::open_in(dir, pristine, lock)
     }
 
-    /// Opens the tree in which a source is checked; waits while another check is in it.
+    /// Opens the tree in which a source is checked; waits while another check uses it.
     pub(super) fn open_for_checks(source: &Source) -> Result<Self> {
         let cache = paths::cache()?;
         let pristine = source.unpack(&Lock::take(&cache)?)?;
@@ -122,8 +122,8 @@ impl BuildTree {
         self.objects_in(MAIN, None)
     }
 
-    /// The objects of another configuration, from nothing, compiled by way of ccache: most of a
-    /// prefix is what another one, or the same with other options, has as well.
+    /// The objects of another configuration, built from nothing through ccache: another prefix, or the same with other
+    /// options, shares most of them.
     pub(super) fn cached_objects(&self, name: &str) -> Result<Objects> {
         let ccache = paths::cache()?.join("ccache");
         Ok(self.objects_in(name, Some(ccache)))

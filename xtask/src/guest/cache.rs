@@ -1,4 +1,4 @@
-//! Names of cached things, and the lock that lets one build at a time into the cache.
+//! Names in the cache, and the lock that allows one build at a time.
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd as _;
@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, bail};
 use sha2::{Digest as _, Sha256};
 
-/// A short hash over `parts`, which are kept apart by their lengths.
+/// A short hash over `parts`, separated by their lengths.
 pub(super) fn key(parts: &[&str]) -> String {
     let mut hash = Sha256::new();
     for part in parts {
@@ -18,7 +18,7 @@ pub(super) fn key(parts: &[&str]) -> String {
     short(hash)
 }
 
-/// A short hash over what a file contains.
+/// A short hash over the contents of a file.
 pub(super) fn file_key(path: &Path) -> Result<String> {
     let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
     Ok(short(Sha256::new_with_prefix(bytes)))
@@ -33,7 +33,7 @@ fn short(hash: Sha256) -> String {
         .collect()
 }
 
-/// The version of the compiler that every kernel is built with.
+/// The version of the compiler that builds every kernel.
 pub(super) fn compiler() -> Result<String> {
     let output = Command::new("gcc")
         .arg("-dumpfullversion")
@@ -53,7 +53,7 @@ impl Lock {
         Self::take_named(cache, "lock", "another build of the test kernel")
     }
 
-    /// As [`Lock::take`], of other work: the file that is locked, and what another holder is doing.
+    /// As [`Lock::take`], for other work: the file to lock, and what another holder is doing.
     #[allow(unsafe_code)]
     // UNSAFETY: flock is not in std for the oldest supported compiler.
     pub(crate) fn take_named(cache: &Path, name: &str, holder: &str) -> Result<Self> {

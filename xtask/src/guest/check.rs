@@ -1,4 +1,4 @@
-//! `cargo xtask guest check`: what every prefix of the series promises.
+//! `cargo xtask guest check`: checks every prefix of the series.
 //!
 //! | Check | Of | Cached |
 //! | --- | --- | --- |
@@ -92,7 +92,7 @@ fn every_prefix_applies(series: &Series, source: &Source, report: &mut Report) -
     Ok(report.check(name, applied))
 }
 
-/// Takes the word of the kernel's own script, one patch at a time.
+/// Runs the kernel's own script, one patch at a time.
 fn checkpatch(series: &Series, base: &Source, report: &mut Report) -> Result<()> {
     apt::ensure(&[PERL])?;
     let tree = pristine(base)?;
@@ -177,7 +177,7 @@ fn on_newest(series: &Series, base: &Source, no_build: bool, report: &mut Report
     let count = series.patches.len();
     let prefixes = Prefixes::new(series, &newest, Honoured::Ours)?;
     for &variant in Variant::ALL {
-        // What matters most first: the rest is for finding faults of single patches.
+        // The most important checks first: the rest finds faults of single patches.
         prefixes.check(variant, count..=count, report)?;
     }
     prefixes.check(Variant::On, 1..=count, report)

@@ -1,6 +1,6 @@
-//! What a kernel says on its console when something is wrong with it.
+//! Kernel messages on the console that indicate a fault.
 
-/// Parts of such lines, each the start of a report or all of it.
+/// Substrings of such lines, each the start of a report or all of it.
 const WORDS: &[&str] = &[
     // lib/bug.c, arch/x86/kernel/dumpstack.c, kernel/panic.c
     "BUG: ",
@@ -35,7 +35,7 @@ const RACE_END: &str = "==========";
 /// Parts of the names of functions that are of the series or that it changes.
 const OURS: &[&str] = &["page_reporting", "prb_", "prw_", "prs_", "virtballoon"];
 
-/// Lines by which a kernel says that something is wrong with it.
+/// Lines by which a kernel reports a fault.
 pub(super) fn complaints(console: &str) -> Vec<&str> {
     console
         .lines()
@@ -43,7 +43,7 @@ pub(super) fn complaints(console: &str) -> Vec<&str> {
         .collect()
 }
 
-/// Two accesses to the same memory, one of them a write, that nothing orders.
+/// Two unordered accesses to the same memory, at least one of them a write.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Race<'a> {
     /// The first line of the report.

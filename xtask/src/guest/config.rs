@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 
-/// What a line of the fragment or of a `.config` says.
+/// The content of a line of the fragment or of a `.config`.
 fn parse(text: &str) -> BTreeMap<&str, &str> {
     text.lines()
         .filter_map(|line| {
@@ -17,8 +17,8 @@ fn parse(text: &str) -> BTreeMap<&str, &str> {
         .collect()
 }
 
-/// Compares what was asked for with what the kernel's own configuration tool made of it.
-/// An option vanishes silently when something it depends on is off; here it is an error.
+/// Compares the requested options with the result of the kernel's own configuration tool. An option vanishes silently
+/// if a dependency of it is off; here it is an error.
 pub(crate) fn check(fragment: &str, config: &str) -> Result<()> {
     let got = parse(config);
     let wrong: Vec<String> = parse(fragment)

@@ -8,8 +8,8 @@
 //!   boot/{vmlinuz,config}-RELEASE, [usr/]lib/modules/RELEASE/…, vmlinux if there is a need for it
 //! ```
 //!
-//! Drivers are modules there. Those that a machine needs travel in its initramfs, in the order in
-//! which its init has to load them ([`DebianKernel::modules`]).
+//! Debian's drivers are modules. The modules that a machine needs are in its initramfs, in the order in which its init
+//! must load them ([`DebianKernel::modules`]).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -30,7 +30,7 @@ const XZ: Need = Need {
     why: "unpacks Debian's kernels and their modules",
 };
 
-/// Forms in which a kernel is packed: first bytes, package of the tool, tool.
+/// Compression formats of a kernel: first bytes, package of the tool, tool.
 const PACKINGS: [(&[u8], Need, &str); 3] = [
     (&[0xfd, b'7', b'z', b'X', b'Z', 0], XZ, "xz"),
     (
@@ -52,7 +52,7 @@ const PACKINGS: [(&[u8], Need, &str); 3] = [
     ),
 ];
 
-/// Folders of drivers that no virtual machine of ours has a device for: half of the files.
+/// Folders of drivers without a device in our virtual machines: half of the files.
 const LEFT_OUT: [&str; 6] = [
     "*/kernel/drivers/gpu",
     "*/kernel/drivers/media",
@@ -104,7 +104,7 @@ const WITH_MODULES: &str = "usr/lib/modules";
 #[derive(Debug, Clone)]
 pub(crate) struct DebianKernel {
     dir: PathBuf,
-    /// What `uname -r` prints.
+    /// The output of `uname -r`.
     release: String,
 }
 
@@ -223,8 +223,8 @@ impl DebianKernel {
         folder.join("vmlinuz")
     }
 
-    /// The form of the kernel that starts soonest under emulation: to unpack it takes emulated
-    /// processors seconds, so it is unpacked here, once.
+    /// The form of the kernel that starts fastest under emulation: unpacking takes emulated processors seconds, so it
+    /// is unpacked here, once.
     pub(crate) fn quickest(&self) -> Result<PathBuf> {
         let unpacked = self.dir.join("vmlinux");
         if unpacked.exists() {
@@ -316,8 +316,7 @@ impl Image {
         cache.join(format!("debian-{package}_{version}"))
     }
 
-    /// Downloads and unpacks; what an interrupted run has left is used or cleared away. The caller
-    /// holds the lock.
+    /// Downloads and unpacks; leftovers of an interrupted run are used or removed. The caller holds the lock.
     fn unpack(&self, cache: &Path, progress: &(impl Fn(u64, u64) + Sync)) -> Result<PathBuf> {
         let dir = self.folder(cache);
         if dir.exists() {
@@ -467,7 +466,7 @@ fn pipe_through(tool: &str, packed: &[u8]) -> Result<Vec<u8>> {
         .with_context(|| format!("starting {tool}"))?;
     let mut stdin = child.stdin.take().context("the tool's input is piped")?;
     let output = std::thread::scope(|scope| {
-        // If the tool stops reading, its status says why.
+        // If the tool stops reading, its status gives the reason.
         scope.spawn(move || std::io::Write::write_all(&mut stdin, packed).ok());
         child.wait_with_output()
     });
@@ -478,7 +477,7 @@ fn pipe_through(tool: &str, packed: &[u8]) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// Makes sure that kernels packed with xz can be unpacked.
+/// Checks that kernels packed with xz can be unpacked.
 pub(super) fn ensure_tools() -> Result<()> {
     apt::ensure(&[XZ])
 }

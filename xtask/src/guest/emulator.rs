@@ -1,4 +1,4 @@
-//! A kernel under QEMU's emulation, without our VMM between: for tests of the kernel alone.
+//! A kernel under QEMU's emulation, without our VMM: for tests of the kernel alone.
 
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
@@ -12,19 +12,19 @@ use crate::apt;
 use crate::process::{self, Tie};
 use crate::testbed::{QEMU, QEMU_PROGRAM};
 
-/// What to boot.
+/// The kernel to boot.
 #[derive(Debug)]
 pub(super) struct Machine<'a> {
     pub(super) kernel: &'a Path,
     pub(super) initramfs: Option<&'a Path>,
     pub(super) command_line: &'a str,
     pub(super) cpus: u32,
-    /// More for QEMU; among it the memory.
+    /// Further options of QEMU, including the memory.
     pub(super) arguments: &'a [&'a str],
     pub(super) deadline: Duration,
 }
 
-/// What came of it.
+/// The result.
 #[derive(Debug)]
 pub(super) struct Ended {
     /// Everything on the console, without carriage returns.
@@ -34,8 +34,7 @@ pub(super) struct Ended {
 }
 
 impl Machine<'_> {
-    /// Boots and waits for the end, which the guest brings about by powering off; each line of
-    /// its console goes to `see` at once.
+    /// Boots and waits for the end, when the guest powers off; each line of its console goes to `see` at once.
     pub(super) fn run(&self, mut see: impl FnMut(&str) + Send + 'static) -> Result<Ended> {
         apt::ensure_from_backports(QEMU)?;
         let mut command = Command::new(QEMU_PROGRAM);

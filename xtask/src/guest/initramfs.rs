@@ -16,7 +16,7 @@ const BUSYBOX: Need = Need {
     why: "shell and tools inside test guests",
 };
 
-/// Makes sure that there is a busybox for it.
+/// Checks that a busybox for it is installed.
 pub(crate) fn ensure_tools() -> Result<()> {
     apt::ensure(&[BUSYBOX])
 }
@@ -67,7 +67,7 @@ fn archive(program: &[u8]) -> Result<Vec<u8>> {
     Ok(archive.finish())
 }
 
-/// Every tool that this busybox has, by its own word.
+/// Every tool of this busybox, from its own list.
 fn applets() -> Result<Vec<String>> {
     let output = Command::new("/bin/busybox")
         .arg("--list")

@@ -22,7 +22,7 @@ use crate::paths;
 /// Our configuration fragment.
 const FRAGMENT: &str = include_str!("../../guest/stock.config");
 
-/// Raised when the way of building changes and with it the result.
+/// Incremented when the build procedure changes the result.
 const BUILDER_VERSION: u32 = 1;
 
 /// Steps of a full build, for the progress display.
@@ -151,7 +151,7 @@ impl Kernel {
         self.publish(&done, dir)
     }
 
-    /// Makes `dir` up to date if that takes no build; says whether it is.
+    /// Brings `dir` up to date if that needs no build; returns whether it is.
     pub(super) fn take_if_built(&self, dir: &Path) -> Result<bool> {
         if self.is_published(dir) {
             return Ok(true);
@@ -163,7 +163,7 @@ impl Kernel {
         Ok(done.exists())
     }
 
-    /// Where [`Kernel::build`] will take the kernel from, if not from a compiler.
+    /// The source from which [`Kernel::build`] takes the kernel, if not from a compiler.
     pub(super) fn cached(&self, dir: &Path) -> Result<Option<PathBuf>> {
         if self.is_published(dir) {
             return Ok(Some(dir.to_path_buf()));

@@ -111,8 +111,8 @@ impl Objects {
         fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
     }
 
-    /// Builds `targets`; returns what the compiler warned of. `expected` is the number of
-    /// steps of a full build, if this may be one.
+    /// Builds `targets`; returns the compiler's warnings. `expected` is the number of steps of a full build, if this
+    /// may be one.
     pub(super) fn build(
         &self,
         what: &str,
@@ -131,7 +131,7 @@ impl Objects {
         steps.run(&make)?;
         let text =
             fs::read_to_string(&log).with_context(|| format!("reading {}", log.display()))?;
-        // The log of a build that was interrupted is continued, of one that is done is not.
+        // The log of an interrupted build is continued; that of a finished one is not.
         fs::remove_file(&log).with_context(|| format!("removing {}", log.display()))?;
         Ok(text
             .lines()

@@ -1,8 +1,7 @@
-//! Kernel modules of an unpacked package: which files they are, and what each depends on.
+//! Kernel modules of an unpacked package: files and dependencies.
 //!
-//! `depmod` has not run for a package that is not installed, so the dependencies are read from
-//! the modules themselves: each has a section of strings `name=value`, among them
-//! `depends=a,b,c`.
+//! `depmod` has not run for a package that is not installed, so the dependencies are read from the modules: each has a
+//! section of strings `name=value`, including `depends=a,b,c`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -19,8 +18,8 @@ pub(super) struct Module {
     pub(super) bytes: Vec<u8>,
 }
 
-/// `names` and all that they depend on, each after its dependencies. Names that are built into
-/// the kernel are left out.
+/// `names` and all their dependencies, each after its own dependencies. Names that are built into the kernel are left
+/// out.
 pub(super) fn in_order(tree: &Path, names: &[&str]) -> Result<Vec<Module>> {
     let mut search = Search {
         files: files(tree)?,
@@ -45,7 +44,7 @@ struct Search {
 
 impl Search {
     fn add(&mut self, name: &str) -> Result<()> {
-        // Inserted before its dependencies, so that a circle ends.
+        // Inserted before its dependencies, so that a cycle ends.
         if !self.seen.insert(name.into()) {
             return Ok(());
         }
@@ -115,7 +114,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// What the string `depends=` of a module names.
+/// The modules in the string `depends=` of a module.
 fn depends(module: &[u8]) -> Vec<String> {
     const KEY: &[u8] = b"\0depends=";
     let Some(at) = module.windows(KEY.len()).position(|window| window == KEY) else {

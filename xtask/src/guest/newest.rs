@@ -18,7 +18,7 @@ use crate::paths;
 const SUITES: [&str; 2] = ["unstable", "trixie-backports"];
 const PREFIX: &str = "linux-source-";
 const CLOUD: &str = "linux-image-cloud-amd64";
-/// How old the lists may be.
+/// Maximum age of the lists.
 const LISTS_MAX: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// The newest source; `None` if that is `base`.
@@ -51,7 +51,7 @@ pub(super) fn cloud_image() -> Result<Offer> {
     Archive::open()?.lists.newest(CLOUD)
 }
 
-/// As [`cloud_image`], from lists that are read anew.
+/// As [`cloud_image`], from lists that are refreshed.
 pub(super) fn fresh_cloud_image() -> Result<Offer> {
     let list = dir()?.join("sources.list");
     fs::remove_file(&list).with_context(|| format!("removing {}", list.display()))?;
@@ -62,7 +62,7 @@ fn dir() -> Result<PathBuf> {
     Ok(paths::cache()?.join("debian"))
 }
 
-/// Debian's archive seen through a folder of our own.
+/// Debian's archive, seen through a separate folder.
 #[derive(Debug)]
 struct Archive {
     dir: PathBuf,
@@ -70,7 +70,7 @@ struct Archive {
 }
 
 impl Archive {
-    /// Reads the lists anew if they are old.
+    /// Refreshes the lists if they are old.
     fn open() -> Result<Self> {
         let dir = dir()?;
         for folder in ["lists/partial", "archives/partial"] {
@@ -87,7 +87,7 @@ impl Archive {
             eprintln!("Reading what Debian has in {}", SUITES.join(" and "));
             fs::write(&list, &text).with_context(|| format!("writing {}", list.display()))?;
             quiet(archive.lists.command("apt-get").args(["-qq", "update"])).inspect_err(|_| {
-                // The next run shall try again; that it was not there is no matter.
+                // The next run must try again; a missing file does not matter.
                 fs::remove_file(&list).ok();
             })?;
         }
@@ -143,7 +143,7 @@ impl Archive {
     }
 }
 
-/// What makes apt look into `dir` and nowhere else.
+/// The options that make apt use `dir` alone.
 fn lists_in(dir: &Path) -> Lists {
     let dir = dir.display();
     Lists {

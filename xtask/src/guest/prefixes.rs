@@ -19,12 +19,12 @@ use super::stamp::Stamp;
 use super::variant::{Files, Variant, kconfig_key};
 use crate::paths;
 
-/// Raised when the check gets stricter.
+/// Incremented when the check gets stricter.
 const CHECK_VERSION: &str = "3";
 /// Steps of a full build, for the progress display.
 const EXPECTED_STEPS: usize = 800;
 
-/// Which options of the configuration a source must take.
+/// The options of the configuration that a source must accept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Honoured {
     All,
@@ -32,7 +32,7 @@ pub(super) enum Honoured {
     Ours,
 }
 
-/// What is checked, whatever the options.
+/// The parts that are checked with any options.
 #[derive(Debug)]
 pub(super) struct Prefixes<'a> {
     series: &'a Series,

@@ -1,5 +1,5 @@
-//! Runs a long build: live progress on a terminal, a line now and then in a log, everything
-//! in a file that is quoted when the build fails.
+//! Runs a long build: live progress on a terminal, an occasional line in a log, and all output in a file that is quoted
+//! if the build fails.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead as _, BufReader, IsTerminal as _, Write as _};
@@ -11,16 +11,16 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::process;
 
-/// Between two lines of progress where there is no terminal: CI shows life, logs stay short.
+/// Interval between two lines of progress without a terminal: CI shows activity, and logs stay short.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
-/// Between two updates of a terminal's line.
+/// Interval between two updates of a terminal's line.
 const TERMINAL_INTERVAL: Duration = Duration::from_millis(200);
-/// Steps after which their pace says how long the others take.
+/// Number of steps after which the remaining time is estimated.
 const STEPS_THAT_TELL: usize = 50;
 /// Lines of the log quoted when the build fails.
 const QUOTED_LINES: usize = 30;
 
-/// A build that says one line a step.
+/// A build that prints one line per step.
 #[derive(Debug)]
 pub(crate) struct Steps<'a> {
     pub(crate) what: &'a str,
@@ -31,7 +31,7 @@ pub(crate) struct Steps<'a> {
 }
 
 impl Steps<'_> {
-    /// Runs `command` to its end.
+    /// Runs `command` to completion.
     pub(crate) fn run(&self, command: &Command) -> Result<()> {
         let mut count = std::fs::read_to_string(self.log)
             .unwrap_or_default()

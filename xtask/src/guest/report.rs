@@ -1,10 +1,10 @@
-//! The outcome of many checks: a line each, and a closing line that `cargo xtask ci` counts.
+//! The result of many checks: a line each, and a summary line that `cargo xtask ci` counts.
 
 use std::fmt::Display;
 
 use anyhow::Result;
 
-/// How checks ended so far.
+/// The results of the checks so far.
 #[derive(Debug, Default)]
 pub(super) struct Report {
     passed: u64,
@@ -34,9 +34,9 @@ impl Report {
         self.skipped += 1;
     }
 
-    /// Prints the closing line; true if nothing failed.
+    /// Prints the summary line; true if nothing failed.
     pub(super) fn close(&self) -> bool {
-        // Read by machines, so it stands alone.
+        // Machine-readable, so it stands alone.
         println!(
             "{} passed, {} failed, {} skipped",
             self.passed, self.failed, self.skipped

@@ -1,9 +1,9 @@
-//! `cargo xtask guest sanitize`: the series under stress in kernels that look for mistakes.
+//! `cargo xtask guest sanitize`: stress for the series in kernels with debugging options.
 //!
-//! Three small kernels under emulation, each with two processors, two NUMA nodes and a balloon.
-//! `guest-mem stress` has memory churn with a check of every byte while trackers, settings,
-//! huge pages, memory blocks and the driver itself come and go. Then a kernel must not have said
-//! a word of complaint. What it said stays in `target/guest/sanitize/KIND/console`.
+//! There are three small kernels under emulation, each with two processors, two NUMA nodes and a balloon. `guest-mem
+//! stress` churns memory and checks every byte, while trackers, settings, huge pages, memory blocks and the driver
+//! itself change. Afterwards the kernel must not have reported a fault. Its output stays in
+//! `target/guest/sanitize/KIND/console`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,7 +21,7 @@ use super::kernel::Kernel;
 use super::stress_ng;
 use crate::paths;
 
-/// Room for the start, the end and a busy machine.
+/// Time for the start, the end and a busy machine.
 const SPARE: Duration = Duration::from_secs(1200);
 /// Lines of the console shown when the stress ends early.
 const QUOTED_LINES: usize = 40;
@@ -77,7 +77,7 @@ impl Kind {
         }
     }
 
-    /// What the console must say for the silence after it to mean something.
+    /// The required console output, without which a lack of reports means nothing.
     fn works(self) -> &'static str {
         match self {
             // Lockdep turns itself off when it has found something or has no more room.
@@ -89,7 +89,7 @@ impl Kind {
     }
 }
 
-/// Builds, boots and judges each kernel.
+/// Builds, boots and evaluates each kernel.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let kinds = match options.kinds.as_slice() {
         [] => &Kind::LOOKING,
@@ -209,7 +209,7 @@ fn stress(kind: Kind, dir: &Path, initramfs: &Path, options: &Options) -> Result
     judge(kind, &ended.console)
 }
 
-/// Reads what the kernel and the stress in it have said.
+/// Reads the output of the kernel and its stress.
 fn judge(kind: Kind, console: &str) -> Result<String> {
     let races = races(console);
     for race in &races {

@@ -1,4 +1,4 @@
-//! The patch series of `guest-patches`: what it lists, and what it makes of a source.
+//! The patch series of `guest-patches`: its list, and its application to a source.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -46,7 +46,7 @@ impl Patch {
         files
     }
 
-    /// The part of it that touches files of which `wanted` says so.
+    /// The part of it that changes files selected by `wanted`.
     pub(super) fn part(&self, wanted: impl Fn(&str) -> bool) -> Option<Self> {
         let mut text = String::new();
         let mut inside = false;
@@ -81,8 +81,7 @@ impl Patch {
         })
     }
 
-    /// The parts of `other` that change a file in another way than this patch does; that lines
-    /// have moved does not count.
+    /// The parts of `other` that change a file differently from this patch; moved lines do not count.
     pub(super) fn differing_parts(&self, other: &Self) -> Result<Option<String>> {
         ensure!(
             self.files() == other.files(),
@@ -211,13 +210,13 @@ impl Series {
         key(&texts)
     }
 
-    /// What the whole series makes of `tree`.
+    /// The result of the whole series on `tree`.
     pub(super) fn applied(&self, tree: &Path) -> Result<Contents> {
         let mut prefixes = self.prefixes(tree)?;
         prefixes.pop().context("there is the empty prefix at least")
     }
 
-    /// What each prefix makes of `tree`, the empty one first.
+    /// The result of each prefix on `tree`, the empty one first.
     pub(super) fn prefixes(&self, tree: &Path) -> Result<Vec<Contents>> {
         apt::ensure(&[PATCH])?;
         let scratch = Scratch::new()?;
@@ -300,7 +299,7 @@ impl Scratch {
             .with_context(|| format!("writing {}", path.display()))
     }
 
-    /// Applies one patch: lines may have moved, but none around a change may differ.
+    /// Applies one patch: lines may have moved, but the context of each change must match.
     pub(super) fn patch(&self, patch: &Patch) -> Result<()> {
         let file = self.dir.join(".patch");
         fs::write(&file, &patch.text).with_context(|| format!("writing {}", file.display()))?;

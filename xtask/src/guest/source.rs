@@ -1,4 +1,4 @@
-//! Linux as Debian packages it, unpacked once for every checkout on the machine.
+//! Linux as packaged by Debian, unpacked once for every checkout on the machine.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -65,7 +65,7 @@ impl Source {
         parse_version(version)
     }
 
-    /// The unpacked source, which nobody may write to. The caller holds the cache.
+    /// The unpacked source, which must not be written. The caller holds the cache.
     pub(super) fn unpack(&self, _lock: &Lock) -> Result<PathBuf> {
         let cache = paths::cache()?;
         let source = cache.join(format!("source-{}", self.key));

@@ -1,4 +1,4 @@
-//! What is known to have passed.
+//! Records what has passed.
 
 use std::fs;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result};
 use super::cache::key;
 use crate::paths;
 
-/// Remembers that a check has passed, for as long as nothing that it depends on changes.
+/// Records that a check has passed, until one of its inputs changes.
 #[derive(Debug)]
 pub(super) struct Stamp {
     path: PathBuf,

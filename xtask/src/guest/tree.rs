@@ -263,7 +263,7 @@ fn ensure_git() -> Result<()> {
     if found { Ok(()) } else { apt::ensure(&[GIT]) }
 }
 
-/// git in `dir`, which does as told whatever the user has configured.
+/// git in `dir`, independent of the user's configuration.
 fn git(dir: &Path) -> Command {
     let mut git = Command::new("git");
     git.arg("-C").arg(dir);

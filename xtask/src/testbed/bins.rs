@@ -1,4 +1,4 @@
-//! Our binaries as the testbed's command finds them in PATH.
+//! Provides our binaries in the PATH of the testbed's command.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! A direct run: this machine's own KVM, with the same surroundings as in the emulated host.
+//! A direct run on this machine's KVM, with the same environment as in the emulated host.
 //!
 //! `unshare` gives the command a mount and a process namespace. Inside, as process 1,
 //! [`inside`] builds a root of tmpfs with this machine's folders bound into it plus `/guest`

@@ -1,4 +1,4 @@
-//! Does this machine's KVM boot Linux? Tried, not guessed.
+//! Tests whether this machine's KVM boots Linux.
 //!
 //! `/dev/kvm` and every capability may be there and yet each instruction of an ordinary guest
 //! be emulated, a thousand times slower. So two guests are run, each bounded in time: a loop of

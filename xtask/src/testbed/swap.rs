@@ -1,4 +1,4 @@
-//! A swap area, made here so that the emulated host needs no mkswap.
+//! Creates a swap area, so that the emulated host needs no mkswap.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
