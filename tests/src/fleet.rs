@@ -45,7 +45,7 @@ impl Group {
         fs::write(self.0.join("cgroup.procs"), pid.to_string()).context("cgroup.procs")
     }
 
-    /// How many processes the kernel has killed for want of memory.
+    /// How many processes the kernel has killed for lack of memory.
     ///
     /// # Errors
     /// It does not tell.

@@ -74,7 +74,7 @@ fn in_effect(vmm: &Vmm) -> Result<()> {
     })
 }
 
-/// Waits for an event: the balloon is looked at once a second.
+/// Waits for an event: the balloon is looked at once per second.
 fn event_told(vmm: &Vmm, event: &str) -> Result<()> {
     wait_for(event, Duration::from_secs(60), || {
         Ok(vmm.text("events").contains(event).then_some(()))

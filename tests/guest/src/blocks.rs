@@ -1,8 +1,8 @@
 //! Which pages of a region fill aligned blocks of the guest's physical memory, so that blocks of
 //! one size can be freed while their neighbours stay (`Documentation/admin-guide/mm/pagemap.rst`).
 //!
-//! Free blocks merge with their buddies. To free blocks of 2 MiB and not of 4, whoever frees must
-//! know where its pages lie and keep a page in each buddy.
+//! Free blocks merge with their buddies. To free blocks of 2 MiB and not of 4, the caller must know the location of its
+//! pages and keep a page in each buddy.
 
 use std::fs::File;
 use std::io;
@@ -15,7 +15,7 @@ const ENTRY_BYTES: u64 = 8;
 const PRESENT: u64 = 1 << 63;
 const FRAME_BITS: u64 = (1 << 55) - 1;
 
-/// Pages to be given back and touched again.
+/// Pages to return and to touch again.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Picked {
     /// Blocks of physical memory they fill.
@@ -25,7 +25,7 @@ pub(crate) struct Picked {
 }
 
 impl Picked {
-    /// All pages of a region, wherever they lie.
+    /// All pages of a region, wherever they are.
     pub(crate) fn all(pages: usize) -> Self {
         Self {
             blocks: 1,
@@ -110,7 +110,7 @@ mod tests {
         assert_eq!(picked(&frames, 2), (2, vec![0..2, 4..6]));
         // Of block 2 a frame is missing.
         assert_eq!(picked(&[4, 8, 10, 9, 11], 2), (1, vec![1..2, 3..4]));
-        // Somebody else has the buddy.
+        // Another process has the buddy.
         assert_eq!(picked(&[8, 9, 14, 15], 2), (0, vec![]));
     }
 

@@ -1,5 +1,5 @@
-//! Memory in constant use, every byte of which is known: allocated, checked, partly given
-//! back, written again and freed, at random and on several threads at once.
+//! Memory in constant use with known contents: allocated, checked, partly returned, written again and freed, at random
+//! and on several threads at once.
 //!
 //! A thread holds a few slots. Each is empty, or memory filled with a word stream of its own
 //! seed. One step picks a slot:
@@ -9,8 +9,8 @@
 //! | empty | map memory, touch every page, see that the rest of each page reads zero, fill it |
 //! | filled | see that it is whole; then, by chance, unmap it, give pages of it back and fill them again, or write it anew |
 //!
-//! Nothing is freed or overwritten that was not looked at first, so that a wrong byte cannot
-//! vanish unseen. The first one ends everything and is told.
+//! No memory is freed or overwritten before it is checked, so that a wrong byte cannot vanish unseen. The first one
+//! ends everything and is reported.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -26,16 +26,16 @@ const PAGE_WORDS: usize = PAGE_BYTES / 8;
 /// Enough that some slots rest while others change.
 const SLOTS: usize = 8;
 
-/// What to do.
+/// Parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Plan {
-    /// Filled at most, by all threads together.
+    /// Maximum filled memory of all threads together.
     pub(crate) bytes: u64,
     pub(crate) seed: u64,
     pub(crate) threads: u64,
 }
 
-/// What was done so far.
+/// The work done so far.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     pub(crate) steps: AtomicU64,
@@ -48,7 +48,7 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Tells the first wrong byte, if there is one.
+    /// Reports the first wrong byte, if there is one.
     pub(crate) fn check(&self) -> Result<(), String> {
         let wrong = self.wrong.lock().unwrap_or_else(PoisonError::into_inner);
         wrong.clone().map_or(Ok(()), Err)
@@ -61,7 +61,7 @@ impl Tally {
     }
 }
 
-/// Threads at work.
+/// Running threads.
 #[derive(Debug)]
 pub(crate) struct Churn {
     tally: Arc<Tally>,
@@ -96,7 +96,7 @@ impl Churn {
         &self.tally
     }
 
-    /// Has every thread check all it holds and end.
+    /// Makes every thread check all its memory and end.
     pub(crate) fn stop(self) -> Result<Arc<Tally>, String> {
         self.tally.stop.store(true, Ordering::Relaxed);
         for thread in self.threads {
@@ -132,7 +132,7 @@ impl<'a> Worker<'a> {
         }
     }
 
-    /// Steps until told to stop, then checks what is left.
+    /// Steps until stopped, then checks the remaining memory.
     fn run(&mut self) -> Result<(), String> {
         while !self.tally.stop.load(Ordering::Relaxed) {
             let at = self.random.below(SLOTS);
@@ -175,7 +175,7 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    /// Memory of a random size and kind, as likely small as large.
+    /// Memory of a random size and kind, small and large with equal probability.
     fn fill_new(&mut self) -> io::Result<Result<Filled, String>> {
         let shift = self.random.below(self.slot_pages.ilog2() as usize + 1);
         let pages = (1 << shift) + self.random.below(1 << shift);
@@ -196,7 +196,7 @@ impl<'a> Worker<'a> {
 }
 
 impl Filled {
-    /// Gives pages back to the kernel and fills what comes in their place.
+    /// Returns pages to the kernel and fills the new ones.
     fn replace_pages(&mut self, first: usize, count: usize, tally: &Tally) -> Result<(), String> {
         let given = self.mapping.discard(first * PAGE_BYTES, count * PAGE_BYTES);
         given.map_err(|error| format!("madvise: {error}"))?;

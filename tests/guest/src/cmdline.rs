@@ -1,9 +1,9 @@
-//! What the kernel command line asks of the guest's init.
+//! The parameters of the guest's init on the kernel command line.
 //!
 //! `guest.run=` carries a shell script in base64, because the kernel splits at blanks and the
 //! value must survive quoting by any VMM.
 
-/// What to do when the script has ended.
+/// The action after the script has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum End {
     PowerOff,
@@ -16,7 +16,7 @@ pub(crate) enum End {
 pub(crate) struct Request {
     pub(crate) script: Option<Vec<u8>>,
     pub(crate) end: End,
-    /// A disk with a system of its own, which the guest goes on with.
+    /// A disk with a separate system, with which the guest continues.
     pub(crate) root: Option<String>,
 }
 

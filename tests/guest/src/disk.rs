@@ -5,7 +5,7 @@ use std::io::{Read as _, Write as _};
 
 use crate::pattern;
 
-/// Words a read or write: 256 KiB, large enough to make several segments of one request.
+/// Words per read or write: 256 KiB, large enough for several segments of one request.
 const CHUNK_WORDS: usize = 32 * 1024;
 
 /// Writes `bytes` (rounded down to words) of the stream `seed` and flushes to the device.
@@ -30,7 +30,7 @@ pub(crate) fn fill(path: &str, bytes: u64, seed: u64) -> Result<(), String> {
         .map_err(|error| format!("flushing {path}: {error}"))
 }
 
-/// Compares `bytes` of `path` with the stream; the error tells the first wrong byte.
+/// Compares `bytes` of `path` with the stream; the error contains the first wrong byte.
 pub(crate) fn verify(path: &str, bytes: u64, seed: u64) -> Result<(), String> {
     let mut file = File::open(path).map_err(|error| format!("opening {path}: {error}"))?;
     let mut raw = vec![0u8; CHUNK_WORDS * 8];

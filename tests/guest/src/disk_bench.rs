@@ -13,7 +13,7 @@ use crate::sys::{HugePages, Mapping};
 const USAGE: &str = "usage: guest-mem disk-bench read|write PATH --block SIZE --requests N \
                      [--threads N] [--random SEED]";
 
-/// What direct I/O has to be aligned to on any disk.
+/// Alignment for direct I/O on any disk.
 const ALIGNMENT_BYTES: u64 = 4096;
 
 #[derive(Debug, Clone, Copy)]
@@ -27,7 +27,7 @@ struct Plan {
     seed: Option<u64>,
 }
 
-/// Runs the requests and prints how long they took.
+/// Runs the requests and prints their duration.
 pub(crate) fn run(arguments: &[&str]) -> Result<(), String> {
     let (path, plan) = plan(arguments)?;
     let file = OpenOptions::new()
@@ -90,7 +90,7 @@ fn plan<'a>(arguments: &[&'a str]) -> Result<(&'a str, Plan), String> {
     Ok((path, plan))
 }
 
-/// The requests of one thread, each begun when the one before is done.
+/// The requests of one thread, each started when the previous one is done.
 fn run_task(plan: Plan, file: &File, blocks: u64, task: u64) -> Result<(), String> {
     let bytes = usize::try_from(plan.block_bytes).map_err(|_| "too large")?;
     let mut buffer = Mapping::new(bytes, HugePages::Never).map_err(|error| error.to_string())?;

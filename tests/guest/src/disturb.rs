@@ -1,8 +1,8 @@
-//! What `guest-mem stress` does to a kernel, one kind of thing each.
+//! The disturbances of `guest-mem stress`, one kind each.
 //!
-//! A kernel may refuse much of it with reason: a block of memory in use is not taken away, and
-//! nothing is reported now while reporting is paused. That is counted. A wrong byte in a file, or
-//! a setting that is not taken, is an error.
+//! A kernel may reject much of it with reason: a block of memory in use is not taken offline, and no immediate report
+//! is made while reporting is paused. Rejections are counted. A wrong byte in a file, or a setting that is not
+//! accepted, is an error.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use crate::random::Random;
 use crate::{disk, sys};
 
-/// One kind of thing to do over and over.
+/// One kind of disturbance to repeat.
 #[derive(Debug)]
 pub(crate) struct Disturbance {
     pub(crate) name: &'static str,
@@ -21,16 +21,16 @@ pub(crate) struct Disturbance {
     pub(crate) act: fn(&mut Random, &mut State) -> Result<Done, String>,
 }
 
-/// What became of one act.
+/// The result of one disturbance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Done {
     Yes,
     Refused,
-    /// This kernel or machine has nothing of the kind.
+    /// Not supported by this kernel or machine.
     Absent,
 }
 
-/// What a disturbance remembers from one act to the next.
+/// State of a disturbance between repetitions.
 #[derive(Debug, Default)]
 pub(crate) struct State {
     /// Files that exist: name, bytes, seed.
@@ -78,7 +78,7 @@ const FILE_BYTES_MAX: usize = 8 << 20;
 const FILES_MAX: usize = 8;
 /// Pages of the contiguous area taken by one act.
 const CONTIGUOUS_PAGES_MAX: usize = 1024;
-/// How long what is free may take to be reported; a busy emulator is slow.
+/// Maximum time until free memory is reported; a busy emulator is slow.
 const REPORT_DEADLINE: Duration = Duration::from_secs(120);
 
 /// Each setting with values worth trying, the default first. A `paused` of 1 is taken back.
@@ -92,7 +92,7 @@ const SETTINGS: &[(&str, &[&str])] = &[
     ("paused", &["0", "1"]),
 ];
 
-/// Mounts what some of it needs, as far as the kernel has it.
+/// Mounts the file systems that some disturbances need, if the kernel has them.
 pub(crate) fn prepare() {
     for (kind, target) in [
         ("debugfs", "/sys/kernel/debug"),
@@ -115,7 +115,7 @@ fn read(path: impl AsRef<Path>) -> Result<String, String> {
     fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))
 }
 
-/// For a write that the kernel may refuse.
+/// For a write that the kernel may reject.
 fn asked(path: impl AsRef<Path>, value: &str) -> Done {
     match write(path, value) {
         Ok(()) => Done::Yes,
@@ -127,7 +127,7 @@ fn one_of<'a, T: ?Sized>(random: &mut Random, list: &[&'a T]) -> &'a T {
     list[random.below(list.len())]
 }
 
-/// Files in memory come, are read back and go.
+/// Files in memory are created, read back and removed.
 fn files(random: &mut Random, state: &mut State) -> Result<Done, String> {
     if state.files.len() < FILES_MAX && random.below(2) == 0 {
         let name = format!("/tmp/stress-{:016x}", random.next());
@@ -178,7 +178,7 @@ fn memory_blocks() -> Result<Vec<PathBuf>, String> {
     Ok(blocks)
 }
 
-/// A block goes offline for a moment.
+/// Takes a block offline for a moment.
 fn offline(random: &mut Random, _: &mut State) -> Result<Done, String> {
     if !Path::new(MEMORY).exists() {
         return Ok(Done::Absent);
@@ -239,7 +239,7 @@ fn balloons() -> Vec<String> {
         .collect()
 }
 
-/// The driver leaves its device for a moment.
+/// Unbinds the driver from its device for a moment.
 fn rebind(random: &mut Random, _: &mut State) -> Result<Done, String> {
     let Some(name) = balloons().pop() else {
         return Ok(Done::Absent);
@@ -300,7 +300,7 @@ fn figures(random: &mut Random, _: &mut State) -> Result<Done, String> {
     Ok(Done::Yes)
 }
 
-/// Puts back all that was changed.
+/// Restores everything that was changed.
 pub(crate) fn restore() -> Result<(), String> {
     for block in memory_blocks().unwrap_or_default() {
         if read(&block)?.trim() == "offline" {
@@ -360,7 +360,7 @@ pub(crate) fn everything_free_is_reported() -> Result<(), String> {
     }
 }
 
-/// Has the kernel tell on its console what waits for what.
+/// Makes the kernel print blocked tasks and their reasons on its console.
 pub(crate) fn tell_blocked_tasks() {
     // Helps to understand; a kernel without the keys has told nothing wrong.
     write("/proc/sysrq-trigger", "w").ok();

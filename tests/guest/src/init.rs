@@ -14,7 +14,7 @@ use std::process::{Command, Stdio};
 use crate::cmdline::{self, End, Request};
 use crate::{modules, root, sys};
 
-/// Port that VMMs print a time stamp for, and the value that stands for "user space runs".
+/// Port for which VMMs print a time stamp, and the value for "user space runs".
 const DEBUG_PORT: u64 = 0x80;
 const DEBUG_USER_SPACE: u8 = 0x41;
 

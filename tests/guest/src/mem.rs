@@ -1,4 +1,4 @@
-//! Memory that a test has the guest allocate, touch, verify and free.
+//! Memory that a test makes the guest allocate, touch, verify and free.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use crate::sys::{HugePages, Mapping};
 /// Words in a 4 KiB page: without a seed only the first word of each page is written.
 const PAGE_WORDS: usize = 512;
 
-/// What to allocate.
+/// The allocation to make.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Allocation {
     pub(crate) bytes: u64,
@@ -61,7 +61,7 @@ impl Region {
         Ok(&self.picked)
     }
 
-    /// Gives what was picked back to the kernel.
+    /// Returns the picked memory to the kernel.
     pub(crate) fn give_back(&mut self) -> Result<u64, String> {
         for run in &self.picked.runs {
             let bytes = run.len() * PAGE_BYTES as usize;
@@ -72,7 +72,7 @@ impl Region {
         Ok(self.picked.bytes())
     }
 
-    /// Touches what was given back, and writes what was there.
+    /// Touches the returned memory, and writes its previous contents.
     pub(crate) fn refill(&mut self) -> u64 {
         let words = self.mapping.words_mut();
         for Range { start, end } in &self.picked.runs {
@@ -89,7 +89,7 @@ impl Region {
         self.allocation.bytes
     }
 
-    /// Checks what was written; the error tells the first wrong offset.
+    /// Checks the contents; the error contains the first wrong offset.
     pub(crate) fn verify(&self) -> Result<(), String> {
         let words = self.mapping.words();
         let wrong = match self.allocation.seed {

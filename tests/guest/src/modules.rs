@@ -1,7 +1,7 @@
 //! Kernel modules in the initramfs, which a distribution's kernel has its drivers in.
 //!
-//! The one who made the initramfs has put them under `/modules`, named so that the order of their
-//! names is the order in which they depend on each other.
+//! The creator of the initramfs has put them under `/modules`, named so that the order of their names is the order of
+//! their dependencies.
 
 use std::fs::{self, File};
 
@@ -9,7 +9,7 @@ use crate::sys;
 
 const FOLDER: &str = "/modules";
 
-/// Loads all of them; one that cannot be loaded is named on the console and left out.
+/// Loads all of them; one that cannot be loaded is named on the console and skipped.
 pub(crate) fn load() {
     // A kernel of ours has everything built in, and its initramfs no such folder.
     let Ok(entries) = fs::read_dir(FOLDER) else {

@@ -1,8 +1,7 @@
 //! `guest-mem net-bench`: a stream each way and small messages back and forth.
 //!
-//! The other end serves one connection at a time: it reads a line, `send BYTES`, `receive BYTES`
-//! or `ask COUNT`, seen from here, and does its part. A stream that it has read whole it answers
-//! with one byte.
+//! The other end serves one connection at a time: it reads a line, `send BYTES`, `receive BYTES` or `ask COUNT`, from
+//! the client's point of view, and does its part. After a whole received stream it responds with one byte.
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
@@ -12,14 +11,14 @@ use crate::size;
 
 const USAGE: &str = "usage: guest-mem net-bench send|receive|ask ADDRESS:PORT --amount N";
 
-/// Of one read or write of a stream.
+/// Bytes per read or write of a stream.
 const CHUNK_BYTES: usize = 64 << 10;
-/// Of one message.
+/// Bytes per message.
 const MESSAGE_BYTES: usize = 64;
 /// Without a single byte: the other end is gone.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
 
-/// Runs one of the three and prints how long it took.
+/// Runs one of the three and prints its duration.
 pub(crate) fn run(arguments: &[&str]) -> Result<(), String> {
     let [kind, address, "--amount", amount] = arguments else {
         return Err(USAGE.into());

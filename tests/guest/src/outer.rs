@@ -89,12 +89,12 @@ fn prepare_and_run() -> io::Result<i32> {
     run(&plan, stdout, stderr)
 }
 
-/// Names the step in the error, so that the one line on the console is enough.
+/// Adds the step to the error, so that the one line on the console is sufficient.
 fn step<T>(what: &str, result: io::Result<T>) -> io::Result<T> {
     result.map_err(|error| io::Error::new(error.kind(), format!("{what}: {error}")))
 }
 
-/// What the host wants to be run.
+/// The command from the host.
 #[derive(Debug)]
 struct Plan {
     argv: Vec<String>,
@@ -290,7 +290,7 @@ fn run(plan: &Plan, stdout: File, stderr: File) -> io::Result<i32> {
             status = Some(sys::reap_until(pid));
         }
     }
-    // What the command left running ends with it, which closes the pipes.
+    // Processes that the command left running end with it, which closes the pipes.
     sys::kill_all();
     while out.from.is_some() || err.from.is_some() {
         pump(&mut out, &mut err, -1)?;

@@ -1,5 +1,5 @@
-//! Repeatable contents: a word stream of which every word can be computed by itself, so that
-//! any part can be checked without the parts before it.
+//! Repeatable contents: a word stream in which every word can be computed separately, so that any part can be checked
+//! without the parts before it.
 
 /// Word number `index` of the stream `seed` (the finaliser of SplitMix64). Never zero for two
 /// neighbouring words at once, so memory that came back empty cannot pass.

@@ -1,4 +1,4 @@
-//! Choices that come out the same for the same seed.
+//! Random choices that are reproducible from their seed.
 
 use crate::pattern;
 

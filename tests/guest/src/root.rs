@@ -10,13 +10,13 @@ use std::time::{Duration, Instant};
 use crate::sys;
 
 const ROOT: &str = "/root";
-/// This program there: the system on the disk knows nothing of it.
+/// The path of this program there: the system on the disk does not know it.
 const TOOL: &str = "/run/guest-mem";
-/// How long a disk may take to appear, and between two looks.
+/// Maximum time until a disk appears, and the polling interval.
 const DISK_DEADLINE: Duration = Duration::from_secs(30);
 const DISK_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Becomes the init of the system on `device`; returns only what has failed.
+/// Becomes the init of the system on `device`; returns only on failure.
 pub(crate) fn go_on_with(device: &str) -> io::Error {
     match switch(device) {
         Ok(never) => match never {},

@@ -1,6 +1,6 @@
-//! The line protocol by which a test on the host steers memory inside the guest.
+//! The line protocol by which a test on the host controls memory inside the guest.
 //!
-//! One command a line, one answer a line, `ok …` or `err …`:
+//! One command per line, one response per line, `ok …` or `err …`:
 //!
 //! | Command | Answer |
 //! | --- | --- |

@@ -1,5 +1,5 @@
-//! The balloon used well: every queue does what the standard says, and the
-//! pages given up read zero afterwards while their neighbours do not.
+//! A well-behaved balloon driver: every queue works as the standard requires, and the pages given up read zero
+//! afterwards while their neighbours do not.
 
 use crate::interrupts;
 use crate::machine::halt_forever;
@@ -15,18 +15,18 @@ pub const F_REPORTING: u64 = 1 << 5;
 pub const INFLATE: u16 = 0;
 pub const DEFLATE: u16 = 1;
 pub const STATS: u16 = 2;
-/// Dense numbering: behind inflate, deflate and statistics.
+/// Dense numbering: after inflate, deflate and statistics.
 pub const REPORTING: u16 = 3;
 
 const PAGE: u64 = 4096;
 const BLOCK: u64 = 2 << 20;
-/// Memory that is given away: 16 blocks from 64 MiB on.
+/// Memory to give up: 16 blocks from 64 MiB on.
 pub const DATA: u64 = 64 << 20;
 const BLOCKS: u64 = 16;
 const PATTERN: u32 = 0x5a5a_5a5a;
 /// Lists of page frame numbers and statistics are built here.
 const SCRATCH: u64 = 48 << 20;
-/// What the statistics say: total memory, and free memory at first.
+/// The values of the statistics: total memory, and initial free memory.
 const TOTAL_BYTES: u64 = 987_654_321;
 const FREE_BYTES: u64 = 123_456_789;
 const SPIN_MAX: u32 = 50_000_000;
@@ -52,7 +52,7 @@ impl Balloon {
         Self::start_with(device, F_VERSION_1 | F_STATS_VQ | F_REPORTING)
     }
 
-    /// As [`Balloon::start_on`], with features of the caller's, statistics and reporting among them.
+    /// As [`Balloon::start_on`], with the caller's features, including statistics and reporting.
     pub fn start_with(device: Device, features: u64) -> Option<Balloon> {
         if !device.negotiate(features) {
             return None;
@@ -94,9 +94,8 @@ impl Balloon {
         queue.wait_used().map(|(_, bytes)| bytes)
     }
 
-    /// Leaves a statistics buffer with the host and refills it whenever it comes
-    /// back. Free memory is one byte less each time, so that a fresh answer can
-    /// be told from an old one.
+    /// Leaves a statistics buffer with the host and refills it whenever it is returned. Free memory is one byte less
+    /// each time, so that a fresh response can be distinguished from an old one.
     pub fn serve_statistics(mut self) -> ! {
         for free_bytes in (0..FREE_BYTES).rev() {
             self.offer_statistics(free_bytes);
@@ -105,7 +104,7 @@ impl Balloon {
         halt_forever()
     }
 
-    /// Free memory, total memory, and a tag that the device has never heard of.
+    /// Free memory, total memory, and a tag that the device does not know.
     fn offer_statistics(&mut self, free_bytes: u64) {
         self.offer_entries(&[(4, free_bytes), (5, TOTAL_BYTES), (0x7abc, 1)]);
     }
@@ -127,7 +126,7 @@ impl Balloon {
     }
 }
 
-/// Runs the checks; the balloon stays as they leave it.
+/// Runs the checks; the balloon keeps its final state.
 pub fn scenario(report: &mut Report) -> Option<Balloon> {
     let Some(mut balloon) = Balloon::start() else {
         report.fail(
@@ -195,7 +194,7 @@ fn report_discards(balloon: &mut Balloon, report: &mut Report) {
     );
 }
 
-/// Scattered frames go, the frames between them stay.
+/// Scattered frames are discarded, the frames between them stay.
 fn inflate_discards(balloon: &mut Balloon, report: &mut Report) {
     stamp(DATA, 4 * BLOCK, PATTERN);
     let mut frames = [0u32; 256];

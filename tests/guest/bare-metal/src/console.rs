@@ -21,8 +21,7 @@ impl Write for Com1 {
     }
 }
 
-/// Undoes what others wrote to COM1's registers: divisor access, loopback and
-/// interrupts off.
+/// Resets COM1's registers after other writes: divisor access, loopback and interrupts off.
 pub fn restore() {
     outb(COM1 + LINE_CONTROL, 0x03);
     outb(COM1 + MODEM_CONTROL, 0);

@@ -1,9 +1,8 @@
-//! The hinting queue, used well and abused.
+//! The hinting queue, used correctly and abused.
 //!
-//! The host starts run after run while this goes on; every lie is told in a run of its own, on
-//! a device that was just reset. The doorbell holds its caller until the device has done what
-//! it will do, so nothing is waited for here: what has not happened when the kick returns is
-//! not to happen any more.
+//! The host starts run after run in the meantime. Every violation happens in a separate run, on a device that was just
+//! reset. The doorbell holds its caller until the device has finished, so the guest does not wait: anything that has
+//! not happened when the kick returns must not happen any more.
 
 use crate::balloon::{DATA, DEVICE_BALLOON, F_STATS_VQ};
 use crate::memory::{fill, find_other, read, stamp, write};
@@ -12,7 +11,7 @@ use crate::report::Report;
 use crate::virtio::{Device, F_VERSION_1, STATUS_NEEDS_RESET};
 
 const F_FREE_PAGE_HINT: u64 = 1 << 3;
-/// Dense numbering: behind inflate, deflate and statistics.
+/// Dense numbering: after inflate, deflate and statistics.
 const HINT: u16 = 3;
 /// In the configuration space.
 const COMMAND_ID_OFFSET: u64 = 8;
@@ -22,14 +21,14 @@ const ID_FIRST: u32 = 2;
 
 const BLOCK: u64 = 2 << 20;
 const PATTERN: u32 = 0xa5a5_a5a5;
-/// Memory that is never named in a hint that counts: the canary.
+/// Memory that no valid hint names: the canary.
 const CANARY: u64 = 96 << 20;
 const CANARY_BYTES: u64 = 8 << 20;
 /// Commands are written here.
 const COMMAND: u64 = 48 << 20;
 /// Nothing is mapped there.
 const NOWHERE: u64 = 1 << 46;
-/// For the host to ask for a run: each look is an exit, and the host is slow on a busy machine.
+/// Number of polls for the host's request: each is an exit, and the host is slow on a busy machine.
 const POLLS_MAX: u32 = 5_000_000;
 
 /// A running balloon with its hinting queue.
@@ -103,7 +102,7 @@ const LIES: &[(&str, Lie)] = &[
         h.offer(0);
     }),
     ("hint_of_which_the_kick_is_over", |h, _| {
-        // Two chains and one kick: of the first nobody knows any more whether it is free.
+        // Two chains and one kick: it is unknown whether the first is still free.
         h.hint
             .set_desc(0, desc(CANARY, BLOCK as u32, DESC_WRITE, 0));
         h.hint
@@ -165,7 +164,7 @@ impl Hinter {
         Some(Hinter { device, hint })
     }
 
-    /// As [`Hinter::start`], in a run that the host has asked for and that was acknowledged.
+    /// As [`Hinter::start`], in an acknowledged run that the host has requested.
     fn start_run() -> Option<(Hinter, u32)> {
         let mut hinter = Self::start()?;
         let id = hinter.wait_asked()?;
@@ -194,7 +193,7 @@ impl Hinter {
         self.device.kick(HINT);
     }
 
-    /// Whether so many chains have been answered.
+    /// Whether this number of chains has been completed.
     fn answered(&self, chains: u16) -> bool {
         self.hint.used_index() == chains
     }
@@ -209,7 +208,7 @@ fn desc(address: u64, bytes: u32, flags: u16, next: u16) -> Desc {
     }
 }
 
-/// One lie, then the proof that the canary is whole and the device works after a reset.
+/// One violation, then a check that the canary is intact and the device works after a reset.
 fn tell(name: &str, lie: Lie, report: &mut Report) {
     let Some((mut hinter, id)) = Hinter::start_run() else {
         report.fail(name, format_args!("no run of hinting"));
@@ -266,7 +265,7 @@ fn overlapping_is_discarded_once(report: &mut Report) {
     );
 }
 
-/// The host has asked, but this guest has not said that it is hinting.
+/// The host has requested a run, but this guest has not acknowledged it.
 fn not_acknowledged_is_left_alone(report: &mut Report) {
     let name = "hint_before_the_acknowledgement";
     let Some(mut hinter) = Hinter::start() else {
@@ -283,7 +282,7 @@ fn not_acknowledged_is_left_alone(report: &mut Report) {
     );
 }
 
-/// Rings full of blocks, kicked, and the device pulled away from under them.
+/// Rings full of blocks, kicked, and the device reset during the work.
 fn reset_while_hinting(report: &mut Report) {
     let name = "reset_while_hinting_completes";
     for round in 0..4 {
@@ -304,7 +303,7 @@ fn reset_while_hinting(report: &mut Report) {
             report.fail(name, format_args!("status {status:#x} in round {round}"));
             return;
         }
-        // A doorbell of a device that is gone holds nobody.
+        // A doorbell of a reset device holds no caller.
         hinter.device.kick(HINT);
     }
     report.pass(name);

@@ -1,6 +1,5 @@
-//! A guest that lies on every balloon queue. After each lie the device must
-//! either still work or say DEVICE_NEEDS_RESET and work again after a reset,
-//! and memory that was not given up must be as it was.
+//! A guest that violates the protocol on every balloon queue. After each violation the device must either still work,
+//! or set DEVICE_NEEDS_RESET and work again after a reset. Memory that was not given up must be unchanged.
 
 use crate::balloon::{Balloon, DATA, DEFLATE, DEVICE_BALLOON, INFLATE, REPORTING, STATS};
 use crate::memory::{fill, find_other, stamp, write};
@@ -80,7 +79,7 @@ const LIES: &[(&str, Lie)] = &[
         b.device.kick(REPORTING);
     }),
     ("inflate_frames_outside_ram", |b| {
-        // The device may refuse to answer; the machine is looked at afterwards.
+        // The device may refuse to respond; the machine is checked afterwards.
         let _ = b.move_frames(INFLATE, &[0xffff_ffff, 0xffff_fffe, 0x00ff_ffff]);
     }),
     ("inflate_device_writable", |b| {
@@ -96,7 +95,7 @@ const LIES: &[(&str, Lie)] = &[
         offer_on(b, DEFLATE, &[(CANARY, 0xffff_ffff)], 0)
     }),
     ("inflate_one_page_many_times", |b| {
-        // Answered or not, the pages around it are looked at afterwards.
+        // With or without a response, the pages around it are checked afterwards.
         let _ = b.move_frames(INFLATE, &[(DATA >> 12) as u32; 512]);
     }),
     ("inflate_list_outside_ram", |b| {
@@ -153,7 +152,7 @@ pub fn scenario(report: &mut Report) {
     works(report, "balloon_works_after_all");
 }
 
-/// One lie on a fresh device, then the proof that the device still works.
+/// One violation on a fresh device, then a check that the device still works.
 fn tell(name: &str, lie: Lie, report: &mut Report) {
     let Some(mut balloon) = Balloon::start() else {
         report.fail(name, format_args!("the balloon does not start"));
@@ -190,7 +189,7 @@ fn works(report: &mut Report, name: &str) {
 }
 
 fn offer(balloon: &mut Balloon, ranges: &[(u64, u32)], flags: u16) {
-    // Whether the device answers a lie is its own affair.
+    // The device may or may not respond to a violation.
     balloon.reporting.set_chain(ranges, flags);
     balloon.reporting.offer(0);
     balloon.device.kick(REPORTING);
@@ -225,7 +224,7 @@ fn queue(balloon: &mut Balloon, index: u16) -> &mut Queue {
     }
 }
 
-/// Rings outside of RAM, misaligned, of impossible size.
+/// Rings outside of RAM, misaligned, of invalid size.
 fn bad_rings(report: &mut Report) {
     let rings: [(u16, u64, u64, u64); 6] = [
         (128, 1 << 46, 1 << 46, 1 << 46),
@@ -273,7 +272,7 @@ fn reset_while_busy(report: &mut Report) {
     works(report, "reset_while_busy");
 }
 
-/// Any device: rings full of noise. It may ask for a reset, and must accept it.
+/// Any device: rings full of noise. It may request a reset, and must accept it.
 fn garbage_rings(device: &Device, report: &mut Report) {
     let negotiated = device.negotiate(device.offered_features());
     let mut noise = 0x1234_5678u32;

@@ -1,4 +1,4 @@
-//! Devices that come and go, as the registers show them. The host acts when it reads `READY …` on the serial port.
+//! Device hot-plug, as the registers show it. The host acts when it reads `READY …` on the serial port.
 
 use crate::balloon::{Balloon, DATA, DEFLATE, DEVICE_BALLOON, INFLATE};
 use crate::console;
@@ -11,7 +11,7 @@ use crate::virtio::Device;
 const RSDP: u64 = 0xa0000;
 const DEVICE_BLOCK: u16 = 2;
 const BALLOON_FRAMES: u32 = 16;
-/// What the host asks of the balloon to tell that it has seen what it wanted to.
+/// The host's balloon target, by which it confirms an observation.
 const HOST_IS_DONE_FRAMES: u32 = 1;
 
 const SLOTS_UP: u64 = 0x0;
@@ -19,13 +19,13 @@ const SLOTS_DOWN: u64 = 0x4;
 const EJECT: u64 = 0x8;
 const SEGMENT: u64 = 0xc;
 
-/// The PCI hotplug controller.
+/// The PCI hot-plug controller.
 struct Controller {
     registers: u64,
 }
 
 impl Controller {
-    /// Finds it where the DSDT says it is: `OperationRegion (PCST, SystemMemory, address, …)`.
+    /// Finds it at the address in the DSDT: `OperationRegion (PCST, SystemMemory, address, …)`.
     fn find() -> Option<Controller> {
         let xsdt: u64 = read(RSDP + 24);
         // The FADT is the first table, and names the DSDT.
@@ -68,7 +68,7 @@ fn unaligned<T: Copy>(address: u64) -> T {
     unsafe { value.assume_init() }
 }
 
-/// A disk and a balloon come; the guest lets go of the balloon when it is asked to, and of nothing else.
+/// A disk and a balloon are added; the guest releases the balloon on request, and nothing else.
 pub fn scenario(report: &mut Report) {
     let Some(controller) = Controller::find() else {
         report.fail("hotplug_controller_found", format_args!("not in the DSDT"));

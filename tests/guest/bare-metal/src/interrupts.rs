@@ -46,7 +46,7 @@ pub fn install() {
     unsafe { asm!("lidt [{}]", in(reg) &pointer) }
 }
 
-/// Switches the local APIC on in x2APIC mode and takes interrupts.
+/// Enables the local APIC in x2APIC mode and accepts interrupts.
 pub fn enable() {
     write_msr(MSR_APIC_BASE, read_msr(MSR_APIC_BASE) | 0xc00);
     write_msr(MSR_X2APIC_SPURIOUS, 0x1ff);

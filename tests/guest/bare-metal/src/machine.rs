@@ -68,8 +68,8 @@ pub fn reset() -> ! {
 
 pub fn triple_fault() -> ! {
     let empty = [0u8; 10];
-    // SAFETY: this is meant to end the machine: no interrupt table, then an invalid
-    // instruction. Not `int3`, which KVM's emulator does not know outside of real mode.
+    // SAFETY: this deliberately ends the machine: no interrupt table, then an invalid instruction. Not `int3`, which
+    // KVM's emulator does not know outside of real mode.
     unsafe { asm!("lidt [{}]", "ud2", in(reg) &empty, options(noreturn)) }
 }
 

@@ -1,8 +1,7 @@
 //! A guest without an operating system, for tests of the machine itself.
 //!
-//! It is started through the PVH entry point, takes the name of a scenario from
-//! the kernel command line (`scenario=NAME`), drives the virtual hardware
-//! directly and prints one line a check on COM1:
+//! It is started through the PVH entry point, reads the name of a scenario from the kernel command line
+//! (`scenario=NAME`), drives the virtual hardware directly and prints one line per check on COM1:
 //!
 //! ```text
 //! PASS balloon_report_discards
@@ -10,8 +9,8 @@
 //! DONE 12 passed, 0 failed
 //! ```
 //!
-//! Then it powers off through ACPI, or with `stay` on the command line stays, with
-//! a balloon that answers, so that the host can look at the machine.
+//! Then it powers off through ACPI. With `stay` on the command line it stays instead, with a balloon that responds, so
+//! that the host can inspect the machine.
 
 #![no_std]
 #![no_main]
@@ -39,7 +38,7 @@ use report::Report;
 
 global_asm!(include_str!("boot.s"), options(att_syntax));
 
-/// Of the noise, unless the command line has `seed=NUMBER`.
+/// Seed of the noise, unless the command line has `seed=NUMBER`.
 const DEFAULT_SEED: u32 = 42;
 
 /// Called by the boot code with the physical address of `hvm_start_info`.

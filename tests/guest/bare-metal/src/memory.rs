@@ -21,8 +21,8 @@ unsafe extern "C" {
     static mut page_directories: [u64; 2048];
 }
 
-/// Makes the 2 MiB around a physical address above 4 GiB reachable, where the firmware would be if there were one;
-/// returns where the address is then. Each call takes the last one's place.
+/// Maps the 2 MiB around a physical address above 4 GiB at the address of the firmware, which is absent; returns the
+/// mapped address. Each call replaces the previous mapping.
 pub fn map_high(address: u64) -> u64 {
     const LARGE_PAGE: u64 = 2 << 20;
     /// Present, writable, large, not cached.
@@ -30,13 +30,12 @@ pub fn map_high(address: u64) -> u64 {
     let window = (1u64 << 32) - LARGE_PAGE;
     let entry = &raw mut page_directories as u64 + 8 * (window / LARGE_PAGE);
     write(entry, (address & !(LARGE_PAGE - 1)) | ENTRY_FLAGS);
-    // SAFETY: forgets what is known of an address that nothing else uses.
+    // SAFETY: flushes the translation of an address that nothing else uses.
     unsafe { asm!("invlpg [{}]", in(reg) window) }
     window + address % LARGE_PAGE
 }
 
-/// Writes `word` wherever [`find_other`] looks: memory goes and stays by the
-/// page, and emulated guests are slow.
+/// Writes `word` wherever [`find_other`] checks: memory is discarded by whole pages, and emulated guests are slow.
 pub fn stamp(address: u64, bytes: u64, word: u32) {
     looked_at(address, bytes).for_each(|at| write(at, word));
 }

@@ -9,7 +9,7 @@ const CONFIG_DATA: u16 = 0xcfc;
 /// ECAM window of segment 0.
 const ECAM: u64 = 0xe800_0000;
 const SLOTS: u8 = 32;
-/// Where BARs are moved to: the 32-bit window, which is identity-mapped here.
+/// The new address of BARs: the 32-bit window, which is identity-mapped here.
 const LOW_WINDOW: u64 = 0xc000_0000;
 /// Room for one function's BAR there.
 const LOW_WINDOW_STRIDE: u64 = 0x10_0000;
@@ -84,7 +84,7 @@ impl Function {
         address
     }
 
-    /// Size of BAR0 as the sizing protocol tells (PCI 3.0 §6.2.5.1).
+    /// Size of BAR0, by the sizing protocol (PCI 3.0 §6.2.5.1).
     pub fn bar0_size(self) -> u64 {
         let (low, high) = (self.read32(REG_BAR0), self.read32(REG_BAR0 + 4));
         self.write32(REG_BAR0, u32::MAX);
@@ -97,7 +97,7 @@ impl Function {
     }
 }
 
-/// Both ways into configuration space agree, absent slots read all ones, BARs size and move.
+/// Both access mechanisms of configuration space agree, absent slots read all ones, BARs size and move.
 pub fn scenario(report: &mut Report) {
     let bridge = Function { slot: 0 };
     report.check(

@@ -1,6 +1,5 @@
-//! A driver that takes a reporting policy (`guest-patches/README.md`): it reports one
-//! block over and over, follows what the host says, and never ends. The host steers it
-//! and looks at what comes of it. A lying one writes noise wherever it may and may not,
+//! A driver that supports a reporting policy (`guest-patches/README.md`): it reports one block repeatedly, follows the
+//! host's policy, and never ends. The host controls it and checks the effect. A hostile one writes noise to all fields,
 //! and confirms what it does not do.
 
 use crate::balloon::{Balloon, DATA, DEVICE_BALLOON, F_REPORTING, F_STATS_VQ};
@@ -24,7 +23,7 @@ const PAUSED: u32 = 1 << 0;
 /// Everything but `report_again`.
 const SETTINGS: u32 = 0x7f;
 
-/// Bytes of noise a lying driver writes between two reports.
+/// Bytes of noise that a hostile driver writes between two reports.
 const NOISE_WRITES: u32 = 16;
 
 pub fn scenario(lying: bool, report: &mut Report) -> ! {
@@ -56,7 +55,7 @@ pub fn scenario(lying: bool, report: &mut Report) -> ! {
     }
 }
 
-/// Takes the policy where it is on offer.
+/// Accepts the policy if it is offered.
 fn start(report: &mut Report) -> Option<Balloon> {
     let device = Device::find(DEVICE_BALLOON)?;
     let offered = device.offered_features() & F_REPORTING_POLICY;
@@ -108,7 +107,7 @@ impl Driver {
         }
     }
 
-    /// Noise behind the standard fields and beyond the end, in every size; and answers to nothing.
+    /// Noise after the standard fields and beyond the end, in every size; and acknowledgements of unknown requests.
     fn lie(&mut self) {
         for _ in 0..NOISE_WRITES {
             self.noise = self

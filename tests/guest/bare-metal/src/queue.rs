@@ -1,5 +1,5 @@
-//! A split virtqueue as a driver keeps it (virtio 1.2 §2.7), with nothing hidden:
-//! hostile scenarios write whatever they like into it.
+//! The driver's side of a split virtqueue (virtio 1.2 §2.7), with nothing hidden: hostile scenarios write arbitrary
+//! values into it.
 
 use crate::memory::{barrier, fill, read, write};
 
@@ -16,8 +16,8 @@ pub struct Desc {
     pub next: u16,
 }
 
-/// How often the used index is read before a device is said not to answer. One
-/// read is an ordinary memory access, so the bound is generous.
+/// How often the used index is read before a device counts as unresponsive. One read is an ordinary memory access, so
+/// the limit is generous.
 const POLLS_MAX: u64 = 20_000_000;
 
 /// One queue's three rings in one 64 KiB area.
@@ -91,7 +91,7 @@ impl Queue {
         self.publish(self.next_available);
     }
 
-    /// Writes the available index, true or not.
+    /// Writes the available index, valid or not.
     pub fn publish(&self, index: u16) {
         barrier();
         write(self.available() + 2, index);

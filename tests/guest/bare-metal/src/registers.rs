@@ -1,5 +1,5 @@
-//! Nonsense at every register: ports, PCI configuration, BARs, in every width.
-//! The machine passes when it is still there and its PCI bus still answers.
+//! Random accesses to every register: ports, PCI configuration, BARs, in every width. The machine passes if it still
+//! runs and its PCI bus still responds.
 
 use crate::console;
 use crate::machine::{inb, inl, inw, outb, outl, outw};
@@ -8,9 +8,9 @@ use crate::pci::{Function, VENDOR_VIRTIO};
 use crate::report::Report;
 use crate::virtio::{Device, F_VERSION_1};
 
-/// Accesses a round: each is an exit to the VMM.
+/// Accesses per round: each is an exit to the VMM.
 const ACCESSES: u32 = 4000;
-/// How often a device is brought up to meet its share of the noise.
+/// How often a device is initialised to receive its share of the noise.
 const ROUNDS: u32 = 8;
 /// Room for rings.
 const QUEUES_MAX: u16 = 8;
@@ -85,8 +85,8 @@ fn ports(noise: &mut Noise) {
     }
 }
 
-/// A device at work has more to lose than one that nobody talks to. Its rings
-/// are empty. That it comes up after the noise is checked at the end.
+/// An active device has more state to corrupt than an idle one. Its rings are empty. The end of the test checks that it
+/// can be initialised after the noise.
 fn bring_up(device: &Device) {
     device.negotiate(F_VERSION_1);
     for index in 0..device.queue_count().min(QUEUES_MAX) {
@@ -96,7 +96,7 @@ fn bring_up(device: &Device) {
     device.driver_ok();
 }
 
-/// Most of the BAR is empty: half of the accesses go to what is not.
+/// Most of the BAR is empty: half of the accesses go to existing registers.
 fn bar(device: &Device, noise: &mut Noise) {
     let windows = [
         (device.common, 0x40),
@@ -118,8 +118,8 @@ fn bar(device: &Device, noise: &mut Noise) {
 fn configuration(noise: &mut Noise) {
     for function in Function::all().filter(|function| function.slot != 0) {
         for _ in 0..ACCESSES / 8 {
-            // BARs and the command register are left alone: a BAR moved over
-            // this program's memory would be its own fault.
+            // BARs and the command register are left alone: a BAR moved over this program's memory would be the
+            // program's own fault.
             let register = 0x18 + noise.next() % (4096 - 0x18 - 8);
             access(
                 0xe800_0000 + (u64::from(function.slot) << 15) + u64::from(register),

@@ -1,4 +1,4 @@
-//! Counts and prints the outcome of each check.
+//! Counts and prints the result of each check.
 
 use core::fmt;
 
@@ -28,7 +28,7 @@ impl Report {
         console::line(format_args!("FAIL {name}: {why}"));
     }
 
-    /// Passes when `condition` holds, else fails with `why`.
+    /// Passes if `condition` holds, otherwise fails with `why`.
     pub fn check(&mut self, name: &str, condition: bool, why: fmt::Arguments<'_>) {
         if condition {
             self.pass(name);

@@ -11,9 +11,9 @@ pub const STATUS_FEATURES_OK: u8 = 8;
 pub const STATUS_NEEDS_RESET: u8 = 64;
 pub const F_VERSION_1: u64 = 1 << 32;
 
-/// Memory the rings live in: from 32 MiB on, one area a queue.
+/// Memory of the rings: from 32 MiB on, one area per queue.
 const QUEUE_AREA: u64 = 32 << 20;
-/// How often a status is read before a device is said to hang.
+/// How often a status is read before a device counts as hung.
 const POLLS_MAX: u32 = 1_000_000;
 
 const CAPABILITY_VENDOR: u8 = 0x09;
@@ -45,7 +45,7 @@ impl Device {
             .map(Self::probe)
     }
 
-    /// Moves the BAR where this guest can reach it and reads the capabilities.
+    /// Moves the BAR to an address that this guest can access, and reads the capabilities.
     pub fn probe(function: Function) -> Device {
         let bar = function.move_bar0_low();
         let mut device = Device {
@@ -127,7 +127,7 @@ impl Device {
         write(self.common + 12, (features >> 32) as u32);
     }
 
-    /// Reset, acknowledge, negotiate. True when the device said FEATURES_OK.
+    /// Reset, acknowledge, negotiate. True if the device kept FEATURES_OK.
     pub fn negotiate(&self, features: u64) -> bool {
         if !self.reset() {
             return false;

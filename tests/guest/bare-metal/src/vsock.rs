@@ -1,4 +1,4 @@
-//! A driver that connects to a program of the host, and is connected to by one.
+//! A driver that connects to a program of the host, and accepts a connection from one.
 
 use crate::memory::{read, write};
 use crate::queue::{DESC_WRITE, Desc, Queue};
@@ -27,7 +27,7 @@ const SENT: u64 = 48 << 20;
 const RECEIVED: u64 = 49 << 20;
 const BUFFER_BYTES: u32 = 4096;
 const BUFFERS: u16 = 16;
-/// What this guest can take in.
+/// This guest's buffer size.
 const ROOM: u32 = 64 << 10;
 
 /// Port of the host's program.
@@ -42,7 +42,7 @@ struct Driver {
     cid: u64,
 }
 
-/// A packet that came: its operation, the host's port and where the data is.
+/// A received packet: its operation, the host's port and the location of its data.
 struct Packet {
     op: u16,
     host_port: u32,
@@ -85,7 +85,7 @@ impl Driver {
         self.device.kick(RECEIVE);
     }
 
-    /// Sends a packet; false if the device does not take it.
+    /// Sends a packet; false if the device does not accept it.
     fn send(&mut self, ports: (u32, u32), op: u16, flags: u32, data: &[u8]) -> bool {
         let (guest, host) = ports;
         write(SENT, self.cid);
@@ -120,7 +120,7 @@ impl Driver {
         })
     }
 
-    /// As [`Driver::next`], but waits for as long as it takes: a program of the host has yet to act.
+    /// As [`Driver::next`], but waits without a limit, because a program of the host must act first.
     fn wait(&mut self) -> Packet {
         loop {
             if let Some(packet) = self.next() {

@@ -67,7 +67,7 @@ impl Host {
         }
     }
 
-    /// Processes that the kernel has killed for want of memory.
+    /// Processes that the kernel has killed for lack of memory.
     pub(crate) fn oom_kills(&self) -> Result<u64> {
         match self {
             Host::Machine => field("/proc/vmstat", "oom_kill "),
