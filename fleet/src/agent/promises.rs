@@ -332,9 +332,14 @@ impl Promises {
         let same =
             held.configured == wanted.max && held.huge_pages == huge_pages && held.owner_uid == uid;
         same.then(|| {
+            let left = if huge_pages {
+                self.pool_left(situation)
+            } else {
+                self.ledger(situation).firm_free
+            };
             Response::json(&ReserveAnswer {
                 reservation: Some(held.clone()),
-                firm_free_after: self.ledger(situation).firm_free,
+                firm_free_after: left,
             })
         })
     }
@@ -368,8 +373,7 @@ impl Promises {
         size: &Bytes,
         situation: Situation<'_>,
     ) -> Result<Admission, Refused> {
-        let pool = situation.facts.pool;
-        let free = pool.free - self.pool_promised(situation.config, situation.rounds);
+        let free = self.pool_left(situation);
         if *size <= free {
             self.counts.count("admitted", "ok");
             return Ok(Admission {
@@ -378,14 +382,25 @@ impl Promises {
             });
         }
         self.counts.count("refused", "pool");
+        let total = situation.facts.pool.total;
         Err(Refused {
             why: format!(
-                "no: {size} of huge pages needed, {free} of the pool of {} can be promised",
-                pool.total
+                "no: {size} of huge pages needed, {free} of the pool of {total} can be promised",
             ),
-            for_good: *size > pool.total,
+            for_good: *size > total,
             needs: None,
         })
+    }
+
+    /// Memory of the pool of huge pages that can be promised.
+    fn pool_left(&self, situation: Situation<'_>) -> Bytes {
+        let Situation {
+            config,
+            facts,
+            rounds,
+        } = situation;
+        let callable = rounds.pool_callable(&facts.pool);
+        facts.pool.firm_free(callable) - self.pool_promised(config, rounds)
     }
 
     /// Memory of the pool of huge pages that is reserved and not taken yet.

@@ -162,7 +162,7 @@ fn fill_from_reading(config: &AgentConfig, vm: &Vm, now_ms: u64, status: &mut Vm
     (status.min, status.max) = (policy.min, policy.max);
     status.actual = sample.ballooned;
     status.resident = sample.resident;
-    status.pool_held = reading.pool_held;
+    status.pool_held = reading.pool.held;
     status.swapped = sample.swapped;
     status.sample_age_ms = Some(now_ms.saturating_sub(sample.at_ms));
     if let Some(guest) = sample.guest {

@@ -15,7 +15,7 @@ use super::locks::VmLock;
 use super::vms::{Direction, StartRefusal, Vm, Vms};
 use crate::agent_config::AgentConfig;
 use crate::execute::{Executor, GroupFiles, Order, Settled};
-use crate::model::{Bytes, HostFacts, InForce, Interlock, Inventory, Ledger, VmId};
+use crate::model::{Bytes, HostFacts, HugePool, InForce, Interlock, Inventory, Ledger, VmId};
 use crate::placement::MovableVm;
 use crate::planner::{Action, ActionKind, Block, Plan, PlannerMemory, Present, books, plan};
 use crate::reservations::SeenVm;
@@ -377,14 +377,12 @@ impl VmRounds {
     pub(super) fn seen(&self, name: &str) -> Option<SeenVm> {
         let vm = self.vms.get(name)?;
         let reading = vm.reading.as_ref()?;
-        // A mapping of huge pages removes all of them from the pool's free ones at once.
+        // The pool's books count from now on what a VM on huge pages may still take.
         let resident = match reading.huge_pages {
             true => reading.configured,
             false => reading.sample.resident,
         };
-        // A VM that hangs still exists, with its memory; one without a listener does not.
-        let ended = matches!(vm.failure, Some("refused" | "no-socket" | "no-vm"));
-        (!ended).then_some(SeenVm { resident })
+        (!vm.has_ended()).then_some(SeenVm { resident })
     }
 
     /// The processes of the VMs.
@@ -396,7 +394,14 @@ impl VmRounds {
     /// The VMs' part of the pool of huge pages.
     pub(super) fn pool_held(&self) -> Bytes {
         let readings = self.vms.iter().filter_map(|vm| vm.reading.as_ref());
-        readings.map(|reading| reading.pool_held).sum()
+        readings.map(|reading| reading.pool.held).sum()
+    }
+
+    /// What the VMs may still take of the free pages of the pool.
+    pub(super) fn pool_callable(&self, pool: &HugePool) -> Bytes {
+        let vms = self.vms.iter().filter(|vm| !vm.has_ended());
+        let readings = vms.filter_map(|vm| vm.reading.as_ref());
+        readings.map(|reading| reading.pool.callable(pool)).sum()
     }
 
     /// The planner's clock.
@@ -425,7 +430,8 @@ impl VmRounds {
                 max: reading.configured,
                 resident: reading.sample.resident,
                 class: policy.class,
-                movable: vm.missed == 0 && vm.interlock().is_none(),
+                // Elsewhere nobody could promise it huge pages, and here it would free none of the other memory.
+                movable: vm.missed == 0 && vm.interlock().is_none() && !vm.is_huge(),
                 moved: None,
             })
         });

@@ -390,6 +390,11 @@ impl Vm {
         process.map(Process::identity)
     }
 
+    /// Whether nobody listens for it any more. One that hangs is there all the same, with its memory.
+    pub(super) fn has_ended(&self) -> bool {
+        matches!(self.failure, Some("refused" | "no-socket" | "no-vm"))
+    }
+
     /// Whether its memory is in huge pages, which are not managed.
     pub(super) fn is_huge(&self) -> bool {
         self.reading

@@ -31,13 +31,13 @@ impl Default for HostFiles {
 }
 
 impl HostFiles {
-    /// Memory of the machine.
+    /// Memory of the machine without the pool of huge pages.
     ///
     /// # Errors
     /// The kernel does not say.
     pub fn total(&self) -> Result<Bytes, HostError> {
         let meminfo = KernelFile::read(self.proc.join("meminfo"))?;
-        Ok(Bytes(meminfo.figure("MemTotal")?))
+        Ok(Bytes(meminfo.figure("MemTotal")?) - read_pool(&meminfo).total)
     }
 
     /// The pressure file to watch: the group's if there is one, because its limit is what the VMs run into, else the
@@ -150,10 +150,14 @@ impl HostReader {
 /// The pool of huge pages; kernels without it have no such lines.
 fn read_pool(meminfo: &KernelFile) -> HugePool {
     let figure = |name| meminfo.figure(name).unwrap_or(0);
-    let pages = figure("HugePages_Free").saturating_sub(figure("HugePages_Rsvd"));
+    let page = figure("Hugepagesize");
+    let reserved = figure("HugePages_Rsvd");
+    let free = figure("HugePages_Free").saturating_sub(reserved);
     HugePool {
         total: Bytes(figure("Hugetlb")),
-        free: Bytes(pages.saturating_mul(figure("Hugepagesize"))),
+        free: Bytes(free.saturating_mul(page)),
+        reserved: Bytes(reserved.saturating_mul(page)),
+        page: Bytes(page),
     }
 }
 

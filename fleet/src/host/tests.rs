@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use tempfile::TempDir;
 
 use super::*;
-use crate::model::{Bytes, HostFacts};
+use crate::model::{Bytes, HostFacts, HugePool};
 
 struct Host {
     folder: TempDir,
@@ -159,7 +159,17 @@ fn pool_of_huge_pages_is_no_part_of_the_host() {
     let mut host = Host::new(None);
     host.write(
         "proc/meminfo",
-        "MemTotal: 16777216 kB\nMemAvailable: 4194304 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\nHugetlb: 8388608 kB\n",
+        "MemTotal: 16777216 kB\nMemAvailable: 4194304 kB\nSwapTotal: 0 kB\nSwapFree: 0 kB\nHugetlb: 8388608 kB\n\
+         HugePages_Free: 1536\nHugePages_Rsvd: 512\nHugepagesize: 2048 kB\n",
     );
-    assert_eq!(host.read(0).unwrap().total, Bytes::gib(8));
+    let facts = host.read(0).unwrap();
+    assert_eq!(facts.total, Bytes::gib(8));
+    let pool = HugePool {
+        total: Bytes::gib(8),
+        free: Bytes::gib(2),
+        reserved: Bytes::gib(1),
+        page: Bytes::mib(2),
+    };
+    assert_eq!(facts.pool, pool);
+    assert_eq!(host.reader.files().total().unwrap(), Bytes::gib(8));
 }

@@ -37,6 +37,20 @@ pub struct HugePool {
     pub total: Bytes,
     /// Neither in use nor reserved by a mapping, of pages of the default size.
     pub free: Bytes,
+    /// Reserved by mappings that have not touched it yet, of pages of the default size.
+    #[serde(default)]
+    pub reserved: Bytes,
+    /// The default size of a page.
+    #[serde(default)]
+    pub page: Bytes,
+}
+
+impl HugePool {
+    /// What can be promised while the VMs that run may still take `callable`. What their mappings reserved is not free
+    /// already. Not every VMM reserves, and a guest that finds the pool empty then ends with its VMM.
+    pub fn firm_free(&self, callable: Bytes) -> Bytes {
+        self.free - (callable - self.reserved)
+    }
 }
 
 /// Figures of a memory control group.
@@ -110,6 +124,22 @@ mod tests {
     fn host_without_group_is_the_machine() {
         assert_eq!(host().limit(), Bytes::gib(64));
         assert_eq!(host().available(), Bytes::gib(40));
+    }
+
+    #[test]
+    fn what_vms_may_still_take_of_the_pool_counts_once_whether_it_is_reserved_or_not() {
+        let pool = |reserved| HugePool {
+            free: Bytes::gib(20),
+            reserved: Bytes::gib(reserved),
+            ..HugePool::default()
+        };
+        let firm_free = |reserved, callable| pool(reserved).firm_free(Bytes::gib(callable));
+        assert_eq!(firm_free(0, 8), Bytes::gib(12));
+        assert_eq!(firm_free(8, 8), Bytes::gib(20));
+        assert_eq!(firm_free(3, 8), Bytes::gib(15));
+        // Others reserve as well.
+        assert_eq!(firm_free(9, 8), Bytes::gib(20));
+        assert_eq!(firm_free(0, 30), Bytes::ZERO);
     }
 
     #[test]

@@ -8,5 +8,5 @@ mod reading;
 pub use counters::{DURATION_BUCKETS_SECONDS, RequestCount, RequestCounters};
 pub use discovery::{Discovery, Found, PatternError, SocketIdentity, VMS_MAX};
 pub(crate) use owner::SocketOwners;
+pub use reading::{PoolUse, SampleFailure, VmReading};
 pub(crate) use reading::{ProcessFiles, Round, failure_kind, read_info, read_vm};
-pub use reading::{SampleFailure, VmReading};

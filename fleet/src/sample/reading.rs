@@ -13,7 +13,9 @@ use thiserror::Error;
 
 use super::RequestCounters;
 use crate::host::{Process, ProcessMemory};
-use crate::model::{Bytes, FeatureLevel, GuestClaims, Interlock, ReclaimFigures, VmSample};
+use crate::model::{
+    Bytes, FeatureLevel, GuestClaims, HugePool, Interlock, ReclaimFigures, VmSample,
+};
 
 /// HTTP status of a VMM that does not know an endpoint or has no VM.
 const NOT_FOUND: u16 = 404;
@@ -27,8 +29,8 @@ pub struct VmReading {
     pub process: Option<Process>,
     /// Whether its memory comes out of the host's pool of huge pages, which is no part of the memory managed here.
     pub huge_pages: bool,
-    /// What it holds of that pool.
-    pub pool_held: Bytes,
+    /// What it has of that pool.
+    pub pool: PoolUse,
     /// What the interface tells.
     pub level: FeatureLevel,
     /// Memory of the VM with everything plugged in.
@@ -43,19 +45,51 @@ pub struct VmReading {
     pub requested: Bytes,
 }
 
+/// What a VM has of the host's pool of huge pages.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PoolUse {
+    /// What it holds.
+    pub held: Bytes,
+    /// What it can hold, as its VMM says.
+    pub configured: Bytes,
+    /// The size of its pages, where it is not the host's default.
+    pub page: Option<Bytes>,
+}
+
+impl PoolUse {
+    /// What it may still take of the free pages of `pool`. One that claims more than there is takes nothing from others.
+    pub(crate) fn callable(&self, pool: &HugePool) -> Bytes {
+        let counts =
+            self.page.is_none_or(|page| page == pool.page) && self.configured <= pool.total;
+        if counts {
+            self.configured - self.held
+        } else {
+            Bytes::ZERO
+        }
+    }
+}
+
+/// Most memory that a VMM needs for itself, generously: one with more than that has memory of a guest in it.
+const OWN_MEMORY_MAX: Bytes = Bytes::mib(256);
+
 impl VmReading {
     /// Takes over what the kernel tells of the VMM's process.
     fn fill_from_process(&mut self, memory: ProcessMemory) {
         // A file in a file system of huge pages is none that the configuration tells. A few such pages take nobody out of
-        // the books of the other memory.
-        self.huge_pages |= memory.huge > memory.resident;
+        // the books of the other memory, nor does the word of a VMM whose memory is elsewhere: it would be in no books, and
+        // neither ballooned nor limited.
+        self.huge_pages =
+            memory.huge > memory.resident || self.huge_pages && memory.resident <= OWN_MEMORY_MAX;
+        if self.huge_pages && self.pool.configured == Bytes::ZERO {
+            self.pool.configured = self.configured;
+        }
         if self.level < FeatureLevel::L2 {
             self.sample.resident = (memory.resident + memory.huge).min(self.configured);
         }
         // Nothing is in two places at once.
         let rest = self.configured - self.sample.resident;
         self.sample.swapped = self.sample.swapped.min(rest);
-        self.pool_held = memory.huge;
+        self.pool.held = memory.huge;
     }
 }
 
@@ -67,7 +101,7 @@ impl VmReading {
             pid: 1,
             process: None,
             huge_pages: false,
-            pool_held: Bytes::ZERO,
+            pool: PoolUse::default(),
             level: FeatureLevel::L2,
             configured: Bytes::gib(4),
             has_balloon: true,
@@ -174,6 +208,8 @@ struct InfoMemory {
     zones: Option<Vec<InfoZone>>,
     #[serde(default)]
     hugepages: bool,
+    #[serde(default)]
+    hugepage_size: Option<u64>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -183,6 +219,8 @@ struct InfoZone {
     hotplugged_size: Option<u64>,
     #[serde(default)]
     hugepages: bool,
+    #[serde(default)]
+    hugepage_size: Option<u64>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -198,10 +236,35 @@ impl InfoMemory {
 
     fn configured(&self) -> Bytes {
         let zones = self.zones.iter().flatten();
-        let zones: Bytes = zones
-            .map(|zone| Bytes(zone.size) + Bytes(zone.hotplugged_size.unwrap_or(0)))
-            .sum();
-        Bytes(self.size) + Bytes(self.hotplugged_size.unwrap_or(0)) + zones
+        self.own() + zones.map(InfoZone::configured).sum::<Bytes>()
+    }
+
+    /// What is there of the memory that belongs to no zone.
+    fn own(&self) -> Bytes {
+        Bytes(self.size) + Bytes(self.hotplugged_size.unwrap_or(0))
+    }
+
+    /// What of it is in huge pages.
+    fn pool(&self) -> PoolUse {
+        let zones = || self.zones.iter().flatten().filter(|zone| zone.hugepages);
+        let own = if self.hugepages {
+            self.own()
+        } else {
+            Bytes::ZERO
+        };
+        let own_page = self.hugepage_size.filter(|_| self.hugepages);
+        let page = own_page.or_else(|| zones().find_map(|zone| zone.hugepage_size));
+        PoolUse {
+            held: Bytes::ZERO,
+            configured: own + zones().map(InfoZone::configured).sum::<Bytes>(),
+            page: page.map(Bytes),
+        }
+    }
+}
+
+impl InfoZone {
+    fn configured(&self) -> Bytes {
+        Bytes(self.size) + Bytes(self.hotplugged_size.unwrap_or(0))
     }
 }
 
@@ -343,7 +406,7 @@ fn from_info(info: &Info, pid: i32, at_ms: u64) -> VmReading {
         pid,
         process: None,
         huge_pages: info.config.memory.is_huge(),
-        pool_held: Bytes::ZERO,
+        pool: info.config.memory.pool(),
         level: FeatureLevel::L0,
         configured,
         has_balloon: balloon.is_some(),
@@ -498,10 +561,56 @@ mod tests {
             let mut reading = reading(FeatureLevel::L0, told);
             reading.fill_from_process(memory(0, huge_gib));
             assert_eq!(reading.huge_pages, huge);
-            assert_eq!(reading.pool_held, Bytes::gib(huge_gib));
+            assert_eq!(reading.pool.held, Bytes::gib(huge_gib));
         }
         let mut reading = reading(FeatureLevel::L0, false);
         reading.fill_from_process(memory(2, 1));
         assert!(!reading.huge_pages);
+    }
+
+    #[test]
+    fn word_of_huge_pages_takes_nobody_out_of_the_books_whose_memory_is_elsewhere() {
+        let mut reading = reading(FeatureLevel::L2, true);
+        reading.fill_from_process(memory(2, 1));
+        assert!(!reading.huge_pages);
+        // What a VMM needs for itself proves nothing.
+        let mut reading = self::reading(FeatureLevel::L2, true);
+        reading.fill_from_process(ProcessMemory {
+            resident: OWN_MEMORY_MAX,
+            huge: Bytes::ZERO,
+        });
+        assert!(reading.huge_pages);
+    }
+
+    #[test]
+    fn vm_may_still_take_of_the_pool_what_it_has_there_and_does_not_hold() {
+        let pool = HugePool {
+            total: Bytes::gib(16),
+            page: Bytes::mib(2),
+            ..HugePool::default()
+        };
+        let callable = |memory_config: &str, held_gib| {
+            let info = format!(r#"{{"config":{{"memory":{memory_config}}},"state":"Running"}}"#);
+            let mut reading = from_info(&serde_json::from_str(&info).unwrap(), 1, 0);
+            reading.fill_from_process(memory(0, held_gib));
+            reading.pool.callable(&pool)
+        };
+        let size = 4_u64 << 30;
+        let plain = format!(r#"{{"size":{size}}}"#);
+        assert_eq!(callable(&plain, 0), Bytes::ZERO);
+        // All of its memory is in a file that its configuration says nothing of.
+        assert_eq!(callable(&plain, 1), Bytes::gib(3));
+        let huge = format!(r#"{{"size":{size},"hugepages":true}}"#);
+        assert_eq!(callable(&huge, 0), Bytes::gib(4));
+        assert_eq!(callable(&huge, 5), Bytes::ZERO);
+        let zones = format!(
+            r#"{{"size":0,"zones":[{{"size":{size}}},{{"size":{size},"hugepages":true,"hugepage_size":2097152}}]}}"#
+        );
+        assert_eq!(callable(&zones, 1), Bytes::gib(3));
+        // Pages of another size are not those that are known to be free, and nobody can take more than there is.
+        let large = format!(r#"{{"size":{size},"hugepages":true,"hugepage_size":1073741824}}"#);
+        assert_eq!(callable(&large, 0), Bytes::ZERO);
+        let impossible = format!(r#"{{"size":{},"hugepages":true}}"#, size * 5);
+        assert_eq!(callable(&impossible, 0), Bytes::ZERO);
     }
 }

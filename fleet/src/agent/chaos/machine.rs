@@ -14,7 +14,7 @@ use crate::execute::{Addressed, GroupFile, Order, OrderError};
 use crate::host::{Process, ProcessIdentity};
 use crate::model::{Bytes, FeatureLevel, GuestClaims, Interlock, ReclaimFigures, VmId, VmSample};
 use crate::placement::SplitMix64;
-use crate::sample::{SampleFailure, VmReading};
+use crate::sample::{PoolUse, SampleFailure, VmReading};
 use crate::worker::{OrderDone, VmEvent, VmEventKind, latest};
 
 const MIB: u64 = 1 << 20;
@@ -487,7 +487,7 @@ impl Machine {
                 start_ticks: 7,
             })),
             huge_pages: false,
-            pool_held: Bytes::ZERO,
+            pool: PoolUse::default(),
             level: self.character.level,
             configured: Bytes(configured),
             has_balloon: true,

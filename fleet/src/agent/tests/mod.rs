@@ -601,6 +601,12 @@ fn set_of(world: &World, names: &[&str], level: u8) {
     }
 }
 
+/// What the kernel tells of the memory of every VMM.
+fn tell_of_processes(world: &World, status: &str) {
+    let path = format!("proc/{}/status", std::process::id());
+    fs::write(world.path().join(path), status).unwrap();
+}
+
 fn journal(world: &World) -> Vec<JournalEntry> {
     let page = client(world).get("fleet.events").unwrap().unwrap();
     serde_json::from_str::<JournalPage>(&page).unwrap().entries
@@ -784,12 +790,7 @@ fn vm_in_huge_pages_without_a_word_of_it_is_booked_by_what_it_holds() {
     let mut vm = FakeVm::new(8 * GIB, 8 * GIB);
     vm.level = 0;
     world.add("a", vm);
-    let status = format!("proc/{}/status", std::process::id());
-    fs::write(
-        world.path().join(status),
-        "RssAnon: 65536 kB\nHugetlbPages: 8388608 kB\n",
-    )
-    .unwrap();
+    tell_of_processes(&world, "RssAnon: 65536 kB\nHugetlbPages: 8388608 kB\n");
     let agent = start(&world);
     let vm = wait_vm(&agent, "a", "up", |vm| vm.up);
     assert_eq!(vm.interlock.as_deref(), Some("huge-pages"));
@@ -803,10 +804,45 @@ fn vm_in_huge_pages_without_a_word_of_it_is_booked_by_what_it_holds() {
 }
 
 #[test]
+fn huge_pages_that_a_vm_may_still_take_are_promised_to_nobody_else() {
+    // Of 24 GiB that are free, a VM has touched none of its 16 yet, and its VMM reserved none.
+    let world = World::new(64 * GIB, GIB);
+    world.set_pool(32 * GIB, 24 * GIB);
+    let mut vm = FakeVm::new(16 * GIB, 0);
+    vm.huge = true;
+    world.add("a", vm);
+    tell_of_processes(&world, "RssAnon: 65536 kB\n");
+    let agent = start(&world);
+    wait_vm(&agent, "a", "up", |vm| vm.up);
+    wait("the first plan", || {
+        (agent.published().get().decisions.plans > 0).then_some(())
+    });
+    let ask = |vm: &str, memory| -> Result<ReserveAnswer, ClientError> {
+        let body = api::to_ascii_json(&ReserveRequest {
+            vm: vm.to_owned(),
+            memory: Bytes(memory),
+            min: None,
+            huge_pages: true,
+            dry_run: false,
+        });
+        let answer = client(&world).put("fleet.reserve", Some(&body.unwrap()))?;
+        Ok(serde_json::from_str(&answer.unwrap()).unwrap())
+    };
+    assert!(ask("large", 10 * GIB).is_err());
+    // Asked twice, answered the same.
+    for _ in 0..2 {
+        let answer = ask("small", 6 * GIB).unwrap();
+        assert_eq!(answer.firm_free_after, Bytes::gib(2));
+    }
+}
+
+#[test]
 fn vm_in_huge_pages_is_left_alone() {
     let world = World::new(16 * GIB, GIB);
     set_of(&world, &["a", "b", "c", "huge"], 2);
     world.change("huge", |vm| vm.huge = true);
+    // What a VMM needs for itself, and not a guest's memory.
+    tell_of_processes(&world, "RssAnon: 65536 kB\n");
     let agent = start(&world);
     let vm = wait_vm(&agent, "huge", "known", |vm| vm.interlock.is_some());
     assert_eq!(vm.interlock.as_deref(), Some("huge-pages"));
