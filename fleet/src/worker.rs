@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use api::{Client, Peer};
 
 use crate::execute::{Addressed, GroupFiles, Order, OrderError, OrderTarget};
-use crate::host::{Process, holds_vm};
+use crate::host::{Process, has_ended, holds_vm};
 use crate::model::{FeatureLevel, GuestClaims, VmId};
 use crate::sample::{
     Found, ProcessFiles, RequestCounters, Round, SampleFailure, SocketOwners, VmReading,
@@ -40,6 +40,9 @@ const SETTLING_SAMPLE: Duration = Duration::from_millis(500);
 const POLICY_SAMPLES: u32 = 12;
 /// How long a balloon is sampled more often after an order.
 const SETTLING: Duration = Duration::from_secs(10);
+
+/// The id of no process.
+const NOBODY: i32 = 0;
 
 /// How a VM is talked to.
 #[derive(Clone, Debug)]
@@ -109,21 +112,8 @@ impl VmWorker {
     ) -> io::Result<Self> {
         let (orders, received) = mpsc::channel();
         let id = VmId::from(found.name.as_str());
-        let client = Client::new(&found.socket).with_timeout(Some(options.deadline));
         let phase = phase_of(&found.name, options.sample);
-        let thread = Thread {
-            client,
-            options,
-            owner: found.owner,
-            level_max: FeatureLevel::L2,
-            listener: None,
-            process: None,
-            process_number: 0,
-            policy: None,
-            claims: None,
-            failures: 0,
-            settle_until: None,
-        };
+        let thread = Thread::new(found, options);
         thread::Builder::new()
             .name("vm".to_owned())
             .stack_size(STACK_BYTES)
@@ -183,6 +173,22 @@ struct Thread {
 }
 
 impl Thread {
+    fn new(found: &Found, options: WorkerOptions) -> Self {
+        Self {
+            client: Client::new(&found.socket).with_timeout(Some(options.deadline)),
+            options,
+            owner: found.owner,
+            level_max: FeatureLevel::L2,
+            listener: None,
+            process: None,
+            process_number: 0,
+            policy: None,
+            claims: None,
+            failures: 0,
+            settle_until: None,
+        }
+    }
+
     fn run(
         mut self,
         orders: &Receiver<Addressed>,
@@ -305,11 +311,19 @@ impl Thread {
         {
             Some(process) => Ok(process),
             None => {
-                let pid = vmm_behind(proc, self.client.socket(), listener);
-                let handle = peer.process.filter(|_| pid == listener);
+                // The id of one that has ended may be another's by now, which may even run a VM.
+                let ended = peer.has_ended || peer.process.as_ref().is_some_and(has_ended);
+                let pid = match ended {
+                    true => SocketOwners::read(proc).vmm(self.client.socket(), NOBODY),
+                    false => vmm_behind(proc, self.client.socket(), listener),
+                };
+                let handle = peer.process.filter(|_| pid == listener && !ended);
                 // One that was looked up before and cannot be now is still the same. A process in another pid namespace
                 // cannot be looked up; it is then known by the socket file alone.
-                let known = || before.clone().filter(|process| process.pid() == pid);
+                let known = || {
+                    let before = before.clone();
+                    before.filter(|process| process.pid() == pid && !process.has_ended())
+                };
                 Process::hold(proc, pid, handle).or_else(known).ok_or(pid)
             }
         };
@@ -391,6 +405,11 @@ pub(crate) fn latest(
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::os::fd::OwnedFd;
+    use std::process::Command;
+
+    use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
     use super::*;
     use crate::agent::fake_vmm::{DEADLINE, FakeVm, GIB, MIB, World};
     use crate::host::ProcessIdentity;
@@ -410,13 +429,12 @@ mod tests {
         assert_eq!(replaced, [balloon(1), balloon(2)]);
     }
 
-    /// A VM in a world of its own, served by a thread.
-    fn serve(change: impl FnOnce(&mut Found)) -> (World, VmWorker, Receiver<VmEventKind>) {
+    /// A VM in a world of its own.
+    fn find() -> (World, Found, WorkerOptions) {
         let world = World::new(4 * GIB, 0);
         world.add("a", FakeVm::new(GIB, GIB / 2));
         let pattern = world.socket_of("a").display().to_string();
-        let mut found = Discovery::new(&[pattern]).unwrap().scan().remove(0);
-        change(&mut found);
+        let found = Discovery::new(&[pattern]).unwrap().scan().remove(0);
         let files = world.files();
         let options = WorkerOptions {
             sample: Duration::from_millis(50),
@@ -428,6 +446,13 @@ mod tests {
             clock: Instant::now(),
             counters: Arc::default(),
         };
+        (world, found, options)
+    }
+
+    /// The same, served by a thread.
+    fn serve(change: impl FnOnce(&mut Found)) -> (World, VmWorker, Receiver<VmEventKind>) {
+        let (world, mut found, options) = find();
+        change(&mut found);
         let (events, received) = mpsc::channel();
         let report = move |event: VmEvent| events.send(event.kind).is_ok();
         let worker = VmWorker::start(&found, 1, options, report).unwrap();
@@ -460,6 +485,30 @@ mod tests {
         assert!(worker.order(balloon(64), Some(process)));
         done.next().unwrap().unwrap();
         assert_eq!(world.vm("a").target, 64 * MIB);
+    }
+
+    #[test]
+    fn id_of_a_listener_that_has_ended_names_nobody() {
+        let (_world, found, options) = find();
+        // This process has that id, and runs a VM as far as can be seen.
+        let own = i32::try_from(std::process::id()).unwrap();
+        let identify = |process: Option<OwnedFd>, has_ended| {
+            let mut thread = Thread::new(&found, options.clone());
+            let pid = thread.identify(Peer {
+                pid: own,
+                uid: found.owner,
+                process,
+                has_ended,
+            });
+            let process = thread.process.map(|process| process.pid());
+            (pid.unwrap(), process)
+        };
+        assert_eq!(identify(None, false), (own, Some(own)));
+        assert_eq!(identify(None, true), (NOBODY, None));
+        let mut child = Command::new("true").spawn().unwrap();
+        let handle = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
+        child.wait().unwrap();
+        assert_eq!(identify(Some(handle), false), (NOBODY, None));
     }
 
     #[test]

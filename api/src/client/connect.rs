@@ -72,14 +72,23 @@ pub(super) fn peer(stream: &UnixStream) -> io::Result<Peer> {
     let mut credentials: libc::ucred = unsafe { mem::zeroed() };
     read_option(stream, libc::SO_PEERCRED, &mut credentials)?;
     let mut fd: libc::c_int = -1;
-    // An older kernel does not know the option, and a process that has ended has none.
-    let process = read_option(stream, SO_PEERPIDFD, &mut fd).is_ok() && fd >= 0;
+    let found = read_option(stream, SO_PEERPIDFD, &mut fd);
     Ok(Peer {
         pid: credentials.pid,
         uid: credentials.uid,
         // SAFETY: the kernel made the descriptor for this call, and nobody else owns it.
-        process: process.then(|| unsafe { OwnedFd::from_raw_fd(fd) }),
+        process: (found.is_ok() && fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) }),
+        has_ended: found.is_err_and(|error| names_nobody(&error)),
     })
+}
+
+/// Whether `SO_PEERPIDFD` failed because the process has ended, as Linux 6.5 to 6.15 say it; later ones give a descriptor of
+/// such a process. A kernel that does not know the option, or has no descriptors left, says nothing of the process.
+fn names_nobody(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EINVAL | libc::ESRCH | libc::ENODATA)
+    )
 }
 
 /// Reads an option of the socket into plain data, for which every value is valid.

@@ -39,9 +39,11 @@ pub struct Peer {
     pub pid: i32,
     /// User id.
     pub uid: u32,
-    /// The process itself, which no later one of the same id can be mistaken for; absent when it has ended, and before
-    /// Linux 6.5.
+    /// The process itself, which no later one of the same id can be mistaken for; absent before Linux 6.5. It may have
+    /// ended: a listener can be inherited.
     pub process: Option<OwnedFd>,
+    /// Whether the kernel says that it has ended and gives no descriptor. Its id may be another process's by now.
+    pub has_ended: bool,
 }
 
 /// A client of one VMM.

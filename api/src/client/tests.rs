@@ -505,7 +505,7 @@ fn peer_is_the_listener_and_nobody_else_is_sent_anything() {
         stream.write_all(b"HTTP/1.1 204 \r\n\r\n").unwrap();
     });
     let (body, peer) = server.client.to_peer(own).get_with_peer("vm.info").unwrap();
-    assert_eq!((body, peer.pid), (None, own));
+    assert_eq!((body, peer.pid, peer.has_ended), (None, own, false));
     assert_eq!(peer.uid, std::fs::metadata("/proc/self").unwrap().uid());
     server.server.join();
 }

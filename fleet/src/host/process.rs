@@ -98,17 +98,14 @@ impl Process {
 
     /// Whether it is known to live.
     pub(crate) fn lives(&self) -> bool {
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
-        // Such a descriptor can be read when its process has ended.
-        self.handle.as_ref().is_some_and(|handle| {
-            poll(
-                &mut [PollFd::new(handle.as_ref(), PollFlags::IN)],
-                Some(&now),
-            ) == Ok(0)
-        })
+        self.handle
+            .as_ref()
+            .is_some_and(|handle| !has_ended(handle))
+    }
+
+    /// Whether it is known to have ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.handle.as_ref().is_some_and(|handle| has_ended(handle))
     }
 
     /// Ends it without its consent.
@@ -121,6 +118,15 @@ impl Process {
             _ => Err(io::ErrorKind::InvalidInput.into()),
         }
     }
+}
+
+/// Whether the process of a descriptor has ended: then it can be read.
+pub(crate) fn has_ended(handle: &OwnedFd) -> bool {
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    poll(&mut [PollFd::new(handle, PollFlags::IN)], Some(&now)) != Ok(0)
 }
 
 fn positive(pid: i32) -> Option<Pid> {
@@ -219,10 +225,10 @@ mod tests {
             .unwrap();
         let pid = i32::try_from(child.id()).unwrap();
         let process = Process::hold(proc, pid, None).unwrap();
-        assert!(process.lives());
+        assert!(process.lives() && !process.has_ended());
         process.kill().unwrap();
         child.wait().unwrap();
-        assert!(!process.lives());
+        assert!(!process.lives() && process.has_ended());
         assert!(process.kill().is_err());
         assert!(Process::hold(proc, pid, None).is_none());
     }
