@@ -164,6 +164,10 @@ impl OrderTarget<'_> {
         {
             return Err(OrderError::OtherProcess);
         }
+        // Whoever answers at an inherited socket need not be sampled yet.
+        if order.asks_vmm() && to.as_ref().is_some_and(Process::has_ended) {
+            return Err(OrderError::OtherProcess);
+        }
         match order {
             Order::Balloon(bytes) => self.client.resize(&VmResize {
                 desired_balloon: Some(bytes.0),

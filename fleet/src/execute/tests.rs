@@ -203,6 +203,21 @@ fn only_the_process_that_was_meant_is_killed_and_only_with_a_vm() {
     assert!(meant.try_wait().unwrap().is_none());
     kill(&process, Some(&process)).unwrap();
     assert_eq!(meant.wait().unwrap().signal(), Some(9));
+    // What is asked of a VMM is asked of this one, not of the next one at its socket.
+    let pause = Addressed {
+        order: Order::Pause,
+        to: Some(process.clone()),
+    };
+    let target = OrderTarget {
+        client: &client,
+        process: Some(&process),
+        files: &files,
+    };
+    let refused = target.carry_out(&pause);
+    assert!(
+        matches!(refused, Err(OrderError::OtherProcess)),
+        "{refused:?}"
+    );
     // Its id may be anybody's by now, and the files here still tell of a VM.
     let refused = kill(&process, Some(&process));
     assert!(matches!(refused, Err(OrderError::NoProcess)), "{refused:?}");

@@ -18,7 +18,8 @@ const LISTENS: &str = "00010000";
 #[derive(Debug)]
 pub(crate) struct SocketOwners<'a> {
     proc: &'a Path,
-    inodes: BTreeMap<PathBuf, String>,
+    /// Several listen at one path if it was bound anew, or stands for another file in another mount namespace.
+    inodes: BTreeMap<PathBuf, Vec<String>>,
     /// Processes by what their descriptors link to; a look at all of them is dear, so it waits until it is needed.
     pids: OnceCell<BTreeMap<String, Vec<String>>>,
 }
@@ -26,27 +27,34 @@ pub(crate) struct SocketOwners<'a> {
 impl<'a> SocketOwners<'a> {
     pub(crate) fn read(proc: &'a Path) -> Self {
         let text = fs::read_to_string(proc.join("net/unix")).unwrap_or_default();
-        let inodes = text.lines().filter_map(|line| {
+        let mut inodes: BTreeMap<PathBuf, Vec<String>> = BTreeMap::new();
+        for line in text.lines() {
             let fields: Vec<&str> = line.split_ascii_whitespace().collect();
-            let [_, _, _, flags, _, _, inode, path] = fields.as_slice() else {
-                return None;
-            };
-            (*flags == LISTENS).then(|| (PathBuf::from(path), format!("socket:[{inode}]")))
-        });
+            if let [_, _, _, LISTENS, _, _, inode, path] = fields.as_slice() {
+                let link = format!("socket:[{inode}]");
+                inodes.entry(PathBuf::from(path)).or_default().push(link);
+            }
+        }
         Self {
             proc,
-            inodes: inodes.collect(),
+            inodes,
             pids: OnceCell::new(),
         }
+    }
+
+    /// The processes with a socket that listens at this path.
+    fn holders(&self, socket: &Path) -> impl Iterator<Item = &String> {
+        let links = self.inodes.get(socket).into_iter().flatten();
+        links
+            .filter_map(|link| self.pids.get_or_init(|| self.read_pids()).get(link))
+            .flatten()
     }
 
     /// The process that listens at `socket`, if it is known and is no VMM. A process that cannot be looked at gets the benefit
     /// of the doubt.
     pub(crate) fn stranger(&self, socket: &Path) -> Option<String> {
-        let link = self.inodes.get(socket)?;
-        let pids = self.pids.get_or_init(|| self.read_pids()).get(link)?;
-        let lines: Vec<(&String, Vec<u8>)> = pids
-            .iter()
+        let lines: Vec<(&String, Vec<u8>)> = self
+            .holders(socket)
             .filter_map(|pid| Some((pid, fs::read(self.proc.join(pid).join("cmdline")).ok()?)))
             .collect();
         if lines.iter().any(|(_, line)| is_vmm(line)) {
@@ -63,16 +71,12 @@ impl<'a> SocketOwners<'a> {
     /// The process that runs the VM behind `socket`. The kernel names who began to listen there, `listener`. Where that is
     /// not the VMM, because the VMM inherited the socket, it is the one process with that socket that holds a VM.
     pub(crate) fn vmm(&self, socket: &Path, listener: i32) -> i32 {
-        let holders = || {
-            let link = self.inodes.get(socket)?;
-            self.pids.get_or_init(|| self.read_pids()).get(link)
-        };
-        let mut vmms: Vec<i32> = holders()
-            .into_iter()
-            .flatten()
+        let mut vmms: Vec<i32> = self
+            .holders(socket)
             .filter_map(|pid| pid.parse().ok())
             .filter(|pid| holds_vm(self.proc, *pid).unwrap_or(false))
             .collect();
+        vmms.sort_unstable();
         vmms.dedup();
         match vmms.as_slice() {
             [vmm] => *vmm,
@@ -156,6 +160,28 @@ mod tests {
         assert_eq!(vmm(), 200);
         hold("100");
         assert_eq!(vmm(), 100, "it cannot be told which");
+    }
+
+    #[test]
+    fn path_that_was_bound_anew_names_no_vmm_while_two_have_one() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let proc = folder.path();
+        fs::create_dir(proc.join("net")).unwrap();
+        let line = |inode| {
+            format!("0000000000000000: 00000002 00000000 {LISTENS} 0001 01 {inode} /run/a.sock\n")
+        };
+        let hold = |pid: &str| symlink("anon_inode:kvm-vm", proc.join(pid).join("fd/9")).unwrap();
+        process(proc, "200", "11", "/usr/bin/cloud-hypervisor\0");
+        process(proc, "300", "12", "/usr/bin/cloud-hypervisor\0");
+        hold("300");
+        for order in [["11", "12"], ["12", "11"]] {
+            fs::write(proc.join("net/unix"), order.map(line).concat()).unwrap();
+            let owners = SocketOwners::read(proc);
+            assert_eq!(owners.vmm(Path::new("/run/a.sock"), 1), 300);
+        }
+        hold("200");
+        let owners = SocketOwners::read(proc);
+        assert_eq!(owners.vmm(Path::new("/run/a.sock"), 1), 1);
     }
 
     #[test]
