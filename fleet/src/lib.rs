@@ -21,6 +21,7 @@ pub mod placement;
 pub mod planner;
 pub mod reservations;
 pub mod sample;
+mod secret_file;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod state_file;

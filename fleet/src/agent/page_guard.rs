@@ -3,16 +3,12 @@
 //! A foreign page open in a browser can make its own name resolve to this host, and then read the responses. So the
 //! name that a client uses must be this host's. If a token is configured, every client must have it.
 
-use std::fs;
-use std::io;
 use std::net::IpAddr;
 
 use super::error::AgentError;
 use crate::agent_config::AgentSection;
 use crate::http::{Request, Response};
-
-/// Maximum length of the token: it must fit into the head of a request, with everything else.
-const TOKEN_BYTES_MAX: u64 = 4096;
+use crate::secret_file::read_secret;
 
 /// The requirements for a client.
 #[derive(Debug)]
@@ -27,19 +23,10 @@ impl PageGuard {
         let mut names = agent.listen_names.clone();
         names.extend(["localhost".to_owned(), machine.to_owned()]);
         let token = agent.token_file.as_ref().map(|path| {
-            let failed = |source| AgentError::Token {
+            read_secret(path).map_err(|source| AgentError::Token {
                 path: path.clone(),
                 source,
-            };
-            let size = fs::metadata(path).map_err(failed)?.len();
-            if size > TOKEN_BYTES_MAX {
-                return Err(failed(io::ErrorKind::FileTooLarge.into()));
-            }
-            let token = fs::read_to_string(path).map_err(failed)?.trim().to_owned();
-            if token.is_empty() {
-                return Err(failed(io::ErrorKind::UnexpectedEof.into()));
-            }
-            Ok(token)
+            })
         });
         Ok(Self {
             names,
@@ -103,6 +90,8 @@ fn is_same(given: &str, token: &str) -> bool {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::fs;
+
     use super::*;
     use crate::http::Method;
 

@@ -10,6 +10,7 @@ use ureq::tls::{Certificate, ClientCert, PemItem, PrivateKey, RootCerts, TlsConf
 
 use crate::cluster::{Keys, NameError};
 use crate::config::Millis;
+use crate::secret_file::warn_if_exposed;
 use crate::store::{Endpoint, EndpointError, EtcdStore, Login};
 
 /// The shortest lease: three rounds of keeping alive, each with time for a slow member, must fit into it.
@@ -174,6 +175,7 @@ impl StoreSection {
             tls = tls.root_certs(roots);
         }
         if let (Some(certificate), Some(path)) = (&self.certificate, &self.key) {
+            warn_if_exposed(path);
             let key = fs::read(path).ok();
             let key = key.and_then(|bytes| PrivateKey::from_pem(&bytes).ok());
             let key = key.ok_or_else(|| StoreFault::File {

@@ -8,6 +8,8 @@ use rustls::pki_types::pem::{self, PemObject as _};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use thiserror::Error;
 
+use crate::secret_file::warn_if_exposed;
+
 /// Why there is no TLS.
 #[derive(Debug, Error)]
 pub enum TlsError {
@@ -39,6 +41,7 @@ pub fn server_tls(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, T
     let chain = CertificateDer::pem_file_iter(certificate)
         .and_then(Iterator::collect::<Result<Vec<_>, _>>)
         .map_err(failed(certificate, "certificate"))?;
+    warn_if_exposed(key);
     let key = PrivateKeyDer::from_pem_file(key).map_err(failed(key, "key"))?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let config = ServerConfig::builder_with_provider(provider)

@@ -5,10 +5,9 @@
 //! Reads go from member to member until one answers. A change goes on to the next member only if it cannot have reached
 //! the one before.
 
-use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -21,6 +20,7 @@ use ureq::tls::TlsConfig;
 
 use super::etcd_wire as wire;
 use super::{Committed, LeaseId, Listing, Revision, Store, StoreError, Txn};
+use crate::secret_file::{SECRET_BYTES_MAX, read_secret};
 
 /// Keys asked for at once; a page of 512 keys of some KiB stays far below etcd's own limits.
 const PAGE_KEYS: usize = 512;
@@ -35,8 +35,6 @@ const LINE_BYTES_MAX: u64 = 16 << 20;
 
 /// Most that is read of an answer that is none of success.
 const FAILURE_BYTES_MAX: u64 = 4096;
-/// Longest password, and longest token that one is given for it.
-const SECRET_BYTES_MAX: u64 = 4096;
 
 /// Why a text is no endpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -361,19 +359,6 @@ fn read_failure(body: ureq::Body) -> wire::Failure {
             ..wire::Failure::default()
         },
     }
-}
-
-/// The text of a file that holds a secret.
-fn read_secret(path: &Path) -> io::Result<String> {
-    let mut text = String::new();
-    File::open(path)?
-        .take(SECRET_BYTES_MAX)
-        .read_to_string(&mut text)?;
-    let text = text.trim();
-    if text.is_empty() {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
-    Ok(text.to_owned())
 }
 
 /// The first JSON value of a body: streams have more, and some members end theirs untidily.
