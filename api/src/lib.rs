@@ -30,7 +30,7 @@ mod thresholds;
 
 pub use ascii_json::to_ascii_json;
 pub use balloon_stats::BalloonStatsResponse;
-pub use client::{Client, ClientError, Peer};
+pub use client::{Client, ClientError, Peer, SocketFile};
 pub use config::VmConfig;
 pub use device_facts::{
     BalloonStats, GuestReporting, PolicyError, ReportingPolicy, ReportingPolicyChange,

@@ -175,7 +175,9 @@ struct Thread {
 impl Thread {
     fn new(found: &Found, options: WorkerOptions) -> Self {
         Self {
-            client: Client::new(&found.socket).with_timeout(Some(options.deadline)),
+            client: Client::new(&found.socket)
+                .at_file(found.identity.file())
+                .with_timeout(Some(options.deadline)),
             options,
             owner: found.owner,
             level_max: FeatureLevel::L2,
@@ -405,7 +407,9 @@ pub(crate) fn latest(
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::fs;
     use std::os::fd::OwnedFd;
+    use std::os::unix::fs::symlink;
     use std::process::Command;
 
     use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -509,6 +513,20 @@ mod tests {
         let handle = pidfd_open(Pid::from_child(&child), PidfdFlags::empty()).unwrap();
         child.wait().unwrap();
         assert_eq!(identify(Some(handle), false), (NOBODY, None));
+    }
+
+    #[test]
+    fn link_that_takes_the_place_of_a_socket_that_was_found_leads_nowhere() {
+        let (world, found, options) = find();
+        let mut thread = Thread::new(&found, options);
+        thread.read().unwrap();
+        // The socket of another VM, which is root's perhaps, and a link to it until the next look for sockets.
+        world.add("b", FakeVm::new(GIB, GIB / 2));
+        fs::remove_file(&found.socket).unwrap();
+        symlink(world.socket_of("b"), &found.socket).unwrap();
+        let failure = thread.read().unwrap_err();
+        assert_eq!(failure.kind(), "no-socket", "{failure:?}");
+        assert_eq!(world.vm("b").requests, 0);
     }
 
     #[test]

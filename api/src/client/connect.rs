@@ -8,17 +8,20 @@
 #![allow(unsafe_code)]
 // UNSAFETY: plain system calls on a descriptor and structures of our own, for which no safe wrapper is at hand.
 
+use std::fs::File;
 use std::io;
 use std::mem;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use super::{ClientError, Deadline, Peer};
+use super::{ClientError, Deadline, Peer, SocketFile};
 
 pub(super) fn connect(
     socket: &Path,
+    file: Option<SocketFile>,
     deadline: Option<Deadline>,
 ) -> Result<UnixStream, ClientError> {
     let failed = |source: io::Error| {
@@ -30,7 +33,14 @@ pub(super) fn connect(
             _ => ClientError::Connect { socket, source },
         }
     };
-    let address = address_of(socket).map_err(failed)?;
+    // Held until the connection is there: the name below leads to it.
+    let held = file.map(|file| hold(socket, file)).transpose();
+    let held = held.map_err(failed)?;
+    let address = match &held {
+        Some(held) => address_of(format!("/proc/self/fd/{}", held.as_raw_fd()).as_ref()),
+        None => address_of(socket),
+    };
+    let address = address.map_err(failed)?;
     let stream = new_socket().map_err(failed)?;
     loop {
         let limit = deadline.map(Deadline::remaining).transpose()?;
@@ -41,6 +51,27 @@ pub(super) fn connect(
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(failed(error)),
         }
+    }
+}
+
+/// A descriptor of this file, which no other one can take the place of, as it could of the path.
+fn hold(socket: &Path, expected: SocketFile) -> io::Result<File> {
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_NOFOLLOW)
+        .open(socket)?;
+    let metadata = file.metadata()?;
+    let found = SocketFile {
+        device: metadata.dev(),
+        inode: metadata.ino(),
+    };
+    if found == expected {
+        Ok(file)
+    } else {
+        Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            "another file is there by now",
+        ))
     }
 }
 

@@ -46,10 +46,21 @@ pub struct Peer {
     pub has_ended: bool,
 }
 
+/// Which file a socket is. Its path may lead to another one at any time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketFile {
+    /// The file system.
+    pub device: u64,
+    /// The file in it.
+    pub inode: u64,
+}
+
 /// A client of one VMM.
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
+    /// Which file the socket is, if not whatever its path leads to.
+    file: Option<SocketFile>,
     timeout: Option<Duration>,
     /// Whom requests are for, if not for whoever listens.
     peer: Option<i32>,
@@ -60,6 +71,7 @@ impl Client {
     pub fn new(socket: impl Into<PathBuf>) -> Self {
         Self {
             socket: socket.into(),
+            file: None,
             timeout: Some(DEFAULT_TIMEOUT),
             peer: None,
         }
@@ -75,6 +87,16 @@ impl Client {
     /// The socket it talks to.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// The same client for this file only: another one that stands at the path by then, or that a link leads to, is not
+    /// connected to. Needs `/proc`.
+    #[must_use]
+    pub fn at_file(self, file: SocketFile) -> Self {
+        Self {
+            file: Some(file),
+            ..self
+        }
     }
 
     /// A client that sends requests to this process only: see [`Peer::pid`]. Another one that listens at the socket by
@@ -261,7 +283,7 @@ impl Client {
         fds: &[RawFd],
     ) -> Result<(Option<String>, Peer), ClientError> {
         let deadline = self.deadline();
-        let stream = connect::connect(&self.socket, deadline)?;
+        let stream = connect::connect(&self.socket, self.file, deadline)?;
         let peer = connect::peer(&stream).map_err(|source| ClientError::Connect {
             socket: self.socket.clone(),
             source,

@@ -329,6 +329,7 @@ fn client_full_backlog_times_out() {
     for _ in 0..8192 {
         match connect::connect(
             &path,
+            None,
             Some(Deadline {
                 at: Instant::now() + Duration::from_millis(20),
                 timeout: Duration::from_millis(20),
@@ -483,6 +484,37 @@ proptest! {
         reader.push(rest);
         prop_assert_eq!(reader.response().unwrap().unwrap().body, body);
     }
+}
+
+#[test]
+fn only_the_file_that_was_meant_is_connected_to() {
+    let server = MockServer::new(|mut stream| {
+        let mut bytes = [0; 16];
+        stream.read_exact(&mut bytes).unwrap();
+        stream.write_all(b"HTTP/1.1 204 \r\n\r\n").unwrap();
+    });
+    let socket = server.client.socket().to_owned();
+    let metadata = std::fs::metadata(&socket).unwrap();
+    let file = SocketFile {
+        device: metadata.dev(),
+        inode: metadata.ino(),
+    };
+    let link = socket.with_extension("link");
+    std::os::unix::fs::symlink(&socket, &link).unwrap();
+    let other = SocketFile {
+        inode: file.inode + 1,
+        ..file
+    };
+    for client in [
+        server.client.clone().at_file(other),
+        Client::new(link).at_file(file),
+    ] {
+        let error = client.ping().unwrap_err();
+        assert!(matches!(error, ClientError::NoSocket { .. }), "{error:?}");
+    }
+    let answer = server.client.clone().at_file(file).get("vm.info");
+    assert_eq!(answer.unwrap(), None);
+    server.server.join();
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::fmt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Component, Path, PathBuf};
 
+use api::SocketFile;
 use thiserror::Error;
 
 /// Most VMs one agent looks after. A pattern that matches more is a mistake, and each VM costs a thread.
@@ -39,6 +40,16 @@ pub struct SocketIdentity {
     device: u64,
     inode: u64,
     changed_ns: i64,
+}
+
+impl SocketIdentity {
+    /// The file, for whoever connects to it.
+    pub(crate) fn file(self) -> SocketFile {
+        SocketFile {
+            device: self.device,
+            inode: self.inode,
+        }
+    }
 }
 
 impl fmt::Display for SocketIdentity {
