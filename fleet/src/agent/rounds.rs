@@ -27,6 +27,10 @@ const OSCILLATION_MS: u64 = 60_000;
 /// How long after its start an agent waits for all VMs' first sample before it reserves anything.
 const LEARNING_MS: u64 = 10_000;
 
+/// Number of scans after which a socket that is no VMM's is checked again: the check takes a look at all processes. Whoever
+/// made the listener may have a VMM inherit it later.
+const STRANGER_LOOKS: u32 = 15;
+
 /// Starts serving a socket that was found, under a unique number.
 pub(super) type Serve = Box<dyn Fn(&Found, u64, &AgentConfig) -> io::Result<VmWorker> + Send>;
 
@@ -107,7 +111,7 @@ impl VmRounds {
             if let Some(fault) = found.fault {
                 return Err(StartRefusal {
                     why: fault.to_owned(),
-                    for_good: true,
+                    looks: 0,
                 });
             }
             let owners = owners.get_or_init(|| SocketOwners::read(proc));
@@ -116,7 +120,7 @@ impl VmRounds {
             {
                 return Err(StartRefusal {
                     why: format!("{stranger} listens there, which is not a VMM"),
-                    for_good: true,
+                    looks: STRANGER_LOOKS,
                 });
             }
             let lock = VmLock::take(&found.identity)?;

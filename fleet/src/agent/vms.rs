@@ -84,7 +84,7 @@ pub(super) struct Vms {
     by_name: BTreeMap<VmId, Vm>,
     workers: u64,
     epochs: u64,
-    /// Sockets that are not served, with reasons. A socket that is rejected permanently is not checked again.
+    /// Sockets that are not served, with reasons.
     refused: BTreeMap<VmId, (SocketIdentity, StartRefusal)>,
 }
 
@@ -92,15 +92,15 @@ pub(super) struct Vms {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct StartRefusal {
     pub(super) why: String,
-    /// Whether that can change while it is the same socket.
-    pub(super) for_good: bool,
+    /// At how many more looks that is believed: not everything is found out anew each time.
+    pub(super) looks: u32,
 }
 
 impl From<std::io::Error> for StartRefusal {
     fn from(error: std::io::Error) -> Self {
         Self {
             why: error.to_string(),
-            for_good: false,
+            looks: 0,
         }
     }
 }
@@ -153,10 +153,14 @@ impl Vms {
             let id = VmId::from(found.name.as_str());
             let refused = refused_before.remove(&id);
             let refused = refused.filter(|(identity, _)| *identity == found.identity);
-            if let Some((identity, why)) = &refused
-                && why.for_good
+            if let Some((identity, refusal)) = &refused
+                && refusal.looks > 0
             {
-                self.refused.insert(id, (*identity, why.clone()));
+                let refusal = StartRefusal {
+                    why: refusal.why.clone(),
+                    looks: refusal.looks - 1,
+                };
+                self.refused.insert(id, (*identity, refusal));
                 continue;
             }
             self.workers += 1;
@@ -169,12 +173,12 @@ impl Vms {
                     }
                     self.by_name.insert(vm.id.clone(), vm);
                 }
-                // Unless that is permanent, the next look tries again.
-                Err(why) => {
-                    if refused.is_none_or(|(_, before)| before != why) {
-                        change.refused.push((id.clone(), why.why.clone()));
+                // A later look tries again.
+                Err(refusal) => {
+                    if refused.is_none_or(|(_, before)| before.why != refusal.why) {
+                        change.refused.push((id.clone(), refusal.why.clone()));
                     }
-                    self.refused.insert(id, (found.identity, why));
+                    self.refused.insert(id, (found.identity, refusal));
                 }
             }
         }
@@ -506,6 +510,35 @@ mod tests {
             at_ms,
             ..VmSample::default()
         })
+    }
+
+    #[test]
+    fn refusal_is_believed_for_some_looks_and_told_once() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let path = folder.path().join("a.sock");
+        let _listener = UnixListener::bind(&path).unwrap();
+        let found = Discovery::new(&[path.display().to_string()])
+            .unwrap()
+            .scan();
+        let mut vms = Vms::default();
+        let mut starts = 0;
+        for look in 0..6 {
+            let change = vms.follow(found.clone(), |found, number| {
+                starts += 1;
+                if starts < 3 {
+                    return Err(StartRefusal {
+                        why: "no VMM listens there yet".to_owned(),
+                        looks: 1,
+                    });
+                }
+                let (orders, _received) = mpsc::channel();
+                let lock = VmLock::take(&found.identity)?;
+                Ok((VmWorker::new(orders, number), lock))
+            });
+            assert_eq!(change.refused.len(), usize::from(look == 0), "{look}");
+            assert_eq!(change.appeared.len(), usize::from(look == 4), "{look}");
+        }
+        assert_eq!(starts, 3);
     }
 
     #[test]
