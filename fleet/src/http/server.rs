@@ -28,6 +28,8 @@ const STOP_POLL: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 200_000_000,
 };
+/// See [`pause_after`].
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// An answer of the size that occurs takes some tens of KiB of stack to write as JSON, more without optimisation.
 const STACK_BYTES: usize = 512 << 10;
 
@@ -175,9 +177,10 @@ fn start<L: AsFd + Send + 'static, S: Timed + Send + 'static>(
                 if !matches!(poll(&mut polled, Some(&STOP_POLL)), Ok(1..)) {
                     continue;
                 }
-                // A client that is gone again, or too few descriptors: the next round tries anew.
-                if let Ok((stream, peer)) = accept(&listener) {
-                    serve((stream, peer), deadlines, &handler, &open);
+                // Whatever went wrong, the next round tries anew.
+                match accept(&listener) {
+                    Ok(connection) => serve(connection, deadlines, &handler, &open),
+                    Err(error) => thread::sleep(pause_after(&error)),
                 }
             }
         })?;
@@ -187,6 +190,17 @@ fn start<L: AsFd + Send + 'static, S: Timed + Send + 'static>(
         address: None,
         socket: None,
     })
+}
+
+/// How long nothing is accepted after a failure. A client that is gone again leaves nothing behind. One that could not be
+/// taken, because there are too few descriptors above all, waits still, and the loop would find it again at once.
+fn pause_after(error: &io::Error) -> Duration {
+    match error.kind() {
+        io::ErrorKind::WouldBlock
+        | io::ErrorKind::Interrupted
+        | io::ErrorKind::ConnectionAborted => Duration::ZERO,
+        _ => ACCEPT_PAUSE,
+    }
 }
 
 type Handler = Arc<dyn Fn(&Request) -> Response + Send + Sync>;
@@ -239,4 +253,18 @@ fn answer(stream: &mut impl Timed, response: &Response, deadline: Duration) {
     stream.until(Instant::now() + deadline);
     // Whoever asked may be gone; that is their business.
     let _ = response.write(stream).and_then(|()| stream.finish());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn server_without_descriptors_waits_for_some_and_one_whose_client_went_does_not() {
+        let pause = |kind: io::ErrorKind| pause_after(&kind.into());
+        assert_eq!(pause(io::ErrorKind::WouldBlock), Duration::ZERO);
+        assert_eq!(pause(io::ErrorKind::ConnectionAborted), Duration::ZERO);
+        // EMFILE
+        assert_eq!(pause_after(&io::Error::from_raw_os_error(24)), ACCEPT_PAUSE);
+    }
 }
