@@ -75,10 +75,12 @@ impl LessonBook {
             .map_or_else(Lessons::default, |record| record.lessons.clone())
     }
 
-    /// Records the current knowledge.
+    /// Records the current knowledge. A process that could not be looked up is still the one before.
     pub(super) fn enter(&mut self, vm: &VmId, process: Option<ProcessIdentity>, lessons: Lessons) {
+        let before = self.records.get(vm);
+        let process = process.or_else(|| before?.process);
         let record = Record { process, lessons };
-        if self.records.get(vm) != Some(&record) {
+        if before != Some(&record) {
             self.records.insert(vm.clone(), record);
             self.changed = true;
         }
@@ -137,6 +139,20 @@ mod tests {
         next.save(|_| false).unwrap();
         let last = LessonBook::open(folder.path());
         assert_eq!(last.of(&vm, PROCESS), Lessons::default());
+    }
+
+    #[test]
+    fn lessons_hold_when_the_process_could_not_be_looked_up_for_a_while() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let vm = VmId::from("a");
+        let lessons = |turn_ms| Lessons {
+            turns_ms: vec![turn_ms],
+            ..Lessons::default()
+        };
+        let mut book = LessonBook::open(folder.path());
+        book.enter(&vm, PROCESS, lessons(5));
+        book.enter(&vm, None, lessons(6));
+        assert_eq!(book.of(&vm, PROCESS), lessons(6));
     }
 
     #[test]
