@@ -6,6 +6,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::Path;
 
@@ -29,6 +30,8 @@ impl FolderLock {
             .write(true)
             .create(true)
             .truncate(false)
+            // Whoever may open it can lock it, and so keep the agent from starting.
+            .mode(0o600)
             .open(folder.join("lock"))?;
         flock(&file, FlockOperation::NonBlockingLockExclusive)?;
         Ok(Self { _file: file })
@@ -86,6 +89,8 @@ fn holder(address: &SocketAddrUnix, in_use: io::Error) -> io::Result<VmLock> {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
     use crate::sample::Discovery;
 
@@ -93,6 +98,8 @@ mod tests {
     fn folder_belongs_to_one_agent_until_it_ends() {
         let folder = tempfile::TempDir::new().unwrap();
         let first = FolderLock::take(folder.path()).unwrap();
+        let lock = folder.path().join("lock").metadata().unwrap();
+        assert_eq!(lock.permissions().mode() & 0o077, 0);
         let second = FolderLock::take(folder.path()).unwrap_err();
         assert_eq!(second.kind(), io::ErrorKind::WouldBlock);
         drop(first);
