@@ -223,8 +223,11 @@ fn serve<S: Timed + Send + 'static>(
     let count = open.fetch_add(1, Ordering::Relaxed);
     let open = Open(Arc::clone(open));
     if count >= CONNECTIONS_MAX {
-        let refusal = Response::error(503, &["Too many connections".to_owned()]);
-        answer(&mut stream, &refusal, REFUSAL_DEADLINE);
+        // Clients that never end their handshake would have all others wait for this thread.
+        if stream.answers_at_once() {
+            let refusal = Response::error(503, &["Too many connections".to_owned()]);
+            answer(&mut stream, &refusal, REFUSAL_DEADLINE);
+        }
         return;
     }
     let handler = Arc::clone(handler);

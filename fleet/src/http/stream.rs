@@ -46,6 +46,9 @@ pub(super) trait Timed: Read + Write {
     /// From now on, at `until`.
     fn until(&mut self, until: Instant);
 
+    /// Whether an answer can be sent without waiting for the other side.
+    fn answers_at_once(&self) -> bool;
+
     /// Sends what is left, and that nothing more comes.
     fn finish(&mut self) -> io::Result<()>;
 }
@@ -95,6 +98,10 @@ impl<S: Socket> Timed for Limited<S> {
         self.until = until;
     }
 
+    fn answers_at_once(&self) -> bool {
+        true
+    }
+
     fn finish(&mut self) -> io::Result<()> {
         self.flush()?;
         self.socket.end();
@@ -106,6 +113,11 @@ impl<S: Socket> Timed for Limited<S> {
 impl<S: Socket> Timed for StreamOwned<ServerConnection, Limited<S>> {
     fn until(&mut self, until: Instant) {
         self.sock.until = until;
+    }
+
+    /// First there is a handshake.
+    fn answers_at_once(&self) -> bool {
+        false
     }
 
     fn finish(&mut self) -> io::Result<()> {

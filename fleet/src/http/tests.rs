@@ -215,33 +215,53 @@ fn client_that_never_ends_its_handshake_is_given_up() {
     assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
 }
 
+/// Asks over TLS, and believes this authority.
+fn ask_over_tls(server: &HttpServer, ca: &str) -> std::io::Result<String> {
+    let mut roots = RootCertStore::empty();
+    roots
+        .add(CertificateDer::from_pem_file(pem(ca)).unwrap())
+        .unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let name = ServerName::try_from("localhost").unwrap();
+    let session = ClientConnection::new(Arc::new(config), name).unwrap();
+    let stream = TcpStream::connect(server.address().unwrap()).unwrap();
+    let mut stream = StreamOwned::new(session, stream);
+    stream.write_all(b"GET /x HTTP/1.1\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    Ok(answer)
+}
+
 #[test]
 fn request_over_tls_is_answered_to_whoever_believes_the_certificate() {
     let tls = server_tls(&pem("server.pem"), &pem("server.key")).unwrap();
     let address = "127.0.0.1:0".parse().unwrap();
     let server = serve_tcp(address, Some(tls), Deadlines::default(), echo).unwrap();
-    let ask = |ca: &str| {
-        let mut roots = RootCertStore::empty();
-        roots
-            .add(CertificateDer::from_pem_file(pem(ca)).unwrap())
-            .unwrap();
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        let name = ServerName::try_from("localhost").unwrap();
-        let session = ClientConnection::new(Arc::new(config), name).unwrap();
-        let stream = TcpStream::connect(server.address().unwrap()).unwrap();
-        let mut stream = StreamOwned::new(session, stream);
-        stream.write_all(b"GET /x HTTP/1.1\r\n\r\n")?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        std::io::Result::Ok(answer)
+    let answer = ask_over_tls(&server, "ca.pem").unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 OK\r\n"), "{answer}");
+    assert!(ask_over_tls(&server, "other.pem").is_err());
+}
+
+#[test]
+fn nobody_waits_for_the_handshake_of_a_connection_beyond_the_bound() {
+    let tls = server_tls(&pem("server.pem"), &pem("server.key")).unwrap();
+    let address = "127.0.0.1:0".parse().unwrap();
+    let deadlines = Deadlines {
+        request: Duration::from_secs(60),
+        ..Deadlines::default()
     };
-    assert!(ask("ca.pem").unwrap().starts_with("HTTP/1.1 200 OK\r\n"));
-    assert!(ask("other.pem").is_err());
+    let server = serve_tcp(address, Some(tls), deadlines, echo).unwrap();
+    let held: Vec<TcpStream> = (0..CONNECTIONS_MAX)
+        .map(|_| TcpStream::connect(server.address().unwrap()).unwrap())
+        .collect();
+    // It is closed without one.
+    assert!(ask_over_tls(&server, "ca.pem").is_err());
+    drop(held);
 }
 
 #[test]
