@@ -35,6 +35,8 @@ pub(super) struct Condition {
 pub(super) enum Test {
     /// It has this value.
     Is(u64),
+    /// It does not have this value.
+    IsNot(u64),
     /// None of these bits is set.
     Without(u64),
     /// All of these bits are set.
@@ -52,11 +54,17 @@ mod values {
     pub(super) const PUNCH_HOLE: c_int = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
     pub(super) const DATAGRAM: c_int = SOCK_DGRAM | SOCK_CLOEXEC;
     pub(super) const NO_FLAGS: c_int = 0;
+    pub(super) const THIS_PROCESS: pid_t = 0;
+    /// As in linux/fcntl.h; not in libc.
+    pub(super) const F_SETOWN_EX: c_int = 15;
 }
 
 macro_rules! condition {
     ($argument:literal is $value:ident) => {
         condition!(@ $argument, Test::Is(values::$value as u64), concat!("is ", stringify!($value)))
+    };
+    ($argument:literal not $value:ident) => {
+        condition!(@ $argument, Test::IsNot(values::$value as u64), concat!("is not ", stringify!($value)))
     };
     ($argument:literal without $($bit:ident)|+) => {
         condition!(@ $argument, Test::Without($(values::$bit as u64)|+), concat!("has none of", $(" ", stringify!($bit)),+))
@@ -99,8 +107,9 @@ pub(super) const EVERY_THREAD: &[Call] = calls![
     SYS_epoll_wait,
     SYS_exit,
     SYS_exit_group,
-    // In debug builds, the standard library checks that a descriptor is open before it closes it.
-    SYS_fcntl,
+    // Used, among others, by the standard library in debug builds to check that a descriptor is open before it closes it.
+    // A descriptor with an owner sends it signals, whichever process the owner is.
+    SYS_fcntl [1 not F_SETOWN] [1 not F_SETOWN_EX],
     SYS_futex,
     SYS_getpid,
     SYS_getrandom,
@@ -233,7 +242,7 @@ const MACHINE: &[Call] = calls![
     // The discard engine probes the kernel's features once.
     SYS_pidfd_open [0 own_process],
     SYS_pipe2,
-    SYS_prlimit64,
+    SYS_prlimit64 [0 is THIS_PROCESS],
     SYS_readlink,
     SYS_rename,
     SYS_rt_sigaction [0 kick_signal],

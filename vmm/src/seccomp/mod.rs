@@ -171,6 +171,7 @@ fn rules(allowed: Allowed) -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompile
 fn condition(condition: &Condition) -> Result<SeccompCondition, seccompiler::BackendError> {
     let (operator, value) = match condition.test {
         Test::Is(value) => (SeccompCmpOp::Eq, value),
+        Test::IsNot(value) => (SeccompCmpOp::Ne, value),
         Test::Without(bits) => (SeccompCmpOp::MaskedEq(bits), 0),
         Test::With(bits) => (SeccompCmpOp::MaskedEq(bits), bits),
         Test::OwnProcess => (SeccompCmpOp::Eq, u64::from(std::process::id())),

@@ -236,6 +236,18 @@ fn forbidden() -> Vec<Forbidden> {
             [parent, 0, 0, 0, 0, 0],
         ),
         call(
+            "fcntl",
+            every,
+            libc::SYS_fcntl,
+            [-1, flags(libc::F_SETOWN), parent, 0, 0, 0],
+        ),
+        call(
+            "prlimit64",
+            every,
+            libc::SYS_prlimit64,
+            [libc::c_long::from(libc::pid_t::MAX), 0, 0, 0, 0, 0],
+        ),
+        call(
             "MADV_COLD",
             every,
             libc::SYS_process_madvise,
