@@ -55,7 +55,7 @@ mod values {
     pub(super) const DATAGRAM: c_int = SOCK_DGRAM | SOCK_CLOEXEC;
     pub(super) const NO_FLAGS: c_int = 0;
     pub(super) const THIS_PROCESS: pid_t = 0;
-    /// As in linux/fcntl.h; not in libc.
+    /// As in linux/fcntl.h.
     pub(super) const F_SETOWN_EX: c_int = 15;
 }
 

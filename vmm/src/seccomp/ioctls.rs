@@ -88,8 +88,16 @@ const KVM_OF_MACHINE: &[Request] = requests![
 ];
 
 /// Attributes of a terminal. Every thread may restore them: the process does so before it ends at a forbidden call.
-const RESTORE_TERMINAL: &[Request] = requests![TCSETS = 0x5402];
-const TERMINAL: &[Request] = requests![TCGETS = 0x5401, TCSETSW = 0x5403, TCSETSF = 0x5404];
+/// Since version 2.42, glibc makes the requests with a 2.
+const RESTORE_TERMINAL: &[Request] = requests![TCSETS = 0x5402, TCSETS2 = 0x402c_542b];
+const TERMINAL: &[Request] = requests![
+    TCGETS = 0x5401,
+    TCSETSW = 0x5403,
+    TCSETSF = 0x5404,
+    TCGETS2 = 0x802c_542a,
+    TCSETSW2 = 0x402c_542c,
+    TCSETSF2 = 0x402c_542d,
+];
 const TERMINAL_SIZE: &[Request] = requests![TIOCGWINSZ = 0x5413];
 /// Creates a pseudo-terminal, and determines who owns this terminal.
 const NEW_TERMINAL: &[Request] = requests![

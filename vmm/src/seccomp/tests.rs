@@ -68,6 +68,27 @@ fn document_shows_the_filters() {
     );
 }
 
+#[test]
+fn terminals_work_with_the_requests_of_every_glibc() {
+    let requests = |kind| {
+        let requests = ioctls::own(kind).into_iter();
+        requests.map(|request| request.number).collect::<Vec<_>>()
+    };
+    for kind in ThreadKind::all() {
+        let requests = requests(kind);
+        for (old, new) in [
+            (libc::TCGETS, libc::TCGETS2),
+            (libc::TCSETS, libc::TCSETS2),
+            (libc::TCSETSW, libc::TCSETSW2),
+            (libc::TCSETSF, libc::TCSETSF2),
+        ] {
+            let of = |number: libc::Ioctl| requests.contains(&number);
+            assert_eq!(of(old), of(new), "{kind:?}: {old:#x}");
+        }
+        assert!(requests.contains(&libc::TCSETS), "{kind:?}");
+    }
+}
+
 /// A filter cannot be removed and a trap ends the process, so each case runs in a process of its own: this very test
 /// program, with the case in its environment.
 const CASE: &str = "SECCOMP_TEST_CASE";
