@@ -302,7 +302,8 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
             SOCKET_IO,
             calls![SYS_eventfd2, SYS_prctl [0 is PR_SCHED_CORE]],
         ],
-        MachineThread::Serial => &[SOCKET_IO, TIMERS, calls![SYS_eventfd2]],
+        // The console's socket is removed here if a client connects just as the control thread closes it.
+        MachineThread::Serial => &[SOCKET_IO, TIMERS, calls![SYS_eventfd2, SYS_unlink]],
         MachineThread::Worker(DeviceKind::Balloon) => &[DISCARD, TIMERS, RESIDENCY],
         MachineThread::Worker(DeviceKind::Mem) => &[DISCARD],
         MachineThread::Worker(DeviceKind::Block) => &[DISK_IO, TIMERS],

@@ -6,8 +6,8 @@ use std::process::{Command, Output};
 
 use machine::serial::{Endpoint, EndpointMode, SerialManager};
 use machine::threads::{DeviceKind, MachineThread};
-use virtio_devices::GuestRam;
 use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange, ResidencyProbe};
+use virtio_devices::{GuestRam, ListeningSocket};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 use super::*;
@@ -204,6 +204,21 @@ fn gives_memory_back_and_measures_it() -> bool {
             })
 }
 
+/// The serial thread may be the last one that knows the console's socket, and the vsock device's worker is.
+fn removes_its_socket() -> bool {
+    let vsock = MachineThread::Worker(DeviceKind::Vsock);
+    [MachineThread::Serial, vsock].into_iter().all(|thread| {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("socket");
+        let socket = ListeningSocket::bind(&path).unwrap();
+        let kind = ThreadKind::Machine(thread);
+        confined(SeccompMode::Trap, kind, move || {
+            drop(socket);
+            true
+        }) && !path.exists()
+    })
+}
+
 /// Calls that none of the named kinds may make; each is harmless if it succeeds.
 fn forbidden() -> Vec<Forbidden> {
     let every = |_: ThreadKind| true;
@@ -369,6 +384,7 @@ fn case_runner() {
                 starts_a_query(&hook)
             })
         }
+        "socket" => removes_its_socket(),
         "terminal" => confined(SeccompMode::Trap, ThreadKind::Control, makes_a_terminal),
         "forbidden" => forbidden_is_refused(),
         "live" => ThreadKind::all().all(|kind| confined(SeccompMode::Trap, kind, lives)),
@@ -405,7 +421,7 @@ fn thread_of_each_kind_is_refused_what_it_must_not_do() {
 
 #[test]
 fn threads_live_under_their_filters_and_start_their_children() {
-    for case in ["query", "discard", "terminal", "live"] {
+    for case in ["query", "discard", "terminal", "socket", "live"] {
         let output = play(case);
         assert!(output.status.success(), "{case}: {output:?}");
     }
