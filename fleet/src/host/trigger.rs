@@ -5,20 +5,12 @@
 //! use windows of whole two seconds (`kernel/sched/psi.c`, since 6.5), which is tried second.
 
 use std::fs::{File, OpenOptions};
-use std::io::{self, Write};
+use std::io::{self, PipeReader, PipeWriter, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use thiserror::Error;
-
-/// How often a watching thread looks whether it shall end.
-const STOP_POLL: Timespec = Timespec {
-    tv_sec: 0,
-    tv_nsec: 500_000_000,
-};
 
 /// What a trigger reacts to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,7 +44,7 @@ pub enum TriggerError {
         #[source]
         source: io::Error,
     },
-    /// No thread could be started.
+    /// The thread, or the pipe that ends it, could not be created.
     #[error("Cannot start the thread that watches the pressure")]
     Thread(#[source] io::Error),
 }
@@ -61,7 +53,8 @@ pub enum TriggerError {
 #[derive(Debug)]
 pub struct PressureTrigger {
     level: TriggerLevel,
-    stop: Arc<AtomicBool>,
+    /// The thread ends when this end of the pipe is closed.
+    running: Option<PipeWriter>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -74,7 +67,7 @@ impl PressureTrigger {
 
 impl Drop for PressureTrigger {
     fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
+        drop(self.running.take());
         if let Some(thread) = self.thread.take() {
             // A panic there was already printed; there is nothing to add while shutting down.
             let _ = thread.join();
@@ -95,15 +88,14 @@ pub fn watch_pressure(
         TriggerError::Refused { .. } => arm(path, unprivileged(level)),
         other => Err(other),
     })?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let stopped = Arc::clone(&stop);
+    let (ended, running) = io::pipe().map_err(TriggerError::Thread)?;
     let thread = thread::Builder::new()
         .name("pressure".to_owned())
-        .spawn(move || watch(&file, &stopped, notify))
+        .spawn(move || watch(&file, &ended, notify))
         .map_err(TriggerError::Thread)?;
     Ok(PressureTrigger {
         level,
-        stop,
+        running: Some(running),
         thread: Some(thread),
     })
 }
@@ -138,17 +130,23 @@ fn arm(path: &Path, level: TriggerLevel) -> Result<(File, TriggerLevel), Trigger
     Ok((file, level))
 }
 
-fn watch(file: &File, stop: &AtomicBool, mut notify: impl FnMut()) {
-    while !stop.load(Ordering::Relaxed) {
-        let mut polled = [PollFd::new(file, PollFlags::PRI)];
-        match poll(&mut polled, Some(&STOP_POLL)) {
-            // Time to look at `stop`, or a signal came in between.
-            Ok(0) | Err(rustix::io::Errno::INTR) => continue,
+/// Watches the file until the other end of the pipe is closed.
+fn watch(file: &File, ended: &PipeReader, mut notify: impl FnMut()) {
+    loop {
+        let mut polled = [
+            PollFd::new(file, PollFlags::PRI),
+            PollFd::new(ended, PollFlags::empty()),
+        ];
+        match poll(&mut polled, None) {
+            Err(rustix::io::Errno::INTR) => continue,
             Ok(_) => {}
             Err(error) => {
                 log::warn!("the pressure file cannot be watched any more: {error}");
                 return;
             }
+        }
+        if !polled[1].revents().is_empty() {
+            return;
         }
         let ready = polled[0].revents();
         if ready.contains(PollFlags::ERR) {
@@ -159,5 +157,30 @@ fn watch(file: &File, stop: &AtomicBool, mut notify: impl FnMut()) {
         if ready.contains(PollFlags::PRI) {
             notify();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn dropped_trigger_ends_its_thread() {
+        // A file that never reports pressure: only the drop can wake the thread.
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let level = TriggerLevel {
+            stall_us: 70_000,
+            window_us: 1_000_000,
+        };
+        let (sender, receiver) = mpsc::channel::<()>();
+        let trigger = watch_pressure(file.path(), level, move || sender.send(()).unwrap()).unwrap();
+        assert_eq!(trigger.level(), level);
+        assert_eq!(receiver.try_recv(), Err(mpsc::TryRecvError::Empty));
+        drop(trigger);
+        assert_eq!(receiver.try_recv(), Err(mpsc::TryRecvError::Disconnected));
     }
 }
