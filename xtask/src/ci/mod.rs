@@ -36,6 +36,9 @@ pub(crate) struct Options {
     /// Run only the steps that a change since this commit can affect, uncommitted changes included
     #[arg(long, value_name = "COMMIT")]
     since: Option<String>,
+    /// Print the names of the selected steps instead of running them
+    #[arg(long)]
+    list: bool,
 }
 
 /// Size of a target folder after all steps, as measured, rounded up.
@@ -64,7 +67,22 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         Some(commit) => since::steps(commit)?,
         None => STEPS.iter().collect(),
     };
-    if steps.is_empty() {
+    let nothing_changed = steps.is_empty();
+    let chosen: Vec<&'static Step> = steps
+        .into_iter()
+        .filter(|step| {
+            let named = options.only.as_ref();
+            named.is_none_or(|name| step.name.contains(name))
+                && !(options.quick && step.kind == Kind::Guests)
+        })
+        .collect();
+    if options.list {
+        for step in &chosen {
+            println!("{}", step.name);
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    if nothing_changed {
         println!("nothing that a step depends on has changed");
         println!("\n{}", Counts::default());
         return Ok(ExitCode::SUCCESS);
@@ -75,14 +93,6 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         println!("{line}");
         seen.read(&line);
     }
-    let chosen: Vec<&'static Step> = steps
-        .into_iter()
-        .filter(|step| {
-            let named = options.only.as_ref();
-            named.is_none_or(|name| step.name.contains(name))
-                && !(options.quick && step.kind == Kind::Guests)
-        })
-        .collect();
     let mut results: Vec<Record> = Vec::new();
     for group in chosen.chunk_by(|one, next| runs_beside(one, next)) {
         run_group(group, &mut results, &mut seen);

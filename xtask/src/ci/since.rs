@@ -20,13 +20,20 @@ pub(super) enum Part {
     Xtask,
     /// No code; some of it is checked by tests of the crates.
     Text,
-    /// All other folders: the VMM's crates.
     Vmm,
+    /// All other folders: what both the VMM and the fleet depend on, and new folders.
+    Shared,
     /// Everything depends on it: `Cargo.lock`, `clippy.toml`, …
     Root,
 }
 
-const FOLDERS: [(&str, Part); 8] = [
+const FOLDERS: [(&str, Part); 14] = [
+    ("bin/cloud-hypervisor/", Part::Vmm),
+    ("hypervisor/", Part::Vmm),
+    ("machine/", Part::Vmm),
+    ("state/", Part::Vmm),
+    ("virtio-devices/", Part::Vmm),
+    ("vmm/", Part::Vmm),
     ("fleet/", Part::Fleet),
     ("bin/ch-fleet", Part::Fleet),
     ("guest-patches/", Part::GuestPatches),
@@ -41,7 +48,7 @@ fn part_of(file: &str) -> Part {
     let named = FOLDERS.iter().find(|(folder, _)| file.starts_with(folder));
     match named {
         Some((_, part)) => *part,
-        None if file.contains('/') && !file.starts_with('.') => Part::Vmm,
+        None if file.contains('/') && !file.starts_with('.') => Part::Shared,
         None if file.ends_with(".md") || file == ".gitignore" => Part::Text,
         None => Part::Root,
     }
@@ -110,15 +117,68 @@ mod tests {
             .collect()
     }
 
+    fn unaffected(file: &str) -> Vec<&'static str> {
+        let affected = affected(file);
+        let names = STEPS.iter().map(|step| step.name);
+        names.filter(|name| !affected.contains(name)).collect()
+    }
+
     #[test]
     fn change_affects_the_steps_that_depend_on_its_part() {
         assert_eq!(affected("Cargo.lock").len(), STEPS.len());
         assert_eq!(affected(".cargo/config.toml").len(), STEPS.len());
         assert_eq!(affected("docs/api.md"), ["unit tests"]);
-        assert!(!affected("fleet/src/plan.rs").contains(&"guest series"));
-        for step in ["build", "fuzz", "vm tests", "vm bench"] {
-            assert!(affected("machine/src/lib.rs").contains(&step), "{step}");
+        assert_eq!(
+            affected("fleet/src/plan.rs"),
+            [
+                "format",
+                "clippy",
+                "build",
+                "unit tests",
+                "fleet store",
+                "fleet page",
+                "doc tests",
+                "vm tests"
+            ]
+        );
+        let guest_only = ["guest", "qemu tests", "guest core", "guest series"];
+        let mut vmm_not = guest_only.to_vec();
+        vmm_not.extend(["fleet store", "fleet page"]);
+        for file in ["virtio-devices/src/lib.rs", "machine/src/lib.rs"] {
+            let mut unaffected = unaffected(file);
+            unaffected.sort_by_key(|name| vmm_not.iter().position(|other| other == name));
+            assert_eq!(unaffected, vmm_not, "{file}");
         }
+        assert_eq!(unaffected("api/src/lib.rs"), guest_only);
+        assert_eq!(
+            affected("guest-patches/patches/1.patch"),
+            [
+                "unit tests",
+                "guest",
+                "qemu tests",
+                "vm bench",
+                "experiment",
+                "guest core",
+                "guest series",
+                "vm tests"
+            ]
+        );
+        assert_eq!(
+            unaffected("xtask/src/main.rs"),
+            ["build", "test programs", "benchmarks", "doc tests"]
+        );
+        assert_eq!(
+            unaffected("tests/src/lib.rs"),
+            [
+                "build",
+                "fuzz",
+                "benchmarks",
+                "fleet page",
+                "guest core",
+                "doc tests",
+                "guest series"
+            ]
+        );
     }
 
     #[test]

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 
 use super::count::{Counts, closing_line};
 use super::since::Part;
-use super::since::Part::{Fleet, Fuzz, GuestPatches, Tests, Text, Vmm, Xtask};
+use super::since::Part::{Fleet, Fuzz, GuestPatches, Shared, Tests, Text, Vmm, Xtask};
 use super::tests_seen::TestsSeen;
 use crate::{cargo, paths, test_programs};
 
@@ -89,8 +89,9 @@ const fn beside(step: Step) -> Step {
 /// What a Linux guest under our VMM needs.
 const BUILT: &[&str] = &["build", "test programs", "guest"];
 
-const CODE: &[Part] = &[Vmm, Fleet, Fuzz, Tests, Xtask];
-const GUESTS: &[Part] = &[Vmm, Fleet, GuestPatches, Tests, Xtask];
+const CODE: &[Part] = &[Shared, Vmm, Fleet, Fuzz, Tests, Xtask];
+/// Steps that measure guests without a fleet agent.
+const MEASURED: &[Part] = &[Shared, Vmm, GuestPatches, Tests, Xtask];
 
 /// The steps in order. Concurrent steps are adjacent, the longest first, so that they end at about the same time.
 pub(crate) const STEPS: &[Step] = &[
@@ -106,21 +107,21 @@ pub(crate) const STEPS: &[Step] = &[
     host(
         "build",
         &[],
-        &[Vmm, Fleet],
+        &[Shared, Vmm, Fleet],
         "cargo build --release --package cloud-hypervisor --package ch-remote --package ch-fleet \
          --package ch-fleet-adapter",
     ),
     host(
         "unit tests",
         &[],
-        &[Vmm, Fleet, GuestPatches, Tests, Xtask, Text],
+        &[Shared, Vmm, Fleet, GuestPatches, Tests, Xtask, Text],
         "cargo {test} --workspace --lib --bins --tests --no-fail-fast",
     ),
     // Compiled for the unit tests already: selected as there, so that nothing is built twice.
     host(
         "test programs",
         &[],
-        &[Vmm, Tests],
+        &[Shared, Vmm, Tests],
         "cargo build {test programs}",
     ),
     guests(
@@ -137,41 +138,46 @@ pub(crate) const STEPS: &[Step] = &[
         "cargo xtask guest qemu-test",
     )),
     // Debian's kernels: nothing of a kernel is compiled.
-    beside(guests("demo", &[], GUESTS, "cargo xtask demo")),
+    beside(guests(
+        "demo",
+        &[],
+        &[Shared, Vmm, Tests, Xtask],
+        "cargo xtask demo",
+    )),
     // The canary from an empty corpus, then each target; a failing input is kept in target/fuzz.
     beside(host(
         "fuzz",
         &[],
-        &[Vmm, Fuzz, Xtask],
+        &[Shared, Vmm, Fuzz, Xtask],
         "cargo xtask fuzz --seconds 30",
     )),
     // Each once, without measuring, to check that they still run.
     beside(host(
         "benchmarks",
         &[],
-        &[Vmm],
+        &[Shared, Vmm],
         "cargo test --workspace --features virtio-devices/test-utils --bench balloon --bench rates --bench block",
     )),
     // Three members and five agents, killed, stopped and disconnected.
     beside(host(
         "fleet store",
         &["build", "test programs"],
-        &[Fleet, Vmm, Tests, Xtask],
+        &[Shared, Fleet, Tests, Xtask],
         "cargo xtask fleet-store",
     )),
-    beside(guests("vm bench", BUILT, GUESTS, "cargo xtask bench")),
+    beside(guests("vm bench", BUILT, MEASURED, "cargo xtask bench")),
     // The agent's page in Chromium, its metrics and rules in Prometheus, its host in placement.
     beside(host(
         "fleet page",
         &[],
-        &[Fleet, Vmm],
+        &[Shared, Fleet, Xtask],
         "cargo xtask fleet-page",
     )),
     // Without reporting, two guests fit. Few and small guests, to show that it works.
     beside(guests(
         "experiment",
         BUILT,
-        GUESTS,
+        MEASURED,
         "cargo xtask experiment overcommit --reporting mainline --scale 0.1 --max 5 --expect 4 --timeout 900",
     )),
     beside(host(
@@ -183,7 +189,7 @@ pub(crate) const STEPS: &[Step] = &[
     beside(host(
         "doc tests",
         &[],
-        &[Vmm, Fleet],
+        &[Shared, Vmm, Fleet],
         "cargo test --workspace --doc",
     )),
     // Builds nothing that the guests' step has not built.
@@ -194,7 +200,12 @@ pub(crate) const STEPS: &[Step] = &[
         "cargo xtask guest check --quick",
     )),
     // The tests take a few minutes; a guest that hangs costs its test's own deadline.
-    guests("vm tests", BUILT, GUESTS, "cargo xtask vm-tests"),
+    guests(
+        "vm tests",
+        BUILT,
+        &[Shared, Vmm, Fleet, GuestPatches, Tests, Xtask],
+        "cargo xtask vm-tests",
+    ),
 ];
 
 /// The result of a step that has run.
