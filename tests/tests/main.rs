@@ -7,6 +7,7 @@ mod ch_remote;
 mod crate_borders;
 mod host_view;
 mod hotplug;
+mod landlock;
 mod reporting_policy;
 mod vsock;
 

@@ -9,6 +9,7 @@ mod balloon;
 mod console;
 mod cpus;
 mod disk;
+mod landlock;
 mod mac;
 mod memory;
 mod net;
@@ -32,6 +33,7 @@ pub use disk::{
     DEFAULT_DISK_NUM_QUEUES, DEFAULT_DISK_QUEUE_SIZE, DiskConfig, ImageType, LockGranularity,
     VirtQueueAffinity,
 };
+pub use landlock::LandlockConfig;
 pub use mac::{MacAddr, MacAddrError};
 pub use memory::{DEFAULT_MEMORY_BYTES, HotplugMethod, MemoryConfig, MemoryZoneConfig};
 pub use net::{DEFAULT_NET_NUM_QUEUES, DEFAULT_NET_QUEUE_SIZE, INVALID_FD, NetConfig, VhostMode};
@@ -89,8 +91,10 @@ pub struct VmConfig {
     pub watchdog: bool,
     /// A device through which the guest reports a panic. Unsupported.
     pub pvpanic: bool,
-    /// Restrict the VMM's own file access. Unsupported.
+    /// Let the VMM use only files that this configuration names.
     pub landlock_enable: bool,
+    /// Files that the VMM may use besides, for devices that are added later. Needs `landlock_enable`.
+    pub landlock_rules: Option<Vec<LandlockConfig>>,
     /// Sections of upstream's that have no type here.
     #[serde(flatten)]
     pub unsupported: UnsupportedSections,
@@ -146,8 +150,6 @@ unsupported_sections! {
     rate_limit_groups,
     /// vhost-user devices of any type. Unsupported.
     generic_vhost_user,
-    /// File access rules of the VMM. Unsupported.
-    landlock_rules,
 }
 
 impl VmConfig {

@@ -7,8 +7,9 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::Value;
 
 use crate::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, MemoryConfig,
-    MemoryZoneConfig, NetConfig, NumaConfig, PlatformConfig, RngConfig, SerialConfig, VsockConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, LandlockConfig,
+    MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, PlatformConfig, RngConfig, SerialConfig,
+    VsockConfig,
 };
 use crate::{AlertChange, ReportingPolicy};
 
@@ -59,6 +60,7 @@ fn sections() -> Vec<OptionReference> {
         ConsoleConfig::reference(),
         DebugConsoleConfig::reference(),
         PlatformConfig::reference(),
+        LandlockConfig::reference(),
     ]
 }
 

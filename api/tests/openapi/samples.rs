@@ -79,6 +79,7 @@ samples![
     AlertChange,
     ReportingPolicyChange,
     VmConfig,
+    LandlockConfig,
     PayloadConfig,
     CpusConfig,
     CpuTopology,

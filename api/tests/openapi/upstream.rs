@@ -11,6 +11,7 @@ pub(crate) const FIELDS: &[(&str, &str)] = &[
          debug_console devices user_devices vdpa vsock numa iommu watchdog pvpanic pci_segments platform tpm rtc \
          landlock_enable landlock_rules",
     ),
+    ("LandlockConfig", "path access"),
     ("PayloadConfig", "firmware kernel cmdline initramfs"),
     (
         "CpusConfig",

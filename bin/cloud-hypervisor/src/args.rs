@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use api::VmConfig;
 use api::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, MemoryConfig, MemoryZoneConfig,
-    NetConfig, NumaConfig, PathOrFd, PayloadConfig, PlatformConfig, RngConfig, SerialConfig,
-    VsockConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, LandlockConfig, MemoryConfig,
+    MemoryZoneConfig, NetConfig, NumaConfig, PathOrFd, PayloadConfig, PlatformConfig, RngConfig,
+    SerialConfig, VsockConfig,
 };
 use api::options::OptionError;
 use clap::{ArgAction, ArgGroup, Parser, ValueEnum};
@@ -54,6 +54,13 @@ pub(crate) struct Arguments {
     /// Path to kernel to load: a vmlinux with a PVH entry point, or a bzImage
     #[arg(long)]
     kernel: Option<PathBuf>,
+
+    /// Let the VMM use only files that its options name (Landlock). A kernel without it is an error
+    #[arg(long, requires = "payload")]
+    landlock: bool,
+
+    #[arg(long, value_name = "landlock-rules", requires = "landlock", num_args = 1.., action = ArgAction::Append, help = LandlockConfig::syntax())]
+    landlock_rules: Vec<String>,
 
     /// Log file. Standard error is used if not specified
     #[arg(long, value_name = "log-file")]
@@ -158,6 +165,8 @@ impl Arguments {
             platform: read(&self.platform, PlatformConfig::parse)?,
             vsock: read(&self.vsock, VsockConfig::parse)?,
             watchdog: self.watchdog,
+            landlock_enable: self.landlock,
+            landlock_rules: read_all(&self.landlock_rules, LandlockConfig::parse)?,
             ..defaults
         }))
     }
@@ -208,14 +217,19 @@ mod tests {
              --memory size=1G,shared=on --disk path=/a path=/b,readonly=on --disk path=/c --net tap=t0 \
              --balloon size=128M,free_page_reporting=on --serial tty --console off --rng src=/dev/random \
              --event-monitor path=/e --seccomp log --no-shutdown -vv --watchdog \
-             --vsock cid=3,socket=/v",
+             --vsock cid=3,socket=/v --landlock --landlock-rules path=/d,access=rw path=/e,access=r",
         )
         .unwrap();
         let config = arguments.vm_config().unwrap().unwrap();
         assert_eq!(config.memory.size, 1 << 30);
         assert_eq!(config.cpus.max_vcpus, 4);
         assert_eq!(config.disks.unwrap().len(), 3);
-        assert!(config.watchdog);
+        assert!(config.watchdog && config.landlock_enable);
+        let rules = config.landlock_rules.unwrap();
+        assert_eq!(
+            (rules[0].path.to_str(), rules[1].access.as_str()),
+            (Some("/d"), "r")
+        );
         assert_eq!(config.vsock.unwrap().cid, 3);
         assert_eq!(config.balloon.unwrap().size, 128 << 20);
         assert_eq!(
@@ -264,6 +278,8 @@ mod tests {
             "--disk path=/a",
             "--api-socket /s --balloon size=0",
             "--cmdline x",
+            "--kernel /k --landlock-rules path=/a,access=r",
+            "--api-socket /s --landlock",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }

@@ -10,6 +10,7 @@ use vmm::api::http::{Deadlines, HttpServer};
 use vmm::api::{ApiSocket, Dispatcher};
 use vmm::control::{ControlSetup, ControlThread, Ending, Lifecycle};
 use vmm::event_monitor::EventMonitor;
+use vmm::landlock;
 use vmm::seccomp::Seccomp;
 use vmm::signals::{ExitSignals, exit_was_asked_for, survive_file_size_limit};
 use vmm::threads::{ThreadKind, ThreadStart};
@@ -59,7 +60,11 @@ pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
     let plan = Plan::new(arguments)?;
     survive_file_size_limit().context("Cannot ignore SIGXFSZ")?;
     let seccomp = Arc::new(Seccomp::new(arguments.seccomp.into())?);
-    let thread_start = seccomp.hook();
+    let confined = plan.config.as_ref().is_some_and(|it| it.landlock_enable);
+    let mut thread_start = seccomp.hook();
+    if confined {
+        thread_start = landlock::confine_observers(thread_start)?;
+    }
     let mut exit_signals = ExitSignals::hold()?;
     let events = open_events(plan.event_monitor.as_ref(), start, &thread_start)?;
     let socket = plan.api_socket.as_ref().map(ApiSocket::open).transpose()?;
@@ -77,6 +82,9 @@ pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
         let ended = control.handle().call(Endpoint::VmmShutdown, Lifecycle::end);
         drop(ended);
     } else {
+        if confined {
+            landlock::confine_main(socket.as_ref().and_then(ApiSocket::path))?;
+        }
         seccomp.apply(ThreadKind::Main)?;
     }
     let ending = control.join();

@@ -8,6 +8,7 @@ use machine::pc::PcError;
 use super::http::{Answer, Status};
 use crate::config::ValidationError;
 use crate::control::{LifecycleError, RequestError};
+use crate::landlock::LandlockError;
 use crate::vm::{HotplugError, VmError};
 
 /// The start of every error of an endpoint, as upstream has it.
@@ -29,6 +30,7 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
             ValidationError::IdentifierNotUnique { .. } | ValidationError::DuplicateDiskPath { .. },
         ) => Status::Conflict,
         LifecycleError::ConfigValidation(_)
+        | LifecycleError::Landlock(LandlockError::Outside { .. } | LandlockError::Path(_))
         | LifecycleError::Thresholds(_)
         | LifecycleError::MemoryOutOfRange { .. }
         | LifecycleError::Machine(VmError::MemoryResize(_))
@@ -59,6 +61,7 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         | LifecycleError::InvalidStateTransition { .. }
         | LifecycleError::VcpuHotplug { .. }
         | LifecycleError::MemoryHotplug { .. }
+        | LifecycleError::Landlock(_)
         | LifecycleError::Machine(_) => Status::InternalServerError,
     };
     answer(status, error)

@@ -105,9 +105,9 @@ impl ApiSocket {
         })
     }
 
-    /// True for a socket that was created here, not inherited.
-    pub fn has_path(&self) -> bool {
-        self.files.is_some()
+    /// The path of a socket that was created here, not inherited.
+    pub fn path(&self) -> Option<&Path> {
+        self.files.as_ref()?.socket.as_deref()
     }
 }
 
@@ -271,7 +271,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("s")).unwrap();
         let socket = ApiSocket::open(&PathOrFd::Fd(listener.into_raw_fd())).unwrap();
-        assert!(!socket.has_path());
+        assert!(socket.path().is_none());
         let file = tempfile::tempfile().unwrap();
         assert!(matches!(
             ApiSocket::open(&PathOrFd::Fd(file.as_raw_fd())),

@@ -88,6 +88,9 @@ impl FakeMachine {
             GuestMemory::validate(&config.memory, 33)
                 .map_err(|error| VmError::Pc(PcError::Memory(error)))?;
         }
+        if let Some(path) = behaviour.strip_prefix("opens ") {
+            std::fs::File::open(path).map_err(|error| VmError::device("file", error))?;
+        }
         if behaviour == "slow" {
             SLOW.pass();
         }
@@ -1248,4 +1251,115 @@ fn wish_to_end_waits_for_one_request_however_many_there_are() {
     assert_eq!(control.join(), Ending::Regular);
     assert_eq!(served.load(Ordering::Relaxed), 0);
     assert!(handle.call(Endpoint::VmPause, Lifecycle::pause).is_err());
+}
+
+/// A folder with a disk that the VM names, files that a rule allows, and one that nothing names.
+struct Confined {
+    vmm: Vmm,
+    folder: tempfile::TempDir,
+}
+
+impl Confined {
+    /// `None` where the kernel has no Landlock.
+    fn new() -> Option<Self> {
+        if let Err(error) = crate::landlock::confine_observers(Arc::new(|_| {})) {
+            test_skip::skip(error);
+            return None;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::create_dir(folder.path().join("rule")).unwrap();
+        for name in ["disk", "rule/disk", "other"] {
+            std::fs::write(folder.path().join(name), "").unwrap();
+        }
+        let vmm = vmm();
+        Some(Self { vmm, folder })
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).to_str().unwrap().to_owned()
+    }
+
+    /// A VM whose machine opens the file `opens`.
+    fn create(&self, opens: &str) {
+        let config = json!({
+            "payload": {"kernel": "/k", "cmdline": format!("opens {}", self.path(opens))},
+            "disks": [{"path": self.path("disk")}],
+            "landlock_enable": true,
+            "landlock_rules": [{"path": self.path("rule"), "access": "rw"}],
+        });
+        self.vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+    }
+
+    fn add_disk(&self, disk: &Value) -> Response {
+        self.vmm.call(Endpoint::VmAddDisk, Some(&disk.to_string()))
+    }
+}
+
+#[test]
+fn landlock_confines_the_machine_to_the_files_of_its_configuration() {
+    let Some(confined) = Confined::new() else {
+        return;
+    };
+    confined.create("disk");
+    confined.vmm.ok(Endpoint::VmBoot, None);
+    confined.vmm.ok(Endpoint::VmReboot, None);
+    confined.vmm.ok(Endpoint::VmDelete, None);
+    confined.create("other");
+    let refused = confined.vmm.call(Endpoint::VmBoot, None);
+    assert_eq!(refused.status, 500);
+    assert!(
+        refused.body.to_string().contains("Permission denied"),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn landlock_lets_disks_be_added_that_the_rules_allow_and_names_the_others() {
+    let Some(confined) = Confined::new() else {
+        return;
+    };
+    confined.create("disk");
+    // Before the boot there are no rules yet: this disk becomes one of those that the configuration names.
+    let early = confined.path("other");
+    std::fs::write(confined.path("late"), "").unwrap();
+    assert_eq!(confined.add_disk(&json!({"path": early})).status, 204);
+    confined.vmm.ok(Endpoint::VmBoot, None);
+    let inside = json!({"path": confined.path("rule/disk")});
+    assert_eq!(confined.add_disk(&inside).status, 200);
+    let late = confined.path("late");
+    for readonly in [true, false] {
+        let refused = confined.add_disk(&json!({"path": late, "readonly": readonly}));
+        assert_eq!(refused.status, 400, "{refused:?}");
+        let access = if readonly { "r" } else { "rw" };
+        let rule = format!(
+            "outside the Landlock rules of this process: name it when the VM is created (landlock_rules, path={late},access={access})"
+        );
+        assert!(refused.body.to_string().contains(&rule), "{refused:?}");
+    }
+    // A shutdown does not widen the rules.
+    confined.vmm.ok(Endpoint::VmShutdown, None);
+    assert_eq!(confined.add_disk(&json!({"path": late})).status, 400);
+    confined.vmm.ok(Endpoint::VmBoot, None);
+}
+
+#[test]
+fn landlock_of_an_earlier_vm_binds_the_next_one_by_name() {
+    let Some(confined) = Confined::new() else {
+        return;
+    };
+    confined.create("disk");
+    confined.vmm.ok(Endpoint::VmBoot, None);
+    confined.vmm.ok(Endpoint::VmDelete, None);
+    let config = json!({"payload": {"kernel": "/k"}, "disks": [{"path": confined.path("other")}]});
+    confined
+        .vmm
+        .ok(Endpoint::VmCreate, Some(&config.to_string()));
+    let refused = confined.vmm.call(Endpoint::VmBoot, None);
+    assert_eq!(refused.status, 400, "{refused:?}");
+    assert!(
+        refused
+            .body
+            .to_string()
+            .contains("outside the Landlock rules")
+    );
 }

@@ -101,6 +101,17 @@ pub enum ValidationError {
     /// Serial port and console both want the terminal's input.
     #[error("Console and serial cannot both be in tty mode")]
     DoubleTty,
+    /// Rules that would have no effect.
+    #[error("landlock_rules are given without landlock_enable")]
+    LandlockRulesWithoutLandlock,
+    /// Access other than reading and writing.
+    #[error("The access of the Landlock rule for {} must be r, w or rw; got {access:?}", path.display())]
+    LandlockAccess {
+        /// The rule's path.
+        path: PathBuf,
+        /// The requested access.
+        access: String,
+    },
 }
 
 /// Errors in the memory configuration.

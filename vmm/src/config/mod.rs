@@ -40,7 +40,8 @@ pub fn validate(config: &VmConfig) -> Result<(), ValidationError> {
     balloon(config)?;
     devices::check(config)?;
     ids::check(config)?;
-    consoles(config)
+    consoles(config)?;
+    landlock(config)
 }
 
 /// Checks a configuration to which a device was just added: that device, and whether it is compatible with the others.
@@ -137,4 +138,19 @@ fn consoles(config: &VmConfig) -> Result<(), ValidationError> {
         }
     }
     Ok(())
+}
+
+fn landlock(config: &VmConfig) -> Result<(), ValidationError> {
+    let rules = config.landlock_rules.as_deref().unwrap_or_default();
+    if !config.landlock_enable && !rules.is_empty() {
+        return Err(ValidationError::LandlockRulesWithoutLandlock);
+    }
+    let is_known = |access: &str| !access.is_empty() && access.chars().all(|it| "rw".contains(it));
+    match rules.iter().find(|rule| !is_known(&rule.access)) {
+        Some(rule) => Err(ValidationError::LandlockAccess {
+            path: rule.path.clone(),
+            access: rule.access.clone(),
+        }),
+        None => Ok(()),
+    }
 }

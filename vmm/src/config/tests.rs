@@ -594,7 +594,6 @@ fn validate_what_is_not_built_is_refused_by_name() {
         ),
         ("devices", json!([{"path": "/sys/x"}]), "devices"),
         ("pvpanic", json!(true), "pvpanic"),
-        ("landlock_enable", json!(true), "landlock"),
         (
             "memory",
             json!({"size": 0, "zones": [{"id": "a", "size": 4096, "hotplug_size": 4096}]}),
@@ -647,6 +646,35 @@ fn validate_what_is_not_built_is_refused_by_name() {
             }
         );
     }
+}
+
+#[test]
+fn validate_landlock_rules_need_landlock_and_known_access() {
+    let with_rules = |enabled: bool, access: &str| {
+        parse(json!({
+            "payload": {"kernel": "/k"},
+            "landlock_enable": enabled,
+            "landlock_rules": [{"path": "/a", "access": "r"}, {"path": "/b", "access": access}],
+        }))
+    };
+    for access in ["r", "w", "rw", "wr"] {
+        validate(&with_rules(true, access)).unwrap();
+    }
+    assert_eq!(
+        validate(&with_rules(false, "r")),
+        Err(ValidationError::LandlockRulesWithoutLandlock)
+    );
+    for access in ["", "x", "rwx", "R"] {
+        assert_eq!(
+            validate(&with_rules(true, access)),
+            Err(ValidationError::LandlockAccess {
+                path: "/b".into(),
+                access: access.to_owned()
+            })
+        );
+    }
+    let empty = json!({"payload": {"kernel": "/k"}, "landlock_rules": []});
+    validate(&parse(empty)).unwrap();
 }
 
 #[test]

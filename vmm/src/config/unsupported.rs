@@ -15,7 +15,6 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
         .into_iter()
         .map(str::to_owned)
         .collect();
-    wanted.extend(asked("landlock", config.landlock_enable));
     wanted.extend(asked(
         "debug_console",
         config.debug_console.mode != ConsoleOutputMode::Off,

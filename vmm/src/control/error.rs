@@ -3,6 +3,7 @@
 use api::{Endpoint, VmState};
 
 use crate::config::ValidationError;
+use crate::landlock::LandlockError;
 use crate::thresholds::ThresholdError;
 use crate::vm::{HotplugError, VmError};
 
@@ -43,6 +44,9 @@ pub enum LifecycleError {
     /// The configuration is invalid or uses unsupported features.
     #[error("Failed to validate config")]
     ConfigValidation(#[source] ValidationError),
+    /// A path is outside the rules of the process, or rules cannot be enforced.
+    #[error(transparent)]
+    Landlock(LandlockError),
     /// The thresholds are invalid.
     #[error("Failed to validate thresholds")]
     Thresholds(#[source] ThresholdError),

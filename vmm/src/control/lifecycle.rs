@@ -22,6 +22,7 @@ use api::{
 use super::error::{LifecycleError, RequestError};
 use crate::config::{self, NewDevice, with_device, without_device};
 use crate::events::{Event, EventKind};
+use crate::landlock::{self, Confinement};
 use crate::thresholds::{Subjects, Thresholds};
 use crate::view::{MachineView, PublishedView, View};
 use crate::vm::{HotplugError, Machine, MachineFactory, VmContext, VmError};
@@ -47,6 +48,8 @@ pub struct Lifecycle {
     reporting_paused: bool,
     events_are_read: bool,
     context: VmContext,
+    /// Of the control thread, on which every public method is called.
+    confinement: Confinement,
     ended: bool,
 }
 
@@ -77,6 +80,7 @@ impl Lifecycle {
             reporting_paused: false,
             events_are_read,
             context,
+            confinement: Confinement::default(),
             ended: false,
         }
     }
@@ -191,6 +195,9 @@ impl Lifecycle {
             .as_ref()
             .ok_or(LifecycleError::VmMissingConfig)?;
         config::validate(config).map_err(LifecycleError::ConfigValidation)?;
+        self.confinement
+            .admit(config)
+            .map_err(LifecycleError::Landlock)?;
         self.emit(EventKind::Booting);
         self.start_machine()?;
         self.emit(EventKind::Booted);
@@ -254,6 +261,7 @@ impl Lifecycle {
             None => Ok(()),
         };
         self.context.consoles.close();
+        self.confinement.forget_vm();
         self.thresholds.clear();
         self.reporting_paused = false;
         if self.config.take().is_some() {
@@ -382,6 +390,9 @@ impl Lifecycle {
         }
         let mut wanted = with_device(config, device.clone());
         config::validate_addition(&wanted, &device).map_err(LifecycleError::ConfigValidation)?;
+        self.confinement
+            .check(&landlock::of_device(&device))
+            .map_err(LifecycleError::Landlock)?;
         let Some(machine) = &mut self.machine else {
             self.config = Some(wanted);
             self.keep_taps(fds);

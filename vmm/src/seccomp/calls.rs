@@ -260,6 +260,13 @@ const MACHINE: &[Call] = calls![
     SYS_unlinkat,
 ];
 
+/// Confines this thread further.
+const CONFINES: &[Call] = calls![
+    SYS_landlock_add_rule,
+    SYS_landlock_create_ruleset,
+    SYS_landlock_restrict_self,
+];
+
 /// Restores the terminal and removes the sockets at the end.
 const CLEANUP: &[Call] = calls![SYS_munlock, SYS_unlink, SYS_unlinkat];
 
@@ -279,6 +286,7 @@ pub(super) fn own(kind: ThreadKind) -> Vec<&'static [Call]> {
         ThreadKind::Main => &[CLEANUP],
         ThreadKind::Control => &[
             MACHINE,
+            CONFINES,
             STARTS_THREADS,
             SOCKET_IO,
             DISCARD,

@@ -1,0 +1,41 @@
+//! Errors of Landlock.
+
+use std::path::PathBuf;
+
+use landlock::{PathFdError, RulesetError};
+
+/// Reasons why a VM cannot be confined, or is confined to other paths.
+#[derive(Debug, thiserror::Error)]
+pub enum LandlockError {
+    /// The kernel lacks it.
+    #[error(
+        "Landlock is not available: the host needs Linux 6.2 or later with CONFIG_SECURITY_LANDLOCK, \
+         and landlock in the list of security modules (lsm=)"
+    )]
+    Unavailable(#[source] RulesetError),
+    /// The path of a rule does not open.
+    #[error("Cannot open the path of a Landlock rule")]
+    Path(#[source] PathFdError),
+    /// The kernel rejects a rule or the set of rules.
+    #[error("Cannot enforce the Landlock rules")]
+    Enforce(#[source] RulesetError),
+    /// Every VM of this process has added rules.
+    #[error(
+        "This process has confined {max} VMs one after another, the kernel's limit: start a new one"
+    )]
+    TooManyLayers {
+        /// The kernel's limit.
+        max: usize,
+    },
+    /// A path that the rules do not allow.
+    #[error(
+        "{} is outside the Landlock rules of this process: name it when the VM is created \
+         (landlock_rules, path={},access={access})", path.display(), path.display()
+    )]
+    Outside {
+        /// The file, or the folder of a socket.
+        path: PathBuf,
+        /// The rule's access, as the option takes it.
+        access: &'static str,
+    },
+}

@@ -1,0 +1,107 @@
+//! Landlock: the kernel refuses files that the configuration does not name (`--landlock`).
+//!
+//! ```text
+//! configuration ─► needs.rs (paths, what for) ─┐
+//! landlock_rules, /dev/kvm, /proc ─────────────┴► rules ─► layer on the calling thread and on all it starts later
+//! ```
+//! A layer cannot be removed. The control thread therefore keeps those of earlier VMs, and [`Confinement`] remembers
+//! them: a path outside is rejected with the rule that is missing, not with "Permission denied" from somewhere.
+
+mod error;
+mod needs;
+mod rules;
+#[cfg(test)]
+mod tests;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use api::VmConfig;
+
+pub use error::LandlockError;
+pub use needs::{Need, of_config, of_device};
+use rules::Rules;
+
+use crate::threads::{ThreadKind, ThreadStart};
+
+/// The kernel's bound on layers (`LANDLOCK_MAX_NUM_LAYERS`).
+const LAYERS_MAX: usize = 16;
+
+/// The layers of the control thread.
+#[derive(Debug, Default)]
+pub struct Confinement {
+    layers: Vec<Rules>,
+    /// Whether the present VM's rules are among them.
+    covers_vm: bool,
+}
+
+impl Confinement {
+    /// Confines the calling thread, and all threads it starts from now on, to what `config` names, if it asks for that.
+    /// Call it before the machine is created. A repeated boot of the same VM changes nothing.
+    ///
+    /// # Errors
+    /// The kernel has no Landlock, a rule's path does not open, or earlier layers exclude a path.
+    pub fn admit(&mut self, config: &VmConfig) -> Result<(), LandlockError> {
+        self.check(&of_config(config))?;
+        if !config.landlock_enable || self.covers_vm {
+            return Ok(());
+        }
+        let rules = Rules::of(config)?;
+        if !self.layers.contains(&rules) {
+            if self.layers.len() == LAYERS_MAX {
+                return Err(LandlockError::TooManyLayers { max: LAYERS_MAX });
+            }
+            rules.enforce()?;
+            self.layers.push(rules);
+        }
+        self.covers_vm = true;
+        Ok(())
+    }
+
+    /// Checks that every layer allows `needs`. A path that does not exist passes: opening it gives the better error.
+    ///
+    /// # Errors
+    /// The first path that is outside.
+    pub fn check(&self, needs: &[Need]) -> Result<(), LandlockError> {
+        let outside = |need: &&Need| self.layers.iter().any(|layer| !layer.allow(need));
+        match needs.iter().find(outside) {
+            Some(need) => Err(need.outside()),
+            None => Ok(()),
+        }
+    }
+
+    /// The VM is deleted; the next one has rules of its own. The layers stay.
+    pub fn forget_vm(&mut self) {
+        self.covers_vm = false;
+    }
+}
+
+/// Confines the threads that exist before a VM does and open nothing but figures about this process: `start` runs on
+/// each of them afterwards, as on all others.
+///
+/// # Errors
+/// The kernel has no Landlock.
+pub fn confine_observers(start: ThreadStart) -> Result<ThreadStart, LandlockError> {
+    // Found out here, where it can still be reported.
+    Rules::of_observers()?.ruleset()?;
+    Ok(Arc::new(move |kind| {
+        use ThreadKind::{EventMonitor, HttpServer, Thresholds};
+        if matches!(kind, HttpServer | EventMonitor | Thresholds) {
+            let outcome = Rules::of_observers().and_then(|rules| rules.enforce());
+            if let Err(error) = outcome {
+                // As with a filter: a thread that cannot be confined must not run.
+                log::error!("{}", api::error_chain(&error).join(": "));
+                std::process::exit(1);
+            }
+        }
+        start(kind);
+    }))
+}
+
+/// Confines the main thread, which from now on only removes the API socket at `socket` and its lock.
+///
+/// # Errors
+/// The kernel has no Landlock, or the folder does not open.
+pub fn confine_main(socket: Option<&Path>) -> Result<(), LandlockError> {
+    Rules::of_main(socket)?.enforce()
+}

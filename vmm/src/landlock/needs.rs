@@ -1,0 +1,208 @@
+//! The files that a configuration or a device names, and what the VMM does with each.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use api::VmConfig;
+use api::config::{
+    ConsoleOutputMode, DiskConfig, MemoryConfig, MemoryZoneConfig, NetConfig, PayloadConfig,
+    VsockConfig,
+};
+use landlock::{AccessFs, BitFlags, make_bitflags};
+
+use super::LandlockError;
+use crate::config::NewDevice;
+
+/// Where taps come from.
+const TUN_DEVICE: &str = "/dev/net/tun";
+
+/// Reads a file, a device or a folder.
+pub(super) const READ: BitFlags<AccessFs> =
+    make_bitflags!(AccessFs::{ReadFile | ReadDir | IoctlDev});
+/// Reads and changes a file or device.
+pub(super) const CHANGE: BitFlags<AccessFs> =
+    make_bitflags!(AccessFs::{ReadFile | WriteFile | Truncate | IoctlDev});
+/// Creates sockets in a folder and removes them.
+const SOCKETS: BitFlags<AccessFs> = make_bitflags!(AccessFs::{MakeSock | RemoveFile});
+/// Creates memory files in a folder.
+const MEMORY_FILES: BitFlags<AccessFs> =
+    make_bitflags!(AccessFs::{ReadDir | ReadFile | WriteFile | Truncate | MakeReg | RemoveFile});
+/// Everything that `w` stands for in a rule.
+pub(super) const WRITE: BitFlags<AccessFs> =
+    make_bitflags!(AccessFs::{WriteFile | Truncate | IoctlDev | MakeReg | MakeSock | RemoveFile});
+/// The rights that make sense for a single file. The kernel rejects the others on one.
+const OF_FILES: BitFlags<AccessFs> =
+    make_bitflags!(AccessFs::{ReadFile | WriteFile | Truncate | IoctlDev});
+
+/// A path and what the VMM does with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Need {
+    pub(super) path: PathBuf,
+    pub(super) access: BitFlags<AccessFs>,
+    /// The VMM creates the file if it does not exist.
+    pub(super) creates: bool,
+}
+
+impl Need {
+    fn new(path: &Path, access: BitFlags<AccessFs>) -> Self {
+        Self {
+            path: path.to_owned(),
+            access,
+            creates: false,
+        }
+    }
+
+    /// A file that a guest's output goes to.
+    fn output(path: &Path) -> Self {
+        Self {
+            creates: true,
+            ..Self::new(path, CHANGE)
+        }
+    }
+
+    /// The folder of a socket.
+    fn socket(path: &Path) -> Self {
+        Self::new(folder(path), SOCKETS)
+    }
+
+    pub(super) fn outside(&self) -> LandlockError {
+        let reads = self
+            .access
+            .intersects(AccessFs::ReadFile | AccessFs::ReadDir);
+        let writes = self.access.intersects(WRITE & !AccessFs::IoctlDev);
+        LandlockError::Outside {
+            path: self.path.clone(),
+            access: match (reads, writes) {
+                (true, true) => "rw",
+                (false, true) => "w",
+                _ => "r",
+            },
+        }
+    }
+}
+
+/// The folder that holds `path`.
+pub(super) fn folder(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    }
+}
+
+/// What the kernel accepts of `access` for the kind of file at `path`.
+pub(super) fn fitting(path: &Path, access: BitFlags<AccessFs>) -> BitFlags<AccessFs> {
+    match path.is_dir() {
+        true => access,
+        false => access & OF_FILES,
+    }
+}
+
+/// Everything that a machine of this configuration opens. Every section is named here, so that a new one cannot be
+/// forgotten.
+pub fn of_config(config: &VmConfig) -> Vec<Need> {
+    let VmConfig {
+        cpus: _,
+        memory,
+        payload,
+        disks,
+        net,
+        rng,
+        balloon: _,
+        vsock,
+        serial,
+        console,
+        debug_console,
+        numa: _,
+        platform: _,
+        iommu: _,
+        watchdog: _,
+        pvpanic: _,
+        landlock_enable: _,
+        landlock_rules: _,
+        unsupported: _,
+    } = config;
+    let mut needs = vec![
+        Need::new(Path::new("/dev/kvm"), CHANGE),
+        // Figures about this process. The files of other processes stay closed: Landlock forbids to trace them.
+        Need::new(Path::new("/proc"), READ),
+        Need::new(&rng.src, READ & OF_FILES),
+    ];
+    needs.extend(of_memory(memory));
+    needs.extend(payload.iter().flat_map(of_payload));
+    needs.extend(disks.iter().flatten().flat_map(of_disk));
+    needs.extend(net.iter().flatten().flat_map(of_net));
+    needs.extend(vsock.iter().map(of_vsock));
+    for (mode, file, socket) in [
+        (serial.mode, &serial.file, &serial.socket),
+        (console.mode, &console.file, &console.socket),
+        (debug_console.mode, &debug_console.file, &None),
+    ] {
+        needs.extend(of_console(mode, file.as_deref(), socket.as_deref()));
+    }
+    needs
+}
+
+/// What a device opens that is added to a machine.
+pub fn of_device(device: &NewDevice) -> Vec<Need> {
+    match device {
+        NewDevice::Disk(disk) => of_disk(disk).into_iter().collect(),
+        NewDevice::Net(net) => of_net(net).into_iter().collect(),
+        NewDevice::Vsock(vsock) => vec![of_vsock(vsock)],
+        NewDevice::Balloon(_) => Vec::new(),
+    }
+}
+
+fn of_payload(payload: &PayloadConfig) -> Vec<Need> {
+    let files = [&payload.firmware, &payload.kernel, &payload.initramfs];
+    let files = files.into_iter().flatten();
+    files.map(|path| Need::new(path, READ & OF_FILES)).collect()
+}
+
+fn of_memory(memory: &MemoryConfig) -> Vec<Need> {
+    let of_zone = |zone: &MemoryZoneConfig| {
+        let path = zone.file.as_deref()?;
+        let access = match (path.is_dir(), zone.shared) {
+            (true, _) => MEMORY_FILES,
+            (false, true) => CHANGE,
+            (false, false) => READ & OF_FILES,
+        };
+        Some(Need::new(path, access))
+    };
+    memory.zones.iter().flatten().filter_map(of_zone).collect()
+}
+
+fn of_disk(disk: &DiskConfig) -> Option<Need> {
+    let access = match disk.readonly {
+        true => READ & OF_FILES,
+        false => CHANGE,
+    };
+    disk.path.as_deref().map(|path| Need::new(path, access))
+}
+
+fn of_net(net: &NetConfig) -> Option<Need> {
+    let opens_tap = net.fds.is_none();
+    opens_tap.then(|| Need::new(Path::new(TUN_DEVICE), CHANGE))
+}
+
+fn of_vsock(vsock: &VsockConfig) -> Need {
+    Need::socket(&vsock.socket)
+}
+
+/// The other end of a console.
+fn of_console(mode: ConsoleOutputMode, file: Option<&Path>, socket: Option<&Path>) -> Vec<Need> {
+    match mode {
+        ConsoleOutputMode::Pty => ["/dev/ptmx", "/dev/pts"]
+            .map(|path| Need::new(Path::new(path), CHANGE | AccessFs::ReadDir))
+            .into(),
+        // The VMM's terminal is opened once more. A pipe has no path and needs no rule.
+        ConsoleOutputMode::Tty => ["/proc/self/fd/0", "/proc/self/fd/1"]
+            .into_iter()
+            .filter_map(|stream| fs::read_link(stream).ok())
+            .filter(|path| path.is_absolute() && !path.is_dir())
+            .map(|path| Need::new(&path, CHANGE))
+            .collect(),
+        ConsoleOutputMode::File => file.into_iter().map(Need::output).collect(),
+        ConsoleOutputMode::Socket => socket.into_iter().map(Need::socket).collect(),
+        ConsoleOutputMode::Off | ConsoleOutputMode::Null => Vec::new(),
+    }
+}
