@@ -16,5 +16,6 @@ pub mod overhead;
 pub mod paths;
 pub mod qemu;
 pub mod serial;
+pub mod shared;
 pub mod vmm;
 pub mod wait;

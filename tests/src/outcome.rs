@@ -4,6 +4,7 @@
 //! have ended, and times none; a host that hangs would take all of it along. Here each test ends with one whole line, with
 //! time and reason, which `cargo xtask` reads while the others run.
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -14,6 +15,8 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::Parser;
 use libtest_mimic::{Completion, Failed, Trial};
+
+use crate::shared;
 
 /// How a test ended when it did not fail.
 #[derive(Debug)]
@@ -28,6 +31,8 @@ pub enum Outcome {
 #[expect(missing_debug_implementations, reason = "it is a function")]
 pub struct Test {
     name: &'static str,
+    /// Tests of one group share a guest; empty for a test that shares none.
+    group: &'static str,
     run: Box<dyn Fn() -> Result<Outcome> + Send>,
 }
 
@@ -35,8 +40,18 @@ impl Test {
     /// A test with a name of the form `subject_condition_outcome`.
     pub fn new(name: &'static str, run: impl Fn() -> Result<Outcome> + Send + 'static) -> Self {
         let run = Box::new(run);
-        Self { name, run }
+        Self {
+            name,
+            group: "",
+            run,
+        }
     }
+}
+
+/// Marks tests that share a guest. `--list` shows the group, so that such tests can be given to the same host.
+pub fn group<const N: usize>(group: &'static str, tests: [Vec<Test>; N]) -> Vec<Test> {
+    let tests = tests.into_iter().flatten();
+    tests.map(|test| Test { group, ..test }).collect()
 }
 
 /// Makes a [`Test`] of each function, named after it.
@@ -76,10 +91,7 @@ fn main_with_jobs(tests: Vec<Test>, jobs: usize) -> ExitCode {
     let mut options = Options::parse();
     options.libtest.test_threads.get_or_insert(jobs);
     if options.libtest.list {
-        let listed = tests
-            .into_iter()
-            .map(|test| Trial::test(test.name, || Ok(())));
-        let listed = chosen(&mut options, listed);
+        let listed = listed(&mut options, &tests);
         return libtest_mimic::run(&options.libtest, listed).exit_code();
     }
     let start = Instant::now();
@@ -89,6 +101,7 @@ fn main_with_jobs(tests: Vec<Test>, jobs: usize) -> ExitCode {
         skipped,
         retried,
     } = run(options, tests, is_second_try_fair());
+    shared::end_idle();
     println!("ran for {} s", start.elapsed().as_secs());
     // Read by machines, so these stand alone.
     println!("{passed} passed, {failed} failed, {skipped} skipped");
@@ -98,6 +111,20 @@ fn main_with_jobs(tests: Vec<Test>, jobs: usize) -> ExitCode {
         return ExitCode::FAILURE;
     }
     ExitCode::SUCCESS
+}
+
+/// The chosen tests, to be printed as `[GROUP] NAME: test`, or without the group if there is none.
+fn listed(options: &mut Options, tests: &[Test]) -> Vec<Trial> {
+    let groups: BTreeMap<_, _> = tests.iter().map(|test| (test.name, test.group)).collect();
+    let trials = tests.iter().map(|test| Trial::test(test.name, || Ok(())));
+    // Filters apply to names, so groups are added afterwards.
+    let chosen = chosen(options, trials).into_iter();
+    chosen
+        .map(|trial| {
+            let group = groups.get(trial.name()).copied();
+            trial.with_kind(group.unwrap_or_default())
+        })
+        .collect()
 }
 
 /// How many tests ended how.
@@ -153,7 +180,7 @@ fn is_second_try_fair() -> bool {
 
 /// Runs the test, prints its line and tells `libtest-mimic` how it ended.
 fn trial(test: Test, second_try: bool, retried: Arc<AtomicU64>) -> Trial {
-    let Test { name, run } = test;
+    let Test { name, run, .. } = test;
     Trial::ignorable_test(name, move || {
         let start = Instant::now();
         let attempt = || catch_unwind(AssertUnwindSafe(&run));
@@ -237,6 +264,26 @@ mod tests {
             retried: 0,
         };
         assert_eq!(tally(false, &["--test-threads", "1"]), unfair);
+    }
+
+    #[test]
+    fn listed_tests_have_their_group_and_are_chosen_by_name() {
+        let mut tests = tests![passes];
+        tests.extend(group("passing", [tests![skips], tests![fails]]));
+        let listed = |words: &[&str]| {
+            let words = ["program"].iter().chain(words);
+            let listed = listed(&mut Options::parse_from(words), &tests);
+            let kinds = listed
+                .iter()
+                .map(|it| (it.kind().to_owned(), it.name().to_owned()));
+            kinds.collect::<Vec<_>>()
+        };
+        let all = [("", "passes"), ("passing", "skips"), ("passing", "fails")];
+        assert_eq!(
+            listed(&[]),
+            all.map(|(kind, name)| (kind.to_owned(), name.to_owned()))
+        );
+        assert_eq!(listed(&["pass"]), [(String::new(), "passes".to_owned())]);
     }
 
     #[test]

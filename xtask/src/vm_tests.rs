@@ -1,7 +1,7 @@
 //! `cargo xtask vm-tests`: the tests with Linux guests, in the testbed.
 //!
 //! An emulated host has one processor, because it is not reliable with more. So the tests are
-//! dealt out to several of them, which run side by side.
+//! dealt out to several of them, which run side by side. Tests that share a guest stay together.
 //!
 //! It is another program's work and has been seen to stand still for good. The tests have
 //! deadlines of their own, but nothing has one in a machine without a clock: when no test has
@@ -45,8 +45,8 @@ pub(crate) struct Options {
 /// Runs the tests and returns the status the program ends with.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let program = test_programs::build("vm-tests")?;
-    let names = list(&program, &options.filters)?;
-    if needs_distributions(&names) {
+    let tests = list(&program, &options.filters)?;
+    if needs_distributions(tests.iter().map(|test| &test.name)) {
         // Once, before several testbeds look for it at the same time.
         testbed::prepare_distributions()?;
     }
@@ -58,7 +58,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         1
     };
     let tally = thread::scope(|scope| {
-        let running: Vec<_> = deal(names, lanes)
+        let running: Vec<_> = deal(&tests, lanes)
             .into_iter()
             .map(|share| scope.spawn(|| run_lane(&program, options, share)))
             .collect();
@@ -85,14 +85,16 @@ fn needs_distributions<'a>(names: impl IntoIterator<Item = &'a String>) -> bool 
     names.any(|name| name.starts_with(DISTRIBUTIONS))
 }
 
-/// Shares of the tests for `lanes` lanes, neighbours apart: they take about as long as each
-/// other.
-fn deal(names: Vec<String>, lanes: usize) -> Vec<BTreeSet<String>> {
-    let mut shares = vec![BTreeSet::new(); lanes.min(names.len())];
-    let count = shares.len();
-    for (index, name) in names.into_iter().enumerate() {
-        shares[index % count].insert(name);
+/// Shares of the tests for `lanes` lanes. Tests of a group stay together. Other neighbours do not, because they take about
+/// as long as each other.
+fn deal(tests: &[Listed], lanes: usize) -> Vec<BTreeSet<String>> {
+    let mut shares = vec![BTreeSet::new(); lanes];
+    for unit in tests.chunk_by(|one, next| one.group.is_some() && one.group == next.group) {
+        if let Some(least) = shares.iter_mut().min_by_key(|share| share.len()) {
+            least.extend(unit.iter().map(|test| test.name.clone()));
+        }
     }
+    shares.retain(|share| !share.is_empty());
     shares
 }
 
@@ -167,20 +169,41 @@ enum Ended {
     Silent,
 }
 
-/// The names of the tests that `filters` choose, in their order.
-fn list(program: &Path, filters: &[String]) -> Result<Vec<String>> {
+/// A test as its program lists it.
+#[derive(Debug, PartialEq, Eq)]
+struct Listed {
+    name: String,
+    /// Tests of one group share a guest.
+    group: Option<String>,
+}
+
+/// The tests that `filters` choose, in their order.
+fn list(program: &Path, filters: &[String]) -> Result<Vec<Listed>> {
     let output = Command::new(program)
         .arg("--list")
         .args(filters)
         .stderr(Stdio::inherit())
         .output()
         .with_context(|| format!("starting {}", program.display()))?;
-    let names: Vec<String> = String::from_utf8_lossy(&output.stdout)
+    let tests: Vec<Listed> = String::from_utf8_lossy(&output.stdout)
         .lines()
-        .filter_map(|line| Some(line.strip_suffix(": test")?.to_owned()))
+        .filter_map(listed)
         .collect();
-    ensure!(!names.is_empty(), "no test matches {filters:?}");
-    Ok(names)
+    ensure!(!tests.is_empty(), "no test matches {filters:?}");
+    Ok(tests)
+}
+
+/// `name: test`, or `[group] name: test`.
+fn listed(line: &str) -> Option<Listed> {
+    let test = line.strip_suffix(": test")?;
+    let grouped = test
+        .strip_prefix('[')
+        .and_then(|rest| rest.split_once("] "));
+    let (group, name) = grouped.map_or((None, test), |(group, name)| (Some(group), name));
+    Some(Listed {
+        name: name.into(),
+        group: group.map(str::to_string),
+    })
 }
 
 /// Runs what is `left` in a machine of its own and takes away what came to a verdict.
@@ -280,18 +303,29 @@ mod tests {
         );
     }
 
+    fn dealt(lines: &[&str], lanes: usize) -> Vec<String> {
+        let tests: Vec<Listed> = lines.iter().filter_map(|line| listed(line)).collect();
+        assert_eq!(tests.len(), lines.len());
+        let shares = deal(&tests, lanes).into_iter();
+        shares
+            .map(|share| Vec::from_iter(share).join(" "))
+            .collect()
+    }
+
     #[test]
-    fn every_test_is_dealt_to_one_lane() {
-        let names = ["a", "b", "c"].map(str::to_owned).to_vec();
-        let shares = deal(names.clone(), 2);
-        assert_eq!(
-            shares,
-            [
-                BTreeSet::from(["a".into(), "c".into()]),
-                BTreeSet::from(["b".into()])
-            ]
-        );
-        assert_eq!(deal(names, 8).len(), 3);
+    fn every_test_is_dealt_to_one_lane_and_groups_stay_together() {
+        let apart = ["a: test", "b: test", "c: test"];
+        assert_eq!(dealt(&apart, 2), ["a c", "b"]);
+        assert_eq!(dealt(&apart, 8), ["a", "b", "c"]);
+        let grouped = [
+            "[x] a: test",
+            "[x] b: test",
+            "[y] c: test",
+            "d: test",
+            "e: test",
+        ];
+        assert_eq!(dealt(&grouped, 2), ["a b e", "c d"]);
+        assert_eq!(dealt(&grouped[..2], 2), ["a b"]);
     }
 
     #[test]

@@ -3,14 +3,17 @@
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
-use integration_tests::linux::{Guest, Machine};
+use integration_tests::linux::Guest;
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::paths::program;
 use integration_tests::tests;
 use integration_tests::vmm::PROCESS_DEADLINE;
 use serde_json::Value;
 
-pub(crate) fn tests() -> Vec<Test> {
+use crate::balloon::REPORTING;
+
+/// A test that ends a shared guest.
+pub(crate) fn sharing_reporting() -> Vec<Test> {
     tests![ch_remote_steers_a_whole_life]
 }
 
@@ -31,11 +34,7 @@ fn remote(guest: &Guest, arguments: &[&str]) -> Result<String> {
 }
 
 fn ch_remote_steers_a_whole_life() -> Result<Outcome> {
-    let mut guest = Machine {
-        arguments: &["--balloon", "size=0,free_page_reporting=on"],
-        ..Machine::default()
-    }
-    .serve()?;
+    let mut guest = REPORTING.take_over()?;
     let ping: Value = serde_json::from_str(&remote(&guest, &["ping"])?)?;
     ensure!(ping["pid"] == guest.vmm.pid(), "{ping:#}");
     for command in [

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use integration_tests::linux::{BOOT_DEADLINE, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::paths;
+use integration_tests::shared;
 use integration_tests::tests;
 use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
@@ -19,10 +20,13 @@ pub(crate) fn tests() -> Vec<Test> {
         memory_around_the_pci_hole_is_all_there,
         topology_is_what_was_asked_for,
         affinity_pins_the_vcpu_thread,
-        clock_is_kvmclock,
-        real_time_clock_tells_the_hosts_time,
         guest_without_initramfs_starts_over_and_over,
     ]
+}
+
+/// Tests that share a guest.
+pub(crate) fn sharing() -> Vec<Test> {
+    tests![clock_is_kvmclock, real_time_clock_tells_the_hosts_time]
 }
 
 /// Boots, compares the number of processors and ends cleanly.
@@ -117,17 +121,18 @@ fn affinity_pins_the_vcpu_thread() -> Result<Outcome> {
 }
 
 fn clock_is_kvmclock() -> Result<Outcome> {
-    let mut guest = Machine::default().serve()?;
-    let text = guest.shell(
-        "cat /sys/devices/system/clocksource/clocksource0/available_clocksource; grep -c x2apic /proc/cpuinfo",
-    )?;
+    let text = Machine::default().share(|guest| {
+        guest.shell(
+            "cat /sys/devices/system/clocksource/clocksource0/available_clocksource; grep -c x2apic /proc/cpuinfo",
+        )
+    })?;
     ensure!(text.contains("kvm-clock"), "{text}");
     Ok(Outcome::Passed)
 }
 
 fn real_time_clock_tells_the_hosts_time() -> Result<Outcome> {
-    let mut guest = Machine::default().serve()?;
-    let text = guest.shell("echo since $(cat /sys/class/rtc/rtc0/since_epoch) epoch")?;
+    let text = Machine::default()
+        .share(|guest| guest.shell("echo since $(cat /sys/class/rtc/rtc0/since_epoch) epoch"))?;
     let guests: u64 = text
         .split_ascii_whitespace()
         .skip_while(|word| *word != "since")
@@ -144,6 +149,7 @@ fn guest_without_initramfs_starts_over_and_over() -> Result<Outcome> {
     let kernel = paths::guest("vmlinux")?;
     let kernel = kernel.to_str().context("path is not UTF-8")?;
     let extra = std::env::var("GUEST_CMDLINE_EXTRA").unwrap_or_default();
+    shared::end_idle();
     let mut vmm = Vmm::start(&[
         "--kernel",
         kernel,

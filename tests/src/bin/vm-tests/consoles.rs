@@ -20,12 +20,16 @@ pub(crate) fn tests() -> Vec<Test> {
         serial_to_a_file_holds_what_the_guest_printed,
         serial_to_null_lets_the_guest_run,
         serial_off_lets_the_guest_run,
-        serial_client_that_comes_back_is_served,
         console_to_a_file_holds_what_the_guest_printed,
         console_on_a_pty_serves_across_a_reboot,
         console_on_a_terminal_serves_and_restores_it,
         console_on_a_socket_serves,
     ]
+}
+
+/// Tests that share a guest.
+pub(crate) fn sharing() -> Vec<Test> {
+    tests![serial_client_that_comes_back_is_served]
 }
 
 const ON_SERIAL: Machine<'_> = Machine::DEFAULT;
@@ -184,13 +188,14 @@ fn serial_off_lets_the_guest_run() -> Result<Outcome> {
 }
 
 fn serial_client_that_comes_back_is_served() -> Result<Outcome> {
-    let mut guest = Machine::default().serve()?;
-    let path = guest.vmm.folder().join("serial.sock");
-    for _ in 0..3 {
-        guest.serial = Serial::connect(&path, PROCESS_DEADLINE)?;
-        guest.wait_serving()?;
-    }
-    Ok(Outcome::Passed)
+    Machine::default().share(|guest| {
+        let path = guest.vmm.folder().join("serial.sock");
+        for _ in 0..3 {
+            guest.serial = Serial::connect(&path, PROCESS_DEADLINE)?;
+            guest.wait_serving()?;
+        }
+        Ok(Outcome::Passed)
+    })
 }
 
 fn console_on_a_socket_serves() -> Result<Outcome> {

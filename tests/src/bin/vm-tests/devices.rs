@@ -15,8 +15,12 @@ pub(crate) fn tests() -> Vec<Test> {
         disk_discard_gives_space_back,
         disk_read_only_refuses_writes,
         ten_disks_are_all_there,
-        entropy_flows,
     ]
+}
+
+/// Tests that share a guest.
+pub(crate) fn sharing() -> Vec<Test> {
+    tests![entropy_flows]
 }
 
 const DISK_BYTES: u64 = 64 << 20;
@@ -122,10 +126,11 @@ fn ten_disks_are_all_there() -> Result<Outcome> {
 }
 
 fn entropy_flows() -> Result<Outcome> {
-    let mut guest = Machine::default().serve()?;
-    let text = guest.shell(
-        "cat /sys/class/misc/hw_random/rng_current; echo bytes $(head -c 512 /dev/hwrng | wc -c)",
-    )?;
+    let text = Machine::default().share(|guest| {
+        guest.shell(
+            "cat /sys/class/misc/hw_random/rng_current; echo bytes $(head -c 512 /dev/hwrng | wc -c)",
+        )
+    })?;
     ensure!(
         text.contains("virtio_rng") && text.contains("bytes 512"),
         "{text}"

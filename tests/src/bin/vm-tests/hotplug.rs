@@ -11,10 +11,14 @@ use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 
 pub(crate) fn tests() -> Vec<Test> {
+    tests![memory_plugged_in_is_used_ballooned_and_comes_back]
+}
+
+/// Tests that end a shared guest.
+pub(crate) fn sharing() -> Vec<Test> {
     tests![
         balloon_added_to_a_running_guest_reports_and_goes_when_it_is_empty,
         disk_added_to_a_running_guest_keeps_data_and_goes,
-        memory_plugged_in_is_used_ballooned_and_comes_back,
     ]
 }
 
@@ -48,7 +52,7 @@ fn wait_gone(guest: &Guest, id: &str) -> Result<()> {
 }
 
 fn balloon_added_to_a_running_guest_reports_and_goes_when_it_is_empty() -> Result<Outcome> {
-    let mut guest = Machine::default().serve()?;
+    let mut guest = Machine::default().take_over()?;
     // Touched and freed before there is a balloon.
     guest.command("alloc 200M")?;
     guest.command("free")?;
@@ -87,7 +91,7 @@ fn disk_added_to_a_running_guest_keeps_data_and_goes() -> Result<Outcome> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("disk.raw");
     File::create(&path)?.set_len(16 * MIB)?;
-    let mut guest = Machine::default().serve()?;
+    let mut guest = Machine::default().take_over()?;
     let disk = json!({"path": path, "image_type": "Raw", "id": "data"});
     let wait_disk = |guest: &mut Guest| {
         let script = "for i in $(seq 600); do [ -b /dev/vda ] && exit; sleep 0.1; done; exit 1";

@@ -7,8 +7,15 @@ use integration_tests::tests;
 use integration_tests::vmm::Vmm;
 use serde_json::Value;
 
+use crate::balloon::REPORTING;
+
 pub(crate) fn tests() -> Vec<Test> {
-    tests![events_tell_a_whole_life, two_guests_run_side_by_side,]
+    tests![events_tell_a_whole_life]
+}
+
+/// A test that ends a shared guest.
+pub(crate) fn sharing_reporting() -> Vec<Test> {
+    tests![two_guests_run_side_by_side]
 }
 
 fn events_tell_a_whole_life() -> Result<Outcome> {
@@ -68,12 +75,8 @@ fn events(vmm: &Vmm) -> Result<Vec<Value>> {
 
 /// Each keeps its own memory while both use theirs.
 fn two_guests_run_side_by_side() -> Result<Outcome> {
-    let machine = Machine {
-        arguments: &["--balloon", "size=0,free_page_reporting=on"],
-        ..Machine::default()
-    };
-    let mut first = machine.serve()?;
-    let mut second = machine.serve()?;
+    let mut first = REPORTING.take_over()?;
+    let mut second = REPORTING.serve()?;
     first.command("alloc 100M seed=1")?;
     second.command("alloc 100M seed=2")?;
     first.command("verify")?;

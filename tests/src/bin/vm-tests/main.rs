@@ -1,7 +1,8 @@
 //! Tests with real Linux guests, for a host whose KVM boots Linux.
 //!
 //! `cargo xtask vm-tests [FILTER…]` runs them anywhere; without a filter all of
-//! them. Each boots guests of its own; a few run side by side.
+//! them. A few run side by side. Most boot guests of their own. Tests that leave a guest as they
+//! found it share one and form a group.
 
 mod api;
 mod balloon;
@@ -21,11 +22,37 @@ mod zones;
 
 use std::process::ExitCode;
 
-use integration_tests::outcome;
+use integration_tests::outcome::{self, group};
 
 /// Every test, in the order in which they are started.
 fn main() -> ExitCode {
     let all = [
+        group(
+            "plain",
+            [
+                boot::sharing(),
+                devices::sharing(),
+                consoles::sharing(),
+                power::sharing(),
+                hotplug::sharing(),
+            ],
+        ),
+        group("balloon", [balloon::sharing()]),
+        group(
+            "reporting",
+            [
+                balloon::sharing_reporting(),
+                life::sharing_reporting(),
+                api::sharing_reporting(),
+            ],
+        ),
+        group(
+            "reporting-pair",
+            [
+                power::sharing_reporting_pair(),
+                balloon::sharing_reporting_pair(),
+            ],
+        ),
         boot::tests(),
         power::tests(),
         life::tests(),
@@ -36,7 +63,6 @@ fn main() -> ExitCode {
         balloon::tests(),
         stress::tests(),
         zones::tests(),
-        api::tests(),
         promises::tests(),
         fleet::tests(),
         patched::tests(),

@@ -1,24 +1,36 @@
 //! How a machine ends and starts again.
 
 use anyhow::{Context, Result, ensure};
-use integration_tests::linux::{BOOT_DEADLINE, Machine};
+use integration_tests::linux::{BOOT_DEADLINE, Guest, Machine};
 use integration_tests::outcome::{Outcome, Test};
 use integration_tests::tests;
 use integration_tests::vmm::PROCESS_DEADLINE;
 use integration_tests::wait::wait_for;
 
+use crate::balloon::REPORTING_PAIR;
+
 pub(crate) fn tests() -> Vec<Test> {
     tests![
         guest_poweroff_ends_the_vmm,
         guest_reboot_starts_the_guest_again,
-        every_way_to_reset_starts_the_guest_again,
         guest_poweroff_with_no_shutdown_leaves_the_vmm,
-        power_button_shuts_the_guest_down,
+    ]
+}
+
+/// Tests that share a guest, and tests that end a shared one.
+pub(crate) fn sharing() -> Vec<Test> {
+    tests![
+        every_way_to_reset_starts_the_guest_again,
         api_reboot_starts_the_guest_again,
+        power_button_shuts_the_guest_down,
         api_shutdown_keeps_the_configuration,
         terminate_signal_ends_cleanly,
-        pause_stops_the_guest_and_resume_lets_it_go_on,
     ]
+}
+
+/// A test that shares a guest with two vCPUs that reports.
+pub(crate) fn sharing_reporting_pair() -> Vec<Test> {
+    tests![pause_stops_the_guest_and_resume_lets_it_go_on]
 }
 
 fn guest_poweroff_ends_the_vmm() -> Result<Outcome> {
@@ -47,14 +59,15 @@ fn guest_reboot_starts_the_guest_again() -> Result<Outcome> {
 
 /// The ACPI register, the keyboard controller, and a triple fault.
 fn every_way_to_reset_starts_the_guest_again() -> Result<Outcome> {
-    let mut guest = Machine::default().serve()?;
-    for way in ["acpi", "kbd", "triple"] {
-        guest.shell(&format!("echo {way} > /sys/kernel/reboot/type"))?;
-        guest.serial.send("sh reboot -f")?;
-        guest.wait_init().with_context(|| way)?;
-        guest.wait_serving()?;
-    }
-    Ok(Outcome::Passed)
+    Machine::default().share(|guest| {
+        for way in ["acpi", "kbd", "triple"] {
+            guest.shell(&format!("echo {way} > /sys/kernel/reboot/type"))?;
+            guest.serial.send("sh reboot -f")?;
+            guest.wait_init().with_context(|| way)?;
+            guest.wait_serving()?;
+        }
+        Ok(Outcome::Passed)
+    })
 }
 
 fn guest_poweroff_with_no_shutdown_leaves_the_vmm() -> Result<Outcome> {
@@ -75,7 +88,7 @@ fn guest_poweroff_with_no_shutdown_leaves_the_vmm() -> Result<Outcome> {
 }
 
 fn power_button_shuts_the_guest_down() -> Result<Outcome> {
-    let mut guest = Machine::default().serve()?;
+    let mut guest = Machine::default().take_over()?;
     guest.vmm.put("vm.power-button", None)?;
     guest.serial.expect("guest: power button", BOOT_DEADLINE)?;
     guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
@@ -83,7 +96,7 @@ fn power_button_shuts_the_guest_down() -> Result<Outcome> {
 }
 
 fn api_reboot_starts_the_guest_again() -> Result<Outcome> {
-    let mut guest = Machine::default().serve()?;
+    let mut guest = Machine::default().take_over()?;
     guest.vmm.put("vm.reboot", None)?;
     guest.wait_init()?;
     guest.wait_serving()?;
@@ -92,7 +105,7 @@ fn api_reboot_starts_the_guest_again() -> Result<Outcome> {
 }
 
 fn api_shutdown_keeps_the_configuration() -> Result<Outcome> {
-    let mut guest = Machine::default().serve()?;
+    let mut guest = Machine::default().take_over()?;
     guest.vmm.put("vm.shutdown", None)?;
     let info = guest.vmm.get("vm.info")?;
     ensure!(info["state"] == "Created", "{info:#}");
@@ -107,7 +120,7 @@ fn api_shutdown_keeps_the_configuration() -> Result<Outcome> {
 }
 
 fn terminate_signal_ends_cleanly() -> Result<Outcome> {
-    let mut guest = Machine::default().serve()?;
+    let mut guest = Machine::default().take_over()?;
     guest.vmm.signal("TERM")?;
     guest.vmm.expect_clean_exit(PROCESS_DEADLINE)?;
     ensure!(
@@ -118,12 +131,10 @@ fn terminate_signal_ends_cleanly() -> Result<Outcome> {
 }
 
 fn pause_stops_the_guest_and_resume_lets_it_go_on() -> Result<Outcome> {
-    let mut guest = Machine {
-        cpus: "boot=2",
-        arguments: &["--balloon", "size=0,free_page_reporting=on"],
-        ..Machine::default()
-    }
-    .serve()?;
+    REPORTING_PAIR.share(pause_and_resume)
+}
+
+fn pause_and_resume(guest: &mut Guest) -> Result<Outcome> {
     guest.vmm.put("vm.pause", None)?;
     let info = guest.vmm.get("vm.info")?;
     ensure!(info["state"] == "Paused", "{info:#}");
