@@ -2,8 +2,8 @@
 
 use std::fmt;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 use state::{Part, Saved, State, StateError, parts, require};
@@ -16,8 +16,10 @@ use super::flights::Flights;
 use super::image::Image;
 use super::queue::BlockQueue;
 use super::request::Rules;
+use super::resize::DiskHandle;
 use super::{BlockError, BlockParams, QUEUE_SIZE_MAX, QUEUES_MAX};
-use crate::device::{Counters, QueueHandler, VirtioDevice, read_config_space};
+use crate::Unpoisoned;
+use crate::device::{Counters, Interrupt, QueueHandler, VirtioDevice, read_config_space};
 use crate::thread_name::thread_name;
 
 /// Device id (virtio 1.2 §5).
@@ -40,15 +42,25 @@ impl State for BlockState {
 }
 
 /// Data shared by the configuration half and all queues.
-#[derive(Debug)]
 pub(super) struct DiskState {
     params: BlockParams,
     image: Arc<Image>,
     serial: [u8; SERIAL_BYTES],
-    /// Atomic so that a later resize needs no lock.
+    /// Changed by a resize.
     capacity_sectors: AtomicU64,
     writeback: AtomicBool,
     counters: BlockCounters,
+    /// `None` until the disk is behind its transport.
+    interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
+}
+
+impl fmt::Debug for DiskState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DiskState")
+            .field("params", &self.params)
+            .field("image", &self.image)
+            .finish_non_exhaustive()
+    }
 }
 
 impl DiskState {
@@ -66,6 +78,23 @@ impl DiskState {
     /// Padded with zeroes to the 20 bytes of GET_ID.
     pub(super) fn serial(&self) -> &[u8] {
         &self.serial
+    }
+
+    pub(super) fn image(&self) -> &Image {
+        &self.image
+    }
+
+    pub(super) fn is_readonly(&self) -> bool {
+        self.params.readonly
+    }
+
+    /// Changes the size that the guest sees, and notifies it.
+    pub(super) fn set_capacity(&self, sectors: u64) {
+        self.capacity_sectors.store(sectors, Ordering::Release);
+        let interrupt = self.interrupt.lock().unpoisoned().clone();
+        if let Some(interrupt) = interrupt {
+            interrupt.signal_config();
+        }
     }
 
     pub(super) fn is_block_device(&self) -> bool {
@@ -115,6 +144,7 @@ impl Block {
             capacity_sectors: AtomicU64::new(image.sectors()),
             writeback: AtomicBool::new(true),
             counters: BlockCounters::new(),
+            interrupt: Mutex::new(None),
             image,
             params,
         });
@@ -132,6 +162,11 @@ impl Block {
             handlers,
             disk,
         })
+    }
+
+    /// The handle by which the VMM resizes the disk.
+    pub fn handle(&self) -> DiskHandle {
+        DiskHandle::new(Arc::clone(&self.disk))
     }
 
     /// Size the guest sees, in bytes.
@@ -225,6 +260,10 @@ impl VirtioDevice for Block {
     fn handler_of_queue(&self, queue_index: u16, _features: u64) -> Option<usize> {
         let index = usize::from(queue_index);
         (index < self.queue_sizes.len()).then_some(index)
+    }
+
+    fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {
+        *self.disk.interrupt.lock().unpoisoned() = Some(interrupt);
     }
 
     fn reset(&mut self) {

@@ -41,6 +41,8 @@ pub(super) struct Image {
     topology: Topology,
     default_serial: String,
     partial_writes: Mutex<()>,
+    exclusive: bool,
+    lock_granularity: LockGranularity,
 }
 
 impl Image {
@@ -95,7 +97,22 @@ impl Image {
             topology,
             default_serial: serial_of(&stat),
             partial_writes: Mutex::new(()),
+            exclusive: !params.readonly,
+            lock_granularity: params.lock_granularity,
         })
+    }
+
+    /// The present size of the file or block device.
+    pub(super) fn file_bytes(&self) -> io::Result<u64> {
+        file_bytes(&self.file)
+    }
+
+    /// Extends a lock of the image's size to `bytes`. The kernel adds it to the one that is held.
+    pub(super) fn lock_up_to(&self, bytes: u64) -> io::Result<()> {
+        match self.lock_granularity {
+            LockGranularity::Full => Ok(()),
+            LockGranularity::ByteRange => disk_sys::lock(&self.file, self.exclusive, bytes),
+        }
     }
 
     pub(super) fn file(&self) -> &File {

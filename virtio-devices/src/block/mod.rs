@@ -8,6 +8,7 @@
 //!   flights    jobs the I/O engine holds, bounded in number and cost
 //!   engine     io_uring, or system calls on the worker itself
 //!   image      opening, locking, sizes        format   signatures
+//!   resize     a new size, from the VMM
 //!   config_space   what the guest reads       counters what we count
 //! ```
 //!
@@ -25,6 +26,7 @@ mod image;
 mod job;
 mod queue;
 mod request;
+mod resize;
 
 #[cfg(test)]
 mod tests;
@@ -36,6 +38,7 @@ pub use device::{Block, BlockState};
 pub use device_facts::LockGranularity;
 pub use engine::EngineChoice;
 pub use format::ImageFormat;
+pub use resize::{DiskHandle, DiskResizeError};
 
 /// Unit of addresses and capacity on the wire, whatever the block size.
 pub const SECTOR_BYTES: u64 = 512;

@@ -126,3 +126,26 @@ fn device_in_use_is_locked_against_a_second_writer() {
     drop(first);
     Block::new(device.params()).expect("free again");
 }
+
+#[test]
+fn device_that_was_resized_by_its_owner_gets_its_new_size() {
+    let Some(device) = Loop::new(64, 512) else {
+        return;
+    };
+    let block = Block::new(device.params()).unwrap();
+    let error = block.handle().resize(128 * 512).unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .contains("the block device has 32768 bytes"),
+        "{error}"
+    );
+    device._file.as_file().set_len(128 * 512).unwrap();
+    let status = Command::new("losetup")
+        .arg("--set-capacity")
+        .arg(&device.path)
+        .status();
+    assert!(status.unwrap().success());
+    block.handle().resize(128 * 512).unwrap();
+    assert_eq!(block.size_bytes(), 128 * 512);
+}

@@ -5,6 +5,7 @@ mod hostile;
 mod model;
 mod open;
 mod requests;
+mod resize;
 mod turns;
 
 use std::io::Write;

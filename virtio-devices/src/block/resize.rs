@@ -1,0 +1,127 @@
+//! Changes the size of a disk while the guest uses it (virtio 1.2 §5.2.6: a change of capacity is a configuration change).
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use super::SECTOR_BYTES;
+use super::device::DiskState;
+
+/// The VMM's handle of a disk; keeps the image open. No call waits for the guest.
+#[derive(Clone, Debug)]
+pub struct DiskHandle {
+    disk: Arc<DiskState>,
+}
+
+/// Reasons why a disk cannot have a size.
+#[derive(Debug, thiserror::Error)]
+pub enum DiskResizeError {
+    /// Only whole blocks can be addressed.
+    #[error("the size of a disk must be a positive multiple of {block_bytes} bytes; got {bytes}")]
+    NotWholeBlocks {
+        /// The requested size.
+        bytes: u64,
+        /// Size of a sector, or of a block for direct I/O.
+        block_bytes: u64,
+    },
+    /// The image is open for reading only.
+    #[error("cannot resize {}: the disk is read-only", path.display())]
+    Readonly {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The size of a block device is changed by its owner.
+    #[error(
+        "cannot resize {} to {bytes} bytes: the block device has {device_bytes} bytes; resize it first",
+        path.display()
+    )]
+    OtherDeviceSize {
+        /// The block device.
+        path: PathBuf,
+        /// The requested size.
+        bytes: u64,
+        /// The size of the device.
+        device_bytes: u64,
+    },
+    /// Another process has locked the part that would be added.
+    #[error("cannot lock {} up to {bytes} bytes", path.display())]
+    Lock {
+        /// The image.
+        path: PathBuf,
+        /// The requested size.
+        bytes: u64,
+        /// The error from the system.
+        #[source]
+        source: io::Error,
+    },
+    /// The system refused.
+    #[error("cannot resize {} to {bytes} bytes", path.display())]
+    Host {
+        /// The image.
+        path: PathBuf,
+        /// The requested size.
+        bytes: u64,
+        /// The error from the system.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl DiskResizeError {
+    /// The request is wrong, and not the host.
+    #[must_use]
+    pub fn is_of_request(&self) -> bool {
+        !matches!(self, Self::Lock { .. } | Self::Host { .. })
+    }
+}
+
+impl DiskHandle {
+    pub(super) fn new(disk: Arc<DiskState>) -> Self {
+        Self { disk }
+    }
+
+    /// Resizes the image file, or takes over the new size of a block device, and notifies the guest. The caller has
+    /// paused the disk, so that no request in flight writes behind the new end.
+    ///
+    /// # Errors
+    /// The size is impossible, or the host refused; in both cases nothing has changed.
+    pub fn resize(&self, bytes: u64) -> Result<(), DiskResizeError> {
+        let image = self.disk.image();
+        let path = || self.disk.path().to_path_buf();
+        let block_bytes = image
+            .dio()
+            .map_or(SECTOR_BYTES, |align| SECTOR_BYTES.max(align.offset as u64));
+        if bytes == 0 || !bytes.is_multiple_of(block_bytes) {
+            return Err(DiskResizeError::NotWholeBlocks { bytes, block_bytes });
+        }
+        let host = |source| DiskResizeError::Host {
+            path: path(),
+            bytes,
+            source,
+        };
+        if image.is_block_device() {
+            let device_bytes = image.file_bytes().map_err(host)?;
+            if device_bytes != bytes {
+                return Err(DiskResizeError::OtherDeviceSize {
+                    path: path(),
+                    bytes,
+                    device_bytes,
+                });
+            }
+        } else if self.disk.is_readonly() {
+            return Err(DiskResizeError::Readonly { path: path() });
+        }
+        image
+            .lock_up_to(bytes)
+            .map_err(|source| DiskResizeError::Lock {
+                path: path(),
+                bytes,
+                source,
+            })?;
+        if !image.is_block_device() {
+            image.file().set_len(bytes).map_err(host)?;
+        }
+        self.disk.set_capacity(bytes / SECTOR_BYTES);
+        Ok(())
+    }
+}
