@@ -6,8 +6,8 @@
 use kvm_bindings::{
     CpuId, KVM_EXIT_DEBUG, KVM_EXIT_EXCEPTION, KVM_EXIT_HYPERCALL, KVM_EXIT_IRQ_WINDOW_OPEN,
     KVM_EXIT_NMI, KVM_EXIT_SET_TPR, KVM_EXIT_TPR_ACCESS, KVM_EXIT_UNKNOWN, KVM_EXIT_WATCHDOG,
-    KVM_MAX_CPUID_ENTRIES, Msrs, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs,
-    kvm_run, kvm_sregs,
+    KVM_MAX_CPUID_ENTRIES, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_fpu,
+    kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_run, kvm_sregs,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
@@ -233,6 +233,15 @@ impl Vcpu {
             Err(error) if error.errno() == libc::EINVAL => Ok(false),
             Err(error) => Err(ioctl("KVM_KVMCLOCK_CTRL")(error)),
         }
+    }
+
+    /// Whether the vCPU has left the state in which it waits to be started.
+    ///
+    /// # Errors
+    /// As [`Vcpu::mp_state`].
+    pub fn has_started(&self) -> Result<bool> {
+        let waiting = [KVM_MP_STATE_UNINITIALIZED, KVM_MP_STATE_INIT_RECEIVED];
+        Ok(!waiting.contains(&self.mp_state()?.mp_state))
     }
 
     /// Sends a non-maskable interrupt.

@@ -1,6 +1,7 @@
 //! The life of one vCPU thread.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use hypervisor::{SystemEvent, Vcpu, VmExit, kick};
@@ -41,6 +42,8 @@ pub(super) struct VcpuCell {
     pub(super) apic_id: u32,
     /// Locked by the vCPU's thread while it may be in the guest, otherwise by the control thread.
     vcpu: Mutex<Vcpu>,
+    /// A non-maskable interrupt is requested. Set before a kick; the vCPU's thread delivers it.
+    pub(super) nmi_requested: AtomicBool,
     pub(super) counters: Arc<ExitCounters>,
 }
 
@@ -50,7 +53,25 @@ impl VcpuCell {
             index,
             apic_id,
             vcpu: Mutex::new(vcpu),
+            nmi_requested: AtomicBool::new(false),
             counters: Arc::default(),
+        }
+    }
+
+    /// Delivers a requested non-maskable interrupt.
+    ///
+    /// A vCPU that the guest has not started gets none: it could not take the interrupt, and KVM would wake its thread
+    /// without end.
+    fn deliver_nmi(&self, vcpu: &Vcpu) {
+        if !self.nmi_requested.swap(false, Ordering::AcqRel) {
+            return;
+        }
+        let delivered = vcpu.has_started().and_then(|started| match started {
+            true => vcpu.nmi(),
+            false => Ok(()),
+        });
+        if let Err(error) = delivered {
+            log::error!("vCPU {}: {error}", self.index);
         }
     }
 
@@ -119,6 +140,7 @@ fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusConte
         // In this order: a kick after the flag is cleared sets it again; before an earlier one, the gate was closed
         // already.
         vcpu.set_immediate_exit(false);
+        cell.deliver_nmi(vcpu);
         let leaving = !gate.is_open();
         if leaving {
             vcpu.set_immediate_exit(true);

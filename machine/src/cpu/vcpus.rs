@@ -6,6 +6,7 @@ use std::io;
 use std::mem;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -249,6 +250,14 @@ impl Vcpus {
         }
         self.gate.set(Wanted::Running);
         Ok(())
+    }
+
+    /// Requests a non-maskable interrupt on every vCPU that the guest has started, and returns at once.
+    pub fn nmi(&self) {
+        for cell in &self.cells {
+            cell.nmi_requested.store(true, Ordering::Release);
+        }
+        self.kick_all();
     }
 
     /// Ends all threads. Idempotent.

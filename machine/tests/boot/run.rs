@@ -267,6 +267,38 @@ fn pause_guest_that_reads_ports_without_end_makes_no_more_accesses() {
     }
 }
 
+/// Without a handler the interrupt is a triple fault, and the second vCPU was never started.
+#[test]
+fn nmi_reaches_the_vcpu_that_runs_and_leaves_others_asleep() {
+    #[rustfmt::skip]
+    let code = [
+        0xe6, 0x80,                         // out 0x80, al
+        0xeb, 0xfe,                         // jmp $
+    ];
+    let Some(mut machine) = machine(&elf(&code, LOAD_ADDRESS, PVH_NOTE), &cpus(2)) else {
+        return;
+    };
+    machine.vcpus.start().unwrap();
+    let recorder = Arc::clone(&machine.recorder);
+    wait_until("the guest runs", || {
+        !recorder.accesses.lock().unwrap().is_empty()
+    });
+    machine.vcpus.pause().unwrap();
+    machine.vcpus.nmi();
+    assert!(machine.events.try_recv().is_err(), "a paused vCPU ran");
+    machine.vcpus.resume().unwrap();
+    assert_eq!(
+        machine.events.recv_timeout(DEADLINE).unwrap(),
+        GuestEvent::Reset
+    );
+    let wakes = || machine.vcpus.counters()[1].counts().interrupted;
+    for _ in 0..1000 {
+        std::thread::yield_now();
+    }
+    assert!(wakes() < 100, "{} wakes without an end", wakes());
+    machine.vcpus.stop().unwrap();
+}
+
 #[test]
 fn drop_running_machine_ends_its_threads() {
     let Some(mut machine) = machine(&elf(&SPIN, LOAD_ADDRESS, PVH_NOTE), &cpus(2)) else {
