@@ -188,6 +188,14 @@ endpoints! {
     VmReboot = Upstream Put "vm.reboot",
         request None, response None, command "reboot",
         failure "The VM could not reboot";
+    /// Send a non-maskable interrupt to the VM's vCPUs.
+    VmNmi = Upstream Put "vm.nmi",
+        request None, response None, command "nmi",
+        failure "The NMI could not be sent";
+    /// Change the size of a disk of a running VM.
+    VmResizeDisk = Upstream Put "vm.resize-disk",
+        request Some("VmResizeDisk"), response None, command "resize-disk",
+        failure "The disk could not be resized";
     /// Press the VM's power button.
     VmPowerButton = Upstream Put "vm.power-button",
         request None, response None, command "power-button",

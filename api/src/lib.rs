@@ -46,7 +46,7 @@ pub use reclaim::{
     ZoneReporting, ZoneResidency,
 };
 pub use reporting::{ReportNow, ReportingAction, ReportingStatus, VmBalloonReporting};
-pub use resize::VmResize;
+pub use resize::{VmResize, VmResizeDisk};
 pub use scale::scale_bytes;
 pub use thresholds::{
     AlertChange, AlertDirection, AlertRule, AlertStatus, ReclaimThresholds,

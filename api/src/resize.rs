@@ -1,4 +1,4 @@
-//! Body of `PUT /vm.resize`.
+//! Bodies of `PUT /vm.resize` and `PUT /vm.resize-disk`.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -19,4 +19,14 @@ pub struct VmResize {
     /// Memory the guest shall give up to the balloon, in bytes. Answered at once; the guest follows in its own time.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub desired_balloon: Option<u64>,
+}
+
+/// The new size of a disk. The image file is extended or cut; a block device must have the new size already.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[schemars(extend("example" = json!({"id": "_disk0", "desired_size": 2_u64 << 30})))]
+pub struct VmResizeDisk {
+    /// Name of the disk.
+    pub id: String,
+    /// Size in bytes, a multiple of 512.
+    pub desired_size: u64,
 }

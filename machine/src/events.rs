@@ -20,6 +20,19 @@ pub enum DeviceEventKind {
     Activated,
     /// The driver released it.
     Reset,
+    /// The guest reported its panic.
+    GuestPanic(GuestPanic),
+}
+
+/// What the guest reported.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GuestPanic {
+    /// The kernel has panicked and stops.
+    Panicked,
+    /// It has panicked and boots a crash kernel.
+    CrashLoaded,
+    /// A value that has no meaning.
+    Unknown,
 }
 
 /// Accepts events. Called on vCPU threads, and never blocks.

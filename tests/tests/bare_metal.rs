@@ -10,7 +10,7 @@ use integration_tests::bare_metal::{
 };
 use integration_tests::vmm::Vmm;
 use integration_tests::wait::wait_for;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// Balloon with reporting, as most scenarios want it.
 const BALLOON: &[&str] = &["--balloon", "size=0,free_page_reporting=on"];
@@ -225,6 +225,66 @@ fn watchdog_that_is_pinged_no_more_resets_the_machine() -> Result<()> {
     .with_context(|| vmm.stderr())?;
     let log = vmm.stderr();
     ensure!(log.contains("__watchdog: no ping from the guest"), "{log}");
+    vmm.put("vmm.shutdown", None)?;
+    vmm.expect_clean_exit(SCENARIO_DEADLINE)
+}
+
+#[test]
+fn guest_that_panics_is_reported_and_its_debug_text_kept() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let arguments = ["--pvpanic", "--debug-console", "file=@/debug"];
+    let events = ["--event-monitor", "path=@/events"];
+    let command_line = ["--cmdline", "scenario=panic stay"];
+    let mut vmm = start("panic", &[&arguments[..], &events, &command_line].concat())?;
+    expect_all_passed(&mut vmm)?;
+    ensure!(vmm.text("debug") == "text for the debug console\n");
+    for event in ["panic", "crash_loaded", "unknown_event"] {
+        let properties = json!({ "event": event });
+        wait_for(event, SCENARIO_DEADLINE, || {
+            let text = vmm.text("events");
+            let mut events = serde_json::Deserializer::from_str(&text).into_iter::<Value>();
+            Ok(events
+                .find_map(|it| {
+                    it.ok().filter(|it| {
+                        it["source"] == "guest"
+                            && it["event"] == "panic"
+                            && it["properties"] == properties
+                    })
+                })
+                .map(drop))
+        })
+        .with_context(|| vmm.text("events"))?;
+    }
+    let info = vmm.get("vm.info")?;
+    ensure!(info["state"] == "Running", "{info:#}");
+    ensure!(
+        info["device_tree"]["__pvpanic"]["pci_bdf"].is_string(),
+        "{info:#}"
+    );
+    vmm.put("vmm.shutdown", None)?;
+    vmm.expect_clean_exit(SCENARIO_DEADLINE)
+}
+
+#[test]
+fn debug_console_on_another_port_writes_to_the_terminal_of_the_console() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    // The scenario finds nothing at 0xe9, and the VMM runs all the same.
+    let arguments = ["--debug-console", "tty,iobase=0xe8", "--console", "tty"];
+    let mut vmm = start("spin", &arguments)?;
+    vmm.wait_api()?;
+    wait_for("running guest", SCENARIO_DEADLINE, || {
+        let info = vmm.get("vm.info").ok();
+        Ok(info.filter(|info| info["state"] == "Running"))
+    })?;
+    let info = vmm.get("vm.info")?;
+    ensure!(
+        info["config"]["debug_console"]["iobase"] == 0xe8,
+        "{info:#}"
+    );
     vmm.put("vmm.shutdown", None)?;
     vmm.expect_clean_exit(SCENARIO_DEADLINE)
 }

@@ -105,6 +105,7 @@ fn every_command_steers_a_whole_life() -> Result<()> {
         "resume",
         "shutdown",
         "power-button",
+        "nmi",
         "counters",
         "balloon-stats",
     ] {
@@ -129,6 +130,12 @@ fn every_command_steers_a_whole_life() -> Result<()> {
     remote.quiet("resize --balloon 0")?;
     remote.refused("resize --memory 1G", "InternalServerError", "")?;
     remote.refused("resize --cpus 2", "InternalServerError", "")?;
+
+    remote.refused(
+        "resize-disk --disk data --size 1G",
+        "NotFound",
+        "no device data",
+    )?;
 
     remote.quiet("pause")?;
     ensure!(remote.state()? == "Paused");

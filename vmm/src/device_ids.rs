@@ -10,5 +10,7 @@ pub(crate) const RNG_ID: &str = "__rng";
 pub(crate) const WATCHDOG_ID: &str = "__watchdog";
 /// The serial port.
 pub(crate) const SERIAL_ID: &str = "__serial";
+/// The debug console.
+pub(crate) const DEBUG_CONSOLE_ID: &str = "__debug_console";
 /// The console.
 pub(crate) const CONSOLE_ID: &str = "__console";

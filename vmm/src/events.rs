@@ -63,7 +63,10 @@ macro_rules! events {
             /// Whether a guest can cause such events as fast as it writes registers.
             #[must_use]
             pub const fn is_by_register(&self) -> bool {
-                matches!(self, Self::DeviceActivated | Self::DeviceReset)
+                matches!(
+                    self,
+                    Self::DeviceActivated | Self::DeviceReset | Self::GuestPanic { .. }
+                )
             }
 
             /// The part of the VMM in which it happened.
@@ -128,6 +131,10 @@ events! {
         Resized "resized"
         /// The guest has released a device.
         DeviceRemoved "device-removed" { bdf: String }
+    }
+    "guest" {
+        /// The guest has reported its panic through pvpanic.
+        GuestPanic "panic" { event: &'static str }
     }
     "virtio-device" {
         /// A driver initialised the device.

@@ -99,6 +99,7 @@ const OUTPUT: Output = Output(&[
 ]);
 const DEBUG_OUTPUT: Output = Output(&[
     ("off", ConsoleOutputMode::Off),
+    ("null", ConsoleOutputMode::Null),
     ("pty", ConsoleOutputMode::Pty),
     ("tty", ConsoleOutputMode::Tty),
     ("file=<path>", ConsoleOutputMode::File),

@@ -89,7 +89,7 @@ pub struct VmConfig {
     pub iommu: bool,
     /// A watchdog device: a guest that has pinged it once and stops doing so is reset.
     pub watchdog: bool,
-    /// A device through which the guest reports a panic. Unsupported.
+    /// A device (pvpanic) through which the guest reports a panic; each report is an event.
     pub pvpanic: bool,
     /// Let the VMM use only files that this configuration names.
     pub landlock_enable: bool,
@@ -156,13 +156,7 @@ impl VmConfig {
     /// Every part of the configuration that this VMM knows by name and cannot do, for validation to refuse.
     pub fn unsupported_sections(&self) -> Vec<&'static str> {
         let mut names = self.unsupported.requested();
-        let switches = [("iommu", self.iommu), ("pvpanic", self.pvpanic)];
-        names.extend(
-            switches
-                .into_iter()
-                .filter(|(_, wanted)| *wanted)
-                .map(|(name, _)| name),
-        );
+        names.extend(self.iommu.then_some("iommu"));
         names
     }
 }

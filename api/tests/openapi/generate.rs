@@ -25,6 +25,7 @@ pub(crate) fn schemas() -> BTreeMap<String, Value> {
     generator.subschema_for::<VmmPingResponse>();
     generator.subschema_for::<VmInfo>();
     generator.subschema_for::<VmResize>();
+    generator.subschema_for::<VmResizeDisk>();
     generator.subschema_for::<VmRemoveDevice>();
     generator.subschema_for::<PciDeviceInfo>();
     generator.subschema_for::<VmBalloonHinting>();

@@ -50,6 +50,7 @@ samples![
     VmInfo,
     DeviceNode,
     VmResize,
+    VmResizeDisk,
     VmRemoveDevice,
     PciDeviceInfo,
     VmBalloonHinting,

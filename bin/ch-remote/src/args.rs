@@ -57,6 +57,8 @@ pub(crate) enum Command {
     Create(CreateArguments),
     /// Change the VM's vCPUs, RAM or balloon
     Resize(ResizeArguments),
+    /// Change the size of a disk of a running VM
+    ResizeDisk(ResizeDiskArguments),
     /// Add a disk to the VM
     AddDisk(AddDiskArguments),
     /// Add a network interface to the VM
@@ -185,6 +187,17 @@ pub(crate) struct ResizeArguments {
     /// Memory the guest shall give up to the balloon, in bytes or with a suffix such as M or GiB
     #[arg(long, value_name = "SIZE", group = "change", value_parser = parse_bytes)]
     pub(crate) balloon: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ResizeDiskArguments {
+    /// Name of the disk, as vm.info shows it
+    #[arg(long, value_name = "ID")]
+    pub(crate) disk: String,
+
+    /// Its new size, in bytes or with a suffix such as M or GiB
+    #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
+    pub(crate) size: u64,
 }
 
 #[derive(Debug, Args)]

@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use api::{
     Endpoint, HintingAction, ReportingAction, VmBalloonHinting, VmBalloonReporting, VmRemoveDevice,
-    VmResize, to_ascii_json,
+    VmResize, VmResizeDisk, to_ascii_json,
 };
 
 use crate::args::{
@@ -42,6 +42,10 @@ impl Request {
             Command::BalloonHinting(hinting) => hinting_body(hinting.action)
                 .map(|body| to_ascii_json(&body))
                 .transpose()?,
+            Command::ResizeDisk(resize) => Some(to_ascii_json(&VmResizeDisk {
+                id: resize.disk.clone(),
+                desired_size: resize.size,
+            })?),
             Command::AddDisk(add) => Some(to_ascii_json(&add.disk)?),
             Command::AddNet(add) => Some(to_ascii_json(&add.net)?),
             Command::AddVsock(add) => Some(to_ascii_json(&add.vsock)?),
@@ -73,6 +77,7 @@ pub(crate) fn endpoint(command: &Command) -> Endpoint {
         Command::Bare(Bare(endpoint)) => *endpoint,
         Command::Create(_) => Endpoint::VmCreate,
         Command::Resize(_) => Endpoint::VmResize,
+        Command::ResizeDisk(_) => Endpoint::VmResizeDisk,
         Command::AddDisk(_) => Endpoint::VmAddDisk,
         Command::AddNet(_) => Endpoint::VmAddNet,
         Command::AddVsock(_) => Endpoint::VmAddVsock,

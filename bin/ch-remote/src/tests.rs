@@ -117,6 +117,7 @@ fn every_command_calls_its_endpoint() {
     for &endpoint in Endpoint::ALL {
         let arguments = match endpoint {
             Endpoint::VmResize => " --balloon 0",
+            Endpoint::VmResizeDisk => " --disk _disk0 --size 1G",
             Endpoint::VmSetReclaimThresholds => " --remove a",
             Endpoint::VmBalloonHinting => " start",
             Endpoint::VmAddDisk => " path=/d",

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use api::VmConfig;
 use api::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DiskConfig, LandlockConfig, MemoryConfig,
-    MemoryZoneConfig, NetConfig, NumaConfig, PathOrFd, PayloadConfig, PlatformConfig, RngConfig,
-    SerialConfig, VsockConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, LandlockConfig,
+    MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, PathOrFd, PayloadConfig, PlatformConfig,
+    RngConfig, SerialConfig, VsockConfig,
 };
 use api::options::OptionError;
 use clap::{ArgAction, ArgGroup, Parser, ValueEnum};
@@ -36,6 +36,9 @@ pub(crate) struct Arguments {
 
     #[arg(long, requires = "payload", help = CpusConfig::syntax())]
     cpus: Option<String>,
+
+    #[arg(long, value_name = "debug-console", requires = "payload", help = DebugConsoleConfig::syntax())]
+    debug_console: Option<String>,
 
     #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = DiskConfig::syntax())]
     disk: Vec<String>,
@@ -84,6 +87,10 @@ pub(crate) struct Arguments {
 
     #[arg(long, requires = "payload", help = PlatformConfig::syntax())]
     platform: Option<String>,
+
+    /// Add a pvpanic device: a guest that panics is reported on the event monitor
+    #[arg(long, requires = "payload")]
+    pvpanic: bool,
 
     #[arg(long, requires = "payload", help = RngConfig::syntax())]
     rng: Option<String>,
@@ -161,12 +168,15 @@ impl Arguments {
             balloon: read(&self.balloon, BalloonConfig::parse)?,
             serial: read(&self.serial, SerialConfig::parse)?.unwrap_or_default(),
             console: read(&self.console, ConsoleConfig::parse)?.unwrap_or_default(),
+            debug_console: read(&self.debug_console, DebugConsoleConfig::parse)?
+                .unwrap_or_default(),
             numa: read_all(&self.numa, NumaConfig::parse)?,
             platform: read(&self.platform, PlatformConfig::parse)?,
             vsock: read(&self.vsock, VsockConfig::parse)?,
             watchdog: self.watchdog,
             landlock_enable: self.landlock,
             landlock_rules: read_all(&self.landlock_rules, LandlockConfig::parse)?,
+            pvpanic: self.pvpanic,
             ..defaults
         }))
     }
@@ -217,7 +227,8 @@ mod tests {
              --memory size=1G,shared=on --disk path=/a path=/b,readonly=on --disk path=/c --net tap=t0 \
              --balloon size=128M,free_page_reporting=on --serial tty --console off --rng src=/dev/random \
              --event-monitor path=/e --seccomp log --no-shutdown -vv --watchdog \
-             --vsock cid=3,socket=/v --landlock --landlock-rules path=/d,access=rw path=/e,access=r",
+             --vsock cid=3,socket=/v --landlock --landlock-rules path=/d,access=rw path=/e,access=r \
+             --pvpanic --debug-console file=/d,iobase=0xe8",
         )
         .unwrap();
         let config = arguments.vm_config().unwrap().unwrap();
@@ -230,6 +241,8 @@ mod tests {
             (rules[0].path.to_str(), rules[1].access.as_str()),
             (Some("/d"), "r")
         );
+        assert!(config.pvpanic);
+        assert_eq!(config.debug_console.iobase, Some(0xe8));
         assert_eq!(config.vsock.unwrap().cid, 3);
         assert_eq!(config.balloon.unwrap().size, 128 << 20);
         assert_eq!(

@@ -170,8 +170,8 @@ fn program_bad_values_end_in_one_chain_and_leave_nothing_behind() {
             "Identifier x is not unique",
         ),
         (
-            "--kernel /k --serial tty --console tty",
-            "cannot both be in tty mode",
+            "--kernel /k --debug-console tty,iobase=0x3f8",
+            "0x3f8 belongs to another device",
         ),
         (
             "--kernel /k --platform system_uuid=me",

@@ -32,6 +32,8 @@ pub use i8042::I8042;
 pub use pm_timer::{PmTimer, PmTimerState};
 
 use crate::bus::{Bus, BusDevice, BusError};
+use crate::pci::CONFIG_PORTS;
+use crate::serial::SERIAL_PORTS;
 
 /// First port and number of ports of a device.
 pub type Ports = (u16, u16);
@@ -42,14 +44,32 @@ pub const I8042_PORTS: Ports = (0x61, 4);
 pub const CMOS_PORTS: Ports = (0x70, 2);
 /// Boot progress codes.
 pub const DEBUG_PORTS: Ports = (0x80, 1);
-/// Debug console, unless configured elsewhere.
-pub const DEBUG_CONSOLE_PORTS: Ports = (0xe9, 1);
 /// Firmware's debug text.
 pub const FIRMWARE_DEBUG_PORTS: Ports = (0x402, 1);
 /// ACPI reset register, sleep control and sleep status.
 pub const ACPI_POWER_PORTS: Ports = (0x600, 4);
 /// ACPI power management timer.
 pub const PM_TIMER_PORTS: Ports = (0x608, 4);
+
+/// The ports of every device that has fixed ones.
+const FIXED_PORTS: [Ports; 8] = [
+    I8042_PORTS,
+    CMOS_PORTS,
+    DEBUG_PORTS,
+    SERIAL_PORTS,
+    FIRMWARE_DEBUG_PORTS,
+    ACPI_POWER_PORTS,
+    PM_TIMER_PORTS,
+    CONFIG_PORTS,
+];
+
+/// Whether `port` belongs to a device with fixed ports, which may be absent.
+#[must_use]
+pub fn is_fixed_port(port: u16) -> bool {
+    FIXED_PORTS
+        .iter()
+        .any(|(first, count)| (*first..first + count).contains(&port))
+}
 
 /// Maps `device` at `ports`.
 ///

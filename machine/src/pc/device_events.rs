@@ -37,7 +37,7 @@ impl DeviceEvents {
         }
     }
 
-    fn emit(&self, device: &str, kind: DeviceEventKind) {
+    pub(super) fn emit(&self, device: &str, kind: DeviceEventKind) {
         let taken = self.bucket.lock().unpoisoned().take(Instant::now());
         if let Some(left_out) = taken {
             (self.sink)(DeviceEvent {

@@ -93,6 +93,17 @@ impl Pc {
         &self.plugged
     }
 
+    /// Runs `change` while the workers of a device stand still, with no request in flight. Waits for host I/O at most.
+    pub fn while_paused<T>(&self, device: &Plugged, change: impl FnOnce() -> T) -> T {
+        if self.paused {
+            return change();
+        }
+        device.function.pause();
+        let result = change();
+        device.function.resume();
+        result
+    }
+
     /// Requests the release of a device from the guest and returns at once; may be repeated. After the guest has
     /// released it, [`Pc::take_ejected`] removes the device.
     ///

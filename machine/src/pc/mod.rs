@@ -7,6 +7,7 @@ mod device_events;
 mod devices;
 mod error;
 mod exits;
+mod pvpanic;
 #[cfg(test)]
 mod tests;
 
@@ -24,16 +25,21 @@ use crate::bus::BusDevice;
 use crate::cpu::{GuestEvent, Vcpus, VcpusContext};
 use crate::events::DeviceEventSink;
 use crate::interrupt::IOAPIC_PIN_COUNT;
+use crate::legacy::DebugConsole;
 use crate::memory::layout::{MEM_32BIT_DEVICES_BYTES, MEM_32BIT_DEVICES_START};
 use crate::memory::{GuestMemory, RamSlots};
-use crate::serial::{Endpoint, SERIAL_IRQ, SERIAL_PORTS, Uart};
+use crate::pci::Bdf;
+use crate::serial::{Endpoint, Output, SERIAL_IRQ, SERIAL_PORTS, Uart};
 use crate::signals::VmSignals;
 use crate::threads::ThreadStart;
 use chassis::Chassis;
+use device_events::DeviceEvents;
 use exits::Exits;
+use pvpanic::Pvpanic;
 
 pub use devices::{Plug, Plugged};
 pub use error::PcError;
+pub use pvpanic::PVPANIC_ID;
 
 /// The environment of a machine.
 #[derive(Clone)]
@@ -140,6 +146,36 @@ impl Pc {
         crate::legacy::insert(&self.chassis.ports, SERIAL_PORTS, uart).map_err(PcError::Bus)?;
         self.has_serial = true;
         Ok(())
+    }
+
+    /// Writes to `output` what the guest writes to `port`.
+    ///
+    /// # Errors
+    /// The port belongs to another device.
+    pub fn plug_debug_console(&mut self, port: u16, output: Output) -> Result<(), PcError> {
+        let console = Arc::new(DebugConsole::new(Box::new(output)));
+        crate::legacy::insert(&self.chassis.ports, (port, 1), console).map_err(PcError::Bus)
+    }
+
+    /// Puts the device on the bus through which the guest reports its panic.
+    ///
+    /// # Errors
+    /// No free slot.
+    pub fn plug_pvpanic(&mut self) -> Result<Bdf, PcError> {
+        let events = DeviceEvents::new(Arc::clone(&self.context.events));
+        self.chassis
+            .pci
+            .add(Arc::new(Pvpanic::new(events)), None)
+            .map_err(|source| PcError::Device {
+                id: PVPANIC_ID.to_owned(),
+                source: source.into(),
+            })
+    }
+
+    /// Sends a non-maskable interrupt to every vCPU that the guest has started, and returns at once. vCPUs that are
+    /// paused receive it when they are resumed.
+    pub fn nmi(&self) {
+        self.vcpus.nmi();
     }
 
     /// Describes the machine to a loaded payload, and starts the vCPUs.

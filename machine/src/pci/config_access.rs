@@ -9,10 +9,12 @@ use std::sync::{Arc, Weak};
 use super::PciBus;
 use crate::bus::BusDevice;
 
+/// First port of the two registers, and number of ports.
+pub const CONFIG_PORTS: (u16, u16) = (0xcf8, 8);
 /// First port of configuration mechanism 1 (PCI 3.0 §3.2.2.3.2).
-pub const CONFIG_PORT_BASE: u64 = 0xcf8;
+pub const CONFIG_PORT_BASE: u64 = CONFIG_PORTS.0 as u64;
 /// Its ports: the address register and the data window, four each.
-pub const CONFIG_PORT_BYTES: u64 = 8;
+pub const CONFIG_PORT_BYTES: u64 = CONFIG_PORTS.1 as u64;
 /// One bus in ECAM: 4 KiB for each of 8 functions in 32 slots.
 pub const ECAM_BYTES: u64 = 1 << 20;
 

@@ -28,7 +28,9 @@ use std::io;
 use vmm_sys_util::eventfd::EventFd;
 
 pub use bus::PciBus;
-pub use config_access::{CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, ECAM_BYTES, Ecam};
+pub use config_access::{
+    CONFIG_PORT_BASE, CONFIG_PORT_BYTES, CONFIG_PORTS, ConfigPorts, ECAM_BYTES, Ecam,
+};
 pub use host_bridge::HostBridge;
 pub use hotplug::{EjectSink, HOTPLUG_BYTES, HotplugController, HotplugState};
 pub use state::{PciBusState, RangeState, SlotState};

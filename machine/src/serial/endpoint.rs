@@ -28,6 +28,8 @@ pub enum EndpointMode {
     Null,
     /// Standard output and input.
     Tty,
+    /// Standard output alone: another device has the input.
+    TtyOutput,
     /// A new pseudo-terminal.
     Pty,
     /// A file, emptied first; no input.
@@ -93,6 +95,7 @@ impl Endpoint {
         let endpoint = match mode {
             EndpointMode::Null => Self::with_output(Output::null()),
             EndpointMode::Tty => Self::open_tty(manager)?,
+            EndpointMode::TtyOutput => Self::open_tty_output(manager)?.0,
             EndpointMode::Pty => Self::open_pty(manager)?,
             EndpointMode::File(path) => Self::open_file(path, manager)?,
             EndpointMode::Socket(path) => Self::open_socket(path, manager)?,
@@ -113,13 +116,18 @@ impl Endpoint {
         }
     }
 
-    fn open_tty(manager: &SerialManager) -> Result<Self, SerialError> {
+    fn open_tty_output(manager: &SerialManager) -> Result<(Self, Watcher), SerialError> {
         let watcher = manager.watcher().map_err(SerialError::Manager)?;
         let output = Output::unconnected();
         let sink = standard_output().map_err(SerialError::Terminal)?;
         output
             .connect(sink, Some(&watcher))
             .map_err(SerialError::Manager)?;
+        Ok((Self::with_output(output), watcher))
+    }
+
+    fn open_tty(manager: &SerialManager) -> Result<Self, SerialError> {
+        let (output_alone, watcher) = Self::open_tty_output(manager)?;
         let input = Input::new(None);
         if let Some(stdin) = standard_input().map_err(SerialError::Terminal)? {
             input
@@ -130,7 +138,7 @@ impl Endpoint {
             input: Some(input),
             watcher: Some(watcher),
             _raw_mode: RawMode::enter().map_err(SerialError::Terminal)?,
-            ..Self::with_output(output)
+            ..output_alone
         })
     }
 

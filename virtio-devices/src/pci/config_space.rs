@@ -1,4 +1,4 @@
-//! The configuration space of one function (PCI 3.0 §6): a type 0 header with 64-bit memory BARs and a capability list,
+//! The configuration space of one function (PCI 3.0 §6): a type 0 header with memory BARs and a capability list,
 //! with a write mask.
 //!
 //! Only fields that a driver may change are writable; all others ignore writes, so that a guest can write anything at
@@ -144,14 +144,27 @@ impl ConfigSpace {
         self.writable[at..at + 8].copy_from_slice(&address_bits.to_le_bytes());
     }
 
-    /// The address programmed into a 64-bit BAR.
+    /// Gives the function a 32-bit memory BAR in register `index`. The register behind it must not be a BAR.
+    ///
+    /// # Panics
+    /// `size_bytes` is not a power of two of 16 to 2 GiB, or there is no such register: errors of the caller, never of a
+    /// guest.
+    pub fn add_memory_bar_32(&mut self, index: u8, size_bytes: u32) {
+        assert!(size_bytes.is_power_of_two() && size_bytes >= 16);
+        assert!(index + 1 < BAR_REGISTERS);
+        let at = bar_register(index);
+        let address_bits = !(size_bytes - 1);
+        self.writable[at..at + 4].copy_from_slice(&address_bits.to_le_bytes());
+    }
+
+    /// The address programmed into a BAR.
     pub fn bar_address(&self, index: u8) -> u64 {
         let at = bar_register(index);
         let writable = le_u64(&self.writable[at..at + 8]);
         le_u64(&self.bytes[at..at + 8]) & writable
     }
 
-    /// Programs a 64-bit BAR; bits below its size are dropped.
+    /// Programs a BAR; bits below its size are dropped.
     pub fn set_bar_address(&mut self, index: u8, address: u64) {
         let at = bar_register(index);
         self.write_masked(at, &address.to_le_bytes());

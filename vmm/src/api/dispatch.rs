@@ -138,6 +138,13 @@ impl Dispatcher {
             Endpoint::VmPowerButton => {
                 self.change(call, |vm| vm.on_machine(|machine| machine.power_button()));
             }
+            Endpoint::VmNmi => self.change(call, |vm| {
+                vm.on_machine(|machine| {
+                    machine.nmi();
+                    Ok(())
+                })
+            }),
+            Endpoint::VmResizeDisk => self.change_to(call, |vm, resize| vm.resize_disk(&resize)),
             Endpoint::VmBalloonHinting => {
                 self.change_to(call, |vm, VmBalloonHinting { action }| {
                     vm.on_machine(|machine| machine.balloon_hinting(action))

@@ -35,6 +35,9 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         | LifecycleError::MemoryOutOfRange { .. }
         | LifecycleError::Machine(VmError::MemoryResize(_))
         | LifecycleError::Machine(VmError::Reporting(_)) => Status::BadRequest,
+        LifecycleError::Machine(VmError::DiskResize(error)) if error.is_of_request() => {
+            Status::BadRequest
+        }
         // Detected only where the host is known, and still the configuration's fault.
         LifecycleError::Machine(VmError::Pc(error)) if error.is_of_configuration() => {
             Status::BadRequest

@@ -130,6 +130,17 @@ impl Machine for FakeMachine {
         Ok(())
     }
 
+    fn nmi(&self) {}
+
+    fn resize_disk(&self, id: &str, _bytes: u64) -> Result<(), VmError> {
+        match id {
+            "_disk0" => Ok(()),
+            _ => Err(VmError::Hotplug(HotplugError::NoSuchDevice {
+                id: id.to_owned(),
+            })),
+        }
+    }
+
     fn resize_balloon(&self, bytes: u64) -> Result<(), VmError> {
         let actual = self.observer.balloon_bytes.as_ref();
         actual
@@ -435,6 +446,7 @@ fn body_of(endpoint: Endpoint) -> Option<&'static str> {
     match endpoint {
         Endpoint::VmCreate => Some(CONFIG),
         Endpoint::VmResize => Some(RESIZE),
+        Endpoint::VmResizeDisk => Some(r#"{"id": "_disk0", "desired_size": 4096}"#),
         Endpoint::VmSetReclaimThresholds => Some(THRESHOLDS),
         Endpoint::VmBalloonHinting => Some(r#"{"action": "start"}"#),
         Endpoint::VmAddDisk => Some(r#"{"path": "/e"}"#),
@@ -459,9 +471,11 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
         Endpoint::VmReboot => [404, 404, 204, 204],
         Endpoint::VmPause => [500, 500, 204, 500],
         Endpoint::VmResume => [500, 500, 500, 204],
-        Endpoint::VmShutdown | Endpoint::VmPowerButton | Endpoint::VmBalloonHinting => {
-            [500, 500, 204, 204]
-        }
+        Endpoint::VmShutdown
+        | Endpoint::VmPowerButton
+        | Endpoint::VmNmi
+        | Endpoint::VmBalloonHinting => [500, 500, 204, 204],
+        Endpoint::VmResizeDisk => [404, 500, 204, 204],
         Endpoint::VmCounters | Endpoint::VmReclaimStats | Endpoint::VmBalloonReporting => {
             [500, 500, 200, 200]
         }

@@ -153,6 +153,7 @@ fn pci_slot_count(config: &VmConfig) -> Result<(), ValidationError> {
         config.console.mode != ConsoleOutputMode::Off,
         config.memory.hotplug_size.is_some_and(|bytes| bytes > 0),
         config.watchdog,
+        config.pvpanic,
         config.vsock.is_some(),
     ];
     // The random number device is always present.

@@ -98,9 +98,6 @@ pub enum ValidationError {
         /// The slot.
         slot: u8,
     },
-    /// Serial port and console both want the terminal's input.
-    #[error("Console and serial cannot both be in tty mode")]
-    DoubleTty,
     /// Rules that would have no effect.
     #[error("landlock_rules are given without landlock_enable")]
     LandlockRulesWithoutLandlock,
@@ -412,6 +409,12 @@ pub enum DeviceFault {
     PciSlot {
         /// The slot.
         slot: u8,
+    },
+    /// An I/O port that another device has.
+    #[error("iobase must be a free I/O port; {port:#x} belongs to another device")]
+    PortInUse {
+        /// The port.
+        port: u16,
     },
     /// A mode that needs a path.
     #[error("This mode needs a path")]

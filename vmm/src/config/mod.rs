@@ -15,9 +15,10 @@ mod tests;
 mod unsupported;
 
 use api::VmConfig;
-use api::config::{BalloonConfig, ConsoleOutputMode, PayloadConfig};
+use api::config::{BalloonConfig, ConsoleOutputMode, DEFAULT_DEBUG_CONSOLE_PORT, PayloadConfig};
 
 use machine::boot::check_platform;
+use machine::legacy::is_fixed_port;
 
 pub use device_list::{NewDevice, balloon_id, take_id, with_device, without_device};
 pub use devices::wished_slots;
@@ -106,10 +107,8 @@ fn balloon(config: &VmConfig) -> Result<(), ValidationError> {
 }
 
 fn consoles(config: &VmConfig) -> Result<(), ValidationError> {
-    use ConsoleOutputMode::{File, Socket, Tty};
-    if config.console.mode == Tty && config.serial.mode == Tty {
-        return Err(ValidationError::DoubleTty);
-    }
+    use ConsoleOutputMode::{File, Off, Socket};
+    let debug = &config.debug_console;
     let ends = [
         (
             "serial",
@@ -123,6 +122,7 @@ fn consoles(config: &VmConfig) -> Result<(), ValidationError> {
             &config.console.file,
             &config.console.socket,
         ),
+        ("debug_console", debug.mode, &debug.file, &None),
     ];
     for (device, mode, file, socket) in ends {
         let path_missing = match mode {
@@ -136,6 +136,13 @@ fn consoles(config: &VmConfig) -> Result<(), ValidationError> {
                 fault: DeviceFault::ConsolePathMissing,
             });
         }
+    }
+    let port = debug.iobase.unwrap_or(DEFAULT_DEBUG_CONSOLE_PORT);
+    if debug.mode != Off && is_fixed_port(port) {
+        return Err(ValidationError::Device {
+            device: "debug_console".to_owned(),
+            fault: DeviceFault::PortInUse { port },
+        });
     }
     Ok(())
 }

@@ -36,6 +36,7 @@ fn validate_plain_configurations_pass() {
             "topology": {"threads_per_core": 2, "cores_per_die": 2, "dies_per_package": 1, "packages": 1}}),
         ),
         ("net", json!([{"num_queues": 3}])),
+        ("pvpanic", json!(true)),
         ("memory", json!({"size": 1u64 << 40})),
         (
             "memory",
@@ -534,20 +535,47 @@ fn validate_names_and_slots_are_unique_and_free() {
 }
 
 #[test]
-fn validate_consoles_do_not_share_the_terminal_and_have_their_paths() {
-    assert_eq!(
-        fault("serial", json!({"mode": "Tty"})),
-        ValidationError::DoubleTty
-    );
-    for mode in ["File", "Socket"] {
+fn validate_consoles_may_share_the_terminal_and_have_their_paths() {
+    validate(&with("serial", json!({"mode": "Tty"}))).unwrap();
+    for (device, mode) in [
+        ("serial", "File"),
+        ("serial", "Socket"),
+        ("console", "File"),
+        ("debug_console", "File"),
+    ] {
         assert!(matches!(
-            fault("serial", json!({ "mode": mode })),
+            fault(device, json!({ "mode": mode })),
             ValidationError::Device {
                 fault: DeviceFault::ConsolePathMissing,
                 ..
             }
         ));
     }
+}
+
+#[test]
+fn validate_debug_console_has_a_port_of_its_own() {
+    for mode in ["Null", "Tty", "Pty"] {
+        let console = |port: Option<u16>| json!({"mode": mode, "iobase": port});
+        for port in [None, Some(0), Some(0xe9), Some(0x2f8), Some(0x500)] {
+            validate(&with("debug_console", console(port))).unwrap();
+        }
+        for port in [0x80, 0x3f8, 0x402, 0x601, 0xcff] {
+            assert_eq!(
+                fault("debug_console", console(Some(port))),
+                ValidationError::Device {
+                    device: "debug_console".to_owned(),
+                    fault: DeviceFault::PortInUse { port },
+                }
+            );
+        }
+    }
+    // Without the device, its port means nothing.
+    validate(&with(
+        "debug_console",
+        json!({"mode": "Off", "iobase": 0x80}),
+    ))
+    .unwrap();
 }
 
 #[test]
@@ -593,7 +621,7 @@ fn validate_what_is_not_built_is_refused_by_name() {
             "numa.device_id",
         ),
         ("devices", json!([{"path": "/sys/x"}]), "devices"),
-        ("pvpanic", json!(true), "pvpanic"),
+        ("iommu", json!(true), "iommu"),
         (
             "memory",
             json!({"size": 0, "zones": [{"id": "a", "size": 4096, "hotplug_size": 4096}]}),
@@ -637,7 +665,11 @@ fn validate_what_is_not_built_is_refused_by_name() {
             json!({"size": 0, "pci_segment": 1}),
             "balloon.pci_segment",
         ),
-        ("debug_console", json!({"mode": "Tty"}), "debug_console"),
+        (
+            "debug_console",
+            json!({"mode": "Socket"}),
+            "debug_console.mode Socket",
+        ),
     ] {
         assert_eq!(
             fault(section, value),

@@ -16,8 +16,8 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
         .map(str::to_owned)
         .collect();
     wanted.extend(asked(
-        "debug_console",
-        config.debug_console.mode != ConsoleOutputMode::Off,
+        "debug_console.mode Socket",
+        config.debug_console.mode == ConsoleOutputMode::Socket,
     ));
     wanted.extend(cpus(&config.cpus));
     wanted.extend(memory(&config.memory));

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use api::config::{HotplugMethod, MemoryConfig};
 use api::{
     Endpoint, PciDeviceInfo, ReclaimThresholdsChange, ReportingAction, VmBalloonReporting,
-    VmConfig, VmResize, VmState,
+    VmConfig, VmResize, VmResizeDisk, VmState,
 };
 
 use super::error::{LifecycleError, RequestError};
@@ -362,6 +362,17 @@ impl Lifecycle {
         }
         (self.context.events)(&EventKind::Resized.into());
         Ok(())
+    }
+
+    /// `vm.resize-disk`
+    ///
+    /// # Errors
+    /// There is no running machine, no such disk, or the disk cannot have this size.
+    pub fn resize_disk(&mut self, resize: &VmResizeDisk) -> Result<(), LifecycleError> {
+        if self.config.is_none() {
+            return Err(LifecycleError::VmNotCreated);
+        }
+        self.on_machine(|machine| machine.resize_disk(&resize.id, resize.desired_size))
     }
 
     /// Adds a device. A network interface takes the open taps that came with the request. `None` without a running

@@ -8,6 +8,7 @@
 //! (read, not changed)                                                    (files emptied, sockets made)
 //! ```
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use api::VmConfig;
@@ -18,9 +19,11 @@ use machine::memory::GuestMemory;
 use machine::pc::{Pc, PcError, PcParams};
 use machine::serial::Endpoint;
 use virtio_devices::balloon::BalloonHandle;
+use virtio_devices::block::DiskHandle;
 use virtio_devices::mem::MemHandle;
 use virtio_devices::reclaim::ResidencyProbe;
 
+use super::consoles::DebugConsole;
 use super::devices::{self, Made};
 use super::observer::{Observed, OwnObserver};
 use super::{Vm, VmContext, VmError, consoles, network};
@@ -31,10 +34,12 @@ pub(super) struct Parts {
     payload: Payload,
     memory: GuestMemory,
     serial: Option<Arc<Endpoint>>,
+    debug_console: Option<DebugConsole>,
     /// In the order in which they get their slots.
     devices: Vec<Made>,
     balloon: Option<BalloonHandle>,
     mem: Option<MemHandle>,
+    disks: BTreeMap<String, DiskHandle>,
 }
 
 impl Parts {
@@ -44,6 +49,9 @@ impl Parts {
         Vcpus::check(&config.cpus).map_err(in_cpus)?;
         let disks = config.disks.iter().flatten().map(devices::disk);
         let disks = disks.collect::<Result<Vec<_>, _>>()?;
+        let (disks, disk_handles): (Vec<_>, Vec<_>) = disks.into_iter().unzip();
+        let disk_ids = disks.iter().map(|made| made.plug.id.clone());
+        let disk_handles = disk_ids.zip(disk_handles).collect();
         let rng = devices::rng(config)?;
         let watchdog = devices::watchdog(config, &context.signals)?;
         let nets = config.net.iter_mut().flatten().map(network::net);
@@ -60,6 +68,7 @@ impl Parts {
         let (mem, mem_handle) = devices::mem(config, &memory)?.unzip();
         let serial = consoles::open_serial(config, context)?;
         let console = consoles::open_console(config, context)?;
+        let debug_console = consoles::open_debug_console(config, context)?;
         let vsock = config.vsock.as_ref().map(devices::vsock).transpose()?;
 
         let disks_and_nets = disks.into_iter().chain(nets);
@@ -67,6 +76,7 @@ impl Parts {
             payload,
             memory,
             serial,
+            debug_console,
             devices: console
                 .into_iter()
                 .chain(disks_and_nets)
@@ -78,6 +88,7 @@ impl Parts {
                 .collect(),
             balloon: balloon_handle,
             mem: mem_handle,
+            disks: disk_handles,
         })
     }
 
@@ -104,11 +115,16 @@ impl Parts {
         if let Some(endpoint) = self.serial {
             pc.plug_serial(endpoint).map_err(VmError::Pc)?;
         }
+        if let Some(DebugConsole { port, output }) = self.debug_console {
+            pc.plug_debug_console(port, output).map_err(VmError::Pc)?;
+        }
         let mut counters = Vec::new();
         for made in self.devices {
             let plugged = pc.plug(made.plug).map_err(VmError::Pc)?;
             counters.push((plugged.id.clone(), made.counters));
         }
+        let pvpanic = config.pvpanic.then(|| pc.plug_pvpanic());
+        let pvpanic = pvpanic.transpose().map_err(VmError::Pc)?;
         let observed = Observed {
             zones,
             residency,
@@ -116,13 +132,14 @@ impl Parts {
             mem: self.mem.clone(),
             counters,
         };
-        let observer = OwnObserver::new(observed, boot_bytes, pc.devices());
+        let observer = OwnObserver::new(observed, boot_bytes, pc.devices(), pvpanic);
         Ok(Vm {
             pc,
             payload: self.payload,
             platform: config.platform.clone(),
             balloon: self.balloon,
             mem: self.mem,
+            disks: self.disks,
             observer,
         })
     }

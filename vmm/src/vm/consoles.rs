@@ -1,19 +1,18 @@
-//! The serial port and the virtio console with the endpoints behind them.
+//! The serial port, the virtio console and the debug console with the endpoints behind them.
 
 use std::fmt;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use api::VmConfig;
-use api::config::ConsoleOutputMode;
-use machine::serial::{Endpoint, EndpointMode, SerialError, SerialManager};
-use machine::threads::{DeviceKind, ThreadStart};
+use api::config::{ConsoleOutputMode, DEFAULT_DEBUG_CONSOLE_PORT};
+use machine::serial::{Endpoint, EndpointMode, Output, SerialError, SerialManager};
+use machine::threads::DeviceKind;
 use virtio_devices::Unpoisoned;
 use virtio_devices::console::Console;
 
 use super::devices::Made;
 use super::{VmContext, VmError};
-use crate::device_ids::{CONSOLE_ID, SERIAL_ID};
+use crate::device_ids::{CONSOLE_ID, DEBUG_CONSOLE_ID, SERIAL_ID};
 
 /// The open endpoints of one VM. They outlive its machines, so that a reboot
 /// keeps the pseudo-terminal and the socket's client.
@@ -22,10 +21,14 @@ pub struct Consoles {
     open: Mutex<Open>,
 }
 
+/// An endpoint, and the mode for which it was opened.
+type Known = Option<(EndpointMode, Arc<Endpoint>)>;
+
 #[derive(Default)]
 struct Open {
-    serial: Option<(EndpointMode, Arc<Endpoint>)>,
-    console: Option<(EndpointMode, Arc<Endpoint>)>,
+    serial: Known,
+    console: Known,
+    debug_console: Known,
     /// Last, because endpoints remove themselves from its list when dropped.
     manager: Option<SerialManager>,
 }
@@ -36,12 +39,60 @@ impl fmt::Debug for Consoles {
     }
 }
 
-/// The configuration of one console.
-struct Wanted {
+/// One of the devices with an endpoint.
+struct Device {
     id: &'static str,
-    mode: ConsoleOutputMode,
-    file: Option<PathBuf>,
-    socket: Option<PathBuf>,
+    slot: fn(&mut Open) -> &mut Known,
+}
+
+const SERIAL: Device = Device {
+    id: SERIAL_ID,
+    slot: |open| &mut open.serial,
+};
+const CONSOLE: Device = Device {
+    id: CONSOLE_ID,
+    slot: |open| &mut open.console,
+};
+const DEBUG_CONSOLE: Device = Device {
+    id: DEBUG_CONSOLE_ID,
+    slot: |open| &mut open.debug_console,
+};
+
+impl Device {
+    fn error(&self, source: SerialError) -> VmError {
+        VmError::Console {
+            id: self.id.to_owned(),
+            source,
+        }
+    }
+
+    /// The endpoint of this device that is already open, if it matches the configuration, or a new one.
+    fn open(
+        &self,
+        mode: Result<Option<EndpointMode>, SerialError>,
+        context: &VmContext,
+    ) -> Result<Option<Arc<Endpoint>>, VmError> {
+        let open = &mut *context.consoles.lock();
+        let known = (self.slot)(open).take();
+        let Some(mode) = mode.map_err(|source| self.error(source))? else {
+            return Ok(None);
+        };
+        let endpoint = match known.filter(|(known, _)| *known == mode) {
+            Some((_, endpoint)) => endpoint,
+            None => {
+                let manager = match &mut open.manager {
+                    Some(manager) => manager,
+                    manager => manager.insert(
+                        SerialManager::new(context.start_of_machine_threads())
+                            .map_err(|source| self.error(SerialError::Manager(source)))?,
+                    ),
+                };
+                Endpoint::open(&mode, manager).map_err(|source| self.error(source))?
+            }
+        };
+        *(self.slot)(open) = Some((mode, Arc::clone(&endpoint)));
+        Ok(Some(endpoint))
+    }
 }
 
 impl Consoles {
@@ -53,65 +104,14 @@ impl Consoles {
     fn lock(&self) -> std::sync::MutexGuard<'_, Open> {
         self.open.lock().unpoisoned()
     }
-
-    fn serial(
-        &self,
-        wanted: &Wanted,
-        thread_start: &ThreadStart,
-    ) -> Result<Option<Arc<Endpoint>>, VmError> {
-        let Open {
-            serial, manager, ..
-        } = &mut *self.lock();
-        endpoint(serial, manager, wanted, thread_start)
-    }
-
-    fn console(
-        &self,
-        wanted: &Wanted,
-        thread_start: &ThreadStart,
-    ) -> Result<Option<Arc<Endpoint>>, VmError> {
-        let Open {
-            console, manager, ..
-        } = &mut *self.lock();
-        endpoint(console, manager, wanted, thread_start)
-    }
 }
 
-/// The endpoint that is already open, if it matches the configuration, or a new one.
-fn endpoint(
-    slot: &mut Option<(EndpointMode, Arc<Endpoint>)>,
-    manager: &mut Option<SerialManager>,
-    wanted: &Wanted,
-    thread_start: &ThreadStart,
-) -> Result<Option<Arc<Endpoint>>, VmError> {
-    let failed = |source| VmError::Console {
-        id: wanted.id.to_owned(),
-        source,
-    };
-    // The path of a pseudo-terminal is an output, not an input.
-    let file = wanted.file.as_deref();
-    let mode =
-        EndpointMode::from_config(wanted.mode, file, wanted.socket.as_deref()).map_err(failed)?;
-    let Some(mode) = mode else {
-        *slot = None;
-        return Ok(None);
-    };
-    if let Some((known, endpoint)) = slot
-        && *known == mode
-    {
-        return Ok(Some(Arc::clone(endpoint)));
-    }
-    *slot = None;
-    let manager = match manager {
-        Some(manager) => manager,
-        None => manager.insert(
-            SerialManager::new(Arc::clone(thread_start))
-                .map_err(|source| failed(SerialError::Manager(source)))?,
-        ),
-    };
-    let endpoint = Endpoint::open(&mode, manager).map_err(failed)?;
-    *slot = Some((mode, Arc::clone(&endpoint)));
-    Ok(Some(endpoint))
+/// The mode of a device that leaves the terminal's input to another one.
+fn without_input(mode: Option<EndpointMode>) -> Option<EndpointMode> {
+    mode.map(|mode| match mode {
+        EndpointMode::Tty => EndpointMode::TtyOutput,
+        mode => mode,
+    })
 }
 
 /// Opens the other end of the serial port, if configured, and stores the pseudo-terminal's path in the configuration.
@@ -119,16 +119,16 @@ pub(super) fn open_serial(
     config: &mut VmConfig,
     context: &VmContext,
 ) -> Result<Option<Arc<Endpoint>>, VmError> {
-    let wanted = Wanted {
-        id: SERIAL_ID,
-        mode: config.serial.mode,
-        file: config.serial.file.clone(),
-        socket: config.serial.socket.clone(),
-    };
-    let thread_start = context.start_of_machine_threads();
-    let endpoint = context.consoles.serial(&wanted, &thread_start)?;
+    let serial = &mut config.serial;
+    // The path of a pseudo-terminal is an output, not an input.
+    let mode = EndpointMode::from_config(
+        serial.mode,
+        serial.file.as_deref(),
+        serial.socket.as_deref(),
+    );
+    let endpoint = SERIAL.open(mode, context)?;
     if let Some(path) = endpoint.as_deref().and_then(Endpoint::pty_path) {
-        config.serial.file = Some(path.to_path_buf());
+        serial.file = Some(path.to_path_buf());
     }
     Ok(endpoint)
 }
@@ -138,24 +138,56 @@ pub(super) fn open_console(
     config: &mut VmConfig,
     context: &VmContext,
 ) -> Result<Option<Made>, VmError> {
-    let wanted = Wanted {
-        id: CONSOLE_ID,
-        mode: config.console.mode,
-        file: config.console.file.clone(),
-        socket: config.console.socket.clone(),
-    };
-    let thread_start = context.start_of_machine_threads();
-    let Some(endpoint) = context.consoles.console(&wanted, &thread_start)? else {
+    let shares_terminal = config.serial.mode == ConsoleOutputMode::Tty;
+    let console = &mut config.console;
+    let mut mode = EndpointMode::from_config(
+        console.mode,
+        console.file.as_deref(),
+        console.socket.as_deref(),
+    );
+    if shares_terminal {
+        if console.mode == ConsoleOutputMode::Tty {
+            log::warn!(
+                "Serial port and console share the terminal: both write to it, the serial port gets its input"
+            );
+        }
+        mode = mode.map(without_input);
+    }
+    let Some(endpoint) = CONSOLE.open(mode, context)? else {
         return Ok(None);
     };
     if let Some(path) = endpoint.pty_path() {
-        config.console.file = Some(path.to_path_buf());
+        console.file = Some(path.to_path_buf());
     }
-    let id = config.console.id.as_deref().unwrap_or(CONSOLE_ID);
+    let id = console.id.as_deref().unwrap_or(CONSOLE_ID);
     let streams = endpoint
         .console()
         .map_err(|source| VmError::device(id, source))?;
-    let console = Console::new(id, streams, None).map_err(|source| VmError::device(id, source))?;
-    let slot = config.console.pci_device_id;
-    Ok(Some(Made::new(id, DeviceKind::Console, slot, console)))
+    let device = Console::new(id, streams, None).map_err(|source| VmError::device(id, source))?;
+    let slot = console.pci_device_id;
+    Ok(Some(Made::new(id, DeviceKind::Console, slot, device)))
+}
+
+/// The debug console's port and output.
+pub(super) struct DebugConsole {
+    pub(super) port: u16,
+    pub(super) output: Output,
+}
+
+/// Opens the other end of the debug console, if configured, and stores the pseudo-terminal's path in the configuration.
+pub(super) fn open_debug_console(
+    config: &mut VmConfig,
+    context: &VmContext,
+) -> Result<Option<DebugConsole>, VmError> {
+    let debug = &mut config.debug_console;
+    let mode = EndpointMode::from_config(debug.mode, debug.file.as_deref(), None);
+    let endpoint = DEBUG_CONSOLE.open(mode.map(without_input), context)?;
+    if let Some(path) = endpoint.as_deref().and_then(Endpoint::pty_path) {
+        debug.file = Some(path.to_path_buf());
+    }
+    let port = debug.iobase.unwrap_or(DEFAULT_DEBUG_CONSOLE_PORT);
+    Ok(endpoint.map(|endpoint| DebugConsole {
+        port,
+        output: endpoint.output(),
+    }))
 }

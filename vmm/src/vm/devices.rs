@@ -16,7 +16,7 @@ use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
 use virtio_devices::VirtioDevice;
 use virtio_devices::balloon::{Balloon, BalloonHandle, BalloonParams};
-use virtio_devices::block::{self, Block, BlockParams};
+use virtio_devices::block::{self, Block, BlockParams, DiskHandle};
 use virtio_devices::mem::{Mem, MemHandle, MemParams, MemRegion};
 use virtio_devices::rng::Rng;
 use virtio_devices::vsock::{Vsock, VsockParams};
@@ -58,7 +58,7 @@ impl Made {
 }
 
 /// Opens a disk's image.
-pub(super) fn disk(disk: &DiskConfig) -> Result<Made, VmError> {
+pub(super) fn disk(disk: &DiskConfig) -> Result<(Made, DiskHandle), VmError> {
     let id = disk
         .id
         .as_deref()
@@ -78,7 +78,9 @@ pub(super) fn disk(disk: &DiskConfig) -> Result<Made, VmError> {
         engine: block::EngineChoice::default(),
     })
     .map_err(|source| VmError::device(id, source))?;
-    Ok(Made::new(id, DeviceKind::Block, disk.pci_device_id, block))
+    let handle = block.handle();
+    let made = Made::new(id, DeviceKind::Block, disk.pci_device_id, block);
+    Ok((made, handle))
 }
 
 /// The source of entropy cannot be opened.

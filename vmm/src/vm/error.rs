@@ -17,6 +17,9 @@ pub enum VmError {
     /// The configuration has no memory hot-plug.
     #[error("Missing virtio-mem, can't proceed as expected")]
     MissingMem,
+    /// A disk cannot have this size.
+    #[error("The size of the disk cannot be changed so")]
+    DiskResize(#[source] virtio_devices::block::DiskResizeError),
     /// A run of hinting cannot be started or stopped.
     #[error("The balloon does not take it")]
     Hinting(#[source] virtio_devices::balloon::HintingError),

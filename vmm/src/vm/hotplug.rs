@@ -63,8 +63,13 @@ pub enum HotplugError {
 impl Vm {
     /// Plugs in a device that [`Vm::check_addition`] allows, and interrupts the guest.
     pub(super) fn plug(&mut self, device: &mut NewDevice) -> Result<PciDeviceInfo, VmError> {
+        let mut new_disk = None;
         let (Made { plug, counters }, balloon) = match device {
-            NewDevice::Disk(disk) => (devices::disk(disk)?, None),
+            NewDevice::Disk(disk) => {
+                let (made, handle) = devices::disk(disk)?;
+                new_disk = Some(handle);
+                (made, None)
+            }
             NewDevice::Net(net) => (network::net(net)?, None),
             NewDevice::Vsock(vsock) => (devices::vsock(vsock)?, None),
             NewDevice::Balloon(balloon) => {
@@ -75,6 +80,9 @@ impl Vm {
         let plugged = self.pc.add(plug).map_err(VmError::Pc)?;
         self.observer.add(plugged, counters, balloon.clone());
         let info = info(plugged);
+        if let Some(disk) = new_disk {
+            self.disks.insert(info.id.clone(), disk);
+        }
         self.balloon = balloon.or(self.balloon.take());
         Ok(info)
     }

@@ -15,6 +15,7 @@ mod reporting;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::sync::Arc;
@@ -22,11 +23,12 @@ use std::sync::Arc;
 use api::config::PlatformConfig;
 use api::{HintingAction, PciDeviceInfo, ReportingPolicy, VmBalloonReporting, VmConfig};
 use machine::boot::Payload;
-use machine::events::DeviceEventKind;
+use machine::events::{DeviceEventKind, GuestPanic};
 use machine::pc::{Pc, PcContext};
 use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
 use virtio_devices::balloon::BalloonHandle;
+use virtio_devices::block::DiskHandle;
 use virtio_devices::mem::MemHandle;
 
 pub use consoles::Consoles;
@@ -81,12 +83,15 @@ impl VmContext {
             signals: Arc::clone(&self.signals),
             thread_start: self.start_of_machine_threads(),
             events: Arc::new(move |event| {
+                // As upstream, a panic is an event of the guest and not of a device.
+                let (kind, device) = match event.kind {
+                    DeviceEventKind::Activated => (EventKind::DeviceActivated, Some(event.device)),
+                    DeviceEventKind::Reset => (EventKind::DeviceReset, Some(event.device)),
+                    DeviceEventKind::GuestPanic(panic) => (guest_panic(panic), None),
+                };
                 events(&Event {
-                    kind: match event.kind {
-                        DeviceEventKind::Activated => EventKind::DeviceActivated,
-                        DeviceEventKind::Reset => EventKind::DeviceReset,
-                    },
-                    device: Some(event.device),
+                    kind,
+                    device,
                     left_out: event.left_out,
                 });
             }),
@@ -96,6 +101,17 @@ impl VmContext {
     fn start_of_machine_threads(&self) -> machine::threads::ThreadStart {
         let thread_start = Arc::clone(&self.thread_start);
         Arc::new(move |thread| thread_start(ThreadKind::Machine(thread)))
+    }
+}
+
+/// A panic under upstream's names.
+fn guest_panic(panic: GuestPanic) -> EventKind {
+    EventKind::GuestPanic {
+        event: match panic {
+            GuestPanic::Panicked => "panic",
+            GuestPanic::CrashLoaded => "crash_loaded",
+            GuestPanic::Unknown => "unknown_event",
+        },
     }
 }
 
@@ -131,6 +147,15 @@ pub trait Machine {
     /// # Errors
     /// The interrupt could not be raised.
     fn power_button(&self) -> Result<(), VmError>;
+
+    /// Sends a non-maskable interrupt to every vCPU that the guest has started, and returns at once.
+    fn nmi(&self);
+
+    /// Changes the size of a disk and notifies the guest; returns at once.
+    ///
+    /// # Errors
+    /// There is no such disk, or its image cannot have this size.
+    fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), VmError>;
 
     /// Sets the balloon's target in bytes and returns at once.
     ///
@@ -194,6 +219,8 @@ pub struct Vm {
     balloon: Option<BalloonHandle>,
     /// Hot-plugs memory, if configured.
     mem: Option<MemHandle>,
+    /// By name.
+    disks: BTreeMap<String, DiskHandle>,
     observer: OwnObserver,
 }
 
@@ -232,6 +259,21 @@ impl Machine for Vm {
 
     fn power_button(&self) -> Result<(), VmError> {
         self.pc.power_button().map_err(VmError::Pc)
+    }
+
+    fn nmi(&self) {
+        self.pc.nmi();
+    }
+
+    fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), VmError> {
+        let plugged = self.pc.devices().iter().find(|it| it.id == id);
+        let (Some(plugged), Some(disk)) = (plugged, self.disks.get(id)) else {
+            let id = id.to_owned();
+            return Err(VmError::Hotplug(HotplugError::NoSuchDevice { id }));
+        };
+        self.pc
+            .while_paused(plugged, || disk.resize(bytes))
+            .map_err(VmError::DiskResize)
     }
 
     fn resize_balloon(&self, bytes: u64) -> Result<(), VmError> {
@@ -291,6 +333,7 @@ impl Machine for Vm {
         gone.map(|plugged| {
             let is_balloon = plugged.kind == DeviceKind::Balloon;
             self.observer.remove(&plugged.id, is_balloon);
+            self.disks.remove(&plugged.id);
             hotplug::info(&plugged)
         })
         .collect()

@@ -6,7 +6,8 @@ use std::time::{Instant, SystemTime};
 
 use api::{BalloonStatsResponse, DeviceNode, ReclaimStats, ReportingStatus, VmCounters};
 use machine::memory::Zone;
-use machine::pc::Plugged;
+use machine::pc::{PVPANIC_ID, Plugged};
+use machine::pci::Bdf;
 use virtio_devices::Unpoisoned;
 use virtio_devices::balloon::{BalloonHandle, StatsError};
 use virtio_devices::mem::MemHandle;
@@ -94,6 +95,16 @@ fn nodes(plugged: &Plugged) -> [(String, DeviceNode); 2] {
     [(function_id, function), (id.clone(), device)]
 }
 
+/// A device that is a PCI function itself.
+fn pvpanic_node(bdf: Bdf) -> (String, DeviceNode) {
+    let node = DeviceNode {
+        id: PVPANIC_ID.to_owned(),
+        pci_bdf: Some(bdf.to_string()),
+        ..DeviceNode::default()
+    };
+    (node.id.clone(), node)
+}
+
 /// Read-only access to a machine from any thread; never waits for the control thread.
 pub trait MachineObserver: std::fmt::Debug + Send + Sync {
     /// RAM at boot and hot-plugged memory, less what the guest reports as in the balloon. O(1).
@@ -159,11 +170,21 @@ impl std::fmt::Debug for VmObserver {
 pub(super) struct OwnObserver(VmObserver);
 
 impl OwnObserver {
-    pub(super) fn new(observed: Observed, ram_bytes: u64, devices: &[Plugged]) -> Self {
+    /// `pvpanic`: where the device is that reports panics, if there is one.
+    pub(super) fn new(
+        observed: Observed,
+        ram_bytes: u64,
+        devices: &[Plugged],
+        pvpanic: Option<Bdf>,
+    ) -> Self {
         Self(VmObserver {
             ram_bytes,
             published: Arc::new(RwLock::new(Published {
-                device_tree: devices.iter().flat_map(nodes).collect(),
+                device_tree: devices
+                    .iter()
+                    .flat_map(nodes)
+                    .chain(pvpanic.map(pvpanic_node))
+                    .collect(),
                 balloon: observed.balloon.clone(),
                 mem: observed.mem.clone(),
             })),
@@ -417,7 +438,7 @@ mod tests {
             mem: None,
             counters: vec![("_disk0".to_owned(), CounterSource::Device(device))],
         };
-        let own = OwnObserver::new(observed, 1 << 20, &[]);
+        let own = OwnObserver::new(observed, 1 << 20, &[], None);
         let handle = own.handle();
         assert_eq!(handle.counters()["_disk0"]["read_ops"], 1);
         assert!(handle.reclaim_stats().is_ok());

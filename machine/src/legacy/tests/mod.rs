@@ -30,7 +30,7 @@ fn devices() -> Vec<(Ports, Arc<dyn BusDevice>)> {
         (CMOS_PORTS, Arc::new(Cmos::new(1 << 30, 0))),
         (DEBUG_PORTS, Arc::new(DebugPort::new())),
         (
-            DEBUG_CONSOLE_PORTS,
+            (0xe9, 1),
             Arc::new(DebugConsole::new(Box::new(std::io::sink()))),
         ),
         (FIRMWARE_DEBUG_PORTS, Arc::new(FirmwareDebug::new())),
@@ -38,6 +38,18 @@ fn devices() -> Vec<(Ports, Arc<dyn BusDevice>)> {
         (PM_TIMER_PORTS, Arc::new(PmTimer::new())),
         ((0x1000, GED_BYTES as u16), Arc::new(Ged::new(line))),
     ]
+}
+
+#[test]
+fn fixed_ports_are_those_of_their_devices() {
+    for port in [
+        0x64, 0x70, 0x80, 0x3f8, 0x3ff, 0x402, 0x603, 0x60b, 0xcf8, 0xcff,
+    ] {
+        assert!(is_fixed_port(port), "{port:#x}");
+    }
+    for port in [0, 0x60, 0xe9, 0x2f8, 0x400, 0xd00, u16::MAX] {
+        assert!(!is_fixed_port(port), "{port:#x}");
+    }
 }
 
 proptest! {

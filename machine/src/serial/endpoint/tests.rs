@@ -164,3 +164,11 @@ fn fifo_without_a_reader_is_written_without_blocking() {
     let mut reader = File::open(&path).unwrap();
     assert_eq!(read_exactly(&mut reader, 4), b"kept");
 }
+
+#[test]
+fn terminal_of_which_another_has_the_input_is_written_and_not_read() {
+    let manager = manager();
+    let endpoint = Endpoint::open(&EndpointMode::TtyOutput, &manager).unwrap();
+    assert!(endpoint.input.is_none());
+    assert!(endpoint._raw_mode.is_none());
+}

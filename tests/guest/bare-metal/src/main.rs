@@ -23,6 +23,7 @@ mod hotplug;
 mod interrupts;
 mod machine;
 mod memory;
+mod panic;
 mod pci;
 mod policy;
 mod queue;
@@ -55,6 +56,7 @@ extern "C" fn guest_main(start_info: u64) -> ! {
         Some("policy") => policy::scenario(false, &mut report),
         Some("policy-lies") => policy::scenario(true, &mut report),
         Some("hostile") => hostile::scenario(&mut report),
+        Some("panic") => panic::scenario(&mut report),
         Some("hinting") => hinting::scenario(&mut report),
         Some("registers") => {
             let seed = machine::option(command_line, "seed=").and_then(|seed| seed.parse().ok());
