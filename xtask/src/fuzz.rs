@@ -11,6 +11,7 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
 
@@ -52,7 +53,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         package: "g++",
         why: "libFuzzer comes as source",
     }])?;
+    let started = Instant::now();
     let programs = build()?;
+    println!("built in {:.1} s", started.elapsed().as_secs_f64());
     let wanted = |name: &str| {
         options
             .target
