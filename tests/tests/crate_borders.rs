@@ -45,6 +45,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
             "virtio-devices",
         ],
     ),
+    ("test-docs", &[]),
     ("test-server", &[]),
     ("test-skip", &[]),
     ("guest-programs", &[]),

@@ -118,3 +118,26 @@ fn main() -> ExitCode {
         ExitCode::FAILURE
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, Parser};
+
+    use super::Cli;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn commands_in_the_documentation_are_understood() {
+        for command in test_docs::commands_of("cargo xtask") {
+            // The words behind `cargo`.
+            let words = command.filled_in(&[]).into_iter().skip(1);
+            if let Err(error) = Cli::try_parse_from(words) {
+                panic!("{}: {error}", command.place);
+            }
+        }
+    }
+}

@@ -7,11 +7,11 @@ use clap::{Args, Parser, Subcommand};
 
 use crate::http::Service;
 
-/// Tells schedulers what memory a ch-fleet agent's host has for VMs.
+/// Publish the memory that a ch-fleet agent's host has for VMs to a scheduler.
 ///
-/// The capacity is the size of the VMs that are here or promised, and what the agent could promise to a further one now. A
-/// fall is told at once, a rise by a tenth a minute; an agent that does not answer for a minute offers nothing new, and
-/// after a quarter of an hour nothing.
+/// The capacity is the size of all VMs present or reserved, plus the memory that the agent could reserve for another VM
+/// now. A decrease is published at once, an increase by a tenth per minute. If the agent is silent for a minute, nothing
+/// new is offered; after 15 minutes the capacity is 0.
 #[derive(Debug, Parser)]
 #[command(name = "ch-fleet-adapter", version = concat!("v", env!("CARGO_PKG_VERSION")))]
 pub(crate) struct Arguments {
@@ -23,15 +23,15 @@ pub(crate) struct Arguments {
     )]
     pub(crate) socket: PathBuf,
 
-    /// Seconds between two looks at the agent
+    /// Seconds between two queries of the agent
     #[arg(long, value_name = "SECONDS", default_value_t = 5.0, value_parser = seconds)]
     interval: f64,
 
-    /// Tell once and end
+    /// Publish once and exit
     #[arg(long)]
     pub(crate) once: bool,
 
-    /// Take back what was told, and end
+    /// Withdraw what was published, and exit
     #[arg(long, conflicts_with = "once")]
     pub(crate) withdraw: bool,
 
@@ -59,7 +59,7 @@ pub(crate) enum Target {
         /// Name of the node
         #[arg(long, value_name = "NAME", value_parser = segment)]
         node: String,
-        /// Address of the API server [default: that of the cluster we run in]
+        /// Address of the API server [default: that of the surrounding cluster]
         #[arg(long, value_name = "URL")]
         server: Option<String>,
         /// Name of the extended resource
@@ -76,10 +76,10 @@ pub(crate) enum Target {
         /// Name of the resource provider
         #[arg(long, value_name = "NAME", value_parser = segment)]
         provider: String,
-        /// Make the resource provider if it is not there
+        /// Create the resource provider if it does not exist
         #[arg(long)]
         create: bool,
-        /// Resource class; one of your own (CUSTOM_…) stands beside what nova itself reports
+        /// Resource class; a custom one (CUSTOM_…) does not conflict with what nova reports
         #[arg(long, value_name = "NAME", default_value = "MEMORY_MB", value_parser = segment)]
         resource_class: String,
         #[command(flatten)]
@@ -87,18 +87,18 @@ pub(crate) enum Target {
     },
 }
 
-/// How to be let in.
+/// Credentials and deadlines.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct Access {
     /// File with the token; read for every request
     #[arg(long, value_name = "PATH")]
     pub(crate) token_file: Option<PathBuf>,
 
-    /// File with the certificates that https is checked against
+    /// File with the CA certificates for https
     #[arg(long, value_name = "PATH")]
     pub(crate) ca_file: Option<PathBuf>,
 
-    /// Seconds that one request may take
+    /// Time limit of one request, seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = seconds)]
     request_timeout: f64,
 }
@@ -134,6 +134,15 @@ mod tests {
     #[test]
     fn command_line_is_consistent() {
         Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn commands_in_the_documentation_are_understood() {
+        for command in test_docs::commands_of("ch-fleet-adapter") {
+            if let Err(error) = Arguments::try_parse_from(command.filled_in(&[])) {
+                panic!("{}: {error}", command.place);
+            }
+        }
     }
 
     #[test]

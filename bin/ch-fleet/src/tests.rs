@@ -4,7 +4,7 @@
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 
-use clap::CommandFactory;
+use clap::{CommandFactory, Parser};
 
 use crate::agent_command::end_on_panic;
 use crate::args::Arguments;
@@ -19,6 +19,30 @@ fn command_line_is_consistent_and_documented() {
             "{} has no description",
             sub.get_name()
         );
+    }
+}
+
+#[test]
+fn commands_in_the_documentation_are_understood() {
+    for command in test_docs::commands_of("ch-fleet") {
+        if let Err(error) = Arguments::try_parse_from(command.filled_in(&[])) {
+            panic!("{}: {error}", command.place);
+        }
+    }
+}
+
+#[test]
+fn settings_in_the_documentation_are_valid() {
+    let folder = tempfile::TempDir::new().unwrap();
+    let file = folder.path().join("agent.toml");
+    let blocks = test_docs::all_blocks().into_iter();
+    let blocks: Vec<_> = blocks.filter(|block| block.language == "toml").collect();
+    assert!(!blocks.is_empty());
+    for block in blocks {
+        std::fs::write(&file, &block.text).unwrap();
+        if let Err(error) = fleet::agent_config::load(&file, true) {
+            panic!("{}: {}", block.place, api::error_chain(&error).join(": "));
+        }
     }
 }
 

@@ -29,6 +29,15 @@ fn refused(words: &str) -> clap::Error {
         .unwrap_err()
 }
 
+#[test]
+fn commands_in_the_documentation_are_understood() {
+    for command in test_docs::commands_of("ch-remote") {
+        if let Err(error) = Arguments::try_parse_from(command.filled_in(&["--api-socket", "/s"])) {
+            panic!("{}: {error}", command.place);
+        }
+    }
+}
+
 /// A VMM that answers one connection after the other with the given bytes.
 struct MockServer {
     _dir: TempDir,

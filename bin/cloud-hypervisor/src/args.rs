@@ -46,7 +46,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "event-monitor", help = PathOrFd::EVENT_MONITOR_SYNTAX)]
     pub(crate) event_monitor: Option<String>,
 
-    /// Path to firmware that is loaded in an architectural specific way
+    /// Path to firmware, loaded as the architecture requires
     #[arg(long)]
     firmware: Option<PathBuf>,
 
@@ -78,7 +78,7 @@ pub(crate) struct Arguments {
     #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = NetConfig::syntax())]
     net: Vec<String>,
 
-    /// Stay when the guest powers off: the VM can be booted again through the API
+    /// Keep running after the guest powers off, so that the API can boot the VM again
     #[arg(long)]
     pub(crate) no_shutdown: bool,
 
@@ -95,7 +95,7 @@ pub(crate) struct Arguments {
     #[arg(long, requires = "payload", help = RngConfig::syntax())]
     rng: Option<String>,
 
-    /// What happens when a thread makes a system call it has no need of
+    /// Action on a system call that the seccomp filter does not allow
     #[arg(long, value_enum, default_value = "true")]
     pub(crate) seccomp: SeccompArgument,
 
@@ -125,9 +125,9 @@ pub(crate) enum SeccompArgument {
     True,
     /// Install no filters
     False,
-    /// Tell the kernel's log and go on
+    /// Write a record to the kernel log and continue
     Log,
-    /// Let the call fail
+    /// Fail the call
     Errno,
 }
 
@@ -212,6 +212,24 @@ mod tests {
                 .into_iter()
                 .chain(line.split_whitespace()),
         )
+    }
+
+    #[test]
+    fn commands_in_the_documentation_are_understood() {
+        for command in test_docs::commands_of("cloud-hypervisor") {
+            let has_kernel = command.words.iter().any(|word| word == "--kernel");
+            // What is left out is the kernel, or its path.
+            let omitted = if has_kernel {
+                &["/k"][..]
+            } else {
+                &["--kernel", "/k"]
+            };
+            let arguments = Arguments::try_parse_from(command.filled_in(omitted))
+                .unwrap_or_else(|error| panic!("{}: {error}", command.place));
+            if let Err(error) = arguments.vm_config() {
+                panic!("{}: {}", command.place, api::error_chain(&error).join(": "));
+            }
+        }
     }
 
     #[test]

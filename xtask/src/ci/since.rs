@@ -27,7 +27,7 @@ pub(super) enum Part {
     Root,
 }
 
-const FOLDERS: [(&str, Part); 14] = [
+const FOLDERS: [(&str, Part); 15] = [
     ("bin/cloud-hypervisor/", Part::Vmm),
     ("hypervisor/", Part::Vmm),
     ("machine/", Part::Vmm),
@@ -41,6 +41,7 @@ const FOLDERS: [(&str, Part); 14] = [
     ("tests/", Part::Tests),
     ("xtask/", Part::Xtask),
     ("docs/", Part::Text),
+    ("test-docs/", Part::Text),
     (".ci/", Part::Text),
 ];
 

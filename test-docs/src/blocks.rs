@@ -1,0 +1,148 @@
+//! Code blocks of a Markdown file.
+
+use crate::{Command, words};
+
+/// A fenced or indented code block.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Block {
+    /// File and line.
+    pub place: String,
+    /// What follows the fence: `toml`, `text`; empty for an indented block.
+    pub language: String,
+    /// Why its commands are not checked, if the line before says so.
+    pub not_run: Option<String>,
+    /// Its lines.
+    pub text: String,
+}
+
+impl Block {
+    /// The commands in the block; none if it has another language than a shell's.
+    #[must_use]
+    pub fn commands(&self) -> Vec<Command> {
+        if !matches!(self.language.as_str(), "" | "sh" | "bash" | "console") {
+            return Vec::new();
+        }
+        // A line that ends with a backslash goes on in the next one.
+        let text = self.text.replace("\\\n", " ");
+        words::commands(&text)
+            .into_iter()
+            .map(|words| Command {
+                place: self.place.clone(),
+                words: without_cargo_run(words),
+            })
+            .collect()
+    }
+}
+
+/// The code blocks of `text`, the contents of the file `name`.
+#[must_use]
+pub fn blocks(name: &str, text: &str) -> Vec<Block> {
+    let mut found = Vec::new();
+    let mut open: Option<(Block, Kind)> = None;
+    let mut reason = None;
+    let mut after_blank = true;
+    for (index, line) in text.lines().enumerate() {
+        let place = format!("{name}:{}", index + 1);
+        let fence = line.trim_start().strip_prefix("```");
+        match (&mut open, fence) {
+            (Some((block, Kind::Fenced)), None) => push_line(block, line),
+            (Some((_, Kind::Fenced)), Some(_)) => found.extend(open.take().map(|(block, _)| block)),
+            (Some((block, Kind::Indented)), _) if line.starts_with("    ") || line.is_empty() => {
+                push_line(block, line.strip_prefix("    ").unwrap_or_default());
+            }
+            _ => {
+                found.extend(open.take().map(|(block, _)| block));
+                let indented = (after_blank && !line.trim().is_empty())
+                    .then(|| line.strip_prefix("    "))
+                    .flatten();
+                if let Some(language) = fence {
+                    open = Some((Block::new(place, language, reason.take()), Kind::Fenced));
+                } else if let Some(code) = indented {
+                    let mut block = Block::new(place, "", reason.take());
+                    push_line(&mut block, code);
+                    open = Some((block, Kind::Indented));
+                } else if let Some(text) = not_run(line) {
+                    reason = Some(text.to_owned());
+                } else if !line.trim().is_empty() {
+                    reason = None;
+                }
+            }
+        }
+        after_blank = line.trim().is_empty();
+    }
+    found.extend(open.map(|(block, _)| block));
+    found
+}
+
+/// `cargo run -p PROGRAM … -- WORDS` is the command `PROGRAM WORDS`.
+fn without_cargo_run(words: Vec<String>) -> Vec<String> {
+    let is_run = words.starts_with(&["cargo".to_owned(), "run".to_owned()]);
+    let position = |wanted: &str| words.iter().position(|word| word == wanted);
+    let (true, Some(package), Some(end)) = (is_run, position("-p"), position("--")) else {
+        return words;
+    };
+    let program = words.get(package + 1).cloned();
+    let rest = words.iter().skip(end + 1).cloned();
+    program.into_iter().chain(rest).collect()
+}
+
+enum Kind {
+    Fenced,
+    Indented,
+}
+
+impl Block {
+    fn new(place: String, language: &str, not_run: Option<String>) -> Self {
+        Self {
+            place,
+            language: language.trim().to_owned(),
+            not_run,
+            text: String::new(),
+        }
+    }
+}
+
+fn push_line(block: &mut Block, line: &str) {
+    block.text.push_str(line);
+    block.text.push('\n');
+}
+
+fn not_run(line: &str) -> Option<&str> {
+    let comment = line.trim().strip_prefix("<!-- not run:")?;
+    comment.strip_suffix("-->").map(str::trim)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_found_with_their_reasons() {
+        let text = "Text\n    no code\n\n    a b \\\n        c\n\n    d\nText\n\n```toml\nx = 1\n```\n\
+                    <!-- not run: needs a cluster -->\n\n    e\n";
+        let found = blocks("f.md", text);
+        let seen: Vec<_> = found
+            .iter()
+            .map(|it| {
+                (
+                    it.place.as_str(),
+                    it.language.as_str(),
+                    it.not_run.as_deref(),
+                )
+            })
+            .collect();
+        assert_eq!(
+            seen,
+            [
+                ("f.md:4", "", None),
+                ("f.md:10", "toml", None),
+                ("f.md:15", "", Some("needs a cluster")),
+            ]
+        );
+        let words: Vec<_> = found[0].commands().into_iter().map(|it| it.words).collect();
+        assert_eq!(words, [vec!["a", "b", "c"], vec!["d"]]);
+        assert!(found[1].commands().is_empty());
+        let run = blocks("f.md", "    cargo run --release -p prog -- do it\n");
+        assert_eq!(run[0].commands()[0].words, ["prog", "do", "it"]);
+    }
+}

@@ -1,0 +1,236 @@
+//! The commands and links in the documentation, for tests that check them.
+//!
+//! Each program's tests parse its commands with the program's own parser. [`unchecked`] finds commands that no such test
+//! covers. A code block whose commands cannot be checked has `<!-- not run: REASON -->` on the line before it.
+
+mod blocks;
+#[cfg(test)]
+mod figures;
+mod links;
+mod words;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+pub use blocks::{Block, blocks};
+pub use links::{anchors, links};
+
+/// Programs whose tests parse every command in the documentation.
+pub const CHECKED_PROGRAMS: &[&str] = &[
+    "cargo xtask",
+    "ch-fleet",
+    "ch-fleet-adapter",
+    "ch-remote",
+    "cloud-hypervisor",
+];
+
+/// A command in the documentation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Command {
+    /// File and line.
+    pub place: String,
+    /// Its words, without quotes; the first one is the program.
+    pub words: Vec<String>,
+}
+
+impl Command {
+    /// The command with placeholders filled in: `off|mainline` becomes `off`, `N` becomes `1`, what is in brackets is left
+    /// out, a variable has some value, and `…` stands for `omitted`.
+    #[must_use]
+    pub fn filled_in(&self, omitted: &[&str]) -> Vec<String> {
+        let mut filled = Vec::new();
+        let mut in_brackets = false;
+        for word in &self.words {
+            in_brackets |= word.starts_with('[');
+            if in_brackets {
+                in_brackets = !word.ends_with(']');
+                continue;
+            }
+            match word.as_str() {
+                "…" => filled.extend(omitted.iter().map(|&it| it.to_owned())),
+                "N" => filled.push("1".to_owned()),
+                _ if word.starts_with('$') => filled.push("value".to_owned()),
+                _ => {
+                    let first = word.split('|').next().unwrap_or_default();
+                    filled.push(first.trim_end_matches('…').to_owned());
+                }
+            }
+        }
+        filled
+    }
+}
+
+/// The root of the repository.
+#[must_use]
+pub fn root() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+}
+
+/// Every Markdown file of the documentation, relative to the root.
+///
+/// # Panics
+/// A folder cannot be read.
+#[must_use]
+pub fn documents() -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for folder in [
+        "",
+        "docs",
+        "docs/decisions",
+        "docs/results",
+        "guest-patches",
+    ] {
+        let entries = fs::read_dir(root().join(folder)).expect("the folder can be read");
+        for entry in entries {
+            let path = entry.expect("the folder can be read").path();
+            if path.extension().is_some_and(|ending| ending == "md") {
+                let name = path.file_name().expect("a file has a name");
+                found.push(Path::new(folder).join(name));
+            }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// All code blocks of the documentation.
+///
+/// # Panics
+/// A document cannot be read.
+#[must_use]
+pub fn all_blocks() -> Vec<Block> {
+    let documents = documents().into_iter();
+    documents
+        .flat_map(|document| {
+            let text = fs::read_to_string(root().join(&document)).expect("the document is text");
+            blocks(&document.display().to_string(), &text)
+        })
+        .collect()
+}
+
+/// The commands of one program: `ch-remote`, or `cargo xtask`.
+///
+/// The words behind `cargo run -p PROGRAM … --` count, too, and so do commands that a program such as `ch-fleet run`
+/// starts. A test that finds none looks for the wrong name.
+///
+/// # Panics
+/// A document cannot be read, or has no command of the program.
+#[must_use]
+pub fn commands_of(program: &str) -> Vec<Command> {
+    let all = all_blocks();
+    let checked = all.iter().filter(|block| block.not_run.is_none());
+    let found: Vec<_> = checked
+        .flat_map(Block::commands)
+        .filter(|command| program_of(&command.words).as_deref() == Some(program))
+        .collect();
+    assert!(!found.is_empty(), "no document has a command of {program}");
+    found
+}
+
+/// Commands of blocks without a reason that are no command of a checked program.
+///
+/// # Panics
+/// A document cannot be read.
+#[must_use]
+pub fn unchecked() -> Vec<Command> {
+    let all = all_blocks();
+    let checked = all.iter().filter(|block| block.not_run.is_none());
+    checked
+        .flat_map(Block::commands)
+        .filter(|command| !is_checked(&command.words))
+        .collect()
+}
+
+fn is_checked(words: &[String]) -> bool {
+    match program_of(words).as_deref() {
+        // Cargo's own commands: their packages must exist.
+        Some("cargo build" | "cargo test" | "cargo nextest" | "cargo bench") => {
+            let packages = packages();
+            let named = words.windows(2).filter(|pair| pair[0] == "-p");
+            named.map(|pair| &pair[1]).all(|it| packages.contains(it))
+        }
+        Some(program) => CHECKED_PROGRAMS.contains(&program),
+        None => false,
+    }
+}
+
+/// The names of the packages in the workspace.
+fn packages() -> Vec<String> {
+    let manifest = fs::read_to_string(root().join("Cargo.toml")).expect("the manifest is text");
+    let members = manifest.split_once("members = [").map_or("", |it| it.1);
+    let members = members.split(']').next().unwrap_or_default().split(',');
+    members
+        .map(|member| member.trim().trim_matches('"'))
+        .filter(|member| !member.is_empty())
+        .filter_map(|member| {
+            let text = fs::read_to_string(root().join(member).join("Cargo.toml")).ok()?;
+            let name = text.split_once("name = \"")?.1.split('"').next()?;
+            Some(name.to_owned())
+        })
+        .collect()
+}
+
+/// The program, without its folder; for `cargo` with its command.
+fn program_of(words: &[String]) -> Option<String> {
+    let name = words.first()?.rsplit('/').next()?;
+    Some(match words.get(1) {
+        Some(command) if name == "cargo" => format!("cargo {command}"),
+        _ => name.to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn every_command_is_checked_or_says_why_not() {
+        let unchecked = unchecked();
+        assert!(
+            unchecked.is_empty(),
+            "put <!-- not run: REASON --> on the line before the block: {unchecked:#?}"
+        );
+    }
+
+    #[test]
+    fn commands_of_cargo_need_packages_that_exist() {
+        let words = |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>();
+        assert!(is_checked(&words("cargo build -p test-docs")));
+        assert!(is_checked(&words("cargo build --release")));
+        assert!(!is_checked(&words("cargo build -p no-such")));
+        assert!(!is_checked(&words("make all")));
+    }
+
+    #[test]
+    fn placeholders_are_filled_in() {
+        let words = [
+            "x", "…", "off|on", "[DIR]", "[--a", "N]", "--b", "N", "C…", "d=[1]", "$E",
+        ];
+        let command = Command {
+            place: String::new(),
+            words: words.map(str::to_owned).to_vec(),
+        };
+        assert_eq!(
+            command.filled_in(&["-s", "/s"]),
+            ["x", "-s", "/s", "off", "--b", "1", "C", "d=[1]", "value"]
+        );
+    }
+
+    #[test]
+    fn every_reason_not_to_run_a_block_is_given() {
+        for block in all_blocks() {
+            if let Some(reason) = &block.not_run {
+                assert!(reason.len() > 10, "{}: {reason:?}", block.place);
+            }
+        }
+    }
+
+    #[test]
+    fn commands_of_each_checked_program_are_found() {
+        for program in CHECKED_PROGRAMS {
+            assert!(!commands_of(program).is_empty());
+        }
+    }
+}
