@@ -57,7 +57,7 @@ pub enum Error {
         name: &'static str,
     },
     /// More interrupt routes than KVM takes in one table.
-    #[error("{count} interrupt routes are more than KVM can hold")]
+    #[error("{count} interrupt routes exceed KVM's limit")]
     TooManyRoutes {
         /// How many were asked for.
         count: usize,

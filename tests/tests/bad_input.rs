@@ -201,7 +201,7 @@ fn bad_sizes_end_in_one_chain() -> Result<()> {
         ("--kernel kernel --memory size=64K", &[MEMORY, "less than"]),
         (
             "--kernel kernel --memory size=536870913",
-            &[MEMORY, "no multiple of 4096"],
+            &[MEMORY, "not a multiple of 4096"],
         ),
         (
             "--kernel kernel --memory size=70368744177664",
@@ -223,7 +223,7 @@ fn bad_sizes_end_in_one_chain() -> Result<()> {
         ("--kernel kernel --memory size=much", &["--memory", "size"]),
         (
             "--kernel kernel --balloon size=512M",
-            &["leaves the guest nothing"],
+            &["leaves the guest none of its"],
         ),
         (
             "--kernel kernel --cpus boot=0",
@@ -239,18 +239,24 @@ fn bad_sizes_end_in_one_chain() -> Result<()> {
         ),
         (
             "--kernel kernel --cpus affinity=[0@[9999]]",
-            &["Affinity of vCPU 0 to host CPU 9999"],
+            &["Cannot pin vCPU 0 to host CPU 9999"],
         ),
         (
             "--kernel kernel --disk path=disk,image_type=raw,queue_size=3",
-            &["Queue size 3"],
+            &["queue_size must be a power of two between 2 and 1024; got 3"],
         ),
         (
             "--kernel kernel --disk path=disk,image_type=raw,num_queues=0",
-            &["0 queues"],
+            &["num_queues must be between 1 and 1; got 0"],
         ),
-        ("--kernel kernel --net num_queues=1", &["1 queues"]),
-        ("--kernel kernel --net num_queues=4", &["4 queues"]),
+        (
+            "--kernel kernel --net num_queues=1",
+            &["num_queues must be between 2 and 3; got 1"],
+        ),
+        (
+            "--kernel kernel --net num_queues=4",
+            &["num_queues must be between 2 and 3; got 4"],
+        ),
         ("--kernel kernel --net mtu=5", &["MTU of 5"]),
     ])
 }
@@ -278,21 +284,24 @@ fn bad_zones_end_in_one_chain() -> Result<()> {
     each_ends_in_one_chain(&[
         (
             "--kernel kernel --memory-zone id=a,size=1G",
-            &[MEMORY, "must be 0 where zones"],
+            &[MEMORY, "must be 0 when zones"],
         ),
         (&zones("size=1G"), &["--memory-zone", "\"id\""]),
         (
             &zones("id=a,size=1G,hotplug_size=1G"),
             &["hotplug_size is not supported"],
         ),
-        (&zones("id=a,size=1000"), &[MEMORY, "zone a", "no multiple"]),
+        (
+            &zones("id=a,size=1000"),
+            &[MEMORY, "zone a", "not a multiple"],
+        ),
         (
             &zones("id=a,size=512M id=a,size=512M"),
             &["a is not unique"],
         ),
         (
             &zones("id=a,size=1G,hugepage_size=2M"),
-            &[MEMORY, "zone a", "without hugepages"],
+            &[MEMORY, "zone a", "requires hugepages=on"],
         ),
         (
             &zones("id=a,size=1G --numa guest_numa_id=0,memory_zones=[b]"),
@@ -351,9 +360,12 @@ fn bad_devices_end_in_one_chain() -> Result<()> {
         ),
         (
             &with_disk(",pci_device_id=5 --balloon size=0,pci_device_id=5"),
-            &["PCI slot 5 is given to two devices"],
+            &["PCI slot 5 is assigned to two devices"],
         ),
-        (&with_disk(",pci_device_id=32"), &["PCI slot 32"]),
+        (
+            &with_disk(",pci_device_id=32"),
+            &["PCI slot must be between 1 and 31; got 32"],
+        ),
         (
             "--kernel kernel --disk path=missing,image_type=raw",
             &["_disk0", "missing", "No such"],

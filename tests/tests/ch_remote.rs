@@ -251,7 +251,7 @@ fn timeout_ends_the_wait_for_a_vmm_that_does_not_answer() -> Result<()> {
     let started = std::time::Instant::now();
     let chain = remote.run("--timeout 1 ping")?.chain("ch-remote")?;
     ensure!(
-        chain[0].contains("did not answer within 1000 ms"),
+        chain[0].contains("did not respond within 1000 ms"),
         "{chain:?}"
     );
     ensure!(started.elapsed() < Duration::from_secs(20));

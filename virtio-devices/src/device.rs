@@ -208,7 +208,7 @@ pub enum WorkerError {
         source: std::io::Error,
     },
     /// The worker thread accepts no commands.
-    #[error("the worker thread does not answer: {reason}")]
+    #[error("the worker thread does not respond: {reason}")]
     Unresponsive {
         /// The error from the channel.
         reason: &'static str,

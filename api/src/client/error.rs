@@ -52,7 +52,7 @@ pub enum ClientError {
         found: i32,
     },
     /// No complete answer in time.
-    #[error("The VMM did not answer within {} ms", timeout.as_millis())]
+    #[error("The VMM did not respond within {} ms", timeout.as_millis())]
     TimedOut {
         /// The time it had.
         timeout: Duration,
@@ -65,14 +65,14 @@ pub enum ClientError {
         source: io::Error,
     },
     /// The answer could not be read.
-    #[error("Cannot read the answer")]
+    #[error("Cannot read the response")]
     Receive {
         /// What the system said.
         #[source]
         source: io::Error,
     },
     /// What came back is not an answer.
-    #[error("The answer is not understood")]
+    #[error("The response cannot be parsed")]
     Response(#[source] ResponseError),
     /// The request has no JSON form.
     #[error("The request cannot be written as JSON")]
@@ -82,13 +82,13 @@ pub enum ClientError {
         source: serde_json::Error,
     },
     /// Success without the body that belongs to it.
-    #[error("The answer to {endpoint} has no body")]
+    #[error("The response to {endpoint} has no body")]
     MissingBody {
         /// The endpoint.
         endpoint: &'static str,
     },
     /// A body of another form.
-    #[error("The answer to {endpoint} has another form")]
+    #[error("Unexpected response to {endpoint}")]
     Decode {
         /// The endpoint.
         endpoint: &'static str,

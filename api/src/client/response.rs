@@ -21,10 +21,10 @@ const HEAD_END: &[u8] = b"\r\n\r\n";
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ResponseError {
     /// Closed before the first byte.
-    #[error("the connection was closed without an answer")]
+    #[error("the connection was closed without a response")]
     Nothing,
     /// Closed within the headers or the body.
-    #[error("the connection was closed after {bytes} bytes of an answer that is not complete")]
+    #[error("the connection was closed after {bytes} bytes of an incomplete response")]
     Truncated {
         /// Bytes that came.
         bytes: usize,

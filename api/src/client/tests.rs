@@ -290,7 +290,7 @@ fn client_silent_server_times_out() {
         .with_timeout(Some(Duration::from_millis(50)));
     let error = client.get("vm.info").unwrap_err();
     assert!(matches!(error, ClientError::TimedOut { .. }), "{error:?}");
-    assert_eq!(error.to_string(), "The VMM did not answer within 50 ms");
+    assert_eq!(error.to_string(), "The VMM did not respond within 50 ms");
     drop(release);
     server.server.join();
 }

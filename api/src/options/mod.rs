@@ -107,7 +107,7 @@ pub enum OptionFault {
         text: String,
     },
     /// Longer than [`OPTION_LENGTH_MAX`].
-    #[error("{length} characters are more than {OPTION_LENGTH_MAX}")]
+    #[error("the option has {length} characters; the limit is {OPTION_LENGTH_MAX}")]
     TooLong {
         /// Its length in bytes.
         length: usize,

@@ -30,7 +30,7 @@ pub(crate) enum HttpError {
     #[error("{} holds no certificate", path.display())]
     NoCertificate { path: PathBuf },
     /// No answer.
-    #[error("{method} {path}: no answer")]
+    #[error("{method} {path}: no response")]
     Request {
         method: &'static str,
         path: String,
@@ -38,7 +38,7 @@ pub(crate) enum HttpError {
         source: Box<ureq::Error>,
     },
     /// An answer that is no JSON.
-    #[error("{method} {path}: the answer is no JSON")]
+    #[error("{method} {path}: the response is not JSON")]
     Form {
         method: &'static str,
         path: String,
@@ -56,7 +56,7 @@ pub(crate) enum HttpError {
         retry_after: Option<Duration>,
     },
     /// Every attempt met somebody else's change.
-    #[error("{path} changed each of {attempts} times it was tried")]
+    #[error("{path} changed during each of {attempts} attempts")]
     Contended { path: String, attempts: u32 },
     /// Something that must be there.
     #[error("{0}")]

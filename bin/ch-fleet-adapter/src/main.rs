@@ -82,7 +82,7 @@ fn follow(arguments: &Arguments, scheduler: &mut Scheduler) -> Result<()> {
         let heard = ask(&arguments.socket);
         // Once when it stops and once when it comes back.
         match &heard {
-            Err(error) if agent_answers => log(&format!("the agent does not answer: {error:#}")),
+            Err(error) if agent_answers => log(&format!("the agent does not respond: {error:#}")),
             Ok(_) if !agent_answers => log("the agent answers again"),
             _ => {}
         }
@@ -177,7 +177,7 @@ fn ask(socket: &Path) -> Result<Offer> {
         .get("fleet.status")?
         .context("The agent's answer is empty")?;
     let status: AgentStatus =
-        serde_json::from_str(&body).context("The agent's answer has another form")?;
+        serde_json::from_str(&body).context("Unexpected response of the agent")?;
     Ok(Offer::of(&status))
 }
 

@@ -27,7 +27,7 @@ pub(crate) struct Arguments {
     #[arg(long, global = true, value_name = "PATH", default_value = DEFAULT_SOCKET)]
     pub(crate) socket: PathBuf,
 
-    /// Form of answers
+    /// Output format
     #[arg(long, short, global = true, value_enum, default_value_t = Output::Table)]
     pub(crate) output: Output,
 
@@ -48,98 +48,98 @@ impl Arguments {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
-    /// For people
+    /// Human-readable
     Table,
-    /// For programs
+    /// Machine-readable
     Json,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Look after the VMs of this host
+    /// Run the agent that manages the memory of this host's VMs
     Agent(AgentOptions),
-    /// Show the host, its books and its VMs
+    /// Show the host, its memory accounts and its VMs
     Status,
     /// Show the VMs
     Vms,
-    /// Show what was decided last and why, with every figure that was looked at
+    /// Show the latest decisions with their reasons and figures
     Explain {
-        /// The VM; all of them without
+        /// Name of the VM [default: all VMs]
         vm: Option<String>,
     },
-    /// Show what happened lately
+    /// Show recent events
     Events {
-        /// From this number on, as the last answer's `next` gave it
+        /// Number of the first event, from `next` of the previous output
         #[arg(long, default_value_t = 0)]
         since: u64,
     },
-    /// Show the host and the VMs again and again
+    /// Show the host and its VMs, refreshed continuously
     Top(TopOptions),
-    /// Promise memory to a VM that is going to start
+    /// Reserve memory for a VM before it starts
     Reserve(ReserveOptions),
-    /// Give a promise back
+    /// Release a reservation
     Release {
         /// Id of the reservation or name of the VM
         reservation: String,
     },
-    /// Show the promises
+    /// Show the reservations
     Reservations,
-    /// Reserve memory, start a VMM, and give the memory back when it ends
+    /// Reserve memory, start a VMM, and release the memory when it ends
     Run(RunOptions),
-    /// Leave a VM's memory as it is
+    /// Exclude a VM from memory management
     Pin {
         /// The VM
         vm: String,
     },
-    /// Look after a pinned VM again
+    /// Include a pinned VM in memory management again
     Unpin {
         /// The VM
         vm: String,
     },
-    /// See all hosts and place VMs on them, by way of the store they share
+    /// Show all hosts of the fleet and place VMs on them, through the shared store
     Fleet(FleetArguments),
-    /// Have the agent read its settings anew
+    /// Make the agent reload its settings
     Reload,
-    /// Check settings or show them
+    /// Check or show settings
     #[command(subcommand)]
     Config(ConfigCommand),
     /// Run scenarios on virtual time, without an agent
     #[cfg(feature = "simulate")]
     Simulate(SimulateArguments),
-    /// Find out what is missing on this host
+    /// Check what this host and its VMs support
     Doctor,
-    /// Write the completions of a shell
+    /// Print shell completions
     Completions {
         /// The shell
         shell: clap_complete::Shell,
     },
-    /// Write the manual page
+    /// Print the manual page
     Man,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct AgentOptions {
-    /// Settings; *.toml in the folder of the same name with the ending .d are read as well
+    /// Settings file; *.toml files in the folder with the ending .d are read too
     #[arg(long, value_name = "PATH", default_value = DEFAULT_FILE)]
     pub(crate) config: PathBuf,
 
-    /// Decide and tell, and change nothing
+    /// Decide and report, but change nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
 
-    /// Where the host's /proc is, for an agent in a container
+    /// Mount point of the host's /proc, for an agent in a container
     #[arg(long, value_name = "PATH", default_value = "/proc")]
     pub(crate) proc: PathBuf,
 
-    /// Where the host's control groups are, for an agent in a container
+    /// Mount point of the host's control groups, for an agent in a container
     #[arg(long, value_name = "PATH", default_value = "/sys/fs/cgroup")]
     pub(crate) cgroup_root: PathBuf,
 
-    /// Form of the log on standard error
+    /// Log format on standard error
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     pub(crate) log_format: LogFormat,
 
-    /// Log more; twice for everything
+    /// Log more; give it twice to log everything
     #[arg(long, short, action = clap::ArgAction::Count)]
     pub(crate) verbose: u8,
 }
@@ -148,17 +148,17 @@ pub(crate) struct AgentOptions {
 pub(crate) enum LogFormat {
     /// key=value
     Text,
-    /// One JSON object a line
+    /// One JSON object per line
     Json,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct TopOptions {
-    /// Print rounds one after the other instead of filling the terminal; so it does anyway where there is none
+    /// Print one round after another instead of a full screen; always on without a terminal
     #[arg(long, short)]
     pub(crate) batch: bool,
 
-    /// Rounds; for ever without
+    /// Number of rounds [default: unlimited]
     #[arg(long, short = 'n', value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) count: Option<u64>,
 
@@ -174,15 +174,15 @@ pub(crate) struct SimulateArguments {
     #[arg(required = true, value_name = "FILE")]
     pub(crate) scenarios: Vec<PathBuf>,
 
-    /// Another seed than the file's
+    /// Seed [default: that of the file]
     #[arg(long)]
     pub(crate) seed: Option<u64>,
 
-    /// Switch a safety rule off, to see what it is good for
+    /// Switch off a safety rule, to show its effect
     #[arg(long, value_name = "RULE")]
     pub(crate) without: Vec<SafetyRule>,
 
-    /// Draw the course of things into this SVG file
+    /// Write a chart of the run to this SVG file
     #[arg(long, value_name = "PATH")]
     pub(crate) plot: Option<PathBuf>,
 }
@@ -192,11 +192,11 @@ pub(crate) struct ReserveOptions {
     /// Name of the VM, or its socket
     pub(crate) vm: String,
 
-    /// Memory of the VM, in bytes or with a suffix K, M, G or T
+    /// Memory of the VM, in bytes or with a suffix such as M or GiB
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub(crate) memory: u64,
 
-    /// Memory that must be there [default: that of the VM's policy]
+    /// Memory that must be available [default: that of the VM's policy]
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub(crate) min: Option<u64>,
 
@@ -204,18 +204,18 @@ pub(crate) struct ReserveOptions {
     #[arg(long)]
     pub(crate) huge_pages: bool,
 
-    /// Only tell whether it would fit
+    /// Only report whether it would fit
     #[arg(long)]
     pub(crate) dry_run: bool,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct FleetArguments {
-    /// Settings with [store], and with the policies and limits that are placed by
+    /// Settings file with [store], policies and limits
     #[arg(long, value_name = "PATH", default_value = DEFAULT_FILE)]
     pub(crate) config: PathBuf,
 
-    /// A member of the store instead of those in the settings; may be given several times
+    /// Store member to use instead of those in the settings; repeatable
     #[arg(long, value_name = "URL")]
     pub(crate) endpoint: Vec<String>,
 
@@ -225,72 +225,72 @@ pub(crate) struct FleetArguments {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum FleetCommand {
-    /// Show the hosts and what they can promise
+    /// Show the hosts and the memory that they can reserve
     Status,
-    /// Say which host takes a VM, and have it promise the memory
+    /// Find a host for a VM, and optionally reserve the memory there
     Place(PlaceOptions),
-    /// Give back a promise that was made by place --reserve
+    /// Release a reservation made by place --reserve
     Release {
         /// Id of the reservation
         id: String,
     },
-    /// Let nothing new go to a host, and say where its VMs should go
+    /// Stop placing VMs on a host, and list targets for its VMs
     Drain {
         /// The host
         host: String,
-        /// Let VMs go there again
+        /// Allow VMs there again
         #[arg(long)]
         undo: bool,
     },
-    /// Say which VMs should leave hosts that are short of memory
+    /// List VMs that should leave hosts short of memory
     Advice,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct PlaceOptions {
-    /// Memory of the VM, in bytes or with a suffix K, M, G or T
+    /// Memory of the VM, in bytes or with a suffix such as M or GiB
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub(crate) memory: u64,
 
-    /// Memory that must be there [default: that of the VM's policy]
+    /// Memory that must be available [default: that of the VM's policy]
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub(crate) min: Option<u64>,
 
-    /// Name of the VM, as discovery will see it on its host [default: one made up]
+    /// Name of the VM, as discovery will see it on its host [default: generated]
     #[arg(long)]
     pub(crate) name: Option<String>,
 
-    /// Have the host promise it
+    /// Reserve the memory on the host
     #[arg(long)]
     pub(crate) reserve: bool,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct RunOptions {
-    /// Memory that must be there [default: that of the VM's policy]
+    /// Memory that must be available [default: that of the VM's policy]
     #[arg(long, value_name = "SIZE", value_parser = parse_bytes)]
     pub(crate) min: Option<u64>,
 
-    /// Keep asking for so many seconds while the answer is no
+    /// Retry a refused reservation for this many seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 0)]
     pub(crate) wait: u64,
 
-    /// The VMM and its arguments, among them --api-socket and --memory
+    /// The VMM with its arguments, including --api-socket and --memory
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub(crate) command: Vec<OsString>,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ConfigCommand {
-    /// Check settings without using them
+    /// Check settings without applying them
     Check {
         /// The file
         #[arg(long, value_name = "PATH", default_value = DEFAULT_FILE)]
         config: PathBuf,
     },
-    /// Show settings with all defaults: those in use by the agent, or those of a file
+    /// Show settings with all defaults: the agent's, or those of a file
     Show {
-        /// The file; those in use without
+        /// Settings file [default: the settings in use]
         #[arg(long, value_name = "PATH")]
         config: Option<PathBuf>,
     },

@@ -174,7 +174,7 @@ fn vm_finding(vm: &VmStatus) -> Finding {
             ),
         ),
         (Some(failure), _) if !vm.up => {
-            finding(Grade::Bad, "vm", format!("{name}: no answer ({failure})"))
+            finding(Grade::Bad, "vm", format!("{name}: no response ({failure})"))
         }
         (_, 2) => finding(
             Grade::Good,

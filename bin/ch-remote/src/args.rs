@@ -33,7 +33,7 @@ pub(crate) struct Arguments {
     #[arg(long, value_name = "PATH")]
     pub(crate) api_socket: PathBuf,
 
-    /// Give up after this many seconds [default: wait for the answer, however long it takes]
+    /// Give up after this many seconds [default: wait without limit]
     #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
     timeout: Option<u64>,
 
@@ -53,7 +53,7 @@ impl Arguments {
 pub(crate) enum Command {
     #[command(flatten)]
     Bare(Bare),
-    /// Store the configuration of a VM, without booting it
+    /// Store the configuration of a VM without booting it
     Create(CreateArguments),
     /// Change the VM's vCPUs, RAM or balloon
     Resize(ResizeArguments),
@@ -69,13 +69,13 @@ pub(crate) enum Command {
     AddBalloon(AddBalloonArguments),
     /// Remove a disk, a network interface, the vsock device or the balloon from the VM
     RemoveDevice(RemoveDeviceArguments),
-    /// Show how much of the VM's memory came back to the host, and how
+    /// Show how much of the VM's memory returned to the host, and how
     ReclaimStats(ReclaimStatsArguments),
-    /// Show what is watched and how the guest shall report, or change it
+    /// Show or change alerts and the reporting policy
     ReclaimThresholds(ReclaimThresholdsArguments),
-    /// Start or stop a run of free page hinting, or show how far it is
+    /// Start or stop a run of free page hinting, or show its progress
     BalloonHinting(BalloonHintingArguments),
-    /// Pause or resume free page reporting, ask for a report of everything, or show where it stands
+    /// Pause or resume free page reporting, request a full report, or show the state
     BalloonReporting(BalloonReportingArguments),
 }
 
@@ -128,41 +128,41 @@ impl FromArgMatches for Bare {
 
 #[derive(Debug, Args)]
 pub(crate) struct BalloonReportingArguments {
-    /// What to do
+    /// Action
     #[arg(value_enum)]
     pub(crate) action: BalloonReportingAction,
 
-    /// With report-now: also what the guest has reported before, after a restore that made it resident
+    /// With report-now: include memory reported before, for example after a restore
     #[arg(long)]
     pub(crate) again: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum BalloonReportingAction {
-    /// Stop reporting, and wait until nothing that is reported is given back any more
+    /// Pause reporting, and wait until reported memory is no longer discarded
     Pause,
-    /// Go on
+    /// Resume reporting
     Resume,
-    /// Ask the guest to report all it has free, at once
+    /// Ask the guest to report all its free memory now
     ReportNow,
-    /// Show where it stands
+    /// Show the state
     Status,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct BalloonHintingArguments {
-    /// What to do
+    /// Action
     #[arg(value_enum)]
     pub(crate) action: BalloonHintingAction,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum BalloonHintingAction {
-    /// Ask the guest to hint at all the memory it has free, so that the host has it back
+    /// Ask the guest to hint all its free memory, which returns to the host
     Start,
-    /// End the run; the guest takes its memory back
+    /// End the run; the guest keeps its free memory
     Stop,
-    /// Show where the run stands and what came back
+    /// Show the state of the run and the memory returned
     Status,
 }
 
@@ -184,7 +184,7 @@ pub(crate) struct ResizeArguments {
     #[arg(long, value_name = "SIZE", group = "change", value_parser = parse_bytes)]
     pub(crate) memory: Option<u64>,
 
-    /// Memory the guest shall give up to the balloon, in bytes or with a suffix such as M or GiB
+    /// Target size of the balloon, in bytes or with a suffix such as M or GiB
     #[arg(long, value_name = "SIZE", group = "change", value_parser = parse_bytes)]
     pub(crate) balloon: Option<u64>,
 }
@@ -249,7 +249,7 @@ fn parse_balloon(text: &str) -> Result<BalloonConfig, String> {
 
 #[derive(Debug, Args)]
 pub(crate) struct ReclaimStatsArguments {
-    /// Keep showing fresh figures until Ctrl-C: a table on a terminal, else one line of key=value per sample
+    /// Refresh until Ctrl-C: a table on a terminal, otherwise one key=value line per sample
     #[arg(long)]
     pub(crate) watch: bool,
 
@@ -267,7 +267,7 @@ pub(crate) struct ReclaimThresholdsArguments {
     #[arg(long, value_name = "SETTINGS", value_parser = parse_set, help = ReclaimThresholdsChange::syntax())]
     pub(crate) set: Vec<ReclaimThresholdsChange>,
 
-    /// Remove the alert with this name; done before anything is set
+    /// Remove the alert with this name, before anything is set
     #[arg(long, value_name = "NAME")]
     pub(crate) remove: Vec<String>,
 }

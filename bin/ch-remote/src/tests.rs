@@ -367,7 +367,7 @@ fn silent_server_ends_at_the_timeout() {
         false,
     )
     .unwrap_err();
-    assert_eq!(error.to_string(), "The VMM did not answer within 1000 ms");
+    assert_eq!(error.to_string(), "The VMM did not respond within 1000 ms");
 }
 
 #[test]

@@ -147,7 +147,10 @@ fn program_bad_values_end_in_one_chain_and_leave_nothing_behind() {
     for (line, reason) in [
         ("--kernel /k --memory size=0", "The size is 0"),
         ("--kernel /k --memory size=1000", "less than 2097152 bytes"),
-        ("--kernel /k --memory size=3000001", "no multiple of 4096"),
+        (
+            "--kernel /k --memory size=3000001",
+            "not a multiple of 4096",
+        ),
         (
             "--kernel /k --memory size=16777216T",
             "Error parsing --memory",
@@ -156,10 +159,13 @@ fn program_bad_values_end_in_one_chain_and_leave_nothing_behind() {
             "--kernel /k --memory size=65536G",
             "does not fit into 46 address bits",
         ),
-        ("--kernel /k --cpus boot=0", "1 <= boot_vcpus (0)"),
+        (
+            "--kernel /k --cpus boot=0",
+            "boot_vcpus (0) must be between 1",
+        ),
         (
             "--kernel /k --balloon size=512M",
-            "Ballooning 536870912 bytes",
+            "A balloon of 536870912 bytes",
         ),
         (
             "--kernel /k --balloon colour=red",

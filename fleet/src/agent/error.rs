@@ -17,7 +17,7 @@ use crate::sample::PatternError;
 #[derive(Debug, Error)]
 pub enum AgentError {
     /// A socket pattern.
-    #[error("The sockets cannot be looked for")]
+    #[error("Cannot search for sockets")]
     Pattern(#[source] PatternError),
     /// The host.
     #[error("The host cannot be read")]
@@ -26,7 +26,7 @@ pub enum AgentError {
     #[error("The reservations cannot be opened")]
     Book(#[source] BookError),
     /// The acts on VMs.
-    #[error("The list of what was done to VMs cannot be opened")]
+    #[error("Cannot open the list of actions on VMs")]
     Acts(#[source] io::Error),
     /// Another agent uses the folder.
     #[error("{} is used by another agent: stop it, or set agent.state_dir", path.display())]
@@ -91,7 +91,7 @@ pub enum StopError {
     #[error("the control loop panicked")]
     Panicked,
     /// VMs rejected `on_stop = "restore"` or did not respond.
-    #[error("these VMs did not get back what was taken: {}", vms.join(", "))]
+    #[error("the memory of these VMs was not returned: {}", vms.join(", "))]
     NotRestored {
         /// The VMs.
         vms: Vec<String>,

@@ -36,7 +36,7 @@ pub struct Actual {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Harm {
     /// No agent is there to explain anything.
-    #[error("the agent does not answer")]
+    #[error("the agent does not respond")]
     Silent,
     /// A VM is stopped.
     #[error("{vm} is left paused, which is explained as {reason:?}")]

@@ -38,13 +38,13 @@ pub enum LoadError {
         source: toml::de::Error,
     },
     /// The values of all files together contradict each other.
-    #[error("The settings do not hold together")]
+    #[error("The settings are inconsistent")]
     Config(#[source] ConfigError),
     /// A socket pattern is none.
-    #[error("The settings name no valid sockets")]
+    #[error("The settings contain no valid socket pattern")]
     Pattern(#[source] PatternError),
     /// The store is not described well.
-    #[error("The settings name no valid store")]
+    #[error("The settings contain no valid store")]
     Store(#[source] StoreFault),
     /// One of the two files that TLS needs.
     #[error("agent.tls_certificate and agent.tls_key are needed together")]

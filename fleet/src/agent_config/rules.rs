@@ -27,7 +27,7 @@ pub enum RuleFault {
         by: String,
     },
     /// The policy does not exist.
-    #[error("the rule for {name:?} names the policy {policy:?}, which is not defined")]
+    #[error("the rule for {name:?} names undefined policy {policy:?}")]
     NoPolicy {
         /// The rule's pattern.
         name: String,

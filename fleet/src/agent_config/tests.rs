@@ -83,12 +83,12 @@ fn fault_is_told_with_the_file_it_is_in() {
         ("[control]\nplam = '1s'\n", "plam"),
         ("[nonsense]\n", "nonsense"),
         ("[[vm]]\nname = 'a'\npolicy = 'gone'\n", "gone"),
-        ("[discovery]\nsockets = ['x']\n", "does not start"),
+        ("[discovery]\nsockets = ['x']\n", "must start with"),
         ("[control]\nsample = '1h'\n", "sample"),
         ("[store]\nendpoints = ['https://a:1']\n", "store.ca_file"),
         ("[store]\nendpoints = ['ftp://a:1']\n", "https://"),
         ("[agent]\ntls_key = '/x'\n", "tls_certificate"),
-        ("[store]\nprefix = 'x'\n", "no prefix"),
+        ("[store]\nprefix = 'x'\n", "not a prefix"),
         ("[[vm]]\nname = 'db-['\npolicy = 'default'\n", "db-["),
         ("[[vm]]\nname = ''\npolicy = 'default'\n", "empty"),
         (
@@ -99,7 +99,7 @@ fn fault_is_told_with_the_file_it_is_in() {
         ("[agent]\ntrigger_stall = '2s'\n", "trigger_window"),
         ("[control]\nplan = '18446744073709551615ms'\n", "plan"),
         (&reversed_policy(), "reporting.calm: "),
-        ("[store]\nhost = 'a/b'\n", "no name"),
+        ("[store]\nhost = 'a/b'\n", "not a host name"),
         ("[store]\nlease = '1s'\n", "store.lease"),
         ("[store]\ndeadline = '11s'\n", "store.deadline"),
     ] {

@@ -71,19 +71,19 @@ pub struct HeldPromise {
 #[derive(Debug, Error)]
 pub enum MemberError {
     /// The store.
-    #[error("the store did not serve this host")]
+    #[error("the store did not respond to this host")]
     Store(#[from] StoreError),
     /// Another agent uses the name.
     #[error("another machine is registered as {0:?}: set store.host")]
     NameTaken(String),
     /// The control loop does not respond. Without it the host is not available, and its lease may end.
-    #[error("the control loop did not answer")]
+    #[error("the control loop did not respond")]
     Silent,
     /// Its figures are old. They do not show that the host is available.
     #[error("the host's figures are {0} ms old")]
     Stale(u64),
     /// Concurrent changes prevented every attempt.
-    #[error("the host's book changed {TRIES} times meanwhile")]
+    #[error("the host's reservations changed {TRIES} times during the attempt")]
     Busy,
 }
 

@@ -82,17 +82,17 @@ impl fmt::Display for PlaceRefusal {
 #[derive(Debug, Error)]
 pub enum PlaceError {
     /// The store.
-    #[error("The store does not help")]
+    #[error("The store cannot place the VM")]
     Store(#[from] StoreError),
     /// It was refused.
     #[error("{0}")]
     Refused(PlaceRefusal),
     /// The time is over, and there is no valid reservation.
-    #[error("No host has answered in time")]
+    #[error("No host responded in time")]
     Late,
     /// The time is over, and it is unknown whether there is a reservation. If there is one, it is released
     /// automatically.
-    #[error("The host {host} may have promised it as {id} and could not be asked in time")]
+    #[error("Host {host} did not confirm in time; it may hold reservation {id}")]
     Unanswered {
         /// The host.
         host: String,
@@ -103,7 +103,7 @@ pub enum PlaceError {
     #[error("no host holds a reservation {0:?}")]
     NoReservation(String),
     /// The VM is being started.
-    #[error("the VM of {0:?} is being started: stop it instead")]
+    #[error("the VM of {0:?} is starting: stop the VM instead of releasing its reservation")]
     Starting(String),
 }
 

@@ -15,16 +15,16 @@ const NAME_BYTES_MAX: usize = 253;
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum NameError {
     /// The name of a host.
-    #[error("{0:?} is no name for a host: letters, digits, dot, dash and underscore")]
+    #[error("{0:?} is not a host name: use letters, digits, dot, dash and underscore")]
     Host(String),
     /// The prefix of all keys.
-    #[error("{0:?} is no prefix: it begins with a slash and does not end with one")]
+    #[error("{0:?} is not a prefix: it must start with a slash and not end with one")]
     Prefix(String),
 }
 
 /// Why a value in the store is not understood.
 #[derive(Debug, Error)]
-#[error("{key} in the store is not understood")]
+#[error("cannot parse {key} in the store")]
 pub struct RecordError {
     /// The key.
     pub key: String,

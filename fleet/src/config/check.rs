@@ -12,10 +12,10 @@ pub enum ConfigFault {
     #[error("thresholds.{0}: leave must be above enter")]
     BandReversed(HostState),
     /// A worse state begins at more free memory than a better one.
-    #[error("thresholds.{0}: must lie below the values of the state before it")]
+    #[error("thresholds.{0}: must be below the values of the preceding state")]
     BandOrder(HostState),
     /// Pressures must rise.
-    #[error("thresholds.pressure: the three values must rise")]
+    #[error("thresholds.pressure: the three values must increase")]
     PressureOrder,
     /// A value is invalid, whatever the others are.
     #[error("{key} must be {range}")]

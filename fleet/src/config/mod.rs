@@ -117,7 +117,7 @@ pub enum ConfigError {
     #[error("configuration cannot be read")]
     Syntax(#[from] toml::de::Error),
     /// Its values contradict each other.
-    #[error("configuration does not hold: {}", list(.0))]
+    #[error("configuration is invalid: {}", list(.0))]
     Faults(Vec<ConfigFault>),
 }
 

@@ -24,7 +24,7 @@ pub enum GroupError {
         source: io::Error,
     },
     /// It is not alone there.
-    #[error("the control group {} holds other processes beside {pid}", path.display())]
+    #[error("the control group {} contains processes other than {pid}", path.display())]
     Shared {
         /// The group.
         path: PathBuf,
@@ -41,7 +41,7 @@ pub enum GroupError {
         source: io::Error,
     },
     /// The process could not be killed.
-    #[error("process {pid} cannot be killed")]
+    #[error("cannot kill process {pid}")]
     Kill {
         /// The process.
         pid: i32,

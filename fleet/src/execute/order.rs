@@ -100,7 +100,7 @@ pub enum OrderError {
     #[error(transparent)]
     Host(#[from] GroupError),
     /// The process is not known yet, or gone.
-    #[error("the VMM's process is not known")]
+    #[error("the VMM's process is unknown")]
     NoProcess,
     /// The VM is served by another process than it was when that was decided.
     #[error("another process serves the VM by now")]

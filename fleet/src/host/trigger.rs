@@ -45,7 +45,7 @@ pub enum TriggerError {
         source: io::Error,
     },
     /// The thread, or the pipe that ends it, could not be created.
-    #[error("Cannot start the thread that watches the pressure")]
+    #[error("Cannot start the thread that monitors memory pressure")]
     Thread(#[source] io::Error),
 }
 

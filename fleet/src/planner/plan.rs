@@ -147,7 +147,7 @@ pub enum Block {
     #[error("the plan is too old")]
     TooOld,
     /// The memory that was to be granted is gone.
-    #[error("only {available} are available on the host, {needed} are needed")]
+    #[error("{needed} are needed, but the host has only {available} available")]
     HostShort {
         /// What is there.
         available: Bytes,
@@ -163,7 +163,7 @@ pub enum Block {
         expected: Bytes,
     },
     /// It is already so.
-    #[error("nothing is left to do")]
+    #[error("no action remains")]
     Done,
 }
 

@@ -18,7 +18,7 @@ const GONE_AFTER: Millis = Millis::seconds(30);
 #[derive(Debug, Error)]
 pub enum BookError {
     /// The name is taken by another VM.
-    #[error("the VM {vm:?} has a reservation of {held} already")]
+    #[error("the VM {vm:?} already has a reservation of {held}")]
     Held {
         /// The VM.
         vm: String,
@@ -32,7 +32,7 @@ pub enum BookError {
         key: String,
     },
     /// Too many.
-    #[error("{RESERVATIONS_MAX} reservations are held already")]
+    #[error("the limit of {RESERVATIONS_MAX} reservations is reached")]
     Full,
     /// It could not be made to last.
     #[error("the reservations cannot be saved")]

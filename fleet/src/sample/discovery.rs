@@ -27,7 +27,7 @@ pub enum PatternError {
         source: glob::PatternError,
     },
     /// Would depend on where the agent was started.
-    #[error("The socket pattern {pattern:?} does not start at /")]
+    #[error("The socket pattern {pattern:?} must start with /")]
     Relative {
         /// The pattern.
         pattern: String,

@@ -125,7 +125,7 @@ pub enum SampleFailure {
         source: ClientError,
     },
     /// The answer is not of the form known.
-    #[error("the answer to {op} has another form")]
+    #[error("unexpected response to {op}")]
     Form {
         /// The endpoint.
         op: &'static str,

@@ -47,7 +47,7 @@ pub enum SimError {
     #[error("scenario cannot be understood")]
     Syntax(#[from] toml::de::Error),
     /// The configuration in it contradicts itself.
-    #[error("configuration of the scenario is no good")]
+    #[error("configuration of the scenario is invalid")]
     Config(#[from] crate::config::ConfigError),
     /// Time must go on.
     #[error("time.{0} must not be zero")]

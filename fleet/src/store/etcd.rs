@@ -40,7 +40,7 @@ const FAILURE_BYTES_MAX: u64 = 4096;
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum EndpointError {
     /// Something else than HTTP.
-    #[error("{0:?} does not start with http:// or https://")]
+    #[error("{0:?} must start with http:// or https://")]
     Scheme(String),
     /// There is no host.
     #[error("{0:?} names no host and port")]

@@ -141,13 +141,13 @@ pub enum StoreError {
     #[error("the lease is over")]
     LeaseOver,
     /// The store will not do it; nothing was changed.
-    #[error("the store refuses: {why}")]
+    #[error("the store refused: {why}")]
     Refused {
         /// Its words.
         why: String,
     },
     /// The answer is not what the store's interface promises.
-    #[error("the store's answer is not understood: {why}")]
+    #[error("cannot parse the store's response: {why}")]
     Form {
         /// The reason.
         why: String,

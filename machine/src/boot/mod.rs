@@ -49,7 +49,7 @@ pub struct EntryPoint {
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
     /// Neither kernel nor firmware.
-    #[error("There is neither a kernel nor a firmware to boot")]
+    #[error("No kernel or firmware is given")]
     MissingPayload,
     /// Kernel and firmware exclude each other.
     #[error("Both a kernel and a firmware are given")]
@@ -132,7 +132,7 @@ pub enum BootError {
         ram_end: u64,
     },
     /// The initramfs does not fit between kernel and the end of low RAM.
-    #[error("The initramfs {} has {bytes} bytes, but there is room for {room_bytes} only", path.display())]
+    #[error("The initramfs {} has {bytes} bytes, but only {room_bytes} bytes are available", path.display())]
     InitramfsTooLarge {
         /// The file.
         path: PathBuf,
@@ -153,7 +153,7 @@ pub enum BootError {
     #[error("The kernel command line contains a zero byte")]
     CmdlineZeroByte,
     /// SMBIOS cannot represent a setting.
-    #[error("Cannot make the SMBIOS tables")]
+    #[error("Cannot create the SMBIOS tables")]
     Smbios(#[source] SmbiosError),
     /// A boot structure cannot be written, because RAM is smaller than the layout requires.
     #[error("Cannot write {what} to guest RAM")]

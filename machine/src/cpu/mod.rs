@@ -63,7 +63,7 @@ pub enum CpuError {
     NotPaused,
     /// No vCPU, fewer at most than at boot, or more than KVM supports.
     #[error(
-        "{boot} vCPUs at boot and {max} at most: boot must be at least 1 and at most max, max at most {limit}"
+        "boot_vcpus ({boot}) must be between 1 and max_vcpus ({max}), and max_vcpus at most {limit}"
     )]
     VcpuCount {
         /// vCPUs at boot.
@@ -74,7 +74,7 @@ pub enum CpuError {
         limit: usize,
     },
     /// The topology contains a zero or does not match the number of vCPUs.
-    #[error("A topology of {product} vCPUs does not fit a machine of at most {max}")]
+    #[error("topology has {product} vCPUs, but max_vcpus is {max}")]
     Topology {
         /// Threads × cores × dies × packages.
         product: u64,
@@ -97,7 +97,7 @@ pub enum CpuError {
     },
     /// An affinity for a vCPU that does not exist, or with an invalid host CPU.
     #[error(
-        "Affinity of vCPU {vcpu} to host CPU {} is not possible",
+        "Cannot pin vCPU {vcpu} to host CPU {}",
         host_cpu.map_or_else(|| "none".to_owned(), |cpu| cpu.to_string())
     )]
     AffinityRange {
@@ -116,7 +116,7 @@ pub enum CpuError {
         source: io::Error,
     },
     /// The kernel does not support cookies for vCPUs.
-    #[error("core_scheduling Vcpu is not possible on this host")]
+    #[error("core_scheduling=vcpu is not supported by this host")]
     CoreScheduling(#[source] io::Error),
     /// More CPUID leaves than KVM accepts.
     #[error("The guest's CPUID has {count} leaves, more than KVM takes")]

@@ -34,7 +34,7 @@ pub enum MemoryError {
     #[error("The sizes of guest RAM add up to more than 64 bits")]
     SizeOverflow,
     /// Two zones that share pages would overwrite each other.
-    #[error("Memory zones {first} and {second} are made of one file, and not private both")]
+    #[error("Memory zones {first} and {second} share a file, but are not both private")]
     FileOfTwoZones {
         /// A zone.
         first: String,
@@ -42,7 +42,7 @@ pub enum MemoryError {
         second: String,
     },
     /// One zone.
-    #[error("Cannot make memory zone {id}")]
+    #[error("Cannot create memory zone {id}")]
     Zone {
         /// Its name.
         id: String,
@@ -120,7 +120,7 @@ pub enum ZoneError {
         wanted_bytes: u64,
     },
     /// Not a multiple of the page size.
-    #[error("{bytes} bytes are no multiple of its page size, {page_bytes} bytes")]
+    #[error("{bytes} bytes are not a multiple of the page size of {page_bytes} bytes")]
     NotPageMultiple {
         /// The zone, or its part below or above the hole below 4 GiB.
         bytes: u64,
@@ -128,14 +128,14 @@ pub enum ZoneError {
         page_bytes: u64,
     },
     /// More than this process can address.
-    #[error("{bytes} bytes are more than a process can address")]
+    #[error("{bytes} bytes exceed the address space of a process")]
     TooLarge {
         /// The requested size.
         bytes: u64,
     },
     /// The pool of huge pages is empty, or too small.
     #[error(
-        "The host has not enough free huge pages of {page_bytes} bytes for {bytes} bytes of guest RAM"
+        "The host has too few free huge pages of {page_bytes} bytes for {bytes} bytes of guest RAM"
     )]
     TooFewHugePages {
         /// The required size.

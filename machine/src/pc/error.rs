@@ -38,7 +38,7 @@ pub enum PcError {
         source: Box<dyn Error + Send + Sync>,
     },
     /// The guest cannot be notified that a device was added or should be removed.
-    #[error("Cannot tell the guest of device {id}")]
+    #[error("Cannot notify the guest about device {id}")]
     Announce {
         /// The device.
         id: String,

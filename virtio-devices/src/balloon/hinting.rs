@@ -93,16 +93,16 @@ pub struct HintingState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HintingError {
     /// Not configured, or guest memory cannot be discarded in blocks.
-    #[error("free page hinting is not configured, or guest memory is of a kind it cannot free")]
+    #[error("free page hinting is not configured, or the guest's memory does not support it")]
     NotOffered,
     /// No driver is running.
     #[error("no balloon driver is running in the guest")]
     DriverNotReady,
     /// The driver does not support it or has not enabled the queue.
-    #[error("the guest's balloon driver does not hint")]
+    #[error("the guest's balloon driver does not support hinting")]
     GuestDeclined,
     /// A run is in progress already.
-    #[error("run {0} of free page hinting is under way already")]
+    #[error("run {0} of free page hinting is already in progress")]
     UnderWay(u32),
 }
 

@@ -162,7 +162,7 @@ pub enum BlockError {
         source: io::Error,
     },
     /// Number of queues out of range.
-    #[error("{num_queues} queues are not possible: 1 to {QUEUES_MAX} are")]
+    #[error("num_queues must be between 1 and {QUEUES_MAX}; got {num_queues}")]
     QueueCount {
         /// The requested value.
         num_queues: u16,
@@ -174,7 +174,7 @@ pub enum BlockError {
         queue_size: u16,
     },
     /// Serial too long for GET_ID.
-    #[error("serial of {bytes} bytes is longer than 20")]
+    #[error("serial must be at most 20 bytes long; got {bytes}")]
     SerialTooLong {
         /// Its length.
         bytes: usize,

@@ -77,11 +77,11 @@ pub(super) enum Unanswerable {
 pub(super) enum Refusal {
     #[error("request header is incomplete")]
     ShortHeader,
-    #[error("data length is no multiple of a sector, or zero")]
+    #[error("data length is zero or not a multiple of a sector")]
     DataLength,
     #[error("data has the wrong direction or size for its request")]
     DataShape,
-    #[error("more sectors than one request may move or zero")]
+    #[error("more sectors than one request may transfer or zero")]
     TooLong,
     #[error("sectors beyond the end of the disk")]
     OutOfRange,

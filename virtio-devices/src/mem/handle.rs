@@ -14,7 +14,9 @@ pub struct MemHandle {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ResizeError {
     /// Only whole blocks can be plugged.
-    #[error("{bytes} bytes of hotplugged memory are no whole blocks of {block_bytes} bytes")]
+    #[error(
+        "{bytes} bytes of hot-plugged memory are not a multiple of the block size of {block_bytes} bytes"
+    )]
     NotWholeBlocks {
         /// The requested value.
         bytes: u64,
@@ -22,9 +24,7 @@ pub enum ResizeError {
         block_bytes: u64,
     },
     /// More than the region holds.
-    #[error(
-        "{bytes} bytes of hotplugged memory are more than the {region_bytes} bytes there is room for"
-    )]
+    #[error("{bytes} bytes of hot-plugged memory exceed the region of {region_bytes} bytes")]
     BeyondRegion {
         /// The requested value.
         bytes: u64,

@@ -54,7 +54,7 @@ pub struct NetParams {
 #[derive(Debug, thiserror::Error)]
 pub enum NetError {
     /// Number of queues out of range.
-    #[error("{num_queues} queues are not possible: an even number from 2 to 512 is")]
+    #[error("num_queues must be an even number between 2 and 512; got {num_queues}")]
     QueueCount {
         /// The requested value.
         num_queues: u16,
@@ -66,7 +66,7 @@ pub enum NetError {
         queue_size: u16,
     },
     /// One descriptor per pair is required.
-    #[error("{fds} file descriptors do not fit {num_queues} queues: one for each two is needed")]
+    #[error("num_queues={num_queues} needs one file descriptor per queue pair; got {fds}")]
     FdCount {
         /// Descriptors given.
         fds: usize,
@@ -86,6 +86,6 @@ pub enum NetError {
     #[error("cannot use the tap device")]
     Tap(#[from] TapError),
     /// Descriptors of the device itself.
-    #[error("cannot make the event descriptors of a queue pair")]
+    #[error("cannot create the event descriptors of a queue pair")]
     Events(#[source] std::io::Error),
 }

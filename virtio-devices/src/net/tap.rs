@@ -51,7 +51,7 @@ pub enum TapError {
         source: io::Error,
     },
     /// It exists but is not a tap, or has only one queue.
-    #[error("{name} is not a tap that can have {queues} queues")]
+    #[error("{name} is not a tap that supports {queues} queues")]
     Unsuitable {
         /// The interface.
         name: String,

@@ -31,10 +31,10 @@ pub(crate) enum ChainError {
     #[error("descriptor chain is empty")]
     Empty,
     /// The chain loops, points out of its table, or exceeds 4 GiB.
-    #[error("descriptor chain has no end")]
+    #[error("descriptor chain does not end")]
     Unterminated,
     /// A buffer is not (entirely) guest RAM.
-    #[error("descriptor points out of guest RAM")]
+    #[error("descriptor points outside guest RAM")]
     OutOfRam,
     /// A device-readable buffer follows a device-writable one (virtio 1.2 §2.7.4.2).
     #[error("device-readable descriptor after a device-writable one")]

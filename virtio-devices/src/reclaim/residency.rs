@@ -37,7 +37,7 @@ pub enum ResidencyError {
     #[error("cannot open the page map of this process")]
     OpenPagemap(#[source] io::Error),
     /// The page tables behind guest RAM cannot be read.
-    #[error("cannot look up which pages of guest RAM are resident")]
+    #[error("cannot determine which pages of guest RAM are resident")]
     Lookup(#[source] io::Error),
     /// The file behind guest RAM cannot be examined.
     #[error("cannot examine the file behind guest RAM")]

@@ -15,7 +15,7 @@ pub enum AlertError {
         fault: AlertFault,
     },
     /// There would be too many alerts.
-    #[error("There can be no more than {ALERTS_MAX} alerts")]
+    #[error("A VM can have at most {ALERTS_MAX} alerts")]
     TooManyAlerts,
 }
 
@@ -26,16 +26,16 @@ pub enum AlertFault {
     #[error("a name has between 1 and {NAME_LENGTH_MAX} characters")]
     Name,
     /// The request contains the name twice.
-    #[error("it is in the request more than once")]
+    #[error("it occurs more than once in the request")]
     Twice,
     /// There is no such alert to remove.
-    #[error("there is no such alert")]
+    #[error("no such alert")]
     Unknown,
     /// A new alert lacks something.
-    #[error("a new alert needs {0:?}")]
+    #[error("a new alert requires {0:?}")]
     Missing(&'static str),
     /// The figure does not exist.
-    #[error("{0:?} is neither a number of vm.reclaim-stats nor of the form <device>/<counter>")]
+    #[error("{0:?} is neither a figure of vm.reclaim-stats nor of the form <device>/<counter>")]
     Figure(String),
     /// The value that ends the alert would start it.
     #[error("leave ({leave}) must not be {side} enter ({enter})")]
@@ -48,6 +48,6 @@ pub enum AlertFault {
         side: &'static str,
     },
     /// The duration is too long.
-    #[error("duration_ms is {0}, more than a day")]
+    #[error("duration_ms must be at most one day; got {0}")]
     Duration(u64),
 }

@@ -32,9 +32,9 @@ enum QueryError {
         #[source]
         cause: BalloonStatsError,
     },
-    #[error("The request needs a thread and none could be started")]
+    #[error("Cannot start a thread for the request")]
     Thread(#[source] std::io::Error),
-    #[error("{QUERIES_MAX} queries are under way already")]
+    #[error("{QUERIES_MAX} queries are already in progress")]
     TooMany,
 }
 

@@ -50,7 +50,7 @@ pub enum ApiSocketError {
         source: io::Error,
     },
     /// The inherited descriptor is not a listening UNIX socket.
-    #[error("File descriptor {fd} is no listening UNIX socket")]
+    #[error("File descriptor {fd} is not a listening UNIX socket")]
     Descriptor {
         /// The descriptor.
         fd: i32,

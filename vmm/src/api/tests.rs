@@ -682,7 +682,7 @@ fn balloon_comes_once_and_goes_only_when_it_is_empty() {
     let add = |body: &str| vmm.call(Endpoint::VmAddBalloon, Some(body));
     assert_eq!(
         add(r#"{"size": 0}"#).body[2],
-        "The VM has a balloon already, __balloon"
+        "The VM already has balloon __balloon"
     );
     vmm.ok(Endpoint::VmResize, Some(RESIZE));
     let refused = remove();
@@ -720,7 +720,7 @@ fn hinting_that_the_balloon_refuses_tells_why() {
         json!([
             "Error from API",
             "Free page hinting could not be started or stopped",
-            "The balloon does not take it",
+            "The balloon refused it",
             refusal
         ])
     );
@@ -740,7 +740,7 @@ fn report_now_to_a_guest_that_cannot_is_refused_as_the_callers_mistake() {
         json!([
             "Error from API",
             "Free page reporting could not be steered",
-            "The balloon does not take it",
+            "The balloon refused it",
             refusal
         ])
     );
@@ -958,7 +958,7 @@ fn resize_of_ram_that_can_grow_is_kept_and_bounded() {
     for mib in [511, 1537] {
         let refused = resize(mib);
         assert_eq!(refused.status, 400);
-        let text = "can have 536870912 to 1610612736 bytes";
+        let text = "must be between 536870912 and 1610612736 bytes";
         assert!(
             refused.body.to_string().contains(text),
             "{:?}",

@@ -36,7 +36,7 @@ pub enum ValidationError {
     Platform(#[source] SmbiosError),
     /// The `balloon` section.
     #[error(
-        "Ballooning {balloon_bytes} bytes of {ram_bytes} bytes of RAM leaves the guest nothing"
+        "A balloon of {balloon_bytes} bytes leaves the guest none of its {ram_bytes} bytes of RAM"
     )]
     BalloonLargerThanRam {
         /// The requested size of the balloon.
@@ -45,10 +45,10 @@ pub enum ValidationError {
         ram_bytes: u64,
     },
     /// The `balloon` section's `reporting_policy`.
-    #[error("reporting_policy of the balloon needs free_page_reporting")]
+    #[error("reporting_policy=on requires free_page_reporting=on")]
     PolicyWithoutReporting,
     /// The `balloon` section's `stats_poll_ms`.
-    #[error("Statistics every {poll_ms} ms are too often: 0, or at least {least_ms} ms")]
+    #[error("stats_poll_ms must be 0 or at least {least_ms}; got {poll_ms}")]
     StatsPollTooOften {
         /// The requested value.
         poll_ms: u64,
@@ -72,20 +72,20 @@ pub enum ValidationError {
     },
     /// Names with two underscores belong to the VMM.
     #[error(
-        "Identifier {id:?} is invalid: it must not be empty nor start with __ nor hold control characters"
+        "Identifier {id:?} is invalid: it must not be empty, start with __ or contain control characters"
     )]
     InvalidIdentifier {
         /// The name.
         id: String,
     },
     /// One image for two disks, at least one of which is writable.
-    #[error("Disk image {} is used by two disks and not read-only in both", path.display())]
+    #[error("Disk image {} is used by two disks, of which at least one is writable", path.display())]
     DuplicateDiskPath {
         /// The image.
         path: PathBuf,
     },
     /// More devices than slots.
-    #[error("{count} devices do not fit the PCI bus, which has {max} slots")]
+    #[error("{count} devices exceed the {max} slots of the PCI bus")]
     TooManyDevices {
         /// Devices.
         count: usize,
@@ -93,7 +93,7 @@ pub enum ValidationError {
         max: usize,
     },
     /// One PCI slot for two devices.
-    #[error("PCI slot {slot} is given to two devices")]
+    #[error("PCI slot {slot} is assigned to two devices")]
     DuplicatePciSlot {
         /// The slot.
         slot: u8,
@@ -121,13 +121,13 @@ pub enum MemoryFault {
     #[error("memory must not be both mergeable and shared: KSM merges private memory only")]
     MergeableShared,
     /// RAM is described twice.
-    #[error("The size must be 0 where zones are given, and is {bytes}")]
+    #[error("size must be 0 when zones are given; got {bytes}")]
     SizeAndZones {
         /// The size.
         bytes: u64,
     },
     /// A setting for all of RAM, although zones have their own.
-    #[error("shared, hugepages or hugepage_size is given for all of RAM but not for each zone")]
+    #[error("with zones, set shared, hugepages and hugepage_size for each zone")]
     KindBesideZones,
     /// One zone.
     #[error("Invalid memory zone {id}")]
@@ -139,13 +139,13 @@ pub enum MemoryFault {
         fault: Box<MemoryFault>,
     },
     /// A node number that no kernel supports.
-    #[error("There is no NUMA node {node} on any host")]
+    #[error("Host NUMA node {node} is out of range")]
     HostNumaNode {
         /// The node.
         node: u32,
     },
     /// A NUMA policy for pages that other users share.
-    #[error("host_numa_node cannot be given for a file that is shared")]
+    #[error("host_numa_node is not supported for shared files")]
     HostNumaNodeOfSharedFile,
     /// Less than the boot structures and a payload need.
     #[error("The size {bytes} is less than {min_bytes} bytes")]
@@ -156,7 +156,7 @@ pub enum MemoryFault {
         min_bytes: u64,
     },
     /// Not whole pages.
-    #[error("The size {bytes} is no multiple of {page_bytes} bytes")]
+    #[error("The size {bytes} is not a multiple of {page_bytes} bytes")]
     NotWholePages {
         /// RAM.
         bytes: u64,
@@ -164,7 +164,7 @@ pub enum MemoryFault {
         page_bytes: u64,
     },
     /// A size that is not a multiple of its granularity.
-    #[error("{field} {bytes} is no multiple of {unit_bytes} bytes")]
+    #[error("{field} must be a multiple of {unit_bytes} bytes; got {bytes}")]
     HotplugNotWhole {
         /// The setting.
         field: &'static str,
@@ -174,7 +174,7 @@ pub enum MemoryFault {
         unit_bytes: u64,
     },
     /// More hot-plugged memory than the maximum.
-    #[error("hotplugged_size {added_bytes} is more than hotplug_size, {room_bytes}")]
+    #[error("hotplugged_size ({added_bytes}) must not exceed hotplug_size ({room_bytes})")]
     HotpluggedBeyondRoom {
         /// The amount at boot.
         added_bytes: u64,
@@ -196,7 +196,7 @@ pub enum MemoryFault {
         bytes: u64,
     },
     /// A size of huge pages without huge pages.
-    #[error("hugepage_size is given without hugepages")]
+    #[error("hugepage_size requires hugepages=on")]
     HugePageSizeWithoutHugePages,
 }
 
@@ -218,7 +218,7 @@ pub enum NumaFault {
         node: u32,
     },
     /// A zone that does not exist.
-    #[error("Node {node} has memory zone {zone:?}, which does not exist")]
+    #[error("Node {node} has unknown memory zone {zone:?}")]
     UnknownZone {
         /// The node.
         node: u32,
@@ -236,7 +236,7 @@ pub enum NumaFault {
         second: u32,
     },
     /// A vCPU that does not exist.
-    #[error("Node {node} has vCPU {vcpu}, the last one is {last}")]
+    #[error("Node {node} has vCPU {vcpu}, but the last vCPU is {last}")]
     UnknownVcpu {
         /// The node.
         node: u32,
@@ -256,7 +256,7 @@ pub enum NumaFault {
         second: u32,
     },
     /// A distance to a node that does not exist.
-    #[error("Node {node} has a distance to node {destination}, which does not exist")]
+    #[error("Node {node} has a distance to unknown node {destination}")]
     UnknownDestination {
         /// The node.
         node: u32,
@@ -265,7 +265,7 @@ pub enum NumaFault {
     },
     /// A distance that ACPI does not allow.
     #[error(
-        "Distance {distance} from node {node} to node {destination}: 10 to itself, 11 to 255 to another"
+        "Distance from node {node} to node {destination} must be 10 for the same node and 11 to 255 otherwise; got {distance}"
     )]
     Distance {
         /// The node.
@@ -281,7 +281,9 @@ pub enum NumaFault {
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CpusFault {
     /// Not 1 ≤ boot ≤ max ≤ limit.
-    #[error("1 <= boot_vcpus ({boot}) <= max_vcpus ({max}) <= {limit} does not hold")]
+    #[error(
+        "boot_vcpus ({boot}) must be between 1 and max_vcpus ({max}), and max_vcpus at most {limit}"
+    )]
     Count {
         /// vCPUs at boot.
         boot: u32,
@@ -291,7 +293,7 @@ pub enum CpusFault {
         limit: u32,
     },
     /// The topology does not describe the vCPUs.
-    #[error("The topology describes {product} vCPUs, max_vcpus is {max}")]
+    #[error("topology has {product} vCPUs, but max_vcpus is {max}")]
     Topology {
         /// Threads × cores × dies × packages.
         product: u64,
@@ -299,7 +301,7 @@ pub enum CpusFault {
         max: u32,
     },
     /// An address width that no x86-64 processor has.
-    #[error("max_phys_bits {bits} is not within {min}..={max}")]
+    #[error("max_phys_bits must be between {min} and {max}; got {bits}")]
     PhysBits {
         /// The width.
         bits: u8,
@@ -309,7 +311,7 @@ pub enum CpusFault {
         max: u8,
     },
     /// An affinity for a vCPU that does not exist.
-    #[error("Affinity is given for vCPU {vcpu}, the last one is {last}")]
+    #[error("affinity names vCPU {vcpu}, but the last vCPU is {last}")]
     AffinityOfUnknownVcpu {
         /// The index.
         vcpu: u32,
@@ -317,13 +319,13 @@ pub enum CpusFault {
         last: u32,
     },
     /// Two affinities for one vCPU.
-    #[error("Affinity of vCPU {vcpu} is given twice")]
+    #[error("Affinity of vCPU {vcpu} is set twice")]
     AffinityTwice {
         /// The index.
         vcpu: u32,
     },
     /// An affinity without host CPUs.
-    #[error("Affinity of vCPU {vcpu} names no host CPU")]
+    #[error("Affinity of vCPU {vcpu} lists no host CPU")]
     AffinityEmpty {
         /// The index.
         vcpu: u32,
@@ -355,7 +357,7 @@ pub enum DeviceFault {
     #[error("A path is required")]
     PathMissing,
     /// A queue size that virtio forbids.
-    #[error("Queue size {size} is no power of two within {min}..={max}")]
+    #[error("queue_size must be a power of two between {min} and {max}; got {size}")]
     QueueSize {
         /// Entries.
         size: u16,
@@ -365,7 +367,7 @@ pub enum DeviceFault {
         max: u16,
     },
     /// Too few or too many queues.
-    #[error("{count} queues are not within {min}..={max}")]
+    #[error("num_queues must be between {min} and {max}; got {count}")]
     QueueCount {
         /// Queues.
         count: usize,
@@ -383,13 +385,13 @@ pub enum DeviceFault {
         min: u16,
     },
     /// An address that no interface can have.
-    #[error("{mac} is no address of a single station")]
+    #[error("{mac} is not a unicast address")]
     Mac {
         /// The address.
         mac: String,
     },
     /// The number of descriptors differs from the number of queue pairs.
-    #[error("{fds} file descriptors are given for {pairs} queue pairs")]
+    #[error("{pairs} queue pairs need {pairs} file descriptors; got {fds}")]
     DescriptorCount {
         /// Descriptors.
         fds: usize,
@@ -405,7 +407,7 @@ pub enum DeviceFault {
         fd: i32,
     },
     /// Slots 1 to 31 exist.
-    #[error("PCI slot {slot} is not within 1..=31")]
+    #[error("PCI slot must be between 1 and 31; got {slot}")]
     PciSlot {
         /// The slot.
         slot: u8,

@@ -67,7 +67,7 @@ pub enum LifecycleError {
         desired: u64,
     },
     /// Less RAM than at boot, or more than there is room for.
-    #[error("The RAM of this VM can have {least} to {most} bytes, not {desired}")]
+    #[error("RAM of this VM must be between {least} and {most} bytes; got {desired}")]
     MemoryOutOfRange {
         /// The requested value.
         desired: u64,
@@ -83,6 +83,6 @@ pub enum LifecycleError {
     #[error(transparent)]
     Machine(VmError),
     /// The queue is full, or the control thread has ended.
-    #[error("The control thread takes no more requests")]
+    #[error("The request queue of the control thread is full")]
     QueueFull,
 }

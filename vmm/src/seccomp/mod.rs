@@ -41,7 +41,7 @@ pub enum SeccompMode {
 #[derive(Debug, thiserror::Error)]
 pub enum SeccompError {
     /// A list cannot be turned into a filter.
-    #[error("Cannot make the seccomp filter of {kind:?} threads")]
+    #[error("Cannot compile the seccomp filter of {kind:?} threads")]
     Compile {
         /// The kind of thread.
         kind: ThreadKind,

@@ -12,7 +12,7 @@ pub enum VmError {
     #[error("Missing virtio-balloon, can't proceed as expected")]
     MissingBalloon,
     /// The guest cannot have this much memory.
-    #[error("The size of RAM cannot be changed so")]
+    #[error("Cannot change the size of RAM")]
     MemoryResize(#[source] virtio_devices::mem::ResizeError),
     /// The configuration has no memory hot-plug.
     #[error("Missing virtio-mem, can't proceed as expected")]
@@ -21,13 +21,13 @@ pub enum VmError {
     #[error("The size of the disk cannot be changed so")]
     DiskResize(#[source] virtio_devices::block::DiskResizeError),
     /// A run of hinting cannot be started or stopped.
-    #[error("The balloon does not take it")]
+    #[error("The balloon refused it")]
     Hinting(#[source] virtio_devices::balloon::HintingError),
     /// A device cannot be added or removed.
     #[error(transparent)]
     Hotplug(super::HotplugError),
     /// Reporting cannot be controlled this way.
-    #[error("The balloon does not take it")]
+    #[error("The balloon refused it")]
     Reporting(#[source] virtio_devices::balloon::policy::ReportingError),
     /// Residency of guest RAM cannot be measured.
     #[error("Cannot measure the residency of guest memory")]

@@ -41,13 +41,13 @@ pub enum HotplugError {
         target_bytes: u64,
     },
     /// A device of this name is still waiting for its release by the guest.
-    #[error("Device {id} is still being removed: the guest has not let go of it")]
+    #[error("Device {id} is still being removed: the guest has not released it")]
     StillLeaving {
         /// The name.
         id: String,
     },
     /// A second balloon.
-    #[error("The VM has a balloon already, {id}")]
+    #[error("The VM already has balloon {id}")]
     BalloonPresent {
         /// The balloon.
         id: String,

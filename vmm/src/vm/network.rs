@@ -17,7 +17,7 @@ const DEFAULT_MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
 
 /// The host's side of an interface can only be given an IPv4 address.
 #[derive(Debug, thiserror::Error)]
-#[error("{address} is not an IPv4 address, the only kind the host's side can be given")]
+#[error("{address} is not an IPv4 address; only IPv4 is supported for the host side")]
 struct NotIpv4 {
     address: IpAddr,
 }

@@ -36,13 +36,13 @@ const SETTLE_MAX: Duration = Duration::from_secs(2);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReportingError {
     /// Not configured, or guest memory cannot be discarded in blocks.
-    #[error("free page reporting is not configured, or guest memory is of a kind it cannot free")]
+    #[error("free page reporting is not configured, or the guest's memory does not support it")]
     ReportingNotOffered,
     /// The feature is off.
     #[error("the balloon is not configured with reporting_policy=on")]
     PolicyNotOffered,
     /// No driver, or one without the feature.
-    #[error("no driver that takes VIRTIO_BALLOON_F_REPORTING_POLICY is running in the guest")]
+    #[error("the guest runs no driver that supports VIRTIO_BALLOON_F_REPORTING_POLICY")]
     GuestDeclined,
     /// The driver has reported that it does not support this.
     #[error("the guest's driver does not follow {0}")]
