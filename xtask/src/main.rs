@@ -38,32 +38,32 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// The kernel and the initramfs of test guests
+    /// Build test guests, and work on the kernel patch series
     #[command(subcommand)]
     Guest(GuestCommand),
-    /// A host whose KVM boots Linux, real or emulated
+    /// Run commands on a host whose KVM boots Linux, real or emulated
     #[command(subcommand)]
     Testbed(testbed::Command),
-    /// Boot a Linux guest, have it touch and free memory, and show the host getting it back
+    /// Boot a Linux guest that touches and frees memory, and show how the memory returns to the host
     Demo(demo::Options),
     /// Measure the VMM with a Linux guest
     Bench(bench::Options),
     /// Test the VMM with Linux guests
     VmTests(vm_tests::Options),
-    /// Look at the fleet agent: its page in Chromium, its metrics in Prometheus, its host in placement
+    /// Test the fleet agent's page in Chromium, its metrics in Prometheus, and its adapter with placement
     FleetPage,
-    /// Measure what the fleet agent costs its host
+    /// Measure the fleet agent's use of processor time and memory
     FleetBench(fleet::BenchOptions),
-    /// Kill the fleet agent again and again while its VMs fail, and check that it does no harm
+    /// Kill the fleet agent repeatedly while its VMs fail, and check that it does no harm
     FleetChaos(fleet::ChaosOptions),
     /// Test the fleet manager with a real etcd
     FleetStore(fleet_store::Options),
-    /// Do anything to the devices, for a while
+    /// Fuzz the devices for a limited time
     Fuzz(fuzz::Options),
-    /// Show what reclaimed memory is worth
+    /// Measure the value of reclaimed memory
     #[command(subcommand)]
     Experiment(experiment::Experiment),
-    /// Everything that a change must pass
+    /// Run all checks for a change
     Ci(ci::Options),
 }
 
@@ -71,7 +71,7 @@ enum Command {
 enum GuestCommand {
     /// Build target/guest/{stock,patched}/{vmlinux,bzImage} and initramfs.cpio.gz
     Build,
-    /// Make a kernel tree with one commit for each patch of the series
+    /// Create a kernel tree with one commit per patch of the series
     Apply(guest::tree::Options),
     /// Write the commits of such a tree back as the series
     Refresh(guest::tree::Options),
@@ -83,7 +83,7 @@ enum GuestCommand {
     Kunit(guest::kunit::Options),
     /// Put the series under stress in kernels with lockdep, KASAN and KCSAN under emulation
     Sanitize(guest::sanitize::Options),
-    /// Check what every prefix of the patch series promises
+    /// Check every prefix of the patch series
     Check(guest::check::Options),
 }
 
