@@ -20,8 +20,9 @@ const INTERVAL_SECONDS_MAX: f64 = 86_400.0;
     name = "ch-remote",
     version = concat!("v", env!("CARGO_PKG_VERSION")),
     about = "Control a running cloud-hypervisor over its API socket",
-    after_help = "Answers are printed as JSON on standard output. On failure the exit status is 1 and standard error \
-                  has the chain of causes.\n\nExamples:\n  \
+    after_help = "Responses are printed as JSON on standard output; on a terminal, reclaim-stats prints a table.\n\n\
+                  Exit status: 0 on success, 1 on failure with the chain of causes on standard error, 2 on a usage \
+                  error.\n\nExamples:\n  \
                   ch-remote --api-socket /run/vm.sock info\n  \
                   ch-remote --api-socket /run/vm.sock resize --balloon 1G\n  \
                   ch-remote --api-socket /run/vm.sock reclaim-stats --watch\n  \
@@ -247,8 +248,21 @@ fn parse_balloon(text: &str) -> Result<BalloonConfig, String> {
     BalloonConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
 }
 
+/// Output format of `reclaim-stats`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum OutputFormat {
+    /// Human-readable
+    Table,
+    /// The VMM's response
+    Json,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ReclaimStatsArguments {
+    /// Output format [default: table on a terminal, otherwise json]
+    #[arg(short, long, value_enum, conflicts_with = "watch")]
+    output: Option<OutputFormat>,
+
     /// Refresh until Ctrl-C: a table on a terminal, otherwise one key=value line per sample
     #[arg(long)]
     pub(crate) watch: bool,
@@ -270,6 +284,17 @@ pub(crate) struct ReclaimThresholdsArguments {
     /// Remove the alert with this name, before anything is set
     #[arg(long, value_name = "NAME")]
     pub(crate) remove: Vec<String>,
+}
+
+impl ReclaimStatsArguments {
+    /// Output format for standard output, which may be a terminal.
+    pub(crate) fn output(&self, terminal: bool) -> OutputFormat {
+        self.output.unwrap_or(if terminal {
+            OutputFormat::Table
+        } else {
+            OutputFormat::Json
+        })
+    }
 }
 
 impl ReclaimThresholdsArguments {

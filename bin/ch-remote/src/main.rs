@@ -1,7 +1,7 @@
 //! `ch-remote`: controls a VMM over its API socket.
 //!
-//! One command, one request. What the VMM answers is printed as it came; an error is printed as a chain of causes on
-//! standard error, and the exit status is 1. Commands and arguments are Cloud Hypervisor's; `reclaim-stats`,
+//! One command, one request. The VMM's response is printed unchanged, except that `reclaim-stats` prints a table on a
+//! terminal. An error is printed as a chain of causes on standard error, and the exit status is 1. Commands and arguments are Cloud Hypervisor's; `reclaim-stats`,
 //! `reclaim-thresholds` and `balloon-hinting` are ours.
 
 mod args;
@@ -20,7 +20,8 @@ use anyhow::{Context, Result};
 use api::{Client, HintingReport, ReclaimStats, to_ascii_json};
 use clap::Parser;
 
-use args::{Arguments, BalloonHintingAction, BalloonReportingAction, Command};
+use args::{Arguments, BalloonHintingAction, BalloonReportingAction, Command, OutputFormat};
+use reclaim_table::Sample;
 use request::Request;
 
 fn main() -> ExitCode {
@@ -58,12 +59,17 @@ fn run(
     }
     let answer = match &arguments.command {
         Command::BalloonHinting(hinting) if hinting.action == BalloonHintingAction::Status => {
-            // A part of an answer, as the next one: the two that do not go through as they came.
+            // A part of the response, as in the next arm.
             let ReclaimStats { hinting, hint, .. } = client.reclaim_stats()?;
             Some(to_ascii_json(&HintingReport { hinting, hint })?)
         }
         Command::BalloonReporting(it) if it.action == BalloonReportingAction::Status => {
             Some(to_ascii_json(&client.reclaim_stats()?.reporting)?)
+        }
+        Command::ReclaimStats(options) if options.output(terminal) == OutputFormat::Table => {
+            let stats = client.reclaim_stats()?;
+            let table = Sample::single(&stats).to_table();
+            Some(table.trim_end().to_owned())
         }
         command => {
             let request = Request::new(command, input)?;

@@ -24,7 +24,17 @@ pub(crate) struct Sample<'a> {
     pub(crate) elapsed: Duration,
 }
 
-impl Sample<'_> {
+impl<'a> Sample<'a> {
+    /// A sample without one before it, which has no rates.
+    pub(crate) fn single(stats: &'a ReclaimStats) -> Self {
+        Self {
+            stats,
+            previous: None,
+            interval: Duration::ZERO,
+            elapsed: Duration::ZERO,
+        }
+    }
+
     /// Bytes discarded per second over all paths since the sample before. A VM that was booted anew counts from zero
     /// again, which is no negative rate.
     fn discarded_bytes_per_s(&self) -> u64 {
@@ -118,11 +128,13 @@ impl Sample<'_> {
             "Balloon target",
             &[&bytes(stats.balloon_target_bytes)],
         );
-        row(
-            table,
-            "Coming back",
-            &[&format!("{}/s", bytes(self.discarded_bytes_per_s()))],
-        );
+        if self.previous.is_some() {
+            row(
+                table,
+                "Coming back",
+                &[&format!("{}/s", bytes(self.discarded_bytes_per_s()))],
+            );
+        }
         row(
             table,
             "Taken again since",

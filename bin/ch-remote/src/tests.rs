@@ -268,6 +268,7 @@ fn bad_arguments_are_refused_before_anything_is_sent() {
         "--api-socket /x reclaim-stats --watch --interval 0",
         "--api-socket /x reclaim-stats --watch --interval nan",
         "--api-socket /x reclaim-stats --watch --count 0",
+        "--api-socket /x reclaim-stats --watch -o json",
         "--api-socket /x --timeout 0 ping",
         "--api-socket /x reclaim-thresholds --set",
         "--api-socket /x reclaim-thresholds --set enter=1",
@@ -394,6 +395,45 @@ fn closed_output_is_no_failure() {
 }
 
 const STATS: &str = r#"{"configured_bytes":1024,"resident_bytes":512,"reclaimed_bytes":512,"ballooned_bytes":0,"balloon_target_bytes":0,"reporting":{"active":true}}"#;
+
+/// What `words` print of [`STATS`].
+fn reclaim_stats(words: &str, terminal: bool) -> String {
+    let server = MockServer::answering(&[&answer(200, STATS)]);
+    let mut output = Vec::new();
+    let arguments = parse(&server.socket, words);
+    run(&arguments, &mut io::empty(), &mut output, terminal).unwrap();
+    server.requests();
+    String::from_utf8(output).unwrap()
+}
+
+#[test]
+fn reclaim_statistics_are_a_table_on_a_terminal_and_json_elsewhere() {
+    let json = format!("{STATS}\n");
+    for (words, terminal) in [
+        ("reclaim-stats", false),
+        ("reclaim-stats -o json", false),
+        ("reclaim-stats -o json", true),
+    ] {
+        assert_eq!(reclaim_stats(words, terminal), json, "{words}");
+    }
+    for (words, terminal) in [
+        ("reclaim-stats", true),
+        ("reclaim-stats -o table", true),
+        ("reclaim-stats --output table", false),
+    ] {
+        let table = reclaim_stats(words, terminal);
+        assert!(table.contains("50.0 %"), "{table}");
+        assert!(
+            table.ends_with('\n') && !table.ends_with("\n\n"),
+            "{table:?}"
+        );
+        // One sample has no rate, and nothing is redrawn.
+        assert!(
+            !table.contains("Coming back") && !table.contains('\x1b'),
+            "{table:?}"
+        );
+    }
+}
 
 #[test]
 fn watch_prints_a_line_for_every_sample() {
