@@ -233,6 +233,26 @@ mod tests {
     }
 
     #[test]
+    fn unit_runs_a_command_line_that_is_understood_on_a_socket_that_the_agent_finds() {
+        let unit = include_str!("../../../fleet/systemd/cloud-hypervisor@.service");
+        let agent = include_str!("../../../fleet/systemd/agent.toml");
+        assert!(agent.contains("\"/run/ch/*/api.sock\""));
+        let value = |key| {
+            unit.lines()
+                .find_map(|line| line.strip_prefix(key))
+                .unwrap()
+        };
+        let command = value("ExecStart=")
+            .replace("$VM_OPTIONS", value("#   VM_OPTIONS="))
+            .replace("%i", "web");
+        let arguments = Arguments::try_parse_from(command.split(' ')).unwrap();
+        let socket = arguments.api_socket.as_deref();
+        assert_eq!(socket, Some("/run/ch/web/api.sock"));
+        let config = arguments.vm_config().unwrap().unwrap();
+        assert!(config.balloon.unwrap().free_page_reporting);
+    }
+
+    #[test]
     fn arguments_are_consistent() {
         use clap::CommandFactory;
         Arguments::command().debug_assert();
