@@ -12,7 +12,20 @@ pub const VIRTIO_BALLOON_F_REPORTING_POLICY: u64 = 1 << VIRTIO_BALLOON_F_REPORTI
 /// the standard.
 pub const POLICY_OFFSET: u64 = 0x40;
 /// First byte behind it.
-pub const POLICY_END: u64 = 0x70;
+pub const POLICY_END: u64 = {
+    let mut bytes = 0;
+    let mut index = 0;
+    while index < WORDS.len() {
+        bytes += WORDS[index].bytes;
+        index += 1;
+    }
+    index = 0;
+    while index < ReportingPolicy::TABLE.len() {
+        bytes += ReportingPolicy::TABLE[index].bytes;
+        index += 1;
+    }
+    POLICY_OFFSET + bytes
+};
 
 /// Bit of `host_flags`: start no new report.
 pub const VIRTIO_BALLOON_REPORTING_PAUSED: u32 = 1 << 0;

@@ -138,9 +138,10 @@ mod tests {
     #[test]
     fn unknown_tag_is_refused_and_changes_nothing() {
         let mut stats = BalloonStats::default();
-        assert!(!stats.set(16, 1));
+        let unknown = BalloonStats::TABLE.len() as u16;
+        assert!(!stats.set(unknown, 1));
         assert!(!stats.set(0x8000, 1));
         assert!(stats.is_empty());
-        assert_eq!(stats.get(16), None);
+        assert_eq!(stats.get(unknown), None);
     }
 }

@@ -14,7 +14,7 @@ use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
 use tempfile::NamedTempFile;
-use virtio_devices::block::{Block, BlockParams, EngineChoice, LockGranularity, SECTOR_BYTES};
+use virtio_devices::block::{Block, BlockParams, EngineChoice, SECTOR_BYTES};
 use virtio_devices::testing::{HandlerHarness, Segment};
 use virtio_devices::{QueueHandler, VirtioDevice};
 use vm_memory::GuestAddress;
@@ -81,15 +81,12 @@ impl Bench {
         let mut block = Block::new(BlockParams {
             id: "bench".into(),
             path: file.path().into(),
-            readonly: false,
             direct,
             num_queues: 1,
             queue_size: QUEUE_SIZE,
-            serial: None,
             sparse: true,
-            autodetect: false,
-            lock_granularity: LockGranularity::ByteRange,
             engine,
+            ..BlockParams::default()
         })
         .expect("the file can be opened that way");
         // The mock driver does not set `used_event`.

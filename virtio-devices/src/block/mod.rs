@@ -58,7 +58,7 @@ const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 15;
 const DATA_BYTES_MAX: u64 = 64 << 20;
 
 /// Parameters of a disk.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct BlockParams {
     /// Names the worker threads, e.g. `_disk0`.
     pub id: String,

@@ -6,7 +6,7 @@ use tempfile::NamedTempFile;
 
 use super::conformance;
 use crate::balloon::{Balloon, BalloonParams};
-use crate::block::{Block, BlockParams, EngineChoice, LockGranularity};
+use crate::block::{Block, BlockParams, EngineChoice};
 
 #[test]
 fn balloon_conforms() {
@@ -31,15 +31,11 @@ fn block_conforms(engine: EngineChoice, num_queues: u16) {
         let block = Block::new(BlockParams {
             id: "_disk0".into(),
             path: image.path().into(),
-            readonly: false,
-            direct: false,
             num_queues,
             queue_size: 128,
-            serial: None,
             sparse: true,
-            autodetect: false,
-            lock_granularity: LockGranularity::ByteRange,
             engine,
+            ..BlockParams::default()
         });
         Arc::new(Mutex::new(block.unwrap()))
     });

@@ -132,7 +132,7 @@ fn driver_that_writes_where_it_must_not_changes_nothing_and_is_counted() {
     let mut rig = policy_rig();
     rig.handle.set_reporting_policy(policy());
     let space = |rig: &Rig| {
-        let mut space = [0; 0x70];
+        let mut space = [0; abi::POLICY_END as usize];
         rig.balloon.read_config(0, &mut space);
         space
     };
@@ -156,7 +156,7 @@ fn driver_that_writes_where_it_must_not_changes_nothing_and_is_counted() {
         (abi::GUEST_GENERATION, !0),
         (abi::REPORT_NOW_DONE, 1),
         (abi::REPORT_NOW_DONE, !0),
-        (abi::GUEST_SETTINGS, !0xff),
+        (abi::GUEST_SETTINGS, !PolicySetting::MASK),
     ] {
         write(&mut rig, offset, value);
     }

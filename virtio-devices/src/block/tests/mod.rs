@@ -36,15 +36,10 @@ pub(super) fn params(file: &NamedTempFile) -> BlockParams {
     BlockParams {
         id: "_disk0".into(),
         path: file.path().into(),
-        readonly: false,
-        direct: false,
         num_queues: 1,
         queue_size: 64,
-        serial: None,
         sparse: true,
-        autodetect: false,
-        lock_granularity: LockGranularity::ByteRange,
-        engine: EngineChoice::Auto,
+        ..BlockParams::default()
     }
 }
 
