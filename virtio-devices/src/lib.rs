@@ -11,6 +11,7 @@
 pub mod balloon;
 pub mod block;
 pub mod console;
+mod debug_fields;
 pub mod device;
 mod listening_socket;
 pub mod mem;

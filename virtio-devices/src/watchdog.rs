@@ -9,7 +9,6 @@
 //!      └──── device reset ─────┘ └── ping, or resume after a pause: the timeout starts anew
 //! ```
 
-use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -143,14 +142,7 @@ struct Pings {
     stats: Arc<Stats>,
 }
 
-impl fmt::Debug for Pings {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pings")
-            .field("name", &self.name)
-            .field("armed", &self.armed)
-            .finish_non_exhaustive()
-    }
-}
+crate::debug_fields!(Pings { name, armed });
 
 impl Pings {
     /// Starts the timeout if the watchdog is armed, and stops it otherwise.

@@ -1,6 +1,5 @@
 //! The life of one vCPU thread.
 
-use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -29,11 +28,7 @@ pub struct VcpusContext {
     pub thread_start: ThreadStart,
 }
 
-impl fmt::Debug for VcpusContext {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("VcpusContext").finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(VcpusContext {});
 
 /// One vCPU and its data outside of its thread.
 #[derive(Debug)]

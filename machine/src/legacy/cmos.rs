@@ -3,7 +3,6 @@
 //! The time is the host's, in UTC, and cannot be set. The size of RAM is where firmware has looked for it since the PC
 //! AT.
 
-use std::fmt;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -72,11 +71,7 @@ pub struct Cmos {
     state: Mutex<State>,
 }
 
-impl fmt::Debug for Cmos {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Cmos").finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(Cmos {});
 
 impl Cmos {
     /// A clock in a machine with this much RAM below and above 4 GiB.

@@ -4,7 +4,6 @@
 //! reach a terminal.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::io::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
@@ -147,13 +146,7 @@ pub struct DebugConsole {
     lost_bytes: AtomicU64,
 }
 
-impl fmt::Debug for DebugConsole {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DebugConsole")
-            .field("lost_bytes", &self.lost_bytes)
-            .finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(DebugConsole { lost_bytes });
 
 impl DebugConsole {
     /// Writes to `output`, which must not block.

@@ -3,7 +3,6 @@
 //! A guest can activate and reset a device tens of thousands of times per second. Each device has a token bucket. The
 //! first event after an omission carries the number of events left out.
 
-use std::fmt;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -23,11 +22,7 @@ pub(super) struct DeviceEvents {
     bucket: Mutex<TokenBucket>,
 }
 
-impl fmt::Debug for DeviceEvents {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DeviceEvents").finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(DeviceEvents {});
 
 impl DeviceEvents {
     pub(super) fn new(sink: DeviceEventSink) -> Self {

@@ -8,7 +8,6 @@
 //! None of this waits for the guest. If a guest never releases a device, it keeps the device until it is rebooted.
 
 use std::error::Error;
-use std::fmt;
 use std::sync::{Arc, Mutex};
 
 use virtio_devices::Unpoisoned;
@@ -35,15 +34,7 @@ pub struct Plug {
     pub device: Arc<Mutex<dyn VirtioDevice>>,
 }
 
-impl fmt::Debug for Plug {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Plug")
-            .field("id", &self.id)
-            .field("kind", &self.kind)
-            .field("slot", &self.slot)
-            .finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(Plug { id, kind, slot });
 
 /// A device on the bus.
 #[derive(Debug, Clone)]

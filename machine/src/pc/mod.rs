@@ -11,7 +11,6 @@ mod pvpanic;
 #[cfg(test)]
 mod tests;
 
-use std::fmt;
 use std::sync::Arc;
 
 use api::config::{CpusConfig, NumaConfig, PlatformConfig};
@@ -52,13 +51,7 @@ pub struct PcContext {
     pub events: DeviceEventSink,
 }
 
-impl fmt::Debug for PcContext {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("PcContext")
-            .field("signals", &self.signals)
-            .finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(PcContext { signals });
 
 /// The properties of a machine besides its memory and its devices.
 #[derive(Debug)]

@@ -79,13 +79,7 @@ pub struct HotplugController {
     refused_ejects: AtomicU64,
 }
 
-impl std::fmt::Debug for HotplugController {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("HotplugController")
-            .field("slots", &self.slots)
-            .finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(HotplugController { slots });
 
 impl HotplugController {
     /// A controller that takes functions off `bus` and then notifies `sink`.

@@ -1,6 +1,5 @@
 //! The other end of a guest's serial port or console.
 
-use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -77,14 +76,7 @@ pub struct Endpoint {
     _raw_mode: Option<RawMode>,
 }
 
-impl fmt::Debug for Endpoint {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Endpoint")
-            .field("output", &self.output)
-            .field("pty_path", &self.pty_path)
-            .finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(Endpoint { output, pty_path });
 
 impl Endpoint {
     /// Opens the endpoint for `mode`. Call it on the control thread, because the manager may start its thread here.

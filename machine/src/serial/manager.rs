@@ -4,7 +4,6 @@
 //! from any thread. So a source whose consumer has no room costs nothing.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -50,11 +49,7 @@ pub struct SerialManager {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-impl fmt::Debug for SerialManager {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("SerialManager").finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(SerialManager {});
 
 impl SerialManager {
     /// No thread yet. `thread_start` is called first on it.

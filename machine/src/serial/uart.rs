@@ -1,6 +1,5 @@
 //! The 16550 on the port bus.
 
-use std::fmt;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -72,13 +71,7 @@ pub struct Uart {
     lost_interrupts: AtomicU64,
 }
 
-impl fmt::Debug for Uart {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Uart")
-            .field("endpoint", &self.endpoint)
-            .finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(Uart { endpoint });
 
 impl Uart {
     /// A port that pulses `line` and takes over the endpoint's input.

@@ -1,6 +1,5 @@
 //! The configuration half of a disk, and the data that both halves share.
 
-use std::fmt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -54,14 +53,7 @@ pub(super) struct DiskState {
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
 }
 
-impl fmt::Debug for DiskState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DiskState")
-            .field("params", &self.params)
-            .field("image", &self.image)
-            .finish_non_exhaustive()
-    }
-}
+crate::debug_fields!(DiskState { params, image });
 
 impl DiskState {
     pub(super) fn rules(&self) -> Rules {
@@ -122,13 +114,7 @@ pub struct Block {
     handlers: Vec<Box<dyn QueueHandler>>,
 }
 
-impl fmt::Debug for Block {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Block")
-            .field("disk", &self.disk)
-            .finish_non_exhaustive()
-    }
-}
+crate::debug_fields!(Block { disk });
 
 impl Block {
     /// Opens and locks the image, and creates the I/O engines. Everything is released when the device is dropped.

@@ -83,15 +83,11 @@ pub(super) struct ConsoleHandler {
     active: Option<Active>,
 }
 
-impl std::fmt::Debug for ConsoleHandler {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ConsoleHandler")
-            .field("name", &self.name)
-            .field("input_state", &self.input_state)
-            .field("output", &self.output)
-            .finish_non_exhaustive()
-    }
-}
+crate::debug_fields!(ConsoleHandler {
+    name,
+    input_state,
+    output
+});
 
 impl ConsoleHandler {
     pub(super) fn new(

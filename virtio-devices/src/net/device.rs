@@ -1,6 +1,5 @@
 //! The configuration half of a network device.
 
-use std::fmt;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -51,13 +50,7 @@ pub struct Net {
     handlers: Vec<Box<dyn QueueHandler>>,
 }
 
-impl fmt::Debug for Net {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Net")
-            .field("net", &self.net)
-            .finish_non_exhaustive()
-    }
-}
+crate::debug_fields!(Net { net });
 
 impl Net {
     /// Opens and configures the tap. Everything is released when the device is dropped; a tap that was created here

@@ -12,7 +12,6 @@
 //! Either the device thread sees `live`, or the vCPU sees `pending`: both sides write their own flag before they read
 //! the other's, in one total order.
 
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -67,14 +66,7 @@ struct Line {
     pending: AtomicBool,
 }
 
-impl fmt::Debug for MsixLines {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MsixLines")
-            .field("enabled", &self.enabled)
-            .field("lines", &self.lines)
-            .finish_non_exhaustive()
-    }
-}
+crate::debug_fields!(MsixLines { enabled, lines });
 
 impl MsixLines {
     /// Sends the vector's message now or, if it is masked, when it is unmasked. Numbers without a vector

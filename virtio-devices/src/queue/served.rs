@@ -1,7 +1,6 @@
 //! A split virtqueue as a worker serves it: it takes resolved chains, returns used buffers, and interrupts the driver
 //! only on request (virtio 1.2 §2.7).
 
-use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
@@ -44,14 +43,7 @@ pub(crate) struct ServedQueue {
     used_pending: u16,
 }
 
-impl fmt::Debug for ServedQueue {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ServedQueue")
-            .field("index", &self.index)
-            .field("queue", &self.queue)
-            .finish_non_exhaustive()
-    }
-}
+crate::debug_fields!(ServedQueue { index, queue });
 
 impl ServedQueue {
     pub(crate) fn new(active: ActiveQueue, features: u64, interrupt: Arc<dyn Interrupt>) -> Self {

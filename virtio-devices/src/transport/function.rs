@@ -1,6 +1,5 @@
 //! The PCI function: registers in front, a device and its workers behind.
 
-use std::fmt;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -57,14 +56,7 @@ pub(super) struct Registers {
     pub(super) active: bool,
 }
 
-impl fmt::Debug for VirtioPciFunction {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("VirtioPciFunction")
-            .field("id", &self.id)
-            .field("state", &self.state)
-            .finish_non_exhaustive()
-    }
-}
+crate::debug_fields!(VirtioPciFunction { id, state });
 
 impl VirtioPciFunction {
     /// Puts a device behind the transport and starts its worker threads.

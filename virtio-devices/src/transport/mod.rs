@@ -71,13 +71,7 @@ pub struct VirtioPciParams {
     pub listener: Option<Arc<dyn LifecycleListener>>,
 }
 
-impl std::fmt::Debug for VirtioPciParams {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("VirtioPciParams")
-            .field("id", &self.id)
-            .finish_non_exhaustive()
-    }
-}
+crate::debug_fields!(VirtioPciParams { id });
 
 /// Number of MSI-X vectors of a device: one per queue, one for configuration changes.
 pub fn vectors_needed(device: &dyn VirtioDevice) -> u16 {

@@ -40,14 +40,7 @@ pub(super) struct VsockHandler {
     active: Option<Active>,
 }
 
-impl std::fmt::Debug for VsockHandler {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("VsockHandler")
-            .field("name", &self.name)
-            .field("muxer", &self.muxer)
-            .finish_non_exhaustive()
-    }
-}
+crate::debug_fields!(VsockHandler { name, muxer });
 
 impl VsockHandler {
     pub(super) fn new(name: String, muxer: Muxer, shared: Arc<Shared>) -> Self {

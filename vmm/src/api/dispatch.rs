@@ -38,11 +38,7 @@ pub struct Dispatcher {
     queries: Queries,
 }
 
-impl std::fmt::Debug for Dispatcher {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Dispatcher").finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(Dispatcher {});
 
 /// One request: its content, and the way back to its sender.
 struct Call {

@@ -53,11 +53,7 @@ pub struct Lifecycle {
     ended: bool,
 }
 
-impl std::fmt::Debug for Lifecycle {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Lifecycle").finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(Lifecycle {});
 
 impl Lifecycle {
     pub(super) fn new(

@@ -85,11 +85,7 @@ pub struct ControlHandle {
     exit: Arc<EventFd>,
 }
 
-impl std::fmt::Debug for ControlHandle {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ControlHandle").finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(ControlHandle {});
 
 impl ControlHandle {
     /// Queues `change` and returns at once. `done` is called with the result, even if the queue is full. It runs on the
@@ -159,11 +155,7 @@ pub struct ControlSetup {
     pub on_start: Box<dyn FnOnce() + Send>,
 }
 
-impl std::fmt::Debug for ControlSetup {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ControlSetup").finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(ControlSetup {});
 
 /// The running control thread.
 #[derive(Debug)]

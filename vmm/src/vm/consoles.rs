@@ -1,6 +1,5 @@
 //! The serial port, the virtio console and the debug console with the endpoints behind them.
 
-use std::fmt;
 use std::sync::{Arc, Mutex};
 
 use api::VmConfig;
@@ -33,11 +32,7 @@ struct Open {
     manager: Option<SerialManager>,
 }
 
-impl fmt::Debug for Consoles {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Consoles").finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(Consoles {});
 
 /// One of the devices with an endpoint.
 struct Device {

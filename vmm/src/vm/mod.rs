@@ -16,7 +16,6 @@ mod reporting;
 mod tests;
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::io;
 use std::sync::Arc;
 
@@ -54,13 +53,7 @@ pub struct VmContext {
     pub consoles: Arc<Consoles>,
 }
 
-impl fmt::Debug for VmContext {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("VmContext")
-            .field("signals", &self.signals)
-            .finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(VmContext { signals });
 
 impl VmContext {
     /// Signals that are not raised, and no consoles yet.

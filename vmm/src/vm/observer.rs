@@ -157,13 +157,7 @@ pub(super) struct VmObserver {
     observed: Arc<RwLock<Option<Observed>>>,
 }
 
-impl std::fmt::Debug for VmObserver {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("VmObserver")
-            .field("ram_bytes", &self.ram_bytes)
-            .finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(VmObserver { ram_bytes });
 
 /// The machine's own handle, which releases everything when it is dropped.
 #[derive(Debug)]

@@ -33,7 +33,12 @@ fn statistics_are_taken_by_tag_and_strange_ones_skipped() {
     let mut rig = Rig::new();
     send(
         &mut rig,
-        &[entry(5, 512), entry(0x8001, 7), entry(0x7fff, 8), entry(4, 100)],
+        &[
+            entry(5, 512),
+            entry(0x8001, 7),
+            entry(0x7fff, 8),
+            entry(4, 100),
+        ],
     );
     let sample = rig.handle.cached_stats().unwrap();
     assert_eq!(sample.stats.total_memory, Some(512));
