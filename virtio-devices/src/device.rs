@@ -19,6 +19,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use state::{Saved, StateError, parts, require};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
@@ -132,7 +133,9 @@ pub trait VirtioDevice: Send {
     fn queue_sizes(&self) -> &[u16];
 
     /// Offered feature bits, including VIRTIO_F_VERSION_1.
-    fn features(&self) -> u64;
+    fn features(&self) -> u64 {
+        1 << VIRTIO_F_VERSION_1
+    }
 
     /// The driver has accepted `features` (a subset of those offered) with FEATURES_OK. Called once between two resets.
     fn ack_features(&mut self, _features: u64) {}

@@ -11,6 +11,7 @@
 pub mod balloon;
 pub mod block;
 pub mod console;
+mod counters;
 mod debug_fields;
 pub mod device;
 mod listening_socket;
@@ -20,6 +21,7 @@ pub mod pci;
 mod queue;
 pub mod reclaim;
 pub mod rng;
+mod taken;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod testing;
 mod thread_name;

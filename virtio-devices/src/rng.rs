@@ -4,12 +4,11 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 use state::{Part, Saved, State, StateError, parts};
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 
+use crate::counters::counters;
 use crate::device::{Counters, QueueHandler, VirtioDevice, boxed};
 use crate::queue::{
     ChainBuffers, ChainError, Driver, GuestBuffers, Reply, SingleQueue, SingleQueueDevice,
@@ -26,12 +25,13 @@ const REQUEST_BYTES_MAX: usize = 64 << 10;
 /// Bytes read from the source at once.
 const CHUNK_BYTES: usize = 4 << 10;
 
-#[derive(Debug, Default)]
-struct Stats {
-    bytes: AtomicU64,
-    requests: AtomicU64,
-    bad_requests: AtomicU64,
-    source_failures: AtomicU64,
+counters! {
+    Stats {
+        bytes,
+        requests,
+        bad_requests,
+        source_failures,
+    }
 }
 
 /// An entropy device has no state but its queue.
@@ -77,10 +77,6 @@ impl VirtioDevice for Rng {
         &QUEUE_SIZES
     }
 
-    fn features(&self) -> u64 {
-        1 << VIRTIO_F_VERSION_1
-    }
-
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
         boxed(self.handler.take().map(SingleQueue::new))
     }
@@ -94,13 +90,7 @@ impl VirtioDevice for Rng {
     }
 
     fn counters(&self) -> Counters {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Counters::from([
-            ("bytes", read(&self.stats.bytes)),
-            ("requests", read(&self.stats.requests)),
-            ("bad_requests", read(&self.stats.bad_requests)),
-            ("source_failures", read(&self.stats.source_failures)),
-        ])
+        self.stats.read()
     }
 }
 
@@ -130,12 +120,12 @@ impl RngHandler {
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 // End of file, dry, or broken: the driver gets the bytes read so far.
                 Ok(_) | Err(_) => {
-                    self.stats.source_failures.fetch_add(1, Ordering::Relaxed);
+                    self.stats.source_failures.count();
                     break;
                 }
             }
         }
-        self.stats.bytes.fetch_add(filled as u64, Ordering::Relaxed);
+        self.stats.bytes.add(filled as u64);
         u32::try_from(filled).expect("at most 64 KiB")
     }
 }
@@ -151,11 +141,11 @@ impl SingleQueueDevice for RngHandler {
         request: Result<ChainBuffers, ChainError>,
         turn: &mut Turn,
     ) -> Reply {
-        self.stats.requests.fetch_add(1, Ordering::Relaxed);
+        self.stats.requests.count();
         Reply::Done(match request {
             Ok(buffers) if buffers.writable.bytes() > 0 => self.fill(buffers.writable, turn),
             _ => {
-                self.stats.bad_requests.fetch_add(1, Ordering::Relaxed);
+                self.stats.bad_requests.count();
                 0
             }
         })

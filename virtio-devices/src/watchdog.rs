@@ -12,14 +12,13 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use state::{Part, Saved, State, StateError, parts};
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vmm_sys_util::timerfd::TimerFd;
 
+use crate::counters::counters;
 use crate::device::{Counters, QueueHandler, VirtioDevice, boxed};
 use crate::queue::{ChainBuffers, ChainError, Driver, Reply, SingleQueue, SingleQueueDevice};
 use crate::worker::Turn;
@@ -35,11 +34,12 @@ const PONG: [u8; 1] = [1];
 /// resets up to 15 s later.
 pub const TIMEOUT: Duration = Duration::from_secs(20);
 
-#[derive(Debug, Default)]
-struct Stats {
-    pings: AtomicU64,
-    bad_requests: AtomicU64,
-    expirations: AtomicU64,
+counters! {
+    Stats {
+        pings,
+        bad_requests,
+        expirations,
+    }
 }
 
 /// The configuration half has no state that a driver could change.
@@ -106,10 +106,6 @@ impl VirtioDevice for Watchdog {
         &QUEUE_SIZES
     }
 
-    fn features(&self) -> u64 {
-        1 << VIRTIO_F_VERSION_1
-    }
-
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
         boxed(self.handler.take().map(SingleQueue::new))
     }
@@ -123,12 +119,7 @@ impl VirtioDevice for Watchdog {
     }
 
     fn counters(&self) -> Counters {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Counters::from([
-            ("pings", read(&self.stats.pings)),
-            ("bad_requests", read(&self.stats.bad_requests)),
-            ("expirations", read(&self.stats.expirations)),
-        ])
+        self.stats.read()
     }
 }
 
@@ -176,14 +167,14 @@ impl SingleQueueDevice for Pings {
     ) -> Reply {
         Reply::Done(match request {
             Ok(buffers) if buffers.writable.copy_in(&PONG) > 0 => {
-                self.stats.pings.fetch_add(1, Ordering::Relaxed);
+                self.stats.pings.count();
                 self.armed = true;
                 turn.charge_call(1, 1);
                 self.set_timer();
                 1
             }
             _ => {
-                self.stats.bad_requests.fetch_add(1, Ordering::Relaxed);
+                self.stats.bad_requests.count();
                 0
             }
         })
@@ -201,7 +192,7 @@ impl SingleQueueDevice for Pings {
         // Once: the machine is about to be reset, and a new guest arms its own watchdog.
         self.armed = false;
         self.set_timer();
-        self.stats.expirations.fetch_add(1, Ordering::Relaxed);
+        self.stats.expirations.count();
         log::warn!(
             "{}: no ping from the guest for {} s, resetting the VM",
             self.name,
@@ -242,6 +233,7 @@ impl SingleQueueDevice for Pings {
 mod tests {
     use super::*;
     use std::sync::Mutex;
+    use std::sync::atomic::{AtomicU64, Ordering};
 
     use crate::testing::{HandlerHarness, Segment, conformance};
     use crate::worker::EventSources;

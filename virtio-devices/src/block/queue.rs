@@ -15,6 +15,7 @@ use super::job::{Job, Kind, Range, Step, Transfer};
 use super::request::{Operation, Request};
 use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError};
 use crate::queue::{GuestBuffers, Next, Popped, RamGuard, ServedQueue};
+use crate::taken::with_taken;
 use crate::worker::{EventSources, Turn};
 
 /// Event source: the engine has completions.
@@ -65,13 +66,14 @@ impl BlockQueue {
 
     /// Takes available chains while there is room, starts them, and completes ended jobs.
     fn run(&mut self, turn: &mut Turn) -> Result<(), WorkerError> {
-        let Some(mut active) = self.active.take() else {
-            return Ok(());
-        };
-        let ram = active.ram.memory();
-        let result = self.run_active(&mut active, &ram, turn);
-        self.active = Some(active);
-        result
+        with_taken(
+            self,
+            |it| &mut it.active,
+            |it, active| {
+                let ram = active.ram.memory();
+                it.run_active(active, &ram, turn)
+            },
+        )
     }
 
     fn run_active(

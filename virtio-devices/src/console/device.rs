@@ -1,6 +1,6 @@
 //! The configuration half of the console and the VMM's handle to it.
 
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
@@ -9,6 +9,7 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::endpoint::ConsoleEndpoint;
 use super::handler::ConsoleHandler;
+use crate::counters::counters;
 use crate::device::{Counters, Interrupt, QueueHandler, VirtioDevice, WorkerError, boxed};
 
 /// Virtio device id.
@@ -34,10 +35,16 @@ pub struct WindowSize {
 pub(super) struct Shared {
     /// Columns in the lower half, rows in the upper: read and written as one.
     window: AtomicU32,
-    pub(super) rx_bytes: AtomicU64,
-    pub(super) tx_bytes: AtomicU64,
-    pub(super) tx_dropped_bytes: AtomicU64,
-    pub(super) bad_chains: AtomicU64,
+    pub(super) counters: ConsoleCounters,
+}
+
+counters! {
+    ConsoleCounters {
+        rx_bytes,
+        tx_bytes,
+        tx_dropped_bytes,
+        bad_chains,
+    }
 }
 
 /// A console has no state of its own: its size is that of its current terminal, which the driver receives when it is
@@ -163,13 +170,7 @@ impl VirtioDevice for Console {
     }
 
     fn counters(&self) -> Counters {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        Counters::from([
-            ("rx_bytes", read(&self.shared.rx_bytes)),
-            ("tx_bytes", read(&self.shared.tx_bytes)),
-            ("tx_dropped_bytes", read(&self.shared.tx_dropped_bytes)),
-            ("bad_chains", read(&self.shared.bad_chains)),
-        ])
+        self.shared.counters.read()
     }
 }
 

@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 use state::{Bytes, Part, Saved, State, StateError, parts, require};
@@ -16,6 +15,7 @@ use super::endpoint::ConsoleEndpoint;
 use super::output::{BACKLOG_BYTES_MAX, Output, Written};
 use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError};
 use crate::queue::{GuestBuffers, Next, Popped, RamGuard, ServedQueue};
+use crate::taken::with_taken;
 use crate::worker::{EventSources, Turn};
 
 const PART: Part = parts::CONSOLE_OUTPUT;
@@ -149,9 +149,7 @@ impl ConsoleHandler {
                 break;
             };
             buffers.copy_in(&self.chunk[..count]);
-            self.shared
-                .rx_bytes
-                .fetch_add(count as u64, Ordering::Relaxed);
+            self.shared.counters.rx_bytes.add(count as u64);
             let count = u32::try_from(count).expect("at most a chunk");
             queue.push_used(&ram, head, count)?;
         }
@@ -177,7 +175,7 @@ impl ConsoleHandler {
                     return Ok(Next::Chain((head, buffers.writable)));
                 }
                 _ => {
-                    self.shared.bad_chains.fetch_add(1, Ordering::Relaxed);
+                    self.shared.counters.bad_chains.count();
                     queue.push_used(ram, head, 0)?;
                 }
             }
@@ -215,7 +213,7 @@ impl ConsoleHandler {
             match buffers {
                 Ok(buffers) => self.write_out(buffers.readable, turn),
                 Err(_) => {
-                    self.shared.bad_chains.fetch_add(1, Ordering::Relaxed);
+                    self.shared.counters.bad_chains.count();
                 }
             }
             queue.push_used(&ram, head, 0)?;
@@ -231,9 +229,7 @@ impl ConsoleHandler {
         let mut left = buffers.bytes().min(CHAIN_BYTES_MAX);
         let cut = buffers.bytes() - left;
         let mut dropped = if self.output.is_connected() { cut } else { 0 };
-        self.shared
-            .tx_bytes
-            .fetch_add(left as u64, Ordering::Relaxed);
+        self.shared.counters.tx_bytes.add(left as u64);
         while left > 0 {
             let room = self.chunk.len().min(left);
             let count = buffers.copy_out(&mut self.chunk[..room]);
@@ -252,8 +248,9 @@ impl ConsoleHandler {
 
     fn count_dropped(&self, written: Written) {
         self.shared
+            .counters
             .tx_dropped_bytes
-            .fetch_add(written.dropped_bytes as u64, Ordering::Relaxed);
+            .add(written.dropped_bytes as u64);
     }
 
     fn ask_to_rearm(&self) -> Result<(), WorkerError> {
@@ -336,19 +333,17 @@ impl QueueHandler for ConsoleHandler {
         activation: Activation,
         sources: &mut EventSources,
     ) -> Result<(), WorkerError> {
+        let (mem, queues) = activation.serve();
         let mut active = Active {
-            mem: activation.mem,
+            mem,
             receive: None,
             transmit: None,
             waiting: None,
         };
-        for queue in activation.queues {
-            let index = queue.index;
-            let interrupt = Arc::clone(&activation.interrupt);
-            let served = ServedQueue::new(queue, activation.features, interrupt);
-            match index {
-                RECEIVE => active.receive = Some(served),
-                TRANSMIT => active.transmit = Some(served),
+        for queue in queues {
+            match queue.index() {
+                RECEIVE => active.receive = Some(queue),
+                TRANSMIT => active.transmit = Some(queue),
                 _ => {}
             }
         }
@@ -358,18 +353,17 @@ impl QueueHandler for ConsoleHandler {
     }
 
     fn queue_ready(&mut self, queue_index: u16, turn: &mut Turn) -> Result<(), WorkerError> {
-        let Some(mut active) = self.active.take() else {
-            return Ok(());
-        };
-        let outcome = match (queue_index, self.input_state) {
-            (TRANSMIT, _) => self.transmit(&mut active, turn),
-            (RECEIVE, Input::Unpollable) => self.receive(&mut active, turn).map(|_| ()),
-            (RECEIVE, Input::Unwatched) => self.ask_to_rearm(),
-            // Watched input wakes the worker.
-            _ => Ok(()),
-        };
-        self.active = Some(active);
-        outcome
+        with_taken(
+            self,
+            |it| &mut it.active,
+            |it, active| match (queue_index, it.input_state) {
+                (TRANSMIT, _) => it.transmit(active, turn),
+                (RECEIVE, Input::Unpollable) => it.receive(active, turn).map(drop),
+                (RECEIVE, Input::Unwatched) => it.ask_to_rearm(),
+                // Watched input wakes the worker.
+                _ => Ok(()),
+            },
+        )
     }
 
     fn source_ready(
@@ -378,16 +372,15 @@ impl QueueHandler for ConsoleHandler {
         sources: &mut EventSources,
         turn: &mut Turn,
     ) -> Result<(), WorkerError> {
-        let Some(mut active) = self.active.take() else {
-            return Ok(());
-        };
-        let outcome = match token {
-            TOKEN_INPUT => self.input_ready(&mut active, sources, turn),
-            TOKEN_OUTPUT => self.output_ready(sources),
-            _ => self.rearm(sources),
-        };
-        self.active = Some(active);
-        outcome
+        with_taken(
+            self,
+            |it| &mut it.active,
+            |it, active| match token {
+                TOKEN_INPUT => it.input_ready(active, sources, turn),
+                TOKEN_OUTPUT => it.output_ready(sources),
+                _ => it.rearm(sources),
+            },
+        )
     }
 
     fn state(&self) -> HandlerState {

@@ -19,7 +19,7 @@ use state::{Part, Saved, State, StateError, parts, require};
 
 use super::handle::{MemHandle, ResizeError};
 use super::region::MemRegion;
-use super::shared::{Shared, count};
+use super::shared::Shared;
 use super::spec::{VIRTIO_F_VERSION_1, VIRTIO_ID_MEM, VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE};
 use super::worker::MemWorker;
 use crate::device::{Counters, Interrupt, QueueHandler, VirtioDevice, boxed, read_config_space};
@@ -124,7 +124,7 @@ impl VirtioDevice for Mem {
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {
-        count(&self.shared.tally.config_writes_ignored, 1);
+        self.shared.tally.config_writes_ignored.count();
     }
 
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {

@@ -5,52 +5,34 @@ use std::sync::{Arc, Mutex};
 
 use super::region::MemRegion;
 use crate::Unpoisoned;
+use crate::counters::counters;
 use crate::device::{Counters, Interrupt};
 
-/// Declares the tally and, from the same list, its names in `vm.counters`.
-macro_rules! tally {
-    ($($(#[$doc:meta])* $name:ident,)+) => {
-        /// Counts since the device was created; resets do not clear them.
-        #[derive(Debug, Default)]
-        pub(super) struct Tally {
-            $($(#[$doc])* pub(super) $name: AtomicU64,)+
-        }
-
-        impl Tally {
-            fn read(&self) -> Counters {
-                Counters::from([$((stringify!($name), self.$name.load(Ordering::Relaxed)),)+])
-            }
-        }
-    };
-}
-
-tally! {
-    plug_requests,
-    unplug_requests,
-    unplug_all_requests,
-    state_requests,
-    /// Requests to plug more than the requested size.
-    requests_nacked,
-    /// Requests to unplug blocks that the host could not discard.
-    requests_busy,
-    /// Requests that name no blocks of the region, or blocks in the wrong state.
-    requests_wrong,
-    /// Requests of an undefined type.
-    requests_unknown,
-    /// Chains that are not requests, or have no room for the response.
-    requests_malformed,
-    config_writes_ignored,
-    /// Bytes of blocks to unplug: discarded, failed, and not tried.
-    unplug_requested_bytes,
-    unplug_discarded_bytes,
-    unplug_failed_bytes,
-    unplug_skipped_bytes,
-    unplug_syscalls,
-}
-
-/// Counts.
-pub(super) fn count(counter: &AtomicU64, more: u64) {
-    counter.fetch_add(more, Ordering::Relaxed);
+counters! {
+    /// Counts since the device was created; resets do not clear them.
+    Tally {
+        plug_requests,
+        unplug_requests,
+        unplug_all_requests,
+        state_requests,
+        /// Requests to plug more than the requested size.
+        requests_nacked,
+        /// Requests to unplug blocks that the host could not discard.
+        requests_busy,
+        /// Requests that name no blocks of the region, or blocks in the wrong state.
+        requests_wrong,
+        /// Requests of an undefined type.
+        requests_unknown,
+        /// Chains that are not requests, or have no room for the response.
+        requests_malformed,
+        config_writes_ignored,
+        /// Bytes of blocks to unplug: discarded, failed, and not tried.
+        unplug_requested_bytes,
+        unplug_discarded_bytes,
+        unplug_failed_bytes,
+        unplug_skipped_bytes,
+        unplug_syscalls,
+    }
 }
 
 pub(super) struct Shared {

@@ -2,14 +2,13 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use serde::{Deserialize, Serialize};
 use state::{Part, Saved, State, StateError, parts, require};
 
 use super::blocks::Blocks;
 use super::request::{ANSWER_BYTES, Answer, BlockState, Named, REQUEST_BYTES, Request};
-use super::shared::{Shared, count};
+use super::shared::Shared;
 use crate::device::GuestRam;
 use crate::queue::{ChainBuffers, ChainError, Driver, Reply, SingleQueueDevice};
 use crate::reclaim::{DiscardEngine, Expected, GuestRange, Outcome};
@@ -75,22 +74,20 @@ impl MemWorker {
             Request::Unknown => Answer::Error,
         };
         let tally = &self.shared.tally;
-        count(
-            match request {
-                Request::Plug(_) => &tally.plug_requests,
-                Request::Unplug(_) => &tally.unplug_requests,
-                Request::UnplugAll => &tally.unplug_all_requests,
-                Request::State(_) => &tally.state_requests,
-                Request::Unknown => &tally.requests_unknown,
-            },
-            1,
-        );
+        let requests = match request {
+            Request::Plug(_) => &tally.plug_requests,
+            Request::Unplug(_) => &tally.unplug_requests,
+            Request::UnplugAll => &tally.unplug_all_requests,
+            Request::State(_) => &tally.state_requests,
+            Request::Unknown => &tally.requests_unknown,
+        };
+        requests.count();
         match answer {
             Answer::Error if request == Request::Unknown => {}
             Answer::Ack | Answer::State(_) => {}
-            Answer::Nack => count(&tally.requests_nacked, 1),
-            Answer::Busy => count(&tally.requests_busy, 1),
-            Answer::Error => count(&tally.requests_wrong, 1),
+            Answer::Nack => tally.requests_nacked.count(),
+            Answer::Busy => tally.requests_busy.count(),
+            Answer::Error => tally.requests_wrong.count(),
         }
         Some(answer)
     }
@@ -157,18 +154,18 @@ impl MemWorker {
         let tally = &self.shared.tally;
         // Logged once: the counters show the rest, and a guest could repeat it at will.
         if let Some(error) = &outcome.first_error
-            && tally.unplug_failed_bytes.load(Ordering::Relaxed) == 0
+            && tally.unplug_failed_bytes.get() == 0
         {
             log::warn!(
                 "{}: unplugged memory cannot be given back: {error}",
                 self.name
             );
         }
-        count(&tally.unplug_requested_bytes, outcome.requested.bytes);
-        count(&tally.unplug_discarded_bytes, outcome.discarded.bytes);
-        count(&tally.unplug_failed_bytes, outcome.failed.bytes);
-        count(&tally.unplug_skipped_bytes, outcome.skipped.total());
-        count(&tally.unplug_syscalls, outcome.syscalls);
+        tally.unplug_requested_bytes.add(outcome.requested.bytes);
+        tally.unplug_discarded_bytes.add(outcome.discarded.bytes);
+        tally.unplug_failed_bytes.add(outcome.failed.bytes);
+        tally.unplug_skipped_bytes.add(outcome.skipped.total());
+        tally.unplug_syscalls.add(outcome.syscalls);
     }
 }
 
@@ -192,7 +189,7 @@ impl SingleQueueDevice for MemWorker {
         turn: &mut Turn,
     ) -> Reply {
         let Some((request, buffers)) = request.ok().and_then(read) else {
-            count(&self.shared.tally.requests_malformed, 1);
+            self.shared.tally.requests_malformed.count();
             return Reply::Done(0);
         };
         let Some(answer) = self.carry_out(&driver.ram, request, turn) else {

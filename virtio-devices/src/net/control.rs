@@ -10,7 +10,6 @@ use virtio_bindings::bindings::virtio_net::{
 };
 
 use super::config_space::{GUEST_OFFLOADS, has};
-use super::counters::NetCounters;
 use super::shared::NetShared;
 use crate::queue::{ChainBuffers, ChainError, Driver, Reply, SingleQueueDevice};
 use crate::worker::Turn;
@@ -39,14 +38,14 @@ impl ControlQueue {
             Some((readable, writable.split_last_byte()?))
         });
         let Some((readable, ack)) = parts else {
-            NetCounters::count(&self.net.counters().bad_requests);
+            self.net.counters().bad_requests.count();
             return 0;
         };
         let mut command = [0; COMMAND_BYTES_MAX];
         let len = readable.copy_out(&mut command);
         let obeyed = readable.bytes() <= COMMAND_BYTES_MAX && self.obey(features, &command[..len]);
         if !obeyed {
-            NetCounters::count(&self.net.counters().bad_requests);
+            self.net.counters().bad_requests.count();
         }
         let status = if obeyed {
             VIRTIO_NET_OK

@@ -8,7 +8,6 @@ use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_M
 
 use super::config_space::{self, CONFIG_BYTES, GUEST_OFFLOADS, has};
 use super::control::ControlQueue;
-use super::counters::NetCounters;
 use super::pair::QueuePair;
 use super::params::{Backend, NetError, NetParams, PAIRS_MAX, QUEUE_SIZE_MAX};
 use super::shared::NetShared;
@@ -157,7 +156,7 @@ impl VirtioDevice for Net {
 
     /// No field is writable since virtio 1.0.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {
-        NetCounters::count(&self.net.counters().bad_requests);
+        self.net.counters().bad_requests.count();
     }
 
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
@@ -208,6 +207,6 @@ impl VirtioDevice for Net {
     }
 
     fn counters(&self) -> Counters {
-        self.net.counters().snapshot()
+        self.net.counters().read()
     }
 }

@@ -14,6 +14,7 @@ use super::tap_watch::TapWatch;
 use super::transmit::{self, Transmitter};
 use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError};
 use crate::queue::{RamGuard, ServedQueue};
+use crate::taken::with_taken;
 use crate::worker::{EventSources, Turn};
 
 /// Event source: the tap has an awaited event.
@@ -57,13 +58,14 @@ impl QueuePair {
         &mut self,
         work: impl FnOnce(&mut Self, &mut Active, &RamGuard) -> Result<(), WorkerError>,
     ) -> Result<(), WorkerError> {
-        let Some(mut active) = self.active.take() else {
-            return Ok(());
-        };
-        let ram = active.ram.memory();
-        let result = work(self, &mut active, &ram);
-        self.active = Some(active);
-        result
+        with_taken(
+            self,
+            |pair| &mut pair.active,
+            |pair, active| {
+                let ram = active.ram.memory();
+                work(pair, active, &ram)
+            },
+        )
     }
 
     fn receive(
@@ -76,7 +78,9 @@ impl QueuePair {
             return Ok(());
         };
         let tap = self.net.tap(self.index).as_raw_fd();
-        match receiver.run(tap, ram, self.net.counters(), turn)? {
+        let stopped = receiver.run(tap, ram, self.net.counters(), turn)?;
+        receiver.queue.signal(ram)?;
+        match stopped {
             receive::Stopped::NoFrame | receive::Stopped::TurnOver => self.watch.readable(true),
             receive::Stopped::NoBuffer | receive::Stopped::TapFailed => self.watch.readable(false),
         }
@@ -93,6 +97,7 @@ impl QueuePair {
         };
         let tap = self.net.tap(self.index).as_raw_fd();
         let stopped = transmitter.run(tap, ram, self.net.counters(), turn)?;
+        transmitter.queue.signal(ram)?;
         self.watch.writable(stopped == transmit::Stopped::NoRoom)
     }
 }
@@ -107,25 +112,19 @@ impl QueueHandler for QueuePair {
         activation: Activation,
         sources: &mut EventSources,
     ) -> Result<(), WorkerError> {
-        let Activation {
-            mem,
-            features,
-            queues,
-            interrupt,
-        } = activation;
+        let features = activation.features;
+        let (ram, queues) = activation.serve();
         // With a control queue, that queue's worker sets offloads.
         if self.index == 0 && !has(features, VIRTIO_NET_F_CTRL_VQ) {
             self.net.set_first_offloads(features);
         }
         let mut active = Active {
-            ram: mem,
+            ram,
             receiver: None,
             transmitter: None,
         };
         for queue in queues {
-            let receives = queue.index % 2 == 0;
-            let queue = ServedQueue::new(queue, features, Arc::clone(&interrupt));
-            if receives {
+            if queue.index() % 2 == 0 {
                 let mergeable = has(features, VIRTIO_NET_F_MRG_RXBUF);
                 active.receiver = Some(Receiver::new(queue, mergeable));
             } else {
@@ -146,8 +145,8 @@ impl QueueHandler for QueuePair {
 
     fn queue_ready(&mut self, queue_index: u16, turn: &mut Turn) -> Result<(), WorkerError> {
         self.with_active(|pair, active, ram| {
-            let receiver_index = active.receiver.as_ref().map(Receiver::queue_index);
-            let transmitter_index = active.transmitter.as_ref().map(Transmitter::queue_index);
+            let receiver_index = active.receiver.as_ref().map(|it| it.queue.index());
+            let transmitter_index = active.transmitter.as_ref().map(|it| it.queue.index());
             if receiver_index == Some(queue_index) {
                 return pair.receive(active, ram, turn);
             }
@@ -191,14 +190,11 @@ impl QueueHandler for QueuePair {
     }
 
     fn state(&self) -> HandlerState {
-        let receiver = |active: &Active| active.receiver.as_ref().map(Receiver::position);
-        let transmitter = |active: &Active| active.transmitter.as_ref().map(Transmitter::position);
-        let positions = self.active.iter();
-        HandlerState::of_queues(
-            positions
-                .flat_map(|it| [receiver(it), transmitter(it)])
-                .flatten(),
-        )
+        let queues = self.active.iter().flat_map(|active| {
+            let receive = active.receiver.iter().map(|it| &it.queue);
+            receive.chain(active.transmitter.iter().map(|it| &it.queue))
+        });
+        HandlerState::of_queues(queues.map(ServedQueue::position))
     }
 
     fn pause(&mut self) {

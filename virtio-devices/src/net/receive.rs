@@ -10,7 +10,7 @@ use std::os::fd::RawFd;
 
 use super::counters::NetCounters;
 use super::frame_io::{FRAME_BYTES_MAX, FrameReader, HEADER_BYTES, Read};
-use crate::device::{QueuePosition, WorkerError};
+use crate::device::WorkerError;
 use crate::queue::{ChainBuffers, GuestBuffers, Next, Popped, RamGuard, ServedQueue};
 use crate::worker::Turn;
 
@@ -39,7 +39,7 @@ struct Ready {
 
 /// The receiving half of a queue pair.
 pub(super) struct Receiver {
-    queue: ServedQueue,
+    pub(super) queue: ServedQueue,
     mergeable: bool,
     ready: VecDeque<Ready>,
     ready_bytes: usize,
@@ -63,30 +63,6 @@ impl Receiver {
         }
     }
 
-    pub(super) fn position(&self) -> QueuePosition {
-        self.queue.position()
-    }
-
-    pub(super) fn queue_index(&self) -> u16 {
-        self.queue.index()
-    }
-
-    /// Moves frames until they are exhausted or blocked.
-    ///
-    /// # Errors
-    /// The ring is unusable.
-    pub(super) fn run(
-        &mut self,
-        tap: RawFd,
-        ram: &RamGuard,
-        counters: &NetCounters,
-        turn: &mut Turn,
-    ) -> Result<Stopped, WorkerError> {
-        let stopped = self.move_frames(tap, ram, counters, turn)?;
-        self.queue.signal(ram)?;
-        Ok(stopped)
-    }
-
     /// Returns buffers taken ahead to the ring, as if never taken.
     pub(super) fn put_back(&mut self) {
         // Never more than the ring has entries.
@@ -95,7 +71,11 @@ impl Receiver {
         self.ready_bytes = 0;
     }
 
-    fn move_frames(
+    /// Moves frames until they are exhausted or blocked. The caller signals the driver.
+    ///
+    /// # Errors
+    /// The ring is unusable.
+    pub(super) fn run(
         &mut self,
         tap: RawFd,
         ram: &RamGuard,
@@ -131,12 +111,12 @@ impl Receiver {
             match self.reader.read(tap, usable, &mut self.spill) {
                 Ok(Read::Frame(bytes)) => self.deliver(ram, bytes, counters)?,
                 Ok(Read::Spilled(bytes)) => self.held_bytes = Some(bytes),
-                Ok(Read::TooLong) => NetCounters::count(&counters.rx_drops),
+                Ok(Read::TooLong) => counters.rx_drops.count(),
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => return Ok(Stopped::NoFrame),
                     io::ErrorKind::Interrupted => {}
                     _ => {
-                        if NetCounters::count_loudly(&counters.tap_errors) {
+                        if counters.tap_errors.count_loudly() {
                             log::warn!("reading from a tap: {error}");
                         }
                         // The guest's next buffer triggers another attempt.
@@ -195,7 +175,7 @@ impl Receiver {
                 || self.ready.iter().any(|ready| ready.buffers.is_none());
             if in_vain {
                 self.held_bytes = None;
-                NetCounters::count(&counters.rx_drops);
+                counters.rx_drops.count();
             }
             return Ok(in_vain);
         }
@@ -216,7 +196,7 @@ impl Receiver {
         counters: &NetCounters,
     ) -> Result<(), WorkerError> {
         if bytes < HEADER_BYTES {
-            NetCounters::count(&counters.rx_drops);
+            counters.rx_drops.count();
             return Ok(());
         }
         let mut left = bytes;
@@ -266,7 +246,7 @@ fn usable(popped: Popped, counters: &NetCounters) -> Ready {
             }
         }
         other => {
-            if NetCounters::count_loudly(&counters.bad_requests) {
+            if counters.bad_requests.count_loudly() {
                 log::warn!("guest offered a bad receive buffer: {:?}", other.err());
             }
             Ready {

@@ -111,7 +111,7 @@ impl NetShared {
     pub(super) fn set_offloads(&self, features: u64) -> bool {
         let result = self.taps[0].set_offload(tun_offloads(features));
         if let Err(error) = &result
-            && NetCounters::count_loudly(&self.counters.tap_errors)
+            && self.counters.tap_errors.count_loudly()
         {
             log::warn!("{}: setting offloads: {error}", self.taps[0].name());
         }

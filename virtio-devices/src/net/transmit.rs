@@ -5,7 +5,7 @@ use std::os::fd::RawFd;
 
 use super::counters::NetCounters;
 use super::frame_io::{FRAME_BYTES_MAX, HEADER_BYTES, write_frame};
-use crate::device::{QueuePosition, WorkerError};
+use crate::device::WorkerError;
 use crate::queue::{ChainBuffers, Next, RamGuard, ServedQueue};
 use crate::worker::Turn;
 
@@ -22,7 +22,7 @@ pub(super) enum Stopped {
 
 /// The transmitting half of a queue pair.
 pub(super) struct Transmitter {
-    queue: ServedQueue,
+    pub(super) queue: ServedQueue,
 }
 
 impl Transmitter {
@@ -30,31 +30,11 @@ impl Transmitter {
         Self { queue }
     }
 
-    pub(super) fn position(&self) -> QueuePosition {
-        self.queue.position()
-    }
-
-    pub(super) fn queue_index(&self) -> u16 {
-        self.queue.index()
-    }
-
-    /// Moves frames until they are exhausted or blocked.
+    /// Moves frames until they are exhausted or blocked. The caller signals the driver.
     ///
     /// # Errors
     /// The ring is unusable.
     pub(super) fn run(
-        &mut self,
-        tap: RawFd,
-        ram: &RamGuard,
-        counters: &NetCounters,
-        turn: &mut Turn,
-    ) -> Result<Stopped, WorkerError> {
-        let stopped = self.move_frames(tap, ram, counters, turn)?;
-        self.queue.signal(ram)?;
-        Ok(stopped)
-    }
-
-    fn move_frames(
         &mut self,
         tap: RawFd,
         ram: &RamGuard,
@@ -78,7 +58,7 @@ impl Transmitter {
                     write_frame(tap, &readable)
                 }
                 other => {
-                    if NetCounters::count_loudly(&counters.bad_requests) {
+                    if counters.bad_requests.count_loudly() {
                         log::warn!("guest sent a bad frame: {:?}", other.err());
                     }
                     self.queue.push_used(ram, popped.head, 0)?;
@@ -96,7 +76,7 @@ impl Transmitter {
                         self.queue.unpop(1);
                         continue;
                     }
-                    _ => NetCounters::count(&counters.tx_drops),
+                    _ => counters.tx_drops.count(),
                 },
             }
             self.queue.push_used(ram, popped.head, 0)?;

@@ -10,7 +10,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::buffers::{ChainBuffers, ChainError, RamGuard};
 use super::walk::Chain;
-use crate::device::{ActiveQueue, Doorbell, Interrupt, QueuePosition, WorkerError, position_of};
+use crate::device::{
+    Activation, ActiveQueue, Doorbell, GuestRam, Interrupt, QueuePosition, WorkerError, position_of,
+};
 use crate::worker::Turn;
 
 /// One chain taken from the available ring.
@@ -44,6 +46,22 @@ pub(crate) struct ServedQueue {
 }
 
 crate::debug_fields!(ServedQueue { index, queue });
+
+impl Activation {
+    /// Guest RAM, and the queues as they are served.
+    pub(crate) fn serve(self) -> (GuestRam, impl Iterator<Item = ServedQueue>) {
+        let Self {
+            mem,
+            features,
+            queues,
+            interrupt,
+        } = self;
+        let queues = queues
+            .into_iter()
+            .map(move |queue| ServedQueue::new(queue, features, Arc::clone(&interrupt)));
+        (mem, queues)
+    }
+}
 
 impl ServedQueue {
     pub(crate) fn new(active: ActiveQueue, features: u64, interrupt: Arc<dyn Interrupt>) -> Self {

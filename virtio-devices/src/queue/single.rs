@@ -107,17 +107,10 @@ impl<D: SingleQueueDevice> QueueHandler for SingleQueue<D> {
             sources.add(timer, TOKEN_TIMER)?;
         }
         self.paused = false;
-        let Activation {
-            mem: ram,
-            features,
-            queues,
-            interrupt,
-        } = activation;
+        let features = activation.features;
         self.device.activated(features);
-        self.active = queues.into_iter().next().map(|active| {
-            let queue = ServedQueue::new(active, features, interrupt);
-            (Driver { ram, features }, queue)
-        });
+        let (ram, mut queues) = activation.serve();
+        self.active = queues.next().map(|queue| (Driver { ram, features }, queue));
         Ok(())
     }
 

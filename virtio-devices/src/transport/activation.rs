@@ -40,7 +40,7 @@ impl VirtioPciFunction {
             }
         }
         state.active = true;
-        self.counters.activations.add();
+        self.counters.activations.count();
         for (worker, queues) in self.workers.iter().zip(groups) {
             if queues.is_empty() {
                 continue;
@@ -71,7 +71,7 @@ impl VirtioPciFunction {
             .map(|(index, config)| match config.build(&*mem, event_idx) {
                 Ok(queue) => Some((index, queue)),
                 Err(fault) => {
-                    self.counters.bad_queue_rings.add();
+                    self.counters.bad_queue_rings.count();
                     log::debug!("{}: queue {index}: {fault}", self.id);
                     None
                 }

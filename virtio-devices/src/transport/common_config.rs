@@ -161,7 +161,7 @@ impl CommonConfig {
         let mut effects = Effects::default();
         let start = usize::try_from(offset).unwrap_or(IMAGE_BYTES);
         if start >= IMAGE_BYTES {
-            self.counters.bad_register_writes.add();
+            self.counters.bad_register_writes.count();
             return effects;
         }
         let end = start + data.len().min(IMAGE_BYTES - start);
@@ -232,7 +232,7 @@ impl CommonConfig {
             Field::DeviceFeature
             | Field::NumQueues
             | Field::ConfigGeneration
-            | Field::QueueNotifyOff => self.counters.bad_register_writes.add(),
+            | Field::QueueNotifyOff => self.counters.bad_register_writes.count(),
             // Handled by the caller, because it has effects.
             Field::DeviceStatus => {}
             Field::QueueMsixVector => {
@@ -248,7 +248,7 @@ impl CommonConfig {
             | Field::QueueDeviceLow
             | Field::QueueDeviceHigh => {
                 if !self.write_queue(field, value) {
-                    self.counters.bad_queue_writes.add();
+                    self.counters.bad_queue_writes.count();
                 }
             }
         }
@@ -273,7 +273,7 @@ impl CommonConfig {
             }
             // There are no features above to decline, so zero is correct.
             select if select > 1 && value == 0 => {}
-            _ => self.counters.bad_features.add(),
+            _ => self.counters.bad_features.count(),
         }
     }
 
@@ -316,7 +316,7 @@ impl CommonConfig {
         // DEVICE_NEEDS_RESET belongs to the device; a driver may write it back or leave it out.
         let cleared = old & !value & !S_NEEDS_RESET;
         if self.resetting || cleared != 0 {
-            self.counters.bad_status_writes.add();
+            self.counters.bad_status_writes.count();
             return effects;
         }
         let new = value & !old;
@@ -329,7 +329,7 @@ impl CommonConfig {
             if effects.features_ok {
                 self.interrupt.add_status(S_FEATURES_OK);
             } else {
-                self.counters.bad_features.add();
+                self.counters.bad_features.count();
             }
         }
         if new & S_DRIVER_OK != 0 {
@@ -341,7 +341,7 @@ impl CommonConfig {
             }
         }
         if wrong {
-            self.counters.bad_status_writes.add();
+            self.counters.bad_status_writes.count();
         }
         effects
     }

@@ -194,7 +194,7 @@ impl VirtioPciFunction {
     }
 
     fn begin_reset(&self, state: &mut Registers) {
-        self.counters.resets.add();
+        self.counters.resets.count();
         state.common.begin_reset();
         lock(&self.device).reset();
         if state.active
@@ -219,7 +219,7 @@ impl VirtioPciFunction {
         match self.doorbells.get(index) {
             // Fails only if the counter is full, and then the doorbell is ringing anyway.
             Some(doorbell) => drop(doorbell.write(1)),
-            None => self.counters.bad_notifications.add(),
+            None => self.counters.bad_notifications.count(),
         }
     }
 
@@ -257,7 +257,7 @@ impl VirtioPciFunction {
             && offset.is_multiple_of(length)
             && u64::from(offset) < BAR_BYTES;
         if !valid {
-            self.counters.bad_window_accesses.add();
+            self.counters.bad_window_accesses.count();
         }
         valid.then_some((u64::from(offset), length as usize))
     }
@@ -356,7 +356,7 @@ impl PciFunction for VirtioPciFunction {
             Some((Region::Notify, at)) => self.notify(at),
             Some((Region::MsixTable, at)) => self.lock_state().msix.write_table(at, data),
             Some((Region::Isr | Region::MsixPending, _)) | None => {
-                self.counters.bad_register_writes.add();
+                self.counters.bad_register_writes.count();
             }
         }
     }

@@ -3,7 +3,6 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use serde::{Deserialize, Serialize};
 use state::{Part, Saved, State, StateError, parts};
@@ -12,6 +11,7 @@ use virtio_bindings::bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::handler::VsockHandler;
 use super::muxer::Muxer;
+use crate::counters::counters;
 use crate::device::{Counters, QueueHandler, VirtioDevice, boxed, read_config_space};
 use crate::listening_socket::ListeningSocket;
 
@@ -41,29 +41,25 @@ impl State for VsockState {
     const PART: Part = parts::VSOCK;
 }
 
-/// The counters of both halves.
-#[derive(Debug, Default)]
-pub(super) struct Shared {
-    /// Now.
-    pub(super) connections: AtomicU64,
-    pub(super) opened: AtomicU64,
-    pub(super) refused: AtomicU64,
-    pub(super) rx_bytes: AtomicU64,
-    pub(super) tx_bytes: AtomicU64,
-    pub(super) rx_packets: AtomicU64,
-    pub(super) tx_packets: AtomicU64,
-    pub(super) bad_packets: AtomicU64,
-    pub(super) resets_dropped: AtomicU64,
+counters! {
+    /// The counters of both halves.
+    Shared {
+        /// Now.
+        connections,
+        connections_opened,
+        connections_refused,
+        rx_bytes,
+        tx_bytes,
+        rx_packets,
+        tx_packets,
+        bad_packets,
+        resets_dropped,
+    }
 }
 
 impl Shared {
-    /// Counts, and returns whether this is the first time, because the guest can cause it repeatedly.
-    pub(super) fn count_loudly(counter: &AtomicU64) -> bool {
-        counter.fetch_add(1, Ordering::Relaxed) == 0
-    }
-
     pub(super) fn bad_packet(&self, reason: &str) {
-        if Self::count_loudly(&self.bad_packets) {
+        if self.bad_packets.count_loudly() {
             log::warn!("vsock: bad packet from the guest: {reason}");
         }
     }
@@ -125,28 +121,6 @@ impl VirtioDevice for Vsock {
     }
 
     fn counters(&self) -> Counters {
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let Shared {
-            connections,
-            opened,
-            refused,
-            rx_bytes,
-            tx_bytes,
-            rx_packets,
-            tx_packets,
-            bad_packets,
-            resets_dropped,
-        } = &*self.shared;
-        Counters::from([
-            ("connections", read(connections)),
-            ("connections_opened", read(opened)),
-            ("connections_refused", read(refused)),
-            ("rx_bytes", read(rx_bytes)),
-            ("tx_bytes", read(tx_bytes)),
-            ("rx_packets", read(rx_packets)),
-            ("tx_packets", read(tx_packets)),
-            ("bad_packets", read(bad_packets)),
-            ("resets_dropped", read(resets_dropped)),
-        ])
+        self.shared.read()
     }
 }

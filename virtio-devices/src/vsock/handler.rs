@@ -1,7 +1,6 @@
 //! The queue half: packets in and out of the rings.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use state::{Saved, StateError, parts};
 use vm_memory::GuestAddressSpace;
@@ -11,6 +10,7 @@ use super::muxer::{Muxer, VsockConnectionsState};
 use super::packet::{HEADER_BYTES, Header};
 use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError};
 use crate::queue::{ChainBuffers, ChainError, GuestBuffers, Next, Popped, RamGuard, ServedQueue};
+use crate::taken::with_taken;
 use crate::worker::{EventSources, Turn};
 
 /// Queue numbers (virtio 1.2 §5.10.2). Buffers on the event queue, 2, are never used: no event is sent.
@@ -74,7 +74,7 @@ impl VsockHandler {
     }
 
     fn take_packet(&mut self, chain: Result<ChainBuffers, ChainError>, turn: &mut Turn) {
-        self.shared.tx_packets.fetch_add(1, Ordering::Relaxed);
+        self.shared.tx_packets.count();
         let Ok(ChainBuffers { mut readable, .. }) = chain else {
             return self.shared.bad_packet("unusable buffers");
         };
@@ -90,9 +90,7 @@ impl VsockHandler {
         }
         let data = &mut self.data[..len];
         readable.copy_out(data);
-        self.shared
-            .tx_bytes
-            .fetch_add(len as u64, Ordering::Relaxed);
+        self.shared.tx_bytes.add(len as u64);
         self.muxer.take_packet(&header, data, turn);
     }
 
@@ -125,25 +123,23 @@ impl VsockHandler {
         let len = header.len as usize;
         buffers.copy_in(&header.to_bytes());
         buffers.copy_in_at(HEADER_BYTES, &self.data[..len]);
-        self.shared.rx_packets.fetch_add(1, Ordering::Relaxed);
-        self.shared
-            .rx_bytes
-            .fetch_add(len as u64, Ordering::Relaxed);
+        self.shared.rx_packets.count();
+        self.shared.rx_bytes.add(len as u64);
         // A header and at most 64 KiB.
         Some((HEADER_BYTES + len) as u32)
     }
 
     fn serve(&mut self, turn: &mut Turn, transmit: bool) -> Result<(), WorkerError> {
-        let Some(mut active) = self.active.take() else {
-            return Ok(());
-        };
-        let done = match transmit {
-            true => self.transmit(&mut active, turn),
-            false => Ok(()),
-        };
-        let done = done.and_then(|()| self.receive(&mut active, turn));
-        self.active = Some(active);
-        done
+        with_taken(
+            self,
+            |it| &mut it.active,
+            |it, active| {
+                if transmit {
+                    it.transmit(active, turn)?;
+                }
+                it.receive(active, turn)
+            },
+        )
     }
 }
 
@@ -182,12 +178,7 @@ impl QueueHandler for VsockHandler {
         activation: Activation,
         sources: &mut EventSources,
     ) -> Result<(), WorkerError> {
-        let Activation {
-            mem,
-            features,
-            queues,
-            interrupt,
-        } = activation;
+        let (mem, queues) = activation.serve();
         let mut active = Active {
             mem,
             receive: None,
@@ -195,7 +186,6 @@ impl QueueHandler for VsockHandler {
             others: Vec::new(),
         };
         for queue in queues {
-            let queue = ServedQueue::new(queue, features, Arc::clone(&interrupt));
             match queue.index() {
                 RECEIVE => active.receive = Some(queue),
                 TRANSMIT => active.transmit = Some(queue),

@@ -6,7 +6,6 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -255,7 +254,7 @@ impl Muxer {
     }
 
     fn refuse(&self, reason: impl std::fmt::Display) {
-        if Shared::count_loudly(&self.shared.refused) {
+        if self.shared.connections_refused.count_loudly() {
             log::warn!(
                 "{}: connection refused: {reason}",
                 self.listener.path().display()
@@ -295,7 +294,7 @@ impl Muxer {
 
     fn count_connections(&self) {
         let count = self.by_ports.len() as u64;
-        self.shared.connections.store(count, Ordering::Relaxed);
+        self.shared.connections.set(count);
     }
 
     fn serve_stream(&mut self, index: usize, events: EventSet, turn: &mut Turn) {
@@ -353,7 +352,7 @@ impl Muxer {
             connection,
             queued: false,
         };
-        self.shared.opened.fetch_add(1, Ordering::Relaxed);
+        self.shared.connections_opened.count();
         self.count_connections();
         self.make_ready(index);
     }
@@ -465,7 +464,7 @@ impl Muxer {
                 self.connect(index, Connection::from_guest(ports, stream, request));
             }
             Err(error) => {
-                self.shared.refused.fetch_add(1, Ordering::Relaxed);
+                self.shared.connections_refused.count();
                 log::debug!("vsock: port {} of the host: {error}", ports.host);
                 self.push_reset(ports);
             }
@@ -476,7 +475,7 @@ impl Muxer {
         if self.resets.len() < RESETS_MAX {
             self.resets.push_back(ports);
         } else {
-            self.shared.resets_dropped.fetch_add(1, Ordering::Relaxed);
+            self.shared.resets_dropped.count();
         }
     }
 

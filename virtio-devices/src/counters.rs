@@ -1,0 +1,54 @@
+//! Counters of a device, shared by its halves.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A counter or a level. Relaxed: it orders nothing, and several read together are not of one instant.
+#[derive(Debug, Default)]
+pub(crate) struct Count(AtomicU64);
+
+impl Count {
+    /// Counts one.
+    pub(crate) fn count(&self) {
+        self.add(1);
+    }
+
+    /// Counts `more`.
+    pub(crate) fn add(&self, more: u64) {
+        self.0.fetch_add(more, Ordering::Relaxed);
+    }
+
+    /// Counts one event that a guest or the host can repeat at will. Returns whether to log this one: the first is
+    /// logged, then ever fewer are.
+    pub(crate) fn count_loudly(&self) -> bool {
+        let before = self.0.fetch_add(1, Ordering::Relaxed);
+        before == 0 || before.is_multiple_of(1 << 20)
+    }
+
+    /// Replaces the value.
+    pub(crate) fn set(&self, value: u64) {
+        self.0.store(value, Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Declares the counters of a device once: fields, which are also their names in `vm.counters`.
+macro_rules! counters {
+    ($(#[$about:meta])* $table:ident { $($(#[$doc:meta])* $name:ident,)+ }) => {
+        $(#[$about])*
+        #[derive(Debug, Default)]
+        pub(crate) struct $table {
+            $($(#[$doc])* pub(crate) $name: $crate::counters::Count,)+
+        }
+
+        impl $table {
+            /// All of them by name.
+            pub(crate) fn read(&self) -> $crate::Counters {
+                $crate::Counters::from([$((stringify!($name), self.$name.get()),)+])
+            }
+        }
+    };
+}
+pub(crate) use counters;
