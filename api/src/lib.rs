@@ -13,6 +13,7 @@
 
 mod ascii_json;
 mod balloon_stats;
+mod bounded;
 pub mod client;
 pub mod config;
 mod endpoints;

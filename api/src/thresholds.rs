@@ -14,6 +14,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::bounded::list;
 use crate::options::{OptionError, OptionFault, Options, parse_bytes};
 
 /// Alerts with their states, and the reporting policy.
@@ -137,10 +138,18 @@ pub struct SettingStatus {
 })))]
 pub struct ReclaimThresholdsChange {
     /// Names of alerts to remove; done first.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(
+        default,
+        deserialize_with = "list",
+        skip_serializing_if = "Vec::is_empty"
+    )]
     pub remove_alerts: Vec<String>,
     /// Alerts to make, or to change when the name exists.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(
+        default,
+        deserialize_with = "list",
+        skip_serializing_if = "Vec::is_empty"
+    )]
     pub alerts: Vec<AlertChange>,
     /// Settings of the policy to change.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -16,7 +16,7 @@ use syn::{DeriveInput, parse_macro_input};
 ///
 /// # Wire
 /// An `Option` may be absent and is left out on output while it is `None`. Any other field may be absent too, and then
-/// has its default, unless it is `required`.
+/// has its default, unless it is `required`. Lists and free-form values are bounded while they are read.
 ///
 /// # Arguments of `#[key(…)]`
 /// Only fields that have this line are keys of the option. All arguments may be left out.

@@ -5,7 +5,8 @@ use quote::{ToTokens, format_ident, quote};
 use syn::parse::{Parse, ParseStream};
 use syn::punctuated::Punctuated;
 use syn::{
-    Attribute, Data, DeriveInput, Error, Expr, Field, Ident, LitStr, Token, Type, parse_quote,
+    Attribute, Data, DeriveInput, Error, Expr, Field, GenericArgument, Ident, LitStr,
+    PathArguments, Token, Type, parse_quote,
 };
 
 /// What stands in the brackets of an attribute.
@@ -89,6 +90,8 @@ struct Rule {
     kind: Type,
     is_key: bool,
     is_flattened: bool,
+    /// It has a reader of its own.
+    has_reader: bool,
     /// The first paragraph of the field's documentation and those that follow, as one line.
     doc: String,
     help: Option<LitStr>,
@@ -113,6 +116,7 @@ impl Rule {
             kind: field.ty.clone(),
             is_key: false,
             is_flattened: field.attrs.iter().any(is_flatten),
+            has_reader: field.attrs.iter().any(has_reader),
             doc: doc_text(&field.attrs),
             help: None,
             name: None,
@@ -160,8 +164,22 @@ impl Rule {
     }
 
     fn is_optional(&self) -> bool {
-        matches!(&self.kind, Type::Path(path)
-            if path.path.segments.last().is_some_and(|last| last.ident == "Option"))
+        outer(&self.kind).is_some_and(|(outer, _)| outer == "Option")
+    }
+
+    /// The reader of a field that must be bounded.
+    fn reader(&self) -> Option<&'static str> {
+        if self.has_reader {
+            return None;
+        }
+        let (outermost, inner) = outer(&self.kind)?;
+        let second = inner.and_then(outer).map(|(second, _)| second.to_string());
+        match (outermost.to_string().as_str(), second.as_deref()) {
+            ("Vec", _) => Some("crate::bounded::list"),
+            ("Option", Some("Vec")) => Some("crate::bounded::optional_list"),
+            ("Option", Some("Value")) => Some("crate::bounded::section"),
+            _ => None,
+        }
     }
 
     fn key(&self) -> String {
@@ -202,6 +220,9 @@ impl Rule {
         }
         if self.is_optional() {
             attributes.push(parse_quote!(#[serde(skip_serializing_if = "Option::is_none")]));
+        }
+        if let Some(reader) = self.reader() {
+            attributes.push(parse_quote!(#[serde(deserialize_with = #reader)]));
         }
         if self.omit_false {
             attributes.push(parse_quote!(#[serde(skip_serializing_if = "::std::ops::Not::not")]));
@@ -313,6 +334,28 @@ fn doc_text(attributes: &[Attribute]) -> String {
             .then(|| text.value().trim().to_owned())
     });
     lines.collect::<Vec<_>>().join(" ")
+}
+
+/// The name of a type without its path, and its first argument.
+fn outer(kind: &Type) -> Option<(&Ident, Option<&Type>)> {
+    let Type::Path(path) = kind else {
+        return None;
+    };
+    let last = path.path.segments.last()?;
+    let first = match &last.arguments {
+        PathArguments::AngleBracketed(arguments) => arguments.args.first(),
+        _ => None,
+    };
+    let inner = first.and_then(|argument| match argument {
+        GenericArgument::Type(inner) => Some(inner),
+        _ => None,
+    });
+    Some((&last.ident, inner))
+}
+
+fn has_reader(attribute: &Attribute) -> bool {
+    let text = attribute.meta.to_token_stream().to_string();
+    attribute.path().is_ident("serde") && text.contains("deserialize_with")
 }
 
 fn is_flatten(attribute: &Attribute) -> bool {

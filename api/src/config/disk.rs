@@ -110,6 +110,7 @@ pub struct VirtQueueAffinity {
     /// Index of the queue, from 0.
     pub queue_index: u16,
     /// Host CPUs its worker may run on, by the host's numbers.
+    #[serde(deserialize_with = "crate::bounded::list")]
     pub host_cpus: Vec<usize>,
 }
 

@@ -95,69 +95,51 @@ pub struct VmConfig {
     pub landlock_enable: bool,
     /// Files that the VMM may use besides, for devices that are added later. Needs `landlock_enable`.
     pub landlock_rules: Option<Vec<LandlockConfig>>,
-    /// Sections of upstream's that have no type here.
-    #[serde(flatten)]
-    pub unsupported: UnsupportedSections,
-}
-
-macro_rules! unsupported_sections {
-    ($($(#[$doc:meta])* $name:ident,)*) => {
-        /// Sections of upstream's configuration that have no type here, kept as they came.
-        #[section]
-        #[derive(Clone, Debug, PartialEq)]
-        pub struct UnsupportedSections {
-            $(
-                $(#[$doc])*
-                pub $name: Option<Value>,
-            )*
-        }
-
-        impl UnsupportedSections {
-            /// Names of the sections that ask for something. `null`, `false` and an empty list ask for nothing.
-            pub fn requested(&self) -> Vec<&'static str> {
-                [$((stringify!($name), &self.$name)),*]
-                    .into_iter()
-                    .filter(|(_, value)| match value {
-                        None | Some(Value::Null | Value::Bool(false)) => false,
-                        Some(Value::Array(items)) => !items.is_empty(),
-                        Some(_) => true,
-                    })
-                    .map(|(name, _)| name)
-                    .collect()
-            }
-        }
-    };
-}
-
-unsupported_sections! {
     /// Shared directories (virtio-fs). Unsupported.
-    fs,
+    pub fs: Option<Value>,
     /// Persistent memory. Unsupported.
-    pmem,
+    pub pmem: Option<Value>,
     /// Assigned PCI devices (VFIO). Unsupported.
-    devices,
+    pub devices: Option<Value>,
     /// Assigned devices of another process (vfio-user). Unsupported.
-    user_devices,
+    pub user_devices: Option<Value>,
     /// vDPA devices. Unsupported.
-    vdpa,
+    pub vdpa: Option<Value>,
     /// Apertures of PCI segments. Unsupported.
-    pci_segments,
+    pub pci_segments: Option<Value>,
     /// The TPM. Unsupported.
-    tpm,
+    pub tpm: Option<Value>,
     /// The paravirtual real time clock. Unsupported.
-    rtc,
+    pub rtc: Option<Value>,
     /// Rate limits shared by several disks. Unsupported.
-    rate_limit_groups,
+    pub rate_limit_groups: Option<Value>,
     /// vhost-user devices of any type. Unsupported.
-    generic_vhost_user,
+    pub generic_vhost_user: Option<Value>,
 }
 
 impl VmConfig {
-    /// Every part of the configuration that this VMM knows by name and cannot do, for validation to refuse.
+    /// Every part of the configuration that this VMM knows by name and cannot do, for validation to refuse. `null`,
+    /// `false` and an empty list ask for nothing.
     pub fn unsupported_sections(&self) -> Vec<&'static str> {
-        let mut names = self.unsupported.requested();
-        names.extend(self.iommu.then_some("iommu"));
-        names
+        let sections = [
+            ("fs", &self.fs),
+            ("pmem", &self.pmem),
+            ("devices", &self.devices),
+            ("user_devices", &self.user_devices),
+            ("vdpa", &self.vdpa),
+            ("pci_segments", &self.pci_segments),
+            ("tpm", &self.tpm),
+            ("rtc", &self.rtc),
+            ("rate_limit_groups", &self.rate_limit_groups),
+            ("generic_vhost_user", &self.generic_vhost_user),
+        ];
+        let sections = sections.into_iter().filter(|(_, value)| match value {
+            None | Some(Value::Null | Value::Bool(false)) => false,
+            Some(Value::Array(items)) => !items.is_empty(),
+            Some(_) => true,
+        });
+        let sections = sections.map(|(name, _)| name);
+        sections.chain(self.iommu.then_some("iommu")).collect()
     }
 }
 

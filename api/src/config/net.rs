@@ -9,6 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::mac::MacAddr;
 use super::rate_limit::{RATE_LIMIT_KEYS, RateLimiterConfig};
+use crate::bounded;
 
 /// Queues of an interface that does not say otherwise: one pair.
 pub const DEFAULT_NET_NUM_QUEUES: usize = 2;
@@ -86,7 +87,7 @@ pub struct NetConfig {
 }
 
 fn invalid_fds<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Vec<i32>>, D::Error> {
-    let named = Option::<Vec<i32>>::deserialize(deserializer)?;
+    let named = bounded::optional_list::<D, i32>(deserializer)?;
     Ok(named.map(|fds| vec![INVALID_FD; fds.len()]))
 }
 

@@ -149,4 +149,107 @@ mod tests {
             assert!(bytes * CONTAINERS_MAX < 8 << 20, "{bytes}");
         }
     }
+
+    /// As many of `item` as fit `bytes`, at most `count`.
+    fn items(item: &str, bytes: usize, count: usize) -> String {
+        vec![item; count.min(bytes / (item.len() + 1))].join(",")
+    }
+
+    #[test]
+    fn body_of_any_shape_takes_a_bounded_amount_of_memory() {
+        /// The largest body that the server accepts.
+        const BODY_BYTES_MAX: usize = 4 << 20;
+        /// Beyond the body itself.
+        const READING_BYTES_MAX: usize = 8 << 20;
+        let room = BODY_BYTES_MAX - 100;
+        let zones = format!("[{}]", items("\"\"", room, 8000));
+        let node = format!("{{\"guest_numa_id\":0,\"memory_zones\":{zones}}}");
+        let cpus = format!("{{\"vcpu\":0,\"host_cpus\":[{}]}}", items("0", room, 8000));
+        let affinity =
+            |list: &str| format!("{{\"boot_vcpus\":1,\"max_vcpus\":1,\"affinity\":[{list}]}}");
+        let mut bodies = vec![
+            format!("{{\"numa\":[{}]}}", items(&node, room, 32)),
+            format!("{{\"cpus\":{}}}", affinity(&items(&cpus, room, 32))),
+            format!("{{\"payload\":{{\"kernel\":\"{}\"}}}}", "k".repeat(room)),
+        ];
+        for item in ["{}", "1", "\"\"", "\"aaaaaaa\"", "{\"a\":1}"] {
+            for key in ["disks", "fs", "unknown"] {
+                for count in [8192, VALUES_MAX - 2] {
+                    bodies.push(format!("{{\"{key}\":[{}]}}", items(item, room, count)));
+                }
+            }
+        }
+        for key in ["fs", "unknown"] {
+            let members: Vec<_> = (0..VALUES_MAX - 2)
+                .map(|name| format!("\"{name}\":1"))
+                .collect();
+            bodies.push(format!("{{\"{key}\":{{{}}}}}", members.join(",")));
+        }
+        let mut accepted = 0;
+        for body in &bodies {
+            assert!(body.len() <= BODY_BYTES_MAX);
+            let (read, bytes) =
+                peak_bytes(|| read::<VmConfig>(Endpoint::VmCreate, body.as_bytes()));
+            assert!(bytes <= READING_BYTES_MAX, "{bytes}: {}", &body[..60]);
+            accepted += usize::from(read.is_ok());
+        }
+        assert!(accepted >= 10, "{accepted} of {}", bodies.len());
+        // The figure counts: a copy of the largest body is seen.
+        let (_, bytes) = peak_bytes(|| bodies[2].clone());
+        assert_eq!(bytes, bodies[2].len());
+    }
+
+    /// The most memory that `action` has allocated at one time on this thread.
+    fn peak_bytes<T>(action: impl FnOnce() -> T) -> (T, usize) {
+        counting::LIVE.set(0);
+        counting::PEAK.set(0);
+        let value = action();
+        (value, usize::try_from(counting::PEAK.get()).unwrap())
+    }
+
+    /// Counts what each thread allocates.
+    // UNSAFETY: an allocator has no safe interface.
+    #[allow(unsafe_code)]
+    mod counting {
+        use std::alloc::{GlobalAlloc, Layout, System};
+        use std::cell::Cell;
+
+        struct Counting;
+
+        #[global_allocator]
+        static COUNTING: Counting = Counting;
+
+        thread_local! {
+            /// Neither has a destructor, so both can be used while a thread ends.
+            pub(super) static LIVE: Cell<isize> = const { Cell::new(0) };
+            pub(super) static PEAK: Cell<isize> = const { Cell::new(0) };
+        }
+
+        fn count(bytes: isize) {
+            LIVE.set(LIVE.get() + bytes);
+            PEAK.set(PEAK.get().max(LIVE.get()));
+        }
+
+        // SAFETY: every call is passed on to the system's allocator unchanged.
+        unsafe impl GlobalAlloc for Counting {
+            unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+                count(layout.size().cast_signed());
+                // SAFETY: passed on.
+                unsafe { System.alloc(layout) }
+            }
+
+            unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+                count(-layout.size().cast_signed());
+                // SAFETY: passed on.
+                unsafe { System.dealloc(memory, layout) }
+            }
+
+            // Large blocks are moved by changing the page tables, so the old one and the new one do not exist at once.
+            unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+                count(size.cast_signed() - layout.size().cast_signed());
+                // SAFETY: passed on.
+                unsafe { System.realloc(memory, layout, size) }
+            }
+        }
+    }
 }

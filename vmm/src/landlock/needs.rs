@@ -119,7 +119,16 @@ pub fn of_config(config: &VmConfig) -> Vec<Need> {
         pvpanic: _,
         landlock_enable: _,
         landlock_rules: _,
-        unsupported: _,
+        fs: _,
+        pmem: _,
+        devices: _,
+        user_devices: _,
+        vdpa: _,
+        pci_segments: _,
+        tpm: _,
+        rtc: _,
+        rate_limit_groups: _,
+        generic_vhost_user: _,
     } = config;
     let mut needs = vec![
         Need::new(Path::new("/dev/kvm"), CHANGE),
