@@ -210,6 +210,15 @@ pub enum WorkerError {
         #[source]
         source: std::io::Error,
     },
+    /// The worker thread cannot run where it should.
+    #[error("cannot run a worker thread on host CPUs {host_cpus:?}")]
+    Affinity {
+        /// The host CPUs.
+        host_cpus: Vec<usize>,
+        /// The error from the system.
+        #[source]
+        source: std::io::Error,
+    },
     /// The worker thread accepts no commands.
     #[error("the worker thread does not respond: {reason}")]
     Unresponsive {
@@ -252,6 +261,12 @@ impl HandlerState {
 pub trait QueueHandler: Send {
     /// Name of the worker thread, at most 15 bytes: `_disk0`, `_net1_qp0`, `__balloon`.
     fn name(&self) -> String;
+
+    /// Host CPUs on which the worker thread may run; any if there is none. Read once, before the thread starts. All are
+    /// below [`crate::worker::HOST_CPUS_MAX`].
+    fn host_cpus(&self) -> &[usize] {
+        &[]
+    }
 
     /// The driver is ready. Own event sources (tap, timer, ring completion) are registered here with `sources.add`; the
     /// queues' doorbells already are.

@@ -1,10 +1,6 @@
 //! All vCPUs of a machine: creation, set-up, start, pause and stop.
-#![allow(unsafe_code)]
-// UNSAFETY: pthread_setaffinity_np has no safe wrapper.
 
-use std::io;
 use std::mem;
-use std::os::unix::thread::JoinHandleExt;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
@@ -13,6 +9,7 @@ use std::time::Duration;
 use api::config::CpusConfig;
 use hypervisor::bindings::kvm_clock_data;
 use hypervisor::{Kvm, Vm, kick};
+use virtio_devices::worker::{HOST_CPUS_MAX, pin};
 
 use super::core_scheduling::CoreCookies;
 use super::cpuid::{CpuidOptions, GuestCpuid, guest_phys_bits};
@@ -28,8 +25,6 @@ const STAND_STILL_DEADLINE: Duration = Duration::from_secs(5);
 const APIC_ID_MAX: u32 = 254;
 /// The highest with the extension: an MSI has room for bits 0–14.
 const APIC_ID_MAX_EXTENDED: u32 = (1 << 15) - 1;
-/// The number of host CPUs that an affinity can name.
-const HOST_CPUS_MAX: usize = libc::CPU_SETSIZE as usize;
 
 /// The vCPUs of one machine. Used by the control thread alone; dropping stops them.
 #[derive(Debug)]
@@ -313,25 +308,6 @@ fn check_affinity(config: &CpusConfig) -> Result<(), CpuError> {
         }
     }
     Ok(())
-}
-
-/// Pins a thread to host CPUs, all of which are below [`HOST_CPUS_MAX`].
-fn pin(thread: &JoinHandle<()>, host_cpus: &[usize]) -> io::Result<()> {
-    // SAFETY: an all-zero `cpu_set_t` is the empty set.
-    let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
-    for &cpu in host_cpus {
-        // SAFETY: `cpu` is below the set's size.
-        unsafe { libc::CPU_SET(cpu, &mut set) };
-    }
-    // SAFETY: the thread is not joined while its handle is borrowed; the set is valid and of the
-    // size given.
-    let result = unsafe {
-        libc::pthread_setaffinity_np(thread.as_pthread_t(), size_of_val(&set), &raw const set)
-    };
-    match result {
-        0 => Ok(()),
-        errno => Err(io::Error::from_raw_os_error(errno)),
-    }
 }
 
 pub(super) fn vcpu_error(vcpu: u32, what: &'static str) -> impl Fn(hypervisor::Error) -> CpuError {

@@ -201,7 +201,14 @@ fn new_queue(disk: &Arc<DiskState>, index: u16) -> std::io::Result<Box<dyn Queue
     let engine = new_engine(disk.params.engine, &disk.image, depth)?;
     let flights = Flights::new(engine, depth);
     let name = thread_name(&disk.params.id, &format!("_q{index}"));
-    Ok(Box::new(BlockQueue::new(name, Arc::clone(disk), flights)))
+    let host_cpus = disk.params.queue_affinity.get(&index).cloned();
+    let queue = BlockQueue::new(
+        name,
+        host_cpus.unwrap_or_default(),
+        Arc::clone(disk),
+        flights,
+    );
+    Ok(Box::new(queue))
 }
 
 impl VirtioDevice for Block {

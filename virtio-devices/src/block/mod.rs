@@ -31,6 +31,7 @@ mod resize;
 #[cfg(test)]
 mod tests;
 
+use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
 
@@ -82,6 +83,8 @@ pub struct BlockParams {
     pub lock_granularity: LockGranularity,
     /// The I/O engine.
     pub engine: EngineChoice,
+    /// Host CPUs on which the worker of a queue may run; any for queues without an entry.
+    pub queue_affinity: BTreeMap<u16, Vec<usize>>,
 }
 
 /// Errors of creating a disk.

@@ -29,6 +29,7 @@ fn worth_logging(seen_before: u64) -> bool {
 /// One queue of a disk.
 pub(super) struct BlockQueue {
     name: String,
+    host_cpus: Vec<usize>,
     disk: Arc<DiskState>,
     flights: Flights,
     landed: Vec<Landed>,
@@ -54,9 +55,15 @@ struct Active {
 }
 
 impl BlockQueue {
-    pub(super) fn new(name: String, disk: Arc<DiskState>, flights: Flights) -> Self {
+    pub(super) fn new(
+        name: String,
+        host_cpus: Vec<usize>,
+        disk: Arc<DiskState>,
+        flights: Flights,
+    ) -> Self {
         Self {
             name,
+            host_cpus,
             disk,
             flights,
             landed: Vec::new(),
@@ -297,6 +304,10 @@ fn engine_failed(source: std::io::Error) -> WorkerError {
 impl QueueHandler for BlockQueue {
     fn name(&self) -> String {
         self.name.clone()
+    }
+
+    fn host_cpus(&self) -> &[usize] {
+        &self.host_cpus
     }
 
     fn activate(

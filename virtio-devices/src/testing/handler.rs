@@ -206,6 +206,10 @@ impl QueueHandler for Box<dyn QueueHandler> {
         (**self).name()
     }
 
+    fn host_cpus(&self) -> &[usize] {
+        (**self).host_cpus()
+    }
+
     fn activate(
         &mut self,
         activation: Activation,

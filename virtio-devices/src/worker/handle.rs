@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::ThreadStart;
+use super::affinity::pin;
 use super::sources::EventSources;
 use super::thread::WorkerThread;
 use super::turn::CommandsPending;
@@ -57,7 +58,7 @@ impl Worker {
     /// runs on it before anything else.
     ///
     /// # Errors
-    /// No descriptor or thread is available.
+    /// No descriptor or thread is available, or the thread cannot run on the handler's host CPUs.
     pub fn spawn(
         handler: Box<dyn QueueHandler>,
         thread_start: ThreadStart,
@@ -78,6 +79,7 @@ impl Worker {
         let (sender, receiver) = sync_channel(COMMANDS_PENDING_MAX);
         // A NUL in a thread name would make std panic.
         let name = handler.name().replace('\0', "");
+        let host_cpus = handler.host_cpus().to_vec();
         let thread = WorkerThread::new(
             name.clone(),
             handler,
@@ -96,13 +98,22 @@ impl Worker {
                 what: "starting a worker thread",
                 source,
             })?;
-        Ok(WorkerHandle {
+        let pinned = match host_cpus.as_slice() {
+            [] => Ok(()),
+            host_cpus => pin(&join, host_cpus),
+        };
+        let worker = WorkerHandle {
             commands: sender,
             wake,
             progress,
             kicks: Mutex::new(()),
             join: Some(join),
-        })
+        };
+        match pinned {
+            Ok(()) => Ok(worker),
+            // Dropping the handle ends the thread.
+            Err(source) => Err(WorkerError::Affinity { host_cpus, source }),
+        }
     }
 }
 

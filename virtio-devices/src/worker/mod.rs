@@ -20,6 +20,7 @@
 //!
 //! A handler works in turns, see [`Turn`]: whatever a ring holds, a command waits for one bounded piece of work.
 
+mod affinity;
 mod handle;
 mod sources;
 #[cfg(test)]
@@ -29,6 +30,7 @@ mod turn;
 
 use std::sync::Arc;
 
+pub use affinity::{HOST_CPUS_MAX, pin};
 pub use handle::{Pausing, Worker, WorkerHandle};
 pub use sources::EventSources;
 #[cfg(any(test, feature = "test-utils"))]

@@ -8,7 +8,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{EventSources, Turn, Worker, WorkerHandle};
+use super::{EventSources, HOST_CPUS_MAX, Turn, Worker, WorkerHandle};
 use crate::device::{
     Activation, ActiveQueue, Doorbell, GuestRam, HandlerState, Interrupt, QueueHandler,
     WorkerError, position_of,
@@ -295,6 +295,75 @@ fn worker_runs_the_start_hook_first_on_its_named_thread() {
     let handler = Box::new(Echo { seen, active: None });
     drop(Worker::spawn(handler, hook).unwrap());
     assert_eq!(*names.lock().unwrap(), ["_echo"]);
+}
+
+/// Answers on the given host CPUs.
+struct Pinned(Echo, Vec<usize>);
+
+impl QueueHandler for Pinned {
+    fn name(&self) -> String {
+        self.0.name()
+    }
+    fn host_cpus(&self) -> &[usize] {
+        &self.1
+    }
+    fn activate(
+        &mut self,
+        activation: Activation,
+        sources: &mut EventSources,
+    ) -> Result<(), WorkerError> {
+        self.0.activate(activation, sources)
+    }
+    fn queue_ready(&mut self, queue_index: u16, turn: &mut Turn) -> Result<(), WorkerError> {
+        self.0.queue_ready(queue_index, turn)
+    }
+    fn reset(&mut self) {
+        self.0.reset();
+    }
+    fn state(&self) -> HandlerState {
+        self.0.state()
+    }
+}
+
+#[test]
+fn worker_runs_on_the_host_cpus_of_its_handler_or_not_at_all() {
+    let pinned = |host_cpus: &[usize]| {
+        let echo = Echo {
+            seen: Rig::new().seen,
+            active: None,
+        };
+        let (sender, threads) = std::sync::mpsc::channel();
+        let hook = Arc::new(move |_: &str| {
+            sender.send(own_thread_id()).unwrap();
+        });
+        let worker = Worker::spawn(Box::new(Pinned(echo, host_cpus.to_vec())), hook);
+        (worker, threads)
+    };
+    let allowed = |thread: &str| {
+        let status = std::fs::read_to_string(format!("/proc/self/task/{thread}/status")).unwrap();
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+        line.unwrap().trim().to_owned()
+    };
+    let first = allowed(&own_thread_id());
+    let first: usize = first.split([',', '-']).next().unwrap().parse().unwrap();
+    let (worker, threads) = pinned(&[first]);
+    let _worker = worker.unwrap();
+    assert_eq!(allowed(&threads.recv().unwrap()), first.to_string());
+
+    let (worker, _threads) = pinned(&[HOST_CPUS_MAX - 1]);
+    let error = worker.unwrap_err();
+    assert!(
+        matches!(&error, WorkerError::Affinity { host_cpus, .. } if host_cpus[..] == [HOST_CPUS_MAX - 1]),
+        "{error}"
+    );
+}
+
+/// The kernel's number of the calling thread.
+fn own_thread_id() -> String {
+    let link = std::fs::read_link("/proc/thread-self").unwrap();
+    link.file_name().unwrap().to_str().unwrap().to_owned()
 }
 
 #[test]

@@ -5,6 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use api::VmConfig;
 use api::config::{ConsoleOutputMode, DiskConfig, NetConfig, VsockConfig};
 
+use virtio_devices::worker::HOST_CPUS_MAX;
+
 use super::error::{DeviceFault, ValidationError};
 use super::pci_devices::pci_devices;
 
@@ -59,7 +61,36 @@ fn check_disk(disk: &DiskConfig, vcpus: usize) -> Result<(), DeviceFault> {
         return Err(DeviceFault::PathMissing);
     }
     queue_size(disk.queue_size)?;
-    queue_count(disk.num_queues, 1, vcpus)
+    queue_count(disk.num_queues, 1, vcpus)?;
+    queue_affinity(disk)
+}
+
+/// Whether the host has these CPUs is only known when the threads are started.
+fn queue_affinity(disk: &DiskConfig) -> Result<(), DeviceFault> {
+    let mut seen = BTreeSet::new();
+    for pinned in disk.queue_affinity.iter().flatten() {
+        let queue_index = pinned.queue_index;
+        if usize::from(queue_index) >= disk.num_queues {
+            return Err(DeviceFault::AffinityQueue {
+                queue_index,
+                num_queues: disk.num_queues,
+            });
+        }
+        if !seen.insert(queue_index) {
+            return Err(DeviceFault::AffinityTwice { queue_index });
+        }
+        if pinned.host_cpus.is_empty() {
+            return Err(DeviceFault::AffinityEmpty { queue_index });
+        }
+        if let Some(&host_cpu) = pinned.host_cpus.iter().find(|cpu| **cpu >= HOST_CPUS_MAX) {
+            return Err(DeviceFault::AffinityHostCpu {
+                queue_index,
+                host_cpu,
+                max: HOST_CPUS_MAX - 1,
+            });
+        }
+    }
+    Ok(())
 }
 
 fn check_net(net: &NetConfig, vcpus: usize) -> Result<(), DeviceFault> {

@@ -376,6 +376,38 @@ pub enum DeviceFault {
         /// Most: one, or one pair, for each vCPU.
         max: usize,
     },
+    /// A queue that the disk does not have.
+    #[error("queue_affinity names queue {queue_index}, and num_queues is {num_queues}")]
+    AffinityQueue {
+        /// The queue.
+        queue_index: u16,
+        /// The number of queues, which are counted from 0.
+        num_queues: usize,
+    },
+    /// Two sets of host CPUs for one queue.
+    #[error("queue_affinity names queue {queue_index} twice")]
+    AffinityTwice {
+        /// The queue.
+        queue_index: u16,
+    },
+    /// Nowhere to run.
+    #[error("queue_affinity needs a host CPU for queue {queue_index}")]
+    AffinityEmpty {
+        /// The queue.
+        queue_index: u16,
+    },
+    /// A number that no host CPU has.
+    #[error(
+        "queue_affinity of queue {queue_index} must name host CPUs up to {max}; got {host_cpu}"
+    )]
+    AffinityHostCpu {
+        /// The queue.
+        queue_index: u16,
+        /// The number.
+        host_cpu: usize,
+        /// The maximum.
+        max: usize,
+    },
     /// An MTU below the minimum of IPv6.
     #[error("An MTU of {mtu} is below {min}")]
     Mtu {

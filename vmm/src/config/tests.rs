@@ -579,6 +579,42 @@ fn validate_debug_console_has_a_port_of_its_own() {
 }
 
 #[test]
+fn validate_queue_affinity_names_queues_and_host_cpus() {
+    let disk = |queue_affinity: Value| json!([{"path": "/d", "id": "a", "queue_affinity": queue_affinity}]);
+    let pin =
+        |queue: u16, host_cpus: &[usize]| json!({"queue_index": queue, "host_cpus": host_cpus});
+    validate(&with("disks", disk(json!([])))).unwrap();
+    validate(&with("disks", disk(json!([pin(0, &[0, 1023])])))).unwrap();
+    let refused = |pins: Value| match fault("disks", disk(pins)) {
+        ValidationError::Device { device, fault } if device == "disk a" => fault,
+        other => panic!("{other}"),
+    };
+    assert_eq!(
+        refused(json!([pin(1, &[0])])),
+        DeviceFault::AffinityQueue {
+            queue_index: 1,
+            num_queues: 1
+        }
+    );
+    assert_eq!(
+        refused(json!([pin(0, &[0]), pin(0, &[1])])),
+        DeviceFault::AffinityTwice { queue_index: 0 }
+    );
+    assert_eq!(
+        refused(json!([pin(0, &[])])),
+        DeviceFault::AffinityEmpty { queue_index: 0 }
+    );
+    assert_eq!(
+        refused(json!([pin(0, &[1024])])),
+        DeviceFault::AffinityHostCpu {
+            queue_index: 0,
+            host_cpu: 1024,
+            max: 1023
+        }
+    );
+}
+
+#[test]
 fn validate_vsock_needs_an_address_of_a_guest_and_a_path() {
     for cid in [0, 1, 2, u32::MAX] {
         assert!(matches!(
@@ -651,8 +687,8 @@ fn validate_what_is_not_built_is_refused_by_name() {
         ("disks", json!([{"vhost_user": true}]), "disks.vhost_user"),
         (
             "disks",
-            json!([{"path": "/d", "queue_affinity": [{"queue_index": 0, "host_cpus": [1]}]}]),
-            "disks.queue_affinity",
+            json!([{"path": "/d", "backing_files": true}]),
+            "disks.backing_files",
         ),
         ("net", json!([{"iommu": true}]), "net.iommu"),
         (

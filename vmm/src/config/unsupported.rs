@@ -98,12 +98,6 @@ fn disk(disk: &DiskConfig) -> Vec<String> {
             "disks.rate_limiter_config",
             disk.rate_limiter_config.is_some(),
         ),
-        asked(
-            "disks.queue_affinity",
-            disk.queue_affinity
-                .as_ref()
-                .is_some_and(|pinned| !pinned.is_empty()),
-        ),
         asked("disks.backing_files", disk.backing_files),
         asked("disks.image_type other than raw", !raw),
     ]

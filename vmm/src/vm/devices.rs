@@ -76,6 +76,12 @@ pub(super) fn disk(disk: &DiskConfig) -> Result<(Made, DiskHandle), VmError> {
         autodetect: disk.image_type.is_none(),
         lock_granularity: disk.lock_granularity,
         engine: block::EngineChoice::default(),
+        queue_affinity: disk
+            .queue_affinity
+            .iter()
+            .flatten()
+            .map(|pinned| (pinned.queue_index, pinned.host_cpus.clone()))
+            .collect(),
     })
     .map_err(|source| VmError::device(id, source))?;
     let handle = block.handle();
