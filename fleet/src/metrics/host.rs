@@ -6,7 +6,7 @@ use prometheus_client::encoding::NoLabelSet;
 use prometheus_client::metrics::MetricType;
 use strum::VariantArray as _;
 
-use super::{Labels, Out};
+use super::{Labels, Out, figures};
 use crate::agent::{PublishedState, Snapshot};
 use crate::model::Bytes;
 use crate::reservations::ReservationPhase;
@@ -22,58 +22,18 @@ pub(super) fn write(out: &mut Out<'_>, snapshot: &Snapshot) -> fmt::Result {
         labels
     };
     let ledger = &host.ledger;
-    let books: [(&str, &str, Bytes); 10] = [
-        (
-            "ch_host_memory_usable_bytes",
-            "Memory that may be handed out",
-            ledger.usable,
-        ),
-        (
-            "ch_host_memory_available_bytes",
-            "Available memory above the reserve",
-            ledger.available,
-        ),
-        (
-            "ch_host_memory_reserved_bytes",
-            "Memory that is never handed out",
-            ledger.reserved,
-        ),
-        (
-            "ch_host_memory_promised_bytes",
-            "Memory promised to VMs that are not there yet",
-            ledger.promised,
-        ),
-        (
-            "ch_host_memory_granted_bytes",
-            "Memory given to guests and not used yet",
-            ledger.granted,
-        ),
-        (
-            "ch_host_memory_firm_free_bytes",
-            "Memory that can be promised to a further VM",
-            ledger.firm_free,
-        ),
-        (
-            "ch_host_memory_callable_liability_bytes",
-            "Memory the guests may take back without asking",
-            ledger.callable_liability,
-        ),
-        (
-            "ch_host_memory_burst_bytes",
-            "Memory the guests call in at once but for one case in a hundred",
-            ledger.burst,
-        ),
-        (
-            "ch_host_memory_configured_bytes",
-            "Memory of all VMs",
-            ledger.configured,
-        ),
-        (
-            "ch_host_memory_resident_bytes",
-            "Host memory the VMs occupy",
-            ledger.resident,
-        ),
-    ];
+    let books = figures! {
+        "ch_host_memory_usable_bytes" "Memory that may be handed out", ledger.usable;
+        "ch_host_memory_available_bytes" "Available memory above the reserve", ledger.available;
+        "ch_host_memory_reserved_bytes" "Memory that is never handed out", ledger.reserved;
+        "ch_host_memory_promised_bytes" "Memory promised to VMs that are not there yet", ledger.promised;
+        "ch_host_memory_granted_bytes" "Memory given to guests and not used yet", ledger.granted;
+        "ch_host_memory_firm_free_bytes" "Memory that can be promised to a further VM", ledger.firm_free;
+        "ch_host_memory_callable_liability_bytes" "Memory the guests may take back without asking", ledger.callable_liability;
+        "ch_host_memory_burst_bytes" "Memory the guests call in at once but for one case in a hundred", ledger.burst;
+        "ch_host_memory_configured_bytes" "Memory of all VMs", ledger.configured;
+        "ch_host_memory_resident_bytes" "Host memory the VMs occupy", ledger.resident;
+    };
     for (name, help, bytes) in books {
         out.gauge(name, help, [(own(), bytes.0)])?;
     }

@@ -26,6 +26,12 @@ use prometheus_client::registry::Registry;
 use crate::agent::{Published, Snapshot};
 use crate::sample::RequestCounters;
 
+/// Figures in rows: name and help text, then what the figure is.
+macro_rules! figures {
+    ($($name:literal $help:literal, $figure:expr;)+) => { [$(($name, $help, $figure)),+] };
+}
+use figures;
+
 /// Labels of one series.
 type Labels = Vec<(&'static str, String)>;
 

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Labels, Out};
+use super::{Labels, Out, figures};
 use crate::agent::Status;
 
 pub(super) fn write(out: &mut Out<'_>, status: &Status) -> fmt::Result {
@@ -10,14 +10,10 @@ pub(super) fn write(out: &mut Out<'_>, status: &Status) -> fmt::Result {
         return Ok(());
     };
     let own = || -> Labels { vec![("host", status.host.name.clone())] };
-    let flags = [
-        ("ch_store_up", "Whether the store answers", store.up),
-        (
-            "ch_store_registered",
-            "Whether the host is in the store, to be found by others",
-            store.registered,
-        ),
-    ];
+    let flags = figures! {
+        "ch_store_up" "Whether the store answers", store.up;
+        "ch_store_registered" "Whether the host is in the store, to be found by others", store.registered;
+    };
     for (name, help, flag) in flags {
         out.gauge(name, help, [(own(), i64::from(flag))])?;
     }
@@ -36,18 +32,10 @@ pub(super) fn write(out: &mut Out<'_>, status: &Status) -> fmt::Result {
         "Memory promised through the store to VMs that do not run yet",
         [(own(), store.held_bytes.0)],
     )?;
-    let counts = [
-        (
-            "ch_store_leases_lost",
-            "Leases that were over before their time",
-            store.leases_lost,
-        ),
-        (
-            "ch_store_conflicts",
-            "Changes that somebody else was quicker than",
-            store.conflicts,
-        ),
-    ];
+    let counts = figures! {
+        "ch_store_leases_lost" "Leases that were over before their time", store.leases_lost;
+        "ch_store_conflicts" "Changes that somebody else was quicker than", store.conflicts;
+    };
     for (name, help, count) in counts {
         out.counter(name, help, [(own(), count)])?;
     }

@@ -77,6 +77,13 @@ impl Measured {
         *counters.calls.entry((call, name)).or_default() += 1;
         result
     }
+
+    fn count_lease<T>(
+        &self,
+        ask: impl FnOnce(&dyn Store) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        self.count(StoreCall::Lease, ask, |_| "ok")
+    }
 }
 
 impl Store for Measured {
@@ -96,27 +103,15 @@ impl Store for Measured {
     }
 
     fn grant(&self, lasts: Duration, until: Instant) -> Result<LeaseId, StoreError> {
-        self.count(
-            StoreCall::Lease,
-            |store| store.grant(lasts, until),
-            |_| "ok",
-        )
+        self.count_lease(|store| store.grant(lasts, until))
     }
 
     fn keep_alive(&self, lease: LeaseId, until: Instant) -> Result<(), StoreError> {
-        self.count(
-            StoreCall::Lease,
-            |store| store.keep_alive(lease, until),
-            |()| "ok",
-        )
+        self.count_lease(|store| store.keep_alive(lease, until))
     }
 
     fn revoke(&self, lease: LeaseId, until: Instant) -> Result<(), StoreError> {
-        self.count(
-            StoreCall::Lease,
-            |store| store.revoke(lease, until),
-            |()| "ok",
-        )
+        self.count_lease(|store| store.revoke(lease, until))
     }
 
     fn await_change(
