@@ -60,8 +60,12 @@ impl Machine<'_> {
 
     /// The kernel command line for this machine.
     pub fn full_command_line(&self) -> String {
+        let chosen = match self.kernel.contains('/') {
+            false => paths::guest_kernel_arguments(),
+            true => "",
+        };
         format!(
-            "console=ttyS0 quiet panic=-1 {} {} guest.end={} guest.run={}",
+            "console=ttyS0 quiet panic=-1 {} {chosen} {} guest.end={} guest.run={}",
             env::var("GUEST_CMDLINE_EXTRA").unwrap_or_default(),
             self.command_line,
             self.end,

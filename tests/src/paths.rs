@@ -44,25 +44,41 @@ pub fn program(name: &str) -> Result<PathBuf> {
     }
 }
 
-/// Whether a kernel without a folder is the patched one: `GUEST_KERNEL=patched` in the environment.
-pub fn guest_kernel_is_patched() -> bool {
-    env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "patched")
+/// What boots as a kernel without a folder: `GUEST_KERNEL` in the environment.
+fn guest_kernel_is(choice: &str) -> bool {
+    env::var_os("GUEST_KERNEL").is_some_and(|chosen| chosen == choice)
 }
 
-/// Whether a kernel without a folder is Debian's own: `GUEST_KERNEL=debian` in the environment.
+/// Whether a kernel without a folder is the patched one.
+pub fn guest_kernel_is_patched() -> bool {
+    guest_kernel_is("patched")
+}
+
+/// Whether a kernel without a folder is Debian's own.
 pub fn guest_kernel_is_debian() -> bool {
-    env::var_os("GUEST_KERNEL").is_some_and(|choice| choice == "debian")
+    guest_kernel_is("debian")
+}
+
+/// What a kernel without a folder needs on its command line to be the chosen one.
+pub fn guest_kernel_arguments() -> &'static str {
+    if guest_kernel_is("mainline") {
+        "page_reporting.tracker=mainline"
+    } else {
+        ""
+    }
 }
 
 /// A guest image: `initramfs.cpio.gz`, `vmlinux` or `bzImage`, one of the latter two under
-/// `patched/`, or `debian/{vmlinux,vmlinuz}`. A kernel without a folder is the stock one, or the patched one
-/// if [`guest_kernel_is_patched`], or Debian's if [`guest_kernel_is_debian`].
+/// `patched/`, or `debian/{vmlinux,vmlinuz}`. A kernel without a folder is the one that `GUEST_KERNEL` chooses:
+/// `stock`, `patched`, `mainline` (the patched one with [`guest_kernel_arguments`]) or `debian`.
 ///
 /// # Errors
 /// There is no such image.
 pub fn guest(name: &str) -> Result<PathBuf> {
     let name = match name {
-        "vmlinux" | "bzImage" if guest_kernel_is_patched() => format!("patched/{name}"),
+        "vmlinux" | "bzImage" if guest_kernel_is_patched() || guest_kernel_is("mainline") => {
+            format!("patched/{name}")
+        }
         "vmlinux" if guest_kernel_is_debian() => "debian/vmlinux".to_owned(),
         "bzImage" if guest_kernel_is_debian() => "debian/vmlinuz".to_owned(),
         name => name.to_owned(),

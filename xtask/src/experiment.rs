@@ -47,6 +47,9 @@ struct Common {
     /// How the guests give freed memory back
     #[arg(long, value_enum)]
     reporting: Reporting,
+    /// Kernel of the guests [default: stock, and patched for bitmap]
+    #[arg(long, value_enum)]
+    kernel: Option<KernelChoice>,
     /// Smallest block that guests report, 4 KiB << ORDER [default: the kernel's own, 9]
     #[arg(long, value_parser = clap::value_parser!(u32).range(0..=10))]
     order: Option<u32>,
@@ -157,10 +160,10 @@ pub(crate) fn run(experiment: &Experiment) -> Result<ExitCode> {
         Surroundings {
             memory: host,
             icount: common.icount,
-            kernel: match common.reporting {
+            kernel: common.kernel.unwrap_or(match common.reporting {
                 Reporting::Bitmap => KernelChoice::Patched,
                 Reporting::Off | Reporting::Mainline => KernelChoice::Stock,
-            },
+            }),
             timeout: common.timeout,
             profile: Some(common.profile.clone()),
             share: Some(out.clone()),

@@ -69,8 +69,12 @@ enum Command {
 
 #[derive(Debug, Subcommand)]
 enum GuestCommand {
-    /// Build target/guest/{stock,patched}/{vmlinux,bzImage} and initramfs.cpio.gz
-    Build,
+    /// Make kernels and an initramfs in target/guest
+    Build {
+        /// Which kernels
+        #[arg(value_enum, default_values = ["stock", "patched"])]
+        kernels: Vec<guest::Wanted>,
+    },
     /// Create a kernel tree with one commit per patch of the series
     Apply(guest::tree::Options),
     /// Write the commits of such a tree back as the series
@@ -100,7 +104,9 @@ fn main() -> ExitCode {
         Command::Guest(GuestCommand::Kunit(options)) => guest::kunit::run(&options),
         Command::Guest(GuestCommand::Sanitize(options)) => guest::sanitize::run(&options),
         Command::Guest(GuestCommand::Check(options)) => guest::check::run(&options),
-        Command::Guest(GuestCommand::Build) => guest::build_all().map(|()| ExitCode::SUCCESS),
+        Command::Guest(GuestCommand::Build { kernels }) => {
+            guest::build_kernels(&kernels).map(|()| ExitCode::SUCCESS)
+        }
         Command::Testbed(command) => testbed::run(command),
         Command::Demo(options) => demo::run(&options),
         Command::Bench(options) => bench::run(options),

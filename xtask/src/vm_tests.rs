@@ -19,7 +19,8 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 
 use crate::process::{self, Tie};
-use crate::{test_programs, testbed};
+use crate::test_programs;
+use crate::testbed::{self, KernelChoice};
 
 /// A test that fails slowly: to boot and to answer have two minutes each, and some tests boot
 /// twice.
@@ -30,6 +31,8 @@ const MACHINES_MAX: u32 = 3;
 const LANES_MAX: usize = 4;
 /// How the names of those tests begin that boot what a distribution has made.
 const DISTRIBUTIONS: &str = "debian_";
+/// What tests boot that name no kernel: the one of ours that is built for all tests.
+const KERNEL: KernelChoice = KernelChoice::Mainline;
 /// Memory of an emulated host: with less it has no page of 1 GiB to give.
 const HOST_MEMORY: &str = "5G";
 
@@ -50,7 +53,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         // Once, before several testbeds look for it at the same time.
         testbed::prepare_distributions()?;
     }
-    let lanes = if testbed::emulates(&options.profile)? {
+    let lanes = if testbed::emulates(&options.profile, KERNEL)? {
         let processors = thread::available_parallelism().map_or(1, usize::from);
         processors.min(LANES_MAX)
     } else {
@@ -218,6 +221,7 @@ fn run_in_one_machine(
     let mut command = Command::new(this);
     command
         .args(["testbed", "run", "--memory", HOST_MEMORY])
+        .args(["--kernel", KERNEL.name()])
         .args(needs_distributions(&*left).then_some("--distributions"))
         .args(["--profile", &options.profile, "--"])
         .arg(program)

@@ -124,11 +124,12 @@ pub(crate) const STEPS: &[Step] = &[
         &[Shared, Vmm, Tests],
         "cargo build {test programs}",
     ),
+    // One kernel for all steps.
     guests(
         "guest",
         &[],
         &[GuestPatches, Tests, Xtask],
-        "cargo xtask guest build",
+        "cargo xtask guest build patched",
     ),
     // The patched kernel with QEMU as its host: nothing is built.
     beside(guests(
@@ -165,7 +166,12 @@ pub(crate) const STEPS: &[Step] = &[
         &[Shared, Fleet, Tests, Xtask],
         "cargo xtask fleet-store",
     )),
-    beside(guests("vm bench", BUILT, MEASURED, "cargo xtask bench")),
+    beside(guests(
+        "vm bench",
+        BUILT,
+        MEASURED,
+        "cargo xtask bench --kernel mainline",
+    )),
     // The agent's page in Chromium, its metrics and rules in Prometheus, its host in placement.
     beside(host(
         "fleet page",
@@ -178,7 +184,7 @@ pub(crate) const STEPS: &[Step] = &[
         "experiment",
         BUILT,
         MEASURED,
-        "cargo xtask experiment overcommit --reporting mainline --scale 0.1 --max 5 --expect 4 --timeout 900",
+        "cargo xtask experiment overcommit --reporting mainline --kernel mainline --scale 0.1 --max 5 --expect 4 --timeout 900",
     )),
     beside(host(
         "guest core",
@@ -191,6 +197,13 @@ pub(crate) const STEPS: &[Step] = &[
         &[],
         &[Shared, Vmm, Fleet],
         "cargo test --workspace --doc",
+    )),
+    // The unit tests of the series are in the kernel that all tests boot.
+    beside(guests(
+        "kunit",
+        &["guest"],
+        &[GuestPatches, Xtask],
+        "cargo xtask guest kunit",
     )),
     // Builds nothing that the guests' step has not built.
     beside(guests(

@@ -24,7 +24,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 
 use super::cache::Lock;
-use super::make::{Objects, copy_tree, quiet};
+use super::make::{Objects, quiet};
 use super::series::Contents;
 use super::source::{self, Source};
 use crate::paths;
@@ -140,16 +140,6 @@ impl BuildTree {
     /// The objects of a configuration that has none in common with the test kernels.
     pub(super) fn separate_objects(&self, name: &str) -> Objects {
         self.objects_in(name, None)
-    }
-
-    /// The objects of another configuration, which start as a copy of the test kernels'.
-    pub(super) fn objects(&self, name: &str) -> Result<Objects> {
-        let dir = self.dir.join(name);
-        let main = self.dir.join(MAIN);
-        if !dir.exists() && main.exists() {
-            copy_tree(&main, &dir)?;
-        }
-        Ok(self.objects_in(name, None))
     }
 }
 

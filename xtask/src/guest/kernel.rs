@@ -1,5 +1,5 @@
-//! The two test kernels: Debian's kernel source with our configuration, and the same with
-//! our patch series.
+//! The test kernels: Debian's kernel source with our configuration, and the same with our patch series and its unit tests.
+//! Tests need the second one alone; benchmarks compare both.
 //!
 //! ```text
 //! cache/workshop-SOURCE/main/   objects of both, kept: the second kernel builds from the first
@@ -37,10 +37,8 @@ pub(super) struct Kernel {
     /// Empty for the stock kernel.
     series: Series,
     fragment: String,
-    /// The tree of objects; without a name the one of stock and patched kernel.
+    /// The tree of objects; without a name the one of stock and patched kernel, with which it shares nothing.
     objects: Option<&'static str>,
-    /// Whether that tree shares nothing with the test kernels' objects.
-    from_nothing: bool,
     expected_steps: usize,
     key: String,
 }
@@ -63,58 +61,33 @@ impl Kernel {
             },
             fragment: FRAGMENT.into(),
             objects: None,
-            from_nothing: false,
             expected_steps: EXPECTED_STEPS,
             key,
         })
     }
 
-    /// With the patch series, its options on; `None` while there is no patch in it.
-    pub(super) fn patched() -> Result<Option<Self>> {
-        let series = Series::read()?;
-        if series.is_empty() {
-            return Ok(None);
-        }
-        Self::with_series("Patched test kernel", series, patched_fragment()?, None).map(Some)
-    }
-
-    /// The patched kernel with the unit tests of the series; `None` if it has none.
-    pub(super) fn kunit() -> Result<Option<Self>> {
-        let series = Series::read()?;
-        let path = series::folder().join("config/kunit.config");
-        if series.is_empty() || !path.exists() {
-            return Ok(None);
-        }
-        let tests =
-            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-        let fragment = format!("{}\n{tests}", patched_fragment()?);
-        Self::with_series("Kernel with unit tests", series, fragment, Some("kunit")).map(Some)
+    /// With the patch series: its options and its unit tests, which the kernel's command line can enable.
+    pub(super) fn patched() -> Result<Self> {
+        let ours = fragments(&["patched", "kunit"])?;
+        let fragment = format!("{FRAGMENT}\n{ours}");
+        Self::with_series("Patched test kernel", fragment, None)
     }
 
     /// The patched kernel, small, with one kind of checking compiled in
-    /// (`config/KIND.config` over `config/sanitize.config`); `None` while there is no patch.
-    pub(super) fn sanitized(kind: &'static str) -> Result<Option<Self>> {
-        let series = Series::read()?;
-        if series.is_empty() {
-            return Ok(None);
-        }
-        let parts = ["sanitize", "patched", kind].map(|name| {
-            let path = series::folder().join(format!("config/{name}.config"));
-            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
-        });
-        let fragment = parts.into_iter().collect::<Result<Vec<_>>>()?.join("\n");
-        let mut kernel = Self::with_series("Checking kernel", series, fragment, Some(kind))?;
-        kernel.from_nothing = true;
+    /// (`config/KIND.config` over `config/sanitize.config`).
+    pub(super) fn sanitized(kind: &'static str) -> Result<Self> {
+        let fragment = fragments(&["sanitize", "patched", kind])?;
+        let mut kernel = Self::with_series("Checking kernel", fragment, Some(kind))?;
         kernel.expected_steps = SMALL_STEPS;
-        Ok(Some(kernel))
+        Ok(kernel)
     }
 
     fn with_series(
         what: &'static str,
-        series: Series,
         fragment: String,
         objects: Option<&'static str>,
     ) -> Result<Self> {
+        let series = Series::read()?;
         let source = Source::base()?;
         let key = key(&[
             &source.key,
@@ -129,7 +102,6 @@ impl Kernel {
             series,
             fragment,
             objects,
-            from_nothing: false,
             expected_steps: EXPECTED_STEPS,
             key,
         })
@@ -149,18 +121,6 @@ impl Kernel {
             }
         }
         self.publish(&done, dir)
-    }
-
-    /// Brings `dir` up to date if that needs no build; returns whether it is.
-    pub(super) fn take_if_built(&self, dir: &Path) -> Result<bool> {
-        if self.is_published(dir) {
-            return Ok(true);
-        }
-        let done = paths::cache()?.join(format!("kernel-{}", self.key));
-        if done.exists() {
-            self.publish(&done, dir)?;
-        }
-        Ok(done.exists())
     }
 
     /// The source from which [`Kernel::build`] takes the kernel, if not from a compiler.
@@ -202,8 +162,7 @@ impl Kernel {
         tree.put(&contents)?;
         let objects = match self.objects {
             None => tree.main_objects(),
-            Some(name) if self.from_nothing => tree.separate_objects(name),
-            Some(name) => tree.objects(name)?,
+            Some(name) => tree.separate_objects(name),
         };
         objects.configure(&self.fragment)?;
         let targets = ["vmlinux", "bzImage"];
@@ -224,11 +183,13 @@ impl Kernel {
     }
 }
 
-/// The configuration of the patched kernel: the stock kernel's and what the series brings.
-fn patched_fragment() -> Result<String> {
-    let path = series::folder().join("config/patched.config");
-    let ours = fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-    Ok(format!("{FRAGMENT}\n{ours}"))
+/// Parts of a configuration, from `guest-patches/config`.
+fn fragments(names: &[&str]) -> Result<String> {
+    let parts = names.iter().map(|name| {
+        let path = series::folder().join(format!("config/{name}.config"));
+        fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+    });
+    Ok(parts.collect::<Result<Vec<_>>>()?.join("\n"))
 }
 
 #[cfg(test)]

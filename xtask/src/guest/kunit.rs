@@ -29,14 +29,11 @@ pub(crate) struct Options {
 
 /// Builds the kernel, runs the tests and shows what became of them.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
-    let Some(kernel) = Kernel::kunit()? else {
-        println!("guest-patches has no series or no config/kunit.config: nothing to test");
-        return Ok(ExitCode::SUCCESS);
-    };
-    let dir = paths::guest().join("kunit");
-    kernel.build(&dir)?;
-    let mut command_line =
-        String::from("console=ttyS0 panic=-1 no_timer_check kunit_shutdown=poweroff");
+    let dir = paths::guest().join("patched");
+    Kernel::patched()?.build(&dir)?;
+    let mut command_line = String::from(
+        "console=ttyS0 panic=-1 no_timer_check kunit.enable=1 kunit_shutdown=poweroff",
+    );
     if let Some(filter) = &options.filter {
         command_line.push_str(&format!(" kunit.filter_glob={filter}"));
     }

@@ -55,7 +55,6 @@ pub(crate) struct Artefacts {
     /// The initramfs of kernels whose drivers are built in.
     pub(crate) initramfs: PathBuf,
     pub(crate) stock: Option<Built>,
-    /// The patched kernel's, if there is one.
     pub(crate) patched: Option<Built>,
     pub(crate) debian: Option<Unpacked>,
     /// What [`Artefacts::add_distributions`] has made: names under `/guest`, and the files.
@@ -78,23 +77,27 @@ pub(crate) struct Unpacked {
     pub(crate) initramfs: PathBuf,
 }
 
-/// Which kernels must be there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// A kernel that must be there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Wanted {
-    /// Debian's binary kernel: nothing is compiled.
+    /// Debian's binary kernel for cloud guests, with its modules; nothing is compiled
     Debian,
-    /// The stock kernel; the patched one if somebody has built it already.
+    /// Debian's source, compiled with our small configuration
     Stock,
-    /// Stock and patched, as far as there is a patch series.
-    Both,
+    /// The same with the series in guest-patches
+    Patched,
 }
 
 impl Artefacts {
+    /// The kernel of ours: the stock one if there are both.
+    pub(crate) fn ours(&self) -> Option<&Built> {
+        self.stock.as_ref().or(self.patched.as_ref())
+    }
+
     /// A kernel and the initramfs that goes with it.
     pub(crate) fn bootable(&self) -> Option<(&PathBuf, &PathBuf)> {
-        let stock = self.stock.as_ref();
         let debian = self.debian.as_ref();
-        stock
+        self.ours()
             .map(|kernel| (&kernel.vmlinux, &self.initramfs))
             .or_else(|| debian.map(|kernel| (&kernel.vmlinux, &kernel.initramfs)))
     }
@@ -108,9 +111,9 @@ impl Artefacts {
     /// What `/guest` of a testbed has: a name there and the file here.
     pub(crate) fn files(&self) -> Vec<(&str, &PathBuf)> {
         let mut files = vec![("initramfs.cpio.gz", &self.initramfs)];
-        if let Some(stock) = &self.stock {
-            files.push(("vmlinux", &stock.vmlinux));
-            files.push(("bzImage", &stock.bzimage));
+        if let Some(ours) = self.ours() {
+            files.push(("vmlinux", &ours.vmlinux));
+            files.push(("bzImage", &ours.bzimage));
         }
         if let Some(patched) = &self.patched {
             files.push(("patched/vmlinux", &patched.vmlinux));
@@ -129,41 +132,55 @@ impl Artefacts {
 
 /// Builds what is missing or out of date.
 pub(crate) fn build(wanted: Wanted) -> Result<Artefacts> {
-    let guest = paths::guest();
-    let mut stock = None;
-    if wanted != Wanted::Debian {
-        let dir = guest.join("stock");
-        Kernel::stock()?.build(&dir)?;
-        stock = Some(Built {
-            vmlinux: dir.join("vmlinux"),
-            bzimage: dir.join("bzImage"),
-        });
-    }
+    let stock = (wanted == Wanted::Stock)
+        .then(|| built(&Kernel::stock()?, "stock"))
+        .transpose()?;
+    let patched = (wanted == Wanted::Patched)
+        .then(|| built(&Kernel::patched()?, "patched"))
+        .transpose()?;
     let initramfs = common_initramfs()?;
+    let debian = (wanted == Wanted::Debian)
+        .then(|| unpacked(debian::CLOUD, "debian", &initramfs))
+        .transpose()?;
     Ok(Artefacts {
-        stock,
-        patched: patched(wanted)?,
-        debian: match wanted {
-            Wanted::Debian => Some(unpacked(debian::CLOUD, "debian", &initramfs)?),
-            Wanted::Stock | Wanted::Both => None,
-        },
         initramfs,
+        stock,
+        patched,
+        debian,
         distributions: Vec::new(),
     })
 }
 
-/// `cargo xtask guest build`: both kernels, and what of them came from a cache.
-pub(crate) fn build_all() -> Result<()> {
-    for (kernel, folder) in [
-        (Some(Kernel::stock()?), "stock"),
-        (Kernel::patched()?, "patched"),
-    ] {
-        let Some(kernel) = kernel else { continue };
-        if let Some(place) = kernel.cached(&paths::guest().join(folder))? {
+/// Makes Debian's kernels of several series, and a disk with Debian on it.
+pub(crate) fn build_distributions() -> Result<()> {
+    distributions::publish(&common_initramfs()?).map(drop)
+}
+
+fn built(kernel: &Kernel, folder: &str) -> Result<Built> {
+    let dir = paths::guest().join(folder);
+    kernel.build(&dir)?;
+    Ok(Built {
+        vmlinux: dir.join("vmlinux"),
+        bzimage: dir.join("bzImage"),
+    })
+}
+
+/// Makes the kernels, with an initramfs, and prints which of them came from a cache.
+pub(crate) fn build_kernels(kernels: &[Wanted]) -> Result<()> {
+    for &wanted in kernels {
+        let ours = match wanted {
+            Wanted::Debian => None,
+            Wanted::Stock => Some((Kernel::stock()?, "stock")),
+            Wanted::Patched => Some((Kernel::patched()?, "patched")),
+        };
+        if let Some((kernel, folder)) = ours
+            && let Some(place) = kernel.cached(&paths::guest().join(folder))?
+        {
             println!("cache: {}: {}", kernel.what(), place.display());
         }
+        build(wanted)?;
     }
-    build(Wanted::Both).map(drop)
+    Ok(())
 }
 
 /// Makes sure that the Debian packages are there which [`build`] needs for [`Wanted::Debian`].
@@ -191,27 +208,4 @@ fn unpacked(packages: &[&str], folder: &str, initramfs: &std::path::Path) -> Res
         vmlinux: dir.join("vmlinux"),
         initramfs: dir.join("initramfs.cpio.gz"),
     })
-}
-
-fn patched(wanted: Wanted) -> Result<Option<Built>> {
-    if wanted == Wanted::Debian {
-        return Ok(None);
-    }
-    let dir = paths::guest().join("patched");
-    let Some(kernel) = Kernel::patched()? else {
-        if wanted == Wanted::Both {
-            eprintln!("No patched kernel: guest-patches/series lists no patch");
-        }
-        return Ok(None);
-    };
-    if wanted == Wanted::Both {
-        kernel.build(&dir)?;
-    } else if !kernel.take_if_built(&dir)? {
-        eprintln!("The patched kernel is not built (cargo xtask guest build): left out");
-        return Ok(None);
-    }
-    Ok(Some(Built {
-        vmlinux: dir.join("vmlinux"),
-        bzimage: dir.join("bzImage"),
-    }))
 }

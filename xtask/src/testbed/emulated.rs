@@ -155,11 +155,11 @@ struct HostKernel {
 }
 
 impl HostKernel {
-    /// Debian's for guests with Debian's, so that nothing has to be compiled; else the stock one.
+    /// Debian's for guests with Debian's, so that nothing has to be compiled; else ours.
     fn of(job: &Job) -> Result<Self> {
-        if let Some(stock) = &job.artefacts.stock {
+        if let Some(ours) = job.artefacts.ours() {
             return Ok(Self {
-                kernel: stock.vmlinux.clone(),
+                kernel: ours.vmlinux.clone(),
                 modules: None,
             });
         }

@@ -109,11 +109,13 @@ pub(crate) enum KernelChoice {
     Stock,
     /// The same with the series in guest-patches
     Patched,
+    /// The patched one, told to track free memory as mainline does: all that most tests need is one kernel
+    Mainline,
 }
 
 impl KernelChoice {
     /// For the environment variable `GUEST_KERNEL`.
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         self.into()
     }
 
@@ -122,7 +124,7 @@ impl KernelChoice {
         match self {
             Self::Debian => Wanted::Debian,
             Self::Stock => Wanted::Stock,
-            Self::Patched => Wanted::Both,
+            Self::Patched | Self::Mainline => Wanted::Patched,
         }
     }
 }
@@ -217,9 +219,6 @@ fn run_job(options: Options) -> Result<Outcome> {
     if options.distributions {
         artefacts.add_distributions()?;
     }
-    if options.kernel == KernelChoice::Patched && artefacts.patched.is_none() {
-        bail!("--kernel patched: there is no patch series yet");
-    }
     let bins = if options.are_built {
         bins::built(&options.profile, &options.programs)
     } else {
@@ -251,15 +250,15 @@ pub(crate) fn build_programs(profile: &str) -> Result<()> {
     bins::build(profile, &[]).map(drop)
 }
 
-/// Builds what a run with `profile` needs and finds out whether it will be on an emulated host.
-pub(crate) fn emulates(profile: &str) -> Result<bool> {
-    let artefacts = guest::build(Wanted::Stock)?;
+/// Builds what a run with `profile` and this kernel needs and finds out whether it will be on an emulated host.
+pub(crate) fn emulates(profile: &str, kernel: KernelChoice) -> Result<bool> {
+    let artefacts = guest::build(kernel.wanted())?;
     Ok(!kvm_boots_linux(&artefacts, &bins::build(profile, &[])?)?)
 }
 
 /// Makes what `--distributions` offers.
 pub(crate) fn prepare_distributions() -> Result<()> {
-    guest::build(Wanted::Stock)?.add_distributions()
+    guest::build_distributions()
 }
 
 fn kvm_boots_linux(artefacts: &Artefacts, bins: &[PathBuf]) -> Result<bool> {
