@@ -23,6 +23,7 @@ mod size;
 mod stress;
 mod sys;
 mod tool;
+mod vsock;
 mod workload;
 
 use std::process::ExitCode;

@@ -1,11 +1,11 @@
 //! The few system calls of an init that std does not offer, with their errors as `io::Error`.
 #![allow(unsafe_code)]
-// UNSAFETY: mount, reboot, waitpid, chroot and ioctl have no safe wrapper in std.
+// UNSAFETY: mount, reboot, waitpid, chroot, ioctl and AF_VSOCK have no safe wrapper in std.
 
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{self, Read as _};
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::ptr;
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
@@ -166,6 +166,62 @@ pub(crate) fn loopback_up() -> io::Result<()> {
         let result = check(libc::ioctl(socket, libc::SIOCSIFFLAGS, &raw const request));
         libc::close(socket);
         result.map(drop)
+    }
+}
+
+/// A stream socket of the family that connects a guest to its host.
+fn vsock_socket() -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC;
+    // SAFETY: socket takes no pointer, and nobody else owns the new descriptor.
+    unsafe {
+        let fd = check(libc::socket(libc::AF_VSOCK, kind, 0))?;
+        Ok(OwnedFd::from_raw_fd(fd))
+    }
+}
+
+fn vsock_address(cid: u32, port: u32) -> (libc::sockaddr_vm, libc::socklen_t) {
+    // SAFETY: a structure of integers, for all of which zero is a value.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = cid;
+    address.svm_port = port;
+    (address, size_of::<libc::sockaddr_vm>() as libc::socklen_t)
+}
+
+/// Listens on a port for programs of the host.
+pub(crate) fn vsock_listen(port: u32) -> io::Result<OwnedFd> {
+    const BACKLOG: libc::c_int = 128;
+    let socket = vsock_socket()?;
+    let (address, bytes) = vsock_address(libc::VMADDR_CID_ANY, port);
+    // SAFETY: `address` is initialised and `bytes` long, and is only read during the call.
+    unsafe {
+        let fd = socket.as_raw_fd();
+        check(libc::bind(fd, (&raw const address).cast(), bytes))?;
+        check(libc::listen(fd, BACKLOG))?;
+    }
+    Ok(socket)
+}
+
+/// Connects to a port of the host.
+pub(crate) fn vsock_connect(port: u32) -> io::Result<OwnedFd> {
+    let socket = vsock_socket()?;
+    let (address, bytes) = vsock_address(libc::VMADDR_CID_HOST, port);
+    // SAFETY: as in `vsock_listen`.
+    check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), bytes) })?;
+    Ok(socket)
+}
+
+/// Waits for the next connection.
+pub(crate) fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
+    // SAFETY: accept4 may be called without room for the address; nobody else owns the new descriptor.
+    unsafe {
+        let fd = check(libc::accept4(
+            listener.as_raw_fd(),
+            ptr::null_mut(),
+            ptr::null_mut(),
+            libc::SOCK_CLOEXEC,
+        ))?;
+        Ok(OwnedFd::from_raw_fd(fd))
     }
 }
 

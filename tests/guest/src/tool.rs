@@ -5,7 +5,7 @@ use std::io::BufReader;
 
 use crate::mem::Region;
 use crate::serve::{Server, allocation};
-use crate::{disk, disk_bench, net_bench, size, stress, sys, workload};
+use crate::{disk, disk_bench, net_bench, size, stress, sys, vsock, workload};
 
 const USAGE: &str = "usage:
   guest-mem touch --bytes SIZE [--pattern SEED] [--huge default|always|never] [--hold]
@@ -14,7 +14,8 @@ const USAGE: &str = "usage:
   guest-mem workload page_fault1|page_fault2|churn|remove|build --tasks N --rounds N [--bytes SIZE]
   guest-mem stress --seconds N --seed N --bytes SIZE [--threads N] [--without NAME]…
   guest-mem disk-bench read|write PATH --block SIZE --requests N [--threads N] [--random SEED]
-  guest-mem net-bench send|receive|ask ADDRESS:PORT --amount N";
+  guest-mem net-bench send|receive|ask ADDRESS:PORT --amount N
+  guest-mem vsock listen PORT | connect PORT --bytes SIZE --seed SEED";
 
 /// Runs one subcommand.
 pub(crate) fn run(args: &[String]) -> Result<(), String> {
@@ -33,6 +34,7 @@ pub(crate) fn run(args: &[String]) -> Result<(), String> {
         ["build-step", path, bytes] => workload::build_step(path, size::parse(bytes)?),
         ["disk-bench", arguments @ ..] => disk_bench::run(arguments),
         ["net-bench", arguments @ ..] => net_bench::run(arguments),
+        ["vsock", arguments @ ..] => vsock::run(arguments),
         ["serve"] => {
             let mut input = std::io::stdin().lock();
             let mut output = std::io::stdout().lock();

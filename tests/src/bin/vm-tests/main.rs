@@ -18,6 +18,7 @@ mod patched;
 mod power;
 mod promises;
 mod stress;
+mod vsock;
 mod zones;
 
 use std::process::ExitCode;
@@ -60,6 +61,7 @@ fn main() -> ExitCode {
         devices::tests(),
         hotplug::tests(),
         network::tests(),
+        vsock::tests(),
         balloon::tests(),
         stress::tests(),
         zones::tests(),
