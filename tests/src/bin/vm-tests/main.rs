@@ -14,6 +14,7 @@ mod fleet;
 mod hotplug;
 mod life;
 mod network;
+mod operator;
 mod patched;
 mod power;
 mod promises;
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
         devices::tests(),
         hotplug::tests(),
         network::tests(),
+        operator::tests(),
         vsock::tests(),
         balloon::tests(),
         stress::tests(),

@@ -28,9 +28,9 @@ const GUEST_PORT: u32 = 1024;
 /// The port to which the guest connects.
 const HOST_PORT: u32 = 2048;
 /// Several times what the device buffers for a connection.
-const TRANSFER_BYTES: usize = 2 << 20;
+const TRANSFER_BYTES: usize = 512 << 10;
 /// At the same time, in each direction.
-const STREAMS: usize = 8;
+const STREAMS: usize = 4;
 /// For what Linux does in its own time, and for a transfer under emulation.
 const GUEST_DEADLINE: Duration = Duration::from_secs(120);
 
@@ -38,7 +38,7 @@ const GUEST_DEADLINE: Duration = Duration::from_secs(120);
 fn listen(guest: &mut Guest) -> Result<()> {
     guest
         .shell(&format!(
-            "guest-mem vsock listen {GUEST_PORT} > /dev/null 2>&1 &"
+            "guest-mem vsock listen {GUEST_PORT} > /dev/null 2> /tmp/vsock &"
         ))
         .map(drop)
 }
@@ -77,11 +77,13 @@ fn exchange_from_host(mut stream: BufReader<UnixStream>, salt: usize) -> Result<
         let writing = scope.spawn({
             let data = &data;
             move || -> Result<()> {
-                writer.write_all(data)?;
+                writer.write_all(data).context("writing to the guest")?;
                 Ok(writer.shutdown(Shutdown::Write)?)
             }
         });
-        stream.read_to_end(&mut back)?;
+        stream
+            .read_to_end(&mut back)
+            .context("reading from the guest")?;
         writing.join().expect("the thread does not panic")
     })?;
     let count = back.split_off(data.len().min(back.len()));
@@ -159,7 +161,10 @@ fn vsock_streams_carry_data_both_ways_and_each_way_ends_alone() -> Result<Outcom
     ensure!(refused.ends_with("sh 1"), "nobody listens: {refused}");
 
     listen(&mut guest)?;
-    streams_from_host(&socket)?;
+    if let Err(error) = streams_from_host(&socket) {
+        guest.shell("cat /tmp/vsock")?;
+        return Err(error.context(guest.serial.last_words()));
+    }
     let listener = UnixListener::bind(port_of_the_host(&socket))?;
     streams_from_guest(&mut guest, &listener)?;
 
