@@ -39,15 +39,15 @@ pub use device_facts::{
 pub use endpoints::{API_PREFIX, Endpoint, Method, Origin};
 pub use error::{ErrorBody, chain_report, error_chain};
 pub use event::{Event, EventTimestamp};
-pub use hinting::{HintingAction, HintingReport, HintingStatus, VmBalloonHinting};
-pub use hotplug::VmRemoveDevice;
+pub use hinting::*;
+pub use hotplug::*;
 pub use info::{DeviceNode, PciDeviceInfo, VmCounters, VmInfo, VmState, VmmPingResponse};
 pub use reclaim::{
     GuestSample, LastBatch, LatencyBucket, LatencySummary, ReclaimPath, ReclaimStats,
     ZoneReporting, ZoneResidency,
 };
-pub use reporting::{ReportNow, ReportingAction, ReportingStatus, VmBalloonReporting};
-pub use resize::{VmResize, VmResizeDisk};
+pub use reporting::*;
+pub use resize::*;
 pub use scale::scale_bytes;
 pub use thresholds::{
     AlertChange, AlertDirection, AlertRule, AlertStatus, ReclaimThresholds,

@@ -5,8 +5,8 @@
 //! `reclaim-thresholds` and `balloon-hinting` are ours.
 
 mod args;
+mod command;
 mod reclaim_table;
-mod request;
 mod units;
 mod watch;
 
@@ -20,9 +20,9 @@ use anyhow::{Context, Result};
 use api::{Client, HintingReport, ReclaimStats, to_ascii_json};
 use clap::Parser;
 
-use args::{Arguments, BalloonHintingAction, BalloonReportingAction, Command, OutputFormat};
+use args::Arguments;
+use command::{BalloonHintingAction, BalloonReportingAction, Command, OutputFormat, Request};
 use reclaim_table::Sample;
-use request::Request;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use api::{Client, ClientError, ReclaimStats, error_chain};
 
-use crate::args::ReclaimStatsArguments;
+use crate::command::ReclaimStatsArguments;
 use crate::reclaim_table::Sample;
 
 /// How long one sample may take.
