@@ -142,7 +142,7 @@ mod tests {
                 "vm tests"
             ]
         );
-        let guest_only = ["guest", "qemu tests", "guest core", "guest series"];
+        let guest_only = ["guest", "qemu tests", "guest core", "kunit", "guest series"];
         let mut vmm_not = guest_only.to_vec();
         vmm_not.extend(["fleet store", "fleet page"]);
         for file in ["virtio-devices/src/lib.rs", "machine/src/lib.rs"] {
@@ -160,6 +160,7 @@ mod tests {
                 "vm bench",
                 "experiment",
                 "guest core",
+                "kunit",
                 "guest series",
                 "vm tests"
             ]
@@ -177,6 +178,7 @@ mod tests {
                 "fleet page",
                 "guest core",
                 "doc tests",
+                "kunit",
                 "guest series"
             ]
         );
