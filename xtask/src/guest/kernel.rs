@@ -185,10 +185,7 @@ impl Kernel {
 
 /// Parts of a configuration, from `guest-patches/config`.
 fn fragments(names: &[&str]) -> Result<String> {
-    let parts = names.iter().map(|name| {
-        let path = series::folder().join(format!("config/{name}.config"));
-        fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
-    });
+    let parts = names.iter().map(|name| series::config(name));
     Ok(parts.collect::<Result<Vec<_>>>()?.join("\n"))
 }
 

@@ -41,7 +41,7 @@ mod stress_ng;
 pub(crate) mod tree;
 mod variant;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
@@ -54,8 +54,8 @@ use kernel::Kernel;
 pub(crate) struct Artefacts {
     /// The initramfs of kernels whose drivers are built in.
     pub(crate) initramfs: PathBuf,
-    pub(crate) stock: Option<Built>,
-    pub(crate) patched: Option<Built>,
+    /// The kernel that was compiled; without one there is Debian's.
+    pub(crate) ours: Option<Built>,
     pub(crate) debian: Option<Unpacked>,
     /// What [`Artefacts::add_distributions`] has made: names under `/guest`, and the files.
     distributions: Vec<(String, PathBuf)>,
@@ -64,6 +64,7 @@ pub(crate) struct Artefacts {
 /// A kernel of ours in its two forms.
 #[derive(Debug, Clone)]
 pub(crate) struct Built {
+    is_patched: bool,
     pub(crate) vmlinux: PathBuf,
     pub(crate) bzimage: PathBuf,
 }
@@ -88,17 +89,24 @@ pub(crate) enum Wanted {
     Patched,
 }
 
-impl Artefacts {
-    /// The kernel of ours: the stock one if there are both.
-    pub(crate) fn ours(&self) -> Option<&Built> {
-        self.stock.as_ref().or(self.patched.as_ref())
+impl Wanted {
+    /// The kernel if it has to be compiled, and its folder.
+    fn compiled(self) -> Result<Option<(Kernel, PathBuf)>> {
+        let (kernel, folder) = match self {
+            Self::Debian => return Ok(None),
+            Self::Stock => (Kernel::stock()?, "stock"),
+            Self::Patched => (Kernel::patched()?, "patched"),
+        };
+        Ok(Some((kernel, paths::guest().join(folder))))
     }
+}
 
+impl Artefacts {
     /// A kernel and the initramfs that goes with it.
     pub(crate) fn bootable(&self) -> Option<(&PathBuf, &PathBuf)> {
         let debian = self.debian.as_ref();
-        self.ours()
-            .map(|kernel| (&kernel.vmlinux, &self.initramfs))
+        let ours = self.ours.as_ref();
+        ours.map(|kernel| (&kernel.vmlinux, &self.initramfs))
             .or_else(|| debian.map(|kernel| (&kernel.vmlinux, &kernel.initramfs)))
     }
 
@@ -111,11 +119,11 @@ impl Artefacts {
     /// What `/guest` of a testbed has: a name there and the file here.
     pub(crate) fn files(&self) -> Vec<(&str, &PathBuf)> {
         let mut files = vec![("initramfs.cpio.gz", &self.initramfs)];
-        if let Some(ours) = self.ours() {
+        if let Some(ours) = &self.ours {
             files.push(("vmlinux", &ours.vmlinux));
             files.push(("bzImage", &ours.bzimage));
         }
-        if let Some(patched) = &self.patched {
+        if let Some(patched) = self.ours.as_ref().filter(|ours| ours.is_patched) {
             files.push(("patched/vmlinux", &patched.vmlinux));
             files.push(("patched/bzImage", &patched.bzimage));
         }
@@ -132,20 +140,17 @@ impl Artefacts {
 
 /// Builds what is missing or out of date.
 pub(crate) fn build(wanted: Wanted) -> Result<Artefacts> {
-    let stock = (wanted == Wanted::Stock)
-        .then(|| built(&Kernel::stock()?, "stock"))
-        .transpose()?;
-    let patched = (wanted == Wanted::Patched)
-        .then(|| built(&Kernel::patched()?, "patched"))
-        .transpose()?;
+    let ours = match wanted.compiled()? {
+        Some((kernel, folder)) => Some(built(wanted, &kernel, &folder)?),
+        None => None,
+    };
     let initramfs = common_initramfs()?;
     let debian = (wanted == Wanted::Debian)
         .then(|| unpacked(debian::CLOUD, "debian", &initramfs))
         .transpose()?;
     Ok(Artefacts {
         initramfs,
-        stock,
-        patched,
+        ours,
         debian,
         distributions: Vec::new(),
     })
@@ -156,25 +161,20 @@ pub(crate) fn build_distributions() -> Result<()> {
     distributions::publish(&common_initramfs()?).map(drop)
 }
 
-fn built(kernel: &Kernel, folder: &str) -> Result<Built> {
-    let dir = paths::guest().join(folder);
-    kernel.build(&dir)?;
+fn built(wanted: Wanted, kernel: &Kernel, folder: &Path) -> Result<Built> {
+    kernel.build(folder)?;
     Ok(Built {
-        vmlinux: dir.join("vmlinux"),
-        bzimage: dir.join("bzImage"),
+        is_patched: wanted == Wanted::Patched,
+        vmlinux: folder.join("vmlinux"),
+        bzimage: folder.join("bzImage"),
     })
 }
 
 /// Makes the kernels, with an initramfs, and prints which of them came from a cache.
 pub(crate) fn build_kernels(kernels: &[Wanted]) -> Result<()> {
     for &wanted in kernels {
-        let ours = match wanted {
-            Wanted::Debian => None,
-            Wanted::Stock => Some((Kernel::stock()?, "stock")),
-            Wanted::Patched => Some((Kernel::patched()?, "patched")),
-        };
-        if let Some((kernel, folder)) = ours
-            && let Some(place) = kernel.cached(&paths::guest().join(folder))?
+        if let Some((kernel, folder)) = wanted.compiled()?
+            && let Some(place) = kernel.cached(&folder)?
         {
             println!("cache: {}: {}", kernel.what(), place.display());
         }
@@ -199,7 +199,7 @@ pub(crate) fn common_initramfs() -> Result<PathBuf> {
 }
 
 /// The kernel of the first of these Debian packages as guests boot it, in `target/guest/FOLDER`.
-fn unpacked(packages: &[&str], folder: &str, initramfs: &std::path::Path) -> Result<Unpacked> {
+fn unpacked(packages: &[&str], folder: &str, initramfs: &Path) -> Result<Unpacked> {
     let kernel = DebianKernel::fetch(packages, |_, _| ())?;
     let dir = paths::guest().join(folder);
     debian::publish(&kernel, initramfs, &dir)?;

@@ -142,6 +142,12 @@ pub(super) fn folder() -> PathBuf {
     paths::workspace().join("guest-patches")
 }
 
+/// One of the kernel configurations beside the series.
+pub(super) fn config(name: &str) -> Result<String> {
+    let path = folder().join(format!("config/{name}.config"));
+    fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+}
+
 impl Series {
     /// Reads the series; one that is not there is empty.
     pub(super) fn read() -> Result<Self> {

@@ -1,9 +1,7 @@
 //! Configurations of the small kernel that the prefixes of the series are checked with
 //! (`guest-patches/config/check.config`), and which of the series' own options a prefix has.
 
-use std::fs;
-
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use strum::VariantArray as _;
 
 use super::cache::key;
@@ -63,13 +61,9 @@ pub(super) struct Files {
 
 impl Files {
     pub(super) fn read() -> Result<Self> {
-        let read = |name: &str| {
-            let path = series::folder().join("config").join(name);
-            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
-        };
         Ok(Self {
-            small: read("check.config")?,
-            ours: read("patched.config")?,
+            small: series::config("check")?,
+            ours: series::config("patched")?,
         })
     }
 

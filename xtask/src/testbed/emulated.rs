@@ -157,7 +157,7 @@ struct HostKernel {
 impl HostKernel {
     /// Debian's for guests with Debian's, so that nothing has to be compiled; else ours.
     fn of(job: &Job) -> Result<Self> {
-        if let Some(ours) = job.artefacts.ours() {
+        if let Some(ours) = &job.artefacts.ours {
             return Ok(Self {
                 kernel: ours.vmlinux.clone(),
                 modules: None,
