@@ -110,6 +110,7 @@ mod tests {
         "state/",
         "test-docs/",
         "test-server/",
+        "chart/",
         "test-skip/",
         "tests/",
         "virtio-devices/",

@@ -30,7 +30,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     // The server is for its fake VMMs, which only tests have.
-    ("fleet", &["api", "device-facts", "test-server"]),
+    ("fleet", &["api", "chart", "device-facts", "test-server"]),
     ("cloud-hypervisor", &["api", "vmm"]),
     ("ch-remote", &["api"]),
     ("ch-fleet", &["api", "fleet"]),
@@ -39,12 +39,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
         "integration-tests",
         &[
             "api",
+            "chart",
             "device-facts",
             "test-server",
             "test-skip",
             "virtio-devices",
         ],
     ),
+    ("chart", &[]),
     ("test-docs", &[]),
     ("test-server", &[]),
     ("test-skip", &[]),

@@ -1,7 +1,8 @@
 //! Reports an outcome as a table, a chart or JSON.
 
-use std::fmt::{self, Write};
+use std::fmt;
 
+use chart::{Frame, Sheet};
 use serde::Serialize;
 use strum::VariantArray as _;
 
@@ -9,7 +10,7 @@ use crate::model::HostState;
 
 use super::outcome::{CheckFault, Run, faults};
 use super::scenario::{ManagerKind, Scenario};
-use super::{Capacity, FleetOutcome};
+use super::{Capacity, FleetOutcome, Point};
 
 /// Everything that came out of a scenario.
 #[derive(Clone, Debug, Serialize)]
@@ -159,79 +160,52 @@ impl fmt::Display for Report {
 }
 
 const WIDTH: f64 = 900.0;
-const PANEL: f64 = 160.0;
 const LEFT: f64 = 60.0;
+const TOP: f64 = 70.0;
+/// Height of a panel, and from one to the next.
+const PANEL: f64 = 160.0;
+const STEP: f64 = 210.0;
 const COLOURS: [&str; 5] = ["#0b7285", "#c92a2a", "#e67700", "#5f3dc4", "#495057"];
+
+type Figure = fn(&Point) -> f64;
+
+const PANELS: [(&str, Figure); 3] = [
+    ("resident, GiB", |point| point.resident_gib),
+    ("in balloons, GiB", |point| point.ballooned_gib),
+    ("stalled guests, %", |point| 100.0 * point.stalled),
+];
 
 /// A plot of the runs' first hosts: occupied memory, balloons, and stalled guests, one line a manager.
 pub fn svg(title: &str, runs: &[Run]) -> String {
-    let mut text = String::new();
-    let height = 3.0 * (PANEL + 40.0) + 60.0;
-    // Writing to a String cannot fail.
-    let _ = writeln!(
-        text,
-        r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {height}" font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/><text x="{LEFT}" y="20" font-size="15">{}</text>"#,
-        WIDTH + LEFT + 20.0,
-        escape(title)
-    );
-    for (number, run) in runs.iter().enumerate() {
-        let _ = writeln!(
-            text,
-            r#"<text x="{}" y="40" fill="{}">{}</text>"#,
-            LEFT + number as f64 * 150.0,
-            COLOURS[number % COLOURS.len()],
-            run.manager.name()
-        );
-    }
-    type Figure = fn(&super::Point) -> f64;
-    let panels: [(&str, Figure); 3] = [
-        ("resident, GiB", |point| point.resident_gib),
-        ("in balloons, GiB", |point| point.ballooned_gib),
-        ("stalled guests, %", |point| 100.0 * point.stalled),
-    ];
-    for (number, (name, figure)) in panels.into_iter().enumerate() {
-        let top = 60.0 + number as f64 * (PANEL + 40.0);
-        panel(&mut text, name, top, runs, figure);
-    }
-    text.push_str("</svg>\n");
-    text
-}
-
-fn panel(text: &mut String, name: &str, top: f64, runs: &[Run], figure: fn(&super::Point) -> f64) {
+    let (width, height) = (LEFT + WIDTH + 20.0, TOP + STEP * PANELS.len() as f64);
+    let mut sheet = Sheet::new(title, LEFT, width, height);
     let points = || runs.iter().flat_map(|run| &run.outcome.points);
-    let most = points().map(figure).fold(1e-9, f64::max);
-    let last = points().map(|point| point.at_s).max().unwrap_or(1).max(1) as f64;
-    let bottom = top + PANEL;
-    let _ = writeln!(
-        text,
-        r##"<text x="{LEFT}" y="{}">{name}</text><path d="M{LEFT} {top}V{bottom}H{}" fill="none" stroke="#868e96"/><text x="4" y="{}">{most:.1}</text><text x="4" y="{bottom}">0</text><text x="{}" y="{}">{:.0} min</text>"##,
-        top - 4.0,
-        LEFT + WIDTH,
-        top + 10.0,
-        LEFT + WIDTH - 40.0,
-        bottom + 14.0,
-        last / 60.0
-    );
-    for (number, run) in runs.iter().enumerate() {
-        let line: Vec<String> = run
-            .outcome
-            .points
-            .iter()
-            .map(|point| {
-                let x = LEFT + WIDTH * point.at_s as f64 / last;
-                let y = bottom - PANEL * figure(point) / most;
-                format!("{x:.1},{y:.1}")
-            })
-            .collect();
-        let _ = writeln!(
-            text,
-            r#"<polyline points="{}" fill="none" stroke="{}" stroke-width="1.2"/>"#,
-            line.join(" "),
-            COLOURS[number % COLOURS.len()]
+    let last = points().map(|point| point.at_s).max().unwrap_or(1).max(1);
+    for (number, (name, figure)) in PANELS.into_iter().enumerate() {
+        let frame = Frame {
+            left: LEFT,
+            top: TOP + STEP * number as f64,
+            width: WIDTH,
+            height: PANEL,
+            x_max: last as f64 / 60.0,
+            y_max: points().map(figure).fold(1e-9, f64::max),
+        };
+        sheet.label(LEFT, frame.top - 6.0, name);
+        let minutes = |minutes: f64| format!("{minutes:.0} min");
+        sheet.axes(&frame, minutes, |value| format!("{value:.1}"));
+        for (run, colour) in runs.iter().zip(COLOURS.iter().cycle()) {
+            let points = run.outcome.points.iter();
+            let line: Vec<_> = points.map(|p| (p.at_s as f64 / 60.0, figure(p))).collect();
+            sheet.curve(&frame, &line, colour, 1.2);
+        }
+    }
+    for (number, (run, colour)) in runs.iter().zip(COLOURS.iter().cycle()).enumerate() {
+        sheet.legend(
+            LEFT + number as f64 * 150.0,
+            46.0,
+            colour,
+            run.manager.name(),
         );
     }
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;")
+    sheet.svg()
 }
