@@ -3,7 +3,7 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use fleet::admission::{HostBooks, Request};
+use fleet::admission::{HostHeadroom, Request};
 use fleet::config::Config;
 use fleet::model::*;
 use fleet::placement::{HostCapacity, place};
@@ -67,14 +67,14 @@ fn placements(criterion: &mut Criterion) {
         .map(|n| HostCapacity {
             id: format!("host{n}"),
             schema: HostCapacity::SCHEMA,
-            books: HostBooks {
+            headroom: HostHeadroom {
                 ledger: Ledger {
                     usable: Bytes::gib(100),
                     available: Bytes::gib(n % 60),
                     firm_free: Bytes::gib(n % 60),
                     ..Ledger::default()
                 },
-                ..HostBooks::default()
+                ..HostHeadroom::default()
             },
             ..HostCapacity::default()
         })

@@ -202,7 +202,7 @@ fn lines(picture: &FleetPicture) -> Vec<HostLine> {
             host: host.host.clone(),
             there: host.is_there(),
             draining: host.drain.is_some(),
-            books: host.capacity(NOW_MS).books,
+            headroom: host.capacity(NOW_MS).headroom,
             facts_age_ms: record.facts_age_ms,
             version: record.version,
             generation: record.generation,

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 
-use fleet::admission::HostBooks;
+use fleet::admission::HostHeadroom;
 use fleet::model::Bytes;
 use fleet::placement::{Moves, StayReason};
 use serde::Serialize;
@@ -22,7 +22,8 @@ pub(crate) struct HostLine {
     pub(crate) there: bool,
     pub(crate) draining: bool,
     /// With what was asked of it since it wrote them.
-    pub(crate) books: HostBooks,
+    #[serde(rename = "books")]
+    pub(crate) headroom: HostHeadroom,
     /// Age of its figures when it wrote them, ms.
     pub(crate) facts_age_ms: u64,
     pub(crate) version: String,
@@ -65,7 +66,7 @@ pub(crate) fn hosts(out: &mut dyn Write, hosts: &[HostLine]) -> io::Result<()> {
         "HOST                 STATE  VMS AVAIL USABLE PROMISED  FIRM ASKED  HELD NOTE"
     )?;
     for line in hosts {
-        let ledger = &line.books.ledger;
+        let ledger = &line.headroom.ledger;
         let count = |name: &str| line.lines.get(name).copied().unwrap_or(0);
         let note = match (line.there, line.draining) {
             (true, false) => "",
@@ -77,7 +78,7 @@ pub(crate) fn hosts(out: &mut dyn Write, hosts: &[HostLine]) -> io::Result<()> {
             "{:<20} {:<6} {:>3} {:>#5} {:>#6} {:>#8} {:>#5} {:>5} {:>5} {note}",
             clip(&line.host, 20),
             if line.there {
-                line.books.state.name()
+                line.headroom.state.name()
             } else {
                 "-"
             },

@@ -34,7 +34,7 @@ impl Request {
 
 /// The host's data for admission.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct HostBooks {
+pub struct HostHeadroom {
     /// The ledger.
     pub ledger: Ledger,
     /// The host's state.
@@ -113,18 +113,22 @@ pub enum Remedy {
 ///
 /// # Errors
 /// [`Refusal`] with all obstacles and remedies.
-pub fn admit(request: &Request, books: &HostBooks, config: &Config) -> Result<Admission, Refusal> {
-    let ledger = &books.ledger;
+pub fn admit(
+    request: &Request,
+    headroom: &HostHeadroom,
+    config: &Config,
+) -> Result<Admission, Refusal> {
+    let ledger = &headroom.ledger;
     let needed = request.needs(config);
     let free = ledger.firm_free - config.newcomers_leave(ledger.usable);
-    let obstacles = obstacles(request, books, needed, free, config);
+    let obstacles = obstacles(request, headroom, needed, free, config);
     if obstacles.is_empty() {
         return Ok(Admission {
             promise: needed,
             left: free - needed,
         });
     }
-    let remedies = remedies(request, books, needed, free, &obstacles, config);
+    let remedies = remedies(request, headroom, needed, free, &obstacles, config);
     Err(Refusal {
         needed,
         free,
@@ -135,12 +139,12 @@ pub fn admit(request: &Request, books: &HostBooks, config: &Config) -> Result<Ad
 
 fn obstacles(
     request: &Request,
-    books: &HostBooks,
+    headroom: &HostHeadroom,
     needed: Bytes,
     free: Bytes,
     config: &Config,
 ) -> Vec<Obstacle> {
-    let ledger = &books.ledger;
+    let ledger = &headroom.ledger;
     let mut obstacles = Vec::new();
     let most = ledger.usable - config.newcomers_leave(ledger.usable);
     let largest = ledger.usable.scale(config.admission.overcommit_max);
@@ -151,8 +155,8 @@ fn obstacles(
     } else if needed > free {
         obstacles.push(Obstacle::Short(needed - free));
     }
-    if books.state > HostState::Yellow {
-        obstacles.push(Obstacle::State(books.state));
+    if headroom.state > HostState::Yellow {
+        obstacles.push(Obstacle::State(headroom.state));
     }
     let allowed = config.admission.overcommit_max;
     let would_be = (ledger.configured + ledger.promised + request.max).ratio(ledger.usable);
@@ -164,13 +168,13 @@ fn obstacles(
 
 fn remedies(
     request: &Request,
-    books: &HostBooks,
+    headroom: &HostHeadroom,
     needed: Bytes,
     free: Bytes,
     obstacles: &[Obstacle],
     config: &Config,
 ) -> Vec<Remedy> {
-    let ledger = &books.ledger;
+    let ledger = &headroom.ledger;
     let over = obstacles.iter().find_map(|obstacle| match obstacle {
         Obstacle::Overcommit { would_be, .. } => Some(*would_be),
         _ => None,
@@ -190,15 +194,15 @@ fn remedies(
     {
         return Vec::new();
     }
-    let recover = if books.state > HostState::Yellow {
+    let recover = if headroom.state > HostState::Yellow {
         ledger.usable.part(config.thresholds.orange.leave) - ledger.available
     } else {
         Bytes::ZERO
     };
     let missing = (needed - free).max(recover);
     let mut remedies = Vec::new();
-    if books.freeable >= missing && books.freeable_soon > Bytes::ZERO {
-        let reactions = missing.ratio(books.freeable_soon).ceil().max(1.0);
+    if headroom.freeable >= missing && headroom.freeable_soon > Bytes::ZERO {
+        let reactions = missing.ratio(headroom.freeable_soon).ceil().max(1.0);
         remedies.push(Remedy::Wait {
             for_bytes: missing,
             about: Millis((reactions * config.control.react.0 as f64) as u64),

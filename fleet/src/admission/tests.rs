@@ -4,8 +4,8 @@ use proptest::prelude::*;
 
 use super::*;
 
-fn books(firm_free_gib: u64) -> HostBooks {
-    HostBooks {
+fn headroom(firm_free_gib: u64) -> HostHeadroom {
+    HostHeadroom {
         ledger: Ledger {
             usable: Bytes::gib(100),
             available: Bytes::gib(firm_free_gib + 5),
@@ -14,7 +14,7 @@ fn books(firm_free_gib: u64) -> HostBooks {
             firm_free: Bytes::gib(firm_free_gib),
             ..Ledger::default()
         },
-        ..HostBooks::default()
+        ..HostHeadroom::default()
     }
 }
 
@@ -27,18 +27,18 @@ fn request(min_gib: u64, max_gib: u64) -> Request {
 
 #[test]
 fn vm_with_room_is_admitted_on_its_minimum() {
-    let admission = admit(&request(4, 8), &books(20), &Config::default()).unwrap();
+    let admission = admit(&request(4, 8), &headroom(20), &Config::default()).unwrap();
     assert_eq!(admission.promise, Bytes::gib(4));
     assert_eq!(admission.left, Bytes::gib(6));
 }
 
 #[test]
 fn refusal_says_what_is_missing_and_what_would_help() {
-    let mut books = books(13);
-    books.freeable = Bytes::gib(10);
-    books.freeable_soon = Bytes::gib(1);
-    books.ledger.promised = Bytes::gib(2);
-    let refusal = admit(&request(4, 8), &books, &Config::default()).unwrap_err();
+    let mut headroom = headroom(13);
+    headroom.freeable = Bytes::gib(10);
+    headroom.freeable_soon = Bytes::gib(1);
+    headroom.ledger.promised = Bytes::gib(2);
+    let refusal = admit(&request(4, 8), &headroom, &Config::default()).unwrap_err();
     assert_eq!(refusal.obstacles, [Obstacle::Short(Bytes::gib(1))]);
     assert_eq!(
         refusal.remedies,
@@ -61,18 +61,18 @@ fn refusal_says_what_is_missing_and_what_would_help() {
 
 #[test]
 fn tight_host_admits_nothing_however_small() {
-    let mut books = books(50);
-    books.state = HostState::Orange;
-    let refusal = admit(&request(1, 1), &books, &Config::default()).unwrap_err();
+    let mut headroom = headroom(50);
+    headroom.state = HostState::Orange;
+    let refusal = admit(&request(1, 1), &headroom, &Config::default()).unwrap_err();
     assert_eq!(refusal.obstacles, [Obstacle::State(HostState::Orange)]);
     assert!(!refusal.remedies.is_empty());
 }
 
 #[test]
 fn overcommit_has_a_limit_that_memory_does_not_lift() {
-    let mut books = books(80);
-    books.ledger.configured = Bytes::gib(398);
-    let refusal = admit(&request(1, 4), &books, &Config::default()).unwrap_err();
+    let mut headroom = headroom(80);
+    headroom.ledger.configured = Bytes::gib(398);
+    let refusal = admit(&request(1, 4), &headroom, &Config::default()).unwrap_err();
     assert_eq!(
         refusal.remedies,
         [Remedy::RaiseOvercommit(4.02), Remedy::Shrink(Bytes::gib(2))]
@@ -81,20 +81,20 @@ fn overcommit_has_a_limit_that_memory_does_not_lift() {
 
 #[test]
 fn vm_larger_than_the_host_is_told_so() {
-    let refusal = admit(&request(101, 101), &books(80), &Config::default()).unwrap_err();
+    let refusal = admit(&request(101, 101), &headroom(80), &Config::default()).unwrap_err();
     assert_eq!(refusal.obstacles, [Obstacle::TooLarge(Bytes::gib(90))]);
     assert!(refusal.to_string().contains("Nothing would make it fit"));
 }
 
 #[test]
 fn hundred_requests_for_ten_places_give_ten() {
-    let mut books = books(20);
+    let mut headroom = headroom(20);
     let mut admitted = 0;
     for _ in 0..100 {
-        if let Ok(admission) = admit(&request(1, 1), &books, &Config::default()) {
+        if let Ok(admission) = admit(&request(1, 1), &headroom, &Config::default()) {
             admitted += 1;
-            books.ledger.promised += admission.promise;
-            books.ledger.firm_free -= admission.promise;
+            headroom.ledger.promised += admission.promise;
+            headroom.ledger.firm_free -= admission.promise;
         }
     }
     assert_eq!(admitted, 10);
@@ -109,12 +109,12 @@ proptest! {
         let mut config = Config::default();
         config.admission.above_min = Fraction(above_min);
         let mut request = request(min, min + more);
-        if let Err(refusal) = admit(&request, &books(free), &config) {
+        if let Err(refusal) = admit(&request, &headroom(free), &config) {
             for remedy in &refusal.remedies {
                 if let Remedy::LowerMinimum(lower) = remedy {
                     // Parts are rounded down to bytes.
                     request.min = *lower - Bytes(4);
-                    prop_assert!(admit(&request, &books(free), &config).is_ok());
+                    prop_assert!(admit(&request, &headroom(free), &config).is_ok());
                 }
             }
         }
@@ -122,9 +122,9 @@ proptest! {
 
     #[test]
     fn admission_never_promises_what_is_not_there(free in 0u64..60, min in 1u64..60, more in 0u64..60) {
-        let books = books(free);
-        if let Ok(admission) = admit(&request(min, min + more), &books, &Config::default()) {
-            prop_assert!(admission.promise + admission.left <= books.ledger.firm_free);
+        let headroom = headroom(free);
+        if let Ok(admission) = admit(&request(min, min + more), &headroom, &Config::default()) {
+            prop_assert!(admission.promise + admission.left <= headroom.ledger.firm_free);
         }
     }
 }

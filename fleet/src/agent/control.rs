@@ -256,7 +256,7 @@ impl ControlLoop {
         let report = HostReport {
             ready: self.rounds.learns_for().is_none(),
             facts_age_ms: self.clock.now_ms().saturating_sub(situation.facts.at_ms),
-            books: self.promises.books(situation),
+            headroom: self.promises.headroom(situation),
             vms: self.rounds.movable(&self.config),
             held: self.promises.held_for_others(),
             refused,

@@ -10,7 +10,7 @@ use crate::agent_config::StoreFault;
 use crate::cluster::NameError;
 use crate::host::HostError;
 use crate::http::TlsError;
-use crate::reservations::BookError;
+use crate::reservations::ReservationError;
 use crate::sample::PatternError;
 
 /// Reasons why the agent does not run.
@@ -24,7 +24,7 @@ pub enum AgentError {
     Host(#[source] HostError),
     /// The reservations.
     #[error("The reservations cannot be opened")]
-    Book(#[source] BookError),
+    Book(#[source] ReservationError),
     /// The acts on VMs.
     #[error("Cannot open the list of actions on VMs")]
     Acts(#[source] io::Error),

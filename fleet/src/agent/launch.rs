@@ -14,7 +14,7 @@ use super::control::{ControlLoop, Due};
 use super::error::{AgentError, StopError};
 use super::event::Event;
 use super::host_watch::HostWatch;
-use super::lessons::LessonBook;
+use super::lessons::SavedLessons;
 use super::locks::FolderLock;
 use super::membership::Membership;
 use super::page_guard::PageGuard;
@@ -28,7 +28,7 @@ use crate::agent_config::AgentConfig;
 use crate::execute::GroupFiles;
 use crate::host::HostFiles;
 use crate::http::{Deadlines, HttpServer, Request, Response, serve_tcp, serve_unix, server_tls};
-use crate::reservations::ReservationBook;
+use crate::reservations::Reservations;
 use crate::store::Store;
 
 /// Maximum number of queued events, beyond which senders wait.
@@ -255,10 +255,10 @@ pub(super) fn assemble(
     })?;
     let host =
         HostWatch::start(&config, files, clock.now_ms(), pressed).map_err(AgentError::Host)?;
-    let book = ReservationBook::open(folder, clock.moment()).map_err(AgentError::Book)?;
+    let book = Reservations::open(folder, clock.moment()).map_err(AgentError::Book)?;
     let acts = Acts::open(folder, &files.proc).map_err(AgentError::Acts)?;
-    let books = (acts, LessonBook::open(folder));
-    let rounds = VmRounds::new(&config, files.proc.clone(), (clock, serve), books)
+    let saved = (acts, SavedLessons::open(folder));
+    let rounds = VmRounds::new(&config, files.proc.clone(), (clock, serve), saved)
         .map_err(AgentError::Pattern)?;
     Ok(ControlLoop {
         file,

@@ -33,7 +33,7 @@ struct Saved {
 
 /// Lessons by VM.
 #[derive(Debug, Default)]
-pub(super) struct LessonBook {
+pub(super) struct SavedLessons {
     path: PathBuf,
     /// This start of the machine.
     boot: String,
@@ -41,7 +41,7 @@ pub(super) struct LessonBook {
     changed: bool,
 }
 
-impl LessonBook {
+impl SavedLessons {
     /// Opens the lessons in `state_dir`. Without a readable file, everything is learned again.
     pub(super) fn open(state_dir: &Path) -> Self {
         let path = state_dir.join("lessons.json");
@@ -125,10 +125,10 @@ mod tests {
             turns_ms: vec![5, 6],
             ..Lessons::default()
         };
-        let mut book = LessonBook::open(folder.path());
+        let mut book = SavedLessons::open(folder.path());
         book.enter(&vm, PROCESS, lessons.clone());
         book.save(|_| true).unwrap();
-        let mut next = LessonBook::open(folder.path());
+        let mut next = SavedLessons::open(folder.path());
         assert_eq!(next.of(&vm, PROCESS), lessons);
         assert_eq!(next.of(&vm, None), lessons);
         let other = PROCESS.map(|process| ProcessIdentity {
@@ -137,7 +137,7 @@ mod tests {
         });
         assert_eq!(next.of(&vm, other), Lessons::default());
         next.save(|_| false).unwrap();
-        let last = LessonBook::open(folder.path());
+        let last = SavedLessons::open(folder.path());
         assert_eq!(last.of(&vm, PROCESS), Lessons::default());
     }
 
@@ -149,7 +149,7 @@ mod tests {
             turns_ms: vec![turn_ms],
             ..Lessons::default()
         };
-        let mut book = LessonBook::open(folder.path());
+        let mut book = SavedLessons::open(folder.path());
         book.enter(&vm, PROCESS, lessons(5));
         book.enter(&vm, None, lessons(6));
         assert_eq!(book.of(&vm, PROCESS), lessons(6));
@@ -159,7 +159,7 @@ mod tests {
     fn lessons_that_cannot_be_read_are_learned_anew() {
         let folder = tempfile::TempDir::new().unwrap();
         fs::write(folder.path().join("lessons.json"), "{").unwrap();
-        let book = LessonBook::open(folder.path());
+        let book = SavedLessons::open(folder.path());
         assert_eq!(book.of(&VmId::from("a"), PROCESS), Lessons::default());
     }
 }

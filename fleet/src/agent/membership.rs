@@ -14,7 +14,7 @@ use super::event::Event;
 use super::status::StoreStatus;
 use super::store_link::{StoreHealth, StoreLink};
 use crate::agent_config::{AgentConfig, StoreSection};
-use crate::cluster::{HeldPromise, Keys, Member};
+use crate::cluster::{HeldReservation, Keys, Member};
 use crate::model::Bytes;
 use crate::store::Store;
 
@@ -69,7 +69,11 @@ impl Membership {
     }
 
     /// The store as this host knows it; `waiting` are reservations of VMs that were placed here and do not run yet.
-    pub(super) fn status(&self, section: &StoreSection, waiting: &[HeldPromise]) -> StoreStatus {
+    pub(super) fn status(
+        &self,
+        section: &StoreSection,
+        waiting: &[HeldReservation],
+    ) -> StoreStatus {
         let health = self.health.lock().clone();
         let age = health.good.map(|good| {
             let age = Instant::now().saturating_duration_since(good);

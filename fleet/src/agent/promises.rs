@@ -11,12 +11,12 @@ use super::journal::Journal;
 use super::request::{ConfirmRequest, ReleaseRequest, ReserveAnswer, ReserveRequest};
 use super::rounds::VmRounds;
 use super::status::ReservationStatus;
-use crate::admission::{Admission, HostBooks, Obstacle, Refusal, Request as Wanted, admit};
+use crate::admission::{Admission, HostHeadroom, Obstacle, Refusal, Request as Wanted, admit};
 use crate::agent_config::AgentConfig;
-use crate::cluster::{HeldPromise, RemoteReservation, StoreView};
+use crate::cluster::{HeldReservation, RemoteReservation, StoreView};
 use crate::http::{Request, Response};
 use crate::model::{Bytes, HostFacts, Ledger};
-use crate::reservations::{BookError, Reservation, ReservationBook, ReservationPhase};
+use crate::reservations::{Reservation, ReservationError, ReservationPhase, Reservations};
 
 /// Maximum length of a VM's name.
 const NAME_BYTES_MAX: usize = 256;
@@ -98,7 +98,7 @@ struct Waiting {
 /// All reservations of this host.
 #[derive(Debug)]
 pub(super) struct Promises {
-    book: ReservationBook,
+    book: Reservations,
     clock: Clock,
     counts: AdmissionCounts,
     /// By name.
@@ -106,7 +106,7 @@ pub(super) struct Promises {
 }
 
 impl Promises {
-    pub(super) fn new(book: ReservationBook, clock: Clock) -> Self {
+    pub(super) fn new(book: Reservations, clock: Clock) -> Self {
         Self {
             book,
             clock,
@@ -269,12 +269,12 @@ impl Promises {
     }
 
     /// Remote reservations whose VM does not run yet.
-    pub(super) fn held_for_others(&self) -> Vec<HeldPromise> {
+    pub(super) fn held_for_others(&self) -> Vec<HeldReservation> {
         self.book
             .entries()
             .iter()
             .filter(|entry| entry.remote && entry.phase != ReservationPhase::Running)
-            .map(|entry| HeldPromise {
+            .map(|entry| HeldReservation {
                 id: entry.id.clone(),
                 vm: entry.vm.clone(),
                 max: entry.configured,
@@ -285,7 +285,7 @@ impl Promises {
     }
 
     /// The ledger for admission: with the whole size of pending VMs.
-    pub(super) fn books(&self, situation: Situation<'_>) -> HostBooks {
+    pub(super) fn headroom(&self, situation: Situation<'_>) -> HostHeadroom {
         let mut ledger = self.ledger(situation);
         // Admission counts reservations towards all memory; pending VMs may grow larger than that.
         let unseen = self
@@ -295,9 +295,9 @@ impl Promises {
             .filter(|entry| !entry.huge_pages && situation.rounds.seen(&entry.vm).is_none());
         let unseen: Bytes = unseen.map(|entry| entry.configured).sum();
         ledger.configured += unseen - ledger.promised;
-        HostBooks {
+        HostHeadroom {
             ledger,
-            ..situation.rounds.plan().books()
+            ..situation.rounds.plan().headroom()
         }
     }
 
@@ -359,7 +359,11 @@ impl Promises {
 
     /// Decides by the ledger of the host's memory.
     fn admit(&mut self, wanted: &Wanted, situation: Situation<'_>) -> Result<Admission, Refused> {
-        let verdict = admit(wanted, &self.books(situation), &situation.config.planning);
+        let verdict = admit(
+            wanted,
+            &self.headroom(situation),
+            &situation.config.planning,
+        );
         match &verdict {
             Ok(_) => self.counts.count("admitted", "ok"),
             Err(refusal) => self.counts.count("refused", reason_of(refusal)),
@@ -558,11 +562,11 @@ fn reason_of(refusal: &Refusal) -> &'static str {
     }
 }
 
-fn book_error(error: &BookError) -> Response {
+fn book_error(error: &ReservationError) -> Response {
     let status = match error {
-        BookError::Held { .. } | BookError::Full => 409,
-        BookError::Unknown { .. } => 404,
-        BookError::Save(_) => 500,
+        ReservationError::Held { .. } | ReservationError::Full => 409,
+        ReservationError::Unknown { .. } => 404,
+        ReservationError::Save(_) => 500,
     };
     Response::error(status, &api::error_chain(error))
 }

@@ -10,14 +10,16 @@ use super::DecisionCounts;
 use super::acts::Acts;
 use super::clock::Clock;
 use super::journal::Journal;
-use super::lessons::LessonBook;
+use super::lessons::SavedLessons;
 use super::locks::VmLock;
 use super::vms::{Direction, StartRefusal, Vm, Vms};
 use crate::agent_config::AgentConfig;
 use crate::execute::{Executor, GroupFiles, Order, Settled};
 use crate::model::{Bytes, HostFacts, HugePool, InForce, Interlock, Inventory, Ledger, VmId};
 use crate::placement::MovableVm;
-use crate::planner::{Action, ActionKind, Block, Plan, PlannerMemory, Present, books, plan};
+use crate::planner::{
+    Action, ActionKind, Block, Plan, PlannerMemory, Present, current_ledger, plan,
+};
 use crate::reservations::SeenVm;
 use crate::sample::{Discovery, Found, PatternError, RequestCounters, SocketOwners, VmReading};
 use crate::worker::{OrderDone, VmEvent, VmEventKind, VmWorker, WorkerOptions};
@@ -70,7 +72,7 @@ pub(super) struct VmRounds {
     serve: Serve,
     vms: Vms,
     acts: Acts,
-    lessons: LessonBook,
+    lessons: SavedLessons,
     memory: PlannerMemory,
     plan: Arc<Plan>,
     executor: Executor,
@@ -82,7 +84,7 @@ impl VmRounds {
         config: &AgentConfig,
         proc: PathBuf,
         (clock, serve): (Clock, Serve),
-        (acts, lessons): (Acts, LessonBook),
+        (acts, lessons): (Acts, SavedLessons),
     ) -> Result<Self, PatternError> {
         let memory = PlannerMemory {
             state_since_ms: clock.now_ms(),
@@ -223,7 +225,7 @@ impl VmRounds {
     ) -> Ledger {
         let wanted = Vec::new();
         let inventory = self.inventory(config, facts, Claims { promised, wanted });
-        books(&inventory, &config.planning, &self.plan, &self.memory)
+        current_ledger(&inventory, &config.planning, &self.plan, &self.memory)
     }
 
     /// Makes the next plan and hands over the actions that are allowed now.

@@ -155,7 +155,7 @@ impl Worker {
 
     fn round(&mut self) {
         let ask = &self.ask;
-        let result = self.member.round(&self.store, &mut |sight| ask(sight));
+        let result = self.member.round(&self.store, &mut |view| ask(view));
         let mut health = self.health.lock();
         health.counts = self.member.counts();
         health.calls = self.store.counters();

@@ -431,7 +431,7 @@ impl Vm {
         let mut sample = reading.sample;
         sample.balloon_target = self.target();
         let mut level = reading.level;
-        if lessons.told && sample.guest.is_none() {
+        if lessons.guest_reported && sample.guest.is_none() {
             // It stopped responding before this agent started: its data is out of date, not absent.
             level = level.max(FeatureLevel::L1);
             sample.guest = Some(GuestClaims {

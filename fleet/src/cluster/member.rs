@@ -10,7 +10,7 @@ use super::{
     Answer, FleetHost, FleetPicture, HostRecord, Keys, RemoteReservation, RemoteReservations,
     VmsRecord,
 };
-use crate::admission::HostBooks;
+use crate::admission::HostHeadroom;
 use crate::model::Bytes;
 use crate::placement::{HostCapacity, MovableVm};
 use crate::store::{Committed, LeaseId, Revision, Store, StoreError, Txn, Write};
@@ -42,19 +42,19 @@ pub struct HostReport {
     pub ready: bool,
     /// Age of its figures, ms.
     pub facts_age_ms: u64,
-    /// Its books, with everything in `held`.
-    pub books: HostBooks,
+    /// What it can promise, with everything in `held` counted.
+    pub headroom: HostHeadroom,
     /// Its VMs.
     pub vms: Vec<MovableVm>,
     /// Remote reservations whose VM has not started yet.
-    pub held: Vec<HeldPromise>,
+    pub held: Vec<HeldReservation>,
     /// Lines that are refused, with the reason.
     pub refused: BTreeMap<String, String>,
 }
 
 /// A reservation held for a remote client.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HeldPromise {
+pub struct HeldReservation {
     /// Id of the line.
     pub id: String,
     /// Name of the VM.
@@ -113,7 +113,7 @@ pub struct MemberCounts {
 #[derive(Clone, Debug)]
 struct LastWrite {
     at: Instant,
-    books: HostBooks,
+    headroom: HostHeadroom,
     vms: usize,
     book: RemoteReservations,
 }
@@ -174,7 +174,7 @@ impl Member {
         let Some(written) = &self.written else {
             return account.ready || self.lease.is_some();
         };
-        let (before, after) = (&written.books.ledger, &account.books.ledger);
+        let (before, after) = (&written.headroom.ledger, &account.headroom.ledger);
         let moved = before.firm_free.distance(after.firm_free);
         let held: BTreeSet<(&str, bool)> = account
             .held
@@ -188,7 +188,7 @@ impl Member {
             .filter(|entry| !matches!(entry.answer, Answer::Refused(_) | Answer::Asked))
             .map(|entry| (entry.id.as_str(), entry.answer == Answer::Starting))
             .collect();
-        written.books.state != account.books.state
+        written.headroom.state != account.headroom.state
             || moved >= after.usable.scale(TELL_PART)
             || before.configured.distance(after.configured) >= after.usable.scale(TELL_PART)
             || written.vms != account.vms.len()
@@ -307,11 +307,11 @@ impl Member {
     /// The book with the host's responses.
     fn answered(&mut self, found: &FleetHost, account: &HostReport) -> RemoteReservations {
         let now = Instant::now();
-        let mut left: Vec<&HeldPromise> = account.held.iter().collect();
+        let mut left: Vec<&HeldReservation> = account.held.iter().collect();
         let mut entries = Vec::new();
         for entry in found.book.iter().flat_map(|book| &book.entries) {
             // A line that only has the id of a promise is not answered with it.
-            let same = |held: &&HeldPromise| {
+            let same = |held: &&HeldReservation| {
                 held.id == entry.id && held.vm == entry.vm && held.max == entry.max
             };
             let held = left.iter().position(same);
@@ -359,7 +359,7 @@ impl Member {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             generation: self.generation,
             facts_age_ms: account.facts_age_ms,
-            books: account.books,
+            headroom: account.headroom,
             vms: account.vms.len(),
         };
         let vms = VmsRecord {
@@ -386,7 +386,7 @@ impl Member {
             Ok(Committed::Yes(_)) => {
                 self.written = Some(LastWrite {
                     at: Instant::now(),
-                    books: account.books,
+                    headroom: account.headroom,
                     vms: account.vms.len(),
                     book,
                 });
@@ -422,7 +422,7 @@ fn store_view(found: &FleetHost) -> StoreView {
     }
 }
 
-fn answer_of(held: &HeldPromise) -> Answer {
+fn answer_of(held: &HeldReservation) -> Answer {
     if held.starting {
         Answer::Starting
     } else {
@@ -430,7 +430,7 @@ fn answer_of(held: &HeldPromise) -> Answer {
     }
 }
 
-fn line_of(held: &HeldPromise) -> RemoteReservation {
+fn line_of(held: &HeldReservation) -> RemoteReservation {
     RemoteReservation {
         id: held.id.clone(),
         vm: held.vm.clone(),

@@ -29,7 +29,9 @@ mod records;
 #[cfg(test)]
 mod tests;
 
-pub use member::{HeldPromise, HostReport, Member, MemberCounts, MemberError, Round, StoreView};
+pub use member::{
+    HeldReservation, HostReport, Member, MemberCounts, MemberError, Round, StoreView,
+};
 pub use picture::{FleetHost, FleetPicture};
 pub use placer::{PlaceError, PlaceRefusal, Placed, Placer, Wanted};
 pub use records::{

@@ -48,13 +48,13 @@ impl FleetHost {
             at_ms: now_ms.saturating_sub(record.facts_age_ms),
             schema: self.schema.unwrap_or_default(),
             draining: self.drain.is_some(),
-            books: record.books,
+            headroom: record.headroom,
         };
         let entries = self.book.iter().flat_map(|book| &book.entries);
         for entry in entries.filter(|entry| entry.answer == Answer::Asked) {
             capacity.book(entry.promise);
             // The ledger counts reservations towards the configured memory already.
-            capacity.books.ledger.configured += entry.max - entry.promise;
+            capacity.headroom.ledger.configured += entry.max - entry.promise;
         }
         capacity
     }

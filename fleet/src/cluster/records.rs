@@ -4,7 +4,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::admission::{HostBooks, Request};
+use crate::admission::{HostHeadroom, Request};
 use crate::model::Bytes;
 use crate::placement::MovableVm;
 
@@ -115,8 +115,9 @@ pub struct HostRecord {
     pub generation: u64,
     /// Age of the figures when they were written, ms. The lease says that they are not much older than that.
     pub facts_age_ms: u64,
-    /// The books. Every line of the book of the same write that has been answered is in them.
-    pub books: HostBooks,
+    /// What admission needs to know. Every reservation of the same write that has been answered is counted.
+    #[serde(rename = "books")]
+    pub headroom: HostHeadroom,
     /// How many VMs there are.
     pub vms: usize,
 }

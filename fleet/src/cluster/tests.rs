@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::admission::{HostBooks, Request};
+use crate::admission::{HostHeadroom, Request};
 use crate::config::Config;
 use crate::model::{Bytes, Ledger};
 use crate::placement::HostRefusal;
@@ -29,7 +29,7 @@ fn keys() -> Keys {
 struct Host {
     member: Member,
     places: u64,
-    held: Vec<HeldPromise>,
+    held: Vec<HeldReservation>,
     said_no: usize,
     silent: bool,
     learning: bool,
@@ -47,8 +47,8 @@ impl Host {
         }
     }
 
-    fn account(&mut self, sight: StoreView) -> HostReport {
-        if let Some(lines) = &sight.lines {
+    fn account(&mut self, view: StoreView) -> HostReport {
+        if let Some(lines) = &view.lines {
             self.held
                 .retain(|held| held.starting || lines.contains(&held.id));
         }
@@ -56,7 +56,7 @@ impl Host {
             ready: !self.learning,
             ..HostReport::default()
         };
-        for entry in sight.asked {
+        for entry in view.asked {
             if self.held.iter().any(|held| held.id == entry.id) {
                 continue;
             }
@@ -65,7 +65,7 @@ impl Host {
                 account.refused.insert(entry.id, "full".to_owned());
                 continue;
             }
-            self.held.push(HeldPromise {
+            self.held.push(HeldReservation {
                 id: entry.id,
                 vm: entry.vm,
                 max: entry.max,
@@ -74,14 +74,14 @@ impl Host {
             });
         }
         account.held.clone_from(&self.held);
-        account.books = books(self.places, self.held.len() as u64);
+        account.headroom = headroom(self.places, self.held.len() as u64);
         account
     }
 
     fn round(&mut self, store: &MemoryStore) -> Result<Round, MemberError> {
         let mut member = std::mem::replace(&mut self.member, member("", ""));
-        let result = member.round(store, &mut |sight| {
-            (!self.silent).then(|| self.account(sight))
+        let result = member.round(store, &mut |view| {
+            (!self.silent).then(|| self.account(view))
         });
         self.member = member;
         result
@@ -96,11 +96,11 @@ fn member(name: &str, instance: &str) -> Member {
     )
 }
 
-fn books(places: u64, held: u64) -> HostBooks {
+fn headroom(places: u64, held: u64) -> HostHeadroom {
     let usable = Bytes::gib(100);
     // Admission keeps a tenth.
     let firm_free = Bytes::gib(10 + places - held);
-    HostBooks {
+    HostHeadroom {
         ledger: Ledger {
             usable,
             available: firm_free,
@@ -108,7 +108,7 @@ fn books(places: u64, held: u64) -> HostBooks {
             firm_free,
             ..Ledger::default()
         },
-        ..HostBooks::default()
+        ..HostHeadroom::default()
     }
 }
 

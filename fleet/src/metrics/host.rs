@@ -22,7 +22,7 @@ pub(super) fn write(out: &mut Out<'_>, snapshot: &Snapshot) -> fmt::Result {
         labels
     };
     let ledger = &host.ledger;
-    let books = figures! {
+    let figures_of_ledger = figures! {
         "ch_host_memory_usable_bytes" "Memory that may be handed out", ledger.usable;
         "ch_host_memory_available_bytes" "Available memory above the reserve", ledger.available;
         "ch_host_memory_reserved_bytes" "Memory that is never handed out", ledger.reserved;
@@ -34,7 +34,7 @@ pub(super) fn write(out: &mut Out<'_>, snapshot: &Snapshot) -> fmt::Result {
         "ch_host_memory_configured_bytes" "Memory of all VMs", ledger.configured;
         "ch_host_memory_resident_bytes" "Host memory the VMs occupy", ledger.resident;
     };
-    for (name, help, bytes) in books {
+    for (name, help, bytes) in figures_of_ledger {
         out.gauge(name, help, [(own(), bytes.0)])?;
     }
     let pool = &host.pool;

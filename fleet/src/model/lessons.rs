@@ -22,6 +22,7 @@ pub struct Lessons {
     pub learned_min: Bytes,
     /// When that is forgotten, ms.
     pub learned_until_ms: u64,
-    /// Whether its guest ever told of itself.
-    pub told: bool,
+    /// Whether its guest has ever reported statistics.
+    #[serde(rename = "told")]
+    pub guest_reported: bool,
 }

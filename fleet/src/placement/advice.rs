@@ -109,10 +109,10 @@ pub fn rebalance(
     config: &Config,
 ) -> Moves {
     let mut moves = Moves::default();
-    if host.books.state < HostState::Orange {
+    if host.headroom.state < HostState::Orange {
         return moves;
     }
-    let ledger = &host.books.ledger;
+    let ledger = &host.headroom.ledger;
     let goal = ledger.usable.part(config.thresholds.orange.leave);
     let mut missing = goal - (ledger.available - ledger.granted);
     let mut order: Vec<&MovableVm> = vms.iter().collect();

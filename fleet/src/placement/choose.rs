@@ -95,7 +95,7 @@ pub fn place(
         placement.fitting += 1;
         let candidate = Candidate {
             index,
-            score: host.fullness() + request.needs(config).ratio(host.books.ledger.usable),
+            score: host.fullness() + request.needs(config).ratio(host.headroom.ledger.usable),
         };
         // Each fitting host has the same chance to be among those that are compared (reservoir sampling).
         if placement.candidates.len() < wanted {
@@ -129,7 +129,7 @@ pub(super) fn fits(
     if now_ms > host.at_ms + config.admission.facts_age_max.0 {
         return Err(HostRefusal::Stale);
     }
-    match admit(request, &host.books, config) {
+    match admit(request, &host.headroom, config) {
         Ok(_) => Ok(()),
         Err(refusal) => Err(match refusal.obstacles.first() {
             Some(Obstacle::State(_)) => HostRefusal::State,

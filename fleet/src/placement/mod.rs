@@ -13,7 +13,7 @@ pub use advice::{MovableVm, Move, MoveHistory, Moves, StayReason, cool_down, dra
 pub(crate) use choose::SplitMix64;
 pub use choose::{Candidate, HostRefusal, Placement, place};
 
-use crate::admission::HostBooks;
+use crate::admission::HostHeadroom;
 use crate::model::Bytes;
 
 /// What a host publishes about itself.
@@ -27,8 +27,9 @@ pub struct HostCapacity {
     pub schema: u32,
     /// Whether it is being emptied.
     pub draining: bool,
-    /// Its books, state, and what could be freed.
-    pub books: HostBooks,
+    /// What it can promise, its state, and what could be freed.
+    #[serde(rename = "books")]
+    pub headroom: HostHeadroom,
 }
 
 impl HostCapacity {
@@ -37,15 +38,15 @@ impl HostCapacity {
 
     /// How full it is: what is used and promised, and what the guests will call in, as a part of the usable memory.
     pub fn fullness(&self) -> f64 {
-        let ledger = &self.books.ledger;
+        let ledger = &self.headroom.ledger;
         (ledger.usable - ledger.available + ledger.promised + ledger.granted + ledger.burst)
             .ratio(ledger.usable)
     }
 
     /// Books a promise, so that a series of decisions on one picture of the fleet is right.
     pub fn book(&mut self, promise: Bytes) {
-        self.books.ledger.promised += promise;
-        self.books.ledger.firm_free -= promise;
+        self.headroom.ledger.promised += promise;
+        self.headroom.ledger.firm_free -= promise;
     }
 }
 

@@ -11,7 +11,7 @@ fn host(id: &str, free_gib: u64) -> HostCapacity {
         at_ms: 1000,
         schema: HostCapacity::SCHEMA,
         draining: false,
-        books: HostBooks {
+        headroom: HostHeadroom {
             ledger: Ledger {
                 usable: Bytes::gib(100),
                 available: Bytes::gib(free_gib),
@@ -19,7 +19,7 @@ fn host(id: &str, free_gib: u64) -> HostCapacity {
                 configured: Bytes::gib(100),
                 ..Ledger::default()
             },
-            ..HostBooks::default()
+            ..HostHeadroom::default()
         },
     }
 }
@@ -60,7 +60,7 @@ fn stale_draining_tight_and_foreign_hosts_are_no_candidates() {
     let mut hosts = [host("a", 60), host("b", 60), host("c", 60), host("d", 60)];
     hosts[0].at_ms = 0;
     hosts[1].draining = true;
-    hosts[2].books.state = HostState::Red;
+    hosts[2].headroom.state = HostState::Red;
     hosts[3].schema = 2;
     for host in &mut hosts[1..] {
         host.at_ms = 16_000;
@@ -105,7 +105,7 @@ fn drain_does_not_promise_the_same_memory_twice() {
 #[test]
 fn rebalance_moves_the_smallest_vm_that_suffices() {
     let mut hot = host("hot", 9);
-    hot.books.state = HostState::Orange;
+    hot.headroom.state = HostState::Orange;
     let vms = [vm("huge", 20), vm("right", 7), vm("tiny", 1)];
     let moves = rebalance(&hot, &vms, &[host("cool", 60)], 1000, &Config::default());
     assert_eq!(ids(&moves), [("right", "cool")]);
@@ -115,14 +115,14 @@ fn rebalance_moves_the_smallest_vm_that_suffices() {
 fn rebalance_lets_yellow_hosts_and_resting_vms_alone() {
     let mut hot = host("hot", 9);
     let mut vms = [vm("one", 7)];
-    hot.books.state = HostState::Yellow;
+    hot.headroom.state = HostState::Yellow;
     let advise = |hot: &HostCapacity, vms: &[MovableVm], now_ms| {
         let mut cool = host("cool", 60);
         cool.at_ms = now_ms;
         rebalance(hot, vms, &[cool], now_ms, &Config::default())
     };
     assert!(advise(&hot, &vms, 1000).moves.is_empty());
-    hot.books.state = HostState::Orange;
+    hot.headroom.state = HostState::Orange;
     vms[0].moved = Some(MoveHistory {
         at_ms: 0,
         duration_ms: 1000,

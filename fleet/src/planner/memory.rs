@@ -141,7 +141,7 @@ impl VmMemory {
             reversals: self.reversals,
             learned_min: self.learned_min,
             learned_until_ms: self.learned_until_ms,
-            told: self.last.guest.is_some(),
+            guest_reported: self.last.guest.is_some(),
         }
     }
 

@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! facts ─► observe ─► ledger ─► state ─► urgent gives ─► takes ─► other gives ─► last resorts ─► actions
-//!          (what the   (books)   (how     (suffering)     (two phases: gives come only out of memory
+//!          (what the             (how     (suffering)     (two phases: gives come only out of memory
 //!           samples               tight)                   that is free now)
 //!           tell)
 //! ```
@@ -292,8 +292,8 @@ fn ledger(
     ))
 }
 
-/// The books as they are now, between two plans: with what the last one learned of bursts, grants and liars.
-pub fn books(
+/// The ledger as it is now, between two plans: with what the last one learned of bursts, grants and liars.
+pub fn current_ledger(
     inventory: &Inventory,
     config: &Config,
     last: &Plan,

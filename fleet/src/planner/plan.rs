@@ -6,7 +6,7 @@ use api::ReportingPolicy;
 use serde::{Deserialize, Serialize};
 
 use super::PlannerMemory;
-use crate::admission::HostBooks;
+use crate::admission::HostHeadroom;
 use crate::model::{Bytes, Fraction, HostState, Interlock, Ledger, PriorityClass, VmId};
 
 /// Targets that differ by less are the same: VMMs round them to their pages.
@@ -169,8 +169,8 @@ pub enum Block {
 
 impl Plan {
     /// The host as admission and placement see it.
-    pub fn books(&self) -> HostBooks {
-        HostBooks {
+    pub fn headroom(&self) -> HostHeadroom {
+        HostHeadroom {
             ledger: self.ledger,
             state: self.host.state,
             freeable: self.host.freeable,

@@ -16,7 +16,7 @@ const GONE_AFTER: Millis = Millis::seconds(30);
 
 /// Why a reservation was not changed.
 #[derive(Debug, Error)]
-pub enum BookError {
+pub enum ReservationError {
     /// The name is taken by another VM.
     #[error("the VM {vm:?} already has a reservation of {held}")]
     Held {
@@ -55,7 +55,7 @@ struct EntryClock {
 
 /// The reservations of a host, on disk and in memory.
 #[derive(Debug, Default)]
-pub struct ReservationBook {
+pub struct Reservations {
     path: PathBuf,
     entries: Vec<Reservation>,
     /// One for each entry.
@@ -63,14 +63,14 @@ pub struct ReservationBook {
     made: u64,
 }
 
-impl ReservationBook {
+impl Reservations {
     /// Opens the book in `state_dir`, with what it held when it was last written.
     ///
     /// # Errors
     /// There is a book and it cannot be read: starting without it would sell memory twice.
-    pub fn open(state_dir: &Path, now: Moment) -> Result<Self, BookError> {
+    pub fn open(state_dir: &Path, now: Moment) -> Result<Self, ReservationError> {
         let path = state_dir.join("reservations.json");
-        let read = read(&path, now).map_err(BookError::Save)?;
+        let read = read(&path, now).map_err(ReservationError::Save)?;
         let clock = |(entry, times)| {
             let seen_ms = now.ms;
             (entry, EntryClock { times, seen_ms })
@@ -111,7 +111,7 @@ impl ReservationBook {
         huge_pages: bool,
         owner_uid: u32,
         (now, hold): (Moment, Millis),
-    ) -> Result<Reservation, BookError> {
+    ) -> Result<Reservation, ReservationError> {
         if let Some(held) = self.find(vm) {
             if held.configured == configured
                 && held.huge_pages == huge_pages
@@ -119,7 +119,7 @@ impl ReservationBook {
             {
                 return Ok(held.clone());
             }
-            return Err(BookError::Held {
+            return Err(ReservationError::Held {
                 vm: vm.to_owned(),
                 held: held.configured,
             });
@@ -153,9 +153,9 @@ impl ReservationBook {
         (configured, promised): (Bytes, Bytes),
         owner_uid: u32,
         (now, hold): (Moment, Millis),
-    ) -> Result<Reservation, BookError> {
+    ) -> Result<Reservation, ReservationError> {
         if let Some(held) = self.find(vm).or_else(|| self.find(id)) {
-            return Err(BookError::Held {
+            return Err(ReservationError::Held {
                 vm: held.vm.clone(),
                 held: held.configured,
             });
@@ -181,9 +181,9 @@ impl ReservationBook {
         &mut self,
         reservation: Reservation,
         (now, hold): (Moment, Millis),
-    ) -> Result<Reservation, BookError> {
+    ) -> Result<Reservation, ReservationError> {
         if self.entries.len() >= RESERVATIONS_MAX {
-            return Err(BookError::Full);
+            return Err(ReservationError::Full);
         }
         self.entries.push(reservation.clone());
         self.clocks.push(EntryClock {
@@ -208,10 +208,12 @@ impl ReservationBook {
         key: &str,
         now: Moment,
         hold: Millis,
-    ) -> Result<Reservation, BookError> {
-        let index = self.position(key).ok_or_else(|| BookError::Unknown {
-            key: key.to_owned(),
-        })?;
+    ) -> Result<Reservation, ReservationError> {
+        let index = self
+            .position(key)
+            .ok_or_else(|| ReservationError::Unknown {
+                key: key.to_owned(),
+            })?;
         let entry = &mut self.entries[index];
         if entry.phase == ReservationPhase::Promised {
             entry.phase = ReservationPhase::Starting;
@@ -228,10 +230,12 @@ impl ReservationBook {
     ///
     /// # Errors
     /// There is none, or the book cannot be saved; it is given back all the same, and comes back only with a restart.
-    pub fn release(&mut self, key: &str) -> Result<Reservation, BookError> {
-        let index = self.position(key).ok_or_else(|| BookError::Unknown {
-            key: key.to_owned(),
-        })?;
+    pub fn release(&mut self, key: &str) -> Result<Reservation, ReservationError> {
+        let index = self
+            .position(key)
+            .ok_or_else(|| ReservationError::Unknown {
+                key: key.to_owned(),
+            })?;
         self.clocks.remove(index);
         let entry = self.entries.remove(index);
         self.save()?;
@@ -247,7 +251,7 @@ impl ReservationBook {
         &mut self,
         now: Moment,
         seen: impl Fn(&str) -> Option<SeenVm>,
-    ) -> Result<Vec<Reservation>, BookError> {
+    ) -> Result<Vec<Reservation>, ReservationError> {
         let mut changed = false;
         let mut dropped = Vec::new();
         let mut index = 0;
@@ -341,9 +345,9 @@ impl ReservationBook {
         })
     }
 
-    fn save(&self) -> Result<(), BookError> {
+    fn save(&self) -> Result<(), ReservationError> {
         let times = self.clocks.iter().map(|clock| clock.times);
-        write(&self.path, self.entries.iter().zip(times)).map_err(BookError::Save)
+        write(&self.path, self.entries.iter().zip(times)).map_err(ReservationError::Save)
     }
 }
 

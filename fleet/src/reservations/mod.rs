@@ -17,7 +17,7 @@ mod file;
 #[cfg(test)]
 mod tests;
 
-pub use book::{BookError, ReservationBook, SeenVm};
+pub use book::{ReservationError, Reservations, SeenVm};
 pub use file::FileError;
 
 use serde::{Deserialize, Serialize};

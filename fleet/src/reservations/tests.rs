@@ -14,11 +14,11 @@ fn at(ms: u64) -> Moment {
     Moment { ms, unix_ms: ms }
 }
 
-fn open(folder: &TempDir) -> ReservationBook {
-    ReservationBook::open(folder.path(), at(0)).unwrap()
+fn open(folder: &TempDir) -> Reservations {
+    Reservations::open(folder.path(), at(0)).unwrap()
 }
 
-fn reserve(book: &mut ReservationBook, vm: &str, now: u64) -> Result<Reservation, BookError> {
+fn reserve(book: &mut Reservations, vm: &str, now: u64) -> Result<Reservation, ReservationError> {
     book.reserve(vm, (Bytes::gib(4), GIB), false, 0, (at(now), HOLD))
 }
 
@@ -52,7 +52,7 @@ fn reservation_asked_for_twice_is_one() {
     let first = reserve(&mut book, "a", 5).unwrap();
     assert_eq!(reserve(&mut book, "a", 9).unwrap(), first);
     let other = book.reserve("a", (Bytes::gib(8), GIB), false, 0, (at(9), HOLD));
-    assert!(matches!(other, Err(BookError::Held { .. })));
+    assert!(matches!(other, Err(ReservationError::Held { .. })));
 }
 
 #[test]
@@ -103,10 +103,10 @@ fn reservation_of_a_vm_that_went_is_dropped_but_not_at_once() {
 fn book_that_cannot_be_read_is_not_taken_for_an_empty_one() {
     let folder = TempDir::new().unwrap();
     std::fs::write(folder.path().join("reservations.json"), "{").unwrap();
-    assert!(ReservationBook::open(folder.path(), at(0)).is_err());
+    assert!(Reservations::open(folder.path(), at(0)).is_err());
     let newer = r#"{"version":2,"reservations":[]}"#;
     std::fs::write(folder.path().join("reservations.json"), newer).unwrap();
-    assert!(ReservationBook::open(folder.path(), at(0)).is_err());
+    assert!(Reservations::open(folder.path(), at(0)).is_err());
 }
 
 #[test]
@@ -116,7 +116,7 @@ fn promise_that_cannot_be_saved_is_not_made() {
     std::fs::remove_dir_all(folder.path()).unwrap();
     assert!(matches!(
         reserve(&mut book, "a", 0),
-        Err(BookError::Save(_))
+        Err(ReservationError::Save(_))
     ));
     assert!(book.entries().is_empty());
 }
@@ -139,7 +139,7 @@ fn wall_clock_that_jumps_neither_shortens_nor_lengthens_a_promise() {
     assert!(book.follow(moment(3000, ahead), nobody).unwrap().is_empty());
     assert_eq!(book.outstanding(moment(3000, ahead), HOLD, nobody), GIB);
     // The next agent of the same start of the machine goes by the same clock.
-    let mut book = ReservationBook::open(folder.path(), moment(50_000, back)).unwrap();
+    let mut book = Reservations::open(folder.path(), moment(50_000, back)).unwrap();
     assert!(
         book.follow(moment(60_000, back), nobody)
             .unwrap()
@@ -158,7 +158,7 @@ fn promise_of_an_older_agent_is_held_for_its_whole_time_from_now_on() {
     let saved_table = saved.as_object_mut().unwrap();
     assert!(saved_table.remove("times").is_some() && saved_table.remove("boot").is_some());
     std::fs::write(&path, saved.to_string()).unwrap();
-    let mut book = ReservationBook::open(folder.path(), at(500_000)).unwrap();
+    let mut book = Reservations::open(folder.path(), at(500_000)).unwrap();
     assert!(book.follow(at(560_000), nobody).unwrap().is_empty());
     assert_eq!(book.follow(at(560_001), nobody).unwrap().len(), 1);
 }

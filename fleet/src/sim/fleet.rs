@@ -160,7 +160,7 @@ impl Fleet<'_> {
                 published.schema = HostCapacity::SCHEMA;
             }
             published.at_ms = now_ms;
-            published.books = plan.books();
+            published.headroom = plan.headroom();
         }
     }
 
@@ -240,11 +240,11 @@ impl Fleet<'_> {
             let host = &mut self.hosts[number];
             let promised: Bytes = self.promises[number].iter().map(|(_, bytes)| *bytes).sum();
             let answer = host.plan().filter(|_| host.alive).and_then(|plan| {
-                let mut books = plan.books();
+                let mut headroom = plan.headroom();
                 // What was promised since that plan was made counts as well.
-                books.ledger.firm_free -= promised - books.ledger.promised;
-                books.ledger.promised = promised;
-                admit(&request, &books, config).ok()
+                headroom.ledger.firm_free -= promised - headroom.ledger.promised;
+                headroom.ledger.promised = promised;
+                admit(&request, &headroom, config).ok()
             });
             let Some(admission) = answer else {
                 self.outcome.refused_by_agent += 1;
