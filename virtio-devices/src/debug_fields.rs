@@ -1,6 +1,7 @@
 //! `Debug` of types that have parts without one.
 
-/// Implements `Debug` for types of which only the named fields can be shown, or are worth it.
+/// Implements `Debug` for types of which only the named fields can be shown, or are worth it. `Type(it) { name: value }`
+/// shows values that are computed.
 #[macro_export]
 macro_rules! debug_fields {
     ($($name:ident { $($field:ident),* })+) => {
@@ -11,5 +12,15 @@ macro_rules! debug_fields {
                     .finish_non_exhaustive()
             }
         })+
+    };
+    ($name:ident($this:ident) { $($field:ident: $value:expr),+ }) => {
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                let $this = self;
+                f.debug_struct(stringify!($name))
+                    $(.field(stringify!($field), &$value))+
+                    .finish_non_exhaustive()
+            }
+        }
     };
 }

@@ -13,7 +13,6 @@
 //! until the driver resets it.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::os::fd::RawFd;
 use std::sync::Arc;
 
@@ -94,14 +93,10 @@ pub struct Activation {
     pub interrupt: Arc<dyn Interrupt>,
 }
 
-impl fmt::Debug for Activation {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Activation")
-            .field("features", &format_args!("{:#x}", self.features))
-            .field("queues", &self.queues)
-            .finish_non_exhaustive()
-    }
-}
+crate::debug_fields!(Activation(it) {
+    features: format_args!("{:#x}", it.features),
+    queues: it.queues
+});
 
 /// Fills `data` from `space`, the bytes of a configuration space, at `offset`; with zeros past its end.
 pub(crate) fn read_config_space(space: &[u8], offset: u64, data: &mut [u8]) {

@@ -98,13 +98,9 @@ pub struct Ioapic {
     undelivered: AtomicU64,
 }
 
-impl fmt::Debug for Ioapic {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Ioapic")
-            .field("entries", &format_args!("{:x?}", self.state_now().entries))
-            .finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(Ioapic(it) {
+    entries: format_args!("{:x?}", it.state_now().entries)
+});
 
 /// The message that a redirection entry describes.
 fn message_of(entry: u64) -> MsiMessage {

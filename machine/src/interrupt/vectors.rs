@@ -4,7 +4,6 @@
 //! removed. Masking removes only the irqfd, because drivers mask and unmask with the same message, and rebuilding the
 //! routing table is the expensive step.
 
-use std::fmt;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -27,13 +26,7 @@ pub struct FunctionVectors {
     vectors: Vec<Mutex<Option<Vector>>>,
 }
 
-impl fmt::Debug for FunctionVectors {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("FunctionVectors")
-            .field("count", &self.vectors.len())
-            .finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(FunctionVectors(it) { count: it.vectors.len() });
 
 impl FunctionVectors {
     /// `count` disabled vectors.

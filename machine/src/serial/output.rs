@@ -4,7 +4,6 @@
 //! thread writes as soon as it can. A full backlog loses its oldest bytes, because the newest show why a guest crashed.
 
 use std::collections::VecDeque;
-use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsRawFd;
@@ -99,13 +98,7 @@ struct Queue {
 #[derive(Clone)]
 pub struct Output(Arc<Queue>);
 
-impl fmt::Debug for Output {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Output")
-            .field("dropped_bytes", &self.dropped_bytes())
-            .finish_non_exhaustive()
-    }
-}
+virtio_devices::debug_fields!(Output(it) { dropped_bytes: it.dropped_bytes() });
 
 impl Output {
     fn new(kind: Kind) -> Self {

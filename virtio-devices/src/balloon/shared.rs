@@ -130,15 +130,11 @@ impl Shared {
     }
 }
 
-impl std::fmt::Debug for Shared {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared")
-            .field("offered", &format_args!("{:#x}", self.offered))
-            .field("config", &self.config)
-            .field("driver", &self.driver())
-            .finish_non_exhaustive()
-    }
-}
+crate::debug_fields!(Shared(it) {
+    offered: format_args!("{:#x}", it.offered),
+    config: it.config,
+    driver: it.driver()
+});
 
 /// Whether a driver with these features supports a reporting policy: the bit has no meaning without reporting.
 pub(super) const fn takes_policy(features: u64) -> bool {

@@ -14,7 +14,7 @@ use super::device::Shared;
 use super::endpoint::ConsoleEndpoint;
 use super::output::{BACKLOG_BYTES_MAX, Output, Written};
 use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError};
-use crate::queue::{GuestBuffers, Next, Popped, RamGuard, ServedQueue};
+use crate::queue::{GuestBuffers, Next, Popped, ServedQueue};
 use crate::taken::with_taken;
 use crate::worker::{EventSources, Turn};
 
@@ -132,7 +132,9 @@ impl ConsoleHandler {
         loop {
             let next = match waiting.take() {
                 Some(next) => next,
-                None => match self.next_buffer(&ram, queue, turn)? {
+                None => match queue.next_writable(&ram, 1, turn, || {
+                    self.shared.counters.bad_chains.count();
+                })? {
                     Next::Chain(next) => next,
                     Next::Empty => {
                         starved = true;
@@ -155,31 +157,6 @@ impl ConsoleHandler {
         }
         queue.signal(&ram)?;
         Ok(starved)
-    }
-
-    /// The next buffer that the device may write. Unusable chains are returned at once.
-    fn next_buffer(
-        &self,
-        ram: &RamGuard,
-        queue: &mut ServedQueue,
-        turn: &mut Turn,
-    ) -> Result<Next<(u16, GuestBuffers)>, WorkerError> {
-        loop {
-            let Popped { head, buffers } = match queue.next(ram, turn)? {
-                Next::Chain(popped) => popped,
-                Next::Empty => return Ok(Next::Empty),
-                Next::TurnOver => return Ok(Next::TurnOver),
-            };
-            match buffers {
-                Ok(buffers) if buffers.writable.bytes() > 0 => {
-                    return Ok(Next::Chain((head, buffers.writable)));
-                }
-                _ => {
-                    self.shared.counters.bad_chains.count();
-                    queue.push_used(ram, head, 0)?;
-                }
-            }
-        }
     }
 
     /// Reads up to `room` bytes into the chunk; `None` if there are none now or ever.

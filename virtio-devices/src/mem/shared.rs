@@ -95,12 +95,8 @@ impl Shared {
     }
 }
 
-impl std::fmt::Debug for Shared {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared")
-            .field("region", &self.region)
-            .field("requested_bytes", &self.requested_bytes())
-            .field("plugged_bytes", &self.plugged_bytes())
-            .finish_non_exhaustive()
-    }
-}
+crate::debug_fields!(Shared(it) {
+    region: it.region,
+    requested_bytes: it.requested_bytes(),
+    plugged_bytes: it.plugged_bytes()
+});

@@ -55,14 +55,7 @@ pub(crate) struct GuestBuffers {
 // guest RAM may be accessed from any thread.
 unsafe impl Send for GuestBuffers {}
 
-impl std::fmt::Debug for GuestBuffers {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("GuestBuffers")
-            .field("pieces", &self.iovecs.len())
-            .field("bytes", &self.bytes)
-            .finish_non_exhaustive()
-    }
-}
+crate::debug_fields!(GuestBuffers(it) { pieces: it.iovecs.len(), bytes: it.bytes });
 
 impl GuestBuffers {
     pub(crate) fn new(ram: &RamGuard) -> Self {

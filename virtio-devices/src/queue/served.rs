@@ -8,7 +8,7 @@ use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VRING_AVAI
 use virtio_queue::{Error as QueueError, Queue, QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::buffers::{ChainBuffers, ChainError, RamGuard};
+use super::buffers::{ChainBuffers, ChainError, GuestBuffers, RamGuard};
 use super::walk::Chain;
 use crate::device::{
     Activation, ActiveQueue, Doorbell, GuestRam, Interrupt, QueuePosition, WorkerError, position_of,
@@ -108,6 +108,34 @@ impl ServedQueue {
             Next::Empty => Next::Empty,
             Next::TurnOver => Next::TurnOver,
         })
+    }
+
+    /// Takes the next chain with at least `bytes_min` bytes for the device to write. `refuse` is called for
+    /// every other chain, which is returned to the driver at once.
+    ///
+    /// # Errors
+    /// As for [`ServedQueue::next`].
+    pub(crate) fn next_writable(
+        &mut self,
+        ram: &RamGuard,
+        bytes_min: usize,
+        turn: &mut Turn,
+        refuse: impl Fn(),
+    ) -> Result<Next<(u16, GuestBuffers)>, WorkerError> {
+        loop {
+            let Popped { head, buffers } = match self.next(ram, turn)? {
+                Next::Chain(popped) => popped,
+                Next::Empty => return Ok(Next::Empty),
+                Next::TurnOver => return Ok(Next::TurnOver),
+            };
+            match buffers {
+                Ok(buffers) if buffers.writable.bytes() >= bytes_min => {
+                    return Ok(Next::Chain((head, buffers.writable)));
+                }
+                _ => refuse(),
+            }
+            self.push_used(ram, head, 0)?;
+        }
     }
 
     /// Takes the next available chain unresolved, unless the turn is over.

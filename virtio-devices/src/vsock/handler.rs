@@ -9,7 +9,7 @@ use super::device::Shared;
 use super::muxer::{Muxer, VsockConnectionsState};
 use super::packet::{HEADER_BYTES, Header};
 use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError};
-use crate::queue::{ChainBuffers, ChainError, GuestBuffers, Next, Popped, RamGuard, ServedQueue};
+use crate::queue::{ChainBuffers, ChainError, GuestBuffers, Next, Popped, ServedQueue};
 use crate::taken::with_taken;
 use crate::worker::{EventSources, Turn};
 
@@ -102,7 +102,11 @@ impl VsockHandler {
         let ram = active.mem.memory();
         queue.disable_doorbell(&ram)?;
         while self.muxer.has_packets() {
-            match next_buffer(queue, &ram, &self.shared, turn)? {
+            // Room for at least one byte of data.
+            let next = queue.next_writable(&ram, HEADER_BYTES + 1, turn, || {
+                self.shared.bad_packet("no room for a packet");
+            });
+            match next? {
                 Next::Chain((head, buffers)) => match self.fill(&buffers, turn) {
                     Some(written) => queue.push_used(&ram, head, written)?,
                     // Nothing after all. The buffer is kept for the next packet.
@@ -140,31 +144,6 @@ impl VsockHandler {
                 it.receive(active, turn)
             },
         )
-    }
-}
-
-/// The next buffer with room for a packet with at least one byte of data. Others are returned at once.
-fn next_buffer(
-    queue: &mut ServedQueue,
-    ram: &RamGuard,
-    shared: &Shared,
-    turn: &mut Turn,
-) -> Result<Next<(u16, GuestBuffers)>, WorkerError> {
-    loop {
-        let Popped { head, buffers } = match queue.next(ram, turn)? {
-            Next::Chain(popped) => popped,
-            Next::Empty => return Ok(Next::Empty),
-            Next::TurnOver => return Ok(Next::TurnOver),
-        };
-        match buffers {
-            Ok(buffers) if buffers.writable.bytes() > HEADER_BYTES => {
-                return Ok(Next::Chain((head, buffers.writable)));
-            }
-            _ => {
-                shared.bad_packet("no room for a packet");
-                queue.push_used(ram, head, 0)?;
-            }
-        }
     }
 }
 

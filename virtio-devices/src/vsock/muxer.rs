@@ -106,14 +106,7 @@ pub(super) struct Muxer {
     shared: Arc<Shared>,
 }
 
-impl std::fmt::Debug for Muxer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Muxer")
-            .field("listener", &self.listener)
-            .field("connections", &self.by_ports.len())
-            .finish_non_exhaustive()
-    }
-}
+crate::debug_fields!(Muxer(it) { listener: it.listener, connections: it.by_ports.len() });
 
 impl Muxer {
     pub(super) fn new(
