@@ -1,7 +1,7 @@
-//! Queries that take time or wait for the guest; each runs on a thread of its own.
+//! Queries that take time or wait for the guest; each has a thread to itself until it is answered.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use api::{Endpoint, VmState};
@@ -19,6 +19,9 @@ use crate::vm::{BalloonStatsError, MachineObserver};
 /// for their response reach the limit.
 const QUERIES_MAX: usize = 16;
 const QUERY_STACK_BYTES: usize = 256 << 10;
+/// How long a thread waits for a further query. A thread and its seccomp filter cost several times what most queries do,
+/// and those who poll ask every few seconds.
+const THREAD_KEPT: Duration = Duration::from_secs(5);
 /// How long a pause of reporting waits for the guest's confirmation. A guest that reports hands over its batches within
 /// milliseconds; a guest that takes longer is stuck, and its reports are completed without discarding.
 const PAUSE_WAIT: Duration = Duration::from_secs(5);
@@ -42,16 +45,18 @@ enum QueryError {
 #[derive(Clone)]
 pub(super) struct Queries {
     view: Arc<PublishedView>,
-    thread_start: ThreadStart,
-    under_way: Arc<AtomicUsize>,
+    threads: Arc<QueryThreads>,
 }
 
 impl Queries {
     pub(super) fn new(view: Arc<PublishedView>, thread_start: ThreadStart) -> Self {
         Self {
             view,
-            thread_start,
-            under_way: Arc::default(),
+            threads: Arc::new(QueryThreads {
+                thread_start,
+                queue: Mutex::default(),
+                queued: Condvar::new(),
+            }),
         }
     }
 
@@ -87,63 +92,99 @@ impl Queries {
                 return;
             }
         };
-        let Some(ticket) = Ticket::take(&self.under_way) else {
-            reply.send(failure::answer(
-                Status::ServiceUnavailable,
-                QueryError::TooMany,
-            ));
-            return;
-        };
         let observer = Arc::clone(&machine.observer);
-        let thread_start = Arc::clone(&self.thread_start);
-        // Shared with this thread only in case no other can be started.
-        let reply = Arc::new(Mutex::new(Some(reply)));
-        let own_reply = Arc::clone(&reply);
+        self.threads.run(Query {
+            reply,
+            answer: Box::new(move || match ask(&*observer) {
+                Ok(value) => Answer::json(&value),
+                Err(cause) => failure::answer(
+                    Status::InternalServerError,
+                    QueryError::Observer { endpoint, cause },
+                ),
+            }),
+        });
+    }
+}
+
+struct Query {
+    reply: Reply,
+    answer: Box<dyn FnOnce() -> Answer + Send>,
+}
+
+/// Threads that answer queries, started as needed. They end when nothing has been asked for a while.
+struct QueryThreads {
+    thread_start: ThreadStart,
+    queue: Mutex<Queue>,
+    queued: Condvar,
+}
+
+#[derive(Default)]
+struct Queue {
+    /// Queries that no thread has taken yet; at most as many as there are threads that wait or start.
+    waiting: VecDeque<Query>,
+    /// Queries that are not answered yet, at most [`QUERIES_MAX`].
+    under_way: usize,
+    /// Threads that wait for a query, or are about to.
+    idle: usize,
+}
+
+impl QueryThreads {
+    fn run(self: &Arc<Self>, query: Query) {
+        let mut queue = self.queue.lock().unpoisoned();
+        if queue.under_way == QUERIES_MAX {
+            drop(queue);
+            let busy = failure::answer(Status::ServiceUnavailable, QueryError::TooMany);
+            query.reply.send(busy);
+            return;
+        }
+        queue.under_way += 1;
+        if queue.idle > queue.waiting.len() {
+            queue.waiting.push_back(query);
+            self.queued.notify_one();
+            return;
+        }
+        queue.waiting.push_back(query);
+        let threads = Arc::clone(self);
         let spawned = std::thread::Builder::new()
             .name(QUERY_THREAD.to_owned())
             .stack_size(QUERY_STACK_BYTES)
             .spawn(move || {
-                thread_start(ThreadKind::ApiQuery);
-                let answer = match ask(&*observer) {
-                    Ok(value) => Answer::json(&value),
-                    Err(cause) => failure::answer(
-                        Status::InternalServerError,
-                        QueryError::Observer { endpoint, cause },
-                    ),
-                };
-                drop(ticket);
-                send_once(&own_reply, answer);
+                (threads.thread_start)(ThreadKind::ApiQuery);
+                threads.serve();
             });
         if let Err(error) = spawned {
+            queue.under_way -= 1;
+            // It is still there: only a thread takes one, and needs the lock for it.
+            let query = queue.waiting.pop_back();
+            drop(queue);
             let answer = failure::answer(Status::InternalServerError, QueryError::Thread(error));
-            send_once(&reply, answer);
+            if let Some(query) = query {
+                query.reply.send(answer);
+            }
         }
     }
-}
 
-fn send_once(reply: &Mutex<Option<Reply>>, answer: Answer) {
-    let taken = reply.lock().unpoisoned().take();
-    if let Some(reply) = taken {
-        reply.send(answer);
+    fn serve(&self) {
+        self.queue.lock().unpoisoned().idle += 1;
+        while let Some(Query { reply, answer }) = self.next() {
+            let answer = answer();
+            let mut queue = self.queue.lock().unpoisoned();
+            queue.under_way -= 1;
+            // Before the client can ask again.
+            queue.idle += 1;
+            drop(queue);
+            reply.send(answer);
+        }
     }
-}
 
-/// One of the [`QUERIES_MAX`] slots, released when dropped.
-struct Ticket(Arc<AtomicUsize>);
-
-impl Ticket {
-    fn take(queries: &Arc<AtomicUsize>) -> Option<Self> {
-        queries
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |count| {
-                (count < QUERIES_MAX).then_some(count + 1)
-            })
-            .ok()?;
-        Some(Self(Arc::clone(queries)))
-    }
-}
-
-impl Drop for Ticket {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+    /// The next query; `None` when there was none for [`THREAD_KEPT`].
+    fn next(&self) -> Option<Query> {
+        let queue = self.queue.lock().unpoisoned();
+        let (mut queue, _) = self
+            .queued
+            .wait_timeout_while(queue, THREAD_KEPT, |queue| queue.waiting.is_empty())
+            .unpoisoned();
+        queue.idle -= 1;
+        queue.waiting.pop_front()
     }
 }

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,7 @@ use virtio_devices::balloon::policy::ReportingError;
 use crate::config::NewDevice;
 use crate::control::{ControlSetup, ControlThread, Ending, GUEST_RESET_INTERVAL, Lifecycle};
 use crate::reporting_policy::GuestPolicy;
-use crate::threads::ThreadStart;
+use crate::threads::{ThreadKind, ThreadStart};
 use crate::view::PublishedView;
 use crate::vm::{BalloonStatsError, HotplugError, Machine, MachineObserver, VmContext, VmError};
 use machine::memory::GuestMemory;
@@ -293,6 +293,8 @@ struct Vmm {
     events: Events,
     control: Option<ControlThread>,
     view: Arc<PublishedView>,
+    /// Threads for queries that were ever started.
+    query_threads: Arc<AtomicUsize>,
     _server: HttpServer,
     _socket: ApiSocket,
 }
@@ -305,7 +307,13 @@ fn vmm_with(no_shutdown: bool) -> Vmm {
         let (source, name) = (event.kind.source(), event.kind.name());
         recorded.lock().unwrap().push(format!("{source} {name}"));
     });
-    let thread_start: ThreadStart = Arc::new(|_| {});
+    let query_threads = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&query_threads);
+    let thread_start: ThreadStart = Arc::new(move |kind| {
+        if kind == ThreadKind::ApiQuery {
+            counted.fetch_add(1, Ordering::Relaxed);
+        }
+    });
     let context = VmContext::new(Arc::clone(&thread_start), sink).unwrap();
     let signals = Arc::clone(&context.signals);
     let view = Arc::new(PublishedView::default());
@@ -337,6 +345,7 @@ fn vmm_with(no_shutdown: bool) -> Vmm {
         events,
         control: Some(control),
         view,
+        query_threads,
         _server: server,
         _socket: socket,
     }
@@ -705,6 +714,17 @@ fn balloon_comes_once_and_goes_only_when_it_is_empty() {
         vmm.ok(Endpoint::VmReclaimStats, None)["balloon_target_bytes"],
         8192
     );
+}
+
+#[test]
+fn queries_one_after_another_share_a_thread() {
+    let vmm = vmm();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    for endpoint in [Endpoint::VmCounters, Endpoint::VmReclaimStats].repeat(8) {
+        vmm.ok(endpoint, None);
+    }
+    assert_eq!(vmm.query_threads.load(Ordering::Relaxed), 1);
 }
 
 #[test]
