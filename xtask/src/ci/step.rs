@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead as _, BufReader};
+use std::num::NonZero;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -290,6 +291,7 @@ impl Step {
                 // Tests that are skipped are named.
                 "{test}" if has_nextest() => {
                     words.extend(["nextest", "run", "--status-level=skip"].map(OsString::from));
+                    words.push(format!("--test-threads={}", tests_at_once()).into());
                 }
                 "{test}" => words.push("test".into()),
                 word => words.push(word.into()),
@@ -297,6 +299,11 @@ impl Step {
         }
         words
     }
+}
+
+/// Most tests wait most of their time: for a guest, a deadline or an answer.
+fn tests_at_once() -> usize {
+    4 * std::thread::available_parallelism().map_or(1, NonZero::get)
 }
 
 /// Whether neighbours in the list of steps run at the same time.
