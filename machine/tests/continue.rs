@@ -111,7 +111,8 @@ impl Machine {
         let router = Arc::new(GsiRouter::new(Arc::clone(&vm) as _));
         let ioapic = Arc::new(Ioapic::new(router));
         let cmos = Arc::new(Cmos::new(64 << 20, 0));
-        let pm_timer = Arc::new(PmTimer::from_state(timer));
+        let pm_timer = Arc::new(PmTimer::new());
+        pm_timer.restore(timer);
         let board = Board {
             ports: Bus::new(),
             mmio: Bus::new(),

@@ -65,6 +65,8 @@ parts! {
     MEMORY = "memory-map", 1..=1;
     /// PCI bus: which function is where.
     PCI_BUS = "pci-bus", 1..=1;
+    /// A PC: an envelope for each of its parts.
+    PC = "pc", 1..=1;
     /// PCI hotplug controller.
     PCI_HOTPLUG = "pci-hotplug", 1..=1;
     /// Serial port.

@@ -1,5 +1,6 @@
 //! ACPI's power management timer: a counter that only counts (ACPI 6.5 §4.8.3.3).
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
@@ -26,8 +27,8 @@ impl State for PmTimerState {
 #[derive(Debug)]
 pub struct PmTimer {
     start: Instant,
-    /// The count at the start.
-    before_ns: u64,
+    /// Added to the time since the start; wraps.
+    offset_ns: AtomicU64,
 }
 
 impl Default for PmTimer {
@@ -40,24 +41,28 @@ impl PmTimer {
     /// Starts counting.
     #[must_use]
     pub fn new() -> Self {
-        Self::from_state(PmTimerState { elapsed_ns: 0 })
+        Self {
+            start: Instant::now(),
+            offset_ns: AtomicU64::new(0),
+        }
     }
 
     /// Continues from a saved state.
-    #[must_use]
-    pub fn from_state(state: PmTimerState) -> Self {
-        Self {
-            start: Instant::now(),
-            before_ns: state.elapsed_ns,
-        }
+    pub fn restore(&self, state: PmTimerState) {
+        let offset_ns = state.elapsed_ns.wrapping_sub(self.running_ns());
+        self.offset_ns.store(offset_ns, Ordering::Relaxed);
     }
 
     /// The count so far; 2^64 ns are 584 years.
     pub fn state(&self) -> PmTimerState {
-        let elapsed_ns = u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let offset_ns = self.offset_ns.load(Ordering::Relaxed);
         PmTimerState {
-            elapsed_ns: self.before_ns.wrapping_add(elapsed_ns),
+            elapsed_ns: offset_ns.wrapping_add(self.running_ns()),
         }
+    }
+
+    fn running_ns(&self) -> u64 {
+        u64::try_from(self.start.elapsed().as_nanos()).unwrap_or(u64::MAX)
     }
 }
 
@@ -93,14 +98,16 @@ mod tests {
     #[test]
     fn timer_counts_on_from_its_state() {
         const HOUR_NS: u64 = 3_600_000_000_000;
-        let timer = PmTimer::from_state(PmTimerState {
+        let timer = PmTimer::new();
+        timer.restore(PmTimerState {
             elapsed_ns: HOUR_NS,
         });
-        assert!(timer.state().elapsed_ns >= HOUR_NS);
-        let last = PmTimer::from_state(PmTimerState {
+        let elapsed_ns = timer.state().elapsed_ns;
+        assert!((HOUR_NS..2 * HOUR_NS).contains(&elapsed_ns), "{elapsed_ns}");
+        timer.restore(PmTimerState {
             elapsed_ns: u64::MAX,
         });
-        last.read(0, &mut [0; 4]);
+        timer.read(0, &mut [0; 4]);
     }
 
     #[test]

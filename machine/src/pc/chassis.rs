@@ -32,6 +32,9 @@ pub(super) struct Chassis {
     pub(super) router: Arc<GsiRouter>,
     pub(super) ioapic: Arc<Ioapic>,
     pub(super) pci: Arc<PciBus>,
+    pub(super) config_ports: Arc<ConfigPorts>,
+    pub(super) cmos: Arc<Cmos>,
+    pub(super) pm_timer: Arc<PmTimer>,
     pub(super) ged: Arc<Ged>,
     pub(super) ged_address: u64,
     pub(super) hotplug: Arc<HotplugController>,
@@ -97,6 +100,9 @@ impl Chassis {
         .map_err(PcError::Bus)?;
 
         let chassis = Self {
+            config_ports: Arc::new(ConfigPorts::new(Arc::clone(&pci))),
+            cmos: Arc::new(Cmos::new(map.low_ram_end(), high_ram_bytes(map))),
+            pm_timer: Arc::new(PmTimer::new()),
             ports,
             mmio,
             router,
@@ -107,30 +113,21 @@ impl Chassis {
             hotplug,
             pci_hotplug_address,
         };
-        chassis.plug_legacy(map, signals).map_err(PcError::Bus)?;
+        chassis.plug_legacy(signals).map_err(PcError::Bus)?;
         Ok(chassis)
     }
 
-    fn plug_legacy(&self, map: &AddressMap, signals: &Arc<VmSignals>) -> Result<(), BusError> {
-        let high_ram_bytes = map
-            .ram
-            .iter()
-            .skip(1)
-            .map(|range| range.end - range.start)
-            .sum();
+    fn plug_legacy(&self, signals: &Arc<VmSignals>) -> Result<(), BusError> {
         let devices: [(Ports, Arc<dyn BusDevice>); 6] = [
             (I8042_PORTS, Arc::new(I8042::new(Arc::clone(signals)))),
-            (
-                CMOS_PORTS,
-                Arc::new(Cmos::new(map.low_ram_end(), high_ram_bytes)),
-            ),
+            (CMOS_PORTS, Arc::clone(&self.cmos) as _),
             (DEBUG_PORTS, Arc::new(DebugPort::new())),
             (FIRMWARE_DEBUG_PORTS, Arc::new(FirmwareDebug::new())),
             (
                 ACPI_POWER_PORTS,
                 Arc::new(AcpiPower::new(Arc::clone(signals))),
             ),
-            (PM_TIMER_PORTS, Arc::new(PmTimer::new())),
+            (PM_TIMER_PORTS, Arc::clone(&self.pm_timer) as _),
         ];
         for (ports, device) in devices {
             crate::legacy::insert(&self.ports, ports, device)?;
@@ -138,7 +135,12 @@ impl Chassis {
         self.ports.insert(
             CONFIG_PORT_BASE,
             CONFIG_PORT_BYTES,
-            Arc::new(ConfigPorts::new(Arc::clone(&self.pci))),
+            Arc::clone(&self.config_ports) as _,
         )
     }
+}
+
+fn high_ram_bytes(map: &AddressMap) -> u64 {
+    let high = map.ram.iter().skip(1);
+    high.map(|range| range.end - range.start).sum()
 }

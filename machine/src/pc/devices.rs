@@ -7,9 +7,9 @@
 //! ```
 //! None of this waits for the guest. If a guest never releases a device, it keeps the device until it is rebooted.
 
-use std::error::Error;
 use std::sync::{Arc, Mutex};
 
+use state::Saved;
 use virtio_devices::Unpoisoned;
 use virtio_devices::VirtioDevice;
 use virtio_devices::pci::PciFunction;
@@ -55,8 +55,7 @@ impl Pc {
     /// No free slot, thread or descriptor.
     pub fn plug(&mut self, plug: Plug) -> Result<&Plugged, PcError> {
         let plugged = self.put_on_bus(plug)?;
-        self.plugged.push(plugged);
-        Ok(self.plugged.last().expect("it was put there just now"))
+        Ok(self.keep(plugged))
     }
 
     /// Puts a device on the bus of a running or paused machine and notifies the guest. On an error nothing is left
@@ -75,8 +74,7 @@ impl Pc {
             let id = plugged.id;
             return Err(PcError::Announce { id, source });
         }
-        self.plugged.push(plugged);
-        Ok(self.plugged.last().expect("it was put there just now"))
+        Ok(self.keep(plugged))
     }
 
     /// The devices on the bus.
@@ -125,13 +123,26 @@ impl Pc {
 
     /// Puts `device` behind a virtio-pci function on the bus.
     fn put_on_bus(&self, plug: Plug) -> Result<Plugged, PcError> {
-        let in_device = |source: Box<dyn Error + Send + Sync>| PcError::Device {
-            id: plug.id.clone(),
-            source,
-        };
+        let function = self.function_of(&plug, None)?;
+        let bdf = self.chassis.pci.add(function.clone(), plug.slot);
+        match bdf {
+            Ok(bdf) => Ok(plugged(plug, bdf, function)),
+            Err(source) => Err(PcError::Device {
+                id: plug.id,
+                source: source.into(),
+            }),
+        }
+    }
+
+    /// The function in front of the device, in the saved state if there is one.
+    pub(super) fn function_of(
+        &self,
+        plug: &Plug,
+        saved: Option<&Saved>,
+    ) -> Result<Arc<VirtioPciFunction>, PcError> {
         let count = vectors_needed(&*plug.device.lock().unpoisoned());
         let vectors = FunctionVectors::new(Arc::clone(&self.chassis.router), count);
-        let function = VirtioPciFunction::new(VirtioPciParams {
+        let params = VirtioPciParams {
             id: plug.id.clone(),
             device: Arc::clone(&plug.device),
             mem: self.memory.ram().clone(),
@@ -140,19 +151,31 @@ impl Pc {
             listener: Some(Arc::new(DeviceEvents::new(Arc::clone(
                 &self.context.events,
             )))),
+        };
+        let function = match saved {
+            Some(saved) => VirtioPciFunction::from_state(params, saved),
+            None => VirtioPciFunction::new(params),
+        };
+        function.map_err(|source| PcError::Device {
+            id: plug.id.clone(),
+            source: source.into(),
         })
-        .map_err(|source| in_device(source.into()))?;
-        let bdf = self
-            .chassis
-            .pci
-            .add(Arc::clone(&function) as _, plug.slot)
-            .map_err(|source| in_device(source.into()))?;
-        Ok(Plugged {
-            id: plug.id,
-            kind: plug.kind,
-            bdf,
-            function,
-        })
+    }
+
+    /// Adds a function that is on the bus to the list.
+    pub(super) fn keep(&mut self, plugged: Plugged) -> &Plugged {
+        self.plugged.push(plugged);
+        self.plugged.last().expect("it was put there just now")
+    }
+}
+
+/// What `plug` has become.
+pub(super) fn plugged(plug: Plug, bdf: Bdf, function: Arc<VirtioPciFunction>) -> Plugged {
+    Plugged {
+        id: plug.id,
+        kind: plug.kind,
+        bdf,
+        function,
     }
 }
 

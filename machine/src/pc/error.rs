@@ -3,6 +3,8 @@
 use std::error::Error;
 use std::io;
 
+use state::StateError;
+
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
 use crate::bus::BusError;
@@ -37,6 +39,17 @@ pub enum PcError {
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },
+    /// The guest has not released a device.
+    #[error(
+        "Device {id} is being removed: the machine can be saved once the guest has released it"
+    )]
+    Leaving {
+        /// The device.
+        id: String,
+    },
+    /// A saved state that cannot be restored.
+    #[error("Cannot restore the machine from its saved state")]
+    State(#[source] StateError),
     /// The guest cannot be notified that a device was added or should be removed.
     #[error("Cannot notify the guest about device {id}")]
     Announce {

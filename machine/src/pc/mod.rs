@@ -8,6 +8,7 @@ mod devices;
 mod error;
 mod exits;
 mod pvpanic;
+mod state;
 #[cfg(test)]
 mod tests;
 
@@ -20,7 +21,6 @@ use vm_memory::GuestAddressSpace;
 
 use crate::acpi::{self, AcpiParams, NumaNode, VcpuEntry};
 use crate::boot::Payload;
-use crate::bus::BusDevice;
 use crate::cpu::{GuestEvent, Vcpus, VcpusContext};
 use crate::events::DeviceEventSink;
 use crate::interrupt::IOAPIC_PIN_COUNT;
@@ -39,6 +39,7 @@ use pvpanic::Pvpanic;
 pub use devices::{Plug, Plugged};
 pub use error::PcError;
 pub use pvpanic::PVPANIC_ID;
+pub use state::PcState;
 
 /// The environment of a machine.
 #[derive(Clone)]
@@ -74,7 +75,8 @@ pub struct Pc {
     plugged: Vec<Plugged>,
     /// Between [`Pc::pause`] and [`Pc::resume`].
     paused: bool,
-    has_serial: bool,
+    serial: Option<Arc<Uart>>,
+    pvpanic: Option<Arc<Pvpanic>>,
     chassis: Chassis,
     params: PcParams,
     /// For devices that are hot-plugged.
@@ -111,7 +113,8 @@ impl Pc {
             vcpus,
             plugged: Vec::new(),
             paused: false,
-            has_serial: false,
+            serial: None,
+            pvpanic: None,
             chassis,
             params,
             context,
@@ -135,9 +138,10 @@ impl Pc {
             .ioapic
             .line(SERIAL_IRQ)
             .expect("the I/O APIC has more pins than the serial port's");
-        let uart = Uart::new(line, endpoint) as Arc<dyn BusDevice>;
-        crate::legacy::insert(&self.chassis.ports, SERIAL_PORTS, uart).map_err(PcError::Bus)?;
-        self.has_serial = true;
+        let uart = Uart::new(line, endpoint);
+        crate::legacy::insert(&self.chassis.ports, SERIAL_PORTS, uart.clone())
+            .map_err(PcError::Bus)?;
+        self.serial = Some(uart);
         Ok(())
     }
 
@@ -155,14 +159,18 @@ impl Pc {
     /// # Errors
     /// No free slot.
     pub fn plug_pvpanic(&mut self) -> Result<Bdf, PcError> {
+        let pvpanic = self.new_pvpanic();
+        let bdf = self.chassis.pci.add(pvpanic.clone(), None);
+        self.pvpanic = Some(pvpanic);
+        bdf.map_err(|source| PcError::Device {
+            id: PVPANIC_ID.to_owned(),
+            source: source.into(),
+        })
+    }
+
+    fn new_pvpanic(&self) -> Arc<Pvpanic> {
         let events = DeviceEvents::new(Arc::clone(&self.context.events));
-        self.chassis
-            .pci
-            .add(Arc::new(Pvpanic::new(events)), None)
-            .map_err(|source| PcError::Device {
-                id: PVPANIC_ID.to_owned(),
-                source: source.into(),
-            })
+        Arc::new(Pvpanic::new(events))
     }
 
     /// Sends a non-maskable interrupt to every vCPU that the guest has started, and returns at once. vCPUs that are
@@ -205,7 +213,7 @@ impl Pc {
             pci_mmio64: self.memory.map().devices_64bit.clone(),
             ged_address: self.chassis.ged_address,
             pci_hotplug_address: self.chassis.pci_hotplug_address,
-            has_serial: self.has_serial,
+            has_serial: self.serial.is_some(),
             numa: self.numa_nodes(),
         }
     }

@@ -5,8 +5,11 @@
 use std::fmt;
 use std::sync::{Mutex, MutexGuard};
 
+use state::StateError;
 use virtio_devices::Unpoisoned;
-use virtio_devices::pci::{Bar, ConfigSpace, DoorbellRegister, Identity, PciFunction};
+use virtio_devices::pci::{
+    Bar, ConfigSpace, DoorbellRegister, Identity, PciConfigState, PciFunction,
+};
 
 use super::device_events::DeviceEvents;
 use crate::events::{DeviceEventKind, GuestPanic};
@@ -52,6 +55,17 @@ impl Pvpanic {
             config: Mutex::new(config),
             events,
         }
+    }
+
+    /// Its configuration space; it has no other state.
+    pub(super) fn state(&self) -> PciConfigState {
+        self.config().state()
+    }
+
+    /// # Errors
+    /// The state is of another function.
+    pub(super) fn restore(&self, state: &PciConfigState) -> Result<(), StateError> {
+        self.config().restore(state)
     }
 
     fn config(&self) -> MutexGuard<'_, ConfigSpace> {

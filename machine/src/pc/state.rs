@@ -1,0 +1,185 @@
+//! The saved state of the whole PC, and its restoration.
+//!
+//! ```text
+//!  pause ─► state()
+//!
+//!  Pc::new ─► serial port ─► plug_restored(each device) ─► restore_pvpanic ─► restore() ─► resume
+//!             (guest RAM has its content)                                    chips, vCPUs last
+//! ```
+
+use std::collections::BTreeMap;
+
+use ::state::{Part, Saved, State, StateError, parts, require};
+use serde::{Deserialize, Serialize};
+
+use super::devices::plugged;
+use super::{PVPANIC_ID, Pc, PcError, Plug, Plugged};
+use crate::cpu::VcpusState;
+use crate::legacy::{CmosState, GedState, PmTimerState};
+use crate::pci::{Bdf, PciBusState, SlotState};
+
+const PART: Part = parts::PC;
+
+/// Everything of a paused PC but the content of its RAM. Each part is an envelope of its own version.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PcState {
+    /// A `MemoryState`.
+    pub memory: Saved,
+    /// A `VcpusState`.
+    pub vcpus: Saved,
+    /// An `IoapicState`.
+    pub ioapic: Saved,
+    /// A `PciBusState`.
+    pub pci_bus: Saved,
+    /// A `HotplugState`.
+    pub pci_hotplug: Saved,
+    /// A `VirtioPciState` of each virtio device, by the device's identifier.
+    pub devices: BTreeMap<String, Saved>,
+    /// A `PciConfigState`, if the machine has a pvpanic device.
+    pub pvpanic: Option<Saved>,
+    /// A `UartState`, if the machine has a serial port.
+    pub serial: Option<Saved>,
+    /// A `CmosState`.
+    pub cmos: Saved,
+    /// A `PmTimerState`.
+    pub pm_timer: Saved,
+    /// A `GedState`.
+    pub ged: Saved,
+}
+
+impl State for PcState {
+    const PART: Part = PART;
+}
+
+impl PcState {
+    /// The saved slot of the function `id`.
+    fn slot(&self, id: &str) -> Result<SlotState, StateError> {
+        let bus: PciBusState = self.pci_bus.read()?;
+        let slot = bus.slots.into_iter().find(|slot| slot.id == id);
+        slot.ok_or_else(|| StateError::invalid(PART, "pci_bus", format!("has no device {id}")))
+    }
+}
+
+impl Pc {
+    /// The state of the paused machine.
+    ///
+    /// # Errors
+    /// The machine is not paused, KVM refuses to show a part, or the guest still has a device whose removal was
+    /// requested: no configuration describes such a machine.
+    pub fn state(&self) -> Result<PcState, PcError> {
+        let chassis = &self.chassis;
+        let on_bus = chassis.pci.functions();
+        let hotplug = chassis.hotplug.state();
+        let devices: Vec<&Plugged> = self
+            .plugged
+            .iter()
+            .filter(|plugged| on_bus.iter().any(|(bdf, _)| *bdf == plugged.bdf))
+            .collect();
+        let leaving = |plugged: &&&Plugged| hotplug.leaving & 1 << plugged.bdf.slot() != 0;
+        if let Some(plugged) = devices.iter().find(leaving) {
+            let id = plugged.id.clone();
+            return Err(PcError::Leaving { id });
+        }
+        Ok(PcState {
+            memory: Saved::of(&self.memory.state()),
+            vcpus: Saved::of(&self.vcpus.state().map_err(PcError::Cpu)?),
+            ioapic: Saved::of(&chassis.ioapic.state()),
+            pci_bus: Saved::of(&chassis.pci.state(chassis.config_ports.address())),
+            pci_hotplug: Saved::of(&hotplug),
+            devices: devices
+                .iter()
+                .map(|plugged| (plugged.id.clone(), Saved::of(&plugged.function.state())))
+                .collect(),
+            pvpanic: self.pvpanic.as_ref().map(|it| Saved::of(&it.state())),
+            serial: self.serial.as_ref().map(|uart| Saved::of(&uart.state())),
+            cmos: Saved::of(&chassis.cmos.state()),
+            pm_timer: Saved::of(&chassis.pm_timer.state()),
+            ged: Saved::of(&chassis.ged.state()),
+        })
+    }
+
+    /// Puts a device in the saved state back into its slot. It is paused until [`Pc::resume`].
+    ///
+    /// # Errors
+    /// The state cannot be of this device, or the host has no thread or descriptor left.
+    pub fn plug_restored(&mut self, plug: Plug, state: &PcState) -> Result<&Plugged, PcError> {
+        let id = plug.id.clone();
+        let saved = state.devices.get(&id).ok_or_else(|| {
+            let reason = format!("have no {id}, the configuration has");
+            StateError::invalid(PART, "devices", reason)
+        });
+        let saved = saved.and_then(|saved| Ok((saved, state.slot(&id)?)));
+        let (saved, slot) = saved.map_err(PcError::State)?;
+        let function = self.function_of(&plug, Some(saved))?;
+        let pci = &self.chassis.pci;
+        let bdf = pci.add_restored(function.clone(), &slot);
+        let bdf = bdf.map_err(PcError::State)?;
+        Ok(self.keep(plugged(plug, bdf, function)))
+    }
+
+    /// As [`Pc::plug_pvpanic`], in the saved state.
+    ///
+    /// # Errors
+    /// The state has no such device, or cannot be of one.
+    pub fn restore_pvpanic(&mut self, state: &PcState) -> Result<Bdf, PcError> {
+        let pvpanic = self.new_pvpanic();
+        let saved = state.pvpanic.as_ref().ok_or_else(|| {
+            StateError::invalid(PART, "pvpanic", "is absent, the configuration has it")
+        });
+        let restored = saved
+            .and_then(|saved| pvpanic.restore(&saved.read()?))
+            .and_then(|()| {
+                let slot = state.slot(PVPANIC_ID)?;
+                self.chassis.pci.add_restored(pvpanic.clone(), &slot)
+            });
+        self.pvpanic = Some(pvpanic);
+        restored.map_err(PcError::State)
+    }
+
+    /// Replaces [`Pc::boot`]: restores everything that is not a device in a slot. The machine is paused then.
+    ///
+    /// # Errors
+    /// The state is of another machine, or KVM rejects it.
+    pub fn restore(&mut self, state: &PcState) -> Result<(), PcError> {
+        self.paused = true;
+        self.restore_chips(state)
+            .and_then(|()| self.vcpus.restore(&state.vcpus.read::<VcpusState>()?))
+            .map_err(PcError::State)
+    }
+
+    fn restore_chips(&self, state: &PcState) -> Result<(), StateError> {
+        let chassis = &self.chassis;
+        let bus: PciBusState = state.pci_bus.read()?;
+        let functions = chassis.pci.functions();
+        let missing = |slot: &&SlotState| functions.iter().all(|(_, it)| it.id() != slot.id);
+        if let Some(slot) = bus.slots.iter().find(missing) {
+            let reason = format!("has device {}, the configuration has not", slot.id);
+            return Err(StateError::invalid(PART, "pci_bus", reason));
+        }
+        let devices = state.devices.len();
+        require(devices == self.plugged.len(), PART, "devices", || {
+            format!(
+                "are {devices}, the configuration has {}",
+                self.plugged.len()
+            )
+        })?;
+        chassis.pci.restore_reserved(&bus);
+        chassis.config_ports.restore_address(bus.config_address);
+        chassis.hotplug.restore(&state.pci_hotplug.read()?)?;
+        chassis.ioapic.restore(&state.ioapic.read()?)?;
+        chassis.cmos.restore(&state.cmos.read::<CmosState>()?)?;
+        let timer = state.pm_timer.read::<PmTimerState>()?;
+        chassis.pm_timer.restore(timer);
+        chassis.ged.restore(&state.ged.read::<GedState>()?)?;
+        match (&self.serial, &state.serial) {
+            (Some(uart), Some(saved)) => uart.restore(&saved.read()?),
+            (None, None) => Ok(()),
+            (own, _) => {
+                let own = if own.is_some() { "has" } else { "has not" };
+                let reason = format!("differs: the configuration {own} a serial port");
+                Err(StateError::invalid(PART, "serial", reason))
+            }
+        }
+    }
+}

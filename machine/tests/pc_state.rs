@@ -1,0 +1,212 @@
+//! A bare-metal guest in a whole PC is saved in the middle of its work, and finishes it in another PC with a copy of
+//! its memory.
+//!
+//! Without a usable KVM the tests print the reason and pass; they then show nothing.
+#![allow(clippy::unwrap_used)]
+
+#[path = "boot/images.rs"]
+#[allow(dead_code)]
+mod images;
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use api::config::{CpusConfig, MemoryConfig, PayloadConfig};
+use hypervisor::Kvm;
+use machine::boot::PayloadFiles;
+use machine::cpu::guest_phys_bits;
+use machine::memory::{GuestMemory, MemoryState};
+use machine::pc::{Pc, PcContext, PcError, PcParams, PcState, Plug};
+use machine::serial::{Endpoint, EndpointMode, SerialManager};
+use machine::signals::VmSignals;
+use machine::threads::DeviceKind;
+use state::Saved;
+use virtio_devices::rng::Rng;
+use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion};
+
+use images::{LOAD_ADDRESS, PVH_NOTE, elf};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+/// The guest's final count.
+const LAST: u32 = 5000;
+
+/// 32-bit code: counts in memory, and writes each count's low byte to the serial port.
+#[rustfmt::skip]
+const CODE: &[u8] = &[
+    0x66, 0xba, 0xf8, 0x03,             // mov dx, 0x3f8
+    0xff, 0x05, 0x00, 0x00, 0x20, 0x00, // again: inc dword [0x200000]
+    0xa1, 0x00, 0x00, 0x20, 0x00,       // mov eax, [0x200000]
+    0xee,                               // out dx, al
+    0x3d, 0x88, 0x13, 0x00, 0x00,       // cmp eax, LAST
+    0x75, 0xed,                         // jne again
+    0xeb, 0xfe,                         // jmp $
+];
+
+struct Rig {
+    kvm: Kvm,
+    manager: SerialManager,
+    folder: tempfile::TempDir,
+}
+
+impl Rig {
+    fn new() -> Option<Self> {
+        Some(Self {
+            kvm: Kvm::open().map_err(test_skip::skip).ok()?,
+            manager: SerialManager::new(Arc::new(|_| {})).unwrap(),
+            folder: tempfile::tempdir().unwrap(),
+        })
+    }
+
+    fn memory(&self) -> GuestMemory {
+        let config = MemoryConfig {
+            size: 64 << 20,
+            ..MemoryConfig::default()
+        };
+        let bits = guest_phys_bits(&self.kvm, CpusConfig::default().max_phys_bits).unwrap();
+        GuestMemory::new(&config, bits).unwrap()
+    }
+
+    /// A machine with a serial port that writes to `output`.
+    fn pc(&self, memory: GuestMemory, output: &Path) -> Pc {
+        let context = PcContext {
+            signals: Arc::new(VmSignals::new().unwrap()),
+            thread_start: Arc::new(|_| {}),
+            events: Arc::new(|_| {}),
+        };
+        let params = PcParams {
+            cpus: CpusConfig::default(),
+            numa: Vec::new(),
+            wished_slots: vec![3],
+        };
+        let mut pc = Pc::new(&self.kvm, memory, params, context).unwrap();
+        let mode = EndpointMode::File(output.to_path_buf());
+        let endpoint = Endpoint::open(&mode, &self.manager).unwrap();
+        pc.plug_serial(endpoint).unwrap();
+        pc
+    }
+
+    /// A booted machine with two devices.
+    fn booted(&self, output: &Path) -> Pc {
+        let kernel = self.folder.path().join("kernel");
+        std::fs::write(&kernel, elf(CODE, LOAD_ADDRESS, PVH_NOTE)).unwrap();
+        let payload = PayloadConfig {
+            kernel: Some(kernel),
+            ..PayloadConfig::default()
+        };
+        let memory = self.memory();
+        let payload = PayloadFiles::open(&payload).unwrap().load(&memory).unwrap();
+        let mut pc = self.pc(memory, output);
+        pc.plug(rng("_rng", Some(3))).unwrap();
+        pc.plug(rng("_other", None)).unwrap();
+        pc.plug_pvpanic().unwrap();
+        pc.boot(&payload, None).unwrap();
+        pc
+    }
+}
+
+fn rng(id: &str, slot: Option<u8>) -> Plug {
+    Plug {
+        id: id.to_owned(),
+        kind: DeviceKind::Rng,
+        slot,
+        device: Arc::new(Mutex::new(Rng::new(id, File::open("/dev/zero").unwrap()))),
+    }
+}
+
+fn copy(from: &GuestMemory, to: &GuestMemory) {
+    let (from, to) = (from.ram().memory(), to.ram().memory());
+    for region in from.iter() {
+        let mut bytes = vec![0; region.len() as usize];
+        from.read_slice(&mut bytes, region.start_addr()).unwrap();
+        to.write_slice(&bytes, region.start_addr()).unwrap();
+    }
+}
+
+fn wait_for_bytes(path: &Path, count: u64) {
+    let end = Instant::now() + DEADLINE;
+    while std::fs::metadata(path).unwrap().len() < count {
+        assert!(Instant::now() < end, "the guest wrote too little");
+        std::thread::yield_now();
+    }
+}
+
+/// As it comes back from a file.
+fn through_text(state: &PcState) -> PcState {
+    let text = serde_json::to_string(&Saved::of(state)).unwrap();
+    serde_json::from_str::<Saved>(&text)
+        .unwrap()
+        .read()
+        .unwrap()
+}
+
+#[test]
+fn guest_saved_at_work_finishes_in_another_pc() {
+    let Some(rig) = Rig::new() else {
+        return;
+    };
+    let outputs = ["first", "second"].map(|name| rig.folder.path().join(name));
+    let mut first = rig.booted(&outputs[0]);
+    wait_for_bytes(&outputs[0], 50);
+    assert!(matches!(first.state(), Err(PcError::Cpu(_))), "not paused");
+    first.pause().unwrap();
+    let state = through_text(&first.state().unwrap());
+    let memory = rig.memory();
+    let map: MemoryState = state.memory.read().unwrap();
+    memory.check_state(&map).unwrap();
+    copy(first.memory(), &memory);
+    drop(first);
+    let written = std::fs::read(&outputs[0]).unwrap();
+    assert!(written.len() < LAST as usize, "saved in the middle");
+
+    let mut second = rig.pc(memory, &outputs[1]);
+    // In another order than at boot: the slots are those of the state.
+    second.plug_restored(rng("_other", None), &state).unwrap();
+    second.plug_restored(rng("_rng", None), &state).unwrap();
+    second.restore_pvpanic(&state).unwrap();
+    second.restore(&state).unwrap();
+    let again = second.state().unwrap();
+    let without_time = |state: &PcState| PcState {
+        // The time stamp counter and the timer count on.
+        vcpus: state.ged.clone(),
+        pm_timer: state.ged.clone(),
+        ..state.clone()
+    };
+    assert_eq!(without_time(&again), without_time(&state));
+    assert_eq!(std::fs::metadata(&outputs[1]).unwrap().len(), 0, "paused");
+    second.resume().unwrap();
+    wait_for_bytes(&outputs[1], u64::from(LAST) - written.len() as u64);
+    let all = [written, std::fs::read(&outputs[1]).unwrap()].concat();
+    let counted: Vec<u8> = (1..=LAST).map(|count| count as u8).collect();
+    assert_eq!(all, counted, "nothing lost, nothing twice");
+}
+
+#[test]
+fn state_of_a_machine_with_other_devices_is_refused_by_name() {
+    let Some(rig) = Rig::new() else {
+        return;
+    };
+    let output = rig.folder.path().join("serial");
+    let mut pc = rig.booted(&output);
+    pc.pause().unwrap();
+    let state = pc.state().unwrap();
+    let told = |error: PcError| api::error_chain(&error).join(": ");
+
+    let mut other = rig.pc(rig.memory(), &output);
+    let unknown = other
+        .plug_restored(rng("_third", None), &state)
+        .unwrap_err();
+    assert!(told(unknown).contains("_third"));
+    other.plug_restored(rng("_rng", None), &state).unwrap();
+    let twice = other.plug_restored(rng("_rng", None), &state).unwrap_err();
+    assert!(told(twice).contains("slot 3"));
+    other.restore_pvpanic(&state).unwrap();
+    let missing = other.restore(&state).unwrap_err();
+    assert!(told(missing).contains("_other"));
+
+    let leaving = pc.devices()[0].clone();
+    pc.request_removal(&leaving).unwrap();
+    let refused = pc.state().unwrap_err();
+    assert!(told(refused).contains("_rng is being removed"));
+}
