@@ -83,9 +83,14 @@ impl VmReading {
         if self.huge_pages && self.pool.configured == Bytes::ZERO {
             self.pool.configured = self.configured;
         }
-        if self.level < FeatureLevel::L2 {
-            self.sample.resident = (memory.resident + memory.huge).min(self.configured);
-        }
+        let resident = if self.level < FeatureLevel::L2 {
+            memory.resident + memory.huge
+        } else {
+            // Its word is more exact, but cannot hide what the kernel counts. It may tell of more: memory of a shared file
+            // that its process has not mapped, and at most what it may take anyway.
+            self.sample.resident.max(memory.resident - OWN_MEMORY_MAX)
+        };
+        self.sample.resident = resident.min(self.configured);
         // Nothing is in two places at once.
         let rest = self.configured - self.sample.resident;
         self.sample.swapped = self.sample.swapped.min(rest);
@@ -543,7 +548,7 @@ mod tests {
     }
 
     #[test]
-    fn resident_memory_is_the_vmms_word_at_level_2_only_and_swap_is_what_is_left() {
+    fn resident_memory_is_the_vmms_word_at_level_2_only_within_reason_and_swap_is_what_is_left() {
         let claims = |level, resident_gib| {
             let mut reading = reading(level, false);
             reading.sample.resident = Bytes::gib(resident_gib);
@@ -551,7 +556,13 @@ mod tests {
             reading.fill_from_process(memory(2, 0));
             (reading.sample.resident, reading.sample.swapped)
         };
-        assert_eq!(claims(FeatureLevel::L2, 1), (Bytes::gib(1), Bytes::gib(3)));
+        assert_eq!(claims(FeatureLevel::L2, 3), (Bytes::gib(3), Bytes::gib(1)));
+        assert_eq!(claims(FeatureLevel::L2, 5), (Bytes::gib(4), Bytes::ZERO));
+        let proven = Bytes::gib(2) - OWN_MEMORY_MAX;
+        assert_eq!(
+            claims(FeatureLevel::L2, 1),
+            (proven, Bytes::gib(4) - proven)
+        );
         assert_eq!(claims(FeatureLevel::L0, 1), (Bytes::gib(2), Bytes::gib(2)));
     }
 
