@@ -37,6 +37,8 @@ parts! {
     CONSOLE = "console", 1..=1;
     /// Text that a console's output has not taken yet.
     CONSOLE_OUTPUT = "console-output", 1..=1;
+    /// Shared folder.
+    FS = "fs", 1..=1;
     /// Memory device.
     MEM = "mem", 1..=1;
     /// Blocks of a memory device.

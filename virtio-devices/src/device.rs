@@ -121,7 +121,7 @@ pub(crate) fn boxed<H: QueueHandler + 'static>(handler: Option<H>) -> Vec<Box<dy
 /// and must not panic on any input.
 pub trait VirtioDevice: Send {
     /// Virtio device id (virtio 1.2 §5): 1 net, 2 block, 3 console, 4 entropy, 5 balloon, 19 socket,
-    /// 24 memory, 35 watchdog.
+    /// 24 memory, 26 file system, 35 watchdog.
     fn device_type(&self) -> u32;
 
     /// Maximum size of each queue; the length is the number of queues.
@@ -295,6 +295,11 @@ pub trait QueueHandler: Send {
         self.queue_ready(queue_index, turn)
     }
 
+    /// Whether the worker waits for the doorbells. If not, the handler passes them to the process that serves the queues.
+    fn serves_doorbells(&self) -> bool {
+        true
+    }
+
     /// A source registered in `activate` (or one in [`QueueHandler::idle_sources`]) is readable.
     ///
     /// # Errors
@@ -332,6 +337,10 @@ pub trait QueueHandler: Send {
     /// Called when the VM pauses: requests in flight are finished before this returns, so that guest RAM no longer
     /// changes.
     fn pause(&mut self) {}
+
+    /// Undoes [`QueueHandler::pause`]; [`QueueHandler::queue_ready`] follows for each queue whose doorbell the worker
+    /// watches.
+    fn resume(&mut self) {}
 }
 
 /// A doorbell of the transport: one per queue, written by KVM.

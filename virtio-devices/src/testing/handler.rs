@@ -255,7 +255,15 @@ impl QueueHandler for Box<dyn QueueHandler> {
         (**self).restore(own)
     }
 
+    fn serves_doorbells(&self) -> bool {
+        (**self).serves_doorbells()
+    }
+
     fn pause(&mut self) {
         (**self).pause();
+    }
+
+    fn resume(&mut self) {
+        (**self).resume();
     }
 }

@@ -4,12 +4,11 @@ use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use serde::{Deserialize, Serialize};
 use state::{Part, State, StateError, parts, require};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -19,6 +18,7 @@ use super::connection::{BUFFER_BYTES, Connection, Outgoing, Ports};
 use super::device::Shared;
 use super::packet::{CID_HOST, Header, Op, TYPE_STREAM};
 use crate::listening_socket::ListeningSocket;
+use crate::unix_connect::connect;
 use crate::worker::Turn;
 
 const PART: Part = parts::VSOCK_CONNECTIONS;
@@ -447,7 +447,7 @@ impl Muxer {
         let mut path = self.listener.path().as_os_str().to_owned();
         path.push(format!("_{}", ports.host));
         let connected = if self.has_room() {
-            connect(PathBuf::from(path))
+            connect(Path::new(&path))
         } else {
             Err(Errno::MFILE.into())
         };
@@ -557,12 +557,4 @@ impl Greeting {
         let port = words.next()?.parse().ok()?;
         (is_connect && words.next().is_none()).then_some(port)
     }
-}
-
-/// Connects without waiting: a full backlog refuses.
-fn connect(path: PathBuf) -> io::Result<UnixStream> {
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-    Ok(UnixStream::from(socket))
 }

@@ -160,8 +160,11 @@ impl WorkerThread {
         // Whatever was active before is gone. The transport resets first, so this is for callers that do not.
         self.sources.clear();
         self.interrupt = Some(Arc::clone(&activation.interrupt));
-        let outcome = activation
-            .queues
+        let watched = match self.handler.serves_doorbells() {
+            true => activation.queues.as_slice(),
+            false => &[],
+        };
+        let outcome = watched
             .iter()
             .try_for_each(|active| self.sources.add_doorbell(active.index, &active.doorbell))
             .and_then(|()| self.handler.activate(activation, &mut self.sources));
@@ -187,6 +190,7 @@ impl WorkerThread {
             return;
         }
         self.paused = false;
+        self.handler.resume();
         if let Some(activation) = self.deferred.take() {
             self.activate(*activation);
             return;

@@ -1,0 +1,215 @@
+//! What the queues' thread and the link's thread share.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::GRACE;
+use super::rings::Rings;
+use crate::Unpoisoned;
+
+/// Why the back end must not have the rings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reason {
+    /// The VM is paused.
+    Pause,
+    /// The driver is gone.
+    Reset,
+}
+
+/// The next thing for the link to do.
+#[derive(Debug)]
+pub(super) enum Step {
+    Connect,
+    Start(Arc<Rings>),
+    Stop(Arc<Rings>),
+    Rest,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The rings of the active device.
+    offered: Option<Arc<Rings>>,
+    /// The rings that the back end may access.
+    served: Option<Arc<Rings>>,
+    paused: bool,
+    /// Resets seen by the queues' thread and by the link. Either may be first; a reset is over when both have seen it.
+    resets: [u64; 2],
+    /// The link waits for the back end.
+    talking: bool,
+    /// Ends the link's waiting.
+    connection: Option<UnixStream>,
+}
+
+/// Decides when the back end has the rings.
+#[derive(Debug)]
+pub(super) struct Gate {
+    state: Mutex<State>,
+    changed: Condvar,
+    wake: EventFd,
+}
+
+impl State {
+    /// Whether the back end may have the rings.
+    fn is_open(&self) -> bool {
+        let [queues, link] = self.resets;
+        !self.paused && queues == link
+    }
+}
+
+impl Gate {
+    /// Wakes the link at once, to connect.
+    pub(super) fn new() -> io::Result<Self> {
+        let wake = EventFd::new(EFD_NONBLOCK)?;
+        wake.write(1)?;
+        Ok(Self {
+            state: Mutex::default(),
+            changed: Condvar::new(),
+            wake,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unpoisoned()
+    }
+
+    fn wake(&self) {
+        // It fails only when the counter is full, and then the link is awake.
+        self.wake.write(1).ok();
+    }
+
+    /// The descriptor that wakes the link.
+    pub(super) fn wake_fd(&self) -> RawFd {
+        self.wake.as_raw_fd()
+    }
+
+    /// Called by the link before it looks at the state.
+    pub(super) fn drain(&self) {
+        // EAGAIN: it has been drained already.
+        self.wake.read().ok();
+    }
+
+    /// The driver is ready: the back end may have its rings.
+    pub(super) fn offer(&self, rings: Arc<Rings>) {
+        self.lock().offered = Some(rings);
+        self.wake();
+    }
+
+    /// Takes the rings away from the back end. Returns when it has returned them, or has lost its connection: after
+    /// [`GRACE`] at most, and the time that the link takes to notice. False if it had to lose the connection.
+    pub(super) fn close(&self, reason: Reason) -> bool {
+        let mut state = self.lock();
+        match reason {
+            Reason::Pause => state.paused = true,
+            Reason::Reset => {
+                state.resets[0] += 1;
+                state.offered = None;
+            }
+        }
+        self.wake();
+        let start = Instant::now();
+        let mut willing = true;
+        while state.talking || state.served.is_some() {
+            // A greeting can be cut short; rings are worth a wait.
+            let patience = if state.served.is_some() {
+                GRACE
+            } else {
+                Duration::ZERO
+            };
+            let left = patience.saturating_sub(start.elapsed());
+            if left.is_zero() {
+                if let Some(connection) = state.connection.take() {
+                    willing = state.served.is_none();
+                    // ENOTCONN: the back end is gone.
+                    connection.shutdown(Shutdown::Both).ok();
+                } else if start.elapsed() > GRACE * 4 {
+                    log::error!("the thread that talks to the back end does not respond");
+                    return false;
+                }
+            }
+            let pause = if left.is_zero() { GRACE } else { left };
+            let waited = self.changed.wait_timeout(state, pause);
+            state = waited.unpoisoned().0;
+        }
+        willing
+    }
+
+    /// The link has seen the reason, before or after the queues' thread.
+    pub(super) fn link_saw(&self, reason: Reason) {
+        let mut state = self.lock();
+        match reason {
+            Reason::Pause => state.paused = true,
+            Reason::Reset => state.resets[1] += 1,
+        }
+        drop(state);
+        self.wake();
+    }
+
+    /// Undoes a [`Gate::close`] for a pause.
+    pub(super) fn end_pause(&self) {
+        self.lock().paused = false;
+        self.wake();
+    }
+
+    /// What the link has to do now. It must report the end of a start or a stop.
+    pub(super) fn next(&self, connected: bool) -> Step {
+        let mut state = self.lock();
+        let open = state.is_open();
+        if let Some(served) = &state.served {
+            let still_offered = state
+                .offered
+                .as_ref()
+                .is_some_and(|it| Arc::ptr_eq(it, served));
+            if open && still_offered {
+                return Step::Rest;
+            }
+            let served = Arc::clone(served);
+            state.talking = true;
+            return Step::Stop(served);
+        }
+        match &state.offered {
+            _ if !open => Step::Rest,
+            _ if !connected => Step::Connect,
+            Some(offered) => {
+                let offered = Arc::clone(offered);
+                state.served = Some(Arc::clone(&offered));
+                state.talking = true;
+                Step::Start(offered)
+            }
+            None => Step::Rest,
+        }
+    }
+
+    /// The link is about to greet a back end. False if it must not now.
+    pub(super) fn greet(&self, connection: UnixStream) -> bool {
+        let mut state = self.lock();
+        let open = state.is_open();
+        if open {
+            state.connection = Some(connection);
+            state.talking = true;
+        }
+        open
+    }
+
+    /// The link no longer waits. `keeps_rings`: the back end has them.
+    pub(super) fn end_talk(&self, keeps_rings: bool) {
+        let mut state = self.lock();
+        state.talking = false;
+        if !keeps_rings {
+            state.served = None;
+        }
+        self.changed.notify_all();
+    }
+
+    /// The connection is gone. Returns the rings that the back end had.
+    pub(super) fn lose(&self) -> Option<Arc<Rings>> {
+        let mut state = self.lock();
+        state.connection = None;
+        state.served.clone()
+    }
+}

@@ -1,0 +1,291 @@
+//! A handler without queues: connects to the back end, and hands it the rings.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::timerfd::TimerFd;
+
+use super::Shared;
+use super::gate::{Gate, Reason, Step};
+use super::session::{Session, SessionError};
+use crate::device::{Activation, HandlerState, QueueHandler, WorkerError};
+use crate::unix_connect::connect;
+use crate::worker::{EventSources, Turn};
+
+/// Time to the first attempt after a failure; doubled for each further one.
+const RETRY_MIN: Duration = Duration::from_millis(50);
+const RETRY_MAX: Duration = Duration::from_secs(1);
+/// Kernel limit of a thread name, without the final zero.
+const NAME_BYTES_MAX: usize = 15;
+
+// Data in the epoll set.
+const WAKE: u64 = 0;
+const RETRY: u64 = 1;
+const SOCKET: u64 = 2;
+
+pub(super) struct Link {
+    name: String,
+    socket: PathBuf,
+    queues: usize,
+    gate: Arc<Gate>,
+    shared: Arc<Shared>,
+    epoll: Epoll,
+    retry: TimerFd,
+    /// Wait before the next attempt.
+    pause: Duration,
+    /// The timer runs.
+    waiting: bool,
+    session: Option<Session>,
+    /// Logged last.
+    failure: Option<String>,
+}
+
+impl Link {
+    pub(super) fn new(
+        id: &str,
+        socket: PathBuf,
+        queues: usize,
+        gate: Arc<Gate>,
+        shared: Arc<Shared>,
+    ) -> io::Result<Self> {
+        let epoll = Epoll::new()?;
+        let retry = TimerFd::new()?;
+        for (fd, datum) in [(gate.wake_fd(), WAKE), (retry.as_raw_fd(), RETRY)] {
+            let event = EpollEvent::new(EventSet::IN, datum);
+            epoll.ctl(ControlOperation::Add, fd, event)?;
+        }
+        let mut name: String = id.chars().filter(char::is_ascii).collect();
+        name.truncate(NAME_BYTES_MAX - "_link".len());
+        Ok(Self {
+            name: name + "_link",
+            socket,
+            queues,
+            gate,
+            shared,
+            epoll,
+            retry,
+            pause: RETRY_MIN,
+            waiting: false,
+            session: None,
+            failure: None,
+        })
+    }
+
+    /// Handles events, then does everything that can be done now.
+    fn work(&mut self) -> io::Result<()> {
+        let mut events = [EpollEvent::default(); 3];
+        let count = self.epoll.wait(0, &mut events)?;
+        for event in &events[..count] {
+            match event.data() {
+                WAKE => self.gate.drain(),
+                RETRY => {
+                    self.retry.wait()?;
+                    self.waiting = false;
+                }
+                // Nothing is expected of it between calls.
+                _ if self.session.is_some() => {
+                    if !event.event_set().contains(EventSet::READ_HANG_UP) {
+                        self.shared.protocol_errors.count();
+                    }
+                    self.lose("the back end has closed the connection")?;
+                }
+                _ => {}
+            }
+        }
+        self.advance()
+    }
+
+    fn advance(&mut self) -> io::Result<()> {
+        loop {
+            match self.gate.next(self.session.is_some()) {
+                Step::Connect if self.waiting => return Ok(()),
+                Step::Connect => {
+                    if !self.connect()? {
+                        return Ok(());
+                    }
+                }
+                Step::Start(rings) => {
+                    let started = self.session.as_mut().map(|session| session.start(&rings));
+                    match started {
+                        Some(Ok(())) => {
+                            self.shared.serving.set(1);
+                            self.recovered();
+                            // Interrupts for what its predecessor completed may be lost.
+                            for ring in &rings.rings {
+                                rings.interrupt.signal_queue(ring.index);
+                            }
+                            self.gate.end_talk(true);
+                        }
+                        failed => self.refused(failed.and_then(Result::err))?,
+                    }
+                }
+                Step::Stop(rings) => {
+                    let stopped = self.session.as_mut().map(|session| session.stop(&rings));
+                    match stopped {
+                        Some(Ok(wrong)) => {
+                            self.shared.protocol_errors.add(wrong);
+                            self.shared.serving.set(0);
+                            self.gate.end_talk(false);
+                        }
+                        failed => self.refused(failed.and_then(Result::err))?,
+                    }
+                }
+                Step::Rest => return Ok(()),
+            }
+        }
+    }
+
+    /// Whether there is a session now.
+    fn connect(&mut self) -> io::Result<bool> {
+        let connected = connect(&self.socket).and_then(|stream| {
+            stream.set_nonblocking(false)?;
+            Ok((stream.try_clone()?, stream))
+        });
+        let (other, stream) = match connected {
+            Ok(connected) => connected,
+            Err(error) => {
+                self.report(format!("cannot connect to the back end: {error}"));
+                self.wait_for_next()?;
+                return Ok(false);
+            }
+        };
+        if !self.gate.greet(other) {
+            return Ok(false);
+        }
+        match Session::open(stream, self.queues) {
+            Ok(session) => {
+                let event = EpollEvent::new(EventSet::IN | EventSet::READ_HANG_UP, SOCKET);
+                self.epoll.ctl(ControlOperation::Add, session.fd(), event)?;
+                self.session = Some(session);
+                self.shared.connections.count();
+                self.shared.connected.set(1);
+                self.gate.end_talk(false);
+                Ok(true)
+            }
+            Err(error) => {
+                self.refused(Some(error))?;
+                Ok(false)
+            }
+        }
+    }
+
+    /// The dialogue has failed.
+    fn refused(&mut self, error: Option<SessionError>) -> io::Result<()> {
+        self.shared.protocol_errors.count();
+        let text = error.map_or_else(|| "no connection".to_owned(), |error| chain(&error));
+        self.lose(&text)
+    }
+
+    fn lose(&mut self, reason: &str) -> io::Result<()> {
+        if let Some(session) = self.session.take() {
+            self.epoll.ctl(
+                ControlOperation::Delete,
+                session.fd(),
+                EpollEvent::default(),
+            )?;
+            self.shared.connections_lost.count();
+        }
+        self.shared.connected.set(0);
+        self.shared.serving.set(0);
+        self.report(reason.to_owned());
+        if let Some(rings) = self.gate.lose() {
+            rings.continue_after_last_completed();
+        }
+        self.gate.end_talk(false);
+        self.wait_for_next()
+    }
+
+    fn wait_for_next(&mut self) -> io::Result<()> {
+        self.retry.reset(self.pause, None)?;
+        self.waiting = true;
+        self.pause = (self.pause * 2).min(RETRY_MAX);
+        Ok(())
+    }
+
+    /// Takes the rings back: the queues' thread waits for that.
+    fn finish(&mut self, reason: Reason) {
+        self.gate.link_saw(reason);
+        if let Err(error) = self.advance() {
+            log::error!("{}: {error}", self.name);
+        }
+    }
+
+    fn recovered(&mut self) {
+        self.pause = RETRY_MIN;
+        if self.failure.take().is_some() {
+            log::info!("{}: {} serves the device", self.name, self.socket.display());
+        }
+    }
+
+    /// Logs a failure unless it is that of the last attempt, too.
+    fn report(&mut self, failure: String) {
+        if self.failure.as_ref() != Some(&failure) {
+            log::warn!("{}: {}: {failure}", self.name, self.socket.display());
+            self.failure = Some(failure);
+        }
+    }
+}
+
+fn chain(error: &SessionError) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+fn in_host(source: io::Error) -> WorkerError {
+    WorkerError::Host {
+        what: "waiting for the back end",
+        source,
+    }
+}
+
+impl QueueHandler for Link {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn activate(
+        &mut self,
+        _activation: Activation,
+        _sources: &mut EventSources,
+    ) -> Result<(), WorkerError> {
+        Ok(())
+    }
+
+    fn queue_ready(&mut self, _queue_index: u16, _turn: &mut Turn) -> Result<(), WorkerError> {
+        Ok(())
+    }
+
+    fn idle_sources(&self) -> Vec<(RawFd, u32)> {
+        vec![(self.epoll.as_raw_fd(), 0)]
+    }
+
+    fn source_ready(
+        &mut self,
+        _token: u32,
+        _sources: &mut EventSources,
+        _turn: &mut Turn,
+    ) -> Result<(), WorkerError> {
+        self.work().map_err(in_host)
+    }
+
+    fn reset(&mut self) {
+        self.finish(Reason::Reset);
+    }
+
+    fn state(&self) -> HandlerState {
+        HandlerState::default()
+    }
+
+    fn pause(&mut self) {
+        self.finish(Reason::Pause);
+    }
+}

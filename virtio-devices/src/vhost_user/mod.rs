@@ -1,0 +1,83 @@
+//! Devices whose queues another process serves: the front end of vhost-user.
+//!
+//! ```text
+//!   guest ── doorbell ──────────────────────────► back end      (KVM rings it; no thread of the VMM takes part)
+//!   guest ◄── interrupt ── queues ◄── call ────── back end
+//!                            │ gate
+//!                           link ◄── socket ────► back end      (features, memory, addresses of the rings)
+//!
+//!   queues   the handler of all queues: offers the rings, passes interrupts on
+//!   link     a handler without queues: connects, and talks to the back end
+//!   gate     what both threads share: which rings are offered, and whether the back end has them
+//!   session  one connection
+//!   rings    the queues as the back end needs them
+//! ```
+//!
+//! Only the link waits for the back end, for as long as it takes. If the guest resets the device, or the VM pauses or
+//! ends, the queues' thread gives the back end [`GRACE`] to return the rings. Then it shuts the connection down, which
+//! ends every call of the link. So a back end that never answers holds nobody up.
+//!
+//! A back end that goes away is sought forever. If it keeps a record of its requests in flight, the VMM holds that
+//! record for its successor (`VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`). Otherwise the successor continues after the last
+//! request that was completed, which is exact for a back end that completes requests in order.
+
+mod gate;
+mod link;
+mod queues;
+mod rings;
+mod session;
+#[cfg(test)]
+pub(crate) mod tests;
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
+
+use crate::counters::counters;
+use crate::device::QueueHandler;
+use gate::Gate;
+use link::Link;
+use queues::Queues;
+
+/// Features of every device type that the back end implements.
+pub(crate) const RING_FEATURES: u64 =
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
+
+/// How long a back end may take to return the rings.
+const GRACE: Duration = Duration::from_secs(1);
+
+counters! {
+    /// The counters of a device.
+    Shared {
+        /// Now.
+        connected,
+        /// Now: the back end has the rings.
+        serving,
+        connections,
+        connections_lost,
+        /// Messages and values that break the protocol, and refusals by the back end.
+        protocol_errors,
+        /// The back end did not return the rings in time.
+        rings_taken_away,
+        interrupts,
+    }
+}
+
+/// Both handlers of a device, in the order in which the transport needs them: queues first.
+pub(crate) fn handlers(
+    id: &str,
+    socket: PathBuf,
+    queues: usize,
+    shared: &Arc<Shared>,
+) -> io::Result<Vec<Box<dyn QueueHandler>>> {
+    let gate = Arc::new(Gate::new()?);
+    let link = Link::new(id, socket, queues, Arc::clone(&gate), Arc::clone(shared))?;
+    let queues = Queues::new(id.to_owned(), gate, Arc::clone(shared));
+    Ok(vec![Box::new(queues), Box::new(link)])
+}

@@ -1,0 +1,231 @@
+//! One connection to a back end. Every call waits for it.
+
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+
+use vhost::vhost_user::message::{
+    VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap};
+
+use super::rings::{Ring, Rings};
+use crate::Unpoisoned;
+
+/// Regions that every back end accepts in one message (`VHOST_MEMORY_BASELINE_NREGIONS`).
+const REGIONS_OF_A_TABLE: usize = 8;
+
+/// Reasons to give up a connection.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SessionError {
+    #[error("{what} failed")]
+    Call {
+        what: &'static str,
+        #[source]
+        source: vhost::Error,
+    },
+    #[error("the back end lacks features {missing:#x}, which the guest's driver uses")]
+    Features { missing: u64 },
+    #[error("the back end supports {queues} queues; the device has {wanted}")]
+    Queues { queues: u64, wanted: usize },
+    #[error("the back end accepts {max} memory regions; the guest has {regions}")]
+    Regions { max: u64, regions: usize },
+    #[error("guest memory is not shared")]
+    PrivateMemory(#[source] vhost::Error),
+    #[error("the rings are not in guest RAM")]
+    RingsOutsideRam,
+}
+
+fn in_call(what: &'static str) -> impl FnOnce(vhost::Error) -> SessionError {
+    move |source| SessionError::Call { what, source }
+}
+
+pub(super) struct Session {
+    frontend: Frontend,
+    /// Features of the back end.
+    features: u64,
+    protocol: VhostUserProtocolFeatures,
+    has_memory: bool,
+}
+
+impl Session {
+    /// Agrees on the protocol. `queues`: the maximum that the device has.
+    pub(super) fn open(stream: UnixStream, queues: usize) -> Result<Self, SessionError> {
+        let mut frontend = Frontend::from_stream(stream, queues as u64);
+        let features = frontend.get_features().map_err(in_call("GET_FEATURES"))?;
+        frontend.set_owner().map_err(in_call("SET_OWNER"))?;
+        let mut protocol = VhostUserProtocolFeatures::empty();
+        if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() != 0 {
+            let wanted = VhostUserProtocolFeatures::MQ
+                | VhostUserProtocolFeatures::REPLY_ACK
+                | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+                | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS;
+            let offered = frontend
+                .get_protocol_features()
+                .map_err(in_call("GET_PROTOCOL_FEATURES"))?;
+            protocol = offered & wanted;
+            frontend
+                .set_protocol_features(protocol)
+                .map_err(in_call("SET_PROTOCOL_FEATURES"))?;
+        }
+        if protocol.contains(VhostUserProtocolFeatures::MQ) {
+            let most = frontend.get_queue_num().map_err(in_call("GET_QUEUE_NUM"))?;
+            if most < queues as u64 {
+                return Err(SessionError::Queues {
+                    queues: most,
+                    wanted: queues,
+                });
+            }
+        }
+        if protocol.contains(VhostUserProtocolFeatures::REPLY_ACK) {
+            frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        Ok(Self {
+            frontend,
+            features,
+            protocol,
+            has_memory: false,
+        })
+    }
+
+    /// The socket, to notice its end.
+    pub(super) fn fd(&self) -> RawFd {
+        self.frontend.as_raw_fd()
+    }
+
+    fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
+        self.protocol.contains(feature)
+    }
+
+    /// Hands the rings over.
+    pub(super) fn start(&mut self, rings: &Rings) -> Result<(), SessionError> {
+        let missing = rings.features & !self.features;
+        if missing != 0 {
+            return Err(SessionError::Features { missing });
+        }
+        let own = self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+        self.frontend
+            .set_features(rings.features | own)
+            .map_err(in_call("SET_FEATURES"))?;
+        let mem = rings.mem.memory();
+        if !self.has_memory {
+            self.share_memory(&mem)?;
+            self.has_memory = true;
+        }
+        if self.has(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
+            self.pass_inflight(rings)?;
+        }
+        for ring in &rings.rings {
+            self.start_ring(ring, &mem)?;
+        }
+        // Without protocol features a ring is enabled when it is started.
+        if own != 0 {
+            for ring in &rings.rings {
+                self.frontend
+                    .set_vring_enable(ring.index.into(), true)
+                    .map_err(in_call("SET_VRING_ENABLE"))?;
+            }
+        }
+        for ring in &rings.rings {
+            // The guest may have rung for a back end that is gone.
+            ring.doorbell.write(1).ok();
+        }
+        Ok(())
+    }
+
+    /// Memory that virtio-mem plugs in later is part of guest RAM from the start.
+    fn share_memory(&mut self, mem: &GuestMemoryMmap<()>) -> Result<(), SessionError> {
+        let regions = mem
+            .iter()
+            .map(VhostUserMemoryRegionInfo::from_guest_region)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(SessionError::PrivateMemory)?;
+        if regions.len() <= REGIONS_OF_A_TABLE {
+            let shared = self.frontend.set_mem_table(&regions);
+            return shared.map(drop).map_err(in_call("SET_MEM_TABLE"));
+        }
+        let max = match self.has(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS) {
+            true => self
+                .frontend
+                .get_max_mem_slots()
+                .map_err(in_call("GET_MAX_MEM_SLOTS"))?,
+            false => REGIONS_OF_A_TABLE as u64,
+        };
+        if max < regions.len() as u64 {
+            return Err(SessionError::Regions {
+                max,
+                regions: regions.len(),
+            });
+        }
+        for region in &regions {
+            self.frontend
+                .add_mem_region(region)
+                .map_err(in_call("ADD_MEM_REG"))?;
+        }
+        Ok(())
+    }
+
+    fn pass_inflight(&mut self, rings: &Rings) -> Result<(), SessionError> {
+        let mut inflight = rings.inflight.lock().unpoisoned();
+        if inflight.is_none() {
+            let queues = rings.rings.iter().map(|ring| ring.index + 1).max();
+            let size = rings.rings.iter().map(Ring::size).max();
+            let wanted = VhostUserInflight {
+                num_queues: queues.unwrap_or(0),
+                queue_size: size.unwrap_or(0),
+                ..VhostUserInflight::default()
+            };
+            let (mut told, file) = self
+                .frontend
+                .get_inflight_fd(&wanted)
+                .map_err(in_call("GET_INFLIGHT_FD"))?;
+            // The back end decides only about the file.
+            told.num_queues = wanted.num_queues;
+            told.queue_size = wanted.queue_size;
+            *inflight = Some((told, file));
+        }
+        match &*inflight {
+            Some((told, file)) => self
+                .frontend
+                .set_inflight_fd(told, file.as_raw_fd())
+                .map_err(in_call("SET_INFLIGHT_FD")),
+            None => Ok(()),
+        }
+    }
+
+    fn start_ring(&mut self, ring: &Ring, mem: &GuestMemoryMmap<()>) -> Result<(), SessionError> {
+        let index = usize::from(ring.index);
+        let addresses = ring.addresses(mem).ok_or(SessionError::RingsOutsideRam)?;
+        let frontend = &mut self.frontend;
+        frontend
+            .set_vring_num(index, ring.size())
+            .map_err(in_call("SET_VRING_NUM"))?;
+        frontend
+            .set_vring_addr(index, &addresses)
+            .map_err(in_call("SET_VRING_ADDR"))?;
+        frontend
+            .set_vring_base(index, ring.next_avail())
+            .map_err(in_call("SET_VRING_BASE"))?;
+        frontend
+            .set_vring_call(index, &ring.call)
+            .map_err(in_call("SET_VRING_CALL"))?;
+        frontend
+            .set_vring_kick(index, &ring.doorbell)
+            .map_err(in_call("SET_VRING_KICK"))
+    }
+
+    /// Takes the rings back. Returns how many positions the back end reported wrongly.
+    pub(super) fn stop(&mut self, rings: &Rings) -> Result<u64, SessionError> {
+        let mem = rings.mem.memory();
+        let mut wrong = 0;
+        for ring in &rings.rings {
+            let base = self
+                .frontend
+                .get_vring_base(ring.index.into())
+                .map_err(in_call("GET_VRING_BASE"))?;
+            wrong += u64::from(!ring.stopped_at(&mem, base));
+        }
+        Ok(wrong)
+    }
+}

@@ -1,0 +1,154 @@
+//! A well-behaved back end on the library that virtiofsd uses. It answers a request with a copy of it.
+
+use std::io;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::JoinHandle;
+
+use vhost::vhost_user::Listener;
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::{
+    ShutdownHandle, VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT,
+};
+use virtio_queue::QueueOwnedT;
+use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{
+    EventConsumer, EventFlag, EventNotifier, new_event_consumer_and_notifier,
+};
+
+use super::super::RING_FEATURES;
+
+type Mem = GuestMemoryAtomic<GuestMemoryMmap>;
+
+struct Echo {
+    mem: Option<Mem>,
+    queues: usize,
+    /// Requests stay in the rings.
+    idle: Arc<AtomicBool>,
+}
+
+impl Echo {
+    fn serve(&self, vring: &VringRwLock) -> io::Result<()> {
+        let Some(mem) = &self.mem else { return Ok(()) };
+        let mem = mem.memory();
+        let mut vring = vring.get_mut();
+        let chains: Vec<_> = vring
+            .get_queue_mut()
+            .iter(mem.clone())
+            .map_err(io::Error::other)?
+            .collect();
+        for chain in chains {
+            let head = chain.head_index();
+            let (mut request, mut written) = (Vec::new(), 0);
+            for desc in chain {
+                let mut bytes = vec![0; (desc.len() as usize).min(4096)];
+                if !desc.is_write_only() {
+                    // A request outside of memory is answered empty.
+                    if mem.read_slice(&mut bytes, desc.addr()).is_ok() {
+                        request.extend(bytes);
+                    }
+                } else {
+                    let count = request.len().min(bytes.len());
+                    if mem.write_slice(&request[..count], desc.addr()).is_ok() {
+                        written += count as u32;
+                    }
+                }
+            }
+            vring.add_used(head, written).map_err(io::Error::other)?;
+        }
+        vring.signal_used_queue()
+    }
+}
+
+impl VhostUserBackendMut for Echo {
+    type Bitmap = ();
+    type Vring = VringRwLock;
+
+    fn num_queues(&self) -> usize {
+        self.queues
+    }
+
+    fn max_queue_size(&self) -> usize {
+        1024
+    }
+
+    fn features(&self) -> u64 {
+        RING_FEATURES | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+    }
+
+    fn set_event_idx(&mut self, _enabled: bool) {}
+
+    fn update_memory(&mut self, mem: Mem) -> io::Result<()> {
+        self.mem = Some(mem);
+        Ok(())
+    }
+
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        new_event_consumer_and_notifier(EventFlag::NONBLOCK).ok()
+    }
+
+    fn handle_event(
+        &mut self,
+        queue: u16,
+        _events: EventSet,
+        vrings: &[VringRwLock],
+        _thread: usize,
+    ) -> io::Result<()> {
+        match vrings.get(usize::from(queue)) {
+            Some(vring) if !self.idle.load(Ordering::SeqCst) => self.serve(vring),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A back end that serves one connection.
+pub(super) struct BackEnd {
+    shutdown: mpsc::Receiver<ShutdownHandle>,
+    thread: Option<JoinHandle<()>>,
+    pub(super) idle: Arc<AtomicBool>,
+}
+
+impl BackEnd {
+    /// Listens on `path`.
+    pub(super) fn start(path: &Path, queues: usize) -> Self {
+        let idle = Arc::new(AtomicBool::new(false));
+        let echo = Arc::new(Mutex::new(Echo {
+            mem: None,
+            queues,
+            idle: Arc::clone(&idle),
+        }));
+        let mut listener = Listener::new(path, true).unwrap();
+        let (sender, shutdown) = mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            let mem = GuestMemoryAtomic::new(GuestMemoryMmap::new());
+            let mut daemon = VhostUserDaemon::new("echo".to_owned(), echo, mem).unwrap();
+            daemon.start(&mut listener).unwrap();
+            drop(listener);
+            sender.send(daemon.shutdown_handle().unwrap()).ok();
+            daemon.wait().ok();
+            // Its threads hold the rings.
+            for handler in daemon.get_epoll_handlers() {
+                handler.send_exit_event();
+            }
+        });
+        Self {
+            shutdown,
+            thread: Some(thread),
+            idle,
+        }
+    }
+
+    /// Breaks the connection, as the end of its process would.
+    pub(super) fn kill(mut self) {
+        self.shutdown.recv().unwrap().shutdown();
+        self.thread.take().unwrap().join().unwrap();
+    }
+}

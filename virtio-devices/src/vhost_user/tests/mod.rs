@@ -1,0 +1,73 @@
+//! A shared folder with mock back ends: well-behaved, gone, silent and lying.
+
+mod back_end;
+mod hostile;
+mod serving;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use tempfile::TempDir;
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+
+use crate::device::{GuestRam, VirtioDevice};
+use crate::fs::{Fs, FsParams};
+use crate::testing::{MockPciDriver, TestRam, wait_until};
+
+const RAM_BYTES: usize = 16 << 20;
+/// The priority queue and one for requests.
+const QUEUES: usize = 2;
+const REQUESTS: u16 = 1;
+
+/// Guest RAM that another process can map.
+fn shared_ram() -> TestRam {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(RAM_BYTES as u64).unwrap();
+    let range = (GuestAddress(0), RAM_BYTES, Some(FileOffset::new(file, 0)));
+    let map = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
+    TestRam::around(GuestRam::new(map), 0, RAM_BYTES as u64)
+}
+
+fn device(socket: &Path) -> Arc<Mutex<dyn VirtioDevice>> {
+    let fs = Fs::new(FsParams {
+        id: "_fs0".to_owned(),
+        tag: "folder".to_owned(),
+        socket: socket.to_owned(),
+        num_queues: 1,
+        queue_size: 64,
+    });
+    Arc::new(Mutex::new(fs.unwrap()))
+}
+
+struct Rig {
+    folder: TempDir,
+    driver: MockPciDriver,
+}
+
+impl Rig {
+    /// A device with its driver, and no back end.
+    fn new() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let ram = shared_ram();
+        let mut driver = MockPciDriver::new(device(&folder.path().join("fs")), &ram);
+        driver.start(u64::MAX);
+        Self { folder, driver }
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.folder.path().join("fs")
+    }
+
+    fn count(&self, name: &str) -> u64 {
+        let device = self.driver.function.device().lock().unwrap();
+        device.counters()[name]
+    }
+
+    fn wait_for(&self, name: &str, least: u64) {
+        wait_until(name, || self.count(name) >= least);
+    }
+
+    fn wait_until_served(&self) {
+        self.wait_for("serving", 1);
+    }
+}
