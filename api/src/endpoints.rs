@@ -156,6 +156,10 @@ endpoints! {
     VmAddNet = Upstream Put "vm.add-net",
         request Some("NetConfig"), response Some("PciDeviceInfo"), command "add-net",
         failure "The network device could not be added to the VM";
+    /// Add a shared folder, also to a running VM.
+    VmAddFs = Upstream Put "vm.add-fs",
+        request Some("FsConfig"), response Some("PciDeviceInfo"), command "add-fs",
+        failure "The shared folder could not be added to the VM";
     /// Add the vsock device, also to a running VM.
     VmAddVsock = Upstream Put "vm.add-vsock",
         request Some("VsockConfig"), response Some("PciDeviceInfo"), command "add-vsock",
@@ -233,7 +237,11 @@ impl Endpoint {
     pub const fn adds_device(self) -> bool {
         matches!(
             self,
-            Self::VmAddDisk | Self::VmAddNet | Self::VmAddVsock | Self::VmAddBalloon
+            Self::VmAddDisk
+                | Self::VmAddNet
+                | Self::VmAddFs
+                | Self::VmAddVsock
+                | Self::VmAddBalloon
         )
     }
 }

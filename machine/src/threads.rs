@@ -25,6 +25,8 @@ pub enum DeviceKind {
     Console,
     /// The watchdog.
     Watchdog,
+    /// A shared folder.
+    Fs,
     /// The vsock device.
     Vsock,
 }

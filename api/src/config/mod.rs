@@ -9,6 +9,7 @@ mod balloon;
 mod console;
 mod cpus;
 mod disk;
+mod fs;
 mod landlock;
 mod mac;
 mod memory;
@@ -33,6 +34,7 @@ pub use disk::{
     DEFAULT_DISK_NUM_QUEUES, DEFAULT_DISK_QUEUE_SIZE, DiskConfig, ImageType, LockGranularity,
     VirtQueueAffinity,
 };
+pub use fs::{DEFAULT_FS_NUM_QUEUES, DEFAULT_FS_QUEUE_SIZE, FsConfig};
 pub use landlock::LandlockConfig;
 pub use mac::{MacAddr, MacAddrError};
 pub use memory::{DEFAULT_MEMORY_BYTES, HotplugMethod, MemoryConfig, MemoryZoneConfig};
@@ -73,6 +75,8 @@ pub struct VmConfig {
     pub rng: RngConfig,
     /// The memory balloon; there is none when absent.
     pub balloon: Option<BalloonConfig>,
+    /// Shared folders (virtio-fs), in the order of their PCI slots.
+    pub fs: Option<Vec<FsConfig>>,
     /// The vsock device; there is none when absent.
     pub vsock: Option<VsockConfig>,
     /// The serial port.
@@ -95,8 +99,6 @@ pub struct VmConfig {
     pub landlock_enable: bool,
     /// Files that the VMM may use besides, for devices that are added later. Needs `landlock_enable`.
     pub landlock_rules: Option<Vec<LandlockConfig>>,
-    /// Shared directories (virtio-fs). Unsupported.
-    pub fs: Option<Value>,
     /// Persistent memory. Unsupported.
     pub pmem: Option<Value>,
     /// Assigned PCI devices (VFIO). Unsupported.
@@ -122,7 +124,6 @@ impl VmConfig {
     /// `false` and an empty list ask for nothing.
     pub fn unsupported_sections(&self) -> Vec<&'static str> {
         let sections = [
-            ("fs", &self.fs),
             ("pmem", &self.pmem),
             ("devices", &self.devices),
             ("user_devices", &self.user_devices),

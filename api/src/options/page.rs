@@ -7,9 +7,9 @@ use schemars::{JsonSchema, SchemaGenerator};
 use serde_json::Value;
 
 use crate::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, LandlockConfig,
-    MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, PlatformConfig, RngConfig, SerialConfig,
-    VsockConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, FsConfig,
+    LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, PlatformConfig,
+    RngConfig, SerialConfig, VsockConfig,
 };
 use crate::{AlertChange, ReportingPolicy};
 
@@ -53,6 +53,7 @@ fn sections() -> Vec<OptionReference> {
         NumaConfig::reference(),
         DiskConfig::reference(),
         NetConfig::reference(),
+        FsConfig::reference(),
         VsockConfig::reference(),
         BalloonConfig::reference(),
         RngConfig::reference(),

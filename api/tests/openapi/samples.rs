@@ -100,6 +100,7 @@ samples![
     TokenBucket,
     RngConfig,
     BalloonConfig,
+    FsConfig,
     VsockConfig,
     SerialConfig,
     ConsoleConfig,

@@ -53,6 +53,10 @@ pub(crate) const FIELDS: &[(&str, &str)] = &[
         "size deflate_on_oom free_page_reporting iommu id pci_segment pci_device_id",
     ),
     (
+        "FsConfig",
+        "tag socket num_queues queue_size id pci_segment pci_device_id",
+    ),
+    (
         "VsockConfig",
         "cid socket iommu id pci_segment pci_device_id",
     ),
@@ -83,6 +87,7 @@ pub(crate) const REQUIRED: &[(&str, &str)] = &[
     ("TokenBucket", "size refill_time"),
     ("RngConfig", "src"),
     ("BalloonConfig", "size"),
+    ("FsConfig", "tag socket"),
     ("VsockConfig", "cid socket"),
     ("SerialConfig", "mode"),
     ("ConsoleConfig", "mode"),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use api::config::{BalloonConfig, DiskConfig, NetConfig, VsockConfig};
+use api::config::{BalloonConfig, DiskConfig, FsConfig, NetConfig, VsockConfig};
 use api::options::parse_bytes;
 use api::{
     Endpoint, HintingAction, ReclaimThresholdsChange, ReportingAction, VmBalloonHinting,
@@ -39,11 +39,13 @@ pub(crate) enum Command {
     AddDisk(AddDiskArguments),
     /// Add a network interface to the VM
     AddNet(AddNetArguments),
+    /// Add a shared folder to the VM
+    AddFs(AddFsArguments),
     /// Add the vsock device to the VM
     AddVsock(AddVsockArguments),
     /// Add the balloon to the VM
     AddBalloon(AddBalloonArguments),
-    /// Remove a disk, a network interface, the vsock device or the balloon from the VM
+    /// Remove a disk, a network interface, a shared folder, the vsock device or the balloon from the VM
     RemoveDevice(RemoveDeviceArguments),
     /// Show how much of the VM's memory returned to the host, and how
     ReclaimStats(ReclaimStatsArguments),
@@ -189,6 +191,12 @@ pub(crate) struct AddNetArguments {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct AddFsArguments {
+    #[arg(value_name = "FS", value_parser = parse_fs, help = FsConfig::syntax())]
+    pub(crate) fs: FsConfig,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct AddVsockArguments {
     #[arg(value_name = "VSOCK", value_parser = parse_vsock, help = VsockConfig::syntax())]
     pub(crate) vsock: VsockConfig,
@@ -213,6 +221,10 @@ fn parse_disk(text: &str) -> Result<DiskConfig, String> {
 
 fn parse_net(text: &str) -> Result<NetConfig, String> {
     NetConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
+}
+
+fn parse_fs(text: &str) -> Result<FsConfig, String> {
+    FsConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
 }
 
 fn parse_vsock(text: &str) -> Result<VsockConfig, String> {
@@ -334,6 +346,7 @@ impl Request {
             })?),
             Command::AddDisk(add) => Some(to_ascii_json(&add.disk)?),
             Command::AddNet(add) => Some(to_ascii_json(&add.net)?),
+            Command::AddFs(add) => Some(to_ascii_json(&add.fs)?),
             Command::AddVsock(add) => Some(to_ascii_json(&add.vsock)?),
             Command::AddBalloon(add) => Some(to_ascii_json(&add.balloon)?),
             Command::RemoveDevice(remove) => {
@@ -366,6 +379,7 @@ pub(crate) fn endpoint(command: &Command) -> Endpoint {
         Command::ResizeDisk(_) => Endpoint::VmResizeDisk,
         Command::AddDisk(_) => Endpoint::VmAddDisk,
         Command::AddNet(_) => Endpoint::VmAddNet,
+        Command::AddFs(_) => Endpoint::VmAddFs,
         Command::AddVsock(_) => Endpoint::VmAddVsock,
         Command::AddBalloon(_) => Endpoint::VmAddBalloon,
         Command::RemoveDevice(_) => Endpoint::VmRemoveDevice,

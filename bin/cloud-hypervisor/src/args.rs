@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use api::VmConfig;
 use api::config::{
-    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, LandlockConfig,
-    MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, PathOrFd, PayloadConfig, PlatformConfig,
-    RngConfig, SerialConfig, VsockConfig,
+    BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, FsConfig,
+    LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, PathOrFd, PayloadConfig,
+    PlatformConfig, RngConfig, SerialConfig, VsockConfig,
 };
 use api::options::OptionError;
 use clap::{ArgAction, ArgGroup, Parser, ValueEnum};
@@ -74,6 +74,9 @@ pub(crate) struct Arguments {
 
     #[arg(long, value_name = "memory-zone", requires = "payload", num_args = 1.., action = ArgAction::Append, help = MemoryZoneConfig::syntax())]
     memory_zone: Vec<String>,
+
+    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = FsConfig::syntax())]
+    fs: Vec<String>,
 
     #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = NetConfig::syntax())]
     net: Vec<String>,
@@ -172,6 +175,7 @@ impl Arguments {
                 .unwrap_or_default(),
             numa: read_all(&self.numa, NumaConfig::parse)?,
             platform: read(&self.platform, PlatformConfig::parse)?,
+            fs: read_all(&self.fs, FsConfig::parse)?,
             vsock: read(&self.vsock, VsockConfig::parse)?,
             watchdog: self.watchdog,
             landlock_enable: self.landlock,
@@ -265,7 +269,7 @@ mod tests {
              --memory size=1G,shared=on --disk path=/a path=/b,readonly=on --disk path=/c --net tap=t0 \
              --balloon size=128M,free_page_reporting=on --serial tty --console off --rng src=/dev/random \
              --event-monitor path=/e --seccomp log --no-shutdown -vv --watchdog \
-             --vsock cid=3,socket=/v --landlock --landlock-rules path=/d,access=rw path=/e,access=r \
+             --vsock cid=3,socket=/v --fs tag=a,socket=/a --fs tag=b,socket=/b,num_queues=2 --landlock --landlock-rules path=/d,access=rw path=/e,access=r \
              --pvpanic --debug-console file=/d,iobase=0xe8",
         )
         .unwrap();
@@ -282,6 +286,11 @@ mod tests {
         assert!(config.pvpanic);
         assert_eq!(config.debug_console.iobase, Some(0xe8));
         assert_eq!(config.vsock.unwrap().cid, 3);
+        let fs = config.fs.unwrap();
+        assert_eq!(
+            (fs[0].num_queues, fs[1].tag.as_str(), fs[1].num_queues),
+            (1, "b", 2)
+        );
         assert_eq!(config.balloon.unwrap().size, 128 << 20);
         assert_eq!(
             config.payload.unwrap().cmdline.as_deref(),
@@ -347,7 +356,7 @@ mod tests {
     #[test]
     fn arguments_unknown_options_and_values_are_refused() {
         for line in [
-            "--kernel /k --fs tag=x",
+            "--kernel /k --pmem file=x",
             "--kernel /k --seccomp maybe",
             "--kernel",
             "",
@@ -357,6 +366,8 @@ mod tests {
         for line in [
             "--kernel /k --balloon size=1G,colour=red",
             "--kernel /k --memory size=much",
+            "--kernel /k --fs tag=a",
+            "--kernel /k --fs socket=/s",
             "--kernel /k --vsock cid=3",
             "--kernel /k --vsock socket=/s",
             "--kernel /k --vsock cid=4294967296,socket=/s",

@@ -22,4 +22,4 @@ pub use error::{MemoryError, ZoneError};
 pub use guest_ram::{GuestMemory, RamSlots};
 pub use numa_policy::HOST_NUMA_NODE_MAX;
 pub use state::{MemoryRangeState, MemoryState, ZoneState};
-pub use zones::{DEFAULT_ZONE_ID, HOTPLUG_ZONE_ID, Zone};
+pub use zones::{DEFAULT_ZONE_ID, HOTPLUG_ZONE_ID, Zone, all_shared};

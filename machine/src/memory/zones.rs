@@ -73,6 +73,12 @@ pub(super) fn zones_of(config: &MemoryConfig) -> Vec<MemoryZoneConfig> {
     zones.collect()
 }
 
+/// Whether other processes can map all of RAM. Huge pages always come from a memory file; a file may be mapped private.
+pub fn all_shared(config: &MemoryConfig) -> bool {
+    let shared = |zone: &MemoryZoneConfig| zone.shared || zone.hugepages && zone.file.is_none();
+    zones_of(config).iter().all(shared)
+}
+
 /// The zone for memory hot-plug, at its maximum size, with the backing of undivided RAM. None of its pages exists
 /// before the guest plugs and touches it.
 pub(super) fn hotplug_zone_of(config: &MemoryConfig) -> Option<MemoryZoneConfig> {

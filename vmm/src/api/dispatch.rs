@@ -151,6 +151,7 @@ impl Dispatcher {
             }
             Endpoint::VmAddDisk => self.add_device(call, NewDevice::Disk),
             Endpoint::VmAddNet => self.add_device(call, NewDevice::Net),
+            Endpoint::VmAddFs => self.add_device(call, NewDevice::Fs),
             Endpoint::VmAddVsock => self.add_device(call, NewDevice::Vsock),
             Endpoint::VmAddBalloon => self.add_device(call, NewDevice::Balloon),
             Endpoint::VmSetReclaimThresholds => self.set_thresholds(call),
@@ -219,7 +220,9 @@ impl Dispatcher {
         let fds = match device {
             NewDevice::Net(_) => std::mem::take(&mut call.fds),
             // No other device uses descriptors: the call closes them.
-            NewDevice::Disk(_) | NewDevice::Vsock(_) | NewDevice::Balloon(_) => Vec::new(),
+            NewDevice::Disk(_) | NewDevice::Fs(_) | NewDevice::Vsock(_) | NewDevice::Balloon(_) => {
+                Vec::new()
+            }
         };
         self.submit(
             call,

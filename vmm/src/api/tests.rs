@@ -460,6 +460,7 @@ fn body_of(endpoint: Endpoint) -> Option<&'static str> {
         Endpoint::VmBalloonHinting => Some(r#"{"action": "start"}"#),
         Endpoint::VmAddDisk => Some(r#"{"path": "/e"}"#),
         Endpoint::VmAddNet => Some("{}"),
+        Endpoint::VmAddFs => Some(r#"{"tag": "t", "socket": "/f"}"#),
         Endpoint::VmAddVsock => Some(r#"{"cid": 3, "socket": "/s"}"#),
         Endpoint::VmAddBalloon => Some(r#"{"size": 0}"#),
         Endpoint::VmRemoveDevice => Some(r#"{"id": "__balloon"}"#),
@@ -491,6 +492,8 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
         Endpoint::VmBalloonStats => [500, 500, 200, 500],
         Endpoint::VmResize => [404, 204, 204, 204],
         Endpoint::VmAddDisk | Endpoint::VmAddNet | Endpoint::VmAddVsock => [404, 204, 200, 200],
+        // Its memory is not shared.
+        Endpoint::VmAddFs => [404, 400, 400, 400],
         // There is one.
         Endpoint::VmAddBalloon => [404, 400, 400, 400],
         Endpoint::VmRemoveDevice => [404, 204, 204, 204],
@@ -664,6 +667,22 @@ fn devices_added_become_part_of_the_configuration_until_they_are_removed() {
     assert_eq!(remove("nobody"), 404);
     assert_eq!(remove("_disk1"), 204);
     assert_eq!(ids(&vmm), ["_disk0"]);
+}
+
+#[test]
+fn shared_folder_can_be_added_to_shared_memory() {
+    let vmm = vmm();
+    let config = json!({
+        "payload": {"kernel": "/k"},
+        "memory": {"size": 1 << 30, "shared": true},
+    });
+    vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+    vmm.ok(Endpoint::VmBoot, None);
+    for id in ["_fs0", "_fs1"] {
+        let added = vmm.call(Endpoint::VmAddFs, body_of(Endpoint::VmAddFs));
+        assert_eq!(added.status, 200);
+        assert!(format!("{:?}", added.body).contains(id));
+    }
 }
 
 #[test]

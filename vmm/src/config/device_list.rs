@@ -1,7 +1,7 @@
 //! Adds devices to a configuration and removes them.
 
 use api::VmConfig;
-use api::config::{BalloonConfig, DiskConfig, NetConfig, VsockConfig};
+use api::config::{BalloonConfig, DiskConfig, FsConfig, NetConfig, VsockConfig};
 
 use crate::device_ids::BALLOON_ID;
 
@@ -12,6 +12,8 @@ pub enum NewDevice {
     Disk(DiskConfig),
     /// A network interface.
     Net(NetConfig),
+    /// A shared folder.
+    Fs(FsConfig),
     /// The vsock device.
     Vsock(VsockConfig),
     /// The balloon.
@@ -24,6 +26,7 @@ impl NewDevice {
         match self {
             Self::Disk(disk) => disk.id.as_deref(),
             Self::Net(net) => net.id.as_deref(),
+            Self::Fs(fs) => fs.id.as_deref(),
             Self::Vsock(vsock) => vsock.id.as_deref(),
             Self::Balloon(balloon) => Some(balloon_id(balloon)),
         }
@@ -36,14 +39,15 @@ pub fn with_device(config: &VmConfig, device: NewDevice) -> VmConfig {
     match device {
         NewDevice::Disk(disk) => config.disks.get_or_insert_default().push(disk),
         NewDevice::Net(net) => config.net.get_or_insert_default().push(net),
+        NewDevice::Fs(fs) => config.fs.get_or_insert_default().push(fs),
         NewDevice::Vsock(vsock) => config.vsock = Some(vsock),
         NewDevice::Balloon(balloon) => config.balloon = Some(balloon),
     }
     config
 }
 
-/// Returns the configuration without the disk, network interface, vsock device or balloon of this name; `None` if there
-/// is none.
+/// Returns the configuration without the disk, network interface, shared folder, vsock device or balloon of this name;
+/// `None` if there is none.
 pub fn without_device(config: &VmConfig, id: &str) -> Option<VmConfig> {
     let named = |known: &Option<String>| known.as_deref() == Some(id);
     let mut without = config.clone();
@@ -52,6 +56,9 @@ pub fn without_device(config: &VmConfig, id: &str) -> Option<VmConfig> {
     }
     if let Some(net) = &mut without.net {
         net.retain(|net| !named(&net.id));
+    }
+    if let Some(fs) = &mut without.fs {
+        fs.retain(|fs| !named(&fs.id));
     }
     without.vsock.take_if(|vsock| named(&vsock.id));
     without.balloon.take_if(|balloon| balloon_id(balloon) == id);
@@ -73,6 +80,10 @@ pub fn take_id(config: &VmConfig, device: &mut NewDevice) {
         NewDevice::Net(net) => {
             let last = config.net.iter().flatten().next_back();
             net.id = last.and_then(|last| last.id.clone());
+        }
+        NewDevice::Fs(fs) => {
+            let last = config.fs.iter().flatten().next_back();
+            fs.id = last.and_then(|last| last.id.clone());
         }
         NewDevice::Vsock(vsock) => {
             vsock.id = config.vsock.as_ref().and_then(|named| named.id.clone());
@@ -101,6 +112,7 @@ mod tests {
         let empty = VmConfig {
             disks: Some(Vec::new()),
             net: Some(Vec::new()),
+            fs: Some(Vec::new()),
             ..VmConfig::default()
         };
         let net = NewDevice::Net(NetConfig {
@@ -111,10 +123,15 @@ mod tests {
             id: Some("v".to_owned()),
             ..VsockConfig::default()
         });
+        let fs = NewDevice::Fs(FsConfig {
+            id: Some("f".to_owned()),
+            ..FsConfig::default()
+        });
         let balloon = NewDevice::Balloon(BalloonConfig::default());
         for (device, id) in [
             (disk(Some("a")), "a"),
             (net, "b"),
+            (fs, "f"),
             (vsock, "v"),
             (balloon, "__balloon"),
         ] {
@@ -138,5 +155,10 @@ mod tests {
         assign_ids(&mut config);
         take_id(&config, &mut vsock);
         assert_eq!(vsock.id(), Some("_vsock1"));
+        let mut fs = NewDevice::Fs(FsConfig::default());
+        let mut config = with_device(&config, fs.clone());
+        assign_ids(&mut config);
+        take_id(&config, &mut fs);
+        assert_eq!(fs.id(), Some("_fs0"));
     }
 }

@@ -1,10 +1,13 @@
-//! Disks, network devices and PCI slots.
+//! Disks, network devices, shared folders and PCI slots.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 
 use api::VmConfig;
-use api::config::{ConsoleOutputMode, DiskConfig, NetConfig, VsockConfig};
+use api::config::{ConsoleOutputMode, DiskConfig, FsConfig, NetConfig, VsockConfig};
 
+use machine::memory::all_shared;
+use virtio_devices::fs::TAG_BYTES_MAX;
 use virtio_devices::worker::HOST_CPUS_MAX;
 
 use super::error::{DeviceFault, ValidationError};
@@ -22,6 +25,8 @@ const HOST_CID: u32 = 2;
 const ANY_CID: u32 = u32::MAX;
 /// The capacity of `sockaddr_un`, without the final zero.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
+/// The most request queues of a shared folder. Each queue has an interrupt vector and two descriptors.
+const FS_QUEUES_MAX: usize = 64;
 /// Descriptors up to here are the standard streams.
 const LAST_STANDARD_FD: i32 = 2;
 const PCI_SLOTS: std::ops::RangeInclusive<u8> = 1..=31;
@@ -33,6 +38,10 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     }
     for (index, net) in config.net.iter().flatten().enumerate() {
         check_net(net, vcpus).map_err(|fault| at("net", index, net.id.as_deref(), fault))?;
+    }
+    let shared = all_shared(&config.memory);
+    for (index, fs) in config.fs.iter().flatten().enumerate() {
+        check_fs(fs, shared).map_err(|fault| at("fs", index, fs.id.as_deref(), fault))?;
     }
     if let Some(vsock) = &config.vsock {
         check_vsock(vsock).map_err(|fault| at("vsock", 0, vsock.id.as_deref(), fault))?;
@@ -131,7 +140,27 @@ fn check_vsock(vsock: &VsockConfig) -> Result<(), DeviceFault> {
             max: ANY_CID - 1,
         });
     }
-    let bytes = vsock.socket.as_os_str().len();
+    socket_path(&vsock.socket)
+}
+
+fn check_fs(fs: &FsConfig, memory_shared: bool) -> Result<(), DeviceFault> {
+    if !memory_shared {
+        return Err(DeviceFault::MemoryPrivate);
+    }
+    let bytes = fs.tag.len();
+    if !(1..=TAG_BYTES_MAX).contains(&bytes) || fs.tag.contains('\0') {
+        return Err(DeviceFault::Tag {
+            tag: fs.tag.clone(),
+            max: TAG_BYTES_MAX,
+        });
+    }
+    queue_size(fs.queue_size)?;
+    queue_count(fs.num_queues, 1, FS_QUEUES_MAX)?;
+    socket_path(&fs.socket)
+}
+
+fn socket_path(path: &Path) -> Result<(), DeviceFault> {
+    let bytes = path.as_os_str().len();
     if !(1..=SOCKET_PATH_BYTES_MAX).contains(&bytes) {
         return Err(DeviceFault::SocketPath {
             bytes,
@@ -178,6 +207,7 @@ fn pci_slot_count(config: &VmConfig) -> Result<(), ValidationError> {
     let lists = [
         config.disks.as_ref().map_or(0, Vec::len),
         config.net.as_ref().map_or(0, Vec::len),
+        config.fs.as_ref().map_or(0, Vec::len),
     ];
     let singles = [
         config.balloon.is_some(),

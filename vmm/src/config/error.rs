@@ -345,6 +345,19 @@ pub enum DeviceFault {
         /// The maximum.
         max: u32,
     },
+    /// A back end could not see guest memory.
+    #[error(
+        "a vhost-user device needs shared guest memory: set shared=on in --memory (and in each --memory-zone)"
+    )]
+    MemoryPrivate,
+    /// A name that no guest could mount.
+    #[error("tag must have 1 to {max} bytes and no NUL; got {tag:?}")]
+    Tag {
+        /// The name.
+        tag: String,
+        /// The maximum.
+        max: usize,
+    },
     /// A path to which no socket can be bound.
     #[error("socket must be a path of 1 to {max} bytes; got {bytes} bytes")]
     SocketPath {

@@ -33,8 +33,8 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     Ok(())
 }
 
-/// Gives every disk, network device and vsock device without a name the next one of upstream's: `_disk0`, `_net1`,
-/// `_vsock2`, with one counter for all and names in use left out.
+/// Gives every disk, network device, shared folder and vsock device without a name the next one of upstream's:
+/// `_disk0`, `_net1`, `_fs2`, `_vsock3`, with one counter for all and names in use left out.
 pub fn assign_ids(config: &mut VmConfig) {
     let mut taken: BTreeSet<String> = given(config).cloned().collect();
     let mut counter = 0u64;
@@ -50,6 +50,9 @@ pub fn assign_ids(config: &mut VmConfig) {
     }
     for net in config.net.iter_mut().flatten() {
         net.id.get_or_insert_with(|| next("_net"));
+    }
+    for fs in config.fs.iter_mut().flatten() {
+        fs.id.get_or_insert_with(|| next("_fs"));
     }
     if let Some(vsock) = &mut config.vsock {
         vsock.id.get_or_insert_with(|| next("_vsock"));

@@ -14,12 +14,19 @@ pub(super) struct PciDevice<'a> {
 
 macro_rules! devices {
     ($section:literal, $configs:expr) => {
-        $configs.into_iter().map(|config| PciDevice {
+        devices!(@ $section, $configs, config, config.iommu)
+    };
+    // Devices that upstream cannot put behind the virtual IOMMU.
+    ($section:literal, $configs:expr, no iommu) => {
+        devices!(@ $section, $configs, config, false)
+    };
+    (@ $section:literal, $configs:expr, $config:ident, $iommu:expr) => {
+        $configs.into_iter().map(|$config| PciDevice {
             section: $section,
-            id: &config.id,
-            iommu: config.iommu,
-            segment: config.pci_segment,
-            slot: config.pci_device_id,
+            id: &$config.id,
+            iommu: $iommu,
+            segment: $config.pci_segment,
+            slot: $config.pci_device_id,
         })
     };
 }
@@ -28,6 +35,7 @@ macro_rules! devices {
 pub(super) fn pci_devices(config: &VmConfig) -> impl Iterator<Item = PciDevice<'_>> {
     devices!("disks", config.disks.iter().flatten())
         .chain(devices!("net", config.net.iter().flatten()))
+        .chain(devices!("fs", config.fs.iter().flatten(), no iommu))
         .chain(devices!("vsock", &config.vsock))
         .chain(devices!("balloon", &config.balloon))
         .chain(devices!("rng", [&config.rng]))

@@ -643,6 +643,53 @@ fn validate_vsock_needs_an_address_of_a_guest_and_a_path() {
 }
 
 #[test]
+fn validate_shared_folder_needs_shared_memory_a_tag_and_a_path() {
+    let shared = |fs: Value| {
+        let mut config = with("fs", json!([fs]));
+        config.memory.shared = true;
+        config
+    };
+    let folder = json!({"tag": "t", "socket": "/s"});
+    assert!(validate(&shared(folder.clone())).is_ok());
+    let private = fault("fs", json!([folder]));
+    assert!(matches!(
+        private,
+        ValidationError::Device {
+            fault: DeviceFault::MemoryPrivate,
+            ..
+        }
+    ));
+    assert!(api::error_chain(&private).join(": ").contains("shared=on"));
+    for (key, value) in [
+        ("tag", json!("")),
+        ("tag", json!("t".repeat(37))),
+        ("tag", json!("a\0b")),
+        ("socket", json!("")),
+        ("socket", json!("s".repeat(108))),
+        ("num_queues", json!(0)),
+        ("num_queues", json!(65)),
+        ("queue_size", json!(3)),
+        ("queue_size", json!(2048)),
+    ] {
+        let mut wrong = folder.clone();
+        wrong[key] = value;
+        let refused = validate(&shared(wrong.clone()));
+        assert!(
+            matches!(refused, Err(ValidationError::Device { .. })),
+            "{wrong}: {refused:?}"
+        );
+    }
+    let mut elsewhere = folder;
+    elsewhere["pci_segment"] = json!(1);
+    assert_eq!(
+        validate(&shared(elsewhere)).unwrap_err(),
+        ValidationError::Unsupported {
+            what: "fs.pci_segment".to_owned()
+        }
+    );
+}
+
+#[test]
 fn validate_what_is_not_built_is_refused_by_name() {
     for (section, value, name) in [
         ("pmem", json!([{"file": "/p"}]), "pmem"),

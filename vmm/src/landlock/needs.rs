@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use api::VmConfig;
 use api::config::{
-    ConsoleOutputMode, DiskConfig, MemoryConfig, MemoryZoneConfig, NetConfig, PayloadConfig,
-    VsockConfig,
+    ConsoleOutputMode, DiskConfig, FsConfig, MemoryConfig, MemoryZoneConfig, NetConfig,
+    PayloadConfig, VsockConfig,
 };
 use landlock::{AccessFs, BitFlags, make_bitflags};
 
@@ -108,6 +108,7 @@ pub fn of_config(config: &VmConfig) -> Vec<Need> {
         net,
         rng,
         balloon: _,
+        fs,
         vsock,
         serial,
         console,
@@ -119,7 +120,6 @@ pub fn of_config(config: &VmConfig) -> Vec<Need> {
         pvpanic: _,
         landlock_enable: _,
         landlock_rules: _,
-        fs: _,
         pmem: _,
         devices: _,
         user_devices: _,
@@ -140,6 +140,7 @@ pub fn of_config(config: &VmConfig) -> Vec<Need> {
     needs.extend(payload.iter().flat_map(of_payload));
     needs.extend(disks.iter().flatten().flat_map(of_disk));
     needs.extend(net.iter().flatten().flat_map(of_net));
+    needs.extend(fs.iter().flatten().map(of_fs));
     needs.extend(vsock.iter().map(of_vsock));
     for (mode, file, socket) in [
         (serial.mode, &serial.file, &serial.socket),
@@ -156,6 +157,7 @@ pub fn of_device(device: &NewDevice) -> Vec<Need> {
     match device {
         NewDevice::Disk(disk) => of_disk(disk).into_iter().collect(),
         NewDevice::Net(net) => of_net(net).into_iter().collect(),
+        NewDevice::Fs(fs) => vec![of_fs(fs)],
         NewDevice::Vsock(vsock) => vec![of_vsock(vsock)],
         NewDevice::Balloon(_) => Vec::new(),
     }
@@ -191,6 +193,11 @@ fn of_disk(disk: &DiskConfig) -> Option<Need> {
 fn of_net(net: &NetConfig) -> Option<Need> {
     let opens_tap = net.fds.is_none();
     opens_tap.then(|| Need::new(Path::new(TUN_DEVICE), CHANGE))
+}
+
+/// The back end may come and go, and its socket with it.
+fn of_fs(fs: &FsConfig) -> Need {
+    Need::socket(&fs.socket)
 }
 
 fn of_vsock(vsock: &VsockConfig) -> Need {

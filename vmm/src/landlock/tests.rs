@@ -148,6 +148,10 @@ fn devices_are_checked_as_the_kernel_would() {
         let vsock = json!({"cid": 3, "socket": files.path(name)});
         NewDevice::Vsock(serde_json::from_value(vsock).unwrap())
     };
+    let fs = |name: &str| {
+        let fs = json!({"tag": "t", "socket": files.path(name)});
+        NewDevice::Fs(serde_json::from_value(fs).unwrap())
+    };
     let net = NewDevice::Net(serde_json::from_value(json!({})).unwrap());
     confined(&files.config(&rules), |confinement| {
         let checked = |device: &NewDevice| confinement.check(&of_device(device));
@@ -160,6 +164,8 @@ fn devices_are_checked_as_the_kernel_would() {
             (disk("extra/../other", true), false),
             (vsock("sockets/vsock"), true),
             (vsock("vsock"), false),
+            (fs("sockets/fs"), true),
+            (fs("fs"), false),
         ] {
             assert_eq!(checked(&device).is_ok(), allowed, "{device:?}");
         }

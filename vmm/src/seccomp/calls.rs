@@ -319,6 +319,12 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
         MachineThread::Worker(DeviceKind::Rng) => &[TIMERS, calls![SYS_pread64]],
         MachineThread::Worker(DeviceKind::Console) => &[SOCKET_IO, TIMERS],
         MachineThread::Worker(DeviceKind::Watchdog) => &[TIMERS],
+        // Connects to the back end.
+        MachineThread::Worker(DeviceKind::Fs) => &[
+            SOCKET_IO,
+            TIMERS,
+            calls![SYS_connect, SYS_eventfd2, SYS_socket [0 is AF_UNIX]],
+        ],
         // Connects to programs of the host, and removes its socket when it ends.
         MachineThread::Worker(DeviceKind::Vsock) => &[
             SOCKET_IO,

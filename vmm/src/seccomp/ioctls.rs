@@ -174,7 +174,7 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Request]] {
         // Input raises the serial port's interrupt, which is a message of the I/O APIC.
         MachineThread::Serial => &[NONBLOCKING, TERMINAL, TERMINAL_SIZE, MESSAGE],
         MachineThread::Worker(DeviceKind::Console) => &[NONBLOCKING, TERMINAL, TERMINAL_SIZE],
-        MachineThread::Worker(DeviceKind::Vsock) => &[NONBLOCKING],
+        MachineThread::Worker(DeviceKind::Fs | DeviceKind::Vsock) => &[NONBLOCKING],
         MachineThread::Worker(DeviceKind::Balloon) => &[PAGEMAP],
         MachineThread::Worker(DeviceKind::Block) => &[DISK],
         MachineThread::Worker(DeviceKind::Net) => &[TAP],

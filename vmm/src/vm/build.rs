@@ -69,6 +69,8 @@ impl Parts {
         let serial = consoles::open_serial(config, context)?;
         let console = consoles::open_console(config, context)?;
         let debug_console = consoles::open_debug_console(config, context)?;
+        let fs = config.fs.iter().flatten().map(devices::fs);
+        let fs = fs.collect::<Result<Vec<_>, _>>()?;
         let vsock = config.vsock.as_ref().map(devices::vsock).transpose()?;
 
         let disks_and_nets = disks.into_iter().chain(nets);
@@ -81,6 +83,7 @@ impl Parts {
                 .into_iter()
                 .chain(disks_and_nets)
                 .chain([rng])
+                .chain(fs)
                 .chain(vsock)
                 .chain(balloon)
                 .chain(mem)

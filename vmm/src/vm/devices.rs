@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api::VmConfig;
-use api::config::{BalloonConfig, DiskConfig, VsockConfig};
+use api::config::{BalloonConfig, DiskConfig, FsConfig, VsockConfig};
 use machine::memory::layout::MIB;
 use machine::memory::{DEFAULT_ZONE_ID, GuestMemory};
 use machine::pc::Plug;
@@ -17,6 +17,7 @@ use machine::threads::DeviceKind;
 use virtio_devices::VirtioDevice;
 use virtio_devices::balloon::{Balloon, BalloonHandle, BalloonParams};
 use virtio_devices::block::{self, Block, BlockParams, DiskHandle};
+use virtio_devices::fs::{Fs, FsParams};
 use virtio_devices::mem::{Mem, MemHandle, MemParams, MemRegion};
 use virtio_devices::rng::Rng;
 use virtio_devices::vsock::{Vsock, VsockParams};
@@ -180,6 +181,23 @@ pub(super) fn watchdog(
         None,
         watchdog,
     )))
+}
+
+/// A shared folder, whose back end need not run yet.
+pub(super) fn fs(config: &FsConfig) -> Result<Made, VmError> {
+    let id = config
+        .id
+        .as_deref()
+        .expect("ids are assigned before a machine is built");
+    let fs = Fs::new(FsParams {
+        id: id.to_owned(),
+        tag: config.tag.clone(),
+        socket: config.socket.clone(),
+        num_queues: u16::try_from(config.num_queues).unwrap_or(u16::MAX),
+        queue_size: config.queue_size,
+    })
+    .map_err(|source| VmError::device(id, source))?;
+    Ok(Made::new(id, DeviceKind::Fs, config.pci_device_id, fs))
 }
 
 /// The socket of a vsock device cannot be created.

@@ -21,7 +21,7 @@ pub enum HotplugError {
     },
     /// A device that every machine has, or that does not support removal.
     #[error(
-        "Device {id} cannot be removed: only disks, network devices, the vsock device and the balloon can"
+        "Device {id} cannot be removed: only disks, network devices, shared folders, the vsock device and the balloon can"
     )]
     NotRemovable {
         /// The name.
@@ -71,6 +71,7 @@ impl Vm {
                 (made, None)
             }
             NewDevice::Net(net) => (network::net(net)?, None),
+            NewDevice::Fs(fs) => (devices::fs(fs)?, None),
             NewDevice::Vsock(vsock) => (devices::vsock(vsock)?, None),
             NewDevice::Balloon(balloon) => {
                 let (made, handle) = devices::balloon(balloon, self.pc.memory())?;
@@ -92,7 +93,7 @@ impl Vm {
         let only_one = match device {
             NewDevice::Balloon(_) => Some(DeviceKind::Balloon),
             NewDevice::Vsock(_) => Some(DeviceKind::Vsock),
-            NewDevice::Disk(_) | NewDevice::Net(_) => None,
+            NewDevice::Disk(_) | NewDevice::Net(_) | NewDevice::Fs(_) => None,
         };
         let in_the_way =
             |it: &&Plugged| Some(it.id.as_str()) == device.id() || Some(it.kind) == only_one;
@@ -120,7 +121,14 @@ impl Vm {
                     });
                 }
             }
-            (DeviceKind::Block | DeviceKind::Net | DeviceKind::Vsock | DeviceKind::Balloon, _) => {}
+            (
+                DeviceKind::Block
+                | DeviceKind::Net
+                | DeviceKind::Fs
+                | DeviceKind::Vsock
+                | DeviceKind::Balloon,
+                _,
+            ) => {}
             (DeviceKind::Mem | DeviceKind::Rng | DeviceKind::Console | DeviceKind::Watchdog, _) => {
                 return Err(HotplugError::NotRemovable { id: id.to_owned() });
             }
