@@ -7,6 +7,7 @@ use tempfile::NamedTempFile;
 use super::conformance;
 use crate::balloon::{Balloon, BalloonParams};
 use crate::block::{Block, BlockParams, EngineChoice};
+use crate::fs::{Fs, FsParams};
 
 #[test]
 fn balloon_conforms() {
@@ -49,4 +50,20 @@ fn block_with_system_calls_conforms() {
 #[test]
 fn block_with_the_best_engine_and_two_queues_conforms() {
     block_conforms(EngineChoice::Auto, 2);
+}
+
+/// Its queues are those of another process, which is not there: it must survive everything all the same.
+#[test]
+fn shared_folder_without_a_back_end_conforms() {
+    let folder = tempfile::tempdir().unwrap();
+    conformance("fs", |_| {
+        let fs = Fs::new(FsParams {
+            id: "_fs0".into(),
+            tag: "folder".into(),
+            socket: folder.path().join("nobody"),
+            num_queues: 1,
+            queue_size: 64,
+        });
+        Arc::new(Mutex::new(fs.unwrap()))
+    });
 }

@@ -3,6 +3,7 @@
 mod back_end;
 mod hostile;
 mod serving;
+mod virtiofsd;
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
