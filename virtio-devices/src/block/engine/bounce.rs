@@ -170,4 +170,31 @@ mod tests {
         after[512..1024].fill(9);
         assert_eq!(std::fs::read(file.path()).unwrap(), after);
     }
+
+    #[test]
+    fn read_of_what_the_image_has_lost_moves_only_what_is_there() {
+        let file = image(16);
+        let image = Image::open(&params(&file)).expect("the image is sound");
+        let mut bounce = Bounce::new(DioAlignment {
+            memory: 512,
+            offset: 4096,
+        });
+        let mut read = |offset| {
+            let mut data = [0xee_u8; 2048];
+            let vector = libc::iovec {
+                iov_base: data.as_mut_ptr().cast(),
+                iov_len: data.len(),
+            };
+            // SAFETY: the vector describes `data`, which outlives the call.
+            let moved = unsafe { bounce.read(&image, offset, &[vector]) };
+            (moved.unwrap(), data)
+        };
+        let content: Vec<u8> = (0..12 * 512_u32).map(|n| (n / 512) as u8).collect();
+        std::fs::write(file.path(), &content).unwrap();
+        let (moved, data) = read(10 * 512);
+        assert_eq!(moved, 1024);
+        assert_eq!(data[..1024], content[10 * 512..]);
+        assert_eq!(data[1024..], [0xee; 1024], "never filled with zeroes");
+        assert_eq!(read(12 * 512), (0, [0xee; 2048]));
+    }
 }
