@@ -9,6 +9,7 @@ mod host_view;
 mod hotplug;
 mod landlock;
 mod reporting_policy;
+mod shared_folder;
 mod vsock;
 
 use std::collections::BTreeSet;

@@ -1,0 +1,59 @@
+//! Shared folders whose back end is not there, goes away, or never answers. What a back end does with a guest is tested in
+//! `virtio-devices/src/vhost_user/tests/`.
+
+use std::io::Read;
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use anyhow::{Result, ensure};
+use integration_tests::bare_metal::{SCENARIO_DEADLINE, kvm_opens, start};
+use integration_tests::vmm::Vmm;
+use serde_json::json;
+
+/// The first message of the VMM: `VHOST_USER_GET_FEATURES`, version 1, without a body.
+const GREETING: [u8; 12] = [1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0];
+
+/// The VMM's next connection, after its first message, which is never answered.
+fn greeted(listener: &UnixListener) -> Result<UnixStream> {
+    let (mut stream, _) = listener.accept()?;
+    stream.set_read_timeout(Some(SCENARIO_DEADLINE))?;
+    let mut greeting = [0; GREETING.len()];
+    stream.read_exact(&mut greeting)?;
+    ensure!(greeting == GREETING, "{greeting:?}");
+    Ok(stream)
+}
+
+fn expect(vmm: &Vmm, endpoint: &str, body: Option<&str>, status: u16) -> Result<()> {
+    let answer = vmm.request("PUT", endpoint, body)?;
+    ensure!(answer.status == status, "{endpoint} {body:?}: {answer:?}");
+    Ok(())
+}
+
+#[test]
+fn back_end_that_is_gone_or_silent_holds_up_no_request() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let folder = tempfile::tempdir()?;
+    let path = |name: &str| folder.path().join(name);
+    let listener = UnixListener::bind(path("silent"))?;
+    let option = format!("tag=a,socket={}", path("silent").display());
+    let shared = ["--memory", "size=256M,shared=on", "--fs", &option];
+    let mut vmm = start("spin", &shared)?;
+    vmm.wait_api()?;
+    // It is sought again after its end.
+    drop(greeted(&listener)?);
+    let silent = greeted(&listener)?;
+    let absent = json!({"tag": "b", "socket": path("absent"), "id": "b"}).to_string();
+    expect(&vmm, "vm.add-fs", Some(&absent), 200)?;
+    expect(&vmm, "vm.pause", None, 204)?;
+    expect(&vmm, "vm.resume", None, 204)?;
+    // The pause has cut the greeting short.
+    let again = greeted(&listener)?;
+    expect(&vmm, "vm.remove-device", Some(r#"{"id":"b"}"#), 204)?;
+    expect(&vmm, "vm.reboot", None, 204)?;
+    let last = greeted(&listener)?;
+    expect(&vmm, "vmm.shutdown", None, 200)?;
+    vmm.expect_clean_exit(SCENARIO_DEADLINE)?;
+    drop((silent, again, last));
+    Ok(())
+}
