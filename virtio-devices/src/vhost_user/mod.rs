@@ -27,7 +27,7 @@ mod queues;
 mod rings;
 mod session;
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;
 
 use std::io;
 use std::path::PathBuf;
