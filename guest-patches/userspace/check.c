@@ -2,6 +2,11 @@
 /* What must hold whenever no pass is under way. */
 #include "model.h"
 
+bool is_covered(unsigned long nr)
+{
+	return prb_index.chunks[nr >> PRB_CHUNK_SHIFT];
+}
+
 static bool is_in_summary(unsigned long nr)
 {
 	unsigned long *chunk = prb_index.chunks[nr >> PRB_CHUNK_SHIFT];
@@ -21,7 +26,8 @@ static void check_block(struct page *head, const struct mem_section_usage *usage
 		must(page->state == PAGE_FREE, "the model lost page %#lx", page->pfn);
 		must(page->told || !head->reported,
 		     "page %#lx counts as reported and the host does not know it", page->pfn);
-		must(!tracking || head->order < page_reporting_order || page->told || bits & BIT(bit),
+		must(!tracking || head->order < page_reporting_order || page->told || bits & BIT(bit) ||
+		     !is_covered(pfn_to_section_nr(page->pfn)),
 		     "page %#lx is lost: free, unknown to the host, no bit", page->pfn);
 	}
 }
@@ -69,13 +75,15 @@ void check_all_told(void)
 	for (nr = next_present_section_nr(-1UL); nr != -1UL; nr = next_present_section_nr(nr)) {
 		struct mem_section *section = __nr_to_section(nr);
 
-		for (unsigned long i = 0; section->online && i < PAGES_PER_SECTION; i++) {
+		for (unsigned long i = 0; section->online && is_covered(nr) && i < PAGES_PER_SECTION;
+		     i++) {
 			struct page *page = &section->pages[i];
 			struct zone *zone = page->zone;
 			unsigned long lent = PAGE_REPORTING_CAPACITY << page_reporting_order;
 
 			/* A zone keeps what its watermark asks for. */
 			if (!page->buddy || page->order < page_reporting_order ||
+			    memory_is_out_of_reach(page->pfn, page->order) ||
 			    zone->free_pages <= zone->low_pages + lent + (1UL << MAX_PAGE_ORDER))
 				continue;
 			for (unsigned long n = 0; n < 1UL << page->order; n++)

@@ -45,7 +45,12 @@ _Noreturn void fail(const char *format, ...) __attribute__((format(printf, 1, 2)
 #define hweight_long(w)		((unsigned long)__builtin_popcountl(w))
 #define mul_u64_u32_div(a, b, c) ((u64)((unsigned __int128)(a) * (b) / (c)))
 #define SZ_1M			0x100000UL
+#define S64_MAX			INT64_MAX
 #define ARRAY_SIZE(a)		(sizeof(a) / sizeof((a)[0]))
+
+/* Repeatable chance: trace.c. */
+unsigned long chance(unsigned long below);
+#define one_in(n) (!chance(n))
 
 /* ---- Memory order, locks, other processors ---- */
 
@@ -259,7 +264,10 @@ static inline void list_del(struct list_head *item)
 #define kvcalloc		kcalloc
 #define kfree			free
 #define kvfree			free
-#define get_zeroed_page(gfp)	((unsigned long)calloc(1, 1UL << PAGE_SHIFT))
+/* No page is to be had. */
+extern bool memory_is_scarce;
+#define get_zeroed_page(gfp)	\
+	(memory_is_scarce ? 0 : (unsigned long)calloc(1, 1UL << PAGE_SHIFT))
 #define struct_size(p, member, count) \
 	(sizeof(*(p)) + sizeof(*(p)->member) * (count))
 
@@ -345,7 +353,6 @@ static inline struct page *pfn_to_online_page(unsigned long pfn)
 #define page_zone(page)			((page)->zone)
 #define page_private(page)		((page)->private)
 #define set_page_private(page, v)	((void)((page)->private = (v)))
-#define buddy_order(page)		((page)->order)
 #define __SetPageReported(page)		((void)((page)->reported = true))
 #define __ClearPageReported(page)	((void)((page)->reported = false))
 #ifdef BUG_IN_USE
@@ -355,6 +362,18 @@ static inline struct page *pfn_to_online_page(unsigned long pfn)
 #define PageBuddy(page)			((page)->buddy)
 #endif
 #define PageReported(page)		((page)->reported)
+
+static inline unsigned int buddy_order(const struct page *page)
+{
+	must(page->zone->lock.held, "the order of page %#lx is read without its zone's lock", page->pfn);
+	return page->order;
+}
+
+/* Without the lock it may be anything by now. */
+static inline unsigned int buddy_order_unsafe(const struct page *page)
+{
+	return page->zone->lock.held || chance(8) ? page->order : chance(1000);
+}
 
 #define ALLOC_CMA 0
 #define low_wmark_pages(zone)		((zone)->low_pages)

@@ -5,9 +5,9 @@
  */
 #include "model.h"
 
-/* Two chunks of the summary, holes, and a section shared by two zones. */
+/* Three chunks of the summary, holes, and a section shared by two zones. */
 const unsigned long section_numbers[SECTIONS] = {
-	0, 1, 2, 3, 6, 7, 40000, 8, 9, 12, 40001, 40063,
+	0, 1, 2, 3, 6, 7, 40000, 8, 9, 12, 40001, 40063, 70000,
 };
 static struct mem_section sections[SECTIONS];
 
@@ -16,6 +16,7 @@ spinlock_t *zone_lock_held;
 unsigned long jiffies = 1000000;
 unsigned int page_reporting_order = PAGEBLOCK_ORDER;
 bool tracking;
+bool memory_is_scarce;
 
 static bool isolated[SECTIONS][PAGES_PER_SECTION >> PAGEBLOCK_ORDER];
 
@@ -63,14 +64,23 @@ bool memory_is_isolated(unsigned long pfn)
 	return *isolated_flag(pfn);
 }
 
-/* The first zone ends inside a section where blocks are small enough. */
+/* The first zone ends inside a section, and a granule, where blocks are small enough. */
 static struct zone *zone_of(unsigned long pfn)
 {
 	unsigned long border = 2 * PAGES_PER_SECTION - (1UL << MAX_PAGE_ORDER);
 
+	if (MAX_PAGE_ORDER < PFN_SECTION_SHIFT)
+		border -= 24;
+
 	if (pfn < border)
 		return &zones[0];
 	return pfn_to_section_nr(pfn) < 40000 ? &zones[1] : &zones[2];
+}
+
+bool memory_is_out_of_reach(unsigned long pfn, unsigned int order)
+{
+	return order < PRB_GRANULE_ORDER &&
+	       zone_of(pfn) != zone_of(round_down(pfn, PRB_GRANULE_PAGES));
 }
 
 /* ---- Free lists ---- */
@@ -138,7 +148,9 @@ static void free_block(unsigned long pfn, unsigned int order, bool notify, bool 
 	}
 	list_block(pfn_to_page(head), merged, tail);
 	if (notify && tracking && merged >= page_reporting_order) {
-		host_sees_free(pfn, order);
+		/* What comes online with the first section of a chunk has no age. */
+		if (is_covered(pfn_to_section_nr(pfn)))
+			host_sees_free(pfn, order);
 		prb_mark_young(pfn, order);
 	}
 }
@@ -302,6 +314,9 @@ static void set_isolated(unsigned long pfn, bool value)
 	struct zone *zone = pfn_to_page(first)->zone;
 	struct page *block;
 
+	/* As prep_move_freepages_block(): a pageblock of two zones is left alone. */
+	if (zone_of(first + (1UL << PAGEBLOCK_ORDER) - 1) != zone)
+		return;
 	spin_lock_irq(&zone->lock);
 	if (memory_is_isolated(first) == value) {
 		spin_unlock_irq(&zone->lock);
@@ -414,13 +429,18 @@ static void add_section(unsigned int index)
 
 static void free_section(unsigned int index)
 {
-	unsigned long start = section_nr_to_pfn(section_numbers[index]);
+	unsigned long pfn = section_nr_to_pfn(section_numbers[index]);
+	unsigned long end = pfn + PAGES_PER_SECTION;
+	unsigned int order;
 
-	for (unsigned long i = 0; i < PAGES_PER_SECTION; i += 1UL << MAX_PAGE_ORDER) {
-		struct zone *zone = pfn_to_page(start + i)->zone;
+	for (; pfn < end; pfn += 1UL << order) {
+		struct zone *zone = zone_of(pfn);
 
+		order = MAX_PAGE_ORDER;
+		while (pfn & ((1UL << order) - 1) || zone_of(pfn + (1UL << order) - 1) != zone)
+			order--;
 		spin_lock_irq(&zone->lock);
-		free_block(start + i, MAX_PAGE_ORDER, true, true);
+		free_block(pfn, order, true, true);
 		spin_unlock_irq(&zone->lock);
 	}
 }
@@ -437,17 +457,14 @@ void memory_online(unsigned int index)
 		add_section(index);
 	for (unsigned long i = 0; i < PAGES_PER_SECTION >> PAGEBLOCK_ORDER; i++)
 		isolated[index][i] = true;
-	if (prb_index.chunks) {
-		mutex_lock(&prb_index.index_lock);
-		must(!prb_cover_section(nr), "section %lu is not covered", nr);
-		mutex_unlock(&prb_index.index_lock);
-	}
 	free_section(index);
 	section->online = true;
 	isolate_section(section_nr_to_pfn(nr), false);
 	if (prb_index.chunks) {
 		mutex_lock(&prb_index.index_lock);
-		prb_mark_section(nr);
+		memory_is_scarce = one_in(2);
+		prb_online_section(nr);
+		memory_is_scarce = false;
 		mutex_unlock(&prb_index.index_lock);
 	}
 	host_forgets(nr);

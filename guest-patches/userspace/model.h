@@ -6,14 +6,9 @@
 #include "kernel.h"
 #include "page_reporting_bitmap.h"
 
-/* ---- random.c: repeatable chance ---- */
-
-unsigned long chance(unsigned long below);
-#define one_in(n) (!chance(n))
-
 /* ---- memory.c: the allocator ---- */
 
-#define SECTIONS 12
+#define SECTIONS 13
 
 extern struct zone zones[3];
 /* Numbers of the sections that there may be, ascending, with holes. */
@@ -34,6 +29,8 @@ bool memory_offline(unsigned int index);
 void memory_online(unsigned int index);
 bool memory_is_isolated(unsigned long pfn);
 unsigned long memory_lent_pages(void);
+/* Whether the granule of a page begins in another zone, and it is in a block smaller than one. */
+bool memory_is_out_of_reach(unsigned long pfn, unsigned int order);
 
 /* ---- host.c: what the host knows ---- */
 
@@ -53,6 +50,14 @@ bool host_is_failing(void);
 void host_set_failing(bool failing);
 unsigned long host_told_pages(void);
 
+/* ---- trace.c ---- */
+
+struct prb_result pass(unsigned int flags);
+
+/* ---- rates.c: what bounds a pass ---- */
+
+void check_rates(void);
+
 /* ---- bursts.c: when a burst is held back ---- */
 
 /* Bounds of the core: core.c. */
@@ -61,6 +66,8 @@ void check_bursts(void);
 
 /* ---- check.c: the promises ---- */
 
+/* Whether the core knows of a section. */
+bool is_covered(unsigned long nr);
 void check_all(void);
 void check_all_told(void);
 

@@ -111,21 +111,24 @@ void others_run(void)
 	depth--;
 }
 
-static void pass(unsigned int flags)
+struct prb_result pass(unsigned int flags)
 {
+	struct prb_result result;
+
 	mutex_lock(&prb_index.pass_lock);
 	passes++;
 	in_pass = true;
 	minds_age = !(flags & PRB_ANY_AGE);
-	prb_note_reuse();
+	prb_note_reuse(one_in(8) ? chance(1UL << 16) : 0);
 	/* As the worker does it. */
 	if (!flags && prb_hold(16, 2000))
 		flags = PRB_AGE_ONLY;
-	prb_pass(flags);
+	result = prb_pass(flags);
 	in_pass = false;
 	atomic_set(&prb_index.stop, 0);
 	mutex_unlock(&prb_index.pass_lock);
 	counts[2]++;
+	return result;
 }
 
 static void attach(void)
@@ -154,11 +157,7 @@ static void detach(void)
 static void set_order(void)
 {
 	mutex_lock(&prb_index.pass_lock);
-	page_reporting_order = 2 + chance(MAX_PAGE_ORDER - 1);
-	prb_index.order = page_reporting_order;
-	mutex_lock(&prb_index.index_lock);
-	prb_mark_all();
-	mutex_unlock(&prb_index.index_lock);
+	prb_set_order(2 + chance(MAX_PAGE_ORDER - 1));
 	mutex_unlock(&prb_index.pass_lock);
 	/* Of blocks that were split since, the core cannot tell. */
 	host_doubts_all();
@@ -168,9 +167,7 @@ static void report_again(void)
 {
 	eagerness = 0;
 	mutex_lock(&prb_index.pass_lock);
-	mutex_lock(&prb_index.index_lock);
 	prb_unreport_all();
-	mutex_unlock(&prb_index.index_lock);
 	mutex_unlock(&prb_index.pass_lock);
 	host_forgets_all();
 }
@@ -242,6 +239,7 @@ int main(int argc, char **argv)
 	memory_init();
 	attach();
 	check_bursts();
+	check_rates();
 	for (step = 1; step <= steps; step++) {
 		act();
 		if (one_in(16))
