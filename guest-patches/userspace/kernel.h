@@ -350,7 +350,13 @@ static inline struct page *pfn_to_online_page(unsigned long pfn)
 }
 
 #define page_to_pfn(page)		((page)->pfn)
+#ifdef BUG_ZONE
+/* Planted: all of a granule seems to be in the zone of its first page. */
+#define page_zone(page) \
+	(pfn_to_page(round_down((page)->pfn, 1UL << (PFN_SECTION_SHIFT - 6)))->zone)
+#else
 #define page_zone(page)			((page)->zone)
+#endif
 #define page_private(page)		((page)->private)
 #define set_page_private(page, v)	((void)((page)->private = (v)))
 #define __SetPageReported(page)		((void)((page)->reported = true))

@@ -46,10 +46,11 @@ const GEOMETRIES: [(&str, &str); 2] = [
 
 /// Planted bugs, and what the model may say of each. A free that is not noted is lost, or
 /// what is noted of an earlier one has the wrong age.
-const BUGS: [(&str, &[&str]); 3] = [
+const BUGS: [(&str, &[&str]); 4] = [
     ("LOST", &["is lost", "was freed in pass"]),
     ("TWICE", &["is reported twice"]),
     ("IN_USE", &["is in use"]),
+    ("ZONE", &["is read without its zone's lock"]),
 ];
 /// Traces in which a planted bug must be found.
 const BUG_TRACES: u64 = 5;
