@@ -313,6 +313,17 @@ impl Drop for Placeholder {
     }
 }
 
+/// Allows or prevents transparent huge pages from now on. A kernel without them has nothing to change.
+pub(super) fn advise_huge_pages(region: &MmapRegion<()>, wanted: bool) {
+    let (advice, operation) = match wanted {
+        true => (libc::MADV_HUGEPAGE, "madvise(MADV_HUGEPAGE)"),
+        false => (libc::MADV_NOHUGEPAGE, "madvise(MADV_NOHUGEPAGE)"),
+    };
+    if let Err(error) = madvise(region, advice, operation, region.size() as u64) {
+        log::debug!("{}", ::api::error_chain(&error).join(": "));
+    }
+}
+
 fn madvise(
     region: &MmapRegion<()>,
     advice: libc::c_int,

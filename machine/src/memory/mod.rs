@@ -7,6 +7,7 @@
 //! ```
 
 mod backing;
+mod content;
 mod e820;
 mod error;
 mod file;
@@ -17,6 +18,7 @@ mod source;
 mod state;
 mod zones;
 
+pub use content::{ChunkState, ContentError, ZoneContentState};
 pub use e820::{E820Entry, E820Kind, e820_map};
 pub use error::{MemoryError, ZoneError};
 pub use guest_ram::{GuestMemory, RamSlots};

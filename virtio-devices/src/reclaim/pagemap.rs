@@ -109,6 +109,22 @@ impl Pagemap {
         }
     }
 
+    /// Marks which pages from `start` on are present or swapped.
+    pub(super) fn mark_held(&self, start: u64, held: &mut [bool]) -> io::Result<()> {
+        let mut buffer = [0_u8; READ_ENTRIES * ENTRY_BYTES];
+        let mut at = start / base_page_bytes() * ENTRY_BYTES as u64;
+        for held in held.chunks_mut(READ_ENTRIES) {
+            let window = &mut buffer[..held.len() * ENTRY_BYTES];
+            self.file.read_exact_at(window, at)?;
+            at += window.len() as u64;
+            for (entry, held) in window.chunks_exact(ENTRY_BYTES).zip(held) {
+                let entry = u64::from_ne_bytes(entry.try_into().expect("chunks of eight"));
+                *held = entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0;
+            }
+        }
+        Ok(())
+    }
+
     fn read(&self, start: u64, end: u64) -> io::Result<MappedBytes> {
         let page = base_page_bytes();
         let mut held = MappedBytes::default();

@@ -1,0 +1,338 @@
+//! The content of guest RAM in files, one for each zone.
+//!
+//! A file has the size of its zone. It holds the pages that the host holds and that are not zero; the rest is a hole:
+//!
+//! ```text
+//!   guest RAM   │ data │ given back │ zeros │ data │      file   │ data │ hole                │ data │
+//! ```
+//! The table beside it names these pages by chunks of 2 MiB, so a reader depends neither on the holes that a file system
+//! keeps nor on what is in the rest of the file: pages that are not named stay untouched.
+//!
+//! Pages of private memory are found in the page tables. Shared memory belongs to its file, whose holes read as zeros
+//! without becoming pages.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+
+use serde::{Deserialize, Serialize};
+use state::{Bytes, Part, StateError, parts, require};
+use virtio_devices::reclaim::HeldPages;
+use vm_memory::{
+    Bytes as _, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion,
+};
+
+use super::layout::{MIB, PAGE_BYTES};
+use super::{GuestMemory, Zone, backing};
+
+const PART: Part = parts::MEMORY_CONTENT;
+
+const CHUNK_BYTES: usize = (2 * MIB) as usize;
+const PAGE: usize = PAGE_BYTES as usize;
+const ZERO_PAGE: [u8; PAGE] = [0; PAGE];
+
+/// The table of one zone's file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ZoneContentState {
+    /// Size of the zone and of the file.
+    pub bytes: u64,
+    /// The chunks with pages, in ascending order.
+    pub chunks: Vec<ChunkState>,
+}
+
+/// Up to 2 MiB of a zone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChunkState {
+    /// Offset in the file.
+    pub offset: u64,
+    /// The pages in the file: one bit each, the first in bit 0 of the first byte.
+    pub pages: Bytes,
+    /// CRC-32 of these pages, one after the other.
+    pub crc32: u32,
+}
+
+/// Why the content of RAM cannot be saved or loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum ContentError {
+    /// The page tables of this process.
+    #[error("Cannot determine which pages of guest RAM hold data")]
+    Pages(#[source] io::Error),
+    /// Guest RAM cannot be read or written.
+    #[error("Cannot access guest RAM of zone {zone} at offset {offset:#x}")]
+    Ram {
+        /// The zone.
+        zone: String,
+        /// The offset in it.
+        offset: u64,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The file cannot be read or written.
+    #[error("Cannot access the memory file of zone {zone} at offset {offset:#x}")]
+    File {
+        /// The zone.
+        zone: String,
+        /// The offset in it.
+        offset: u64,
+        /// The reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A checksum does not match.
+    #[error("The memory file of zone {zone} is damaged at offset {offset:#x}")]
+    Damaged {
+        /// The zone.
+        zone: String,
+        /// Offset of the chunk.
+        offset: u64,
+    },
+    /// The table cannot be that of this zone.
+    #[error(transparent)]
+    Table(StateError),
+}
+
+/// A piece of a zone that ends with its range.
+#[derive(Debug, Clone, Copy)]
+struct Chunk {
+    /// In the zone and in the file.
+    offset: u64,
+    guest: GuestAddress,
+    bytes: usize,
+}
+
+fn chunks(zone: &Zone) -> impl Iterator<Item = Chunk> {
+    let mut before = 0;
+    zone.ranges.iter().flat_map(move |range| {
+        let (start, offset) = (range.start, before);
+        let bytes = range.end - range.start;
+        before += bytes;
+        (0..bytes).step_by(CHUNK_BYTES).map(move |at| Chunk {
+            offset: offset + at,
+            guest: GuestAddress(start + at),
+            bytes: (bytes - at).min(CHUNK_BYTES as u64) as usize,
+        })
+    })
+}
+
+/// Calls `visit` with each run of set bits, in bytes from the start of the chunk.
+fn each_run<E>(
+    pages: &[u8],
+    count: usize,
+    mut visit: impl FnMut(usize, usize) -> Result<(), E>,
+) -> Result<(), E> {
+    let is_set = |page: usize| pages[page / 8] & 1 << (page % 8) != 0;
+    let mut page = 0;
+    while page < count {
+        let start = page;
+        while page < count && is_set(page) {
+            page += 1;
+        }
+        if page > start {
+            visit(start * PAGE, (page - start) * PAGE)?;
+        }
+        page += 1;
+    }
+    Ok(())
+}
+
+impl GuestMemory {
+    /// Writes the content of `zone` into `file`, which is empty, and syncs it. The machine is paused. Needs 2 MiB of
+    /// buffer.
+    ///
+    /// # Errors
+    /// The page tables, RAM or the file cannot be accessed.
+    pub fn save_zone(&self, zone: &Zone, file: &File) -> Result<ZoneContentState, ContentError> {
+        let held = HeldPages::open().map_err(ContentError::Pages)?;
+        let in_file = |offset| in_file(zone, offset);
+        file.set_len(zone.bytes()).map_err(in_file(0))?;
+        let mut buffer = vec![0; CHUNK_BYTES];
+        let mut saved = Vec::new();
+        for chunk in chunks(zone) {
+            let buffer = &mut buffer[..chunk.bytes];
+            let pages = self.read_chunk(zone, &held, chunk, buffer)?;
+            let mut crc = crc32fast::Hasher::new();
+            let mut empty = true;
+            each_run(&pages, chunk.bytes / PAGE, |start, bytes| {
+                let data = &buffer[start..start + bytes];
+                crc.update(data);
+                empty = false;
+                file.write_all_at(data, chunk.offset + start as u64)
+            })
+            .map_err(in_file(chunk.offset))?;
+            if !empty {
+                saved.push(ChunkState {
+                    offset: chunk.offset,
+                    pages: Bytes(pages),
+                    crc32: crc.finalize(),
+                });
+            }
+        }
+        file.sync_all().map_err(in_file(0))?;
+        Ok(ZoneContentState {
+            bytes: zone.bytes(),
+            chunks: saved,
+        })
+    }
+
+    /// Fills `buffer` and returns which of its pages are not zero.
+    fn read_chunk(
+        &self,
+        zone: &Zone,
+        held: &HeldPages,
+        chunk: Chunk,
+        buffer: &mut [u8],
+    ) -> Result<Vec<u8>, ContentError> {
+        let count = chunk.bytes / PAGE;
+        let mut is_held = vec![true; count];
+        let mut pages = vec![0; count.div_ceil(8)];
+        let ram = self.ram().memory();
+        let in_ram = |source| ContentError::Ram {
+            zone: zone.id.clone(),
+            offset: chunk.offset,
+            source,
+        };
+        let region = ram.find_region(chunk.guest);
+        let region = region.expect("the zones are made of the regions");
+        let at = chunk.guest.0 - region.start_addr().0;
+        match region.file_offset() {
+            Some(file) => file
+                .file()
+                .read_exact_at(buffer, file.start() + at)
+                .map_err(in_ram)?,
+            None => {
+                let start = region.as_ptr() as u64 + at;
+                held.mark(start, &mut is_held)
+                    .map_err(ContentError::Pages)?;
+                let data = buffer.chunks_exact_mut(PAGE).zip(&is_held);
+                for (page, (data, _)) in data.enumerate().filter(|(_, (_, held))| **held) {
+                    let address = GuestAddress(chunk.guest.0 + (page * PAGE) as u64);
+                    ram.read_slice(data, address)
+                        .map_err(|error| in_ram(io::Error::other(error)))?;
+                }
+            }
+        }
+        let data = buffer.chunks_exact(PAGE).zip(&is_held).enumerate();
+        for (page, _) in data.filter(|(_, (data, held))| **held && **data != ZERO_PAGE[..]) {
+            pages[page / 8] |= 1 << (page % 8);
+        }
+        Ok(pages)
+    }
+
+    /// Loads what [`GuestMemory::save_zone`] has written, into RAM that nobody has touched. `thp`: whether RAM should
+    /// have transparent huge pages; those that the content does not fill must not become resident, so there are none
+    /// while it is loaded.
+    ///
+    /// # Errors
+    /// The table cannot be that of the zone, a checksum does not match, or RAM or the file cannot be accessed.
+    pub fn load_zone(
+        &self,
+        zone: &Zone,
+        file: &File,
+        state: &ZoneContentState,
+        thp: bool,
+    ) -> Result<(), ContentError> {
+        let invalid = |field, reason| ContentError::Table(StateError::invalid(PART, field, reason));
+        let (saved, own) = (state.bytes, zone.bytes());
+        require(saved == own, PART, "bytes", || {
+            format!("is {saved}, zone {} has {own}", zone.id)
+        })
+        .map_err(ContentError::Table)?;
+        let in_file = |offset| in_file(zone, offset);
+        let found = file.metadata().map_err(in_file(0))?.len();
+        if found != own {
+            let reason = format!("is {own}, the memory file has {found}");
+            return Err(invalid("bytes", reason));
+        }
+        self.advise_huge_pages(zone, false);
+        let mut buffer = vec![0; CHUNK_BYTES];
+        let mut left = state.chunks.iter().peekable();
+        for chunk in chunks(zone) {
+            let Some(saved) = left.next_if(|saved| saved.offset == chunk.offset) else {
+                continue;
+            };
+            let count = chunk.bytes / PAGE;
+            let surplus = (count..count.next_multiple_of(8)).any(|page| {
+                saved
+                    .pages
+                    .0
+                    .get(page / 8)
+                    .is_none_or(|it| it & 1 << (page % 8) != 0)
+            });
+            if saved.pages.0.len() != count.div_ceil(8) || surplus {
+                let reason = format!("has other pages at {:#x} than the zone", chunk.offset);
+                return Err(invalid("chunks", reason));
+            }
+            self.load_chunk(zone, file, chunk, saved, &mut buffer[..chunk.bytes])?;
+        }
+        if let Some(saved) = left.next() {
+            let reason = format!(
+                "has a chunk at {:#x}, out of order or of no zone",
+                saved.offset
+            );
+            return Err(invalid("chunks", reason));
+        }
+        if thp {
+            self.advise_huge_pages(zone, true);
+        }
+        Ok(())
+    }
+
+    /// Checks the checksum before anything is written to RAM.
+    fn load_chunk(
+        &self,
+        zone: &Zone,
+        file: &File,
+        chunk: Chunk,
+        saved: &ChunkState,
+        buffer: &mut [u8],
+    ) -> Result<(), ContentError> {
+        let count = chunk.bytes / PAGE;
+        let mut crc = crc32fast::Hasher::new();
+        each_run(&saved.pages.0, count, |start, bytes| {
+            let data = &mut buffer[start..start + bytes];
+            file.read_exact_at(data, chunk.offset + start as u64)?;
+            crc.update(data);
+            Ok(())
+        })
+        .map_err(in_file(zone, chunk.offset))?;
+        if crc.finalize() != saved.crc32 {
+            return Err(ContentError::Damaged {
+                zone: zone.id.clone(),
+                offset: chunk.offset,
+            });
+        }
+        let ram = self.ram().memory();
+        each_run(&saved.pages.0, count, |start, bytes| {
+            let address = GuestAddress(chunk.guest.0 + start as u64);
+            ram.write_slice(&buffer[start..start + bytes], address)
+        })
+        .map_err(|error| ContentError::Ram {
+            zone: zone.id.clone(),
+            offset: chunk.offset,
+            source: io::Error::other(error),
+        })
+    }
+
+    fn advise_huge_pages(&self, zone: &Zone, wanted: bool) {
+        let ram = self.ram().memory();
+        let regions = ram.iter().filter(|it| zone.holds(it.start_addr().0));
+        for region in regions {
+            backing::advise_huge_pages(region, wanted);
+        }
+    }
+}
+
+fn in_file(zone: &Zone, offset: u64) -> impl Fn(io::Error) -> ContentError {
+    let zone = zone.id.clone();
+    move |source| ContentError::File {
+        zone: zone.clone(),
+        offset,
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests;
