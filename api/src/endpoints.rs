@@ -200,6 +200,14 @@ endpoints! {
     VmResizeDisk = Upstream Put "vm.resize-disk",
         request Some("VmResizeDisk"), response None, command "resize-disk",
         failure "The disk could not be resized";
+    /// Save a paused VM to files.
+    VmSnapshot = Upstream Put "vm.snapshot",
+        request Some("VmSnapshotConfig"), response None, command "snapshot",
+        failure "The VM could not be snapshotted";
+    /// Create a VM from saved files; it is paused.
+    VmRestore = Upstream Put "vm.restore",
+        request Some("RestoreConfig"), response None, command "restore",
+        failure "The VM could not be restored";
     /// Press the VM's power button.
     VmPowerButton = Upstream Put "vm.power-button",
         request None, response None, command "power-button",

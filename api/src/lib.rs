@@ -27,12 +27,13 @@ mod reclaim;
 mod reporting;
 mod resize;
 mod scale;
+mod snapshot;
 mod thresholds;
 
 pub use ascii_json::to_ascii_json;
 pub use balloon_stats::BalloonStatsResponse;
 pub use client::{Client, ClientError, Peer, SocketFile};
-pub use config::VmConfig;
+pub use config::{RestoreConfig, VmConfig};
 pub use device_facts::{
     BalloonStats, GuestReporting, PolicyError, ReportingPolicy, ReportingPolicyChange,
 };
@@ -49,6 +50,7 @@ pub use reclaim::{
 pub use reporting::*;
 pub use resize::*;
 pub use scale::scale_bytes;
+pub use snapshot::*;
 pub use thresholds::{
     AlertChange, AlertDirection, AlertRule, AlertStatus, ReclaimThresholds,
     ReclaimThresholdsChange, ReportingPolicyStatus, SettingStatus,

@@ -67,6 +67,7 @@ const VMM_MODULES: &[&str] = &[
     "reporting_policy",
     "alerts",
     "thresholds",
+    "snapshot",
     "vm",
     "view",
     "balloon_events",

@@ -10,6 +10,7 @@ mod hotplug;
 mod landlock;
 mod reporting_policy;
 mod shared_folder;
+mod snapshot;
 mod vsock;
 
 use std::collections::BTreeSet;

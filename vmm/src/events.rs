@@ -125,6 +125,14 @@ events! {
         Resuming "resuming"
         /// The vCPUs run again.
         Resumed "resumed"
+        /// The paused machine is being saved.
+        Snapshotting "snapshotting"
+        /// All of it is in files on the disk.
+        Snapshotted "snapshotted"
+        /// A machine is being created from saved files.
+        Restoring "restoring"
+        /// It exists, paused, and has its memory.
+        Restored "restored"
         /// Memory or balloon are being resized.
         Resizing "resizing"
         /// The new sizes are set; the guest may still be working on them.

@@ -14,6 +14,7 @@ pub mod landlock;
 pub mod reporting_policy;
 pub mod seccomp;
 pub mod signals;
+pub mod snapshot;
 pub mod threads;
 pub mod thresholds;
 pub mod view;

@@ -19,6 +19,7 @@ mod path_or_fd;
 mod payload;
 mod platform;
 mod rate_limit;
+mod restore;
 mod rng;
 mod vsock;
 
@@ -44,6 +45,7 @@ pub use path_or_fd::PathOrFd;
 pub use payload::PayloadConfig;
 pub use platform::{DEFAULT_IOMMU_ADDRESS_WIDTH_BITS, DEFAULT_NUM_PCI_SEGMENTS, PlatformConfig};
 pub use rate_limit::{RateLimiterConfig, TokenBucket};
+pub use restore::{MemoryRestoreMode, RestoreConfig, RestoredNetConfig};
 pub use rng::{DEFAULT_RNG_SOURCE, RngConfig};
 pub use vsock::VsockConfig;
 

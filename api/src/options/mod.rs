@@ -24,7 +24,9 @@ pub(crate) use keys::{KeyGroup, Keys};
 pub(crate) use option_value::{OptionValue, Words};
 #[cfg(test)]
 pub(crate) use page::{KeyDefault, KeyReference, OptionReference};
-pub(crate) use value::{parse_integer_map, parse_integer_pairs, parse_strings};
+pub(crate) use value::{
+    parse_integer_map, parse_integer_pairs, parse_named_integers, parse_strings,
+};
 
 use std::collections::BTreeMap;
 

@@ -11,7 +11,7 @@ use crate::config::{
     LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, PlatformConfig,
     RngConfig, SerialConfig, VsockConfig,
 };
-use crate::{AlertChange, ReportingPolicy};
+use crate::{AlertChange, ReportingPolicy, RestoreConfig};
 
 /// The version of a key whose declaration names none.
 const FIRST_VERSION: &str = "0.1.0";
@@ -62,6 +62,7 @@ fn sections() -> Vec<OptionReference> {
         DebugConsoleConfig::reference(),
         PlatformConfig::reference(),
         LandlockConfig::reference(),
+        RestoreConfig::reference(),
     ]
 }
 

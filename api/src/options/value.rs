@@ -189,6 +189,22 @@ where
         .collect()
 }
 
+/// A list of names, each with integers: `[a@[1,2],b@[3]]`.
+pub(crate) fn parse_named_integers<V: TryFrom<u64>>(
+    text: &str,
+) -> Result<Vec<(String, Vec<V>)>, ValueError> {
+    let pairs = split::list(text).map_err(|_| ValueError::List(text.to_owned()))?;
+    pairs
+        .iter()
+        .map(|pair| {
+            let (name, values) = pair
+                .split_once('@')
+                .ok_or_else(|| ValueError::Pair(pair.clone()))?;
+            Ok((name.to_owned(), parse_integers(values)?))
+        })
+        .collect()
+}
+
 pub(crate) fn parse_integer_pairs<A, B>(text: &str) -> Result<Vec<(A, B)>, ValueError>
 where
     A: TryFrom<u64>,

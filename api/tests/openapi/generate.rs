@@ -27,6 +27,8 @@ pub(crate) fn schemas() -> BTreeMap<String, Value> {
     generator.subschema_for::<VmResize>();
     generator.subschema_for::<VmResizeDisk>();
     generator.subschema_for::<VmRemoveDevice>();
+    generator.subschema_for::<VmSnapshotConfig>();
+    generator.subschema_for::<RestoreConfig>();
     generator.subschema_for::<PciDeviceInfo>();
     generator.subschema_for::<VmBalloonHinting>();
     generator.subschema_for::<VmBalloonReporting>();

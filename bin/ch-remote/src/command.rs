@@ -10,8 +10,9 @@ use anyhow::{Context, Result, ensure};
 use api::config::{BalloonConfig, DiskConfig, FsConfig, NetConfig, VsockConfig};
 use api::options::parse_bytes;
 use api::{
-    Endpoint, HintingAction, ReclaimThresholdsChange, ReportingAction, VmBalloonHinting,
-    VmBalloonReporting, VmRemoveDevice, VmResize, VmResizeDisk, to_ascii_json,
+    Endpoint, HintingAction, ReclaimThresholdsChange, ReportingAction, RestoreConfig,
+    VmBalloonHinting, VmBalloonReporting, VmRemoveDevice, VmResize, VmResizeDisk, VmSnapshotConfig,
+    to_ascii_json,
 };
 use clap::error::ErrorKind;
 use clap::{ArgGroup, ArgMatches, Args, FromArgMatches, Subcommand, ValueEnum};
@@ -45,6 +46,10 @@ pub(crate) enum Command {
     AddVsock(AddVsockArguments),
     /// Add the balloon to the VM
     AddBalloon(AddBalloonArguments),
+    /// Save the paused VM to files
+    Snapshot(SnapshotArguments),
+    /// Create a VM from saved files
+    Restore(RestoreArguments),
     /// Remove a disk, a network interface, a shared folder, the vsock device or the balloon from the VM
     RemoveDevice(RemoveDeviceArguments),
     /// Show how much of the VM's memory returned to the host, and how
@@ -215,6 +220,23 @@ pub(crate) struct RemoveDeviceArguments {
     pub(crate) id: String,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct SnapshotArguments {
+    /// An existing folder without a snapshot, as file:// and its absolute path
+    #[arg(value_name = "URL")]
+    pub(crate) url: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArguments {
+    #[arg(value_name = "RESTORE", value_parser = parse_restore, help = RestoreConfig::syntax())]
+    pub(crate) restore: RestoreConfig,
+}
+
+fn parse_restore(text: &str) -> Result<RestoreConfig, String> {
+    RestoreConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
+}
+
 fn parse_disk(text: &str) -> Result<DiskConfig, String> {
     DiskConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
 }
@@ -349,6 +371,11 @@ impl Request {
             Command::AddFs(add) => Some(to_ascii_json(&add.fs)?),
             Command::AddVsock(add) => Some(to_ascii_json(&add.vsock)?),
             Command::AddBalloon(add) => Some(to_ascii_json(&add.balloon)?),
+            Command::Snapshot(snapshot) => {
+                let destination_url = snapshot.url.clone();
+                Some(to_ascii_json(&VmSnapshotConfig { destination_url })?)
+            }
+            Command::Restore(restore) => Some(to_ascii_json(&restore.restore)?),
             Command::RemoveDevice(remove) => {
                 let id = remove.id.clone();
                 Some(to_ascii_json(&VmRemoveDevice { id })?)
@@ -360,6 +387,10 @@ impl Request {
         };
         let fds = match command {
             Command::AddNet(add) => add.net.fds.clone().unwrap_or_default(),
+            Command::Restore(restore) => {
+                let nets = restore.restore.net_fds.iter().flatten();
+                nets.flat_map(|net| net.fds.iter().copied()).collect()
+            }
             _ => Vec::new(),
         };
         Ok(Self {
@@ -383,6 +414,8 @@ pub(crate) fn endpoint(command: &Command) -> Endpoint {
         Command::AddVsock(_) => Endpoint::VmAddVsock,
         Command::AddBalloon(_) => Endpoint::VmAddBalloon,
         Command::RemoveDevice(_) => Endpoint::VmRemoveDevice,
+        Command::Snapshot(_) => Endpoint::VmSnapshot,
+        Command::Restore(_) => Endpoint::VmRestore,
         Command::ReclaimStats(_) => Endpoint::VmReclaimStats,
         Command::ReclaimThresholds(thresholds) if thresholds.change().is_some() => {
             Endpoint::VmSetReclaimThresholds

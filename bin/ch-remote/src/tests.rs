@@ -135,6 +135,8 @@ fn every_command_calls_its_endpoint() {
             Endpoint::VmAddVsock => " cid=3,socket=/s",
             Endpoint::VmAddBalloon => " size=0",
             Endpoint::VmRemoveDevice => " _disk0",
+            Endpoint::VmSnapshot => " file:///d",
+            Endpoint::VmRestore => " source_url=file:///d",
             Endpoint::VmBalloonReporting => " pause",
             _ => "",
         };

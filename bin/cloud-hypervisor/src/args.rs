@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use api::VmConfig;
 use api::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, FsConfig,
     LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, PathOrFd, PayloadConfig,
     PlatformConfig, RngConfig, SerialConfig, VsockConfig,
 };
 use api::options::OptionError;
+use api::{RestoreConfig, VmConfig};
 use clap::{ArgAction, ArgGroup, Parser, ValueEnum};
 use vmm::seccomp::SeccompMode;
 
@@ -95,6 +95,9 @@ pub(crate) struct Arguments {
     #[arg(long, requires = "payload")]
     pvpanic: bool,
 
+    #[arg(long, conflicts_with = "payload", help = RestoreConfig::syntax())]
+    restore: Option<String>,
+
     #[arg(long, requires = "payload", help = RngConfig::syntax())]
     rng: Option<String>,
 
@@ -146,6 +149,14 @@ impl From<SeccompArgument> for SeccompMode {
 }
 
 impl Arguments {
+    /// The snapshot to restore at once, if any.
+    ///
+    /// # Errors
+    /// The option cannot be read.
+    pub(crate) fn restore_config(&self) -> Result<Option<RestoreConfig>, OptionError> {
+        read(&self.restore, RestoreConfig::parse)
+    }
+
     /// The VM to boot at once; `None` when only the API is wanted.
     ///
     /// # Errors
@@ -340,10 +351,15 @@ mod tests {
             "--cmdline x",
             "--kernel /k --landlock-rules path=/a,access=r",
             "--api-socket /s --landlock",
+            "--kernel /k --restore source_url=file:///d",
+            "--restore source_url=file:///d --cpus boot=1",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }
         assert!(parse("--firmware /f --cpus boot=1").is_ok());
+        let restore = parse("--restore source_url=file:///d,resume=on").unwrap();
+        assert!(restore.vm_config().unwrap().is_none());
+        assert!(restore.restore_config().unwrap().unwrap().resume);
         assert!(
             parse("--api-socket /s")
                 .unwrap()

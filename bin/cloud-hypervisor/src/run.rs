@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use api::config::PathOrFd;
-use api::{Endpoint, VmConfig, VmmPingResponse};
+use api::{Endpoint, RestoreConfig, VmConfig, VmmPingResponse};
 use vmm::api::http::{Deadlines, HttpServer};
 use vmm::api::{ApiSocket, Dispatcher};
 use vmm::control::{ControlSetup, ControlThread, Ending, Lifecycle};
@@ -25,6 +25,7 @@ struct Plan {
     api_socket: Option<PathOrFd>,
     event_monitor: Option<PathOrFd>,
     config: Option<VmConfig>,
+    restore: Option<RestoreConfig>,
 }
 
 impl Plan {
@@ -41,9 +42,12 @@ impl Plan {
             api_socket: api_socket.transpose()?,
             event_monitor: event_monitor.transpose()?,
             config: arguments.vm_config()?,
+            restore: arguments.restore_config()?,
         };
-        if plan.api_socket.is_none() && plan.config.is_none() {
-            bail!("Neither a payload (--kernel, --firmware) nor an --api-socket is given");
+        if plan.api_socket.is_none() && plan.config.is_none() && plan.restore.is_none() {
+            bail!(
+                "Neither a payload (--kernel, --firmware), nor --restore, nor an --api-socket is given"
+            );
         }
         if let Some(config) = &plan.config {
             vmm::config::validate(config).context("Failed to validate config")?;
@@ -76,7 +80,11 @@ pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
         None => None,
     };
     exit_signals.deliver_to(control.handle().exit_event())?;
-    let booted = plan.config.map_or(Ok(()), |config| boot(&control, config));
+    let booted = match (plan.config, plan.restore) {
+        (Some(config), _) => boot(&control, config),
+        (None, Some(request)) => restore(&control, request),
+        (None, None) => Ok(()),
+    };
     if booted.is_err() {
         // The boot's error is the one to report; what stopping says is in the log.
         let ended = control.handle().call(Endpoint::VmmShutdown, Lifecycle::end);
@@ -126,7 +134,7 @@ fn start_control(
         .context("Cannot create eventfds")?;
     let thread_start = Arc::clone(thread_start);
     Ok(ControlThread::start(ControlSetup {
-        make_machine: |config, context| Ok(Box::new(Vm::new(config, context)?)),
+        make_machine: |config, context, snapshot| Ok(Box::new(Vm::new(config, context, snapshot)?)),
         view: Arc::clone(view),
         context,
         no_shutdown,
@@ -163,6 +171,13 @@ fn boot(control: &ControlThread, config: VmConfig) -> Result<()> {
     let handle = control.handle();
     handle.call(Endpoint::VmCreate, |vm| vm.create(config))?;
     handle.call(Endpoint::VmBoot, Lifecycle::boot)?;
+    Ok(())
+}
+
+fn restore(control: &ControlThread, request: RestoreConfig) -> Result<()> {
+    // Its descriptors are the process's own.
+    let restored = move |vm: &mut Lifecycle| vm.restore(&request, Vec::new());
+    control.handle().call(Endpoint::VmRestore, restored)?;
     Ok(())
 }
 

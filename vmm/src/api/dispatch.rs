@@ -141,6 +141,13 @@ impl Dispatcher {
                 })
             }),
             Endpoint::VmResizeDisk => self.change_to(call, |vm, resize| vm.resize_disk(&resize)),
+            Endpoint::VmSnapshot => self.change_to(call, |vm, request| vm.snapshot(&request)),
+            Endpoint::VmRestore => {
+                if let Some((request, mut call)) = call.read_body() {
+                    let fds = std::mem::take(&mut call.fds);
+                    self.change(call, move |vm| vm.restore(&request, fds));
+                }
+            }
             Endpoint::VmBalloonHinting => {
                 self.change_to(call, |vm, VmBalloonHinting { action }| {
                     vm.on_machine(|machine| machine.balloon_hinting(action))

@@ -9,6 +9,7 @@ use super::http::{Answer, Status};
 use crate::config::ValidationError;
 use crate::control::{LifecycleError, RequestError};
 use crate::landlock::LandlockError;
+use crate::snapshot::SnapshotError;
 use crate::vm::{HotplugError, VmError};
 
 /// The start of every error of an endpoint, as upstream has it.
@@ -54,6 +55,15 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
                 HotplugError::VsockPresent { .. } => Status::InternalServerError,
             }
         }
+        LifecycleError::Snapshot(SnapshotError::NetTwice { .. }) => Status::Conflict,
+        LifecycleError::Snapshot(error) | LifecycleError::Machine(VmError::Snapshot(error))
+            if error.is_of_request() =>
+        {
+            Status::BadRequest
+        }
+        LifecycleError::Machine(VmError::Pc(PcError::State(_))) => Status::BadRequest,
+        // As with a device that is still leaving: the same request may succeed later.
+        LifecycleError::Machine(VmError::Pc(PcError::Leaving { .. })) => Status::TooManyRequests,
         // The request names an image or a tap that cannot be used, or there is no slot for the device.
         LifecycleError::Machine(VmError::Pc(PcError::Device { .. })) if adds_device => {
             Status::BadRequest
@@ -62,6 +72,8 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         LifecycleError::VmAlreadyCreated
         | LifecycleError::VmNotRunning
         | LifecycleError::InvalidStateTransition { .. }
+        | LifecycleError::NotPaused
+        | LifecycleError::Snapshot(_)
         | LifecycleError::VcpuHotplug { .. }
         | LifecycleError::MemoryHotplug { .. }
         | LifecycleError::Landlock(_)

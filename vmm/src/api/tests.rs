@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use api::config::PathOrFd;
+use api::config::{MemoryConfig, PathOrFd};
 use api::{
     BalloonStatsResponse, DeviceNode, Endpoint, HintingAction, PciDeviceInfo, ReclaimStats,
     ReportingAction, ReportingPolicy, ReportingStatus, VmBalloonReporting, VmConfig, VmCounters,
@@ -25,9 +25,12 @@ use virtio_devices::balloon::policy::ReportingError;
 use crate::config::NewDevice;
 use crate::control::{ControlSetup, ControlThread, Ending, GUEST_RESET_INTERVAL, Lifecycle};
 use crate::reporting_policy::GuestPolicy;
+use crate::snapshot::Snapshot;
 use crate::threads::{ThreadKind, ThreadStart};
 use crate::view::PublishedView;
-use crate::vm::{BalloonStatsError, HotplugError, Machine, MachineObserver, VmContext, VmError};
+use crate::vm::{
+    BalloonStatsError, HotplugError, Machine, MachineObserver, SavedMachine, VmContext, VmError,
+};
 use machine::memory::GuestMemory;
 use machine::pc::PcError;
 use machine::signals::VmSignals;
@@ -39,6 +42,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 struct FakeMachine {
     observer: FakeObserver,
     leaving: Vec<String>,
+    memory: MemoryConfig,
 }
 
 #[derive(Debug, Clone)]
@@ -78,7 +82,11 @@ impl Gate {
 }
 
 impl FakeMachine {
-    fn make(config: &mut VmConfig, _context: &VmContext) -> Result<Box<dyn Machine>, VmError> {
+    fn make(
+        config: &mut VmConfig,
+        _context: &VmContext,
+        _snapshot: Option<&Snapshot>,
+    ) -> Result<Box<dyn Machine>, VmError> {
         let behaviour = config.payload.clone().unwrap().cmdline.unwrap_or_default();
         if behaviour == "broken" {
             return Err(VmError::MissingBalloon);
@@ -96,6 +104,7 @@ impl FakeMachine {
         }
         Ok(Box::new(Self {
             leaving: Vec::new(),
+            memory: config.memory.clone(),
             observer: FakeObserver {
                 ram_bytes: config.memory.total_bytes().unwrap(),
                 balloon_bytes: config
@@ -124,6 +133,18 @@ impl Machine for FakeMachine {
 
     fn shutdown(self: Box<Self>) -> Result<(), VmError> {
         Ok(())
+    }
+
+    fn save(&self) -> Result<SavedMachine, VmError> {
+        let in_memory = |error| VmError::Pc(PcError::Memory(error));
+        let memory = GuestMemory::new(&self.memory, 46).map_err(in_memory)?;
+        let part = json!({"version": 1});
+        let pc = json!({
+            "version": 1, "memory": part, "vcpus": part, "ioapic": part, "pci_bus": part, "pci_hotplug": part,
+            "devices": {}, "pvpanic": null, "serial": null, "cmos": part, "pm_timer": part, "ged": part,
+        });
+        let pc = serde_json::from_value(pc).unwrap();
+        Ok(SavedMachine { pc, memory })
     }
 
     fn power_button(&self) -> Result<(), VmError> {
@@ -465,6 +486,8 @@ fn body_of(endpoint: Endpoint) -> Option<&'static str> {
         Endpoint::VmAddBalloon => Some(r#"{"size": 0}"#),
         Endpoint::VmRemoveDevice => Some(r#"{"id": "__balloon"}"#),
         Endpoint::VmBalloonReporting => Some(PAUSE),
+        Endpoint::VmSnapshot => Some(r#"{"destination_url": "file:///nonexistent"}"#),
+        Endpoint::VmRestore => Some(r#"{"source_url": "file:///nonexistent"}"#),
         _ => None,
     }
 }
@@ -498,6 +521,9 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
         Endpoint::VmAddBalloon => [404, 400, 400, 400],
         Endpoint::VmRemoveDevice => [404, 204, 204, 204],
         Endpoint::VmDelete => [204; 4],
+        // The folder is asked for last.
+        Endpoint::VmSnapshot => [500, 500, 500, 400],
+        Endpoint::VmRestore => [400, 500, 500, 500],
     }
 }
 
@@ -563,7 +589,7 @@ fn endpoints_refuse_other_methods_and_wrong_bodies_with_400() {
         "/",
         "/api/v1/vm.unknown",
         "/api/v1/vm.info/x",
-        "/api/v1/vm.snapshot",
+        "/api/v1/vm.coredump",
     ] {
         let response = vmm.raw("GET", path, None);
         assert_eq!(
@@ -572,6 +598,48 @@ fn endpoints_refuse_other_methods_and_wrong_bodies_with_400() {
             "{path}"
         );
     }
+}
+
+#[test]
+fn vm_saved_is_the_same_after_a_restore() {
+    let vmm = vmm();
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("file://{}", folder.path().display());
+    let to = json!({"destination_url": url}).to_string();
+    let from = |resume| json!({"source_url": url, "resume": resume}).to_string();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    vmm.ok(Endpoint::VmSetReclaimThresholds, Some(THRESHOLDS));
+    vmm.ok(Endpoint::VmPause, None);
+    let before = vmm.ok(Endpoint::VmInfo, None)["config"].clone();
+    vmm.ok(Endpoint::VmSnapshot, Some(&to));
+    assert!(vmm.has_event("vm snapshotting") && vmm.has_event("vm snapshotted"));
+    assert_eq!(vmm.state(), "Paused");
+    let again = vmm.call(Endpoint::VmSnapshot, Some(&to));
+    assert_eq!(again.status, 400, "{again:?}");
+    vmm.ok(Endpoint::VmDelete, None);
+
+    vmm.ok(Endpoint::VmRestore, Some(&from(false)));
+    assert!(vmm.has_event("vm restoring") && vmm.has_event("vm restored"));
+    let info = vmm.ok(Endpoint::VmInfo, None);
+    assert_eq!(
+        (&info["state"], &info["config"]),
+        (&json!("Paused"), &before)
+    );
+    let thresholds = vmm.ok(Endpoint::VmReclaimThresholds, None);
+    assert_eq!(thresholds["alerts"][0]["enter"], 4095);
+    vmm.ok(Endpoint::VmResume, None);
+    vmm.ok(Endpoint::VmDelete, None);
+    vmm.ok(Endpoint::VmRestore, Some(&from(true)));
+    assert_eq!(vmm.state(), "Running");
+    vmm.ok(Endpoint::VmDelete, None);
+
+    // A restore that fails leaves nothing behind.
+    std::fs::write(folder.path().join("state.json"), "{}").unwrap();
+    let damaged = vmm.call(Endpoint::VmRestore, Some(&from(false)));
+    assert_eq!(damaged.status, 400, "{damaged:?}");
+    assert_eq!(vmm.call(Endpoint::VmInfo, None).status, 404);
+    vmm.create("");
 }
 
 #[test]

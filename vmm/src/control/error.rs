@@ -4,6 +4,7 @@ use api::{Endpoint, VmState};
 
 use crate::config::ValidationError;
 use crate::landlock::LandlockError;
+use crate::snapshot::SnapshotError;
 use crate::thresholds::ThresholdError;
 use crate::vm::{HotplugError, VmError};
 
@@ -79,6 +80,12 @@ pub enum LifecycleError {
     /// A device that cannot be removed, or one that prevents adding another.
     #[error(transparent)]
     Device(HotplugError),
+    /// Only a paused machine can be saved.
+    #[error("The VM is running: pause it before it is saved")]
+    NotPaused,
+    /// Saving, or what the request and the files to restore say.
+    #[error(transparent)]
+    Snapshot(SnapshotError),
     /// The machine itself.
     #[error(transparent)]
     Machine(VmError),

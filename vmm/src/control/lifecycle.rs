@@ -7,6 +7,7 @@
 //!     │     delete      │ └──────────────┴──── shutdown ──────────┤
 //!     └─────────────────┴──────────────── delete ─────────────────┘
 //! ```
+//! A snapshot needs Paused and stays there; a restore leads from nothing to Paused.
 //! If a boot or reboot fails, the state is Created, and all resources have been released.
 
 use std::collections::BTreeMap;
@@ -15,17 +16,18 @@ use std::sync::Arc;
 
 use api::config::{HotplugMethod, MemoryConfig};
 use api::{
-    Endpoint, PciDeviceInfo, ReclaimThresholdsChange, ReportingAction, VmBalloonReporting,
-    VmConfig, VmResize, VmResizeDisk, VmState,
+    Endpoint, PciDeviceInfo, ReclaimThresholdsChange, ReportingAction, RestoreConfig,
+    VmBalloonReporting, VmConfig, VmResize, VmResizeDisk, VmSnapshotConfig, VmState,
 };
 
 use super::error::{LifecycleError, RequestError};
 use crate::config::{self, NewDevice, with_device, without_device};
 use crate::events::{Event, EventKind};
 use crate::landlock::{self, Confinement};
+use crate::snapshot::{self, Snapshot, SnapshotState};
 use crate::thresholds::{Subjects, Thresholds};
 use crate::view::{MachineView, PublishedView, View};
-use crate::vm::{HotplugError, Machine, MachineFactory, VmContext, VmError};
+use crate::vm::{HotplugError, Machine, MachineFactory, SavedMachine, VmContext, VmError};
 
 /// The VM and every change that a request can make to it.
 ///
@@ -209,16 +211,20 @@ impl Lifecycle {
         // What creation decides (ids, names of taps) becomes part of the configuration only when it succeeds.
         let mut config = stored.clone();
         config::assign_ids(&mut config);
-        let mut machine =
-            (self.make_machine)(&mut config, &self.context).map_err(LifecycleError::Machine)?;
+        let mut machine = (self.make_machine)(&mut config, &self.context, None)
+            .map_err(LifecycleError::Machine)?;
         steer_reporting(machine.as_ref(), &self.thresholds, self.reporting_paused);
         machine.boot().map_err(LifecycleError::Machine)?;
+        self.install(config, machine);
+        self.paused = false;
+        Ok(())
+    }
+
+    fn install(&mut self, config: VmConfig, machine: Box<dyn Machine>) {
         self.config = Some(config);
         self.machine = Some(machine);
         self.generation += 1;
         self.machines += 1;
-        self.paused = false;
-        Ok(())
     }
 
     fn stop_machine(&mut self) -> Result<(), LifecycleError> {
@@ -305,6 +311,91 @@ impl Lifecycle {
         self.on_machine(|machine| machine.resume())?;
         self.paused = false;
         self.emit(EventKind::Resumed);
+        Ok(())
+    }
+
+    /// `vm.snapshot`: saves the paused machine. Returns when everything is on the disk.
+    ///
+    /// # Errors
+    /// The machine is not paused, or it cannot be saved; the folder is as before then.
+    pub fn snapshot(&mut self, request: &VmSnapshotConfig) -> Result<(), LifecycleError> {
+        let (Some(machine), Some(config)) = (&self.machine, &self.config) else {
+            return Err(LifecycleError::VmNotRunning);
+        };
+        if !self.paused {
+            return Err(LifecycleError::NotPaused);
+        }
+        let folder = snapshot::folder_of(&request.destination_url);
+        let folder = folder.map_err(LifecycleError::Snapshot)?;
+        self.confinement
+            .check(&[landlock::of_snapshot(&folder)])
+            .map_err(LifecycleError::Landlock)?;
+        self.emit(EventKind::Snapshotting);
+        let SavedMachine { pc, memory } = machine.save().map_err(LifecycleError::Machine)?;
+        let state = SnapshotState {
+            pc,
+            memory: Vec::new(),
+            thresholds: self.thresholds.as_change(),
+            reporting_paused: self.reporting_paused,
+        };
+        snapshot::write(&folder, config, state, &memory).map_err(LifecycleError::Snapshot)?;
+        self.emit(EventKind::Snapshotted);
+        Ok(())
+    }
+
+    /// `vm.restore`: creates a machine from a snapshot, paused unless the request says otherwise. Network interfaces
+    /// take the open taps that came with the request.
+    ///
+    /// # Errors
+    /// There is a configuration already, or the snapshot cannot be restored; nothing is left behind then. If only the
+    /// resume fails, the machine stays paused.
+    pub fn restore(
+        &mut self,
+        request: &RestoreConfig,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), LifecycleError> {
+        if self.config.is_some() {
+            return Err(LifecycleError::VmAlreadyCreated);
+        }
+        let restored = self.restore_machine(request, fds);
+        if restored.is_err() {
+            self.context.consoles.close();
+            self.confinement.forget_vm();
+            self.thresholds.clear();
+        }
+        restored?;
+        match request.resume {
+            true => self.resume(),
+            false => Ok(()),
+        }
+    }
+
+    fn restore_machine(
+        &mut self,
+        request: &RestoreConfig,
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), LifecycleError> {
+        let snapshot = snapshot::folder_of(&request.source_url)
+            .and_then(|folder| Snapshot::open(&folder))
+            .map_err(LifecycleError::Snapshot)?;
+        let mut config = snapshot.config.clone();
+        let numbers: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
+        snapshot::adapt(&mut config, request, &numbers).map_err(LifecycleError::Snapshot)?;
+        config::validate(&config).map_err(LifecycleError::ConfigValidation)?;
+        self.thresholds
+            .change(&snapshot.state.thresholds)
+            .map_err(LifecycleError::Thresholds)?;
+        self.confinement
+            .admit(&config)
+            .map_err(LifecycleError::Landlock)?;
+        self.emit(EventKind::Restoring);
+        let machine = (self.make_machine)(&mut config, &self.context, Some(&snapshot));
+        self.install(config, machine.map_err(LifecycleError::Machine)?);
+        self.paused = true;
+        // The balloon's own state has the pause.
+        self.reporting_paused = snapshot.state.reporting_paused;
+        self.keep_taps(fds);
+        self.emit(EventKind::Restored);
         Ok(())
     }
 

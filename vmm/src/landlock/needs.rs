@@ -163,6 +163,11 @@ pub fn of_device(device: &NewDevice) -> Vec<Need> {
     }
 }
 
+/// What saving a VM into `folder` does there.
+pub fn of_snapshot(folder: &Path) -> Need {
+    Need::new(folder, MEMORY_FILES)
+}
+
 fn of_payload(payload: &PayloadConfig) -> Vec<Need> {
     let files = [&payload.firmware, &payload.kernel, &payload.initramfs];
     let files = files.into_iter().flatten();

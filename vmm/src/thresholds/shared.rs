@@ -73,6 +73,20 @@ impl Thresholds {
         self.lock().config.policy()
     }
 
+    /// The change that sets the same alerts, and the policy if one was set.
+    ///
+    /// # Panics
+    /// The status is no valid change, which a test of `api` rules out.
+    pub fn as_change(&self) -> ReclaimThresholdsChange {
+        let status = serde_json::to_value(self.status(GuestPolicy::NoMachine));
+        let change = status.and_then(serde_json::from_value::<ReclaimThresholdsChange>);
+        let mut change = change.expect("a status is a valid change");
+        if self.policy().is_none() {
+            change.reporting_policy = None;
+        }
+        change
+    }
+
     /// Clears everything: the VM has been deleted.
     pub fn clear(&self) {
         self.lock().config.clear();

@@ -7,6 +7,7 @@
 //! disks, entropy source, taps, payload ─► guest RAM ─► payload loaded ─► consoles ─► KVM ─► devices on the bus
 //! (read, not changed)                                                    (files emptied, sockets made)
 //! ```
+//! From a snapshot, RAM gets its content instead of a payload, and each device its state as it goes on the bus.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use hypervisor::Kvm;
 use machine::boot::{Payload, PayloadFiles};
 use machine::cpu::{CpuError, Vcpus, guest_phys_bits};
 use machine::memory::GuestMemory;
-use machine::pc::{Pc, PcError, PcParams};
+use machine::pc::{Pc, PcError, PcParams, PcState};
 use machine::serial::Endpoint;
 use virtio_devices::balloon::BalloonHandle;
 use virtio_devices::block::DiskHandle;
@@ -28,10 +29,12 @@ use super::devices::{self, Made};
 use super::observer::{Observed, OwnObserver};
 use super::{Vm, VmContext, VmError, consoles, network};
 use crate::config::wished_slots;
+use crate::snapshot::Snapshot;
 
 /// All parts of a machine, open and checked, before it is created.
 pub(super) struct Parts {
-    payload: Payload,
+    /// None if the machine is restored.
+    payload: Option<Payload>,
     memory: GuestMemory,
     serial: Option<Arc<Endpoint>>,
     debug_console: Option<DebugConsole>,
@@ -45,7 +48,11 @@ pub(super) struct Parts {
 impl Parts {
     /// Opens and checks everything. `config` is changed where opening decides something: the path of a
     /// pseudo-terminal, the name of a tap.
-    pub(super) fn open(config: &mut VmConfig, context: &VmContext) -> Result<Self, VmError> {
+    pub(super) fn open(
+        config: &mut VmConfig,
+        context: &VmContext,
+        snapshot: Option<&Snapshot>,
+    ) -> Result<Self, VmError> {
         Vcpus::check(&config.cpus).map_err(in_cpus)?;
         let disks = config.disks.iter().flatten().map(devices::disk);
         let disks = disks.collect::<Result<Vec<_>, _>>()?;
@@ -56,12 +63,22 @@ impl Parts {
         let watchdog = devices::watchdog(config, &context.signals)?;
         let nets = config.net.iter_mut().flatten().map(network::net);
         let nets = nets.collect::<Result<Vec<_>, _>>()?;
-        let payload = config.payload.clone().unwrap_or_default();
-        let payload = PayloadFiles::open(&payload).map_err(in_payload)?;
+        let payload = match snapshot {
+            Some(_) => None,
+            None => {
+                let payload = config.payload.clone().unwrap_or_default();
+                Some(PayloadFiles::open(&payload).map_err(in_payload)?)
+            }
+        };
 
         let phys_bits = config.cpus.max_phys_bits;
         let memory = GuestMemory::new(&config.memory, phys_bits).map_err(in_memory)?;
-        let payload = payload.load(&memory).map_err(in_payload)?;
+        let payload = payload.map(|payload| payload.load(&memory));
+        let payload = payload.transpose().map_err(in_payload)?;
+        if let Some(snapshot) = snapshot {
+            let loaded = snapshot.load(&memory, config.memory.thp);
+            loaded.map_err(VmError::Snapshot)?;
+        }
         let balloon = config.balloon.as_ref();
         let balloon = balloon.map(|balloon| devices::balloon(balloon, &memory));
         let (balloon, balloon_handle) = balloon.transpose()?.unzip();
@@ -101,6 +118,7 @@ impl Parts {
         kvm: &Kvm,
         config: &VmConfig,
         context: &VmContext,
+        saved: Option<&PcState>,
     ) -> Result<Vm, VmError> {
         let phys_bits = guest_phys_bits(kvm, config.cpus.max_phys_bits).map_err(in_cpus)?;
         self.memory.narrow(phys_bits).map_err(in_memory)?;
@@ -123,11 +141,21 @@ impl Parts {
         }
         let mut counters = Vec::new();
         for made in self.devices {
-            let plugged = pc.plug(made.plug).map_err(VmError::Pc)?;
+            let plugged = match saved {
+                Some(saved) => pc.plug_restored(made.plug, saved),
+                None => pc.plug(made.plug),
+            };
+            let plugged = plugged.map_err(VmError::Pc)?;
             counters.push((plugged.id.clone(), made.counters));
         }
-        let pvpanic = config.pvpanic.then(|| pc.plug_pvpanic());
+        let pvpanic = config.pvpanic.then(|| match saved {
+            Some(saved) => pc.restore_pvpanic(saved),
+            None => pc.plug_pvpanic(),
+        });
         let pvpanic = pvpanic.transpose().map_err(VmError::Pc)?;
+        if let Some(saved) = saved {
+            pc.restore(saved).map_err(VmError::Pc)?;
+        }
         let observed = Observed {
             zones,
             residency,
@@ -149,10 +177,14 @@ impl Parts {
 }
 
 /// Builds the machine; on an error, everything created so far is dropped.
-pub(super) fn build(config: &mut VmConfig, context: &VmContext) -> Result<Vm, VmError> {
-    let parts = Parts::open(config, context)?;
+pub(super) fn build(
+    config: &mut VmConfig,
+    context: &VmContext,
+    snapshot: Option<&Snapshot>,
+) -> Result<Vm, VmError> {
+    let parts = Parts::open(config, context, snapshot)?;
     let kvm = Kvm::open().map_err(|source| VmError::Pc(PcError::Kvm(source)))?;
-    parts.assemble(&kvm, config, context)
+    parts.assemble(&kvm, config, context, snapshot.map(|it| &it.pc))
 }
 
 fn in_cpus(source: CpuError) -> VmError {

@@ -5,6 +5,8 @@ use std::error::Error;
 use machine::pc::PcError;
 use machine::serial::SerialError;
 
+use crate::snapshot::SnapshotError;
+
 /// Each variant names the part of the machine; the cause has the details.
 #[derive(Debug, thiserror::Error)]
 pub enum VmError {
@@ -41,6 +43,9 @@ pub enum VmError {
         #[source]
         source: SerialError,
     },
+    /// The content of RAM cannot be restored.
+    #[error(transparent)]
+    Snapshot(SnapshotError),
     /// The machine without its devices cannot be created, or a device cannot be plugged in.
     #[error(transparent)]
     Pc(PcError),

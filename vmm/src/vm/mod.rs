@@ -23,9 +23,11 @@ use api::config::PlatformConfig;
 use api::{HintingAction, PciDeviceInfo, ReportingPolicy, VmBalloonReporting, VmConfig};
 use machine::boot::Payload;
 use machine::events::{DeviceEventKind, GuestPanic};
+use machine::memory::GuestMemory;
 use machine::pc::{Pc, PcContext};
 use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
+use state::Saved;
 use virtio_devices::balloon::BalloonHandle;
 use virtio_devices::block::DiskHandle;
 use virtio_devices::mem::MemHandle;
@@ -38,6 +40,7 @@ pub use observer::{BalloonStatsError, MachineObserver};
 
 use crate::config::NewDevice;
 use crate::events::{Event, EventKind, EventSink};
+use crate::snapshot::Snapshot;
 use crate::threads::{ThreadKind, ThreadStart};
 
 /// What a machine needs from the program around it.
@@ -135,6 +138,12 @@ pub trait Machine {
     /// A vCPU did not end within its deadline.
     fn shutdown(self: Box<Self>) -> Result<(), VmError>;
 
+    /// The state of the paused machine, and its memory.
+    ///
+    /// # Errors
+    /// The guest has not released a device yet, or KVM refuses to show a part.
+    fn save(&self) -> Result<SavedMachine, VmError>;
+
     /// Presses the ACPI power button.
     ///
     /// # Errors
@@ -198,16 +207,26 @@ pub trait Machine {
     fn observer(&self) -> Arc<dyn MachineObserver>;
 }
 
-/// Creates the machine of a validated configuration, as [`Vm::new`] does.
-pub type MachineFactory = fn(&mut VmConfig, &VmContext) -> Result<Box<dyn Machine>, VmError>;
+/// What [`Machine::save`] returns.
+#[derive(Debug)]
+pub struct SavedMachine {
+    /// A `PcState`.
+    pub pc: Saved,
+    /// Its RAM, which stays with the machine.
+    pub memory: GuestMemory,
+}
+
+/// Creates the machine of a validated configuration, as [`Vm::new`] does; from a snapshot, if there is one.
+pub type MachineFactory =
+    fn(&mut VmConfig, &VmContext, Option<&Snapshot>) -> Result<Box<dyn Machine>, VmError>;
 
 /// One virtual machine. Dropping it stops everything it started.
 #[derive(Debug)]
 pub struct Vm {
     /// First, so that nothing accesses guest RAM when the others are dropped.
     pc: Pc,
-    /// In guest RAM; boot adds the description of the machine.
-    payload: Payload,
+    /// In guest RAM; boot adds the description of the machine. A restored machine has booted already.
+    payload: Option<Payload>,
     platform: Option<PlatformConfig>,
     balloon: Option<BalloonHandle>,
     /// Hot-plugs memory, if configured.
@@ -224,18 +243,35 @@ impl Vm {
     /// `config` is changed where creation decides something: the path of a
     /// pseudo-terminal, the name of a tap.
     ///
+    /// With a `snapshot`, the machine is the saved one, paused, and no payload is loaded.
+    ///
     /// # Errors
-    /// A part that could not be created, with its cause.
-    pub fn new(config: &mut VmConfig, context: &VmContext) -> Result<Self, VmError> {
-        build::build(config, context)
+    /// A part that could not be created or restored, with its cause.
+    pub fn new(
+        config: &mut VmConfig,
+        context: &VmContext,
+        snapshot: Option<&Snapshot>,
+    ) -> Result<Self, VmError> {
+        build::build(config, context, snapshot)
     }
 }
 
 impl Machine for Vm {
     fn boot(&mut self) -> Result<(), VmError> {
+        let Some(payload) = &self.payload else {
+            return Ok(());
+        };
         self.pc
-            .boot(&self.payload, self.platform.as_ref())
+            .boot(payload, self.platform.as_ref())
             .map_err(VmError::Pc)
+    }
+
+    fn save(&self) -> Result<SavedMachine, VmError> {
+        let state = self.pc.state().map_err(VmError::Pc)?;
+        Ok(SavedMachine {
+            pc: Saved::of(&state),
+            memory: self.pc.memory().clone(),
+        })
     }
 
     fn pause(&mut self) -> Result<(), VmError> {

@@ -35,7 +35,7 @@ fn refusal(change: impl FnOnce(&mut VmConfig)) -> String {
     config.memory.size = 64 << 20;
     change(&mut config);
     let context = VmContext::new(Arc::new(|_| {}), Arc::new(|_| {})).unwrap();
-    match Parts::open(&mut config, &context) {
+    match Parts::open(&mut config, &context, None) {
         Ok(_parts) => panic!("{config:?} can be opened"),
         Err(error) => api::error_chain(&error).join(": "),
     }

@@ -1,0 +1,103 @@
+//! What `PUT /vm.restore` and `--restore` say.
+
+use api_macros::{Words, section};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::options::{OptionValue, ValueError, parse_named_integers};
+
+/// What to restore, and how.
+#[section(option = "restore", about = "Restore from a VM snapshot")]
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[schemars(extend("example" = json!({"source_url": "file:///var/lib/vm/saved", "resume": true})))]
+pub struct RestoreConfig {
+    /// Folder of the snapshot, as `file://` and its absolute path.
+    #[key("<source_url>", required)]
+    pub source_url: String,
+    /// Populate all RAM with pages, also where the guest had given them back. Replaces `prefault` of RAM and zones.
+    #[key]
+    pub prefault: bool,
+    /// How RAM gets its content.
+    #[key]
+    pub memory_restore_mode: MemoryRestoreMode,
+    /// Open taps for the network interfaces that were created from descriptors.
+    #[key]
+    pub net_fds: Option<Vec<RestoredNetConfig>>,
+    /// Resume the VM afterwards.
+    #[key]
+    pub resume: bool,
+}
+
+/// How RAM gets its content.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, Words)]
+pub enum MemoryRestoreMode {
+    /// All of it is copied before the VM exists.
+    #[default]
+    #[word("copy")]
+    Copy,
+}
+
+/// The taps of one network interface.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+pub struct RestoredNetConfig {
+    /// Name of the interface.
+    pub id: String,
+    /// Number of its descriptors, which travel beside the request in the order of this list.
+    #[serde(default)]
+    pub num_fds: usize,
+    /// On the command line the process's own descriptors; never on the wire.
+    #[serde(skip)]
+    pub fds: Vec<i32>,
+}
+
+impl OptionValue for Vec<RestoredNetConfig> {
+    fn values() -> String {
+        "<list_of_net_ids_with_their_fds>".to_owned()
+    }
+
+    fn read(text: &str) -> Result<Self, ValueError> {
+        let nets = parse_named_integers(text)?.into_iter();
+        let nets = nets.map(|(id, fds)| RestoredNetConfig {
+            id,
+            num_fds: fds.len(),
+            fds,
+        });
+        Ok(nets.collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn option_is_read_and_its_descriptors_stay_off_the_wire() {
+        let text =
+            "source_url=file:///d,net_fds=[_net0@[4,5],b@[7]],resume=on,memory_restore_mode=copy";
+        let restore = RestoreConfig::parse(text).unwrap();
+        let nets = restore.net_fds.as_deref().unwrap();
+        assert_eq!(
+            (nets[0].id.as_str(), &nets[0].fds[..]),
+            ("_net0", &[4, 5][..])
+        );
+        assert_eq!(
+            (nets[1].num_fds, restore.resume, restore.prefault),
+            (1, true, false)
+        );
+        assert_eq!(
+            serde_json::to_value(&restore).unwrap()["net_fds"],
+            json!([{"id": "_net0", "num_fds": 2}, {"id": "b", "num_fds": 1}])
+        );
+        for text in [
+            "resume=on",
+            "source_url=file:///d,memory_restore_mode=ondemand",
+            "source_url=file:///d,net_fds=[a]",
+            "source_url=file:///d,net_fds=[a@[x]]",
+        ] {
+            assert!(RestoreConfig::parse(text).is_err(), "{text}");
+        }
+    }
+}

@@ -1,0 +1,63 @@
+//! Changes a saved configuration to what a request to restore it says.
+
+use api::RestoreConfig;
+use api::VmConfig;
+use api::config::NetConfig;
+
+use super::SnapshotError;
+
+/// Applies `request` to the saved `config`. `fds`: the numbers of the descriptors that came with the request, in the
+/// order of `net_fds`; none if the request names the process's own.
+///
+/// # Errors
+/// An interface lacks descriptors or is named twice.
+pub fn adapt(
+    config: &mut VmConfig,
+    request: &RestoreConfig,
+    fds: &[i32],
+) -> Result<(), SnapshotError> {
+    config.memory.prefault = request.prefault;
+    for zone in config.memory.zones.iter_mut().flatten() {
+        zone.prefault = request.prefault;
+    }
+    let mut named = request.net_fds.clone().unwrap_or_default();
+    let ids = named.iter().map(|net| &net.id);
+    if let Some((_, twice)) = ids
+        .enumerate()
+        .find(|(at, id)| named[..*at].iter().any(|earlier| earlier.id == **id))
+    {
+        let id = twice.clone();
+        return Err(SnapshotError::NetTwice { id });
+    }
+    if named.iter().all(|net| net.fds.is_empty()) {
+        let counts = named.iter().map(|net| net.num_fds);
+        let announced = counts.fold(0_usize, usize::saturating_add);
+        if announced != fds.len() {
+            let got = fds.len();
+            return Err(SnapshotError::FdCount { announced, got });
+        }
+        let mut left = fds;
+        for net in &mut named {
+            let (own, rest) = left.split_at(net.num_fds);
+            net.fds = own.to_vec();
+            left = rest;
+        }
+    }
+    let nets = config.net.iter_mut().flatten();
+    for NetConfig { id, fds, .. } in nets {
+        let Some(fds) = fds else {
+            continue;
+        };
+        let given = named.iter().find(|net| Some(&net.id) == id.as_ref());
+        let given = given.map_or(&[][..], |net| &net.fds);
+        if given.len() != fds.len() {
+            return Err(SnapshotError::NetFds {
+                id: id.clone().unwrap_or_default(),
+                needed: fds.len(),
+                got: given.len(),
+            });
+        }
+        *fds = given.to_vec();
+    }
+    Ok(())
+}

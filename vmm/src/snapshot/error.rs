@@ -1,0 +1,132 @@
+//! Errors of snapshots.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use machine::memory::ContentError;
+use state::StateError;
+
+/// Why a snapshot cannot be written or read.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// Another form of URL.
+    #[error("{url:?} is not the URL of a folder: file:// and an absolute path")]
+    Url {
+        /// The URL.
+        url: String,
+    },
+    /// No folder there.
+    #[error("{} is not an existing folder", path.display())]
+    NotAFolder {
+        /// The path.
+        path: PathBuf,
+    },
+    /// The folder is in use.
+    #[error("{} exists already: a snapshot replaces no file", path.display())]
+    Exists {
+        /// The file.
+        path: PathBuf,
+    },
+    /// RAM that is a file of the host keeps its content there.
+    #[error("Memory zone {zone} is in a file: a VM with such a zone cannot be saved")]
+    ZoneInFile {
+        /// The zone.
+        zone: String,
+    },
+    /// What the guest has open there is known to its back end alone.
+    #[error("Shared folder {tag} keeps its state in its back end: a VM with one cannot be saved")]
+    SharedFolder {
+        /// The name by which the guest mounts it.
+        tag: String,
+    },
+    /// A file or the folder.
+    #[error("Cannot {action} {}", path.display())]
+    File {
+        /// What was attempted.
+        action: &'static str,
+        /// Its path.
+        path: PathBuf,
+        /// The error from the system.
+        #[source]
+        source: io::Error,
+    },
+    /// Not what was written.
+    #[error("{} is damaged: {reason}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// Not JSON, or not a configuration.
+    #[error("Cannot read {}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// The parser's complaint.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// Another version, or values that cannot be.
+    #[error("Cannot use the saved state")]
+    State(#[source] StateError),
+    /// The content of RAM.
+    #[error(transparent)]
+    Content(ContentError),
+    /// An interface that was created from descriptors needs new ones.
+    #[error("Network device {id} needs {needed} file descriptors in net_fds; got {got}")]
+    NetFds {
+        /// The interface.
+        id: String,
+        /// Its queue pairs.
+        needed: usize,
+        /// Those given.
+        got: usize,
+    },
+    /// An interface is named twice.
+    #[error("Network device {id} is twice in net_fds")]
+    NetTwice {
+        /// The interface.
+        id: String,
+    },
+    /// Other descriptors came with the request than it announces.
+    #[error("net_fds announces {announced} file descriptors; got {got}")]
+    FdCount {
+        /// The sum of `num_fds`.
+        announced: usize,
+        /// Those that came.
+        got: usize,
+    },
+}
+
+impl SnapshotError {
+    pub(super) fn file(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::File {
+            action,
+            path,
+            source,
+        }
+    }
+
+    /// Whether the request or the files are at fault, and not the host.
+    pub fn is_of_request(&self) -> bool {
+        match self {
+            Self::Url { .. }
+            | Self::NotAFolder { .. }
+            | Self::Exists { .. }
+            | Self::ZoneInFile { .. }
+            | Self::SharedFolder { .. }
+            | Self::Damaged { .. }
+            | Self::Json { .. }
+            | Self::State(_)
+            | Self::NetFds { .. }
+            | Self::NetTwice { .. }
+            | Self::FdCount { .. } => true,
+            Self::Content(error) => {
+                matches!(error, ContentError::Damaged { .. } | ContentError::Table(_))
+            }
+            Self::File { source, .. } => source.kind() == io::ErrorKind::NotFound,
+        }
+    }
+}

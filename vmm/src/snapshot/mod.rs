@@ -1,0 +1,47 @@
+//! Snapshots: a paused VM in a folder.
+//!
+//! | File | Content |
+//! | --- | --- |
+//! | `config.json` | the configuration; may be edited before a restore |
+//! | `memory-N` | the content of the N-th zone of RAM, sparse |
+//! | `state.json` | the machine, the tables of the memory files, thresholds; then a line with its checksum |
+//!
+//! ```text
+//!  write:  config.json, memory-N (new files, synced) ─► state.json.partial, synced ─► renamed ─► folder synced
+//!  open:   config.json ─► state.json: checksum, versions ─► memory-N opened ─► nothing is created before
+//! ```
+//! A folder without `state.json` is no snapshot, so a crash or a full disk leaves none. Names of files do not come from
+//! the files. The formats of the states are in `docs/state.md`.
+
+mod adapt;
+mod error;
+mod files;
+#[cfg(test)]
+mod tests;
+
+use api::ReclaimThresholdsChange;
+use machine::memory::ZoneContentState;
+use serde::{Deserialize, Serialize};
+use state::{Part, Saved, State, parts};
+
+pub use adapt::adapt;
+pub use error::SnapshotError;
+pub use files::{Snapshot, folder_of, write};
+
+/// The machine as it was paused, and the operator's settings that are not in the configuration.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SnapshotState {
+    /// A `PcState`.
+    pub pc: Saved,
+    /// The tables of the memory files.
+    pub memory: Vec<ZoneContentState>,
+    /// Alerts, and the reporting policy if one was set.
+    pub thresholds: ReclaimThresholdsChange,
+    /// The operator has paused reporting.
+    pub reporting_paused: bool,
+}
+
+impl State for SnapshotState {
+    const PART: Part = parts::SNAPSHOT;
+}

@@ -1,0 +1,237 @@
+#![allow(clippy::unwrap_used)]
+
+use api::config::{FsConfig, MemoryZoneConfig, NetConfig, RestoredNetConfig};
+use api::{RestoreConfig, VmConfig, error_chain};
+use machine::memory::GuestMemory;
+use serde_json::json;
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+
+use super::*;
+
+fn config() -> VmConfig {
+    let mut config = VmConfig::default();
+    config.memory.size = 8 << 20;
+    config
+}
+
+/// The envelopes are read where the machine is built.
+fn state(memory: &GuestMemory) -> SnapshotState {
+    let part = json!({"version": 1});
+    let pc = json!({
+        "version": 1, "memory": Saved::of(&memory.state()), "vcpus": part, "ioapic": part, "pci_bus": part,
+        "pci_hotplug": part, "devices": {}, "pvpanic": null, "serial": null, "cmos": part, "pm_timer": part, "ged": part,
+    });
+    SnapshotState {
+        pc: serde_json::from_value(pc).unwrap(),
+        memory: Vec::new(),
+        thresholds: ReclaimThresholdsChange::default(),
+        reporting_paused: true,
+    }
+}
+
+fn memory() -> GuestMemory {
+    let memory = GuestMemory::new(&config().memory, 46).unwrap();
+    let ram = memory.ram().memory();
+    ram.write_slice(&[7; 5000], GuestAddress(4 << 20)).unwrap();
+    drop(ram);
+    memory
+}
+
+fn written() -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let memory = memory();
+    write(folder.path(), &config(), state(&memory), &memory).unwrap();
+    folder
+}
+
+fn names(folder: &tempfile::TempDir) -> Vec<String> {
+    let entries = std::fs::read_dir(folder.path()).unwrap();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort_unstable();
+    names
+}
+
+fn load(folder: &tempfile::TempDir) -> Result<GuestMemory, SnapshotError> {
+    let snapshot = Snapshot::open(folder.path())?;
+    let memory = GuestMemory::new(&snapshot.config.memory, 46).unwrap();
+    snapshot.load(&memory, true)?;
+    Ok(memory)
+}
+
+#[test]
+fn snapshot_comes_back_from_its_folder() {
+    let folder = written();
+    assert_eq!(names(&folder), ["config.json", "memory-0", "state.json"]);
+    let snapshot = Snapshot::open(folder.path()).unwrap();
+    assert_eq!(snapshot.config, config());
+    assert!(snapshot.state.reporting_paused);
+    let mut bytes = [0; 5001];
+    let ram = load(&folder).unwrap();
+    let ram = ram.ram().memory();
+    ram.read_slice(&mut bytes, GuestAddress(4 << 20)).unwrap();
+    assert_eq!((bytes[0], bytes[4999], bytes[5000]), (7, 7, 0));
+}
+
+#[test]
+fn folder_in_use_is_refused_and_left_alone() {
+    for name in [
+        "config.json",
+        "memory-0",
+        "state.json",
+        "state.json.partial",
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join(name), "theirs").unwrap();
+        let memory = memory();
+        let error = write(folder.path(), &config(), state(&memory), &memory).unwrap_err();
+        assert!(error.to_string().contains(name), "{error}");
+        assert_eq!(names(&folder), [name], "what was written is gone again");
+        let text = std::fs::read_to_string(folder.path().join(name)).unwrap();
+        assert_eq!(text, "theirs");
+    }
+}
+
+#[test]
+fn zone_in_a_file_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config();
+    config.memory.zones = Some(vec![MemoryZoneConfig {
+        id: "disk".to_owned(),
+        file: Some("/f".into()),
+        ..MemoryZoneConfig::default()
+    }]);
+    let memory = memory();
+    let error = write(folder.path(), &config, state(&memory), &memory).unwrap_err();
+    assert!(error.to_string().contains("zone disk"), "{error}");
+    assert!(names(&folder).is_empty());
+}
+
+#[test]
+fn vm_with_a_shared_folder_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config();
+    config.fs = Some(vec![FsConfig {
+        tag: "home".to_owned(),
+        ..FsConfig::default()
+    }]);
+    let memory = memory();
+    let error = write(folder.path(), &config, state(&memory), &memory).unwrap_err();
+    assert!(error.to_string().contains("folder home"), "{error}");
+    assert!(error.is_of_request() && names(&folder).is_empty());
+}
+
+#[test]
+fn url_of_another_form_or_without_folder_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    assert_eq!(folder_of(&format!("file://{path}")).unwrap(), folder.path());
+    for url in ["", path, "file://", "file://relative", "http:///tmp"] {
+        assert!(
+            matches!(folder_of(url), Err(SnapshotError::Url { .. })),
+            "{url}"
+        );
+    }
+    let absent = folder_of(&format!("file://{path}/x")).unwrap_err();
+    assert!(
+        matches!(absent, SnapshotError::NotAFolder { .. }),
+        "{absent}"
+    );
+}
+
+#[test]
+fn state_cut_or_changed_anywhere_is_refused() {
+    let folder = written();
+    let path = folder.path().join("state.json");
+    let text = std::fs::read(&path).unwrap();
+    let refused = |bytes: &[u8]| {
+        std::fs::write(&path, bytes).unwrap();
+        let error = Snapshot::open(folder.path()).unwrap_err();
+        assert!(error.to_string().contains("state.json"), "{error}");
+        assert!(error.is_of_request());
+    };
+    for end in 0..text.len() {
+        refused(&text[..end]);
+    }
+    for at in 0..text.len() {
+        let mut flipped = text.clone();
+        flipped[at] ^= 1 << (at % 8);
+        refused(&flipped);
+    }
+    refused(&[&text[..], b"\n"].concat());
+}
+
+#[test]
+fn file_that_is_absent_or_of_another_size_is_refused_by_name() {
+    for name in ["config.json", "memory-0", "state.json"] {
+        let folder = written();
+        std::fs::remove_file(folder.path().join(name)).unwrap();
+        let error = Snapshot::open(folder.path()).unwrap_err();
+        assert!(
+            error.to_string().contains(name) && error.is_of_request(),
+            "{error}"
+        );
+    }
+    let folder = written();
+    let file = std::fs::File::options()
+        .write(true)
+        .open(folder.path().join("memory-0"));
+    file.unwrap().set_len(4096).unwrap();
+    let error = Snapshot::open(folder.path()).unwrap_err();
+    assert!(error.to_string().contains("memory-0"), "{error}");
+}
+
+#[test]
+fn configuration_of_other_memory_is_refused() {
+    let folder = written();
+    let mut other = config();
+    other.memory.size = 16 << 20;
+    let text = serde_json::to_string(&other).unwrap();
+    std::fs::write(folder.path().join("config.json"), text).unwrap();
+    let error = error_chain(&load(&folder).unwrap_err()).join(": ");
+    assert!(error.contains("memory-map"), "{error}");
+}
+
+fn with_taps(net_fds: &[(&str, usize)], fds: &[i32]) -> Result<VmConfig, SnapshotError> {
+    let net = |id: &str, fds: Option<Vec<i32>>| NetConfig {
+        id: Some(id.to_owned()),
+        fds,
+        ..NetConfig::default()
+    };
+    let mut config = config();
+    config.memory.prefault = true;
+    config.net = Some(vec![
+        net("a", Some(vec![-1, -1])),
+        net("b", None),
+        net("c", Some(vec![-1])),
+    ]);
+    let named = net_fds.iter().map(|(id, num_fds)| RestoredNetConfig {
+        id: (*id).to_owned(),
+        num_fds: *num_fds,
+        fds: Vec::new(),
+    });
+    let request = RestoreConfig {
+        net_fds: Some(named.collect()),
+        ..RestoreConfig::default()
+    };
+    adapt(&mut config, &request, fds).map(|()| config)
+}
+
+#[test]
+fn interfaces_from_descriptors_get_those_of_the_request() {
+    let config = with_taps(&[("c", 1), ("a", 2)], &[7, 8, 9]).unwrap();
+    let nets = config.net.unwrap();
+    let fds: Vec<_> = nets.iter().map(|net| net.fds.clone()).collect();
+    assert_eq!(fds, [Some(vec![8, 9]), None, Some(vec![7])]);
+    assert!(!config.memory.prefault);
+    for (named, fds) in [
+        (&[("a", 2)][..], &[1, 2][..]),
+        (&[("a", 1), ("c", 1)], &[1, 2]),
+        (&[("a", 2), ("c", 1)], &[1, 2]),
+        (&[("a", usize::MAX), ("c", 2)], &[1, 2]),
+        (&[("a", 2), ("a", 2), ("c", 1)], &[1, 2, 3, 4, 5]),
+    ] {
+        assert!(with_taps(named, fds).is_err(), "{named:?}");
+    }
+}
