@@ -11,7 +11,7 @@ use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatu
 use vhost_user_backend::{
     ShutdownHandle, VhostUserBackendMut, VhostUserDaemon, VringRwLock, VringT,
 };
-use virtio_queue::QueueOwnedT;
+use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::event::{
@@ -34,6 +34,10 @@ impl Echo {
         let Some(mem) = &self.mem else { return Ok(()) };
         let mem = mem.memory();
         let mut vring = vring.get_mut();
+        // Stopped since the kick. An error would end the library's thread.
+        if !vring.get_queue().ready() {
+            return Ok(());
+        }
         let chains: Vec<_> = vring
             .get_queue_mut()
             .iter(mem.clone())
