@@ -31,10 +31,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ),
     // The server is for its fake VMMs, which only tests have.
     ("fleet", &["api", "chart", "device-facts", "test-server"]),
-    ("cloud-hypervisor", &["api", "vmm"]),
-    ("ch-remote", &["api"]),
-    ("ch-fleet", &["api", "fleet"]),
-    ("ch-fleet-adapter", &["api"]),
+    ("cloud-hypervisor", &["api", "program-docs", "vmm"]),
+    ("ch-remote", &["api", "program-docs"]),
+    ("ch-fleet", &["api", "fleet", "program-docs"]),
+    ("ch-fleet-adapter", &["api", "program-docs"]),
     (
         "integration-tests",
         &[
@@ -47,6 +47,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
         ],
     ),
     ("chart", &[]),
+    ("program-docs", &[]),
     ("test-docs", &[]),
     ("test-server", &[]),
     ("test-skip", &[]),

@@ -20,7 +20,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 use args::{Access, Arguments, Target};
 use http::{HttpError, Service};
@@ -37,6 +37,9 @@ const BACK_OFF_MAX: Duration = Duration::from_secs(60);
 const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
 fn main() -> ExitCode {
+    if let Some(status) = program_docs::requested(Arguments::command) {
+        return status;
+    }
     let arguments = Arguments::parse();
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,

@@ -111,7 +111,7 @@ pub(crate) enum Command {
     /// Print shell completions
     Completions {
         /// The shell
-        shell: clap_complete::Shell,
+        shell: program_docs::Shell,
     },
     /// Print the manual page
     Man,

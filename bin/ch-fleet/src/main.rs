@@ -36,6 +36,9 @@ use fleet::agent::{JournalPage, PinRequest, ReleaseRequest, ReserveAnswer, Reser
 use fleet::model::Bytes;
 
 fn main() -> ExitCode {
+    if let Some(status) = program_docs::requested(Arguments::command) {
+        return status;
+    }
     let arguments = Arguments::parse();
     match execute(&arguments) {
         Ok(code) => code,
@@ -67,10 +70,9 @@ fn execute(arguments: &Arguments) -> Result<ExitCode> {
         }
         Command::Config(command) => config_command::run(&agent, command, &mut out)?,
         Command::Completions { shell } => {
-            clap_complete::generate(*shell, &mut Arguments::command(), "ch-fleet", &mut out);
+            program_docs::completions(*shell, &mut Arguments::command(), &mut out);
         }
-        Command::Man => clap_mangen::Man::new(Arguments::command())
-            .render(&mut out)
+        Command::Man => program_docs::manual_page(Arguments::command(), &mut out)
             .context("Cannot write the manual page")?,
         command => show(&agent, command, arguments.output, &mut out)?,
     }

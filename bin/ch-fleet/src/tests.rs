@@ -49,17 +49,11 @@ fn settings_in_the_documentation_are_valid() {
 #[test]
 fn completions_and_manual_page_are_written() {
     let mut script = Vec::new();
-    clap_complete::generate(
-        clap_complete::Shell::Bash,
-        &mut Arguments::command(),
-        "ch-fleet",
-        &mut script,
-    );
+    let shell = program_docs::Shell::Bash;
+    program_docs::completions(shell, &mut Arguments::command(), &mut script);
     assert!(String::from_utf8(script).unwrap().contains("reserve"));
     let mut page = Vec::new();
-    clap_mangen::Man::new(Arguments::command())
-        .render(&mut page)
-        .unwrap();
+    program_docs::manual_page(Arguments::command(), &mut page).unwrap();
     assert!(String::from_utf8(page).unwrap().contains(".SH"));
 }
 

@@ -18,13 +18,16 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use api::{Client, HintingReport, ReclaimStats, to_ascii_json};
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 use args::Arguments;
 use command::{BalloonHintingAction, BalloonReportingAction, Command, OutputFormat, Request};
 use reclaim_table::Sample;
 
 fn main() -> ExitCode {
+    if let Some(status) = program_docs::requested(Arguments::command) {
+        return status;
+    }
     let arguments = Arguments::parse();
     let stdout = io::stdout();
     let terminal = stdout.is_terminal();

@@ -16,6 +16,8 @@ use vmm::seccomp::SeccompMode;
 #[derive(Debug, Parser)]
 #[command(
     name = "cloud-hypervisor",
+    // For the manual page; the flag is declared below, in upstream's form.
+    version = concat!("v", env!("CARGO_PKG_VERSION")),
     arg_required_else_help = true,
     disable_version_flag = true,
     group = ArgGroup::new("payload").args(["kernel", "firmware"]).multiple(true)

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Context;
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 
 use args::Arguments;
 
@@ -19,6 +19,9 @@ const FEATURES: &[&str] = &["kvm"];
 fn main() -> ExitCode {
     let start = Instant::now();
     process::configure();
+    if let Some(status) = program_docs::requested(Arguments::command) {
+        return status;
+    }
     let arguments = Arguments::parse();
     if arguments.version {
         print_version(arguments.v > 0);

@@ -1,0 +1,138 @@
+//! Manual pages and shell completions of our programs, made from their declared command lines.
+//!
+//! Every program accepts `--generate-docs DIR` as its only option and writes there what belongs under `/usr/share` or
+//! `~/.local/share`:
+//!
+//! ```text
+//! man/man1/PROGRAM.1                       and a page for each subcommand
+//! bash-completion/completions/PROGRAM
+//! zsh/site-functions/_PROGRAM
+//! fish/vendor_completions.d/PROGRAM.fish
+//! ```
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::io::{self, Write};
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Command;
+pub use clap_complete::Shell;
+
+/// The option of every program. It is not a declared one because it excludes arguments that are required otherwise.
+const OPTION: &str = "--generate-docs";
+
+/// The shells, each with the folder of its completions and a file's name before and after the program's.
+const SHELLS: [(Shell, &str, &str, &str); 3] = [
+    (Shell::Bash, "bash-completion/completions", "", ""),
+    (Shell::Zsh, "zsh/site-functions", "_", ""),
+    (Shell::Fish, "fish/vendor_completions.d", "", ".fish"),
+];
+
+/// Writes the files if the arguments of this process ask for them. Returns the exit status in that case.
+pub fn requested(command: impl FnOnce() -> Command) -> Option<ExitCode> {
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let folder = folder(&arguments)?;
+    Some(match write(command(), folder) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!(
+                "error: cannot write manual pages and completions to {}: {error}",
+                folder.display()
+            );
+            ExitCode::FAILURE
+        }
+    })
+}
+
+fn folder(arguments: &[OsString]) -> Option<&Path> {
+    match arguments {
+        [option, folder] if option == OsStr::new(OPTION) => Some(Path::new(folder)),
+        _ => None,
+    }
+}
+
+/// Writes manual pages and completions into `folder`, which is created if it does not exist.
+///
+/// # Errors
+/// A file cannot be written.
+pub fn write(mut command: Command, folder: &Path) -> io::Result<()> {
+    let program = command.get_name().to_owned();
+    for (shell, place, before, after) in SHELLS {
+        let place = folder.join(place);
+        fs::create_dir_all(&place)?;
+        let mut script = Vec::new();
+        completions(shell, &mut command, &mut script);
+        fs::write(place.join(format!("{before}{program}{after}")), script)?;
+    }
+    let pages = folder.join("man/man1");
+    fs::create_dir_all(&pages)?;
+    clap_mangen::generate_to(command, pages)
+}
+
+/// Writes the completions for one shell.
+pub fn completions(shell: Shell, command: &mut Command, out: &mut dyn Write) {
+    let program = command.get_name().to_owned();
+    clap_complete::generate(shell, command, program, out);
+}
+
+/// Writes the manual page of the program without those of its subcommands.
+///
+/// # Errors
+/// `out` fails.
+pub fn manual_page(command: Command, out: &mut dyn Write) -> io::Result<()> {
+    clap_mangen::Man::new(command).render(out)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use clap::Arg;
+
+    use super::*;
+
+    fn sample() -> Command {
+        let size = Arg::new("size").long("size").help("Size in bytes");
+        Command::new("sample")
+            .about("Shows how it is done")
+            .arg(Arg::new("socket").long("socket").required(true))
+            .subcommand(Command::new("grow").about("Grow it").arg(size))
+    }
+
+    #[test]
+    fn files_are_where_shells_and_man_look_for_them() {
+        let folder = tempfile::tempdir().unwrap();
+        write(sample(), &folder.path().join("new")).unwrap();
+        for (file, text) in [
+            ("man/man1/sample.1", "Shows how it is done"),
+            ("man/man1/sample-grow.1", "Size in bytes"),
+            ("bash-completion/completions/sample", "--size"),
+            ("zsh/site-functions/_sample", "--size"),
+            ("fish/vendor_completions.d/sample.fish", "-l size"),
+        ] {
+            let file = folder.path().join("new").join(file);
+            let found = fs::read_to_string(&file).unwrap();
+            assert!(found.contains(text), "{}: {found}", file.display());
+        }
+    }
+
+    #[test]
+    fn file_that_cannot_be_written_is_an_error() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        assert!(write(sample(), file.path()).is_err());
+    }
+
+    #[test]
+    fn only_the_option_alone_with_a_folder_is_a_request() {
+        let words = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
+        assert_eq!(folder(&words("--generate-docs /d")), Some(Path::new("/d")));
+        for other in [
+            "--generate-docs",
+            "--generate-docs /d more",
+            "--cmdline --generate-docs",
+        ] {
+            assert_eq!(folder(&words(other)), None, "{other}");
+        }
+    }
+}
