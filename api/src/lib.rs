@@ -27,6 +27,7 @@ mod reclaim;
 mod reporting;
 mod resize;
 mod scale;
+mod similar;
 mod snapshot;
 mod thresholds;
 
@@ -50,6 +51,8 @@ pub use reclaim::{
 pub use reporting::*;
 pub use resize::*;
 pub use scale::scale_bytes;
+pub use schemars::JsonSchema;
+pub use similar::{suggestion, suggestion_for};
 pub use snapshot::*;
 pub use thresholds::{
     AlertChange, AlertDirection, AlertRule, AlertStatus, ReclaimThresholds,

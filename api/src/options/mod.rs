@@ -32,6 +32,8 @@ use std::collections::BTreeMap;
 
 use thiserror::Error;
 
+use crate::similar::{did_you_mean, similar};
+
 /// Most characters of one option. A kernel command line, the longest legitimate value, is below 64 KiB.
 pub const OPTION_LENGTH_MAX: usize = 128 << 10;
 
@@ -50,7 +52,7 @@ pub struct OptionError {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum OptionFault {
     /// The section has no such key.
-    #[error("unknown parameter {key:?}{}; known are {known}", suggestion(similar))]
+    #[error("unknown parameter {key:?}{}; known are {known}", did_you_mean(similar.as_deref()))]
     UnknownKey {
         /// The key as given.
         key: String,
@@ -116,27 +118,13 @@ pub enum OptionFault {
     },
 }
 
-/// Keys less alike than this are different words and not a misspelling. The bound is clap's.
-const SIMILARITY_MIN: f64 = 0.7;
-
-fn suggestion(similar: &Option<String>) -> String {
-    similar
-        .as_ref()
-        .map(|known| format!(" (did you mean {known:?}?)"))
-        .unwrap_or_default()
-}
-
 impl OptionFault {
     /// A key that is none of the `known` ones.
     pub(crate) fn unknown_key(key: &str, known: &[&str]) -> Self {
-        let similar = known
-            .iter()
-            .map(|known| (strsim::jaro(key, known), known))
-            .filter(|(similarity, _)| *similarity > SIMILARITY_MIN)
-            .max_by(|(one, _), (other, _)| one.total_cmp(other));
+        let similar = similar(key, known.iter().copied());
         Self::UnknownKey {
             key: key.to_owned(),
-            similar: similar.map(|(_, known)| (*known).to_owned()),
+            similar: similar.map(str::to_owned),
             known: known.join(", "),
         }
     }

@@ -29,7 +29,7 @@ pub enum LoadError {
         source: io::Error,
     },
     /// A file is no TOML, or has keys or values that mean nothing.
-    #[error("{} is not understood", path.display())]
+    #[error("{} is not understood{}", path.display(), api::suggestion(source.message()))]
     Syntax {
         /// Which.
         path: PathBuf,

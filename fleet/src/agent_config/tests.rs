@@ -127,3 +127,16 @@ fn reserve_that_takes_the_machine_is_refused() {
     let refusal = config.check_machine(Bytes::gib(15)).unwrap_err();
     assert!(refusal.to_string().contains("host.reserve"), "{refusal}");
 }
+
+#[test]
+fn misspelt_key_is_refused_with_a_suggestion() {
+    let (_folder, file) = files("[policy.default]\nflor = '1GiB'\n", &[]);
+    let chain = api::error_chain(&load(&file, true).unwrap_err());
+    assert!(
+        chain[0].ends_with(" (did you mean \"floor\"?)"),
+        "{chain:?}"
+    );
+    let (_folder, file) = files("[discovery]\ncolour = 'red'\n", &[]);
+    let chain = api::error_chain(&load(&file, true).unwrap_err());
+    assert!(chain[0].ends_with("is not understood"), "{chain:?}");
+}

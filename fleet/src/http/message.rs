@@ -76,7 +76,7 @@ impl Request {
         serde_json::from_slice(&self.body).map_err(|error| {
             let chain = [
                 "The request is not understood".to_owned(),
-                error.to_string(),
+                format!("{error}{}", api::suggestion(&error.to_string())),
             ];
             Response::error(400, &chain)
         })

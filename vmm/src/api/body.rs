@@ -1,7 +1,7 @@
 //! Reads request bodies. A body is bounded before it is parsed, because a few bytes of JSON can become a large
 //! structure. Unknown keys are rejected or logged.
 
-use api::{Endpoint, Origin};
+use api::{Endpoint, JsonSchema, Origin};
 use serde::de::DeserializeOwned;
 
 /// Most objects and arrays in a body. The largest configuration that makes sense has 128 NUMA nodes with 128 distances
@@ -36,7 +36,10 @@ pub(super) enum BodyError {
 }
 
 /// Reads the body of a request to `endpoint`.
-pub(super) fn read<T: DeserializeOwned>(endpoint: Endpoint, body: &[u8]) -> Result<T, BodyError> {
+pub(super) fn read<T: DeserializeOwned + JsonSchema>(
+    endpoint: Endpoint,
+    body: &[u8],
+) -> Result<T, BodyError> {
     check_amount(body)?;
     if body.trim_ascii_start().first() == Some(&b'[') {
         return Err(BodyError::NotAnObject);
@@ -47,24 +50,32 @@ pub(super) fn read<T: DeserializeOwned>(endpoint: Endpoint, body: &[u8]) -> Resu
         if unknown.len() < KEYS_NAMED_MAX {
             // A question mark stands for an optional value in the path.
             let key = path.to_string().replace(".?", "");
-            unknown.push(format!(
-                "{:?}",
-                key.chars().take(KEY_CHARS_MAX).collect::<String>()
-            ));
+            unknown.push(key.chars().take(KEY_CHARS_MAX).collect::<String>());
         }
     })?;
     json.end()?;
     if unknown.is_empty() {
         return Ok(value);
     }
-    let keys = unknown.join(", ");
     match endpoint.origin() {
-        Origin::Ours => Err(BodyError::UnknownKeys { keys }),
+        Origin::Ours => {
+            let keys = list(&unknown, |key| {
+                let name = key.rsplit('.').next().unwrap_or(key);
+                format!("{key:?}{}", api::suggestion_for::<T>(name))
+            });
+            Err(BodyError::UnknownKeys { keys })
+        }
         Origin::Upstream => {
+            let keys = list(&unknown, |key| format!("{key:?}"));
             log::warn!("{} ignores the unknown key {keys}", endpoint.name());
             Ok(value)
         }
     }
+}
+
+fn list(keys: &[String], show: impl Fn(&str) -> String) -> String {
+    let shown: Vec<_> = keys.iter().map(|key| show(key)).collect();
+    shown.join(", ")
 }
 
 /// Counts values without building any. The parser detects invalid JSON.
@@ -103,14 +114,18 @@ mod tests {
             let read = read::<ReclaimThresholdsChange>(endpoint, body.as_bytes());
             read.unwrap_err().to_string()
         };
-        assert_eq!(refused(r#"{"remove":["zzz"]}"#), r#"unknown key "remove""#);
+        assert_eq!(refused(r#"{"delete":["zzz"]}"#), r#"unknown key "delete""#);
+        assert_eq!(
+            refused(r#"{"remove_alert":["zzz"]}"#),
+            r#"unknown key "remove_alert" (did you mean "remove_alerts"?)"#
+        );
         assert_eq!(
             refused(r#"{"policy":{"order_min":200},"x\n":1}"#),
             r#"unknown key "policy", "x\n""#
         );
         assert_eq!(
             refused(r#"{"reporting_policy":{"order_max":2}}"#),
-            r#"unknown key "reporting_policy.order_max""#
+            r#"unknown key "reporting_policy.order_max" (did you mean "order_min"?)"#
         );
         assert_eq!(refused("[]"), "the body must be a JSON object");
         assert_eq!(refused(" [[]]"), "the body must be a JSON object");

@@ -12,7 +12,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use api::{
-    Endpoint, ErrorBody, VmBalloonHinting, VmBalloonReporting, VmRemoveDevice, VmmPingResponse,
+    Endpoint, ErrorBody, JsonSchema, VmBalloonHinting, VmBalloonReporting, VmRemoveDevice,
+    VmmPingResponse,
 };
 use micro_http::{Body, Method, Request};
 use serde::de::DeserializeOwned;
@@ -50,7 +51,7 @@ struct Call {
 
 impl Call {
     /// Parses the body; rejects the request if the body is invalid.
-    fn read_body<T: DeserializeOwned>(mut self) -> Option<(T, Self)> {
+    fn read_body<T: DeserializeOwned + JsonSchema>(mut self) -> Option<(T, Self)> {
         match body::read(self.endpoint, &std::mem::take(&mut self.body)) {
             Ok(value) => Some((value, self)),
             Err(error) => {
@@ -208,7 +209,7 @@ impl Dispatcher {
     }
 
     /// Makes the change that the body describes and responds without a body.
-    fn change_to<B: DeserializeOwned + Send + 'static>(
+    fn change_to<B: DeserializeOwned + JsonSchema + Send + 'static>(
         &self,
         call: Call,
         change: impl FnOnce(&mut Lifecycle, B) -> Result<(), LifecycleError> + Send + 'static,
@@ -219,7 +220,11 @@ impl Dispatcher {
     }
 
     /// Adds the device that the body describes.
-    fn add_device<B: DeserializeOwned>(&self, call: Call, device: impl FnOnce(B) -> NewDevice) {
+    fn add_device<B: DeserializeOwned + JsonSchema>(
+        &self,
+        call: Call,
+        device: impl FnOnce(B) -> NewDevice,
+    ) {
         let Some((config, mut call)) = call.read_body() else {
             return;
         };

@@ -1,0 +1,123 @@
+//! "Did you mean": the known word that a misspelt one resembles.
+
+use schemars::JsonSchema;
+use serde_json::Value;
+
+/// Words less alike than this are different words and not a misspelling. The bound is clap's.
+const SIMILARITY_MIN: f64 = 0.7;
+/// No word of ours is longer, and a comparison takes time.
+const WORD_BYTES_MAX: usize = 64;
+
+/// The known word that resembles `word` most, if one does.
+pub(crate) fn similar<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
+    if word.len() > WORD_BYTES_MAX {
+        return None;
+    }
+    let scored = known
+        .into_iter()
+        .map(|known| (strsim::jaro(word, known), known))
+        .filter(|(similarity, _)| *similarity > SIMILARITY_MIN);
+    let best = scored.max_by(|(one, _), (other, _)| one.total_cmp(other));
+    best.map(|(_, known)| known)
+}
+
+/// The end of a message about a word: ` (did you mean "size"?)`, or nothing.
+pub(crate) fn did_you_mean(similar: Option<&str>) -> String {
+    similar
+        .map(|known| format!(" (did you mean {known:?}?)"))
+        .unwrap_or_default()
+}
+
+/// The end of serde's message about a key or a word that it does not know, which lists those that it knows; empty for
+/// other messages.
+pub fn suggestion(message: &str) -> String {
+    let kinds = ["unknown field `", "unknown variant `"];
+    let rest = kinds
+        .iter()
+        .find_map(|kind| message.split_once(kind))
+        .map(|(_, rest)| rest);
+    // Each word stands between backticks.
+    let mut words = rest.unwrap_or_default().split('`').step_by(2);
+    let word = words.next().unwrap_or_default();
+    did_you_mean(similar(word, words))
+}
+
+/// The end of a message about a key that `T` does not have, at any depth.
+pub fn suggestion_for<T: JsonSchema>(key: &str) -> String {
+    let schema = schemars::schema_for!(T);
+    let mut known = Vec::new();
+    collect_keys(schema.as_value(), &mut known);
+    did_you_mean(similar(key, known))
+}
+
+fn collect_keys<'a>(schema: &'a Value, keys: &mut Vec<&'a str>) {
+    match schema {
+        Value::Object(object) => {
+            let properties = object.get("properties").and_then(Value::as_object);
+            keys.extend(
+                properties
+                    .into_iter()
+                    .flatten()
+                    .map(|(key, _)| key.as_str()),
+            );
+            object.values().for_each(|part| collect_keys(part, keys));
+        }
+        Value::Array(parts) => parts.iter().for_each(|part| collect_keys(part, keys)),
+        _ => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use serde::Deserialize;
+
+    use super::*;
+    use crate::ReclaimThresholdsChange;
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Section {
+        #[serde(default, rename = "floor")]
+        _floor: u32,
+        #[serde(default, rename = "min")]
+        _min: Option<Word>,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(rename_all = "lowercase")]
+    enum Word {
+        Silent,
+        Loud,
+    }
+
+    #[test]
+    fn message_of_serde_about_a_misspelling_gets_a_suggestion() {
+        for (text, expected) in [
+            (r#"{"flor":1}"#, r#" (did you mean "floor"?)"#),
+            (r#"{"min":"lowd"}"#, r#" (did you mean "loud"?)"#),
+            (r#"{"min":"xyz"}"#, ""),
+            (r#"{"floor":"x"}"#, ""),
+            ("{", ""),
+        ] {
+            let error = serde_json::from_str::<Section>(text).unwrap_err();
+            assert_eq!(suggestion(&error.to_string()), expected, "{error}");
+        }
+        let long = "flor".repeat(1 << 20);
+        assert_eq!(
+            suggestion(&format!("unknown field `{long}`, expected `floor`")),
+            ""
+        );
+    }
+
+    #[test]
+    fn key_that_resembles_one_of_a_type_gets_a_suggestion() {
+        let suggest = suggestion_for::<ReclaimThresholdsChange>;
+        assert_eq!(
+            suggest("remove_alert"),
+            r#" (did you mean "remove_alerts"?)"#
+        );
+        assert_eq!(suggest("colour"), "");
+    }
+}
