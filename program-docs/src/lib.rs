@@ -58,6 +58,10 @@ fn folder(arguments: &[OsString]) -> Option<&Path> {
 /// A file cannot be written.
 pub fn write(mut command: Command, folder: &Path) -> io::Result<()> {
     let program = command.get_name().to_owned();
+    let pages = folder.join("man/man1");
+    fs::create_dir_all(&pages)?;
+    // Before completions, which add help commands to what they are given.
+    clap_mangen::generate_to(command.clone(), pages)?;
     for (shell, place, before, after) in SHELLS {
         let place = folder.join(place);
         fs::create_dir_all(&place)?;
@@ -65,9 +69,7 @@ pub fn write(mut command: Command, folder: &Path) -> io::Result<()> {
         completions(shell, &mut command, &mut script);
         fs::write(place.join(format!("{before}{program}{after}")), script)?;
     }
-    let pages = folder.join("man/man1");
-    fs::create_dir_all(&pages)?;
-    clap_mangen::generate_to(command, pages)
+    Ok(())
 }
 
 /// Writes the completions for one shell.
@@ -115,6 +117,8 @@ mod tests {
             let found = fs::read_to_string(&file).unwrap();
             assert!(found.contains(text), "{}: {found}", file.display());
         }
+        let pages = fs::read_dir(folder.path().join("new/man/man1")).unwrap();
+        assert_eq!(pages.count(), 2, "the help command has no page");
     }
 
     #[test]

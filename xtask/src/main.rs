@@ -15,6 +15,7 @@ mod fleet_store;
 mod fuzz;
 mod guest;
 mod other_vmm;
+mod package;
 mod paths;
 mod process;
 mod progress;
@@ -60,6 +61,8 @@ enum Command {
     FleetStore(fleet_store::Options),
     /// Fuzz the devices for a limited time
     Fuzz(fuzz::Options),
+    /// Make the Debian package of the programs, twice, and compare the two
+    Package(package::Options),
     /// Measure the value of reclaimed memory
     #[command(subcommand)]
     Experiment(experiment::Experiment),
@@ -116,6 +119,7 @@ fn main() -> ExitCode {
         Command::FleetChaos(options) => fleet::chaos(&options),
         Command::FleetStore(options) => fleet_store::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
+        Command::Package(options) => package::run(&options).map(|()| ExitCode::SUCCESS),
         Command::Experiment(experiment) => experiment::run(&experiment),
         Command::Ci(options) => ci::run(&options),
     };

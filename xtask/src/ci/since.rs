@@ -137,6 +137,7 @@ mod tests {
                 "build",
                 "unit tests",
                 "fleet store",
+                "package",
                 "fleet page",
                 "doc tests",
                 "vm tests"
@@ -175,6 +176,7 @@ mod tests {
                 "build",
                 "fuzz",
                 "benchmarks",
+                "package",
                 "fleet page",
                 "guest core",
                 "doc tests",

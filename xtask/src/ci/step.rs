@@ -173,6 +173,13 @@ pub(crate) const STEPS: &[Step] = &[
         MEASURED,
         "cargo xtask bench --kernel mainline",
     )),
+    // Of the programs that the step `build` has made.
+    beside(host(
+        "package",
+        &["build"],
+        &[Shared, Vmm, Fleet, Xtask],
+        "cargo xtask package --check",
+    )),
     // The agent's page in Chromium, its metrics and rules in Prometheus, its host in placement.
     beside(host(
         "fleet page",

@@ -180,7 +180,7 @@ pub(super) fn copy_tree(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// Runs a short step; its output matters only if it fails.
-pub(super) fn quiet(command: &mut Command) -> Result<()> {
+pub(crate) fn quiet(command: &mut Command) -> Result<()> {
     let output = command
         .stdin(Stdio::null())
         .output()

@@ -24,7 +24,7 @@ mod emulator;
 mod initramfs;
 mod kernel;
 pub(crate) mod kunit;
-mod make;
+pub(crate) mod make;
 mod modules;
 mod newest;
 mod prefixes;

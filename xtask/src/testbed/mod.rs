@@ -5,7 +5,7 @@
 //! `/guest`, the shared directory at `/share`, and in its environment `TESTBED` and
 //! `GUEST_CMDLINE_EXTRA`.
 
-mod bins;
+pub(crate) mod bins;
 mod direct;
 mod emulated;
 mod guest_memory;
