@@ -159,6 +159,6 @@ mod tests {
         let mut config = with_device(&config, fs.clone());
         assign_ids(&mut config);
         take_id(&config, &mut fs);
-        assert_eq!(fs.id(), Some("_fs0"));
+        assert_eq!(fs.id(), Some("_fs2"), "after _disk0 and _vsock1");
     }
 }

@@ -33,17 +33,31 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     Ok(())
 }
 
+/// What generated names begin with; a number follows.
+const GENERATED_PREFIXES: [&str; 4] = ["_disk", "_net", "_fs", "_vsock"];
+
+fn generated_number(id: &str) -> Option<u64> {
+    let mut digits = GENERATED_PREFIXES
+        .iter()
+        .filter_map(|prefix| id.strip_prefix(prefix));
+    digits.next()?.parse().ok()
+}
+
 /// Gives every disk, network device, shared folder and vsock device without a name the next one of upstream's:
-/// `_disk0`, `_net1`, `_fs2`, `_vsock3`, with one counter for all and names in use left out.
+/// `_disk0`, `_net1`, `_fs2`, `_vsock3`. One counter numbers all kinds, also those added later: a number in use by one
+/// kind is left out for all.
 pub fn assign_ids(config: &mut VmConfig) {
-    let mut taken: BTreeSet<String> = given(config).cloned().collect();
+    let taken: BTreeSet<u64> = given(config)
+        .filter_map(|id| generated_number(id))
+        .collect();
     let mut counter = 0u64;
-    let mut next = |prefix: &str| loop {
+    let mut next = |prefix: &str| {
+        while taken.contains(&counter) {
+            counter += 1;
+        }
         let id = format!("{prefix}{counter}");
         counter += 1;
-        if taken.insert(id.clone()) {
-            return id;
-        }
+        id
     };
     for disk in config.disks.iter_mut().flatten() {
         disk.id.get_or_insert_with(|| next("_disk"));

@@ -793,6 +793,22 @@ fn validate_landlock_rules_need_landlock_and_known_access() {
 }
 
 #[test]
+fn assign_ids_gives_a_device_added_later_no_number_of_another_kind() {
+    let mut config = parse(json!({
+        "payload": {"kernel": "/k"},
+        "disks": [{"path": "/a", "id": "_disk_of_mine"}, {"path": "/b"}],
+        "net": [{}],
+    }));
+    assign_ids(&mut config);
+    let mut config = with_device(&config, NewDevice::Net(api::config::NetConfig::default()));
+    assign_ids(&mut config);
+    let disks = config.disks.iter().flatten().map(|disk| &disk.id);
+    let nets = config.net.iter().flatten().map(|net| &net.id);
+    let ids: Vec<_> = disks.chain(nets).flatten().collect();
+    assert_eq!(ids, ["_disk_of_mine", "_disk0", "_net1", "_net2"]);
+}
+
+#[test]
 fn assign_ids_counts_over_disks_and_nets_and_leaves_out_what_is_taken() {
     let mut config = parse(json!({
         "payload": {"kernel": "/k"},
