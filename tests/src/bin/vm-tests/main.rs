@@ -18,6 +18,7 @@ mod operator;
 mod patched;
 mod power;
 mod promises;
+mod snapshot;
 mod stress;
 mod vsock;
 mod zones;
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
         stress::tests(),
         zones::tests(),
         promises::tests(),
+        snapshot::tests(),
         fleet::tests(),
         patched::tests(),
         debian::tests(),
