@@ -28,7 +28,7 @@ pub(super) enum Command {
     Activate(Box<Activation>),
     Reset(Option<SyncSender<()>>),
     Pause(SyncSender<()>),
-    Resume,
+    Resume(SyncSender<()>),
     /// The paused handler's state.
     State(SyncSender<HandlerState>),
     /// Serves this queue for a vCPU that waits; the result is whether it was served.
@@ -177,9 +177,10 @@ impl WorkerHandle {
         Pausing(self.begin_call(Command::Pause))
     }
 
-    /// Undoes [`WorkerHandle::pause`]; every active queue is served again.
+    /// Undoes [`WorkerHandle::pause`]; every active queue is served again. Returns when the handler is active, if the
+    /// device was activated in the pause, so that whoever asks next finds a driver. For the control thread.
     pub fn resume(&self) {
-        self.send(Command::Resume);
+        self.call(Command::Resume);
     }
 
     /// The handler's state; the caller has paused it. For the control thread. A thread that is gone serves no queue.

@@ -25,6 +25,7 @@ struct Seen {
     idle: EventFd,
     source_wakes: AtomicU64,
     idle_wakes: AtomicU64,
+    activations: AtomicU64,
     resets: AtomicU64,
     pauses: AtomicU64,
     fail: AtomicBool,
@@ -48,6 +49,7 @@ impl QueueHandler for Echo {
         sources.add(self.seen.source.as_raw_fd(), SOURCE)?;
         let queue = activation.queues.remove(0).queue;
         self.active = Some((activation.mem, queue, activation.interrupt));
+        self.seen.activations.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
 
@@ -121,6 +123,7 @@ impl Rig {
             idle: event(),
             source_wakes: AtomicU64::new(0),
             idle_wakes: AtomicU64::new(0),
+            activations: AtomicU64::new(0),
             resets: AtomicU64::new(0),
             pauses: AtomicU64::new(0),
             fail: AtomicBool::new(false),
@@ -194,7 +197,9 @@ fn worker_activated_while_paused_starts_at_resume() {
     rig.activate();
     rig.worker.pause();
     assert_eq!(rig.driver.used_idx(), 0);
+    assert_eq!(rig.seen.activations.load(Ordering::SeqCst), 0);
     rig.worker.resume();
+    assert_eq!(rig.seen.activations.load(Ordering::SeqCst), 1);
     rig.driver.wait_used();
 }
 

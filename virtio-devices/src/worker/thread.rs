@@ -143,7 +143,7 @@ impl WorkerThread {
                 }
                 acknowledge(&ack);
             }
-            Command::Resume => self.resume(),
+            Command::Resume(ack) => self.resume(&ack),
             // The channel holds one message, so this never waits.
             Command::State(answer) => drop(answer.send(self.state())),
             Command::Kick(index, ack) => {
@@ -185,14 +185,20 @@ impl WorkerThread {
         state
     }
 
-    fn resume(&mut self) {
+    fn resume(&mut self, ack: &SyncSender<()>) {
         if !self.paused {
+            acknowledge(ack);
             return;
         }
         self.paused = false;
         self.handler.resume();
-        if let Some(activation) = self.deferred.take() {
+        let deferred = self.deferred.take();
+        let starts = deferred.is_some();
+        if let Some(activation) = deferred {
             self.activate(*activation);
+        }
+        acknowledge(ack);
+        if starts {
             return;
         }
         // Work that the handler postponed for the pause has no kick of its own.
