@@ -67,6 +67,13 @@ fn saved_guest_continues_with_its_memory_and_disk() -> Result<Outcome> {
     );
 
     let vmm = Vmm::start(&["--restore", &format!("source_url={url}")])?;
+    wait_for("the restored VM", BOOT_DEADLINE, || {
+        let info = vmm.request("GET", "vm.info", None)?;
+        Ok(info
+            .body
+            .is_some_and(|body| body.contains(r#""state":"Paused""#))
+            .then_some(()))
+    })?;
     // The socket of the serial port is in the folder of the first process.
     let serial = Serial::connect(&first.vmm.folder().join("serial.sock"), BOOT_DEADLINE)?;
     let mut second = Guest { vmm, serial };
