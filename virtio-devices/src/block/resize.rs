@@ -80,6 +80,17 @@ impl DiskHandle {
         Self { disk }
     }
 
+    /// Has the host put on stable storage what was written so far. The caller has paused the disk.
+    ///
+    /// # Errors
+    /// From fdatasync.
+    pub fn sync(&self) -> io::Result<()> {
+        if self.disk.is_readonly() {
+            return Ok(());
+        }
+        self.disk.image().file().sync_data()
+    }
+
     /// Resizes the image file, or takes over the new size of a block device, and notifies the guest. The caller has
     /// paused the disk, so that no request in flight writes behind the new end.
     ///

@@ -97,15 +97,7 @@ pub fn write(
     mut state: SnapshotState,
     memory: &GuestMemory,
 ) -> Result<(), SnapshotError> {
-    let zones = config.memory.zones.iter().flatten();
-    if let Some(zone) = zones.into_iter().find(|zone| zone.file.is_some()) {
-        let zone = zone.id.clone();
-        return Err(SnapshotError::ZoneInFile { zone });
-    }
-    if let Some(fs) = config.fs.iter().flatten().next() {
-        let tag = fs.tag.clone();
-        return Err(SnapshotError::SharedFolder { tag });
-    }
+    require_content_is_ours(config)?;
     let path = folder.join(STATE);
     if path.exists() {
         return Err(SnapshotError::Exists { path });
@@ -127,6 +119,39 @@ pub fn write(
     File::open(folder)
         .and_then(|folder| folder.sync_all())
         .map_err(SnapshotError::file("sync", folder))
+}
+
+/// Refuses state that is kept outside the snapshot. At a restore, a configuration that was edited is refused as well: RAM
+/// would be loaded over a file of the host.
+fn require_content_is_ours(config: &VmConfig) -> Result<(), SnapshotError> {
+    let mut zones = config.memory.zones.iter().flatten();
+    if let Some(zone) = zones.find(|zone| zone.file.is_some()) {
+        let zone = zone.id.clone();
+        return Err(SnapshotError::ZoneInFile { zone });
+    }
+    if let Some(fs) = config.fs.iter().flatten().next() {
+        let tag = fs.tag.clone();
+        return Err(SnapshotError::SharedFolder { tag });
+    }
+    Ok(())
+}
+
+/// Opens a file of a snapshot for reading.
+fn open_file(path: &Path) -> Result<File, SnapshotError> {
+    // Opening a FIFO would block until it has a writer.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(SnapshotError::file("open", path))?;
+    let metadata = file.metadata().map_err(SnapshotError::file("open", path))?;
+    match metadata.is_file() {
+        true => Ok(file),
+        false => Err(SnapshotError::Damaged {
+            path: path.to_owned(),
+            reason: "it is not a file",
+        }),
+    }
 }
 
 fn text_of<T: serde::Serialize>(value: &T) -> String {
@@ -172,9 +197,10 @@ impl Snapshot {
         let pc: PcState = state.pc.read().map_err(SnapshotError::State)?;
         let path = folder.join(CONFIG);
         let config = json(&path, &read(&path, CONFIG_BYTES_MAX)?)?;
+        require_content_is_ours(&config)?;
         let open = |(at, table): (usize, &ZoneContentState)| {
             let path = folder.join(memory_name(at));
-            let file = File::open(&path).map_err(SnapshotError::file("open", &path))?;
+            let file = open_file(&path)?;
             let bytes = file
                 .metadata()
                 .map_err(SnapshotError::file("open", &path))?
@@ -227,7 +253,7 @@ impl Snapshot {
 
 fn read(path: &Path, bytes_max: u64) -> Result<String, SnapshotError> {
     let mut text = String::new();
-    let file = File::open(path).map_err(SnapshotError::file("open", path))?;
+    let file = open_file(path)?;
     let read = file.take(bytes_max + 1).read_to_string(&mut text);
     let damaged = |reason| SnapshotError::Damaged {
         path: path.to_owned(),

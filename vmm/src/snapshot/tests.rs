@@ -109,6 +109,35 @@ fn zone_in_a_file_is_refused() {
 }
 
 #[test]
+fn restored_configuration_with_a_zone_in_a_file_is_refused() {
+    let folder = written();
+    let mut edited = config();
+    edited.memory.zones = Some(vec![MemoryZoneConfig {
+        id: "disk".to_owned(),
+        file: Some("/f".into()),
+        ..MemoryZoneConfig::default()
+    }]);
+    let text = serde_json::to_string(&edited).unwrap();
+    std::fs::write(folder.path().join("config.json"), text).unwrap();
+    let error = Snapshot::open(folder.path()).unwrap_err();
+    assert!(error.to_string().contains("zone disk"), "{error}");
+}
+
+#[test]
+fn fifo_in_place_of_a_file_is_refused_without_waiting_for_a_writer() {
+    for name in ["config.json", "memory-0", "state.json"] {
+        let folder = written();
+        let path = folder.path().join(name);
+        std::fs::remove_file(&path).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(&path).status();
+        assert!(made.unwrap().success());
+        let error = Snapshot::open(folder.path()).unwrap_err();
+        assert!(error.to_string().contains(name), "{error}");
+        assert!(error.to_string().contains("is not a file"), "{error}");
+    }
+}
+
+#[test]
 fn vm_with_a_shared_folder_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let mut config = config();

@@ -19,6 +19,15 @@ pub enum VmError {
     /// The configuration has no memory hot-plug.
     #[error("Missing virtio-mem, can't proceed as expected")]
     MissingMem,
+    /// The host cannot write a disk's image to stable storage.
+    #[error("Cannot sync the image of disk {id}")]
+    DiskSync {
+        /// Its name.
+        id: String,
+        /// The error from fdatasync.
+        #[source]
+        source: std::io::Error,
+    },
     /// A disk cannot have this size.
     #[error("The size of the disk cannot be changed so")]
     DiskResize(#[source] virtio_devices::block::DiskResizeError),

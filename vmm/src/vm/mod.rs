@@ -267,6 +267,12 @@ impl Machine for Vm {
     }
 
     fn save(&self) -> Result<SavedMachine, VmError> {
+        // The saved guest relies on writes that were answered, flushed or not.
+        for (id, disk) in &self.disks {
+            let id = id.clone();
+            disk.sync()
+                .map_err(|source| VmError::DiskSync { id, source })?;
+        }
         let state = self.pc.state().map_err(VmError::Pc)?;
         Ok(SavedMachine {
             pc: Saved::of(&state),
