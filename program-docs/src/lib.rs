@@ -86,6 +86,25 @@ pub fn manual_page(command: Command, out: &mut dyn Write) -> io::Result<()> {
     clap_mangen::Man::new(command).render(out)
 }
 
+/// Has `program` write its files and checks that each of these, named by its path in the folder, contains its text.
+///
+/// # Panics
+/// One does not, or the program fails.
+#[cfg(feature = "test-utils")]
+pub fn expect_written(program: &str, expected: &[(&str, &str)]) {
+    let folder = tempfile::tempdir().expect("a folder");
+    let status = std::process::Command::new(program)
+        .arg(OPTION)
+        .arg(folder.path())
+        .status()
+        .expect("the program starts");
+    assert!(status.success());
+    for (file, text) in expected {
+        let found = fs::read_to_string(folder.path().join(file)).expect(file);
+        assert!(found.contains(text), "{file} lacks {text}");
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

@@ -192,27 +192,20 @@ fn https_is_checked_against_the_named_certificates_only() {
 
 #[test]
 fn manual_pages_and_completions_are_written() {
-    let folder = TempDir::new().unwrap();
-    let status = Command::new(PROGRAM)
-        .arg("--generate-docs")
-        .arg(folder.path())
-        .status()
-        .unwrap();
-    assert!(status.success());
-    for (file, text) in [
-        ("man/man1/ch-fleet-adapter.1", "withdraw"),
-        ("man/man1/ch-fleet-adapter-placement.1", r"resource\-class"),
-        (
-            "bash-completion/completions/ch-fleet-adapter",
-            "--request-timeout",
-        ),
-        ("zsh/site-functions/_ch-fleet-adapter", "--request-timeout"),
-        (
-            "fish/vendor_completions.d/ch-fleet-adapter.fish",
-            "-l request-timeout",
-        ),
-    ] {
-        let found = std::fs::read_to_string(folder.path().join(file)).unwrap();
-        assert!(found.contains(text), "{file} lacks {text}");
-    }
+    program_docs::expect_written(
+        PROGRAM,
+        &[
+            ("man/man1/ch-fleet-adapter.1", "withdraw"),
+            ("man/man1/ch-fleet-adapter-placement.1", r"resource\-class"),
+            (
+                "bash-completion/completions/ch-fleet-adapter",
+                "--request-timeout",
+            ),
+            ("zsh/site-functions/_ch-fleet-adapter", "--request-timeout"),
+            (
+                "fish/vendor_completions.d/ch-fleet-adapter.fish",
+                "-l request-timeout",
+            ),
+        ],
+    );
 }

@@ -295,21 +295,14 @@ fn top_prints_rounds_where_there_is_no_terminal() {
 
 #[test]
 fn manual_pages_and_completions_are_written() {
-    let folder = TempDir::new().unwrap();
-    let status = Command::new(PROGRAM)
-        .arg("--generate-docs")
-        .arg(folder.path())
-        .status()
-        .unwrap();
-    assert!(status.success());
-    for (file, text) in [
-        ("man/man1/ch-fleet.1", r"ch\-fleet\-reserve(1)"),
-        ("man/man1/ch-fleet-fleet-place.1", "reserve"),
-        ("bash-completion/completions/ch-fleet", "--huge-pages"),
-        ("zsh/site-functions/_ch-fleet", "--huge-pages"),
-        ("fish/vendor_completions.d/ch-fleet.fish", "-l huge-pages"),
-    ] {
-        let found = fs::read_to_string(folder.path().join(file)).unwrap();
-        assert!(found.contains(text), "{file} lacks {text}");
-    }
+    program_docs::expect_written(
+        PROGRAM,
+        &[
+            ("man/man1/ch-fleet.1", r"ch\-fleet\-reserve(1)"),
+            ("man/man1/ch-fleet-fleet-place.1", "reserve"),
+            ("bash-completion/completions/ch-fleet", "--huge-pages"),
+            ("zsh/site-functions/_ch-fleet", "--huge-pages"),
+            ("fish/vendor_completions.d/ch-fleet.fish", "-l huge-pages"),
+        ],
+    );
 }

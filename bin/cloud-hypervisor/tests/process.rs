@@ -284,26 +284,19 @@ fn program_killed_leaves_a_socket_that_the_next_one_replaces() {
 
 #[test]
 fn manual_pages_and_completions_are_written() {
-    let folder = tempfile::tempdir().unwrap();
-    let status = Command::new(env!("CARGO_BIN_EXE_cloud-hypervisor"))
-        .arg("--generate-docs")
-        .arg(folder.path())
-        .status()
-        .unwrap();
-    assert!(status.success());
-    for (file, text) in [
-        ("man/man1/cloud-hypervisor.1", r"memory\-zone"),
-        (
-            "bash-completion/completions/cloud-hypervisor",
-            "--memory-zone",
-        ),
-        ("zsh/site-functions/_cloud-hypervisor", "--memory-zone"),
-        (
-            "fish/vendor_completions.d/cloud-hypervisor.fish",
-            "-l memory-zone",
-        ),
-    ] {
-        let found = std::fs::read_to_string(folder.path().join(file)).unwrap();
-        assert!(found.contains(text), "{file} lacks {text}");
-    }
+    program_docs::expect_written(
+        env!("CARGO_BIN_EXE_cloud-hypervisor"),
+        &[
+            ("man/man1/cloud-hypervisor.1", r"memory\-zone"),
+            (
+                "bash-completion/completions/cloud-hypervisor",
+                "--memory-zone",
+            ),
+            ("zsh/site-functions/_cloud-hypervisor", "--memory-zone"),
+            (
+                "fish/vendor_completions.d/cloud-hypervisor.fish",
+                "-l memory-zone",
+            ),
+        ],
+    );
 }
