@@ -170,56 +170,53 @@ fn parse_integer(text: &str) -> Result<u64, ValueError> {
     digits.parse().map_err(|_| malformed())
 }
 
+/// A list of pairs, `[a@b,c@d]`; each is read by `read`. `no_pair` is the error for one without a `@`.
+fn parse_pairs<P, C: FromIterator<P>>(
+    text: &str,
+    no_pair: fn(String) -> ValueError,
+    read: impl Fn(&str, &str) -> Result<P, ValueError>,
+) -> Result<C, ValueError> {
+    let pairs = split::list(text).map_err(|_| ValueError::List(text.to_owned()))?;
+    pairs
+        .iter()
+        .map(|pair| {
+            let (first, second) = pair.split_once('@').ok_or_else(|| no_pair(pair.clone()))?;
+            read(first, second)
+        })
+        .collect()
+}
+
+/// `[1@[2,3],4@[5]]`.
 pub(crate) fn parse_integer_map<K, V>(text: &str) -> Result<IntegerMap<K, V>, ValueError>
 where
     K: TryFrom<u64>,
     V: TryFrom<u64>,
 {
-    let pairs = split::list(text).map_err(|_| ValueError::List(text.to_owned()))?;
-    pairs
-        .iter()
-        .map(|pair| {
-            let (key, values) = pair
-                .split_once('@')
-                .ok_or_else(|| ValueError::Pair(pair.clone()))?;
-            let key = parse_integer(key)?;
-            let key = K::try_from(key).map_err(|_| ValueError::Integer(key.to_string()))?;
-            Ok((key, parse_integers(values)?))
-        })
-        .collect()
+    parse_pairs(text, ValueError::Pair, |key, values| {
+        let key = parse_integer(key)?;
+        let key = K::try_from(key).map_err(|_| ValueError::Integer(key.to_string()))?;
+        Ok((key, parse_integers(values)?))
+    })
 }
 
 /// A list of names, each with integers: `[a@[1,2],b@[3]]`.
 pub(crate) fn parse_named_integers<V: TryFrom<u64>>(
     text: &str,
 ) -> Result<Vec<(String, Vec<V>)>, ValueError> {
-    let pairs = split::list(text).map_err(|_| ValueError::List(text.to_owned()))?;
-    pairs
-        .iter()
-        .map(|pair| {
-            let (name, values) = pair
-                .split_once('@')
-                .ok_or_else(|| ValueError::Pair(pair.clone()))?;
-            Ok((name.to_owned(), parse_integers(values)?))
-        })
-        .collect()
+    parse_pairs(text, ValueError::Pair, |name, values| {
+        Ok((name.to_owned(), parse_integers(values)?))
+    })
 }
 
+/// `[1@2,3@4]`.
 pub(crate) fn parse_integer_pairs<A, B>(text: &str) -> Result<Vec<(A, B)>, ValueError>
 where
     A: TryFrom<u64>,
     B: TryFrom<u64>,
 {
-    let pairs = split::list(text).map_err(|_| ValueError::List(text.to_owned()))?;
-    pairs
-        .iter()
-        .map(|pair| {
-            let (first, second) = pair
-                .split_once('@')
-                .ok_or_else(|| ValueError::Tuple(pair.clone()))?;
-            Ok((integer_in_range(first)?, integer_in_range(second)?))
-        })
-        .collect()
+    parse_pairs(text, ValueError::Tuple, |first, second| {
+        Ok((integer_in_range(first)?, integer_in_range(second)?))
+    })
 }
 
 fn integer_in_range<T: TryFrom<u64>>(text: &str) -> Result<T, ValueError> {
