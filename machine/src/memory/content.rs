@@ -17,7 +17,7 @@ use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
 use state::{Bytes, Part, StateError, parts, require};
-use virtio_devices::reclaim::HeldPages;
+use virtio_devices::reclaim::Pagemap;
 use vm_memory::{
     Bytes as _, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion,
 };
@@ -145,14 +145,14 @@ impl GuestMemory {
     /// # Errors
     /// The page tables, RAM or the file cannot be accessed.
     pub fn save_zone(&self, zone: &Zone, file: &File) -> Result<ZoneContentState, ContentError> {
-        let held = HeldPages::open().map_err(ContentError::Pages)?;
+        let pagemap = Pagemap::open().map_err(ContentError::Pages)?;
         let in_file = |offset| in_file(zone, offset);
         file.set_len(zone.bytes()).map_err(in_file(0))?;
         let mut buffer = vec![0; CHUNK_BYTES];
         let mut saved = Vec::new();
         for chunk in chunks(zone) {
             let buffer = &mut buffer[..chunk.bytes];
-            let pages = self.read_chunk(zone, &held, chunk, buffer)?;
+            let pages = self.read_chunk(zone, &pagemap, chunk, buffer)?;
             let mut crc = crc32fast::Hasher::new();
             let mut empty = true;
             each_run(&pages, chunk.bytes / PAGE, |start, bytes| {
@@ -181,7 +181,7 @@ impl GuestMemory {
     fn read_chunk(
         &self,
         zone: &Zone,
-        held: &HeldPages,
+        pagemap: &Pagemap,
         chunk: Chunk,
         buffer: &mut [u8],
     ) -> Result<Vec<u8>, ContentError> {
@@ -204,7 +204,8 @@ impl GuestMemory {
                 .map_err(in_ram)?,
             None => {
                 let start = region.as_ptr() as u64 + at;
-                held.mark(start, &mut is_held)
+                pagemap
+                    .mark_held(start, &mut is_held)
                     .map_err(ContentError::Pages)?;
                 let data = buffer.chunks_exact_mut(PAGE).zip(&is_held);
                 for (page, (data, _)) in data.enumerate().filter(|(_, (_, held))| **held) {

@@ -20,7 +20,6 @@ mod backing;
 mod discard;
 #[cfg(any(test, feature = "test-utils"))]
 pub mod guarded_ram;
-mod held_pages;
 mod pagemap;
 mod ranges;
 mod residency;
@@ -33,7 +32,7 @@ mod tests;
 pub use backing::smallest_reclaimable_page_bytes;
 pub use device_facts::SkipReason;
 pub use discard::{DiscardEngine, Extent, Outcome};
-pub use held_pages::HeldPages;
+pub use pagemap::Pagemap;
 pub use ranges::{Expected, GuestRange, SkippedBytes};
 pub use residency::{
     RegionResidency, ResidencyError, ResidencyMethod, ResidencyProbe, ResidencySample,

@@ -30,13 +30,15 @@ pub(super) struct MappedBytes {
 
 /// `/proc/self/pagemap`, opened once: it stays bound to this process's memory map.
 #[derive(Debug)]
-pub(super) struct Pagemap {
+pub struct Pagemap {
     file: File,
     scans: bool,
 }
 
 impl Pagemap {
-    pub(super) fn open() -> io::Result<Self> {
+    /// # Errors
+    /// The page map of this process cannot be opened.
+    pub fn open() -> io::Result<Self> {
         let file = File::open("/proc/self/pagemap")?;
         let mut pagemap = Self { file, scans: true };
         pagemap.scans = pagemap.scan(0, 0).is_ok();
@@ -109,43 +111,54 @@ impl Pagemap {
         }
     }
 
-    /// Marks which pages from `start` on are present or swapped.
-    pub(super) fn mark_held(&self, start: u64, held: &mut [bool]) -> io::Result<()> {
-        let mut buffer = [0_u8; READ_ENTRIES * ENTRY_BYTES];
-        let mut at = start / base_page_bytes() * ENTRY_BYTES as u64;
-        for held in held.chunks_mut(READ_ENTRIES) {
-            let window = &mut buffer[..held.len() * ENTRY_BYTES];
-            self.file.read_exact_at(window, at)?;
-            at += window.len() as u64;
-            for (entry, held) in window.chunks_exact(ENTRY_BYTES).zip(held) {
-                let entry = u64::from_ne_bytes(entry.try_into().expect("chunks of eight"));
+    /// Marks in `held` which pages of a private anonymous mapping from host address `start` on are in RAM or in swap.
+    /// The others were never touched or given back, so they read as zeros. Makes no page resident.
+    ///
+    /// # Errors
+    /// The page tables cannot be read.
+    pub fn mark_held(&self, start: u64, held: &mut [bool]) -> io::Result<()> {
+        let end = start + held.len() as u64 * base_page_bytes();
+        let mut held = held.iter_mut();
+        self.each_entry(start, end, |entry| {
+            if let Some(held) = held.next() {
                 *held = entry & (ENTRY_PRESENT | ENTRY_SWAPPED) != 0;
             }
-        }
-        Ok(())
+        })
+        .map(drop)
     }
 
     fn read(&self, start: u64, end: u64) -> io::Result<MappedBytes> {
         let page = base_page_bytes();
         let mut held = MappedBytes::default();
+        held.calls = self.each_entry(start, end, |entry| {
+            if entry & ENTRY_PRESENT != 0 {
+                held.present += page;
+            } else if entry & ENTRY_SWAPPED != 0 {
+                held.swapped += page;
+            }
+        })?;
+        Ok(held)
+    }
+
+    /// Calls `visit` with the entry of each page of `[start, end)`. Returns the number of system calls.
+    fn each_entry(&self, start: u64, end: u64, mut visit: impl FnMut(u64)) -> io::Result<u64> {
+        let page = base_page_bytes();
         let mut buffer = [0_u8; READ_ENTRIES * ENTRY_BYTES];
         let (mut at, last) = (start / page, end / page);
+        let mut calls = 0;
         while at < last {
             let entries = READ_ENTRIES.min(usize::try_from(last - at).unwrap_or(READ_ENTRIES));
             let window = &mut buffer[..entries * ENTRY_BYTES];
-            held.calls += 1;
+            calls += 1;
             self.file.read_exact_at(window, at * ENTRY_BYTES as u64)?;
             for entry in window.chunks_exact(ENTRY_BYTES) {
-                let entry = u64::from_ne_bytes(entry.try_into().expect("chunks of eight"));
-                if entry & ENTRY_PRESENT != 0 {
-                    held.present += page;
-                } else if entry & ENTRY_SWAPPED != 0 {
-                    held.swapped += page;
-                }
+                visit(u64::from_ne_bytes(
+                    entry.try_into().expect("chunks of eight"),
+                ));
             }
             at += entries as u64;
         }
-        Ok(held)
+        Ok(calls)
     }
 }
 
