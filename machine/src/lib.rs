@@ -13,7 +13,10 @@ pub mod legacy;
 pub mod memory;
 pub mod pc;
 pub mod pci;
+mod regular_file;
 pub mod serial;
 pub mod signals;
 pub mod threads;
 pub mod token_bucket;
+
+pub use regular_file::open_regular_file;

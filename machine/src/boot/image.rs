@@ -2,10 +2,10 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::BootError;
+use crate::open_regular_file;
 
 /// The kind of a kernel or firmware file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,27 +30,12 @@ pub(super) struct Image {
 
 impl Image {
     pub(super) fn open(path: &Path) -> Result<Self, BootError> {
-        let open_error = |source| BootError::Open {
-            path: path.to_path_buf(),
-            source,
-        };
-        // Opening a FIFO would block until it has a writer.
-        let file = File::options()
-            .read(true)
-            .custom_flags(libc::O_NONBLOCK)
-            .open(path)
-            .map_err(open_error)?;
-        let metadata = file.metadata().map_err(open_error)?;
-        if !metadata.is_file() {
-            return Err(BootError::NotAFile {
-                path: path.to_path_buf(),
-            });
+        let path = path.to_path_buf();
+        match open_regular_file(&path) {
+            Ok(Some((file, bytes))) => Ok(Self { path, file, bytes }),
+            Ok(None) => Err(BootError::NotAFile { path }),
+            Err(source) => Err(BootError::Open { path, source }),
         }
-        Ok(Self {
-            path: path.to_path_buf(),
-            file,
-            bytes: metadata.len(),
-        })
     }
 
     /// Detects the format from the magic numbers.

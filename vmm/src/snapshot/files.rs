@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use api::VmConfig;
 use machine::memory::{GuestMemory, ZoneContentState};
+use machine::open_regular_file;
 use machine::pc::PcState;
 use serde::de::DeserializeOwned;
 use state::Saved;
@@ -112,7 +113,9 @@ pub fn write(
         let table = memory.save_zone(zone, &file);
         state.memory.push(table.map_err(SnapshotError::Content)?);
     }
-    let partial = files.write(STATE_PARTIAL, &with_checksum(&text_of(&Saved::of(&state))))?;
+    let mut text = text_of(&Saved::of(&state));
+    text += &checksum_of(&text);
+    let partial = files.write(STATE_PARTIAL, &text)?;
     fs::rename(&partial, &path).map_err(SnapshotError::file("rename", &partial))?;
     // Complete: nothing is removed any more.
     files.paths.clear();
@@ -136,32 +139,23 @@ fn require_content_is_ours(config: &VmConfig) -> Result<(), SnapshotError> {
     Ok(())
 }
 
-/// Opens a file of a snapshot for reading.
-fn open_file(path: &Path) -> Result<File, SnapshotError> {
-    // Opening a FIFO would block until it has a writer.
-    let file = File::options()
-        .read(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(path)
-        .map_err(SnapshotError::file("open", path))?;
-    let metadata = file.metadata().map_err(SnapshotError::file("open", path))?;
-    match metadata.is_file() {
-        true => Ok(file),
-        false => Err(SnapshotError::Damaged {
-            path: path.to_owned(),
-            reason: "it is not a file",
-        }),
-    }
+/// Opens a file of a snapshot for reading and returns its size with it.
+fn open_file(path: &Path) -> Result<(File, u64), SnapshotError> {
+    let opened = open_regular_file(path).map_err(SnapshotError::file("open", path))?;
+    opened.ok_or_else(|| SnapshotError::Damaged {
+        path: path.to_owned(),
+        reason: "it is not a file",
+    })
 }
 
 fn text_of<T: serde::Serialize>(value: &T) -> String {
     serde_json::to_string(value).expect("plain data is always JSON")
 }
 
-/// The text, and a line with its checksum.
-fn with_checksum(text: &str) -> String {
+/// What follows the text in its file: the end of its line, and a line with its checksum.
+fn checksum_of(text: &str) -> String {
     let crc = crc32fast::hash(text.as_bytes());
-    format!("{text}\n{{\"crc32\":\"{crc:08x}\"}}\n")
+    format!("\n{{\"crc32\":\"{crc:08x}\"}}\n")
 }
 
 /// A snapshot that was opened and checked. Its memory is checked while it is loaded.
@@ -188,8 +182,8 @@ impl Snapshot {
             path: path.clone(),
             reason,
         };
-        let body = text.split('\n').next().unwrap_or_default();
-        if with_checksum(body) != text {
+        let (body, checksum) = text.split_at(text.find('\n').unwrap_or(text.len()));
+        if checksum_of(body) != checksum {
             return Err(damaged("its checksum does not match"));
         }
         let saved: Saved = json(&path, body)?;
@@ -200,11 +194,7 @@ impl Snapshot {
         require_content_is_ours(&config)?;
         let open = |(at, table): (usize, &ZoneContentState)| {
             let path = folder.join(memory_name(at));
-            let file = open_file(&path)?;
-            let bytes = file
-                .metadata()
-                .map_err(SnapshotError::file("open", &path))?
-                .len();
+            let (file, bytes) = open_file(&path)?;
             let reason = "its size is not that of its zone";
             match bytes == table.bytes {
                 true => Ok(file),
@@ -253,7 +243,7 @@ impl Snapshot {
 
 fn read(path: &Path, bytes_max: u64) -> Result<String, SnapshotError> {
     let mut text = String::new();
-    let file = open_file(path)?;
+    let (file, _) = open_file(path)?;
     let read = file.take(bytes_max + 1).read_to_string(&mut text);
     let damaged = |reason| SnapshotError::Damaged {
         path: path.to_owned(),
