@@ -192,15 +192,12 @@ impl WorkerThread {
         }
         self.paused = false;
         self.handler.resume();
-        let deferred = self.deferred.take();
-        let starts = deferred.is_some();
-        if let Some(activation) = deferred {
+        if let Some(activation) = self.deferred.take() {
             self.activate(*activation);
-        }
-        acknowledge(ack);
-        if starts {
+            acknowledge(ack);
             return;
         }
+        acknowledge(ack);
         // Work that the handler postponed for the pause has no kick of its own.
         for index in self.sources.queue_indices() {
             self.turn.begin();

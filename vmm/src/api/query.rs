@@ -138,12 +138,11 @@ impl QueryThreads {
             return;
         }
         queue.under_way += 1;
-        if queue.idle > queue.waiting.len() {
-            queue.waiting.push_back(query);
+        queue.waiting.push_back(query);
+        if queue.idle >= queue.waiting.len() {
             self.queued.notify_one();
             return;
         }
-        queue.waiting.push_back(query);
         let threads = Arc::clone(self);
         let spawned = std::thread::Builder::new()
             .name(QUERY_THREAD.to_owned())
