@@ -181,6 +181,11 @@ pub(super) fn copy_tree(from: &Path, to: &Path) -> Result<()> {
 
 /// Runs a short step; its output matters only if it fails.
 pub(crate) fn quiet(command: &mut Command) -> Result<()> {
+    output(command).map(drop)
+}
+
+/// What a short step prints to its standard output.
+pub(crate) fn output(command: &mut Command) -> Result<String> {
     let output = command
         .stdin(Stdio::null())
         .output()
@@ -193,5 +198,5 @@ pub(crate) fn quiet(command: &mut Command) -> Result<()> {
             String::from_utf8_lossy(&output.stderr)
         );
     }
-    Ok(())
+    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

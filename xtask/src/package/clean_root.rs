@@ -1,16 +1,15 @@
 //! A clean Debian root: the package is installed, its programs and units are checked, and it is removed.
 
 use std::collections::BTreeSet;
-use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::apt::{self, Need};
 use crate::guest::cache::{Lock, key};
-use crate::guest::make::quiet;
+use crate::guest::make::{output, quiet};
 use crate::{disk, paths};
 
 const TASK: &str = "checking the package in a clean Debian root";
@@ -205,25 +204,4 @@ impl Drop for Root {
             eprintln!("warning: {} is left: {error:#}", self.path.display());
         }
     }
-}
-
-/// Standard output of a command that must succeed.
-fn output(command: &mut Command) -> Result<String> {
-    let output = command
-        .stdin(Stdio::null())
-        .output()
-        .with_context(|| format!("starting {}", command.get_program().display()))?;
-    if !output.status.success() {
-        bail!(
-            "{} failed ({}):\n{}{}",
-            Path::new(command.get_program())
-                .file_name()
-                .unwrap_or(OsStr::new("it"))
-                .display(),
-            output.status,
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr)
-        );
-    }
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
 }

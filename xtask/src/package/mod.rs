@@ -80,10 +80,10 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     fs::rename(&made[0], &package).with_context(|| format!("creating {}", package.display()))?;
     fs::remove_file(&made[1]).with_context(|| format!("removing {}", made[1].display()))?;
     println!(
-        "{}: {} KiB, sha256 {}, the same from two builds",
+        "{}: {} KiB, sha256 {:x}, the same from two builds",
         package.display(),
         contents[0].len() >> 10,
-        hex(&Sha256::digest(&contents[0]))
+        Sha256::digest(&contents[0])
     );
     if options.check {
         let names: Vec<&str> = programs.iter().filter_map(|path| file_name(path)).collect();
@@ -94,10 +94,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 fn file_name(path: &Path) -> Option<&str> {
     path.file_name().and_then(OsStr::to_str)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Makes the package once, in the empty folder `place`.
