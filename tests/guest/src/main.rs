@@ -1,6 +1,6 @@
 //! The static program inside test guests and inside the testbed's outer machine.
 //!
-//! As process 1 it is the init of one of the two, told apart by [`outer::PLAN_ARGV`], which
+//! As process 1 it is the init of one of the two, told apart by [`outer::MARK`], which
 //! only the outer machine's initramfs has. Under the name `guest-mem` it is the tool that
 //! allocates, frees and verifies memory for a test.
 
@@ -30,7 +30,7 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     if std::process::id() == 1 {
-        if std::path::Path::new(outer::PLAN_ARGV).exists() {
+        if std::path::Path::new(outer::MARK).exists() {
             outer::main();
         }
         init::main();

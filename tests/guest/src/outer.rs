@@ -6,15 +6,19 @@
 //! tmpfs ──────────────────────────────┴─ overlay = / : everything readable, writes are lost
 //!   /guest  links to kernels and initramfs      /share  9p "share", read-write
 //!   /opt/vmm/bin  our binaries, copied to memory, first in PATH
+//! virtio port "testbed.plan" ── this process: what to run, after "ready"
 //! COMMAND ── pipe ── this process ── virtio port "testbed.stdout" / "testbed.stderr"
-//!                                  └ virtio port "testbed.status": "start SECONDS", "exit N"
+//!                                  └ virtio port "testbed.status": "ready", "start SECONDS", "exit N"
 //! ```
+//!
+//! The plan comes after the boot, because the host saves the machine when it is ready and starts
+//! later ones from there. Until then nothing may depend on what is run or on the host's files.
 //!
 //! The command writes to pipes and not to the ports themselves, because a port can be opened
 //! once only and scripts reopen /dev/stdout.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write as _};
+use std::io::{self, BufRead, BufReader, Write as _};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
@@ -24,20 +28,8 @@ use std::time::{Duration, Instant};
 
 use crate::{modules, sys};
 
-/// The command and its arguments, NUL-separated. Only the outer machine's initramfs has it.
-pub(crate) const PLAN_ARGV: &str = "/testbed/argv";
-/// Its environment as NUL-separated `KEY=VALUE`.
-const PLAN_ENV: &str = "/testbed/env";
-/// Its working directory.
-const PLAN_CWD: &str = "/testbed/cwd";
-/// Files to be copied into [`BIN_DIR`], NUL-separated paths of the host.
-const PLAN_BINS: &str = "/testbed/bins";
-/// What `/guest` links to, NUL-separated `NAME=PATH`.
-const PLAN_GUEST: &str = "/testbed/guest";
-
-/// If it is there, `/guest` has copies in memory and not links: reading through 9p while the
-/// clock counts instructions would add the host's delays to the count.
-const PLAN_COPY_GUEST: &str = "/testbed/copy-guest";
+/// Only the outer machine's initramfs has it.
+pub(crate) const MARK: &str = "/testbed";
 
 const ROOT: &str = "/newroot";
 const BIN_DIR: &str = "/opt/vmm/bin";
@@ -78,10 +70,13 @@ fn prepare_and_run() -> io::Result<i32> {
         step(target, sys::mount(source, target, kind, 0, ""))?;
     }
     modules::load();
-    let plan = Plan::read()?;
+    let plan = open_port("testbed.plan", OpenOptions::new().read(true))?;
+    say("ready")?;
+    let plan = step("plan", Plan::read(&mut BufReader::new(plan)))?;
+    plan.start_afresh()?;
     build_root()?;
     fill_root(&plan)?;
-    let [stdout, stderr] = ["testbed.stdout", "testbed.stderr"].map(open_port);
+    let [stdout, stderr] = ["testbed.stdout", "testbed.stderr"].map(port_to_write);
     let (stdout, stderr) = (stdout?, stderr?);
     step("chroot", sys::chroot(ROOT))?;
     environment_for_kvm()?;
@@ -94,29 +89,67 @@ fn step<T>(what: &str, result: io::Result<T>) -> io::Result<T> {
     result.map_err(|error| io::Error::new(error.kind(), format!("{what}: {error}")))
 }
 
-/// The command from the host.
-#[derive(Debug)]
+/// What the host wants, sent as parts of the form `NAME LENGTH\n` and that many bytes; the part
+/// `end` is the last. Lists have a NUL after each item.
+#[derive(Debug, Default)]
 struct Plan {
+    /// The command and its arguments.
     argv: Vec<String>,
+    /// Its environment, `KEY=VALUE`.
     env: Vec<String>,
+    /// Its working directory.
     cwd: String,
+    /// Files of the host to be copied into [`BIN_DIR`].
     bins: Vec<String>,
+    /// What `/guest` links to, `NAME=PATH`.
     guest: Vec<String>,
+    /// `/guest` has copies in memory and not links: reading through 9p while the clock counts
+    /// instructions would add the host's delays to the count.
+    copy_guest: bool,
+    /// Seconds since 1970 and random bytes: a machine that was saved has old ones.
+    time: Option<i64>,
+    seed: Vec<u8>,
 }
 
 impl Plan {
-    fn read() -> io::Result<Self> {
-        let list = |path: &str| -> io::Result<Vec<String>> {
-            let text = step(path, fs::read_to_string(path))?;
-            Ok(text.split_terminator('\0').map(str::to_string).collect())
-        };
-        Ok(Self {
-            argv: list(PLAN_ARGV)?,
-            env: list(PLAN_ENV)?,
-            cwd: step(PLAN_CWD, fs::read_to_string(PLAN_CWD))?,
-            bins: list(PLAN_BINS)?,
-            guest: list(PLAN_GUEST)?,
-        })
+    fn read(from: &mut impl BufRead) -> io::Result<Self> {
+        let mut plan = Self::default();
+        loop {
+            let mut head = String::new();
+            from.read_line(&mut head)?;
+            let wrong = || io::Error::other(format!("no part begins with {head:?}"));
+            let (name, length) = head.trim_end().split_once(' ').ok_or_else(wrong)?;
+            let mut bytes = vec![0; length.parse().map_err(|_| wrong())?];
+            from.read_exact(&mut bytes)?;
+            if name == "seed" {
+                plan.seed = bytes;
+                continue;
+            }
+            let text = String::from_utf8_lossy(&bytes);
+            let list = || text.split_terminator('\0').map(str::to_string).collect();
+            match name {
+                "argv" => plan.argv = list(),
+                "env" => plan.env = list(),
+                "cwd" => plan.cwd = text.into_owned(),
+                "bins" => plan.bins = list(),
+                "guest" => plan.guest = list(),
+                "copy-guest" => plan.copy_guest = true,
+                "time" => plan.time = Some(text.parse().map_err(|_| wrong())?),
+                "end" => return Ok(plan),
+                _ => return Err(wrong()),
+            }
+        }
+    }
+
+    /// Sets what this machine would otherwise share with others that began from the same saved one.
+    fn start_afresh(&self) -> io::Result<()> {
+        if let Some(time) = self.time {
+            step("clock", sys::set_clock(time))?;
+        }
+        if !self.seed.is_empty() {
+            step("random numbers", sys::reseed(&self.seed))?;
+        }
+        Ok(())
     }
 }
 
@@ -186,7 +219,7 @@ fn fill_root(plan: &Plan) -> io::Result<()> {
             if let Some(folder) = Path::new(&target).parent() {
                 fs::create_dir_all(folder)?;
             }
-            if Path::new(PLAN_COPY_GUEST).exists() {
+            if plan.copy_guest {
                 step(name, fs::copy(format!("/lower{path}"), target))?;
             } else {
                 step(name, std::os::unix::fs::symlink(path, target))?;
@@ -213,16 +246,20 @@ fn environment_for_kvm() -> io::Result<()> {
     )
 }
 
+fn port_to_write(name: &str) -> io::Result<File> {
+    open_port(name, OpenOptions::new().write(true))
+}
+
 /// Opens a virtio port by name; udev, which would make the link, does not run here. The driver
 /// learns of its ports from the device a moment after it has started.
-fn open_port(name: &str) -> io::Result<File> {
+fn open_port(name: &str, how: &OpenOptions) -> io::Result<File> {
     let begin = Instant::now();
     loop {
         for port in step("virtio ports", fs::read_dir("/sys/class/virtio-ports"))?.flatten() {
             let found = fs::read_to_string(port.path().join("name")).unwrap_or_default();
             if found.trim_end() == name {
                 let device = Path::new("/dev").join(port.file_name());
-                return step(name, OpenOptions::new().write(true).open(device));
+                return step(name, how.open(device));
             }
         }
         if begin.elapsed() > PORT_DEADLINE {
@@ -234,7 +271,7 @@ fn open_port(name: &str) -> io::Result<File> {
 
 /// One line on the status port, which is opened anew each time.
 fn say(line: &str) -> io::Result<()> {
-    open_port("testbed.status")?.write_all(format!("{line}\n").as_bytes())
+    port_to_write("testbed.status")?.write_all(format!("{line}\n").as_bytes())
 }
 
 fn uptime() -> String {
@@ -352,4 +389,39 @@ fn finish() -> ! {
     let error = sys::end_machine(libc::RB_POWER_OFF);
     println!("testbed: powering off: {error}");
     sys::reap_for_ever()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plan_is_read_to_its_end_and_not_beyond() {
+        let mut stream: &[u8] =
+            b"argv 5\0a\0b\0cwd 4\n/tmpcopy-guest 0\ntime 2\n17seed 2\n\xff\nend 0\nmore";
+        // The first part lacks its line end.
+        Plan::read(&mut stream).unwrap_err();
+        let mut stream: &[u8] =
+            b"argv 4\na\0b\0cwd 4\n/tmpcopy-guest 0\ntime 2\n17seed 2\n\xff\nend 0\nmore";
+        let plan = Plan::read(&mut stream).unwrap();
+        assert_eq!(plan.argv, ["a", "b"]);
+        assert_eq!(plan.cwd, "/tmp");
+        assert!(plan.copy_guest);
+        assert_eq!(plan.time, Some(17));
+        assert_eq!(plan.seed, b"\xff\n");
+        assert_eq!(stream, b"more");
+    }
+
+    #[test]
+    fn plan_that_ends_early_or_has_unknown_parts_is_an_error() {
+        for mut stream in [
+            &b""[..],
+            b"argv 4\na\0",
+            b"argv x\n",
+            b"other 0\nend 0\n",
+            b"time 1\nxend 0\n",
+        ] {
+            Plan::read(&mut stream).unwrap_err();
+        }
+    }
 }

@@ -4,9 +4,12 @@
 
 use std::ffi::CString;
 use std::fs::File;
-use std::io::{self, Read as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::ptr;
+
+/// `_IO('R', 0x07)` of linux/random.h.
+const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
 
 fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 {
@@ -229,6 +232,26 @@ pub(crate) fn accept(listener: &OwnedFd) -> io::Result<OwnedFd> {
 pub(crate) fn set_hostname(name: &str) -> io::Result<()> {
     // SAFETY: the pointer is valid for `name.len()` bytes.
     check(unsafe { libc::sethostname(name.as_ptr().cast(), name.len()) })?;
+    Ok(())
+}
+
+/// Sets the clock to this many seconds since 1970.
+pub(crate) fn set_clock(seconds: i64) -> io::Result<()> {
+    let time = libc::timespec {
+        tv_sec: seconds,
+        tv_nsec: 0,
+    };
+    // SAFETY: `time` lives until the call returns.
+    check(unsafe { libc::clock_settime(libc::CLOCK_REALTIME, &raw const time) })?;
+    Ok(())
+}
+
+/// Adds `seed` to the kernel's entropy and makes its generator take it at once.
+pub(crate) fn reseed(seed: &[u8]) -> io::Result<()> {
+    let mut random = File::options().write(true).open("/dev/urandom")?;
+    random.write_all(seed)?;
+    // SAFETY: the descriptor is open and this request takes no argument.
+    check(unsafe { libc::ioctl(random.as_raw_fd(), RNDRESEEDCRNG) })?;
     Ok(())
 }
 

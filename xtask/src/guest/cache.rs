@@ -21,7 +21,12 @@ pub(crate) fn key(parts: &[&str]) -> String {
 /// A short hash over the contents of a file.
 pub(super) fn file_key(path: &Path) -> Result<String> {
     let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
-    Ok(short(Sha256::new_with_prefix(bytes)))
+    Ok(bytes_key(&bytes))
+}
+
+/// A short hash over `bytes`.
+pub(crate) fn bytes_key(bytes: &[u8]) -> String {
+    short(Sha256::new_with_prefix(bytes))
 }
 
 fn short(hash: Sha256) -> String {

@@ -1,12 +1,13 @@
 //! The emulated host: QEMU without KVM, whose AMD processor has nested paging, so that the
 //! Linux inside has a KVM that boots Linux.
 //!
-//! Nothing is written to disk: the plan travels in an initramfs held in a memfd, output and
-//! status come back on pipes. QEMU is told by the kernel to die with this process, so nothing
-//! is left behind however it ends.
+//! The initramfs is in a memfd, the plan and what comes back travel on pipes. The host is saved
+//! in the cache once it has booted ([`super::saved`]). QEMU is told by the kernel to die with this
+//! process, so nothing else is left behind however it ends.
 //!
 //! ```text
-//! this process ── memfd: init + plan ──→ QEMU -initrd
+//! this process ── memfd: init ──→ QEMU -initrd
+//!     plan    ──→ pipe → virtio port testbed.plan
 //!     stdout  ←── pipe ← virtio port testbed.stdout
 //!     stderr  ←── pipe ← virtio port testbed.stderr
 //!     status  ←── pipe ← virtio port testbed.status
@@ -15,16 +16,19 @@
 
 use std::ffi::OsStr;
 use std::fs::File;
-use std::io::{self, IsTerminal as _, PipeReader, PipeWriter, Read as _, Write as _};
+use std::io::{self, BufRead as _, BufReader, PipeReader, PipeWriter, Read as _, Write as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
-use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, ExitStatus};
+use std::sync::mpsc::{self, Sender};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 
-use super::{Job, KernelChoice, Outcome, swap};
+use super::saved::SavedHost;
+use super::{Job, Outcome, plan, swap};
 use crate::apt::{self, Need};
 use crate::guest::debian::{self, DebianKernel};
 use crate::guest::{cpio, programs};
@@ -36,8 +40,9 @@ pub(crate) const QEMU: Need = Need {
 };
 pub(crate) const PROGRAM: &str = "qemu-system-x86_64";
 
-/// Where the outer machine puts our binaries.
-const BIN_DIR: &str = "/opt/vmm/bin";
+/// A host that is not ready after this will not be saved, and one that was saved but runs nothing
+/// is given up.
+const START_MAX: Duration = Duration::from_secs(120);
 
 /// Console text kept for the case that the machine ends without a status.
 const CONSOLE_BYTES_MAX: usize = 32 * 1024;
@@ -53,28 +58,17 @@ const OUTER_TIMERS: &str = " highres=off nohz=off";
 /// time, and without these Linux clears 8 bytes in each, not 1.
 const PROCESSOR: &str = "max,erms=off,fsrm=off";
 
-/// Guests inside must not use the TSC-deadline timer: when the outer machine loses its
-/// interrupt (see [`OUTER_TIMERS`]), the guest's is gone too.
-const GUEST_CMDLINE_EXTRA: &str = "lapic=notscdeadline";
-
 /// Runs the job and returns how its command ended.
 pub(crate) fn run(job: &Job) -> Result<Outcome> {
     apt::ensure_from_backports(QEMU)?;
     let host = HostKernel::of(job)?;
-    let initrd = memfd(&initramfs(job, host.modules.clone())?)?;
+    let initramfs = initramfs(host.modules.clone())?;
     let swap = job.options.swap.map(swap::create).transpose()?;
-
-    let (stdout, stdout_end) = io::pipe().context("creating a pipe")?;
-    let (stderr, stderr_end) = io::pipe().context("creating a pipe")?;
-    let (status, status_end) = io::pipe().context("creating a pipe")?;
-    let (console, console_end) = io::pipe().context("creating a pipe")?;
     let mut command = Command::new(PROGRAM);
     machine(&mut command, job, &host);
-    command.arg("-initrd").arg(fd_path(&initrd));
-    ports(
-        &mut command,
-        &[&stdout_end, &stderr_end, &status_end, &console_end],
-    );
+    let saved = can_be_saved(&job.options)
+        .then(|| SavedHost::of(&command, &host.kernel, &initramfs, job.share.is_some()))
+        .transpose()?;
     filesystems(&mut command, job);
     if let Some(swap) = &swap {
         let drive = format!(
@@ -89,37 +83,153 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
             .iter()
             .flat_map(|text| text.split_whitespace()),
     );
-    let mut inherited = vec![initrd.as_raw_fd()];
-    inherited.extend(swap.iter().map(|file| file.as_raw_fd()));
-    inherited
-        .extend([&stdout_end, &stderr_end, &status_end, &console_end].map(|end| end.as_raw_fd()));
-    // QEMU's own words are for us, not for the command's output.
-    command.stdout(io::stderr());
-    let child = process::spawn_tied(&mut command, Tie::Kill, inherited)?;
-    // Only QEMU must hold the writing ends, or the readers below never see the end.
-    drop((command, stdout_end, stderr_end, status_end, console_end));
-
-    let show_console = job.options.console;
-    let readers = Readers {
-        stdout: thread::spawn(move || copy(stdout, io::stdout())),
-        stderr: thread::spawn(move || copy(stderr, io::stderr())),
-        status: thread::spawn(move || io::read_to_string(status)),
-        console: thread::spawn(move || keep_tail(console, show_console)),
+    let emulated = Emulated {
+        job,
+        command,
+        initramfs: memfd(&initramfs)?,
+        swap,
     };
-    let Some(ended) = process::wait(child, job.timeout())? else {
-        readers.join();
-        return Ok(Outcome::TimedOut);
-    };
-    let (status, console) = readers.join();
-    match exit_status(&status) {
-        Some(code) => Ok(Outcome::Exit(code)),
-        None => {
-            eprintln!("testbed: last words of the emulated host's console:");
-            for line in console.lines() {
-                eprintln!("  | {}", line.trim_end());
-            }
-            bail!("the emulated host ended without a status ({PROGRAM}: {ended})")
+    let incoming = saved.as_ref().and_then(SavedHost::incoming);
+    if let (Some(saved), Some(incoming)) = (&saved, incoming) {
+        let ended = emulated.run(&Start::From(&incoming))?;
+        if ended.has_started {
+            return ended.outcome();
         }
+        eprintln!("testbed: the saved host does not start; booting a new one");
+        saved.forget()?;
+    }
+    let start = saved.as_ref().map_or(Start::Boot, Start::BootAndSave);
+    emulated.run(&start)?.outcome()
+}
+
+/// Devices of the caller's may not be saved, a counted run begins at its boot, and so does a console that is shown.
+fn can_be_saved(options: &super::Options) -> bool {
+    !options.icount && !options.console && options.qemu.is_none() && options.swap.is_none()
+}
+
+/// How the emulated host comes up.
+#[derive(Debug)]
+enum Start<'a> {
+    Boot,
+    /// And is saved when it is ready.
+    BootAndSave(&'a SavedHost),
+    /// As it was saved: where QEMU finds it.
+    From(&'a str),
+}
+
+/// What runs of one job have in common.
+#[derive(Debug)]
+struct Emulated<'a> {
+    job: &'a Job,
+    command: Command,
+    initramfs: File,
+    swap: Option<File>,
+}
+
+impl Emulated<'_> {
+    fn run(&self, start: &Start<'_>) -> Result<Ended> {
+        let (stdout, stdout_end) = io::pipe().context("creating a pipe")?;
+        let (stderr, stderr_end) = io::pipe().context("creating a pipe")?;
+        let (status, status_end) = io::pipe().context("creating a pipe")?;
+        let (console, console_end) = io::pipe().context("creating a pipe")?;
+        let (plan_end, mut plan) = io::pipe().context("creating a pipe")?;
+        let (control, control_end) = UnixStream::pair().context("creating a socket")?;
+        let mut command = Command::new(self.command.get_program());
+        command.args(self.command.get_args());
+        command.arg("-initrd").arg(fd_path(&self.initramfs));
+        ports(
+            &mut command,
+            &[&stdout_end, &stderr_end, &status_end, &console_end],
+            &plan_end,
+        );
+        if let Start::From(incoming) = start {
+            command.args(["-incoming", incoming]);
+        }
+        let chardev = format!("socket,id=control,fd={}", control_end.as_raw_fd());
+        command.args(["-chardev", &chardev, "-mon", "chardev=control,mode=control"]);
+        let mut inherited = vec![
+            self.initramfs.as_raw_fd(),
+            plan_end.as_raw_fd(),
+            control_end.as_raw_fd(),
+        ];
+        inherited.extend(self.swap.iter().map(|file| file.as_raw_fd()));
+        inherited.extend(
+            [&stdout_end, &stderr_end, &status_end, &console_end].map(|end| end.as_raw_fd()),
+        );
+        // QEMU's own words are for us, not for the command's output.
+        command.stdout(io::stderr());
+        let child = process::spawn_tied(&mut command, Tie::Kill, inherited)?;
+        // Only QEMU must hold the writing ends, or the readers below never see the end.
+        drop((command, stdout_end, stderr_end, status_end, console_end));
+        drop((plan_end, control_end));
+
+        let show_console = self.job.options.console;
+        let (sender, lines) = mpsc::channel();
+        let readers = Readers {
+            stdout: thread::spawn(move || copy(stdout, io::stdout())),
+            stderr: thread::spawn(move || copy(stderr, io::stderr())),
+            status: thread::spawn(move || read_status(status, &sender)),
+            console: thread::spawn(move || keep_tail(console, show_console)),
+        };
+        // The lines end early if QEMU does, which is found out below.
+        let says = |word| {
+            lines
+                .recv_timeout(START_MAX)
+                .is_ok_and(|line: String| line.starts_with(word))
+        };
+        if let Start::BootAndSave(saved) = start
+            && says("ready")
+            && let Err(error) = saved.save(control)
+        {
+            eprintln!("testbed: the booted host was not saved: {error:#}");
+        }
+        // Made now, because it has the time.
+        let bytes = plan::bytes(self.job)?;
+        // Takes no longer than the host lives: QEMU has the only reading end.
+        let sender = thread::spawn(move || plan.write_all(&bytes).map(|()| plan));
+        let stands_still = matches!(start, Start::From(_)) && !says("start");
+        let timeout = if stands_still {
+            Some(Duration::ZERO)
+        } else {
+            self.job.timeout()
+        };
+        let ended = process::wait(child, timeout)?;
+        let (status, console) = readers.join();
+        // It failed only if QEMU has ended, which is reported.
+        sender.join().expect("a writing thread does not panic").ok();
+        Ok(Ended {
+            has_started: status.lines().any(|line| line.starts_with("start ")),
+            status,
+            console,
+            ended,
+        })
+    }
+}
+
+/// How a run of QEMU ended.
+#[derive(Debug)]
+struct Ended {
+    /// Nothing if its time ran out.
+    ended: Option<ExitStatus>,
+    /// The command was about to run.
+    has_started: bool,
+    status: String,
+    console: String,
+}
+
+impl Ended {
+    fn outcome(self) -> Result<Outcome> {
+        let Some(ended) = self.ended else {
+            return Ok(Outcome::TimedOut);
+        };
+        if let Some(code) = exit_status(&self.status) {
+            return Ok(Outcome::Exit(code));
+        }
+        eprintln!("testbed: last words of the emulated host's console:");
+        for line in self.console.lines() {
+            eprintln!("  | {}", line.trim_end());
+        }
+        bail!("the emulated host ended without a status ({PROGRAM}: {ended})")
     }
 }
 
@@ -128,7 +238,7 @@ pub(crate) fn run(job: &Job) -> Result<Outcome> {
 struct Readers {
     stdout: JoinHandle<()>,
     stderr: JoinHandle<()>,
-    status: JoinHandle<io::Result<String>>,
+    status: JoinHandle<String>,
     console: JoinHandle<String>,
 }
 
@@ -143,7 +253,7 @@ impl Readers {
             .console
             .join()
             .expect("a reading thread does not panic");
-        (status.unwrap_or_default(), console)
+        (status, console)
     }
 }
 
@@ -207,8 +317,8 @@ fn machine(command: &mut Command, job: &Job, host: &HostKernel) {
     command.args(["-append", &append]);
 }
 
-/// One serial line for the kernel's console and three virtio ports.
-fn ports(command: &mut Command, ends: &[&PipeWriter; 4]) {
+/// One serial line for the kernel's console, three virtio ports to write and one to read.
+fn ports(command: &mut Command, ends: &[&PipeWriter; 4], plan: &PipeReader) {
     command.args(["-device", "virtio-serial-pci"]);
     for (name, end) in ["stdout", "stderr", "status", "console"].iter().zip(ends) {
         let chardev = format!("file,id={name},path={}", fd_path(*end));
@@ -220,6 +330,9 @@ fn ports(command: &mut Command, ends: &[&PipeWriter; 4]) {
             command.args(["-device", &port]);
         }
     }
+    let chardev = format!("file,id=plan,path=/dev/null,input-path={}", fd_path(plan));
+    let port = "virtserialport,chardev=plan,name=testbed.plan";
+    command.args(["-chardev", &chardev, "-device", port]);
 }
 
 /// This machine's root, read-only, and the shared directory.
@@ -242,8 +355,8 @@ fn filesystems(command: &mut Command, job: &Job) {
     }
 }
 
-/// The outer machine's initramfs: its init and what it shall do.
-fn initramfs(job: &Job, modules: Option<cpio::Archive>) -> Result<Vec<u8>> {
+/// The outer machine's initramfs: its init, told by a folder that it is not a guest's.
+fn initramfs(modules: Option<cpio::Archive>) -> Result<Vec<u8>> {
     let program = programs::build()?;
     let program =
         std::fs::read(&program).with_context(|| format!("reading {}", program.display()))?;
@@ -253,66 +366,7 @@ fn initramfs(job: &Job, modules: Option<cpio::Archive>) -> Result<Vec<u8>> {
     }
     archive.character_device("dev/console", 0o600, (5, 1));
     archive.file("init", 0o755, &program);
-    let argv = job
-        .options
-        .command
-        .iter()
-        .map(|arg| arg.as_bytes().to_vec());
-    archive.file("testbed/argv", 0o644, &nul_separated(argv));
-    let environment = environment(job.options.kernel);
-    archive.file("testbed/env", 0o644, &nul_separated(environment));
-    let cwd = std::env::current_dir().context("the current directory")?;
-    archive.file("testbed/cwd", 0o644, cwd.as_os_str().as_bytes());
-    let bins = job
-        .bins
-        .iter()
-        .map(|bin| bin.as_os_str().as_bytes().to_vec());
-    archive.file("testbed/bins", 0o644, &nul_separated(bins));
-    let links = job.artefacts.files().into_iter().map(|(name, path)| {
-        let mut link = format!("{name}=").into_bytes();
-        link.extend(path.as_os_str().as_bytes());
-        link
-    });
-    archive.file("testbed/guest", 0o644, &nul_separated(links));
-    if job.options.icount {
-        archive.file("testbed/copy-guest", 0o644, b"");
-    }
     Ok(archive.finish())
-}
-
-/// The caller's environment with what the testbed adds.
-fn environment(kernel: KernelChoice) -> impl Iterator<Item = Vec<u8>> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let mut with_bins = std::ffi::OsString::from(format!("{BIN_DIR}:"));
-    with_bins.push(path);
-    let terminal = if io::stdout().is_terminal() {
-        "yes"
-    } else {
-        "no"
-    };
-    let ours = [
-        ("PATH".into(), with_bins),
-        ("TESTBED".into(), "emulated".into()),
-        ("GUEST_CMDLINE_EXTRA".into(), GUEST_CMDLINE_EXTRA.into()),
-        ("GUEST_KERNEL".into(), kernel.name().into()),
-        // The command itself writes to a pipe.
-        ("TESTBED_TERMINAL".into(), terminal.into()),
-    ];
-    std::env::vars_os()
-        .filter(|(key, _)| key != "PATH")
-        .chain(ours)
-        .map(|(key, value): (std::ffi::OsString, std::ffi::OsString)| {
-            [key.as_bytes(), b"=", value.as_bytes()].concat()
-        })
-}
-
-fn nul_separated(items: impl Iterator<Item = Vec<u8>>) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for item in items {
-        bytes.extend(item);
-        bytes.push(0);
-    }
-    bytes
 }
 
 /// A path by which QEMU opens a file that it inherits.
@@ -366,6 +420,18 @@ fn keep_tail(mut from: PipeReader, show: bool) -> String {
     String::from_utf8_lossy(&tail).into_owned()
 }
 
+/// Reads the status port to its end, and passes on each line at once.
+fn read_status(from: PipeReader, lines: &Sender<String>) -> String {
+    let mut text = String::new();
+    for line in BufReader::new(from).lines().map_while(Result::ok) {
+        text.push_str(&line);
+        text.push('\n');
+        // Nobody waits for the last ones.
+        lines.send(line).ok();
+    }
+    text
+}
+
 /// Finds `exit N` in what the status port said.
 fn exit_status(text: &str) -> Option<u8> {
     let code: i32 = text
@@ -387,13 +453,5 @@ mod tests {
         assert_eq!(exit_status("start 1.20\nexit -1\n"), Some(255));
         assert_eq!(exit_status("start 1.20\n"), None);
         assert_eq!(exit_status(""), None);
-    }
-
-    #[test]
-    fn environment_puts_our_binaries_first() {
-        let path = environment(KernelChoice::Stock)
-            .find(|pair| pair.starts_with(b"PATH="))
-            .unwrap();
-        assert!(path.starts_with(b"PATH=/opt/vmm/bin:"));
     }
 }

@@ -9,7 +9,9 @@ pub(crate) mod bins;
 mod direct;
 mod emulated;
 mod guest_memory;
+mod plan;
 mod probe;
+mod saved;
 mod swap;
 
 pub(crate) use emulated::{PROGRAM as QEMU_PROGRAM, QEMU};

@@ -1,0 +1,119 @@
+//! What the emulated host is told to do, in the form its init reads (`tests/guest/src/outer.rs`):
+//! parts of the form `NAME LENGTH\n` and that many bytes, up to the part `end`. Lists have a NUL
+//! after each item.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, IsTerminal as _, Read as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result};
+
+use super::{Job, KernelChoice};
+
+/// Where the outer machine puts our binaries.
+const BIN_DIR: &str = "/opt/vmm/bin";
+
+/// Guests inside must not use the TSC-deadline timer: when the outer machine loses its
+/// interrupt (see `OUTER_TIMERS`), the guest's is gone too.
+const GUEST_CMDLINE_EXTRA: &str = "lapic=notscdeadline";
+
+const SEED_BYTES: u64 = 64;
+
+/// The plan for this job.
+pub(super) fn bytes(job: &Job) -> Result<Vec<u8>> {
+    let cwd = std::env::current_dir().context("the current directory")?;
+    let links = job.artefacts.files().into_iter().map(|(name, path)| {
+        let mut link = OsString::from(format!("{name}="));
+        link.push(path);
+        link
+    });
+    let mut plan = Vec::new();
+    part(&mut plan, "argv", &list(&job.options.command));
+    part(&mut plan, "env", &list(environment(job.options.kernel)));
+    part(&mut plan, "cwd", cwd.as_os_str().as_bytes());
+    part(&mut plan, "bins", &list(&job.bins));
+    part(&mut plan, "guest", &list(links));
+    if job.options.icount {
+        // A counted run repeats: nothing in it may differ from run to run.
+        part(&mut plan, "copy-guest", b"");
+    } else {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+        part(&mut plan, "time", now.to_string().as_bytes());
+        part(&mut plan, "seed", &seed().context("reading random bytes")?);
+    }
+    part(&mut plan, "end", b"");
+    Ok(plan)
+}
+
+fn part(plan: &mut Vec<u8>, name: &str, contents: &[u8]) {
+    plan.extend(format!("{name} {}\n", contents.len()).as_bytes());
+    plan.extend(contents);
+}
+
+fn list(items: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for item in items {
+        bytes.extend(item.as_ref().as_bytes());
+        bytes.push(0);
+    }
+    bytes
+}
+
+fn seed() -> io::Result<Vec<u8>> {
+    let mut seed = Vec::new();
+    File::open("/dev/urandom")?
+        .take(SEED_BYTES)
+        .read_to_end(&mut seed)?;
+    Ok(seed)
+}
+
+/// The caller's environment with what the testbed adds.
+fn environment(kernel: KernelChoice) -> impl Iterator<Item = OsString> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let mut with_bins = OsString::from(format!("{BIN_DIR}:"));
+    with_bins.push(path);
+    let terminal = if io::stdout().is_terminal() {
+        "yes"
+    } else {
+        "no"
+    };
+    let ours: [(OsString, OsString); 5] = [
+        ("PATH".into(), with_bins),
+        ("TESTBED".into(), "emulated".into()),
+        ("GUEST_CMDLINE_EXTRA".into(), GUEST_CMDLINE_EXTRA.into()),
+        ("GUEST_KERNEL".into(), kernel.name().into()),
+        // The command itself writes to a pipe.
+        ("TESTBED_TERMINAL".into(), terminal.into()),
+    ];
+    std::env::vars_os()
+        .filter(|(key, _)| key != "PATH")
+        .chain(ours)
+        .map(|(mut pair, value)| {
+            pair.push("=");
+            pair.push(value);
+            pair
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn environment_puts_our_binaries_first() {
+        let path = environment(KernelChoice::Stock)
+            .find(|pair| pair.as_bytes().starts_with(b"PATH="))
+            .unwrap();
+        assert!(path.as_bytes().starts_with(b"PATH=/opt/vmm/bin:"));
+    }
+
+    #[test]
+    fn part_has_its_length_before_it() {
+        let mut plan = Vec::new();
+        part(&mut plan, "argv", &list(["ls", "-l"]));
+        part(&mut plan, "end", b"");
+        assert_eq!(plan, b"argv 6\nls\0-l\0end 0\n");
+    }
+}
