@@ -214,6 +214,23 @@ pub(crate) struct Lists {
 }
 
 impl Lists {
+    /// Lists kept in `dir`, whose `sources.list` alone counts.
+    pub(crate) fn in_folder(dir: &Path) -> Self {
+        let dir = dir.display();
+        Self {
+            options: vec![
+                format!("Dir::Etc::SourceList={dir}/sources.list"),
+                "Dir::Etc::SourceParts=/dev/null".into(),
+                format!("Dir::State::Lists={dir}/lists"),
+                format!("Dir::Cache={dir}"),
+                // Else the user whom apt becomes would have to own the folder.
+                "APT::Sandbox::User=".into(),
+                "Acquire::Languages=none".into(),
+                "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".into(),
+            ],
+        }
+    }
+
     /// apt-get or apt-cache with these lists.
     pub(crate) fn command(&self, program: &str) -> Command {
         let mut command = Command::new(program);
@@ -226,17 +243,26 @@ impl Lists {
 
     /// The newest version of a package, whatever apt would prefer.
     pub(crate) fn newest(&self, package: &str) -> Result<Offer> {
-        self.offers(package)
+        self.shown(&["--all-versions", package])
             .into_iter()
             .max_by_key(|offer| numbers(&offer.version))
             .with_context(|| format!("no package {package} in these lists"))
     }
 
-    /// All versions, the one that apt would install first.
-    fn offers(&self, package: &str) -> Vec<Offer> {
+    /// The version that apt would install. Without the option, `apt-cache show` begins with the
+    /// newest, even if that is of a suite which is used only on request, such as the backports.
+    fn candidate(&self, package: &str) -> Option<Offer> {
+        self.shown(&["--no-all-versions", package])
+            .into_iter()
+            .next()
+    }
+
+    /// What `apt-cache show` says with these arguments.
+    fn shown(&self, arguments: &[&str]) -> Vec<Offer> {
         let output = self
             .command("apt-cache")
-            .args(["show", package])
+            .arg("show")
+            .args(arguments)
             .stderr(Stdio::null())
             .output();
         let text = output
@@ -304,11 +330,7 @@ impl Offer {
 /// The archive's offer for the first available of these names; the package lists are refreshed if they have none.
 pub(crate) fn offer(packages: &[&str]) -> Result<Offer> {
     let lists = Lists::default();
-    let known = || {
-        packages
-            .iter()
-            .find_map(|package| lists.offers(package).into_iter().next())
-    };
+    let known = || packages.iter().find_map(|package| lists.candidate(package));
     if let Some(offer) = known() {
         return Ok(offer);
     }
@@ -524,6 +546,56 @@ mod tests {
             (1504, 13 << 10)
         );
         assert_eq!(parse_offer("", &Lists::default()), None);
+    }
+
+    #[test]
+    fn version_on_offer_is_the_one_that_apt_would_install() {
+        if Command::new("apt-get").arg("--version").output().is_err() {
+            test_skip::skip("there is no apt");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let dir = folder.path();
+        fs::create_dir_all(dir.join("lists/partial")).unwrap();
+        let mut sources = String::new();
+        // As backports have it: newer, and used only on request.
+        for (suite, version, release) in [
+            ("release", "6.1.192-2", "Suite: release\n"),
+            (
+                "backports",
+                "6.12.95-1~bpo12+1",
+                "Suite: backports\nNotAutomatic: yes\nButAutomaticUpgrades: yes\n",
+            ),
+        ] {
+            let place = dir.join(suite);
+            fs::create_dir(&place).unwrap();
+            fs::write(place.join("Release"), release).unwrap();
+            let package = format!(
+                "Package: linux-image\nVersion: {version}\nArchitecture: all\nSize: 1\n\
+                 SHA256: {:064}\nFilename: ./linux-image.deb\n\n",
+                0
+            );
+            fs::write(place.join("Packages"), package).unwrap();
+            sources.push_str(&format!("deb [trusted=yes] file:{} ./\n", place.display()));
+        }
+        fs::write(dir.join("sources.list"), sources).unwrap();
+        let lists = Lists::in_folder(dir);
+        let update = lists
+            .command("apt-get")
+            .args(["-qq", "update"])
+            .output()
+            .unwrap();
+        assert!(
+            update.status.success(),
+            "{}",
+            String::from_utf8_lossy(&update.stderr)
+        );
+        assert_eq!(lists.candidate("linux-image").unwrap().version, "6.1.192-2");
+        assert_eq!(
+            lists.newest("linux-image").unwrap().version,
+            "6.12.95-1~bpo12+1"
+        );
+        assert_eq!(lists.candidate("linux"), None);
     }
 
     #[test]

@@ -77,7 +77,7 @@ impl Archive {
             fs::create_dir_all(dir.join(folder))
                 .with_context(|| format!("creating {}", dir.display()))?;
         }
-        let lists = lists_in(&dir);
+        let lists = Lists::in_folder(&dir);
         let archive = Self { dir, lists };
         let lines = SUITES.map(apt::archive_line).into_iter();
         let text: String = lines.collect::<Result<Vec<String>>>()?.join("\n");
@@ -140,23 +140,6 @@ impl Archive {
             .path();
         quiet(Command::new("dpkg-deb").arg("-x").arg(deb).arg(&unpacked))?;
         fs::remove_dir_all(&fetched).with_context(|| format!("removing {}", fetched.display()))
-    }
-}
-
-/// The options that make apt use `dir` alone.
-fn lists_in(dir: &Path) -> Lists {
-    let dir = dir.display();
-    Lists {
-        options: vec![
-            format!("Dir::Etc::SourceList={dir}/sources.list"),
-            "Dir::Etc::SourceParts=/dev/null".into(),
-            format!("Dir::State::Lists={dir}/lists"),
-            format!("Dir::Cache={dir}"),
-            // Else the user whom apt becomes would have to own the folder.
-            "APT::Sandbox::User=".into(),
-            "Acquire::Languages=none".into(),
-            "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false".into(),
-        ],
     }
 }
 
