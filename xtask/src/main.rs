@@ -82,6 +82,8 @@ enum GuestCommand {
     Apply(guest::tree::Options),
     /// Write the commits of such a tree back as the series
     Refresh(guest::tree::Options),
+    /// Build Debian packages of the patched kernel, to be installed in guests
+    Package(guest::package::Options),
     /// Test the core of the patches in user space against a model
     Core(guest::core::Options),
     /// Test the patched kernel with QEMU as its host: NUMA nodes, memory hotplug, virtio-mem
@@ -101,6 +103,9 @@ fn main() -> ExitCode {
         }
         Command::Guest(GuestCommand::Refresh(options)) => {
             guest::tree::refresh(&options).map(|()| ExitCode::SUCCESS)
+        }
+        Command::Guest(GuestCommand::Package(options)) => {
+            guest::package::run(&options).map(|()| ExitCode::SUCCESS)
         }
         Command::Guest(GuestCommand::Core(options)) => guest::core::run(&options),
         Command::Guest(GuestCommand::QemuTest(options)) => guest::qemu_test::run(&options),

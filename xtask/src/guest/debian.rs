@@ -213,6 +213,11 @@ impl DebianKernel {
         numbers.join(".")
     }
 
+    /// The file with the kernel's configuration.
+    pub(super) fn config(&self) -> PathBuf {
+        self.dir.join(format!("boot/config-{}", self.release))
+    }
+
     /// The kernel as the package has it: a bzImage.
     pub(crate) fn vmlinuz(&self) -> PathBuf {
         let of_boot = self.dir.join(format!("boot/vmlinuz-{}", self.release));

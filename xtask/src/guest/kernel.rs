@@ -20,7 +20,7 @@ use super::source::Source;
 use crate::paths;
 
 /// Our configuration fragment.
-const FRAGMENT: &str = include_str!("../../guest/stock.config");
+pub(super) const FRAGMENT: &str = include_str!("../../guest/stock.config");
 
 /// Incremented when the build procedure changes the result.
 const BUILDER_VERSION: u32 = 1;

@@ -106,7 +106,8 @@ impl Objects {
         Ok(path)
     }
 
-    fn config(&self) -> Result<String> {
+    /// The configuration as the kernel's tool has written it.
+    pub(super) fn config(&self) -> Result<String> {
         let path = self.dir.join(".config");
         fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
     }

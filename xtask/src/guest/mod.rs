@@ -27,6 +27,7 @@ pub(crate) mod kunit;
 pub(crate) mod make;
 mod modules;
 mod newest;
+pub(crate) mod package;
 mod prefixes;
 pub(crate) mod programs;
 mod progress;

@@ -34,6 +34,7 @@ pub(super) fn source(base: &Source) -> Result<Option<Source>> {
     let source = Source {
         name: format!("{package} {full_version}"),
         key: key(&[&package, &full_version]),
+        package_version: full_version,
         tarball: archive
             .dir
             .join(format!("unpacked/usr/src/{package}.tar.xz")),

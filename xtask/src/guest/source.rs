@@ -35,6 +35,8 @@ const BUILT_BYTES: u64 = 2300 << 20;
 pub(super) struct Source {
     /// What it is, for messages.
     pub(super) name: String,
+    /// The version of its Debian package.
+    pub(super) package_version: String,
     /// Names it in the cache.
     pub(super) key: String,
     pub(super) tarball: PathBuf,
@@ -54,6 +56,7 @@ impl Source {
         Ok(Self {
             name: format!("{} {version}", PACKAGE.package),
             key: key(&[&version, &tarball_bytes.to_string()]),
+            package_version: version,
             tarball: TARBALL.into(),
             folder: FOLDER.into(),
         })

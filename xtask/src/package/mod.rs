@@ -122,7 +122,7 @@ fn make(
         .args(["--profile", profile, "--output"])
         .arg(place)
         .envs(environment.iter().copied())
-        .env("SOURCE_DATE_EPOCH", source_date()?)
+        .env("SOURCE_DATE_EPOCH", source_date(None)?)
         .current_dir(paths::workspace());
     quiet(&mut package)?;
     let mut packages = fs::read_dir(place)
@@ -137,13 +137,14 @@ fn make(
     Ok(packages.remove(0).path())
 }
 
-/// The time of every file in the package: the caller's, or that of the last commit.
-fn source_date() -> Result<String> {
+/// The time of every file in a package: the caller's, or that of the last commit, in `folder` if one is given.
+pub(crate) fn source_date(folder: Option<&str>) -> Result<String> {
     if let Ok(given) = std::env::var("SOURCE_DATE_EPOCH") {
         return Ok(given);
     }
     let output = Command::new("git")
         .args(["log", "-1", "--format=%ct"])
+        .args(folder)
         .current_dir(paths::workspace())
         .output()
         .context("starting git")?;
