@@ -5,6 +5,7 @@ mod bad_input;
 mod bare_metal;
 mod ch_remote;
 mod crate_borders;
+mod generated_clients;
 mod host_view;
 mod hotplug;
 mod landlock;

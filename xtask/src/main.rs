@@ -20,6 +20,7 @@ mod paths;
 mod process;
 mod progress;
 mod test_programs;
+mod test_tools;
 mod testbed;
 mod vm_tests;
 
@@ -63,6 +64,8 @@ enum Command {
     Fuzz(fuzz::Options),
     /// Make the Debian package of the programs, twice, and compare the two
     Package(package::Options),
+    /// Install programs of other projects that some tests use
+    TestTools(test_tools::Options),
     /// Measure the value of reclaimed memory
     #[command(subcommand)]
     Experiment(experiment::Experiment),
@@ -125,6 +128,7 @@ fn main() -> ExitCode {
         Command::FleetStore(options) => fleet_store::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Package(options) => package::run(&options).map(|()| ExitCode::SUCCESS),
+        Command::TestTools(options) => test_tools::run(&options).map(|()| ExitCode::SUCCESS),
         Command::Experiment(experiment) => experiment::run(&experiment),
         Command::Ci(options) => ci::run(&options),
     };

@@ -112,6 +112,13 @@ pub(crate) const STEPS: &[Step] = &[
         "cargo build --release --package cloud-hypervisor --package ch-remote --package ch-fleet \
          --package ch-fleet-adapter",
     ),
+    // Tests that use them are skipped without.
+    host(
+        "test tools",
+        &[],
+        &[Shared, Vmm, Tests, Xtask],
+        "cargo xtask test-tools --if-possible",
+    ),
     host(
         "unit tests",
         &[],
