@@ -59,5 +59,10 @@ pub use thresholds::{
     ReclaimThresholdsChange, ReportingPolicyStatus, SettingStatus,
 };
 
+/// Runs the examples of the front page.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 /// The OpenAPI description of what is served.
 pub const OPENAPI_YAML: &str = include_str!("../openapi/cloud-hypervisor.yaml");

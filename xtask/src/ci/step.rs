@@ -213,6 +213,14 @@ pub(crate) const STEPS: &[Step] = &[
         &[Shared, Vmm, Fleet],
         "cargo test --workspace --doc",
     )),
+    // What others would compile of `api`: its package, without the rest of the workspace.
+    beside(host(
+        "crate",
+        &[],
+        &[Shared],
+        "cargo package --offline --allow-dirty --locked --package device-facts --package api-macros \
+         --package api",
+    )),
     // The unit tests of the series are in the kernel that all tests boot.
     beside(guests(
         "kunit",
