@@ -3,14 +3,14 @@
 
 use crate::reporting_policy::ReportingPolicy;
 
-/// Feature bit: the driver takes a reporting policy. Depends on `VIRTIO_BALLOON_F_REPORTING`.
+/// Feature bit: the driver takes a reporting policy. Depends on `VIRTIO_BALLOON_F_REPORTING`. Experimental, until
+/// the standard has one (`guest-patches/SPEC-PROPOSAL.md`).
 pub const VIRTIO_BALLOON_F_REPORTING_POLICY_BIT: u32 = 56;
 /// The same as a mask.
 pub const VIRTIO_BALLOON_F_REPORTING_POLICY: u64 = 1 << VIRTIO_BALLOON_F_REPORTING_POLICY_BIT;
 
-/// First byte of the policy in the configuration space. The standard fields end at 0x10; what lies between is left to
-/// the standard.
-pub const POLICY_OFFSET: u64 = 0x40;
+/// First byte of the policy in the configuration space, directly behind the standard fields.
+pub const POLICY_OFFSET: u64 = 0x10;
 /// First byte behind it.
 pub const POLICY_END: u64 = {
     let mut bytes = 0;
@@ -66,12 +66,12 @@ macro_rules! words {
 }
 
 words! {
-    0x40 POLICY_GENERATION "policy_generation" Host,
-    0x54 HOST_FLAGS "host_flags" Host,
-    0x60 REPORT_NOW_ID "report_now_id" Host,
-    0x64 GUEST_GENERATION "guest_generation" Guest,
-    0x68 GUEST_SETTINGS "guest_settings" Guest,
-    0x6c REPORT_NOW_DONE "report_now_done" Guest,
+    0x10 POLICY_GENERATION "policy_generation" Host,
+    0x24 HOST_FLAGS "host_flags" Host,
+    0x30 REPORT_NOW_ID "report_now_id" Host,
+    0x34 GUEST_GENERATION "guest_generation" Guest,
+    0x38 GUEST_SETTINGS "guest_settings" Guest,
+    0x3c REPORT_NOW_DONE "report_now_done" Guest,
 }
 
 /// Every field, settings included, in the order of its offset.

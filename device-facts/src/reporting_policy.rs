@@ -202,25 +202,25 @@ reporting_policy! {
     settings {
         // The largest order of a free block on x86 is `MAX_PAGE_ORDER` of include/linux/mmzone.h: 4 MiB.
         OrderMin order_min {
-            bit: 0, offset: 0x44, bytes: 4, unit: Order, default: 9, bounds: 0..=10,
+            bit: 0, offset: 0x14, bytes: 4, unit: Order, default: 9, bounds: 0..=10,
             "Order of the smallest block that is reported; a block has 4096 << order bytes. 0 leaves it to the guest"
         }
         // Blocks of 4 KiB in 4 TiB; more pending ones would mean that nothing is ever reported.
         PendingBlocks pending_blocks {
-            bit: 1, offset: 0x48, bytes: 4, unit: Count, default: 16, bounds: 1..=1 << 30,
+            bit: 1, offset: 0x18, bytes: 4, unit: Count, default: 16, bounds: 1..=1 << 30,
             "Free blocks that start a report"
         }
         DelayMsMax delay_ms_max {
-            bit: 2, offset: 0x4c, bytes: 4, unit: Ms, default: 2000, bounds: 1..=DELAY_MS_MAX,
+            bit: 2, offset: 0x1c, bytes: 4, unit: Ms, default: 2000, bounds: 1..=DELAY_MS_MAX,
             "After this time a report starts, however few blocks are pending, milliseconds"
         }
         // Also at most `delay_ms_max`, or nothing would ever be old enough in time.
         AgeMsMin age_ms_min {
-            bit: 3, offset: 0x50, bytes: 4, unit: Ms, default: 0, bounds: 0..=DELAY_MS_MAX,
+            bit: 3, offset: 0x20, bytes: 4, unit: Ms, default: 0, bounds: 0..=DELAY_MS_MAX,
             "Blocks that have been free for a shorter time are left alone, milliseconds"
         }
         BytesPerSecondMax bytes_per_second_max {
-            bit: 4, offset: 0x58, bytes: 8, unit: Bytes, default: 0, bounds: 0..=u64::MAX,
+            bit: 4, offset: 0x28, bytes: 8, unit: Bytes, default: 0, bounds: 0..=u64::MAX,
             "Most bytes reported per second; 0 sets no bound"
         }
     }

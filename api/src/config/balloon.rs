@@ -20,8 +20,9 @@ pub struct BalloonConfig {
     /// Let `vm.balloon-hinting` ask the guest for hints at its free pages. Cloud Hypervisor does not have it.
     #[key(omit_false)]
     pub free_page_hinting: bool,
-    /// Offer to tell the guest how to report (`vm.reclaim-thresholds`, `vm.balloon-reporting`). Needs
-    /// `free_page_reporting` and a guest with our kernel patches. Cloud Hypervisor does not have it.
+    /// Offer to tell the guest how to report (`vm.reclaim-thresholds`, `vm.balloon-reporting`). Experimental. Needs
+    /// `free_page_reporting` and a guest with our kernel patches and `virtio_balloon.reporting_policy=1`. Cloud
+    /// Hypervisor does not have it.
     #[key(omit_false)]
     pub reporting_policy: bool,
     /// Milliseconds between two samples of the guest's statistics, at least 100; 0 samples only on demand. Cloud

@@ -21,8 +21,9 @@ const POISON_VAL_OFFSET: u64 = 12;
 const FIELDS: usize = 4;
 const FIELD_BYTES: usize = 4;
 const SPACE_BYTES: usize = FIELDS * FIELD_BYTES;
-/// The standard fields, a gap, and the reporting policy.
+/// The standard fields and the reporting policy.
 const WHOLE_BYTES: usize = POLICY_END as usize;
+const _: () = assert!(POLICY_OFFSET as usize == SPACE_BYTES);
 
 /// The fields, written by vCPU and API threads and read by all threads. They are independent of each other, so no
 /// ordering is needed.
@@ -114,8 +115,7 @@ impl ConfigSpace {
             bytes.copy_from_slice(&field.to_le_bytes());
         }
         if let Some(policy) = policy {
-            let gap = POLICY_OFFSET as usize - SPACE_BYTES;
-            behind[gap..].copy_from_slice(policy);
+            behind.copy_from_slice(policy);
         }
         let from = usize::try_from(offset).unwrap_or(usize::MAX);
         let present = space.get(from..).unwrap_or_default();

@@ -11,13 +11,13 @@ use crate::virtio::{Device, F_VERSION_1};
 const F_REPORTING_POLICY: u64 = 1 << 56;
 const BLOCK: u32 = 2 << 20;
 
-const GENERATION: u64 = 0x40;
-const HOST_FLAGS: u64 = 0x54;
-const REPORT_NOW_ID: u64 = 0x60;
-const GUEST_GENERATION: u64 = 0x64;
-const GUEST_SETTINGS: u64 = 0x68;
-const REPORT_NOW_DONE: u64 = 0x6c;
-const END: u64 = 0x70;
+const GENERATION: u64 = 0x10;
+const HOST_FLAGS: u64 = 0x24;
+const REPORT_NOW_ID: u64 = 0x30;
+const GUEST_GENERATION: u64 = 0x34;
+const GUEST_SETTINGS: u64 = 0x38;
+const REPORT_NOW_DONE: u64 = 0x3c;
+const END: u64 = 0x40;
 
 const PAUSED: u32 = 1 << 0;
 /// Everything but `report_again`.

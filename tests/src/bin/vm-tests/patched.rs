@@ -74,7 +74,7 @@ fn patched_guest_pauses_and_reports_as_asked() -> Result<Outcome> {
     let mut guest = Machine {
         kernel: KERNEL,
         arguments: &["--balloon", balloon],
-        command_line: "page_reporting.tracker=bitmap",
+        command_line: "page_reporting.tracker=bitmap virtio_balloon.reporting_policy=1",
         ..Machine::default()
     }
     .serve()?;

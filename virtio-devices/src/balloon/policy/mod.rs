@@ -1,6 +1,6 @@
 //! The reporting policy: the host's settings for the guest's driver, and the driver's acknowledgement.
 //!
-//! It uses feature bit 56 and a block of configuration fields after the standard ones. `guest-patches/README.md` is the
+//! It uses an experimental feature bit and a block of configuration fields after the standard ones. `guest-patches/README.md` is the
 //! specification; `device-facts` holds its numbers. Linux knows the bit only with our patches, and it is offered only
 //! on request.
 //!

@@ -15,7 +15,7 @@ use crate::reclaim::SkipReason;
 use crate::testing::{DEADLINE, MockPciDriver, Segment, TestRam, wait_until};
 
 /// The settings of [`policy`], by their offsets in the configuration space.
-const SET: [(u64, u64); 4] = [(0x48, 8), (0x4c, 250), (0x50, 100), (0x58, 1 << 33)];
+const SET: [(u64, u64); 4] = [(0x18, 8), (0x1c, 250), (0x20, 100), (0x28, 1 << 33)];
 
 fn policy() -> ReportingPolicy {
     let mut change = ReportingPolicyChange::default();
@@ -56,15 +56,16 @@ fn policy_reaches_the_driver_under_a_generation_and_a_signal() {
     assert_eq!(rig.harness.interrupt.config_signals(), 1);
     for (offset, value) in [
         (abi::POLICY_GENERATION, 1),
-        (0x44, 9),
-        (0x48, 8),
-        (0x4c, 250),
-        (0x50, 100),
+        (0xc, 0),
+        (0x14, 9),
+        (0x18, 8),
+        (0x1c, 250),
+        (0x20, 100),
         (abi::HOST_FLAGS, 0),
-        (0x58, 0),
-        (0x5c, 2),
+        (0x28, 0),
+        (0x2c, 2),
         (abi::REPORT_NOW_ID, 0),
-        (0x3c, 0),
+        (abi::REPORT_NOW_DONE, 0),
         (abi::POLICY_END, 0),
     ] {
         assert_eq!(word(&rig, offset), value, "{offset:#x}");
@@ -289,7 +290,7 @@ fn policy_is_negotiated_and_followed_through_the_transport() {
         driver.device_config(offset, &mut word);
         u32::from_le_bytes(word)
     };
-    assert_eq!(read(&driver, 0x4c), 250);
+    assert_eq!(read(&driver, 0x1c), 250);
     let generation = read(&driver, abi::POLICY_GENERATION).to_le_bytes();
     driver.write_device_config(abi::GUEST_SETTINGS, &0x1f_u32.to_le_bytes());
     driver.write_device_config(abi::GUEST_GENERATION, &generation);
