@@ -200,6 +200,10 @@ endpoints! {
     VmResizeDisk = Upstream Put "vm.resize-disk",
         request Some("VmResizeDisk"), response None, command "resize-disk",
         failure "The disk could not be resized";
+    /// Change the rate limit of a disk, a network interface or a group.
+    VmUpdateRateLimiter = Ours Put "vm.update-rate-limiter",
+        request Some("VmUpdateRateLimiter"), response None, command "update-rate-limiter",
+        failure "The rate limit could not be changed";
     /// Save a paused VM to files.
     VmSnapshot = Upstream Put "vm.snapshot",
         request Some("VmSnapshotConfig"), response None, command "snapshot",

@@ -23,6 +23,7 @@ mod hinting;
 mod hotplug;
 mod info;
 pub mod options;
+mod rate_limit;
 mod reclaim;
 mod reporting;
 mod resize;
@@ -44,6 +45,7 @@ pub use event::{Event, EventTimestamp};
 pub use hinting::*;
 pub use hotplug::*;
 pub use info::{DeviceNode, PciDeviceInfo, VmCounters, VmInfo, VmState, VmmPingResponse};
+pub use rate_limit::VmUpdateRateLimiter;
 pub use reclaim::{
     GuestSample, LastBatch, LatencyBucket, LatencySummary, ReclaimPath, ReclaimStats,
     ZoneReporting, ZoneResidency,

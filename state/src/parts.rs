@@ -32,7 +32,7 @@ parts! {
     /// The balloon's queue half.
     BALLOON_WORKER = "balloon-worker", 1..=1;
     /// Block device.
-    BLOCK = "block", 1..=1;
+    BLOCK = "block", 1..=2;
     /// Console.
     CONSOLE = "console", 1..=1;
     /// Text that a console's output has not taken yet.
@@ -44,7 +44,7 @@ parts! {
     /// Blocks of a memory device.
     MEM_BLOCKS = "mem-blocks", 1..=1;
     /// Network device.
-    NET = "net", 1..=1;
+    NET = "net", 1..=2;
     /// Entropy device.
     RNG = "rng", 1..=1;
     /// Socket device.

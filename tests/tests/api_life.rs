@@ -52,6 +52,8 @@ fn walk(vmm: &Vmm, state: &str, steps: &[Step<'_>]) -> Result<()> {
 
 /// There is no such disk.
 const DISK_8K: &str = "{\"id\":\"_disk0\",\"desired_size\":8192}";
+/// As above.
+const LIMIT: &str = "{\"id\":\"_disk0\"}";
 const BALLOON_64M: &str = "{\"desired_balloon\":67108864}";
 
 const WITHOUT_CONFIG: &[Step<'_>] = &[
@@ -66,6 +68,7 @@ const WITHOUT_CONFIG: &[Step<'_>] = &[
     ("PUT", "vm.power-button", None, 500),
     ("PUT", "vm.nmi", None, 500),
     ("PUT", "vm.resize-disk", Some(DISK_8K), 404),
+    ("PUT", "vm.update-rate-limiter", Some(LIMIT), 404),
     ("GET", "vm.counters", None, 500),
     ("GET", "vm.balloon-stats", None, 500),
     ("GET", "vm.reclaim-stats", None, 500),
@@ -93,6 +96,7 @@ const CREATED: &[Step<'_>] = &[
     ("PUT", "vm.shutdown", None, 500),
     ("PUT", "vm.nmi", None, 500),
     ("PUT", "vm.resize-disk", Some(DISK_8K), 500),
+    ("PUT", "vm.update-rate-limiter", Some(LIMIT), 404),
     ("GET", "vm.counters", None, 500),
     ("GET", "vm.reclaim-thresholds", None, 200),
     ("PUT", "vm.reclaim-thresholds", Some("{}"), 200),
@@ -122,7 +126,9 @@ const RUNNING: &[Step<'_>] = &[
     ("PUT", "vm.resume", None, 500),
     ("PUT", "vm.power-button", None, 204),
     ("PUT", "vm.resize-disk", Some(DISK_8K), 404),
+    ("PUT", "vm.update-rate-limiter", Some(LIMIT), 404),
     ("PUT", "vm.resize-disk", Some("{\"id\":\"_disk0\"}"), 400),
+    ("PUT", "vm.update-rate-limiter", Some("{}"), 400),
     ("PUT", "vm.pause", None, 204),
     ("PUT", "vm.pause", None, 500),
     ("GET", "vm.info", None, 200),

@@ -20,6 +20,7 @@ pub mod mem;
 pub mod net;
 pub mod pci;
 mod queue;
+pub mod rate_limit;
 pub mod reclaim;
 pub mod rng;
 mod taken;

@@ -44,7 +44,8 @@ pub use numa::{NumaConfig, NumaDistance};
 pub use path_or_fd::PathOrFd;
 pub use payload::PayloadConfig;
 pub use platform::{DEFAULT_IOMMU_ADDRESS_WIDTH_BITS, DEFAULT_NUM_PCI_SEGMENTS, PlatformConfig};
-pub use rate_limit::{RateLimiterConfig, TokenBucket};
+pub(crate) use rate_limit::RATE_LIMIT_KEYS;
+pub use rate_limit::{RateLimitGroupConfig, RateLimiterConfig, TokenBucket};
 pub use restore::{MemoryRestoreMode, RestoreConfig, RestoredNetConfig};
 pub use rng::{DEFAULT_RNG_SOURCE, RngConfig};
 pub use vsock::VsockConfig;
@@ -115,8 +116,8 @@ pub struct VmConfig {
     pub tpm: Option<Value>,
     /// The paravirtual real time clock. Unsupported.
     pub rtc: Option<Value>,
-    /// Rate limits shared by several disks. Unsupported.
-    pub rate_limit_groups: Option<Value>,
+    /// Rate limits that several disks share.
+    pub rate_limit_groups: Option<Vec<RateLimitGroupConfig>>,
     /// vhost-user devices of any type. Unsupported.
     pub generic_vhost_user: Option<Value>,
 }
@@ -133,7 +134,6 @@ impl VmConfig {
             ("pci_segments", &self.pci_segments),
             ("tpm", &self.tpm),
             ("rtc", &self.rtc),
-            ("rate_limit_groups", &self.rate_limit_groups),
             ("generic_vhost_user", &self.generic_vhost_user),
         ];
         let sections = sections.into_iter().filter(|(_, value)| match value {

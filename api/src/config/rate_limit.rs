@@ -15,6 +15,18 @@ pub struct RateLimiterConfig {
     pub ops: Option<TokenBucket>,
 }
 
+/// A rate limit that several disks share.
+#[section(option = "rate-limit-group", about = "Rate Limit Group parameters")]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RateLimitGroupConfig {
+    /// Name of the group, by which disks refer to it.
+    #[key("<group_id>", required)]
+    pub id: String,
+    /// The limit that its disks share.
+    #[key(group = RATE_LIMIT_KEYS)]
+    pub rate_limiter_config: Option<RateLimiterConfig>,
+}
+
 /// A bucket of tokens that fills at a steady rate.
 #[section]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,13 +36,13 @@ pub struct TokenBucket {
     pub size: u64,
     /// Extra tokens that can be used once.
     pub one_time_burst: Option<u64>,
-    /// Milliseconds in which an empty bucket fills.
+    /// Milliseconds in which an empty bucket fills, at most a day. As with a size of 0, there is no limit if this is 0.
     #[key(required)]
     pub refill_time: u64,
 }
 
 /// The `bw_*` and `ops_*` keys of a device.
-pub(super) const RATE_LIMIT_KEYS: RateLimitKeys = RateLimitKeys {
+pub(crate) const RATE_LIMIT_KEYS: RateLimitKeys = RateLimitKeys {
     bandwidth: BucketKeys {
         size: "bw_size",
         one_time_burst: "bw_one_time_burst",
@@ -45,7 +57,7 @@ pub(super) const RATE_LIMIT_KEYS: RateLimitKeys = RateLimitKeys {
     },
 };
 
-pub(super) struct RateLimitKeys {
+pub(crate) struct RateLimitKeys {
     bandwidth: BucketKeys,
     ops: BucketKeys,
 }

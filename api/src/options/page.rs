@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, FsConfig,
     LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, PlatformConfig,
-    RngConfig, SerialConfig, VsockConfig,
+    RateLimitGroupConfig, RngConfig, SerialConfig, VsockConfig,
 };
 use crate::{AlertChange, ReportingPolicy, RestoreConfig};
 
@@ -53,6 +53,7 @@ fn sections() -> Vec<OptionReference> {
         NumaConfig::reference(),
         DiskConfig::reference(),
         NetConfig::reference(),
+        RateLimitGroupConfig::reference(),
         FsConfig::reference(),
         VsockConfig::reference(),
         BalloonConfig::reference(),

@@ -26,6 +26,7 @@ pub(crate) fn schemas() -> BTreeMap<String, Value> {
     generator.subschema_for::<VmInfo>();
     generator.subschema_for::<VmResize>();
     generator.subschema_for::<VmResizeDisk>();
+    generator.subschema_for::<VmUpdateRateLimiter>();
     generator.subschema_for::<VmRemoveDevice>();
     generator.subschema_for::<VmSnapshotConfig>();
     generator.subschema_for::<RestoreConfig>();

@@ -45,6 +45,7 @@ pub(crate) const FIELDS: &[(&str, &str)] = &[
         "tap ip mask mac host_mac mtu iommu num_queues queue_size vhost_user vhost_socket vhost_mode id fds \
          rate_limiter_config pci_segment pci_device_id offload_tso offload_ufo offload_csum",
     ),
+    ("RateLimitGroupConfig", "id rate_limiter_config"),
     ("RateLimiterConfig", "bandwidth ops"),
     ("TokenBucket", "size one_time_burst refill_time"),
     ("RngConfig", "src iommu id pci_segment pci_device_id"),
@@ -84,6 +85,7 @@ pub(crate) const REQUIRED: &[(&str, &str)] = &[
     ("CpusConfig", "boot_vcpus max_vcpus"),
     ("MemoryConfig", "size"),
     ("MemoryZoneConfig", "id size"),
+    ("RateLimitGroupConfig", "id"),
     ("TokenBucket", "size refill_time"),
     ("RngConfig", "src"),
     ("BalloonConfig", "size"),

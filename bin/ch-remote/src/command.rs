@@ -12,7 +12,7 @@ use api::options::parse_bytes;
 use api::{
     Endpoint, HintingAction, ReclaimThresholdsChange, ReportingAction, RestoreConfig,
     VmBalloonHinting, VmBalloonReporting, VmRemoveDevice, VmResize, VmResizeDisk, VmSnapshotConfig,
-    to_ascii_json,
+    VmUpdateRateLimiter, to_ascii_json,
 };
 use clap::error::ErrorKind;
 use clap::{ArgGroup, ArgMatches, Args, FromArgMatches, Subcommand, ValueEnum};
@@ -36,6 +36,8 @@ pub(crate) enum Command {
     Resize(ResizeArguments),
     /// Change the size of a disk of a running VM
     ResizeDisk(ResizeDiskArguments),
+    /// Change the rate limit of a disk, a network interface or a group
+    UpdateRateLimiter(UpdateRateLimiterArguments),
     /// Add a disk to the VM
     AddDisk(AddDiskArguments),
     /// Add a network interface to the VM
@@ -184,6 +186,12 @@ pub(crate) struct ResizeDiskArguments {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct UpdateRateLimiterArguments {
+    #[arg(value_name = "LIMIT", value_parser = parse_limit, help = VmUpdateRateLimiter::syntax())]
+    pub(crate) limit: VmUpdateRateLimiter,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct AddDiskArguments {
     #[arg(value_name = "DISK", value_parser = parse_disk, help = DiskConfig::syntax())]
     pub(crate) disk: DiskConfig,
@@ -235,6 +243,10 @@ pub(crate) struct RestoreArguments {
 
 fn parse_restore(text: &str) -> Result<RestoreConfig, String> {
     RestoreConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
+}
+
+fn parse_limit(text: &str) -> Result<VmUpdateRateLimiter, String> {
+    VmUpdateRateLimiter::parse(text).map_err(|error| api::error_chain(&error).join(": "))
 }
 
 fn parse_disk(text: &str) -> Result<DiskConfig, String> {
@@ -366,6 +378,7 @@ impl Request {
                 id: resize.disk.clone(),
                 desired_size: resize.size,
             })?),
+            Command::UpdateRateLimiter(update) => Some(to_ascii_json(&update.limit)?),
             Command::AddDisk(add) => Some(to_ascii_json(&add.disk)?),
             Command::AddNet(add) => Some(to_ascii_json(&add.net)?),
             Command::AddFs(add) => Some(to_ascii_json(&add.fs)?),
@@ -408,6 +421,7 @@ pub(crate) fn endpoint(command: &Command) -> Endpoint {
         Command::Create(_) => Endpoint::VmCreate,
         Command::Resize(_) => Endpoint::VmResize,
         Command::ResizeDisk(_) => Endpoint::VmResizeDisk,
+        Command::UpdateRateLimiter(_) => Endpoint::VmUpdateRateLimiter,
         Command::AddDisk(_) => Endpoint::VmAddDisk,
         Command::AddNet(_) => Endpoint::VmAddNet,
         Command::AddFs(_) => Endpoint::VmAddFs,

@@ -127,6 +127,7 @@ fn every_command_calls_its_endpoint() {
         let arguments = match endpoint {
             Endpoint::VmResize => " --balloon 0",
             Endpoint::VmResizeDisk => " --disk _disk0 --size 1G",
+            Endpoint::VmUpdateRateLimiter => " id=_disk0,ops_size=10,ops_refill_time=1000",
             Endpoint::VmSetReclaimThresholds => " --remove a",
             Endpoint::VmBalloonHinting => " start",
             Endpoint::VmAddDisk => " path=/d",

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use api::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, FsConfig,
     LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, PathOrFd, PayloadConfig,
-    PlatformConfig, RngConfig, SerialConfig, VsockConfig,
+    PlatformConfig, RateLimitGroupConfig, RngConfig, SerialConfig, VsockConfig,
 };
 use api::options::OptionError;
 use api::{RestoreConfig, VmConfig};
@@ -97,6 +97,9 @@ pub(crate) struct Arguments {
     #[arg(long, requires = "payload")]
     pvpanic: bool,
 
+    #[arg(long, value_name = "rate-limit-group", requires = "payload", num_args = 1.., action = ArgAction::Append, help = RateLimitGroupConfig::syntax())]
+    rate_limit_group: Vec<String>,
+
     #[arg(long, conflicts_with = "payload", help = RestoreConfig::syntax())]
     restore: Option<String>,
 
@@ -178,6 +181,7 @@ impl Arguments {
                 cmdline: self.cmdline.clone(),
                 initramfs: self.initramfs.clone(),
             }),
+            rate_limit_groups: read_all(&self.rate_limit_group, RateLimitGroupConfig::parse)?,
             disks: read_all(&self.disk, DiskConfig::parse)?,
             net: read_all(&self.net, NetConfig::parse)?,
             rng: read(&self.rng, RngConfig::parse)?.unwrap_or_default(),
@@ -283,7 +287,8 @@ mod tests {
              --balloon size=128M,free_page_reporting=on --serial tty --console off --rng src=/dev/random \
              --event-monitor path=/e --seccomp log --no-shutdown -vv --watchdog \
              --vsock cid=3,socket=/v --fs tag=a,socket=/a --fs tag=b,socket=/b,num_queues=2 --landlock --landlock-rules path=/d,access=rw path=/e,access=r \
-             --pvpanic --debug-console file=/d,iobase=0xe8",
+             --pvpanic --debug-console file=/d,iobase=0xe8 \
+             --rate-limit-group id=g,bw_size=1000,bw_refill_time=100 id=h,ops_size=1,ops_refill_time=1",
         )
         .unwrap();
         let config = arguments.vm_config().unwrap().unwrap();
@@ -298,6 +303,10 @@ mod tests {
         );
         assert!(config.pvpanic);
         assert_eq!(config.debug_console.iobase, Some(0xe8));
+        let groups = config.rate_limit_groups.unwrap();
+        assert_eq!((groups.len(), groups[0].id.as_str()), (2, "g"));
+        let limit = groups[0].rate_limiter_config.unwrap();
+        assert_eq!(limit.bandwidth.unwrap().size, 1000);
         assert_eq!(config.vsock.unwrap().cid, 3);
         let fs = config.fs.unwrap();
         assert_eq!(

@@ -65,6 +65,8 @@ pub(super) struct BlockCounters {
     bad_requests: AtomicU64,
     /// The host's fault: the image could not be read or written.
     io_errors: AtomicU64,
+    /// How often a queue waited for its rate limit.
+    throttled: AtomicU64,
 }
 
 impl BlockCounters {
@@ -77,6 +79,7 @@ impl BlockCounters {
             write_zeroes_bytes: AtomicU64::new(0),
             bad_requests: AtomicU64::new(0),
             io_errors: AtomicU64::new(0),
+            throttled: AtomicU64::new(0),
         }
     }
 
@@ -110,6 +113,10 @@ impl BlockCounters {
         self.io_errors.fetch_add(1, Relaxed)
     }
 
+    pub(super) fn add_throttled(&self) {
+        self.throttled.fetch_add(1, Relaxed);
+    }
+
     pub(super) fn snapshot(&self) -> Counters {
         Counters::from([
             ("read_bytes", self.read.bytes.load(Relaxed)),
@@ -127,6 +134,7 @@ impl BlockCounters {
             ("write_zeroes_bytes", self.write_zeroes_bytes.load(Relaxed)),
             ("bad_requests", self.bad_requests.load(Relaxed)),
             ("io_errors", self.io_errors.load(Relaxed)),
+            ("throttled", self.throttled.load(Relaxed)),
         ])
     }
 }

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use state::{Part, Saved, State, StateError, parts, require};
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES};
 
@@ -19,7 +20,9 @@ use super::resize::DiskHandle;
 use super::{BlockError, BlockParams, QUEUE_SIZE_MAX, QUEUES_MAX};
 use crate::Unpoisoned;
 use crate::device::{Counters, Interrupt, QueueHandler, VirtioDevice, read_config_space};
+use crate::rate_limit::RateLimiterState;
 use crate::thread_name::thread_name;
+use crate::worker::Throttle;
 
 /// Device id (virtio 1.2 §5).
 const VIRTIO_ID_BLOCK: u32 = 2;
@@ -34,10 +37,18 @@ pub struct BlockState {
     pub capacity_sectors: u64,
     /// The driver has the cache in write-back mode.
     pub writeback: bool,
+    /// Its rate limit. Disks of one group save the same.
+    pub limit: RateLimiterState,
 }
 
 impl State for BlockState {
     const PART: Part = parts::BLOCK;
+
+    fn upgrade(_from: u32, fields: &mut Map<String, Value>) -> Result<(), StateError> {
+        // From 1 to 2: there were no limits.
+        RateLimiterState::add_none(fields, "limit");
+        Ok(())
+    }
 }
 
 /// Data shared by the configuration half and all queues.
@@ -207,6 +218,7 @@ fn new_queue(disk: &Arc<DiskState>, index: u16) -> std::io::Result<Box<dyn Queue
         host_cpus.unwrap_or_default(),
         Arc::clone(disk),
         flights,
+        Throttle::new(Arc::clone(&disk.params.limiter))?,
     );
     Ok(Box::new(queue))
 }
@@ -267,6 +279,7 @@ impl VirtioDevice for Block {
         Saved::of(&BlockState {
             capacity_sectors: self.disk.capacity_sectors.load(Ordering::Acquire),
             writeback: self.disk.writeback(),
+            limit: self.disk.params.limiter.state(),
         })
     }
 
@@ -277,6 +290,8 @@ impl VirtioDevice for Block {
         require(found == sectors, parts::BLOCK, "capacity_sectors", || {
             format!("is {found}, the image has {sectors}")
         })?;
+        let limiter = &self.disk.params.limiter;
+        limiter.restore(&state.limit, parts::BLOCK, "limit")?;
         self.disk
             .writeback
             .store(state.writeback, Ordering::Release);

@@ -162,6 +162,14 @@ impl Job {
         cost.max(COST_MIN) + sync_cost
     }
 
+    /// Bytes of data that it moves between the guest and the image.
+    pub(super) fn data_bytes(&self) -> u64 {
+        match self.kind {
+            Kind::Read(bytes) | Kind::Write(bytes) => bytes,
+            Kind::WriteZeroes(_) | Kind::Discard(_) | Kind::Flush => 0,
+        }
+    }
+
     /// Whether it takes too many operations for a pause to wait for all of them.
     pub(super) fn is_long(&self) -> bool {
         match self.kind {

@@ -34,12 +34,15 @@ mod tests;
 use std::collections::BTreeMap;
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 pub use device::{Block, BlockState};
 pub use device_facts::LockGranularity;
 pub use engine::EngineChoice;
 pub use format::ImageFormat;
 pub use resize::{DiskHandle, DiskResizeError};
+
+use crate::rate_limit::RateLimiter;
 
 /// Unit of addresses and capacity on the wire, whatever the block size.
 pub const SECTOR_BYTES: u64 = 512;
@@ -85,6 +88,8 @@ pub struct BlockParams {
     pub engine: EngineChoice,
     /// Host CPUs on which the worker of a queue may run; any for queues without an entry.
     pub queue_affinity: BTreeMap<u16, Vec<usize>>,
+    /// Limits on all queues together; other disks may share them.
+    pub limiter: Arc<RateLimiter>,
 }
 
 /// Errors of creating a disk.

@@ -1,5 +1,6 @@
 //! The queue half of a disk: one per virtqueue, on a worker of its own.
 
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -16,10 +17,12 @@ use super::request::{Operation, Request};
 use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError};
 use crate::queue::{GuestBuffers, Next, Popped, RamGuard, ServedQueue};
 use crate::taken::with_taken;
-use crate::worker::{EventSources, Turn};
+use crate::worker::{EventSources, Throttle, Turn};
 
 /// Event source: the engine has completions.
 const COMPLETIONS: u32 = 0;
+/// Event source: the wait for the rate limit is over.
+const TOKENS: u32 = 1;
 
 /// Logging interval for faults of a kind: the first is logged, then ever fewer.
 fn worth_logging(seen_before: u64) -> bool {
@@ -32,6 +35,7 @@ pub(super) struct BlockQueue {
     host_cpus: Vec<usize>,
     disk: Arc<DiskState>,
     flights: Flights,
+    throttle: Throttle,
     landed: Vec<Landed>,
     active: Option<Active>,
 }
@@ -43,6 +47,8 @@ enum Stopped {
     Empty,
     /// Too much is in flight: wait for the engine.
     NoRoom,
+    /// The rate limit is reached: wait for its timer.
+    Throttled,
     /// The turn is over; the queue has rung its doorbell.
     TurnOver,
 }
@@ -60,12 +66,14 @@ impl BlockQueue {
         host_cpus: Vec<usize>,
         disk: Arc<DiskState>,
         flights: Flights,
+        throttle: Throttle,
     ) -> Self {
         Self {
             name,
             host_cpus,
             disk,
             flights,
+            throttle,
             landed: Vec::new(),
             active: None,
         }
@@ -107,6 +115,8 @@ impl BlockQueue {
             Stopped::Empty => active.queue.enable_doorbell(ram)?,
             // Otherwise the engine announces room, and then this runs again.
             Stopped::NoRoom => self.flights.is_empty(),
+            // The timer follows.
+            Stopped::Throttled => false,
             // It has rung.
             Stopped::TurnOver => false,
         };
@@ -124,6 +134,9 @@ impl BlockQueue {
         turn: &mut Turn,
     ) -> Result<Stopped, WorkerError> {
         while self.flights.has_room() {
+            if !self.admits() {
+                return Ok(Stopped::Throttled);
+            }
             match active.queue.next(ram, turn)? {
                 Next::Chain(popped) => {
                     let Some(job) = self.take(active, ram, popped)? else {
@@ -133,6 +146,7 @@ impl BlockQueue {
                         active.queue.unpop(1);
                         break;
                     }
+                    self.throttle.charge(job.data_bytes());
                     self.flights.start(job, &mut self.landed, turn);
                 }
                 Next::Empty => return Ok(Stopped::Empty),
@@ -140,6 +154,16 @@ impl BlockQueue {
             }
         }
         Ok(Stopped::NoRoom)
+    }
+
+    /// Whether the rate limit lets another request start.
+    fn admits(&mut self) -> bool {
+        let waited = self.throttle.is_waiting();
+        let admits = self.throttle.admits();
+        if !admits && !waited {
+            self.disk.counters().add_throttled();
+        }
+        admits
     }
 
     /// Turns a chain into a job, or completes it at once.
@@ -322,6 +346,7 @@ impl QueueHandler for BlockQueue {
         if let Some(fd) = self.flights.completion_fd() {
             sources.add(fd, COMPLETIONS)?;
         }
+        sources.add(self.throttle.as_raw_fd(), TOKENS)?;
         self.active = Some(Active {
             ram: activation.mem,
             features: activation.features,
@@ -336,14 +361,18 @@ impl QueueHandler for BlockQueue {
 
     fn source_ready(
         &mut self,
-        _token: u32,
+        token: u32,
         _: &mut EventSources,
         turn: &mut Turn,
     ) -> Result<(), WorkerError> {
+        if token == TOKENS {
+            self.throttle.release();
+        }
         self.run(turn)
     }
 
     fn reset(&mut self) {
+        self.throttle.release();
         self.flights.abandon();
         self.landed.clear();
         self.active = None;
@@ -371,6 +400,11 @@ impl QueueHandler for BlockQueue {
             log::warn!("{}: while pausing: {error}", self.name);
         }
         self.active = Some(active);
+    }
+
+    /// The limit may have changed.
+    fn resume(&mut self) {
+        self.throttle.release();
     }
 }
 

@@ -15,6 +15,8 @@ counters! {
         tx_drops,
         /// The tap failed because of the host.
         tap_errors,
+        /// How often a direction of a pair waited for its rate limit.
+        throttled,
         /// Invalid chains, commands and register writes.
         bad_requests,
     }

@@ -3,17 +3,19 @@
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 use state::{Bytes, Part, Saved, State, StateError, parts, require};
 use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
 
 use super::config_space::{self, CONFIG_BYTES, GUEST_OFFLOADS, has};
 use super::control::ControlQueue;
 use super::pair::QueuePair;
-use super::params::{Backend, NetError, NetParams, PAIRS_MAX, QUEUE_SIZE_MAX};
+use super::params::{Backend, NetError, NetLimiters, NetParams, PAIRS_MAX, QUEUE_SIZE_MAX};
 use super::shared::NetShared;
 use super::tap::{Tap, TapConfig};
 use crate::device::{Counters, QueueHandler, VirtioDevice, read_config_space};
 use crate::queue::SingleQueue;
+use crate::rate_limit::RateLimiterState;
 use crate::thread_name::thread_name;
 
 /// Device id (virtio 1.2 §5).
@@ -33,10 +35,21 @@ pub struct NetDeviceState {
     pub enabled_pairs: u16,
     /// Feature bits of the offloads that the driver accepts.
     pub offloads: u64,
+    /// The rate limit of frames to the guest.
+    pub receive_limit: RateLimiterState,
+    /// The rate limit of frames from the guest.
+    pub transmit_limit: RateLimiterState,
 }
 
 impl State for NetDeviceState {
     const PART: Part = parts::NET;
+
+    fn upgrade(_from: u32, fields: &mut Map<String, Value>) -> Result<(), StateError> {
+        // From 1 to 2: there were no limits.
+        RateLimiterState::add_none(fields, "receive_limit");
+        RateLimiterState::add_none(fields, "transmit_limit");
+        Ok(())
+    }
 }
 
 /// A virtio network device (virtio 1.2 §5.1).
@@ -46,6 +59,7 @@ pub struct Net {
     config: [u8; CONFIG_BYTES],
     queue_sizes: Vec<u16>,
     pairs: usize,
+    limiters: NetLimiters,
     handlers: Vec<Box<dyn QueueHandler>>,
 }
 
@@ -89,8 +103,8 @@ impl Net {
         let mut handlers: Vec<Box<dyn QueueHandler>> = Vec::new();
         for index in 0..pairs {
             let name = thread_name(&params.id, &format!("_qp{index}"));
-            let pair = QueuePair::new(name, Arc::clone(&net), index).map_err(NetError::Events)?;
-            handlers.push(Box::new(pair));
+            let pair = QueuePair::new(name, Arc::clone(&net), index, &params.limiters);
+            handlers.push(Box::new(pair.map_err(NetError::Events)?));
         }
         let name = thread_name(&params.id, "_ctrl");
         let control = ControlQueue::new(name, Arc::clone(&net));
@@ -102,6 +116,7 @@ impl Net {
             // One more for the control queue.
             queue_sizes: vec![params.queue_size; 2 * pairs + 1],
             pairs,
+            limiters: params.limiters.clone(),
             handlers,
         })
     }
@@ -184,6 +199,8 @@ impl VirtioDevice for Net {
             config: Bytes(self.config.to_vec()),
             enabled_pairs: self.net.enabled_pairs(),
             offloads: self.net.offloads(),
+            receive_limit: self.limiters.receive.state(),
+            transmit_limit: self.limiters.transmit.state(),
         })
     }
 
@@ -201,6 +218,9 @@ impl VirtioDevice for Net {
         require(possible, parts::NET, "enabled_pairs", || {
             format!("is {pairs}, there are {}", self.pairs)
         })?;
+        let NetLimiters { receive, transmit } = &self.limiters;
+        receive.restore(&state.receive_limit, parts::NET, "receive_limit")?;
+        transmit.restore(&state.transmit_limit, parts::NET, "transmit_limit")?;
         self.net.enable_pairs(pairs);
         self.net.restore_offloads(state.offloads);
         Ok(())

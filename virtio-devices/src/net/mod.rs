@@ -31,5 +31,5 @@ mod tests;
 mod transmit;
 
 pub use device::{Net, NetDeviceState};
-pub use params::{Backend, NetError, NetParams, PAIRS_MAX, QUEUE_SIZE_MAX};
+pub use params::{Backend, NetError, NetLimiters, NetParams, PAIRS_MAX, QUEUE_SIZE_MAX};
 pub use tap::{Tap, TapError};

@@ -8,6 +8,7 @@ use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_M
 use vm_memory::GuestAddressSpace;
 
 use super::config_space::has;
+use super::params::NetLimiters;
 use super::receive::{self, Receiver};
 use super::shared::NetShared;
 use super::tap_watch::TapWatch;
@@ -15,12 +16,16 @@ use super::transmit::{self, Transmitter};
 use crate::device::{Activation, GuestRam, HandlerState, QueueHandler, WorkerError};
 use crate::queue::{RamGuard, ServedQueue};
 use crate::taken::with_taken;
-use crate::worker::{EventSources, Turn};
+use crate::worker::{EventSources, Throttle, Turn};
 
 /// Event source: the tap has an awaited event.
 const TAP: u32 = 0;
 /// Event source: this pair has just been enabled.
 const ENABLED: u32 = 1;
+/// Event source: the wait for the rate limit of received frames is over.
+const RECEIVE_TOKENS: u32 = 2;
+/// Event source: the wait for the rate limit of transmitted frames is over.
+const TRANSMIT_TOKENS: u32 = 3;
 
 /// One pair of queues.
 pub(super) struct QueuePair {
@@ -28,6 +33,8 @@ pub(super) struct QueuePair {
     net: Arc<NetShared>,
     index: usize,
     watch: TapWatch,
+    receive_throttle: Throttle,
+    transmit_throttle: Throttle,
     active: Option<Active>,
 }
 
@@ -42,11 +49,18 @@ impl QueuePair {
     /// Pair number `index` of the device.
     ///
     /// # Errors
-    /// No event set is available.
-    pub(super) fn new(name: String, net: Arc<NetShared>, index: usize) -> std::io::Result<Self> {
+    /// No event set or timer is available.
+    pub(super) fn new(
+        name: String,
+        net: Arc<NetShared>,
+        index: usize,
+        limiters: &NetLimiters,
+    ) -> std::io::Result<Self> {
         Ok(Self {
             name,
             watch: TapWatch::new(net.tap(index).as_raw_fd())?,
+            receive_throttle: Throttle::new(Arc::clone(&limiters.receive))?,
+            transmit_throttle: Throttle::new(Arc::clone(&limiters.transmit))?,
             net,
             index,
             active: None,
@@ -78,11 +92,17 @@ impl QueuePair {
             return Ok(());
         };
         let tap = self.net.tap(self.index).as_raw_fd();
-        let stopped = receiver.run(tap, ram, self.net.counters(), turn)?;
+        if self.receive_throttle.is_waiting() {
+            return Ok(());
+        }
+        let throttle = &mut self.receive_throttle;
+        let stopped = receiver.run(tap, ram, self.net.counters(), throttle, turn)?;
         receiver.queue.signal(ram)?;
         match stopped {
             receive::Stopped::NoFrame | receive::Stopped::TurnOver => self.watch.readable(true),
-            receive::Stopped::NoBuffer | receive::Stopped::TapFailed => self.watch.readable(false),
+            receive::Stopped::NoBuffer
+            | receive::Stopped::Throttled
+            | receive::Stopped::TapFailed => self.watch.readable(false),
         }
     }
 
@@ -96,7 +116,11 @@ impl QueuePair {
             return Ok(());
         };
         let tap = self.net.tap(self.index).as_raw_fd();
-        let stopped = transmitter.run(tap, ram, self.net.counters(), turn)?;
+        if self.transmit_throttle.is_waiting() {
+            return Ok(());
+        }
+        let throttle = &mut self.transmit_throttle;
+        let stopped = transmitter.run(tap, ram, self.net.counters(), throttle, turn)?;
         transmitter.queue.signal(ram)?;
         self.watch.writable(stopped == transmit::Stopped::NoRoom)
     }
@@ -133,6 +157,8 @@ impl QueueHandler for QueuePair {
         }
         sources.add(self.watch.as_raw_fd(), TAP)?;
         sources.add(self.net.enabled_event(self.index).as_raw_fd(), ENABLED)?;
+        sources.add(self.receive_throttle.as_raw_fd(), RECEIVE_TOKENS)?;
+        sources.add(self.transmit_throttle.as_raw_fd(), TRANSMIT_TOKENS)?;
         self.active = Some(active);
         // The driver may have put buffers there before this, and need not ring for them.
         let mut turn = Turn::default();
@@ -169,6 +195,14 @@ impl QueueHandler for QueuePair {
             self.net.enabled_event(self.index).read().ok();
             return self.with_active(|pair, active, ram| pair.receive(active, ram, turn));
         }
+        if token == RECEIVE_TOKENS {
+            self.receive_throttle.release();
+            return self.with_active(|pair, active, ram| pair.receive(active, ram, turn));
+        }
+        if token == TRANSMIT_TOKENS {
+            self.transmit_throttle.release();
+            return self.with_active(|pair, active, ram| pair.transmit(active, ram, turn));
+        }
         self.with_active(|pair, active, ram| {
             if pair.watch.wants_readable() {
                 pair.receive(active, ram, turn)?;
@@ -181,6 +215,7 @@ impl QueueHandler for QueuePair {
     }
 
     fn reset(&mut self) {
+        self.resume();
         self.active = None;
         for stop in [TapWatch::readable, TapWatch::writable] {
             if let Err(error) = stop(&mut self.watch, false) {
@@ -206,5 +241,11 @@ impl QueueHandler for QueuePair {
         {
             receiver.put_back();
         }
+    }
+
+    /// The limits may have changed.
+    fn resume(&mut self) {
+        self.receive_throttle.release();
+        self.transmit_throttle.release();
     }
 }

@@ -2,8 +2,10 @@
 
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use super::tap::TapError;
+use crate::rate_limit::{RateLimiter, RateLimits};
 
 /// Maximum queue size: the kernel accepts 1024 vectors in one call.
 pub const QUEUE_SIZE_MAX: u16 = 1024;
@@ -48,6 +50,34 @@ pub struct NetParams {
     pub offload_ufo: bool,
     /// Offer checksum offload; the others need it.
     pub offload_csum: bool,
+    /// Limits on all pairs together.
+    pub limiters: NetLimiters,
+}
+
+/// The limits of an interface. They hold for each direction.
+#[derive(Debug, Clone, Default)]
+pub struct NetLimiters {
+    /// Frames to the guest.
+    pub receive: Arc<RateLimiter>,
+    /// Frames from the guest.
+    pub transmit: Arc<RateLimiter>,
+}
+
+impl NetLimiters {
+    /// Full buckets for each direction.
+    #[must_use]
+    pub fn new(limits: RateLimits) -> Self {
+        Self {
+            receive: Arc::new(RateLimiter::new(limits)),
+            transmit: Arc::new(RateLimiter::new(limits)),
+        }
+    }
+
+    /// Replaces the limits of both directions, as [`RateLimiter::set`].
+    pub fn set(&self, limits: RateLimits) {
+        self.receive.set(limits);
+        self.transmit.set(limits);
+    }
 }
 
 /// Errors of creating a network device.

@@ -12,7 +12,7 @@ use super::counters::NetCounters;
 use super::frame_io::{FRAME_BYTES_MAX, FrameReader, HEADER_BYTES, Read};
 use crate::device::WorkerError;
 use crate::queue::{ChainBuffers, GuestBuffers, Next, Popped, RamGuard, ServedQueue};
-use crate::worker::Turn;
+use crate::worker::{Throttle, Turn};
 
 /// The offset of `num_buffers` in the header.
 const NUM_BUFFERS_AT: usize = 10;
@@ -24,6 +24,8 @@ pub(super) enum Stopped {
     NoFrame,
     /// No more buffers: wait for the guest.
     NoBuffer,
+    /// The rate limit is reached: wait for its timer.
+    Throttled,
     /// The turn is over: the tap is still readable.
     TurnOver,
     /// The tap fails: try again when the guest rings.
@@ -80,6 +82,7 @@ impl Receiver {
         tap: RawFd,
         ram: &RamGuard,
         counters: &NetCounters,
+        throttle: &mut Throttle,
         turn: &mut Turn,
     ) -> Result<Stopped, WorkerError> {
         self.queue.disable_doorbell(ram)?;
@@ -101,6 +104,10 @@ impl Receiver {
                 }
                 return Ok(Stopped::NoBuffer);
             }
+            if !throttle.admits() {
+                counters.throttled.count();
+                return Ok(Stopped::Throttled);
+            }
             // Only with mergeable buffers can a guest provide the rest.
             if self.mergeable && self.ready_bytes < FRAME_BYTES_MAX {
                 self.spill.resize(FRAME_BYTES_MAX, 0);
@@ -108,7 +115,11 @@ impl Receiver {
             let usable = self.ready.iter().map_while(|ready| ready.buffers.as_ref());
             let usable = usable.take(if self.mergeable { usize::MAX } else { 1 });
             turn.charge_call(1, FRAME_BYTES_MAX as u64);
-            match self.reader.read(tap, usable, &mut self.spill) {
+            let read = self.reader.read(tap, usable, &mut self.spill);
+            if let Ok(Read::Frame(bytes) | Read::Spilled(bytes)) = read {
+                throttle.charge(bytes.saturating_sub(HEADER_BYTES) as u64);
+            }
+            match read {
                 Ok(Read::Frame(bytes)) => self.deliver(ram, bytes, counters)?,
                 Ok(Read::Spilled(bytes)) => self.held_bytes = Some(bytes),
                 Ok(Read::TooLong) => counters.rx_drops.count(),

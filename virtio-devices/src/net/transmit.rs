@@ -7,7 +7,7 @@ use super::counters::NetCounters;
 use super::frame_io::{FRAME_BYTES_MAX, HEADER_BYTES, write_frame};
 use crate::device::WorkerError;
 use crate::queue::{ChainBuffers, Next, RamGuard, ServedQueue};
-use crate::worker::Turn;
+use crate::worker::{Throttle, Turn};
 
 /// The reason why transmitting stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,6 +16,8 @@ pub(super) enum Stopped {
     NoFrame,
     /// The tap has no room: wait for it.
     NoRoom,
+    /// The rate limit is reached: wait for its timer.
+    Throttled,
     /// The turn is over; the queue has rung its doorbell.
     TurnOver,
 }
@@ -39,10 +41,15 @@ impl Transmitter {
         tap: RawFd,
         ram: &RamGuard,
         counters: &NetCounters,
+        throttle: &mut Throttle,
         turn: &mut Turn,
     ) -> Result<Stopped, WorkerError> {
         self.queue.disable_doorbell(ram)?;
         loop {
+            if !throttle.admits() {
+                counters.throttled.count();
+                return Ok(Stopped::Throttled);
+            }
             let popped = match self.queue.next(ram, turn)? {
                 Next::Chain(popped) => popped,
                 Next::Empty if self.queue.enable_doorbell(ram)? => continue,
@@ -66,7 +73,11 @@ impl Transmitter {
                 }
             };
             match sent {
-                Ok(bytes) => counters.transmitted(bytes.saturating_sub(HEADER_BYTES)),
+                Ok(bytes) => {
+                    let bytes = bytes.saturating_sub(HEADER_BYTES);
+                    throttle.charge(bytes as u64);
+                    counters.transmitted(bytes);
+                }
                 Err(error) => match error.kind() {
                     io::ErrorKind::WouldBlock => {
                         self.queue.unpop(1);

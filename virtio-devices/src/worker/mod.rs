@@ -26,6 +26,7 @@ mod sources;
 #[cfg(test)]
 mod tests;
 mod thread;
+mod throttle;
 mod turn;
 
 use std::sync::Arc;
@@ -35,6 +36,7 @@ pub use handle::{Pausing, Worker, WorkerHandle};
 pub use sources::EventSources;
 #[cfg(any(test, feature = "test-utils"))]
 pub(crate) use sources::Wake;
+pub(crate) use throttle::Throttle;
 pub use turn::{Turn, Work};
 
 /// The VMM's hook that runs first on every new worker thread, with the thread's name: the place to install a seccomp

@@ -142,6 +142,9 @@ impl Dispatcher {
                 })
             }),
             Endpoint::VmResizeDisk => self.change_to(call, |vm, resize| vm.resize_disk(&resize)),
+            Endpoint::VmUpdateRateLimiter => {
+                self.change_to(call, |vm, update| vm.update_rate_limiter(&update));
+            }
             Endpoint::VmSnapshot => self.change_to(call, |vm, request| vm.snapshot(&request)),
             Endpoint::VmRestore => {
                 if let Some((request, mut call)) = call.read_body() {

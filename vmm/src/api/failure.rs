@@ -6,7 +6,7 @@ use api::ErrorBody;
 use machine::pc::PcError;
 
 use super::http::{Answer, Status};
-use crate::config::ValidationError;
+use crate::config::{RateLimiterError, ValidationError};
 use crate::control::{LifecycleError, RequestError};
 use crate::landlock::LandlockError;
 use crate::snapshot::SnapshotError;
@@ -55,6 +55,8 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
                 HotplugError::VsockPresent { .. } => Status::InternalServerError,
             }
         }
+        LifecycleError::RateLimiter(RateLimiterError::Unknown { .. }) => Status::NotFound,
+        LifecycleError::RateLimiter(RateLimiterError::InGroup { .. }) => Status::BadRequest,
         LifecycleError::Snapshot(SnapshotError::NetTwice { .. }) => Status::Conflict,
         LifecycleError::Snapshot(error) | LifecycleError::Machine(VmError::Snapshot(error))
             if error.is_of_request() =>

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
-use api::config::{MemoryConfig, PathOrFd};
+use api::config::{MemoryConfig, PathOrFd, RateLimiterConfig};
 use api::{
     BalloonStatsResponse, DeviceNode, Endpoint, HintingAction, PciDeviceInfo, ReclaimStats,
     ReportingAction, ReportingPolicy, ReportingStatus, VmBalloonReporting, VmConfig, VmCounters,
@@ -160,6 +160,12 @@ impl Machine for FakeMachine {
                 id: id.to_owned(),
             })),
         }
+    }
+
+    fn set_rate_limit(&self, id: &str, limit: Option<&RateLimiterConfig>) -> Result<(), VmError> {
+        let mut steered = self.observer.steered.lock().unwrap();
+        steered.push(format!("limit of {id} {}", limit.is_some()));
+        Ok(())
     }
 
     fn resize_balloon(&self, bytes: u64) -> Result<(), VmError> {
@@ -477,6 +483,8 @@ fn body_of(endpoint: Endpoint) -> Option<&'static str> {
         Endpoint::VmCreate => Some(CONFIG),
         Endpoint::VmResize => Some(RESIZE),
         Endpoint::VmResizeDisk => Some(r#"{"id": "_disk0", "desired_size": 4096}"#),
+        // The disk has its name from the boot on.
+        Endpoint::VmUpdateRateLimiter => Some(r#"{"id": "_disk0"}"#),
         Endpoint::VmSetReclaimThresholds => Some(THRESHOLDS),
         Endpoint::VmBalloonHinting => Some(r#"{"action": "start"}"#),
         Endpoint::VmAddDisk => Some(r#"{"path": "/e"}"#),
@@ -509,6 +517,7 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
         | Endpoint::VmNmi
         | Endpoint::VmBalloonHinting => [500, 500, 204, 204],
         Endpoint::VmResizeDisk => [404, 500, 204, 204],
+        Endpoint::VmUpdateRateLimiter => [404, 404, 204, 204],
         Endpoint::VmCounters | Endpoint::VmReclaimStats | Endpoint::VmBalloonReporting => {
             [500, 500, 200, 200]
         }
@@ -525,6 +534,61 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
         Endpoint::VmSnapshot => [500, 500, 500, 400],
         Endpoint::VmRestore => [400, 500, 500, 500],
     }
+}
+
+#[test]
+fn rate_limits_change_before_the_boot_and_after_it_and_bad_ones_change_nothing() {
+    let vmm = vmm();
+    let config = json!({
+        "payload": {"kernel": "/k"},
+        "rate_limit_groups": [{"id": "g", "rate_limiter_config": {"ops": {"size": 9, "refill_time": 1}}}],
+        "disks": [{"path": "/d", "id": "data"}, {"path": "/e", "id": "member", "rate_limit_group": "g"}],
+        "balloon": {"size": 0},
+    });
+    vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+    let update = |id: &str, refill_time: u64| {
+        let bandwidth = json!({"size": 4096, "one_time_burst": 1, "refill_time": refill_time});
+        let body = json!({"id": id, "rate_limiter_config": {"bandwidth": bandwidth}});
+        vmm.call(Endpoint::VmUpdateRateLimiter, Some(&body.to_string()))
+    };
+    let config = || vmm.ok(Endpoint::VmInfo, None)["config"].clone();
+    assert_eq!(update("data", 100).status, 204);
+    let bandwidth = &config()["disks"][0]["rate_limiter_config"]["bandwidth"];
+    assert_eq!(bandwidth["refill_time"], 100);
+
+    vmm.ok(Endpoint::VmBoot, None);
+    assert_eq!(update("g", 200).status, 204);
+    let before = config();
+    let limit = &before["rate_limit_groups"][0]["rate_limiter_config"];
+    assert_eq!(limit["bandwidth"]["refill_time"], 200);
+    assert!(limit["ops"].is_null(), "replaced: {limit}");
+    let response = update("member", 100);
+    assert_eq!(response.status, 400, "{response:?}");
+    let response = update("data", 86_400_001);
+    assert_eq!(response.status, 400);
+    let chain = response.body.to_string();
+    assert!(
+        chain.contains("bandwidth refill_time must be at most 86400000 ms"),
+        "{chain}"
+    );
+    for body in [
+        r#"{"rate_limiter_config": {}}"#,
+        r#"{"id": "data", "limit": {}}"#,
+        r#"{"id": "data", "rate_limiter_config": {"ops": {"size": 1}}}"#,
+        r#"{"id": "data", "rate_limiter_config": {"ops": {"size": -1, "refill_time": 1}}}"#,
+    ] {
+        let response = vmm.call(Endpoint::VmUpdateRateLimiter, Some(body));
+        assert_eq!(response.status, 400, "{body}");
+    }
+    assert_eq!(config(), before, "nothing has changed");
+    vmm.ok(Endpoint::VmUpdateRateLimiter, Some(r#"{"id": "data"}"#));
+    assert!(config()["disks"][0]["rate_limiter_config"].is_null());
+    let reporting = vmm.ok(Endpoint::VmBalloonReporting, Some(PAUSE));
+    let reason = reporting["reason"].as_str().unwrap();
+    assert!(
+        reason.starts_with("limit of g true, limit of data false"),
+        "{reason}"
+    );
 }
 
 #[test]

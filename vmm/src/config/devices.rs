@@ -51,7 +51,12 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     pci_slots(config)
 }
 
-fn at(section: &str, index: usize, id: Option<&str>, fault: DeviceFault) -> ValidationError {
+pub(super) fn at(
+    section: &str,
+    index: usize,
+    id: Option<&str>,
+    fault: DeviceFault,
+) -> ValidationError {
     ValidationError::Device {
         device: match id {
             Some(id) => format!("{section} {id}"),

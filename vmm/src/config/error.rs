@@ -421,6 +421,34 @@ pub enum DeviceFault {
         /// The maximum.
         max: usize,
     },
+    /// A bucket that would fill too slowly to be told from a stopped device.
+    #[error("{bucket} refill_time must be at most {max_ms} ms (a day); got {refill_ms}")]
+    RefillTime {
+        /// `bandwidth` or `ops`.
+        bucket: &'static str,
+        /// The requested value.
+        refill_ms: u64,
+        /// The maximum.
+        max_ms: u64,
+    },
+    /// Two limits for one disk.
+    #[error("a disk in rate_limit_group {group:?} cannot have a rate limit of its own")]
+    LimitBesideGroup {
+        /// The group.
+        group: String,
+    },
+    /// A group that does not exist.
+    #[error("there is no rate_limit_group {group:?}: define it with --rate-limit-group id={group}")]
+    UnknownLimitGroup {
+        /// The group.
+        group: String,
+    },
+    /// A group that no disk can name, or that is defined twice.
+    #[error("the id of a rate limit group must not be empty and must be unique; got {group:?}")]
+    LimitGroupId {
+        /// The group.
+        group: String,
+    },
     /// An MTU below the minimum of IPv6.
     #[error("An MTU of {mtu} is below {min}")]
     Mtu {

@@ -10,6 +10,7 @@ mod ids;
 mod memory;
 mod numa;
 mod pci_devices;
+mod rate_limits;
 #[cfg(test)]
 mod tests;
 mod unsupported;
@@ -24,6 +25,7 @@ pub use device_list::{NewDevice, balloon_id, take_id, with_device, without_devic
 pub use devices::wished_slots;
 pub use error::{CpusFault, DeviceFault, MemoryFault, NumaFault, ValidationError};
 pub use ids::assign_ids;
+pub use rate_limits::{RateLimiterError, rate_limits, validate_rate_limits, with_rate_limit};
 
 /// Checks every section, in the order of importance to the reader of the error.
 ///
@@ -40,6 +42,7 @@ pub fn validate(config: &VmConfig) -> Result<(), ValidationError> {
     }
     balloon(config)?;
     devices::check(config)?;
+    validate_rate_limits(config)?;
     ids::check(config)?;
     consoles(config)?;
     landlock(config)
@@ -57,6 +60,7 @@ pub fn validate_addition(config: &VmConfig, added: &NewDevice) -> Result<(), Val
         balloon(config)?;
     }
     devices::check(config)?;
+    validate_rate_limits(config)?;
     ids::check(config)
 }
 

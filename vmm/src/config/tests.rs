@@ -535,6 +535,58 @@ fn validate_names_and_slots_are_unique_and_free() {
 }
 
 #[test]
+fn validate_rate_limits_are_possible_and_their_groups_exist() {
+    let limit = |refill_time: u64| json!({"ops": {"size": 1, "refill_time": refill_time}});
+    let group = |id: &str| json!({"id": id, "rate_limiter_config": limit(1)});
+    let mut config = with(
+        "disks",
+        json!([{"path": "/d", "rate_limit_group": "g"}, {"path": "/e", "rate_limiter_config": limit(86_400_000)}]),
+    );
+    config.rate_limit_groups = serde_json::from_value(json!([group("g"), group("h")])).unwrap();
+    validate(&config).unwrap();
+
+    let device_fault = |section: &str, value: Value| match fault(section, value) {
+        ValidationError::Device { fault, .. } => fault,
+        other => panic!("{other}"),
+    };
+    for (section, value) in [
+        (
+            "disks",
+            json!([{"path": "/d", "rate_limiter_config": limit(86_400_001)}]),
+        ),
+        ("net", json!([{"rate_limiter_config": limit(u64::MAX)}])),
+        (
+            "rate_limit_groups",
+            json!([{"id": "g", "rate_limiter_config": limit(86_400_001)}]),
+        ),
+    ] {
+        assert!(matches!(
+            device_fault(section, value),
+            DeviceFault::RefillTime { bucket: "ops", .. }
+        ));
+    }
+    for groups in [json!([group("g"), group("g")]), json!([group("")])] {
+        assert!(matches!(
+            device_fault("rate_limit_groups", groups),
+            DeviceFault::LimitGroupId { .. }
+        ));
+    }
+    assert_eq!(
+        device_fault("disks", json!([{"path": "/d", "rate_limit_group": "x"}])),
+        DeviceFault::UnknownLimitGroup {
+            group: "x".to_owned()
+        }
+    );
+    let both = json!([{"path": "/d", "rate_limit_group": "g", "rate_limiter_config": limit(1)}]);
+    assert_eq!(
+        device_fault("disks", both),
+        DeviceFault::LimitBesideGroup {
+            group: "g".to_owned()
+        }
+    );
+}
+
+#[test]
 fn validate_consoles_may_share_the_terminal_and_have_their_paths() {
     validate(&with("serial", json!({"mode": "Tty"}))).unwrap();
     for (device, mode) in [

@@ -93,11 +93,6 @@ fn disk(disk: &DiskConfig) -> Vec<String> {
             "disks.vhost_user",
             disk.vhost_user || disk.vhost_socket.is_some(),
         ),
-        asked("disks.rate_limit_group", disk.rate_limit_group.is_some()),
-        asked(
-            "disks.rate_limiter_config",
-            disk.rate_limiter_config.is_some(),
-        ),
         asked("disks.backing_files", disk.backing_files),
         asked("disks.image_type other than raw", !raw),
     ]
@@ -107,15 +102,11 @@ fn disk(disk: &DiskConfig) -> Vec<String> {
 }
 
 fn net(net: &NetConfig) -> Vec<String> {
-    [
-        asked(
-            "net.vhost_user",
-            net.vhost_user || net.vhost_socket.is_some(),
-        ),
-        asked("net.rate_limiter_config", net.rate_limiter_config.is_some()),
-    ]
+    asked(
+        "net.vhost_user",
+        net.vhost_user || net.vhost_socket.is_some(),
+    )
     .into_iter()
-    .flatten()
     .collect()
 }
 

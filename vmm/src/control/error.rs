@@ -2,7 +2,7 @@
 
 use api::{Endpoint, VmState};
 
-use crate::config::ValidationError;
+use crate::config::{RateLimiterError, ValidationError};
 use crate::landlock::LandlockError;
 use crate::snapshot::SnapshotError;
 use crate::thresholds::ThresholdError;
@@ -80,6 +80,9 @@ pub enum LifecycleError {
     /// A device that cannot be removed, or one that prevents adding another.
     #[error(transparent)]
     Device(HotplugError),
+    /// There is no such rate limit.
+    #[error(transparent)]
+    RateLimiter(RateLimiterError),
     /// Only a paused machine can be saved.
     #[error("The VM is running: pause it before it is saved")]
     NotPaused,

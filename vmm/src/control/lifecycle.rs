@@ -18,6 +18,7 @@ use api::config::{HotplugMethod, MemoryConfig};
 use api::{
     Endpoint, PciDeviceInfo, ReclaimThresholdsChange, ReportingAction, RestoreConfig,
     VmBalloonReporting, VmConfig, VmResize, VmResizeDisk, VmSnapshotConfig, VmState,
+    VmUpdateRateLimiter,
 };
 
 use super::error::{LifecycleError, RequestError};
@@ -460,6 +461,28 @@ impl Lifecycle {
             return Err(LifecycleError::VmNotCreated);
         }
         self.on_machine(|machine| machine.resize_disk(&resize.id, resize.desired_size))
+    }
+
+    /// `vm.update-rate-limiter`
+    ///
+    /// # Errors
+    /// There is no VM, nothing of this name, or the limit is invalid; in this case nothing has changed.
+    pub fn update_rate_limiter(
+        &mut self,
+        update: &VmUpdateRateLimiter,
+    ) -> Result<(), LifecycleError> {
+        let config = self.config.as_ref().ok_or(LifecycleError::VmNotCreated)?;
+        let limit = update.rate_limiter_config;
+        let wanted = config::with_rate_limit(config, &update.id, limit)
+            .map_err(LifecycleError::RateLimiter)?;
+        config::validate_rate_limits(&wanted).map_err(LifecycleError::ConfigValidation)?;
+        if let Some(machine) = &self.machine {
+            machine
+                .set_rate_limit(&update.id, limit.as_ref())
+                .map_err(LifecycleError::Machine)?;
+        }
+        self.config = Some(wanted);
+        Ok(())
     }
 
     /// Adds a device. A network interface takes the open taps that came with the request. `None` without a running

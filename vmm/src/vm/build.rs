@@ -27,6 +27,7 @@ use virtio_devices::reclaim::ResidencyProbe;
 use super::consoles::DebugConsole;
 use super::devices::{self, Made};
 use super::observer::{Observed, OwnObserver};
+use super::rate_limits::{DeviceLimiter, MachineLimiters};
 use super::{Vm, VmContext, VmError, consoles, network};
 use crate::config::wished_slots;
 use crate::snapshot::Snapshot;
@@ -43,6 +44,7 @@ pub(super) struct Parts {
     balloon: Option<BalloonHandle>,
     mem: Option<MemHandle>,
     disks: BTreeMap<String, DiskHandle>,
+    limiters: MachineLimiters,
 }
 
 impl Parts {
@@ -54,15 +56,26 @@ impl Parts {
         snapshot: Option<&Snapshot>,
     ) -> Result<Self, VmError> {
         Vcpus::check(&config.cpus).map_err(in_cpus)?;
-        let disks = config.disks.iter().flatten().map(devices::disk);
-        let disks = disks.collect::<Result<Vec<_>, _>>()?;
-        let (disks, disk_handles): (Vec<_>, Vec<_>) = disks.into_iter().unzip();
-        let disk_ids = disks.iter().map(|made| made.plug.id.clone());
-        let disk_handles = disk_ids.zip(disk_handles).collect();
+        let mut limiters =
+            MachineLimiters::new(config.rate_limit_groups.as_deref().unwrap_or_default());
+        let mut disks = Vec::new();
+        let mut disk_handles = BTreeMap::new();
+        for disk in config.disks.iter().flatten() {
+            let (limiter, kept) = limiters.for_disk(disk);
+            let (made, handle) = devices::disk(disk, limiter)?;
+            limiters.keep(made.plug.id.clone(), kept);
+            disk_handles.insert(made.plug.id.clone(), handle);
+            disks.push(made);
+        }
         let rng = devices::rng(config)?;
         let watchdog = devices::watchdog(config, &context.signals)?;
-        let nets = config.net.iter_mut().flatten().map(network::net);
-        let nets = nets.collect::<Result<Vec<_>, _>>()?;
+        let mut nets = Vec::new();
+        for net in config.net.iter_mut().flatten() {
+            let limiter = MachineLimiters::for_net(net);
+            let made = network::net(net, limiter.clone())?;
+            limiters.keep(made.plug.id.clone(), DeviceLimiter::Net(limiter));
+            nets.push(made);
+        }
         let payload = match snapshot {
             Some(_) => None,
             None => {
@@ -109,6 +122,7 @@ impl Parts {
             balloon: balloon_handle,
             mem: mem_handle,
             disks: disk_handles,
+            limiters,
         })
     }
 
@@ -171,6 +185,7 @@ impl Parts {
             balloon: self.balloon,
             mem: self.mem,
             disks: self.disks,
+            limiters: self.limiters,
             observer,
         })
     }

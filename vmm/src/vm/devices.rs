@@ -19,6 +19,7 @@ use virtio_devices::balloon::{Balloon, BalloonHandle, BalloonParams};
 use virtio_devices::block::{self, Block, BlockParams, DiskHandle};
 use virtio_devices::fs::{Fs, FsParams};
 use virtio_devices::mem::{Mem, MemHandle, MemParams, MemRegion};
+use virtio_devices::rate_limit::RateLimiter;
 use virtio_devices::rng::Rng;
 use virtio_devices::vsock::{Vsock, VsockParams};
 use virtio_devices::watchdog::{self, Watchdog};
@@ -59,7 +60,10 @@ impl Made {
 }
 
 /// Opens a disk's image.
-pub(super) fn disk(disk: &DiskConfig) -> Result<(Made, DiskHandle), VmError> {
+pub(super) fn disk(
+    disk: &DiskConfig,
+    limiter: Arc<RateLimiter>,
+) -> Result<(Made, DiskHandle), VmError> {
     let id = disk
         .id
         .as_deref()
@@ -83,6 +87,7 @@ pub(super) fn disk(disk: &DiskConfig) -> Result<(Made, DiskHandle), VmError> {
             .flatten()
             .map(|pinned| (pinned.queue_index, pinned.host_cpus.clone()))
             .collect(),
+        limiter,
     })
     .map_err(|source| VmError::device(id, source))?;
     let handle = block.handle();

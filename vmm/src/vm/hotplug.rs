@@ -7,6 +7,7 @@ use machine::pc::Plugged;
 use machine::threads::DeviceKind;
 
 use super::devices::{self, Made};
+use super::rate_limits::{DeviceLimiter, MachineLimiters};
 use super::{Vm, VmError, network};
 use crate::config::NewDevice;
 
@@ -64,13 +65,21 @@ impl Vm {
     /// Plugs in a device that [`Vm::check_addition`] allows, and interrupts the guest.
     pub(super) fn plug(&mut self, device: &mut NewDevice) -> Result<PciDeviceInfo, VmError> {
         let mut new_disk = None;
+        let mut new_limiter = None;
         let (Made { plug, counters }, balloon) = match device {
             NewDevice::Disk(disk) => {
-                let (made, handle) = devices::disk(disk)?;
+                let (limiter, kept) = self.limiters.for_disk(disk);
+                let (made, handle) = devices::disk(disk, limiter)?;
                 new_disk = Some(handle);
+                new_limiter = Some(kept);
                 (made, None)
             }
-            NewDevice::Net(net) => (network::net(net)?, None),
+            NewDevice::Net(net) => {
+                let limiters = MachineLimiters::for_net(net);
+                let made = network::net(net, limiters.clone())?;
+                new_limiter = Some(DeviceLimiter::Net(limiters));
+                (made, None)
+            }
             NewDevice::Fs(fs) => (devices::fs(fs)?, None),
             NewDevice::Vsock(vsock) => (devices::vsock(vsock)?, None),
             NewDevice::Balloon(balloon) => {
@@ -83,6 +92,9 @@ impl Vm {
         let info = info(plugged);
         if let Some(disk) = new_disk {
             self.disks.insert(info.id.clone(), disk);
+        }
+        if let Some(limiter) = new_limiter {
+            self.limiters.keep(info.id.clone(), limiter);
         }
         self.balloon = balloon.or(self.balloon.take());
         Ok(info)

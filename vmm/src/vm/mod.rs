@@ -10,6 +10,7 @@ mod error;
 mod hotplug;
 mod network;
 mod observer;
+mod rate_limits;
 mod reclaim_report;
 mod reporting;
 #[cfg(test)]
@@ -19,7 +20,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use api::config::PlatformConfig;
+use api::config::{PlatformConfig, RateLimiterConfig};
 use api::{HintingAction, PciDeviceInfo, ReportingPolicy, VmBalloonReporting, VmConfig};
 use machine::boot::Payload;
 use machine::events::{DeviceEventKind, GuestPanic};
@@ -37,8 +38,9 @@ pub use error::VmError;
 pub use hotplug::HotplugError;
 use observer::OwnObserver;
 pub use observer::{BalloonStatsError, MachineObserver};
+use rate_limits::MachineLimiters;
 
-use crate::config::NewDevice;
+use crate::config::{NewDevice, rate_limits};
 use crate::events::{Event, EventKind, EventSink};
 use crate::snapshot::Snapshot;
 use crate::threads::{ThreadKind, ThreadStart};
@@ -159,6 +161,12 @@ pub trait Machine {
     /// There is no such disk, or its image cannot have this size.
     fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), VmError>;
 
+    /// Changes the rate limit of a disk, a network interface or a group, which holds when this returns.
+    ///
+    /// # Errors
+    /// There is no such device or group.
+    fn set_rate_limit(&self, id: &str, limit: Option<&RateLimiterConfig>) -> Result<(), VmError>;
+
     /// Sets the balloon's target in bytes and returns at once.
     ///
     /// # Errors
@@ -233,6 +241,7 @@ pub struct Vm {
     mem: Option<MemHandle>,
     /// By name.
     disks: BTreeMap<String, DiskHandle>,
+    limiters: MachineLimiters,
     observer: OwnObserver,
 }
 
@@ -311,6 +320,19 @@ impl Machine for Vm {
             .map_err(VmError::DiskResize)
     }
 
+    fn set_rate_limit(&self, id: &str, limit: Option<&RateLimiterConfig>) -> Result<(), VmError> {
+        let Some(users) = self.limiters.set(id, rate_limits(limit)) else {
+            let id = id.to_owned();
+            return Err(VmError::Hotplug(HotplugError::NoSuchDevice { id }));
+        };
+        let devices = self.pc.devices().iter();
+        for device in devices.filter(|it| users.contains(&it.id.as_str())) {
+            // A queue that waits for tokens of the old limit reads the new one when it is resumed.
+            self.pc.while_paused(device, || ());
+        }
+        Ok(())
+    }
+
     fn resize_balloon(&self, bytes: u64) -> Result<(), VmError> {
         let balloon = self.balloon.as_ref().ok_or(VmError::MissingBalloon)?;
         balloon.set_target_bytes(bytes);
@@ -369,6 +391,7 @@ impl Machine for Vm {
             let is_balloon = plugged.kind == DeviceKind::Balloon;
             self.observer.remove(&plugged.id, is_balloon);
             self.disks.remove(&plugged.id);
+            self.limiters.remove(&plugged.id);
             hotplug::info(&plugged)
         })
         .collect()

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use api::config::{MacAddr, NetConfig};
 use machine::threads::DeviceKind;
-use virtio_devices::net::{Backend, Net, NetParams};
+use virtio_devices::net::{Backend, Net, NetLimiters, NetParams};
 
 use super::VmError;
 use super::devices::Made;
@@ -32,7 +32,7 @@ struct DescriptorError {
 }
 
 /// Creates one interface and stores the tap's name in the configuration.
-pub(super) fn net(config: &mut NetConfig) -> Result<Made, VmError> {
+pub(super) fn net(config: &mut NetConfig, limiters: NetLimiters) -> Result<Made, VmError> {
     let id = config
         .id
         .clone()
@@ -48,6 +48,7 @@ pub(super) fn net(config: &mut NetConfig) -> Result<Made, VmError> {
         offload_tso: config.offload_tso,
         offload_ufo: config.offload_ufo,
         offload_csum: config.offload_csum,
+        limiters,
     })
     .map_err(|source| VmError::device(&id, source))?;
     if config.fds.is_none() {

@@ -2,6 +2,7 @@
 
 mod block_device;
 mod hostile;
+mod limits;
 mod model;
 mod open;
 mod requests;

@@ -3,6 +3,7 @@
 
 mod control;
 mod hostile;
+mod limits;
 mod real_tap;
 mod traffic;
 
@@ -12,7 +13,7 @@ use std::time::Instant;
 
 use super::frame_io::HEADER_BYTES;
 use super::tap::Tap;
-use super::{Backend, Net, NetError, NetParams};
+use super::{Backend, Net, NetError, NetLimiters, NetParams};
 use crate::testing::{Chain, DEADLINE, HandlerHarness, Segment, Used};
 use crate::{QueueHandler, VirtioDevice};
 
@@ -31,6 +32,7 @@ pub(super) fn params(num_queues: u16) -> NetParams {
         offload_tso: true,
         offload_ufo: true,
         offload_csum: true,
+        limiters: NetLimiters::default(),
     }
 }
 
@@ -44,11 +46,15 @@ pub(super) struct Rig {
 impl Rig {
     /// Accepts all offered features except mergeable buffers, plus `features`.
     pub(super) fn new(features: u64) -> Self {
+        Self::with_params(features, &params(2))
+    }
+
+    pub(super) fn with_params(features: u64, params: &NetParams) -> Self {
         let (near, far) = UnixDatagram::pair().unwrap();
         near.set_nonblocking(true).unwrap();
         far.set_nonblocking(true).unwrap();
         let tap = Tap::untested(OwnedFd::from(near));
-        let mut net = Net::with_taps(&params(2), vec![tap]).unwrap();
+        let mut net = Net::with_taps(params, vec![tap]).unwrap();
         let features = net.features() & !MRG_RXBUF & !(1 << 29) | features;
         let handler = net.take_handlers().remove(0);
         let mut harness = HandlerHarness::new(handler, features);
