@@ -14,9 +14,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use api::config::{CpusConfig, MemoryConfig, PayloadConfig};
-use hypervisor::Kvm;
+use hypervisor::{Kvm, VcpuState};
 use machine::boot::PayloadFiles;
-use machine::cpu::guest_phys_bits;
+use machine::cpu::{VcpusState, guest_phys_bits};
 use machine::memory::{GuestMemory, MemoryState};
 use machine::pc::{Pc, PcContext, PcError, PcParams, PcState, Plug};
 use machine::serial::{Endpoint, EndpointMode, SerialManager};
@@ -180,6 +180,36 @@ fn guest_saved_at_work_finishes_in_another_pc() {
     let all = [written, std::fs::read(&outputs[1]).unwrap()].concat();
     let counted: Vec<u8> = (1..=LAST).map(|count| count as u8).collect();
     assert_eq!(all, counted, "nothing lost, nothing twice");
+}
+
+#[test]
+fn nmi_requested_in_a_pause_is_saved_with_the_guest() {
+    let Some(rig) = Rig::new() else {
+        return;
+    };
+    let outputs = ["first", "second"].map(|name| rig.folder.path().join(name));
+    let pending = |state: &PcState| {
+        let vcpus: VcpusState = state.vcpus.read().unwrap();
+        let vcpu: VcpuState = vcpus.vcpus[0].state.read().unwrap();
+        vcpu.events.nmi.pending
+    };
+    let mut first = rig.booted(&outputs[0]);
+    wait_for_bytes(&outputs[0], 50);
+    first.pause().unwrap();
+    assert_eq!(pending(&first.state().unwrap()), 0);
+    first.nmi();
+    let state = through_text(&first.state().unwrap());
+    assert_eq!(pending(&state), 1);
+    let memory = rig.memory();
+    copy(first.memory(), &memory);
+    drop(first);
+
+    let mut second = rig.pc(memory, &outputs[1]);
+    second.plug_restored(rng("_rng", None), &state).unwrap();
+    second.plug_restored(rng("_other", None), &state).unwrap();
+    second.restore_pvpanic(&state).unwrap();
+    second.restore(&state).unwrap();
+    assert_eq!(pending(&second.state().unwrap()), 1);
 }
 
 #[test]

@@ -57,7 +57,7 @@ impl VcpuCell {
     ///
     /// A vCPU that the guest has not started gets none: it could not take the interrupt, and KVM would wake its thread
     /// without end.
-    fn deliver_nmi(&self, vcpu: &Vcpu) {
+    pub(super) fn deliver_nmi(&self, vcpu: &Vcpu) {
         if !self.nmi_requested.swap(false, Ordering::AcqRel) {
             return;
         }
@@ -119,9 +119,10 @@ pub(super) fn vcpu_thread(
         let mut vcpu = cell.lock();
         let outcome = kick::with_kicks(&mut vcpu, |vcpu| run_guest(vcpu, cell, gate, context));
         drop(vcpu);
-        drop(pass);
         if let Outcome::Over(event) = outcome {
+            // Before the pass is returned: whoever waits for a pause finds every event reported.
             (context.events)(event);
+            drop(pass);
             gate.wait_for_stop();
             return;
         }

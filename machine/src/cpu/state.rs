@@ -42,7 +42,10 @@ impl Vcpus {
     pub fn state(&self) -> Result<VcpusState, CpuError> {
         let clock = self.paused_clock.ok_or(CpuError::NotPaused)?;
         let vcpus = self.cells.iter().map(|cell| {
-            let state = cell.lock().state(&self.msr_indices);
+            let vcpu = cell.lock();
+            // One that was requested in the pause becomes part of the state.
+            cell.deliver_nmi(&vcpu);
+            let state = vcpu.state(&self.msr_indices);
             let state = state.map_err(vcpu_error(cell.index, "save"))?;
             Ok(IndexedVcpuState {
                 apic_id: cell.apic_id,

@@ -239,11 +239,20 @@ impl Vcpus {
     /// # Errors
     /// KVM rejected the clock; the vCPUs stay paused.
     pub fn resume(&mut self) -> Result<(), CpuError> {
+        self.resume_clock()?;
+        self.gate.set(Wanted::Running);
+        Ok(())
+    }
+
+    /// The part of [`Vcpus::resume`] that can fail; the clock runs afterwards. Idempotent.
+    ///
+    /// # Errors
+    /// As [`Vcpus::resume`].
+    pub fn resume_clock(&mut self) -> Result<(), CpuError> {
         if let Some(clock) = self.paused_clock {
             self.vm.set_clock(&clock).map_err(CpuError::Prepare)?;
             self.paused_clock = None;
         }
-        self.gate.set(Wanted::Running);
         Ok(())
     }
 

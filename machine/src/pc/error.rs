@@ -4,6 +4,7 @@ use std::error::Error;
 use std::io;
 
 use state::StateError;
+use virtio_devices::WorkerError;
 
 use crate::acpi::AcpiError;
 use crate::boot::BootError;
@@ -38,6 +39,15 @@ pub enum PcError {
         /// The error from the device.
         #[source]
         source: Box<dyn Error + Send + Sync>,
+    },
+    /// A device does not answer.
+    #[error("Cannot save device {id}")]
+    DeviceState {
+        /// The device.
+        id: String,
+        /// The error from its worker.
+        #[source]
+        source: WorkerError,
     },
     /// The guest has not released a device.
     #[error(

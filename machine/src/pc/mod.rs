@@ -260,8 +260,10 @@ impl Pc {
     /// Undoes [`Pc::pause`].
     ///
     /// # Errors
-    /// A vCPU could not be resumed.
+    /// KVM rejected the guest's clock; the machine stays paused.
     pub fn resume(&mut self) -> Result<(), PcError> {
+        // First, because it alone can fail.
+        self.vcpus.resume_clock().map_err(PcError::Cpu)?;
         self.paused = false;
         for plugged in &self.plugged {
             plugged.function.resume();

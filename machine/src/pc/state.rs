@@ -65,8 +65,8 @@ impl Pc {
     /// The state of the paused machine.
     ///
     /// # Errors
-    /// The machine is not paused, KVM refuses to show a part, or the guest still has a device whose removal was
-    /// requested: no configuration describes such a machine.
+    /// The machine is not paused, KVM refuses to show a part, a worker has ended, or the guest still has a device whose
+    /// removal was requested: no configuration describes such a machine.
     pub fn state(&self) -> Result<PcState, PcError> {
         let chassis = &self.chassis;
         let on_bus = chassis.pci.functions();
@@ -81,16 +81,20 @@ impl Pc {
             let id = plugged.id.clone();
             return Err(PcError::Leaving { id });
         }
+        let state_of = |plugged: &&Plugged| {
+            let id = plugged.id.clone();
+            match plugged.function.state() {
+                Ok(state) => Ok((id, Saved::of(&state))),
+                Err(source) => Err(PcError::DeviceState { id, source }),
+            }
+        };
         Ok(PcState {
             memory: Saved::of(&self.memory.state()),
             vcpus: Saved::of(&self.vcpus.state().map_err(PcError::Cpu)?),
             ioapic: Saved::of(&chassis.ioapic.state()),
             pci_bus: Saved::of(&chassis.pci.state(chassis.config_ports.address())),
             pci_hotplug: Saved::of(&hotplug),
-            devices: devices
-                .iter()
-                .map(|plugged| (plugged.id.clone(), Saved::of(&plugged.function.state())))
-                .collect(),
+            devices: devices.iter().map(state_of).collect::<Result<_, _>>()?,
             pvpanic: self.pvpanic.as_ref().map(|it| Saved::of(&it.state())),
             serial: self.serial.as_ref().map(|uart| Saved::of(&uart.state())),
             cmos: Saved::of(&chassis.cmos.state()),

@@ -106,7 +106,10 @@ fn moved(driver: MockPciDriver, make: Make<'_>) -> MockPciDriver {
     let read: Saved = serde_json::from_str(&text).expect("just written");
     let device = make(&moving.ram);
     let driver = moving.restore(device, &read).expect("state is sound");
-    assert_eq!(Saved::of(&driver.function.state()), saved);
+    assert_eq!(
+        Saved::of(&driver.function.state().expect("the workers run")),
+        saved
+    );
     driver
 }
 
@@ -153,7 +156,7 @@ fn samples_are_readable(name: &str, make: Make<'_>) {
         let ram = TestRam::new(RAM_BYTES);
         let (function, vectors) = restore(make(&ram), &ram, &sample)
             .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        newest = Some(Saved::of(&function.state()));
+        newest = Some(Saved::of(&function.state().expect("the workers run")));
         function.resume();
         let mut driver = MockPciDriver::probe(function, vectors, &ram);
         assert_alive(&mut driver);

@@ -164,7 +164,7 @@ impl MockPciDriver {
     /// Pauses the function, saves it and drops it with its device. The driver does not notice.
     pub fn save(self) -> (Saved, MovingDriver) {
         self.function.pause();
-        let saved = Saved::of(&self.function.state());
+        let saved = Saved::of(&self.function.state().expect("the workers run"));
         let moving = MovingDriver {
             ram: self.ram,
             windows: self.windows,

@@ -20,7 +20,7 @@ use vm_memory::GuestAddressSpace;
 use super::common_config::{CommonConfig, S_DRIVER_OK, S_FEATURES_OK, S_KNOWN};
 use super::function::{Registers, VirtioPciFunction, lock};
 use super::interrupt::{ISR_KNOWN, PciInterrupt, VIRTIO_MSI_NO_VECTOR};
-use crate::device::{HandlerState, QueuePosition};
+use crate::device::{HandlerState, QueuePosition, WorkerError};
 use crate::worker::WorkerHandle;
 
 const PART: Part = parts::VIRTIO_PCI;
@@ -99,8 +99,12 @@ pub struct RingState {
 
 impl VirtioPciFunction {
     /// The current state of the function. The caller has paused it, and no vCPU runs.
-    pub fn state(&self) -> VirtioPciState {
-        let handlers: Vec<HandlerState> = self.workers.iter().map(WorkerHandle::state).collect();
+    ///
+    /// # Errors
+    /// A worker has ended; the driver's requests are lost with it.
+    pub fn state(&self) -> Result<VirtioPciState, WorkerError> {
+        let handlers = self.workers.iter().map(WorkerHandle::state);
+        let handlers = handlers.collect::<Result<Vec<HandlerState>, _>>()?;
         let positions: BTreeMap<u16, QueuePosition> = handlers
             .iter()
             .flat_map(|handler| &handler.queues)
@@ -109,7 +113,7 @@ impl VirtioPciFunction {
         let registers = self.lock_state();
         let common = &registers.common;
         let device = lock(&self.device);
-        VirtioPciState {
+        Ok(VirtioPciState {
             device_type: device.device_type(),
             offered: common.offered,
             accepted: common.accepted,
@@ -129,7 +133,7 @@ impl VirtioPciFunction {
             msix: Saved::of(&registers.msix.state()),
             device: device.state(),
             handlers: handlers.into_iter().map(|handler| handler.own).collect(),
-        }
+        })
     }
 
     /// Hands the queues that were served to their workers, which are paused.

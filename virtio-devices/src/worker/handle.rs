@@ -183,13 +183,17 @@ impl WorkerHandle {
         self.call(Command::Resume);
     }
 
-    /// The handler's state; the caller has paused it. For the control thread. A thread that is gone serves no queue.
-    pub fn state(&self) -> HandlerState {
+    /// The handler's state; the caller has paused it. For the control thread.
+    ///
+    /// # Errors
+    /// [`WorkerError::Unresponsive`]: the thread is gone, and the handler's state with it.
+    pub fn state(&self) -> Result<HandlerState, WorkerError> {
         let (answer, state) = sync_channel(1);
-        if self.send(Command::State(answer)) {
-            return state.recv().unwrap_or_default();
-        }
-        HandlerState::default()
+        self.send(Command::State(answer));
+        // An error also if the command was not sent: the answer's sender is dropped with it.
+        state.recv().map_err(|_ended| WorkerError::Unresponsive {
+            reason: "the thread has ended",
+        })
     }
 
     /// Makes the handler serve a queue and returns when it has (called by vCPU threads). False if it did not, because

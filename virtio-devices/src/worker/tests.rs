@@ -423,3 +423,41 @@ fn worker_kicked_by_many_vcpus_still_takes_every_command() {
     });
     assert_eq!(rig.worker.failures(), 0);
 }
+
+/// Ends its thread when it is told to pause.
+struct Dying(Echo);
+
+impl QueueHandler for Dying {
+    fn name(&self) -> String {
+        self.0.name()
+    }
+    fn activate(
+        &mut self,
+        activation: Activation,
+        sources: &mut EventSources,
+    ) -> Result<(), WorkerError> {
+        self.0.activate(activation, sources)
+    }
+    fn queue_ready(&mut self, queue_index: u16, turn: &mut Turn) -> Result<(), WorkerError> {
+        self.0.queue_ready(queue_index, turn)
+    }
+    fn reset(&mut self) {
+        self.0.reset();
+    }
+    fn state(&self) -> HandlerState {
+        self.0.state()
+    }
+    fn pause(&mut self) {
+        panic!("the test wants the thread to end");
+    }
+}
+
+#[test]
+fn worker_whose_thread_has_ended_has_no_state_to_save() {
+    let seen = Rig::new().seen;
+    let handler = Box::new(Dying(Echo { seen, active: None }));
+    let worker = Worker::spawn(handler, Arc::new(|_: &str| {})).unwrap();
+    worker.pause();
+    let error = worker.state().unwrap_err();
+    assert!(matches!(error, WorkerError::Unresponsive { .. }), "{error}");
+}
