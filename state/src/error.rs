@@ -59,6 +59,11 @@ impl StateError {
         }
     }
 
+    /// Whether the host refused, as opposed to a state that cannot be.
+    pub fn is_of_host(&self) -> bool {
+        matches!(self, Self::Host { .. })
+    }
+
     /// The host refused.
     pub fn host(part: Part, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self::Host {

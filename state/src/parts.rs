@@ -67,8 +67,8 @@ parts! {
     MEMORY = "memory-map", 1..=1;
     /// Content of guest memory: which pages are in which file.
     MEMORY_CONTENT = "memory-content", 1..=1;
-    /// A snapshot: a PC, the table of its memory, and what the operator has set.
-    SNAPSHOT = "snapshot", 1..=1;
+    /// A snapshot: a PC, and what the operator has set.
+    SNAPSHOT = "snapshot", 2..=2;
     /// PCI bus: which function is where.
     PCI_BUS = "pci-bus", 1..=1;
     /// A PC: an envelope for each of its parts.

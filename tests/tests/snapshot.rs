@@ -2,13 +2,17 @@
 
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use integration_tests::bare_metal::{SCENARIO_DEADLINE, expect_all_passed, kvm_opens, start};
 use integration_tests::vmm::{PROCESS_DEADLINE, Vmm};
 use integration_tests::wait::wait_for;
 use serde_json::json;
+use test_skip::skip;
 
+/// Enough that an export takes a while, and none of it data.
+const LARGE: &[&str] = &["--memory", "size=1G,prefault=on"];
 const BALLOON: &[&str] = &["--balloon", "size=0,free_page_reporting=on"];
 
 /// Pauses the VM, saves it into a new folder and ends its process. Returns the URL of the folder.
@@ -134,4 +138,123 @@ fn damaged_snapshot_ends_the_process_with_its_name() -> Result<()> {
         "{told}"
     );
     Ok(())
+}
+
+/// A guest that has done its work and stays, in a pause.
+fn paused(arguments: &[&str]) -> Result<Vmm> {
+    let cmdline = ["--cmdline", "scenario=balloon stay"];
+    let mut vmm = start("balloon", &[BALLOON, &cmdline, arguments].concat())?;
+    expect_all_passed(&mut vmm)?;
+    vmm.put("vm.pause", None)?;
+    Ok(vmm)
+}
+
+#[test]
+fn process_killed_during_the_export_leaves_no_snapshot_or_a_whole_one() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let mut vmm = paused(LARGE)?;
+    let folder = tempfile::tempdir()?;
+    let url = format!("file://{}", folder.path().display());
+    let body = json!({"destination_url": url}).to_string();
+    std::thread::scope(|scope| -> Result<()> {
+        // The answer never comes, or says that it is done.
+        let request = scope.spawn(|| vmm.request("PUT", "vm.snapshot", Some(&body)).is_ok());
+        wait_for("the memory file", SCENARIO_DEADLINE, || {
+            Ok(folder.path().join("memory-0").exists().then_some(()))
+        })?;
+        vmm.killer()();
+        drop(request.join());
+        Ok(())
+    })?;
+    vmm.wait_exit(PROCESS_DEADLINE)?;
+    let complete = folder.path().join("state.json").exists();
+    let restore = format!("source_url={url}");
+    let mut second = Vmm::spawn(&["--restore", &restore])?;
+    if complete {
+        return second.wait_api();
+    }
+    let status = second.wait_exit(PROCESS_DEADLINE)?;
+    let told = second.stderr();
+    ensure!(!status.success() && told.contains("state.json"), "{told}");
+    Ok(())
+}
+
+#[test]
+fn export_to_a_full_disk_fails_and_leaves_nothing() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let disk = tempfile::tempdir()?;
+    let mount = |arguments: &[&str]| {
+        let command = Command::new(arguments[0])
+            .args(&arguments[1..])
+            .arg(disk.path())
+            .output();
+        command.is_ok_and(|output| output.status.success())
+    };
+    if !mount(&["mount", "-t", "tmpfs", "-o", "size=64k", "small"]) {
+        skip("no file system can be mounted");
+        return Ok(());
+    }
+    let saved = save_to_full_disk(disk.path());
+    ensure!(mount(&["umount"]), "it is still in use");
+    saved
+}
+
+fn save_to_full_disk(folder: &Path) -> Result<()> {
+    let vmm = paused(&["--event-monitor", "path=@/events"])?;
+    let body = json!({"destination_url": format!("file://{}", folder.display())}).to_string();
+    let refused = vmm.request("PUT", "vm.snapshot", Some(&body))?;
+    ensure!(refused.status == 500, "{refused:?}");
+    let causes = refused.json()?.to_string();
+    ensure!(causes.contains("No space left on device"), "{causes}");
+    ensure!(std::fs::read_dir(folder)?.next().is_none());
+    ensure!(vmm.text("events").contains("snapshot-failed"));
+    // The VM is as before.
+    let other = tempfile::tempdir()?;
+    let body = json!({"destination_url": format!("file://{}", other.path().display())}).to_string();
+    vmm.put("vm.snapshot", Some(&body))?;
+    vmm.put("vm.resume", None)?;
+    vmm.get("vm.balloon-stats")?;
+    Ok(())
+}
+
+#[test]
+fn restored_vm_with_landlock_confines_every_thread_and_reads_no_other_folder() -> Result<()> {
+    if !kvm_opens() {
+        return Ok(());
+    }
+    let [inside, outside] = [tempfile::tempdir()?, tempfile::tempdir()?];
+    let rule = format!("path={},access=rw", inside.path().display());
+    let vmm = paused(&["--landlock", "--landlock-rules", &rule])?;
+    let url = |folder: &Path| format!("file://{}", folder.display());
+    let to = |folder| json!({"destination_url": url(folder)}).to_string();
+    let refused = vmm.request("PUT", "vm.snapshot", Some(&to(outside.path())))?;
+    ensure!(refused.status == 400, "{refused:?}");
+    let folder = inside.path().join("saved");
+    std::fs::create_dir(&folder)?;
+    vmm.put("vm.snapshot", Some(&to(&folder)))?;
+    drop(vmm);
+
+    // Without a filter of system calls, only Landlock takes the right to gain privileges from a thread.
+    let restore = format!("source_url={},resume=on", url(&folder));
+    let second = Vmm::start(&["--seccomp", "false", "--restore", &restore])?;
+    for task in std::fs::read_dir(format!("/proc/{}/task", second.pid()))? {
+        let status = std::fs::read_to_string(task?.path().join("status"))?;
+        let kernel = status.contains("Name:\tkvm-");
+        ensure!(kernel || status.contains("NoNewPrivs:\t1"), "{status}");
+    }
+    second.put("vm.delete", None)?;
+    let from = json!({"source_url": url(outside.path())}).to_string();
+    let refused = second.request("PUT", "vm.restore", Some(&from))?;
+    let causes = refused.json()?.to_string();
+    ensure!(
+        refused.status == 400 && causes.contains("outside the Landlock rules"),
+        "{causes}"
+    );
+    let from = json!({"source_url": url(&folder), "resume": true}).to_string();
+    second.put("vm.restore", Some(&from))?;
+    second.get("vm.balloon-stats").map(drop)
 }

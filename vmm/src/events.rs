@@ -129,10 +129,14 @@ events! {
         Snapshotting "snapshotting"
         /// All of it is in files on the disk.
         Snapshotted "snapshotted"
+        /// It could not be saved; no snapshot was left.
+        SnapshotFailed "snapshot-failed" { error: String }
         /// A machine is being created from saved files.
         Restoring "restoring"
         /// It exists, paused, and has its memory.
         Restored "restored"
+        /// It could not be created; nothing was left.
+        RestoreFailed "restore-failed" { error: String }
         /// Memory or balloon are being resized.
         Resizing "resizing"
         /// The new sizes are set; the guest may still be working on them.

@@ -13,6 +13,7 @@ use vmm::event_monitor::EventMonitor;
 use vmm::landlock;
 use vmm::seccomp::Seccomp;
 use vmm::signals::{ExitSignals, exit_was_asked_for, survive_file_size_limit};
+use vmm::snapshot;
 use vmm::threads::{ThreadKind, ThreadStart};
 use vmm::view::PublishedView;
 use vmm::vm::{Vm, VmContext};
@@ -26,6 +27,8 @@ struct Plan {
     event_monitor: Option<PathOrFd>,
     config: Option<VmConfig>,
     restore: Option<RestoreConfig>,
+    /// The VM asks for Landlock.
+    confined: bool,
 }
 
 impl Plan {
@@ -38,11 +41,16 @@ impl Plan {
             .event_monitor
             .as_deref()
             .map(PathOrFd::parse_event_monitor);
+        let config = arguments.vm_config()?;
+        let restore = arguments.restore_config()?;
+        let saved = restore.as_ref().map(saved_config).transpose()?;
+        let confined = config.as_ref().or(saved.as_ref());
         let plan = Self {
+            confined: confined.is_some_and(|it| it.landlock_enable),
             api_socket: api_socket.transpose()?,
             event_monitor: event_monitor.transpose()?,
-            config: arguments.vm_config()?,
-            restore: arguments.restore_config()?,
+            config,
+            restore,
         };
         if plan.api_socket.is_none() && plan.config.is_none() && plan.restore.is_none() {
             bail!(
@@ -64,9 +72,8 @@ pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
     let plan = Plan::new(arguments)?;
     survive_file_size_limit().context("Cannot ignore SIGXFSZ")?;
     let seccomp = Arc::new(Seccomp::new(arguments.seccomp.into())?);
-    let confined = plan.config.as_ref().is_some_and(|it| it.landlock_enable);
     let mut thread_start = seccomp.hook();
-    if confined {
+    if plan.confined {
         thread_start = landlock::confine_observers(thread_start)?;
     }
     let mut exit_signals = ExitSignals::hold()?;
@@ -90,7 +97,7 @@ pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
         let ended = control.handle().call(Endpoint::VmmShutdown, Lifecycle::end);
         drop(ended);
     } else {
-        if confined {
+        if plan.confined {
             landlock::confine_main(socket.as_ref().and_then(ApiSocket::path))?;
         }
         seccomp.apply(ThreadKind::Main)?;
@@ -172,6 +179,12 @@ fn boot(control: &ControlThread, config: VmConfig) -> Result<()> {
     handle.call(Endpoint::VmCreate, |vm| vm.create(config))?;
     handle.call(Endpoint::VmBoot, Lifecycle::boot)?;
     Ok(())
+}
+
+/// The configuration in the snapshot to restore, without a change.
+fn saved_config(request: &RestoreConfig) -> Result<VmConfig> {
+    let folder = snapshot::folder_of(&request.source_url)?;
+    Ok(snapshot::saved_config(&folder)?)
 }
 
 fn restore(control: &ControlThread, request: RestoreConfig) -> Result<()> {

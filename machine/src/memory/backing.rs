@@ -182,16 +182,21 @@ impl Backing {
                 log::warn!("{}", ::api::error_chain(&error).join(": "));
             }
         }
-        if self.prefault {
-            madvise(
-                region,
-                libc::MADV_POPULATE_WRITE,
-                "madvise(MADV_POPULATE_WRITE)",
-                bytes,
-            )?;
+        match self.prefault {
+            true => populate(region),
+            false => Ok(()),
         }
-        Ok(())
     }
+}
+
+/// Makes all of the region resident. Its content stays.
+pub(super) fn populate(region: &MmapRegion<()>) -> Result<(), ZoneError> {
+    madvise(
+        region,
+        libc::MADV_POPULATE_WRITE,
+        "madvise(MADV_POPULATE_WRITE)",
+        region.size() as u64,
+    )
 }
 
 /// `MFD_HUGETLB` with the page size encoded for `MFD_HUGE_SHIFT`: its logarithm.

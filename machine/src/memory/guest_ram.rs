@@ -13,7 +13,7 @@ use vm_memory::{
     GuestRegionMmap,
 };
 
-use super::backing::Backing;
+use super::backing::{self, Backing};
 use super::layout::AddressMap;
 use super::source::Source;
 use super::zones::{Zone, hotplug_zone_of, place, zones_of};
@@ -108,6 +108,23 @@ impl GuestMemory {
             plans.push(plan);
         }
         Ok(Plan { map, zones: plans })
+    }
+
+    /// Makes the RAM resident that the guest has from the start, as `prefault` does. Its content stays.
+    ///
+    /// # Errors
+    /// The host does not have the memory.
+    pub fn populate(&self) -> Result<(), MemoryError> {
+        let ram = self.ram.memory();
+        for zone in self.zones.iter().filter(|zone| !zone.hotplug) {
+            let mut regions = ram.iter().filter(|it| zone.holds(it.start_addr().0));
+            let populated = regions.try_for_each(|region| backing::populate(region));
+            populated.map_err(|source| MemoryError::Zone {
+                id: zone.id.clone(),
+                source,
+            })?;
+        }
+        Ok(())
     }
 
     /// Limits the guest's addresses to `phys_bits`. RAM stays where it is.

@@ -2,7 +2,7 @@
 
 use std::error::Error;
 
-use api::ErrorBody;
+use api::{Endpoint, ErrorBody};
 use machine::pc::PcError;
 
 use super::http::{Answer, Status};
@@ -24,7 +24,7 @@ pub(super) fn answer<E: Error + 'static>(status: Status, error: E) -> Answer {
 
 /// The response to a request that failed.
 pub(super) fn request_failed(error: RequestError) -> Answer {
-    let adds_device = error.endpoint.adds_device();
+    let names_device = error.endpoint.adds_device() || error.endpoint == Endpoint::VmRestore;
     let status = match &error.cause {
         LifecycleError::VmNotCreated | LifecycleError::VmMissingConfig => Status::NotFound,
         LifecycleError::ConfigValidation(
@@ -63,11 +63,15 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         {
             Status::BadRequest
         }
-        LifecycleError::Machine(VmError::Pc(PcError::State(_))) => Status::BadRequest,
+        LifecycleError::Machine(VmError::Pc(PcError::State(error))) if !error.is_of_host() => {
+            Status::BadRequest
+        }
         // As with a device that is still leaving: the same request may succeed later.
-        LifecycleError::Machine(VmError::Pc(PcError::Leaving { .. })) => Status::TooManyRequests,
-        // The request names an image or a tap that cannot be used, or there is no slot for the device.
-        LifecycleError::Machine(VmError::Pc(PcError::Device { .. })) if adds_device => {
+        LifecycleError::ResetPending
+        | LifecycleError::Machine(VmError::Pc(PcError::Leaving { .. })) => Status::TooManyRequests,
+        // The request or the saved configuration names an image or a tap that cannot be used, the saved state is not
+        // that of the device, or there is no slot for it.
+        LifecycleError::Machine(VmError::Pc(PcError::Device { .. })) if names_device => {
             Status::BadRequest
         }
         LifecycleError::QueueFull => Status::ServiceUnavailable,
@@ -82,4 +86,96 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         | LifecycleError::Machine(_) => Status::InternalServerError,
     };
     answer(status, error)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::path::PathBuf;
+
+    use machine::cpu::CpuError;
+    use machine::memory::{ContentError, MemoryError};
+    use state::{StateError, parts};
+    use virtio_devices::WorkerError;
+
+    use super::*;
+
+    /// What `docs/api.md` says about snapshots, beside what the tests of every endpoint show.
+    #[test]
+    fn failed_snapshot_and_restore_have_the_documented_status() {
+        let invalid = || StateError::invalid(parts::MEMORY, "zones", "differ");
+        let host = || StateError::host(parts::VCPU, io::Error::other("KVM"));
+        let path = || PathBuf::from("/s/state.json");
+        let file = |kind: io::ErrorKind| {
+            LifecycleError::Snapshot(SnapshotError::File {
+                action: "write",
+                path: path(),
+                source: kind.into(),
+            })
+        };
+        let on_restore = |error| LifecycleError::Machine(VmError::Snapshot(error));
+        let in_pc = |error| LifecycleError::Machine(VmError::Pc(error));
+        let id = || "_disk0".to_owned();
+        let device = || PcError::Device {
+            id: id(),
+            source: "no such image".into(),
+        };
+        let damaged = SnapshotError::Damaged {
+            path: path(),
+            reason: "cut",
+        };
+        let chunk = ContentError::Damaged {
+            zone: "mem0".to_owned(),
+            offset: 0,
+        };
+        let no_page_tables = ContentError::Pages(io::Error::other("host"));
+        let too_large = MemoryError::SizeOverflow;
+        let ended = WorkerError::Unresponsive { reason: "ended" };
+        let (save, restore) = (Endpoint::VmSnapshot, Endpoint::VmRestore);
+        let cases = [
+            (save, LifecycleError::ResetPending, 429),
+            (save, in_pc(PcError::Leaving { id: id() }), 429),
+            (save, file(io::ErrorKind::StorageFull), 500),
+            (
+                save,
+                in_pc(PcError::DeviceState {
+                    id: id(),
+                    source: ended,
+                }),
+                500,
+            ),
+            (save, in_pc(PcError::Cpu(CpuError::NotPaused)), 500),
+            (restore, file(io::ErrorKind::NotFound), 400),
+            (restore, file(io::ErrorKind::PermissionDenied), 500),
+            (restore, LifecycleError::Snapshot(damaged), 400),
+            (
+                restore,
+                LifecycleError::Snapshot(SnapshotError::State(invalid())),
+                400,
+            ),
+            (restore, on_restore(SnapshotError::State(invalid())), 400),
+            (restore, on_restore(SnapshotError::State(host())), 500),
+            (restore, on_restore(SnapshotError::Content(chunk)), 400),
+            (
+                restore,
+                on_restore(SnapshotError::Content(no_page_tables)),
+                500,
+            ),
+            (restore, on_restore(SnapshotError::Memory(too_large)), 400),
+            (restore, in_pc(PcError::State(invalid())), 400),
+            (restore, in_pc(PcError::State(host())), 500),
+            (restore, in_pc(device()), 400),
+            (Endpoint::VmBoot, in_pc(device()), 500),
+            (
+                restore,
+                LifecycleError::Snapshot(SnapshotError::NetTwice { id: id() }),
+                409,
+            ),
+        ];
+        for (endpoint, cause, status) in cases {
+            let told = cause.to_string();
+            let answer = request_failed(RequestError { endpoint, cause });
+            assert_eq!(answer.status as u16, status, "{endpoint:?}: {told}");
+        }
+    }
 }

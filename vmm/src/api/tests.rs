@@ -34,6 +34,7 @@ use crate::vm::{
 use machine::memory::GuestMemory;
 use machine::pc::PcError;
 use machine::signals::VmSignals;
+use state::Saved;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -139,8 +140,9 @@ impl Machine for FakeMachine {
         let in_memory = |error| VmError::Pc(PcError::Memory(error));
         let memory = GuestMemory::new(&self.memory, 46).map_err(in_memory)?;
         let part = json!({"version": 1});
+        let map = Saved::of(&memory.state());
         let pc = json!({
-            "version": 1, "memory": part, "vcpus": part, "ioapic": part, "pci_bus": part, "pci_hotplug": part,
+            "version": 1, "memory": map, "vcpus": part, "ioapic": part, "pci_bus": part, "pci_hotplug": part,
             "devices": {}, "pvpanic": null, "serial": null, "cmos": part, "pm_timer": part, "ged": part,
         });
         let pc = serde_json::from_value(pc).unwrap();
@@ -702,8 +704,42 @@ fn vm_saved_is_the_same_after_a_restore() {
     std::fs::write(folder.path().join("state.json"), "{}").unwrap();
     let damaged = vmm.call(Endpoint::VmRestore, Some(&from(false)));
     assert_eq!(damaged.status, 400, "{damaged:?}");
+    assert!(vmm.has_event("vm restore-failed"));
     assert_eq!(vmm.call(Endpoint::VmInfo, None).status, 404);
     vmm.create("");
+}
+
+#[test]
+fn snapshot_that_fails_ends_with_an_event_and_the_vm_stays_paused() {
+    let vmm = vmm();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    vmm.ok(Endpoint::VmPause, None);
+    let to = body_of(Endpoint::VmSnapshot);
+    assert_eq!(vmm.call(Endpoint::VmSnapshot, to).status, 400);
+    assert!(vmm.has_event("vm snapshotting") && vmm.has_event("vm snapshot-failed"));
+    assert!(!vmm.has_event("vm snapshotted"));
+    assert_eq!(vmm.state(), "Paused");
+}
+
+#[test]
+fn reset_that_the_guest_requests_as_it_is_paused_is_not_lost_in_a_snapshot() {
+    let vmm = vmm();
+    let folder = tempfile::tempdir().unwrap();
+    let url = format!("file://{}", folder.path().display());
+    let to = json!({"destination_url": url}).to_string();
+    vmm.create("");
+    vmm.ok(Endpoint::VmBoot, None);
+    vmm.ok(Endpoint::VmPause, None);
+    vmm.signals.reset.write(1).unwrap();
+    let refused = vmm.call(Endpoint::VmSnapshot, Some(&to));
+    assert_eq!(refused.status, 429, "{refused:?}");
+    assert!(refused.body.to_string().contains("requested a reset"));
+    assert_eq!(folder.path().read_dir().unwrap().count(), 0);
+    vmm.ok(Endpoint::VmResume, None);
+    vmm.wait_until("rebooted", |vmm| vmm.has_event("vm rebooted"));
+    vmm.ok(Endpoint::VmPause, None);
+    vmm.ok(Endpoint::VmSnapshot, Some(&to));
 }
 
 #[test]

@@ -86,6 +86,9 @@ pub enum LifecycleError {
     /// Only a paused machine can be saved.
     #[error("The VM is running: pause it before it is saved")]
     NotPaused,
+    /// What the guest has requested in its last moment is not part of a state.
+    #[error("The guest has requested a reset: resume the VM, and save it after the reset")]
+    ResetPending,
     /// Saving, or what the request and the files to restore say.
     #[error(transparent)]
     Snapshot(SnapshotError),

@@ -44,6 +44,8 @@ pub struct Lifecycle {
     /// Open taps that came with requests, by their numbers in the configuration. They stay open across reboots.
     taps: BTreeMap<i32, OwnedFd>,
     paused: bool,
+    /// The guest has requested a reset that it still waits for.
+    reset_requested: bool,
     view: Arc<PublishedView>,
     /// Kept across reboots; discarded with the configuration.
     thresholds: Arc<Thresholds>,
@@ -74,6 +76,7 @@ impl Lifecycle {
             machines: 0,
             taps: BTreeMap::new(),
             paused: false,
+            reset_requested: false,
             view,
             thresholds,
             reporting_paused: false,
@@ -231,6 +234,7 @@ impl Lifecycle {
     fn stop_machine(&mut self) -> Result<(), LifecycleError> {
         let machine = self.machine.take().ok_or(LifecycleError::VmNotRunning)?;
         self.paused = false;
+        self.reset_requested = false;
         let stopped = machine.shutdown().map_err(LifecycleError::Machine);
         // Signals of the old machine must not affect the next one.
         for signal in [
@@ -318,7 +322,7 @@ impl Lifecycle {
     /// `vm.snapshot`: saves the paused machine. Returns when everything is on the disk.
     ///
     /// # Errors
-    /// The machine is not paused, or it cannot be saved; the folder is as before then.
+    /// The machine is not paused or about to be reset, or it cannot be saved; the folder is as before then.
     pub fn snapshot(&mut self, request: &VmSnapshotConfig) -> Result<(), LifecycleError> {
         let (Some(machine), Some(config)) = (&self.machine, &self.config) else {
             return Err(LifecycleError::VmNotRunning);
@@ -326,22 +330,38 @@ impl Lifecycle {
         if !self.paused {
             return Err(LifecycleError::NotPaused);
         }
+        if self.reset_requested {
+            return Err(LifecycleError::ResetPending);
+        }
+        self.emit(EventKind::Snapshotting);
+        let saved = self.save(machine.as_ref(), config, request);
+        self.emit(match &saved {
+            Ok(()) => EventKind::Snapshotted,
+            Err(error) => EventKind::SnapshotFailed {
+                error: api::error_chain(error).join(": "),
+            },
+        });
+        saved
+    }
+
+    fn save(
+        &self,
+        machine: &dyn Machine,
+        config: &VmConfig,
+        request: &VmSnapshotConfig,
+    ) -> Result<(), LifecycleError> {
         let folder = snapshot::folder_of(&request.destination_url);
         let folder = folder.map_err(LifecycleError::Snapshot)?;
         self.confinement
             .check(&[landlock::of_snapshot(&folder)])
             .map_err(LifecycleError::Landlock)?;
-        self.emit(EventKind::Snapshotting);
         let SavedMachine { pc, memory } = machine.save().map_err(LifecycleError::Machine)?;
         let state = SnapshotState {
             pc,
-            memory: Vec::new(),
             thresholds: self.thresholds.as_change(),
             reporting_paused: self.reporting_paused,
         };
-        snapshot::write(&folder, config, state, &memory).map_err(LifecycleError::Snapshot)?;
-        self.emit(EventKind::Snapshotted);
-        Ok(())
+        snapshot::write(&folder, config, &state, &memory).map_err(LifecycleError::Snapshot)
     }
 
     /// `vm.restore`: creates a machine from a snapshot, paused unless the request says otherwise. Network interfaces
@@ -358,11 +378,14 @@ impl Lifecycle {
         if self.config.is_some() {
             return Err(LifecycleError::VmAlreadyCreated);
         }
+        self.emit(EventKind::Restoring);
         let restored = self.restore_machine(request, fds);
-        if restored.is_err() {
+        if let Err(error) = &restored {
             self.context.consoles.close();
             self.confinement.forget_vm();
             self.thresholds.clear();
+            let error = api::error_chain(error).join(": ");
+            self.emit(EventKind::RestoreFailed { error });
         }
         restored?;
         match request.resume {
@@ -376,9 +399,12 @@ impl Lifecycle {
         request: &RestoreConfig,
         fds: Vec<OwnedFd>,
     ) -> Result<(), LifecycleError> {
-        let snapshot = snapshot::folder_of(&request.source_url)
-            .and_then(|folder| Snapshot::open(&folder))
-            .map_err(LifecycleError::Snapshot)?;
+        let folder = snapshot::folder_of(&request.source_url);
+        let folder = folder.map_err(LifecycleError::Snapshot)?;
+        self.confinement
+            .check(&[landlock::of_restore(&folder)])
+            .map_err(LifecycleError::Landlock)?;
+        let snapshot = Snapshot::open(&folder).map_err(LifecycleError::Snapshot)?;
         let mut config = snapshot.config.clone();
         let numbers: Vec<_> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         snapshot::adapt(&mut config, request, &numbers).map_err(LifecycleError::Snapshot)?;
@@ -389,7 +415,6 @@ impl Lifecycle {
         self.confinement
             .admit(&config)
             .map_err(LifecycleError::Landlock)?;
-        self.emit(EventKind::Restoring);
         let machine = (self.make_machine)(&mut config, &self.context, Some(&snapshot));
         self.install(config, machine.map_err(LifecycleError::Machine)?);
         self.paused = true;
@@ -637,6 +662,11 @@ impl Lifecycle {
     /// The operator has paused the machine.
     pub(super) fn is_paused(&self) -> bool {
         self.paused
+    }
+
+    /// The guest has requested a reset.
+    pub(super) fn note_reset_request(&mut self) {
+        self.reset_requested = true;
     }
 
     /// Delays a reset that the guest requested. Its vCPUs do not run until then.

@@ -37,7 +37,8 @@ pub(crate) const GUEST_RESET_INTERVAL: Duration = Duration::from_secs(2);
 
 /// The sources that wake the thread, in the order in which they are handled.
 const TOKEN_EXIT: u64 = 0;
-/// Before requests, so that a client that checks whether a device was released also sees it removed; and before the end
+/// Before requests, as the guest's signals that follow: a pause returns when all signals of the paused guest are there, so
+/// the next request finds them handled. A client that checks whether a device was released also sees it removed; and before the end
 /// of the machine, so that the earlier event is reported first.
 const TOKEN_EJECTED: u64 = 1;
 const TOKEN_FAILED: u64 = 2;
@@ -376,6 +377,7 @@ impl Control {
         clear(&self.signals.reset);
         let machine = self.lifecycle.machine_number()?;
         log::info!("The guest has asked for a reset");
+        self.lifecycle.note_reset_request();
         let delayed = self.delayed_reset.as_ref();
         if delayed.is_some_and(|delayed| delayed.machine == machine) {
             return None;

@@ -168,6 +168,11 @@ pub fn of_snapshot(folder: &Path) -> Need {
     Need::new(folder, MEMORY_FILES)
 }
 
+/// What restoring a VM from `folder` does there.
+pub fn of_restore(folder: &Path) -> Need {
+    Need::new(folder, READ)
+}
+
 fn of_payload(payload: &PayloadConfig) -> Vec<Need> {
     let files = [&payload.firmware, &payload.kernel, &payload.initramfs];
     let files = files.into_iter().flatten();

@@ -2,7 +2,7 @@
 
 use api::RestoreConfig;
 use api::VmConfig;
-use api::config::NetConfig;
+use api::config::{MemoryConfig, NetConfig};
 
 use super::SnapshotError;
 
@@ -16,10 +16,7 @@ pub fn adapt(
     request: &RestoreConfig,
     fds: &[i32],
 ) -> Result<(), SnapshotError> {
-    config.memory.prefault = request.prefault;
-    for zone in config.memory.zones.iter_mut().flatten() {
-        zone.prefault = request.prefault;
-    }
+    set_prefault(&mut config.memory, request.prefault);
     let mut named = request.net_fds.clone().unwrap_or_default();
     let ids = named.iter().map(|net| &net.id);
     if let Some((_, twice)) = ids
@@ -60,4 +57,11 @@ pub fn adapt(
         *fds = given.to_vec();
     }
     Ok(())
+}
+
+pub(super) fn set_prefault(memory: &mut MemoryConfig, prefault: bool) {
+    memory.prefault = prefault;
+    for zone in memory.zones.iter_mut().flatten() {
+        zone.prefault = prefault;
+    }
 }

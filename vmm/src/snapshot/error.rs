@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use machine::memory::ContentError;
+use machine::memory::{ContentError, MemoryError};
 use state::StateError;
 
 /// Why a snapshot cannot be written or read.
@@ -73,6 +73,9 @@ pub enum SnapshotError {
     /// The content of RAM.
     #[error(transparent)]
     Content(ContentError),
+    /// RAM of the configuration.
+    #[error("Cannot create guest memory")]
+    Memory(#[source] MemoryError),
     /// An interface that was created from descriptors needs new ones.
     #[error("Network device {id} needs {needed} file descriptors in net_fds; got {got}")]
     NetFds {
@@ -119,10 +122,11 @@ impl SnapshotError {
             | Self::SharedFolder { .. }
             | Self::Damaged { .. }
             | Self::Json { .. }
-            | Self::State(_)
             | Self::NetFds { .. }
             | Self::NetTwice { .. }
             | Self::FdCount { .. } => true,
+            Self::State(error) => !error.is_of_host(),
+            Self::Memory(error) => error.is_of_configuration(),
             Self::Content(error) => {
                 matches!(error, ContentError::Damaged { .. } | ContentError::Table(_))
             }

@@ -6,22 +6,19 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use api::VmConfig;
-use machine::memory::{GuestMemory, ZoneContentState};
+use machine::memory::{GuestMemory, MemoryState, ZoneContentState};
 use machine::open_regular_file;
 use machine::pc::PcState;
-use serde::de::DeserializeOwned;
 use state::Saved;
 
+use super::adapt::set_prefault;
+use super::bounds::{Bounds, CONFIG_BYTES_MAX};
+use super::state_file::{StateFile, checksum_line};
 use super::{SnapshotError, SnapshotState};
 
 const CONFIG: &str = "config.json";
 const STATE: &str = "state.json";
 const STATE_PARTIAL: &str = "state.json.partial";
-
-/// As much as a request may have.
-const CONFIG_BYTES_MAX: u64 = 4 << 20;
-/// 2 TiB of RAM need 160 MiB of tables.
-const STATE_BYTES_MAX: u64 = 512 << 20;
 
 /// The folder that `url` names.
 ///
@@ -69,18 +66,37 @@ impl NewFiles<'_> {
         }
     }
 
-    fn write(&mut self, name: &str, text: &str) -> Result<PathBuf, SnapshotError> {
+    fn write(&mut self, name: &str, text: &str) -> Result<(), SnapshotError> {
         let (mut file, path) = self.create(name)?;
         file.write_all(text.as_bytes())
             .and_then(|()| file.sync_all())
-            .map_err(SnapshotError::file("write", &path))?;
-        Ok(path)
+            .map_err(SnapshotError::file("write", &path))
+    }
+
+    /// Gives the file that was written last its final name.
+    fn rename_last(&mut self, name: &str) -> Result<(), SnapshotError> {
+        let to = self.folder.join(name);
+        if let Some(last) = self.paths.last_mut() {
+            fs::rename(&*last, &to).map_err(SnapshotError::file("rename", last))?;
+            *last = to;
+        }
+        Ok(())
+    }
+
+    /// Syncs the folder. The files are complete: none is removed any more.
+    fn keep(mut self) -> Result<(), SnapshotError> {
+        File::open(self.folder)
+            .and_then(|folder| folder.sync_all())
+            .map_err(SnapshotError::file("sync", self.folder))?;
+        self.paths.clear();
+        Ok(())
     }
 }
 
 impl Drop for NewFiles<'_> {
     fn drop(&mut self) {
-        for path in &self.paths {
+        // The last one first: without it, the others are no snapshot.
+        for path in self.paths.iter().rev() {
             if let Err(error) = fs::remove_file(path) {
                 log::warn!("Cannot remove {}: {error}", path.display());
             }
@@ -88,14 +104,14 @@ impl Drop for NewFiles<'_> {
     }
 }
 
-/// Writes the snapshot of a paused machine into `folder`. `state` lacks the tables of memory, which this adds.
+/// Writes the snapshot of a paused machine into `folder`.
 ///
 /// # Errors
 /// The folder has such files, the VM cannot be saved, or writing fails; the folder is as before then.
 pub fn write(
     folder: &Path,
     config: &VmConfig,
-    mut state: SnapshotState,
+    state: &SnapshotState,
     memory: &GuestMemory,
 ) -> Result<(), SnapshotError> {
     require_content_is_ours(config)?;
@@ -108,20 +124,17 @@ pub fn write(
         paths: Vec::new(),
     };
     files.write(CONFIG, &text_of(config))?;
+    let mut text = text_of(&Saved::of(state)) + "\n";
     for (at, zone) in memory.zones().iter().enumerate() {
         let (file, _) = files.create(&memory_name(at))?;
         let table = memory.save_zone(zone, &file);
-        state.memory.push(table.map_err(SnapshotError::Content)?);
+        text += &text_of(&table.map_err(SnapshotError::Content)?);
+        text += "\n";
     }
-    let mut text = text_of(&Saved::of(&state));
-    text += &checksum_of(&text);
-    let partial = files.write(STATE_PARTIAL, &text)?;
-    fs::rename(&partial, &path).map_err(SnapshotError::file("rename", &partial))?;
-    // Complete: nothing is removed any more.
-    files.paths.clear();
-    File::open(folder)
-        .and_then(|folder| folder.sync_all())
-        .map_err(SnapshotError::file("sync", folder))
+    text += &checksum_line(crc32fast::hash(text.as_bytes()));
+    files.write(STATE_PARTIAL, &text)?;
+    files.rename_last(STATE)?;
+    files.keep()
 }
 
 /// Refuses state that is kept outside the snapshot. At a restore, a configuration that was edited is refused as well: RAM
@@ -140,7 +153,7 @@ fn require_content_is_ours(config: &VmConfig) -> Result<(), SnapshotError> {
 }
 
 /// Opens a file of a snapshot for reading and returns its size with it.
-fn open_file(path: &Path) -> Result<(File, u64), SnapshotError> {
+pub(super) fn open_file(path: &Path) -> Result<(File, u64), SnapshotError> {
     let opened = open_regular_file(path).map_err(SnapshotError::file("open", path))?;
     opened.ok_or_else(|| SnapshotError::Damaged {
         path: path.to_owned(),
@@ -152,10 +165,14 @@ fn text_of<T: serde::Serialize>(value: &T) -> String {
     serde_json::to_string(value).expect("plain data is always JSON")
 }
 
-/// What follows the text in its file: the end of its line, and a line with its checksum.
-fn checksum_of(text: &str) -> String {
-    let crc = crc32fast::hash(text.as_bytes());
-    format!("\n{{\"crc32\":\"{crc:08x}\"}}\n")
+/// The configuration of the snapshot in `folder`.
+///
+/// # Errors
+/// The file is missing or not a configuration.
+pub fn saved_config(folder: &Path) -> Result<VmConfig, SnapshotError> {
+    let path = folder.join(CONFIG);
+    let text = read(&path, CONFIG_BYTES_MAX)?;
+    serde_json::from_str(&text).map_err(|source| SnapshotError::Json { path, source })
 }
 
 /// A snapshot that was opened and checked. Its memory is checked while it is loaded.
@@ -167,7 +184,8 @@ pub struct Snapshot {
     pub pc: PcState,
     /// The rest of the state.
     pub state: SnapshotState,
-    memory: Vec<File>,
+    /// The file of each zone and its table.
+    memory: Vec<(File, ZoneContentState)>,
 }
 
 impl Snapshot {
@@ -176,33 +194,27 @@ impl Snapshot {
     /// # Errors
     /// A file is missing, damaged, or of another version.
     pub fn open(folder: &Path) -> Result<Self, SnapshotError> {
+        let config = saved_config(folder)?;
+        require_content_is_ours(&config)?;
+        let bounds = Bounds::of(&config);
         let path = folder.join(STATE);
-        let text = read(&path, STATE_BYTES_MAX)?;
-        let damaged = |reason| SnapshotError::Damaged {
-            path: path.clone(),
-            reason,
-        };
-        let (body, checksum) = text.split_at(text.find('\n').unwrap_or(text.len()));
-        if checksum_of(body) != checksum {
-            return Err(damaged("its checksum does not match"));
-        }
-        let saved: Saved = json(&path, body)?;
+        let mut lines = StateFile::open(&path, bounds.file)?;
+        let saved: Saved = lines.next(bounds.machine)?;
         let state: SnapshotState = saved.read().map_err(SnapshotError::State)?;
         let pc: PcState = state.pc.read().map_err(SnapshotError::State)?;
-        let path = folder.join(CONFIG);
-        let config = json(&path, &read(&path, CONFIG_BYTES_MAX)?)?;
-        require_content_is_ours(&config)?;
-        let open = |(at, table): (usize, &ZoneContentState)| {
+        let map: MemoryState = pc.memory.read().map_err(SnapshotError::State)?;
+        let mut memory = Vec::new();
+        for at in 0..map.zones.len() {
+            let table: ZoneContentState = lines.next(bounds.table)?;
             let path = folder.join(memory_name(at));
             let (file, bytes) = open_file(&path)?;
-            let reason = "its size is not that of its zone";
-            match bytes == table.bytes {
-                true => Ok(file),
-                false => Err(SnapshotError::Damaged { path, reason }),
+            if bytes != table.bytes {
+                let reason = "its size is not that of its zone";
+                return Err(SnapshotError::Damaged { path, reason });
             }
-        };
-        let memory = state.memory.iter().enumerate().map(open);
-        let memory = memory.collect::<Result<_, _>>()?;
+            memory.push((file, table));
+        }
+        lines.end()?;
         Ok(Self {
             config,
             pc,
@@ -211,33 +223,26 @@ impl Snapshot {
         })
     }
 
-    /// Loads the content of RAM, which nobody has touched yet.
+    /// Creates the RAM of `config` with the saved content.
     ///
     /// # Errors
-    /// RAM has other zones than the saved one, or a memory file is damaged.
-    pub fn load(&self, memory: &GuestMemory, thp: bool) -> Result<(), SnapshotError> {
+    /// RAM cannot be created, has other zones than the saved one, or a memory file is damaged.
+    pub fn memory(&self, config: &VmConfig) -> Result<GuestMemory, SnapshotError> {
+        let mut unpopulated = config.memory.clone();
+        set_prefault(&mut unpopulated, false);
+        let memory = GuestMemory::new(&unpopulated, config.cpus.max_phys_bits);
+        let memory = memory.map_err(SnapshotError::Memory)?;
         let map = self.pc.memory.read();
         let fits = map.and_then(|map| memory.check_state(&map));
         fits.map_err(SnapshotError::State)?;
-        let (zones, tables) = (memory.zones(), &self.state.memory);
-        state::require(
-            zones.len() == tables.len(),
-            state::parts::SNAPSHOT,
-            "memory",
-            || {
-                format!(
-                    "has {} zones, the machine has {}",
-                    tables.len(),
-                    zones.len()
-                )
-            },
-        )
-        .map_err(SnapshotError::State)?;
-        for ((zone, file), table) in zones.iter().zip(&self.memory).zip(tables) {
-            let loaded = memory.load_zone(zone, file, table, thp);
+        for (zone, (file, table)) in memory.zones().iter().zip(&self.memory) {
+            let loaded = memory.load_zone(zone, file, table, config.memory.thp);
             loaded.map_err(SnapshotError::Content)?;
         }
-        Ok(())
+        if config.memory.prefault {
+            memory.populate().map_err(SnapshotError::Memory)?;
+        }
+        Ok(memory)
     }
 }
 
@@ -257,9 +262,23 @@ fn read(path: &Path, bytes_max: u64) -> Result<String, SnapshotError> {
     }
 }
 
-fn json<T: DeserializeOwned>(path: &Path, text: &str) -> Result<T, SnapshotError> {
-    serde_json::from_str(text).map_err(|source| SnapshotError::Json {
-        path: path.to_owned(),
-        source,
-    })
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_that_were_not_kept_are_removed_also_under_their_final_name() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut files = NewFiles {
+            folder: folder.path(),
+            paths: Vec::new(),
+        };
+        files.write(CONFIG, "{}").expect("written");
+        files.write(STATE_PARTIAL, "{}").expect("written");
+        files.rename_last(STATE).expect("renamed");
+        assert!(folder.path().join(STATE).exists());
+        // As when the folder cannot be synced.
+        drop(files);
+        assert_eq!(folder.path().read_dir().expect("a folder").count(), 0);
+    }
 }

@@ -4,29 +4,30 @@
 //! | --- | --- |
 //! | `config.json` | the configuration; may be edited before a restore |
 //! | `memory-N` | the content of the N-th zone of RAM, sparse |
-//! | `state.json` | the machine, the tables of the memory files, thresholds; then a line with its checksum |
+//! | `state.json` | a line with the machine and the thresholds, a line with the table of each memory file, a line with the checksum |
 //!
 //! ```text
 //!  write:  config.json, memory-N (new files, synced) ─► state.json.partial, synced ─► renamed ─► folder synced
-//!  open:   config.json ─► state.json: checksum, versions ─► memory-N opened ─► nothing is created before
+//!  open:   config.json ─► state.json: size, checksum, versions ─► memory-N opened ─► nothing is created before
 //! ```
 //! A folder without `state.json` is no snapshot, so a crash or a full disk leaves none. Names of files do not come from
 //! the files. The formats of the states are in `docs/state.md`.
 
 mod adapt;
+mod bounds;
 mod error;
 mod files;
+mod state_file;
 #[cfg(test)]
 mod tests;
 
 use api::ReclaimThresholdsChange;
-use machine::memory::ZoneContentState;
 use serde::{Deserialize, Serialize};
 use state::{Part, Saved, State, parts};
 
 pub use adapt::adapt;
 pub use error::SnapshotError;
-pub use files::{Snapshot, folder_of, write};
+pub use files::{Snapshot, folder_of, saved_config, write};
 
 /// The machine as it was paused, and the operator's settings that are not in the configuration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,8 +35,6 @@ pub use files::{Snapshot, folder_of, write};
 pub struct SnapshotState {
     /// A `PcState`.
     pub pc: Saved,
-    /// The tables of the memory files.
-    pub memory: Vec<ZoneContentState>,
     /// Alerts, and the reporting policy if one was set.
     pub thresholds: ReclaimThresholdsChange,
     /// The operator has paused reporting.

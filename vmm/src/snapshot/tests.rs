@@ -23,7 +23,6 @@ fn state(memory: &GuestMemory) -> SnapshotState {
     });
     SnapshotState {
         pc: serde_json::from_value(pc).unwrap(),
-        memory: Vec::new(),
         thresholds: ReclaimThresholdsChange::default(),
         reporting_paused: true,
     }
@@ -40,7 +39,7 @@ fn memory() -> GuestMemory {
 fn written() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let memory = memory();
-    write(folder.path(), &config(), state(&memory), &memory).unwrap();
+    write(folder.path(), &config(), &state(&memory), &memory).unwrap();
     folder
 }
 
@@ -55,9 +54,7 @@ fn names(folder: &tempfile::TempDir) -> Vec<String> {
 
 fn load(folder: &tempfile::TempDir) -> Result<GuestMemory, SnapshotError> {
     let snapshot = Snapshot::open(folder.path())?;
-    let memory = GuestMemory::new(&snapshot.config.memory, 46).unwrap();
-    snapshot.load(&memory, true)?;
-    Ok(memory)
+    snapshot.memory(&snapshot.config)
 }
 
 #[test]
@@ -85,7 +82,7 @@ fn folder_in_use_is_refused_and_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join(name), "theirs").unwrap();
         let memory = memory();
-        let error = write(folder.path(), &config(), state(&memory), &memory).unwrap_err();
+        let error = write(folder.path(), &config(), &state(&memory), &memory).unwrap_err();
         assert!(error.to_string().contains(name), "{error}");
         assert_eq!(names(&folder), [name], "what was written is gone again");
         let text = std::fs::read_to_string(folder.path().join(name)).unwrap();
@@ -103,7 +100,7 @@ fn zone_in_a_file_is_refused() {
         ..MemoryZoneConfig::default()
     }]);
     let memory = memory();
-    let error = write(folder.path(), &config, state(&memory), &memory).unwrap_err();
+    let error = write(folder.path(), &config, &state(&memory), &memory).unwrap_err();
     assert!(error.to_string().contains("zone disk"), "{error}");
     assert!(names(&folder).is_empty());
 }
@@ -146,7 +143,7 @@ fn vm_with_a_shared_folder_is_refused() {
         ..FsConfig::default()
     }]);
     let memory = memory();
-    let error = write(folder.path(), &config, state(&memory), &memory).unwrap_err();
+    let error = write(folder.path(), &config, &state(&memory), &memory).unwrap_err();
     assert!(error.to_string().contains("folder home"), "{error}");
     assert!(error.is_of_request() && names(&folder).is_empty());
 }
@@ -220,6 +217,74 @@ fn configuration_of_other_memory_is_refused() {
     std::fs::write(folder.path().join("config.json"), text).unwrap();
     let error = error_chain(&load(&folder).unwrap_err()).join(": ");
     assert!(error.contains("memory-map"), "{error}");
+}
+
+/// Replaces the lines of `state.json` by `change`d ones, with a checksum that matches.
+fn rewrite(folder: &tempfile::TempDir, change: impl FnOnce(&mut Vec<String>)) {
+    let path = folder.path().join("state.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let mut lines: Vec<String> = text.lines().map(str::to_owned).collect();
+    lines.pop();
+    change(&mut lines);
+    let mut text = lines.join("\n") + "\n";
+    text += &state_file::checksum_line(crc32fast::hash(text.as_bytes()));
+    std::fs::write(&path, text).unwrap();
+}
+
+#[test]
+fn state_with_other_lines_is_refused() {
+    type Change = fn(&mut Vec<String>);
+    let changes: [(&str, Change); 5] = [
+        ("a line is missing", |lines| lines.truncate(1)),
+        ("Cannot read", Vec::clear),
+        ("surplus line", |lines| lines.push("{}".to_owned())),
+        ("Cannot read", |lines| lines[0] = "[]".to_owned()),
+        ("too long", |lines| {
+            lines[1].insert_str(0, &" ".repeat(64 << 10));
+        }),
+    ];
+    for (expected, change) in changes {
+        let folder = written();
+        rewrite(&folder, change);
+        let error = Snapshot::open(folder.path()).unwrap_err();
+        let told = error_chain(&error).join(": ");
+        assert!(
+            told.contains(expected) && told.contains("state.json"),
+            "{told}"
+        );
+        assert!(error.is_of_request());
+    }
+}
+
+#[test]
+fn state_too_long_for_the_configured_machine_is_refused_unread() {
+    let folder = written();
+    let file = std::fs::File::options()
+        .write(true)
+        .open(folder.path().join("state.json"));
+    // As much as this would not fit into the host's memory.
+    file.unwrap().set_len(1 << 40).unwrap();
+    let error = Snapshot::open(folder.path()).unwrap_err();
+    assert!(error.to_string().contains("too long"), "{error}");
+    assert!(error.is_of_request());
+}
+
+#[test]
+fn memory_is_populated_only_if_the_snapshot_fits_it() {
+    let folder = written();
+    let snapshot = Snapshot::open(folder.path()).unwrap();
+    let mut config = config();
+    config.memory.prefault = true;
+    let memory = snapshot.memory(&config).unwrap();
+    let probe = virtio_devices::reclaim::ResidencyProbe::new(memory.ram().clone()).unwrap();
+    assert_eq!(probe.measure().unwrap().resident_bytes, 8 << 20);
+    // More than any host has.
+    config.memory.size = 1 << 42;
+    let error = snapshot.memory(&config).unwrap_err();
+    assert!(
+        error_chain(&error).join(": ").contains("memory-map"),
+        "{error}"
+    );
 }
 
 fn with_taps(net_fds: &[(&str, usize)], fds: &[i32]) -> Result<VmConfig, SnapshotError> {

@@ -84,14 +84,14 @@ impl Parts {
             }
         };
 
-        let phys_bits = config.cpus.max_phys_bits;
-        let memory = GuestMemory::new(&config.memory, phys_bits).map_err(in_memory)?;
+        let memory = match snapshot {
+            Some(snapshot) => snapshot.memory(config).map_err(VmError::Snapshot)?,
+            None => {
+                GuestMemory::new(&config.memory, config.cpus.max_phys_bits).map_err(in_memory)?
+            }
+        };
         let payload = payload.map(|payload| payload.load(&memory));
         let payload = payload.transpose().map_err(in_payload)?;
-        if let Some(snapshot) = snapshot {
-            let loaded = snapshot.load(&memory, config.memory.thp);
-            loaded.map_err(VmError::Snapshot)?;
-        }
         let balloon = config.balloon.as_ref();
         let balloon = balloon.map(|balloon| devices::balloon(balloon, &memory));
         let (balloon, balloon_handle) = balloon.transpose()?.unzip();

@@ -1,0 +1,79 @@
+//! How large the files of a snapshot can be, found from its configuration before they are read.
+
+use api::VmConfig;
+
+/// As much as a request may have.
+pub(super) const CONFIG_BYTES_MAX: u64 = 4 << 20;
+
+/// All devices; the largest is a socket device with every connection.
+const DEVICES_BYTES: u64 = 4 << 20;
+/// Registers, CPUID leaves, and the state of a nested guest.
+const VCPU_BYTES: u64 = 128 << 10;
+/// `KVM_MAX_VCPUS` of Linux at most.
+const VCPUS_MAX: u64 = 4096;
+/// One bit for each block of 2 MiB that can be plugged in, in base 64, and more.
+const RAM_PER_BLOCK_BYTE: u64 = 4 << 20;
+/// Content is listed by chunks of this size,
+const CHUNK_BYTES: u64 = 2 << 20;
+/// each of them in at most so much text.
+const CHUNK_TEXT_BYTES: u64 = 192;
+/// A table without chunks.
+const TABLE_BYTES: u64 = 256;
+
+/// Bounds of `state.json`. Nobody can make the reader use more memory than a small part of the configured RAM.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Bounds {
+    /// The line of the machine.
+    pub(super) machine: u64,
+    /// The line of one memory file.
+    pub(super) table: u64,
+    /// The whole file.
+    pub(super) file: u64,
+}
+
+impl Bounds {
+    pub(super) fn of(config: &VmConfig) -> Self {
+        let memory = &config.memory;
+        let zones = memory.zones.iter().flatten().count().max(1) as u64 + 1;
+        // Invalid sizes are refused later, where they are named.
+        let ram = memory.total_bytes().unwrap_or(0);
+        let ram = ram.saturating_add(memory.hotplug_size.unwrap_or(0));
+        let vcpus = u64::from(config.cpus.boot_vcpus).min(VCPUS_MAX);
+        let machine = DEVICES_BYTES + vcpus * VCPU_BYTES + ram / RAM_PER_BLOCK_BYTE;
+        // Every zone can end with a chunk that is not whole, before and behind the hole in the address map.
+        let chunks = ram / CHUNK_BYTES + 2 * zones;
+        let table = TABLE_BYTES + chunks * CHUNK_TEXT_BYTES;
+        Self {
+            machine,
+            table,
+            file: machine + table + zones * TABLE_BYTES,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use machine::memory::{ChunkState, ZoneContentState};
+
+    use super::*;
+
+    #[test]
+    fn table_of_a_zone_that_is_full_of_data_is_within_its_bound() {
+        let mut config = VmConfig::default();
+        config.memory.size = 1 << 30;
+        let chunk = ChunkState {
+            offset: u64::MAX,
+            pages: state::Bytes(vec![255; 64]),
+            crc32: u32::MAX,
+        };
+        let table = ZoneContentState {
+            bytes: u64::MAX,
+            chunks: vec![chunk; 512],
+        };
+        let text = serde_json::to_string(&table).expect("plain data is always JSON");
+        let bounds = Bounds::of(&config);
+        assert!((text.len() as u64) < bounds.table, "{}", text.len());
+        assert!(bounds.machine + bounds.table < bounds.file);
+        assert!(bounds.file < 8 << 20, "a small machine has a small bound");
+    }
+}
