@@ -236,16 +236,22 @@ fn restored_vm_with_landlock_confines_every_thread_and_reads_no_other_folder() -
     let folder = inside.path().join("saved");
     std::fs::create_dir(&folder)?;
     vmm.put("vm.snapshot", Some(&to(&folder)))?;
-    drop(vmm);
+    // Its folder, with the file of the serial port, stays.
+    vmm.put("vmm.shutdown", None)?;
 
     // Without a filter of system calls, only Landlock takes the right to gain privileges from a thread.
     let restore = format!("source_url={},resume=on", url(&folder));
-    let second = Vmm::start(&["--seccomp", "false", "--restore", &restore])?;
-    for task in std::fs::read_dir(format!("/proc/{}/task", second.pid()))? {
-        let status = std::fs::read_to_string(task?.path().join("status"))?;
-        let kernel = status.contains("Name:\tkvm-");
-        ensure!(kernel || status.contains("NoNewPrivs:\t1"), "{status}");
-    }
+    let mut second = Vmm::start(&["--seccomp", "false", "--restore", &restore])?;
+    // The main thread comes last.
+    wait_for("rules on every thread", PROCESS_DEADLINE, || {
+        ensure!(!second.has_ended()?, "{}", second.stderr());
+        let mut all = true;
+        for task in std::fs::read_dir(format!("/proc/{}/task", second.pid()))? {
+            let status = std::fs::read_to_string(task?.path().join("status"))?;
+            all &= status.contains("Name:\tkvm-") || status.contains("NoNewPrivs:\t1");
+        }
+        Ok(all.then_some(()))
+    })?;
     second.put("vm.delete", None)?;
     let from = json!({"source_url": url(outside.path())}).to_string();
     let refused = second.request("PUT", "vm.restore", Some(&from))?;
