@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-/// The guest's view of its memory.
+/// The guest's statistics of its memory.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(extend("example" = json!({
     "balloon_actual": 0, "last_update": 1_700_000_000_000_u64, "age_ms": 120, "stats": {"free_memory": 400_000_000}
@@ -13,7 +13,8 @@ use serde_json::json;
 pub struct BalloonStatsResponse {
     /// Bytes the guest says are in the balloon.
     pub balloon_actual: u64,
-    /// When the guest last sent statistics: milliseconds since the Unix epoch on the host's clock; 0 before the first.
+    /// Time at which the guest last sent statistics: milliseconds since the Unix epoch on the host's clock; 0 before
+    /// the first.
     #[serde(default)]
     pub last_update: u64,
     /// Milliseconds since the guest last sent statistics, on a clock that cannot be set; absent before the first.

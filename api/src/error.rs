@@ -12,7 +12,7 @@ use serde_json::json;
 /// Most links of a chain that are shown. A chain longer than this is a cycle or a bug, never information.
 const CHAIN_LINKS_MAX: usize = 32;
 
-/// The body of every 4xx and 5xx answer: the chain of causes, outermost first.
+/// The body of every 4xx and 5xx response: the chain of causes, outermost first.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(transparent)]
 #[schemars(extend("example" = json!(["Error from API", "The VM could not be resized", "No balloon is configured"])))]

@@ -14,27 +14,26 @@ pub struct VmBalloonHinting {
     pub action: HintingAction,
 }
 
-/// What to do about free page hinting.
+/// Action on free page hinting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum HintingAction {
-    /// Ask the guest to hint at all the memory it has free. Answered at once; the guest follows in its own time.
+    /// Ask the guest for hints about all its free memory. The request does not wait for the guest.
     Start,
-    /// End the run. Only the batch under way is still discarded.
+    /// End the run. Only the batch in progress is still discarded.
     Stop,
 }
 
-/// Where free page hinting stands.
+/// State of free page hinting.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct HintingStatus {
-    /// `idle`, `requested` (the guest has not begun), `running`, or `stopping` (stopped, and the guest has not
-    /// confirmed it).
+    /// `idle`, `requested` (the guest has not started), `running`, or `stopping` (the guest has not confirmed the end).
     pub state: String,
     /// Number of the latest run as the guest knows it; 0 before the first.
     pub command_id: u32,
-    /// Runs asked for since the VM booted.
+    /// Runs requested since the VM booted.
     pub runs_requested: u64,
-    /// Runs in which the guest has hinted at all it had.
+    /// Runs in which the guest gave hints about all its free memory.
     pub runs_completed: u64,
 }
 

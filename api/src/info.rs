@@ -31,14 +31,15 @@ pub struct VmmPingResponse {
     pub features: Vec<String>,
 }
 
-/// Where in its life the VM is.
+/// State of the VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Deserialize, Serialize, JsonSchema)]
 pub enum VmState {
     /// A configuration is stored; nothing runs.
     Created,
     /// The vCPUs run.
     Running,
-    /// Known to clients; a VM that was shut down is shown as `Created`, because its configuration can be booted again.
+    /// For clients of Cloud Hypervisor. A VM that was shut down is `Created` here, because its configuration can be
+    /// booted again.
     Shutdown,
     /// The vCPUs are stopped and can be resumed.
     Paused,
@@ -62,9 +63,10 @@ impl fmt::Display for VmState {
 pub struct VmInfo {
     /// The configuration as it is now, with generated ids and with what `vm.resize` changed.
     pub config: VmConfig,
-    /// Where in its life the VM is.
+    /// State of the VM.
     pub state: VmState,
-    /// Bytes of RAM the guest may use: RAM at boot and what it has plugged in, less what it says is in the balloon.
+    /// Bytes of RAM that the guest can use: RAM at boot and plugged RAM, less the balloon's size as the guest reports
+    /// it.
     #[serde(default)]
     pub memory_actual_size: u64,
     /// Devices of a booted VM by id; absent before boot.
@@ -97,7 +99,7 @@ pub struct DeviceNode {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(extend("example" = json!({"id": "_disk0", "bdf": "0000:00:05.0"})))]
 pub struct PciDeviceInfo {
-    /// Its name, the caller's own or a generated one.
+    /// Its name, which the request gave or the VMM generated.
     pub id: String,
     /// PCI address as `0000:00:05.0`.
     pub bdf: String,

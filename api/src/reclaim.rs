@@ -13,8 +13,7 @@ use serde_json::json;
 
 use crate::{HintingStatus, ReportingStatus};
 
-/// How much memory came back to the host. Ballooned, reported and reclaimed describe the same memory from three sides
-/// and must not be added up.
+/// How much memory is back on the host. Ballooned, reported and reclaimed memory overlap and must not be added.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(extend("example" = json!({
     "configured_bytes": 1 << 30,
@@ -33,15 +32,15 @@ pub struct ReclaimStats {
     pub configured_bytes: u64,
     /// Guest RAM that occupies host memory now, bytes, measured by `residency_method`.
     pub resident_bytes: u64,
-    /// Configured guest RAM that does not occupy host memory now, bytes: `configured_bytes - resident_bytes`. It holds
-    /// what was given back and what was never touched.
+    /// Configured guest RAM that does not occupy host memory now, bytes: `configured_bytes - resident_bytes`. It
+    /// includes memory that was returned and memory that was never touched.
     pub reclaimed_bytes: u64,
-    /// Memory that came back to the guest after it was given back, bytes, found by `repopulated_method`.
+    /// Memory that the guest touched again after it was returned, bytes, by `repopulated_method`.
     #[serde(default)]
     pub repopulated_bytes: u64,
-    /// How `repopulated_bytes` was found. `discarded-minus-absent`: bytes discarded since boot over all paths, less
-    /// `reclaimed_bytes`, at least 0. Memory the guest never touched is absent too and hides as much; memory that was
-    /// discarded twice counts twice.
+    /// How `repopulated_bytes` was determined. `discarded-minus-absent`: bytes discarded since boot over all paths,
+    /// less `reclaimed_bytes`, at least 0. Memory that the guest never touched lowers this figure by as much; memory
+    /// that was discarded twice counts twice.
     #[serde(default)]
     pub repopulated_method: String,
     /// Guest RAM in the host's swap, bytes; absent when the method cannot tell.
@@ -49,22 +48,22 @@ pub struct ReclaimStats {
     pub swapped_bytes: Option<u64>,
     /// Bytes the guest says are in the balloon.
     pub ballooned_bytes: u64,
-    /// Bytes the operator wants in the balloon.
+    /// Target size of the balloon, bytes.
     pub balloon_target_bytes: u64,
-    /// What guest RAM is made of, which decides how it can be discarded: `anonymous-private`, `memfd-shared`,
+    /// Backing of guest RAM, which determines how it is discarded: `anonymous-private`, `memfd-shared`,
     /// `hugetlb-shared`, `hugetlb-private`, `file-shared`, `file-private`, or `mixed` if its zones differ.
     #[serde(default)]
     pub backing: String,
-    /// Residency zone by zone; RAM without zones is one, `mem0`. Empty where residency was not measured.
+    /// Residency of each zone; RAM without zones is one zone, `mem0`. Empty if residency was not measured.
     #[serde(default)]
     pub zones: Vec<ZoneResidency>,
     /// How `resident_bytes` was measured.
     #[serde(default)]
     pub residency_method: String,
-    /// What that measurement cost, µs.
+    /// Duration of that measurement, µs.
     #[serde(default)]
     pub resident_sample_us: u64,
-    /// How old that measurement is, ms.
+    /// Age of that measurement, ms.
     #[serde(default)]
     pub resident_age_ms: u64,
     /// Whether the guest reports free pages, and if not, why.
@@ -87,22 +86,22 @@ pub struct ReclaimStats {
     pub guest: Option<GuestSample>,
 }
 
-/// What one zone of guest RAM holds of the host.
+/// Host memory that one zone of guest RAM occupies.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct ZoneResidency {
     /// Name of the zone.
     pub id: String,
-    /// What it is made of, as in `ReclaimStats::backing`.
+    /// Its backing, as in `ReclaimStats::backing`.
     pub backing: String,
-    /// Size of its pages, bytes: less than a page cannot be given back.
+    /// Size of its pages, bytes, the smallest unit that can be returned.
     pub page_bytes: u64,
-    /// Its size, bytes; of the zone `mem0-hotplug`, what the guest has plugged in.
+    /// Its size, bytes; for the zone `mem0-hotplug`, the plugged part.
     pub configured_bytes: u64,
-    /// Of it, held in host memory now, bytes.
+    /// Part in host memory now, bytes.
     pub resident_bytes: u64,
     /// `configured_bytes - resident_bytes`.
     pub reclaimed_bytes: u64,
-    /// Of it, in the host's swap, bytes.
+    /// Part in the host's swap, bytes.
     pub swapped_bytes: u64,
     /// Whether the guest can report free pages of this zone, and if not, why.
     pub reporting: ZoneReporting,
@@ -111,14 +110,14 @@ pub struct ZoneResidency {
 /// Whether free pages of one zone can be reported.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct ZoneReporting {
-    /// True when the guest's reports are accepted and acted upon.
+    /// True if reported memory is discarded.
     pub active: bool,
-    /// Why it is not active; absent when it is.
+    /// Why it is not active; absent if it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
 
-/// What came in over one queue since the VM booted, and what became of it. Every requested byte ends in exactly one of
+/// Requests of one queue since the VM booted, and their outcome. Every requested byte is counted in exactly one of
 /// `discarded_bytes`, `skipped_bytes` and `failed_bytes`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct ReclaimPath {
@@ -126,23 +125,23 @@ pub struct ReclaimPath {
     pub requested_bytes: u64,
     /// Ranges the guest named, before merging.
     pub requested_ranges: u64,
-    /// Bytes the host kernel was asked to take back, successfully.
+    /// Bytes that the host kernel was asked to free, successfully.
     pub discarded_bytes: u64,
     /// `discarded_bytes` per second, the mean of the last ten whole seconds.
     #[serde(default)]
     pub discarded_bytes_per_second: u64,
-    /// Ranges the host kernel took back, after merging.
+    /// Ranges that the host kernel freed, after merging.
     pub discarded_ranges: u64,
-    /// Bytes left alone on purpose, by reason.
+    /// Bytes deliberately not discarded, by reason.
     #[serde(default)]
     pub skipped_bytes: BTreeMap<String, u64>,
-    /// Bytes for which the host kernel refused.
+    /// Bytes that the host kernel failed to free.
     pub failed_bytes: u64,
-    /// Ranges for which the host kernel refused.
+    /// Ranges that the host kernel failed to free.
     pub failed_ranges: u64,
-    /// Batches: buffers the guest handed over, each answered as one.
+    /// Batches: descriptor chains of the guest, each completed as one.
     pub batches: u64,
-    /// System calls made to discard.
+    /// System calls that discarded memory.
     pub discard_syscalls: u64,
     /// Time from taking a batch off the queue to its answer, µs.
     #[serde(default)]
@@ -161,29 +160,29 @@ impl ReclaimPath {
     }
 }
 
-/// A distribution of durations, in the unit that the name of the field holding it gives.
+/// A distribution of durations. The name of the enclosing field gives the unit.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct LatencySummary {
-    /// Number of durations seen.
+    /// Number of durations.
     pub count: u64,
-    /// Half of them took no longer; an upper bound from a histogram.
+    /// Median; an upper bound from a histogram.
     pub p50: u64,
-    /// Ninety-nine in a hundred took no longer; an upper bound from a histogram.
+    /// 99th percentile; an upper bound from a histogram.
     pub p99: u64,
     /// The longest.
     pub max: u64,
-    /// The whole distribution: the buckets that have counted something, ascending. Eight share a power of two, so each
+    /// The complete distribution: buckets that are not empty, ascending. A power of two has eight buckets, so each
     /// duration is known to within an eighth.
     #[serde(default)]
     pub buckets: Vec<LatencyBucket>,
 }
 
-/// The durations above the bucket before it and up to `le`.
+/// The durations above the previous bucket's `le` and up to this `le`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct LatencyBucket {
-    /// The longest duration this bucket takes.
+    /// The longest duration in this bucket.
     pub le: u64,
-    /// How many it holds, not counting those before it.
+    /// Number of durations in this bucket alone.
     pub count: u64,
 }
 
@@ -194,9 +193,9 @@ pub struct LastBatch {
     pub bytes: u64,
     /// Ranges the guest named.
     pub ranges: u64,
-    /// Time from taking it off the queue to its answer, µs.
+    /// Time from its removal from the queue to its completion, µs.
     pub latency_us: u64,
-    /// How long ago it was answered, ms.
+    /// Time since it was completed, ms.
     pub age_ms: u64,
 }
 
@@ -208,6 +207,6 @@ pub struct GuestSample {
     /// What a guest with our kernel patches says of its reporting; absent from any other.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reporting: Option<GuestReporting>,
-    /// How long ago they arrived, ms.
+    /// Time since they arrived, ms.
     pub age_ms: u64,
 }

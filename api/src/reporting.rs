@@ -10,12 +10,13 @@ use serde_json::json;
 pub struct VmBalloonReporting {
     /// What to do.
     pub action: ReportingAction,
-    /// With `report-now`: also what the guest has reported before, for example after a restore that made it resident.
+    /// With `report-now`: includes memory that the guest has reported before, for example after a restore that made it
+    /// resident.
     #[serde(default)]
     pub again: bool,
 }
 
-/// What to do about free page reporting.
+/// Action on free page reporting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ReportingAction {
@@ -28,7 +29,7 @@ pub enum ReportingAction {
     ReportNow,
 }
 
-/// Whether free page reporting is at work.
+/// State of free page reporting.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(extend("example" = json!({
     "active": false,
@@ -38,17 +39,17 @@ pub enum ReportingAction {
     "report_now": {"id": 0, "pending": false, "done_id": 0},
 })))]
 pub struct ReportingStatus {
-    /// True when the guest's reports are accepted and acted upon.
+    /// True if reported memory is discarded.
     pub active: bool,
-    /// Why it is not active; absent when it is.
+    /// Why it is not active; absent if it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// What the operator has asked for: `running`, `pausing` (not confirmed, and reports that are under way are still
-    /// discarded) or `paused`. Empty without a balloon.
+    /// State that the operator requested: `running`, `pausing` (not confirmed; reports in progress are still discarded)
+    /// or `paused`. Empty without a balloon.
     #[serde(default)]
     pub state: String,
-    /// Who holds a pause: `guest`, which has confirmed that it reports nothing, or `device`, which leaves alone what is
-    /// reported. Absent unless paused.
+    /// Who holds a pause: `guest`, which has confirmed that it reports nothing, or `device`, which ignores reports.
+    /// Absent unless paused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub paused_by: Option<String>,
     /// The latest request for a report of everything.
@@ -56,13 +57,13 @@ pub struct ReportingStatus {
     pub report_now: ReportNow,
 }
 
-/// A request for a report of everything.
+/// A request for a report of all free memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct ReportNow {
-    /// Number of the latest one; 0 before the first.
+    /// Number of the latest request; 0 before the first.
     pub id: u32,
-    /// The guest is at it.
+    /// The guest has not completed the latest request.
     pub pending: bool,
-    /// Number of the last one the guest has called done; 0 for none since its driver started.
+    /// Number of the last request that the guest has completed; 0 for none since its driver started.
     pub done_id: u32,
 }

@@ -4,24 +4,25 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-/// What to change; a field left out stays as it is. Applied in the order vCPUs, RAM, balloon, without roll-back.
+/// New sizes; absent fields stay unchanged. Applied in the order vCPUs, RAM, balloon; an error does not undo earlier
+/// changes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(extend("example" = json!({"desired_balloon": 1 << 30})))]
 pub struct VmResize {
-    /// Number of vCPUs the guest shall have.
+    /// Number of vCPUs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub desired_vcpus: Option<u32>,
-    /// RAM the guest shall have, in bytes. That of a running VM can be between `memory.size` and `memory.size` +
-    /// `memory.hotplug_size`, in blocks of 2 MiB.
+    /// RAM of the guest, bytes. For a running VM, between `memory.size` and `memory.size` + `memory.hotplug_size`, in
+    /// blocks of 2 MiB.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub desired_ram: Option<u64>,
-    /// Memory the guest shall give up to the balloon, in bytes. Answered at once; the guest follows in its own time.
+    /// Target size of the balloon, bytes. The request does not wait for the guest.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub desired_balloon: Option<u64>,
 }
 
-/// The new size of a disk. The image file is extended or cut; a block device must have the new size already.
+/// The new size of a disk. The image file is extended or truncated; a block device must already have the new size.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(extend("example" = json!({"id": "_disk0", "desired_size": 2_u64 << 30})))]
 pub struct VmResizeDisk {

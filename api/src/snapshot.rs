@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-/// Where to save the VM.
+/// The folder to save the VM in.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(extend("example" = json!({"destination_url": "file:///var/lib/vm/saved"})))]
 pub struct VmSnapshotConfig {

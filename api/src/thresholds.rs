@@ -27,7 +27,7 @@ use crate::options::{OptionError, OptionFault, Options, parse_bytes};
     "reporting_policy": ReportingPolicyStatus::example(),
 })))]
 pub struct ReclaimThresholds {
-    /// The rules with their states, in the order in which they were made.
+    /// The rules with their states, in order of creation.
     pub alerts: Vec<AlertStatus>,
     /// How the guest shall report, and whether it does.
     pub reporting_policy: ReportingPolicyStatus,
@@ -49,7 +49,7 @@ pub enum AlertDirection {
 /// A named rule on one figure.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct AlertRule {
-    /// What events call it; unique in a VM.
+    /// Name in events; unique in a VM.
     pub name: String,
     /// A number of `vm.reclaim-stats` by its path (`resident_bytes`, `report/failed_bytes`), or a counter of
     /// `vm.counters` (`_disk0/read_ops`).
@@ -58,43 +58,41 @@ pub struct AlertRule {
     pub direction: AlertDirection,
     /// The alert becomes active when the figure is beyond this value, in the figure's unit.
     pub enter: u64,
-    /// The alert ends when the figure is back at this value or on its safe side. What lies between is the dead band, in
-    /// which nothing changes.
+    /// The alert ends when the figure is at this value or on its safe side.
     pub leave: u64,
-    /// How long the figure must be beyond `enter` before the alert becomes active, ms.
+    /// Time for which the figure must be beyond `enter` before the alert becomes active, ms.
     pub duration_ms: u64,
 }
 
-/// A rule on one figure and where it stands. Between `enter` and `leave` lies the dead band, in which nothing changes.
+/// An alert rule and its state. Between `enter` and `leave` lies the dead band, in which the state does not change.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct AlertStatus {
     /// The rule.
     #[serde(flatten)]
     pub rule: AlertRule,
-    /// Whether it was entered and has not been left since.
+    /// Whether the alert is active.
     pub active: bool,
-    /// How long it has been so, ms.
+    /// Time since the state last changed, ms.
     pub since_ms: u64,
-    /// The figure when it was last looked at; absent while there is no such figure.
+    /// The figure at the last evaluation; absent while there is no such figure.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub value: Option<u64>,
-    /// How often it was entered since the rule was made.
+    /// Number of times the alert became active since the rule was created.
     pub times_entered: u64,
 }
 
-/// The policy, and whether this guest follows it.
+/// The policy and whether this guest follows it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct ReportingPolicyStatus {
     /// The policy.
     #[serde(flatten)]
     pub policy: ReportingPolicy,
-    /// True when the guest has been told and follows all of it.
+    /// True if the guest has read the policy and follows all of it.
     pub in_effect: bool,
-    /// Why it does not; absent when it does.
+    /// Why not; absent if `in_effect` is true.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Each setting by its name, and besides them what else can be asked of the guest: `pause`, `report_now` and
-    /// `report_again`.
+    /// Each setting by name, and the other requests to the guest: `pause`, `report_now` and `report_again`.
     #[serde(default)]
     pub settings: BTreeMap<String, SettingStatus>,
 }
@@ -119,15 +117,15 @@ impl ReportingPolicyStatus {
 /// Whether this guest follows one setting.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct SettingStatus {
-    /// True when it does.
+    /// True if the guest follows it.
     pub in_effect: bool,
-    /// Why it does not; absent when it does.
+    /// Why not; absent if `in_effect` is true.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
 
-/// What to change of alerts and reporting policy. What is absent stays unchanged. An answer of the `GET` is a valid body:
-/// what only an answer has is ignored.
+/// Changes of alerts and reporting policy. Absent fields stay unchanged. The response of `GET` is a valid body; fields
+/// that only responses have are ignored.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(extend("example" = json!({
     "remove_alerts": ["old"],
@@ -137,14 +135,14 @@ pub struct SettingStatus {
     "reporting_policy": {"delay_ms_max": 100},
 })))]
 pub struct ReclaimThresholdsChange {
-    /// Names of alerts to remove; done first.
+    /// Names of alerts to remove, before others are created.
     #[serde(
         default,
         deserialize_with = "list",
         skip_serializing_if = "Vec::is_empty"
     )]
     pub remove_alerts: Vec<String>,
-    /// Alerts to make, or to change when the name exists.
+    /// Alerts to create, or to change if the name exists.
     #[serde(
         default,
         deserialize_with = "list",
@@ -156,10 +154,10 @@ pub struct ReclaimThresholdsChange {
     pub reporting_policy: Option<ReportingPolicyChange>,
 }
 
-/// What to set of one alert, which is made if none has this name. A new one needs `figure`, `direction` and `enter`.
+/// Changes of one alert, which is created if none has this name. A new alert needs `figure`, `direction` and `enter`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct AlertChange {
-    /// What events call it; unique in a VM.
+    /// Name in events; unique in a VM.
     pub name: String,
     /// A number of `vm.reclaim-stats` by its path, or a counter of `vm.counters`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -170,10 +168,10 @@ pub struct AlertChange {
     /// The alert becomes active when the figure is beyond this value.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub enter: Option<u64>,
-    /// The alert ends when the figure is back at this value or on its safe side; that of a new alert is its `enter`.
+    /// The alert ends when the figure is at this value or on its safe side; for a new alert, the value of `enter`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub leave: Option<u64>,
-    /// How long the figure must be beyond `enter` before the alert becomes active, ms; that of a new alert is 0.
+    /// Time for which the figure must be beyond `enter` before the alert becomes active, ms; 0 for a new alert.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub duration_ms: Option<u64>,
 }

@@ -1,9 +1,9 @@
-//! How a disk image is locked against a second user.
+//! How a disk image is locked against other users.
 
 use serde::{Deserialize, Serialize};
 use strum::{IntoStaticStr, VariantArray};
 
-/// How a disk image is locked against a second user.
+/// How a disk image is locked against other users.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, IntoStaticStr, VariantArray,
 )]

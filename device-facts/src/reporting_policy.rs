@@ -136,7 +136,7 @@ macro_rules! reporting_policy {
             }
         }
 
-        /// What to set of the policy; what is absent stays as it is.
+        /// Settings of the policy to change; absent ones stay unchanged.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
         #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
         pub struct ReportingPolicyChange {
@@ -203,7 +203,7 @@ reporting_policy! {
         // The largest order of a free block on x86 is `MAX_PAGE_ORDER` of include/linux/mmzone.h: 4 MiB.
         OrderMin order_min {
             bit: 0, offset: 0x14, bytes: 4, unit: Order, default: 9, bounds: 0..=10,
-            "Order of the smallest block that is reported; a block has 4096 << order bytes. 0 leaves it to the guest"
+            "Order of the smallest block that is reported; a block has 4096 << order bytes. 0 for the guest's default"
         }
         // Blocks of 4 KiB in 4 TiB; more pending ones would mean that nothing is ever reported.
         PendingBlocks pending_blocks {
@@ -212,16 +212,16 @@ reporting_policy! {
         }
         DelayMsMax delay_ms_max {
             bit: 2, offset: 0x1c, bytes: 4, unit: Ms, default: 2000, bounds: 1..=DELAY_MS_MAX,
-            "After this time a report starts, however few blocks are pending, milliseconds"
+            "Time after which a report starts, however few blocks are pending, milliseconds"
         }
         // Also at most `delay_ms_max`, or nothing would ever be old enough in time.
         AgeMsMin age_ms_min {
             bit: 3, offset: 0x20, bytes: 4, unit: Ms, default: 0, bounds: 0..=DELAY_MS_MAX,
-            "Blocks that have been free for a shorter time are left alone, milliseconds"
+            "Blocks that have been free for a shorter time are not reported, milliseconds"
         }
         BytesPerSecondMax bytes_per_second_max {
             bit: 4, offset: 0x28, bytes: 8, unit: Bytes, default: 0, bounds: 0..=u64::MAX,
-            "Most bytes reported per second; 0 sets no bound"
+            "Maximum number of bytes reported per second; 0 for no limit"
         }
     }
     requests {

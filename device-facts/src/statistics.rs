@@ -87,13 +87,13 @@ statistics! {
         VIRTIO_BALLOON_S_SWAP_OUT = 1, swap_out, "Bytes swapped out";
         VIRTIO_BALLOON_S_MAJFLT = 2, major_faults, "Page faults that needed I/O";
         VIRTIO_BALLOON_S_MINFLT = 3, minor_faults, "Page faults that needed no I/O";
-        VIRTIO_BALLOON_S_MEMFREE = 4, free_memory, "Bytes not used at all";
+        VIRTIO_BALLOON_S_MEMFREE = 4, free_memory, "Unused bytes";
         VIRTIO_BALLOON_S_MEMTOT = 5, total_memory,
-            "Bytes the guest sees as its own. Without deflate-on-OOM the balloon is already subtracted";
+            "Bytes of RAM as the guest sees it. Without deflate-on-OOM, the balloon is subtracted";
         VIRTIO_BALLOON_S_AVAIL = 6, available_memory, "Bytes a new application could get without swapping";
-        VIRTIO_BALLOON_S_CACHES = 7, disk_caches, "Bytes of page cache that could be dropped";
+        VIRTIO_BALLOON_S_CACHES = 7, disk_caches, "Bytes of page cache that can be dropped";
         VIRTIO_BALLOON_S_HTLB_PGALLOC = 8, hugetlb_allocations, "Huge pages allocated";
-        VIRTIO_BALLOON_S_HTLB_PGFAIL = 9, hugetlb_failures, "Huge pages requested and refused";
+        VIRTIO_BALLOON_S_HTLB_PGFAIL = 9, hugetlb_failures, "Huge pages requested but not allocated";
         VIRTIO_BALLOON_S_OOM_KILL = 10, oom_kills, "Processes killed because memory ran out";
         VIRTIO_BALLOON_S_ALLOC_STALL = 11, alloc_stalls, "Allocations that had to wait for reclaim";
         VIRTIO_BALLOON_S_ASYNC_SCAN = 12, async_scans, "Bytes scanned by background reclaim";
@@ -104,13 +104,13 @@ statistics! {
 }
 
 statistics! {
-    /// What a guest with our kernel patches says of its reporting. Sent only by drivers that take a reporting policy.
+    /// Reporting statistics of a guest with our kernel patches. Only drivers that accept a reporting policy send them.
     GuestReporting {
-        VIRTIO_BALLOON_S_REPORTING_PENDING = 0x8000, pending_bytes, "Bytes free and not yet reported";
-        VIRTIO_BALLOON_S_REPORTING_REPORTED = 0x8001, reported_bytes, "Bytes reported and still free";
+        VIRTIO_BALLOON_S_REPORTING_PENDING = 0x8000, pending_bytes, "Bytes that are free and not yet reported";
+        VIRTIO_BALLOON_S_REPORTING_REPORTED = 0x8001, reported_bytes, "Bytes that are reported and still free";
         VIRTIO_BALLOON_S_REPORTING_BATCHES = 0x8002, batches, "Batches sent since the guest booted";
         VIRTIO_BALLOON_S_REPORTING_ISOLATION_FAILURES = 0x8003, isolation_failures,
-            "Blocks that could not be taken, as their pageblock is isolated";
+            "Blocks not reported because their pageblock is isolated";
     }
 }
 

@@ -213,7 +213,7 @@ impl Client {
         self.read(Endpoint::VmCounters)
     }
 
-    /// The guest's view of its memory.
+    /// The guest's statistics of its memory.
     ///
     /// # Errors
     /// As [`Client::call`], or an answer of another form.

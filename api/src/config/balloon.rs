@@ -8,25 +8,25 @@ use crate::options::parse_bytes;
 #[section(option = "balloon", about = "Balloon parameters")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BalloonConfig {
-    /// Bytes the guest shall give up to the balloon.
+    /// Target size of the balloon, bytes.
     #[key("<balloon_size>", read = parse_bytes, required, default = 0)]
     pub size: u64,
-    /// Let the guest take memory back out of the balloon before it kills a process.
+    /// Let the guest take memory out of the balloon before it kills a process.
     #[key]
     pub deflate_on_oom: bool,
     /// Let the guest report free pages, which are then returned to the host.
     #[key]
     pub free_page_reporting: bool,
-    /// Let `vm.balloon-hinting` ask the guest for hints at its free pages. Cloud Hypervisor does not have it.
+    /// Let `vm.balloon-hinting` ask the guest for hints about its free pages. Cloud Hypervisor lacks this key.
     #[key(omit_false)]
     pub free_page_hinting: bool,
-    /// Offer to tell the guest how to report (`vm.reclaim-thresholds`, `vm.balloon-reporting`). Experimental. Needs
+    /// Offer the guest a reporting policy (`vm.reclaim-thresholds`, `vm.balloon-reporting`). Experimental. Needs
     /// `free_page_reporting` and a guest with our kernel patches and `virtio_balloon.reporting_policy=1`. Cloud
-    /// Hypervisor does not have it.
+    /// Hypervisor lacks this key.
     #[key(omit_false)]
     pub reporting_policy: bool,
     /// Milliseconds between two samples of the guest's statistics, at least 100; 0 samples only on demand. Cloud
-    /// Hypervisor does not have it.
+    /// Hypervisor lacks this key.
     #[key("<milliseconds>")]
     pub stats_poll_ms: u64,
     /// Put the device behind the virtual IOMMU.

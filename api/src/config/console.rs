@@ -11,7 +11,7 @@ use crate::options::{KeyGroup, Keys, OptionError, OptionFault, Options, ValueErr
 /// I/O port of the debug console.
 pub const DEFAULT_DEBUG_CONSOLE_PORT: u16 = 0xe9;
 
-/// Where a console's output goes and its input comes from.
+/// Destination of a console's output and source of its input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[schemars(rename = "ConsoleMode")]
 pub enum ConsoleOutputMode {
@@ -25,7 +25,7 @@ pub enum ConsoleOutputMode {
     File,
     /// A UNIX socket that one client at a time connects to.
     Socket,
-    /// Nowhere; the device exists.
+    /// Output is discarded; the device exists.
     Null,
 }
 

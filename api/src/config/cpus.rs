@@ -64,7 +64,7 @@ pub struct CpuTopology {
 pub struct CpuAffinity {
     /// Index of the vCPU, from 0.
     pub vcpu: u32,
-    /// Host CPUs it may run on, by the host's numbers.
+    /// Host CPUs that it may run on, by the host's numbers.
     #[serde(deserialize_with = "crate::bounded::list")]
     pub host_cpus: Vec<usize>,
 }

@@ -22,7 +22,7 @@ pub struct DiskConfig {
     /// Image file or block device. Absent only with `vhost_user`.
     #[key("<disk_image_path>")]
     pub path: Option<PathBuf>,
-    /// Refuse the guest's writes.
+    /// Reject the guest's writes.
     #[key]
     pub readonly: bool,
     /// Bypass the host's page cache (`O_DIRECT`).
@@ -64,7 +64,7 @@ pub struct DiskConfig {
     /// Host CPUs each queue's worker may run on.
     #[key]
     pub queue_affinity: Option<Vec<VirtQueueAffinity>>,
-    /// Let the image refer to other image files.
+    /// Allow the image to refer to other image files.
     #[key]
     pub backing_files: bool,
     /// Return space the guest discards to the file system.
@@ -90,13 +90,13 @@ pub enum ImageType {
     /// QEMU copy-on-write, version 2 or 3.
     #[word("qcow2")]
     Qcow2,
-    /// The bytes of the disk, nothing else.
+    /// The bytes of the disk only.
     #[word("raw")]
     Raw,
     /// Hyper-V VHDX.
     #[word("vhdx")]
     Vhdx,
-    /// Not known to us; only where somebody else reads the image.
+    /// Unknown to the VMM; only for an image that another process reads.
     Unknown,
 }
 
@@ -109,7 +109,7 @@ impl Words for LockGranularity {
 pub struct VirtQueueAffinity {
     /// Index of the queue, from 0.
     pub queue_index: u16,
-    /// Host CPUs its worker may run on, by the host's numbers.
+    /// Host CPUs that its worker may run on, by the host's numbers.
     #[serde(deserialize_with = "crate::bounded::list")]
     pub host_cpus: Vec<usize>,
 }

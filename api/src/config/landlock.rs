@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use api_macros::section;
 
-/// One Landlock rule: a path and what the VMM may do with it.
+/// One Landlock rule: a path and the permitted access.
 #[section(option = "landlock-rules", about = "Landlock parameters")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LandlockConfig {

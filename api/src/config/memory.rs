@@ -11,7 +11,7 @@ use crate::options::{OptionError, parse_bytes};
 /// RAM of a VM that does not say otherwise: 512 MiB.
 pub const DEFAULT_MEMORY_BYTES: u64 = 512 << 20;
 
-/// Guest RAM: its size, what it is made of, and how it may grow.
+/// Guest RAM: size, backing and growth.
 #[section(
     option = "memory",
     about = "Memory parameters",
@@ -28,10 +28,10 @@ pub struct MemoryConfig {
     /// How RAM is added to a running guest. `Acpi` is not supported.
     #[key]
     pub hotplug_method: HotplugMethod,
-    /// Most bytes that can be added to a running guest: a multiple of 128 MiB, and only with `VirtioMem`.
+    /// Maximum number of bytes that can be added to a running guest: a multiple of 128 MiB, and only with `VirtioMem`.
     #[key("<hotpluggable_memory_size>", read = parse_bytes)]
     pub hotplug_size: Option<u64>,
-    /// Bytes of `hotplug_size` that the guest shall have; follows `vm.resize`.
+    /// Target for the part of `hotplug_size` that the guest has, bytes; follows `vm.resize`.
     #[key("<hotplugged_memory_size>", read = parse_bytes)]
     pub hotplugged_size: Option<u64>,
     /// Back RAM with a shared mapping, so that another process can map it too.
@@ -46,13 +46,13 @@ pub struct MemoryConfig {
     /// Allocate all of RAM before the guest starts.
     #[key]
     pub prefault: bool,
-    /// Have the host account for all of RAM up front.
+    /// Let the host account for all of RAM at the start.
     #[key]
     pub reserve: bool,
     /// Ask for transparent huge pages.
     #[key(default = true)]
     pub thp: bool,
-    /// RAM in parts of different kinds; `size` must be 0 then.
+    /// Zones of RAM with different backing; `size` must be 0.
     pub zones: Option<Vec<MemoryZoneConfig>>,
 }
 
@@ -90,8 +90,8 @@ pub struct MemoryZoneConfig {
     /// RAM at boot, bytes.
     #[key("<guest_memory_region_size>", read = parse_bytes, required, default = DEFAULT_MEMORY_BYTES)]
     pub size: u64,
-    /// File of at least this size that holds what the guest writes (shared) or is only read (not shared), or directory
-    /// for a new file without a name.
+    /// File of at least this size, or directory for a new unnamed file. With `shared=on` the guest's writes go to the
+    /// file; otherwise the file is only read.
     #[key("<backing_file>")]
     pub file: Option<PathBuf>,
     /// Back the zone with a shared mapping.
@@ -103,10 +103,10 @@ pub struct MemoryZoneConfig {
     /// Size of the huge pages, bytes; the host's default when absent.
     #[key("<hugepage_size>", read = parse_bytes)]
     pub hugepage_size: Option<u64>,
-    /// Host NUMA node the zone is taken from.
+    /// Host NUMA node that provides the zone.
     #[key("<node_id>")]
     pub host_numa_node: Option<u32>,
-    /// Most bytes that can be added to a running guest.
+    /// Maximum number of bytes that can be added to a running guest.
     #[key("<hotpluggable_memory_size>", read = parse_bytes)]
     pub hotplug_size: Option<u64>,
     /// Bytes already added.
@@ -115,7 +115,7 @@ pub struct MemoryZoneConfig {
     /// Allocate the zone before the guest starts.
     #[key]
     pub prefault: bool,
-    /// Have the host account for the zone up front.
+    /// Let the host account for the zone at the start.
     #[key]
     pub reserve: bool,
     /// Let the host merge equal pages (KSM).

@@ -53,7 +53,7 @@ pub use vsock::VsockConfig;
 use api_macros::section;
 use serde_json::{Value, json};
 
-/// The configuration of a VM. Unsupported sections are understood, kept, and refused at boot by name.
+/// The configuration of a VM. Unsupported sections are parsed and kept, and rejected by name at boot.
 #[section]
 #[derive(Clone, Debug, PartialEq)]
 #[schemars(extend("example" = json!({
@@ -94,13 +94,13 @@ pub struct VmConfig {
     pub platform: Option<PlatformConfig>,
     /// A virtual IOMMU. Unsupported.
     pub iommu: bool,
-    /// A watchdog device: a guest that has pinged it once and stops doing so is reset.
+    /// A watchdog device, which resets a guest that has pinged it and then stops.
     pub watchdog: bool,
     /// A device (pvpanic) through which the guest reports a panic; each report is an event.
     pub pvpanic: bool,
-    /// Let the VMM use only files that this configuration names.
+    /// Restrict the VMM to files that this configuration names.
     pub landlock_enable: bool,
-    /// Files that the VMM may use besides, for devices that are added later. Needs `landlock_enable`.
+    /// Further files that the VMM may use, for devices that are added later. Needs `landlock_enable`.
     pub landlock_rules: Option<Vec<LandlockConfig>>,
     /// Persistent memory. Unsupported.
     pub pmem: Option<Value>,

@@ -22,13 +22,13 @@ pub const INVALID_FD: i32 = -1;
 #[section(option = "net", about = "Network parameters")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NetConfig {
-    /// Name of the tap device; created when it does not exist, generated when absent.
+    /// Name of the tap device, which is created if it does not exist; generated when absent.
     #[key("<if_name>")]
     pub tap: Option<String>,
     /// Address given to the tap device on the host; left unchanged when absent.
     #[key]
     pub ip: Option<IpAddr>,
-    /// Netmask that goes with `ip`, of the same address family.
+    /// Netmask of `ip`, of the same address family.
     #[key("<net_mask>")]
     pub mask: Option<IpAddr>,
     /// Ethernet address of the guest's interface; a random local one when absent in the input.
@@ -43,7 +43,7 @@ pub struct NetConfig {
     /// Put the device behind the virtual IOMMU.
     #[key(omit_false)]
     pub iommu: bool,
-    /// Number of queues, two for each pair.
+    /// Number of queues, two per pair.
     #[key("<number_of_queues>", default = DEFAULT_NET_NUM_QUEUES)]
     pub num_queues: usize,
     /// Entries in each queue, a power of two.
@@ -61,8 +61,9 @@ pub struct NetConfig {
     /// Name of the device; generated when absent.
     #[key("<device_id>")]
     pub id: Option<String>,
-    /// Open tap devices, one for each queue pair. A number in JSON means nothing in another process, so every one reads
-    /// as -1; the real descriptors travel beside the request. On the command line they are the process's own.
+    /// File descriptors of open tap devices, one for each queue pair. Over the API, the descriptors come with the
+    /// request (SCM_RIGHTS), and every number in JSON reads as -1. On the command line, the numbers are those of
+    /// descriptors that the process inherits.
     #[key("<fd1,fd2...>", name = "fd")]
     #[serde(deserialize_with = "invalid_fds")]
     pub fds: Option<Vec<i32>>,

@@ -16,10 +16,10 @@ pub struct NumaConfig {
     /// vCPUs of the node, by index.
     #[key("<cpus_id>")]
     pub cpus: Option<Vec<u32>>,
-    /// How far other nodes are.
+    /// Distances to other nodes.
     #[key]
     pub distances: Option<Vec<NumaDistance>>,
-    /// Memory zones of the node, by name. RAM that has no zones is one of the name `mem0`.
+    /// Memory zones of the node, by name. RAM without zones is one zone, `mem0`.
     #[key("<list_of_memory_zones>")]
     pub memory_zones: Option<Vec<String>>,
     /// PCI segments of the node.
@@ -30,7 +30,7 @@ pub struct NumaConfig {
     pub device_id: Option<String>,
 }
 
-/// How far one node is from another, in the unit of the ACPI table. A distance given in one direction only holds for
+/// Distance from one node to another, in the unit of the ACPI table. A distance given in only one direction applies to
 /// both.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 pub struct NumaDistance {

@@ -7,7 +7,7 @@ pub const DEFAULT_NUM_PCI_SEGMENTS: u16 = 1;
 /// Address width of the virtual IOMMU that does not say otherwise, bits.
 pub const DEFAULT_IOMMU_ADDRESS_WIDTH_BITS: u8 = 64;
 
-/// Platform settings: PCI segments, and what SMBIOS tells the guest.
+/// Platform settings: PCI segments and SMBIOS strings.
 #[section(option = "platform", about = "Platform configuration parameters")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlatformConfig {
@@ -53,10 +53,10 @@ pub struct PlatformConfig {
     /// Let assigned devices reach each other's memory.
     #[key(default = true)]
     pub vfio_p2p_dma: bool,
-    /// Intel TDX. Known so that it can be refused.
+    /// Intel TDX. Recognised only to be rejected by name.
     #[key(hidden, omit_false)]
     pub tdx: bool,
-    /// AMD SEV-SNP. Known so that it can be refused.
+    /// AMD SEV-SNP. Recognised only to be rejected by name.
     #[key(hidden, omit_false)]
     pub sev_snp: bool,
 }

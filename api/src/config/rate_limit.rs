@@ -27,7 +27,7 @@ pub struct RateLimitGroupConfig {
     pub rate_limiter_config: Option<RateLimiterConfig>,
 }
 
-/// A bucket of tokens that fills at a steady rate.
+/// A token bucket, refilled at a constant rate.
 #[section]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TokenBucket {

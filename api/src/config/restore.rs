@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::options::{OptionValue, ValueError, parse_named_integers};
 
-/// What to restore, and how.
+/// The snapshot to restore, and how.
 #[section(option = "restore", about = "Restore from a VM snapshot")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[schemars(extend("example" = json!({"source_url": "file:///var/lib/vm/saved", "resume": true})))]
@@ -15,10 +15,10 @@ pub struct RestoreConfig {
     /// Folder of the snapshot, as `file://` and its absolute path.
     #[key("<source_url>", required)]
     pub source_url: String,
-    /// Populate all RAM with pages, also where the guest had given them back. Replaces `prefault` of RAM and zones.
+    /// Populate all RAM with pages, including those that the guest had returned. Replaces `prefault` of RAM and zones.
     #[key]
     pub prefault: bool,
-    /// How RAM gets its content.
+    /// How RAM is filled.
     #[key]
     pub memory_restore_mode: MemoryRestoreMode,
     /// Open taps for the network interfaces that were created from descriptors.
@@ -29,7 +29,7 @@ pub struct RestoreConfig {
     pub resume: bool,
 }
 
-/// How RAM gets its content.
+/// How RAM is filled.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema, Words)]
 pub enum MemoryRestoreMode {
     /// All of it is copied before the VM exists.
@@ -43,7 +43,7 @@ pub enum MemoryRestoreMode {
 pub struct RestoredNetConfig {
     /// Name of the interface.
     pub id: String,
-    /// Number of its descriptors, which travel beside the request in the order of this list.
+    /// Number of its descriptors, which come with the request in the order of this list.
     #[serde(default)]
     pub num_fds: usize,
     /// On the command line the process's own descriptors; never on the wire.

@@ -11,7 +11,7 @@ pub const DEFAULT_RNG_SOURCE: &str = "/dev/urandom";
 #[section(option = "rng", about = "Random number generator parameters")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RngConfig {
-    /// File the entropy is read from.
+    /// Source of the entropy.
     #[key("<entropy_source_path>", required, default = PathBuf::from(DEFAULT_RNG_SOURCE))]
     pub src: PathBuf,
     /// Put the device behind the virtual IOMMU.

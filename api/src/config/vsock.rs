@@ -11,7 +11,8 @@ pub struct VsockConfig {
     /// Address of the guest, 3 to 4294967294.
     #[key("<context_id>", required)]
     pub cid: u32,
-    /// UNIX socket that programs of the host connect to. The guest reaches sockets beside it, with `_PORT` added.
+    /// UNIX socket that programs of the host connect to. The guest connects to sockets named after it with `_PORT`
+    /// added.
     #[key("<socket_path>", required)]
     pub socket: PathBuf,
     /// Put the device behind the virtual IOMMU.
