@@ -20,8 +20,8 @@ mod paths;
 mod process;
 mod progress;
 mod test_programs;
-mod test_tools;
 mod testbed;
+mod tools;
 mod vm_tests;
 
 use std::process::ExitCode;
@@ -65,7 +65,7 @@ enum Command {
     /// Make the Debian package of the programs, twice, and compare the two
     Package(package::Options),
     /// Install programs of other projects that some tests use
-    TestTools(test_tools::Options),
+    TestTools(tools::Options),
     /// Measure the value of reclaimed memory
     #[command(subcommand)]
     Experiment(experiment::Experiment),
@@ -128,7 +128,7 @@ fn main() -> ExitCode {
         Command::FleetStore(options) => fleet_store::run(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Package(options) => package::run(&options).map(|()| ExitCode::SUCCESS),
-        Command::TestTools(options) => test_tools::run(&options).map(|()| ExitCode::SUCCESS),
+        Command::TestTools(options) => tools::run(&options).map(|()| ExitCode::SUCCESS),
         Command::Experiment(experiment) => experiment::run(&experiment),
         Command::Ci(options) => ci::run(&options),
     };

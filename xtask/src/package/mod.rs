@@ -12,7 +12,7 @@ mod clean_root;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use anyhow::{Context as _, Result, ensure};
 use sha2::{Digest as _, Sha256};
@@ -20,10 +20,8 @@ use sha2::{Digest as _, Sha256};
 use crate::apt::{self, Need};
 use crate::guest::make::quiet;
 use crate::testbed::bins;
-use crate::{cargo, paths};
+use crate::{cargo, paths, tools};
 
-/// The tool that makes the package; installed once for all checkouts.
-const CARGO_DEB: &str = "3.8.0";
 /// The cargo package whose manifest describes the Debian package.
 const MANIFEST: &str = "cloud-hypervisor";
 
@@ -56,7 +54,7 @@ pub(crate) struct Options {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     apt::ensure(&NEEDS)?;
-    let tool = tool()?;
+    let tool = tools::CARGO_DEB.program()?;
     let programs = bins::build(&options.profile, &[])?;
     let folder = paths::target().join("package");
     let mut made = Vec::new();
@@ -154,22 +152,4 @@ pub(crate) fn source_date(folder: Option<&str>) -> Result<String> {
         "no time of the last commit: set SOURCE_DATE_EPOCH"
     );
     Ok(date)
-}
-
-/// cargo-deb, which is compiled and installed in the cache if it is not there.
-fn tool() -> Result<PathBuf> {
-    let root = paths::cache()?.join(format!("cargo-deb-{CARGO_DEB}"));
-    let program = root.join("bin/cargo-deb");
-    if !program.exists() {
-        eprintln!("Installing cargo-deb {CARGO_DEB}, which makes Debian packages");
-        let mut install = cargo::command(["install", "cargo-deb", "--version", CARGO_DEB]);
-        install
-            .args(["--locked", "--no-default-features", "--quiet", "--root"])
-            .arg(&root)
-            .stdin(Stdio::null())
-            .stdout(std::io::stderr());
-        let status = install.status().context("starting cargo")?;
-        ensure!(status.success(), "installing cargo-deb failed ({status})");
-    }
-    Ok(program)
 }

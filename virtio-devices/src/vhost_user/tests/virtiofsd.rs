@@ -1,5 +1,4 @@
-//! The real back end of shared folders, spoken to as Linux does. `cargo install virtiofsd --root target/virtiofsd`
-//! installs it.
+//! The real back end of shared folders, spoken to as Linux does. `cargo xtask test-tools` installs it.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
