@@ -19,6 +19,7 @@ use machine::boot::PayloadFiles;
 use machine::cpu::{VcpusState, guest_phys_bits};
 use machine::memory::{GuestMemory, MemoryState};
 use machine::pc::{Pc, PcContext, PcError, PcParams, PcState, Plug};
+use machine::pci::{Bdf, Place};
 use machine::serial::{Endpoint, EndpointMode, SerialManager};
 use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
@@ -78,7 +79,11 @@ impl Rig {
         let params = PcParams {
             cpus: CpusConfig::default(),
             numa: Vec::new(),
-            wished_slots: vec![3],
+            pci_segments: 2,
+            wished_slots: vec![Bdf {
+                segment: 0,
+                slot: 3,
+            }],
         };
         let mut pc = Pc::new(&self.kvm, memory, params, context).unwrap();
         let mode = EndpointMode::File(output.to_path_buf());
@@ -98,19 +103,19 @@ impl Rig {
         let memory = self.memory();
         let payload = PayloadFiles::open(&payload).unwrap().load(&memory).unwrap();
         let mut pc = self.pc(memory, output);
-        pc.plug(rng("_rng", Some(3))).unwrap();
-        pc.plug(rng("_other", None)).unwrap();
+        pc.plug(rng("_rng", 0, Some(3))).unwrap();
+        pc.plug(rng("_other", 1, None)).unwrap();
         pc.plug_pvpanic().unwrap();
         pc.boot(&payload, None).unwrap();
         pc
     }
 }
 
-fn rng(id: &str, slot: Option<u8>) -> Plug {
+fn rng(id: &str, segment: u16, slot: Option<u8>) -> Plug {
     Plug {
         id: id.to_owned(),
         kind: DeviceKind::Rng,
-        slot,
+        place: Place { segment, slot },
         device: Arc::new(Mutex::new(Rng::new(id, File::open("/dev/zero").unwrap()))),
     }
 }
@@ -162,8 +167,10 @@ fn guest_saved_at_work_finishes_in_another_pc() {
 
     let mut second = rig.pc(memory, &outputs[1]);
     // In another order than at boot: the slots are those of the state.
-    second.plug_restored(rng("_other", None), &state).unwrap();
-    second.plug_restored(rng("_rng", None), &state).unwrap();
+    second
+        .plug_restored(rng("_other", 1, None), &state)
+        .unwrap();
+    second.plug_restored(rng("_rng", 0, None), &state).unwrap();
     second.restore_pvpanic(&state).unwrap();
     second.restore(&state).unwrap();
     let again = second.state().unwrap();
@@ -205,8 +212,10 @@ fn nmi_requested_in_a_pause_is_saved_with_the_guest() {
     drop(first);
 
     let mut second = rig.pc(memory, &outputs[1]);
-    second.plug_restored(rng("_rng", None), &state).unwrap();
-    second.plug_restored(rng("_other", None), &state).unwrap();
+    second.plug_restored(rng("_rng", 0, None), &state).unwrap();
+    second
+        .plug_restored(rng("_other", 0, None), &state)
+        .unwrap();
     second.restore_pvpanic(&state).unwrap();
     second.restore(&state).unwrap();
     assert_eq!(pending(&second.state().unwrap()), 1);
@@ -225,11 +234,13 @@ fn state_of_a_machine_with_other_devices_is_refused_by_name() {
 
     let mut other = rig.pc(rig.memory(), &output);
     let unknown = other
-        .plug_restored(rng("_third", None), &state)
+        .plug_restored(rng("_third", 0, None), &state)
         .unwrap_err();
     assert!(told(unknown).contains("_third"));
-    other.plug_restored(rng("_rng", None), &state).unwrap();
-    let twice = other.plug_restored(rng("_rng", None), &state).unwrap_err();
+    other.plug_restored(rng("_rng", 0, None), &state).unwrap();
+    let twice = other
+        .plug_restored(rng("_rng", 0, None), &state)
+        .unwrap_err();
     assert!(told(twice).contains("slot 3"));
     other.restore_pvpanic(&state).unwrap();
     let missing = other.restore(&state).unwrap_err();

@@ -23,4 +23,4 @@ pub mod testing;
 pub use bytes::Bytes;
 pub use error::{StateError, require};
 pub use parts::Part;
-pub use saved::{Saved, State};
+pub use saved::{Fields, Saved, State, wrap_in_list};

@@ -69,12 +69,12 @@ parts! {
     MEMORY_CONTENT = "memory-content", 1..=1;
     /// A snapshot: a PC, and what the operator has set.
     SNAPSHOT = "snapshot", 2..=2;
-    /// PCI bus: which function is where.
-    PCI_BUS = "pci-bus", 1..=1;
+    /// PCI buses: which function is where.
+    PCI_BUS = "pci-bus", 1..=2;
     /// A PC: an envelope for each of its parts.
     PC = "pc", 1..=1;
     /// PCI hotplug controller.
-    PCI_HOTPLUG = "pci-hotplug", 1..=1;
+    PCI_HOTPLUG = "pci-hotplug", 1..=2;
     /// Serial port.
     SERIAL = "serial", 1..=1;
     /// Real time clock and CMOS memory.

@@ -8,6 +8,17 @@ use crate::{Part, StateError};
 
 const VERSION: &str = "version";
 
+/// The fields of a state, by name.
+pub type Fields = Map<String, Value>;
+
+/// Moves the fields `names` into the one element of a new list `list`: the upgrade of a part of which a machine had one
+/// and now has several.
+pub fn wrap_in_list(fields: &mut Fields, names: &[&str], list: &str) {
+    let element = names.iter().filter_map(|name| fields.remove_entry(*name));
+    let element: Fields = element.collect();
+    fields.insert(list.to_owned(), vec![element].into());
+}
+
 /// A state type: plain data, in the newest version's shape.
 ///
 /// Derive the serde traits with `deny_unknown_fields`: a field this version does not have belongs
@@ -22,7 +33,7 @@ pub trait State: Serialize + DeserializeOwned {
     ///
     /// # Errors
     /// Fields that the older version cannot have had.
-    fn upgrade(from: u32, _fields: &mut Map<String, Value>) -> Result<(), StateError> {
+    fn upgrade(from: u32, _fields: &mut Fields) -> Result<(), StateError> {
         // A part with more than one readable version overrides this.
         Err(unreadable(Self::PART, u64::from(from)))
     }
@@ -31,7 +42,7 @@ pub trait State: Serialize + DeserializeOwned {
 /// The state of some part with its version: `{ "version": n, … }`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Saved(Map<String, Value>);
+pub struct Saved(Fields);
 
 impl Saved {
     /// Wraps a state, in the newest version of its part.
@@ -106,7 +117,7 @@ mod tests {
             newest: 3,
         };
 
-        fn upgrade(from: u32, fields: &mut Map<String, Value>) -> Result<(), StateError> {
+        fn upgrade(from: u32, fields: &mut Fields) -> Result<(), StateError> {
             assert_eq!(from, 2);
             fields.insert("colour".into(), "white".into());
             Ok(())

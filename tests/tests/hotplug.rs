@@ -40,19 +40,48 @@ fn resize_balloon(vmm: &Vmm, bytes: u64) -> Result<()> {
 
 #[test]
 fn disk_and_balloon_come_and_the_balloon_goes_when_it_is_empty() -> Result<()> {
+    let scenario = "hotplug";
+    disk_and_balloon_come(0, scenario, &[], "0000:00:03.0")
+}
+
+#[test]
+fn disk_and_balloon_come_on_another_segment_and_the_balloon_goes() -> Result<()> {
+    let scenario = "hotplug-on-segment-1";
+    let platform = ["--platform", "num_pci_segments=2"];
+    let rng = ["--rng", "src=/dev/urandom,pci_segment=1"];
+    let arguments = [platform, rng].concat();
+    disk_and_balloon_come(1, scenario, &arguments, "0001:00:02.0")
+}
+
+fn disk_and_balloon_come(
+    segment: u16,
+    scenario: &str,
+    more: &[&str],
+    balloon_bdf: &str,
+) -> Result<()> {
     if !kvm_opens() {
         return Ok(());
     }
     let image = tempfile::NamedTempFile::new()?;
     image.as_file().set_len(1 << 20)?;
-    let arguments = ["--event-monitor", "path=@/events"];
-    let mut vmm = start("hotplug", &arguments)?;
+    let arguments = [&["--event-monitor", "path=@/events"], more].concat();
+    let mut vmm = start(scenario, &arguments)?;
 
     wait_ready(&mut vmm, "disk")?;
-    let disk = json!({"path": image.path(), "image_type": "Raw", "id": "d"});
+    let disk =
+        json!({"path": image.path(), "image_type": "Raw", "id": "d", "pci_segment": segment});
     let added = put(&vmm, "vm.add-disk", &disk)?;
     expect(&added, 200)?;
     ensure!(added.json()?["id"] == "d", "{added:?}");
+    let info = vmm.get("vm.info")?;
+    for id in ["__rng", "d"] {
+        let bdf = info["device_tree"][id]["pci_bdf"].as_str();
+        let expected = format!("{segment:04x}:00:");
+        ensure!(
+            bdf.is_some_and(|bdf| bdf.starts_with(&expected)),
+            "{info:#}"
+        );
+    }
 
     wait_ready(&mut vmm, "balloon")?;
     // Threads take a moment to bear their names.
@@ -61,11 +90,11 @@ fn disk_and_balloon_come_and_the_balloon_goes_when_it_is_empty() -> Result<()> {
         Ok(threads.contains("d_q0").then_some(()))
     })?;
     refused_additions_leave_nothing(&vmm, &image.path().display().to_string())?;
-    let balloon = json!({"size": 0, "free_page_reporting": true});
+    let balloon = json!({"size": 0, "free_page_reporting": true, "pci_segment": segment});
     let added = put(&vmm, "vm.add-balloon", &balloon)?;
     expect(&added, 200)?;
     ensure!(added.json()?["id"] == "__balloon", "{added:?}");
-    ensure!(added.json()?["bdf"] == "0000:00:03.0", "{added:?}");
+    ensure!(added.json()?["bdf"] == balloon_bdf, "{added:?}");
     expect(&put(&vmm, "vm.add-balloon", &balloon)?, 400)?;
 
     wait_ready(&mut vmm, "inflated")?;
@@ -109,6 +138,8 @@ fn refused_additions_leave_nothing(vmm: &Vmm, image: &str) -> Result<()> {
         (409, json!({"path": image})),
         (409, json!({"path": image, "id": "d", "readonly": true})),
         (400, json!({"path": "/dev/null", "pci_device_id": 2})),
+        (400, json!({"path": "/dev/null", "pci_segment": 2})),
+        (400, json!({"path": "/dev/null", "pci_device_id": 32})),
         (400, json!({"path": "/dev/null", "num_queues": 99})),
         (400, json!({})),
     ] {

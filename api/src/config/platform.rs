@@ -11,7 +11,7 @@ pub const DEFAULT_IOMMU_ADDRESS_WIDTH_BITS: u8 = 64;
 #[section(option = "platform", about = "Platform configuration parameters")]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PlatformConfig {
-    /// Number of PCI segments.
+    /// Number of PCI segments, 1 to 96.
     #[key("<num_pci_segments>", default = DEFAULT_NUM_PCI_SEGMENTS)]
     pub num_pci_segments: u16,
     /// Segments behind the virtual IOMMU.

@@ -10,12 +10,12 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::fixed::HEADER_BYTES;
-use super::{AcpiParams, OEM_ID, OEM_REVISION, pci_hotplug};
+use super::{AcpiParams, OEM_ID, OEM_REVISION, PciSegmentEntry, pci_hotplug};
 use crate::legacy::{
     CMOS_PORTS, GED_BYTES, GED_IRQ, GED_PCI_HOTPLUG, GED_POWER_BUTTON, S5_SLEEP_TYPE,
 };
 use crate::memory::layout;
-use crate::pci::{CONFIG_PORT_BASE, CONFIG_PORT_BYTES};
+use crate::pci::{CONFIG_PORT_BASE, CONFIG_PORT_BYTES, WindowRanges};
 use crate::serial::{SERIAL_IRQ, SERIAL_PORTS};
 
 /// Revision 2 and later have 64-bit integers.
@@ -30,9 +30,12 @@ const PCI_DSM_PRESERVE_BOOT_CONFIG: u8 = 5;
 /// All devices of the machine.
 pub(super) fn dsdt(params: &AcpiParams) -> Vec<u8> {
     let mut aml = Vec::new();
-    pci_host_bridge(params, &mut aml);
-    pci_hotplug::controller(params.pci_hotplug_address, &mut aml);
-    motherboard(&mut aml);
+    for (number, segment) in (0..).zip(&params.pci_segments) {
+        pci_host_bridge(number, segment, &mut aml);
+    }
+    let segments = super::segment_count(params);
+    pci_hotplug::controller(params.pci_hotplug_address, segments, &mut aml);
+    motherboard(segments, &mut aml);
     if params.has_serial {
         serial_port(&mut aml);
     }
@@ -53,48 +56,43 @@ pub(super) fn dsdt(params: &AcpiParams) -> Vec<u8> {
     dsdt.as_slice().to_vec()
 }
 
-fn pci_host_bridge(params: &AcpiParams, aml: &mut Vec<u8>) {
-    let config_ports = CONFIG_PORT_BASE as u16;
-    let after_config_ports = config_ports + CONFIG_PORT_BYTES as u16;
-    let mmio32 = &params.pci_mmio32;
-    let mmio64 = &params.pci_mmio64;
+/// The name of a segment's host bridge.
+pub(super) fn bridge_name(segment: u16) -> String {
+    format!("_SB_.PC{segment:02X}")
+}
+
+fn pci_host_bridge(number: u16, segment: &PciSegmentEntry, aml: &mut Vec<u8>) {
     let not_cacheable = AddressSpaceCacheable::NotCacheable;
-    Device::new(
-        Path::new("_SB_.PC00"),
-        vec![
-            &Name::new(Path::new("_HID"), &EISAName::new("PNP0A08")),
-            &Name::new(Path::new("_CID"), &EISAName::new("PNP0A03")),
-            &Name::new(Path::new("_SEG"), &ZERO),
-            &Name::new(Path::new("_BBN"), &ZERO),
-            &Name::new(Path::new("_UID"), &ZERO),
-            &Name::new(
-                Path::new("_CRS"),
-                &ResourceTemplate::new(vec![
-                    &AddressSpace::new_bus_number(0u16, 0u16),
-                    &IO::new(config_ports, config_ports, 1, CONFIG_PORT_BYTES as u8),
-                    &AddressSpace::new_io(0u16, config_ports - 1, None),
-                    &AddressSpace::new_io(after_config_ports, 0xffff, None),
-                    &AddressSpace::new_memory(
-                        not_cacheable,
-                        true,
-                        mmio32.start as u32,
-                        (mmio32.end - 1) as u32,
-                        None,
-                    ),
-                    &AddressSpace::new_memory(
-                        not_cacheable,
-                        true,
-                        mmio64.start,
-                        mmio64.end - 1,
-                        None,
-                    ),
-                ]),
-            ),
-            &PciDsm,
-            &pci_hotplug::BridgeSlots,
-        ],
-    )
-    .to_aml_bytes(aml);
+    let WindowRanges { mmio32, mmio64 } = &segment.windows;
+    let (start, last) = (mmio32.start as u32, (mmio32.end - 1) as u32);
+    let mmio32 = AddressSpace::new_memory(not_cacheable, true, start, last, None);
+    let (start, last) = (mmio64.start, mmio64.end - 1);
+    let mmio64 = AddressSpace::new_memory(not_cacheable, true, start, last, None);
+    let bus = AddressSpace::new_bus_number(0u16, 0u16);
+    // The ports are those of segment 0.
+    let ports = CONFIG_PORT_BASE as u16;
+    let after_ports = ports + CONFIG_PORT_BYTES as u16;
+    let config_ports = IO::new(ports, ports, 1, CONFIG_PORT_BYTES as u8);
+    let lower_ports = AddressSpace::new_io(0u16, ports - 1, None);
+    let upper_ports = AddressSpace::new_io(after_ports, 0xffff, None);
+    let mut resources: Vec<&dyn Aml> = vec![&bus, &mmio32, &mmio64];
+    if number == 0 {
+        resources.extend([&config_ports as &dyn Aml, &lower_ports, &upper_ports]);
+    }
+    let domain = segment.domain.map(|it| Name::new(Path::new("_PXM"), &it));
+    let slots = pci_hotplug::BridgeSlots::new(number);
+    let name = |name, value: &dyn Aml| Name::new(Path::new(name), value);
+    let fixed = [
+        name("_HID", &EISAName::new("PNP0A08")),
+        name("_CID", &EISAName::new("PNP0A03")),
+        name("_SEG", &number),
+        name("_BBN", &ZERO),
+        name("_UID", &number),
+        name("_CRS", &ResourceTemplate::new(resources)),
+    ];
+    let mut parts: Vec<&dyn Aml> = fixed.iter().chain(&domain).map(|it| it as _).collect();
+    parts.extend([&PciDsm as &dyn Aml, &slots]);
+    Device::new(Path::new(&bridge_name(number)), parts).to_aml_bytes(aml);
 }
 
 /// States that BARs must stay in place: there is no firmware that could place them again after a reset.
@@ -130,7 +128,8 @@ impl Aml for PciDsm {
 
 /// Keeps the guest from placing anything over the PCI configuration space. By the PCI firmware specification (§4.1.2)
 /// this space must not be in the host bridge's own resources.
-fn motherboard(aml: &mut Vec<u8>) {
+fn motherboard(segments: u16, aml: &mut Vec<u8>) {
+    let bytes = u32::from(segments) * layout::PCI_MMIO_CONFIG_BYTES_PER_SEGMENT as u32;
     Device::new(
         Path::new("_SB_.MBRD"),
         vec![
@@ -141,7 +140,7 @@ fn motherboard(aml: &mut Vec<u8>) {
                 &ResourceTemplate::new(vec![&Memory32Fixed::new(
                     true,
                     layout::PCI_MMCONFIG_START as u32,
-                    layout::PCI_MMIO_CONFIG_BYTES_PER_SEGMENT as u32,
+                    bytes,
                 )]),
             ),
         ],

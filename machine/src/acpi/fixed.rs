@@ -92,9 +92,11 @@ pub(super) fn madt(vcpus: &[VcpuEntry]) -> Vec<u8> {
     madt.as_slice().to_vec()
 }
 
-/// Where PCI configuration space is mapped: one segment with one bus.
-pub(super) fn mcfg() -> Vec<u8> {
+/// Where PCI configuration space is mapped: one bus for each segment.
+pub(super) fn mcfg(segments: u16) -> Vec<u8> {
     let mut mcfg = MCFG::new(OEM_ID, *b"CHMCFG  ", OEM_REVISION);
-    mcfg.add_ecam(layout::PCI_MMCONFIG_START, 0, 0, 0);
+    for segment in 0..segments {
+        mcfg.add_ecam(layout::pci_mmconfig(segment), segment, 0, 0);
+    }
     bytes_of(&mcfg)
 }

@@ -15,14 +15,13 @@ mod fixed;
 mod numa;
 mod pci_hotplug;
 
-use std::ops::Range;
-
 use acpi_tables::Aml;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
 use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryError};
 
 use crate::memory::layout;
+use crate::pci::WindowRanges;
 
 pub use numa::{LOCAL_DISTANCE, NumaNode, PROXIMITY_DOMAIN_MAX};
 
@@ -41,15 +40,22 @@ pub struct VcpuEntry {
     pub enabled: bool,
 }
 
+/// A PCI segment as described to the guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PciSegmentEntry {
+    /// The addresses of its functions' memory.
+    pub windows: WindowRanges,
+    /// The NUMA node to which it is assigned.
+    pub domain: Option<u32>,
+}
+
 /// The properties that differ between machines.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AcpiParams {
     /// Every possible vCPU.
     pub vcpus: Vec<VcpuEntry>,
-    /// 32-bit PCI window.
-    pub pci_mmio32: Range<u64>,
-    /// 64-bit PCI window.
-    pub pci_mmio64: Range<u64>,
+    /// Every PCI segment, in order of its number.
+    pub pci_segments: Vec<PciSegmentEntry>,
     /// The generic event device's register.
     pub ged_address: u64,
     /// The PCI hotplug controller's registers.
@@ -90,7 +96,11 @@ pub fn build<M: GuestMemory>(params: &AcpiParams, memory: &M) -> Result<GuestAdd
     let mut placer = Placer::new(layout::RSDP_START + Rsdp::len() as u64);
     let dsdt = placer.place(dsdt::dsdt(params));
     let mut xsdt = XSDT::new(OEM_ID, *b"CHXSDT  ", OEM_REVISION);
-    let mut tables = vec![fixed::fadt(dsdt), fixed::madt(&params.vcpus), fixed::mcfg()];
+    let mut tables = vec![
+        fixed::fadt(dsdt),
+        fixed::madt(&params.vcpus),
+        fixed::mcfg(segment_count(params)),
+    ];
     if !params.numa.is_empty() {
         tables.extend([numa::srat(&params.numa), numa::slit(&params.numa)]);
     }
@@ -113,6 +123,10 @@ pub fn build<M: GuestMemory>(params: &AcpiParams, memory: &M) -> Result<GuestAdd
             .map_err(|source| AcpiError::Write { address, source })?;
     }
     Ok(GuestAddress(layout::RSDP_START))
+}
+
+fn segment_count(params: &AcpiParams) -> u16 {
+    u16::try_from(params.pci_segments.len()).expect("segments have 16-bit numbers")
 }
 
 /// Gives each table an address after the one before.

@@ -1,7 +1,7 @@
 //! How the guest is notified of added and removed PCI functions (ACPI 6.5 §5.6.6, §6.3.3).
 //!
 //! ```text
-//! GED_._EVT ─► PHPR.PSCN ─► PC00.PCNT ─┬─ reads PCIU: Notify(S005, device check)
+//! GED_._EVT ─► PHPR.PSCN ─► PCxx.PCNT ─┬─ reads PCIU: Notify(S005, device check)
 //!                                      └─ reads PCID: Notify(S005, eject request)
 //! S005._EJ0 ─► PHPR.PCEJ ─── writes B0EJ: the function is gone
 //! ```
@@ -15,6 +15,7 @@ use acpi_tables::aml::{
 };
 use acpi_tables::{Aml, AmlSink};
 
+use super::dsdt::bridge_name;
 use crate::pci::{HOTPLUG_BYTES, SLOT_COUNT};
 
 /// A function was plugged in (ACPI 6.5, table 5.187).
@@ -30,7 +31,12 @@ const STATUS_HIDDEN: u8 = 0b1011;
 pub(super) const SCAN_METHOD: &str = "\\_SB_.PHPR.PSCN";
 
 /// The controller with its registers at `address`.
-pub(super) fn controller(address: u64, aml: &mut dyn AmlSink) {
+pub(super) fn controller(address: u64, segments: u16, aml: &mut dyn AmlSink) {
+    let scan = |segment| {
+        let method = format!("\\{}.PCNT", bridge_name(segment));
+        MethodCall::new(Path::new(&method), vec![])
+    };
+    let scans: Vec<MethodCall<'_>> = (0..segments).map(scan).collect();
     let registers = AddressSpace::new_memory(
         AddressSpaceCacheable::NotCacheable,
         true,
@@ -82,7 +88,7 @@ pub(super) fn controller(address: u64, aml: &mut dyn AmlSink) {
                 Path::new("PSCN"),
                 0,
                 true,
-                vec![&MethodCall::new(Path::new("\\_SB_.PC00.PCNT"), vec![])],
+                scans.iter().map(|it| it as &dyn Aml).collect(),
             ),
         ],
     )
@@ -90,15 +96,25 @@ pub(super) fn controller(address: u64, aml: &mut dyn AmlSink) {
 }
 
 /// The host bridge's part: a device for each slot that can change, and the method that notifies them.
-pub(super) struct BridgeSlots;
+pub(super) struct BridgeSlots {
+    first: u8,
+}
+
+impl BridgeSlots {
+    /// Those of `segment`. Slot 0 of segment 0 is the bridge itself.
+    pub(super) fn new(segment: u16) -> Self {
+        Self {
+            first: u8::from(segment == 0),
+        }
+    }
+}
 
 impl Aml for BridgeSlots {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
-        // Slot 0 is the bridge itself.
-        for slot in 1..SLOT_COUNT {
+        for slot in self.first..SLOT_COUNT {
             slot_device(slot, sink);
         }
-        tell_slots(sink);
+        tell_slots(self.first, sink);
         Method::new(
             Path::new("PCNT"),
             0,
@@ -140,7 +156,7 @@ fn slot_device(slot: u8, sink: &mut dyn AmlSink) {
 }
 
 /// `DVNT(bitmap of slots, notification for them)`.
-fn tell_slots(sink: &mut dyn AmlSink) {
+fn tell_slots(first: u8, sink: &mut dyn AmlSink) {
     struct TellSlot(u8);
     impl Aml for TellSlot {
         fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
@@ -153,7 +169,7 @@ fn tell_slots(sink: &mut dyn AmlSink) {
             .to_aml_bytes(sink);
         }
     }
-    let slots: Vec<TellSlot> = (1..SLOT_COUNT).map(TellSlot).collect();
+    let slots: Vec<TellSlot> = (first..SLOT_COUNT).map(TellSlot).collect();
     let body = slots.iter().map(|slot| slot as &dyn Aml).collect();
     Method::new(Path::new("DVNT"), 2, true, body).to_aml_bytes(sink);
 }

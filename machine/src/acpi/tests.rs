@@ -1,12 +1,28 @@
 //! The tables as a guest finds them, starting from the root pointer.
 
 use super::*;
+use crate::pci::SEGMENT_COUNT_MAX;
 use vm_memory::GuestMemoryMmap;
 
 type Memory = GuestMemoryMmap<()>;
 
 fn memory(bytes: usize) -> Memory {
     Memory::from_ranges(&[(GuestAddress(0), bytes)]).unwrap()
+}
+
+/// One of `count` segments.
+fn segment(number: u64, count: u64) -> PciSegmentEntry {
+    let mmio32_bytes = (0x2800_0000 / count) & !0xfff;
+    let mmio64_bytes = 1 << 40;
+    let mmio32 = 0xc000_0000 + number * mmio32_bytes;
+    let mmio64 = 0x1_0000_0000 + number * mmio64_bytes;
+    PciSegmentEntry {
+        windows: WindowRanges {
+            mmio32: mmio32..mmio32 + mmio32_bytes,
+            mmio64: mmio64..mmio64 + mmio64_bytes,
+        },
+        domain: None,
+    }
 }
 
 fn params(vcpus: u32) -> AcpiParams {
@@ -17,8 +33,7 @@ fn params(vcpus: u32) -> AcpiParams {
                 enabled: apic_id == 0,
             })
             .collect(),
-        pci_mmio32: 0xc000_0000..0xe800_0000,
-        pci_mmio64: 0x1_0000_0000..0x3fff_ffe0_0000,
+        pci_segments: vec![segment(0, 1)],
         ged_address: 0x3fff_ffe0_0000,
         pci_hotplug_address: 0x3fff_ffe0_1000,
         has_serial: true,
@@ -221,6 +236,36 @@ fn dsdt_has_the_serial_port_only_if_the_machine_has() {
     ] {
         assert!(with.windows(4).any(|found| found == name), "{name:?}");
     }
+}
+
+#[test]
+fn segments_are_in_mcfg_and_dsdt() {
+    let memory = memory(2 << 20);
+    let mut params = params(1);
+    params.pci_segments = (0..SEGMENT_COUNT_MAX.into())
+        .map(|number| segment(number, SEGMENT_COUNT_MAX.into()))
+        .collect();
+    params.pci_segments[1].domain = Some(5);
+    let rsdp = build(&params, &memory).unwrap();
+    let found = tables(&memory, rsdp);
+    let (mcfg, dsdt) = (&found[2].1, &found[3].1);
+    let entries: Vec<_> = mcfg[44..].chunks(16).collect();
+    assert_eq!(entries.len(), usize::from(SEGMENT_COUNT_MAX));
+    for (number, entry) in (0_u8..).zip(entries) {
+        assert_eq!(u64_at(entry, 0), 0xe800_0000 + (u64::from(number) << 20));
+        assert_eq!(entry[8..12], [number, 0, 0, 0]);
+    }
+    let count = |bytes: &[u8]| dsdt.windows(bytes.len()).filter(|it| it == &bytes).count();
+    // Once as a device, once in the scan.
+    for name in [b"PC00", b"PC01", b"PC5F"] {
+        assert_eq!(count(name), 2, "{name:?}");
+    }
+    assert_eq!(count(b"\x08_SEG\x0a\x5f"), 1);
+    assert_eq!(count(b"\x08_PXM\x0a\x05"), 1);
+    assert_eq!(count(b"_PXM"), 1);
+    // A device in each segment but the first, whose slot 0 has the bridge: a name, and a notification.
+    assert_eq!(count(b"S000"), 2 * 95);
+    assert_eq!(count(b"S031"), 2 * 96);
 }
 
 #[test]

@@ -64,12 +64,16 @@ pub const HIGH_RAM_START: u64 = 0x10_0000;
 pub const MEM_32BIT_DEVICES_START: u64 = 3 * GIB;
 /// Size of the 32-bit PCI window.
 pub const MEM_32BIT_DEVICES_BYTES: u64 = 640 * MIB;
-/// ECAM, one MiB a segment.
+/// ECAM, one MiB for each PCI segment.
 pub const PCI_MMCONFIG_START: u64 = MEM_32BIT_DEVICES_START + MEM_32BIT_DEVICES_BYTES;
 /// Room for 256 segments.
 pub const PCI_MMCONFIG_BYTES: u64 = 256 * MIB;
 /// ECAM of one segment with its one bus.
 pub const PCI_MMIO_CONFIG_BYTES_PER_SEGMENT: u64 = MIB;
+/// The start of a segment's ECAM.
+pub const fn pci_mmconfig(segment: u16) -> u64 {
+    PCI_MMCONFIG_START + segment as u64 * PCI_MMIO_CONFIG_BYTES_PER_SEGMENT
+}
 /// KVM's real mode task state segment, three pages.
 pub const KVM_TSS_START: u64 = 0xf800_0000;
 /// KVM's real mode page table, one page.

@@ -13,11 +13,11 @@ use crate::legacy::{
 };
 use crate::memory::layout::{
     AddressMap, IOAPIC_BYTES, IOAPIC_START, MEM_32BIT_DEVICES_BYTES, MEM_32BIT_DEVICES_START,
-    PCI_MMCONFIG_START,
+    pci_mmconfig,
 };
 use crate::pci::{
     CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, DoorbellBackend, ECAM_BYTES, Ecam, EjectSink,
-    HOTPLUG_BYTES, HotplugController, MemoryWindows, PciBus,
+    HOTPLUG_BYTES, HotplugController, PciSegments,
 };
 use crate::signals::VmSignals;
 
@@ -31,7 +31,7 @@ pub(super) struct Chassis {
     pub(super) mmio: Arc<Bus>,
     pub(super) router: Arc<GsiRouter>,
     pub(super) ioapic: Arc<Ioapic>,
-    pub(super) pci: Arc<PciBus>,
+    pub(super) pci: PciSegments,
     pub(super) config_ports: Arc<ConfigPorts>,
     pub(super) cmos: Arc<Cmos>,
     pub(super) pm_timer: Arc<PmTimer>,
@@ -47,6 +47,7 @@ impl Chassis {
     pub(super) fn new(
         kvm: &Arc<KvmVm>,
         map: &AddressMap,
+        pci_segments: u16,
         signals: &Arc<VmSignals>,
     ) -> Result<Self, PcError> {
         let ports = Arc::new(Bus::new());
@@ -60,18 +61,18 @@ impl Chassis {
         )
         .map_err(PcError::Bus)?;
 
-        let windows = MemoryWindows::new(
-            MEM_32BIT_DEVICES_START..MEM_32BIT_DEVICES_START + MEM_32BIT_DEVICES_BYTES,
-            map.devices_64bit.clone(),
+        let pci = PciSegments::new(
+            pci_segments,
+            &mmio,
+            &(MEM_32BIT_DEVICES_START..MEM_32BIT_DEVICES_START + MEM_32BIT_DEVICES_BYTES),
+            &map.devices_64bit,
+            &(Arc::clone(kvm) as Arc<dyn DoorbellBackend>),
         )
         .map_err(PcError::Pci)?;
-        let pci = Arc::new(PciBus::new(
-            &mmio,
-            windows,
-            Arc::clone(kvm) as Arc<dyn DoorbellBackend>,
-        ));
-        mmio.insert(PCI_MMCONFIG_START, ECAM_BYTES, Arc::new(Ecam::new(&pci)))
-            .map_err(PcError::Bus)?;
+        for (segment, bus) in (0..pci_segments).zip(pci.buses()) {
+            mmio.insert(pci_mmconfig(segment), ECAM_BYTES, Arc::new(Ecam::new(bus)))
+                .map_err(PcError::Bus)?;
+        }
 
         let line = ioapic
             .line(GED_IRQ)
@@ -100,7 +101,7 @@ impl Chassis {
         .map_err(PcError::Bus)?;
 
         let chassis = Self {
-            config_ports: Arc::new(ConfigPorts::new(Arc::clone(&pci))),
+            config_ports: Arc::new(ConfigPorts::new(Arc::clone(&pci.buses()[0]))),
             cmos: Arc::new(Cmos::new(map.low_ram_end(), high_ram_bytes(map))),
             pm_timer: Arc::new(PmTimer::new()),
             ports,

@@ -19,7 +19,7 @@ use virtio_devices::worker::ThreadStart as WorkerStart;
 use super::device_events::DeviceEvents;
 use super::{Pc, PcError};
 use crate::interrupt::FunctionVectors;
-use crate::pci::Bdf;
+use crate::pci::{Bdf, Place};
 use crate::threads::{DeviceKind, MachineThread, ThreadStart};
 
 /// A device and its slot.
@@ -28,13 +28,13 @@ pub struct Plug {
     pub id: String,
     /// Its kind, which determines the permissions of its workers.
     pub kind: DeviceKind,
-    /// The requested slot; the next free one if `None`.
-    pub slot: Option<u8>,
+    /// Where it should go.
+    pub place: Place,
     /// The device.
     pub device: Arc<Mutex<dyn VirtioDevice>>,
 }
 
-virtio_devices::debug_fields!(Plug { id, kind, slot });
+virtio_devices::debug_fields!(Plug { id, kind, place });
 
 /// A device on the bus.
 #[derive(Debug, Clone)]
@@ -124,7 +124,8 @@ impl Pc {
     /// Puts `device` behind a virtio-pci function on the bus.
     fn put_on_bus(&self, plug: Plug) -> Result<Plugged, PcError> {
         let function = self.function_of(&plug, None)?;
-        let bdf = self.chassis.pci.add(function.clone(), plug.slot);
+        let pci = &self.chassis.pci;
+        let bdf = pci.add(function.clone(), plug.place);
         match bdf {
             Ok(bdf) => Ok(plugged(plug, bdf, function)),
             Err(source) => Err(PcError::Device {

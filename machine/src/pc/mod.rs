@@ -19,15 +19,14 @@ use hypervisor::Kvm;
 use virtio_devices::pci::PciFunction;
 use vm_memory::GuestAddressSpace;
 
-use crate::acpi::{self, AcpiParams, NumaNode, VcpuEntry};
+use crate::acpi::{self, AcpiParams, NumaNode, PciSegmentEntry, VcpuEntry};
 use crate::boot::Payload;
 use crate::cpu::{GuestEvent, Vcpus, VcpusContext};
 use crate::events::DeviceEventSink;
 use crate::interrupt::IOAPIC_PIN_COUNT;
 use crate::legacy::DebugConsole;
-use crate::memory::layout::{MEM_32BIT_DEVICES_BYTES, MEM_32BIT_DEVICES_START};
 use crate::memory::{GuestMemory, RamSlots};
-use crate::pci::Bdf;
+use crate::pci::{Bdf, PciBus, Place};
 use crate::serial::{Endpoint, Output, SERIAL_IRQ, SERIAL_PORTS, Uart};
 use crate::signals::VmSignals;
 use crate::threads::ThreadStart;
@@ -61,8 +60,10 @@ pub struct PcParams {
     pub cpus: CpusConfig,
     /// NUMA nodes; none if the machine is not divided.
     pub numa: Vec<NumaConfig>,
+    /// The number of PCI segments.
+    pub pci_segments: u16,
     /// PCI slots that devices will request by number.
-    pub wished_slots: Vec<u8>,
+    pub wished_slots: Vec<Bdf>,
 }
 
 /// One machine. Dropping it stops everything that it started.
@@ -101,7 +102,7 @@ impl Pc {
         vm.enable_split_irqchip(u32::from(IOAPIC_PIN_COUNT))
             .map_err(PcError::Kvm)?;
         let slots = memory.attach(&vm).map_err(PcError::Memory)?;
-        let chassis = Chassis::new(&vm, memory.map(), &context.signals)?;
+        let chassis = Chassis::new(&vm, memory.map(), params.pci_segments, &context.signals)?;
         chassis.pci.reserve(params.wished_slots.iter().copied());
         let vcpus_context = VcpusContext {
             handler: Arc::new(Exits::new(&chassis)),
@@ -160,7 +161,7 @@ impl Pc {
     /// No free slot.
     pub fn plug_pvpanic(&mut self) -> Result<Bdf, PcError> {
         let pvpanic = self.new_pvpanic();
-        let bdf = self.chassis.pci.add(pvpanic.clone(), None);
+        let bdf = self.chassis.pci.add(pvpanic.clone(), Place::default());
         self.pvpanic = Some(pvpanic);
         bdf.map_err(|source| PcError::Device {
             id: PVPANIC_ID.to_owned(),
@@ -209,13 +210,27 @@ impl Pc {
                     enabled: index < cpus.boot_vcpus,
                 })
                 .collect(),
-            pci_mmio32: MEM_32BIT_DEVICES_START..MEM_32BIT_DEVICES_START + MEM_32BIT_DEVICES_BYTES,
-            pci_mmio64: self.memory.map().devices_64bit.clone(),
+            pci_segments: self.pci_segments(),
             ged_address: self.chassis.ged_address,
             pci_hotplug_address: self.chassis.pci_hotplug_address,
             has_serial: self.serial.is_some(),
             numa: self.numa_nodes(),
         }
+    }
+
+    fn pci_segments(&self) -> Vec<PciSegmentEntry> {
+        let domain = |segment| {
+            let mut nodes = self.params.numa.iter();
+            let node =
+                nodes.find(|node| node.pci_segments.iter().flatten().any(|it| *it == segment));
+            node.map(|node| node.guest_numa_id)
+        };
+        let segments = (0_u16..).zip(self.chassis.pci.buses());
+        let entry = |(segment, bus): (u16, &Arc<PciBus>)| PciSegmentEntry {
+            windows: bus.windows(),
+            domain: domain(segment),
+        };
+        segments.map(entry).collect()
     }
 
     fn numa_nodes(&self) -> Vec<NumaNode> {

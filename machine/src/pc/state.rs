@@ -53,10 +53,10 @@ impl State for PcState {
 }
 
 impl PcState {
-    /// The saved slot of the function `id`.
-    fn slot(&self, id: &str) -> Result<SlotState, StateError> {
+    /// The saved slot of the function `id`, and its segment.
+    fn slot(&self, id: &str) -> Result<(u16, SlotState), StateError> {
         let bus: PciBusState = self.pci_bus.read()?;
-        let slot = bus.slots.into_iter().find(|slot| slot.id == id);
+        let slot = bus.slot(id).map(|(segment, slot)| (segment, slot.clone()));
         slot.ok_or_else(|| StateError::invalid(PART, "pci_bus", format!("has no device {id}")))
     }
 }
@@ -76,7 +76,7 @@ impl Pc {
             .iter()
             .filter(|plugged| on_bus.iter().any(|(bdf, _)| *bdf == plugged.bdf))
             .collect();
-        let leaving = |plugged: &&&Plugged| hotplug.leaving & 1 << plugged.bdf.slot() != 0;
+        let leaving = |plugged: &&&Plugged| hotplug.is_leaving(plugged.bdf);
         if let Some(plugged) = devices.iter().find(leaving) {
             let id = plugged.id.clone();
             return Err(PcError::Leaving { id });
@@ -114,10 +114,10 @@ impl Pc {
             StateError::invalid(PART, "devices", reason)
         });
         let saved = saved.and_then(|saved| Ok((saved, state.slot(&id)?)));
-        let (saved, slot) = saved.map_err(PcError::State)?;
+        let (saved, (segment, slot)) = saved.map_err(PcError::State)?;
         let function = self.function_of(&plug, Some(saved))?;
         let pci = &self.chassis.pci;
-        let bdf = pci.add_restored(function.clone(), &slot);
+        let bdf = pci.add_restored(function.clone(), segment, &slot);
         let bdf = bdf.map_err(PcError::State)?;
         Ok(self.keep(plugged(plug, bdf, function)))
     }
@@ -134,8 +134,9 @@ impl Pc {
         let restored = saved
             .and_then(|saved| pvpanic.restore(&saved.read()?))
             .and_then(|()| {
-                let slot = state.slot(PVPANIC_ID)?;
-                self.chassis.pci.add_restored(pvpanic.clone(), &slot)
+                let (segment, slot) = state.slot(PVPANIC_ID)?;
+                let pci = &self.chassis.pci;
+                pci.add_restored(pvpanic.clone(), segment, &slot)
             });
         self.pvpanic = Some(pvpanic);
         restored.map_err(PcError::State)
@@ -156,8 +157,8 @@ impl Pc {
         let chassis = &self.chassis;
         let bus: PciBusState = state.pci_bus.read()?;
         let functions = chassis.pci.functions();
-        let missing = |slot: &&SlotState| functions.iter().all(|(_, it)| it.id() != slot.id);
-        if let Some(slot) = bus.slots.iter().find(missing) {
+        let missing = |slot: &SlotState| functions.iter().all(|(_, it)| it.id() != slot.id);
+        if let Some((_, slot)) = bus.slots().find(|(_, slot)| missing(slot)) {
             let reason = format!("has device {}, the configuration has not", slot.id);
             return Err(StateError::invalid(PART, "pci_bus", reason));
         }
@@ -168,7 +169,7 @@ impl Pc {
                 self.plugged.len()
             )
         })?;
-        chassis.pci.restore_reserved(&bus);
+        chassis.pci.restore_reserved(&bus)?;
         chassis.config_ports.restore_address(bus.config_address);
         chassis.hotplug.restore(&state.pci_hotplug.read()?)?;
         chassis.ioapic.restore(&state.ioapic.read()?)?;

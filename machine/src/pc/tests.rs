@@ -23,6 +23,7 @@ fn worker_of_a_device_named_like_a_thread_is_confined_as_a_worker() {
     let params = PcParams {
         cpus: CpusConfig::default(),
         numa: Vec::new(),
+        pci_segments: 1,
         wished_slots: Vec::new(),
     };
     let mut pc = Pc::new(&kvm, memory, params, context).unwrap();
@@ -31,7 +32,7 @@ fn worker_of_a_device_named_like_a_thread_is_confined_as_a_worker() {
     let plug = Plug {
         id: id.to_owned(),
         kind: DeviceKind::Rng,
-        slot: None,
+        place: Default::default(),
         device: Arc::new(Mutex::new(rng)),
     };
     pc.plug(plug).unwrap();

@@ -1,6 +1,7 @@
 //! Slots, and the dispatch of configuration cycles to the function in each.
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, RwLock, Weak};
 
@@ -9,7 +10,7 @@ use virtio_devices::pci::PciFunction;
 use vm_allocator::RangeInclusive;
 
 use super::bars::{Fabric, Mappings};
-use super::{Bdf, DoorbellBackend, HostBridge, MemoryWindows, PciError, SLOT_COUNT};
+use super::{Bdf, DoorbellBackend, HostBridge, MemoryWindows, PciError, SLOT_COUNT, WindowRanges};
 use crate::bus::Bus;
 
 /// Configuration space of one function in bytes.
@@ -33,11 +34,12 @@ impl Slot {
     }
 }
 
-/// The one bus of the one segment.
+/// The one bus of a segment.
 ///
 /// Lock order: a slot's `mappings` before `windows`. The slot table is never
 /// locked while a function is called.
 pub struct PciBus {
+    segment: u16,
     pub(super) slots: RwLock<[Option<Arc<Slot>>; SLOT_COUNT as usize]>,
     pub(super) windows: Mutex<MemoryWindows>,
     /// Weak, because the MMIO bus holds our ECAM window and BARs.
@@ -61,20 +63,20 @@ impl fmt::Debug for PciBus {
 }
 
 impl PciBus {
-    /// A bus with nothing but the host bridge. BARs are mapped on `mmio`.
+    /// The bus of `segment`. It has no function but the host bridge, which segment 0 has. BARs are mapped on `mmio`.
     #[must_use]
     pub fn new(
+        segment: u16,
         mmio: &Arc<Bus>,
         windows: MemoryWindows,
         doorbells: Arc<dyn DoorbellBackend>,
     ) -> Self {
         let mut slots = [const { None }; SLOT_COUNT as usize];
-        slots[0] = Some(Arc::new(Slot {
-            function: Arc::new(HostBridge::default()),
-            mappings: Mutex::default(),
-            ranges: Vec::new(),
-        }));
+        if segment == 0 {
+            slots[0] = Some(Slot::new(Arc::new(HostBridge::default()), Vec::new()));
+        }
         Self {
+            segment,
             slots: RwLock::new(slots),
             windows: Mutex::new(windows),
             mmio: Arc::downgrade(mmio),
@@ -82,6 +84,16 @@ impl PciBus {
             unmapped_bars: AtomicU64::new(0),
             reserved: AtomicU32::new(0),
         }
+    }
+
+    /// Its windows.
+    pub fn windows(&self) -> WindowRanges {
+        lock(&self.windows).ranges()
+    }
+
+    /// The slots that functions can have: all but the host bridge's.
+    pub(crate) fn own_slots(&self) -> Range<u8> {
+        u8::from(self.segment == 0)..SLOT_COUNT
     }
 
     /// Reserves these slots for functions that request them, so that functions without a requested slot, added earlier,
@@ -99,7 +111,7 @@ impl PciBus {
     pub fn add(&self, function: Arc<dyn PciFunction>, slot: Option<u8>) -> Result<Bdf, PciError> {
         let mut slots = self.slots.write().unpoisoned();
         let slot = match slot {
-            Some(slot) if slot == 0 || slot >= SLOT_COUNT => {
+            Some(slot) if slot >= SLOT_COUNT => {
                 return Err(PciError::SlotOutOfRange(slot));
             }
             Some(slot) if slots[usize::from(slot)].is_some() => {
@@ -108,11 +120,18 @@ impl PciBus {
             Some(slot) => slot,
             None => {
                 let reserved = self.reserved.load(Ordering::Relaxed);
-                let free = || (1..SLOT_COUNT).filter(|slot| slots[usize::from(*slot)].is_none());
+                let own = self.own_slots();
+                let free = || {
+                    own.clone()
+                        .filter(|slot| slots[usize::from(*slot)].is_none())
+                };
                 free()
                     .find(|slot| reserved & 1 << slot == 0)
                     .or_else(|| free().next())
-                    .ok_or(PciError::BusFull)?
+                    .ok_or(PciError::BusFull {
+                        segment: self.segment,
+                        count: own.end - own.start,
+                    })?
             }
         };
         let ranges = self.place_bars(function.as_ref())?;
@@ -120,19 +139,16 @@ impl PciBus {
         slots[usize::from(slot)] = Some(Arc::clone(&entry));
         drop(slots);
         self.remap(&entry);
-        Ok(Bdf { slot })
+        Ok(self.bdf(slot))
     }
 
     /// Takes the function out of its slot; `None` if there is none or it is the host bridge. The guest must have
     /// released it.
-    pub fn remove(&self, bdf: Bdf) -> Option<Arc<dyn PciFunction>> {
-        if bdf.slot == 0 {
+    pub fn remove(&self, slot: u8) -> Option<Arc<dyn PciFunction>> {
+        if !self.own_slots().contains(&slot) {
             return None;
         }
-        let entry = {
-            let mut slots = self.slots.write().unpoisoned();
-            slots.get_mut(usize::from(bdf.slot))?.take()?
-        };
+        let entry = self.slots.write().unpoisoned()[usize::from(slot)].take()?;
         {
             let mut mappings = lock(&entry.mappings);
             let mut windows = lock(&self.windows);
@@ -147,14 +163,14 @@ impl PciBus {
         Some(Arc::clone(&entry.function))
     }
 
-    /// Every function with its slot, the host bridge first.
+    /// Every function with its address, the host bridge first.
     pub fn functions(&self) -> Vec<(Bdf, Arc<dyn PciFunction>)> {
         let slots = self.slots.read().unpoisoned();
         (0..SLOT_COUNT)
             .zip(slots.iter())
             .filter_map(|(slot, entry)| {
                 let function = Arc::clone(&entry.as_ref()?.function);
-                Some((Bdf { slot }, function))
+                Some((self.bdf(slot), function))
             })
             .collect()
     }
@@ -197,6 +213,11 @@ impl PciBus {
         if moved {
             self.remap(&entry);
         }
+    }
+
+    pub(super) fn bdf(&self, slot: u8) -> Bdf {
+        let segment = self.segment;
+        Bdf { segment, slot }
     }
 
     fn slot(&self, slot: u8) -> Option<Arc<Slot>> {

@@ -108,7 +108,7 @@ impl BusDevice for ConfigPorts {
     }
 }
 
-/// Memory-mapped configuration space of bus 0.
+/// Memory-mapped configuration space of a segment.
 ///
 /// It is on the MMIO bus on which [`PciBus`] moves BARs, hence the weak reference: the two would keep each other alive.
 #[derive(Debug)]

@@ -5,7 +5,7 @@
 //! | 0x0 | `PCIU` | slots filled since the last read | – |
 //! | 0x4 | `PCID` | slots to be emptied, asked for since the last read | – |
 //! | 0x8 | `B0EJ` | 0 | slots the guest has let go of |
-//! | 0xc | `PSEG` | the segment the others are for | selects it; there is only 0 |
+//! | 0xc | `PSEG` | the segment the others are for | selects it; one that does not exist has no slots |
 //!
 //! Each is 32 bits wide, bit n for slot n; accesses of any other form read zero and change nothing.
 //!
@@ -20,10 +20,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use serde::{Deserialize, Serialize};
-use state::{Part, State, StateError, parts, require};
+use state::{Fields, Part, State, StateError, parts, require, wrap_in_list};
 use virtio_devices::Unpoisoned;
 
-use super::{Bdf, PciBus, SLOT_COUNT};
+use super::{Bdf, PciBus, PciSegments, SLOT_COUNT};
 use crate::bus::BusDevice;
 
 /// Size of the registers.
@@ -39,10 +39,28 @@ pub type EjectSink = Arc<dyn Fn() + Send + Sync>;
 
 const PART: Part = parts::PCI_HOTPLUG;
 
-/// The saved state of the controller: bitmaps of slots, and the selected segment.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// The saved state of the controller.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HotplugState {
+    /// The slots of each segment.
+    pub segments: Vec<SegmentSlots>,
+    /// The segment that the guest has selected.
+    pub segment: u32,
+}
+
+impl HotplugState {
+    /// Whether the guest still has this function although its removal was requested.
+    pub fn is_leaving(&self, bdf: Bdf) -> bool {
+        let slots = self.segments.get(usize::from(bdf.segment));
+        slots.is_some_and(|slots| slots.leaving & bit(bdf.slot) != 0)
+    }
+}
+
+/// Bitmaps of the slots of a segment.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SegmentSlots {
     /// Added since the guest last read it.
     pub up: u32,
     /// Requested for removal since the guest last read it.
@@ -51,42 +69,67 @@ pub struct HotplugState {
     pub leaving: u32,
     /// Off the bus; the control thread has not collected them yet.
     pub ejected: u32,
-    /// Selected by the guest.
-    pub segment: u32,
 }
 
 impl State for HotplugState {
     const PART: Part = PART;
+
+    /// Version 1 was of a machine with one segment.
+    fn upgrade(_from: u32, fields: &mut Fields) -> Result<(), StateError> {
+        wrap_in_list(fields, &["up", "down", "leaving", "ejected"], "segments");
+        Ok(())
+    }
 }
 
-/// Bitmaps of slots.
-#[derive(Debug, Default)]
+/// Bitmaps of the slots of a segment, as in [`SegmentSlots`].
+#[derive(Debug, Clone, Copy, Default)]
 struct Slots {
     up: u32,
     down: u32,
-    /// Requested for removal and not yet released.
     leaving: u32,
     ejected: u32,
+}
+
+#[derive(Debug)]
+struct Registers {
+    /// One item for each segment.
+    segments: Vec<Slots>,
+    /// Selected by the guest, which can write any number.
     segment: u32,
 }
 
-/// The hot-plug controller of the bus.
+impl Registers {
+    fn selected(&mut self) -> Option<&mut Slots> {
+        self.segments.get_mut(usize::try_from(self.segment).ok()?)
+    }
+
+    fn of(&mut self, bdf: Bdf) -> &mut Slots {
+        &mut self.segments[usize::from(bdf.segment)]
+    }
+}
+
+/// The hot-plug controller of all segments.
 pub struct HotplugController {
-    /// Weak, because the bus's own MMIO bus holds this.
-    bus: Weak<PciBus>,
-    slots: Mutex<Slots>,
+    /// Weak, because the buses' own MMIO bus holds this.
+    buses: Vec<Weak<PciBus>>,
+    registers: Mutex<Registers>,
     sink: EjectSink,
     refused_ejects: AtomicU64,
 }
 
-virtio_devices::debug_fields!(HotplugController { slots });
+virtio_devices::debug_fields!(HotplugController { registers });
 
 impl HotplugController {
-    /// A controller that takes functions off `bus` and then notifies `sink`.
-    pub fn new(bus: &Arc<PciBus>, sink: EjectSink) -> Self {
+    /// A controller that takes functions off the buses of `segments` and then notifies `sink`.
+    pub fn new(segments: &PciSegments, sink: EjectSink) -> Self {
+        let buses: Vec<_> = segments.buses().iter().map(Arc::downgrade).collect();
+        let registers = Registers {
+            segments: vec![Slots::default(); buses.len()],
+            segment: 0,
+        };
         Self {
-            bus: Arc::downgrade(bus),
-            slots: Mutex::default(),
+            buses,
+            registers: Mutex::new(registers),
             sink,
             refused_ejects: AtomicU64::new(0),
         }
@@ -94,49 +137,41 @@ impl HotplugController {
 
     /// Slots that the guest has not read or released yet.
     pub fn state(&self) -> HotplugState {
-        let slots = self.lock();
-        HotplugState {
+        let registers = self.lock();
+        let segment = |slots: &Slots| SegmentSlots {
             up: slots.up,
             down: slots.down,
             leaving: slots.leaving,
             ejected: slots.ejected,
-            segment: slots.segment,
+        };
+        HotplugState {
+            segments: registers.segments.iter().map(segment).collect(),
+            segment: registers.segment,
         }
     }
 
     /// Restores the controller from which `state` was taken. The functions are on the bus again.
     ///
     /// # Errors
-    /// Slots without a function, or the host bridge's; nothing is changed then.
+    /// Another number of segments, slots without a function, or the host bridge's; nothing is changed then.
     pub fn restore(&self, state: &HotplugState) -> Result<(), StateError> {
-        let functions = self
-            .bus
-            .upgrade()
-            .map_or_else(Vec::new, |bus| bus.functions());
-        let filled = functions
-            .iter()
-            .filter(|(bdf, _)| bdf.slot() != 0)
-            .fold(0, |slots, (bdf, _)| slots | bit(*bdf));
-        for (field, slots) in [
-            ("up", state.up),
-            ("down", state.down),
-            ("leaving", state.leaving),
-        ] {
-            require(slots & !filled == 0, PART, field, || {
-                format!("names slots {slots:#x}, those with a function are {filled:#x}")
-            })?;
-        }
-        require(state.ejected & (filled | 1) == 0, PART, "ejected", || {
-            format!(
-                "names slots {:#x}, of which some have a function",
-                state.ejected
-            )
+        let (own, saved) = (self.buses.len(), state.segments.len());
+        require(own == saved, PART, "segments", || {
+            format!("are {saved}, the configuration has {own}")
         })?;
-        *self.lock() = Slots {
-            up: state.up,
-            down: state.down,
-            leaving: state.leaving,
-            ejected: state.ejected,
+        for (bus, saved) in self.buses.iter().zip(&state.segments) {
+            if let Some(bus) = bus.upgrade() {
+                check(&bus, saved)?;
+            }
+        }
+        let segment = |saved: &SegmentSlots| Slots {
+            up: saved.up,
+            down: saved.down,
+            leaving: saved.leaving,
+            ejected: saved.ejected,
+        };
+        *self.lock() = Registers {
+            segments: state.segments.iter().map(segment).collect(),
             segment: state.segment,
         };
         Ok(())
@@ -144,20 +179,26 @@ impl HotplugController {
 
     /// Records that a function was put into this slot. The caller interrupts the guest next.
     pub fn announce(&self, bdf: Bdf) {
-        self.lock().up |= bit(bdf);
+        self.lock().of(bdf).up |= bit(bdf.slot);
     }
 
     /// Requests the removal of the function in this slot. The caller interrupts the guest next; may be repeated.
     pub fn request_removal(&self, bdf: Bdf) {
-        let mut slots = self.lock();
-        slots.down |= bit(bdf);
-        slots.leaving |= bit(bdf);
+        let mut registers = self.lock();
+        let slots = registers.of(bdf);
+        slots.down |= bit(bdf.slot);
+        slots.leaving |= bit(bdf.slot);
     }
 
     /// Slots that the guest has released since the last call; they are off the bus.
     pub fn take_ejected(&self) -> Vec<Bdf> {
-        let ejected = std::mem::take(&mut self.lock().ejected);
-        bdfs(ejected).collect()
+        let mut registers = self.lock();
+        let segments = (0_u16..).zip(&mut registers.segments);
+        let ejected = segments.flat_map(|(segment, slots)| {
+            let ejected = slots_in(std::mem::take(&mut slots.ejected));
+            ejected.map(move |slot| Bdf { segment, slot })
+        });
+        ejected.collect()
     }
 
     /// How often the guest ejected a slot without a request.
@@ -166,16 +207,17 @@ impl HotplugController {
     }
 
     fn eject(&self, wanted: u32) {
-        let granted = {
-            let mut slots = self.lock();
-            let granted = match slots.segment {
-                0 => wanted & slots.leaving,
-                _ => 0,
-            };
-            slots.leaving &= !granted;
-            slots.down &= !granted;
-            slots.up &= !granted;
-            granted
+        let (segment, granted) = {
+            let mut registers = self.lock();
+            let segment = registers.segment as usize;
+            let granted = registers.selected().map_or(0, |slots| {
+                let granted = wanted & slots.leaving;
+                slots.leaving &= !granted;
+                slots.down &= !granted;
+                slots.up &= !granted;
+                granted
+            });
+            (segment, granted)
         };
         let refused = (wanted & !granted).count_ones();
         self.refused_ejects
@@ -184,19 +226,19 @@ impl HotplugController {
             return;
         }
         // Removed before this write returns, so that the guest never finds a function again after releasing it.
-        if let Some(bus) = self.bus.upgrade() {
-            for bdf in bdfs(granted) {
-                bus.remove(bdf);
+        if let Some(bus) = self.buses[segment].upgrade() {
+            for slot in slots_in(granted) {
+                bus.remove(slot);
             }
         }
-        self.lock().ejected |= granted;
+        self.lock().segments[segment].ejected |= granted;
         (self.sink)();
     }
 
     /// The bitmaps are consistent after every statement, so a thread that panicked with the lock left nothing half
     /// done.
-    fn lock(&self) -> MutexGuard<'_, Slots> {
-        self.slots.lock().unpoisoned()
+    fn lock(&self) -> MutexGuard<'_, Registers> {
+        self.registers.lock().unpoisoned()
     }
 }
 
@@ -206,12 +248,15 @@ impl BusDevice for HotplugController {
         let Ok(data) = <&mut [u8; 4]>::try_from(data) else {
             return;
         };
-        let mut slots = self.lock();
-        let here = slots.segment == 0;
+        let mut registers = self.lock();
+        let mut take = |of: fn(&mut Slots) -> &mut u32| {
+            let slots = registers.selected();
+            slots.map_or(0, |slots| std::mem::take(of(slots)))
+        };
         *data = match offset {
-            SLOTS_UP if here => std::mem::take(&mut slots.up),
-            SLOTS_DOWN if here => std::mem::take(&mut slots.down),
-            SEGMENT => slots.segment,
+            SLOTS_UP => take(|slots| &mut slots.up),
+            SLOTS_DOWN => take(|slots| &mut slots.down),
+            SEGMENT => registers.segment,
             _ => 0,
         }
         .to_le_bytes();
@@ -229,14 +274,32 @@ impl BusDevice for HotplugController {
     }
 }
 
-fn bit(bdf: Bdf) -> u32 {
-    1 << bdf.slot()
+/// Whether `saved` can be of this bus.
+fn check(bus: &PciBus, saved: &SegmentSlots) -> Result<(), StateError> {
+    let own = bus.own_slots().fold(0, |slots, slot| slots | bit(slot));
+    let functions = bus.functions();
+    let filled = own & (functions.iter()).fold(0, |slots, (bdf, _)| slots | bit(bdf.slot));
+    for (field, slots) in [
+        ("up", saved.up),
+        ("down", saved.down),
+        ("leaving", saved.leaving),
+    ] {
+        require(slots & !filled == 0, PART, field, || {
+            format!("names slots {slots:#x}, those with a function are {filled:#x}")
+        })?;
+    }
+    let ejected = saved.ejected;
+    require(ejected & (filled | !own) == 0, PART, "ejected", || {
+        format!("names slots {ejected:#x}, of which some have a function")
+    })
 }
 
-fn bdfs(bitmap: u32) -> impl Iterator<Item = Bdf> {
-    (0..SLOT_COUNT)
-        .filter(move |slot| bitmap & 1 << slot != 0)
-        .map(|slot| Bdf { slot })
+fn bit(slot: u8) -> u32 {
+    1 << slot
+}
+
+fn slots_in(bitmap: u32) -> impl Iterator<Item = u8> {
+    (0..SLOT_COUNT).filter(move |slot| bitmap & bit(*slot) != 0)
 }
 
 #[cfg(test)]
@@ -245,14 +308,14 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::super::MemoryWindows;
     use super::super::fake::{FakeDoorbells, FakeFunction};
+    use super::super::{DoorbellBackend, Place};
     use super::*;
     use crate::bus::Bus;
 
     struct Rig {
         _mmio: Arc<Bus>,
-        bus: Arc<PciBus>,
+        segments: PciSegments,
         controller: HotplugController,
         told: Arc<AtomicUsize>,
     }
@@ -260,31 +323,39 @@ mod tests {
     impl Rig {
         fn new() -> Self {
             let mmio = Arc::new(Bus::new());
-            let windows =
-                MemoryWindows::new(0xc000_0000..0xe800_0000, 0x1_0000_0000..0x2_0000_0000).unwrap();
-            let bus = Arc::new(PciBus::new(
-                &mmio,
-                windows,
-                Arc::new(FakeDoorbells::default()),
-            ));
+            let doorbells: Arc<dyn DoorbellBackend> = Arc::new(FakeDoorbells::default());
+            let (mmio32, mmio64) = (0xc000_0000..0xe800_0000, 0x1_0000_0000..0x2_0000_0000);
+            let segments = PciSegments::new(2, &mmio, &mmio32, &mmio64, &doorbells).unwrap();
             let told = Arc::new(AtomicUsize::new(0));
             let counted = Arc::clone(&told);
             let sink: EjectSink = Arc::new(move || {
                 counted.fetch_add(1, Ordering::Relaxed);
             });
             Self {
-                controller: HotplugController::new(&bus, sink),
+                controller: HotplugController::new(&segments, sink),
                 _mmio: mmio,
-                bus,
+                segments,
                 told,
             }
         }
 
-        fn add(&self, slot: u8) -> Bdf {
+        fn put(&self, segment: u16, slot: u8) -> Bdf {
             let function = Arc::new(FakeFunction::new("_f"));
-            let bdf = self.bus.add(function, Some(slot)).unwrap();
+            let place = Place {
+                segment,
+                slot: Some(slot),
+            };
+            self.segments.add(function, place).unwrap()
+        }
+
+        fn add_on(&self, segment: u16, slot: u8) -> Bdf {
+            let bdf = self.put(segment, slot);
             self.controller.announce(bdf);
             bdf
+        }
+
+        fn add(&self, slot: u8) -> Bdf {
+            self.add_on(0, slot)
         }
 
         fn read(&self, offset: u64) -> u32 {
@@ -298,7 +369,7 @@ mod tests {
         }
 
         fn functions(&self) -> usize {
-            self.bus.functions().len()
+            self.segments.functions().len()
         }
     }
 
@@ -354,6 +425,56 @@ mod tests {
         assert_eq!((rig.read(SLOTS_UP), rig.read(SLOTS_DOWN)), (8, 8));
     }
 
+    #[test]
+    fn registers_are_those_of_the_selected_segment() {
+        let rig = Rig::new();
+        let near = rig.add(3);
+        let far = [rig.add_on(1, 0), rig.add_on(1, 3)];
+        rig.write(SEGMENT, 1);
+        assert_eq!(rig.read(SLOTS_UP), 1 << 0 | 1 << 3);
+        rig.controller.request_removal(near);
+        rig.controller.request_removal(far[0]);
+        assert_eq!(rig.read(SLOTS_DOWN), 1 << 0);
+        rig.write(EJECT, 1 << 0 | 1 << 3);
+        assert_eq!(rig.controller.take_ejected(), [far[0]]);
+        assert_eq!(rig.controller.refused_ejects(), 1);
+        rig.write(SEGMENT, 0);
+        assert_eq!((rig.read(SLOTS_UP), rig.read(SLOTS_DOWN)), (8, 8));
+        rig.write(EJECT, 1 << 3);
+        assert_eq!(rig.controller.take_ejected(), [near]);
+        let left: Vec<_> = rig
+            .segments
+            .functions()
+            .into_iter()
+            .map(|it| it.0)
+            .collect();
+        assert_eq!(
+            left,
+            [
+                Bdf {
+                    segment: 0,
+                    slot: 0
+                },
+                far[1]
+            ]
+        );
+    }
+
+    #[test]
+    fn state_of_the_machine_with_one_segment_is_read() {
+        let one = r#"{"version":1,"up":2,"down":4,"leaving":12,"ejected":16,"segment":7}"#;
+        let one: state::Saved = serde_json::from_str(one).unwrap();
+        let state: HotplugState = one.read().unwrap();
+        assert_eq!(state.segment, 7);
+        let slots = SegmentSlots {
+            up: 2,
+            down: 4,
+            leaving: 12,
+            ejected: 16,
+        };
+        assert_eq!(state.segments, [slots]);
+    }
+
     proptest! {
         #[test]
         fn accesses_of_any_form_never_take_more_than_was_asked_for(
@@ -375,9 +496,9 @@ mod tests {
                     rig.controller.read(offset, &mut data);
                 }
             }
-            let left = rig.bus.functions().iter().fold(0, |bits, (bdf, _)| bits | bit(*bdf));
+            let left = rig.segments.functions().iter().fold(0, |bits, (bdf, _)| bits | bit(bdf.slot));
             prop_assert_eq!(left & !asked & !1, !asked & !1);
-            let ejected = rig.controller.take_ejected().into_iter().fold(0, |bits, it| bits | bit(it));
+            let ejected = rig.controller.take_ejected().into_iter().fold(0, |bits, it| bits | bit(it.slot));
             prop_assert_eq!(left ^ ejected, u32::MAX);
         }
     }
@@ -387,10 +508,7 @@ mod tests {
         use ::state::{Saved, testing};
 
         let rig = Rig::new();
-        let bdf = rig
-            .bus
-            .add(Arc::new(FakeFunction::new("_f")), Some(5))
-            .unwrap();
+        let bdf = rig.put(1, 5);
         rig.controller.request_removal(bdf);
         let saved = Saved::of(&rig.controller.state());
         let other = Rig::new();
@@ -398,11 +516,9 @@ mod tests {
             other.controller.restore(&saved.read().unwrap()).is_err(),
             "no function there"
         );
-        other
-            .bus
-            .add(Arc::new(FakeFunction::new("_f")), Some(5))
-            .unwrap();
+        other.put(1, 5);
         other.controller.restore(&saved.read().unwrap()).unwrap();
+        other.write(SEGMENT, 1);
         other.controller.write(EJECT, &(1_u32 << 5).to_le_bytes());
         assert_eq!(other.controller.take_ejected(), [bdf]);
         assert_eq!(other.controller.refused_ejects(), 0);

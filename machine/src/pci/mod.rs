@@ -1,9 +1,10 @@
-//! The PCI bus: one segment, one bus of 32 slots, one function each.
+//! PCI: up to 96 segments, each with one bus of 32 slots, one function each.
 //!
 //! ```text
-//!  port 0xcf8/0xcfc ─ ConfigPorts ─┐
+//!  port 0xcf8/0xcfc ─ ConfigPorts ─┐ (segment 0)
 //!                                  ├─► PciBus ─ slots ─► PciFunction
 //!  0xe800_0000 ────── Ecam ────────┘     │ BARs moved: remap
+//!  + n MiB: segment n                    │
 //!                                        └─► MMIO bus + doorbells (ioeventfd)
 //! ```
 //!
@@ -16,6 +17,7 @@ mod bus;
 mod config_access;
 mod host_bridge;
 mod hotplug;
+mod segments;
 mod state;
 mod windows;
 
@@ -32,33 +34,38 @@ pub use config_access::{
     CONFIG_PORT_BASE, CONFIG_PORT_BYTES, CONFIG_PORTS, ConfigPorts, ECAM_BYTES, Ecam,
 };
 pub use host_bridge::HostBridge;
-pub use hotplug::{EjectSink, HOTPLUG_BYTES, HotplugController, HotplugState};
-pub use state::{PciBusState, RangeState, SlotState};
-pub use windows::MemoryWindows;
+pub use hotplug::{EjectSink, HOTPLUG_BYTES, HotplugController, HotplugState, SegmentSlots};
+pub use segments::{PciSegments, SEGMENT_COUNT_MAX};
+pub use state::{PciBusState, RangeState, SegmentState, SlotState};
+pub use windows::{MemoryWindows, WindowRanges};
 
 use crate::bus::BusError;
 
-/// Slots of the bus; slot 0 is the host bridge's.
+/// Slots of a bus; slot 0 of segment 0 is the host bridge's.
 pub const SLOT_COUNT: u8 = 32;
 
-/// The address of a function, shown as `0000:00:05.0`. Segment, bus and function number are always zero.
+/// The address of a function, shown as `0001:00:05.0`. Bus and function number are always zero.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Bdf {
-    slot: u8,
-}
-
-impl Bdf {
-    /// The device number, below [`SLOT_COUNT`].
-    #[must_use]
-    pub fn slot(self) -> u8 {
-        self.slot
-    }
+    /// The segment.
+    pub segment: u16,
+    /// The device number.
+    pub slot: u8,
 }
 
 impl fmt::Display for Bdf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "0000:00:{:02x}.0", self.slot)
+        write!(f, "{:04x}:00:{:02x}.0", self.segment, self.slot)
     }
+}
+
+/// Where a function should go.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Place {
+    /// The segment.
+    pub segment: u16,
+    /// The device number; the next free one if `None`.
+    pub slot: Option<u8>,
 }
 
 /// Registers doorbells with the hypervisor: a guest's write to an address signals an eventfd without leaving the
@@ -91,15 +98,28 @@ impl DoorbellBackend for hypervisor::Vm {
 /// Reasons why a function cannot be put on the bus.
 #[derive(Debug, thiserror::Error)]
 pub enum PciError {
-    /// The requested device number is 0 (host bridge) or not below 32.
-    #[error("PCI device number {0} is not between 1 and 31")]
+    /// The requested segment does not exist.
+    #[error("PCI segment {segment} does not exist: the VM has {count}, counted from 0")]
+    NoSuchSegment {
+        /// The segment.
+        segment: u16,
+        /// The number of segments.
+        count: usize,
+    },
+    /// The requested device number is not below 32.
+    #[error("Given PCI device ID ({0}) is out of the supported range of 0..{SLOT_COUNT}")]
     SlotOutOfRange(u8),
     /// The requested device number is in use.
-    #[error("PCI device number {0} is already in use")]
+    #[error("Valid PCI device identifier but already used: {0}")]
     SlotInUse(u8),
-    /// All 31 slots are in use.
-    #[error("No free PCI device number: all 31 are in use")]
-    BusFull,
+    /// All slots are in use.
+    #[error("No free PCI device number on segment {segment}: all {count} are in use")]
+    BusFull {
+        /// The segment.
+        segment: u16,
+        /// Slots that it has for functions.
+        count: u8,
+    },
     /// A BAR's size is not a power of two of at least 16 bytes.
     #[error("BAR {index} of {id} cannot have a size of {bytes} bytes")]
     BarSize {

@@ -1,11 +1,11 @@
-//! The saved state of the bus: functions in their slots, and allocated address space.
+//! The saved state of the buses: functions in their slots, and allocated address space.
 //!
 //! The functions themselves, and the addresses to which the guest has moved their BARs, are in their own states.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use ::state::{Part, State, StateError, parts, require};
+use ::state::{Fields, Part, State, StateError, parts, require, wrap_in_list};
 use serde::{Deserialize, Serialize};
 use virtio_devices::Unpoisoned;
 use virtio_devices::pci::PciFunction;
@@ -14,22 +14,50 @@ use vm_allocator::RangeInclusive;
 use super::bus::{Slot, lock};
 use super::{Bdf, PciBus, SLOT_COUNT};
 
-const PART: Part = parts::PCI_BUS;
+pub(super) const PART: Part = parts::PCI_BUS;
 
-/// The bus and its two ports.
+/// The buses, and the two ports.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PciBusState {
     /// Address register of configuration mechanism 1.
     pub config_address: u32,
-    /// Slots reserved for functions that request them, one bit each.
-    pub reserved: u32,
-    /// The functions, without the host bridge.
-    pub slots: Vec<SlotState>,
+    /// The bus of each segment.
+    pub segments: Vec<SegmentState>,
 }
 
 impl State for PciBusState {
     const PART: Part = PART;
+
+    /// Version 1 was of a machine with one segment.
+    fn upgrade(_from: u32, fields: &mut Fields) -> Result<(), StateError> {
+        wrap_in_list(fields, &["reserved", "slots"], "segments");
+        Ok(())
+    }
+}
+
+impl PciBusState {
+    /// The saved slot of the function `id`, and its segment.
+    pub fn slot(&self, id: &str) -> Option<(u16, &SlotState)> {
+        let mut slots = self.slots();
+        slots.find(|(_, slot)| slot.id == id)
+    }
+
+    /// Every saved slot with its segment.
+    pub fn slots(&self) -> impl Iterator<Item = (u16, &SlotState)> {
+        let segments = (0_u16..).zip(&self.segments);
+        segments.flat_map(|(number, it)| it.slots.iter().map(move |slot| (number, slot)))
+    }
+}
+
+/// The bus of one segment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SegmentState {
+    /// Slots reserved for functions that request them, one bit each.
+    pub reserved: u32,
+    /// The functions, without the host bridge.
+    pub slots: Vec<SlotState>,
 }
 
 /// One function on the bus.
@@ -55,21 +83,19 @@ pub struct RangeState {
 }
 
 impl PciBus {
-    /// The functions and their slots. `config_address`: the address register of the two ports.
-    pub fn state(&self, config_address: u32) -> PciBusState {
+    /// The functions and their slots.
+    pub fn state(&self) -> SegmentState {
         let slots = self.slots.read().unpoisoned();
         let range = |range: &RangeInclusive| RangeState {
             start: range.start(),
             bytes: range.len(),
         };
-        PciBusState {
-            config_address,
+        SegmentState {
             reserved: self.reserved.load(Ordering::Relaxed),
-            slots: (0..SLOT_COUNT)
-                .zip(slots.iter())
-                .skip(1)
-                .filter_map(|(slot, entry)| {
-                    let entry = entry.as_ref()?;
+            slots: self
+                .own_slots()
+                .filter_map(|slot| {
+                    let entry = slots[usize::from(slot)].as_ref()?;
                     Some(SlotState {
                         slot,
                         id: entry.function.id().to_owned(),
@@ -80,9 +106,9 @@ impl PciBus {
         }
     }
 
-    /// Restores which slots are reserved.
-    pub fn restore_reserved(&self, state: &PciBusState) {
-        self.reserve((0..SLOT_COUNT).filter(|slot| state.reserved & 1 << slot != 0));
+    /// Restores which slots are reserved, one bit each.
+    pub(super) fn restore_reserved(&self, reserved: u32) {
+        self.reserve((0..SLOT_COUNT).filter(|slot| reserved & 1 << slot != 0));
     }
 
     /// Puts a function that was restored from its state back into its slot, and maps its BARs at the guest's addresses.
@@ -121,7 +147,7 @@ impl PciBus {
         slots[usize::from(slot)] = Some(Arc::clone(&entry));
         drop(slots);
         self.remap(&entry);
-        Ok(Bdf { slot })
+        Ok(self.bdf(slot))
     }
 
     fn take_ranges(&self, state: &SlotState) -> Result<Vec<RangeInclusive>, StateError> {

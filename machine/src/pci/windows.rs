@@ -15,11 +15,20 @@ const BAR_ALIGNMENT_MIN: u64 = 0x1000;
 /// The smallest possible memory BAR (PCI 3.0 §6.2.5.1).
 const BAR_BYTES_MIN: u64 = 16;
 
-/// The 32-bit and the 64-bit window of the bus.
+/// The 32-bit and the 64-bit window of a bus.
 #[derive(Debug)]
 pub struct MemoryWindows {
     mmio32: Window,
     mmio64: Window,
+}
+
+/// The addresses of both windows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WindowRanges {
+    /// Below 4 GiB.
+    pub mmio32: Range<u64>,
+    /// Above all RAM.
+    pub mmio64: Range<u64>,
 }
 
 #[derive(Debug)]
@@ -52,6 +61,13 @@ impl MemoryWindows {
             mmio32: Window::new(mmio32)?,
             mmio64: Window::new(mmio64)?,
         })
+    }
+
+    pub(super) fn ranges(&self) -> WindowRanges {
+        WindowRanges {
+            mmio32: self.mmio32.range.clone(),
+            mmio64: self.mmio64.range.clone(),
+        }
     }
 
     /// Allocates address space for a BAR of function `id`.

@@ -1,17 +1,16 @@
-//! Disks, network devices, shared folders and PCI slots.
+//! Disks, network devices, shared folders and the vsock device.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use api::VmConfig;
-use api::config::{ConsoleOutputMode, DiskConfig, FsConfig, NetConfig, VsockConfig};
+use api::config::{DiskConfig, FsConfig, NetConfig, VsockConfig};
 
 use machine::memory::all_shared;
 use virtio_devices::fs::TAG_BYTES_MAX;
 use virtio_devices::worker::HOST_CPUS_MAX;
 
 use super::error::{DeviceFault, ValidationError};
-use super::pci_devices::pci_devices;
 
 /// Two descriptors make the smallest useful request.
 const QUEUE_SIZE_MIN: u16 = 2;
@@ -29,7 +28,6 @@ const SOCKET_PATH_BYTES_MAX: usize = 107;
 const FS_QUEUES_MAX: usize = 64;
 /// Descriptors up to here are the standard streams.
 const LAST_STANDARD_FD: i32 = 2;
-const PCI_SLOTS: std::ops::RangeInclusive<u8> = 1..=31;
 
 pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     let vcpus = usize::try_from(config.cpus.boot_vcpus).unwrap_or(usize::MAX);
@@ -46,9 +44,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     if let Some(vsock) = &config.vsock {
         check_vsock(vsock).map_err(|fault| at("vsock", 0, vsock.id.as_deref(), fault))?;
     }
-    disk_paths(config)?;
-    pci_slot_count(config)?;
-    pci_slots(config)
+    disk_paths(config)
 }
 
 pub(super) fn at(
@@ -202,51 +198,6 @@ fn disk_paths(config: &VmConfig) -> Result<(), ValidationError> {
             && !(other_readonly && disk.readonly)
         {
             return Err(ValidationError::DuplicateDiskPath { path: path.clone() });
-        }
-    }
-    Ok(())
-}
-
-/// Every device needs a slot.
-fn pci_slot_count(config: &VmConfig) -> Result<(), ValidationError> {
-    let lists = [
-        config.disks.as_ref().map_or(0, Vec::len),
-        config.net.as_ref().map_or(0, Vec::len),
-        config.fs.as_ref().map_or(0, Vec::len),
-    ];
-    let singles = [
-        config.balloon.is_some(),
-        config.console.mode != ConsoleOutputMode::Off,
-        config.memory.hotplug_size.is_some_and(|bytes| bytes > 0),
-        config.watchdog,
-        config.pvpanic,
-        config.vsock.is_some(),
-    ];
-    // The random number device is always present.
-    let count = 1 + lists.iter().sum::<usize>() + singles.iter().filter(|there| **there).count();
-    let max = PCI_SLOTS.count();
-    if count > max {
-        return Err(ValidationError::TooManyDevices { count, max });
-    }
-    Ok(())
-}
-
-/// The slots that devices request, in no particular order.
-pub fn wished_slots(config: &VmConfig) -> impl Iterator<Item = u8> {
-    pci_devices(config).filter_map(|device| device.slot)
-}
-
-fn pci_slots(config: &VmConfig) -> Result<(), ValidationError> {
-    let mut seen = BTreeSet::new();
-    for slot in wished_slots(config) {
-        if !PCI_SLOTS.contains(&slot) {
-            return Err(ValidationError::Device {
-                device: format!("PCI slot {slot}"),
-                fault: DeviceFault::PciSlot { slot },
-            });
-        }
-        if !seen.insert(slot) {
-            return Err(ValidationError::DuplicatePciSlot { slot });
         }
     }
     Ok(())

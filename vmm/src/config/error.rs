@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use machine::boot::SmbiosError;
+use machine::pci::{Bdf, SLOT_COUNT};
 
 /// The problem and its section.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -85,18 +86,28 @@ pub enum ValidationError {
         path: PathBuf,
     },
     /// More devices than slots.
-    #[error("{count} devices exceed the {max} slots of the PCI bus")]
+    #[error("{count} devices exceed the {max} slots of PCI segment {segment}")]
     TooManyDevices {
+        /// The segment.
+        segment: u16,
         /// Devices.
         count: usize,
         /// Slots.
         max: usize,
     },
     /// One PCI slot for two devices.
-    #[error("PCI slot {slot} is assigned to two devices")]
+    #[error("Valid PCI device identifier but already used: {} (on PCI segment {})", place.slot, place.segment)]
     DuplicatePciSlot {
         /// The slot.
-        slot: u8,
+        place: Bdf,
+    },
+    /// More PCI segments than there are, or none.
+    #[error("num_pci_segments must be between 1 and {max}; got {count}")]
+    PciSegmentCount {
+        /// The requested number.
+        count: u16,
+        /// The maximum.
+        max: u16,
     },
     /// Rules that would have no effect.
     #[error("landlock_rules are given without landlock_enable")]
@@ -250,6 +261,26 @@ pub enum NumaFault {
     VcpuReused {
         /// The vCPU.
         vcpu: u32,
+        /// A node.
+        first: u32,
+        /// Another one, or the same.
+        second: u32,
+    },
+    /// A PCI segment that the machine does not have.
+    #[error("Node {node} has PCI segment {segment}, but the last PCI segment is {last}")]
+    UnknownSegment {
+        /// The node.
+        node: u32,
+        /// The segment.
+        segment: u16,
+        /// The highest number.
+        last: u16,
+    },
+    /// One PCI segment in two nodes.
+    #[error("PCI segment {segment} is in node {first} and in node {second}")]
+    SegmentReused {
+        /// The segment.
+        segment: u16,
         /// A node.
         first: u32,
         /// Another one, or the same.
@@ -479,8 +510,16 @@ pub enum DeviceFault {
         /// The number.
         fd: i32,
     },
-    /// Slots 1 to 31 exist.
-    #[error("PCI slot must be between 1 and 31; got {slot}")]
+    /// A segment that the machine does not have.
+    #[error("pci_segment must be below num_pci_segments ({count}); got {segment}")]
+    PciSegment {
+        /// The segment.
+        segment: u16,
+        /// The number of segments.
+        count: u16,
+    },
+    /// Slots 0 to 31 exist.
+    #[error("Given PCI device ID ({slot}) is out of the supported range of 0..{SLOT_COUNT}")]
     PciSlot {
         /// The slot.
         slot: u8,

@@ -22,9 +22,9 @@ use machine::boot::check_platform;
 use machine::legacy::is_fixed_port;
 
 pub use device_list::{NewDevice, balloon_id, take_id, with_device, without_device};
-pub use devices::wished_slots;
 pub use error::{CpusFault, DeviceFault, MemoryFault, NumaFault, ValidationError};
 pub use ids::assign_ids;
+pub use pci_devices::{pci_segments, wished_slots};
 pub use rate_limits::{RateLimiterError, rate_limits, validate_rate_limits, with_rate_limit};
 
 /// Checks every section, in the order of importance to the reader of the error.
@@ -43,6 +43,7 @@ pub fn validate(config: &VmConfig) -> Result<(), ValidationError> {
     balloon(config)?;
     devices::check(config)?;
     validate_rate_limits(config)?;
+    pci_devices::check(config)?;
     ids::check(config)?;
     consoles(config)?;
     landlock(config)
@@ -61,6 +62,7 @@ pub fn validate_addition(config: &VmConfig, added: &NewDevice) -> Result<(), Val
     }
     devices::check(config)?;
     validate_rate_limits(config)?;
+    pci_devices::check(config)?;
     ids::check(config)
 }
 

@@ -6,6 +6,7 @@ use api::VmConfig;
 use api::config::NumaConfig;
 
 use super::error::NumaFault;
+use super::pci_devices::pci_segments;
 use machine::acpi::{LOCAL_DISTANCE, PROXIMITY_DOMAIN_MAX};
 use machine::memory::DEFAULT_ZONE_ID;
 
@@ -26,6 +27,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), NumaFault> {
     }
     zones(config, nodes)?;
     vcpus(config.cpus.max_vcpus, nodes)?;
+    segments(pci_segments(config), nodes)?;
     for node in nodes {
         distances(node, |destination| known.contains_key(&destination))?;
     }
@@ -73,6 +75,29 @@ fn vcpus(max_vcpus: u32, nodes: &[NumaConfig]) -> Result<(), NumaFault> {
             if let Some(first) = owners.insert(vcpu, node.guest_numa_id) {
                 return Err(NumaFault::VcpuReused {
                     vcpu,
+                    first,
+                    second: node.guest_numa_id,
+                });
+            }
+        }
+    }
+    Ok(())
+}
+
+fn segments(count: u16, nodes: &[NumaConfig]) -> Result<(), NumaFault> {
+    let mut owners = BTreeMap::new();
+    for node in nodes {
+        for &segment in node.pci_segments.iter().flatten() {
+            if segment >= count {
+                return Err(NumaFault::UnknownSegment {
+                    node: node.guest_numa_id,
+                    segment,
+                    last: count.saturating_sub(1),
+                });
+            }
+            if let Some(first) = owners.insert(segment, node.guest_numa_id) {
+                return Err(NumaFault::SegmentReused {
+                    segment,
                     first,
                     second: node.guest_numa_id,
                 });

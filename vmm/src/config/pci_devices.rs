@@ -1,8 +1,14 @@
-//! Common properties of the PCI devices in a configuration: name and slot.
+//! Common properties of the PCI devices in a configuration: name, segment and slot.
+
+use std::collections::{BTreeMap, BTreeSet};
 
 use api::VmConfig;
+use api::config::{ConsoleOutputMode, DEFAULT_NUM_PCI_SEGMENTS};
+use machine::pci::{Bdf, SEGMENT_COUNT_MAX, SLOT_COUNT};
 
-/// Name and slot of one device.
+use super::error::{DeviceFault, ValidationError};
+
+/// Name and place of one device.
 pub(super) struct PciDevice<'a> {
     /// The section of the configuration that describes it.
     pub(super) section: &'static str,
@@ -13,14 +19,14 @@ pub(super) struct PciDevice<'a> {
 }
 
 macro_rules! devices {
-    ($section:literal, $configs:expr) => {
+    ($section:expr, $configs:expr) => {
         devices!(@ $section, $configs, config, config.iommu)
     };
     // Devices that upstream cannot put behind the virtual IOMMU.
-    ($section:literal, $configs:expr, no iommu) => {
+    ($section:expr, $configs:expr, no iommu) => {
         devices!(@ $section, $configs, config, false)
     };
-    (@ $section:literal, $configs:expr, $config:ident, $iommu:expr) => {
+    (@ $section:expr, $configs:expr, $config:ident, $iommu:expr) => {
         $configs.into_iter().map(|$config| PciDevice {
             section: $section,
             id: &$config.id,
@@ -31,6 +37,9 @@ macro_rules! devices {
     };
 }
 
+/// The section of a device that can be off.
+const CONSOLE: &str = "console";
+
 /// Every device that the user can name or assign to a slot. A new section of PCI devices needs one line here.
 pub(super) fn pci_devices(config: &VmConfig) -> impl Iterator<Item = PciDevice<'_>> {
     devices!("disks", config.disks.iter().flatten())
@@ -39,5 +48,83 @@ pub(super) fn pci_devices(config: &VmConfig) -> impl Iterator<Item = PciDevice<'
         .chain(devices!("vsock", &config.vsock))
         .chain(devices!("balloon", &config.balloon))
         .chain(devices!("rng", [&config.rng]))
-        .chain(devices!("console", [&config.console]))
+        .chain(devices!(CONSOLE, [&config.console]))
+}
+
+/// The number of PCI segments.
+pub fn pci_segments(config: &VmConfig) -> u16 {
+    let platform = config.platform.as_ref();
+    platform.map_or(DEFAULT_NUM_PCI_SEGMENTS, |it| it.num_pci_segments)
+}
+
+/// The slots that devices request, in no particular order.
+pub fn wished_slots(config: &VmConfig) -> impl Iterator<Item = Bdf> {
+    pci_devices(config).filter_map(|device| {
+        let segment = device.segment;
+        device.slot.map(|slot| Bdf { segment, slot })
+    })
+}
+
+/// Every device needs a slot, on a segment that exists.
+pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
+    let count = pci_segments(config);
+    if !(1..=SEGMENT_COUNT_MAX).contains(&count) {
+        return Err(ValidationError::PciSegmentCount {
+            count,
+            max: SEGMENT_COUNT_MAX,
+        });
+    }
+    if let Some(device) = pci_devices(config).find(|it| it.segment >= count) {
+        return Err(ValidationError::Device {
+            device: device.id.clone().unwrap_or(device.section.to_owned()),
+            fault: DeviceFault::PciSegment {
+                segment: device.segment,
+                count,
+            },
+        });
+    }
+    slot_counts(config)?;
+    let mut seen = BTreeSet::from([HOST_BRIDGE]);
+    for place in wished_slots(config) {
+        let slot = place.slot;
+        if slot >= SLOT_COUNT {
+            return Err(ValidationError::Device {
+                device: format!("PCI slot {slot}"),
+                fault: DeviceFault::PciSlot { slot },
+            });
+        }
+        if !seen.insert(place) {
+            return Err(ValidationError::DuplicatePciSlot { place });
+        }
+    }
+    Ok(())
+}
+
+const HOST_BRIDGE: Bdf = Bdf {
+    segment: 0,
+    slot: 0,
+};
+
+fn slot_counts(config: &VmConfig) -> Result<(), ValidationError> {
+    // These have no choice of a segment.
+    let singles = [
+        config.memory.hotplug_size.is_some_and(|bytes| bytes > 0),
+        config.watchdog,
+        config.pvpanic,
+    ];
+    let singles = singles.iter().filter(|there| **there).count();
+    let mut counts = BTreeMap::from([(HOST_BRIDGE.segment, 1 + singles)]);
+    let console_off = config.console.mode == ConsoleOutputMode::Off;
+    for device in pci_devices(config).filter(|it| !(console_off && it.section == CONSOLE)) {
+        *counts.entry(device.segment).or_default() += 1;
+    }
+    let max = usize::from(SLOT_COUNT);
+    match counts.into_iter().find(|(_, count)| *count > max) {
+        Some((segment, count)) => Err(ValidationError::TooManyDevices {
+            segment,
+            count: count - usize::from(segment == HOST_BRIDGE.segment),
+            max: max - usize::from(segment == HOST_BRIDGE.segment),
+        }),
+        None => Ok(()),
+    }
 }

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, clippy::needless_pass_by_value)]
 
+use machine::pci::Bdf;
 use serde_json::{Value, json};
 
 use super::*;
@@ -494,6 +495,84 @@ fn validate_device_faults_are_named() {
     ));
 }
 
+fn at(segment: u16, slot: u8) -> Bdf {
+    Bdf { segment, slot }
+}
+
+#[test]
+fn validate_devices_are_on_segments_that_exist() {
+    let segments = |count: u16, devices: Value| {
+        let mut config = with("platform", json!({"num_pci_segments": count}));
+        config.disks = serde_json::from_value(devices).unwrap();
+        config
+    };
+    let disk = |segment: u16, slot: Option<u8>| json!({"path": "/d", "readonly": true, "pci_segment": segment, "pci_device_id": slot});
+    let valid = segments(
+        2,
+        json!([disk(1, Some(0)), disk(1, Some(8)), disk(0, Some(8))]),
+    );
+    validate(&valid).unwrap();
+    assert_eq!(wished_slots(&valid).max(), Some(at(1, 8)));
+    validate(&segments(96, json!([disk(95, None)]))).unwrap();
+    for count in [0, 97, u16::MAX] {
+        assert_eq!(
+            validate(&segments(count, json!([]))),
+            Err(ValidationError::PciSegmentCount { count, max: 96 })
+        );
+    }
+    assert!(matches!(
+        validate(&segments(2, json!([disk(2, None)]))),
+        Err(ValidationError::Device {
+            fault: DeviceFault::PciSegment {
+                segment: 2,
+                count: 2
+            },
+            ..
+        })
+    ));
+    assert_eq!(
+        validate(&segments(2, json!([disk(1, Some(8)), disk(1, Some(8))]))),
+        Err(ValidationError::DuplicatePciSlot { place: at(1, 8) })
+    );
+    // The host bridge, the random numbers and the console are on segment 0.
+    for (segment, fit) in [(0, 29), (1, 32)] {
+        let many = |count: usize| segments(2, json!(vec![disk(segment, None); count]));
+        let max = 32 - usize::from(segment == 0);
+        validate(&many(fit)).unwrap();
+        assert_eq!(
+            validate(&many(fit + 1)),
+            Err(ValidationError::TooManyDevices {
+                segment,
+                count: max + 1,
+                max
+            })
+        );
+    }
+    let mut nodes = with(
+        "numa",
+        json!([{"guest_numa_id": 0, "pci_segments": [0]}, {"guest_numa_id": 1, "pci_segments": [1]}]),
+    );
+    assert_eq!(
+        validate(&nodes),
+        Err(ValidationError::Numa(NumaFault::UnknownSegment {
+            node: 1,
+            segment: 1,
+            last: 0
+        }))
+    );
+    nodes.platform = segments(2, json!([])).platform;
+    validate(&nodes).unwrap();
+    nodes.numa.as_mut().unwrap()[1].pci_segments = Some(vec![1, 0]);
+    assert_eq!(
+        validate(&nodes),
+        Err(ValidationError::Numa(NumaFault::SegmentReused {
+            segment: 0,
+            first: 0,
+            second: 1
+        }))
+    );
+}
+
 #[test]
 fn validate_names_and_slots_are_unique_and_free() {
     for id in ["", "__mine", "a\nb"] {
@@ -523,7 +602,11 @@ fn validate_names_and_slots_are_unique_and_free() {
             "disks",
             json!([{"path": "/d", "pci_device_id": 8}, {"path": "/e", "pci_device_id": 8}])
         ),
-        ValidationError::DuplicatePciSlot { slot: 8 }
+        ValidationError::DuplicatePciSlot { place: at(0, 8) }
+    );
+    assert_eq!(
+        fault("disks", json!([{"path": "/d", "pci_device_id": 0}])),
+        ValidationError::DuplicatePciSlot { place: at(0, 0) }
     );
     assert!(matches!(
         fault("disks", json!([{"path": "/d", "pci_device_id": 32}])),
@@ -686,12 +769,16 @@ fn validate_vsock_needs_an_address_of_a_guest_and_a_path() {
             }
         ));
     }
-    assert_eq!(
+    assert!(matches!(
         fault("vsock", json!({"cid": 3, "socket": "/s", "pci_segment": 1})),
-        ValidationError::Unsupported {
-            what: "vsock.pci_segment".to_owned()
+        ValidationError::Device {
+            fault: DeviceFault::PciSegment {
+                segment: 1,
+                count: 1
+            },
+            ..
         }
-    );
+    ));
 }
 
 #[test]
@@ -733,23 +820,22 @@ fn validate_shared_folder_needs_shared_memory_a_tag_and_a_path() {
     }
     let mut elsewhere = folder;
     elsewhere["pci_segment"] = json!(1);
-    assert_eq!(
+    assert!(matches!(
         validate(&shared(elsewhere)).unwrap_err(),
-        ValidationError::Unsupported {
-            what: "fs.pci_segment".to_owned()
+        ValidationError::Device {
+            fault: DeviceFault::PciSegment {
+                segment: 1,
+                count: 1
+            },
+            ..
         }
-    );
+    ));
 }
 
 #[test]
 fn validate_what_is_not_built_is_refused_by_name() {
     for (section, value, name) in [
         ("pmem", json!([{"file": "/p"}]), "pmem"),
-        (
-            "numa",
-            json!([{"guest_numa_id": 0, "pci_segments": [1]}]),
-            "numa.pci_segments other than 0",
-        ),
         (
             "numa",
             json!([{"guest_numa_id": 0, "device_id": "x"}]),
@@ -790,16 +876,6 @@ fn validate_what_is_not_built_is_refused_by_name() {
             "disks.backing_files",
         ),
         ("net", json!([{"iommu": true}]), "net.iommu"),
-        (
-            "platform",
-            json!({"num_pci_segments": 2}),
-            "platform.num_pci_segments",
-        ),
-        (
-            "balloon",
-            json!({"size": 0, "pci_segment": 1}),
-            "balloon.pci_segment",
-        ),
         (
             "debug_console",
             json!({"mode": "Socket"}),

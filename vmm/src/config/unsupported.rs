@@ -21,11 +21,11 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     ));
     wanted.extend(cpus(&config.cpus));
     wanted.extend(memory(&config.memory));
-    wanted.extend(config.numa.iter().flatten().flat_map(numa));
+    wanted.extend(config.numa.iter().flatten().filter_map(numa));
     wanted.extend(config.disks.iter().flatten().flat_map(disk));
     wanted.extend(config.net.iter().flatten().flat_map(net));
     wanted.extend(config.platform.iter().flat_map(platform));
-    wanted.extend(pci_devices(config).flat_map(|device| placement(&device)));
+    wanted.extend(pci_devices(config).filter_map(|device| behind_iommu(&device)));
     if wanted.is_empty() {
         return Ok(());
     }
@@ -72,18 +72,8 @@ fn memory(memory: &MemoryConfig) -> Vec<String> {
     .collect()
 }
 
-fn numa(node: &NumaConfig) -> Vec<String> {
-    let segments = node.pci_segments.as_deref().unwrap_or_default();
-    [
-        asked(
-            "numa.pci_segments other than 0",
-            segments.iter().any(|segment| *segment != 0),
-        ),
-        asked("numa.device_id", node.device_id.is_some()),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+fn numa(node: &NumaConfig) -> Option<String> {
+    asked("numa.device_id", node.device_id.is_some())
 }
 
 fn disk(disk: &DiskConfig) -> Vec<String> {
@@ -112,7 +102,6 @@ fn net(net: &NetConfig) -> Vec<String> {
 
 fn platform(platform: &PlatformConfig) -> Vec<String> {
     [
-        asked("platform.num_pci_segments", platform.num_pci_segments != 1),
         asked("platform.iommu_segments", platform.iommu_segments.is_some()),
         asked("platform.iommufd", platform.iommufd),
         asked("platform.tdx", platform.tdx),
@@ -123,14 +112,7 @@ fn platform(platform: &PlatformConfig) -> Vec<String> {
     .collect()
 }
 
-/// The virtual IOMMU and further PCI segments.
-fn placement(device: &PciDevice<'_>) -> Vec<String> {
-    let named = |key: &str, wanted| asked(&format!("{}.{key}", device.section), wanted);
-    [
-        named("iommu", device.iommu),
-        named("pci_segment", device.segment != 0),
-    ]
-    .into_iter()
-    .flatten()
-    .collect()
+/// The virtual IOMMU.
+fn behind_iommu(device: &PciDevice<'_>) -> Option<String> {
+    asked(&format!("{}.iommu", device.section), device.iommu)
 }

@@ -29,7 +29,7 @@ use super::devices::{self, Made};
 use super::observer::{Observed, OwnObserver};
 use super::rate_limits::{DeviceLimiter, MachineLimiters};
 use super::{Vm, VmContext, VmError, consoles, network};
-use crate::config::wished_slots;
+use crate::config::{pci_segments, wished_slots};
 use crate::snapshot::Snapshot;
 
 /// All parts of a machine, open and checked, before it is created.
@@ -143,6 +143,7 @@ impl Parts {
         let params = PcParams {
             cpus: config.cpus.clone(),
             numa: config.numa.clone().unwrap_or_default(),
+            pci_segments: pci_segments(config),
             wished_slots: wished_slots(config).collect(),
         };
         let mut pc =

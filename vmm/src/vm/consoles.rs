@@ -9,7 +9,7 @@ use machine::threads::DeviceKind;
 use virtio_devices::Unpoisoned;
 use virtio_devices::console::Console;
 
-use super::devices::Made;
+use super::devices::{Made, place};
 use super::{VmContext, VmError};
 use crate::device_ids::{CONSOLE_ID, DEBUG_CONSOLE_ID, SERIAL_ID};
 
@@ -159,8 +159,8 @@ pub(super) fn open_console(
         .console()
         .map_err(|source| VmError::device(id, source))?;
     let device = Console::new(id, streams, None).map_err(|source| VmError::device(id, source))?;
-    let slot = console.pci_device_id;
-    Ok(Some(Made::new(id, DeviceKind::Console, slot, device)))
+    let place = place!(console);
+    Ok(Some(Made::new(id, DeviceKind::Console, place, device)))
 }
 
 /// The debug console's port and output.

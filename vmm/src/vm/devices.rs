@@ -12,6 +12,7 @@ use api::config::{BalloonConfig, DiskConfig, FsConfig, VsockConfig};
 use machine::memory::layout::MIB;
 use machine::memory::{DEFAULT_ZONE_ID, GuestMemory};
 use machine::pc::Plug;
+use machine::pci::Place;
 use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
 use virtio_devices::VirtioDevice;
@@ -31,6 +32,17 @@ use crate::device_ids::{BALLOON_ID, RNG_ID, WATCHDOG_ID};
 /// Minimum granularity of memory hot-plug: the guest can return a transparent huge page, or a page of this size.
 const BLOCK_BYTES_MIN: u64 = 2 * MIB;
 
+/// The place that a device's section asks for.
+macro_rules! place {
+    ($config:expr) => {
+        ::machine::pci::Place {
+            segment: $config.pci_segment,
+            slot: $config.pci_device_id,
+        }
+    };
+}
+pub(super) use place;
+
 /// A device that waits for its slot.
 pub(super) struct Made {
     pub(super) plug: Plug,
@@ -43,7 +55,7 @@ impl Made {
     pub(super) fn new(
         id: &str,
         kind: DeviceKind,
-        slot: Option<u8>,
+        place: Place,
         device: impl VirtioDevice + 'static,
     ) -> Self {
         let device: Arc<Mutex<dyn VirtioDevice>> = Arc::new(Mutex::new(device));
@@ -52,7 +64,7 @@ impl Made {
             plug: Plug {
                 id: id.to_owned(),
                 kind,
-                slot,
+                place,
                 device,
             },
         }
@@ -91,7 +103,7 @@ pub(super) fn disk(
     })
     .map_err(|source| VmError::device(id, source))?;
     let handle = block.handle();
-    let made = Made::new(id, DeviceKind::Block, disk.pci_device_id, block);
+    let made = Made::new(id, DeviceKind::Block, place!(disk), block);
     Ok((made, handle))
 }
 
@@ -116,8 +128,8 @@ pub(super) fn rng(config: &VmConfig) -> Result<Made, VmError> {
             let path = path.clone();
             VmError::device(id, EntropySourceError { path, source })
         })?;
-    let slot = config.rng.pci_device_id;
-    Ok(Made::new(id, DeviceKind::Rng, slot, Rng::new(id, source)))
+    let rng = Rng::new(id, source);
+    Ok(Made::new(id, DeviceKind::Rng, place!(config.rng), rng))
 }
 
 /// The balloon and its handle.
@@ -138,7 +150,7 @@ pub(super) fn balloon(
     handle.set_stats_poll(Duration::from_millis(config.stats_poll_ms));
     let made = Made {
         counters: CounterSource::Balloon(handle.clone()),
-        ..Made::new(id, DeviceKind::Balloon, config.pci_device_id, balloon)
+        ..Made::new(id, DeviceKind::Balloon, place!(config), balloon)
     };
     Ok((made, handle))
 }
@@ -162,7 +174,8 @@ pub(super) fn mem(
         requested_bytes: config.memory.hotplugged_size.unwrap_or(0),
     })
     .map_err(|source| VmError::device(id, source))?;
-    Ok(Some((Made::new(id, DeviceKind::Mem, None, mem), handle)))
+    let made = Made::new(id, DeviceKind::Mem, Place::default(), mem);
+    Ok(Some((made, handle)))
 }
 
 /// The watchdog, if configured. It resets the machine as the guest itself would.
@@ -183,7 +196,7 @@ pub(super) fn watchdog(
     Ok(Some(Made::new(
         WATCHDOG_ID,
         DeviceKind::Watchdog,
-        None,
+        Place::default(),
         watchdog,
     )))
 }
@@ -202,7 +215,7 @@ pub(super) fn fs(config: &FsConfig) -> Result<Made, VmError> {
         queue_size: config.queue_size,
     })
     .map_err(|source| VmError::device(id, source))?;
-    Ok(Made::new(id, DeviceKind::Fs, config.pci_device_id, fs))
+    Ok(Made::new(id, DeviceKind::Fs, place!(config), fs))
 }
 
 /// The socket of a vsock device cannot be created.
@@ -229,6 +242,5 @@ pub(super) fn vsock(config: &VsockConfig) -> Result<Made, VmError> {
         let path = config.socket.clone();
         VmError::device(id, VsockSocketError { path, source })
     })?;
-    let slot = config.pci_device_id;
-    Ok(Made::new(id, DeviceKind::Vsock, slot, vsock))
+    Ok(Made::new(id, DeviceKind::Vsock, place!(config), vsock))
 }

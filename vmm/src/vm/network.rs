@@ -9,7 +9,7 @@ use machine::threads::DeviceKind;
 use virtio_devices::net::{Backend, Net, NetLimiters, NetParams};
 
 use super::VmError;
-use super::devices::Made;
+use super::devices::{Made, place};
 use crate::inherited_fd;
 
 /// Upstream's mask for an address given without one.
@@ -54,7 +54,7 @@ pub(super) fn net(config: &mut NetConfig, limiters: NetLimiters) -> Result<Made,
     if config.fds.is_none() {
         config.tap = Some(net.tap_name().to_owned());
     }
-    Ok(Made::new(&id, DeviceKind::Net, config.pci_device_id, net))
+    Ok(Made::new(&id, DeviceKind::Net, place!(config), net))
 }
 
 fn backend(config: &NetConfig) -> Result<Backend, Box<dyn Error + Send + Sync>> {

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::super::fake::{BAR_BYTES, DOORBELL_OFFSET, FakeDoorbells, FakeFunction};
-use super::super::{CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, ECAM_BYTES, Ecam};
+use super::super::{
+    CONFIG_PORT_BASE, CONFIG_PORT_BYTES, ConfigPorts, ECAM_BYTES, Ecam, PciBusState, PciSegments,
+};
 use super::*;
 
 const ECAM_BASE: u64 = 0xe800_0000;
@@ -15,6 +17,8 @@ const MMIO64_END: u64 = 0x2_0000_0000;
 struct Guest {
     mmio: Arc<Bus>,
     ports: Bus,
+    segments: PciSegments,
+    /// That of segment 0.
     pci: Arc<PciBus>,
     doorbells: Arc<FakeDoorbells>,
 }
@@ -24,9 +28,10 @@ impl Guest {
         let mmio = Arc::new(Bus::new());
         let ports = Bus::new();
         let doorbells = Arc::new(FakeDoorbells::default());
-        let windows =
-            MemoryWindows::new(0xc000_0000..0xe800_0000, MMIO64_BASE..MMIO64_END).unwrap();
-        let pci = Arc::new(PciBus::new(&mmio, windows, doorbells.clone()));
+        let (mmio32, mmio64) = (0xc000_0000..0xe800_0000, MMIO64_BASE..MMIO64_END);
+        let backend = doorbells.clone() as Arc<dyn DoorbellBackend>;
+        let segments = PciSegments::new(1, &mmio, &mmio32, &mmio64, &backend).unwrap();
+        let pci = Arc::clone(&segments.buses()[0]);
         mmio.insert(ECAM_BASE, ECAM_BYTES, Arc::new(Ecam::new(&pci)))
             .unwrap();
         let config_ports = Arc::new(ConfigPorts::new(pci.clone()));
@@ -36,6 +41,7 @@ impl Guest {
         Self {
             mmio,
             ports,
+            segments,
             pci,
             doorbells,
         }
@@ -75,16 +81,22 @@ fn slots_are_given_out_in_order_or_as_asked() {
     let add = |slot| guest.pci.add(Arc::new(FakeFunction::new("_f")), slot);
     assert_eq!(add(None).unwrap().to_string(), "0000:00:01.0");
     assert_eq!(add(Some(3)).unwrap().to_string(), "0000:00:03.0");
-    assert_eq!(add(None).unwrap().slot(), 2);
-    assert_eq!(add(None).unwrap().slot(), 4);
+    assert_eq!(add(None).unwrap().slot, 2);
+    assert_eq!(add(None).unwrap().slot, 4);
     assert_eq!(add(Some(31)).unwrap().to_string(), "0000:00:1f.0");
     assert!(matches!(add(Some(3)), Err(PciError::SlotInUse(3))));
-    assert!(matches!(add(Some(0)), Err(PciError::SlotOutOfRange(0))));
+    assert!(matches!(add(Some(0)), Err(PciError::SlotInUse(0))));
     assert!(matches!(add(Some(32)), Err(PciError::SlotOutOfRange(32))));
     while let Ok(bdf) = add(None) {
-        assert!(bdf.slot() < 31);
+        assert!(bdf.slot < 31);
     }
-    assert!(matches!(add(None), Err(PciError::BusFull)));
+    assert!(matches!(
+        add(None),
+        Err(PciError::BusFull {
+            segment: 0,
+            count: 31
+        })
+    ));
     assert_eq!(guest.pci.functions().len(), 32);
 }
 
@@ -93,12 +105,12 @@ fn slots_wished_for_are_left_to_who_wishes_for_them() {
     let guest = Guest::new();
     guest.pci.reserve([1, 3, 99]);
     let add = |slot| guest.pci.add(Arc::new(FakeFunction::new("_f")), slot);
-    assert_eq!(add(None).unwrap().slot(), 2);
-    assert_eq!(add(None).unwrap().slot(), 4);
-    assert_eq!(add(Some(3)).unwrap().slot(), 3);
+    assert_eq!(add(None).unwrap().slot, 2);
+    assert_eq!(add(None).unwrap().slot, 4);
+    assert_eq!(add(Some(3)).unwrap().slot, 3);
     // Instead of none.
     while let Ok(bdf) = add(None) {
-        assert!(bdf.slot() == 1 || bdf.slot() > 4);
+        assert!(bdf.slot == 1 || bdf.slot > 4);
     }
     assert_eq!(guest.pci.functions().len(), 32);
 }
@@ -250,7 +262,7 @@ fn bar_refused_for_another_answers_when_that_one_moves_away_or_goes() {
     // The third moves to the address of the first, which then moves away.
     guest.ecam_write(3, 0x10, BAR_BYTES as u32);
     assert_eq!(guest.doorbells().len(), 2);
-    guest.pci.remove(Bdf { slot: 1 });
+    guest.pci.remove(1);
     assert_eq!(guest.doorbells(), [first, second]);
 }
 
@@ -262,8 +274,8 @@ fn removed_function_leaves_slot_addresses_and_doorbells() {
         .add(Arc::new(FakeFunction::new("_f")), None)
         .unwrap();
     guest.ecam_write(1, 4, 2);
-    assert_eq!(guest.pci.remove(bdf).unwrap().id(), "_f");
-    assert!(guest.pci.remove(bdf).is_none());
+    assert_eq!(guest.pci.remove(bdf.slot).unwrap().id(), "_f");
+    assert!(guest.pci.remove(bdf.slot).is_none());
     assert!(guest.doorbells().is_empty());
     assert_eq!(guest.ecam_read(1, 0), 0xffff_ffff);
     let function = Arc::new(FakeFunction::new("_g"));
@@ -307,7 +319,6 @@ proptest! {
 
 #[test]
 fn bus_saved_and_restored_has_every_function_where_the_guest_put_it() {
-    use super::super::PciBusState;
     use ::state::{Saved, testing};
 
     let guest = Guest::new();
@@ -315,29 +326,33 @@ fn bus_saved_and_restored_has_every_function_where_the_guest_put_it() {
     guest.pci.reserve([9]);
     guest.pci.add(functions[0].clone(), Some(3)).unwrap();
     guest.pci.add(functions[1].clone(), Some(1)).unwrap();
-    let saved = Saved::of(&guest.pci.state(0x8000_1810));
+    let saved = Saved::of(&guest.segments.state(0x8000_1810));
     let state: PciBusState = saved.read().unwrap();
-    assert_eq!(state.slots.len(), 2);
+    assert_eq!(state.slots().count(), 2);
+    assert_eq!(state.slot("_a").unwrap().1.slot, 3);
 
     let restore = |state: &PciBusState| {
         let other = Guest::new();
-        other.pci.restore_reserved(state);
-        for slot in &state.slots {
+        other.segments.restore_reserved(state)?;
+        for (segment, slot) in state.slots() {
             let function = functions.iter().find(|function| function.id() == slot.id);
             let function = function.unwrap_or(&functions[0]);
-            other.pci.add_restored(function.clone(), slot)?;
+            other
+                .segments
+                .add_restored(function.clone(), segment, slot)?;
         }
         Ok::<_, ::state::StateError>(other)
     };
     let other = restore(&state).unwrap();
-    assert_eq!(Saved::of(&other.pci.state(state.config_address)), saved);
+    let again = other.segments.state(state.config_address);
+    assert_eq!(Saved::of(&again), saved);
     assert_eq!(other.ecam_read(3, 0), 0x1045_1af4);
     // Allocated address space is not allocated again.
     let third = Arc::new(FakeFunction::new("_c"));
     other.pci.add(third, None).unwrap();
     let ranges: Vec<_> = other
         .pci
-        .state(0)
+        .state()
         .slots
         .iter()
         .map(|slot| slot.ranges.clone())
@@ -349,4 +364,16 @@ fn bus_saved_and_restored_has_every_function_where_the_guest_put_it() {
             assert!(error.to_string().contains("pci-bus"), "{error}");
         }
     });
+}
+
+#[test]
+fn state_of_the_machine_with_one_segment_is_read() {
+    let one = r#"{"version":1,"config_address":5,"reserved":512,
+        "slots":[{"slot":3,"id":"_a","ranges":[{"start":4294967296,"bytes":32768}]}]}"#;
+    let one: ::state::Saved = serde_json::from_str(one).unwrap();
+    let state: PciBusState = one.read().unwrap();
+    assert_eq!((state.config_address, state.segments.len()), (5, 1));
+    assert_eq!(state.segments[0].reserved, 512);
+    let (segment, slot) = state.slot("_a").unwrap();
+    assert_eq!((segment, slot.slot, slot.ranges.len()), (0, 3, 1));
 }

@@ -22,11 +22,12 @@ const SEGMENT: u64 = 0xc;
 /// The PCI hot-plug controller.
 struct Controller {
     registers: u64,
+    segment: u16,
 }
 
 impl Controller {
-    /// Finds it at the address in the DSDT: `OperationRegion (PCST, SystemMemory, address, …)`.
-    fn find() -> Option<Controller> {
+    /// Finds it, and selects a segment. Its address is in the DSDT: `OperationRegion (PCST, SystemMemory, address, …)`.
+    fn find(segment: u16) -> Option<Controller> {
         let xsdt: u64 = read(RSDP + 24);
         // The FADT is the first table, and names the DSDT.
         let fadt: u64 = unaligned(xsdt + 36);
@@ -38,8 +39,8 @@ impl Controller {
             .find(|at| (*at..).zip(region).all(|(at, byte)| read::<u8>(at) == byte))?;
         let address: u64 = unaligned(at + region.len() as u64);
         let registers = map_high(address);
-        write(registers + SEGMENT, 0u32);
-        Some(Controller { registers })
+        write(registers + SEGMENT, u32::from(segment));
+        Some(Controller { registers, segment })
     }
 
     /// Waits until a slot is named in this register.
@@ -48,7 +49,8 @@ impl Controller {
             let slots: u32 = read(self.registers + register);
             if slots != 0 {
                 let slot = slots.trailing_zeros() as u8;
-                return Function { slot };
+                let segment = self.segment;
+                return Function { segment, slot };
             }
         }
     }
@@ -68,9 +70,9 @@ fn unaligned<T: Copy>(address: u64) -> T {
     unsafe { value.assume_init() }
 }
 
-/// A disk and a balloon are added; the guest releases the balloon on request, and nothing else.
-pub fn scenario(report: &mut Report) {
-    let Some(controller) = Controller::find() else {
+/// A disk and a balloon are added on a segment; the guest releases the balloon on request, and nothing else.
+pub fn scenario(segment: u16, report: &mut Report) {
+    let Some(controller) = Controller::find(segment) else {
         report.fail("hotplug_controller_found", format_args!("not in the DSDT"));
         return;
     };
@@ -84,12 +86,14 @@ pub fn scenario(report: &mut Report) {
 }
 
 fn disk_comes_and_stays(controller: &Controller, report: &mut Report) {
-    let before = Function::all().count();
+    let segment = controller.segment;
+    let before = Function::all_of(segment).count();
     console::line(format_args!("READY disk"));
     let function = controller.wait(SLOTS_UP);
     report.check(
         "hotplug_disk_is_in_its_slot",
-        Function::all().count() == before + 1 && function.device() == 0x1040 + DEVICE_BLOCK,
+        Function::all_of(segment).count() == before + 1
+            && function.device() == 0x1040 + DEVICE_BLOCK,
         format_args!("slot {} has {:#x}", function.slot, function.device()),
     );
     controller.eject(function);

@@ -52,7 +52,8 @@ extern "C" fn guest_main(start_info: u64) -> ! {
     match machine::option(command_line, "scenario=") {
         Some("pci") => pci::scenario(&mut report),
         Some("balloon") => balloon = balloon::scenario(&mut report),
-        Some("hotplug") => hotplug::scenario(&mut report),
+        Some("hotplug") => hotplug::scenario(0, &mut report),
+        Some("hotplug-on-segment-1") => hotplug::scenario(1, &mut report),
         Some("policy") => policy::scenario(false, &mut report),
         Some("policy-lies") => policy::scenario(true, &mut report),
         Some("hostile") => hostile::scenario(&mut report),

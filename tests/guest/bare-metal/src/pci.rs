@@ -6,11 +6,14 @@ use crate::report::Report;
 
 const CONFIG_ADDRESS: u16 = 0xcf8;
 const CONFIG_DATA: u16 = 0xcfc;
-/// ECAM window of segment 0.
+/// ECAM window of segment 0; those of the others follow.
 const ECAM: u64 = 0xe800_0000;
+const ECAM_BYTES: u64 = 1 << 20;
 const SLOTS: u8 = 32;
 /// The new address of BARs: the 32-bit window, which is identity-mapped here.
 const LOW_WINDOW: u64 = 0xc000_0000;
+/// The share of the second segment, if there are two.
+const LOW_WINDOW_SHARE: u64 = 320 << 20;
 /// Room for one function's BAR there.
 const LOW_WINDOW_STRIDE: u64 = 0x10_0000;
 
@@ -20,17 +23,23 @@ pub const REG_BAR0: u16 = 0x10;
 pub const REG_CAPABILITIES: u16 = 0x34;
 pub const COMMAND_MEMORY_AND_MASTER: u32 = 0x6;
 
-/// One function on bus 0.
+/// One function on bus 0 of a segment.
 #[derive(Clone, Copy)]
 pub struct Function {
+    pub segment: u16,
     pub slot: u8,
 }
 
 impl Function {
-    /// Every function present.
+    /// Every function present on segment 0.
     pub fn all() -> impl Iterator<Item = Function> {
+        Self::all_of(0)
+    }
+
+    /// Every function present on this segment.
+    pub fn all_of(segment: u16) -> impl Iterator<Item = Function> {
         (0..SLOTS)
-            .map(|slot| Function { slot })
+            .map(move |slot| Function { segment, slot })
             .filter(|function| function.vendor() != 0xffff)
     }
 
@@ -71,12 +80,14 @@ impl Function {
     }
 
     fn ecam(self, register: u16) -> u64 {
-        ECAM + (u64::from(self.slot) << 15) + u64::from(register)
+        let segment = ECAM + u64::from(self.segment) * ECAM_BYTES;
+        segment + (u64::from(self.slot) << 15) + u64::from(register)
     }
 
     /// Moves BAR0 into the low window and switches decoding and mastering on.
     pub fn move_bar0_low(self) -> u64 {
-        let address = LOW_WINDOW + u64::from(self.slot) * LOW_WINDOW_STRIDE;
+        let window = LOW_WINDOW + u64::from(self.segment) * LOW_WINDOW_SHARE;
+        let address = window + u64::from(self.slot) * LOW_WINDOW_STRIDE;
         self.write32(REG_COMMAND, 0);
         self.write32(REG_BAR0, address as u32);
         self.write32(REG_BAR0 + 4, 0);
@@ -99,7 +110,10 @@ impl Function {
 
 /// Both access mechanisms of configuration space agree, absent slots read all ones, BARs size and move.
 pub fn scenario(report: &mut Report) {
-    let bridge = Function { slot: 0 };
+    let bridge = Function {
+        segment: 0,
+        slot: 0,
+    };
     report.check(
         "pci_host_bridge_present",
         bridge.read32(0) == 0x0d57_8086,
@@ -119,7 +133,7 @@ pub fn scenario(report: &mut Report) {
         ),
     );
     let absent = (0..SLOTS)
-        .map(|slot| Function { slot })
+        .map(|slot| Function { segment: 0, slot })
         .find(|function| function.vendor() == 0xffff);
     if let Some(absent) = absent {
         report.check(

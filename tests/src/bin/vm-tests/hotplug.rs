@@ -11,7 +11,10 @@ use integration_tests::wait::wait_for;
 use serde_json::{Value, json};
 
 pub(crate) fn tests() -> Vec<Test> {
-    tests![memory_plugged_in_is_used_ballooned_and_comes_back]
+    tests![
+        memory_plugged_in_is_used_ballooned_and_comes_back,
+        devices_on_another_pci_segment_work_come_and_go,
+    ]
 }
 
 /// Tests that end a shared guest.
@@ -87,16 +90,54 @@ fn balloon_added_to_a_running_guest_reports_and_goes_when_it_is_empty() -> Resul
     Ok(Outcome::Passed)
 }
 
+/// Linux finds the second segment in MCFG and DSDT: a balloon that is there from the start, and a disk that is
+/// hot-plugged.
+fn devices_on_another_pci_segment_work_come_and_go() -> Result<Outcome> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("disk.raw");
+    File::create(&path)?.set_len(16 * MIB)?;
+    let mut guest = Machine {
+        arguments: &[
+            "--platform",
+            "num_pci_segments=2",
+            "--balloon",
+            "size=0,pci_segment=1",
+        ],
+        ..Machine::default()
+    }
+    .serve()?;
+    let found = guest.shell("ls /sys/bus/pci/devices")?;
+    ensure!(found.contains("0001:00:00.0"), "{found}");
+    resize(&guest, "desired_balloon", 32)?;
+    wait_figure(&guest, "/ballooned_bytes", |bytes| bytes == 32 * MIB)?;
+
+    let disk = json!({"path": path, "image_type": "Raw", "id": "data", "pci_segment": 1});
+    for verb in ["disk-fill", "disk-verify"] {
+        let added = expect(&guest, "vm.add-disk", &disk, 200)?;
+        ensure!(added.contains("0001:00:01.0"), "{added}");
+        wait_disk(&mut guest)?;
+        let link = guest.shell("readlink /sys/block/vda")?;
+        ensure!(link.contains("/0001:00:01.0/"), "{link}");
+        guest.command(&format!("{verb} /dev/vda 8M 7"))?;
+        expect(&guest, "vm.remove-device", &json!({"id": "data"}), 204)?;
+        wait_gone(&guest, "data")?;
+        guest.shell("! [ -e /dev/vda ]")?;
+    }
+    guest.end_cleanly()?;
+    Ok(Outcome::Passed)
+}
+
+fn wait_disk(guest: &mut Guest) -> Result<()> {
+    let script = "for i in $(seq 600); do [ -b /dev/vda ] && exit; sleep 0.1; done; exit 1";
+    guest.shell(script).context("no /dev/vda").map(drop)
+}
+
 fn disk_added_to_a_running_guest_keeps_data_and_goes() -> Result<Outcome> {
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("disk.raw");
     File::create(&path)?.set_len(16 * MIB)?;
     let mut guest = Machine::default().take_over()?;
     let disk = json!({"path": path, "image_type": "Raw", "id": "data"});
-    let wait_disk = |guest: &mut Guest| {
-        let script = "for i in $(seq 600); do [ -b /dev/vda ] && exit; sleep 0.1; done; exit 1";
-        guest.shell(script).context("no /dev/vda")
-    };
     expect(&guest, "vm.add-disk", &disk, 200)?;
     wait_disk(&mut guest)?;
     guest.command("disk-fill /dev/vda 8M 7")?;

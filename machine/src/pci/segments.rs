@@ -1,0 +1,276 @@
+//! The PCI segments of a machine: one [`PciBus`] each, with its own configuration space and address windows.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use ::state::{StateError, require};
+use virtio_devices::pci::PciFunction;
+
+use super::state::PART;
+use super::{Bdf, DoorbellBackend, MemoryWindows, PciBus, PciBusState, PciError, Place, SlotState};
+use crate::bus::Bus;
+
+/// The maximum number of segments, as in upstream.
+pub const SEGMENT_COUNT_MAX: u16 = 96;
+/// The 32-bit window is divided into multiples of this, the 64-bit window of [`GRANULE_64BIT`].
+const GRANULE_32BIT: u64 = 4 << 10;
+const GRANULE_64BIT: u64 = 4 << 30;
+
+/// All segments.
+#[derive(Debug)]
+pub struct PciSegments {
+    buses: Vec<Arc<PciBus>>,
+}
+
+impl PciSegments {
+    /// `count` segments, which share the two windows equally. BARs are mapped on `mmio`.
+    ///
+    /// # Errors
+    /// A window is empty.
+    pub fn new(
+        count: u16,
+        mmio: &Arc<Bus>,
+        mmio32: &Range<u64>,
+        mmio64: &Range<u64>,
+        doorbells: &Arc<dyn DoorbellBackend>,
+    ) -> Result<Self, PciError> {
+        let windows32 = shares(mmio32, count, GRANULE_32BIT);
+        let windows64 = shares(mmio64, count, GRANULE_64BIT);
+        let buses = (0..count).zip(windows32.zip(windows64));
+        let buses = buses.map(|(segment, (mmio32, mmio64))| {
+            let windows = MemoryWindows::new(mmio32, mmio64)?;
+            let bus = PciBus::new(segment, mmio, windows, Arc::clone(doorbells));
+            Ok(Arc::new(bus))
+        });
+        Ok(Self {
+            buses: buses.collect::<Result<_, PciError>>()?,
+        })
+    }
+
+    /// The bus of each segment, in order.
+    pub fn buses(&self) -> &[Arc<PciBus>] {
+        &self.buses
+    }
+
+    /// As [`PciBus::reserve`]; segments that do not exist are ignored.
+    pub fn reserve(&self, places: impl IntoIterator<Item = Bdf>) {
+        for place in places {
+            if let Some(bus) = self.bus(place.segment) {
+                bus.reserve([place.slot]);
+            }
+        }
+    }
+
+    /// As [`PciBus::add`].
+    ///
+    /// # Errors
+    /// As there, or there is no such segment.
+    pub fn add(&self, function: Arc<dyn PciFunction>, place: Place) -> Result<Bdf, PciError> {
+        let Place { segment, slot } = place;
+        let bus = self.bus(segment).ok_or(PciError::NoSuchSegment {
+            segment,
+            count: self.buses.len(),
+        })?;
+        bus.add(function, slot)
+    }
+
+    /// As [`PciBus::remove`].
+    pub fn remove(&self, bdf: Bdf) -> Option<Arc<dyn PciFunction>> {
+        self.bus(bdf.segment)?.remove(bdf.slot)
+    }
+
+    /// Every function with its address.
+    pub fn functions(&self) -> Vec<(Bdf, Arc<dyn PciFunction>)> {
+        self.buses.iter().flat_map(|bus| bus.functions()).collect()
+    }
+
+    /// The functions and their slots. `config_address`: the address register of the two ports.
+    pub fn state(&self, config_address: u32) -> PciBusState {
+        PciBusState {
+            config_address,
+            segments: self.buses.iter().map(|bus| bus.state()).collect(),
+        }
+    }
+
+    /// Restores which slots are reserved.
+    ///
+    /// # Errors
+    /// The state has another number of segments.
+    pub fn restore_reserved(&self, state: &PciBusState) -> Result<(), StateError> {
+        let (own, saved) = (self.buses.len(), state.segments.len());
+        require(own == saved, PART, "segments", || {
+            format!("are {saved}, the configuration has {own}")
+        })?;
+        for (bus, saved) in self.buses.iter().zip(&state.segments) {
+            bus.restore_reserved(saved.reserved);
+        }
+        Ok(())
+    }
+
+    /// As [`PciBus::add_restored`].
+    ///
+    /// # Errors
+    /// As there, or there is no such segment.
+    pub fn add_restored(
+        &self,
+        function: Arc<dyn PciFunction>,
+        segment: u16,
+        state: &SlotState,
+    ) -> Result<Bdf, StateError> {
+        let bus = self.bus(segment).ok_or_else(|| {
+            let reason = format!("has a function on segment {segment}, which does not exist");
+            StateError::invalid(PART, "segments", reason)
+        })?;
+        bus.add_restored(function, state)
+    }
+
+    fn bus(&self, segment: u16) -> Option<&Arc<PciBus>> {
+        self.buses.get(usize::from(segment))
+    }
+}
+
+/// `count` parts of `window`, each a multiple of `granule`, or of the largest power of two below it that leaves none
+/// empty. The last part has the rest as well.
+fn shares(
+    window: &Range<u64>,
+    count: u16,
+    mut granule: u64,
+) -> impl Iterator<Item = Range<u64>> + use<> {
+    let (start, end) = (window.start, window.end);
+    let equal = (end - start) / u64::from(count.max(1));
+    while granule > equal && granule > 1 {
+        granule /= 2;
+    }
+    let bytes = equal - equal % granule;
+    (1..=u64::from(count)).map(move |number| {
+        let share = start + (number - 1) * bytes;
+        let last = number == u64::from(count);
+        share..if last { end } else { share + bytes }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fake::{BAR_BYTES, FakeDoorbells, FakeFunction};
+    use super::*;
+
+    const MMIO32: Range<u64> = 0xc000_0000..0xe800_0000;
+    const MMIO64: Range<u64> = 0x1_0000_0000..0x40_0000_0000;
+
+    fn segments(count: u16) -> PciSegments {
+        let doorbells: Arc<dyn DoorbellBackend> = Arc::new(FakeDoorbells::default());
+        PciSegments::new(count, &Arc::new(Bus::new()), &MMIO32, &MMIO64, &doorbells).unwrap()
+    }
+
+    fn function(id: &str) -> Arc<FakeFunction> {
+        Arc::new(FakeFunction::new(id))
+    }
+
+    #[test]
+    fn windows_are_shared_without_a_gap_or_an_overlap() {
+        for count in [1, 2, 3, 63, SEGMENT_COUNT_MAX] {
+            for (window, granule) in [(&MMIO32, GRANULE_32BIT), (&MMIO64, GRANULE_64BIT)] {
+                let parts: Vec<_> = shares(window, count, granule).collect();
+                assert_eq!(parts.len(), usize::from(count));
+                assert_eq!(parts[0].start, window.start);
+                assert_eq!(parts.last().unwrap().end, window.end);
+                assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].start));
+                assert!(parts.iter().all(|part| !part.is_empty()));
+            }
+        }
+        let halves: Vec<_> = shares(&MMIO64, 2, GRANULE_64BIT).collect();
+        assert_eq!(halves[0], 0x1_0000_0000..0x20_0000_0000);
+        // 1 GiB is less than 4 GiB for each of 96.
+        let narrow: Vec<_> = shares(&(0..1 << 30), 96, GRANULE_64BIT).collect();
+        assert_eq!(narrow[1], 8 << 20..16 << 20);
+    }
+
+    #[test]
+    fn functions_are_on_the_segment_that_they_ask_for_with_bars_in_its_window() {
+        let segments = segments(2);
+        let bdf = |segment, slot| {
+            let place = Place { segment, slot };
+            segments.add(function("_f"), place).unwrap()
+        };
+        assert_eq!(bdf(0, None).to_string(), "0000:00:01.0");
+        // Only segment 0 has a host bridge in slot 0.
+        assert_eq!(bdf(1, None).to_string(), "0001:00:00.0");
+        assert_eq!(bdf(1, Some(1)).to_string(), "0001:00:01.0");
+        let far = function("_far");
+        let far_bdf = segments
+            .add(
+                far.clone(),
+                Place {
+                    segment: 1,
+                    slot: Some(31),
+                },
+            )
+            .unwrap();
+        let address = far.bars()[0].address;
+        assert_eq!(
+            address,
+            segments.buses()[1].windows().mmio64.start + 2 * BAR_BYTES
+        );
+        assert!(matches!(
+            segments.add(
+                function("_f"),
+                Place {
+                    segment: 2,
+                    slot: None
+                }
+            ),
+            Err(PciError::NoSuchSegment {
+                segment: 2,
+                count: 2
+            })
+        ));
+        assert_eq!(segments.functions().len(), 5);
+        assert_eq!(segments.remove(far_bdf).unwrap().id(), "_far");
+        assert!(segments.remove(far_bdf).is_none());
+        // Slot 0 is a function's there, so it can go as well.
+        assert!(
+            segments
+                .remove(Bdf {
+                    segment: 1,
+                    slot: 0
+                })
+                .is_some()
+        );
+        assert!(
+            segments
+                .remove(Bdf {
+                    segment: 0,
+                    slot: 0
+                })
+                .is_none()
+        );
+        assert!(
+            segments
+                .remove(Bdf {
+                    segment: 2,
+                    slot: 1
+                })
+                .is_none()
+        );
+    }
+
+    #[test]
+    fn segment_is_full_with_32_functions() {
+        let segments = segments(2);
+        let second = Place {
+            segment: 1,
+            slot: None,
+        };
+        for _ in 0..32 {
+            segments.add(function("_f"), second).unwrap();
+        }
+        assert!(matches!(
+            segments.add(function("_f"), second),
+            Err(PciError::BusFull {
+                segment: 1,
+                count: 32
+            })
+        ));
+        segments.add(function("_f"), Place::default()).unwrap();
+    }
+}
