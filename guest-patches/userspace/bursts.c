@@ -30,6 +30,51 @@ static bool look(unsigned long old, unsigned long young)
 	return held;
 }
 
+static bool ends(unsigned long old, unsigned long young)
+{
+	struct prb_index *t = &prb_index;
+	unsigned long was_old = t->nr_old;
+	long was_young = atomic_long_read(&t->nr_young);
+	bool ended;
+
+	t->nr_old = old;
+	atomic_long_set(&t->nr_young, young);
+	ended = prb_burst_ended(ENOUGH);
+	atomic_long_set(&t->nr_young, was_young);
+	t->nr_old = was_old;
+	return ended;
+}
+
+/* The lists of the processors are emptied once, when all has been freed. */
+static void check_ends(void)
+{
+	static const struct { unsigned long old, young; bool ended; } looks[] = {
+		/* Few frees are no burst, */
+		{ 0, ENOUGH - 1, false }, { ENOUGH - 1, 0, false },
+		/* one at once ends with the next look, and only once, */
+		{ 0, 350, false }, { 350, 0, true }, { 4, 0, false }, { 0, 0, false },
+		/* one that goes on when it fades out. */
+		{ 0, 40, false }, { 40, 40, false }, { 80, 40, false }, { 120, 3, true },
+		{ 123, 0, false },
+		/* What is old is no burst. */
+		{ 1000, 1, false }, { 1000, 0, false },
+	};
+
+	for (unsigned int i = 0; i < ARRAY_SIZE(looks); i++)
+		must(ends(looks[i].old, looks[i].young) == looks[i].ended,
+		     "bursts.c: look %u %s a burst", i, looks[i].ended ? "does not end" : "ends");
+}
+
+/* And only in the zones that it touched: section 7 is in the second. */
+static void check_touched(void)
+{
+	bitmap_zero(prb_index.touched, MAX_NUMNODES * MAX_NR_ZONES);
+	prb_mark_young(section_nr_to_pfn(7), MAX_PAGE_ORDER);
+	pass(PRB_AGE_ONLY);
+	must(!prb_touched(&zones[0]) && prb_touched(&zones[1]) && !prb_touched(&zones[2]),
+	     "bursts.c: the second zone alone was touched");
+}
+
 #define expect(held, old, young) \
 	must(look(old, young) == (held), "bursts.c:%d: not " #held, __LINE__)
 
@@ -102,7 +147,9 @@ void check_bursts(void)
 	t->initial = true;
 	expect(false, 16, 16);
 
+	check_ends();
 	t->initial = was_initial;
 	t->holding = false;
 	mutex_unlock(&t->pass_lock);
+	check_touched();
 }

@@ -2,5 +2,6 @@
 /* The core as it is in the kernel, on our stand-in for the kernel. */
 #include "page_reporting_bitmap.c"
 
-/* What the file keeps to itself and bursts.c asks for. */
+/* What the file keeps to itself and the tests ask for. */
 const unsigned long full_granules = PRB_FULL_GRANULES, worth_granules = PRB_WORTH_GRANULES;
+const unsigned long lent_pages_min = PRB_LENT_PAGES_MIN, lent_pages_max = PRB_LENT_PAGES_MAX;

@@ -15,6 +15,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 typedef uint64_t u64;
 typedef int64_t s64;
@@ -37,6 +38,7 @@ _Noreturn void fail(const char *format, ...) __attribute__((format(printf, 1, 2)
 #define DIV_ROUND_UP(n, d)	(((n) + (d) - 1) / (d))
 #define min(a, b)		({ __typeof__(a) a_ = (a); __typeof__(b) b_ = (b); a_ < b_ ? a_ : b_; })
 #define max(a, b)		({ __typeof__(a) a_ = (a); __typeof__(b) b_ = (b); a_ > b_ ? a_ : b_; })
+#define MIN(a, b)		((a) < (b) ? (a) : (b))
 #define min_t(t, a, b)		min((t)(a), (t)(b))
 #define max_t(t, a, b)		max((t)(a), (t)(b))
 #define clamp(v, lo, hi)	min(max(v, lo), hi)
@@ -171,7 +173,12 @@ static inline long atomic_long_fetch_or(unsigned long mask, atomic_long_t *v)
 
 #define set_bit(n, w)	((void)((w)[(n) / BITS_PER_LONG] |= BIT((n) % BITS_PER_LONG)))
 #define clear_bit(n, w)	((void)((w)[(n) / BITS_PER_LONG] &= ~BIT((n) % BITS_PER_LONG)))
+#define __set_bit set_bit
 #define test_bit(n, w)	((bool)((w)[(n) / BITS_PER_LONG] & BIT((n) % BITS_PER_LONG)))
+
+#define DECLARE_BITMAP(name, bits)	unsigned long name[DIV_ROUND_UP(bits, BITS_PER_LONG)]
+#define bitmap_zero(words, bits)	\
+	memset(words, 0, DIV_ROUND_UP(bits, BITS_PER_LONG) * sizeof(long))
 
 static inline unsigned long find_next_bit(const unsigned long *words, unsigned long size,
 					  unsigned long from)
@@ -283,6 +290,7 @@ extern bool memory_is_scarce;
 #define PFN_SECTION_SHIFT	SECTION_ORDER
 #define PAGES_PER_SECTION	(1UL << PFN_SECTION_SHIFT)
 #define MAX_PAGE_ORDER		BLOCK_ORDER_MAX
+#define NR_PAGE_ORDERS		(MAX_PAGE_ORDER + 1)
 #define pageblock_order		((unsigned int)PAGEBLOCK_ORDER)
 #define NR_MEM_SECTIONS		(1UL << 17)
 
@@ -290,8 +298,18 @@ struct zone {
 	spinlock_t lock;
 	unsigned long free_pages;
 	unsigned long low_pages;
-	struct list_head free_list[MAX_PAGE_ORDER + 1];
+	unsigned long high_pages;
+	struct free_area {
+		struct list_head list;
+		unsigned long nr_free;
+	} free_area[NR_PAGE_ORDERS];
 };
+
+#define MAX_NUMNODES 1
+#define MAX_NR_ZONES 3
+extern struct zone zones[MAX_NR_ZONES];
+#define zone_idx(zone)		((unsigned long)((zone) - zones))
+#define zone_to_nid(zone)	0UL
 
 struct page {
 	unsigned long pfn;
@@ -383,6 +401,8 @@ static inline unsigned int buddy_order_unsafe(const struct page *page)
 
 #define ALLOC_CMA 0
 #define low_wmark_pages(zone)		((zone)->low_pages)
+#define high_wmark_pages(zone)		((zone)->high_pages)
+#define zone_page_state(zone, item)	((zone)->free_pages)
 #define zone_watermark_ok(zone, order, mark, index, flags) \
 	((zone)->free_pages > (mark))
 

@@ -11,7 +11,7 @@ const unsigned long section_numbers[SECTIONS] = {
 };
 static struct mem_section sections[SECTIONS];
 
-struct zone zones[3];
+struct zone zones[MAX_NR_ZONES];
 spinlock_t *zone_lock_held;
 unsigned long jiffies = 1000000;
 unsigned int page_reporting_order = PAGEBLOCK_ORDER;
@@ -87,20 +87,22 @@ bool memory_is_out_of_reach(unsigned long pfn, unsigned int order)
 
 static void list_block(struct page *page, unsigned int order, bool tail)
 {
-	struct list_head *list = &page->zone->free_list[order];
+	struct free_area *area = &page->zone->free_area[order];
 
 	page->buddy = true;
 	page->order = order;
 	page->zone->free_pages += memory_is_isolated(page->pfn) ? 0 : 1UL << order;
+	area->nr_free++;
 	if (tail)
-		list_add_tail(&page->lru, list);
+		list_add_tail(&page->lru, &area->list);
 	else
-		list_add(&page->lru, list);
+		list_add(&page->lru, &area->list);
 }
 
 static void unlist_block(struct page *page)
 {
 	page->zone->free_pages -= memory_is_isolated(page->pfn) ? 0 : 1UL << page->order;
+	page->zone->free_area[page->order].nr_free--;
 	page->buddy = false;
 	page->reported = false;
 	list_del(&page->lru);
@@ -157,6 +159,23 @@ static void free_block(unsigned long pfn, unsigned int order, bool notify, bool 
 
 /* ---- The reporter's part: mm/page_alloc.c of the series ---- */
 
+/* While the device works, who wants a block as large as this one finds more than it has. */
+static void check_rest(const struct zone *zone, unsigned int order)
+{
+	unsigned long stay = 0, lent = 0, nr;
+
+	for (unsigned int i = min(order, pageblock_order); i <= MAX_PAGE_ORDER; i++)
+		stay += zone->free_area[i].nr_free << i;
+	for (nr = next_present_section_nr(-1UL); nr != -1UL; nr = next_present_section_nr(nr))
+		for (unsigned long i = 0; i < PAGES_PER_SECTION; i++) {
+			struct page *page = pfn_to_page(section_nr_to_pfn(nr) + i);
+
+			lent += page->zone == zone && page->state == PAGE_LENT;
+		}
+	must(lent == 1UL << order || lent <= stay, "a zone lends %lu pages and keeps %lu", lent, stay);
+	must(lent == 1UL << order || lent <= lent_pages_min, "a zone lends %lu pages", lent);
+}
+
 bool page_reporting_take_block(struct page *page, unsigned int order)
 {
 	struct zone *zone = page->zone;
@@ -174,6 +193,7 @@ bool page_reporting_take_block(struct page *page, unsigned int order)
 	     "a zone falls below its low watermark");
 	unlist_block(page);
 	set_state(page->pfn, order, PAGE_LENT);
+	check_rest(zone, order);
 	return true;
 }
 
@@ -234,7 +254,7 @@ bool memory_alloc(void)
 
 	spin_lock_irq(&zone->lock);
 	for (from = order; from <= MAX_PAGE_ORDER && !page; from++) {
-		struct list_head *list = &zone->free_list[from];
+		struct list_head *list = &zone->free_area[from].list;
 		struct page *candidate;
 
 		list_for_each_entry(candidate, list, lru)
@@ -474,13 +494,15 @@ void memory_init(void)
 {
 	for (unsigned int i = 0; i < ARRAY_SIZE(zones); i++)
 		for (int order = 0; order <= MAX_PAGE_ORDER; order++)
-			INIT_LIST_HEAD(&zones[i].free_list[order]);
+			INIT_LIST_HEAD(&zones[i].free_area[order].list);
 	for (unsigned int i = 0; i < FIRST_HOTPLUGGED; i++)
 		add_section(i);
 	for (unsigned int i = 0; i < FIRST_HOTPLUGGED; i++) {
 		free_section(i);
 		sections[i].online = true;
 	}
-	for (unsigned int i = 0; i < ARRAY_SIZE(zones); i++)
+	for (unsigned int i = 0; i < ARRAY_SIZE(zones); i++) {
 		zones[i].low_pages = zones[i].free_pages / 16;
+		zones[i].high_pages = zones[i].free_pages / 8;
+	}
 }

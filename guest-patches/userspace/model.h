@@ -10,7 +10,6 @@
 
 #define SECTIONS 13
 
-extern struct zone zones[3];
 /* Numbers of the sections that there may be, ascending, with holes. */
 extern const unsigned long section_numbers[SECTIONS];
 /* Sections from this index on come and go. */
@@ -61,8 +60,12 @@ void check_rates(void);
 /* ---- bursts.c: when a burst is held back ---- */
 
 /* Bounds of the core: core.c. */
-extern const unsigned long full_granules, worth_granules;
+extern const unsigned long full_granules, worth_granules, lent_pages_min, lent_pages_max;
 void check_bursts(void);
+
+/* ---- lending.c: how much may be at the device ---- */
+
+void check_lending(void);
 
 /* ---- check.c: the promises ---- */
 

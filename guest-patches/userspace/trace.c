@@ -239,6 +239,7 @@ int main(int argc, char **argv)
 	memory_init();
 	attach();
 	check_bursts();
+	check_lending();
 	check_rates();
 	for (step = 1; step <= steps; step++) {
 		act();
