@@ -9,7 +9,8 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, SystemTime};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
@@ -22,6 +23,8 @@ const PREFIX: &str = "host-";
 const KEPT: usize = 4;
 /// QEMU writes a few hundred MiB, on a busy machine.
 const SAVE_MAX: Duration = Duration::from_secs(120);
+/// Between two questions whether QEMU is done.
+const STATUS_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Where one kind of host is saved.
 #[derive(Debug)]
@@ -83,6 +86,7 @@ impl SavedHost {
         let saved = Control::new(control).and_then(|mut control| {
             let saved = control.save(&beside);
             // Whatever came of it, the machine has work to do.
+            control.wait_finalized()?;
             control.command("cont", &json!({}))?;
             saved
         });
@@ -159,18 +163,32 @@ impl Control {
         }
     }
 
-    fn command(&mut self, name: &str, arguments: &Value) -> Result<()> {
+    /// Waits until the machine can continue: on a busy machine, QEMU reports that it has saved everything a while before.
+    fn wait_finalized(&mut self) -> Result<()> {
+        let started = Instant::now();
+        while self.command("query-status", &json!({}))?["status"] == "finish-migrate" {
+            ensure!(
+                started.elapsed() < SAVE_MAX,
+                "QEMU does not finish saving its machine"
+            );
+            thread::sleep(STATUS_INTERVAL);
+        }
+        Ok(())
+    }
+
+    /// What QEMU returns for a command.
+    fn command(&mut self, name: &str, arguments: &Value) -> Result<Value> {
         let line = json!({"execute": name, "arguments": arguments}).to_string();
         self.reader.get_mut().write_all(line.as_bytes())?;
         loop {
-            let message = self.message()?;
+            let mut message = self.message()?;
             ensure!(
                 message["error"].is_null(),
                 "QEMU: {name}: {}",
                 message["error"]
             );
             if !message["return"].is_null() {
-                return Ok(());
+                return Ok(message["return"].take());
             }
         }
     }
