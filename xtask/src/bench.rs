@@ -15,13 +15,13 @@ const HOST_BYTES: u64 = 3 << 30;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// The guests' kernel
+    /// Kernel of the guests
     #[arg(long, value_enum, default_value = "stock")]
     kernel: KernelChoice,
-    /// Count instructions instead of time: figures that repeat, no measure of parallel work
+    /// Count instructions instead of time: repeatable figures, without a measure of parallel work
     #[arg(long)]
     icount: bool,
-    /// A VMM with our command line and API to measure beside ours, in turns
+    /// Also measure another VMM with the same command line and API, in turns
     #[arg(long, value_name = "PATH")]
     vmm: Option<PathBuf>,
     /// Folder for the figures, one file each
@@ -29,7 +29,7 @@ pub(crate) struct Options {
     out: Option<PathBuf>,
     /// Which figures, or the group `vmm`; if none is named, those that take no minutes
     names: Vec<OsString>,
-    /// Options of the one figure that is named
+    /// Options of the named figure
     #[arg(last = true)]
     options: Vec<OsString>,
 }

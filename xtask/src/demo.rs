@@ -40,7 +40,7 @@ const TARGET_BYTES: u64 = 1 << 30;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// Boot this guest kernel
+    /// Kernel of the guest
     #[arg(long, value_enum, default_value = "debian")]
     kernel: KernelChoice,
     /// Run three guests under one fleet agent and serve its page to this machine's browser

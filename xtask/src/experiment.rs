@@ -25,9 +25,9 @@ pub(crate) enum Experiment {
 enum Reporting {
     /// No free page reporting
     Off,
-    /// An unmodified kernel's
+    /// The reporting of an unmodified kernel
     Mainline,
-    /// The patched kernel's bitmap tracker
+    /// The bitmap tracker of the patched kernel
     Bitmap,
 }
 
@@ -44,7 +44,7 @@ impl Reporting {
 /// What all experiments have.
 #[derive(Debug, clap::Args)]
 struct Common {
-    /// How the guests give freed memory back
+    /// How the guests report freed memory
     #[arg(long, value_enum)]
     reporting: Reporting,
     /// Kernel of the guests [default: stock, and patched for bitmap]
@@ -53,22 +53,22 @@ struct Common {
     /// Smallest block that guests report, 4 KiB << ORDER [default: the kernel's own, 9]
     #[arg(long, value_parser = clap::value_parser!(u32).range(0..=10))]
     order: Option<u32>,
-    /// Multiplies all sizes
+    /// Factor for all sizes
     #[arg(long, default_value_t = 1.0)]
     scale: f64,
-    /// A VMM with the same command line and API to use in place of ours
+    /// Use another VMM with the same command line and API
     #[arg(long, value_name = "PATH")]
     vmm: Option<PathBuf>,
     /// Folder for the table as JSON and the curves as SVG [default: target/experiment]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Count instructions instead of time: figures that repeat, whatever else the machine does
+    /// Count instructions instead of time: repeatable figures, also on a busy machine
     #[arg(long)]
     icount: bool,
     /// Profile of our binaries
     #[arg(long, default_value = "release")]
     profile: String,
-    /// End everything after this many seconds, with status 124
+    /// Stop after this many seconds, with exit status 124
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
 }
@@ -83,16 +83,16 @@ pub(crate) struct Overcommit {
     /// Memory of each guest
     #[arg(long, default_value = "5G", value_parser = parse_size)]
     guest: u64,
-    /// What each guest touches and frees
+    /// Memory that each guest touches and frees
     #[arg(long, default_value = "4.5G", value_parser = parse_size)]
     touch: u64,
     /// Seconds between one guest's free and the next guest's start
     #[arg(long, default_value_t = 0.0)]
     settle: f64,
-    /// Guests after which the experiment ends
+    /// Maximum number of guests
     #[arg(long, default_value_t = 200)]
     max: usize,
-    /// Fail when fewer guests run
+    /// Fail if fewer guests run
     #[arg(long, default_value_t = 0)]
     expect: usize,
 }
@@ -107,22 +107,22 @@ pub(crate) struct Burst {
     /// Memory of each guest
     #[arg(long, default_value = "1G", value_parser = parse_size)]
     guest: u64,
-    /// How many guests there are
+    /// Number of guests
     #[arg(long, default_value_t = 12)]
     guests: usize,
     /// Share of its memory that a guest allocates in its turn, percent
     #[arg(long, default_value_t = 80)]
     share: u64,
-    /// Seconds that a turn holds its memory
+    /// Seconds for which a turn holds its memory
     #[arg(long, default_value_t = 2.0)]
     hold: f64,
-    /// Seconds that an interval must last
+    /// Seconds for which an interval must be sustained
     #[arg(long, default_value_t = 600)]
     duration: u64,
-    /// Seconds between the starts of two turns [default: the shortest that lasts is looked for]
+    /// Seconds between the starts of two turns [default: search for the shortest that is sustained]
     #[arg(long)]
     interval: Option<f64>,
-    /// Let turns arrive at random with the interval as their mean; the seed is printed
+    /// Start turns at random times with the interval as their mean; the seed is printed
     #[arg(long, requires = "interval")]
     seed: Option<u64>,
 }

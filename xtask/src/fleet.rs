@@ -79,10 +79,10 @@ pub(crate) fn photographer(port: u16, picture: &Path) -> Result<Command> {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct BenchOptions {
-    /// Fake VMs
+    /// Number of fake VMs
     #[arg(long, default_value_t = 500)]
     vms: usize,
-    /// Seconds that are measured
+    /// Seconds of measurement
     #[arg(long, default_value_t = 120)]
     seconds: u64,
 }
@@ -111,7 +111,7 @@ pub(crate) fn bench(options: &BenchOptions) -> Result<ExitCode> {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ChaosOptions {
-    /// Minutes of chaos, before everything settles
+    /// Minutes of failures before the state must settle
     #[arg(long, default_value_t = 10)]
     minutes: u64,
     /// Seed of the script

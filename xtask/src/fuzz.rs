@@ -40,7 +40,7 @@ const INPUT_SECONDS_MAX: u32 = 60;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// For each target
+    /// Seconds for each target
     #[arg(long, default_value_t = 30)]
     seconds: u32,
     /// Only targets whose name contains this

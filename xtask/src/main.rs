@@ -62,7 +62,7 @@ enum Command {
     FleetStore(fleet_store::Options),
     /// Fuzz the devices for a limited time
     Fuzz(fuzz::Options),
-    /// Make the Debian package of the programs, twice, and compare the two
+    /// Make the Debian package of the programs twice, and compare the results
     Package(package::Options),
     /// Install programs of other projects that some tests use
     TestTools(tools::Options),
@@ -83,17 +83,17 @@ enum GuestCommand {
     },
     /// Create a kernel tree with one commit per patch of the series
     Apply(guest::tree::Options),
-    /// Write the commits of such a tree back as the series
+    /// Turn the commits of such a tree back into the series
     Refresh(guest::tree::Options),
     /// Build Debian packages of the patched kernel, to be installed in guests
     Package(guest::package::Options),
-    /// Test the core of the patches in user space against a model
+    /// Test the core of the patches against a model, in user space
     Core(guest::core::Options),
     /// Test the patched kernel with QEMU as its host: NUMA nodes, memory hotplug, virtio-mem
     QemuTest(guest::qemu_test::Options),
     /// Run the unit tests of the series in a kernel under emulation
     Kunit(guest::kunit::Options),
-    /// Put the series under stress in kernels with lockdep, KASAN and KCSAN under emulation
+    /// Stress the series in kernels with lockdep, KASAN and KCSAN, under emulation
     Sanitize(guest::sanitize::Options),
     /// Check every prefix of the patch series
     Check(guest::check::Options),

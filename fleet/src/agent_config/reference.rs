@@ -13,7 +13,7 @@ pub fn reference() -> String {
         "# Settings of ch-fleet\n\n\
          Every numeric key of `agent.toml`, with its default and its range. A value out of its range is refused by\n\
          `ch-fleet config check`, at the start and at a reload. This page is generated from the table in\n\
-         `fleet/src/config/ranges.rs`; a test compares the two. What each key does is explained in [fleet.md](fleet.md).\n\n\
+         `fleet/src/config/ranges.rs`; a test compares the two. [fleet.md](fleet.md) explains the keys.\n\n\
          | Key | Default | Range |\n| --- | --- | --- |\n",
     );
     rows(&mut page, &entries("policy.NAME."));

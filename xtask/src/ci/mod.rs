@@ -30,7 +30,7 @@ pub(crate) struct Options {
     /// Run only the steps whose name contains this
     #[arg(long, value_name = "NAME")]
     only: Option<String>,
-    /// Leave out what needs Linux guests (minutes)
+    /// Leave out steps that need Linux guests
     #[arg(long)]
     quick: bool,
     /// Run only the steps that a change since this commit can affect, uncommitted changes included

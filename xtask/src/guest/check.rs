@@ -31,13 +31,13 @@ const PERL: Need = Need {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// Only what is quick: applies to the base, checkpatch, and the whole series builds
+    /// Check only that the series applies to the base source, passes checkpatch and builds as a whole
     #[arg(long)]
     quick: bool,
-    /// Only what needs no compiler: applies to the base and to the newest source, checkpatch
+    /// Check only that the series applies to the base and the newest source, and passes checkpatch
     #[arg(long, conflicts_with = "quick")]
     no_build: bool,
-    /// Only the newest source that Debian has
+    /// Check only on the newest source that Debian has
     #[arg(long, conflicts_with = "quick")]
     newest: bool,
 }

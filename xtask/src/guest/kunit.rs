@@ -19,10 +19,10 @@ const QUOTED_LINES: usize = 40;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// Only tests of suites whose name matches (as kunit.filter_glob)
+    /// Run only suites whose names match (as kunit.filter_glob)
     #[arg(value_name = "GLOB")]
     filter: Option<String>,
-    /// Show everything that the kernel says
+    /// Show the kernel's complete output
     #[arg(long)]
     verbose: bool,
 }

@@ -86,7 +86,7 @@ pub(crate) enum Wanted {
     Debian,
     /// Debian's source, compiled with our small configuration
     Stock,
-    /// The same with the series in guest-patches
+    /// The stock kernel with the series in guest-patches
     Patched,
 }
 

@@ -30,34 +30,34 @@ const QUOTED_LINES: usize = 40;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, strum::IntoStaticStr)]
 #[strum(serialize_all = "lowercase")]
 enum Kind {
-    /// Orders of locks, sleeping in the wrong place, pages touched after they were freed
+    /// Lock order, sleeping in atomic context, pages used after free
     Lockdep,
-    /// Use after free, out of bounds
+    /// Use after free and out-of-bounds accesses
     Kasan,
-    /// Accesses of several processors that nothing orders
+    /// Data races
     Kcsan,
-    /// The patched test kernel as it is: quick, for a long stress. Not among the default
+    /// The unchanged patched test kernel: fast, for long runs; not in the default selection
     Plain,
 }
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// All that look for something, by default
+    /// Kernels to stress [default: lockdep, kasan, kcsan]
     #[arg(value_enum)]
     kinds: Vec<Kind>,
-    /// How long each is under stress
+    /// Seconds of stress for each kernel
     #[arg(long, default_value_t = 180)]
     seconds: u64,
-    /// Decides what the stress does
+    /// Seed of the stress
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Have Debian's stress-ng work on memory beside
+    /// Also run Debian's stress-ng
     #[arg(long)]
     stress_ng: bool,
     /// Only build the kernels
     #[arg(long)]
     build_only: bool,
-    /// Show everything that the kernel says
+    /// Show the kernel's complete output
     #[arg(long)]
     verbose: bool,
 }

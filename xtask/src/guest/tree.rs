@@ -36,7 +36,7 @@ pub(crate) struct Options {
     /// The working tree [default: target/guest/tree]
     #[arg(value_name = "DIR")]
     dir: Option<PathBuf>,
-    /// For the newest kernel source that Debian has
+    /// Use the newest kernel source that Debian has
     #[arg(long)]
     newest: bool,
 }

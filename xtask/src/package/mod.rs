@@ -44,7 +44,7 @@ const BUILDS: [[(&str, &str); 2]; 2] = [
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// Cargo profile of the programs; what is built already is used
+    /// Cargo profile of the programs, which are built if they are out of date
     #[arg(long, value_name = "NAME", default_value = "release")]
     profile: String,
     /// Also install the package in a clean Debian root, check it there, and remove it

@@ -55,28 +55,28 @@ pub(crate) struct Options {
     /// Directory that the command finds read-write at /share
     #[arg(long, value_name = "DIR")]
     share: Option<PathBuf>,
-    /// End everything after this many seconds, with status 124
+    /// Stop after this many seconds, with exit status 124
     #[arg(long, value_name = "SECONDS")]
     timeout: Option<u64>,
     /// Count instructions instead of time: repeatable, one processor, always emulated
     #[arg(long)]
     icount: bool,
-    /// Swap space of the emulated host (with suffix K, M or G); none if not given
+    /// Swap space of the emulated host (with suffix K, M or G) [default: none]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     swap: Option<u64>,
-    /// Where to run: try this machine's KVM first, or insist on one of the two
+    /// Host of the command: this machine if its KVM boots Linux (auto), or always one of the two
     #[arg(long, value_enum, default_value = "auto")]
     host: HostChoice,
-    /// Profile of our binaries; they are built first
+    /// Cargo profile of the programs, which are built first
     #[arg(long, default_value = DEFAULT_PROFILE)]
     profile: String,
-    /// Kernel of the guests that our own tests boot
+    /// Kernel of the guests
     #[arg(long, value_enum, default_value = "stock")]
     kernel: KernelChoice,
     /// Also offer Debian's kernels of several series and a disk with Debian on it
     #[arg(long)]
     distributions: bool,
-    /// Build only these of our programs [default: all]
+    /// Build only these programs [default: all]
     #[arg(long = "program", value_name = "NAME")]
     programs: Vec<String>,
     /// They are built already
@@ -109,7 +109,7 @@ pub(crate) enum KernelChoice {
     /// Debian's source, compiled with our small configuration
     #[default]
     Stock,
-    /// The same with the series in guest-patches
+    /// The stock kernel with the series in guest-patches
     Patched,
     /// The patched one, told to track free memory as mainline does: all that most tests need is one kernel
     Mainline,
