@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_msr_entry};
 use kvm_ioctls::Cap;
 
 use crate::error::{Error, Result, ioctl};
@@ -147,6 +147,25 @@ impl Kvm {
     #[must_use]
     pub fn supports_x2apic_api(&self) -> bool {
         self.fd.check_extension_int(Cap::X2ApicApi) > 0
+    }
+
+    /// Whether a guest's time stamp counter can run at another frequency than the host's (`KVM_CAP_TSC_CONTROL`).
+    #[must_use]
+    pub fn supports_tsc_scaling(&self) -> bool {
+        self.fd.check_extension(Cap::TscControl)
+    }
+
+    /// The most that KVM can give to a guest in a model specific register that describes features; `None` if the host
+    /// has no such register.
+    #[must_use]
+    pub fn feature_msr(&self, index: u32) -> Option<u64> {
+        let entry = kvm_msr_entry {
+            index,
+            ..Default::default()
+        };
+        let mut msrs = Msrs::from_entries(&[entry]).ok()?;
+        let read = self.fd.get_msrs(&mut msrs).ok()?;
+        msrs.as_slice()[..read].first().map(|entry| entry.data)
     }
 
     /// Whether a paused guest can be told so (`KVM_CAP_KVMCLOCK_CTRL`).

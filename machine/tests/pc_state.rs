@@ -222,6 +222,40 @@ fn nmi_requested_in_a_pause_is_saved_with_the_guest() {
 }
 
 #[test]
+fn vcpus_that_this_host_cannot_continue_are_refused_with_what_it_lacks() {
+    let Some(rig) = Rig::new() else {
+        return;
+    };
+    let output = rig.folder.path().join("serial");
+    let mut pc = rig.booted(&output);
+    wait_for_bytes(&output, 50);
+    pc.pause().unwrap();
+    let state = pc.state().unwrap();
+    let cpus = CpusConfig::default();
+    state.check_host(&rig.kvm, &cpus).unwrap();
+
+    let mut vcpus: VcpusState = state.vcpus.read().unwrap();
+    let mut vcpu: VcpuState = vcpus.vcpus[0].state.read().unwrap();
+    for leaf in &mut vcpu.cpuid {
+        match leaf.function {
+            0 => leaf.ebx ^= 1,
+            // Reserved for ever: no processor has it.
+            1 => leaf.edx |= 1 << 10,
+            _ => {}
+        }
+    }
+    vcpus.vcpus[0].state = Saved::of(&vcpu);
+    let other = PcState {
+        vcpus: Saved::of(&vcpus),
+        ..state
+    };
+    let told = other.check_host(&rig.kvm, &cpus).unwrap_err().to_string();
+    for expected in ["CPUID 0x0.0 ebx", "CPUID 0x1.0 edx: bits 0x400 are missing"] {
+        assert!(told.contains(expected), "{told}");
+    }
+}
+
+#[test]
 fn state_of_a_machine_with_other_devices_is_refused_by_name() {
     let Some(rig) = Rig::new() else {
         return;

@@ -12,6 +12,7 @@ mod core_scheduling;
 mod counters;
 mod cpuid;
 mod gate;
+mod host;
 mod registers;
 mod run;
 mod state;

@@ -10,11 +10,13 @@
 use std::collections::BTreeMap;
 
 use ::state::{Part, Saved, State, StateError, parts, require};
+use api::config::CpusConfig;
+use hypervisor::Kvm;
 use serde::{Deserialize, Serialize};
 
 use super::devices::plugged;
 use super::{PVPANIC_ID, Pc, PcError, Plug, Plugged};
-use crate::cpu::VcpusState;
+use crate::cpu::{Vcpus, VcpusState};
 use crate::legacy::{CmosState, GedState, PmTimerState};
 use crate::pci::{Bdf, PciBusState, SlotState};
 
@@ -53,6 +55,15 @@ impl State for PcState {
 }
 
 impl PcState {
+    /// Checks whether this host can continue the saved vCPUs. To be called before RAM gets its content: it takes a
+    /// moment, and restoring vCPUs comes last.
+    ///
+    /// # Errors
+    /// The list of what this host lacks, or KVM fails.
+    pub fn check_host(&self, kvm: &Kvm, cpus: &CpusConfig) -> Result<(), StateError> {
+        Vcpus::check_host(kvm, cpus, &self.vcpus.read()?)
+    }
+
     /// The saved slot of the function `id`, and its segment.
     fn slot(&self, id: &str) -> Result<(u16, SlotState), StateError> {
         let bus: PciBusState = self.pci_bus.read()?;

@@ -7,7 +7,8 @@
 //! disks, entropy source, taps, payload ─► guest RAM ─► payload loaded ─► consoles ─► KVM ─► devices on the bus
 //! (read, not changed)                                                    (files emptied, sockets made)
 //! ```
-//! From a snapshot, RAM gets its content instead of a payload, and each device its state as it goes on the bus.
+//! From a snapshot, RAM gets its content instead of a payload, once the host's processor is known to fit, and each device
+//! its state as it goes on the bus.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -84,6 +85,10 @@ impl Parts {
             }
         };
 
+        if let Some(snapshot) = snapshot {
+            let fits = snapshot.pc.check_host(&open_kvm()?, &config.cpus);
+            fits.map_err(|error| VmError::Pc(PcError::State(error)))?;
+        }
         let memory = match snapshot {
             Some(snapshot) => snapshot.memory(config).map_err(VmError::Snapshot)?,
             None => {
@@ -199,8 +204,11 @@ pub(super) fn build(
     snapshot: Option<&Snapshot>,
 ) -> Result<Vm, VmError> {
     let parts = Parts::open(config, context, snapshot)?;
-    let kvm = Kvm::open().map_err(|source| VmError::Pc(PcError::Kvm(source)))?;
-    parts.assemble(&kvm, config, context, snapshot.map(|it| &it.pc))
+    parts.assemble(&open_kvm()?, config, context, snapshot.map(|it| &it.pc))
+}
+
+fn open_kvm() -> Result<Kvm, VmError> {
+    Kvm::open().map_err(|source| VmError::Pc(PcError::Kvm(source)))
 }
 
 fn in_cpus(source: CpuError) -> VmError {
