@@ -221,9 +221,9 @@ mod tests {
     #[test]
     fn section_without_a_type_is_kept_as_it_came_up_to_a_bound() {
         let came = json!([{"tag": "t", "deep": {"a": [1, -1, 0.5, null, true, "ß"]}}]);
-        let config = read(&format!("{{\"pmem\":{came}}}")).unwrap();
-        assert_eq!(config.pmem, Some(came));
-        assert_eq!(read("{\"pmem\":null}").unwrap().pmem, None);
+        let config = read(&format!("{{\"devices\":{came}}}")).unwrap();
+        assert_eq!(config.devices, Some(came));
+        assert_eq!(read("{\"devices\":null}").unwrap().devices, None);
         let members: Vec<String> = (0..SECTION_VALUES_MAX)
             .map(|key| format!("\"{key}\":1"))
             .collect();
@@ -231,7 +231,7 @@ mod tests {
             format!("[{}]", vec!["[]"; SECTION_VALUES_MAX].join(",")),
             format!("{{{}}}", members.join(",")),
         ] {
-            let error = read(&format!("{{\"pmem\":{section}}}")).unwrap_err();
+            let error = read(&format!("{{\"devices\":{section}}}")).unwrap_err();
             assert!(error.contains("at most 1024 values"), "{error}");
         }
     }

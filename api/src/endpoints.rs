@@ -160,6 +160,10 @@ endpoints! {
     VmAddFs = Upstream Put "vm.add-fs",
         request Some("FsConfig"), response Some("PciDeviceInfo"), command "add-fs",
         failure "The shared folder could not be added to the VM";
+    /// Add persistent memory, also to a running VM.
+    VmAddPmem = Upstream Put "vm.add-pmem",
+        request Some("PmemConfig"), response Some("PciDeviceInfo"), command "add-pmem",
+        failure "The persistent memory device could not be added to the VM";
     /// Add the vsock device, also to a running VM.
     VmAddVsock = Upstream Put "vm.add-vsock",
         request Some("VsockConfig"), response Some("PciDeviceInfo"), command "add-vsock",
@@ -252,6 +256,7 @@ impl Endpoint {
             Self::VmAddDisk
                 | Self::VmAddNet
                 | Self::VmAddFs
+                | Self::VmAddPmem
                 | Self::VmAddVsock
                 | Self::VmAddBalloon
         )

@@ -29,6 +29,8 @@ pub enum DeviceKind {
     Fs,
     /// The vsock device.
     Vsock,
+    /// Persistent memory.
+    Pmem,
 }
 
 /// The purpose of a thread of the machine.

@@ -45,6 +45,8 @@ parts! {
     MEM_BLOCKS = "mem-blocks", 1..=1;
     /// Network device.
     NET = "net", 1..=2;
+    /// Persistent memory.
+    PMEM = "pmem", 1..=1;
     /// Entropy device.
     RNG = "rng", 1..=1;
     /// Socket device.

@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use state::{Saved, StateError, parts, require};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap, MmapRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::worker::{EventSources, Turn};
@@ -121,7 +121,7 @@ pub(crate) fn boxed<H: QueueHandler + 'static>(handler: Option<H>) -> Vec<Box<dy
 /// and must not panic on any input.
 pub trait VirtioDevice: Send {
     /// Virtio device id (virtio 1.2 §5): 1 net, 2 block, 3 console, 4 entropy, 5 balloon, 19 socket,
-    /// 24 memory, 26 file system, 35 watchdog.
+    /// 24 memory, 26 file system, 27 persistent memory, 35 watchdog.
     fn device_type(&self) -> u32;
 
     /// Maximum size of each queue; the length is the number of queues.
@@ -162,6 +162,14 @@ pub trait VirtioDevice: Send {
     /// Called once by the transport before the guest sees the device.
     fn set_interrupt(&mut self, _interrupt: Arc<dyn Interrupt>) {}
 
+    /// Memory that the guest maps, outside guest RAM and behind no BAR. Called once when the device is put on the bus.
+    fn memory(&self) -> Option<DeviceMemory> {
+        None
+    }
+
+    /// The guest's address of that memory, before the guest sees the device.
+    fn set_memory_start(&mut self, _start: u64) {}
+
     /// The driver wrote 0 to the status register. The transport resets the workers; this resets the configuration half.
     fn reset(&mut self) {}
 
@@ -180,6 +188,17 @@ pub trait VirtioDevice: Send {
     fn counters(&self) -> Counters {
         Counters::new()
     }
+}
+
+/// Memory of a device that the guest maps.
+#[derive(Debug, Clone)]
+pub struct DeviceMemory {
+    /// Readable and writable, for the guest alone.
+    pub mapping: Arc<MmapRegion<()>>,
+    /// The address that it had when the device was saved.
+    pub start: Option<u64>,
+    /// What its address is a multiple of, a power of two.
+    pub align_bytes: u64,
 }
 
 /// Reasons why a worker stops serving its device until the next reset.

@@ -19,6 +19,7 @@ mod listening_socket;
 pub mod mem;
 pub mod net;
 pub mod pci;
+pub mod pmem;
 mod queue;
 pub mod rate_limit;
 pub mod reclaim;

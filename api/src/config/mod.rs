@@ -18,6 +18,7 @@ mod numa;
 mod path_or_fd;
 mod payload;
 mod platform;
+mod pmem;
 mod rate_limit;
 mod restore;
 mod rng;
@@ -44,6 +45,7 @@ pub use numa::{NumaConfig, NumaDistance};
 pub use path_or_fd::PathOrFd;
 pub use payload::PayloadConfig;
 pub use platform::{DEFAULT_IOMMU_ADDRESS_WIDTH_BITS, DEFAULT_NUM_PCI_SEGMENTS, PlatformConfig};
+pub use pmem::PmemConfig;
 pub(crate) use rate_limit::RATE_LIMIT_KEYS;
 pub use rate_limit::{RateLimitGroupConfig, RateLimiterConfig, TokenBucket};
 pub use restore::{MemoryRestoreMode, RestoreConfig, RestoredNetConfig};
@@ -80,6 +82,8 @@ pub struct VmConfig {
     pub balloon: Option<BalloonConfig>,
     /// Shared folders (virtio-fs), in the order of their PCI slots.
     pub fs: Option<Vec<FsConfig>>,
+    /// Persistent memory, in the order of its PCI slots.
+    pub pmem: Option<Vec<PmemConfig>>,
     /// The vsock device; there is none when absent.
     pub vsock: Option<VsockConfig>,
     /// The serial port.
@@ -102,8 +106,6 @@ pub struct VmConfig {
     pub landlock_enable: bool,
     /// Further files that the VMM may use, for devices that are added later. Needs `landlock_enable`.
     pub landlock_rules: Option<Vec<LandlockConfig>>,
-    /// Persistent memory. Unsupported.
-    pub pmem: Option<Value>,
     /// Assigned PCI devices (VFIO). Unsupported.
     pub devices: Option<Value>,
     /// Assigned devices of another process (vfio-user). Unsupported.
@@ -127,7 +129,6 @@ impl VmConfig {
     /// `false` and an empty list ask for nothing.
     pub fn unsupported_sections(&self) -> Vec<&'static str> {
         let sections = [
-            ("pmem", &self.pmem),
             ("devices", &self.devices),
             ("user_devices", &self.user_devices),
             ("vdpa", &self.vdpa),

@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, FsConfig,
     LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, PlatformConfig,
-    RateLimitGroupConfig, RngConfig, SerialConfig, VsockConfig,
+    PmemConfig, RateLimitGroupConfig, RngConfig, SerialConfig, VsockConfig,
 };
 use crate::{AlertChange, ReportingPolicy, RestoreConfig};
 
@@ -55,6 +55,7 @@ fn sections() -> Vec<OptionReference> {
         NetConfig::reference(),
         RateLimitGroupConfig::reference(),
         FsConfig::reference(),
+        PmemConfig::reference(),
         VsockConfig::reference(),
         BalloonConfig::reference(),
         RngConfig::reference(),

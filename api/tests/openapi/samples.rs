@@ -107,6 +107,7 @@ samples![
     RngConfig,
     BalloonConfig,
     FsConfig,
+    PmemConfig,
     VsockConfig,
     SerialConfig,
     ConsoleConfig,

@@ -58,6 +58,10 @@ pub(crate) const FIELDS: &[(&str, &str)] = &[
         "tag socket num_queues queue_size id pci_segment pci_device_id",
     ),
     (
+        "PmemConfig",
+        "file size iommu discard_writes id pci_segment pci_device_id",
+    ),
+    (
         "VsockConfig",
         "cid socket iommu id pci_segment pci_device_id",
     ),
@@ -90,6 +94,7 @@ pub(crate) const REQUIRED: &[(&str, &str)] = &[
     ("RngConfig", "src"),
     ("BalloonConfig", "size"),
     ("FsConfig", "tag socket"),
+    ("PmemConfig", "file"),
     ("VsockConfig", "cid socket"),
     ("SerialConfig", "mode"),
     ("ConsoleConfig", "mode"),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use api::config::{BalloonConfig, DiskConfig, FsConfig, NetConfig, VsockConfig};
+use api::config::{BalloonConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VsockConfig};
 use api::options::parse_bytes;
 use api::{
     Endpoint, HintingAction, ReclaimThresholdsChange, ReportingAction, RestoreConfig,
@@ -44,6 +44,8 @@ pub(crate) enum Command {
     AddNet(AddNetArguments),
     /// Add a shared folder to the VM
     AddFs(AddFsArguments),
+    /// Add persistent memory to the VM
+    AddPmem(AddPmemArguments),
     /// Add the vsock device to the VM
     AddVsock(AddVsockArguments),
     /// Add the balloon to the VM
@@ -52,7 +54,7 @@ pub(crate) enum Command {
     Snapshot(SnapshotArguments),
     /// Create a VM from saved files
     Restore(RestoreArguments),
-    /// Remove a disk, a network interface, a shared folder, the vsock device or the balloon from the VM
+    /// Remove a disk, a network interface, a shared folder, persistent memory, the vsock device or the balloon from the VM
     RemoveDevice(RemoveDeviceArguments),
     /// Show how much of the VM's memory returned to the host, and how
     ReclaimStats(ReclaimStatsArguments),
@@ -210,6 +212,12 @@ pub(crate) struct AddFsArguments {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct AddPmemArguments {
+    #[arg(value_name = "PMEM", value_parser = parse_pmem, help = PmemConfig::syntax())]
+    pub(crate) pmem: PmemConfig,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct AddVsockArguments {
     #[arg(value_name = "VSOCK", value_parser = parse_vsock, help = VsockConfig::syntax())]
     pub(crate) vsock: VsockConfig,
@@ -259,6 +267,10 @@ fn parse_net(text: &str) -> Result<NetConfig, String> {
 
 fn parse_fs(text: &str) -> Result<FsConfig, String> {
     FsConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
+}
+
+fn parse_pmem(text: &str) -> Result<PmemConfig, String> {
+    PmemConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
 }
 
 fn parse_vsock(text: &str) -> Result<VsockConfig, String> {
@@ -382,6 +394,7 @@ impl Request {
             Command::AddDisk(add) => Some(to_ascii_json(&add.disk)?),
             Command::AddNet(add) => Some(to_ascii_json(&add.net)?),
             Command::AddFs(add) => Some(to_ascii_json(&add.fs)?),
+            Command::AddPmem(add) => Some(to_ascii_json(&add.pmem)?),
             Command::AddVsock(add) => Some(to_ascii_json(&add.vsock)?),
             Command::AddBalloon(add) => Some(to_ascii_json(&add.balloon)?),
             Command::Snapshot(snapshot) => {
@@ -425,6 +438,7 @@ pub(crate) fn endpoint(command: &Command) -> Endpoint {
         Command::AddDisk(_) => Endpoint::VmAddDisk,
         Command::AddNet(_) => Endpoint::VmAddNet,
         Command::AddFs(_) => Endpoint::VmAddFs,
+        Command::AddPmem(_) => Endpoint::VmAddPmem,
         Command::AddVsock(_) => Endpoint::VmAddVsock,
         Command::AddBalloon(_) => Endpoint::VmAddBalloon,
         Command::RemoveDevice(_) => Endpoint::VmRemoveDevice,

@@ -133,6 +133,7 @@ fn every_command_calls_its_endpoint() {
             Endpoint::VmAddDisk => " path=/d",
             Endpoint::VmAddNet => " tap=t",
             Endpoint::VmAddFs => " tag=t,socket=/s",
+            Endpoint::VmAddPmem => " file=/m",
             Endpoint::VmAddVsock => " cid=3,socket=/s",
             Endpoint::VmAddBalloon => " size=0",
             Endpoint::VmRemoveDevice => " _disk0",

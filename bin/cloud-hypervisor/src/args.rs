@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use api::config::{
     BalloonConfig, ConsoleConfig, CpusConfig, DebugConsoleConfig, DiskConfig, FsConfig,
     LandlockConfig, MemoryConfig, MemoryZoneConfig, NetConfig, NumaConfig, PathOrFd, PayloadConfig,
-    PlatformConfig, RateLimitGroupConfig, RngConfig, SerialConfig, VsockConfig,
+    PlatformConfig, PmemConfig, RateLimitGroupConfig, RngConfig, SerialConfig, VsockConfig,
 };
 use api::options::OptionError;
 use api::{RestoreConfig, VmConfig};
@@ -92,6 +92,9 @@ pub(crate) struct Arguments {
 
     #[arg(long, requires = "payload", help = PlatformConfig::syntax())]
     platform: Option<String>,
+
+    #[arg(long, requires = "payload", num_args = 1.., action = ArgAction::Append, help = PmemConfig::syntax())]
+    pmem: Vec<String>,
 
     /// Add a pvpanic device: a guest that panics is reported on the event monitor
     #[arg(long, requires = "payload")]
@@ -193,6 +196,7 @@ impl Arguments {
             numa: read_all(&self.numa, NumaConfig::parse)?,
             platform: read(&self.platform, PlatformConfig::parse)?,
             fs: read_all(&self.fs, FsConfig::parse)?,
+            pmem: read_all(&self.pmem, PmemConfig::parse)?,
             vsock: read(&self.vsock, VsockConfig::parse)?,
             watchdog: self.watchdog,
             landlock_enable: self.landlock,
@@ -287,7 +291,7 @@ mod tests {
              --balloon size=128M,free_page_reporting=on --serial tty --console off --rng src=/dev/random \
              --event-monitor path=/e --seccomp log --no-shutdown -vv --watchdog \
              --vsock cid=3,socket=/v --fs tag=a,socket=/a --fs tag=b,socket=/b,num_queues=2 --landlock --landlock-rules path=/d,access=rw path=/e,access=r \
-             --pvpanic --debug-console file=/d,iobase=0xe8 \
+             --pmem file=/m,size=2M,discard_writes=on --pvpanic --debug-console file=/d,iobase=0xe8 \
              --rate-limit-group id=g,bw_size=1000,bw_refill_time=100 id=h,ops_size=1,ops_refill_time=1",
         )
         .unwrap();
@@ -303,6 +307,8 @@ mod tests {
         );
         assert!(config.pvpanic);
         assert_eq!(config.debug_console.iobase, Some(0xe8));
+        let pmem = &config.pmem.unwrap()[0];
+        assert_eq!((pmem.size, pmem.discard_writes), (Some(2 << 20), true));
         let groups = config.rate_limit_groups.unwrap();
         assert_eq!((groups.len(), groups[0].id.as_str()), (2, "g"));
         let limit = groups[0].rate_limiter_config.unwrap();
@@ -383,7 +389,7 @@ mod tests {
     #[test]
     fn arguments_unknown_options_and_values_are_refused() {
         for line in [
-            "--kernel /k --pmem file=x",
+            "--kernel /k --tpm socket=x",
             "--kernel /k --seccomp maybe",
             "--kernel",
             "",
@@ -395,6 +401,7 @@ mod tests {
             "--kernel /k --memory size=much",
             "--kernel /k --fs tag=a",
             "--kernel /k --fs socket=/s",
+            "--kernel /k --pmem size=2M",
             "--kernel /k --vsock cid=3",
             "--kernel /k --vsock socket=/s",
             "--kernel /k --vsock cid=4294967296,socket=/s",

@@ -257,6 +257,13 @@ pub struct RamSlots {
     count: u32,
 }
 
+impl RamSlots {
+    /// The number of the first slot behind them.
+    pub fn end(&self) -> u32 {
+        self.count
+    }
+}
+
 impl Drop for RamSlots {
     fn drop(&mut self) {
         for slot in 0..self.count {

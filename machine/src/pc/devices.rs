@@ -17,6 +17,7 @@ use virtio_devices::transport::{VirtioPciFunction, VirtioPciParams, vectors_need
 use virtio_devices::worker::ThreadStart as WorkerStart;
 
 use super::device_events::DeviceEvents;
+use super::device_memory::MappedMemory;
 use super::{Pc, PcError};
 use crate::interrupt::FunctionVectors;
 use crate::pci::{Bdf, Place};
@@ -46,6 +47,8 @@ pub struct Plugged {
     /// Its address.
     pub bdf: Bdf,
     pub(super) function: Arc<VirtioPciFunction>,
+    /// Held for the effect of its drop.
+    _memory: Option<Arc<MappedMemory>>,
 }
 
 impl Pc {
@@ -124,15 +127,36 @@ impl Pc {
     /// Puts `device` behind a virtio-pci function on the bus.
     fn put_on_bus(&self, plug: Plug) -> Result<Plugged, PcError> {
         let function = self.function_of(&plug, None)?;
+        let memory = self.map_memory_of(&plug, plug.place.segment)?;
         let pci = &self.chassis.pci;
         let bdf = pci.add(function.clone(), plug.place);
         match bdf {
-            Ok(bdf) => Ok(plugged(plug, bdf, function)),
+            Ok(bdf) => Ok(plugged(plug, bdf, function, memory)),
             Err(source) => Err(PcError::Device {
                 id: plug.id,
                 source: source.into(),
             }),
         }
+    }
+
+    /// Shows the guest the memory of the device, if it has any, in the window of `segment`.
+    pub(super) fn map_memory_of(
+        &self,
+        plug: &Plug,
+        segment: u16,
+    ) -> Result<Option<MappedMemory>, PcError> {
+        let mut device = plug.device.lock().unpoisoned();
+        let Some(memory) = device.memory() else {
+            return Ok(None);
+        };
+        let bus = self.chassis.pci.bus(segment);
+        let bus = bus.map_err(|source| PcError::Device {
+            id: plug.id.clone(),
+            source: source.into(),
+        })?;
+        let mapped = self.device_slots.map(bus, &plug.id, memory)?;
+        device.set_memory_start(mapped.start());
+        Ok(Some(mapped))
     }
 
     /// The function in front of the device, in the saved state if there is one.
@@ -171,12 +195,18 @@ impl Pc {
 }
 
 /// What `plug` has become.
-pub(super) fn plugged(plug: Plug, bdf: Bdf, function: Arc<VirtioPciFunction>) -> Plugged {
+pub(super) fn plugged(
+    plug: Plug,
+    bdf: Bdf,
+    function: Arc<VirtioPciFunction>,
+    memory: Option<MappedMemory>,
+) -> Plugged {
     Plugged {
         id: plug.id,
         kind: plug.kind,
         bdf,
         function,
+        _memory: memory.map(Arc::new),
     }
 }
 

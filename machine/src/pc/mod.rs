@@ -4,6 +4,7 @@
 
 mod chassis;
 mod device_events;
+mod device_memory;
 mod devices;
 mod error;
 mod exits;
@@ -32,6 +33,7 @@ use crate::signals::VmSignals;
 use crate::threads::ThreadStart;
 use chassis::Chassis;
 use device_events::DeviceEvents;
+use device_memory::DeviceSlots;
 use exits::Exits;
 use pvpanic::Pvpanic;
 
@@ -79,6 +81,7 @@ pub struct Pc {
     serial: Option<Arc<Uart>>,
     pvpanic: Option<Arc<Pvpanic>>,
     chassis: Chassis,
+    device_slots: Arc<DeviceSlots>,
     params: PcParams,
     /// For devices that are hot-plugged.
     context: PcContext,
@@ -102,6 +105,7 @@ impl Pc {
         vm.enable_split_irqchip(u32::from(IOAPIC_PIN_COUNT))
             .map_err(PcError::Kvm)?;
         let slots = memory.attach(&vm).map_err(PcError::Memory)?;
+        let device_slots = DeviceSlots::new(Arc::clone(&vm), slots.end());
         let chassis = Chassis::new(&vm, memory.map(), params.pci_segments, &context.signals)?;
         chassis.pci.reserve(params.wished_slots.iter().copied());
         let vcpus_context = VcpusContext {
@@ -117,6 +121,7 @@ impl Pc {
             serial: None,
             pvpanic: None,
             chassis,
+            device_slots,
             params,
             context,
             _slots: slots,

@@ -127,10 +127,11 @@ impl Pc {
         let saved = saved.and_then(|saved| Ok((saved, state.slot(&id)?)));
         let (saved, (segment, slot)) = saved.map_err(PcError::State)?;
         let function = self.function_of(&plug, Some(saved))?;
+        let memory = self.map_memory_of(&plug, segment)?;
         let pci = &self.chassis.pci;
         let bdf = pci.add_restored(function.clone(), segment, &slot);
         let bdf = bdf.map_err(PcError::State)?;
-        Ok(self.keep(plugged(plug, bdf, function)))
+        Ok(self.keep(plugged(plug, bdf, function, memory)))
     }
 
     /// As [`Pc::plug_pvpanic`], in the saved state.

@@ -163,6 +163,32 @@ impl PciBus {
         Some(Arc::clone(&entry.function))
     }
 
+    /// Allocates addresses for memory of function `id` that is behind no BAR.
+    ///
+    /// # Errors
+    /// There is no room.
+    pub fn allocate_memory(
+        &self,
+        id: &str,
+        bytes: u64,
+        align_bytes: u64,
+    ) -> Result<RangeInclusive, PciError> {
+        lock(&self.windows).allocate_memory(id, bytes, align_bytes)
+    }
+
+    /// Allocates the addresses that such memory had when its function was saved; `None` if they are not free.
+    pub fn take_memory(&self, start: u64, bytes: u64) -> Option<RangeInclusive> {
+        if !lock(&self.windows).take(start, bytes) {
+            return None;
+        }
+        RangeInclusive::new(start, start + bytes - 1).ok()
+    }
+
+    /// Frees the result of [`PciBus::allocate_memory`] or [`PciBus::take_memory`].
+    pub fn free_memory(&self, range: &RangeInclusive) {
+        lock(&self.windows).free(range);
+    }
+
     /// Every function with its address, the host bridge first.
     pub fn functions(&self) -> Vec<(Bdf, Arc<dyn PciFunction>)> {
         let slots = self.slots.read().unpoisoned();

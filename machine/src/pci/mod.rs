@@ -143,6 +143,17 @@ pub enum PciError {
         #[source]
         source: vm_allocator::Error,
     },
+    /// No address space for memory of a device.
+    #[error("No room for the memory of {id} ({bytes} bytes)")]
+    NoMemorySpace {
+        /// The function.
+        id: String,
+        /// The requested size.
+        bytes: u64,
+        /// The error from the allocator.
+        #[source]
+        source: vm_allocator::Error,
+    },
     /// An address window is empty or wraps around.
     #[error("PCI memory window {base:#x}+{bytes:#x} is not usable")]
     Window {

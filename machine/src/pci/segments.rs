@@ -55,7 +55,7 @@ impl PciSegments {
     /// As [`PciBus::reserve`]; segments that do not exist are ignored.
     pub fn reserve(&self, places: impl IntoIterator<Item = Bdf>) {
         for place in places {
-            if let Some(bus) = self.bus(place.segment) {
+            if let Ok(bus) = self.bus(place.segment) {
                 bus.reserve([place.slot]);
             }
         }
@@ -67,16 +67,12 @@ impl PciSegments {
     /// As there, or there is no such segment.
     pub fn add(&self, function: Arc<dyn PciFunction>, place: Place) -> Result<Bdf, PciError> {
         let Place { segment, slot } = place;
-        let bus = self.bus(segment).ok_or(PciError::NoSuchSegment {
-            segment,
-            count: self.buses.len(),
-        })?;
-        bus.add(function, slot)
+        self.bus(segment)?.add(function, slot)
     }
 
     /// As [`PciBus::remove`].
     pub fn remove(&self, bdf: Bdf) -> Option<Arc<dyn PciFunction>> {
-        self.bus(bdf.segment)?.remove(bdf.slot)
+        self.bus(bdf.segment).ok()?.remove(bdf.slot)
     }
 
     /// Every function with its address.
@@ -117,15 +113,23 @@ impl PciSegments {
         segment: u16,
         state: &SlotState,
     ) -> Result<Bdf, StateError> {
-        let bus = self.bus(segment).ok_or_else(|| {
+        let bus = self.bus(segment).map_err(|_| {
             let reason = format!("has a function on segment {segment}, which does not exist");
             StateError::invalid(PART, "segments", reason)
         })?;
         bus.add_restored(function, state)
     }
 
-    fn bus(&self, segment: u16) -> Option<&Arc<PciBus>> {
-        self.buses.get(usize::from(segment))
+    /// The bus of a segment.
+    ///
+    /// # Errors
+    /// There is no such segment.
+    pub fn bus(&self, segment: u16) -> Result<&Arc<PciBus>, PciError> {
+        let bus = self.buses.get(usize::from(segment));
+        bus.ok_or(PciError::NoSuchSegment {
+            segment,
+            count: self.buses.len(),
+        })
     }
 }
 

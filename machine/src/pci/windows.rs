@@ -113,6 +113,26 @@ impl MemoryWindows {
         window.allocator.allocate(bytes, 1, policy).is_ok()
     }
 
+    /// Allocates `bytes` at the end of the 64-bit window for memory of function `id` that is behind no BAR.
+    ///
+    /// # Errors
+    /// There is no room.
+    pub(super) fn allocate_memory(
+        &mut self,
+        id: &str,
+        bytes: u64,
+        align_bytes: u64,
+    ) -> Result<RangeInclusive, PciError> {
+        self.mmio64
+            .allocator
+            .allocate(bytes, align_bytes, AllocPolicy::LastMatch)
+            .map_err(|source| PciError::NoMemorySpace {
+                id: id.to_owned(),
+                bytes,
+                source,
+            })
+    }
+
     /// Frees the result of [`MemoryWindows::allocate`].
     pub(super) fn free(&mut self, range: &RangeInclusive) {
         let window = if self.mmio32.range.contains(&range.start()) {
@@ -168,6 +188,20 @@ mod tests {
         assert_eq!(low.start(), 0xc000_0000);
         windows.free(&large);
         assert_eq!(windows.allocate("_b", &bar(0x8_0000, true)).unwrap(), large);
+    }
+
+    #[test]
+    fn memory_behind_no_bar_is_at_the_end_of_the_window_and_aligned() {
+        let mut windows = windows();
+        let first = windows.allocate_memory("_p", 6 << 20, 2 << 20).unwrap();
+        assert_eq!(first.start(), 0x2_0000_0000 - (6 << 20));
+        let second = windows.allocate_memory("_q", 2 << 20, 2 << 20).unwrap();
+        assert_eq!(second.end(), first.start() - 1);
+        assert!(!windows.take(first.start(), first.len()), "taken");
+        let error = windows.allocate_memory("_r", 4 << 30, 2 << 20).unwrap_err();
+        assert!(error.to_string().contains("memory of _r"), "{error}");
+        windows.free(&first);
+        assert!(windows.take(first.start(), first.len()));
     }
 
     #[test]

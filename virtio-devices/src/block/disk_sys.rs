@@ -100,7 +100,7 @@ pub(super) fn block_device_discard(fd: RawFd, offset: u64, bytes: u64) -> io::Re
 ///
 /// # Errors
 /// `WouldBlock`: another process has a conflicting lock.
-pub(super) fn lock(file: &File, exclusive: bool, bytes: u64) -> io::Result<()> {
+pub(crate) fn lock(file: &File, exclusive: bool, bytes: u64) -> io::Result<()> {
     let kind = if exclusive {
         libc::F_WRLCK
     } else {

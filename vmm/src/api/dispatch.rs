@@ -163,6 +163,7 @@ impl Dispatcher {
             Endpoint::VmAddDisk => self.add_device(call, NewDevice::Disk),
             Endpoint::VmAddNet => self.add_device(call, NewDevice::Net),
             Endpoint::VmAddFs => self.add_device(call, NewDevice::Fs),
+            Endpoint::VmAddPmem => self.add_device(call, NewDevice::Pmem),
             Endpoint::VmAddVsock => self.add_device(call, NewDevice::Vsock),
             Endpoint::VmAddBalloon => self.add_device(call, NewDevice::Balloon),
             Endpoint::VmSetReclaimThresholds => self.set_thresholds(call),
@@ -235,9 +236,11 @@ impl Dispatcher {
         let fds = match device {
             NewDevice::Net(_) => std::mem::take(&mut call.fds),
             // No other device uses descriptors: the call closes them.
-            NewDevice::Disk(_) | NewDevice::Fs(_) | NewDevice::Vsock(_) | NewDevice::Balloon(_) => {
-                Vec::new()
-            }
+            NewDevice::Disk(_)
+            | NewDevice::Fs(_)
+            | NewDevice::Pmem(_)
+            | NewDevice::Vsock(_)
+            | NewDevice::Balloon(_) => Vec::new(),
         };
         self.submit(
             call,

@@ -492,6 +492,7 @@ fn body_of(endpoint: Endpoint) -> Option<&'static str> {
         Endpoint::VmAddDisk => Some(r#"{"path": "/e"}"#),
         Endpoint::VmAddNet => Some("{}"),
         Endpoint::VmAddFs => Some(r#"{"tag": "t", "socket": "/f"}"#),
+        Endpoint::VmAddPmem => Some(r#"{"file": "/m"}"#),
         Endpoint::VmAddVsock => Some(r#"{"cid": 3, "socket": "/s"}"#),
         Endpoint::VmAddBalloon => Some(r#"{"size": 0}"#),
         Endpoint::VmRemoveDevice => Some(r#"{"id": "__balloon"}"#),
@@ -525,7 +526,9 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
         }
         Endpoint::VmBalloonStats => [500, 500, 200, 500],
         Endpoint::VmResize => [404, 204, 204, 204],
-        Endpoint::VmAddDisk | Endpoint::VmAddNet | Endpoint::VmAddVsock => [404, 204, 200, 200],
+        Endpoint::VmAddDisk | Endpoint::VmAddNet | Endpoint::VmAddPmem | Endpoint::VmAddVsock => {
+            [404, 204, 200, 200]
+        }
         // Its memory is not shared.
         Endpoint::VmAddFs => [404, 400, 400, 400],
         // There is one.

@@ -1,7 +1,7 @@
 //! Adds devices to a configuration and removes them.
 
 use api::VmConfig;
-use api::config::{BalloonConfig, DiskConfig, FsConfig, NetConfig, VsockConfig};
+use api::config::{BalloonConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VsockConfig};
 
 use crate::device_ids::BALLOON_ID;
 
@@ -14,6 +14,8 @@ pub enum NewDevice {
     Net(NetConfig),
     /// A shared folder.
     Fs(FsConfig),
+    /// Persistent memory.
+    Pmem(PmemConfig),
     /// The vsock device.
     Vsock(VsockConfig),
     /// The balloon.
@@ -27,6 +29,7 @@ impl NewDevice {
             Self::Disk(disk) => disk.id.as_deref(),
             Self::Net(net) => net.id.as_deref(),
             Self::Fs(fs) => fs.id.as_deref(),
+            Self::Pmem(pmem) => pmem.id.as_deref(),
             Self::Vsock(vsock) => vsock.id.as_deref(),
             Self::Balloon(balloon) => Some(balloon_id(balloon)),
         }
@@ -40,14 +43,15 @@ pub fn with_device(config: &VmConfig, device: NewDevice) -> VmConfig {
         NewDevice::Disk(disk) => config.disks.get_or_insert_default().push(disk),
         NewDevice::Net(net) => config.net.get_or_insert_default().push(net),
         NewDevice::Fs(fs) => config.fs.get_or_insert_default().push(fs),
+        NewDevice::Pmem(pmem) => config.pmem.get_or_insert_default().push(pmem),
         NewDevice::Vsock(vsock) => config.vsock = Some(vsock),
         NewDevice::Balloon(balloon) => config.balloon = Some(balloon),
     }
     config
 }
 
-/// Returns the configuration without the disk, network interface, shared folder, vsock device or balloon of this name;
-/// `None` if there is none.
+/// Returns the configuration without the disk, network interface, shared folder, persistent memory, vsock device or balloon of this
+/// name; `None` if there is none.
 pub fn without_device(config: &VmConfig, id: &str) -> Option<VmConfig> {
     let named = |known: &Option<String>| known.as_deref() == Some(id);
     let mut without = config.clone();
@@ -59,6 +63,9 @@ pub fn without_device(config: &VmConfig, id: &str) -> Option<VmConfig> {
     }
     if let Some(fs) = &mut without.fs {
         fs.retain(|fs| !named(&fs.id));
+    }
+    if let Some(pmem) = &mut without.pmem {
+        pmem.retain(|pmem| !named(&pmem.id));
     }
     without.vsock.take_if(|vsock| named(&vsock.id));
     without.balloon.take_if(|balloon| balloon_id(balloon) == id);
@@ -84,6 +91,10 @@ pub fn take_id(config: &VmConfig, device: &mut NewDevice) {
         NewDevice::Fs(fs) => {
             let last = config.fs.iter().flatten().next_back();
             fs.id = last.and_then(|last| last.id.clone());
+        }
+        NewDevice::Pmem(pmem) => {
+            let last = config.pmem.iter().flatten().next_back();
+            pmem.id = last.and_then(|last| last.id.clone());
         }
         NewDevice::Vsock(vsock) => {
             vsock.id = config.vsock.as_ref().and_then(|named| named.id.clone());
@@ -113,6 +124,7 @@ mod tests {
             disks: Some(Vec::new()),
             net: Some(Vec::new()),
             fs: Some(Vec::new()),
+            pmem: Some(Vec::new()),
             ..VmConfig::default()
         };
         let net = NewDevice::Net(NetConfig {
@@ -127,12 +139,17 @@ mod tests {
             id: Some("f".to_owned()),
             ..FsConfig::default()
         });
+        let pmem = NewDevice::Pmem(PmemConfig {
+            id: Some("p".to_owned()),
+            ..PmemConfig::default()
+        });
         let balloon = NewDevice::Balloon(BalloonConfig::default());
         for (device, id) in [
             (disk(Some("a")), "a"),
             (net, "b"),
             (fs, "f"),
             (vsock, "v"),
+            (pmem, "p"),
             (balloon, "__balloon"),
         ] {
             let with = with_device(&empty, device);
@@ -160,5 +177,10 @@ mod tests {
         assign_ids(&mut config);
         take_id(&config, &mut fs);
         assert_eq!(fs.id(), Some("_fs2"), "after _disk0 and _vsock1");
+        let mut pmem = NewDevice::Pmem(PmemConfig::default());
+        let mut config = with_device(&config, pmem.clone());
+        assign_ids(&mut config);
+        take_id(&config, &mut pmem);
+        assert_eq!(pmem.id(), Some("_pmem3"));
     }
 }

@@ -4,10 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use api::VmConfig;
-use api::config::{DiskConfig, FsConfig, NetConfig, VsockConfig};
+use api::config::{DiskConfig, FsConfig, NetConfig, PmemConfig, VsockConfig};
 
 use machine::memory::all_shared;
 use virtio_devices::fs::TAG_BYTES_MAX;
+use virtio_devices::pmem;
 use virtio_devices::worker::HOST_CPUS_MAX;
 
 use super::error::{DeviceFault, ValidationError};
@@ -40,6 +41,9 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     let shared = all_shared(&config.memory);
     for (index, fs) in config.fs.iter().flatten().enumerate() {
         check_fs(fs, shared).map_err(|fault| at("fs", index, fs.id.as_deref(), fault))?;
+    }
+    for (index, pmem) in config.pmem.iter().flatten().enumerate() {
+        check_pmem(pmem).map_err(|fault| at("pmem", index, pmem.id.as_deref(), fault))?;
     }
     if let Some(vsock) = &config.vsock {
         check_vsock(vsock).map_err(|fault| at("vsock", 0, vsock.id.as_deref(), fault))?;
@@ -142,6 +146,22 @@ fn check_vsock(vsock: &VsockConfig) -> Result<(), DeviceFault> {
         });
     }
     socket_path(&vsock.socket)
+}
+
+/// The rest is known when the file is open.
+fn check_pmem(pmem: &PmemConfig) -> Result<(), DeviceFault> {
+    if pmem.file.as_os_str().is_empty() {
+        return Err(DeviceFault::PathMissing);
+    }
+    match pmem.size {
+        Some(bytes) if bytes == 0 || !bytes.is_multiple_of(pmem::ALIGN_BYTES) => {
+            Err(DeviceFault::PmemSize {
+                bytes,
+                unit_bytes: pmem::ALIGN_BYTES,
+            })
+        }
+        _ => Ok(()),
+    }
 }
 
 fn check_fs(fs: &FsConfig, memory_shared: bool) -> Result<(), DeviceFault> {

@@ -397,6 +397,14 @@ pub enum DeviceFault {
         /// The maximum.
         max: usize,
     },
+    /// Not whole huge pages.
+    #[error("size must be a positive multiple of {unit_bytes} bytes; got {bytes}")]
+    PmemSize {
+        /// The requested size.
+        bytes: u64,
+        /// The required granularity.
+        unit_bytes: u64,
+    },
     /// No image.
     #[error("A path is required")]
     PathMissing,

@@ -34,7 +34,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
 }
 
 /// What generated names begin with; a number follows.
-const GENERATED_PREFIXES: [&str; 4] = ["_disk", "_net", "_fs", "_vsock"];
+const GENERATED_PREFIXES: [&str; 5] = ["_disk", "_net", "_fs", "_pmem", "_vsock"];
 
 fn generated_number(id: &str) -> Option<u64> {
     let mut digits = GENERATED_PREFIXES
@@ -43,8 +43,8 @@ fn generated_number(id: &str) -> Option<u64> {
     digits.next()?.parse().ok()
 }
 
-/// Gives every disk, network device, shared folder and vsock device without a name the next one of upstream's:
-/// `_disk0`, `_net1`, `_fs2`, `_vsock3`. One counter numbers all kinds, also those added later: a number in use by one
+/// Gives every disk, network device, shared folder, persistent memory and vsock device without a name the next one of
+/// upstream's: `_disk0`, `_net1`, `_fs2`, `_pmem3`, `_vsock4`. One counter numbers all kinds, also those added later: a number in use by one
 /// kind is left out for all.
 pub fn assign_ids(config: &mut VmConfig) {
     let taken: BTreeSet<u64> = given(config)
@@ -67,6 +67,9 @@ pub fn assign_ids(config: &mut VmConfig) {
     }
     for fs in config.fs.iter_mut().flatten() {
         fs.id.get_or_insert_with(|| next("_fs"));
+    }
+    for pmem in config.pmem.iter_mut().flatten() {
+        pmem.id.get_or_insert_with(|| next("_pmem"));
     }
     if let Some(vsock) = &mut config.vsock {
         vsock.id.get_or_insert_with(|| next("_vsock"));

@@ -750,6 +750,50 @@ fn validate_queue_affinity_names_queues_and_host_cpus() {
 }
 
 #[test]
+fn validate_pmem_has_a_file_and_a_size_in_huge_pages() {
+    validate(&with(
+        "pmem",
+        json!([{"file": "/m"}, {"file": "/n", "size": 4 << 20}]),
+    ))
+    .unwrap();
+    for (pmem, expected) in [
+        (json!([{"file": ""}]), DeviceFault::PathMissing),
+        (
+            json!([{"file": "/m", "size": 4096}]),
+            DeviceFault::PmemSize {
+                bytes: 4096,
+                unit_bytes: 2 << 20,
+            },
+        ),
+        (
+            json!([{"file": "/m", "size": 0}]),
+            DeviceFault::PmemSize {
+                bytes: 0,
+                unit_bytes: 2 << 20,
+            },
+        ),
+    ] {
+        let ValidationError::Device { device, fault } = fault("pmem", pmem) else {
+            panic!("another error");
+        };
+        assert_eq!((device.as_str(), fault), ("pmem number 0", expected));
+    }
+    assert_eq!(
+        fault("pmem", json!([{"file": "/m", "iommu": true}])),
+        ValidationError::Unsupported {
+            what: "pmem.iommu".to_owned()
+        }
+    );
+    assert!(matches!(
+        fault("pmem", json!([{"file": "/m", "pci_segment": 1}])),
+        ValidationError::Device {
+            fault: DeviceFault::PciSegment { segment: 1, .. },
+            ..
+        }
+    ));
+}
+
+#[test]
 fn validate_vsock_needs_an_address_of_a_guest_and_a_path() {
     for cid in [0, 1, 2, u32::MAX] {
         assert!(matches!(
@@ -835,7 +879,7 @@ fn validate_shared_folder_needs_shared_memory_a_tag_and_a_path() {
 #[test]
 fn validate_what_is_not_built_is_refused_by_name() {
     for (section, value, name) in [
-        ("pmem", json!([{"file": "/p"}]), "pmem"),
+        ("tpm", json!({"socket": "/t"}), "tpm"),
         (
             "numa",
             json!([{"guest_numa_id": 0, "device_id": "x"}]),

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use api::VmConfig;
 use api::config::{
     ConsoleOutputMode, DiskConfig, FsConfig, MemoryConfig, MemoryZoneConfig, NetConfig,
-    PayloadConfig, VsockConfig,
+    PayloadConfig, PmemConfig, VsockConfig,
 };
 use landlock::{AccessFs, BitFlags, make_bitflags};
 
@@ -109,6 +109,7 @@ pub fn of_config(config: &VmConfig) -> Vec<Need> {
         rng,
         balloon: _,
         fs,
+        pmem,
         vsock,
         serial,
         console,
@@ -120,7 +121,6 @@ pub fn of_config(config: &VmConfig) -> Vec<Need> {
         pvpanic: _,
         landlock_enable: _,
         landlock_rules: _,
-        pmem: _,
         devices: _,
         user_devices: _,
         vdpa: _,
@@ -141,6 +141,7 @@ pub fn of_config(config: &VmConfig) -> Vec<Need> {
     needs.extend(disks.iter().flatten().flat_map(of_disk));
     needs.extend(net.iter().flatten().flat_map(of_net));
     needs.extend(fs.iter().flatten().map(of_fs));
+    needs.extend(pmem.iter().flatten().map(of_pmem));
     needs.extend(vsock.iter().map(of_vsock));
     for (mode, file, socket) in [
         (serial.mode, &serial.file, &serial.socket),
@@ -158,6 +159,7 @@ pub fn of_device(device: &NewDevice) -> Vec<Need> {
         NewDevice::Disk(disk) => of_disk(disk).into_iter().collect(),
         NewDevice::Net(net) => of_net(net).into_iter().collect(),
         NewDevice::Fs(fs) => vec![of_fs(fs)],
+        NewDevice::Pmem(pmem) => vec![of_pmem(pmem)],
         NewDevice::Vsock(vsock) => vec![of_vsock(vsock)],
         NewDevice::Balloon(_) => Vec::new(),
     }
@@ -208,6 +210,15 @@ fn of_net(net: &NetConfig) -> Option<Need> {
 /// The back end may come and go, and its socket with it.
 fn of_fs(fs: &FsConfig) -> Need {
     Need::socket(&fs.socket)
+}
+
+fn of_pmem(pmem: &PmemConfig) -> Need {
+    let access = match (pmem.file.is_dir(), pmem.discard_writes) {
+        (true, _) => MEMORY_FILES,
+        (false, true) => READ & OF_FILES,
+        (false, false) => CHANGE,
+    };
+    Need::new(&pmem.file, access)
 }
 
 fn of_vsock(vsock: &VsockConfig) -> Need {

@@ -325,6 +325,7 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Call]] {
             TIMERS,
             calls![SYS_connect, SYS_eventfd2, SYS_socket [0 is AF_UNIX]],
         ],
+        MachineThread::Worker(DeviceKind::Pmem) => &[calls![SYS_fdatasync]],
         // Connects to programs of the host, and removes its socket when it ends.
         MachineThread::Worker(DeviceKind::Vsock) => &[
             SOCKET_IO,

@@ -178,6 +178,8 @@ fn of_machine(thread: MachineThread) -> &'static [&'static [Request]] {
         MachineThread::Worker(DeviceKind::Balloon) => &[PAGEMAP],
         MachineThread::Worker(DeviceKind::Block) => &[DISK],
         MachineThread::Worker(DeviceKind::Net) => &[TAP],
-        MachineThread::Worker(DeviceKind::Mem | DeviceKind::Rng | DeviceKind::Watchdog) => &[],
+        MachineThread::Worker(
+            DeviceKind::Mem | DeviceKind::Rng | DeviceKind::Watchdog | DeviceKind::Pmem,
+        ) => &[],
     }
 }

@@ -23,6 +23,7 @@ use machine::serial::Endpoint;
 use virtio_devices::balloon::BalloonHandle;
 use virtio_devices::block::DiskHandle;
 use virtio_devices::mem::MemHandle;
+use virtio_devices::pmem::PmemHandle;
 use virtio_devices::reclaim::ResidencyProbe;
 
 use super::consoles::DebugConsole;
@@ -45,6 +46,7 @@ pub(super) struct Parts {
     balloon: Option<BalloonHandle>,
     mem: Option<MemHandle>,
     disks: BTreeMap<String, DiskHandle>,
+    pmems: BTreeMap<String, PmemHandle>,
     limiters: MachineLimiters,
 }
 
@@ -67,6 +69,13 @@ impl Parts {
             limiters.keep(made.plug.id.clone(), kept);
             disk_handles.insert(made.plug.id.clone(), handle);
             disks.push(made);
+        }
+        let mut pmems = Vec::new();
+        let mut pmem_handles = BTreeMap::new();
+        for pmem in config.pmem.iter().flatten() {
+            let (made, handle) = devices::pmem(pmem)?;
+            pmem_handles.insert(made.plug.id.clone(), handle);
+            pmems.push(made);
         }
         let rng = devices::rng(config)?;
         let watchdog = devices::watchdog(config, &context.signals)?;
@@ -119,6 +128,7 @@ impl Parts {
                 .chain(disks_and_nets)
                 .chain([rng])
                 .chain(fs)
+                .chain(pmems)
                 .chain(vsock)
                 .chain(balloon)
                 .chain(mem)
@@ -127,6 +137,7 @@ impl Parts {
             balloon: balloon_handle,
             mem: mem_handle,
             disks: disk_handles,
+            pmems: pmem_handles,
             limiters,
         })
     }
@@ -191,6 +202,7 @@ impl Parts {
             balloon: self.balloon,
             mem: self.mem,
             disks: self.disks,
+            pmems: self.pmems,
             limiters: self.limiters,
             observer,
         })

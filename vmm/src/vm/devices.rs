@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use api::VmConfig;
-use api::config::{BalloonConfig, DiskConfig, FsConfig, VsockConfig};
+use api::config::{BalloonConfig, DiskConfig, FsConfig, PmemConfig, VsockConfig};
 use machine::memory::layout::MIB;
 use machine::memory::{DEFAULT_ZONE_ID, GuestMemory};
 use machine::pc::Plug;
@@ -20,6 +20,7 @@ use virtio_devices::balloon::{Balloon, BalloonHandle, BalloonParams};
 use virtio_devices::block::{self, Block, BlockParams, DiskHandle};
 use virtio_devices::fs::{Fs, FsParams};
 use virtio_devices::mem::{Mem, MemHandle, MemParams, MemRegion};
+use virtio_devices::pmem::{Pmem, PmemHandle, PmemParams};
 use virtio_devices::rate_limit::RateLimiter;
 use virtio_devices::rng::Rng;
 use virtio_devices::vsock::{Vsock, VsockParams};
@@ -216,6 +217,24 @@ pub(super) fn fs(config: &FsConfig) -> Result<Made, VmError> {
     })
     .map_err(|source| VmError::device(id, source))?;
     Ok(Made::new(id, DeviceKind::Fs, place!(config), fs))
+}
+
+/// Persistent memory: the file is mapped, and in the guest once the device is on the bus.
+pub(super) fn pmem(config: &PmemConfig) -> Result<(Made, PmemHandle), VmError> {
+    let id = config
+        .id
+        .as_deref()
+        .expect("ids are assigned before a machine is built");
+    let pmem = Pmem::new(&PmemParams {
+        id: id.to_owned(),
+        file: config.file.clone(),
+        bytes: config.size,
+        discard_writes: config.discard_writes,
+    })
+    .map_err(|source| VmError::device(id, source))?;
+    let handle = pmem.handle();
+    let made = Made::new(id, DeviceKind::Pmem, place!(config), pmem);
+    Ok((made, handle))
 }
 
 /// The socket of a vsock device cannot be created.

@@ -28,6 +28,15 @@ pub enum VmError {
         #[source]
         source: std::io::Error,
     },
+    /// The host cannot write persistent memory to stable storage.
+    #[error("Cannot sync the file of persistent memory {id}")]
+    PmemSync {
+        /// Its name.
+        id: String,
+        /// The error from fdatasync.
+        #[source]
+        source: std::io::Error,
+    },
     /// A disk cannot have this size.
     #[error("The size of the disk cannot be changed so")]
     DiskResize(#[source] virtio_devices::block::DiskResizeError),

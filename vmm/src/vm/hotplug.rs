@@ -22,7 +22,7 @@ pub enum HotplugError {
     },
     /// A device that every machine has, or that does not support removal.
     #[error(
-        "Device {id} cannot be removed: only disks, network devices, shared folders, the vsock device and the balloon can"
+        "Device {id} cannot be removed: only disks, network devices, shared folders, persistent memory, the vsock device and the balloon can"
     )]
     NotRemovable {
         /// The name.
@@ -66,6 +66,7 @@ impl Vm {
     pub(super) fn plug(&mut self, device: &mut NewDevice) -> Result<PciDeviceInfo, VmError> {
         let mut new_disk = None;
         let mut new_limiter = None;
+        let mut new_pmem = None;
         let (Made { plug, counters }, balloon) = match device {
             NewDevice::Disk(disk) => {
                 let (limiter, kept) = self.limiters.for_disk(disk);
@@ -81,6 +82,11 @@ impl Vm {
                 (made, None)
             }
             NewDevice::Fs(fs) => (devices::fs(fs)?, None),
+            NewDevice::Pmem(pmem) => {
+                let (made, handle) = devices::pmem(pmem)?;
+                new_pmem = Some(handle);
+                (made, None)
+            }
             NewDevice::Vsock(vsock) => (devices::vsock(vsock)?, None),
             NewDevice::Balloon(balloon) => {
                 let (made, handle) = devices::balloon(balloon, self.pc.memory())?;
@@ -92,6 +98,9 @@ impl Vm {
         let info = info(plugged);
         if let Some(disk) = new_disk {
             self.disks.insert(info.id.clone(), disk);
+        }
+        if let Some(pmem) = new_pmem {
+            self.pmems.insert(info.id.clone(), pmem);
         }
         if let Some(limiter) = new_limiter {
             self.limiters.keep(info.id.clone(), limiter);
@@ -105,7 +114,7 @@ impl Vm {
         let only_one = match device {
             NewDevice::Balloon(_) => Some(DeviceKind::Balloon),
             NewDevice::Vsock(_) => Some(DeviceKind::Vsock),
-            NewDevice::Disk(_) | NewDevice::Net(_) | NewDevice::Fs(_) => None,
+            NewDevice::Disk(_) | NewDevice::Net(_) | NewDevice::Fs(_) | NewDevice::Pmem(_) => None,
         };
         let in_the_way =
             |it: &&Plugged| Some(it.id.as_str()) == device.id() || Some(it.kind) == only_one;
@@ -137,6 +146,7 @@ impl Vm {
                 DeviceKind::Block
                 | DeviceKind::Net
                 | DeviceKind::Fs
+                | DeviceKind::Pmem
                 | DeviceKind::Vsock
                 | DeviceKind::Balloon,
                 _,

@@ -32,6 +32,7 @@ use state::Saved;
 use virtio_devices::balloon::BalloonHandle;
 use virtio_devices::block::DiskHandle;
 use virtio_devices::mem::MemHandle;
+use virtio_devices::pmem::PmemHandle;
 
 pub use consoles::Consoles;
 pub use error::VmError;
@@ -241,6 +242,8 @@ pub struct Vm {
     mem: Option<MemHandle>,
     /// By name.
     disks: BTreeMap<String, DiskHandle>,
+    /// By name.
+    pmems: BTreeMap<String, PmemHandle>,
     limiters: MachineLimiters,
     observer: OwnObserver,
 }
@@ -281,6 +284,11 @@ impl Machine for Vm {
             let id = id.clone();
             disk.sync()
                 .map_err(|source| VmError::DiskSync { id, source })?;
+        }
+        for (id, pmem) in &self.pmems {
+            let id = id.clone();
+            pmem.sync()
+                .map_err(|source| VmError::PmemSync { id, source })?;
         }
         let state = self.pc.state().map_err(VmError::Pc)?;
         Ok(SavedMachine {
@@ -391,6 +399,7 @@ impl Machine for Vm {
             let is_balloon = plugged.kind == DeviceKind::Balloon;
             self.observer.remove(&plugged.id, is_balloon);
             self.disks.remove(&plugged.id);
+            self.pmems.remove(&plugged.id);
             self.limiters.remove(&plugged.id);
             hotplug::info(&plugged)
         })

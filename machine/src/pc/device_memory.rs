@@ -1,0 +1,186 @@
+//! Memory of devices that the guest maps, such as persistent memory: a KVM slot outside guest RAM, in the 64-bit window.
+#![allow(unsafe_code)]
+// UNSAFETY: memory slots hand address ranges of this process to the kernel.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex};
+
+use hypervisor::{MemorySlot, Vm as KvmVm};
+use state::{StateError, parts};
+use virtio_devices::Unpoisoned;
+use virtio_devices::device::DeviceMemory;
+use vm_allocator::RangeInclusive;
+use vm_memory::MmapRegion;
+
+use super::PcError;
+use crate::pci::PciBus;
+
+/// Assigns the slots behind those of guest RAM.
+#[derive(Debug)]
+pub(super) struct DeviceSlots {
+    vm: Arc<KvmVm>,
+    first: u32,
+    used: Mutex<BTreeSet<u32>>,
+}
+
+impl DeviceSlots {
+    /// Slots below `first` are guest RAM's.
+    pub(super) fn new(vm: Arc<KvmVm>, first: u32) -> Arc<Self> {
+        Arc::new(Self {
+            vm,
+            first,
+            used: Mutex::default(),
+        })
+    }
+
+    /// Shows the guest the memory of device `id`, at a free address or at that of a saved device. The memory is there
+    /// until the result is dropped.
+    ///
+    /// # Errors
+    /// There is no address space, or KVM refuses.
+    pub(super) fn map(
+        self: &Arc<Self>,
+        pci: &Arc<PciBus>,
+        id: &str,
+        memory: DeviceMemory,
+    ) -> Result<MappedMemory, PcError> {
+        let bytes = memory.mapping.size() as u64;
+        let range = match memory.start {
+            Some(start) => pci.take_memory(start, bytes).ok_or_else(|| {
+                let reason = format!("has memory of {id} at {start:#x}, which is not free");
+                PcError::State(StateError::invalid(parts::PCI_BUS, "memory", reason))
+            })?,
+            None => pci
+                .allocate_memory(id, bytes, memory.align_bytes)
+                .map_err(|source| PcError::Device {
+                    id: id.to_owned(),
+                    source: source.into(),
+                })?,
+        };
+        let number = self.take_number();
+        let slot = MemorySlot {
+            slot: number,
+            guest_address: range.start(),
+            bytes,
+            host_address: memory.mapping.as_ptr() as u64,
+            flags: 0,
+        };
+        // SAFETY: the mapping is readable and writable and for the guest alone; the result keeps it mapped until it has
+        // removed the slot again.
+        if let Err(source) = unsafe { self.vm.set_memory_slot(slot) } {
+            self.release_number(number);
+            pci.free_memory(&range);
+            return Err(PcError::Device {
+                id: id.to_owned(),
+                source: source.into(),
+            });
+        }
+        Ok(MappedMemory {
+            slots: Arc::clone(self),
+            pci: Arc::clone(pci),
+            number,
+            range,
+            mapping: memory.mapping,
+        })
+    }
+
+    fn take_number(&self) -> u32 {
+        let mut used = self.used.lock().unpoisoned();
+        let free = (self.first..).find(|slot| !used.contains(slot));
+        let free = free.expect("a bus has fewer devices than there are numbers");
+        used.insert(free);
+        free
+    }
+
+    fn release_number(&self, number: u32) {
+        self.used.lock().unpoisoned().remove(&number);
+    }
+}
+
+/// Memory that the guest sees.
+#[derive(Debug)]
+pub(super) struct MappedMemory {
+    slots: Arc<DeviceSlots>,
+    pci: Arc<PciBus>,
+    number: u32,
+    range: RangeInclusive,
+    mapping: Arc<MmapRegion<()>>,
+}
+
+impl MappedMemory {
+    /// The guest's address of it.
+    pub(super) fn start(&self) -> u64 {
+        self.range.start()
+    }
+}
+
+impl Drop for MappedMemory {
+    fn drop(&mut self) {
+        if let Err(error) = self.slots.vm.remove_memory_slot(self.number) {
+            // KVM would continue to use the range. Keep it mapped forever, so that the guest still accesses nothing
+            // else.
+            log::error!("Memory slot {} stays: {error}", self.number);
+            std::mem::forget(Arc::clone(&self.mapping));
+            return;
+        }
+        self.slots.release_number(self.number);
+        self.pci.free_memory(&self.range);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use hypervisor::Kvm;
+
+    use super::*;
+    use crate::bus::Bus;
+    use crate::pci::{DoorbellBackend, MemoryWindows};
+
+    const BYTES: usize = 2 << 20;
+
+    #[test]
+    fn memory_has_slots_and_addresses_of_its_own_until_it_is_dropped() {
+        let Ok(kvm) = Kvm::open().map_err(test_skip::skip) else {
+            return;
+        };
+        let vm = Arc::new(kvm.create_vm().unwrap());
+        let windows =
+            MemoryWindows::new(0xc000_0000..0xe800_0000, 0x1_0000_0000..0x2_0000_0000).unwrap();
+        let doorbells = Arc::clone(&vm) as Arc<dyn DoorbellBackend>;
+        let pci = Arc::new(PciBus::new(0, &Arc::new(Bus::new()), windows, doorbells));
+        let slots = DeviceSlots::new(vm, 2);
+        let memory = |start| DeviceMemory {
+            mapping: Arc::new(MmapRegion::new(BYTES).unwrap()),
+            start,
+            align_bytes: BYTES as u64,
+        };
+        let first = slots.map(&pci, "_a", memory(None)).unwrap();
+        let second = slots.map(&pci, "_b", memory(None)).unwrap();
+        assert_eq!((first.number, second.number), (2, 3));
+        assert_eq!(first.start(), 0x2_0000_0000 - BYTES as u64);
+        assert_eq!(second.start(), first.start() - BYTES as u64);
+        // A restored device cannot have the memory of another one, or RAM.
+        for start in [first.start(), 0x1000, 0x2_0000_0000] {
+            let error = slots.map(&pci, "_c", memory(Some(start))).unwrap_err();
+            assert!(matches!(error, PcError::State(_)), "{error}");
+        }
+        let (number, start) = (first.number, first.start());
+        drop(first);
+        let restored = slots.map(&pci, "_a", memory(Some(start))).unwrap();
+        assert_eq!((restored.number, restored.start()), (number, start));
+        // There is room for no more than the window.
+        let large = DeviceMemory {
+            align_bytes: 1 << 40,
+            ..memory(None)
+        };
+        let error = slots.map(&pci, "_d", large).unwrap_err();
+        assert!(matches!(error, PcError::Device { .. }), "{error}");
+        assert_eq!(
+            slots.used.lock().unwrap().len(),
+            2,
+            "nothing is left behind"
+        );
+    }
+}
