@@ -64,7 +64,7 @@ pub(crate) fn run(options: Options) -> Result<ExitCode> {
     )?;
     if let Some(out) = &options.out {
         for path in written_since(out, begin)? {
-            experiment::say_what_was_measured(&path)?;
+            experiment::say_what_was_measured(&path, options.kernel)?;
         }
     }
     Ok(status)

@@ -8,6 +8,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 
+use crate::guest;
 use crate::other_vmm;
 use crate::paths;
 use crate::test_programs;
@@ -155,15 +156,16 @@ pub(crate) fn run(experiment: &Experiment) -> Result<ExitCode> {
     }
     command.push(test_programs::build("experiment")?.into());
     command.extend([name.into(), plan.to_string().into(), "/share".into()]);
+    let kernel = common.kernel.unwrap_or(match common.reporting {
+        Reporting::Bitmap => KernelChoice::Patched,
+        Reporting::Off | Reporting::Mainline => KernelChoice::Stock,
+    });
     let status = testbed::run_command(
         command,
         Surroundings {
             memory: host,
             icount: common.icount,
-            kernel: common.kernel.unwrap_or(match common.reporting {
-                Reporting::Bitmap => KernelChoice::Patched,
-                Reporting::Off | Reporting::Mainline => KernelChoice::Stock,
-            }),
+            kernel,
             timeout: common.timeout,
             profile: Some(common.profile.clone()),
             share: Some(out.clone()),
@@ -176,7 +178,7 @@ pub(crate) fn run(experiment: &Experiment) -> Result<ExitCode> {
         ""
     };
     let figures = format!("{name}-{}{arrivals}.json", common.reporting.word());
-    say_what_was_measured(&out.join(figures))?;
+    say_what_was_measured(&out.join(figures), kernel)?;
     Ok(status)
 }
 
@@ -242,7 +244,7 @@ fn milliseconds(seconds: f64) -> Result<u64> {
 }
 
 /// Adds to the figures what they were measured with.
-pub(crate) fn say_what_was_measured(path: &Path) -> Result<()> {
+pub(crate) fn say_what_was_measured(path: &Path, kernel: KernelChoice) -> Result<()> {
     let Ok(text) = std::fs::read_to_string(path) else {
         // A run that failed early has no figures.
         return Ok(());
@@ -253,6 +255,13 @@ pub(crate) fn say_what_was_measured(path: &Path) -> Result<()> {
     figures["command"] = format!("cargo xtask {}", words.join(" ")).into();
     figures["commit"] = output("git", &["describe", "--always", "--dirty"]).into();
     figures["date"] = output("date", &["-u", "+%Y-%m-%d"]).into();
+    figures["kernel"] = match kernel {
+        KernelChoice::Debian => "Debian's".into(),
+        KernelChoice::Stock => guest::source_version()?.into(),
+        KernelChoice::Patched | KernelChoice::Mainline => {
+            format!("{}, patched", guest::source_version()?).into()
+        }
+    };
     let text = serde_json::to_string_pretty(&figures)?;
     std::fs::write(path, text + "\n").with_context(|| path.display().to_string())
 }

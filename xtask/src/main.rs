@@ -19,6 +19,7 @@ mod package;
 mod paths;
 mod process;
 mod progress;
+mod results;
 mod test_programs;
 mod testbed;
 mod tools;
@@ -69,6 +70,8 @@ enum Command {
     /// Measure the value of reclaimed memory
     #[command(subcommand)]
     Experiment(experiment::Experiment),
+    /// Measure the figures of docs/results again, and mark those that are older than the code
+    Results(results::Options),
     /// Run all checks for a change
     Ci(ci::Options),
 }
@@ -130,6 +133,7 @@ fn main() -> ExitCode {
         Command::Package(options) => package::run(&options).map(|()| ExitCode::SUCCESS),
         Command::TestTools(options) => tools::run(&options).map(|()| ExitCode::SUCCESS),
         Command::Experiment(experiment) => experiment::run(&experiment),
+        Command::Results(options) => results::run(&options),
         Command::Ci(options) => ci::run(&options),
     };
     result.unwrap_or_else(|error| {

@@ -50,6 +50,11 @@ use crate::paths;
 use debian::DebianKernel;
 use kernel::Kernel;
 
+/// Version of the kernel source that our kernels are built from.
+pub(crate) fn source_version() -> Result<String> {
+    Ok(source::Source::base()?.package_version)
+}
+
 /// The finished files.
 #[derive(Debug, Clone)]
 pub(crate) struct Artefacts {
