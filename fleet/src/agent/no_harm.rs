@@ -89,7 +89,7 @@ pub enum Harm {
         vm: String,
     },
     /// A reservation is still recorded.
-    #[error("the promise {id} to {vm} holds longer than it should")]
+    #[error("promise {id} to {vm} is held too long")]
     Overdue {
         /// Its id.
         id: String,

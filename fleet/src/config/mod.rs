@@ -114,7 +114,7 @@ impl Config {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// It is no TOML, or has keys or values that mean nothing.
-    #[error("configuration cannot be read")]
+    #[error("cannot read the configuration")]
     Syntax(#[from] toml::de::Error),
     /// Its values contradict each other.
     #[error("configuration is invalid: {}", list(.0))]

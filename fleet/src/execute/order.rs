@@ -106,13 +106,13 @@ pub enum OrderError {
     #[error("another process serves the VM by now")]
     OtherProcess,
     /// What would be done to the process is only done to one that runs a VM.
-    #[error("process {pid} holds no VM of KVM")]
+    #[error("process {pid} holds no KVM VM")]
     NoVm {
         /// The process.
         pid: i32,
     },
     /// It is not known whether the process runs a VM.
-    #[error("it cannot be seen whether process {pid} holds a VM of KVM")]
+    #[error("cannot determine whether process {pid} holds a KVM VM")]
     Unseen {
         /// The process.
         pid: i32,

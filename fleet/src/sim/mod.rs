@@ -35,7 +35,7 @@ use host::Host;
 #[derive(Debug, thiserror::Error)]
 pub enum SimError {
     /// The file cannot be read.
-    #[error("scenario {path} cannot be read")]
+    #[error("cannot read scenario {path}")]
     Read {
         /// Which.
         path: String,
@@ -44,16 +44,16 @@ pub enum SimError {
         source: std::io::Error,
     },
     /// The file says nothing that makes sense.
-    #[error("scenario cannot be understood")]
+    #[error("cannot parse the scenario")]
     Syntax(#[from] toml::de::Error),
     /// The configuration in it contradicts itself.
-    #[error("configuration of the scenario is invalid")]
+    #[error("the configuration of the scenario is invalid")]
     Config(#[from] crate::config::ConfigError),
     /// Time must go on.
     #[error("time.{0} must not be zero")]
     NoTime(&'static str),
     /// Too many guests for one host of the simulation.
-    #[error("{0} guests on a host are more than the simulation can hold")]
+    #[error("{0} guests per host exceed the limit of the simulation")]
     TooMany(u64),
     /// What came out cannot be written.
     #[error("{path} cannot be written")]

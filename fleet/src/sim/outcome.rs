@@ -104,7 +104,7 @@ pub struct Run {
 #[derive(Clone, Debug, PartialEq, Serialize, thiserror::Error)]
 pub enum CheckFault {
     /// Too much guest time was stalled.
-    #[error("guests stalled {found:.4} of their time, {allowed:.4} is allowed")]
+    #[error("guests stalled for {found:.4} of their time; the limit is {allowed:.4}")]
     Stalled {
         /// What came out.
         found: f64,
@@ -120,7 +120,7 @@ pub enum CheckFault {
         allowed: u64,
     },
     /// A balloon went to and fro.
-    #[error("a balloon turned {found:.1} times an hour, {allowed:.1} is allowed")]
+    #[error("a balloon reversed {found:.1} times per hour; the limit is {allowed:.1}")]
     LimitCycle {
         /// What came out.
         found: f64,
@@ -128,7 +128,7 @@ pub enum CheckFault {
         allowed: f64,
     },
     /// Nothing much was taken.
-    #[error("balloons held {found:.3} of the guests' memory at most, {wanted:.3} was to be seen")]
+    #[error("balloons held up to {found:.3} of the guests' memory; {wanted:.3} was expected")]
     Idle {
         /// What came out.
         found: f64,
@@ -136,7 +136,7 @@ pub enum CheckFault {
         wanted: f64,
     },
     /// Far too much was taken.
-    #[error("balloons held {found:.3} of the guests' memory at most, {allowed:.3} is allowed")]
+    #[error("balloons held up to {found:.3} of the guests' memory; the limit is {allowed:.3}")]
     Greedy {
         /// What came out.
         found: f64,
@@ -144,7 +144,7 @@ pub enum CheckFault {
         allowed: f64,
     },
     /// The host was red for too long.
-    #[error("hosts were red for {found:.4} of the time, {allowed:.4} is allowed")]
+    #[error("hosts were red for {found:.4} of the time; the limit is {allowed:.4}")]
     Red {
         /// What came out.
         found: f64,
@@ -152,7 +152,7 @@ pub enum CheckFault {
         allowed: f64,
     },
     /// Too many requests.
-    #[error("{found:.1} balloon requests for each guest and hour, {allowed:.1} are allowed")]
+    #[error("{found:.1} balloon requests per guest and hour; the limit is {allowed:.1}")]
     Busy {
         /// What came out.
         found: f64,
@@ -160,7 +160,7 @@ pub enum CheckFault {
         allowed: f64,
     },
     /// Not enough more than the others.
-    #[error("{found:.3} more guests than the best other manager, {wanted:.3} was to be seen")]
+    #[error("{found:.3} more guests than the best other manager; {wanted:.3} was expected")]
     Gain {
         /// What came out.
         found: f64,

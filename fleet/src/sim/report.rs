@@ -107,7 +107,7 @@ fn row(f: &mut fmt::Formatter<'_>, run: &Run, guests: u32, hosts: u32) -> fmt::R
     )
 }
 
-const HEAD: &str = "| manager | guests a host | guest time stalled | by the host | killed | requests a guest and hour | worst reversals an hour | ballooned, peak | host used, mean | green/yellow/orange/red % |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n";
+const HEAD: &str = "| manager | guests per host | guest time stalled | by the host | killed | requests per guest and hour | worst reversals per hour | ballooned, peak | host used, mean | green/yellow/orange/red % |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n";
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

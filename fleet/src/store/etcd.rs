@@ -43,7 +43,7 @@ pub enum EndpointError {
     #[error("{0:?} must start with http:// or https://")]
     Scheme(String),
     /// There is no host.
-    #[error("{0:?} names no host and port")]
+    #[error("{0:?} has no host and port")]
     Host(String),
 }
 

@@ -138,7 +138,7 @@ pub enum StoreError {
         why: String,
     },
     /// The lease is over, and its keys with it; nothing was changed.
-    #[error("the lease is over")]
+    #[error("the lease has expired")]
     LeaseOver,
     /// The store will not do it; nothing was changed.
     #[error("the store refused: {why}")]
