@@ -72,6 +72,19 @@ pub struct VmInfo {
     /// Devices of a booted VM by id; absent before boot.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_tree: Option<BTreeMap<String, DeviceNode>>,
+    /// Progress of the snapshot that is being written; absent if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot_progress: Option<SnapshotProgress>,
+}
+
+/// Progress of a snapshot.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
+#[schemars(extend("example" = json!({"done_bytes": 268435456, "total_bytes": 536870912})))]
+pub struct SnapshotProgress {
+    /// RAM that has been looked through, bytes. Only pages that hold data are written.
+    pub done_bytes: u64,
+    /// All RAM, including what can be hot-plugged, bytes.
+    pub total_bytes: u64,
 }
 
 /// One device in `device_tree`.

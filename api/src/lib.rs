@@ -44,7 +44,9 @@ pub use error::{ErrorBody, chain_report, error_chain};
 pub use event::{Event, EventTimestamp};
 pub use hinting::*;
 pub use hotplug::*;
-pub use info::{DeviceNode, PciDeviceInfo, VmCounters, VmInfo, VmState, VmmPingResponse};
+pub use info::{
+    DeviceNode, PciDeviceInfo, SnapshotProgress, VmCounters, VmInfo, VmState, VmmPingResponse,
+};
 pub use rate_limit::VmUpdateRateLimiter;
 pub use reclaim::{
     GuestSample, LastBatch, LatencyBucket, LatencySummary, ReclaimPath, ReclaimStats,

@@ -127,12 +127,16 @@ events! {
         Resumed "resumed"
         /// The paused machine is being saved.
         Snapshotting "snapshotting"
+        /// So much of its RAM has been looked through and written.
+        SnapshotProgress "snapshot-progress" { done_bytes: u64, total_bytes: u64 }
         /// All of it is in files on the disk.
         Snapshotted "snapshotted"
         /// It could not be saved; no snapshot was left.
         SnapshotFailed "snapshot-failed" { error: String }
         /// A machine is being created from saved files.
         Restoring "restoring"
+        /// So much of its RAM has its content.
+        RestoreProgress "restore-progress" { done_bytes: u64, total_bytes: u64 }
         /// It exists, paused, and has its memory.
         Restored "restored"
         /// It could not be created; nothing was left.

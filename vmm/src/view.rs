@@ -7,6 +7,7 @@ use std::sync::{Arc, RwLock};
 use api::{VmConfig, VmInfo, VmState};
 use virtio_devices::Unpoisoned;
 
+use crate::snapshot::Progress;
 use crate::thresholds::Thresholds;
 use crate::vm::MachineObserver;
 
@@ -17,6 +18,8 @@ pub struct View {
     pub config: Option<Arc<VmConfig>>,
     /// The machine, if there is one.
     pub machine: Option<MachineView>,
+    /// The snapshot that is being written.
+    pub snapshot: Option<Arc<Progress>>,
     /// The thresholds, if there is a VM.
     pub thresholds: Option<Arc<Thresholds>>,
 }
@@ -58,6 +61,7 @@ impl View {
                 .machine
                 .as_ref()
                 .map(|machine| machine.observer.device_tree()),
+            snapshot_progress: self.snapshot.as_ref().map(|progress| progress.now()),
         })
     }
 }

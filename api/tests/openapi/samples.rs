@@ -49,6 +49,7 @@ samples![
     VmState,
     VmInfo,
     DeviceNode,
+    SnapshotProgress,
     VmResize,
     VmResizeDisk,
     VmUpdateRateLimiter,

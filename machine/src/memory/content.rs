@@ -139,12 +139,17 @@ fn each_run<E>(
 }
 
 impl GuestMemory {
-    /// Writes the content of `zone` into `file`, which is empty, and syncs it. The machine is paused. Needs 2 MiB of
-    /// buffer.
+    /// Writes the content of `zone` into `file`, which is empty, and syncs it. The machine is paused. `done` gets the
+    /// size of each piece that is finished. Needs 2 MiB of buffer.
     ///
     /// # Errors
     /// The page tables, RAM or the file cannot be accessed.
-    pub fn save_zone(&self, zone: &Zone, file: &File) -> Result<ZoneContentState, ContentError> {
+    pub fn save_zone(
+        &self,
+        zone: &Zone,
+        file: &File,
+        mut done: impl FnMut(u64),
+    ) -> Result<ZoneContentState, ContentError> {
         let pagemap = Pagemap::open().map_err(ContentError::Pages)?;
         let in_file = |offset| in_file(zone, offset);
         file.set_len(zone.bytes()).map_err(in_file(0))?;
@@ -169,6 +174,7 @@ impl GuestMemory {
                     crc32: crc.finalize(),
                 });
             }
+            done(chunk.bytes as u64);
         }
         file.sync_all().map_err(in_file(0))?;
         Ok(ZoneContentState {
@@ -224,7 +230,7 @@ impl GuestMemory {
 
     /// Loads what [`GuestMemory::save_zone`] has written, into RAM that nobody has touched. `thp`: whether RAM should
     /// have transparent huge pages; those that the content does not fill must not become resident, so there are none
-    /// while it is loaded.
+    /// while it is loaded. `done` gets the size of each piece of the zone.
     ///
     /// # Errors
     /// The table cannot be that of the zone, a checksum does not match, or RAM or the file cannot be accessed.
@@ -234,6 +240,7 @@ impl GuestMemory {
         file: &File,
         state: &ZoneContentState,
         thp: bool,
+        mut done: impl FnMut(u64),
     ) -> Result<(), ContentError> {
         let invalid = |field, reason| ContentError::Table(StateError::invalid(PART, field, reason));
         let (saved, own) = (state.bytes, zone.bytes());
@@ -251,6 +258,7 @@ impl GuestMemory {
         let mut buffer = vec![0; CHUNK_BYTES];
         let mut left = state.chunks.iter().peekable();
         for chunk in chunks(zone) {
+            done(chunk.bytes as u64);
             let Some(saved) = left.next_if(|saved| saved.offset == chunk.offset) else {
                 continue;
             };

@@ -332,9 +332,17 @@ fn vmm_with(no_shutdown: bool) -> Vmm {
     let dir = tempfile::tempdir().unwrap();
     let events = Events::default();
     let recorded = Arc::clone(&events);
+    let view = Arc::new(PublishedView::default());
+    let shown = Arc::clone(&view);
     let sink: crate::events::EventSink = Arc::new(move |event| {
         let (source, name) = (event.kind.source(), event.kind.name());
-        recorded.lock().unwrap().push(format!("{source} {name}"));
+        let mut text = format!("{source} {name}");
+        if name == "snapshot-progress" {
+            // As a client sees it at this moment.
+            let progress = shown.get().info().unwrap().snapshot_progress.unwrap();
+            text += &format!(" {}/{}", progress.done_bytes, progress.total_bytes);
+        }
+        recorded.lock().unwrap().push(text);
     });
     let query_threads = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&query_threads);
@@ -345,7 +353,6 @@ fn vmm_with(no_shutdown: bool) -> Vmm {
     });
     let context = VmContext::new(Arc::clone(&thread_start), sink).unwrap();
     let signals = Arc::clone(&context.signals);
-    let view = Arc::new(PublishedView::default());
     let control = ControlThread::start(ControlSetup {
         make_machine: FakeMachine::make,
         view: Arc::clone(&view),
@@ -683,6 +690,13 @@ fn vm_saved_is_the_same_after_a_restore() {
     let before = vmm.ok(Endpoint::VmInfo, None)["config"].clone();
     vmm.ok(Endpoint::VmSnapshot, Some(&to));
     assert!(vmm.has_event("vm snapshotting") && vmm.has_event("vm snapshotted"));
+    let bytes = 512 << 20;
+    assert!(vmm.has_event(&format!("vm snapshot-progress {bytes}/{bytes}")));
+    assert!(
+        vmm.ok(Endpoint::VmInfo, None)
+            .get("snapshot_progress")
+            .is_none()
+    );
     assert_eq!(vmm.state(), "Paused");
     let again = vmm.call(Endpoint::VmSnapshot, Some(&to));
     assert_eq!(again.status, 400, "{again:?}");

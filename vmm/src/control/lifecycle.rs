@@ -25,7 +25,7 @@ use super::error::{LifecycleError, RequestError};
 use crate::config::{self, NewDevice, with_device, without_device};
 use crate::events::{Event, EventKind};
 use crate::landlock::{self, Confinement};
-use crate::snapshot::{self, Snapshot, SnapshotState};
+use crate::snapshot::{self, Progress, Snapshot, SnapshotState};
 use crate::thresholds::{Subjects, Thresholds};
 use crate::view::{MachineView, PublishedView, View};
 use crate::vm::{HotplugError, Machine, MachineFactory, SavedMachine, VmContext, VmError};
@@ -117,7 +117,13 @@ impl Lifecycle {
     }
 
     fn publish(&self) {
+        self.publish_with(None);
+    }
+
+    /// Publishes the state, with the progress of the change that is being made.
+    fn publish_with(&self, snapshot: Option<Arc<Progress>>) {
         self.view.publish(View {
+            snapshot,
             config: self.config.clone().map(Arc::new),
             machine: self.machine.as_ref().map(|machine| MachineView {
                 generation: self.generation,
@@ -361,7 +367,11 @@ impl Lifecycle {
             thresholds: self.thresholds.as_change(),
             reporting_paused: self.reporting_paused,
         };
-        snapshot::write(&folder, config, &state, &memory).map_err(LifecycleError::Snapshot)
+        let events = Arc::clone(&self.context.events);
+        let progress = Arc::new(Progress::of_snapshot(&memory, events));
+        self.publish_with(Some(Arc::clone(&progress)));
+        snapshot::write(&folder, config, &state, &memory, &progress)
+            .map_err(LifecycleError::Snapshot)
     }
 
     /// `vm.restore`: creates a machine from a snapshot, paused unless the request says otherwise. Network interfaces

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use api::VmConfig;
 use machine::memory::{GuestMemory, MemoryState, ZoneContentState};
@@ -14,7 +15,8 @@ use state::Saved;
 use super::adapt::set_prefault;
 use super::bounds::{Bounds, CONFIG_BYTES_MAX};
 use super::state_file::{StateFile, checksum_line};
-use super::{SnapshotError, SnapshotState};
+use super::{Progress, SnapshotError, SnapshotState};
+use crate::events::EventSink;
 
 const CONFIG: &str = "config.json";
 const STATE: &str = "state.json";
@@ -113,6 +115,7 @@ pub fn write(
     config: &VmConfig,
     state: &SnapshotState,
     memory: &GuestMemory,
+    progress: &Progress,
 ) -> Result<(), SnapshotError> {
     require_content_is_ours(config)?;
     let path = folder.join(STATE);
@@ -127,7 +130,7 @@ pub fn write(
     let mut text = text_of(&Saved::of(state)) + "\n";
     for (at, zone) in memory.zones().iter().enumerate() {
         let (file, _) = files.create(&memory_name(at))?;
-        let table = memory.save_zone(zone, &file);
+        let table = memory.save_zone(zone, &file, |bytes| progress.add(bytes));
         text += &text_of(&table.map_err(SnapshotError::Content)?);
         text += "\n";
     }
@@ -223,11 +226,15 @@ impl Snapshot {
         })
     }
 
-    /// Creates the RAM of `config` with the saved content.
+    /// Creates the RAM of `config` with the saved content, and reports the progress.
     ///
     /// # Errors
     /// RAM cannot be created, has other zones than the saved one, or a memory file is damaged.
-    pub fn memory(&self, config: &VmConfig) -> Result<GuestMemory, SnapshotError> {
+    pub fn memory(
+        &self,
+        config: &VmConfig,
+        events: &EventSink,
+    ) -> Result<GuestMemory, SnapshotError> {
         let mut unpopulated = config.memory.clone();
         set_prefault(&mut unpopulated, false);
         let memory = GuestMemory::new(&unpopulated, config.cpus.max_phys_bits);
@@ -235,8 +242,10 @@ impl Snapshot {
         let map = self.pc.memory.read();
         let fits = map.and_then(|map| memory.check_state(&map));
         fits.map_err(SnapshotError::State)?;
+        let progress = Progress::of_restore(&memory, Arc::clone(events));
         for (zone, (file, table)) in memory.zones().iter().zip(&self.memory) {
-            let loaded = memory.load_zone(zone, file, table, config.memory.thp);
+            let thp = config.memory.thp;
+            let loaded = memory.load_zone(zone, file, table, thp, |bytes| progress.add(bytes));
             loaded.map_err(SnapshotError::Content)?;
         }
         if config.memory.prefault {

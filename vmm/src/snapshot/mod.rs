@@ -17,6 +17,7 @@ mod adapt;
 mod bounds;
 mod error;
 mod files;
+mod progress;
 mod state_file;
 #[cfg(test)]
 mod tests;
@@ -28,6 +29,7 @@ use state::{Part, Saved, State, parts};
 pub use adapt::adapt;
 pub use error::SnapshotError;
 pub use files::{Snapshot, folder_of, saved_config, write};
+pub use progress::Progress;
 
 /// The machine as it was paused, and the operator's settings that are not in the configuration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -7,6 +7,7 @@ use serde_json::json;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
 
 use super::*;
+use crate::events::EventSink;
 
 fn config() -> VmConfig {
     let mut config = VmConfig::default();
@@ -28,6 +29,14 @@ fn state(memory: &GuestMemory) -> SnapshotState {
     }
 }
 
+fn sink() -> EventSink {
+    std::sync::Arc::new(|_| ())
+}
+
+fn progress(memory: &GuestMemory) -> Progress {
+    Progress::of_snapshot(memory, sink())
+}
+
 fn memory() -> GuestMemory {
     let memory = GuestMemory::new(&config().memory, 46).unwrap();
     let ram = memory.ram().memory();
@@ -39,7 +48,14 @@ fn memory() -> GuestMemory {
 fn written() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     let memory = memory();
-    write(folder.path(), &config(), &state(&memory), &memory).unwrap();
+    write(
+        folder.path(),
+        &config(),
+        &state(&memory),
+        &memory,
+        &progress(&memory),
+    )
+    .unwrap();
     folder
 }
 
@@ -54,7 +70,7 @@ fn names(folder: &tempfile::TempDir) -> Vec<String> {
 
 fn load(folder: &tempfile::TempDir) -> Result<GuestMemory, SnapshotError> {
     let snapshot = Snapshot::open(folder.path())?;
-    snapshot.memory(&snapshot.config)
+    snapshot.memory(&snapshot.config, &sink())
 }
 
 #[test]
@@ -82,7 +98,14 @@ fn folder_in_use_is_refused_and_left_alone() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join(name), "theirs").unwrap();
         let memory = memory();
-        let error = write(folder.path(), &config(), &state(&memory), &memory).unwrap_err();
+        let error = write(
+            folder.path(),
+            &config(),
+            &state(&memory),
+            &memory,
+            &progress(&memory),
+        )
+        .unwrap_err();
         assert!(error.to_string().contains(name), "{error}");
         assert_eq!(names(&folder), [name], "what was written is gone again");
         let text = std::fs::read_to_string(folder.path().join(name)).unwrap();
@@ -100,7 +123,14 @@ fn zone_in_a_file_is_refused() {
         ..MemoryZoneConfig::default()
     }]);
     let memory = memory();
-    let error = write(folder.path(), &config, &state(&memory), &memory).unwrap_err();
+    let error = write(
+        folder.path(),
+        &config,
+        &state(&memory),
+        &memory,
+        &progress(&memory),
+    )
+    .unwrap_err();
     assert!(error.to_string().contains("zone disk"), "{error}");
     assert!(names(&folder).is_empty());
 }
@@ -143,7 +173,14 @@ fn vm_with_a_shared_folder_is_refused() {
         ..FsConfig::default()
     }]);
     let memory = memory();
-    let error = write(folder.path(), &config, &state(&memory), &memory).unwrap_err();
+    let error = write(
+        folder.path(),
+        &config,
+        &state(&memory),
+        &memory,
+        &progress(&memory),
+    )
+    .unwrap_err();
     assert!(error.to_string().contains("folder home"), "{error}");
     assert!(error.is_of_request() && names(&folder).is_empty());
 }
@@ -275,12 +312,12 @@ fn memory_is_populated_only_if_the_snapshot_fits_it() {
     let snapshot = Snapshot::open(folder.path()).unwrap();
     let mut config = config();
     config.memory.prefault = true;
-    let memory = snapshot.memory(&config).unwrap();
+    let memory = snapshot.memory(&config, &sink()).unwrap();
     let probe = virtio_devices::reclaim::ResidencyProbe::new(memory.ram().clone()).unwrap();
     assert_eq!(probe.measure().unwrap().resident_bytes, 8 << 20);
     // More than any host has.
     config.memory.size = 1 << 42;
-    let error = snapshot.memory(&config).unwrap_err();
+    let error = snapshot.memory(&config, &sink()).unwrap_err();
     assert!(
         error_chain(&error).join(": ").contains("memory-map"),
         "{error}"

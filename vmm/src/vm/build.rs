@@ -99,7 +99,9 @@ impl Parts {
             fits.map_err(|error| VmError::Pc(PcError::State(error)))?;
         }
         let memory = match snapshot {
-            Some(snapshot) => snapshot.memory(config).map_err(VmError::Snapshot)?,
+            Some(snapshot) => snapshot
+                .memory(config, &context.events)
+                .map_err(VmError::Snapshot)?,
             None => {
                 GuestMemory::new(&config.memory, config.cpus.max_phys_bits).map_err(in_memory)?
             }

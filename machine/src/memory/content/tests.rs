@@ -59,7 +59,7 @@ fn saved(memory: &GuestMemory) -> Vec<(File, ZoneContentState)> {
     zones
         .map(|zone| {
             let file = tempfile::tempfile().unwrap();
-            let state = memory.save_zone(zone, &file).unwrap();
+            let state = memory.save_zone(zone, &file, |_| ()).unwrap();
             (file, state)
         })
         .collect()
@@ -67,7 +67,7 @@ fn saved(memory: &GuestMemory) -> Vec<(File, ZoneContentState)> {
 
 fn load(memory: &GuestMemory, files: &[(File, ZoneContentState)]) -> Result<(), ContentError> {
     let mut zones = memory.zones().iter().zip(files);
-    zones.try_for_each(|(zone, (file, state))| memory.load_zone(zone, file, state, true))
+    zones.try_for_each(|(zone, (file, state))| memory.load_zone(zone, file, state, true, |_| ()))
 }
 
 #[test]
@@ -155,7 +155,11 @@ fn damaged_table_is_refused_or_loads() {
         let Ok(state) = damaged.read::<ZoneContentState>() else {
             return;
         };
-        refused += usize::from(memory.load_zone(zone, &file, &state, false).is_err());
+        refused += usize::from(
+            memory
+                .load_zone(zone, &file, &state, false, |_| ())
+                .is_err(),
+        );
     });
     assert!(count > 100 && refused > 20, "{refused} of {count}");
 }
