@@ -244,6 +244,16 @@ impl Vcpu {
         Ok(!waiting.contains(&self.mp_state()?.mp_state))
     }
 
+    /// Makes the vCPU wait for its start-up interrupt, as at power-on.
+    ///
+    /// # Errors
+    /// As [`Vcpu::set_mp_state`].
+    pub fn power_off(&self) -> Result<()> {
+        self.set_mp_state(kvm_mp_state {
+            mp_state: KVM_MP_STATE_UNINITIALIZED,
+        })
+    }
+
     /// Sends a non-maskable interrupt.
     ///
     /// # Errors

@@ -144,7 +144,7 @@ impl Machine {
         self.vcpus.pause().unwrap();
         let states = [
             Saved::of(&memory.state()),
-            Saved::of(&self.vcpus.state().unwrap()),
+            Saved::of(&self.vcpus.state(1).unwrap()),
             Saved::of(&self.ioapic.state()),
             Saved::of(&self.cmos.state()),
             Saved::of(&self.pm_timer.state()),

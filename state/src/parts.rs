@@ -74,7 +74,9 @@ parts! {
     /// PCI buses: which function is where.
     PCI_BUS = "pci-bus", 1..=2;
     /// A PC: an envelope for each of its parts.
-    PC = "pc", 1..=1;
+    PC = "pc", 1..=2;
+    /// vCPU hotplug controller.
+    CPU_HOTPLUG = "cpu-hotplug", 1..=1;
     /// PCI hotplug controller.
     PCI_HOTPLUG = "pci-hotplug", 1..=2;
     /// Serial port.

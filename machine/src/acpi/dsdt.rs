@@ -1,5 +1,7 @@
 //! The differentiated description table: the devices, in ACPI machine language.
 
+use std::iter;
+
 use acpi_tables::aml::{
     AddressSpace, AddressSpaceCacheable, And, Arg, BufferData, Device, EISAName, Equal, Field,
     FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local,
@@ -10,9 +12,10 @@ use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::fixed::HEADER_BYTES;
-use super::{AcpiParams, OEM_ID, OEM_REVISION, PciSegmentEntry, pci_hotplug};
+use super::{AcpiParams, OEM_ID, OEM_REVISION, PciSegmentEntry, cpu_hotplug, pci_hotplug};
 use crate::legacy::{
-    CMOS_PORTS, GED_BYTES, GED_IRQ, GED_PCI_HOTPLUG, GED_POWER_BUTTON, S5_SLEEP_TYPE,
+    CMOS_PORTS, GED_BYTES, GED_CPU_HOTPLUG, GED_IRQ, GED_PCI_HOTPLUG, GED_POWER_BUTTON,
+    S5_SLEEP_TYPE,
 };
 use crate::memory::layout;
 use crate::pci::{CONFIG_PORT_BASE, CONFIG_PORT_BYTES, WindowRanges};
@@ -35,13 +38,17 @@ pub(super) fn dsdt(params: &AcpiParams) -> Vec<u8> {
     }
     let segments = super::segment_count(params);
     pci_hotplug::controller(params.pci_hotplug_address, segments, &mut aml);
+    let vcpus_change = params.vcpus.len() > 1;
+    if vcpus_change {
+        cpu_hotplug::controller(params.cpu_hotplug_address, &params.vcpus, &mut aml);
+    }
     motherboard(segments, &mut aml);
     if params.has_serial {
         serial_port(&mut aml);
     }
     real_time_clock(&mut aml);
     power_button(&mut aml);
-    generic_event_device(params.ged_address, &mut aml);
+    generic_event_device(params.ged_address, vcpus_change, &mut aml);
     sleep_state(&mut aml);
 
     let mut dsdt = Sdt::new(
@@ -203,7 +210,21 @@ fn power_button(aml: &mut Vec<u8>) {
 }
 
 /// Interrupt → `_EVT` → the event byte → the device that is notified.
-fn generic_event_device(address: u64, aml: &mut Vec<u8>) {
+fn generic_event_device(address: u64, vcpus_change: bool, aml: &mut Vec<u8>) {
+    let scan_vcpus = MethodCall::new(Path::new(cpu_hotplug::SCAN_METHOD), vec![]);
+    let scan_pci = MethodCall::new(Path::new(pci_hotplug::SCAN_METHOD), vec![]);
+    let button = Path::new("\\_SB_.PWRB");
+    let press = Notify::new(&button, &BUTTON_PRESSED);
+    let events = [
+        vcpus_change.then_some(OnEvent(GED_CPU_HOTPLUG, &scan_vcpus)),
+        Some(OnEvent(GED_PCI_HOTPLUG, &scan_pci)),
+        Some(OnEvent(GED_POWER_BUTTON, &press)),
+    ];
+    let register = Path::new("GDAT");
+    let local = Local(0);
+    let read = Store::new(&local, &register);
+    let events = events.iter().flatten().map(|event| event as &dyn Aml);
+    let body = iter::once(&read as &dyn Aml).chain(events).collect();
     Device::new(
         Path::new("_SB_.GED_"),
         vec![
@@ -226,30 +247,20 @@ fn generic_event_device(address: u64, aml: &mut Vec<u8>) {
                 FieldUpdateRule::WriteAsZeroes,
                 vec![FieldEntry::Named(*b"GDAT", 8)],
             ),
-            &Method::new(
-                Path::new("_EVT"),
-                1,
-                true,
-                vec![
-                    &Store::new(&Local(0), &Path::new("GDAT")),
-                    &And::new(&Local(1), &Local(0), &GED_PCI_HOTPLUG),
-                    &If::new(
-                        &Equal::new(&Local(1), &GED_PCI_HOTPLUG),
-                        vec![&MethodCall::new(
-                            Path::new(pci_hotplug::SCAN_METHOD),
-                            vec![],
-                        )],
-                    ),
-                    &And::new(&Local(1), &Local(0), &GED_POWER_BUTTON),
-                    &If::new(
-                        &Equal::new(&Local(1), &GED_POWER_BUTTON),
-                        vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &BUTTON_PRESSED)],
-                    ),
-                ],
-            ),
+            &Method::new(Path::new("_EVT"), 1, true, body),
         ],
     )
     .to_aml_bytes(aml);
+}
+
+/// What to do if this bit of the event byte, in `Local0`, is set.
+struct OnEvent<'a>(u8, &'a dyn Aml);
+
+impl Aml for OnEvent<'_> {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        And::new(&Local(1), &Local(0), &self.0).to_aml_bytes(sink);
+        If::new(&Equal::new(&Local(1), &self.0), vec![self.1]).to_aml_bytes(sink);
+    }
 }
 
 /// What to write into the sleep control register for power-off.

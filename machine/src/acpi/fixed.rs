@@ -54,6 +54,20 @@ const X2APIC_ONLINE_CAPABLE: u32 = 1 << 1;
 /// Polarity and trigger mode as on the ISA bus: high, edge.
 const FLAGS_CONFORM_TO_BUS: u16 = 0;
 
+/// The entry of a vCPU, which may come online later if it is not enabled.
+pub(super) fn x2apic_entry(uid: u32, apic_id: u32, enabled: bool) -> Vec<u8> {
+    let flags = if enabled {
+        X2APIC_ENABLED
+    } else {
+        X2APIC_ONLINE_CAPABLE
+    };
+    let mut entry = vec![MADT_X2APIC, 16, 0, 0];
+    entry.extend(apic_id.to_le_bytes());
+    entry.extend(flags.to_le_bytes());
+    entry.extend(uid.to_le_bytes());
+    entry
+}
+
 /// Multiple APIC description table.
 pub(super) fn madt(vcpus: &[VcpuEntry]) -> Vec<u8> {
     let mut entries = Vec::new();
@@ -61,15 +75,7 @@ pub(super) fn madt(vcpus: &[VcpuEntry]) -> Vec<u8> {
     entries.extend((layout::APIC_START as u32).to_le_bytes());
     entries.extend(0_u32.to_le_bytes());
     for (uid, vcpu) in (0_u32..).zip(vcpus) {
-        let flags = if vcpu.enabled {
-            X2APIC_ENABLED
-        } else {
-            X2APIC_ONLINE_CAPABLE
-        };
-        entries.extend([MADT_X2APIC, 16, 0, 0]);
-        entries.extend(vcpu.apic_id.to_le_bytes());
-        entries.extend(flags.to_le_bytes());
-        entries.extend(uid.to_le_bytes());
+        entries.extend(x2apic_entry(uid, vcpu.apic_id, vcpu.enabled));
     }
     // I/O APIC 0 serves the interrupts from 0 on.
     entries.extend([MADT_IO_APIC, 12, 0, 0]);

@@ -10,6 +10,7 @@
 //! The platform is hardware-reduced: no fixed-feature registers, events come
 //! through the generic event device.
 
+mod cpu_hotplug;
 mod dsdt;
 mod fixed;
 mod numa;
@@ -38,6 +39,8 @@ pub struct VcpuEntry {
     pub apic_id: u32,
     /// Runs from the start; otherwise it may come online later.
     pub enabled: bool,
+    /// Its NUMA node.
+    pub domain: Option<u32>,
 }
 
 /// A PCI segment as described to the guest.
@@ -60,6 +63,8 @@ pub struct AcpiParams {
     pub ged_address: u64,
     /// The PCI hotplug controller's registers.
     pub pci_hotplug_address: u64,
+    /// The vCPU hotplug controller's registers.
+    pub cpu_hotplug_address: u64,
     /// Whether there is a serial port.
     pub has_serial: bool,
     /// NUMA nodes; none if the machine is not divided.

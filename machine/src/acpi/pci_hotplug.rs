@@ -18,14 +18,14 @@ use acpi_tables::{Aml, AmlSink};
 use super::dsdt::bridge_name;
 use crate::pci::{HOTPLUG_BYTES, SLOT_COUNT};
 
-/// A function was plugged in (ACPI 6.5, table 5.187).
-const DEVICE_CHECK: u8 = 1;
-/// The guest must eject the function.
-const EJECT_REQUEST: u8 = 3;
+/// A device was plugged in (ACPI 6.5, table 5.187).
+pub(super) const DEVICE_CHECK: u8 = 1;
+/// The guest must eject the device.
+pub(super) const EJECT_REQUEST: u8 = 3;
 /// No timeout: the owner of the lock only makes a few register accesses.
-const WAIT_FOR_EVER: u16 = 0xffff;
+pub(super) const WAIT_FOR_EVER: u16 = 0xffff;
 /// `_STA`: present, decoding and working, and hidden from the user.
-const STATUS_HIDDEN: u8 = 0b1011;
+pub(super) const STATUS_HIDDEN: u8 = 0b1011;
 
 /// The method that the event device calls.
 pub(super) const SCAN_METHOD: &str = "\\_SB_.PHPR.PSCN";

@@ -31,11 +31,13 @@ fn params(vcpus: u32) -> AcpiParams {
             .map(|apic_id| VcpuEntry {
                 apic_id,
                 enabled: apic_id == 0,
+                domain: None,
             })
             .collect(),
         pci_segments: vec![segment(0, 1)],
         ged_address: 0x3fff_ffe0_0000,
         pci_hotplug_address: 0x3fff_ffe0_1000,
+        cpu_hotplug_address: 0x3fff_ffe0_2000,
         has_serial: true,
         numa: Vec::new(),
     }
@@ -239,9 +241,35 @@ fn dsdt_has_the_serial_port_only_if_the_machine_has() {
 }
 
 #[test]
+fn dsdt_has_a_device_for_each_vcpu_if_there_can_be_several() {
+    let one = super::dsdt::dsdt(&params(1));
+    let mut three = params(3);
+    three.vcpus[2].domain = Some(7);
+    let three = super::dsdt::dsdt(&three);
+    let count = |table: &[u8], bytes: &[u8]| {
+        let found = table.windows(bytes.len()).filter(|it| it == &bytes);
+        found.count()
+    };
+    for name in [b"PRES", b"CPUS", b"C000", b"CSCN"] {
+        assert_eq!(count(&one, name), 0, "{name:?}");
+    }
+    // As a device, and in the notification.
+    for name in [b"C000", b"C001", b"C002"] {
+        assert_eq!(count(&three, name), 2, "{name:?}");
+    }
+    assert_eq!(count(&three, b"C003"), 0);
+    // Its entry says enabled, whether it is there or not.
+    let entry = [9, 16, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0];
+    assert_eq!(count(&three, &entry), 1);
+    assert_eq!(count(&three, b"_PXM"), 1);
+    // The PCI slots have one each, and the vCPUs except the first.
+    assert_eq!(count(&three, b"_EJ0") - count(&one, b"_EJ0"), 2);
+}
+
+#[test]
 fn segments_are_in_mcfg_and_dsdt() {
     let memory = memory(2 << 20);
-    let mut params = params(1);
+    let mut params = params(254);
     params.pci_segments = (0..SEGMENT_COUNT_MAX.into())
         .map(|number| segment(number, SEGMENT_COUNT_MAX.into()))
         .collect();
@@ -272,7 +300,7 @@ fn segments_are_in_mcfg_and_dsdt() {
 fn too_many_vcpus_do_not_fit() {
     let memory = memory(2 << 20);
     assert!(matches!(
-        build(&params(0x5_0000 / 16), &memory),
+        build(&params(0xfff), &memory),
         Err(AcpiError::TooLarge { .. })
     ));
 }

@@ -30,8 +30,8 @@ const SELF: libc::pid_t = 0;
 #[derive(Debug)]
 pub(super) struct CoreCookies {
     mode: CoreScheduling,
-    /// The thread from which the others copy their cookie.
-    first: Mutex<Option<libc::pid_t>>,
+    /// The threads that have the common cookie. The next one copies it from any of them: a vCPU may leave.
+    sharing: Mutex<Vec<libc::pid_t>>,
 }
 
 impl CoreCookies {
@@ -54,7 +54,7 @@ impl CoreCookies {
         };
         Ok(Self {
             mode,
-            first: Mutex::new(None),
+            sharing: Mutex::default(),
         })
     }
 
@@ -71,18 +71,27 @@ impl CoreCookies {
     }
 
     fn share(&self) -> io::Result<()> {
-        // Held until the first thread has its cookie.
-        let mut first = self.first.lock().unpoisoned();
-        match *first {
-            Some(thread) => core(PR_SCHED_CORE_SHARE_FROM, thread),
-            None => {
-                core(PR_SCHED_CORE_CREATE, SELF)?;
-                // SAFETY: has no arguments and cannot fail.
-                *first = Some(unsafe { libc::gettid() });
-                Ok(())
-            }
+        // Held until this thread has its cookie.
+        let mut sharing = self.sharing.lock().unpoisoned();
+        match sharing.first() {
+            Some(thread) => core(PR_SCHED_CORE_SHARE_FROM, *thread)?,
+            None => core(PR_SCHED_CORE_CREATE, SELF)?,
         }
+        sharing.push(own_id());
+        Ok(())
     }
+
+    /// Called by each vCPU thread before it ends.
+    pub(super) fn leave(&self) {
+        let own = own_id();
+        let mut sharing = self.sharing.lock().unpoisoned();
+        sharing.retain(|thread| *thread != own);
+    }
+}
+
+fn own_id() -> libc::pid_t {
+    // SAFETY: has no arguments and cannot fail.
+    unsafe { libc::gettid() }
 }
 
 fn core(operation: libc::c_ulong, thread: libc::pid_t) -> io::Result<()> {
@@ -147,6 +156,43 @@ mod tests {
             });
             threads.map(|thread| thread.join().unwrap()).to_vec()
         }))
+    }
+
+    #[test]
+    fn vcpu_added_after_the_first_has_left_has_the_cookie_of_the_others() {
+        if let Err(error) = probe() {
+            test_skip::skip(format!("no core scheduling here: {error}"));
+            return;
+        }
+        let cores = &CoreCookies::new(CoreScheduling::Vm).unwrap();
+        let take = || {
+            cores.take();
+            probe().unwrap()
+        };
+        let (second_has, first_may_go) = std::sync::mpsc::channel();
+        let (third_has, second_may_go) = std::sync::mpsc::channel();
+        let cookies = std::thread::scope(|scope| {
+            let first = scope.spawn(move || {
+                let cookie = take();
+                first_may_go.recv().unwrap();
+                cores.leave();
+                cookie
+            });
+            while cores.sharing.lock().unwrap().is_empty() {
+                std::thread::yield_now();
+            }
+            let second = scope.spawn(move || {
+                let cookie = take();
+                second_has.send(()).unwrap();
+                second_may_go.recv().unwrap();
+                cookie
+            });
+            let first = first.join().unwrap();
+            let third = scope.spawn(take).join().unwrap();
+            third_has.send(()).unwrap();
+            [first, second.join().unwrap(), third]
+        });
+        assert!(cookies[0] != 0 && cookies.iter().all(|cookie| *cookie == cookies[0]));
     }
 
     #[test]

@@ -84,9 +84,16 @@ impl Gate {
         self.wait(deadline, |state| state.active)
     }
 
-    /// Control thread: waits until all threads have ended; on a timeout returns how many have not.
-    pub(super) fn wait_ended(&self, deadline: Duration) -> Result<(), usize> {
-        self.wait(deadline, |state| state.alive)
+    /// Control thread: waits until all threads but `staying` have ended; on a timeout returns how many have not.
+    pub(super) fn wait_ended(&self, staying: usize, deadline: Duration) -> Result<(), usize> {
+        self.wait(deadline, |state| state.alive.saturating_sub(staying))
+    }
+
+    /// Control thread: makes parked threads look at their own flag.
+    pub(super) fn wake(&self) {
+        // With the lock, so that no thread is between its look and its wait.
+        let _state = self.lock();
+        self.changed.notify_all();
     }
 
     fn wait(&self, deadline: Duration, left: impl Fn(&State) -> usize) -> Result<(), usize> {
@@ -105,12 +112,13 @@ impl Gate {
         }
     }
 
-    /// vCPU thread: parks until the guest may run (`Some`) or the end (`None`). While the pass exists, the thread
-    /// counts as accessing the guest.
-    pub(super) fn enter(&self) -> Option<Pass<'_>> {
+    /// vCPU thread: parks until the guest may run (`Some`) or the end (`None`), which is also that of this thread if
+    /// `leaves`. While the pass exists, the thread counts as accessing the guest.
+    pub(super) fn enter(&self, leaves: &AtomicBool) -> Option<Pass<'_>> {
         let mut state = self.lock();
         loop {
             match state.wanted {
+                _ if leaves.load(Ordering::SeqCst) => return None,
                 Wanted::Running => {
                     state.active += 1;
                     return Some(Pass { gate: self });
@@ -123,10 +131,10 @@ impl Gate {
         }
     }
 
-    /// vCPU thread: parks until the end.
-    pub(super) fn wait_for_stop(&self) {
+    /// vCPU thread: parks until the end, as in [`Gate::enter`].
+    pub(super) fn wait_for_stop(&self, leaves: &AtomicBool) {
         let mut state = self.lock();
-        while state.wanted != Wanted::Stopping {
+        while state.wanted != Wanted::Stopping && !leaves.load(Ordering::SeqCst) {
             state = self.changed.wait(state).unpoisoned();
         }
     }
@@ -156,6 +164,7 @@ mod tests {
     use std::sync::Arc;
 
     const DEADLINE: Duration = Duration::from_secs(10);
+    static STAYS: AtomicBool = AtomicBool::new(false);
 
     #[test]
     fn gate_closed_lets_nobody_in_until_it_opens() {
@@ -164,7 +173,7 @@ mod tests {
         let thread = std::thread::spawn({
             let gate = Arc::clone(&gate);
             move || {
-                while let Some(_pass) = gate.enter() {
+                while let Some(_pass) = gate.enter(&STAYS) {
                     entered.send(()).unwrap();
                     while gate.is_open() {
                         std::thread::yield_now();
@@ -189,9 +198,37 @@ mod tests {
         let gate = Gate::new();
         gate.add_thread();
         gate.set(Wanted::Stopping);
-        assert_eq!(gate.wait_ended(Duration::from_millis(1)), Err(1));
+        assert_eq!(gate.wait_ended(0, Duration::from_millis(1)), Err(1));
+        assert_eq!(gate.wait_ended(1, Duration::ZERO), Ok(()));
         gate.remove_thread();
-        assert_eq!(gate.wait_ended(Duration::ZERO), Ok(()));
+        assert_eq!(gate.wait_ended(0, Duration::ZERO), Ok(()));
+    }
+
+    #[test]
+    fn gate_parked_thread_that_leaves_ends_alone() {
+        let gate = Arc::new(Gate::new());
+        let threads = [true, false].map(|failed| {
+            let leaves = Arc::new(AtomicBool::new(false));
+            gate.add_thread();
+            let thread = std::thread::spawn({
+                let (gate, leaves) = (Arc::clone(&gate), Arc::clone(&leaves));
+                move || {
+                    if failed {
+                        gate.wait_for_stop(&leaves);
+                    } else {
+                        assert!(gate.enter(&leaves).is_none());
+                    }
+                    gate.remove_thread();
+                }
+            });
+            (thread, leaves)
+        });
+        for (staying, (thread, leaves)) in [1, 0].into_iter().zip(threads) {
+            leaves.store(true, Ordering::SeqCst);
+            gate.wake();
+            gate.wait_ended(staying, DEADLINE).unwrap();
+            thread.join().unwrap();
+        }
     }
 
     #[test]
@@ -201,8 +238,8 @@ mod tests {
         let thread = std::thread::spawn({
             let gate = Arc::clone(&gate);
             move || {
-                drop(gate.enter());
-                gate.wait_for_stop();
+                drop(gate.enter(&STAYS));
+                gate.wait_for_stop(&STAYS);
             }
         });
         gate.set(Wanted::Paused);

@@ -5,7 +5,7 @@
 //!                                                          │
 //!      thread vcpuN:  gate ─► KVM_RUN ─► VmExitHandler (buses)
 //!                      │                └► GuestEvent (reset, shutdown, failure)
-//!                      └ parked while paused; left for good on stop
+//!                      └ parked while paused; left for good on stop, and when the guest has ejected the vCPU
 //! ```
 
 mod core_scheduling;
@@ -13,6 +13,7 @@ mod counters;
 mod cpuid;
 mod gate;
 mod host;
+mod hotplug;
 mod registers;
 mod run;
 mod state;
@@ -23,6 +24,7 @@ use std::io;
 
 pub use counters::{ExitCounters, ExitCounts};
 pub use cpuid::guest_phys_bits;
+pub use hotplug::{CPU_HOTPLUG_BYTES, CpuHotplug, CpuHotplugState};
 pub use run::VcpusContext;
 pub use state::{IndexedVcpuState, VcpusState};
 pub use topology::Topology;

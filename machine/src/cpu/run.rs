@@ -37,6 +37,8 @@ pub(super) struct VcpuCell {
     pub(super) apic_id: u32,
     /// Locked by the vCPU's thread while it may be in the guest, otherwise by the control thread.
     vcpu: Mutex<Vcpu>,
+    /// The guest has let go of the vCPU: its thread ends. Set before a kick.
+    pub(super) leaves: AtomicBool,
     /// A non-maskable interrupt is requested. Set before a kick; the vCPU's thread delivers it.
     pub(super) nmi_requested: AtomicBool,
     pub(super) counters: Arc<ExitCounters>,
@@ -48,6 +50,7 @@ impl VcpuCell {
             index,
             apic_id,
             vcpu: Mutex::new(vcpu),
+            leaves: AtomicBool::new(false),
             nmi_requested: AtomicBool::new(false),
             counters: Arc::default(),
         }
@@ -84,7 +87,7 @@ impl VcpuCell {
 /// The reason why the inner loop ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
-    /// The gate closed.
+    /// The gate closed, or the vCPU leaves.
     GateClosed,
     /// The vCPU will not run again.
     Over(GuestEvent),
@@ -93,6 +96,7 @@ enum Outcome {
 /// Marks the thread as ended and, if it unwinds, as failed.
 struct ThreadGuard<'a> {
     gate: &'a Gate,
+    cores: &'a CoreCookies,
     context: &'a VcpusContext,
 }
 
@@ -101,6 +105,7 @@ impl Drop for ThreadGuard<'_> {
         if std::thread::panicking() {
             (self.context.events)(GuestEvent::Failed);
         }
+        self.cores.leave();
         self.gate.remove_thread();
     }
 }
@@ -112,10 +117,14 @@ pub(super) fn vcpu_thread(
     context: &VcpusContext,
     cores: &CoreCookies,
 ) {
-    let _guard = ThreadGuard { gate, context };
+    let _guard = ThreadGuard {
+        gate,
+        cores,
+        context,
+    };
     (context.thread_start)(MachineThread::Vcpu);
     cores.take();
-    while let Some(pass) = gate.enter() {
+    while let Some(pass) = gate.enter(&cell.leaves) {
         let mut vcpu = cell.lock();
         let outcome = kick::with_kicks(&mut vcpu, |vcpu| run_guest(vcpu, cell, gate, context));
         drop(vcpu);
@@ -123,7 +132,7 @@ pub(super) fn vcpu_thread(
             // Before the pass is returned: whoever waits for a pause finds every event reported.
             (context.events)(event);
             drop(pass);
-            gate.wait_for_stop();
+            gate.wait_for_stop(&cell.leaves);
             return;
         }
     }
@@ -137,7 +146,7 @@ fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusConte
         // already.
         vcpu.set_immediate_exit(false);
         cell.deliver_nmi(vcpu);
-        let leaving = !gate.is_open();
+        let leaving = !gate.is_open() || cell.leaves.load(Ordering::SeqCst);
         if leaving {
             vcpu.set_immediate_exit(true);
             drained += 1;

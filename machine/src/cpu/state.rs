@@ -35,13 +35,13 @@ pub struct IndexedVcpuState {
 }
 
 impl Vcpus {
-    /// The current state of the vCPUs.
+    /// The current state of the first `present` vCPUs, which are those that the guest has.
     ///
     /// # Errors
     /// [`CpuError::NotPaused`], or KVM refused to read a part.
-    pub fn state(&self) -> Result<VcpusState, CpuError> {
+    pub fn state(&self, present: u32) -> Result<VcpusState, CpuError> {
         let clock = self.paused_clock.ok_or(CpuError::NotPaused)?;
-        let vcpus = self.cells.iter().map(|cell| {
+        let vcpus = self.cells.iter().take(present as usize).map(|cell| {
             let vcpu = cell.lock();
             // One that was requested in the pause becomes part of the state.
             cell.deliver_nmi(&vcpu);

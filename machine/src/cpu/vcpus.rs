@@ -1,6 +1,8 @@
 //! All vCPUs of a machine: creation, set-up, start, pause and stop.
 
+use std::collections::BTreeMap;
 use std::mem;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
@@ -35,7 +37,8 @@ pub struct Vcpus {
     cpuid: GuestCpuid,
     pub(super) cells: Vec<Arc<VcpuCell>>,
     pub(super) gate: Arc<Gate>,
-    threads: Vec<JoinHandle<()>>,
+    /// By the index of the vCPU; none for a vCPU that the guest has ejected.
+    threads: BTreeMap<u32, JoinHandle<()>>,
     context: VcpusContext,
     cores: Arc<CoreCookies>,
     kvmclock_ctrl: bool,
@@ -98,13 +101,7 @@ impl Vcpus {
         kick::install_handler().map_err(CpuError::Prepare)?;
         prepare_vm(vm, topology.apic_id(config.max_vcpus - 1)).map_err(CpuError::Prepare)?;
         let cells = (0..config.boot_vcpus)
-            .map(|index| {
-                let apic_id = topology.apic_id(index);
-                let vcpu = vm
-                    .create_vcpu(apic_id)
-                    .map_err(vcpu_error(index, "create"))?;
-                Ok(Arc::new(VcpuCell::new(index, apic_id, vcpu)))
-            })
+            .map(|index| create(vm, &topology, index))
             .collect::<Result<Vec<_>, CpuError>>()?;
         let options = CpuidOptions {
             topology,
@@ -121,7 +118,7 @@ impl Vcpus {
             cpuid: GuestCpuid::new(supported.as_slice(), &options),
             cells,
             gate: Arc::new(Gate::new()),
-            threads: Vec::new(),
+            threads: BTreeMap::new(),
             context,
             cores: Arc::new(CoreCookies::new(config.core_scheduling)?),
             kvmclock_ctrl: kvm.supports_kvmclock_ctrl(),
@@ -149,17 +146,18 @@ impl Vcpus {
     /// KVM rejected a register.
     pub fn configure(&self, entry: EntryPoint) -> Result<(), CpuError> {
         for cell in &self.cells {
-            let cpuid = self.cpuid.of_vcpu(cell.apic_id)?;
-            let vcpu = cell.lock();
-            let mut result = vcpu
-                .set_cpuid(&cpuid)
-                .and_then(|()| registers::set_common(&vcpu));
-            if cell.index == 0 {
-                result = result.and_then(|()| registers::set_entry(&vcpu, entry));
-            }
-            result.map_err(vcpu_error(cell.index, "set up"))?;
+            self.set_up(cell)?;
         }
-        Ok(())
+        let first = &self.cells[0];
+        registers::set_entry(&first.lock(), entry).map_err(vcpu_error(first.index, "set up"))
+    }
+
+    fn set_up(&self, cell: &VcpuCell) -> Result<(), CpuError> {
+        let cpuid = self.cpuid.of_vcpu(cell.apic_id)?;
+        let vcpu = cell.lock();
+        vcpu.set_cpuid(&cpuid)
+            .and_then(|()| registers::set_common(&vcpu))
+            .map_err(vcpu_error(cell.index, "set up"))
     }
 
     /// Starts the threads and lets them run.
@@ -177,32 +175,90 @@ impl Vcpus {
     }
 
     pub(super) fn start_threads(&mut self) -> Result<(), CpuError> {
-        for cell in &self.cells {
-            self.gate.add_thread();
-            let thread = thread::Builder::new().name(cell.thread_name()).spawn({
-                let (cell, gate) = (Arc::clone(cell), Arc::clone(&self.gate));
-                let (context, cores) = (self.context.clone(), Arc::clone(&self.cores));
-                move || vcpu_thread(&cell, &gate, &context, &cores)
-            });
-            match thread {
-                Ok(thread) => self.threads.push(thread),
-                Err(source) => {
-                    self.gate.remove_thread();
-                    let vcpu = cell.index;
-                    return Err(CpuError::Thread { vcpu, source });
-                }
-            }
-        }
-        for affinity in self.config.affinity.iter().flatten() {
-            // An affinity for a vCPU that may be added later has no thread to pin yet.
-            if let Some(thread) = self.threads.get(affinity.vcpu as usize) {
-                pin(thread, &affinity.host_cpus).map_err(|source| CpuError::Affinity {
-                    vcpu: affinity.vcpu,
-                    source,
-                })?;
-            }
+        for vcpu in 0..self.config.boot_vcpus {
+            self.start_thread(vcpu)?;
         }
         Ok(())
+    }
+
+    /// Starts the thread of a vCPU that has none, and pins it. It passes the gate as the others do.
+    fn start_thread(&mut self, vcpu: u32) -> Result<(), CpuError> {
+        let cell = &self.cells[vcpu as usize];
+        cell.leaves.store(false, Ordering::SeqCst);
+        cell.nmi_requested.store(false, Ordering::Release);
+        self.gate.add_thread();
+        let thread = thread::Builder::new().name(cell.thread_name()).spawn({
+            let (cell, gate) = (Arc::clone(cell), Arc::clone(&self.gate));
+            let (context, cores) = (self.context.clone(), Arc::clone(&self.cores));
+            move || vcpu_thread(&cell, &gate, &context, &cores)
+        });
+        let thread = thread.map_err(|source| {
+            self.gate.remove_thread();
+            CpuError::Thread { vcpu, source }
+        })?;
+        let mut affinities = self.config.affinity.iter().flatten();
+        let affinity = affinities.find(|affinity| affinity.vcpu == vcpu);
+        let pinned = affinity.map_or(Ok(()), |affinity| pin(&thread, &affinity.host_cpus));
+        self.threads.insert(vcpu, thread);
+        pinned.map_err(|source| CpuError::Affinity { vcpu, source })
+    }
+
+    /// Adds these vCPUs to a started machine, paused or not. They wait for the guest to start them. Those before them
+    /// exist.
+    ///
+    /// # Errors
+    /// KVM refuses, or a thread cannot be started or pinned; none of them is added then.
+    pub fn add(&mut self, vcpus: Range<u32>) -> Result<(), CpuError> {
+        for vcpu in vcpus.clone() {
+            let added = self.add_one(vcpu);
+            if added.is_err() {
+                let begun: Vec<u32> = (vcpus.start..=vcpu).collect();
+                self.remove(&begun)?;
+            }
+            added?;
+        }
+        Ok(())
+    }
+
+    fn add_one(&mut self, vcpu: u32) -> Result<(), CpuError> {
+        // KVM cannot destroy a vCPU, so one that the guest has ejected is still there.
+        if vcpu as usize == self.cells.len() {
+            let cell = create(&self.vm, &self.topology, vcpu)?;
+            self.set_up(&cell)?;
+            self.cells.push(cell);
+        }
+        self.start_thread(vcpu)
+    }
+
+    /// Ends the threads of vCPUs that the guest has let go of.
+    ///
+    /// # Errors
+    /// [`CpuError::Stuck`]: the threads that do not end are left behind.
+    pub fn remove(&mut self, vcpus: &[u32]) -> Result<(), CpuError> {
+        let mut leaving = Vec::new();
+        for vcpu in vcpus {
+            if let Some(thread) = self.threads.remove(vcpu) {
+                let cell = Arc::clone(&self.cells[*vcpu as usize]);
+                cell.leaves.store(true, Ordering::SeqCst);
+                kick::kick(&thread);
+                leaving.push((cell, thread));
+            }
+        }
+        self.gate.wake();
+        let ended = self
+            .gate
+            .wait_ended(self.threads.len(), STAND_STILL_DEADLINE);
+        for (cell, thread) in leaving {
+            if ended.is_err() && !thread.is_finished() {
+                continue;
+            }
+            join(thread);
+            // What its registers hold must not run again if it comes back.
+            cell.lock()
+                .power_off()
+                .map_err(vcpu_error(cell.index, "remove"))?;
+        }
+        ended.map_err(|stuck| stuck_error(stuck, STAND_STILL_DEADLINE))
     }
 
     /// Takes all vCPUs out of the guest and stops its clock. On an error they continue to run.
@@ -258,7 +314,8 @@ impl Vcpus {
 
     /// Requests a non-maskable interrupt on every vCPU that the guest has started, and returns at once.
     pub fn nmi(&self) {
-        for cell in &self.cells {
+        for vcpu in self.threads.keys() {
+            let cell = &self.cells[*vcpu as usize];
             cell.nmi_requested.store(true, Ordering::Release);
         }
         self.kick_all();
@@ -271,18 +328,18 @@ impl Vcpus {
     pub fn stop(&mut self) -> Result<(), CpuError> {
         self.gate.set(Wanted::Stopping);
         self.kick_all();
-        let ended = self.gate.wait_ended(STAND_STILL_DEADLINE);
-        for thread in mem::take(&mut self.threads) {
+        let ended = self.gate.wait_ended(0, STAND_STILL_DEADLINE);
+        for thread in mem::take(&mut self.threads).into_values() {
             // A thread that is not stuck only has to return; joining a stuck one would block.
-            if (ended.is_ok() || thread.is_finished()) && thread.join().is_err() {
-                log::error!("A vCPU thread panicked");
+            if ended.is_ok() || thread.is_finished() {
+                join(thread);
             }
         }
         ended.map_err(|stuck| stuck_error(stuck, STAND_STILL_DEADLINE))
     }
 
     fn kick_all(&self) {
-        self.threads.iter().for_each(kick::kick);
+        self.threads.values().for_each(kick::kick);
     }
 }
 
@@ -291,6 +348,19 @@ impl Drop for Vcpus {
         if let Err(error) = self.stop() {
             log::error!("{error}");
         }
+    }
+}
+
+fn create(vm: &Vm, topology: &Topology, index: u32) -> Result<Arc<VcpuCell>, CpuError> {
+    let apic_id = topology.apic_id(index);
+    let vcpu = vm.create_vcpu(apic_id);
+    let vcpu = vcpu.map_err(vcpu_error(index, "create"))?;
+    Ok(Arc::new(VcpuCell::new(index, apic_id, vcpu)))
+}
+
+fn join(thread: JoinHandle<()>) {
+    if thread.join().is_err() {
+        log::error!("A vCPU thread panicked");
     }
 }
 

@@ -17,6 +17,8 @@ const PART: Part = parts::GED;
 pub const GED_BYTES: u64 = 1;
 /// I/O APIC pin of the device: the first that no ISA device ever had.
 pub const GED_IRQ: u8 = 16;
+/// vCPUs were added, or should be removed.
+pub const GED_CPU_HOTPLUG: u8 = 1;
 /// PCI functions were added, or should be removed.
 pub const GED_PCI_HOTPLUG: u8 = 4;
 /// The power button was pressed.
@@ -63,7 +65,7 @@ impl Ged {
     /// # Errors
     /// Unknown events.
     pub fn restore(&self, state: &GedState) -> Result<(), StateError> {
-        let unknown = state.pending & !(GED_PCI_HOTPLUG | GED_POWER_BUTTON);
+        let unknown = state.pending & !(GED_CPU_HOTPLUG | GED_PCI_HOTPLUG | GED_POWER_BUTTON);
         require(unknown == 0, PART, "pending", || {
             format!("has unknown events {unknown:#x}")
         })?;
@@ -85,6 +87,14 @@ impl Ged {
     /// As [`Ged::press_power_button`].
     pub fn announce_pci_change(&self) -> std::io::Result<()> {
         self.raise(GED_PCI_HOTPLUG)
+    }
+
+    /// Makes the guest read the vCPU hot-plug controller.
+    ///
+    /// # Errors
+    /// As [`Ged::press_power_button`].
+    pub fn announce_cpu_change(&self) -> std::io::Result<()> {
+        self.raise(GED_CPU_HOTPLUG)
     }
 
     fn raise(&self, event: u8) -> std::io::Result<()> {

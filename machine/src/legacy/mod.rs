@@ -27,7 +27,9 @@ use vmm_sys_util::eventfd::EventFd;
 pub use acpi_power::{AcpiPower, RESET_VALUE, S5_SLEEP_TYPE};
 pub use cmos::{CMOS_CENTURY, Cmos, CmosState};
 pub use debug::{DebugConsole, DebugPort, FirmwareDebug};
-pub use ged::{GED_BYTES, GED_IRQ, GED_PCI_HOTPLUG, GED_POWER_BUTTON, Ged, GedState};
+pub use ged::{
+    GED_BYTES, GED_CPU_HOTPLUG, GED_IRQ, GED_PCI_HOTPLUG, GED_POWER_BUTTON, Ged, GedState,
+};
 pub use i8042::I8042;
 pub use pm_timer::{PmTimer, PmTimerState};
 

@@ -4,8 +4,9 @@ use std::sync::Arc;
 
 use hypervisor::Vm as KvmVm;
 
-use super::PcError;
+use super::{PcError, PcParams};
 use crate::bus::{Bus, BusDevice, BusError};
+use crate::cpu::{CPU_HOTPLUG_BYTES, CpuHotplug};
 use crate::interrupt::{GsiRouter, InterruptBackend, Ioapic};
 use crate::legacy::{
     ACPI_POWER_PORTS, AcpiPower, CMOS_PORTS, Cmos, DEBUG_PORTS, DebugPort, FIRMWARE_DEBUG_PORTS,
@@ -23,6 +24,8 @@ use crate::signals::VmSignals;
 
 /// The offset of the PCI hot-plug controller from the event device: one page, so that a guest may map them separately.
 const PCI_HOTPLUG_OFFSET: u64 = 0x1000;
+/// That of the vCPU hot-plug controller.
+const CPU_HOTPLUG_OFFSET: u64 = 0x2000;
 
 /// The bare machine.
 #[derive(Debug)]
@@ -39,6 +42,8 @@ pub(super) struct Chassis {
     pub(super) ged_address: u64,
     pub(super) hotplug: Arc<HotplugController>,
     pub(super) pci_hotplug_address: u64,
+    pub(super) cpu_hotplug: Arc<CpuHotplug>,
+    pub(super) cpu_hotplug_address: u64,
 }
 
 impl Chassis {
@@ -47,7 +52,7 @@ impl Chassis {
     pub(super) fn new(
         kvm: &Arc<KvmVm>,
         map: &AddressMap,
-        pci_segments: u16,
+        params: &PcParams,
         signals: &Arc<VmSignals>,
     ) -> Result<Self, PcError> {
         let ports = Arc::new(Bus::new());
@@ -62,14 +67,14 @@ impl Chassis {
         .map_err(PcError::Bus)?;
 
         let pci = PciSegments::new(
-            pci_segments,
+            params.pci_segments,
             &mmio,
             &(MEM_32BIT_DEVICES_START..MEM_32BIT_DEVICES_START + MEM_32BIT_DEVICES_BYTES),
             &map.devices_64bit,
             &(Arc::clone(kvm) as Arc<dyn DoorbellBackend>),
         )
         .map_err(PcError::Pci)?;
-        for (segment, bus) in (0..pci_segments).zip(pci.buses()) {
+        for (segment, bus) in (0_u16..).zip(pci.buses()) {
             mmio.insert(pci_mmconfig(segment), ECAM_BYTES, Arc::new(Ecam::new(bus)))
                 .map_err(PcError::Bus)?;
         }
@@ -91,12 +96,22 @@ impl Chassis {
             // Fails only if the counter is full, and then the control thread is about to wake up anyway.
             ejected.ejected.write(1).ok();
         });
-        let hotplug = Arc::new(HotplugController::new(&pci, sink));
+        let hotplug = Arc::new(HotplugController::new(&pci, Arc::clone(&sink)));
         let pci_hotplug_address = map.platform_devices.start + PCI_HOTPLUG_OFFSET;
         mmio.insert(
             pci_hotplug_address,
             HOTPLUG_BYTES,
             Arc::clone(&hotplug) as Arc<dyn BusDevice>,
+        )
+        .map_err(PcError::Bus)?;
+
+        let (boot, max) = (params.cpus.boot_vcpus, params.cpus.max_vcpus);
+        let cpu_hotplug = Arc::new(CpuHotplug::new(boot, max, sink));
+        let cpu_hotplug_address = map.platform_devices.start + CPU_HOTPLUG_OFFSET;
+        mmio.insert(
+            cpu_hotplug_address,
+            CPU_HOTPLUG_BYTES,
+            Arc::clone(&cpu_hotplug) as Arc<dyn BusDevice>,
         )
         .map_err(PcError::Bus)?;
 
@@ -113,6 +128,8 @@ impl Chassis {
             ged_address,
             hotplug,
             pci_hotplug_address,
+            cpu_hotplug,
+            cpu_hotplug_address,
         };
         chassis.plug_legacy(signals).map_err(PcError::Bus)?;
         Ok(chassis)

@@ -69,6 +69,15 @@ pub enum PcError {
         #[source]
         source: io::Error,
     },
+    /// The guest has not released vCPUs.
+    #[error("{count} vCPUs are being removed: try again once the guest has released them")]
+    LeavingVcpus {
+        /// vCPUs.
+        count: usize,
+    },
+    /// The guest cannot be notified that vCPUs were added or should be removed.
+    #[error("Cannot notify the guest about its vCPUs")]
+    AnnounceVcpus(#[source] io::Error),
     /// Kernel, firmware, initramfs or command line.
     #[error("Cannot load the payload")]
     Payload(#[source] BootError),

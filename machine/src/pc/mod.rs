@@ -12,6 +12,7 @@ mod pvpanic;
 mod state;
 #[cfg(test)]
 mod tests;
+mod vcpus;
 
 use std::sync::Arc;
 
@@ -106,7 +107,7 @@ impl Pc {
             .map_err(PcError::Kvm)?;
         let slots = memory.attach(&vm).map_err(PcError::Memory)?;
         let device_slots = DeviceSlots::new(Arc::clone(&vm), slots.end());
-        let chassis = Chassis::new(&vm, memory.map(), params.pci_segments, &context.signals)?;
+        let chassis = Chassis::new(&vm, memory.map(), &params, &context.signals)?;
         chassis.pci.reserve(params.wished_slots.iter().copied());
         let vcpus_context = VcpusContext {
             handler: Arc::new(Exits::new(&chassis)),
@@ -213,29 +214,34 @@ impl Pc {
                 .map(|index| VcpuEntry {
                     apic_id: topology.apic_id(index),
                     enabled: index < cpus.boot_vcpus,
+                    domain: self.domain(|node| node.cpus.iter().flatten().any(|it| *it == index)),
                 })
                 .collect(),
             pci_segments: self.pci_segments(),
             ged_address: self.chassis.ged_address,
             pci_hotplug_address: self.chassis.pci_hotplug_address,
+            cpu_hotplug_address: self.chassis.cpu_hotplug_address,
             has_serial: self.serial.is_some(),
             numa: self.numa_nodes(),
         }
     }
 
     fn pci_segments(&self) -> Vec<PciSegmentEntry> {
-        let domain = |segment| {
-            let mut nodes = self.params.numa.iter();
-            let node =
-                nodes.find(|node| node.pci_segments.iter().flatten().any(|it| *it == segment));
-            node.map(|node| node.guest_numa_id)
-        };
         let segments = (0_u16..).zip(self.chassis.pci.buses());
         let entry = |(segment, bus): (u16, &Arc<PciBus>)| PciSegmentEntry {
             windows: bus.windows(),
-            domain: domain(segment),
+            domain: self.domain(|node| {
+                let mut segments = node.pci_segments.iter().flatten();
+                segments.any(|it| *it == segment)
+            }),
         };
         segments.map(entry).collect()
+    }
+
+    /// The first NUMA node that `owns` something.
+    fn domain(&self, owns: impl Fn(&NumaConfig) -> bool) -> Option<u32> {
+        let mut nodes = self.params.numa.iter();
+        nodes.find(|node| owns(node)).map(|node| node.guest_numa_id)
     }
 
     fn numa_nodes(&self) -> Vec<NumaNode> {

@@ -9,7 +9,7 @@
 
 use std::collections::BTreeMap;
 
-use ::state::{Part, Saved, State, StateError, parts, require};
+use ::state::{Fields, Part, Saved, State, StateError, parts, require};
 use api::config::CpusConfig;
 use hypervisor::Kvm;
 use serde::{Deserialize, Serialize};
@@ -36,6 +36,8 @@ pub struct PcState {
     pub pci_bus: Saved,
     /// A `HotplugState`.
     pub pci_hotplug: Saved,
+    /// A `CpuHotplugState`; none in a state of version 1.
+    pub cpu_hotplug: Option<Saved>,
     /// A `VirtioPciState` of each virtio device, by the device's identifier.
     pub devices: BTreeMap<String, Saved>,
     /// A `PciConfigState`, if the machine has a pvpanic device.
@@ -52,6 +54,12 @@ pub struct PcState {
 
 impl State for PcState {
     const PART: Part = PART;
+
+    /// In version 1, vCPUs did not come and go.
+    fn upgrade(_from: u32, fields: &mut Fields) -> Result<(), StateError> {
+        fields.insert("cpu_hotplug".to_owned(), ().into());
+        Ok(())
+    }
 }
 
 impl PcState {
@@ -76,8 +84,8 @@ impl Pc {
     /// The state of the paused machine.
     ///
     /// # Errors
-    /// The machine is not paused, KVM refuses to show a part, a worker has ended, or the guest still has a device whose
-    /// removal was requested: no configuration describes such a machine.
+    /// The machine is not paused, KVM refuses to show a part, a worker has ended, or the guest still has a device or a
+    /// vCPU whose removal was requested: no configuration describes such a machine.
     pub fn state(&self) -> Result<PcState, PcError> {
         let chassis = &self.chassis;
         let on_bus = chassis.pci.functions();
@@ -99,12 +107,18 @@ impl Pc {
                 Err(source) => Err(PcError::DeviceState { id, source }),
             }
         };
+        let leaving = chassis.cpu_hotplug.leaving();
+        if leaving > 0 {
+            return Err(PcError::LeavingVcpus { count: leaving });
+        }
+        let vcpus = self.vcpus.state(chassis.cpu_hotplug.present());
         Ok(PcState {
             memory: Saved::of(&self.memory.state()),
-            vcpus: Saved::of(&self.vcpus.state().map_err(PcError::Cpu)?),
+            vcpus: Saved::of(&vcpus.map_err(PcError::Cpu)?),
             ioapic: Saved::of(&chassis.ioapic.state()),
             pci_bus: Saved::of(&chassis.pci.state(chassis.config_ports.address())),
             pci_hotplug: Saved::of(&hotplug),
+            cpu_hotplug: Some(Saved::of(&chassis.cpu_hotplug.state())),
             devices: devices.iter().map(state_of).collect::<Result<_, _>>()?,
             pvpanic: self.pvpanic.as_ref().map(|it| Saved::of(&it.state())),
             serial: self.serial.as_ref().map(|uart| Saved::of(&uart.state())),
@@ -184,6 +198,9 @@ impl Pc {
         chassis.pci.restore_reserved(&bus)?;
         chassis.config_ports.restore_address(bus.config_address);
         chassis.hotplug.restore(&state.pci_hotplug.read()?)?;
+        if let Some(saved) = &state.cpu_hotplug {
+            chassis.cpu_hotplug.restore(&saved.read()?)?;
+        }
         chassis.ioapic.restore(&state.ioapic.read()?)?;
         chassis.cmos.restore(&state.cmos.read::<CmosState>()?)?;
         let timer = state.pm_timer.read::<PmTimerState>()?;

@@ -5,6 +5,8 @@ use std::sync::Mutex;
 
 use virtio_devices::rng::Rng;
 
+use crate::bus::BusDevice;
+
 use super::*;
 use crate::threads::{DeviceKind, MachineThread};
 
@@ -38,4 +40,68 @@ fn worker_of_a_device_named_like_a_thread_is_confined_as_a_worker() {
     pc.plug(plug).unwrap();
     let thread = threads.recv().unwrap();
     assert_eq!(thread, MachineThread::Worker(DeviceKind::Rng));
+}
+
+/// What a guest does with the controller of its vCPUs.
+fn eject(pc: &Pc, vcpu: u32) {
+    const EJECT: u8 = 1 << 3;
+    pc.chassis.cpu_hotplug.write(0, &vcpu.to_le_bytes());
+    pc.chassis.cpu_hotplug.write(4, &[EJECT]);
+}
+
+#[test]
+fn vcpus_come_and_go_as_the_guest_lets_go_of_them() {
+    let Ok(kvm) = Kvm::open().map_err(test_skip::skip) else {
+        return;
+    };
+    let (sender, threads) = std::sync::mpsc::channel();
+    let context = PcContext {
+        signals: Arc::new(VmSignals::new().unwrap()),
+        thread_start: Arc::new(move |thread| sender.send(thread).unwrap()),
+        events: Arc::new(|_| {}),
+    };
+    let signals = Arc::clone(&context.signals);
+    let memory = GuestMemory::new(&Default::default(), 46).unwrap();
+    let params = PcParams {
+        cpus: CpusConfig {
+            boot_vcpus: 1,
+            max_vcpus: 4,
+            ..CpusConfig::default()
+        },
+        numa: Vec::new(),
+        pci_segments: 1,
+        wished_slots: Vec::new(),
+    };
+    let mut pc = Pc::new(&kvm, memory, params, context).unwrap();
+    // Paused: the added vCPUs wait for their start-up interrupt either way.
+    pc.resize_vcpus(3).unwrap();
+    for _ in 0..2 {
+        assert_eq!(threads.recv().unwrap(), MachineThread::Vcpu);
+    }
+    pc.resize_vcpus(1).unwrap();
+    let refused = pc.resize_vcpus(2).unwrap_err();
+    assert!(matches!(refused, PcError::LeavingVcpus { count: 2 }));
+    assert!(matches!(
+        pc.state(),
+        Err(PcError::LeavingVcpus { count: 2 })
+    ));
+    eject(&pc, 1);
+    assert_eq!(signals.ejected.read().unwrap(), 1);
+    pc.take_ejected_vcpus().unwrap();
+    let refused = pc.resize_vcpus(2).unwrap_err();
+    assert!(matches!(refused, PcError::LeavingVcpus { count: 1 }));
+    eject(&pc, 2);
+    // A second removal in a row, of vCPUs of which one is new and one was there before.
+    pc.resize_vcpus(4).unwrap();
+    for _ in 0..3 {
+        assert_eq!(threads.recv().unwrap(), MachineThread::Vcpu);
+    }
+    pc.resize_vcpus(2).unwrap();
+    eject(&pc, 3);
+    eject(&pc, 2);
+    eject(&pc, 1);
+    pc.take_ejected_vcpus().unwrap();
+    assert_eq!(pc.chassis.cpu_hotplug.present(), 2);
+    assert_eq!(pc.chassis.cpu_hotplug.refused_ejects(), 1);
+    assert!(threads.try_recv().is_err());
 }

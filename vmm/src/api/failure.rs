@@ -68,7 +68,9 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         }
         // As with a device that is still leaving: the same request may succeed later.
         LifecycleError::ResetPending
-        | LifecycleError::Machine(VmError::Pc(PcError::Leaving { .. })) => Status::TooManyRequests,
+        | LifecycleError::Machine(VmError::Pc(
+            PcError::Leaving { .. } | PcError::LeavingVcpus { .. },
+        )) => Status::TooManyRequests,
         // The request or the saved configuration names an image or a tap that cannot be used, the saved state is not
         // that of the device, or there is no slot for it.
         LifecycleError::Machine(VmError::Pc(PcError::Device { .. })) if names_device => {
@@ -80,7 +82,7 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         | LifecycleError::InvalidStateTransition { .. }
         | LifecycleError::NotPaused
         | LifecycleError::Snapshot(_)
-        | LifecycleError::VcpuHotplug { .. }
+        | LifecycleError::VcpusOutOfRange { .. }
         | LifecycleError::MemoryHotplug { .. }
         | LifecycleError::Landlock(_)
         | LifecycleError::Machine(_) => Status::InternalServerError,

@@ -41,6 +41,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Machines are created on another thread from a configuration alone, so its command line selects their behaviour.
 #[derive(Debug)]
 struct FakeMachine {
+    vcpus: u32,
+    vcpus_leave: bool,
     observer: FakeObserver,
     leaving: Vec<String>,
     memory: MemoryConfig,
@@ -105,6 +107,8 @@ impl FakeMachine {
         }
         Ok(Box::new(Self {
             leaving: Vec::new(),
+            vcpus: config.cpus.boot_vcpus,
+            vcpus_leave: false,
             memory: config.memory.clone(),
             observer: FakeObserver {
                 ram_bytes: config.memory.total_bytes().unwrap(),
@@ -175,6 +179,16 @@ impl Machine for FakeMachine {
         actual
             .ok_or(VmError::MissingBalloon)?
             .store(bytes, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn resize_vcpus(&mut self, count: u32) -> Result<(), VmError> {
+        // Its guest never lets go of a vCPU.
+        if self.vcpus_leave {
+            return Err(VmError::Pc(PcError::LeavingVcpus { count: 1 }));
+        }
+        self.vcpus_leave = count < self.vcpus;
+        self.vcpus = count;
         Ok(())
     }
 
@@ -1160,6 +1174,34 @@ fn resize_of_a_running_vm_refuses_hotplug_before_it_touches_the_balloon() {
         vmm.ok(Endpoint::VmInfo, None)["config"]["balloon"]["size"],
         0
     );
+}
+
+#[test]
+fn resize_of_the_vcpus_is_stored_and_waits_for_a_pending_removal() {
+    let vmm = vmm();
+    let config = json!({"payload": {"kernel": "/k"}, "cpus": {"boot_vcpus": 2, "max_vcpus": 4}});
+    vmm.ok(Endpoint::VmCreate, Some(&config.to_string()));
+    vmm.ok(Endpoint::VmBoot, None);
+    let resize = |vcpus: u32| {
+        let body = json!({ "desired_vcpus": vcpus }).to_string();
+        vmm.call(Endpoint::VmResize, Some(&body)).status
+    };
+    let stored = || vmm.ok(Endpoint::VmInfo, None)["config"]["cpus"]["boot_vcpus"].clone();
+    for refused in [0, 5] {
+        assert_eq!(resize(refused), 500);
+    }
+    for vcpus in [4, 4, 3] {
+        assert_eq!(resize(vcpus), 204);
+        assert_eq!(stored(), vcpus);
+    }
+    // The guest still has the fourth.
+    for vcpus in [4, 2] {
+        assert_eq!(resize(vcpus), 429);
+        assert_eq!(stored(), 3);
+    }
+    assert_eq!(resize(3), 204);
+    vmm.ok(Endpoint::VmReboot, None);
+    assert_eq!(resize(2), 204);
 }
 
 #[test]

@@ -51,13 +51,13 @@ pub enum LifecycleError {
     /// The thresholds are invalid.
     #[error("Failed to validate thresholds")]
     Thresholds(#[source] ThresholdError),
-    /// Hotplug is not built.
-    #[error("The number of vCPUs of a running VM cannot be changed from {current} to {desired}")]
-    VcpuHotplug {
-        /// The current value.
-        current: u32,
+    /// No vCPU, or more than there can be.
+    #[error("desired_vcpus must be between 1 and max_vcpus ({max}); got {desired}")]
+    VcpusOutOfRange {
         /// The requested value.
         desired: u32,
+        /// The maximum.
+        max: u32,
     },
     /// There is no room for more RAM.
     #[error("The RAM of a running VM cannot be changed from {current} to {desired} bytes")]

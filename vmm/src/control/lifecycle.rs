@@ -441,7 +441,7 @@ impl Lifecycle {
     /// There is no VM, or the size is not possible.
     pub fn resize(&mut self, resize: VmResize) -> Result<(), LifecycleError> {
         let config = self.config.as_mut().ok_or(LifecycleError::VmNotCreated)?;
-        let Some(machine) = &self.machine else {
+        let Some(machine) = &mut self.machine else {
             let mut wanted = config.clone();
             resize_stored(&mut wanted, resize);
             config::validate_balloon(&wanted).map_err(LifecycleError::ConfigValidation)?;
@@ -449,12 +449,15 @@ impl Lifecycle {
             return Ok(());
         };
         (self.context.events)(&EventKind::Resizing.into());
+        let max = config.cpus.max_vcpus;
         if let Some(desired) = resize.desired_vcpus
-            && desired != config.cpus.boot_vcpus
+            && !(1..=max).contains(&desired)
         {
-            let current = config.cpus.boot_vcpus;
-            return Err(LifecycleError::VcpuHotplug { current, desired });
+            return Err(LifecycleError::VcpusOutOfRange { desired, max });
         }
+        let vcpus = resize
+            .desired_vcpus
+            .filter(|desired| *desired != config.cpus.boot_vcpus);
         let ram = resize
             .desired_ram
             .filter(|desired| Some(*desired) != config.memory.total_bytes());
@@ -468,6 +471,13 @@ impl Lifecycle {
         }
         // A size that could not boot is rejected before anything changes.
         config::validate_balloon(&wanted).map_err(LifecycleError::ConfigValidation)?;
+        if let Some(desired) = vcpus {
+            machine
+                .resize_vcpus(desired)
+                .map_err(LifecycleError::Machine)?;
+            // Stored as requested: the guest may take a while, and a reboot starts with it.
+            config.cpus.boot_vcpus = desired;
+        }
         if ram.is_some() {
             machine
                 .resize_memory(wanted.memory.hotplugged_size.unwrap_or(0))

@@ -174,6 +174,12 @@ pub trait Machine {
     /// [`VmError::MissingBalloon`].
     fn resize_balloon(&self, bytes: u64) -> Result<(), VmError>;
 
+    /// Adds vCPUs, or requests the release of the last ones from the guest, and returns at once.
+    ///
+    /// # Errors
+    /// A removal is pending, or a vCPU cannot be added.
+    fn resize_vcpus(&mut self, count: u32) -> Result<(), VmError>;
+
     /// Sets how much memory the guest should plug in beyond what it booted with, and returns at once.
     ///
     /// # Errors
@@ -209,7 +215,8 @@ pub trait Machine {
     /// There is no such device, it cannot be removed, or it is a balloon with memory in it.
     fn remove_device(&mut self, id: &str) -> Result<(), VmError>;
 
-    /// Drops the devices that the guest has released, and returns what they were. Waits for host I/O at most.
+    /// Drops the devices that the guest has released, and returns what they were. Ends the vCPUs that it has released.
+    /// Waits for host I/O at most.
     fn take_ejected(&mut self) -> Vec<PciDeviceInfo>;
 
     /// The figures that other threads may read.
@@ -347,6 +354,10 @@ impl Machine for Vm {
         Ok(())
     }
 
+    fn resize_vcpus(&mut self, count: u32) -> Result<(), VmError> {
+        self.pc.resize_vcpus(count).map_err(VmError::Pc)
+    }
+
     fn resize_memory(&self, hotplugged_bytes: u64) -> Result<(), VmError> {
         let mem = self.mem.as_ref().ok_or(VmError::MissingMem)?;
         mem.set_requested_bytes(hotplugged_bytes)
@@ -394,6 +405,9 @@ impl Machine for Vm {
     }
 
     fn take_ejected(&mut self) -> Vec<PciDeviceInfo> {
+        if let Err(error) = self.pc.take_ejected_vcpus() {
+            log::error!("{}", api::error_chain(&error).join(": "));
+        }
         let gone = self.pc.take_ejected().into_iter();
         gone.map(|plugged| {
             let is_balloon = plugged.kind == DeviceKind::Balloon;

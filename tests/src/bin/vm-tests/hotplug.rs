@@ -14,6 +14,7 @@ pub(crate) fn tests() -> Vec<Test> {
     tests![
         memory_plugged_in_is_used_ballooned_and_comes_back,
         devices_on_another_pci_segment_work_come_and_go,
+        vcpus_come_and_go_with_their_topology,
     ]
 }
 
@@ -123,6 +124,51 @@ fn devices_on_another_pci_segment_work_come_and_go() -> Result<Outcome> {
         wait_gone(&guest, "data")?;
         guest.shell("! [ -e /dev/vda ]")?;
     }
+    guest.end_cleanly()?;
+    Ok(Outcome::Passed)
+}
+
+/// Linux starts added vCPUs when it is told to, and lets go of them by itself.
+fn vcpus_come_and_go_with_their_topology() -> Result<Outcome> {
+    let mut guest = Machine {
+        cpus: "boot=1,max=4,topology=2:2:1:1",
+        ..Machine::default()
+    }
+    .serve()?;
+    // Two removals in a row, and back to vCPUs that were there before.
+    for count in [3_u32, 2, 1, 4] {
+        expect(&guest, "vm.resize", &json!({"desired_vcpus": count}), 204)?;
+        let last = count - 1;
+        let script = format!(
+            "cd /sys/devices/system/cpu
+            for i in $(seq 600); do [ -d cpu{last} ] && ! [ -d cpu{count} ] && break; sleep 0.1; done
+            for cpu in cpu[1-3]; do
+                [ ! -d $cpu ] || [ $(cat $cpu/online) = 1 ] || echo 1 > $cpu/online || exit 1
+            done
+            grep -c ^processor /proc/cpuinfo"
+        );
+        let online = guest.shell(&script)?;
+        ensure!(
+            online.lines().any(|line| line.trim() == count.to_string()),
+            "{count} vCPUs: {online}"
+        );
+        wait_for("the threads of the vCPUs", GUEST_DEADLINE, || {
+            let (_, threads) = guest.vmm.possessions()?;
+            let vcpus = threads.iter().filter(|name| name.starts_with("vcpu"));
+            Ok((vcpus.count() == count as usize).then_some(()))
+        })?;
+        let info = guest.vmm.get("vm.info")?;
+        ensure!(info["config"]["cpus"]["boot_vcpus"] == count, "{info:#}");
+        guest.vmm.put("vm.pause", None)?;
+        guest.vmm.put("vm.resume", None)?;
+    }
+    let siblings =
+        guest.shell("cat /sys/devices/system/cpu/cpu[13]/topology/thread_siblings_list")?;
+    for pair in ["0-1", "2-3"] {
+        ensure!(siblings.contains(pair), "{siblings}");
+    }
+    guest.command("alloc 64M seed=3")?;
+    guest.command("verify")?;
     guest.end_cleanly()?;
     Ok(Outcome::Passed)
 }
