@@ -16,6 +16,7 @@ mod life;
 mod network;
 mod operator;
 mod patched;
+mod pmem;
 mod power;
 mod promises;
 mod snapshot;
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
         network::tests(),
         operator::tests(),
         vsock::tests(),
+        pmem::tests(),
         balloon::tests(),
         stress::tests(),
         zones::tests(),
