@@ -38,7 +38,9 @@ impl Bounds {
         // Invalid sizes are refused later, where they are named.
         let ram = memory.total_bytes().unwrap_or(0);
         let ram = ram.saturating_add(memory.hotplug_size.unwrap_or(0));
-        let vcpus = u64::from(config.cpus.boot_vcpus).min(VCPUS_MAX);
+        // The guest may still have some that it was asked to release.
+        let vcpus = config.cpus.max_vcpus.max(config.cpus.boot_vcpus);
+        let vcpus = u64::from(vcpus).min(VCPUS_MAX);
         let machine = DEVICES_BYTES + vcpus * VCPU_BYTES + ram / RAM_PER_BLOCK_BYTE;
         // Every zone can end with a chunk that is not whole, before and behind the hole in the address map.
         let chunks = ram / CHUNK_BYTES + 2 * zones;
