@@ -23,6 +23,7 @@ use super::{Balloon, BalloonHandle, BalloonParams, BalloonSnapshot};
 use crate::device::{QueueHandler, VirtioDevice};
 use crate::reclaim::guarded_ram::{GuardedRam, Kind, PAGE, RamArea};
 use crate::reclaim::{DiscardEngine, InhibitGuard, InhibitReason};
+use crate::testing::fuzz_input::Input;
 use crate::testing::{Desc, HandlerHarness, Segment, TestRam, WRITE};
 
 /// Maximum number of steps per input; more bytes are ignored.
@@ -77,7 +78,7 @@ pub fn run(bytes: &[u8]) -> BalloonSnapshot {
 fn run_on(guarded: &GuardedRam, mut input: Input<'_>) -> BalloonSnapshot {
     let mut guest = Guest::new(guarded, input.byte());
     for _ in 0..STEPS_MAX {
-        if input.0.is_empty() {
+        if input.is_empty() {
             break;
         }
         guest.step(&mut input);
@@ -86,43 +87,6 @@ fn run_on(guarded: &GuardedRam, mut input: Input<'_>) -> BalloonSnapshot {
     guest.check_service();
     guarded.check_guards();
     guest.handle.snapshot()
-}
-
-/// Takes numbers from the front of the input; zeros when it is exhausted.
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn byte(&mut self) -> u8 {
-        let (byte, rest) = self.0.split_first().unwrap_or((&0, &[]));
-        self.0 = rest;
-        *byte
-    }
-
-    fn number(&mut self, bytes: usize) -> u64 {
-        (0..bytes).fold(0, |number, _| number << 8 | u64::from(self.byte()))
-    }
-
-    fn word(&mut self) -> u16 {
-        u16::from(self.byte()) << 8 | u16::from(self.byte())
-    }
-
-    /// An address: often a page of RAM, otherwise any byte of it, otherwise anything.
-    fn address(&mut self) -> u64 {
-        match self.byte() % 4 {
-            0 | 1 => u64::from(self.byte() % 96) * PAGE as u64,
-            2 => self.number(3),
-            _ => self.number(8),
-        }
-    }
-
-    /// A length: often some pages, otherwise a few bytes, otherwise anything.
-    fn length(&mut self) -> u32 {
-        match self.byte() % 4 {
-            0 | 1 => u32::from(self.byte() % 8) * PAGE as u32,
-            2 => u32::from(self.byte()),
-            _ => u32::from(self.word()) << 16 | u32::from(self.word()),
-        }
-    }
 }
 
 struct Guest {
@@ -195,7 +159,10 @@ impl Guest {
         let choice = input.byte();
         let queue = u16::from(choice >> 4) % QUEUES;
         match choice % 15 {
-            0..=2 => self.offer_chain(queue, input),
+            0..=2 => {
+                input.offer_chain(self.harness.queue(queue));
+                self.kick(queue);
+            }
             3 => self.offer_list(queue % 2, input),
             4 | 5 => self.kick(queue),
             6 => {
@@ -217,32 +184,6 @@ impl Guest {
                 self.guard = inhibit.then(|| self.handle.inhibit(InhibitReason::PinnedMemory));
             }
         }
-    }
-
-    /// Writes up to eight descriptors from some slot on, and makes that slot available.
-    fn offer_chain(&mut self, queue: u16, input: &mut Input<'_>) {
-        let count = u16::from(input.byte() % 8) + 1;
-        let first = u16::from(input.byte()) % QUEUE_SIZE;
-        for at in 0..count {
-            let shape = input.byte();
-            // Mostly the next slot, sometimes a loop or an invalid slot.
-            let next = match shape >> 6 {
-                0..=2 => (first + at + 1) % QUEUE_SIZE,
-                _ => input.word(),
-            };
-            // One in thirty-two goes through an indirect table.
-            let indirect = if shape & 0x3c == 0x3c { 4 } else { 0 };
-            let desc = Desc {
-                addr: input.address(),
-                len: input.length(),
-                flags: u16::from(shape & 3) | indirect,
-                next,
-            };
-            let slot = (first + at) % QUEUE_SIZE;
-            self.harness.queue(queue).write_desc(slot, desc);
-        }
-        self.harness.queue(queue).offer(first);
-        self.kick(queue);
     }
 
     /// Inflates or deflates like a driver, with numbers near and in RAM.

@@ -96,6 +96,19 @@ impl Net {
         Self::with_taps(&params, taps)
     }
 
+    /// A device on sockets in place of taps, for tests without permission to create one. They do not block.
+    ///
+    /// # Errors
+    /// The host has no descriptors left.
+    #[cfg(any(test, feature = "test-utils"))]
+    pub fn on_sockets(
+        params: &NetParams,
+        sockets: Vec<std::os::fd::OwnedFd>,
+    ) -> Result<Self, NetError> {
+        let taps = sockets.into_iter().map(Tap::untested).collect();
+        Self::with_taps(params, taps)
+    }
+
     /// A device on taps that are ready, one per pair.
     pub(super) fn with_taps(params: &NetParams, taps: Vec<Tap>) -> Result<Self, NetError> {
         let pairs = taps.len();

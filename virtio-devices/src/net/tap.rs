@@ -159,7 +159,7 @@ impl Tap {
     }
 
     /// A queue that is not a tap, for tests without permission to create one.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "test-utils"))]
     pub(super) fn untested(fd: OwnedFd) -> Self {
         Self {
             file: File::from(fd),

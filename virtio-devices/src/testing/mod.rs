@@ -8,11 +8,15 @@
 //! Both share [`TestRam`] and [`DriverQueue`], the driver's side of a split
 //! queue (virtio 1.2 §2.7). Everything here panics on misuse: it is test code.
 
+mod any_device;
+pub mod any_guest;
+pub mod any_registers;
 mod conformance;
 mod conformance_state;
 mod driver;
 #[cfg(test)]
 mod every_device;
+pub mod fuzz_input;
 mod handler;
 mod interrupt;
 mod queue;

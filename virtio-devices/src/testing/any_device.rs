@@ -1,0 +1,196 @@
+//! One of each kind of device, for the guest that does anything.
+
+use std::fs::File;
+use std::os::unix::net::UnixDatagram;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tempfile::{NamedTempFile, TempDir};
+
+use crate::block::{Block, BlockParams, EngineChoice};
+use crate::console::{Console, ConsoleEndpoint, WindowSize};
+use crate::device::VirtioDevice;
+use crate::fs::{Fs, FsParams};
+use crate::mem::{Mem, MemParams, MemRegion};
+use crate::net::{Backend, Net, NetParams};
+use crate::reclaim::guarded_ram::{GuardedRam, Kind, PAGE, RamArea};
+use crate::rng::Rng;
+use crate::vsock::{Vsock, VsockParams};
+use crate::watchdog::Watchdog;
+
+/// What [`make`] makes, by choice.
+pub(super) const NAMES: [&str; 9] = [
+    "block-sync",
+    "block",
+    "console",
+    "fs",
+    "mem",
+    "net",
+    "rng",
+    "vsock",
+    "watchdog",
+];
+
+/// RAM from address 0 without a hole.
+pub(super) const SOLID_PAGES: u64 = 64;
+const BLOCK_BYTES: u64 = 2 << 20;
+const BLOCKS: u64 = 2;
+/// Where virtio-mem has its region.
+const MEM_PAGE: u64 = 1 << 20;
+
+const AREAS: [RamArea; 3] = [
+    RamArea {
+        guest_page: 0,
+        pages: 48,
+        kind: Kind::Anonymous,
+    },
+    RamArea {
+        guest_page: 48,
+        pages: 16,
+        kind: Kind::Memfd,
+    },
+    RamArea {
+        guest_page: 72,
+        pages: 8,
+        kind: Kind::Anonymous,
+    },
+];
+
+/// A device and what it uses of the host.
+pub(super) struct Made {
+    pub(super) device: Arc<Mutex<dyn VirtioDevice>>,
+    /// Where a network device's frames come from and go to.
+    pub(super) wire: Option<UnixDatagram>,
+    _image: Option<NamedTempFile>,
+    _folder: Option<TempDir>,
+}
+
+fn name(choice: u8) -> &'static str {
+    NAMES[usize::from(choice) % NAMES.len()]
+}
+
+/// Calls `run` with RAM for that device, which later calls on this thread use again: mapping it dominates the cost of a
+/// run.
+pub(super) fn with_ram<T>(choice: u8, run: impl FnOnce(&GuardedRam) -> T) -> T {
+    thread_local! {
+        static RAM: GuardedRam = GuardedRam::new(&AREAS);
+        static RAM_WITH_BLOCKS: GuardedRam = GuardedRam::new(&[AREAS[0], AREAS[1], AREAS[2], RamArea {
+            guest_page: MEM_PAGE,
+            pages: (BLOCKS * BLOCK_BYTES) as usize / PAGE,
+            kind: Kind::Anonymous,
+        }]);
+    }
+    if name(choice) == "mem" {
+        RAM_WITH_BLOCKS.with(run)
+    } else {
+        RAM.with(run)
+    }
+}
+
+fn shared(device: impl VirtioDevice + 'static) -> Arc<Mutex<dyn VirtioDevice>> {
+    Arc::new(Mutex::new(device))
+}
+
+/// Makes the device.
+pub(super) fn make(choice: u8) -> Made {
+    let mut image = None;
+    let mut folder = None;
+    let mut wire = None;
+    let mut in_folder = |file: &str| {
+        let made = folder.insert(tempfile::tempdir().expect("folders can be made"));
+        made.path().join(file)
+    };
+    let device: Arc<Mutex<dyn VirtioDevice>> = match name(choice) {
+        name @ ("block" | "block-sync") => {
+            let file = NamedTempFile::new().expect("files can be made");
+            file.as_file().set_len(1 << 20).expect("they can grow");
+            let params = BlockParams {
+                id: "_disk0".into(),
+                path: file.path().into(),
+                num_queues: 2,
+                queue_size: 128,
+                sparse: true,
+                engine: match name {
+                    "block" => EngineChoice::Auto,
+                    _ => EngineChoice::Sync,
+                },
+                ..BlockParams::default()
+            };
+            image = Some(file);
+            shared(Block::new(params).expect("a sound image"))
+        }
+        "console" => {
+            let zero = File::open("/dev/zero").expect("always there");
+            let null = File::options().write(true).open("/dev/null");
+            let null = null.expect("always there");
+            let endpoint = ConsoleEndpoint::new(Some(zero.into()), Some(null.into()));
+            let window = WindowSize {
+                columns: 80,
+                rows: 25,
+            };
+            shared(Console::new("__console", endpoint, Some(window)).expect("descriptors"))
+        }
+        "fs" => shared(
+            Fs::new(FsParams {
+                id: "_fs0".into(),
+                tag: "folder".into(),
+                socket: in_folder("nobody"),
+                num_queues: 1,
+                queue_size: 64,
+            })
+            .expect("sound parameters"),
+        ),
+        "mem" => {
+            let start = MEM_PAGE * PAGE as u64;
+            let (device, _) = Mem::new(MemParams {
+                id: "mem0".into(),
+                region: MemRegion::new(start, BLOCKS * BLOCK_BYTES, BLOCK_BYTES).expect("aligned"),
+                requested_bytes: BLOCK_BYTES,
+            })
+            .expect("descriptors");
+            shared(device)
+        }
+        "net" => {
+            let (near, far) = UnixDatagram::pair().expect("sockets");
+            for end in [&near, &far] {
+                end.set_nonblocking(true).expect("sockets can be so");
+            }
+            wire = Some(far);
+            let params = NetParams {
+                id: "_net0".into(),
+                backend: Backend::Fds(Vec::new()),
+                mac: [0x52, 0x54, 0, 1, 2, 3],
+                mtu: None,
+                num_queues: 2,
+                queue_size: 64,
+                offload_tso: true,
+                offload_ufo: true,
+                offload_csum: true,
+            };
+            shared(Net::on_sockets(&params, vec![near.into()]).expect("descriptors"))
+        }
+        "rng" => {
+            let source = File::open("/dev/urandom").expect("always there");
+            shared(Rng::new("__rng", source))
+        }
+        "vsock" => shared(
+            Vsock::new(VsockParams {
+                id: "_vsock0".into(),
+                cid: 3,
+                socket: in_folder("vsock"),
+            })
+            .expect("a socket can be bound"),
+        ),
+        "watchdog" => {
+            let expiry = Duration::from_secs(3600);
+            shared(Watchdog::new("__watchdog", expiry, || ()).expect("a timer"))
+        }
+        other => unreachable!("{other}"),
+    };
+    Made {
+        device,
+        wire,
+        _image: image,
+        _folder: folder,
+    }
+}

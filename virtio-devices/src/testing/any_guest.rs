@@ -1,0 +1,313 @@
+//! A guest that does anything with any device: the fuzz target `devices`, and the ordinary tests with random bytes.
+//!
+//! It writes any descriptor, any ring index, any byte of the configuration space and of its own RAM, in any order,
+//! also requests of the usual form with any header; it resets the device, which is paused and saved in between.
+//! Afterwards it checks the invariants:
+//!
+//! * memory around the guest's is unchanged;
+//! * a state that was saved can be restored;
+//! * the device works again after a reset.
+
+use vm_memory::GuestAddress;
+
+use super::any_device::{self, Made};
+use super::fuzz_input::Input;
+use super::handler::HandlerHarness;
+use super::queue::{Desc, NEXT, WRITE};
+use super::ram::TestRam;
+use crate::device::QueueHandler;
+use crate::reclaim::guarded_ram::{GuardedRam, PAGE};
+use crate::unpoisoned::Unpoisoned as _;
+
+/// Maximum number of steps per input; more bytes are ignored.
+const STEPS_MAX: usize = 64;
+const QUEUE_SIZE_MAX: u16 = 32;
+const VERSION_1: u64 = 1 << 32;
+/// Where headers of requests of the usual form are written: a page without rings.
+const HEADER_START: u64 = 41 * PAGE as u64;
+const HEADER_BYTES_MAX: u8 = 56;
+/// RAM without a hole, where any byte may be written.
+const SOLID_BYTES: u64 = any_device::SOLID_PAGES * PAGE as u64;
+
+/// Plays the bytes, the first of which chooses the device; returns how many chains that one has answered.
+///
+/// # Panics
+/// An invariant is violated.
+#[must_use]
+pub fn run(bytes: &[u8]) -> u64 {
+    let mut input = Input(bytes);
+    let choice = input.byte();
+    run_with(choice, input)
+}
+
+fn run_with(choice: u8, mut input: Input<'_>) -> u64 {
+    any_device::with_ram(choice, |guarded| {
+        guarded.refill();
+        let mut guest = Guest::new(choice, guarded, &mut input);
+        for _ in 0..STEPS_MAX {
+            if input.is_empty() {
+                break;
+            }
+            guest.step(&mut input);
+        }
+        guest.check_service();
+        guarded.check_guards();
+        guest.answered
+    })
+}
+
+type Harness = HandlerHarness<Box<dyn QueueHandler>>;
+
+struct Guest {
+    choice: u8,
+    made: Made,
+    /// One per handler, with the queues it serves.
+    harnesses: Vec<Harness>,
+    /// By queue: its handler.
+    served_by: Vec<Option<usize>>,
+    ram: TestRam,
+    features: u64,
+    answered: u64,
+}
+
+impl Guest {
+    fn new(choice: u8, guarded: &GuardedRam, input: &mut Input<'_>) -> Self {
+        let ram = TestRam::around(guarded.ram.clone(), 0, SOLID_BYTES);
+        let made = any_device::make(choice);
+        let mut device = made.device.lock().unpoisoned();
+        let features = device.features() & input.number(8) | VERSION_1;
+        let mut harnesses: Vec<Harness> = device
+            .take_handlers()
+            .into_iter()
+            .map(|handler| HandlerHarness::with_ram(handler, features, ram.clone()))
+            .collect();
+        let mut served_by = Vec::new();
+        let sizes = device.queue_sizes().to_vec();
+        for (index, size) in (0..).zip(sizes) {
+            let handler = device.handler_of_queue(index, features);
+            if let Some(handler) = handler {
+                // The RAM is full of patterns, and so are the rings.
+                let queue = harnesses[handler].add_queue(index, size.min(QUEUE_SIZE_MAX));
+                queue.clear();
+            }
+            served_by.push(handler);
+        }
+        drop(device);
+        let mut guest = Self {
+            choice,
+            made,
+            harnesses,
+            served_by,
+            ram,
+            features,
+            answered: 0,
+        };
+        guest.activate();
+        guest
+    }
+
+    fn activate(&mut self) {
+        let device = &self.made.device;
+        device.lock().unpoisoned().ack_features(self.features);
+        for harness in &mut self.harnesses {
+            harness.activate().expect("the host has what it takes");
+        }
+    }
+
+    /// Resets like a driver that starts over.
+    fn reset(&mut self) {
+        self.count_answers();
+        for harness in &mut self.harnesses {
+            harness.reset();
+        }
+        self.made.device.lock().unpoisoned().reset();
+        self.activate();
+    }
+
+    fn count_answers(&mut self) {
+        for index in 0..self.served_by.len() {
+            if let Some(harness) = self.served_by[index] {
+                let queue = self.harnesses[harness].queue(index as u16);
+                self.answered += u64::from(queue.used_idx());
+            }
+        }
+    }
+
+    fn step(&mut self, input: &mut Input<'_>) {
+        let choice = input.byte();
+        let index = u16::from(choice >> 4) % self.served_by.len() as u16;
+        let Some(harness) = self.served_by[usize::from(index)] else {
+            return;
+        };
+        let harness = &mut self.harnesses[harness];
+        match choice % 16 {
+            0..=2 => {
+                input.offer_chain(harness.queue(index));
+                self.kick(index);
+            }
+            3..=7 => self.offer_request(index, input),
+            8 => self.kick(index),
+            9 => harness.queue(index).set_avail_idx(input.word()),
+            10 => harness.queue(index).offer(input.word()),
+            11 => self.write_ram(input),
+            12 => self.touch_config(input),
+            13 => self.reset(),
+            14 => self.save(),
+            _ => {
+                self.send_frame(input);
+                self.serve_sources();
+            }
+        }
+    }
+
+    /// Something for the device to receive, and room in the socket for what it has sent.
+    fn send_frame(&mut self, input: &mut Input<'_>) {
+        let Some(wire) = &self.made.wire else {
+            return;
+        };
+        let mut taken = [0; 256];
+        while wire.recv(&mut taken).is_ok() {}
+        let mut frame = vec![0; usize::from(input.word() % 2048)];
+        for byte in frame.iter_mut().take(32) {
+            *byte = input.byte();
+        }
+        // A full socket is the host's trouble, as with a tap.
+        wire.send(&frame).ok();
+    }
+
+    /// A request of the form that most devices have: a header to read, data, and room for the answer.
+    fn offer_request(&mut self, index: u16, input: &mut Input<'_>) {
+        let header: Vec<u8> = (0..input.byte() % HEADER_BYTES_MAX + 1)
+            .map(|_| input.byte())
+            .collect();
+        self.ram.write(GuestAddress(HEADER_START), &header);
+        let shape = input.byte();
+        let mut parts = vec![(HEADER_START, header.len() as u32, 0)];
+        for bit in 0..shape & 3 {
+            let writable = shape >> (bit + 2) & 1 != 0;
+            let page = u64::from(input.byte() % any_device::SOLID_PAGES as u8);
+            let length = u32::from(input.word() % (4 * PAGE as u16));
+            parts.push((page * PAGE as u64, length, if writable { WRITE } else { 0 }));
+        }
+        if shape & 0x80 == 0 {
+            let answer = HEADER_START + u64::from(HEADER_BYTES_MAX) * 2;
+            parts.push((answer, u32::from(shape >> 3 & 0xf), WRITE));
+        }
+        let harness = self.served_by[usize::from(index)].expect("a queue that is served");
+        let queue = self.harnesses[harness].queue(index);
+        let count = (parts.len() as u16).min(queue.size());
+        for (slot, (addr, len, flags)) in (0..count).zip(parts) {
+            let more = if slot + 1 < count { NEXT } else { 0 };
+            let desc = Desc {
+                addr,
+                len,
+                flags: flags | more,
+                next: slot + 1,
+            };
+            queue.write_desc(slot, desc);
+        }
+        queue.offer(0);
+        self.kick(index);
+    }
+
+    fn kick(&mut self, index: u16) {
+        let Some(harness) = self.served_by[usize::from(index)] else {
+            return;
+        };
+        if self.harnesses[harness].kick(index).is_err() {
+            // DEVICE_NEEDS_RESET; a driver can only recover by a reset.
+            self.reset();
+        }
+    }
+
+    fn serve_sources(&mut self) {
+        let served: Result<Vec<_>, _> = self
+            .harnesses
+            .iter_mut()
+            .map(|harness| harness.serve_sources(0))
+            .collect();
+        if served.is_err() {
+            self.reset();
+        }
+    }
+
+    fn write_ram(&mut self, input: &mut Input<'_>) {
+        let at = input.number(3) % (SOLID_BYTES - 8);
+        let bytes = input.number(8).to_le_bytes();
+        self.ram.write(GuestAddress(at), &bytes);
+    }
+
+    fn touch_config(&mut self, input: &mut Input<'_>) {
+        let offset = match input.byte() {
+            near @ 0..=191 => u64::from(near),
+            _ => input.number(8),
+        };
+        let bytes = usize::from(input.byte() % 9);
+        let mut data = input.number(8).to_le_bytes();
+        let mut device = self.made.device.lock().unpoisoned();
+        device.write_config(offset, &data[..bytes]);
+        device.read_config(offset, &mut data[..bytes]);
+    }
+
+    /// Pauses, saves, restores a second device from what was saved, and lets the first one go on.
+    fn save(&mut self) {
+        let second = any_device::make(self.choice);
+        let mut other = second.device.lock().unpoisoned();
+        for harness in &mut self.harnesses {
+            harness.handler.pause();
+        }
+        let state = self.made.device.lock().unpoisoned().state();
+        other.ack_features(self.features);
+        other.restore(&state).expect("its own state");
+        for (harness, mut handler) in self.harnesses.iter().zip(other.take_handlers()) {
+            let state = harness.handler.state();
+            handler.restore(state.own.as_ref()).expect("its own state");
+        }
+        for harness in &mut self.harnesses {
+            harness.handler.resume();
+        }
+        for index in 0..self.served_by.len() {
+            self.kick(index as u16);
+        }
+    }
+
+    /// Checks that a driver which starts over finds a device that does nothing wrong with empty rings.
+    fn check_service(&mut self) {
+        self.reset();
+        for index in 0..self.served_by.len() as u16 {
+            if let Some(harness) = self.served_by[usize::from(index)] {
+                let harness = &mut self.harnesses[harness];
+                harness.kick(index).expect("a fresh start is served");
+                assert_eq!(harness.queue(index).used_idx(), 0, "nothing was asked");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use proptest::strategy::ValueTree;
+    use proptest::test_runner::TestRunner;
+
+    use super::*;
+
+    /// Every device answers something to random bytes, or the checks mean nothing.
+    #[test]
+    fn guest_of_random_bytes_breaks_no_device() {
+        let mut runner = TestRunner::deterministic();
+        for (choice, name) in (0..).zip(any_device::NAMES) {
+            let mut answered = 0;
+            for _ in 0..60 {
+                let bytes = proptest::collection::vec(any::<u8>(), 0..1500)
+                    .new_tree(&mut runner)
+                    .expect("bytes")
+                    .current();
+                answered += run_with(choice, Input(&bytes));
+            }
+            println!("{name}: {answered} answers");
+            let is_served = name != "fs";
+            assert!(!is_served || answered > 0, "{name}");
+        }
+    }
+}

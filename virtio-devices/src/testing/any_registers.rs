@@ -1,0 +1,158 @@
+//! Any access to the registers of a device whose workers run, and any state that one could be restored from: the fuzz
+//! targets `registers` and `saved_state`.
+
+use state::Saved;
+
+use super::any_device;
+use super::driver::{MockPciDriver, restore};
+use super::fuzz_input::Input;
+use super::queue::Segment;
+use super::ram::TestRam;
+use crate::pci::PciFunction;
+use crate::transport::TransportError;
+
+/// Maximum number of steps per input; more bytes are ignored.
+const STEPS_MAX: usize = 64;
+const RAM_BYTES: usize = 4 << 20;
+/// Changes to the text of a state.
+const EDITS_MAX: usize = 8;
+
+/// Plays the bytes, the first of which chooses the device.
+///
+/// # Panics
+/// The device does not work after a reset.
+pub fn run(bytes: &[u8]) {
+    let mut input = Input(bytes);
+    let made = any_device::make(input.byte());
+    let ram = TestRam::new(RAM_BYTES);
+    let mut driver = MockPciDriver::new(made.device.clone(), &ram);
+    driver.start(u64::MAX);
+    for _ in 0..STEPS_MAX {
+        if input.is_empty() {
+            break;
+        }
+        step(&mut driver, &mut input);
+    }
+    driver.function.resume();
+    // A driver that starts over finds a device that works.
+    driver.function.reset();
+    driver.set_up_pci();
+    driver.start(u64::MAX);
+    driver.function.pause();
+    driver.function.resume();
+    assert!(driver.function.workers_live(), "a worker has panicked");
+    assert!(!driver.needs_reset(), "device gave up on a fresh start");
+}
+
+fn step(driver: &mut MockPciDriver, input: &mut Input<'_>) {
+    let windows = driver.windows;
+    let bytes = 1 << (input.byte() % 4);
+    let near = u64::from(input.byte());
+    let mut data = input.number(8).to_le_bytes();
+    let data = &mut data[..bytes];
+    let bar_bytes = driver.function.bars()[0].size_bytes;
+    let offset = match input.byte() % 16 {
+        0..=4 => windows.common + near % 0x40,
+        5 => windows.notify + near,
+        6 => windows.device + near,
+        7 => windows.msix_table + near,
+        8 => input.number(8) % bar_bytes,
+        9 | 10 => {
+            // As the bus does it: aligned.
+            let at = (input.word() % 4096) & !3;
+            let bytes = bytes.min(4);
+            driver.function.config_write(at, &data[..bytes]);
+            driver.function.config_read(at, &mut data[..bytes]);
+            return;
+        }
+        11 => return driver.function.pause(),
+        12 => return driver.function.resume(),
+        13 => return driver.function.reset(),
+        14 => {
+            let state = driver.function.state();
+            let _saved = Saved::of(&state);
+            return;
+        }
+        _ => {
+            for index in 0..driver.num_queues() {
+                driver.kick(index);
+            }
+            return;
+        }
+    };
+    let offset = offset.min(bar_bytes - bytes as u64);
+    driver.write(offset, data);
+    driver.read(offset, data);
+}
+
+/// Restores a device from its own state after changes to the text of it; returns whether it was accepted.
+///
+/// # Panics
+/// A worker of the restored device panics.
+#[must_use]
+pub fn run_state(bytes: &[u8]) -> bool {
+    let mut input = Input(bytes);
+    let choice = input.byte();
+    let made = any_device::make(choice);
+    let ram = TestRam::new(RAM_BYTES);
+    let mut driver = MockPciDriver::new(made.device.clone(), &ram);
+    driver.start(u64::MAX);
+    for index in 0..driver.num_queues() {
+        let queue = driver.queue(index);
+        queue.push(&[Segment::Readable(&[0; 16]), Segment::Writable(512)]);
+    }
+    let (saved, moving) = driver.save();
+    let mut text = serde_json::to_vec(&saved).expect("states are JSON");
+    for _ in 0..EDITS_MAX {
+        if input.is_empty() {
+            break;
+        }
+        let at = usize::from(input.word()) % text.len();
+        // Mostly other digits: other text is seldom JSON.
+        text[at] = match input.byte() {
+            digit @ 0..=191 if text[at].is_ascii_digit() => b'0' + digit % 10,
+            other => other,
+        };
+    }
+    let Ok(read) = serde_json::from_slice::<Saved>(&text) else {
+        return false;
+    };
+    let other = any_device::make(choice);
+    match restore(other.device.clone(), &moving.ram, &read) {
+        Ok((function, _)) => {
+            function.resume();
+            function.pause();
+            assert!(function.workers_live(), "a worker has panicked");
+            true
+        }
+        Err(TransportError::State(_)) => false,
+        Err(other) => panic!("{other}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+
+        #[test]
+        fn random_accesses_break_no_device(
+            device in 0..any_device::NAMES.len() as u8,
+            bytes in proptest::collection::vec(any::<u8>(), 0..900),
+        ) {
+            run(&[&[device], bytes.as_slice()].concat());
+        }
+
+        #[test]
+        fn changed_states_break_no_device(
+            device in 0..any_device::NAMES.len() as u8,
+            bytes in proptest::collection::vec(any::<u8>(), 0..24),
+        ) {
+            let _accepted = run_state(&[&[device], bytes.as_slice()].concat());
+        }
+    }
+}
