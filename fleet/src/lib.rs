@@ -13,6 +13,8 @@ pub mod agent_config;
 pub mod cluster;
 pub mod config;
 pub mod execute;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod host;
 pub mod http;
 mod metrics;

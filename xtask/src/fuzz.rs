@@ -27,7 +27,16 @@ const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module \
     -Cllvm-args=-sanitizer-coverage-pc-table \
     -Cllvm-args=-sanitizer-coverage-trace-compares \
     -Ccodegen-units=1 -Cdebug-assertions";
-const TARGETS: &[&str] = &["balloon"];
+const TARGETS: &[&str] = &[
+    "balloon",
+    "boot",
+    "devices",
+    "fleet",
+    "http",
+    "options",
+    "registers",
+    "saved_state",
+];
 const CANARY: &str = "canary";
 /// The message of the canary's assertion.
 const CANARY_FOUND: &str = "canary: found";

@@ -29,6 +29,15 @@ mod records;
 #[cfg(test)]
 mod tests;
 
+/// Whether these bytes are a record of any kind.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn reads_record(value: &[u8]) -> bool {
+    records::read::<HostRecord>("", value).is_ok()
+        || records::read::<RemoteReservations>("", value).is_ok()
+        || records::read::<VmsRecord>("", value).is_ok()
+        || records::read::<DrainMark>("", value).is_ok()
+}
+
 pub use member::{
     HeldReservation, HostReport, Member, MemberCounts, MemberError, Round, StoreView,
 };

@@ -9,6 +9,12 @@ mod server;
 mod stream;
 mod tls;
 
+/// Whether these bytes are a request.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn reads_request(mut bytes: &[u8]) -> bool {
+    message::read_request(&mut bytes).is_ok()
+}
+
 #[cfg(test)]
 mod tests;
 

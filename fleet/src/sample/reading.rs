@@ -524,6 +524,18 @@ fn parse<T: serde::de::DeserializeOwned>(op: &'static str, body: &str) -> Result
     serde_json::from_str(body).map_err(|source| SampleFailure::Form { op, source })
 }
 
+/// What a VMM has said with these two answers: its memory and the sample.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn figures(info: &str, stats: &str) -> Option<(Bytes, VmSample)> {
+    let info: Info = parse("vm.info", info).ok()?;
+    let mut reading = from_info(&info, 1, 0);
+    if let Ok(stats) = parse("vm.reclaim-stats", stats) {
+        fill_from_reclaim(&mut reading, &stats, 0);
+    }
+    reading.fill_from_process(ProcessMemory::default());
+    Some((reading.configured, reading.sample))
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

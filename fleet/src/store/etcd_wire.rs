@@ -213,6 +213,23 @@ pub(super) fn watch(prefix: &str, after: Revision) -> Value {
     }})
 }
 
+/// Whether these bytes are an answer of any kind.
+#[cfg(any(test, fuzzing))]
+pub(super) fn reads_answer(body: &[u8]) -> bool {
+    let range: Option<RangeAnswer> = serde_json::from_slice(body).ok();
+    if let Some(range) = &range {
+        // A key or value that is no base64 is refused.
+        for found in &range.kvs {
+            pair(found).ok();
+        }
+    }
+    range.is_some()
+        || serde_json::from_slice::<TxnAnswer>(body).is_ok()
+        || serde_json::from_slice::<LeaseAnswer>(body).is_ok()
+        || serde_json::from_slice::<Streamed<WatchAnswer>>(body).is_ok()
+        || serde_json::from_slice::<Failure>(body).is_ok()
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

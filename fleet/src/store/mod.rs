@@ -28,6 +28,12 @@ pub use etcd::{Endpoint, EndpointError, EtcdStore, Login};
 pub use measured::{Measured, StoreCall, StoreCounters};
 pub use memory::{Fault, MemoryStore};
 
+/// Whether these bytes are an answer of etcd's.
+#[cfg(any(test, fuzzing))]
+pub(crate) fn reads_answer(body: &[u8]) -> bool {
+    etcd_wire::reads_answer(body)
+}
+
 /// A lease: keys that are tied to it go when it does. Never 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LeaseId(pub i64);

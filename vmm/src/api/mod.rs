@@ -3,6 +3,8 @@
 mod body;
 mod dispatch;
 mod failure;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod http;
 mod query;
 mod socket;

@@ -86,6 +86,19 @@ impl Framer {
         self.bytes.is_empty() && self.head.is_none()
     }
 
+    /// Bytes held for the request that has begun.
+    #[cfg(any(test, fuzzing))]
+    pub(super) fn kept_bytes(&self) -> usize {
+        let body = match &self.head {
+            Some(Head {
+                body: BodyFrame::Chunked(chunks),
+                ..
+            }) => chunks.body.len(),
+            _ => 0,
+        };
+        self.bytes.len() + body
+    }
+
     /// Appends received bytes. The caller calls [`Framer::next`] after each push, which bounds the buffer.
     pub(super) fn push(&mut self, received: &[u8]) {
         self.bytes.extend_from_slice(received);

@@ -6,6 +6,8 @@
 
 mod connection;
 mod framing;
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzz;
 mod receive;
 mod reply;
 mod server;

@@ -1,0 +1,9 @@
+//! What a hostile VMM, guest, store or client can say to the fleet manager.
+#![no_main]
+
+use fleet::fuzz::run;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| {
+    let _understood = run(bytes);
+});

@@ -1,0 +1,7 @@
+//! Any access to a device's registers, with pauses and resets between, while its workers run.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use virtio_devices::testing::any_registers::run;
+
+fuzz_target!(|bytes: &[u8]| run(bytes));

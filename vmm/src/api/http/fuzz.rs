@@ -1,0 +1,28 @@
+//! A stream of any bytes, for `api::fuzz`.
+
+use super::framing::{Framer, HEAD_BYTES_MAX, PAYLOAD_BYTES_MAX};
+
+/// The bodies of the requests in `stream`, which arrives in pieces of that many bytes.
+///
+/// # Panics
+/// More is kept than the limits allow.
+pub(in crate::api) fn requests(stream: &[u8], piece_bytes: usize) -> Vec<Vec<u8>> {
+    let mut framer = Framer::default();
+    let mut bodies = Vec::new();
+    for piece in stream.chunks(piece_bytes) {
+        framer.push(piece);
+        loop {
+            framer.take_continue_due();
+            match framer.next() {
+                Ok(Some(request)) => {
+                    let body = request.body.map(|body| body.raw().to_vec());
+                    bodies.push(body.unwrap_or_default());
+                }
+                Ok(None) => break,
+                Err(_) => return bodies,
+            }
+        }
+        assert!(framer.kept_bytes() <= HEAD_BYTES_MAX + PAYLOAD_BYTES_MAX + piece_bytes);
+    }
+    bodies
+}
