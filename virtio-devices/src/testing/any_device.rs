@@ -12,7 +12,7 @@ use crate::console::{Console, ConsoleEndpoint, WindowSize};
 use crate::device::VirtioDevice;
 use crate::fs::{Fs, FsParams};
 use crate::mem::{Mem, MemParams, MemRegion};
-use crate::net::{Backend, Net, NetParams};
+use crate::net::{Backend, Net, NetLimiters, NetParams};
 use crate::reclaim::guarded_ram::{GuardedRam, Kind, PAGE, RamArea};
 use crate::rng::Rng;
 use crate::vsock::{Vsock, VsockParams};
@@ -166,6 +166,7 @@ pub(super) fn make(choice: u8) -> Made {
                 offload_tso: true,
                 offload_ufo: true,
                 offload_csum: true,
+                limiters: NetLimiters::default(),
             };
             shared(Net::on_sockets(&params, vec![near.into()]).expect("descriptors"))
         }

@@ -69,7 +69,7 @@ fn step(driver: &mut MockPciDriver, input: &mut Input<'_>) {
         12 => return driver.function.resume(),
         13 => return driver.function.reset(),
         14 => {
-            let state = driver.function.state();
+            let state = driver.function.state().expect("its workers live");
             let _saved = Saved::of(&state);
             return;
         }

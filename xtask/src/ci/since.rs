@@ -136,6 +136,7 @@ mod tests {
                 "clippy",
                 "build",
                 "unit tests",
+                "fuzz",
                 "fleet store",
                 "package",
                 "fleet page",

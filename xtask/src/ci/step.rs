@@ -157,8 +157,8 @@ pub(crate) const STEPS: &[Step] = &[
     beside(host(
         "fuzz",
         &[],
-        &[Shared, Vmm, Fuzz, Xtask],
-        "cargo xtask fuzz --seconds 30",
+        &[Shared, Vmm, Fleet, Fuzz, Xtask],
+        "cargo xtask fuzz --seconds 10",
     )),
     // Each once, without measuring, to check that they still run.
     beside(host(
