@@ -52,6 +52,9 @@ pub(crate) struct Options {
     /// Seconds for each target
     #[arg(long, default_value_t = 30)]
     seconds: u32,
+    /// Try the same inputs each time: this seed, and no inputs of earlier runs
+    #[arg(long)]
+    seed: Option<u32>,
     /// Only targets whose name contains this
     target: Option<String>,
 }
@@ -80,7 +83,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         count(CANARY, canary_is_found(&programs.join(CANARY))?);
     }
     for name in TARGETS.iter().filter(|name| wanted(name)) {
-        count(name, holds(&programs.join(name), name, options.seconds)?);
+        count(name, holds(&programs.join(name), name, options)?);
     }
     ensure!(passed + failed > 0, "no target has such a name");
     println!("{passed} passed, {failed} failed, 0 skipped");
@@ -115,18 +118,25 @@ fn canary_is_found(program: &Path) -> Result<bool> {
     Ok(found && !good)
 }
 
-/// Fuzzes a target with the corpus of earlier runs; returns whether no assertion failed.
-fn holds(program: &Path, name: &str, seconds: u32) -> Result<bool> {
-    let corpus = paths::target().join("fuzz/corpus").join(name);
-    fs::create_dir_all(&corpus).with_context(|| format!("making {}", corpus.display()))?;
-    fuzz(program, name, Some(&corpus), seconds, |_| ())
+/// Fuzzes a target, unless there is a seed with the corpus of earlier runs; returns whether no assertion failed.
+fn holds(program: &Path, name: &str, options: &Options) -> Result<bool> {
+    let from = match options.seed {
+        Some(seed) => format!("-seed={seed}"),
+        None => {
+            let corpus = paths::target().join("fuzz/corpus").join(name);
+            fs::create_dir_all(&corpus).with_context(|| format!("making {}", corpus.display()))?;
+            corpus.display().to_string()
+        }
+    };
+    fuzz(program, name, Some(&from), options.seconds, |_| ())
 }
 
-/// Runs one program, shows its output, and passes each line to `look`; returns whether it succeeded.
+/// Runs one program from a seed or corpus, shows its output, and passes each line to `look`; returns whether it
+/// succeeded.
 fn fuzz(
     program: &Path,
     name: &str,
-    corpus: Option<&Path>,
+    from: Option<&str>,
     seconds: u32,
     mut look: impl FnMut(&str),
 ) -> Result<bool> {
@@ -138,7 +148,7 @@ fn fuzz(
         .arg(format!("-artifact_prefix={}", artifacts.display()))
         // One line for each new input is too much to read.
         .args(["-print_final_stats=1", "-verbosity=0"])
-        .args(corpus)
+        .args(from)
         .stdin(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()

@@ -10,7 +10,9 @@ use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
 use super::endpoint::ConsoleEndpoint;
 use super::handler::ConsoleHandler;
 use crate::counters::counters;
-use crate::device::{Counters, Interrupt, QueueHandler, VirtioDevice, WorkerError, boxed};
+use crate::device::{
+    Counters, Interrupt, QueueHandler, VirtioDevice, WorkerError, boxed, read_config_space,
+};
 
 /// Virtio device id.
 const DEVICE_TYPE: u32 = 3;
@@ -143,13 +145,8 @@ impl VirtioDevice for Console {
     /// `struct virtio_console_config`: cols, rows, max_nr_ports, emerg_wr.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let window = self.shared.window.load(Ordering::SeqCst);
-        let fields = [window, MAX_NR_PORTS, 0];
-        for (at, byte) in (offset..).zip(data) {
-            *byte = usize::try_from(at)
-                .ok()
-                .and_then(|at| Some(fields.get(at / 4)?.to_le_bytes()[at % 4]))
-                .unwrap_or(0);
-        }
+        let fields = [window, MAX_NR_PORTS, 0].map(u32::to_le_bytes);
+        read_config_space(fields.as_flattened(), offset, data);
     }
 
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {

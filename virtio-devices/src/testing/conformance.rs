@@ -90,6 +90,15 @@ fn configuration_reads_at_any_width(driver: &mut MockPciDriver) {
         driver.device_config(offset, &mut data);
         driver.write_device_config(offset, &[0xa5; 8]);
     }
+    {
+        // The transport lets no such offset through.
+        let device = driver.function.device();
+        let mut device = device.lock().expect("device lock is sound");
+        let mut data = [0xff; 8];
+        device.write_config(u64::MAX - 3, &data);
+        device.read_config(u64::MAX - 3, &mut data);
+        assert_eq!(data, [0; 8]);
+    }
     for offset in 0..70 {
         for width in 0..9 {
             driver.write_device_config(offset, &vec![0xff; width]);

@@ -16,6 +16,7 @@ use super::counters::TransportCounters;
 use super::interrupt::{PciInterrupt, VIRTIO_MSI_NO_VECTOR};
 use super::layout::COMMON_BYTES;
 use super::queue_config::QueueConfig;
+use crate::device::read_config_space;
 
 const S_ACKNOWLEDGE: u8 = VIRTIO_CONFIG_S_ACKNOWLEDGE as u8;
 const S_DRIVER: u8 = VIRTIO_CONFIG_S_DRIVER as u8;
@@ -147,13 +148,7 @@ impl CommonConfig {
 
     /// Reads at a byte offset; zero behind the end.
     pub(super) fn read(&self, offset: u64, data: &mut [u8]) {
-        let image = self.image();
-        for (at, byte) in (offset..).zip(data) {
-            *byte = usize::try_from(at)
-                .ok()
-                .and_then(|at| image.get(at).copied())
-                .unwrap_or(0);
-        }
+        read_config_space(&self.image(), offset, data);
     }
 
     /// Writes at a byte offset.

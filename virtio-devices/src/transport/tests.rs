@@ -57,9 +57,7 @@ impl VirtioDevice for Device {
     }
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let config = self.seen.config.load(Ordering::SeqCst).to_le_bytes();
-        for (at, byte) in (offset..).zip(data) {
-            *byte = config.get(at as usize).copied().unwrap_or(0);
-        }
+        crate::device::read_config_space(&config, offset, data);
     }
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>> {
         let handler = |name| Handler {
