@@ -140,12 +140,12 @@ fn vcpus_come_and_go_with_their_topology() -> Result<Outcome> {
         expect(&guest, "vm.resize", &json!({"desired_vcpus": count}), 204)?;
         let last = count - 1;
         let script = format!(
-            "cd /sys/devices/system/cpu
-            for i in $(seq 600); do [ -d cpu{last} ] && ! [ -d cpu{count} ] && break; sleep 0.1; done
-            for cpu in cpu[1-3]; do
-                [ ! -d $cpu ] || [ $(cat $cpu/online) = 1 ] || echo 1 > $cpu/online || exit 1
-            done
-            grep -c ^processor /proc/cpuinfo"
+            "cd /sys/devices/system/cpu; \
+             for i in $(seq 600); do [ -d cpu{last} ] && ! [ -d cpu{count} ] && break; sleep 0.1; done; \
+             for cpu in cpu[1-3]; do \
+                 [ ! -d $cpu ] || [ $(cat $cpu/online) = 1 ] || echo 1 > $cpu/online || exit 1; \
+             done; \
+             grep -c ^processor /proc/cpuinfo"
         );
         let online = guest.shell(&script)?;
         ensure!(
