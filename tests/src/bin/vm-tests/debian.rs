@@ -30,7 +30,7 @@ const MIB: u64 = 1 << 20;
 const TOUCHED_BYTES: u64 = 200 * MIB;
 /// For a kernel that has a driver for everything to start, and for systemd to start its services,
 /// under emulation, on a busy machine.
-const DISTRIBUTION_DEADLINE: Duration = Duration::from_secs(240);
+pub(crate) const DISTRIBUTION_DEADLINE: Duration = Duration::from_secs(240);
 
 fn debian_6_1_kernel_drives_every_device_and_gives_memory_back() -> Result<Outcome> {
     drives_every_device("6.1", "vmtest5", 251)
@@ -118,7 +118,7 @@ fn console_carries_lines(guest: &mut Guest) -> Result<()> {
     guest.expect("ok sh 0", COMMAND_DEADLINE).map(drop)
 }
 
-fn balloon_inflates_and_deflates(guest: &Guest) -> Result<()> {
+pub(crate) fn balloon_inflates_and_deflates(guest: &Guest) -> Result<()> {
     resize(guest, 64 * MIB)?;
     wait_actual(guest, 448 * MIB)?;
     let ballooned = figure(guest, "/ballooned_bytes")?;
@@ -128,7 +128,7 @@ fn balloon_inflates_and_deflates(guest: &Guest) -> Result<()> {
 }
 
 /// Resident bytes with the memory touched, and after it came back.
-fn reporting_gives_back(guest: &mut Guest) -> Result<(u64, u64)> {
+pub(crate) fn reporting_gives_back(guest: &mut Guest) -> Result<(u64, u64)> {
     guest.command(&format!("alloc {TOUCHED_BYTES} seed=3"))?;
     guest.command("verify")?;
     let touched = figure(guest, "/resident_bytes")?;

@@ -19,6 +19,7 @@ mod patched;
 mod pmem;
 mod power;
 mod promises;
+mod shared_folder;
 mod snapshot;
 mod stress;
 mod vsock;
@@ -75,6 +76,7 @@ fn main() -> ExitCode {
         fleet::tests(),
         patched::tests(),
         debian::tests(),
+        shared_folder::tests(),
     ];
     outcome::main(all.into_iter().flatten().collect())
 }

@@ -1,0 +1,177 @@
+//! A folder of the host in a Linux guest, shared by virtiofsd. Debian's kernels have the driver, and ours has not.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use integration_tests::linux::{Guest, Machine};
+use integration_tests::outcome::{Outcome, Test};
+use integration_tests::paths;
+use integration_tests::tests;
+use integration_tests::wait::wait_for;
+
+use crate::debian::{DISTRIBUTION_DEADLINE, balloon_inflates_and_deflates, reporting_gives_back};
+
+pub(crate) fn tests() -> Vec<Test> {
+    tests![debian_guest_shares_a_folder_while_memory_goes_and_the_back_end_is_killed]
+}
+
+const FILE_BYTES: usize = 3 << 20;
+/// For what the guest does in the background, under emulation.
+const GUEST_DEADLINE: Duration = Duration::from_secs(240);
+
+/// Writes files to the folder until it is told to stop, reads each back from the host, renames it and removes an earlier
+/// one. `/tmp/bad` is there if one differs. It rests between two, because everything else shares its processor.
+const LOAD: &str = "dd if=/dev/urandom of=/tmp/base bs=64k count=4 2> /dev/null; n=0; \
+    while [ ! -e /tmp/stop ]; do n=$((n+1)); { cat /tmp/base; echo $n; } > /tmp/source; \
+    cp /tmp/source /mnt/new && sync && echo 1 > /proc/sys/vm/drop_caches && \
+    mv /mnt/new /mnt/load.$n && cmp /tmp/source /mnt/load.$n || { touch /tmp/bad; break; }; \
+    [ $n -lt 3 ] || rm /mnt/load.$((n-2)); echo $n > /tmp/rounds; sleep 2; done; touch /tmp/stopped";
+
+/// The back end; killed when it is dropped.
+struct Virtiofsd(Child);
+
+impl Virtiofsd {
+    fn start(program: &Path, socket: &Path, folder: &Path) -> Result<Self> {
+        let child = Command::new(program)
+            .arg("--socket-path")
+            .arg(socket)
+            .arg("--shared-dir")
+            .arg(folder)
+            // The emulated host has no other users, and a kernel with less than the sandbox needs.
+            .args(["--sandbox", "none", "--seccomp", "none"])
+            .stderr(Stdio::null())
+            .spawn()
+            .with_context(|| format!("starting {}", program.display()))?;
+        Ok(Self(child))
+    }
+}
+
+impl Drop for Virtiofsd {
+    fn drop(&mut self) {
+        // SIGKILL.
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+fn program() -> Option<PathBuf> {
+    let program = paths::workspace().join("target/virtiofsd/bin/virtiofsd");
+    program.is_file().then_some(program)
+}
+
+fn counter(guest: &Guest, name: &str) -> Result<u64> {
+    let counters = guest.vmm.get("vm.counters")?;
+    let found = counters["work"][name].as_u64();
+    found.with_context(|| format!("no {name} in {counters:#}"))
+}
+
+fn wait_counter(guest: &Guest, name: &str, value: u64) -> Result<()> {
+    wait_for(name, GUEST_DEADLINE, || {
+        Ok((counter(guest, name)? == value).then_some(()))
+    })
+}
+
+fn wait_file(guest: &mut Guest, name: &str) -> Result<()> {
+    wait_for(name, GUEST_DEADLINE, || {
+        let answer = guest.command(&format!("sh test -e {name}"))?;
+        Ok(answer.ends_with("sh 0").then_some(()))
+    })
+}
+
+/// SHA-256 as sha256sum prints it; the guest's is another program.
+fn sum(path: &Path) -> Result<String> {
+    let output = Command::new("sha256sum").arg(path).output()?;
+    let text = String::from_utf8(output.stdout)?;
+    let sum = text.split(' ').next().unwrap_or_default();
+    ensure!(sum.len() == 64, "{}: {text:?}", path.display());
+    Ok(sum.to_owned())
+}
+
+/// A file from each side, which the other side reads.
+fn exchange(guest: &mut Guest, folder: &Path, round: usize) -> Result<()> {
+    let ours = format!("host.{round}");
+    // No power of two, so that a page in the wrong place shows.
+    let data: Vec<u8> = (0..FILE_BYTES)
+        .map(|index| ((index + round) % 251) as u8)
+        .collect();
+    fs::write(folder.join(&ours), data)?;
+    let wanted = sum(&folder.join(&ours))?;
+    let printed = guest.shell(&format!("sha256sum /mnt/{ours}"))?;
+    ensure!(printed.contains(&wanted), "{ours}: {wanted}, {printed}");
+
+    let theirs = format!("guest.{round}");
+    let printed = guest.shell(&format!(
+        "dd if=/dev/urandom of=/mnt/{theirs} bs=64k count=32 2> /dev/null; sync; sha256sum /mnt/{theirs}"
+    ))?;
+    let found = sum(&folder.join(&theirs))?;
+    ensure!(printed.contains(&found), "{theirs}: {found}, {printed}");
+    Ok(())
+}
+
+fn debian_guest_shares_a_folder_while_memory_goes_and_the_back_end_is_killed() -> Result<Outcome> {
+    let Some(program) = program() else {
+        let reason = "virtiofsd is not installed: run `cargo xtask test-tools`";
+        return Ok(Outcome::Skipped(reason.into()));
+    };
+    let Some(kernel) = ["debian-6.12/vmlinuz", "debian-6.1/vmlinuz"]
+        .into_iter()
+        .find(|kernel| paths::guest(kernel).is_ok())
+    else {
+        return Ok(Outcome::Skipped("no kernel of Debian's".into()));
+    };
+    let place = tempfile::tempdir()?;
+    let socket = place.path().join("work.sock");
+    let folder = place.path().join("work");
+    fs::create_dir(&folder)?;
+    let mut back_end = Virtiofsd::start(&program, &socket, &folder)?;
+    let option = format!("tag=work,id=work,socket={}", socket.display());
+    let machine = Machine {
+        kernel,
+        memory: "size=512M,shared=on",
+        arguments: &[
+            "--fs",
+            &option,
+            "--balloon",
+            "size=0,free_page_reporting=on",
+        ],
+        ..Machine::default()
+    };
+    let mut guest = Guest::on_socket(machine.start()?, "serial.sock")?;
+    guest.expect("guest: init", DISTRIBUTION_DEADLINE)?;
+    guest.wait_serving()?;
+    guest.shell("mkdir -p /mnt && mount -t virtiofs work /mnt")?;
+    exchange(&mut guest, &folder, 0).context("before anything happens")?;
+
+    guest.shell(&format!("({LOAD}) > /tmp/load 2>&1 < /dev/null &"))?;
+    wait_file(&mut guest, "/tmp/rounds")?;
+    balloon_inflates_and_deflates(&guest).context("balloon under load")?;
+    reporting_gives_back(&mut guest).context("reporting under load")?;
+    guest.shell("touch /tmp/stop")?;
+    wait_file(&mut guest, "/tmp/stopped")?;
+    guest
+        .shell("cat /tmp/rounds /tmp/load; test ! -e /tmp/bad")
+        .context("a file differs")?;
+    exchange(&mut guest, &folder, 1).context("after the load")?;
+
+    for round in 2..4 {
+        drop(back_end);
+        wait_counter(&guest, "connected", 0)?;
+        // A new virtiofsd does not know what was mounted before. Until there is one, the guest waits.
+        guest.shell(
+            "rm -f /tmp/again; (umount /mnt; mount -t virtiofs work /mnt && touch /tmp/again) \
+             > /tmp/mount 2>&1 < /dev/null &",
+        )?;
+        back_end = Virtiofsd::start(&program, &socket, &folder)?;
+        wait_file(&mut guest, "/tmp/again")?;
+        exchange(&mut guest, &folder, round).context("after a restart of the back end")?;
+    }
+    ensure!(counter(&guest, "connections_lost")? == 2);
+    ensure!(counter(&guest, "protocol_errors")? == 0);
+    guest.shell("umount /mnt")?;
+    guest.end_cleanly()?;
+    drop(back_end);
+    Ok(Outcome::Passed)
+}
