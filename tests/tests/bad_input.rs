@@ -360,11 +360,11 @@ fn bad_devices_end_in_one_chain() -> Result<()> {
         ),
         (
             &with_disk(",pci_device_id=5 --balloon size=0,pci_device_id=5"),
-            &["PCI slot 5 is assigned to two devices"],
+            &["Valid PCI device identifier but already used: 5"],
         ),
         (
             &with_disk(",pci_device_id=32"),
-            &["PCI slot must be between 1 and 31; got 32"],
+            &["Given PCI device ID (32) is out of the supported range of 0..32"],
         ),
         (
             "--kernel kernel --disk path=missing,image_type=raw",
