@@ -23,7 +23,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     wanted.extend(memory(&config.memory));
     wanted.extend(config.numa.iter().flatten().filter_map(numa));
     wanted.extend(config.disks.iter().flatten().flat_map(disk));
-    wanted.extend(config.net.iter().flatten().flat_map(net));
+    wanted.extend(config.net.iter().flatten().filter_map(net));
     wanted.extend(config.platform.iter().flat_map(platform));
     wanted.extend(pci_devices(config).filter_map(|device| behind_iommu(&device)));
     if wanted.is_empty() {
@@ -91,13 +91,11 @@ fn disk(disk: &DiskConfig) -> Vec<String> {
     .collect()
 }
 
-fn net(net: &NetConfig) -> Vec<String> {
+fn net(net: &NetConfig) -> Option<String> {
     asked(
         "net.vhost_user",
         net.vhost_user || net.vhost_socket.is_some(),
     )
-    .into_iter()
-    .collect()
 }
 
 fn platform(platform: &PlatformConfig) -> Vec<String> {

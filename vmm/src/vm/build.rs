@@ -10,7 +10,6 @@
 //! From a snapshot, RAM gets its content instead of a payload, once the host's processor is known to fit, and each device
 //! its state as it goes on the bus.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use api::VmConfig;
@@ -21,16 +20,14 @@ use machine::memory::GuestMemory;
 use machine::pc::{Pc, PcError, PcParams, PcState};
 use machine::serial::Endpoint;
 use virtio_devices::balloon::BalloonHandle;
-use virtio_devices::block::DiskHandle;
 use virtio_devices::mem::MemHandle;
-use virtio_devices::pmem::PmemHandle;
 use virtio_devices::reclaim::ResidencyProbe;
 
 use super::consoles::DebugConsole;
 use super::devices::{self, Made};
+use super::handles::Handles;
 use super::observer::{Observed, OwnObserver};
-use super::rate_limits::{DeviceLimiter, MachineLimiters};
-use super::{Vm, VmContext, VmError, consoles, network};
+use super::{Vm, VmContext, VmError, consoles};
 use crate::config::{pci_segments, wished_slots};
 use crate::snapshot::Snapshot;
 
@@ -45,9 +42,7 @@ pub(super) struct Parts {
     devices: Vec<Made>,
     balloon: Option<BalloonHandle>,
     mem: Option<MemHandle>,
-    disks: BTreeMap<String, DiskHandle>,
-    pmems: BTreeMap<String, PmemHandle>,
-    limiters: MachineLimiters,
+    handles: Handles,
 }
 
 impl Parts {
@@ -59,33 +54,19 @@ impl Parts {
         snapshot: Option<&Snapshot>,
     ) -> Result<Self, VmError> {
         Vcpus::check(&config.cpus).map_err(in_cpus)?;
-        let mut limiters =
-            MachineLimiters::new(config.rate_limit_groups.as_deref().unwrap_or_default());
-        let mut disks = Vec::new();
-        let mut disk_handles = BTreeMap::new();
-        for disk in config.disks.iter().flatten() {
-            let (limiter, kept) = limiters.for_disk(disk);
-            let (made, handle) = devices::disk(disk, limiter)?;
-            limiters.keep(made.plug.id.clone(), kept);
-            disk_handles.insert(made.plug.id.clone(), handle);
-            disks.push(made);
-        }
-        let mut pmems = Vec::new();
-        let mut pmem_handles = BTreeMap::new();
-        for pmem in config.pmem.iter().flatten() {
-            let (made, handle) = devices::pmem(pmem)?;
-            pmem_handles.insert(made.plug.id.clone(), handle);
-            pmems.push(made);
-        }
+        let groups = config.rate_limit_groups.as_deref().unwrap_or_default();
+        let mut handles = Handles::new(groups);
+        let disks = config.disks.iter().flatten();
+        let disks = disks.map(|disk| handles.disk(disk));
+        let disks = disks.collect::<Result<Vec<_>, _>>()?;
+        let pmems = config.pmem.iter().flatten();
+        let pmems = pmems.map(|pmem| handles.pmem(pmem));
+        let pmems = pmems.collect::<Result<Vec<_>, _>>()?;
         let rng = devices::rng(config)?;
         let watchdog = devices::watchdog(config, &context.signals)?;
-        let mut nets = Vec::new();
-        for net in config.net.iter_mut().flatten() {
-            let limiter = MachineLimiters::for_net(net);
-            let made = network::net(net, limiter.clone())?;
-            limiters.keep(made.plug.id.clone(), DeviceLimiter::Net(limiter));
-            nets.push(made);
-        }
+        let nets = config.net.iter_mut().flatten();
+        let nets = nets.map(|net| handles.net(net));
+        let nets = nets.collect::<Result<Vec<_>, _>>()?;
         let payload = match snapshot {
             Some(_) => None,
             None => {
@@ -94,14 +75,13 @@ impl Parts {
             }
         };
 
-        if let Some(snapshot) = snapshot {
-            let fits = snapshot.pc.check_host(&open_kvm()?, &config.cpus);
-            fits.map_err(|error| VmError::Pc(PcError::State(error)))?;
-        }
         let memory = match snapshot {
-            Some(snapshot) => snapshot
-                .memory(config, &context.events)
-                .map_err(VmError::Snapshot)?,
+            Some(snapshot) => {
+                let fits = snapshot.pc.check_host(&open_kvm()?, &config.cpus);
+                fits.map_err(|error| VmError::Pc(PcError::State(error)))?;
+                let memory = snapshot.memory(config, &context.events);
+                memory.map_err(VmError::Snapshot)?
+            }
             None => {
                 GuestMemory::new(&config.memory, config.cpus.max_phys_bits).map_err(in_memory)?
             }
@@ -138,9 +118,7 @@ impl Parts {
                 .collect(),
             balloon: balloon_handle,
             mem: mem_handle,
-            disks: disk_handles,
-            pmems: pmem_handles,
-            limiters,
+            handles,
         })
     }
 
@@ -203,9 +181,7 @@ impl Parts {
             platform: config.platform.clone(),
             balloon: self.balloon,
             mem: self.mem,
-            disks: self.disks,
-            pmems: self.pmems,
-            limiters: self.limiters,
+            handles: self.handles,
             observer,
         })
     }

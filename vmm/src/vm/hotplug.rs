@@ -7,8 +7,7 @@ use machine::pc::Plugged;
 use machine::threads::DeviceKind;
 
 use super::devices::{self, Made};
-use super::rate_limits::{DeviceLimiter, MachineLimiters};
-use super::{Vm, VmError, network};
+use super::{Vm, VmError};
 use crate::config::NewDevice;
 
 /// Reasons why a device cannot be added or removed.
@@ -64,47 +63,24 @@ pub enum HotplugError {
 impl Vm {
     /// Plugs in a device that [`Vm::check_addition`] allows, and interrupts the guest.
     pub(super) fn plug(&mut self, device: &mut NewDevice) -> Result<PciDeviceInfo, VmError> {
-        let mut new_disk = None;
-        let mut new_limiter = None;
-        let mut new_pmem = None;
         let (Made { plug, counters }, balloon) = match device {
-            NewDevice::Disk(disk) => {
-                let (limiter, kept) = self.limiters.for_disk(disk);
-                let (made, handle) = devices::disk(disk, limiter)?;
-                new_disk = Some(handle);
-                new_limiter = Some(kept);
-                (made, None)
-            }
-            NewDevice::Net(net) => {
-                let limiters = MachineLimiters::for_net(net);
-                let made = network::net(net, limiters.clone())?;
-                new_limiter = Some(DeviceLimiter::Net(limiters));
-                (made, None)
-            }
+            NewDevice::Disk(disk) => (self.handles.disk(disk)?, None),
+            NewDevice::Net(net) => (self.handles.net(net)?, None),
             NewDevice::Fs(fs) => (devices::fs(fs)?, None),
-            NewDevice::Pmem(pmem) => {
-                let (made, handle) = devices::pmem(pmem)?;
-                new_pmem = Some(handle);
-                (made, None)
-            }
+            NewDevice::Pmem(pmem) => (self.handles.pmem(pmem)?, None),
             NewDevice::Vsock(vsock) => (devices::vsock(vsock)?, None),
             NewDevice::Balloon(balloon) => {
                 let (made, handle) = devices::balloon(balloon, self.pc.memory())?;
                 (made, Some(handle))
             }
         };
-        let plugged = self.pc.add(plug).map_err(VmError::Pc)?;
+        let id = plug.id.clone();
+        let plugged = self.pc.add(plug).map_err(|error| {
+            self.handles.remove(&id);
+            VmError::Pc(error)
+        })?;
         self.observer.add(plugged, counters, balloon.clone());
         let info = info(plugged);
-        if let Some(disk) = new_disk {
-            self.disks.insert(info.id.clone(), disk);
-        }
-        if let Some(pmem) = new_pmem {
-            self.pmems.insert(info.id.clone(), pmem);
-        }
-        if let Some(limiter) = new_limiter {
-            self.limiters.keep(info.id.clone(), limiter);
-        }
         self.balloon = balloon.or(self.balloon.take());
         Ok(info)
     }

@@ -7,6 +7,7 @@ mod build;
 mod consoles;
 mod devices;
 mod error;
+mod handles;
 mod hotplug;
 mod network;
 mod observer;
@@ -16,7 +17,6 @@ mod reporting;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
@@ -30,16 +30,14 @@ use machine::signals::VmSignals;
 use machine::threads::DeviceKind;
 use state::Saved;
 use virtio_devices::balloon::BalloonHandle;
-use virtio_devices::block::DiskHandle;
 use virtio_devices::mem::MemHandle;
-use virtio_devices::pmem::PmemHandle;
 
 pub use consoles::Consoles;
 pub use error::VmError;
+use handles::Handles;
 pub use hotplug::HotplugError;
 use observer::OwnObserver;
 pub use observer::{BalloonStatsError, MachineObserver};
-use rate_limits::MachineLimiters;
 
 use crate::config::{NewDevice, rate_limits};
 use crate::events::{Event, EventKind, EventSink};
@@ -247,11 +245,7 @@ pub struct Vm {
     balloon: Option<BalloonHandle>,
     /// Hot-plugs memory, if configured.
     mem: Option<MemHandle>,
-    /// By name.
-    disks: BTreeMap<String, DiskHandle>,
-    /// By name.
-    pmems: BTreeMap<String, PmemHandle>,
-    limiters: MachineLimiters,
+    handles: Handles,
     observer: OwnObserver,
 }
 
@@ -287,16 +281,7 @@ impl Machine for Vm {
 
     fn save(&self) -> Result<SavedMachine, VmError> {
         // The saved guest relies on writes that were answered, flushed or not.
-        for (id, disk) in &self.disks {
-            let id = id.clone();
-            disk.sync()
-                .map_err(|source| VmError::DiskSync { id, source })?;
-        }
-        for (id, pmem) in &self.pmems {
-            let id = id.clone();
-            pmem.sync()
-                .map_err(|source| VmError::PmemSync { id, source })?;
-        }
+        self.handles.sync()?;
         let state = self.pc.state().map_err(VmError::Pc)?;
         Ok(SavedMachine {
             pc: Saved::of(&state),
@@ -326,7 +311,7 @@ impl Machine for Vm {
 
     fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), VmError> {
         let plugged = self.pc.devices().iter().find(|it| it.id == id);
-        let (Some(plugged), Some(disk)) = (plugged, self.disks.get(id)) else {
+        let (Some(plugged), Some(disk)) = (plugged, self.handles.find_disk(id)) else {
             let id = id.to_owned();
             return Err(VmError::Hotplug(HotplugError::NoSuchDevice { id }));
         };
@@ -336,7 +321,7 @@ impl Machine for Vm {
     }
 
     fn set_rate_limit(&self, id: &str, limit: Option<&RateLimiterConfig>) -> Result<(), VmError> {
-        let Some(users) = self.limiters.set(id, rate_limits(limit)) else {
+        let Some(users) = self.handles.limit(id, rate_limits(limit)) else {
             let id = id.to_owned();
             return Err(VmError::Hotplug(HotplugError::NoSuchDevice { id }));
         };
@@ -412,9 +397,7 @@ impl Machine for Vm {
         gone.map(|plugged| {
             let is_balloon = plugged.kind == DeviceKind::Balloon;
             self.observer.remove(&plugged.id, is_balloon);
-            self.disks.remove(&plugged.id);
-            self.pmems.remove(&plugged.id);
-            self.limiters.remove(&plugged.id);
+            self.handles.remove(&plugged.id);
             hotplug::info(&plugged)
         })
         .collect()

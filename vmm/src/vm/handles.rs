@@ -1,0 +1,91 @@
+//! What a machine keeps of its devices, by name, to act on them while it runs.
+
+use std::collections::BTreeMap;
+
+use api::config::{DiskConfig, NetConfig, PmemConfig, RateLimitGroupConfig};
+use virtio_devices::block::DiskHandle;
+use virtio_devices::pmem::PmemHandle;
+use virtio_devices::rate_limit::RateLimits;
+
+use super::devices::{self, Made};
+use super::rate_limits::{DeviceLimiter, MachineLimiters};
+use super::{VmError, network};
+
+/// The handles of all devices.
+#[derive(Debug)]
+pub(super) struct Handles {
+    disks: BTreeMap<String, DiskHandle>,
+    pmems: BTreeMap<String, PmemHandle>,
+    limiters: MachineLimiters,
+}
+
+impl Handles {
+    /// Those of a machine with these rate limit groups; its devices follow.
+    pub(super) fn new(groups: &[RateLimitGroupConfig]) -> Self {
+        Self {
+            disks: BTreeMap::new(),
+            pmems: BTreeMap::new(),
+            limiters: MachineLimiters::new(groups),
+        }
+    }
+
+    /// Opens a disk and keeps its handles.
+    pub(super) fn disk(&mut self, disk: &DiskConfig) -> Result<Made, VmError> {
+        let (limiter, kept) = self.limiters.for_disk(disk);
+        let (made, handle) = devices::disk(disk, limiter)?;
+        self.limiters.keep(made.plug.id.clone(), kept);
+        self.disks.insert(made.plug.id.clone(), handle);
+        Ok(made)
+    }
+
+    /// The same for a network interface.
+    pub(super) fn net(&mut self, net: &mut NetConfig) -> Result<Made, VmError> {
+        let limiters = MachineLimiters::for_net(net);
+        let made = network::net(net, limiters.clone())?;
+        let kept = DeviceLimiter::Net(limiters);
+        self.limiters.keep(made.plug.id.clone(), kept);
+        Ok(made)
+    }
+
+    /// The same for persistent memory.
+    pub(super) fn pmem(&mut self, pmem: &PmemConfig) -> Result<Made, VmError> {
+        let (made, handle) = devices::pmem(pmem)?;
+        self.pmems.insert(made.plug.id.clone(), handle);
+        Ok(made)
+    }
+
+    /// Drops those of a device, if there are any.
+    pub(super) fn remove(&mut self, id: &str) {
+        self.disks.remove(id);
+        self.pmems.remove(id);
+        self.limiters.remove(id);
+    }
+
+    /// The disk of this name.
+    pub(super) fn find_disk(&self, id: &str) -> Option<&DiskHandle> {
+        self.disks.get(id)
+    }
+
+    /// As [`MachineLimiters::set`].
+    pub(super) fn limit(&self, id: &str, limits: RateLimits) -> Option<Vec<&str>> {
+        self.limiters.set(id, limits)
+    }
+
+    /// Has the host put on stable storage what the guest has written. The devices are paused.
+    ///
+    /// # Errors
+    /// A file cannot be synced.
+    pub(super) fn sync(&self) -> Result<(), VmError> {
+        for (id, disk) in &self.disks {
+            let id = id.clone();
+            disk.sync()
+                .map_err(|source| VmError::DiskSync { id, source })?;
+        }
+        for (id, pmem) in &self.pmems {
+            let id = id.clone();
+            pmem.sync()
+                .map_err(|source| VmError::PmemSync { id, source })?;
+        }
+        Ok(())
+    }
+}
