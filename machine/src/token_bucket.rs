@@ -2,26 +2,26 @@
 
 use std::time::{Duration, Instant};
 
+use virtio_devices::rate_limit::{Bucket, BucketLimit};
+
 /// A token bucket: up to a burst at once, then one token per refill interval.
 #[derive(Debug)]
 pub struct TokenBucket {
-    burst: u32,
-    refill: Duration,
-    tokens: u32,
-    /// When the last token was added.
-    filled: Instant,
+    bucket: Bucket,
     left_out: u64,
 }
 
 impl TokenBucket {
-    /// A full bucket of `burst` tokens that gains one per `refill`, which is at least a millisecond.
+    /// A full bucket of `burst` tokens that gains one per `refill`.
     #[must_use]
     pub fn new(burst: u32, refill: Duration, now: Instant) -> Self {
+        let limit = BucketLimit {
+            size: burst.into(),
+            one_time_burst: 0,
+            refill: refill * burst,
+        };
         Self {
-            burst,
-            refill,
-            tokens: burst,
-            filled: now,
+            bucket: Bucket::new(limit, now),
             left_out: 0,
         }
     }
@@ -29,21 +29,11 @@ impl TokenBucket {
     /// Takes a token and returns the number of failed attempts since the last success. `None`: the bucket is empty, and
     /// this attempt is counted as failed.
     pub fn take(&mut self, now: Instant) -> Option<u64> {
-        let passed = now.saturating_duration_since(self.filled).as_millis();
-        let fresh = passed / self.refill.as_millis().max(1);
-        let fresh = u32::try_from(fresh).unwrap_or(u32::MAX);
-        if fresh >= self.burst - self.tokens {
-            self.tokens = self.burst;
-            self.filled = now;
-        } else {
-            self.tokens += fresh;
-            self.filled += self.refill * fresh;
-        }
-        let Some(rest) = self.tokens.checked_sub(1) else {
+        if !self.bucket.wait(now).is_zero() {
             self.left_out = self.left_out.saturating_add(1);
             return None;
-        };
-        self.tokens = rest;
+        }
+        self.bucket.charge(now, 1);
         Some(std::mem::take(&mut self.left_out))
     }
 }

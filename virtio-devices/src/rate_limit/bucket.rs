@@ -29,7 +29,7 @@ pub(super) struct Level {
 
 /// A bucket at work.
 #[derive(Debug)]
-pub(super) struct Bucket {
+pub struct Bucket {
     limit: BucketLimit,
     /// In units of `1 / refill in ns` of a token, so that nothing is lost to rounding. A size below 2^64 times a refill
     /// time below 2^47 ns fits.
@@ -41,7 +41,8 @@ pub(super) struct Bucket {
 
 impl Bucket {
     /// A full bucket.
-    pub(super) fn new(limit: BucketLimit, now: Instant) -> Self {
+    #[must_use]
+    pub fn new(limit: BucketLimit, now: Instant) -> Self {
         let limit = BucketLimit {
             size: limit.size.max(1),
             refill: limit.refill.clamp(Duration::from_millis(1), REFILL_MAX),
@@ -80,7 +81,7 @@ impl Bucket {
     }
 
     /// Time until there is a token; zero if there is one.
-    pub(super) fn wait(&mut self, now: Instant) -> Duration {
+    pub fn wait(&mut self, now: Instant) -> Duration {
         self.refill(now);
         let missing = self.token() - self.credit;
         if self.burst > 0 || missing <= 0 {
@@ -91,7 +92,7 @@ impl Bucket {
     }
 
     /// Takes tokens, those of the burst first, and goes into debt for what is missing.
-    pub(super) fn charge(&mut self, now: Instant, tokens: u64) {
+    pub fn charge(&mut self, now: Instant, tokens: u64) {
         self.refill(now);
         let of_burst = tokens.min(self.burst);
         self.burst -= of_burst;

@@ -13,7 +13,7 @@ mod bucket;
 mod limiter;
 mod state;
 
-pub use bucket::{BucketLimit, REFILL_MAX};
+pub use bucket::{Bucket, BucketLimit, REFILL_MAX};
 #[cfg(test)]
 pub(crate) use limiter::mock;
 pub use limiter::{RateLimiter, RateLimits};
