@@ -5,8 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
-use state::{Part, Saved, State, StateError, parts, require};
+use state::{Fields, Part, Saved, State, StateError, parts, require};
 use virtio_bindings::bindings::virtio_blk::{VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_ID_BYTES};
 
 use super::config_space::{self, CONFIG_BYTES, WRITEBACK_AT};
@@ -44,7 +43,7 @@ pub struct BlockState {
 impl State for BlockState {
     const PART: Part = parts::BLOCK;
 
-    fn upgrade(_from: u32, fields: &mut Map<String, Value>) -> Result<(), StateError> {
+    fn upgrade(_from: u32, fields: &mut Fields) -> Result<(), StateError> {
         // From 1 to 2: there were no limits.
         RateLimiterState::add_none(fields, "limit");
         Ok(())

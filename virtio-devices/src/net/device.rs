@@ -3,8 +3,7 @@
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
-use state::{Bytes, Part, Saved, State, StateError, parts, require};
+use state::{Bytes, Fields, Part, Saved, State, StateError, parts, require};
 use virtio_bindings::bindings::virtio_net::{VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ};
 
 use super::config_space::{self, CONFIG_BYTES, GUEST_OFFLOADS, has};
@@ -44,7 +43,7 @@ pub struct NetDeviceState {
 impl State for NetDeviceState {
     const PART: Part = parts::NET;
 
-    fn upgrade(_from: u32, fields: &mut Map<String, Value>) -> Result<(), StateError> {
+    fn upgrade(_from: u32, fields: &mut Fields) -> Result<(), StateError> {
         // From 1 to 2: there were no limits.
         RateLimiterState::add_none(fields, "receive_limit");
         RateLimiterState::add_none(fields, "transmit_limit");

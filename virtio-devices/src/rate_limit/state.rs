@@ -1,7 +1,7 @@
 //! Saved buckets. They are part of the state of a device.
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use state::Fields;
 
 /// What is left in the buckets of a limiter; a bucket without a limit does not exist.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,8 +25,12 @@ pub struct BucketState {
 
 impl RateLimiterState {
     /// Adds the state of a limiter to the fields of a device that had none.
-    pub(crate) fn add_none(fields: &mut Map<String, Value>, name: &str) {
-        let none = json!({ "bandwidth": null, "ops": null });
-        fields.insert(name.to_owned(), none);
+    pub(crate) fn add_none(fields: &mut Fields, name: &str) {
+        let limits = ["bandwidth", "ops"];
+        let none: Fields = limits
+            .map(|limit| (limit.to_owned(), ().into()))
+            .into_iter()
+            .collect();
+        fields.insert(name.to_owned(), none.into());
     }
 }
