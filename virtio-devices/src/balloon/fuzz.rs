@@ -21,10 +21,10 @@ use super::spec::{
 };
 use super::{Balloon, BalloonHandle, BalloonParams, BalloonSnapshot};
 use crate::device::{QueueHandler, VirtioDevice};
-use crate::reclaim::guarded_ram::{GuardedRam, Kind, PAGE, RamArea};
+use crate::reclaim::guarded_ram::{GuardedRam, PAGE};
 use crate::reclaim::{DiscardEngine, InhibitGuard, InhibitReason};
-use crate::testing::fuzz_input::Input;
-use crate::testing::{Desc, HandlerHarness, Segment, TestRam, WRITE};
+use crate::testing::fuzz_input::{AREAS, FORM_START, Input, SPARE_PFN, driver_ram};
+use crate::testing::{Desc, HandlerHarness, Segment, WRITE};
 
 /// Maximum number of steps per input; more bytes are ignored.
 const STEPS_MAX: usize = 64;
@@ -32,32 +32,6 @@ const QUEUE_SIZE: u16 = 32;
 const QUEUES: u16 = 5;
 const HINT: u16 = 3;
 const REPORTING: u16 = 4;
-
-/// Three kinds of memory: private, then shared directly after it, and private again after a hole. Rings are in the
-/// first.
-const AREAS: [RamArea; 3] = [
-    RamArea {
-        guest_page: 0,
-        pages: 48,
-        kind: Kind::Anonymous,
-    },
-    RamArea {
-        guest_page: 48,
-        pages: 16,
-        kind: Kind::Memfd,
-    },
-    RamArea {
-        guest_page: 72,
-        pages: 8,
-        kind: Kind::Anonymous,
-    },
-];
-/// RAM without a hole, where any byte may be written.
-const SOLID_BYTES: u64 = 64 * PAGE as u64;
-/// A page without rings.
-const SPARE_PFN: u64 = 40;
-/// Where well-formed lists of page frame numbers are written.
-const LIST_START: u64 = 41 * PAGE as u64;
 
 /// Plays the bytes and returns the figures.
 ///
@@ -99,7 +73,7 @@ struct Guest {
 
 impl Guest {
     fn new(guarded: &GuardedRam, options: u8) -> Self {
-        let ram = TestRam::around(guarded.ram.clone(), 0, SOLID_BYTES);
+        let ram = driver_ram(guarded);
         let params = BalloonParams {
             ram: ram.mem(),
             size_bytes: 0,
@@ -173,7 +147,7 @@ impl Guest {
                 let head = input.word();
                 self.harness.queue(queue).offer(head);
             }
-            8 => self.write_ram(input),
+            8 => input.write_ram(&self.harness.ram),
             9 => self.touch_config(input),
             10 => self.reset(),
             11 => self.steer_hinting(input),
@@ -192,9 +166,9 @@ impl Guest {
         let list: Vec<u8> = (0..count)
             .flat_map(|_| u32::from(input.byte() % 96).to_le_bytes())
             .collect();
-        self.harness.ram.write(GuestAddress(LIST_START), &list);
+        self.harness.ram.write(GuestAddress(FORM_START), &list);
         let desc = Desc {
-            addr: LIST_START,
+            addr: FORM_START,
             len: u32::from(count) * 4,
             flags: 0,
             next: 0,
@@ -271,9 +245,9 @@ impl Guest {
         };
         self.harness
             .ram
-            .write(GuestAddress(LIST_START), &id.to_le_bytes());
+            .write(GuestAddress(FORM_START), &id.to_le_bytes());
         let (addr, len, flags) = match input.byte() % 2 {
-            0 => (LIST_START, 4, 0),
+            0 => (FORM_START, 4, 0),
             _ => (u64::from(input.byte() % 96) * PAGE as u64, PAGE as u32, 2),
         };
         let desc = Desc {
@@ -296,12 +270,6 @@ impl Guest {
             self.check_books();
             self.reset();
         }
-    }
-
-    fn write_ram(&mut self, input: &mut Input<'_>) {
-        let at = input.number(3) % (SOLID_BYTES - 8);
-        let bytes = input.number(8).to_le_bytes();
-        self.harness.ram.write(GuestAddress(at), &bytes);
     }
 
     fn touch_config(&mut self, input: &mut Input<'_>) {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use tempfile::{NamedTempFile, TempDir};
 
+use super::fuzz_input::AREAS;
 use crate::block::{Block, BlockParams, EngineChoice};
 use crate::console::{Console, ConsoleEndpoint, WindowSize};
 use crate::device::VirtioDevice;
@@ -31,30 +32,10 @@ pub(super) const NAMES: [&str; 9] = [
     "watchdog",
 ];
 
-/// RAM from address 0 without a hole.
-pub(super) const SOLID_PAGES: u64 = 64;
 const BLOCK_BYTES: u64 = 2 << 20;
 const BLOCKS: u64 = 2;
 /// Where virtio-mem has its region.
 const MEM_PAGE: u64 = 1 << 20;
-
-const AREAS: [RamArea; 3] = [
-    RamArea {
-        guest_page: 0,
-        pages: 48,
-        kind: Kind::Anonymous,
-    },
-    RamArea {
-        guest_page: 48,
-        pages: 16,
-        kind: Kind::Memfd,
-    },
-    RamArea {
-        guest_page: 72,
-        pages: 8,
-        kind: Kind::Anonymous,
-    },
-];
 
 /// A device and what it uses of the host.
 pub(super) struct Made {

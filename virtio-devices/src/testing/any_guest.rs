@@ -11,7 +11,7 @@
 use vm_memory::GuestAddress;
 
 use super::any_device::{self, Made};
-use super::fuzz_input::Input;
+use super::fuzz_input::{FORM_START, Input, SOLID_PAGES, driver_ram};
 use super::handler::HandlerHarness;
 use super::queue::{Desc, NEXT, WRITE};
 use super::ram::TestRam;
@@ -23,11 +23,7 @@ use crate::unpoisoned::Unpoisoned as _;
 const STEPS_MAX: usize = 64;
 const QUEUE_SIZE_MAX: u16 = 32;
 const VERSION_1: u64 = 1 << 32;
-/// Where headers of requests of the usual form are written: a page without rings.
-const HEADER_START: u64 = 41 * PAGE as u64;
 const HEADER_BYTES_MAX: u8 = 56;
-/// RAM without a hole, where any byte may be written.
-const SOLID_BYTES: u64 = any_device::SOLID_PAGES * PAGE as u64;
 
 /// Plays the bytes, the first of which chooses the device; returns how many chains that one has answered.
 ///
@@ -72,7 +68,7 @@ struct Guest {
 
 impl Guest {
     fn new(choice: u8, guarded: &GuardedRam, input: &mut Input<'_>) -> Self {
-        let ram = TestRam::around(guarded.ram.clone(), 0, SOLID_BYTES);
+        let ram = driver_ram(guarded);
         let made = any_device::make(choice);
         let mut device = made.device.lock().unpoisoned();
         let features = device.features() & input.number(8) | VERSION_1;
@@ -149,7 +145,7 @@ impl Guest {
             8 => self.kick(index),
             9 => harness.queue(index).set_avail_idx(input.word()),
             10 => harness.queue(index).offer(input.word()),
-            11 => self.write_ram(input),
+            11 => input.write_ram(&self.ram),
             12 => self.touch_config(input),
             13 => self.reset(),
             14 => self.save(),
@@ -180,17 +176,17 @@ impl Guest {
         let header: Vec<u8> = (0..input.byte() % HEADER_BYTES_MAX + 1)
             .map(|_| input.byte())
             .collect();
-        self.ram.write(GuestAddress(HEADER_START), &header);
+        self.ram.write(GuestAddress(FORM_START), &header);
         let shape = input.byte();
-        let mut parts = vec![(HEADER_START, header.len() as u32, 0)];
+        let mut parts = vec![(FORM_START, header.len() as u32, 0)];
         for bit in 0..shape & 3 {
             let writable = shape >> (bit + 2) & 1 != 0;
-            let page = u64::from(input.byte() % any_device::SOLID_PAGES as u8);
+            let page = u64::from(input.byte() % SOLID_PAGES);
             let length = u32::from(input.word() % (4 * PAGE as u16));
             parts.push((page * PAGE as u64, length, if writable { WRITE } else { 0 }));
         }
         if shape & 0x80 == 0 {
-            let answer = HEADER_START + u64::from(HEADER_BYTES_MAX) * 2;
+            let answer = FORM_START + u64::from(HEADER_BYTES_MAX) * 2;
             parts.push((answer, u32::from(shape >> 3 & 0xf), WRITE));
         }
         let harness = self.served_by[usize::from(index)].expect("a queue that is served");
@@ -229,12 +225,6 @@ impl Guest {
         if served.is_err() {
             self.reset();
         }
-    }
-
-    fn write_ram(&mut self, input: &mut Input<'_>) {
-        let at = input.number(3) % (SOLID_BYTES - 8);
-        let bytes = input.number(8).to_le_bytes();
-        self.ram.write(GuestAddress(at), &bytes);
     }
 
     fn touch_config(&mut self, input: &mut Input<'_>) {

@@ -1,7 +1,42 @@
 //! Bytes of a fuzzer as decisions of a guest.
 
+use vm_memory::GuestAddress;
+
 use super::queue::{Desc, DriverQueue, INDIRECT, NEXT, WRITE};
-use crate::reclaim::guarded_ram::PAGE;
+use super::ram::TestRam;
+use crate::reclaim::guarded_ram::{GuardedRam, Kind, PAGE, RamArea};
+
+/// Three kinds of memory: private, then shared directly after it, and private again after a hole. Rings are in the
+/// first.
+pub const AREAS: [RamArea; 3] = [
+    RamArea {
+        guest_page: 0,
+        pages: 48,
+        kind: Kind::Anonymous,
+    },
+    RamArea {
+        guest_page: 48,
+        pages: 16,
+        kind: Kind::Memfd,
+    },
+    RamArea {
+        guest_page: 72,
+        pages: 8,
+        kind: Kind::Anonymous,
+    },
+];
+/// Pages of RAM without a hole, where any byte may be written.
+pub const SOLID_PAGES: u8 = 64;
+const SOLID_BYTES: u64 = SOLID_PAGES as u64 * PAGE as u64;
+/// A page without rings.
+pub const SPARE_PFN: u64 = 40;
+/// The next one: for what is well-formed.
+pub const FORM_START: u64 = (SPARE_PFN + 1) * PAGE as u64;
+
+/// RAM that begins with [`AREAS`], as the driver of a fuzzed guest sees it.
+pub fn driver_ram(guarded: &GuardedRam) -> TestRam {
+    TestRam::around(guarded.ram.clone(), 0, SOLID_BYTES)
+}
 
 /// Pages that most addresses of an input are in: RAM, and some beyond it.
 const PAGES: u8 = 96;
@@ -49,6 +84,13 @@ impl Input<'_> {
             2 => u32::from(self.byte()),
             _ => u32::from(self.word()) << 16 | u32::from(self.word()),
         }
+    }
+
+    /// Writes eight bytes anywhere in the RAM without a hole.
+    pub fn write_ram(&mut self, ram: &TestRam) {
+        let at = self.number(3) % (SOLID_BYTES - 8);
+        let bytes = self.number(8).to_le_bytes();
+        ram.write(GuestAddress(at), &bytes);
     }
 
     /// Writes up to eight descriptors from some slot on, and makes that slot available.
