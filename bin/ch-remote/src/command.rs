@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use api::config::{BalloonConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VsockConfig};
-use api::options::parse_bytes;
+use api::options::{OptionError, parse_bytes};
 use api::{
     Endpoint, HintingAction, ReclaimThresholdsChange, ReportingAction, RestoreConfig,
     VmBalloonHinting, VmBalloonReporting, VmRemoveDevice, VmResize, VmResizeDisk, VmSnapshotConfig,
@@ -189,43 +189,43 @@ pub(crate) struct ResizeDiskArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct UpdateRateLimiterArguments {
-    #[arg(value_name = "LIMIT", value_parser = parse_limit, help = VmUpdateRateLimiter::syntax())]
+    #[arg(value_name = "LIMIT", value_parser = |text: &str| told(VmUpdateRateLimiter::parse(text)), help = VmUpdateRateLimiter::syntax())]
     pub(crate) limit: VmUpdateRateLimiter,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct AddDiskArguments {
-    #[arg(value_name = "DISK", value_parser = parse_disk, help = DiskConfig::syntax())]
+    #[arg(value_name = "DISK", value_parser = |text: &str| told(DiskConfig::parse(text)), help = DiskConfig::syntax())]
     pub(crate) disk: DiskConfig,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct AddNetArguments {
-    #[arg(value_name = "NET", value_parser = parse_net, help = NetConfig::syntax())]
+    #[arg(value_name = "NET", value_parser = |text: &str| told(NetConfig::parse(text)), help = NetConfig::syntax())]
     pub(crate) net: NetConfig,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct AddFsArguments {
-    #[arg(value_name = "FS", value_parser = parse_fs, help = FsConfig::syntax())]
+    #[arg(value_name = "FS", value_parser = |text: &str| told(FsConfig::parse(text)), help = FsConfig::syntax())]
     pub(crate) fs: FsConfig,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct AddPmemArguments {
-    #[arg(value_name = "PMEM", value_parser = parse_pmem, help = PmemConfig::syntax())]
+    #[arg(value_name = "PMEM", value_parser = |text: &str| told(PmemConfig::parse(text)), help = PmemConfig::syntax())]
     pub(crate) pmem: PmemConfig,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct AddVsockArguments {
-    #[arg(value_name = "VSOCK", value_parser = parse_vsock, help = VsockConfig::syntax())]
+    #[arg(value_name = "VSOCK", value_parser = |text: &str| told(VsockConfig::parse(text)), help = VsockConfig::syntax())]
     pub(crate) vsock: VsockConfig,
 }
 
 #[derive(Debug, Args)]
 pub(crate) struct AddBalloonArguments {
-    #[arg(value_name = "BALLOON", value_parser = parse_balloon, help = BalloonConfig::syntax())]
+    #[arg(value_name = "BALLOON", value_parser = |text: &str| told(BalloonConfig::parse(text)), help = BalloonConfig::syntax())]
     pub(crate) balloon: BalloonConfig,
 }
 
@@ -245,40 +245,8 @@ pub(crate) struct SnapshotArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct RestoreArguments {
-    #[arg(value_name = "RESTORE", value_parser = parse_restore, help = RestoreConfig::syntax())]
+    #[arg(value_name = "RESTORE", value_parser = |text: &str| told(RestoreConfig::parse(text)), help = RestoreConfig::syntax())]
     pub(crate) restore: RestoreConfig,
-}
-
-fn parse_restore(text: &str) -> Result<RestoreConfig, String> {
-    RestoreConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
-}
-
-fn parse_limit(text: &str) -> Result<VmUpdateRateLimiter, String> {
-    VmUpdateRateLimiter::parse(text).map_err(|error| api::error_chain(&error).join(": "))
-}
-
-fn parse_disk(text: &str) -> Result<DiskConfig, String> {
-    DiskConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
-}
-
-fn parse_net(text: &str) -> Result<NetConfig, String> {
-    NetConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
-}
-
-fn parse_fs(text: &str) -> Result<FsConfig, String> {
-    FsConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
-}
-
-fn parse_pmem(text: &str) -> Result<PmemConfig, String> {
-    PmemConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
-}
-
-fn parse_vsock(text: &str) -> Result<VsockConfig, String> {
-    VsockConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
-}
-
-fn parse_balloon(text: &str) -> Result<BalloonConfig, String> {
-    BalloonConfig::parse(text).map_err(|error| api::error_chain(&error).join(": "))
 }
 
 /// Output format of `reclaim-stats`.
@@ -311,7 +279,7 @@ pub(crate) struct ReclaimStatsArguments {
 
 #[derive(Debug, Args)]
 pub(crate) struct ReclaimThresholdsArguments {
-    #[arg(long, value_name = "SETTINGS", value_parser = parse_set, help = ReclaimThresholdsChange::syntax())]
+    #[arg(long, value_name = "SETTINGS", value_parser = |text: &str| told(ReclaimThresholdsChange::parse(text)), help = ReclaimThresholdsChange::syntax())]
     pub(crate) set: Vec<ReclaimThresholdsChange>,
 
     /// Remove the alert with this name, before anything is set
@@ -347,8 +315,9 @@ impl ReclaimThresholdsArguments {
     }
 }
 
-fn parse_set(text: &str) -> Result<ReclaimThresholdsChange, String> {
-    ReclaimThresholdsChange::parse(text).map_err(|error| api::error_chain(&error).join(": "))
+/// The value of an option, or the whole chain of the error on one line.
+fn told<T>(parsed: Result<T, OptionError>) -> Result<T, String> {
+    parsed.map_err(|error| api::error_chain(&error).join(": "))
 }
 
 fn parse_interval(text: &str) -> Result<Duration, String> {
