@@ -30,7 +30,7 @@ const SERIES: [&str; 4] = [
     "guest-patches/config",
     "guest-patches/patches",
     "guest-patches/series",
-    "xtask/guest",
+    "xtask/src/guest",
 ];
 const BEGIN: &str = "<!-- written by `cargo xtask results`: begin -->\n";
 const END: &str = "<!-- end -->\n";
@@ -275,6 +275,13 @@ mod tests {
             let words = ["xtask".to_owned()].into_iter().chain(words);
             let parsed = Cli::try_parse_from(words);
             assert!(parsed.is_ok(), "{}: {:?}", figures.name, parsed.err());
+        }
+    }
+
+    #[test]
+    fn everything_that_figures_speak_of_exists() {
+        for path in VMM.iter().chain(&SERIES) {
+            assert!(paths::workspace().join(path).exists(), "{path}");
         }
     }
 
