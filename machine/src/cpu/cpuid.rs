@@ -309,10 +309,14 @@ fn clear(leaf: &mut kvm_cpuid_entry2) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn leaf(function: u32, index: u32, registers: [u32; 4]) -> kvm_cpuid_entry2 {
+    pub(in super::super) fn leaf(
+        function: u32,
+        index: u32,
+        registers: [u32; 4],
+    ) -> kvm_cpuid_entry2 {
         let [eax, ebx, ecx, edx] = registers;
         kvm_cpuid_entry2 {
             function,

@@ -237,19 +237,8 @@ impl HostCpu {
 mod tests {
     use hypervisor::{CpuidState, MsrState};
 
+    use super::super::cpuid::tests::leaf;
     use super::*;
-
-    fn leaf(function: u32, index: u32, [eax, ebx, ecx, edx]: [u32; 4]) -> kvm_cpuid_entry2 {
-        kvm_cpuid_entry2 {
-            function,
-            index,
-            eax,
-            ebx,
-            ecx,
-            edx,
-            ..Default::default()
-        }
-    }
 
     fn host() -> HostCpu {
         HostCpu {

@@ -7,20 +7,28 @@ use virtio_devices::rng::Rng;
 
 use crate::bus::BusDevice;
 
+use std::sync::mpsc::{self, Receiver};
+
 use super::*;
 use crate::threads::{DeviceKind, MachineThread};
+
+/// A context, and the threads that start in it.
+fn context() -> (PcContext, Receiver<MachineThread>) {
+    let (sender, threads) = mpsc::channel();
+    let context = PcContext {
+        signals: Arc::new(VmSignals::new().unwrap()),
+        thread_start: Arc::new(move |thread| sender.send(thread).unwrap()),
+        events: Arc::new(|_| {}),
+    };
+    (context, threads)
+}
 
 #[test]
 fn worker_of_a_device_named_like_a_thread_is_confined_as_a_worker() {
     let Ok(kvm) = Kvm::open().map_err(test_skip::skip) else {
         return;
     };
-    let (sender, threads) = std::sync::mpsc::channel();
-    let context = PcContext {
-        signals: Arc::new(VmSignals::new().unwrap()),
-        thread_start: Arc::new(move |thread| sender.send(thread).unwrap()),
-        events: Arc::new(|_| {}),
-    };
+    let (context, threads) = context();
     let memory = GuestMemory::new(&Default::default(), 46).unwrap();
     let params = PcParams {
         cpus: CpusConfig::default(),
@@ -54,12 +62,7 @@ fn vcpus_come_and_go_as_the_guest_lets_go_of_them() {
     let Ok(kvm) = Kvm::open().map_err(test_skip::skip) else {
         return;
     };
-    let (sender, threads) = std::sync::mpsc::channel();
-    let context = PcContext {
-        signals: Arc::new(VmSignals::new().unwrap()),
-        thread_start: Arc::new(move |thread| sender.send(thread).unwrap()),
-        events: Arc::new(|_| {}),
-    };
+    let (context, threads) = context();
     let signals = Arc::clone(&context.signals);
     let memory = GuestMemory::new(&Default::default(), 46).unwrap();
     let params = PcParams {
