@@ -45,17 +45,16 @@ fn memory() -> GuestMemory {
     memory
 }
 
+/// Writes RAM with its content and this configuration.
+fn write_to(folder: &tempfile::TempDir, config: &VmConfig) -> Result<(), SnapshotError> {
+    let memory = memory();
+    let (state, progress) = (state(&memory), progress(&memory));
+    write(folder.path(), config, &state, &memory, &progress)
+}
+
 fn written() -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
-    let memory = memory();
-    write(
-        folder.path(),
-        &config(),
-        &state(&memory),
-        &memory,
-        &progress(&memory),
-    )
-    .unwrap();
+    write_to(&folder, &config()).unwrap();
     folder
 }
 
@@ -97,15 +96,7 @@ fn folder_in_use_is_refused_and_left_alone() {
     ] {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join(name), "theirs").unwrap();
-        let memory = memory();
-        let error = write(
-            folder.path(),
-            &config(),
-            &state(&memory),
-            &memory,
-            &progress(&memory),
-        )
-        .unwrap_err();
+        let error = write_to(&folder, &config()).unwrap_err();
         assert!(error.to_string().contains(name), "{error}");
         assert_eq!(names(&folder), [name], "what was written is gone again");
         let text = std::fs::read_to_string(folder.path().join(name)).unwrap();
@@ -122,15 +113,7 @@ fn zone_in_a_file_is_refused() {
         file: Some("/f".into()),
         ..MemoryZoneConfig::default()
     }]);
-    let memory = memory();
-    let error = write(
-        folder.path(),
-        &config,
-        &state(&memory),
-        &memory,
-        &progress(&memory),
-    )
-    .unwrap_err();
+    let error = write_to(&folder, &config).unwrap_err();
     assert!(error.to_string().contains("zone disk"), "{error}");
     assert!(names(&folder).is_empty());
 }
@@ -172,15 +155,7 @@ fn vm_with_a_shared_folder_is_refused() {
         tag: "home".to_owned(),
         ..FsConfig::default()
     }]);
-    let memory = memory();
-    let error = write(
-        folder.path(),
-        &config,
-        &state(&memory),
-        &memory,
-        &progress(&memory),
-    )
-    .unwrap_err();
+    let error = write_to(&folder, &config).unwrap_err();
     assert!(error.to_string().contains("folder home"), "{error}");
     assert!(error.is_of_request() && names(&folder).is_empty());
 }
