@@ -55,6 +55,9 @@ pub(crate) struct Options {
     /// Try the same inputs each time: this seed, and no inputs of earlier runs
     #[arg(long)]
     seed: Option<u32>,
+    /// Build the targets only
+    #[arg(long)]
+    no_run: bool,
     /// Only targets whose name contains this
     target: Option<String>,
 }
@@ -68,6 +71,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let started = Instant::now();
     let programs = build()?;
     println!("built in {:.1} s", started.elapsed().as_secs_f64());
+    if options.no_run {
+        return Ok(ExitCode::SUCCESS);
+    }
     let wanted = |name: &str| {
         options
             .target

@@ -136,6 +136,7 @@ mod tests {
                 "clippy",
                 "build",
                 "unit tests",
+                "fuzz programs",
                 "fuzz",
                 "fleet store",
                 "package",
@@ -175,6 +176,7 @@ mod tests {
             unaffected("tests/src/lib.rs"),
             [
                 "build",
+                "fuzz programs",
                 "fuzz",
                 "benchmarks",
                 "package",
