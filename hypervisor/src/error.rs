@@ -1,4 +1,4 @@
-//! The error of this crate: the operation that the kernel refused, and the reason.
+//! The error type of this crate: names the operation that the kernel refused, and the reason.
 
 use std::io;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::path::PathBuf;
 /// Shorthand for this crate's results.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why KVM cannot do what was asked.
+/// Reason why a KVM operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// There is no KVM device on this host.
@@ -14,7 +14,7 @@ pub enum Error {
     DeviceMissing {
         /// The device that was tried.
         path: PathBuf,
-        /// The system's answer.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
@@ -23,7 +23,7 @@ pub enum Error {
     DeviceNotPermitted {
         /// The device that was tried.
         path: PathBuf,
-        /// The system's answer.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
@@ -32,7 +32,7 @@ pub enum Error {
     DeviceOpen {
         /// The device that was tried.
         path: PathBuf,
-        /// The system's answer.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },
@@ -42,32 +42,32 @@ pub enum Error {
         /// The path that was tried.
         path: PathBuf,
     },
-    /// The kernel speaks another KVM API.
+    /// The kernel implements another KVM API version.
     #[error("KVM API version {found} is not the supported version {expected}")]
     ApiVersion {
-        /// What the kernel answered.
+        /// The version the kernel reported.
         found: i32,
-        /// What this crate was written for.
+        /// The version this crate was written for.
         expected: i32,
     },
-    /// The kernel's KVM lacks something no guest can do without.
+    /// The kernel's KVM lacks a capability that every guest needs.
     #[error("KVM on this host lacks the required capability {name}")]
     MissingCapability {
         /// The capability without its `KVM_CAP_` prefix.
         name: &'static str,
     },
-    /// More interrupt routes than KVM takes in one table.
+    /// More interrupt routes than KVM accepts in one table.
     #[error("{count} interrupt routes exceed KVM's limit")]
     TooManyRoutes {
-        /// How many were asked for.
+        /// Number of routes requested.
         count: usize,
     },
-    /// KVM took some of the model specific registers and refused the next.
+    /// KVM set some of the model specific registers and refused the next.
     #[error("KVM accepted only {done} of {count} model specific registers")]
     MsrsRefused {
-        /// How many were taken.
+        /// Number of registers set.
         done: usize,
-        /// How many were given.
+        /// Number of registers given.
         count: usize,
     },
     /// A saved model specific register cannot be set and has another value on this host.
@@ -81,9 +81,9 @@ pub enum Error {
     /// A system call on a KVM descriptor failed.
     #[error("{operation} failed")]
     Ioctl {
-        /// The operation as the kernel's KVM documentation names it.
+        /// The operation, by its name in the kernel's KVM documentation.
         operation: &'static str,
-        /// The system's answer.
+        /// The operating system's error.
         #[source]
         source: io::Error,
     },

@@ -2,16 +2,16 @@
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 
-/// What `KVM_EXIT_SYSTEM_EVENT` announces.
+/// The event that `KVM_EXIT_SYSTEM_EVENT` announces.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SystemEvent {
-    /// The guest wants to be powered off.
+    /// The guest requests power-off.
     Shutdown,
-    /// The guest wants to be reset.
+    /// The guest requests a reset.
     Reset,
-    /// The guest says that it crashed.
+    /// The guest reports that it crashed.
     Crash,
-    /// A kind that x86-64 does not have today.
+    /// An event type that x86-64 does not use today.
     Other(u32),
 }
 
@@ -28,9 +28,8 @@ impl From<u32> for SystemEvent {
 
 /// Why [`crate::Vcpu::run`] returned.
 ///
-/// Data of reads is filled in by the caller before the next run. A string
-/// instruction (`rep insb`) is one exit with several elements of `size` bytes,
-/// each of which is an access of its own.
+/// The caller fills in the data of reads before the next run. A string instruction (`rep insb`) is one exit with
+/// several elements of `size` bytes; each element is a separate access.
 #[derive(Debug, PartialEq, Eq)]
 pub enum VmExit<'a> {
     /// The guest reads from a port.
@@ -39,7 +38,7 @@ pub enum VmExit<'a> {
         port: u16,
         /// Bytes of one access: 1, 2 or 4.
         size: u8,
-        /// To be filled in: a whole number of accesses.
+        /// Filled in by the caller: a whole number of accesses.
         data: &'a mut [u8],
     },
     /// The guest writes to a port.
@@ -48,34 +47,34 @@ pub enum VmExit<'a> {
         port: u16,
         /// Bytes of one access: 1, 2 or 4.
         size: u8,
-        /// What it writes: a whole number of accesses.
+        /// The data written: a whole number of accesses.
         data: &'a [u8],
     },
-    /// The guest reads where no memory is.
+    /// The guest reads from an address without memory.
     MmioRead {
         /// Guest physical address.
         address: u64,
-        /// To be filled in, 1 to 8 bytes.
+        /// Filled in by the caller, 1 to 8 bytes.
         data: &'a mut [u8],
     },
-    /// The guest writes where no memory is.
+    /// The guest writes to an address without memory.
     MmioWrite {
         /// Guest physical address.
         address: u64,
-        /// What it writes, 1 to 8 bytes.
+        /// The data written, 1 to 8 bytes.
         data: &'a [u8],
     },
-    /// A vector that came from a level-triggered I/O APIC pin was acknowledged.
+    /// The guest acknowledged a vector that came from a level-triggered I/O APIC pin.
     IoapicEoi(u8),
     /// Triple fault.
     Shutdown,
-    /// The guest or KVM asks for a change of the whole machine.
+    /// The guest or KVM requests a change of the whole machine.
     SystemEvent(SystemEvent),
-    /// `hlt`; only seen while no local APIC is in the kernel.
+    /// `hlt`; occurs only without an in-kernel local APIC.
     Hlt,
     /// A signal or `immediate_exit` ended the run; nothing happened in the guest.
     Interrupted,
-    /// KVM cannot go on emulating.
+    /// KVM cannot continue emulation.
     InternalError {
         /// `KVM_INTERNAL_ERROR_*`: 1 emulation, 2 simultaneous exceptions, 3 delivery, 4 unexpected exit.
         suberror: u32,
@@ -92,6 +91,6 @@ pub enum VmExit<'a> {
         /// Bytes.
         bytes: u64,
     },
-    /// An exit reason nobody asked for.
+    /// An exit reason this crate does not know.
     Unknown(u32),
 }

@@ -1,25 +1,24 @@
-//! Interrupt messages, routes and doorbell addresses in KVM's form.
+//! Interrupt messages, interrupt routes and doorbell addresses in KVM's format.
 
 use kvm_bindings::{KVM_IRQ_ROUTING_MSI, kvm_irq_routing_entry, kvm_msi};
 
-/// Bits 5–11 of an MSI address: destination id bits 8–14 for guests that were
-/// told of `KVM_FEATURE_MSI_EXT_DEST_ID` (Documentation/virt/kvm/x86/cpuid.rst).
+/// Bits 5–11 of an MSI address: destination id bits 8–14, for guests that see `KVM_FEATURE_MSI_EXT_DEST_ID`
+/// (Documentation/virt/kvm/x86/cpuid.rst).
 const EXT_DEST_ID_MASK: u32 = 0x7f << 5;
 
 /// One message signalled interrupt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct MsiMessage {
-    /// Where the device writes: low word 0xfee…, high word destination bits 8–31.
+    /// Address the device writes to: low word 0xfee…, high word destination bits 8–31.
     pub address: u64,
-    /// What it writes: vector, delivery mode, trigger mode.
+    /// Value the device writes: vector, delivery mode, trigger mode.
     pub data: u32,
 }
 
 impl MsiMessage {
-    /// Low and high address words with an extended destination id moved to
-    /// where KVM looks for it. KVM reads bits 8–31 of the id from the high word
-    /// only, while a guest without interrupt remapping can reach bits 8–14
-    /// through the low word alone.
+    /// Low and high address words, with an extended destination id moved to where KVM reads it. KVM reads bits 8–31 of
+    /// the id from the high word only. A guest without interrupt remapping can set bits 8–14 through the low word
+    /// alone.
     fn address_words(self) -> (u32, u32) {
         let low = self.address as u32;
         let high = (self.address >> 32) as u32;
@@ -40,13 +39,12 @@ impl From<MsiMessage> for kvm_msi {
     }
 }
 
-/// An entry of the interrupt routing table. With the split interrupt chip every
-/// route ends in an MSI; the pins of the I/O APIC are routed as the messages
-/// their redirection entries stand for, so that KVM knows which vectors need an
+/// An entry of the interrupt routing table. With the split interrupt chip every route ends in an MSI. Each pin of the
+/// I/O APIC is routed as the message of its redirection entry, so that KVM knows which vectors need an
 /// [`crate::VmExit::IoapicEoi`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GsiRoute {
-    /// Global system interrupt, what an irqfd is registered for.
+    /// Global system interrupt, for which an irqfd is registered.
     pub gsi: u32,
     /// The message it is delivered as.
     pub msi: MsiMessage,
@@ -67,7 +65,7 @@ impl From<GsiRoute> for kvm_irq_routing_entry {
     }
 }
 
-/// A guest address whose writes ring an eventfd.
+/// A guest address at which a write signals an eventfd.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum IoAddress {
     /// Guest physical address.

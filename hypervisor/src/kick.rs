@@ -1,14 +1,12 @@
-//! Interrupts a vCPU that runs the guest.
+//! Interrupts a vCPU while it runs the guest.
 //!
-//! A thread that wants a vCPU's attention sets its own flags and then sends
-//! [`signal`] to the vCPU's thread. If the vCPU is in the guest, the signal
-//! ends `KVM_RUN`. If the vCPU thread is just about to enter it, the handler
-//! has set `immediate_exit` in the run page, and `KVM_RUN` returns at once. The
-//! vCPU thread clears `immediate_exit` *before* it looks at the flags, so no
-//! kick is ever lost:
+//! To interrupt a vCPU, a thread sets its own flags and then sends [`signal`] to the vCPU's thread. If the vCPU is in
+//! the guest, the signal ends `KVM_RUN`. If the vCPU thread is about to enter the guest, the signal handler has set
+//! `immediate_exit` in the run page, and `KVM_RUN` returns at once. The vCPU thread clears `immediate_exit` *before* it
+//! checks the flags, so no kick is lost:
 //!
 //! ```text
-//!   loop { immediate_exit = 0; look at flags; KVM_RUN; }
+//!   loop { immediate_exit = 0; check flags; KVM_RUN; }
 //! ```
 #![allow(unsafe_code)]
 // UNSAFETY: a signal handler writes to the run page through a thread-local pointer.
@@ -26,8 +24,8 @@ use crate::error::{Result, ioctl};
 use crate::vcpu::Vcpu;
 
 thread_local! {
-    /// `immediate_exit` of the vCPU that this thread runs, null if none. Constant
-    /// initializer and no destructor: reading it in a signal handler allocates nothing.
+    /// `immediate_exit` of the vCPU that this thread runs; null if there is none. The initializer is constant and there
+    /// is no destructor, so reading it in a signal handler allocates nothing.
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(ptr::null_mut()) };
 }
 
@@ -40,10 +38,9 @@ pub fn signal() -> c_int {
 extern "C" fn on_kick(_signal: c_int, _info: *mut siginfo_t, _context: *mut c_void) {
     let address = IMMEDIATE_EXIT.get();
     if !address.is_null() {
-        // SAFETY: the pointer is set only inside `with_kicks` on this very thread, for as
-        // long as the vCPU is borrowed there, so the run page is mapped. A one-byte atomic
-        // store has no alignment to violate; the other accesses are plain ones of the same
-        // thread, which a handler on that thread cannot race with.
+        // SAFETY: the pointer is set only inside `with_kicks` on this thread, while the vCPU is borrowed there, so the
+        // run page is mapped. A one-byte atomic store has no alignment requirement. All other accesses are non-atomic
+        // ones by the same thread, so a handler on that thread cannot race with them.
         unsafe { AtomicU8::from_ptr(address) }.store(1, Ordering::Relaxed);
     }
 }
@@ -56,9 +53,9 @@ pub fn install_handler() -> Result<()> {
     register_signal_handler(signal(), on_kick).map_err(ioctl("sigaction"))
 }
 
-/// Runs `body` with kicks of this thread going to `vcpu`.
+/// Runs `body`; meanwhile kicks of this thread interrupt `vcpu`.
 pub fn with_kicks<R>(vcpu: &mut Vcpu, body: impl FnOnce(&mut Vcpu) -> R) -> R {
-    /// Forgets the run page even if `body` unwinds.
+    /// Clears the pointer to the run page, even if `body` unwinds.
     struct Disarm;
     impl Drop for Disarm {
         fn drop(&mut self) {
@@ -73,10 +70,9 @@ pub fn with_kicks<R>(vcpu: &mut Vcpu, body: impl FnOnce(&mut Vcpu) -> R) -> R {
     body(vcpu)
 }
 
-/// Kicks the vCPU that `thread` runs. Harmless when it runs none or has ended.
+/// Kicks the vCPU that `thread` runs. Has no effect if the thread runs no vCPU or has ended.
 pub fn kick<T>(thread: &JoinHandle<T>) {
-    // SAFETY: a thread that is not yet joined keeps its pthread id, and the handle cannot
-    // be joined while it is borrowed. A thread that has ended is answered with success or
-    // ESRCH, and both mean that there is nobody left to kick.
+    // SAFETY: a thread that is not yet joined keeps its pthread id, and the handle cannot be joined while it is
+    // borrowed. For a thread that has ended the call returns success or ESRCH; both mean that there is nothing to kick.
     unsafe { libc::pthread_kill(thread.as_pthread_t(), signal()) };
 }

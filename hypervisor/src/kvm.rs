@@ -1,4 +1,4 @@
-//! The system handle: `/dev/kvm`, what it can do, and new virtual machines.
+//! The system handle: opens `/dev/kvm`, queries its capabilities, creates virtual machines.
 
 use std::ffi::CString;
 use std::io;
@@ -14,10 +14,10 @@ use crate::vm::Vm;
 
 const KVM_PATH: &str = "/dev/kvm";
 
-/// `KVM_API_VERSION` in the type the kernel answers with. Frozen at 12 since 2007.
+/// `KVM_API_VERSION` in the type of the kernel's reply. Frozen at 12 since 2007.
 const API_VERSION: i32 = KVM_API_VERSION.cast_signed();
 
-/// Everything the VMM relies on; without one of these no machine is created.
+/// The capabilities the VMM relies on. If one is missing, no machine is created.
 pub const REQUIRED_CAPABILITIES: [(&str, Cap); 18] = [
     ("ADJUST_CLOCK", Cap::AdjustClock),
     ("EXT_CPUID", Cap::ExtCpuid),
@@ -39,7 +39,7 @@ pub const REQUIRED_CAPABILITIES: [(&str, Cap); 18] = [
     ("XSAVE", Cap::Xsave),
 ];
 
-/// An open `/dev/kvm` that has everything in [`REQUIRED_CAPABILITIES`].
+/// An open `/dev/kvm` with all of [`REQUIRED_CAPABILITIES`].
 #[derive(Debug)]
 pub struct Kvm {
     fd: kvm_ioctls::Kvm,
@@ -49,8 +49,8 @@ impl Kvm {
     /// Opens `/dev/kvm` and checks that this host can run our machines.
     ///
     /// # Errors
-    /// The device is missing, not permitted, speaks another API version or
-    /// lacks a capability; each is an [`Error`] of its own.
+    /// The device is missing, not permitted, implements another API version or lacks a capability; each case is a
+    /// separate [`Error`].
     pub fn open() -> Result<Self> {
         Self::open_at(Path::new(KVM_PATH))
     }
@@ -108,14 +108,14 @@ impl Kvm {
         loop {
             match self.fd.create_vm() {
                 Ok(fd) => return Ok(Vm::new(fd)),
-                // The kernel gives up half-way when a signal arrives; it asks to be called again.
+                // The kernel aborts when a signal arrives and expects the call to be repeated.
                 Err(error) if error.errno() == libc::EINTR => {}
                 Err(error) => return Err(ioctl("KVM_CREATE_VM")(error)),
             }
         }
     }
 
-    /// The CPUID leaves this host's KVM can give to a guest.
+    /// The CPUID leaves that this host's KVM can provide to a guest.
     ///
     /// # Errors
     /// `KVM_GET_SUPPORTED_CPUID` failed.
@@ -137,7 +137,7 @@ impl Kvm {
         Ok(crate::vcpu_state::with_unlisted(listed.as_slice()))
     }
 
-    /// The most vCPUs one machine may have (`KVM_CAP_MAX_VCPUS`).
+    /// Maximum number of vCPUs of one machine (`KVM_CAP_MAX_VCPUS`).
     #[must_use]
     pub fn max_vcpus(&self) -> usize {
         self.fd.get_max_vcpus()
@@ -155,8 +155,8 @@ impl Kvm {
         self.fd.check_extension(Cap::TscControl)
     }
 
-    /// The most that KVM can give to a guest in a model specific register that describes features; `None` if the host
-    /// has no such register.
+    /// The maximum that KVM can provide to a guest in a model specific register that describes features; `None` if the
+    /// host has no such register.
     #[must_use]
     pub fn feature_msr(&self, index: u32) -> Option<u64> {
         let entry = kvm_msr_entry {
@@ -168,7 +168,7 @@ impl Kvm {
         msrs.as_slice()[..read].first().map(|entry| entry.data)
     }
 
-    /// Whether a paused guest can be told so (`KVM_CAP_KVMCLOCK_CTRL`).
+    /// Whether a guest can be notified of a pause (`KVM_CAP_KVMCLOCK_CTRL`).
     #[must_use]
     pub fn supports_kvmclock_ctrl(&self) -> bool {
         self.fd.check_extension(Cap::KvmclockCtrl)

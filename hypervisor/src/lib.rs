@@ -5,11 +5,9 @@
 //!                                  └──create_vcpu──► Vcpu (registers, run)
 //! ```
 //!
-//! Nothing here decides anything about a machine: which memory, which CPUID,
-//! which routes is the caller's business. What this crate adds to
-//! `kvm-ioctls` is one error type that names the failed operation, exits as an
-//! enum that has only what an x86-64 VMM can meet, and a safe way to interrupt
-//! a running vCPU ([`kick`]).
+//! This crate makes no decisions about a machine: the caller chooses memory, CPUID and routes. It adds to `kvm-ioctls`
+//! one error type that names the failed operation, an exit enum with only the exits of an x86-64 VMM, and a safe way to
+//! interrupt a running vCPU ([`kick`]).
 
 mod error;
 mod exit;

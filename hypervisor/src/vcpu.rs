@@ -1,7 +1,7 @@
-//! One vCPU: its registers and a single step of its run loop.
+//! One vCPU: its registers and one step of its run loop.
 #![allow(unsafe_code)]
-// UNSAFETY: two fields of the run page are in unions that kvm-ioctls does not
-// hand out (the size of one port access, the suberror of an internal error).
+// UNSAFETY: two fields of the run page are in unions that kvm-ioctls does not expose (the size of one port access, the
+// suberror of an internal error).
 
 use kvm_bindings::{
     CpuId, KVM_EXIT_DEBUG, KVM_EXIT_EXCEPTION, KVM_EXIT_HYPERCALL, KVM_EXIT_IRQ_WINDOW_OPEN,
@@ -14,7 +14,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use crate::error::{Error, Result, ioctl};
 use crate::exit::VmExit;
 
-/// A vCPU. Belongs to the thread that runs it; may be set up on another.
+/// A vCPU. Belongs to the thread that runs it; another thread may set it up.
 #[derive(Debug)]
 pub struct Vcpu {
     fd: VcpuFd,
@@ -29,10 +29,10 @@ impl Vcpu {
         &self.fd
     }
 
-    /// Runs the guest until it leaves.
+    /// Runs the guest until it exits.
     ///
     /// # Errors
-    /// `KVM_RUN` failed for good; a signal is [`VmExit::Interrupted`].
+    /// `KVM_RUN` failed. Interruption by a signal is not an error but [`VmExit::Interrupted`].
     pub fn run(&mut self) -> Result<VmExit<'_>> {
         let run_page: *mut kvm_run = self.fd.get_kvm_run();
         let exit = match self.fd.run() {
@@ -54,7 +54,7 @@ impl Vcpu {
             Ok(VcpuExit::MmioRead(address, data)) => VmExit::MmioRead { address, data },
             Ok(VcpuExit::MmioWrite(address, data)) => VmExit::MmioWrite { address, data },
             Ok(other) => plain_exit(&other),
-            // EAGAIN: a vCPU that waits for its start-up interrupt was woken without one.
+            // EAGAIN: a vCPU waiting for its start-up interrupt was woken without one.
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                 VmExit::Interrupted
             }
@@ -63,14 +63,13 @@ impl Vcpu {
         Ok(exit)
     }
 
-    /// Makes the next `KVM_RUN` return without entering the guest. KVM applies the data of a
-    /// read only then, so after such a run the registers are those of an instruction border
-    /// (unless the access goes on, which is another exit).
+    /// Makes the next `KVM_RUN` return without entering the guest. KVM applies the data of a read only in that call.
+    /// After it the registers are those of an instruction boundary, unless the access continues, which is another exit.
     pub fn set_immediate_exit(&mut self, on: bool) {
         self.fd.set_kvm_immediate_exit(u8::from(on));
     }
 
-    /// Where `immediate_exit` lies in the run page; valid as long as `self`.
+    /// Address of `immediate_exit` in the run page; valid as long as `self`.
     pub(crate) fn immediate_exit_address(&mut self) -> *mut u8 {
         &raw mut self.fd.get_kvm_run().immediate_exit
     }
@@ -93,7 +92,7 @@ impl Vcpu {
             .map_err(ioctl("KVM_GET_CPUID2"))
     }
 
-    /// Sets model specific registers, all or an error.
+    /// Sets all given model specific registers.
     ///
     /// # Errors
     /// `KVM_SET_MSRS` failed or took only some of them.
@@ -109,7 +108,7 @@ impl Vcpu {
         }
     }
 
-    /// Reads the model specific registers with these indices, all or an error.
+    /// Reads all model specific registers with these indices.
     ///
     /// # Errors
     /// `KVM_GET_MSRS` failed or knew only some of them.
@@ -196,7 +195,7 @@ impl Vcpu {
         self.fd.set_lapic(lapic).map_err(ioctl("KVM_SET_LAPIC"))
     }
 
-    /// Running, halted, waiting for its start-up interrupt.
+    /// Whether the vCPU is running, halted or waiting for its start-up interrupt.
     ///
     /// # Errors
     /// `KVM_GET_MP_STATE` failed.
@@ -204,7 +203,7 @@ impl Vcpu {
         self.fd.get_mp_state().map_err(ioctl("KVM_GET_MP_STATE"))
     }
 
-    /// Sets whether the vCPU runs, is halted or waits.
+    /// Sets whether the vCPU is running, halted or waiting.
     ///
     /// # Errors
     /// `KVM_SET_MP_STATE` failed.
@@ -222,8 +221,8 @@ impl Vcpu {
         self.fd.get_tsc_khz().map_err(ioctl("KVM_GET_TSC_KHZ"))
     }
 
-    /// Tells the guest that it was paused, so that its soft lockup watchdog
-    /// does not count the pause. `false`: the guest does not use kvmclock.
+    /// Notifies the guest that it was paused, so that its soft lockup watchdog does not count the pause. `false`: the
+    /// guest does not use kvmclock.
     ///
     /// # Errors
     /// `KVM_KVMCLOCK_CTRL` failed.
@@ -235,7 +234,7 @@ impl Vcpu {
         }
     }
 
-    /// Whether the vCPU has left the state in which it waits to be started.
+    /// Whether the vCPU is no longer waiting for its start-up interrupt.
     ///
     /// # Errors
     /// As [`Vcpu::mp_state`].
@@ -265,11 +264,10 @@ impl Vcpu {
 
 /// Size of one access of a port exit that carries `data_bytes`.
 fn io_access_bytes(run_page: *mut kvm_run, data_bytes: usize) -> u8 {
-    // SAFETY: called right after a port exit, while the vCPU that owns the run page is
-    // borrowed: the page is mapped and `io` is the valid member of the union. The data
-    // handed out with the exit lies behind this structure, not in it.
+    // SAFETY: called right after a port exit, while the vCPU that owns the run page is borrowed: the page is mapped and
+    // `io` is the valid member of the union. The exit's data lies behind this structure, not in it.
     let size = unsafe { (*run_page).__bindgen_anon_1.io.size };
-    // The kernel never says 0; splitting by it would be a division by zero.
+    // The kernel never reports 0; this avoids a division by zero.
     if size == 0 || data_bytes == 0 {
         1
     } else {
@@ -277,7 +275,7 @@ fn io_access_bytes(run_page: *mut kvm_run, data_bytes: usize) -> u8 {
     }
 }
 
-/// Exits that carry no reference into the run page.
+/// Exits without a reference into the run page.
 fn plain_exit(exit: &VcpuExit<'_>) -> VmExit<'static> {
     match exit {
         VcpuExit::IoapicEoi(vector) => VmExit::IoapicEoi(*vector),

@@ -1,10 +1,10 @@
 //! The saved state of a vCPU: read from KVM and written to another vCPU.
 //!
-//! Registers have names; what only the processor or KVM lays out (XSAVE area, local APIC page,
-//! nested state) is a block of bytes. KVM itself checks every value that it is given.
+//! Registers have names. A layout that only the processor or KVM defines (XSAVE area, local APIC page, nested state) is
+//! a block of bytes. KVM checks every value it receives.
 #![allow(unsafe_code)]
-// UNSAFETY: KVM_SET_XSAVE reads as far as the features of the process say, and the nested state
-// is a union that is copied as bytes.
+// UNSAFETY: KVM_SET_XSAVE reads as many bytes as the features of the process require, and the nested state is a union
+// that is copied as bytes.
 
 use kvm_bindings::nested::KvmNestedStateBuffer;
 use kvm_bindings::{
@@ -22,15 +22,15 @@ use crate::vcpu::Vcpu;
 
 const PART: Part = parts::VCPU;
 
-/// `sizeof(struct kvm_xsave)` without its tail, which only AMX needs; guests are not given AMX.
+/// `sizeof(struct kvm_xsave)` without its tail, which only AMX needs; guests do not get AMX.
 const XSAVE_BYTES: usize = 4096;
 /// `KVM_APIC_REG_SIZE`.
 const LAPIC_BYTES: usize = 1024;
-/// Far more than any list of KVM's.
+/// Far more than the length of any of KVM's lists.
 const MSRS_MAX: usize = 4096;
 
-/// Offset of the timer's register in the local APIC page, its mask bit and mode field (Intel SDM
-/// volume 3, figure 11-8).
+/// Offset of the timer's register in the local APIC page, its mask bit and its mode field (Intel SDM volume 3, figure
+/// 11-8).
 const APIC_LVT_TIMER: usize = 0x320;
 const LVT_MASKED: u32 = 1 << 16;
 const LVT_TIMER_MODE: u32 = 3 << 17;
@@ -38,15 +38,15 @@ const LVT_TIMER_TSC_DEADLINE: u32 = 2 << 17;
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
-/// Memory type ranges, which KVM emulates but leaves out of its list: 8 variable pairs, 11 fixed
-/// registers, default type.
+/// Memory type range registers. KVM emulates them but does not list them: 8 variable pairs, 11 fixed registers, default
+/// type.
 const MTRRS: [u32; 28] = [
     0x200, 0x201, 0x202, 0x203, 0x204, 0x205, 0x206, 0x207, 0x208, 0x209, 0x20a, 0x20b, 0x20c,
     0x20d, 0x20e, 0x20f, 0x250, 0x258, 0x259, 0x268, 0x269, 0x26a, 0x26b, 0x26c, 0x26d, 0x26e,
     0x26f, 0x2ff,
 ];
 
-/// A structure with the fields of one of KVM's, converted both ways.
+/// Defines a structure with the fields of a KVM structure and conversions in both directions.
 macro_rules! mirror {
     ($(#[$doc:meta])* $name:ident of $kvm:ty { $($field:ident: $type:ty),+ $(,)? }) => {
         $(#[$doc])*
@@ -120,13 +120,13 @@ mirror! {
     }
 }
 mirror! {
-    /// An exception on its way.
+    /// A pending exception.
     ExceptionState of kvm_vcpu_events__bindgen_ty_1 {
         injected: u8, nr: u8, has_error_code: u8, pending: u8, error_code: u32,
     }
 }
 mirror! {
-    /// An interrupt on its way, and the interrupt shadow.
+    /// A pending interrupt, and the interrupt shadow.
     InterruptState of kvm_vcpu_events__bindgen_ty_2 { injected: u8, nr: u8, soft: u8, shadow: u8 }
 }
 mirror! {
@@ -140,7 +140,7 @@ mirror! {
     }
 }
 mirror! {
-    /// A triple fault that has not been seen yet.
+    /// A pending triple fault.
     TripleFaultState of kvm_vcpu_events__bindgen_ty_5 { pending: u8 }
 }
 mirror! {
@@ -158,7 +158,7 @@ mirror! {
 pub struct VcpuState {
     /// The CPUID the guest sees.
     pub cpuid: Vec<CpuidState>,
-    /// Frequency of the time stamp counter; absent where the host does not say.
+    /// Frequency of the time stamp counter; absent if the host does not report it.
     pub tsc_khz: Option<u32>,
     /// `KVM_MP_STATE_*`: running, halted, waiting for its start-up interrupt.
     pub mp_state: u32,
@@ -178,7 +178,7 @@ pub struct VcpuState {
     pub msrs: Vec<MsrState>,
     /// Events between two instructions.
     pub events: EventsState,
-    /// What a guest that runs guests of its own has there; absent if it does not.
+    /// State of nested virtualization; absent if the guest does not use it.
     pub nested: Option<Bytes>,
 }
 
@@ -187,13 +187,13 @@ impl State for VcpuState {
 }
 
 impl Vcpu {
-    /// Everything the guest can see of this vCPU, which must not run meanwhile. `msr_indices` are
-    /// those of [`crate::Kvm::msr_indices`].
+    /// The guest-visible state of this vCPU, which must not run meanwhile. `msr_indices` come from
+    /// [`crate::Kvm::msr_indices`].
     ///
     /// # Errors
-    /// KVM refused to show a part.
+    /// KVM refused to return a part.
     pub fn state(&self, msr_indices: &[u32]) -> Result<VcpuState> {
-        // First: it makes KVM take in start-up interrupts that change everything else.
+        // First: KVM then processes pending start-up interrupts, which change all other state.
         let mp_state = self.mp_state()?.mp_state;
         let regs = self.regs()?.into();
         let sregs = self.sregs()?.into();
@@ -233,18 +233,18 @@ impl Vcpu {
         })
     }
 
-    /// Makes this vCPU, which has not run yet, the one that `state` was taken of.
+    /// Gives this vCPU, which has not run yet, the saved `state`.
     ///
     /// # Errors
-    /// A field that no vCPU can have, or KVM refuses; the vCPU must not run then.
+    /// A field has a value that no vCPU can have, or KVM refuses one. The vCPU must not run then.
     pub fn restore(&self, state: &VcpuState) -> std::result::Result<(), StateError> {
         let converted = Converted::of(state)?;
         self.restore_converted(state, &converted)
             .map_err(|error| StateError::host(PART, error))
     }
 
-    /// In the order KVM needs: CPUID decides which registers there are, the APIC's base comes with
-    /// the system registers, its timer's deadline after its page, and events after all else.
+    /// Restores in the order KVM needs: CPUID first because it decides which registers exist, the APIC's base with the
+    /// system registers, the timer's deadline after the APIC page, and events last.
     fn restore_converted(&self, state: &VcpuState, converted: &Converted) -> Result<()> {
         let fd = self.fd();
         self.set_cpuid(&converted.cpuid)?;
@@ -258,8 +258,8 @@ impl Vcpu {
         })?;
         self.set_regs(&state.regs.into())?;
         self.set_sregs(&state.sregs.into())?;
-        // SAFETY: KVM reads more than this structure only with features that the process has asked
-        // for by arch_prctl, and this one never does.
+        // SAFETY: KVM reads beyond this structure only with features that the process has requested by arch_prctl, and
+        // this process requests none.
         unsafe { fd.set_xsave(&converted.xsave) }.map_err(ioctl("KVM_SET_XSAVE"))?;
         fd.set_xcrs(&converted.xcrs)
             .map_err(ioctl("KVM_SET_XCRS"))?;
@@ -275,7 +275,7 @@ impl Vcpu {
             .map_err(ioctl("KVM_SET_VCPU_EVENTS"))
     }
 
-    /// KVM's list names registers that this guest's CPUID may not have: those are left out.
+    /// Registers to read: KVM's list without those that this guest's CPUID does not have.
     fn readable_msrs(&self, indices: &[u32]) -> Result<Vec<MsrState>> {
         let mut found = Vec::with_capacity(indices.len());
         let mut rest = indices;
@@ -297,7 +297,7 @@ impl Vcpu {
         Ok(found)
     }
 
-    /// A register that cannot be set must have the value already.
+    /// Sets the registers. One that cannot be set must have the saved value already.
     fn restore_msrs(&self, msrs: &[MsrState]) -> Result<()> {
         let mut rest = msrs;
         while !rest.is_empty() {
@@ -324,19 +324,19 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Absent where KVM has no such state or the guest has never used it.
+    /// The nested state; absent if KVM has none or the guest has never used it.
     fn nested_state(&self) -> Option<Bytes> {
         let mut buffer = KvmNestedStateBuffer::empty();
         let bytes = self.fd().nested_state(&mut buffer).ok()??.get();
         let bytes = bytes.min(size_of::<KvmNestedStateBuffer>());
-        // SAFETY: plain bytes of an initialised structure, no further than its end.
+        // SAFETY: plain bytes of an initialised structure, not beyond its end.
         let data = unsafe { std::slice::from_raw_parts((&raw const buffer).cast::<u8>(), bytes) };
         Some(Bytes(data.to_vec()))
     }
 }
 
-/// A deadline that has passed reads as zero although its interrupt may still be on its way inside
-/// KVM, and would be lost: with the present as its deadline it fires at once.
+/// Preserves an expired timer. A deadline that has passed reads as zero although its interrupt may still be pending
+/// inside KVM and would be lost. With the current time as its deadline the timer fires at once.
 fn keep_expired_timer(lapic: &kvm_lapic_state, msrs: &mut [MsrState]) {
     let lvt: [u8; 4] = std::array::from_fn(|at| lapic.regs[APIC_LVT_TIMER + at].cast_unsigned());
     let lvt = u32::from_le_bytes(lvt);
@@ -352,7 +352,7 @@ fn keep_expired_timer(lapic: &kvm_lapic_state, msrs: &mut [MsrState]) {
     }
 }
 
-/// The parts that KVM takes in shapes of its own.
+/// The parts that KVM accepts only in its own types.
 struct Converted {
     cpuid: CpuId,
     xsave: kvm_xsave,
@@ -423,11 +423,11 @@ fn nested_buffer(bytes: &Bytes) -> std::result::Result<KvmNestedStateBuffer, Sta
     Ok(buffer)
 }
 
-/// The indices of `listed` and the registers that KVM forgets to list.
+/// The indices in `listed` and the registers that KVM does not list.
 pub(crate) fn with_unlisted(listed: &[u32]) -> Vec<u32> {
     let mut indices = listed.to_vec();
     indices.extend(MTRRS.iter().filter(|index| !listed.contains(index)));
-    // The deadline is compared with the counter, so the counter comes first.
+    // The deadline is compared with the counter, so the counter must be set first.
     indices.sort_by_key(|&index| index == MSR_TSC_DEADLINE);
     indices
 }

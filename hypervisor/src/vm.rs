@@ -1,7 +1,7 @@
 //! One virtual machine: memory slots, interrupt chip, event descriptors, clock.
 #![allow(unsafe_code)]
-// UNSAFETY: a memory slot gives the kernel an address range of this process;
-// only the caller can know how long it stays mapped.
+// UNSAFETY: a memory slot gives the kernel an address range of this process; only the caller knows how long the range
+// stays mapped.
 
 use kvm_bindings::{
     KVM_CAP_SPLIT_IRQCHIP, KVM_CAP_X2APIC_API, KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK,
@@ -15,7 +15,7 @@ use crate::error::{Error, Result, ioctl};
 use crate::irq::{GsiRoute, IoAddress, MsiMessage};
 use crate::vcpu::Vcpu;
 
-/// A range of guest physical memory backed by this process's memory.
+/// A range of guest physical memory backed by memory of this process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MemorySlot {
     /// Slot number, unique in the machine.
@@ -45,10 +45,9 @@ impl Vm {
     /// Adds a memory slot or changes its flags.
     ///
     /// # Safety
-    /// `host_address..host_address + bytes` must be a mapping of this process
-    /// that is readable and writable, is used for nothing but guest memory, and
-    /// stays mapped until the slot is removed or the machine and all its vCPUs
-    /// are dropped: the guest reads and writes it at any time.
+    /// `host_address..host_address + bytes` must be a readable and writable mapping of this process that holds only
+    /// guest memory. It must stay mapped until the slot is removed or the machine and all its vCPUs are dropped: the
+    /// guest reads and writes it at any time.
     ///
     /// # Errors
     /// `KVM_SET_USER_MEMORY_REGION` failed: overlapping or unaligned ranges.
@@ -60,27 +59,27 @@ impl Vm {
             memory_size: slot.bytes,
             userspace_addr: slot.host_address,
         };
-        // SAFETY: the caller promises that the range is guest memory and stays mapped.
+        // SAFETY: the caller guarantees that the range is guest memory and stays mapped.
         unsafe { self.fd.set_user_memory_region(region) }
             .map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))
     }
 
-    /// Removes a memory slot; the guest faults on it from now on.
+    /// Removes a memory slot. Guest accesses to it fault from then on.
     ///
     /// # Errors
-    /// `KVM_SET_USER_MEMORY_REGION` failed: there is no such slot.
+    /// `KVM_SET_USER_MEMORY_REGION` failed: the slot does not exist.
     pub fn remove_memory_slot(&self, slot: u32) -> Result<()> {
         let region = kvm_userspace_memory_region {
             slot,
             ..Default::default()
         };
-        // SAFETY: size zero deletes the slot, the kernel is given no memory.
+        // SAFETY: size zero deletes the slot; the kernel receives no memory.
         unsafe { self.fd.set_user_memory_region(region) }
             .map_err(ioctl("KVM_SET_USER_MEMORY_REGION"))
     }
 
-    /// Puts the local APICs into the kernel and leaves an I/O APIC with `pins`
-    /// pins to user space. Must come before the first vCPU.
+    /// Creates the local APICs in the kernel and leaves an I/O APIC with `pins` pins to user space. Must come before
+    /// the first vCPU.
     ///
     /// # Errors
     /// `KVM_ENABLE_CAP(KVM_CAP_SPLIT_IRQCHIP)` failed.
@@ -113,8 +112,7 @@ impl Vm {
         self.fd.enable_cap(&request).map_err(ioctl(operation))
     }
 
-    /// Where KVM may keep three pages for real mode on Intel (below 4 GiB, not
-    /// guest RAM).
+    /// Sets the address where KVM may keep three pages for real mode on Intel (below 4 GiB, not guest RAM).
     ///
     /// # Errors
     /// `KVM_SET_TSS_ADDR` failed.
@@ -124,8 +122,8 @@ impl Vm {
             .map_err(ioctl("KVM_SET_TSS_ADDR"))
     }
 
-    /// Where KVM may keep one page table for real mode on Intel (below 4 GiB,
-    /// not guest RAM). Must come before the first vCPU.
+    /// Sets the address where KVM may keep one page table for real mode on Intel (below 4 GiB, not guest RAM). Must
+    /// come before the first vCPU.
     ///
     /// # Errors
     /// `KVM_SET_IDENTITY_MAP_ADDR` failed.
@@ -135,7 +133,7 @@ impl Vm {
             .map_err(ioctl("KVM_SET_IDENTITY_MAP_ADDR"))
     }
 
-    /// Lets a write to `event` raise `gsi`.
+    /// Makes a write to `event` raise `gsi`.
     ///
     /// # Errors
     /// `KVM_IRQFD` failed.
@@ -182,11 +180,11 @@ impl Vm {
             .map_err(ioctl("KVM_SIGNAL_MSI"))
     }
 
-    /// Lets guest writes to `address` ring `event` instead of leaving the
-    /// guest; with `datamatch` only 4-byte writes of that value.
+    /// Makes guest writes to `address` signal `event` instead of causing an exit; with `datamatch` only 4-byte writes
+    /// of that value.
     ///
     /// # Errors
-    /// `KVM_IOEVENTFD` failed: the address is taken or there are too many.
+    /// `KVM_IOEVENTFD` failed: the address is in use or there are too many.
     pub fn register_ioeventfd(
         &self,
         event: &EventFd,
@@ -221,7 +219,7 @@ impl Vm {
         .map_err(ioctl("KVM_IOEVENTFD(deassign)"))
     }
 
-    /// The guest's kvmclock now.
+    /// The current value of the guest's kvmclock.
     ///
     /// # Errors
     /// `KVM_GET_CLOCK` failed.
@@ -229,13 +227,13 @@ impl Vm {
         self.fd.get_clock().map_err(ioctl("KVM_GET_CLOCK"))
     }
 
-    /// Sets the guest's kvmclock to what [`Vm::clock`] returned, so that time
-    /// in which the machine stood still does not pass in the guest.
+    /// Sets the guest's kvmclock to a value from [`Vm::clock`], so that time during which the machine was paused does
+    /// not pass in the guest.
     ///
     /// # Errors
     /// `KVM_SET_CLOCK` failed.
     pub fn set_clock(&self, clock: &kvm_clock_data) -> Result<()> {
-        // Without flags: KVM would add the real time that has passed since.
+        // No flags: with them KVM would add the real time that has passed since.
         let clock = kvm_clock_data {
             clock: clock.clock,
             ..Default::default()

@@ -4,13 +4,13 @@ use kvm_bindings::{KVM_CLOCK_REALTIME, kvm_clock_data};
 use serde::{Deserialize, Serialize};
 use state::{Part, State, parts};
 
-/// kvmclock at the moment the vCPUs stood still.
+/// kvmclock at the moment the vCPUs were paused.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ClockState {
     /// The guest's clock.
     pub clock_ns: u64,
-    /// The host's real time at the same moment, where the kernel says it.
+    /// The host's real time at the same moment, if the kernel reports it.
     pub realtime_ns: Option<u64>,
 }
 

@@ -1,6 +1,6 @@
-//! Drives this host's `/dev/kvm` with a few bytes of real mode code.
+//! Runs a few bytes of real mode code on this host's `/dev/kvm`.
 //!
-//! Without a usable KVM the tests are skipped.
+//! The tests are skipped without a usable KVM.
 
 mod guest;
 
@@ -157,8 +157,8 @@ fn kick_endless_guest_leaves_and_flag_is_seen() {
         });
     });
     stop.store(true, Ordering::SeqCst);
-    // One kick must do, whether the thread is before, in or after KVM_RUN; unless the
-    // thread has not armed itself yet, when it finds the flag without a kick.
+    // One kick must suffice, whether the thread is before, in or after KVM_RUN. If the thread has not armed itself yet,
+    // it finds the flag without a kick.
     kick::kick(&thread);
     let deadline = Instant::now() + Duration::from_secs(10);
     while !thread.is_finished() {

@@ -1,6 +1,6 @@
-//! Saves a vCPU of this host's `/dev/kvm` in the middle of a program and goes on in another machine.
+//! Saves a vCPU of this host's `/dev/kvm` in the middle of a program and continues it in another machine.
 //!
-//! Without a usable KVM the tests are skipped.
+//! The tests are skipped without a usable KVM.
 
 mod guest;
 
@@ -8,7 +8,7 @@ use guest::{Guest, Page, kvm};
 use hypervisor::{Kvm, Vcpu, VcpuState, VmExit};
 use state::{Saved, StateError};
 
-/// A machine around `page`, with a vCPU as after reset.
+/// A machine with `page` and a vCPU in its reset state.
 fn machine(kvm: &Kvm, page: Box<Page>) -> Guest {
     let vm = kvm.create_vm().expect("a machine");
     vm.enable_split_irqchip(24).expect("split irqchip");
@@ -73,7 +73,7 @@ fn vcpu_saved_in_mid_run_goes_on_in_another_machine_twice() {
     }
 }
 
-/// Without what time changes.
+/// `state` without the fields that change with time.
 fn comparable(state: &VcpuState) -> VcpuState {
     const MSR_TSC: u32 = 0x10;
     let mut state = state.clone();
@@ -105,7 +105,7 @@ fn damaged_states_are_refused_by_name_or_run() {
     expect_count(&mut guest.vcpu, 1);
     settle(&mut guest.vcpu);
     let mut state = guest.vcpu.state(&indices).expect("state");
-    // One of each is enough to damage, and restoring takes time.
+    // Damaging one element of each list suffices, and restoring takes time.
     state.cpuid.truncate(2);
     state.msrs.truncate(2);
     let saved = Saved::of(&state);

@@ -1,6 +1,6 @@
-//! A guest of one page of real mode code, for the tests on this host's `/dev/kvm`.
+//! A guest of one page of real mode code, for the tests with this host's `/dev/kvm`.
 #![allow(unsafe_code)]
-// UNSAFETY: memory slots point into memory that the guest keeps mapped.
+// UNSAFETY: memory slots point to memory that the guest keeps mapped.
 
 use hypervisor::{Kvm, MemorySlot, Vcpu, Vm};
 
@@ -12,7 +12,7 @@ const PAGE_BYTES: usize = 4096;
 pub(crate) struct Page([u8; PAGE_BYTES]);
 
 impl Page {
-    /// `code`, then `hlt` over and over.
+    /// `code`, followed by `hlt` instructions.
     pub(crate) fn with(code: &[u8]) -> Box<Self> {
         let mut page = Box::new(Self([0xf4; PAGE_BYTES]));
         page.0[..code.len()].copy_from_slice(code);
@@ -20,9 +20,9 @@ impl Page {
     }
 }
 
-/// A machine with one vCPU and one page, which is kept mapped as long as the machine lives.
+/// A machine with one vCPU and one page, which stays mapped as long as the machine exists.
 pub(crate) struct Guest {
-    // Dropped in this order: the machine before the memory it uses.
+    // Drop order: the machine before the memory it uses.
     pub(crate) vcpu: Vcpu,
     #[allow(dead_code, reason = "only one of the test programs rings eventfds")]
     pub(crate) vm: Vm,
@@ -30,13 +30,13 @@ pub(crate) struct Guest {
     pub(crate) page: Box<Page>,
 }
 
-/// This host's KVM; without one the test is skipped.
+/// This host's KVM. Without one the test is skipped.
 pub(crate) fn kvm() -> Option<Kvm> {
     Kvm::open().map_err(test_skip::skip).ok()
 }
 
 impl Guest {
-    /// Puts `page` and a vCPU as after reset into `vm`.
+    /// Adds `page` and a vCPU in its reset state to `vm`.
     pub(crate) fn new(vm: Vm, mut page: Box<Page>) -> Self {
         let slot = MemorySlot {
             slot: 0,
