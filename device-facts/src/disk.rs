@@ -18,12 +18,12 @@ pub enum LockGranularity {
 }
 
 impl LockGranularity {
-    /// Each way with its word of the command line.
+    /// Each variant with its name on the command line.
     pub const WORDS: [(&'static str, Self); 2] = [
         (Self::ByteRange.into_str(), Self::ByteRange),
         (Self::Full.into_str(), Self::Full),
     ];
 }
 
-// Each has a word.
+// Each variant has a name.
 const _: () = assert!(LockGranularity::WORDS.len() == LockGranularity::VARIANTS.len());

@@ -1,17 +1,17 @@
-//! The words of the reporting policy in the balloon's configuration space, and the feature bit that announces them.
-//! Everything is little endian. `guest-patches/README.md` is the specification.
+//! The fields of the reporting policy in the balloon's configuration space, and the feature bit that announces them.
+//! All fields are little endian. `guest-patches/README.md` is the specification.
 
 use crate::reporting_policy::ReportingPolicy;
 
-/// Feature bit: the driver takes a reporting policy. Depends on `VIRTIO_BALLOON_F_REPORTING`. Experimental, until
-/// the standard has one (`guest-patches/SPEC-PROPOSAL.md`).
+/// Feature bit: the driver accepts a reporting policy. Depends on `VIRTIO_BALLOON_F_REPORTING`. Experimental until the
+/// standard assigns a bit (`guest-patches/SPEC-PROPOSAL.md`).
 pub const VIRTIO_BALLOON_F_REPORTING_POLICY_BIT: u32 = 56;
-/// The same as a mask.
+/// The feature bit as a mask.
 pub const VIRTIO_BALLOON_F_REPORTING_POLICY: u64 = 1 << VIRTIO_BALLOON_F_REPORTING_POLICY_BIT;
 
-/// First byte of the policy in the configuration space, directly behind the standard fields.
+/// First byte of the policy in the configuration space, directly after the standard fields.
 pub const POLICY_OFFSET: u64 = 0x10;
-/// First byte behind it.
+/// First byte after the policy.
 pub const POLICY_END: u64 = {
     let mut bytes = 0;
     let mut index = 0;
@@ -29,23 +29,23 @@ pub const POLICY_END: u64 = {
 
 /// Bit of `host_flags`: start no new report.
 pub const VIRTIO_BALLOON_REPORTING_PAUSED: u32 = 1 << 0;
-/// Bit of `host_flags`: a `report_now` forgets what was reported before.
+/// Bit of `host_flags`: a `report_now` also reports blocks that were reported before.
 pub const VIRTIO_BALLOON_REPORTING_AGAIN: u32 = 1 << 1;
 
 /// One field of the configuration space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Field {
-    /// From the start of the device's configuration space, bytes.
+    /// Offset from the start of the device's configuration space, in bytes.
     pub offset: u64,
-    /// Its size.
+    /// Size in bytes.
     pub bytes: u64,
-    /// As the specification and the header call it.
+    /// Name in the specification and the header.
     pub name: &'static str,
-    /// Who writes it.
+    /// The side that writes it.
     pub writer: Writer,
 }
 
-/// Who writes a field; the other side only reads it.
+/// The side that writes a field; the other side only reads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Writer {
     /// The device.
@@ -58,7 +58,7 @@ macro_rules! words {
     ($($offset:literal $constant:ident $name:literal $writer:ident,)+) => {
         $(#[doc = concat!("Offset of `", $name, "`.")] pub const $constant: u64 = $offset;)+
 
-        /// The fields that are no setting of the policy, 32 bits each.
+        /// The fields that are not settings of the policy, 32 bits each.
         const WORDS: &[Field] = &[
             $(Field { offset: $offset, bytes: 4, name: $name, writer: Writer::$writer },)+
         ];
@@ -74,7 +74,7 @@ words! {
     0x3c REPORT_NOW_DONE "report_now_done" Guest,
 }
 
-/// Every field, settings included, in the order of its offset.
+/// Every field, settings included, in order of offset.
 #[must_use]
 pub fn fields() -> Vec<Field> {
     let settings = ReportingPolicy::TABLE.iter().map(|setting| Field {
@@ -88,13 +88,13 @@ pub fn fields() -> Vec<Field> {
     fields
 }
 
-/// The bytes of a field as bits, counted from the start of the policy.
+/// The bytes of a field as a bit mask, counted from the start of the policy.
 const fn occupied(offset: u64, bytes: u64) -> u64 {
     assert!(offset >= POLICY_OFFSET && offset.is_multiple_of(bytes));
     ((1 << bytes) - 1) << (offset - POLICY_OFFSET)
 }
 
-// The fields are aligned and cover the policy from its first byte to its last, each byte once.
+// The fields are aligned and cover every byte of the policy exactly once.
 const _: () = {
     let mut covered = 0;
     let mut index = 0;

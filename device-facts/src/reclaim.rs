@@ -1,33 +1,33 @@
-//! How memory comes back to the host: why some of it was skipped, and where a pause and a run of hinting stand.
+//! Facts of memory reclaim: why requested bytes were skipped, and the phases of a reporting pause and of a hinting run.
 
 use strum::{EnumCount, IntoStaticStr, VariantArray};
 
-/// Why bytes that were asked for have not been discarded. The names are those of counters and answers.
+/// Why requested bytes were not discarded. The names are used in counters and replies.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, EnumCount, IntoStaticStr, VariantArray,
 )]
 #[strum(serialize_all = "snake_case", const_into_str)]
 #[repr(usize)]
 pub enum SkipReason {
-    /// No RAM there.
+    /// The range is not RAM.
     OutsideRam,
-    /// Named before in the same batch.
+    /// Already named in the same batch.
     Duplicate,
-    /// Part of a 4 KiB page that was not given up whole.
+    /// Part of a 4 KiB page that was not released as a whole.
     Unaligned,
-    /// Part of a backing page (hugetlb) that was not given up whole.
+    /// Part of a backing page (hugetlb) that was not released as a whole.
     BackingPageLarger,
-    /// A private mapping of a file: dropping the page would bring the file's bytes back where the guest expects zeros.
+    /// A private file mapping: a discarded page would read as the file's content where the guest expects zeros.
     PrivateFile,
-    /// A mapping this engine does not know how to discard safely.
+    /// The engine has no safe way to discard this kind of mapping.
     UnsupportedBacking,
     /// Discarding is switched off.
     Inhibited,
-    /// The guest fills its free pages with a value other than zero and relies on finding it again.
+    /// The guest fills its free pages with a non-zero value and relies on reading it back.
     PagePoison,
-    /// Hinted outside of a run: before the guest has acknowledged it, or after it was stopped.
+    /// Hinted outside of a run: before the guest acknowledged it, or after it was stopped.
     HintStale,
-    /// Hinted in a run, but the guest may be using the block again by now.
+    /// Hinted in a run, but the guest may already be using the block again.
     HintNotHeld,
     /// Reported while reporting is paused.
     ReportingPaused,
@@ -36,38 +36,38 @@ pub enum SkipReason {
 impl SkipReason {
     /// Number of reasons.
     pub const COUNT: usize = <Self as EnumCount>::COUNT;
-    /// Every reason, in the order of its number.
+    /// Every reason, in numerical order.
     pub const ALL: &'static [Self] = Self::VARIANTS;
 
-    /// Name in counters and answers.
+    /// Name in counters and replies.
     #[must_use]
     pub const fn name(self) -> &'static str {
         self.into_str()
     }
 }
 
-/// Where a pause of reporting stands.
+/// Phase of a reporting pause.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PausePhase {
-    /// Reports are taken.
+    /// Reports are accepted.
     #[default]
     Running,
-    /// Asked for and not confirmed; reports that are under way are still discarded.
+    /// Requested but not confirmed; reports in flight are still discarded.
     Pausing,
-    /// The guest has said that it reports nothing, and none of its reports would be discarded.
+    /// The guest has confirmed that it sends no reports. Any report would not be discarded.
     PausedByGuest,
-    /// No report is discarded; the guest has not said that it sends none.
+    /// No report is discarded; the guest has not confirmed that it sends none.
     PausedByDevice,
 }
 
 impl PausePhase {
-    /// Whether nothing that is reported is discarded any more.
+    /// Whether reported memory is no longer discarded.
     #[must_use]
     pub const fn is_paused(self) -> bool {
         self.paused_by().is_some()
     }
 
-    /// What the operator has asked for, in answers.
+    /// The state the operator requested, in replies.
     #[must_use]
     pub const fn state(self) -> &'static str {
         match self {
@@ -77,7 +77,7 @@ impl PausePhase {
         }
     }
 
-    /// Who holds the pause, in answers.
+    /// Who holds the pause, in replies.
     #[must_use]
     pub const fn paused_by(self) -> Option<&'static str> {
         match self {
@@ -88,19 +88,19 @@ impl PausePhase {
     }
 }
 
-/// Where a run of free page hinting stands.
+/// Phase of a free page hinting run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "snake_case", const_into_str)]
 pub enum HintingPhase {
     /// No run.
     #[default]
     Idle,
-    /// The host has asked, the guest has not begun.
+    /// The host has requested a run; the guest has not begun.
     Requested,
-    /// The guest sends what it has free, and it is discarded.
+    /// The guest sends its free blocks, and the device discards them.
     Running,
-    /// The host has stopped the run, the guest has not confirmed it. Nothing is discarded any more, but for the batch
-    /// that may have been under way.
+    /// The host has stopped the run; the guest has not confirmed it. Nothing is discarded any more except a batch that
+    /// was already in progress.
     Stopping,
 }
 
@@ -108,7 +108,7 @@ impl HintingPhase {
     /// Every phase.
     pub const ALL: &'static [Self] = Self::VARIANTS;
 
-    /// Name in answers.
+    /// Name in replies.
     #[must_use]
     pub const fn name(self) -> &'static str {
         self.into_str()

@@ -1,29 +1,29 @@
 //! The reporting policy: how the host asks a guest to report its free memory.
 //!
-//! A setting is one row; the device, the wire types, the options of `ch-remote`, the schemas and the check of bounds
-//! read it from here. What it means to the guest is specified in `guest-patches/README.md`.
+//! Each setting is one row. The device, the wire types, the options of `ch-remote`, the schemas and the bounds check
+//! read it from here. `guest-patches/README.md` specifies what a setting means to the guest.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use strum::{IntoStaticStr, VariantArray};
 
-/// What the number of a setting counts.
+/// The unit of a setting.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr)]
 #[strum(serialize_all = "snake_case")]
 pub enum Unit {
-    /// Power of two of pages of 4 KiB.
+    /// Power of two, in pages of 4 KiB.
     Order,
-    /// Things.
+    /// A plain number.
     Count,
     /// Milliseconds.
     Ms,
-    /// Bytes; options accept the suffixes of sizes.
+    /// Bytes; options accept size suffixes.
     Bytes,
 }
 
 impl Unit {
-    /// Word in help texts.
+    /// Name in help texts.
     #[must_use]
     pub fn name(self) -> &'static str {
         self.into()
@@ -33,45 +33,45 @@ impl Unit {
 /// One setting of the policy.
 #[derive(Clone, Copy, Debug)]
 pub struct Setting {
-    /// Which one.
+    /// Identifier of the setting.
     pub id: PolicySetting,
     /// Name in the API, in options and in the header.
     pub name: &'static str,
-    /// Bit in `guest_settings` by which the driver says that it follows the setting.
+    /// Bit in `guest_settings` by which the driver reports that it follows the setting.
     pub bit: u32,
-    /// Place in the configuration space, bytes.
+    /// Offset in the configuration space, in bytes.
     pub offset: u64,
-    /// Its size there, bytes.
+    /// Size in the configuration space, in bytes.
     pub bytes: u64,
-    /// What the number counts.
+    /// Unit of the value.
     pub unit: Unit,
-    /// Value until somebody sets another.
+    /// Value until another is set.
     pub default: u64,
-    /// Least value.
+    /// Smallest value.
     pub min: u64,
     /// Largest value.
     pub max: u64,
-    /// What it does.
+    /// Effect of the setting.
     pub meaning: &'static str,
     value: fn(&ReportingPolicy) -> u64,
     slot: fn(&mut ReportingPolicyChange) -> &mut Option<u64>,
 }
 
 impl Setting {
-    /// Its value in `policy`.
+    /// The setting's value in `policy`.
     #[must_use]
     pub fn value(&self, policy: &ReportingPolicy) -> u64 {
         (self.value)(policy)
     }
 
-    /// Its value in `policy` as a guest is shown it. A policy is checked when it is set; a value out of bounds all the
-    /// same becomes the nearest within.
+    /// The setting's value in `policy` as shown to the guest. A policy is checked when it is set; a value that is out
+    /// of bounds nevertheless is clamped.
     #[must_use]
     pub fn bounded(&self, policy: &ReportingPolicy) -> u64 {
         self.value(policy).clamp(self.min, self.max)
     }
 
-    /// Its place in a change.
+    /// The setting's field in a change.
     pub fn slot<'a>(&self, change: &'a mut ReportingPolicyChange) -> &'a mut Option<u64> {
         (self.slot)(change)
     }
@@ -88,7 +88,7 @@ macro_rules! reporting_policy {
         }
         requests { $($request:ident { bit: $request_bit:literal, $request_meaning:literal })+ }
     ) => {
-        /// Something that a driver follows or does not: the settings of the policy, and what else can be asked of it.
+        /// A feature that a driver does or does not follow: a setting of the policy or another request.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr, VariantArray)]
         #[strum(serialize_all = "snake_case", const_into_str)]
         pub enum PolicySetting {
@@ -97,11 +97,11 @@ macro_rules! reporting_policy {
         }
 
         impl PolicySetting {
-            /// Everything, the settings of the policy first.
+            /// Every variant, the settings of the policy first.
             pub const ALL: &'static [Self] = Self::VARIANTS;
             /// Length of [`PolicySetting::ALL`].
             pub const COUNT: usize = Self::ALL.len();
-            /// The bits of `guest_settings` that mean something.
+            /// The defined bits of `guest_settings`.
             pub const MASK: u32 = 0 $(| 1 << $bit)+ $(| 1 << $request_bit)+;
 
             /// Name in the API.
@@ -110,7 +110,7 @@ macro_rules! reporting_policy {
                 self.into_str()
             }
 
-            /// Its bit in `guest_settings`, as a mask.
+            /// The variant's bit in `guest_settings`, as a mask.
             #[must_use]
             pub const fn mask(self) -> u32 {
                 match self {
@@ -120,7 +120,7 @@ macro_rules! reporting_policy {
             }
         }
 
-        // No two share a bit.
+        // No two variants share a bit.
         const _: () = assert!(PolicySetting::MASK.count_ones() as usize == PolicySetting::COUNT);
 
         /// How the guest shall report free memory.
@@ -148,7 +148,7 @@ macro_rules! reporting_policy {
         }
 
         impl From<ReportingPolicy> for ReportingPolicyChange {
-            /// Sets everything.
+            /// Sets every setting.
             fn from(policy: ReportingPolicy) -> Self {
                 Self { $($name: Some(policy.$name),)+ }
             }
@@ -161,7 +161,7 @@ macro_rules! reporting_policy {
                 ReportingPolicy { $($name: self.$name.unwrap_or(policy.$name),)+ }
             }
 
-            /// Both changes; where both set the same thing, this one wins.
+            /// Merges both changes; where both set the same setting, `self` wins.
             #[must_use]
             pub fn or(self, other: Self) -> Self {
                 Self { $($name: self.$name.or(other.$name),)+ }
@@ -192,20 +192,20 @@ macro_rules! reporting_policy {
     };
 }
 
-/// An hour.
+/// One hour.
 const DELAY_MS_MAX: u64 = 3_600_000;
 
-// The defaults are those of Linux' own page reporting (block size, delay) and of the proposal that it came from (pending
-// blocks). They are also what a guest finds that is asked for a pause before any policy: zeros would ask for reports
+// The defaults of block size and delay are those of Linux' page reporting; that of pending blocks is from the proposal
+// it came from. A guest that is paused before any policy is set also sees these values: with zeros it would report
 // without end.
 reporting_policy! {
     settings {
-        // The largest order of a free block on x86 is `MAX_PAGE_ORDER` of include/linux/mmzone.h: 4 MiB.
+        // `MAX_PAGE_ORDER` of include/linux/mmzone.h is the largest order of a free block on x86: 4 MiB.
         OrderMin order_min {
             bit: 0, offset: 0x14, bytes: 4, unit: Order, default: 9, bounds: 0..=10,
             "Order of the smallest block that is reported; a block has 4096 << order bytes. 0 for the guest's default"
         }
-        // Blocks of 4 KiB in 4 TiB; more pending ones would mean that nothing is ever reported.
+        // The number of 4 KiB blocks in 4 TiB. With more pending blocks nothing would ever be reported.
         PendingBlocks pending_blocks {
             bit: 1, offset: 0x18, bytes: 4, unit: Count, default: 16, bounds: 1..=1 << 30,
             "Free blocks that start a report"
@@ -214,7 +214,7 @@ reporting_policy! {
             bit: 2, offset: 0x1c, bytes: 4, unit: Ms, default: 2000, bounds: 1..=DELAY_MS_MAX,
             "Time after which a report starts, however few blocks are pending, milliseconds"
         }
-        // Also at most `delay_ms_max`, or nothing would ever be old enough in time.
+        // Must also be at most `delay_ms_max`; otherwise no block would be old enough in time.
         AgeMsMin age_ms_min {
             bit: 3, offset: 0x20, bytes: 4, unit: Ms, default: 0, bounds: 0..=DELAY_MS_MAX,
             "Blocks that have been free for a shorter time are not reported, milliseconds"
@@ -231,17 +231,17 @@ reporting_policy! {
     }
 }
 
-/// Why a policy is refused.
+/// Why a policy is rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PolicyError {
     /// A setting of the policy is out of bounds.
     #[error("{setting} of the reporting policy is {value}, which is not between {min} and {max}")]
     OutOfBounds {
-        /// Which setting.
+        /// Name of the setting.
         setting: &'static str,
-        /// What was asked for.
+        /// The requested value.
         value: u64,
-        /// Least value.
+        /// Smallest value.
         min: u64,
         /// Largest value.
         max: u64,
@@ -249,27 +249,27 @@ pub enum PolicyError {
     /// Two settings contradict each other.
     #[error("{low} of the reporting policy is {low_value}, above its {high} of {high_value}")]
     Reversed {
-        /// The setting that must not be above the other.
+        /// The setting that must not exceed the other.
         low: &'static str,
-        /// Its value.
+        /// Value of `low`.
         low_value: u64,
-        /// The other one.
+        /// The other setting.
         high: &'static str,
-        /// Its value.
+        /// Value of `high`.
         high_value: u64,
     },
 }
 
 impl ReportingPolicy {
-    /// Pairs of settings of which the first must not be above the second. If the age were above the delay, no block
-    /// would ever be old enough in time.
+    /// Pairs of settings; the first must not exceed the second. If the age exceeded the delay, no block would be old
+    /// enough in time.
     pub const ORDERED: &'static [(PolicySetting, PolicySetting)] =
         &[(PolicySetting::AgeMsMin, PolicySetting::DelayMsMax)];
 
-    /// Checks the bounds of each setting, then the pairs that must be in order.
+    /// Checks the bounds of each setting, then the order of the pairs.
     ///
     /// # Errors
-    /// The first setting or pair at fault.
+    /// The first invalid setting or pair.
     pub fn check(&self) -> Result<(), PolicyError> {
         for setting in Self::TABLE {
             let (min, max) = (setting.min, setting.max);
@@ -286,7 +286,7 @@ impl ReportingPolicy {
         self.check_order()
     }
 
-    /// Checks the pairs of settings that must be in order.
+    /// Checks the order of the pairs of settings.
     ///
     /// # Errors
     /// The first pair that is reversed.
@@ -305,7 +305,7 @@ impl ReportingPolicy {
         Ok(())
     }
 
-    /// Value of a setting; 0 for what is no setting of the policy.
+    /// Value of a setting; 0 for a variant that is not a setting of the policy.
     fn value(&self, setting: PolicySetting) -> u64 {
         let row = Self::TABLE.iter().find(|it| it.id == setting);
         row.map_or(0, |it| it.value(self))

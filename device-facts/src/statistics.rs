@@ -1,8 +1,8 @@
-//! Memory statistics a balloon driver sends (virtio 1.2 §5.5.6.3; `VIRTIO_BALLOON_S_*` of
+//! Memory statistics that a balloon driver sends (virtio 1.2 §5.5.6.3; `VIRTIO_BALLOON_S_*` of
 //! `include/uapi/linux/virtio_balloon.h`).
 //!
-//! A row is `constant = tag, field, meaning`. From it come the tag, the field of the answer with its serde rules, the
-//! access by tag, and the schema.
+//! A row is `constant = tag, field, meaning`. The tag constant, the field of the reply with its serde attributes, the
+//! access by tag, and the schema are generated from it.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,11 +11,11 @@ use serde::{Deserialize, Serialize};
 pub struct Statistic {
     /// Tag on the statistics queue.
     pub tag: u16,
-    /// The header's name of the tag.
+    /// The tag's name in the Linux header.
     pub constant: &'static str,
     /// Name in the API.
     pub name: &'static str,
-    /// What it counts, with its unit.
+    /// The quantity it counts, with its unit.
     pub meaning: &'static str,
 }
 
@@ -45,8 +45,8 @@ macro_rules! statistics {
                 },)+
             ];
 
-            /// Stores `value` under `tag`. Returns false, and stores nothing, for a tag that is not in the table: a
-            /// newer guest may send more than we know.
+            /// Stores `value` under `tag`. For a tag that is not in the table it stores nothing and returns false: a
+            /// newer guest may send unknown tags.
             pub fn set(&mut self, tag: u16, value: u64) -> bool {
                 match tag {
                     $($tag => self.$name = Some(value),)+
@@ -70,7 +70,7 @@ macro_rules! statistics {
                 Self::TABLE.iter().map(move |it| (it, values.get(it.tag)))
             }
 
-            /// Whether the guest has sent none of them.
+            /// Whether the guest has sent no statistic.
             #[must_use]
             pub fn is_empty(&self) -> bool {
                 *self == Self::default()

@@ -1,4 +1,4 @@
-//! The tables against `guest-patches/README.md`, the header in the patches, and the manual.
+//! Compares the tables with `guest-patches/README.md`, the header in the patches, and the manual.
 
 #![allow(clippy::unwrap_used)]
 
@@ -15,7 +15,7 @@ use device_facts::{GuestReporting, PolicySetting, ReportingPolicy, SkipReason};
 const TABLE: &str = include_str!("../../guest-patches/README.md");
 const PATCHES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../guest-patches/patches");
 
-/// Names that stand for a number, in the table and in the header.
+/// Names that stand for a number in the table and in the header.
 fn numbers() -> BTreeMap<&'static str, u64> {
     let feature = u64::from(VIRTIO_BALLOON_F_REPORTING_POLICY_BIT);
     let tags = GuestReporting::TABLE.iter();
@@ -24,7 +24,7 @@ fn numbers() -> BTreeMap<&'static str, u64> {
         .collect()
 }
 
-/// The rows of the table whose first cell is `kind`, as their other cells.
+/// The rows of the table whose first cell is `kind`, without that cell.
 fn rows(kind: &str) -> Vec<Vec<&'static str>> {
     TABLE
         .lines()
@@ -106,7 +106,7 @@ fn table_and_constants_name_the_same_numbers() {
     }
 }
 
-/// What the patches add to the header, without the `+`.
+/// The lines that the patches add to the header, without the `+`.
 fn header_lines() -> Vec<String> {
     let mut lines = Vec::new();
     let Ok(entries) = fs::read_dir(Path::new(PATCHES)) else {
@@ -127,7 +127,7 @@ fn header_lines() -> Vec<String> {
     lines
 }
 
-/// Offsets of the members of `struct NAME`, by their sizes, from `at` on.
+/// Offsets of the members of `struct NAME`, computed from their sizes, starting at `at`.
 fn members(lines: &[String], name: &str, mut at: u64) -> Vec<(u64, u64, String)> {
     let opening = format!("struct {name} {{");
     let body = lines.iter().skip_while(|line| !line.starts_with(&opening));
