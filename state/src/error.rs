@@ -4,7 +4,7 @@ use std::error::Error;
 
 use crate::Part;
 
-/// Why a part cannot be built from a saved state. Names the part, and the field if there is one.
+/// Why a part cannot be restored from a saved state. Names the part, and the field if there is one.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// Written by a version of the part that this program cannot read.
@@ -19,16 +19,16 @@ pub enum StateError {
         /// Newest readable version, the one written.
         newest: u32,
     },
-    /// Not a state of this part: a field is missing, unknown or of another type.
+    /// Not a state of this part: a field is missing, unknown or of the wrong type.
     #[error("state of {part} is malformed")]
     Malformed {
         /// The part's name.
         part: &'static str,
-        /// The reader's complaint.
+        /// The parser's error.
         #[source]
         source: serde_json::Error,
     },
-    /// A field that cannot be true for this part.
+    /// A field has a value that this part cannot have.
     #[error("state of {part}: {field} {reason}")]
     Invalid {
         /// The part's name.
@@ -38,19 +38,19 @@ pub enum StateError {
         /// What is wrong with its value.
         reason: String,
     },
-    /// The state is sound, but the host refused something that it needs.
+    /// The state is valid, but the host refused a resource it needs.
     #[error("cannot restore {part}")]
     Host {
         /// The part's name.
         part: &'static str,
-        /// The refusal.
+        /// The host's error.
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },
 }
 
 impl StateError {
-    /// A field that cannot be true.
+    /// An error for a field with an impossible value.
     pub fn invalid(part: Part, field: &'static str, reason: impl Into<String>) -> Self {
         Self::Invalid {
             part: part.name,
@@ -59,12 +59,12 @@ impl StateError {
         }
     }
 
-    /// Whether the host refused, as opposed to a state that cannot be.
+    /// Whether the host caused the error, as opposed to an invalid state.
     pub fn is_of_host(&self) -> bool {
         matches!(self, Self::Host { .. })
     }
 
-    /// The host refused.
+    /// An error caused by the host.
     pub fn host(part: Part, source: impl Into<Box<dyn Error + Send + Sync>>) -> Self {
         Self::Host {
             part: part.name,
@@ -73,7 +73,7 @@ impl StateError {
     }
 }
 
-/// Refuses `field` of `part` unless `holds`.
+/// Rejects `field` of `part` unless `holds`.
 ///
 /// # Errors
 /// [`StateError::Invalid`] with the reason.

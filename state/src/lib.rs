@@ -5,13 +5,13 @@
 //!   run-time part ◄─ restore ─── XxxState ◄─ Saved::read ─ version readable? upgrade ◄── JSON
 //! ```
 //!
-//! * A *state type* ([`State`]) is plain data that serde can write. It stands beside the run-time
-//!   type and is never that type, so that the one can change without the other.
-//! * [`Saved`] is a state with its version, of whatever part: what parts hand to each other.
-//! * [`parts`] is the table of all parts and of the versions that can be read.
+//! * A *state type* ([`State`]) is plain data that serde can write. It is always a separate type from the run-time
+//!   type, so that either can change without the other.
+//! * [`Saved`] is a state of any part with its version: parts exchange states in this form.
+//! * [`parts`] is the table of all parts and their readable versions.
 //!
-//! The rules for a new field or version are in `docs/state.md`. A saved state comes from a file
-//! or from the network: reading it never panics, and what cannot be true is refused by name.
+//! The rules for a new field or version are in `docs/state.md`. A saved state comes from a file or from the network:
+//! reading it never panics, and an impossible value is rejected with an error that names its field.
 
 mod bytes;
 mod error;

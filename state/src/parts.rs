@@ -1,13 +1,13 @@
-//! The table of all parts: their names, and which versions of their state can be read.
+//! The table of all parts: their names, and the readable versions of their state.
 
 /// A part of a machine that has a state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Part {
-    /// How errors and documentation call it.
+    /// Name in errors and documentation.
     pub name: &'static str,
-    /// Oldest version that can be read.
+    /// Oldest readable version.
     pub oldest: u32,
-    /// Newest version that can be read, and the one that is written.
+    /// Newest readable version; the one that is written.
     pub newest: u32,
 }
 
@@ -15,7 +15,7 @@ macro_rules! parts {
     ($($(#[$doc:meta])* $part:ident = $name:literal, $oldest:literal..=$newest:literal;)+) => {
         $($(#[$doc])* pub const $part: Part = Part { name: $name, oldest: $oldest, newest: $newest };)+
 
-        /// Every part there is.
+        /// Every part.
         pub const ALL: &[Part] = &[$($part,)+];
     };
 }
@@ -35,7 +35,7 @@ parts! {
     BLOCK = "block", 1..=2;
     /// Console.
     CONSOLE = "console", 1..=1;
-    /// Text that a console's output has not taken yet.
+    /// Console output that its destination has not accepted yet.
     CONSOLE_OUTPUT = "console-output", 1..=1;
     /// Shared folder.
     FS = "fs", 1..=1;
@@ -69,9 +69,9 @@ parts! {
     MEMORY = "memory-map", 1..=1;
     /// Content of guest memory: which pages are in which file.
     MEMORY_CONTENT = "memory-content", 1..=1;
-    /// A snapshot: a PC, and what the operator has set.
+    /// A snapshot: a PC, and the operator's settings.
     SNAPSHOT = "snapshot", 2..=2;
-    /// PCI buses: which function is where.
+    /// PCI buses: location of each function.
     PCI_BUS = "pci-bus", 1..=2;
     /// A PC: an envelope for each of its parts.
     PC = "pc", 1..=2;

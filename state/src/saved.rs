@@ -11,8 +11,8 @@ const VERSION: &str = "version";
 /// The fields of a state, by name.
 pub type Fields = Map<String, Value>;
 
-/// Moves the fields `names` into the one element of a new list `list`: the upgrade of a part of which a machine had one
-/// and now has several.
+/// Moves the fields `names` into the only element of a new list `list`: the upgrade of a part that a machine had once
+/// and can now have several times.
 pub fn wrap_in_list(fields: &mut Fields, names: &[&str], list: &str) {
     let element = names.iter().filter_map(|name| fields.remove_entry(*name));
     let element: Fields = element.collect();
@@ -21,25 +21,25 @@ pub fn wrap_in_list(fields: &mut Fields, names: &[&str], list: &str) {
 
 /// A state type: plain data, in the newest version's shape.
 ///
-/// Derive the serde traits with `deny_unknown_fields`: a field this version does not have belongs
-/// to another version, and dropping it silently would lose what the guest relies on. Every type
-/// must serialise to a JSON object without a field `version`.
+/// Derive the serde traits with `deny_unknown_fields`: a field this version does not have belongs to another version,
+/// and dropping it silently would lose state that the guest relies on. Every type must serialise to a JSON object
+/// without a field `version`.
 pub trait State: Serialize + DeserializeOwned {
-    /// The row in the table of versions.
+    /// The part's row in the table of versions.
     const PART: Part;
 
-    /// Turns the fields of version `from` into those of version `from + 1`. Called for each step
-    /// from a readable older version to the newest.
+    /// Converts the fields of version `from` into those of version `from + 1`. Called for each step from a readable
+    /// older version to the newest.
     ///
     /// # Errors
-    /// Fields that the older version cannot have had.
+    /// A field has a value that the older version cannot have had.
     fn upgrade(from: u32, _fields: &mut Fields) -> Result<(), StateError> {
         // A part with more than one readable version overrides this.
         Err(unreadable(Self::PART, u64::from(from)))
     }
 }
 
-/// The state of some part with its version: `{ "version": n, … }`.
+/// The state of a part with its version: `{ "version": n, … }`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Saved(Fields);
@@ -48,7 +48,7 @@ impl Saved {
     /// Wraps a state, in the newest version of its part.
     ///
     /// # Panics
-    /// The type does not serialise to a JSON object: a fault of its definition.
+    /// The type does not serialise to a JSON object, which is a defect in its definition.
     pub fn of<S: State>(state: &S) -> Self {
         let Ok(Value::Object(mut fields)) = serde_json::to_value(state) else {
             panic!("the state of {} is not a plain structure", S::PART.name);
@@ -61,12 +61,11 @@ impl Saved {
     /// Reads the state of one part.
     ///
     /// # Errors
-    /// [`StateError::UnreadableVersion`] and [`StateError::Malformed`]. Whether the values can be
-    /// true is for the part to check.
+    /// [`StateError::UnreadableVersion`] and [`StateError::Malformed`]. The part itself checks the values.
     pub fn read<S: State>(&self) -> Result<S, StateError> {
         let part = S::PART;
         let mut fields = self.0.clone();
-        // A missing version, or one that is no number, is no version that was ever written.
+        // A missing or non-numeric version was never written by this program.
         let found = fields.remove(VERSION);
         let found = found.as_ref().and_then(Value::as_u64).unwrap_or(0);
         let version = u32::try_from(found)
@@ -101,7 +100,7 @@ mod tests {
     use super::*;
     use crate::Bytes;
 
-    /// Version 1 was forgotten, version 2 had no `colour`, version 3 is this.
+    /// Version 1 is no longer readable, version 2 had no `colour`, version 3 is current.
     #[derive(Debug, PartialEq, Serialize, Deserialize)]
     #[serde(deny_unknown_fields)]
     struct LampState {

@@ -1,4 +1,4 @@
-//! Systematically damages a saved state; the reader must refuse it or keep working.
+//! Damages a saved state systematically; the reader must reject it or keep working.
 
 use serde_json::{Value, json};
 
@@ -28,12 +28,11 @@ fn nasty() -> Vec<Value> {
     ]
 }
 
-/// Calls `visit` with every state that differs from `saved` in one place: each value replaced by
-/// each of a list of nasty ones or by its neighbours, each field left out, each list cut short,
-/// doubled and turned round. Returns how many there were.
+/// Calls `visit` with every state that differs from `saved` in one place: each value replaced by each problematic value
+/// or by its neighbours, each field removed, each list truncated, doubled and reversed. Returns the number of states.
 ///
 /// # Panics
-/// `saved` is not JSON, which cannot be.
+/// `saved` is not JSON, which cannot happen.
 pub fn damage(saved: &Saved, mut visit: impl FnMut(&Saved)) -> usize {
     let whole = serde_json::to_value(saved).expect("a saved state is JSON");
     let mut places = Vec::new();
