@@ -1,8 +1,8 @@
 //! The event monitor (`--event-monitor`): writes events for an outside reader without blocking.
 //!
-//! Senders put events into a bounded queue; a thread of its own writes them to a non-blocking descriptor. A slow reader
-//! loses whole events, which are counted; the stream stays well-formed. Without a monitor, nothing is formatted, queued
-//! or started.
+//! Senders put events into a bounded queue; a separate thread writes them to a non-blocking descriptor. If the reader
+//! is slow, whole events are dropped and counted, and the stream stays well-formed. Without a monitor, nothing is
+//! formatted, queued or started.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -25,7 +25,7 @@ use crate::threads::EVENT_THREAD;
 
 /// Maximum number of queued events: enough for a burst of device activations, not a backlog.
 const QUEUE_LENGTH: usize = 256;
-/// How many of them a guest may cause by register writes, so that it cannot displace the others.
+/// Maximum number of queued events that guest register writes caused, so that they cannot displace other events.
 const REGISTER_EVENTS_MAX: usize = QUEUE_LENGTH / 2;
 const STACK_BYTES: usize = 128 << 10;
 
@@ -165,8 +165,8 @@ impl EventMonitor {
                 event: event.kind.name().to_owned(),
                 properties: owned(event.properties()),
             };
-            // Before it is sent, because the thread decrements the count. Concurrent vCPUs may exceed the limit by one
-            // each.
+            // Incremented before sending, because the thread decrements it. Concurrent vCPUs may exceed the limit by
+            // one each.
             register_events.fetch_add(usize::from(by_register), Ordering::Relaxed);
             let message = Message::Write {
                 record,
@@ -179,7 +179,7 @@ impl EventMonitor {
         })
     }
 
-    /// Events that nobody will see.
+    /// The number of dropped events.
     pub fn lost_events(&self) -> u64 {
         self.writer
             .as_ref()
@@ -197,7 +197,8 @@ fn owned(properties: Vec<(&'static str, String)>) -> Option<BTreeMap<String, Str
 
 impl Drop for Writer {
     fn drop(&mut self) {
-        // The thread never waits for the reader, so there will be room soon; it has ended only if it panicked.
+        // The thread never waits for the reader, so the queue will soon have room. Sending fails only if the thread
+        // panicked.
         drop(self.queue.send(Message::Stop));
         if let Some(Err(_)) = self.thread.take().map(JoinHandle::join) {
             log::error!("The thread {EVENT_THREAD} panicked");
@@ -209,7 +210,8 @@ impl Drop for Writer {
     }
 }
 
-/// Opens for writing without blocking. A pipe without a reader would fail, so it is opened for reading and writing.
+/// Opens the file for writing without blocking. It is opened for reading as well, because opening a pipe without a
+/// reader for writing alone would fail.
 fn open(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.write(true).custom_flags(libc::O_NONBLOCK);
@@ -253,8 +255,8 @@ impl Stream {
         );
     }
 
-    /// False if the reader has no room for the event. A partly written event must be completed, or the reader would
-    /// lose its place in the stream.
+    /// False if the reader has no room for the event. A partly written event must be completed to keep the stream
+    /// well-formed.
     fn write(&mut self, record: &[u8]) -> bool {
         let rest = std::mem::take(&mut self.unwritten);
         let left = self.write_part(&rest);
@@ -356,7 +358,7 @@ mod tests {
         });
         drop(monitor);
         let text = reading.join().unwrap();
-        // The last one may have been cut off by the end of the stream; it is not counted as lost.
+        // The last event may be truncated by the end of the stream; it does not count as lost.
         let complete = &text[..text.rfind("\n\n").unwrap() + 2];
         let seen = events_of(complete).len() as u64;
         assert!(seen + lost.load(Ordering::Relaxed) >= EVENTS - 1);

@@ -69,7 +69,7 @@ macro_rules! events {
                 )
             }
 
-            /// The part of the VMM in which it happened.
+            /// The part of the VMM that caused it.
             #[must_use]
             pub const fn source(&self) -> &'static str {
                 match self {
@@ -99,7 +99,7 @@ events! {
     "vmm" {
         /// The control thread runs.
         VmmStarting "starting"
-        /// The program ends.
+        /// The program is exiting.
         VmmShutdown "shutdown"
     }
     "vm" {
@@ -127,19 +127,19 @@ events! {
         Resumed "resumed"
         /// The paused machine is being saved.
         Snapshotting "snapshotting"
-        /// So much of its RAM has been looked through and written.
+        /// Amount of RAM that has been scanned and written.
         SnapshotProgress "snapshot-progress" { done_bytes: u64, total_bytes: u64 }
-        /// All of it is in files on the disk.
+        /// The snapshot is on stable storage.
         Snapshotted "snapshotted"
-        /// It could not be saved; no snapshot was left.
+        /// The machine could not be saved; no snapshot was left behind.
         SnapshotFailed "snapshot-failed" { error: String }
         /// A machine is being created from saved files.
         Restoring "restoring"
-        /// So much of its RAM has its content.
+        /// Amount of RAM whose content has been restored.
         RestoreProgress "restore-progress" { done_bytes: u64, total_bytes: u64 }
-        /// It exists, paused, and has its memory.
+        /// The machine exists, is paused, and has its memory.
         Restored "restored"
-        /// It could not be created; nothing was left.
+        /// The machine could not be created; nothing was left behind.
         RestoreFailed "restore-failed" { error: String }
         /// Memory or balloon are being resized.
         Resizing "resizing"

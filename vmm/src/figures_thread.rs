@@ -17,8 +17,8 @@ use crate::thresholds::{Look, Thresholds};
 use crate::view::PublishedView;
 use crate::vm::MachineObserver;
 
-/// Interval of the evaluation. Each evaluation measures residency at most once. After a measurement the probe itself
-/// rests a hundred times as long as it took, so that alerts never cost more than a hundredth of a core.
+/// Interval of the evaluation. Each evaluation measures residency at most once. After a measurement, the probe rests a
+/// hundred times as long as the measurement took, so that alerts use at most 1 % of a core.
 const INTERVAL: Duration = Duration::from_secs(1);
 const STACK_BYTES: usize = 256 << 10;
 

@@ -1,6 +1,6 @@
-//! Descriptors that the parent process left open for this one (`fd=N` on the command line).
+//! Descriptors inherited from the parent process (`fd=N` on the command line).
 
-// UNSAFETY: a descriptor that is passed as a number has no owner that the standard library knows.
+// UNSAFETY: the standard library does not know the owner of a descriptor that is passed as a number.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -13,7 +13,7 @@ use std::os::unix::net::UnixListener;
 /// # Errors
 /// The descriptor is not open.
 pub(crate) fn non_blocking_file(fd: i32) -> io::Result<File> {
-    // SAFETY: these commands only read and set flags of a descriptor; one that is not open is answered with an error.
+    // SAFETY: these commands only read and set flags of a descriptor; one that is not open causes an error.
     let set = unsafe {
         match libc::fcntl(fd, libc::F_GETFL) {
             -1 => -1,
@@ -54,16 +54,16 @@ pub(crate) fn listener(fd: i32) -> io::Result<UnixListener> {
     Ok(unsafe { UnixListener::from_raw_fd(fd) })
 }
 
-/// Duplicates the descriptor of an open file. The original stays open, so that a reboot finds it again.
+/// Duplicates the descriptor of an open file. The original stays open for the next reboot.
 ///
 /// # Errors
 /// It is not open, or there are no descriptors left.
 pub(crate) fn duplicate(fd: i32) -> io::Result<OwnedFd> {
-    // SAFETY: this command makes a new descriptor; one that is not open is answered with an error.
+    // SAFETY: this command creates a new descriptor; one that is not open causes an error.
     let own = unsafe { libc::fcntl(fd, libc::F_DUPFD_CLOEXEC, 0) };
     if own == -1 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the descriptor was made just now and has no other owner.
+    // SAFETY: the descriptor was just created and has no other owner.
     Ok(unsafe { OwnedFd::from_raw_fd(own) })
 }

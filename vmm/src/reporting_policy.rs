@@ -1,4 +1,4 @@
-//! The reporting policy and its status in the current guest. Its settings and their bounds are a table of
+//! The reporting policy and its status in the current guest. Its settings and their bounds are in a table of
 //! `device-facts`.
 
 use api::{ReportingPolicy, ReportingPolicyStatus, SettingStatus};
@@ -47,7 +47,7 @@ pub(crate) fn status(policy: ReportingPolicy, guest: GuestPolicy) -> ReportingPo
     }
 }
 
-/// One sentence for all settings.
+/// The reason that applies to all settings, in one sentence.
 fn reason(guest: GuestPolicy) -> Option<String> {
     let missing: Vec<_> = ReportingPolicy::TABLE
         .iter()

@@ -1,7 +1,7 @@
 //! SIGTERM and SIGINT shut the VMM down cleanly.
 //!
-//! They are blocked before any thread is started, which all threads inherit. They are unblocked on the main thread
-//! alone, once the control thread can receive the request. So they never interrupt a vCPU or worker, and no thread has
+//! Both are blocked before any thread starts, and all threads inherit the mask. Only the main thread unblocks them,
+//! once the control thread can receive the request. Therefore they never interrupt a vCPU or worker, and no thread has
 //! to wait for them.
 
 // UNSAFETY: a signal handler may only call what is async-signal-safe, which `write` is and the standard library is not.
@@ -14,13 +14,13 @@ use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::signal::{block_signal, register_signal_handler, unblock_signal};
 
-/// Keeps a file that grows past the process's limit (`RLIMIT_FSIZE`) from ending it: the write or truncation fails
-/// with EFBIG instead, which every place that writes handles. Call it before any thread is started.
+/// Keeps the process alive when a file would exceed the process's limit (`RLIMIT_FSIZE`): the write or truncation fails
+/// with EFBIG instead, which every writer handles. Must be called before any thread starts.
 ///
 /// # Errors
 /// The signal cannot be ignored.
 pub fn survive_file_size_limit() -> std::io::Result<()> {
-    // SAFETY: SIG_IGN is not code, and the signal has no other user in this process.
+    // SAFETY: SIG_IGN is not a function, and nothing else in this process uses the signal.
     match unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) } {
         libc::SIG_ERR => Err(std::io::Error::last_os_error()),
         _ => Ok(()),
@@ -59,8 +59,8 @@ pub struct ExitSignals {
 }
 
 impl ExitSignals {
-    /// Blocks the signals on this thread and on all threads that it starts. Call it on the main thread before it starts
-    /// any other.
+    /// Blocks the signals on this thread and on all threads that it starts. Must be called on the main thread before it
+    /// starts any other.
     ///
     /// # Errors
     /// The mask cannot be changed.
@@ -74,13 +74,13 @@ impl ExitSignals {
         Ok(Self { event: None })
     }
 
-    /// From now on, signals write to `event`, including those that are pending. Call it on the main thread.
+    /// From now on, signals, including pending ones, write to `event`. Must be called on the main thread.
     ///
     /// # Errors
     /// A handler or the mask cannot be set.
     pub fn deliver_to(&mut self, event: Arc<EventFd>) -> Result<(), SignalsError> {
         EXIT_FD.store(event.as_raw_fd(), Ordering::Release);
-        // Kept, because the handler knows its number.
+        // Kept open, because the handler uses its number.
         self.event = Some(event);
         for signal in EXIT_SIGNALS {
             register_signal_handler(signal, on_exit_signal)
@@ -113,8 +113,8 @@ extern "C" fn on_exit_signal(
         return;
     }
     let one = 1u64.to_ne_bytes();
-    // SAFETY: `write` is async-signal-safe and reads the eight live bytes; `errno` is put back, because the interrupted
-    // code may be about to look at it. A failure means that the event is pending already.
+    // SAFETY: `write` is async-signal-safe and reads the eight live bytes; `errno` is restored, because the interrupted
+    // code may be about to read it. A failure means that the event is already pending.
     unsafe {
         let errno = *libc::__errno_location();
         libc::write(fd, one.as_ptr().cast(), one.len());
@@ -131,16 +131,16 @@ mod tests {
     #[test]
     fn file_size_signal_ends_nothing() {
         survive_file_size_limit().unwrap();
-        // SAFETY: sends a signal to this very thread, which ignores it.
+        // SAFETY: sends a signal to this thread, which ignores it.
         assert_eq!(unsafe { libc::raise(libc::SIGXFSZ) }, 0);
     }
 
     #[test]
     fn exit_signals_wait_until_there_is_somebody_to_tell() {
-        // A thread of its own, because the mask belongs to the thread and the others run other tests.
+        // A separate thread, because the mask belongs to the thread and other threads run other tests.
         std::thread::spawn(|| {
             let mut signals = ExitSignals::hold().unwrap();
-            // SAFETY: sends a signal to this very thread, which holds it back.
+            // SAFETY: sends a signal to this thread, which blocks it.
             assert_eq!(unsafe { libc::raise(libc::SIGTERM) }, 0);
             let event = Arc::new(EventFd::new(libc::EFD_NONBLOCK).unwrap());
             assert!(event.read().is_err());

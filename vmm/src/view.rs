@@ -37,7 +37,7 @@ pub struct MachineView {
 }
 
 impl View {
-    /// The state of the VM in its life cycle; `None` without a configuration.
+    /// The state of the VM; `None` without a configuration.
     pub fn state(&self) -> Option<VmState> {
         match (&self.machine, &self.config) {
             (Some(machine), _) => Some(machine.state),
@@ -66,7 +66,7 @@ impl View {
     }
 }
 
-/// Where the control thread publishes its snapshot.
+/// Holds the snapshot that the control thread publishes.
 #[derive(Debug, Default)]
 pub struct PublishedView(RwLock<Arc<View>>);
 
@@ -81,7 +81,7 @@ impl PublishedView {
             let mut place = self.0.write().unpoisoned();
             std::mem::replace(&mut *place, Arc::new(view))
         };
-        // Outside of the lock: it may be the last reference to a machine's figures.
+        // Dropped without the lock: it may be the last reference to a machine's figures.
         drop(previous);
     }
 }

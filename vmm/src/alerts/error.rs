@@ -14,7 +14,7 @@ pub enum AlertError {
         #[source]
         fault: AlertFault,
     },
-    /// There would be too many alerts.
+    /// The change would result in too many alerts.
     #[error("A VM can have at most {ALERTS_MAX} alerts")]
     TooManyAlerts,
 }
@@ -31,7 +31,7 @@ pub enum AlertFault {
     /// There is no such alert to remove.
     #[error("no such alert")]
     Unknown,
-    /// A new alert lacks something.
+    /// A new alert lacks a required field.
     #[error("a new alert requires {0:?}")]
     Missing(&'static str),
     /// The figure does not exist.

@@ -20,7 +20,7 @@ const MEASURED: &[&str] = &[
     "resident_sample_us",
     "resident_age_ms",
 ];
-/// The maps that leave out what is zero.
+/// The map that omits zero entries.
 const SPARSE: &str = "skipped_bytes";
 
 /// The source of a figure.
@@ -51,7 +51,8 @@ pub(crate) struct Sources {
 }
 
 impl Figure {
-    /// The figure called `name`, if it is possible. Whether a device has a counter is known only while it runs.
+    /// The figure called `name`, if such a figure can exist. Whether a device has a counter is known only while it
+    /// runs.
     pub(crate) fn parse(name: &str) -> Option<Self> {
         let parts: Vec<_> = name.split('/').collect();
         if name.len() > NAME_LENGTH_MAX || parts.contains(&"") {
@@ -83,7 +84,7 @@ impl Figure {
         }
     }
 
-    /// Its value; `None` if there is none at present.
+    /// Its value; `None` if it is currently unavailable.
     pub(crate) fn read(&self, sources: &Sources) -> Option<u64> {
         match self {
             Self::Reclaim(path) => {
@@ -108,7 +109,7 @@ fn follow<'a, T: AsRef<str>>(start: &'a Value, path: &[T]) -> Option<&'a Value> 
         .try_fold(start, |value, name| value.get(name.as_ref()))
 }
 
-/// Statistics in which nothing is left out.
+/// Statistics with every optional field present.
 fn every_figure() -> Value {
     let mut stats = BalloonStats::default();
     for statistic in BalloonStats::TABLE {
@@ -139,6 +140,6 @@ fn every_figure() -> Value {
         }),
         ..ReclaimStats::default()
     };
-    // A tree of numbers and texts has no way to fail; without it no figure would be known.
+    // Serialising numbers and strings cannot fail; without the result, no figure would be known.
     serde_json::to_value(every).unwrap_or_default()
 }

@@ -33,7 +33,7 @@ impl AlertList {
                 false => self.set_alert(alert, now_ms),
             };
             changed.map_err(|fault| of_alert(&alert.name, fault))?;
-            // Checked for each one, so that a request of any length fails early.
+            // Checked after each alert, so that an overlong request fails early.
             if self.0.len() > ALERTS_MAX {
                 return Err(AlertError::TooManyAlerts);
             }
@@ -97,7 +97,7 @@ impl AlertList {
 
 fn of_alert(name: &str, fault: AlertFault) -> AlertError {
     AlertError::Alert {
-        // A name that is too long is not returned whole.
+        // Truncates a name that is too long.
         name: name.chars().take(NAME_LENGTH_MAX).collect(),
         fault,
     }

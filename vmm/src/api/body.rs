@@ -4,11 +4,11 @@
 use api::{Endpoint, JsonSchema, Origin};
 use serde::de::DeserializeOwned;
 
-/// Most objects and arrays in a body. The largest configuration that makes sense has 128 NUMA nodes with 128 distances
-/// each and a few lists. The largest structure that `{}` can stand for takes less than 400 bytes, so all of them take
-/// less than 8 MiB.
+/// Maximum number of objects and arrays in a body. The largest useful configuration has 128 NUMA nodes with 128
+/// distances each and a few lists. The largest structure that parses from `{}` takes less than 400 bytes, so all of
+/// them together take less than 8 MiB.
 const CONTAINERS_MAX: usize = 20_000;
-/// Most values in a body, for long lists of numbers: 1024 vCPUs with 256 host CPUs each.
+/// Maximum number of values in a body, for long lists of numbers: 1024 vCPUs with 256 host CPUs each.
 const VALUES_MAX: usize = 1 << 18;
 /// Maximum number of unknown keys in a message.
 const KEYS_NAMED_MAX: usize = 8;
@@ -18,7 +18,7 @@ const KEY_CHARS_MAX: usize = 80;
 /// Reasons for rejecting a body.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum BodyError {
-    /// Far more values than any configuration has.
+    /// More values than any configuration needs.
     #[error("the body has more than {CONTAINERS_MAX} objects and arrays or {VALUES_MAX} values")]
     TooManyValues,
     /// An array, which the parser would accept as an object without keys.
@@ -78,7 +78,7 @@ fn list(keys: &[String], show: impl Fn(&str) -> String) -> String {
     shown.join(", ")
 }
 
-/// Counts values without building any. The parser detects invalid JSON.
+/// Counts values without allocating them. Invalid JSON is left to the parser.
 fn check_amount(body: &[u8]) -> Result<(), BodyError> {
     let (mut containers, mut values) = (0, 1);
     let (mut in_string, mut escaped) = (false, false);
@@ -151,7 +151,7 @@ mod tests {
                 Err(BodyError::TooManyValues)
             ));
         }
-        // Brackets and commas in a string are text.
+        // Brackets and commas inside a string do not count.
         let text = "[{,\\\"".repeat(VALUES_MAX);
         let body = format!(r#"{{"payload":{{"kernel":"/k","cmdline":"{text}"}}}}"#);
         let config: VmConfig = read(Endpoint::VmCreate, body.as_bytes()).unwrap();
@@ -174,7 +174,7 @@ mod tests {
     fn body_of_any_shape_takes_a_bounded_amount_of_memory() {
         /// The largest body that the server accepts.
         const BODY_BYTES_MAX: usize = 4 << 20;
-        /// Beyond the body itself.
+        /// Maximum memory that parsing uses in addition to the body.
         const READING_BYTES_MAX: usize = 8 << 20;
         let room = BODY_BYTES_MAX - 100;
         let zones = format!("[{}]", items("\"\"", room, 8000));
@@ -209,12 +209,12 @@ mod tests {
             accepted += usize::from(read.is_ok());
         }
         assert!(accepted >= 10, "{accepted} of {}", bodies.len());
-        // The figure counts: a copy of the largest body is seen.
+        // The counter works: it registers a copy of the largest body.
         let (_, bytes) = peak_bytes(|| bodies[2].clone());
         assert_eq!(bytes, bodies[2].len());
     }
 
-    /// The most memory that `action` has allocated at one time on this thread.
+    /// Peak memory that `action` allocates on this thread.
     fn peak_bytes<T>(action: impl FnOnce() -> T) -> (T, usize) {
         counting::LIVE.set(0);
         counting::PEAK.set(0);
@@ -235,7 +235,7 @@ mod tests {
         static COUNTING: Counting = Counting;
 
         thread_local! {
-            /// Neither has a destructor, so both can be used while a thread ends.
+            /// Neither variable has a destructor, so both can be used while a thread ends.
             pub(super) static LIVE: Cell<isize> = const { Cell::new(0) };
             pub(super) static PEAK: Cell<isize> = const { Cell::new(0) };
         }
@@ -245,24 +245,25 @@ mod tests {
             PEAK.set(PEAK.get().max(LIVE.get()));
         }
 
-        // SAFETY: every call is passed on to the system's allocator unchanged.
+        // SAFETY: every call is forwarded unchanged to the system's allocator.
         unsafe impl GlobalAlloc for Counting {
             unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
                 count(layout.size().cast_signed());
-                // SAFETY: passed on.
+                // SAFETY: forwarded.
                 unsafe { System.alloc(layout) }
             }
 
             unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
                 count(-layout.size().cast_signed());
-                // SAFETY: passed on.
+                // SAFETY: forwarded.
                 unsafe { System.dealloc(memory, layout) }
             }
 
-            // Large blocks are moved by changing the page tables, so the old one and the new one do not exist at once.
+            // The system's allocator moves large blocks by changing the page tables, so the old and the new block never
+            // coexist.
             unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
                 count(size.cast_signed() - layout.size().cast_signed());
-                // SAFETY: passed on.
+                // SAFETY: forwarded.
                 unsafe { System.realloc(memory, layout, size) }
             }
         }

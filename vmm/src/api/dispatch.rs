@@ -72,13 +72,13 @@ impl Handler for Dispatcher {
             reply.send(Answer::error(Status::NotFound, &ErrorBody::not_found()));
             return;
         }
-        // A method that the path does not have is 400 and not 405, because upstream's is.
+        // An unsupported method is 400 and not 405, as in upstream.
         let method = request.method();
         let Some(endpoint) = there.into_iter().find(|at| method == method_of(*at)) else {
             reply.send(bad_request(&["Bad Request"]));
             return;
         };
-        // A body where none belongs, or a missing body.
+        // An unexpected or missing body.
         if endpoint.request().is_some() != request.body.is_some() {
             reply.send(bad_request(&["Bad Request"]));
             return;
@@ -178,7 +178,7 @@ impl Dispatcher {
         }
     }
 
-    /// Makes a change on the control thread. `answer` receives the result of a change that succeeded.
+    /// Makes a change on the control thread. `answer` turns the result of a successful change into the response.
     fn submit<T: 'static>(
         &self,
         Call {
@@ -251,7 +251,7 @@ impl Dispatcher {
         );
     }
 
-    /// Changes thresholds and responds with the result.
+    /// Changes thresholds and responds with their new status.
     fn set_thresholds(&self, call: Call) {
         let view = Arc::clone(&self.view);
         let endpoint = call.endpoint;

@@ -12,7 +12,7 @@ use crate::landlock::LandlockError;
 use crate::snapshot::SnapshotError;
 use crate::vm::{HotplugError, VmError};
 
-/// The start of every error of an endpoint, as upstream has it.
+/// The first line of every endpoint's error, the same as upstream's.
 #[derive(Debug, thiserror::Error)]
 #[error("Error from API")]
 struct ApiError<E: Error + 'static>(#[source] E);
@@ -39,7 +39,7 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         LifecycleError::Machine(VmError::DiskResize(error)) if error.is_of_request() => {
             Status::BadRequest
         }
-        // Detected only where the host is known, and still the configuration's fault.
+        // Detected only on the host, but still an error in the configuration.
         LifecycleError::Machine(VmError::Pc(error)) if error.is_of_configuration() => {
             Status::BadRequest
         }
@@ -66,7 +66,7 @@ pub(super) fn request_failed(error: RequestError) -> Answer {
         LifecycleError::Machine(VmError::Pc(PcError::State(error))) if !error.is_of_host() => {
             Status::BadRequest
         }
-        // As with a device that is still leaving: the same request may succeed later.
+        // As with a pending removal, the same request may succeed later.
         LifecycleError::ResetPending
         | LifecycleError::Machine(VmError::Pc(
             PcError::Leaving { .. } | PcError::LeavingVcpus { .. },
@@ -102,7 +102,7 @@ mod tests {
 
     use super::*;
 
-    /// What `docs/api.md` says about snapshots, beside what the tests of every endpoint show.
+    /// Statuses that `docs/api.md` documents for snapshots and that the tests of every endpoint do not cover.
     #[test]
     fn failed_snapshot_and_restore_have_the_documented_status() {
         let invalid = || StateError::invalid(parts::MEMORY, "zones", "differ");

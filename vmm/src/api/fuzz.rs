@@ -1,15 +1,15 @@
-//! Any bytes from a client: the fuzz target `http`, and the ordinary tests with random bytes.
+//! Entry point of the fuzz target `http`, and of ordinary tests with random bytes.
 
 use api::{Endpoint, ReclaimThresholdsChange, RestoreConfig, VmConfig};
 
 use super::body;
 use super::http::fuzz::requests;
 
-/// Splits the bytes into requests, and reads each body as the endpoints with the largest structures do. Returns how many
-/// requests there were, and how many bodies were read.
+/// Splits the bytes into requests, and parses each body as the endpoints with the largest structures do. Returns the
+/// number of requests and of parsed bodies.
 ///
 /// # Panics
-/// More is kept than the limits allow.
+/// The server keeps more data than its limits allow.
 #[must_use]
 pub fn run(bytes: &[u8]) -> (usize, usize) {
     let (choice, stream) = bytes.split_first().unwrap_or((&0, &[]));
@@ -21,7 +21,7 @@ pub fn run(bytes: &[u8]) -> (usize, usize) {
 fn read(body: &[u8]) -> bool {
     let config = body::read::<VmConfig>(Endpoint::VmCreate, body);
     if let Ok(config) = &config {
-        // Whether it could boot does not matter here.
+        // The result does not matter: validation must only not panic.
         crate::config::validate(config).ok();
     }
     let restore = body::read::<RestoreConfig>(Endpoint::VmRestore, body);

@@ -1,4 +1,4 @@
-//! Queries that take time or wait for the guest; each has a thread to itself until it is answered.
+//! Queries that take time or wait for the guest; each occupies a thread until it is answered.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex};
@@ -15,15 +15,15 @@ use crate::threads::{QUERY_THREAD, ThreadKind, ThreadStart};
 use crate::view::PublishedView;
 use crate::vm::{BalloonStatsError, MachineObserver};
 
-/// Maximum number of concurrent queries. It exceeds the number of connections, so that only clients that do not wait
-/// for their response reach the limit.
+/// Maximum number of concurrent queries. It exceeds the number of connections, so the limit is reached only by clients
+/// that do not wait for their responses.
 const QUERIES_MAX: usize = 16;
 const QUERY_STACK_BYTES: usize = 256 << 10;
-/// How long a thread waits for a further query. A thread and its seccomp filter cost several times what most queries do,
-/// and those who poll ask every few seconds.
+/// How long a thread waits for a further query. Creating a thread with its seccomp filter costs several times as much
+/// as most queries, and polling clients send a query every few seconds.
 const THREAD_KEPT: Duration = Duration::from_secs(5);
-/// How long a pause of reporting waits for the guest's confirmation. A guest that reports hands over its batches within
-/// milliseconds; a guest that takes longer is stuck, and its reports are completed without discarding.
+/// How long a pause of reporting waits for the guest's confirmation. A responsive guest completes its batches within
+/// milliseconds. A guest that takes longer is stuck; its reports are completed without discarding.
 const PAUSE_WAIT: Duration = Duration::from_secs(5);
 
 /// A query that failed.
@@ -71,7 +71,7 @@ impl Queries {
         });
     }
 
-    /// Queries the machine on a thread of its own: it may have to wait for the guest, and a guest may be stuck.
+    /// Queries the machine on a separate thread, because the query may have to wait for a stuck guest.
     pub(super) fn ask<T: Serialize + 'static>(
         &self,
         endpoint: Endpoint,
@@ -111,7 +111,7 @@ struct Query {
     answer: Box<dyn FnOnce() -> Answer + Send>,
 }
 
-/// Threads that answer queries, started as needed. They end when nothing has been asked for a while.
+/// Threads that answer queries, started as needed. An idle thread ends after [`THREAD_KEPT`].
 struct QueryThreads {
     thread_start: ThreadStart,
     queue: Mutex<Queue>,
@@ -120,7 +120,7 @@ struct QueryThreads {
 
 #[derive(Default)]
 struct Queue {
-    /// Queries that no thread has taken yet; at most as many as there are threads that wait or start.
+    /// Queries that no thread has taken yet; at most as many as there are idle or starting threads.
     waiting: VecDeque<Query>,
     /// Queries that are not answered yet, at most [`QUERIES_MAX`].
     under_way: usize,
@@ -153,7 +153,7 @@ impl QueryThreads {
             });
         if let Err(error) = spawned {
             queue.under_way -= 1;
-            // It is still there: only a thread takes one, and needs the lock for it.
+            // The query is still queued: a thread needs this lock to take it.
             let query = queue.waiting.pop_back();
             drop(queue);
             let answer = failure::answer(Status::InternalServerError, QueryError::Thread(error));
@@ -169,14 +169,14 @@ impl QueryThreads {
             let answer = answer();
             let mut queue = self.queue.lock().unpoisoned();
             queue.under_way -= 1;
-            // Before the client can ask again.
+            // Before the response, after which the client can send another query.
             queue.idle += 1;
             drop(queue);
             reply.send(answer);
         }
     }
 
-    /// The next query; `None` when there was none for [`THREAD_KEPT`].
+    /// The next query; `None` if none arrived within [`THREAD_KEPT`].
     fn next(&self) -> Option<Query> {
         let queue = self.queue.lock().unpoisoned();
         let (mut queue, _) = self

@@ -1,6 +1,7 @@
 //! The API socket: creation, locking and removal.
 //!
-//! A lock on `<path>.lock` distinguishes a running VMM from the remains of a killed one, whose socket is replaced.
+//! A lock on `<path>.lock` distinguishes the socket of a running VMM from one that a killed VMM left behind. The latter
+//! is replaced.
 
 // UNSAFETY: open file description locks have no safe interface in the standard library.
 #![allow(unsafe_code)]
@@ -141,8 +142,8 @@ impl SocketFiles {
                     path: socket.to_owned(),
                 });
             }
-            // Its last owner may have removed the file between our open and our lock. A lock on a file without a name
-            // excludes nobody.
+            // Its last owner may have removed the file between our open and our lock. A lock on an unlinked file
+            // excludes no other process.
             let ours = file.metadata().map_err(fail)?;
             match fs::metadata(&lock_path) {
                 Ok(named) if named.ino() == ours.ino() => {
@@ -170,7 +171,7 @@ impl Drop for SocketFiles {
     }
 }
 
-/// Removes the socket of a VMM that was killed, and nothing that is not a socket.
+/// Removes the socket of a killed VMM. Does not remove anything that is not a socket.
 fn remove_stale(path: &Path) -> Result<(), ApiSocketError> {
     use std::os::unix::fs::FileTypeExt;
     match fs::symlink_metadata(path) {
@@ -186,13 +187,13 @@ fn remove_stale(path: &Path) -> Result<(), ApiSocketError> {
     }
 }
 
-/// Takes a write lock on the whole file without waiting; false when another holds it.
+/// Tries to take a write lock on the whole file; false if another process holds it.
 fn try_lock(file: &File) -> io::Result<bool> {
     // SAFETY: `flock` is plain data for which all zeroes is a valid value: the whole file from its start.
     let mut lock: libc::flock = unsafe { std::mem::zeroed() };
     lock.l_type = libc::F_WRLCK as libc::c_short;
     lock.l_whence = libc::SEEK_SET as libc::c_short;
-    // SAFETY: the descriptor is open for the whole call and the structure is what this command reads.
+    // SAFETY: the descriptor is open for the whole call and `lock` is the structure that this command reads.
     match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &lock) } {
         0 => Ok(true),
         _ => match io::Error::last_os_error() {

@@ -1,4 +1,4 @@
-//! Every endpoint in every state, through the socket, with a fake machine.
+//! Tests every endpoint in every state, through the socket, with a fake machine.
 
 #![allow(clippy::unwrap_used)]
 
@@ -56,7 +56,7 @@ struct FakeObserver {
     steered: Steered,
 }
 
-/// What the machine received about reporting: the policy's delay, and pauses.
+/// The reporting requests that the machine received: the policy's delay, and pauses.
 type Steered = Arc<Mutex<Vec<String>>>;
 
 /// Blocks one thread while a test checks the others.
@@ -95,7 +95,7 @@ impl FakeMachine {
             return Err(VmError::MissingBalloon);
         }
         if behaviour == "narrow" {
-            // A host with fewer physical address bits than the configuration expects.
+            // Simulates a host with fewer physical address bits than the configuration expects.
             GuestMemory::validate(&config.memory, 33)
                 .map_err(|error| VmError::Pc(PcError::Memory(error)))?;
         }
@@ -183,7 +183,7 @@ impl Machine for FakeMachine {
     }
 
     fn resize_vcpus(&mut self, count: u32) -> Result<(), VmError> {
-        // Its guest never lets go of a vCPU.
+        // Its guest never releases a vCPU.
         if self.vcpus_leave {
             return Err(VmError::Pc(PcError::LeavingVcpus { count: 1 }));
         }
@@ -310,7 +310,7 @@ impl MachineObserver for FakeObserver {
         GuestPolicy::NoBalloon
     }
 
-    /// Shows what was asked of the machine in place of a reason.
+    /// Returns the requests that the machine received in place of a reason.
     fn reporting(&self, deadline: Instant) -> Result<ReportingStatus, BalloonStatsError> {
         if self.wedged {
             PAUSING.pass();
@@ -352,7 +352,7 @@ fn vmm_with(no_shutdown: bool) -> Vmm {
         let (source, name) = (event.kind.source(), event.kind.name());
         let mut text = format!("{source} {name}");
         if name == "snapshot-progress" {
-            // As a client sees it at this moment.
+            // As a client would see it now.
             let progress = shown.get().info().unwrap().snapshot_progress.unwrap();
             text += &format!(" {}/{}", progress.done_bytes, progress.total_bytes);
         }
@@ -506,7 +506,7 @@ fn body_of(endpoint: Endpoint) -> Option<&'static str> {
         Endpoint::VmCreate => Some(CONFIG),
         Endpoint::VmResize => Some(RESIZE),
         Endpoint::VmResizeDisk => Some(r#"{"id": "_disk0", "desired_size": 4096}"#),
-        // The disk has its name from the boot on.
+        // The disk gets its name at boot.
         Endpoint::VmUpdateRateLimiter => Some(r#"{"id": "_disk0"}"#),
         Endpoint::VmSetReclaimThresholds => Some(THRESHOLDS),
         Endpoint::VmBalloonHinting => Some(r#"{"action": "start"}"#),
@@ -552,11 +552,11 @@ fn expected(endpoint: Endpoint) -> [u16; 4] {
         }
         // Its memory is not shared.
         Endpoint::VmAddFs => [404, 400, 400, 400],
-        // There is one.
+        // The VM has a balloon already.
         Endpoint::VmAddBalloon => [404, 400, 400, 400],
         Endpoint::VmRemoveDevice => [404, 204, 204, 204],
         Endpoint::VmDelete => [204; 4],
-        // The folder is asked for last.
+        // The folder is checked last.
         Endpoint::VmSnapshot => [500, 500, 500, 400],
         Endpoint::VmRestore => [400, 500, 500, 500],
     }
@@ -1194,7 +1194,7 @@ fn resize_of_the_vcpus_is_stored_and_waits_for_a_pending_removal() {
         assert_eq!(resize(vcpus), 204);
         assert_eq!(stored(), vcpus);
     }
-    // The guest still has the fourth.
+    // The guest has not released the fourth vCPU.
     for vcpus in [4, 2] {
         assert_eq!(resize(vcpus), 429);
         assert_eq!(stored(), 3);
@@ -1418,7 +1418,7 @@ fn guest_that_resets_itself_without_end_must_wait_and_the_operator_must_not() {
     };
     reset_until_delayed(1);
     let rebooted = count(&vmm, "vm rebooted");
-    // The delayed reset comes in the end. Requests for a reset in the meantime are the same reset.
+    // The delayed reset is eventually carried out. Further requests until then are merged into it.
     vmm.signals.reset.write(1).unwrap();
     vmm.wait_until("rebooted", |vmm| count(vmm, "vm rebooted") > rebooted);
     assert_eq!(count(&vmm, "vm reboot-delayed"), 1);
@@ -1460,7 +1460,7 @@ fn reset_that_waits_survives_a_new_balloon_and_never_starts_a_paused_vm() {
     let add = vmm.call(Endpoint::VmAddBalloon, body_of(Endpoint::VmAddBalloon));
     assert_eq!(add.status, 200);
     vmm.ok(Endpoint::VmPause, None);
-    // Longer than any reset waits, and served by the thread that would carry it out.
+    // Waits longer than any reset is delayed. The control thread, which would carry it out, serves these requests.
     let due = Instant::now() + GUEST_RESET_INTERVAL;
     while Instant::now() < due {
         vmm.ok(Endpoint::VmResize, Some("{}"));
@@ -1470,7 +1470,7 @@ fn reset_that_waits_survives_a_new_balloon_and_never_starts_a_paused_vm() {
     assert_eq!(count("vm rebooted"), rebooted);
     vmm.ok(Endpoint::VmResume, None);
     vmm.wait_until("rebooted", |_| count("vm rebooted") > rebooted);
-    // One that the guest asked for as it was being paused waits as well.
+    // A reset that the guest requested while it was being paused is delayed as well.
     vmm.ok(Endpoint::VmPause, None);
     vmm.signals.reset.write(1).unwrap();
     vmm.ok(Endpoint::VmResize, Some("{}"));
@@ -1533,7 +1533,7 @@ fn wish_to_end_waits_for_one_request_however_many_there_are() {
     assert!(handle.call(Endpoint::VmPause, Lifecycle::pause).is_err());
 }
 
-/// A folder with a disk that the VM names, files that a rule allows, and one that nothing names.
+/// A folder with a disk in the VM's configuration, files that a rule allows, and a file that neither mentions.
 struct Confined {
     vmm: Vmm,
     folder: tempfile::TempDir,
@@ -1599,7 +1599,7 @@ fn landlock_lets_disks_be_added_that_the_rules_allow_and_names_the_others() {
         return;
     };
     confined.create("disk");
-    // Before the boot there are no rules yet: this disk becomes one of those that the configuration names.
+    // Before the boot there are no rules yet: this disk becomes part of the configuration.
     let early = confined.path("other");
     std::fs::write(confined.path("late"), "").unwrap();
     assert_eq!(confined.add_disk(&json!({"path": early})).status, 204);
@@ -1616,7 +1616,7 @@ fn landlock_lets_disks_be_added_that_the_rules_allow_and_names_the_others() {
         );
         assert!(refused.body.to_string().contains(&rule), "{refused:?}");
     }
-    // A shutdown does not widen the rules.
+    // A shutdown does not relax the rules.
     confined.vmm.ok(Endpoint::VmShutdown, None);
     assert_eq!(confined.add_disk(&json!({"path": late})).status, 400);
     confined.vmm.ok(Endpoint::VmBoot, None);

@@ -54,7 +54,7 @@ fn reporting_figures(machine: &MachineView, stats: &ReclaimStats) -> ReportingFi
     ReportingFigures {
         machine: machine.generation,
         paused_by: stats.reporting.paused_by.clone(),
-        // Only for the latest request: the guest may return to an older one as often as it likes.
+        // Only for the latest request: a guest may write the id of an older one any number of times.
         report_now_done: if wish.done_id == wish.id { wish.id } else { 0 },
         acknowledged: match machine.observer.reporting_policy() {
             GuestPolicy::Balloon(status) => status.acknowledged,

@@ -1,17 +1,17 @@
 //! Events of free page reporting: paused, resumed, policy acknowledged, everything reported.
 //!
-//! Each event follows an action of the operator, once, so a guest cannot cause more events than the operator's actions.
+//! Each operator action causes at most one event, so a guest cannot cause more events than there were actions.
 
 use crate::events::EventKind;
 
 /// Reporting at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct ReportingFigures {
-    /// The machine that it belongs to: the guest's status starts anew with each.
+    /// The generation of the machine. The guest's status is reset with each new machine.
     pub(super) machine: u64,
-    /// Who holds a pause, while there is one.
+    /// The holder of the pause, if reporting is paused.
     pub(super) paused_by: Option<String>,
-    /// The latest request for a report of everything, once it is complete.
+    /// The id of the latest request to report everything, once it is complete.
     pub(super) report_now_done: u32,
     /// The generation of the policy the guest has acknowledged.
     pub(super) acknowledged: u32,

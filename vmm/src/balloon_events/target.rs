@@ -1,13 +1,14 @@
 //! Events of the balloon itself: target reached, guest stuck, discards failed.
 //!
 //! Figures are evaluated once per second, and no guest can cause more than one event of a kind per second. A target is
-//! reached once, a guest is stuck once per [`STUCK_MS`], and failures are reported once per [`FAILED_REST_MS`] and
-//! added up in between.
+//! reported as reached once, and a guest as stuck once per [`STUCK_MS`]. Failures are accumulated and reported once per
+//! [`FAILED_REST_MS`].
 
 use crate::events::EventKind;
 
 /// A guest that makes no progress towards its target for this long is stuck. Inflating in 4 KiB pages reaches hundreds
-/// of MiB per second, and a guest under load still moves some; a guest that boots may need this long for its driver.
+/// of MiB per second, and a guest under load still makes some progress. A booting guest may need this long to load its
+/// driver.
 const STUCK_MS: u64 = 30_000;
 /// Minimum time between two reports of failed discards.
 const FAILED_REST_MS: u64 = 60_000;
@@ -15,9 +16,9 @@ const FAILED_REST_MS: u64 = 60_000;
 /// The balloon at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct BalloonFigures {
-    /// The machine that it belongs to: figures start from zero with each.
+    /// The generation of the machine. Figures start from zero with each new machine.
     pub(super) machine: u64,
-    /// False while the guest cannot move because its machine is paused.
+    /// False while the guest cannot make progress because its machine is paused.
     pub(super) running: bool,
     pub(super) target_bytes: u64,
     pub(super) actual_bytes: u64,
@@ -33,7 +34,7 @@ pub(super) struct BalloonWatch {
     pending: bool,
     /// The smallest distance to the target so far, bytes. Moving back and forth is not progress.
     distance_bytes_min: u64,
-    /// The time of the last progress, or when it could not move.
+    /// The time of the last progress, or the last time at which progress was impossible.
     progress_at_ms: u64,
     /// It has been reported as stuck.
     stuck_reported: bool,
@@ -217,8 +218,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever a guest says, in one look there is at most one event of each kind, and over the whole time no more
-        /// stuck guests and failures than their times allow.
+        /// For any behaviour of the guest, each evaluation yields at most one event per kind, and stuck guests and
+        /// failures are reported no more often than their intervals allow.
         #[test]
         fn events_of_any_guest_are_bounded(
             targets in prop::collection::vec((0u64..3, 0u64..200), 1..8),

@@ -8,9 +8,9 @@ use super::error::CpusFault;
 
 /// APIC ids up to 254 need no extended format of interrupt messages; 255 is the broadcast id.
 pub(super) const VCPUS_MAX: u32 = 254;
-/// Less would not even hold the PCI hole below 4 GiB and some RAM above it.
+/// A smaller width cannot hold the PCI hole below 4 GiB and some RAM above it.
 const PHYS_BITS_MIN: u8 = 36;
-/// Most that x86-64 defines (Intel SDM volume 3, section 4.1.4).
+/// The maximum that x86-64 defines (Intel SDM volume 3, section 4.1.4).
 const PHYS_BITS_MAX: u8 = 52;
 
 pub(super) fn check(cpus: &CpusConfig) -> Result<(), CpusFault> {

@@ -23,7 +23,7 @@ pub enum NewDevice {
 }
 
 impl NewDevice {
-    /// Its name, if it has one already.
+    /// Its name, if it has one.
     pub fn id(&self) -> Option<&str> {
         match self {
             Self::Disk(disk) => disk.id.as_deref(),
@@ -99,7 +99,7 @@ pub fn take_id(config: &VmConfig, device: &mut NewDevice) {
         NewDevice::Vsock(vsock) => {
             vsock.id = config.vsock.as_ref().and_then(|named| named.id.clone());
         }
-        // Named or not, its name is always the same.
+        // The balloon's name does not depend on the configuration.
         NewDevice::Balloon(_) => {}
     }
 }

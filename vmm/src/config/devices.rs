@@ -21,17 +21,17 @@ const QUEUE_SIZE_MAX: u16 = 1024;
 const MTU_MIN: u16 = 1280;
 /// The host's address. Lower addresses are reserved, too (virtio 1.2 §5.10.4).
 const HOST_CID: u32 = 2;
-/// Stands for any address.
+/// The wildcard address.
 const ANY_CID: u32 = u32::MAX;
 /// The capacity of `sockaddr_un`, without the final zero.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
-/// The most request queues of a shared folder. Each queue has an interrupt vector and two descriptors.
+/// Maximum number of request queues of a shared folder. Each queue needs an interrupt vector and two descriptors.
 const FS_QUEUES_MAX: usize = 64;
 /// Descriptors up to here are the standard streams.
 const LAST_STANDARD_FD: i32 = 2;
 
 pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
-    // Those that can be added count, because a machine with fewer must be able to boot again.
+    // Counts the vCPUs that can be hot-plugged, because the VM must be able to boot with the maximum.
     let vcpus = usize::try_from(config.cpus.max_vcpus).unwrap_or(usize::MAX);
     for (index, disk) in config.disks.iter().flatten().enumerate() {
         check_disk(disk, vcpus).map_err(|fault| at("disk", index, disk.id.as_deref(), fault))?;
@@ -80,7 +80,7 @@ fn check_disk(disk: &DiskConfig, vcpus: usize) -> Result<(), DeviceFault> {
     queue_affinity(disk)
 }
 
-/// Whether the host has these CPUs is only known when the threads are started.
+/// Does not check that the host has these CPUs, which is known only when the threads start.
 fn queue_affinity(disk: &DiskConfig) -> Result<(), DeviceFault> {
     let mut seen = BTreeSet::new();
     for pinned in disk.queue_affinity.iter().flatten() {
@@ -149,7 +149,7 @@ fn check_vsock(vsock: &VsockConfig) -> Result<(), DeviceFault> {
     socket_path(&vsock.socket)
 }
 
-/// The rest is known when the file is open.
+/// Properties of the file are checked when it is opened.
 fn check_pmem(pmem: &PmemConfig) -> Result<(), DeviceFault> {
     if pmem.file.as_os_str().is_empty() {
         return Err(DeviceFault::PathMissing);
@@ -210,7 +210,7 @@ fn queue_count(count: usize, min: usize, max: usize) -> Result<(), DeviceFault> 
     Err(DeviceFault::QueueCount { count, min, max })
 }
 
-/// One image may serve several disks only if nobody writes to it.
+/// Several disks may share an image only if all of them are read-only.
 fn disk_paths(config: &VmConfig) -> Result<(), ValidationError> {
     let mut readonly_by_path = BTreeMap::new();
     for disk in config.disks.iter().flatten() {

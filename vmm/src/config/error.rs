@@ -17,7 +17,7 @@ pub enum ValidationError {
     /// An initramfs without the kernel that could use it.
     #[error("An initramfs is given without a kernel")]
     InitramfsWithoutKernel,
-    /// A part of upstream's configuration that this VMM does not support.
+    /// A setting of upstream that this VMM does not support.
     #[error("{what} is not supported")]
     Unsupported {
         /// The section, or section and field.
@@ -53,7 +53,7 @@ pub enum ValidationError {
     StatsPollTooOften {
         /// The requested value.
         poll_ms: u64,
-        /// The accepted values.
+        /// The minimum.
         least_ms: u64,
     },
     /// One device.
@@ -163,7 +163,7 @@ pub enum MemoryFault {
     TooSmall {
         /// RAM.
         bytes: u64,
-        /// The least.
+        /// The minimum.
         min_bytes: u64,
     },
     /// Not whole pages.
@@ -376,12 +376,12 @@ pub enum DeviceFault {
         /// The maximum.
         max: u32,
     },
-    /// A back end could not see guest memory.
+    /// Private guest memory, which a back end cannot access.
     #[error(
         "a vhost-user device needs shared guest memory: set shared=on in --memory (and in each --memory-zone)"
     )]
     MemoryPrivate,
-    /// A name that no guest could mount.
+    /// A name that a guest cannot mount.
     #[error("tag must have 1 to {max} bytes and no NUL; got {tag:?}")]
     Tag {
         /// The name.
@@ -389,7 +389,7 @@ pub enum DeviceFault {
         /// The maximum.
         max: usize,
     },
-    /// A path to which no socket can be bound.
+    /// A path that is too long for a socket.
     #[error("socket must be a path of 1 to {max} bytes; got {bytes} bytes")]
     SocketPath {
         /// Its length.
@@ -425,7 +425,7 @@ pub enum DeviceFault {
         count: usize,
         /// The minimum.
         min: usize,
-        /// Most: one, or one pair, for each vCPU.
+        /// The maximum: one queue, or one pair, per vCPU.
         max: usize,
     },
     /// A queue that the disk does not have.
@@ -442,7 +442,7 @@ pub enum DeviceFault {
         /// The queue.
         queue_index: u16,
     },
-    /// Nowhere to run.
+    /// An affinity without host CPUs.
     #[error("queue_affinity needs a host CPU for queue {queue_index}")]
     AffinityEmpty {
         /// The queue.
@@ -460,7 +460,7 @@ pub enum DeviceFault {
         /// The maximum.
         max: usize,
     },
-    /// A bucket that would fill too slowly to be told from a stopped device.
+    /// A refill time so long that the device would appear to have stopped.
     #[error("{bucket} refill_time must be at most {max_ms} ms (a day); got {refill_ms}")]
     RefillTime {
         /// `bandwidth` or `ops`.
@@ -482,7 +482,7 @@ pub enum DeviceFault {
         /// The group.
         group: String,
     },
-    /// A group that no disk can name, or that is defined twice.
+    /// A group with an empty name, or one that is defined twice.
     #[error("the id of a rate limit group must not be empty and must be unique; got {group:?}")]
     LimitGroupId {
         /// The group.

@@ -9,7 +9,7 @@ use super::pci_devices::pci_devices;
 use crate::device_ids::RESERVED_PREFIX;
 use machine::memory::DEFAULT_ZONE_ID;
 
-/// Every name the user gave.
+/// Every name that the user specified.
 fn given(config: &VmConfig) -> impl Iterator<Item = &String> {
     let devices = pci_devices(config).filter_map(|device| device.id.as_ref());
     let zones = config.memory.zones.iter().flatten().map(|zone| &zone.id);
@@ -33,7 +33,7 @@ pub(super) fn check(config: &VmConfig) -> Result<(), ValidationError> {
     Ok(())
 }
 
-/// What generated names begin with; a number follows.
+/// Prefixes of generated names; a number follows.
 const GENERATED_PREFIXES: [&str; 5] = ["_disk", "_net", "_fs", "_pmem", "_vsock"];
 
 fn generated_number(id: &str) -> Option<u64> {
@@ -43,9 +43,9 @@ fn generated_number(id: &str) -> Option<u64> {
     digits.next()?.parse().ok()
 }
 
-/// Gives every disk, network device, shared folder, persistent memory and vsock device without a name the next one of
-/// upstream's: `_disk0`, `_net1`, `_fs2`, `_pmem3`, `_vsock4`. One counter numbers all kinds, also those added later: a number in use by one
-/// kind is left out for all.
+/// Assigns a name to every disk, network device, shared folder, persistent memory and vsock device without one, as
+/// upstream does: `_disk0`, `_net1`, `_fs2`, `_pmem3`, `_vsock4`. One counter numbers all kinds, including devices
+/// added later: a number that one kind uses is skipped for all kinds.
 pub fn assign_ids(config: &mut VmConfig) {
     let taken: BTreeSet<u64> = given(config)
         .filter_map(|id| generated_number(id))

@@ -29,7 +29,7 @@ pub(super) fn check(memory: &MemoryConfig, address_bits: u8) -> Result<(), Memor
     }
     let bytes = memory.total_bytes().ok_or_else(|| beyond(u64::MAX))?;
     let added_bytes = memory.hotplugged_size.unwrap_or(0);
-    // The sum holds it, so this is what there is at boot.
+    // `bytes` includes hot-plugged memory; the difference is RAM at boot.
     let bytes = bytes - added_bytes;
     if bytes < MIN_RAM_BYTES {
         return Err(MemoryFault::TooSmall {

@@ -1,6 +1,7 @@
 //! Validates a configuration before anything is created.
 //!
-//! `vm.create` stores whatever parses, as upstream does; this runs at boot and at the start from the command line.
+//! `vm.create` stores every configuration that parses, as upstream does. Validation runs at boot and when the VMM
+//! starts a VM from the command line.
 
 mod cpus;
 mod device_list;
@@ -27,7 +28,7 @@ pub use ids::assign_ids;
 pub use pci_devices::{pci_segments, wished_slots};
 pub use rate_limits::{RateLimiterError, rate_limits, validate_rate_limits, with_rate_limit};
 
-/// Checks every section, in the order of importance to the reader of the error.
+/// Checks every section. The most important errors come first.
 ///
 /// # Errors
 /// The first problem found.
@@ -50,13 +51,13 @@ pub fn validate(config: &VmConfig) -> Result<(), ValidationError> {
 }
 
 /// Checks a configuration to which a device was just added: that device, and whether it is compatible with the others.
-/// The rest of the configuration is validated at boot, or was.
+/// The rest of the configuration has been or will be validated at boot.
 ///
 /// # Errors
 /// The first problem found.
 pub fn validate_addition(config: &VmConfig, added: &NewDevice) -> Result<(), ValidationError> {
     unsupported::check(config)?;
-    // An existing balloon may have been resized to more than all RAM, which a running machine accepts.
+    // The target of an existing balloon may exceed RAM, which a running machine accepts.
     if matches!(added, NewDevice::Balloon(_)) {
         balloon(config)?;
     }
@@ -77,10 +78,11 @@ fn payload(payload: Option<&PayloadConfig>) -> Result<(), ValidationError> {
     }
 }
 
-/// Minimum time between two samples of statistics: each wakes the guest.
+/// Minimum time between two samples of statistics, in milliseconds. Each sample wakes the guest.
 const STATS_POLL_MS_MIN: u64 = 100;
 
-/// Checks the balloon's new size from `vm.resize` against the rest: a VM that was resized must be able to boot again.
+/// Checks the balloon's new size from `vm.resize` against the rest of the configuration, because a resized VM must be
+/// able to boot again.
 ///
 /// # Errors
 /// The balloon would leave the guest no RAM.

@@ -8,7 +8,7 @@ use machine::pci::{Bdf, SEGMENT_COUNT_MAX, SLOT_COUNT};
 
 use super::error::{DeviceFault, ValidationError};
 
-/// Name and place of one device.
+/// Name and slot of one device.
 pub(super) struct PciDevice<'a> {
     /// The section of the configuration that describes it.
     pub(super) section: &'static str,
@@ -37,7 +37,7 @@ macro_rules! devices {
     };
 }
 
-/// The section of a device that can be off.
+/// The section of a device that can be disabled.
 const CONSOLE: &str = "console";
 
 /// Every device that the user can name or assign to a slot. A new section of PCI devices needs one line here.
@@ -58,7 +58,7 @@ pub fn pci_segments(config: &VmConfig) -> u16 {
     platform.map_or(DEFAULT_NUM_PCI_SEGMENTS, |it| it.num_pci_segments)
 }
 
-/// The slots that devices request, in no particular order.
+/// The slots that the configuration requests, in no particular order.
 pub fn wished_slots(config: &VmConfig) -> impl Iterator<Item = Bdf> {
     pci_devices(config).filter_map(|device| {
         let segment = device.segment;
@@ -107,7 +107,7 @@ const HOST_BRIDGE: Bdf = Bdf {
 };
 
 fn slot_counts(config: &VmConfig) -> Result<(), ValidationError> {
-    // These have no choice of a segment.
+    // These devices are always on segment 0.
     let singles = [
         config.memory.hotplug_size.is_some_and(|bytes| bytes > 0),
         config.watchdog,

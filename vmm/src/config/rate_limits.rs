@@ -1,4 +1,4 @@
-//! Rate limits: checks, changes, and the form that devices take.
+//! Rate limits: validation, changes, and conversion to the device type.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -19,7 +19,7 @@ pub enum RateLimiterError {
         /// The name.
         id: String,
     },
-    /// The limit belongs to other disks, too.
+    /// The disk shares its limit with a group.
     #[error(
         "Disk {id} shares the limit of rate limit group {group}: change the limit of the group"
     )]
@@ -84,7 +84,7 @@ fn check(limiter: Option<&RateLimiterConfig>) -> Result<(), DeviceFault> {
     Ok(())
 }
 
-/// The limits as devices take them. As upstream, a size or a time of 0 is no limit.
+/// The limits in the device type. As in upstream, a size or a refill time of 0 means no limit.
 pub fn rate_limits(limiter: Option<&RateLimiterConfig>) -> RateLimits {
     let bucket = |limit: Option<TokenBucket>| {
         let limit = limit.filter(|limit| limit.size > 0 && limit.refill_time > 0)?;
@@ -100,11 +100,11 @@ pub fn rate_limits(limiter: Option<&RateLimiterConfig>) -> RateLimits {
     }
 }
 
-/// Returns the configuration with another limit for the disk, network device or group of this name. A device comes
-/// before a group of the same name.
+/// Returns the configuration with a new limit for the disk, network device or group of this name. A device takes
+/// precedence over a group of the same name.
 ///
 /// # Errors
-/// There is none, or it is a disk in another group.
+/// Nothing has this name, or it is a disk in a group.
 pub fn with_rate_limit(
     config: &VmConfig,
     id: &str,

@@ -1,4 +1,4 @@
-//! Accepted and refused configurations, with the error of each.
+//! Tests accepted configurations, and the error of each rejected one.
 
 #![allow(clippy::unwrap_used, clippy::needless_pass_by_value)]
 
@@ -705,7 +705,7 @@ fn validate_debug_console_has_a_port_of_its_own() {
             );
         }
     }
-    // Without the device, its port means nothing.
+    // Without the device, its port is ignored.
     validate(&with(
         "debug_console",
         json!({"mode": "Off", "iobase": 0x80}),

@@ -8,11 +8,11 @@ use crate::snapshot::SnapshotError;
 use crate::thresholds::ThresholdError;
 use crate::vm::{HotplugError, VmError};
 
-/// A request that failed: which one, and why.
+/// A failed request and its cause.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", endpoint.failure())]
 pub struct RequestError {
-    /// Which request.
+    /// The request.
     pub endpoint: Endpoint,
     /// The reason.
     #[source]
@@ -34,10 +34,10 @@ pub enum LifecycleError {
     /// There is no running machine.
     #[error("VM is not running")]
     VmNotRunning,
-    /// The machine is not in a state from which this can be done.
+    /// The machine's state does not allow the request.
     #[error("Invalid VM state transition: {from} to {to}")]
     InvalidStateTransition {
-        /// The state it is in.
+        /// The current state.
         from: VmState,
         /// The requested state.
         to: VmState,
@@ -51,7 +51,7 @@ pub enum LifecycleError {
     /// The thresholds are invalid.
     #[error("Failed to validate thresholds")]
     Thresholds(#[source] ThresholdError),
-    /// No vCPU, or more than there can be.
+    /// No vCPU, or more than the maximum.
     #[error("desired_vcpus must be between 1 and max_vcpus ({max}); got {desired}")]
     VcpusOutOfRange {
         /// The requested value.
@@ -67,14 +67,14 @@ pub enum LifecycleError {
         /// The requested value.
         desired: u64,
     },
-    /// Less RAM than at boot, or more than there is room for.
+    /// Less RAM than at boot, or more than the maximum.
     #[error("RAM of this VM must be between {least} and {most} bytes; got {desired}")]
     MemoryOutOfRange {
         /// The requested value.
         desired: u64,
-        /// What it booted with.
+        /// RAM at boot.
         least: u64,
-        /// That, and all that can be plugged in.
+        /// RAM at boot plus the maximum of hot-plugged memory.
         most: u64,
     },
     /// A device that cannot be removed, or one that prevents adding another.
@@ -86,13 +86,13 @@ pub enum LifecycleError {
     /// Only a paused machine can be saved.
     #[error("The VM is running: pause it before it is saved")]
     NotPaused,
-    /// What the guest has requested in its last moment is not part of a state.
+    /// The guest has requested a reset, which a snapshot does not contain.
     #[error("The guest has requested a reset: resume the VM, and save it after the reset")]
     ResetPending,
-    /// Saving, or what the request and the files to restore say.
+    /// Saving failed, or the request or the files to restore are invalid.
     #[error(transparent)]
     Snapshot(SnapshotError),
-    /// The machine itself.
+    /// The machine failed.
     #[error(transparent)]
     Machine(VmError),
     /// The queue is full, or the control thread has ended.

@@ -7,8 +7,8 @@
 //!     │     delete      │ └──────────────┴──── shutdown ──────────┤
 //!     └─────────────────┴──────────────── delete ─────────────────┘
 //! ```
-//! A snapshot needs Paused and stays there; a restore leads from nothing to Paused.
-//! If a boot or reboot fails, the state is Created, and all resources have been released.
+//! A snapshot requires Paused and keeps that state; a restore leads from nothing to Paused. If a boot or reboot fails,
+//! the state is Created, and all resources have been released.
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -37,14 +37,14 @@ pub struct Lifecycle {
     config: Option<VmConfig>,
     make_machine: MachineFactory,
     machine: Option<Box<dyn Machine>>,
-    /// Counts machines, and balloons that were added to one: figures start from zero with each.
+    /// Counts machines and hot-plugged balloons: figures start from zero with each.
     generation: u64,
     /// Counts machines alone.
     machines: u64,
-    /// Open taps that came with requests, by their numbers in the configuration. They stay open across reboots.
+    /// Open taps received with requests, by their numbers in the configuration. They stay open across reboots.
     taps: BTreeMap<i32, OwnedFd>,
     paused: bool,
-    /// The guest has requested a reset that it still waits for.
+    /// The guest has requested a reset that is still pending.
     reset_requested: bool,
     view: Arc<PublishedView>,
     /// Kept across reboots; discarded with the configuration.
@@ -53,7 +53,7 @@ pub struct Lifecycle {
     reporting_paused: bool,
     events_are_read: bool,
     context: VmContext,
-    /// Of the control thread, on which every public method is called.
+    /// The confinement of the control thread, which calls every public method.
     confinement: Confinement,
     ended: bool,
 }
@@ -102,7 +102,7 @@ impl Lifecycle {
     /// `vmm.shutdown`: stops the machine if there is one, and emits the final event of the VMM, once.
     ///
     /// # Errors
-    /// A thread of the machine did not end in time. The VMM ends regardless.
+    /// A thread of the machine did not end in time. The VMM exits regardless.
     pub fn end(&mut self) -> Result<(), LifecycleError> {
         let deleted = self.delete();
         if !std::mem::replace(&mut self.ended, true) {
@@ -169,7 +169,7 @@ impl Lifecycle {
     /// Calls `action` on the machine.
     ///
     /// # Errors
-    /// There is no machine, or it refused.
+    /// There is no machine, or `action` failed.
     pub fn on_machine(
         &mut self,
         action: impl FnOnce(&mut dyn Machine) -> Result<(), VmError>,
@@ -218,7 +218,7 @@ impl Lifecycle {
             .config
             .as_ref()
             .ok_or(LifecycleError::VmMissingConfig)?;
-        // What creation decides (ids, names of taps) becomes part of the configuration only when it succeeds.
+        // Values decided at creation (ids, names of taps) become part of the configuration only on success.
         let mut config = stored.clone();
         config::assign_ids(&mut config);
         let mut machine = (self.make_machine)(&mut config, &self.context, None)
@@ -248,7 +248,7 @@ impl Lifecycle {
             &self.context.signals.reset,
             &self.context.signals.failed,
         ] {
-            // Nothing to read means that it was not signalled.
+            // If there is nothing to read, the event was not signalled.
             let _ = signal.read();
         }
         stopped
@@ -302,7 +302,7 @@ impl Lifecycle {
     /// `vm.pause`
     ///
     /// # Errors
-    /// The machine does not run, or a vCPU did not stop in time.
+    /// The machine is not running, or a vCPU did not stop in time.
     pub fn pause(&mut self) -> Result<(), LifecycleError> {
         self.machine_in(VmState::Running, VmState::Paused)?;
         self.emit(EventKind::Pausing);
@@ -325,10 +325,10 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// `vm.snapshot`: saves the paused machine. Returns when everything is on the disk.
+    /// `vm.snapshot`: saves the paused machine. Returns when all files are on stable storage.
     ///
     /// # Errors
-    /// The machine is not paused or about to be reset, or it cannot be saved; the folder is as before then.
+    /// The machine is not paused or about to be reset, or it cannot be saved. In these cases the folder is unchanged.
     pub fn snapshot(&mut self, request: &VmSnapshotConfig) -> Result<(), LifecycleError> {
         let (Some(machine), Some(config)) = (&self.machine, &self.config) else {
             return Err(LifecycleError::VmNotRunning);
@@ -375,11 +375,11 @@ impl Lifecycle {
     }
 
     /// `vm.restore`: creates a machine from a snapshot, paused unless the request says otherwise. Network interfaces
-    /// take the open taps that came with the request.
+    /// use the open taps received with the request.
     ///
     /// # Errors
-    /// There is a configuration already, or the snapshot cannot be restored; nothing is left behind then. If only the
-    /// resume fails, the machine stays paused.
+    /// There is a configuration already, or the snapshot cannot be restored; in this case nothing is left behind. If
+    /// only the resume fails, the machine stays paused.
     pub fn restore(
         &mut self,
         request: &RestoreConfig,
@@ -428,7 +428,7 @@ impl Lifecycle {
         let machine = (self.make_machine)(&mut config, &self.context, Some(&snapshot));
         self.install(config, machine.map_err(LifecycleError::Machine)?);
         self.paused = true;
-        // The balloon's own state has the pause.
+        // The balloon's saved state already includes the pause.
         self.reporting_paused = snapshot.state.reporting_paused;
         self.keep_taps(fds);
         self.emit(EventKind::Restored);
@@ -438,7 +438,7 @@ impl Lifecycle {
     /// `vm.resize`: changes the stored configuration, or the running machine.
     ///
     /// # Errors
-    /// There is no VM, or the size is not possible.
+    /// There is no VM, or the size is invalid.
     pub fn resize(&mut self, resize: VmResize) -> Result<(), LifecycleError> {
         let config = self.config.as_mut().ok_or(LifecycleError::VmNotCreated)?;
         let Some(machine) = &mut self.machine else {
@@ -469,20 +469,21 @@ impl Lifecycle {
         if let (Some(bytes), Some(balloon)) = (resize.desired_balloon, &mut wanted.balloon) {
             balloon.size = bytes;
         }
-        // A size that could not boot is rejected before anything changes.
+        // A size with which the VM could not boot is rejected before anything changes.
         config::validate_balloon(&wanted).map_err(LifecycleError::ConfigValidation)?;
         if let Some(desired) = vcpus {
             machine
                 .resize_vcpus(desired)
                 .map_err(LifecycleError::Machine)?;
-            // Stored as requested: the guest may take a while, and a reboot starts with it.
+            // The requested count is stored at once: the guest may take time to comply, and a reboot uses the new
+            // count.
             config.cpus.boot_vcpus = desired;
         }
         if ram.is_some() {
             machine
                 .resize_memory(wanted.memory.hotplugged_size.unwrap_or(0))
                 .map_err(LifecycleError::Machine)?;
-            // Stored as the requested size: the guest may take a while, and a reboot starts from it.
+            // The requested size is stored at once: the guest may take time to comply, and a reboot uses the new size.
             config.memory.hotplugged_size = wanted.memory.hotplugged_size;
         }
         if let Some(desired) = resize.desired_balloon {
@@ -530,8 +531,8 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// Adds a device. A network interface takes the open taps that came with the request. `None` without a running
-    /// machine: the device has no address yet.
+    /// Adds a device. A network interface uses the open taps received with the request. Returns `None` if no machine is
+    /// running, because the device has no address yet.
     ///
     /// # Errors
     /// There is no VM, or the device cannot be created; nothing is left behind.
@@ -599,7 +600,7 @@ impl Lifecycle {
         let config = self.config.as_ref().ok_or(LifecycleError::VmNotCreated)?;
         let without = without_device(config, id);
         match (&mut self.machine, without) {
-            // A device whose release is pending exists in the machine alone.
+            // A device with a pending removal exists only in the machine, not in the configuration.
             (Some(machine), without) => {
                 machine.remove_device(id).map_err(LifecycleError::Machine)?;
                 if let Some(without) = without {
@@ -655,10 +656,10 @@ impl Lifecycle {
         Ok(())
     }
 
-    /// `vm.balloon-reporting`: a pause is only requested here.
+    /// `vm.balloon-reporting`: only requests a pause, without waiting for it.
     ///
     /// # Errors
-    /// There is no balloon, or the guest cannot do it now.
+    /// There is no balloon, or the guest does not support the request in its current state.
     pub fn balloon_reporting(&mut self, request: VmBalloonReporting) -> Result<(), LifecycleError> {
         self.on_machine(|machine| machine.balloon_reporting(request))?;
         match request.action {
@@ -710,7 +711,7 @@ fn steer_reporting(machine: &dyn Machine, thresholds: &Thresholds, paused: bool)
             again: false,
         };
         if let Err(error) = machine.balloon_reporting(request) {
-            // Without a balloon, or with one that accepts no reports, there is nothing to pause.
+            // There is no balloon, or its reporting is off.
             log::info!("Reporting has nothing to pause: {error}");
         }
     }

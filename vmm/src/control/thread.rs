@@ -1,7 +1,7 @@
 //! The `vmm` thread: one epoll on requests, signals from the guest, and exit requests.
 //!
-//! It owns the VM and never waits for the guest. Requests come through a bounded queue and are answered by a callback,
-//! so that no caller has to block.
+//! It owns the VM and never waits for the guest. Requests arrive through a bounded queue, and a callback receives each
+//! result, so that no caller has to block.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -26,20 +26,21 @@ use crate::vm::{MachineFactory, VmContext};
 use machine::signals::VmSignals;
 use machine::token_bucket::TokenBucket;
 
-/// Maximum number of queued requests. It exceeds the HTTP server's number of connections, so that only clients that
-/// leave without waiting for their response can fill the queue.
+/// Maximum number of queued requests. It exceeds the HTTP server's number of connections, so only clients that
+/// disconnect before their response can fill the queue.
 const QUEUE_LENGTH: usize = 32;
 const STACK_BYTES: usize = 1 << 20;
-/// Allowed resets by the guest in a row. A crash loop reads kernel and firmware from disk and populates RAM each time.
+/// Number of resets that a guest may request without delay. In a crash loop, each reset reads kernel and firmware from
+/// disk and populates RAM.
 const GUEST_RESETS_BURST: u32 = 30;
 /// Interval between further resets.
 pub(crate) const GUEST_RESET_INTERVAL: Duration = Duration::from_secs(2);
 
 /// The sources that wake the thread, in the order in which they are handled.
 const TOKEN_EXIT: u64 = 0;
-/// Before requests, as the guest's signals that follow: a pause returns when all signals of the paused guest are there, so
-/// the next request finds them handled. A client that checks whether a device was released also sees it removed; and before the end
-/// of the machine, so that the earlier event is reported first.
+/// Guest signals are handled before requests: when a pause returns, all signals of the paused guest have been raised,
+/// so the next request sees their effects. A client that checks whether the guest released a device also sees it
+/// removed. This signal is handled before the end of the machine, so that the earlier event is reported first.
 const TOKEN_EJECTED: u64 = 1;
 const TOKEN_FAILED: u64 = 2;
 const TOKEN_GUEST_SHUTDOWN: u64 = 3;
@@ -47,7 +48,7 @@ const TOKEN_RESET: u64 = 4;
 const TOKEN_REQUEST: u64 = 5;
 const TOKENS: usize = 6;
 
-/// A change and the callback for its result. Without a lifecycle it only reports that the change was not made.
+/// A change and the callback for its result. Without a lifecycle, it reports that the change was not made.
 type Job = Box<dyn FnOnce(Option<&mut Lifecycle>) + Send>;
 
 struct Request {
@@ -104,7 +105,7 @@ impl ControlHandle {
             });
         });
         match self.queue.try_send(Request { endpoint, job }) {
-            // A full counter means that the thread is about to wake up anyway.
+            // If the counter is full, a wake-up is already pending.
             Ok(()) => drop(self.wake.write(1)),
             Err(TrySendError::Full(request) | TrySendError::Disconnected(request)) => {
                 (request.job)(None);
@@ -146,9 +147,9 @@ pub struct ControlSetup {
     pub make_machine: MachineFactory,
     /// Where the state is published.
     pub view: Arc<PublishedView>,
-    /// The environment of every machine; its signals come back here.
+    /// The environment of every machine; its signals wake this thread.
     pub context: VmContext,
-    /// Stay when the guest powers off (`--no-shutdown`).
+    /// Keep running when the guest powers off (`--no-shutdown`).
     pub no_shutdown: bool,
     /// Whether there is an event monitor. Without one, no events of the balloon are evaluated.
     pub events_are_read: bool,
@@ -166,7 +167,7 @@ pub struct ControlThread {
 }
 
 impl ControlThread {
-    /// Starts it.
+    /// Starts the thread.
     ///
     /// # Errors
     /// The host lacks descriptors or threads.
@@ -284,7 +285,7 @@ struct Control {
     delayed_reset: Option<DelayedReset>,
 }
 
-/// A delayed reset: the guest has had too many, or the operator has paused it.
+/// A delayed reset: the guest has requested too many, or the operator has paused it.
 struct DelayedReset {
     due: Instant,
     /// The number of the machine that requested it.
@@ -293,11 +294,11 @@ struct DelayedReset {
 
 impl Control {
     fn timeout_ms(&self) -> i32 {
-        // What the operator has paused waits for a request.
+        // A machine that the operator paused is reset only after a resume.
         let delayed = self.delayed_reset.as_ref();
         let delayed = delayed.filter(|_| !self.lifecycle.is_paused());
         delayed.map_or(-1, |delayed| {
-            // Rounded up: waking a moment early would only spin.
+            // Rounded up: waking too early would busy-wait.
             let wait = delayed.due.saturating_duration_since(Instant::now());
             i32::try_from(wait.as_millis() + 1).unwrap_or(i32::MAX)
         })
@@ -313,7 +314,8 @@ impl Control {
             self.delayed_reset = Some(delayed);
             return None;
         }
-        // Rounding may leave a token or not: this reset has waited.
+        // Because of rounding, a token may not be available yet. The result is ignored, because this reset has already
+        // waited.
         let _ = self.guest_resets.take(Instant::now());
         self.reboot()
     }
@@ -347,15 +349,15 @@ impl Control {
         None
     }
 
-    /// Serves one request and returns, so that an exit request or a failed machine waits for one request at most,
-    /// however many clients there are.
+    /// Serves one request and returns. An exit request or a failed machine thus waits for at most one request,
+    /// regardless of the number of clients.
     fn serve_request(&mut self, requests: &Receiver<Request>, wake: &EventFd) -> Option<Ending> {
         // Empty: every request has been served. Its sender lives as long as this thread.
         let Request { endpoint, job } = requests.try_recv().ok()?;
         // A full counter wakes the thread as well.
         let _ = wake.write(1);
         log::info!("API request: {endpoint:?}");
-        // The caller reports a failure: the API in its response and in the log, the command line when the process ends.
+        // The caller reports failures: the API in its response and in the log, the command line when the process exits.
         job(Some(&mut self.lifecycle));
         self.lifecycle.has_ended().then_some(Ending::Regular)
     }
@@ -384,7 +386,7 @@ impl Control {
         }
         let now = Instant::now();
         if self.lifecycle.is_paused() {
-            // It asked as it was being paused.
+            // The guest requested the reset while it was being paused.
             self.delayed_reset = Some(DelayedReset { due: now, machine });
             return None;
         }
@@ -417,7 +419,7 @@ impl Control {
         (!self.no_shutdown).then_some(Ending::MachineFailed)
     }
 
-    /// Makes a change without a waiting caller; returns true if it failed.
+    /// Makes a change that no caller waits for and logs a failure; returns true if it failed.
     fn log_failure(
         &mut self,
         endpoint: Endpoint,
@@ -432,6 +434,6 @@ impl Control {
 }
 
 fn clear(event: &EventFd) {
-    // Nothing to read means that it is clear already.
+    // If there is nothing to read, the event is already clear.
     let _ = event.read();
 }

@@ -7,19 +7,19 @@ use landlock::{PathFdError, RulesetError};
 /// Reasons why a VM cannot be confined, or is confined to other paths.
 #[derive(Debug, thiserror::Error)]
 pub enum LandlockError {
-    /// The kernel lacks it.
+    /// The kernel lacks Landlock.
     #[error(
         "Landlock is not available: the host needs Linux 6.2 or later with CONFIG_SECURITY_LANDLOCK, \
          and landlock in the list of security modules (lsm=)"
     )]
     Unavailable(#[source] RulesetError),
-    /// The path of a rule does not open.
+    /// The path of a rule cannot be opened.
     #[error("Cannot open the path of a Landlock rule")]
     Path(#[source] PathFdError),
     /// The kernel rejects a rule or the set of rules.
     #[error("Cannot enforce the Landlock rules")]
     Enforce(#[source] RulesetError),
-    /// Every VM of this process has added rules.
+    /// This process has reached the kernel's limit of layers, because each of its VMs added one.
     #[error(
         "This process has confined {max} VMs one after another, the kernel's limit: start a new one"
     )]
@@ -35,7 +35,7 @@ pub enum LandlockError {
     Outside {
         /// The file, or the folder of a socket.
         path: PathBuf,
-        /// The rule's access, as the option takes it.
+        /// The access that the rule needs, in the option's syntax.
         access: &'static str,
     },
 }

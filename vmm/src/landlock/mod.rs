@@ -1,11 +1,12 @@
-//! Landlock: the kernel refuses files that the configuration does not name (`--landlock`).
+//! Landlock: the kernel denies access to files that the configuration does not name (`--landlock`).
 //!
 //! ```text
 //! configuration ─► needs.rs (paths, what for) ─┐
 //! landlock_rules, /dev/kvm, /proc ─────────────┴► rules ─► layer on the calling thread and on all it starts later
 //! ```
-//! A layer cannot be removed. The control thread therefore keeps those of earlier VMs, and [`Confinement`] remembers
-//! them: a path outside is rejected with the rule that is missing, not with "Permission denied" from somewhere.
+//! A layer cannot be removed. The control thread therefore keeps those of earlier VMs, and [`Confinement`] records
+//! them. A path outside the rules is rejected with an error that names the missing rule, instead of failing later with
+//! "Permission denied".
 
 mod error;
 mod needs;
@@ -24,23 +25,23 @@ use rules::Rules;
 
 use crate::threads::{ThreadKind, ThreadStart};
 
-/// The kernel's bound on layers (`LANDLOCK_MAX_NUM_LAYERS`).
+/// The kernel's limit of layers (`LANDLOCK_MAX_NUM_LAYERS`).
 const LAYERS_MAX: usize = 16;
 
 /// The layers of the control thread.
 #[derive(Debug, Default)]
 pub struct Confinement {
     layers: Vec<Rules>,
-    /// Whether the present VM's rules are among them.
+    /// Whether they include the current VM's rules.
     covers_vm: bool,
 }
 
 impl Confinement {
-    /// Confines the calling thread, and all threads it starts from now on, to what `config` names, if it asks for that.
-    /// Call it before the machine is created. A repeated boot of the same VM changes nothing.
+    /// If `config` enables Landlock, confines the calling thread, and all threads that it starts from now on, to the
+    /// paths in `config`. Must be called before the machine is created. Booting the same VM again has no effect.
     ///
     /// # Errors
-    /// The kernel has no Landlock, a rule's path does not open, or earlier layers exclude a path.
+    /// The kernel has no Landlock, a rule's path cannot be opened, or earlier layers exclude a path.
     pub fn admit(&mut self, config: &VmConfig) -> Result<(), LandlockError> {
         self.check(&of_config(config))?;
         if !config.landlock_enable || self.covers_vm {
@@ -58,10 +59,11 @@ impl Confinement {
         Ok(())
     }
 
-    /// Checks that every layer allows `needs`. A path that does not exist passes: opening it gives the better error.
+    /// Checks that every layer allows `needs`. A path that does not exist passes, because the error from opening it is
+    /// clearer.
     ///
     /// # Errors
-    /// The first path that is outside.
+    /// The first path outside the rules.
     pub fn check(&self, needs: &[Need]) -> Result<(), LandlockError> {
         let outside = |need: &&Need| self.layers.iter().any(|layer| !layer.allow(need));
         match needs.iter().find(outside) {
@@ -70,26 +72,26 @@ impl Confinement {
         }
     }
 
-    /// The VM is deleted; the next one has rules of its own. The layers stay.
+    /// Called when the VM is deleted: the next VM has its own rules. The layers stay.
     pub fn forget_vm(&mut self) {
         self.covers_vm = false;
     }
 }
 
-/// Confines the threads that exist before a VM does and open nothing but figures about this process: `start` runs on
-/// each of them afterwards, as on all others.
+/// Returns a hook that confines threads started before any VM, which only read files about this process, and then calls
+/// `start`.
 ///
 /// # Errors
 /// The kernel has no Landlock.
 pub fn confine_observers(start: ThreadStart) -> Result<ThreadStart, LandlockError> {
-    // Found out here, where it can still be reported.
+    // Checked here, where an error can still be reported.
     Rules::of_observers()?.ruleset()?;
     Ok(Arc::new(move |kind| {
         use ThreadKind::{EventMonitor, HttpServer, Thresholds};
         if matches!(kind, HttpServer | EventMonitor | Thresholds) {
             let outcome = Rules::of_observers().and_then(|rules| rules.enforce());
             if let Err(error) = outcome {
-                // As with a filter: a thread that cannot be confined must not run.
+                // As with a seccomp filter, a thread that cannot be confined must not run.
                 log::error!("{}", api::error_chain(&error).join(": "));
                 std::process::exit(1);
             }
@@ -101,7 +103,7 @@ pub fn confine_observers(start: ThreadStart) -> Result<ThreadStart, LandlockErro
 /// Confines the main thread, which from now on only removes the API socket at `socket` and its lock.
 ///
 /// # Errors
-/// The kernel has no Landlock, or the folder does not open.
+/// The kernel has no Landlock, or the folder cannot be opened.
 pub fn confine_main(socket: Option<&Path>) -> Result<(), LandlockError> {
     Rules::of_main(socket)?.enforce()
 }

@@ -1,4 +1,4 @@
-//! The files that a configuration or a device names, and what the VMM does with each.
+//! The files that a configuration or a device names, and the access that the VMM needs to each.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use landlock::{AccessFs, BitFlags, make_bitflags};
 use super::LandlockError;
 use crate::config::NewDevice;
 
-/// Where taps come from.
+/// The device that creates taps.
 const TUN_DEVICE: &str = "/dev/net/tun";
 
 /// Reads a file, a device or a folder.
@@ -27,14 +27,14 @@ const SOCKETS: BitFlags<AccessFs> = make_bitflags!(AccessFs::{MakeSock | RemoveF
 /// Creates memory files in a folder.
 const MEMORY_FILES: BitFlags<AccessFs> =
     make_bitflags!(AccessFs::{ReadDir | ReadFile | WriteFile | Truncate | MakeReg | RemoveFile});
-/// Everything that `w` stands for in a rule.
+/// The rights that `w` grants in a rule.
 pub(super) const WRITE: BitFlags<AccessFs> =
     make_bitflags!(AccessFs::{WriteFile | Truncate | IoctlDev | MakeReg | MakeSock | RemoveFile});
-/// The rights that make sense for a single file. The kernel rejects the others on one.
+/// The rights that apply to files. The kernel rejects any others in the rule of a file.
 const OF_FILES: BitFlags<AccessFs> =
     make_bitflags!(AccessFs::{ReadFile | WriteFile | Truncate | IoctlDev});
 
-/// A path and what the VMM does with it.
+/// A path and the access that the VMM needs to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Need {
     pub(super) path: PathBuf,
@@ -52,7 +52,7 @@ impl Need {
         }
     }
 
-    /// A file that a guest's output goes to.
+    /// A file that receives guest output.
     fn output(path: &Path) -> Self {
         Self {
             creates: true,
@@ -89,7 +89,7 @@ pub(super) fn folder(path: &Path) -> &Path {
     }
 }
 
-/// What the kernel accepts of `access` for the kind of file at `path`.
+/// The subset of `access` that the kernel accepts for the kind of file at `path`.
 pub(super) fn fitting(path: &Path, access: BitFlags<AccessFs>) -> BitFlags<AccessFs> {
     match path.is_dir() {
         true => access,
@@ -97,7 +97,7 @@ pub(super) fn fitting(path: &Path, access: BitFlags<AccessFs>) -> BitFlags<Acces
     }
 }
 
-/// Everything that a machine of this configuration opens. Every section is named here, so that a new one cannot be
+/// Everything that a machine of this configuration opens. The function names every section, so that a new one cannot be
 /// forgotten.
 pub fn of_config(config: &VmConfig) -> Vec<Need> {
     let VmConfig {
@@ -132,7 +132,8 @@ pub fn of_config(config: &VmConfig) -> Vec<Need> {
     } = config;
     let mut needs = vec![
         Need::new(Path::new("/dev/kvm"), CHANGE),
-        // Figures about this process. The files of other processes stay closed: Landlock forbids to trace them.
+        // Figures about this process. The files of other processes remain inaccessible, because Landlock forbids
+        // tracing them.
         Need::new(Path::new("/proc"), READ),
         Need::new(&rng.src, READ & OF_FILES),
     ];
@@ -153,7 +154,7 @@ pub fn of_config(config: &VmConfig) -> Vec<Need> {
     needs
 }
 
-/// What a device opens that is added to a machine.
+/// Everything that a hot-plugged device opens.
 pub fn of_device(device: &NewDevice) -> Vec<Need> {
     match device {
         NewDevice::Disk(disk) => of_disk(disk).into_iter().collect(),
@@ -165,12 +166,12 @@ pub fn of_device(device: &NewDevice) -> Vec<Need> {
     }
 }
 
-/// What saving a VM into `folder` does there.
+/// The access that saving a VM into `folder` needs.
 pub fn of_snapshot(folder: &Path) -> Need {
     Need::new(folder, MEMORY_FILES)
 }
 
-/// What restoring a VM from `folder` does there.
+/// The access that restoring a VM from `folder` needs.
 pub fn of_restore(folder: &Path) -> Need {
     Need::new(folder, READ)
 }
@@ -207,7 +208,7 @@ fn of_net(net: &NetConfig) -> Option<Need> {
     opens_tap.then(|| Need::new(Path::new(TUN_DEVICE), CHANGE))
 }
 
-/// The back end may come and go, and its socket with it.
+/// The back end may restart and recreate its socket.
 fn of_fs(fs: &FsConfig) -> Need {
     Need::socket(&fs.socket)
 }
@@ -225,7 +226,7 @@ fn of_vsock(vsock: &VsockConfig) -> Need {
     Need::socket(&vsock.socket)
 }
 
-/// The other end of a console.
+/// The endpoint of a console.
 fn of_console(mode: ConsoleOutputMode, file: Option<&Path>, socket: Option<&Path>) -> Vec<Need> {
     match mode {
         ConsoleOutputMode::Pty => ["/dev/ptmx", "/dev/pts"]

@@ -1,4 +1,4 @@
-//! A set of rules, and its way into the kernel.
+//! A set of rules, and its enforcement by the kernel.
 
 use std::fs::{self, File};
 use std::os::unix::fs::OpenOptionsExt;
@@ -14,7 +14,7 @@ use landlock::{
 use super::needs::{self, Need, READ, WRITE};
 use super::{LandlockError, of_config};
 
-/// The rights without which there is no confinement: those of Linux 6.2, as in upstream.
+/// The minimum that the kernel must support: the rights of Linux 6.2, as in upstream.
 const REQUIRED: ABI = ABI::V3;
 
 /// What one layer allows: rights for a path and everything beneath it.
@@ -23,13 +23,13 @@ pub(super) struct Rules(Vec<Rule>);
 
 #[derive(Debug, PartialEq, Eq)]
 struct Rule {
-    /// Without links, to compare with.
+    /// The canonical path, for comparisons.
     path: PathBuf,
     access: BitFlags<AccessFs>,
 }
 
 impl Rules {
-    /// What the configuration names, and its own rules.
+    /// Rules for the paths in the configuration, and its `landlock_rules`.
     pub(super) fn of(config: &VmConfig) -> Result<Self, LandlockError> {
         let own = config.landlock_rules.iter().flatten();
         let own = own.map(Rule::configured).collect::<Result<Vec<_>, _>>()?;
@@ -38,22 +38,22 @@ impl Rules {
         Ok(Self(derived.chain(own).collect()))
     }
 
-    /// Threads that read figures about this process.
+    /// Rules for threads that read figures about this process.
     pub(super) fn of_observers() -> Result<Self, LandlockError> {
         Ok(Self(vec![Rule::new(Path::new("/proc"), READ)?]))
     }
 
-    /// The main thread, which removes the API socket.
+    /// Rules for the main thread, which removes the API socket.
     pub(super) fn of_main(socket: Option<&Path>) -> Result<Self, LandlockError> {
         let removes = AccessFs::RemoveFile.into();
         let rule = socket.map(|path| Rule::new(needs::folder(path), removes));
         Ok(Self(rule.transpose()?.into_iter().collect()))
     }
 
-    /// Whether a file can be used so. The kernel adds up the rights of all folders above it.
+    /// Whether the rules allow `need`. The kernel combines the rights of all folders above the file.
     pub(super) fn allow(&self, need: &Need) -> bool {
         let Ok(path) = need.path.canonicalize() else {
-            // A file that does not exist is created in its folder, or not at all.
+            // If the file does not exist, the rights of its folder decide whether it can be created.
             let folder = needs::folder(&need.path).canonicalize();
             let made = need.access | AccessFs::MakeReg;
             return !need.creates || folder.is_ok_and(|folder| self.rights(&folder).contains(made));
@@ -73,7 +73,7 @@ impl Rules {
             .set_compatibility(CompatLevel::HardRequirement)
             .handle_access(AccessFs::from_all(REQUIRED))
             .map_err(LandlockError::Unavailable)?;
-        // Older kernels allow every request to a device that opens.
+        // Older kernels allow every `ioctl` on an open device.
         let mut ruleset = ruleset
             .set_compatibility(CompatLevel::BestEffort)
             .handle_access(AccessFs::IoctlDev)
@@ -97,7 +97,7 @@ impl Rules {
 
 impl Rule {
     fn new(path: &Path, access: BitFlags<AccessFs>) -> Result<Self, LandlockError> {
-        // Opened for the error alone, which names the path.
+        // Opened only for its error, which names the path.
         PathFd::new(path).map_err(LandlockError::Path)?;
         let path = path.canonicalize().unwrap_or_else(|_| path.to_owned());
         let access = needs::fitting(&path, access);
@@ -116,7 +116,7 @@ impl Rule {
         Self::new(&config.path, access)
     }
 
-    /// `None` for a file that does not exist: opening it gives the better error.
+    /// `None` for a file that does not exist, because the error from opening it is clearer.
     fn derived(need: &Need) -> Option<Self> {
         if need.creates {
             touch(&need.path);
@@ -125,7 +125,7 @@ impl Rule {
     }
 }
 
-/// A rule needs an existing file; the alternative is a rule for its whole folder.
+/// Creates the file, because a rule needs an existing file; the alternative would be a rule for the whole folder.
 fn touch(path: &Path) {
     if fs::exists(path).is_ok_and(|exists| exists) {
         return;

@@ -1,4 +1,4 @@
-//! Threads that try to leave what their rules allow.
+//! Tests threads that try to access files outside their rules.
 
 #![allow(clippy::unwrap_used)]
 
@@ -83,7 +83,7 @@ fn thread_reaches_what_its_configuration_names_and_nothing_else() {
             .unwrap();
         File::open(files.path("readonly")).unwrap();
         assert!(is_denied(opens_to_write(files.path("readonly"))));
-        // Created for the rule, because only an existing file can have one.
+        // The file was created for its rule, because only an existing file can have one.
         File::create(files.path("serial")).unwrap();
         File::open("/dev/urandom").unwrap();
         File::open("/proc/self/pagemap").unwrap();
@@ -103,7 +103,7 @@ fn thread_reaches_what_its_configuration_names_and_nothing_else() {
         assert!(is_denied(File::create(files.path("sockets/file"))));
         assert!(is_denied(UnixListener::bind(files.path("elsewhere"))));
     });
-    // Other threads are as free as before.
+    // Other threads are not confined.
     File::open(files.path("other")).unwrap();
 }
 
@@ -260,7 +260,7 @@ fn observers_and_main_thread_read_figures_and_remove_the_socket_alone() {
 #[test]
 fn kernel_without_landlock_is_a_named_error() {
     use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
-    // A filter that answers as such a kernel does.
+    // A seccomp filter that simulates such a kernel.
     let calls = [(libc::SYS_landlock_create_ruleset, Vec::new())].into();
     let missing = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
     let filter = SeccompFilter::new(calls, SeccompAction::Allow, missing, TargetArch::x86_64);

@@ -1,7 +1,7 @@
 //! The system calls of each thread kind, with reasons.
 //!
-//! Filters are inherited and add up: a thread may make a call only if its own filter *and* those of all its ancestors
-//! allow it. So the list of a thread that starts others includes their lists.
+//! A thread inherits its ancestors' filters: it may make a call only if its own filter *and* those of all its ancestors
+//! allow it. Therefore the list of a thread that starts others includes their lists.
 //!
 //! If a call can do more than the thread needs, conditions on its arguments follow it. Several lines for one call are
 //! alternatives; a line without conditions allows any arguments.
@@ -15,7 +15,7 @@ use crate::threads::ThreadKind;
 /// A system call that a thread may make, if all conditions hold.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Call {
-    /// For the document.
+    /// Its name in the generated document.
     #[cfg(test)]
     pub(super) name: &'static str,
     pub(super) number: c_long,
@@ -94,8 +94,8 @@ macro_rules! calls {
     };
 }
 
-/// The needs of Rust's and glibc's run time on every thread: memory, locks, time, signals, the thread's own end, and
-/// reading, writing and waiting on open descriptors.
+/// Calls that the runtimes of Rust and glibc make on every thread: memory, locks, time, signals, the thread's own end,
+/// and reading, writing and waiting on open descriptors.
 pub(super) const EVERY_THREAD: &[Call] = calls![
     SYS_brk,
     SYS_clock_getres,
@@ -107,8 +107,8 @@ pub(super) const EVERY_THREAD: &[Call] = calls![
     SYS_epoll_wait,
     SYS_exit,
     SYS_exit_group,
-    // Used, among others, by the standard library in debug builds to check that a descriptor is open before it closes it.
-    // A descriptor with an owner sends it signals, whichever process the owner is.
+    // Used, among others, by the standard library in debug builds to check that a descriptor is open before it closes
+    // it. Setting an owner is forbidden: a descriptor sends signals to its owner, which can be any process.
     SYS_fcntl [1 not F_SETOWN] [1 not F_SETOWN_EX],
     SYS_futex,
     SYS_getpid,
@@ -118,7 +118,7 @@ pub(super) const EVERY_THREAD: &[Call] = calls![
     SYS_lseek,
     SYS_madvise,
     SYS_membarrier,
-    // The VMM generates no code at run time, and writable memory stays data.
+    // The VMM generates no code at run time, so no mapping needs to be executable.
     SYS_mmap [2 without PROT_EXEC],
     SYS_mprotect [2 without PROT_EXEC],
     SYS_mremap,
@@ -144,7 +144,7 @@ pub(super) const EVERY_THREAD: &[Call] = calls![
     SYS_sched_yield,
     SYS_set_robust_list,
     SYS_sigaltstack,
-    // A thread stops a vCPU, or aborts, by a signal to a thread of this process.
+    // Stopping a vCPU and aborting both send a signal to a thread of this process.
     SYS_tgkill [0 own_process],
     SYS_write,
     SYS_writev,
@@ -153,14 +153,14 @@ pub(super) const EVERY_THREAD: &[Call] = calls![
 /// Starts threads, which then install a narrower filter.
 const STARTS_THREADS: &[Call] = calls![
     SYS_clone [0 with CLONE_THREAD | CLONE_VM],
-    // Its flags lie in memory, which a filter cannot read.
+    // Its flags are in memory, which a filter cannot read.
     SYS_clone3,
     SYS_prctl [0 is PR_SET_NO_NEW_PRIVS],
     SYS_seccomp [0 is SECCOMP_SET_MODE_FILTER],
     SYS_set_tid_address,
 ];
 
-/// Bytes over a connected socket or a terminal.
+/// Transfers bytes over a connected socket or a terminal.
 const SOCKET_IO: &[Call] = calls![
     SYS_accept4,
     SYS_getsockopt,
@@ -212,10 +212,10 @@ const DISK_IO: &[Call] = calls![
     SYS_statx,
 ];
 
-/// Wakes by timers.
+/// Creates and sets timers.
 const TIMERS: &[Call] = calls![SYS_timerfd_create, SYS_timerfd_gettime, SYS_timerfd_settime,];
 
-/// Creates a machine and takes it down: descriptors, memory, files, taps, threads' affinity.
+/// Creates and destroys a machine: descriptors, memory, files, taps, threads' affinity.
 const MACHINE: &[Call] = calls![
     SYS_bind,
     SYS_connect,

@@ -1,4 +1,4 @@
-//! `docs/seccomp.md`, generated from the lists that the filters are made of.
+//! Generates `docs/seccomp.md` from the lists that define the filters.
 
 use std::fmt::Write;
 
@@ -46,7 +46,7 @@ fn name(kind: ThreadKind) -> String {
     }
 }
 
-/// Calls with any arguments on one line, then each alternative of the others.
+/// Writes the calls with any arguments on one line, then each alternative of the others.
 fn write_calls<'a>(text: &mut String, calls: impl Iterator<Item = &'a Call>) {
     let (free, bound): (Vec<_>, Vec<_>) = calls.partition(|call| call.conditions.is_empty());
     let free: Vec<_> = free.into_iter().map(short).collect();

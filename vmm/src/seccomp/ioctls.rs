@@ -1,4 +1,5 @@
-//! The `ioctl` requests of each thread kind, because `ioctl` is not one system call but hundreds.
+//! The `ioctl` requests of each thread kind. They are listed separately because `ioctl` multiplexes hundreds of
+//! operations.
 
 use machine::threads::{DeviceKind, MachineThread};
 
@@ -58,7 +59,7 @@ const KVM_OF_VCPU: &[Request] = requests![
     KVM_SIGNAL_MSI = 0x4020_aea5,
 ];
 
-/// Requests of linux/kvm.h that make a machine, save its state and restore it.
+/// Requests of linux/kvm.h that create a machine, save its state and restore it.
 const KVM_OF_MACHINE: &[Request] = requests![
     KVM_GET_API_VERSION = 0xae00,
     KVM_CREATE_VM = 0xae01,
@@ -87,8 +88,8 @@ const KVM_OF_MACHINE: &[Request] = requests![
     KVM_SET_NESTED_STATE = 0x4080_aebf,
 ];
 
-/// Attributes of a terminal. Every thread may restore them: the process does so before it ends at a forbidden call.
-/// Since version 2.42, glibc makes the requests with a 2.
+/// Attributes of a terminal. Every thread may restore them: the process does so before a forbidden call ends it. Since
+/// version 2.42, glibc uses the requests whose names contain a 2.
 const RESTORE_TERMINAL: &[Request] = requests![TCSETS = 0x5402, TCSETS2 = 0x402c_542b];
 const TERMINAL: &[Request] = requests![
     TCGETS = 0x5401,
@@ -140,7 +141,7 @@ const MESSAGE: &[Request] = requests![KVM_SIGNAL_MSI = 0x4020_aea5];
 /// The requests of a kind, without those of its children.
 pub(super) fn own(kind: ThreadKind) -> Vec<Request> {
     let lists: &[&[Request]] = match kind {
-        // The first comes first in the filters of vCPUs too, which start on this thread.
+        // The first entry also comes first in the filters of vCPUs, which start on this thread.
         ThreadKind::Control => &[
             KVM_OF_VCPU,
             KVM_OF_MACHINE,
@@ -171,7 +172,7 @@ pub(super) fn own(kind: ThreadKind) -> Vec<Request> {
 fn of_machine(thread: MachineThread) -> &'static [&'static [Request]] {
     match thread {
         MachineThread::Vcpu => &[KVM_OF_VCPU],
-        // Input raises the serial port's interrupt, which is a message of the I/O APIC.
+        // Input raises the serial port's interrupt, which the I/O APIC sends as a message.
         MachineThread::Serial => &[NONBLOCKING, TERMINAL, TERMINAL_SIZE, MESSAGE],
         MachineThread::Worker(DeviceKind::Console) => &[NONBLOCKING, TERMINAL, TERMINAL_SIZE],
         MachineThread::Worker(DeviceKind::Fs | DeviceKind::Vsock) => &[NONBLOCKING],

@@ -29,7 +29,7 @@ pub enum SeccompMode {
     /// The process logs the call and ends.
     #[default]
     Trap,
-    /// There are no filters.
+    /// No filters are installed.
     Off,
     /// The kernel logs the call and executes it.
     Log,
@@ -177,7 +177,7 @@ fn condition(condition: &Condition) -> Result<SeccompCondition, seccompiler::Bac
         Test::OwnProcess => (SeccompCmpOp::Eq, u64::from(std::process::id())),
         Test::KickSignal => (SeccompCmpOp::Eq, u64::from(kick::signal().unsigned_abs())),
     };
-    // The kernel passes on the lower half only.
+    // The kernel uses only the lower half of the argument.
     SeccompCondition::new(condition.argument, SeccompCmpArgLen::Dword, operator, value)
 }
 

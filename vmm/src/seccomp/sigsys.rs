@@ -8,10 +8,10 @@ use vmm_sys_util::signal::register_signal_handler;
 
 /// Exit status of a process that its own filter stopped: a shell's status for a death by SIGSYS.
 const EXIT_STATUS: libc::c_int = 128 + libc::SIGSYS;
-/// Where `si_syscall` lies in `siginfo_t` on 64-bit Linux: behind three integers, padding and `si_call_addr`
+/// Where `si_syscall` lies in `siginfo_t` on 64-bit Linux: after three integers, padding and `si_call_addr`
 /// (asm-generic/siginfo.h). The libc crate does not name it.
 const SI_SYSCALL_OFFSET: usize = 24;
-/// A thread name with its end (`TASK_COMM_LEN`).
+/// Length of a thread name with its terminator (`TASK_COMM_LEN`).
 const THREAD_NAME_BYTES: usize = 16;
 
 const _: () = assert!(size_of::<libc::siginfo_t>() >= SI_SYSCALL_OFFSET + size_of::<libc::c_int>());

@@ -1,4 +1,4 @@
-//! Filters of valid size, complete naming, and a thread that violates its filter.
+//! Tests the size of the filters, the names of calls, and threads that violate their filters.
 
 #![allow(clippy::unwrap_used)]
 
@@ -89,8 +89,8 @@ fn terminals_work_with_the_requests_of_every_glibc() {
     }
 }
 
-/// A filter cannot be removed and a trap ends the process, so each case runs in a process of its own: this very test
-/// program, with the case in its environment.
+/// A filter cannot be removed and a trap ends the process, so each case runs in a separate process: this test program,
+/// with the case in its environment.
 const CASE: &str = "SECCOMP_TEST_CASE";
 
 fn play(case: &str) -> Output {
@@ -204,7 +204,8 @@ fn gives_memory_back_and_measures_it() -> bool {
             })
 }
 
-/// The serial thread may be the last one that knows the console's socket, and the vsock device's worker is.
+/// The serial thread may hold the last reference to the console's socket; the vsock device's worker holds the last one
+/// to its own.
 fn removes_its_socket() -> bool {
     let vsock = MachineThread::Worker(DeviceKind::Vsock);
     [MachineThread::Serial, vsock].into_iter().all(|thread| {
@@ -331,11 +332,11 @@ struct Forbidden {
 }
 
 impl Forbidden {
-    /// Whether a filter rejects the call. These arguments have no other cause for this result.
+    /// Whether a filter rejects the call. With these arguments, nothing else causes this result.
     #[allow(unsafe_code)]
     fn is_refused(&self) -> bool {
         let [a, b, c, d, e, f] = self.arguments;
-        // SAFETY: with these arguments every call fails, reads a figure, or makes a mapping or descriptor that stays
+        // SAFETY: with these arguments every call fails, reads a value, or creates a mapping or descriptor that stays
         // unused.
         let result = unsafe { libc::syscall(self.number, a, b, c, d, e, f) };
         result == -1 && std::io::Error::last_os_error().raw_os_error() == Some(libc::EPERM)
@@ -355,7 +356,7 @@ fn forbidden_is_refused() -> bool {
             })
         })
     });
-    // Without a filter none is rejected; otherwise the test above would prove nothing.
+    // Without a filter no call may be rejected; otherwise the test above would prove nothing.
     let canary = confined(SeccompMode::Off, ThreadKind::Main, || {
         forbidden().iter().all(|call| !call.is_refused())
     });

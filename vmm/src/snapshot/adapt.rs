@@ -1,4 +1,4 @@
-//! Changes a saved configuration to what a request to restore it says.
+//! Applies a restore request to the saved configuration.
 
 use api::RestoreConfig;
 use api::VmConfig;
@@ -6,8 +6,8 @@ use api::config::{MemoryConfig, NetConfig};
 
 use super::SnapshotError;
 
-/// Applies `request` to the saved `config`. `fds`: the numbers of the descriptors that came with the request, in the
-/// order of `net_fds`; none if the request names the process's own.
+/// Applies `request` to the saved `config`. `fds` contains the numbers of the descriptors received with the request, in
+/// the order of `net_fds`. It is empty if the request names descriptors of this process.
 ///
 /// # Errors
 /// An interface lacks descriptors or is named twice.

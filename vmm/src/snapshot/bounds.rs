@@ -1,26 +1,26 @@
-//! How large the files of a snapshot can be, found from its configuration before they are read.
+//! Maximum sizes of a snapshot's files, derived from its configuration before they are read.
 
 use api::VmConfig;
 
-/// As much as a request may have.
+/// The same limit as for a request body.
 pub(super) const CONFIG_BYTES_MAX: u64 = 4 << 20;
 
-/// All devices; the largest is a socket device with every connection.
+/// State of all devices; the largest is a vsock device with the maximum number of connections.
 const DEVICES_BYTES: u64 = 4 << 20;
 /// Registers, CPUID leaves, and the state of a nested guest.
 const VCPU_BYTES: u64 = 128 << 10;
 /// `KVM_MAX_VCPUS` of Linux at most.
 const VCPUS_MAX: u64 = 4096;
-/// One bit for each block of 2 MiB that can be plugged in, in base 64, and more.
+/// Bytes of RAM per byte of state: covers one bit, in base 64, for each 2 MiB block that can be plugged in.
 const RAM_PER_BLOCK_BYTE: u64 = 4 << 20;
-/// Content is listed by chunks of this size,
+/// Content is listed in chunks of this size.
 const CHUNK_BYTES: u64 = 2 << 20;
-/// each of them in at most so much text.
+/// Maximum length of a chunk's entry.
 const CHUNK_TEXT_BYTES: u64 = 192;
-/// A table without chunks.
+/// Maximum length of a table without chunks.
 const TABLE_BYTES: u64 = 256;
 
-/// Bounds of `state.json`. Nobody can make the reader use more memory than a small part of the configured RAM.
+/// Bounds of `state.json`. They limit the reader's memory to a small fraction of the configured RAM.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Bounds {
     /// The line of the machine.
@@ -35,14 +35,14 @@ impl Bounds {
     pub(super) fn of(config: &VmConfig) -> Self {
         let memory = &config.memory;
         let zones = memory.zones.iter().flatten().count().max(1) as u64 + 1;
-        // Invalid sizes are refused later, where they are named.
+        // Invalid sizes are rejected later, with an error that names them.
         let ram = memory.total_bytes().unwrap_or(0);
         let ram = ram.saturating_add(memory.hotplug_size.unwrap_or(0));
-        // The guest may still have some that it was asked to release.
+        // The guest may not have released vCPUs whose removal was requested.
         let vcpus = config.cpus.max_vcpus.max(config.cpus.boot_vcpus);
         let vcpus = u64::from(vcpus).min(VCPUS_MAX);
         let machine = DEVICES_BYTES + vcpus * VCPU_BYTES + ram / RAM_PER_BLOCK_BYTE;
-        // Every zone can end with a chunk that is not whole, before and behind the hole in the address map.
+        // Each zone can end with a partial chunk, both before and after the hole in the address map.
         let chunks = ram / CHUNK_BYTES + 2 * zones;
         let table = TABLE_BYTES + chunks * CHUNK_TEXT_BYTES;
         Self {

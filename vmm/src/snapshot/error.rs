@@ -9,7 +9,7 @@ use state::StateError;
 /// Why a snapshot cannot be written or read.
 #[derive(Debug, thiserror::Error)]
 pub enum SnapshotError {
-    /// Another form of URL.
+    /// An unsupported URL.
     #[error("{url:?} is not the URL of a folder: file:// and an absolute path")]
     Url {
         /// The URL.
@@ -21,19 +21,19 @@ pub enum SnapshotError {
         /// The path.
         path: PathBuf,
     },
-    /// The folder is in use.
+    /// The folder already contains a snapshot.
     #[error("{} exists already: a snapshot replaces no file", path.display())]
     Exists {
         /// The file.
         path: PathBuf,
     },
-    /// RAM that is a file of the host keeps its content there.
+    /// A zone whose content is in a file of the host.
     #[error("Memory zone {zone} is in a file: a VM with such a zone cannot be saved")]
     ZoneInFile {
         /// The zone.
         zone: String,
     },
-    /// What the guest has open there is known to its back end alone.
+    /// A shared folder: only its back end knows which files the guest has open.
     #[error("Shared folder {tag} keeps its state in its back end: a VM with one cannot be saved")]
     SharedFolder {
         /// The name by which the guest mounts it.
@@ -50,7 +50,7 @@ pub enum SnapshotError {
         #[source]
         source: io::Error,
     },
-    /// Not what was written.
+    /// The file differs from what was written.
     #[error("{} is damaged: {reason}", path.display())]
     Damaged {
         /// The file.
@@ -63,17 +63,17 @@ pub enum SnapshotError {
     Json {
         /// The file.
         path: PathBuf,
-        /// The parser's complaint.
+        /// The parser's error.
         #[source]
         source: serde_json::Error,
     },
-    /// Another version, or values that cannot be.
+    /// An unsupported version, or impossible values.
     #[error("Cannot use the saved state")]
     State(#[source] StateError),
-    /// The content of RAM.
+    /// The content of RAM is invalid.
     #[error(transparent)]
     Content(ContentError),
-    /// RAM of the configuration.
+    /// The configured RAM cannot be created.
     #[error("Cannot create guest memory")]
     Memory(#[source] MemoryError),
     /// An interface that was created from descriptors needs new ones.
@@ -83,7 +83,7 @@ pub enum SnapshotError {
         id: String,
         /// Its queue pairs.
         needed: usize,
-        /// Those given.
+        /// Descriptors that the request contains.
         got: usize,
     },
     /// An interface is named twice.
@@ -92,12 +92,12 @@ pub enum SnapshotError {
         /// The interface.
         id: String,
     },
-    /// Other descriptors came with the request than it announces.
+    /// The number of received descriptors differs from the announced one.
     #[error("net_fds announces {announced} file descriptors; got {got}")]
     FdCount {
         /// The sum of `num_fds`.
         announced: usize,
-        /// Those that came.
+        /// Received descriptors.
         got: usize,
     },
 }
@@ -112,7 +112,7 @@ impl SnapshotError {
         }
     }
 
-    /// Whether the request or the files are at fault, and not the host.
+    /// True if the request or the files are invalid; false if the host failed.
     pub fn is_of_request(&self) -> bool {
         match self {
             Self::Url { .. }

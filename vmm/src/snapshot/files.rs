@@ -25,7 +25,7 @@ const STATE_PARTIAL: &str = "state.json.partial";
 /// The folder that `url` names.
 ///
 /// # Errors
-/// Another form of URL, or no folder there.
+/// The URL is unsupported, or there is no such folder.
 pub fn folder_of(url: &str) -> Result<PathBuf, SnapshotError> {
     let path = url.strip_prefix("file://").map(PathBuf::from);
     let Some(path) = path.filter(|path| path.is_absolute()) else {
@@ -42,7 +42,7 @@ fn memory_name(zone: usize) -> String {
     format!("memory-{zone}")
 }
 
-/// Files that are removed again unless the snapshot becomes complete.
+/// Files that are removed unless the snapshot is completed.
 struct NewFiles<'a> {
     folder: &'a Path,
     paths: Vec<PathBuf>,
@@ -97,7 +97,7 @@ impl NewFiles<'_> {
 
 impl Drop for NewFiles<'_> {
     fn drop(&mut self) {
-        // The last one first: without it, the others are no snapshot.
+        // The last file first: without it, the others are not a snapshot.
         for path in self.paths.iter().rev() {
             if let Err(error) = fs::remove_file(path) {
                 log::warn!("Cannot remove {}: {error}", path.display());
@@ -109,7 +109,7 @@ impl Drop for NewFiles<'_> {
 /// Writes the snapshot of a paused machine into `folder`.
 ///
 /// # Errors
-/// The folder has such files, the VM cannot be saved, or writing fails; the folder is as before then.
+/// The folder has such files, the VM cannot be saved, or writing fails. In these cases the folder is unchanged.
 pub fn write(
     folder: &Path,
     config: &VmConfig,
@@ -140,8 +140,8 @@ pub fn write(
     files.keep()
 }
 
-/// Refuses state that is kept outside the snapshot. At a restore, a configuration that was edited is refused as well: RAM
-/// would be loaded over a file of the host.
+/// Rejects a VM with state outside the snapshot. At a restore, this also rejects a configuration that was edited so
+/// that restoring RAM would overwrite a file of the host.
 fn require_content_is_ours(config: &VmConfig) -> Result<(), SnapshotError> {
     let mut zones = config.memory.zones.iter().flatten();
     if let Some(zone) = zones.find(|zone| zone.file.is_some()) {
@@ -187,7 +187,7 @@ pub struct Snapshot {
     pub pc: PcState,
     /// The rest of the state.
     pub state: SnapshotState,
-    /// The file of each zone and its table.
+    /// The memory file of each zone and its table.
     memory: Vec<(File, ZoneContentState)>,
 }
 
@@ -229,7 +229,7 @@ impl Snapshot {
     /// Creates the RAM of `config` with the saved content, and reports the progress.
     ///
     /// # Errors
-    /// RAM cannot be created, has other zones than the saved one, or a memory file is damaged.
+    /// RAM cannot be created, its zones differ from the saved ones, or a memory file is damaged.
     pub fn memory(
         &self,
         config: &VmConfig,
@@ -286,7 +286,7 @@ mod tests {
         files.write(STATE_PARTIAL, "{}").expect("written");
         files.rename_last(STATE).expect("renamed");
         assert!(folder.path().join(STATE).exists());
-        // As when the folder cannot be synced.
+        // Simulates a folder that cannot be synced.
         drop(files);
         assert_eq!(folder.path().read_dir().expect("a folder").count(), 0);
     }

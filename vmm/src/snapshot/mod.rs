@@ -10,8 +10,8 @@
 //!  write:  config.json, memory-N (new files, synced) ─► state.json.partial, synced ─► renamed ─► folder synced
 //!  open:   config.json ─► state.json: size, checksum, versions ─► memory-N opened ─► nothing is created before
 //! ```
-//! A folder without `state.json` is no snapshot, so a crash or a full disk leaves none. Names of files do not come from
-//! the files. The formats of the states are in `docs/state.md`.
+//! A folder without `state.json` is not a snapshot, so a crash or a full disk leaves none. File names are fixed and
+//! never read from the files. The formats of the states are in `docs/state.md`.
 
 mod adapt;
 mod bounds;

@@ -1,4 +1,4 @@
-//! How far a snapshot or a restore has come.
+//! Progress of a snapshot or a restore.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -7,13 +7,13 @@ use machine::memory::{GuestMemory, Zone};
 
 use crate::events::{EventKind, EventSink};
 
-/// Events from start to end.
+/// Number of events in total.
 const STEPS: u128 = 10;
 
 /// The event for bytes done and bytes in total.
 type Kind = fn(u64, u64) -> EventKind;
 
-/// Counts the RAM that has been dealt with, and reports each tenth of it.
+/// Counts processed RAM and reports each tenth of the total.
 pub struct Progress {
     total_bytes: u64,
     done_bytes: AtomicU64,
@@ -27,7 +27,7 @@ virtio_devices::debug_fields!(Progress {
 });
 
 impl Progress {
-    /// The start of saving `memory`.
+    /// Starts counting while `memory` is saved.
     pub fn of_snapshot(memory: &GuestMemory, events: EventSink) -> Self {
         Self::new(memory, events, |done_bytes, total_bytes| {
             EventKind::SnapshotProgress {
@@ -37,7 +37,7 @@ impl Progress {
         })
     }
 
-    /// The start of loading `memory`.
+    /// Starts counting while `memory` is loaded.
     pub fn of_restore(memory: &GuestMemory, events: EventSink) -> Self {
         Self::new(memory, events, |done_bytes, total_bytes| {
             EventKind::RestoreProgress {
@@ -56,7 +56,7 @@ impl Progress {
         }
     }
 
-    /// `bytes` more are done. Called by one thread.
+    /// Adds `bytes` processed bytes. Must be called by one thread only.
     pub(super) fn add(&self, bytes: u64) {
         let before = self.now();
         self.done_bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -67,7 +67,7 @@ impl Progress {
         }
     }
 
-    /// The present figures.
+    /// The current figures.
     pub fn now(&self) -> SnapshotProgress {
         SnapshotProgress {
             done_bytes: self.done_bytes.load(Ordering::Relaxed),

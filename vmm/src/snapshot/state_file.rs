@@ -17,7 +17,7 @@ pub(super) fn checksum_line(crc: u32) -> String {
     format!("{{\"crc32\":\"{crc:08x}\"}}\n")
 }
 
-/// A file whose checksum matches. Its lines are read one by one, so that none but the present one is in memory.
+/// A file whose checksum matches. Its lines are read one by one, so that only the current line is in memory.
 #[derive(Debug)]
 pub(super) struct StateFile<'a> {
     path: &'a Path,
@@ -42,7 +42,7 @@ impl<'a> StateFile<'a> {
         let body_bytes = bytes.saturating_sub(CHECKSUM_BYTES);
         let mut last = String::new();
         let crc = checksum_of((&mut reader).take(body_bytes)).and_then(|crc| {
-            // One byte more would show that the file has grown.
+            // One byte beyond the expected size reveals that the file has grown.
             (&mut reader)
                 .take(CHECKSUM_BYTES + 1)
                 .read_to_string(&mut last)?;
@@ -65,7 +65,7 @@ impl<'a> StateFile<'a> {
     /// Reads the next line, which has at most `bytes_max`.
     ///
     /// # Errors
-    /// It is missing, too long, or not a `T`.
+    /// The line is missing, too long, or not a `T`.
     pub(super) fn next<T: DeserializeOwned>(&mut self, bytes_max: u64) -> Result<T, SnapshotError> {
         let mut line = Vec::new();
         let mut bounded = (&mut self.lines).take(bytes_max);
@@ -84,7 +84,7 @@ impl<'a> StateFile<'a> {
     /// Checks that all lines have been read.
     ///
     /// # Errors
-    /// There are more.
+    /// There are further lines.
     pub(super) fn end(self) -> Result<(), SnapshotError> {
         match self.lines.limit() {
             0 => Ok(()),

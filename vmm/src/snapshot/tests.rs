@@ -15,7 +15,7 @@ fn config() -> VmConfig {
     config
 }
 
-/// The envelopes are read where the machine is built.
+/// The saved states are parsed only when the machine is built.
 fn state(memory: &GuestMemory) -> SnapshotState {
     let part = json!({"version": 1});
     let pc = json!({
@@ -274,7 +274,7 @@ fn state_too_long_for_the_configured_machine_is_refused_unread() {
     let file = std::fs::File::options()
         .write(true)
         .open(folder.path().join("state.json"));
-    // As much as this would not fit into the host's memory.
+    // A size that would not fit into the host's memory.
     file.unwrap().set_len(1 << 40).unwrap();
     let error = Snapshot::open(folder.path()).unwrap_err();
     assert!(error.to_string().contains("too long"), "{error}");
@@ -290,7 +290,7 @@ fn memory_is_populated_only_if_the_snapshot_fits_it() {
     let memory = snapshot.memory(&config, &sink()).unwrap();
     let probe = virtio_devices::reclaim::ResidencyProbe::new(memory.ram().clone()).unwrap();
     assert_eq!(probe.measure().unwrap().resident_bytes, 8 << 20);
-    // More than any host has.
+    // More RAM than any host has.
     config.memory.size = 1 << 42;
     let error = snapshot.memory(&config, &sink()).unwrap_err();
     assert!(

@@ -15,7 +15,7 @@ pub(super) struct ThresholdConfig {
 }
 
 impl ThresholdConfig {
-    /// Applies all of `change`, or nothing.
+    /// Applies `change` atomically.
     pub(super) fn change(
         &mut self,
         change: &ReclaimThresholdsChange,

@@ -8,9 +8,9 @@
 //!                                │
 //!  thread `thresholds`: once per second: what is needed ─► figures of the machine ─► step ─► events
 //! ```
-//! The control thread and the API only ever take the lock on the configuration, which is held for microseconds; the
-//! figures are read outside of it. The configuration belongs to the VM and not to the machine: it outlives reboots and
-//! pauses and goes with `vm.delete`.
+//! The control thread and the API take only the lock on the configuration, which is held for microseconds. Figures are
+//! read without holding it. The configuration belongs to the VM and not to the machine: it survives reboots and pauses,
+//! and `vm.delete` deletes it.
 
 mod config;
 mod shared;

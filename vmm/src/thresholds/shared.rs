@@ -26,7 +26,7 @@ struct State {
     stop: bool,
 }
 
-/// What there is to evaluate.
+/// The subjects of evaluation.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Subjects {
     /// A machine, for alerts.
@@ -35,7 +35,7 @@ pub struct Subjects {
     pub balloon: bool,
 }
 
-/// What must be read for one evaluation.
+/// The figures to read for one evaluation.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Look {
     pub(crate) alerts: Needs,
@@ -53,7 +53,7 @@ impl Default for Thresholds {
 }
 
 impl Thresholds {
-    /// Makes all of `change`, or nothing. Takes microseconds.
+    /// Applies `change` atomically. Takes microseconds.
     ///
     /// # Errors
     /// The change is invalid.
@@ -76,7 +76,7 @@ impl Thresholds {
     /// The change that sets the same alerts, and the policy if one was set.
     ///
     /// # Panics
-    /// The status is no valid change, which a test of `api` rules out.
+    /// The status is not a valid change, which a test of `api` rules out.
     pub fn as_change(&self) -> ReclaimThresholdsChange {
         let status = serde_json::to_value(self.status(GuestPolicy::NoMachine));
         let change = status.and_then(serde_json::from_value::<ReclaimThresholdsChange>);
@@ -108,8 +108,8 @@ impl Thresholds {
         u64::try_from(self.start.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// The configuration is consistent after every change, so a thread that panicked with the lock left nothing half
-    /// done.
+    /// Ignores poisoning: the configuration is consistent after every change, so a thread that panicked while holding
+    /// the lock left no partial change.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unpoisoned()
     }

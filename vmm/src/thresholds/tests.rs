@@ -1,4 +1,4 @@
-//! Rules and their states on a simulated clock.
+//! Tests rules and their states on a simulated clock.
 
 #![allow(clippy::unwrap_used)]
 
@@ -367,8 +367,8 @@ fn policy_is_changed_in_part_and_checked_as_a_whole() {
 }
 
 proptest! {
-    /// Whatever the figure does: no crossing in the dead band, entries and exits in turn, each beyond its value, one a
-    /// step at most, and none before the figure has been beyond for the duration.
+    /// For any sequence of figures: no crossing in the dead band; entries and exits alternate, each beyond its value;
+    /// at most one per step; none before the figure has been beyond the value for the duration.
     #[test]
     fn alert_of_any_rule_on_any_figure_crosses_as_drawn(
         below in any::<bool>(),

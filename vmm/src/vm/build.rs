@@ -7,8 +7,8 @@
 //! disks, entropy source, taps, payload ─► guest RAM ─► payload loaded ─► consoles ─► KVM ─► devices on the bus
 //! (read, not changed)                                                    (files emptied, sockets made)
 //! ```
-//! From a snapshot, RAM gets its content instead of a payload, once the host's processor is known to fit, and each device
-//! its state as it goes on the bus.
+//! When a snapshot is restored, RAM gets the saved content instead of a payload, after the host's processor has been
+//! checked. Each device gets its state when it is plugged into the bus.
 
 use std::sync::Arc;
 
@@ -31,14 +31,14 @@ use super::{Vm, VmContext, VmError, consoles};
 use crate::config::{pci_segments, wished_slots};
 use crate::snapshot::Snapshot;
 
-/// All parts of a machine, open and checked, before it is created.
+/// All parts of a machine, opened and checked before the machine is created.
 pub(super) struct Parts {
     /// None if the machine is restored.
     payload: Option<Payload>,
     memory: GuestMemory,
     serial: Option<Arc<Endpoint>>,
     debug_console: Option<DebugConsole>,
-    /// In the order in which they get their slots.
+    /// In the order in which slots are assigned.
     devices: Vec<Made>,
     balloon: Option<BalloonHandle>,
     mem: Option<MemHandle>,
@@ -122,7 +122,7 @@ impl Parts {
         })
     }
 
-    /// Creates the machine from them.
+    /// Creates the machine from the parts.
     fn assemble(
         mut self,
         kvm: &Kvm,

@@ -1,4 +1,4 @@
-//! The serial port, the virtio console and the debug console with the endpoints behind them.
+//! The serial port, the virtio console and the debug console, and their endpoints.
 
 use std::sync::{Arc, Mutex};
 
@@ -28,7 +28,7 @@ struct Open {
     serial: Known,
     console: Known,
     debug_console: Known,
-    /// Last, because endpoints remove themselves from its list when dropped.
+    /// Dropped last, because endpoints remove themselves from its list when dropped.
     manager: Option<SerialManager>,
 }
 
@@ -101,7 +101,7 @@ impl Consoles {
     }
 }
 
-/// The mode of a device that leaves the terminal's input to another one.
+/// The mode of a device when another device receives the terminal's input.
 fn without_input(mode: Option<EndpointMode>) -> Option<EndpointMode> {
     mode.map(|mode| match mode {
         EndpointMode::Tty => EndpointMode::TtyOutput,
@@ -109,7 +109,7 @@ fn without_input(mode: Option<EndpointMode>) -> Option<EndpointMode> {
     })
 }
 
-/// Opens the other end of the serial port, if configured, and stores the pseudo-terminal's path in the configuration.
+/// Opens the endpoint of the serial port, if configured, and stores the pseudo-terminal's path in the configuration.
 pub(super) fn open_serial(
     config: &mut VmConfig,
     context: &VmContext,
@@ -169,7 +169,7 @@ pub(super) struct DebugConsole {
     pub(super) output: Output,
 }
 
-/// Opens the other end of the debug console, if configured, and stores the pseudo-terminal's path in the configuration.
+/// Opens the endpoint of the debug console, if configured, and stores the pseudo-terminal's path in the configuration.
 pub(super) fn open_debug_console(
     config: &mut VmConfig,
     context: &VmContext,

@@ -30,10 +30,11 @@ use super::VmError;
 use super::observer::CounterSource;
 use crate::device_ids::{BALLOON_ID, RNG_ID, WATCHDOG_ID};
 
-/// Minimum granularity of memory hot-plug: the guest can return a transparent huge page, or a page of this size.
+/// Minimum granularity of memory hot-plug: the size of a transparent huge page, the unit in which the guest can return
+/// memory.
 const BLOCK_BYTES_MIN: u64 = 2 * MIB;
 
-/// The place that a device's section asks for.
+/// The slot that a device's section requests.
 macro_rules! place {
     ($config:expr) => {
         ::machine::pci::Place {
@@ -44,7 +45,7 @@ macro_rules! place {
 }
 pub(super) use place;
 
-/// A device that waits for its slot.
+/// A device that has no slot yet.
 pub(super) struct Made {
     pub(super) plug: Plug,
     /// The source of its counters.
@@ -202,7 +203,7 @@ pub(super) fn watchdog(
     )))
 }
 
-/// A shared folder, whose back end need not run yet.
+/// A shared folder. Its back end need not be running yet.
 pub(super) fn fs(config: &FsConfig) -> Result<Made, VmError> {
     let id = config
         .id
@@ -219,7 +220,8 @@ pub(super) fn fs(config: &FsConfig) -> Result<Made, VmError> {
     Ok(Made::new(id, DeviceKind::Fs, place!(config), fs))
 }
 
-/// Persistent memory: the file is mapped, and in the guest once the device is on the bus.
+/// Persistent memory. The file is mapped here, and becomes visible to the guest when the device is plugged into the
+/// bus.
 pub(super) fn pmem(config: &PmemConfig) -> Result<(Made, PmemHandle), VmError> {
     let id = config
         .id

@@ -1,4 +1,4 @@
-//! What a machine keeps of its devices, by name, to act on them while it runs.
+//! Handles on a machine's devices, by name, for requests while it runs.
 
 use std::collections::BTreeMap;
 
@@ -20,7 +20,7 @@ pub(super) struct Handles {
 }
 
 impl Handles {
-    /// Those of a machine with these rate limit groups; its devices follow.
+    /// Creates the handles of a machine with these rate limit groups. Its devices are added later.
     pub(super) fn new(groups: &[RateLimitGroupConfig]) -> Self {
         Self {
             disks: BTreeMap::new(),
@@ -54,7 +54,7 @@ impl Handles {
         Ok(made)
     }
 
-    /// Drops those of a device, if there are any.
+    /// Drops the handles of a device, if it has any.
     pub(super) fn remove(&mut self, id: &str) {
         self.disks.remove(id);
         self.pmems.remove(id);
@@ -71,7 +71,7 @@ impl Handles {
         self.limiters.set(id, limits)
     }
 
-    /// Has the host put on stable storage what the guest has written. The devices are paused.
+    /// Writes the guest's data to stable storage. The devices are paused.
     ///
     /// # Errors
     /// A file cannot be synced.

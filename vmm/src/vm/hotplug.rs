@@ -1,6 +1,6 @@
-//! Device hot-plug, on the side of the configuration.
+//! Device hot-plug, from the configuration's point of view.
 //!
-//! The configuration drops a device when its removal is requested; the guest may keep it until it is rebooted.
+//! A requested removal deletes the device from the configuration at once; the guest may keep it until it reboots.
 
 use api::PciDeviceInfo;
 use machine::pc::Plugged;
@@ -27,7 +27,7 @@ pub enum HotplugError {
         /// The name.
         id: String,
     },
-    /// The balloon holds memory of the guest, or has a target.
+    /// The balloon is inflated, or has a target.
     #[error(
         "The guest has {ballooned_bytes} bytes in the balloon {id} of {target_bytes} bytes it is asked for: \
          resize the balloon to 0 and wait until it is empty"

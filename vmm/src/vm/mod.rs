@@ -1,7 +1,7 @@
-//! One virtual machine: built from a checked configuration, booted, paused, shut down.
+//! One virtual machine: built from a validated configuration, booted, paused, shut down.
 //!
-//! Owned by the control thread alone. Other threads read a running machine through [`MachineObserver`], which never
-//! waits for the control thread. Except for one documented call, it never waits for the guest.
+//! The control thread owns it. Other threads read a running machine through [`MachineObserver`], which never waits for
+//! the control thread. Except for one documented call, it never waits for the guest.
 
 mod build;
 mod consoles;
@@ -44,7 +44,7 @@ use crate::events::{Event, EventKind, EventSink};
 use crate::snapshot::Snapshot;
 use crate::threads::{ThreadKind, ThreadStart};
 
-/// What a machine needs from the program around it.
+/// The machine's interface to the rest of the program.
 #[derive(Clone)]
 pub struct VmContext {
     /// Signals to the control thread.
@@ -53,14 +53,14 @@ pub struct VmContext {
     pub thread_start: ThreadStart,
     /// Event monitor.
     pub events: EventSink,
-    /// What the serial port and the console are connected to; kept over reboots.
+    /// Endpoints of the serial port and the consoles; kept across reboots.
     pub consoles: Arc<Consoles>,
 }
 
 virtio_devices::debug_fields!(VmContext { signals });
 
 impl VmContext {
-    /// Signals that are not raised, and no consoles yet.
+    /// A context with no signal raised and no consoles.
     ///
     /// # Errors
     /// No descriptors are left.
@@ -80,7 +80,7 @@ impl VmContext {
             signals: Arc::clone(&self.signals),
             thread_start: self.start_of_machine_threads(),
             events: Arc::new(move |event| {
-                // As upstream, a panic is an event of the guest and not of a device.
+                // As in upstream, a panic is an event of the guest and not of a device.
                 let (kind, device) = match event.kind {
                     DeviceEventKind::Activated => (EventKind::DeviceActivated, Some(event.device)),
                     DeviceEventKind::Reset => (EventKind::DeviceReset, Some(event.device)),
@@ -101,7 +101,7 @@ impl VmContext {
     }
 }
 
-/// A panic under upstream's names.
+/// Converts a panic to the event with upstream's names.
 fn guest_panic(panic: GuestPanic) -> EventKind {
     EventKind::GuestPanic {
         event: match panic {
@@ -142,7 +142,7 @@ pub trait Machine {
     /// The state of the paused machine, and its memory.
     ///
     /// # Errors
-    /// The guest has not released a device yet, or KVM refuses to show a part.
+    /// The guest has not released a device yet, or KVM cannot return a part of the state.
     fn save(&self) -> Result<SavedMachine, VmError>;
 
     /// Presses the ACPI power button.
@@ -160,7 +160,7 @@ pub trait Machine {
     /// There is no such disk, or its image cannot have this size.
     fn resize_disk(&self, id: &str, bytes: u64) -> Result<(), VmError>;
 
-    /// Changes the rate limit of a disk, a network interface or a group, which holds when this returns.
+    /// Changes the rate limit of a disk, a network interface or a group. The limit is in effect when this returns.
     ///
     /// # Errors
     /// There is no such device or group.
@@ -213,11 +213,11 @@ pub trait Machine {
     /// There is no such device, it cannot be removed, or it is a balloon with memory in it.
     fn remove_device(&mut self, id: &str) -> Result<(), VmError>;
 
-    /// Drops the devices that the guest has released, and returns what they were. Ends the vCPUs that it has released.
-    /// Waits for host I/O at most.
+    /// Drops the devices that the guest has released, and returns their addresses and names. Ends the vCPUs that it has
+    /// released. Waits at most for host I/O.
     fn take_ejected(&mut self) -> Vec<PciDeviceInfo>;
 
-    /// The figures that other threads may read.
+    /// Read access for other threads.
     fn observer(&self) -> Arc<dyn MachineObserver>;
 }
 
@@ -237,9 +237,9 @@ pub type MachineFactory =
 /// One virtual machine. Dropping it stops everything it started.
 #[derive(Debug)]
 pub struct Vm {
-    /// First, so that nothing accesses guest RAM when the others are dropped.
+    /// Dropped first, so that nothing accesses guest RAM while the other fields are dropped.
     pc: Pc,
-    /// In guest RAM; boot adds the description of the machine. A restored machine has booted already.
+    /// The payload in guest RAM; boot adds the description of the machine. `None` in a restored machine.
     payload: Option<Payload>,
     platform: Option<PlatformConfig>,
     balloon: Option<BalloonHandle>,
@@ -256,7 +256,7 @@ impl Vm {
     /// `config` is changed where creation decides something: the path of a
     /// pseudo-terminal, the name of a tap.
     ///
-    /// With a `snapshot`, the machine is the saved one, paused, and no payload is loaded.
+    /// With a `snapshot`, the machine is restored from it and paused, and no payload is loaded.
     ///
     /// # Errors
     /// A part that could not be created or restored, with its cause.
@@ -280,7 +280,7 @@ impl Machine for Vm {
     }
 
     fn save(&self) -> Result<SavedMachine, VmError> {
-        // The saved guest relies on writes that were answered, flushed or not.
+        // The saved guest relies on completed writes, flushed or not.
         self.handles.sync()?;
         let state = self.pc.state().map_err(VmError::Pc)?;
         Ok(SavedMachine {
@@ -327,7 +327,7 @@ impl Machine for Vm {
         };
         let devices = self.pc.devices().iter();
         for device in devices.filter(|it| users.contains(&it.id.as_str())) {
-            // A queue that waits for tokens of the old limit reads the new one when it is resumed.
+            // A queue that waits for tokens of the old limit reads the new limit when it is resumed.
             self.pc.while_paused(device, || ());
         }
         Ok(())

@@ -12,10 +12,10 @@ use super::VmError;
 use super::devices::{Made, place};
 use crate::inherited_fd;
 
-/// Upstream's mask for an address given without one.
+/// The default network mask, the same as upstream's.
 const DEFAULT_MASK: Ipv4Addr = Ipv4Addr::new(255, 255, 255, 0);
 
-/// The host's side of an interface can only be given an IPv4 address.
+/// The host's side of an interface supports only IPv4 addresses.
 #[derive(Debug, thiserror::Error)]
 #[error("{address} is not an IPv4 address; only IPv4 is supported for the host side")]
 struct NotIpv4 {

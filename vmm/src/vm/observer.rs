@@ -24,7 +24,7 @@ pub enum BalloonStatsError {
     /// The configuration has no balloon.
     #[error("Missing virtio-balloon, can't proceed as expected")]
     MissingBalloon,
-    /// The guest sent none.
+    /// The guest sent no statistics.
     #[error("The guest has not sent its memory statistics")]
     NoAnswer(#[source] StatsError),
     /// The machine was shut down between request and response.
@@ -76,7 +76,7 @@ struct Published {
     mem: Option<MemHandle>,
 }
 
-/// A device is two nodes, as upstream shows it: the PCI function and, below it, the virtio device.
+/// A device has two nodes, as in upstream: the PCI function and, below it, the virtio device.
 fn nodes(plugged: &Plugged) -> [(String, DeviceNode); 2] {
     let id = &plugged.id;
     let function_id = format!("_virtio-pci-{id}");
@@ -107,7 +107,7 @@ fn pvpanic_node(bdf: Bdf) -> (String, DeviceNode) {
 
 /// Read-only access to a machine from any thread; never waits for the control thread.
 pub trait MachineObserver: std::fmt::Debug + Send + Sync {
-    /// RAM at boot and hot-plugged memory, less what the guest reports as in the balloon. O(1).
+    /// RAM at boot plus hot-plugged memory, minus the balloon's size as reported by the guest. O(1).
     fn memory_actual_size_bytes(&self) -> u64;
 
     /// Counters by device. Takes microseconds.
@@ -119,7 +119,7 @@ pub trait MachineObserver: std::fmt::Debug + Send + Sync {
     /// No balloon, or no response in time.
     fn balloon_stats(&self, deadline: Instant) -> Result<BalloonStatsResponse, BalloonStatsError>;
 
-    /// The memory that the guest returned; measures residency, which takes a few milliseconds.
+    /// Statistics of returned memory. Measures residency, which takes a few milliseconds.
     ///
     /// # Errors
     /// The page tables cannot be read.
@@ -145,10 +145,10 @@ pub trait MachineObserver: std::fmt::Debug + Send + Sync {
     fn device_tree(&self) -> BTreeMap<String, DeviceNode>;
 }
 
-/// A handle on the figures of one machine. It is cheap to clone, and has no figures after the machine is gone.
+/// A handle on the figures of one machine. It is cheap to clone. After the machine has ended, it returns no figures.
 ///
-/// The observed parts hold guest RAM, image files and taps. A machine that ends releases all of them, even if handles
-/// remain: the next machine may need the same files a moment later.
+/// The observed parts own guest RAM, image files and taps. A machine that ends releases all of them even if handles
+/// remain, because the next machine may need the same files immediately.
 #[derive(Clone)]
 pub(super) struct VmObserver {
     /// RAM at boot.
@@ -164,7 +164,7 @@ virtio_devices::debug_fields!(VmObserver { ram_bytes });
 pub(super) struct OwnObserver(VmObserver);
 
 impl OwnObserver {
-    /// `pvpanic`: where the device is that reports panics, if there is one.
+    /// `pvpanic` is the address of the pvpanic device, if there is one.
     pub(super) fn new(
         observed: Observed,
         ram_bytes: u64,
@@ -224,7 +224,7 @@ impl OwnObserver {
                 observed.balloon = None;
             }
         });
-        // Outside of the lock: what is dropped may be a disk.
+        // Dropped without the lock, because closing a disk may take time.
         drop(gone);
         let mut published = self.0.write_published();
         let node = published.device_tree.remove(id);
@@ -257,7 +257,7 @@ impl Drop for OwnObserver {
 }
 
 impl VmObserver {
-    /// Reads the machine, which cannot end meanwhile; `None` if it has ended.
+    /// Calls `read` on the machine, which cannot end meanwhile; `None` if it has ended.
     fn look<T>(&self, read: impl FnOnce(&Observed) -> T) -> Option<T> {
         let observed = self.observed.read().unpoisoned();
         observed.as_ref().map(read)
@@ -344,7 +344,7 @@ impl MachineObserver for VmObserver {
     }
 
     fn reporting_policy(&self) -> GuestPolicy {
-        // A machine that is ending holds the lock, and counts as gone.
+        // If the lock is held, the machine is ending and counts as gone.
         let Ok(observed) = self.observed.try_read() else {
             return GuestPolicy::NoMachine;
         };

@@ -20,13 +20,13 @@ pub(super) struct MachineLimiters {
 #[derive(Debug)]
 pub(super) enum DeviceLimiter {
     Disk(Arc<RateLimiter>),
-    /// That of the group.
+    /// The disk uses the limiter of this group.
     DiskInGroup(String),
     Net(NetLimiters),
 }
 
 impl MachineLimiters {
-    /// The limiters of the groups; their disks follow.
+    /// Creates the limiters of the groups. Disks are added later.
     pub(super) fn new(groups: &[RateLimitGroupConfig]) -> Self {
         let limiter = |group: &RateLimitGroupConfig| {
             let limits = rate_limits(group.rate_limiter_config.as_ref());
@@ -38,7 +38,7 @@ impl MachineLimiters {
         }
     }
 
-    /// The limiter for a new disk, which is kept when the disk exists.
+    /// The limiter for a new disk. It is stored once the disk has been created.
     pub(super) fn for_disk(&self, disk: &DiskConfig) -> (Arc<RateLimiter>, DeviceLimiter) {
         if let Some(group) = &disk.rate_limit_group
             && let Some(limiter) = self.groups.get(group)
@@ -64,8 +64,8 @@ impl MachineLimiters {
         self.devices.remove(id);
     }
 
-    /// Changes the limit of the device or group of this name, and returns the devices that have to be resumed for it to
-    /// hold at once; `None` if there is no such limit.
+    /// Changes the limit of the device or group of this name, and returns the devices that must be paused and resumed
+    /// for it to take effect at once; `None` if there is no such limit.
     pub(super) fn set(&self, id: &str, limits: RateLimits) -> Option<Vec<&str>> {
         match (self.devices.get_key_value(id), self.groups.get(id)) {
             (Some((id, DeviceLimiter::Disk(limiter))), _) => {

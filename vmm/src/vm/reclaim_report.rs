@@ -38,7 +38,8 @@ impl ConfiguredRam<'_> {
     }
 }
 
-/// Assembles the response. Without a balloon, only residency has figures; without a sample, residency has none.
+/// Assembles the response. Without a balloon, the response has only figures of residency; without a sample of
+/// residency, it has none of those.
 pub(super) fn reclaim_stats(
     residency: Option<&ResidencySample>,
     ram: &ConfiguredRam<'_>,
@@ -50,7 +51,7 @@ pub(super) fn reclaim_stats(
         ..ReclaimStats::default()
     };
     if let Some(residency) = residency {
-        // Less than what is mapped, if memory can be hot-plugged: unplugged memory does not count.
+        // Unplugged memory does not count, so this may be less than the mapped size.
         stats.configured_bytes = ram.bytes();
         stats.resident_bytes = residency.resident_bytes;
         stats.reclaimed_bytes = ram.bytes().saturating_sub(residency.resident_bytes);
@@ -71,7 +72,7 @@ pub(super) fn reclaim_stats(
             runs_requested: balloon.hinting.runs_requested,
             runs_completed: balloon.hinting.runs_completed,
         };
-        // Without a sample, nothing is known to be absent.
+        // Without a sample, it is unknown which memory is absent.
         if residency.is_some() {
             stats.repopulated_bytes = repopulated_bytes(&stats);
             stats.repopulated_method = "discarded-minus-absent".to_owned();
@@ -148,7 +149,7 @@ pub(super) fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
-/// Memory that was discarded and is not present now. See the field for the limits of this figure.
+/// Memory that was discarded and is not present now. The field's documentation describes the limits of this figure.
 fn repopulated_bytes(stats: &ReclaimStats) -> u64 {
     [&stats.report, &stats.inflate, &stats.hint]
         .into_iter()
@@ -230,7 +231,7 @@ mod tests {
             taken: Instant::now(),
             cost_us: 1,
             method: virtio_devices::reclaim::ResidencyMethod::PagemapScan,
-            // The last one of a file that is larger than what it shows.
+            // The last region belongs to a file that is larger than its zone.
             regions: [(0, 20), (1000, 15), (1100, 300), (1200, 0)]
                 .map(|(start, resident)| region(start, resident))
                 .into(),
@@ -305,7 +306,7 @@ mod tests {
         };
         assert_eq!(figures(0, 0), ((100, 60, 40), (0, 0, 0)));
         assert_eq!(figures(200, 50), ((300, 110, 190), (200, 50, 150)));
-        // A guest that uses memory it has not plugged is detected.
+        // The figures reveal a guest that uses memory it has not plugged in.
         assert_eq!(figures(0, 70), ((100, 130, 0), (0, 70, 0)));
     }
 

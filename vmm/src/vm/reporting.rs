@@ -4,7 +4,7 @@ use api::{ReportNow, ReportingAction, ReportingStatus, VmBalloonReporting};
 use virtio_devices::balloon::policy::{ReportNowStatus, ReportingError};
 use virtio_devices::balloon::{BalloonHandle, PausePhase, ReportingState};
 
-/// Executes a request; a pause is only requested here.
+/// Executes a request. A pause is only requested, not awaited.
 pub(super) fn steer(
     balloon: &BalloonHandle,
     request: VmBalloonReporting,
@@ -16,7 +16,7 @@ pub(super) fn steer(
     }
 }
 
-/// Without a balloon.
+/// The status without a balloon.
 pub(super) fn missing() -> ReportingStatus {
     ReportingStatus {
         reason: Some("inactive: the machine has no balloon".to_owned()),
@@ -24,7 +24,7 @@ pub(super) fn missing() -> ReportingStatus {
     }
 }
 
-/// With one.
+/// The status with a balloon.
 pub(super) fn status(
     reporting: ReportingState,
     pause: PausePhase,

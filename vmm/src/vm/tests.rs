@@ -22,7 +22,7 @@ fn kernel_without_note(folder: &Path) -> std::path::PathBuf {
     path
 }
 
-/// What opening the parts says, each cause after the other. It opens no `/dev/kvm`.
+/// The error from opening the parts, as a chain of causes. `/dev/kvm` is not opened.
 fn refusal(change: impl FnOnce(&mut VmConfig)) -> String {
     let folder = tempfile::tempdir().unwrap();
     let mut config = VmConfig {

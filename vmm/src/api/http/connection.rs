@@ -56,7 +56,7 @@ impl Default for Deadlines {
 pub(super) enum Step {
     /// Wait for the next event.
     Wait,
-    /// Have this request served.
+    /// Pass this request to the handler.
     Serve(Box<Request>),
     /// Drop the connection.
     Close,
@@ -106,8 +106,8 @@ impl Connection {
         }
     }
 
-    /// The events to wait for. Nothing is read from a client whose request is in progress, so that it cannot fill our
-    /// memory with further requests.
+    /// The events to wait for. The server does not read from a client whose request is in progress, so that the client
+    /// cannot fill memory with further requests.
     pub(super) fn interest(&self) -> EventSet {
         let mut interest = EventSet::empty();
         if matches!(self.phase, Phase::Reading | Phase::Lingering { .. }) {

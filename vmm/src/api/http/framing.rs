@@ -1,7 +1,7 @@
 //! Splits a byte stream into HTTP requests (RFC 9112), with a limit on every part.
 //!
-//! `micro_http` parses; this file only finds where a request ends. The crate's own connection type is not used because
-//! it bounds neither the number of header lines nor the descriptors that come with them.
+//! `micro_http` parses; this file only finds where a request ends. The crate's connection type is not used because it
+//! bounds neither the number of header lines nor the descriptors that come with them.
 
 use micro_http::{Body, Headers, Request, RequestError};
 
@@ -49,12 +49,13 @@ pub(super) enum FramingError {
 #[derive(Debug, Default)]
 pub(super) struct Framer {
     bytes: Vec<u8>,
-    /// Where the search for the end of the head continues, so that a byte-by-byte client costs no quadratic scan.
+    /// Where the search for the end of the head continues: a client that sends single bytes must not cause a quadratic
+    /// scan.
     scanned: usize,
     head: Option<Head>,
 }
 
-/// What is known after the head is complete.
+/// The framing decided by a complete head.
 #[derive(Debug)]
 struct Head {
     body: BodyFrame,
@@ -194,7 +195,7 @@ impl Framer {
 }
 
 impl Chunks {
-    /// Moves chunks out of `bytes`. The request, when its body is complete.
+    /// Moves chunks out of `bytes`. Returns the request when its body is complete.
     fn take(&mut self, bytes: &mut Vec<u8>) -> Result<Option<Request>, FramingError> {
         loop {
             if let Some(seen) = &mut self.trailer_bytes {
@@ -240,7 +241,7 @@ impl Chunks {
 
     fn finish(&mut self) -> Option<Request> {
         let mut request = self.request.take()?;
-        // As with a length of 0: there is no body.
+        // An empty chunked body is no body, as with a length of 0.
         let body = std::mem::take(&mut self.body);
         request.body = (!body.is_empty()).then(|| Body::new(body));
         Some(request)
@@ -488,7 +489,7 @@ mod tests {
         ]
     }
 
-    /// Feeds `bytes` in steps of `step`; the number of requests before the end or an error.
+    /// Feeds `bytes` in steps of `step`. Returns the number of requests before the end or an error.
     fn feed(bytes: &[u8], step: usize) -> (usize, bool) {
         let mut framer = Framer::default();
         let mut requests = 0;

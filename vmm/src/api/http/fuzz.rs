@@ -1,11 +1,11 @@
-//! A stream of any bytes, for `api::fuzz`.
+//! Feeds a stream of arbitrary bytes to the framer, for `api::fuzz`.
 
 use super::framing::{Framer, HEAD_BYTES_MAX, PAYLOAD_BYTES_MAX};
 
-/// The bodies of the requests in `stream`, which arrives in pieces of that many bytes.
+/// Returns the bodies of the requests in `stream`, which arrives in pieces of `piece_bytes` bytes.
 ///
 /// # Panics
-/// More is kept than the limits allow.
+/// The framer keeps more data than its limits allow.
 pub(in crate::api) fn requests(stream: &[u8], piece_bytes: usize) -> Vec<Vec<u8>> {
     let mut framer = Framer::default();
     let mut bodies = Vec::new();

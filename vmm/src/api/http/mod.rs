@@ -1,7 +1,7 @@
-//! HTTP on a UNIX socket: `micro_http` parses and formats; our own loop serves.
+//! HTTP on a UNIX socket: `micro_http` parses and formats messages; this module runs the server loop.
 //!
 //! Limits: ten clients, a head of 16 KiB, a body of 4 MiB, 64 descriptors, one request at a time on each connection,
-//! and a deadline on everything that a client can delay. The format on the wire is upstream's, because its `ch-remote`
+//! and deadlines for everything that a client can delay. The format on the wire is upstream's, because its `ch-remote`
 //! parses it by hand.
 
 mod connection;

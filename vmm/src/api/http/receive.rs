@@ -1,4 +1,4 @@
-//! Reads bytes and the descriptors that travel beside them (`SCM_RIGHTS`).
+//! Receives bytes and the descriptors attached to them (`SCM_RIGHTS`).
 
 // UNSAFETY: `recvmsg` takes raw I/O vectors, and a received descriptor is a bare number until it is wrapped.
 #![allow(unsafe_code)]
@@ -10,7 +10,7 @@ use std::os::unix::net::UnixStream;
 
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-/// Maximum number of descriptors in one message. A network device takes one for each queue pair.
+/// Maximum number of descriptors in one message. A network device needs one per queue pair.
 pub(super) const FDS_MAX: usize = 64;
 
 /// Receives once. More than [`FDS_MAX`] descriptors in one message are an error; in this case all of them are closed.
@@ -30,7 +30,7 @@ pub(super) fn receive(stream: &UnixStream, buffer: &mut [u8]) -> io::Result<(usi
     let files = fds
         .iter()
         .take(fd_count)
-        // SAFETY: the kernel has just put these descriptors into our table, so nobody else owns them.
+        // SAFETY: the kernel has just put these descriptors into our table, so they have no other owner.
         .map(|fd| unsafe { File::from_raw_fd(*fd) })
         .collect();
     Ok((received, files))

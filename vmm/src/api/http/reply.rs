@@ -8,7 +8,7 @@ use serde::Serialize;
 use virtio_devices::Unpoisoned;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Value of the `Server` header, upstream's.
+/// Value of the `Server` header, the same as upstream's.
 const SERVER_NAME: &str = "Cloud Hypervisor API";
 
 /// The status codes of the API. `micro_http` has no name for some of them.
@@ -40,7 +40,7 @@ pub enum Status {
 pub struct Answer {
     /// The status.
     pub status: Status,
-    /// JSON in ASCII; no body and no `Content-Length` when absent.
+    /// JSON in ASCII. If `None`, the response has neither body nor `Content-Length`.
     pub body: Option<String>,
 }
 
@@ -65,7 +65,7 @@ impl Answer {
         Self::with_body(status, chain)
     }
 
-    /// An error from the HTTP layer itself: an object, where the API sends an array, as upstream does.
+    /// An error from the HTTP layer itself. Its body is an object, whereas the API's errors are arrays, as in upstream.
     pub(super) fn refusal(status: Status, text: &str) -> Self {
         Self::with_body(status, &serde_json::json!({ "error": text }))
     }
@@ -83,15 +83,15 @@ impl Answer {
         }
     }
 
-    /// The bytes on the wire: no reason phrase and `Content-Length` in exactly this case, which upstream's client
-    /// depends on.
+    /// The bytes on the wire: no reason phrase, and `Content-Length` in exactly this capitalisation, which upstream's
+    /// client depends on.
     pub(super) fn to_bytes(&self, version: Version) -> Vec<u8> {
         let version_text = match version {
             Version::Http10 => "HTTP/1.0",
             Version::Http11 => "HTTP/1.1",
         };
         let mut bytes = format!("{version_text} {} \r\n", self.status as u16).into_bytes();
-        // Headers and body are formatted by `micro_http`. Its own status line, which lacks some codes, is left out.
+        // `micro_http` formats headers and body. Its status line is dropped, because it lacks some codes.
         let mut response = Response::new(version, StatusCode::OK);
         response.set_server(SERVER_NAME);
         if let Some(body) = &self.body {
@@ -107,8 +107,8 @@ impl Answer {
     }
 }
 
-/// The right, and the duty, to respond to one request. It may be sent to another thread. If it is dropped without a
-/// response, it sends 500, so that no client waits forever for a lost request.
+/// The obligation to respond to one request. It may be sent to another thread. Dropping it without a response sends
+/// 500, so that no client waits forever for a lost request.
 #[derive(Debug)]
 pub struct Reply {
     connection: u64,
@@ -125,7 +125,7 @@ impl Reply {
         }
     }
 
-    /// Hands the response to the HTTP thread. Never waits for the client.
+    /// Hands the response to the HTTP thread. Does not wait for the client.
     pub fn send(mut self, answer: Answer) {
         self.sent = true;
         self.mailbox.post(self.connection, answer);
@@ -173,7 +173,7 @@ impl Mailbox {
     }
 
     pub(super) fn take(&self) -> Vec<(u64, Answer)> {
-        // Nothing to read means that another wake-up has already emptied it.
+        // If there is nothing to read, another wake-up has already cleared it.
         let _ = self.wake.read();
         std::mem::take(&mut *self.answers.lock().unpoisoned())
     }

@@ -32,7 +32,7 @@ const TOKEN_LISTENER: u64 = 0;
 const TOKEN_WAKE: u64 = 1;
 const TOKEN_FIRST_CLIENT: u64 = 2;
 
-/// Serves requests. Called on the HTTP thread; slow work is done elsewhere and takes the [`Reply`] along.
+/// Serves requests. Called on the HTTP thread; slow work moves to another thread together with the [`Reply`].
 pub trait Handler: Send + 'static {
     /// Responds to `request`, now or later.
     fn handle(&self, request: Request, reply: Reply);
@@ -188,7 +188,7 @@ impl<H: Handler> Loop<H> {
                 token => self.on_client_events(token, event.event_set()),
             }
         }
-        // Last, after clients that have hung up have made room.
+        // Last, after clients that have hung up have freed their slots.
         if somebody_connects {
             self.accept();
         }
@@ -205,7 +205,7 @@ impl<H: Handler> Loop<H> {
             .chain(stop_by)
             .min()
             .map_or(-1, |due| {
-                // Rounded up: waking a moment early would only spin until the deadline has passed.
+                // Rounded up: waking too early would busy-wait until the deadline.
                 let wait_ms = due.saturating_duration_since(now).as_millis() + 1;
                 i32::try_from(wait_ms).unwrap_or(i32::MAX)
             })
@@ -222,7 +222,7 @@ impl<H: Handler> Loop<H> {
     fn deliver_answers(&mut self) {
         let now = Instant::now();
         for (token, answer) in self.mailbox.take() {
-            // If the client has gone meanwhile, the response is dropped.
+            // If the client has disconnected meanwhile, the response is dropped.
             if let Some(client) = self.clients.get_mut(&token) {
                 let step = client.connection.answer(&answer, now);
                 self.take_step(token, step);
@@ -287,8 +287,8 @@ impl<H: Handler> Loop<H> {
         }
     }
 
-    /// Accepts as many clients as there is room for, but at least one, which may be rejected: others may hang up before
-    /// the next. So a storm of connects does not starve the others.
+    /// Accepts as many clients as there is room for, but at least one, which may be rejected: another client may hang
+    /// up before the next attempt. This keeps many connection attempts from starving connected clients.
     fn accept(&mut self) {
         let room = CONNECTIONS_MAX.saturating_sub(self.clients.len());
         for _ in 0..room.max(1) {
@@ -301,7 +301,8 @@ impl<H: Handler> Loop<H> {
                         ErrorKind::Interrupted | ErrorKind::ConnectionAborted
                     ) => {}
                 Err(error) => {
-                    // Most likely out of descriptors. The pending connection would wake the thread at once, endlessly.
+                    // Most likely out of descriptors. Without a pause, the pending connection would wake the thread in
+                    // a tight loop.
                     log::warn!("The API takes no connections for a moment: {error}");
                     self.accept_again_at = Some(Instant::now() + ACCEPT_PAUSE);
                     self.watch_listener(EventSet::empty());

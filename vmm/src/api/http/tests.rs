@@ -1,4 +1,4 @@
-//! The server against well-behaved and hostile clients that send raw bytes.
+//! Tests the server with well-behaved and hostile clients that send raw bytes.
 
 #![allow(clippy::unwrap_used)]
 
