@@ -1,8 +1,8 @@
 //! Address spaces of the guest: maps ports and addresses to devices.
 //!
-//! One [`Bus`] serves port I/O and one memory-mapped I/O. vCPU threads look up devices on every exit; PCI moves ranges
-//! when the guest programs a BAR. The lock is held only to find the device, never while the device works, because a
-//! device may change the very bus through which it is called.
+//! Port I/O and memory-mapped I/O have one [`Bus`] each. vCPU threads look up devices on every exit; PCI moves ranges
+//! when the guest programs a BAR. The lock is held only during the lookup, because a device may change the same bus
+//! while it handles an access.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -90,8 +90,7 @@ impl Bus {
             .and_then(|extent| base.checked_add(extent))
             .ok_or(BusError::NotARange { base, bytes })?;
         let mut ranges = self.ranges.write().unpoisoned();
-        // Ranges do not overlap, so only the last one that starts at or before
-        // our end can reach into ours.
+        // Ranges do not overlap, so only the last one that starts at or before our end can overlap ours.
         if let Some((&other_base, other)) = ranges.range(..=last).next_back()
             && other_base + (other.bytes - 1) >= base
         {
@@ -113,7 +112,7 @@ impl Bus {
         ranges.remove(&base).is_some()
     }
 
-    /// Reads; returns all ones where there is no device, as on an undriven bus.
+    /// Reads. An address without a device reads as all ones, as on an undriven bus.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.resolve(address, data.len()) {
             Some((device, offset)) => device.read(offset, data),
@@ -124,7 +123,7 @@ impl Bus {
         }
     }
 
-    /// Writes; ignored where there is no device.
+    /// Writes. A write to an address without a device is ignored.
     pub fn write(&self, address: u64, data: &[u8]) {
         match self.resolve(address, data.len()) {
             Some((device, offset)) => device.write(offset, data),

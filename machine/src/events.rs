@@ -9,7 +9,7 @@ pub struct DeviceEvent<'a> {
     pub device: &'a str,
     /// The event.
     pub kind: DeviceEventKind,
-    /// Events of this device that were dropped since the last one, because there were too many.
+    /// Number of events of this device that were dropped since the last one because of the rate limit.
     pub left_out: u64,
 }
 
@@ -29,11 +29,11 @@ pub enum DeviceEventKind {
 pub enum GuestPanic {
     /// The kernel has panicked and stops.
     Panicked,
-    /// It has panicked and boots a crash kernel.
+    /// The kernel has panicked and boots a crash kernel.
     CrashLoaded,
-    /// A value that has no meaning.
+    /// An undefined value.
     Unknown,
 }
 
-/// Accepts events. Called on vCPU threads, and never blocks.
+/// Receives events. Called on vCPU threads; never blocks.
 pub type DeviceEventSink = Arc<dyn Fn(DeviceEvent<'_>) + Send + Sync>;

@@ -1,7 +1,7 @@
 //! A PC: memory, vCPUs, buses, PCI, interrupts, ACPI tables, legacy devices, the serial port, and booting.
 //!
-//! It knows no configuration text, no HTTP and no control thread. Its owner passes in its parts, and receives reports
-//! through [`signals`], [`threads`] and [`events`].
+//! The crate knows no configuration text, no HTTP and no control thread. Its owner passes in the parts, and receives
+//! reports through [`signals`], [`threads`] and [`events`].
 
 pub mod acpi;
 pub mod boot;

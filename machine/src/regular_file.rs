@@ -5,10 +5,10 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// Opens a file for reading and returns its size in bytes with it; `None` if it is no regular file.
+/// Opens a file for reading and returns it with its size in bytes; `None` if it is not a regular file.
 ///
 /// # Errors
-/// It cannot be opened.
+/// The file cannot be opened.
 pub fn open_regular_file(path: &Path) -> io::Result<Option<(File, u64)>> {
     // Opening a FIFO would block until it has a writer.
     let file = File::options()

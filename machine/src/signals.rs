@@ -16,7 +16,7 @@ pub struct VmSignals {
 }
 
 impl VmSignals {
-    /// Signals that are not raised.
+    /// No signal is raised yet.
     ///
     /// # Errors
     /// No descriptors are left.

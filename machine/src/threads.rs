@@ -1,14 +1,14 @@
-//! The purpose of each thread of a machine, so that the owner can confine each kind separately.
+//! The purpose of each thread of a machine, so that the owner can apply a seccomp filter to each kind separately.
 
 use std::sync::Arc;
 
 use strum::VariantArray;
 
-/// Name of the thread that transfers text of the serial port and the console. vCPUs are `vcpu0`, `vcpu1` and so on; a
-/// worker is named after its device.
+/// Name of the thread that transfers text of the serial port and the console. vCPU threads are named `vcpu0`, `vcpu1`
+/// and so on; a worker has the name of its device.
 pub const SERIAL_THREAD: &str = "serial-manager";
 
-/// Kinds of devices, by the needs of their workers.
+/// Kinds of devices, by the permissions that their workers need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, VariantArray)]
 pub enum DeviceKind {
     /// The balloon.
@@ -52,5 +52,5 @@ impl MachineThread {
     }
 }
 
-/// Called first on every thread that the machine starts; may confine it permanently.
+/// Called first on every thread that the machine starts; may restrict the thread permanently.
 pub type ThreadStart = Arc<dyn Fn(MachineThread) + Send + Sync>;

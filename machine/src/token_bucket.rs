@@ -1,4 +1,4 @@
-//! A rate limit that counts what exceeds it.
+//! A rate limit that counts the rejected attempts.
 
 use std::time::{Duration, Instant};
 
@@ -56,10 +56,10 @@ mod tests {
         }
         assert_eq!(bucket.take(start + REFILL), Some(1000));
         assert_eq!(bucket.take(start + REFILL), None);
-        // Half an interval is not lost.
+        // Half an interval is carried over.
         assert_eq!(bucket.take(start + REFILL * 5 / 2), Some(1));
         assert_eq!(bucket.take(start + REFILL * 3), Some(0));
-        // However long the pause, a burst is the limit.
+        // Even after a long pause, the bucket holds at most a burst.
         let later = start + REFILL * 10_000;
         let passed = (0..1000).filter(|_| bucket.take(later).is_some()).count();
         assert_eq!(passed, BURST as usize);

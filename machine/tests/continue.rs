@@ -1,7 +1,7 @@
-//! A bare-metal guest is paused in the middle of its work and saved. A new machine built from the saved states
-//! continues and finishes the work; the memory is handed over.
+//! Pauses and saves a bare-metal guest in the middle of its work. A new machine built from the saved states continues
+//! and finishes the work; the memory itself is passed on.
 //!
-//! Without a usable KVM the test prints the reason and passes; it then shows nothing.
+//! Without a usable KVM the test prints the reason and passes without testing anything.
 #![allow(clippy::unwrap_used)]
 
 use std::sync::{Arc, Condvar, Mutex};
@@ -84,7 +84,7 @@ impl VmExitHandler for Board {
     fn ioapic_eoi(&self, _vector: u8) {}
 }
 
-/// Dropped in this order: the vCPUs before the memory they use.
+/// Drop order: the vCPUs before the memory they use.
 struct Machine {
     vcpus: Vcpus,
     ioapic: Arc<Ioapic>,
@@ -94,7 +94,7 @@ struct Machine {
     _vm: Arc<Vm>,
 }
 
-/// Everything but the bytes in memory, as text.
+/// The machine's state without its memory, as text.
 struct SavedMachine(Vec<String>);
 
 impl Machine {

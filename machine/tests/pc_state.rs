@@ -1,7 +1,7 @@
-//! A bare-metal guest in a whole PC is saved in the middle of its work, and finishes it in another PC with a copy of
-//! its memory.
+//! Saves a bare-metal guest in a whole PC in the middle of its work. The guest finishes the work in another PC with a
+//! copy of its memory.
 //!
-//! Without a usable KVM the tests print the reason and pass; they then show nothing.
+//! Without a usable KVM the tests print the reason and pass without testing anything.
 #![allow(clippy::unwrap_used)]
 
 #[path = "boot/images.rs"]
@@ -137,7 +137,7 @@ fn wait_for_bytes(path: &Path, count: u64) {
     }
 }
 
-/// As it comes back from a file.
+/// The state after serialisation and deserialisation.
 fn through_text(state: &PcState) -> PcState {
     let text = serde_json::to_string(&Saved::of(state)).unwrap();
     serde_json::from_str::<Saved>(&text)
@@ -166,7 +166,7 @@ fn guest_saved_at_work_finishes_in_another_pc() {
     assert!(written.len() < LAST as usize, "saved in the middle");
 
     let mut second = rig.pc(memory, &outputs[1]);
-    // In another order than at boot: the slots are those of the state.
+    // In a different order than at boot: the state determines the slots.
     second
         .plug_restored(rng("_other", 1, None), &state)
         .unwrap();
@@ -239,7 +239,7 @@ fn vcpus_that_this_host_cannot_continue_are_refused_with_what_it_lacks() {
     for leaf in &mut vcpu.cpuid {
         match leaf.function {
             0 => leaf.ebx ^= 1,
-            // Reserved for ever: no processor has it.
+            // A reserved bit that no processor sets.
             1 => leaf.edx |= 1 << 10,
             _ => {}
         }

@@ -4,7 +4,7 @@
 //! GED_._EVT ─► CPUS.CSCN ─ for each vCPU ─┬─ CINS: Notify(C001, device check), acknowledged
 //!                                         └─ CRMV: Notify(C001, eject request), acknowledged
 //! C001._STA ─► CPUS.CSTA ─ reads CPEN
-//! C001._EJ0 ─► CPUS.CEJ0 ─ writes CEJ0: the vCPU is gone
+//! C001._EJ0 ─► CPUS.CEJ0 ─ writes CEJ0: the vCPU is released
 //! ```
 //! The registers are those of [`crate::cpu::CpuHotplug`].
 
@@ -126,7 +126,7 @@ impl Aml for Methods {
         let notifications: Vec<NotifyVcpu> = (0..self.count).map(NotifyVcpu).collect();
         let body = notifications.iter().map(|it| it as &dyn Aml).collect();
         Method::new(Path::new("CTFY"), 2, true, body).to_aml_bytes(sink);
-        // CEJ0(vCPU), which upstream gives the name of the bit.
+        // CEJ0(vCPU): upstream uses the name of the bit for the method.
         Method::new(
             Path::new("CEJ0"),
             1,
@@ -197,7 +197,7 @@ impl Aml for NotifyVcpu {
     }
 }
 
-/// The device of one vCPU, there or not.
+/// The device of one vCPU, present or not.
 struct VcpuDevice {
     index: u32,
     apic_id: u32,
@@ -217,7 +217,7 @@ impl VcpuDevice {
 impl Aml for VcpuDevice {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
         let call = |method| MethodCall::new(Path::new(method), vec![&self.index as &dyn Aml]);
-        // Always as enabled: Linux takes no other entry for a vCPU that it adds.
+        // Always marked as enabled: Linux rejects any other entry for a vCPU that it adds.
         let entry = BufferData::new(x2apic_entry(self.index, self.apic_id, true));
         let hid = Name::new(Path::new("_HID"), &"ACPI0007");
         let uid = Name::new(Path::new("_UID"), &self.index);
@@ -230,7 +230,7 @@ impl Aml for VcpuDevice {
         let eject = Method::new(Path::new("_EJ0"), 1, false, vec![&eject]);
         let mut parts: Vec<&dyn Aml> = vec![&hid, &uid, &status, &entry];
         parts.extend(domain.iter().map(|it| it as &dyn Aml));
-        // The first vCPU never leaves.
+        // The first vCPU is never removed.
         if self.index > 0 {
             parts.push(&eject);
         }

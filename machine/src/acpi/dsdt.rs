@@ -23,7 +23,7 @@ use crate::serial::{SERIAL_IRQ, SERIAL_PORTS};
 
 /// Revision 2 and later have 64-bit integers.
 const DSDT_REVISION: u8 = 6;
-/// Notification of a power button that it was pressed (ACPI 6.5 §5.6.6).
+/// Notification that a power button was pressed (ACPI 6.5 §5.6.6).
 const BUTTON_PRESSED: u8 = 0x80;
 /// Functions of the PCI firmware specification's `_DSM` (3.3, §4.6).
 const PCI_DSM_UUID: &str = "e5c937d0-3553-4d7a-9117-ea4d19c3434d";
@@ -102,7 +102,7 @@ fn pci_host_bridge(number: u16, segment: &PciSegmentEntry, aml: &mut Vec<u8>) {
     Device::new(Path::new(&bridge_name(number)), parts).to_aml_bytes(aml);
 }
 
-/// States that BARs must stay in place: there is no firmware that could place them again after a reset.
+/// States that BARs must stay in place: no firmware could place them again after a reset.
 struct PciDsm;
 
 impl Aml for PciDsm {
@@ -175,8 +175,8 @@ fn serial_port(aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// The clock is described as a device without an interrupt. A kernel that finds no clock device tries a PC's, assumes
-/// interrupt 8 and, because there is no PIC, gives up on the clock.
+/// The clock is described as a device without an interrupt. A kernel that finds no clock device assumes a PC's clock
+/// with interrupt 8. Without a PIC it then fails to use the clock.
 fn real_time_clock(aml: &mut Vec<u8>) {
     let (port, count) = CMOS_PORTS;
     Device::new(
@@ -209,7 +209,7 @@ fn power_button(aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// Interrupt → `_EVT` → the event byte → the device that is notified.
+/// Interrupt → `_EVT` → the event byte → `Notify` to the device.
 fn generic_event_device(address: u64, vcpus_change: bool, aml: &mut Vec<u8>) {
     let scan_vcpus = MethodCall::new(Path::new(cpu_hotplug::SCAN_METHOD), vec![]);
     let scan_pci = MethodCall::new(Path::new(pci_hotplug::SCAN_METHOD), vec![]);
@@ -253,7 +253,7 @@ fn generic_event_device(address: u64, vcpus_change: bool, aml: &mut Vec<u8>) {
     .to_aml_bytes(aml);
 }
 
-/// What to do if this bit of the event byte, in `Local0`, is set.
+/// The action if this bit of the event byte, in `Local0`, is set.
 struct OnEvent<'a>(u8, &'a dyn Aml);
 
 impl Aml for OnEvent<'_> {
@@ -263,7 +263,7 @@ impl Aml for OnEvent<'_> {
     }
 }
 
-/// What to write into the sleep control register for power-off.
+/// The value to write to the sleep control register for power-off.
 fn sleep_state(aml: &mut Vec<u8>) {
     Name::new(
         Path::new("_S5_"),

@@ -4,11 +4,11 @@
 //! RSDP (0xa0000) ─► XSDT ─┬─► FADT ─► DSDT    power, reset, timer; devices
 //!                         ├─► MADT            processors, I/O APIC
 //!                         ├─► MCFG            PCI configuration space
-//!                         └─► SRAT, SLIT      NUMA nodes, if there are any
+//!                         └─► SRAT, SLIT      NUMA nodes, if configured
 //! ```
 //!
-//! The platform is hardware-reduced: no fixed-feature registers, events come
-//! through the generic event device.
+//! The platform is hardware-reduced: it has no fixed-feature registers, and events arrive through the generic event
+//! device.
 
 mod cpu_hotplug;
 mod dsdt;
@@ -134,7 +134,7 @@ fn segment_count(params: &AcpiParams) -> u16 {
     u16::try_from(params.pci_segments.len()).expect("segments have 16-bit numbers")
 }
 
-/// Gives each table an address after the one before.
+/// Places each table directly after the previous one.
 struct Placer {
     next: u64,
     tables: Vec<(u64, Vec<u8>)>,

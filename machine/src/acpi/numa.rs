@@ -24,7 +24,7 @@ pub struct NumaNode {
     pub apic_ids: Vec<u32>,
     /// Its RAM.
     pub ram: Vec<Range<u64>>,
-    /// Distances to other domains, where they are known.
+    /// Distances to other domains, where known.
     pub distances: Vec<(u32, u8)>,
 }
 
@@ -63,8 +63,8 @@ pub(super) fn srat(nodes: &[NumaNode]) -> Vec<u8> {
 
 const SLIT_REVISION: u8 = 1;
 
-/// System locality information table: the distance from each domain to each. A distance that is known in one direction
-/// only is used for both.
+/// System locality information table: the distances between all domains. A distance that is known in only one direction
+/// applies to both.
 pub(super) fn slit(nodes: &[NumaNode]) -> Vec<u8> {
     let domains = nodes.iter().map(|node| node.domain + 1).max().unwrap_or(0);
     let known = |from: u32, to: u32| {

@@ -3,7 +3,7 @@
 //! ```text
 //! GED_._EVT ─► PHPR.PSCN ─► PCxx.PCNT ─┬─ reads PCIU: Notify(S005, device check)
 //!                                      └─ reads PCID: Notify(S005, eject request)
-//! S005._EJ0 ─► PHPR.PCEJ ─── writes B0EJ: the function is gone
+//! S005._EJ0 ─► PHPR.PCEJ ─── writes B0EJ: the function is released
 //! ```
 //! The registers are those of [`crate::pci::HotplugController`].
 
@@ -95,13 +95,13 @@ pub(super) fn controller(address: u64, segments: u16, aml: &mut dyn AmlSink) {
     .to_aml_bytes(aml);
 }
 
-/// The host bridge's part: a device for each slot that can change, and the method that notifies them.
+/// The host bridge's part: a device for each hot-pluggable slot, and the method that notifies them.
 pub(super) struct BridgeSlots {
     first: u8,
 }
 
 impl BridgeSlots {
-    /// Those of `segment`. Slot 0 of segment 0 is the bridge itself.
+    /// The slots of `segment`. Slot 0 of segment 0 is the bridge itself.
     pub(super) fn new(segment: u16) -> Self {
         Self {
             first: u8::from(segment == 0),

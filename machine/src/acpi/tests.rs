@@ -1,4 +1,4 @@
-//! The tables as a guest finds them, starting from the root pointer.
+//! Tests the tables as a guest finds them, starting from the root pointer.
 
 use super::*;
 use crate::pci::SEGMENT_COUNT_MAX;
@@ -61,7 +61,7 @@ fn u64_at(data: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(data[at..at + 8].try_into().unwrap())
 }
 
-/// A table by its own length, with its checksum checked.
+/// A table, delimited by its own length field; its checksum is verified.
 fn table(memory: &Memory, address: u64) -> Vec<u8> {
     let header = bytes(memory, address, 36);
     let length = u32_at(&header, 4);
@@ -72,7 +72,7 @@ fn table(memory: &Memory, address: u64) -> Vec<u8> {
     table
 }
 
-/// The tables that the root pointer leads to, by signature; the DSDT last.
+/// The tables referenced by the root pointer, by signature; the DSDT last.
 fn tables(memory: &Memory, rsdp: GuestAddress) -> Vec<(String, Vec<u8>)> {
     let rsdp = bytes(memory, rsdp.0, 36);
     assert_eq!(&rsdp[..8], b"RSD PTR ");
@@ -253,16 +253,16 @@ fn dsdt_has_a_device_for_each_vcpu_if_there_can_be_several() {
     for name in [b"PRES", b"CPUS", b"C000", b"CSCN"] {
         assert_eq!(count(&one, name), 0, "{name:?}");
     }
-    // As a device, and in the notification.
+    // One name for the device and one in the notification.
     for name in [b"C000", b"C001", b"C002"] {
         assert_eq!(count(&three, name), 2, "{name:?}");
     }
     assert_eq!(count(&three, b"C003"), 0);
-    // Its entry says enabled, whether it is there or not.
+    // The entry is marked enabled whether or not the vCPU is present.
     let entry = [9, 16, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0];
     assert_eq!(count(&three, &entry), 1);
     assert_eq!(count(&three, b"_PXM"), 1);
-    // The PCI slots have one each, and the vCPUs except the first.
+    // Each PCI slot has one, and each vCPU except the first.
     assert_eq!(count(&three, b"_EJ0") - count(&one, b"_EJ0"), 2);
 }
 
@@ -284,7 +284,7 @@ fn segments_are_in_mcfg_and_dsdt() {
         assert_eq!(entry[8..12], [number, 0, 0, 0]);
     }
     let count = |bytes: &[u8]| dsdt.windows(bytes.len()).filter(|it| it == &bytes).count();
-    // Once as a device, once in the scan.
+    // One name for the device and one in the scan.
     for name in [b"PC00", b"PC01", b"PC5F"] {
         assert_eq!(count(name), 2, "{name:?}");
     }

@@ -33,7 +33,7 @@ pub(super) fn load(
         path: image.path.clone(),
     };
     let segments = segments(image)?;
-    // First of all, because the addresses of any other program are irrelevant.
+    // Checked first: the addresses of a program without the note are irrelevant.
     if !has_pvh_note(image, &segments)? {
         return Err(missing_note(image));
     }
@@ -97,7 +97,7 @@ fn lists_pvh_note(mut notes: &[u8]) -> bool {
     false
 }
 
-/// Checks every segment against RAM; returns where the last one ends.
+/// Checks every segment against RAM; returns the end of the last one.
 fn check_segments(
     image: &Image,
     segments: &[Elf64_Phdr],

@@ -40,7 +40,7 @@ pub const DATA_SEGMENT: BootSegment = BootSegment {
     limit: 0xf_ffff,
 };
 
-/// The table as it lies in memory.
+/// The table's content in memory.
 pub const BOOT_GDT: [u64; 4] = [
     0,
     TASK_SEGMENT.descriptor(),
@@ -51,7 +51,7 @@ pub const BOOT_GDT: [u64; 4] = [
 const _: () = {
     assert!(TASK_SEGMENT.selector == 8 && CODE_SEGMENT.selector == 16);
     assert!(DATA_SEGMENT.selector == 24);
-    // The classic flat descriptors, as in every manual.
+    // The standard flat descriptors.
     assert!(CODE_SEGMENT.descriptor() == 0x00cf_9b00_0000_ffff);
     assert!(DATA_SEGMENT.descriptor() == 0x00cf_9300_0000_ffff);
 };
@@ -67,7 +67,7 @@ impl BootSegment {
             | (limit & 0xffff)
     }
 
-    /// Bits 0–3: what kind of segment.
+    /// Bits 0–3: the segment type.
     pub fn kind(&self) -> u8 {
         (self.flags & 0xf) as u8
     }

@@ -48,10 +48,10 @@ pub struct EntryPoint {
 /// Reasons why the payload cannot be booted.
 #[derive(Debug, thiserror::Error)]
 pub enum BootError {
-    /// Neither kernel nor firmware.
+    /// Neither a kernel nor firmware is configured.
     #[error("No kernel or firmware is given")]
     MissingPayload,
-    /// Kernel and firmware exclude each other.
+    /// Both a kernel and firmware are configured.
     #[error("Both a kernel and a firmware are given")]
     KernelAndFirmware,
     /// A payload file cannot be opened.
@@ -63,7 +63,7 @@ pub enum BootError {
         #[source]
         source: io::Error,
     },
-    /// A payload file is a directory, a pipe or the like.
+    /// A payload file is not a regular file (a directory, a pipe).
     #[error("{} is not a regular file", path.display())]
     NotAFile {
         /// The file.
@@ -117,7 +117,7 @@ pub enum BootError {
         #[source]
         source: linux_loader::loader::Error,
     },
-    /// A part of the image would be outside of RAM, or over the boot structures.
+    /// A part of the image would be outside RAM or over the boot structures.
     #[error("{} needs guest RAM at {start:#x}..{end:#x}; usable are {ram_start:#x}..{ram_end:#x}", path.display())]
     OutsideRam {
         /// The file.

@@ -118,7 +118,7 @@ fn check_cmdline(cmdline: &str) -> Result<CString, BootError> {
     CString::new(cmdline).map_err(|_| BootError::CmdlineZeroByte)
 }
 
-/// Puts the initramfs page-aligned at the top of `room`.
+/// Loads the initramfs, page-aligned, at the top of `room`.
 fn load_initramfs(
     image: &mut Image,
     ram: &GuestMemoryMmap<()>,
@@ -139,7 +139,7 @@ fn load_initramfs(
         .file
         .rewind()
         .map_err(|source| image.read_error(source))?;
-    // It fits `usize`, because it is smaller than low RAM.
+    // The size fits `usize`, because it is smaller than low RAM.
     ram.read_exact_volatile_from(GuestAddress(start), &mut image.file, bytes as usize)
         .map_err(write_error("the initramfs"))?;
     Ok(start..start + bytes)

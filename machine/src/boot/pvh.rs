@@ -1,4 +1,4 @@
-//! PVH start info, which the entry point finds through RBX (Xen's `public/arch-x86/hvm/start_info.h`).
+//! PVH start info. The entry point receives its address in RBX (Xen's `public/arch-x86/hvm/start_info.h`).
 
 use linux_loader::start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};

@@ -121,7 +121,7 @@ struct Structures {
     count: u16,
 }
 
-/// Strings of one structure; the fixed part refers to them by number.
+/// The structures in sequence, numbered in this order.
 #[derive(Default)]
 struct Strings {
     bytes: Vec<u8>,
@@ -146,7 +146,7 @@ impl Strings {
 
 impl Structures {
     fn push(&mut self, kind: u8, fixed: &[u8], strings: &Strings) {
-        // Kind, length and handle count too.
+        // The length includes kind, length and handle.
         let length = fixed.len() as u8 + 4;
         self.bytes.extend([kind, length]);
         self.bytes.extend(self.count.to_le_bytes());

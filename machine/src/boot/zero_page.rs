@@ -30,7 +30,7 @@ fn zero_page(header: &setup_header, data: &BootData) -> boot_params {
         ..Default::default()
     };
     params.hdr.type_of_loader = LOADER_UNDEFINED;
-    // Below 1 MiB, so it fits; likewise the initramfs, which lies below 3 GiB.
+    // The address fits, because it is below 1 MiB. The initramfs fits likewise: it is below 3 GiB.
     params.hdr.cmd_line_ptr = data.cmdline_address as u32;
     if let Some(initramfs) = &data.initramfs {
         params.hdr.ramdisk_image = initramfs.start as u32;

@@ -1,5 +1,5 @@
-//! Keeps other programs off the hardware threads that share a core with a vCPU (`PR_SCHED_CORE`, Linux's
-//! Documentation/admin-guide/hw-vuln/core-scheduling.rst): only threads with the same cookie run on one core at a time.
+//! Keeps other programs off the hardware threads that share a core with a vCPU. Only threads with the same cookie run
+//! on one core at the same time (`PR_SCHED_CORE`, Linux's Documentation/admin-guide/hw-vuln/core-scheduling.rst).
 //!
 //! | `core_scheduling` | Cookies |
 //! | --- | --- |
@@ -30,16 +30,17 @@ const SELF: libc::pid_t = 0;
 #[derive(Debug)]
 pub(super) struct CoreCookies {
     mode: CoreScheduling,
-    /// The threads that have the common cookie. The next one copies it from any of them: a vCPU may leave.
+    /// The threads that have the common cookie. A new thread copies it from any of them, because a vCPU may be removed.
     sharing: Mutex<Vec<libc::pid_t>>,
 }
 
 impl CoreCookies {
-    /// Checks whether the host supports it. A host without threads that share a core has nothing to separate.
+    /// Checks whether the host supports core scheduling. A host without threads that share a core has nothing to
+    /// separate.
     ///
     /// # Errors
-    /// One cookie per vCPU is configured, and the kernel does not support cookies. One cookie for all is the default,
-    /// and without support it is skipped.
+    /// One cookie per vCPU is configured, and the kernel does not support cookies. One cookie for all vCPUs is the
+    /// default and is skipped without support.
     pub(super) fn new(mode: CoreScheduling) -> Result<Self, CpuError> {
         let mode = match (mode, probe().err()) {
             (mode, None) => mode,
@@ -71,7 +72,7 @@ impl CoreCookies {
     }
 
     fn share(&self) -> io::Result<()> {
-        // Held until this thread has its cookie.
+        // Locked until this thread has its cookie.
         let mut sharing = self.sharing.lock().unpoisoned();
         match sharing.first() {
             Some(thread) => core(PR_SCHED_CORE_SHARE_FROM, *thread)?,
@@ -144,7 +145,7 @@ mod tests {
             cores.take();
             probe().unwrap()
         };
-        // All threads are alive until the last has its cookie.
+        // All threads live until the last one has its cookie.
         let barrier = &std::sync::Barrier::new(3);
         Some(std::thread::scope(|scope| {
             let threads = [(); 3].map(|()| {

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// One list of the fields, so that live counters and their copy cannot differ.
+/// Defines the fields once, so that live counters and their copy cannot differ.
 macro_rules! exit_counters {
     ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
         /// Exits of one vCPU, counted by its thread and readable by any thread.
@@ -18,7 +18,7 @@ macro_rules! exit_counters {
         }
 
         impl ExitCounters {
-            /// The current counts. Each is exact, but they are not of one instant.
+            /// The current counts. Each is exact, but they are not from the same instant.
             pub fn counts(&self) -> ExitCounts {
                 ExitCounts {
                     $($name: self.$name.load(Ordering::Relaxed),)*

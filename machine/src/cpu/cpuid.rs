@@ -44,7 +44,7 @@ const LEVEL_DIE: u32 = 5;
 /// The guest's physical address bits: the host's, but at most `max_phys_bits`.
 ///
 /// # Errors
-/// KVM does not return its CPUID.
+/// KVM does not return the host's CPUID.
 pub fn guest_phys_bits(kvm: &Kvm, max_phys_bits: u8) -> Result<u8, CpuError> {
     let supported = kvm.supported_cpuid().map_err(CpuError::Prepare)?;
     Ok(host_phys_bits(supported.as_slice()).min(max_phys_bits))
@@ -62,7 +62,7 @@ fn host_phys_bits(leaves: &[kvm_cpuid_entry2]) -> u8 {
 pub(super) struct CpuidOptions {
     pub(super) topology: Topology,
     pub(super) phys_bits: u8,
-    /// Whether the guest may run VMs itself, if the host can.
+    /// Whether the guest may use nested virtualization, if the host supports it.
     pub(super) nested: bool,
     /// Frequency of the guest's time stamp counter, if known.
     pub(super) tsc_khz: Option<u32>,
@@ -98,7 +98,7 @@ impl GuestCpuid {
         let mut leaves = self.leaves.clone();
         for leaf in &mut leaves {
             match leaf.function {
-                // Eight bits; the whole id is in leaf 0xb.
+                // The field has eight bits; leaf 0xb holds the whole id.
                 1 => leaf.ebx = leaf.ebx & 0x00ff_ffff | apic_id << 24,
                 0xb | 0x1f => leaf.edx = apic_id,
                 0x8000_001e => patch_amd_apic(leaf, &self.topology, apic_id),
@@ -132,7 +132,7 @@ impl GuestCpuid {
         &mut self.leaves[at]
     }
 
-    /// KVM provides no processor name; users look for the host's.
+    /// KVM provides no processor name, so the guest gets the host's.
     fn set_brand_string(&mut self) {
         for function in 0x8000_0002..=0x8000_0004 {
             let host = __cpuid(function);
@@ -158,8 +158,8 @@ impl GuestCpuid {
         }
     }
 
-    /// Leaf 0xb on every processor (KVM provides an x2APIC on all); leaf 0x1f if there are dies to describe, or if the
-    /// processor has it anyway.
+    /// Leaf 0xb exists on every processor, because KVM provides an x2APIC on all. Leaf 0x1f is added if there are dies
+    /// to describe, or if the processor has it.
     fn set_topology_leaves(&mut self) {
         let topology = self.topology;
         let intel = self.is_intel();
@@ -187,7 +187,7 @@ impl GuestCpuid {
         }
     }
 
-    /// One sub-leaf per level (type, (shift to the next level, vCPUs in it)), and a final one that ends the list.
+    /// One sub-leaf per level (type, (shift to the next level, vCPUs in it)), then one that ends the list.
     fn push_levels(&mut self, function: u32, levels: &[(u32, (u32, u32))]) {
         let end = (0, (0, 0));
         for (index, (kind, (shift, vcpus))) in
@@ -229,7 +229,7 @@ fn patch_features(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
             let ids = (1u32 << options.topology.package_shift()).min(0xff);
             leaf.ebx = leaf.ebx & !0x00ff_0000 | ids << 16;
         }
-        // AMX needs a permission of the VMM that it does not request.
+        // AMX needs a permission that the VMM does not request.
         (7, 0) => leaf.edx &= !LEAF7_EDX_AMX,
         (0xd, 0) => leaf.eax &= !LEAFD_EAX_XTILE,
         (0xd, index) if XTILE_COMPONENTS.contains(&index) => clear(leaf),
@@ -245,9 +245,9 @@ fn patch_features(leaf: &mut kvm_cpuid_entry2, options: &CpuidOptions) {
     }
 }
 
-/// Leaf 4 and its AMD twin describe which processors share a cache. Levels 1 and 2 belong to a core, level 3 to a die,
-/// but never to more processors than share it on the host. Otherwise a guest's scheduler would treat processors as
-/// neighbours that are not.
+/// Leaf 4 and its AMD counterpart describe which processors share a cache. Levels 1 and 2 belong to a core and level 3
+/// to a die, but never to more processors than share it on the host. Otherwise the guest's scheduler would assume
+/// sharing that does not exist.
 fn patch_caches(leaf: &mut kvm_cpuid_entry2, topology: &Topology) {
     if !matches!(leaf.function, 4 | 0x8000_001d) || leaf.eax & 0x1f == 0 {
         return;

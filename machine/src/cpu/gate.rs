@@ -6,7 +6,7 @@
 //!              ◄── resume ──┘          └── resume ──► Running
 //! ```
 //!
-//! The control thread sets the wanted state and kicks; vCPU threads see it at the gate and park. A thread that has
+//! The control thread sets the wanted state and kicks. vCPU threads check it at the gate and park. A thread that has
 //! ended or failed counts as parked, because it will not access the guest again.
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use virtio_devices::Unpoisoned;
 
-/// The state that the control thread wants of the vCPU threads.
+/// The state that the control thread requests of the vCPU threads.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Wanted {
     Running,
@@ -36,7 +36,7 @@ struct State {
 pub(super) struct Gate {
     state: Mutex<State>,
     changed: Condvar,
-    /// `wanted == Running`, checked before every run without a lock.
+    /// `wanted == Running`; checked without a lock before every run.
     open: AtomicBool,
 }
 
@@ -59,7 +59,7 @@ impl Gate {
         self.state.lock().unpoisoned()
     }
 
-    /// Control thread: adds a thread that is about to be started. It is parked at first.
+    /// Control thread: adds a thread that is about to start. It begins parked.
     pub(super) fn add_thread(&self) {
         self.lock().alive += 1;
     }
@@ -89,9 +89,9 @@ impl Gate {
         self.wait(deadline, |state| state.alive.saturating_sub(staying))
     }
 
-    /// Control thread: makes parked threads look at their own flag.
+    /// Control thread: makes parked threads check their own flags.
     pub(super) fn wake(&self) {
-        // With the lock, so that no thread is between its look and its wait.
+        // The lock ensures that no thread is between its check and its wait.
         let _state = self.lock();
         self.changed.notify_all();
     }
@@ -112,8 +112,8 @@ impl Gate {
         }
     }
 
-    /// vCPU thread: parks until the guest may run (`Some`) or the end (`None`), which is also that of this thread if
-    /// `leaves`. While the pass exists, the thread counts as accessing the guest.
+    /// vCPU thread: parks until the guest may run (`Some`) or the thread must end (`None`): all threads stop, or
+    /// `leaves` is set. While the pass exists, the thread counts as accessing the guest.
     pub(super) fn enter(&self, leaves: &AtomicBool) -> Option<Pass<'_>> {
         let mut state = self.lock();
         loop {
@@ -131,7 +131,7 @@ impl Gate {
         }
     }
 
-    /// vCPU thread: parks until the end, as in [`Gate::enter`].
+    /// vCPU thread: parks until the thread must end, as in [`Gate::enter`].
     pub(super) fn wait_for_stop(&self, leaves: &AtomicBool) {
         let mut state = self.lock();
         while state.wanted != Wanted::Stopping && !leaves.load(Ordering::SeqCst) {

@@ -1,7 +1,7 @@
-//! Whether this host can continue saved vCPUs: found out before anything is created.
+//! Checks whether this host can continue saved vCPUs, before anything is created.
 //!
-//! KVM accepts nearly every CPUID, and a guest that uses a feature which the processor lacks crashes later. Leaf numbers
-//! and bits are those of `cpuid.rs`.
+//! KVM accepts nearly every CPUID, and a guest that uses a feature the processor lacks crashes later. Leaf numbers and
+//! bits are those of `cpuid.rs`.
 
 use ::state::{Part, StateError, parts};
 use api::config::CpusConfig;
@@ -14,9 +14,9 @@ use super::{CpuError, Topology, Vcpus};
 
 const PART: Part = parts::VCPUS;
 
-/// KVM ignores a smaller difference between two frequencies (`tsc_tolerance_ppm`).
+/// KVM ignores frequency differences below this (`tsc_tolerance_ppm`).
 const TSC_TOLERANCE_PPM: u64 = 250;
-/// Differences in one error. A host of another vendor has hundreds.
+/// Maximum number of differences listed in one error. A host of another vendor has hundreds.
 const LISTED_MAX: usize = 16;
 
 const MSR_ARCH_CAPABILITIES: u32 = 0x10a;
@@ -50,7 +50,7 @@ impl Register {
     }
 }
 
-/// Registers of which each bit is a feature, as function, index and register. Other hosts may have more of them.
+/// Registers in which each bit is a feature: function, index and register. Other hosts may have more features.
 const FEATURES: &[(u32, u32, Register)] = &[
     (1, 0, Ecx),
     (1, 0, Edx),
@@ -84,7 +84,7 @@ const CHANGING: &[(u32, Register, u32)] = &[
     (7, Ecx, 1 << 4),
 ];
 
-/// What this host offers to the vCPUs of one configuration.
+/// The features that this host provides to the vCPUs of one configuration.
 #[derive(Debug, Clone)]
 struct HostCpu {
     cpuid: Vec<kvm_cpuid_entry2>,
@@ -95,11 +95,11 @@ struct HostCpu {
 }
 
 impl Vcpus {
-    /// Checks whether this host can continue the vCPUs of `state`, which have the configuration `config`. Creates
-    /// nothing that stays.
+    /// Checks whether this host can continue the vCPUs of `state`, which have the configuration `config`. Everything it
+    /// creates is temporary.
     ///
     /// # Errors
-    /// The list of what differs, or KVM fails.
+    /// The list of differences, or KVM fails.
     pub fn check_host(
         kvm: &Kvm,
         config: &CpusConfig,
@@ -129,7 +129,7 @@ impl Vcpus {
 
 impl HostCpu {
     fn probe(kvm: &Kvm, config: &CpusConfig) -> Result<Self, CpuError> {
-        // Only a vCPU knows the frequency, and what KVM makes of a CPUID.
+        // The frequency, and KVM's changes to a CPUID, are visible only on a vCPU.
         let vm = kvm.create_vm().map_err(CpuError::Prepare)?;
         let vcpu = vm.create_vcpu(0).map_err(CpuError::Prepare)?;
         let tsc_khz = vcpu.tsc_khz().ok();
@@ -152,7 +152,7 @@ impl HostCpu {
         })
     }
 
-    /// What `saved` has and this host has not.
+    /// Features that `saved` has and this host lacks.
     fn differences(&self, saved: &VcpuState) -> Vec<String> {
         let mut found = Vec::new();
         for leaf in saved.cpuid.iter().copied().map(kvm_cpuid_entry2::from) {

@@ -2,24 +2,24 @@
 //!
 //! | Offset | Width | Name in the DSDT | Meaning |
 //! | --- | --- | --- | --- |
-//! | 0x0 | 32 bits | `CSEL` | the vCPU the other register is for; one that does not exist has no bits |
+//! | 0x0 | 32 bits | `CSEL` | selects the vCPU of the other register; one that does not exist reads as no bits |
 //! | 0x4 | 8 bits | `CPEN`, `CINS`, `CRMV`, `CEJ0` | bits 0 to 3, below |
 //!
 //! | Bit | Read | Write 1 |
 //! | --- | --- | --- |
-//! | 0 | the vCPU is there | – |
-//! | 1 | it was added | the guest has seen that |
-//! | 2 | it should be removed | the guest has seen that |
-//! | 3 | 0 | the guest has let go of it |
+//! | 0 | the vCPU is present | – |
+//! | 1 | the vCPU was added | acknowledged by the guest |
+//! | 2 | removal is requested | acknowledged by the guest |
+//! | 3 | 0 | the guest has released the vCPU |
 //!
-//! Accesses of any other form read zero and change nothing.
+//! Accesses of any other width or offset read zero and have no effect.
 //!
 //! ```text
 //!          insert              request_removal           CEJ0            take_ejected
 //!  absent ────────► present ──────────────────► leaving ──────► ejected ─────────────► absent
 //! ```
-//! A guest can only eject what the host requested. It acknowledges a request before it ejects, so that an ejection
-//! depends on the request and not on the acknowledgement.
+//! A guest can eject only vCPUs whose removal the host requested. The guest acknowledges a request before it ejects, so
+//! ejection is tied to the request, not to the acknowledgement.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,7 +32,7 @@ use virtio_devices::Unpoisoned;
 use crate::bus::BusDevice;
 use crate::pci::EjectSink;
 
-/// Size of the registers, with two that upstream describes and nobody uses.
+/// Size of the registers, including two that upstream describes and no guest uses.
 pub const CPU_HOTPLUG_BYTES: u64 = 0xc;
 
 const SELECT: u64 = 0x0;
@@ -45,13 +45,13 @@ const EJECT: u8 = 1 << 3;
 
 const PART: Part = parts::CPU_HOTPLUG;
 
-/// The saved state of the controller. A machine with a vCPU whose removal is pending has none.
+/// The saved state of the controller. While a removal is pending, the machine cannot be saved.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CpuHotplugState {
     /// The vCPU that the guest has selected.
     pub selected: u32,
-    /// vCPUs of whose arrival the guest has not read.
+    /// Added vCPUs that the guest has not acknowledged.
     pub inserting: Vec<u32>,
 }
 
@@ -100,7 +100,7 @@ pub struct CpuHotplug {
 virtio_devices::debug_fields!(CpuHotplug { registers });
 
 impl CpuHotplug {
-    /// A controller of `max` vCPUs, of which the first `boot` are there. Notifies `sink` when the guest has let go of
+    /// A controller of `max` vCPUs, of which the first `boot` are present. Notifies `sink` when the guest has released
     /// one.
     pub fn new(boot: u32, max: u32, sink: EjectSink) -> Self {
         let flags = |index| Flags {
@@ -118,14 +118,14 @@ impl CpuHotplug {
         }
     }
 
-    /// The vCPUs that the guest has: the first ones, unless a removal is pending.
+    /// The number of vCPUs that the guest has: the first ones, unless a removal is pending.
     pub fn present(&self) -> u32 {
         let registers = self.lock();
         let present = registers.vcpus.iter().filter(|it| it.present).count();
         u32::try_from(present).expect("vCPUs have 32-bit numbers")
     }
 
-    /// The vCPUs that the guest still has although their removal was requested.
+    /// The number of vCPUs that the guest still has although their removal was requested.
     pub fn leaving(&self) -> usize {
         let registers = self.lock();
         registers.vcpus.iter().filter(|it| it.leaving).count()
@@ -159,12 +159,12 @@ impl CpuHotplug {
         ejected.collect()
     }
 
-    /// How often the guest ejected a vCPU without a request.
+    /// Number of ejections without a request.
     pub fn refused_ejects(&self) -> u64 {
         self.refused_ejects.load(Ordering::Relaxed)
     }
 
-    /// What the guest has not read yet. No removal is pending.
+    /// The changes that the guest has not read yet. No removal may be pending.
     pub fn state(&self) -> CpuHotplugState {
         let registers = self.lock();
         let vcpus = (0..).zip(&registers.vcpus);
@@ -176,10 +176,10 @@ impl CpuHotplug {
         }
     }
 
-    /// Restores what the guest has not read yet.
+    /// Restores the changes that the guest has not read yet.
     ///
     /// # Errors
-    /// The arrival of a vCPU that is not there, or always was; nothing is changed then.
+    /// An added vCPU that is not present or was present at boot. Nothing is changed then.
     pub fn restore(&self, state: &CpuHotplugState) -> Result<(), StateError> {
         let mut registers = self.lock();
         for &index in &state.inserting {
@@ -215,11 +215,12 @@ impl CpuHotplug {
             ..Flags::default()
         };
         drop(registers);
-        // The thread may be this one, so that it cannot be stopped here.
+        // The vCPU's thread may be the calling thread, so it cannot be stopped here.
         (self.sink)();
     }
 
-    /// The flags are consistent after every statement, so a thread that panicked with the lock left nothing half done.
+    /// The flags are consistent after every statement, so a thread that panicked while it held the lock left a valid
+    /// state.
     fn lock(&self) -> MutexGuard<'_, Registers> {
         self.registers.lock().unpoisoned()
     }
@@ -318,7 +319,7 @@ mod tests {
             assert_eq!(rig.controller.leaving(), 3);
             for vcpu in [2, 1, 3] {
                 assert_ne!(rig.status(vcpu) & REMOVING, 0);
-                // Linux acknowledges in its scan, and ejects later.
+                // Linux acknowledges during its scan and ejects later.
                 rig.write(vcpu, REMOVING);
                 assert_eq!(rig.status(vcpu) & (PRESENT | REMOVING), PRESENT);
                 rig.write(vcpu, EJECT);

@@ -5,7 +5,7 @@
 //!                                                          │
 //!      thread vcpuN:  gate ─► KVM_RUN ─► VmExitHandler (buses)
 //!                      │                └► GuestEvent (reset, shutdown, failure)
-//!                      └ parked while paused; left for good on stop, and when the guest has ejected the vCPU
+//!                      └ parked while paused; ends on stop, and after the guest has ejected the vCPU
 //! ```
 
 mod core_scheduling;
@@ -32,8 +32,8 @@ pub use vcpus::Vcpus;
 
 /// The target of the guest's accesses outside of RAM. Implemented by the buses.
 ///
-/// Called on vCPU threads, several at once. It must not block, and it must fill `data` of every read: an unclaimed
-/// address reads as all ones. `data` is one access of 1 to 8 bytes.
+/// Called on vCPU threads, several at once. It must not block and must fill `data` on every read: an unclaimed address
+/// reads as all ones. `data` is one access of 1 to 8 bytes.
 pub trait VmExitHandler: Send + Sync {
     /// `in` from a port.
     fn pio_read(&self, port: u16, data: &mut [u8]);
@@ -54,17 +54,17 @@ pub enum GuestEvent {
     Reset,
     /// KVM's own shutdown event.
     Shutdown,
-    /// The vCPU cannot continue, because of KVM or the VMM. Logged.
+    /// The vCPU cannot continue because of an error in KVM or the VMM. Logged.
     Failed,
 }
 
 /// Errors of creating and controlling vCPUs.
 #[derive(Debug, thiserror::Error)]
 pub enum CpuError {
-    /// Only parked vCPUs have a state.
+    /// The state of vCPUs that are not paused was requested.
     #[error("vCPUs can be saved only while they are paused")]
     NotPaused,
-    /// No vCPU, fewer at most than at boot, or more than KVM supports.
+    /// No vCPU, more at boot than the maximum, or more than KVM supports.
     #[error(
         "boot_vcpus ({boot}) must be between 1 and max_vcpus ({max}), and max_vcpus at most {limit}"
     )]

@@ -1,4 +1,4 @@
-//! The life of one vCPU thread.
+//! The main loop of a vCPU thread.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -12,9 +12,9 @@ use super::gate::Gate;
 use super::{GuestEvent, VmExitHandler};
 use crate::threads::{MachineThread, ThreadStart};
 
-/// Exits served after a pause is requested, so that the instruction that caused the last one completes. An access that
-/// crosses a page needs two. A guest that repeats a port access endlessly is stopped in the middle of it, which is
-/// harmless: the next run continues there.
+/// Maximum number of exits served after a pause is requested, so that the instruction that caused the last exit
+/// completes. An access that crosses a page needs two. A guest that repeats a port access endlessly is stopped in the
+/// middle of it, which is harmless: the next run continues there.
 const DRAIN_EXITS_MAX: u32 = 16;
 
 /// The targets that vCPU threads call.
@@ -30,14 +30,14 @@ pub struct VcpusContext {
 
 virtio_devices::debug_fields!(VcpusContext {});
 
-/// One vCPU and its data outside of its thread.
+/// One vCPU and the data it shares with other threads.
 #[derive(Debug)]
 pub(super) struct VcpuCell {
     pub(super) index: u32,
     pub(super) apic_id: u32,
     /// Locked by the vCPU's thread while it may be in the guest, otherwise by the control thread.
     vcpu: Mutex<Vcpu>,
-    /// The guest has let go of the vCPU: its thread ends. Set before a kick.
+    /// The guest has released the vCPU: its thread ends. Set before a kick.
     pub(super) leaves: AtomicBool,
     /// A non-maskable interrupt is requested. Set before a kick; the vCPU's thread delivers it.
     pub(super) nmi_requested: AtomicBool,
@@ -58,8 +58,8 @@ impl VcpuCell {
 
     /// Delivers a requested non-maskable interrupt.
     ///
-    /// A vCPU that the guest has not started gets none: it could not take the interrupt, and KVM would wake its thread
-    /// without end.
+    /// A vCPU that the guest has not started gets none: it could not handle the interrupt, and KVM would wake its
+    /// thread endlessly.
     pub(super) fn deliver_nmi(&self, vcpu: &Vcpu) {
         if !self.nmi_requested.swap(false, Ordering::AcqRel) {
             return;
@@ -73,8 +73,8 @@ impl VcpuCell {
         }
     }
 
-    /// The vCPU. A thread that panicked leaves registers that are still the kernel's, so a poisoned lock does not
-    /// prevent reading them.
+    /// The vCPU. If a thread panicked, the kernel's registers are still valid, so a poisoned lock does not prevent
+    /// reading them.
     pub(super) fn lock(&self) -> MutexGuard<'_, Vcpu> {
         self.vcpu.lock().unpoisoned()
     }
@@ -87,7 +87,7 @@ impl VcpuCell {
 /// The reason why the inner loop ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
-    /// The gate closed, or the vCPU leaves.
+    /// The gate closed, or the vCPU is removed.
     GateClosed,
     /// The vCPU will not run again.
     Over(GuestEvent),
@@ -129,7 +129,7 @@ pub(super) fn vcpu_thread(
         let outcome = kick::with_kicks(&mut vcpu, |vcpu| run_guest(vcpu, cell, gate, context));
         drop(vcpu);
         if let Outcome::Over(event) = outcome {
-            // Before the pass is returned: whoever waits for a pause finds every event reported.
+            // Before the pass is returned: a thread that waits for the pause then finds every event reported.
             (context.events)(event);
             drop(pass);
             gate.wait_for_stop(&cell.leaves);
@@ -142,8 +142,8 @@ pub(super) fn vcpu_thread(
 fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusContext) -> Outcome {
     let mut drained = 0;
     loop {
-        // In this order: a kick after the flag is cleared sets it again; before an earlier one, the gate was closed
-        // already.
+        // This order matters. A kick after the flag is cleared sets it again; before an earlier kick the gate was
+        // already closed.
         vcpu.set_immediate_exit(false);
         cell.deliver_nmi(vcpu);
         let leaving = !gate.is_open() || cell.leaves.load(Ordering::SeqCst);
@@ -165,13 +165,13 @@ fn run_guest(vcpu: &mut Vcpu, cell: &VcpuCell, gate: &Gate, context: &VcpusConte
             }
             Step::Interrupted | Step::GoOn => {}
             Step::Over(event) => {
-                // Once per boot: a triple fault leaves no trace on the guest's console.
+                // Logged once per boot: a triple fault leaves no trace on the guest's console.
                 let rip = vcpu.regs().map_or(0, |regs| regs.rip);
                 log::warn!("vCPU {} asks at {rip:#x} for: {event:?}", cell.index);
                 return Outcome::Over(event);
             }
             Step::Lost(reason) => {
-                // Once: this vCPU never runs again.
+                // Logged once: this vCPU never runs again.
                 let rip = vcpu.regs().map_or(0, |regs| regs.rip);
                 log::error!("vCPU {} stopped at {rip:#x}: {reason}", cell.index);
                 return Outcome::Over(GuestEvent::Failed);
@@ -185,7 +185,7 @@ enum Step {
     GoOn,
     Interrupted,
     Over(GuestEvent),
-    /// KVM failed; the text has the reason.
+    /// KVM failed; the text gives the reason.
     Lost(String),
 }
 

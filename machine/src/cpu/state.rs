@@ -35,7 +35,7 @@ pub struct IndexedVcpuState {
 }
 
 impl Vcpus {
-    /// The current state of the first `present` vCPUs, which are those that the guest has.
+    /// The current state of the first `present` vCPUs, which are the vCPUs that the guest has.
     ///
     /// # Errors
     /// [`CpuError::NotPaused`], or KVM refused to read a part.
@@ -43,7 +43,7 @@ impl Vcpus {
         let clock = self.paused_clock.ok_or(CpuError::NotPaused)?;
         let vcpus = self.cells.iter().take(present as usize).map(|cell| {
             let vcpu = cell.lock();
-            // One that was requested in the pause becomes part of the state.
+            // An interrupt requested during the pause becomes part of the state.
             cell.deliver_nmi(&vcpu);
             let state = vcpu.state(&self.msr_indices);
             let state = state.map_err(vcpu_error(cell.index, "save"))?;
@@ -62,7 +62,7 @@ impl Vcpus {
     /// parked; [`Vcpus::resume`] sets the clock and lets them continue.
     ///
     /// # Errors
-    /// The state belongs to other vCPUs, KVM rejects a register, or a thread cannot be started.
+    /// The state has another set of vCPUs, KVM rejects a register, or a thread cannot be started.
     pub fn restore(&mut self, state: &VcpusState) -> Result<(), StateError> {
         let clock: ClockState = state.clock.read()?;
         let (saved, own) = (state.vcpus.len(), self.cells.len());

@@ -1,6 +1,6 @@
 //! Threads, cores, dies and packages, and the APIC ids that encode them.
 //!
-//! An APIC id is four bit fields, each as wide as its level requires:
+//! An APIC id consists of four bit fields, each as wide as its level requires:
 //!
 //! ```text
 //!   package │ die │ core │ thread
@@ -98,7 +98,7 @@ impl Topology {
     }
 }
 
-/// Bits that number `count` things from 0.
+/// The number of bits needed to number `count` items from 0.
 fn width(count: u32) -> u32 {
     count.next_power_of_two().trailing_zeros()
 }

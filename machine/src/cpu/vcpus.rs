@@ -21,14 +21,14 @@ use super::{CpuError, ExitCounters, Topology, registers};
 use crate::boot::EntryPoint;
 use crate::memory::layout::{KVM_IDENTITY_MAP_START, KVM_TSS_START};
 
-/// How long vCPU threads have to leave the guest. A handler that takes longer is broken.
+/// Maximum time for vCPU threads to leave the guest. A handler that takes longer is defective.
 const STAND_STILL_DEADLINE: Duration = Duration::from_secs(5);
-/// The highest APIC id without the extension; 255 is the broadcast id.
+/// The highest APIC id without the extension. 255 is the broadcast id.
 const APIC_ID_MAX: u32 = 254;
-/// The highest with the extension: an MSI has room for bits 0–14.
+/// The highest APIC id with the extension: an MSI has space for bits 0–14.
 const APIC_ID_MAX_EXTENDED: u32 = (1 << 15) - 1;
 
-/// The vCPUs of one machine. Used by the control thread alone; dropping stops them.
+/// The vCPUs of one machine. Used only by the control thread; dropping stops them.
 #[derive(Debug)]
 pub struct Vcpus {
     vm: Arc<Vm>,
@@ -49,7 +49,7 @@ pub struct Vcpus {
 }
 
 impl Vcpus {
-    /// Checks what does not depend on the host.
+    /// Checks everything that does not depend on the host.
     ///
     /// # Errors
     /// Invalid numbers, or a setting that is not supported.
@@ -67,7 +67,7 @@ impl Vcpus {
     /// Checks everything that can be checked without creating anything.
     ///
     /// # Errors
-    /// As [`Vcpus::check`], or KVM does not support as many.
+    /// As [`Vcpus::check`], or KVM does not support that many vCPUs.
     pub fn validate(kvm: &Kvm, config: &CpusConfig) -> Result<Topology, CpuError> {
         let limit = kvm.max_vcpus();
         let (boot, max) = (config.boot_vcpus, config.max_vcpus);
@@ -127,12 +127,12 @@ impl Vcpus {
         })
     }
 
-    /// How the guest sees the vCPUs arranged; the MADT lists the same APIC ids.
+    /// The topology that the guest sees; the MADT lists the same APIC ids.
     pub fn topology(&self) -> &Topology {
         &self.topology
     }
 
-    /// Exit counters of each vCPU, for a reader to keep.
+    /// Exit counters of each vCPU; the caller may keep them.
     pub fn counters(&self) -> Vec<Arc<ExitCounters>> {
         self.cells
             .iter()
@@ -181,7 +181,7 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Starts the thread of a vCPU that has none, and pins it. It passes the gate as the others do.
+    /// Starts the thread of a vCPU that has none, and pins it. The thread passes the gate like all others.
     fn start_thread(&mut self, vcpu: u32) -> Result<(), CpuError> {
         let cell = &self.cells[vcpu as usize];
         cell.leaves.store(false, Ordering::SeqCst);
@@ -203,11 +203,11 @@ impl Vcpus {
         pinned.map_err(|source| CpuError::Affinity { vcpu, source })
     }
 
-    /// Adds these vCPUs to a started machine, paused or not. They wait for the guest to start them. Those before them
-    /// exist.
+    /// Adds these vCPUs to a started machine, paused or not. They wait for the guest to start them. All vCPUs with
+    /// lower numbers must exist.
     ///
     /// # Errors
-    /// KVM refuses, or a thread cannot be started or pinned; none of them is added then.
+    /// KVM rejects a vCPU, or a thread cannot be started or pinned. None of the vCPUs is added then.
     pub fn add(&mut self, vcpus: Range<u32>) -> Result<(), CpuError> {
         for vcpu in vcpus.clone() {
             let added = self.add_one(vcpu);
@@ -221,7 +221,7 @@ impl Vcpus {
     }
 
     fn add_one(&mut self, vcpu: u32) -> Result<(), CpuError> {
-        // KVM cannot destroy a vCPU, so one that the guest has ejected is still there.
+        // KVM cannot destroy a vCPU, so an ejected one still exists.
         if vcpu as usize == self.cells.len() {
             let cell = create(&self.vm, &self.topology, vcpu)?;
             self.set_up(&cell)?;
@@ -230,10 +230,10 @@ impl Vcpus {
         self.start_thread(vcpu)
     }
 
-    /// Ends the threads of vCPUs that the guest has let go of.
+    /// Ends the threads of vCPUs that the guest has released.
     ///
     /// # Errors
-    /// [`CpuError::Stuck`]: the threads that do not end are left behind.
+    /// [`CpuError::Stuck`]: threads that do not end are abandoned.
     pub fn remove(&mut self, vcpus: &[u32]) -> Result<(), CpuError> {
         let mut leaving = Vec::new();
         for vcpu in vcpus {
@@ -253,7 +253,7 @@ impl Vcpus {
                 continue;
             }
             join(thread);
-            // What its registers hold must not run again if it comes back.
+            // The old register content must not run again if the vCPU is added again.
             cell.lock()
                 .power_off()
                 .map_err(vcpu_error(cell.index, "remove"))?;
@@ -290,7 +290,7 @@ impl Vcpus {
         self.vm.clock().map_err(CpuError::Prepare)
     }
 
-    /// Resumes the vCPUs, at the time at which they were paused.
+    /// Resumes the vCPUs; the guest's clock continues at the time of the pause.
     ///
     /// # Errors
     /// KVM rejected the clock; the vCPUs stay paused.
@@ -300,7 +300,7 @@ impl Vcpus {
         Ok(())
     }
 
-    /// The part of [`Vcpus::resume`] that can fail; the clock runs afterwards. Idempotent.
+    /// The part of [`Vcpus::resume`] that can fail. The guest's clock runs afterwards. Idempotent.
     ///
     /// # Errors
     /// As [`Vcpus::resume`].
@@ -324,7 +324,7 @@ impl Vcpus {
     /// Ends all threads. Idempotent.
     ///
     /// # Errors
-    /// [`CpuError::Stuck`]: the threads that do not end are left behind.
+    /// [`CpuError::Stuck`]: threads that do not end are abandoned.
     pub fn stop(&mut self) -> Result<(), CpuError> {
         self.gate.set(Wanted::Stopping);
         self.kick_all();

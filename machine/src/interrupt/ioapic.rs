@@ -1,9 +1,8 @@
 //! The I/O APIC (Intel 82093AA with the EOI register of later chips), 24 pins.
 //!
-//! Redirection entries are turned into MSIs and delivered one by one. An entry that is level-triggered and unmasked is
-//! also put into KVM's routing table under its pin number: KVM uses the routes of the pins to compute for which vectors
-//! an end of interrupt must leave the kernel (`kvm_scan_ioapic_routes`, arch/x86/kvm/irq.c). Edge entries need no
-//! route.
+//! Redirection entries are converted to MSIs and delivered one by one. A level-triggered, unmasked entry is also added
+//! to KVM's routing table under its pin number. From the routes of the pins KVM computes for which vectors an end of
+//! interrupt must cause an exit (`kvm_scan_ioapic_routes`, arch/x86/kvm/irq.c). Edge-triggered entries need no route.
 //!
 //! ```text
 //!  line up ─► [masked?] ─ level ─► remote IRR set ─► MSI ─► guest ─► EOI exit
@@ -151,7 +150,7 @@ impl Ioapic {
             let waits = LEVEL_TRIGGERED | REMOTE_IRR;
             if *entry & waits == waits && *entry & VECTOR_MASK == u64::from(vector) {
                 *entry &= !REMOTE_IRR;
-                // A rejection is counted there, and this caller could not act on it.
+                // The router counts a rejection, and this caller could not act on it.
                 let _counted = self.service_level(&mut state, pin);
             }
         }
@@ -232,7 +231,8 @@ impl Ioapic {
         self.deliver(entry)
     }
 
-    /// Delivers a level-triggered pin if its line is asserted and the guest is not still processing the last one.
+    /// Delivers a level-triggered pin if its line is asserted and the guest is not still processing the previous
+    /// interrupt.
     fn service_level(&self, state: &mut State, pin: u8) -> io::Result<()> {
         let entry = &mut state.entries[usize::from(pin)];
         let up = state.lines & (1 << pin) != 0;
@@ -285,7 +285,7 @@ impl Ioapic {
             (old & !0xffff_ffff) | u64::from(value)
         };
         new = (new & !READ_ONLY) | (old & READ_ONLY);
-        // Systems switch a pin to edge and back to clear a stuck remote IRR.
+        // Operating systems switch a pin to edge and back to clear a stuck remote IRR.
         if new & LEVEL_TRIGGERED == 0 {
             new &= !REMOTE_IRR;
         }

@@ -1,4 +1,4 @@
-//! KVM as the backend of interrupt delivery.
+//! Interrupt delivery through KVM.
 
 use std::io;
 
@@ -36,7 +36,7 @@ impl InterruptBackend for Vm {
     }
 
     fn signal_msi(&self, message: MsiMessage) -> io::Result<()> {
-        // Whether the APIC accepted it, or the guest has disabled the APIC, does not matter here.
+        // Whether the APIC accepted the message, or the guest has disabled the APIC, does not matter here.
         Vm::signal_msi(self, to_kvm(message))
             .map(|_delivered| ())
             .map_err(io::Error::other)
@@ -45,7 +45,7 @@ impl InterruptBackend for Vm {
 
 #[cfg(test)]
 mod tests {
-    //! The part that a fake back end cannot show: KVM accepts what is sent.
+    //! Tests what a fake back end cannot: that KVM accepts the calls.
 
     use std::sync::Arc;
 
@@ -57,7 +57,7 @@ mod tests {
     use crate::bus::BusDevice;
     use crate::pci::DoorbellBackend;
 
-    /// A machine with one vCPU, or `None` where there is no KVM.
+    /// A machine with one vCPU, or `None` without KVM.
     fn machine() -> Option<(Arc<Vm>, hypervisor::Vcpu)> {
         let kvm = Kvm::open().map_err(test_skip::skip).ok()?;
         let vm = kvm.create_vm().unwrap();

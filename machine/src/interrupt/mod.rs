@@ -8,7 +8,7 @@
 //! virtio-pci ─── FunctionVectors ─ eventfd ─ irqfd ─ GSI ─ route ──► local APIC
 //! ```
 //!
-//! A GSI is a number that KVM's routing table translates into a message: 0–23 are the pins of the I/O APIC, the others
+//! KVM's routing table translates a GSI (a number) into a message. GSIs 0–23 are the pins of the I/O APIC; the others
 //! are allocated to MSI-X vectors.
 
 mod ioapic;

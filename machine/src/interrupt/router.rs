@@ -1,7 +1,7 @@
 //! The owner of KVM's interrupt routing table and of the GSI numbers in it.
 //!
-//! KVM accepts only whole tables and waits for all vCPUs to leave the old one, so a table is set only if it differs
-//! from the current one.
+//! KVM accepts only whole tables and, on each change, waits until no vCPU uses the old one. A table is therefore set
+//! only if it differs from the current one.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -60,7 +60,7 @@ impl GsiRouter {
         Ok(free)
     }
 
-    /// Frees a GSI and removes its route.
+    /// Every GSI up to [`GSI_COUNT_MAX`] is in use.
     ///
     /// # Errors
     /// The host rejected the smaller table.
@@ -70,7 +70,7 @@ impl GsiRouter {
         self.update(&mut state, gsi, None)
     }
 
-    /// Routes `gsi` to `message`, or nowhere.
+    /// Routes `gsi` to `message`, or removes its route.
     ///
     /// # Errors
     /// The host rejected the table; the old route stays.

@@ -1,8 +1,8 @@
 //! The MSI-X vectors of one PCI function, each a GSI with an irqfd.
 //!
-//! A vector costs nothing until the driver enables it. GSI and eventfd are created then and kept until the function is
-//! removed. Masking removes only the irqfd, because drivers mask and unmask with the same message, and rebuilding the
-//! routing table is the expensive step.
+//! A vector costs nothing until the driver enables it. Only then are its GSI and eventfd created; they are kept until
+//! the function is removed. Masking removes only the irqfd, because drivers mask and unmask with the same message, and
+//! rebuilding the routing table is the expensive step.
 
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};

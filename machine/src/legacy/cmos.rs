@@ -1,7 +1,7 @@
 //! The real-time clock and its 128 bytes of RAM (Motorola MC146818A).
 //!
-//! The time is the host's, in UTC, and cannot be set. The size of RAM is where firmware has looked for it since the PC
-//! AT.
+//! The time is the host's, in UTC, and cannot be set. The size of RAM is in the bytes where firmware has read it since
+//! the PC AT.
 
 use std::sync::{Mutex, MutexGuard};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -74,7 +74,7 @@ pub struct Cmos {
 virtio_devices::debug_fields!(Cmos {});
 
 impl Cmos {
-    /// A clock in a machine with this much RAM below and above 4 GiB.
+    /// A clock in a machine with these amounts of RAM below and above 4 GiB.
     #[must_use]
     pub fn new(low_ram_bytes: u64, high_ram_bytes: u64) -> Self {
         let mut ram = [0; RAM_BYTES];

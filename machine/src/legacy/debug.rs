@@ -1,7 +1,7 @@
-//! Three ports to which a guest may write for debugging.
+//! Three ports to which a guest may write debug output.
 //!
-//! All of it is the guest's text: the length of lines is limited, as is their number, and control characters do not
-//! reach a terminal.
+//! The output is guest-controlled: the length and the number of lines are limited, and control characters do not reach
+//! a terminal.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -140,7 +140,7 @@ impl BusDevice for FirmwareDebug {
     }
 }
 
-/// Port 0xe9: bytes for an output of the operator's choice.
+/// Port 0xe9: bytes for an output chosen by the operator.
 pub struct DebugConsole {
     output: Mutex<Box<dyn Write + Send>>,
     lost_bytes: AtomicU64,

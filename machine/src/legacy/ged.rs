@@ -73,7 +73,7 @@ impl Ged {
         Ok(())
     }
 
-    /// Presses the power button. The reaction is up to the guest.
+    /// Presses the power button. The guest decides how to react.
     ///
     /// # Errors
     /// The host rejected the interrupt that the guest programmed.

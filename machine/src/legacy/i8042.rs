@@ -1,4 +1,4 @@
-//! The part of the keyboard controller that systems use to reset a PC.
+//! The part of the keyboard controller that operating systems use to reset a PC.
 
 use std::sync::Arc;
 

@@ -5,7 +5,7 @@
 //! | 0x61–0x64 | [`I8042`]: reset through the keyboard controller |
 //! | 0x70–0x71 | [`Cmos`]: memory size and time of day |
 //! | 0x80 | [`DebugPort`]: boot progress codes |
-//! | 0xe9 | [`DebugConsole`]: text, if asked for |
+//! | 0xe9 | [`DebugConsole`]: text, if configured |
 //! | 0x402 | [`FirmwareDebug`]: text from firmware |
 //! | 0x600 | [`AcpiPower`]: power-off and reset |
 //! | 0x608 | [`PmTimer`]: ACPI's clock |
@@ -65,7 +65,7 @@ const FIXED_PORTS: [Ports; 8] = [
     CONFIG_PORTS,
 ];
 
-/// Whether `port` belongs to a device with fixed ports, which may be absent.
+/// Whether `port` belongs to a device with fixed ports, even if the device is absent.
 #[must_use]
 pub fn is_fixed_port(port: u16) -> bool {
     FIXED_PORTS

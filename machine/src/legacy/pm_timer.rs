@@ -1,4 +1,4 @@
-//! ACPI's power management timer: a counter that only counts (ACPI 6.5 §4.8.3.3).
+//! ACPI's power management timer: a free-running counter (ACPI 6.5 §4.8.3.3).
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -66,7 +66,7 @@ impl PmTimer {
     }
 }
 
-/// The counter after that time; it wraps every 20 minutes.
+/// The counter's value after that time; it wraps every 20 minutes.
 fn ticks(elapsed_ns: u128) -> u32 {
     (elapsed_ns * PM_TIMER_FREQUENCY_HZ / NANOSECONDS_PER_SECOND) as u32
 }

@@ -50,7 +50,7 @@ enum Kind {
 }
 
 impl Backing {
-    /// Determines the backing from the configuration alone. `thp`: whether RAM should have transparent huge pages.
+    /// Determines the backing from the configuration alone. `thp`: whether RAM uses transparent huge pages.
     pub(super) fn new(zone: &MemoryZoneConfig, thp: bool) -> Self {
         let kind = match (&zone.file, zone.hugepages, zone.shared) {
             (Some(path), _, _) => Kind::File(ZoneFile {
@@ -121,7 +121,7 @@ impl Backing {
         Ok(region)
     }
 
-    /// Huge pages from the pool are huge already.
+    /// Huge pages from the pool need no transparent huge pages.
     fn wants_transparent_huge_pages(&self, source: &Source) -> bool {
         self.transparent_huge_pages && !source.is_hugetlb()
     }
@@ -162,7 +162,7 @@ impl Backing {
             numa_policy::bind(region, node)
                 .map_err(|source| ZoneError::HostNumaNode { node, source })?;
         }
-        // A core dump of the VMM must not contain the guest's secrets, nor have its size.
+        // A core dump of the VMM must not contain the guest's secrets, nor be as large as its RAM.
         madvise(region, libc::MADV_DONTDUMP, "madvise(MADV_DONTDUMP)", bytes)?;
         let wishes = [
             (
@@ -189,7 +189,7 @@ impl Backing {
     }
 }
 
-/// Makes all of the region resident. Its content stays.
+/// Makes the whole region resident. Its content is kept.
 pub(super) fn populate(region: &MmapRegion<()>) -> Result<(), ZoneError> {
     madvise(
         region,
@@ -209,8 +209,8 @@ fn hugetlb_flags(page_bytes: Option<u64>) -> libc::c_uint {
 const MEMFD_NAME: &std::ffi::CStr = c"ch_ram";
 
 const MEMFD_FLAGS: libc::c_uint = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
-/// The size is sealed: a process that shares the file, such as a back end, cannot shorten it and so kill the VMM with
-/// SIGBUS. Holes can still be punched.
+/// The size is sealed: otherwise a process that shares the file, such as a back end, could shorten it and kill the VMM
+/// with SIGBUS. Holes can still be punched.
 const MEMFD_SEALS: libc::c_int = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
 
 /// An anonymous file of `bytes` in memory.
@@ -248,12 +248,12 @@ fn memfd(bytes: u64, flags: libc::c_uint) -> Result<Source, ZoneError> {
         },
     })
 }
-/// Maps such that the host address is a multiple of [`THP_BYTES`], as newer kernels do.
+/// Creates a mapping whose host address is a multiple of [`THP_BYTES`], as newer kernels do.
 ///
-/// `vm-memory` must create the mapping without a requested address, because it unmaps only such a mapping. So the
-/// kernel is steered to the right address: a first, unaligned mapping is removed. Then the excess at the end (or, if
-/// the kernel searches upwards, the gap at the start) is occupied, and the next mapping lands beside it. If another
-/// thread interferes, the mapping is still valid, only slower.
+/// `vm-memory` must create the mapping without a requested address, because it unmaps only such a mapping. So this
+/// function steers the kernel to an aligned address. It removes a first, unaligned mapping. It then occupies the excess
+/// at the end (or, if the kernel searches upwards, the gap at the start), and the next mapping is placed next to it. If
+/// another thread interferes, the mapping is still valid, only slower.
 fn map_aligned<E>(
     size: usize,
     build: impl Fn() -> Result<MmapRegion<()>, E>,

@@ -1,15 +1,16 @@
 //! The content of guest RAM in files, one for each zone.
 //!
-//! A file has the size of its zone. It holds the pages that the host holds and that are not zero; the rest is a hole:
+//! A file has the size of its zone. It holds the resident pages that are not zero; the rest is a hole:
 //!
 //! ```text
-//!   guest RAM   │ data │ given back │ zeros │ data │      file   │ data │ hole                │ data │
+//!   guest RAM   │ data │ discarded  │ zeros │ data │
+//!   file        │ data │ hole               │ data │
 //! ```
-//! The table beside it names these pages by chunks of 2 MiB, so a reader depends neither on the holes that a file system
-//! keeps nor on what is in the rest of the file: pages that are not named stay untouched.
+//! A table stored with the file lists these pages in chunks of 2 MiB. A reader therefore depends neither on the holes
+//! that a file system keeps nor on the rest of the file: pages that are not listed stay untouched.
 //!
-//! Pages of private memory are found in the page tables. Shared memory belongs to its file, whose holes read as zeros
-//! without becoming pages.
+//! Resident pages of private memory are found through the page tables. Shared memory is found through its file, whose
+//! holes read as zeros without becoming resident.
 
 use std::fs::File;
 use std::io;
@@ -56,7 +57,7 @@ pub struct ChunkState {
 /// Why the content of RAM cannot be saved or loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum ContentError {
-    /// The page tables of this process.
+    /// The page tables of this process cannot be read.
     #[error("Cannot determine which pages of guest RAM hold data")]
     Pages(#[source] io::Error),
     /// Guest RAM cannot be read or written.
@@ -89,7 +90,7 @@ pub enum ContentError {
         /// Offset of the chunk.
         offset: u64,
     },
-    /// The table cannot be that of this zone.
+    /// The table does not fit this zone.
     #[error(transparent)]
     Table(StateError),
 }
@@ -139,8 +140,8 @@ fn each_run<E>(
 }
 
 impl GuestMemory {
-    /// Writes the content of `zone` into `file`, which is empty, and syncs it. The machine is paused. `done` gets the
-    /// size of each piece that is finished. Needs 2 MiB of buffer.
+    /// Writes the content of `zone` to `file`, which must be empty, and syncs it. The machine is paused. `done`
+    /// receives the size of each finished piece. Needs 2 MiB of buffer.
     ///
     /// # Errors
     /// The page tables, RAM or the file cannot be accessed.
@@ -183,7 +184,7 @@ impl GuestMemory {
         })
     }
 
-    /// Fills `buffer` and returns which of its pages are not zero.
+    /// Fills `buffer` and returns a bitmap of its non-zero pages.
     fn read_chunk(
         &self,
         zone: &Zone,
@@ -228,12 +229,12 @@ impl GuestMemory {
         Ok(pages)
     }
 
-    /// Loads what [`GuestMemory::save_zone`] has written, into RAM that nobody has touched. `thp`: whether RAM should
-    /// have transparent huge pages; those that the content does not fill must not become resident, so there are none
-    /// while it is loaded. `done` gets the size of each piece of the zone.
+    /// Loads a file written by [`GuestMemory::save_zone`] into untouched RAM. `thp`: whether RAM uses transparent huge
+    /// pages. They are disabled while the content is loaded, because huge pages that the content does not fill must not
+    /// become resident. `done` receives the size of each piece of the zone.
     ///
     /// # Errors
-    /// The table cannot be that of the zone, a checksum does not match, or RAM or the file cannot be accessed.
+    /// The table does not fit the zone, a checksum does not match, or RAM or the file cannot be accessed.
     pub fn load_zone(
         &self,
         zone: &Zone,
@@ -289,7 +290,7 @@ impl GuestMemory {
         Ok(())
     }
 
-    /// Checks the checksum before anything is written to RAM.
+    /// Verifies the checksum before writing anything to RAM.
     fn load_chunk(
         &self,
         zone: &Zone,

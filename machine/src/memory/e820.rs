@@ -26,7 +26,7 @@ pub struct E820Entry {
 }
 
 /// The memory map, in ascending order. The backed range from 640 KiB to 1 MiB, which holds ACPI and SMBIOS tables, is
-/// left out, because the guest must not use it as RAM.
+/// omitted because the guest must not use it as RAM.
 pub fn e820_map(map: &AddressMap) -> Vec<E820Entry> {
     let ram = |start, end| E820Entry {
         start,

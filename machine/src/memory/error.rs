@@ -6,7 +6,7 @@ use std::path::PathBuf;
 /// Errors of creating guest memory.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
-    /// A size of zero, or too small to boot anything.
+    /// A size of zero, or too small to boot a payload.
     #[error("Guest RAM of {bytes} bytes is less than the minimum of {min_bytes}")]
     TooSmall {
         /// The requested size.
@@ -33,7 +33,7 @@ pub enum MemoryError {
     /// The sum of the sizes in the configuration overflows 64 bits.
     #[error("The sizes of guest RAM add up to more than 64 bits")]
     SizeOverflow,
-    /// Two zones that share pages would overwrite each other.
+    /// Two zones use the same file and would overwrite each other's pages.
     #[error("Memory zones {first} and {second} share a file, but are not both private")]
     FileOfTwoZones {
         /// A zone.
@@ -62,7 +62,8 @@ pub enum MemoryError {
 }
 
 impl MemoryError {
-    /// Whether the configuration is at fault, not the host's state: this host can never provide the requested memory.
+    /// Whether the configuration is at fault, not the host's current state: this host can never provide the requested
+    /// memory.
     pub fn is_of_configuration(&self) -> bool {
         matches!(
             self,

@@ -2,12 +2,12 @@
 //!
 //! | `file` is | `shared=on` | `shared=off` |
 //! | --- | --- | --- |
-//! | a file | mapped shared: it holds what the guest writes | mapped private: it is only read |
+//! | a file | mapped shared: guest writes go to the file | mapped private: the file is only read |
 //! | a directory | a new file in it, without a name | private anonymous memory |
 //! | a directory of huge pages | a new file in it, without a name | the same |
 //!
-//! No other process can see a file without a name. A private mapping of it would behave like private anonymous memory,
-//! at a higher cost, because its zeros come from the file system.
+//! No other process can open a file without a name. A private mapping of such a file would behave like private
+//! anonymous memory, but cost more, because its zeros come from the file system.
 #![allow(unsafe_code)]
 // UNSAFETY: `fstatfs` has no safe wrapper among our dependencies.
 
@@ -28,16 +28,16 @@ use super::source::Source;
 pub(super) struct ZoneFile {
     pub(super) path: PathBuf,
     pub(super) shared: bool,
-    /// Huge pages are configured, …
+    /// Huge pages are configured.
     pub(super) huge_pages: bool,
-    /// … of this size.
+    /// Their configured size.
     pub(super) huge_page_bytes: Option<u64>,
 }
 
 impl ZoneFile {
     /// Opens the file, or creates one in the directory.
     pub(super) fn open(&self, bytes: u64) -> Result<Source, ZoneError> {
-        // Checked before it is opened, because opening a device can have effects.
+        // Checked before opening, because opening a device can have side effects.
         let metadata = fs::metadata(&self.path).map_err(|source| self.open_error(source))?;
         let (file, shared) = if metadata.is_dir() {
             self.open_directory(bytes)?
@@ -126,9 +126,9 @@ impl ZoneFile {
 
 /// Creates a file in `directory` and removes its name.
 ///
-/// `O_TMPFILE` is not used, because not every file system supports it, for example those of shared directories.
+/// `O_TMPFILE` is not used: some file systems do not support it, for example those of shared directories.
 fn nameless_file(directory: &Path) -> io::Result<File> {
-    /// Names to try. If that many are taken, it is deliberate.
+    /// Maximum number of names to try. If all of them are taken, it is deliberate.
     const ATTEMPTS_MAX: u32 = 100;
     static COUNTER: AtomicU32 = AtomicU32::new(0);
     for _ in 0..ATTEMPTS_MAX {

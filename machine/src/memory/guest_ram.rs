@@ -46,7 +46,7 @@ impl GuestMemory {
     /// or more if [`GuestMemory::narrow`] follows.
     ///
     /// # Errors
-    /// An invalid size, found before anything is created; or the host does not have the memory.
+    /// An invalid size, reported before anything is created; or the host lacks the memory.
     pub fn new(config: &MemoryConfig, phys_bits: u8) -> Result<Self, MemoryError> {
         let Plan { map, zones } = Self::plan(config, phys_bits)?;
         let sources = open(&zones)?;
@@ -110,10 +110,10 @@ impl GuestMemory {
         Ok(Plan { map, zones: plans })
     }
 
-    /// Makes the RAM resident that the guest has from the start, as `prefault` does. Its content stays.
+    /// Makes the boot RAM resident, as `prefault` does. Its content is kept.
     ///
     /// # Errors
-    /// The host does not have the memory.
+    /// The host lacks the memory.
     pub fn populate(&self) -> Result<(), MemoryError> {
         let ram = self.ram.memory();
         for zone in self.zones.iter().filter(|zone| !zone.hotplug) {
@@ -187,8 +187,8 @@ impl GuestMemory {
                 host_address: region.as_ptr() as u64,
                 flags: 0,
             };
-            // SAFETY: the region maps that range readable and writable for the guest alone, and
-            // `slots` keeps it mapped until it has removed the slot again.
+            // SAFETY: the region maps that range readable and writable for the guest alone, and `slots` keeps it mapped
+            // until the slot is removed.
             unsafe { vm.set_memory_slot(slot) }.map_err(|source| MemoryError::Slot {
                 guest_address,
                 source,
@@ -258,7 +258,7 @@ pub struct RamSlots {
 }
 
 impl RamSlots {
-    /// The number of the first slot behind them.
+    /// The first slot number after these slots.
     pub fn end(&self) -> u32 {
         self.count
     }
@@ -430,7 +430,7 @@ mod tests {
 
     #[test]
     fn ram_more_than_the_host_can_map_is_an_error() {
-        // A process has 47 bits of address, all of which the guest would occupy.
+        // A process has 47 address bits; the guest would occupy all of them.
         assert!(matches!(
             GuestMemory::new(&config(1 << 47), 52),
             Err(MemoryError::Zone {

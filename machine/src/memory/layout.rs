@@ -4,16 +4,15 @@
 //!   0x0        boot GDT, start info, zero page, stack, command line (below 640 KiB)
 //!   0xa0000    ACPI tables from here, SMBIOS at 0xf0000
 //!   0x100000   kernel, … initramfs at the end of low RAM
-//!   0xc0000000 32-bit PCI window            (RAM stops here and goes on at 4 GiB)
+//!   0xc0000000 32-bit PCI window            (RAM ends here and continues at 4 GiB)
 //!   0xe8000000 ECAM          0xf8000000 KVM's own pages
 //!   0xfec00000 I/O APIC      0xfee00000 local APIC
 //!   4 GiB      rest of RAM
-//!   …          memory that can be plugged in later, if there is to be any
+//!   …          memory that can be hot-plugged, if configured
 //!   …          64-bit PCI window, then platform registers, up to the last address
 //! ```
 //!
-//! The addresses are Cloud Hypervisor's, so that firmware and tools written for it find everything where they expect
-//! it.
+//! The addresses match Cloud Hypervisor's, as existing firmware and tools expect.
 
 use std::ops::Range;
 
@@ -87,7 +86,7 @@ pub const APIC_START: u64 = 0xfee0_0000;
 /// RAM that did not fit below [`MEM_32BIT_DEVICES_START`].
 pub const RAM_64BIT_START: u64 = 4 * GIB;
 
-/// Registers of the platform's own devices, at the end of the address space.
+/// Size of the registers of the platform's own devices, at the end of the address space.
 pub const PLATFORM_DEVICE_AREA_BYTES: u64 = MIB;
 /// The last bytes of the address space stay free: some guests cannot address them.
 const TOP_RESERVED_BYTES: u64 = 64 * KIB;
@@ -179,8 +178,8 @@ impl AddressMap {
         })
     }
 
-    /// The same map with room for `bytes` of memory after RAM, at a multiple of `align_bytes`, a power of two.
-    /// `phys_bits` is the width that the map was created with.
+    /// The same map with space for `bytes` of memory after RAM, aligned to `align_bytes`, a power of two. `phys_bits`
+    /// is the width that the map was created with.
     ///
     /// # Errors
     /// [`MemoryError::AddressSpace`].
@@ -210,7 +209,7 @@ impl AddressMap {
         }
     }
 
-    /// The same RAM, with the devices after it in `phys_bits` of physical address.
+    /// The same RAM, with the devices after it placed within `phys_bits` of physical address.
     ///
     /// # Errors
     /// [`MemoryError::AddressSpace`].

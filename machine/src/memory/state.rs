@@ -1,4 +1,4 @@
-//! The saved map of guest memory. Its contents are not part of it: code that saves or sends them reads them from
+//! The saved map of guest memory. Its content is not part of it: code that saves or sends the content reads it from
 //! [`GuestMemory::ram`].
 
 use ::state::{Part, State, StateError, parts, require};
@@ -20,18 +20,18 @@ impl State for MemoryState {
     const PART: Part = PART;
 }
 
-/// One zone. Its backing may differ between hosts, but not its page size: a balloon has reported to its driver what it
-/// can return.
+/// One zone. Its backing may differ between hosts, but not its page size: the balloon's driver relies on the
+/// granularity that the device reported.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ZoneState {
     /// Its name.
     pub id: String,
-    /// Guest physical addresses it fills, in order.
+    /// Guest physical addresses of the zone, in order.
     pub ranges: Vec<MemoryRangeState>,
     /// Size of its pages.
     pub page_bytes: u64,
-    /// Hot-plugged: the guest has only the part that it plugs.
+    /// Whether the guest has only the plugged part (memory hot-plug).
     pub hotplug: bool,
 }
 
@@ -69,10 +69,10 @@ impl GuestMemory {
     }
 
     /// Checks whether this memory, created from the saved machine's configuration, can replace the memory from which
-    /// `state` was taken: everything that the guest knows of it must be the same.
+    /// `state` was taken: everything that the guest knows about it must be the same.
     ///
     /// # Errors
-    /// It cannot.
+    /// The memory differs.
     pub fn check_state(&self, state: &MemoryState) -> Result<(), StateError> {
         let own = self.state();
         let (saved_count, own_count) = (state.zones.len(), own.zones.len());

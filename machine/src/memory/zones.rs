@@ -1,7 +1,7 @@
 //! The zones of guest RAM (`--memory-zone`) and their addresses.
 //!
-//! RAM without zones is one zone with the name that Cloud Hypervisor uses, so all other code only handles zones. Zones
-//! follow one another in the order of the configuration. A zone that does not fit below 3 GiB continues at 4 GiB:
+//! RAM that is not divided is one zone with the name that Cloud Hypervisor uses, so all other code handles only zones.
+//! Zones follow one another in the order of the configuration. A zone that does not fit below 3 GiB continues at 4 GiB:
 //!
 //! ```text
 //!   zones      │ a 1G │        b 4G          │
@@ -12,7 +12,7 @@ use std::ops::Range;
 
 use api::config::{MemoryConfig, MemoryZoneConfig};
 
-/// Name of the only zone if the configuration does not divide RAM.
+/// Name of the only zone if RAM is not divided.
 pub const DEFAULT_ZONE_ID: &str = "mem0";
 /// Name of the zone for memory hot-plug.
 pub const HOTPLUG_ZONE_ID: &str = "mem0-hotplug";
@@ -22,13 +22,13 @@ pub const HOTPLUG_ZONE_ID: &str = "mem0-hotplug";
 pub struct Zone {
     /// Its name.
     pub id: String,
-    /// Guest physical addresses it fills, in order.
+    /// Guest physical addresses of the zone, in order.
     pub ranges: Vec<Range<u64>>,
     /// The kind of its backing, as named in statistics.
     pub backing: &'static str,
     /// Size of its pages.
     pub page_bytes: u64,
-    /// Whether the guest has only the part that it plugs.
+    /// Whether the guest has only the plugged part (memory hot-plug).
     pub hotplug: bool,
 }
 
@@ -41,14 +41,14 @@ impl Zone {
             .sum()
     }
 
-    /// Whether a guest physical address is in it.
+    /// Whether the zone contains a guest physical address.
     pub fn holds(&self, address: u64) -> bool {
         self.ranges.iter().any(|range| range.contains(&address))
     }
 }
 
 /// The zones of a configuration; RAM that is not divided is one zone. A setting that exists both for all of RAM and per
-/// zone applies to a zone if either sets it.
+/// zone applies to a zone if either enables it.
 pub(super) fn zones_of(config: &MemoryConfig) -> Vec<MemoryZoneConfig> {
     let zones = config.zones.as_deref().unwrap_or_default();
     if zones.is_empty() {
@@ -175,7 +175,7 @@ mod tests {
             for (size, ranges) in sizes.iter().zip(&placed) {
                 prop_assert_eq!(ranges.iter().map(|it| it.end - it.start).sum::<u64>(), *size);
             }
-            // Joined where they touch, they form the map again.
+            // Joined where they are adjacent, the ranges form the map again.
             let mut joined: Vec<Range<u64>> = Vec::new();
             for range in placed.into_iter().flatten() {
                 match joined.last_mut() {

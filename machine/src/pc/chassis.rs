@@ -24,7 +24,7 @@ use crate::signals::VmSignals;
 
 /// The offset of the PCI hot-plug controller from the event device: one page, so that a guest may map them separately.
 const PCI_HOTPLUG_OFFSET: u64 = 0x1000;
-/// That of the vCPU hot-plug controller.
+/// The offset of the vCPU hot-plug controller.
 const CPU_HOTPLUG_OFFSET: u64 = 0x2000;
 
 /// The bare machine.
@@ -48,7 +48,7 @@ pub(super) struct Chassis {
 
 impl Chassis {
     /// # Errors
-    /// Never happens with a correct address map; an overlap is a bug in the VMM.
+    /// An overlap, which a correct address map excludes: a bug in the VMM.
     pub(super) fn new(
         kvm: &Arc<KvmVm>,
         map: &AddressMap,
@@ -93,7 +93,7 @@ impl Chassis {
 
         let ejected = Arc::clone(signals);
         let sink: EjectSink = Arc::new(move || {
-            // Fails only if the counter is full, and then the control thread is about to wake up anyway.
+            // Fails only if the counter is full; the control thread is about to wake up then anyway.
             ejected.ejected.write(1).ok();
         });
         let hotplug = Arc::new(HotplugController::new(&pci, Arc::clone(&sink)));

@@ -1,7 +1,7 @@
-//! Reports drivers that take and release devices, at a bounded rate.
+//! Reports when drivers activate and release devices, at a bounded rate.
 //!
 //! A guest can activate and reset a device tens of thousands of times per second. Each device has a token bucket. The
-//! first event after an omission carries the number of events left out.
+//! first event after a suppressed one carries the number of suppressed events.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};

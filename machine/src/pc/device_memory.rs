@@ -15,7 +15,7 @@ use vm_memory::MmapRegion;
 use super::PcError;
 use crate::pci::PciBus;
 
-/// Assigns the slots behind those of guest RAM.
+/// Assigns the slots after those of guest RAM.
 #[derive(Debug)]
 pub(super) struct DeviceSlots {
     vm: Arc<KvmVm>,
@@ -33,11 +33,11 @@ impl DeviceSlots {
         })
     }
 
-    /// Shows the guest the memory of device `id`, at a free address or at that of a saved device. The memory is there
+    /// Maps the memory of device `id` for the guest, at a free address or at that of a saved device. The mapping exists
     /// until the result is dropped.
     ///
     /// # Errors
-    /// There is no address space, or KVM refuses.
+    /// No address space is free, or KVM rejects the slot.
     pub(super) fn map(
         self: &Arc<Self>,
         pci: &Arc<PciBus>,
@@ -65,8 +65,8 @@ impl DeviceSlots {
             host_address: memory.mapping.as_ptr() as u64,
             flags: 0,
         };
-        // SAFETY: the mapping is readable and writable and for the guest alone; the result keeps it mapped until it has
-        // removed the slot again.
+        // SAFETY: the mapping is readable and writable and for the guest alone; the result keeps it mapped until the
+        // slot is removed.
         if let Err(source) = unsafe { self.vm.set_memory_slot(slot) } {
             self.release_number(number);
             pci.free_memory(&range);
@@ -108,7 +108,7 @@ pub(super) struct MappedMemory {
 }
 
 impl MappedMemory {
-    /// The guest's address of it.
+    /// Its guest physical address.
     pub(super) fn start(&self) -> u64 {
         self.range.start()
     }
@@ -161,7 +161,7 @@ mod tests {
         assert_eq!((first.number, second.number), (2, 3));
         assert_eq!(first.start(), 0x2_0000_0000 - BYTES as u64);
         assert_eq!(second.start(), first.start() - BYTES as u64);
-        // A restored device cannot have the memory of another one, or RAM.
+        // A restored device cannot use the memory of another device, or RAM.
         for start in [first.start(), 0x1000, 0x2_0000_0000] {
             let error = slots.map(&pci, "_c", memory(Some(start))).unwrap_err();
             assert!(matches!(error, PcError::State(_)), "{error}");
@@ -170,7 +170,7 @@ mod tests {
         drop(first);
         let restored = slots.map(&pci, "_a", memory(Some(start))).unwrap();
         assert_eq!((restored.number, restored.start()), (number, start));
-        // There is room for no more than the window.
+        // A device cannot have more memory than the window.
         let large = DeviceMemory {
             align_bytes: 1 << 40,
             ..memory(None)

@@ -2,10 +2,10 @@
 //!
 //! ```text
 //! add:     on the bus ─► guest interrupted                             (at once)
-//! remove:  guest interrupted ─► … ─► guest lets go ─► off the bus ─► device dropped
-//!          (at once)                 (vCPU thread)                   (who runs the machine)
+//! remove:  guest interrupted ─► … ─► guest releases it ─► off the bus ─► device dropped
+//!          (at once)                 (vCPU thread)                       (thread that owns the machine)
 //! ```
-//! None of this waits for the guest. If a guest never releases a device, it keeps the device until it is rebooted.
+//! No step waits for the guest. If the guest never releases a device, the device stays until the guest reboots.
 
 use std::sync::{Arc, Mutex};
 
@@ -29,7 +29,7 @@ pub struct Plug {
     pub id: String,
     /// Its kind, which determines the permissions of its workers.
     pub kind: DeviceKind,
-    /// Where it should go.
+    /// Its place on the bus.
     pub place: Place,
     /// The device.
     pub device: Arc<Mutex<dyn VirtioDevice>>,
@@ -52,7 +52,7 @@ pub struct Plugged {
 }
 
 impl Pc {
-    /// Puts a device on the bus of a machine that has not booted, and starts its workers.
+    /// Adds a device to the bus of a machine that has not booted, and starts its workers.
     ///
     /// # Errors
     /// No free slot, thread or descriptor.
@@ -61,7 +61,7 @@ impl Pc {
         Ok(self.keep(plugged))
     }
 
-    /// Puts a device on the bus of a running or paused machine and notifies the guest. On an error nothing is left
+    /// Adds a device to the bus of a running or paused machine and notifies the guest. On an error nothing is left
     /// behind.
     ///
     /// # Errors
@@ -85,7 +85,7 @@ impl Pc {
         &self.plugged
     }
 
-    /// Runs `change` while the workers of a device stand still, with no request in flight. Waits for host I/O at most.
+    /// Runs `change` while the workers of a device are paused and no request is in flight. Waits only for host I/O.
     pub fn while_paused<T>(&self, device: &Plugged, change: impl FnOnce() -> T) -> T {
         if self.paused {
             return change();
@@ -96,8 +96,8 @@ impl Pc {
         result
     }
 
-    /// Requests the release of a device from the guest and returns at once; may be repeated. After the guest has
-    /// released it, [`Pc::take_ejected`] removes the device.
+    /// Asks the guest to release a device and returns at once; may be repeated. After the guest has released it,
+    /// [`Pc::take_ejected`] removes the device.
     ///
     /// # Errors
     /// The guest cannot be notified.
@@ -110,7 +110,7 @@ impl Pc {
         })
     }
 
-    /// Removes the devices that the guest has released. Waits for host I/O at most.
+    /// Removes the devices that the guest has released. Waits only for host I/O.
     pub fn take_ejected(&mut self) -> Vec<Plugged> {
         let ejected = self.chassis.hotplug.take_ejected();
         let (gone, stay): (Vec<_>, _) = std::mem::take(&mut self.plugged)
@@ -118,7 +118,7 @@ impl Pc {
             .partition(|it| ejected.contains(&it.bdf));
         self.plugged = stay;
         for plugged in &gone {
-            // Work in progress ends here, and not on a vCPU thread that happens to hold the last reference.
+            // Work in progress ends here and not on a vCPU thread that happens to hold the last reference.
             plugged.function.reset();
         }
         gone
@@ -139,7 +139,7 @@ impl Pc {
         }
     }
 
-    /// Shows the guest the memory of the device, if it has any, in the window of `segment`.
+    /// Maps the device's memory, if it has any, in the window of `segment` for the guest.
     pub(super) fn map_memory_of(
         &self,
         plug: &Plug,
@@ -159,7 +159,7 @@ impl Pc {
         Ok(Some(mapped))
     }
 
-    /// The function in front of the device, in the saved state if there is one.
+    /// Creates the device's virtio-pci function, in the saved state if one is given.
     pub(super) fn function_of(
         &self,
         plug: &Plug,
@@ -194,7 +194,7 @@ impl Pc {
     }
 }
 
-/// What `plug` has become.
+/// The entry for a device created from `plug`.
 pub(super) fn plugged(
     plug: Plug,
     bdf: Bdf,
@@ -210,7 +210,7 @@ pub(super) fn plugged(
     }
 }
 
-/// The hook for workers of this kind, independent of the device's name.
+/// The start hook for workers of this kind, independent of the device's name.
 fn worker_start(thread_start: &ThreadStart, kind: DeviceKind) -> WorkerStart {
     let thread_start = Arc::clone(thread_start);
     Arc::new(move |_own_name| thread_start(MachineThread::Worker(kind)))

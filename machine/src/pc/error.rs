@@ -25,7 +25,7 @@ pub enum PcError {
     /// vCPUs.
     #[error("Cannot manage the vCPUs")]
     Cpu(#[source] CpuError),
-    /// Two built-in devices use the same address.
+    /// Built-in devices use overlapping addresses.
     #[error("Cannot lay out the machine's devices")]
     Bus(#[source] BusError),
     /// The PCI bus.
@@ -40,7 +40,7 @@ pub enum PcError {
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },
-    /// A device does not answer.
+    /// A device does not respond.
     #[error("Cannot save device {id}")]
     DeviceState {
         /// The device.
@@ -72,7 +72,7 @@ pub enum PcError {
     /// The guest has not released vCPUs.
     #[error("{count} vCPUs are being removed: try again once the guest has released them")]
     LeavingVcpus {
-        /// vCPUs.
+        /// Number of vCPUs.
         count: usize,
     },
     /// The guest cannot be notified that vCPUs were added or should be removed.
@@ -90,7 +90,7 @@ pub enum PcError {
 }
 
 impl PcError {
-    /// Whether the host cannot provide what is configured, as opposed to an internal failure.
+    /// Whether the host cannot provide the configured machine, as opposed to an internal failure.
     pub fn is_of_configuration(&self) -> bool {
         match self {
             Self::Cpu(error) => error.is_of_configuration(),

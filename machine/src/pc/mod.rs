@@ -71,20 +71,19 @@ pub struct PcParams {
 
 /// One machine. Dropping it stops everything that it started.
 ///
-/// The order of the fields is the order in which they are dropped: first everything that accesses guest RAM, RAM itself
-/// last.
+/// The order of the fields is the drop order: first everything that accesses guest RAM, RAM itself last.
 #[derive(Debug)]
 pub struct Pc {
     vcpus: Vcpus,
     plugged: Vec<Plugged>,
-    /// Between [`Pc::pause`] and [`Pc::resume`].
+    /// Set between [`Pc::pause`] and [`Pc::resume`].
     paused: bool,
     serial: Option<Arc<Uart>>,
     pvpanic: Option<Arc<Pvpanic>>,
     chassis: Chassis,
     device_slots: Arc<DeviceSlots>,
     params: PcParams,
-    /// For devices that are hot-plugged.
+    /// Needed for devices that are hot-plugged.
     context: PcContext,
     /// Held for the effect of its drop.
     _slots: RamSlots,
@@ -92,7 +91,7 @@ pub struct Pc {
 }
 
 impl Pc {
-    /// Creates the machine around `memory`, with no device in a slot yet. On an error nothing is left behind.
+    /// Creates the machine with `memory`; no slot holds a device yet. On an error nothing is left behind.
     ///
     /// # Errors
     /// KVM fails, or the host cannot run such vCPUs.
@@ -138,7 +137,7 @@ impl Pc {
     /// Connects a serial port to `endpoint`.
     ///
     /// # Errors
-    /// Never happens with a correct layout; an overlap is a bug in the VMM.
+    /// An overlap, which a correct layout excludes: a bug in the VMM.
     pub fn plug_serial(&mut self, endpoint: Arc<Endpoint>) -> Result<(), PcError> {
         let line = self
             .chassis
@@ -152,7 +151,7 @@ impl Pc {
         Ok(())
     }
 
-    /// Writes to `output` what the guest writes to `port`.
+    /// Passes the guest's writes to `port` on to `output`.
     ///
     /// # Errors
     /// The port belongs to another device.
@@ -161,7 +160,7 @@ impl Pc {
         crate::legacy::insert(&self.chassis.ports, (port, 1), console).map_err(PcError::Bus)
     }
 
-    /// Puts the device on the bus through which the guest reports its panic.
+    /// Adds the device through which the guest reports its panic to the bus.
     ///
     /// # Errors
     /// No free slot.
@@ -186,7 +185,7 @@ impl Pc {
         self.vcpus.nmi();
     }
 
-    /// Describes the machine to a loaded payload, and starts the vCPUs.
+    /// Passes the description of the machine to a loaded payload and starts the vCPUs.
     ///
     /// # Errors
     /// The tables do not fit, or a vCPU cannot be set up.
@@ -238,7 +237,7 @@ impl Pc {
         segments.map(entry).collect()
     }
 
-    /// The first NUMA node that `owns` something.
+    /// The first NUMA node for which `owns` is true.
     fn domain(&self, owns: impl Fn(&NumaConfig) -> bool) -> Option<u32> {
         let mut nodes = self.params.numa.iter();
         nodes.find(|node| owns(node)).map(|node| node.guest_numa_id)
@@ -270,7 +269,7 @@ impl Pc {
         nodes.collect()
     }
 
-    /// Stops vCPUs and device workers; returns when guest memory no longer changes.
+    /// Stops vCPUs and device workers. After it returns, guest memory no longer changes.
     ///
     /// # Errors
     /// A vCPU did not stop within its deadline; the machine continues to run then.
@@ -288,7 +287,7 @@ impl Pc {
     /// # Errors
     /// KVM rejected the guest's clock; the machine stays paused.
     pub fn resume(&mut self) -> Result<(), PcError> {
-        // First, because it alone can fail.
+        // First, because only this step can fail.
         self.vcpus.resume_clock().map_err(PcError::Cpu)?;
         self.paused = false;
         for plugged in &self.plugged {
@@ -317,7 +316,7 @@ impl Pc {
     }
 }
 
-/// The signal for an event that ends the guest from inside.
+/// The signal for an event that ends the guest.
 fn guest_events(signals: &Arc<VmSignals>) -> Arc<dyn Fn(GuestEvent) + Send + Sync> {
     let signals = Arc::clone(signals);
     Arc::new(move |event| {

@@ -1,6 +1,6 @@
-//! The device through which a guest reports its panic: QEMU's pvpanic on PCI, as Cloud Hypervisor has it.
+//! The device through which a guest reports its panic: QEMU's pvpanic on PCI, as in Cloud Hypervisor.
 //!
-//! One byte of BAR 0 tells the driver which events may be written, and takes them. The machine continues to run.
+//! One byte of BAR 0 tells the driver which events it may write, and receives them. The machine continues to run.
 
 use std::fmt;
 use std::sync::{Mutex, MutexGuard};
@@ -63,7 +63,7 @@ impl Pvpanic {
     }
 
     /// # Errors
-    /// The state is of another function.
+    /// The state belongs to another function.
     pub(super) fn restore(&self, state: &PciConfigState) -> Result<(), StateError> {
         self.config().restore(state)
     }

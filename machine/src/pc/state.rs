@@ -22,7 +22,7 @@ use crate::pci::{Bdf, PciBusState, SlotState};
 
 const PART: Part = parts::PC;
 
-/// Everything of a paused PC but the content of its RAM. Each part is an envelope of its own version.
+/// The state of a paused PC without the content of its RAM. Each part is a separately versioned envelope.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PcState {
@@ -36,7 +36,7 @@ pub struct PcState {
     pub pci_bus: Saved,
     /// A `HotplugState`.
     pub pci_hotplug: Saved,
-    /// A `CpuHotplugState`; none in a state of version 1.
+    /// A `CpuHotplugState`; absent in a state of version 1.
     pub cpu_hotplug: Option<Saved>,
     /// A `VirtioPciState` of each virtio device, by the device's identifier.
     pub devices: BTreeMap<String, Saved>,
@@ -55,7 +55,7 @@ pub struct PcState {
 impl State for PcState {
     const PART: Part = PART;
 
-    /// In version 1, vCPUs did not come and go.
+    /// In version 1, vCPUs could not be hot-plugged.
     fn upgrade(_from: u32, fields: &mut Fields) -> Result<(), StateError> {
         fields.insert("cpu_hotplug".to_owned(), ().into());
         Ok(())
@@ -63,8 +63,8 @@ impl State for PcState {
 }
 
 impl PcState {
-    /// Checks whether this host can continue the saved vCPUs. To be called before RAM gets its content: it takes a
-    /// moment, and restoring vCPUs comes last.
+    /// Checks whether this host can continue the saved vCPUs. Call it before RAM gets its content: the check is quick,
+    /// and the vCPUs themselves are restored last.
     ///
     /// # Errors
     /// The list of what this host lacks, or KVM fails.
@@ -84,8 +84,8 @@ impl Pc {
     /// The state of the paused machine.
     ///
     /// # Errors
-    /// The machine is not paused, KVM refuses to show a part, a worker has ended, or the guest still has a device or a
-    /// vCPU whose removal was requested: no configuration describes such a machine.
+    /// The machine is not paused, KVM refuses to return a part, or a worker has ended. Also fails while the removal of
+    /// a device or vCPU is pending: no configuration describes such a machine.
     pub fn state(&self) -> Result<PcState, PcError> {
         let chassis = &self.chassis;
         let on_bus = chassis.pci.functions();
@@ -128,10 +128,10 @@ impl Pc {
         })
     }
 
-    /// Puts a device in the saved state back into its slot. It is paused until [`Pc::resume`].
+    /// Puts a device with its saved state back into its slot. It stays paused until [`Pc::resume`].
     ///
     /// # Errors
-    /// The state cannot be of this device, or the host has no thread or descriptor left.
+    /// The state does not fit this device, or the host has no thread or descriptor left.
     pub fn plug_restored(&mut self, plug: Plug, state: &PcState) -> Result<&Plugged, PcError> {
         let id = plug.id.clone();
         let saved = state.devices.get(&id).ok_or_else(|| {
@@ -148,10 +148,10 @@ impl Pc {
         Ok(self.keep(plugged(plug, bdf, function, memory)))
     }
 
-    /// As [`Pc::plug_pvpanic`], in the saved state.
+    /// As [`Pc::plug_pvpanic`], with the saved state.
     ///
     /// # Errors
-    /// The state has no such device, or cannot be of one.
+    /// The state has no such device or does not fit it.
     pub fn restore_pvpanic(&mut self, state: &PcState) -> Result<Bdf, PcError> {
         let pvpanic = self.new_pvpanic();
         let saved = state.pvpanic.as_ref().ok_or_else(|| {
@@ -168,10 +168,10 @@ impl Pc {
         restored.map_err(PcError::State)
     }
 
-    /// Replaces [`Pc::boot`]: restores everything that is not a device in a slot. The machine is paused then.
+    /// Replaces [`Pc::boot`]: restores everything that is not a device in a slot. The machine is paused afterwards.
     ///
     /// # Errors
-    /// The state is of another machine, or KVM rejects it.
+    /// The state belongs to another machine, or KVM rejects it.
     pub fn restore(&mut self, state: &PcState) -> Result<(), PcError> {
         self.paused = true;
         self.restore_chips(state)

@@ -50,7 +50,7 @@ fn worker_of_a_device_named_like_a_thread_is_confined_as_a_worker() {
     assert_eq!(thread, MachineThread::Worker(DeviceKind::Rng));
 }
 
-/// What a guest does with the controller of its vCPUs.
+/// Acts as a guest that ejects `vcpu` through the controller.
 fn eject(pc: &Pc, vcpu: u32) {
     const EJECT: u8 = 1 << 3;
     pc.chassis.cpu_hotplug.write(0, &vcpu.to_le_bytes());
@@ -94,7 +94,7 @@ fn vcpus_come_and_go_as_the_guest_lets_go_of_them() {
     let refused = pc.resize_vcpus(2).unwrap_err();
     assert!(matches!(refused, PcError::LeavingVcpus { count: 1 }));
     eject(&pc, 2);
-    // A second removal in a row, of vCPUs of which one is new and one was there before.
+    // A second consecutive removal: one vCPU is new and one was present before.
     pc.resize_vcpus(4).unwrap();
     for _ in 0..3 {
         assert_eq!(threads.recv().unwrap(), MachineThread::Vcpu);

@@ -3,15 +3,15 @@
 //! ```text
 //! add:     thread started ─► guest interrupted                         (at once)
 //! remove:  guest interrupted ─► … ─► guest ejects ─► thread ended
-//!          (at once)                 (vCPU thread)   (who runs the machine)
+//!          (at once)                 (vCPU thread)   (thread that owns the machine)
 //! ```
-//! The last vCPUs go first. None of this waits for the guest.
+//! vCPUs with the highest numbers are removed first. No step waits for the guest.
 
 use super::{Pc, PcError};
 
 impl Pc {
-    /// Adds vCPUs, or requests the release of the last ones from the guest, so that it has `count` of them, 1 to the
-    /// maximum. Returns at once. After the guest has released some, [`Pc::take_ejected_vcpus`] ends them.
+    /// Changes the number of vCPUs to `count`, 1 to the maximum: adds vCPUs, or asks the guest to release the last
+    /// ones. Returns at once. After the guest has released some, [`Pc::take_ejected_vcpus`] ends them.
     ///
     /// # Errors
     /// [`PcError::LeavingVcpus`], a vCPU cannot be added, or the guest cannot be notified.

@@ -1,4 +1,4 @@
-//! Keeps the bus mappings of a function's BARs in step with what the guest programmed.
+//! Keeps the bus mappings of a function's BARs consistent with the addresses that the guest programmed.
 
 use std::fmt;
 use std::sync::Arc;
@@ -36,7 +36,7 @@ pub(super) struct Fabric<'a> {
 pub(super) struct Remapped {
     /// BARs that cannot be mapped at their address.
     pub(super) refused: u64,
-    /// Addresses became free, which an unmapped BAR of another function may need.
+    /// Addresses became free, which another function's unmapped BAR may need.
     pub(super) released: bool,
 }
 
@@ -44,9 +44,9 @@ pub(super) struct Remapped {
 #[derive(Default)]
 pub(super) struct Mappings {
     mapped: Vec<Bar>,
-    /// A decoded BAR is not mapped: it is outside of the windows, or over another one.
+    /// A decoded BAR is not mapped: it is outside the windows or overlaps another one.
     has_refused: bool,
-    /// The function is off the bus; a write that is still on its way to it no longer maps anything.
+    /// The function is off the bus; a write still in progress no longer maps anything.
     detached: bool,
 }
 
@@ -59,8 +59,7 @@ impl fmt::Debug for Mappings {
 impl Mappings {
     /// Unmaps BARs that moved or are no longer decoded, then maps new ones.
     ///
-    /// A BAR that the guest placed outside of the windows or over another one is not mapped until one of the two is
-    /// moved.
+    /// A BAR that the guest placed outside the windows or over another one is not mapped until one of the two is moved.
     pub(super) fn update(
         &mut self,
         function: &Arc<dyn PciFunction>,

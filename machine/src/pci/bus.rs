@@ -46,7 +46,7 @@ pub struct PciBus {
     mmio: Weak<Bus>,
     doorbells: Arc<dyn DoorbellBackend>,
     unmapped_bars: AtomicU64,
-    /// Bitmap of slots that are assigned only on request, as long as there are others.
+    /// Bitmap of slots that are assigned only on request, as long as others are free.
     pub(super) reserved: AtomicU32,
 }
 
@@ -63,7 +63,8 @@ impl fmt::Debug for PciBus {
 }
 
 impl PciBus {
-    /// The bus of `segment`. It has no function but the host bridge, which segment 0 has. BARs are mapped on `mmio`.
+    /// The bus of `segment`. It starts without functions, except for the host bridge of segment 0. BARs are mapped on
+    /// `mmio`.
     #[must_use]
     pub fn new(
         segment: u16,
@@ -96,8 +97,8 @@ impl PciBus {
         u8::from(self.segment == 0)..SLOT_COUNT
     }
 
-    /// Reserves these slots for functions that request them, so that functions without a requested slot, added earlier,
-    /// do not occupy them. Invalid slot numbers are ignored.
+    /// Reserves these slots for functions that request them. Functions without a requested slot that are added earlier
+    /// then do not occupy them. Invalid slot numbers are ignored.
     pub fn reserve(&self, slots: impl IntoIterator<Item = u8>) {
         let slots = slots.into_iter().filter(|slot| *slot < SLOT_COUNT);
         let bitmap = slots.fold(0, |bitmap, slot| bitmap | 1_u32 << slot);
@@ -142,7 +143,7 @@ impl PciBus {
         Ok(self.bdf(slot))
     }
 
-    /// Takes the function out of its slot; `None` if there is none or it is the host bridge. The guest must have
+    /// Removes the function from its slot; `None` if there is none or it is the host bridge. The guest must have
     /// released it.
     pub fn remove(&self, slot: u8) -> Option<Arc<dyn PciFunction>> {
         if !self.own_slots().contains(&slot) {
@@ -163,10 +164,10 @@ impl PciBus {
         Some(Arc::clone(&entry.function))
     }
 
-    /// Allocates addresses for memory of function `id` that is behind no BAR.
+    /// Allocates addresses for memory of function `id` that is not behind a BAR.
     ///
     /// # Errors
-    /// There is no room.
+    /// No address space is free.
     pub fn allocate_memory(
         &self,
         id: &str,
@@ -201,7 +202,7 @@ impl PciBus {
             .collect()
     }
 
-    /// How often the guest programmed a BAR to an address where it cannot be mapped.
+    /// Number of times the guest programmed a BAR to an address where it cannot be mapped.
     pub fn unmapped_bars(&self) -> u64 {
         self.unmapped_bars.load(Ordering::Relaxed)
     }
@@ -296,8 +297,8 @@ impl PciBus {
             let slots = self.slots.read().unpoisoned();
             slots.iter().flatten().cloned().collect()
         };
-        // A BAR that another vCPU is moving at this moment may be released here, and not there, where it would be
-        // noticed.
+        // A BAR that another vCPU is moving at this moment may be released by this loop and not by that vCPU, which
+        // would have noticed it.
         for _ in 0..SLOT_COUNT {
             let mut released = false;
             for entry in &entries {

@@ -13,7 +13,7 @@ use crate::bus::BusDevice;
 pub const CONFIG_PORTS: (u16, u16) = (0xcf8, 8);
 /// First port of configuration mechanism 1 (PCI 3.0 §3.2.2.3.2).
 pub const CONFIG_PORT_BASE: u64 = CONFIG_PORTS.0 as u64;
-/// Its ports: the address register and the data window, four each.
+/// Number of ports: the address register and the data window, four each.
 pub const CONFIG_PORT_BYTES: u64 = CONFIG_PORTS.1 as u64;
 /// One bus in ECAM: 4 KiB for each of 8 functions in 32 slots.
 pub const ECAM_BYTES: u64 = 1 << 20;
@@ -35,7 +35,7 @@ struct Target {
 #[derive(Debug)]
 pub struct ConfigPorts {
     bus: Arc<PciBus>,
-    /// Bits 31 enable, 23–16 bus, 15–11 slot, 10–8 function, 7–2 register.
+    /// Bit 31 enable, bits 23–16 bus, 15–11 slot, 10–8 function, 7–2 register.
     address: AtomicU32,
 }
 
@@ -59,7 +59,7 @@ impl ConfigPorts {
         self.address.store(address, Ordering::Relaxed);
     }
 
-    /// The target of the data window at `port_offset`, if cycles are enabled and for our bus.
+    /// The target of the data window at `port_offset`, if the enable bit is set and the bus is ours.
     fn target(&self, port_offset: u64) -> Option<Target> {
         let address = self.address.load(Ordering::Relaxed);
         let bus = (address >> 16) & 0xff;
@@ -98,7 +98,7 @@ impl BusDevice for ConfigPorts {
             return;
         }
         // A narrow write changes only its bytes: Linux probes for this mechanism with a byte write to 0xcfb
-        // (arch/x86/pci/direct.c). If two vCPUs write at once, the race is the guest's own.
+        // (arch/x86/pci/direct.c). Concurrent writes by two vCPUs are a race in the guest.
         let mut bytes = self.address.load(Ordering::Relaxed).to_le_bytes();
         for (old, new) in bytes.iter_mut().skip(offset as usize).zip(data) {
             *old = *new;
@@ -110,14 +110,15 @@ impl BusDevice for ConfigPorts {
 
 /// Memory-mapped configuration space of a segment.
 ///
-/// It is on the MMIO bus on which [`PciBus`] moves BARs, hence the weak reference: the two would keep each other alive.
+/// It is on the MMIO bus on which [`PciBus`] moves BARs. The reference is weak because otherwise the two would keep
+/// each other alive.
 #[derive(Debug)]
 pub struct Ecam {
     bus: Weak<PciBus>,
 }
 
 impl Ecam {
-    /// A window of [`ECAM_BYTES`] onto `bus`.
+    /// A window of [`ECAM_BYTES`] for `bus`.
     #[must_use]
     pub fn new(bus: &Arc<PciBus>) -> Self {
         Self {

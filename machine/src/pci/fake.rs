@@ -1,4 +1,4 @@
-//! A PCI function with one 64-bit BAR and one doorbell, and a hypervisor that records doorbells.
+//! A fake PCI function with one 64-bit BAR and one doorbell, and a fake hypervisor that records doorbells.
 
 use std::collections::BTreeSet;
 use std::io;

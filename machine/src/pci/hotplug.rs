@@ -3,18 +3,19 @@
 //! | Offset | Name in the DSDT | Read | Write |
 //! | --- | --- | --- | --- |
 //! | 0x0 | `PCIU` | slots filled since the last read | – |
-//! | 0x4 | `PCID` | slots to be emptied, asked for since the last read | – |
-//! | 0x8 | `B0EJ` | 0 | slots the guest has let go of |
-//! | 0xc | `PSEG` | the segment the others are for | selects it; one that does not exist has no slots |
+//! | 0x4 | `PCID` | slots whose removal was requested since the last read | – |
+//! | 0x8 | `B0EJ` | 0 | slots that the guest has released |
+//! | 0xc | `PSEG` | the segment of the other registers | selects the segment; one that does not exist has no slots |
 //!
-//! Each is 32 bits wide, bit n for slot n; accesses of any other form read zero and change nothing.
+//! Each register is 32 bits wide, with bit n for slot n. Accesses of any other width or offset read zero and have no
+//! effect.
 //!
 //! ```text
 //!          add              request_removal           B0EJ           take_ejected
 //!  empty ───────► occupied ─────────────────► leaving ─────► ejected ─────────────► empty
 //! ```
-//! A guest can only eject what the host requested: the host's configuration determines the machine's devices, and a
-//! balloon must not be removed with memory in it. Any other ejection is counted and has no effect.
+//! A guest can eject only functions whose removal the host requested: the host's configuration determines the machine's
+//! devices, and a balloon must not be removed with memory in it. Any other ejection is counted and has no effect.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
@@ -34,7 +35,7 @@ const SLOTS_DOWN: u64 = 0x4;
 const EJECT: u64 = 0x8;
 const SEGMENT: u64 = 0xc;
 
-/// Called on a vCPU thread when a slot was ejected. Must not block.
+/// Called on a vCPU thread after a slot was ejected. Must not block.
 pub type EjectSink = Arc<dyn Fn() + Send + Sync>;
 
 const PART: Part = parts::PCI_HOTPLUG;
@@ -74,7 +75,7 @@ pub struct SegmentSlots {
 impl State for HotplugState {
     const PART: Part = PART;
 
-    /// Version 1 was of a machine with one segment.
+    /// A machine of version 1 had one segment.
     fn upgrade(_from: u32, fields: &mut Fields) -> Result<(), StateError> {
         wrap_in_list(fields, &["up", "down", "leaving", "ejected"], "segments");
         Ok(())
@@ -110,7 +111,7 @@ impl Registers {
 
 /// The hot-plug controller of all segments.
 pub struct HotplugController {
-    /// Weak, because the buses' own MMIO bus holds this.
+    /// Weak, because the buses' MMIO bus holds this controller.
     buses: Vec<Weak<PciBus>>,
     registers: Mutex<Registers>,
     sink: EjectSink,
@@ -120,7 +121,7 @@ pub struct HotplugController {
 virtio_devices::debug_fields!(HotplugController { registers });
 
 impl HotplugController {
-    /// A controller that takes functions off the buses of `segments` and then notifies `sink`.
+    /// A controller that removes ejected functions from the buses of `segments` and then notifies `sink`.
     pub fn new(segments: &PciSegments, sink: EjectSink) -> Self {
         let buses: Vec<_> = segments.buses().iter().map(Arc::downgrade).collect();
         let registers = Registers {
@@ -153,7 +154,7 @@ impl HotplugController {
     /// Restores the controller from which `state` was taken. The functions are on the bus again.
     ///
     /// # Errors
-    /// Another number of segments, slots without a function, or the host bridge's; nothing is changed then.
+    /// Another number of segments, slots without a function, or the host bridge's slot; nothing is changed then.
     pub fn restore(&self, state: &HotplugState) -> Result<(), StateError> {
         let (own, saved) = (self.buses.len(), state.segments.len());
         require(own == saved, PART, "segments", || {
@@ -201,7 +202,7 @@ impl HotplugController {
         ejected.collect()
     }
 
-    /// How often the guest ejected a slot without a request.
+    /// Number of ejections without a request.
     pub fn refused_ejects(&self) -> u64 {
         self.refused_ejects.load(Ordering::Relaxed)
     }
@@ -235,8 +236,8 @@ impl HotplugController {
         (self.sink)();
     }
 
-    /// The bitmaps are consistent after every statement, so a thread that panicked with the lock left nothing half
-    /// done.
+    /// The bitmaps are consistent after every statement, so a thread that panicked while it held the lock left a valid
+    /// state.
     fn lock(&self) -> MutexGuard<'_, Registers> {
         self.registers.lock().unpoisoned()
     }
@@ -274,7 +275,7 @@ impl BusDevice for HotplugController {
     }
 }
 
-/// Whether `saved` can be of this bus.
+/// Whether `saved` fits this bus.
 fn check(bus: &PciBus, saved: &SegmentSlots) -> Result<(), StateError> {
     let own = bus.own_slots().fold(0, |slots, slot| slots | bit(slot));
     let functions = bus.functions();

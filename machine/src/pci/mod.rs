@@ -59,7 +59,7 @@ impl fmt::Display for Bdf {
     }
 }
 
-/// Where a function should go.
+/// The requested place of a function.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Place {
     /// The segment.
@@ -74,7 +74,7 @@ pub trait DoorbellBackend: Send + Sync {
     /// Connects `event`: a write of any width to `address` signals it from now on.
     ///
     /// # Errors
-    /// The host rejected it, for example because it has too many.
+    /// The host rejected it, for example because there are too many.
     fn register_doorbell(&self, address: u64, event: &EventFd) -> io::Result<()>;
     /// Undoes [`DoorbellBackend::register_doorbell`].
     ///
@@ -165,7 +165,7 @@ pub enum PciError {
         #[source]
         source: vm_allocator::Error,
     },
-    /// A register window of the bus itself overlaps another range.
+    /// A register window of the bus overlaps another range.
     #[error("Cannot place the PCI configuration space")]
     Place(#[from] BusError),
 }

@@ -12,7 +12,7 @@ use crate::bus::Bus;
 
 /// The maximum number of segments, as in upstream.
 pub const SEGMENT_COUNT_MAX: u16 = 96;
-/// The 32-bit window is divided into multiples of this, the 64-bit window of [`GRANULE_64BIT`].
+/// The 32-bit window is divided into multiples of this, and the 64-bit window into multiples of [`GRANULE_64BIT`].
 const GRANULE_32BIT: u64 = 4 << 10;
 const GRANULE_64BIT: u64 = 4 << 30;
 
@@ -64,7 +64,7 @@ impl PciSegments {
     /// As [`PciBus::add`].
     ///
     /// # Errors
-    /// As there, or there is no such segment.
+    /// As for [`PciBus::add`], or the segment does not exist.
     pub fn add(&self, function: Arc<dyn PciFunction>, place: Place) -> Result<Bdf, PciError> {
         let Place { segment, slot } = place;
         self.bus(segment)?.add(function, slot)
@@ -106,7 +106,7 @@ impl PciSegments {
     /// As [`PciBus::add_restored`].
     ///
     /// # Errors
-    /// As there, or there is no such segment.
+    /// As for [`PciBus::add_restored`], or the segment does not exist.
     pub fn add_restored(
         &self,
         function: Arc<dyn PciFunction>,
@@ -123,7 +123,7 @@ impl PciSegments {
     /// The bus of a segment.
     ///
     /// # Errors
-    /// There is no such segment.
+    /// The segment does not exist.
     pub fn bus(&self, segment: u16) -> Result<&Arc<PciBus>, PciError> {
         let bus = self.buses.get(usize::from(segment));
         bus.ok_or(PciError::NoSuchSegment {
@@ -133,8 +133,8 @@ impl PciSegments {
     }
 }
 
-/// `count` parts of `window`, each a multiple of `granule`, or of the largest power of two below it that leaves none
-/// empty. The last part has the rest as well.
+/// `count` parts of `window`, each a multiple of `granule`, or of the largest smaller power of two that leaves none
+/// empty. The last part also gets the remainder.
 fn shares(
     window: &Range<u64>,
     count: u16,
@@ -184,7 +184,7 @@ mod tests {
         }
         let halves: Vec<_> = shares(&MMIO64, 2, GRANULE_64BIT).collect();
         assert_eq!(halves[0], 0x1_0000_0000..0x20_0000_0000);
-        // 1 GiB is less than 4 GiB for each of 96.
+        // The window has less than 4 GiB for each of 96 segments.
         let narrow: Vec<_> = shares(&(0..1 << 30), 96, GRANULE_64BIT).collect();
         assert_eq!(narrow[1], 8 << 20..16 << 20);
     }
@@ -231,7 +231,7 @@ mod tests {
         assert_eq!(segments.functions().len(), 5);
         assert_eq!(segments.remove(far_bdf).unwrap().id(), "_far");
         assert!(segments.remove(far_bdf).is_none());
-        // Slot 0 is a function's there, so it can go as well.
+        // In that segment, slot 0 belongs to a function, so it can be removed as well.
         assert!(
             segments
                 .remove(Bdf {

@@ -29,7 +29,7 @@ pub struct PciBusState {
 impl State for PciBusState {
     const PART: Part = PART;
 
-    /// Version 1 was of a machine with one segment.
+    /// A machine of version 1 had one segment.
     fn upgrade(_from: u32, fields: &mut Fields) -> Result<(), StateError> {
         wrap_in_list(fields, &["reserved", "slots"], "segments");
         Ok(())
@@ -111,7 +111,7 @@ impl PciBus {
         self.reserve((0..SLOT_COUNT).filter(|slot| reserved & 1 << slot != 0));
     }
 
-    /// Puts a function that was restored from its state back into its slot, and maps its BARs at the guest's addresses.
+    /// Puts a function restored from its state back into its slot, and maps its BARs at the guest's addresses.
     ///
     /// # Errors
     /// The slot or its address space is in use or does not exist; nothing is changed then.

@@ -1,7 +1,7 @@
 //! The address ranges that the host bridge forwards to PCI, and their allocation.
 //!
-//! Does what firmware normally would: a directly booted kernel has none, so BARs are placed here before the guest sees
-//! them.
+//! Initialises what firmware normally would, because a directly booted kernel has none: BARs are placed here before the
+//! guest sees them.
 
 use std::ops::Range;
 
@@ -10,7 +10,7 @@ use vm_allocator::{AddressAllocator, AllocPolicy, RangeInclusive};
 
 use super::PciError;
 
-/// BARs share no page, so that the guest can map each separately.
+/// BARs do not share pages, so that the guest can map each separately.
 const BAR_ALIGNMENT_MIN: u64 = 0x1000;
 /// The smallest possible memory BAR (PCI 3.0 §6.2.5.1).
 const BAR_BYTES_MIN: u64 = 16;
@@ -99,7 +99,7 @@ impl MemoryWindows {
             })
     }
 
-    /// Allocates a range that a function had when its state was saved; false if it is not free, or in neither window.
+    /// Allocates a range that a function had when its state was saved; false if it is not free or is in neither window.
     pub(super) fn take(&mut self, start: u64, bytes: u64) -> bool {
         if bytes == 0 || !self.forwards(start, bytes) {
             return false;
@@ -113,10 +113,10 @@ impl MemoryWindows {
         window.allocator.allocate(bytes, 1, policy).is_ok()
     }
 
-    /// Allocates `bytes` at the end of the 64-bit window for memory of function `id` that is behind no BAR.
+    /// Allocates `bytes` at the end of the 64-bit window for memory of function `id` that is not behind a BAR.
     ///
     /// # Errors
-    /// There is no room.
+    /// No address space is free.
     pub(super) fn allocate_memory(
         &mut self,
         id: &str,

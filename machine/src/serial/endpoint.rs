@@ -23,11 +23,11 @@ use super::{InputSink, Output, SerialError, SerialManager};
 /// The source and destination of a guest's text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum EndpointMode {
-    /// None.
+    /// No source and no destination.
     Null,
     /// Standard output and input.
     Tty,
-    /// Standard output alone: another device has the input.
+    /// Standard output only: another device uses the input.
     TtyOutput,
     /// A new pseudo-terminal.
     Pty,
@@ -62,8 +62,8 @@ impl EndpointMode {
     }
 }
 
-/// An open endpoint. It outlives the machines that use it one after another, so that a reboot keeps the pseudo-terminal
-/// and the socket's client.
+/// An open endpoint. It outlives each machine that uses it, so that a reboot keeps the pseudo-terminal and the socket's
+/// client.
 pub struct Endpoint {
     output: Output,
     input: Option<Arc<Input>>,
@@ -161,7 +161,7 @@ impl Endpoint {
             source,
         };
         let file = create(path).map_err(refused)?;
-        // A disk accepts everything; a FIFO or another terminal may not.
+        // A disk always accepts writes; a FIFO or another terminal may not.
         let watcher = if file.metadata().map_err(refused)?.is_file() {
             None
         } else {
@@ -192,7 +192,7 @@ impl Endpoint {
         })
     }
 
-    /// Accepts a guest's text; never blocks, never fails.
+    /// A writer for the guest's text. It never blocks and never fails.
     pub fn output(&self) -> Output {
         self.output.clone()
     }
@@ -202,7 +202,7 @@ impl Endpoint {
         self.pty_path.as_deref()
     }
 
-    /// Input that the sink had no room for.
+    /// Input for which the sink had no space.
     pub(super) fn waiting_input(&self) -> Vec<u8> {
         self.input
             .as_ref()
@@ -216,15 +216,15 @@ impl Endpoint {
         }
     }
 
-    /// Passes input to `sink` from now on. The sink must call [`Endpoint::resume_input`] when it has rejected some and
-    /// has room again.
+    /// Passes input to `sink` from now on. After the sink has rejected some, it must call [`Endpoint::resume_input`]
+    /// when it has space again.
     pub fn set_input_sink(&self, sink: Weak<dyn InputSink>) {
         if let Some(input) = &self.input {
             input.set_sink(sink);
         }
     }
 
-    /// The device has room again. Cheap if no input is waiting.
+    /// The device has space again. Cheap if no input is waiting.
     pub fn resume_input(&self) {
         if let Some(input) = &self.input {
             input.resume();
@@ -234,7 +234,7 @@ impl Endpoint {
     /// Both directions as descriptors, for the console device. This endpoint must be kept as long as the device exists.
     ///
     /// # Errors
-    /// No descriptors.
+    /// No descriptors are left.
     pub fn console(&self) -> io::Result<ConsoleEndpoint> {
         let mut streams = self.streams.lock().unpoisoned();
         let streams = match &mut *streams {
@@ -249,8 +249,7 @@ impl Endpoint {
     }
 }
 
-/// Creates or empties a file. A FIFO is opened with or without a reader: also for reading, so that it can be written
-/// before there is a reader.
+/// Creates or empties a file. A FIFO is also opened for reading, so that it can be written before there is a reader.
 fn create(path: &Path) -> io::Result<File> {
     let mut options = File::options();
     options

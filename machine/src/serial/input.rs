@@ -1,7 +1,7 @@
-//! Bytes to the guest.
+//! Input: bytes from the operator to the guest.
 //!
-//! A chunk is read when the source has one, and offered to the device. The rest for which the device has no room stays
-//! here, and nothing more is read until [`Input::resume`] reports room again. Meanwhile the terminal, pty or socket
+//! A chunk is read when the source has data, and offered to the device. Bytes for which the device has no space stay
+//! here, and nothing more is read until [`Input::resume`] reports space again. Meanwhile the terminal, pty or socket
 //! blocks the sender.
 
 use std::fs::File;
@@ -21,12 +21,12 @@ pub(super) const CHUNK_BYTES: usize = 1024;
 
 /// A device that a guest reads from.
 pub trait InputSink: Send + Sync {
-    /// Accepts the first of `bytes`, as many as there is room for, and returns their number. Never blocks.
+    /// Accepts as many of the first `bytes` as fit, and returns their number. Never blocks.
     fn accept(&self, bytes: &[u8]) -> usize;
 }
 
 struct Open {
-    // Before `file`, which it watches.
+    // Before `file`: a watch is dropped before the descriptor it watches.
     watch: Watch,
     file: File,
 }
@@ -44,7 +44,7 @@ pub(super) struct Input {
     state: Mutex<State>,
     /// Bytes wait for the device. Read without the lock by [`Input::resume`].
     is_paused: AtomicBool,
-    /// Disconnected when the source ends: the other half of a socket.
+    /// Disconnected when the source ends; used if the source is a socket, which is also the output.
     output: Option<Output>,
 }
 
@@ -61,7 +61,8 @@ impl Input {
     /// Reads from `file` from now on, and no longer from the previous source.
     ///
     /// # Errors
-    /// It cannot be watched. A file that is always ready is not read and is not an error: it has no typing user.
+    /// The source cannot be watched. A file that is always ready is not read, which is not an error: no user types into
+    /// it.
     pub(super) fn set_source(self: &Arc<Self>, file: OwnedFd, watcher: &Watcher) -> io::Result<()> {
         let this: Weak<Self> = Arc::downgrade(self);
         let file = File::from(file);
@@ -72,14 +73,14 @@ impl Input {
         Ok(())
     }
 
-    /// Passes input to `sink` from now on, waiting bytes first.
+    /// Passes input to `sink` from now on, starting with waiting bytes.
     pub(super) fn set_sink(&self, sink: Weak<dyn InputSink>) {
         let mut state = self.state();
         state.sink = Some(sink);
         self.offer(&mut state);
     }
 
-    /// Bytes that were read and that the device had no room for.
+    /// Bytes that were read but for which the device had no space.
     pub(super) fn waiting(&self) -> Vec<u8> {
         self.state().chunk.clone()
     }
@@ -91,7 +92,7 @@ impl Input {
         self.offer(&mut state);
     }
 
-    /// The device has room again. Cheap if no bytes are waiting.
+    /// The device has space again. Cheap if no bytes are waiting.
     pub(super) fn resume(&self) {
         if self.is_paused.load(Ordering::Acquire) {
             self.offer(&mut self.state());
@@ -125,7 +126,7 @@ impl Source for Input {
         let Some(open) = source else {
             return;
         };
-        // A hang-up is reported even while bytes wait; it will be reported again.
+        // A hang-up is reported even while bytes wait; epoll will report it again.
         if !chunk.is_empty() {
             return;
         }
@@ -158,7 +159,7 @@ pub(super) mod tests {
     use std::sync::Condvar;
     use std::time::Duration;
 
-    /// Accepts bytes while there is room.
+    /// Accepts bytes while it has space.
     #[derive(Default)]
     pub(in super::super) struct Device {
         state: Mutex<(Vec<u8>, usize)>,
@@ -215,7 +216,7 @@ pub(super) mod tests {
         theirs.write_all(b"abcdef").unwrap();
         device.wait_for(b"abc");
         device.add_room(100);
-        // The chunk may still be on its way to the queue.
+        // The chunk may not have reached the queue yet.
         while !input.is_paused.load(Ordering::Acquire) {
             std::thread::yield_now();
         }

@@ -1,7 +1,7 @@
 //! The thread that waits for terminals, pseudo-terminals and sockets.
 //!
-//! Every watch is one-shot: once a source is ready, it is not watched until it arms its watch again, which it may do
-//! from any thread. So a source whose consumer has no room costs nothing.
+//! Every watch is one-shot: once a source is ready, it is not watched until it rearms its watch, which it may do from
+//! any thread. So a source whose consumer has no space costs nothing.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -22,13 +22,13 @@ const STOP_TOKEN: u64 = 0;
 
 /// A source with a descriptor to wait for. `ready` runs on the manager's thread and must not block.
 pub(super) trait Source: Send + Sync {
-    /// The awaited event has occurred, or the other side has closed. The watch is no longer armed.
+    /// The awaited event occurred, or the other side closed. The watch is no longer armed.
     fn ready(&self);
 }
 
 struct Shared {
     epoll: Epoll,
-    /// Weak: a source owns its watch, and is gone when its owner drops it.
+    /// Weak: a source owns its watch and disappears when its owner drops it.
     sources: Mutex<BTreeMap<u64, Weak<dyn Source>>>,
     next_token: AtomicU64,
     stop: EventFd,
@@ -40,9 +40,8 @@ impl Shared {
     }
 }
 
-/// Owner of the thread, which is started with the first watch. Watches are made
-/// on the control thread only, so that the new thread does not inherit a
-/// vCPU's seccomp filter.
+/// Owner of the thread, which starts with the first watch. Watches are created only on the control thread, so that the
+/// new thread does not inherit a vCPU's seccomp filter.
 pub struct SerialManager {
     shared: Arc<Shared>,
     thread_start: ThreadStart,
@@ -52,10 +51,10 @@ pub struct SerialManager {
 virtio_devices::debug_fields!(SerialManager {});
 
 impl SerialManager {
-    /// No thread yet. `thread_start` is called first on it.
+    /// A manager without a thread. `thread_start` is called first on the thread.
     ///
     /// # Errors
-    /// No descriptors.
+    /// No descriptors are left.
     pub fn new(thread_start: ThreadStart) -> io::Result<Self> {
         let shared = Shared {
             epoll: Epoll::new()?,
@@ -75,7 +74,7 @@ impl SerialManager {
         })
     }
 
-    /// A handle that creates watches, once the thread runs.
+    /// Starts the thread if necessary and returns a handle that creates watches.
     ///
     /// # Errors
     /// The thread cannot be started.
@@ -127,7 +126,7 @@ fn run(shared: &Shared) {
             if event.data() == STOP_TOKEN {
                 return;
             }
-            // The table is not locked while a source works, because the source may be dropped there, and its watch with
+            // The table is not locked while a source runs, because the source may be dropped there, and its watch with
             // it.
             let source = shared.sources().get(&event.data()).and_then(Weak::upgrade);
             if let Some(source) = source {
@@ -142,11 +141,11 @@ fn run(shared: &Shared) {
 pub(super) struct Watcher(Arc<Shared>);
 
 impl Watcher {
-    /// Watches `fd` on behalf of `source`, not armed yet. `None` for a file that is always ready, for example on a
-    /// disk.
+    /// Watches `fd` on behalf of `source`; the watch is not armed yet. `None` for a file that is always ready, for
+    /// example on a disk.
     ///
     /// # Errors
-    /// The kernel rejected it.
+    /// The kernel rejected the descriptor.
     pub(super) fn watch(&self, fd: RawFd, source: Weak<dyn Source>) -> io::Result<Option<Watch>> {
         let token = self.0.next_token.fetch_add(1, Ordering::Relaxed);
         let unarmed = EpollEvent::new(EventSet::ONE_SHOT, token);
@@ -169,7 +168,7 @@ impl Watcher {
     }
 }
 
-/// A descriptor being watched; dropped before the descriptor is closed.
+/// A watched descriptor; must be dropped before the descriptor is closed.
 pub(super) struct Watch {
     shared: Arc<Shared>,
     fd: RawFd,

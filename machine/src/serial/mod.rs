@@ -4,13 +4,13 @@
 //!  vCPU ─ Uart ─┐            ┌─ Output ──► terminal, file, pty, socket client
 //!               ├─ Endpoint ─┤    ▲ backlog, when the reader is slow
 //!  console's  ──┘            └─ Input ◄── terminal, pty, socket client
-//!  worker                         │ what does not fit waits here
+//!  worker                         │ bytes that do not fit wait here
 //!                          serial-manager thread (epoll)
 //! ```
 //!
 //! Neither direction ever blocks a vCPU or the console's worker. Output that the other side does not accept is kept up
-//! to a limit, beyond which the oldest bytes are dropped and counted. Input that the guest does not accept stays with
-//! its source.
+//! to a limit; beyond it the oldest bytes are dropped and counted. Input that the guest does not accept stays with its
+//! source.
 
 mod endpoint;
 mod input;
@@ -44,7 +44,7 @@ pub enum SerialError {
     /// A mode that needs a path has none.
     #[error("Console mode {mode} needs a path")]
     MissingPath {
-        /// The mode, as the API spells it.
+        /// The mode's name in the API.
         mode: &'static str,
     },
     /// The file cannot be created or written.
@@ -71,7 +71,7 @@ pub enum SerialError {
     /// Standard input or output cannot be used.
     #[error("Cannot use the terminal")]
     Terminal(#[source] io::Error),
-    /// The thread that serves consoles cannot work.
+    /// The thread that serves consoles cannot start or watch.
     #[error("Cannot watch a console")]
     Manager(#[source] io::Error),
 }

@@ -1,7 +1,7 @@
-//! Bytes from the guest.
+//! Output: bytes from the guest to the operator.
 //!
-//! They are written at once if the other side accepts them. The rest goes into a bounded backlog that the manager's
-//! thread writes as soon as it can. A full backlog loses its oldest bytes, because the newest show why a guest crashed.
+//! Bytes are written at once if the other side accepts them. The rest goes into a bounded backlog that the manager's
+//! thread writes as soon as it can. A full backlog drops its oldest bytes, because the newest show why a guest crashed.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -17,16 +17,16 @@ use vmm_sys_util::epoll::EventSet;
 use super::manager::{Source, Watch, Watcher};
 use super::poll::is_writable;
 
-/// Maximum number of bytes that wait for a reader: some thousands of lines.
+/// Maximum number of bytes that wait for a reader: several thousand lines.
 pub const OUTPUT_BACKLOG_BYTES_MAX: usize = 256 << 10;
-/// How long the last bytes may take when an output is dropped.
+/// Maximum time to write the last bytes when an output is dropped.
 const LAST_WRITE_MAX: Duration = Duration::from_millis(250);
 /// Number of bytes that a writable pipe or socket accepts without blocking.
 const CAREFUL_WRITE_BYTES: usize = 512;
 
 /// The destination of bytes.
 pub(super) struct Sink {
-    // Before `file`, which it watches.
+    // Before `file`: a watch is dropped before the descriptor it watches.
     watch: Option<Watch>,
     file: File,
     /// The descriptor is shared with others and may block, so it is polled before each write.
@@ -84,7 +84,7 @@ enum Kind {
     Null,
     /// One permanent sink.
     Fixed,
-    /// Sinks change.
+    /// One client after another.
     Clients,
 }
 
@@ -124,8 +124,8 @@ impl Output {
         Self::new(Kind::Clients)
     }
 
-    /// Writes to `sink` from now on, the backlog first. `watcher` reports when it accepts more. Without one, bytes that
-    /// it does not accept at once wait for the next write.
+    /// Writes to `sink` from now on, the backlog first. `watcher` reports when the sink accepts more. Without a
+    /// watcher, bytes that the sink does not accept at once wait for the next write.
     ///
     /// # Errors
     /// The sink cannot be watched.
@@ -140,7 +140,7 @@ impl Output {
         Ok(())
     }
 
-    /// Disconnects the sink; bytes are kept for the next one.
+    /// Disconnects the sink; pending bytes are kept for the next one.
     pub(super) fn disconnect(&self) {
         self.0.state().sink = None;
     }
@@ -150,7 +150,7 @@ impl Output {
         self.0.kind == Kind::Null
     }
 
-    /// The descriptor itself, if it is permanent and may be written without polling first.
+    /// The descriptor, if it is permanent and may be written without polling first.
     ///
     /// # Errors
     /// It cannot be duplicated.
@@ -190,12 +190,12 @@ impl Queue {
             return;
         }
         let mut state = self.state();
-        // With a backlog and a watch, the manager's thread writes. Trying here too would cost two useless system calls
-        // per byte.
+        // With a backlog and a watch, the manager's thread writes. Trying here too would cost two unnecessary system
+        // calls per byte.
         if !state.backlog.is_empty() && !state.is_watched() {
             self.drain(&mut state);
         }
-        // The usual case: everything leaves with one system call.
+        // The common case: one system call writes everything.
         let mut rest = bytes;
         if state.backlog.is_empty()
             && let Some(sink) = &state.sink
@@ -213,7 +213,7 @@ impl Queue {
         }
     }
 
-    /// Appends to the backlog at the cost of its oldest bytes.
+    /// Appends to the backlog and drops its oldest bytes if it is full.
     fn keep(&self, backlog: &mut VecDeque<u8>, bytes: &[u8]) {
         let skipped = bytes.len().saturating_sub(OUTPUT_BACKLOG_BYTES_MAX);
         let bytes = &bytes[skipped..];
@@ -223,7 +223,7 @@ impl Queue {
         self.count_dropped(skipped + excess);
     }
 
-    /// Writes what the sink accepts, and waits for the sink if there is more.
+    /// Writes as much as the sink accepts, and waits for the sink if bytes remain.
     fn drain(&self, state: &mut State) {
         let State { sink, backlog } = state;
         let Some(open) = sink else {
@@ -242,7 +242,7 @@ impl Queue {
                     return;
                 }
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                    // The reader has gone; the next one gets what it has not read.
+                    // The reader has disconnected; the next one gets the unread bytes.
                     *sink = None;
                     return;
                 }
@@ -255,7 +255,7 @@ impl Queue {
                 }
             }
         }
-        // A long backlog was the exception; its memory is no longer needed.
+        // A long backlog is rare, so its memory is freed.
         backlog.shrink_to_fit();
     }
 

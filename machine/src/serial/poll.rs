@@ -1,11 +1,11 @@
-//! Checks whether a descriptor accepts bytes now.
+//! Checks whether a descriptor is writable.
 #![allow(unsafe_code)]
 // UNSAFETY: poll has no safe wrapper.
 
 use std::os::fd::RawFd;
 use std::time::Duration;
 
-/// Whether `fd` accepts bytes within `timeout`, or reports an error when written.
+/// Whether `fd` accepts bytes within `timeout`, or would report an error on a write.
 pub(super) fn is_writable(fd: RawFd, timeout: Duration) -> bool {
     let mut poll = libc::pollfd {
         fd,

@@ -27,7 +27,7 @@ pub(super) struct Pty {
 }
 
 impl Pty {
-    /// Opens one that passes bytes through unchanged.
+    /// Opens a pseudo-terminal that passes bytes through unchanged.
     pub(super) fn open() -> io::Result<Self> {
         let master = File::options()
             .read(true)

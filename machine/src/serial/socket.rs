@@ -29,7 +29,7 @@ impl ConsoleSocket {
     /// Listens on `path`. A stale socket without a listener is replaced.
     ///
     /// # Errors
-    /// The path is something else, or a socket with a listener.
+    /// The path is not a socket, or another process listens on it.
     pub(super) fn listen(
         path: &Path,
         watcher: Watcher,
@@ -64,8 +64,8 @@ impl ConsoleSocket {
 impl Source for ConsoleSocket {
     fn ready(&self) {
         match self.listener.accept() {
-            // It replaces the current client, which sees the end of the stream: an operator whose connection hangs must
-            // be able to reconnect.
+            // The new client replaces the current one, which sees the end of the stream: an operator whose connection
+            // hangs must be able to reconnect.
             Ok(client) => {
                 if let Err(error) = self.connect(client) {
                     log::warn!("{}: client lost: {error}", self.listener.path().display());

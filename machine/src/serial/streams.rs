@@ -1,4 +1,4 @@
-//! An endpoint as a pair of descriptors, for a device with a thread of its own.
+//! An endpoint as a pair of descriptors, for a device with its own thread.
 //!
 //! ```text
 //!  device's worker ◄── socket pair ◄── PipeSink ◄── Input
@@ -6,7 +6,7 @@
 //!                  ──► socket pair ──► Input ──► OutputSink ──► Output
 //! ```
 //!
-//! The second form of output handles what a descriptor alone cannot: changing clients, and a standard output that
+//! The second kind of output handles what a descriptor alone cannot: changing clients, and a standard output that
 //! blocks.
 
 use std::fs::File;
@@ -22,7 +22,7 @@ use super::input::Input;
 use super::manager::{Source, Watch, Watcher};
 use super::{InputSink, Output};
 
-/// The parts that keep a device's descriptors alive.
+/// The parts behind a device's descriptors; they must live as long as the device.
 pub(super) struct Streams {
     input: Option<Arc<PipeSink>>,
     output: Option<OutputStream>,
@@ -37,7 +37,7 @@ impl Streams {
     /// Streams from and to the given halves of an endpoint.
     ///
     /// # Errors
-    /// No descriptors.
+    /// No descriptors are left.
     pub(super) fn new(
         output: &Output,
         input: Option<&Arc<Input>>,
@@ -59,7 +59,7 @@ impl Streams {
     /// Connects `input` to a new device and returns the descriptors for it.
     ///
     /// # Errors
-    /// No descriptors.
+    /// No descriptors are left.
     pub(super) fn connect(&self, input: Option<&Arc<Input>>) -> io::Result<ConsoleEndpoint> {
         let read = match (&self.input, input) {
             (Some(pipe), Some(input)) => {
@@ -99,7 +99,7 @@ fn nonblocking_pair() -> io::Result<(UnixStream, UnixStream)> {
     Ok((reader, writer))
 }
 
-/// Passes a device's output on; there is always room, at least in the backlog.
+/// Passes a device's output on. There is always space, at least in the backlog.
 struct OutputSink(Output);
 
 impl InputSink for OutputSink {
@@ -109,9 +109,9 @@ impl InputSink for OutputSink {
     }
 }
 
-/// Passes input on to a device, as much as the sockets hold.
+/// Passes input on to a device, as much as the sockets can hold.
 struct PipeSink {
-    // Before `writer`, which it watches.
+    // Before `writer`: a watch is dropped before the descriptor it watches.
     watch: OnceLock<Watch>,
     writer: UnixStream,
     reader: OwnedFd,
@@ -179,7 +179,7 @@ mod tests {
         let (ours, mut operator) = UnixStream::pair().unwrap();
         input.set_source(ours.into(), &watcher).unwrap();
 
-        // More than all sockets on the way can hold: the operator must wait.
+        // More than all sockets on the path can hold: the operator must wait.
         let sent: Vec<u8> = (0..2_000_000_u32).map(|i| (i % 253) as u8).collect();
         let expected = sent.clone();
         let writer = std::thread::spawn(move || operator.write_all(&sent));

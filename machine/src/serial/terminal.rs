@@ -30,8 +30,8 @@ pub fn restore_terminal() {
         return;
     };
     if IS_RAW.swap(false, Ordering::AcqRel) {
-        // SAFETY: `attributes` is a valid termios of static life; the call reads
-        // it. A descriptor that is closed by now is an error it returns.
+        // SAFETY: `attributes` is a valid termios of static lifetime that the call only reads. For a closed descriptor
+        // the call returns an error.
         unsafe { libc::tcsetattr(saved.fd, libc::TCSANOW, &raw const saved.attributes) };
     }
 }
@@ -40,7 +40,7 @@ extern "C" fn restore_at_exit() {
     restore_terminal();
 }
 
-/// While it lives, key presses go to the guest one by one and unprocessed.
+/// While it exists, key presses go to the guest one by one and unprocessed.
 #[derive(Debug)]
 pub(super) struct RawMode;
 
@@ -85,7 +85,7 @@ impl Drop for RawMode {
 }
 
 fn restore_on_exit_and_panic() {
-    // SAFETY: the function is of static life and may run on any thread.
+    // SAFETY: the function has static lifetime and may run on any thread.
     if unsafe { libc::atexit(restore_at_exit) } != 0 {
         log::warn!("The terminal will not be restored if the program exits early");
     }
@@ -106,7 +106,8 @@ fn attributes(fd: RawFd) -> io::Result<libc::termios> {
     Ok(unsafe { attributes.assume_init() })
 }
 
-/// Raw input like `cfmakeraw`; output is left alone, so that the VMM's own messages still start at the left.
+/// Raw input as with `cfmakeraw`; output processing is unchanged, so that the VMM's own messages still start at the
+/// left margin.
 fn make_raw(attributes: &mut libc::termios) {
     let output = attributes.c_oflag;
     // SAFETY: changes the fields of a valid termios.
@@ -126,10 +127,10 @@ pub(super) fn make_transparent(terminal: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether this process may use the terminal without being stopped. A terminal that is not its controlling terminal
+/// Whether this process may use the terminal without being stopped. A terminal that is not the controlling terminal
 /// reports no foreground group and stops no process.
 fn is_foreground(terminal: RawFd) -> bool {
-    // SAFETY: both take and return plain numbers.
+    // SAFETY: both calls take and return plain numbers.
     let (foreground, ours) = unsafe { (libc::tcgetpgrp(terminal), libc::getpgrp()) };
     foreground == -1 || foreground == ours
 }
@@ -174,7 +175,7 @@ mod tests {
     fn raw_mode_is_entered_once_and_left_on_drop() {
         let pty = Pty::open().unwrap();
         let fd = pty.slave.as_raw_fd();
-        // A pty of ours is transparent; make it a cooked terminal again.
+        // Our ptys are transparent; make this one a cooked terminal again.
         let mut cooked = attributes(fd).unwrap();
         cooked.c_lflag |= libc::ICANON | libc::ECHO | libc::ISIG;
         cooked.c_oflag |= libc::OPOST;

@@ -1,4 +1,4 @@
-//! The 16550 on the port bus.
+//! The 16550 serial port on the port bus.
 
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -56,7 +56,7 @@ pub struct UartState {
     pub scratch: u8,
     /// Received but not read by the guest.
     pub fifo: Bytes,
-    /// Typed, but without room in the FIFO.
+    /// Typed, but not yet in the FIFO because it is full.
     pub waiting: Bytes,
 }
 
@@ -87,8 +87,8 @@ impl Uart {
         uart
     }
 
-    /// Registers and input that the guest has not read. No input may arrive meanwhile; otherwise it is either in the
-    /// state, or comes later, but not both.
+    /// Registers and input that the guest has not read. No input may arrive during the call; otherwise it would be in
+    /// the state or come later, but not both.
     pub fn state(&self) -> UartState {
         let serial = self.serial().state();
         UartState {
@@ -146,7 +146,7 @@ impl Uart {
         Ok(())
     }
 
-    /// Interrupts that the host rejected because of what the guest programmed.
+    /// Number of interrupts that the host rejected because of what the guest programmed.
     pub fn lost_interrupts(&self) -> u64 {
         self.lost_interrupts.load(Ordering::Relaxed)
     }
@@ -155,14 +155,14 @@ impl Uart {
         self.serial.lock().unpoisoned()
     }
 
-    /// The output never fails, and a full FIFO is checked for before, so only errors of the interrupt remain.
+    /// The output never fails, and the caller checks for a full FIFO, so only interrupt errors remain.
     fn count<T>(&self, result: &Result<T, Error<io::Error>>) {
         if result.is_err() {
             self.lost_interrupts.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// A register as a 16550 has it. vm-superio ends the interrupt for received data with the first byte read; real
+    /// Reads a register as a 16550 does. vm-superio ends the received-data interrupt with the first byte read; real
     /// hardware ends it when the FIFO is empty (PC16550D, 8.5). Linux reads at most 256 bytes per check of the
     /// identification, and would leave the rest until more arrives.
     fn read_register(serial: &mut Serial<IrqLine, NoEvents, Output>, register: u8) -> u8 {
@@ -205,7 +205,7 @@ impl BusDevice for Uart {
             self.count(&serial.write(register, *byte));
         }
         drop(serial);
-        // In loopback no input is accepted, and loopback may have just ended.
+        // No input is accepted in loopback mode, which may have just ended.
         if (offset..offset + data.len() as u64).contains(&MODEM_CONTROL) {
             self.endpoint.resume_input();
         }

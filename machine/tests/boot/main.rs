@@ -1,4 +1,4 @@
-//! From a payload file to a running vCPU, without devices.
+//! Boots a payload from its file to a running vCPU, without devices.
 
 mod images;
 mod payload;

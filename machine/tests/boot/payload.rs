@@ -174,7 +174,7 @@ fn payload_garbage_is_of_unknown_format() {
     }
 }
 
-/// A Linux program can have any load address; that is not the error to report.
+/// A Linux program may have any load address; that must not be the reported error.
 #[test]
 fn payload_program_for_linux_has_no_pvh_note() {
     let program = std::env::current_exe().expect("this test");

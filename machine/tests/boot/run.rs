@@ -1,6 +1,6 @@
 //! Payloads of a few instructions, run on this host's KVM through loader and vCPU threads.
 //!
-//! Without a usable KVM the tests print the reason and pass; they then show nothing.
+//! Without a usable KVM the tests print the reason and pass without testing anything.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -63,7 +63,7 @@ impl VmExitHandler for Recorder {
 }
 
 struct Machine {
-    // In the order of dropping: threads first, then the parts that they use.
+    // Drop order: threads first, then the parts that they use.
     vcpus: Vcpus,
     _slots: RamSlots,
     recorder: Arc<Recorder>,
@@ -267,7 +267,7 @@ fn pause_guest_that_reads_ports_without_end_makes_no_more_accesses() {
     }
 }
 
-/// Without a handler the interrupt is a triple fault, and the second vCPU was never started.
+/// Without a handler, the interrupt causes a triple fault. The second vCPU was never started.
 #[test]
 fn nmi_reaches_the_vcpu_that_runs_and_leaves_others_asleep() {
     #[rustfmt::skip]

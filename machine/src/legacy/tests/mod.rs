@@ -1,4 +1,4 @@
-//! Every device against random accesses, and helpers for them.
+//! Random accesses to every device, and helpers for them.
 
 mod state;
 

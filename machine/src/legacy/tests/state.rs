@@ -85,7 +85,7 @@ fn ioapic_saved_and_restored_routes_level_pins_and_waits_for_their_end() {
         1,
         "the level pin"
     );
-    // Busy until the guest ends it, as before.
+    // The pin stays busy until the guest ends the interrupt, as before.
     second.line(9).unwrap().trigger().unwrap();
     assert!(backend.notes().messages.is_empty());
     second.end_of_interrupt(0x29);

@@ -4,7 +4,7 @@ use state::{Saved, State};
 use super::*;
 use virtio_devices::reclaim::{DiscardEngine, Expected, GuestRange, ResidencyProbe};
 
-/// Only tests put a table into an envelope of its own.
+/// Only the tests wrap a table in its own envelope.
 impl State for ZoneContentState {
     const PART: Part = PART;
 }
@@ -43,7 +43,7 @@ fn content(memory: &GuestMemory) -> Vec<u8> {
     bytes
 }
 
-/// Pages with data: at the borders of chunks and zones, and one of zeros.
+/// Pages with data at the borders of chunks and zones, and one page of zeros.
 fn filled() -> GuestMemory {
     let memory = memory();
     for page in [0, 1, 511, 512, 1700, 1791, 1792, 2303, 2304, 3583] {
@@ -111,7 +111,7 @@ fn holes_that_a_copy_of_the_file_lost_stay_absent() {
     for (file, _) in &mut files {
         let mut bytes = vec![0; 7 * MIB as usize];
         file.read_exact_at(&mut bytes, 0).unwrap();
-        // What is in no page of the table does not matter.
+        // Bytes outside the listed pages do not matter.
         bytes[5 * PAGE] = 1;
         file.write_all_at(&bytes, 0).unwrap();
     }

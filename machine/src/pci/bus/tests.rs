@@ -18,7 +18,7 @@ struct Guest {
     mmio: Arc<Bus>,
     ports: Bus,
     segments: PciSegments,
-    /// That of segment 0.
+    /// The bus of segment 0.
     pci: Arc<PciBus>,
     doorbells: Arc<FakeDoorbells>,
 }
@@ -108,7 +108,7 @@ fn slots_wished_for_are_left_to_who_wishes_for_them() {
     assert_eq!(add(None).unwrap().slot, 2);
     assert_eq!(add(None).unwrap().slot, 4);
     assert_eq!(add(Some(3)).unwrap().slot, 3);
-    // Instead of none.
+    // Reserved slot 1 is assigned once no other slot is free.
     while let Ok(bdf) = add(None) {
         assert!(bdf.slot == 1 || bdf.slot > 4);
     }
@@ -236,7 +236,7 @@ fn bar_outside_the_windows_or_over_another_does_not_answer() {
     guest.ecam_write(2, 0x10, ECAM_BASE as u32);
     assert_eq!(guest.doorbells().len(), 1);
     assert_eq!(guest.ecam_read(0, 0), 0x0d57_8086);
-    // And back.
+    // Back to a valid address.
     guest.ecam_write(2, 0x10, BAR_BYTES as u32);
     guest.ecam_write(2, 0x14, 1);
     assert_eq!(guest.doorbells().len(), 2);
@@ -252,7 +252,7 @@ fn bar_refused_for_another_answers_when_that_one_moves_away_or_goes() {
     }
     let first = MMIO64_BASE + DOORBELL_OFFSET;
     let second = first + BAR_BYTES;
-    // Two functions swap addresses: for a moment the first is over the second.
+    // Two functions swap addresses: temporarily the first overlaps the second.
     guest.ecam_write(1, 0x10, BAR_BYTES as u32);
     assert!(!guest.doorbells().contains(&first));
     guest.ecam_write(2, 0x10, 0);

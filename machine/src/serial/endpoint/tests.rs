@@ -1,4 +1,4 @@
-//! Each kind of endpoint from the operator's side.
+//! Tests each kind of endpoint from the operator's side.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
