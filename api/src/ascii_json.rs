@@ -1,8 +1,8 @@
 //! JSON in pure ASCII.
 //!
-//! Upstream's client reads a response in 256-byte blocks and decodes each block as UTF-8 on its own, so a multi-byte
-//! character that straddles two blocks makes it panic. Every body the VMM sends is therefore written with `\uXXXX`
-//! escapes instead of raw non-ASCII characters. Any JSON reader gives back the same strings.
+//! Upstream's client reads a response in 256-byte blocks and decodes each block as UTF-8 separately, so it panics at a
+//! multi-byte character that spans two blocks. Every body the VMM sends is therefore written with `\uXXXX` escapes
+//! instead of raw non-ASCII characters. Any JSON parser decodes them to the same strings.
 
 use std::io::{self, Write};
 
@@ -12,14 +12,14 @@ use serde_json::ser::Formatter;
 /// Serializes `value` as compact JSON that contains only ASCII bytes.
 ///
 /// # Errors
-/// Whatever the type's own `Serialize` reports; the types of this crate never fail.
+/// The type's `Serialize` fails; those of this crate never do.
 pub fn to_ascii_json<T: Serialize + ?Sized>(value: &T) -> serde_json::Result<String> {
     let mut bytes = Vec::with_capacity(256);
     value.serialize(&mut serde_json::Serializer::with_formatter(
         &mut bytes,
         AsciiFormatter,
     ))?;
-    // ASCII is valid UTF-8, so the lossy conversion has nothing to replace and needs no second error path.
+    // ASCII is valid UTF-8, so the lossy conversion replaces nothing and avoids a second error path.
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
@@ -38,7 +38,7 @@ impl Formatter for AsciiFormatter {
                 writer.write_all(&[character as u8])?;
                 continue;
             }
-            // A character outside the basic plane becomes a surrogate pair, as RFC 8259 section 7 asks.
+            // A character outside the basic plane becomes a surrogate pair, as RFC 8259 section 7 requires.
             for unit in character.encode_utf16(&mut units) {
                 write!(writer, "\\u{unit:04x}")?;
             }

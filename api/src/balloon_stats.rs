@@ -1,4 +1,4 @@
-//! `GET /vm.balloon-stats`: what the guest says about its own memory.
+//! `GET /vm.balloon-stats`: the guest's statistics of its own memory.
 
 use device_facts::BalloonStats;
 use schemars::JsonSchema;

@@ -1,7 +1,7 @@
 //! Lists and sections of a request, bounded while they are read.
 //!
-//! A few bytes of JSON can become a large structure: `{}` stands for a disk of some 400 bytes. A list that is longer
-//! than any that makes sense is refused at its first item too many, so the rest is never built.
+//! A few bytes of JSON can become a large structure: `{}` becomes a disk configuration of some 400 bytes. A list is
+//! therefore rejected at the first item beyond its limit, and the rest is never built.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -9,9 +9,10 @@ use std::marker::PhantomData;
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Value};
 
-/// Most items in a list: as many as Linux supports CPUs (`NR_CPUS`), the longest list that makes sense.
+/// Maximum number of items in a list: the number of CPUs that Linux supports (`NR_CPUS`), because lists of CPUs are the
+/// longest useful lists.
 pub(crate) const ITEMS_MAX: usize = 8192;
-/// Most values in a section that is kept as it came.
+/// Maximum number of values in a section that is stored unparsed.
 const SECTION_VALUES_MAX: usize = 1024;
 
 /// A list, for `deserialize_with`.
@@ -72,7 +73,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for Items<T> {
     }
 }
 
-/// Reads any value, and counts the values that are left.
+/// Reads any value and decrements the number of values still allowed.
 struct AnyValue<'a>(&'a mut usize);
 
 impl AnyValue<'_> {
@@ -166,7 +167,7 @@ mod tests {
             error.starts_with("a list must have at most 8192 items"),
             "{error}"
         );
-        // What follows is not looked at.
+        // The rest of the body is not parsed.
         let open = disks(ITEMS_MAX + 1).replace("]}", ",nonsense");
         assert!(read(&open).unwrap_err().starts_with("a list must have"));
     }

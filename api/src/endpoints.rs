@@ -1,23 +1,23 @@
 //! The table of all endpoints of the API.
 //!
-//! The server's routes and failure texts, the client's calls, the commands of `ch-remote` and the test of the OpenAPI
-//! file all come from this table. The server matches on [`Endpoint`] without a catch-all arm, so a row added here does
-//! not compile until it is served. The comment of a row is the help text of its command.
+//! The server's routes and error messages, the client's calls, the commands of `ch-remote` and the test of the OpenAPI
+//! file are all derived from this table. The server matches on [`Endpoint`] without a catch-all arm, so a new row does
+//! not compile until the server implements it. The comment of a row is the help text of its command.
 
-/// What every path starts with.
+/// Prefix of every path.
 pub const API_PREFIX: &str = "/api/v1/";
 
-/// The two methods the API knows.
+/// The methods of the API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Method {
-    /// Reads.
+    /// Reads state.
     Get,
-    /// Acts.
+    /// Performs an action.
     Put,
 }
 
 impl Method {
-    /// The method as it is written on the wire.
+    /// The method's name on the wire.
     pub const fn as_str(self) -> &'static str {
         match self {
             Self::Get => "GET",
@@ -26,12 +26,12 @@ impl Method {
     }
 }
 
-/// Who defined an endpoint.
+/// The project that defined an endpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
-    /// Cloud Hypervisor. Unknown keys in a body are ignored, as they are there.
+    /// Cloud Hypervisor. Unknown keys in a body are ignored, as in upstream.
     Upstream,
-    /// This project. Unknown keys in a body are refused by name.
+    /// This project. Unknown keys in a body are rejected by name.
     Ours,
 }
 
@@ -52,17 +52,17 @@ macro_rules! endpoints {
             /// Every endpoint.
             pub const ALL: &[Self] = &[$(Self::$variant),*];
 
-            /// What it does, in a sentence.
+            /// A one-sentence description.
             pub const fn about(self) -> &'static str {
                 match self { $(Self::$variant => $doc.trim_ascii(),)* }
             }
 
-            /// Who defined it.
+            /// The project that defined it.
             pub const fn origin(self) -> Origin {
                 match self { $(Self::$variant => Origin::$origin,)* }
             }
 
-            /// How it is called.
+            /// Its method.
             pub const fn method(self) -> Method {
                 match self { $(Self::$variant => Method::$method,)* }
             }
@@ -72,12 +72,12 @@ macro_rules! endpoints {
                 match self { $(Self::$variant => $name,)* }
             }
 
-            /// The schema of the body it needs; `None` when it refuses one.
+            /// The schema of the request body; `None` if a body is rejected.
             pub const fn request(self) -> Option<&'static str> {
                 match self { $(Self::$variant => $request,)* }
             }
 
-            /// The schema of the body it answers with; `None` when it answers without one.
+            /// The schema of the response body; `None` if the response has no body.
             pub const fn response(self) -> Option<&'static str> {
                 match self { $(Self::$variant => $response,)* }
             }
@@ -87,7 +87,7 @@ macro_rules! endpoints {
                 match self { $(Self::$variant => $command,)* }
             }
 
-            /// What the answer says when it failed; users match on upstream's texts.
+            /// The error message on failure. The texts are upstream's, because users match on them.
             pub const fn failure(self) -> &'static str {
                 match self { $(Self::$variant => $failure,)* }
             }
@@ -223,8 +223,7 @@ endpoints! {
 }
 
 impl Endpoint {
-    /// The endpoints at `path`, one for each method it takes: a wrong method is answered differently from an unknown
-    /// path.
+    /// The endpoints at `path`, one per supported method: a wrong method and an unknown path are different errors.
     pub fn at_path(path: &str) -> impl Iterator<Item = Self> {
         let name = path.strip_prefix(API_PREFIX);
         Self::ALL
@@ -238,8 +237,8 @@ impl Endpoint {
         format!("{API_PREFIX}{}", self.name())
     }
 
-    /// The status of success: 200 with a body, 204 without one. `vmm.shutdown` has no body and still answers 200, as
-    /// upstream's does.
+    /// The status of success: 200 with a body, 204 without one. `vmm.shutdown` returns 200 without a body, as in
+    /// upstream.
     pub const fn success_status(self) -> u16 {
         match (self, self.response()) {
             (Self::VmmShutdown, _) | (_, Some(_)) => 200,
@@ -249,7 +248,8 @@ impl Endpoint {
 }
 
 impl Endpoint {
-    /// Whether it adds a device. A VM that does not run has no place for one yet, so there the answer of success is 204.
+    /// Whether it adds a device. In a VM that is not running, a new device has no address yet, so the success status is
+    /// 204.
     pub const fn adds_device(self) -> bool {
         matches!(
             self,

@@ -1,7 +1,7 @@
-//! The error body and the one function that turns an error into it.
+//! The error body, and the conversion of errors to it.
 //!
-//! A failed request is answered with a JSON array of strings: the chain of causes, outermost first. Both binaries
-//! print the same chain on standard error, so there is exactly one place that walks it.
+//! The response to a failed request is a JSON array of strings: the chain of causes, outermost first. Programs print
+//! the same chain on standard error, so only this file walks it.
 
 use std::error::Error;
 
@@ -9,7 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-/// Most links of a chain that are shown. A chain longer than this is a cycle or a bug, never information.
+/// Maximum number of links of a chain that are shown. A longer chain is a cycle or another bug.
 const CHAIN_LINKS_MAX: usize = 32;
 
 /// The body of every 4xx and 5xx response: the chain of causes, outermost first.
@@ -24,7 +24,7 @@ impl ErrorBody {
         Self(error_chain(error))
     }
 
-    /// The body upstream sends for a path it does not know.
+    /// The body that upstream sends for an unknown path.
     pub fn not_found() -> Self {
         Self(vec!["Not Found".to_owned()])
     }
@@ -32,7 +32,7 @@ impl ErrorBody {
 
 /// The texts of `error` and of all its sources, outermost first.
 ///
-/// An error type tells its own layer in `Display` and names its cause as the source, so no text appears twice.
+/// An error type describes its own layer in `Display` and returns its cause as the source, so no text appears twice.
 pub fn error_chain(error: &(dyn Error + 'static)) -> Vec<String> {
     std::iter::successors(Some(error), |&link| link.source())
         .take(CHAIN_LINKS_MAX)
@@ -40,7 +40,7 @@ pub fn error_chain(error: &(dyn Error + 'static)) -> Vec<String> {
         .collect()
 }
 
-/// What a program prints on standard error when `error` ends it, without a last line break.
+/// The message that a program prints on standard error when it exits because of `error`, without a final line break.
 ///
 /// `program` is the name as upstream spells it there: `Cloud Hypervisor`, `ch-remote`.
 pub fn chain_report(program: &str, error: &(dyn Error + 'static)) -> String {

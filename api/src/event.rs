@@ -1,7 +1,7 @@
 //! Records of the event monitor (`--event-monitor`).
 //!
-//! Each record is one pretty-printed JSON object followed by an empty line. Readers split on the empty line or feed
-//! the stream to a concatenated-JSON parser; both work.
+//! Each record is one pretty-printed JSON object followed by an empty line. Readers can split the stream at empty lines
+//! or use a parser for concatenated JSON.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -43,7 +43,7 @@ pub struct Event {
 impl Event {
     /// The bytes written to the monitor: pretty JSON, then an empty line.
     pub fn to_record(&self) -> String {
-        // A struct of strings and integers has no way to fail; an empty record would still keep the stream readable.
+        // Serializing strings and integers cannot fail; an empty record would still keep the stream readable.
         let mut record = serde_json::to_string_pretty(self).unwrap_or_default();
         record.push_str("\n\n");
         record

@@ -40,8 +40,8 @@ pub struct HintingStatus {
 /// The part of `GET /vm.reclaim-stats` that is about hinting.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub struct HintingReport {
-    /// Where it stands.
+    /// Its state.
     pub hinting: HintingStatus,
-    /// What it gave back.
+    /// The memory it returned.
     pub hint: ReclaimPath,
 }

@@ -1,4 +1,4 @@
-//! Bodies of the requests that add and remove devices. What is added is a section of the configuration.
+//! Bodies of the requests that add and remove devices. The body of an added device is its section of the configuration.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -1,4 +1,4 @@
-//! Answers that describe the VMM and the VM.
+//! Responses that describe the VMM and the VM.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -1,14 +1,14 @@
-//! The contract: everything that crosses the API socket, and nothing else.
+//! The API contract: everything that crosses the API socket, and nothing else.
 //!
-//! This crate holds the wire types of the REST API (serde and schema), the syntax of the command line options that produce
-//! them, the table of endpoints, and a small synchronous client. The VMM, `ch-remote` and the fleet manager all speak
-//! through these types, so a field exists once. What the devices know as well comes from `device-facts`, below both. The crate
-//! starts no thread.
+//! This crate holds the wire types of the REST API (serde and schema), the syntax of the command line options that
+//! produce them, the table of endpoints, and a small synchronous client. The VMM, `ch-remote` and the fleet manager use
+//! the same types, so each field is defined once. Facts that the devices need as well are in `device-facts`, on which
+//! both depend. The crate starts no thread.
 //!
-//! Conventions of the wire, which are Cloud Hypervisor's:
+//! Conventions of the wire format, which are Cloud Hypervisor's:
 //! - sizes are bytes as `u64`, durations carry their unit in the name;
-//! - unknown fields are ignored on input to upstream's endpoints and refused by name on input to ours ([`Origin`]);
-//! - an unset optional field is left out on output;
+//! - upstream's endpoints ignore unknown fields in requests, and ours reject them by name ([`Origin`]);
+//! - an unset optional field is omitted on output;
 //! - new fields may appear, an existing field never changes its meaning.
 
 mod ascii_json;
@@ -68,5 +68,5 @@ pub use thresholds::{
 #[doc = include_str!("../README.md")]
 struct Readme;
 
-/// The OpenAPI description of what is served.
+/// The OpenAPI description of the API.
 pub const OPENAPI_YAML: &str = include_str!("../openapi/cloud-hypervisor.yaml");

@@ -1,8 +1,8 @@
-//! `GET /vm.reclaim-stats`: how much memory came back to the host, and how.
+//! `GET /vm.reclaim-stats`: how much memory returned to the host, and how.
 //!
-//! Three figures describe the same memory from three sides and must not be added up: *ballooned* is what the guest
-//! gave up, *reported* (`report.requested_bytes`) is what it offered over time, *reclaimed* is what is not resident on
-//! the host right now. Only the last one is measured from the page tables.
+//! Three figures describe overlapping memory and must not be added up: *ballooned* is memory that the guest put into
+//! the balloon, *reported* (`report.requested_bytes`) is memory that it offered over time, and *reclaimed* is memory
+//! that is not resident on the host now. Only the last one is measured from the page tables.
 
 use std::collections::BTreeMap;
 
@@ -152,7 +152,7 @@ pub struct ReclaimPath {
 }
 
 impl ReclaimPath {
-    /// Bytes left alone for any reason.
+    /// Bytes skipped for any reason.
     pub fn skipped_bytes_total(&self) -> u64 {
         self.skipped_bytes
             .values()

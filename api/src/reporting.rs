@@ -1,4 +1,4 @@
-//! `PUT /vm.balloon-reporting`: pausing and resuming free page reporting, and asking for a report of everything.
+//! `PUT /vm.balloon-reporting`: pauses and resumes free page reporting, and requests a full report.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

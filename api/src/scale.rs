@@ -1,7 +1,7 @@
-//! Numbers of bytes in a unit that people can read.
+//! Formats numbers of bytes with a readable unit.
 
-/// `bytes` in the smallest of `units` that leaves three digits before the point, rounding included, or else in the last.
-/// Each unit is 1024 times the one before; the first is the byte.
+/// `bytes` in the smallest of `units` that leaves at most three digits before the decimal point after rounding, or in
+/// the last unit. The first unit is the byte; each is 1024 times the previous one.
 #[must_use]
 pub fn scale_bytes<'a>(bytes: u64, units: &[&'a str]) -> (f64, &'a str) {
     let mut amount = bytes as f64;

@@ -3,9 +3,9 @@
 use schemars::JsonSchema;
 use serde_json::Value;
 
-/// Words less alike than this are different words and not a misspelling. The bound is clap's.
+/// Minimum similarity of a misspelling to the known word, the same as clap's.
 const SIMILARITY_MIN: f64 = 0.7;
-/// No word of ours is longer, and a comparison takes time.
+/// Maximum length of a compared word. No known word is longer, and the limit bounds the time of a comparison.
 const WORD_BYTES_MAX: usize = 64;
 
 /// The known word that resembles `word` most, if one does.
@@ -21,28 +21,28 @@ pub(crate) fn similar<'a>(word: &str, known: impl IntoIterator<Item = &'a str>) 
     best.map(|(_, known)| known)
 }
 
-/// The end of a message about a word: ` (did you mean "size"?)`, or nothing.
+/// A suggestion to append to a message, such as ` (did you mean "size"?)`, or an empty string.
 pub(crate) fn did_you_mean(similar: Option<&str>) -> String {
     similar
         .map(|known| format!(" (did you mean {known:?}?)"))
         .unwrap_or_default()
 }
 
-/// The end of serde's message about a key or a word that it does not know, which lists those that it knows; empty for
-/// other messages.
+/// A suggestion to append to serde's message about an unknown key or word, which lists the known ones; empty for other
+/// messages.
 pub fn suggestion(message: &str) -> String {
     let kinds = ["unknown field `", "unknown variant `"];
     let rest = kinds
         .iter()
         .find_map(|kind| message.split_once(kind))
         .map(|(_, rest)| rest);
-    // Each word stands between backticks.
+    // Each word is enclosed in backticks.
     let mut words = rest.unwrap_or_default().split('`').step_by(2);
     let word = words.next().unwrap_or_default();
     did_you_mean(similar(word, words))
 }
 
-/// The end of a message about a key that `T` does not have, at any depth.
+/// A suggestion to append to a message about a key that `T` does not have, at any depth.
 pub fn suggestion_for<T: JsonSchema>(key: &str) -> String {
     let schema = schemars::schema_for!(T);
     let mut known = Vec::new();

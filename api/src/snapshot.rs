@@ -1,4 +1,4 @@
-//! Body of `PUT /vm.snapshot`. That of `PUT /vm.restore` is [`crate::config::RestoreConfig`].
+//! Body of `PUT /vm.snapshot`. The body of `PUT /vm.restore` is [`crate::config::RestoreConfig`].
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};

@@ -1,8 +1,8 @@
-//! `GET` and `PUT /vm.reclaim-thresholds`: what the operator wants to be told, and how the guest shall report.
+//! `GET` and `PUT /vm.reclaim-thresholds`: alerts, and the policy for the guest's reporting.
 //!
-//! Alerts are named rules on one figure each. What crosses a rule's values is told once on the event monitor and shows
-//! in the answer. The reporting policy is for guests that can be told how to report; the answer says whether this guest
-//! can.
+//! Alerts are named rules on one figure each. When a figure crosses a rule's values, the event monitor reports it once,
+//! and the response shows the new state. The reporting policy needs a guest that supports it; the response shows
+//! whether this guest does.
 
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
@@ -98,7 +98,7 @@ pub struct ReportingPolicyStatus {
 }
 
 impl ReportingPolicyStatus {
-    /// The default policy, and a guest that does not follow it; one setting stands for all.
+    /// The default policy, and a guest that does not follow it. For brevity, it has only one setting.
     fn example() -> Self {
         let reason = "the guest's driver does not take VIRTIO_BALLOON_F_REPORTING_POLICY";
         let not_followed = SettingStatus {
@@ -190,8 +190,8 @@ impl ReclaimThresholdsChange {
         )
     }
 
-    /// Reads one `--set`: an alert when there is a `name`, else settings of the policy. Values and bytes take the
-    /// suffixes of sizes.
+    /// Reads one `--set`: an alert if there is a `name`, otherwise settings of the policy. Values and bytes accept size
+    /// suffixes.
     ///
     /// # Errors
     /// An unknown key, a malformed value, or keys of both kinds.
@@ -225,7 +225,7 @@ impl ReclaimThresholdsChange {
         })
     }
 
-    /// Adds another change; where both set the same thing, the other one wins.
+    /// Adds another change, which takes precedence if both set the same thing.
     pub fn extend(&mut self, other: Self) {
         self.remove_alerts.extend(other.remove_alerts);
         self.alerts.extend(other.alerts);

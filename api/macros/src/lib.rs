@@ -1,5 +1,5 @@
 //! Macros with which the crate `api` declares the sections of the VM configuration. They expand to paths inside that
-//! crate and serve no other.
+//! crate, so no other crate can use them.
 
 mod section;
 mod words;
@@ -7,37 +7,38 @@ mod words;
 use proc_macro::TokenStream;
 use syn::{DeriveInput, parse_macro_input};
 
-/// Declares a section of the configuration, one line a field.
+/// Declares a section of the configuration, one line per field.
 ///
-/// From the fields and their `#[key(…)]` lines it derives the serde rules of the wire, `JsonSchema` (doc comments become
-/// descriptions), and `Default`. With `#[section(option = "disk", about = "Disk parameters")]` it also derives the
-/// command line option `--disk`: `parse`, which reads `key=value,key=value`, and `syntax`, which is its help. In tests there
-/// is `reference` too, from which `docs/options.md` is generated.
+/// From the fields and their `#[key(…)]` attributes, the macro derives the serde attributes for the wire format,
+/// `JsonSchema` (doc comments become descriptions), and `Default`. With `#[section(option = "disk", about = "Disk
+/// parameters")]` it also derives the command line option `--disk`: `parse`, which reads `key=value,key=value`, and
+/// `syntax`, which returns its help text. In tests it also derives `reference`, from which `docs/options.md` is
+/// generated.
 ///
 /// # Wire
-/// An `Option` may be absent and is left out on output while it is `None`. Any other field may be absent too, and then
-/// has its default, unless it is `required`. Lists and free-form values are bounded while they are read.
+/// An `Option` may be absent, and is omitted on output while it is `None`. Any other absent field gets its default,
+/// unless it is `required`. Lists and free-form values are bounded while they are read.
 ///
 /// # Arguments of `#[key(…)]`
-/// Only fields that have this line are keys of the option. All arguments may be left out.
+/// Only fields with this attribute are keys of the option. All arguments are optional.
 ///
 /// | Argument | Meaning |
 /// | --- | --- |
-/// | `"<path>"` | what the help shows behind `key=`; otherwise what the type says, as in `on\|off` |
-/// | `default = …` | value when it is not given; may use the fields above. That of an `Option` does not hold on the wire |
-/// | `fresh` | the default differs each time, so the schema states none |
-/// | `required` | must be given on the wire and, without `default`, on the command line |
-/// | `omit_false` | left out on output while it is `false` |
-/// | `name = "…"` | the key, where it is not the field's name |
-/// | `alias = "…"` | an older name, understood on the wire and the command line |
-/// | `hidden` | understood, and not in the help |
-/// | `since = "…"` | version that first had the key, for `docs/options.md`; the first version when left out |
-/// | `read = …` | function that reads the text, where it is not that of the type |
-/// | `group = …` | a `KeyGroup`, several keys that make up this field |
+/// | `"<path>"` | text after `key=` in the help; by default that of the type, such as `on\|off` |
+/// | `default = …` | value if the key is absent; may use the fields above. For an `Option`, only on the command line |
+/// | `fresh` | the default is generated each time, so the schema contains none |
+/// | `required` | must be present on the wire and, without `default`, on the command line |
+/// | `omit_false` | omitted on output while it is `false` |
+/// | `name = "…"` | the key, if it differs from the field's name |
+/// | `alias = "…"` | an older name, accepted on the wire and the command line |
+/// | `hidden` | accepted, but not in the help |
+/// | `since = "…"` | version that introduced the key, for `docs/options.md`; by default the first version |
+/// | `read = …` | function that reads the text, if not the type's own |
+/// | `group = …` | a `KeyGroup`: several keys that form this field |
 ///
 /// # Arguments of `#[section(…)]`
-/// `option` and `about` (begin of the help) come together. `parse = "name"` gives the function another name and makes
-/// it private. `unsupported = "key"` names a key that is refused as not supported.
+/// `option` and `about` (the start of the help) must be given together. `parse = "name"` renames the function and makes
+/// it private. `unsupported = "key"` names a key that is rejected as unsupported.
 #[proc_macro_attribute]
 pub fn section(arguments: TokenStream, item: TokenStream) -> TokenStream {
     let arguments = parse_macro_input!(arguments as section::Arguments);

@@ -1,4 +1,4 @@
-//! `#[section]`.
+//! Implements `#[section]`.
 
 use proc_macro2::TokenStream;
 use quote::{ToTokens, format_ident, quote};
@@ -9,7 +9,7 @@ use syn::{
     PathArguments, Token, Type, parse_quote,
 };
 
-/// What stands in the brackets of an attribute.
+/// The arguments of an attribute.
 pub(crate) struct Arguments(Punctuated<Argument, Token![,]>);
 
 enum Argument {
@@ -41,7 +41,7 @@ impl Parse for Argument {
 struct CommandLine {
     option: LitStr,
     about: LitStr,
-    /// Name of the reading function, when it is not the public `parse`.
+    /// Name of the parsing function, if it is not the public `parse`.
     parse: Option<LitStr>,
     unsupported: Option<LitStr>,
 }
@@ -84,15 +84,15 @@ impl Argument {
     }
 }
 
-/// A field with what its `#[key(…)]` says.
+/// A field with the arguments of its `#[key(…)]`.
 struct Rule {
     field: Ident,
     kind: Type,
     is_key: bool,
     is_flattened: bool,
-    /// It has a reader of its own.
+    /// It has a custom deserializer.
     has_reader: bool,
-    /// The first paragraph of the field's documentation and those that follow, as one line.
+    /// The field's documentation, as one line.
     doc: String,
     help: Option<LitStr>,
     name: Option<LitStr>,
@@ -108,7 +108,7 @@ struct Rule {
 }
 
 impl Rule {
-    /// Reads the rule of `field`, and takes it off the field.
+    /// Reads the rule of `field` and removes its attribute.
     fn take(field: &mut Field) -> syn::Result<Self> {
         let name = field.ident.clone();
         let mut rule = Self {
@@ -167,7 +167,7 @@ impl Rule {
         outer(&self.kind).is_some_and(|(outer, _)| outer == "Option")
     }
 
-    /// The reader of a field that must be bounded.
+    /// The deserializer of a field that must be bounded.
     fn reader(&self) -> Option<&'static str> {
         if self.has_reader {
             return None;
@@ -195,7 +195,7 @@ impl Rule {
         }
     }
 
-    /// The function serde calls for an absent field, where the type's own default will not do.
+    /// The function that serde calls for an absent field, if the type's own default is not the right one.
     fn default_function(&self) -> Option<(Ident, TokenStream)> {
         let value = self.default.as_ref()?;
         if self.required || self.is_optional() {
@@ -252,7 +252,7 @@ impl Rule {
         quote!(#shown #(keys.hidden(#alias);)*)
     }
 
-    /// What the page of all options says of the key.
+    /// The key's entry on the page of all options.
     fn reference(&self, rules: &[Self]) -> TokenStream {
         let (declaration, doc, field) = (self.declaration(), &self.doc, self.field.to_string());
         let since = match &self.since {
@@ -273,7 +273,7 @@ impl Rule {
             None if self.required && self.default.is_none() => {
                 quote!(crate::options::KeyDefault::Required)
             }
-            // Left out of the wire form while it is `false`.
+            // Omitted on the wire while it is `false`.
             None if self.omit_false => quote!(crate::options::KeyDefault::Value(false.into())),
             None => quote!(crate::options::KeyDefault::Value(defaults[#field].take())),
         };
@@ -336,7 +336,7 @@ fn doc_text(attributes: &[Attribute]) -> String {
     lines.collect::<Vec<_>>().join(" ")
 }
 
-/// The name of a type without its path, and its first argument.
+/// The name of a type without its path, and its first generic argument.
 fn outer(kind: &Type) -> Option<(&Ident, Option<&Type>)> {
     let Type::Path(path) = kind else {
         return None;
@@ -431,7 +431,7 @@ fn command_line(section: &Ident, line: &CommandLine, rules: &[Rule]) -> TokenStr
                 Self::keys().help(#about)
             }
 
-            /// Its part of the page of all options.
+            /// The option's part of the page of all options.
             #[cfg(test)]
             pub(crate) fn reference() -> crate::options::OptionReference {
                 let mut defaults = ::serde_json::to_value(Self::default()).unwrap_or_default();

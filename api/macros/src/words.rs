@@ -1,4 +1,4 @@
-//! `#[derive(Words)]`.
+//! Implements `#[derive(Words)]`.
 
 use proc_macro2::TokenStream;
 use quote::quote;

@@ -1,12 +1,12 @@
 //! Connects to a UNIX socket within the deadline.
 //!
-//! The standard library's `connect` waits without end when the other side's backlog is full, which is the state of a VMM
-//! that hangs while somebody keeps asking it. Linux takes the send timeout of the socket as the limit of `connect` too
-//! (`net/unix/af_unix.c`, `unix_stream_connect`), but it has to be set before connecting, which the standard library
-//! gives no chance for.
+//! The standard library's `connect` blocks indefinitely if the listener's backlog is full, which happens when a VMM
+//! hangs while clients keep connecting. Linux applies the socket's send timeout to `connect` as well
+//! (`net/unix/af_unix.c`, `unix_stream_connect`), but the timeout must be set before connecting, and the standard
+//! library has no call for that.
 
 #![allow(unsafe_code)]
-// UNSAFETY: plain system calls on a descriptor and structures of our own, for which no safe wrapper is at hand.
+// UNSAFETY: system calls on our own descriptors and structures, for which no safe wrapper is available.
 
 use std::fs::File;
 use std::io;
@@ -33,7 +33,7 @@ pub(super) fn connect(
             _ => ClientError::Connect { socket, source },
         }
     };
-    // Held until the connection is there: the name below leads to it.
+    // Kept open until the connection is established, because the path below refers to it.
     let held = file.map(|file| hold(socket, file)).transpose();
     let held = held.map_err(failed)?;
     let address = match &held {
@@ -47,14 +47,14 @@ pub(super) fn connect(
         stream.set_write_timeout(limit).map_err(failed)?;
         match connect_to(&stream, &address) {
             Ok(()) => return Ok(stream),
-            // A signal came in between; the attempt left nothing behind.
+            // A signal interrupted the attempt, which left nothing behind.
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(failed(error)),
         }
     }
 }
 
-/// A descriptor of this file, which no other one can take the place of, as it could of the path.
+/// Opens this file. Unlike its path, the descriptor cannot refer to another file later.
 fn hold(socket: &Path, expected: SocketFile) -> io::Result<File> {
     let file = File::options()
         .read(true)
@@ -75,12 +75,12 @@ fn hold(socket: &Path, expected: SocketFile) -> io::Result<File> {
     }
 }
 
-/// The address of a path; a path too long for one, or with a zero byte in it, is an error.
+/// The address of a path. A path that is too long or contains a zero byte is an error.
 fn address_of(socket: &Path) -> io::Result<libc::sockaddr_un> {
     let path = socket.as_os_str().as_bytes();
     // SAFETY: `sockaddr_un` is plain data for which all zeroes is a valid value.
     let mut address: libc::sockaddr_un = unsafe { mem::zeroed() };
-    // The terminating zero is part of the address, so one byte stays free for it.
+    // The terminating zero is part of the address, so one byte is reserved for it.
     if path.is_empty() || path.len() >= address.sun_path.len() || path.contains(&0) {
         return Err(io::Error::new(
             io::ErrorKind::InvalidInput,
@@ -97,7 +97,7 @@ fn address_of(socket: &Path) -> io::Result<libc::sockaddr_un> {
 /// `SO_PEERPIDFD` of `include/uapi/asm-generic/socket.h`, which the `libc` crate lacks; Linux 6.5 and later have it.
 const SO_PEERPIDFD: libc::c_int = 77;
 
-/// Who is at the other end, as the kernel noted it when `listen` was called.
+/// The process at the other end, as the kernel recorded it when `listen` was called.
 pub(super) fn peer(stream: &UnixStream) -> io::Result<Peer> {
     // SAFETY: `ucred` is plain data for which all zeroes is a valid value.
     let mut credentials: libc::ucred = unsafe { mem::zeroed() };
@@ -107,14 +107,15 @@ pub(super) fn peer(stream: &UnixStream) -> io::Result<Peer> {
     Ok(Peer {
         pid: credentials.pid,
         uid: credentials.uid,
-        // SAFETY: the kernel made the descriptor for this call, and nobody else owns it.
+        // SAFETY: the kernel created the descriptor for this call, and it has no other owner.
         process: (found.is_ok() && fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) }),
         has_ended: found.is_err_and(|error| names_nobody(&error)),
     })
 }
 
-/// Whether `SO_PEERPIDFD` failed because the process has ended, as Linux 6.5 to 6.15 say it; later ones give a descriptor of
-/// such a process. A kernel that does not know the option, or has no descriptors left, says nothing of the process.
+/// Whether `SO_PEERPIDFD` failed because the process has ended. Linux 6.5 to 6.15 report this error; later versions
+/// return a descriptor of the ended process. Other errors, such as an unknown option or a lack of descriptors, reveal
+/// nothing about the process.
 fn names_nobody(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -148,7 +149,7 @@ fn new_socket() -> io::Result<UnixStream> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the descriptor was just made by us, is valid and has no other owner.
+    // SAFETY: the descriptor was just created, is valid and has no other owner.
     Ok(UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) }))
 }
 

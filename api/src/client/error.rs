@@ -1,4 +1,4 @@
-//! Every way in which a request can fail.
+//! Errors of requests.
 
 use std::io;
 use std::path::PathBuf;
@@ -8,12 +8,12 @@ use thiserror::Error;
 
 use super::response::ResponseError;
 
-/// Most characters shown of an error body that is not in the form the API has.
+/// Maximum number of characters shown of an error body that is not in the API's format.
 const FOREIGN_BODY_CHARS_MAX: usize = 512;
-/// Most links taken over from a server's chain of causes.
+/// Maximum number of links copied from a server's chain of causes.
 const CHAIN_LINKS_MAX: usize = 32;
 
-/// Why a request did not succeed.
+/// Reasons why a request failed.
 #[derive(Debug, Error)]
 pub enum ClientError {
     /// The socket does not exist.
@@ -21,87 +21,87 @@ pub enum ClientError {
     NoSocket {
         /// Its path.
         socket: PathBuf,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// The socket exists and no VMM listens on it.
+    /// The socket exists, but no VMM listens on it.
     #[error("No VMM listens on the API socket {}", socket.display())]
     Refused {
         /// Its path.
         socket: PathBuf,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// Connecting failed otherwise.
+    /// Connecting failed for another reason.
     #[error("Cannot connect to the API socket {}", socket.display())]
     Connect {
         /// Its path.
         socket: PathBuf,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// Somebody else listens than the request is for. Nothing was sent.
+    /// A process other than the intended one listens. Nothing was sent.
     #[error("The request is for process {expected}, and process {found} listens")]
     OtherPeer {
-        /// Whom it is for.
+        /// The intended process.
         expected: i32,
-        /// Who listens.
+        /// The process that listens.
         found: i32,
     },
-    /// No complete answer in time.
+    /// No complete response in time.
     #[error("The VMM did not respond within {} ms", timeout.as_millis())]
     TimedOut {
-        /// The time it had.
+        /// The time limit.
         timeout: Duration,
     },
     /// The request could not be sent.
     #[error("Cannot send the request")]
     Send {
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// The answer could not be read.
+    /// The response could not be read.
     #[error("Cannot read the response")]
     Receive {
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// What came back is not an answer.
+    /// The received bytes are not a response.
     #[error("The response cannot be parsed")]
     Response(#[source] ResponseError),
-    /// The request has no JSON form.
+    /// The request cannot be serialized to JSON.
     #[error("The request cannot be written as JSON")]
     Encode {
-        /// What the serializer said.
+        /// The serializer's error.
         #[source]
         source: serde_json::Error,
     },
-    /// Success without the body that belongs to it.
+    /// A success response without the expected body.
     #[error("The response to {endpoint} has no body")]
     MissingBody {
         /// The endpoint.
         endpoint: &'static str,
     },
-    /// A body of another form.
+    /// An unexpected body.
     #[error("Unexpected response to {endpoint}")]
     Decode {
         /// The endpoint.
         endpoint: &'static str,
-        /// What the parser said.
+        /// The parser's error.
         #[source]
         source: serde_json::Error,
     },
-    /// The server answered with an error.
+    /// The server responded with an error.
     #[error(transparent)]
     Server(#[from] ServerError),
 }
 
-/// An error the server answered with. Its sources are the links of the server's chain of causes.
+/// An error response from the server. Its sources are the links of the server's chain of causes.
 #[derive(Debug, Error)]
 #[error("Server responded with {}", status_name(*status))]
 pub struct ServerError {
@@ -120,8 +120,8 @@ struct Cause {
 }
 
 impl ServerError {
-    /// Takes over the chain in `body`: an array of texts, or upstream's `{"error": text}` for malformed HTTP, or any
-    /// other text as it stands.
+    /// Reads the chain in `body`: an array of strings, or upstream's `{"error": text}` for malformed HTTP, or any other
+    /// text unchanged.
     pub(super) fn new(status: u16, body: &str) -> Self {
         let texts = read_chain(body);
         let cause = texts
@@ -156,7 +156,7 @@ fn read_chain(body: &str) -> Vec<String> {
     }
 }
 
-/// The name of a status, as upstream's client spells those it knows.
+/// The name of a status, in the spelling of upstream's client if it has one.
 fn status_name(status: u16) -> String {
     let name = match status {
         400 => "BadRequest",

@@ -10,7 +10,8 @@ use super::response::{Response, ResponseReader};
 use super::{ClientError, Deadline};
 use crate::Method;
 
-/// Bytes read at once. Most answers fit. It is on the stack, and whoever asks hundreds of VMMs has a thread for each.
+/// Bytes per read. Most responses fit. The buffer is on the stack, and a program that queries hundreds of VMMs has one
+/// thread for each.
 const READ_BYTES: usize = 4 << 10;
 
 /// One request.
@@ -22,7 +23,7 @@ pub(super) struct Request<'a> {
 }
 
 impl Request<'_> {
-    /// The bytes on the wire. One piece, so that the server need not put it together.
+    /// The bytes on the wire, sent as one piece, so that the server need not reassemble them.
     fn to_bytes(&self) -> Vec<u8> {
         let mut text = format!(
             "{} {} HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n",
@@ -49,8 +50,8 @@ pub(super) fn exchange(
     let sent = send(stream, request, deadline);
     match sent {
         Ok(()) => receive(stream, deadline),
-        // A server that refuses a body it has not read in full answers and closes; the answer says more than the
-        // broken pipe does.
+        // A server that rejects a body before reading it in full responds and closes. The response is more informative
+        // than the broken pipe.
         Err(ClientError::Send { source }) => {
             receive(stream, deadline).map_err(|_| ClientError::Send { source })
         }

@@ -1,9 +1,9 @@
 //! A small synchronous client of the API.
 //!
-//! One connection per request, over the UNIX socket of the VMM. It talks to this VMM and to upstream's: it sends
-//! what upstream's own client sends, and accepts a status line without a reason phrase, headers in any case, and
-//! answers in any number of pieces. Nothing the other side does makes it wait longer than its timeout or hold more
-//! than [`RESPONSE_BODY_BYTES_MAX`].
+//! One connection per request, over the UNIX socket of the VMM. The client works with this VMM and with upstream's: it
+//! sends the same bytes as upstream's client, and accepts a status line without a reason phrase, headers in any case,
+//! and responses in any number of pieces. Regardless of the server's behaviour, the client never waits longer than its
+//! timeout and never stores more than [`RESPONSE_BODY_BYTES_MAX`].
 
 mod connect;
 mod error;
@@ -28,25 +28,27 @@ use crate::{
 };
 use exchange::Request;
 
-/// How long a request may take unless the caller says otherwise.
+/// Default time limit of a request.
 pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// Who listens at the other end of a connection, as the kernel noted it when the socket began to listen. For a listener
-/// that was inherited that is whoever made it.
+/// The process that listens at the other end of a connection, as the kernel recorded it when the socket began to
+/// listen. For an inherited listener, this is the process that created it.
 #[derive(Debug)]
 pub struct Peer {
-    /// Process id, in this process's pid namespace: what `vmm.ping` says of itself is its id in its own.
+    /// Process id, in the pid namespace of this process. In contrast, `vmm.ping` returns the id in the VMM's own
+    /// namespace.
     pub pid: i32,
     /// User id.
     pub uid: u32,
-    /// The process itself, which no later one of the same id can be mistaken for; absent before Linux 6.5. It may have
-    /// ended: a listener can be inherited.
+    /// A descriptor of the process, which never refers to a later process with the same id; absent before Linux 6.5.
+    /// The process may have ended, because a listener can be inherited.
     pub process: Option<OwnedFd>,
-    /// Whether the kernel says that it has ended and gives no descriptor. Its id may be another process's by now.
+    /// True if the kernel reported that the process has ended and returned no descriptor. Another process may have its
+    /// id by now.
     pub has_ended: bool,
 }
 
-/// Which file a socket is. Its path may lead to another one at any time.
+/// The identity of a socket file. Its path may refer to another file at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketFile {
     /// The file system.
@@ -59,10 +61,10 @@ pub struct SocketFile {
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
-    /// Which file the socket is, if not whatever its path leads to.
+    /// The required socket file; if `None`, any file at the path.
     file: Option<SocketFile>,
     timeout: Option<Duration>,
-    /// Whom requests are for, if not for whoever listens.
+    /// The process that may receive requests; if `None`, any listener.
     peer: Option<i32>,
 }
 
@@ -77,20 +79,20 @@ impl Client {
         }
     }
 
-    /// Sets how long one request may take from connecting to the last byte of the answer; `None` waits for ever.
+    /// Sets the time limit of a request, from connecting to the last byte of the response; `None` waits forever.
     #[must_use]
     pub fn with_timeout(mut self, timeout: Option<Duration>) -> Self {
         self.timeout = timeout;
         self
     }
 
-    /// The socket it talks to.
+    /// The socket of the VMM.
     pub fn socket(&self) -> &Path {
         &self.socket
     }
 
-    /// The same client for this file only: another one that stands at the path by then, or that a link leads to, is not
-    /// connected to. Needs `/proc`.
+    /// Restricts the client to this file: it does not connect to another file that is at the path by then or that a
+    /// link refers to. Needs `/proc`.
     #[must_use]
     pub fn at_file(self, file: SocketFile) -> Self {
         Self {
@@ -99,8 +101,8 @@ impl Client {
         }
     }
 
-    /// A client that sends requests to this process only: see [`Peer::pid`]. Another one that listens at the socket by
-    /// now is sent nothing.
+    /// A client that sends requests to this process only: see [`Peer::pid`]. If another process listens by now, nothing
+    /// is sent.
     #[must_use]
     pub fn to_peer(&self, pid: i32) -> Self {
         Self {
@@ -109,7 +111,7 @@ impl Client {
         }
     }
 
-    /// `GET`s an endpoint by name and says who is at the other end of the connection that carried the answer.
+    /// `GET`s an endpoint by name, and returns the peer of the connection together with the response.
     ///
     /// # Errors
     /// As [`Client::call`].
@@ -117,10 +119,10 @@ impl Client {
         self.exchange(Method::Get, name, None, &[])
     }
 
-    /// Calls an endpoint of the table. Returns the body of the answer, if it has one.
+    /// Calls an endpoint of the table. Returns the body of the response, if it has one.
     ///
     /// # Errors
-    /// Every way in which no answer of success came back, see [`ClientError`].
+    /// The request failed, see [`ClientError`].
     pub fn call(
         &self,
         endpoint: Endpoint,
@@ -129,7 +131,7 @@ impl Client {
         self.call_with_fds(endpoint, body, &[])
     }
 
-    /// Calls an endpoint of the table and hands over descriptors beside the request.
+    /// Calls an endpoint of the table and passes descriptors with the request.
     ///
     /// # Errors
     /// As [`Client::call`].
@@ -158,7 +160,7 @@ impl Client {
         self.request(Method::Put, name, body, &[])
     }
 
-    /// `PUT`s to an endpoint by name and hands over descriptors beside the request.
+    /// `PUT`s to an endpoint by name and passes descriptors with the request.
     ///
     /// # Errors
     /// As [`Client::call`].
@@ -189,10 +191,10 @@ impl Client {
             .map(drop)
     }
 
-    /// Which VMM answers.
+    /// Name and version of the VMM.
     ///
     /// # Errors
-    /// As [`Client::call`], or an answer of another form.
+    /// As [`Client::call`], or an unexpected response.
     pub fn ping(&self) -> Result<VmmPingResponse, ClientError> {
         self.read(Endpoint::VmmPing)
     }
@@ -200,7 +202,7 @@ impl Client {
     /// The configuration and the state of the VM.
     ///
     /// # Errors
-    /// As [`Client::call`], or an answer of another form.
+    /// As [`Client::call`], or an unexpected response.
     pub fn info(&self) -> Result<VmInfo, ClientError> {
         self.read(Endpoint::VmInfo)
     }
@@ -208,7 +210,7 @@ impl Client {
     /// Counters of the devices.
     ///
     /// # Errors
-    /// As [`Client::call`], or an answer of another form.
+    /// As [`Client::call`], or an unexpected response.
     pub fn counters(&self) -> Result<VmCounters, ClientError> {
         self.read(Endpoint::VmCounters)
     }
@@ -216,23 +218,23 @@ impl Client {
     /// The guest's statistics of its memory.
     ///
     /// # Errors
-    /// As [`Client::call`], or an answer of another form.
+    /// As [`Client::call`], or an unexpected response.
     pub fn balloon_stats(&self) -> Result<BalloonStatsResponse, ClientError> {
         self.read(Endpoint::VmBalloonStats)
     }
 
-    /// How much memory came back to the host.
+    /// How much memory returned to the host.
     ///
     /// # Errors
-    /// As [`Client::call`], or an answer of another form.
+    /// As [`Client::call`], or an unexpected response.
     pub fn reclaim_stats(&self) -> Result<ReclaimStats, ClientError> {
         self.read(Endpoint::VmReclaimStats)
     }
 
-    /// Changes these, all or nothing; returns what came of it.
+    /// Changes the thresholds atomically; returns their new status.
     ///
     /// # Errors
-    /// As [`Client::call`], or an answer of another form.
+    /// As [`Client::call`], or an unexpected response.
     pub fn set_reclaim_thresholds(
         &self,
         change: &ReclaimThresholdsChange,
@@ -321,7 +323,7 @@ fn encode<T: serde::Serialize>(body: &T) -> Result<String, ClientError> {
     to_ascii_json(body).map_err(|source| ClientError::Encode { source })
 }
 
-/// When a request has to be over.
+/// The deadline of a request.
 #[derive(Clone, Copy, Debug)]
 struct Deadline {
     at: Instant,
@@ -329,7 +331,7 @@ struct Deadline {
 }
 
 impl Deadline {
-    /// What is left, never zero: a socket takes a timeout of zero for none at all.
+    /// The remaining time, never zero, because a socket interprets a timeout of zero as no timeout.
     fn remaining(self) -> Result<Duration, ClientError> {
         let left = self.at.saturating_duration_since(Instant::now());
         if left.is_zero() {

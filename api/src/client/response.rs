@@ -1,23 +1,23 @@
 //! Assembles an HTTP response from pieces of any size; `httparse` parses its head.
 //!
-//! Only what an API of this kind sends is understood: a status line whose reason phrase may be absent (RFC 9112
-//! section 4), headers in any case, and a body whose length is given. Without a length there is no body, which is how
-//! upstream's client reads it too.
+//! Only the subset that this API uses is supported: a status line whose reason phrase may be absent (RFC 9112 section
+//! 4), headers in any case, and a body with a `Content-Length`. Without a length, there is no body; upstream's client
+//! behaves the same.
 
 use httparse::Status;
 use thiserror::Error;
 
-/// Most bytes of status line and headers.
+/// Maximum length of status line and headers together.
 pub const RESPONSE_HEAD_BYTES_MAX: usize = 64 << 10;
-/// Most bytes of a body. `vm.info` of the largest VM is below a megabyte.
+/// Maximum length of a body. `vm.info` of the largest VM is below a megabyte.
 pub const RESPONSE_BODY_BYTES_MAX: usize = 16 << 20;
-/// Most characters of a line shown in an error.
+/// Maximum number of characters of a line that an error shows.
 const LINE_CHARS_SHOWN: usize = 80;
-/// Most headers. Servers of this API send four at most.
+/// Maximum number of headers. Servers of this API send at most four.
 const HEADERS_MAX: usize = 64;
 const HEAD_END: &[u8] = b"\r\n\r\n";
 
-/// Why bytes are not a response.
+/// Reasons why bytes are not a response.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ResponseError {
     /// Closed before the first byte.
@@ -26,22 +26,22 @@ pub enum ResponseError {
     /// Closed within the headers or the body.
     #[error("the connection was closed after {bytes} bytes of an incomplete response")]
     Truncated {
-        /// Bytes that came.
+        /// Received bytes.
         bytes: usize,
     },
-    /// The first line is no status line.
+    /// The first line is not a status line.
     #[error("{line:?} is not an HTTP status line")]
     StatusLine {
         /// The line, shortened.
         line: String,
     },
-    /// A line that is no header, or too many of them.
+    /// A line that is not a header, or too many headers.
     #[error("the headers are malformed")]
     Headers(#[from] httparse::Error),
-    /// Headers without end.
+    /// The headers do not end within the limit.
     #[error("the headers are longer than {RESPONSE_HEAD_BYTES_MAX} bytes")]
     HeadTooLong,
-    /// A length that is no number, or two lengths that differ.
+    /// A length that is not a number, or two different lengths.
     #[error("{value:?} is not a body length")]
     ContentLength {
         /// The value, shortened.
@@ -53,13 +53,13 @@ pub enum ResponseError {
         /// Its length.
         bytes: u64,
     },
-    /// A transfer coding. Nothing that speaks this API uses one.
+    /// A transfer coding, which no server of this API uses.
     #[error("the transfer coding {coding:?} is not supported")]
     TransferEncoding {
         /// The coding, shortened.
         coding: String,
     },
-    /// A body that is not text.
+    /// A body that is not UTF-8.
     #[error("the body is not UTF-8")]
     NotText,
 }
@@ -82,7 +82,8 @@ impl Response {
 pub(super) struct ResponseReader {
     bytes: Vec<u8>,
     head: Option<Head>,
-    /// How far the end of the head has been looked for, so that a drip of bytes does not make the search quadratic.
+    /// Where the search for the end of the head continues: a response that arrives in single bytes must not cause a
+    /// quadratic scan.
     searched: usize,
 }
 
@@ -98,13 +99,14 @@ impl ResponseReader {
         self.bytes.extend_from_slice(piece);
     }
 
-    /// The response, once all of it is there. Bytes after its end are ignored: the connection carries one answer.
+    /// The response, once it is complete. Bytes after its end are ignored, because each connection carries one
+    /// response.
     pub(super) fn response(&mut self) -> Result<Option<Response>, ResponseError> {
         loop {
             let Some(head) = self.head()? else {
                 return Ok(None);
             };
-            // `100 Continue` announces the answer and is none itself.
+            // `100 Continue` precedes the response and is not itself one.
             if (100..200).contains(&head.status) {
                 self.bytes.drain(..head.length);
                 self.head = None;
@@ -124,7 +126,7 @@ impl ResponseReader {
         }
     }
 
-    /// What it means that the connection was closed now.
+    /// The error if the connection was closed in the current state.
     pub(super) fn closed(&self) -> ResponseError {
         match self.bytes.len() {
             0 => ResponseError::Nothing,
@@ -148,7 +150,7 @@ impl ResponseReader {
                 Ok(self.head)
             }
             None if self.bytes.len() <= RESPONSE_HEAD_BYTES_MAX => {
-                // Garbage is told from an unfinished answer as soon as it can be, not when the sender closes.
+                // Invalid data is detected as early as possible, not when the sender closes the connection.
                 check_start(&self.bytes)?;
                 Ok(None)
             }
@@ -183,7 +185,7 @@ fn parse_head(head: &[u8]) -> Result<Head, ResponseError> {
     let parse_result = parsed.parse(head);
     let status = parsed.code.filter(|status| *status >= 100);
     let status = status.ok_or_else(status_line)?;
-    // Lines may end in a bare LF for `httparse`, which then finds an earlier end than we did: that is no head either.
+    // `httparse` accepts lines that end in a bare LF, and may thus find an earlier end. Such a head is rejected.
     match parse_result? {
         Status::Complete(length) if length == head.len() => {}
         _ => return Err(httparse::Error::NewLine.into()),
@@ -207,7 +209,7 @@ fn parse_head(head: &[u8]) -> Result<Head, ResponseError> {
             body_length = Some(bytes);
         }
     }
-    // These statuses have no body, whatever the headers say (RFC 9112 section 6.3).
+    // These statuses have no body, regardless of the headers (RFC 9112 section 6.3).
     let bodyless = status == 204 || status == 304 || status < 200;
     let body_length = if bodyless {
         0

@@ -1,4 +1,4 @@
-//! The client against servers that respond correctly, incorrectly, or never.
+//! Tests the client with servers that respond correctly, incorrectly, or never.
 
 #![allow(clippy::unwrap_used)]
 
@@ -18,7 +18,7 @@ use super::response::ResponseReader;
 use super::*;
 use crate::error_chain;
 
-/// A server that answers one connection with `serve`.
+/// A server that serves one connection with `serve`.
 struct MockServer {
     _dir: TempDir,
     client: Client,
@@ -38,7 +38,7 @@ impl MockServer {
         }
     }
 
-    /// Answers with `pieces`, each in a write of its own.
+    /// Responds with `pieces`, each in a separate write.
     fn answering(pieces: Vec<Vec<u8>>) -> Self {
         Self::new(move |mut stream| {
             read_request(&mut stream);
@@ -100,7 +100,7 @@ fn client_no_content_is_success_without_body_and_without_waiting() {
     let server = MockServer::new(move |mut stream| {
         read_request(&mut stream);
         write!(stream, "HTTP/1.1 204 \r\n{UPSTREAM_HEADERS}\r\n").unwrap();
-        // The connection stays open, as upstream's does, until the client has its answer.
+        // The connection stays open, as upstream's does, until the client has its response.
         held.recv().unwrap_err();
     });
     assert_eq!(server.client.get("vm.info").unwrap(), None);
@@ -324,7 +324,7 @@ fn client_full_backlog_times_out() {
     let path = dir.path().join("api.sock");
     let _listener = UnixListener::bind(&path).unwrap();
     let client = Client::new(&path).with_timeout(Some(Duration::from_millis(20)));
-    // Nobody accepts: connections wait in the backlog until it is full, and then connecting itself has to give up.
+    // The server never accepts: connections fill the backlog, and then connecting itself must time out.
     let mut waiting = Vec::new();
     for _ in 0..8192 {
         match connect::connect(

@@ -86,7 +86,7 @@ pub struct DebugConsoleConfig {
     pub iobase: Option<u16>,
 }
 
-/// The words and keys of which exactly one says where the output goes. Those with `=` are fields of the section.
+/// The words and keys that select the output; exactly one must be given. Those with `=` are fields of the section.
 struct Output(&'static [(&'static str, ConsoleOutputMode)]);
 
 const OUTPUT: Output = Output(&[

@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::options::{OptionValue, ValueError, parse_integer_map, parse_strings};
 
-/// vCPUs of a VM that does not say otherwise.
+/// Default number of vCPUs.
 pub const DEFAULT_VCPUS: u32 = 1;
-/// A PVH guest starts with four-level paging, which reaches 46 bits, whatever the host could do.
+/// Default address width. A PVH guest starts with four-level paging, which covers 46 bits, regardless of the host.
 pub const DEFAULT_MAX_PHYS_BITS: u8 = 46;
 
 /// vCPUs of the VM.

@@ -10,9 +10,9 @@ use serde::{Deserialize, Serialize};
 use super::rate_limit::{RATE_LIMIT_KEYS, RateLimiterConfig};
 use crate::options::{OptionValue, ValueError, Words, parse_integer_map};
 
-/// Queues of a disk that does not say otherwise.
+/// Default number of queues of a disk.
 pub const DEFAULT_DISK_NUM_QUEUES: usize = 1;
-/// Entries of each queue of a disk that does not say otherwise.
+/// Default number of entries in each queue of a disk.
 pub const DEFAULT_DISK_QUEUE_SIZE: u16 = 128;
 
 /// One virtio-blk disk.

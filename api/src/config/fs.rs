@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use api_macros::section;
 
-/// Request queues of a shared folder that does not say otherwise.
+/// Default number of request queues of a shared folder.
 pub const DEFAULT_FS_NUM_QUEUES: usize = 1;
-/// Entries of each queue of a shared folder that does not say otherwise.
+/// Default number of entries in each queue of a shared folder.
 pub const DEFAULT_FS_QUEUE_SIZE: u16 = 1024;
 
 /// One folder of the host that a vhost-user process (virtiofsd) shares with the guest. Needs shared memory.

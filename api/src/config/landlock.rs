@@ -1,4 +1,4 @@
-//! Files that the VMM may use besides those that the configuration names.
+//! Files that the VMM may use in addition to those in the configuration.
 
 use std::path::PathBuf;
 

@@ -9,7 +9,7 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use thiserror::Error;
 
-/// Why a text is not an Ethernet address.
+/// Reason why a string is not an Ethernet address.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{text:?} is not an Ethernet address like 12:34:56:78:90:ab")]
 pub struct MacAddrError {
@@ -24,8 +24,8 @@ pub struct MacAddr(pub [u8; 6]);
 impl MacAddr {
     /// A new locally administered unicast address.
     ///
-    /// Uniqueness on one network is all that is asked of it, which the keys the standard library draws from the
-    /// system's random source for its hash maps are good enough for.
+    /// The address only needs to be unique on one network. The random keys that the standard library generates for its
+    /// hash maps suffice for that.
     pub fn random_local() -> Self {
         let [a, b, c, d, e, f, ..] = RandomState::new().build_hasher().finish().to_ne_bytes();
         Self([(a & 0b1111_1100) | 0b10, b, c, d, e, f])
@@ -53,7 +53,7 @@ impl FromStr for MacAddr {
                 .next()
                 .filter(|pair| pair.len() == 2)
                 .ok_or_else(malformed)?;
-            // `from_str_radix` would take a sign in place of the first digit.
+            // `from_str_radix` would accept a sign in place of the first digit.
             if !pair.bytes().all(|digit| digit.is_ascii_hexdigit()) {
                 return Err(malformed());
             }

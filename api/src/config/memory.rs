@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::options::{OptionError, parse_bytes};
 
-/// RAM of a VM that does not say otherwise: 512 MiB.
+/// Default size of RAM: 512 MiB.
 pub const DEFAULT_MEMORY_BYTES: u64 = 512 << 20;
 
 /// Guest RAM: size, backing and growth.
@@ -57,7 +57,7 @@ pub struct MemoryConfig {
 }
 
 impl MemoryConfig {
-    /// RAM in bytes, over all zones and with what was added; `None` when the sum does not fit 64 bits.
+    /// RAM in bytes, including all zones and hot-plugged memory; `None` if the sum exceeds 64 bits.
     pub fn total_bytes(&self) -> Option<u64> {
         let own = self.size.checked_add(self.hotplugged_size.unwrap_or(0))?;
         self.zones.iter().flatten().try_fold(own, |sum, zone| {
@@ -66,7 +66,7 @@ impl MemoryConfig {
         })
     }
 
-    /// Reads the value of `--memory` with those of every `--memory-zone`.
+    /// Reads the values of `--memory` and of every `--memory-zone`.
     ///
     /// # Errors
     /// An unknown key, a malformed value, or a zone without a name.

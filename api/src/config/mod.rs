@@ -1,9 +1,8 @@
-//! The configuration of a VM: body of `PUT /vm.create`, part of `GET /vm.info`, and what the command line builds.
+//! The configuration of a VM: body of `PUT /vm.create`, part of `GET /vm.info`, and result of parsing the command line.
 //!
-//! One file per section. These types check form only (is it a number, is it a known word); whether the values make
-//! sense together is decided where the VM is built, because `vm.create` stores a configuration without judging it.
-//! Sections that Cloud Hypervisor has and this VMM does not are kept as they came, so that asking for one is refused by
-//! name and not silently ignored.
+//! One file per section. These types check syntax only (a number, a known word). The VMM validates the values when it
+//! builds the VM, because `vm.create` stores a configuration without validating it. Sections that Cloud Hypervisor has
+//! and this VMM lacks are stored unparsed, so that using one is rejected by name and not silently ignored.
 
 mod balloon;
 mod console;
@@ -125,8 +124,8 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
-    /// Every part of the configuration that this VMM knows by name and cannot do, for validation to refuse. `null`,
-    /// `false` and an empty list ask for nothing.
+    /// The sections in use that this VMM knows by name but does not support; validation rejects them. `null`, `false`
+    /// and an empty list do not count as use.
     pub fn unsupported_sections(&self) -> Vec<&'static str> {
         let sections = [
             ("devices", &self.devices),

@@ -11,11 +11,11 @@ use super::mac::MacAddr;
 use super::rate_limit::{RATE_LIMIT_KEYS, RateLimiterConfig};
 use crate::bounded;
 
-/// Queues of an interface that does not say otherwise: one pair.
+/// Default number of queues of an interface: one pair.
 pub const DEFAULT_NET_NUM_QUEUES: usize = 2;
-/// Entries of each queue of an interface that does not say otherwise.
+/// Default number of entries in each queue of an interface.
 pub const DEFAULT_NET_QUEUE_SIZE: u16 = 256;
-/// What stands for a descriptor that was not handed over on this connection.
+/// Placeholder for a descriptor that was not received on this connection.
 pub const INVALID_FD: i32 = -1;
 
 /// One virtio-net interface.

@@ -1,6 +1,6 @@
-//! Where the VMM listens and where it writes events: `--api-socket` and `--event-monitor`.
+//! The values of `--api-socket` and `--event-monitor`.
 //!
-//! Both name a path or a descriptor that the parent process left open. They are no part of the VM's configuration.
+//! Both name a path or an inherited descriptor. They are not part of the VM's configuration.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! What is booted.
+//! The payload to boot.
 
 use std::path::PathBuf;
 

@@ -1,10 +1,10 @@
-//! The platform: PCI segments and what SMBIOS tells the guest.
+//! The platform: PCI segments and SMBIOS strings.
 
 use api_macros::section;
 
-/// PCI segments of a VM that does not say otherwise.
+/// Default number of PCI segments.
 pub const DEFAULT_NUM_PCI_SEGMENTS: u16 = 1;
-/// Address width of the virtual IOMMU that does not say otherwise, bits.
+/// Default address width of the virtual IOMMU, bits.
 pub const DEFAULT_IOMMU_ADDRESS_WIDTH_BITS: u8 = 64;
 
 /// Platform settings: PCI segments and SMBIOS strings.

@@ -78,7 +78,7 @@ impl KeyGroup<Option<RateLimiterConfig>> for RateLimitKeys {
         }
     }
 
-    /// `None` when neither limit is given in full: a bucket needs both its size and its refill time.
+    /// `None` if neither limit is complete: a bucket needs both its size and its refill time.
     fn read(&self, options: &Options) -> Result<Option<RateLimiterConfig>, OptionError> {
         let bandwidth = self.bandwidth.read(options)?;
         let ops = self.ops.read(options)?;

@@ -1,4 +1,4 @@
-//! What `PUT /vm.restore` and `--restore` say.
+//! Body of `PUT /vm.restore` and value of `--restore`.
 
 use api_macros::{Words, section};
 use schemars::JsonSchema;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use api_macros::section;
 
-/// Where the entropy of a VM that does not say otherwise comes from.
+/// Default source of entropy.
 pub const DEFAULT_RNG_SOURCE: &str = "/dev/urandom";
 
 /// The virtio-rng device.

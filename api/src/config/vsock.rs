@@ -1,4 +1,4 @@
-//! The socket device.
+//! The vsock device.
 
 use std::path::PathBuf;
 

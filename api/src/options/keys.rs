@@ -8,15 +8,15 @@ pub(crate) struct Keys {
     keys: Vec<&'static str>,
     /// Bare words.
     flags: Vec<&'static str>,
-    /// What the help shows of each.
+    /// The help text of each key.
     help: Vec<String>,
 }
 
-/// Several keys that make up one field of type `T`.
+/// Several keys that form one field of type `T`.
 pub(crate) trait KeyGroup<T> {
     /// Adds them to the keys of an option.
     fn declare(&self, keys: &mut Keys);
-    /// Makes the field of them.
+    /// Creates the field from the keys.
     fn read(&self, options: &Options) -> Result<T, OptionError>;
 }
 
@@ -27,12 +27,12 @@ impl Keys {
         self.help.push(format!("{key}={values}"));
     }
 
-    /// Adds a key that is understood, and not in the help.
+    /// Adds a key that is accepted, but not in the help.
     pub(crate) fn hidden(&mut self, key: &'static str) {
         self.keys.push(key);
     }
 
-    /// Adds alternatives, of which bare words become flags; those with a value are keys declared elsewhere.
+    /// Adds alternatives: bare words become flags; those with a value are keys declared elsewhere.
     pub(crate) fn alternatives(&mut self, alternatives: &[&'static str]) {
         let bare = alternatives.iter().filter(|word| !word.contains('='));
         self.flags.extend(bare);
@@ -44,7 +44,7 @@ impl Keys {
         format!("{about} \"{}\"", self.help.join(","))
     }
 
-    /// What the help shows of each key.
+    /// The help text of each key.
     #[cfg(test)]
     pub(crate) fn shown_keys(&self) -> &[String] {
         &self.help

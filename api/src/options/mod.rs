@@ -1,13 +1,13 @@
 //! The syntax of command line options: `key=value,key=value`.
 //!
-//! - A comma separates settings, except inside quotes and inside square brackets. Quotes are taken off; they protect
-//!   commas and brackets, and there is no escape for a quote itself.
-//! - `key=` leaves the key unset. A key given twice counts as given last.
-//! - A key that the section does not have is an error, so that a typing mistake never starts a VM with a default.
-//! - Some sections have bare words (`--console tty`), called flags here.
+//! - A comma separates settings, except inside quotes and inside square brackets. Quotes are removed; they protect
+//!   commas and brackets. A quote itself cannot be escaped.
+//! - `key=` leaves the key unset. If a key occurs twice, the last value applies.
+//! - An unknown key is an error, so that a typing error never starts a VM with a default.
+//! - Some sections accept bare words (`--console tty`), called flags here.
 //!
-//! This is Cloud Hypervisor's syntax. In addition, sizes accept `T`, `KiB` to `TiB` and lower case. Sizes and lists that
-//! would overflow are refused.
+//! This is Cloud Hypervisor's syntax. In addition, sizes accept `T`, `KiB` to `TiB` and lower case. Sizes and lists
+//! that would overflow are rejected.
 
 mod keys;
 mod option_value;
@@ -34,31 +34,31 @@ use thiserror::Error;
 
 use crate::similar::{did_you_mean, similar};
 
-/// Most characters of one option. A kernel command line, the longest legitimate value, is below 64 KiB.
+/// Maximum length of an option. A kernel command line, the longest legitimate value, is below 64 KiB.
 pub const OPTION_LENGTH_MAX: usize = 128 << 10;
 
-/// Why an option of the command line was refused.
+/// Reason why an option of the command line was rejected.
 #[derive(Debug, Error)]
 #[error("Error parsing --{option}")]
 pub struct OptionError {
     /// The option, without its dashes.
     pub option: &'static str,
-    /// What is wrong with it.
+    /// The fault.
     #[source]
     pub fault: OptionFault,
 }
 
-/// What is wrong with an option.
+/// Faults in an option.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum OptionFault {
     /// The section has no such key.
     #[error("unknown parameter {key:?}{}; known are {known}", did_you_mean(similar.as_deref()))]
     UnknownKey {
-        /// The key as given.
+        /// The key.
         key: String,
         /// The known key that it resembles most, if one does.
         similar: Option<String>,
-        /// The keys there are.
+        /// The known keys.
         known: String,
     },
     /// A key without `=`.
@@ -72,7 +72,7 @@ pub enum OptionFault {
     UnexpectedValue {
         /// The bare word.
         key: String,
-        /// What stood behind `=`.
+        /// The text after `=`.
         value: String,
     },
     /// A required key is absent.
@@ -81,30 +81,30 @@ pub enum OptionFault {
         /// The key.
         key: &'static str,
     },
-    /// None, or more than one, of several keys that exclude each other.
+    /// None, or more than one, of several mutually exclusive keys.
     #[error("exactly one of {keys} is required")]
     NotExactlyOne {
         /// The keys.
         keys: String,
     },
-    /// A key upstream has and this program does not.
+    /// A key of upstream that this program does not support.
     #[error("parameter {key:?} is not supported")]
     Unsupported {
         /// The key.
         key: &'static str,
     },
-    /// The value is not of the key's kind.
+    /// The value has the wrong type.
     #[error("invalid value {value:?} for parameter {key:?}")]
     BadValue {
         /// The key.
         key: &'static str,
-        /// The value as given.
+        /// The value.
         value: String,
-        /// Why it is not.
+        /// The reason.
         #[source]
         cause: ValueError,
     },
-    /// An opening bracket or quote without its closing one, or the reverse.
+    /// An unmatched bracket or quote.
     #[error("unbalanced brackets or quotes in {text:?}")]
     Unbalanced {
         /// The text.
@@ -119,7 +119,7 @@ pub enum OptionFault {
 }
 
 impl OptionFault {
-    /// A key that is none of the `known` ones.
+    /// A key that is not in `known`.
     pub(crate) fn unknown_key(key: &str, known: &[&str]) -> Self {
         let similar = similar(key, known.iter().copied());
         Self::UnknownKey {
@@ -129,7 +129,7 @@ impl OptionFault {
         }
     }
 
-    /// The error of the whole option.
+    /// Converts the fault to an error of the option.
     pub(crate) fn of(self, option: &'static str) -> OptionError {
         OptionError {
             option,
@@ -181,7 +181,7 @@ impl Options {
         fault.of(self.option)
     }
 
-    /// The error when the required `key` is absent.
+    /// The error for an absent required `key`.
     pub(crate) fn missing(&self, key: &'static str) -> OptionError {
         self.refuse(OptionFault::MissingKey { key })
     }
@@ -219,12 +219,12 @@ impl Options {
         })
     }
 
-    /// The value of `key`, read as its type is.
+    /// The value of `key`, read by its type.
     pub(crate) fn get<T: OptionValue>(&self, key: &'static str) -> Result<Option<T>, OptionError> {
         self.read(key, T::read)
     }
 
-    /// Refuses `key` when it is set.
+    /// Rejects `key` if it is set.
     pub(crate) fn unsupported(&self, key: &'static str) -> Result<(), OptionError> {
         match self.text(key) {
             Some(_) => Err(self.refuse(OptionFault::Unsupported { key })),

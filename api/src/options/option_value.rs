@@ -7,15 +7,15 @@ use super::value;
 use super::value::ValueError;
 use crate::config::MacAddr;
 
-/// A type that the value of a key is read into.
+/// A type of option values.
 pub(crate) trait OptionValue: Sized {
-    /// What the help shows behind `key=`.
+    /// The text after `key=` in the help.
     fn values() -> String;
-    /// Reads a value, which is not empty.
+    /// Reads a non-empty value.
     fn read(text: &str) -> Result<Self, ValueError>;
 }
 
-/// An enumeration whose values have words on the command line.
+/// An enumeration whose variants are words on the command line.
 pub(crate) trait Words: Copy + 'static {
     /// The words, in the order of the help. A value may have none.
     const WORDS: &'static [(&'static str, Self)];

@@ -1,5 +1,5 @@
-//! The table of every key of every option: `docs/options.md` is generated from the declarations of the sections, and a
-//! test compares the two.
+//! The table of all keys of all options. `docs/options.md` is generated from the declarations of the sections, and a
+//! test checks that the file is up to date.
 
 use std::fmt::Write as _;
 
@@ -13,7 +13,7 @@ use crate::config::{
 };
 use crate::{AlertChange, ReportingPolicy, RestoreConfig};
 
-/// The version of a key whose declaration names none.
+/// The version of a key without `since`.
 const FIRST_VERSION: &str = "0.1.0";
 
 /// An option with its keys.
@@ -22,7 +22,7 @@ pub(crate) struct OptionReference {
     pub(crate) keys: Vec<KeyReference>,
 }
 
-/// One declared key, or the group of keys that make up one field.
+/// One declared key, or the group of keys that form one field.
 pub(crate) struct KeyReference {
     /// `key=values` of each.
     pub(crate) syntax: Vec<String>,
@@ -33,15 +33,15 @@ pub(crate) struct KeyReference {
     pub(crate) since: Option<&'static str>,
 }
 
-/// The value of a key that is not given.
+/// The default of a key.
 pub(crate) enum KeyDefault {
-    /// The wire form of the value.
+    /// The value in the wire format.
     Value(Value),
     /// The value of another key.
     SameAs(&'static str),
-    /// Another value each time.
+    /// A new value each time.
     Generated,
-    /// None: the key must be given.
+    /// None: the key is required.
     Required,
 }
 
@@ -103,7 +103,7 @@ const HEADER: &str =
     "| Key | Value | Unit | Default | Since | Meaning |\n| --- | --- | --- | --- | --- | --- |\n";
 
 fn row(key: &KeyReference, syntax: &str) -> String {
-    // Alternatives are several words and keys, and stay whole.
+    // Alternatives consist of several words and keys and are not split.
     let (name, values) = match syntax.split_once('=') {
         Some((name, values)) if !name.contains('|') => (name, values),
         _ => ("", syntax),
@@ -147,12 +147,12 @@ fn default(default: &KeyDefault, values: &str, is_bytes: bool) -> String {
             _ => number.to_string(),
         },
         KeyDefault::Value(Value::String(text)) => word(text, values),
-        // Absent, or a structure in which nothing is set.
+        // Absent, or a structure without set fields.
         KeyDefault::Value(_) => "–".to_owned(),
     }
 }
 
-/// The word of the command line for a value of the wire, which is spelled otherwise: `VirtioMem` is `virtio-mem`.
+/// The command line's word for a value of the wire format, which is spelled differently: `VirtioMem` is `virtio-mem`.
 fn word(text: &str, values: &str) -> String {
     let plain = |text: &str| text.replace('-', "").to_ascii_lowercase();
     let known = values.split('|').find(|word| plain(word) == plain(text));

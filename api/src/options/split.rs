@@ -4,7 +4,7 @@ use super::OptionFault;
 
 /// The settings in `text`, without their outer quotes.
 ///
-/// Inside quotes every character stands for itself, brackets too: a kernel command line may hold an unmatched one.
+/// Inside quotes every character is literal, including brackets: a kernel command line may contain an unmatched one.
 pub(super) fn settings(text: &str) -> Result<Vec<String>, OptionFault> {
     let unbalanced = || OptionFault::Unbalanced {
         text: text.to_owned(),
@@ -17,7 +17,7 @@ pub(super) fn settings(text: &str) -> Result<Vec<String>, OptionFault> {
         match character {
             '"' => {
                 quoted = !quoted;
-                // Inside brackets the quotes are kept for whoever cuts the list.
+                // Inside brackets, quotes are kept for the later split of the list.
                 if depth == 0 {
                     continue;
                 }
@@ -39,7 +39,7 @@ pub(super) fn settings(text: &str) -> Result<Vec<String>, OptionFault> {
     Ok(settings)
 }
 
-/// The items of a bracketed list. The brackets may be left out, as upstream allows.
+/// The items of a bracketed list. The brackets are optional, as in upstream.
 pub(super) fn list(text: &str) -> Result<Vec<String>, OptionFault> {
     let inner = text
         .strip_prefix('[')

@@ -1,4 +1,4 @@
-//! The kinds of value an option can have.
+//! The types of option values.
 
 use std::fmt::Display;
 use std::str::FromStr;
@@ -7,14 +7,14 @@ use thiserror::Error;
 
 use super::split;
 
-/// Most integers a list may expand to. More host CPUs than this do not exist, and `[0-18446744073709551615]` must not
-/// use up the memory of the machine.
+/// Maximum number of integers in an expanded list. No host has more CPUs, and `[0-18446744073709551615]` must not
+/// exhaust memory.
 pub const INTEGER_LIST_MAX: usize = 1 << 16;
 
 /// Integers, each with a list of integers.
 pub(crate) type IntegerMap<K, V> = Vec<(K, Vec<V>)>;
 
-/// Why a text is not a value of the kind asked for.
+/// Reasons why a string is not a value of the required type.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ValueError {
     /// Not a switch.
@@ -54,12 +54,12 @@ pub enum ValueError {
     /// Not one of a few words.
     #[error("{word:?} is not one of {known}")]
     Word {
-        /// The word as given.
+        /// The word.
         word: String,
-        /// The words there are.
+        /// The known words.
         known: String,
     },
-    /// The type's own parser refused the text.
+    /// The type's own parser rejected the text.
     #[error("{0}")]
     Refused(String),
 }
@@ -76,7 +76,7 @@ pub fn parse_toggle(text: &str) -> Result<bool, ValueError> {
     }
 }
 
-/// The suffixes of sizes in lower case, each with its power of two. `MB` is missing: it means 10^6 to some.
+/// The suffixes of sizes in lower case, each with its power of two. `MB` is missing, because it can also mean 10^6.
 const SIZE_SUFFIXES: [(&str, u32); 8] = [
     ("kib", 10),
     ("mib", 20),
@@ -91,7 +91,8 @@ const SIZE_SUFFIXES: [(&str, u32); 8] = [
 /// A number of bytes: decimal digits with an optional binary suffix, `K` or `KiB` up to `T` or `TiB`, in any case.
 ///
 /// # Errors
-/// [`ValueError::Bytes`] when it is not of that form, [`ValueError::BytesTooLarge`] when it does not fit 64 bits.
+/// [`ValueError::Bytes`] if the text does not have this format, [`ValueError::BytesTooLarge`] if the number exceeds 64
+/// bits.
 pub fn parse_bytes(text: &str) -> Result<u64, ValueError> {
     let text = text.trim();
     let lower = text.to_ascii_lowercase();
@@ -132,7 +133,7 @@ pub(super) fn parse_word<T: Copy>(
 }
 
 pub(crate) fn parse_strings(text: &str) -> Vec<String> {
-    // The settings splitter has already found the brackets balanced; a list it cannot cut is one item.
+    // The settings splitter has already checked that brackets are balanced. A list that cannot be split is one item.
     split::list(text).unwrap_or_else(|_| vec![text.to_owned()])
 }
 

@@ -1,7 +1,7 @@
-//! Makes the schemas of the OpenAPI file from the wire types.
+//! Generates the schemas of the OpenAPI file from the wire types.
 //!
-//! schemars knows the fields, the serde rules and the doc comments; what it says in JSON Schema is put here into the
-//! older form that OpenAPI 3.0 understands.
+//! schemars derives JSON Schema from the fields, the serde attributes and the doc comments. This module converts the
+//! result to the older dialect of OpenAPI 3.0.
 
 use std::collections::BTreeMap;
 
@@ -12,7 +12,7 @@ use yaml_rust2::{Yaml, YamlEmitter};
 
 use crate::schema::REF_PREFIX;
 
-/// Stands in the file above the generated part.
+/// The line above the generated part of the file.
 pub(crate) const MARKER: &str =
     "    # From here on generated: UPDATE_OPENAPI=1 cargo test -p api --test openapi\n";
 
@@ -37,7 +37,7 @@ pub(crate) fn schemas() -> BTreeMap<String, Value> {
     generator.subschema_for::<ReclaimStats>();
     generator.subschema_for::<ReclaimThresholds>();
     generator.subschema_for::<ReclaimThresholdsChange>();
-    // An alias, which has no name of its own.
+    // A type alias, which schemars does not name.
     let mut counters = generator.subschema_for::<VmCounters>();
     counters.insert(
         "description".to_owned(),
@@ -57,7 +57,7 @@ pub(crate) fn schemas() -> BTreeMap<String, Value> {
             (name, schema)
         })
         .collect();
-    // OpenAPI ignores what stands beside a reference, so the default of a word stands with the words.
+    // OpenAPI ignores keys beside a reference, so the default of an enumeration is part of the enumeration's schema.
     for (name, default) in enum_defaults {
         let schema = schemas.get_mut(&name).unwrap();
         if schema.get("enum").is_some() {
@@ -76,12 +76,12 @@ pub(crate) fn yaml(schemas: &BTreeMap<String, Value>) -> String {
     format!("{schemas}\n")
 }
 
-/// Puts `schema` into the form of OpenAPI 3.0, and notes the defaults of what it refers to.
+/// Converts `schema` to OpenAPI 3.0, and collects the defaults of the enumerations that it refers to.
 fn simplify(schema: &mut Value, enum_defaults: &mut BTreeMap<String, Value>) {
     let Value::Object(fields) = schema else {
         return;
     };
-    // An absent field and a `null` are the same here, and no schema of upstream's says so.
+    // An absent field and `null` are equivalent, and upstream's schemas do not mention `null`.
     if let Some(Value::Array(choices)) = fields.get_mut("anyOf") {
         choices.retain(|choice| choice["type"] != "null");
         if let [Value::Object(only)] = &choices[..] {
@@ -112,7 +112,7 @@ fn simplify(schema: &mut Value, enum_defaults: &mut BTreeMap<String, Value>) {
         fields.remove("minimum");
     }
     match fields.get("format").and_then(Value::as_str) {
-        // The signed format that holds the numbers: generators of clients know no unsigned one.
+        // The signed format that can hold the numbers, because client generators support no unsigned one.
         Some("uint64" | "uint32") => fields["format"] = json!("int64"),
         Some("uint16") => fields["format"] = json!("int32"),
         Some("uint") => drop(fields.remove("format")),
@@ -132,7 +132,7 @@ fn simplify(schema: &mut Value, enum_defaults: &mut BTreeMap<String, Value>) {
     }
 }
 
-/// One list of words for an enumeration whose variants are described one by one.
+/// Merges the variants of an enumeration, which are described one by one, into one list of words.
 fn join_variants(fields: &mut Map<String, Value>, variants: &[Value]) {
     let mut words = Vec::new();
     let mut description = fields["description"].as_str().unwrap().to_owned();
@@ -159,7 +159,7 @@ fn to_yaml(value: &Value) -> Yaml {
         Value::String(text) => Yaml::String(text.clone()),
         Value::Array(items) => Yaml::Array(items.iter().map(to_yaml).collect()),
         Value::Object(fields) => {
-            // serde_json keeps the order or sorts, depending on who else is built.
+            // serde_json keeps the order or sorts, depending on features that other crates enable.
             let mut fields: Vec<_> = fields.iter().collect();
             fields.sort_by_key(|(name, _)| (rank(name), *name));
             let pairs = fields
@@ -170,7 +170,7 @@ fn to_yaml(value: &Value) -> Yaml {
     }
 }
 
-/// The order in which a reader wants the parts of a schema.
+/// The position of a schema's part in the file, chosen for readability.
 fn rank(name: &str) -> usize {
     let order = ["description", "type", "format", "required", "enum"];
     let found = order.iter().position(|part| *part == name);

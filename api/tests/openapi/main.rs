@@ -1,7 +1,7 @@
-//! The OpenAPI file against the endpoint table and the wire types, in both directions.
+//! Compares the OpenAPI file with the endpoint table and the wire types, in both directions.
 //!
-//! The file is what a user reads and generates clients from; the types are what is served. Each test here fails when
-//! one of them has something the other has not: a path, a schema, a field, a required mark, a default, a word of an
+//! Users read the file and generate clients from it; the types define what the VMM serves. A test fails if one of them
+//! has something that the other lacks: a path, a schema, a field, a `required` mark, a default, a word of an
 //! enumeration.
 
 #![allow(clippy::unwrap_used)]
@@ -185,7 +185,7 @@ fn openapi_defaults_are_those_of_the_decoder() {
             let Ok(decoded) = (sample.round_trip)(&without) else {
                 continue;
             };
-            // A switch that is off may be left out on output.
+            // A switch that is off may be omitted on output.
             let actual = decoded.get(name).unwrap_or(&Value::Bool(false));
             assert_eq!(actual, stated, "{}.{name}", sample.schema);
             checked += 1;
@@ -210,7 +210,7 @@ fn openapi_enumerations_hold_exactly_the_words_of_the_type() {
                 sample.schema
             );
         }
-        // serde names every variant when it is given none of them.
+        // If a value is not a variant, serde's message lists all variants.
         let message = (sample.round_trip)(&json!("no such word")).unwrap_err();
         let variants = message
             .split("expected")
@@ -312,7 +312,7 @@ fn openapi_references_lead_somewhere() {
     assert!(document.root.to_string().contains(REF_PREFIX));
 }
 
-/// True when `whole` has everything that `part` has.
+/// True if `whole` contains all of `part`.
 fn holds(whole: &Value, part: &Value) -> bool {
     match (whole, part) {
         (Value::Object(whole), Value::Object(part)) => part

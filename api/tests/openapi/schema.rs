@@ -42,7 +42,7 @@ impl Document {
     /// Compares `value` with `schema`: the same fields, the same kinds, recursively.
     pub(crate) fn check(&self, place: &str, schema: &Value, value: &Value) {
         let schema = self.resolve(schema);
-        // A schema without a type describes anything.
+        // A schema without a type accepts any value.
         let Some(kind) = schema.get("type") else {
             assert!(
                 schema.get("description").is_some(),
@@ -77,7 +77,7 @@ impl Document {
         }
     }
 
-    /// A value with every field that `schema` describes, each another than its default.
+    /// A value with every field of `schema`, each different from its default.
     pub(crate) fn fill(&self, schema: &Value) -> Value {
         let schema = self.resolve(schema);
         if let Some(words) = schema["enum"].as_array() {
@@ -147,7 +147,7 @@ fn to_json(yaml: &Yaml) -> Value {
     }
 }
 
-/// Generators of clients reject a status that reads as a number.
+/// Client generators reject a status that is parsed as a number.
 fn key_of(yaml: &Yaml) -> String {
     match yaml {
         Yaml::String(text) => text.clone(),

@@ -1,7 +1,7 @@
-//! What Cloud Hypervisor calls the parts of a configuration (v54, `vmm/src/vm_config.rs` and its OpenAPI file).
+//! Cloud Hypervisor's names in a configuration (v54, `vmm/src/vm_config.rs` and its OpenAPI file).
 //!
-//! Tools that know its names must find them here. Names of ours beyond these are allowed; a name of theirs that is
-//! missing, or a field that they may leave out and must not here, is not.
+//! Tools written for Cloud Hypervisor must find its names here. Additional names are allowed. A missing name is an
+//! error, and so is a field that is optional in upstream but required here.
 
 /// Fields of each section.
 pub(crate) const FIELDS: &[(&str, &str)] = &[
@@ -84,7 +84,7 @@ pub(crate) const FIELDS: &[(&str, &str)] = &[
     ),
 ];
 
-/// Fields that must be there, in the order of the schema.
+/// Required fields, in the order of the schema.
 pub(crate) const REQUIRED: &[(&str, &str)] = &[
     ("CpusConfig", "boot_vcpus max_vcpus"),
     ("MemoryConfig", "size"),

@@ -1,4 +1,4 @@
-//! The configuration on the command line and on the wire.
+//! Tests the configuration on the command line and on the wire.
 
 mod parse;
 mod wire;

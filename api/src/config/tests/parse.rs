@@ -1,4 +1,4 @@
-//! The command line form of every section.
+//! Tests the command line syntax of every section.
 
 #![allow(clippy::unwrap_used)]
 
@@ -309,7 +309,7 @@ fn help_shows_the_keys_of_a_section_with_their_values() {
         "Control (virtio) console: \"off|null|pty|tty|file=<path>|socket=<path>,iommu=on|off,id=<device_id>,\
          pci_segment=<segment_id>,pci_device_id=<pci_slot>\""
     );
-    // Only known so that they can be refused.
+    // Known only so that they can be rejected by name.
     for hidden in ["tdx", "sev_snp", "uuid"] {
         assert!(!PlatformConfig::syntax().contains(&format!(",{hidden}=")));
         assert!(PlatformConfig::parse(&format!("{hidden}=on")).is_ok());

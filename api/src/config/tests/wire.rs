@@ -1,4 +1,4 @@
-//! Form of the configuration on the wire.
+//! Tests the wire format of the configuration.
 
 #![allow(clippy::unwrap_used)]
 
