@@ -1,20 +1,21 @@
-//! The balloon's cost beyond the unavoidable system calls.
+//! Measures the balloon's cost beyond the unavoidable system calls.
 //!
-//! Every `device` figure has a `bare` one over the same ranges: the minimum number of system calls that free them, and
-//! nothing else. `kick` includes reading the ring, validating, merging, discarding, completing and accounting.
+//! Each `device` figure has a `bare` counterpart over the same ranges: the minimum number of system calls that free
+//! them, and nothing else. `kick` includes reading the ring, validating, merging, discarding, completing and
+//! accounting.
 //!
 //! * `report`: 32 ranges of 2 or 4 MiB, no two adjacent, on each backing.
-//! * `report-absent`: the same with nothing left to free, which shows the device's own time.
-//! * `inflate`: 256 scattered pages, against one `madvise` for each as other devices do it, with the process otherwise
-//!   idle and with a busy thread, as with vCPUs.
-//! * `inflate-contiguous`: 256 adjacent pages against one `madvise` over all.
+//! * `report-absent`: the same ranges with nothing left to free, which shows the device's own time.
+//! * `inflate`: 256 scattered pages, compared with one `madvise` per page as in other devices; with the process
+//!   otherwise idle, and with a busy thread in place of vCPUs.
+//! * `inflate-contiguous`: 256 adjacent pages, compared with one `madvise` over all.
 //! * `residency`: a sample over 1 GiB, touched and untouched.
 //!
-//! The bench `rates` compares rates with each other, measured in turns.
+//! The bench `rates` compares these rates with each other, measured in turns.
 //!
 //! `cargo bench -p virtio-devices --features test-utils --bench balloon`
 #![allow(unsafe_code)]
-// UNSAFETY: memory is touched to measure what is resident.
+// UNSAFETY: the benchmark touches memory and measures what is resident.
 
 mod rig;
 
@@ -26,7 +27,7 @@ use virtio_devices::reclaim::ResidencyProbe;
 use virtio_devices::testing::Segment;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryBackend};
 
-/// 32 ranges with a gap of their own size after each.
+/// 32 ranges, each followed by a gap of its size.
 fn report_ranges(bytes: u64) -> Vec<(u64, u64)> {
     (0..32)
         .map(|at| (FREE_START + at * 2 * bytes, bytes))
@@ -84,7 +85,7 @@ fn absent_reports(c: &mut Criterion) {
 }
 
 fn inflation(c: &mut Criterion) {
-    // 256 pages, none adjacent, in an order a free list might have.
+    // 256 pages, none adjacent, in a plausible free-list order.
     let scattered: Vec<u64> = (0..256).map(|at| (at * 97 % 256) * 2).collect();
     let adjacent: Vec<u64> = (0..256).collect();
     inflate_group(c, "inflate/alone", &scattered, None);

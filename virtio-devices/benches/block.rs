@@ -1,9 +1,8 @@
-//! The two I/O engines of the disk side by side, on a real file, from the ring
-//! and back to it.
+//! Compares the two I/O engines of the disk on a real file, from the ring and back to it.
 //!
-//! For each workload and engine: requests and bytes per second, and the processor time of the whole process per request
-//! (kernel included; the mock driver's part is the same for both). The file is created in the current directory, or in
-//! `BENCH_DIR`.
+//! Reports requests and bytes per second for each workload and engine, and the processor time of the whole process per
+//! request (kernel included; the mock driver's part is the same for both). The file is created in the current
+//! directory, or in `BENCH_DIR`.
 //!
 //! `cargo bench -p virtio-devices --features test-utils --bench block`
 #![allow(unsafe_code)]
@@ -22,7 +21,7 @@ use vm_memory::GuestAddress;
 const FILE_BYTES: u64 = 512 << 20;
 const QUEUE_SIZE: u16 = 128;
 const VIRTIO_RING_F_EVENT_IDX: u64 = 1 << 29;
-/// Number of runs per figure, which is their median.
+/// Number of runs per figure. The figure is their median.
 const RUNS: usize = 3;
 const RUN: Duration = Duration::from_millis(700);
 
@@ -102,7 +101,7 @@ impl Bench {
         }
     }
 
-    /// Requests finished in [`RUN`], and the actual duration.
+    /// Number of requests completed in [`RUN`], and the actual duration.
     fn run(&mut self, workload: Workload) -> (u64, Duration, Duration) {
         let slots = self.slots(workload);
         let mut free: Vec<usize> = (0..slots.len()).collect();
@@ -189,10 +188,10 @@ fn cpu_time() -> Duration {
     time(usage.ru_utime) + time(usage.ru_stime)
 }
 
-/// Where the data is when a run begins.
+/// Location of the data when a run begins.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cache {
-    /// In the page cache, all of it.
+    /// In the page cache.
     Hot,
     /// On the disk, read through the page cache.
     Cold,

@@ -1,16 +1,16 @@
-//! The rate at which the balloon returns memory, beside other ways to return the same memory.
+//! Compares the rate at which the balloon returns memory with other ways to return the same memory.
 //!
-//! The ways are measured in turns, a small batch each, in an order that changes from round to round. So other load on
-//! the machine affects all of them alike, and the medians can be divided by each other. Every batch is touched again
-//! before it is returned.
+//! The ways are measured in turns, a small batch each, in an order that changes from round to round. Other load on the
+//! machine therefore affects all of them alike, and the medians are comparable. Every batch is touched again before it
+//! is returned.
 //!
-//! | Way | Is |
+//! | Way | Meaning |
 //! | --- | --- |
-//! | `device` | a kick of the queue: ring, checks, discard, answer, books |
+//! | `device` | a kick of the queue: ring, checks, discard, completion, accounting |
 //! | `device joined` | the same with several chains available at the kick |
-//! | `bare` | the fewest system calls that free the same ranges, nothing around them |
+//! | `bare` | the minimum number of system calls that free the same ranges, nothing else |
 //! | `one call` | one `madvise` over everything, gaps included |
-//! | `one each` | one `madvise` for each page, as other devices do |
+//! | `one each` | one `madvise` per page, as in other devices |
 //!
 //! `cargo bench -p virtio-devices --features test-utils --bench rates`
 
@@ -22,20 +22,20 @@ use rig::{Backing, Bench, BusyThread, FREE_START, INFLATE, MIB, PAGE, REPORTING}
 use virtio_devices::testing::Segment;
 use vm_memory::GuestAddress;
 
-/// Page frame numbers in a chain of Linux's.
+/// Page frame numbers in a chain sent by Linux.
 const CHAIN_PFNS: u64 = 256;
 const CHAINS_JOINED: u64 = 16;
-/// The memory touched and returned in one turn: every other page of twice as much. It exceeds what the host's kernel
-/// keeps ready for the next allocation, as in an inflation of a GiB.
+/// The memory touched and returned in one turn: every other page of twice as much. It exceeds the free pages that the
+/// host kernel caches for the next allocation, as in an inflation of 1 GiB.
 const SCATTERED_BYTES: u64 = 64 << 20;
-/// So that every way returns 1 GiB in total.
+/// Every way returns 1 GiB in total.
 const INFLATE_ROUNDS: u64 = (1 << 30) / SCATTERED_BYTES;
-/// Of 1 MiB, and of 16.
+/// Number of rounds, for lists of 1 MiB and of 16 MiB.
 const ADJACENT_ROUNDS: u64 = 128;
 const REPORT_ROUNDS: u64 = 60;
 
 fn main() {
-    // `cargo test --bench` runs each once.
+    // `cargo test --bench` runs each way once.
     let measuring = std::env::args().any(|argument| argument == "--bench");
     let rounds = |rounds| if measuring { rounds } else { 1 };
     println!("kernel {}", kernel());
@@ -88,7 +88,7 @@ fn report(backing: Backing, bytes: u64, rounds: u64) {
     );
 }
 
-/// Pages of which no two are adjacent, as many at a time as a growing balloon returns.
+/// Non-adjacent pages, as many at a time as a growing balloon returns.
 fn inflate_scattered(beside: &str, rounds: u64) {
     let mut bench = Bench::new(Backing::Private, FREE_START + 2 * SCATTERED_BYTES);
     let mut lists = Lists::new(&mut bench);
@@ -101,7 +101,7 @@ fn inflate_scattered(beside: &str, rounds: u64) {
         Way::new("one call"),
     ];
     let chains = SCATTERED_BYTES / PAGE / CHAIN_PFNS;
-    // A chain's pages are adjacent except for the gaps, in no order; chains are apart.
+    // The pages of a chain are adjacent except for the gaps, not in order; chains are apart.
     let pages: Vec<_> = (0..chains)
         .flat_map(|chain| {
             (0..CHAIN_PFNS).map(move |at| (chain * 29 % chains, at * 97 % CHAIN_PFNS))
@@ -123,7 +123,7 @@ fn inflate_scattered(beside: &str, rounds: u64) {
                 2 => each(256).map(|vector| bench.bare(vector)).sum(),
                 3 => each(1024).map(|vector| bench.bare(vector)).sum(),
                 4 => bench.discard_each(&pages),
-                // As if the pages between were free as well: the lower bound of their cost.
+                // Discards the pages in between as well: the lower bound of the cost.
                 _ => bench.discard_each(&[(FREE_START, 2 * SCATTERED_BYTES)]),
             };
             ways[way].times.push(took / chains as u32);
@@ -168,7 +168,7 @@ impl Lists {
         Self((0..CHAINS_JOINED).map(buffer).collect())
     }
 
-    /// Time from one kick to the completions, with one chain per 256 pages.
+    /// Time from one kick to the completion of all chains, with 256 pages per chain.
     fn inflate(&mut self, bench: &mut Bench, pages: &[(u64, u64)]) -> Duration {
         let mut chains = Vec::new();
         for (pages, buffer) in pages.chunks(CHAIN_PFNS as usize).zip(&self.0) {
@@ -202,7 +202,7 @@ impl Way {
     }
 }
 
-/// Medians, and the rate of the first way as a multiple of every other way's.
+/// Prints the medians, and the rate of the first way as a multiple of each other way's.
 fn show(what: &str, ways: &[Way]) {
     println!("{what}");
     let first = ways[0].median_us();

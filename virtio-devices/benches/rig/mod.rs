@@ -1,4 +1,4 @@
-//! A balloon over its own memory, and the bare system calls to compare it with.
+//! A balloon with its own memory, and the bare system calls to compare it with.
 #![allow(unsafe_code)]
 // UNSAFETY: the bare system calls are the baseline.
 
@@ -44,7 +44,7 @@ impl Backing {
     }
 }
 
-/// A balloon over fresh RAM, and the same RAM as plain memory of this process.
+/// A balloon with fresh RAM, and the same RAM as plain memory of this process.
 pub(crate) struct Bench {
     pub(crate) harness: HandlerHarness<Box<dyn QueueHandler>>,
     /// Keeps the device alive.
@@ -97,7 +97,7 @@ impl Bench {
         }
     }
 
-    /// Time for one chain of these segments, from the kick to the completion.
+    /// Time for one chain of these segments, from kick to completion.
     pub(crate) fn device(&mut self, queue: u16, segments: &[Segment<'_>]) -> Duration {
         self.device_chains(queue, [segments])
     }
@@ -140,7 +140,7 @@ impl Bench {
         if done {
             return took;
         }
-        // A kernel without vectors needs one call for each.
+        // A kernel without vectors needs one call per range.
         self.discard_each(ranges)
     }
 
@@ -159,7 +159,7 @@ impl Bench {
         ret > 0
     }
 
-    /// Time for one call for each range.
+    /// Time for one call per range.
     pub(crate) fn discard_each(&self, ranges: &[(u64, u64)]) -> Duration {
         timed(|| {
             for (at, bytes) in ranges {
@@ -204,14 +204,14 @@ pub(crate) fn map(backing: Backing, bytes: u64) -> TestRam {
         Backing::Private | Backing::Memfd => libc::MADV_NOHUGEPAGE,
     };
     let region = mem.iter().next().expect("there is one region");
-    // SAFETY: changes the page size of the region, not its content. A kernel without huge pages rejects it, and then no
-    // huge pages are needed.
+    // SAFETY: changes the page size of the region, not its content. A kernel without huge pages rejects the call, which
+    // does not matter.
     unsafe { libc::madvise(region.as_ptr().cast(), bytes as usize, advice) };
     TestRam::around(GuestRam::new(mem), 0, FREE_START)
 }
 
-/// Keeps a second thread of this process running while it exists, so that the kernel must flush another processor's
-/// TLB.
+/// Keeps a second thread of this process running while it exists, so that the kernel must flush the TLB of another
+/// processor.
 pub(crate) struct BusyThread(Arc<AtomicBool>, Option<std::thread::JoinHandle<()>>);
 
 impl BusyThread {

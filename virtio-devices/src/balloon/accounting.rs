@@ -1,8 +1,8 @@
 //! Counts the balloon's work.
 //!
-//! The worker updates them once per batch, and API threads read them. Each set has its own mutex, which is held for a
-//! copy and never across a system call on guest memory. So a snapshot is consistent: within a path, the requested
-//! amount is exactly the sum of discarded, failed and skipped.
+//! The worker updates the counters once per batch, and API threads read them. Each set has its own mutex, which is held
+//! only for a copy and never across a system call on guest memory. Snapshots are therefore consistent: within a path,
+//! the requested amount is exactly the sum of discarded, failed and skipped.
 
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -15,14 +15,14 @@ use crate::reclaim::{Extent, Outcome, SkippedBytes};
 /// All memory that arrived by one path: reporting, inflation or hinting.
 #[derive(Clone, Debug, Default)]
 pub struct PathFigures {
-    /// The guest's claims, gross: a range reported twice counts twice. A run of adjacent page numbers in an inflate
-    /// chain counts as one range.
+    /// The guest's claims, gross: a range reported twice counts twice. A run of adjacent page frame numbers in an
+    /// inflate chain counts as one range.
     pub requested: Extent,
-    /// Discarded.
+    /// Memory discarded.
     pub discarded: Extent,
-    /// The system call of the host's kernel failed.
+    /// Memory that the host kernel failed to discard.
     pub failed: Extent,
-    /// Not tried, by reason.
+    /// Memory not discarded on purpose, by reason.
     pub skipped: SkippedBytes,
     /// Descriptor chains completed.
     pub chains: u64,
@@ -30,7 +30,7 @@ pub struct PathFigures {
     pub batches: u64,
     /// System calls that discard.
     pub syscalls: u64,
-    /// From taking the first chain of a batch to completing the last one.
+    /// Time from taking the first chain of a batch to completing the last one.
     pub latency: LatencyHistogram,
     /// The recent rate at which memory was discarded.
     pub rate: RateWindow,
@@ -45,7 +45,7 @@ pub struct LastBatch {
     pub at: Instant,
     /// The guest's claims.
     pub requested: Extent,
-    /// Discarded.
+    /// Memory discarded.
     pub discarded: Extent,
     /// Its duration.
     pub took_us: u64,
@@ -73,7 +73,7 @@ impl PathFigures {
     }
 }
 
-/// All figures of one balloon since its creation; resets of the device do not clear them.
+/// All figures of one balloon since its creation; device resets do not clear them.
 #[derive(Debug, Default)]
 pub(super) struct Ledger {
     report: Mutex<PathFigures>,
@@ -100,7 +100,7 @@ impl Ledger {
         })
     }
 
-    /// Chains and bytes the guest took back.
+    /// Chains and bytes that the guest took back.
     pub(super) fn deflate(&self) -> MutexGuard<'_, Extent> {
         lock(&self.deflate)
     }
@@ -110,8 +110,7 @@ impl Ledger {
     }
 }
 
-/// The figures are consistent after every single update, so a thread that panicked with the lock left nothing half
-/// done.
+/// The figures are consistent after every update, so a thread that panicked while it held the lock left valid figures.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unpoisoned()
 }
@@ -119,7 +118,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Declares the faults and, from the same list, their names in `vm.counters`.
 macro_rules! guest_faults {
     ($($(#[$doc:meta])* $name:ident,)+) => {
-        /// Actions that a well-behaved driver never takes. Each was contained.
+        /// Actions that a well-behaved driver never takes. The device contains each of them.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         pub struct GuestFaults {
             $($(#[$doc])* pub $name: u64,)+
@@ -157,7 +156,8 @@ guest_faults! {
     descriptors_unreadable,
     /// Chains with more descriptors or bytes than the device reads; the rest was ignored.
     chains_too_long,
-    /// Chains that loop, continue outside of the table, or add up to more than 4 GiB; the part before that was used.
+    /// Chains that loop, continue outside of the table, or add up to more than 4 GiB. The part before the defect was
+    /// used.
     chains_without_end,
     /// Chains without a usable descriptor.
     chains_empty,
@@ -176,7 +176,7 @@ guest_faults! {
     /// Hinting commands with an id that the host does not request. A driver that is overtaken by a new request sends
     /// one.
     hint_commands_not_asked_for,
-    /// Queues that are enabled although no negotiated feature explains them.
+    /// Enabled queues that no negotiated feature explains.
     queues_unexplained,
     /// Writes to the configuration space that do not match a writable field exactly.
     config_writes_ignored,
@@ -184,6 +184,6 @@ guest_faults! {
     policy_words_invalid,
     /// Chains of reports that arrived after the driver had confirmed that it sends none.
     reports_while_paused,
-    /// How often `actual` named more memory than the guest has.
+    /// Number of times `actual` named more memory than the guest has.
     actual_beyond_ram,
 }

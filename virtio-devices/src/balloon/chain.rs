@@ -1,4 +1,4 @@
-//! Reads the chains of each queue into claims and completes them, with a limit on everything.
+//! Reads the chains of each queue into claims and completes them, with a bound on every input.
 
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -16,18 +16,17 @@ const CHAIN_DESCRIPTORS_MAX: usize = 256;
 
 const PFN_BYTES: usize = 4;
 
-/// Maximum number of page frame numbers read in one chain. Linux sends 256. Sixteen times that leaves room for others,
-/// and bounds a batch to 16 MiB of guest memory per chain.
+/// Maximum number of page frame numbers read in one chain. Linux sends 256. Sixteen times that leaves headroom for
+/// other drivers, and limits a chain to 16 MiB of guest memory.
 const CHAIN_PFNS_MAX: usize = 4096;
 
 /// A command of the hinting queue is one number.
 const COMMAND_BYTES: usize = 4;
 
-/// Reporting (virtio 1.2 §5.5.6.7): adds the ranges of a chain to `claims`. The guest has isolated the pages and waits;
-/// they are not used until the chain is completed.
+/// Reporting (virtio 1.2 §5.5.6.7): adds the ranges of a chain to `claims`. The guest has isolated the pages and does
+/// not use them until the chain is completed.
 ///
-/// A buffer that the device may only read cannot be one of the driver's free pages: discarding it would be writing to
-/// it.
+/// A buffer that is read-only for the device cannot be one of the driver's free pages: discarding it would write to it.
 pub(super) fn reported(
     chain: Chain<'_>,
     claims: &mut Vec<GuestRange>,
@@ -66,7 +65,7 @@ pub(super) fn inflated(
     }
 }
 
-/// Linux takes pages from its free lists in any order, but often a block at a time, ascending.
+/// Linux takes pages from its free lists in any order, but often as ascending blocks.
 fn claim_page(start: u64, claims: &mut Vec<GuestRange>) {
     match claims.last_mut() {
         Some(last) if last.start + last.bytes == start => last.bytes += VIRTIO_BALLOON_PAGE_BYTES,
@@ -77,8 +76,8 @@ fn claim_page(start: u64, claims: &mut Vec<GuestRange>) {
     }
 }
 
-/// Deflate: counts the pages in a chain by its length alone. The device does nothing with them, so it need not read
-/// their numbers.
+/// Deflate: counts the pages in a chain by its length. The device does nothing with them, so it need not read their
+/// numbers.
 pub(super) fn deflated(
     chain: Chain<'_>,
     total: &mut Extent,
@@ -102,7 +101,7 @@ pub(super) fn deflated(
 
 /// Hinting (virtio 1.2 §5.5.6.5): adds the blocks of a chain to `claims` and returns the command id in it, if any.
 ///
-/// A chain holds either kind; if it holds both, the command is processed first.
+/// A chain should hold only one of the two; if it holds both, the command is processed first.
 pub(super) fn hinted(
     chain: Chain<'_>,
     mem: &GuestMemoryMmap<()>,
@@ -133,9 +132,9 @@ pub(super) fn hinted(
 
 /// Puts chains into the used ring with length zero: the balloon never writes into a guest's buffers.
 ///
-/// For a report, the discarded length might seem natural. But a device that writes "length" bytes into a reported page
+/// The discarded length might seem natural for a report. But a device that writes "length" bytes into a reported page
 /// defines their content, and one proposed feature (device-initialised pages) treats the length as a guarantee of
-/// zeros. Without that feature nothing is guaranteed.
+/// zeros. Without that feature there is no such guarantee.
 pub(super) fn answer(
     queue: &mut ServedQueue,
     mem: &GuestMemoryMmap<()>,
@@ -177,8 +176,8 @@ fn read_u32(mem: &GuestMemoryMmap<()>, at: GuestAddress) -> Option<u32> {
     Some(u32::from_le_bytes(bytes))
 }
 
-/// Copies the driver's data from a chain, at most `bytes_max` of it. Buffers that the driver may not write, or outside
-/// of RAM, are left out.
+/// Copies the driver's data from a chain, at most `bytes_max` of it. Buffers of the wrong direction or outside of RAM
+/// are skipped.
 pub(super) fn read(
     chain: Chain<'_>,
     mem: &GuestMemoryMmap<()>,

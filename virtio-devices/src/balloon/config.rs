@@ -2,13 +2,13 @@
 //!
 //! | Offset | Field | Written by |
 //! | --- | --- | --- |
-//! | 0 | `num_pages` | device: pages it asks for |
-//! | 4 | `actual` | driver: pages it has given |
-//! | 8 | `free_page_hint_cmd_id` | device: id of the hinting run it asks for |
+//! | 0 | `num_pages` | device: pages it requests |
+//! | 4 | `actual` | driver: pages it has given up |
+//! | 8 | `free_page_hint_cmd_id` | device: id of the hinting run it requests |
 //! | 12 | `poison_val` | driver, with PAGE_POISON |
 //!
-//! All are 32 bits, little endian. Reads may have any size; a write counts only if it covers exactly one field. The
-//! fields after them, the reporting policy, are in [`super::policy`].
+//! All fields are 32 bits, little endian. Reads may have any size; a write is valid only if it covers exactly one
+//! field. The following fields, the reporting policy, are in [`super::policy`].
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -55,12 +55,12 @@ impl ConfigSpace {
         self.actual.load(Ordering::Relaxed)
     }
 
-    /// The number of pages that the host requests.
+    /// The number of bytes that the host requests.
     pub(super) fn target_bytes(&self) -> u64 {
         bytes_of_pages(self.num_pages())
     }
 
-    /// Requests whole pages. A value beyond 32 bits is truncated, as in the API with which this device is compatible.
+    /// Requests whole pages. A value beyond 32 bits is truncated, as in the API that this device is compatible with.
     #[expect(
         clippy::cast_possible_truncation,
         reason = "num_pages is 32 bits on the wire"
@@ -70,7 +70,7 @@ impl ConfigSpace {
         self.num_pages.store(pages, Ordering::Relaxed);
     }
 
-    /// The number of pages that the driver reports as given.
+    /// The number of bytes that the driver reports as given up.
     pub(super) fn actual_bytes(&self) -> u64 {
         bytes_of_pages(self.actual())
     }
@@ -95,7 +95,7 @@ impl ConfigSpace {
         self.poison_val.store(poison_val, Ordering::Relaxed);
     }
 
-    /// The driver is gone, and so are its values; the host's requests stay.
+    /// Clears the values of a driver that is gone; the host's requests stay.
     pub(super) fn forget_driver(&self) {
         self.actual.store(0, Ordering::Relaxed);
         self.poison_val.store(0, Ordering::Relaxed);

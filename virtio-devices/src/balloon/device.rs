@@ -34,10 +34,10 @@ pub struct BalloonParams {
     pub deflate_on_oom: bool,
     /// Lets the guest report its free pages.
     pub free_page_reporting: bool,
-    /// Lets the host request hints, see [`BalloonHandle::start_hinting`]. It changes the number of the reporting queue
-    /// in guests that number queues without gaps.
+    /// Lets the host request hints, see [`BalloonHandle::start_hinting`]. In guests that number queues without gaps,
+    /// this changes the number of the reporting queue.
     pub free_page_hinting: bool,
-    /// Offers the reporting policy to the guest, see [`super::policy`]. It has no effect without reporting.
+    /// Offers the reporting policy to the guest, see [`super::policy`]. Has no effect without reporting.
     pub reporting_policy: bool,
 }
 
@@ -52,8 +52,8 @@ pub struct Balloon {
 impl Balloon {
     /// Creates a balloon, and the handle by which the VMM controls and reads it.
     ///
-    /// Call it before any seccomp filter is in place, or allow `pidfd_open`, `process_madvise`, `mmap` and `munmap`: it
-    /// probes the kernel's features.
+    /// Must be called before a seccomp filter is active, or with `pidfd_open`, `process_madvise`, `mmap` and `munmap`
+    /// allowed, because it probes the kernel's features.
     ///
     /// # Errors
     /// No event descriptor or timer is available.
@@ -61,7 +61,7 @@ impl Balloon {
         Self::with_engine(params, DiscardEngine::new)
     }
 
-    /// As [`Balloon::new`], with a discard engine from the caller.
+    /// As [`Balloon::new`], with the caller's discard engine.
     ///
     /// # Errors
     /// No event descriptor or timer is available.
@@ -111,7 +111,7 @@ fn features_on_offer(params: &BalloonParams) -> u64 {
         features |= VIRTIO_BALLOON_F_FREE_PAGE_HINT | VIRTIO_BALLOON_F_PAGE_POISON;
     }
     if params.free_page_reporting && blocks_can_free {
-        // A guest that clears or poisons its free pages reports only to a device that accepts the value.
+        // A guest that clears or poisons its free pages reports only to a device that accepts the poison value.
         features |= VIRTIO_BALLOON_F_REPORTING | VIRTIO_BALLOON_F_PAGE_POISON;
         if params.reporting_policy {
             features |= VIRTIO_BALLOON_F_REPORTING_POLICY;

@@ -1,12 +1,12 @@
-//! A fuzzed guest: any sequence of bytes drives a balloon over real memory.
+//! Simulates a fuzzed guest: any sequence of bytes drives a balloon over real memory.
 //!
-//! The fuzz targets call [`run`], and so do the ordinary tests with random bytes. It plays a driver that writes any
-//! descriptor, any ring index, any word of the configuration space and any byte of its own RAM, in any order.
-//! Afterwards it checks the invariants:
+//! The fuzz targets call [`run`], and so do the ordinary tests with random bytes. It acts as a driver that writes any
+//! descriptor, ring index, field of the configuration space and byte of its own RAM, in any order. Afterwards it checks
+//! the invariants:
 //!
-//! * memory around the guest's is unchanged;
+//! * memory around the guest's RAM is unchanged;
 //! * every byte requested was discarded, skipped for a reason, or failed;
-//! * the guest never reports more memory as given than it has;
+//! * the balloon never reports more memory as given up than the guest has;
 //! * the device works again after a reset.
 
 use std::time::Instant;
@@ -26,14 +26,14 @@ use crate::reclaim::{DiscardEngine, InhibitGuard, InhibitReason};
 use crate::testing::fuzz_input::{AREAS, FORM_START, Input, SPARE_PFN, driver_ram};
 use crate::testing::{Desc, HandlerHarness, Segment, WRITE};
 
-/// Maximum number of steps per input; more bytes are ignored.
+/// Maximum number of steps per input; further bytes are ignored.
 const STEPS_MAX: usize = 64;
 const QUEUE_SIZE: u16 = 32;
 const QUEUES: u16 = 5;
 const HINT: u16 = 3;
 const REPORTING: u16 = 4;
 
-/// Plays the bytes and returns the figures.
+/// Runs the steps that the bytes describe and returns the figures.
 ///
 /// # Panics
 /// An invariant is violated.
@@ -108,7 +108,7 @@ impl Guest {
             features,
         };
         for index in 0..QUEUES {
-            // The RAM is full of patterns, and so are the rings.
+            // RAM is filled with patterns, including the rings.
             guest.harness.add_queue(index, QUEUE_SIZE).clear();
         }
         guest.activate();
@@ -122,7 +122,7 @@ impl Guest {
             .expect("activation asks for nothing");
     }
 
-    /// Resets like a driver that starts over.
+    /// Resets the device like a driver that starts over.
     fn reset(&mut self) {
         self.harness.reset();
         self.balloon.reset();
@@ -160,7 +160,7 @@ impl Guest {
         }
     }
 
-    /// Inflates or deflates like a driver, with numbers near and in RAM.
+    /// Inflates or deflates like a driver, with numbers near and inside RAM.
     fn offer_list(&mut self, queue: u16, input: &mut Input<'_>) {
         let count = input.byte() % 32;
         let list: Vec<u8> = (0..count)
@@ -178,7 +178,7 @@ impl Guest {
         self.kick(queue);
     }
 
-    /// The host's part; its results depend on the steps before.
+    /// Acts as the host; the results depend on the previous steps.
     fn steer_hinting(&mut self, input: &mut Input<'_>) {
         let answer = match input.byte() % 3 {
             0 => self.handle.stop_hinting(),
@@ -187,7 +187,7 @@ impl Guest {
         answer.err();
     }
 
-    /// The host's part of the reporting policy, and the acknowledgements of a driver that follows it.
+    /// Acts as the host for the reporting policy, and acknowledges as a driver that follows it.
     fn steer_reporting(&mut self, input: &mut Input<'_>) {
         match input.byte() % 8 {
             0 => self.handle.pause_reporting().expect("on offer"),
@@ -266,7 +266,7 @@ impl Guest {
 
     fn kick(&mut self, queue: u16) {
         if self.harness.kick(queue).is_err() {
-            // DEVICE_NEEDS_RESET; a driver can only recover by a reset.
+            // DEVICE_NEEDS_RESET: a driver can recover only by a reset.
             self.check_books();
             self.reset();
         }
@@ -298,7 +298,7 @@ impl Guest {
         assert!(snapshot.actual_bytes <= snapshot.ram_bytes);
     }
 
-    /// Checks that a page is freed for a driver that starts over and behaves well.
+    /// Checks that a page is discarded for a driver that starts over and behaves well.
     fn check_service(&mut self) {
         self.guard = None;
         self.handle.resume_reporting().expect("on offer");
@@ -352,7 +352,7 @@ mod tests {
                 .expect("bytes")
                 .current();
             let figures = run(&bytes);
-            // `check_service` accounts for one page of each run.
+            // `check_service` contributes one page to each run.
             discarded.0 += figures.report.discarded.bytes - PAGE as u64;
             discarded.1 += figures.inflate.discarded.bytes;
             discarded.2 += figures.hint.discarded.bytes;

@@ -1,4 +1,4 @@
-//! The VMM's handle of the balloon: target, figures, statistics.
+//! The VMM's handle to the balloon: target, figures, statistics.
 //!
 //! All calls are allowed from any thread. Only [`BalloonHandle::request_stats`] waits for the guest, and only until its
 //! caller's deadline.
@@ -28,15 +28,15 @@ pub struct BalloonHandle {
     shared: Arc<Shared>,
 }
 
-/// Whether reports arrive and are discarded, and if not, why.
+/// Whether reports arrive and are discarded; if not, the reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReportingState {
     /// The guest reports, and reports are discarded.
     Active,
     /// Reporting is not configured.
     NotConfigured,
-    /// All guest RAM is made of pages larger than the blocks that guests report, or of files that are mapped private
-    /// while the guest expects zeros in its free pages.
+    /// All guest RAM consists of pages larger than the blocks that guests report, or of private file mappings although
+    /// the guest expects zeros in its free pages.
     BackingUnsuitable,
     /// No driver is running yet.
     DriverNotReady,
@@ -44,9 +44,9 @@ pub enum ReportingState {
     GuestDeclined,
     /// The driver reports but has not enabled the queue.
     QueueNotEnabled,
-    /// The operator has paused it, and the guest has confirmed that it reports nothing.
+    /// The operator has paused reporting, and the guest has confirmed that it sends no reports.
     PausedByGuest,
-    /// The operator has paused it; reports may arrive and are not discarded.
+    /// The operator has paused reporting; reports may arrive but are not discarded.
     PausedByDevice,
     /// Reports arrive, but the guest expects this value in its free pages.
     PagePoison(u32),
@@ -100,13 +100,13 @@ pub struct BalloonSnapshot {
     pub ram_bytes: u64,
     /// The host's target.
     pub target_bytes: u64,
-    /// The balloon's size as the guest reports it, at most all of its RAM.
+    /// The balloon's size as the guest reports it, limited to the size of RAM.
     pub actual_bytes: u64,
-    /// Memory that came by free page reporting.
+    /// Memory returned by free page reporting.
     pub report: PathFigures,
-    /// Memory that came by inflation.
+    /// Memory returned by inflation.
     pub inflate: PathFigures,
-    /// Memory that came by free page hinting.
+    /// Memory returned by free page hinting.
     pub hint: PathFigures,
     /// The state of hinting.
     pub hinting: HintingStatus,
@@ -116,11 +116,11 @@ pub struct BalloonSnapshot {
     pub faults: GuestFaults,
     /// Whether reporting works.
     pub reporting: ReportingState,
-    /// The state of a pause of reporting.
+    /// Phase of a reporting pause.
     pub pause: PausePhase,
-    /// The latest request for a report of everything.
+    /// The latest request for a full report.
     pub report_now: ReportNowStatus,
-    /// The last statistics, however old.
+    /// The last statistics, regardless of their age.
     pub stats: Option<StatsSample>,
 }
 
@@ -129,8 +129,8 @@ impl BalloonHandle {
         Self { shared }
     }
 
-    /// Sets the target to `bytes`, in whole pages of 4 KiB, and returns at once; the guest works towards it at its own
-    /// pace.
+    /// Sets the target to `bytes`, rounded to whole pages of 4 KiB, and returns at once. The guest approaches it at its
+    /// own pace.
     pub fn set_target_bytes(&self, bytes: u64) {
         self.shared.config.set_target_bytes(bytes);
         self.shared.signal_config();
@@ -142,24 +142,25 @@ impl BalloonHandle {
         self.shared.config.target_bytes()
     }
 
-    /// The balloon's size as the guest reports it. It may be wrong, so it is limited to the guest's RAM.
+    /// The balloon's size as the guest reports it. The claim may be wrong, so it is limited to the guest's RAM.
     #[must_use]
     pub fn actual_bytes(&self) -> u64 {
         self.shared.actual_bytes()
     }
 
-    /// Fresh statistics from the guest. Callers that arrive while a request is pending share it.
+    /// Requests fresh statistics from the guest. Callers that arrive while a request is pending share it.
     ///
     /// # Errors
-    /// No driver sends statistics, it did not respond before `deadline` (a paused machine never does), or it is gone.
+    /// No driver sends statistics, the driver did not respond before `deadline` (a paused machine never does), or it is
+    /// gone.
     pub fn request_stats(&self, deadline: Instant) -> Result<StatsSample, StatsError> {
         self.shared
             .stats
             .request(deadline, || self.wake_for_statistics())
     }
 
-    /// Makes the guest send statistics at this interval, so that [`BalloonHandle::cached_stats`] is never much older;
-    /// zero stops it. In whole milliseconds, rounded up. Each sample wakes the guest once.
+    /// Makes the guest send statistics at this interval, so that [`BalloonHandle::cached_stats`] is never much older.
+    /// Zero stops polling. The interval is rounded up to whole milliseconds. Each sample wakes the guest once.
     pub fn set_stats_poll(&self, interval: Duration) {
         let poll_ms = interval.as_nanos().div_ceil(1_000_000);
         let poll_ms = u64::try_from(poll_ms).unwrap_or(u64::MAX);
@@ -169,22 +170,22 @@ impl BalloonHandle {
 
     fn wake_for_statistics(&self) {
         if let Err(e) = self.shared.refill.write(1) {
-            // Only a counter at its limit rejects the write, and then the worker is about to wake anyway.
+            // Only a full counter rejects the write, and then the worker is about to wake anyway.
             log::debug!("balloon: statistics request not signalled: {e}");
         }
     }
 
-    /// The last statistics, however old, without a request to the guest.
+    /// The last statistics, regardless of their age, without a request to the guest.
     #[must_use]
     pub fn cached_stats(&self) -> Option<StatsSample> {
         self.shared.stats.latest()
     }
 
     /// Requests hints of all free memory from the guest, and returns at once with the id of the run. During the run the
-    /// guest is without that memory; at the end it takes it back automatically.
+    /// guest cannot use that memory; at the end it takes the memory back.
     ///
     /// # Errors
-    /// There is no driver that hints, or a run is in progress.
+    /// No driver supports hinting, or a run is in progress.
     pub fn start_hinting(&self) -> Result<u32, HintingError> {
         self.check_hinting()?;
         let id = self.shared.hinting.start(&self.shared.config)?;
@@ -192,8 +193,8 @@ impl BalloonHandle {
         Ok(id)
     }
 
-    /// Ends the run of hinting, if there is one, and returns at once. The current batch is still discarded; no other
-    /// is.
+    /// Ends the hinting run, if there is one, and returns at once. The current batch is still discarded, but no further
+    /// one.
     ///
     /// # Errors
     /// Hinting is not offered.
@@ -224,7 +225,8 @@ impl BalloonHandle {
         }
     }
 
-    /// Sends a reporting policy to the guest, if it supports one; returns at once. Kept for the next driver.
+    /// Sends a reporting policy to the guest, if it supports one, and returns at once. The policy also applies to later
+    /// drivers.
     pub fn set_reporting_policy(&self, policy: ReportingPolicy) {
         self.shared.control.set_policy(policy);
         self.shared.signal_config();
@@ -248,15 +250,15 @@ impl BalloonHandle {
         Ok(())
     }
 
-    /// Waits until a requested pause is complete. If a guest has not confirmed by `deadline`, its reports are no longer
-    /// discarded: `PausedByDevice`. `Pausing` only if a batch does not end.
+    /// Waits until a requested pause is complete. If the guest has not confirmed by `deadline`, its reports are no
+    /// longer discarded: `PausedByDevice`. Returns `Pausing` only if a batch does not finish.
     #[must_use]
     pub fn wait_for_pause(&self, deadline: Instant) -> PausePhase {
         self.shared.control.wait_for_pause(deadline)
     }
 
-    /// Ends the pause, if there is one. A guest that does not know of the pause does not repeat what it has reported
-    /// meanwhile.
+    /// Ends the pause, if there is one. A guest that does not know about the pause does not report again what it
+    /// reported meanwhile.
     ///
     /// # Errors
     /// Reporting is not offered.
@@ -268,10 +270,10 @@ impl BalloonHandle {
     }
 
     /// Requests an immediate report of all free memory from a guest that supports a policy. With `again`, this includes
-    /// memory that it has reported before. Returns the number of the request.
+    /// memory that it has already reported. Returns the number of the request.
     ///
     /// # Errors
-    /// The guest does not support it, or reporting is paused.
+    /// The guest does not support the request, or reporting is paused.
     pub fn report_now(&self, again: bool) -> Result<u32, ReportingError> {
         self.check_reporting()?;
         let id = self.shared.control.report_now(again)?;
@@ -279,7 +281,7 @@ impl BalloonHandle {
         Ok(id)
     }
 
-    /// The latest request for a report of everything.
+    /// The latest request for a full report.
     #[must_use]
     pub fn report_now_status(&self) -> ReportNowStatus {
         self.shared.control.report_now_status()
@@ -292,13 +294,13 @@ impl BalloonHandle {
         }
     }
 
-    /// Turns discarding off, for reports, inflation and hints, until the guard is dropped.
+    /// Disables discarding, for reports, inflation and hints, until the guard is dropped.
     #[must_use]
     pub fn inhibit(&self, reason: InhibitReason) -> InhibitGuard {
         self.shared.switch.inhibit(reason)
     }
 
-    /// Whether free page reporting works, and if not, why.
+    /// Whether free page reporting works; if not, the reason.
     #[must_use]
     pub fn reporting(&self) -> ReportingState {
         let shared = &self.shared;

@@ -5,25 +5,25 @@
 //!    Idle ──────────► Requested ───────────────────────► Running
 //!     ▲ ▲                 │ stop                          │   │ stop
 //!     │ └─────────────────┘                               │   ▼
-//!     │        guest sends STOP, or its driver goes       │ Stopping
+//!     │      guest sends STOP, or its driver resets       │ Stopping
 //!     └───────────────────────────────────────────────────┴───┘
 //! ```
 //!
-//! Blocks are discarded in `Running` alone. The guest sees the request as `free_page_hint_cmd_id`: a new id for a
-//! start; DONE for a stop and at the end, so that it takes its blocks back. A guest that never responds keeps the run
-//! in `Requested`. A guest that never ends it keeps the run in `Stopping`, which the next start also leaves.
+//! Blocks are discarded only in `Running`. The guest sees the request as `free_page_hint_cmd_id`: a new id for a start;
+//! DONE for a stop and at the end, so that it takes its blocks back. A guest that never responds keeps the run in
+//! `Requested`. A guest that never ends it keeps the run in `Stopping`, which the next start also leaves.
 //!
 //! # When a hinted block may be discarded
 //!
 //! Reporting isolates pages until the device completes the chain. Hinting does not: the standard lets the driver reuse
 //! a hinted block at any time, completed or not, and its writes must persist. A device that discards a block some time
-//! after it was hinted may lose such a write.
+//! after the hint may lose such a write.
 //!
-//! Linux (drivers/virtio/virtio_balloon.c, the same order since 4.20) does this in `get_free_page_and_send`, for one
-//! block at a time:
+//! Linux (drivers/virtio/virtio_balloon.c, the same order since 4.20) processes one block at a time in
+//! `get_free_page_and_send`:
 //!
 //! ```text
-//!   page = alloc_pages(…)            nobody else has the block
+//!   page = alloc_pages(…)            the block has no other user
 //!   virtqueue_add_inbuf(vq, page)    the device can see it
 //!   virtqueue_kick(vq)               ◄── rings our doorbell
 //!   balloon_page_push(&vb->free_page_list, page)
@@ -32,20 +32,20 @@
 //!                                    (`return_free_pages_to_mm`), may free it
 //! ```
 //!
-//! The shrinker takes the block that was pushed last and checks no used ring, so neither an uncompleted chain nor a run
-//! in progress protects a block. The kick does: until the vCPU that rang returns from it, the block is allocated and on
-//! no list. Hence the rule:
+//! The shrinker takes the last pushed block and checks no used ring, so neither an uncompleted chain nor a run in
+//! progress protects a block. The kick does: until the kick returns to the vCPU, the block is allocated and on no list.
+//! Hence the rules:
 //!
-//! * the doorbell of this queue holds the vCPU that rings it
-//!   ([`crate::VirtioDevice::holds_notifier`]), and KVM does not ring it alone;
-//! * a block is discarded only then, and of the available chains only the *last* one: the kicks of those before it are
-//!   over. The driver's work item is one thread, and no feature that suppresses kicks is offered, so normally there are
-//!   none;
-//! * every block found in another way, for example after a pause, is completed and counted as `hint_not_held`;
+//! * the doorbell of this queue holds the vCPU that rings it ([`crate::VirtioDevice::holds_notifier`]), so KVM does not
+//!   handle it in the kernel;
+//! * a block is discarded only while the vCPU is held, and of the available chains only the *last* one: the kicks of
+//!   the earlier ones have returned. The driver's work item is one thread, and no feature that suppresses kicks is
+//!   offered, so normally there are no earlier ones;
+//! * a block found in any other way, for example after a pause, is completed and counted as `hint_not_held`;
 //! * the run must be acknowledged and not stopped; otherwise the block is counted as `hint_stale`.
 //!
 //! After the guest has sent all its blocks, it ends the run with the id STOP and receives DONE. It then takes its
-//! blocks back: they are ordinary free memory again, without host memory.
+//! blocks back as ordinary free memory, which has no host memory behind it.
 
 use std::sync::{Mutex, MutexGuard};
 
@@ -62,7 +62,7 @@ const PART: Part = parts::BALLOON;
 /// The first id of a run.
 const CMD_ID_FIRST: u32 = 2;
 
-/// The state of runs.
+/// The status of hinting.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HintingStatus {
     /// The phase of the latest run.
@@ -75,7 +75,7 @@ pub struct HintingStatus {
     pub runs_completed: u64,
 }
 
-/// The runs at one moment.
+/// The saved state of hinting.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HintingState {
@@ -106,13 +106,13 @@ pub enum HintingError {
     UnderWay(u32),
 }
 
-/// The state of runs. The fields that the guest sees change under the same lock.
+/// The status of hinting. The fields that the guest sees change under the same lock.
 #[derive(Debug, Default)]
 pub(super) struct Hinting(Mutex<HintingStatus>);
 
 impl Hinting {
     fn lock(&self) -> MutexGuard<'_, HintingStatus> {
-        // Plain stores, none of which can panic.
+        // Only plain stores run under the lock, so no holder can panic.
         self.0.lock().unpoisoned()
     }
 
@@ -130,7 +130,7 @@ impl Hinting {
         }
     }
 
-    /// Continues a saved run, which the guest sees as `shown_id`.
+    /// Continues a saved run, whose id the guest sees as `shown_id`.
     pub(super) fn restore(&self, state: &HintingState, shown_id: u32) -> Result<(), StateError> {
         let phase = HintingPhase::ALL
             .iter()
@@ -167,7 +167,7 @@ impl Hinting {
         self.lock().phase == HintingPhase::Running
     }
 
-    /// Requests a run; the caller then signals the configuration.
+    /// Requests a run; the caller then sends the configuration change interrupt.
     pub(super) fn start(&self, config: &ConfigSpace) -> Result<u32, HintingError> {
         let mut status = self.lock();
         if matches!(
@@ -176,7 +176,7 @@ impl Hinting {
         ) {
             return Err(HintingError::UnderWay(status.command_id));
         }
-        // Wraps past the two ids with another meaning.
+        // When ids wrap around, the two reserved ids are skipped.
         let id = status.command_id.wrapping_add(1).max(CMD_ID_FIRST);
         status.phase = HintingPhase::Requested;
         status.command_id = id;
@@ -185,12 +185,12 @@ impl Hinting {
         Ok(id)
     }
 
-    /// Ends the run, if there is one. Returns whether to signal the configuration.
+    /// Ends the run, if there is one. Returns whether the caller must send the configuration change interrupt.
     pub(super) fn stop(&self, config: &ConfigSpace) -> bool {
         let mut status = self.lock();
         status.phase = match status.phase {
             HintingPhase::Idle | HintingPhase::Stopping => return false,
-            // If its id still arrives, it finds no run.
+            // If the guest still sends the id, no run matches it.
             HintingPhase::Requested => HintingPhase::Idle,
             HintingPhase::Running => HintingPhase::Stopping,
         };
@@ -198,7 +198,7 @@ impl Hinting {
         true
     }
 
-    /// The guest has sent a command id.
+    /// Handles a command id that the guest has sent.
     pub(super) fn command(&self, id: u32, config: &ConfigSpace) -> CommandEffect {
         let mut status = self.lock();
         match (id, status.phase) {
@@ -212,7 +212,7 @@ impl Hinting {
                 status.phase = HintingPhase::Idle;
                 CommandEffect::None
             }
-            // The end of a run that a stop, and perhaps a start, overtook.
+            // The end of a run that a stop, and possibly a start, has overtaken.
             (VIRTIO_BALLOON_CMD_ID_STOP, _) => CommandEffect::None,
             (id, HintingPhase::Requested) if id == status.command_id => {
                 status.phase = HintingPhase::Running;
@@ -222,7 +222,7 @@ impl Hinting {
         }
     }
 
-    /// The driver is gone. The next one must not see a request from before its start.
+    /// Handles the loss of the driver. The next driver must not see a request from before its start.
     pub(super) fn forget_driver(&self, config: &ConfigSpace) {
         let mut status = self.lock();
         status.phase = HintingPhase::Idle;
@@ -236,7 +236,7 @@ pub(super) enum CommandEffect {
     None,
     /// The guest must read the configuration again.
     Signal,
-    /// No run has this id now.
+    /// No current run has this id.
     NotAskedFor,
 }
 
@@ -264,7 +264,7 @@ mod tests {
         assert!(!hinting.stop(&config), "once is enough");
         assert_eq!(hinting.status().phase, HintingPhase::Stopping);
         let second = hinting.start(&config).unwrap();
-        // The end of the first run is not the end of the second.
+        // The end of the first run must not end the second.
         hinting.command(VIRTIO_BALLOON_CMD_ID_STOP, &config);
         assert_eq!(hinting.status().phase, HintingPhase::Requested);
         assert_eq!(hinting.command(first, &config), CommandEffect::NotAskedFor);

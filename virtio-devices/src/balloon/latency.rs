@@ -1,12 +1,12 @@
 //! A fixed-size latency histogram.
 //!
-//! Log-linear buckets: eight per power of two. So a value is known to within an eighth from 1 µs to over an hour, in a
-//! fixed number of a few hundred counters.
+//! The buckets are log-linear, eight per power of two. A few hundred counters thus resolve each value to within an
+//! eighth, from 1 µs to over an hour.
 
 /// Sub-buckets per power of two, as a power of two.
 const SUB_BITS: u32 = 3;
 const SUBS: usize = 1 << SUB_BITS;
-/// Values from here on share the last bucket: 2³² µs is 71 minutes.
+/// Values of this size and above share the last bucket: 2³² µs is 71 minutes.
 const VALUE_BITS: u32 = 32;
 const BUCKETS: usize = SUBS * (VALUE_BITS - SUB_BITS + 1) as usize;
 
@@ -23,7 +23,7 @@ pub struct LatencyHistogram {
 pub struct LatencyBucket {
     /// Largest value of this bucket.
     pub le_us: u64,
-    /// Values in this bucket alone.
+    /// Number of values in this bucket.
     pub count: u64,
 }
 
@@ -45,20 +45,20 @@ impl LatencyHistogram {
         self.max_us = self.max_us.max(value_us);
     }
 
-    /// Values counted.
+    /// Number of values counted.
     #[must_use]
     pub fn count(&self) -> u64 {
         self.count
     }
 
-    /// Largest value, exactly.
+    /// The exact largest value.
     #[must_use]
     pub fn max_us(&self) -> u64 {
         self.max_us
     }
 
-    /// A value that at least `percent` of all values do not exceed, at most an eighth too high. Zero if no value has
-    /// been counted.
+    /// A value that at least `percent` of all values do not exceed, at most an eighth too high. Zero if no value was
+    /// counted.
     #[must_use]
     pub fn percentile_us(&self, percent: u64) -> u64 {
         let rank = (u128::from(self.count) * u128::from(percent)).div_ceil(100);
@@ -90,7 +90,7 @@ impl LatencyHistogram {
 
 fn bucket_of(value: u64) -> usize {
     let value = value.min((1 << VALUE_BITS) - 1);
-    // Below 2^SUB_BITS every value has a bucket of its own.
+    // Below 2^SUB_BITS every value has its own bucket.
     let Some(shift) = value
         .checked_ilog2()
         .and_then(|log| log.checked_sub(SUB_BITS))

@@ -13,15 +13,16 @@
 //! | Queue | Driver sends | Device does |
 //! | --- | --- | --- |
 //! | inflate | page frame numbers | discards those pages |
-//! | deflate | page frame numbers | nothing: the pages come back when touched |
-//! | statistics | tagged numbers | keeps the buffer until somebody asks, then returns it to be refilled |
-//! | hinting | command ids, and free blocks that it may use again at any time | discards them while the vCPU that sent them waits |
-//! | reporting | free ranges, isolated until answered | discards them, then answers |
+//! | deflate | page frame numbers | nothing: the pages return when touched |
+//! | statistics | tagged numbers | keeps the buffer until statistics are requested, then returns it to be refilled |
+//! | hinting | command ids, and free blocks that it may reuse at any time | discards the blocks while the vCPU that
+//! sent them is held |
+//! | reporting | free ranges, isolated until completed | discards the ranges, then completes them |
 //!
-//! Errors and their containment: an invalid chain is counted and completed. A range that is not whole pages of RAM is
-//! skipped and counted by reason. A system call that fails is counted, and the guest's page stays. A ring that cannot
-//! be read stops the device until it is reset. The guest can increase the counters, but never the memory or the number
-//! of system calls per batch.
+//! Errors are contained as follows. An invalid chain is counted and completed. A range that does not consist of whole
+//! pages of RAM is skipped and counted by reason. A failed system call is counted, and the guest's page stays. A ring
+//! that cannot be read stops the device until it is reset. The guest can increase the counters, but not the memory or
+//! the number of system calls per batch.
 
 mod accounting;
 mod chain;

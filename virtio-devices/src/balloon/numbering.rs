@@ -3,7 +3,7 @@
 //! The standard gives each queue a fixed number (virtio 1.2 §5.5.2): statistics 2, hinting 3, reporting 4. Linux
 //! numbers only the queues that it uses, without gaps (`vp_find_vqs` in drivers/virtio/virtio_pci_common.c): with
 //! statistics and reporting but no hinting, reporting is 3. A driver does not announce its scheme, but the set of
-//! queues that it has enabled reveals it.
+//! enabled queues reveals it.
 
 use super::spec::{
     VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ,
@@ -19,7 +19,7 @@ pub(super) enum QueueRole {
     Reporting,
 }
 
-/// The queues in their standard order, with the feature on which each depends. The position is the fixed number.
+/// The queues in their standard order, with the feature on which each depends. The position is the standard number.
 const ROLES: [(QueueRole, u64); 5] = [
     (QueueRole::Inflate, 0),
     (QueueRole::Deflate, 0),
@@ -46,7 +46,7 @@ pub(super) fn may_be_hint(index: u16) -> bool {
 pub(super) struct Numbering([Option<QueueRole>; ROLES.len()]);
 
 impl Numbering {
-    /// The numbering that explains `enabled`, preferably Linux's.
+    /// The numbering that matches the `enabled` queues, preferably Linux's.
     pub(super) fn of(features: u64, enabled: impl Iterator<Item = u16> + Clone) -> Self {
         let dense = Self::dense(features);
         let fixed = Self::fixed(features);

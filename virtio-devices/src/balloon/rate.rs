@@ -4,10 +4,10 @@ use std::time::Instant;
 
 /// Length of the window in whole seconds.
 const WINDOW_SECONDS: u64 = 10;
-/// The seconds of the window, and the current one.
+/// The seconds of the window, plus the current one.
 const SLOTS: u64 = WINDOW_SECONDS + 1;
 
-/// Bytes per second, for the last few seconds.
+/// Bytes per second over the last few seconds.
 #[derive(Clone, Debug)]
 pub struct RateWindow {
     start: Instant,
@@ -33,7 +33,7 @@ impl RateWindow {
         *slot = slot.saturating_add(bytes);
     }
 
-    /// Mean over the window's whole seconds; the current one is left out.
+    /// Mean over the window's whole seconds, without the current one.
     #[must_use]
     pub fn bytes_per_second(&self, now: Instant) -> u64 {
         let mut window = self.clone();
@@ -55,7 +55,7 @@ impl RateWindow {
         for gone in (self.newest + 1..=second).take(SLOTS as usize) {
             self.slots[slot_of(gone)] = 0;
         }
-        // More than a window later everything is cleared, in any order.
+        // After a gap longer than the window all slots are cleared, in any order.
         self.newest = self.newest.max(second);
     }
 }

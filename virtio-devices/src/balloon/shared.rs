@@ -18,10 +18,10 @@ use crate::device::{GuestRam, Interrupt};
 use crate::reclaim::{DiscardSwitch, Expected, smallest_reclaimable_page_bytes};
 
 /// Maximum size of blocks that a guest reports or hints (4 MiB, the largest block of the x86-64 buddy allocator). On
-/// larger backing pages they free nothing.
+/// larger backing pages such blocks free nothing.
 pub const FREE_BLOCK_BYTES_MAX: u64 = 4 << 20;
 
-/// Whether any region is made of pages that a free block of the guest can cover.
+/// Whether any region consists of pages small enough for a free block of the guest to cover.
 pub(super) fn blocks_can_free(mem: &GuestMemoryMmap<()>, expected: Expected) -> bool {
     smallest_reclaimable_page_bytes(mem, expected)
         .is_some_and(|bytes| bytes <= FREE_BLOCK_BYTES_MAX)
@@ -38,14 +38,14 @@ pub(super) struct Shared {
     pub(super) config: ConfigSpace,
     pub(super) ledger: Ledger,
     pub(super) stats: StatsCell,
-    /// Time from one sample of statistics to the next; 0: only on demand.
+    /// Interval between samples of statistics; 0: only on demand.
     pub(super) stats_poll_ms: AtomicU64,
     pub(super) hinting: Hinting,
     pub(super) control: Control,
     pub(super) switch: Arc<DiscardSwitch>,
     /// Passed by each batch of reports; `control` closes it.
     pub(super) report_gate: Arc<DiscardSwitch>,
-    /// Wakes the worker for statistics, now or at another interval.
+    /// Wakes the worker to request statistics or to change the interval.
     pub(super) refill: EventFd,
     driver: Mutex<Option<ActiveDriver>>,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
@@ -111,7 +111,7 @@ impl Shared {
         *lock(&self.interrupt) = Some(interrupt);
     }
 
-    /// Signals the driver to read the configuration space again.
+    /// Sends the configuration change interrupt to the driver.
     pub(super) fn signal_config(&self) {
         let interrupt = lock(&self.interrupt).clone();
         if let Some(interrupt) = interrupt {
@@ -143,6 +143,6 @@ pub(super) const fn takes_policy(features: u64) -> bool {
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Single stores: a thread cannot panic half-way through one.
+    // Only single stores run under the lock, so no holder can panic.
     mutex.lock().unpoisoned()
 }

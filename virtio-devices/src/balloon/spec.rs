@@ -3,7 +3,7 @@
 /// Virtio device id.
 pub const VIRTIO_ID_BALLOON: u32 = 5;
 
-/// The driver may use ballooned pages again only after the device has completed the request.
+/// The driver may reuse ballooned pages only after the device has completed the request.
 pub const VIRTIO_BALLOON_F_MUST_TELL_HOST: u64 = 1 << 0;
 /// Statistics queue.
 pub const VIRTIO_BALLOON_F_STATS_VQ: u64 = 1 << 1;

@@ -1,6 +1,6 @@
-//! The saved state of the balloon. Discarded memory is not part of it: it is simply absent from guest RAM.
+//! The saved state of the balloon. It does not include discarded memory, which is simply absent from guest RAM.
 //!
-//! Times are left out (latencies, rates, the age of statistics), because they are meaningless on another host.
+//! It does not include times (latencies, rates, the age of statistics), because they are meaningless on another host.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +14,7 @@ use super::shared::Shared;
 use crate::reclaim::{Extent, SkippedBytes};
 
 const PART: Part = parts::BALLOON;
-/// No counter can reach this value, not even one of bytes; larger ones would wrap later.
+/// Upper bound of every counter, even of bytes; larger saved values would wrap around later.
 const COUNTER_MAX: u64 = 1 << 62;
 
 /// The values written by driver and host, and the balloon's counters.
@@ -39,7 +39,7 @@ pub struct BalloonState {
     pub inflate: PathState,
     /// Hinted blocks.
     pub hint: PathState,
-    /// Pages the guest took back.
+    /// Pages that the guest took back.
     pub deflate: ExtentState,
     /// Faults of the driver, by name.
     pub faults: BTreeMap<String, u64>,
@@ -83,11 +83,11 @@ impl From<ExtentState> for Extent {
 pub struct PathState {
     /// The guest's claims.
     pub requested: ExtentState,
-    /// Discarded.
+    /// Memory discarded.
     pub discarded: ExtentState,
-    /// Failed.
+    /// Memory that failed to be discarded.
     pub failed: ExtentState,
-    /// Bytes not tried, by reason.
+    /// Bytes not discarded on purpose, by reason.
     pub skipped: BTreeMap<String, u64>,
     /// Chains completed.
     pub chains: u64,
@@ -162,7 +162,7 @@ fn possible(
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BalloonWorkerState {
-    /// Head of the statistics chain that is kept until new ones are requested.
+    /// Head of the statistics chain, kept until new statistics are requested.
     pub parked: Option<u16>,
 }
 

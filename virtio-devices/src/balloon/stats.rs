@@ -1,20 +1,20 @@
 //! Guest memory statistics (virtio 1.2 §5.5.6.3): tags, and requests for a fresh set.
 //!
-//! The driver hands the device one buffer of statistics at start. The device keeps it, and requests a new set by
+//! The driver provides one statistics buffer when it starts. The device keeps the buffer, and requests a new set by
 //! returning it:
 //!
 //! ```text
 //!            request            buffer returned            buffer comes back
 //!   parked ──────────► wanted ──────────────────► with guest ──────────────► parked
 //!                                                      │                (callers wake)
-//!                                    deadline passes: the caller gives up, the
-//!                                    request stands and serves the next caller
+//!                                    deadline passes: the caller gives up; the
+//!                                    request stays pending and serves the next caller
 //! ```
 //!
-//! A timer requests statistics as callers do, without waiting (see [`super::BalloonHandle::set_stats_poll`]).
+//! A timer requests statistics in the same way, without waiting (see [`super::BalloonHandle::set_stats_poll`]).
 //!
-//! Only the caller waits, on its own thread and with its own deadline; the worker and the VMM's control loop never do.
-//! A guest that never responds leaves one request pending, regardless of the number of callers.
+//! Only callers wait, on their own threads and with their own deadlines; the worker and the VMM's control loop never
+//! do. A guest that never responds leaves one request pending, regardless of the number of callers.
 
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::Instant;
@@ -24,13 +24,13 @@ use device_facts::{BalloonStats, GuestReporting};
 use super::accounting::GuestFaults;
 use crate::Unpoisoned;
 
-/// Maximum number of bytes read from a statistics buffer: room for 409 tags of ten bytes.
+/// Maximum number of bytes read from a statistics buffer: space for 409 tags of ten bytes.
 pub(super) const STATS_BYTES_MAX: usize = 4096;
 
 /// An entry is a packed `{ le16 tag; le64 value; }`.
 const ENTRY_BYTES: usize = 10;
 
-/// One set of statistics. These are the guest's claims and may be wrong: only the guest's own comfort may depend on
+/// One set of statistics. These are the guest's claims and may be wrong: only the guest's own performance may depend on
 /// them.
 #[derive(Clone, Copy, Debug)]
 pub struct StatsSample {
@@ -43,7 +43,7 @@ pub struct StatsSample {
 }
 
 impl StatsSample {
-    /// `private`: the driver may send the tags of [`GuestReporting`].
+    /// `private`: whether the driver may send the tags of [`GuestReporting`].
     pub(super) fn parse(
         bytes: &[u8],
         taken: Instant,
@@ -80,7 +80,7 @@ pub enum StatsError {
     /// The guest has not refilled the buffer before the deadline.
     #[error("the guest has not sent statistics in time")]
     TimedOut,
-    /// The driver was reset while we waited.
+    /// The driver was reset during the wait.
     #[error("the guest has reset its balloon driver")]
     Reset,
 }
@@ -97,17 +97,17 @@ struct State {
     latest: Option<StatsSample>,
     /// A driver with a statistics queue is running.
     active: bool,
-    /// A fresh sample is wanted.
+    /// A fresh sample is requested.
     wanted: bool,
-    /// Counts samples, so that a waiting caller notices its own.
+    /// Counts samples, so that a waiting caller recognises a new one.
     arrivals: u64,
-    /// Counts resets, so that a waiting caller notices one.
+    /// Counts resets, so that a waiting caller recognises one.
     resets: u64,
 }
 
 impl StatsCell {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Every change of the state is a few plain stores that cannot panic.
+        // Every change consists of a few plain stores, which cannot panic.
         self.state.lock().unpoisoned()
     }
 
@@ -168,7 +168,7 @@ impl StatsCell {
         self.lock().active = true;
     }
 
-    /// Drops the driver, and with it the last sample, because its kernel is gone.
+    /// Clears the driver's data, including the last sample, because its kernel is gone.
     pub(super) fn reset(&self) {
         let mut state = self.lock();
         state.active = false;

@@ -1,7 +1,7 @@
 //! The timer that requests statistics.
 //!
-//! Only the worker uses it. It is set again after each expiry, which also makes its descriptor unreadable again.
-//! Reading the descriptor could block, because the expiry may have been cancelled in the meantime.
+//! Only the worker uses it. The worker rearms it after each expiry, which also makes its descriptor unreadable again.
+//! Reading the descriptor instead could block, because the expiry may have been cancelled in the meantime.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use vmm_sys_util::timerfd::TimerFd;
 
-/// Maximum interval: a year, far below the timer's limit.
+/// Maximum interval: one year, far below the timer's limit.
 const POLL_MS_MAX: u64 = 365 * 24 * 60 * 60 * 1000;
 
 #[derive(Debug)]
@@ -19,7 +19,7 @@ pub(super) struct StatsTimer {
 }
 
 impl StatsTimer {
-    /// Stopped.
+    /// Creates a stopped timer.
     pub(super) fn new() -> io::Result<Self> {
         Ok(Self {
             timer: TimerFd::new()?,
@@ -39,7 +39,7 @@ impl StatsTimer {
         }
     }
 
-    /// Runs for another interval, or stops if it is zero.
+    /// Starts another interval, or stops if the interval is zero.
     pub(super) fn restart(&mut self) {
         let done = match self.poll_ms.min(POLL_MS_MAX) {
             0 => self.timer.clear(),

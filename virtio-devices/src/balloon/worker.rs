@@ -23,13 +23,13 @@ use crate::queue::{Chain, Next, ServedQueue};
 use crate::reclaim::{DiscardEngine, Expected, Extent, GuestRange, Outcome};
 use crate::worker::{EventSources, Turn};
 
-/// A batch is processed when it has this many ranges: four full vectors. One chain may exceed that by the maximum of a
-/// chain.
+/// A batch is processed when it has this many ranges: four full vectors. One chain may exceed the limit by the maximum
+/// length of a chain.
 const BATCH_RANGES_MAX: usize = 4096;
 
 /// Token of the descriptor that requests statistics.
 const REFILL: u32 = 0;
-/// Token of the timer that requests them.
+/// Token of the timer that requests statistics.
 const POLL: u32 = 1;
 
 /// Serves all queues of the balloon.
@@ -44,17 +44,17 @@ pub(super) struct BalloonWorker {
     batch: Batch,
     /// Page frame numbers or statistics of one chain.
     bytes: Vec<u8>,
-    /// Not yet in the ledger.
+    /// Faults not yet added to the ledger.
     faults: GuestFaults,
 }
 
-/// What exists only while a driver is running.
+/// State that exists only while a driver is running.
 struct Active {
     ram: GuestRam,
     features: u64,
     interrupt: Arc<dyn Interrupt>,
     queues: Vec<RoleQueue>,
-    /// Head of the statistics chain that is kept until the next request.
+    /// Head of the statistics chain, kept until the next request.
     parked: Option<u16>,
 }
 
@@ -63,12 +63,12 @@ struct RoleQueue {
     queue: ServedQueue,
 }
 
-/// The rest of a queue when the worker turns to others.
+/// Work left in a queue when the worker moves on to others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Left {
-    /// None of the chains that were available when it began.
+    /// All chains that were available at the start have been served.
     Nothing,
-    /// Some: the turn is over, and the queue has rung its doorbell.
+    /// Chains remain: the turn is over, and the queue has signalled its own doorbell.
     Some,
 }
 
@@ -81,12 +81,12 @@ struct Handled {
     refusal: Option<SkipReason>,
 }
 
-/// Collected ranges, and the chains that wait until they are discarded.
+/// Collected ranges, and the chains to complete after the discard.
 #[derive(Debug, Default)]
 struct Batch {
     claims: Vec<GuestRange>,
     heads: Vec<u16>,
-    /// Faults before its first chain was read.
+    /// Fault counts before the first chain of the batch was read.
     faults_before: GuestFaults,
 }
 
@@ -115,7 +115,7 @@ impl BalloonWorker {
         }
     }
 
-    /// `held`: the vCPU that rang waits until this returns.
+    /// `held`: whether the vCPU that signalled the doorbell waits until this returns.
     fn serve(
         &mut self,
         active: &mut Active,
@@ -253,7 +253,7 @@ impl BalloonWorker {
     }
 
     /// Discards the collected ranges and only then completes their chains. If a command arrives in between, the chains
-    /// go back to the ring and are served from the beginning. Until they are completed, the guest does not use their
+    /// go back to the ring and are served again from the start. Until they are completed, the guest does not use their
     /// memory, so discarding it twice has the same effect as once.
     fn finish_batch(
         &mut self,
@@ -268,7 +268,7 @@ impl BalloonWorker {
             return Ok(Left::Nothing);
         }
         let Handled { path, refusal } = handled;
-        // Held until the chains are completed: a pause is complete when no batch is between here and there.
+        // Held until the chains are completed: a pause is complete when no batch holds a passage.
         let passage = (path == Path::Report).then(|| self.shared.report_gate.begin());
         let paused = matches!(passage, Some(Err(_)));
         let refusal = refusal.or(paused.then_some(SkipReason::ReportingPaused));
@@ -284,7 +284,7 @@ impl BalloonWorker {
         let queue = &mut active.queues[at].queue;
         let Some(outcome) = outcome else {
             self.faults = self.batch.faults_before;
-            // No more than the ring has entries.
+            // At most as many as the ring has entries.
             queue.put_back(self.batch.heads.len() as u16)?;
             return Ok(Left::Some);
         };
@@ -299,15 +299,15 @@ impl BalloonWorker {
         let first_failure = figures.failed.ranges == 0 && outcome.failed.ranges > 0;
         figures.record(&outcome, chains, started.elapsed());
         drop(figures);
-        // Logged once: the counters show the rest, and a guest could repeat it at will.
+        // Logged once: a guest could repeat the error at will, and the counters show the rest.
         if let Some(e) = outcome.first_error.filter(|_| first_failure) {
             log::warn!("balloon: guest memory cannot be given back ({path:?}): {e}");
         }
         Ok(Left::Nothing)
     }
 
-    /// Deflation costs nothing: the pages return when they are touched. But once it is completed, the driver uses them.
-    /// So everything inflated before must be discarded first, whichever doorbell was served first.
+    /// Deflation itself needs no work: the pages return when they are touched. But once it is completed, the driver
+    /// uses the pages. So everything inflated before must be discarded first, whichever doorbell was served first.
     fn serve_deflate(
         &mut self,
         active: &mut Active,
@@ -315,7 +315,7 @@ impl BalloonWorker {
         mem: &GuestMemoryMmap<()>,
         turn: &mut Turn,
     ) -> Result<(), WorkerError> {
-        // In this order: no page deflated here was inflated after the check below.
+        // This order ensures that no page deflated here was inflated after the check below.
         let available = active.queues[at].queue.available(mem)?;
         let mut queues = active.queues.iter();
         if let Some(inflate) = queues.position(|queue| queue.role == QueueRole::Inflate) {
@@ -355,7 +355,7 @@ impl BalloonWorker {
             let head = chain.head_index();
             let (bytes, faults) = (&mut self.bytes, &mut self.faults);
             chain::read(chain, mem, STATS_BYTES_MAX, bytes, turn, faults);
-            // The standard allows one buffer. We keep the newest.
+            // The standard allows one buffer. The device keeps the newest.
             if let Some(older) = active.parked.replace(head) {
                 self.faults.stats_surplus_buffers += 1;
                 chain::answer(queue, mem, &[older], &mut self.faults)?;
@@ -377,7 +377,7 @@ impl BalloonWorker {
             .queues
             .iter_mut()
             .find(|q| q.role == QueueRole::Stats);
-        // Without a buffer there is nothing to return: the guest has it, and its arrival satisfies the request.
+        // Without a parked buffer there is nothing to return: the guest has it, and its arrival satisfies the request.
         let (Some(RoleQueue { queue, .. }), Some(head)) = (stats_queue, active.parked.take())
         else {
             return Ok(());
@@ -387,7 +387,7 @@ impl BalloonWorker {
         queue.signal(&mem)
     }
 
-    /// Runs `work` on the active state, if there is one, and counts the faults.
+    /// Runs `work` on the active state, if there is one, and records the faults.
     fn while_active(
         &mut self,
         work: impl FnOnce(&mut Self, &mut Active) -> Result<(), WorkerError>,
@@ -400,8 +400,8 @@ impl BalloonWorker {
         if result.is_ok() {
             self.active = Some(active);
         } else {
-            // No queue is served from here to the next reset. Callers that wait for statistics, or query whether
-            // reports arrive, must be notified.
+            // No queue is served until the next reset. Callers that wait for statistics, or query whether reports
+            // arrive, must be notified.
             self.reset();
         }
         if self.faults != GuestFaults::default() {
@@ -533,9 +533,9 @@ impl QueueHandler for BalloonWorker {
     }
 }
 
-/// What the guest may rely on. With PAGE_POISON it expects free pages unchanged or filled with its value, and this is
-/// reached only if that value is zero (virtio 1.2 §5.5.6.7.2). Pages in the balloon are allocated, and are not read
-/// before they are written.
+/// The content that the guest may rely on. With PAGE_POISON it expects free pages unchanged or filled with its value,
+/// and this is reached only if that value is zero (virtio 1.2 §5.5.6.7.2). Pages in the balloon are allocated, and are
+/// not read before they are written.
 fn expected(path: Path, features: u64) -> Expected {
     if path != Path::Inflate && features & VIRTIO_BALLOON_F_PAGE_POISON != 0 {
         Expected::Zeros
@@ -544,7 +544,7 @@ fn expected(path: Path, features: u64) -> Expected {
     }
 }
 
-/// The outcome if nothing was tried.
+/// The outcome if no discard was attempted.
 fn skip_all(claims: &[GuestRange], reason: SkipReason) -> Outcome {
     let mut outcome = Outcome::default();
     for claim in claims {

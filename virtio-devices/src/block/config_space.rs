@@ -15,15 +15,15 @@ use super::{BlockParams, DATA_BYTES_MAX, SECTOR_BYTES, WRITE_ZEROES_SECTORS_MAX}
 
 /// Bytes of `struct virtio_blk_config` up to and including write zeroes.
 pub(super) const CONFIG_BYTES: usize = 60;
-/// The one writable field.
+/// Offset of the only writable field.
 pub(super) const WRITEBACK_AT: usize = 32;
 
-/// Maximum number of sectors in one discard request: no limit of ours.
+/// Maximum number of sectors in one discard request: this device sets no limit.
 const DISCARD_SECTORS_MAX: u32 = u32::MAX;
-/// Maximum number of ranges in one discard or write zeroes request. With one, a request is one operation.
+/// Maximum number of ranges in one discard or write zeroes request. With a limit of one, each request is one operation.
 const RANGES_MAX: u32 = 1;
 
-/// Whether an accepted or offered set holds a bit.
+/// Whether a set of features contains a bit.
 pub(super) fn has(features: u64, bit: u32) -> bool {
     features & (1 << bit) != 0
 }
@@ -55,15 +55,15 @@ pub(super) fn features(params: &BlockParams) -> u64 {
     bits.into_iter().fold(0, |set, bit| set | 1 << bit)
 }
 
-/// Maximum length of a segment: the maximum number of segments per request holds no more data than a request may move.
-/// A power of two, so that pages and sectors fit evenly.
+/// Maximum length of a segment: the maximum number of segments per request holds at most as much data as a request may
+/// move. A power of two, so that pages and sectors divide it evenly.
 fn segment_bytes_max(segments: u32) -> u32 {
     // At most DATA_BYTES_MAX, which has 27 bits.
     let bytes = (DATA_BYTES_MAX / u64::from(segments.max(1))) as u32;
     1 << bytes.ilog2()
 }
 
-/// The space as bytes; every field little-endian.
+/// The configuration space as bytes; every field is little-endian.
 pub(super) fn bytes(
     params: &BlockParams,
     topology: Topology,
@@ -73,7 +73,7 @@ pub(super) fn bytes(
     let mut space = [0; CONFIG_BYTES];
     let mut put = |at: usize, field: &[u8]| space[at..at + field.len()].copy_from_slice(field);
     put(0, &capacity_sectors.to_le_bytes());
-    // Header and status use two descriptors of a ring; an indirect table of ring size must not hold more either.
+    // Header and status use two descriptors of a ring; an indirect table is limited to the same size.
     let segments = u32::from(params.queue_size - 2);
     put(8, &segment_bytes_max(segments).to_le_bytes());
     put(12, &segments.to_le_bytes());

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::device::Counters;
 
-/// Latencies are `u64::MAX` until the first request, as in upstream.
+/// Initial value of latencies, before the first request: `u64::MAX`, as in upstream.
 const NO_LATENCY_YET: u64 = u64::MAX;
 
 /// One direction of transfer.
@@ -53,7 +53,7 @@ impl Transfer {
     }
 }
 
-/// Counters of a disk; relaxed atomics, so a snapshot is not of one instant.
+/// Counters of a disk. They are relaxed atomics, so a snapshot is not from one instant.
 #[derive(Debug)]
 pub(super) struct BlockCounters {
     read: Transfer,
@@ -61,11 +61,11 @@ pub(super) struct BlockCounters {
     flush_ops: AtomicU64,
     discard_bytes: AtomicU64,
     write_zeroes_bytes: AtomicU64,
-    /// The guest's fault: malformed, unknown, out of range, or rejected.
+    /// Requests at fault: malformed, unknown, out of range, or rejected.
     bad_requests: AtomicU64,
-    /// The host's fault: the image could not be read or written.
+    /// Host errors: the image could not be read or written.
     io_errors: AtomicU64,
-    /// How often a queue waited for its rate limit.
+    /// Number of times a queue waited for its rate limit.
     throttled: AtomicU64,
 }
 
@@ -103,12 +103,12 @@ impl BlockCounters {
         self.write_zeroes_bytes.fetch_add(bytes, Relaxed);
     }
 
-    /// Counts a request that is the guest's fault and returns the number before it.
+    /// Counts a request that is the guest's fault and returns the previous count.
     pub(super) fn add_bad_request(&self) -> u64 {
         self.bad_requests.fetch_add(1, Relaxed)
     }
 
-    /// Counts a host error and returns the number before it.
+    /// Counts a host error and returns the previous count.
     pub(super) fn add_io_error(&self) -> u64 {
         self.io_errors.fetch_add(1, Relaxed)
     }

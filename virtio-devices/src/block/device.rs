@@ -28,15 +28,15 @@ const VIRTIO_ID_BLOCK: u32 = 2;
 const QUEUE_SIZE_MIN: u16 = 4;
 const SERIAL_BYTES: usize = VIRTIO_BLK_ID_BYTES as usize;
 
-/// The saved state of a disk besides its configuration. The image's content is not part of it.
+/// The saved state of a disk beyond its configuration. The image's content is not part of it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BlockState {
     /// Size the guest sees; the image must still have it.
     pub capacity_sectors: u64,
-    /// The driver has the cache in write-back mode.
+    /// The driver has put the cache in write-back mode.
     pub writeback: bool,
-    /// Its rate limit. Disks of one group save the same.
+    /// Its rate limit. All disks of a group save the same one.
     pub limit: RateLimiterState,
 }
 
@@ -44,7 +44,7 @@ impl State for BlockState {
     const PART: Part = parts::BLOCK;
 
     fn upgrade(_from: u32, fields: &mut Fields) -> Result<(), StateError> {
-        // From 1 to 2: there were no limits.
+        // Version 1 had no limits.
         RateLimiterState::add_none(fields, "limit");
         Ok(())
     }
@@ -59,7 +59,7 @@ pub(super) struct DiskState {
     capacity_sectors: AtomicU64,
     writeback: AtomicBool,
     counters: BlockCounters,
-    /// `None` until the disk is behind its transport.
+    /// `None` until the disk is attached to its transport.
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
 }
 
@@ -90,7 +90,7 @@ impl DiskState {
         self.params.readonly
     }
 
-    /// Changes the size that the guest sees, and notifies it.
+    /// Changes the size that the guest sees, and notifies the guest.
     pub(super) fn set_capacity(&self, sectors: u64) {
         self.capacity_sectors.store(sectors, Ordering::Release);
         let interrupt = self.interrupt.lock().unpoisoned().clone();
@@ -127,7 +127,7 @@ pub struct Block {
 crate::debug_fields!(Block { disk });
 
 impl Block {
-    /// Opens and locks the image, and creates the I/O engines. Everything is released when the device is dropped.
+    /// Opens and locks the image, and creates the I/O engines. Dropping the device releases everything.
     ///
     /// # Errors
     /// See [`BlockError`]; nothing is left behind.
@@ -198,7 +198,7 @@ fn check(params: &BlockParams) -> Result<(), BlockError> {
     }
 }
 
-/// A derived serial may be too long; its beginning suffices to tell disks apart.
+/// A derived serial may be too long; its beginning suffices to distinguish disks.
 fn padded(serial: &str) -> [u8; SERIAL_BYTES] {
     let mut padded = [0; SERIAL_BYTES];
     let len = serial.len().min(SERIAL_BYTES);
@@ -235,8 +235,8 @@ impl VirtioDevice for Block {
         self.features
     }
 
-    /// A driver that cannot flush sees the cache in write-through mode (virtio 1.2 §5.2.5.2); otherwise it could never
-    /// make its writes stable.
+    /// For a driver that cannot flush, the cache is in write-through mode (virtio 1.2 §5.2.5.2); otherwise its writes
+    /// could never become stable.
     fn ack_features(&mut self, features: u64) {
         let can_flush = config_space::has(features, VIRTIO_BLK_F_FLUSH);
         self.disk.writeback.store(can_flush, Ordering::Release);

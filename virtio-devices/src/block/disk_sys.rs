@@ -1,4 +1,4 @@
-//! The few system calls on a disk image that std does not have.
+//! System calls on a disk image that std does not provide.
 
 #![allow(unsafe_code)]
 // UNSAFETY: raw system calls on a descriptor we own; each takes plain numbers or
@@ -10,7 +10,7 @@ use std::os::fd::{AsRawFd, RawFd};
 
 /// `statx` mask bit for the direct I/O fields (linux/stat.h, since 6.1).
 const STATX_DIOALIGN: u32 = 0x2000;
-/// Size of `struct statx`, and where its direct I/O fields are (linux/stat.h).
+/// Size of `struct statx`, and the offset of its direct I/O fields (linux/stat.h).
 const STATX_BYTES: usize = 256;
 const STATX_DIO_MEM_ALIGN_AT: usize = 152;
 const STATX_DIO_OFFSET_ALIGN_AT: usize = 156;
@@ -18,12 +18,12 @@ const STATX_DIO_OFFSET_ALIGN_AT: usize = 156;
 /// Unnumbered block device ioctls (linux/fs.h); not in libc.
 const BLKDISCARD: libc::Ioctl = 0x1277;
 
-/// Alignment that direct I/O on `file` requires: (memory, offset and length), in bytes. `None`: the kernel or the file
-/// system does not report it.
+/// Alignment that direct I/O on `file` requires: (memory, offset and length), in bytes. `None`: neither the kernel nor
+/// the file system reports it.
 pub(super) fn dio_alignment(file: &File) -> Option<(u32, u32)> {
     let mut buffer = [0u64; STATX_BYTES / 8];
-    // SAFETY: the path is an empty C string, which AT_EMPTY_PATH makes mean the
-    // descriptor itself; the buffer has the size and alignment of `struct statx`.
+    // SAFETY: the path is an empty C string, with which AT_EMPTY_PATH refers to the descriptor itself; the buffer has
+    // the size and alignment of `struct statx`.
     let result = unsafe {
         libc::syscall(
             libc::SYS_statx,
@@ -85,7 +85,7 @@ pub(super) fn block_device_sizes(file: &File) -> io::Result<BlockDeviceSizes> {
 /// Discards a range of a block device.
 ///
 /// # Errors
-/// The device does not support it, or the range is bad.
+/// The device does not support it, or the range is invalid.
 pub(super) fn block_device_discard(fd: RawFd, offset: u64, bytes: u64) -> io::Result<()> {
     let range = [offset, bytes];
     // SAFETY: BLKDISCARD reads two u64.
@@ -96,7 +96,7 @@ pub(super) fn block_device_discard(fd: RawFd, offset: u64, bytes: u64) -> io::Re
     Ok(())
 }
 
-/// Takes an open-file-description lock on `[0, bytes)`, or on the whole file of any size for 0, without waiting.
+/// Takes an open-file-description lock on `[0, bytes)`, or on the whole file for 0, without waiting.
 ///
 /// # Errors
 /// `WouldBlock`: another process has a conflicting lock.

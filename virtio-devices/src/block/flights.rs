@@ -1,13 +1,12 @@
-//! The jobs in an I/O engine.
+//! The jobs in flight in an I/O engine.
 //!
-//! A pause waits for all of them, so their total cost is limited by [`COST_MAX`]. A long job is executed alone, and
-//! nothing is taken from the ring after it. A pause then only waits for the job's current operation, and the chain goes
-//! back to the ring to be served from its beginning.
+//! A pause waits for all of them, so [`COST_MAX`] limits their total cost. A long job runs alone, and no further chain
+//! is taken from the ring meanwhile. A pause then waits only for the job's current operation, and the chain goes back
+//! to the ring to be served again from the start.
 
 #![allow(unsafe_code)]
-// UNSAFETY: owns the promise of `IoEngine::submit`: a job, and with it the memory
-// its operation points to, stays in its slot untouched until the engine has
-// reported the operation's completion, even when this is dropped.
+// UNSAFETY: fulfils the contract of `IoEngine::submit`: a job, and the memory its operation points to, stays unmodified
+// in its slot until the engine has reported the operation's completion, even if this is dropped.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -19,16 +18,15 @@ use super::engine::{Completion, IoEngine};
 use super::job::{Job, Progress};
 use crate::worker::Turn;
 
-/// Delay before the kernel is tried again when it rejects operations that must be waited for. Seen under memory
-/// pressure only.
+/// Delay before a retry if the kernel rejects operations that must be waited for. Seen only under memory pressure.
 const WAIT_RETRY: Duration = Duration::from_millis(1);
 
-/// How often submission is tried, [`WAIT_RETRY`] apart, before the disk stops: for one second. A shortage of memory is
-/// temporary, and Linux never resets a disk that requests it.
+/// Maximum number of submission attempts, [`WAIT_RETRY`] apart, before the disk stops: one second in total. A shortage
+/// of memory is temporary, and Linux never resets a disk that requests a reset.
 const FLUSH_TRIES_MAX: u32 = 1000;
 
-/// Maximum total cost of the jobs in flight, see [`Job::cost`]. A disk of 500 MB/s moves as many bytes in 32 ms, and as
-/// many of the shortest jobs (256) keep any disk busy.
+/// Maximum total cost of the jobs in flight, see [`Job::cost`]. A disk of 500 MB/s moves as many bytes in 32 ms, and
+/// this number of the shortest jobs (256) keeps any disk busy.
 const COST_MAX: u64 = 16 << 20;
 
 /// A job that has ended.
@@ -37,7 +35,7 @@ pub(super) struct Landed {
     pub(super) job: Job,
     /// Status byte for the guest.
     pub(super) status: u8,
-    /// Set if the host is at fault.
+    /// Set if the error is the host's.
     pub(super) host_errno: Option<i32>,
 }
 
@@ -46,17 +44,17 @@ pub(super) struct Flights {
     engine: Box<dyn IoEngine>,
     slots: Vec<Option<Job>>,
     free: Vec<u16>,
-    /// Jobs with further operations, none of which is in the engine.
+    /// Jobs that have further operations but none in the engine.
     suspended: Vec<u16>,
-    /// Total of all jobs.
+    /// Total cost of all jobs.
     cost: u64,
-    /// The only job is a long one.
+    /// The only job in flight is a long one.
     has_long: bool,
     completions: Vec<Completion>,
 }
 
 impl Flights {
-    /// Room for `depth` jobs; `engine` was created for as many.
+    /// Space for `depth` jobs; `engine` must have been created for as many.
     pub(super) fn new(engine: Box<dyn IoEngine>, depth: u16) -> Self {
         Self {
             engine,
@@ -78,7 +76,7 @@ impl Flights {
         !self.free.is_empty() && self.cost < COST_MAX && !self.has_long
     }
 
-    /// Whether this job can be started beside the others.
+    /// Whether this job can be started in addition to the current ones.
     pub(super) fn has_room_for(&self, job: &Job) -> bool {
         let beside = !job.is_long() && self.cost + job.cost() <= COST_MAX;
         self.has_room() && (self.is_empty() || beside)
@@ -98,7 +96,7 @@ impl Flights {
         !self.suspended.is_empty()
     }
 
-    /// Starts a job; requires room for it. A job that the engine rejects has landed.
+    /// Starts a job; requires space for it. A job that the engine rejects ends at once and is added to `landed`.
     pub(super) fn start(&mut self, job: Job, landed: &mut Vec<Landed>, turn: &mut Turn) {
         let id = self.free.pop().expect("callers check for room");
         self.cost += job.cost();
@@ -107,7 +105,7 @@ impl Flights {
         self.submit(id, landed, turn);
     }
 
-    /// Continues the jobs that a command has stopped.
+    /// Continues the jobs that a command suspended.
     pub(super) fn go_on(&mut self, landed: &mut Vec<Landed>, turn: &mut Turn) {
         for id in std::mem::take(&mut self.suspended) {
             self.submit(id, landed, turn);
@@ -117,7 +115,7 @@ impl Flights {
     /// Submits started operations to the kernel.
     ///
     /// # Errors
-    /// The kernel rejected them, and not only temporarily.
+    /// The kernel rejected them, and the condition is not temporary.
     pub(super) fn flush(&mut self) -> io::Result<()> {
         for _ in 1..FLUSH_TRIES_MAX {
             match self.engine.flush() {
@@ -128,7 +126,7 @@ impl Flights {
         self.engine.flush()
     }
 
-    /// Collects ended jobs and continues those with more to do, unless a command waits.
+    /// Collects ended jobs and continues those with further operations, unless a command is pending.
     ///
     /// # Errors
     /// The kernel rejected the continuation; it is still pending.
@@ -136,10 +134,10 @@ impl Flights {
         self.land_and(landed, turn, |_, turn| !turn.is_called())
     }
 
-    /// Waits until the engine has no operation. All jobs have then ended and are collected in `landed`, except for a
-    /// long one: true if there was one. It is dropped, and nothing was taken after it.
+    /// Waits until the engine has no operation left. All jobs have then ended and are collected in `landed`, except for
+    /// a long one, which is dropped; returns true in this case. No chain was taken after the long job.
     pub(super) fn settle(&mut self, landed: &mut Vec<Landed>) -> bool {
-        // The others are not interrupted, because they are bounded.
+        // The other jobs are not interrupted, because their cost is bounded.
         let mut turn = Turn::default();
         if !self.has_long {
             self.go_on(landed, &mut turn);
@@ -148,7 +146,7 @@ impl Flights {
         self.forget_suspended()
     }
 
-    /// Waits until the engine has no operation, and drops all jobs.
+    /// Waits until the engine has no operation left, and drops all jobs.
     pub(super) fn abandon(&mut self) {
         self.drain(&mut Vec::new(), &mut Turn::default(), |_| false);
         self.forget_suspended();
@@ -213,9 +211,8 @@ impl Flights {
             .as_ref()
             .expect("submit is called on filled slots");
         turn.charge_call(1, job.piece().bytes);
-        // SAFETY: the job stays in its slot, and its vectors on their heap, until
-        // `land_and` gets this id back; `drop` waits for that too. While it is
-        // there, nobody changes it. An error means the engine does not have it.
+        // SAFETY: the job stays in its slot, and its vectors on their heap, until `land_and` receives this id; `drop`
+        // waits for that too. Until then nothing modifies the job. On an error the engine does not have the operation.
         if let Err(error) = unsafe { self.engine.submit(id, &job.operation()) } {
             let errno = error.raw_os_error().unwrap_or(libc::EIO);
             self.finish(id, VIRTIO_BLK_S_IOERR as u8, Some(errno), landed);
@@ -242,7 +239,7 @@ impl Flights {
     }
 }
 
-/// No memory for requests just now, or too many completions not yet seen
+/// Whether the kernel is temporarily out of memory for requests, or has too many unseen completions
 /// (io_uring_enter(2)).
 fn is_momentary(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY))
@@ -268,7 +265,7 @@ mod tests {
     use crate::testing::TestRam;
     use vm_memory::GuestAddressSpace;
 
-    /// Rejects a number of times with an errno.
+    /// An engine that rejects a number of calls with an errno.
     struct Reluctant {
         errno: i32,
         refusals: Arc<AtomicU32>,
@@ -352,7 +349,7 @@ mod tests {
             flights.start(job(kind), &mut Vec::new(), &mut Turn::default());
         }
         let started = flights.len();
-        // This engine never completes anything, which cannot be waited for.
+        // This engine never completes an operation, so a drop would wait forever.
         std::mem::forget(flights);
         started
     }
@@ -365,7 +362,7 @@ mod tests {
         assert_eq!(fill(Kind::Read(4 * MIB)), 4);
         assert_eq!(fill(Kind::Flush), 16);
         assert_eq!(fill(Kind::Discard(256 * MIB)), 4);
-        // Long ones.
+        // Long jobs.
         assert_eq!(fill(Kind::Read(4 * MIB + 512)), 1);
         assert_eq!(fill(Kind::WriteZeroes(16 * MIB)), 1);
         assert_eq!(fill(Kind::Discard(1 << 40)), 1);

@@ -1,12 +1,12 @@
 //! Recognises disk image formats by their signatures.
 //!
-//! Serving a qcow2 file as a raw disk would show the guest the container instead of its contents, so a known signature
-//! is an error. The reverse danger is a guest that writes a signature into a raw image, so that the next start misreads
-//! it. Therefore sector 0 of an image with a guessed format is protected.
+//! Serving a qcow2 file as a raw disk would show the guest the container instead of its content, so a known signature
+//! is an error. Conversely, a guest could write a signature into a raw image, so that the next start misinterprets it.
+//! Therefore sector 0 of an image with a guessed format is write-protected.
 
 use std::fmt;
 
-/// Bytes at the front that [`detect`] checks; one sector.
+/// Number of bytes at the front that [`detect`] checks; one sector.
 pub(super) const HEADER_BYTES: usize = 512;
 
 /// The format of an image file, according to its signature.
@@ -36,8 +36,8 @@ impl fmt::Display for ImageFormat {
     }
 }
 
-/// Decides from the first [`HEADER_BYTES`] and the last sector of the file
-/// (both may be shorter for a short file).
+/// Detects the format from the first [`HEADER_BYTES`] and the last sector of the file (both may be shorter for a short
+/// file).
 pub(super) fn detect(header: &[u8], footer: &[u8]) -> ImageFormat {
     /// Signatures at offset 0.
     const FRONT: [(&[u8], ImageFormat); 5] = [

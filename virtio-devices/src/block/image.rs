@@ -11,14 +11,14 @@ use super::format::{self, HEADER_BYTES, ImageFormat};
 use super::{BlockError, BlockParams, LockGranularity, SECTOR_BYTES, disk_sys};
 use crate::Unpoisoned;
 
-/// Direct I/O alignment assumed if the kernel does not report it: the largest logical block in use.
+/// Direct I/O alignment assumed if the kernel does not report it: the largest common logical block size.
 const DIO_ALIGN_FALLBACK_BYTES: u32 = 4096;
 
 /// Alignment that direct I/O requires, in bytes (powers of two).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct DioAlignment {
     pub(super) memory: usize,
-    /// Of file offsets and of the length of each piece.
+    /// Alignment of file offsets and of the length of each piece.
     pub(super) offset: usize,
 }
 
@@ -31,7 +31,7 @@ pub(super) struct Topology {
     pub(super) io_opt: u32,
 }
 
-/// An opened, locked image. The lock lives as long as the descriptor.
+/// An opened, locked image. The lock exists as long as the descriptor.
 #[derive(Debug)]
 pub(super) struct Image {
     file: File,
@@ -102,12 +102,12 @@ impl Image {
         })
     }
 
-    /// The present size of the file or block device.
+    /// The current size of the file or block device.
     pub(super) fn file_bytes(&self) -> io::Result<u64> {
         file_bytes(&self.file)
     }
 
-    /// Extends a lock of the image's size to `bytes`. The kernel adds it to the one that is held.
+    /// Extends a lock of the image's size to `bytes`. The kernel merges it with the existing lock.
     pub(super) fn lock_up_to(&self, bytes: u64) -> io::Result<()> {
         match self.lock_granularity {
             LockGranularity::Full => Ok(()),
@@ -127,18 +127,18 @@ impl Image {
         self.block_device
     }
 
-    /// `Some` when opened for direct I/O.
+    /// `Some` if opened for direct I/O.
     pub(super) fn dio(&self) -> Option<DioAlignment> {
         self.dio
     }
 
-    /// Held while part of a block is read, changed and written back.
+    /// Locked while part of a block is read, changed and written back.
     pub(super) fn lock_partial_writes(&self) -> MutexGuard<'_, ()> {
-        // The lock protects no data that a panic could have left half done.
+        // The lock protects no data that a panic could have left inconsistent.
         self.partial_writes.lock().unpoisoned()
     }
 
-    /// Size when opened.
+    /// Size when opened, in sectors.
     pub(super) fn sectors(&self) -> u64 {
         self.bytes / SECTOR_BYTES
     }
@@ -260,9 +260,9 @@ fn dio_alignment(file: &File, block_device: bool) -> DioAlignment {
     }
 }
 
-/// A block device passes its sizes on. An image file is a disk of 512-byte logical blocks on any file system: partition
-/// tables count in logical blocks, and an image must mean the same on every host. The block size preferred for direct
-/// I/O is reported as the physical block size.
+/// The sizes of a block device are passed on. An image file is a disk of 512-byte logical blocks on any file system:
+/// partition tables count in logical blocks, and an image must mean the same on every host. The block size preferred
+/// for direct I/O is reported as the physical block size.
 fn topology(file: &File, block_device: bool, dio: Option<DioAlignment>) -> io::Result<Topology> {
     if block_device {
         let sizes = disk_sys::block_device_sizes(file)?;

@@ -5,9 +5,9 @@
 //!   Write ──(cache is write-through)─► Sync ─► done
 //!   Discard ─► PunchHole / DeviceDiscard ────► done
 //!   WriteZeroes ─► PunchHole ─► ZeroRange ─► WriteZeroBuffer … ─► (Sync) ─► done
-//!                  each only where the one before is not supported
+//!                  each only if the previous one is not supported
 //! ```
-//! Each step is done in operations of bounded size. After a short transfer, the step is repeated with the rest.
+//! Each step runs in operations of bounded size. After a short transfer, the step is repeated for the rest.
 
 use std::time::Instant;
 
@@ -24,17 +24,18 @@ const RETRIES_MAX: u32 = 64;
 /// Maximum number of bytes that one operation reads, writes or zeroes: the maximum of one Linux request.
 const PIECE_BYTES_MAX: u64 = 4 << 20;
 
-/// Maximum number of bytes that one operation discards. That moves no data, so it counts 64 times less.
+/// Maximum number of bytes that one operation discards. Discarding moves no data, so its cost per byte is 64 times
+/// lower.
 const DISCARD_PIECE_BYTES_MAX: u64 = DISCARD_PER_COST * PIECE_BYTES_MAX;
 const DISCARD_PER_COST: u64 = 64;
 
 /// Minimum cost of a job, in bytes moved: the time of one access to a disk.
 const COST_MIN: u64 = 64 << 10;
 
-/// Cost of bringing data to stable storage.
+/// Cost of writing data to stable storage.
 const SYNC_COST: u64 = 1 << 20;
 
-/// The location of data and the part not yet moved.
+/// The location of the data, and the part not yet moved.
 #[derive(Debug)]
 pub(super) struct Transfer {
     offset: u64,
@@ -81,7 +82,7 @@ pub(super) struct Range {
 }
 
 impl Range {
-    /// The beginning of it, up to a multiple of `bytes_max`: if the whole is aligned, so is each piece.
+    /// The front of the range, up to a multiple of `bytes_max`: if the range is aligned, so is each piece.
     fn piece(self, bytes_max: u64) -> Self {
         Self {
             offset: self.offset,
@@ -89,7 +90,7 @@ impl Range {
         }
     }
 
-    /// Whether there is more than `done` bytes.
+    /// Whether more than `done` bytes remain.
     fn advance(&mut self, done: u64) -> bool {
         self.offset += done;
         self.bytes = self.bytes.saturating_sub(done);
@@ -97,7 +98,7 @@ impl Range {
     }
 }
 
-/// The kind of the request, for the counters. Bytes are of the whole request.
+/// The kind of the request, for the counters. Bytes are those of the whole request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     Read(u64),
@@ -113,7 +114,7 @@ pub(super) enum Step {
     Read(Transfer),
     Write(Transfer),
     Sync,
-    /// By hole or, on a block `device`, by command.
+    /// Punches a hole or, on a block `device`, sends a discard command.
     Discard {
         range: Range,
         device: bool,
@@ -123,14 +124,14 @@ pub(super) enum Step {
     WriteZeroBuffer(Range),
 }
 
-/// A request being carried out.
+/// A request in progress.
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) head: u16,
     pub(super) status: GuestBuffers,
     pub(super) kind: Kind,
     pub(super) started: Instant,
-    /// Data must be on stable storage before the request completes.
+    /// The data must be on stable storage before the request completes.
     pub(super) write_through: bool,
     pub(super) step: Step,
     pub(super) retries: u32,
@@ -139,9 +140,9 @@ pub(super) struct Job {
 /// The effect of a completed operation on its job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Progress {
-    /// [`Job::operation`] has another operation.
+    /// [`Job::operation`] returns another operation.
     Again,
-    /// Finished with this status byte; an errno if the host is at fault.
+    /// Finished with this status byte; with an errno if the host is at fault.
     Done { status: u8, host_errno: Option<i32> },
 }
 
@@ -151,7 +152,7 @@ const OK: Progress = Progress::Done {
 };
 
 impl Job {
-    /// Its cost for the host, in bytes moved.
+    /// The job's cost for the host, in bytes moved.
     pub(super) fn cost(&self) -> u64 {
         let cost = match self.kind {
             Kind::Read(bytes) | Kind::Write(bytes) | Kind::WriteZeroes(bytes) => bytes,
@@ -162,7 +163,7 @@ impl Job {
         cost.max(COST_MIN) + sync_cost
     }
 
-    /// Bytes of data that it moves between the guest and the image.
+    /// Number of data bytes that the job moves between the guest and the image.
     pub(super) fn data_bytes(&self) -> u64 {
         match self.kind {
             Kind::Read(bytes) | Kind::Write(bytes) => bytes,
@@ -170,7 +171,7 @@ impl Job {
         }
     }
 
-    /// Whether it takes too many operations for a pause to wait for all of them.
+    /// Whether the job takes too many operations for a pause to wait for all of them.
     pub(super) fn is_long(&self) -> bool {
         match self.kind {
             Kind::Read(bytes) | Kind::Write(bytes) | Kind::WriteZeroes(bytes) => {
@@ -220,7 +221,7 @@ impl Job {
         }
     }
 
-    /// The part of the image for the next operation.
+    /// The part of the image that the next operation concerns.
     pub(super) fn piece(&self) -> Range {
         match &self.step {
             Step::Read(transfer) | Step::Write(transfer) => Range {
@@ -254,7 +255,7 @@ impl Job {
             Step::Read(transfer) | Step::Write(transfer) => (transfer.advance(moved), moved),
             Step::WriteZeroBuffer(range) => (range.advance(moved), moved),
             Step::Sync => (false, 0),
-            // All of it, or an error.
+            // These operations complete in full or fail.
             Step::Discard { range, .. } | Step::PunchHole(range) | Step::ZeroRange(range) => {
                 (range.advance(piece_bytes), piece_bytes)
             }

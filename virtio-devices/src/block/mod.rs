@@ -3,17 +3,18 @@
 //! ```text
 //!   device     configuration half: features, configuration space
 //!   queue      one worker per virtqueue: takes chains, completes them
-//!   request    a descriptor chain read as a request, checked
+//!   request    parses and checks a descriptor chain as a request
 //!   job        a request as a sequence of I/O operations
-//!   flights    jobs the I/O engine holds, bounded in number and cost
-//!   engine     io_uring, or system calls on the worker itself
+//!   flights    jobs in the I/O engine, bounded in number and cost
+//!   engine     io_uring, or system calls on the worker thread
 //!   image      opening, locking, sizes        format   signatures
 //!   resize     a new size, from the VMM
-//!   config_space   what the guest reads       counters what we count
+//!   config_space   what the guest reads       counters the disk's counters
 //! ```
 //!
-//! A FLUSH covers everything completed before it was made available, as the standard requires: data of completed writes
-//! is in the page cache or on the device, and the flush is an `fdatasync` of the one file behind all queues.
+//! A FLUSH covers every request that was completed before the FLUSH was made available, as the standard requires: data
+//! of completed writes is in the page cache or on the device, and the flush is an `fdatasync` of the one file behind
+//! all queues.
 
 mod config_space;
 mod counters;
@@ -45,7 +46,7 @@ pub use resize::{DiskHandle, DiskResizeError};
 
 use crate::rate_limit::RateLimiter;
 
-/// Unit of addresses and capacity on the wire, whatever the block size.
+/// Unit of addresses and capacity in the protocol, regardless of the block size.
 pub const SECTOR_BYTES: u64 = 512;
 
 /// Maximum queue size: a request may fill the ring with its pieces, and the kernel accepts 1024 of them in one call.
@@ -54,22 +55,22 @@ pub const QUEUE_SIZE_MAX: u16 = 1024;
 /// Maximum number of queues of one disk.
 pub const QUEUES_MAX: u16 = 256;
 
-/// Maximum number of sectors of one write zeroes request: 16 MiB. If the file system cannot zero a range itself, they
-/// are written out, and a pause or a reset waits for every request in flight.
+/// Maximum number of sectors of one write zeroes request: 16 MiB. If the file system cannot zero a range itself, zeroes
+/// are written, and a pause or a reset waits for every request in flight.
 const WRITE_ZEROES_SECTORS_MAX: u32 = 1 << 15;
 
-/// Maximum data of one read or write. A pause or a reset waits for every request in flight, and firmware, which has no
-/// limit of segments, reads whole files at once.
+/// Maximum data of one read or write. A pause or a reset waits for every request in flight, and firmware, which ignores
+/// the limit of segments, reads whole files at once.
 const DATA_BYTES_MAX: u64 = 64 << 20;
 
 /// Parameters of a disk.
 #[derive(Debug, Clone, Default)]
 pub struct BlockParams {
-    /// Names the worker threads, e.g. `_disk0`.
+    /// Used in the names of the worker threads, e.g. `_disk0`.
     pub id: String,
     /// Image file or block device.
     pub path: PathBuf,
-    /// The guest may not write; the image is locked for reading only.
+    /// The guest may not write; the image gets only a read lock.
     pub readonly: bool,
     /// Bypasses the host's page cache.
     pub direct: bool,
@@ -81,7 +82,7 @@ pub struct BlockParams {
     pub serial: Option<String>,
     /// Discarded ranges become holes. If off, nothing is ever deallocated.
     pub sparse: bool,
-    /// No image_type was given: reject known container formats and writes to sector 0.
+    /// No image_type was configured: known container formats and writes to sector 0 are rejected.
     pub autodetect: bool,
     /// The range to lock.
     pub lock_granularity: LockGranularity,
@@ -89,7 +90,7 @@ pub struct BlockParams {
     pub engine: EngineChoice,
     /// Host CPUs on which the worker of a queue may run; any for queues without an entry.
     pub queue_affinity: BTreeMap<u16, Vec<usize>>,
-    /// Limits on all queues together; other disks may share them.
+    /// Rate limits of all queues together; disks may share them.
     pub limiter: Arc<RateLimiter>,
 }
 
@@ -105,7 +106,7 @@ pub enum BlockError {
         #[source]
         source: io::Error,
     },
-    /// A directory, socket, character device…
+    /// Neither a file nor a block device (a directory, socket, character device, …).
     #[error("{} is neither a regular file nor a block device", path.display())]
     NotADisk {
         /// The path.
@@ -120,7 +121,7 @@ pub enum BlockError {
         #[source]
         source: io::Error,
     },
-    /// The last block of the image could not be written without growing it.
+    /// With direct I/O, the last block of the image could not be written without growing it.
     #[error(
         "{}: direct I/O needs a size in multiples of {block_bytes} bytes, not {bytes}",
         path.display()
@@ -130,7 +131,7 @@ pub enum BlockError {
         path: PathBuf,
         /// Its size.
         bytes: u64,
-        /// The size that direct I/O can address.
+        /// The block size of direct I/O.
         block_bytes: usize,
     },
     /// The size or block sizes cannot be determined.

@@ -1,4 +1,4 @@
-//! The queue half of a disk: one per virtqueue, on a worker of its own.
+//! The queue half of a disk: one per virtqueue, each on its own worker.
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -21,10 +21,10 @@ use crate::worker::{EventSources, Throttle, Turn};
 
 /// Event source: the engine has completions.
 const COMPLETIONS: u32 = 0;
-/// Event source: the wait for the rate limit is over.
+/// Event source: the rate limit allows requests again.
 const TOKENS: u32 = 1;
 
-/// Logging interval for faults of a kind: the first is logged, then ever fewer.
+/// Whether to log a fault: the first of its kind, then at growing intervals.
 fn worth_logging(seen_before: u64) -> bool {
     seen_before == 0 || seen_before.is_multiple_of(1 << 20)
 }
@@ -45,15 +45,15 @@ pub(super) struct BlockQueue {
 enum Stopped {
     /// The ring is empty: wait for the guest.
     Empty,
-    /// Too much is in flight: wait for the engine.
+    /// Too many jobs are in flight: wait for the engine.
     NoRoom,
     /// The rate limit is reached: wait for its timer.
     Throttled,
-    /// The turn is over; the queue has rung its doorbell.
+    /// The turn is over; the queue has signalled its own doorbell.
     TurnOver,
 }
 
-/// What exists between activation and reset.
+/// State between activation and reset.
 struct Active {
     ram: GuestRam,
     features: u64,
@@ -79,7 +79,7 @@ impl BlockQueue {
         }
     }
 
-    /// Takes available chains while there is room, starts them, and completes ended jobs.
+    /// Takes available chains while there is space, starts them, and completes ended jobs.
     fn run(&mut self, turn: &mut Turn) -> Result<(), WorkerError> {
         with_taken(
             self,
@@ -113,11 +113,11 @@ impl BlockQueue {
         active.queue.signal(ram)?;
         let again = match stopped {
             Stopped::Empty => active.queue.enable_doorbell(ram)?,
-            // Otherwise the engine announces room, and then this runs again.
+            // Otherwise the engine reports completions, and this runs again.
             Stopped::NoRoom => self.flights.is_empty(),
-            // The timer follows.
+            // The timer will wake the queue.
             Stopped::Throttled => false,
-            // It has rung.
+            // The doorbell is already signalled.
             Stopped::TurnOver => false,
         };
         if again || self.flights.has_suspended() {
@@ -126,7 +126,7 @@ impl BlockQueue {
         Ok(())
     }
 
-    /// Takes chains until something stops it.
+    /// Takes chains until a limit or a command stops it.
     fn take_all(
         &mut self,
         active: &mut Active,
@@ -156,7 +156,7 @@ impl BlockQueue {
         Ok(Stopped::NoRoom)
     }
 
-    /// Whether the rate limit lets another request start.
+    /// Whether the rate limit admits another request.
     fn admits(&mut self) -> bool {
         let waited = self.throttle.is_waiting();
         let admits = self.throttle.admits();
@@ -166,7 +166,7 @@ impl BlockQueue {
         admits
     }
 
-    /// Turns a chain into a job, or completes it at once.
+    /// Converts a chain into a job, or completes it at once.
     fn take(
         &mut self,
         active: &mut Active,
@@ -280,8 +280,8 @@ impl BlockQueue {
             } = landed;
             account(&self.disk, &job, status, host_errno);
             job.status.copy_in(&[status]);
-            // The bytes that the device has written: data of a read, and the status. A failed read may have written
-            // some; claiming all is safe for the driver.
+            // The number of bytes that the device has written: data of a read, and the status. A failed read may have
+            // written part of its data; reporting all of it is safe for the driver.
             let data = match job.kind {
                 Kind::Read(bytes) => u32::try_from(bytes).unwrap_or(u32::MAX - 1),
                 _ => 0,
@@ -339,7 +339,7 @@ impl QueueHandler for BlockQueue {
         activation: Activation,
         sources: &mut EventSources,
     ) -> Result<(), WorkerError> {
-        // If a driver leaves a queue disabled, there is nothing to serve.
+        // A queue that the driver leaves disabled has nothing to serve.
         let Some(queue) = activation.queues.into_iter().next() else {
             return Ok(());
         };
@@ -396,20 +396,20 @@ impl QueueHandler for BlockQueue {
             .answer_landed(&mut active.queue, &ram)
             .and_then(|()| active.queue.signal(&ram));
         if let Err(error) = answered {
-            // It is reported again, and handled, at the next run.
+            // The error is reported again, and handled, at the next run.
             log::warn!("{}: while pausing: {error}", self.name);
         }
         self.active = Some(active);
     }
 
-    /// The limit may have changed.
+    /// The limit may have changed during the pause.
     fn resume(&mut self) {
         self.throttle.release();
     }
 }
 
 impl DiskState {
-    /// Whether a completed write may still be in a volatile cache: not if the driver cannot flush, or requested
+    /// Whether a completed write may still be in a volatile cache. It may not if the driver cannot flush, or requested
     /// write-through (virtio 1.2 §5.2.5.2).
     fn is_write_back(&self, features: u64) -> bool {
         if has(features, VIRTIO_BLK_F_CONFIG_WCE) {

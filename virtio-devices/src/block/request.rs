@@ -1,6 +1,6 @@
-//! Reads a descriptor chain as a block request (virtio 1.2 §5.2.6).
+//! Parses a descriptor chain as a block request (virtio 1.2 §5.2.6).
 //!
-//! The layout does not depend on how the driver split it into descriptors: the first 16 readable bytes are the header,
+//! The layout does not depend on how the driver splits it into descriptors: the first 16 readable bytes are the header,
 //! the last writable byte is the status, and everything in between is data.
 
 use virtio_bindings::bindings::virtio_blk::{
@@ -24,7 +24,7 @@ pub(super) struct Rules {
     pub(super) readonly: bool,
     pub(super) discard: bool,
     pub(super) write_zeroes: bool,
-    /// Deallocate if write zeroes requests it.
+    /// Whether write zeroes with the unmap flag deallocates.
     pub(super) unmap: bool,
     pub(super) protect_sector_0: bool,
 }
@@ -55,7 +55,7 @@ pub(super) enum Operation {
     },
 }
 
-/// A request with the location of its status.
+/// A request and the location of its status byte.
 #[derive(Debug)]
 pub(super) struct Request {
     /// One byte of guest RAM.
@@ -63,7 +63,7 @@ pub(super) struct Request {
     pub(super) operation: Result<Operation, Refusal>,
 }
 
-/// Reasons why a chain has no status to write.
+/// Reasons why a chain has no writable status.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Unanswerable {
     #[error(transparent)]
@@ -148,7 +148,7 @@ fn parse_operation(
                 data: readable,
             })
         }
-        // Drivers may attach data to a flush by mistake; it is ignored.
+        // Drivers may attach data to a flush by mistake; the data is ignored.
         VIRTIO_BLK_T_FLUSH => Ok(Operation::Flush),
         VIRTIO_BLK_T_GET_ID if writable.bytes() >= VIRTIO_BLK_ID_BYTES as usize => {
             Ok(Operation::GetId { data: writable })
@@ -156,7 +156,7 @@ fn parse_operation(
         VIRTIO_BLK_T_GET_ID => Err(Refusal::DataShape),
         VIRTIO_BLK_T_DISCARD if rules.discard => {
             let range = Range::parse(&readable)?;
-            // The unmap flag is for write zeroes alone (§5.2.6.2).
+            // The unmap flag is valid only for write zeroes (§5.2.6.2).
             if range.flags != 0 {
                 return Err(Refusal::Unsupported);
             }
@@ -185,7 +185,7 @@ fn parse_operation(
     }
 }
 
-/// Data must run in one direction only.
+/// Rejects data in the other direction.
 fn only(data: &GuestBuffers, other: &GuestBuffers) -> Result<(), Refusal> {
     if other.bytes() != 0 || data.bytes() == 0 {
         return Err(Refusal::DataShape);
@@ -202,7 +202,7 @@ struct Range {
 }
 
 impl Range {
-    /// Exactly one: more are not offered (`max_discard_seg`).
+    /// Parses exactly one range: more are not offered (`max_discard_seg`).
     fn parse(data: &GuestBuffers) -> Result<Self, Refusal> {
         let mut raw = [0; RANGE_BYTES];
         if data.bytes() != RANGE_BYTES || data.copy_out(&mut raw) != RANGE_BYTES {

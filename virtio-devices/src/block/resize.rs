@@ -13,7 +13,7 @@ pub struct DiskHandle {
     disk: Arc<DiskState>,
 }
 
-/// Reasons why a disk cannot have a size.
+/// Reasons why a disk cannot be resized.
 #[derive(Debug, thiserror::Error)]
 pub enum DiskResizeError {
     /// Only whole blocks can be addressed.
@@ -30,7 +30,7 @@ pub enum DiskResizeError {
         /// The image.
         path: PathBuf,
     },
-    /// The size of a block device is changed by its owner.
+    /// Only the owner of a block device can change its size.
     #[error(
         "cannot resize {} to {bytes} bytes: the block device has {device_bytes} bytes; resize it first",
         path.display()
@@ -54,7 +54,7 @@ pub enum DiskResizeError {
         #[source]
         source: io::Error,
     },
-    /// The system refused.
+    /// The operating system rejected the new size.
     #[error("cannot resize {} to {bytes} bytes", path.display())]
     Host {
         /// The image.
@@ -68,7 +68,7 @@ pub enum DiskResizeError {
 }
 
 impl DiskResizeError {
-    /// The request is wrong, and not the host.
+    /// Whether the request is at fault, and not the host.
     #[must_use]
     pub fn is_of_request(&self) -> bool {
         !matches!(self, Self::Lock { .. } | Self::Host { .. })
@@ -80,10 +80,10 @@ impl DiskHandle {
         Self { disk }
     }
 
-    /// Has the host put on stable storage what was written so far. The caller has paused the disk.
+    /// Writes all completed data to stable storage. The caller must have paused the disk.
     ///
     /// # Errors
-    /// From fdatasync.
+    /// The error of fdatasync.
     pub fn sync(&self) -> io::Result<()> {
         if self.disk.is_readonly() {
             return Ok(());
@@ -91,11 +91,11 @@ impl DiskHandle {
         self.disk.image().file().sync_data()
     }
 
-    /// Resizes the image file, or takes over the new size of a block device, and notifies the guest. The caller has
-    /// paused the disk, so that no request in flight writes behind the new end.
+    /// Resizes the image file, or adopts the new size of a block device, and notifies the guest. The caller must have
+    /// paused the disk, so that no request in flight writes beyond the new end.
     ///
     /// # Errors
-    /// The size is impossible, or the host refused; in both cases nothing has changed.
+    /// The size is invalid, or the host rejected it; nothing has changed then.
     pub fn resize(&self, bytes: u64) -> Result<(), DiskResizeError> {
         let image = self.disk.image();
         let path = || self.disk.path().to_path_buf();

@@ -1,18 +1,18 @@
 //! Controls the guest's reporting: policy, pause, resume, report now.
 //!
 //! ```text
-//!            pause, of a driver that takes a policy
+//!            pause, driver supports a policy
 //!   Running ────────────────────────► Pausing (reports still discarded)
-//!    ▲   │                               │  the driver acknowledges · the deadline
-//!    │   │ pause, of any other           │  passes · the driver goes
+//!    ▲   │                               │  the driver acknowledges, or the deadline
+//!    │   │ pause, any other driver       │  passes, or the driver is gone
 //!    │   └────────────────┐              │
 //!    │ resume             ▼              ▼
-//!    └───────────────── gate closed: no report is discarded any more
-//!                         Pausing until the batch under way is done, then Paused
+//!    └───────────────── gate closed: reports are no longer discarded
+//!                         Pausing until the current batch is done, then Paused
 //! ```
 //!
-//! If a driver acknowledges late, after the device closed the gate without it, the pause still becomes a confirmed one.
-//! A pause outlives drivers: the next one finds the flag set, and the gate closed until it confirms or permanently.
+//! If a driver acknowledges late, after the device closed the gate without it, the pause still counts as confirmed. A
+//! pause outlives drivers: the next driver finds the flag set, and the gate stays closed, confirmed or not.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -29,10 +29,10 @@ use crate::reclaim::{DiscardSwitch, InhibitGuard, InhibitReason};
 
 /// Polling interval of a closed gate, until the last batch has passed it.
 const SETTLE_LOOK: Duration = Duration::from_millis(2);
-/// Maximum time for that: many times the longest discard of one batch.
+/// Maximum time to wait for the last batch: many times the longest discard of one batch.
 const SETTLE_MAX: Duration = Duration::from_secs(2);
 
-/// Reasons why the guest cannot be controlled this way.
+/// Reasons why the guest's reporting cannot be controlled this way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ReportingError {
     /// Not configured, or guest memory cannot be discarded in blocks.
@@ -44,7 +44,7 @@ pub enum ReportingError {
     /// No driver, or one without the feature.
     #[error("the guest runs no driver that supports VIRTIO_BALLOON_F_REPORTING_POLICY")]
     GuestDeclined,
-    /// The driver has reported that it does not support this.
+    /// The driver has reported that it does not support this request.
     #[error("the guest's driver does not follow {0}")]
     NotFollowed(&'static str),
     /// Another request must be completed first.
@@ -54,15 +54,15 @@ pub enum ReportingError {
 
 const PART: Part = parts::BALLOON;
 
-/// The policy, the pause and the requested reports at one moment.
+/// The saved policy, pause and report requests.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ControlState {
     /// The fields of both sides.
     pub words: WordsState,
-    /// Present while reporting is paused or about to be.
+    /// Present while a pause is requested or complete.
     pub pause: Option<PauseState>,
-    /// The request for a report of everything that the driver has not completed.
+    /// The request for a full report that the driver has not completed.
     pub report_now_owed: Option<u32>,
 }
 
@@ -72,9 +72,9 @@ pub struct ControlState {
 pub struct PauseState {
     /// Generation of the policy that requests it.
     pub generation: u32,
-    /// The driver has confirmed it.
+    /// Whether the driver has confirmed it.
     pub by_guest: bool,
-    /// No report is discarded any more.
+    /// Whether reports are no longer discarded.
     pub closed: bool,
 }
 
@@ -93,7 +93,7 @@ struct State {
     fields: Fields,
     /// A driver is active.
     driver: bool,
-    /// It supports a policy.
+    /// The driver supports a policy.
     accepted: bool,
     /// The generation that requests the pause, and its progress.
     pause: Option<Pause>,
@@ -137,7 +137,7 @@ impl Control {
         }
     }
 
-    /// Continues from a saved state; its accepted features show whether there is a driver.
+    /// Continues from a saved state. The accepted features show whether there is a driver.
     pub(in crate::balloon) fn restore(&self, saved: &ControlState) -> Result<(), StateError> {
         let fields = Fields::from_state(&saved.words)?;
         let flagged = fields.flags & VIRTIO_BALLOON_REPORTING_PAUSED != 0;
@@ -173,18 +173,18 @@ impl Control {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Plain stores, none of which can panic.
+        // Only plain stores run under the lock, so no holder can panic.
         self.state.lock().unpoisoned()
     }
 
-    /// A driver has accepted its features.
+    /// Handles a driver's acceptance of features.
     pub(in crate::balloon) fn driver_came(&self, takes_policy: bool) {
         let mut state = self.lock();
         state.driver = true;
         state.accepted = self.policy_offered && takes_policy;
     }
 
-    /// The driver is gone: an unconfirmed pause becomes the device's, and pending requests are dropped.
+    /// Handles the loss of the driver: an unconfirmed pause becomes the device's, and pending requests are dropped.
     pub(in crate::balloon) fn driver_went(&self) {
         let mut state = self.lock();
         state.driver = false;
@@ -217,14 +217,14 @@ impl Control {
         written
     }
 
-    /// Sets the policy. The caller signals the configuration.
+    /// Sets the policy. The caller sends the configuration change interrupt.
     pub(in crate::balloon) fn set_policy(&self, policy: ReportingPolicy) {
         let mut state = self.lock();
         let flags = state.fields.flags;
         state.fields.change(policy, flags);
     }
 
-    /// Requests a pause; the caller signals the configuration. A second request has no further effect.
+    /// Requests a pause; the caller sends the configuration change interrupt. A second request has no effect.
     pub(in crate::balloon) fn pause(&self) {
         let mut state = self.lock();
         if state.pause.is_some() {
@@ -242,9 +242,9 @@ impl Control {
         state.pause = Some(pause);
     }
 
-    /// Waits until no report is discarded any more. If a guest has not confirmed by `deadline`, the gate closes without
-    /// it. Then the result is `Pausing` only if a batch is still in progress after a while, and `Running` only if
-    /// reporting was resumed meanwhile.
+    /// Waits until reports are no longer discarded. If the guest has not confirmed by `deadline`, the gate closes
+    /// without it. The result is then `Pausing` only if a batch is still in progress after [`SETTLE_MAX`], and
+    /// `Running` only if reporting was resumed meanwhile.
     pub(in crate::balloon) fn wait_for_pause(&self, deadline: Instant) -> PausePhase {
         let mut state = self.lock();
         loop {
@@ -269,7 +269,7 @@ impl Control {
         }
     }
 
-    /// Ends a pause; the caller signals the configuration. Has no effect without one.
+    /// Ends a pause; the caller sends the configuration change interrupt. Has no effect without a pause.
     pub(in crate::balloon) fn resume(&self) {
         let mut state = self.lock();
         // The gate opens first: reports from a driver that has seen the flag cleared must be accepted.
@@ -279,8 +279,8 @@ impl Control {
         }
     }
 
-    /// Requests a report of all free memory, with `again` also of memory that was reported before; the caller signals
-    /// the configuration. Returns the number of the request.
+    /// Requests a report of all free memory, with `again` also of memory that was reported before; the caller sends the
+    /// configuration change interrupt. Returns the number of the request.
     pub(in crate::balloon) fn report_now(&self, again: bool) -> Result<u32, ReportingError> {
         let mut state = self.lock();
         if !self.policy_offered {
@@ -296,7 +296,7 @@ impl Control {
             (PolicySetting::ReportNow, true),
             (PolicySetting::ReportAgain, again),
         ];
-        // A driver that has received no policy has not reported what it supports.
+        // A driver that has received no policy has not announced what it supports.
         for (setting, _) in wanted.into_iter().filter(|(_, wanted)| *wanted) {
             if state.fields.followed.is_some_and(|it| !it.follows(setting)) {
                 return Err(ReportingError::NotFollowed(setting.name()));
@@ -352,7 +352,7 @@ impl State {
         if let (Some(pause), Some(followed)) = (&mut self.pause, self.fields.followed)
             && followed.generation >= pause.generation
         {
-            // A driver that does not support it has reported so: there is nothing to wait for.
+            // A driver that does not support pauses has announced that, so there is no confirmation to wait for.
             pause.by_guest = followed.follows(PolicySetting::Pause);
             pause.close(gate);
         }
@@ -404,7 +404,7 @@ impl Pause {
 }
 
 impl Closed {
-    /// Whether no batch is passing the gate. Once this is true, it stays true.
+    /// Whether no batch is passing the gate. Once true, this stays true.
     fn is_settled(&mut self) -> bool {
         self.settled = self.settled || self.guard.is_settled();
         self.settled

@@ -1,4 +1,4 @@
-//! The policy's fields in the configuration space, as the two sides have written them. Pure.
+//! The policy's fields in the configuration space, as written by the two sides. Pure.
 
 use std::collections::BTreeMap;
 
@@ -27,13 +27,13 @@ pub(super) struct Fields {
     pub(super) followed: Option<Followed>,
 }
 
-/// The fields at one moment, and the driver's last acknowledgement.
+/// The saved fields, and the driver's last acknowledgement.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
 pub struct WordsState {
     pub generation: u32,
-    /// The settings of the policy by name; unknown names are rejected. An absent setting was unknown to the writer and
-    /// so was never set: it has its default.
+    /// The settings of the policy by name; unknown names are rejected. An absent setting was unknown to the program
+    /// that saved the state, so it was never set and has its default.
     #[serde(flatten)]
     pub settings: BTreeMap<String, u64>,
     pub flags: u32,
@@ -44,7 +44,7 @@ pub struct WordsState {
     pub followed: Option<FollowedState>,
 }
 
-/// A driver's acknowledgement at one moment.
+/// A driver's saved acknowledgement.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct FollowedState {
@@ -54,7 +54,7 @@ pub struct FollowedState {
     pub settings: u32,
 }
 
-/// A driver's acknowledgement, taken when it wrote `guest_generation`.
+/// A driver's acknowledgement, recorded when the driver wrote `guest_generation`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Followed {
     pub(super) generation: u32,
@@ -74,7 +74,7 @@ pub(in crate::balloon) enum FieldWrite {
     Taken,
     /// An invalid value for a field of the driver.
     Invalid,
-    /// Not a field of the driver, or not all of one.
+    /// Not a field of the driver, or only part of one.
     Ignored,
 }
 
@@ -97,7 +97,7 @@ impl Fields {
         }
     }
 
-    /// The fields of a saved state, if both sides can have written them.
+    /// Restores the fields of a saved state, if both sides can have written them.
     pub(super) fn from_state(state: &WordsState) -> Result<Self, StateError> {
         const FLAGS: u32 = VIRTIO_BALLOON_REPORTING_PAUSED | VIRTIO_BALLOON_REPORTING_AGAIN;
         let latest = state.generation;
@@ -127,15 +127,15 @@ impl Fields {
         })
     }
 
-    /// Changes the host's fields, under the next generation.
+    /// Changes the host's fields and increments the generation.
     pub(super) fn change(&mut self, policy: ReportingPolicy, flags: u32) {
         self.policy = policy;
         self.flags = flags;
-        // Zero means that nothing was ever set.
+        // Generation zero means that no policy was ever set.
         self.generation = self.generation.wrapping_add(1).max(1);
     }
 
-    /// The driver is gone, and so are its values.
+    /// Clears the values of a driver that is gone.
     pub(super) fn forget_driver(&mut self) {
         self.guest_generation = 0;
         self.guest_settings = 0;
@@ -176,7 +176,7 @@ impl Fields {
         match offset {
             GUEST_GENERATION => {
                 // The driver cannot acknowledge generations that never existed. Zero is the value of a driver that
-                // starts before there is a policy.
+                // started before there was a policy.
                 if word > self.generation {
                     return FieldWrite::Invalid;
                 }
@@ -248,7 +248,7 @@ mod tests {
         assert!(followed.follows(PolicySetting::OrderMin));
         assert!(followed.follows(PolicySetting::Pause));
         assert!(!followed.follows(PolicySetting::ReportNow));
-        // Another set of settings has no effect before it is acknowledged.
+        // A different set of settings has no effect before it is acknowledged.
         write(&mut fields, GUEST_SETTINGS, 0);
         assert_eq!(fields.followed, Some(followed));
     }
@@ -375,7 +375,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the driver writes, the host's fields stay unchanged.
+        /// The driver's writes never change the host's fields.
         #[test]
         fn fields_of_the_host_are_its_own(
             writes in prop::collection::vec(

@@ -1,8 +1,8 @@
 //! The reporting policy: the host's settings for the guest's driver, and the driver's acknowledgement.
 //!
-//! It uses an experimental feature bit and a block of configuration fields after the standard ones. `guest-patches/README.md` is the
-//! specification; `device-facts` holds its numbers. Linux knows the bit only with our patches, and it is offered only
-//! on request.
+//! It uses an experimental feature bit and a block of configuration fields after the standard ones.
+//! `guest-patches/README.md` is the specification; `device-facts` holds its numbers. Linux supports the feature only
+//! with our patches. The device offers it only if configured.
 //!
 //! ```text
 //!   API ─► BalloonHandle ─► Control (mutex) ◄── configuration space ◄── driver
@@ -11,9 +11,9 @@
 //!                              └ gate ─► worker: may this report be discarded?
 //! ```
 //!
-//! Pausing works with every guest. A guest that follows the policy is asked to stop and confirms when no report is in
-//! flight any more. For any other guest, reports are completed without being discarded. In both cases the device's gate
-//! closes before the pause counts as confirmed, so no statement about a paused balloon relies on the guest.
+//! Pausing works with every guest. A guest that follows the policy is asked to stop, and confirms when no report is in
+//! flight. For any other guest, reports are completed without being discarded. In both cases the device's gate closes
+//! before the pause counts as confirmed, so the state of a paused balloon never depends on the guest.
 
 mod control;
 mod fields;

@@ -1,4 +1,4 @@
-//! The effect of the policy in the current guest, as far as it is known.
+//! The effect of the policy in the current guest, as far as known.
 
 use device_facts::PolicySetting;
 
@@ -7,34 +7,34 @@ use device_facts::PolicySetting;
 pub struct PolicyStatus {
     /// The device has the feature.
     pub offered: bool,
-    /// Counts changes; 0 before the first.
+    /// Number of changes; 0 before the first.
     pub generation: u32,
     /// The generation that the driver acknowledged last; 0 for none.
     pub acknowledged: u32,
-    /// In the order of [`PolicySetting::ALL`].
+    /// Ordered as [`PolicySetting::ALL`].
     pub settings: [SettingState; PolicySetting::COUNT],
 }
 
 impl PolicyStatus {
-    /// Whether this guest follows `setting`, and if not, why.
+    /// Whether this guest follows `setting`; if not, the reason.
     #[must_use]
     pub fn of(&self, setting: PolicySetting) -> SettingState {
         self.settings[setting as usize]
     }
 }
 
-/// The latest request for a report of everything.
+/// The latest request for a full report.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReportNowStatus {
     /// Its number; 0 before the first.
     pub id: u32,
-    /// The guest is working on it. Also false if its driver disappeared before it was done.
+    /// The guest is working on it. Also false if its driver disappeared before completing it.
     pub pending: bool,
     /// The last number that the guest has completed; 0 for none.
     pub done_id: u32,
 }
 
-/// Whether a setting is in effect in the current guest, and if not, why.
+/// Whether a setting is in effect in the current guest; if not, the reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SettingState {
     /// The driver follows it.
@@ -45,16 +45,16 @@ pub enum SettingState {
     DriverNotReady,
     /// The driver does not know the feature.
     GuestDeclined,
-    /// Nothing has been set, so the guest uses its own defaults.
+    /// No policy has been set, so the guest uses its own defaults.
     NotSet,
     /// The driver has received the policy and has not acknowledged it.
     NotAcknowledged,
-    /// The driver has acknowledged that it does not support this.
+    /// The driver has acknowledged the policy but does not support this setting.
     NotFollowed,
 }
 
 impl SettingState {
-    /// The reason why it is not in effect; `None` if it is.
+    /// The reason why the setting is not in effect; `None` if it is.
     #[must_use]
     pub const fn reason(self) -> Option<&'static str> {
         Some(match self {

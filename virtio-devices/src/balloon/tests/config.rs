@@ -1,4 +1,4 @@
-//! Features, configuration space, target and counters.
+//! Tests of features, configuration space, target and counters.
 
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
@@ -39,7 +39,7 @@ fn features_follow_the_configuration() {
 
 #[test]
 fn reporting_over_memory_that_cannot_be_freed_is_not_offered() {
-    // Shared with unknown users, and without a file to punch.
+    // Shared with unknown users, and without a file to punch holes in.
     let params = params_over(libc::MAP_SHARED | libc::MAP_ANONYMOUS, None);
     let (balloon, handle) = Balloon::new(params).unwrap();
     assert_eq!(balloon.features() & VIRTIO_BALLOON_F_REPORTING, 0);
@@ -90,7 +90,7 @@ fn target_reaches_the_driver_through_the_configuration_space() {
     rig.handle.set_target_bytes((5 << 12) + 4095);
     assert_eq!((num_pages(), rig.handle.target_bytes()), (5, 5 << 12));
     assert_eq!(rig.harness.interrupt.config_signals(), 1);
-    // More than 32 bits of pages: truncated, as in the compatible API.
+    // More pages than 32 bits can count: truncated, as in the compatible API.
     rig.handle.set_target_bytes((1 << 44) + (7 << 12));
     assert_eq!(num_pages(), 7);
 }
@@ -145,7 +145,7 @@ fn handler_is_handed_out_once() {
 fn counters_carry_every_figure_under_a_name_of_its_own() {
     let rig = Rig::new();
     let counters = rig.balloon.counters();
-    // 6 of the balloon, 24 for each of 3 paths, and the faults.
+    // 6 of the balloon, 24 for each of 3 paths, plus the faults.
     let faults = rig.snapshot().faults.iter().count();
     assert_eq!(counters.len(), 6 + 3 * 24 + faults);
     assert_eq!(counters["report_discarded_bytes"], 0);

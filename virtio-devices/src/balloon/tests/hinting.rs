@@ -1,4 +1,4 @@
-//! Free page hinting: runs, and which blocks may be discarded when.
+//! Tests of free page hinting: runs, and which blocks may be discarded at which time.
 
 use std::sync::{Arc, Mutex};
 
@@ -79,15 +79,15 @@ fn hint_is_discarded_only_while_its_sender_is_held() {
     rig.dirty(FREE_PFN, 8);
     let id = rig.handle.start_hinting().unwrap();
     command(&mut rig, id);
-    // Found after a pause, for example: no vCPU waits.
+    // As if found after a pause: no vCPU is held.
     rig.harness.queue(HINT).push(&[block(0)]);
     rig.harness.kick(HINT).unwrap();
-    // Two at once: the kick of the first is over.
+    // Two blocks at once: the kick for the first has returned.
     rig.harness.queue(HINT).push(&[block(1)]);
     rig.harness.queue(HINT).push(&[block(2)]);
     rig.harness.kick_held(HINT).unwrap();
     assert_eq!(rig.gone(FREE_PFN, 8), [FREE_PFN + 2]);
-    // The command is the last, so the block before it is not.
+    // The command is the last chain, so the block before it is not.
     rig.harness.queue(HINT).push(&[block(3)]);
     let stop = Segment::Readable(&[0; 4]);
     rig.harness.queue(HINT).push(&[stop]);
@@ -189,8 +189,8 @@ fn start_that_cannot_be_tells_why() {
     assert!((0..5).all(|index| !balloon.holds_notifier(index)));
 }
 
-/// The order on which Linux relies: when the kick returns, the block is already discarded, and what the guest writes
-/// from then on persists.
+/// Linux relies on this order: when the kick returns, the block is already discarded, and the guest's later writes
+/// persist.
 #[test]
 fn kick_through_the_transport_returns_after_the_discard() {
     let ram = TestRam::new(RAM_BYTES as usize);
@@ -221,7 +221,7 @@ fn kick_through_the_transport_returns_after_the_discard() {
         assert_eq!(ram.read(at, PAGE as usize), [0; PAGE as usize]);
         assert_eq!(handle.snapshot().hint.discarded.bytes, round * PAGE);
     }
-    // A paused worker lets the vCPU continue, and finds the block too late.
+    // A paused worker releases the vCPU, and finds the block too late.
     ram.write(at, &[1; PAGE as usize]);
     use crate::pci::PciFunction;
     driver.function.pause();

@@ -1,4 +1,4 @@
-//! Hostile drivers: every request is completed and counted, and has no other effect.
+//! Tests of hostile drivers: every request is completed and counted, and has no other effect.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -68,11 +68,11 @@ fn reports_of_any_shape_free_whole_pages_of_ram_only() {
         &[
             // Unaligned at both ends: one whole page inside.
             Segment::WritableAt(GuestAddress(at + 100), 2 * PAGE as u32),
-            // Overlaps the one before.
+            // Overlaps the previous segment.
             Segment::WritableAt(GuestAddress(at + PAGE), PAGE as u32),
             // Wraps around the end of the address space.
             Segment::WritableAt(GuestAddress(u64::MAX - 0xfff), 0x0010_0000),
-            // No RAM.
+            // Outside of RAM.
             Segment::WritableAt(GuestAddress(RAM_BYTES), 0x0010_0000),
             // Less than a page.
             Segment::WritableAt(GuestAddress(at + 5 * PAGE), 1),
@@ -242,7 +242,7 @@ fn ring_that_claims_more_chains_than_it_has_stops_the_device() {
         rig.harness.queue(queue).set_avail_idx(1000);
         let error = rig.harness.kick(queue).unwrap_err();
         assert!(matches!(error, WorkerError::Queue { index, .. } if index == queue));
-        // No request is served any more, and none waits.
+        // No request is served any more, and no caller waits.
         rig.harness.kick(INFLATE).unwrap();
         assert!(!rig.handle.reporting().is_active());
     }
@@ -263,7 +263,7 @@ fn queue_nobody_negotiated_is_counted_and_not_served() {
 
 fn descriptors() -> impl Strategy<Value = Desc> {
     let addr = prop_oneof![
-        // The upper half, where the rings are not.
+        // The upper half, which holds no rings.
         4 => (0..RAM_BYTES / 2).prop_map(|at| RAM_BYTES / 2 + at),
         2 => (0..512_u64).prop_map(|page| (FREE_PFN + page) * PAGE),
         1 => any::<u64>(),

@@ -1,4 +1,4 @@
-//! The balloon behind real queues, with well-behaved and hostile drivers.
+//! Tests the balloon with real queues, with well-behaved and hostile drivers.
 
 mod config;
 mod hinting;

@@ -1,4 +1,4 @@
-//! The reporting policy with drivers that follow it, do not know it, or lie.
+//! Tests of the reporting policy with drivers that follow it, do not know it, or misreport.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -36,7 +36,7 @@ fn write(rig: &mut Rig, offset: u64, word: u32) {
     rig.balloon.write_config(offset, &word.to_le_bytes());
 }
 
-/// The reaction of a driver to a changed configuration.
+/// Reacts to a changed configuration as a driver does.
 fn acknowledge(rig: &mut Rig, settings: u32) {
     let generation = word(rig, abi::POLICY_GENERATION);
     write(rig, abi::GUEST_SETTINGS, settings);
@@ -112,7 +112,7 @@ fn driver_that_follows_makes_its_settings_take_effect() {
         status.of(PolicySetting::AgeMsMin),
         SettingState::NotFollowed
     );
-    // Its successor starts without any values.
+    // The next driver starts without any values.
     rig.harness.reset();
     rig.balloon.reset();
     assert_eq!(word(&rig, abi::GUEST_GENERATION), 0);
@@ -269,7 +269,7 @@ fn acknowledge_first(rig: &mut Rig) {
     acknowledge(rig, 0xff);
 }
 
-/// Through registers, with a worker on its own thread, as with a kernel.
+/// Uses registers, and a worker on its own thread, as with a real kernel.
 #[test]
 fn policy_is_negotiated_and_followed_through_the_transport() {
     let ram = TestRam::new(RAM_BYTES as usize);
@@ -297,7 +297,7 @@ fn policy_is_negotiated_and_followed_through_the_transport() {
     let status = handle.reporting_policy();
     assert_eq!(status.of(PolicySetting::AgeMsMin), SettingState::InEffect);
 
-    // The next kernel does not support it.
+    // The next kernel does not support the policy.
     driver.reset();
     wait_until("the driver to be forgotten", || {
         let state = handle.reporting_policy().of(PolicySetting::AgeMsMin);

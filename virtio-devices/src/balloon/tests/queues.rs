@@ -1,4 +1,4 @@
-//! Well-behaved drivers.
+//! Tests with well-behaved drivers.
 
 use vm_memory::GuestAddress;
 
@@ -70,7 +70,7 @@ fn chains_available_together_become_one_batch() {
 #[test]
 fn batches_end_at_their_bound() {
     let mut rig = Rig::new();
-    // No two pages are adjacent, so every one is a range of its own.
+    // No two pages are adjacent, so each is a separate range.
     for chain in 0..3_u64 {
         let list = pfns((0..2048).map(|at| 2 * (2048 * (chain % 2) + at)));
         rig.harness.queue(INFLATE).push(&[Segment::Readable(&list)]);
@@ -100,7 +100,7 @@ fn deflate_costs_nothing_and_is_counted() {
     assert_eq!(snapshot.inflate.syscalls + snapshot.report.syscalls, 0);
 }
 
-/// With both doorbells rung, the order of service is random.
+/// If both doorbells are signalled, the order of service is random.
 #[test]
 fn deflate_is_answered_after_what_was_inflated_before_it() {
     let mut rig = Rig::new();
@@ -111,7 +111,7 @@ fn deflate_is_answered_after_what_was_inflated_before_it() {
     assert_eq!(rig.gone(FREE_PFN, 4).len(), 4);
     assert!(rig.harness.queue(INFLATE).pop_used().is_some());
     assert_eq!(rig.harness.interrupt.queue_signals(INFLATE), 1);
-    // The guest uses the pages again, and the late doorbell finds nothing to do.
+    // The guest uses the pages again; the late doorbell then finds no work.
     rig.dirty(FREE_PFN, 4);
     rig.harness.kick(INFLATE).unwrap();
     assert!(rig.gone(FREE_PFN, 4).is_empty());

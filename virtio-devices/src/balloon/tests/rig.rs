@@ -1,4 +1,4 @@
-//! A balloon with a driver in front of it.
+//! A balloon with a mock driver.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use device_facts::policy_space::VIRTIO_BALLOON_F_REPORTING_POLICY;
 
 pub(super) const PAGE: u64 = 4096;
 pub(super) const RAM_BYTES: u64 = 64 << 20;
-/// First page of the RAM that the tests return; rings and buffers are below.
+/// First page of the RAM that the tests return; rings and buffers are below it.
 pub(super) const FREE_PFN: u64 = (32 << 20) / PAGE;
 
 /// Linux's numbering with statistics and reporting.
@@ -45,7 +45,7 @@ impl Rig {
         rig
     }
 
-    /// No queue yet, and not active.
+    /// A driver without queues, not active.
     pub(super) fn idle(features: u64) -> Self {
         let ram = TestRam::new(RAM_BYTES as usize);
         let params = BalloonParams {
@@ -57,7 +57,7 @@ impl Rig {
             reporting_policy: true,
         };
         // Without vectors, so that the number of system calls is the same on every kernel; the engine's own tests
-        // compare both ways.
+        // compare both variants.
         let (mut balloon, handle) =
             Balloon::with_engine(params, DiscardEngine::without_vectors).unwrap();
         let handler = balloon.take_handlers().remove(0);
@@ -82,7 +82,7 @@ impl Rig {
             .write(GuestAddress(first_pfn * PAGE), &ones);
     }
 
-    /// The pages among the first `count` that are no longer all ones; they must be all zeros.
+    /// The pages among the first `count` that are no longer all ones; each must be all zeros.
     pub(super) fn gone(&self, first_pfn: u64, count: u64) -> Vec<u64> {
         let mut gone = Vec::new();
         for pfn in first_pfn..first_pfn + count {
@@ -120,7 +120,7 @@ pub(super) fn policy_rig() -> Rig {
     rig
 }
 
-/// Page frame numbers in their format in memory.
+/// Page frame numbers in their in-memory format.
 pub(super) fn pfns(pfns: impl IntoIterator<Item = u64>) -> Vec<u8> {
     pfns.into_iter()
         .flat_map(|pfn| u32::try_from(pfn).unwrap().to_le_bytes())

@@ -1,4 +1,4 @@
-//! A balloon with everything in progress, saved and restored behind its transport.
+//! Saves a balloon with work of every kind in progress, and restores it behind its transport.
 
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -33,14 +33,14 @@ fn balloon(ram: &TestRam) -> (Arc<Mutex<Balloon>>, BalloonHandle) {
     (Arc::new(Mutex::new(balloon)), handle)
 }
 
-/// A statistics buffer with the free memory in it.
+/// A statistics buffer that contains the free memory.
 fn free_memory(bytes: u64) -> Vec<u8> {
     let mut entry = VIRTIO_BALLOON_S_MEMFREE.to_le_bytes().to_vec();
     entry.extend(bytes.to_le_bytes());
     entry
 }
 
-/// Durations on the other host are not part of the state.
+/// The counters without durations, which are not part of the state.
 fn timeless(handle: &BalloonHandle) -> Counters {
     let mut counters = handle.counters();
     counters.retain(|name, _| !name.contains("latency"));
@@ -101,7 +101,7 @@ fn balloon_saved_in_the_middle_of_everything_goes_on() {
     assert_eq!(restored_config, config);
     driver.function.resume();
 
-    // The run in progress still discards.
+    // The run in progress continues to discard.
     let discarded = handle.snapshot().hint.discarded.bytes;
     let block = GuestAddress((FREE_PFN + 16) * PAGE);
     hint(&mut driver, Segment::WritableAt(block, PAGE as u32));

@@ -1,4 +1,4 @@
-//! Guest statistics: parsed by tag, requested on demand; the worker never blocks on them.
+//! Tests of guest statistics: parsed by tag, requested on demand; the worker never blocks on them.
 
 use std::time::{Duration, Instant};
 
@@ -18,8 +18,7 @@ fn send(rig: &mut Rig, entries: &[Vec<u8>]) {
     rig.harness.kick(STATS).unwrap();
 }
 
-/// Plays the worker's and the driver's part while callers wait: serves the request, and refills the returned buffer
-/// with `value`.
+/// Acts as worker and driver while callers wait: serves the request, and refills the returned buffer with `value`.
 fn refill(rig: &mut Rig, value: u64) {
     wait_until("the buffer to come back", || {
         rig.harness.serve_sources(10).unwrap();
@@ -200,7 +199,7 @@ fn poll_asks_again_and_again_until_it_is_switched_off() {
         assert_eq!(sample.stats.free_memory, Some(value));
     }
     rig.handle.set_stats_poll(Duration::ZERO);
-    // Processes the change; the timer may have expired before that.
+    // Processes the change; the timer may already have expired.
     rig.harness.serve_sources(0).unwrap();
     rig.harness.serve_sources(0).unwrap();
     if rig.harness.queue(STATS).pop_used().is_some() {

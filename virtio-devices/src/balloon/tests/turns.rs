@@ -1,4 +1,4 @@
-//! A command interrupts the balloon between two system calls, and nothing is lost or counted twice.
+//! Tests that a command interrupts the balloon between two system calls, and nothing is lost or counted twice.
 
 use super::rig::{DEFLATE, FREE_PFN, INFLATE, PAGE, REPORTING, Rig, pfns};
 use crate::reclaim::SkipReason;
@@ -62,7 +62,7 @@ fn faults_of_a_chain_that_is_served_again_are_counted_once() {
     let readable = Segment::ReadableAt(GuestAddress((FREE_PFN + 6) * PAGE), PAGE as u32);
     let report = [readable, page(0), page(2), page(4)];
     rig.harness.queue(REPORTING).push(&report);
-    // Before the chain, and before its second range.
+    // Before the chain, then before its second range.
     interrupt(&mut rig, REPORTING, 1);
     assert_eq!(rig.harness.queue(REPORTING).used_idx(), 0);
     assert_eq!(rig.snapshot().faults.descriptors_wrong_direction, 0);
@@ -83,7 +83,7 @@ fn deflation_is_not_answered_before_an_inflation_that_a_command_interrupts() {
     interrupt(&mut rig, DEFLATE, 10);
     assert_eq!(rig.harness.queue(INFLATE).used_idx(), 0);
     assert_eq!(rig.harness.queue(DEFLATE).used_idx(), 0);
-    // It has rung its doorbell.
+    // The queue has signalled its doorbell.
     rig.harness.kick(DEFLATE).unwrap();
     assert_eq!(rig.harness.queue(INFLATE).used_idx(), 1);
     assert_eq!(rig.harness.queue(DEFLATE).used_idx(), 1);

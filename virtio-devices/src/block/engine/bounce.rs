@@ -1,10 +1,10 @@
-//! Direct I/O for guests whose buffers or sectors are not aligned for it.
+//! Direct I/O for guests whose buffers or sectors are misaligned for it.
 //!
-//! Linux aligns its requests; firmware may not. Misaligned transfers go through an aligned buffer, synchronously and
-//! piece by piece: they are rare, and a bounded buffer matters more than their speed.
+//! Linux aligns its requests; firmware may not. Misaligned transfers go through an aligned buffer, synchronously and in
+//! pieces: they are rare, and a bounded buffer matters more than their speed.
 
 #![allow(unsafe_code)]
-// UNSAFETY: copies between the bounce buffer and guest memory given as raw vectors.
+// UNSAFETY: copies between the bounce buffer and guest memory, which is described by raw vectors.
 
 use std::io;
 use std::os::unix::fs::FileExt;
@@ -14,7 +14,7 @@ use crate::block::image::{DioAlignment, Image};
 /// Maximum number of bytes moved by one call; a multiple of every common block size.
 const BOUNCE_BYTES: usize = 256 << 10;
 
-/// An aligned buffer, allocated when first needed.
+/// An aligned buffer, allocated on first use.
 pub(super) struct Bounce {
     align: DioAlignment,
     memory: Vec<u8>,
@@ -27,9 +27,9 @@ struct Window {
     start: u64,
     /// Aligned length, at most [`BOUNCE_BYTES`].
     len: usize,
-    /// Where the requested bytes begin in the window.
+    /// Offset of the requested bytes in the window.
     skip: usize,
-    /// The number of requested bytes from there.
+    /// Number of requested bytes.
     wanted: usize,
 }
 
@@ -50,7 +50,7 @@ impl Bounce {
             })
     }
 
-    /// Reads into the front of `into`; returns the bytes moved.
+    /// Reads into the front of `into`; returns the number of bytes moved.
     ///
     /// # Safety
     /// `into` describes writable memory.
@@ -67,8 +67,8 @@ impl Bounce {
         let mut source = &buffer[window.skip..window.skip + wanted];
         for piece in into {
             let count = piece.iov_len.min(source.len());
-            // SAFETY: the piece is writable for `iov_len >= count` bytes by the caller's
-            // promise; guest RAM cannot overlap a buffer of ours.
+            // SAFETY: the caller guarantees that the piece is writable for `iov_len >= count` bytes; guest RAM cannot
+            // overlap a buffer of ours.
             unsafe {
                 std::ptr::copy_nonoverlapping(source.as_ptr(), piece.iov_base.cast(), count);
             }
@@ -77,7 +77,7 @@ impl Bounce {
         Ok(wanted)
     }
 
-    /// Writes from the front of `from`; returns the bytes moved.
+    /// Writes from the front of `from`; returns the number of bytes moved.
     ///
     /// # Safety
     /// `from` describes readable memory.
@@ -90,18 +90,18 @@ impl Bounce {
         let window = self.window(offset, from);
         let whole_blocks = window.wanted == window.len;
         // Two writes to parts of one block must not interleave between reading and writing it. Writes of whole blocks
-        // need no such care: overlapping with those is the guest's own race.
+        // need no such protection: an overlap with them is a race in the guest.
         let _one_at_a_time = (!whole_blocks).then(|| image.lock_partial_writes());
         let buffer = self.buffer(window.len);
         if !whole_blocks {
-            // All of it, or an error: unread bytes must not be written back as zeroes.
+            // A short read must be an error: unread bytes must not be written back as zeroes.
             image.file().read_exact_at(buffer, window.start)?;
         }
         let mut target = &mut buffer[window.skip..window.skip + window.wanted];
         for piece in from {
             let count = piece.iov_len.min(target.len());
-            // SAFETY: the piece is readable for `iov_len >= count` bytes by the caller's
-            // promise; guest RAM cannot overlap a buffer of ours.
+            // SAFETY: the caller guarantees that the piece is readable for `iov_len >= count` bytes; guest RAM cannot
+            // overlap a buffer of ours.
             unsafe {
                 std::ptr::copy_nonoverlapping(
                     piece.iov_base.cast_const().cast(),
@@ -160,7 +160,7 @@ mod tests {
             // SAFETY: the vector describes `data`, which outlives the call and is only read.
             unsafe { bounce.write(&image, offset, &[vector]) }
         };
-        // Sectors 8 to 15 are one block, whose second half is truncated away.
+        // Sectors 8 to 15 are one block, whose second half is cut off by the truncation.
         file.as_file().set_len(12 * 512).unwrap();
         let before = std::fs::read(file.path()).unwrap();
         assert!(write(9 * 512).is_err());

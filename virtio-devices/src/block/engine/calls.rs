@@ -1,9 +1,8 @@
-//! Operations executed by system calls, synchronously: all of them for the synchronous engine, and for io_uring those
-//! that it cannot do.
+//! Operations executed synchronously by system calls: all of them for the synchronous engine; for io_uring, those that
+//! it cannot execute.
 
 #![allow(unsafe_code)]
-// UNSAFETY: preadv, pwritev and pwrite on vectors whose validity is the caller's
-// promise; fallocate takes plain numbers.
+// UNSAFETY: preadv, pwritev and pwrite on vectors whose validity the caller guarantees; fallocate takes plain numbers.
 
 use std::io;
 use std::sync::Arc;
@@ -27,7 +26,7 @@ pub(super) fn zeroes(bytes: u64) -> &'static [u8] {
     &ZEROES.0[..bytes.min(ZERO_BUFFER_BYTES) as usize]
 }
 
-/// The same as a vector to be written, never read into.
+/// The zeroes as a vector, which may be written from but never read into.
 fn zeroes_vector(bytes: u64) -> libc::iovec {
     let zeroes = zeroes(bytes);
     libc::iovec {
@@ -51,7 +50,7 @@ impl Calls {
         Self { image, bounce }
     }
 
-    /// Whether only [`Calls::perform`] can do this: misaligned direct I/O, and ioctls.
+    /// Whether only [`Calls::perform`] can execute this operation: misaligned direct I/O, and ioctls.
     pub(super) fn must_perform(&self, operation: &IoOperation<'_>) -> bool {
         match (operation, &self.bounce) {
             (IoOperation::DeviceDiscard { .. }, _) => true,
@@ -66,13 +65,13 @@ impl Calls {
         }
     }
 
-    /// Executes an operation: bytes moved, or the negated errno.
+    /// Executes an operation; returns the number of bytes moved, or the negated errno.
     ///
     /// # Safety
     /// The vectors and the memory behind them are valid.
     pub(super) unsafe fn perform(&mut self, operation: &IoOperation<'_>) -> i32 {
         loop {
-            // SAFETY: passed on.
+            // SAFETY: the caller's guarantee is passed on.
             let result = unsafe { self.try_perform(operation) };
             match result {
                 Ok(bytes) => return i32::try_from(bytes).unwrap_or(i32::MAX),
@@ -87,9 +86,9 @@ impl Calls {
     unsafe fn try_perform(&mut self, operation: &IoOperation<'_>) -> io::Result<usize> {
         let fd = self.image.fd();
         match *operation {
-            // SAFETY: passed on.
+            // SAFETY: the caller's guarantee is passed on.
             IoOperation::Read { offset, into } => unsafe { self.read(offset, into) },
-            // SAFETY: passed on.
+            // SAFETY: the caller's guarantee is passed on.
             IoOperation::Write { offset, from } => unsafe { self.write(offset, from) },
             IoOperation::WriteZeroBuffer { offset, bytes } => {
                 // SAFETY: the zeroes are static.
@@ -110,11 +109,11 @@ impl Calls {
         if let Some(bounce) = &mut self.bounce
             && bounce.is_needed(offset, into)
         {
-            // SAFETY: passed on.
+            // SAFETY: the caller's guarantee is passed on.
             return unsafe { bounce.read(&self.image, offset, into) };
         }
         let (fd, count) = (self.image.fd(), into.len() as i32);
-        // SAFETY: the caller's promise covers the vectors, of which there are `count`.
+        // SAFETY: the caller guarantees that the vectors are valid; there are `count` of them.
         bytes_moved(unsafe { libc::preadv(fd, into.as_ptr(), count, offset as i64) })
     }
 
@@ -124,11 +123,11 @@ impl Calls {
         if let Some(bounce) = &mut self.bounce
             && bounce.is_needed(offset, from)
         {
-            // SAFETY: passed on.
+            // SAFETY: the caller's guarantee is passed on.
             return unsafe { bounce.write(&self.image, offset, from) };
         }
         let (fd, count) = (self.image.fd(), from.len() as i32);
-        // SAFETY: the caller's promise covers the vectors, of which there are `count`.
+        // SAFETY: the caller guarantees that the vectors are valid; there are `count` of them.
         bytes_moved(unsafe { libc::pwritev(fd, from.as_ptr(), count, offset as i64) })
     }
 }

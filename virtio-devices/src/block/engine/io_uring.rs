@@ -1,18 +1,20 @@
-//! The engine on io_uring: one ring per queue. The ring's own descriptor is readable while it holds completions; unlike
-//! an eventfd it costs nothing for completions that exist when submission returns.
+//! The io_uring engine: one ring per queue. The ring's own descriptor is readable while it holds completions. Unlike an
+//! eventfd, it costs nothing for completions that exist when submission returns.
 //!
-//! Writes to the page cache do not go through the ring. Most file systems cannot start them without blocking, and the
+//! Writes to the page cache do not go through the ring. Most file systems cannot start them without blocking; the
 //! kernel then passes them to its own threads, which takes longer than the copy.
 //!
-//! The image is not registered with the ring. A ring is torn down some time after it is closed, or after its process
-//! has died, and would hold the image and its lock until then: after a quick restart, the disk would still be in use.
+//! The image is not registered with the ring. The kernel tears a ring down some time after it is closed or its process
+//! has died, and until then a registered image would stay open and locked. After a quick restart the disk would still
+//! be in use.
 //!
 //! A seccomp filter does not see the operations of a ring, so the ring itself is restricted to the operations in use
-//! before it is enabled. It cannot open files or create sockets, and cannot be given buffers, files or other settings.
+//! before it is enabled. It cannot open files or create sockets, and no further buffers, files or settings can be
+//! registered.
 
 #![allow(unsafe_code)]
-// UNSAFETY: submission queue entries carry raw pointers; the promise that they
-// stay valid until completion is the caller's (`IoEngine::submit`).
+// UNSAFETY: submission queue entries carry raw pointers; the caller guarantees that they stay valid until completion
+// (`IoEngine::submit`).
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -25,7 +27,7 @@ use super::calls::{Calls, PUNCH_HOLE, ZERO_RANGE, zeroes};
 use super::{Completion, IoEngine, IoOperation};
 use crate::block::image::Image;
 
-/// The operations that the ring must support, which are also the only ones allowed.
+/// The operations that the ring must support. All others are forbidden.
 const OPCODES: [u8; 5] = [
     opcode::Readv::CODE,
     opcode::Writev::CODE,
@@ -35,12 +37,12 @@ const OPCODES: [u8; 5] = [
 ];
 
 pub(super) struct IoUringEngine {
-    /// Kept open by `calls`.
+    /// `calls` keeps this descriptor open.
     image: types::Fd,
     direct: bool,
     ring: IoUring,
     calls: Calls,
-    /// Completions of operations that the ring could not do.
+    /// Completions of operations that the ring cannot execute.
     done: Vec<Completion>,
 }
 
@@ -48,8 +50,7 @@ impl IoUringEngine {
     /// Sets up the ring. Called on the control thread, so that workers need no permission to create rings.
     ///
     /// # Errors
-    /// The kernel has no io_uring, forbids it, lacks an operation, or cannot restrict
-    /// rings (it can since 5.10).
+    /// The kernel has no io_uring, forbids it, lacks an operation, or cannot restrict rings (possible since 5.10).
     pub(super) fn new(image: Arc<Image>, depth: u16) -> io::Result<Self> {
         let ring = IoUring::builder()
             .setup_r_disabled()
@@ -60,7 +61,7 @@ impl IoUringEngine {
         if !OPCODES.iter().all(|code| probe.is_supported(*code)) {
             return Err(io::ErrorKind::Unsupported.into());
         }
-        // Everything not named is rejected, including registrations and flags.
+        // Everything not listed is rejected, including registrations and flags.
         let mut allowed = OPCODES.map(Restriction::sqe_op);
         submitter.register_restrictions(&mut allowed)?;
         submitter.register_enable_rings()?;
@@ -73,7 +74,7 @@ impl IoUringEngine {
         })
     }
 
-    /// Whether this is executed synchronously instead of by the ring.
+    /// Whether this operation is executed synchronously instead of by the ring.
     fn performs(&self, operation: &IoOperation<'_>) -> bool {
         let writes = matches!(
             operation,
@@ -82,7 +83,7 @@ impl IoUringEngine {
         (writes && !self.direct) || self.calls.must_perform(operation)
     }
 
-    /// Enters the kernel until it has accepted everything, and waits for `want`.
+    /// Enters the kernel until it has accepted all entries, and waits for `want` completions.
     fn enter(&self, want: usize) -> io::Result<()> {
         loop {
             match self.ring.submit_and_wait(want) {
@@ -137,7 +138,7 @@ impl IoEngine for IoUringEngine {
         let entry = match entry(self.image, operation) {
             Some(entry) if !self.performs(operation) => entry,
             _ => {
-                // SAFETY: the memory is valid until the completion is reaped, hence now.
+                // SAFETY: the memory is valid until the completion is reaped, which includes this call.
                 let result = unsafe { self.calls.perform(operation) };
                 self.done.push(Completion { id, result });
                 return Ok(());
@@ -147,7 +148,7 @@ impl IoEngine for IoUringEngine {
         // SAFETY: the caller keeps vectors and memory valid until completion.
         let mut pushed = unsafe { self.ring.submission().push(&entry) };
         if pushed.is_err() {
-            // Full: submit its entries, which empties it.
+            // The queue is full: submitting its entries empties it.
             self.enter(0)?;
             // SAFETY: as above.
             pushed = unsafe { self.ring.submission().push(&entry) };
@@ -184,7 +185,7 @@ mod tests {
     use super::*;
     use crate::block::tests::{image, params};
 
-    /// An engine, unless this host has no io_uring.
+    /// An engine, unless this host lacks io_uring.
     fn engine() -> Option<IoUringEngine> {
         let file = image(8);
         let image = Arc::new(Image::open(&params(&file)).expect("the image is sound"));
@@ -199,7 +200,7 @@ mod tests {
 
     /// The result of one entry.
     fn result_of(engine: &mut IoUringEngine, entry: &squeue::Entry) -> i32 {
-        // SAFETY: what the test's entries point to is static or outlives this call.
+        // SAFETY: the memory behind the test's entries is static or outlives this call.
         unsafe { engine.ring.submission().push(entry) }.expect("the ring is empty");
         engine.enter(1).expect("the ring is enabled");
         let completion = engine.ring.completion().next();
@@ -232,7 +233,7 @@ mod tests {
         // The operations in use still work.
         let sync = entry(engine.image, &IoOperation::Sync).expect("the ring does that");
         assert_eq!(result_of(&mut engine, &sync), 0);
-        // With a flag they do not.
+        // With a flag they are rejected.
         let linked = sync.flags(squeue::Flags::IO_LINK);
         assert_eq!(result_of(&mut engine, &linked), -libc::EACCES);
     }

@@ -2,7 +2,7 @@
 //! states the default and the reasons.
 
 #![allow(unsafe_code)]
-// UNSAFETY: declares `IoEngine::submit`, whose callers promise that memory stays.
+// UNSAFETY: declares `IoEngine::submit`, whose callers guarantee that memory stays valid.
 
 mod bounce;
 mod calls;
@@ -19,13 +19,13 @@ use sync::SyncEngine;
 
 pub(super) use calls::ZERO_BUFFER_BYTES;
 
-/// Which engine serves a disk.
+/// The engine that serves a disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum EngineChoice {
     /// io_uring if the kernel supports and allows it, otherwise system calls.
     #[default]
     Auto,
-    /// io_uring, or an error.
+    /// io_uring; an error if it is not available.
     IoUring,
     /// System calls on the worker thread, one at a time.
     Sync,
@@ -46,20 +46,20 @@ pub(super) enum IoOperation<'a> {
     WriteZeroBuffer { offset: u64, bytes: u64 },
     /// `fdatasync`.
     Sync,
-    /// Deallocates; reads as zeroes afterwards.
+    /// Deallocates; the range reads as zeroes afterwards.
     PunchHole { offset: u64, bytes: u64 },
-    /// Zeroes and keeps allocated.
+    /// Zeroes the range and keeps it allocated.
     ZeroRange { offset: u64, bytes: u64 },
-    /// BLKDISCARD on a block device; contents undefined afterwards.
+    /// BLKDISCARD on a block device; the content is undefined afterwards.
     DeviceDiscard { offset: u64, bytes: u64 },
 }
 
 /// The end of an operation.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Completion {
-    /// As given to `submit`.
+    /// The id given to `submit`.
     pub(super) id: u16,
-    /// Bytes moved (may be fewer than asked), or the negated errno.
+    /// Number of bytes moved (may be fewer than requested), or the negated errno.
     pub(super) result: i32,
 }
 
@@ -69,11 +69,11 @@ pub(super) trait IoEngine: Send {
     /// operations before it returns.
     fn completion_fd(&self) -> Option<RawFd>;
 
-    /// Starts an operation. There are never more at once than the depth for which the engine was created.
+    /// Starts an operation. The number of operations in progress never exceeds the depth for which the engine was
+    /// created.
     ///
     /// # Safety
-    /// The vectors and the memory behind them stay valid until the completion
-    /// with this `id` has been reaped.
+    /// The vectors and the memory behind them must stay valid until the completion with this `id` has been reaped.
     ///
     /// # Errors
     /// The operation has not been started and will not complete.
@@ -85,13 +85,13 @@ pub(super) trait IoEngine: Send {
     /// The kernel rejected them; the operations are still pending and the call may be repeated.
     fn flush(&mut self) -> io::Result<()>;
 
-    /// Blocks until a completion can be reaped. Only with operations pending.
+    /// Blocks until a completion can be reaped. Call it only with operations pending.
     ///
     /// # Errors
     /// As `flush`.
     fn wait(&mut self) -> io::Result<()>;
 
-    /// Appends all current completions.
+    /// Appends all available completions.
     fn reap(&mut self, completions: &mut Vec<Completion>);
 }
 

@@ -1,7 +1,7 @@
 //! The synchronous engine, on the worker thread.
 
 #![allow(unsafe_code)]
-// UNSAFETY: passes the caller's promise about vectors on.
+// UNSAFETY: passes the caller's guarantee about vectors on.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -31,7 +31,7 @@ impl IoEngine for SyncEngine {
     }
 
     unsafe fn submit(&mut self, id: u16, operation: &IoOperation<'_>) -> io::Result<()> {
-        // SAFETY: the memory is valid until the completion is reaped, hence now.
+        // SAFETY: the memory is valid until the completion is reaped, which includes this call.
         let result = unsafe { self.calls.perform(operation) };
         self.done.push(Completion { id, result });
         Ok(())

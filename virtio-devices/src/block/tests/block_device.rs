@@ -1,4 +1,4 @@
-//! On real block devices: loop devices over a file, if the test may create them.
+//! Tests with real block devices: loop devices over a file, if the test may create them.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -13,7 +13,7 @@ struct Loop {
 }
 
 impl Loop {
-    /// Over `sectors` numbered sectors; `None`, and the test is skipped, if that is not possible.
+    /// A loop device over `sectors` numbered sectors. `None`, which skips the test, if it cannot be created.
     fn new(sectors: u64, logical_block: u32) -> Option<Self> {
         let file = image(sectors);
         let output = Command::new("losetup")
@@ -73,7 +73,7 @@ fn device_is_read_written_zeroed_and_discarded() {
                 assert_eq!(rig.read(8, 4096), (S_OK, vec![0; 4096]));
                 assert_eq!(rig.write(8, &[1; 4096]), S_OK);
             }
-            // A discard need not leave zeroes; it must only succeed and affect nothing else.
+            // A discard need not leave zeroes; it must only succeed and leave all other data unchanged.
             assert_eq!(rig.on_range(11, range(16, 16, 0)), S_OK);
             assert_eq!(rig.read(15, 512), (S_OK, vec![1; 512]));
             assert_eq!(rig.read(32, 512), (S_OK, vec![32; 512]));
@@ -95,18 +95,18 @@ fn device_with_4k_blocks_says_so_and_serves_single_sectors() {
         let mut block_size = [0; 4];
         rig.block.read_config(20, &mut block_size);
         assert_eq!(u32::from_le_bytes(block_size), 4096);
-        // Sector 0 of the wire is an eighth of a block.
+        // A sector of the protocol is an eighth of a block.
         assert_eq!(rig.write(17, &[0xee; 512]), S_OK);
         assert_eq!(rig.read(16, 512), (S_OK, vec![16; 512]));
         assert_eq!(rig.read(17, 512), (S_OK, vec![0xee; 512]));
         assert_eq!(rig.read(18, 512), (S_OK, vec![18; 512]));
-        // Across a block boundary, both ends in the middle.
+        // Crosses a block boundary; both ends are inside a block.
         let data: Vec<u8> = (0..20 * 512u32).map(|at| (at / 512) as u8 ^ 0x55).collect();
         assert_eq!(rig.write(29, &data), S_OK);
         assert_eq!(rig.read(29, 20 * 512), (S_OK, data));
         assert_eq!(rig.read(28, 512), (S_OK, vec![28; 512]));
         assert_eq!(rig.read(49, 512), (S_OK, vec![49; 512]));
-        // Zeroing part of a block.
+        // Zeroes part of a block.
         assert_eq!(rig.on_range(13, range(65, 2, 0)), S_OK);
         assert_eq!(rig.read(64, 512), (S_OK, vec![64; 512]));
         assert_eq!(rig.read(65, 1024), (S_OK, vec![0; 1024]));

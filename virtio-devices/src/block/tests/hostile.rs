@@ -1,4 +1,5 @@
-//! Misbehaving guests. Whatever they send, the next valid request works, and the invalid one has been counted.
+//! Tests of misbehaving guests. After any invalid request the next valid one works, and the invalid one has been
+//! counted.
 
 use super::*;
 use crate::WorkerError;
@@ -92,7 +93,7 @@ fn requests_out_of_range_or_shape_are_io_errors() {
     assert_eq!(rig.send(&[Segment::Readable(&header(0, 0))]).2, S_IOERR);
     let both = [Segment::Readable(&header(1, 0)), Segment::Writable(512)];
     assert_eq!(rig.send(&both).2, S_IOERR);
-    // GET_ID without room, two ranges where one is offered.
+    // GET_ID without space for the id; two ranges where one is offered.
     assert_eq!(rig.send(&[Segment::Readable(&header(8, 0))]).2, S_IOERR);
     let ranges = [range(0, 1, 0), range(1, 1, 0)].concat();
     let two = [

@@ -1,4 +1,4 @@
-//! Rate limits, on a clock that the test moves. The timer is real and short: it wakes the queue, which finds no token.
+//! Tests of rate limits with a simulated clock. The timer is real and short: it wakes the queue, which finds no token.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -42,7 +42,7 @@ fn push_reads(rig: &mut Rig, count: usize, bytes: u32) {
     }
 }
 
-/// Serves the queue until its timer has woken it three times in vain. Returns the requests completed.
+/// Serves the queue until its timer has woken it three times without effect. Returns the number of completed requests.
 fn until_throttled(rig: &mut Rig) -> usize {
     let end = Instant::now() + DEADLINE;
     let enough = rig.counter("throttled") + 3;
@@ -86,7 +86,7 @@ fn request_longer_than_the_bucket_is_served_and_paid_for_afterwards() {
     push_reads(&mut rig, 2, 64 << 10);
     rig.harness.kick(0).unwrap();
     assert_eq!(until_throttled(&mut rig), 1);
-    // 60 KiB are owed: 150 ms, and a moment for the next token.
+    // 60 KiB are owed: 150 ms, plus time for the next token.
     clock.advance(Duration::from_millis(150));
     assert_eq!(until_throttled(&mut rig), 0);
     clock.advance(Duration::from_millis(1));
@@ -167,7 +167,7 @@ fn state_has_the_tokens_that_are_left() {
     push_reads(&mut restored, 2, 512);
     restored.harness.kick(0).unwrap();
     assert_eq!(until_throttled(&mut restored), 1);
-    // A disk without the limit cannot have had its tokens.
+    // A disk without a limit cannot have a saved token count.
     let mut unlimited = rig(&file, &Arc::default());
     assert!(unlimited.block.restore(&state).is_err());
 }

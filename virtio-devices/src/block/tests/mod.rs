@@ -1,4 +1,4 @@
-//! A disk behind a mock driver, on real files, with both engines.
+//! Tests a disk with a mock driver, on real files, with both engines.
 
 mod block_device;
 mod hostile;
@@ -84,7 +84,7 @@ impl Rig {
         crate::VirtioDevice::counters(&self.block)[name]
     }
 
-    /// Serves the device until a chain comes back.
+    /// Serves the device until a chain is completed.
     pub(super) fn wait_used(&mut self) -> Used {
         let end = Instant::now() + DEADLINE;
         loop {

@@ -1,4 +1,4 @@
-//! Any sequence of requests has the same effect on the file as on an array.
+//! Tests that any sequence of requests has the same effect on the file as on an array.
 
 use proptest::prelude::*;
 
@@ -107,7 +107,7 @@ fn play(actions: &[Action], engine: EngineChoice, direct: bool) {
                 let wire = super::range(sector, sectors as u32, 0);
                 assert_eq!(rig.on_range(11, wire), status_of(&range));
                 if let Some(range) = range {
-                    // Files, unlike devices, read as zeroes where they were punched.
+                    // In files, unlike devices, punched ranges read as zeroes.
                     model[range].fill(0);
                 }
             }
@@ -139,7 +139,7 @@ proptest! {
     ) {
         play(&actions, EngineChoice::Sync, false);
         play(&actions, EngineChoice::Auto, false);
-        // The mock driver's buffers are not aligned for this, so it takes the bounce buffer.
+        // The mock driver's buffers are misaligned for direct I/O, so the bounce buffer is used.
         play(&actions, EngineChoice::Auto, true);
     }
 }

@@ -1,4 +1,4 @@
-//! Which images can be opened, and the errors of the others.
+//! Tests which images can be opened, and the errors of the others.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! The effect of each request.
+//! Tests the effect of each request.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -44,7 +44,7 @@ fn read_reports_data_and_status_as_written() {
 fn request_in_any_framing_is_understood() {
     let file = image(8);
     let mut rig = Rig::new(params(&file));
-    // Header in two pieces with the data attached, data and status in one.
+    // The header is split in two pieces, the second with the data attached; data and status share a descriptor.
     let mut front = header(1, 2).to_vec();
     front.extend([7; 512]);
     let (a, b) = front.split_at(5);
@@ -236,7 +236,7 @@ fn reset_with_requests_in_flight_leaves_ram_alone_afterwards() {
     ]);
     rig.harness.kick(0).unwrap();
     rig.harness.reset();
-    // The read is over, whatever it did: what the driver writes now persists.
+    // The read has ended, with or without success: later writes of the driver persist.
     let ram = rig.harness.ram.clone();
     ram.write(chain.buffers[1].address, &[0xa5; 65536]);
     assert_eq!(ram.read(chain.buffers[1].address, 65536), [0xa5; 65536]);
@@ -261,8 +261,8 @@ fn pause_finishes_what_is_in_flight() {
 
 #[test]
 fn write_through_survives_without_a_flush() {
-    // Without FLUSH and CONFIG_WCE the driver cannot flush, so writes must not complete before they are stable. The
-    // test only shows that this path works.
+    // Without FLUSH and CONFIG_WCE the driver cannot flush, so writes must be stable before they complete. The test
+    // shows only that this path works.
     let file = image(8);
     let block = Block::new(params(&file)).unwrap();
     let features = block.features() & !(1 << 9 | 1 << 11);

@@ -1,4 +1,4 @@
-//! A disk that changes its size while its queue is active.
+//! Tests of a disk that is resized while its queue is active.
 
 use super::*;
 use crate::VirtioDevice;
@@ -59,7 +59,7 @@ fn disk_cannot_have_a_size_of_no_whole_sectors_or_none() {
         assert!(matches!(error, DiskResizeError::NotWholeBlocks { .. }));
         assert!(error.is_of_request());
     }
-    // More than a file can have.
+    // Larger than the maximum file size.
     let error = rig.block.handle().resize(u64::MAX - 511).unwrap_err();
     assert!(!error.is_of_request(), "{error}");
     assert_eq!(
@@ -86,7 +86,7 @@ fn disk_that_grew_is_locked_in_its_new_size() {
     let first = Block::new(params(&file)).unwrap();
     let disk = first.handle();
     disk.resize(16 * 512).unwrap();
-    // The first device alone would leave the new part free.
+    // The handle keeps the lock, which includes the added part.
     drop(first);
     assert!(matches!(
         Block::new(params(&file)),

@@ -1,4 +1,4 @@
-//! A pause waits only briefly and loses nothing.
+//! Tests that a pause takes only a short time and loses nothing.
 
 use vm_memory::GuestAddress;
 
@@ -9,12 +9,12 @@ use crate::testing::{MockPciDriver, Segment, TestRam};
 use crate::worker::Work;
 
 const MIB: u64 = 1 << 20;
-/// Guest RAM that the requests move; rings lie below.
+/// Guest RAM for the requests' data; the rings are below.
 const DATA_AT: GuestAddress = GuestAddress(16 * MIB);
 const DATA_BYTES: u32 = 20 << 20;
 const CHAINS: usize = 4;
 
-/// Kicks a ring of requests, pauses at the given check for commands, resumes and waits for all.
+/// Submits a ring full of requests, pauses at the given check for commands, resumes and waits for all.
 fn pause_at(rig: &mut Rig, look: u64, request: &[Segment<'_>]) {
     let mut segments = request.to_vec();
     segments.push(Segment::Writable(1));
