@@ -114,7 +114,7 @@ impl Access {
     }
 }
 
-/// A name that may stand in a URL as it is.
+/// A name that a URL can contain without escaping.
 fn segment(text: &str) -> Result<String, String> {
     let fits = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
     if text.is_empty() || !text.chars().all(fits) {
@@ -155,7 +155,7 @@ mod tests {
             .unwrap();
         let container = &set["spec"]["template"]["spec"]["containers"][0];
         let words = container["args"].as_vec().unwrap().iter();
-        // The kubelet puts the variable's value there.
+        // The kubelet substitutes the variable's value.
         let words = words.map(|word| word.as_str().unwrap().replace("$(NODE_NAME)", "n1"));
         let arguments =
             Arguments::try_parse_from(std::iter::once("adapter".to_owned()).chain(words)).unwrap();

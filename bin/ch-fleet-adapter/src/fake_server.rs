@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used)]
-// Two sets of tests use this file, each its part.
+// Two sets of tests use this file, each a different part of it.
 #![allow(dead_code)]
-//! A server for tests: gives the replies it was given, one a request, and notes what it was asked.
+//! A server for tests: sends predefined replies, one per request, and records the requests.
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
@@ -19,7 +19,7 @@ use test_server::{Request, Server, response};
 trait Stream: Read + Write + Send {}
 impl<T: Read + Write + Send> Stream for T {}
 
-/// One answer.
+/// One reply.
 #[derive(Clone, Debug)]
 pub(crate) struct Reply {
     status: u16,
@@ -43,7 +43,7 @@ impl Reply {
         self
     }
 
-    /// Never comes.
+    /// Makes the server never send this reply.
     pub(crate) fn hanging(mut self) -> Self {
         self.hangs = true;
         self
@@ -61,7 +61,7 @@ impl FakeServer {
         Self::start_with(replies, |stream| Box::new(stream))
     }
 
-    /// The same with TLS; the files hold the server's certificate and its key.
+    /// The same with TLS; the files contain the server's certificate and its key.
     pub(crate) fn start_tls(
         certificate: &Path,
         key: &Path,
@@ -91,7 +91,7 @@ impl FakeServer {
         let mut replies: VecDeque<Reply> = replies.into_iter().collect();
         let asked = Arc::<Mutex<Vec<Request>>>::default();
         let noted = Arc::clone(&asked);
-        // Connections without an answer stay open.
+        // Connections without a reply stay open.
         let mut held = Vec::new();
         let server = Server::tcp(move |stream| {
             let mut stream = wrap(stream);
@@ -105,7 +105,7 @@ impl FakeServer {
                 return;
             }
             let headers = format!("{}Connection: close\r\n", reply.headers);
-            // Whoever asked may have given up.
+            // The client may have given up.
             let _ = stream.write_all(response(reply.status, &headers, &reply.body).as_bytes());
         });
         Self { server, asked }

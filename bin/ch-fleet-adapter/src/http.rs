@@ -1,4 +1,4 @@
-//! Requests to the service that is told, each with a deadline, a bound on its answer and the token as it is now.
+//! Requests to the scheduler's service, each with a deadline, a size limit for the response, and the current token.
 
 use std::fs;
 use std::io;
@@ -11,25 +11,25 @@ use thiserror::Error;
 use ureq::http;
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 
-/// Longest answer. A node of a large cluster with all its images is some 100 KiB.
+/// Maximum size of a response. A node of a large cluster with all its images takes some 100 KiB.
 const ANSWER_BYTES_MAX: u64 = 4 << 20;
-/// Most that is shown of an answer that refuses.
+/// Maximum number of characters shown of an error response.
 const SHOWN_CHARS_MAX: usize = 300;
 
-/// Why nothing was told.
+/// Reasons why a request failed.
 #[derive(Debug, Error)]
 pub(crate) enum HttpError {
-    /// A file that is needed.
+    /// A required file cannot be read.
     #[error("Cannot read {}", path.display())]
     File {
         path: PathBuf,
         #[source]
         source: io::Error,
     },
-    /// A file without what it should hold.
+    /// A file that contains no certificate.
     #[error("{} holds no certificate", path.display())]
     NoCertificate { path: PathBuf },
-    /// No answer.
+    /// No response.
     #[error("{method} {path}: no response")]
     Request {
         method: &'static str,
@@ -37,7 +37,7 @@ pub(crate) enum HttpError {
         #[source]
         source: Box<ureq::Error>,
     },
-    /// An answer that is no JSON.
+    /// A response that is not JSON.
     #[error("{method} {path}: the response is not JSON")]
     Form {
         method: &'static str,
@@ -45,26 +45,26 @@ pub(crate) enum HttpError {
         #[source]
         source: serde_json::Error,
     },
-    /// An answer that refuses.
+    /// An error response.
     #[error("{method} {path}: {status} {told}")]
     Refused {
         method: &'static str,
         path: String,
         status: u16,
         told: String,
-        /// When to come again, if it says so.
+        /// The requested delay before a retry, if the response has one.
         retry_after: Option<Duration>,
     },
-    /// Every attempt met somebody else's change.
+    /// Every attempt conflicted with another client's change.
     #[error("{path} changed during each of {attempts} attempts")]
     Contended { path: String, attempts: u32 },
-    /// Something that must be there.
+    /// A required object does not exist.
     #[error("{0}")]
     Missing(String),
 }
 
 impl HttpError {
-    /// When the service wants to be asked again.
+    /// The delay that the service requested before a retry.
     pub(crate) fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Refused { retry_after, .. } => *retry_after,
@@ -73,7 +73,7 @@ impl HttpError {
     }
 }
 
-/// An answer.
+/// A response.
 #[derive(Debug)]
 pub(crate) struct Answer {
     method: &'static str,
@@ -88,12 +88,12 @@ impl Answer {
         (200..300).contains(&self.status)
     }
 
-    /// The body, or what refused it.
+    /// The body, or the error if the response is one.
     pub(crate) fn good(self) -> Result<Value, HttpError> {
         if self.is_good() {
             return Ok(self.body);
         }
-        // Kubernetes says why in `message`, placement in `errors`.
+        // Kubernetes returns the reason in `message`, placement in `errors`.
         let told = match (&self.body["message"], &self.body["errors"][0]["detail"]) {
             (Value::String(text), _) | (_, Value::String(text)) => text.clone(),
             _ => self.body.to_string(),
@@ -108,7 +108,7 @@ impl Answer {
     }
 }
 
-/// How to reach a service.
+/// Address and credentials of a service.
 #[derive(Clone, Debug)]
 pub(crate) struct Service {
     pub(crate) url: String,
@@ -117,7 +117,7 @@ pub(crate) struct Service {
     pub(crate) timeout: Duration,
 }
 
-/// The header that carries the token, and what stands before it.
+/// The header that carries the token, and the token's prefix.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TokenHeader(pub(crate) &'static str, pub(crate) &'static str);
 
@@ -160,7 +160,7 @@ impl Http {
         })
     }
 
-    /// Sends one request. A body goes out as `content_type`.
+    /// Sends one request. A body is sent as `content_type`.
     pub(crate) fn send(
         &self,
         method: &'static str,
@@ -199,7 +199,7 @@ impl Http {
         read(method, path, answer.map_err(failed)?)
     }
 
-    /// Read anew each time: tokens are replaced while we run.
+    /// Read for each request, because tokens are replaced while the program runs.
     fn token(&self) -> Result<Option<String>, HttpError> {
         let Some(path) = &self.token_file else {
             return Ok(None);
@@ -237,7 +237,7 @@ fn read(
         })?;
     let body = match serde_json::from_str(&text) {
         Ok(body) => body,
-        // No content, or what a proxy in between has to say.
+        // No content, or an error page of a proxy.
         Err(_) if text.is_empty() || !(200..300).contains(&status) => Value::String(text),
         Err(source) => {
             return Err(HttpError::Form {

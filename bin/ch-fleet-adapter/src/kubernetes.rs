@@ -1,8 +1,9 @@
-//! Kubernetes: an extended resource of the node, and the status of a `HostMemory` object named like it.
+//! Kubernetes: an extended resource of the node, and the status of a `HostMemory` object with the node's name.
 //!
-//! Both are merge patches of a status subresource, which say what shall be and not what was before, so that doing it twice is
-//! doing it once. The kubelet copies an extended resource from the node's capacity to what may be allocated
-//! (<https://kubernetes.io/docs/tasks/administer-cluster/extended-resource-node/>); the node's own memory is never touched.
+//! Both are updated by merge patches of a status subresource. A merge patch contains only new values, so repeating it
+//! has no further effect. The kubelet copies an extended resource from the node's capacity to its allocatable resources
+//! (<https://kubernetes.io/docs/tasks/administer-cluster/extended-resource-node/>); the adapter never changes the
+//! node's `memory` resource.
 
 use serde_json::{Value, json};
 
@@ -14,10 +15,10 @@ use crate::time::rfc3339;
 const API_VERSION: &str = "ch-fleet.dev/v1alpha1";
 const KIND: &str = "HostMemory";
 const HOST_MEMORIES: &str = "/apis/ch-fleet.dev/v1alpha1/hostmemories";
-/// Attempts at something that somebody else changes at the same time.
+/// Number of attempts if other clients make conflicting changes.
 const ATTEMPTS: u32 = 5;
 const CONFLICT: u16 = 409;
-/// There is no such thing, or no more.
+/// Statuses of objects that do not exist or no longer exist.
 const ABSENT: [u16; 2] = [404, 410];
 
 const MERGE_PATCH: [(&str, &str); 1] = [("Content-Type", "application/merge-patch+json")];
@@ -45,7 +46,7 @@ impl Kubernetes {
         self.tell_host_memory(offer, &node)
     }
 
-    /// Sets the extended resource; the node as it is then.
+    /// Sets the extended resource and returns the updated node.
     fn tell_node(&self, offer: &Offer) -> Result<Value, HttpError> {
         let path = format!("/api/v1/nodes/{}/status", self.node);
         let capacity = json!({ self.resource.as_str(): offer.capacity_mib().to_string() });
@@ -66,7 +67,7 @@ impl Kubernetes {
         Ok(())
     }
 
-    /// Makes the object; it goes when its node goes.
+    /// Creates the object. Its owner is the node, so Kubernetes deletes it together with the node.
     fn create(&self, node: &Value) -> Result<(), HttpError> {
         let mut object = json!({
             "apiVersion": API_VERSION,
@@ -82,7 +83,7 @@ impl Kubernetes {
             .http
             .send("POST", HOST_MEMORIES, &JSON, Some(&object))?;
         match answer.status {
-            // Somebody was quicker.
+            // Another client has already created it.
             CONFLICT => Ok(()),
             404 => Err(HttpError::Missing(format!(
                 "The cluster knows no {KIND} of {API_VERSION}: apply crd.yaml"
@@ -91,7 +92,7 @@ impl Kubernetes {
         }
     }
 
-    /// A patch, as often as somebody else comes in between. The server itself gives up after some attempts of its own.
+    /// Sends a patch and retries it after a conflict. The server itself also gives up after some attempts.
     fn patched(&self, path: &str, patch: &Value) -> Result<Answer, HttpError> {
         for _ in 0..ATTEMPTS {
             let answer = self.http.send("PATCH", path, &MERGE_PATCH, Some(patch))?;

@@ -1,7 +1,9 @@
-//! `ch-fleet-adapter`: tells Kubernetes or OpenStack what memory a host has for VMs, as its ch-fleet agent measures it.
+//! `ch-fleet-adapter`: publishes to Kubernetes or OpenStack how much memory a host has for VMs, as measured by its
+//! ch-fleet agent.
 //!
-//! It reads what the agent publishes on its socket, and nothing else; it is a program of its own so that the agent needs no
-//! TLS and no word of any scheduler. What it told stays when it ends: `--withdraw` takes it back.
+//! Its only input is the agent's status, which it reads from the agent's socket. It is a separate program so that the
+//! agent needs neither TLS nor a scheduler's protocol. Published values remain when the program ends; `--withdraw`
+//! removes them.
 
 mod args;
 mod http;
@@ -29,11 +31,11 @@ use offer::{AgentStatus, Offer};
 use pace::Pace;
 use placement::Placement;
 
-/// How long the agent may take to answer out of its memory.
+/// Time limit of a query to the agent, which responds from memory.
 const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest time between two attempts to tell.
+/// Maximum time between two attempts to publish.
 const BACK_OFF_MAX: Duration = Duration::from_secs(60);
-/// Where a pod finds its service account.
+/// Path of a pod's service account.
 const SERVICE_ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
 fn main() -> ExitCode {
@@ -50,7 +52,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Who is told.
+/// The scheduler that receives the capacity.
 enum Scheduler {
     Kubernetes(Kubernetes),
     Placement(Placement),
@@ -83,7 +85,7 @@ fn follow(arguments: &Arguments, scheduler: &mut Scheduler) -> Result<()> {
     let mut agent_answers = true;
     loop {
         let heard = ask(&arguments.socket);
-        // Once when it stops and once when it comes back.
+        // Logged once when the agent stops responding, and once when it responds again.
         match &heard {
             Err(error) if agent_answers => log(&format!("the agent does not respond: {error:#}")),
             Ok(_) if !agent_answers => log("the agent answers again"),
@@ -146,7 +148,7 @@ fn scheduler(target: &Target) -> Result<Scheduler> {
     })
 }
 
-/// The API server as a pod is told of it.
+/// The API server, from a pod's environment.
 fn in_cluster(access: &Access) -> Result<Service> {
     let variable = |name: &str| {
         std::env::var(name)
@@ -154,7 +156,7 @@ fn in_cluster(access: &Access) -> Result<Service> {
     };
     let host = variable("KUBERNETES_SERVICE_HOST")?;
     let port = variable("KUBERNETES_SERVICE_PORT")?;
-    // An address of IPv6 has colons itself.
+    // An IPv6 address contains colons.
     let host = if host.contains(':') {
         format!("[{host}]")
     } else {
@@ -173,7 +175,7 @@ fn tell(scheduler: &mut Scheduler, offer: &Offer) -> Result<()> {
     Ok(())
 }
 
-/// What the agent published last.
+/// Queries the agent and returns its latest offer.
 fn ask(socket: &Path) -> Result<Offer> {
     let client = api::Client::new(socket).with_timeout(Some(AGENT_TIMEOUT));
     let body = client

@@ -1,16 +1,17 @@
-//! What a host offers to schedulers, out of what its agent published.
+//! A host's capacity for schedulers, derived from the agent's status.
 //!
-//! A scheduler counts sizes: what it placed here, against a capacity. So the capacity is the size of the VMs that are here,
-//! or promised, and what could be promised to a further one now. Overcommit is in the first part: that the sizes of the VMs
-//! that are here may exceed the host's memory is what the agent makes true, one measured promise after the other.
+//! A scheduler compares the sizes of the VMs that it placed on a host with the host's capacity. The published capacity
+//! is therefore the size of all VMs present or reserved, plus the memory that the agent could reserve for another VM
+//! now. Overcommit is in the first part: the agent grants each reservation from measured memory, so the sizes of the
+//! VMs may exceed the host's memory.
 
 use serde::Deserialize;
 
 const MIB: u64 = 1 << 20;
-/// Figures of the host older than this promise nothing, ms.
+/// Maximum age of the host's figures, ms. With older ones, no free memory is offered.
 const FACTS_AGE_MS_MAX: u64 = 15_000;
 
-/// The part of the agent's status that counts here. More may stand there, in a newer agent.
+/// The relevant part of the agent's status. Other fields are ignored.
 #[derive(Clone, Debug, Deserialize)]
 pub(crate) struct AgentStatus {
     pub(crate) version: String,
@@ -27,7 +28,7 @@ struct Host {
     ledger: Ledger,
 }
 
-/// The agent's books, bytes.
+/// The agent's memory accounts, bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 pub(crate) struct Ledger {
     pub(crate) usable: u64,
@@ -69,7 +70,7 @@ pub(crate) enum State {
     Yellow,
     Orange,
     Red,
-    /// The agent does not answer, or has a state that is not known here.
+    /// The agent does not respond, or has an unknown state.
     #[default]
     #[serde(other)]
     Unknown,
@@ -85,18 +86,18 @@ impl State {
     }
 }
 
-/// What is told.
+/// The published values.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Offer {
     pub(crate) state: State,
-    /// Size of the VMs that are here or promised, MiB.
+    /// Size of the VMs that are present or reserved, MiB.
     pub(crate) in_use_mib: u64,
-    /// What could be promised to a further one, MiB.
+    /// Memory that could be reserved for another VM, MiB.
     pub(crate) free_mib: u64,
     pub(crate) vms: usize,
     pub(crate) ledger: Ledger,
     pub(crate) agent_version: String,
-    /// When the agent put it together, ms since the Unix epoch.
+    /// Time at which the agent computed it, ms since the Unix epoch.
     pub(crate) unix_ms: u64,
 }
 
@@ -125,7 +126,7 @@ impl Offer {
         }
     }
 
-    /// The same VMs and nothing for further ones: the agent does not answer.
+    /// The same VMs and no free memory, because the agent does not respond.
     pub(crate) fn held(&self) -> Self {
         Self {
             state: State::Unknown,
@@ -178,7 +179,7 @@ mod tests {
         status
     }
 
-    /// Through the agent's own form, so that a change of it is noticed here.
+    /// Uses the agent's own types, so that the test notices a change of their format.
     fn offer(status: &Status) -> Offer {
         let text = serde_json::to_string(status).unwrap();
         Offer::of(&serde_json::from_str(&text).unwrap())
@@ -187,7 +188,7 @@ mod tests {
     #[test]
     fn capacity_is_what_is_here_and_what_could_come() {
         let offer = offer(&status());
-        // b is here, its reservation counts no more; c is to come.
+        // b is present, so its reservation no longer counts; c has not started yet.
         assert_eq!(offer.in_use_mib, 10 << 10);
         assert_eq!(offer.capacity_mib(), 13 << 10);
         assert_eq!((offer.vms, offer.state), (2, State::Green));

@@ -1,26 +1,27 @@
 //! Limits changes of the published capacity: decreases at once, increases slowly, zero when the agent is silent.
 //!
-//! A scheduler that is told of every wave places a burst of VMs onto its crest. What falls is told at once; what rises by a
-//! tenth a minute. Without change it is told once a minute, which also repairs what somebody else overwrote.
+//! If every fluctuation were published, a scheduler would place a burst of VMs at each temporary maximum. A decrease is
+//! therefore published at once, an increase by at most a tenth per minute. An unchanged capacity is published once per
+//! minute, which also repairs values that another client overwrote.
 
 use std::time::{Duration, Instant};
 
 use crate::offer::Offer;
 
-/// Told at least this often.
+/// Maximum time between two publications.
 const REPEAT: Duration = Duration::from_secs(60);
-/// A rise of this part of the capacity is told before [`REPEAT`] is over, per cent.
+/// Minimum increase that is published before [`REPEAT`] has passed, per cent of the capacity.
 const RISE_PERCENT: u64 = 10;
-/// A fall of this part is told at once, per cent.
+/// Minimum decrease that is published at once, per cent of the capacity.
 const FALL_PERCENT: u64 = 2;
-/// Growth of the capacity, per cent a minute.
+/// Maximum growth of the capacity, per cent per minute.
 const GROWTH_PERCENT_PER_MINUTE: u64 = 10;
-/// An agent that was silent for so long admits nobody.
+/// After this long without a response from the agent, no free memory is offered.
 const SILENT: Duration = Duration::from_secs(60);
-/// What is said of an agent that was silent for so long is taken back.
+/// After this long without a response from the agent, the capacity is withdrawn.
 const LOST: Duration = Duration::from_secs(15 * 60);
 
-/// What was told last, and when.
+/// The latest published offer, and when it was published.
 #[derive(Debug)]
 pub(crate) struct Pace {
     told: Option<(Offer, Instant)>,
@@ -37,7 +38,7 @@ impl Pace {
         }
     }
 
-    /// What is to be told now, if anything. `heard` is what the agent says, `None` when it does not answer.
+    /// The offer to publish now, if any. `heard` is the agent's offer, `None` if it does not respond.
     pub(crate) fn next(&mut self, heard: Option<Offer>, now: Instant) -> Option<Offer> {
         if let Some(offer) = heard {
             self.heard = Some((offer, now));
@@ -56,7 +57,7 @@ impl Pace {
         worth_telling.then_some(offer)
     }
 
-    /// It was told.
+    /// Records that `offer` was published.
     pub(crate) fn told(&mut self, offer: Offer, now: Instant) {
         self.told = Some((offer, now));
     }
@@ -68,22 +69,23 @@ impl Pace {
             _ if silent >= LOST => Some(Offer::default()),
             Some((offer, _)) if silent >= SILENT => Some(offer.held()),
             Some((offer, _)) => Some(offer.clone()),
-            // Not heard of yet: what an adapter before this one told stays until the agent was given time.
+            // No response since the start: the values that a previous adapter published stay until the agent had time
+            // to respond.
             None => None,
         }
     }
 }
 
-/// The offer as far as it may have grown since another one was told.
+/// Limits the offer to the allowed growth since `told` was published.
 fn slowed(mut offer: Offer, told: &Offer, elapsed: Duration) -> Offer {
     let before = told.capacity_mib();
     if before == 0 {
-        // Back from nothing: there is no wave to ride.
+        // The previous capacity was 0, so there is no fluctuation to smooth.
         return offer;
     }
     let seconds = elapsed.as_secs().min(3600);
     let most = before + before * GROWTH_PERCENT_PER_MINUTE * seconds / (60 * 100);
-    // VMs that are here are here.
+    // VMs that are present always count.
     offer.free_mib = offer.free_mib.min(most.saturating_sub(offer.in_use_mib));
     offer
 }
@@ -136,7 +138,7 @@ mod tests {
             .next(Some(offer(1000, 9000)), after(begin, 60))
             .unwrap();
         assert_eq!(risen.capacity_mib(), 2200);
-        // A VM that came is in it whatever the pace.
+        // A new VM counts at once, regardless of the limit.
         let come = pace
             .next(Some(offer(5000, 1000)), after(begin, 60))
             .unwrap();
@@ -174,7 +176,7 @@ mod tests {
         let lost = pace.next(None, after(begin, 901)).unwrap();
         assert_eq!(lost.capacity_mib(), 0);
         pace.told(lost, after(begin, 901));
-        // It comes back as what it is.
+        // After a withdrawal, the full capacity is published at once.
         let back = pace
             .next(Some(offer(1000, 1000)), after(begin, 902))
             .unwrap();

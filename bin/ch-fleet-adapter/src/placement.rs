@@ -1,8 +1,8 @@
 //! OpenStack placement: the inventory of a resource provider, and a trait that names the host's state.
 //!
-//! Every write names the generation it was read at. When somebody else wrote in between, placement refuses with 409, and
-//! everything is read again (<https://docs.openstack.org/api-ref/placement/>). Overcommit is in the total already, so the
-//! allocation ratio is 1.
+//! Every write names the generation that was read. If another client wrote in between, placement rejects the write with
+//! 409, and everything is read again (<https://docs.openstack.org/api-ref/placement/>). The total already includes
+//! overcommit, so the allocation ratio is 1.
 
 use serde_json::{Value, json};
 use strum::VariantArray as _;
@@ -10,18 +10,18 @@ use strum::VariantArray as _;
 use crate::http::{Answer, Http, HttpError, Service, TokenHeader};
 use crate::offer::{Offer, State};
 
-/// Of the version at which all that can be offered may be reserved, which withdraws it.
+/// The first version in which the whole total may be reserved, which withdraws it.
 const VERSION: (&str, &str) = ("OpenStack-API-Version", "placement 1.26");
 const JSON: (&str, &str) = ("Content-Type", "application/json");
-/// Attempts at something that somebody else changes at the same time.
+/// Number of attempts if other clients make conflicting changes.
 const ATTEMPTS: u32 = 5;
 const CONFLICT: u16 = 409;
 const NOT_FOUND: u16 = 404;
-/// The generation changed, in placement's words for programs.
+/// Placement's error code for a changed generation.
 const CONCURRENT: &str = "placement.concurrent_update";
-/// Our traits; those of others stay.
+/// Prefix of our traits; other traits are left unchanged.
 const TRAIT_PREFIX: &str = "CUSTOM_CH_FLEET_";
-/// Resource classes that placement does not bring itself.
+/// Prefix of resource classes that are not placement's own.
 const CUSTOM: &str = "CUSTOM_";
 
 /// One resource provider.
@@ -30,11 +30,11 @@ pub(crate) struct Placement {
     http: Http,
     provider: String,
     class: String,
-    /// Whether the provider is made when it is not there.
+    /// Whether a missing provider is created.
     create: bool,
-    /// Its id, when it is known.
+    /// Its id, if known.
     uuid: Option<String>,
-    /// Whether the names that are used were made known.
+    /// Whether our traits and the resource class have been registered.
     introduced: bool,
 }
 
@@ -65,13 +65,13 @@ impl Placement {
             status: NOT_FOUND, ..
         }) = told
         {
-            // Removed, and perhaps made anew under another id.
+            // The provider was removed, and possibly recreated with another id.
             self.uuid = None;
         }
         told
     }
 
-    /// Makes our traits and the resource class known, which is doing nothing if they are.
+    /// Registers our traits and the resource class. Registering them again has no effect.
     fn introduce(&mut self) -> Result<(), HttpError> {
         if self.introduced {
             return Ok(());
@@ -155,7 +155,7 @@ impl Placement {
         })
     }
 
-    /// Reads `path` and sends what `change` makes of it, anew when somebody else wrote in between.
+    /// Reads `path` and writes the result of `change`. Repeats both if another client wrote in between.
     fn changed(
         &self,
         path: &str,
@@ -195,7 +195,7 @@ fn generation_of(read: &Value) -> Value {
     read["resource_provider_generation"].clone()
 }
 
-/// The inventory of an offer. A total of nothing is not allowed: it is then one MiB that is reserved.
+/// The inventory of an offer. A total of 0 is not allowed; instead, the total is 1 MiB, which is reserved.
 fn inventory(offer: &Offer) -> Value {
     let total = offer.capacity_mib();
     json!({
@@ -208,7 +208,7 @@ fn inventory(offer: &Offer) -> Value {
     })
 }
 
-/// Whether what is there has every value that is wanted.
+/// Whether `there` has every value in `wanted`.
 fn contains(there: &Value, wanted: &Value) -> bool {
     let fields = wanted.as_object().into_iter().flatten();
     fields

@@ -1,8 +1,8 @@
-//! A moment as Kubernetes writes it.
+//! Formats times for Kubernetes.
 
 use jiff::Timestamp;
 
-/// A Unix time in ms as `2026-11-23T08:00:00Z`. A time beyond the calendar is the last one that can be written.
+/// A Unix time in ms as `2026-11-23T08:00:00Z`. A time out of range becomes the last representable one.
 pub(crate) fn rfc3339(unix_ms: u64) -> String {
     let time = i64::try_from(unix_ms)
         .ok()

@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! The program itself: an agent's socket on one side, a scheduler that fails now and then on the other.
+//! Tests the program with a fake agent and a scheduler that fails intermittently.
 
 #[path = "../src/fake_server.rs"]
 mod fake_server;
@@ -18,11 +18,11 @@ use serde_json::Value;
 use tempfile::TempDir;
 use test_server::{Request, Server, response};
 
-/// Machines that run tests are shared.
+/// Generous, because test machines are shared.
 const DEADLINE: Duration = Duration::from_secs(60);
 const PROGRAM: &str = env!("CARGO_BIN_EXE_ch-fleet-adapter");
 
-/// A socket that answers as an agent does.
+/// A socket that responds like an agent.
 struct FakeAgent {
     folder: TempDir,
     status: Arc<Mutex<Status>>,
@@ -86,7 +86,7 @@ struct Running(Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Ended already is as good.
+        // It may have ended already.
         let _ = self.0.kill();
         self.0.wait().unwrap();
     }
@@ -181,7 +181,7 @@ fn https_is_checked_against_the_named_certificates_only() {
     let known = with(&folder.join("ca.pem"));
     assert!(known.status.success(), "{known:?}");
     assert_eq!(capacities(&server), ["8192"]);
-    // The system's certificates are not asked for.
+    // The system's certificates are not used.
     let without = command(&agent.socket(), &url, &["--once"])
         .output()
         .unwrap();

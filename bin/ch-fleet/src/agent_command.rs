@@ -1,4 +1,4 @@
-//! `ch-fleet agent`.
+//! Implements `ch-fleet agent`.
 
 use std::path::Path;
 
@@ -11,13 +11,13 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use crate::args::AgentOptions as Options;
 use crate::{allocator, logger};
 
-/// Runs until it is told to end.
+/// Runs the agent until a signal ends it.
 pub(crate) fn run(options: &Options) -> Result<()> {
     allocator::keep_small();
     logger::install(options.log_format, options.verbose).context("Cannot log")?;
     end_on_panic();
     open_files_as_many_as_allowed();
-    // The default file need not be there; one that was named must be.
+    // The default file is optional; a file named on the command line must exist.
     let required = options.config != Path::new(DEFAULT_FILE);
     let host = HostFiles {
         proc: options.proc.clone(),
@@ -41,8 +41,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(agent.wait()?)
 }
 
-/// Has a panic of any thread end the process by a signal. An agent without one of its threads would look alive and do
-/// nothing; one that ended is started again.
+/// Makes a panic of any thread end the process by a signal. An agent that lost a thread would appear to run but do
+/// nothing, whereas the service manager restarts an agent that ended.
 pub(crate) fn end_on_panic() {
     let print = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
@@ -51,7 +51,7 @@ pub(crate) fn end_on_panic() {
     }));
 }
 
-/// A lock on each VM is an open file: as many as the system allows may be needed.
+/// Raises the limit of open files to the maximum, because the lock on each VM is an open file.
 fn open_files_as_many_as_allowed() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;

@@ -1,10 +1,10 @@
 //! Limits the memory that glibc's allocator uses for many threads.
 //!
-//! By default it gives up to eight arenas a processor to threads, each of which keeps what it once had. The threads of the
-//! agent mostly sleep: one arena serves them all without anybody waiting, and a megabyte for each other one is saved. Answers
-//! of the agent, of some hundred KiB, come from the kernel and go back to it at once.
+//! By default, glibc creates up to eight arenas per processor, each of which retains freed memory. The agent's threads
+//! mostly sleep, so they can share one arena without contention, which saves about 1 MiB per further arena. The agent's
+//! responses of some hundred KiB are mapped separately and returned to the kernel when freed.
 
-/// To be called before there are other threads.
+/// Must be called before other threads start.
 pub(crate) fn keep_small() {
     #[cfg(target_env = "gnu")]
     glibc::keep_small();
@@ -12,12 +12,12 @@ pub(crate) fn keep_small() {
 
 #[cfg(target_env = "gnu")]
 #[allow(unsafe_code)]
-// UNSAFETY: no safe wrapper of mallopt is at hand.
+// UNSAFETY: no safe wrapper of mallopt is available.
 mod glibc {
-    /// Arenas of all threads together.
+    /// Number of arenas for all threads together.
     const ARENAS: libc::c_int = 1;
-    /// Larger pieces are mapped, and given back when they are freed. It is glibc's own value, which it raises by itself unless
-    /// it is set.
+    /// Larger blocks are mapped separately and returned to the kernel when freed. The value is glibc's default, which
+    /// glibc raises automatically unless it is set.
     const MAPPED_BYTES_MIN: libc::c_int = 128 << 10;
 
     pub(super) fn keep_small() {
@@ -28,7 +28,7 @@ mod glibc {
             // SAFETY: `mallopt` takes two integers and no pointer, and locks the allocator itself.
             let taken = unsafe { libc::mallopt(parameter, value) };
             if taken == 0 {
-                // It costs memory and nothing else.
+                // A failure costs only memory.
                 log::debug!("the allocator does not take parameter {parameter}");
             }
         }

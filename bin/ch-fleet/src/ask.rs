@@ -11,20 +11,20 @@ use fleet::cluster::PlaceError;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// Conflict: the answer to who is refused memory.
+/// Conflict: memory was refused.
 pub(crate) const CONFLICT: u16 = 409;
-/// Unprocessable: the answer to who asks for more memory than the host has.
+/// Unprocessable: the request exceeds the host's memory.
 const NEVER: u16 = 422;
-/// Unavailable: the agent is too busy to answer.
+/// Unavailable: the agent is too busy to respond.
 const BUSY: u16 = 503;
 
-/// A running agent, as seen from its socket.
+/// A client of a running agent.
 #[derive(Debug)]
 pub(crate) struct Agent {
     client: Client,
 }
 
-/// A refusal of our own.
+/// A refusal by this program.
 #[derive(Debug)]
 pub(crate) struct Refused(String);
 
@@ -102,7 +102,7 @@ pub(crate) fn exit_code(error: &anyhow::Error) -> ExitCode {
     })
 }
 
-/// Whether the answer may be another one later: memory was refused for now, or no agent answered, which a restart explains.
+/// Whether a retry may succeed: memory was refused for now, or no agent responded, for example during a restart.
 pub(crate) fn may_change(error: &anyhow::Error) -> bool {
     let cause = error
         .chain()

@@ -1,4 +1,4 @@
-//! `ch-fleet config`.
+//! Implements `ch-fleet config`.
 
 use std::io::Write;
 

@@ -12,7 +12,7 @@ use serde::Serialize;
 use crate::args::Output;
 use crate::ask::Agent;
 
-/// How bad a finding is.
+/// Severity of a finding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum Grade {
@@ -21,7 +21,7 @@ enum Grade {
     Bad,
 }
 
-/// One thing that was looked at.
+/// The result of one check.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 struct Finding {
     grade: Grade,

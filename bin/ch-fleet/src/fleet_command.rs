@@ -1,4 +1,5 @@
-//! `ch-fleet fleet`: all hosts, through the shared store. It does not contact an agent.
+//! Implements `ch-fleet fleet`, which shows and changes all hosts through the shared store. It does not contact an
+//! agent.
 
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -180,7 +181,7 @@ impl Fleet {
     }
 }
 
-/// Hosts tell the age of their figures themselves, so any moment later than all of them serves as now.
+/// The current time. Hosts publish the age of their figures, so any time later than all of them works.
 const NOW_MS: u64 = u32::MAX as u64;
 
 fn capacities(picture: &FleetPicture, but: &str) -> Vec<HostCapacity> {
@@ -220,7 +221,7 @@ fn drain_mark() -> DrainMark {
     }
 }
 
-/// Whoever reads it later wants to know whom to ask.
+/// Identifies the user in the store, so that later readers know whom to contact.
 fn who() -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
     let user = rustix::process::getuid().as_raw();

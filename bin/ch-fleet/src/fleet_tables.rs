@@ -10,40 +10,40 @@ use serde::Serialize;
 
 use crate::tables::clip;
 
-/// What is said with every advice.
+/// The note under every list of advice.
 const ADVICE_ONLY: &str =
     "advice only: the VMM does not serve live migration yet, so nothing is moved";
 
-/// One host as `fleet status` shows it.
+/// One host in the output of `fleet status`.
 #[derive(Debug, Serialize)]
 pub(crate) struct HostLine {
     pub(crate) host: String,
-    /// Whether its lease lasts.
+    /// Whether its lease is valid.
     pub(crate) there: bool,
     pub(crate) draining: bool,
-    /// With what was asked of it since it wrote them.
+    /// Its headroom, including requests since it published its figures.
     #[serde(rename = "books")]
     pub(crate) headroom: HostHeadroom,
-    /// Age of its figures when it wrote them, ms.
+    /// Age of its figures when it published them, ms.
     pub(crate) facts_age_ms: u64,
     pub(crate) version: String,
     pub(crate) generation: u64,
     pub(crate) vms: usize,
-    /// Promises asked for from afar, by what the host says to them.
+    /// Remote reservations, by their state on the host.
     pub(crate) lines: BTreeMap<&'static str, usize>,
 }
 
-/// Where a VM would go.
+/// The host chosen for a VM.
 #[derive(Debug, Serialize)]
 pub(crate) struct Choice {
     pub(crate) host: String,
     pub(crate) vm: String,
     pub(crate) promised: Bytes,
-    /// The reservation; absent when nothing was reserved.
+    /// The reservation; absent if nothing was reserved.
     pub(crate) id: Option<String>,
 }
 
-/// Where VMs should go.
+/// Target hosts for VMs.
 #[derive(Debug, Serialize)]
 pub(crate) struct Advice {
     pub(crate) note: &'static str,
@@ -59,7 +59,7 @@ impl Advice {
     }
 }
 
-/// One line a host.
+/// One line per host.
 pub(crate) fn hosts(out: &mut dyn Write, hosts: &[HostLine]) -> io::Result<()> {
     writeln!(
         out,

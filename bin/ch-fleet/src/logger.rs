@@ -1,4 +1,4 @@
-//! Structured logs on standard error: `key=value` for people, JSON for collectors.
+//! Structured logs on standard error: `key=value` for humans, JSON for log collectors.
 
 use std::io::Write;
 use std::time::SystemTime;
@@ -9,11 +9,11 @@ use crate::args::LogFormat;
 
 struct Logger {
     format: LogFormat,
-    /// A journal adds the time itself.
+    /// False if the journal adds the time.
     with_time: bool,
 }
 
-/// Logs from here on.
+/// Installs the logger.
 pub(crate) fn install(format: LogFormat, verbose: u8) -> Result<(), log::SetLoggerError> {
     log::set_max_level(match verbose {
         0 => LevelFilter::Info,
@@ -38,7 +38,7 @@ impl Logger {
                 "message": message,
             })
             .to_string(),
-            // A line is an entry: what a guest or a file said must not make two of it.
+            // Each entry is one line: text from a guest or a file must not split it.
             LogFormat::Text if self.with_time => {
                 format!(
                     "unix_ms={unix_ms} level={level} {}",
@@ -59,7 +59,7 @@ impl Log for Logger {
         let unix_ms = SystemTime::now()
             .duration_since(SystemTime::UNIX_EPOCH)
             .map_or(0, |since| since.as_millis());
-        // There is nowhere left to tell that the log cannot be written.
+        // If the log cannot be written, there is no other place to report it.
         let _ = writeln!(std::io::stderr().lock(), "{}", self.line(record, unix_ms));
     }
 

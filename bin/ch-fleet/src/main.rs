@@ -1,9 +1,9 @@
 //! `ch-fleet`: memory overcommit for VMs with Cloud Hypervisor's API.
 //!
-//! `ch-fleet agent` looks after the VMs of one host; `ch-fleet fleet` asks the store that several hosts share; every other
-//! command asks a running agent over its socket. Answers go to
-//! standard output as a table or as JSON, errors as a chain of causes to standard error. Exit status: 0 done, 1 error, 2 usage,
-//! 3 refused, 5 no answer in time; `run` ends with its VMM's.
+//! `ch-fleet agent` manages the memory of one host's VMs; `ch-fleet fleet` uses the store that several hosts share;
+//! every other command queries a running agent over its socket. Responses are printed on standard output as a table or
+//! as JSON, errors as a chain of causes on standard error. Exit status: 0 success, 1 error, 2 usage error, 3 refused, 5
+//! timeout; `run` exits with its VMM's status.
 
 mod agent_command;
 mod allocator;
@@ -63,7 +63,7 @@ fn execute(arguments: &Arguments) -> Result<ExitCode> {
         }
         Command::Doctor => return doctor::run(&agent, arguments.output, &mut out),
         Command::Top(options) => {
-            // The screen writes to standard output itself.
+            // The screen locks standard output itself.
             drop(out);
             top::run(&agent, options, arguments.output)?;
             return Ok(ExitCode::SUCCESS);
@@ -80,7 +80,7 @@ fn execute(arguments: &Arguments) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Commands that ask once and show the answer.
+/// Runs commands that send one query and print the response.
 fn show(agent: &Agent, command: &Command, output: Output, out: &mut dyn Write) -> Result<()> {
     match command {
         Command::Status => {
@@ -141,7 +141,7 @@ fn pin(agent: &Agent, vm: &str, pinned: bool) -> Result<()> {
     agent.order("fleet.pin", Some(&api::to_ascii_json(&request)?))
 }
 
-/// The last plan, or what it says of one VM.
+/// Prints the latest plan, or its part about one VM.
 fn explain(agent: &Agent, vm: Option<&str>, output: Output, out: &mut dyn Write) -> Result<()> {
     let plan: serde_json::Value = agent.get("fleet.explain")?;
     let Some(vm) = vm else {
@@ -167,7 +167,7 @@ fn explain(agent: &Agent, vm: Option<&str>, output: Output, out: &mut dyn Write)
     })
 }
 
-/// Writes an answer in the form that was asked for.
+/// Prints a response in the requested format.
 fn print<T: serde::Serialize>(
     out: &mut dyn Write,
     output: Output,
@@ -181,7 +181,7 @@ fn print<T: serde::Serialize>(
     .context("Cannot write the answer")
 }
 
-/// Whoever read the output has seen enough, `head` for example. That is no failure of ours.
+/// True if the reader of the output, for example `head`, has closed the pipe. That is not a failure.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<api::ClientError>().is_none()
         && error

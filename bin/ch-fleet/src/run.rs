@@ -1,7 +1,7 @@
 //! `ch-fleet run -- cloud-hypervisor …`: reserves memory, starts a VMM, confirms, and releases at the end.
 //!
-//! The wrapper is no supervisor: if it is killed, the VMM runs on, and the agent gives the reservation back when the VM is
-//! gone. Signals that ask to end are passed on.
+//! The wrapper is not a supervisor: if it is killed, the VMM continues, and the agent releases the reservation when the
+//! VM ends. Termination signals are forwarded to the VMM.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -23,7 +23,7 @@ use signal_hook::iterator::Signals;
 use crate::args::RunOptions;
 use crate::ask::{Agent, may_change};
 
-/// Time between two tries with `--wait`.
+/// Time between two attempts with `--wait`.
 const TRY_AGAIN: Duration = Duration::from_secs(2);
 
 pub(crate) fn run(agent: &Agent, options: &RunOptions) -> Result<ExitCode> {
@@ -51,7 +51,7 @@ pub(crate) fn run(agent: &Agent, options: &RunOptions) -> Result<ExitCode> {
             return Err(error).with_context(|| format!("Cannot start {}", program.display()));
         }
     };
-    // The reservation holds without it as well, only shorter.
+    // Without the confirmation the reservation is also valid, but expires earlier.
     let confirmed: Result<Reservation> = agent.put(
         "fleet.confirm",
         &ConfirmRequest {
@@ -66,7 +66,7 @@ pub(crate) fn run(agent: &Agent, options: &RunOptions) -> Result<ExitCode> {
         for signal in signals.forever() {
             let signal = Signal::from_named_raw(signal).unwrap_or(Signal::TERM);
             if let Ok(handle) = &handle {
-                // Ended already.
+                // It may have ended already.
                 let _ = pidfd_send_signal(handle, signal);
             }
         }
@@ -76,8 +76,8 @@ pub(crate) fn run(agent: &Agent, options: &RunOptions) -> Result<ExitCode> {
     Ok(code_of(status?))
 }
 
-/// A descriptor of a child that was not waited for yet. Signals through it reach the child or nobody: its id may be another
-/// process's as soon as it was waited for.
+/// A descriptor of a child that has not been waited for. Signals through it reach the child or no process, whereas
+/// after the wait the child's id may belong to another process.
 fn handle_of(child: &Child) -> io::Result<OwnedFd> {
     Ok(pidfd_open(Pid::from_child(child), PidfdFlags::empty())?)
 }
@@ -86,7 +86,7 @@ fn wait(child: &mut Child) -> Result<ExitStatus> {
     child.wait().context("Cannot wait for the VMM")
 }
 
-/// As a shell tells it.
+/// Converts an exit status to a code as a shell does.
 fn code_of(status: ExitStatus) -> ExitCode {
     let code = status
         .code()
@@ -118,7 +118,7 @@ fn reserve(agent: &Agent, wanted: &Wanted, options: &RunOptions) -> Result<Reser
     }
 }
 
-/// What the VMM's command line says of the VM.
+/// Properties of the VM, from the VMM's command line.
 #[derive(Debug, PartialEq, Eq)]
 struct Wanted {
     socket: String,
@@ -141,7 +141,7 @@ impl Wanted {
         let in_zones: Bytes = zones
             .map(|zone| Bytes(zone.size) + Bytes(zone.hotplugged_size.unwrap_or(0)))
             .sum();
-        // Its parts cannot be told apart from outside, so one in huge pages counts as all of them.
+        // The agent cannot distinguish zones, so if one zone uses huge pages, all are assumed to.
         let huge_pages =
             memory.hugepages || memory.zones.iter().flatten().any(|zone| zone.hugepages);
         Ok(Self {

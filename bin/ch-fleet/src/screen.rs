@@ -10,14 +10,14 @@ use ratatui::widgets::{Paragraph, Wrap};
 
 use crate::tables;
 
-/// Keys, shown at the bottom.
+/// Help line at the bottom.
 const KEYS: &str =
     "q quit  ↑↓ select  s sort  r reverse  space pause  enter/e explain  v views  h help";
 const HELP: &str = "CL class   LV feature level   CONF configured   RES resident on the host\n\
                     TGT balloon asked for   ACT balloon as the guest claims   AVAIL available inside\n\
                     POP/S populated again a second   AGE of the sample, s   DECISION the last one's reason";
 
-/// By what the VMs are sorted.
+/// Sort order of the VMs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sort {
     Name,
@@ -26,7 +26,7 @@ enum Sort {
     Populated,
 }
 
-/// What the lower part shows.
+/// Content of the lower part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum View {
     Vms,
@@ -60,12 +60,12 @@ impl Screen {
         }
     }
 
-    /// A new round.
+    /// Stores the figures of a new round.
     pub(crate) fn take(&mut self, status: Status) {
         self.status = status;
     }
 
-    /// Follows a key; false ends.
+    /// Handles a key; returns false to quit.
     pub(crate) fn key(&mut self, key: KeyEvent) -> bool {
         match key.code {
             KeyCode::Char('q') | KeyCode::Esc => return false,
@@ -113,7 +113,7 @@ impl Screen {
     }
 }
 
-/// Draws everything; 80 by 24 is enough.
+/// Draws everything; 80 × 24 characters suffice.
 pub(crate) fn draw(frame: &mut Frame<'_>, screen: &Screen) {
     let below = match (screen.help, screen.explained) {
         (true, _) => 3,
@@ -177,7 +177,7 @@ fn host_lines(status: &Status) -> Paragraph<'static> {
 fn vm_lines(screen: &Screen, height: usize) -> Paragraph<'static> {
     let header = Style::new().add_modifier(Modifier::REVERSED);
     let mut lines = vec![Line::styled(tables::VM_HEADER, header)];
-    // The selected one stays in sight.
+    // Keeps the selected VM visible.
     let room = height.saturating_sub(1).max(1);
     let first = (screen.selected + 1).saturating_sub(room);
     for (number, vm) in screen
@@ -201,7 +201,7 @@ fn vm_lines(screen: &Screen, height: usize) -> Paragraph<'static> {
 
 fn text_of(write: impl FnOnce(&mut dyn std::io::Write) -> std::io::Result<()>) -> String {
     let mut bytes = Vec::new();
-    // Writing to a vector does not fail.
+    // Writing to a vector cannot fail.
     let _ = write(&mut bytes);
     String::from_utf8_lossy(&bytes).into_owned()
 }

@@ -1,4 +1,4 @@
-//! `ch-fleet simulate`: scenarios on virtual time, without an agent.
+//! Implements `ch-fleet simulate`: runs scenarios on virtual time, without an agent.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -8,7 +8,7 @@ use fleet::sim::{SimulateOptions, run_cli};
 
 use crate::args::{Output, SimulateArguments};
 
-/// Runs the scenarios; not successful when one does not hold what it says.
+/// Runs the scenarios; fails if one does not meet its expectations.
 pub(crate) fn run(
     arguments: &SimulateArguments,
     output: Output,

@@ -89,7 +89,7 @@ fn store(out: &mut dyn Write, store: &StoreStatus) -> io::Result<()> {
     )
 }
 
-/// One line a VM.
+/// One line per VM.
 pub(crate) fn vms(out: &mut dyn Write, vms: &[VmStatus]) -> io::Result<()> {
     writeln!(out, "{VM_HEADER}")?;
     for vm in vms {
@@ -179,7 +179,7 @@ pub(crate) fn events(out: &mut dyn Write, page: &JournalPage) -> io::Result<()> 
     Ok(())
 }
 
-/// One sentence a VM.
+/// One sentence per VM.
 pub(crate) fn explanations(out: &mut dyn Write, status: &Status) -> io::Result<()> {
     for vm in &status.vms {
         if vm.explanation.is_empty() {
@@ -196,7 +196,7 @@ pub(crate) fn explanations(out: &mut dyn Write, status: &Status) -> io::Result<(
     Ok(())
 }
 
-/// Every figure of an explanation, one a line.
+/// Every figure of an explanation, one per line.
 pub(crate) fn figures(out: &mut dyn Write, explanation: &serde_json::Value) -> io::Result<()> {
     for (name, value) in explanation.as_object().into_iter().flatten() {
         writeln!(out, "  {name} = {value}")?;

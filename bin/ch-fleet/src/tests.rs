@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! The command line itself.
+//! Tests the command line parser.
 
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;

@@ -1,6 +1,6 @@
 //! `ch-fleet top`: the host and its VMs, refreshed continuously.
 //!
-//! On a terminal a screen with keys; everywhere else, and with `--batch`, plain rounds one after the other.
+//! On a terminal, it shows an interactive screen; otherwise, and with `--batch`, it prints one round after another.
 
 use std::io::{self, IsTerminal, Write};
 use std::thread;
@@ -14,7 +14,7 @@ use crate::ask::Agent;
 use crate::screen::{Screen, draw};
 use crate::tables;
 
-/// Shortest and longest time between two rounds, seconds.
+/// Minimum and maximum time between two rounds, seconds.
 const DELAY_SECONDS: std::ops::RangeInclusive<f64> = 0.1..=3600.0;
 
 pub(crate) fn run(agent: &Agent, options: &TopOptions, output: Output) -> Result<()> {
@@ -33,7 +33,7 @@ pub(crate) fn run(agent: &Agent, options: &TopOptions, output: Output) -> Result
     }
 }
 
-/// One round after the other.
+/// Prints one round after another.
 fn batch(
     agent: &Agent,
     count: Option<u64>,
@@ -58,7 +58,7 @@ fn batch(
     }
 }
 
-/// A screen that follows keys. The terminal is put back however this ends.
+/// Runs the interactive screen. The terminal is restored in any case.
 fn full_screen(agent: &Agent, count: Option<u64>, delay: Duration) -> Result<()> {
     let mut terminal = ratatui::try_init().context("Cannot use the terminal")?;
     let result = follow(&mut terminal, agent, count, delay);

@@ -1,10 +1,11 @@
 #![allow(clippy::unwrap_used)]
-//! Half a minute in which everything goes wrong, with the real agent as a process that is killed at random and started again on
-//! the same folder. `cargo xtask fleet-chaos --minutes 10` is the long form.
+//! Fault injection for half a minute, with the real agent as a process that is killed at random and restarted on the
+//! same folder. `cargo xtask fleet-chaos --minutes 10` is the long version.
 //!
-//! VMMs hang, refuse, answer garbage or half, do what they are asked without a word, confirm and do nothing, lie, fall silent
-//! and come back as other machines; a file of the host vanishes and comes back. Jumps of the wall clock, which a process
-//! cannot make for itself alone, are in the form in virtual time (`fleet/src/agent/chaos`).
+//! VMMs hang, reject requests, return garbage or truncated responses, execute requests without a response, confirm
+//! requests without executing them, report wrong figures, stop responding, and return as other machines. A file of the
+//! host disappears and reappears. Jumps of the wall clock, which cannot be simulated for a single process, are part of
+//! the version on virtual time (`fleet/src/agent/chaos`).
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -20,9 +21,9 @@ use fleet::model::Bytes;
 const HOST: u64 = 24 * GIB;
 const VM: u64 = 4 * GIB;
 const NAMES: [&str; 6] = ["a", "b", "c", "d", "batch-1", "batch-2"];
-/// The script takes a step this often.
+/// Time between two steps of the script.
 const STEP: Duration = Duration::from_millis(100);
-/// How long everything may take to be as it was once nothing goes wrong any more.
+/// Time limit for recovery after the last fault.
 const SETTLE: Duration = Duration::from_secs(180);
 const HOLD: Duration = Duration::from_secs(10);
 
@@ -41,7 +42,7 @@ impl Random {
         (self.next() >> 16) % end
     }
 
-    /// True once in so many seconds, as a mean.
+    /// True once per `seconds` on average.
     fn once_in(&mut self, seconds: u64) -> bool {
         self.below(seconds * 10) == 0
     }
@@ -85,7 +86,7 @@ impl Chaos {
     fn new(seed: u64, forgets: bool) -> Self {
         let world = World::new(HOST, 0);
         let pid = std::process::id();
-        // All fakes are one process, so they share one group.
+        // All fake VMMs are in one process, so they share one control group.
         let group = world.path().join("cgroup/vms/fake");
         fs::create_dir_all(&group).unwrap();
         fs::write(group.join("cgroup.procs"), format!("{pid}\n")).unwrap();
@@ -145,12 +146,12 @@ impl Chaos {
         Some(serde_json::from_str(&text).unwrap())
     }
 
-    /// Starts the agent if it does not run, as a service manager does.
+    /// Starts the agent if it is not running, as a service manager does.
     fn supervise(&mut self) {
         if let Some(child) = &mut self.child
             && let Some(ended) = child.try_wait().unwrap()
         {
-            // Without the host's files it cannot begin.
+            // The agent cannot start without the host's files.
             let log = fs::read_to_string(self.world.path().join("log")).unwrap();
             assert!(
                 ended.code() == Some(1) && !log.contains("panicked"),
@@ -188,7 +189,7 @@ impl Chaos {
             assert!(!log.contains("panicked"), "{log}");
         }
         if self.forgets {
-            // There may be none yet.
+            // The file may not exist yet.
             let _ = fs::remove_file(self.world.path().join("state/acts.json"));
         }
         self.back = Instant::now() + Duration::from_millis(self.random.below(3000));
@@ -201,7 +202,7 @@ impl Chaos {
             .any(|(file, text)| fs::read_to_string(group.join(file)).unwrap().trim() != *text)
     }
 
-    /// Follows every balloon's requests.
+    /// Applies the requests to every balloon.
     fn watch(&mut self) {
         self.limits += u32::from(self.limited());
         for name in NAMES {
@@ -255,7 +256,7 @@ impl Chaos {
             }
         }
         if self.random.once_in(10) {
-            // With the VMs this is more than there is at times.
+            // Together with the VMs, this sometimes exceeds the host's memory.
             self.others = self.random.below(18) * GIB;
             self.world.set_others(self.others);
         }
@@ -314,7 +315,7 @@ impl Chaos {
         }
     }
 
-    /// Every promise that was made is kept, by whichever agent runs.
+    /// Checks that every granted reservation is honoured by whichever agent instance runs.
     fn check_promises(&mut self) {
         let Some(status) = self.status() else {
             return;
@@ -412,7 +413,7 @@ impl Chaos {
 impl Drop for Chaos {
     fn drop(&mut self) {
         if let Some(child) = &mut self.child {
-            // Ended already is as good.
+            // It may have ended already.
             let _ = child.kill();
             let _ = child.wait();
         }
@@ -461,7 +462,7 @@ fn agent_that_is_killed_again_and_again_does_no_harm() {
     assert_eq!(harms, []);
 }
 
-/// The check can fail: agents forget what they did to VMs.
+/// The check can fail: it detects agents that forget their changes to VMs.
 #[test]
 fn agents_that_forget_what_they_did_are_noticed() {
     let noticed = (1..=5).any(|seed| {

@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! The program itself, as processes on this machine.
+//! Tests the program as processes on this machine.
 
 use std::fs;
 use std::os::unix::net::UnixListener;
@@ -19,7 +19,7 @@ struct Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        // Ended already is as good.
+        // It may have ended already.
         let _ = self.child.kill();
         self.child.wait().unwrap();
     }
@@ -94,7 +94,7 @@ impl Agent {
             .unwrap();
     }
 
-    /// Runs a shell script in the place of a VMM of so much memory.
+    /// Runs a shell script in place of a VMM with `memory`.
     fn run(&self, memory: &str, script: &str) -> Output {
         self.run_command(memory, script, "0").output().unwrap()
     }
@@ -147,7 +147,7 @@ fn program_that_is_no_vmm_is_asked_nothing() {
         let log = fs::read_to_string(&log).unwrap();
         (log.contains("back-end") && log.contains("which is not a VMM")).then_some(())
     });
-    // Not even a connection, which a back end that serves a single one would not survive.
+    // No connection is made, because a back end that serves only one connection would end after it.
     let error = back_end.accept().unwrap_err();
     assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock);
     assert_eq!(agent.json(&["status"])["vms"], serde_json::json!([]));
@@ -166,7 +166,7 @@ fn refused_memory_is_exit_status_3_and_starts_nothing() {
 #[test]
 fn waiting_ends_at_once_for_what_can_never_fit() {
     let agent = Agent::start();
-    // Longer than any test may take.
+    // Longer than any test takes.
     let mut waits = agent
         .run_command("100T", "echo started", "86400")
         .stdout(Stdio::null())
@@ -276,7 +276,7 @@ fn fleet_commands_without_a_store_say_so() {
     let (code, told) = status("");
     assert_eq!(code, Some(1));
     assert!(told.contains("There is no store"), "{told}");
-    // A port that nobody listens at: bound a moment ago, and closed.
+    // A port without a listener: it was just bound and closed.
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     drop(listener);

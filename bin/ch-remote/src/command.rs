@@ -1,4 +1,4 @@
-//! The commands: the arguments of each, and the request it becomes.
+//! The commands: their arguments, and conversion to requests.
 
 use std::fs::File;
 use std::io::Read;
@@ -17,12 +17,12 @@ use api::{
 use clap::error::ErrorKind;
 use clap::{ArgGroup, ArgMatches, Args, FromArgMatches, Subcommand, ValueEnum};
 
-/// Shortest time between two samples of `reclaim-stats --watch`. A measurement of residency costs the host something.
+/// Minimum time between two samples of `reclaim-stats --watch`, because each measures residency on the host.
 const INTERVAL_SECONDS_MIN: f64 = 0.05;
-/// Longest; longer is a mistake, and it has to fit a duration.
+/// Maximum time between two samples; it must fit a `Duration`.
 const INTERVAL_SECONDS_MAX: f64 = 86_400.0;
 
-/// Most bytes of a configuration. The VMM takes no longer body.
+/// Maximum size of a configuration, the VMM's limit for a body.
 const CONFIG_BYTES_MAX: u64 = 4 << 20;
 
 /// The commands. Names are those of the endpoint table, which a test checks.
@@ -66,13 +66,13 @@ pub(crate) enum Command {
     BalloonReporting(BalloonReportingArguments),
 }
 
-/// A command without arguments: it comes from the endpoint table, with its help text.
+/// A command without arguments. Name and help text come from the endpoint table.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bare(pub(crate) Endpoint);
 
 impl Bare {
     fn endpoints() -> impl Iterator<Item = Endpoint> {
-        // The commands of these two take arguments all the same.
+        // The commands of these two endpoints have arguments nevertheless.
         let has_arguments =
             |it| matches!(it, Endpoint::VmReclaimStats | Endpoint::VmReclaimThresholds);
         let all = Endpoint::ALL.iter().copied();
@@ -299,7 +299,7 @@ impl ReclaimStatsArguments {
 }
 
 impl ReclaimThresholdsArguments {
-    /// All that shall change, in one request; `None` when nothing shall.
+    /// All changes in one request; `None` if there are none.
     pub(crate) fn change(&self) -> Option<ReclaimThresholdsChange> {
         if self.set.is_empty() && self.remove.is_empty() {
             return None;
@@ -315,7 +315,7 @@ impl ReclaimThresholdsArguments {
     }
 }
 
-/// The value of an option, or the whole chain of the error on one line.
+/// The value of an option, or the error with its chain of causes on one line.
 fn told<T>(parsed: Result<T, OptionError>) -> Result<T, String> {
     parsed.map_err(|error| api::error_chain(&error).join(": "))
 }
@@ -337,7 +337,7 @@ fn parse_interval(text: &str) -> Result<Duration, String> {
 pub(crate) struct Request {
     pub(crate) endpoint: Endpoint,
     pub(crate) body: Option<String>,
-    /// Open descriptors of this process that go with it.
+    /// Open descriptors of this process that are sent with it.
     pub(crate) fds: Vec<RawFd>,
 }
 
@@ -459,7 +459,7 @@ fn resize_body(resize: &ResizeArguments) -> VmResize {
     }
 }
 
-/// The configuration as it stands in the file: the VMM is who judges it, and it may know more than this program.
+/// The unmodified configuration in the file. The VMM validates it, and may support more than this program knows.
 fn read_config(path: &Path, input: &mut dyn Read) -> Result<String> {
     let mut text = String::new();
     if path == Path::new("-") {

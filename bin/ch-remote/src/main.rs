@@ -1,8 +1,8 @@
 //! `ch-remote`: controls a VMM over its API socket.
 //!
-//! One command, one request. The VMM's response is printed unchanged, except that `reclaim-stats` prints a table on a
-//! terminal. An error is printed as a chain of causes on standard error, and the exit status is 1. Commands and arguments are Cloud Hypervisor's; `reclaim-stats`,
-//! `reclaim-thresholds` and `balloon-hinting` are ours.
+//! Each command sends one request. The VMM's response is printed unchanged, except that `reclaim-stats` prints a table
+//! on a terminal. An error is printed as a chain of causes on standard error, and the exit status is 1. Commands and
+//! arguments are Cloud Hypervisor's; `reclaim-stats`, `reclaim-thresholds` and `balloon-hinting` are additions.
 
 mod args;
 mod command;
@@ -38,7 +38,7 @@ fn main() -> ExitCode {
         terminal,
     ) {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever read the output has seen enough, `head` for example. That is no failure of ours.
+        // The reader of the output, for example `head`, has closed the pipe. That is not a failure.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{}", api::chain_report("ch-remote", error.as_ref()));
@@ -47,7 +47,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Does what the arguments say. The streams are parameters so that tests can look at them.
+/// Executes the command. The streams are parameters so that tests can inspect them.
 fn run(
     arguments: &Arguments,
     input: &mut dyn Read,
@@ -89,7 +89,7 @@ fn run(
 }
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    // Only standard output is written to with a plain I/O error at the root; a broken API socket is a client error.
+    // Only errors of standard output have a plain I/O error at the root; a broken API socket is a client error.
     error.downcast_ref::<api::ClientError>().is_none()
         && error
             .root_cause()

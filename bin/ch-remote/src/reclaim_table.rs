@@ -1,4 +1,4 @@
-//! `vm.reclaim-stats` as a table for people and as a line for programs.
+//! Formats `vm.reclaim-stats` as a table for humans and as a line for programs.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
@@ -13,7 +13,7 @@ const BAR_WIDTH: usize = 40;
 const LABEL_WIDTH: usize = 22;
 const VALUE_WIDTH: usize = 14;
 
-/// A sample, with the one before it for the rates.
+/// A sample, and the previous one to compute rates.
 #[derive(Debug)]
 pub(crate) struct Sample<'a> {
     pub(crate) stats: &'a ReclaimStats,
@@ -25,7 +25,7 @@ pub(crate) struct Sample<'a> {
 }
 
 impl<'a> Sample<'a> {
-    /// A sample without one before it, which has no rates.
+    /// A sample without a previous one, and therefore without rates.
     pub(crate) fn single(stats: &'a ReclaimStats) -> Self {
         Self {
             stats,
@@ -35,8 +35,8 @@ impl<'a> Sample<'a> {
         }
     }
 
-    /// Bytes discarded per second over all paths since the sample before. A VM that was booted anew counts from zero
-    /// again, which is no negative rate.
+    /// Bytes discarded per second over all paths since the previous sample. A reboot resets the counters, which must
+    /// not yield a negative rate.
     fn discarded_bytes_per_s(&self) -> u64 {
         let total = |stats: &ReclaimStats| sum(stats, |path| path.discarded_bytes);
         let Some(previous) = self.previous else {
@@ -87,7 +87,7 @@ impl<'a> Sample<'a> {
         line
     }
 
-    /// The table, lines ended by line breaks.
+    /// The table; every line ends with a line break.
     pub(crate) fn to_table(&self) -> String {
         let mut table = String::new();
         self.memory(&mut table);
@@ -182,7 +182,7 @@ impl<'a> Sample<'a> {
         }
     }
 
-    /// Which zone holds what; of one zone everything is said above.
+    /// The figures of each zone. A single zone is omitted, because its figures equal the totals.
     fn zones(&self, table: &mut String) {
         row(table, "", &["resident", "of", "pages of"]);
         for zone in &self.stats.zones {
@@ -280,7 +280,7 @@ fn unknown() -> String {
     "?".to_owned()
 }
 
-/// What is said of reporting, in one line.
+/// The state of reporting, in one line.
 fn reporting(status: &ReportingStatus) -> String {
     let pausing = match status.state.as_str() {
         "pausing" => ", pausing",
@@ -288,7 +288,7 @@ fn reporting(status: &ReportingStatus) -> String {
     };
     match (&status.active, &status.reason) {
         (true, _) => format!("active{pausing}"),
-        // The server's sentence begins with the word.
+        // The server's reason starts with the same word.
         (false, Some(reason)) => match reason.strip_prefix("inactive: ") {
             Some(why) => format!("inactive{pausing}: {}", printable(why)),
             None => format!("inactive{pausing}: {}", printable(reason)),
@@ -301,7 +301,7 @@ fn text(table: &mut String, label: &str, value: &str) {
     append(table, format_args!("{label:<LABEL_WIDTH$}{value}\n"));
 }
 
-/// A figure over all paths.
+/// The sum of a figure over all paths.
 fn sum(stats: &ReclaimStats, figure: impl Fn(&ReclaimPath) -> u64) -> u64 {
     [&stats.report, &stats.inflate, &stats.hint]
         .into_iter()
@@ -321,7 +321,7 @@ fn bar(percent: f64) -> String {
     format!("{}{}", "#".repeat(filled), ".".repeat(BAR_WIDTH - filled))
 }
 
-/// A state in one word, also of a server that tells none.
+/// A state in one word, even if the server sends none.
 fn word(state: &str) -> String {
     match state {
         "" => "unknown".to_owned(),
@@ -329,7 +329,7 @@ fn word(state: &str) -> String {
     }
 }
 
-/// Text of the server's for a terminal, which must not take its bytes for commands.
+/// Escapes the server's text, so that a terminal does not interpret control characters.
 fn printable(text: &str) -> String {
     text.chars()
         .map(|character| {

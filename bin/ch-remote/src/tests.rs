@@ -1,4 +1,4 @@
-//! The program against a mock VMM.
+//! Tests the program with a mock VMM.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
@@ -38,7 +38,7 @@ fn commands_in_the_documentation_are_understood() {
     }
 }
 
-/// A VMM that answers one connection after the other with the given bytes.
+/// A VMM that responds to successive connections with the given bytes.
 struct MockServer {
     _dir: TempDir,
     socket: PathBuf,
@@ -57,7 +57,7 @@ impl MockServer {
             let Request { head, body } = Request::read(&mut stream).unwrap();
             noted.lock().unwrap().push(head + &body);
             let answer = answers.pop_front().unwrap();
-            // In two writes, as a server with separate buffers for head and body does it.
+            // Sent in two writes, like a server with separate buffers for head and body.
             let (first, second) = answer.split_at(answer.len() / 2);
             stream.write_all(first.as_bytes()).unwrap();
             stream.write_all(second.as_bytes()).unwrap();
@@ -70,7 +70,7 @@ impl MockServer {
         }
     }
 
-    /// The requests, once all answers are given.
+    /// The requests, after all responses have been sent.
     fn requests(self) -> Vec<String> {
         self.server.join();
         self.requests.lock().unwrap().clone()
@@ -81,7 +81,7 @@ fn answer(status: u16, body: &str) -> String {
     response(status, "Connection: keep-alive\r\n", body)
 }
 
-/// Runs `words` against `answers`; what was printed, and the requests.
+/// Runs `words` with `answers`; returns the output and the requests.
 fn exchange(words: &str, input: &str, answers: &[&str]) -> (Result<String>, Vec<String>) {
     let server = MockServer::answering(answers);
     let mut output = Vec::new();
@@ -113,7 +113,7 @@ fn commands_are_those_of_the_endpoint_table() {
         .map(|command| command.get_name().to_owned())
         .collect();
     assert_eq!(commands, table);
-    // A command may show with one method and change with the other; then both have one path.
+    // A command may read with one method and change with the other; in this case both have the same path.
     let paths: BTreeSet<_> = Endpoint::ALL
         .iter()
         .map(|endpoint| endpoint.name())
@@ -364,7 +364,7 @@ fn missing_socket_is_named() {
 fn silent_server_ends_at_the_timeout() {
     let dir = tempfile::TempDir::new().unwrap();
     let socket = dir.path().join("api.sock");
-    // Accepts into its backlog and never answers.
+    // Connections enter the backlog and never get a response.
     let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
     let error = run(
         &parse(&socket, "--timeout 1 ping"),
@@ -401,7 +401,7 @@ fn closed_output_is_no_failure() {
 
 const STATS: &str = r#"{"configured_bytes":1024,"resident_bytes":512,"reclaimed_bytes":512,"ballooned_bytes":0,"balloon_target_bytes":0,"reporting":{"active":true}}"#;
 
-/// What `words` print of [`STATS`].
+/// The output of `words` for [`STATS`].
 fn reclaim_stats(words: &str, terminal: bool) -> String {
     let server = MockServer::answering(&[&answer(200, STATS)]);
     let mut output = Vec::new();
@@ -432,7 +432,7 @@ fn reclaim_statistics_are_a_table_on_a_terminal_and_json_elsewhere() {
             table.ends_with('\n') && !table.ends_with("\n\n"),
             "{table:?}"
         );
-        // One sample has no rate, and nothing is redrawn.
+        // A single sample has no rate, and the screen is not redrawn.
         assert!(
             !table.contains("Coming back") && !table.contains('\x1b'),
             "{table:?}"

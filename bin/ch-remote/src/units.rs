@@ -16,7 +16,7 @@ pub(crate) fn bytes(bytes: u64) -> String {
     format!("{amount:.decimals$} {unit}")
 }
 
-/// `us` microseconds in the unit that suits them.
+/// `us` microseconds in a suitable unit.
 pub(crate) fn micros(us: u64) -> String {
     match us {
         ..1_000 => format!("{us} us"),
@@ -25,7 +25,7 @@ pub(crate) fn micros(us: u64) -> String {
     }
 }
 
-/// `ms` milliseconds as an age.
+/// Formats `ms` milliseconds as an age.
 pub(crate) fn age(ms: u64) -> String {
     match ms {
         ..1_000 => format!("{ms} ms ago"),
@@ -34,7 +34,7 @@ pub(crate) fn age(ms: u64) -> String {
     }
 }
 
-/// `part` of `whole` in percent; nothing of nothing is nothing.
+/// `part` of `whole` in percent; 0 if both are 0.
 pub(crate) fn percent(part: u64, whole: u64) -> f64 {
     if whole == 0 {
         0.0

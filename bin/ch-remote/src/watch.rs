@@ -10,14 +10,15 @@ use api::{Client, ClientError, ReclaimStats, error_chain};
 use crate::command::ReclaimStatsArguments;
 use crate::reclaim_table::Sample;
 
-/// How long one sample may take.
+/// Time limit of a sample.
 const SAMPLE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Moves to the top left corner and clears from there: nothing needs to be undone when Ctrl-C ends the program.
+/// Moves to the top left corner and clears the rest of the screen. Nothing must be restored when Ctrl-C ends the
+/// program.
 const CLEAR_SCREEN: &str = "\x1b[H\x1b[J";
 
-/// Shows samples until `options.count` is reached, the VMM is gone, or the program is ended.
+/// Shows samples until `options.count` is reached, the VMM ends, or the program is interrupted.
 ///
-/// A sample that the VMM refuses or is late with is shown as such and the watch goes on: the VM may be booting anew.
+/// A failed or late sample is shown as such and the watch continues, because the VM may be rebooting.
 pub(crate) fn watch(
     client: &Client,
     options: &ReclaimStatsArguments,
@@ -63,16 +64,16 @@ pub(crate) fn watch(
         if options.count.is_some_and(|count| shown >= count) {
             return Ok(());
         }
-        // Counted from the request, so that a slow answer does not stretch the interval.
+        // Measured from the request, so that a slow response does not extend the interval.
         thread::sleep(options.interval.saturating_sub(asked.elapsed()));
     }
 }
 
-/// True for what may be better at the next sample.
+/// True for errors that may be gone at the next sample.
 fn passes(error: &ClientError) -> bool {
     match error {
         ClientError::TimedOut { .. } => true,
-        // A path that is not known will not be known later either.
+        // An unknown path is a permanent error.
         ClientError::Server(error) => error.status != 404,
         _ => false,
     }

@@ -1,4 +1,4 @@
-//! The program as a process.
+//! Tests the program as a process.
 
 #[test]
 fn manual_pages_and_completions_are_written() {

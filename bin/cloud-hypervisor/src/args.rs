@@ -1,4 +1,4 @@
-//! The command line, and the configuration it describes.
+//! The command line, and conversion to a configuration.
 
 use std::path::PathBuf;
 
@@ -16,7 +16,7 @@ use vmm::seccomp::SeccompMode;
 #[derive(Debug, Parser)]
 #[command(
     name = "cloud-hypervisor",
-    // For the manual page; the flag is declared below, in upstream's form.
+    // For the manual page. The flag itself is declared below, as in upstream.
     version = concat!("v", env!("CARGO_PKG_VERSION")),
     arg_required_else_help = true,
     disable_version_flag = true,
@@ -157,18 +157,18 @@ impl From<SeccompArgument> for SeccompMode {
 }
 
 impl Arguments {
-    /// The snapshot to restore at once, if any.
+    /// The snapshot to restore at the start, if any.
     ///
     /// # Errors
-    /// The option cannot be read.
+    /// The option cannot be parsed.
     pub(crate) fn restore_config(&self) -> Result<Option<RestoreConfig>, OptionError> {
         read(&self.restore, RestoreConfig::parse)
     }
 
-    /// The VM to boot at once; `None` when only the API is wanted.
+    /// The VM to boot at the start; `None` if only the API is to be served.
     ///
     /// # Errors
-    /// An option cannot be read.
+    /// An option cannot be parsed.
     pub(crate) fn vm_config(&self) -> Result<Option<VmConfig>, OptionError> {
         if self.kernel.is_none() && self.firmware.is_none() {
             return Ok(None);
@@ -213,7 +213,7 @@ fn read<T>(text: &Option<String>, parse: Read<T>) -> Result<Option<T>, OptionErr
     text.as_deref().map(parse).transpose()
 }
 
-/// `None`, not an empty list, when the option was not given: `vm.info` leaves such a section out.
+/// `None` instead of an empty list if the option is absent, because `vm.info` omits such a section.
 fn read_all<T>(texts: &[String], parse: Read<T>) -> Result<Option<Vec<T>>, OptionError> {
     if texts.is_empty() {
         return Ok(None);
@@ -243,7 +243,7 @@ mod tests {
     fn commands_in_the_documentation_are_understood() {
         for command in test_docs::commands_of("cloud-hypervisor") {
             let has_kernel = command.words.iter().any(|word| word == "--kernel");
-            // What is left out is the kernel, or its path.
+            // The missing part is the kernel option or its value.
             let omitted = if has_kernel {
                 &["/k"][..]
             } else {

@@ -1,4 +1,4 @@
-//! Log lines on standard error or in a file, in upstream's form.
+//! Writes the log to standard error or a file, in upstream's format.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -9,13 +9,13 @@ use std::time::Instant;
 
 use log::{LevelFilter, Log, Metadata, Record};
 
-/// The crate that reads virtqueues logs an error for every broken one, as often as a guest cares to
-/// break it. Our devices count those and say so once, so its own lines are for debugging.
+/// The crate that reads virtqueues logs an error whenever a guest breaks a queue, and a guest can do so at any rate.
+/// Our devices count these errors and log them once, so the crate's own messages are only for debugging.
 const GUEST_NOISE: &str = "virtio_queue";
 
 struct Logger {
     start: Instant,
-    /// Standard error when absent, which needs no lock of ours.
+    /// Standard error if absent, which has its own lock.
     file: Option<Mutex<File>>,
 }
 
@@ -34,8 +34,8 @@ pub(crate) fn install(start: Instant, file: Option<&Path>, verbosity: u8) -> io:
     log::set_boxed_logger(Box::new(Logger { start, file })).map_err(io::Error::other)
 }
 
-/// Opens a log file without waiting. A FIFO is opened for reading as well: then it takes lines before it has a reader
-/// and after that reader has gone, and a line that finds it full is lost instead of stopping a thread.
+/// Opens a log file without blocking. A FIFO is opened for reading as well, so that it accepts lines before it has a
+/// reader and after the reader has closed it. If the FIFO is full, a line is dropped instead of blocking a thread.
 fn open(path: &Path) -> io::Result<File> {
     let is_fifo = path
         .metadata()
@@ -64,8 +64,8 @@ impl Log for Logger {
             return;
         }
         let line = self.line(record);
-        // One write for a line, so that lines of several threads do not mix. A log that cannot be written has nowhere
-        // to complain to.
+        // One write per line, so that lines of several threads do not mix. If the log cannot be written, there is no
+        // other place to report it.
         let _ = match &self.file {
             Some(file) => {
                 let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
@@ -129,7 +129,7 @@ mod tests {
         assert!(made.unwrap().success());
         let mut file = open(&path).unwrap();
         file.write_all(b"kept for a reader to come\n").unwrap();
-        // Full, and still nobody waits.
+        // Writing does not block even if the FIFO is full.
         let full = (0..1 << 20)
             .find_map(|_| file.write_all(&[b'x'; 4096]).err())
             .unwrap();

@@ -1,4 +1,4 @@
-//! `cloud-hypervisor`: runs one virtual machine, steered by its command line and its REST API.
+//! `cloud-hypervisor`: runs one virtual machine, controlled by its command line and its REST API.
 
 mod args;
 mod logger;
@@ -39,7 +39,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Upstream's form. No version of the migration protocol is spoken.
+/// Prints the version in upstream's format. No version of the migration protocol is supported.
 fn print_version(with_features: bool) {
     println!("cloud-hypervisor v{}", env!("CARGO_PKG_VERSION"));
     println!("Migration Protocol Versions: none");

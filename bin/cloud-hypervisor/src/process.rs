@@ -1,17 +1,18 @@
-//! Settings of the whole process, applied before any thread starts.
+//! Process-wide settings, applied before any thread starts.
 
 // UNSAFETY: neither the file mode mask, nor the limits of the process, nor the allocator's settings have a safe interface.
 #![allow(unsafe_code)]
 
-/// Files and sockets of the VMM are its user's alone.
+/// Only the VMM's user can access its files and sockets.
 const FILE_MODE_MASK: libc::mode_t = 0o077;
-/// Blocks from here on are mapped on their own and given back when freed: the body of a large request leaves no trace.
+/// Blocks of at least this size are mapped separately and unmapped when freed, so the body of a large request does not
+/// increase memory use permanently.
 const MMAP_THRESHOLD_BYTES: libc::c_int = 64 << 10;
 
-/// Sets the file mode mask and tells the allocator to be small rather than fast: one heap for all threads, no memory kept
-/// back. The VMM allocates little once a guest runs.
+/// Sets the file mode mask and configures the allocator for low memory use instead of speed: one heap for all threads,
+/// and no retained free memory. The VMM allocates little while a guest runs.
 pub(crate) fn configure() {
-    // SAFETY: both only change settings of this process, which has one thread yet.
+    // SAFETY: both calls only change settings of this process, which still has a single thread.
     unsafe {
         libc::umask(FILE_MODE_MASK);
         libc::mallopt(libc::M_ARENA_MAX, 1);
@@ -21,14 +22,14 @@ pub(crate) fn configure() {
     open_as_many_files_as_allowed();
 }
 
-/// A guest with a vsock device has one file of the VMM open for each of its connections. The usual limit of 1024 would
-/// let it take the files that the API's clients and the operator's requests need.
+/// Raises the limit of open files. Each vsock connection of a guest uses one file descriptor of the VMM, so with the
+/// usual limit of 1024 a guest could exhaust those that the API needs.
 fn open_as_many_files_as_allowed() {
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
     };
-    // SAFETY: the first call writes one `rlimit`, the second reads one. The limit stays as it is if either fails.
+    // SAFETY: the first call writes one `rlimit`, the second reads one. If either fails, the limit stays unchanged.
     unsafe {
         if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
             limit.rlim_cur = limit.rlim_max;

@@ -1,4 +1,4 @@
-//! Starts the threads of the VMM, boots what the command line asks for, and waits for the end.
+//! Starts the threads of the VMM, boots the VM of the command line, and waits for the end.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -20,14 +20,14 @@ use vmm::vm::{Vm, VmContext};
 
 use crate::args::Arguments;
 
-/// What the command line asks for, read and checked as far as it can be without touching anything.
+/// The parsed command line, validated as far as possible without side effects.
 #[derive(Debug)]
 struct Plan {
     api_socket: Option<PathOrFd>,
     event_monitor: Option<PathOrFd>,
     config: Option<VmConfig>,
     restore: Option<RestoreConfig>,
-    /// The VM asks for Landlock.
+    /// The VM enables Landlock.
     confined: bool,
 }
 
@@ -93,7 +93,7 @@ pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
         (None, None) => Ok(()),
     };
     if booted.is_err() {
-        // The boot's error is the one to report; what stopping says is in the log.
+        // The boot's error is returned; errors of stopping are only logged.
         let ended = control.handle().call(Endpoint::VmmShutdown, Lifecycle::end);
         drop(ended);
     } else {
@@ -103,7 +103,8 @@ pub(crate) fn run(arguments: &Arguments, start: Instant) -> Result<()> {
         seccomp.apply(ThreadKind::Main)?;
     }
     let ending = control.join();
-    // The server first: it still has the last answers to deliver. Then the socket's files go.
+    // The server is dropped first, because it still has to send the last responses. Then the socket's files are
+    // removed.
     drop(server);
     drop(socket);
     drop(events);
@@ -181,14 +182,14 @@ fn boot(control: &ControlThread, config: VmConfig) -> Result<()> {
     Ok(())
 }
 
-/// The configuration in the snapshot to restore, without a change.
+/// The unmodified configuration of the snapshot to restore.
 fn saved_config(request: &RestoreConfig) -> Result<VmConfig> {
     let folder = snapshot::folder_of(&request.source_url)?;
     Ok(snapshot::saved_config(&folder)?)
 }
 
 fn restore(control: &ControlThread, request: RestoreConfig) -> Result<()> {
-    // Its descriptors are the process's own.
+    // Its descriptors belong to this process.
     let restored = move |vm: &mut Lifecycle| vm.restore(&request, Vec::new());
     control.handle().call(Endpoint::VmRestore, restored)?;
     Ok(())

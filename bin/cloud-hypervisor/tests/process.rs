@@ -1,4 +1,4 @@
-//! The program as a process: exit status, what it prints, and what it leaves behind. No test here runs a guest.
+//! Tests the program as a process: exit status, output, and files left behind. No test here runs a guest.
 
 #![allow(clippy::unwrap_used)]
 
@@ -14,7 +14,7 @@ fn program() -> Command {
     Command::new(env!("CARGO_BIN_EXE_cloud-hypervisor"))
 }
 
-/// Runs it to its end, which must come by itself.
+/// Runs the program until it exits, which it must do without a signal.
 fn output(line: &str) -> Output {
     let mut child = program()
         .args(line.split_whitespace())
@@ -73,7 +73,7 @@ impl Vmm {
         vmm
     }
 
-    /// The first line of the answer; `None` while nobody listens.
+    /// The first line of the response; `None` if there is no listener.
     fn request(&self, method: &str, name: &str) -> Option<String> {
         let mut stream = UnixStream::connect(self.dir.path().join("s")).ok()?;
         write!(
@@ -115,7 +115,7 @@ impl Vmm {
 
 impl Drop for Vmm {
     fn drop(&mut self) {
-        // It has ended already in every test that passes.
+        // In every passing test, it has already ended.
         drop(self.child.kill());
         drop(self.child.wait());
     }

@@ -109,7 +109,7 @@ fn failure_is_told_with_what_the_server_says() {
         format!("PATCH {NODE}: 500 etcdserver: leader changed")
     );
     assert_eq!(requests.len(), 1);
-    // A node that is gone is not made anew.
+    // A deleted node is not recreated.
     let (result, requests) = tell([Reply::new(410, r#"{"message":"gone"}"#)]);
     assert!(matches!(
         result,
@@ -175,7 +175,7 @@ fn token_is_read_anew_for_each_request() {
     assert!(matches!(refused, Err(HttpError::NoCertificate { .. })));
 }
 
-/// Every field that is told is in the definition with its type, and none is there that is not told.
+/// The published status has exactly the fields of the definition, with their types.
 #[test]
 fn status_is_what_the_definition_says() {
     let text = include_str!("../../../../fleet/kubernetes/crd.yaml");

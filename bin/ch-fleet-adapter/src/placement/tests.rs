@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! A fake that conflicts and loses providers, and the real placement of Debian.
+//! Tests with a fake service that reports conflicts and loses providers, and with Debian's placement.
 
 use std::fs;
 use std::net::{TcpListener, TcpStream};
@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::fake_server::{FakeServer, Reply};
 
-/// Machines that run tests are shared.
+/// Generous, because test machines are shared.
 const DEADLINE: Duration = Duration::from_secs(120);
 const FOUND: &str = r#"{"resource_providers":[{"uuid":"u"}]}"#;
 const CONFLICTED: &str =
@@ -123,7 +123,7 @@ fn provider_that_is_not_there_is_told() {
     assert!(told.contains("--create"), "{told}");
 }
 
-/// Debian's placement on a database of its own.
+/// Debian's placement with a separate database.
 struct RealPlacement {
     child: Child,
     url: String,
@@ -132,7 +132,7 @@ struct RealPlacement {
 
 impl Drop for RealPlacement {
     fn drop(&mut self) {
-        // Ended already is as good.
+        // It may have ended already.
         let _ = self.child.kill();
         self.child.wait().unwrap();
     }
@@ -194,7 +194,7 @@ fn read(placement: &mut Placement, what: &str) -> Value {
     placement.send("GET", &path, None).unwrap().good().unwrap()
 }
 
-/// Places so much on the provider; the status of the answer.
+/// Allocates memory of the provider; returns the status of the response.
 fn allocate(placement: &mut Placement, consumer: &str, mib: u64) -> u16 {
     let uuid = placement.uuid().unwrap();
     let body = json!({
@@ -202,7 +202,7 @@ fn allocate(placement: &mut Placement, consumer: &str, mib: u64) -> u16 {
         "project_id": "p", "user_id": "u",
     });
     let path = format!("/allocations/{consumer}");
-    // Consumers have had generations of their own since 1.28; this test need not.
+    // Since 1.28, consumers have generations, which this test does not need.
     placement.send("PUT", &path, Some(&body)).unwrap().status
 }
 
@@ -220,13 +220,13 @@ fn real_placement_takes_inventory_and_state_and_places_by_them() {
         allocate(&mut placement, "22222222-2222-4222-8222-222222222222", 2048),
         409
     );
-    // More was reclaimed: now it fits.
+    // More memory was reclaimed, so the allocation fits now.
     placement.tell(&offer(3072, 2048, State::Yellow)).unwrap();
     assert_eq!(
         allocate(&mut placement, "22222222-2222-4222-8222-222222222222", 2048),
         204
     );
-    // Somebody else writes as well: generations move, and another's trait stays.
+    // Another client writes as well: the generation changes, and its trait is kept.
     let mut other = real.placement("CUSTOM_OTHER_MB");
     other.tell(&offer(0, 7, State::Yellow)).unwrap();
     let generation = generation_of(&read(&mut placement, "traits"));
@@ -251,13 +251,13 @@ fn real_placement_takes_inventory_and_state_and_places_by_them() {
     let inventories = read(&mut placement, "inventories");
     assert_eq!(inventories["inventories"]["MEMORY_MB"]["total"], 5120);
     assert_eq!(inventories["inventories"]["CUSTOM_OTHER_MB"]["total"], 7);
-    // Nothing changed: nothing is written.
+    // Without a change, nothing is written.
     placement.tell(&offer(5120, 0, State::Red)).unwrap();
     assert_eq!(
         generation_of(&read(&mut placement, "traits")),
         generation_of(&inventories)
     );
-    // Withdrawn, although VMs are there.
+    // The capacity can be withdrawn although VMs are present.
     placement.tell(&Offer::default()).unwrap();
     assert_eq!(
         allocate(&mut placement, "33333333-3333-4333-8333-333333333333", 1),
@@ -277,7 +277,8 @@ fn real_placement_tells_two_writers_apart_and_neither_is_lost() {
             let mut placement = real.placement(class);
             scope.spawn(move || {
                 for round in 1..=10 {
-                    // Both change the provider all the time; what one attempt of five does not bring the next call does.
+                    // Both clients change the provider continuously. If all five attempts of a call conflict, the next
+                    // call may succeed.
                     while let Err(error) = placement.tell(&offer(0, round, State::Green)) {
                         assert!(matches!(error, HttpError::Contended { .. }), "{error}");
                     }

@@ -1,4 +1,4 @@
-//! Chromium without a screen, driven through its DevTools protocol over two pipes.
+//! Headless Chromium, controlled with its DevTools protocol over two pipes.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -15,13 +15,13 @@ use tempfile::TempDir;
 
 use super::host::Process;
 
-/// The browser takes commands at descriptor 3 and answers at 4, each message ended by a zero byte. The shell puts what we
-/// hold of its standard input and output there.
+/// The browser reads commands from descriptor 3 and writes responses to descriptor 4, each terminated by a zero byte.
+/// The shell redirects our pipes to these descriptors.
 const START: &str = r#"exec "$@" 3<&0 4>&1 </dev/null >&2"#;
 
 const OPTIONS: [&str; 11] = [
     "--headless=new",
-    // What is shown is ours, and a container may not have what the sandbox needs.
+    // The content is trusted, and a container may lack the features that the sandbox needs.
     "--no-sandbox",
     "--disable-gpu",
     "--disable-dev-shm-usage",
@@ -36,13 +36,13 @@ const OPTIONS: [&str; 11] = [
 
 /// A browser with one page.
 pub(crate) struct Browser {
-    // Ended before its folder is removed.
+    // Dropped before its folder is removed.
     _process: Process,
     commands: ChildStdin,
     messages: Receiver<Value>,
     last_id: u64,
     session: Option<String>,
-    /// What the page complained about.
+    /// Errors logged by the page.
     complaints: Vec<String>,
     _folder: TempDir,
 }
@@ -63,7 +63,7 @@ impl Browser {
         let (send, messages) = mpsc::channel();
         thread::spawn(move || {
             for message in BufReader::new(answers).split(0) {
-                // The pipe ends with the browser, the receiver with the test.
+                // The pipe is closed when the browser ends, the receiver when the test ends.
                 let Ok(message) = message else { return };
                 let message = serde_json::from_slice(&message).unwrap();
                 if send.send(message).is_err() {
@@ -96,7 +96,7 @@ impl Browser {
         }
     }
 
-    /// Gives a command and waits for its result.
+    /// Sends a command and waits for its result.
     pub(crate) fn call(&mut self, method: &str, params: &Value) -> Value {
         self.last_id += 1;
         let mut message = json!({"id": self.last_id, "method": method, "params": params});
@@ -136,9 +136,9 @@ impl Browser {
         }
     }
 
-    /// What the page complained about since the last call.
+    /// Errors logged by the page since the last call.
     pub(crate) fn take_complaints(&mut self) -> Vec<String> {
-        // An answer comes after every event that was there before the question.
+        // The response arrives after all events that precede the command.
         self.evaluate("0");
         std::mem::take(&mut self.complaints)
     }
@@ -168,7 +168,7 @@ impl Browser {
         });
     }
 
-    /// Makes the window `width` by `height` and asks for a colour scheme.
+    /// Sets the window's size and the preferred colour scheme.
     pub(crate) fn look(&mut self, width: u32, height: u32, scheme: &str) {
         self.call(
             "Emulation.setDeviceMetricsOverride",
@@ -180,7 +180,7 @@ impl Browser {
         );
     }
 
-    /// Leaves a picture of the window for people.
+    /// Saves a picture of the window for manual inspection.
     pub(crate) fn screenshot(&mut self, path: &Path) {
         let shot = self.call("Page.captureScreenshot", &json!({"format": "png"}));
         let bytes = base64::engine::general_purpose::STANDARD

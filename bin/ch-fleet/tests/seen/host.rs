@@ -7,22 +7,22 @@ use std::process::{Child, Command, Stdio};
 
 use fleet::agent::fake_vmm::{DEADLINE, FakeVm, GIB, World, wait};
 
-/// A program that is ended with its test.
+/// A program that is killed when its test ends.
 pub(crate) struct Process(pub(crate) Child);
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // Ended already is as good.
+        // It may have ended already.
         let _ = self.0.kill();
         self.0.wait().unwrap();
     }
 }
 
-/// The agent and its VMs. As far as the agent is told, this machine has no memory to spare.
+/// The agent and its VMs. The agent is configured so that this machine appears to have no spare memory.
 pub(crate) struct Host {
     pub(crate) world: World,
     agent: Option<Process>,
-    /// Where the page is; the same after a restart.
+    /// Address of the page; the same after a restart.
     pub(crate) address: String,
 }
 
@@ -70,7 +70,7 @@ impl Host {
         });
     }
 
-    /// Asks for more memory than there is, so that there is an answer to be counted.
+    /// Requests more memory than available, so that a refusal can be counted.
     pub(crate) fn ask_for_memory(&self) {
         let socket = self.world.path().join("agent.sock");
         let output = Command::new(env!("CARGO_BIN_EXE_ch-fleet"))
@@ -98,11 +98,11 @@ fn available_bytes() -> u64 {
     kib * 1024
 }
 
-/// The body of an answer with status 200; `None` for anything else.
+/// The body of a response with status 200; `None` for any other.
 pub(crate) fn http_get(address: &str, path: &str) -> Option<String> {
     let mut stream = TcpStream::connect(address).ok()?;
     stream.set_read_timeout(Some(DEADLINE)).unwrap();
-    // By the older version nobody answers in chunks.
+    // HTTP/1.0 excludes a chunked response.
     write!(stream, "GET {path} HTTP/1.0\r\nHost: {address}\r\n\r\n").ok()?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer).ok()?;

@@ -1,8 +1,8 @@
 #![allow(clippy::unwrap_used)]
-//! What others see of a running agent: its page in a browser, its metrics in a Prometheus.
+//! Tests a running agent from outside: its page in a browser, its metrics in Prometheus.
 //!
-//! The agent is the program itself, on this machine; the VMMs are fakes. `cargo xtask fleet-page` installs what these tests
-//! need and runs them.
+//! The agent is the real program on this machine; the VMMs are fakes. `cargo xtask fleet-page` installs the programs
+//! that these tests need and runs them.
 
 mod browser;
 mod host;

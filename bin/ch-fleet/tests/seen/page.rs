@@ -1,4 +1,4 @@
-//! The page in a browser.
+//! Tests the page in a browser.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::browser::Browser;
 use super::host::Host;
 
-/// A name that would be an element, and a script, if it were taken for markup.
+/// A name that would become an element and run a script if it were interpreted as markup.
 const MARKUP: &str = "<img src=x onerror=evil=1>";
 const HOST_SHOWN: &str = "document.querySelectorAll('#bar div').length > 0 && document.querySelectorAll('#books dd').length > 8";
 const DECIDED: &str =
@@ -32,7 +32,7 @@ fn assert_content(browser: &mut Browser) {
     browser.wait(HOST_SHOWN);
     browser.wait("document.querySelectorAll('#vms tr').length === 3");
     assert_eq!(names(browser), [MARKUP, "a", "b"]);
-    // Every VM was sampled, and has its line.
+    // Every VM has been sampled and has a row.
     browser.wait(
         "[...document.querySelectorAll('#vms tr')].every(tr => tr.textContent.includes('4.0 GiB') && tr.querySelector('path').getAttribute('d').length > 0)",
     );
@@ -46,7 +46,7 @@ fn assert_content(browser: &mut Browser) {
     assert_eq!(browser.evaluate("typeof evil"), "undefined");
 }
 
-/// Waits until the chart was drawn anew with more in it.
+/// Waits until the chart is redrawn with more points.
 fn assert_chart_goes_on(browser: &mut Browser) {
     const STEPS: &str =
         "document.querySelector('#chart path.available').getAttribute('d').split('L').length";
@@ -69,7 +69,7 @@ fn page_shows_the_host_its_vms_and_decisions_and_goes_on_after_a_restart() {
 
     host.kill_agent();
     browser.wait(STALE);
-    // The browser itself tells of requests that nobody answers.
+    // The browser itself logs requests without a response.
     let complaints = browser.take_complaints();
     assert!(
         complaints
@@ -101,9 +101,9 @@ fn page_with_200_vms_fits_every_window_and_is_sorted_and_filtered() {
     browser.wait(HOST_SHOWN);
     browser.wait("document.querySelectorAll('#vms tr').length === 200");
     browser.wait("document.querySelectorAll('#vms tr')[199].textContent.includes('4.0 GiB')");
-    // Ten after nine, not after one.
+    // vm-10 follows vm-9, not vm-1.
     assert_eq!(names(&mut browser)[9..11], ["vm-9", "vm-10"]);
-    // A picture of a page at work.
+    // Waits for decisions, so that the picture shows a busy page.
     browser.wait(DECIDED);
     browser.wait("document.querySelector('#chart path').getAttribute('d').split('L').length > 3");
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("page");

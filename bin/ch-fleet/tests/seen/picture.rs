@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 use super::browser::Browser;
 use super::host::http_get;
 
-/// For an emulated host to boot, and for its guests to have had some turns, on a busy machine.
+/// Long enough for an emulated host to boot and its guests to have some turns, on a busy machine.
 const DEADLINE: Duration = Duration::from_secs(600);
 const INTERVAL: Duration = Duration::from_millis(250);
-/// Points of the chart that make a picture worth while: one comes every two seconds.
+/// Waits for enough points in the chart; a point is added every two seconds.
 const STEPS: &str =
     "document.querySelector('#chart path.resident')?.getAttribute('d').split('L').length ?? 0";
 const STEPS_MIN: u64 = 45;
-/// The line of each VM, as it is drawn.
+/// The line of each VM in the chart.
 const LINES: &str = "[...document.querySelectorAll('#vms tr')].map(tr => tr.querySelector('path').getAttribute('d'))";
 
 fn wait(what: &str, mut condition: impl FnMut() -> bool) {
@@ -48,7 +48,7 @@ fn page_of_a_real_fleet_shows_memory_going_from_guest_to_guest() {
         (0..3).all(|vm| now[vm] != before[vm])
     });
     assert_eq!(browser.take_complaints(), [""; 0]);
-    // Appears complete: whoever waits for it ends the fleet then.
+    // Renamed when complete, because the process that waits for the picture then ends the fleet.
     let beside = picture.with_extension("part");
     browser.screenshot(&beside);
     fs::rename(beside, picture).unwrap();

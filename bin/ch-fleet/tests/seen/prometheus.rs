@@ -1,4 +1,4 @@
-//! The metrics, the alerting rules and the dashboards with a real Prometheus.
+//! Tests the metrics, the alerting rules and the dashboards with a real Prometheus.
 
 use std::fs;
 use std::net::TcpListener;
@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use super::host::{Host, Process, http_get};
 
-/// What dashboards ask for that need not be there on a host where all is well.
+/// Expressions of dashboards that may be empty on a healthy host.
 const MAY_BE_EMPTY: [&str; 1] = [
     r#"sum by (op, result) (rate(ch_api_request_duration_seconds_count{host=~".*",result!="ok"}[5m]))"#,
 ];
@@ -76,7 +76,7 @@ impl Prometheus {
         }
     }
 
-    /// What an expression gives: a series each.
+    /// The number of series that an expression returns.
     fn query(&self, expression: &str) -> Option<Vec<Value>> {
         let body = http_get(
             &self.address,
@@ -91,7 +91,7 @@ fn encoded(text: &str) -> String {
     text.bytes().map(|byte| format!("%{byte:02X}")).collect()
 }
 
-/// Every expression of a dashboard, with its variables filled in as "all".
+/// Every expression of a dashboard, with its variables set to "all".
 fn expressions(dashboard: &Value) -> Vec<String> {
     let mut found = Vec::new();
     collect(dashboard, &mut found);
@@ -151,7 +151,7 @@ fn prometheus_scrapes_the_agent_and_every_dashboard_has_its_figures() {
     }
     assert!(count > 40, "only {count} expressions found");
     assert!(empty.is_empty(), "nothing comes of {empty:#?}");
-    // Rules that fail say so.
+    // Prometheus counts failed rules.
     let failures = prometheus
         .query("sum(prometheus_rule_evaluation_failures_total) or vector(0)")
         .unwrap();
