@@ -1,4 +1,4 @@
-//! The duration of decisions: a plan for 500 VMs, a placement among 10 000 hosts.
+//! Benchmarks decisions: a plan for 500 VMs, and a placement among 10 000 hosts.
 
 use std::hint::black_box;
 

@@ -1,9 +1,9 @@
 #![allow(clippy::unwrap_used)]
-//! What an agent costs its host: `agent_footprint CH_FLEET [VMS [SECONDS]]`, started by `cargo xtask fleet-bench`.
+//! Measures the cost of an agent: `agent_footprint CH_FLEET [VMS [SECONDS]]`, started by `cargo xtask fleet-bench`.
 //!
-//! CH_FLEET is the agent's program. Its VMs are fakes in this process, a third on each level, some with faults, on a host that
-//! is short of memory so that there is something to decide. A scrape every 15 seconds is part of the load. Printed is one
-//! JSON object.
+//! CH_FLEET is the agent's program. Its VMs are fakes in this process, a third on each level, some with faults. The
+//! host is short of memory, so that the agent has decisions to make. A scrape every 15 seconds is part of the load. The
+//! result is printed as one JSON object.
 
 use std::fs;
 use std::io::{Read, Write};

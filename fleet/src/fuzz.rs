@@ -1,5 +1,5 @@
-//! What a hostile VMM, guest, store or client can say to the fleet manager: the fuzz target `fleet`, and the ordinary
-//! tests with random bytes.
+//! Input of a hostile VMM, guest, store or client: entry point of the fuzz target `fleet`, and of ordinary tests with
+//! random bytes.
 
 use crate::cluster;
 use crate::config::Config;
@@ -17,10 +17,10 @@ const ROUNDS_MAX: u64 = 4;
 const VMS: usize = 3;
 const ROUND_MS: u64 = 5000;
 
-/// Plays the bytes, the first of which chooses who speaks. Returns whether anything was understood.
+/// Processes the bytes, the first of which selects their source. Returns whether the input was valid.
 ///
 /// # Panics
-/// Something said led to a fault of ours.
+/// The input revealed a bug.
 pub fn run(bytes: &[u8]) -> bool {
     let (choice, rest) = bytes.split_first().unwrap_or((&0, &[]));
     match choice % 6 {
@@ -46,7 +46,7 @@ pub fn run(bytes: &[u8]) -> bool {
     }
 }
 
-/// Makes a few plans of VMs that say so.
+/// Makes a few plans of VMs with these figures.
 fn plans(mut said: impl FnMut(usize, u64) -> (Bytes, VmSample)) {
     let config = Config::default();
     let mut memory = PlannerMemory::default();
@@ -87,7 +87,7 @@ fn plans(mut said: impl FnMut(usize, u64) -> (Bytes, VmSample)) {
 struct Numbers<'a>(&'a [u8]);
 
 impl Numbers<'_> {
-    /// Of any order of magnitude.
+    /// A number of any order of magnitude.
     fn next(&mut self) -> u64 {
         let mut take = || {
             let (byte, rest) = self.0.split_first().unwrap_or((&0, &[]));

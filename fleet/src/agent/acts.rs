@@ -1,8 +1,7 @@
-//! The agent's actions on VMs that it must undo: pauses and limits of control groups. And the VMs that it must not
-//! manage.
+//! Records the acts that the agent must undo (pauses, limits of control groups), and the VMs that it must not manage.
 //!
-//! An act is saved before it is executed, and removed after its undoing was confirmed. So the next agent knows what
-//! this one left behind, however it ended. An act applies to one process and ends with it.
+//! An act is saved before it is executed, and removed after its reversal was confirmed. Therefore the next agent knows
+//! which acts are in force, however this one ended. An act applies to one process and ends with it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -45,7 +44,7 @@ impl Acts {
     /// Opens the list in `state_dir`, without acts on processes that have ended.
     ///
     /// # Errors
-    /// There is a list and it cannot be read: VMs would stay paused or limited forever.
+    /// The list exists but cannot be read. Without it, VMs would stay paused or limited forever.
     pub(super) fn open(state_dir: &Path, proc: &Path) -> io::Result<Self> {
         let path = state_dir.join("acts.json");
         let mut records = match fs::read_to_string(&path) {
@@ -74,7 +73,7 @@ impl Acts {
             .map_or_else(InForce::default, |record| record.acts)
     }
 
-    /// Records the effect of an order. The order may only be handed over after that.
+    /// Records the effect of an order. The order must not be sent before that.
     ///
     /// # Errors
     /// It cannot be saved, so the order must not be executed.
@@ -98,7 +97,7 @@ impl Acts {
     /// Removes the acts that an order has undone.
     ///
     /// # Errors
-    /// It cannot be saved: the act would be undone once more.
+    /// The change cannot be saved, so the act would be undone once more.
     pub(super) fn end(&mut self, vm: &VmId, order: &Order) -> io::Result<()> {
         self.change_acts(vm, None, |acts| match *order {
             Order::Resume => acts.paused = false,

@@ -20,7 +20,7 @@ pub(super) struct Clock {
 impl Clock {
     pub(super) fn start() -> Self {
         let start = Instant::now();
-        // The clock that `Instant` is made of on Linux.
+        // The clock of `Instant` on Linux.
         let up = clock_gettime(ClockId::Monotonic);
         let up = Duration::new(up.tv_sec.unsigned_abs(), up.tv_nsec.unsigned_abs() as u32);
         Self {
@@ -81,7 +81,7 @@ pub(super) fn unix_ms() -> u64 {
 
 #[cfg(test)]
 pub(super) mod script {
-    //! A clock that advances on a test's request, with a wall clock that jumps on request.
+    //! A clock that advances only when a test requests it, with a wall clock that can jump.
 
     use super::*;
     use std::sync::atomic::{AtomicU64, Ordering};

@@ -124,7 +124,7 @@ impl ControlLoop {
                 }
             }
             self.do_due();
-            // Notified by the loop itself: the watchdog is for a loop that hangs.
+            // Sent by the loop itself, so that the watchdog detects a hanging loop.
             notify(&[NotifyState::Watchdog]);
         }
     }

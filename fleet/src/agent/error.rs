@@ -16,16 +16,16 @@ use crate::sample::PatternError;
 /// Reasons why the agent does not run.
 #[derive(Debug, Error)]
 pub enum AgentError {
-    /// A socket pattern.
+    /// A socket pattern is invalid.
     #[error("Cannot search for sockets")]
     Pattern(#[source] PatternError),
-    /// The host.
+    /// The host cannot be read.
     #[error("The host cannot be read")]
     Host(#[source] HostError),
-    /// The reservations.
+    /// The reservations cannot be opened.
     #[error("The reservations cannot be opened")]
     Book(#[source] ReservationError),
-    /// The acts on VMs.
+    /// The list of acts on VMs cannot be opened.
     #[error("Cannot open the list of actions on VMs")]
     Acts(#[source] io::Error),
     /// Another agent uses the folder.
@@ -34,7 +34,7 @@ pub enum AgentError {
         /// The folder.
         path: PathBuf,
     },
-    /// A folder.
+    /// A folder cannot be created.
     #[error("Cannot use {}", path.display())]
     Folder {
         /// The folder.
@@ -43,7 +43,7 @@ pub enum AgentError {
         #[source]
         source: io::Error,
     },
-    /// The local socket.
+    /// The local socket cannot be created.
     #[error("Cannot listen at {}", path.display())]
     Socket {
         /// The socket.
@@ -52,7 +52,7 @@ pub enum AgentError {
         #[source]
         source: io::Error,
     },
-    /// The token of the page.
+    /// The token of the page cannot be read.
     #[error("{} holds no token for the page", path.display())]
     Token {
         /// The file.
@@ -61,10 +61,10 @@ pub enum AgentError {
         #[source]
         source: io::Error,
     },
-    /// TLS of the page.
+    /// TLS of the page cannot be set up.
     #[error("The page cannot be served with TLS")]
     Tls(#[source] TlsError),
-    /// The page.
+    /// The page's address cannot be used.
     #[error("Cannot serve the page and the metrics at {address}")]
     Page {
         /// The address.
@@ -73,13 +73,13 @@ pub enum AgentError {
         #[source]
         source: io::Error,
     },
-    /// The name in the fleet.
+    /// The host's name in the fleet is invalid.
     #[error("The host cannot join the fleet under this name: set store.host")]
     Name(#[source] NameError),
-    /// The store.
+    /// The settings of the store are invalid.
     #[error("The store cannot be used")]
     Store(#[source] StoreFault),
-    /// A thread or a signal handler.
+    /// A thread or a signal handler cannot be created.
     #[error("Cannot start the agent's threads")]
     Thread(#[source] io::Error),
 }

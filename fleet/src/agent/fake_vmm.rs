@@ -1,8 +1,8 @@
 #![allow(clippy::unwrap_used)]
 //! VMMs and a host for tests: real sockets with upstream's wire format and guests that a test controls.
 //!
-//! One thread serves all of them, so hundreds cost a test little. The host's files are rewritten whenever a guest
-//! changes, so the loop from an order to the host's free memory is closed.
+//! One thread serves all of them, so hundreds are cheap. The host's files are rewritten whenever a guest changes, so an
+//! order affects the host's free memory.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -25,13 +25,13 @@ pub const MIB: u64 = 1 << 20;
 /// 1 GiB.
 pub const GIB: u64 = 1 << 30;
 
-/// Machines that run tests are shared; most conditions are met within a second.
+/// Generous, because test machines are shared; most conditions are met within a second.
 pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Waits until `condition` returns a value.
 ///
 /// # Panics
-/// It has not by [`DEADLINE`].
+/// The condition is not met by [`DEADLINE`].
 pub fn wait<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
     wait_within(DEADLINE, what, condition)
 }
@@ -39,7 +39,7 @@ pub fn wait<T>(what: &str, condition: impl FnMut() -> Option<T>) -> T {
 /// [`wait`] with another deadline.
 ///
 /// # Panics
-/// It has not by then.
+/// The condition is not met by then.
 pub fn wait_within<T>(
     deadline: Duration,
     what: &str,
@@ -108,12 +108,12 @@ pub struct FakeVm {
     pub fault: Fault,
     /// Every requested size, and when.
     pub resizes: Vec<(u64, Instant)>,
-    /// Requests that came.
+    /// Received requests.
     pub requests: u64,
 }
 
 impl FakeVm {
-    /// A level 2 VM that does what it is asked.
+    /// A level 2 VM that follows requests.
     pub fn new(configured: u64, resident: u64) -> Self {
         Self {
             configured,
@@ -142,12 +142,12 @@ impl FakeVm {
         self.settle();
     }
 
-    /// What its balloon holds as far as anybody is told.
+    /// The balloon's size as reported.
     fn claimed(&self) -> u64 {
         if self.lies { self.target } else { self.actual }
     }
 
-    /// Has the balloon follow its target.
+    /// Makes the balloon reach its target.
     pub fn settle(&mut self) {
         let target = self.target;
         if self.follows && !self.lies {
@@ -165,11 +165,11 @@ struct Inner {
     vms: BTreeMap<String, FakeVm>,
     total: u64,
     others: u64,
-    /// The pool of huge pages, and what of it is free.
+    /// Size of the pool of huge pages, and its free part.
     pool: (u64, u64),
 }
 
-/// A VM and where it is listened for.
+/// A VM's name and its listener.
 type Listening = (String, Arc<UnixListener>);
 
 /// A host with its VMs.
@@ -235,7 +235,7 @@ impl World {
         let socket = self.socket_of(name);
         let mut listeners = self.listeners.lock().unwrap();
         listeners.retain(|(known, _)| known != name);
-        // Not there unless it is replaced.
+        // The file exists only if the VM is replaced.
         let _ = fs::remove_file(&socket);
         self.inner.lock().unwrap().vms.insert(name.to_owned(), vm);
         let listener = UnixListener::bind(&socket).unwrap();
@@ -306,10 +306,10 @@ fn write_host(inner: &MutexGuard<'_, Inner>, folder: &Path) {
     let beside = folder.join("proc/meminfo.new");
     fs::write(&beside, text).unwrap();
     fs::rename(beside, folder.join("proc/meminfo")).unwrap();
-    // This process is every VMM's, so there is one figure for all of them.
+    // This process runs all fake VMMs, so they share one figure.
     let process = folder.join(format!("proc/{}", std::process::id()));
     if process.exists() {
-        // It is not rewritten: it would be empty for a moment, and a reader would see another process.
+        // The file is not rewritten, because it would be empty for a moment, and a reader would see another process.
         return;
     }
     fs::create_dir_all(process.join("fd")).unwrap();
@@ -364,7 +364,7 @@ fn serve(
     }
 }
 
-/// Answers a request; a stream that is returned stays open without an answer.
+/// Responds to a request. A returned stream stays open without a response.
 fn answer(vm: &mut FakeVm, mut stream: UnixStream) -> Option<UnixStream> {
     stream
         .set_read_timeout(Some(Duration::from_secs(5)))

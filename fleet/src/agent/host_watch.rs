@@ -67,7 +67,7 @@ impl HostWatch {
         }
         match self.reader.read(now_ms) {
             Ok(facts) => self.facts = facts,
-            // The facts age, and everything that depends on fresh ones stops automatically.
+            // The old facts stay, and everything that requires recent facts stops.
             Err(error) => {
                 log::error!("{}", api::chain_report("the host cannot be read", &error));
                 // The group may no longer exist.

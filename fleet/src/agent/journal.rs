@@ -1,4 +1,4 @@
-//! Recent events for people: a bounded list of short, numbered lines.
+//! Recent events for the operator: a bounded list of short, numbered lines.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -35,10 +35,10 @@ pub struct JournalPage {
     pub next: u64,
 }
 
-/// The journal. The control loop adds entries, and readers need no help from it.
+/// The journal. The control loop adds entries; readers access it directly.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Journal {
-    // Held for one step of either; a reader copies what it needs.
+    // Locked only briefly: readers copy the entries that they need.
     entries: Arc<RwLock<Entries>>,
 }
 

@@ -1,4 +1,4 @@
-//! Starting an agent: its parts, its sockets, its threads, and the handle that ends it.
+//! Starts an agent: its parts, sockets and threads, and the handle that ends it.
 
 use std::io;
 use std::net::SocketAddr;
@@ -49,7 +49,7 @@ pub struct AgentOptions {
     pub file: Option<(PathBuf, bool)>,
     /// The location of the kernel's files; the group comes from the configuration.
     pub host: HostFiles,
-    /// Another store than that of the configuration, for tests and simulation.
+    /// A store that replaces the configured one, for tests and simulation.
     pub store: Option<Arc<dyn Store>>,
 }
 
@@ -67,15 +67,15 @@ impl Agent {
     /// Starts an agent on separate threads.
     ///
     /// # Errors
-    /// A resource needed from the start is missing. Resources that may come and go later, VMs above all, are not an
+    /// A resource needed from the start is missing. Missing resources that may appear later, such as VMs, are not an
     /// error.
     pub fn start(options: AgentOptions) -> Result<Self, AgentError> {
         let (events, received) = mpsc::sync_channel(EVENTS_MAX);
         launch(options, events, received, StopFlag::default())
     }
 
-    /// The same, and SIGHUP, SIGTERM and SIGINT of this process reach the agent. They do so before the agent becomes
-    /// visible, because an earlier signal would end the process.
+    /// Starts an agent that receives SIGHUP, SIGTERM and SIGINT of this process. The handlers are installed before the
+    /// agent becomes visible, because an earlier signal would end the process.
     ///
     /// # Errors
     /// As above, or the handlers cannot be installed.
@@ -110,7 +110,7 @@ impl Agent {
         let _ = self.events.send(Event::Reload);
     }
 
-    /// Has the effect of the pressure trigger, for tests and experiments.
+    /// Simulates the pressure trigger, for tests and experiments.
     pub fn pressure(&self) {
         // As above.
         let _ = self.events.send(Event::Pressure);
@@ -150,7 +150,7 @@ impl Drop for Agent {
 /// Makes the agent end after the current event.
 fn ask_to_stop(stop: &StopFlag, events: &SyncSender<Event>) {
     stop.ask();
-    // Only to wake it: if the queue is full it is awake, and an agent that has ended needs no event.
+    // Only wakes the loop. If the queue is full, the loop is awake; if the agent has ended, it needs no event.
     let _ = events.try_send(Event::Stop);
 }
 
@@ -184,7 +184,7 @@ fn launch(
         clock,
         serve,
         pressed: Box::new(move || {
-            // A full queue is being worked off already.
+            // A full queue is already being processed.
             let _ = pressed.try_send(Event::Pressure);
         }),
     };
@@ -218,7 +218,7 @@ fn launch(
     Ok(agent)
 }
 
-/// The control loop's environment besides its sockets: the host's, or a test's.
+/// The control loop's environment except its sockets: the real host's, or a test's.
 pub(super) struct Surroundings<'a> {
     pub(super) files: &'a HostFiles,
     pub(super) clock: Clock,

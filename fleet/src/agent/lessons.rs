@@ -66,8 +66,8 @@ impl SavedLessons {
         }
     }
 
-    /// What was learned about a VM while this process ran it. A process that could not be looked up does not count as
-    /// another one.
+    /// What was learned about a VM while this process ran it. A process that could not be looked up counts as the same
+    /// one.
     pub(super) fn of(&self, vm: &VmId, process: Option<ProcessIdentity>) -> Lessons {
         self.records
             .get(vm)
@@ -75,7 +75,7 @@ impl SavedLessons {
             .map_or_else(Lessons::default, |record| record.lessons.clone())
     }
 
-    /// Records the current knowledge. A process that could not be looked up is still the one before.
+    /// Records the current knowledge. A process that could not be looked up counts as the previous one.
     pub(super) fn enter(&mut self, vm: &VmId, process: Option<ProcessIdentity>, lessons: Lessons) {
         let before = self.records.get(vm);
         let process = process.or_else(|| before?.process);

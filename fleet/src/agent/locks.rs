@@ -1,7 +1,7 @@
 //! Locks that separate agents: one on the state folder, one on each VM.
 //!
-//! Two agents with one folder would both reserve the same memory; two that manage the same VM would move its balloon
-//! against each other. The kernel releases both kinds when the agent ends, however it ends.
+//! Two agents with one folder would both reserve the same memory; two that manage the same VM would move its balloon in
+//! opposite directions. The kernel releases both kinds when the agent ends, however it ends.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -30,7 +30,7 @@ impl FolderLock {
             .write(true)
             .create(true)
             .truncate(false)
-            // Whoever may open it can lock it, and so keep the agent from starting.
+            // A user who can open the file can lock it, and thus keep the agent from starting.
             .mode(0o600)
             .open(folder.join("lock"))?;
         flock(&file, FlockOperation::NonBlockingLockExclusive)?;

@@ -11,10 +11,10 @@
 //! ```
 //!
 //! One thread owns everything that changes, so admission needs no lock, and two requests can never reserve the same
-//! memory. It never waits for a VM, a client, a scrape or the store; only the reservations' file makes it wait for the
-//! disk. Each part has its own type and sees only the data that it receives. The rounds know only the sum of the
-//! reservations; the reservations query the rounds for the current state; the publisher reads all of them and changes
-//! none.
+//! memory. It never waits for a VM, a client, a scrape or the store; it waits for the disk only when it saves
+//! reservations. Each part has its own type and sees only the data that it receives. The rounds know only the sum of
+//! the reservations; the reservations query the rounds for the current state; the publisher reads all of them and
+//! changes none.
 
 mod acts;
 #[cfg(test)]

@@ -35,7 +35,7 @@ pub struct Actual {
 /// A forbidden action of an agent.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum Harm {
-    /// No agent is there to explain anything.
+    /// No agent responds.
     #[error("the agent does not respond")]
     Silent,
     /// A VM is stopped.
@@ -88,7 +88,7 @@ pub enum Harm {
         /// Its VM.
         vm: String,
     },
-    /// A reservation is still recorded.
+    /// A reservation is recorded after its end.
     #[error("promise {id} to {vm} is held too long")]
     Overdue {
         /// Its id.
@@ -140,7 +140,7 @@ pub struct Turns {
 }
 
 impl Turns {
-    /// A balloon of this size was requested, at this time of a clock that never jumps.
+    /// Records that a balloon of this size was requested, at a time of a monotonic clock.
     pub fn asked(&mut self, target: u64, at_ms: u64) {
         if target.abs_diff(self.target) < GRAIN {
             return;
@@ -164,7 +164,7 @@ impl Turns {
     /// Checks whether that is too often.
     ///
     /// # Errors
-    /// It is.
+    /// It is too often.
     pub fn check(&self, vm: &str) -> Result<(), Harm> {
         let turns = self.worst();
         if turns <= TURNS_MAX {
@@ -221,7 +221,7 @@ mod tests {
             turns.asked((step % 2 + 1) << 30, 10_000_000 + step);
         }
         assert!(turns.check("a").is_err());
-        // The same again, or nearly, is no change of direction.
+        // An equal or nearly equal target is not a change of direction.
         let mut still = Turns::default();
         for step in 0..50 {
             still.asked((1 << 30) + step % 2, step);

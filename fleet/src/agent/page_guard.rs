@@ -1,7 +1,7 @@
 //! Access control of the page and the metrics over TCP.
 //!
-//! A foreign page open in a browser can make its own name resolve to this host, and then read the responses. So the
-//! name that a client uses must be this host's. If a token is configured, every client must have it.
+//! A foreign page in a browser can make its own name resolve to this host (DNS rebinding) and then read the responses.
+//! Therefore the `Host` that a client sends must name this host. If a token is configured, every client must send it.
 
 use std::net::IpAddr;
 
@@ -10,7 +10,7 @@ use crate::agent_config::AgentSection;
 use crate::http::{Request, Response};
 use crate::secret_file::read_secret;
 
-/// The requirements for a client.
+/// The requirements that a client must meet.
 #[derive(Debug)]
 pub(super) struct PageGuard {
     names: Vec<String>,

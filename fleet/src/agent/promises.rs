@@ -1,7 +1,7 @@
 //! Reservations: decides on requests, keeps the ledger, and releases reservations that are no longer needed.
 //!
-//! Requests come from the local socket and, through the store, from remote clients. Both are decided here with the same
-//! ledger.
+//! Requests come from the local socket and, through the store, from remote clients. This module decides on both with
+//! the same ledger.
 
 use std::collections::BTreeMap;
 
@@ -30,7 +30,7 @@ pub(super) struct Situation<'a> {
 }
 
 impl Situation<'_> {
-    /// For how many seconds the host could not be read, if that is too long to promise anything.
+    /// For how many seconds the host could not be read, if that is too long to grant reservations.
     fn blind_for(&self) -> Option<u64> {
         let age_ms = self.rounds.now_ms().saturating_sub(self.facts.at_ms);
         let most = self.config.planning.admission.facts_age_max;
@@ -396,7 +396,7 @@ impl Promises {
         })
     }
 
-    /// Memory of the pool of huge pages that can be promised.
+    /// Memory of the pool of huge pages that can be reserved.
     fn pool_left(&self, situation: Situation<'_>) -> Bytes {
         let Situation {
             config,
@@ -453,7 +453,7 @@ impl Promises {
     ) -> Result<(), String> {
         let held = self.book.find(&entry.id);
         if let Some(held) = held {
-            // With another request's id, this line would receive that request's reservation.
+            // A line with another request's id must not receive that request's reservation.
             let same = held.id == entry.id
                 && held.remote
                 && held.vm == entry.vm
@@ -472,7 +472,7 @@ impl Promises {
         }
         let wanted = entry.request();
         let verdict = self.verdict(&vm, &wanted, situation, journal, Self::admit);
-        // The needed memory is requested from guests, as for a VM that was refused here.
+        // The planner requests the missing memory from guests, as for a VM that was refused locally.
         let needs = verdict.as_ref().err().and_then(|refused| refused.needs);
         self.remember(&vm, needs, situation.rounds.now_ms());
         let admission = verdict.map_err(|refused| refused.why)?;
@@ -490,7 +490,7 @@ impl Promises {
             .map_err(|error| api::error_chain(&error).join(": "))
     }
 
-    /// Reservations that their clients withdrew. A VM that is being started is past that.
+    /// Releases reservations that their clients withdrew, except those of VMs that are being started.
     fn release_withdrawn(&mut self, lines: &[String], journal: &mut Journal) {
         let withdrawn: Vec<String> = self
             .book

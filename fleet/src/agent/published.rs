@@ -25,7 +25,7 @@ pub struct Snapshot {
 /// The latest [`Snapshot`].
 #[derive(Debug, Default)]
 pub struct Published {
-    // Held to copy or to replace one pointer.
+    // Locked only to copy or replace one pointer.
     snapshot: RwLock<Arc<Snapshot>>,
     /// Recent events, added by the control loop.
     pub(super) journal: Journal,
@@ -34,7 +34,7 @@ pub struct Published {
 }
 
 impl Published {
-    /// The latest.
+    /// The latest snapshot.
     pub fn get(&self) -> Arc<Snapshot> {
         Arc::clone(&self.snapshot.read())
     }

@@ -9,17 +9,17 @@ use crate::reservations::Reservation;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ReserveRequest {
-    /// The VM's name, as discovery will see it; or its socket, from which the agent tells the name.
+    /// The VM's name, as discovery will see it; or its socket, from which the agent derives the name.
     pub vm: String,
     /// Memory of the VM.
     pub memory: Bytes,
-    /// Memory that must be promised; that of the VM's policy when absent.
+    /// Memory that must be reserved; by default that of the VM's policy.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub min: Option<Bytes>,
-    /// Whether it is backed by huge pages: all of it is promised, out of the host's pool.
+    /// Whether it is backed by huge pages: all of it is reserved from the host's pool.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub huge_pages: bool,
-    /// Only tell whether it would fit.
+    /// Only report whether it would fit.
     #[serde(default)]
     pub dry_run: bool,
 }
@@ -46,15 +46,15 @@ pub struct ReleaseRequest {
 pub struct PinRequest {
     /// The VM.
     pub vm: String,
-    /// Whether its memory is left as it is.
+    /// Whether it is excluded from management.
     pub pinned: bool,
 }
 
-/// Answer to `PUT fleet.reserve`.
+/// Response to `PUT fleet.reserve`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ReserveAnswer {
-    /// The reservation; absent when it was only asked whether it would fit.
+    /// The reservation; absent for a dry run.
     pub reservation: Option<Reservation>,
-    /// What could still be promised afterwards.
+    /// Memory that can still be reserved afterwards.
     pub firm_free_after: Bytes,
 }

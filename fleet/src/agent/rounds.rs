@@ -24,13 +24,13 @@ use crate::reservations::SeenVm;
 use crate::sample::{Discovery, Found, PatternError, RequestCounters, SocketOwners, VmReading};
 use crate::worker::{OrderDone, VmEvent, VmEventKind, VmWorker, WorkerOptions};
 
-/// A balloon that changes direction within this time has swung.
+/// A balloon that changes direction within this time counts as oscillating.
 const OSCILLATION_MS: u64 = 60_000;
 /// How long after its start an agent waits for all VMs' first sample before it reserves anything.
 const LEARNING_MS: u64 = 10_000;
 
-/// Number of scans after which a socket that is no VMM's is checked again: the check takes a look at all processes. Whoever
-/// made the listener may have a VMM inherit it later.
+/// Number of scans after which a socket that does not belong to a VMM is checked again. The check is expensive, because
+/// it inspects all processes, but it must be repeated, because a VMM may inherit the listener later.
 const STRANGER_LOOKS: u32 = 15;
 
 /// Starts serving a socket that was found, under a unique number.
@@ -64,7 +64,7 @@ pub(super) struct Claims {
     pub(super) wanted: Vec<Bytes>,
 }
 
-/// The VMs of this host, the last plan for them, and what of it is still to be done.
+/// The VMs of this host, the last plan for them, and its pending actions.
 pub(super) struct VmRounds {
     discovery: Discovery,
     proc: PathBuf,
@@ -166,7 +166,7 @@ impl VmRounds {
         let name = event.id.as_str();
         let known = self.vms.get(name).map(|vm| vm.worker.number());
         if known != Some(event.worker) {
-            // From a thread whose VM is gone or replaced.
+            // The event is from a thread whose VM has ended or was replaced.
             return false;
         }
         match event.kind {
@@ -314,7 +314,7 @@ impl VmRounds {
     /// Excludes a VM from management, or includes it again; false if there is none with that name.
     ///
     /// # Errors
-    /// It cannot be saved, and is not done.
+    /// The change cannot be saved, and is not made.
     pub(super) fn pin(
         &mut self,
         name: &str,
@@ -359,7 +359,7 @@ impl VmRounds {
     }
 
     /// When reservations are possible: at once, or in at most this many seconds, because the agent has just started and
-    /// no plan of all VMs shows yet what is free.
+    /// has no plan of all VMs yet.
     pub(super) fn learns_for(&self) -> Option<u64> {
         let learning = self.decisions.plans == 0 || self.has_unheard();
         learning.then(|| {
@@ -383,7 +383,7 @@ impl VmRounds {
     pub(super) fn seen(&self, name: &str) -> Option<SeenVm> {
         let vm = self.vms.get(name)?;
         let reading = vm.reading.as_ref()?;
-        // The pool's books count from now on what a VM on huge pages may still take.
+        // From now on, the pool's accounts include the pages that a VM on huge pages may still take.
         let resident = match reading.huge_pages {
             true => reading.configured,
             false => reading.sample.resident,
@@ -397,13 +397,13 @@ impl VmRounds {
         readings.map(|reading| reading.pid).collect()
     }
 
-    /// The VMs' part of the pool of huge pages.
+    /// Huge pages that VMs hold, bytes.
     pub(super) fn pool_held(&self) -> Bytes {
         let readings = self.vms.iter().filter_map(|vm| vm.reading.as_ref());
         readings.map(|reading| reading.pool.held).sum()
     }
 
-    /// What the VMs may still take of the free pages of the pool.
+    /// The free memory of the pool that VMs may still take.
     pub(super) fn pool_callable(&self, pool: &HugePool) -> Bytes {
         let vms = self.vms.iter().filter(|vm| !vm.has_ended());
         let readings = vms.filter_map(|vm| vm.reading.as_ref());
@@ -436,7 +436,8 @@ impl VmRounds {
                 max: reading.configured,
                 resident: reading.sample.resident,
                 class: policy.class,
-                // Elsewhere nobody could promise it huge pages, and here it would free none of the other memory.
+                // A VM on huge pages is not movable: another host could not reserve huge pages for it, and moving it
+                // would free no other memory here.
                 movable: vm.missed == 0 && vm.interlock().is_none() && !vm.is_huge(),
                 moved: None,
             })
@@ -519,7 +520,7 @@ impl VmRounds {
         }
     }
 
-    /// Drops acts that ended without this agent: with their process, or because the VM was resumed by others.
+    /// Drops acts that ended without this agent: their process ended, or another client resumed the VM.
     fn follow_acts(&mut self, name: &str) {
         let Some(vm) = self.vms.get_mut(name) else {
             return;
@@ -594,7 +595,7 @@ fn log_unsaved(result: io::Result<()>) {
     }
 }
 
-/// Whether a guest with a balloon began to suffer: it should not wait for the next plan.
+/// Whether a guest with a balloon began to suffer, which should not wait for the next plan.
 fn is_urgent(before: Option<&VmReading>, now: &VmReading, config: &AgentConfig) -> bool {
     let (Some(guest), Some(before)) = (now.sample.guest, before) else {
         return false;

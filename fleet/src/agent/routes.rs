@@ -99,7 +99,7 @@ fn without_paths(status: &Status) -> Status {
     let mut status = status.clone();
     if let Some(store) = &mut status.store {
         store.endpoints.clear();
-        // It may name them too.
+        // The error may contain the endpoints, too.
         store.error = store.error.take().map(|_| "out of step".to_owned());
     }
     for vm in &mut status.vms {

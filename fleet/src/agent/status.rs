@@ -11,15 +11,15 @@ use crate::reservations::Reservation;
 /// Everything at one moment.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Status {
-    /// When it was put together, ms since the Unix epoch.
+    /// When it was assembled, ms since the Unix epoch.
     pub unix_ms: u64,
     /// Version of the agent.
     pub version: String,
     /// When the agent started, ms since the Unix epoch.
     pub started_unix_ms: u64,
-    /// Whether it only tells what it would do.
+    /// Whether it decides and reports, but changes nothing.
     pub dry_run: bool,
-    /// Whether the last reload was taken.
+    /// Whether the last reload succeeded.
     pub reload_ok: bool,
     /// The host.
     pub host: HostStatus,
@@ -27,7 +27,7 @@ pub struct Status {
     pub vms: Vec<VmStatus>,
     /// The reservations, oldest first.
     pub reservations: Vec<ReservationStatus>,
-    /// The store that hosts share; absent for a host that is for itself.
+    /// The store that hosts share; absent for a standalone host.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub store: Option<StoreStatus>,
 }
@@ -37,33 +37,33 @@ pub struct Status {
 pub struct StoreStatus {
     /// Name of this host in the fleet.
     pub host: String,
-    /// Where it is.
+    /// Its endpoints.
     pub endpoints: Vec<String>,
-    /// Whether it answers.
+    /// Whether it responds.
     pub up: bool,
-    /// Whether this host is in it.
+    /// Whether this host is registered in it.
     pub registered: bool,
-    /// What is wrong; absent when nothing is.
+    /// The error; absent if there is none.
     pub error: Option<String>,
-    /// Time since it was last in step with this host, ms; absent before the first time.
+    /// Time since the last successful round, ms; absent before the first.
     pub age_ms: Option<u64>,
-    /// How long its last answer took, µs.
+    /// Duration of its last response, µs.
     pub latency_us: u64,
     /// The lease.
     pub lease: Millis,
-    /// Lines in this host's book.
+    /// Number of lines in this host's book.
     pub lines: usize,
-    /// Promises held for VMs that were placed here from afar and do not run yet.
+    /// Number of remote reservations whose VMs do not run yet.
     pub held: usize,
-    /// Memory of these promises.
+    /// Memory of these reservations.
     pub held_bytes: Bytes,
-    /// Leases that were had.
+    /// Number of leases obtained.
     pub leases: u64,
-    /// Leases that were over before their time.
+    /// Number of leases that ended early.
     pub leases_lost: u64,
-    /// Changes that somebody else was quicker than.
+    /// Number of changes that failed because of a concurrent change.
     pub conflicts: u64,
-    /// Calls by what was asked and what came of it.
+    /// Calls by operation and result.
     pub calls: BTreeMap<String, u64>,
 }
 
@@ -98,7 +98,7 @@ pub enum PublishedState {
 }
 
 impl PublishedState {
-    /// The name in answers and metrics.
+    /// The name in responses and metrics.
     pub fn name(self) -> &'static str {
         self.into()
     }
@@ -122,31 +122,31 @@ pub struct HostStatus {
     pub name: String,
     /// Its state.
     pub state: PublishedState,
-    /// For how long, ms.
+    /// Time since the state last changed, ms.
     pub state_age_ms: u64,
-    /// What was read last.
+    /// The latest facts.
     pub facts: HostFacts,
-    /// Age of that, ms.
+    /// Their age, ms.
     pub facts_age_ms: u64,
-    /// The books of the last plan.
+    /// The ledger of the last plan.
     pub ledger: Ledger,
-    /// The books of the pool of huge pages.
+    /// The accounts of the pool of huge pages.
     #[serde(default)]
     pub pool: PoolStatus,
-    /// Available memory above the reserve as a part of the usable.
+    /// Available memory above the reserve, as a fraction of the usable memory.
     pub free: f64,
-    /// Memory missing to the goal.
+    /// Memory missing to reach the goal.
     pub shortage: Bytes,
-    /// What refused VMs need, as far as guests can give it and are asked for it.
+    /// Memory that refused VMs need and that is requested from guests.
     #[serde(default)]
     pub wanted: Bytes,
-    /// What growing balloons will still bring.
+    /// Memory that growing balloons will still return.
     pub pending: Bytes,
-    /// What suffering guests lack.
+    /// Memory that suffering guests lack.
     pub owed: Bytes,
-    /// How often available memory covers the burst; absent without liability.
+    /// Ratio of available memory to the burst; absent without callable memory.
     pub burst_coverage: Option<f64>,
-    /// How far the last resorts have gone.
+    /// Number of last-resort steps taken.
     pub last_resort: u8,
     /// Whether a pressure trigger is armed.
     pub trigger: bool,
@@ -157,13 +157,13 @@ pub struct HostStatus {
 /// The host's pool of huge pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PoolStatus {
-    /// All of it.
+    /// Its size.
     pub total: Bytes,
     /// Neither in use nor reserved by a mapping.
     pub free: Bytes,
-    /// Held by VMs.
+    /// Memory that VMs hold.
     pub held: Bytes,
-    /// Promised to VMs that have not taken it yet.
+    /// Memory reserved for VMs that have not taken it yet.
     pub promised: Bytes,
 }
 
@@ -176,15 +176,15 @@ pub struct VmStatus {
     pub socket: String,
     /// Process id of its VMM; absent before the first sample.
     pub pid: Option<i32>,
-    /// Changes when another machine stands behind the name.
+    /// Changes when the name refers to another machine.
     pub epoch: u64,
-    /// Whether the last sample was good.
+    /// Whether the last sample succeeded.
     pub up: bool,
-    /// Why not: a short word; absent when it was.
+    /// The reason if not, as a short word; absent if it did.
     pub failure: Option<String>,
-    /// What its interface tells: 0, 1 or 2.
+    /// Level of its interface: 0, 1 or 2.
     pub level: u8,
-    /// Why it is left alone.
+    /// Why it must not be changed.
     pub interlock: Option<String>,
     /// The name of its policy.
     pub policy: String,
@@ -192,26 +192,26 @@ pub struct VmStatus {
     pub class: PriorityClass,
     /// Its memory with everything plugged in.
     pub configured: Bytes,
-    /// Memory it is never driven below.
+    /// Its guaranteed memory.
     pub min: Bytes,
-    /// Memory it never gets more of.
+    /// Its maximum memory.
     pub max: Bytes,
-    /// Balloon asked for.
+    /// Requested balloon.
     pub target: Bytes,
-    /// Balloon as the guest claims it.
+    /// Balloon as reported by the guest.
     pub actual: Bytes,
     /// Host memory it occupies.
     pub resident: Bytes,
-    /// What it holds of the pool of huge pages.
+    /// Memory of the pool of huge pages that it holds.
     #[serde(default)]
     pub pool_held: Bytes,
     /// Its memory in the host's swap.
     pub swapped: Bytes,
-    /// What it may call in without asking.
+    /// Memory that it may take without a request (callable).
     pub callable: Bytes,
-    /// Memory available inside, as the guest claims it.
+    /// Available memory as reported by the guest.
     pub guest_available: Option<Bytes>,
-    /// Memory unused inside, as the guest claims it.
+    /// Unused memory as reported by the guest.
     pub guest_free: Option<Bytes>,
     /// Counters of the guest: stalls, major faults, processes killed.
     pub guest_stalls: Option<u64>,
@@ -221,35 +221,35 @@ pub struct VmStatus {
     pub guest_oom_kills: Option<u64>,
     /// Bytes reported free since its boot.
     pub reported: Option<Bytes>,
-    /// Bytes given back to the host since its boot.
+    /// Bytes returned to the host since its boot.
     pub discarded: Option<Bytes>,
-    /// Bytes left alone on purpose since its boot.
+    /// Bytes deliberately not discarded since its boot.
     pub skipped: Option<Bytes>,
     /// Bytes populated again since its boot.
     pub repopulated: Option<Bytes>,
-    /// Discarded less repopulated, bytes a second over the last samples.
+    /// Discarded minus repopulated, bytes per second over the last samples.
     pub net_per_s: i64,
-    /// Repopulated, bytes a second over the last samples.
+    /// Repopulated, bytes per second over the last samples.
     pub repopulated_per_s: u64,
-    /// 99 of 100 reports were answered within, µs.
+    /// 99th percentile of the completion time of reports, µs.
     pub report_p99_us: Option<u64>,
-    /// Whether free page reporting is at work.
+    /// Whether free page reporting is active.
     pub reporting: bool,
     /// Age of the last good sample, ms.
     pub sample_age_ms: Option<u64>,
-    /// Samples that failed since.
+    /// Number of failed samples since then.
     pub missed: u32,
-    /// Whether its balloon does not move.
+    /// Whether its balloon is stuck.
     pub stuck: bool,
     /// Whether its claims are believed.
     pub trusted: bool,
     /// Whether it suffered at the last plan.
     pub suffering: bool,
-    /// For how long nothing is taken from it, ms.
+    /// Time for which nothing is taken from it, ms.
     pub take_blocked_ms: u64,
     /// Name of the reason of the last decision.
     pub reason: String,
-    /// The last decision in words.
+    /// The last decision as text.
     pub explanation: String,
 }
 
@@ -259,6 +259,6 @@ pub struct ReservationStatus {
     /// The reservation.
     #[serde(flatten)]
     pub reservation: Reservation,
-    /// What it still counts for.
+    /// The memory that it still reserves.
     pub outstanding: Bytes,
 }

@@ -51,7 +51,7 @@ enum Nudge {
     Stop,
 }
 
-/// The running threads; dropped, they leave the fleet and end.
+/// The running threads. Dropping the link leaves the fleet and ends them.
 pub(super) struct StoreLink {
     nudges: SyncSender<Nudge>,
     stop: Arc<AtomicBool>,
@@ -99,7 +99,7 @@ impl StoreLink {
         })
     }
 
-    /// The status of the store, as it changes.
+    /// The current status of the store, shared with its thread.
     pub(super) fn health(&self) -> Arc<Mutex<StoreHealth>> {
         Arc::clone(&self.health)
     }

@@ -92,7 +92,7 @@ pub(super) struct Vms {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct StartRefusal {
     pub(super) why: String,
-    /// At how many more looks that is believed: not everything is found out anew each time.
+    /// Number of further scans for which this result is reused, because the check is expensive.
     pub(super) looks: u32,
 }
 
@@ -105,13 +105,13 @@ impl From<std::io::Error> for StartRefusal {
     }
 }
 
-/// The changes found by a look for sockets.
+/// The changes found by a scan for sockets.
 #[derive(Debug, Default)]
 pub(super) struct ScanChange {
     pub(super) appeared: Vec<VmId>,
     pub(super) replaced: Vec<VmId>,
     pub(super) went: Vec<VmId>,
-    /// Not served, and that is new.
+    /// Sockets that are newly refused.
     pub(super) refused: Vec<(VmId, String)>,
 }
 
@@ -173,7 +173,7 @@ impl Vms {
                     }
                     self.by_name.insert(vm.id.clone(), vm);
                 }
-                // A later look tries again.
+                // A later scan tries again.
                 Err(refusal) => {
                     if refused.is_none_or(|(_, before)| before.why != refusal.why) {
                         change.refused.push((id.clone(), refusal.why.clone()));
@@ -324,7 +324,7 @@ impl Vm {
             reading.sample.balloon_target = to;
         }
         if self.ordered != Some(to) {
-            // A newer one is in progress.
+            // A newer order is in progress.
             return;
         }
         self.ordered = None;
@@ -332,7 +332,7 @@ impl Vm {
         let Err(error) = result else {
             return;
         };
-        // The maximum that it may hold now.
+        // The maximum size that the balloon may have now.
         let held = self.reading.as_ref().map_or(Bytes::ZERO, |reading| {
             reading.sample.balloon_target.max(reading.sample.ballooned)
         });
@@ -394,7 +394,7 @@ impl Vm {
         process.map(Process::identity)
     }
 
-    /// Whether nobody listens for it any more. One that hangs is there all the same, with its memory.
+    /// Whether its socket has no listener any more. A hanging VMM still exists and holds its memory.
     pub(super) fn has_ended(&self) -> bool {
         matches!(self.failure, Some("refused" | "no-socket" | "no-vm"))
     }
@@ -416,8 +416,8 @@ impl Vm {
         self.ordered.or(unconfirmed).unwrap_or(read)
     }
 
-    /// As the planner sees it; `None` before the first good sample, when not even its size is known, and for a VM whose
-    /// memory is not the host's to manage.
+    /// Its facts for the planner. `None` before the first good sample, when not even its size is known, and for a VM
+    /// whose memory the host does not manage.
     pub(super) fn facts(
         &self,
         policy: impl FnOnce(Bytes) -> VmPolicy,
@@ -472,7 +472,7 @@ impl Vm {
     }
 }
 
-/// `None` when too little time lies between the two.
+/// `None` if the interval is too short.
 fn rates(before: &VmReading, now: &VmReading) -> Option<Rates> {
     const SHORTEST_MS: u64 = 200;
     let elapsed_ms = now.sample.at_ms.saturating_sub(before.sample.at_ms);

@@ -16,65 +16,65 @@ use crate::sample::{Discovery, PatternError};
 /// Lists that later files add to instead of replacing them, by section.
 const JOINED: [&str; 2] = ["discovery.sockets", "vm"];
 
-/// Why the settings are not used.
+/// Reasons why the settings are not used.
 #[derive(Debug, Error)]
 pub enum LoadError {
     /// A file or folder cannot be read.
     #[error("Cannot read {}", path.display())]
     Read {
-        /// Which.
+        /// Its path.
         path: PathBuf,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// A file is no TOML, or has keys or values that mean nothing.
+    /// A file is not TOML, or has unknown keys or invalid values.
     #[error("{} is not understood{}", path.display(), api::suggestion(source.message()))]
     Syntax {
-        /// Which.
+        /// Its path.
         path: PathBuf,
-        /// Where and what.
+        /// The parser's error.
         #[source]
         source: toml::de::Error,
     },
     /// The values of all files together contradict each other.
     #[error("The settings are inconsistent")]
     Config(#[source] ConfigError),
-    /// A socket pattern is none.
+    /// A socket pattern is invalid.
     #[error("The settings contain no valid socket pattern")]
     Pattern(#[source] PatternError),
-    /// The store is not described well.
+    /// The settings of the store are invalid.
     #[error("The settings contain no valid store")]
     Store(#[source] StoreFault),
-    /// One of the two files that TLS needs.
+    /// Only one of the two files that TLS needs is set.
     #[error("agent.tls_certificate and agent.tls_key are needed together")]
     HalfOfTls,
-    /// A rule for VMs can have no effect.
+    /// A rule for VMs has no effect.
     #[error("The settings have a rule without effect")]
     Rule(#[source] RuleFault),
-    /// The reserve takes the whole machine.
+    /// The reserve exceeds the machine's memory.
     #[error("host.reserve of {reserve} leaves nothing of this machine's {total}")]
     Reserve {
-        /// Never promised.
+        /// The reserve.
         reserve: Bytes,
-        /// What the machine has.
+        /// The machine's memory.
         total: Bytes,
     },
 }
 
-/// What was loaded, and from where.
+/// The loaded settings and their files.
 #[derive(Clone, Debug)]
 pub struct Loaded {
     /// The settings.
     pub config: AgentConfig,
-    /// The files they are from, in the order they were read; empty when all is default.
+    /// The files in the order in which they were read; empty if all settings are defaults.
     pub files: Vec<PathBuf>,
 }
 
-/// Reads `file` and its drop-ins. A file that is not there is an error only if `required`.
+/// Reads `file` and its drop-ins. A missing file is an error only if `required`.
 ///
 /// # Errors
-/// The first file that cannot be used, or what is wrong with all of them together.
+/// The first invalid file, or a contradiction between the files.
 pub fn load(file: &Path, required: bool) -> Result<Loaded, LoadError> {
     let mut files = drop_ins(&file.with_extension("d"))?;
     if required || file.exists() {
@@ -102,10 +102,10 @@ pub fn load(file: &Path, required: bool) -> Result<Loaded, LoadError> {
     Ok(Loaded { config, files })
 }
 
-/// The same, and checks that the settings make sense on the machine whose files are `host`.
+/// Like [`load`], and also checks the settings against the machine with the files `host`.
 ///
 /// # Errors
-/// As [`load`]. A machine that does not tell its size is no reason: the agent names that itself.
+/// As [`load`]. An unknown memory size is not an error here, because the agent reports it itself.
 pub fn load_for(file: &Path, required: bool, host: &HostFiles) -> Result<Loaded, LoadError> {
     let loaded = load(file, required)?;
     if let Ok(total) = host.total() {
@@ -137,7 +137,7 @@ fn drop_ins(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
     Ok(files)
 }
 
-/// Takes the agent's own sections out; the rest is the planner's.
+/// Separates the agent's own sections from the planner's.
 fn split(mut table: toml::Table) -> Result<AgentConfig, toml::de::Error> {
     fn take<T: Default + for<'de> Deserialize<'de>>(
         table: &mut toml::Table,

@@ -1,8 +1,8 @@
-//! The agent's files: one TOML file with drop-ins beside it.
+//! The agent's settings: one TOML file with drop-ins.
 //!
 //! `agent.toml` is read first, then every `*.toml` in the folder `agent.d` beside it, by name; later values win. Only
-//! the lists of sockets and of VM rules are joined, so that a package can install and remove its own file. Every file
-//! is first checked alone, so that an error names its file.
+//! the lists of sockets and of VM rules are concatenated, so that a package can install and remove its own file. Every
+//! file is first checked separately, so that an error names its file.
 
 mod load;
 mod reference;
@@ -26,12 +26,12 @@ use crate::config::ranges::{Range, Row, rows};
 use crate::config::{Config, Millis};
 use crate::model::{Bytes, VmPolicy};
 
-/// Where the file is unless something else is said.
+/// Default path of the file.
 pub const DEFAULT_FILE: &str = "/etc/ch-fleet/agent.toml";
-/// Where the agent takes orders unless something else is said.
+/// Default path of the agent's socket.
 pub const DEFAULT_SOCKET: &str = "/run/ch-fleet/agent.sock";
 
-/// Everything that is configured.
+/// All settings.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct AgentConfig {
     /// `[agent]`
@@ -42,32 +42,32 @@ pub struct AgentConfig {
     pub store: StoreSection,
     /// `[[vm]]`, first match wins.
     pub vms: Vec<VmRule>,
-    /// All other sections: what decisions depend on.
+    /// All other sections: the settings of the planner.
     pub planning: Config,
 }
 
-/// `[agent]`: the agent itself. Read at start; a reload leaves it as it was.
+/// `[agent]`: the agent itself. Read at the start; a reload does not change it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AgentSection {
-    /// Socket on which the agent takes orders.
+    /// Socket on which the agent accepts requests.
     pub socket: PathBuf,
-    /// Folder for what must outlive the agent.
+    /// Folder for persistent state.
     pub state_dir: PathBuf,
-    /// Address of the metrics and the page; nothing is served without.
+    /// Address of the metrics and the page; without it, neither is served.
     pub listen: Option<SocketAddr>,
-    /// Names of this host besides its own and its addresses by which clients may ask for the page.
+    /// Additional names of this host that clients of the page may use, besides its own name and addresses.
     pub listen_names: Vec<String>,
-    /// File with the token that clients of the page must have; none is asked for without.
+    /// File with the token that clients of the page must send; without it, no token is required.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_file: Option<PathBuf>,
-    /// File with the certificate of the page; it is served without TLS if there is none.
+    /// File with the certificate of the page; without it, the page is served without TLS.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls_certificate: Option<PathBuf>,
-    /// File with the key of that.
+    /// File with the key of the certificate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub tls_key: Option<PathBuf>,
-    /// Time between two looks for sockets.
+    /// Time between two scans for sockets.
     pub scan: Millis,
     /// Time between two readings of the host.
     pub host: Millis,
@@ -75,9 +75,9 @@ pub struct AgentSection {
     pub trigger_stall: Millis,
     /// See `trigger_stall`.
     pub trigger_window: Millis,
-    /// What becomes of the balloons when the agent ends.
+    /// What happens to the balloons when the agent ends.
     pub on_stop: OnStop,
-    /// Decide and tell, and change nothing.
+    /// Decide and report, but change nothing.
     pub dry_run: bool,
 }
 
@@ -102,7 +102,7 @@ impl Default for AgentSection {
 }
 
 impl AgentSection {
-    /// The socket beside [`AgentSection::socket`] for those who only look: `agent.read.sock` beside `agent.sock`.
+    /// The read-only socket next to [`AgentSection::socket`]: `agent.read.sock` next to `agent.sock`.
     pub fn read_socket(&self) -> PathBuf {
         self.socket.with_extension("read.sock")
     }
@@ -113,18 +113,18 @@ const AGENT: &[Row<AgentSection>] = rows! { AgentSection:
     scan = Range::Time(100, 3_600_000);
     host = Range::Time(50, 60_000);
     trigger_stall = Range::Time(1, 10_000);
-    // What the kernel takes (`kernel/sched/psi.c`: WINDOW_MIN_US, WINDOW_MAX_US).
+    // The range that the kernel accepts (`kernel/sched/psi.c`: WINDOW_MIN_US, WINDOW_MAX_US).
     trigger_window = Range::Time(500, 10_000);
 };
 
-/// What becomes of the balloons when the agent ends.
+/// What happens to the balloons when the agent ends.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnStop {
-    /// They stay: a restart of the agent must not be felt.
+    /// They stay, so that a restart of the agent does not affect guests.
     #[default]
     Keep,
-    /// They are emptied: nobody looks after the guests any more.
+    /// They are emptied, because the guests are no longer managed.
     Restore,
 }
 
@@ -134,8 +134,8 @@ pub enum OnStop {
 pub struct DiscoverySection {
     /// Patterns of API sockets.
     pub sockets: Vec<String>,
-    /// Ask at every socket that matches. Otherwise one whose process is known and is no VMM is left alone: a back end
-    /// that serves a single connection would not survive a request.
+    /// Query every matching socket. Otherwise, a socket whose process is known not to be a VMM is skipped, because a
+    /// request would break a back end that serves a single connection.
     pub any_program: bool,
 }
 
@@ -148,7 +148,7 @@ impl Default for DiscoverySection {
     }
 }
 
-/// `[[vm]]`: which policy a VM gets.
+/// `[[vm]]`: assigns a policy to VMs.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VmRule {
@@ -159,8 +159,8 @@ pub struct VmRule {
 }
 
 impl AgentConfig {
-    /// The policy for a VM of this name: that of the first rule that matches, else the one called as the VM is, else
-    /// `default`.
+    /// The policy for a VM of this name: that of the first matching rule, otherwise the policy with the VM's name,
+    /// otherwise `default`.
     pub fn policy_name(&self, vm: &str) -> &str {
         let rule = self
             .vms
@@ -181,10 +181,10 @@ impl AgentConfig {
         self.planning.vm_policy(self.policy_name(vm), configured)
     }
 
-    /// Checks the settings against the machine that they are for.
+    /// Checks the settings against the machine.
     ///
     /// # Errors
-    /// Nothing of the machine would be left to hand out.
+    /// The reserve would leave no memory for VMs.
     pub fn check_machine(&self, total: Bytes) -> Result<(), LoadError> {
         let reserve = self.planning.reserve(total);
         if total > Bytes::ZERO && reserve >= total {
@@ -193,9 +193,9 @@ impl AgentConfig {
         Ok(())
     }
 
-    /// All settings as TOML, with what was left to the defaults.
+    /// All settings as TOML, including defaults.
     pub fn to_toml(&self) -> String {
-        // Every section is made of plain tables and texts, all of which TOML can hold.
+        // Every section consists of tables and strings, which TOML can represent.
         let table = |value: Result<toml::Table, toml::ser::Error>| value.unwrap_or_default();
         let mut all = table(toml::Table::try_from(&self.planning));
         let mut put =

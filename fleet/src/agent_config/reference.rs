@@ -1,4 +1,4 @@
-//! The reference of every numeric key: `docs/fleet-settings.md` is this text, which a test compares.
+//! Generates `docs/fleet-settings.md`, the reference of every numeric key. A test checks that the file is up to date.
 
 use std::fmt::Write as _;
 
@@ -28,7 +28,7 @@ pub fn reference() -> String {
     page
 }
 
-/// All keys with their defaults; `policy` stands before the keys of a policy.
+/// All keys with their defaults; `policy` is the prefix of a policy's keys.
 fn entries(policy: &str) -> Vec<Entry> {
     let mut all = ranges::entries("agent.", AGENT, &AgentSection::default());
     all.extend(ranges::config(&Config::default()));
@@ -37,7 +37,7 @@ fn entries(policy: &str) -> Vec<Entry> {
 }
 
 fn rows(page: &mut String, entries: &[Entry]) {
-    // The three pressures are one key.
+    // The three pressures form one key.
     for same in entries.chunk_by(|one, next| one.key == next.key) {
         let values: Vec<String> = same.iter().map(|entry| shown(entry.value)).collect();
         // Writing to a string cannot fail.
@@ -84,7 +84,7 @@ mod tests {
         );
     }
 
-    /// Keys of numbers, and of texts that are quantities, with the sections before them.
+    /// Keys of numbers and of quantities, prefixed with their sections.
     fn leaves(table: &toml::Table, section: &str, keys: &mut BTreeSet<String>) {
         for (key, value) in table {
             let path = format!("{section}{key}");
@@ -186,7 +186,7 @@ mod tests {
     #[test]
     fn zero_is_taken_exactly_where_the_range_says() {
         for Entry { key, range, .. } in entries("policy.default.") {
-            // The values of a list must rise as well.
+            // The values of the list must be ascending.
             if key == "thresholds.pressure" {
                 continue;
             }

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use super::VmRule;
 use crate::config::PolicyConfig;
 
-/// Why a rule has no effect.
+/// Reasons why a rule has no effect.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum RuleFault {
-    /// The pattern matches nothing at all.
+    /// The pattern is invalid.
     #[error("vm.name {name:?} is not a pattern: {reason}")]
     Pattern {
         /// The pattern.
@@ -16,14 +16,14 @@ pub enum RuleFault {
         /// The reason.
         reason: &'static str,
     },
-    /// A rule before it matches everything that it would.
+    /// An earlier rule matches everything that this one matches.
     #[error(
         "the rule for {name:?} never applies: the rule for {by:?} before it matches the same names"
     )]
     Shadowed {
         /// The rule's pattern.
         name: String,
-        /// The pattern of the rule before it.
+        /// The pattern of the earlier rule.
         by: String,
     },
     /// The policy does not exist.
@@ -50,7 +50,7 @@ pub(super) fn check(
             return Err(fault("it is empty"));
         }
         let pattern = glob::Pattern::new(name).map_err(|error| fault(error.msg))?;
-        // A name without wildcards is matched as what it is; of two patterns only equal ones and `*` are compared.
+        // A name without wildcards is matched literally. Of two patterns, only equality and `*` are checked.
         let plain = glob::Pattern::escape(name) == *name;
         let shadow = before
             .iter()

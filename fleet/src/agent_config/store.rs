@@ -1,4 +1,4 @@
-//! `[store]`: what the hosts of a fleet share.
+//! `[store]`: the store that the hosts of a fleet share.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,16 +13,16 @@ use crate::config::Millis;
 use crate::secret_file::warn_if_exposed;
 use crate::store::{Endpoint, EndpointError, EtcdStore, Login};
 
-/// The shortest lease: three rounds of keeping alive, each with time for a slow member, must fit into it.
+/// Minimum lease: it must allow for three keep-alive rounds, each with time for a slow member.
 const LEASE_MIN: Millis = Millis::seconds(3);
-/// The longest: so long a dead host would keep its promises.
+/// Maximum lease: a dead host's reservations last this long.
 const LEASE_MAX: Millis = Millis::seconds(600);
 
-/// `[store]`. Read at start; a reload leaves it as it was.
+/// `[store]`. Read at the start; a reload does not change it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StoreSection {
-    /// Members of the etcd cluster, `http://host:port` or `https://host:port`; none: this host is for itself.
+    /// Members of the etcd cluster, `http://host:port` or `https://host:port`; if empty, this host is standalone.
     pub endpoints: Vec<String>,
     /// File with the certificates that sign the members'; `https` needs it.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -30,23 +30,23 @@ pub struct StoreSection {
     /// File with the certificate that this host shows to the members.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub certificate: Option<PathBuf>,
-    /// File with the key of that.
+    /// File with the key of the certificate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub key: Option<PathBuf>,
-    /// User of etcd that this host is; nobody is logged in without.
+    /// The etcd user of this host; without it, the host does not log in.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
-    /// File with the password of that.
+    /// File with the user's password.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub password_file: Option<PathBuf>,
-    /// Before all keys; fleets that share a cluster have different ones.
+    /// Prefix of all keys; fleets that share a cluster need different ones.
     pub prefix: String,
-    /// Name of this host in the fleet; that of the machine when absent.
+    /// Name of this host in the fleet; by default that of the machine.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
-    /// For so long a host that is not heard of is still believed to be there.
+    /// Time for which a host without contact counts as available.
     pub lease: Millis,
-    /// The longest a call to the store may take.
+    /// Time limit of a call to the store.
     pub deadline: Millis,
 }
 
@@ -67,45 +67,45 @@ impl Default for StoreSection {
     }
 }
 
-/// What is wrong with `[store]`.
+/// Errors in `[store]`.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum StoreFault {
-    /// A member.
+    /// A member's endpoint is invalid.
     #[error("store.endpoints is wrong")]
     Endpoint(#[source] EndpointError),
-    /// Nobody says whom to believe.
+    /// `https` without a file of CA certificates.
     #[error("store.ca_file is needed for https")]
     NoCa,
-    /// One of the two files of a certificate.
+    /// Only one of the two files of a certificate is set.
     #[error("store.certificate and store.key are needed together")]
     HalfOfCertificate,
-    /// One of the two parts of a login.
+    /// Only one of the two parts of a login is set.
     #[error("store.user and store.password_file are needed together")]
     HalfOfLogin,
-    /// Everybody on the network could read the password.
+    /// A login without TLS would expose the password on the network.
     #[error("store.user needs https: a password would be sent in the clear")]
     PlainLogin,
-    /// A file without what it should hold.
+    /// A file lacks the expected content.
     #[error("{} holds no {what}", path.display())]
     File {
-        /// Which.
+        /// Its path.
         path: PathBuf,
-        /// What it should hold.
+        /// The expected content.
         what: &'static str,
     },
-    /// The host's name or the prefix.
+    /// The host's name or the prefix is invalid.
     #[error("store.host or store.prefix is wrong")]
     Name(#[source] NameError),
-    /// The lease.
+    /// The lease is out of range.
     #[error("store.lease must lie between {LEASE_MIN} and {LEASE_MAX}")]
     Lease,
-    /// The deadline.
+    /// The deadline is out of range.
     #[error("store.deadline must not be zero, nor longer than store.lease")]
     Deadline,
 }
 
 impl StoreSection {
-    /// The shortest and the longest lease.
+    /// Minimum and maximum lease.
     pub(super) const LEASE: (Millis, Millis) = (LEASE_MIN, LEASE_MAX);
 
     /// Whether there is a store.
@@ -116,7 +116,7 @@ impl StoreSection {
     /// Checks everything.
     ///
     /// # Errors
-    /// The first thing that is wrong.
+    /// The first error found.
     pub fn check(&self) -> Result<(), StoreFault> {
         let endpoints = self.endpoints()?;
         if endpoints.iter().any(Endpoint::has_tls) && self.ca_file.is_none() {
@@ -147,15 +147,15 @@ impl StoreSection {
     /// The keys.
     ///
     /// # Errors
-    /// The prefix is none.
+    /// The prefix is invalid.
     pub fn keys(&self) -> Result<Keys, StoreFault> {
         Keys::new(&self.prefix).map_err(StoreFault::Name)
     }
 
-    /// A client of the store. `member` is the one that it asks first, counted round.
+    /// A client of the store. `member` is the index of the member that it tries first, modulo their number.
     ///
     /// # Errors
-    /// An endpoint is none, or a file is not what it should be.
+    /// An endpoint or a file is invalid.
     pub fn connect(&self, member: usize) -> Result<Arc<EtcdStore>, StoreFault> {
         let login = self.user.clone().zip(self.password_file.clone());
         let login = login.map(|(user, password_file)| Login {
@@ -166,7 +166,7 @@ impl StoreSection {
         Ok(Arc::new(store))
     }
 
-    /// Whom to believe and what to show.
+    /// The trusted CAs and the client certificate.
     fn tls(&self) -> Result<TlsConfig, StoreFault> {
         let mut tls = TlsConfig::builder()
             .unversioned_rustls_crypto_provider(Arc::new(rustls::crypto::ring::default_provider()));

@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! Files and drop-ins.
+//! Tests files and drop-ins.
 
 use std::fs;
 

@@ -1,4 +1,4 @@
-//! A host's part: to be a member, to publish what can be reserved, and to respond to requests.
+//! A host as a member of the fleet: publishes the memory that can be reserved, and responds to requests.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -15,14 +15,14 @@ use crate::model::Bytes;
 use crate::placement::{HostCapacity, MovableVm};
 use crate::store::{Committed, LeaseId, Revision, Store, StoreError, Txn, Write};
 
-/// Maximum number of restarts of a round because of a concurrent change. Each time a placer added or removed a line, so
-/// it ends; another round a second later suffices.
+/// Maximum number of restarts of a round because of a concurrent change. A placer added or removed a line each time, so
+/// restarts are rare; the next round follows a second later.
 const TRIES: usize = 16;
 /// How long a refusal stays readable.
 const REFUSED_STAYS: Duration = Duration::from_secs(10);
 /// Maximum interval between two writes of a record.
 const REWRITE: Duration = Duration::from_secs(10);
-/// Free memory that has changed by this part of the usable is published at once.
+/// A change of free memory by this fraction of the usable memory is published at once.
 const TELL_PART: f64 = 0.02;
 
 /// The store's data about reservations on this host.
@@ -42,7 +42,7 @@ pub struct HostReport {
     pub ready: bool,
     /// Age of its figures, ms.
     pub facts_age_ms: u64,
-    /// What it can promise, with everything in `held` counted.
+    /// The memory that it can reserve, after subtracting everything in `held`.
     pub headroom: HostHeadroom,
     /// Its VMs.
     pub vms: Vec<MovableVm>,
@@ -61,7 +61,7 @@ pub struct HeldReservation {
     pub vm: String,
     /// Memory of the VM.
     pub max: Bytes,
-    /// Memory that is promised.
+    /// Memory that is reserved.
     pub promise: Bytes,
     /// Whether the VM is being started.
     pub starting: bool,
@@ -79,7 +79,7 @@ pub enum MemberError {
     /// The control loop does not respond. Without it the host is not available, and its lease may end.
     #[error("the control loop did not respond")]
     Silent,
-    /// Its figures are old. They do not show that the host is available.
+    /// Its figures are too old to show that the host is available.
     #[error("the host's figures are {0} ms old")]
     Stale(u64),
     /// Concurrent changes prevented every attempt.
@@ -94,18 +94,18 @@ pub struct Round {
     pub registered: bool,
     /// Lines in its book.
     pub lines: usize,
-    /// The store's history is known up to here.
+    /// The latest known revision of the store.
     pub revision: Revision,
 }
 
-/// How often something happened.
+/// Event counters.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemberCounts {
-    /// Leases that were had.
+    /// Leases obtained.
     pub leases: u64,
-    /// Leases that were over before their time.
+    /// Leases that ended early.
     pub leases_lost: u64,
-    /// Rounds begun anew because the book had changed.
+    /// Rounds restarted because the book had changed.
     pub conflicts: u64,
 }
 
@@ -136,8 +136,8 @@ pub struct Member {
 }
 
 impl Member {
-    /// A host under this name. `instance` tells it from another machine of the name; `lasts` is the lease, `call` the
-    /// longest call to the store.
+    /// A host under this name. `instance` distinguishes it from another machine with the name; `lasts` is the lease,
+    /// `call` the time limit of a call to the store.
     pub fn new(
         keys: Keys,
         (host, instance): (String, String),
@@ -159,12 +159,12 @@ impl Member {
         }
     }
 
-    /// How often something happened.
+    /// Event counters.
     pub fn counts(&self) -> MemberCounts {
         self.counts
     }
 
-    /// Below it: what this host waits for.
+    /// The prefix of the keys that this host watches.
     pub fn watched(&self) -> String {
         self.keys.host(&self.host)
     }
@@ -221,7 +221,7 @@ impl Member {
                 return Err(MemberError::NameTaken(self.host.clone()));
             }
             let account = ask(store_view(&found)).ok_or(MemberError::Silent)?;
-            // One that is there already stays there when a new VM has to be learned of.
+            // A host that is already registered stays registered while it learns about a new VM.
             if !account.ready && self.lease.is_none() {
                 return Ok(Round {
                     revision,
@@ -231,7 +231,7 @@ impl Member {
             if Duration::from_millis(account.facts_age_ms) > self.facts_age_max {
                 return Err(MemberError::Stale(account.facts_age_ms));
             }
-            // Only now: a host that does not respond must not keep its lease.
+            // Renewed only now, because a host that does not respond must not keep its lease.
             let Some(lease) = self.keep(store)? else {
                 continue;
             };
@@ -256,7 +256,7 @@ impl Member {
     /// Releases everything and leaves.
     ///
     /// # Errors
-    /// It is released when the lease ends.
+    /// The data could not be removed, and is removed when the lease ends.
     pub fn leave(&mut self, store: &dyn Store) -> Result<(), StoreError> {
         self.forget();
         match self.lease.take() {
@@ -270,7 +270,7 @@ impl Member {
         self.written = None;
     }
 
-    /// A lease that is alive; `None` when the one there was is over, with everything that was tied to it.
+    /// A valid lease; `None` if the previous one has ended, together with everything tied to it.
     fn keep(&mut self, store: &dyn Store) -> Result<Option<LeaseId>, StoreError> {
         let until = Instant::now() + self.call;
         let Some(lease) = self.lease else {
@@ -310,7 +310,7 @@ impl Member {
         let mut left: Vec<&HeldReservation> = account.held.iter().collect();
         let mut entries = Vec::new();
         for entry in found.book.iter().flat_map(|book| &book.entries) {
-            // A line that only has the id of a promise is not answered with it.
+            // A line that has only the id of a reservation in common does not receive it.
             let same = |held: &&HeldReservation| {
                 held.id == entry.id && held.vm == entry.vm && held.max == entry.max
             };
@@ -325,9 +325,9 @@ impl Member {
                     }
                     Answer::Refused(why.clone())
                 }
-                // Added while the host was responding: next time.
+                // The line was added while the host was responding; the next round handles it.
                 (None, None, Answer::Asked) => Answer::Asked,
-                // No longer held: its VM runs, or it was given back.
+                // No longer held: its VM runs, or it was released.
                 (None, None, Answer::Confirmed | Answer::Starting) => continue,
             };
             entries.push(RemoteReservation {
@@ -335,8 +335,8 @@ impl Member {
                 ..entry.clone()
             });
         }
-        // Lines that are not there any more: the lease was over and took the book with it, or a VM is being started
-        // whose promise was taken back too late. The host keeps its word all the same.
+        // Lines that no longer exist, because the book was removed with the lease, or because a reservation was
+        // withdrawn after the start of its VM had begun. The host honours these reservations nevertheless.
         entries.extend(left.into_iter().map(line_of));
         self.refused_at
             .retain(|id, _| entries.iter().any(|entry| entry.id == *id));

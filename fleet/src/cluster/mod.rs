@@ -12,10 +12,11 @@
 //! decides again by its current data, records the reservation like a local one, and writes its response into the line.
 //! Only its acceptance is a reservation. So no memory is reserved twice, for two reasons, each sufficient alone:
 //!
-//! - A line is added only to the very picture it was decided on. What the record has not taken into account yet is
-//!   in the book, and both are counted. Of two placers that chose on the same picture one fails and reads again.
-//! - One thread of the host's agent says yes, with the ledger of that moment, and a yes is on the host's disk before it is
-//!   in the store.
+//! - A line is added only if the picture on which the placer decided is unchanged. Requests that the record does not
+//!   reflect yet are in the book, and placers count both. If two placers chose from the same picture, one of them fails
+//!   and reads again.
+//! - Only one thread of the host's agent accepts requests, based on the current ledger, and an acceptance is on the
+//!   host's disk before it is in the store.
 //!
 //! No memory stays reserved without a user: record and book end with the host's lease. The host releases a line whose
 //! VM does not start after `admission.reservation`. A placer that gives up removes its line; a placer that died is

@@ -75,11 +75,10 @@ struct SchemaOnly {
 }
 
 impl FleetPicture {
-    /// Reads it.
+    /// Reads the picture.
     ///
     /// # Errors
-    /// The store does not respond. A value that is not understood is no error: it only excludes that host as a
-    /// candidate.
+    /// The store does not respond. An invalid value is not an error: it only excludes that host as a candidate.
     pub fn read(store: &dyn Store, keys: &Keys, until: Instant) -> Result<Self, StoreError> {
         Self::read_below(store, keys, &keys.hosts(), until)
     }
@@ -126,10 +125,10 @@ impl FleetPicture {
         })
     }
 
-    /// The VMs of all hosts that are there.
+    /// The VMs of all available hosts.
     ///
     /// # Errors
-    /// The store does not answer.
+    /// The store does not respond.
     pub fn vms(
         store: &dyn Store,
         keys: &Keys,
@@ -166,7 +165,7 @@ fn hosts_of(listing: &Listing, prefix: &str) -> Vec<FleetHost> {
                 if schema == HostCapacity::SCHEMA {
                     host.record = logged(read(&pair.key, &pair.value));
                 }
-                // One that claims our form and does not have it is of no form at all.
+                // A record that has our schema number but does not parse counts as invalid.
                 let kept = schema != HostCapacity::SCHEMA || host.record.is_some();
                 host.schema = Some(if kept { schema } else { 0 });
             }

@@ -20,9 +20,9 @@ use crate::store::{Committed, Revision, Store, StoreError, Txn, Write};
 
 /// Maximum time for a host's response before another one is tried.
 const ANSWER: Duration = Duration::from_secs(5);
-/// Time that is kept to remove a line.
+/// Time reserved to remove a line.
 const WITHDRAW: Duration = Duration::from_secs(2);
-/// Interval between two tries while the store does not respond.
+/// Interval between two attempts while the store does not respond.
 const PAUSE: Duration = Duration::from_millis(100);
 /// A hint of a change may be lost; this is the maximum interval between two checks.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
@@ -32,9 +32,9 @@ const LOOK_AGAIN: Duration = Duration::from_millis(500);
 pub struct Wanted {
     /// Its name.
     pub vm: String,
-    /// What it needs.
+    /// The memory that it needs.
     pub request: Request,
-    /// Who asks, for people.
+    /// The user who places it, for display.
     pub placer: String,
 }
 
@@ -47,7 +47,7 @@ pub struct Placed {
     pub id: String,
     /// Name of the VM.
     pub vm: String,
-    /// Memory that is promised.
+    /// Memory that is reserved.
     pub promised: Bytes,
 }
 
@@ -87,16 +87,16 @@ pub enum PlaceError {
     /// It was refused.
     #[error("{0}")]
     Refused(PlaceRefusal),
-    /// The time is over, and there is no valid reservation.
+    /// The deadline passed, and there is no valid reservation.
     #[error("No host responded in time")]
     Late,
-    /// The time is over, and it is unknown whether there is a reservation. If there is one, it is released
+    /// The deadline passed, and it is unknown whether there is a reservation. If there is one, it is released
     /// automatically.
     #[error("Host {host} did not confirm in time; it may hold reservation {id}")]
     Unanswered {
         /// The host.
         host: String,
-        /// The promise.
+        /// Id of the reservation.
         id: String,
     },
     /// There is no such line.
@@ -120,13 +120,13 @@ pub struct Placer<'a> {
     store: &'a dyn Store,
     keys: Keys,
     config: Config,
-    /// How long one call to the store may take.
+    /// Time limit of a call to the store.
     call: Duration,
     random: Mutex<SplitMix64>,
 }
 
 impl<'a> Placer<'a> {
-    /// A placer. `seed` must differ from placer to placer: ids and choices come from it.
+    /// A placer. `seed` must differ between placers, because ids and choices are derived from it.
     pub fn new(
         store: &'a dyn Store,
         keys: Keys,
@@ -159,17 +159,17 @@ impl<'a> Placer<'a> {
         FleetPicture::read(self.store, &self.keys, self.by(until))
     }
 
-    /// The host on which a VM would be placed now, without asking it.
+    /// The host on which a VM would be placed now. The host itself is not queried.
     ///
     /// # Errors
-    /// No host takes it.
+    /// No host fits.
     pub fn choose<'p>(
         &self,
         request: &Request,
         picture: &'p FleetPicture,
         said: &BTreeMap<String, String>,
     ) -> Result<&'p FleetHost, PlaceRefusal> {
-        // Ages are told by the hosts themselves, so any moment later than all of them serves as now.
+        // Hosts publish the age of their figures, so any time later than all of them works as the current time.
         let now_ms = u64::from(u32::MAX);
         let there: Vec<&FleetHost> = picture
             .hosts
@@ -194,7 +194,8 @@ impl<'a> Placer<'a> {
     pub fn reserve(&self, wanted: &Wanted, until: Instant) -> Result<Placed, PlaceError> {
         let mut said = BTreeMap::new();
         let mut id = self.new_id();
-        // Where a line may still appear, because nobody knows what became of it, and what it was to be added to.
+        // The host on which a line may still appear, because the result of adding it is unknown, and the revisions that
+        // the line depends on.
         let mut doubt: Option<(String, Revision, Revision)> = None;
         loop {
             let picture = match self.picture(until) {
@@ -219,7 +220,7 @@ impl<'a> Placer<'a> {
                 return Err(late(doubt.as_ref(), &id));
             }
             let host = match self.still_in_doubt(doubt.as_ref(), &picture) {
-                // The same change once more: whichever of the two arrives first, the other one fails.
+                // Repeats the same change: whichever attempt arrives first, the other one fails.
                 Some(host) => host,
                 None => self
                     .choose(&wanted.request, &picture, &said)
@@ -281,8 +282,8 @@ impl<'a> Placer<'a> {
         })
     }
 
-    /// Adds a line to the book of a host, if nothing of the picture has changed. Success means that it was tried: whether the
-    /// line is there is seen by reading again.
+    /// Adds a line to the book of a host, if nothing of the picture has changed. Success only means that the change was
+    /// attempted; reading again shows whether the line exists.
     fn add_line(
         &self,
         host: &FleetHost,
@@ -291,7 +292,7 @@ impl<'a> Placer<'a> {
     ) -> Result<(), StoreError> {
         let mut book = host.book.clone().unwrap_or_default();
         if book.entries.len() >= RemoteReservations::ENTRIES_MAX {
-            // The host will soon have answered some of them.
+            // The host will soon respond to some of them.
             std::thread::sleep(PAUSE);
             return Ok(());
         }
@@ -317,7 +318,7 @@ impl<'a> Placer<'a> {
         }
     }
 
-    /// Waits for the host's answer. A host that does not answer loses the line again.
+    /// Waits for the host's response. If there is none, the line is removed.
     fn await_answer(&self, host: &str, id: &str, until: Instant) -> Result<Line, PlaceError> {
         let patience = (Instant::now() + ANSWER).min(until.checked_sub(WITHDRAW).unwrap_or(until));
         loop {
@@ -331,7 +332,7 @@ impl<'a> Placer<'a> {
                         return self.take_out(host, id, until);
                     }
                     let look = patience.min(Instant::now() + LOOK_AGAIN);
-                    // A hint; without one it is looked again a little later.
+                    // Only a hint; without one, the store is read again a little later.
                     if self
                         .store
                         .await_change(&self.keys.host(host), revision, look)
@@ -346,9 +347,9 @@ impl<'a> Placer<'a> {
         }
     }
 
-    /// Takes a line out that was not answered. What the host has answered by then counts.
+    /// Removes a line without a response. If the host has responded by then, its response counts.
     fn take_out(&self, host: &str, id: &str, until: Instant) -> Result<Line, PlaceError> {
-        // It has its own time: giving back must not fail because finding a place took all of it.
+        // The removal has its own time limit, so that it does not fail because the search used all of the time.
         let until = until.max(Instant::now() + WITHDRAW);
         loop {
             let read = FleetPicture::read_host(self.store, &self.keys, host, self.by(until));
@@ -359,7 +360,7 @@ impl<'a> Placer<'a> {
                         line => line,
                     });
                 }
-                // Whatever becomes of it is seen by reading again.
+                // The result is ignored, because reading again shows it.
                 let _ = self.remove_line(&found, id, until);
             }
             if Instant::now() >= until {
@@ -378,10 +379,10 @@ impl<'a> Placer<'a> {
         self.store.commit(&txn, self.by(until)).map(drop)
     }
 
-    /// Gives a promise back whose VM was not started.
+    /// Releases a reservation whose VM was not started.
     ///
     /// # Errors
-    /// There is none, its VM is being started, or the store does not answer.
+    /// There is no such reservation, its VM is being started, or the store does not respond.
     pub fn release(&self, id: &str, until: Instant) -> Result<RemoteReservation, PlaceError> {
         let mut found: Option<RemoteReservation> = None;
         loop {
@@ -407,7 +408,7 @@ impl<'a> Placer<'a> {
         }
     }
 
-    /// Marks a host so that nothing new goes there, or takes the mark away.
+    /// Sets or removes the mark that keeps new VMs from a host.
     ///
     /// # Errors
     /// The store does not answer.
@@ -430,7 +431,7 @@ impl<'a> Placer<'a> {
             expect: Vec::new(),
             writes: vec![change],
         };
-        // Doing it twice is doing it once, so a change whose fate is unknown is simply made again.
+        // The change is idempotent, so it is repeated if its result is unknown.
         loop {
             match self.store.commit(&txn, self.by(until)) {
                 Ok(_) => return Ok(()),
@@ -444,7 +445,7 @@ impl<'a> Placer<'a> {
     }
 }
 
-/// What a host says to a line; `None`: nothing yet.
+/// A host's response to a line; `None` if there is none yet.
 fn answer_of(host: &FleetHost, id: &str) -> Option<Line> {
     let Some(entry) = host.book.as_ref().and_then(|book| book.find(id)) else {
         return Some(Line::Gone);

@@ -8,10 +8,10 @@ use crate::admission::{HostHeadroom, Request};
 use crate::model::Bytes;
 use crate::placement::MovableVm;
 
-/// Longest name of a host; DNS allows no longer one.
+/// Maximum length of a host's name, the same as DNS's limit.
 const NAME_BYTES_MAX: usize = 253;
 
-/// Why a name cannot be part of a key.
+/// Reasons why a name cannot be part of a key.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum NameError {
     /// The name of a host.
@@ -22,13 +22,13 @@ pub enum NameError {
     Prefix(String),
 }
 
-/// Why a value in the store is not understood.
+/// The reason why a value in the store is invalid.
 #[derive(Debug, Error)]
 #[error("cannot parse {key} in the store")]
 pub struct RecordError {
     /// The key.
     pub key: String,
-    /// What the parser said.
+    /// The parser's error.
     #[source]
     pub source: serde_json::Error,
 }
@@ -43,7 +43,7 @@ impl Keys {
     /// All keys below `prefix`.
     ///
     /// # Errors
-    /// It is no prefix.
+    /// The prefix is invalid.
     pub fn new(prefix: &str) -> Result<Self, NameError> {
         let good = prefix.len() > 1 && prefix.starts_with('/') && !prefix.ends_with('/');
         if !good || prefix.chars().any(char::is_control) {
@@ -57,7 +57,7 @@ impl Keys {
     /// Whether a host may have this name.
     ///
     /// # Errors
-    /// It may not.
+    /// The name is invalid.
     pub fn check_host(host: &str) -> Result<(), NameError> {
         let good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
         if host.is_empty() || host.len() > NAME_BYTES_MAX || !host.chars().all(good) {
@@ -66,12 +66,12 @@ impl Keys {
         Ok(())
     }
 
-    /// Below it: what placing needs of all hosts.
+    /// Prefix of the keys of all hosts that placement needs.
     pub fn hosts(&self) -> String {
         format!("{}/hosts/", self.prefix)
     }
 
-    /// Below it: what placing needs of one host.
+    /// Prefix of the keys of one host that placement needs.
     pub fn host(&self, host: &str) -> String {
         format!("{}/hosts/{host}/", self.prefix)
     }
@@ -91,7 +91,7 @@ impl Keys {
         format!("{}/hosts/{host}/drain", self.prefix)
     }
 
-    /// Below it: the VMs of all hosts.
+    /// Prefix of the VMs of all hosts.
     pub fn all_vms(&self) -> String {
         format!("{}/vms/", self.prefix)
     }
@@ -102,27 +102,27 @@ impl Keys {
     }
 }
 
-/// What a host says of itself.
+/// A host's published data.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct HostRecord {
-    /// [`crate::placement::HostCapacity::SCHEMA`]; placers leave hosts of other forms alone.
+    /// [`crate::placement::HostCapacity::SCHEMA`]; placers ignore hosts with other schemas.
     pub schema: u32,
-    /// Tells two machines of the same name apart.
+    /// Distinguishes two machines with the same name.
     pub instance: String,
     /// Version of the agent.
     pub version: String,
     /// Counts the records of this instance.
     pub generation: u64,
-    /// Age of the figures when they were written, ms. The lease says that they are not much older than that.
+    /// Age of the figures when they were written, ms. The lease guarantees that they are not much older now.
     pub facts_age_ms: u64,
-    /// What admission needs to know. Every reservation of the same write that has been answered is counted.
+    /// The data for admission. It includes every reservation with a response in the same write.
     #[serde(rename = "books")]
     pub headroom: HostHeadroom,
-    /// How many VMs there are.
+    /// Number of VMs.
     pub vms: usize,
 }
 
-/// The promises asked of a host from afar.
+/// The remote requests for reservations on a host.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RemoteReservations {
     /// Oldest first.
@@ -130,7 +130,8 @@ pub struct RemoteReservations {
 }
 
 impl RemoteReservations {
-    /// Most lines; more would be a client gone wild, and the value must stay far below the store's largest.
+    /// Maximum number of lines. More would be caused by a faulty client, and the value must stay far below the store's
+    /// size limit.
     pub const ENTRIES_MAX: usize = 256;
 
     /// The line with this id.
@@ -139,27 +140,27 @@ impl RemoteReservations {
     }
 }
 
-/// One promise asked for.
+/// One requested reservation.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RemoteReservation {
     /// Its id; that of the host's reservation as well.
     pub id: String,
     /// Name of the VM.
     pub vm: String,
-    /// Memory it is guaranteed.
+    /// Its guaranteed memory.
     pub min: Bytes,
     /// Memory of the VM.
     pub max: Bytes,
-    /// Memory to be promised.
+    /// Memory to be reserved.
     pub promise: Bytes,
-    /// Who asked, for people.
+    /// The user who requested it, for display.
     pub placer: String,
-    /// What the host says to it.
+    /// The host's response.
     pub answer: Answer,
 }
 
 impl RemoteReservation {
-    /// What is asked for.
+    /// The request for admission.
     pub fn request(&self) -> Request {
         Request {
             min: self.min,
@@ -168,18 +169,18 @@ impl RemoteReservation {
     }
 }
 
-/// What a host says to a promise that was asked for.
+/// A host's response to a request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, strum::IntoStaticStr)]
 #[serde(rename_all = "lowercase", tag = "is", content = "because")]
 #[strum(serialize_all = "lowercase")]
 pub enum Answer {
-    /// Nothing yet.
+    /// No response yet.
     Asked,
-    /// It is promised.
+    /// The memory is reserved.
     Confirmed,
-    /// It is promised, and the VM is being started.
+    /// The memory is reserved, and the VM is being started.
     Starting,
-    /// No, and why.
+    /// Refused, with the reason.
     Refused(String),
 }
 
@@ -190,10 +191,10 @@ impl Answer {
     }
 }
 
-/// Nothing new may go to the host.
+/// Marks a host that accepts no new VMs.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DrainMark {
-    /// Who set it, for people.
+    /// The user who set it, for display.
     pub by: String,
     /// When, ms since the Unix epoch.
     pub unix_ms: u64,

@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! Hosts and placers around a store in memory that fails the ways clusters fail.
+//! Tests hosts and placers with a store in memory that simulates the failures of clusters.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -16,7 +16,7 @@ const LEASE: Duration = Duration::from_secs(10);
 const CALL: Duration = Duration::from_secs(2);
 const SIZE: Bytes = Bytes::gib(1);
 
-/// Machines that run tests are shared.
+/// A generous deadline, because test machines are shared.
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(60)
 }
@@ -25,7 +25,7 @@ fn keys() -> Keys {
     Keys::new("/fleet").unwrap()
 }
 
-/// A host with so many places for VMs of [`SIZE`].
+/// A host with `places` for VMs of [`SIZE`].
 struct Host {
     member: Member,
     places: u64,
@@ -98,7 +98,7 @@ fn member(name: &str, instance: &str) -> Member {
 
 fn headroom(places: u64, held: u64) -> HostHeadroom {
     let usable = Bytes::gib(100);
-    // Admission keeps a tenth.
+    // Admission keeps a tenth free.
     let firm_free = Bytes::gib(10 + places - held);
     HostHeadroom {
         ledger: Ledger {
@@ -127,7 +127,7 @@ fn wanted(vm: &str) -> Wanted {
     }
 }
 
-/// Runs the hosts' rounds until `done`, while `others` run; gives the hosts back.
+/// Runs the hosts' rounds until `done`, while `others` run; returns the hosts.
 fn with_hosts<T>(
     store: &MemoryStore,
     hosts: Vec<Host>,
@@ -261,7 +261,7 @@ fn lease_that_ends_takes_the_host_and_a_return_brings_its_promises() {
         matches!(refused, Err(PlaceError::Refused(_))),
         "{refused:?}"
     );
-    // Not known to the host yet: it is told so, and comes back by itself.
+    // The host does not know the reservation yet. It reads it again later.
     hosts[0].member.kept = None;
     assert!(hosts[0].round(&store).unwrap().registered);
     assert_eq!(hosts[0].member.counts().leases_lost, 1);
@@ -273,7 +273,7 @@ fn lease_that_ends_takes_the_host_and_a_return_brings_its_promises() {
 fn host_that_does_not_answer_loses_the_line_and_the_next_one_gets_it() {
     let store = MemoryStore::default();
     let mut hosts = start(&store, &[9, 2]);
-    // The emptier one is asked first, and nobody is there to answer.
+    // The emptier host is tried first, and does not respond.
     let deaf = hosts.remove(0);
     let (hosts, placed) = with_hosts(&store, hosts, || {
         let until = Instant::now() + Duration::from_secs(30);
@@ -318,7 +318,7 @@ fn promise_of_a_vm_that_is_being_started_is_not_taken_back() {
         matches!(released, Err(PlaceError::Starting(_))),
         "{released:?}"
     );
-    // And when its VM runs the line goes by itself.
+    // When its VM runs, the line is removed automatically.
     hosts[0].held.clear();
     hosts[0].round(&store).unwrap();
     let picture = placer(&store, 3).picture(soon()).unwrap();
@@ -336,7 +336,7 @@ fn change_whose_fate_is_unknown_is_made_once() {
             let placing = scope.spawn(|| placer(&store, 1).reserve(&wanted("v"), until));
             let mut hosts = hosts;
             while !placing.is_finished() {
-                // The placer's change comes first: the host writes only when there is a line.
+                // The placer's change comes first, because the host writes only if there is a line.
                 let picture = placer(&store, 9).picture(soon()).unwrap();
                 let book = picture.hosts[0].book.clone().unwrap();
                 if !book.entries.is_empty() {

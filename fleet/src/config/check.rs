@@ -5,57 +5,57 @@ use api::PolicyError;
 use super::{Config, Thresholds, ranges};
 use crate::model::HostState;
 
-/// A contradiction, with the keys it is in.
+/// A contradiction between keys.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConfigFault {
-    /// A state would be left before it is entered.
+    /// The `leave` value of a state is not above its `enter` value.
     #[error("thresholds.{0}: leave must be above enter")]
     BandReversed(HostState),
     /// A worse state begins at more free memory than a better one.
     #[error("thresholds.{0}: must be below the values of the preceding state")]
     BandOrder(HostState),
-    /// Pressures must rise.
+    /// The pressures are not ascending.
     #[error("thresholds.pressure: the three values must increase")]
     PressureOrder,
-    /// A value is invalid, whatever the others are.
+    /// A value is out of range.
     #[error("{key} must be {range}")]
     Range {
-        /// Which.
+        /// The key.
         key: String,
-        /// What it may be.
+        /// The valid range.
         range: String,
     },
-    /// The VM could be driven to more than it may have.
+    /// A policy's minimum exceeds its maximum.
     #[error("policy.{0}: max must not be below min or floor")]
     PolicyOrder(String),
-    /// The VMM refuses such a policy, so guests would never follow it.
+    /// The VMM rejects this reporting policy, so guests would never follow it.
     #[error("reporting.{policy}: {low} must not be above {high}")]
     ReportingOrder {
-        /// Which policy.
+        /// The policy.
         policy: &'static str,
         /// The setting that is above the other.
         low: &'static str,
         /// The other one.
         high: &'static str,
     },
-    /// Giving and taking would chase each other.
+    /// Giving and taking would alternate forever.
     #[error("control.give_above must lie between thresholds.orange.leave and control.relax_above")]
     GiveOrder,
-    /// Idle guests would be given what is then taken from them.
+    /// Idle guests would receive memory that is then taken from them.
     #[error("control.relax_above must lie above thresholds.yellow.leave")]
     RelaxOrder,
-    /// A guest would be left with less than makes it suffer.
+    /// A guest would keep less memory than the threshold of suffering.
     #[error("control.suffer must be smaller than control.keep, and suffer_min than keep_min")]
     KeepOrder,
-    /// The kernel refuses such a trigger.
+    /// The kernel rejects the trigger.
     #[error("agent.trigger_stall must be shorter than agent.trigger_window")]
     TriggerOrder,
-    /// The loop would be slower than its samples are allowed to be old.
+    /// The interval between samples exceeds the maximum age of a sample.
     #[error("control.sample must be shorter than control.sample_age_max")]
     SampleAge,
 }
 
-/// Everything that is wrong.
+/// All contradictions.
 pub(super) fn faults(config: &Config) -> Vec<ConfigFault> {
     let mut faults = Vec::new();
     bands(&config.thresholds, &mut faults);

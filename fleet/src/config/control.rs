@@ -15,57 +15,58 @@ pub struct ControlConfig {
     pub sample: Millis,
     /// A sample that takes longer is a miss.
     pub sample_deadline: Millis,
-    /// A sample older than this is no basis for taking.
+    /// Maximum age of a sample for taking memory.
     pub sample_age_max: Millis,
-    /// Misses in a row after which nothing more is taken from a VM.
+    /// Number of consecutive misses after which nothing more is taken from a VM.
     pub misses_max: u32,
-    /// Good samples a VM needs before anything is taken from it.
+    /// Number of good samples required before memory is taken from a VM.
     pub samples_min: u32,
     /// Differences below this, or below `dead_band_part` of the VM if that is more, are not acted on.
     pub dead_band: Bytes,
     /// See `dead_band`.
     pub dead_band_part: Fraction,
-    /// Most that is taken from a VM in one plan while the host is yellow; orange takes double, red four times as much.
+    /// Maximum memory taken from a VM in one plan while the host is yellow; double while orange, four times while red.
     pub step: Bytes,
-    /// And not more than this part of its configured size.
+    /// The same limit as a fraction of its configured size.
     pub step_part: Fraction,
-    /// Available memory a guest keeps, as a part of what it has.
+    /// Available memory that a guest keeps, as a fraction of its memory.
     pub keep: Fraction,
-    /// And at least so much.
+    /// Minimum of `keep`.
     pub keep_min: Bytes,
-    /// A guest with less available than this part of what it has is suffering.
+    /// A guest whose available memory is below this fraction of its memory is suffering.
     pub suffer: Fraction,
-    /// And one with less than this.
+    /// A guest with less available memory than this is suffering as well.
     pub suffer_min: Bytes,
-    /// Memory populated again, as a part of the resident memory and a minute, above which a guest's balloon does harm.
+    /// Repopulated memory per minute, as a fraction of the resident memory, above which a guest's balloon does harm.
     pub repopulate_max: Fraction,
-    /// Answer time of reports (p99) above which less is taken at a time, µs.
+    /// Completion time of reports (p99) above which steps are smaller, µs.
     pub report_p99_us_max: u64,
-    /// Free part of the usable memory above which guests in need are given memory they lack.
+    /// Free fraction of the usable memory above which guests in need receive the memory that they lack.
     pub give_above: Fraction,
-    /// And above which guests that do not need it get theirs back as well.
+    /// Free fraction above which the other guests receive memory, too.
     pub relax_above: Fraction,
-    /// After something was given to a VM nothing is taken from it for this long; doubled for each reversal.
+    /// After memory was given to a VM, nothing is taken from it for this time, doubled for each reversal.
     pub block_take: Millis,
-    /// After something was taken from a VM nothing is given to it for this long, unless it suffers.
+    /// After memory was taken from a VM, nothing is given to it for this time, unless it suffers.
     pub block_give: Millis,
-    /// The longest a VM is left alone after reversals.
+    /// Maximum of `block_take` after reversals.
     pub block_max: Millis,
     /// A balloon that moved less than `stuck_rate` for this long is stuck.
     pub stuck_after: Millis,
-    /// Bytes a second.
+    /// Bytes per second.
     pub stuck_rate: Bytes,
     /// A stuck balloon is tried again after this time, doubled each time.
     pub stuck_retry: Millis,
-    /// But at least this often.
+    /// Maximum of that time.
     pub stuck_retry_max: Millis,
-    /// Time in which the manager gets memory back: what guests call in meanwhile must be there.
+    /// Reaction time: the time that the manager needs to get memory back. Memory that guests take meanwhile must be
+    /// available.
     pub react: Millis,
-    /// Part of the windows of `react` whose growth the burst figure covers.
+    /// Quantile of the growth per window of `react` that the burst figure covers.
     pub burst_quantile: Fraction,
-    /// The part of the callable liability that is taken for the burst while little has been measured.
+    /// Fraction of the callable liability that is assumed as the burst while there are few measurements.
     pub burst_prior: Fraction,
-    /// The rules of safety in force.
+    /// The safety rules in force.
     #[serde(skip)]
     pub safety: Safety,
 }
@@ -110,16 +111,16 @@ impl Default for ControlConfig {
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct AdmissionConfig {
-    /// The part of a new VM's memory above its minimum that must be there as well.
+    /// Fraction of a new VM's memory above its minimum that must also be available.
     pub above_min: Fraction,
-    /// Most memory the VMs may have together, as a multiple of the usable memory; a brake against what was never
-    /// measured.
+    /// Maximum configured memory of all VMs, as a multiple of the usable memory; limits the risk of unmeasured
+    /// behaviour.
     pub overcommit_max: f64,
-    /// A reservation that is not confirmed in this time is given back.
+    /// A reservation that is not confirmed within this time is released.
     pub reservation: Millis,
-    /// Facts about a host that are older are no basis for placing a VM there.
+    /// Maximum age of a host's facts for placing a VM there.
     pub facts_age_max: Millis,
-    /// How many of the hosts that fit are compared.
+    /// Number of fitting hosts that are compared.
     pub candidates: u32,
 }
 
@@ -135,13 +136,13 @@ impl Default for AdmissionConfig {
     }
 }
 
-/// `[last_resort]`: what may be done on a red host when nothing else helps. Nothing by default, except telling.
+/// `[last_resort]`: measures allowed on a red host when nothing else helps. By default none, only reporting.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct LastResortConfig {
-    /// How long a host must be red, without the balloons delivering, before each further step.
+    /// Time for which a host must be red, without relief by balloons, before each further step.
     pub after: Millis,
-    /// Squeeze VMs of the lowest classes with `memory.high`.
+    /// Throttle VMs of the lowest classes with `memory.high`.
     pub memory_high: bool,
     /// Let those VMs use the host's swap.
     pub swap: bool,

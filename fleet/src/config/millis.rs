@@ -17,7 +17,7 @@ impl Millis {
         Self(n * 1000)
     }
 
-    /// The time as the standard library has it.
+    /// The time as a [`std::time::Duration`].
     pub const fn duration(self) -> std::time::Duration {
         std::time::Duration::from_millis(self.0)
     }
@@ -57,7 +57,7 @@ impl Serialize for Millis {
 
 impl<'de> Deserialize<'de> for Millis {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // A bare number is refused: nobody can tell seconds from milliseconds in it.
+        // A number without a unit is rejected, because it could be seconds or milliseconds.
         String::deserialize(deserializer)?
             .parse()
             .map_err(de::Error::custom)

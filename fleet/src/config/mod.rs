@@ -1,8 +1,8 @@
 //! The operator's settings as TOML, with defaults for everything.
 //!
-//! A file holds only what differs. Unknown keys are errors, because a misspelt limit that is silently ignored is worse
-//! than none. Sizes, times and parts are written with their units (`"256MiB"`, `"10s"`, `"15%"`). What was measured
-//! with the defaults is in `docs/fleet-simulation.md`.
+//! A file contains only values that differ from the defaults. Unknown keys are errors, so that a misspelt limit is not
+//! silently ignored. Sizes, times and fractions are written with their units (`"256MiB"`, `"10s"`, `"15%"`).
+//! `docs/fleet-simulation.md` has measurements with the defaults.
 
 mod check;
 mod control;
@@ -25,23 +25,23 @@ pub use thresholds::{Band, ReportingConfig, Thresholds};
 
 use crate::model::{Amount, Bytes, Fraction, VmPolicy};
 
-/// Everything that decisions depend on.
+/// All settings of the planner.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// The host's own.
+    /// The host's memory.
     pub host: HostConfig,
-    /// When a host is in which state.
+    /// When a host enters and leaves each state.
     pub thresholds: Thresholds,
-    /// How guests shall report, while memory is plenty and while it is not.
+    /// The guests' reporting policies, while memory is plentiful and while it is scarce.
     pub reporting: ReportingConfig,
-    /// How the control loop moves.
+    /// Speed and limits of the control loop.
     pub control: ControlConfig,
-    /// What admission demands.
+    /// Conditions for admission.
     pub admission: AdmissionConfig,
-    /// What may be done when nothing else helps.
+    /// Measures when nothing else helps.
     pub last_resort: LastResortConfig,
-    /// Limits and weights by name; `default` is for VMs to which nothing else applies.
+    /// Limits and weights by name; `default` applies to all other VMs.
     pub policy: BTreeMap<String, PolicyConfig>,
 }
 
@@ -49,9 +49,10 @@ pub struct Config {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HostConfig {
-    /// Memory that is never promised.
+    /// Memory that is never handed out.
     pub reserve: Amount,
-    /// Control group of the VMs, below `/sys/fs/cgroup`. Its limit is "the host" if it is smaller than the machine.
+    /// Control group of the VMs, below `/sys/fs/cgroup`. If its limit is smaller than the machine's memory, the limit
+    /// is "the host".
     pub cgroup: Option<String>,
 }
 
@@ -68,17 +69,17 @@ impl Config {
     /// Reads a configuration and checks it.
     ///
     /// # Errors
-    /// [`ConfigError::Syntax`] with the place, or [`ConfigError::Faults`] with everything that is wrong.
+    /// [`ConfigError::Syntax`] with the place, or [`ConfigError::Faults`] with all errors.
     pub fn from_toml(text: &str) -> Result<Self, ConfigError> {
         let config: Self = toml::from_str(text)?;
         config.check()?;
         Ok(config)
     }
 
-    /// Checks that the values make sense together.
+    /// Checks that the values are consistent.
     ///
     /// # Errors
-    /// [`ConfigError::Faults`] with all of them: an operator wants to mend a file once.
+    /// [`ConfigError::Faults`] with all contradictions, so that an operator can correct the file in one pass.
     pub fn check(&self) -> Result<(), ConfigError> {
         let faults = check::faults(self);
         if faults.is_empty() {
@@ -88,18 +89,19 @@ impl Config {
         }
     }
 
-    /// Memory of a host of this size that is never promised.
+    /// The reserve of a host of this size.
     pub fn reserve(&self, host: Bytes) -> Bytes {
         self.host.reserve.of(host).min(host)
     }
 
-    /// What a new VM leaves to those that are there: it must not push the host to where their caches are taken.
+    /// Memory that must stay free after a new VM's start, so that the host does not enter the state in which the other
+    /// VMs' caches are taken.
     pub fn newcomers_leave(&self, usable: Bytes) -> Bytes {
         usable.part(self.thresholds.orange.enter)
     }
 
-    /// Limits of a VM of `configured` bytes under the policy called `name`; `default`, or the built-in values, where
-    /// there is none of that name.
+    /// Limits of a VM of `configured` bytes under the policy called `name`; if there is none of that name, `default` or
+    /// the built-in values.
     pub fn vm_policy(&self, name: &str, configured: Bytes) -> VmPolicy {
         self.policy
             .get(name)
@@ -110,10 +112,10 @@ impl Config {
     }
 }
 
-/// Why a configuration is not used.
+/// Reasons why a configuration is rejected.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// It is no TOML, or has keys or values that mean nothing.
+    /// It is not TOML, or has unknown keys or invalid values.
     #[error("cannot read the configuration")]
     Syntax(#[from] toml::de::Error),
     /// Its values contradict each other.

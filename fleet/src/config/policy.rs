@@ -4,26 +4,26 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::{Amount, Bytes, Fraction, PriorityClass, VmPolicy};
 
-/// What a VM is granted. Parts are parts of its configured size.
+/// Limits and weight of a VM. Fractions refer to its configured size.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct PolicyConfig {
-    /// Memory it is never driven below.
+    /// Its guaranteed memory.
     pub min: Amount,
-    /// And never below this either, however small `min` comes out.
+    /// Lower bound of `min`.
     pub floor: Bytes,
-    /// Memory it never gets more of.
+    /// Its maximum memory.
     pub max: Amount,
     /// Its weight.
     pub shares: u32,
-    /// How much it matters.
+    /// Its priority class.
     pub class: PriorityClass,
     /// Whether its balloon may be moved.
     pub balloon: bool,
     /// Whether its reporting policy may be changed.
     pub reporting: bool,
-    /// Whether its control group may be limited to what it said it gave up (`memory.max`), so that a guest that lies
-    /// harms itself alone.
+    /// Whether its control group may be limited (`memory.max`) according to the balloon that it reports, so that a
+    /// lying guest harms only itself.
     pub enforce: bool,
 }
 
@@ -43,7 +43,7 @@ impl Default for PolicyConfig {
 }
 
 impl PolicyConfig {
-    /// Whether it grants less than it guarantees, as far as that shows without the size of a VM.
+    /// Whether its maximum is below its minimum, as far as this is known without the size of a VM.
     pub(super) fn contradicts_itself(&self) -> bool {
         match (self.min, self.max) {
             (_, Amount::Bytes(max)) if self.floor > max => true,

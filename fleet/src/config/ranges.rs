@@ -1,7 +1,7 @@
 //! The range of every key: one table for the check, the messages and the reference (`docs/fleet-settings.md`).
 //!
-//! A value out of its range is a mistake whatever the other values are: a time that makes a loop busy, a size that no
-//! host has, a part that is more than the whole. What must hold between values is in [`super::check`].
+//! A value out of its range is always a mistake: a time that makes a loop busy, a size that no host has, a fraction
+//! above 1. [`super::check`] has the conditions between values.
 
 use std::fmt;
 
@@ -36,9 +36,9 @@ pub(crate) enum Range {
     Time(u64, u64),
     /// Bytes.
     Size(u64, u64),
-    /// A part of a whole.
+    /// A fraction.
     Part(f64, f64),
-    /// Bytes, or a part of a whole.
+    /// Bytes, or a fraction.
     Amount((u64, u64), (f64, f64)),
     Count(u64, u64),
     Number(f64, f64),
@@ -79,7 +79,7 @@ impl fmt::Display for Range {
     }
 }
 
-/// Exact, as a file would have it.
+/// The exact size, in the syntax of a file.
 fn size(bytes: u64) -> String {
     let units = [
         ("TiB", MIB * MIB),
@@ -143,13 +143,13 @@ impl From<f64> for Quantity {
 
 /// One key.
 pub(crate) struct Row<T> {
-    /// As a file has it, with the sections before it.
+    /// The key in the syntax of a file, prefixed with its sections.
     pub(crate) key: &'static str,
     pub(crate) range: Range,
     pub(crate) value: fn(&T) -> Quantity,
 }
 
-/// Rows of a table: the path of the field in its type is the key, and what it may be stands behind it.
+/// Rows of a table: the path of the field in its type is the key; its range follows.
 macro_rules! rows {
     ($type:ty: $($($field:ident).+ $([$index:literal])? = $range:expr;)*) => {
         &[$($crate::config::ranges::Row {
@@ -165,7 +165,7 @@ use Range as R;
 
 const WHOLE: Range = R::Part(0.0, 1.0);
 
-/// The keys of [`Config`] but for those of policies, and of reporting policies, whose ranges `api` has.
+/// The keys of [`Config`], except those of policies, and of reporting policies, whose ranges are in `api`.
 const CONFIG: &[Row<Config>] = rows! { Config:
     host.reserve = R::Amount((0, SIZE_MAX), (0.0, 0.9));
     thresholds.yellow.enter = WHOLE;
@@ -179,14 +179,14 @@ const CONFIG: &[Row<Config>] = rows! { Config:
     thresholds.pressure[1] = R::Part(0.0001, 1.0);
     thresholds.pressure[2] = R::Part(0.0001, 1.0);
     thresholds.pressure_below = WHOLE;
-    // A plan reads every VM; more often than samples come it says the same.
+    // A plan reads every VM; planning more often than samples arrive has no benefit.
     control.plan = R::Time(50, MINUTE);
     control.sample = R::Time(50, 5 * MINUTE);
     control.sample_deadline = R::Time(10, MINUTE);
     control.sample_age_max = R::Time(100, HOUR);
     control.misses_max = R::Count(1, 100);
     control.samples_min = R::Count(1, 100);
-    // VMMs round targets to a mebibyte at most.
+    // VMMs round targets to at most 1 MiB.
     control.dead_band = R::Size(MIB, SIZE_MAX);
     control.dead_band_part = R::Part(0.0, 0.5);
     control.step = R::Size(MIB, SIZE_MAX);
@@ -223,19 +223,19 @@ const CONFIG: &[Row<Config>] = rows! { Config:
 pub(crate) const POLICY: &[Row<PolicyConfig>] = rows! { PolicyConfig:
     min = R::Amount((0, SIZE_MAX), (0.0, 1.0));
     floor = R::Size(0, SIZE_MAX);
-    // Linux does not boot with less than 64 MiB: a smaller limit takes everything from the guest.
+    // Linux does not boot with less than 64 MiB, so a smaller limit would make the guest unusable.
     max = R::Amount((64 * MIB, SIZE_MAX), (0.01, 1.0));
     shares = R::Count(0, 1_000_000);
 };
 
-/// A key with the section it is in, and its value.
+/// A key with its section, and its value.
 pub(crate) struct Entry {
     pub(crate) key: String,
     pub(crate) range: Range,
     pub(crate) value: Quantity,
 }
 
-/// The values of `all`; `section` stands before the keys.
+/// The values of `all`; `section` is the prefix of the keys.
 pub(crate) fn entries<T>(section: &str, rows: &[Row<T>], all: &T) -> Vec<Entry> {
     let entry = |row: &Row<T>| Entry {
         key: format!("{section}{}", row.key),
@@ -245,11 +245,11 @@ pub(crate) fn entries<T>(section: &str, rows: &[Row<T>], all: &T) -> Vec<Entry> 
     rows.iter().map(entry).collect()
 }
 
-/// The values of [`Config`] but for those of policies.
+/// The values of [`Config`], except those of policies.
 pub(crate) fn config(config: &Config) -> Vec<Entry> {
     let mut all = entries("", CONFIG, config);
     for (state, policy) in config.reporting.policies() {
-        // The VMM refuses a policy beyond its bounds.
+        // The VMM rejects a policy out of its bounds.
         all.extend(ReportingPolicy::TABLE.iter().map(|setting| Entry {
             key: format!("reporting.{state}.{}", setting.name),
             range: R::Count(setting.min, setting.max.min(SIZE_MAX)),

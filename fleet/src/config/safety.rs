@@ -1,7 +1,7 @@
 //! The planner's safety rules. All of them are always in force in an agent.
 //!
-//! Tests and simulations switch single rules off to show what each one prevents. That needs the feature `sim`; without it
-//! no switch is compiled in.
+//! Tests and simulations switch single rules off to show what each one prevents. That needs the feature `sim`; without
+//! it, the switch is not compiled.
 
 use serde::{Deserialize, Serialize};
 
@@ -23,13 +23,13 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "kebab-case")]
 #[strum(serialize_all = "kebab-case")]
 pub enum SafetyRule {
-    /// Grants come only out of memory that is free now; what is being freed is granted when it has arrived.
+    /// Memory is granted only if it is free now. Memory that is being freed is granted when it has arrived.
     TwoPhase,
-    /// What was given and not yet used still counts as given.
+    /// Memory that was given and not used yet still counts as granted.
     GrantedCounts,
-    /// What is being taken and has not arrived counts towards the goal.
+    /// Memory that is being taken and has not arrived counts towards the goal.
     PendingCounts,
-    /// A balloon that does not move is left alone, and counts for nothing.
+    /// A stuck balloon is not changed, and no memory is expected from it.
     Stuck,
     /// Claims are checked against resident memory.
     Trust,
@@ -37,15 +37,15 @@ pub enum SafetyRule {
     GiveBack,
     /// Nothing changes between two close values.
     DeadBand,
-    /// A VM is not moved the other way right after it was moved.
+    /// A balloon does not change direction shortly after it was moved.
     Blocking,
-    /// Nothing is taken from a VM that does not answer.
+    /// Nothing is taken from a VM that does not respond.
     Stale,
-    /// What guests may call in at once is kept back.
+    /// Memory that guests may take at once is kept available.
     Burst,
 }
 
-/// Which rules are in force.
+/// The rules in force.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Safety {
     /// One bit for each rule that is switched off.

@@ -1,4 +1,4 @@
-//! `[thresholds]` and `[reporting]`: when a host is in which state, and how guests report in it.
+//! `[thresholds]` and `[reporting]`: the host's states, and the guests' reporting policy in each.
 
 use api::ReportingPolicy;
 use serde::{Deserialize, Serialize};
@@ -9,9 +9,9 @@ use crate::model::{Fraction, HostState};
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Band {
-    /// The state begins when the free part of the usable memory is below this.
+    /// The state begins when the free fraction of the usable memory is below this.
     pub enter: Fraction,
-    /// And ends when it is above this.
+    /// The state ends when it is above this.
     pub leave: Fraction,
 }
 
@@ -25,11 +25,11 @@ pub struct Thresholds {
     pub orange: Band,
     /// About to run out.
     pub red: Band,
-    /// Memory pressure (PSI some, mean of 10 s, as a part of the time) that begins yellow, orange and red; half of it
-    /// ends them.
+    /// Memory pressure (PSI some, mean of 10 s, as a fraction of time) at which yellow, orange and red begin; they end
+    /// at half of it.
     pub pressure: [Fraction; 3],
-    /// Pressure counts only while less than this part of the usable memory is free: with more, something else than the
-    /// VMs' memory is the matter, and taking from them would help nobody.
+    /// Pressure counts only while less than this fraction of the usable memory is free. With more free memory, the VMs
+    /// are not its cause, and taking memory from them would not help.
     pub pressure_below: Fraction,
 }
 
@@ -61,17 +61,18 @@ impl Thresholds {
     }
 }
 
-/// `[reporting]`: the first lever. It costs guests least, because what it takes is free in the guest.
+/// `[reporting]`: the first measure. It costs guests least, because it takes only memory that is free in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ReportingConfig {
-    /// While memory is plenty: leave hot memory alone.
+    /// While memory is plentiful: do not report hot memory.
     pub relaxed: ReportingPolicy,
-    /// While memory is plenty, for guests that take back most of what they report: only what stayed free for long.
+    /// While memory is plentiful, for guests that take back most of what they report: report only memory that stayed
+    /// free for long.
     pub calm: ReportingPolicy,
-    /// While it is scarce: everything, at once.
+    /// While memory is scarce: report everything at once.
     pub eager: ReportingPolicy,
-    /// Memory repopulated of what was discarded, percent, above which a guest only churns.
+    /// Ratio of repopulated to discarded memory, percent, above which a guest counts as churning.
     pub churn_percent: u64,
 }
 
@@ -93,7 +94,7 @@ impl Default for ReportingConfig {
             relaxed: policy,
             calm: ReportingPolicy {
                 age_ms_min: 10_000,
-                // A guest has to look at leftovers later than at their age, or it never finds any due.
+                // The guest's interval must exceed the required age of free blocks, otherwise it never finds any due.
                 delay_ms_max: 20_000,
                 ..policy
             },

@@ -1,7 +1,7 @@
-//! The last levers, which need no help from the guest: the limits of the VMM's control group, and its end.
+//! The last measures, which need no cooperation by the guest: limits of the VMM's control group, and killing the VMM.
 //!
-//! A limit is only ever written to a group that holds nothing but this VMM. A group shared with anything else would be
-//! squeezed for what one guest did.
+//! A limit is written only to a group that contains no process except this VMM. Otherwise, other processes in the group
+//! would suffer because of one guest.
 
 use std::fs;
 use std::io;
@@ -11,19 +11,19 @@ use thiserror::Error;
 
 use crate::model::Bytes;
 
-/// Why a limit was not set.
+/// Reasons why a limit was not set.
 #[derive(Debug, Error)]
 pub enum GroupError {
-    /// The process is gone, or not in a version 2 group.
+    /// The process has ended, or is not in a version 2 group.
     #[error("the control group of process {pid} cannot be found")]
     NoGroup {
         /// The process.
         pid: i32,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// It is not alone there.
+    /// Other processes share the group.
     #[error("the control group {} contains processes other than {pid}", path.display())]
     Shared {
         /// The group.
@@ -31,12 +31,12 @@ pub enum GroupError {
         /// The process.
         pid: i32,
     },
-    /// The kernel refused.
+    /// The kernel rejected the value.
     #[error("cannot write {}", path.display())]
     Write {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -45,7 +45,7 @@ pub enum GroupError {
     Kill {
         /// The process.
         pid: i32,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -72,7 +72,7 @@ impl GroupFile {
     }
 }
 
-/// Where processes and groups are. Tests point it at files of their own.
+/// Paths of processes and groups. Tests use their own files.
 #[derive(Clone, Debug)]
 pub struct GroupFiles {
     /// Normally `/proc`.
@@ -85,7 +85,7 @@ impl GroupFiles {
     /// The group of a process.
     ///
     /// # Errors
-    /// It is gone, or the machine has no version 2 groups.
+    /// The process has ended, or the machine has no version 2 groups.
     pub fn group_of(&self, pid: i32) -> Result<PathBuf, GroupError> {
         let failed = |source| GroupError::NoGroup { pid, source };
         let text =
@@ -97,11 +97,11 @@ impl GroupFiles {
         Ok(self.cgroup_root.join(path))
     }
 
-    /// Sets a limit of the process's own group; `None` takes it away. `lives` says whether it is still the process that is
-    /// meant, and is asked when its group is known.
+    /// Sets a limit of the process's own group; `None` removes it. `lives` returns whether the process is still the
+    /// intended one, and is called after its group was determined.
     ///
     /// # Errors
-    /// The group is shared, gone, or the kernel refuses.
+    /// The group is shared or no longer exists, or the kernel rejects the value.
     pub fn limit(
         &self,
         pid: i32,

@@ -1,7 +1,9 @@
-//! Carries plans out, action by action and order by order: what frees memory at once, what grants memory when it is there, nothing that is no longer true.
+//! Executes plans action by action. Actions that free memory run at once, grants run when their memory is available,
+//! and outdated actions are dropped.
 //!
-//! The executor decides nothing. It holds an action against the present with [`Action::check`] right before it is handed to
-//! its VM's thread, and lets a grant wait for memory until its plan is too old; by then there is a newer one.
+//! The executor makes no decisions. It checks an action against the current state with [`Action::check`] right before
+//! sending it to its VM's thread, and lets a grant wait for memory until its plan expires; by then there is a newer
+//! one.
 
 mod group;
 mod order;
@@ -15,25 +17,25 @@ pub use order::{Order, OrderError};
 
 use crate::planner::{Action, Block, Present};
 
-/// Actions of the last plan that are not settled yet.
+/// Pending actions of the last plan.
 #[derive(Debug, Default)]
 pub struct Executor {
     waiting: Vec<Action>,
 }
 
-/// What became of an action.
+/// The result of an action.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Settled {
-    /// It was handed over.
+    /// It was sent.
     Ordered,
     /// It was dropped.
     Dropped(Block),
-    /// Nobody is there to carry it out.
+    /// Its VM has no thread any more.
     Gone,
 }
 
 impl Executor {
-    /// Takes over a plan. Grants of the plan before that still wait are forgotten: the new plan knows better.
+    /// Replaces the plan. Pending grants of the previous plan are dropped, because the new plan is based on newer data.
     pub fn replace(&mut self, actions: Vec<Action>) {
         self.waiting = actions;
     }
@@ -43,8 +45,8 @@ impl Executor {
         &self.waiting
     }
 
-    /// Hands over what can be. `present` is asked for each action right before; `order` hands one over and says whether
-    /// there was somebody to take it. Returns what is settled, in order.
+    /// Sends the actions that are possible now. `present` is called for each action right before it; `order` sends an
+    /// action and returns whether its VM has a thread. Returns the results, in order.
     pub fn run(
         &mut self,
         mut present: impl FnMut(&Action) -> Option<Present>,

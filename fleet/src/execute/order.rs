@@ -10,7 +10,7 @@ use crate::host::{Process, holds_vm};
 use crate::model::Bytes;
 use crate::planner::ActionKind;
 
-/// What a VM's thread is asked to do. Values are absolute, so an order that is carried out twice does no harm.
+/// A request to a VM's thread. Values are absolute, so executing an order twice is harmless.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Order {
     /// Request a balloon of this size.
@@ -28,7 +28,7 @@ pub enum Order {
 }
 
 impl Order {
-    /// Whether carrying out only `later` leaves the same behind.
+    /// Whether executing only `later` has the same effect.
     pub(crate) fn is_replaced_by(&self, later: &Self) -> bool {
         match (self, later) {
             (Self::Group(earlier, _), Self::Group(later, _)) => earlier == later,
@@ -36,7 +36,7 @@ impl Order {
         }
     }
 
-    /// Whether it undoes what an earlier order did.
+    /// Whether it undoes an earlier order.
     pub(crate) fn undoes(&self) -> bool {
         matches!(
             self,
@@ -46,7 +46,7 @@ impl Order {
         )
     }
 
-    /// Whether it is the VMM that carries it out.
+    /// Whether the VMM executes it.
     pub(crate) fn asks_vmm(&self) -> bool {
         !matches!(self, Self::Group(..) | Self::Kill)
     }
@@ -82,53 +82,53 @@ impl From<&ActionKind> for Order {
     }
 }
 
-/// An order and the process that it was decided for.
+/// An order and its target process.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Addressed {
     pub(crate) order: Order,
-    /// Absent when nobody knows it.
+    /// Absent if unknown.
     pub(crate) to: Option<Process>,
 }
 
-/// Why an order was not carried out.
+/// Reasons why an order was not executed.
 #[derive(Debug, Error)]
 pub enum OrderError {
-    /// The VMM failed it, or did not answer in time.
+    /// The VMM rejected it, or did not respond in time.
     #[error(transparent)]
     Vmm(#[from] ClientError),
-    /// The host refused it.
+    /// The host rejected it.
     #[error(transparent)]
     Host(#[from] GroupError),
-    /// The process is not known yet, or gone.
+    /// The process is not known yet, or has ended.
     #[error("the VMM's process is unknown")]
     NoProcess,
-    /// The VM is served by another process than it was when that was decided.
+    /// Another process serves the VM than at the time of the decision.
     #[error("another process serves the VM by now")]
     OtherProcess,
-    /// What would be done to the process is only done to one that runs a VM.
+    /// The process does not run a VM, which the order requires.
     #[error("process {pid} holds no KVM VM")]
     NoVm {
         /// The process.
         pid: i32,
     },
-    /// It is not known whether the process runs a VM.
+    /// It is unknown whether the process runs a VM.
     #[error("cannot determine whether process {pid} holds a KVM VM")]
     Unseen {
         /// The process.
         pid: i32,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: std::io::Error,
     },
 }
 
 impl OrderError {
-    /// Whether the VMM itself said no.
+    /// Whether the VMM itself rejected it.
     pub(crate) fn is_answer(&self) -> bool {
         matches!(self, Self::Vmm(ClientError::Server(_)))
     }
 
-    /// Whether the order may have been carried out all the same.
+    /// Whether the order may have been executed nevertheless.
     pub(crate) fn is_unknown(&self) -> bool {
         match self {
             Self::Vmm(error) => !matches!(
@@ -147,7 +147,7 @@ impl OrderError {
     }
 }
 
-/// The VMM that an order goes to.
+/// The VMM that receives an order.
 #[derive(Debug)]
 pub(crate) struct OrderTarget<'a> {
     pub(crate) client: &'a Client,
@@ -164,7 +164,7 @@ impl OrderTarget<'_> {
         {
             return Err(OrderError::OtherProcess);
         }
-        // Whoever answers at an inherited socket need not be sampled yet.
+        // The process that responds at an inherited socket may not have been sampled yet.
         if order.asks_vmm() && to.as_ref().is_some_and(Process::has_ended) {
             return Err(OrderError::OtherProcess);
         }
@@ -190,12 +190,12 @@ impl OrderTarget<'_> {
         Ok(())
     }
 
-    /// The process, if it lives and runs a VM.
+    /// The process, if it is alive and runs a VM.
     fn vmm<'b>(&self, to: Option<&'b Process>) -> Result<&'b Process, OrderError> {
         let process = to.ok_or(OrderError::NoProcess)?;
         let pid = process.pid();
         let holds = holds_vm(&self.files.proc, pid);
-        // What was seen is true of the process only if it has not ended meanwhile.
+        // The observation applies to the process only if it has not ended meanwhile.
         if !process.lives() {
             return Err(OrderError::NoProcess);
         }

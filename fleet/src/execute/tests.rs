@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! Plans against a world that moved on.
+//! Tests plans whose assumptions no longer hold.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -142,7 +142,7 @@ fn limit_is_set_only_where_the_vmm_is_alone() {
     let ended = files.limit(42, GroupFile::MemoryMax, Some(Bytes::mib(1)), || false);
     assert!(matches!(ended, Err(GroupError::NoGroup { .. })));
     assert_eq!(fs::read_to_string(group.join("memory.max")).unwrap(), "max");
-    // A process in no group of its own is left alone.
+    // A process without its own group is not limited.
     fs::write(files.proc.join("42/cgroup"), "0::/\n").unwrap();
     assert!(
         files
@@ -151,7 +151,7 @@ fn limit_is_set_only_where_the_vmm_is_alone() {
     );
 }
 
-/// A process that lives, looked up in `files`.
+/// A live process, looked up in `files`.
 fn spawn(files: &GroupFiles) -> (Child, Process) {
     let child = Command::new("sleep").arg("600").spawn().unwrap();
     let folder = files.proc.join(child.id().to_string());
@@ -185,7 +185,7 @@ fn only_the_process_that_was_meant_is_killed_and_only_with_a_vm() {
         })
     };
     assert!(matches!(kill(&process, None), Err(OrderError::NoProcess)));
-    // Whoever made the listener, and is no VMM.
+    // The process that created the listener, which is not a VMM.
     let refused = kill(&process, Some(&process));
     assert!(
         matches!(refused, Err(OrderError::NoVm { .. })),
@@ -194,7 +194,7 @@ fn only_the_process_that_was_meant_is_killed_and_only_with_a_vm() {
     for pid in [meant.id(), other.id()] {
         symlink("anon_inode:kvm-vm", files.proc.join(format!("{pid}/fd/3"))).unwrap();
     }
-    // Restarted behind the same path since it was decided.
+    // The VMM was restarted at the same path after the decision.
     let refused = kill(&successor, Some(&process));
     assert!(
         matches!(refused, Err(OrderError::OtherProcess)),
@@ -203,7 +203,7 @@ fn only_the_process_that_was_meant_is_killed_and_only_with_a_vm() {
     assert!(meant.try_wait().unwrap().is_none());
     kill(&process, Some(&process)).unwrap();
     assert_eq!(meant.wait().unwrap().signal(), Some(9));
-    // What is asked of a VMM is asked of this one, not of the next one at its socket.
+    // A request for one VMM is not sent to the next one at its socket.
     let pause = Addressed {
         order: Order::Pause,
         to: Some(process.clone()),
@@ -218,7 +218,7 @@ fn only_the_process_that_was_meant_is_killed_and_only_with_a_vm() {
         matches!(refused, Err(OrderError::OtherProcess)),
         "{refused:?}"
     );
-    // Its id may be anybody's by now, and the files here still tell of a VM.
+    // Its id may belong to another process by now, and the files here still show a VM.
     let refused = kill(&process, Some(&process));
     assert!(matches!(refused, Err(OrderError::NoProcess)), "{refused:?}");
     assert!(other.try_wait().unwrap().is_none());

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::HostError;
 
-/// One file of lines `name[:] number [kB]`, held as text: a handful of figures is looked up in it once.
+/// One file of lines `name[:] number [kB]`, kept as text, because only a few figures are looked up once.
 #[derive(Debug)]
 pub(crate) struct KernelFile {
     path: PathBuf,

@@ -1,7 +1,8 @@
 //! Reads memory, pressure and swap of the agent's host from the kernel's files.
 //!
-//! "The host" is what the VMs may use together: the machine, or a control group if its limit is smaller. An agent that
-//! read the machine's memory while its VMs ran below a smaller limit would admit them to their death.
+//! "The host" is what the VMs may use together: the machine, or a control group if its limit is smaller. If an agent
+//! read the machine's memory while its VMs ran below a smaller limit, it would admit too many VMs, and the kernel would
+//! kill some.
 
 mod kernel_file;
 mod process;
@@ -23,15 +24,15 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-/// Why the host could not be read.
+/// Reasons why the host could not be read.
 #[derive(Debug, Error)]
 pub enum HostError {
-    /// The kernel's file is not there or cannot be read.
+    /// The kernel's file does not exist or cannot be read.
     #[error("Cannot read {}", path.display())]
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -43,12 +44,12 @@ pub enum HostError {
         /// The figure.
         name: &'static str,
     },
-    /// The kernel's file has another form.
+    /// The kernel's file has an unexpected format.
     #[error("{} is not understood: {text:?}", path.display())]
     Form {
         /// The file.
         path: PathBuf,
-        /// What stands there.
+        /// Its content.
         text: String,
     },
 }

@@ -1,8 +1,8 @@
 //! Identity and memory of the VMM's process, read from outside.
 //!
-//! Plain Cloud Hypervisor does not say how much of a guest's memory the host really holds; the kernel does. Guest RAM is
-//! nearly all of a VMM's anonymous, shared and huge-page memory, so these together stand for it. What the VMM needs for
-//! itself (some ten MiB) is in it, which errs on the safe side.
+//! Plain Cloud Hypervisor does not report how much of a guest's memory is resident, but the kernel does. Guest RAM is
+//! nearly all of a VMM's anonymous, shared and huge-page memory, so their sum is used as an estimate. It includes the
+//! VMM's own memory (some 10 MiB), which errs on the safe side.
 
 use std::fs;
 use std::io;
@@ -16,29 +16,29 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::Bytes;
 
-/// What a descriptor of a KVM VM links to.
+/// Link target of a descriptor of a KVM VM.
 const KVM_VM: &str = "anon_inode:kvm-vm";
 
-/// A process that cannot be mistaken for a later one with the same id.
+/// Identifies a process unambiguously, even if a later one has the same id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ProcessIdentity {
     /// Process id.
     pub pid: i32,
-    /// When it started, clock ticks since the machine did.
+    /// Its start time, in clock ticks since the machine booted.
     pub start_ticks: u64,
 }
 
 impl ProcessIdentity {
-    /// Looks a process up; `None` when there is none.
+    /// Looks up a process; `None` if it does not exist.
     pub(crate) fn of(proc: &Path, pid: i32) -> Option<Self> {
         let stat = fs::read_to_string(proc.join(pid.to_string()).join("stat")).ok()?;
-        // The name, which may hold anything, ends at the last parenthesis; field 22 is the 20th after it.
+        // The name, which may contain any characters, ends at the last parenthesis; field 22 is the 20th after it.
         let rest = &stat[stat.rfind(')')? + 1..];
         let start_ticks = rest.split_ascii_whitespace().nth(19)?.parse().ok()?;
         Some(Self { pid, start_ticks })
     }
 
-    /// True when it is known that this process has ended: there is none of that id, or another one.
+    /// True if this process is known to have ended: no process, or another one, has its id.
     pub(crate) fn has_ended(self, proc: &Path) -> bool {
         match Self::of(proc, self.pid) {
             Some(process) => process != self,
@@ -47,7 +47,8 @@ impl ProcessIdentity {
     }
 }
 
-/// A process by a descriptor of it: what is done through it reaches this process or nobody, whoever has its id by then.
+/// A process identified by a descriptor. Operations on it affect this process or fail, even if another process has the
+/// id by then.
 #[derive(Clone, Debug)]
 pub struct Process {
     identity: ProcessIdentity,
@@ -61,7 +62,7 @@ impl PartialEq for Process {
 }
 
 impl Process {
-    /// Takes hold of a process; `None` when there is none of that id. `handle` is its descriptor where that is known.
+    /// Opens a process; `None` if none has the id. `handle` is its descriptor, if known.
     pub(crate) fn hold(proc: &Path, pid: i32, handle: Option<OwnedFd>) -> Option<Self> {
         let open = || pidfd_open(positive(pid)?, PidfdFlags::empty()).ok();
         let handle = handle.or_else(open).map(Arc::new);
@@ -69,7 +70,7 @@ impl Process {
             identity: ProcessIdentity::of(proc, pid)?,
             handle,
         };
-        // If it lives still, it was this one that was looked up.
+        // If the process is still alive, the lookup found this process.
         process
             .handle
             .as_ref()
@@ -77,7 +78,7 @@ impl Process {
             .then_some(process)
     }
 
-    /// One of which nothing but the identity is known.
+    /// A process of which only the identity is known.
     #[cfg(test)]
     pub(crate) fn known(identity: ProcessIdentity) -> Self {
         Self {
@@ -86,17 +87,17 @@ impl Process {
         }
     }
 
-    /// Which one it is.
+    /// Its identity.
     pub fn identity(&self) -> ProcessIdentity {
         self.identity
     }
 
-    /// Its id, which may be another process's once this one has ended.
+    /// Its id, which another process may have after this one has ended.
     pub(crate) fn pid(&self) -> i32 {
         self.identity.pid
     }
 
-    /// Whether it is known to live.
+    /// Whether it is known to be alive.
     pub(crate) fn lives(&self) -> bool {
         self.handle
             .as_ref()
@@ -108,10 +109,10 @@ impl Process {
         self.handle.as_ref().is_some_and(|handle| has_ended(handle))
     }
 
-    /// Ends it without its consent.
+    /// Kills it.
     pub(crate) fn kill(&self) -> io::Result<()> {
         match &self.handle {
-            // Nothing but a VMM is killed, and init is none.
+            // Only VMMs are killed, and init is not one.
             Some(handle) if self.identity.pid > 1 => {
                 pidfd_send_signal(handle.as_fd(), Signal::KILL).map_err(io::Error::from)
             }
@@ -120,7 +121,7 @@ impl Process {
     }
 }
 
-/// Whether the process of a descriptor has ended: then it can be read.
+/// Whether the process of a descriptor has ended, which makes the descriptor readable.
 pub(crate) fn has_ended(handle: &OwnedFd) -> bool {
     let now = Timespec {
         tv_sec: 0,
@@ -136,7 +137,7 @@ fn positive(pid: i32) -> Option<Pid> {
 /// Whether a process holds a VM of KVM.
 ///
 /// # Errors
-/// Its descriptors cannot be looked at.
+/// Its descriptors cannot be read.
 pub(crate) fn holds_vm(proc: &Path, pid: i32) -> io::Result<bool> {
     let descriptors = fs::read_dir(proc.join(pid.to_string()).join("fd"))?;
     let mut links = descriptors
@@ -145,12 +146,12 @@ pub(crate) fn holds_vm(proc: &Path, pid: i32) -> io::Result<bool> {
     Ok(links.any(|link| link == Path::new(KVM_VM)))
 }
 
-/// What a process has of the host's memory.
+/// Host memory of a process.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ProcessMemory {
     /// Anonymous and shared memory.
     pub(crate) resident: Bytes,
-    /// Out of the pool of huge pages.
+    /// Memory of the pool of huge pages.
     pub(crate) huge: Bytes,
 }
 
@@ -158,7 +159,7 @@ impl ProcessMemory {
     /// Reads it.
     ///
     /// # Errors
-    /// The process is gone, or the file cannot be read or says nothing of memory: then it is not known, which is not 0.
+    /// The process has ended, or the file cannot be read or contains no figures. The memory is then unknown, not 0.
     pub(crate) fn read(proc: &Path, pid: i32) -> io::Result<Self> {
         let status = fs::read_to_string(proc.join(pid.to_string()).join("status"))?;
         Self::of(&status).ok_or_else(|| {
@@ -172,7 +173,7 @@ impl ProcessMemory {
             let kib: u64 = rest.split_ascii_whitespace().next()?.parse().ok()?;
             Some(Bytes(kib.saturating_mul(1024)))
         };
-        // Kernels without huge pages or shared memory leave those out.
+        // Kernels without huge pages or shared memory omit these lines.
         Some(Self {
             resident: figure("RssAnon:")? + figure("RssShmem:").unwrap_or_default(),
             huge: figure("HugetlbPages:").unwrap_or_default(),

@@ -1,4 +1,4 @@
-//! Reads memory, swap and pressure of the machine and of the control group that stands for it.
+//! Reads memory, swap and pressure of the machine and of the VMs' control group.
 
 use std::path::{Path, PathBuf};
 
@@ -6,15 +6,15 @@ use super::HostError;
 use super::kernel_file::{KernelFile, read_limit, read_text};
 use crate::model::{Bytes, CgroupMemory, HostFacts, HugePool, Pressure};
 
-/// Where control groups (version 2) are mounted. The limits of a group's parents are its own too, up to here.
+/// Mount point of control groups (version 2). The limits of a group's parents up to here apply to it, too.
 pub const CGROUP_ROOT: &str = "/sys/fs/cgroup";
 
-/// Where the kernel's files are. Tests point it at files of their own.
+/// Paths of the kernel's files. Tests use their own files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostFiles {
     /// Normally `/proc`.
     pub proc: PathBuf,
-    /// Where control groups are mounted.
+    /// Mount point of control groups.
     pub cgroup_root: PathBuf,
     /// Folder of the control group that holds the VMs; `None`: the machine is the host.
     pub cgroup: Option<PathBuf>,
@@ -34,13 +34,13 @@ impl HostFiles {
     /// Memory of the machine without the pool of huge pages.
     ///
     /// # Errors
-    /// The kernel does not say.
+    /// The kernel does not provide it.
     pub fn total(&self) -> Result<Bytes, HostError> {
         let meminfo = KernelFile::read(self.proc.join("meminfo"))?;
         Ok(Bytes(meminfo.figure("MemTotal")?) - read_pool(&meminfo).total)
     }
 
-    /// The pressure file to watch: the group's if there is one, because its limit is what the VMs run into, else the
+    /// The pressure file to watch: the group's if there is one, because its limit affects the VMs, otherwise the
     /// machine's.
     pub fn pressure_file(&self) -> PathBuf {
         self.cgroup
@@ -51,7 +51,7 @@ impl HostFiles {
     }
 }
 
-/// Pages that went through swap, at a time.
+/// Number of swapped pages at one time.
 #[derive(Clone, Copy, Debug)]
 struct SwapCount {
     at_ms: u64,
@@ -59,7 +59,7 @@ struct SwapCount {
     out_pages: u64,
 }
 
-/// Reads the host again and again; rates are over the time between two readings.
+/// Reads the host repeatedly; rates refer to the time between two readings.
 #[derive(Debug)]
 pub struct HostReader {
     files: HostFiles,
@@ -85,12 +85,12 @@ impl HostReader {
         &self.files
     }
 
-    /// The groups that are the host together; none: the machine is.
+    /// The groups that together form the host; if empty, the machine is the host.
     pub(crate) fn groups(&self) -> &[PathBuf] {
         &self.groups
     }
 
-    /// Takes other groups for the host from now on.
+    /// Sets the groups that form the host from now on.
     pub(crate) fn set_groups(&mut self, groups: Vec<PathBuf>) {
         self.groups = groups;
     }
@@ -122,7 +122,7 @@ impl HostReader {
             available: Bytes(meminfo.figure("MemAvailable")?),
             pool,
             cgroup: read_groups(&self.groups, &self.files.cgroup_root)?,
-            // The averages of whichever suffers more; the totals stay with one source, so that they only grow.
+            // The higher averages of both sources; the totals always come from the same source, so that they only grow.
             pressure: own.map_or(machine, |own| worse(own, machine)),
             swap_total: Bytes(meminfo.figure("SwapTotal")?),
             swap_free: Bytes(meminfo.figure("SwapFree")?),
@@ -147,7 +147,7 @@ impl HostReader {
     }
 }
 
-/// The pool of huge pages; kernels without it have no such lines.
+/// The pool of huge pages; kernels without huge pages lack these lines.
 fn read_pool(meminfo: &KernelFile) -> HugePool {
     let figure = |name| meminfo.figure(name).unwrap_or(0);
     let page = figure("Hugepagesize");
@@ -170,7 +170,7 @@ fn worse(a: Pressure, b: Pressure) -> Pressure {
     }
 }
 
-/// The sum of the groups' figures; `None` when there is none, or one of them has no limit.
+/// The sum of the groups' figures; `None` if there are no groups, or one of them has no limit.
 fn read_groups(groups: &[PathBuf], root: &Path) -> Result<Option<CgroupMemory>, HostError> {
     let mut sum: Option<CgroupMemory> = None;
     for group in groups {
@@ -189,7 +189,7 @@ fn read_groups(groups: &[PathBuf], root: &Path) -> Result<Option<CgroupMemory>, 
     Ok(sum)
 }
 
-/// The group's figures; `None` when neither it nor a parent has a limit.
+/// The group's figures; `None` if neither it nor a parent has a limit.
 fn read_group(group: &Path, root: &Path) -> Result<Option<CgroupMemory>, HostError> {
     let mut limit = read_limit(&group.join("memory.max"))?;
     for parent in group.ancestors().skip(1) {
@@ -213,7 +213,7 @@ fn read_group(group: &Path, root: &Path) -> Result<Option<CgroupMemory>, HostErr
     }))
 }
 
-/// A pressure file, `Documentation/accounting/psi.rst`.
+/// Reads a pressure file (`Documentation/accounting/psi.rst`).
 fn read_pressure(path: &Path) -> Result<Pressure, HostError> {
     let text = read_text(path)?;
     parse_pressure(&text).ok_or_else(|| HostError::Form {

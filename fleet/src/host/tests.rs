@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! Hosts made of files.
+//! Tests hosts made of files.
 
 use std::fs;
 use std::path::PathBuf;

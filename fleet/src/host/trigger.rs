@@ -1,8 +1,9 @@
 //! Kernel notification when tasks begin to wait for memory.
 //!
-//! A trigger is a line written to a pressure file; `poll` then returns `POLLPRI` at most once a window. That is
-//! milliseconds where an average over ten seconds takes seconds to move. A process without `CAP_SYS_RESOURCE` may only
-//! use windows of whole two seconds (`kernel/sched/psi.c`, since 6.5), which is tried second.
+//! A trigger is a line written to a pressure file; `poll` then returns `POLLPRI` at most once per window. A trigger
+//! reacts within milliseconds, whereas an average over ten seconds takes seconds to change. A process without
+//! `CAP_SYS_RESOURCE` may only use windows that are multiples of two seconds (`kernel/sched/psi.c`, since 6.5), which
+//! are tried second.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, PipeReader, PipeWriter, Write};
@@ -12,7 +13,7 @@ use std::thread::{self, JoinHandle};
 use rustix::event::{PollFd, PollFlags, poll};
 use thiserror::Error;
 
-/// What a trigger reacts to.
+/// The condition of a trigger.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TriggerLevel {
     /// Time in which at least one task waited within the window, µs.
@@ -21,7 +22,7 @@ pub struct TriggerLevel {
     pub window_us: u64,
 }
 
-/// Why there is no trigger. The agent then relies on its own reading of the averages, once per second.
+/// Reasons why there is no trigger. The agent then relies on reading the averages once per second.
 #[derive(Debug, Error)]
 pub enum TriggerError {
     /// The pressure file cannot be opened for writing.
@@ -29,18 +30,18 @@ pub enum TriggerError {
     Open {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// The kernel refused the trigger.
+    /// The kernel rejected the trigger.
     #[error("{} takes no trigger of {} µs in {} µs", path.display(), level.stall_us, level.window_us)]
     Refused {
         /// The file.
         path: PathBuf,
         /// The requested value.
         level: TriggerLevel,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -75,10 +76,10 @@ impl Drop for PressureTrigger {
     }
 }
 
-/// Calls `notify` each time the level is crossed, on a thread of its own, at most once a window.
+/// Calls `notify` each time the level is crossed, on a separate thread, at most once per window.
 ///
 /// # Errors
-/// The kernel has no pressure file, or takes neither the level nor its two-second form.
+/// The kernel has no pressure file, or accepts neither the level nor its two-second equivalent.
 pub fn watch_pressure(
     path: &Path,
     level: TriggerLevel,
@@ -100,7 +101,7 @@ pub fn watch_pressure(
     })
 }
 
-/// The same share of time in a window that needs no privilege.
+/// The same fraction of time in a window that needs no privilege.
 fn unprivileged(level: TriggerLevel) -> TriggerLevel {
     const WINDOW_US: u64 = 2_000_000;
     let windows = level.window_us.div_ceil(WINDOW_US).max(1);
@@ -150,7 +151,7 @@ fn watch(file: &File, ended: &PipeReader, mut notify: impl FnMut()) {
         }
         let ready = polled[0].revents();
         if ready.contains(PollFlags::ERR) {
-            // The control group is gone; the agent's own reading of the host says so too.
+            // The control group no longer exists; reading the host will detect this, too.
             log::warn!("the pressure trigger is gone with its control group");
             return;
         }
@@ -170,7 +171,7 @@ mod tests {
 
     #[test]
     fn dropped_trigger_ends_its_thread() {
-        // A file that never reports pressure: only the drop can wake the thread.
+        // The file never reports pressure, so only the drop can wake the thread.
         let file = tempfile::NamedTempFile::new().unwrap();
         let level = TriggerLevel {
             stall_us: 70_000,

@@ -1,7 +1,7 @@
 //! The control groups that limit the VMMs of a host.
 //!
-//! VMs that a container runtime or systemd put below a limit run into that limit long before they run into the machine's
-//! memory. Nobody has to name such a group: the processes say where they are.
+//! VMs that a container runtime or systemd placed below a limit reach that limit long before they exhaust the machine's
+//! memory. Such a group need not be configured, because it can be derived from the processes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 
 use super::kernel_file::read_limit;
 
-/// The groups with a limit that hold all of these processes and none of which holds another: what the VMs may use is the
-/// sum of their limits. None if a process is below no limit, for then the machine's memory is what they may use.
+/// The groups with a limit that together contain all of these processes and do not contain each other: the VMs may use
+/// the sum of their limits. Empty if a process is below no limit, because the VMs may then use the machine's memory.
 ///
-/// A group with one VMM, and perhaps its helpers, does not count but the one above: its limit is the VM's own.
+/// For a group with one VMM, and possibly its helpers, the parent group counts, because the group's limit is the VM's
+/// own.
 pub(crate) fn limiting_groups(proc: &Path, root: &Path, pids: &[i32]) -> Vec<PathBuf> {
     let mut limits = BTreeMap::new();
     let mut groups = BTreeSet::new();
@@ -50,7 +51,7 @@ pub(crate) fn limiting_groups(proc: &Path, root: &Path, pids: &[i32]) -> Vec<Pat
     groups.into_iter().collect()
 }
 
-/// This group and those above it that have a limit, the deepest first.
+/// This group and its parents that have a limit, deepest first.
 fn limits_of(group: &Path, root: &Path) -> impl Iterator<Item = (PathBuf, u64)> {
     group
         .ancestors()
@@ -72,7 +73,8 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    /// Processes 10 to 13 in groups of their own below `a` and `b`, which have these limits, below `vms` with this one.
+    /// Processes 10 to 13 are in separate groups below `a` and `b`, which are below `vms`; each of the three has the
+    /// given limit.
     fn found(a: &str, b: &str, vms: &str, pids: &[i32]) -> Vec<String> {
         let folder = tempfile::TempDir::new().unwrap();
         let (proc, root) = (folder.path().join("proc"), folder.path().join("cgroup"));
@@ -89,7 +91,7 @@ mod tests {
             fs::create_dir_all(root.join(group)).unwrap();
         }
         for group in ["vms/a/1", "vms/a/2", "vms/b/3"] {
-            // A limit of the VM's own.
+            // The VM's own limit.
             fs::write(root.join(group).join("memory.max"), "1024\n").unwrap();
         }
         for (group, limit) in [("vms/a", a), ("vms/b", b), ("vms", vms)] {
@@ -120,7 +122,7 @@ mod tests {
     fn limit_of_a_group_with_one_vmm_is_that_vms_own() {
         let none: [&str; 0] = [];
         assert_eq!(found("max", "max", "max", &[10, 12]), none);
-        // Whatever other processes are in the group.
+        // Other processes in the group do not matter.
         assert_eq!(found("max", "2048", "max", &[13]), none);
         assert_eq!(found("max", "2048", "8192", &[10, 13]), ["vms"]);
     }

@@ -1,4 +1,4 @@
-//! A scripted VM: guest, VMM, and the thread that would serve it, in virtual time.
+//! A scripted VM on virtual time: guest, VMM, and the thread that serves it.
 
 use std::io;
 use std::os::unix::net::UnixListener;
@@ -116,7 +116,7 @@ impl Machine {
         configured: u64,
     ) -> Self {
         let socket = folder.join(format!("vms/{name}.sock"));
-        // Not there unless it is replaced.
+        // The file exists only if the VM is replaced.
         let _ = fs::remove_file(&socket);
         let listener = UnixListener::bind(&socket).unwrap();
         let proc = folder.join(format!("proc/{pid}"));
@@ -154,7 +154,7 @@ impl Machine {
 
     pub(super) fn end(self) {
         fs::remove_dir_all(&self.proc).unwrap();
-        // Another machine may have taken its name.
+        // Another machine may already use the name.
         let _ = fs::remove_file(&self.socket);
     }
 
@@ -393,7 +393,7 @@ impl Machine {
             }
             Some(Fault::Refuse | Fault::Refused) => Err(self.refused().into()),
             Some(Fault::Garbage) => {
-                // What it did nobody can tell.
+                // The result is unknown.
                 if random.next().is_multiple_of(2) {
                     self.obey_after_earlier(order, now_ms);
                 }

@@ -254,7 +254,7 @@ impl Chaos {
             Canary::ForgetsPromises => "reservations.json",
             Canary::None => return,
         };
-        // There may be none yet.
+        // The file may not exist yet.
         let _ = fs::remove_file(state.join(forgotten));
     }
 
@@ -587,7 +587,7 @@ fn hour_of_chaos_does_no_harm() {
     for seed in seeds() {
         let outcome = run(seed, Canary::None);
         assert_eq!(outcome.harms, [], "seed {seed}");
-        // It was one.
+        // Checks that the run really had faults and kills.
         assert!(outcome.kills > 10 && outcome.faults > 100, "{outcome:?}");
         promises += outcome.promises;
     }

@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! Whole agents around one store in memory.
+//! Tests whole agents that share one store in memory.
 
 use std::sync::Arc;
 use std::thread;
@@ -78,7 +78,7 @@ fn promise_from_afar_is_the_hosts_own_until_its_vm_runs() {
     assert_eq!(status.reservations.len(), 1);
     assert!(status.reservations[0].reservation.remote);
     assert_eq!(status.reservations[0].reservation.id, placed.id);
-    // Who starts the VM there asks for the same and is given the same.
+    // A client that starts the VM there requests the same reservation and receives it.
     let body = api::to_ascii_json(&ReserveRequest {
         vm: "new".to_owned(),
         memory: Bytes::gib(1),
@@ -93,7 +93,7 @@ fn promise_from_afar_is_the_hosts_own_until_its_vm_runs() {
         .unwrap();
     let answer: ReserveAnswer = serde_json::from_str(&answer.unwrap()).unwrap();
     assert_eq!(answer.reservation.unwrap().id, placed.id);
-    // The name is taken, and the answer to who asks says so.
+    // The name is taken, and the response says so.
     let Err(PlaceError::Refused(refusal)) = place(&store, "new", 2) else {
         panic!("the name is taken");
     };
@@ -153,7 +153,7 @@ fn agent_works_on_without_its_store_and_is_back_with_its_promises() {
 
 #[test]
 fn promises_at_the_socket_and_from_afar_come_out_of_one_ledger() {
-    // A tenth is kept: 9 places on each.
+    // A tenth is kept free, so 9 VMs fit on each host.
     let worlds = [World::new(10 * GIB, 0), World::new(10 * GIB, 0)];
     let store = Arc::<MemoryStore>::default();
     let agents = [
@@ -194,7 +194,7 @@ fn promises_at_the_socket_and_from_afar_come_out_of_one_ledger() {
     assert_eq!((sold, held), (18, 18));
 }
 
-/// Writes a line into a host's book, as whoever may write there can.
+/// Writes a line into a host's book, as any client with access to the store can.
 fn write_line(store: &MemoryStore, host: &str, line: &serde_json::Value) {
     let key = keys().book(host);
     wait("the book stays as it is for a moment", || {

@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! The whole agent against fake VMMs on a host made of files.
+//! Tests the whole agent with fake VMMs on a host made of files.
 
 mod fleet;
 
@@ -96,7 +96,7 @@ fn host_that_is_short_takes_from_the_idle_and_is_short_no_more() {
             .map(|name| world.vm(name).target)
             .iter()
             .sum();
-        // What is shown and what was ordered are brought together once per second.
+        // The published data is updated once per second.
         let shown_taken: u64 = snapshot.status.vms.iter().map(|vm| vm.target.0).sum();
         (snapshot.status.host.state == PublishedState::Green && taken > 0 && shown_taken == taken)
             .then_some(())
@@ -152,7 +152,7 @@ fn vmm_that_hangs_delays_nobody() {
     wait_vm(&agent, "wedged", "missed", |vm| vm.missed >= 2);
     let failure = status_of(&agent, "wedged").unwrap().failure;
     assert_eq!(failure.as_deref(), Some("timeout"));
-    // Each of the others was asked many times while the first request to the wedged one was still waiting.
+    // Each of the other VMs received many requests while the first request to the hanging one was still pending.
     for name in ["a", "b", "c"] {
         let requests = world.vm(name).requests;
         assert!(requests >= 8, "{name} was asked {requests} times");
@@ -196,7 +196,7 @@ fn levels_follow_what_each_vmm_can_answer() {
     for level in 0..=2 {
         let vm = wait_vm(&agent, &format!("l{level}"), "up", |vm| vm.up);
         assert_eq!(vm.level, level);
-        // Without reclaim-stats the memory of the process stands for what is resident.
+        // Without reclaim-stats, the process's memory is used as resident memory.
         let resident = if level == 2 { GIB } else { 512 * MIB };
         assert_eq!(vm.resident, Bytes(resident), "level {level}");
         assert_eq!(vm.guest_available.is_some(), level > 0);
@@ -225,7 +225,7 @@ fn hundred_at_once_for_ten_places_are_ten() {
     config.planning.host.reserve = crate::model::Amount::Bytes(Bytes(GIB));
     let _agent = start_with(&world, config);
     wait("agent", || client(&world).get("fleet.status").ok());
-    // 15 GiB, of which a tenth is kept for those that are there: room for ten of 1.3 GiB.
+    // 15 GiB, of which a tenth is kept for existing VMs, so ten VMs of 1.3 GiB fit.
     let barrier = Barrier::new(100);
     let admitted: Vec<bool> = thread::scope(|scope| {
         let asks: Vec<_> = (0..100)
@@ -237,7 +237,7 @@ fn hundred_at_once_for_ten_places_are_ten() {
                         match reserve(world, &format!("vm{number}"), 2 * GIB, 1331 * MIB) {
                             Ok(_) => return true,
                             Err(ClientError::Server(error)) if error.status == 409 => return false,
-                            // More at once than the socket serves.
+                            // More concurrent requests than the socket serves.
                             Err(_) => thread::sleep(Duration::from_millis(20)),
                         }
                     }
@@ -261,7 +261,7 @@ fn what_a_refused_vm_needs_is_asked_of_idle_guests_until_it_fits() {
     for name in ["a", "b"] {
         wait_vm(&agent, name, "up", |vm| vm.up);
     }
-    // A third of the host is free, so for nobody else anything would be taken.
+    // A third of the host is free, so memory is only taken for the refused VM.
     wait("room", || match reserve(&world, "new", 6 * GIB, 5 * GIB) {
         Ok(_) => Some(()),
         Err(ClientError::Server(error)) if error.status == 409 => None,
@@ -435,7 +435,7 @@ fn page_and_metrics_come_from_what_is_published_and_change_nothing() {
     assert!(page.entries.iter().any(|entry| entry.vm == "a"), "{page:?}");
 }
 
-/// Asks the page as whoever is called `host`, with these headers besides; returns the status line.
+/// Requests the page with this `Host` and additional headers; returns the status line.
 fn ask_page(agent: &Agent, host: &str, headers: &str) -> String {
     let mut stream = TcpStream::connect(agent.page().unwrap()).unwrap();
     write!(
@@ -557,7 +557,7 @@ fn pressure_reaches_a_guest_without_waiting_for_the_next_plan() {
             (world.vm(name).requests >= 6).then_some(())
         });
     }
-    // The planner believes a VM from the second sample on that it saw.
+    // The planner trusts a VM from its second sample on.
     wait("plans", || {
         (agent.published().get().decisions.plans > 2).then_some(())
     });
@@ -567,7 +567,7 @@ fn pressure_reaches_a_guest_without_waiting_for_the_next_plan() {
     let at = wait("a balloon", || {
         world.vm("a").resizes.first().map(|(_, at)| *at)
     });
-    // For people: the figure is a promise, but a loaded machine is no place to hold a test to it.
+    // Printed only, because on a loaded machine a test cannot check the documented time.
     println!(
         "from pressure to the request: {:?}",
         at.saturating_duration_since(begin)
@@ -601,7 +601,7 @@ fn set_of(world: &World, names: &[&str], level: u8) {
     }
 }
 
-/// What the kernel tells of the memory of every VMM.
+/// Sets the memory that the kernel's files show for every VMM.
 fn tell_of_processes(world: &World, status: &str) {
     let path = format!("proc/{}/status", std::process::id());
     fs::write(world.path().join(path), status).unwrap();
@@ -633,7 +633,7 @@ fn memory_that_was_asked_for_without_an_answer_is_given_back_until_that_is_confi
             .any(|(to, _)| *to > 0)
             .then_some(())
     });
-    // Silence after something was taken: everything is given back, and again as long as no answer comes.
+    // If a guest stops responding after memory was taken, everything is returned, repeatedly until there is a response.
     wait("the rescue, more than once", || {
         let resizes = world.vm("a").resizes;
         (resizes.iter().filter(|(to, _)| *to == 0).count() >= 2).then_some(())
@@ -741,7 +741,7 @@ fn memory_that_cannot_be_read_is_unknown_and_named() {
 
 #[test]
 fn pool_of_huge_pages_has_books_of_its_own() {
-    // Of 64 GiB a pool of 52, 44 of them free, and 6 GiB of the other memory available.
+    // The host has 64 GiB, of which 52 are in the pool, 44 of them free; 6 GiB of other memory are available.
     let world = World::new(64 * GIB, 58 * GIB);
     world.set_pool(52 * GIB, 44 * GIB);
     let agent = start(&world);
@@ -763,13 +763,13 @@ fn pool_of_huge_pages_has_books_of_its_own() {
         Err(ClientError::Server(error)) => error.status,
         Err(error) => panic!("{error:?}"),
     };
-    // More than all other memory fits, twice the rest does not, and the pool itself could never hold 60.
+    // A request larger than all other memory fits, a second one of that size does not, and 60 GiB exceed the pool.
     assert_eq!(status(ask("large", 40 * GIB, true)), 200);
     assert_eq!(status(ask("second", 8 * GIB, true)), 409);
     assert_eq!(status(ask("giant", 60 * GIB, true)), 422);
     assert_eq!(status(ask("third", 4 * GIB, true)), 200);
     assert_eq!(status(ask("fourth", GIB, true)), 409);
-    // What is promised of the pool takes nothing from the others.
+    // Reservations from the pool do not reduce other memory.
     assert_eq!(status(ask("small", 2 * GIB, false)), 200);
     let host = agent.published().get().status.host.clone();
     assert_eq!(host.state, PublishedState::Green);
@@ -805,7 +805,7 @@ fn vm_in_huge_pages_without_a_word_of_it_is_booked_by_what_it_holds() {
 
 #[test]
 fn huge_pages_that_a_vm_may_still_take_are_promised_to_nobody_else() {
-    // Of 24 GiB that are free, a VM has touched none of its 16 yet, and its VMM reserved none.
+    // Of the 24 GiB that are free, a VM may take 16 that it has not touched and that its VMM has not reserved.
     let world = World::new(64 * GIB, GIB);
     world.set_pool(32 * GIB, 24 * GIB);
     let mut vm = FakeVm::new(16 * GIB, 0);
@@ -829,7 +829,7 @@ fn huge_pages_that_a_vm_may_still_take_are_promised_to_nobody_else() {
         Ok(serde_json::from_str(&answer.unwrap()).unwrap())
     };
     assert!(ask("large", 10 * GIB).is_err());
-    // Asked twice, answered the same.
+    // A repeated request gets the same response.
     for _ in 0..2 {
         let answer = ask("small", 6 * GIB).unwrap();
         assert_eq!(answer.firm_free_after, Bytes::gib(2));
@@ -841,7 +841,7 @@ fn vm_in_huge_pages_is_left_alone() {
     let world = World::new(16 * GIB, GIB);
     set_of(&world, &["a", "b", "c", "huge"], 2);
     world.change("huge", |vm| vm.huge = true);
-    // What a VMM needs for itself, and not a guest's memory.
+    // The VMM's own memory, not guest memory.
     tell_of_processes(&world, "RssAnon: 65536 kB\n");
     let agent = start(&world);
     let vm = wait_vm(&agent, "huge", "known", |vm| vm.interlock.is_some());
