@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// A counter or a level. Relaxed: it orders nothing, and several read together are not of one instant.
+/// A counter or a gauge. Relaxed: it imposes no order, and several values read together are not from one instant.
 #[derive(Debug, Default)]
 pub(crate) struct Count(AtomicU64);
 
@@ -17,8 +17,8 @@ impl Count {
         self.0.fetch_add(more, Ordering::Relaxed);
     }
 
-    /// Counts one event that a guest or the host can repeat at will. Returns whether to log this one: the first is
-    /// logged, then ever fewer are.
+    /// Counts an event that a guest or the host can repeat at will. Returns whether to log it: the first is logged,
+    /// then at growing intervals.
     pub(crate) fn count_loudly(&self) -> bool {
         let before = self.0.fetch_add(1, Ordering::Relaxed);
         before == 0 || before.is_multiple_of(1 << 20)
@@ -34,7 +34,7 @@ impl Count {
     }
 }
 
-/// Declares the counters of a device once: fields, which are also their names in `vm.counters`.
+/// Declares the counters of a device: the fields' names are also the names in `vm.counters`.
 macro_rules! counters {
     ($(#[$about:meta])* $table:ident { $($(#[$doc:meta])* $name:ident,)+ }) => {
         $(#[$about])*
@@ -44,7 +44,7 @@ macro_rules! counters {
         }
 
         impl $table {
-            /// All of them by name.
+            /// All counters by name.
             pub(crate) fn read(&self) -> $crate::Counters {
                 $crate::Counters::from([$((stringify!($name), self.$name.get()),)+])
             }

@@ -1,7 +1,7 @@
-//! `Debug` of types that have parts without one.
+//! `Debug` for types with fields that do not implement it.
 
-/// Implements `Debug` for types of which only the named fields can be shown, or are worth it. `Type(it) { name: value }`
-/// shows values that are computed.
+/// Implements `Debug` for types of which only the named fields can or should be shown. `Type(it) { name: value }` shows
+/// computed values.
 #[macro_export]
 macro_rules! debug_fields {
     ($($name:ident { $($field:ident),* })+) => {

@@ -47,25 +47,25 @@ pub trait Interrupt: Send + Sync {
 /// One enabled queue, handed to the worker at activation.
 #[derive(Debug)]
 pub struct ActiveQueue {
-    /// Queue number on the wire. It can differ from the position in [`Activation::queues`], because a driver may leave
-    /// queues disabled.
+    /// Number of the queue in the device. It can differ from the position in [`Activation::queues`], because a driver
+    /// may leave queues disabled.
     pub index: u16,
     /// Validated against guest RAM by the transport before activation; its event index is on if VIRTIO_F_EVENT_IDX was
     /// accepted.
     pub queue: Queue,
     /// The doorbell, watched by the worker. A handler that stops at its limit with work left writes 1 to it and is
-    /// called again after the others.
+    /// called again after other handlers' events.
     pub doorbell: Arc<Doorbell>,
 }
 
 impl ActiveQueue {
-    /// The device's progress.
+    /// The device's progress in the queue.
     pub fn position(&self) -> QueuePosition {
         position_of(self.index, &self.queue)
     }
 }
 
-/// The state of a handler that has nothing but queues.
+/// Rejects a saved state for a handler whose only state is its queues.
 pub(crate) fn no_own_state(own: Option<&Saved>) -> Result<(), StateError> {
     require(own.is_none(), parts::VIRTIO_PCI, "handlers", || {
         "has a state for a handler without one".to_owned()
@@ -81,7 +81,7 @@ pub(crate) fn position_of(index: u16, queue: &Queue) -> QueuePosition {
     }
 }
 
-/// The worker's parameters when the driver has set DRIVER_OK.
+/// The worker's parameters once the driver has set DRIVER_OK.
 pub struct Activation {
     /// Guest RAM; load it once per batch of work, not once per descriptor.
     pub mem: GuestRam,
@@ -98,7 +98,7 @@ crate::debug_fields!(Activation(it) {
     queues: it.queues
 });
 
-/// Fills `data` from `space`, the bytes of a configuration space, at `offset`; with zeros past its end.
+/// Fills `data` from `space`, the bytes of a configuration space, at `offset`. Bytes past its end are zero.
 pub(crate) fn read_config_space(space: &[u8], offset: u64, data: &mut [u8]) {
     let at = usize::try_from(offset).unwrap_or(usize::MAX);
     let known = space.get(at..).unwrap_or_default();
@@ -107,7 +107,8 @@ pub(crate) fn read_config_space(space: &[u8], offset: u64, data: &mut [u8]) {
     data[count..].fill(0);
 }
 
-/// What [`VirtioDevice::take_handlers`] returns for a device with one handler, or once that has been taken.
+/// The result of [`VirtioDevice::take_handlers`] for a device with one handler; empty if the handler has already been
+/// taken.
 pub(crate) fn boxed<H: QueueHandler + 'static>(handler: Option<H>) -> Vec<Box<dyn QueueHandler>> {
     handler
         .into_iter()
@@ -117,7 +118,7 @@ pub(crate) fn boxed<H: QueueHandler + 'static>(handler: Option<H>) -> Vec<Box<dy
 
 /// The configuration half of a device.
 ///
-/// Called under a lock by the vCPU thread that accesses a register, and by the VMM's control thread. It must not block,
+/// Called under a lock, by the vCPU thread that accesses a register and by the VMM's control thread. It must not block,
 /// and must not panic on any input.
 pub trait VirtioDevice: Send {
     /// Virtio device id (virtio 1.2 §5): 1 net, 2 block, 3 console, 4 entropy, 5 balloon, 19 socket,
@@ -135,7 +136,8 @@ pub trait VirtioDevice: Send {
     /// The driver has accepted `features` (a subset of those offered) with FEATURES_OK. Called once between two resets.
     fn ack_features(&mut self, _features: u64) {}
 
-    /// Reads the device configuration space. Bytes past its end read as zero; a device without one has nothing else.
+    /// Reads the device configuration space. Bytes past its end read as zero, as does every byte of a device without
+    /// one.
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         read_config_space(&[], offset, data);
     }
@@ -143,17 +145,17 @@ pub trait VirtioDevice: Send {
     /// Writes the device configuration space. Invalid writes are dropped and counted.
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
-    /// The queue halves, taken once when the device is put behind its transport. Each gets a worker thread.
+    /// The queue halves, taken once when the device is attached to its transport. Each gets a worker thread.
     fn take_handlers(&mut self) -> Vec<Box<dyn QueueHandler>>;
 
     /// The handler (position in `take_handlers`) that serves this queue under the accepted features. `None`: no
-    /// handler; kicks on it are ignored.
+    /// handler; kicks are ignored.
     fn handler_of_queue(&self, _queue_index: u16, _features: u64) -> Option<usize> {
         Some(0)
     }
 
-    /// Whether the vCPU that rings this queue's doorbell is held until the worker has processed it, see
-    /// [`QueueHandler::queue_ready_while_held`]. Called once, before any driver, so the result must hold for every
+    /// Whether the vCPU that signals this queue's doorbell is held until the worker has processed the queue, see
+    /// [`QueueHandler::queue_ready_while_held`]. Called once, before any driver, so the result must be valid for every
     /// possible set of features.
     fn holds_notifier(&self, _queue_index: u16) -> bool {
         false
@@ -162,26 +164,27 @@ pub trait VirtioDevice: Send {
     /// Called once by the transport before the guest sees the device.
     fn set_interrupt(&mut self, _interrupt: Arc<dyn Interrupt>) {}
 
-    /// Memory that the guest maps, outside guest RAM and behind no BAR. Called once when the device is put on the bus.
+    /// Memory that the guest maps, outside guest RAM and not behind a BAR. Called once when the device is put on the
+    /// bus.
     fn memory(&self) -> Option<DeviceMemory> {
         None
     }
 
-    /// The guest's address of that memory, before the guest sees the device.
+    /// Sets the guest address of that memory, before the guest sees the device.
     fn set_memory_start(&mut self, _start: u64) {}
 
     /// The driver wrote 0 to the status register. The transport resets the workers; this resets the configuration half.
     fn reset(&mut self) {}
 
-    /// Values that a driver can see or has set, and the host's requests: everything that a new device with the same
-    /// configuration does not have. Called while the handlers are paused.
+    /// Everything that a new device with the same configuration lacks: values that a driver can see or has set, and the
+    /// host's requests. Called while the handlers are paused.
     fn state(&self) -> Saved;
 
-    /// Restores `state` into a new device. Called once, before there is any worker thread; after
+    /// Restores `state` into a new device. Called once, before any worker thread exists; after
     /// [`VirtioDevice::ack_features`] if a driver had accepted features.
     ///
     /// # Errors
-    /// The state cannot belong to this device, which is then dropped.
+    /// The state cannot belong to this device; the caller then drops the device.
     fn restore(&mut self, state: &Saved) -> Result<(), StateError>;
 
     /// Counters for `vm.counters`; an empty map omits the device.
@@ -195,16 +198,16 @@ pub trait VirtioDevice: Send {
 pub struct DeviceMemory {
     /// Readable and writable, for the guest alone.
     pub mapping: Arc<MmapRegion<()>>,
-    /// The address that it had when the device was saved.
+    /// The guest address when the device was saved.
     pub start: Option<u64>,
-    /// What its address is a multiple of, a power of two.
+    /// Alignment of the guest address, a power of two.
     pub align_bytes: u64,
 }
 
 /// Reasons why a worker stops serving its device until the next reset.
 ///
-/// Only for faults that prevent continuing (rings that point outside of guest RAM, a host descriptor that is gone). A
-/// bad request is completed with an error status or dropped and counted, and is not a `WorkerError`.
+/// Only for faults after which the worker cannot continue (rings outside of guest RAM, a host descriptor that is gone).
+/// An invalid request is completed with an error status, or dropped and counted; it is not a `WorkerError`.
 #[derive(Debug, thiserror::Error)]
 pub enum WorkerError {
     /// The ring itself cannot be read or written.
@@ -224,7 +227,7 @@ pub enum WorkerError {
         #[source]
         source: std::io::Error,
     },
-    /// The worker thread cannot run where it should.
+    /// The worker thread cannot run on its host CPUs.
     #[error("cannot run a worker thread on host CPUs {host_cpus:?}")]
     Affinity {
         /// The host CPUs.
@@ -241,10 +244,10 @@ pub enum WorkerError {
     },
 }
 
-/// The progress of a queue: the next index in either ring, both free-running.
+/// The progress in a queue: the next index in each ring, both free-running.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct QueuePosition {
-    /// Number of the queue on the wire.
+    /// Number of the queue in the device.
     pub index: u16,
     /// Next chain to take.
     pub next_avail: u16,
@@ -252,17 +255,17 @@ pub struct QueuePosition {
     pub next_used: u16,
 }
 
-/// State that only a handler has, while it is paused.
+/// State that only a paused handler holds.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct HandlerState {
-    /// The queues it was handed.
+    /// The queues that the handler serves.
     pub queues: Vec<QueuePosition>,
     /// Further state, of its own type.
     pub own: Option<Saved>,
 }
 
 impl HandlerState {
-    /// The state of a handler that has nothing but queues.
+    /// The state of a handler whose only state is its queues.
     pub fn of_queues(queues: impl IntoIterator<Item = QueuePosition>) -> Self {
         Self {
             queues: queues.into_iter().collect(),
@@ -276,14 +279,14 @@ pub trait QueueHandler: Send {
     /// Name of the worker thread, at most 15 bytes: `_disk0`, `_net1_qp0`, `__balloon`.
     fn name(&self) -> String;
 
-    /// Host CPUs on which the worker thread may run; any if there is none. Read once, before the thread starts. All are
-    /// below [`crate::worker::HOST_CPUS_MAX`].
+    /// Host CPUs on which the worker thread may run; any if empty. Read once, before the thread starts. All are below
+    /// [`crate::worker::HOST_CPUS_MAX`].
     fn host_cpus(&self) -> &[usize] {
         &[]
     }
 
-    /// The driver is ready. Own event sources (tap, timer, ring completion) are registered here with `sources.add`; the
-    /// queues' doorbells already are.
+    /// The driver is ready. The handler registers its own event sources (tap, timer, ring completion) with
+    /// `sources.add`; the queues' doorbells are already registered.
     ///
     /// # Errors
     /// Sets DEVICE_NEEDS_RESET.
@@ -293,16 +296,17 @@ pub trait QueueHandler: Send {
         sources: &mut EventSources,
     ) -> Result<(), WorkerError>;
 
-    /// The doorbell of a queue rang (already drained), or the VM was resumed. The handler must process available chains
-    /// until the turn is over and ring its own doorbell if there are more. It must not wait for the guest.
+    /// The doorbell of a queue was signalled (already drained), or the VM was resumed. The handler must process
+    /// available chains until the turn is over, and signal its own doorbell if chains remain. It must not wait for the
+    /// guest.
     ///
     /// # Errors
     /// Sets DEVICE_NEEDS_RESET.
     fn queue_ready(&mut self, queue_index: u16, turn: &mut Turn) -> Result<(), WorkerError>;
 
-    /// As [`QueueHandler::queue_ready`], but the vCPU that rang the doorbell has not returned from it: its driver has
-    /// done nothing after notifying the device. Only for queues for which [`VirtioDevice::holds_notifier`] returns
-    /// true. Even those may be served through `queue_ready` instead, for example after a pause.
+    /// As [`QueueHandler::queue_ready`], but the vCPU that signalled the doorbell is held: its driver has done nothing
+    /// after notifying the device. Only for queues for which [`VirtioDevice::holds_notifier`] returns true. Even those
+    /// may be served through `queue_ready` instead, for example after a pause.
     ///
     /// # Errors
     /// Sets DEVICE_NEEDS_RESET.
@@ -314,7 +318,7 @@ pub trait QueueHandler: Send {
         self.queue_ready(queue_index, turn)
     }
 
-    /// Whether the worker waits for the doorbells. If not, the handler passes them to the process that serves the queues.
+    /// Whether the worker watches the doorbells. If not, the handler passes them to the process that serves the queues.
     fn serves_doorbells(&self) -> bool {
         true
     }
@@ -337,24 +341,23 @@ pub trait QueueHandler: Send {
         Vec::new()
     }
 
-    /// Releases queues and drops requests in flight (waits for those that the kernel holds). The caller has removed the
-    /// sources registered in `activate`. Idempotent.
+    /// Releases queues and drops requests in flight (waits for those that the kernel is executing). The caller has
+    /// removed the sources registered in `activate`. Idempotent.
     fn reset(&mut self);
 
-    /// State that only the handler has. Called after [`QueueHandler::pause`].
+    /// State that only the handler holds. Called after [`QueueHandler::pause`].
     fn state(&self) -> HandlerState;
 
-    /// Restores [`HandlerState::own`] of the saved handler. Called once, before its thread is started; the queues
-    /// follow with the activation.
+    /// Restores [`HandlerState::own`] of the saved handler. Called once, before its thread starts; the queues follow
+    /// with the activation.
     ///
     /// # Errors
-    /// The state cannot belong to this handler, which is then dropped.
+    /// The state cannot belong to this handler; the caller then drops the handler.
     fn restore(&mut self, own: Option<&Saved>) -> Result<(), StateError> {
         no_own_state(own)
     }
 
-    /// Called when the VM pauses: requests in flight are finished before this returns, so that guest RAM no longer
-    /// changes.
+    /// Pauses the handler: requests in flight finish before this returns, so that guest RAM no longer changes.
     fn pause(&mut self) {}
 
     /// Undoes [`QueueHandler::pause`]; [`QueueHandler::queue_ready`] follows for each queue whose doorbell the worker

@@ -16,7 +16,7 @@ const DEVICE_TYPE: u32 = 26;
 pub const TAG_BYTES_MAX: usize = 36;
 /// The tag, and the number of request queues.
 const CONFIG_BYTES: usize = TAG_BYTES_MAX + 4;
-/// The queue for FORGET and INTERRUPT, which go before other requests.
+/// The queue for FORGET and INTERRUPT, which take precedence over other requests.
 const PRIORITY_QUEUES: usize = 1;
 
 /// Parameters of the device.
@@ -57,7 +57,7 @@ crate::debug_fields!(Fs {
 });
 
 impl Fs {
-    /// Connects to the back end later, and again whenever it is gone.
+    /// The device connects to the back end later, and reconnects whenever the connection is lost.
     ///
     /// # Errors
     /// No descriptor is left.

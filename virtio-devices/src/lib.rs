@@ -5,8 +5,8 @@
 //! and receives the queues when the driver is ready. Data that both need is shared by the device itself in an `Arc` of
 //! atomics.
 //!
-//! This crate knows no KVM, no HTTP and no command line: interrupts, doorbells and threads come in through the traits
-//! in [`pci`] and [`worker`].
+//! This crate does not depend on KVM, HTTP or the command line: the VMM provides interrupts, doorbells and threads
+//! through the traits in [`pci`] and [`worker`].
 
 pub mod balloon;
 pub mod block;

@@ -17,7 +17,7 @@ impl ListeningSocket {
     /// Listens on `path`. A stale socket without a listener is replaced.
     ///
     /// # Errors
-    /// The path is something else, or a socket with a listener.
+    /// The path is not a socket, or another process listens on it.
     pub fn bind(path: &Path) -> io::Result<Self> {
         let socket = Self {
             listener: bind(path)?,
@@ -27,10 +27,10 @@ impl ListeningSocket {
         Ok(socket)
     }
 
-    /// Accepts the next client, non-blocking as well. `WouldBlock` if there is none.
+    /// Accepts the next client; its stream is non-blocking as well. `WouldBlock` if there is none.
     ///
     /// # Errors
-    /// No client, or no descriptor for it.
+    /// No client is waiting, or no descriptor is left.
     pub fn accept(&self) -> io::Result<UnixStream> {
         let (client, _) = self.listener.accept()?;
         client.set_nonblocking(true)?;
@@ -68,9 +68,9 @@ fn bind(path: &Path) -> io::Result<UnixListener> {
     }
 }
 
-/// Whether this is a stale socket. A connection would use up a client's place of a live listener, so a socket of
-/// another type is used for the attempt. The kernel returns "wrong type" if there is a listener, and "refused" if there
-/// is none (`unix_find_bsd` in net/unix/af_unix.c).
+/// Whether this is a stale socket. A stream connection would occupy a client's place in the backlog of a live listener,
+/// so the attempt uses another socket type. The kernel returns "wrong type" if there is a listener, and "refused" if
+/// there is none (`unix_find_bsd` in net/unix/af_unix.c).
 fn is_dead(path: &Path) -> bool {
     let is_socket = path
         .symlink_metadata()
@@ -100,7 +100,7 @@ mod tests {
         let pending = listener.accept().unwrap_err();
         assert_eq!(pending.kind(), io::ErrorKind::WouldBlock);
         UnixStream::connect(&path).unwrap();
-        // Nor is a file that is not a socket, or a link to a socket.
+        // The same holds for a file that is not a socket, and for a link to a socket.
         let file = folder.path().join("file");
         std::fs::write(&file, "kept").unwrap();
         assert!(bind(&file).is_err());

@@ -1,8 +1,8 @@
 //! Persistent memory (virtio 1.2 §5.19): a file that the guest maps, and one queue of flush requests.
 //!
-//! The memory is no guest RAM: devices cannot transfer data to or from it, and the balloon never discards it. What the
-//! guest writes is in the page cache of the host, so it survives the VMM; a flush brings it to stable storage. With
-//! `discard_writes`, the guest writes to a private copy, and there is nothing to flush.
+//! The memory is not guest RAM: devices cannot transfer data to or from it, and the balloon never discards it. The
+//! guest's writes go to the host's page cache, so they survive the VMM; a flush writes them to stable storage. With
+//! `discard_writes`, the guest writes to a private copy, and a flush does nothing.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -25,16 +25,16 @@ use crate::worker::Turn;
 const DEVICE_TYPE: u32 = 27;
 /// Entries of the one queue.
 const QUEUE_SIZES: [u16; 1] = [256];
-/// The only request: type, and an answer of the same size.
+/// The only request type; the response has the same size.
 const REQUEST_FLUSH: u32 = 0;
 const REQUEST_BYTES: usize = 4;
-/// Answers to it.
+/// Responses to a flush.
 const DONE: u32 = 0;
 const FAILED: u32 = 1;
-/// What a flush costs in a turn: as much as that of a disk.
+/// Cost of a flush in a turn: the same as for a disk.
 const FLUSH_COST: u64 = 1 << 20;
 
-/// Size and address are multiples of this, so that both sides can map huge pages.
+/// Alignment of size and address, so that both sides can map huge pages.
 pub const ALIGN_BYTES: u64 = 2 << 20;
 
 /// Parameters of the device.
@@ -42,15 +42,15 @@ pub const ALIGN_BYTES: u64 = 2 << 20;
 pub struct PmemParams {
     /// Names the device and its thread.
     pub id: String,
-    /// The file, or a folder for a file without a name.
+    /// The file, or a folder in which a file without a name is created.
     pub file: PathBuf,
-    /// Bytes that the guest sees; those of the file if absent. Required for a folder.
+    /// Size that the guest sees, in bytes; the file's size if absent. Required for a folder.
     pub bytes: Option<u64>,
     /// The guest writes to a private copy.
     pub discard_writes: bool,
 }
 
-/// Reasons why a file cannot be persistent memory.
+/// Reasons why a file cannot be used as persistent memory.
 #[derive(Debug, thiserror::Error)]
 pub enum PmemError {
     /// The path cannot be opened.
@@ -62,7 +62,7 @@ pub enum PmemError {
         #[source]
         source: io::Error,
     },
-    /// A device, socket…
+    /// The path is a device, socket or the like.
     #[error("{} is neither a regular file nor a folder", path.display())]
     NotAFile {
         /// The path.
@@ -74,7 +74,7 @@ pub enum PmemError {
         /// The folder.
         path: PathBuf,
     },
-    /// Not whole huge pages.
+    /// The size is not a multiple of a huge page.
     #[error("the size of {} must be a positive multiple of {ALIGN_BYTES} bytes; got {bytes}", path.display())]
     Size {
         /// The file.
@@ -82,7 +82,7 @@ pub enum PmemError {
         /// The requested size, or that of the file.
         bytes: u64,
     },
-    /// Memory behind the end of the file would not exist.
+    /// The file is too short: memory after its end would not exist.
     #[error("{} has {file_bytes} bytes, less than the size of {bytes} bytes", path.display())]
     FileTooShort {
         /// The file.
@@ -101,7 +101,7 @@ pub enum PmemError {
         #[source]
         source: io::Error,
     },
-    /// No address space.
+    /// No address space is left.
     #[error("cannot map {bytes} bytes of {}", path.display())]
     Map {
         /// The file.
@@ -117,17 +117,17 @@ pub enum PmemError {
 counters! {
     Stats {
         flushes,
-        /// The host could not write the file.
+        /// Number of times the host could not write the file.
         flush_failures,
         bad_requests,
     }
 }
 
-/// The saved state besides the queue. The content stays in the file.
+/// The saved state beyond the queue. The content stays in the file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PmemState {
-    /// Where the guest sees the memory; absent if the device was on no bus.
+    /// Guest address of the memory; absent if the device was on no bus.
     pub start: Option<u64>,
     /// Its size.
     pub bytes: u64,
@@ -137,7 +137,7 @@ impl State for PmemState {
     const PART: Part = parts::PMEM;
 }
 
-/// The VMM's handle: brings to stable storage what the guest has written.
+/// The VMM's handle: writes the guest's data to stable storage.
 #[derive(Debug, Clone)]
 pub struct PmemHandle {
     /// `None` if the guest's writes are discarded.
@@ -148,7 +148,7 @@ impl PmemHandle {
     /// Writes the file's content to stable storage.
     ///
     /// # Errors
-    /// From fdatasync.
+    /// The error of fdatasync.
     pub fn sync(&self) -> io::Result<()> {
         match &self.file {
             Some(file) => file.sync_data(),
@@ -210,7 +210,7 @@ fn open(params: &PmemParams) -> Result<(File, u64), PmemError> {
         path: path.clone(),
         source,
     };
-    // A FIFO or device is not opened: that could block or have effects.
+    // A FIFO or device is not opened, because that could block or have side effects.
     let stat = std::fs::metadata(path).map_err(failed)?;
     if stat.is_dir() {
         let bytes = params
@@ -434,7 +434,7 @@ mod tests {
     fn pmem_conforms() {
         let file = file(ALIGN_BYTES);
         conformance("pmem", |_| {
-            // A second one at the same time is allowed to readers only.
+            // Only readers may open the file a second time.
             let pmem = Pmem::new(&PmemParams {
                 discard_writes: true,
                 ..params(file.path())

@@ -34,7 +34,7 @@ counters! {
     }
 }
 
-/// An entropy device has no state but its queue.
+/// An entropy device has no state besides its queue.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RngState {}
@@ -51,9 +51,9 @@ pub struct Rng {
 }
 
 impl Rng {
-    /// Serves from `source`; `id` names the device and its thread. A source that can run dry (a FIFO, `/dev/hwrng`)
-    /// must be open non-blocking; otherwise a pause of the VM waits for it. A request that it cannot serve is completed
-    /// empty.
+    /// Serves from `source`; `id` names the device and its thread. A source that can run out of data (a FIFO,
+    /// `/dev/hwrng`) must be non-blocking; otherwise a pause of the VM waits for it. A request that the source cannot
+    /// serve is completed empty.
     pub fn new(id: &str, source: File) -> Self {
         let stats = Arc::new(Stats::default());
         Self {
@@ -118,7 +118,7 @@ impl RngHandler {
                     filled += count;
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                // End of file, dry, or broken: the driver gets the bytes read so far.
+                // End of file, no data, or an error: the driver gets the bytes read so far.
                 Ok(_) | Err(_) => {
                     self.stats.source_failures.count();
                     break;

@@ -1,9 +1,9 @@
-//! Work on an object together with a part of it that comes and goes.
+//! Temporarily takes an optional part out of an object, to use both mutably.
 
-/// Runs `work` on `whole` and on the part in `place`, which is taken out of it meanwhile. Does nothing without a part.
+/// Runs `work` on `whole` and on the part in `place`, which is taken out meanwhile. Does nothing without a part.
 ///
 /// # Errors
-/// Those of `work`; the part is back in its place then, too.
+/// The errors of `work`. The part is put back in this case, too.
 pub(crate) fn with_taken<W, P, E>(
     whole: &mut W,
     place: fn(&mut W) -> &mut Option<P>,

@@ -3,7 +3,8 @@
 /// Maximum length of a Linux thread's name.
 const THREAD_NAME_BYTES: usize = 15;
 
-/// A device id with a suffix that distinguishes its threads; the id is truncated so that the suffix still fits.
+/// The thread's name: a device id with a suffix that distinguishes the device's threads. The id is truncated if
+/// necessary so that the suffix fits.
 pub(crate) fn thread_name(id: &str, suffix: &str) -> String {
     let room = THREAD_NAME_BYTES.saturating_sub(suffix.len());
     let mut end = id.len().min(room);

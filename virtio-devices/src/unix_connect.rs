@@ -1,4 +1,4 @@
-//! Connects to programs of the host.
+//! Connects to UNIX sockets of other programs.
 
 use std::io;
 use std::os::unix::net::UnixStream;
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
-/// Connects without waiting: a full backlog refuses. The stream is non-blocking.
+/// Connects without waiting: a full backlog is an error. The stream is non-blocking.
 pub(crate) fn connect(path: &Path) -> io::Result<UnixStream> {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;

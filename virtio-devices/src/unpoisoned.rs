@@ -1,16 +1,17 @@
-//! Locks whose holder has panicked.
+//! Access to locks whose holder has panicked.
 
 use std::sync::{LockResult, PoisonError};
 
 /// The data of a lock, even if a thread panicked while it held the lock.
 ///
-/// Data under our locks changes in steps that each leave it consistent, so it is usable. The released program aborts on
-/// a panic anyway. Where threads unwind, in tests, the first panic matters, and it must not cause a second one.
+/// Data under our locks changes in steps that each leave it consistent, so it is usable after a panic. The released
+/// program aborts on a panic anyway. Where threads unwind, in tests, the first panic matters and must not cause a
+/// second one.
 pub trait Unpoisoned {
-    /// The guard of the lock, or the result of waiting with it.
+    /// The guard of the lock, or the result of a wait.
     type Guard;
 
-    /// The guard.
+    /// Returns the guard.
     fn unpoisoned(self) -> Self::Guard;
 }
 

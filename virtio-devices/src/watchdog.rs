@@ -1,12 +1,12 @@
-//! Watchdog device (virtio device id 35, as Cloud Hypervisor defines it): a guest that has pinged once
-//! must keep pinging, or the host resets the machine.
+//! Watchdog device (virtio device id 35, as Cloud Hypervisor defines it): after a guest's first ping it must keep
+//! pinging; otherwise the host resets the machine.
 //!
 //! There is one queue. Each device-writable buffer on it is a ping, answered with one byte.
 //!
 //! ```text
-//!   unarmed ── first ping ──► armed ── no ping for the timeout ──► expired: the host is called, once
+//!   unarmed ── first ping ──► armed ── no ping within the timeout ──► expired: the host is called, once
 //!      ▲                       │ ▲
-//!      └──── device reset ─────┘ └── ping, or resume after a pause: the timeout starts anew
+//!      └──── device reset ─────┘ └── ping, or resume after a pause: the timeout restarts
 //! ```
 
 use std::io;
@@ -27,11 +27,11 @@ use crate::worker::Turn;
 const DEVICE_TYPE: u32 = 35;
 /// Entries of the one queue. A driver keeps a single ping in flight.
 const QUEUE_SIZES: [u16; 1] = [8];
-/// The answer to a ping.
+/// The response to a ping.
 const PONG: [u8; 1] = [1];
 
-/// How long a guest may go without a ping. Cloud Hypervisor has the same limit but checks it every 15 s, so that it
-/// resets up to 15 s later.
+/// Maximum time between pings. Cloud Hypervisor has the same limit but checks it only every 15 s, so it resets up to 15
+/// s later.
 pub const TIMEOUT: Duration = Duration::from_secs(20);
 
 counters! {
@@ -51,7 +51,7 @@ impl State for WatchdogState {
     const PART: Part = parts::WATCHDOG;
 }
 
-/// The state of the queue half. The time of the last ping is not part of it: the timeout starts anew on the host that
+/// The state of the queue half. It does not include the time of the last ping: the timeout restarts on the host that
 /// continues the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -72,8 +72,8 @@ pub struct Watchdog {
 }
 
 impl Watchdog {
-    /// Calls `expired` on the worker thread when an armed watchdog has had no ping for `timeout`. `expired` must not
-    /// block. `id` names the device and its thread.
+    /// Calls `expired` on the worker thread when an armed watchdog has received no ping for `timeout`. `expired` must
+    /// not block. `id` names the device and its thread.
     ///
     /// # Errors
     /// No descriptor is left for the timer.
@@ -185,11 +185,11 @@ impl SingleQueueDevice for Pings {
     }
 
     fn timer_expired(&mut self) {
-        // The worker woke up for a ping too and has served it first: the timeout has started anew.
+        // The worker also woke up for a ping and served it first, so the timeout has restarted.
         if self.timer.is_armed().unwrap_or(false) {
             return;
         }
-        // Once: the machine is about to be reset, and a new guest arms its own watchdog.
+        // Disarmed: the machine is about to be reset, and a new guest arms its own watchdog.
         self.armed = false;
         self.set_timer();
         self.stats.expirations.count();
@@ -238,11 +238,11 @@ mod tests {
     use crate::testing::{HandlerHarness, Segment, conformance};
     use crate::worker::EventSources;
 
-    /// Long enough that it never expires in a test.
+    /// Long enough never to expire in a test.
     const NEVER: Duration = Duration::from_secs(24 * 60 * 60);
     /// Expires before the test's first check.
     const SOON: Duration = Duration::from_millis(1);
-    /// A test that waits this long for an expiry has failed.
+    /// A test that waits longer than this for an expiry has failed.
     const DEADLINE_MS: i32 = 60_000;
 
     struct Rig {
@@ -338,7 +338,7 @@ mod tests {
         rig.ping();
         rig.harness.handler.pause();
         assert_eq!(rig.harness.serve_sources(20).unwrap(), 0);
-        // The worker's action at a resume.
+        // As the worker does when it resumes.
         rig.harness.kick(0).unwrap();
         assert_eq!(rig.harness.serve_sources(DEADLINE_MS).unwrap(), 1);
         assert_eq!(rig.expirations(), 1);

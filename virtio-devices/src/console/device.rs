@@ -1,4 +1,4 @@
-//! The configuration half of the console and the VMM's handle to it.
+//! The configuration half of the console and the VMM's handle.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -28,14 +28,14 @@ const MAX_NR_PORTS: u32 = 1;
 pub struct WindowSize {
     /// Characters in a row.
     pub columns: u16,
-    /// Rows.
+    /// Number of rows.
     pub rows: u16,
 }
 
 /// Data that both halves and the VMM share.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
-    /// Columns in the lower half, rows in the upper: read and written as one.
+    /// Columns in the lower half, rows in the upper half, so that both are accessed atomically.
     window: AtomicU32,
     pub(super) counters: ConsoleCounters,
 }
@@ -49,7 +49,7 @@ counters! {
     }
 }
 
-/// A console has no state of its own: its size is that of its current terminal, which the driver receives when it is
+/// A console has no state of its own: its size is that of the current terminal, which the driver receives when it is
 /// resumed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -119,7 +119,7 @@ impl ConsoleHandle {
     }
 }
 
-/// The interrupt, once there is a transport.
+/// The interrupt, available once there is a transport.
 #[derive(Default)]
 struct OnceInterrupt(OnceLock<Arc<dyn Interrupt>>);
 
@@ -154,7 +154,7 @@ impl VirtioDevice for Console {
     }
 
     fn set_interrupt(&mut self, interrupt: Arc<dyn Interrupt>) {
-        // Set once, by the one transport there is.
+        // Set once: there is only one transport.
         self.interrupt.0.set(interrupt).ok();
     }
 

@@ -14,8 +14,8 @@ pub struct ConsoleEndpoint {
 }
 
 impl ConsoleEndpoint {
-    /// Takes descriptors that are non-blocking, or regular files. An input that ends or fails is not read again. Keep
-    /// the other end of a pseudo-terminal open; otherwise it fails whenever no other process has it open.
+    /// Accepts descriptors that are non-blocking, or regular files. An input that ends or fails is not read again. Keep
+    /// the other end of a pseudo-terminal open; otherwise reads fail whenever no other process has it open.
     pub fn new(input: Option<OwnedFd>, output: Option<OwnedFd>) -> Self {
         Self {
             input: input.map(File::from),
@@ -23,7 +23,7 @@ impl ConsoleEndpoint {
         }
     }
 
-    /// No input, and all output is dropped.
+    /// No input; all output is dropped.
     pub fn null() -> Self {
         Self::default()
     }
@@ -36,9 +36,9 @@ impl ConsoleEndpoint {
         nonblocking(fd, OpenOptions::new().read(true))
     }
 
-    /// A non-blocking descriptor that writes to the same destination as `fd`. Terminals and pipes are opened again,
-    /// because O_NONBLOCK belongs to the open file, and our standard output is often shared with the shell. Regular
-    /// files never block and keep their position.
+    /// A non-blocking descriptor that writes to the same destination as `fd`. Terminals and pipes are reopened, because
+    /// O_NONBLOCK belongs to the open file, and our standard output is often shared with the shell. Regular files never
+    /// block and keep their position.
     ///
     /// # Errors
     /// The descriptor cannot be duplicated or opened again.
@@ -58,7 +58,7 @@ fn nonblocking(fd: BorrowedFd<'_>, options: &mut OpenOptions) -> io::Result<Owne
         .open(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()));
     match anew {
         Ok(anew) => Ok(anew.into()),
-        // A socket has no path to open; ENXIO. No other process reads or writes ours.
+        // A socket has no path to reopen (ENXIO). No other process reads or writes our sockets.
         Err(error) if error.raw_os_error() == Some(libc::ENXIO) => {
             let stream = UnixStream::from(OwnedFd::from(file));
             stream.set_nonblocking(true)?;

@@ -27,11 +27,11 @@ const TRANSMIT: u16 = 1;
 /// Tokens of the event sources.
 const TOKEN_INPUT: u32 = 0;
 const TOKEN_OUTPUT: u32 = 1;
-/// Queue callbacks cannot register sources; they ring this to have it done.
+/// Queue callbacks cannot register sources; they signal this event to request it.
 const TOKEN_REARM: u32 = 2;
 
-/// Maximum number of bytes of one chain that are written out. Linux never sends more than 32 KiB at once; the rest of a
-/// longer chain is dropped and counted.
+/// Maximum number of bytes written from one chain. Linux never sends more than 32 KiB at once; the rest of a longer
+/// chain is dropped and counted.
 const CHAIN_BYTES_MAX: usize = 64 << 10;
 /// Maximum number of bytes moved at once.
 const CHUNK_BYTES: usize = 4 << 10;
@@ -41,15 +41,16 @@ const CHUNK_BYTES: usize = 4 << 10;
 enum Input {
     /// Watched: the worker wakes when there is something to read.
     Watched,
-    /// Not watched, because the guest has no buffer or the device is not active.
+    /// Not watched, because the guest has provided no buffer or the device is not active.
     Unwatched,
-    /// Cannot be polled (a regular file, `/dev/null`): read when the guest has buffers.
+    /// Cannot be polled (a regular file, `/dev/null`): read when the guest has provided buffers.
     Unpollable,
     /// Missing, at its end, or broken.
     Closed,
 }
 
-/// Guest text that the output has not accepted yet. Waiting input is still in the host's file.
+/// Guest text that the output has not accepted yet. Unread input is not part of the state, because it is still in the
+/// host's file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConsoleOutputState {
@@ -116,7 +117,7 @@ impl ConsoleHandler {
         })
     }
 
-    /// Moves input into the guest's buffers. True: the guest has none left.
+    /// Moves input to the guest's buffers. True: no buffer is left.
     fn receive(&mut self, active: &mut Active, turn: &mut Turn) -> Result<bool, WorkerError> {
         let Active {
             mem,
@@ -159,7 +160,7 @@ impl ConsoleHandler {
         Ok(starved)
     }
 
-    /// Reads up to `room` bytes into the chunk; `None` if there are none now or ever.
+    /// Reads up to `room` bytes into the chunk; `None` if no bytes are available.
     fn read_input(&mut self, room: usize) -> Option<usize> {
         let input = self.input.as_mut()?;
         loop {
@@ -239,7 +240,7 @@ impl ConsoleHandler {
 
     /// Watches the sources that are needed: input while the guest has buffers, output while there is a backlog.
     fn rearm(&mut self, sources: &mut EventSources) -> Result<(), WorkerError> {
-        // EAGAIN: requested by activation, not through the eventfd.
+        // EAGAIN: the request came from an activation and not through the eventfd.
         self.rearm.read().ok();
         if self.input_state == Input::Unwatched
             && let Some(input) = &self.input
@@ -257,7 +258,7 @@ impl ConsoleHandler {
         {
             match sources.add_writable(fd, TOKEN_OUTPUT) {
                 Ok(()) => self.output_watched = true,
-                // A file that is always writable never leaves a backlog; try at the next write.
+                // A file that is always writable never leaves a backlog; the next write tries again.
                 Err(WorkerError::Host { source, .. }) if is_unpollable(&source) => {}
                 Err(error) => return Err(error),
             }
@@ -279,7 +280,7 @@ impl ConsoleHandler {
             sources.remove(input.as_raw_fd())?;
             self.input = None;
         } else if starved {
-            // Until the guest provides a buffer; otherwise the readable input would cause a busy loop.
+            // Removed until the guest provides a buffer; otherwise the readable input would cause a busy loop.
             sources.remove(input.as_raw_fd())?;
             self.input_state = Input::Unwatched;
         }
@@ -386,7 +387,7 @@ impl QueueHandler for ConsoleHandler {
     }
 
     fn pause(&mut self) {
-        // A saved or continued device finds the guest's buffers through the ring alone.
+        // A restored or resumed device finds the guest's buffers only through the ring.
         if let Some(Active {
             receive: Some(queue),
             waiting,
@@ -400,7 +401,7 @@ impl QueueHandler for ConsoleHandler {
 
     fn reset(&mut self) {
         self.active = None;
-        // The output is not watched until the next driver arrives: a last attempt.
+        // The output is not watched until the next driver arrives, so this is the last attempt.
         let written = self.output.flush();
         self.count_dropped(written);
         // The worker has removed the sources.

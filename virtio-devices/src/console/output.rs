@@ -1,4 +1,4 @@
-//! The output side: writes what it can, keeps a bounded backlog, drops the rest.
+//! The output side: writes what the descriptor accepts, keeps a bounded backlog, and drops the rest.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -30,7 +30,7 @@ impl Output {
         }
     }
 
-    /// The descriptor to wait for while there is a backlog.
+    /// The descriptor to wait for while a backlog exists.
     pub(super) fn backlog_fd(&self) -> Option<RawFd> {
         let file = self.file.as_ref()?;
         (!self.backlog.is_empty()).then(|| file.as_raw_fd())
@@ -41,12 +41,12 @@ impl Output {
         self.backlog.iter().copied().collect()
     }
 
-    /// Whether written bytes go anywhere.
+    /// Whether written bytes have a destination.
     pub(super) fn is_connected(&self) -> bool {
         self.file.is_some()
     }
 
-    /// Writes after the backlog.
+    /// Writes `data` after the backlog.
     pub(super) fn write(&mut self, data: &[u8]) -> Written {
         let Some(file) = &self.file else {
             return Written::default();
@@ -66,7 +66,7 @@ impl Output {
         }
     }
 
-    /// The output accepts bytes again.
+    /// Writes the backlog when the output accepts bytes again.
     pub(super) fn flush(&mut self) -> Written {
         let Some(file) = &self.file else {
             return Written::default();
@@ -75,7 +75,7 @@ impl Output {
             Ok(count) => {
                 self.backlog.drain(..count);
                 if self.backlog.is_empty() {
-                    // A console is mostly silent, so its memory is freed.
+                    // A console is mostly idle, so the backlog's memory is freed.
                     self.backlog.shrink_to_fit();
                 }
                 Written::default()
@@ -88,7 +88,7 @@ impl Output {
     }
 }
 
-/// Writes until all is written or the output would block. A broken output loses all of `data`.
+/// Writes until `data` is written or the output would block. A broken output loses all of `data`.
 fn write_some(mut file: &File, data: &[u8]) -> Result<usize, Written> {
     let mut done = 0;
     while done < data.len() {

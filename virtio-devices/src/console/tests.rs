@@ -1,4 +1,4 @@
-//! The console's guarantees, on pipes.
+//! Tests of the console's guarantees, on pipes.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -176,7 +176,7 @@ fn slow_output_never_holds_the_guest_up_and_loses_only_the_excess() {
     received += drain(&mut rig.host).len();
     assert_eq!(received + dropped, sent);
     assert!(received > BACKLOG_BYTES_MAX);
-    // Drained: the output is no longer watched, and bytes are written directly again.
+    // The backlog is written: the output is no longer watched, and bytes are written directly again.
     rig.harness
         .request(TRANSMIT, &[Segment::Readable(b"end")])
         .unwrap();
@@ -320,7 +320,7 @@ fn pause_gives_the_buffer_that_waits_for_input_back() {
         }
     };
     assert_eq!(receive(&mut rig, "one"), (u32::from(chains[0].head), 3));
-    // The second has been taken by now, without effect.
+    // The second chain has been taken by now, without effect.
     rig.harness.handler.pause();
     rig.harness.kick(RECEIVE).unwrap();
     assert_eq!(receive(&mut rig, "four"), (u32::from(chains[1].head), 4));

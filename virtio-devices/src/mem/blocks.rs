@@ -1,4 +1,4 @@
-//! The plugged blocks: one bit each.
+//! A bitmap of the plugged blocks.
 
 use std::ops::Range;
 
@@ -27,12 +27,12 @@ impl Blocks {
         self.words[word] & mask != 0
     }
 
-    /// The number of plugged blocks among these, which exist.
+    /// The number of plugged blocks in this range, which must exist.
     pub(super) fn plugged_in(&self, blocks: Range<u64>) -> u64 {
         blocks.map(|block| u64::from(self.is_plugged(block))).sum()
     }
 
-    /// Plugs or unplugs these blocks, which exist.
+    /// Plugs or unplugs the blocks in this range, which must exist.
     pub(super) fn set(&mut self, blocks: Range<u64>, plugged: bool) {
         for block in blocks {
             let (word, mask) = place(block);

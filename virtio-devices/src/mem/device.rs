@@ -3,14 +3,14 @@
 //! | Offset | Field of `struct virtio_mem_config` | |
 //! | --- | --- | --- |
 //! | 0 | `block_size` | fixed |
-//! | 8 | `node_id` | 0, and not on offer |
+//! | 8 | `node_id` | 0, and not offered |
 //! | 16 | `addr` | fixed |
 //! | 24 | `region_size` | fixed |
-//! | 32 | `usable_region_size` | all of the region |
-//! | 40 | `plugged_size` | what the driver has plugged |
-//! | 48 | `requested_size` | what the host wants it to have; a change is signalled |
+//! | 32 | `usable_region_size` | the whole region |
+//! | 40 | `plugged_size` | the size that the driver has plugged |
+//! | 48 | `requested_size` | the size that the host requests; a change is signalled |
 //!
-//! The driver writes none of them.
+//! All fields are read-only for the driver.
 
 use std::sync::Arc;
 
@@ -28,19 +28,19 @@ use crate::reclaim::DiscardEngine;
 
 /// Entries of the one queue. Linux keeps a single request in flight.
 const QUEUE_SIZES: [u16; 1] = [128];
-/// Fields of 64 bits, `node_id` and its padding being one.
+/// Number of 64-bit fields; `node_id` and its padding count as one.
 const FIELDS: usize = 7;
 const FIELD_BYTES: usize = 8;
 
-/// The saved state of the configuration half. The queue half knows which blocks are plugged.
+/// The saved state of the configuration half. The queue half saves which blocks are plugged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemState {
-    /// Guest address of the region; it must be the same again.
+    /// Guest address of the region. It must not change.
     pub start: u64,
-    /// Length of the region; it must be the same again.
+    /// Length of the region. It must not change.
     pub bytes: u64,
-    /// Length of a block; it must be the same again.
+    /// Length of a block. It must not change.
     pub block_bytes: u64,
     /// The size that the host requests.
     pub requested_bytes: u64,
@@ -55,9 +55,9 @@ impl State for MemState {
 pub struct MemParams {
     /// Names the device and its thread.
     pub id: String,
-    /// Its region of guest RAM: mapped, and in no memory map of the guest's firmware.
+    /// Its region of guest RAM: mapped, but not in any memory map that the guest sees at boot.
     pub region: MemRegion,
-    /// Bytes requested from the start.
+    /// Bytes requested initially.
     pub requested_bytes: u64,
 }
 
@@ -70,9 +70,9 @@ pub struct Mem {
 }
 
 impl Mem {
-    /// Creates a device without a plugged block, and the handle by which the VMM controls and reads it.
+    /// Creates a device without plugged blocks, and the handle by which the VMM controls and reads it.
     ///
-    /// Call it before any seccomp filter is in place, or allow the calls that [`DiscardEngine::new`] tries.
+    /// Must be called before a seccomp filter is active, or with the calls allowed that [`DiscardEngine::new`] tries.
     ///
     /// # Errors
     /// The region cannot have the requested size.
@@ -99,8 +99,8 @@ impl VirtioDevice for Mem {
         &QUEUE_SIZES
     }
 
-    /// Reading an unplugged block would allocate a page of a shared file, so the driver must promise not to. A driver
-    /// that does not promise it may run nevertheless, as the standard allows.
+    /// Reading an unplugged block would allocate a page of a shared file, so the driver should promise not to. The
+    /// standard also allows a driver that does not promise it.
     fn features(&self) -> u64 {
         VIRTIO_F_VERSION_1 | VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE
     }

@@ -1,16 +1,16 @@
-//! The VMM's handle of the device.
+//! The VMM's handle to the device.
 
 use std::sync::Arc;
 
 use super::shared::Shared;
 
-/// One device; clones are the same. No call waits for the guest.
+/// One device; clones refer to the same device. No call waits for the guest.
 #[derive(Clone, Debug)]
 pub struct MemHandle {
     shared: Arc<Shared>,
 }
 
-/// A size that is not possible for the region.
+/// A size that the region cannot have.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ResizeError {
     /// Only whole blocks can be plugged.
@@ -23,7 +23,7 @@ pub enum ResizeError {
         /// Size of a block.
         block_bytes: u64,
     },
-    /// More than the region holds.
+    /// More than the size of the region.
     #[error("{bytes} bytes of hot-plugged memory exceed the region of {region_bytes} bytes")]
     BeyondRegion {
         /// The requested value.
@@ -38,11 +38,11 @@ impl MemHandle {
         Self { shared }
     }
 
-    /// Requests that the guest has `bytes` plugged and returns at once; the guest works towards it at its own pace, as
-    /// far as it can.
+    /// Requests that the guest plugs `bytes`, and returns at once. The guest works towards this size at its own pace,
+    /// as far as it can.
     ///
     /// # Errors
-    /// That size is not possible for the region.
+    /// The region cannot have that size.
     pub fn set_requested_bytes(&self, bytes: u64) -> Result<(), ResizeError> {
         let region = &self.shared.region;
         if bytes > region.bytes() {

@@ -8,14 +8,13 @@
 //! ```
 //!
 //! The device owns one region of guest RAM, divided into blocks. The host requests a number of bytes. The guest plugs
-//! blocks until it has them, or unplugs blocks that it can spare. The region is mapped from the start and costs nothing
-//! until it is touched, so plugging is bookkeeping, and unplugging is a discard: a block counts as unplugged only after
-//! its memory has been returned to the host.
+//! blocks until it has that many, or unplugs blocks that it can spare. The region is mapped from the start and uses no
+//! memory until it is touched, so plugging is bookkeeping. Unplugging is a discard: a block counts as unplugged only
+//! after its memory has been returned to the host.
 //!
-//! Errors and their containment: an invalid request gets an error response, is counted, and changes nothing. A block
-//! that the host cannot discard stays plugged, and the guest must try again. A guest that uses blocks without plugging
-//! them gets them, because the region is mapped; it cannot use more than the region holds, and the resident size shows
-//! it.
+//! Errors are contained as follows. An invalid request gets an error response, is counted, and changes nothing. A block
+//! that the host cannot discard stays plugged, and the guest must try again. A guest can use blocks without plugging
+//! them, because the region is mapped. It cannot use more than the region, and the resident size includes those blocks.
 
 mod blocks;
 mod device;
@@ -51,19 +50,19 @@ pub mod spec {
     /// Query whether blocks are plugged.
     pub const VIRTIO_MEM_REQ_STATE: u16 = 3;
 
-    /// Done.
+    /// The request was executed.
     pub const VIRTIO_MEM_RESP_ACK: u16 = 0;
-    /// Not now: it would exceed the requested size.
+    /// Rejected for now: the request would exceed the requested size.
     pub const VIRTIO_MEM_RESP_NACK: u16 = 1;
-    /// Not now: try again.
+    /// Rejected for now: try again.
     pub const VIRTIO_MEM_RESP_BUSY: u16 = 2;
-    /// Never: the request is invalid.
+    /// Rejected permanently: the request is invalid.
     pub const VIRTIO_MEM_RESP_ERROR: u16 = 3;
 
     /// All blocks are plugged.
     pub const VIRTIO_MEM_STATE_PLUGGED: u16 = 0;
-    /// No block is.
+    /// No block is plugged.
     pub const VIRTIO_MEM_STATE_UNPLUGGED: u16 = 1;
-    /// Some are.
+    /// Some blocks are plugged.
     pub const VIRTIO_MEM_STATE_MIXED: u16 = 2;
 }

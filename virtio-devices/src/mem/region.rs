@@ -12,7 +12,7 @@ pub struct MemRegion {
     block_bytes: u64,
 }
 
-/// A region that a guest could not use.
+/// A region that no guest could use.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{bytes} bytes of memory at {start:#x} are no whole blocks of {block_bytes} bytes, a power of two"
@@ -27,7 +27,8 @@ impl MemRegion {
     /// `bytes` from the guest address `start` on, in blocks of `block_bytes`.
     ///
     /// # Errors
-    /// The block size is not a power of two, start or size are not multiples of it, or the region is empty or wraps.
+    /// The block size is not a power of two, start or size are not multiples of it, or the region is empty or wraps
+    /// around.
     pub fn new(start: u64, bytes: u64, block_bytes: u64) -> Result<Self, RegionError> {
         let whole = |bytes: u64| bytes.is_multiple_of(block_bytes);
         if block_bytes.is_power_of_two()
@@ -71,7 +72,7 @@ impl MemRegion {
         self.bytes / self.block_bytes
     }
 
-    /// The blocks that a driver names; `None` if these are not blocks of the region.
+    /// The blocks that a driver names; `None` if they are not blocks of the region.
     pub(super) fn blocks(&self, address: u64, count: u16) -> Option<Range<u64>> {
         let offset = address.checked_sub(self.start)?;
         let first = offset / self.block_bytes;
@@ -85,7 +86,7 @@ impl MemRegion {
         blocks * self.block_bytes
     }
 
-    /// Where blocks of the region lie.
+    /// Guest addresses of blocks of the region.
     pub(super) fn range(&self, blocks: &Range<u64>) -> GuestRange {
         GuestRange {
             start: self.start + self.bytes_of(blocks.start),

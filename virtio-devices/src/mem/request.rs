@@ -1,4 +1,4 @@
-//! Requests and responses on the wire (virtio 1.2 §5.15.6): little endian, a type and its parameters.
+//! Requests and responses in guest memory (virtio 1.2 §5.15.6): little endian, a type and its parameters.
 
 use super::spec::{
     VIRTIO_MEM_REQ_PLUG, VIRTIO_MEM_REQ_STATE, VIRTIO_MEM_REQ_UNPLUG, VIRTIO_MEM_REQ_UNPLUG_ALL,
@@ -11,7 +11,7 @@ pub(super) const REQUEST_BYTES: usize = 24;
 /// Bytes of `struct virtio_mem_resp`.
 pub(super) const ANSWER_BYTES: usize = 10;
 
-/// Blocks as named by the driver; not checked.
+/// Blocks as the driver named them; not checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Named {
     /// Guest physical address.
@@ -20,7 +20,7 @@ pub(super) struct Named {
     pub(super) count: u16,
 }
 
-/// The request of the driver.
+/// A request of the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Request {
     Plug(Named),

@@ -9,7 +9,7 @@ use crate::counters::counters;
 use crate::device::{Counters, Interrupt};
 
 counters! {
-    /// Counts since the device was created; resets do not clear them.
+    /// Counters since the creation of the device; resets do not clear them.
     Tally {
         plug_requests,
         unplug_requests,
@@ -19,14 +19,14 @@ counters! {
         requests_nacked,
         /// Requests to unplug blocks that the host could not discard.
         requests_busy,
-        /// Requests that name no blocks of the region, or blocks in the wrong state.
+        /// Requests that name blocks outside the region, or blocks in the wrong state.
         requests_wrong,
         /// Requests of an undefined type.
         requests_unknown,
-        /// Chains that are not requests, or have no room for the response.
+        /// Chains that are not requests, or have no space for the response.
         requests_malformed,
         config_writes_ignored,
-        /// Bytes of blocks to unplug: discarded, failed, and not tried.
+        /// Bytes of blocks to unplug: requested, discarded, failed, and not tried.
         unplug_requested_bytes,
         unplug_discarded_bytes,
         unplug_failed_bytes,
@@ -66,7 +66,7 @@ impl Shared {
         self.plugged_bytes.load(Ordering::Acquire)
     }
 
-    /// For the worker alone.
+    /// Only for the worker.
     pub(super) fn set_plugged_bytes(&self, bytes: u64) {
         self.plugged_bytes.store(bytes, Ordering::Release);
     }
@@ -76,7 +76,7 @@ impl Shared {
         *place = Some(interrupt);
     }
 
-    /// Signals the driver to read the configuration space again.
+    /// Sends the configuration change interrupt to the driver.
     pub(super) fn signal_config(&self) {
         let place = self.interrupt.lock().unpoisoned();
         let interrupt = place.clone();

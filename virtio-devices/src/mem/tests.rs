@@ -1,4 +1,4 @@
-//! The device in front of a mock driver.
+//! Tests the device with a mock driver.
 
 use std::sync::{Arc, Mutex};
 
@@ -20,7 +20,7 @@ const BLOCK: u64 = 2 * MIB;
 const START: u64 = 4 << 30;
 const BLOCKS: u64 = 8;
 
-/// Answer of a request, with the state that goes with some.
+/// Type of a response, and the state that some responses carry.
 type Response = (u16, u16);
 const ACK: Response = (VIRTIO_MEM_RESP_ACK, 0);
 const NACK: Response = (VIRTIO_MEM_RESP_NACK, 0);
@@ -160,7 +160,7 @@ fn plug_beyond_what_is_requested_waits_for_the_host() {
         (1, 3 * BLOCK)
     );
     assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 7, 1), ACK);
-    // Fewer are requested: none is unplugged automatically, and no more are plugged.
+    // With a smaller request, no block is unplugged automatically, and no further block is plugged.
     rig.handle.set_requested_bytes(0).unwrap();
     assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 4, 1), NACK);
     assert_eq!(rig.handle.plugged_bytes(), 3 * BLOCK);
@@ -235,7 +235,7 @@ fn requests_that_break_a_rule_are_errors_and_change_nothing() {
             );
         }
     }
-    // Blocks in the wrong state, all or some of them.
+    // All or some of the blocks are in the wrong state.
     for (kind, block, count) in [
         (VIRTIO_MEM_REQ_PLUG, 2, 1),
         (VIRTIO_MEM_REQ_PLUG, 1, 2),
@@ -258,7 +258,7 @@ fn requests_that_break_a_rule_are_errors_and_change_nothing() {
 #[test]
 fn chains_that_are_no_request_are_answered_empty_and_not_carried_out() {
     let mut rig = Rig::new(BLOCKS);
-    // Each requests to plug the first block, or a part of one.
+    // Each chain requests to plug the first block, or is part of such a request.
     let mut request = [0; REQUEST_BYTES];
     request[8..16].copy_from_slice(&START.to_le_bytes());
     request[16] = 1;
@@ -287,7 +287,7 @@ fn chains_that_are_no_request_are_answered_empty_and_not_carried_out() {
     rig.harness.kick(0).unwrap();
     assert_eq!(rig.counter("requests_malformed"), 5);
     assert_eq!(rig.handle.plugged_bytes(), 0);
-    // Split over descriptors it is one.
+    // A request split over descriptors is valid.
     let (front, back) = request.split_at(9);
     let split = [
         Segment::Readable(front),
@@ -296,7 +296,7 @@ fn chains_that_are_no_request_are_answered_empty_and_not_carried_out() {
         room,
     ];
     let (_, used) = rig.harness.request(0, &split).unwrap();
-    // The answer of the chain outside of RAM comes first.
+    // The response to the chain outside of RAM comes first.
     assert_eq!(used.unwrap().len, 0);
     assert_eq!(rig.harness.queue(0).pop_used().unwrap().len, 10);
     assert_eq!(rig.handle.plugged_bytes(), BLOCK);
@@ -325,7 +325,7 @@ fn reset_leaves_blocks_as_they_are_and_unplug_all_takes_them() {
         (rig.field(40), rig.counter("unplug_discarded_bytes")),
         (0, 3 * BLOCK)
     );
-    // With nothing plugged it is right, and free.
+    // Without plugged blocks the request is valid and needs no system call.
     let syscalls = rig.counter("unplug_syscalls");
     assert_eq!(rig.ask_at(VIRTIO_MEM_REQ_UNPLUG_ALL, 0, 0), ACK);
     assert_eq!(rig.counter("unplug_syscalls"), syscalls);
@@ -345,7 +345,7 @@ fn block_that_the_host_cannot_take_back_stays_plugged() {
         area(first_page, pages, Kind::ReadOnlyMemfd),
     ]);
     let ram = TestRam::around(guarded.ram, 0, MIB);
-    // The rings are to be zeros in the beginning.
+    // The rings must initially be zeros.
     ram.write(GuestAddress(0), &vec![0; MIB as usize]);
     let mut rig = Rig::around(ram, device(START, 1, 1));
     assert_eq!(rig.ask(VIRTIO_MEM_REQ_PLUG, 0, 1), ACK);

@@ -16,7 +16,7 @@ use crate::worker::Turn;
 
 const PART: Part = parts::MEM_BLOCKS;
 
-/// The plugged blocks. There can be more than the host requests, while the guest takes its time to return them.
+/// The plugged blocks. There can be more than the host requests, while the guest is still returning some.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemBlocksState {
@@ -28,9 +28,9 @@ pub struct MemBlocksState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RunState {
-    /// Number of the first.
+    /// Number of the first block.
     pub first: u64,
-    /// Their number.
+    /// Number of blocks.
     pub count: u64,
 }
 
@@ -38,8 +38,8 @@ impl State for MemBlocksState {
     const PART: Part = PART;
 }
 
-/// Serves the one queue, and knows which blocks are plugged. A reset of the device plugs and unplugs nothing (virtio
-/// 1.2 §5.15.5.2): the next driver finds the blocks unchanged. A reboot creates another device.
+/// Serves the only queue, and tracks which blocks are plugged. A reset of the device does not plug or unplug blocks
+/// (virtio 1.2 §5.15.5.2): the next driver finds them unchanged. A reboot creates a new device.
 #[derive(Debug)]
 pub(super) struct MemWorker {
     name: String,
@@ -58,7 +58,7 @@ impl MemWorker {
         }
     }
 
-    /// `None`: a command arrived in between, and the request must be executed again.
+    /// Executes a request. `None`: a command arrived during it, and the request must be executed again.
     fn carry_out(&mut self, mem: &GuestRam, request: Request, turn: &mut Turn) -> Option<Answer> {
         let answer = match request {
             Request::Plug(named) => self.named(named).map_or(Answer::Error, |it| self.plug(it)),
@@ -126,8 +126,8 @@ impl MemWorker {
         })
     }
 
-    /// Unplugs runs of plugged blocks, if the host can discard all of their memory. A driver may not read the content
-    /// of a block that it plugs again, so it need not be zeros.
+    /// Unplugs runs of plugged blocks, if the host can discard all of their memory. A driver may not rely on the
+    /// content of a block that it plugs again, so the content need not be zeros.
     fn give_back(
         &mut self,
         mem: &GuestRam,
@@ -152,7 +152,7 @@ impl MemWorker {
 
     fn record(&self, outcome: &Outcome) {
         let tally = &self.shared.tally;
-        // Logged once: the counters show the rest, and a guest could repeat it at will.
+        // Logged once: a guest could repeat the error at will, and the counters show the rest.
         if let Some(error) = &outcome.first_error
             && tally.unplug_failed_bytes.get() == 0
         {
@@ -169,7 +169,8 @@ impl MemWorker {
     }
 }
 
-/// The request in a chain, if it is one and leaves room for the response: a request without a response is not executed.
+/// The request in a chain, if it is valid and leaves space for the response: a request without a response is not
+/// executed.
 fn read(buffers: ChainBuffers) -> Option<(Request, ChainBuffers)> {
     let mut bytes = [0; REQUEST_BYTES];
     let whole = buffers.readable.copy_out(&mut bytes) == REQUEST_BYTES;

@@ -17,7 +17,7 @@ use super::params::NetParams;
 /// Bytes of `struct virtio_net_config` up to and including the MTU.
 pub(super) const CONFIG_BYTES: usize = 12;
 
-/// The feature bits of what the guest can receive, with the kernel's names.
+/// The feature bits of offloads that the guest can receive, with the kernel's names.
 const GUEST_TO_TUN: [(u32, u32); 5] = [
     (VIRTIO_NET_F_GUEST_CSUM, libc::TUN_F_CSUM),
     (VIRTIO_NET_F_GUEST_TSO4, libc::TUN_F_TSO4),
@@ -26,7 +26,7 @@ const GUEST_TO_TUN: [(u32, u32); 5] = [
     (VIRTIO_NET_F_GUEST_UFO, libc::TUN_F_UFO),
 ];
 
-/// All of those bits.
+/// The union of those bits.
 pub(super) const GUEST_OFFLOADS: u64 = set(&[
     VIRTIO_NET_F_GUEST_CSUM,
     VIRTIO_NET_F_GUEST_TSO4,
@@ -45,13 +45,13 @@ const fn set(bits: &[u32]) -> u64 {
     set
 }
 
-/// Whether an accepted or offered set holds a bit.
+/// Whether a set of features contains a bit.
 pub(super) fn has(features: u64, bit: u32) -> bool {
     features & (1 << bit) != 0
 }
 
-/// `TUN_F_*` for a set of guest offload bits. The kernel rejects segmentation without checksum offload, so without
-/// checksum offload there are none.
+/// `TUN_F_*` for a set of guest offload bits. The kernel rejects segmentation without checksum offload, so the result
+/// is empty without checksum offload.
 pub(super) fn tun_offloads(features: u64) -> u32 {
     if !has(features, VIRTIO_NET_F_GUEST_CSUM) {
         return 0;
@@ -102,7 +102,8 @@ pub(super) fn features(params: &NetParams) -> u64 {
     features
 }
 
-/// The space as bytes; every field little-endian. Status is not offered, so the link is always up.
+/// The configuration space as bytes; every field is little-endian. The status field is not offered, so the link is
+/// always up.
 pub(super) fn bytes(params: &NetParams) -> [u8; CONFIG_BYTES] {
     let mut space = [0; CONFIG_BYTES];
     space[..6].copy_from_slice(&params.mac);

@@ -1,5 +1,5 @@
-//! The control queue (virtio 1.2 §5.1.6.5): the number of pairs that the driver uses, and the offloads that it
-//! currently accepts.
+//! The control queue (virtio 1.2 §5.1.6.5): sets the number of pairs that the driver uses, and the offloads that it
+//! accepts.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use super::shared::NetShared;
 use crate::queue::{ChainBuffers, ChainError, Driver, Reply, SingleQueueDevice};
 use crate::worker::Turn;
 
-/// Class, command, and the maximum data of a known command.
+/// Class, command, and the longest data of a known command.
 const COMMAND_BYTES_MAX: usize = 2 + 8;
 
 /// Serves the control queue.
@@ -100,8 +100,8 @@ impl SingleQueueDevice for ControlQueue {
     }
 
     fn reset(&mut self) {
-        // The state that a driver finds after reset: one pair (virtio 1.2 §5.1.6.5.5), and no frame that only the
-        // previous driver could accept.
+        // The state that a driver finds after a reset: one pair (virtio 1.2 §5.1.6.5.5), and no offloads that only the
+        // previous driver accepted.
         self.net.enable_pairs(1);
         self.net.set_offloads(0);
     }

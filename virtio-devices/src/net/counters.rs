@@ -3,19 +3,19 @@
 use crate::counters::counters;
 
 counters! {
-    /// Bytes and frames are without the virtio header, as upstream counts them.
+    /// Bytes and frames exclude the virtio header, as upstream counts them.
     NetCounters {
         rx_bytes,
         rx_frames,
-        /// Frames too long for the buffers the guest had ready.
+        /// Frames too long for the buffers that the guest had provided.
         rx_drops,
         tx_bytes,
         tx_frames,
         /// Frames that the tap rejected: malformed offloads, link down.
         tx_drops,
-        /// The tap failed because of the host.
+        /// Tap errors caused by the host.
         tap_errors,
-        /// How often a direction of a pair waited for its rate limit.
+        /// Number of times a direction of a pair waited for its rate limit.
         throttled,
         /// Invalid chains, commands and register writes.
         bad_requests,

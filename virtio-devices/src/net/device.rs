@@ -23,14 +23,13 @@ const QUEUE_SIZE_MIN: u16 = 4;
 /// Minimum MTU that IPv4 allows (RFC 791).
 const MTU_MIN: u16 = 68;
 
-/// The saved state of a network device besides its configuration. Frames that were not received are lost, as on any
-/// network.
+/// The saved state of a network device beyond its configuration. Frames not yet received are lost, as on any network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetDeviceState {
-    /// The configuration space; it must be the same again.
+    /// The configuration space. It must not change.
     pub config: Bytes,
-    /// Pairs over which frames are spread.
+    /// Number of pairs over which frames are distributed.
     pub enabled_pairs: u16,
     /// Feature bits of the offloads that the driver accepts.
     pub offloads: u64,
@@ -44,7 +43,7 @@ impl State for NetDeviceState {
     const PART: Part = parts::NET;
 
     fn upgrade(_from: u32, fields: &mut Fields) -> Result<(), StateError> {
-        // From 1 to 2: there were no limits.
+        // Version 1 had no limits.
         RateLimiterState::add_none(fields, "receive_limit");
         RateLimiterState::add_none(fields, "transmit_limit");
         Ok(())
@@ -65,8 +64,7 @@ pub struct Net {
 crate::debug_fields!(Net { net });
 
 impl Net {
-    /// Opens and configures the tap. Everything is released when the device is dropped; a tap that was created here
-    /// disappears.
+    /// Opens and configures the tap. Dropping the device releases everything; a tap that was created here disappears.
     ///
     /// # Errors
     /// See [`NetError`]; nothing is left behind.
@@ -95,7 +93,7 @@ impl Net {
         Self::with_taps(&params, taps)
     }
 
-    /// A device on sockets in place of taps, for tests without permission to create one. They do not block.
+    /// A device on sockets instead of taps, for tests without permission to create taps. They do not block.
     ///
     /// # Errors
     /// The host has no descriptors left.
@@ -108,7 +106,7 @@ impl Net {
         Self::with_taps(params, taps)
     }
 
-    /// A device on taps that are ready, one per pair.
+    /// A device on configured taps, one per pair.
     pub(super) fn with_taps(params: &NetParams, taps: Vec<Tap>) -> Result<Self, NetError> {
         let pairs = taps.len();
         let net = Arc::new(NetShared::new(taps)?);
@@ -125,7 +123,7 @@ impl Net {
             net,
             features: config_space::features(params),
             config: config_space::bytes(params),
-            // One more for the control queue.
+            // One additional queue for control.
             queue_sizes: vec![params.queue_size; 2 * pairs + 1],
             pairs,
             limiters: params.limiters.clone(),
@@ -190,8 +188,8 @@ impl VirtioDevice for Net {
         std::mem::take(&mut self.handlers)
     }
 
-    /// The control queue comes after all pairs if the driver supports several, otherwise after the first (virtio 1.2
-    /// §5.1.2).
+    /// The control queue comes after all pairs if the driver supports several pairs, otherwise after the first (virtio
+    /// 1.2 §5.1.2).
     fn handler_of_queue(&self, queue_index: u16, features: u64) -> Option<usize> {
         let control = has(features, VIRTIO_NET_F_CTRL_VQ);
         let pairs = if control && has(features, VIRTIO_NET_F_MQ) {

@@ -11,14 +11,14 @@ use crate::queue::{GuestBuffers, IOVECS_MAX};
 /// `struct virtio_net_hdr_v1`.
 pub(super) const HEADER_BYTES: usize = 12;
 
-/// Maximum length of a frame with its header: 64 KiB of IP packet, Ethernet with two VLAN tags. Longer ones from a
+/// Maximum length of a frame with its header: 64 KiB of IP packet, Ethernet with two VLAN tags. Longer frames from a
 /// guest are dropped.
 pub(super) const FRAME_BYTES_MAX: usize = HEADER_BYTES + 14 + 8 + 65535;
 
 /// Writes one frame, header first.
 ///
 /// # Errors
-/// `WouldBlock`: no room; anything else: the tap rejects this frame.
+/// `WouldBlock`: the tap is full. Any other error: the tap rejects this frame.
 pub(super) fn write_frame(fd: RawFd, frame: &GuestBuffers) -> io::Result<usize> {
     let vectors = frame.iovecs();
     // SAFETY: the vectors lie in guest RAM that `frame` keeps mapped; there are at
@@ -31,13 +31,13 @@ pub(super) fn write_frame(fd: RawFd, frame: &GuestBuffers) -> io::Result<usize> 
 pub(super) enum Read {
     /// A whole frame of this length, including the header.
     Frame(usize),
-    /// A frame of this length that continued beyond the buffers.
+    /// A frame of this length, which continued in the spill.
     Spilled(usize),
     /// A frame that did not fit; the rest of it is lost.
     TooLong,
 }
 
-/// Reads frames into several buffers in a row; keeps its list between calls.
+/// Reads frames into several consecutive buffers; keeps its vector list between calls.
 #[derive(Debug, Default)]
 pub(super) struct FrameReader {
     vectors: Vec<libc::iovec>,
@@ -47,11 +47,11 @@ pub(super) struct FrameReader {
 unsafe impl Send for FrameReader {}
 
 impl FrameReader {
-    /// Reads one frame into `buffers`, in order, up to the kernel's limit. `spill` is room for a whole frame, or empty.
-    /// If a frame is longer than the buffers, the spill holds all of it.
+    /// Reads one frame into `buffers`, in order, up to the kernel's limit. `spill` has space for a whole frame, or is
+    /// empty. If a frame is longer than the buffers, the spill holds all of it.
     ///
     /// # Errors
-    /// `WouldBlock`: no frame; anything else: the tap is unusable.
+    /// `WouldBlock`: no frame is waiting. Any other error: the tap is unusable.
     pub(super) fn read<'a>(
         &mut self,
         fd: RawFd,
@@ -63,7 +63,7 @@ impl FrameReader {
         let mut room = 0;
         let mut count = 0;
         for buffer in buffers.clone() {
-            // Two more for the spill and the extra byte.
+            // Two more vectors: for the spill and the extra byte.
             if self.vectors.len() + buffer.iovecs().len() + 2 > IOVECS_MAX {
                 break;
             }
@@ -81,9 +81,8 @@ impl FrameReader {
             iov_base: (&raw mut too_long).cast(),
             iov_len: 1,
         });
-        // SAFETY: the vectors lie in guest RAM that the buffers keep mapped during
-        // this call, but for the last ones: the caller's spill, exclusively borrowed, and
-        // a local.
+        // SAFETY: the vectors are in guest RAM that the buffers keep mapped during this call, except for the last ones:
+        // the caller's spill, exclusively borrowed, and a local variable.
         let result =
             moved(unsafe { libc::readv(fd, self.vectors.as_ptr(), self.vectors.len() as i32) });
         self.vectors.clear();

@@ -1,18 +1,18 @@
 //! virtio-net (virtio 1.2 §5.1) on a tap device.
 //!
 //! ```text
-//!   params        what makes a device         shared  what its halves share
+//!   params        a device's parameters       shared  data shared by the device's halves
 //!   device        configuration half: features, configuration space, queue numbers
 //!   pair          queue half: one receive and one transmit queue on one worker
 //!   receive       tap → guest            transmit   guest → tap
 //!   control       control queue: number of pairs in use, offloads
 //!   tap           opening and configuring; tap_sys  its ioctls
-//!   frame_io      frames in and out of a tap, straight from and to guest RAM
-//!   tap_watch     what the worker wants to hear of the tap
+//!   frame_io      frames in and out of a tap, directly from and to guest RAM
+//!   tap_watch     the tap events that the worker waits for
 //! ```
 //!
-//! Frames have the 12-byte header of virtio 1.x on both sides, so the kernel fills in and reads checksums and
-//! segmentation offloads itself.
+//! Frames have the 12-byte header of virtio 1.x on both sides, so the kernel itself fills in and reads checksums and
+//! segmentation offloads.
 
 mod config_space;
 mod control;

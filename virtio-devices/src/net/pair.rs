@@ -18,13 +18,13 @@ use crate::queue::{RamGuard, ServedQueue};
 use crate::taken::with_taken;
 use crate::worker::{EventSources, Throttle, Turn};
 
-/// Event source: the tap has an awaited event.
+/// Event source: an awaited event of the tap.
 const TAP: u32 = 0;
 /// Event source: this pair has just been enabled.
 const ENABLED: u32 = 1;
-/// Event source: the wait for the rate limit of received frames is over.
+/// Event source: the rate limit allows received frames again.
 const RECEIVE_TOKENS: u32 = 2;
-/// Event source: the wait for the rate limit of transmitted frames is over.
+/// Event source: the rate limit allows transmitted frames again.
 const TRANSMIT_TOKENS: u32 = 3;
 
 /// One pair of queues.
@@ -38,7 +38,7 @@ pub(super) struct QueuePair {
     active: Option<Active>,
 }
 
-/// What exists between activation and reset. A driver may leave queues disabled.
+/// State between activation and reset. A driver may leave queues disabled.
 struct Active {
     ram: GuestRam,
     receiver: Option<Receiver>,
@@ -67,7 +67,7 @@ impl QueuePair {
         })
     }
 
-    /// Runs `work` on what is active, if anything is.
+    /// Runs `work` on the active state, if there is one.
     fn with_active(
         &mut self,
         work: impl FnOnce(&mut Self, &mut Active, &RamGuard) -> Result<(), WorkerError>,
@@ -138,7 +138,7 @@ impl QueueHandler for QueuePair {
     ) -> Result<(), WorkerError> {
         let features = activation.features;
         let (ram, queues) = activation.serve();
-        // With a control queue, that queue's worker sets offloads.
+        // With a control queue, that queue's worker sets the offloads.
         if self.index == 0 && !has(features, VIRTIO_NET_F_CTRL_VQ) {
             self.net.set_first_offloads(features);
         }
@@ -160,7 +160,7 @@ impl QueueHandler for QueuePair {
         sources.add(self.receive_throttle.as_raw_fd(), RECEIVE_TOKENS)?;
         sources.add(self.transmit_throttle.as_raw_fd(), TRANSMIT_TOKENS)?;
         self.active = Some(active);
-        // The driver may have put buffers there before this, and need not ring for them.
+        // The driver may have provided buffers before this, and need not notify the device of them.
         let mut turn = Turn::default();
         self.with_active(|pair, active, ram| {
             pair.receive(active, ram, &mut turn)?;
@@ -176,7 +176,7 @@ impl QueueHandler for QueuePair {
             if receiver_index == Some(queue_index) {
                 return pair.receive(active, ram, turn);
             }
-            // Rung while the tap has no room: the tap's event follows.
+            // The doorbell was signalled while the tap is full: the tap's event will follow.
             if transmitter_index == Some(queue_index) && !pair.watch.wants_writable() {
                 return pair.transmit(active, ram, turn);
             }
@@ -191,7 +191,7 @@ impl QueueHandler for QueuePair {
         turn: &mut Turn,
     ) -> Result<(), WorkerError> {
         if token == ENABLED {
-            // Reading fails only if there was nothing to read.
+            // Reading fails only if the event was not signalled.
             self.net.enabled_event(self.index).read().ok();
             return self.with_active(|pair, active, ram| pair.receive(active, ram, turn));
         }
@@ -233,7 +233,7 @@ impl QueueHandler for QueuePair {
     }
 
     fn pause(&mut self) {
-        // Frames are read and written within one call, so nothing is in flight.
+        // Each frame is read and written within one call, so nothing is in flight.
         if let Some(Active {
             receiver: Some(receiver),
             ..
@@ -243,7 +243,7 @@ impl QueueHandler for QueuePair {
         }
     }
 
-    /// The limits may have changed.
+    /// The limits may have changed during the pause.
     fn resume(&mut self) {
         self.receive_throttle.release();
         self.transmit_throttle.release();

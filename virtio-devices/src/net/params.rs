@@ -18,7 +18,7 @@ pub const PAIRS_MAX: u16 = 256;
 pub enum Backend {
     /// A tap created or opened by name.
     Tap {
-        /// Its name; the kernel picks a `vmtapN` if absent.
+        /// Its name; if absent, the kernel chooses a `vmtapN`.
         name: Option<String>,
         /// Address and mask for the host's side.
         ip: Option<(Ipv4Addr, Ipv4Addr)>,
@@ -32,7 +32,7 @@ pub enum Backend {
 /// Parameters of a network device.
 #[derive(Debug)]
 pub struct NetParams {
-    /// Names the worker threads, e.g. `_net0`.
+    /// Used in the names of the worker threads, e.g. `_net0`.
     pub id: String,
     /// The tap.
     pub backend: Backend,
@@ -42,19 +42,19 @@ pub struct NetParams {
     pub mtu: Option<u16>,
     /// Receive and transmit queues together: even, from 2 to twice [`PAIRS_MAX`].
     pub num_queues: u16,
-    /// Entries of each: a power of two from 4 to [`QUEUE_SIZE_MAX`].
+    /// Entries of each queue: a power of two from 4 to [`QUEUE_SIZE_MAX`].
     pub queue_size: u16,
     /// Offer TCP segmentation offload.
     pub offload_tso: bool,
     /// Offer UDP fragmentation offload.
     pub offload_ufo: bool,
-    /// Offer checksum offload; the others need it.
+    /// Offer checksum offload; the other offloads need it.
     pub offload_csum: bool,
     /// Limits on all pairs together.
     pub limiters: NetLimiters,
 }
 
-/// The limits of an interface. They hold for each direction.
+/// The rate limits of an interface. They apply to each direction separately.
 #[derive(Debug, Clone, Default)]
 pub struct NetLimiters {
     /// Frames to the guest.
@@ -73,7 +73,7 @@ impl NetLimiters {
         }
     }
 
-    /// Replaces the limits of both directions, as [`RateLimiter::set`].
+    /// Replaces the limits of both directions, as in [`RateLimiter::set`].
     pub fn set(&self, limits: RateLimits) {
         self.receive.set(limits);
         self.transmit.set(limits);
@@ -112,10 +112,10 @@ pub enum NetError {
     /// A multicast address cannot belong to an interface.
     #[error("hardware address is a multicast address")]
     MulticastMac,
-    /// The tap.
+    /// An error of the tap.
     #[error("cannot use the tap device")]
     Tap(#[from] TapError),
-    /// Descriptors of the device itself.
+    /// The device has no descriptors for its own events.
     #[error("cannot create the event descriptors of a queue pair")]
     Events(#[source] std::io::Error),
 }

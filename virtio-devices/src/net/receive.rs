@@ -1,8 +1,8 @@
-//! From the tap to the guest (virtio 1.2 §5.1.6.3, §5.1.6.4).
+//! Receiving: from the tap to the guest (virtio 1.2 §5.1.6.3, §5.1.6.4).
 //!
-//! Buffers that the guest has made available are taken ahead of frames and kept in order. A frame goes to the first of
-//! them or, with mergeable buffers, to as many from the front as it needs. A frame longer than all of those is held
-//! until the guest has made enough of them available, because the tap cannot take it back.
+//! Buffers that the guest has provided are taken ahead of frames and kept in order. A frame goes to the first buffer
+//! or, with mergeable buffers, to as many from the front as it needs. A frame longer than all of those is held until
+//! the guest has provided enough, because it cannot be returned to the tap.
 
 use std::collections::VecDeque;
 use std::io;
@@ -28,14 +28,14 @@ pub(super) enum Stopped {
     Throttled,
     /// The turn is over: the tap is still readable.
     TurnOver,
-    /// The tap fails: try again when the guest rings.
+    /// The tap fails: try again at the guest's next notification.
     TapFailed,
 }
 
-/// A chain taken from the ring ahead of time.
+/// A chain that was taken from the ring in advance.
 struct Ready {
     head: u16,
-    /// `None`: unusable, to be returned in its turn.
+    /// `None`: unusable, to be returned in its order.
     buffers: Option<GuestBuffers>,
 }
 
@@ -46,7 +46,7 @@ pub(super) struct Receiver {
     ready: VecDeque<Ready>,
     ready_bytes: usize,
     reader: FrameReader,
-    /// Room for one frame, allocated when the buffers were first too small for the longest.
+    /// Space for one frame, allocated when the buffers first were too small for the longest frame.
     spill: Vec<u8>,
     /// Length of the held frame.
     held_bytes: Option<usize>,
@@ -65,7 +65,7 @@ impl Receiver {
         }
     }
 
-    /// Returns buffers taken ahead to the ring, as if never taken.
+    /// Puts buffers taken in advance back, as if never taken.
     pub(super) fn put_back(&mut self) {
         // Never more than the ring has entries.
         self.queue.unpop(self.ready.len() as u16);
@@ -73,7 +73,7 @@ impl Receiver {
         self.ready_bytes = 0;
     }
 
-    /// Moves frames until they are exhausted or blocked. The caller signals the driver.
+    /// Moves frames until there are no more or one cannot be delivered. The caller signals the driver.
     ///
     /// # Errors
     /// The ring is unusable.
@@ -108,7 +108,7 @@ impl Receiver {
                 counters.throttled.count();
                 return Ok(Stopped::Throttled);
             }
-            // Only with mergeable buffers can a guest provide the rest.
+            // Without mergeable buffers the guest cannot provide the rest.
             if self.mergeable && self.ready_bytes < FRAME_BYTES_MAX {
                 self.spill.resize(FRAME_BYTES_MAX, 0);
             }
@@ -147,7 +147,7 @@ impl Receiver {
         counters: &NetCounters,
         turn: &mut Turn,
     ) -> Result<(), WorkerError> {
-        // A ring claims at most its size at once; a guest may add more in the meantime.
+        // At most one ring of buffers per call, because a guest may add more in the meantime.
         for _ in 0..self.queue.size() {
             while let Some(Ready {
                 head,
@@ -171,8 +171,8 @@ impl Receiver {
         Ok(())
     }
 
-    /// Copies the held frame to the front buffers and hands it to the driver, if they suffice. False: the guest has to
-    /// provide more.
+    /// Copies the held frame to the front buffers and passes it to the driver, if they are large enough. False: the
+    /// guest has to provide more.
     fn deliver_held(
         &mut self,
         ram: &RamGuard,
@@ -181,7 +181,7 @@ impl Receiver {
     ) -> Result<bool, WorkerError> {
         let usable = || self.ready.iter().map_while(|ready| ready.buffers.as_ref());
         if usable().map(GuestBuffers::bytes).sum::<usize>() < bytes {
-            // A ring full of buffers that are too small, or with an invalid chain in the way, will never suffice.
+            // A ring full of buffers that are too small, or blocked by an invalid chain, will never suffice.
             let in_vain = self.ready.len() >= usize::from(self.queue.size())
                 || self.ready.iter().any(|ready| ready.buffers.is_none());
             if in_vain {
@@ -199,7 +199,7 @@ impl Receiver {
         Ok(true)
     }
 
-    /// Hands the frame in the front buffers to the driver.
+    /// Passes the frame in the front buffers to the driver.
     fn deliver(
         &mut self,
         ram: &RamGuard,
@@ -244,7 +244,7 @@ impl Receiver {
     }
 }
 
-/// A receive buffer is writable throughout and holds at least a header.
+/// A receive buffer must be writable throughout and hold at least a header.
 fn usable(popped: Popped, counters: &NetCounters) -> Ready {
     let head = popped.head;
     match popped.buffers {

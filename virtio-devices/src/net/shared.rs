@@ -18,14 +18,15 @@ const RESTORED: u64 = 1 << 63;
 #[derive(Debug)]
 pub(super) struct NetShared {
     taps: Vec<Tap>,
-    /// One per pair: written when the pair is enabled.
+    /// One event per pair, written when the pair is enabled.
     enabled_events: Vec<EventFd>,
-    /// Pairs to which the tap sends frames. Held while that changes.
+    /// Number of pairs to which the tap sends frames. Locked while it changes.
     enabled_pairs: Mutex<u16>,
     counters: NetCounters,
     /// Feature bits of the offloads that are set on the tap.
     offloads: AtomicU64,
-    /// The offloads set by the saved driver, for the next driver to be activated, which is a restored one; 0 for none.
+    /// The offloads that the saved driver set, for the next driver to be activated, which is the restored one; 0 for
+    /// none.
     restored_offloads: AtomicU64,
 }
 
@@ -61,8 +62,8 @@ impl NetShared {
         &self.counters
     }
 
-    /// Makes the tap spread frames over the first `count` pairs: frames for a pair that the guest does not use would be
-    /// lost. False if there are not as many.
+    /// Makes the tap distribute frames over the first `count` pairs, because frames for a pair that the guest does not
+    /// use would be lost. False if there are fewer pairs.
     pub(super) fn enable_pairs(&self, count: u16) -> bool {
         if count == 0 || usize::from(count) > self.taps.len() {
             return false;
@@ -70,8 +71,8 @@ impl NetShared {
         let mut enabled = self.enabled_pairs.lock().unpoisoned();
         let (low, high) = (count.min(*enabled), count.max(*enabled));
         for pair in usize::from(low)..usize::from(high) {
-            // Queues that cannot be switched stay on. Frames steered to one that the guest ignores are then lost, as on
-            // a card without this command.
+            // Queues that cannot be switched stay on. Frames for a queue that the guest ignores are then lost, as on a
+            // card without this command.
             if let Err(error) = self.taps[pair].set_enabled(count > *enabled) {
                 log::debug!("{}: queue {pair}: {error}", self.taps[pair].name());
             }
@@ -84,7 +85,7 @@ impl NetShared {
         true
     }
 
-    /// The last offloads set by a driver, including one that is restored and not yet activated.
+    /// The last offloads set by a driver, including one that is restored but not yet activated.
     pub(super) fn offloads(&self) -> u64 {
         match self.restored_offloads.load(Ordering::Acquire) {
             0 => self.offloads.load(Ordering::Acquire),
@@ -97,7 +98,7 @@ impl NetShared {
         *enabled.unpoisoned()
     }
 
-    /// A driver is active: its features determine the offloads, unless it was restored and had set others.
+    /// Sets the offloads of a newly active driver from its features, unless it was restored and had set others.
     pub(super) fn set_first_offloads(&self, features: u64) {
         let restored = self.restored_offloads.swap(0, Ordering::AcqRel);
         self.set_offloads(if restored == 0 {

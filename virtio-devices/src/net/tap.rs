@@ -1,7 +1,7 @@
-//! Opens and configures tap devices.
+//! Opens and configures taps.
 //!
-//! A tap created here exists as long as its descriptors: an error half-way, or the end of the VM, removes it. One that
-//! existed before stays.
+//! A tap created here exists as long as its descriptors: an error during set-up, or the end of the VM, removes it. A
+//! tap that existed before stays.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -20,7 +20,7 @@ const DEFAULT_NAME: &str = "vmtap%d";
 /// Reasons why a tap cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum TapError {
-    /// Interface names have at most 15 bytes, none of them a slash, colon or blank.
+    /// Invalid name: interface names have at most 15 bytes and contain no slash, colon or blank.
     #[error("tap name {name:?} is not an interface name of 1 to {NAME_BYTES_MAX} bytes")]
     Name {
         /// The name.
@@ -32,7 +32,7 @@ pub enum TapError {
     /// The tun driver cannot be opened.
     #[error("cannot open {TUN_DEVICE}")]
     Open(#[source] io::Error),
-    /// Creating a tap needs CAP_NET_ADMIN; using one requires being its owner.
+    /// Permission denied: creating a tap needs CAP_NET_ADMIN; using one requires being its owner.
     #[error("no permission to use tap {name}")]
     Permission {
         /// The tap.
@@ -41,7 +41,7 @@ pub enum TapError {
         #[source]
         source: io::Error,
     },
-    /// Another process uses it.
+    /// Another process uses the tap.
     #[error("tap {name} is in use")]
     Busy {
         /// The tap.
@@ -50,18 +50,18 @@ pub enum TapError {
         #[source]
         source: io::Error,
     },
-    /// It exists but is not a tap, or has only one queue.
+    /// The interface exists but is not a tap, or has only one queue.
     #[error("{name} is not a tap that supports {queues} queues")]
     Unsuitable {
         /// The interface.
         name: String,
-        /// Queue pairs requested.
+        /// Number of queue pairs requested.
         queues: u16,
         /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// Any other failure to attach.
+    /// Attaching failed for another reason.
     #[error("cannot attach to tap {name}")]
     Attach {
         /// The tap.
@@ -70,7 +70,7 @@ pub enum TapError {
         #[source]
         source: io::Error,
     },
-    /// The descriptor given is not a tap.
+    /// The given descriptor is not a tap.
     #[error("file descriptor {fd} is not a tap")]
     NotATap {
         /// Its number.
@@ -79,7 +79,7 @@ pub enum TapError {
         #[source]
         source: io::Error,
     },
-    /// The descriptor given belongs to a tap of the wrong kind.
+    /// The given descriptor belongs to a tap of the wrong kind.
     #[error("file descriptor {fd} is not a tap with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR")]
     WrongKind {
         /// Its number.
@@ -98,7 +98,7 @@ pub enum TapError {
     },
 }
 
-/// The settings of a tap, if given.
+/// The configured settings of a tap; absent ones stay unchanged.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct TapConfig {
     /// Address and mask.
@@ -117,10 +117,10 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Opens `queues` queues of the tap `name`, creates it if it does not exist, and configures it.
+    /// Opens `queues` queues of the tap `name`, creates the tap if it does not exist, and configures it.
     ///
     /// # Errors
-    /// See [`TapError`]; a tap that was created for this is removed.
+    /// See [`TapError`]; a tap that was created by this call is removed.
     pub fn open(name: Option<&str>, queues: u16, config: TapConfig) -> Result<Vec<Self>, TapError> {
         let pattern = checked_name(name)?;
         let first = Self::attach(pattern, queues)?;
@@ -136,7 +136,7 @@ impl Tap {
     /// Takes over queues that another process has opened, sized and brought up.
     ///
     /// # Errors
-    /// One is not a tap, or of the wrong kind.
+    /// A descriptor is not a tap, or is one of the wrong kind.
     pub fn from_fds(fds: Vec<OwnedFd>) -> Result<Vec<Self>, TapError> {
         fds.into_iter().map(Self::from_fd).collect()
     }
@@ -179,7 +179,7 @@ impl Tap {
             attach_once(name, multi)?
         } else {
             match attach_once(name, single)? {
-                // An existing tap with several queues requires this flag even from those who use one.
+                // An existing tap with several queues requires this flag even if only one is used.
                 Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
                     attach_once(name, multi)?
                 }
@@ -192,7 +192,7 @@ impl Tap {
         Ok(tap)
     }
 
-    /// The settings that every queue needs, whoever opened it.
+    /// The settings that every queue needs, regardless of who opened it.
     fn prepare(&self) -> Result<(), TapError> {
         tap_sys::set_header_bytes(&self.file, HEADER_BYTES)
             .map_err(|source| self.refused("header size", source))?;
@@ -238,12 +238,12 @@ impl Tap {
         }
     }
 
-    /// Interface name, as the kernel has it.
+    /// Interface name, as reported by the kernel.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// The guest's offloads, `TUN_F_*`; the same for all queues of a tap.
+    /// Sets the guest's offloads, `TUN_F_*`; the same for all queues of a tap.
     ///
     /// # Errors
     /// The kernel does not support one of them.
@@ -251,7 +251,7 @@ impl Tap {
         tap_sys::set_offload(&self.file, offloads)
     }
 
-    /// Whether the kernel sends frames to this queue.
+    /// Sets whether the kernel sends frames to this queue.
     ///
     /// # Errors
     /// Not a queue of a multi-queue tap, or already in that state.
@@ -281,7 +281,7 @@ fn checked_name(name: Option<&str>) -> Result<&str, TapError> {
     Ok(name)
 }
 
-/// Opens the tun driver and attaches to a tap; the inner result is the attachment's.
+/// Opens the tun driver and attaches to a tap; the inner result is that of attaching.
 fn attach_once(name: &str, flags: c_int) -> Result<io::Result<(File, String)>, TapError> {
     let file = OpenOptions::new()
         .read(true)

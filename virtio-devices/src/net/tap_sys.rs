@@ -122,7 +122,7 @@ impl ConfigSocket {
         // SAFETY: takes numbers only.
         let fd = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
         check(fd)?;
-        // SAFETY: the kernel has just given us this descriptor.
+        // SAFETY: the kernel has just returned this descriptor.
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
@@ -162,7 +162,7 @@ impl ConfigSocket {
         self.call(libc::SIOCSIFMTU as c_ulong, &mut request)
     }
 
-    /// Brings the interface up; needs no permission if it is up already.
+    /// Brings the interface up; this needs no permission if it is up already.
     pub(super) fn bring_up(&self, name: &str) -> io::Result<()> {
         let mut request = request(name);
         self.call(libc::SIOCGIFFLAGS as c_ulong, &mut request)?;

@@ -1,9 +1,9 @@
-//! The events of its tap that a worker waits for.
+//! Watches a tap for the events that a worker waits for.
 //!
-//! The worker's own event set watches for readability, and only code that the worker calls may change it. A tap must
-//! also be watched for writability, and not at all while the guest has no buffers; otherwise a frame that cannot be
-//! delivered would wake the worker endlessly. So the tap is in its own event set, which is readable when the tap has an
-//! event that is currently awaited.
+//! The worker's own event set watches only for readability, and only code that the worker calls may change it. A tap
+//! must also be watched for writability, and not at all while the guest has provided no buffers: otherwise a frame that
+//! cannot be delivered would wake the worker endlessly. So the tap is in a separate event set, which is readable when
+//! an awaited event of the tap occurs.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -12,7 +12,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::device::WorkerError;
 
-/// An event set with at most the tap in it.
+/// An event set that contains at most the tap.
 #[derive(Debug)]
 pub(super) struct TapWatch {
     epoll: Epoll,
@@ -21,7 +21,7 @@ pub(super) struct TapWatch {
 }
 
 impl TapWatch {
-    /// Watches for nothing yet. `tap` must stay open as long as this exists.
+    /// Creates an empty event set. `tap` must stay open as long as it exists.
     pub(super) fn new(tap: RawFd) -> io::Result<Self> {
         Ok(Self {
             epoll: Epoll::new()?,
@@ -35,17 +35,17 @@ impl TapWatch {
         self.change(EventSet::IN, wanted)
     }
 
-    /// Starts or stops waiting for room for a frame.
+    /// Starts or stops waiting until the tap accepts a frame.
     pub(super) fn writable(&mut self, wanted: bool) -> Result<(), WorkerError> {
         self.change(EventSet::OUT, wanted)
     }
 
-    /// Whether frames to be read are waited for.
+    /// Whether this waits for a readable frame.
     pub(super) fn wants_readable(&self) -> bool {
         self.wanted.contains(EventSet::IN)
     }
 
-    /// Whether room for frames is waited for.
+    /// Whether this waits until the tap accepts a frame.
     pub(super) fn wants_writable(&self) -> bool {
         self.wanted.contains(EventSet::OUT)
     }
@@ -57,8 +57,8 @@ impl TapWatch {
         if after == before {
             return Ok(());
         }
-        // Errors are reported even for a descriptor with an empty set of events, hence Delete instead of Modify with an
-        // empty set.
+        // Errors are reported even for a descriptor with an empty event mask, hence Delete instead of Modify with an
+        // empty mask.
         let operation = if before.is_empty() {
             ControlOperation::Add
         } else if after.is_empty() {

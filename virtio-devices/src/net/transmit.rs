@@ -1,4 +1,4 @@
-//! From the guest to the tap (virtio 1.2 §5.1.6.2).
+//! Transmitting: from the guest to the tap (virtio 1.2 §5.1.6.2).
 
 use std::io;
 use std::os::fd::RawFd;
@@ -14,11 +14,11 @@ use crate::worker::{Throttle, Turn};
 pub(super) enum Stopped {
     /// No more frames: wait for the guest.
     NoFrame,
-    /// The tap has no room: wait for it.
+    /// The tap is full: wait for it.
     NoRoom,
     /// The rate limit is reached: wait for its timer.
     Throttled,
-    /// The turn is over; the queue has rung its doorbell.
+    /// The turn is over; the queue has signalled its own doorbell.
     TurnOver,
 }
 
@@ -32,7 +32,7 @@ impl Transmitter {
         Self { queue }
     }
 
-    /// Moves frames until they are exhausted or blocked. The caller signals the driver.
+    /// Moves frames until there are no more or the tap is full. The caller signals the driver.
     ///
     /// # Errors
     /// The ring is unusable.

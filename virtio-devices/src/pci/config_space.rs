@@ -1,16 +1,16 @@
-//! The configuration space of one function (PCI 3.0 §6): a type 0 header with memory BARs and a capability list,
-//! with a write mask.
+//! The configuration space of one function (PCI 3.0 §6): a type 0 header with memory BARs, a capability list, and a
+//! write mask.
 //!
-//! Only fields that a driver may change are writable; all others ignore writes, so that a guest can write anything at
-//! any width.
+//! Only fields that a driver may change are writable. All others ignore writes, so a guest may write any value at any
+//! width.
 
 use serde::{Deserialize, Serialize};
 use state::{Bytes, Part, State, StateError, parts, require};
 
 const PART: Part = parts::PCI_CONFIG;
 
-/// Bytes of conventional configuration space. Our functions have no PCI Express
-/// capability; the extended space behind it reads as zero, "no capabilities".
+/// Bytes of conventional configuration space. Our functions have no PCI Express capability; the extended space after it
+/// reads as zero, "no capabilities".
 const SPACE_BYTES: usize = 256;
 
 const COMMAND: usize = 0x04;
@@ -22,11 +22,11 @@ const CAPABILITY_POINTER: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
 const FIRST_CAPABILITY: u8 = 0x40;
 
-/// Command register: the function answers at its memory BARs.
+/// Command register: the function responds at its memory BARs.
 const COMMAND_MEMORY: u16 = 1 << 1;
 /// Command register: the function may send MSIs and read memory.
 const COMMAND_BUS_MASTER: u16 = 1 << 2;
-/// Command register: INTx is off. We have none, but drivers read back what they wrote.
+/// Command register: INTx is off. Our functions have no INTx, but drivers read back what they wrote.
 const COMMAND_INTX_DISABLE: u16 = 1 << 10;
 /// Status register: there is a capability list.
 const STATUS_CAPABILITIES: u16 = 1 << 4;
@@ -55,7 +55,7 @@ pub struct Identity {
     pub subsystem: u16,
 }
 
-/// The bytes, and the bits of them that a driver may change.
+/// The bytes, and the mask of bits that a driver may change.
 #[derive(Debug)]
 pub struct ConfigSpace {
     bytes: [u8; SPACE_BYTES],
@@ -68,7 +68,7 @@ pub struct ConfigSpace {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PciConfigState {
-    /// All of it.
+    /// All bytes of the space.
     pub bytes: Bytes,
 }
 
@@ -84,8 +84,7 @@ impl ConfigSpace {
         }
     }
 
-    /// Restores the fields that a driver may change. The other fields identify the function, so they must match
-    /// already.
+    /// Restores the fields that a driver may change. The other fields identify the function and must be equal.
     ///
     /// # Errors
     /// The state belongs to another function; nothing is changed then.
@@ -128,27 +127,27 @@ impl ConfigSpace {
         space
     }
 
-    /// Gives the function a 64-bit memory BAR in registers `index` and `index + 1`.
+    /// Adds a 64-bit memory BAR in registers `index` and `index + 1`.
     ///
     /// # Panics
-    /// `size_bytes` is not a power of two of at least 16, or there are not two
-    /// registers: errors of the caller, never of a guest.
+    /// `size_bytes` is not a power of two of at least 16, or the two registers do not exist: errors of the caller,
+    /// never of a guest.
     pub fn add_memory_bar_64(&mut self, index: u8, size_bytes: u64) {
         assert!(size_bytes.is_power_of_two() && size_bytes >= 16);
         assert!(index + 1 < BAR_REGISTERS);
         let at = bar_register(index);
-        // Address bits below the size are hard-wired to zero: a driver learns the size by writing all ones and reading
-        // back.
+        // Address bits below the size are hard-wired to zero: a driver determines the size by writing all ones and
+        // reading back.
         let address_bits = !(size_bytes - 1);
         self.bytes[at..at + 8].copy_from_slice(&u64::from(BAR_MEMORY_64).to_le_bytes());
         self.writable[at..at + 8].copy_from_slice(&address_bits.to_le_bytes());
     }
 
-    /// Gives the function a 32-bit memory BAR in register `index`. The register behind it must not be a BAR.
+    /// Adds a 32-bit memory BAR in register `index`. The following register must not be a BAR.
     ///
     /// # Panics
-    /// `size_bytes` is not a power of two of 16 to 2 GiB, or there is no such register: errors of the caller, never of a
-    /// guest.
+    /// `size_bytes` is not a power of two from 16 to 2 GiB, or the register does not exist: errors of the caller, never
+    /// of a guest.
     pub fn add_memory_bar_32(&mut self, index: u8, size_bytes: u32) {
         assert!(size_bytes.is_power_of_two() && size_bytes >= 16);
         assert!(index + 1 < BAR_REGISTERS);
@@ -175,13 +174,13 @@ impl ConfigSpace {
         self.bytes[COMMAND] & COMMAND_MEMORY.to_le_bytes()[0] != 0
     }
 
-    /// Clears the command register, as a reset does. BAR addresses stay.
+    /// Clears the command register, as a reset does. BAR addresses are kept.
     pub fn reset_command(&mut self) {
         self.bytes[COMMAND..COMMAND + 2].fill(0);
     }
 
-    /// Appends a capability: `body` follows the id and the next pointer; `writable` has the bits of it that a driver
-    /// may change (shorter: the rest is read-only). Returns the offset of the capability.
+    /// Appends a capability: `body` follows the id and the next pointer; `writable` is the mask of bits that a driver
+    /// may change (if shorter, the rest is read-only). Returns the offset of the capability.
     ///
     /// # Panics
     /// The space is full: an error of the caller, never of a guest.
@@ -206,7 +205,7 @@ impl ConfigSpace {
         at
     }
 
-    /// Copies out, zero behind the end.
+    /// Reads bytes; bytes after the end are zero.
     pub fn read(&self, offset: u16, data: &mut [u8]) {
         data.fill(0);
         let start = usize::from(offset).min(SPACE_BYTES);
@@ -214,7 +213,7 @@ impl ConfigSpace {
         data[..count].copy_from_slice(&self.bytes[start..start + count]);
     }
 
-    /// Changes the writable bits among `data`.
+    /// Writes `data` where bits are writable.
     pub fn write(&mut self, offset: u16, data: &[u8]) {
         let start = usize::from(offset).min(SPACE_BYTES);
         let count = data.len().min(SPACE_BYTES - start);

@@ -1,7 +1,7 @@
-//! A PCI function on our bus, and what it needs from the VMM.
+//! The interface between a PCI function and the VMM's bus.
 //!
-//! The bus itself (ECAM, CF8/CFC, address windows) is in the VMM. This module holds the interface between both, and the
-//! two building blocks of every function: its configuration space and MSI-X.
+//! The bus itself (ECAM, CF8/CFC, address windows) is in the VMM. This module defines the interface between both, and
+//! the two building blocks of every function: its configuration space and MSI-X.
 
 mod config_space;
 mod msix;
@@ -44,7 +44,7 @@ pub trait MsiVectors: Send + Sync {
     fn trigger(&self, vector: u16) -> io::Result<()>;
 }
 
-/// One base address register pair (all of ours are memory BARs).
+/// One base address register or pair (all of ours are memory BARs).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bar {
     /// Register number 0–5 (the lower one of a 64-bit pair).
@@ -59,20 +59,19 @@ pub struct Bar {
     pub decoded: bool,
 }
 
-/// A write-only location that KVM turns into an eventfd without leaving the kernel.
+/// A write-only register whose writes KVM turns into eventfd signals without leaving the kernel.
 #[derive(Debug)]
 pub struct DoorbellRegister<'a> {
-    /// BAR it lies in.
+    /// The BAR that contains it.
     pub bar_index: u8,
     /// Offset in that BAR.
     pub offset: u64,
-    /// Written on any access of any width to that address.
+    /// Signalled on a write of any width to that address.
     pub event: &'a EventFd,
 }
 
-/// A PCI function. Called by vCPU threads, serialised by the implementation; never waits for the guest. A write that
-/// rings the doorbell of a queue that holds its notifier waits for the worker's current batch and one run of that
-/// queue.
+/// A PCI function. Called by vCPU threads, serialised by the implementation; never waits for the guest. A write to the
+/// doorbell of a queue that holds its notifier waits for the worker's current batch and one run of that queue.
 pub trait PciFunction: Send + Sync {
     /// The device's id in the API, e.g. `_disk0`.
     fn id(&self) -> &str;
@@ -81,9 +80,9 @@ pub trait PciFunction: Send + Sync {
     /// Writes configuration space. Returns true when an entry of
     /// [`PciFunction::bars`] may have changed, so that the bus remaps.
     fn config_write(&self, offset: u16, data: &[u8]) -> bool;
-    /// The BARs with their present addresses.
+    /// The BARs with their current addresses.
     fn bars(&self) -> Vec<Bar>;
-    /// Programs a BAR as firmware would, before the guest sees the function (decoding stays as it is).
+    /// Programs a BAR as firmware would, before the guest sees the function. Decoding does not change.
     fn set_bar_address(&self, index: u8, address: u64);
     /// Reads from a BAR; any length and offset inside it.
     fn bar_read(&self, index: u8, offset: u64, data: &mut [u8]);
@@ -95,6 +94,6 @@ pub trait PciFunction: Send + Sync {
     fn pause(&self);
     /// Undoes [`PciFunction::pause`].
     fn resume(&self);
-    /// Back to the state at power-on (VM reset); BAR addresses are kept.
+    /// Resets to the power-on state (VM reset); BAR addresses are kept.
     fn reset(&self);
 }

@@ -1,11 +1,11 @@
 //! MSI-X: capability, vector table and pending bits (PCI 3.0 §6.8.2).
 //!
-//! The driver programs [`MsixTable`], under the function's lock. Device threads use [`MsixLines`], which takes no lock,
-//! so that a vCPU busy with a register never delays a completion:
+//! The driver programs [`MsixTable`] under the function's lock. Device threads use [`MsixLines`], which takes no lock,
+//! so that a vCPU in a register access never delays a completion:
 //!
 //! ```text
 //!   device thread: signal(v) ── live? ──yes──► MsiVectors::trigger
-//!                                 └───no───► pending[v] = 1, look at live again
+//!                                 └───no───► pending[v] = 1, check live again
 //!   vCPU: unmask(v) ── MsiVectors::enable ── live = 1 ── pending[v]? ── trigger
 //! ```
 //!
@@ -28,7 +28,7 @@ pub const MSIX_CAPABILITY_ID: u8 = 0x11;
 pub const MSIX_ENTRY_BYTES: usize = 16;
 /// Message control: all vectors are masked.
 const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
-/// Message control: MSI-X is on.
+/// Message control: MSI-X is enabled.
 const CONTROL_ENABLE: u16 = 1 << 15;
 /// Vector control: this vector is masked. The only defined bit.
 const VECTOR_CONTROL_MASK: u8 = 1;
@@ -37,7 +37,7 @@ const VECTOR_CONTROL: usize = 12;
 /// Maximum number of vectors of a function: the table size field has eleven bits.
 pub const MSIX_VECTORS_MAX: u16 = 2048;
 
-/// The saved table and pending bits. Configuration space holds whether MSI-X is on.
+/// The saved table and pending bits. Configuration space holds the enable bit.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MsixState {
@@ -70,7 +70,7 @@ crate::debug_fields!(MsixLines { enabled, lines });
 
 impl MsixLines {
     /// Sends the vector's message now or, if it is masked, when it is unmasked. Numbers without a vector
-    /// (VIRTIO_MSI_NO_VECTOR) are ignored, as are all numbers while MSI-X is off.
+    /// (VIRTIO_MSI_NO_VECTOR) are ignored; while MSI-X is disabled all numbers are ignored.
     pub fn signal(&self, vector: u16) {
         let Some(line) = self.lines.get(usize::from(vector)) else {
             return;
@@ -78,7 +78,7 @@ impl MsixLines {
         if !self.is_enabled() {
             return;
         }
-        // The host rejects a vector that was masked just now; then it is pending.
+        // If the vector was masked in this moment, the host rejects it, and it becomes pending.
         if line.live.load(Ordering::SeqCst) && self.vectors.trigger(vector).is_ok() {
             return;
         }
@@ -88,7 +88,7 @@ impl MsixLines {
         }
     }
 
-    /// Injects what was pending when the table was saved and is not masked.
+    /// Injects vectors that were pending when the table was saved and are not masked.
     pub(crate) fn inject_restored(&self) {
         for (vector, line) in (0u16..).zip(&self.lines) {
             if line.live.load(Ordering::SeqCst) {
@@ -97,7 +97,7 @@ impl MsixLines {
         }
     }
 
-    /// Whether the driver has turned MSI-X on.
+    /// Whether the driver has enabled MSI-X.
     pub fn is_enabled(&self) -> bool {
         self.enabled.load(Ordering::SeqCst)
     }
@@ -119,7 +119,7 @@ impl MsixLines {
 #[derive(Debug, Clone)]
 struct Entry {
     bytes: [u8; MSIX_ENTRY_BYTES],
-    /// The current routes of the host.
+    /// The host's current route of this vector.
     routed: Option<MsiMessage>,
 }
 
@@ -155,7 +155,7 @@ pub struct MsixTable {
 }
 
 impl MsixTable {
-    /// A table of `count` masked vectors, MSI-X off.
+    /// A table of `count` masked vectors, MSI-X disabled.
     ///
     /// # Panics
     /// `count` is zero or above [`MSIX_VECTORS_MAX`].
@@ -174,7 +174,7 @@ impl MsixTable {
         }
     }
 
-    /// The side for device threads.
+    /// The interface for device threads.
     pub fn lines(&self) -> Arc<MsixLines> {
         Arc::clone(&self.lines)
     }
@@ -191,8 +191,8 @@ impl MsixTable {
         }
     }
 
-    /// Restores the table from which `state` was taken, with `control` as the message control register. Routes are set;
-    /// nothing is injected before [`MsixLines::inject_restored`].
+    /// Restores the table from which `state` was taken, with `control` as the message control register. Routes are set,
+    /// but nothing is injected before [`MsixLines::inject_restored`].
     ///
     /// # Errors
     /// A table of another size, undefined bits, or vectors that do not exist; nothing is changed then.
@@ -230,8 +230,8 @@ impl MsixTable {
     }
 
     /// The capability's body and its write mask for
-    /// [`ConfigSpace::add_capability`](super::ConfigSpace::add_capability), with
-    /// table and pending bits at these offsets of one BAR.
+    /// [`ConfigSpace::add_capability`](super::ConfigSpace::add_capability), with table and pending bits at these
+    /// offsets of one BAR.
     pub fn capability(&self, bar: u8, table_offset: u32, pba_offset: u32) -> ([u8; 10], [u8; 2]) {
         let size_field = u16::try_from(self.entries.len() - 1).expect("at most 2048 vectors");
         let mut body = [0; 10];
@@ -241,12 +241,12 @@ impl MsixTable {
         (body, (CONTROL_FUNCTION_MASK | CONTROL_ENABLE).to_le_bytes())
     }
 
-    /// The driver wrote the message control register.
+    /// Handles a write to the message control register.
     pub fn set_control(&mut self, control: u16) {
         let enabled = control & CONTROL_ENABLE != 0;
         self.function_masked = control & CONTROL_FUNCTION_MASK != 0;
         if !enabled {
-            // Signals from here on are dropped instead of left pending.
+            // From here on signals are dropped and do not become pending.
             self.lines.enabled.store(false, Ordering::SeqCst);
         }
         for vector in 0..self.entries.len() {
@@ -260,7 +260,7 @@ impl MsixTable {
         }
     }
 
-    /// Reads the table at a byte offset; zero behind its end.
+    /// Reads the table at a byte offset; bytes after its end are zero.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
         for (at, byte) in (offset..).zip(data) {
             *byte = self
@@ -292,7 +292,7 @@ impl MsixTable {
         }
     }
 
-    /// Reads the pending bits at a byte offset; zero behind their end.
+    /// Reads the pending bits at a byte offset; bytes after their end are zero.
     pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
         for (at, byte) in (offset..).zip(data) {
             *byte = 0;
@@ -308,13 +308,13 @@ impl MsixTable {
         }
     }
 
-    /// Back to power-on: off, all vectors masked, nothing pending.
+    /// Resets to power-on: disabled, all vectors masked, nothing pending.
     pub fn reset(&mut self) {
         self.set_control(0);
         self.entries.fill(Entry::power_on());
     }
 
-    /// Entry and byte in it of a table offset.
+    /// The entry, and the byte in it, at a table offset.
     fn position(&self, offset: u64) -> Option<(usize, usize)> {
         let offset = usize::try_from(offset).ok()?;
         let vector = offset / MSIX_ENTRY_BYTES;
@@ -340,7 +340,7 @@ impl MsixTable {
             return;
         }
         if self.lines.vectors.enable(number, message).is_err() {
-            // Stays pending, and is tried again when the driver writes the entry.
+            // The interrupt stays pending, and is tried again when the driver writes the entry.
             entry.routed = None;
             line.live.store(false, Ordering::SeqCst);
             self.lines.undelivered.fetch_add(1, Ordering::Relaxed);
@@ -494,9 +494,8 @@ mod tests {
     }
 
     proptest! {
-        /// Model: a vector is routed exactly when MSI-X is on, the function is
-        /// not masked and its own mask bit is clear; a signal while MSI-X is on
-        /// is injected once or pending.
+        /// Model: a vector is routed exactly when MSI-X is enabled, the function is not masked and the vector's own
+        /// mask bit is clear. A signal while MSI-X is enabled is either injected once or pending.
         #[test]
         fn table_under_any_accesses_agrees_with_the_model(
             steps in prop::collection::vec(

@@ -1,12 +1,12 @@
 //! Guest buffers as host I/O vectors, so that a disk or a tap reads and writes guest RAM without an intermediate copy
 //! (virtio 1.2 §2.7).
 //!
-//! Everything in a descriptor is a claim. [`ChainBuffers::collect`] resolves it against guest RAM once. The result is
-//! valid host memory for as long as the value exists, because each [`GuestBuffers`] keeps the memory map alive.
+//! All fields of a descriptor are guest-controlled. [`ChainBuffers::collect`] resolves them against guest RAM once. The
+//! result is valid host memory as long as the value exists, because each [`GuestBuffers`] keeps the memory map alive.
 
 #![allow(unsafe_code)]
-// UNSAFETY: the kernel is handed raw pointers into guest RAM (`iovec`), and small
-// pieces are copied through `VolatileSlice`s made from those pointers.
+// UNSAFETY: the kernel receives raw pointers into guest RAM (`iovec`), and small pieces are copied through
+// `VolatileSlice`s made from those pointers.
 
 use vm_memory::atomic::GuestMemoryLoadGuard;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap, VolatileSlice};
@@ -20,20 +20,21 @@ pub(crate) type RamGuard = GuestMemoryLoadGuard<GuestMemoryMmap<()>>;
 /// Maximum number of vectors that the kernel accepts in one call (`UIO_MAXIOV`).
 pub(crate) const IOVECS_MAX: usize = 1024;
 
-/// Maximum number of descriptors read in one chain: our longest queue. A chain may not have more than its queue has
-/// entries, whether they are in the queue's own table or in an indirect one (virtio 1.2 §2.7.5.3.1).
+/// Maximum number of descriptors read in one chain: the size of our largest queue. A chain may not have more
+/// descriptors than its queue has entries, whether they are in the queue's own table or in an indirect one (virtio 1.2
+/// §2.7.5.3.1).
 const DESCRIPTORS_MAX: usize = 1024;
 
 /// Reasons why a descriptor chain cannot be served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum ChainError {
-    /// No descriptor could be read: the head is out of the table, or the table out of RAM.
+    /// No descriptor could be read: the head is outside the table, or the table is outside RAM.
     #[error("descriptor chain is empty")]
     Empty,
-    /// The chain loops, points out of its table, or exceeds 4 GiB.
+    /// The chain loops, leaves its table, or exceeds 4 GiB.
     #[error("descriptor chain does not end")]
     Unterminated,
-    /// A buffer is not (entirely) guest RAM.
+    /// A buffer is not completely in guest RAM.
     #[error("descriptor points outside guest RAM")]
     OutOfRam,
     /// A device-readable buffer follows a device-writable one (virtio 1.2 §2.7.4.2).
@@ -79,7 +80,7 @@ impl GuestBuffers {
     /// Appends `len` bytes of guest RAM at `addr`, merged with the last piece if both are adjacent on the host. A
     /// length of 0 appends nothing.
     fn push(&mut self, addr: GuestAddress, len: usize) -> Result<(), ChainError> {
-        // Split borrows: the slices borrow the map, the pieces are appended to.
+        // Split borrows: the slices borrow the map while pieces are appended.
         let Self { iovecs, bytes, ram } = self;
         for slice in GuestMemoryBackend::get_slices(&**ram, addr, len) {
             let slice = slice.map_err(|_| ChainError::OutOfRam)?;
@@ -200,8 +201,8 @@ impl GuestBuffers {
 
     fn slices(&self) -> impl Iterator<Item = VolatileSlice<'_>> {
         self.iovecs.iter().map(|piece| {
-            // SAFETY: `iov_base..+iov_len` came from a slice of guest RAM checked in
-            // `push` and only ever shrunk; the mapping outlives `self` through `ram`.
+            // SAFETY: `iov_base..+iov_len` came from a slice of guest RAM checked in `push` and has only been shrunk;
+            // the mapping outlives `self` through `ram`.
             unsafe { VolatileSlice::new(piece.iov_base.cast(), piece.iov_len) }
         })
     }
@@ -220,7 +221,7 @@ impl ChainBuffers {
     /// Resolves every descriptor of `chain`.
     ///
     /// # Errors
-    /// The chain is malformed; none of it has been accessed.
+    /// The chain is malformed; none of its buffers has been accessed.
     pub(crate) fn collect(
         chain: Chain<'_>,
         ram: &RamGuard,

@@ -1,14 +1,14 @@
-//! The queue toolkit of all devices: taking chains from a split virtqueue, and returning them (virtio 1.2 §2.7).
+//! The queue toolkit of all devices: takes chains from a split virtqueue and returns them (virtio 1.2 §2.7).
 //!
 //! ```text
-//!   served    a queue as a worker serves it; every loop over chains goes through `ServedQueue::next`
+//!   served    a queue as a worker serves it; every loop over chains uses `ServedQueue::next`
 //!   walk      the descriptors of one chain, with a bound on their number
 //!   buffers   a chain resolved to host memory
-//!   single    the queue half of a device that serves one queue and answers each request at once
+//!   single    the queue half of a device that serves one queue and completes each request at once
 //! ```
 //!
 //! A loop ends when the ring is empty or when the [`Turn`](crate::worker::Turn) is over. In the second case the queue
-//! rings its own doorbell, and the worker returns to it.
+//! signals its own doorbell, and the worker serves it again.
 
 mod buffers;
 mod served;

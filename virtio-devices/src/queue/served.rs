@@ -31,24 +31,24 @@ pub(crate) enum Next<T> {
     Chain(T),
     /// The ring is empty.
     Empty,
-    /// The turn is over. The queue has rung its doorbell, so the worker returns to it.
+    /// The turn is over. The queue has signalled its own doorbell, so the worker serves it again.
     TurnOver,
 }
 
-/// A queue, its interrupt, and whether an interrupt is owed to the driver.
+/// A queue, its interrupt, and whether the driver must still be interrupted.
 pub(crate) struct ServedQueue {
     index: u16,
     queue: Queue,
     doorbell: Arc<Doorbell>,
     interrupt: Arc<dyn Interrupt>,
-    /// Pushed since the last interrupt decision.
+    /// Number of used buffers pushed since the last interrupt decision.
     used_pending: u16,
 }
 
 crate::debug_fields!(ServedQueue { index, queue });
 
 impl Activation {
-    /// Guest RAM, and the queues as they are served.
+    /// Guest RAM, and the queues in the form in which a worker serves them.
     pub(crate) fn serve(self) -> (GuestRam, impl Iterator<Item = ServedQueue>) {
         let Self {
             mem,
@@ -76,7 +76,7 @@ impl ServedQueue {
         }
     }
 
-    /// Number of the queue on the wire.
+    /// Number of the queue in the device.
     pub(crate) fn index(&self) -> u16 {
         self.index
     }
@@ -110,8 +110,8 @@ impl ServedQueue {
         })
     }
 
-    /// Takes the next chain with at least `bytes_min` bytes for the device to write. `refuse` is called for
-    /// every other chain, which is returned to the driver at once.
+    /// Takes the next chain with at least `bytes_min` device-writable bytes. `refuse` is called for every other chain,
+    /// which is returned to the driver at once.
     ///
     /// # Errors
     /// As for [`ServedQueue::next`].
@@ -166,8 +166,7 @@ impl ServedQueue {
         })
     }
 
-    /// The number of chains available now. A handler that must not take any made available later counts them before it
-    /// starts.
+    /// The number of chains available now. A handler that must not take later chains counts them before it starts.
     ///
     /// # Errors
     /// As for [`ServedQueue::next`].
@@ -181,13 +180,14 @@ impl ServedQueue {
         Ok(count)
     }
 
-    /// Puts the last `count` popped chains back, as if never taken.
+    /// Puts the last `count` popped chains back, as if they had never been taken.
     pub(crate) fn unpop(&mut self, count: u16) {
         let next_avail = self.queue.next_avail().wrapping_sub(count);
         self.queue.set_next_avail(next_avail);
     }
 
-    /// As [`ServedQueue::unpop`], for work that a command interrupts: the worker returns to it.
+    /// As [`ServedQueue::unpop`], for work that a command interrupts: the doorbell is signalled, so the worker serves
+    /// the queue again.
     ///
     /// # Errors
     /// The eventfd cannot be written.
@@ -196,8 +196,8 @@ impl ServedQueue {
         self.ring_again()
     }
 
-    /// Returns a chain to the driver; `bytes` is the length that the device wrote. A head outside of the table is
-    /// dropped, see [`ServedQueue::push_used_together`].
+    /// Returns a chain to the driver; `bytes` is the number of bytes that the device wrote. A head outside of the table
+    /// is dropped, see [`ServedQueue::push_used_together`].
     ///
     /// # Errors
     /// The used ring cannot be written.
@@ -210,8 +210,9 @@ impl ServedQueue {
         self.push_used_together(map, [(head, bytes)])
     }
 
-    /// Returns several chains at once: the driver sees all of them or none, as a packet spread over several requires
-    /// (virtio 1.2 §5.1.6.4). Heads outside of the table cannot be returned and are dropped: the driver made them up.
+    /// Returns several chains at once: the driver sees all of them or none, as required for a packet spread over
+    /// several chains (virtio 1.2 §5.1.6.4). Heads outside of the table are invalid driver input and are dropped,
+    /// because they cannot be returned.
     ///
     /// # Errors
     /// The used ring cannot be written.
@@ -254,9 +255,8 @@ impl ServedQueue {
         Ok(())
     }
 
-    /// `VIRTIO_F_EVENT_IDX` on: whether the index the driver waits for is among
-    /// the last `pushed` ones. Off: whether it has not switched interrupts off
-    /// (virtio 1.2 §2.7.7.2).
+    /// With `VIRTIO_F_EVENT_IDX`: whether the index that the driver waits for is among the last `pushed` ones. Without:
+    /// whether the driver has interrupts enabled (virtio 1.2 §2.7.7.2).
     fn driver_wants_interrupt(
         &self,
         map: &GuestMemoryMmap<()>,
@@ -276,7 +276,7 @@ impl ServedQueue {
         Ok(u32::from(field(0)?) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 
-    /// Asks the driver not to ring while the queue is being processed anyway.
+    /// Tells the driver not to notify while the queue is being processed anyway.
     ///
     /// # Errors
     /// The ring cannot be written.
@@ -289,7 +289,7 @@ impl ServedQueue {
             .map_err(|error| unusable(self.index, &error))
     }
 
-    /// Asks the driver to ring again. True: chains arrived in the meantime, for which it may not have rung.
+    /// Re-enables the driver's notifications. True: chains arrived in the meantime without a notification.
     ///
     /// # Errors
     /// The ring cannot be written or read.
@@ -302,8 +302,8 @@ impl ServedQueue {
             .map_err(|error| unusable(self.index, &error))
     }
 
-    /// Rings the doorbell on the driver's behalf: the handler stops with work left and must be called again after the
-    /// others.
+    /// Signals the doorbell on the driver's behalf: the handler stops with work left and must be called again after
+    /// other events.
     ///
     /// # Errors
     /// The eventfd cannot be written.
@@ -373,7 +373,7 @@ mod tests {
             take(&mut self.queue, &ram).expect("just pushed")
         }
 
-        /// Returns `count` chains at once and reports whether that caused an interrupt.
+        /// Returns `count` chains at once and reports whether an interrupt was sent.
         fn use_chains(&mut self, count: usize) -> bool {
             let heads: Vec<(u16, u32)> = (0..count).map(|_| (self.push_and_pop(), 1)).collect();
             let ram = self.ram.mem().memory();
@@ -401,10 +401,10 @@ mod tests {
         assert!(!rig.use_chains(1));
         assert!(rig.use_chains(1));
         assert!(!rig.use_chains(1));
-        // The event index is in the middle of several.
+        // The event index is inside the pushed range.
         rig.write_avail(used_event, 5);
         assert!(rig.use_chains(4));
-        // All the way around the 16-bit index.
+        // Wraps around the 16-bit index.
         rig.write_avail(used_event, 0);
         let mut signals = 0;
         for _ in 0..(1 << 16) / 4 {
@@ -421,7 +421,7 @@ mod tests {
         assert!(!rig.use_chains(1));
         rig.write_avail(0, 0);
         assert!(rig.use_chains(1));
-        // Nothing used, so no interrupt.
+        // No buffer was used, so no interrupt is sent.
         let ram = rig.ram.mem().memory();
         rig.queue.signal(&ram).unwrap();
         assert_eq!(rig.interrupt.queue_signals(3), 2);

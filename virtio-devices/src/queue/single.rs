@@ -18,11 +18,11 @@ const TOKEN_TIMER: u32 = 0;
 pub(crate) enum Reply {
     /// Completed, with this number of bytes written.
     Done(u32),
-    /// A command arrived in between. The chain goes back to the ring and will be served from its beginning.
+    /// A command arrived during the request. The chain goes back to the ring and will be served again from the start.
     PutBack,
 }
 
-/// The properties that distinguish such devices.
+/// The device-specific part.
 pub(crate) trait SingleQueueDevice: Send {
     /// As [`QueueHandler::name`].
     fn name(&self) -> String;
@@ -44,7 +44,7 @@ pub(crate) trait SingleQueueDevice: Send {
         None
     }
 
-    /// The timer is readable. It must no longer be when this returns.
+    /// The timer is readable. It must not be readable any more when this returns.
     fn timer_expired(&mut self) {}
 
     /// The VM pauses.

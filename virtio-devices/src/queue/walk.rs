@@ -6,17 +6,17 @@ use vm_memory::GuestMemoryMmap;
 
 use crate::worker::Turn;
 
-/// A chain in the descriptor table; nothing of it has been read.
+/// A chain in the descriptor table, not yet read.
 pub(crate) type Chain<'m> = DescriptorChain<&'m GuestMemoryMmap<()>>;
 
 /// How a chain ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ChainEnd {
-    /// With a descriptor that has no NEXT flag.
+    /// At a descriptor without a NEXT flag.
     Whole,
     /// Before the first descriptor: the head is outside of the table, or the table is outside of RAM.
     Empty,
-    /// In a loop, outside of its table, or beyond 4 GiB.
+    /// By a loop, a descriptor outside of its table, or a length beyond 4 GiB.
     Broken,
     /// At the caller's limit. An indirect table may have 65 535 descriptors.
     TooLong,

@@ -1,41 +1,41 @@
-//! A bucket of tokens. The caller provides the time.
+//! A token bucket. The caller provides the time.
 
 use std::time::{Duration, Instant};
 
-/// Longest time in which a bucket may fill: a day.
+/// Maximum time in which a bucket may fill: one day.
 pub const REFILL_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Most tokens owed: the longest requests (64 MiB) of as many queues as a device can have (256).
+/// Maximum number of owed tokens: the longest request (64 MiB) on each of the maximum number of queues (256).
 pub(super) const DEBT_MAX: u64 = 1 << 34;
 
-/// Size and speed of a bucket.
+/// Size and refill time of a bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct BucketLimit {
     /// Tokens that the bucket holds; at least one.
     pub size: u64,
-    /// Tokens that can be used once, before those of the bucket.
+    /// Extra tokens that are available once and are used before those of the bucket.
     pub one_time_burst: u64,
-    /// Time in which the empty bucket fills: from 1 ms to [`REFILL_MAX`].
+    /// Time in which an empty bucket fills: from 1 ms to [`REFILL_MAX`].
     pub refill: Duration,
 }
 
-/// What a bucket holds.
+/// The tokens in a bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Level {
-    /// Negative: owed.
+    /// Negative if tokens are owed.
     pub(super) tokens: i64,
     pub(super) burst: u64,
 }
 
-/// A bucket at work.
+/// A token bucket in use.
 #[derive(Debug)]
 pub struct Bucket {
     limit: BucketLimit,
-    /// In units of `1 / refill in ns` of a token, so that nothing is lost to rounding. A size below 2^64 times a refill
-    /// time below 2^47 ns fits.
+    /// In units of `1 / refill in ns` of a token, so that rounding loses nothing. A size below 2^64 times a refill time
+    /// below 2^47 ns fits.
     credit: i128,
     burst: u64,
-    /// The time for which `credit` holds.
+    /// The time at which `credit` was computed.
     at: Instant,
 }
 
@@ -62,7 +62,7 @@ impl Bucket {
         self.limit
     }
 
-    /// The value of a token.
+    /// The value of a token in units of `credit`.
     fn token(&self) -> i128 {
         // At most a day, see REFILL_MAX.
         self.limit.refill.as_nanos() as i128
@@ -91,7 +91,7 @@ impl Bucket {
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
     }
 
-    /// Takes tokens, those of the burst first, and goes into debt for what is missing.
+    /// Takes tokens, those of the burst first. Missing tokens become debt.
     pub fn charge(&mut self, now: Instant, tokens: u64) {
         self.refill(now);
         let of_burst = tokens.min(self.burst);
@@ -101,18 +101,18 @@ impl Bucket {
         self.credit = (self.credit - cost).max(least);
     }
 
-    /// In whole tokens.
+    /// The level in whole tokens.
     pub(super) fn level(&mut self, now: Instant) -> Level {
         self.refill(now);
         let tokens = self.credit.div_euclid(self.token());
         Level {
-            // Not below the debt.
+            // Never below the maximum debt.
             tokens: i64::try_from(tokens).unwrap_or(i64::MAX),
             burst: self.burst,
         }
     }
 
-    /// Sets what the bucket holds. False if it cannot hold that.
+    /// Sets the level. False if the bucket cannot have that level.
     pub(super) fn set_level(&mut self, level: Level, now: Instant) -> bool {
         let Level { tokens, burst } = level;
         let possible = -i128::from(DEBT_MAX)..=i128::from(self.limit.size);
@@ -144,7 +144,7 @@ mod tests {
         (Bucket::new(limit, start), start)
     }
 
-    /// Takes one token at a time for as long as there is one.
+    /// Takes one token at a time while there is one.
     fn drain(bucket: &mut Bucket, now: Instant) -> u64 {
         let mut taken = 0;
         while bucket.wait(now).is_zero() {
@@ -161,7 +161,7 @@ mod tests {
         assert_eq!(bucket.wait(start), SECOND / 10);
         assert_eq!(drain(&mut bucket, start + SECOND / 2), 5);
         assert_eq!(drain(&mut bucket, start + 100 * SECOND), 10, "no burst");
-        // A clock that runs backwards gives nothing.
+        // A clock that runs backwards adds no tokens.
         assert_eq!(drain(&mut bucket, start), 0);
     }
 
@@ -216,7 +216,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the requests, no more than bucket, burst and rate allow has passed before the last one.
+        /// For any requests, the amount passed before the last one never exceeds bucket, burst and refill.
         #[test]
         fn rate_holds_whatever_is_asked(
             size in 1_u64..10_000,

@@ -1,4 +1,4 @@
-//! Limits that several queues share, on bytes and on operations.
+//! Rate limits shared by several queues, on bytes and on operations.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,27 +10,26 @@ use super::bucket::{Bucket, BucketLimit, Level};
 use super::state::{BucketState, RateLimiterState};
 use crate::Unpoisoned;
 
-/// Shortest wait. In that time a bucket earns no more than it holds, and a busy queue wakes up 1000 times per second at
-/// most.
+/// Minimum wait. In that time a bucket gains at most its size, and a busy queue wakes up at most 1000 times per second.
 const WAIT_MIN: Duration = Duration::from_millis(1);
 
-/// Longest wait before the buckets are read again, far below the limit of a timer.
+/// Maximum wait before the buckets are checked again, far below the limit of a timer.
 const WAIT_MAX: Duration = Duration::from_secs(60 * 60);
 
-/// Limits on bytes and on operations. A limit that is absent does not exist.
+/// Limits on bytes and on operations. An absent limit is unlimited.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RateLimits {
-    /// On bytes of data.
+    /// Limit on bytes of data.
     pub bandwidth: Option<BucketLimit>,
-    /// On requests or frames.
+    /// Limit on requests or frames.
     pub ops: Option<BucketLimit>,
 }
 
 type Clock = Box<dyn Fn() -> Instant + Send + Sync>;
 
-/// The limits of a disk, of several disks, or of one direction of a network device, with the tokens that are left.
+/// The limits of a disk, of several disks, or of one direction of a network device, with the remaining tokens.
 pub struct RateLimiter {
-    /// Without limits, a request takes no lock.
+    /// Whether any limit exists; without limits a request takes no lock.
     limited: AtomicBool,
     buckets: Mutex<Buckets>,
     clock: Clock,
@@ -68,7 +67,7 @@ impl RateLimiter {
         limiter
     }
 
-    /// Replaces the limits; the new buckets are full. A queue that waits for tokens goes on at its next resume.
+    /// Replaces the limits; the new buckets are full. A queue that waits for tokens continues at its next resume.
     pub fn set(&self, limits: RateLimits) {
         let now = (self.clock)();
         let bucket = |limit: Option<BucketLimit>| limit.map(|limit| Bucket::new(limit, now));
@@ -113,7 +112,7 @@ impl RateLimiter {
         }
     }
 
-    /// What is in the buckets.
+    /// The levels of the buckets.
     pub(crate) fn state(&self) -> RateLimiterState {
         let mut buckets = self.buckets.lock().unpoisoned();
         let now = (self.clock)();
@@ -127,10 +126,10 @@ impl RateLimiter {
         }
     }
 
-    /// Restores what was in the buckets of the limiter `field` of `part`.
+    /// Restores the levels of the buckets. Errors name `field` of `part`.
     ///
     /// # Errors
-    /// A saved bucket does not exist or cannot hold as much.
+    /// A saved bucket does not exist or cannot have this level.
     pub(crate) fn restore(
         &self,
         state: &RateLimiterState,

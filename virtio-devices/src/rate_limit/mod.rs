@@ -5,9 +5,10 @@
 //!   state     saved buckets                        worker/throttle: a queue half that waits for tokens
 //! ```
 //!
-//! A request starts while each bucket has a token, whatever the request's size, and takes all its tokens at once. The
-//! bucket may be in debt then, and the next request waits until the debt is repaid. So the rate holds on average, the
-//! longest request passes a small bucket, and no request waits longer than the one before it is worth.
+//! A request may start if each bucket has a token, regardless of the request's size, and takes all its tokens at once.
+//! The bucket may then be in debt, and the next request waits until the debt is repaid. The rate therefore holds on
+//! average, the longest request passes a small bucket, and no request waits longer than its predecessor's tokens take
+//! to accrue.
 
 mod bucket;
 mod limiter;

@@ -1,30 +1,30 @@
-//! Saved buckets. They are part of the state of a device.
+//! Saved buckets, which are part of the state of a device.
 
 use serde::{Deserialize, Serialize};
 use state::Fields;
 
-/// What is left in the buckets of a limiter; a bucket without a limit does not exist.
+/// The levels of a limiter's buckets; absent for a bucket without a limit.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimiterState {
-    /// Of the limit on bytes.
+    /// The bucket of bytes.
     pub bandwidth: Option<BucketState>,
-    /// Of the limit on operations.
+    /// The bucket of operations.
     pub ops: Option<BucketState>,
 }
 
-/// What is left in a bucket.
+/// The level of a bucket.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BucketState {
-    /// Negative: owed.
+    /// Negative if tokens are owed.
     pub tokens: i64,
-    /// Left of the one-time burst.
+    /// Remaining tokens of the one-time burst.
     pub burst: u64,
 }
 
 impl RateLimiterState {
-    /// Adds the state of a limiter to the fields of a device that had none.
+    /// Adds the state of a limiter to the fields of a device that was saved without one.
     pub(crate) fn add_none(fields: &mut Fields, name: &str) {
         let limits = ["bandwidth", "ops"];
         let none: Fields = limits

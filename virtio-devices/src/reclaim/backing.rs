@@ -16,14 +16,14 @@ use super::sys;
 pub(super) enum Backing {
     /// Private anonymous memory: `MADV_DONTNEED` frees it.
     AnonymousPrivate,
-    /// A file mapped shared (memfd, hugetlbfs, tmpfs): the file owns the pages, so only a hole in the file frees them.
+    /// A shared file mapping (memfd, hugetlbfs, tmpfs): the file owns the pages, so only punching a hole frees them.
     SharedFile {
-        /// The file. Valid as long as the memory map it was taken from.
+        /// The descriptor of the file, valid as long as the memory map it was taken from.
         fd: RawFd,
         /// The offset of the region in the file.
         file_start: u64,
     },
-    /// A file mapped private: never punched, because the VMM does not own the file. `MADV_DONTNEED` frees the pages
+    /// A private file mapping: never punched, because the VMM does not own the file. `MADV_DONTNEED` frees the pages
     /// that the guest has written, and the mapping shows the file again.
     PrivateFile,
     /// Neither clearly private nor backed by a file that can be punched.
@@ -50,7 +50,7 @@ impl RegionLayout {
         let private = flags & libc::MAP_PRIVATE != 0;
         let backing = match file {
             None if private && !shared => Backing::AnonymousPrivate,
-            // None of it can be freed except by removing it.
+            // None of its pages can be freed except by removing the file.
             Some(file) if shared && !sys::can_punch(file.file().as_raw_fd()) => {
                 Backing::Unsupported
             }
@@ -100,7 +100,7 @@ fn hugetlbfs_page_bytes(file: &File) -> Option<u64> {
     (stat.f_type == libc::HUGETLBFS_MAGIC).then(|| u64::try_from(stat.f_bsize).ok())?
 }
 
-/// Whether the file lives in memory, so that its blocks are pages.
+/// Whether the file is in memory, so that its blocks are pages.
 pub(super) fn is_memory_file(file: &File) -> bool {
     file_system(file)
         .is_some_and(|s| s.f_type == libc::TMPFS_MAGIC || s.f_type == libc::HUGETLBFS_MAGIC)
@@ -117,8 +117,8 @@ fn file_system(file: &File) -> Option<libc::statfs> {
 
 /// Page size of an anonymous `MAP_HUGETLB` mapping, from its flags.
 fn anonymous_huge_page_bytes(flags: i32) -> Option<u64> {
-    /// The largest huge page of x86-64. If the flags leave the size to the system, it is assumed: a page size that is
-    /// too large only causes more to be skipped.
+    /// The largest huge page of x86-64, assumed if the flags leave the size to the system: too large a page size only
+    /// causes more to be skipped.
     const LARGEST_HUGE_PAGE_BYTES: u64 = 1 << 30;
     if flags & libc::MAP_HUGETLB == 0 {
         return None;
@@ -138,8 +138,8 @@ pub(super) fn base_page_bytes() -> u64 {
     u64::try_from(bytes).expect("every Linux has a page size")
 }
 
-/// The smallest backing page among the regions that can be discarded with this expectation of the guest; `None` if
-/// there is no such region.
+/// The smallest backing page among the regions that can be discarded under the guest's expectation; `None` if there is
+/// no such region.
 #[must_use]
 pub fn smallest_reclaimable_page_bytes(
     mem: &GuestMemoryMmap<()>,

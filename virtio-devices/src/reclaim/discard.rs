@@ -1,4 +1,4 @@
-//! The discard engine: executes a plan with the fewest system calls that the kernel allows.
+//! The discard engine: executes a plan with as few system calls as the kernel allows.
 //!
 //! | Backing | Call | Calls per batch |
 //! | --- | --- | --- |
@@ -6,9 +6,9 @@
 //! | private, older | `madvise(MADV_DONTNEED)` | 1 per piece |
 //! | shared file | `fallocate(PUNCH_HOLE)` | 1 per piece; no vector form exists |
 //!
-//! On a shared file, `MADV_DONTNEED` would only unmap: the pages stay in the file. On a private mapping of a file it
-//! drops the pages that the guest has written, and the mapping shows the file again. So it is used only if the guest
-//! expects nothing ([`Expected::Anything`]). The file itself is never changed.
+//! On a shared file, `MADV_DONTNEED` would only unmap: the pages stay in the file. On a private file mapping it drops
+//! the pages that the guest has written, and the mapping shows the file again. So it is used there only if the guest
+//! expects no particular content ([`Expected::Anything`]). The file itself is never changed.
 #![allow(unsafe_code)]
 // UNSAFETY: this module decides that memory may be discarded, which the functions in `sys` require their caller to
 // guarantee.
@@ -28,7 +28,7 @@ use crate::device::GuestRam;
 use crate::worker::Turn;
 
 /// Maximum number of bytes discarded by one call, unless a single backing page is larger. The kernel frees resident
-/// memory at some GiB per second, and a call cannot be interrupted.
+/// memory at several GiB per second, and a call cannot be interrupted.
 const CALL_BYTES_MAX: u64 = 128 << 20;
 
 /// A number of ranges and the bytes in them.
@@ -58,26 +58,26 @@ impl Extent {
 pub struct Outcome {
     /// The claims, before any check.
     pub requested: Extent,
-    /// Discarded. Ranges are counted after merging.
+    /// Memory discarded. Ranges are counted after merging.
     pub discarded: Extent,
-    /// The system call failed. Ranges are counted after merging.
+    /// Memory for which the system call failed. Ranges are counted after merging.
     pub failed: Extent,
-    /// Never tried.
+    /// Memory not discarded on purpose.
     pub skipped: SkippedBytes,
     /// System calls made.
     pub syscalls: u64,
-    /// The reason why the first failed range failed.
+    /// The error of the first failed range.
     pub first_error: Option<io::Error>,
 }
 
 /// Discards guest memory. One per worker thread; reuses its buffers across batches.
 #[derive(Debug)]
 pub struct DiscardEngine {
-    /// A descriptor of this process, if the kernel discards by vector.
+    /// A descriptor of this process, if the kernel supports vectored discards.
     vectors: Option<BorrowedFd<'static>>,
     switch: Arc<DiscardSwitch>,
-    /// The map from which `regions` was derived. Weak: it identifies the map without keeping unplugged memory mapped,
-    /// and its address cannot be reused while it is held.
+    /// The map from which `regions` was derived. The reference is weak: it identifies the map without keeping unplugged
+    /// memory mapped, and its address cannot be reused while the reference is held.
     known: Weak<GuestMemoryMmap<()>>,
     regions: Vec<RegionLayout>,
     pieces: Vec<Piece>,
@@ -85,13 +85,13 @@ pub struct DiscardEngine {
 }
 
 impl DiscardEngine {
-    /// An engine that obeys `switch` and uses the best calls of this kernel.
+    /// An engine that obeys `switch` and uses the best calls this kernel supports.
     #[must_use]
     pub fn new(switch: Arc<DiscardSwitch>) -> Self {
         Self::with_vectors(switch, sys::vector_advice())
     }
 
-    /// An engine that behaves as on a kernel without vectors, for tests and comparisons.
+    /// An engine that behaves as on a kernel without vectored discards, for tests and comparisons.
     #[must_use]
     pub fn without_vectors(switch: Arc<DiscardSwitch>) -> Self {
         Self::with_vectors(switch, None)
@@ -108,14 +108,14 @@ impl DiscardEngine {
         }
     }
 
-    /// Whether one call discards many ranges on this kernel.
+    /// Whether one call can discard many ranges on this kernel.
     #[must_use]
     pub fn has_vectors(&self) -> bool {
         self.vectors.is_some()
     }
 
-    /// Discards the whole pages of guest RAM in `claims`, and reports exactly what they were. Sorts `claims`. After it
-    /// returns, discarded memory costs the host nothing until it is touched again, and then reads as `expected`.
+    /// Discards the whole pages of guest RAM in `claims`, and reports exactly which. Sorts `claims`. After it returns,
+    /// discarded memory uses no host memory until it is touched again, and then reads as `expected`.
     pub fn discard(
         &mut self,
         ram: &GuestRam,
@@ -126,8 +126,9 @@ impl DiscardEngine {
             .expect("a turn of one's own has no commands")
     }
 
-    /// As [`DiscardEngine::discard`], but stops between two system calls if a command arrives. `None`: it was stopped.
-    /// Any part of the memory may be discarded then; because nothing was completed, all of it can be discarded again.
+    /// As [`DiscardEngine::discard`], but stops between two system calls if a command arrives; it then returns `None`.
+    /// Any part of the memory may be discarded in this case. Because no request was completed, all of it can be
+    /// discarded again.
     pub fn discard_unless_called(
         &mut self,
         ram: &GuestRam,
@@ -139,7 +140,7 @@ impl DiscardEngine {
             requested: requested(claims),
             ..Outcome::default()
         };
-        // A separate reference, so that the map and the switch can be held beside `self`.
+        // A separate reference, so that the map and the switch can be borrowed along with `self`.
         let switch = Arc::clone(&self.switch);
         let Ok(_batch) = switch.begin() else {
             self.pieces.clear();
@@ -167,10 +168,10 @@ impl DiscardEngine {
         }
     }
 
-    /// Iterates over the pieces, whole vectors of private ones at a time. False: a command arrived.
+    /// Discards all pieces, private ones in vectors. False: a command arrived.
     fn carry_out(&mut self, outcome: &mut Outcome, turn: &mut Turn) -> bool {
         let mut at = 0;
-        // Spans that a vector did not reach are tried one by one, from the first range that failed.
+        // Spans that a vector did not reach are discarded individually, starting at the first one that failed.
         let mut one_by_one_until = 0;
         while at < self.pieces.len() {
             if outcome.syscalls > 0 && turn.is_called() {
@@ -190,8 +191,8 @@ impl DiscardEngine {
         true
     }
 
-    /// Fills `self.spans` with private pieces from `first` on. False: too few for a vector, because the plain call is
-    /// slightly cheaper.
+    /// Fills `self.spans` with private pieces starting at `first`. False: too few for a vector, because the plain call
+    /// is slightly cheaper.
     fn collect_vector(&mut self, first: usize) -> bool {
         self.spans.clear();
         let mut left = CALL_BYTES_MAX;
@@ -206,7 +207,7 @@ impl DiscardEngine {
         self.spans.len() > 1
     }
 
-    /// Tries `self.spans` in one call; returns the number that were discarded completely.
+    /// Discards `self.spans` in one call; returns the number of completely discarded spans.
     fn discard_by_vector(
         &mut self,
         pidfd: BorrowedFd<'_>,
@@ -223,7 +224,7 @@ impl DiscardEngine {
         let advised = match unsafe { sys::discard_vector(pidfd, &self.spans) } {
             Ok(bytes) => bytes as u64,
             Err(e) => {
-                // Forbidden or gone permanently, so stop trying.
+                // The call is forbidden or no longer available, so it is not tried again.
                 if matches!(e.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) {
                     self.vectors = None;
                 }
@@ -241,12 +242,12 @@ impl DiscardEngine {
         self.spans.len()
     }
 
-    /// Discards the rest of a piece, up to the limit of one call. False: there is more of it.
+    /// Discards the rest of a piece, up to the limit of one call. False: more of it remains.
     fn discard_one(&mut self, at: usize, outcome: &mut Outcome, turn: &mut Turn) -> bool {
         let piece = &mut self.pieces[at];
         let region = &self.regions[piece.region];
         let offset = piece.offset + piece.discarded_bytes;
-        // Both are powers of two, so no backing page is cut.
+        // Both are powers of two, so no backing page is split.
         let bytes_max = CALL_BYTES_MAX.max(region.page_bytes);
         let bytes = (piece.bytes - piece.discarded_bytes).min(bytes_max);
         outcome.syscalls += 1;
@@ -317,7 +318,7 @@ fn requested(claims: &[GuestRange]) -> Extent {
     requested
 }
 
-/// Pieces are inside mappings of this process, so they fit its addresses.
+/// Converts to `usize`: pieces are inside mappings of this process, so they fit.
 fn to_usize(bytes: u64) -> usize {
     usize::try_from(bytes).expect("a mapped length is an address")
 }

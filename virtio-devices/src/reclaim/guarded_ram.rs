@@ -1,7 +1,7 @@
 //! Guest RAM on real mappings, each region with guard pages before and after it.
 //!
-//! For tests and fuzzing: whatever a guest makes the device do, the guard pages must not change, and every page must
-//! end up unchanged or discarded. [`discard_and_check`] compares an engine with the rule on such memory.
+//! For tests and fuzzing. Regardless of what a guest makes the device do, guard pages must not change, and every page
+//! must be either unchanged or discarded. [`discard_and_check`] compares an engine with the rule on such memory.
 #![allow(unsafe_code)]
 // UNSAFETY: regions are placed in the middle of larger mappings, and `mlock` and `memfd_create` have no safe wrapper
 // among our dependencies.
@@ -22,7 +22,7 @@ use crate::reclaim::{DiscardEngine, Expected, GuestRange, Outcome};
 pub const PAGE: usize = 4096;
 /// Pages in a huge page of [`Kind::Huge`].
 pub const HUGE_PAGE_PAGES: usize = (2 << 20) / PAGE;
-/// The content of a file that is mapped private; it differs from all patterns.
+/// The content of the privately mapped file; it differs from all patterns.
 const FILE_BYTE: u8 = 0xa6;
 
 /// The backing of a region.
@@ -41,7 +41,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Guard pages on either side of a region.
+    /// Number of guard pages on either side of a region.
     fn guard_pages(self) -> usize {
         match self {
             Self::Huge => HUGE_PAGE_PAGES,
@@ -49,7 +49,7 @@ impl Kind {
         }
     }
 
-    /// Pages that can only be discarded together.
+    /// Number of pages that can only be discarded together.
     #[must_use]
     pub fn unit_pages(self) -> usize {
         match self {
@@ -70,33 +70,33 @@ pub struct RamArea {
     pub kind: Kind,
 }
 
-/// The RAM and, through the larger mappings, everything around it.
+/// Guest RAM and, through larger mappings, its surroundings.
 #[derive(Debug)]
 pub struct GuardedRam {
     /// The regions as guest RAM.
     pub ram: GuestRam,
     areas: Vec<RamArea>,
-    /// Larger than the regions by the guards, and outlives them.
+    /// The mappings: larger than the regions by the guard pages; they outlive the regions.
     outer: Vec<MmapRegion>,
 }
 
 impl GuardedRam {
-    /// Maps the areas, which are in ascending order, and fills every page with its pattern.
+    /// Maps the areas, which must be in ascending order, and fills every page with its pattern.
     ///
     /// # Panics
-    /// They cannot be mapped.
+    /// The areas cannot be mapped.
     #[must_use]
     pub fn new(areas: &[RamArea]) -> Self {
         Self::try_new(areas).expect("memory can be mapped")
     }
 
-    /// As [`GuardedRam::new`], if the host may have no huge pages, or not enough of them.
+    /// As [`GuardedRam::new`], but returns an error if the host has no or too few huge pages.
     ///
     /// # Errors
-    /// They cannot be mapped.
+    /// The areas cannot be mapped.
     ///
     /// # Panics
-    /// They are not in ascending order.
+    /// The areas are not in ascending order.
     pub fn try_new(areas: &[RamArea]) -> io::Result<Self> {
         let mut outer = Vec::new();
         let mut regions = Vec::new();
@@ -133,19 +133,18 @@ impl GuardedRam {
         }
     }
 
-    /// Writes its pattern to every page of the regions again.
+    /// Writes the patterns to all pages of the regions again.
     pub fn refill(&self) {
         for (at, outer) in self.outer.iter().enumerate() {
             fill_pages(at, outer, self.inside(at));
         }
     }
 
-    /// Pages, by area and position in it, that were discarded: they are all zeros, or show the file that was mapped
-    /// private.
+    /// The discarded pages, by area and position in it: they are all zeros, or show the privately mapped file.
     ///
     /// # Panics
-    /// At a page that is neither that nor its pattern, at a guard page that changed, and at a file that was mapped
-    /// private and has changed.
+    /// A page is neither discarded nor has its pattern, a guard page has changed, or a privately mapped file has
+    /// changed.
     #[must_use]
     pub fn discarded(&self) -> Vec<(usize, usize)> {
         let mut discarded = Vec::new();
@@ -175,10 +174,10 @@ impl GuardedRam {
         discarded
     }
 
-    /// Checks the guard pages alone.
+    /// Checks only the guard pages.
     ///
     /// # Panics
-    /// One of them has changed.
+    /// A guard page has changed.
     pub fn check_guards(&self) {
         for (at, outer) in self.outer.iter().enumerate() {
             let inside = self.inside(at);
@@ -193,7 +192,7 @@ impl GuardedRam {
     /// Pins a page, so that the kernel refuses to discard it.
     ///
     /// # Panics
-    /// The kernel refuses to pin it.
+    /// The kernel refuses to pin the page.
     pub fn lock_page(&self, area: usize, page: usize) {
         let start = self.page_address(area, page);
         // SAFETY: the page lies inside the mapping; nothing changes in it.
@@ -210,14 +209,14 @@ impl GuardedRam {
     }
 }
 
-/// Lets `engine` discard `claims` on new memory of `areas` and compares the discarded pages with the rule: backing
+/// Makes `engine` discard `claims` on new memory of `areas` and compares the discarded pages with the rule: backing
 /// pages completely inside the union of the claims, if their kind can be discarded.
 ///
 /// # Errors
 /// The memory cannot be mapped.
 ///
 /// # Panics
-/// Another page is discarded, a page is not, or the engine reports something else.
+/// A wrong page is discarded, a page is not discarded, or the engine's report is wrong.
 pub fn discard_and_check(
     engine: &mut DiscardEngine,
     areas: &[RamArea],
@@ -296,11 +295,11 @@ fn page_of(outer: &MmapRegion, page: usize) -> [u8; PAGE] {
 }
 
 fn pattern(area: usize, page: usize) -> u8 {
-    // Never zero.
+    // The pattern is never zero.
     (page * 7 + area * 31) as u8 | 1
 }
 
-/// Checks whether a file that is mapped private still has its content.
+/// Checks that a privately mapped file still has its content.
 fn check_file(outer: &MmapRegion) {
     let file = outer.file_offset().expect("a file is mapped").file();
     let mut bytes = vec![0; outer.size()];
@@ -332,7 +331,7 @@ fn map(area: RamArea) -> io::Result<(MmapRegion, GuestRegionMmap)> {
     }
     let outer = outer.build().map_err(io::Error::other)?;
     let inner_start = outer.as_ptr().wrapping_add(guard_bytes);
-    // SAFETY: the range is inside `outer`, which the guarded region keeps.
+    // SAFETY: the range is inside `outer`, which exists as long as the guarded region.
     let inner =
         unsafe { MmapRegionBuilder::new(area.pages * PAGE).with_raw_mmap_pointer(inner_start) };
     let mut inner = inner

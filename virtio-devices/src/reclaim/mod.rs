@@ -1,20 +1,20 @@
-//! Discards guest memory, and measures how much of it the host has back.
+//! Discards guest memory, and measures how much of it is resident.
 //!
 //! [`DiscardEngine`] is the only code of the VMM that discards guest memory. It accepts ranges that a guest *claims*
-//! are free and treats each as a claim:
+//! are free, and does not trust these claims:
 //!
 //! ```text
 //!   claims ──► plan (ranges.rs, pure) ──► pieces ──► system calls (discard.rs, sys.rs) ──► Outcome
-//!              sort, unite, clamp to RAM,            one vector call per batch,
-//!              split at region borders,              or one call per united piece
-//!              cut to whole backing pages
+//!              sort, merge, clamp to RAM,            one vector call per batch,
+//!              split at region boundaries,           or one call per merged piece
+//!              trim to whole backing pages
 //! ```
 //!
 //! Every requested byte is accounted for exactly once: it was discarded, it was skipped for a [`SkipReason`], or the
-//! system call on it failed. Nothing else is ever reported, to the guest or to the operator.
+//! system call on it failed. Nothing else is reported, either to the guest or to the operator.
 //!
-//! [`ResidencyProbe`] measures what is resident. It reads page tables and files, and does not rely on what was
-//! discarded: a discarded page that the guest has touched again is resident, and only a measurement shows it.
+//! [`ResidencyProbe`] measures what is resident. It reads page tables and files and does not rely on what was
+//! discarded: a discarded page that the guest has touched again is resident, and only a measurement shows that.
 
 mod backing;
 mod discard;

@@ -1,12 +1,12 @@
 //! Reads from `/proc/self/pagemap` which pages of our mappings are present or swapped.
 //!
-//! Both ways walk the page tables under the read side of the memory map lock, so page faults of vCPU threads continue
-//! in parallel. But a thread that wants to change the map waits for the walk, and page faults then queue up behind that
-//! thread. So no single call walks more than a window of memory.
+//! Both methods walk the page tables under the read side of the memory map lock, so page faults of vCPU threads
+//! continue in parallel. But a thread that wants to change the map waits for the walk, and page faults then queue
+//! behind that thread. Therefore no single call walks more than a window of memory.
 //!
 //! * `PAGEMAP_SCAN` (Linux ≥ 6.7, Documentation/admin-guide/mm/pagemap.rst) returns ranges, and skips absent page
-//!   tables and huge pages in one step: its cost is that of the existing page tables.
-//! * Reading the file returns eight bytes for each page of the range, present or not.
+//!   tables and huge pages in one step: its cost is proportional to the existing page tables.
+//! * Reading the file returns eight bytes per page of the range, present or not.
 #![allow(unsafe_code)]
 // UNSAFETY: the scan is an ioctl that takes addresses.
 
@@ -17,12 +17,12 @@ use std::os::unix::fs::FileExt;
 
 use super::backing::base_page_bytes;
 
-/// Bytes of a range by location; the rest is absent.
+/// The bytes of a range by location; bytes not counted are absent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct MappedBytes {
     /// Mapped to a page of RAM (for the scan: other than the shared zero page).
     pub(super) present: u64,
-    /// Written out to swap.
+    /// Swapped out.
     pub(super) swapped: u64,
     /// The number of system calls.
     pub(super) calls: u64,
@@ -45,7 +45,7 @@ impl Pagemap {
         Ok(pagemap)
     }
 
-    /// As on a kernel without the scan, for tests.
+    /// Opens it as on a kernel without the scan, for tests.
     #[cfg(test)]
     pub(super) fn open_without_scan() -> io::Result<Self> {
         let file = File::open("/proc/self/pagemap")?;
@@ -56,7 +56,7 @@ impl Pagemap {
         self.scans
     }
 
-    /// The memory held of `[start, end)`; both page aligned.
+    /// The host memory of `[start, end)`; both page aligned.
     pub(super) fn mapped(&self, start: u64, end: u64) -> io::Result<MappedBytes> {
         if self.scans {
             self.scan(start, end)
@@ -83,9 +83,8 @@ impl Pagemap {
         loop {
             arg.end = end.min(arg.start + SCAN_WINDOW_BYTES);
             held.calls += 1;
-            // SAFETY: `arg` is the structure this request takes and says so in
-            // `size`; the kernel writes at most `vec_len` entries to `vec`,
-            // which is an array of that many. Other memory is only looked at.
+            // SAFETY: `arg` is the structure of this request and contains its `size`; the kernel writes at most
+            // `vec_len` entries to `vec`, an array of that length. Other memory is only inspected.
             let found = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
             let Ok(found) = usize::try_from(found) else {
                 let e = io::Error::last_os_error();
@@ -102,8 +101,8 @@ impl Pagemap {
                     held.swapped += bytes;
                 }
             }
-            // The kernel stops before the end of the window only if the array is full, so every iteration begins later:
-            // the loop ends.
+            // The kernel stops before the end of the window only if the array is full. Every iteration therefore starts
+            // at a higher address, and the loop ends.
             if arg.walk_end >= end || arg.walk_end <= arg.start {
                 return Ok(held);
             }
@@ -111,8 +110,8 @@ impl Pagemap {
         }
     }
 
-    /// Marks in `held` which pages of a private anonymous mapping from host address `start` on are in RAM or in swap.
-    /// The others were never touched or given back, so they read as zeros. Makes no page resident.
+    /// Marks in `held` which pages of a private anonymous mapping, from host address `start` on, are in RAM or in swap.
+    /// All other pages were never touched or were discarded, so they read as zeros. Makes no page resident.
     ///
     /// # Errors
     /// The page tables cannot be read.
@@ -162,18 +161,18 @@ impl Pagemap {
     }
 }
 
-/// Memory walked by one scan call: 65536 pages of 4 KiB, well under a millisecond.
+/// Memory walked by one scan call: 65 536 pages of 4 KiB, well under a millisecond.
 const SCAN_WINDOW_BYTES: u64 = 256 << 20;
-/// Ranges one scan call returns: 12 KiB of stack, few calls even when scattered.
+/// Number of ranges that one scan call returns: 12 KiB of stack, and few calls even for scattered memory.
 const SCAN_REGIONS: usize = 512;
-/// Pages one read covers: 16 KiB of stack.
+/// Number of pages that one read covers: 16 KiB of stack.
 const READ_ENTRIES: usize = 2048;
 const ENTRY_BYTES: usize = 8;
 /// Bits of an entry of the file.
 const ENTRY_PRESENT: u64 = 1 << 63;
 const ENTRY_SWAPPED: u64 = 1 << 62;
 
-// The scan as include/uapi/linux/fs.h of Linux 6.7 defines it.
+// Constants of the scan, from include/uapi/linux/fs.h of Linux 6.7.
 const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
@@ -205,5 +204,5 @@ struct PmScanArg {
     return_mask: u64,
 }
 
-// The request number carries the size of the structure in bits 16 to 29.
+// The request number contains the size of the structure in bits 16 to 29.
 const _: () = assert!((PAGEMAP_SCAN as usize >> 16) & 0x3fff == size_of::<PmScanArg>());

@@ -1,16 +1,16 @@
-//! The pure half of the discard engine: turns claimed ranges into pieces that may be discarded.
+//! The pure half of the discard engine: converts claimed ranges to pieces that may be discarded.
 //!
 //! The rule, in terms of sets: take the union of all claimed bytes, intersect it with each RAM region, and keep the
-//! backing pages that are *completely* inside. A page of which only a part was released still holds the guest's data.
-//! Merging comes before cutting, so 512 adjacent 4 KiB claims free one 2 MiB page, and a claim that crosses from one
-//! region into the next is served in both.
+//! backing pages that are *completely* inside. A page that was released only in part still holds the guest's data.
+//! Merging comes before trimming, so 512 adjacent 4 KiB claims free one 2 MiB page, and a claim that crosses a region
+//! boundary is served in both regions.
 
 use device_facts::SkipReason;
 
 use super::backing::{Backing, RegionLayout};
 
-/// A range of guest physical memory that is claimed to be free. It has not been checked: it may be empty, wrap around
-/// or be outside of RAM.
+/// A range of guest physical memory that is claimed to be free. It is not checked: it may be empty, wrap around or be
+/// outside of RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestRange {
     /// First guest physical address.
@@ -19,12 +19,12 @@ pub struct GuestRange {
     pub bytes: u64,
 }
 
-/// The content that the guest may rely on in discarded memory.
+/// The content that the guest relies on in discarded memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expected {
     /// Zeros.
     Zeros,
-    /// Nothing: it writes before it reads, as with any memory that it allocates.
+    /// No particular content: the guest writes before it reads, as with any memory that it allocates.
     Anything,
 }
 
@@ -67,13 +67,13 @@ impl SkippedBytes {
 /// Whole backing pages inside one region, ready to be discarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Piece {
-    /// Position in the layout.
+    /// Index of the region in the layout.
     pub(super) region: usize,
-    /// From the start of the region; a multiple of its page size.
+    /// Offset from the start of the region; a multiple of its page size.
     pub(super) offset: u64,
-    /// Not zero; a multiple of the region's page size.
+    /// Length; not zero, a multiple of the region's page size.
     pub(super) bytes: u64,
-    /// The part of it that system calls have freed.
+    /// The number of bytes that system calls have freed.
     pub(super) discarded_bytes: u64,
 }
 
@@ -82,8 +82,8 @@ const GUEST_PAGE_BYTES: u64 = 4096;
 
 /// Fills `pieces` with the parts of `claims` that may be discarded, and returns the skipped bytes by reason.
 ///
-/// `claims` is sorted in place. `regions` is in ascending order without overlaps, as in guest memory maps. Exactly: Σ
-/// claims = Σ pieces + Σ skipped (saturating at `u64::MAX`).
+/// `claims` is sorted in place. `regions` must be in ascending order without overlaps, as in guest memory maps.
+/// Invariant: Σ claims = Σ pieces + Σ skipped (saturating at `u64::MAX`).
 pub(super) fn plan(
     regions: &[RegionLayout],
     claims: &mut [GuestRange],
@@ -125,7 +125,7 @@ pub(super) fn plan(
     planner.skipped
 }
 
-/// One pass over the regions, in step with ascending ranges.
+/// One pass over the regions, in parallel with ascending ranges.
 struct Planner<'a> {
     regions: &'a [RegionLayout],
     expected: Expected,
@@ -136,7 +136,7 @@ struct Planner<'a> {
 }
 
 impl Planner<'_> {
-    /// Places `[start, end)`, which begins after all ranges placed before.
+    /// Places `[start, end)`, which must begin after all ranges placed before.
     fn place(&mut self, start: u64, end: u64) {
         while self
             .regions
@@ -158,7 +158,7 @@ impl Planner<'_> {
         self.skipped.add(SkipReason::OutsideRam, outside);
     }
 
-    /// Cuts `[low, high)` of a region, in offsets, down to whole backing pages.
+    /// Trims `[low, high)` of a region, in offsets, to whole backing pages.
     fn cut(&mut self, at: usize, low: u64, high: u64) {
         let region = &self.regions[at];
         let wrong_backing = match region.backing {
@@ -197,8 +197,8 @@ impl Planner<'_> {
         page_bytes: u64,
         reason: SkipReason,
     ) -> Option<(u64, u64)> {
-        // Page sizes are powers of two: a mask costs nothing, while two divisions for each page of an inflation took
-        // longer than everything else in here.
+        // Page sizes are powers of two: a mask is practically free, while two divisions per page of an inflation took
+        // longer than the rest of the planner.
         let inside = page_bytes - 1;
         let first = low.checked_add(inside).map_or(u64::MAX, |at| at & !inside);
         let last = high & !inside;

@@ -1,11 +1,11 @@
 //! Measures how much guest RAM the host holds.
 //!
 //! For private memory it reads the page tables ([`super::pagemap`]). For a shared file in memory (memfd, tmpfs,
-//! hugetlbfs) the page tables would show only what this process has mapped. The file itself knows its pages, so its
-//! allocated blocks are used. They include swapped-out pages.
+//! hugetlbfs) the page tables would show only what this process has mapped, so the file's allocated blocks are used.
+//! They include swapped-out pages.
 //!
-//! A sample stops no vCPU and waits for no guest. It is cached for longer the more it costs, so that a flood of
-//! requests can never use more than 1/[`REST_PER_COST`] of a core.
+//! A sample stops no vCPU and does not wait for the guest. The more expensive a sample is, the longer it is cached: a
+//! flood of requests never uses more than 1/[`REST_PER_COST`] of a core.
 #![allow(unsafe_code)]
 // UNSAFETY: `fstat`, `sysinfo` and `mincore` have no safe wrapper among our dependencies.
 
@@ -25,12 +25,12 @@ use super::pagemap::{MappedBytes, Pagemap};
 use crate::Unpoisoned;
 use crate::device::GuestRam;
 
-/// Maximum age of a sample that is always reused.
+/// A sample up to this age is always reused.
 const SAMPLE_AGE_MIN: Duration = Duration::from_millis(100);
-/// A sample is kept at least this many times its duration.
+/// A sample is reused for at least this many times its duration.
 const REST_PER_COST: u32 = 100;
 
-/// Measuring failed; there is no figure rather than a wrong one.
+/// Measuring failed; an error is better than a wrong figure.
 #[derive(Debug, thiserror::Error)]
 pub enum ResidencyError {
     /// `/proc/self/pagemap` cannot be opened.
@@ -44,7 +44,7 @@ pub enum ResidencyError {
     Stat(#[source] io::Error),
 }
 
-/// How page tables are read on this host.
+/// The method of reading page tables on this host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr)]
 #[strum(serialize_all = "kebab-case")]
 pub enum ResidencyMethod {
@@ -55,7 +55,7 @@ pub enum ResidencyMethod {
 }
 
 impl ResidencyMethod {
-    /// The name in responses.
+    /// Name in replies.
     #[must_use]
     pub fn name(self) -> &'static str {
         self.into()
@@ -65,33 +65,33 @@ impl ResidencyMethod {
 /// The host memory that one region of guest RAM holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RegionResidency {
-    /// The guest address of the region.
+    /// Guest address of the region.
     pub guest_start: u64,
     /// Its size.
     pub bytes: u64,
-    /// The part in host RAM. If several regions show parts of one file in memory, the first has the figure for all of
+    /// Bytes in host RAM. If several regions map the same file in memory, the first region has the figure for all of
     /// them, because only the file knows its pages.
     pub resident_bytes: u64,
-    /// The part in host swap; likewise.
+    /// Bytes in host swap; for shared files as above.
     pub swapped_bytes: u64,
 }
 
 /// One measurement of all of guest RAM.
 #[derive(Clone, Debug)]
 pub struct ResidencySample {
-    /// The guest's RAM.
+    /// Size of the guest's RAM.
     pub configured_bytes: u64,
-    /// The part in host RAM.
+    /// Bytes in host RAM.
     pub resident_bytes: u64,
-    /// The part in host swap.
+    /// Bytes in host swap.
     pub swapped_bytes: u64,
     /// The time of the measurement.
     pub taken: Instant,
     /// The duration of the measurement.
     pub cost_us: u64,
-    /// How page tables were read.
+    /// The method of reading page tables.
     pub method: ResidencyMethod,
-    /// The same by region, in ascending order.
+    /// The same figures by region, in ascending order.
     pub regions: Arc<[RegionResidency]>,
 }
 
@@ -112,7 +112,7 @@ pub struct ResidencyProbe {
 }
 
 impl ResidencyProbe {
-    /// A probe for this RAM, following every later change of its map.
+    /// A probe for this RAM. It follows later changes of the memory map.
     ///
     /// # Errors
     /// The page map of this process cannot be opened.
@@ -147,7 +147,7 @@ impl ResidencyProbe {
         Ok(sample)
     }
 
-    /// A measurement made now, at any cost.
+    /// Measures now, regardless of the cost.
     ///
     /// # Errors
     /// The host rejects the measurement.
@@ -208,7 +208,7 @@ impl ResidencyProbe {
             });
         }
         for file in files {
-            // Read moments apart: pages that were added in between are in RAM.
+            // The two figures were read at slightly different times: pages added in between are in RAM.
             let swapped = file.allocated.saturating_sub(file.cached);
             regions[file.first_region].swapped_bytes = swapped;
             regions[file.first_region].resident_bytes = file.allocated - swapped;
@@ -217,20 +217,20 @@ impl ResidencyProbe {
     }
 }
 
-/// One file in memory. Several regions may show parts of it; its pages count once.
+/// One file in memory. Several regions may map parts of it; its pages count once.
 struct FileFigures {
     id: FileId,
-    /// The first region that shows it.
+    /// The first region that maps the file.
     first_region: usize,
     /// Bytes of its pages, in RAM or in swap.
     allocated: u64,
-    /// Bytes in RAM, of its mapped parts.
+    /// Bytes in RAM, in its mapped parts.
     cached: u64,
 }
 
 type FileId = (libc::dev_t, libc::ino_t);
 
-/// Adds the part of a file that `region` shows: `cached` bytes in RAM, or all of it if this was not measured.
+/// Adds the part of a file that `region` maps: `cached` bytes in RAM, or all of it if this was not measured.
 fn note_file(
     files: &mut Vec<FileFigures>,
     file: &File,
@@ -253,14 +253,14 @@ fn note_file(
 
 /// The identity of a file in memory and the bytes of its pages, swapped ones included.
 fn allocation(file: &File) -> io::Result<(FileId, u64)> {
-    /// `st_blocks` counts in this unit, on any file system (stat(2)).
+    /// The unit of `st_blocks` on every file system (stat(2)).
     const BLOCK_BYTES: u64 = 512;
     let mut stat = MaybeUninit::<libc::stat>::uninit();
     // SAFETY: the descriptor is open and `stat` is large enough.
     if unsafe { libc::fstat(file.as_raw_fd(), stat.as_mut_ptr()) } != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has filled it, as it returned zero.
+    // SAFETY: the kernel has filled the structure, because it returned zero.
     let stat = unsafe { stat.assume_init() };
     let blocks = u64::try_from(stat.st_blocks).unwrap_or(0);
     Ok((
@@ -269,7 +269,7 @@ fn allocation(file: &File) -> io::Result<(FileId, u64)> {
     ))
 }
 
-/// Whether the host has anything in swap; if not, no guest memory is swapped.
+/// Whether the host uses swap; if not, no guest memory is swapped.
 fn swap_in_use() -> bool {
     let mut info = MaybeUninit::<libc::sysinfo>::zeroed();
     // SAFETY: the structure is large enough, and all zeros is a valid value of it.
@@ -277,7 +277,7 @@ fn swap_in_use() -> bool {
     ret != 0 || info.totalswap > info.freeswap
 }
 
-/// Bytes of a shared mapping whose pages are in RAM, mapped or not.
+/// Number of bytes of a shared mapping whose pages are in RAM, mapped or not.
 fn cached_bytes(start: *mut u8, bytes: u64) -> io::Result<u64> {
     /// Pages per call: 32 KiB of stack, 128 MiB of guest RAM.
     const WINDOW_PAGES: u64 = 32 * 1024;
@@ -287,8 +287,8 @@ fn cached_bytes(start: *mut u8, bytes: u64) -> io::Result<u64> {
     let mut offset = 0;
     while offset < bytes {
         let len = (WINDOW_PAGES * page).min(bytes - offset);
-        // SAFETY: the range lies in a mapping the caller keeps alive, and the
-        // window has a byte for each of its pages. Nothing is changed in it.
+        // SAFETY: the range is in a mapping that the caller keeps alive, and the window has one byte per page of it.
+        // The call changes no memory in the range.
         let ret = unsafe {
             libc::mincore(
                 start

@@ -1,16 +1,16 @@
-//! The switch that turns discarding off.
+//! The switch that disables discarding.
 //!
 //! A page that a device has pinned for DMA, or that is being copied out of the machine, must not be replaced: the
 //! device would continue to use the old page while the guest sees a new one. Code with such a need holds an
-//! [`InhibitGuard`]. There may be several, for the same or different reasons; discarding resumes when the last one is
-//! dropped.
+//! [`InhibitGuard`]. Several guards may exist, for the same or different reasons; discarding resumes when the last one
+//! is dropped.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use strum::{IntoStaticStr, VariantArray};
 
-/// Reasons why discarding is off.
+/// Reasons why discarding is disabled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr, VariantArray)]
 #[strum(serialize_all = "snake_case", const_into_str)]
 #[repr(usize)]
@@ -26,14 +26,14 @@ pub enum InhibitReason {
 }
 
 impl InhibitReason {
-    /// Name in counters and responses.
+    /// Name in counters and replies.
     #[must_use]
     pub const fn name(self) -> &'static str {
         self.into_str()
     }
 }
 
-/// Shared by the engine and all code that may have to stop it.
+/// Shared by the engine and all code that may need to stop it.
 #[derive(Debug, Default)]
 pub struct DiscardSwitch {
     holders: [AtomicU32; InhibitReason::VARIANTS.len()],
@@ -42,7 +42,7 @@ pub struct DiscardSwitch {
 }
 
 impl DiscardSwitch {
-    /// Turns discarding off until the guard is dropped. A batch that has begun continues: see
+    /// Disables discarding until the guard is dropped. A batch that has begun continues: see
     /// [`InhibitGuard::is_settled`].
     #[must_use]
     pub fn inhibit(self: &Arc<Self>, reason: InhibitReason) -> InhibitGuard {
@@ -53,7 +53,7 @@ impl DiscardSwitch {
         }
     }
 
-    /// The first reason why discarding is off, if it is.
+    /// The first reason why discarding is disabled, if it is.
     #[must_use]
     pub fn inhibited(&self) -> Option<InhibitReason> {
         InhibitReason::VARIANTS
@@ -62,10 +62,10 @@ impl DiscardSwitch {
             .find(|reason| self.holders[*reason as usize].load(Ordering::SeqCst) > 0)
     }
 
-    /// Begins a batch, unless discarding is off.
+    /// Begins a batch, unless discarding is disabled.
     ///
-    /// The engine announces itself before it checks, and a guard counts itself before it checks for running batches.
-    /// With sequential consistency, at least one of the two sees the other.
+    /// The engine announces itself before it checks for guards, and a guard counts itself before it checks for running
+    /// batches. With sequential consistency, at least one of the two sees the other.
     pub(crate) fn begin(&self) -> Result<BatchGuard<'_>, InhibitReason> {
         self.batches_running.fetch_add(1, Ordering::SeqCst);
         let batch = BatchGuard(self);
@@ -76,7 +76,7 @@ impl DiscardSwitch {
     }
 }
 
-/// Keeps discarding off while it exists.
+/// Keeps discarding disabled while it exists.
 #[derive(Debug)]
 pub struct InhibitGuard {
     switch: Arc<DiscardSwitch>,
@@ -84,8 +84,8 @@ pub struct InhibitGuard {
 }
 
 impl InhibitGuard {
-    /// Whether no batch is running any more. Once this was true, no page of the guest is discarded for the life of the
-    /// guard. Do not call it again then: a batch that is about to be rejected counts as running for that moment.
+    /// Whether no batch is running any more. Once this is true, no page of the guest is discarded during the life of
+    /// the guard. Do not call it again afterwards: a batch that is about to be rejected temporarily counts as running.
     #[must_use]
     pub fn is_settled(&self) -> bool {
         self.switch.batches_running.load(Ordering::SeqCst) == 0

@@ -1,13 +1,13 @@
 //! The system calls that discard memory, without any decisions.
 #![allow(unsafe_code)]
-// UNSAFETY: discarding memory and calling without a libc wrapper cannot be done safely.
+// UNSAFETY: discarding memory is inherently unsafe, as are system calls without a libc wrapper.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::sync::OnceLock;
 
-/// A span of this process's memory. Same layout as `struct iovec`, but without a raw pointer, so that types with a list
-/// of them stay `Send`.
+/// A span of this process's memory. It has the layout of `struct iovec` but contains no raw pointer, so that types with
+/// a list of spans stay `Send`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct HostSpan {
@@ -23,10 +23,10 @@ const _: () =
 /// Maximum length of a vector that the kernel accepts (`UIO_MAXIOV` in include/uapi/linux/uio.h).
 pub(super) const VECTOR_SPANS_MAX: usize = 1024;
 
-/// A descriptor of this very process if its kernel supports vectored discards.
+/// A descriptor of this process, if its kernel supports vectored discards.
 ///
-/// Linux supports it since 6.13 (`process_madvise(2)`). Whether this kernel does, and whether we are permitted, is
-/// tried once per process on one page.
+/// Linux supports them since 6.13 (`process_madvise(2)`). Whether this kernel does, and permits them, is tried once per
+/// process on one page.
 pub(super) fn vector_advice() -> Option<BorrowedFd<'static>> {
     static SELF: OnceLock<Option<OwnedFd>> = OnceLock::new();
     SELF.get_or_init(|| {
@@ -51,7 +51,7 @@ fn open_self() -> io::Result<OwnedFd> {
 /// Writes to a fresh page, discards it by vector and checks whether it is zero.
 fn scratch_page_is_discarded(pidfd: &OwnedFd) -> bool {
     const SCRATCH_BYTES: usize = 4096;
-    // SAFETY: a new private mapping, placed by the kernel, aliases nothing.
+    // SAFETY: a new private mapping, placed by the kernel, aliases no other memory.
     let page = unsafe {
         libc::mmap(
             std::ptr::null_mut(),
@@ -81,19 +81,19 @@ fn scratch_page_is_discarded(pidfd: &OwnedFd) -> bool {
     advised.is_ok_and(|bytes| bytes == SCRATCH_BYTES) && gone
 }
 
-/// `process_madvise(MADV_DONTNEED)` on this process. Returns the bytes advised: fewer than requested if one of the
-/// spans failed.
+/// `process_madvise(MADV_DONTNEED)` on this process. Returns the number of bytes advised, which is smaller than
+/// requested if one of the spans failed.
 ///
 /// # Safety
-/// Every span is page aligned memory whose content its owner has released.
+/// Every span must be page-aligned memory whose content its owner has released.
 pub(super) unsafe fn discard_vector(
     pidfd: BorrowedFd<'_>,
     spans: &[HostSpan],
 ) -> io::Result<usize> {
     debug_assert!(spans.len() <= VECTOR_SPANS_MAX);
     retry_interrupted(|| {
-        // SAFETY: `spans` has the layout of `iovec` and outlives the call; the
-        // caller answers for the content.
+        // SAFETY: `spans` has the layout of `iovec` and outlives the call; the caller guarantees that the content is
+        // released.
         let advised = unsafe {
             libc::syscall(
                 libc::SYS_process_madvise,
@@ -114,7 +114,7 @@ pub(super) unsafe fn discard_vector(
 /// As for [`discard_vector`].
 pub(super) unsafe fn discard_span(span: HostSpan) -> io::Result<()> {
     retry_interrupted(|| {
-        // SAFETY: the caller answers for the content; the address stays mapped.
+        // SAFETY: the caller guarantees that the content is released; the address stays mapped.
         let ret = unsafe {
             libc::madvise(
                 span.start as *mut libc::c_void,
@@ -130,14 +130,14 @@ pub(super) unsafe fn discard_span(span: HostSpan) -> io::Result<()> {
 /// them wherever they are mapped.
 ///
 /// # Safety
-/// `fd` is open, and the owner has released the content of the range.
+/// `fd` must be open, and the owner must have released the content of the range.
 pub(super) unsafe fn punch_hole(fd: RawFd, offset: u64, bytes: u64) -> io::Result<()> {
     let too_far = |_| io::Error::from_raw_os_error(libc::EFBIG);
     let offset = libc::off_t::try_from(offset).map_err(too_far)?;
     let bytes = libc::off_t::try_from(bytes).map_err(too_far)?;
     retry_interrupted(|| {
-        // SAFETY: `fallocate` touches no memory of this process but mapped file
-        // pages, whose content the caller answers for.
+        // SAFETY: `fallocate` affects no memory of this process except mapped file pages, whose content the caller
+        // guarantees to be released.
         let ret = unsafe {
             libc::fallocate(
                 fd,
@@ -153,18 +153,18 @@ pub(super) unsafe fn punch_hole(fd: RawFd, offset: u64, bytes: u64) -> io::Resul
 /// Whether the file system of `fd` can free a part of a file. Tried far beyond the end of the file, where there is no
 /// content.
 pub(super) fn can_punch(fd: RawFd) -> bool {
-    /// The file does not grow by a TiB in the meantime.
+    /// Distance from the end of the file, which does not grow by 1 TiB during the call.
     const FAR_BYTES: u64 = 1 << 40;
     const TRIED_BYTES: u64 = 4096;
-    // SAFETY: the call takes and returns integers. Nobody reads or writes guest RAM at a position.
+    // SAFETY: the call takes and returns integers. No code depends on the file position of guest RAM.
     let end = unsafe { libc::lseek(fd, 0, libc::SEEK_END) };
     let Ok(end) = u64::try_from(end) else {
         return false;
     };
     let offset = end.next_multiple_of(TRIED_BYTES).saturating_add(FAR_BYTES);
-    // SAFETY: there is no content that far beyond the end.
+    // SAFETY: there is no content at that distance beyond the end.
     let punched = unsafe { punch_hole(fd, offset, TRIED_BYTES) };
-    // Any other error is reported when it occurs in use.
+    // Other errors are reported when they occur in use.
     !punched.is_err_and(|e| e.raw_os_error() == Some(libc::EOPNOTSUPP))
 }
 
@@ -176,7 +176,8 @@ fn check(ret: libc::c_int) -> io::Result<()> {
     }
 }
 
-/// A signal (a vCPU kick, a profiler) must not abort it; each attempt is bounded, so this ends when the signals do.
+/// Repeats `call` when a signal interrupts it. A signal (a vCPU kick, a profiler) must not abort it; each attempt is
+/// bounded, so this ends when the signals do.
 fn retry_interrupted<T>(mut call: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     loop {
         match call() {

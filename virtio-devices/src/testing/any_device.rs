@@ -1,4 +1,4 @@
-//! One of each kind of device, for the guest that does anything.
+//! One device of each kind, for the guest with arbitrary behaviour.
 
 use std::fs::File;
 use std::os::unix::net::UnixDatagram;
@@ -19,7 +19,7 @@ use crate::rng::Rng;
 use crate::vsock::{Vsock, VsockParams};
 use crate::watchdog::Watchdog;
 
-/// What [`make`] makes, by choice.
+/// The devices that [`make`] creates, by choice.
 pub(super) const NAMES: [&str; 9] = [
     "block-sync",
     "block",
@@ -34,13 +34,13 @@ pub(super) const NAMES: [&str; 9] = [
 
 const BLOCK_BYTES: u64 = 2 << 20;
 const BLOCKS: u64 = 2;
-/// Where virtio-mem has its region.
+/// First page of virtio-mem's region.
 const MEM_PAGE: u64 = 1 << 20;
 
-/// A device and what it uses of the host.
+/// A device and the host resources that it uses.
 pub(super) struct Made {
     pub(super) device: Arc<Mutex<dyn VirtioDevice>>,
-    /// Where a network device's frames come from and go to.
+    /// The other end of a network device's frames.
     pub(super) wire: Option<UnixDatagram>,
     _image: Option<NamedTempFile>,
     _folder: Option<TempDir>,
@@ -50,8 +50,8 @@ fn name(choice: u8) -> &'static str {
     NAMES[usize::from(choice) % NAMES.len()]
 }
 
-/// Calls `run` with RAM for that device, which later calls on this thread use again: mapping it dominates the cost of a
-/// run.
+/// Calls `run` with RAM for that device. Later calls on this thread reuse the RAM, because mapping it dominates the
+/// cost of a run.
 pub(super) fn with_ram<T>(choice: u8, run: impl FnOnce(&GuardedRam) -> T) -> T {
     thread_local! {
         static RAM: GuardedRam = GuardedRam::new(&AREAS);
@@ -72,7 +72,7 @@ fn shared(device: impl VirtioDevice + 'static) -> Arc<Mutex<dyn VirtioDevice>> {
     Arc::new(Mutex::new(device))
 }
 
-/// Makes the device.
+/// Creates the device.
 pub(super) fn make(choice: u8) -> Made {
     let mut image = None;
     let mut folder = None;

@@ -1,11 +1,12 @@
-//! A guest that does anything with any device: the fuzz target `devices`, and the ordinary tests with random bytes.
+//! A guest with arbitrary behaviour, for any device: used by the fuzz target `devices`, and by the ordinary tests with
+//! random bytes.
 //!
-//! It writes any descriptor, any ring index, any byte of the configuration space and of its own RAM, in any order,
-//! also requests of the usual form with any header; it resets the device, which is paused and saved in between.
-//! Afterwards it checks the invariants:
+//! It writes any descriptor, any ring index, any byte of the configuration space and of its own RAM, in any order. It
+//! also sends requests of the usual structure with any header, and resets the device. In between, the device is paused
+//! and saved. Afterwards it checks the invariants:
 //!
-//! * memory around the guest's is unchanged;
-//! * a state that was saved can be restored;
+//! * memory around the guest's RAM is unchanged;
+//! * a saved state can be restored;
 //! * the device works again after a reset.
 
 use vm_memory::GuestAddress;
@@ -19,13 +20,14 @@ use crate::device::QueueHandler;
 use crate::reclaim::guarded_ram::{GuardedRam, PAGE};
 use crate::unpoisoned::Unpoisoned as _;
 
-/// Maximum number of steps per input; more bytes are ignored.
+/// Maximum number of steps per input; further bytes are ignored.
 const STEPS_MAX: usize = 64;
 const QUEUE_SIZE_MAX: u16 = 32;
 const VERSION_1: u64 = 1 << 32;
 const HEADER_BYTES_MAX: u8 = 56;
 
-/// Plays the bytes, the first of which chooses the device; returns how many chains that one has answered.
+/// Runs the steps that the bytes describe, the first of which chooses the device; returns the number of chains that the
+/// device has completed.
 ///
 /// # Panics
 /// An invariant is violated.
@@ -59,7 +61,7 @@ struct Guest {
     made: Made,
     /// One per handler, with the queues it serves.
     harnesses: Vec<Harness>,
-    /// By queue: its handler.
+    /// The handler of each queue.
     served_by: Vec<Option<usize>>,
     ram: TestRam,
     features: u64,
@@ -82,7 +84,7 @@ impl Guest {
         for (index, size) in (0..).zip(sizes) {
             let handler = device.handler_of_queue(index, features);
             if let Some(handler) = handler {
-                // The RAM is full of patterns, and so are the rings.
+                // RAM is filled with patterns, including the rings.
                 let queue = harnesses[handler].add_queue(index, size.min(QUEUE_SIZE_MAX));
                 queue.clear();
             }
@@ -110,7 +112,7 @@ impl Guest {
         }
     }
 
-    /// Resets like a driver that starts over.
+    /// Resets the device like a driver that starts over.
     fn reset(&mut self) {
         self.count_answers();
         for harness in &mut self.harnesses {
@@ -156,7 +158,7 @@ impl Guest {
         }
     }
 
-    /// Something for the device to receive, and room in the socket for what it has sent.
+    /// Sends a frame for the device to receive, and empties the socket of frames that it has sent.
     fn send_frame(&mut self, input: &mut Input<'_>) {
         let Some(wire) = &self.made.wire else {
             return;
@@ -167,11 +169,11 @@ impl Guest {
         for byte in frame.iter_mut().take(32) {
             *byte = input.byte();
         }
-        // A full socket is the host's trouble, as with a tap.
+        // A full socket is a host condition, as with a tap.
         wire.send(&frame).ok();
     }
 
-    /// A request of the form that most devices have: a header to read, data, and room for the answer.
+    /// Offers a request with the structure that most devices use: a readable header, data, and space for the response.
     fn offer_request(&mut self, index: u16, input: &mut Input<'_>) {
         let header: Vec<u8> = (0..input.byte() % HEADER_BYTES_MAX + 1)
             .map(|_| input.byte())
@@ -211,7 +213,7 @@ impl Guest {
             return;
         };
         if self.harnesses[harness].kick(index).is_err() {
-            // DEVICE_NEEDS_RESET; a driver can only recover by a reset.
+            // DEVICE_NEEDS_RESET: a driver can recover only by a reset.
             self.reset();
         }
     }
@@ -239,7 +241,7 @@ impl Guest {
         device.read_config(offset, &mut data[..bytes]);
     }
 
-    /// Pauses, saves, restores a second device from what was saved, and lets the first one go on.
+    /// Pauses, saves, restores a second device from the saved state, and continues the first one.
     fn save(&mut self) {
         let second = any_device::make(self.choice);
         let mut other = second.device.lock().unpoisoned();
@@ -261,7 +263,7 @@ impl Guest {
         }
     }
 
-    /// Checks that a driver which starts over finds a device that does nothing wrong with empty rings.
+    /// Checks that after a driver starts over, the device makes no errors with empty rings.
     fn check_service(&mut self) {
         self.reset();
         for index in 0..self.served_by.len() as u16 {
@@ -282,7 +284,7 @@ mod tests {
 
     use super::*;
 
-    /// Every device answers something to random bytes, or the checks mean nothing.
+    /// Every device must complete some chains of random bytes; otherwise the checks mean nothing.
     #[test]
     fn guest_of_random_bytes_breaks_no_device() {
         let mut runner = TestRunner::deterministic();

@@ -1,4 +1,4 @@
-//! Any access to the registers of a device whose workers run, and any state that one could be restored from: the fuzz
+//! Arbitrary accesses to the registers of a device whose workers run, and restores from arbitrary states: the fuzz
 //! targets `registers` and `saved_state`.
 
 use state::Saved;
@@ -11,13 +11,13 @@ use super::ram::TestRam;
 use crate::pci::PciFunction;
 use crate::transport::TransportError;
 
-/// Maximum number of steps per input; more bytes are ignored.
+/// Maximum number of steps per input; further bytes are ignored.
 const STEPS_MAX: usize = 64;
 const RAM_BYTES: usize = 4 << 20;
-/// Changes to the text of a state.
+/// Maximum number of changes to the text of a state.
 const EDITS_MAX: usize = 8;
 
-/// Plays the bytes, the first of which chooses the device.
+/// Runs the steps that the bytes describe, the first of which chooses the device.
 ///
 /// # Panics
 /// The device does not work after a reset.
@@ -34,7 +34,7 @@ pub fn run(bytes: &[u8]) {
         step(&mut driver, &mut input);
     }
     driver.function.resume();
-    // A driver that starts over finds a device that works.
+    // A driver that starts over finds a working device.
     driver.function.reset();
     driver.set_up_pci();
     driver.start(u64::MAX);
@@ -58,7 +58,7 @@ fn step(driver: &mut MockPciDriver, input: &mut Input<'_>) {
         7 => windows.msix_table + near,
         8 => input.number(8) % bar_bytes,
         9 | 10 => {
-            // As the bus does it: aligned.
+            // Aligned, as the bus guarantees.
             let at = (input.word() % 4096) & !3;
             let bytes = bytes.min(4);
             driver.function.config_write(at, &data[..bytes]);
@@ -85,7 +85,7 @@ fn step(driver: &mut MockPciDriver, input: &mut Input<'_>) {
     driver.read(offset, data);
 }
 
-/// Restores a device from its own state after changes to the text of it; returns whether it was accepted.
+/// Restores a device from its own state after changes to the state's text; returns whether the device accepted it.
 ///
 /// # Panics
 /// A worker of the restored device panics.
@@ -108,7 +108,7 @@ pub fn run_state(bytes: &[u8]) -> bool {
             break;
         }
         let at = usize::from(input.word()) % text.len();
-        // Mostly other digits: other text is seldom JSON.
+        // Mostly digits: other changes rarely yield valid JSON.
         text[at] = match input.byte() {
             digit @ 0..=191 if text[at].is_ascii_digit() => b'0' + digit % 10,
             other => other,

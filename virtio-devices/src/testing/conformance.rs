@@ -15,11 +15,11 @@ const RANDOM_ROUNDS: usize = 40;
 const OFFERED_MAX: u16 = 32;
 const SEED: u64 = 0x005e_ed0f_600d;
 
-/// One aspect, on a device of its own.
+/// The test of one aspect, with a separate device.
 type Chapter = fn(&mut MockPciDriver);
 
-/// Runs a device through a driver's life, well-behaved and hostile. `make` is called for each chapter, with the RAM
-/// that the device will get at activation. `name` is that of the samples of its saved state.
+/// Runs a device with well-behaved and hostile drivers. `make` is called for each chapter, with the RAM that the device
+/// will get at activation. `name` is the name of the samples of its saved state.
 ///
 /// # Panics
 /// The device does not conform.
@@ -91,7 +91,7 @@ fn configuration_reads_at_any_width(driver: &mut MockPciDriver) {
         driver.write_device_config(offset, &[0xa5; 8]);
     }
     {
-        // The transport lets no such offset through.
+        // The transport rejects such offsets, so the device is called directly.
         let device = driver.function.device();
         let mut device = device.lock().expect("device lock is sound");
         let mut data = [0xff; 8];
@@ -166,7 +166,7 @@ fn reset_during_work_lets_go(driver: &mut MockPciDriver) {
         driver.set_status(0);
         super::wait_until("the reset", || driver.status() == 0);
         let seen: Vec<u16> = used_indices(driver);
-        // Released memory is not accessed any more, kicked or not.
+        // Released memory is no longer accessed, with or without kicks.
         for index in 0..driver.num_queues() {
             driver.kick(index);
         }
@@ -190,9 +190,9 @@ fn vm_reset_and_pause_work(driver: &mut MockPciDriver) {
     assert_alive(driver);
 }
 
-/// Returns when every queue has been processed. Commands go before doorbells, so a reset right after a kick would keep
-/// the garbage from the device. But after a resume each queue serves at least one chain, and the next pause is
-/// acknowledged after that.
+/// Returns when every queue has been processed. Commands take precedence over doorbells, so a reset right after a kick
+/// would keep the garbage from the device. But after a resume each queue serves at least one chain, and the next pause
+/// is acknowledged only after that.
 pub(super) fn settle(driver: &MockPciDriver) {
     for _ in 0..=OFFERED_MAX {
         driver.function.pause();
@@ -200,7 +200,7 @@ pub(super) fn settle(driver: &MockPciDriver) {
     }
 }
 
-/// A device whose worker had panicked could no longer be activated.
+/// Checks that the device can be activated, which is impossible after its worker has panicked.
 pub(super) fn assert_alive(driver: &mut MockPciDriver) {
     settle(driver);
     driver.start(u64::MAX);
@@ -285,7 +285,7 @@ fn push_random(driver: &mut MockPciDriver, index: u16, random: &mut Random) {
     }
 }
 
-/// xorshift64*: garbage that is the same in every run.
+/// xorshift64*: the same garbage in every run.
 struct Random(u64);
 
 impl Random {

@@ -1,5 +1,4 @@
-//! A device that is saved and continues elsewhere: idle, in the middle of work, from old states, and from invalid
-//! states.
+//! Saves a device and continues it elsewhere: idle, during work, from old states, and from invalid states.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,9 +15,9 @@ use crate::device::VirtioDevice;
 use crate::pci::PciFunction;
 use crate::transport::{TransportError, VirtioPciState};
 
-/// Writes a sample of the current versions if there is none yet.
+/// Environment variable: write a sample of the current versions if there is none yet.
 const WRITE_SAMPLES: &str = "WRITE_STATE_SAMPLES";
-/// Kicks all queues until work of this size is certainly done.
+/// Number of times all queues are kicked; enough to complete work of this size.
 const SETTLE_ROUNDS: usize = 8;
 
 type Make<'a> = &'a dyn Fn(&TestRam) -> Arc<Mutex<dyn VirtioDevice>>;
@@ -50,7 +49,7 @@ fn started(make: Make<'_>) -> MockPciDriver {
     driver
 }
 
-/// Requests on every queue, half of them without a kick.
+/// Submits requests on every queue, half of them without a kick.
 fn work(driver: &mut MockPciDriver, load: Load) {
     if load == Load::None {
         return;
@@ -68,7 +67,7 @@ fn work(driver: &mut MockPciDriver, load: Load) {
     }
 }
 
-/// The amount of work of a device that is never saved.
+/// The used indices of a device that does the work without being saved.
 fn used_without_saving(make: Make<'_>, load: Load) -> Vec<u16> {
     let mut driver = started(make);
     work(&mut driver, load);
@@ -85,7 +84,7 @@ fn saved_twice_does_the_same_work(make: Make<'_>, load: Load) {
     for _ in 0..2 {
         driver = moved(driver, make);
         driver.function.resume();
-        // The interrupt of work that was done before may have been lost.
+        // The interrupt for work that was done before may have been lost.
         for index in 0..driver.num_queues() {
             driver.vectors.wait_triggered(index + 1, 1);
         }
@@ -99,7 +98,7 @@ fn saved_twice_does_the_same_work(make: Make<'_>, load: Load) {
     assert_alive(&mut driver);
 }
 
-/// Saves, writes, reads and restores; the paused function is then the same in every field.
+/// Saves, serialises, deserialises and restores; checks that the paused function is then identical in every field.
 fn moved(driver: MockPciDriver, make: Make<'_>) -> MockPciDriver {
     let (saved, moving) = driver.save();
     let text = serde_json::to_string(&saved).expect("states are JSON");
@@ -120,7 +119,7 @@ fn saved_without_driver_is_found_by_one(make: Make<'_>) {
     driver.function.resume();
     assert_eq!(driver.status(), 0);
     assert_alive(&mut driver);
-    // A reset that the driver requested while it could not be finished.
+    // The driver requested a reset that could not be finished yet.
     driver.start(u64::MAX);
     driver.function.pause();
     driver.set_status(0);
@@ -134,8 +133,8 @@ fn samples() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src/testing/samples")
 }
 
-/// Every committed sample can be read. The newest equals today's output: a state of another shape needs another
-/// version, see `docs/state.md`.
+/// Checks that every committed sample can be read, and that the newest equals the current output: a state of another
+/// structure needs a new version, see `docs/state.md`.
 fn samples_are_readable(name: &str, make: Make<'_>) {
     let today = Saved::of(
         &started(make)

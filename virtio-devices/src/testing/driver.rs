@@ -23,7 +23,7 @@ const BAR_ADDRESS: u64 = 0x10_0000_0000;
 const COMMAND: u16 = 0x04;
 const COMMAND_MEMORY_AND_MASTER: u16 = 0b110;
 const CAPABILITY_POINTER: u16 = 0x34;
-/// More capabilities than fit; a longer list is a loop.
+/// Maximum number of capabilities that fit; a longer list is a loop.
 const CAPABILITIES_MAX: usize = 48;
 const CAPABILITY_VENDOR: u8 = 0x09;
 const CAPABILITY_MSIX: u8 = 0x11;
@@ -62,7 +62,7 @@ pub struct Windows {
     pub device: u64,
     /// Doorbells.
     pub notify: u64,
-    /// Distance of doorbells.
+    /// Distance between doorbells.
     pub notify_multiplier: u64,
     /// PCI_CFG capability, an offset in configuration space.
     pub window: u16,
@@ -77,7 +77,7 @@ pub struct Windows {
 /// A driver bound to one function.
 #[derive(Debug)]
 pub struct MockPciDriver {
-    /// The function, for operations beyond a driver (pause, resume, VM reset).
+    /// The function, for operations beyond a driver's (pause, resume, VM reset).
     pub function: Arc<VirtioPciFunction>,
     /// Its interrupts. Vector 0 is the configuration's, queue n has vector n + 1.
     pub vectors: Arc<MockVectors>,
@@ -86,11 +86,11 @@ pub struct MockPciDriver {
     /// The offsets of the registers.
     pub windows: Windows,
     queues: BTreeMap<u16, DriverQueue>,
-    /// Rings from before the last reset, by index and size, because RAM is finite.
+    /// Rings from before the last reset, by index and size. They are reused, because RAM is finite.
     spare: BTreeMap<(u16, u16), DriverQueue>,
 }
 
-/// A driver in a guest whose device is temporarily gone.
+/// A driver in a guest whose device is temporarily absent.
 #[derive(Debug)]
 pub struct MovingDriver {
     /// Guest RAM.
@@ -101,7 +101,7 @@ pub struct MovingDriver {
 }
 
 impl MovingDriver {
-    /// Continues with `device` behind a function built from `saved`, which is paused.
+    /// Continues with `device` behind a function restored from `saved`, which is paused.
     ///
     /// # Errors
     /// The state is rejected.
@@ -122,7 +122,7 @@ impl MovingDriver {
     }
 }
 
-/// Builds a function from a state, with vectors that record.
+/// Builds a function from a state, with recording vectors.
 ///
 /// # Errors
 /// The state is rejected.
@@ -153,15 +153,15 @@ fn params(
 }
 
 impl MockPciDriver {
-    /// Puts `device` behind a transport and probes it: BAR programmed, decoding
-    /// and MSI-X on with every vector unmasked.
+    /// Attaches `device` to a transport and probes it: BAR programmed, decoding on, MSI-X enabled with every vector
+    /// unmasked.
     pub fn new(device: Arc<Mutex<dyn VirtioDevice>>, ram: &TestRam) -> Self {
         let (params, vectors) = params(device, ram);
         let function = VirtioPciFunction::new(params).expect("the device fits the transport");
         Self::probe(function, vectors, ram)
     }
 
-    /// Pauses the function, saves it and drops it with its device. The driver does not notice.
+    /// Pauses and saves the function, and drops it with its device. The driver does not notice.
     pub fn save(self) -> (Saved, MovingDriver) {
         self.function.pause();
         let saved = Saved::of(&self.function.state().expect("the workers run"));
@@ -192,7 +192,7 @@ impl MockPciDriver {
         driver
     }
 
-    /// The work of a PCI core: BAR, command register, MSI-X.
+    /// Does the work of a PCI core: BAR, command register, MSI-X.
     pub fn set_up_pci(&mut self) {
         self.pci_write(BAR0, &(BAR_ADDRESS as u32).to_le_bytes());
         self.pci_write(BAR0 + 4, &((BAR_ADDRESS >> 32) as u32).to_le_bytes());
@@ -212,8 +212,8 @@ impl MockPciDriver {
         self.pci_write(control, &MSIX_ENABLE.to_le_bytes());
     }
 
-    /// Reset, negotiation of all offered features in `wanted` (VERSION_1 is added), all queues at their maximum size,
-    /// DRIVER_OK. Returns the accepted features.
+    /// Resets, negotiates all offered features in `wanted` (VERSION_1 is added), sets up all queues at their maximum
+    /// size, and sets DRIVER_OK. Returns the accepted features.
     ///
     /// # Panics
     /// The device rejects them.
@@ -237,17 +237,17 @@ impl MockPciDriver {
         }
     }
 
-    /// Steps 2 to 6 of the initialisation. Returns the accepted features.
+    /// Performs steps 2 to 6 of the initialisation. Returns the accepted features.
     ///
     /// # Panics
-    /// FEATURES_OK does not stick.
+    /// FEATURES_OK does not stay set.
     pub fn negotiate(&mut self, wanted: u64) -> u64 {
         let accepted = self.offered() & (wanted | 1 << 32);
         assert!(self.try_features(accepted), "features refused");
         accepted
     }
 
-    /// Accepts exactly `features`; returns whether FEATURES_OK stuck.
+    /// Accepts exactly `features`; returns whether FEATURES_OK stayed set.
     pub fn try_features(&mut self, features: u64) -> bool {
         self.add_status(VIRTIO_CONFIG_S_ACKNOWLEDGE);
         self.add_status(VIRTIO_CONFIG_S_DRIVER);
@@ -260,7 +260,7 @@ impl MockPciDriver {
         self.status() & VIRTIO_CONFIG_S_FEATURES_OK as u8 != 0
     }
 
-    /// Lays out and enables a queue, of its largest size if `size` is `None`.
+    /// Lays out and enables a queue, at its maximum size if `size` is `None`.
     pub fn set_up_queue(&mut self, index: u16, size: Option<u16>) {
         self.select_queue(index);
         let size = size.unwrap_or_else(|| self.common_u16(common::QUEUE_SIZE));
@@ -300,7 +300,7 @@ impl MockPciDriver {
         self.common_write(common::QUEUE_ENABLE, &1u16.to_le_bytes());
     }
 
-    /// Steps 7 and 8 without the queues.
+    /// Performs steps 7 and 8 without the queues.
     pub fn driver_ok(&self) {
         self.common_write(common::CONFIG_MSIX_VECTOR, &0u16.to_le_bytes());
         self.add_status(VIRTIO_CONFIG_S_DRIVER_OK);
@@ -311,7 +311,7 @@ impl MockPciDriver {
         self.queues.get_mut(&index).expect("the queue is set up")
     }
 
-    /// Rings a queue's doorbell by an access to the BAR, as without ioeventfds.
+    /// Signals a queue's doorbell by an access to the BAR, as without ioeventfds.
     pub fn kick(&self, index: u16) {
         let offset = self.windows.notify + u64::from(index) * self.windows.notify_multiplier;
         self.write(offset, &index.to_le_bytes());

@@ -1,4 +1,4 @@
-//! Puts the devices that take more than a line to make through [`conformance`].
+//! Runs [`conformance`] for the devices whose creation takes more than a line.
 
 use std::sync::{Arc, Mutex};
 
@@ -52,7 +52,7 @@ fn block_with_the_best_engine_and_two_queues_conforms() {
     block_conforms(EngineChoice::Auto, 2);
 }
 
-/// Its queues are those of another process, which is not there: it must survive everything all the same.
+/// Another process serves its queues. The device must conform even if that process does not exist.
 #[test]
 fn shared_folder_without_a_back_end_conforms() {
     let folder = tempfile::tempdir().unwrap();

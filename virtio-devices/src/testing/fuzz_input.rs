@@ -1,4 +1,4 @@
-//! Bytes of a fuzzer as decisions of a guest.
+//! Interprets bytes of a fuzzer as decisions of a guest.
 
 use vm_memory::GuestAddress;
 
@@ -7,7 +7,7 @@ use super::ram::TestRam;
 use crate::reclaim::guarded_ram::{GuardedRam, Kind, PAGE, RamArea};
 
 /// Three kinds of memory: private, then shared directly after it, and private again after a hole. Rings are in the
-/// first.
+/// first area.
 pub const AREAS: [RamArea; 3] = [
     RamArea {
         guest_page: 0,
@@ -30,7 +30,7 @@ pub const SOLID_PAGES: u8 = 64;
 const SOLID_BYTES: u64 = SOLID_PAGES as u64 * PAGE as u64;
 /// A page without rings.
 pub const SPARE_PFN: u64 = 40;
-/// The next one: for what is well-formed.
+/// The next page: for well-formed requests.
 pub const FORM_START: u64 = (SPARE_PFN + 1) * PAGE as u64;
 
 /// RAM that begins with [`AREAS`], as the driver of a fuzzed guest sees it.
@@ -38,7 +38,7 @@ pub fn driver_ram(guarded: &GuardedRam) -> TestRam {
     TestRam::around(guarded.ram.clone(), 0, SOLID_BYTES)
 }
 
-/// Pages that most addresses of an input are in: RAM, and some beyond it.
+/// Number of pages that contain most addresses of an input: RAM, and some beyond it.
 const PAGES: u8 = 96;
 
 /// Takes numbers from the front of the input; zeros when it is exhausted.
@@ -46,7 +46,7 @@ const PAGES: u8 = 96;
 pub struct Input<'a>(pub &'a [u8]);
 
 impl Input<'_> {
-    /// Nothing is left.
+    /// Whether the input is exhausted.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -68,7 +68,7 @@ impl Input<'_> {
         u16::from(self.byte()) << 8 | u16::from(self.byte())
     }
 
-    /// An address: often a page of RAM, otherwise any byte of it, otherwise anything.
+    /// An address: often a page of RAM, otherwise any byte of RAM, otherwise any number.
     pub fn address(&mut self) -> u64 {
         match self.byte() % 4 {
             0 | 1 => u64::from(self.byte() % PAGES) * PAGE as u64,
@@ -77,7 +77,7 @@ impl Input<'_> {
         }
     }
 
-    /// A length: often some pages, otherwise a few bytes, otherwise anything.
+    /// A length: often several pages, otherwise a few bytes, otherwise any number.
     pub fn length(&mut self) -> u32 {
         match self.byte() % 4 {
             0 | 1 => u32::from(self.byte() % 8) * PAGE as u32,
@@ -93,7 +93,7 @@ impl Input<'_> {
         ram.write(GuestAddress(at), &bytes);
     }
 
-    /// Writes up to eight descriptors from some slot on, and makes that slot available.
+    /// Writes up to eight descriptors starting at some slot, and makes that slot available.
     pub fn offer_chain(&mut self, queue: &mut DriverQueue) {
         let size = queue.size();
         let count = u16::from(self.byte() % 8) + 1;
@@ -105,7 +105,7 @@ impl Input<'_> {
                 0..=2 => (first + at + 1) % size,
                 _ => self.word(),
             };
-            // One in thirty-two goes through an indirect table.
+            // One chain in thirty-two uses an indirect table.
             let indirect = if shape & 0x3c == 0x3c { INDIRECT } else { 0 };
             let desc = Desc {
                 addr: self.address(),

@@ -20,7 +20,7 @@ const QUEUE_SIZE: u16 = 64;
 /// Default number of bytes of RAM.
 const RAM_BYTES: usize = 64 << 20;
 
-/// A queue handler with a driver in front of it and no thread in between.
+/// A queue handler with a driver, without a thread in between.
 ///
 /// ```ignore
 /// let mut harness = HandlerHarness::new(handler, features);
@@ -37,7 +37,7 @@ pub struct HandlerHarness<H> {
     pub interrupt: Arc<MockInterrupt>,
     /// Guest RAM.
     pub ram: TestRam,
-    /// The handler's turns, started again for each wake-up.
+    /// The handler's turns, restarted for each wake-up.
     pub turn: Turn,
     features: u64,
     queues: BTreeMap<u16, DriverQueue>,
@@ -55,12 +55,12 @@ impl<H> std::fmt::Debug for HandlerHarness<H> {
 }
 
 impl<H: QueueHandler> HandlerHarness<H> {
-    /// `features` are those the driver accepted. 64 MiB of RAM at 0.
+    /// `features` are those that the driver accepted. 64 MiB of RAM at 0.
     pub fn new(handler: H, features: u64) -> Self {
         Self::with_ram(handler, features, TestRam::new(RAM_BYTES))
     }
 
-    /// The same in RAM from the test.
+    /// The same, with RAM from the test.
     pub fn with_ram(handler: H, features: u64, ram: TestRam) -> Self {
         let sources = EventSources::new().expect("epoll descriptors are to be had");
         for (fd, token) in handler.idle_sources() {
@@ -124,8 +124,8 @@ impl<H: QueueHandler> HandlerHarness<H> {
         self.handler.activate(activation, &mut self.sources)
     }
 
-    /// Rings the doorbell of queue `index` and serves it, again for as long as the handler rings itself and no command
-    /// waits.
+    /// Signals the doorbell of queue `index` and serves it, repeatedly while the handler signals its own doorbell and
+    /// no command is pending.
     ///
     /// # Errors
     /// The handler's error.
@@ -139,7 +139,7 @@ impl<H: QueueHandler> HandlerHarness<H> {
         Ok(())
     }
 
-    /// Serves queue `index` as for a vCPU that waits at its doorbell.
+    /// Serves queue `index` as for a vCPU that is held at its doorbell.
     ///
     /// # Errors
     /// The handler's error.
@@ -163,8 +163,7 @@ impl<H: QueueHandler> HandlerHarness<H> {
         Ok((chain, used))
     }
 
-    /// Waits up to `timeout_ms` for the handler's own sources and serves those
-    /// that are ready. Returns how many were.
+    /// Waits up to `timeout_ms` for the handler's own sources and serves those that are ready. Returns their number.
     ///
     /// # Errors
     /// The handler's error.
@@ -200,7 +199,7 @@ impl<H: QueueHandler> HandlerHarness<H> {
     }
 }
 
-/// So that the result of [`VirtioDevice::take_handlers`](crate::VirtioDevice::take_handlers) fits into a harness.
+/// Allows the result of [`VirtioDevice::take_handlers`](crate::VirtioDevice::take_handlers) in a harness.
 impl QueueHandler for Box<dyn QueueHandler> {
     fn name(&self) -> String {
         (**self).name()

@@ -15,13 +15,13 @@ pub struct MockInterrupt {
 }
 
 impl MockInterrupt {
-    /// Used buffer notifications of that queue so far.
+    /// Number of used buffer notifications of that queue so far.
     pub fn queue_signals(&self, queue_index: u16) -> u64 {
         let queues = self.queues.lock().expect("no test panicked in here");
         queues.get(&queue_index).copied().unwrap_or(0)
     }
 
-    /// Configuration change notifications so far.
+    /// Number of configuration change notifications so far.
     pub fn config_signals(&self) -> u64 {
         self.config.load(Ordering::SeqCst)
     }

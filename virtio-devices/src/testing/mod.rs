@@ -1,12 +1,12 @@
-//! A mock driver: plays the guest against a device, well-behaved or hostile.
+//! A mock driver: acts as a guest, well-behaved or hostile, towards a device.
 //!
-//! Two levels:
+//! There are two levels:
 //! * [`HandlerHarness`] calls a [`QueueHandler`](crate::QueueHandler) directly, without threads;
-//! * [`MockPciDriver`] drives a whole PCI function through registers, as Linux does.
-//!   [`conformance`] puts a device through everything all devices must survive.
+//! * [`MockPciDriver`] drives a whole PCI function through registers, as Linux does. [`conformance`] tests what all
+//!   devices must withstand.
 //!
-//! Both share [`TestRam`] and [`DriverQueue`], the driver's side of a split
-//! queue (virtio 1.2 §2.7). Everything here panics on misuse: it is test code.
+//! Both use [`TestRam`] and [`DriverQueue`], the driver's side of a split queue (virtio 1.2 §2.7). All of it panics on
+//! misuse, because it is test code.
 
 mod any_device;
 pub mod any_guest;
@@ -34,13 +34,13 @@ pub use vectors::MockVectors;
 
 use std::time::{Duration, Instant};
 
-/// How long a test waits for something that should happen at once.
+/// Maximum time that a test waits for something that should happen at once.
 pub const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Polls `condition` until it holds.
 ///
 /// # Panics
-/// After [`DEADLINE`], naming `what`.
+/// The condition does not hold after [`DEADLINE`]; the message contains `what`.
 pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
     let end = Instant::now() + DEADLINE;
     while !condition() {

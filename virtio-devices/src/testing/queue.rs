@@ -1,4 +1,4 @@
-//! The driver's side of a split virtqueue (virtio 1.2 §2.7), written by hand so that it can also be wrong on purpose.
+//! The driver's side of a split virtqueue (virtio 1.2 §2.7), implemented here so that it can also be wrong on purpose.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
@@ -29,17 +29,17 @@ pub struct Desc {
     pub addr: u64,
     /// Length in bytes.
     pub len: u32,
-    /// [`NEXT`], [`WRITE`], [`INDIRECT`] or nonsense.
+    /// [`NEXT`], [`WRITE`], [`INDIRECT`] or an invalid value.
     pub flags: u16,
     /// Next slot.
     pub next: u16,
 }
 
 impl Desc {
-    /// Size in a descriptor table.
+    /// Size of a descriptor in its table.
     pub const BYTES: u64 = DESC_BYTES;
 
-    /// Its format in a descriptor table.
+    /// The descriptor's bytes in its table.
     #[must_use]
     pub fn bytes(self) -> [u8; DESC_BYTES as usize] {
         let mut bytes = [0; DESC_BYTES as usize];
@@ -56,7 +56,7 @@ impl Desc {
 pub enum Segment<'a> {
     /// The device reads these bytes.
     Readable(&'a [u8]),
-    /// The device may write that many bytes.
+    /// The device may write this number of bytes.
     Writable(u32),
     /// The device reads existing RAM.
     ReadableAt(GuestAddress, u32),
@@ -64,7 +64,7 @@ pub enum Segment<'a> {
     WritableAt(GuestAddress, u32),
 }
 
-/// Where a segment lies in guest RAM.
+/// Location of a segment in guest RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Buffer {
     /// Guest address.
@@ -76,7 +76,7 @@ pub struct Buffer {
 /// A chain that was made available.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chain {
-    /// Slot of its first descriptor; the device answers with it.
+    /// Slot of its first descriptor, by which the device completes it.
     pub head: u16,
     /// One per segment, in order.
     pub buffers: Vec<Buffer>,
@@ -142,7 +142,7 @@ impl DriverQueue {
         self.used_ring
     }
 
-    /// The device's side of this queue, as a transport would hand it over.
+    /// The device's side of this queue, as a transport would pass it on.
     pub fn device_queue(&self) -> Queue {
         let mut queue = Queue::new(self.size).expect("size is a power of two");
         queue
@@ -245,7 +245,7 @@ impl DriverQueue {
         self.set_avail_idx(self.avail_idx.wrapping_add(1));
     }
 
-    /// Sets the available index to any value, for example further ahead than the ring is long.
+    /// Sets the available index to any value, for example further ahead than the ring's size.
     pub fn set_avail_idx(&mut self, idx: u16) {
         self.avail_idx = idx;
         self.ram
@@ -287,7 +287,7 @@ impl DriverQueue {
     /// Waits for the device to complete a chain.
     ///
     /// # Panics
-    /// After [`super::DEADLINE`].
+    /// No chain is completed within [`super::DEADLINE`].
     pub fn wait_used(&mut self) -> Used {
         let mut used = None;
         wait_until("a used buffer", || {
@@ -313,7 +313,7 @@ impl DriverQueue {
         self.ram.read(buffer.address, buffer.len as usize)
     }
 
-    /// Clears everything, as after a device reset; the rings stay where they are.
+    /// Clears everything, as after a device reset; the rings keep their addresses.
     pub fn clear(&mut self) {
         self.free = (0..self.size).rev().collect();
         self.in_flight.clear();

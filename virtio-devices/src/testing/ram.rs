@@ -20,7 +20,7 @@ pub struct TestRam {
 }
 
 impl TestRam {
-    /// One region at 0. Anonymous memory: only what is touched costs anything.
+    /// One region at 0. It is anonymous memory, so only touched pages use memory.
     pub fn new(bytes: usize) -> Self {
         Self::from_regions(&[(0, bytes)])
     }
@@ -36,7 +36,7 @@ impl TestRam {
         Self::around(GuestRam::new(map), start, start + bytes as u64)
     }
 
-    /// RAM that the test has mapped itself (shared, hugetlb, …); allocations come from `start..end`, which must be
+    /// RAM that the test has mapped itself (shared, hugetlb, …). Allocations come from `start..end`, which must be
     /// inside one region.
     pub fn around(mem: GuestRam, start: u64, end: u64) -> Self {
         Self {
@@ -46,7 +46,7 @@ impl TestRam {
         }
     }
 
-    /// The RAM as a device gets it.
+    /// The RAM in the form that a device receives.
     pub fn mem(&self) -> GuestRam {
         self.mem.clone()
     }

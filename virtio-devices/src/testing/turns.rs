@@ -1,4 +1,4 @@
-//! Whatever its rings hold, a device stops for a command after one piece of work, and loses nothing.
+//! Tests that a device stops for a command after one piece of work and loses nothing, whatever its rings contain.
 
 use std::sync::{Arc, Mutex};
 
@@ -13,13 +13,13 @@ use crate::worker::Work;
 const RAM_BYTES: usize = 64 << 20;
 /// Descriptors of the longest possible indirect table.
 const TABLE_ENTRIES: u16 = u16::MAX;
-/// A worst-case table, and the memory of its descriptors. Rings are below.
+/// Address of a worst-case table, and of its buffers. Rings are below.
 const TABLE_AT: u64 = 32 << 20;
 const DATA_AT: u64 = 34 << 20;
 const DATA_BYTES: u64 = 16 << 20;
-/// Chains on each queue: their maximum length matters, not their number.
+/// Number of chains on each queue: their length matters, not their number.
 const CHAINS: u16 = 8;
-/// The checks for a command at which one is sent.
+/// The checks at which a command is announced.
 const CALLS_AT: [u64; 4] = [0, 1, 2, 5];
 
 /// The maximum work between two checks for a command: one system call, or one chain.
@@ -36,9 +36,9 @@ const PIECE: Work = Work {
 #[derive(Debug, Clone, Copy)]
 struct Ring {
     name: &'static str,
-    /// Of each descriptor but the first.
+    /// Length of each descriptor but the first.
     len: u32,
-    /// Flag of the later half of the table, if any: the first half is readable.
+    /// Flag of the second half of the table, if any: the first half is readable.
     later_flags: u16,
     /// Distance of the buffers.
     stride: u64,
@@ -77,7 +77,7 @@ const RINGS: [Ring; 5] = [
     },
 ];
 
-/// Tests every queue of a device, each with every ring.
+/// Tests every queue of a device with every ring.
 pub(super) fn stops_for_commands(make: &dyn Fn(&TestRam) -> Arc<Mutex<dyn VirtioDevice>>) {
     for ring in RINGS {
         for entries in [TABLE_ENTRIES, 64] {
@@ -105,8 +105,8 @@ fn assert_within_piece(most: Work) {
     assert!(most.calls <= PIECE.calls, "{most:?}");
 }
 
-/// Serves full rings, with a pause at the given check for commands of each first kick. Returns the chains used on each
-/// queue at the end, and the maximum work between two checks.
+/// Serves full rings, with a pause at the given check for commands after each first kick. Returns the number of chains
+/// used on each queue, and the maximum work between two checks.
 fn play(
     make: &dyn Fn(&TestRam) -> Arc<Mutex<dyn VirtioDevice>>,
     ring: Ring,
@@ -140,7 +140,7 @@ fn play(
                 harness.turn.call_after(looks);
             }
             harness.kick(*index).expect("the ring is sound");
-            // Chains collected from the ring may still be submitted to the kernel, once.
+            // Chains collected from the ring may still be submitted to the kernel once.
             let in_spite = harness.turn.done_in_spite();
             assert!(in_spite.chains == 0 && in_spite.calls <= 1, "{in_spite:?}");
             assert_within_piece(in_spite);
@@ -153,7 +153,7 @@ fn play(
     (used, most)
 }
 
-/// Executes the command, as the worker would: the ring does not change after it.
+/// Executes the pause as the worker would, and checks that the ring does not change afterwards.
 fn pause_stands_still(harness: &mut HandlerHarness<Box<dyn QueueHandler>>, queues: &[u16]) {
     harness.handler.pause();
     let used = used(harness, queues);

@@ -22,7 +22,7 @@ struct Vector {
 }
 
 impl MockVectors {
-    /// `count` vectors, none routed.
+    /// `count` vectors without routes.
     pub fn new(count: u16) -> Self {
         Self {
             vectors: Mutex::new(vec![Vector::default(); usize::from(count)]),
@@ -36,15 +36,15 @@ impl MockVectors {
         self.lock()[usize::from(vector)].message
     }
 
-    /// How often a vector was injected.
+    /// Number of times a vector was injected.
     pub fn triggered(&self, vector: u16) -> u64 {
         self.lock()[usize::from(vector)].triggered
     }
 
-    /// Waits until a vector was injected at least `count` times in all.
+    /// Waits until a vector was injected at least `count` times in total.
     ///
     /// # Panics
-    /// After [`DEADLINE`].
+    /// Not reached within [`DEADLINE`].
     pub fn wait_triggered(&self, vector: u16, count: u64) {
         let (_guard, timeout) = self
             .changed
@@ -55,7 +55,7 @@ impl MockVectors {
         assert!(!timeout.timed_out(), "no interrupt on vector {vector}");
     }
 
-    /// Plays a host that rejects every new route.
+    /// Simulates a host that rejects every new route.
     pub fn refuse(&self, refusing: bool) {
         self.refusing.store(refusing, Ordering::SeqCst);
     }

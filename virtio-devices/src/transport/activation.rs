@@ -1,4 +1,4 @@
-//! DRIVER_OK: hands the configured queues over to the workers.
+//! DRIVER_OK: passes the configured queues to the workers.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use super::function::{Registers, VirtioPciFunction, lock};
 use crate::device::{Activation, ActiveQueue, Interrupt};
 
 impl VirtioPciFunction {
-    /// Hands the enabled queues to the workers. If a driver set them up wrongly, DEVICE_NEEDS_RESET is set.
+    /// Passes the enabled queues to the workers. If a driver set them up incorrectly, DEVICE_NEEDS_RESET is set.
     pub(super) fn activate(&self, state: &mut Registers) {
         let features = state.common.accepted();
         let Some(queues) = self.build_queues(state, features) else {
@@ -20,7 +20,7 @@ impl VirtioPciFunction {
         self.hand_over(state, queues);
     }
 
-    /// Hands queues to their workers.
+    /// Passes queues to their workers.
     pub(super) fn hand_over(&self, state: &mut Registers, queues: Vec<(u16, Queue)>) {
         let features = state.common.accepted();
         let mut groups: Vec<Vec<ActiveQueue>> = self.workers.iter().map(|_| Vec::new()).collect();
@@ -61,7 +61,7 @@ impl VirtioPciFunction {
         }
     }
 
-    /// The enabled queues, or `None` if one of them cannot be used.
+    /// The enabled queues; `None` if one of them is unusable.
     fn build_queues(&self, state: &Registers, features: u64) -> Option<Vec<(u16, Queue)>> {
         let mem = self.mem.memory();
         let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;

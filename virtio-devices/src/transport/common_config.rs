@@ -1,8 +1,8 @@
 //! `struct virtio_pci_common_cfg` (virtio 1.2 §4.1.4.3) and the status state machine (§3.1).
 //!
-//! Registers only: the effects of a write on the device are returned as [`Effects`]. For the driver the structure is
-//! little-endian bytes, so any width at any offset is well defined: a read copies from an image; a write is applied to
-//! the image and passed on field by field.
+//! This module handles only registers: the effects of a write on the device are returned as [`Effects`]. For the driver
+//! the structure is little-endian bytes, so any width at any offset is well defined: a read copies from an image; a
+//! write is applied to the image and passed on field by field.
 
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ const S_FAILED: u8 = VIRTIO_CONFIG_S_FAILED as u8;
 pub(super) const S_KNOWN: u8 =
     S_ACKNOWLEDGE | S_DRIVER | S_DRIVER_OK | S_FEATURES_OK | S_NEEDS_RESET | S_FAILED;
 
-/// The fields, by name, offset and width. Addresses are two registers each.
+/// Defines the fields by name, offset and width. Addresses are two registers each.
 macro_rules! fields {
     ($($name:ident = $offset:literal, $width:literal;)+) => {
         /// A register of the structure.
@@ -63,18 +63,18 @@ fields! {
 
 const IMAGE_BYTES: usize = COMMON_BYTES as usize;
 
-/// The actions of the function after a write, in this order.
+/// The actions that the function must take after a write, in this order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Effects {
     /// Status 0 was written.
     pub(super) reset: bool,
-    /// FEATURES_OK was set: these were accepted.
+    /// FEATURES_OK was set: the driver accepted these features.
     pub(super) features_ok: bool,
     /// DRIVER_OK was set.
     pub(super) driver_ok: bool,
 }
 
-/// The registers of the structure that are not atomics of [`PciInterrupt`].
+/// The registers of the structure, except the atomics in [`PciInterrupt`].
 #[derive(Debug)]
 pub(super) struct CommonConfig {
     interrupt: Arc<PciInterrupt>,
@@ -116,7 +116,7 @@ impl CommonConfig {
         self.accepted
     }
 
-    /// The enabled queues with their index.
+    /// The enabled queues with their indices.
     pub(super) fn enabled_queues(&self) -> impl Iterator<Item = (u16, &QueueConfig)> {
         (0u16..)
             .zip(&self.queues)
@@ -127,7 +127,8 @@ impl CommonConfig {
         self.resetting
     }
 
-    /// Back to power-on, except for the status, which keeps its old value until [`CommonConfig::finish_reset`].
+    /// Resets to the power-on state, except for the status, which keeps its old value until
+    /// [`CommonConfig::finish_reset`].
     pub(super) fn begin_reset(&mut self) {
         self.accepted = 0;
         self.device_feature_select = 0;
@@ -140,13 +141,13 @@ impl CommonConfig {
         self.resetting = true;
     }
 
-    /// Now the status reads 0.
+    /// Finishes a reset: the status now reads 0.
     pub(super) fn finish_reset(&mut self) {
         self.resetting = false;
         self.interrupt.clear_status();
     }
 
-    /// Reads at a byte offset; zero behind the end.
+    /// Reads at a byte offset; bytes after the end are zero.
     pub(super) fn read(&self, offset: u64, data: &mut [u8]) {
         read_config_space(&self.image(), offset, data);
     }
@@ -164,7 +165,7 @@ impl CommonConfig {
             if at + width <= start || end <= at {
                 continue;
             }
-            // Read again for each field, because one may change the value of the next.
+            // The image is read again for each field, because one write may change the value of the next field.
             let mut image = self.image();
             image[start..end].copy_from_slice(&data[..end - start]);
             let value = little_endian(&image[at..at + width]);
@@ -228,7 +229,7 @@ impl CommonConfig {
             | Field::NumQueues
             | Field::ConfigGeneration
             | Field::QueueNotifyOff => self.counters.bad_register_writes.count(),
-            // Handled by the caller, because it has effects.
+            // Handled by the caller, because a status write has effects.
             Field::DeviceStatus => {}
             Field::QueueMsixVector => {
                 let vector = self.existing_vector(value as u16);
@@ -249,7 +250,7 @@ impl CommonConfig {
         }
     }
 
-    /// A vector that this function does not have reads back as none, which is how a driver detects it.
+    /// A vector that this function does not have reads back as none, by which a driver detects it.
     fn existing_vector(&self, vector: u16) -> u16 {
         if vector < self.vectors {
             vector
@@ -266,14 +267,14 @@ impl CommonConfig {
                 self.accepted &= !(u64::from(u32::MAX) << shift);
                 self.accepted |= u64::from(value) << shift;
             }
-            // There are no features above to decline, so zero is correct.
+            // The device has no features in the higher words, so zero is the only correct value.
             select if select > 1 && value == 0 => {}
             _ => self.counters.bad_features.count(),
         }
     }
 
-    /// False if the register cannot be written now or with this value: the queue does not exist, is enabled already, or
-    /// the device is active.
+    /// Writes a queue register. False if it cannot be written now or with this value: the queue does not exist, is
+    /// enabled already, or the device is active.
     fn write_queue(&mut self, field: Field, value: u32) -> bool {
         let frozen = self.interrupt.status() & S_DRIVER_OK != 0 || self.resetting;
         let Some(queue) = self
@@ -308,7 +309,7 @@ impl CommonConfig {
             return effects;
         }
         let old = self.interrupt.status();
-        // DEVICE_NEEDS_RESET belongs to the device; a driver may write it back or leave it out.
+        // DEVICE_NEEDS_RESET belongs to the device; a driver may write it back or omit it.
         let cleared = old & !value & !S_NEEDS_RESET;
         if self.resetting || cleared != 0 {
             self.counters.bad_status_writes.count();
@@ -341,8 +342,8 @@ impl CommonConfig {
         effects
     }
 
-    /// §3.1.1 step 5: a subset of the offered features. §6: VERSION_1 must be included, because there is no legacy
-    /// interface.
+    /// §3.1.1 step 5: the accepted features must be a subset of the offered ones. §6: they must include VERSION_1,
+    /// because there is no legacy interface.
     fn features_are_acceptable(&self) -> bool {
         let version_1 = 1 << VIRTIO_F_VERSION_1;
         self.interrupt.status() & S_DRIVER != 0
@@ -351,7 +352,7 @@ impl CommonConfig {
     }
 }
 
-/// The lower (0) or upper (1) half; other selectors have no bits.
+/// The lower (0) or upper (1) half; other selectors read as zero.
 fn half(value: u64, select: u32) -> u32 {
     match select {
         0 => value as u32,
@@ -365,7 +366,7 @@ fn set_half(value: &mut u64, select: u32, half: u32) {
     *value = *value & !(u64::from(u32::MAX) << shift) | u64::from(half) << shift;
 }
 
-/// Up to four little-endian bytes.
+/// Reads up to four little-endian bytes as a number.
 fn little_endian(bytes: &[u8]) -> u32 {
     bytes
         .iter()

@@ -9,7 +9,7 @@ counters! {
         activations,
         /// Resets by the driver or the VM.
         resets,
-        /// The driver accepted features that were not offered, or not VERSION_1.
+        /// The driver accepted features that were not offered, or did not accept VERSION_1.
         bad_features,
         /// A status write that clears bits, skips a step or has unknown bits.
         bad_status_writes,

@@ -1,4 +1,4 @@
-//! The PCI function: registers in front, a device and its workers behind.
+//! The PCI function: registers for the driver, and the device with its workers.
 
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -34,7 +34,7 @@ pub struct VirtioPciFunction {
     pub(super) interrupt: Arc<PciInterrupt>,
     lines: Arc<MsixLines>,
     pub(super) doorbells: Vec<Arc<Doorbell>>,
-    /// For each queue, whether the VMM rings its doorbell and holds the vCPU that rang.
+    /// For each queue, whether the VMM signals its doorbell and holds the vCPU that wrote to it.
     holds_notifier: Vec<bool>,
     pub(super) workers: Vec<WorkerHandle>,
     pub(super) counters: Arc<TransportCounters>,
@@ -42,11 +42,11 @@ pub struct VirtioPciFunction {
     /// The offset of the PCI_CFG capability; it never changes.
     window_at: u16,
     state: Mutex<Registers>,
-    /// Built from a saved state and not resumed since.
+    /// Set if the function was built from a saved state and not resumed since.
     pub(super) owes_signals: AtomicBool,
 }
 
-/// The state that vCPU threads change, one at a time.
+/// State that vCPU threads change, one at a time.
 #[derive(Debug)]
 pub(super) struct Registers {
     pub(super) header: Header,
@@ -59,7 +59,7 @@ pub(super) struct Registers {
 crate::debug_fields!(VirtioPciFunction { id, state });
 
 impl VirtioPciFunction {
-    /// Puts a device behind the transport and starts its worker threads.
+    /// Attaches a device to the transport and starts its worker threads.
     ///
     /// # Errors
     /// The device's queues are invalid, or the host has no descriptor or thread left. Nothing is left behind.
@@ -67,8 +67,8 @@ impl VirtioPciFunction {
         Self::build(params, None)
     }
 
-    /// Puts a device behind the transport in the state `saved`, paused. `params.device` has the same configuration as
-    /// the device whose state was saved, and guest RAM has the same content.
+    /// Attaches a device to the transport in the state `saved`, paused. `params.device` must have the same
+    /// configuration as the saved device, and guest RAM must have the same content.
     ///
     /// # Errors
     /// As [`VirtioPciFunction::new`], or [`TransportError::State`]: the state cannot be read or cannot belong to this
@@ -156,7 +156,7 @@ impl VirtioPciFunction {
         &self.device
     }
 
-    /// The transport's counters; the device's own are [`VirtioDevice::counters`].
+    /// The transport's counters; the device's own counters are in [`VirtioDevice::counters`].
     pub fn transport_counters(&self) -> Counters {
         let mut counters = self.counters.read();
         let failures = self.workers.iter().map(WorkerHandle::failures).sum();
@@ -217,18 +217,18 @@ impl VirtioPciFunction {
             return;
         }
         match self.doorbells.get(index) {
-            // Fails only if the counter is full, and then the doorbell is ringing anyway.
+            // Fails only if the counter is full, and then the doorbell is already signalled.
             Some(doorbell) => drop(doorbell.write(1)),
             None => self.counters.bad_notifications.count(),
         }
     }
 
-    /// Lets the queue's worker process it before the vCPU continues. False if it did not.
+    /// Makes the queue's worker process it before the vCPU continues. False if it did not.
     fn kick_and_wait(&self, index: usize) -> bool {
         let Ok(index) = u16::try_from(index) else {
             return false;
         };
-        // The state's lock is not held across the wait, because other vCPUs need it.
+        // The state's lock is not held during the wait, because other vCPUs need it.
         let features = self.lock_state().common.accepted();
         let handler = lock(&self.device).handler_of_queue(index, features);
         handler
@@ -236,7 +236,7 @@ impl VirtioPciFunction {
             .is_some_and(|worker| worker.kick_and_wait(index))
     }
 
-    /// The target of the PCI_CFG window, if it is accessible (§4.1.4.9): `length` bytes, naturally aligned, in BAR0.
+    /// The target of the PCI_CFG window, if it is valid (§4.1.4.9): `length` bytes, naturally aligned, in BAR0.
     fn window(&self, access_offset: u16) -> Option<(u64, usize)> {
         let state = self.lock_state();
         let window = self.window_at;
@@ -326,7 +326,7 @@ impl PciFunction for VirtioPciFunction {
         }
         match Region::of(offset) {
             Some((Region::Common, at)) => {
-                // A device changes its configuration first, then the generation, then it interrupts: a driver that read
+                // A device first changes its configuration, then the generation, then interrupts: a driver that reads
                 // in between is notified to read again.
                 self.lock_state().common.read(at, data);
             }
@@ -364,7 +364,7 @@ impl PciFunction for VirtioPciFunction {
     fn with_doorbells(&self, visit: &mut dyn FnMut(DoorbellRegister<'_>)) {
         let bells = self.doorbells.iter().zip(&self.holds_notifier);
         for (index, (doorbell, holds_notifier)) in (0u64..).zip(bells) {
-            // KVM would ring the doorbell and let the vCPU continue.
+            // KVM would signal the doorbell and let the vCPU continue.
             if *holds_notifier {
                 continue;
             }
@@ -377,7 +377,7 @@ impl PciFunction for VirtioPciFunction {
     }
 
     fn pause(&self) {
-        // All at once: each waits for the requests in flight of its own queue.
+        // All workers pause at once: each waits for the requests in flight of its own queue.
         let pausing: Vec<_> = self.workers.iter().map(WorkerHandle::begin_pause).collect();
         pausing.into_iter().for_each(Pausing::wait);
     }
@@ -398,15 +398,15 @@ impl PciFunction for VirtioPciFunction {
         let control = state.header.msix_control;
         state.header.space.write(control, &[0; 2]);
         state.header.space.reset_command();
-        // A kick of the old guest does not apply to the new one.
+        // A kick by the old guest does not apply to the new one.
         for doorbell in &self.doorbells {
-            // EAGAIN: it had not rung.
+            // EAGAIN: the doorbell was not signalled.
             doorbell.read().ok();
         }
     }
 }
 
-/// The device's own state, in addition to the accepted features.
+/// Restores the device's own state and the accepted features.
 fn restore_device(
     device: &mut dyn VirtioDevice,
     handlers: &mut [Box<dyn QueueHandler>],
@@ -446,7 +446,7 @@ fn check_queues(queue_sizes: &[u16]) -> Result<(), TransportError> {
     Ok(())
 }
 
-/// A thread that panicked while it held a lock has been reported; the registers that it left are as valid as any that a
+/// Locks. A panic while a thread held the lock has been reported, and the registers are still as valid as any that a
 /// guest could write.
 pub(super) fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unpoisoned()

@@ -10,7 +10,7 @@ use virtio_bindings::bindings::virtio_config::{
 use crate::device::Interrupt;
 use crate::pci::MsixLines;
 
-/// A queue or the configuration without a vector.
+/// Vector number of a queue or configuration without a vector.
 pub(super) const VIRTIO_MSI_NO_VECTOR: u16 = 0xffff;
 
 const ISR_QUEUE: u8 = 1 << 0;
@@ -53,7 +53,7 @@ impl PciInterrupt {
         self.status.fetch_or(bits, Ordering::SeqCst);
     }
 
-    /// The reset is done.
+    /// Clears the status after a reset.
     pub(super) fn clear_status(&self) {
         self.status.store(0, Ordering::SeqCst);
     }
@@ -71,7 +71,7 @@ impl PciInterrupt {
             .store(config_generation, Ordering::SeqCst);
     }
 
-    /// Reading the ISR register clears it.
+    /// Returns and clears the ISR register, as a read by the driver does.
     pub(super) fn take_isr(&self) -> u8 {
         self.isr.swap(0, Ordering::SeqCst)
     }
@@ -88,7 +88,7 @@ impl PciInterrupt {
         self.config_vector.store(vector, Ordering::SeqCst);
     }
 
-    /// No vector for queues that do not exist.
+    /// The vector of a queue; none for queues that do not exist.
     pub(super) fn queue_vector(&self, queue_index: u16) -> u16 {
         self.queue_vectors
             .get(usize::from(queue_index))
@@ -101,7 +101,8 @@ impl PciInterrupt {
         }
     }
 
-    /// A device reset: no vectors, nothing to service. MSI-X itself belongs to PCI and keeps its programming.
+    /// Resets the device's part: no vectors, no pending interrupts. MSI-X itself belongs to PCI and keeps its
+    /// programming.
     pub(super) fn reset(&self) {
         self.isr.store(0, Ordering::SeqCst);
         self.set_config_vector(VIRTIO_MSI_NO_VECTOR);
@@ -110,8 +111,8 @@ impl PciInterrupt {
         }
     }
 
-    /// Interrupts for everything that may have been in transit when the state was taken: a spurious interrupt is
-    /// harmless, a lost one hangs the driver.
+    /// Sends an interrupt for everything that may have been in transit when the state was taken: a spurious interrupt
+    /// is harmless, a lost one hangs the driver.
     pub(super) fn signal_all(&self) {
         self.lines.inject_restored();
         for queue_index in 0..self.queue_vectors.len() {
@@ -129,7 +130,7 @@ impl PciInterrupt {
 impl Interrupt for PciInterrupt {
     fn signal_queue(&self, queue_index: u16) {
         if !self.lines.is_enabled() {
-            // With MSI-X on, this register is not used; without, it is the only one.
+            // With MSI-X enabled this register is not used; without it, the driver relies on it.
             self.isr.fetch_or(ISR_QUEUE, Ordering::SeqCst);
         }
         self.lines.signal(self.queue_vector(queue_index));
@@ -142,7 +143,7 @@ impl Interrupt for PciInterrupt {
 
     fn signal_needs_reset(&self) {
         let active = VIRTIO_CONFIG_S_DRIVER_OK as u8;
-        // Only an active device can need a reset. A late signal must not corrupt the zero for which a driver waits
+        // Only an active device can need a reset. A late signal must not overwrite the zero for which a driver waits
         // after its reset.
         let told = self
             .status

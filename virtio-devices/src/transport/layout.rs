@@ -35,7 +35,7 @@ const _: () = {
     assert!((QUEUES_MAX + 1) * crate::pci::MSIX_ENTRY_BYTES <= MSIX_TABLE_BYTES as usize);
 };
 
-/// The parts of BAR0.
+/// The areas of BAR0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Region {
     Common,
@@ -47,7 +47,7 @@ pub(super) enum Region {
 }
 
 impl Region {
-    /// The part that contains an offset, and the offset in that part.
+    /// The area that contains an offset, and the offset in that area.
     pub(super) fn of(offset: u64) -> Option<(Self, u64)> {
         const REGIONS: [(Region, u64, u64); 6] = [
             (Region::Common, COMMON_OFFSET, COMMON_BYTES),
@@ -65,7 +65,7 @@ impl Region {
 }
 
 const VENDOR_VIRTIO: u16 = 0x1af4;
-/// Device ids of modern devices start here.
+/// First device id of modern devices.
 const DEVICE_ID_BASE: u16 = 0x1040;
 const REVISION_MODERN: u8 = 1;
 
@@ -83,10 +83,10 @@ pub(super) const CAP_OFFSET: u16 = 8;
 pub(super) const CAP_LENGTH: u16 = 12;
 /// `pci_cfg_data` of `struct virtio_pci_cfg_cap`.
 pub(super) const CAP_PCI_CFG_DATA: u16 = 16;
-/// `sizeof(struct virtio_pci_cap)`; the notify and the window capability have four more.
+/// `sizeof(struct virtio_pci_cap)`; the notify and the window capability have four more bytes.
 const CAP_BYTES: u8 = 16;
 
-/// Configuration space of a function, and the offsets at which the function must act.
+/// Configuration space of a function, and the offsets at which a write has effects.
 #[derive(Debug)]
 pub(super) struct Header {
     pub(super) space: ConfigSpace,
@@ -115,7 +115,7 @@ impl Header {
         );
         space.add_capability(CAPABILITY_VENDOR, &notify, &[]);
 
-        // The driver moves the window: it may write bar, offset and length.
+        // The driver may write the window's bar, offset and length.
         let window_body = body(VIRTIO_PCI_CAP_PCI_CFG, 0, 0, Some(0));
         let mut window_writable = [0; 14];
         window_writable[usize::from(CAP_BAR) - 2] = 0xff;
@@ -133,7 +133,7 @@ impl Header {
     }
 }
 
-/// Base class and subclass by device type, so that firmware and `lspci` recognise a disk and a network card; all others
+/// Base class and subclass by device type, so that firmware and `lspci` recognise disks and network cards; all others
 /// are unclassified devices.
 fn identity(device_type: u32) -> Identity {
     let (class, subclass) = match device_type {
@@ -153,7 +153,7 @@ fn identity(device_type: u32) -> Identity {
     }
 }
 
-/// `struct virtio_pci_cap` behind `cap_next`, with one more dword if there is a tail.
+/// `struct virtio_pci_cap` after `cap_next`, with one more dword if there is a tail.
 fn body(cfg_type: u8, offset: u64, bytes: u64, tail: Option<u32>) -> Vec<u8> {
     let length = |value: u64| u32::try_from(value).expect("BAR0 is 512 KiB").to_le_bytes();
     let cap_bytes = CAP_BYTES + if tail.is_some() { 4 } else { 0 };

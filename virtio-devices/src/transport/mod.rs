@@ -1,25 +1,25 @@
 //! Virtio over PCI, modern only (virtio 1.2 §4.1).
 //!
 //! ```text
-//!  BAR0, 512 KiB            who answers
+//!  BAR0, 512 KiB            implemented by
 //!  0x00000 common config    CommonConfig, under the function's lock
 //!  0x02000 ISR              PciInterrupt, lock-free
 //!  0x04000 device config    VirtioDevice, under the device's lock
-//!  0x06000 notify           doorbells: KVM ioeventfds, or by hand
+//!  0x06000 notify           doorbells: KVM ioeventfds, or the VMM itself
 //!  0x08000 MSI-X table      MsixTable, under the function's lock
 //!  0x48000 pending bits     MsixTable, under the function's lock
 //! ```
 //!
-//! The life of a device, controlled by the driver through `device_status`:
+//! The driver controls the life of a device through `device_status`:
 //!
 //! ```text
 //!  0 ─ACKNOWLEDGE─ DRIVER ─FEATURES_OK─ DRIVER_OK ──────────► active
 //!  ▲      features not a subset, or without VERSION_1: bit stays 0
 //!  │      rings outside of RAM, misaligned: DEVICE_NEEDS_RESET, counted
-//!  └──── write 0: workers let go first; until then the old status is read back
+//!  └──── write 0: workers release their queues; until then the old status is read back
 //! ```
 //!
-//! Lock order: function, then device. Interrupts take neither, so a device may signal while it holds its own lock.
+//! Lock order: function, then device. Interrupts take neither lock, so a device may signal while it holds its own lock.
 
 mod activation;
 mod common_config;
@@ -46,16 +46,16 @@ use crate::device::{GuestRam, VirtioDevice, WorkerError};
 use crate::pci::MsiVectors;
 use crate::worker::ThreadStart;
 
-/// Notified when a driver starts or resets a device. Called on a vCPU thread with the function's lock held: must
+/// Notified when a driver activates or resets a device. Called on a vCPU thread with the function's lock held: must
 /// neither block nor call back.
 pub trait LifecycleListener: Send + Sync {
-    /// DRIVER_OK was set and the queues were handed over.
+    /// DRIVER_OK was set and the queues were passed to the workers.
     fn device_activated(&self, id: &str);
-    /// The driver, or a reset of the VM, reset the device.
+    /// The driver, or a reset of the VM, has reset the device.
     fn device_reset(&self, id: &str);
 }
 
-/// The parts of a PCI function.
+/// The parameters of a PCI function.
 pub struct VirtioPciParams {
     /// The device's id in the API, e.g. `_disk0`.
     pub id: String,
@@ -63,11 +63,11 @@ pub struct VirtioPciParams {
     pub device: Arc<Mutex<dyn VirtioDevice>>,
     /// Guest RAM.
     pub mem: GuestRam,
-    /// At least [`vectors_needed`] of the device.
+    /// Interrupt vectors: at least [`vectors_needed`] of the device.
     pub vectors: Arc<dyn MsiVectors>,
     /// Runs first on every worker thread.
     pub thread_start: ThreadStart,
-    /// For the event monitor.
+    /// Listener for the event monitor.
     pub listener: Option<Arc<dyn LifecycleListener>>,
 }
 
@@ -78,7 +78,7 @@ pub fn vectors_needed(device: &dyn VirtioDevice) -> u16 {
     u16::try_from(device.queue_sizes().len() + 1).unwrap_or(u16::MAX)
 }
 
-/// Reasons why a device cannot be put behind the transport.
+/// Reasons why a device cannot be attached to the transport.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
     /// More queues than possible vectors.

@@ -10,7 +10,7 @@ const USED_ELEM_BYTES: u64 = 8;
 /// `flags`, `idx` and the event index of either ring.
 const RING_META_BYTES: u64 = 6;
 
-/// Reasons why a queue cannot be used.
+/// Reasons why a queue is unusable.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub(super) enum RingFault {
     #[error("{ring} at {address:#x} is not aligned to {align} bytes")]
@@ -32,7 +32,7 @@ pub(super) enum RingFault {
 pub(super) struct QueueConfig {
     /// Offered maximum size.
     pub(super) max_size: u16,
-    /// Size the driver chose.
+    /// Size chosen by the driver.
     pub(super) size: u16,
     pub(super) enabled: bool,
     pub(super) desc_table: u64,
@@ -56,7 +56,7 @@ impl QueueConfig {
         *self = Self::new(self.max_size);
     }
 
-    /// Sets a size that is valid for a split queue; false if it is not.
+    /// Sets the size. False if it is invalid for a split queue.
     pub(super) fn set_size(&mut self, size: u16) -> bool {
         let valid = size.is_power_of_two() && size <= self.max_size;
         if valid {
@@ -65,7 +65,7 @@ impl QueueConfig {
         valid
     }
 
-    /// The queue, if all of its rings lie in RAM and are aligned.
+    /// Builds the queue, if all of its rings are in RAM and aligned.
     pub(super) fn build<M: GuestMemory>(
         &self,
         mem: &M,
@@ -101,7 +101,7 @@ impl QueueConfig {
                 });
             }
             let length = usize::try_from(bytes).expect("at most 32768 entries");
-            // Address zero means that a driver never set it, and the queue code treats it as "not ready".
+            // A driver that never set the address leaves it zero, and the queue code treats zero as "not ready".
             if address == 0
                 || !mem.check_range(GuestAddress(address), length, Permissions::ReadWrite)
             {

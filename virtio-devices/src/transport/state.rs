@@ -3,8 +3,8 @@
 //! ```text
 //!  pause ─► workers finish what is in flight ─► state(): registers, MSI-X, device, handlers
 //!
-//!  from_state: check all ─► device, handlers ─► workers, paused ─► queues handed over, doorbells rung
-//!  resume ─► workers look at every queue ─► an interrupt for each: the last one may have been lost
+//!  from_state: check all ─► device, handlers ─► workers, paused ─► pass queues on, signal doorbells
+//!  resume ─► workers check every queue ─► an interrupt for each: the last one may have been lost
 //! ```
 
 use std::collections::BTreeMap;
@@ -35,7 +35,7 @@ pub struct VirtioPciState {
     pub offered: u64,
     /// Feature bits that the driver has written.
     pub accepted: u64,
-    /// Device status. A reset in progress is finished here: it reads 0.
+    /// Device status. A reset in progress counts as finished: the status is 0.
     pub status: u8,
     /// ISR status.
     pub isr: u8,
@@ -49,15 +49,15 @@ pub struct VirtioPciState {
     pub driver_feature_select: u32,
     /// Selector of the queue registers.
     pub queue_select: u16,
-    /// Every queue there is.
+    /// Every queue.
     pub queues: Vec<QueueState>,
     /// Configuration space, a `PciConfigState`.
     pub config_space: Saved,
     /// MSI-X, a `MsixState`.
     pub msix: Saved,
-    /// The configuration half of the device, of the device's own type.
+    /// The configuration half of the device, in the device's own type.
     pub device: Saved,
-    /// The queue halves in the order of their workers; absent for one without own state.
+    /// The queue halves in the order of their workers; absent for a handler without state.
     pub handlers: Vec<Option<Saved>>,
 }
 
@@ -71,7 +71,7 @@ impl State for VirtioPciState {
 pub struct QueueState {
     /// Offered maximum size.
     pub max_size: u16,
-    /// Size the driver chose.
+    /// Size chosen by the driver.
     pub size: u16,
     /// The driver has enabled it.
     pub enabled: bool,
@@ -87,7 +87,7 @@ pub struct QueueState {
     pub position: Option<RingState>,
 }
 
-/// Free-running indices. Any pair is possible: a driver may leave chains uncompleted forever.
+/// Free-running indices. Any pair is possible, because chains may stay uncompleted forever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RingState {
@@ -98,10 +98,10 @@ pub struct RingState {
 }
 
 impl VirtioPciFunction {
-    /// The current state of the function. The caller has paused it, and no vCPU runs.
+    /// The current state of the function. The caller must have paused it, and no vCPU may run.
     ///
     /// # Errors
-    /// A worker has ended; the driver's requests are lost with it.
+    /// A worker has ended; the driver's requests are lost.
     pub fn state(&self) -> Result<VirtioPciState, WorkerError> {
         let handlers = self.workers.iter().map(WorkerHandle::state);
         let handlers = handlers.collect::<Result<Vec<HandlerState>, _>>()?;
@@ -136,7 +136,7 @@ impl VirtioPciFunction {
         })
     }
 
-    /// Hands the queues that were served to their workers, which are paused.
+    /// Passes the queues that were served to their workers, which are paused.
     pub(super) fn continue_from(&self, state: &VirtioPciState) -> Result<(), StateError> {
         let mem = self.mem.memory();
         let event_idx = state.accepted & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
@@ -156,8 +156,8 @@ impl VirtioPciFunction {
             queue.set_next_avail(position.next_avail);
             queue.set_next_used(position.next_used);
             queues.push((index, queue));
-            // Rung doorbells are not part of the state, and the worker checks a queue only when it rings. A new counter
-            // is not full.
+            // Signalled doorbells are not part of the state, and the worker checks a queue only when its doorbell is
+            // signalled. The counter is new, so the write cannot fail.
             self.doorbells[usize::from(index)].write(1).ok();
         }
         let served = registers.common.enabled_queues().count() == queues.len();
@@ -169,7 +169,7 @@ impl VirtioPciFunction {
         Ok(())
     }
 
-    /// After the first resume: interrupts that may have been in transit when the state was taken.
+    /// After the first resume: sends interrupts that may have been in transit when the state was taken.
     pub(super) fn pay_signals(&self) {
         if !self.owes_signals.swap(false, Ordering::SeqCst) {
             return;
@@ -282,7 +282,7 @@ impl CommonConfig {
         vector < self.vectors || vector == VIRTIO_MSI_NO_VECTOR
     }
 
-    /// Restores registers from `state`, which was checked.
+    /// Restores registers from `state`, which must have been checked.
     pub(super) fn restore(&mut self, state: &VirtioPciState, interrupt: &PciInterrupt) {
         self.offered = state.offered;
         self.accepted = state.accepted;
@@ -303,7 +303,7 @@ impl CommonConfig {
 }
 
 impl Registers {
-    /// Configuration space, MSI-X and the common configuration of a function before it is visible.
+    /// Restores configuration space, MSI-X and the common configuration of a function before the guest sees it.
     pub(super) fn restore(
         &mut self,
         state: &VirtioPciState,

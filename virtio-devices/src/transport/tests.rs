@@ -1,4 +1,4 @@
-//! The guarantees of the transport, with a device that completes every chain.
+//! Tests of the transport's guarantees, with a device that completes every chain.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -31,7 +31,7 @@ struct Seen {
     /// Makes the handler panic at a head outside of the table.
     fragile: AtomicBool,
     entered: AtomicU64,
-    /// Held by a test, it blocks a handler.
+    /// While a test holds this lock, the handler blocks.
     slow: Mutex<()>,
 }
 

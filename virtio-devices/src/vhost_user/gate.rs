@@ -1,4 +1,4 @@
-//! What the queues' thread and the link's thread share.
+//! State shared by the queues' thread and the link's thread.
 
 use std::io;
 use std::net::Shutdown;
@@ -13,7 +13,7 @@ use super::GRACE;
 use super::rings::Rings;
 use crate::Unpoisoned;
 
-/// Why the back end must not have the rings.
+/// Reason why the back end must not have the rings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Reason {
     /// The VM is paused.
@@ -22,7 +22,7 @@ pub(super) enum Reason {
     Reset,
 }
 
-/// The next thing for the link to do.
+/// The link's next action.
 #[derive(Debug)]
 pub(super) enum Step {
     Connect,
@@ -38,15 +38,16 @@ struct State {
     /// The rings that the back end may access.
     served: Option<Arc<Rings>>,
     paused: bool,
-    /// Resets seen by the queues' thread and by the link. Either may be first; a reset is over when both have seen it.
+    /// Number of resets seen by the queues' thread and by the link. Either may be first; a reset is complete when both
+    /// have seen it.
     resets: [u64; 2],
-    /// The link waits for the back end.
+    /// The link is waiting for the back end.
     talking: bool,
-    /// Ends the link's waiting.
+    /// Shutting it down ends the link's wait.
     connection: Option<UnixStream>,
 }
 
-/// Decides when the back end has the rings.
+/// Decides when the back end may have the rings.
 #[derive(Debug)]
 pub(super) struct Gate {
     state: Mutex<State>,
@@ -63,7 +64,7 @@ impl State {
 }
 
 impl Gate {
-    /// Wakes the link at once, to connect.
+    /// A new gate, which wakes the link at once to connect.
     pub(super) fn new() -> io::Result<Self> {
         let wake = EventFd::new(EFD_NONBLOCK)?;
         wake.write(1)?;
@@ -79,7 +80,7 @@ impl Gate {
     }
 
     fn wake(&self) {
-        // It fails only when the counter is full, and then the link is awake.
+        // Fails only if the counter is full, and then the link is about to wake anyway.
         self.wake.write(1).ok();
     }
 
@@ -88,9 +89,9 @@ impl Gate {
         self.wake.as_raw_fd()
     }
 
-    /// Called by the link before it looks at the state.
+    /// Called by the link before it checks the state.
     pub(super) fn drain(&self) {
-        // EAGAIN: it has been drained already.
+        // EAGAIN: already drained.
         self.wake.read().ok();
     }
 
@@ -100,8 +101,9 @@ impl Gate {
         self.wake();
     }
 
-    /// Takes the rings away from the back end. Returns when it has returned them, or has lost its connection: after
-    /// [`GRACE`] at most, and the time that the link takes to notice. False if it had to lose the connection.
+    /// Takes the rings away from the back end. Returns when the back end has returned them or its connection has been
+    /// shut down: after at most [`GRACE`] plus the time that the link needs to notice. False if the connection was shut
+    /// down.
     pub(super) fn close(&self, reason: Reason) -> bool {
         let mut state = self.lock();
         match reason {
@@ -115,7 +117,7 @@ impl Gate {
         let start = Instant::now();
         let mut willing = true;
         while state.talking || state.served.is_some() {
-            // A greeting can be cut short; rings are worth a wait.
+            // A handshake can be aborted at once; for rings it is worth waiting.
             let patience = if state.served.is_some() {
                 GRACE
             } else {
@@ -125,7 +127,7 @@ impl Gate {
             if left.is_zero() {
                 if let Some(connection) = state.connection.take() {
                     willing = state.served.is_none();
-                    // ENOTCONN: the back end is gone.
+                    // ENOTCONN: the back end has already disconnected.
                     connection.shutdown(Shutdown::Both).ok();
                 } else if start.elapsed() > GRACE * 4 {
                     log::error!("the thread that talks to the back end does not respond");
@@ -156,7 +158,7 @@ impl Gate {
         self.wake();
     }
 
-    /// What the link has to do now. It must report the end of a start or a stop.
+    /// The link's next action. The link must report the end of a start or a stop.
     pub(super) fn next(&self, connected: bool) -> Step {
         let mut state = self.lock();
         let open = state.is_open();
@@ -185,7 +187,7 @@ impl Gate {
         }
     }
 
-    /// The link is about to greet a back end. False if it must not now.
+    /// The link is about to start the handshake with a back end. False if it must not now.
     pub(super) fn greet(&self, connection: UnixStream) -> bool {
         let mut state = self.lock();
         let open = state.is_open();
@@ -196,7 +198,7 @@ impl Gate {
         open
     }
 
-    /// The link no longer waits. `keeps_rings`: the back end has them.
+    /// The link no longer waits. `keeps_rings`: whether the back end has the rings.
     pub(super) fn end_talk(&self, keeps_rings: bool) {
         let mut state = self.lock();
         state.talking = false;
@@ -206,7 +208,7 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// The connection is gone. Returns the rings that the back end had.
+    /// The connection is lost. Returns the rings that the back end had.
     pub(super) fn lose(&self) -> Option<Arc<Rings>> {
         let mut state = self.lock();
         state.connection = None;

@@ -1,4 +1,4 @@
-//! A handler without queues: connects to the back end, and hands it the rings.
+//! The link, a handler without queues: connects to the back end, and passes the rings to it.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -16,7 +16,7 @@ use crate::device::{Activation, HandlerState, QueueHandler, WorkerError};
 use crate::unix_connect::connect;
 use crate::worker::{EventSources, Turn};
 
-/// Time to the first attempt after a failure; doubled for each further one.
+/// Delay before the first attempt after a failure; doubled for each further failure.
 const RETRY_MIN: Duration = Duration::from_millis(50);
 const RETRY_MAX: Duration = Duration::from_secs(1);
 /// Kernel limit of a thread name, without the final zero.
@@ -35,12 +35,12 @@ pub(super) struct Link {
     shared: Arc<Shared>,
     epoll: Epoll,
     retry: TimerFd,
-    /// Wait before the next attempt.
+    /// Delay before the next attempt.
     pause: Duration,
-    /// The timer runs.
+    /// The timer is running.
     waiting: bool,
     session: Option<Session>,
-    /// Logged last.
+    /// The failure that was logged last.
     failure: Option<String>,
 }
 
@@ -75,7 +75,7 @@ impl Link {
         })
     }
 
-    /// Handles events, then does everything that can be done now.
+    /// Handles events, then does all work that is possible now.
     fn work(&mut self) -> io::Result<()> {
         let mut events = [EpollEvent::default(); 3];
         let count = self.epoll.wait(0, &mut events)?;
@@ -86,7 +86,7 @@ impl Link {
                     self.retry.wait()?;
                     self.waiting = false;
                 }
-                // Nothing is expected of it between calls.
+                // The back end sends nothing between calls, so any event means that the connection is broken.
                 _ if self.session.is_some() => {
                     if !event.event_set().contains(EventSet::READ_HANG_UP) {
                         self.shared.protocol_errors.count();
@@ -114,7 +114,7 @@ impl Link {
                         Some(Ok(())) => {
                             self.shared.serving.set(1);
                             self.recovered();
-                            // Interrupts for what its predecessor completed may be lost.
+                            // Interrupts for chains that the previous back end completed may be lost.
                             for ring in &rings.rings {
                                 rings.interrupt.signal_queue(ring.index);
                             }
@@ -139,7 +139,7 @@ impl Link {
         }
     }
 
-    /// Whether there is a session now.
+    /// Connects. Returns whether a session exists.
     fn connect(&mut self) -> io::Result<bool> {
         let connected = connect(&self.socket).and_then(|stream| {
             stream.set_nonblocking(false)?;
@@ -173,7 +173,7 @@ impl Link {
         }
     }
 
-    /// The dialogue has failed.
+    /// Handles a failed handshake or message exchange.
     fn refused(&mut self, error: Option<SessionError>) -> io::Result<()> {
         self.shared.protocol_errors.count();
         let text = error.map_or_else(|| "no connection".to_owned(), |error| chain(&error));
@@ -206,7 +206,7 @@ impl Link {
         Ok(())
     }
 
-    /// Takes the rings back: the queues' thread waits for that.
+    /// Takes the rings back; the queues' thread waits for that.
     fn finish(&mut self, reason: Reason) {
         self.gate.link_saw(reason);
         if let Err(error) = self.advance() {
@@ -221,7 +221,7 @@ impl Link {
         }
     }
 
-    /// Logs a failure unless it is that of the last attempt, too.
+    /// Logs a failure unless it is the same as for the last attempt.
     fn report(&mut self, failure: String) {
         if self.failure.as_ref() != Some(&failure) {
             log::warn!("{}: {}: {failure}", self.name, self.socket.display());

@@ -1,25 +1,26 @@
 //! Devices whose queues another process serves: the front end of vhost-user.
 //!
 //! ```text
-//!   guest ── doorbell ──────────────────────────► back end      (KVM rings it; no thread of the VMM takes part)
+//!   guest ── doorbell ──────────────────────────► back end      (signalled by KVM; no thread of the VMM is involved)
 //!   guest ◄── interrupt ── queues ◄── call ────── back end
 //!                            │ gate
 //!                           link ◄── socket ────► back end      (features, memory, addresses of the rings)
 //!
 //!   queues   the handler of all queues: offers the rings, passes interrupts on
-//!   link     a handler without queues: connects, and talks to the back end
-//!   gate     what both threads share: which rings are offered, and whether the back end has them
+//!   link     a handler without queues: connects and communicates with the back end
+//!   gate     state shared by both threads: which rings are offered, and whether the back end has them
 //!   session  one connection
-//!   rings    the queues as the back end needs them
+//!   rings    the queues in the form that the back end needs
 //! ```
 //!
-//! Only the link waits for the back end, for as long as it takes. If the guest resets the device, or the VM pauses or
+//! Only the link waits for the back end, without a time limit. If the guest resets the device, or the VM pauses or
 //! ends, the queues' thread gives the back end [`GRACE`] to return the rings. Then it shuts the connection down, which
-//! ends every call of the link. So a back end that never answers holds nobody up.
+//! ends every call of the link. So a back end that never responds blocks no other thread.
 //!
-//! A back end that goes away is sought forever. If it keeps a record of its requests in flight, the VMM holds that
-//! record for its successor (`VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`). Otherwise the successor continues after the last
-//! request that was completed, which is exact for a back end that completes requests in order.
+//! The link tries forever to reconnect to a back end that has disconnected. If the back end keeps a record of its
+//! requests in flight, the VMM keeps that record for its successor (`VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD`). Otherwise
+//! the successor continues after the last completed request, which is exact for a back end that completes requests in
+//! order.
 
 mod gate;
 mod link;
@@ -45,31 +46,31 @@ use gate::Gate;
 use link::Link;
 use queues::Queues;
 
-/// Features of every device type that the back end implements.
+/// Features, common to all device types, that the back end implements.
 pub(crate) const RING_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
 
-/// How long a back end may take to return the rings.
+/// Maximum time for a back end to return the rings.
 const GRACE: Duration = Duration::from_secs(1);
 
 counters! {
     /// The counters of a device.
     Shared {
-        /// Now.
+        /// Gauge: whether the back end is connected.
         connected,
-        /// Now: the back end has the rings.
+        /// Gauge: whether the back end has the rings.
         serving,
         connections,
         connections_lost,
-        /// Messages and values that break the protocol, and refusals by the back end.
+        /// Messages and values that violate the protocol, and rejections by the back end.
         protocol_errors,
-        /// The back end did not return the rings in time.
+        /// Number of times the back end did not return the rings in time.
         rings_taken_away,
         interrupts,
     }
 }
 
-/// Both handlers of a device, in the order in which the transport needs them: queues first.
+/// Both handlers of a device, in the order that the transport needs: queues first.
 pub(crate) fn handlers(
     id: &str,
     socket: PathBuf,

@@ -75,7 +75,7 @@ impl QueueHandler for Queues {
             return Ok(());
         };
         if let Some(ring) = rings.rings.get(token as usize) {
-            // EAGAIN: the back end has read it itself.
+            // EAGAIN: the event has already been read.
             ring.call.read().ok();
             self.shared.interrupts.count();
             rings.interrupt.signal_queue(ring.index);

@@ -1,4 +1,4 @@
-//! The queues of an active device, as a back end needs them.
+//! The queues of an active device, in the form that a back end needs.
 
 use std::fs::File;
 use std::io;
@@ -58,7 +58,7 @@ impl Rings {
         })
     }
 
-    /// The back end is gone, and has not said how far it was.
+    /// Prepares for a new back end when the previous one disconnected without reporting its position.
     pub(super) fn continue_after_last_completed(&self) {
         let mem = self.mem.memory();
         for ring in &self.rings {
@@ -67,7 +67,7 @@ impl Rings {
         }
     }
 
-    /// Where a driver that continues elsewhere finds the queues.
+    /// The positions at which the queues continue in a restored device.
     pub(super) fn positions(&self) -> Vec<QueuePosition> {
         let mem = self.mem.memory();
         let position = |ring: &Ring| QueuePosition {
@@ -98,14 +98,14 @@ impl Ring {
         self.next_avail.load(Ordering::Relaxed)
     }
 
-    /// The number of completed chains in the used ring. The transport has checked that the ring is in RAM.
+    /// The number of completed chains, from the used ring. The transport has checked that the ring is in RAM.
     fn next_used(&self, mem: &GuestMemoryMmap<()>) -> u16 {
         let read = self.queue.used_idx(mem, Ordering::Acquire);
         read.map_or(0, |index| index.0)
     }
 
     /// Stores the next chain as the back end reports it. If it is not between the last completed and the last available
-    /// chain, the last completed one is stored, and the result is false.
+    /// chain, the last completed position is stored, and the result is false.
     pub(super) fn stopped_at(&self, mem: &GuestMemoryMmap<()>, base: u32) -> bool {
         let used = self.next_used(mem);
         let available = self.queue.avail_idx(mem, Ordering::Acquire);
@@ -116,7 +116,7 @@ impl Ring {
         valid
     }
 
-    /// The addresses of the ring in this process; `None` if guest RAM has lost one.
+    /// The addresses of the ring in this process; `None` if one is no longer in guest RAM.
     pub(super) fn addresses(&self, mem: &GuestMemoryMmap<()>) -> Option<VringConfigData> {
         let host = |address| {
             let host = mem.get_host_address(GuestAddress(address));

@@ -1,4 +1,4 @@
-//! One connection to a back end. Every call waits for it.
+//! One connection to a back end. Every call waits for the back end.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -13,10 +13,10 @@ use vm_memory::{GuestAddressSpace, GuestMemoryBackend, GuestMemoryMmap};
 use super::rings::{Ring, Rings};
 use crate::Unpoisoned;
 
-/// Regions that every back end accepts in one message (`VHOST_MEMORY_BASELINE_NREGIONS`).
+/// Number of regions that every back end accepts in one message (`VHOST_MEMORY_BASELINE_NREGIONS`).
 const REGIONS_OF_A_TABLE: usize = 8;
 
-/// Reasons to give up a connection.
+/// Reasons to close a connection.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum SessionError {
     #[error("{what} failed")]
@@ -50,7 +50,7 @@ pub(super) struct Session {
 }
 
 impl Session {
-    /// Agrees on the protocol. `queues`: the maximum that the device has.
+    /// Negotiates the protocol. `queues`: the maximum number for the device.
     pub(super) fn open(stream: UnixStream, queues: usize) -> Result<Self, SessionError> {
         let mut frontend = Frontend::from_stream(stream, queues as u64);
         let features = frontend.get_features().map_err(in_call("GET_FEATURES"))?;
@@ -89,7 +89,7 @@ impl Session {
         })
     }
 
-    /// The socket, to notice its end.
+    /// The socket, to detect when it closes.
     pub(super) fn fd(&self) -> RawFd {
         self.frontend.as_raw_fd()
     }
@@ -98,7 +98,7 @@ impl Session {
         self.protocol.contains(feature)
     }
 
-    /// Hands the rings over.
+    /// Passes the rings to the back end.
     pub(super) fn start(&mut self, rings: &Rings) -> Result<(), SessionError> {
         let missing = rings.features & !self.features;
         if missing != 0 {
@@ -119,7 +119,7 @@ impl Session {
         for ring in &rings.rings {
             self.start_ring(ring, &mem)?;
         }
-        // Without protocol features a ring is enabled when it is started.
+        // Without protocol features, starting a ring also enables it.
         if own != 0 {
             for ring in &rings.rings {
                 self.frontend
@@ -128,13 +128,13 @@ impl Session {
             }
         }
         for ring in &rings.rings {
-            // The guest may have rung for a back end that is gone.
+            // The guest may have signalled the doorbell for a back end that is gone.
             ring.doorbell.write(1).ok();
         }
         Ok(())
     }
 
-    /// Memory that virtio-mem plugs in later is part of guest RAM from the start.
+    /// Passes guest RAM to the back end. It includes memory that virtio-mem plugs in later.
     fn share_memory(&mut self, mem: &GuestMemoryMmap<()>) -> Result<(), SessionError> {
         let regions = mem
             .iter()
@@ -180,7 +180,7 @@ impl Session {
                 .frontend
                 .get_inflight_fd(&wanted)
                 .map_err(in_call("GET_INFLIGHT_FD"))?;
-            // The back end decides only about the file.
+            // The back end chooses only the file.
             told.num_queues = wanted.num_queues;
             told.queue_size = wanted.queue_size;
             *inflight = Some((told, file));
@@ -215,7 +215,7 @@ impl Session {
             .map_err(in_call("SET_VRING_KICK"))
     }
 
-    /// Takes the rings back. Returns how many positions the back end reported wrongly.
+    /// Takes the rings back. Returns the number of positions that the back end reported incorrectly.
     pub(super) fn stop(&mut self, rings: &Rings) -> Result<u64, SessionError> {
         let mem = rings.mem.memory();
         let mut wrong = 0;

@@ -1,13 +1,13 @@
 //! One stream between a port of the guest and a UNIX socket of the host.
 //!
 //! ```text
-//!   Requested ── the guest accepts ──► Open ── either side sends no more ──► Open, in one direction
+//!   Requested ── the guest accepts ──► Open ── either side stops sending ──► Open, in one direction
 //!       │                               │                                      │
 //!       └──────── a reset from either side, or both directions ended ──────────┴──► gone
 //! ```
 //!
-//! Credit (virtio 1.2 §5.10.6.3): each side reports how much it can buffer and how much of the received data it has
-//! passed on. The counts run endlessly and wrap at 2³².
+//! Credit (virtio 1.2 §5.10.6.3): each side reports the size of its buffer and the number of received bytes that it has
+//! passed on. The counts wrap at 2³².
 
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, Read, Write};
@@ -18,7 +18,7 @@ use super::packet::{Header, Op, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
 /// Maximum number of bytes of one connection in transit to the host, which is the buffer size reported to the guest.
 pub(super) const BUFFER_BYTES: u32 = 64 << 10;
-/// The guest is notified of room if it knows of less than this.
+/// The guest is notified of free buffer space if the space it knows of is smaller than this.
 const ROOM_KNOWN_MIN: u32 = BUFFER_BYTES / 2;
 
 /// A connection's ports: the host's and the guest's.
@@ -30,7 +30,7 @@ pub(super) struct Ports {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
-    /// The guest has not answered the request.
+    /// The guest has not yet responded to the request.
     Requested,
     Open,
 }
@@ -40,15 +40,15 @@ enum Phase {
 pub(super) struct Outgoing {
     pub(super) op: Op,
     pub(super) flags: u32,
-    /// Bytes of data in the caller's buffer.
+    /// Number of data bytes in the caller's buffer.
     pub(super) len: usize,
 }
 
-/// The guest violated the protocol: the connection is reset.
+/// The guest violated the protocol, so the connection is reset.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Violation;
 
-/// Packets owed to the guest, apart from data.
+/// Packets that must still be sent to the guest, apart from data.
 #[derive(Debug, Default)]
 struct Owed {
     request: bool,
@@ -72,10 +72,10 @@ pub(super) struct Connection {
     sent: u32,
     guest_buf_alloc: u32,
     guest_fwd_cnt: u32,
-    /// Credit was requested from the guest, and no data was sent since. A guest without credit answers at once: a new
-    /// request at each answer would keep both sides busy until a program of the guest reads.
+    /// Credit was requested from the guest, and no data was sent since. A guest without credit responds at once, so a
+    /// new request after each response would keep both sides busy until a program in the guest reads.
     credit_requested: bool,
-    /// SHUTDOWN_* that the guest knows of.
+    /// SHUTDOWN_* that was sent to the guest.
     shutdown_sent: u32,
 
     // Guest to host.
@@ -84,23 +84,23 @@ pub(super) struct Connection {
     forwarded: u32,
     /// `forwarded` as last reported to the guest.
     forwarded_known: u32,
-    /// The host's program accepts nothing any more.
+    /// The host's program no longer accepts data.
     host_closed: bool,
     /// SHUTDOWN_* that the guest has sent.
     shutdown_received: u32,
-    /// The guest's end was passed on to the host.
+    /// The end of the guest's data was passed on to the host.
     end_passed_on: bool,
 }
 
 impl Connection {
-    /// A host program connects to the guest.
+    /// A connection from a host program to the guest.
     pub(super) fn to_guest(ports: Ports, stream: UnixStream) -> Self {
         let mut connection = Self::new(ports, stream, Phase::Requested);
         connection.owed.request = true;
         connection
     }
 
-    /// The guest has connected to the host.
+    /// A connection from the guest to the host.
     pub(super) fn from_guest(ports: Ports, stream: UnixStream, request: &Header) -> Self {
         let mut connection = Self::new(ports, stream, Phase::Open);
         connection.owed.response = true;
@@ -131,28 +131,28 @@ impl Connection {
         }
     }
 
-    /// Bytes passed on to the host, reported to the guest with every packet.
+    /// Number of bytes passed on to the host, reported to the guest with every packet.
     pub(super) fn forwarded(&self) -> u32 {
         self.forwarded
     }
 
-    /// The guest gets a reset, and then the connection is removed.
+    /// Sends a reset to the guest; then the connection is removed.
     pub(super) fn reset(&mut self) {
         self.owed.reset = true;
     }
 
-    /// The stream may be readable.
+    /// Handles a stream that may be readable.
     pub(super) fn host_readable(&mut self) {
         self.readable = true;
     }
 
-    /// The stream's other end is closed: it accepts nothing, but there may be data left to read.
+    /// Handles a stream whose other end is closed: it accepts no data, but there may be data left to read.
     pub(super) fn host_hung_up(&mut self) {
         self.readable = true;
         self.host_gone();
     }
 
-    /// The stream is writable. Returns the number of bytes written.
+    /// Handles a writable stream. Returns the number of bytes written.
     pub(super) fn host_writable(&mut self) -> usize {
         let before = self.forwarded;
         while !self.backlog.is_empty() && !self.host_closed {
@@ -168,26 +168,26 @@ impl Connection {
             }
         }
         if self.backlog.is_empty() {
-            // A connection that once filled its buffer frees it.
+            // A connection that once filled its buffer frees the memory.
             self.backlog = VecDeque::new();
             self.pass_on_end();
         }
         self.forwarded.wrapping_sub(before) as usize
     }
 
-    /// The guest has sent everything, and part of it is not yet delivered to the host.
+    /// Whether the guest has sent everything, but part of it is not yet delivered to the host.
     pub(super) fn is_draining(&self) -> bool {
         self.shutdown_received & SHUTDOWN_SEND != 0 && !self.backlog.is_empty()
     }
 
-    /// The guest accepts. The host's program is notified.
+    /// The guest accepts the connection. Notifies the host's program.
     pub(super) fn accepted(&mut self) -> Result<(), Violation> {
         if self.phase != Phase::Requested {
             return Err(Violation);
         }
         self.phase = Phase::Open;
         let text = format!("OK {}\n", self.ports.host);
-        // Nothing was written yet, so if the program still exists, there is room for all of it.
+        // Nothing was written yet, so the text fits, if the program still exists.
         match self.stream.write(text.as_bytes()) {
             Ok(count) if count == text.len() => {}
             Ok(_) | Err(_) => self.host_gone(),
@@ -195,7 +195,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Every packet of the guest carries credit.
+    /// Stores the credit that every packet of the guest carries.
     pub(super) fn take_credit(&mut self, header: &Header) {
         self.guest_buf_alloc = header.buf_alloc;
         self.guest_fwd_cnt = header.fwd_cnt;
@@ -206,7 +206,7 @@ impl Connection {
         self.owed.credit_update = true;
     }
 
-    /// Data from the guest, on its way to the host.
+    /// Accepts data from the guest for the host.
     pub(super) fn take_data(&mut self, data: &[u8]) -> Result<(), Violation> {
         let on_the_way = self.received.wrapping_sub(self.forwarded);
         let room = (BUFFER_BYTES - on_the_way) as usize;
@@ -232,14 +232,14 @@ impl Connection {
         }
         self.shutdown_received |= flags & SHUTDOWN_BOTH;
         if self.shutdown_received & SHUTDOWN_RECEIVE != 0 {
-            // The host's program may be gone already, which has the same effect.
+            // The host's program may have closed the stream, which has the same effect.
             self.stream.shutdown(Shutdown::Read).ok();
         }
         self.pass_on_end();
         Ok(())
     }
 
-    /// The next packet for the guest, with data in `buffer`. `None` if there is none now.
+    /// The next packet for the guest, with data in `buffer`; `None` if there is none now.
     pub(super) fn next(&mut self, buffer: &mut [u8]) -> Option<Outgoing> {
         let bare = |op| Outgoing {
             op,
@@ -293,7 +293,7 @@ impl Connection {
                 None
             }
             Ok(len) => {
-                // No longer than a buffer.
+                // At most the size of a buffer.
                 self.sent = self.sent.wrapping_add(len as u32);
                 self.credit_requested = false;
                 Some(Outgoing {
@@ -323,7 +323,7 @@ impl Connection {
         }
     }
 
-    /// SHUTDOWN_* if the guest has not received it yet. Data that the guest no longer receives need not be read to the
+    /// SHUTDOWN_* that must still be sent to the guest. Data that the guest no longer receives need not be read to the
     /// end.
     fn next_shutdown(&mut self) -> Option<u32> {
         let unwanted = self.shutdown_received & SHUTDOWN_RECEIVE != 0;
@@ -339,7 +339,7 @@ impl Connection {
         news.then_some(flags)
     }
 
-    /// The host's program accepts nothing any more; data in transit is lost, as on any socket.
+    /// The host's program no longer accepts data; data in transit is lost, as on any socket.
     fn host_gone(&mut self) {
         self.host_closed = true;
         let lost = std::mem::take(&mut self.backlog).len();
@@ -357,14 +357,14 @@ impl Connection {
         }
     }
 
-    /// Once all of the guest's data is with the host, the end is passed on to the host. A guest that has ended both
-    /// directions gets a reset (virtio 1.2 §5.10.6.5).
+    /// Passes the end on to the host once all of the guest's data is delivered. A guest that has ended both directions
+    /// gets a reset (virtio 1.2 §5.10.6.5).
     fn pass_on_end(&mut self) {
         if !self.backlog.is_empty() || self.shutdown_received & SHUTDOWN_SEND == 0 {
             return;
         }
         if !std::mem::replace(&mut self.end_passed_on, true) {
-            // The host's program may be gone already, which has the same effect.
+            // The host's program may have closed the stream, which has the same effect.
             self.stream.shutdown(Shutdown::Write).ok();
         }
         if self.shutdown_received == SHUTDOWN_BOTH {

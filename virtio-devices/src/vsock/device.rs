@@ -1,4 +1,4 @@
-//! The configuration half: the guest's address.
+//! The configuration half, which contains the guest's address.
 
 use std::io;
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ use crate::listening_socket::ListeningSocket;
 
 /// Virtio device id.
 const DEVICE_TYPE: u32 = 19;
-/// Receive, transmit, event.
+/// Queues: receive, transmit, event.
 const QUEUE_SIZES: [u16; 3] = [256; 3];
 
 /// Parameters of the device.
@@ -25,10 +25,9 @@ const QUEUE_SIZES: [u16; 3] = [256; 3];
 pub struct VsockParams {
     /// Names the device and its thread.
     pub id: String,
-    /// The guest's address, above 2.
+    /// The guest's context id, above 2.
     pub cid: u32,
-    /// The socket to which the host's programs connect. The guest connects to sockets with `_PORT` appended to this
-    /// path.
+    /// The socket to which host programs connect. The guest connects to sockets with this path plus `_PORT`.
     pub socket: PathBuf,
 }
 
@@ -44,7 +43,7 @@ impl State for VsockState {
 counters! {
     /// The counters of both halves.
     Shared {
-        /// Now.
+        /// Gauge: number of current connections.
         connections,
         connections_opened,
         connections_refused,
@@ -74,7 +73,7 @@ pub struct Vsock {
 }
 
 impl Vsock {
-    /// Listens on the socket. The worker thread closes it and removes its path when it ends.
+    /// Listens on the socket. When the worker thread ends, it closes the socket and removes its path.
     ///
     /// # Errors
     /// The socket cannot be created, or is in use.

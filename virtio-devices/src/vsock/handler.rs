@@ -1,4 +1,4 @@
-//! The queue half: packets in and out of the rings.
+//! The queue half: moves packets in and out of the rings.
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ const TRANSMIT: u16 = 1;
 /// Token of the only source.
 const TOKEN_HOST: u32 = 0;
 
-/// Maximum number of data bytes in one packet, either way. Linux sends no more.
+/// Maximum number of data bytes in one packet, in either direction. Linux sends no more.
 const DATA_BYTES_MAX: usize = 64 << 10;
 
 struct Active {
@@ -102,17 +102,17 @@ impl VsockHandler {
         let ram = active.mem.memory();
         queue.disable_doorbell(&ram)?;
         while self.muxer.has_packets() {
-            // Room for at least one byte of data.
+            // Space for at least one byte of data.
             let next = queue.next_writable(&ram, HEADER_BYTES + 1, turn, || {
                 self.shared.bad_packet("no room for a packet");
             });
             match next? {
                 Next::Chain((head, buffers)) => match self.fill(&buffers, turn) {
                     Some(written) => queue.push_used(&ram, head, written)?,
-                    // Nothing after all. The buffer is kept for the next packet.
+                    // No packet was available. The buffer is kept for the next one.
                     None => queue.unpop(1),
                 },
-                // The guest rings when it has a buffer.
+                // The guest will notify the device when it provides a buffer.
                 Next::Empty if queue.enable_doorbell(&ram)? => queue.disable_doorbell(&ram)?,
                 Next::Empty | Next::TurnOver => break,
             }
@@ -120,7 +120,7 @@ impl VsockHandler {
         queue.signal(&ram)
     }
 
-    /// Writes the next packet. Returns its bytes; `None` if there is none.
+    /// Writes the next packet. Returns its length; `None` if there is none.
     fn fill(&mut self, buffers: &GuestBuffers, turn: &mut Turn) -> Option<u32> {
         let room = (buffers.bytes() - HEADER_BYTES).min(DATA_BYTES_MAX);
         let header = self.muxer.next_packet(&mut self.data[..room], turn)?;

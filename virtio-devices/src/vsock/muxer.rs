@@ -1,4 +1,4 @@
-//! All connections of a guest, the socket to which the host's programs connect, and the order of service.
+//! All connections of a guest, the socket for host programs, and the order of service.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{self, ErrorKind, Read};
@@ -23,34 +23,35 @@ use crate::worker::Turn;
 
 const PART: Part = parts::VSOCK_CONNECTIONS;
 
-/// Maximum number of streams, including those whose host program has not sent its greeting. As in Cloud Hypervisor.
+/// Maximum number of streams, including those whose host program has not sent its greeting. The same as in Cloud
+/// Hypervisor.
 pub const CONNECTIONS_MAX: usize = 1023;
-/// Maximum number of resets that wait for the guest without a connection. More are dropped and counted: a guest that
-/// receives none has sent as many invalid packets.
+/// Maximum number of resets for the guest that belong to no connection and wait to be sent. Further ones are dropped
+/// and counted. The guest can reach the limit only by sending as many invalid packets without receiving.
 const RESETS_MAX: usize = 2 * CONNECTIONS_MAX;
-/// Maximum number of events per call. More stay ready.
+/// Maximum number of events per call. Further ones stay ready.
 const EVENTS_MAX: usize = 64;
-/// Length of "CONNECT 4294967295\n", and some spaces.
+/// Length of "CONNECT 4294967295\n", plus some spaces.
 const GREETING_BYTES_MAX: usize = 32;
-/// Ports of the host's programs: bit 30 set, bit 31 clear, as in Cloud Hypervisor.
+/// Ports of host programs: bit 30 set, bit 31 clear, as in Cloud Hypervisor.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 const LAST_HOST_PORT: u32 = (1 << 31) - 1;
 
-/// How long no program is accepted after the process ran out of descriptors.
+/// Time without accepting programs after the process ran out of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 // Data in the epoll set; streams use their slot.
 const LISTENER: u64 = u64::MAX;
 const ACCEPT_AGAIN: u64 = LISTENER - 1;
 
-/// The state of the connections when the machine continues elsewhere: the guest is notified that they are gone.
-/// Programs of the host have to connect again.
+/// The saved connections. Where the machine continues, the guest is notified that they are gone, and host programs have
+/// to connect again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockConnectionsState {
-    /// The port of the next host program. A guest may still remember those before it.
+    /// The port of the next host program. A guest may still remember earlier ones.
     pub next_host_port: u32,
-    /// Ports of the host and of the guest.
+    /// Host port and guest port of each connection.
     pub connections: Vec<(u32, u32)>,
 }
 
@@ -58,7 +59,7 @@ impl State for VsockConnectionsState {
     const PART: Part = PART;
 }
 
-/// A host program that has connected and not sent its greeting.
+/// A host program that has connected but not sent its greeting.
 #[derive(Debug)]
 struct Greeting {
     stream: UnixStream,
@@ -71,20 +72,20 @@ enum Slot {
     Greeting(Greeting),
     Connected {
         connection: Connection,
-        /// It is in `ready`.
+        /// Whether it is in `ready`.
         queued: bool,
     },
-    /// The guest has forgotten the connection, and its last bytes are still on the way to the host.
+    /// The guest has closed the connection, and its last bytes are still in transit to the host.
     Draining(Connection),
 }
 
 /// The state of a greeting.
 enum Progress {
-    /// Not the whole line.
+    /// The line is not complete.
     Incomplete,
-    /// The requested port of the guest.
+    /// The guest port that the program requests.
     Port(u32),
-    /// Not `CONNECT PORT`.
+    /// The line is not `CONNECT PORT`.
     Invalid,
 }
 
@@ -94,12 +95,12 @@ pub(super) struct Muxer {
     epoll: Epoll,
     /// The listener is watched.
     listening: bool,
-    /// Runs while a driver is there and the listener is not watched.
+    /// Runs while a driver is active and the listener is not watched.
     accept_again: TimerFd,
     slots: Vec<Slot>,
     free: Vec<usize>,
     by_ports: BTreeMap<Ports, usize>,
-    /// Connections that may have a packet for the guest, each once.
+    /// Connections that may have a packet for the guest, each listed once.
     ready: VecDeque<usize>,
     resets: VecDeque<Ports>,
     next_host_port: u32,
@@ -134,7 +135,7 @@ impl Muxer {
         })
     }
 
-    /// Readable when [`Muxer::serve_host`] has something to do.
+    /// Readable when [`Muxer::serve_host`] has work to do.
     pub(super) fn fd(&self) -> RawFd {
         self.epoll.as_raw_fd()
     }
@@ -150,7 +151,7 @@ impl Muxer {
         Ok(())
     }
 
-    /// The driver is gone, and all connections with it.
+    /// The driver is gone, and all its connections are closed.
     pub(super) fn stop(&mut self) {
         self.stop_listening();
         if let Err(error) = self.accept_again.clear() {
@@ -204,7 +205,7 @@ impl Muxer {
         Ok(())
     }
 
-    /// Looks at the listener and the streams that are ready, once.
+    /// Serves the listener and the ready streams once.
     pub(super) fn serve_host(&mut self, turn: &mut Turn) -> io::Result<()> {
         let mut events = [EpollEvent::default(); EVENTS_MAX];
         let count = match self.epoll.wait(0, &mut events) {
@@ -217,7 +218,8 @@ impl Muxer {
             match event.data() {
                 LISTENER => self.accept()?,
                 ACCEPT_AGAIN => self.start()?,
-                // A slot's number. Nothing but its own event frees a slot in this loop, so it is the same stream.
+                // The number of a slot. In this loop a slot is freed only by its own event, so it is still the same
+                // stream.
                 slot => self.serve_stream(slot as usize, event.event_set(), turn),
             }
         }
@@ -233,11 +235,11 @@ impl Muxer {
                 }
                 Err(error) => self.refuse(error),
             },
-            // Closed at once: the program sees the end.
+            // Closed at once: the program sees the end of the stream.
             Ok(_) => self.refuse("too many connections"),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {}
             Err(error) => {
-                // No descriptor. The program goes on waiting, and would wake this thread without end.
+                // No descriptor is left. The program keeps waiting, and would wake this thread endlessly.
                 self.refuse(error);
                 self.stop_listening();
                 self.accept_again.reset(ACCEPT_PAUSE, None)?;
@@ -259,7 +261,7 @@ impl Muxer {
         self.slots.len() - self.free.len() < CONNECTIONS_MAX
     }
 
-    /// Watches a stream, for which the caller fills the slot that this returns. The kernel reports each change once.
+    /// Watches a stream. The caller fills the slot that this returns. The kernel reports each change once.
     fn watch(&mut self, fd: RawFd) -> io::Result<usize> {
         let index = self.free.pop().unwrap_or_else(|| {
             self.slots.push(Slot::Free);
@@ -275,7 +277,7 @@ impl Muxer {
         added.map(|()| index)
     }
 
-    /// Closes the stream, which also ends its being watched.
+    /// Closes the stream, which also stops watching it.
     fn remove(&mut self, index: usize) {
         let slot = std::mem::replace(&mut self.slots[index], Slot::Free);
         if let Slot::Connected { connection, .. } = slot {
@@ -327,7 +329,7 @@ impl Muxer {
         }
     }
 
-    /// The program in `index` has said that it wants to go to `port` of the guest's.
+    /// Handles the request of the program in `index` to connect to guest port `port`.
     fn connect_to_guest(&mut self, index: usize, port: u32) {
         let ports = Ports {
             host: self.new_host_port(port),
@@ -350,7 +352,7 @@ impl Muxer {
         self.make_ready(index);
     }
 
-    /// A port that no connection to `guest` has. There are more than connections.
+    /// A port that no connection to `guest` uses. There are more ports than connections.
     fn new_host_port(&mut self, guest: u32) -> u32 {
         loop {
             let host = self.next_host_port;
@@ -372,7 +374,7 @@ impl Muxer {
         }
     }
 
-    /// A packet of the guest's; `data` are its `len` bytes.
+    /// Handles a packet of the guest; `data` contains its `len` bytes.
     pub(super) fn take_packet(&mut self, header: &Header, data: &[u8], turn: &mut Turn) {
         if header.src_cid != self.guest_cid || header.dst_cid != CID_HOST {
             self.shared.bad_packet("wrong address");
@@ -386,7 +388,7 @@ impl Muxer {
         let Some(&index) = self.by_ports.get(&ports) else {
             match op {
                 Some(Op::Request) => self.connect_to_host(ports, header),
-                // Nothing answers a reset, or two sides would go on for ever.
+                // A reset gets no response; otherwise two sides could exchange resets endlessly.
                 Some(Op::Reset) => {}
                 Some(_) => self.push_reset(ports),
                 None => {
@@ -424,8 +426,8 @@ impl Muxer {
         self.make_ready(index);
     }
 
-    /// The guest has forgotten a connection. A guest that has closed it does so after some seconds, even if the host's
-    /// program has not read everything by then.
+    /// The guest has removed a connection. After closing it, a guest does so within seconds, even if the host's program
+    /// has not read everything.
     fn reset_by_guest(&mut self, index: usize) {
         self.ready.retain(|ready| *ready != index);
         let slot = std::mem::replace(&mut self.slots[index], Slot::Free);
@@ -442,7 +444,7 @@ impl Muxer {
         }
     }
 
-    /// The guest wants to go to a port of the host's: a socket beside the listener's.
+    /// Handles the guest's request to connect to a host port: a socket whose path is the listener's plus the port.
     fn connect_to_host(&mut self, ports: Ports, request: &Header) {
         let mut path = self.listener.path().as_os_str().to_owned();
         path.push(format!("_{}", ports.host));
@@ -472,12 +474,12 @@ impl Muxer {
         }
     }
 
-    /// Whether the guest may have a packet waiting.
+    /// Whether there may be a packet for the guest.
     pub(super) fn has_packets(&self) -> bool {
         !self.resets.is_empty() || !self.ready.is_empty()
     }
 
-    /// The next packet for the guest: its header, and data in `buffer`. `None` if there is none after all.
+    /// The next packet for the guest: its header, and data in `buffer`. `None` if there is none.
     pub(super) fn next_packet(&mut self, buffer: &mut [u8], turn: &mut Turn) -> Option<Header> {
         if let Some(ports) = self.resets.pop_front() {
             let reset = Outgoing {
@@ -487,7 +489,7 @@ impl Muxer {
             };
             return Some(self.header(ports, reset, 0));
         }
-        // Each connection at most once: it goes to the end, or out.
+        // Each connection at most once: it moves to the end of the queue or is removed.
         for _ in 0..self.ready.len() {
             let index = self.ready.pop_front()?;
             let Slot::Connected { connection, queued } = &mut self.slots[index] else {
@@ -497,7 +499,7 @@ impl Muxer {
             let ports = connection.ports;
             let Some(outgoing) = connection.next(buffer) else {
                 *queued = false;
-                // The caller comes back for the others.
+                // The caller will continue with the others.
                 if turn.is_called() {
                     return None;
                 }
@@ -521,7 +523,7 @@ impl Muxer {
             dst_cid: self.guest_cid,
             src_port: ports.host,
             dst_port: ports.guest,
-            // No longer than a buffer.
+            // At most the size of a buffer.
             len: outgoing.len as u32,
             socket_type: TYPE_STREAM,
             op: outgoing.op as u16,
@@ -533,7 +535,7 @@ impl Muxer {
 }
 
 impl Greeting {
-    /// Reads on, a byte at a time: what follows the line is the guest's.
+    /// Reads one byte at a time, because data after the line belongs to the guest.
     fn read_line(&mut self) -> Progress {
         while self.line.len() < GREETING_BYTES_MAX {
             let mut byte = [0];

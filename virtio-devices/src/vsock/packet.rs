@@ -1,20 +1,20 @@
 //! The header of a packet (virtio 1.2 §5.10.6).
 
-/// Bytes of a header on the ring.
+/// Bytes of a header in the ring.
 pub(super) const HEADER_BYTES: usize = 44;
-/// The host's address.
+/// The host's context id.
 pub(super) const CID_HOST: u64 = 2;
-/// A stream socket, the only type there is here.
+/// A stream socket, the only supported type.
 pub(super) const TYPE_STREAM: u16 = 1;
 
-/// Sender of the packet receives no more.
+/// The sender of the packet will receive no more data.
 pub(super) const SHUTDOWN_RECEIVE: u32 = 1;
-/// Sender of the packet sends no more.
+/// The sender of the packet will send no more data.
 pub(super) const SHUTDOWN_SEND: u32 = 2;
-/// Both.
+/// Both directions are shut down.
 pub(super) const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
 
-/// What a packet does.
+/// The operation of a packet.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u16)]
 pub(super) enum Op {
@@ -38,7 +38,7 @@ impl Op {
         Self::CreditRequest,
     ];
 
-    /// `None` for a number that means nothing.
+    /// `None` for an undefined number.
     pub(super) fn from_wire(number: u16) -> Option<Self> {
         Self::ALL.into_iter().find(|op| *op as u16 == number)
     }
@@ -55,9 +55,9 @@ pub(super) struct Header {
     pub(super) socket_type: u16,
     pub(super) op: u16,
     pub(super) flags: u32,
-    /// Bytes the sender can take before they are read.
+    /// Size of the sender's receive buffer in bytes.
     pub(super) buf_alloc: u32,
-    /// Bytes the sender has taken and passed on, counted without end.
+    /// Free-running number of bytes that the sender has received and passed on.
     pub(super) fwd_cnt: u32,
 }
 

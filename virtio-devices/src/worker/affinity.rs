@@ -7,13 +7,13 @@ use std::mem;
 use std::os::unix::thread::JoinHandleExt;
 use std::thread::JoinHandle;
 
-/// The number of host CPUs that an affinity can name.
+/// Number of host CPUs that an affinity can name.
 pub const HOST_CPUS_MAX: usize = libc::CPU_SETSIZE as usize;
 
-/// Pins a thread to host CPUs, all of which are below [`HOST_CPUS_MAX`].
+/// Pins a thread to host CPUs, all of which must be below [`HOST_CPUS_MAX`].
 ///
 /// # Errors
-/// The kernel refused: this process may use none of them.
+/// The kernel refused: this process may not use any of them.
 pub fn pin<T>(thread: &JoinHandle<T>, host_cpus: &[usize]) -> io::Result<()> {
     // SAFETY: an all-zero `cpu_set_t` is the empty set.
     let mut set: libc::cpu_set_t = unsafe { mem::zeroed() };
@@ -21,8 +21,7 @@ pub fn pin<T>(thread: &JoinHandle<T>, host_cpus: &[usize]) -> io::Result<()> {
         // SAFETY: `cpu` is below the set's size.
         unsafe { libc::CPU_SET(cpu, &mut set) };
     }
-    // SAFETY: the thread is not joined while its handle is borrowed; the set is valid and of the
-    // size given.
+    // SAFETY: the thread is not joined while its handle is borrowed; the set is valid and has the given size.
     let result = unsafe {
         libc::pthread_setaffinity_np(thread.as_pthread_t(), size_of_val(&set), &raw const set)
     };

@@ -15,35 +15,35 @@ use super::turn::CommandsPending;
 use crate::Unpoisoned;
 use crate::device::{Activation, HandlerState, QueueHandler, WorkerError};
 
-/// Maximum number of commands in transit. The guest can cause one activation and one reset (the transport accepts no
-/// further one before the reset is done); the control thread can send a pause, a resume, a reset and a stop; and there
-/// is one kick at a time. That is seven, so eight never fill.
+/// Maximum number of commands in transit. The guest can cause one activation and one reset, because the transport
+/// accepts no other before the reset is done. The control thread can send a pause, a resume, a reset and a stop, and
+/// there is one kick at a time. That is seven, so eight entries never fill.
 const COMMANDS_PENDING_MAX: usize = 8;
 
-/// Virtual size of a worker's stack; only touched pages cost memory. Handlers keep their buffers on the heap.
+/// Virtual size of a worker's stack; only touched pages use memory. Handlers keep their buffers on the heap.
 const STACK_BYTES: usize = 256 << 10;
 
-/// The commands of a worker thread. `SyncSender<()>`s are acknowledgements.
+/// The commands of a worker thread. Each `SyncSender<()>` acknowledges its command.
 pub(super) enum Command {
     Activate(Box<Activation>),
     Reset(Option<SyncSender<()>>),
     Pause(SyncSender<()>),
     Resume(SyncSender<()>),
-    /// The paused handler's state.
+    /// Returns the paused handler's state.
     State(SyncSender<HandlerState>),
-    /// Serves this queue for a vCPU that waits; the result is whether it was served.
+    /// Serves this queue for a vCPU that is held; the result is whether it was served.
     Kick(u16, SyncSender<bool>),
     Stop,
 }
 
-/// Figures that both ends share.
+/// Data shared by the handle and the thread.
 #[derive(Debug, Default)]
 pub(super) struct Progress {
-    /// Resets requested.
+    /// Number of resets requested.
     pub(super) resets_requested: AtomicU64,
-    /// Resets finished; equal to the above when the worker is idle.
+    /// Number of resets finished; equal to `resets_requested` when no reset is pending.
     pub(super) resets_done: AtomicU64,
-    /// How often the handler failed.
+    /// Number of handler failures.
     pub(super) failures: AtomicU64,
     /// The signal that makes a handler stop.
     pub(super) pending: CommandsPending,
@@ -123,41 +123,42 @@ pub struct WorkerHandle {
     commands: SyncSender<Command>,
     wake: Arc<EventFd>,
     progress: Arc<Progress>,
-    /// Held for the duration of a kick: see COMMANDS_PENDING_MAX.
+    /// Locked for the duration of a kick: see COMMANDS_PENDING_MAX.
     kicks: Mutex<()>,
     join: Option<JoinHandle<()>>,
 }
 
 impl WorkerHandle {
-    /// Hands over the queues; returns at once (called by vCPU threads). A handler that cannot activate notifies the
-    /// driver through its interrupt.
+    /// Passes the queues to the worker and returns at once (called by vCPU threads). A handler that cannot activate
+    /// notifies the driver through its interrupt.
     ///
     /// # Errors
-    /// [`WorkerError::Unresponsive`]: the thread is gone or accepts no commands.
+    /// [`WorkerError::Unresponsive`]: the thread has ended or accepts no commands.
     pub fn activate(&self, activation: Activation) -> Result<(), WorkerError> {
         self.post(Command::Activate(Box::new(activation)))
     }
 
-    /// Requests a reset and returns at once (called by vCPU threads); [`WorkerHandle::reset_done`] reports when the
+    /// Requests a reset and returns at once (called by vCPU threads). [`WorkerHandle::reset_done`] reports when the
     /// handler has released the queues.
     pub fn request_reset(&self) {
         self.progress
             .resets_requested
             .fetch_add(1, Ordering::SeqCst);
         if self.post(Command::Reset(None)).is_err() {
-            // Cannot happen while the thread is alive, see COMMANDS_PENDING_MAX; reset_done covers a dead thread.
+            // Cannot happen while the thread is alive, see COMMANDS_PENDING_MAX. If it has ended, `reset_done` returns
+            // true.
             log::error!("{}: worker took no reset command", self.name());
         }
     }
 
-    /// Whether every requested reset is finished. A thread that is gone accesses nothing any more, so it counts as
+    /// Whether every requested reset is finished. A thread that has ended accesses nothing any more, so it counts as
     /// reset.
     pub fn reset_done(&self) -> bool {
         let done = self.progress.resets_done.load(Ordering::SeqCst);
         done == self.progress.resets_requested.load(Ordering::SeqCst) || self.is_finished()
     }
 
-    /// Resets and returns when the handler has released the queues. For the control thread; waits for host I/O at most,
+    /// Resets the handler and returns when it has released the queues. For the control thread. Waits only for host I/O,
     /// never for the guest.
     pub fn reset_and_wait(&self) {
         self.progress
@@ -166,49 +167,49 @@ impl WorkerHandle {
         self.call(|ack| Command::Reset(Some(ack)));
     }
 
-    /// Returns when the handler has finished its requests in flight and the thread no longer accesses guest RAM. For
-    /// the control thread.
+    /// Pauses the handler and returns when its requests in flight are finished and the thread no longer accesses guest
+    /// RAM. For the control thread.
     pub fn pause(&self) {
         self.begin_pause().wait();
     }
 
-    /// As [`WorkerHandle::pause`], without waiting: several workers pause at the same time.
+    /// As [`WorkerHandle::pause`], but returns without waiting, so that several workers can pause at the same time.
     pub fn begin_pause(&self) -> Pausing {
         Pausing(self.begin_call(Command::Pause))
     }
 
-    /// Undoes [`WorkerHandle::pause`]; every active queue is served again. Returns when the handler is active, if the
-    /// device was activated in the pause, so that whoever asks next finds a driver. For the control thread.
+    /// Undoes [`WorkerHandle::pause`]; every active queue is served again. If the device was activated during the
+    /// pause, this returns after the handler is active, so that subsequent callers find a driver. For the control
+    /// thread.
     pub fn resume(&self) {
         self.call(Command::Resume);
     }
 
-    /// The handler's state; the caller has paused it. For the control thread.
+    /// The handler's state; the caller must have paused the handler. For the control thread.
     ///
     /// # Errors
-    /// [`WorkerError::Unresponsive`]: the thread is gone, and the handler's state with it.
+    /// [`WorkerError::Unresponsive`]: the thread has ended, and the handler's state is lost.
     pub fn state(&self) -> Result<HandlerState, WorkerError> {
         let (answer, state) = sync_channel(1);
         self.send(Command::State(answer));
-        // An error also if the command was not sent: the answer's sender is dropped with it.
+        // Also an error if the command was not sent, because the reply's sender is dropped with it.
         state.recv().map_err(|_ended| WorkerError::Unresponsive {
             reason: "the thread has ended",
         })
     }
 
-    /// Makes the handler serve a queue and returns when it has (called by vCPU threads). False if it did not, because
-    /// it is paused or not active: the caller then rings the doorbell. Waits for the current piece of work, never for
-    /// the guest.
+    /// Makes the handler serve a queue and returns when it has (called by vCPU threads). False if the handler is paused
+    /// or not active; the caller then signals the doorbell. Waits for the current piece of work, never for the guest.
     pub fn kick_and_wait(&self, queue_index: u16) -> bool {
         let one_at_a_time = self.kicks.lock();
-        // It guards no data that a panic could have left half done.
+        // The lock guards no data that a panic could have left inconsistent.
         let _one_at_a_time = one_at_a_time.unpoisoned();
         let (ack, done) = sync_channel(1);
-        // An error means that the thread ended: the queue is not served any more.
+        // An error means that the thread has ended: the queue is not served any more.
         self.send(Command::Kick(queue_index, ack)) && done.recv().unwrap_or(false)
     }
 
-    /// How often the handler failed and stopped serving its device until a reset.
+    /// Number of times the handler failed and stopped serving its device until a reset.
     pub fn failures(&self) -> u64 {
         self.progress.failures.load(Ordering::Relaxed)
     }
@@ -224,7 +225,7 @@ impl WorkerHandle {
         self.join.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Sends without ever waiting.
+    /// Sends without waiting.
     fn post(&self, command: Command) -> Result<(), WorkerError> {
         self.progress.pending.announce();
         let sent = self.commands.try_send(command);
@@ -240,7 +241,8 @@ impl WorkerHandle {
         })
     }
 
-    /// Sends, waiting for room. Fails only if the thread is gone, which every caller treats as stopped.
+    /// Sends, and waits for space if necessary. Fails only if the thread has ended, which every caller treats as
+    /// stopped.
     fn send(&self, command: Command) -> bool {
         self.progress.pending.announce();
         let sent = self.commands.send(command).is_ok();
@@ -260,7 +262,7 @@ impl WorkerHandle {
     }
 
     fn ring(&self) {
-        // The counter would have to be at u64::MAX - 1 for this to fail.
+        // Fails only if the counter is at u64::MAX - 1.
         self.wake.write(1).ok();
     }
 }
@@ -278,7 +280,7 @@ impl Pausing {
 }
 
 fn wait_for(done: &Receiver<()>) {
-    // An error means that the thread ended, and so has stopped.
+    // An error means that the thread has ended, and so has stopped.
     done.recv().ok();
 }
 

@@ -1,7 +1,7 @@
 //! Worker threads: one per queue handler, created with the device, driven by commands.
 //!
-//! Threads are created with the device, before a guest sees it, because seccomp filters are inherited: a thread created
-//! on a vCPU thread would have that filter too.
+//! Threads are created with the device, before a guest sees it. Seccomp filters are inherited, so a thread created on a
+//! vCPU thread would also have the vCPU's filter.
 //!
 //! ```text
 //!            activate              fault                 resume
@@ -11,14 +11,14 @@
 //! ```
 //!
 //! * *Idle*: only commands and the handler's idle sources are served.
-//! * *Active*: doorbells and the handler's own sources too.
+//! * *Active*: doorbells and the handler's own sources are served as well.
 //! * *Failed*: as idle; DEVICE_NEEDS_RESET is set for the driver. Entered when a handler returns an error, which is
 //!   logged once and counted.
-//! * *Paused*: commands only. Doorbells are level-triggered and not drained, so
-//!   a kick that arrives now is found again at resume. An activation that
-//!   arrives now waits for resume, a reset does not.
+//! * *Paused*: only commands are served. Doorbells are level-triggered and not drained, so a kick during the pause is
+//!   found at resume. An activation during the pause waits for resume; a reset does not.
 //!
-//! A handler works in turns, see [`Turn`]: whatever a ring holds, a command waits for one bounded piece of work.
+//! A handler works in turns, see [`Turn`]: regardless of a ring's content, a command waits for at most one bounded
+//! piece of work.
 
 mod affinity;
 mod handle;
@@ -39,6 +39,5 @@ pub(crate) use sources::Wake;
 pub(crate) use throttle::Throttle;
 pub use turn::{Turn, Work};
 
-/// The VMM's hook that runs first on every new worker thread, with the thread's name: the place to install a seccomp
-/// filter.
+/// The VMM's hook that runs first on every new worker thread, with the thread's name. It can install a seccomp filter.
 pub type ThreadStart = Arc<dyn Fn(&str) + Send + Sync>;

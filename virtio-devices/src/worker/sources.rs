@@ -9,10 +9,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::device::{Doorbell, WorkerError};
 
-/// Maximum number of events per wait. More stay ready.
+/// Maximum number of events per wait. Further ones stay ready.
 const WAKES_PER_WAIT: usize = 16;
 
-// The epoll datum: what kind of descriptor in the upper half, which one in the lower.
+// The epoll data: the kind of descriptor in the upper half, its number in the lower half.
 const KIND_SOURCE: u64 = 0;
 const KIND_IDLE: u64 = 1 << 32;
 const KIND_DOORBELL: u64 = 2 << 32;
@@ -24,7 +24,7 @@ const KIND_MASK: u64 = !0 << 32;
 pub(crate) enum Wake {
     /// A command is waiting.
     Command,
-    /// The doorbell of this queue rang; it is not drained yet.
+    /// The doorbell of this queue was signalled; it is not drained yet.
     Doorbell(u16),
     /// A source of the active device, by its token.
     Source(u32),
@@ -32,9 +32,9 @@ pub(crate) enum Wake {
     Idle(u32),
 }
 
-/// Where a handler registers further descriptors to be woken by (readable, level-triggered). All are dropped at reset.
+/// The set in which a handler registers further descriptors (readable, level-triggered). A reset drops all of them.
 ///
-/// A descriptor whose other end is gone is readable forever: a handler that reads end-of-file must
+/// A descriptor whose other end is closed is always readable: a handler that reads end-of-file must
 /// [`EventSources::remove`] it.
 #[derive(Debug)]
 pub struct EventSources {
@@ -67,8 +67,8 @@ impl EventSources {
         Ok(())
     }
 
-    /// Wakes the handler with `token` whenever `fd` is writable. Use it only while there is something to write, because
-    /// most descriptors nearly always are.
+    /// Wakes the handler with `token` whenever `fd` is writable. Use it only while there is data to write, because most
+    /// descriptors are nearly always writable.
     ///
     /// # Errors
     /// `epoll_ctl` failed.
@@ -125,7 +125,7 @@ impl EventSources {
         else {
             return false;
         };
-        // EAGAIN: it has been drained already. The wake-up is served nevertheless.
+        // EAGAIN: already drained. The wake-up is served nevertheless.
         doorbell.read().ok();
         true
     }
@@ -144,7 +144,7 @@ impl EventSources {
                 .ok();
         }
         for (_, doorbell) in self.doorbells.drain(..) {
-            // As above; the doorbell itself cannot be closed while we hold it.
+            // As above; the doorbell itself cannot be closed while it is referenced here.
             self.epoll
                 .ctl(
                     ControlOperation::Delete,
@@ -155,8 +155,8 @@ impl EventSources {
         }
     }
 
-    /// Sleeps until a source is ready and lists it in `wakes`, emptied first; `timeout_ms` as for `epoll_wait` (-1: no
-    /// timeout). An empty list means a timeout or a signal.
+    /// Sleeps until a source is ready. Clears `wakes` and fills it with the ready sources. `timeout_ms` is as for
+    /// `epoll_wait` (-1: no timeout). An empty list means a timeout or a signal.
     pub(crate) fn wait(&self, timeout_ms: i32, wakes: &mut Vec<Wake>) -> Result<(), WorkerError> {
         wakes.clear();
         let mut events = [EpollEvent::default(); WAKES_PER_WAIT];
@@ -186,7 +186,7 @@ impl EventSources {
 }
 
 fn wake(datum: u64) -> Wake {
-    // Truncation takes the lower half apart from the kind; it was put in as u16 or u32.
+    // Truncation separates the lower half from the kind; it was stored from a u16 or u32.
     match datum & KIND_MASK {
         KIND_COMMAND => Wake::Command,
         KIND_DOORBELL => Wake::Doorbell(datum as u16),

@@ -1,4 +1,4 @@
-//! The guarantees of a worker, with a handler that completes every chain.
+//! Tests of a worker's guarantees, with a handler that completes every chain.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::testing::{DriverQueue, MockInterrupt, Segment, TestRam, wait_until};
 const SOURCE: u32 = 7;
 const IDLE: u32 = 8;
 
-/// The handler's state that the test sees.
+/// Records of the handler that the test reads.
 #[derive(Debug)]
 struct Seen {
     source: EventFd,
@@ -182,7 +182,7 @@ fn worker_paused_keeps_kicks_for_resume() {
     rig.worker.pause();
     assert_eq!(rig.seen.pauses.load(Ordering::SeqCst), 1);
     rig.push_and_kick();
-    // A second pause is acknowledged by a thread that has had every chance to serve the kick wrongly.
+    // By the second acknowledgement the thread has had every opportunity to serve the kick wrongly.
     rig.worker.pause();
     assert_eq!(rig.driver.used_idx(), 0);
     rig.worker.resume();
@@ -302,7 +302,7 @@ fn worker_runs_the_start_hook_first_on_its_named_thread() {
     assert_eq!(*names.lock().unwrap(), ["_echo"]);
 }
 
-/// Answers on the given host CPUs.
+/// An echo handler pinned to the given host CPUs.
 struct Pinned(Echo, Vec<usize>);
 
 impl QueueHandler for Pinned {
@@ -365,7 +365,7 @@ fn worker_runs_on_the_host_cpus_of_its_handler_or_not_at_all() {
     );
 }
 
-/// The kernel's number of the calling thread.
+/// The kernel's id of the calling thread.
 fn own_thread_id() -> String {
     let link = std::fs::read_link("/proc/thread-self").unwrap();
     link.file_name().unwrap().to_str().unwrap().to_owned()
@@ -397,7 +397,7 @@ fn worker_kicked_by_a_waiting_vcpu_has_answered_when_it_goes_on() {
     assert!(!rig.worker.kick_and_wait(3), "stands still");
 }
 
-/// However many vCPUs ring, the other commands find room.
+/// The other commands still fit, regardless of the number of vCPUs that kick.
 #[test]
 fn worker_kicked_by_many_vcpus_still_takes_every_command() {
     let rig = Rig::new();
@@ -424,7 +424,7 @@ fn worker_kicked_by_many_vcpus_still_takes_every_command() {
     assert_eq!(rig.worker.failures(), 0);
 }
 
-/// Ends its thread when it is told to pause.
+/// A handler that ends its thread on a pause.
 struct Dying(Echo);
 
 impl QueueHandler for Dying {

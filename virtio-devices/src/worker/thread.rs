@@ -32,7 +32,7 @@ pub(super) struct WorkerThread {
     wakes: Vec<Wake>,
     turn: Turn,
     paused: bool,
-    /// An activation that arrived while paused.
+    /// An activation that arrived during a pause.
     deferred: Option<Box<Activation>>,
 }
 
@@ -73,7 +73,7 @@ impl WorkerThread {
                 Err(_) => Flow::Stop,
             };
         }
-        // Taken out and put back, so that a busy worker allocates nothing.
+        // Taken out and put back, so that a busy worker does not allocate.
         let mut wakes = std::mem::take(&mut self.wakes);
         let flow = self.wait_and_serve(&mut wakes);
         self.wakes = wakes;
@@ -86,8 +86,7 @@ impl WorkerThread {
             return Flow::Stop;
         }
         if wakes.contains(&Wake::Command) {
-            // A command may make the other wake-ups stale. They are level-triggered and are reported again if they are
-            // not.
+            // A command may make the other wake-ups stale. They are level-triggered, so valid ones are reported again.
             return self.obey_all();
         }
         for wake in wakes.drain(..) {
@@ -104,8 +103,8 @@ impl WorkerThread {
     }
 
     fn obey_all(&mut self) -> Flow {
-        // Drained before the channel: a command sent after this rings again. EAGAIN is harmless, because the channel is
-        // checked anyway.
+        // Drained before the channel: a later command signals the event again. EAGAIN is harmless, because the channel
+        // is checked anyway.
         self.wake.read().ok();
         loop {
             match self.commands.try_recv() {
@@ -157,7 +156,7 @@ impl WorkerThread {
     }
 
     fn activate(&mut self, activation: Activation) {
-        // Whatever was active before is gone. The transport resets first, so this is for callers that do not.
+        // Removes whatever was active before. The transport resets first, so this is only for other callers.
         self.sources.clear();
         self.interrupt = Some(Arc::clone(&activation.interrupt));
         let watched = match self.handler.serves_doorbells() {
@@ -198,7 +197,7 @@ impl WorkerThread {
             return;
         }
         acknowledge(ack);
-        // Work that the handler postponed for the pause has no kick of its own.
+        // Work that the handler postponed for the pause causes no kick.
         for index in self.sources.queue_indices() {
             self.turn.begin();
             if let Err(error) = self.handler.queue_ready(index, &mut self.turn) {
@@ -219,12 +218,12 @@ impl WorkerThread {
                 self.handler.source_ready(token, sources, turn)
             }
             Wake::Idle(token) => self.handler.source_ready(token, sources, turn),
-            // Removed by what was served just before.
+            // A handler that ran just before has removed this source.
             Wake::Doorbell(_) | Wake::Source(_) | Wake::Command => Ok(()),
         }
     }
 
-    /// Serves a queue while the vCPU that rang waits; false if this is not possible now.
+    /// Serves a queue while the vCPU that signalled it is held; false if this is not possible now.
     fn serve_held(&mut self, index: u16) -> bool {
         if self.paused || !self.sources.drain_doorbell(index) {
             return false;
@@ -268,6 +267,6 @@ impl WorkerThread {
 }
 
 fn acknowledge(ack: &SyncSender<()>) {
-    // The channel holds one message, so this never waits; a dropped receiver is no error.
+    // The channel holds one message, so this never waits; a dropped receiver is not an error.
     ack.send(()).ok();
 }

@@ -1,8 +1,8 @@
-//! A queue half that waits for the tokens of a rate limiter: with a timer, and never busy.
+//! A queue half that waits for the tokens of a rate limiter, with a timer and without busy waiting.
 //!
 //! ```text
 //!            admits: no token, timer set
-//!   free ─────────────────────────────────► waiting (takes no request, watches no back end)
+//!   free ─────────────────────────────────► waiting (takes no requests, does not watch the back end)
 //!    ▲                                        │
 //!    └──── release: timer, resume, reset ─────┘
 //! ```
@@ -15,8 +15,8 @@ use vmm_sys_util::timerfd::TimerFd;
 
 use crate::rate_limit::RateLimiter;
 
-/// The limiter of a queue half, and its timer. The handler adds the timer to its event sources; when that wakes it, and
-/// when it is resumed or reset, it calls [`Throttle::release`].
+/// The limiter of a queue half, and its timer. The handler adds the timer to its event sources. When the timer wakes
+/// the handler, and when it is resumed or reset, it calls [`Throttle::release`].
 #[derive(Debug)]
 pub(crate) struct Throttle {
     limiter: Arc<RateLimiter>,
@@ -35,7 +35,7 @@ impl Throttle {
         })
     }
 
-    /// Whether a request may start now. If not, the timer runs.
+    /// Whether a request may start now. If not, the timer is started.
     pub(crate) fn admits(&mut self) -> bool {
         if self.waiting {
             return false;
@@ -56,7 +56,7 @@ impl Throttle {
         }
     }
 
-    /// A request of `bytes` starts.
+    /// Takes the tokens of a request of `bytes` that starts.
     pub(crate) fn charge(&self, bytes: u64) {
         self.limiter.charge(bytes);
     }
@@ -66,7 +66,7 @@ impl Throttle {
         self.waiting
     }
 
-    /// Ends the wait. The timer's descriptor is then not readable.
+    /// Ends the wait. The timer's descriptor is not readable afterwards.
     pub(crate) fn release(&mut self) {
         if std::mem::take(&mut self.waiting)
             && let Err(error) = self.timer.clear()

@@ -1,18 +1,18 @@
-//! Limits how much a handler does before the worker checks for commands.
+//! Limits how much work a handler does before the worker checks for commands.
 //!
 //! A guest controls the content of its rings, so work is limited in two ways:
 //!
-//! * A *turn* has a budget. When it is spent the handler returns, and other queues and sources are served.
-//! * A *command* (pause, reset, a vCPU that waits at a doorbell) ends the turn at once. Handlers check for commands
-//!   between chains, and between the system calls of a chain that takes several.
+//! * A *turn* has a budget. When it is spent, the handler returns, and other queues and sources are served.
+//! * A *command* (pause, reset, a vCPU held at a doorbell) ends the turn at once. Handlers check for commands between
+//!   chains, and between the system calls of a chain that takes several.
 //!
-//! So a command waits for one piece of work, whatever the ring holds. Each turn does at least one piece, so a guest
-//! makes progress even if the host pauses and resumes constantly.
+//! So a command waits for at most one piece of work, whatever the ring contains. Each turn does at least one piece, so
+//! a guest makes progress even if the host pauses and resumes constantly.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-/// Amounts of work. One system call moves or discards a bounded amount of each.
+/// Amounts of work. One system call moves or discards a bounded amount of each kind.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Work {
     /// Descriptor chains taken.
@@ -27,30 +27,30 @@ pub struct Work {
     pub calls: u64,
 }
 
-/// The budget of a turn: some milliseconds of work. A turn ends with the chain that exceeds it.
+/// The budget of a turn: several milliseconds of work. A turn ends with the chain that exceeds it.
 const TURN: Work = Work {
-    // The longest rings of most devices.
+    // The size of most devices' largest rings.
     chains: 256,
     // About a millisecond.
     descriptors: 16 << 10,
     // Four full vectors, or 20 ms of single calls on shared memory.
     ranges: 4096,
-    // 16 MiB of requests are copied in a few milliseconds; discarding goes much faster than copying.
+    // 16 MiB of requests are copied in a few milliseconds; discarding is much faster than copying.
     bytes: 1 << 30,
     calls: 8192,
 };
 
-/// Commands that have been sent to a worker and not been received yet.
+/// Number of commands that have been sent to a worker but not received yet.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct CommandsPending(Arc<AtomicU32>);
 
 impl CommandsPending {
-    /// Before a command is sent: the handler stops for it.
+    /// Called before a command is sent, so that the handler stops for it.
     pub(super) fn announce(&self) {
         self.0.fetch_add(1, Ordering::Release);
     }
 
-    /// The command was received, or could not be sent.
+    /// Called when the command was received or could not be sent.
     pub(super) fn settle(&self) {
         self.0.fetch_sub(1, Ordering::Release);
     }
@@ -85,7 +85,7 @@ impl Turn {
         self.note_look();
     }
 
-    /// Whether the handler has to return before it takes another chain.
+    /// Whether the handler must return before it takes another chain.
     pub(crate) fn is_over(&mut self) -> bool {
         let called = self.is_called();
         let Work {
@@ -104,7 +104,7 @@ impl Turn {
                 || calls >= TURN.calls)
     }
 
-    /// Whether a command waits: work that can be put back or continued later must stop.
+    /// Whether a command is pending: work that can be put back or continued later must stop.
     pub(crate) fn is_called(&mut self) -> bool {
         self.note_look();
         let called = self.commands.any();
@@ -121,7 +121,7 @@ impl Turn {
         });
     }
 
-    /// Counts read descriptors.
+    /// Counts descriptors that were read.
     pub(crate) fn charge_descriptors(&mut self, descriptors: u64) {
         self.charge(Work {
             descriptors,
@@ -164,7 +164,7 @@ impl Work {
     }
 }
 
-/// Data about a handler's turns, for tests.
+/// Records of a handler's turns, for tests.
 #[cfg(any(test, feature = "test-utils"))]
 mod record {
     use super::{Turn, Work};
@@ -177,7 +177,7 @@ mod record {
         /// The check at which a command is announced.
         call_at: Option<u64>,
         called: bool,
-        /// The handler was told to stop in this turn.
+        /// Whether the handler was told to stop in this turn.
         told: bool,
         done_in_spite: Work,
     }
@@ -215,7 +215,7 @@ mod record {
     }
 
     impl Turn {
-        /// Whether a command waits. Unlike the handler's checks, this one is not counted.
+        /// Whether a command is pending. Unlike the handler's checks, this one is not counted.
         #[must_use]
         pub fn has_command(&self) -> bool {
             self.commands.any()
@@ -228,13 +228,13 @@ mod record {
             self.record.most
         }
 
-        /// Work done after the handler had seen a command, in the same turn.
+        /// Work done in the same turn after the handler had seen a command.
         #[must_use]
         pub fn done_in_spite(&self) -> Work {
             self.record.done_in_spite
         }
 
-        /// Makes a command wait from now on; or removes it, and announces none later.
+        /// Makes a command pending from now on; or removes it, and announces none later.
         pub fn set_called(&mut self, called: bool) {
             self.record.call_at = None;
             if called != self.record.called {
@@ -247,7 +247,7 @@ mod record {
             }
         }
 
-        /// Makes a command wait after this number of further checks.
+        /// Makes a command pending after this number of further checks.
         pub fn call_after(&mut self, looks: u64) {
             self.record.call_at = Some(self.record.looks + looks);
         }

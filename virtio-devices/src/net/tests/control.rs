@@ -1,4 +1,4 @@
-//! The control queue.
+//! Tests of the control queue.
 
 use super::*;
 
@@ -10,7 +10,7 @@ struct Control {
 }
 
 impl Control {
-    /// Three pairs that the driver supports, on descriptors that are not taps.
+    /// A driver that supports three pairs, on descriptors that are not taps.
     fn new() -> Self {
         let taps = (0..3)
             .map(|_| Tap::untested(UnixDatagram::unbound().unwrap().into()))

@@ -1,4 +1,5 @@
-//! Misbehaving guests. Whatever they send, the next valid frame passes, and the invalid input has been counted.
+//! Tests of misbehaving guests. After any invalid input the next valid frame passes, and the invalid input has been
+//! counted.
 
 use super::*;
 use crate::WorkerError;
@@ -77,7 +78,7 @@ fn bad_buffer_among_good_ones_keeps_their_order() {
     rig.arrive(10, 2);
     let heads: Vec<u32> = (0..3).map(|_| rig.wait_used(RX).head).collect();
     assert_eq!(heads, [first, bad, last].map(u32::from));
-    // Also when a pause gives them back in between.
+    // The same holds if a pause puts the chains back in between.
     let mut rig = Rig::new(MRG_RXBUF);
     let first = rig.offer(100).head;
     rig.harness

@@ -1,4 +1,4 @@
-//! Rate limits of both directions, on a clock that the test moves. The timers are real and short.
+//! Tests of the rate limits of both directions, with a simulated clock. The timers are real and short.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,7 +36,7 @@ fn rig(clock: &MockClock) -> (Rig, NetLimiters) {
     (rig, limiters)
 }
 
-/// Serves the pair until its timers have woken it three times in vain. Returns the chains of `queue` that came back.
+/// Serves the pair until its timers have woken it three times without effect. Returns the completed chains of `queue`.
 fn until_throttled(rig: &mut Rig, queue: u16) -> usize {
     let end = Instant::now() + DEADLINE;
     let enough = rig.counter("throttled") + 3;
@@ -65,7 +65,7 @@ fn frames_from_the_guest_beyond_the_limit_wait() {
     clock.advance(Duration::from_millis(5));
     assert_eq!(until_throttled(&mut rig, TX), 1);
     assert_eq!(rig.counter("tx_frames"), 3);
-    // The other direction has tokens of its own.
+    // The other direction has its own tokens.
     rig.offer(2000);
     rig.arrive(1500, 7);
     rig.wait_used(RX);
@@ -85,7 +85,7 @@ fn frames_to_the_guest_beyond_the_limit_wait_in_the_tap() {
         rig.arrive(3000, 7);
     }
     assert_eq!(until_throttled(&mut rig, RX), 1);
-    // 2000 bytes are owed: 20 ms, and a moment for the next token.
+    // 2000 bytes are owed: 20 ms, plus time for the next token.
     clock.advance(Duration::from_millis(20));
     assert_eq!(until_throttled(&mut rig, RX), 0);
     clock.advance(Duration::from_millis(1));

@@ -1,5 +1,5 @@
-//! A network device behind a mock driver. A datagram socket replaces the tap: it also keeps frames apart, truncates
-//! those that do not fit, and rejects writes when full.
+//! Tests a network device with a mock driver. A datagram socket replaces the tap: it also preserves frame boundaries,
+//! truncates frames that do not fit, and rejects writes when full.
 
 mod control;
 mod hostile;
@@ -74,14 +74,14 @@ impl Rig {
         chain
     }
 
-    /// A frame arrives from outside, `bytes` long without its header.
+    /// Simulates the arrival of a frame from outside, `bytes` long without its header.
     pub(super) fn arrive(&self, bytes: usize, fill: u8) {
         let mut frame = vec![0; HEADER_BYTES];
         frame.resize(HEADER_BYTES + bytes, fill);
         self.far.send(&frame).expect("socket has room");
     }
 
-    /// Serves the device until a chain of `queue` comes back.
+    /// Serves the device until a chain of `queue` is completed.
     pub(super) fn wait_used(&mut self, queue: u16) -> Used {
         let end = Instant::now() + DEADLINE;
         loop {
@@ -93,12 +93,12 @@ impl Rig {
         }
     }
 
-    /// Serves until the device has nothing to do.
+    /// Serves until the device is idle.
     pub(super) fn settle(&mut self) {
         while self.harness.serve_sources(0).expect("device goes on") > 0 {}
     }
 
-    /// A frame comes out at the far end.
+    /// Returns the frame that arrives at the far end.
     pub(super) fn leave(&self) -> Vec<u8> {
         let mut frame = vec![0; 1 << 17];
         let bytes = self.far.recv(&mut frame).expect("a frame has left");
@@ -107,7 +107,7 @@ impl Rig {
     }
 }
 
-/// The frame with a header of zeroes, as a guest without offloads sends it.
+/// A frame with a header of zeroes, as a guest without offloads sends it.
 pub(super) fn outgoing(bytes: usize, fill: u8) -> Vec<u8> {
     let mut frame = vec![0; HEADER_BYTES];
     frame.resize(HEADER_BYTES + bytes, fill);
@@ -199,7 +199,7 @@ fn net_conforms() {
     use std::sync::{Arc, Mutex};
     for pairs in [1, 2] {
         crate::testing::conformance(&format!("net-{pairs}"), |_| {
-            // The far ends are gone: the tap fails each time, without a busy loop.
+            // The far ends are closed: the tap fails each time, without a busy loop.
             let taps = (0..pairs)
                 .map(|_| Tap::untested(UnixDatagram::unbound().unwrap().into()))
                 .inspect(|tap| crate::net::tap_sys::set_nonblocking(tap.file()).unwrap())

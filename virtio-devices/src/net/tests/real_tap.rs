@@ -1,8 +1,8 @@
-//! On real taps, each test in a network namespace of its own.
+//! Tests on real taps, each in a separate network namespace.
 
 #![allow(unsafe_code)]
-// UNSAFETY: `unshare`, for a namespace that vanishes with the test's thread, and
-// an ioctl that asks the kernel what it does with a tap.
+// UNSAFETY: `unshare`, for a namespace that vanishes with the test's thread, and an ioctl that queries the kernel's
+// settings of a tap.
 
 use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -155,7 +155,7 @@ fn descriptors_are_taken_over_only_from_taps() {
     });
 }
 
-/// The guest side of a conversation: one receive buffer, refilled.
+/// The guest side of a conversation: one receive buffer, refilled after each frame.
 struct Guest {
     net: Net,
     harness: HandlerHarness<Box<dyn QueueHandler>>,

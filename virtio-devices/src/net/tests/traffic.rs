@@ -1,4 +1,4 @@
-//! Frames in both directions.
+//! Tests of frames in both directions.
 
 use super::*;
 
@@ -95,7 +95,7 @@ fn frame_longer_than_all_buffers_waits_for_more_of_them() {
         0,
         "turns in circles"
     );
-    // Returned for a pause; the frame still waits.
+    // The buffer is put back for a pause; the frame still waits.
     rig.harness.handler.pause();
     chains.push(rig.offer(100));
     rig.settle();
@@ -146,7 +146,7 @@ fn frames_wait_for_room_in_the_tap() {
         sent += 1;
         assert!(sent < 10_000, "the socket never fills");
     }
-    // Blocked: the last chain is not returned, and there are no wake-ups until there is room.
+    // Blocked: the last chain is not returned, and the worker is not woken until the tap accepts frames.
     assert_eq!(rig.harness.serve_sources(20).unwrap(), 0);
     let before = rig.counter("tx_frames");
     while rig.far.recv(&mut [0; 2048]).is_ok() {}
@@ -157,7 +157,7 @@ fn frames_wait_for_room_in_the_tap() {
 }
 
 impl Rig {
-    /// Sends a frame; true if it was not returned.
+    /// Sends a frame; true if it was not completed.
     fn counter_stalls(&mut self, frame: &[u8]) -> bool {
         let (_, used) = self
             .harness
@@ -174,7 +174,7 @@ fn pause_gives_buffers_taken_ahead_back() {
     rig.arrive(10, 1);
     assert_eq!(rig.wait_used(RX).head, u32::from(chains[0].head));
     rig.harness.handler.pause();
-    // As the worker does at resume.
+    // As the worker does when it resumes.
     rig.harness.kick(RX).unwrap();
     for chain in &chains[1..] {
         rig.arrive(10, 2);

@@ -1,4 +1,4 @@
-//! The discard engine on real mappings: which pages are zero afterwards, and which are not.
+//! Tests the discard engine on real mappings: which pages are zero afterwards, and which are not.
 #![allow(unsafe_code)]
 // UNSAFETY: `memfd_create` with huge pages has no safe wrapper among our dependencies.
 
@@ -109,7 +109,7 @@ proptest! {
     }
 }
 
-/// Huge pages beside others, and claims of similar sizes.
+/// Huge pages next to other kinds, and claims of similar sizes.
 fn huge_area_lists() -> impl Strategy<Value = Vec<RamArea>> {
     let huge = (1..3_usize).prop_map(|count| (count * HUGE_PAGE_PAGES, Kind::Huge));
     let small = (1..40_usize, kinds());
@@ -262,7 +262,7 @@ fn huge_ram(pages: usize) -> Option<GuestRam> {
     let name = c"huge";
     let flags = libc::MFD_CLOEXEC | libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
     let bytes = pages * HUGE_PAGE_BYTES as usize;
-    // SAFETY: the name is a C string and a descriptor we get is ours alone.
+    // SAFETY: the name is a C string, and a returned descriptor has no other owner.
     let file = unsafe {
         let fd = libc::memfd_create(name.as_ptr(), flags);
         (fd >= 0).then(|| File::from_raw_fd(fd))?
@@ -280,7 +280,7 @@ fn huge_ram(pages: usize) -> Option<GuestRam> {
     ))
 }
 
-/// A file on a file system that has no holes, in a mount namespace that ends with its thread.
+/// A file on a file system without holes, in a mount namespace that ends with its thread.
 fn file_without_holes(bytes: u64) -> std::io::Result<File> {
     let folder = tempfile::tempdir()?;
     let ram = folder.path().join("ram");
@@ -293,8 +293,7 @@ fn file_without_holes(bytes: u64) -> std::io::Result<File> {
         let root = c"/".as_ptr();
         let none = std::ptr::null();
         let private = libc::MS_REC | libc::MS_PRIVATE;
-        // SAFETY: every name is a C string that outlives its call, and what is mounted is seen by
-        // this thread alone.
+        // SAFETY: every name is a C string that outlives its call, and the mount is visible only to this thread.
         unsafe {
             done(libc::unshare(libc::CLONE_NEWNS))?;
             done(libc::mount(none, root, none, private, none.cast()))?;
@@ -358,7 +357,7 @@ fn huge_pages_are_freed_whole_or_not_at_all() {
     assert_eq!(probe.measure().unwrap().resident_bytes, 2 * HUGE_PAGE_BYTES);
     let mut engine = DiscardEngine::new(Arc::default());
 
-    // Punching a part would zero it and free nothing.
+    // Punching a part of a huge page would zero it and free nothing.
     let outcome = engine.discard(&ram, &mut [pages(0, 511)], Expected::Zeros);
     assert_eq!(
         (
@@ -382,7 +381,7 @@ fn huge_pages_are_freed_whole_or_not_at_all() {
 #[test]
 fn long_ranges_are_discarded_in_pieces_between_which_a_command_is_seen() {
     const MIB: u64 = 1 << 20;
-    // Never touched, so it costs nothing.
+    // Never touched, so it uses no memory.
     let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 30)]).unwrap();
     let ram = GuestRam::new(mem);
     let one = GuestRange {

@@ -1,4 +1,4 @@
-//! The planner against a model that works on single bytes.
+//! Tests the planner against a model that works on single bytes.
 
 use proptest::collection::vec;
 use proptest::prelude::*;
@@ -8,10 +8,10 @@ use device_facts::SkipReason;
 use crate::reclaim::backing::{Backing, RegionLayout};
 use crate::reclaim::ranges::{Expected, GuestRange, Piece, SkippedBytes, plan};
 
-/// The model's grain; every generated address is a multiple of it.
+/// The granularity of the model; every generated address is a multiple of it.
 const UNIT: u64 = 512;
 const PAGE: u64 = 4096;
-/// Stands in for a huge page, so that the model stays small.
+/// Replaces a huge page, so that the model stays small.
 const LARGE_PAGE: u64 = 4 * PAGE;
 /// End of the model's address space.
 const WORLD: u64 = 512 * 1024;
@@ -41,7 +41,7 @@ fn model(
             skipped.add(SkipReason::OutsideRam, UNIT);
             continue;
         };
-        // Whether the page of this size that holds the unit is inside the region and released.
+        // Whether the page of this size that contains the unit is inside the region and released.
         let whole = |page: u64| {
             let offset = at - region.guest_start;
             let first = region.guest_start + offset - offset % page;
@@ -88,7 +88,7 @@ fn backings() -> impl Strategy<Value = Backing> {
     ]
 }
 
-/// Up to six regions in ascending order, some adjacent and some not, and not all of them whole pages long.
+/// Up to six regions in ascending order, some adjacent and some not, some with partial pages.
 fn layouts() -> impl Strategy<Value = Vec<RegionLayout>> {
     let one = (
         prop_oneof![Just(0), 1..20_u64],

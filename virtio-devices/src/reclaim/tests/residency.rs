@@ -1,6 +1,6 @@
-//! The residency probe against mappings of known state.
+//! Tests the residency probe on mappings of known state.
 #![allow(unsafe_code)]
-// UNSAFETY: `madvise` keeps huge pages out of a mapping whose pages are counted.
+// UNSAFETY: `madvise` prevents huge pages in a mapping whose pages are counted.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::reclaim::{DiscardEngine, Expected, GuestRange, ResidencyMethod, Resid
 
 const PAGE_BYTES: u64 = PAGE as u64;
 
-/// A probe for each way of reading page tables that this kernel has.
+/// A probe for each method of reading page tables that this kernel supports.
 fn probes(guarded: &GuardedRam) -> Vec<ResidencyProbe> {
     let scan = Pagemap::open().unwrap();
     let read = Pagemap::open_without_scan().unwrap();
@@ -109,7 +109,7 @@ fn page_only_ever_read_costs_nothing() {
 fn memory_file_is_measured_by_its_own_pages() {
     let guarded = guarded(Kind::Memfd);
     for probe in probes(&guarded) {
-        // The file has guard pages around the region; they belong to it.
+        // The file includes guard pages around the region.
         let before = probe.measure().unwrap();
         let mut claims = [GuestRange {
             start: 0,
@@ -133,11 +133,11 @@ fn sample_is_shared_while_it_is_young() {
 
 const RAM_BYTES: u64 = 64 << 30;
 
-/// 64 GiB of guest RAM of which one page in every `stride` bytes is resident, in pages of 4 KiB.
+/// 64 GiB of guest RAM of which one 4 KiB page per `stride` bytes is resident.
 fn sparse(stride: u64) -> (GuestRam, u64) {
     let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM_BYTES as usize)]).unwrap();
     let start = mem.get_host_address(GuestAddress(0)).unwrap();
-    // SAFETY: the mapping is ours and lives in `mem`; advice changes no byte of it.
+    // SAFETY: the mapping is ours and exists as long as `mem`; the advice changes no content.
     let advised = unsafe { libc::madvise(start.cast(), RAM_BYTES as usize, libc::MADV_NOHUGEPAGE) };
     // A kernel without huge pages does not support this advice, and does not need it.
     assert!(advised == 0 || !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists());
@@ -148,7 +148,8 @@ fn sparse(stride: u64) -> (GuestRam, u64) {
     (GuestRam::new(mem), pages)
 }
 
-/// A sample costs as much as the existing page tables. It walks them in short calls, so vCPUs do not wait behind it.
+/// The cost of a sample is proportional to the existing page tables. It walks them in short calls, so vCPUs do not wait
+/// behind it.
 #[test]
 fn sample_of_a_sparse_large_guest_takes_a_call_a_window() {
     let scan = Pagemap::open().unwrap();
@@ -166,7 +167,7 @@ fn sample_of_a_sparse_large_guest_takes_a_call_a_window() {
     assert_eq!(sample.resident_bytes, pages * PAGE_BYTES);
 }
 
-/// Figures for docs/balloon.md, run manually: `-- --ignored --nocapture cost_of_a_sample`.
+/// Figures for docs/balloon.md, measured manually: `-- --ignored --nocapture cost_of_a_sample`.
 #[test]
 #[ignore = "measures, and takes gigabytes"]
 fn cost_of_a_sample() {

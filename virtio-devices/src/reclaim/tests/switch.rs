@@ -1,4 +1,4 @@
-//! No memory is discarded while it is exported, loaded on demand or pinned.
+//! Tests that no memory is discarded while it is exported, loaded on demand or pinned.
 #![allow(unsafe_code)]
 // UNSAFETY: `userfaultfd` has no safe wrapper among our dependencies.
 
@@ -58,7 +58,7 @@ fn switch_for_each_reason_keeps_every_kind_of_memory() {
     }
 }
 
-/// An exporter's guarantee: between a settled guard and its end no page changes, however much memory the guest returns.
+/// The guarantee for an exporter: while a settled guard exists no page changes, however much memory the guest returns.
 #[test]
 fn guard_that_has_settled_keeps_memory_under_a_busy_engine() {
     let switch = Arc::<DiscardSwitch>::default();
@@ -93,7 +93,7 @@ fn guard_that_has_settled_keeps_memory_under_a_busy_engine() {
     });
 }
 
-/// The view of a restore on demand: a discarded page is an event that must be read.
+/// The view of an on-demand restore: a discarded page is an event that must be read.
 #[test]
 fn inhibited_discard_tells_a_userfaultfd_nothing() {
     let guarded = guarded(Kind::Anonymous);
@@ -110,7 +110,7 @@ fn inhibited_discard_tells_a_userfaultfd_nothing() {
     let switch = Arc::<DiscardSwitch>::default();
     let mut engine = DiscardEngine::new(Arc::clone(&switch));
     let guard = switch.inhibit(InhibitReason::MemoryImport);
-    // It would block forever, because the event is not read.
+    // The call would block forever, because the event is not read.
     engine.discard(&guarded.ram, &mut [pages(2, 3)], Expected::Zeros);
     assert_eq!(faults.removed(Duration::ZERO).unwrap(), None);
     drop(guard);
@@ -122,7 +122,7 @@ fn inhibited_discard_tells_a_userfaultfd_nothing() {
     });
     let (first, end) = (start + 2 * PAGE as u64, start + 5 * PAGE as u64);
     assert_eq!(removed, Some((first, end)));
-    // Without it, absent pages are zeros again, and not page faults.
+    // Without it, absent pages read as zeros again and cause no events.
     drop(faults);
     assert_eq!(guarded.discarded(), [(0, 2), (0, 3), (0, 4)]);
 }
@@ -151,9 +151,9 @@ impl Faults {
         // SAFETY: the kernel has just returned this descriptor, and it has no other owner.
         let file = unsafe { File::from_raw_fd(i32::try_from(fd).unwrap()) };
         let faults = Self { file };
-        // API, wanted features, and what the kernel answers.
+        // API version, requested features, and space for the kernel's reply.
         faults.ioctl(UFFDIO_API, &mut [UFFD_API, UFFD_FEATURE_EVENT_REMOVE, 0])?;
-        // Start, length, mode, and what the kernel answers.
+        // Start, length, mode, and space for the kernel's reply.
         faults.ioctl(
             UFFDIO_REGISTER,
             &mut [start, bytes, UFFDIO_REGISTER_MODE_MISSING, 0],
@@ -163,8 +163,8 @@ impl Faults {
 
     fn ioctl(&self, request: libc::Ioctl, words: &mut [u64]) -> io::Result<()> {
         assert_eq!((request as usize >> 16) & 0x3fff, size_of_val(words));
-        // SAFETY: the request takes a structure of as many words as are given, as just checked,
-        // and registers a range, which does not change what is in it.
+        // SAFETY: the request takes a structure of as many words as given, as just checked, and registers a range,
+        // which does not change its content.
         let ret = unsafe { libc::ioctl(self.file.as_raw_fd(), request, words.as_mut_ptr()) };
         if ret == 0 {
             Ok(())

@@ -1,4 +1,5 @@
-//! A well-behaved back end on the library that virtiofsd uses. It answers a request with a copy of it.
+//! A well-behaved back end, built with the library that virtiofsd uses. It responds to a request with a copy of the
+//! request.
 
 use std::io;
 use std::path::Path;
@@ -25,7 +26,7 @@ type Mem = GuestMemoryAtomic<GuestMemoryMmap>;
 struct Echo {
     mem: Option<Mem>,
     queues: usize,
-    /// Requests stay in the rings.
+    /// Leaves requests in the rings.
     idle: Arc<AtomicBool>,
 }
 
@@ -34,7 +35,7 @@ impl Echo {
         let Some(mem) = &self.mem else { return Ok(()) };
         let mem = mem.memory();
         let mut vring = vring.get_mut();
-        // Stopped since the kick. An error would end the library's thread.
+        // The ring was stopped after the kick. An error would end the library's thread.
         if !vring.get_queue().ready() {
             return Ok(());
         }
@@ -49,7 +50,7 @@ impl Echo {
             for desc in chain {
                 let mut bytes = vec![0; (desc.len() as usize).min(4096)];
                 if !desc.is_write_only() {
-                    // A request outside of memory is answered empty.
+                    // A request outside of memory gets an empty response.
                     if mem.read_slice(&mut bytes, desc.addr()).is_ok() {
                         request.extend(bytes);
                     }
@@ -138,7 +139,7 @@ impl BackEnd {
             drop(listener);
             sender.send(daemon.shutdown_handle().unwrap()).ok();
             daemon.wait().ok();
-            // Its threads hold the rings.
+            // The library's threads hold the rings.
             for handler in daemon.get_epoll_handlers() {
                 handler.send_exit_event();
             }

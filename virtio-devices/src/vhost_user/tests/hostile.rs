@@ -1,4 +1,4 @@
-//! Back ends that answer wrongly, late or never.
+//! Tests with back ends that respond incorrectly, late or never.
 
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -29,7 +29,7 @@ fn reply(stream: &mut UnixStream, request: u32, body: &[u8]) -> bool {
     stream.write_all(&bytes).is_ok()
 }
 
-/// Answers the requests of one connection by `answer`, until that returns false.
+/// Responds to the requests of one connection with `answer`, until it returns false.
 fn with_liar(rig: &Rig, answer: impl FnOnce(UnixStream) + Send + 'static) {
     let listener = UnixListener::bind(rig.socket()).unwrap();
     std::thread::spawn(move || {
@@ -40,9 +40,9 @@ fn with_liar(rig: &Rig, answer: impl FnOnce(UnixStream) + Send + 'static) {
     });
 }
 
-/// After the liar, a proper back end is taken up.
+/// Checks that a well-behaved back end is accepted after a misbehaving one.
 fn recovers(rig: &Rig) {
-    // Not while the liar still listens.
+    // Starts only after the misbehaving back end has stopped listening.
     std::fs::remove_file(rig.socket()).ok();
     let back_end = BackEnd::start(&rig.socket(), QUEUES);
     rig.wait_until_served();
@@ -75,7 +75,7 @@ fn wrong_answers_end_the_connection_and_are_counted() {
         }),
         ("has no features", |stream| {
             reply(stream, GET_FEATURES, &[0; 8]);
-            // SET_OWNER has no answer.
+            // SET_OWNER has no reply.
             read_request(stream);
             read_request(stream);
         }),
@@ -101,7 +101,7 @@ fn back_end_with_too_few_queues_is_refused() {
     assert_eq!(rig.count("serving"), 0);
 }
 
-/// Each of these would wait forever if it waited for the back end.
+/// Each of these calls would block forever if it waited for the back end.
 #[test]
 fn silent_back_end_holds_up_no_pause_no_reset_and_no_removal() {
     type Act = fn(&mut Rig);
@@ -125,7 +125,7 @@ fn silent_back_end_holds_up_no_pause_no_reset_and_no_removal() {
                 }
                 read_request(&mut stream);
                 greeted.send(()).ok();
-                // Silence, until the VMM gives up.
+                // No reply, until the VMM closes the connection.
                 while read_request(&mut stream).is_some() {}
             });
             greeting.recv_timeout(DEADLINE).unwrap();

@@ -1,4 +1,4 @@
-//! A shared folder with mock back ends: well-behaved, gone, silent and lying.
+//! Tests a shared folder with mock back ends: well-behaved, disconnected, silent and misbehaving.
 
 mod back_end;
 mod hostile;
@@ -16,7 +16,7 @@ use crate::fs::{Fs, FsParams};
 use crate::testing::{MockPciDriver, TestRam, wait_until};
 
 const RAM_BYTES: usize = 16 << 20;
-/// The priority queue and one for requests.
+/// The priority queue and one request queue.
 const QUEUES: usize = 2;
 const REQUESTS: u16 = 1;
 
@@ -46,7 +46,7 @@ struct Rig {
 }
 
 impl Rig {
-    /// A device with its driver, and no back end.
+    /// A device with its driver, without a back end.
     fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let ram = shared_ram();

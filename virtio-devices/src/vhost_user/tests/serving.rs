@@ -1,4 +1,4 @@
-//! Back ends that serve, go away and come back.
+//! Tests with back ends that serve, disconnect and reconnect.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -126,7 +126,7 @@ fn saved_device_continues_with_another_back_end() {
     expect_answer(&mut rig, REQUESTS, &held);
 }
 
-/// A balloon returns pages while the back end has them mapped.
+/// A balloon discards pages while the back end has them mapped.
 #[test]
 fn discarded_memory_is_gone_for_the_back_end() {
     const PAGE_BYTES: u64 = 4096;

@@ -1,4 +1,4 @@
-//! The real back end of shared folders, spoken to as Linux does. `cargo xtask test-tools` installs it.
+//! Tests with virtiofsd, the real back end of shared folders, driven as by Linux. `cargo xtask test-tools` installs it.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -32,7 +32,7 @@ fn program() -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// One process; killed when it is dropped.
+/// One virtiofsd process; killed on drop.
 struct Virtiofsd(Child);
 
 impl Virtiofsd {
@@ -51,13 +51,13 @@ impl Virtiofsd {
 
 impl Drop for Virtiofsd {
     fn drop(&mut self) {
-        // SIGKILL.
+        // Sends SIGKILL.
         self.0.kill().ok();
         self.0.wait().ok();
     }
 }
 
-/// Makes a request whose answer goes to `room`, and returns the answer without its header.
+/// Sends a request with `room` for the response, and returns the response without its header.
 fn ask_into(rig: &mut Rig, opcode: u32, node: u64, body: &[u8], room: Buffer) -> Vec<u8> {
     let mut request = vec![0; HEADER_BYTES];
     let bytes = (HEADER_BYTES + body.len()) as u32;
@@ -89,7 +89,7 @@ fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect()
 }
 
-/// Mounts the folder and reads its file, into a page that is discarded in between.
+/// Mounts the folder and reads its file into a page that is discarded in between.
 fn read_file(rig: &mut Rig) {
     let align = u64::from(PAGE_BYTES);
     let room = Buffer {
@@ -106,7 +106,7 @@ fn read_file(rig: &mut Rig) {
     read.extend(words(&[0, 0, PAGE_BYTES, 0, 0, 0, 0, 0]));
     for _ in 0..2 {
         assert_eq!(ask_into(rig, READ, node, &read, room), CONTENT);
-        // A balloon returns the page, which the back end still has mapped.
+        // A balloon discards the page, which the back end still has mapped.
         let mut page = [GuestRange {
             start: room.address.0,
             bytes: align,
@@ -133,7 +133,7 @@ fn virtiofsd_serves_a_folder_is_killed_and_serves_it_again() {
         rig.wait_for("connections", round);
         rig.wait_until_served();
         read_file(&mut rig);
-        // The driver starts again, and the process stays.
+        // The driver restarts; the process continues.
         rig.driver.reset();
         rig.driver.start(u64::MAX);
         rig.wait_until_served();

@@ -1,4 +1,4 @@
-//! A guest that keeps no rule is contained and counted.
+//! Tests that a guest which violates the protocol is contained and counted.
 
 use super::super::CONNECTIONS_MAX;
 use super::super::connection::BUFFER_BYTES;
@@ -114,7 +114,7 @@ fn data_before_the_connection_is_open_resets_it() {
     let request = rig.next_is(Op::Request);
     rig.send(packet(52, request.src_port, Op::Data), &[]);
     rig.next_is(Op::Reset);
-    // The host's program does not hear "OK".
+    // The host's program does not receive "OK".
     assert_eq!(stream.read(&mut [0]).unwrap(), 0);
 }
 
@@ -123,7 +123,7 @@ fn data_beyond_the_credit_resets_the_connection_and_is_not_kept() {
     let mut rig = Rig::new(8);
     let (_stream, header) = rig.connect_to_guest(52);
     let chunk = vec![7; BUFFER_BYTES as usize];
-    // The host does not read. Its socket and the device's buffer take so much and no more.
+    // The host does not read. Its socket and the device's buffer accept a bounded amount.
     for _ in 0..64 {
         rig.send(data_of(header, &chunk), &chunk);
         while let Some((header, _)) = rig.poll() {
@@ -185,7 +185,7 @@ fn connections_are_bounded_and_those_that_are_there_go_on() {
     assert_eq!(program.read(&mut [0]).unwrap(), 0);
     assert_eq!(rig.counter("connections"), CONNECTIONS_MAX as u64);
     assert_eq!(rig.counter("connections_refused"), 2);
-    // One that goes makes room.
+    // Closing one connection admits another.
     streams[0].write_all(b"x").unwrap();
     assert_eq!(rig.next().1, b"x");
     rig.send(packet(0, 80, Op::Reset), &[]);
@@ -203,7 +203,7 @@ fn command_waits_for_one_of_many_connections_without_packets() {
         rig.offer(1);
         streams.push(rig.connect_to_guest(1000 + port));
     }
-    // There is no buffer, so each of them may have a packet for the next one.
+    // There is no receive buffer, so each connection may still have a packet for the next one.
     for (_, header) in &streams {
         rig.send(of(*header, Op::CreditUpdate), &[]);
     }
@@ -218,7 +218,7 @@ fn host_socket_with_a_full_backlog_resets_and_does_not_wait() {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketType};
     const BACKLOG: u32 = 4;
     let mut rig = Rig::new(64);
-    // Nobody accepts.
+    // No program accepts.
     let listener = rustix::net::socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
     let path = rig.folder.path().join("vsock_80");
     rustix::net::bind(&listener, &SocketAddrUnix::new(path).unwrap()).unwrap();
@@ -246,7 +246,7 @@ fn shutdown_of_a_connection_that_was_never_open_resets_it() {
     assert_eq!(rig.counter("connections"), 0);
 }
 
-/// Played in a process of its own, because the limit of descriptors is the process's.
+/// Runs in a separate process, because the limit of descriptors applies to the process.
 #[test]
 fn programs_wait_without_a_spin_while_descriptors_are_out() {
     use rustix::process::{Resource, getrlimit, setrlimit};

@@ -1,4 +1,4 @@
-//! The device between a driver of the tests and sockets of the host.
+//! Tests the device with a mock driver and sockets of the host.
 
 mod hostile;
 mod saved;
@@ -20,17 +20,17 @@ use crate::testing::{Chain, HandlerHarness, Segment, conformance};
 const GUEST_CID: u32 = 3;
 const RECEIVE: u16 = 0;
 const TRANSMIT: u16 = 1;
-/// A test that waits this long has failed.
+/// A test that waits longer than this has failed.
 const DEADLINE: Duration = Duration::from_secs(60);
-/// Data that one receive buffer takes, as Linux has it.
+/// Data bytes in one receive buffer, as in Linux.
 const ROOM: usize = 4096;
-/// What the guest says it can buffer.
+/// The buffer size that the guest reports.
 const GUEST_BUFFER: u32 = 256 << 10;
 
 struct Rig {
     vsock: Vsock,
     harness: HandlerHarness<Box<dyn QueueHandler>>,
-    /// Receive buffers that the device has.
+    /// Receive buffers provided to the device.
     offered: Vec<Chain>,
     folder: TempDir,
 }
@@ -44,7 +44,7 @@ fn params(folder: &TempDir) -> VsockParams {
 }
 
 impl Rig {
-    /// With receive buffers for as many packets.
+    /// A device with receive buffers for this number of packets.
     fn new(buffers: usize) -> Self {
         Self::restored(buffers, None)
     }
@@ -73,7 +73,7 @@ impl Rig {
         self.folder.path().join("vsock")
     }
 
-    /// Listens where the guest gets when it connects to `port`.
+    /// Listens where the guest's connections to `port` arrive.
     fn listen(&self, port: u32) -> UnixListener {
         UnixListener::bind(self.folder.path().join(format!("vsock_{port}"))).unwrap()
     }
@@ -88,7 +88,7 @@ impl Rig {
         self.vsock.counters()[name]
     }
 
-    /// Gives the device so many more receive buffers.
+    /// Provides this number of further receive buffers.
     fn offer(&mut self, buffers: usize) {
         for _ in 0..buffers {
             let segments = [Segment::Writable((HEADER_BYTES + ROOM) as u32)];
@@ -110,7 +110,7 @@ impl Rig {
         assert_eq!(used.unwrap().len, 0);
     }
 
-    /// The next packet for the guest, if there is one without waiting.
+    /// The next packet for the guest, if one is available without waiting.
     fn poll(&mut self) -> Option<(Header, Vec<u8>)> {
         let used = self.harness.queue(RECEIVE).pop_used()?;
         let at = self
@@ -146,13 +146,13 @@ impl Rig {
         header
     }
 
-    /// Serves the host until nothing comes for a moment, and requires that the guest gets nothing.
+    /// Serves the host until it is idle for 20 ms, and requires that the guest receives no packet.
     fn nothing_comes(&mut self) {
         while self.harness.serve_sources(20).unwrap() > 0 {}
         assert_eq!(self.poll(), None);
     }
 
-    /// The guest connects to `port` of the host, from `guest_port`.
+    /// Connects the guest to `port` of the host, from `guest_port`.
     fn connect_to_host(&mut self, guest_port: u32, port: u32) -> (UnixStream, Header) {
         let listener = self.listen(port);
         self.send(packet(guest_port, port, Op::Request), &[]);
@@ -163,7 +163,7 @@ impl Rig {
         (stream, packet(guest_port, port, Op::Data))
     }
 
-    /// A program of the host connects to `port` of the guest, which accepts.
+    /// Connects a host program to `port` of the guest, which accepts.
     fn connect_to_guest(&mut self, port: u32) -> (UnixStream, Header) {
         let mut stream = self.connect();
         writeln!(stream, "CONNECT {port}").unwrap();
@@ -176,7 +176,7 @@ impl Rig {
     }
 }
 
-/// A packet of the guest's with room for what the host sends.
+/// A packet of the guest, with its buffer space for data of the host.
 fn packet(guest_port: u32, host_port: u32, op: Op) -> Header {
     Header {
         src_cid: u64::from(GUEST_CID),
@@ -213,7 +213,7 @@ fn read_exactly(stream: &mut UnixStream, count: usize) -> Vec<u8> {
 
 #[test]
 fn vsock_conforms() {
-    // Each device has a socket of its own: a saved one is there beside the one that continues.
+    // Each device has its own socket, because the saved device and the continued one exist at the same time.
     let folders = Mutex::new(Vec::new());
     conformance("vsock", |_| {
         let folder = tempfile::tempdir().unwrap();

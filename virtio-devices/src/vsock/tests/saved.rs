@@ -1,4 +1,4 @@
-//! A device that continues elsewhere: its connections are gone, and the guest is notified.
+//! Tests a device that continues elsewhere: its connections are gone, and the guest is notified.
 
 use state::Saved;
 
@@ -11,7 +11,7 @@ fn connections_of_a_saved_device_are_reset_where_it_continues() {
     let (_kept, first) = rig.connect_to_guest(52);
     let (_also, second) = rig.connect_to_host(1024, 80);
     let saved = rig.harness.handler.state().own;
-    // Saved again before the guest was notified: still both.
+    // Saved again before the guest was notified: the state still lists both.
     let rig = Rig::restored(0, saved.as_ref());
     let again = rig.harness.handler.state().own;
     let mut ports: Vec<(u32, u32)> = Vec::new();

@@ -1,4 +1,4 @@
-//! Connections of well-behaved guests and programs.
+//! Tests of connections between well-behaved guests and programs.
 
 use std::net::Shutdown;
 
@@ -6,7 +6,7 @@ use super::super::connection::BUFFER_BYTES;
 use super::super::packet::{SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 use super::*;
 
-/// Bytes that differ from their neighbours, even 64 KiB apart.
+/// Bytes that differ from their neighbours, also at a distance of 64 KiB.
 fn pattern(count: usize) -> Vec<u8> {
     (0..count).map(|at| (at % 251) as u8).collect()
 }
@@ -25,7 +25,7 @@ fn host_program_reaches_a_port_of_the_guest_and_back() {
     // The guest's data has reached the host, and every packet reports it.
     assert_eq!((packet.buf_alloc, packet.fwd_cnt), (BUFFER_BYTES, 14));
     assert_eq!(rig.counter("connections"), 1);
-    // The next one has another port.
+    // The next connection has another port.
     let (_other, header) = rig.connect_to_guest(52);
     assert_eq!(header.dst_port, (1 << 30) + 1);
 }
@@ -34,7 +34,7 @@ fn host_program_reaches_a_port_of_the_guest_and_back() {
 fn what_follows_the_greeting_at_once_is_the_guests() {
     let mut rig = Rig::new(8);
     let mut stream = rig.connect();
-    // In any case, and with further data in one write.
+    // In lower case, and with data in the same write.
     stream.write_all(b"connect 7\nhello").unwrap();
     let request = rig.next_is(Op::Request);
     rig.nothing_comes();
@@ -57,7 +57,7 @@ fn greeting_that_makes_no_sense_is_refused_without_a_packet() {
         let mut stream = rig.connect();
         stream.write_all(greeting.as_bytes()).unwrap();
         rig.nothing_comes();
-        // The end, or a reset if not all of the greeting was read.
+        // The end of the stream, or a reset if part of the greeting was not read.
         assert!(!matches!(stream.read(&mut [0]), Ok(1)), "{greeting:?}");
     }
     assert_eq!(rig.counter("connections_refused"), 7);
@@ -130,12 +130,12 @@ fn host_sends_no_more_than_the_guest_has_room_for() {
     let text = pattern(1500);
     stream.write_all(&text).unwrap();
     assert_eq!(rig.next().1, text[..1000]);
-    // Requested once, not repeatedly, nor again when the answer is that there is none.
+    // Credit is requested once, not repeatedly, nor again after a response without credit.
     rig.next_is(Op::CreditRequest);
     rig.nothing_comes();
     rig.send(small, &[]);
     rig.nothing_comes();
-    // The count of read bytes wraps and continues.
+    // The count of read bytes wraps around and continues.
     rig.send(
         Header {
             fwd_cnt: 300,
@@ -164,12 +164,12 @@ fn host_sends_no_more_than_the_guest_has_room_for() {
 fn guest_is_told_of_room_once_the_host_reads() {
     let mut rig = Rig::new(32);
     let (mut stream, header) = rig.connect_to_guest(52);
-    // More than a socket of the host holds, so that the device has to keep some.
+    // More than a host socket holds, so that the device has to buffer some.
     let chunk = pattern(16 << 10);
     let mut sent = 0u32;
     let mut known = 0u32;
     while sent < 4 << 20 {
-        // A guest sends while it has credit.
+        // A guest sends only while it has credit.
         if sent - known + 16384 > BUFFER_BYTES {
             match rig.poll() {
                 Some((header, _)) => known = header.fwd_cnt,
@@ -197,7 +197,7 @@ fn guest_is_told_of_room_once_the_host_reads() {
 fn guest_that_closes_and_does_not_wait_leaves_its_last_bytes_to_the_host() {
     let mut rig = Rig::new(64);
     let (mut stream, header) = rig.connect_to_guest(52);
-    // Until the host's socket is full, and then what the device may keep.
+    // Until the host's socket is full, and then up to the device's buffer.
     let chunk = pattern(16 << 10);
     let mut sent = 0;
     let mut known = 0;
@@ -210,7 +210,7 @@ fn guest_that_closes_and_does_not_wait_leaves_its_last_bytes_to_the_host() {
             rig.offer(1);
         }
     }
-    // So the device keeps more than half of what it may.
+    // The device therefore buffers more than half of its limit.
     let close = Header {
         flags: SHUTDOWN_BOTH,
         ..of(header, Op::Shutdown)
@@ -231,7 +231,7 @@ fn guest_that_closes_and_does_not_wait_leaves_its_last_bytes_to_the_host() {
     let read = reader.join().unwrap();
     assert_eq!(read.len(), sent as usize);
     assert!(read.chunks(16384).all(|read| read == chunk));
-    // The ports are free, and nothing more comes of the old connection.
+    // The ports are free, and no further packet of the old connection arrives.
     rig.nothing_comes();
 }
 
@@ -257,7 +257,7 @@ fn host_that_sends_no_more_can_still_be_sent_to() {
         ..of(header, Op::Shutdown)
     };
     rig.send(done, &[]);
-    // All of it, then the end.
+    // All data, then the end of the stream.
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer).unwrap();
     assert_eq!(answer, b"answer");
@@ -294,7 +294,7 @@ fn host_that_closes_leaves_its_last_bytes_to_the_guest() {
     drop(stream);
     assert_eq!(rig.next().1, b"last words");
     assert_eq!(rig.next_is(Op::Shutdown).flags, SHUTDOWN_BOTH);
-    // The guest's data in the meantime is dropped and is not a fault.
+    // Data that the guest sends in the meantime is dropped; it is not a violation.
     rig.send(data_of(header, b"late"), b"late");
     assert_eq!(rig.counter("bad_packets"), 0);
     rig.send(of(header, Op::Reset), &[]);
@@ -345,7 +345,7 @@ fn driver_that_resets_the_device_closes_all_streams() {
     rig.nothing_comes();
     rig.harness.reset();
     assert_eq!(rig.counter("connections"), 0);
-    // The stream's other ends see it: an end, or a reset where something was left unread.
+    // The other ends see the end of the stream, or a reset if data was left unread.
     assert!(!matches!(stream.read(&mut [0]), Ok(1)));
     assert!(!matches!(greeting.read(&mut [0]), Ok(1)));
     // New programs wait for the next driver.
