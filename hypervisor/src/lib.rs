@@ -5,9 +5,9 @@
 //!                                  └──create_vcpu──► Vcpu (registers, run)
 //! ```
 //!
-//! This crate makes no decisions about a machine: the caller chooses memory, CPUID and routes. It adds to `kvm-ioctls`
-//! one error type that names the failed operation, an exit enum with only the exits of an x86-64 VMM, and a safe way to
-//! interrupt a running vCPU ([`kick`]).
+//! This crate makes no decisions about a machine: the caller chooses memory, CPUID and routes. It adds three things to
+//! `kvm-ioctls`: one error type that names the failed operation, an exit enum with only the exits of an x86-64 VMM, and
+//! a safe way to interrupt a running vCPU ([`kick`]).
 
 mod error;
 mod exit;

@@ -75,9 +75,9 @@ parts! {
     PCI_BUS = "pci-bus", 1..=2;
     /// A PC: an envelope for each of its parts.
     PC = "pc", 1..=2;
-    /// vCPU hotplug controller.
+    /// vCPU hot-plug controller.
     CPU_HOTPLUG = "cpu-hotplug", 1..=1;
-    /// PCI hotplug controller.
+    /// PCI hot-plug controller.
     PCI_HOTPLUG = "pci-hotplug", 1..=2;
     /// Serial port.
     SERIAL = "serial", 1..=1;

@@ -2,8 +2,8 @@
 //!
 //! A device has two halves. The *configuration half* ([`VirtioDevice`]) handles register accesses of the vCPU threads
 //! and never blocks. The *queue half* ([`QueueHandler`]) runs on its own worker thread; it is created with the device
-//! and receives the queues when the driver is ready. Data that both need is shared by the device itself in an `Arc` of
-//! atomics.
+//! and receives the queues when the driver is ready. Both halves share data in an `Arc` of atomics that the device
+//! defines.
 //!
 //! This crate does not depend on KVM, HTTP or the command line: the VMM provides interrupts, doorbells and threads
 //! through the traits in [`pci`] and [`worker`].

@@ -61,9 +61,9 @@ pub struct AcpiParams {
     pub pci_segments: Vec<PciSegmentEntry>,
     /// The generic event device's register.
     pub ged_address: u64,
-    /// The PCI hotplug controller's registers.
+    /// The PCI hot-plug controller's registers.
     pub pci_hotplug_address: u64,
-    /// The vCPU hotplug controller's registers.
+    /// The vCPU hot-plug controller's registers.
     pub cpu_hotplug_address: u64,
     /// Whether there is a serial port.
     pub has_serial: bool,

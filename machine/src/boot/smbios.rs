@@ -1,8 +1,8 @@
 //! SMBIOS tables: manufacturer, product and serial strings (DSP0134, version 3.2).
 //!
-//! A 64-bit entry point, then the structures: BIOS (type 0), system (1),
-//! chassis (3) if it has an asset tag, OEM strings (11) if there are any, end
-//! (127). Each is a fixed part followed by its strings, ended by two zeros.
+//! The tables are a 64-bit entry point and a list of structures: BIOS (type 0), system (1), chassis (3) if it has an
+//! asset tag, OEM strings (11) if there are any, end (127). Each structure is a fixed part followed by its strings and
+//! two zero bytes.
 
 use api::config::PlatformConfig;
 

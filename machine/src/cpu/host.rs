@@ -1,7 +1,7 @@
 //! Checks whether this host can continue saved vCPUs, before anything is created.
 //!
 //! KVM accepts nearly every CPUID, and a guest that uses a feature the processor lacks crashes later. Leaf numbers and
-//! bits are those of `cpuid.rs`.
+//! bits are explained in `cpuid.rs`.
 
 use ::state::{Part, StateError, parts};
 use api::config::CpusConfig;

@@ -9,7 +9,7 @@
 //! | 0x402 | [`FirmwareDebug`]: text from firmware |
 //! | 0x600 | [`AcpiPower`]: power-off and reset |
 //! | 0x608 | [`PmTimer`]: ACPI's clock |
-//! | platform MMIO | [`Ged`]: power button and PCI hotplug |
+//! | platform MMIO | [`Ged`]: power button, PCI and vCPU hot-plug |
 //!
 //! There is no PIC, no PIT and no HPET; their ports read as all ones.
 

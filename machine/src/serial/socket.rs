@@ -1,4 +1,4 @@
-//! A UNIX socket for one guest's console, with one client at a time: the latest.
+//! A UNIX socket for one guest's console. It has one client at a time; a new client replaces the current one.
 
 use std::fs::File;
 use std::io;

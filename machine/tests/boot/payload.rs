@@ -1,4 +1,4 @@
-//! Valid and invalid payload files. Needs no KVM.
+//! Tests valid and invalid payload files. Needs no KVM.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

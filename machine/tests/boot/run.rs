@@ -1,4 +1,4 @@
-//! Payloads of a few instructions, run on this host's KVM through loader and vCPU threads.
+//! Runs payloads of a few instructions on this host's KVM, through loader and vCPU threads.
 //!
 //! Without a usable KVM the tests print the reason and pass without testing anything.
 

@@ -133,8 +133,8 @@ pub(super) fn hinted(
 /// Puts chains into the used ring with length zero: the balloon never writes into a guest's buffers.
 ///
 /// The discarded length might seem natural for a report. But a device that writes "length" bytes into a reported page
-/// defines their content, and one proposed feature (device-initialised pages) treats the length as a guarantee of
-/// zeros. Without that feature there is no such guarantee.
+/// defines their content. One proposed feature (device-initialised pages) treats the length as a guarantee of zeros;
+/// without that feature there is no such guarantee.
 pub(super) fn answer(
     queue: &mut ServedQueue,
     mem: &GuestMemoryMmap<()>,

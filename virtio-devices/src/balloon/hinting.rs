@@ -36,7 +36,7 @@
 //! progress protects a block. The kick does: until the kick returns to the vCPU, the block is allocated and on no list.
 //! Hence the rules:
 //!
-//! * the doorbell of this queue holds the vCPU that rings it ([`crate::VirtioDevice::holds_notifier`]), so KVM does not
+//! * the doorbell of this queue holds the vCPU that signals it ([`crate::VirtioDevice::holds_notifier`]), so KVM does not
 //!   handle it in the kernel;
 //! * a block is discarded only while the vCPU is held, and of the available chains only the *last* one: the kicks of
 //!   the earlier ones have returned. The driver's work item is one thread, and no feature that suppresses kicks is

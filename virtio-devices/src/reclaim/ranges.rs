@@ -2,7 +2,7 @@
 //!
 //! The rule, in terms of sets: take the union of all claimed bytes, intersect it with each RAM region, and keep the
 //! backing pages that are *completely* inside. A page that was released only in part still holds the guest's data.
-//! Merging comes before trimming, so 512 adjacent 4 KiB claims free one 2 MiB page, and a claim that crosses a region
+//! Merging comes before trimming, so 512 adjacent 4 KiB claims free one 2 MiB page. A claim that crosses a region
 //! boundary is served in both regions.
 
 use device_facts::SkipReason;

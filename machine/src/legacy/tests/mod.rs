@@ -1,4 +1,4 @@
-//! Random accesses to every device, and helpers for them.
+//! Tests every device with random accesses; contains helpers for the other tests.
 
 mod state;
 

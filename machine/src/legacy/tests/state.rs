@@ -1,4 +1,4 @@
-//! Saves and restores small devices, and restores them from invalid states.
+//! Tests saving and restoring of small devices, including invalid states.
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! The bus as a guest sees it, through both access mechanisms of configuration space.
+//! Tests the bus as a guest sees it, through both access mechanisms of configuration space.
 
 use std::sync::Arc;
 
