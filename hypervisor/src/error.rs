@@ -12,27 +12,21 @@ pub enum Error {
     /// There is no KVM device on this host.
     #[error("{} does not exist: is the kvm module loaded and virtualization enabled?", path.display())]
     DeviceMissing {
-        /// The device that was tried.
         path: PathBuf,
-        /// The operating system's error.
         #[source]
         source: io::Error,
     },
     /// The KVM device is there, but this process may not use it.
     #[error("No permission to open {}: is this user in the kvm group?", path.display())]
     DeviceNotPermitted {
-        /// The device that was tried.
         path: PathBuf,
-        /// The operating system's error.
         #[source]
         source: io::Error,
     },
     /// The KVM device cannot be opened for another reason.
     #[error("Cannot open {}", path.display())]
     DeviceOpen {
-        /// The device that was tried.
         path: PathBuf,
-        /// The operating system's error.
         #[source]
         source: io::Error,
     },
@@ -83,7 +77,6 @@ pub enum Error {
     Ioctl {
         /// The operation, by its name in the kernel's KVM documentation.
         operation: &'static str,
-        /// The operating system's error.
         #[source]
         source: io::Error,
     },

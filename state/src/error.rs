@@ -22,9 +22,7 @@ pub enum StateError {
     /// Not a state of this part: a field is missing, unknown or of the wrong type.
     #[error("state of {part} is malformed")]
     Malformed {
-        /// The part's name.
         part: &'static str,
-        /// The parser's error.
         #[source]
         source: serde_json::Error,
     },
@@ -41,9 +39,7 @@ pub enum StateError {
     /// The state is valid, but the host refused a resource it needs.
     #[error("cannot restore {part}")]
     Host {
-        /// The part's name.
         part: &'static str,
-        /// The host's error.
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },

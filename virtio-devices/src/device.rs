@@ -223,7 +223,6 @@ pub enum WorkerError {
     Host {
         /// The operation, e.g. "epoll_ctl".
         what: &'static str,
-        /// The error from the system.
         #[source]
         source: std::io::Error,
     },
@@ -232,7 +231,6 @@ pub enum WorkerError {
     Affinity {
         /// The host CPUs.
         host_cpus: Vec<usize>,
-        /// The error from the system.
         #[source]
         source: std::io::Error,
     },

@@ -56,9 +56,7 @@ pub enum PmemError {
     /// The path cannot be opened.
     #[error("cannot open {}", path.display())]
     Open {
-        /// The file.
         path: PathBuf,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -95,20 +93,16 @@ pub enum PmemError {
     /// Another VM, or another device, uses the file.
     #[error("cannot lock {}: it is in use by another process or device", path.display())]
     Locked {
-        /// The file.
         path: PathBuf,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
     /// No address space is left.
     #[error("cannot map {bytes} bytes of {}", path.display())]
     Map {
-        /// The file.
         path: PathBuf,
         /// The size.
         bytes: u64,
-        /// The error from the system.
         #[source]
         source: MmapRegionError,
     },

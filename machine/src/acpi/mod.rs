@@ -87,7 +87,6 @@ pub enum AcpiError {
     Write {
         /// Start of the table.
         address: u64,
-        /// The error from guest memory.
         #[source]
         source: GuestMemoryError,
     },

@@ -57,9 +57,7 @@ pub enum BootError {
     /// A payload file cannot be opened.
     #[error("Cannot open {}", path.display())]
     Open {
-        /// The file.
         path: PathBuf,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -72,9 +70,7 @@ pub enum BootError {
     /// A payload file cannot be read.
     #[error("Cannot read {}", path.display())]
     Read {
-        /// The file.
         path: PathBuf,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -111,9 +107,7 @@ pub enum BootError {
     /// Another defect of the image.
     #[error("Cannot load {}", path.display())]
     Load {
-        /// The file.
         path: PathBuf,
-        /// The error from the loader.
         #[source]
         source: linux_loader::loader::Error,
     },
@@ -160,7 +154,6 @@ pub enum BootError {
     Write {
         /// The structure.
         what: &'static str,
-        /// The error from guest memory.
         #[source]
         source: vm_memory::GuestMemoryError,
     },

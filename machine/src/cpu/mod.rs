@@ -112,9 +112,7 @@ pub enum CpuError {
     /// The host refused an affinity.
     #[error("Cannot set the affinity of vCPU {vcpu}")]
     Affinity {
-        /// The vCPU.
         vcpu: u32,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -133,20 +131,16 @@ pub enum CpuError {
     /// KVM rejected an operation on one vCPU.
     #[error("Cannot {what} vCPU {vcpu}")]
     Vcpu {
-        /// The vCPU.
         vcpu: u32,
         /// The operation: "create", "set up", "pause".
         what: &'static str,
-        /// The error from KVM.
         #[source]
         source: hypervisor::Error,
     },
     /// The thread of a vCPU cannot be started.
     #[error("Cannot start the thread of vCPU {vcpu}")]
     Thread {
-        /// The vCPU.
         vcpu: u32,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },

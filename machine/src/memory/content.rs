@@ -63,7 +63,6 @@ pub enum ContentError {
     /// Guest RAM cannot be read or written.
     #[error("Cannot access guest RAM of zone {zone} at offset {offset:#x}")]
     Ram {
-        /// The zone.
         zone: String,
         /// The offset in it.
         offset: u64,
@@ -74,7 +73,6 @@ pub enum ContentError {
     /// The file cannot be read or written.
     #[error("Cannot access the memory file of zone {zone} at offset {offset:#x}")]
     File {
-        /// The zone.
         zone: String,
         /// The offset in it.
         offset: u64,

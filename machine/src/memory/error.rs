@@ -55,7 +55,6 @@ pub enum MemoryError {
     Slot {
         /// The address of the slot.
         guest_address: u64,
-        /// The error from KVM.
         #[source]
         source: hypervisor::Error,
     },
@@ -82,9 +81,7 @@ pub enum ZoneError {
     /// The file does not exist, or access is denied.
     #[error("Cannot open {}", path.display())]
     Open {
-        /// The file or directory.
         path: PathBuf,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -149,7 +146,6 @@ pub enum ZoneError {
     HostNumaNode {
         /// The node.
         node: u32,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -160,7 +156,6 @@ pub enum ZoneError {
         operation: &'static str,
         /// The amount of memory.
         bytes: u64,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -169,7 +164,6 @@ pub enum ZoneError {
     Map {
         /// The amount of memory.
         bytes: u64,
-        /// The error from the mapping code.
         #[source]
         source: vm_memory::mmap::MmapRegionError,
     },

@@ -36,7 +36,6 @@ pub enum PcError {
     Device {
         /// The device.
         id: String,
-        /// The error from the device.
         #[source]
         source: Box<dyn Error + Send + Sync>,
     },
@@ -45,7 +44,6 @@ pub enum PcError {
     DeviceState {
         /// The device.
         id: String,
-        /// The error from its worker.
         #[source]
         source: WorkerError,
     },
@@ -65,7 +63,6 @@ pub enum PcError {
     Announce {
         /// The device.
         id: String,
-        /// The error from the host.
         #[source]
         source: io::Error,
     },

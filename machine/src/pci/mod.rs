@@ -139,7 +139,6 @@ pub enum PciError {
         index: u8,
         /// The requested size.
         bytes: u64,
-        /// The error from the allocator.
         #[source]
         source: vm_allocator::Error,
     },
@@ -150,7 +149,6 @@ pub enum PciError {
         id: String,
         /// The requested size.
         bytes: u64,
-        /// The error from the allocator.
         #[source]
         source: vm_allocator::Error,
     },
@@ -161,7 +159,6 @@ pub enum PciError {
         base: u64,
         /// Length.
         bytes: u64,
-        /// The error from the allocator.
         #[source]
         source: vm_allocator::Error,
     },

@@ -50,18 +50,14 @@ pub enum SerialError {
     /// The file cannot be created or written.
     #[error("Cannot open console file {}", path.display())]
     File {
-        /// Its path.
         path: PathBuf,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
     /// The socket cannot be created, often because the path exists.
     #[error("Cannot listen on console socket {}", path.display())]
     Socket {
-        /// Its path.
         path: PathBuf,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },

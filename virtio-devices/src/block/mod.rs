@@ -100,9 +100,7 @@ pub enum BlockError {
     /// The path cannot be opened.
     #[error("cannot open disk image {}", path.display())]
     Open {
-        /// The image.
         path: PathBuf,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -115,9 +113,7 @@ pub enum BlockError {
     /// The file system cannot bypass the page cache.
     #[error("{} does not support direct I/O (direct=on)", path.display())]
     NoDirectIo {
-        /// The image.
         path: PathBuf,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -137,9 +133,7 @@ pub enum BlockError {
     /// The size or block sizes cannot be determined.
     #[error("cannot inspect disk image {}", path.display())]
     Inspect {
-        /// The image.
         path: PathBuf,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -154,20 +148,16 @@ pub enum BlockError {
     /// Another process, or another disk of this one, has it locked.
     #[error("cannot lock {} for {access}: it is in use by another process", path.display())]
     Locked {
-        /// The image.
         path: PathBuf,
         /// "reading" or "writing".
         access: &'static str,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
     /// The file system does not support locking.
     #[error("cannot lock {}", path.display())]
     Lock {
-        /// The image.
         path: PathBuf,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -192,9 +182,7 @@ pub enum BlockError {
     /// The I/O engine cannot be set up.
     #[error("cannot set up the I/O engine of {}", path.display())]
     Engine {
-        /// The image.
         path: PathBuf,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },

@@ -46,22 +46,18 @@ pub enum DiskResizeError {
     /// Another process has locked the part that would be added.
     #[error("cannot lock {} up to {bytes} bytes", path.display())]
     Lock {
-        /// The image.
         path: PathBuf,
         /// The requested size.
         bytes: u64,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
     /// The operating system rejected the new size.
     #[error("cannot resize {} to {bytes} bytes", path.display())]
     Host {
-        /// The image.
         path: PathBuf,
         /// The requested size.
         bytes: u64,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },

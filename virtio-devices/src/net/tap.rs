@@ -37,7 +37,6 @@ pub enum TapError {
     Permission {
         /// The tap.
         name: String,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -46,7 +45,6 @@ pub enum TapError {
     Busy {
         /// The tap.
         name: String,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -57,7 +55,6 @@ pub enum TapError {
         name: String,
         /// Number of queue pairs requested.
         queues: u16,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -66,7 +63,6 @@ pub enum TapError {
     Attach {
         /// The tap.
         name: String,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -75,7 +71,6 @@ pub enum TapError {
     NotATap {
         /// Its number.
         fd: RawFd,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
@@ -92,7 +87,6 @@ pub enum TapError {
         what: &'static str,
         /// The tap.
         name: String,
-        /// The error from the system.
         #[source]
         source: io::Error,
     },
