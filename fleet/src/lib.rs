@@ -1,11 +1,11 @@
 //! The fleet manager: how much memory each VM keeps, which VMs fit, and where the next one goes.
 //!
-//! The crate has a pure half and a half that touches the world. The pure half decides: [`model`] is what was measured,
-//! [`config`] what the operator wants, [`planner`] turns both into a plan, [`admission`] and [`placement`] say yes or
-//! no, and [`sim`] runs all of them on virtual time against guests of every character. Nothing of it reads a clock or a
-//! socket, so the simulator and the agent run the same code.
+//! The crate has a pure part and a part with side effects. The pure part decides: [`model`] describes measurements,
+//! [`config`] the operator's settings, [`planner`] turns both into a plan, [`admission`] and [`placement`] accept or
+//! refuse VMs, and [`sim`] runs all of them on virtual time with guests of many kinds. The pure part reads no clock and
+//! no socket, so the simulator and the agent run the same code.
 //!
-//! Of our other crates only `api` may be used here: a fleet manager sees of a VMM what its socket tells.
+//! Of our other crates, only `api` may be used here, because a fleet manager knows a VMM only through its API socket.
 
 pub mod admission;
 pub mod agent;

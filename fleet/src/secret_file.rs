@@ -1,19 +1,19 @@
-//! Files that hold a secret: tokens, passwords and keys of others' choice and with others' modes.
+//! Files that contain secrets: tokens, passwords and keys, which other programs create with their own modes.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-/// Longest secret: it has to fit into the head of a request, with everything else.
+/// Maximum length of a secret: it must fit into the head of a request, together with all other headers.
 pub(crate) const SECRET_BYTES_MAX: u64 = 4096;
-/// What everybody on the machine may do with a file that is no secret: read and write it.
+/// Mode bits of a file that any user can read or write.
 const OTHERS: u32 = 0o006;
 
-/// The text of a file that holds a secret.
+/// Reads a file that contains a secret.
 ///
 /// # Errors
-/// It cannot be read, holds nothing, or more than a secret can be.
+/// The file cannot be read, is empty, or exceeds the maximum length.
 pub(crate) fn read_secret(path: &Path) -> io::Result<String> {
     warn_if_exposed(path);
     let mut text = String::new();
@@ -30,7 +30,8 @@ pub(crate) fn read_secret(path: &Path) -> io::Result<String> {
     Ok(text.to_owned())
 }
 
-/// Logs that a file is no secret. It is used all the same: in a container, its folder may be what protects it.
+/// Logs a warning if any user can access the file. The file is used nevertheless: in a container, its folder may
+/// protect it.
 pub(crate) fn warn_if_exposed(path: &Path) {
     if is_exposed(path) {
         log::warn!(
@@ -40,7 +41,7 @@ pub(crate) fn warn_if_exposed(path: &Path) {
     }
 }
 
-/// Whether everybody may read or write a file. One that cannot be looked at fails when it is read.
+/// Whether any user can read or write a file. If it cannot be inspected, reading it fails later.
 fn is_exposed(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|metadata| metadata.permissions().mode() & OTHERS != 0)
 }
@@ -80,10 +81,10 @@ mod tests {
         assert_eq!(read("\n"), Err(io::ErrorKind::UnexpectedEof));
         let most = "x".repeat(4096);
         assert_eq!(read(&most), Ok(most.clone()));
-        // Half of a password is none.
+        // A truncated password is useless.
         let error = read(&format!("{most}x"));
         assert_eq!(error, Err(io::ErrorKind::FileTooLarge));
-        // A device has no size and no end.
+        // A device has no size and no end of file.
         let error = read_secret(Path::new("/dev/zero")).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::FileTooLarge);
     }

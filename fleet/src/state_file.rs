@@ -1,11 +1,12 @@
-//! Files that must outlive the agent: replaced as a whole, so that each is always either the old one or the new one.
+//! Files that must survive the agent. They are replaced atomically, so that a file always has either its old or its new
+//! content.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// Writes beside the file, has it reach the disk, and then takes the file's name.
+/// Writes a temporary file, syncs it to disk, and renames it.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     write_beside(path, bytes)?.sync_all()?;
     take_name(path)?;
@@ -15,13 +16,13 @@ pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     }
 }
 
-/// The same for what has to outlive the agent but not the machine.
+/// The same without syncing, for data that must survive the agent but not the machine.
 pub(crate) fn replace_in_memory(path: &Path, bytes: &[u8]) -> io::Result<()> {
     write_beside(path, bytes)?;
     take_name(path)
 }
 
-/// Tells the starts of the machine apart; empty where the kernel does not say.
+/// Identifies the boot of the machine; empty if the kernel does not provide it.
 pub(crate) fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id")
         .map_or_else(|_| String::new(), |text| text.trim().to_owned())

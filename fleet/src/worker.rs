@@ -1,4 +1,4 @@
-//! The thread of one VM: takes its samples when they are due and carries out orders as they come.
+//! The thread of one VM: takes samples when they are due and executes orders as they arrive.
 //!
 //! ```text
 //!            order              due
@@ -7,10 +7,10 @@
 //!       └────────────┘  └─────────┘   a failure is an event as well; each further try waits longer
 //! ```
 //!
-//! Each VM has one thread, and no other thread ever talks to that VM: that is the rule "one request in flight per VM", and
-//! it is why a VMM that hangs delays nobody else. A thread blocked in a read costs a few pages of stack and no processor
-//! time (decision 9). An order wakes the thread at once; if a request is under way, the order waits for its deadline at
-//! most. A newer order of the same kind replaces an older one that was not carried out yet.
+//! Each VM has one thread, and only this thread communicates with the VM. This ensures "one request in flight per VM",
+//! so a hanging VMM delays no other VM. A thread blocked in a read costs a few pages of stack and no processor time
+//! (decision 9). An order wakes the thread at once; if a request is in progress, the order waits at most until the
+//! request's deadline. A newer order of the same kind replaces an older one that has not been executed yet.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io;
@@ -30,50 +30,51 @@ use crate::sample::{
     failure_kind, read_info, read_vm,
 };
 
-/// Stack of a VM's thread: what reading an answer needs, several times over. It is address space until used.
+/// Stack of a VM's thread: several times the need of parsing a response. Unused stack is only address space.
 const STACK_BYTES: usize = 256 << 10;
-/// After this many failures in a row the time between two tries stops doubling.
+/// Number of consecutive failures after which the time between two attempts stops doubling.
 const BACK_OFF_DOUBLINGS_MAX: u32 = 3;
-/// Time between samples while a balloon is on its way.
+/// Time between samples while a balloon moves.
 const SETTLING_SAMPLE: Duration = Duration::from_millis(500);
-/// A guest takes on a reporting policy once, when its driver starts: looking every so many samples is enough.
+/// Number of samples between two checks of the reporting policy. A guest adopts a policy once, when its driver starts,
+/// so rare checks suffice.
 const POLICY_SAMPLES: u32 = 12;
 /// How long a balloon is sampled more often after an order.
 const SETTLING: Duration = Duration::from_secs(10);
 
-/// The id of no process.
+/// An id that no process has.
 const NOBODY: i32 = 0;
 
-/// How a VM is talked to.
+/// Parameters of the communication with a VM.
 #[derive(Clone, Debug)]
 pub struct WorkerOptions {
     /// Time between two samples.
     pub sample: Duration,
-    /// How long one request may take.
+    /// Time limit of a request.
     pub deadline: Duration,
-    /// Where processes and control groups are.
+    /// Paths of processes and control groups.
     pub files: GroupFiles,
     /// Zero of the planner's clock.
     pub clock: Instant,
-    /// Where requests are counted.
+    /// Counters of requests.
     pub counters: Arc<RequestCounters>,
 }
 
-/// What became of an order.
+/// The result of an order.
 #[derive(Debug)]
 pub struct OrderDone {
     /// The order.
     pub order: Order,
-    /// Whether it was carried out.
+    /// Whether it was executed.
     pub result: Result<(), OrderError>,
 }
 
-/// What a VM's thread reports.
+/// An event of a VM's thread.
 #[derive(Debug)]
 pub struct VmEvent {
     /// The VM.
     pub id: VmId,
-    /// Which of the threads that ever served this name.
+    /// The number of the thread, unique among all threads that served this name.
     pub worker: u64,
     /// What happened.
     pub kind: VmEventKind,
@@ -82,17 +83,17 @@ pub struct VmEvent {
 /// See [`VmEvent`].
 #[derive(Debug)]
 pub enum VmEventKind {
-    /// A round of questions was answered; the number grows with every process that answered behind the socket.
+    /// A round of queries succeeded; the number grows with every new process behind the socket.
     Sampled(Box<VmReading>, u64),
-    /// It was not.
+    /// A round failed.
     Missed(SampleFailure),
-    /// An order was carried out or refused.
+    /// An order was executed or rejected.
     Done(OrderDone),
-    /// An order was dropped, because one that came before it was carried out does the same.
+    /// An order was dropped, because a later one replaced it before it was executed.
     Replaced(Order),
 }
 
-/// The handle of a VM's thread. Dropping it ends the thread after its current request, without waiting for that.
+/// The handle of a VM's thread. Dropping it ends the thread after its current request, without waiting.
 #[derive(Debug)]
 pub struct VmWorker {
     orders: Sender<Addressed>,
@@ -100,7 +101,7 @@ pub struct VmWorker {
 }
 
 impl VmWorker {
-    /// Starts the thread. `number` tells it from the other threads that serve the same name.
+    /// Starts the thread. `number` distinguishes it from other threads that serve the same name.
     ///
     /// # Errors
     /// The system has no more threads.
@@ -139,17 +140,17 @@ impl VmWorker {
         self.number
     }
 
-    /// Hands an order over for the process it was decided for; it never waits. False when the thread is gone.
+    /// Sends an order for its target process, without waiting. False if the thread has ended.
     pub fn order(&self, order: Order, to: Option<Process>) -> bool {
         self.orders.send(Addressed { order, to }).is_ok()
     }
 }
 
-/// Spreads the first samples of VMs that are found together over the time between two.
+/// Spreads the first samples of VMs that are found at the same time over the sampling interval.
 fn phase_of(name: &str, period: Duration) -> Duration {
     let mut hasher = DefaultHasher::new();
     name.hash(&mut hasher);
-    // An agent that has just started should know all VMs soon; later rounds keep the distance.
+    // A new agent should know all VMs soon; later rounds keep the offsets.
     let spread = period.min(Duration::from_secs(2));
     spread.mul_f64((hasher.finish() % 1024) as f64 / 1024.0)
 }
@@ -157,16 +158,16 @@ fn phase_of(name: &str, period: Duration) -> Duration {
 struct Thread {
     client: Client,
     options: WorkerOptions,
-    /// Who owns the socket.
+    /// The owner of the socket.
     owner: u32,
     level_max: FeatureLevel,
-    /// Who began to listen there, by id: nobody else is sent anything before the next sample.
+    /// Id of the process that began to listen there: no other process receives anything before the next sample.
     listener: Option<i32>,
     process: Option<Process>,
     process_number: u64,
-    /// Whether the guest follows a reporting policy, and for how many more samples that is taken for granted.
+    /// Whether the guest follows a reporting policy, and for how many more samples this is assumed.
     policy: Option<(bool, u32)>,
-    /// What the guest of this process said last.
+    /// The last claims of this process's guest.
     claims: Option<GuestClaims>,
     failures: u32,
     settle_until: Option<Instant>,
@@ -210,7 +211,7 @@ impl Thread {
                     }
                     for order in orders {
                         let done = self.carry_out(order);
-                        // What became of an order that was not answered is asked at once.
+                        // After an order without a response, its result is queried at once.
                         let wait = match &done.result {
                             Ok(()) => SETTLING_SAMPLE,
                             Err(_) => Duration::ZERO,
@@ -295,7 +296,7 @@ impl Thread {
         Ok(reading)
     }
 
-    /// Finds out which process answered. Another one begins with everything unknown.
+    /// Identifies the process that responded. For a new process, everything is unknown.
     fn identify(&mut self, peer: Peer) -> Result<i32, SampleFailure> {
         if !may_listen(peer.uid, self.owner) {
             return Err(SampleFailure::Owner {
@@ -313,15 +314,15 @@ impl Thread {
         {
             Some(process) => Ok(process),
             None => {
-                // The id of one that has ended may be another's by now, which may even run a VM.
+                // The id of an ended process may belong to another one by now, which may even run a VM.
                 let ended = peer.has_ended || peer.process.as_ref().is_some_and(has_ended);
                 let pid = match ended {
                     true => SocketOwners::read(proc).vmm(self.client.socket(), NOBODY),
                     false => vmm_behind(proc, self.client.socket(), listener),
                 };
                 let handle = peer.process.filter(|_| pid == listener && !ended);
-                // One that was looked up before and cannot be now is still the same. A process in another pid namespace
-                // cannot be looked up; it is then known by the socket file alone.
+                // A process that was looked up before and cannot be now counts as the same. A process in another pid
+                // namespace cannot be looked up, and is identified by the socket file alone.
                 let known = || {
                     let before = before.clone();
                     before.filter(|process| process.pid() == pid && !process.has_ended())
@@ -367,12 +368,13 @@ impl Thread {
     }
 }
 
-/// Whether a process of user `listener` may listen at a socket of user `owner`. What root does it could do otherwise, too.
+/// Whether a process of user `listener` may listen at a socket of user `owner`. Root is always allowed, because it has
+/// other means as well.
 fn may_listen(listener: u32, owner: u32) -> bool {
     listener == owner || listener == 0
 }
 
-/// Whether a process that was looked up before lives and, as far as can be seen, runs a VM.
+/// Whether a process that was looked up before is alive and, as far as visible, runs a VM.
 fn still_runs_vm(proc: &Path, process: &Process) -> bool {
     process.lives() && holds_vm(proc, process.pid()).unwrap_or(true)
 }
@@ -384,12 +386,13 @@ fn vmm_behind(proc: &Path, socket: &Path, listener: i32) -> i32 {
         Err(error) if error.kind() == io::ErrorKind::NotFound => {
             SocketOwners::read(proc).vmm(socket, listener)
         }
-        // So it does, or cannot be looked into.
+        // It runs a VM, or cannot be inspected.
         _ => listener,
     }
 }
 
-/// All orders that wait, in the order they came, without those that a later one of the same kind replaces; and those.
+/// All pending orders in their order of arrival, without those replaced by a later one of the same kind; and the
+/// replaced ones.
 pub(crate) fn latest(
     first: Addressed,
     orders: &Receiver<Addressed>,
@@ -433,7 +436,7 @@ mod tests {
         assert_eq!(replaced, [balloon(1), balloon(2)]);
     }
 
-    /// A VM in a world of its own.
+    /// A VM in a separate fake world.
     fn find() -> (World, Found, WorkerOptions) {
         let world = World::new(4 * GIB, 0);
         world.add("a", FakeVm::new(GIB, GIB / 2));
@@ -453,7 +456,7 @@ mod tests {
         (world, found, options)
     }
 
-    /// The same, served by a thread.
+    /// The same, with a thread.
     fn serve(change: impl FnOnce(&mut Found)) -> (World, VmWorker, Receiver<VmEventKind>) {
         let (world, mut found, options) = find();
         change(&mut found);
@@ -494,7 +497,7 @@ mod tests {
     #[test]
     fn id_of_a_listener_that_has_ended_names_nobody() {
         let (_world, found, options) = find();
-        // This process has that id, and runs a VM as far as can be seen.
+        // This process has that id, and appears to run a VM.
         let own = i32::try_from(std::process::id()).unwrap();
         let identify = |process: Option<OwnedFd>, has_ended| {
             let mut thread = Thread::new(&found, options.clone());
@@ -520,7 +523,7 @@ mod tests {
         let (world, found, options) = find();
         let mut thread = Thread::new(&found, options);
         thread.read().unwrap();
-        // The socket of another VM, which is root's perhaps, and a link to it until the next look for sockets.
+        // The socket of another VM, possibly root's, and a link to it until the next scan for sockets.
         world.add("b", FakeVm::new(GIB, GIB / 2));
         fs::remove_file(&found.socket).unwrap();
         symlink(world.socket_of("b"), &found.socket).unwrap();
@@ -540,7 +543,7 @@ mod tests {
         let owner = rustix::process::getuid().as_raw();
         let (_world, _worker, events) = serve(|found| found.owner = owner + 1);
         let event = events.recv_timeout(DEADLINE).unwrap();
-        // Root may do so.
+        // Root is allowed to.
         assert_eq!(
             owner == 0,
             matches!(event, VmEventKind::Sampled(..)),

@@ -1,6 +1,6 @@
-//! Inputs with which the planner once made things worse, each as the history that showed it.
+//! Regression tests: histories with which an earlier planner did harm.
 //!
-//! What needs guests that live on is shown by the simulator (`fleet/src/sim/tests.rs`).
+//! Cases that need reacting guests are in the simulator's tests (`fleet/src/sim/tests.rs`).
 
 mod histories;
 
@@ -27,7 +27,7 @@ fn sample(at_ms: u64, target: Bytes, ballooned: Bytes, available: Bytes) -> VmSa
     }
 }
 
-/// The balloon target that the plan asks of a VM.
+/// The balloon target that the plan requests from a VM.
 fn asked(plan: &Plan, name: &str) -> Option<(Bytes, Bytes)> {
     plan.actions.iter().find_map(|action| match action.kind {
         ActionKind::Balloon { from, to } if action.vm.as_str() == name => Some((from, to)),
@@ -53,7 +53,7 @@ fn balloon_that_refuses_requests_is_stuck_and_others_give() {
     for now_ms in (0..75_000).step_by(PLAN_MS as usize) {
         let at_ms = now_ms / SAMPLE_MS * SAMPLE_MS;
         let vms = vec![
-            // Answers every request with an error, or with success and no effect: its target stays zero.
+            // The VMM rejects every request, or confirms it without effect: the target stays zero.
             vm(
                 "batch",
                 PriorityClass::Batch,
@@ -198,8 +198,8 @@ fn balloons_of_silent_guests_go_back_slowly_between_the_marks() {
     );
 }
 
-/// How often balloon requests are made to a guest that always has something to give, on a host that is always short, and why
-/// none is made in the end. `moved` is where its balloon really goes, from what was asked.
+/// The number of balloon requests to a guest that always has spare memory, on a host that is always short of memory,
+/// and the final reason for making none. `moved` maps the requested balloon to the actual one.
 fn requests_to_a_pressed_guest(
     lessons: &Lessons,
     moved: impl Fn(Bytes, u64) -> Bytes,
@@ -230,7 +230,7 @@ fn requests_to_a_pressed_guest(
 
 #[test]
 fn balloon_that_others_move_back_is_not_moved_for_ever() {
-    // An order that was carried out late, or somebody else's.
+    // A late order, or another client's.
     let back = |target: Bytes, step: u64| {
         if step.is_multiple_of(2) {
             Bytes::gib(1)
@@ -274,7 +274,7 @@ fn limit_of_a_guest_that_was_booted_again_is_taken_away() {
         if booted {
             vm.epoch = 2;
         } else {
-            // It says that it gave half of its memory, and occupies nearly all of it.
+            // It claims to have given half of its memory, but occupies nearly all of it.
             vm.sample.as_mut().unwrap().resident = Bytes::gib(7);
         }
         let plan = plan(
@@ -334,10 +334,10 @@ fn guest_whose_statistics_stopped_long_after_the_last_take_gets_its_memory_back(
     for now_ms in (0..300_000).step_by(PLAN_MS as usize) {
         let at_ms = now_ms / SAMPLE_MS * SAMPLE_MS;
         let mut sample = sample(at_ms, held, held, Bytes::gib(3));
-        // The VMM goes on answering, its guest does not.
+        // The VMM responds, but its guest does not.
         sample.guest.as_mut().unwrap().at_ms = at_ms.min(60_000);
         let vms = vec![vm("silent", PriorityClass::Normal, sample)];
-        // So much is free that nothing is taken, and so little that nothing is given without need.
+        // Enough memory is free that nothing is taken, but too little to give without need.
         let plan = plan(&inventory(now_ms, Bytes::gib(9), vms), &config, &memory);
         if let Some((_, to)) = asked(&plan, "silent") {
             assert!(now_ms > 60_000 && to < held, "{held} to {to} at {now_ms}");

@@ -1,7 +1,7 @@
-//! What must hold for every plan, whatever hosts and guests say.
+//! Property tests: invariants of every plan for arbitrary hosts and guests.
 //!
-//! Hosts and guests are made up without mercy: figures need not fit together, samples go missing, guests change their
-//! mind from one sample to the next. The memory that a plan starts from is that of the plans before it.
+//! Hosts and guests are adversarial: figures are inconsistent, samples go missing, and guests change their behaviour
+//! from one sample to the next. Each plan starts from the memory of the previous plans.
 
 use fleet::config::Config;
 use fleet::model::*;
@@ -26,7 +26,7 @@ prop_compose! {
     ) -> (f64, f64, u32, PriorityClass) { (min.min(max), max, shares, class) }
 }
 
-/// Parts of a VM's size, made into bytes by [`vm`].
+/// Fractions of a VM's size, converted to bytes by [`vm`].
 type Parts = (f64, f64, f64);
 
 fn vm(
@@ -123,7 +123,7 @@ fn config() -> Config {
     Config::default()
 }
 
-/// All plans but the last are made; the last inventory and the memory for it are returned.
+/// Makes all plans except the last; returns the last inventory and the memory for it.
 fn remembered(mut history: Vec<Inventory>) -> (Inventory, PlannerMemory) {
     let last = history.pop().expect("a history has inventories");
     let memory = history
@@ -149,14 +149,14 @@ fn facts<'a>(inventory: &'a Inventory, id: &VmId) -> &'a VmFacts {
         .expect("actions are about VMs of the inventory")
 }
 
-/// What one VM and its host are like at one sample: available and swapped-in memory as parts, whether it answers, what is
-/// free on the host.
+/// One sample of a VM and its host: available and swapped-in memory as fractions, whether it responds, and the host's
+/// free memory.
 fn moment() -> impl Strategy<Value = (f64, f64, bool, f64)> {
     let answers = prop::bool::weighted(0.7);
     (0.0..0.6f64, 0.0..0.01f64, answers, 0.0..0.6f64)
 }
 
-/// When a balloon that does what it is told was moved the other way, ms.
+/// Times of changes of direction of a balloon that follows its target, ms.
 fn turns(moments: &[(f64, f64, bool, f64)], hours: u64) -> Vec<u64> {
     let configured = Bytes::gib(8);
     let (mut memory, mut target) = (PlannerMemory::default(), Bytes::ZERO);
@@ -264,7 +264,7 @@ proptest! {
         let plan = plan(&inventory, &config(), &memory);
         let control = config().control;
         for (action, from, to) in balloons(&plan) {
-            // Guarantees and emergencies have no dead band, and a stuck balloon is pinned to the byte.
+            // Guarantees and emergencies have no dead band, and a stuck balloon's target is exact.
             let exempt = matches!(
                 action.reason,
                 Reason::BelowMinimum | Reason::Suffering | Reason::StallSuspected | Reason::Stuck | Reason::AboveMaximum
@@ -288,7 +288,7 @@ proptest! {
     #[test]
     fn less_memory_takes_no_less_and_gives_no_more(history in history(), less in 0.0..1.0f64) {
         let (mut inventory, memory) = remembered(history);
-        // A newcomer that fits no more is nobody to take for.
+        // Nothing is taken for a newcomer that no longer fits.
         inventory.wanted.clear();
         let roomy = plan(&inventory, &config(), &memory);
         inventory.host.available = inventory.host.available.scale(less);
@@ -296,7 +296,7 @@ proptest! {
         prop_assert!(tight.host.state >= roomy.host.state);
         prop_assert!(tight.host.shortage >= roomy.host.shortage);
         prop_assert!(tight.host.granted <= roomy.host.granted);
-        // Parts are rounded up to dead bands, the largest of which is 1 % of 16 GiB, once a class.
+        // Parts are rounded up to dead bands, at most 1 % of 16 GiB, once per class.
         let band = Bytes::mib(5 * 164);
         prop_assert!(tight.host.taken + band >= roomy.host.taken, "{:?} {:?}", tight.host, roomy.host);
     }
@@ -322,7 +322,7 @@ proptest! {
                 host_available: inventory.host.available,
                 balloon_target: from,
             };
-            // Moves below a mebibyte are the same target to a VMM.
+            // A VMM treats targets that differ by less than 1 MiB as equal.
             if from.distance(to) >= Bytes::mib(1) {
                 prop_assert_eq!(action.check(&present), Ok(()));
             }
@@ -338,7 +338,7 @@ proptest! {
         let first = plan(&inventory, &config(), &memory);
         inventory.now_ms += 1;
         let second = plan(&inventory, &config(), &first.memory);
-        // A balloon may stand off its target by a dead band, 1 % of 16 GiB, and twelve guests may do so.
+        // Each of twelve balloons may differ from its target by a dead band, 1 % of 16 GiB.
         let blur = Bytes::mib(12 * 164);
         prop_assert!(
             first.host.taken + second.host.taken <= first.host.shortage + blur,
@@ -357,7 +357,7 @@ proptest! {
         if asked.host.wanted == Bytes::ZERO {
             prop_assert_eq!(&asked, &quiet);
         }
-        // What cannot be promised of the free memory counts with what they need; parts are rounded up to dead bands.
+        // Free memory that cannot be reserved is added to their needs; parts are rounded up to dead bands.
         let ledger = &asked.ledger;
         let kept = ledger.burst + ledger.promised + ledger.granted + config().newcomers_leave(ledger.usable);
         let need = (kept + asked.host.owed + asked.host.wanted).max(quiet.host.taken);
@@ -387,8 +387,8 @@ proptest! {
     }
 }
 
-/// Guests that use a constant part of their memory, keep a constant part as cache, and do at once what they are told.
-/// Returns how many plans it takes until ten in a row do nothing.
+/// Simulates guests that use a constant fraction of their memory, keep a constant fraction as cache, and follow
+/// requests at once. Returns the number of plans until ten consecutive plans do nothing.
 fn plans_until_quiet(sizes: &[(u64, f64, f64)], total_part: f64) -> Option<u64> {
     let configured: Vec<Bytes> = sizes.iter().map(|(mib, ..)| Bytes::mib(*mib)).collect();
     let total = configured.iter().copied().sum::<Bytes>().scale(total_part);

@@ -1,6 +1,6 @@
-//! Safety rules that a small history shows: with the rule it ends well, without it does not.
+//! Tests safety rules with short histories: with the rule there is no harm, without it there is.
 //!
-//! The rules that need guests which live on are shown by scenarios (`fleet/scenarios`, the key `shows`).
+//! Rules that need reacting guests are tested by scenarios (`fleet/scenarios`, the key `shows`).
 
 mod histories;
 
@@ -17,7 +17,7 @@ fn without(rule: Option<SafetyRule>) -> Config {
     config
 }
 
-/// A guest that holds 3 of its 4 GiB in its balloon; suffering when it has so little left.
+/// A guest with 3 of its 4 GiB in its balloon; it suffers if too little is left.
 fn squeezed(name: &str, at_ms: u64, available: Bytes) -> VmFacts {
     let sample = sample(at_ms, Bytes::gib(3), Bytes::gib(1), available);
     vm(name, Bytes::gib(4), PriorityClass::Normal, sample)
@@ -62,7 +62,7 @@ fn what_was_given_and_not_used_is_not_given_again() {
             squeezed("b", 10_000, WELL),
             &first.memory,
         );
-        // The first has not touched what it was given, so the host has as much as before.
+        // The first has not touched the memory that it was given, so the host has as much as before.
         let third = round(
             12_000,
             squeezed("a", 10_000, SUFFERING),

@@ -1,18 +1,18 @@
-//! Requests and answers.
+//! Requests and responses.
 
 use std::io::{self, Read, Write};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-/// Longest request line and headers.
+/// Maximum length of request line and headers.
 const HEAD_BYTES_MAX: usize = 8 << 10;
-/// Most headers; a browser sends some twenty.
+/// Maximum number of headers; a browser sends about twenty.
 const HEADERS_MAX: usize = 64;
-/// Longest body.
+/// Maximum length of a body.
 const BODY_BYTES_MAX: usize = 64 << 10;
-/// Headers of every answer. A page may load from the agent and nowhere else, and runs no script that stands in its text,
-/// so that nothing a VM or its owner is called can become one.
+/// Headers of every response. The page may load resources only from the agent and runs no inline script, so that a name
+/// cannot inject one.
 const FIXED_HEADERS: &str = "Connection: close\r\n\
      Cache-Control: no-store\r\n\
      Content-Security-Policy: default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; \
@@ -20,18 +20,18 @@ const FIXED_HEADERS: &str = "Connection: close\r\n\
      Referrer-Policy: no-referrer\r\n\
      X-Content-Type-Options: nosniff\r\n";
 
-/// What may be asked.
+/// The method of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
-    /// Shows.
+    /// Reads state.
     Get,
-    /// Changes.
+    /// Changes state.
     Put,
-    /// Nothing that is served here.
+    /// An unsupported method.
     Other,
 }
 
-/// Who asks over a UNIX socket, as the kernel says.
+/// The client of a UNIX socket, as reported by the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Peer {
     /// Process id.
@@ -43,11 +43,11 @@ pub struct Peer {
 /// One request.
 #[derive(Clone, Debug)]
 pub struct Request {
-    /// What.
+    /// The method.
     pub method: Method,
     /// The path without the query.
     pub path: String,
-    /// What stands behind `?`; empty without.
+    /// The text after `?`; empty if there is none.
     pub query: String,
     /// The header `Host`.
     pub host: Option<String>,
@@ -55,12 +55,12 @@ pub struct Request {
     pub authorization: Option<String>,
     /// The body.
     pub body: Vec<u8>,
-    /// Who asks; absent over TCP.
+    /// The client; absent over TCP.
     pub peer: Option<Peer>,
 }
 
 impl Request {
-    /// A value of the query, as it stands there.
+    /// A value of the query, undecoded.
     pub fn query_value(&self, name: &str) -> Option<&str> {
         self.query
             .split('&')
@@ -71,7 +71,7 @@ impl Request {
     /// The body as JSON.
     ///
     /// # Errors
-    /// The answer to give: 400 with what is wrong.
+    /// The response to send: 400 with the reason.
     pub fn json<T: DeserializeOwned>(&self) -> Result<T, Response> {
         serde_json::from_slice(&self.body).map_err(|error| {
             let chain = [
@@ -83,14 +83,14 @@ impl Request {
     }
 }
 
-/// One answer.
+/// One response.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Response {
     /// HTTP status.
     pub status: u16,
-    /// What the body is.
+    /// Content type of the body.
     pub content_type: &'static str,
-    /// The body; with status 204 empty.
+    /// The body; empty with status 204.
     pub body: Vec<u8>,
 }
 
@@ -118,7 +118,7 @@ impl Response {
         Self::json_with(200, value)
     }
 
-    /// A failure with its chain of causes, outermost first: a JSON array, as the VMM answers it.
+    /// A failure with its chain of causes, outermost first: a JSON array, as in the VMM's API.
     pub fn error(status: u16, chain: &[String]) -> Self {
         Self::json_with(status, &chain)
     }
@@ -178,11 +178,11 @@ fn reason_phrase(status: u16) -> &'static str {
     }
 }
 
-/// Why a request could not be read.
+/// Reasons why a request could not be read.
 pub(super) enum ReadError {
-    /// The other side is gone or too slow; there is nobody to answer.
+    /// The client disconnected or is too slow; no response is sent.
     Gone,
-    /// It is told what is wrong.
+    /// The client receives an error.
     Refused(Response),
 }
 
@@ -246,7 +246,7 @@ pub(super) fn read_request(stream: &mut impl Read) -> Result<Request, ReadError>
     }
 }
 
-/// A header that stands there once at most: of two, others on the way might have believed the other one.
+/// A header that may occur at most once: with two, a proxy might use the other one.
 fn only<'a>(headers: &[httparse::Header<'a>], name: &str) -> Result<Option<&'a str>, String> {
     let mut found = headers
         .iter()
@@ -262,10 +262,10 @@ fn only<'a>(headers: &[httparse::Header<'a>], name: &str) -> Result<Option<&'a s
         .map_err(|_| format!("{name} is no text"))
 }
 
-/// Digits and nothing else.
+/// Parses a number that consists only of digits.
 fn number(text: &str) -> Option<usize> {
     let digits = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
-    // What does not fit is too long in any case.
+    // A number that does not fit is too large in any case.
     digits.then(|| text.parse().unwrap_or(usize::MAX))
 }
 

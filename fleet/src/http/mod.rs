@@ -1,15 +1,15 @@
 //! A small HTTP server for the agent's own socket and its page.
 //!
-//! One request a connection, each with a deadline for all of it, a bound on its size and one on how many are served at once: whoever
-//! scrapes or asks can neither hold the agent up nor make it grow. It is synchronous on purpose: a handful of requests a
-//! second needs no event loop, and answers come out of memory.
+//! Each connection carries one request. Deadlines, a size limit and a limit on concurrent connections keep clients from
+//! blocking the agent or increasing its memory use. The server is deliberately synchronous: a few requests per second
+//! need no event loop, and responses come from memory.
 
 mod message;
 mod server;
 mod stream;
 mod tls;
 
-/// Whether these bytes are a request.
+/// Whether these bytes are a valid request.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn reads_request(mut bytes: &[u8]) -> bool {
     message::read_request(&mut bytes).is_ok()

@@ -1,4 +1,4 @@
-//! Listens, and serves each connection on a thread of its own.
+//! Listens, and serves each connection on a separate thread.
 
 use std::fs;
 use std::io;
@@ -19,26 +19,26 @@ use super::message::{ReadError, read_request};
 use super::stream::{Limited, Timed};
 use super::{Method, Peer, Request, Response};
 
-/// Connections served at once; the next one is told to come back.
+/// Maximum number of concurrent connections; further ones are rejected with an error that asks for a retry.
 pub const CONNECTIONS_MAX: usize = 64;
-/// How long a connection that is one too many may take to be told so: the thread that accepts waits for it.
+/// Time limit for rejecting a connection beyond the limit, because the accepting thread waits for it.
 const REFUSAL_DEADLINE: Duration = Duration::from_millis(100);
-/// How often an idle server looks whether it shall end.
+/// Interval at which an idle server checks whether it must end.
 const STOP_POLL: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 200_000_000,
 };
 /// See [`pause_after`].
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// An answer of the size that occurs takes some tens of KiB of stack to write as JSON, more without optimisation.
+/// Serializing a typical response as JSON takes some tens of KiB of stack, more without optimisation.
 const STACK_BYTES: usize = 512 << 10;
 
-/// How long one request and its answer may take, however they trickle.
+/// Time limits of a request and its response, even if bytes keep arriving.
 #[derive(Clone, Copy, Debug)]
 pub struct Deadlines {
-    /// A request, to arrive; with TLS the handshake is part of it.
+    /// Time to receive a request, including a TLS handshake.
     pub request: Duration,
-    /// An answer, to leave.
+    /// Time to send a response.
     pub answer: Duration,
 }
 
@@ -51,7 +51,7 @@ impl Default for Deadlines {
     }
 }
 
-/// A listening server; ends when dropped, and takes its socket file with it.
+/// A listening server. Dropping it ends it and removes its socket file.
 #[derive(Debug)]
 pub struct HttpServer {
     stop: Arc<AtomicBool>,
@@ -71,11 +71,11 @@ impl Drop for HttpServer {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {
-            // A panic there was already printed.
+            // A panic there has already been printed.
             let _ = thread.join();
         }
         if let Some(socket) = &self.socket {
-            // Gone already is as good.
+            // The file may not exist any more.
             let _ = fs::remove_file(socket);
         }
     }
@@ -84,7 +84,7 @@ impl Drop for HttpServer {
 /// Serves a UNIX socket with this mode.
 ///
 /// # Errors
-/// Somebody else listens there, or the socket cannot be made.
+/// Another process listens there, or the socket cannot be created.
 pub fn serve_unix(
     path: &Path,
     mode: u32,
@@ -102,7 +102,7 @@ pub fn serve_unix(
     }
     // Bound under another name first, so that nobody can connect before the mode is set.
     let hidden = path.with_extension("new");
-    // Left over from an agent that was killed in between, or not there at all.
+    // The file is left over from a killed agent, or does not exist.
     let _ = fs::remove_file(&hidden);
     let listener = UnixListener::bind(&hidden)?;
     fs::set_permissions(&hidden, fs::Permissions::from_mode(mode))?;
@@ -123,10 +123,10 @@ pub fn serve_unix(
     Ok(server)
 }
 
-/// Serves a TCP address, with TLS if there is a configuration of it.
+/// Serves a TCP address, with TLS if configured.
 ///
 /// # Errors
-/// The address cannot be listened at.
+/// Listening on the address failed.
 pub fn serve_tcp(
     address: SocketAddr,
     tls: Option<Arc<ServerConfig>>,
@@ -177,7 +177,7 @@ fn start<L: AsFd + Send + 'static, S: Timed + Send + 'static>(
                 if !matches!(poll(&mut polled, Some(&STOP_POLL)), Ok(1..)) {
                     continue;
                 }
-                // Whatever went wrong, the next round tries anew.
+                // After any failure, the next iteration tries again.
                 match accept(&listener) {
                     Ok(connection) => serve(connection, deadlines, &handler, &open),
                     Err(error) => thread::sleep(pause_after(&error)),
@@ -192,8 +192,9 @@ fn start<L: AsFd + Send + 'static, S: Timed + Send + 'static>(
     })
 }
 
-/// How long nothing is accepted after a failure. A client that is gone again leaves nothing behind. One that could not be
-/// taken, because there are too few descriptors above all, waits still, and the loop would find it again at once.
+/// How long the server accepts no connections after a failure. If the client disconnected, no pause is needed. If the
+/// connection could not be accepted, mainly for lack of descriptors, it is still pending, and the loop would retry it
+/// immediately.
 fn pause_after(error: &io::Error) -> Duration {
     match error.kind() {
         io::ErrorKind::WouldBlock
@@ -205,7 +206,7 @@ fn pause_after(error: &io::Error) -> Duration {
 
 type Handler = Arc<dyn Fn(&Request) -> Response + Send + Sync>;
 
-/// Counts a connection for as long as it is served, however that ends.
+/// Counts a connection while it is served.
 struct Open(Arc<AtomicUsize>);
 
 impl Drop for Open {
@@ -223,7 +224,7 @@ fn serve<S: Timed + Send + 'static>(
     let count = open.fetch_add(1, Ordering::Relaxed);
     let open = Open(Arc::clone(open));
     if count >= CONNECTIONS_MAX {
-        // Clients that never end their handshake would have all others wait for this thread.
+        // Otherwise, clients that never complete their handshake would block this thread and all other clients.
         if stream.answers_at_once() {
             let refusal = Response::error(503, &["Too many connections".to_owned()]);
             answer(&mut stream, &refusal, REFUSAL_DEADLINE);
@@ -254,7 +255,7 @@ fn serve<S: Timed + Send + 'static>(
 
 fn answer(stream: &mut impl Timed, response: &Response, deadline: Duration) {
     stream.until(Instant::now() + deadline);
-    // Whoever asked may be gone; that is their business.
+    // The client may have disconnected, which is not an error.
     let _ = response.write(stream).and_then(|()| stream.finish());
 }
 

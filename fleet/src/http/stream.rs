@@ -1,6 +1,6 @@
-//! Streams that are given up at a moment, however little goes through them until then.
+//! Streams with a deadline for all of their I/O together.
 //!
-//! A limit on each read and write would let a client that takes a byte now and then hold its connection for ever.
+//! With a limit on each read and write, a client that transfers a byte now and then could hold its connection forever.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use rustls::{ServerConnection, StreamOwned};
 
-/// A socket whose reads and writes can be given a limit.
+/// A socket with time limits for reads and writes.
 pub(super) trait Socket: Read + Write {
     fn limit(&self, timeout: Duration) -> io::Result<()>;
 
-    /// Says that nothing more comes.
+    /// Shuts down the sending side.
     fn end(&self);
 }
 
@@ -24,7 +24,7 @@ impl Socket for UnixStream {
     }
 
     fn end(&self) {
-        // The other side may be gone.
+        // The client may have disconnected.
         let _ = self.shutdown(Shutdown::Write);
     }
 }
@@ -41,19 +41,19 @@ impl Socket for TcpStream {
     }
 }
 
-/// A stream with a moment at which it is given up.
+/// A stream with a deadline.
 pub(super) trait Timed: Read + Write {
-    /// From now on, at `until`.
+    /// Sets the deadline to `until`.
     fn until(&mut self, until: Instant);
 
-    /// Whether an answer can be sent without waiting for the other side.
+    /// Whether a response can be sent without waiting for the client.
     fn answers_at_once(&self) -> bool;
 
-    /// Sends what is left, and that nothing more comes.
+    /// Sends pending data and shuts down the sending side.
     fn finish(&mut self) -> io::Result<()>;
 }
 
-/// A socket that is given up at a moment.
+/// A socket with a deadline.
 #[derive(Debug)]
 pub(super) struct Limited<S> {
     socket: S,
@@ -109,13 +109,13 @@ impl<S: Socket> Timed for Limited<S> {
     }
 }
 
-/// The same with TLS on it. The handshake takes place with the first read, and counts as part of the request.
+/// The same with TLS. The handshake takes place during the first read, and counts as part of the request.
 impl<S: Socket> Timed for StreamOwned<ServerConnection, Limited<S>> {
     fn until(&mut self, until: Instant) {
         self.sock.until = until;
     }
 
-    /// First there is a handshake.
+    /// A handshake comes first.
     fn answers_at_once(&self) -> bool {
         false
     }

@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! The server against clients that ask well, oddly, or never finish.
+//! Tests the server with clients that send valid, unusual or incomplete requests.
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpStream};
@@ -38,7 +38,7 @@ fn ask(server: &HttpServer, request: &str) -> String {
     let mut stream = TcpStream::connect(server.address().unwrap()).unwrap();
     stream.write_all(request.as_bytes()).unwrap();
     let mut answer = String::new();
-    // A refusal may close before everything was read, which resets the connection behind the answer.
+    // The server may reject a request before reading all of it, which resets the connection after the response.
     let _ = stream.read_to_string(&mut answer);
     answer
 }
@@ -128,7 +128,7 @@ fn connections_beyond_the_bound_are_told_to_come_back() {
     let folder = TempDir::new().unwrap();
     let path = folder.path().join("agent.sock");
     let _server = serve_unix(&path, 0o600, echo).unwrap();
-    // Each of these sends nothing and so keeps its place until its deadline.
+    // Each of these clients sends nothing and thus occupies its slot until its deadline.
     let held: Vec<UnixStream> = (0..CONNECTIONS_MAX)
         .map(|_| UnixStream::connect(&path).unwrap())
         .collect();
@@ -141,9 +141,9 @@ fn connections_beyond_the_bound_are_told_to_come_back() {
     drop(held);
 }
 
-/// Longer than a socket of this machine buffers, so that somebody has to read.
+/// Larger than the socket buffers, so that sending requires a reader.
 const LONG: usize = 64 << 20;
-/// Short, so that what is given up is given up soon; whoever is well is served in far less.
+/// Short, so that timeouts occur soon; a normal request takes far less.
 const SHORT: Deadlines = Deadlines {
     request: Duration::from_millis(500),
     answer: Duration::from_millis(500),
@@ -155,7 +155,7 @@ fn client_that_takes_an_answer_byte_by_byte_is_given_up() {
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
         scope.spawn(|| {
-            // Every read makes a little room. A limit on each write would never be met.
+            // Every read frees a little buffer space, so a limit on each write would never be exceeded.
             while !over.load(Ordering::Relaxed) && theirs.read(&mut [0]).is_ok() {
                 thread::sleep(Duration::from_millis(1));
             }
@@ -177,7 +177,7 @@ fn clients_that_send_nothing_or_little_hold_nobody_up_for_long() {
     let slow: Vec<TcpStream> = (0..CONNECTIONS_MAX)
         .map(|_| TcpStream::connect(address).unwrap())
         .collect();
-    // A byte of the head at a time, while somebody else wants to be served.
+    // Sends the head byte by byte, while another client sends a request.
     let mut served = false;
     for byte in b"GET / HTTP/1.1\r\nX: "
         .iter()
@@ -201,12 +201,12 @@ fn client_that_never_ends_its_handshake_is_given_up() {
     let address = "127.0.0.1:0".parse().unwrap();
     let server = serve_tcp(address, Some(tls), SHORT, echo).unwrap();
     let mut slow = TcpStream::connect(server.address().unwrap()).unwrap();
-    // The beginning of a handshake record, and then a byte now and then.
+    // Sends the start of a handshake record, and then a byte now and then.
     slow.write_all(&[22, 3, 1, 2, 0]).unwrap();
     while slow.write(&[1]).is_ok() {
         thread::sleep(Duration::from_millis(20));
     }
-    // And one that speaks no TLS is told nothing of the agent.
+    // A client without TLS receives no data of the agent.
     let mut plain = TcpStream::connect(server.address().unwrap()).unwrap();
     plain.write_all(b"GET /x HTTP/1.1\r\n\r\n").unwrap();
     plain.shutdown(Shutdown::Write).unwrap();
@@ -215,7 +215,7 @@ fn client_that_never_ends_its_handshake_is_given_up() {
     assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
 }
 
-/// Asks over TLS, and believes this authority.
+/// Sends a request over TLS and trusts this CA.
 fn ask_over_tls(server: &HttpServer, ca: &str) -> std::io::Result<String> {
     let mut roots = RootCertStore::empty();
     roots
@@ -259,7 +259,7 @@ fn nobody_waits_for_the_handshake_of_a_connection_beyond_the_bound() {
     let held: Vec<TcpStream> = (0..CONNECTIONS_MAX)
         .map(|_| TcpStream::connect(server.address().unwrap()).unwrap())
         .collect();
-    // It is closed without one.
+    // The connection is closed without a response.
     assert!(ask_over_tls(&server, "ca.pem").is_err());
     drop(held);
 }

@@ -10,29 +10,29 @@ use thiserror::Error;
 
 use crate::secret_file::warn_if_exposed;
 
-/// Why there is no TLS.
+/// Reasons why TLS cannot be set up.
 #[derive(Debug, Error)]
 pub enum TlsError {
-    /// A file without what it should hold.
+    /// A file lacks the expected content.
     #[error("{} holds no {what}", path.display())]
     File {
-        /// Which.
+        /// Its path.
         path: PathBuf,
-        /// What it should hold.
+        /// The expected content.
         what: &'static str,
-        /// What the reader said.
+        /// The parser's error.
         #[source]
         source: pem::Error,
     },
-    /// The two do not go together.
+    /// Certificate and key do not match.
     #[error("the certificate and the key cannot be used")]
     Pair(#[source] rustls::Error),
 }
 
-/// What a server that shows this certificate needs. Its clients show none.
+/// The configuration of a server with this certificate, without client certificates.
 ///
 /// # Errors
-/// A file cannot be read, or they do not go together.
+/// A file cannot be read, or certificate and key do not match.
 pub fn server_tls(certificate: &Path, key: &Path) -> Result<Arc<ServerConfig>, TlsError> {
     let failed = |path: &Path, what| {
         let path = path.to_owned();

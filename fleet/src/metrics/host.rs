@@ -187,7 +187,7 @@ pub(super) fn write_requests(
             ("op", op.to_owned()),
             ("result", result.to_owned()),
         ];
-        // The encoder wants each bucket's own count, the last of them without a bound.
+        // The encoder expects the count of each bucket alone; the last bucket is unbounded.
         let mut below = 0;
         let mut buckets: Vec<(f64, u64)> = DURATION_BUCKETS_SECONDS
             .into_iter()

@@ -1,9 +1,9 @@
-//! The figures in the OpenMetrics text format, for Prometheus.
+//! Metrics in the OpenMetrics text format, for Prometheus.
 //!
-//! Everything comes out of what is published; a scrape asks no VM. Names have the prefix `ch_` and base units. A VM is
-//! labelled with its name and its host's and nothing else, so that series do not multiply; what changes with the VM's life is
-//! in `ch_vm_info`. A VM that went takes its series with it; a counter of a guest begins anew with its machine, whose number is
-//! `ch_vm_epoch`.
+//! All metrics come from the published data; a scrape queries no VM. Names have the prefix `ch_` and base units. A VM's
+//! only labels are its name and its host's, so that the number of series stays small; properties that change during the
+//! VM's life are in `ch_vm_info`. When a VM ends, its series end. A guest's counters restart with each machine, whose
+//! number is `ch_vm_epoch`.
 
 mod host;
 mod store;
@@ -26,7 +26,7 @@ use prometheus_client::registry::Registry;
 use crate::agent::{Published, Snapshot};
 use crate::sample::RequestCounters;
 
-/// Figures in rows: name and help text, then what the figure is.
+/// Rows of metrics: name and help text, then the value.
 macro_rules! figures {
     ($($name:literal $help:literal, $figure:expr;)+) => { [$(($name, $help, $figure)),+] };
 }
@@ -43,12 +43,12 @@ pub(crate) fn render(snapshot: &Arc<Snapshot>, published: &Published) -> String 
         requests: Arc::clone(&published.requests),
     }));
     let mut text = String::new();
-    // Writing to a string does not fail.
+    // Writing to a string cannot fail.
     let _ = text::encode(&mut text, &registry);
     text
 }
 
-/// What one scrape is answered from.
+/// The data for one scrape.
 #[derive(Debug)]
 struct Scrape {
     snapshot: Arc<Snapshot>,
@@ -65,13 +65,13 @@ impl Collector for Scrape {
     }
 }
 
-/// Writes families.
+/// Writes metric families.
 struct Out<'a> {
     encoder: DescriptorEncoder<'a>,
 }
 
 impl Out<'_> {
-    /// One gauge with a value for each set of labels; left out when there is none.
+    /// Writes a gauge with a value for each set of labels; omitted if there are none.
     fn gauge<V: EncodeGaugeValue>(
         &mut self,
         name: &str,
@@ -83,7 +83,7 @@ impl Out<'_> {
         })
     }
 
-    /// One counter; its name gets `_total` from the encoder.
+    /// Writes a counter; the encoder appends `_total` to its name.
     fn counter<V: EncodeCounterValue>(
         &mut self,
         name: &str,

@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! The text that a scrape gets.
+//! Tests the text of a scrape.
 
 use std::time::Duration;
 
@@ -96,7 +96,7 @@ fn names(text: &str) -> std::collections::BTreeSet<String> {
         .collect()
 }
 
-/// A scrape of a host that has something of everything.
+/// A scrape of a host with a value for every metric.
 fn full_text() -> String {
     let mut snapshot = Snapshot::clone(&snapshot());
     snapshot.status.host.burst_coverage = Some(2.0);

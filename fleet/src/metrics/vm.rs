@@ -1,4 +1,4 @@
-//! Figures of the VMs, from one table each for what is always there and what only some interfaces tell.
+//! Metrics of the VMs: one table of metrics that always exist, and one of those that only some interfaces provide.
 
 use std::fmt;
 
@@ -64,7 +64,7 @@ pub(super) fn write(out: &mut Out<'_>, status: &Status) -> fmt::Result {
             (labels, 1_u64)
         }),
     )?;
-    // Figures of a VM that was never sampled are unknown, not zero.
+    // The figures of a VM without a sample are unknown, not zero.
     let known = || status.vms.iter().filter(|vm| vm.sample_age_ms.is_some());
     for (name, help, figure) in FIGURES {
         out.gauge(name, help, known().map(|vm| (labels(vm), figure(vm))))?;

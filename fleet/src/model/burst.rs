@@ -1,18 +1,17 @@
-//! How much callable memory guests take at once, measured.
+//! Measures how much callable memory guests take at once.
 //!
-//! Every window's growth of the guests' resident memory on one host, summed over the VMs of the host, is one entry. The
-//! sum carries what averages hide: VMs that burst together. The histogram forgets by halves, so that a host that became
-//! quiet is not judged for ever by its worst day.
+//! Each entry is the growth of resident memory in one window, summed over the VMs of one host. Unlike averages, the sum
+//! shows VMs that burst together. The counts are halved regularly, so that old peaks lose their weight.
 
 use serde::{Deserialize, Serialize};
 
 use super::Bytes;
 
-/// Four buckets to each power of two from 1 MiB up: an upper bound is at most a quarter too high.
+/// Four buckets per power of two from 1 MiB up, so an upper bound is at most a quarter too high.
 const BUCKETS_PER_OCTAVE: u32 = 4;
-/// Growth below this is one bucket.
+/// All growth below this is in one bucket.
 const SMALLEST: u64 = 1 << 20;
-/// 1 MiB · 2^24 = 16 TiB is the largest growth that is told apart.
+/// 1 MiB · 2^24 = 16 TiB is the largest growth with its own bucket.
 const BUCKETS: usize = 24 * BUCKETS_PER_OCTAVE as usize + 1;
 /// Entries after which all counts are halved: about three hours of windows of ten seconds.
 const HALVING: u32 = 1024;
@@ -25,31 +24,31 @@ pub struct BurstHistogram {
 }
 
 impl BurstHistogram {
-    /// Windows that count, after halving.
+    /// Number of windows that count, after halving.
     pub fn windows(&self) -> u32 {
         self.total
     }
 
-    /// Counts one window in which guests grew by so much.
+    /// Counts one window in which guests grew by `growth`.
     pub fn record(&mut self, growth: Bytes) {
         let bucket = bucket_of(growth);
         if self.counts.len() <= bucket {
-            // Buckets are made as they are needed: ten thousand hosts in a simulation have mostly short histograms.
+            // Buckets are created as needed: most of ten thousand hosts in a simulation have short histograms.
             self.counts.resize(bucket + 1, 0);
         }
         self.counts[bucket] += 1;
         self.total += 1;
         if self.total >= HALVING {
             for count in &mut self.counts {
-                // Rounded down: what happened once in so many windows is beyond any quantile that is asked for, and
-                // rounded up it would stay for ever.
+                // Rounded down: a single event in so many windows is beyond any requested quantile, and rounded up it
+                // would never disappear.
                 *count /= 2;
             }
             self.total = self.counts.iter().sum();
         }
     }
 
-    /// Growth that so large a part of the windows stayed at or below; an upper bound. `None` before the first window.
+    /// An upper bound of the growth that this fraction of the windows did not exceed. `None` before the first window.
     pub fn quantile(&self, quantile: f64) -> Option<Bytes> {
         let wanted = (f64::from(self.total) * quantile).ceil() as u32;
         let mut seen = 0;
@@ -68,7 +67,7 @@ fn bucket_of(growth: Bytes) -> usize {
         return 0;
     }
     let octave = (growth.0.max(SMALLEST) / SMALLEST).ilog2();
-    // The two bits below the leading one tell the quarter of the octave.
+    // The two bits below the leading one select the quarter of the octave.
     let quarter = (growth.0.max(SMALLEST) >> (octave + SMALLEST.ilog2() - 2)) & 3;
     (1 + octave as usize * BUCKETS_PER_OCTAVE as usize + quarter as usize).min(BUCKETS - 1)
 }

@@ -1,6 +1,7 @@
 //! Quantities with their units: bytes, fractions, and amounts that are one or the other.
 //!
-//! Configuration files write them as people do (`"256MiB"`, `"15%"`); JSON answers carry plain numbers of bytes.
+//! Configuration files contain them in human-readable form (`"256MiB"`, `"15%"`); JSON responses contain plain numbers
+//! of bytes.
 
 use std::fmt;
 use std::ops::{Add, AddAssign, Sub, SubAssign};
@@ -8,11 +9,11 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
-/// A number of bytes. Arithmetic saturates: a figure that a guest made up must not wrap around into a small one.
+/// A number of bytes. Arithmetic saturates, so that a guest's false figure cannot wrap around to a small one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Bytes(pub u64);
 
-/// Unit suffixes, longest first so that `MiB` is not taken for `B`.
+/// Unit suffixes, longest first, so that `MiB` is not mistaken for `B`.
 const UNITS: &[(&str, u64)] = &[
     ("kib", 1 << 10),
     ("mib", 1 << 20),
@@ -50,7 +51,7 @@ impl Bytes {
         Self((self.0 as f64 * factor) as u64)
     }
 
-    /// How large a part of `whole` this is; 0 of an empty whole.
+    /// This as a fraction of `whole`; 0 if `whole` is 0.
     pub fn ratio(self, whole: Self) -> f64 {
         if whole.0 == 0 {
             0.0
@@ -104,7 +105,7 @@ impl std::iter::Sum for Bytes {
     }
 }
 
-/// For sentences; with `#` in few characters, for columns.
+/// For sentences; with `#`, the short form for columns.
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if f.alternate() {
@@ -121,7 +122,7 @@ impl fmt::Display for Bytes {
     }
 }
 
-/// Why a text is no quantity.
+/// Reasons why a string is not a quantity.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ParseQuantityError {
     /// The text has no number.
@@ -133,12 +134,12 @@ pub enum ParseQuantityError {
     /// The unit of a time is missing or unknown.
     #[error("{0:?} needs a unit: ms, s, min or h")]
     TimeUnit(String),
-    /// The value cannot be held.
+    /// The value is out of range.
     #[error("{0:?} is out of range")]
     Range(String),
 }
 
-/// Splits a text into its number and the unit behind it.
+/// Splits a string into its number and its unit.
 pub(crate) fn split_number(text: &str) -> Result<(f64, &str), ParseQuantityError> {
     let text = text.trim();
     let end = text
@@ -162,7 +163,7 @@ impl FromStr for Bytes {
             .ok_or_else(|| ParseQuantityError::Unit(text.to_owned()))?
             .1;
         let bytes = number * factor as f64;
-        // From 2^64 on the conversion would saturate, and a limit would silently become another one.
+        // From 2^64 on, the conversion would saturate and silently change a limit.
         if bytes >= u64::MAX as f64 {
             return Err(ParseQuantityError::Range(text.to_owned()));
         }
@@ -176,7 +177,7 @@ impl Serialize for Bytes {
     }
 }
 
-/// What a quantity looks like in a file: a number, or a text with a unit.
+/// A quantity in a file: a number, or a string with a unit.
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum NumberOrText {
@@ -197,7 +198,7 @@ impl<'de> Deserialize<'de> for Bytes {
     }
 }
 
-/// A part of a whole: 0.15, written `"15%"` or `0.15`.
+/// A fraction: 0.15, written `"15%"` or `0.15`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd)]
 pub struct Fraction(pub f64);
 
@@ -236,12 +237,12 @@ impl<'de> Deserialize<'de> for Fraction {
     }
 }
 
-/// Bytes, or a part of something that is known only later: `"2GiB"` or `"50%"`.
+/// Bytes, or a fraction of an amount that is known only later: `"2GiB"` or `"50%"`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Amount {
-    /// So many bytes.
+    /// A number of bytes.
     Bytes(Bytes),
-    /// This part of the whole.
+    /// A fraction of the whole.
     Part(Fraction),
 }
 

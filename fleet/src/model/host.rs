@@ -16,7 +16,7 @@ pub struct HostFacts {
     /// The pool of huge pages, which is in neither of the two.
     #[serde(default)]
     pub pool: HugePool,
-    /// The group of the VMs, when it has a limit; of several the sum.
+    /// The VMs' control group, if it has a limit; the sum if there are several.
     pub cgroup: Option<CgroupMemory>,
     /// Memory pressure of the machine or of the group, whichever is higher.
     pub pressure: Pressure,
@@ -24,16 +24,16 @@ pub struct HostFacts {
     pub swap_total: Bytes,
     /// Unused swap space.
     pub swap_free: Bytes,
-    /// Memory coming back from swap, bytes a second.
+    /// Memory read from swap, per second.
     pub swap_in_per_s: Bytes,
-    /// Memory going to swap, bytes a second.
+    /// Memory written to swap, per second.
     pub swap_out_per_s: Bytes,
 }
 
-/// The host's pool of huge pages. VMs in it neither use the rest of the memory nor give anything back to it.
+/// The host's pool of huge pages. VMs in it neither use other memory nor return any.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HugePool {
-    /// All of it, of pages of every size.
+    /// Its size, including pages of every size.
     pub total: Bytes,
     /// Neither in use nor reserved by a mapping, of pages of the default size.
     pub free: Bytes,
@@ -46,8 +46,8 @@ pub struct HugePool {
 }
 
 impl HugePool {
-    /// What can be promised while the VMs that run may still take `callable`. What their mappings reserved is not free
-    /// already. Not every VMM reserves, and a guest that finds the pool empty then ends with its VMM.
+    /// Memory that can be reserved while running VMs may still take `callable`. Memory that their mappings reserved is
+    /// already not free. Not every VMM reserves, and if a guest finds the pool empty, its VMM is killed.
     pub fn firm_free(&self, callable: Bytes) -> Bytes {
         self.free - (callable - self.reserved)
     }
@@ -60,11 +60,11 @@ pub struct CgroupMemory {
     pub limit: Bytes,
     /// `memory.current`.
     pub current: Bytes,
-    /// What the kernel would drop without harm: `inactive_file` and `slab_reclaimable` of `memory.stat`.
+    /// Memory that the kernel can drop without harm: `inactive_file` and `slab_reclaimable` of `memory.stat`.
     pub reclaimable: Bytes,
 }
 
-/// Pressure stall information for memory: the part of the time in which tasks waited, per cent.
+/// Pressure stall information for memory: the percentage of time in which tasks waited.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Pressure {
     /// At least one task waited, mean of 10 s.
@@ -78,8 +78,8 @@ pub struct Pressure {
 }
 
 impl HostFacts {
-    /// Memory of the host: an admission that looks at the machine while a control group has the say ends in the
-    /// group's out-of-memory killer.
+    /// Memory of the host. If the control group's limit is lower, it applies: admission by the machine's memory would
+    /// lead to the group's out-of-memory killer.
     pub fn limit(&self) -> Bytes {
         match self.cgroup {
             Some(group) => group.limit.min(self.total),
@@ -87,7 +87,7 @@ impl HostFacts {
         }
     }
 
-    /// Memory that can be had without harm now.
+    /// Memory that is available now without harm.
     pub fn available(&self) -> Bytes {
         match self.cgroup {
             Some(group) => self
@@ -97,12 +97,12 @@ impl HostFacts {
         }
     }
 
-    /// Memory the manager may hand out: the host's less the reserve.
+    /// Memory that the manager may hand out: the host's minus the reserve.
     pub fn usable(&self, reserve: Bytes) -> Bytes {
         self.limit() - reserve
     }
 
-    /// Available memory above the reserve as a part of the usable memory. The host's states are measured on it.
+    /// Available memory above the reserve, as a fraction of the usable memory. The host's states depend on it.
     pub fn free_fraction(&self, reserve: Bytes) -> Fraction {
         Fraction((self.available() - reserve).ratio(self.usable(reserve)))
     }
@@ -137,7 +137,7 @@ mod tests {
         assert_eq!(firm_free(0, 8), Bytes::gib(12));
         assert_eq!(firm_free(8, 8), Bytes::gib(20));
         assert_eq!(firm_free(3, 8), Bytes::gib(15));
-        // Others reserve as well.
+        // Other processes reserve as well.
         assert_eq!(firm_free(9, 8), Bytes::gib(20));
         assert_eq!(firm_free(0, 30), Bytes::ZERO);
     }

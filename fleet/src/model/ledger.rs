@@ -1,18 +1,18 @@
 //! The memory accounts of a host: total, used, reserved, and callable memory.
 //!
-//! Three kinds of memory look alike in the host's free memory and are kept apart here. What a balloon holds is firm as
-//! long as the guest is honest. What a guest never touched, or reported and had discarded, is a loan that it calls in at
-//! memory speed and without notice: the callable liability. Of the callable liability only a measured quantile is
-//! called in at once, and only what is left above that quantile is promised to anybody else.
+//! The host's free memory does not show three kinds of memory that the ledger distinguishes. Memory in a balloon is
+//! firm as long as the guest is honest. Memory that a guest never touched, or that it reported and the VMM discarded,
+//! can be taken back at memory speed and without notice: the callable liability. Guests take only a measured quantile
+//! of the callable liability at once, and only memory above that quantile is reserved for other VMs.
 
 use serde::{Deserialize, Serialize};
 
 use super::{Bytes, Inventory};
 
-/// The books at one moment. All figures in bytes of this host.
+/// The ledger at one moment. All figures are bytes on this host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Ledger {
-    /// Memory that may be handed out: the host's less the reserve.
+    /// Memory that may be handed out: the host's minus the reserve.
     pub usable: Bytes,
     /// Available memory above the reserve.
     pub available: Bytes,
@@ -20,28 +20,29 @@ pub struct Ledger {
     pub reserved: Bytes,
     /// Sizes of all VMs.
     pub configured: Bytes,
-    /// In balloons, as the guests claim.
+    /// Memory in balloons, as claimed by the guests.
     pub ballooned: Bytes,
     /// Host memory the VMs occupy.
     pub resident: Bytes,
-    /// The VMs' memory that occupies no host memory: configured less resident.
+    /// The VMs' memory that occupies no host memory: configured minus resident.
     pub reclaimed: Bytes,
-    /// What the guests may take back without asking.
+    /// Memory that guests may take without a request.
     pub callable_liability: Bytes,
-    /// What they will call in within the reaction time, but for one case in a hundred.
+    /// Memory that they take within the reaction time in 99 of 100 cases.
     pub burst: Bytes,
-    /// The same before it is bounded by what there is to be called in: what it would be if guests had more.
+    /// The burst before it is limited to the callable memory: the burst if guests had more callable memory.
     pub burst_measured: Bytes,
-    /// Promised to VMs that are not there yet.
+    /// Memory reserved for VMs that do not run yet.
     pub promised: Bytes,
-    /// Given back to guests that have not used it yet.
+    /// Memory given to guests that have not used it yet.
     pub granted: Bytes,
-    /// What can be promised to a further VM.
+    /// Memory that can be reserved for another VM.
     pub firm_free: Bytes,
 }
 
 impl Ledger {
-    /// Makes the books. `burst` is the measured quantile, `granted` what guests were given and have not used.
+    /// Computes the ledger. `burst` is the measured quantile, `granted` the memory that guests received and have not
+    /// used.
     pub fn of(inventory: &Inventory, reserve: Bytes, burst: Bytes, granted: Bytes) -> Self {
         let mut ledger = Self {
             usable: inventory.host.usable(reserve),
@@ -59,14 +60,14 @@ impl Ledger {
             ledger.reclaimed += vm.configured - sample.resident;
             ledger.callable_liability += vm.callable();
         }
-        // Nobody can call in more than is there to be called in.
+        // The burst cannot exceed the callable memory.
         ledger.burst_measured = burst;
         ledger.burst = burst.min(ledger.callable_liability);
         ledger.firm_free = ledger.available - ledger.burst - ledger.promised - ledger.granted;
         ledger
     }
 
-    /// How often the available memory covers the burst; infinite without liability.
+    /// Ratio of the available memory to the burst; infinite without callable memory.
     pub fn burst_coverage(&self) -> f64 {
         if self.burst == Bytes::ZERO {
             f64::INFINITY

@@ -4,19 +4,19 @@ use serde::{Deserialize, Serialize};
 
 use super::Bytes;
 
-/// What an agent learned by what it did to a VM. The next agent would otherwise do the same harm again, and turn a balloon
-/// as often as every agent before it.
+/// What an agent learned from its actions on a VM. Without it, the next agent would repeat the same harm, and each
+/// agent could reverse a balloon as often as the limit allows.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Lessons {
-    /// When the balloon was moved the other way in the last hour, ms on the planner's clock, newest last.
+    /// Times of changes of direction of the balloon in the last hour, ms on the planner's clock, newest last.
     pub turns_ms: Vec<u64>,
-    /// Which way the balloon was last moved: whether it grew.
+    /// The last direction of the balloon: true if it grew.
     pub grew: Option<bool>,
-    /// When something was last taken, ms; 0 when never.
+    /// When memory was last taken, ms; 0 if never.
     pub taken_at_ms: u64,
     /// Nothing is taken until then, ms.
     pub take_blocked_until_ms: u64,
-    /// How often it suffered soon after something was taken.
+    /// Number of times it suffered soon after memory was taken.
     pub reversals: u32,
     /// Memory it proved to need: it suffered with less.
     pub learned_min: Bytes,

@@ -1,7 +1,7 @@
-//! What the manager knows: facts about the host and its VMs, and the ledger made from them.
+//! The manager's data: facts about the host and its VMs, and the ledger computed from them.
 //!
-//! Everything a guest says is a claim. The types keep claims ([`GuestClaims`]) apart from what the host measured itself
-//! (`resident`), so that a decision that believes a claim has to name it.
+//! All data from a guest is a claim. The types separate claims ([`GuestClaims`]) from the host's own measurements
+//! (`resident`), so that code that relies on a claim names it.
 
 mod burst;
 mod bytes;

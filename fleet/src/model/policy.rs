@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Bytes;
 
-/// How much a VM matters. Memory is taken from the lowest class first, and the last resorts go by it.
+/// Priority of a VM. Memory is taken from the lowest class first, and the last resorts follow the same order.
 #[derive(
     Clone,
     Copy,
@@ -23,40 +23,40 @@ use super::Bytes;
 #[serde(rename_all = "lowercase")]
 #[strum(serialize_all = "lowercase")]
 pub enum PriorityClass {
-    /// May be stopped, and even killed, when that has been allowed.
+    /// May be paused, and even killed, if the settings allow it.
     Batch,
-    /// Gives before others.
+    /// Memory is taken from it before others.
     Low,
-    /// What a VM is when nothing was said.
+    /// The default.
     #[default]
     Normal,
-    /// Gives after all others.
+    /// Memory is taken from it after all others.
     High,
-    /// Never gives anything: control planes, without which nobody could act.
+    /// Memory is never taken from it: for control planes, which must keep working.
     Critical,
 }
 
 /// Limits and weight of one VM, in bytes of its own configured size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VmPolicy {
-    /// Memory the VM is never driven below.
+    /// The VM's guaranteed memory.
     pub min: Bytes,
-    /// Memory the VM never gets more of.
+    /// The VM's maximum memory.
     pub max: Bytes,
-    /// Its weight when memory is shared out: twice the shares, twice the part. 0: it is left alone.
+    /// Its weight when memory is distributed: twice the shares, twice the memory. 0: it is not managed.
     pub shares: u32,
-    /// How much it matters.
+    /// Its priority class.
     pub class: PriorityClass,
     /// Whether its balloon may be moved.
     pub balloon: bool,
     /// Whether its reporting policy may be changed.
     pub reporting: bool,
-    /// Whether a limit on its control group may hold it to what it gave up.
+    /// Whether a limit on its control group may enforce the balloon that it claims.
     pub enforce: bool,
 }
 
 impl VmPolicy {
-    /// A VM of `configured` bytes that may be driven to half of them.
+    /// A VM of `configured` bytes with half of them guaranteed.
     pub fn halves(configured: Bytes) -> Self {
         Self {
             min: Bytes(configured.0 / 2),
@@ -79,7 +79,7 @@ impl VmPolicy {
         (configured - self.max).min(self.balloon_max(configured))
     }
 
-    /// Whether its balloon is the manager's to move at all.
+    /// Whether the manager may change its balloon.
     pub fn managed(&self) -> bool {
         self.balloon && self.shares > 0
     }

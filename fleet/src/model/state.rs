@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The states, from ease to emergency. Which values enter and leave them is in the configuration.
+/// The states, in ascending order of memory shortage. The configuration defines when each begins and ends.
 #[derive(
     Clone,
     Copy,
@@ -22,19 +22,19 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "lowercase")]
 #[strum(serialize_all = "lowercase")]
 pub enum HostState {
-    /// Enough memory: nothing is taken, what was taken is given back as far as it goes.
+    /// Enough memory: nothing is taken, and taken memory is returned as far as possible.
     #[default]
     Green,
     /// Memory is getting scarce: guests report eagerly, and free memory is collected.
     Yellow,
-    /// Memory is scarce: guests' caches are taken as well, nothing new is admitted.
+    /// Memory is scarce: guests' caches are taken as well, and no VM is admitted.
     Orange,
-    /// The host is about to run out: steps are large, and the last resorts that were allowed are used.
+    /// The host is about to run out of memory: steps are large, and the allowed last resorts are used.
     Red,
 }
 
 impl HostState {
-    /// The name in configuration, answers and metrics.
+    /// The name in configuration, responses and metrics.
     pub fn name(self) -> &'static str {
         self.into()
     }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Bytes, HostFacts, Lessons, VmPolicy};
 
-/// The stable name of a VM on its host. Cloning it costs nothing.
+/// The stable name of a VM on its host. Cloning it is cheap.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub struct VmId(Arc<str>);
@@ -56,21 +56,22 @@ impl fmt::Debug for VmId {
     }
 }
 
-/// How much a VM's interface tells. Lower levels are managed with coarser means, never refused.
+/// Features of a VM's interface. VMs with lower levels are managed less precisely, but never rejected.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
 )]
 pub enum FeatureLevel {
-    /// `vm.info`, and what the host sees of the process: no word from inside the guest.
+    /// `vm.info`, and the host's view of the process; no data from the guest.
     #[default]
     L0,
-    /// And `vm.balloon-stats`: the guest's own statistics.
+    /// Additionally `vm.balloon-stats`: the guest's own statistics.
     L1,
-    /// And `vm.reclaim-stats` with `vm.reclaim-thresholds`: what really came back, and a say in how it is reported.
+    /// Additionally `vm.reclaim-stats` and `vm.reclaim-thresholds`: the memory that really returned, and control of
+    /// reporting.
     L2,
 }
 
-/// Why a VM must be left as it is for now.
+/// Reasons why a VM must not be changed now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, strum::Display)]
 #[serde(rename_all = "lowercase")]
 #[strum(serialize_all = "lowercase")]
@@ -79,7 +80,7 @@ pub enum Interlock {
     Migration,
     /// Its memory is being written to a file.
     Snapshot,
-    /// It is paused: its driver cannot answer.
+    /// It is paused: its driver cannot respond.
     Paused,
     /// It is starting or stopping.
     Transition,
@@ -88,14 +89,14 @@ pub enum Interlock {
 }
 
 impl Interlock {
-    /// Whether somebody else controls the VM: then what the manager did to it stays as it is, too. A pause does not
-    /// mean that; it may be the manager's own.
+    /// Whether another manager controls the VM; then the manager's own acts on it stay in force, too. A pause does not
+    /// count, because it may be the manager's own.
     pub(crate) fn in_other_hands(self) -> bool {
         self != Self::Paused
     }
 }
 
-/// What the agent did to a VM beside its balloon and has not undone.
+/// The agent's acts on a VM, other than its balloon, that are in force.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InForce {
     /// `memory.high` is set.
@@ -113,9 +114,9 @@ pub struct InForce {
 pub struct VmFacts {
     /// Its name.
     pub id: VmId,
-    /// Changes when another machine stands behind the same name (restart, restore): counters begin anew.
+    /// Changes when the name refers to another machine (restart, restore), whose counters start from zero.
     pub epoch: u64,
-    /// What its interface tells.
+    /// The level of its interface.
     pub level: FeatureLevel,
     /// Its memory with everything plugged in.
     pub configured: Bytes,
@@ -123,41 +124,41 @@ pub struct VmFacts {
     pub has_balloon: bool,
     /// Its limits and weight.
     pub policy: VmPolicy,
-    /// Why it must be left alone, if it must.
+    /// The reason why it must not be changed, if any.
     pub interlock: Option<Interlock>,
-    /// What the agent did to it and has to undo; nothing while an undoing is under way.
+    /// Acts that the agent has to undo; none while they are being undone.
     pub in_force: InForce,
-    /// What an agent learned about it before.
+    /// Lessons of earlier agents about it.
     pub lessons: Lessons,
     /// The last good sample; absent before the first.
     pub sample: Option<VmSample>,
-    /// Samples that failed since the last good one.
+    /// Number of failed samples since the last good one.
     pub missed_samples: u32,
 }
 
-/// What one round of questions to a VM brought.
+/// The result of one round of queries to a VM.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct VmSample {
     /// When it was taken, ms on the planner's clock.
     pub at_ms: u64,
-    /// The balloon's size that was last asked for.
+    /// The last requested size of the balloon.
     pub balloon_target: Bytes,
-    /// The balloon's size as the guest claims it.
+    /// The balloon's size as claimed by the guest.
     pub ballooned: Bytes,
-    /// Host memory the VM occupies: measured by the host, no claim.
+    /// Host memory the VM occupies: measured by the host, not a claim.
     pub resident: Bytes,
     /// Its memory in the host's swap.
     pub swapped: Bytes,
-    /// What the guest says of itself; absent below [`FeatureLevel::L1`] and when it says nothing.
+    /// The guest's claims; absent below [`FeatureLevel::L1`] and if the guest sends none.
     pub guest: Option<GuestClaims>,
-    /// What came back to the host; absent below [`FeatureLevel::L2`].
+    /// The memory that returned to the host; absent below [`FeatureLevel::L2`].
     pub reclaim: Option<ReclaimFigures>,
 }
 
 /// What a guest claims about itself. Counters count since its boot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GuestClaims {
-    /// When the guest said so, ms on the planner's clock.
+    /// When the guest sent them, ms on the planner's clock.
     pub at_ms: u64,
     /// Unused memory.
     pub free: Bytes,
@@ -169,47 +170,47 @@ pub struct GuestClaims {
     pub major_faults: Option<u64>,
     /// Memory read back from the guest's swap.
     pub swap_in: Option<Bytes>,
-    /// Processes the guest killed for lack of memory.
+    /// Processes that the guest killed because it was out of memory.
     pub oom_kills: Option<u64>,
 }
 
 /// Reclaim as the VMM measured it. Counters count since the VM's boot.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReclaimFigures {
-    /// Whether free page reporting is at work.
+    /// Whether free page reporting is active.
     pub reporting_active: bool,
     /// Whether the guest follows a reporting policy.
     pub policy_in_effect: bool,
     /// Bytes reported as free.
     pub reported: Bytes,
-    /// Bytes given back to the host, over all paths.
+    /// Bytes returned to the host, over all paths.
     pub discarded: Bytes,
-    /// Bytes populated again after they were given back.
+    /// Bytes populated again after they were returned.
     pub repopulated: Bytes,
-    /// Bytes left alone on purpose.
+    /// Bytes deliberately not discarded.
     pub skipped: Bytes,
-    /// Time from a report to its answer that 99 of 100 stayed below, µs.
+    /// 99th percentile of the time from a report to its completion, µs.
     pub report_p99_us: u64,
 }
 
-/// All that is known when a plan is made. The order of the VMs has no influence on the plan.
+/// The input of a plan. The order of the VMs has no influence on the plan.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Inventory {
-    /// The planner's clock, ms. Only differences count.
+    /// The planner's clock, ms. Only differences matter.
     pub now_ms: u64,
     /// The host.
     pub host: HostFacts,
     /// Its VMs, each name once.
     pub vms: Vec<VmFacts>,
-    /// Memory promised to VMs that are not there yet.
+    /// Memory reserved for VMs that do not run yet.
     pub promised: Bytes,
-    /// What each VM needs that was refused for lack of memory a moment ago, and may ask again.
+    /// The needs of VMs that were recently refused for lack of memory and may try again.
     #[serde(default)]
     pub wanted: Vec<Bytes>,
 }
 
 impl VmFacts {
-    /// Memory the guest may take without asking: neither in the balloon nor resident.
+    /// Memory that the guest may take without a request: neither in the balloon nor resident.
     pub fn callable(&self) -> Bytes {
         self.sample.map_or(self.configured, |sample| {
             self.configured

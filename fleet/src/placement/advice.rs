@@ -1,8 +1,8 @@
 //! Proposes which VMs to move, to empty a host or to relieve one that is short of memory.
 //!
-//! Advice only: moving is done by whoever can migrate. A VM that was moved rests before it is moved again, longer each
-//! time (OpenShift's descheduler does the same), because a fleet that answers every pressure with migrations can spend
-//! more on them than it gains.
+//! The result is advice only; an external tool performs the migrations. After a move, a VM rests before it is moved
+//! again, longer each time (OpenShift's descheduler does the same), because frequent migrations can cost more than they
+//! gain.
 
 use serde::{Deserialize, Serialize};
 
@@ -13,36 +13,36 @@ use crate::model::{Bytes, HostState, PriorityClass, VmId};
 use super::HostCapacity;
 use super::choose::fits;
 
-/// The shortest rest between two moves.
+/// Minimum rest between two moves.
 const REST: Millis = Millis::seconds(15 * 60);
-/// The longest.
+/// Maximum rest.
 const REST_MAX: Millis = Millis::seconds(6 * 3600);
 
 /// A VM that could be moved.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct MovableVm {
-    /// Which.
+    /// Its name.
     pub id: VmId,
-    /// Memory it is guaranteed.
+    /// Its guaranteed memory.
     pub min: Bytes,
     /// Its configured size.
     pub max: Bytes,
-    /// Host memory it occupies: what has to be copied, and what is freed.
+    /// Host memory that it occupies: the amount that a move copies and frees.
     pub resident: Bytes,
-    /// How much it matters.
+    /// Its priority class.
     pub class: PriorityClass,
-    /// Whether it can be moved at all (no passed-through device, no operation under way).
+    /// Whether it can be moved (no passed-through device, no operation in progress).
     pub movable: bool,
     /// Its moves so far.
     pub moved: Option<MoveHistory>,
 }
 
-/// What moving a VM has cost so far.
+/// Cost of a VM's moves so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MoveHistory {
     /// End of the last move, ms.
     pub at_ms: u64,
-    /// How long it took.
+    /// Its duration.
     pub duration_ms: u64,
     /// Moves within the last day.
     pub times: u32,
@@ -51,27 +51,27 @@ pub struct MoveHistory {
 /// One move.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Move {
-    /// Which VM.
+    /// The VM.
     pub vm: VmId,
-    /// To which host.
+    /// The target host.
     pub to: String,
-    /// What has to be copied.
+    /// Bytes to copy.
     pub bytes: Bytes,
 }
 
-/// Why a VM stays.
+/// Reasons why a VM stays.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum StayReason {
     /// It cannot be moved.
     Fixed,
-    /// It was moved not long ago; it rests until then, ms.
+    /// It was moved recently, and rests until this time, ms.
     Rests(u64),
-    /// It fits nowhere.
+    /// It fits on no host.
     NoHost,
 }
 
-/// What to move, in this order, and what stays where it should leave.
+/// Proposed moves, in this order, and VMs that should leave but stay.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Moves {
     /// Moves.
@@ -86,21 +86,22 @@ pub fn cool_down(history: &MoveHistory) -> Millis {
     Millis((once << history.times.saturating_sub(1).min(16)).min(REST_MAX.0))
 }
 
-/// Where the VMs of a host go when it is emptied. `hosts` are the others; what is planned is booked on a copy of them.
+/// Chooses target hosts for the VMs of a host that is drained. `hosts` are the other hosts; planned moves are booked on
+/// a copy of them.
 pub fn drain(vms: &[MovableVm], hosts: &[HostCapacity], now_ms: u64, config: &Config) -> Moves {
     let mut order: Vec<&MovableVm> = vms.iter().collect();
-    // The largest first: it has the fewest places.
+    // The largest first, because it fits on the fewest hosts.
     order.sort_by(|a, b| needs(b).cmp(&needs(a)).then_with(|| a.id.cmp(&b.id)));
     let mut fleet = hosts.to_vec();
     let mut moves = Moves::default();
     for vm in order {
-        // Emptying is the operator's wish: rests do not count.
+        // Draining is the operator's request, so rests are ignored.
         consider(vm, &mut fleet, &mut moves, now_ms, false, config);
     }
     moves
 }
 
-/// Which VMs should leave a host so that it is yellow again. Nothing when it is not worse.
+/// Chooses the VMs that should leave a host so that it becomes yellow. Empty if its state is not worse.
 pub fn rebalance(
     host: &HostCapacity,
     vms: &[MovableVm],
@@ -116,7 +117,8 @@ pub fn rebalance(
     let goal = ledger.usable.part(config.thresholds.orange.leave);
     let mut missing = goal - (ledger.available - ledger.granted);
     let mut order: Vec<&MovableVm> = vms.iter().collect();
-    // The smallest that suffices, else the largest: few moves, and few bytes to copy. Low classes before high ones.
+    // The smallest that suffices, otherwise the largest, so that there are few moves and few bytes to copy. Low classes
+    // before high ones.
     order.sort_by_key(|vm| {
         let suffices = vm.resident >= missing;
         let bytes = if suffices {
@@ -138,7 +140,7 @@ pub fn rebalance(
     moves
 }
 
-/// A VM is moved with what it has: it must find that at its new place, not only its minimum.
+/// A VM needs its resident memory on the new host, not only its minimum.
 fn needs(vm: &MovableVm) -> Bytes {
     vm.resident.max(vm.min).min(vm.max)
 }

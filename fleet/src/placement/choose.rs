@@ -12,32 +12,32 @@ use super::HostCapacity;
 /// A host on which a VM fits.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Candidate {
-    /// Its place in the list of hosts.
+    /// Its index in the list of hosts.
     pub index: usize,
-    /// How full it would be.
+    /// Its fullness with the VM.
     pub score: f64,
 }
 
-/// Why a host is no candidate.
+/// Reasons why a host is not a candidate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum HostRefusal {
     /// Its figures are too old.
     Stale,
-    /// Its record has another form.
+    /// Its record has another schema.
     Schema,
-    /// It is being emptied.
+    /// It is being drained.
     Draining,
     /// It is orange or red.
     State,
-    /// Not enough memory can be promised.
+    /// Not enough memory can be reserved.
     Short,
-    /// Its VMs together have as much as is allowed.
+    /// Its VMs together would exceed the overcommit limit.
     Overcommit,
 }
 
 impl HostRefusal {
-    /// What is said of one or several hosts.
+    /// The text about one or several hosts.
     pub const fn words(self) -> &'static str {
         match self {
             Self::Stale => "with old figures",
@@ -50,18 +50,18 @@ impl HostRefusal {
     }
 }
 
-/// Where a VM may go.
+/// Candidate hosts for a VM.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Placement {
-    /// To be tried in this order.
+    /// The candidates, in the order to try them.
     pub candidates: Vec<Candidate>,
-    /// Hosts on which it fits, compared or not.
+    /// Number of hosts on which it fits, compared or not.
     pub fitting: usize,
-    /// How many of the others were refused for which reason.
+    /// Number of other hosts by the reason why they are not candidates.
     pub refused: BTreeMap<HostRefusal, usize>,
 }
 
-/// A small generator of pseudo-random numbers (splitmix64): a draw by lot needs no more.
+/// A small generator of pseudo-random numbers (splitmix64), which suffices for random choices.
 #[derive(Debug)]
 pub(crate) struct SplitMix64(pub(crate) u64);
 
@@ -75,8 +75,7 @@ impl SplitMix64 {
     }
 }
 
-/// Finds hosts for a VM. `seed` decides which of the fitting hosts are compared: a number that differs from call to
-/// call.
+/// Finds hosts for a VM. `seed` decides which of the fitting hosts are compared; it must differ from call to call.
 pub fn place(
     request: &Request,
     hosts: &[HostCapacity],
@@ -97,7 +96,7 @@ pub fn place(
             index,
             score: host.fullness() + request.needs(config).ratio(host.headroom.ledger.usable),
         };
-        // Each fitting host has the same chance to be among those that are compared (reservoir sampling).
+        // Each fitting host is compared with the same probability (reservoir sampling).
         if placement.candidates.len() < wanted {
             placement.candidates.push(candidate);
         } else {
@@ -113,7 +112,7 @@ pub fn place(
     placement
 }
 
-/// Whether a host takes the VM.
+/// Whether the VM fits on a host.
 pub(super) fn fits(
     request: &Request,
     host: &HostCapacity,

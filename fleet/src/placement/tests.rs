@@ -1,4 +1,4 @@
-//! Placement and advice on small fleets.
+//! Tests placement and advice on small fleets.
 
 use super::*;
 use crate::admission::Request;

@@ -6,10 +6,10 @@ use crate::model::{Bytes, Ledger};
 use super::PlannerMemory;
 use super::view::View;
 
-/// Windows that must have been measured before the measurement alone counts: five minutes of windows of ten seconds.
+/// Minimum number of windows for the measurement alone to count: five minutes of windows of ten seconds.
 const WINDOWS_MIN: u32 = 30;
 
-/// Ends a window when it is over, and begins the next one.
+/// Ends a window when its time is over, and begins the next one.
 pub(super) fn record(
     memory: &mut PlannerMemory,
     views: &mut [View<'_>],
@@ -28,15 +28,15 @@ pub(super) fn record(
         }
         view.memory.window_resident = Some(view.sample.resident);
     }
-    // A first window would count a VM's whole memory as growth.
+    // A VM's first window does not count, because all of its memory would be growth.
     if measured {
         memory.burst.record(growth);
     }
     memory.window_from_ms = now_ms;
 }
 
-/// What guests will call in within the reaction time. While little has been measured, a part of what they could call in
-/// counts at least.
+/// Memory that guests are expected to take within the reaction time. While there are few measurements, it is at least a
+/// fraction of the callable memory.
 pub(super) fn expected(memory: &PlannerMemory, liability: Bytes, control: &ControlConfig) -> Bytes {
     if !control.safety.has(SafetyRule::Burst) {
         return Bytes::ZERO;
@@ -53,7 +53,7 @@ pub(super) fn expected(memory: &PlannerMemory, liability: Bytes, control: &Contr
 }
 
 impl Ledger {
-    /// The same books with this burst.
+    /// The same ledger with this burst.
     pub(super) fn with_burst(mut self, burst: Bytes) -> Self {
         self.burst_measured = burst;
         self.burst = burst.min(self.callable_liability);

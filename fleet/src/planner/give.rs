@@ -1,9 +1,10 @@
-//! Giving: which VMs get memory back, and from which source.
+//! Gives memory: decides which VMs get memory back, and from which source.
 //!
-//! Nothing is given that is not free now. What balloons are about to bring is given by the plan that sees it arrive:
-//! that is the second of the two phases. A suffering guest gets all of its memory in one request, because a guest that
-//! thrashes cannot use small steps (and may never answer again); it may draw on memory down to half of the value at which
-//! the host turns red. Guests that are merely short draw on what lies above `give_above`, the others on `relax_above`.
+//! Only memory that is free now is given. Memory that balloons are about to return is given by the plan that sees it
+//! arrive: this is the second of the two phases. A suffering guest gets all of its memory in one request, because small
+//! steps do not help a guest that thrashes (and that may never respond again). It may use free memory down to half of
+//! the value at which the host turns red. Guests that are merely short of memory may use memory above `give_above`, the
+//! others memory above `relax_above`.
 
 use crate::config::{Config, ControlConfig, SafetyRule};
 use crate::model::{Bytes, HostState, Ledger};
@@ -13,24 +14,24 @@ use super::observe::{learn_from_silence, refaulting, suffer_below};
 use super::state::BURST_LEAVE;
 use super::view::View;
 
-/// Taking from a guest that then fell silent, within this time, is taken to be the cause, ms.
+/// If a guest stops responding within this time after memory was taken, the taking is considered the cause, ms.
 const STALL_SUSPECTED_MS: u64 = 60_000;
-/// Steps that one plan gives to a guest that does not need it.
+/// Number of steps that one plan gives to a guest without need.
 const RELAX_STEPS: u64 = 4;
-/// Between the marks a guest gets one step in this time, and only after the host was green for as long, ms. Ten minutes
-/// make at most six turns an hour, should every step have to be taken again.
+/// Between the two values, a guest gets one step per this time, and only after the host was green for as long, ms. Ten
+/// minutes limit changes of direction to six per hour even if every step is taken again.
 const RELAX_SLOWLY_MS: u64 = 600_000;
 
-/// What may still be given by this plan.
+/// The memory that this plan may still give.
 #[derive(Debug)]
 pub(super) struct Budget {
     free: Bytes,
     usable: Bytes,
-    /// What guests may be given to call in at will without more being called in at once than is there.
+    /// Memory that may become callable while the burst stays covered.
     covered: Bytes,
     /// Given so far.
     pub(super) granted: Bytes,
-    /// Wanted by suffering guests and not given.
+    /// Memory that suffering guests need and did not get.
     pub(super) owed: Bytes,
 }
 
@@ -50,7 +51,7 @@ impl Budget {
         }
     }
 
-    /// What lies above this part of the usable memory.
+    /// Free memory above this fraction of the usable memory.
     fn above(&self, part: f64, control: &ControlConfig) -> Bytes {
         if control.safety.has(SafetyRule::TwoPhase) {
             self.free - self.granted - self.usable.scale(part)
@@ -60,8 +61,8 @@ impl Budget {
     }
 }
 
-/// How much more may become callable. What is given to guests that do not need it becomes callable, and would be taken
-/// again at once if the burst were not covered any more.
+/// How much more memory may become callable. Memory given to guests without need becomes callable, and would be taken
+/// again at once if the burst were no longer covered.
 fn covered(ledger: &Ledger, control: &ControlConfig) -> Bytes {
     let cover = ledger.available.scale(1.0 / (BURST_LEAVE * BURST_LEAVE));
     if !control.safety.has(SafetyRule::Burst) || ledger.burst_measured <= cover {
@@ -71,7 +72,7 @@ fn covered(ledger: &Ledger, control: &ControlConfig) -> Bytes {
     }
 }
 
-/// Gives to those that must have it: minimum broken, suffering, silent since something was taken.
+/// Gives to guests in urgent need: below their minimum, suffering, or not responding since memory was taken.
 pub(super) fn give_urgent(
     views: &mut [View<'_>],
     budget: &mut Budget,
@@ -91,7 +92,8 @@ pub(super) fn give_urgent(
             }
         }
     }
-    // The highest class first; within a class the smallest wish, so that as many as possible get all of theirs.
+    // The highest class first; within a class the smallest need first, so that as many guests as possible get all they
+    // need.
     urgent.sort_by_key(|&(index, to)| {
         let view = &views[index];
         (
@@ -107,7 +109,7 @@ pub(super) fn give_urgent(
         let grant = wish.min(budget.above(floor, control));
         budget.granted += grant;
         budget.owed += wish - grant;
-        // Whatever happens, no more is taken: the target comes down to what the balloon holds, at least.
+        // In any case, no more is taken: the target is reduced at least to the balloon's current size.
         view.to = (view.target.min(view.sample.ballooned) - grant).max(to);
         if view.to == view.target {
             view.reason = Reason::NoBudget;
@@ -115,7 +117,7 @@ pub(super) fn give_urgent(
     }
 }
 
-/// The target that a VM must have at once, and why.
+/// The target that a VM needs at once, and the reason.
 fn urgency(view: &View<'_>, now_ms: u64, control: &ControlConfig) -> Option<(Bytes, Reason)> {
     if view.off_limits().is_some() {
         return None;
@@ -131,7 +133,7 @@ fn urgency(view: &View<'_>, now_ms: u64, control: &ControlConfig) -> Option<(Byt
     }
     let lately =
         view.memory.taken_at_ms > 0 && now_ms < view.memory.taken_at_ms + STALL_SUSPECTED_MS;
-    // Without such a coincidence silence has to last longer, for the agent itself may be late.
+    // Without a recent taking, the silence must last longer, because the agent itself may be late.
     let silent_ms = view
         .sample
         .guest
@@ -141,7 +143,8 @@ fn urgency(view: &View<'_>, now_ms: u64, control: &ControlConfig) -> Option<(Byt
     ((lately || long) && view.stale(now_ms, control)).then_some((view.low, Reason::StallSuspected))
 }
 
-/// Gives to those that could do with it, and to everybody on a host that has had memory to spare since `relax_since_ms`.
+/// Gives to guests that are short of memory, and to all guests on a host that has had spare memory since
+/// `relax_since_ms`.
 pub(super) fn give_rest(
     views: &mut [View<'_>],
     budget: &mut Budget,
@@ -180,8 +183,8 @@ pub(super) fn give_rest(
     }
 }
 
-/// Between the value that ends yellow and `relax_above` there is no haste either way, but what guests gave must not stay
-/// away for ever: they get it back a step at a time, down to a quarter of the way above the lower mark.
+/// Between the value that ends yellow and `relax_above`, nothing is urgent, but guests must eventually get their memory
+/// back: they get it step by step, until free memory is down to a quarter of the way above the lower value.
 fn relax_slowly(
     views: &mut [View<'_>],
     budget: &mut Budget,
@@ -221,8 +224,9 @@ fn may_give(view: &View<'_>, now_ms: u64, control: &ControlConfig) -> bool {
         && !blocked
 }
 
-/// What a guest lacks to what it should keep, once it is half way down to suffering. Between the two nothing happens,
-/// unless it reads back what it had to give up: then it lacks a step, whatever it says is available.
+/// The memory that a guest lacks to reach what it should keep, once it is halfway to suffering. Above that, it lacks
+/// nothing, unless it refaults pages that it had to give up: then it lacks one step, regardless of the available memory
+/// that it claims.
 fn need(view: &View<'_>, state: HostState, control: &ControlConfig) -> Option<Bytes> {
     let available = view.available?;
     if refaulting(&view.memory) {
@@ -238,7 +242,7 @@ fn need(view: &View<'_>, state: HostState, control: &ControlConfig) -> Option<By
     (available < begins && wish > Bytes::ZERO).then_some(wish)
 }
 
-/// Shares `sum` out by shares among those with a wish, nobody above it.
+/// Distributes `sum` by shares among guests with a need, none above its need.
 fn share(
     views: &mut [View<'_>],
     budget: &mut Budget,
@@ -256,7 +260,7 @@ fn share(
         .filter_map(|(index, view)| Some((index, wish(view)?)))
         .collect();
     let weight = |view: &View<'_>| f64::from(view.facts.policy.shares);
-    // The smallest wish for its shares first: what it does not need goes to those that follow.
+    // The smallest need per share first: the rest of its part goes to those that follow.
     let key = |&(index, wish): &(usize, Bytes)| wish.0 as f64 / weight(&views[index]);
     wishes.sort_by(|a, b| key(a).total_cmp(&key(b)).then(a.0.cmp(&b.0)));
     let mut weights: f64 = wishes.iter().map(|&(index, _)| weight(&views[index])).sum();

@@ -1,8 +1,9 @@
-//! The last resorts: what can be done without the guests' help when a host stays red. Each has to be allowed.
+//! The last resorts: measures without the guests' cooperation if a host stays red. Each must be allowed in the
+//! settings.
 //!
-//! One step further at a time, and only after the host has been red for `after` since the last one. Each step holds for
-//! the lowest classes only; when the host is green or yellow again everything is taken back, except that a killed VM
-//! stays dead.
+//! One step is taken at a time, and only after the host has been red for `after` since the last one. Each step applies
+//! to the lowest classes only. When the host is green or yellow again, all steps are undone, except that killed VMs
+//! stay dead.
 
 use crate::config::{Config, LastResortConfig};
 use crate::model::{Bytes, HostState, Inventory, PriorityClass};
@@ -10,7 +11,7 @@ use crate::model::{Bytes, HostState, Inventory, PriorityClass};
 use super::view::View;
 use super::{ActionKind, PlannerMemory, Reason, Squeezed};
 
-/// Part of its resident memory that a squeezed VM keeps.
+/// Fraction of its resident memory that a throttled VM keeps.
 const HIGH_PART: f64 = 0.9;
 
 /// The steps, in their order.
@@ -34,7 +35,7 @@ fn allowed(resort: &LastResortConfig) -> Vec<Step> {
     .collect()
 }
 
-/// What to do, by the place of the VM. `helpless`: the balloons cannot bring what is missing.
+/// The actions, by the index of the VM. `helpless`: the balloons cannot return the missing memory.
 pub(super) fn last_resort(
     views: &mut [View<'_>],
     memory: &mut PlannerMemory,
@@ -53,7 +54,7 @@ pub(super) fn last_resort(
             .last_resort_at_ms
             .max(memory.state_since_ms)
             .saturating_add(config.last_resort.after.0);
-    // A step on figures from before the last one would punish somebody for what may be over.
+    // A step based on figures from before the previous step might be unnecessary.
     let host_ms = inventory.host.at_ms;
     let seen = host_ms >= memory.last_resort_at_ms
         && now_ms.saturating_sub(host_ms) <= config.admission.facts_age_max.0;
@@ -61,7 +62,7 @@ pub(super) fn last_resort(
         return Vec::new();
     }
     memory.last_resort_at_ms = now_ms;
-    // The last step may be taken again and again: one VM dies at a time, and the host is looked at in between.
+    // The last step may be repeated: one VM is killed at a time, and the host is read in between.
     let step = steps[usize::from(memory.last_resort).min(steps.len() - 1)];
     memory.last_resort = memory.last_resort.saturating_add(1).min(steps.len() as u8);
     apply(step, views, &config.last_resort)
@@ -79,7 +80,7 @@ fn apply(
         .min()
         .unwrap_or_default();
     let class = match step {
-        // Squeezing is for whoever is lowest, but never for those that never give.
+        // Throttling applies to the lowest class present, but never to critical VMs.
         Step::MemoryHigh | Step::Swap => lowest.min(PriorityClass::High),
         Step::Pause | Step::Kill => PriorityClass::Batch,
     };
@@ -94,7 +95,7 @@ fn apply(
         })
         .collect();
     if step == Step::Kill {
-        // The one whose death frees most.
+        // The VM whose death frees the most memory.
         chosen.sort_by_key(|&index| (std::cmp::Reverse(views[index].sample.resident), index));
         chosen.truncate(1);
     }

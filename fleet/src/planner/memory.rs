@@ -1,23 +1,23 @@
-//! What the planner keeps from one plan to the next.
+//! The planner's state between two plans.
 
 use serde::{Deserialize, Serialize};
 
 use crate::model::{BurstHistogram, Bytes, HostState, Lessons, VmId, VmSample};
 
-/// Everything remembered about a host.
+/// The state of a host.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct PlannerMemory {
     /// The host's state.
     pub state: HostState,
-    /// Since when, ms on the planner's clock.
+    /// When it began, ms on the planner's clock.
     pub state_since_ms: u64,
-    /// When the last resorts last went a step further, ms.
+    /// When the last step of the last resorts was taken, ms.
     pub last_resort_at_ms: u64,
-    /// How far they have gone.
+    /// Number of steps taken.
     pub last_resort: u8,
-    /// What is remembered of the host's memory pressure.
+    /// History of the host's memory pressure.
     pub pressure: PressureMemory,
-    /// When the present window of the burst measurement began, ms.
+    /// When the current window of the burst measurement began, ms.
     pub window_from_ms: u64,
     /// Growth by window.
     pub burst: BurstHistogram,
@@ -26,7 +26,7 @@ pub struct PlannerMemory {
 }
 
 impl PlannerMemory {
-    /// What is remembered of a VM.
+    /// The state of a VM.
     pub fn vm(&self, id: &str) -> Option<&VmMemory> {
         self.vms
             .binary_search_by(|(known, _)| known.as_str().cmp(id))
@@ -35,103 +35,103 @@ impl PlannerMemory {
     }
 }
 
-/// Memory pressure over time, so that neither hysteresis nor pressure from elsewhere holds a state for ever.
+/// Memory pressure over time, so that neither hysteresis nor foreign pressure holds a state forever.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PressureMemory {
     /// When pressure last was above the value that begins yellow, orange and red, ms.
     pub above_at_ms: [Option<u64>; 3],
-    /// Since when pressure alone has asked for a state while no VM showed a sign of it, ms.
+    /// Since when pressure alone has demanded a state while no VM showed a sign of it, ms.
     pub foreign_since_ms: Option<u64>,
 }
 
-/// Everything remembered about a VM.
+/// The state of a VM.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct VmMemory {
-    /// The machine that it is about.
+    /// The machine to which it applies.
     pub epoch: u64,
     /// Good samples since the machine was first seen.
     pub samples: u32,
-    /// The sample before the last one's successor: what the next one is compared with.
+    /// The last sample, with which the next one is compared.
     pub last: VmSample,
-    /// The balloon's size that was last asked for, and when.
+    /// The last requested size of the balloon; `asked_at_ms` is the time of the request.
     pub target: Bytes,
     /// See `target`, ms.
     pub asked_at_ms: u64,
-    /// The balloon when it was asked.
+    /// The balloon at the time of the request.
     pub asked_from: Bytes,
-    /// Host memory that was expected of it.
+    /// Host memory that the request was expected to return.
     pub asked_gain: Bytes,
     /// The target before that request.
     pub asked_before: Bytes,
-    /// Requests to grow in a row that left the target as it was.
+    /// Number of consecutive requests to grow that did not change the target.
     pub refused: u32,
-    /// Samples in a row with stalls.
+    /// Number of consecutive samples with stalls.
     pub stalled: u32,
-    /// Samples in a row in which it read back much from its swap or its files.
+    /// Number of consecutive samples with many refaults from swap or files.
     pub refaulting: u32,
-    /// Whether it fell silent under its balloon and has not answered since.
+    /// Whether it stopped responding because of its balloon and has not responded since.
     pub silenced: bool,
     /// Whether it was suffering at the last sample.
     pub suffering: bool,
-    /// Whether memory came back faster than it should.
+    /// Whether memory was repopulated faster than it should be.
     pub harmed: bool,
-    /// Samples in a row in which more was resident than the guest said it had.
+    /// Number of consecutive samples with more resident memory than the guest claims to have.
     pub lies: u32,
     /// Whether its claims are believed.
     pub distrusted: bool,
-    /// Samples in a row without a lie since then.
+    /// Number of consecutive samples without a contradiction since then.
     pub honest: u32,
     /// Whether the balloon is stuck.
     pub stuck: bool,
-    /// How often it was found stuck in a row.
+    /// Number of consecutive times it was found stuck.
     pub stuck_times: u32,
     /// When it is tried again, ms.
     pub stuck_until_ms: u64,
-    /// When the present attempt to move it began, ms; with the balloon then.
+    /// When the current attempt to move it began, ms. `moving_from` is the balloon at that time.
     pub moving_since_ms: Option<u64>,
     /// See `moving_since_ms`.
     pub moving_from: Bytes,
-    /// How fast its balloon grew when it had to, bytes a second; a pessimist's mean. 0 before it ever grew.
+    /// Growth rate of its balloon during requests, bytes per second, as a pessimistic mean. 0 before it first grew.
     pub rate_per_s: f64,
     /// Nothing is taken until then, ms.
     pub take_blocked_until_ms: u64,
     /// Nothing is given until then unless it suffers, ms.
     pub give_blocked_until_ms: u64,
-    /// When something was last taken, ms; 0 when never.
+    /// When memory was last taken, ms; 0 if never.
     pub taken_at_ms: u64,
-    /// How often it suffered soon after something was taken.
+    /// Number of times it suffered soon after memory was taken.
     pub reversals: u32,
     /// Memory it proved to need: it suffered with less.
     pub learned_min: Bytes,
     /// When that is forgotten, ms.
     pub learned_until_ms: u64,
-    /// What its programs used when it answered again after a silence that taught `learned_min`: with less in use it
-    /// needs as much less. Absent when it was suffering that taught.
+    /// Memory that its programs used when it responded again after a silence that set `learned_min`. If they use less
+    /// later, the minimum decreases by the difference. Absent if suffering set `learned_min`.
     pub learned_used: Option<Bytes>,
-    /// When the balloon was moved the other way in the last hour, ms, newest last.
+    /// Times of changes of direction of the balloon in the last hour, ms, newest last.
     pub turns_ms: Vec<u64>,
-    /// Which way the balloon was last moved: whether it grew.
+    /// The last direction of the balloon: true if it grew.
     pub grew: Option<bool>,
-    /// How much of a step it is asked for; 1 is all of it.
+    /// Scale of its steps; 1 is a full step.
     pub step_scale: f64,
-    /// Given to it and not used yet.
+    /// Memory given to it and not used yet.
     pub granted: Bytes,
-    /// When it was last given something, ms.
+    /// When it was last given memory, ms.
     pub granted_at_ms: u64,
     /// Resident memory when the window of the burst measurement began; absent before its first whole window.
     pub window_resident: Option<Bytes>,
-    /// Change of its resident memory, bytes a minute, smoothed: how active it is.
+    /// Change of its resident memory, bytes per minute, smoothed: a measure of its activity.
     pub activity_per_min: f64,
-    /// Which way of reporting it was asked for.
+    /// The last requested reporting policy.
     pub reporting: Option<Reporting>,
-    /// Whether it is held to what it gave up.
+    /// The limit that enforces its claimed balloon, if any.
     pub enforced: Option<Bytes>,
-    /// Which last resorts are in use on it.
+    /// The last resorts in use on it.
     pub squeezed: Squeezed,
 }
 
 impl VmMemory {
-    /// What the agent that follows this one has to know.
+    /// The lessons for the next agent.
     pub fn lessons(&self) -> Lessons {
         Lessons {
             turns_ms: self.turns_ms.clone(),
@@ -145,7 +145,7 @@ impl VmMemory {
         }
     }
 
-    /// The balloon was moved this way.
+    /// Records a move of the balloon in this direction.
     pub(super) fn turn(&mut self, grows: bool, now_ms: u64) {
         if self.grew.is_some_and(|grew| grew != grows) {
             self.turns_ms.push(now_ms);
@@ -164,13 +164,13 @@ impl VmMemory {
     }
 }
 
-/// The ways of reporting between which the planner chooses.
+/// The reporting policies among which the planner chooses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Reporting {
-    /// Memory is plenty.
+    /// Memory is plentiful.
     Relaxed,
-    /// Memory is plenty and the guest only churns.
+    /// Memory is plentiful, and the guest churns.
     Calm,
     /// Memory is scarce.
     Eager,
@@ -185,6 +185,6 @@ pub struct Squeezed {
     pub swap: bool,
     /// It is paused.
     pub paused: bool,
-    /// It was told to die.
+    /// It was killed.
     pub killed: bool,
 }

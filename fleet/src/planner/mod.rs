@@ -1,9 +1,8 @@
 //! The planner: a pure function from facts, configuration and memory to a plan, without a clock.
 //!
-//! The plan is so specific that the executor has no choice left: absolute targets, each with what must still be true
-//! when it is carried out. Running a plan twice does the same as running it once. What the planner has to remember
-//! between two plans is in the plan as well ([`Plan::memory`]), so that a simulator, a test and the agent differ in
-//! nothing.
+//! A plan leaves no choice to the executor: it contains absolute targets, each with its preconditions. Executing a plan
+//! twice has the same effect as executing it once. The planner's state between two plans is part of the plan
+//! ([`Plan::memory`]), so that simulator, tests and agent use it in the same way.
 //!
 //! ```text
 //! facts ─► observe ─► ledger ─► state ─► urgent gives ─► takes ─► other gives ─► last resorts ─► actions
@@ -41,12 +40,12 @@ use view::View;
 
 /// Makes the next plan.
 ///
-/// The order of the VMs in the inventory has no influence. A VM that is not in it is forgotten.
+/// The order of the VMs in the inventory has no influence. The state of a VM that is not in it is dropped.
 pub fn plan(inventory: &Inventory, config: &Config, memory: &PlannerMemory) -> Plan {
     advance(inventory, config, memory.clone())
 }
 
-/// The same as [`plan`] for a caller that has no further use for the memory.
+/// Like [`plan`], for a caller that does not need the old memory any more.
 pub fn advance(inventory: &Inventory, config: &Config, mut memory: PlannerMemory) -> Plan {
     let (inventory, impossible) = &believable(inventory, config);
     let mut views = views(inventory, impossible, config, &mut memory);
@@ -119,7 +118,7 @@ fn decide(
     if demand.shortage >= near || demand.firm >= near {
         host.taken = take::take(views, &demand, control);
     }
-    // Memory that somebody waits for is not given to guests that do not need it.
+    // Memory that a refused VM waits for is not given to guests without need.
     let relax_since_ms = (host.state == HostState::Green && host.wanted == Bytes::ZERO)
         .then_some(memory.state_since_ms);
     give::give_rest(views, budget, host.state, relax_since_ms, now_ms, config);
@@ -131,7 +130,7 @@ fn decide(
     last_resort::last_resort(views, memory, helpless, inventory, config)
 }
 
-/// What has to be taken: what is missing to the goal, less what is under way, plus what suffering guests are owed.
+/// The memory to take: the shortage below the goal, minus pending memory, plus memory owed to suffering guests.
 fn demand(
     ledger: &Ledger,
     budget: &Budget,
@@ -154,7 +153,7 @@ fn demand(
         Bytes::ZERO => Bytes::ZERO,
         wanted => (unavailable(ledger, config) + budget.owed + wanted) - there,
     };
-    // The last bit is worth a step: without it nobody comes in.
+    // The rest is rounded up to a step, because without it no VM can be admitted.
     let for_newcomers = match for_newcomers {
         Bytes::ZERO => Bytes::ZERO,
         missing => missing.max(control.dead_band),
@@ -172,14 +171,14 @@ fn demand(
     }
 }
 
-/// What of the available memory admission cannot promise.
+/// The part of the available memory that admission cannot reserve.
 fn unavailable(ledger: &Ledger, config: &Config) -> Bytes {
     ledger.burst + ledger.promised + ledger.granted + config.newcomers_leave(ledger.usable)
 }
 
-/// What newcomers that were refused need: of as many, the smallest first, as guests can give memory for. Guests are not
-/// asked for what would let nobody in. `firm` is what balloons take on the way there that occupies nothing: guests cannot call
-/// that in any more, so that a burst that is bounded by what there is to be called in becomes smaller.
+/// The needs of refused VMs, smallest first, as far as guests can return the memory. Guests are not asked for memory
+/// that would not suffice to admit a VM. `firm` is memory that balloons take in the process although it is not
+/// resident: it stops being callable, and thus reduces a burst that is limited by the callable memory.
 fn wanted(
     ledger: &Ledger,
     host: &HostExplanation,
@@ -204,7 +203,7 @@ fn wanted(
         .unwrap_or_default()
 }
 
-/// Callable memory that has to become firm: no more may be called in at once than is there.
+/// Callable memory that must become firm, so that the burst does not exceed the available memory.
 fn firm(ledger: &Ledger, control: &ControlConfig) -> Bytes {
     let covered = ledger.available.scale(1.0 / state::BURST_LEAVE);
     if control.safety.has(SafetyRule::Burst) && ledger.burst > covered {
@@ -214,9 +213,9 @@ fn firm(ledger: &Ledger, control: &ControlConfig) -> Bytes {
     }
 }
 
-/// The inventory with the VMs' claims about themselves bounded, and those that claimed the impossible. No host runs VMs
-/// of more than `overcommit_max` times its memory, so a VM that says it is larger is booked by what can be seen of it, and
-/// the books of all others stay right.
+/// The inventory with bounded claims, and the VMs that claimed impossible values. No host runs VMs of more than
+/// `overcommit_max` times its memory. If a VM claims to be larger, its observed memory is used instead, so that the
+/// ledger stays correct.
 fn believable<'a>(
     inventory: &'a Inventory,
     config: &Config,
@@ -229,7 +228,7 @@ fn believable<'a>(
     let mut impossible = BTreeSet::new();
     for (index, vm) in inventory.vms.iter().enumerate() {
         let sample = vm.sample.unwrap_or_default();
-        // Without a reading of the host nothing is known to be too large.
+        // Without facts about the host, no size is known to be too large.
         if possible == Bytes::ZERO || vm.configured <= possible {
             continue;
         }
@@ -247,7 +246,7 @@ fn believable<'a>(
     (bounded, impossible)
 }
 
-/// Joins facts and memory, both by name, and looks at new samples.
+/// Joins facts and memory, both by name, and processes new samples.
 fn views<'a>(
     inventory: &'a Inventory,
     impossible: &BTreeSet<VmId>,
@@ -292,7 +291,7 @@ fn ledger(
     ))
 }
 
-/// The ledger as it is now, between two plans: with what the last one learned of bursts, grants and liars.
+/// The current ledger between two plans, with the last plan's bursts, grants and distrusted guests.
 pub fn current_ledger(
     inventory: &Inventory,
     config: &Config,
@@ -311,7 +310,8 @@ pub fn current_ledger(
     ledger.with_burst(last.ledger.burst)
 }
 
-/// What a VM that lies may call in beyond its claims: its balloon holds nothing, so all that is not resident.
+/// Memory that a lying VM may take beyond its claims: all memory that is not resident, because its balloon may be
+/// empty.
 fn unbelieved(vm: &VmFacts) -> Bytes {
     let resident = vm.sample.unwrap_or_default().resident;
     (vm.configured - resident) - vm.callable()
@@ -341,7 +341,7 @@ fn explain_untouched(views: &mut [View<'_>], now_ms: u64, config: &Config) {
     }
 }
 
-/// A name and what is remembered under it.
+/// A VM's name and its state.
 type Remembered = (VmId, VmMemory);
 
 #[cfg(test)]
@@ -380,7 +380,7 @@ mod tests {
 
     #[test]
     fn guests_are_asked_for_as_many_newcomers_as_they_can_give_for() {
-        // 30 are there, of which 15 are the burst's, 2 promised and 10 those guests' that are there.
+        // 30 are available, of which 15 are for the burst, 2 are reserved and 10 are kept for existing guests.
         assert_eq!(wanted_of(&[], 50), Bytes::ZERO);
         assert_eq!(wanted_of(&[8, 4, 4], 5), Bytes::gib(8));
         assert_eq!(wanted_of(&[8, 4, 4], 13), Bytes::gib(16));
@@ -389,7 +389,7 @@ mod tests {
 
     #[test]
     fn what_a_balloon_takes_on_the_way_can_no_longer_be_called_in() {
-        // 20 can be called in, and 15 at once: the first 5 that become firm change nothing.
+        // 20 are callable, and 15 of them at once: the first 5 that become firm change nothing.
         assert_eq!(wanted_with(&[8], 4, 5), Bytes::ZERO);
         assert_eq!(wanted_with(&[8], 4, 6), Bytes::gib(8));
     }

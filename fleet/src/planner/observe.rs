@@ -1,6 +1,6 @@
-//! From samples to what is remembered: how a guest took what was done to it.
+//! Updates the planner's state from samples: how a guest reacted to actions.
 //!
-//! A sample is looked at once. Everything here compares it with the one before; nothing decides what to do.
+//! Each sample is processed once and compared with the previous one. No decisions are made here.
 
 use crate::config::{ControlConfig, SafetyRule};
 use crate::model::{Bytes, VmFacts, VmSample};
@@ -8,34 +8,36 @@ use crate::model::{Bytes, VmFacts, VmSample};
 use super::VmMemory;
 use super::plan::TARGET_GRAIN;
 
-/// Samples in a row with stalls that make suffering; a single stall happens to any guest.
+/// Consecutive samples with stalls that count as suffering; a single stall can happen to any guest.
 const STALLED_SAMPLES: u32 = 2;
-/// Samples in a row with refaults that make need; programs that start fault their files in once.
+/// Consecutive samples with refaults that count as need; starting programs fault in their files once.
 const REFAULTING_SAMPLES: u32 = 2;
-/// Memory read back from swap and files in a second, as a part of the guest's size, that counts as refaulting. A guest
-/// of 4 GiB that reads back 4 MiB per second spends a tenth of its time on an ordinary disk.
+/// Memory read back from swap and files per second, as a fraction of the guest's size, that counts as refaulting. A
+/// guest of 4 GiB that reads back 4 MiB per second spends a tenth of its time on an ordinary disk.
 const REFAULT_PART_PER_S: f64 = 0.001;
-/// What a major fault reads at least: the guest's page (virtio-balloon counts faults, not bytes).
+/// Minimum size of a major fault: the guest's page (virtio-balloon counts faults, not bytes).
 const FAULT_BYTES: u64 = 4096;
-/// Requests to grow in a row without effect after which a balloon is stuck; one may have been dropped as outdated.
+/// Consecutive requests to grow without effect after which a balloon counts as stuck; a single one may have been
+/// dropped as outdated.
 const REFUSALS: u32 = 2;
-/// Samples in a row with more resident than possible that end trust: figures of one sample are not of one moment.
+/// Consecutive samples with more resident memory than possible after which a guest is distrusted; the figures of one
+/// sample are not taken at the same moment.
 const LIES: u32 = 2;
-/// Samples in a row without, that restore it.
+/// Consecutive samples without a contradiction that restore trust.
 const HONEST: u32 = 12;
-/// Reversals that count: 2^6 times the shortest time is an hour.
+/// Maximum number of reversals that count: 2^6 times the shortest time is an hour.
 const REVERSALS_MAX: u32 = 6;
 /// The time over which changes of direction are counted, ms.
 const HOUR_MS: u64 = 3_600_000;
-/// Changes of direction in an hour after which nothing more is taken: each take may be followed by one give, so that a
-/// balloon turns at most twelve times an hour whatever its guest does.
+/// Changes of direction per hour after which nothing more is taken. Each take may be followed by one give, so a balloon
+/// changes direction at most twelve times per hour, regardless of its guest.
 pub(super) const TURNS_MAX: usize = 10;
-/// What was granted and not used for so many reaction times is a loan like any other.
+/// Number of reaction times after which unused granted memory counts as ordinary callable memory.
 const GRANT_REACTIONS: u64 = 3;
-/// The smallest part of a step that is still asked for.
+/// Minimum scale of a step.
 const STEP_SCALE_MIN: f64 = 1.0 / 16.0;
 
-/// Brings what is remembered up to date with the facts.
+/// Updates the state with the facts.
 pub(super) fn observe(
     facts: &VmFacts,
     memory: &mut VmMemory,
@@ -65,7 +67,7 @@ pub(super) fn observe(
     forget(memory, now_ms, control);
 }
 
-/// What an agent before this one did, or this one could not undo, is undone like what is remembered.
+/// Acts of an earlier agent, and acts that this agent could not undo, are undone like its own.
 fn undo_what_is_left(facts: &VmFacts, memory: &mut VmMemory) {
     let in_force = &facts.in_force;
     memory.squeezed.high |= in_force.high;
@@ -93,8 +95,8 @@ fn compare(facts: &VmFacts, sample: &VmSample, memory: &mut VmMemory, control: &
     movement(facts, sample, memory, control);
 }
 
-/// What became of the last request. Where the target is another one, somebody else moved the balloon or the request was
-/// never carried out: the VMM's word counts, and a gain that did not come is not expected again.
+/// Evaluates the last request. If the target differs, another client moved the balloon, or the request was never
+/// executed: the VMM's target counts, and the missing gain is no longer expected.
 fn request(sample: &VmSample, memory: &mut VmMemory, control: &ControlConfig) {
     if sample.at_ms <= memory.asked_at_ms {
         return;
@@ -106,7 +108,8 @@ fn request(sample: &VmSample, memory: &mut VmMemory, control: &ControlConfig) {
     let grew = memory.target > memory.asked_before;
     let unchanged = sample.balloon_target.distance(memory.asked_before) < TARGET_GRAIN;
     if !unchanged {
-        // A request that was carried out late, or somebody else's: for the guest it is a turn like any other.
+        // A late request or another client's counts as a change of direction, because it affects the guest in the same
+        // way.
         memory.turn(sample.balloon_target > memory.target, sample.at_ms);
     }
     memory.target = sample.balloon_target;
@@ -122,7 +125,7 @@ fn request(sample: &VmSample, memory: &mut VmMemory, control: &ControlConfig) {
     }
 }
 
-/// Leaves the balloon alone for a while, longer each time.
+/// Stops changing the balloon for some time, longer each time.
 fn stick(memory: &mut VmMemory, now_ms: u64, control: &ControlConfig) {
     memory.stuck = true;
     let wait = control.stuck_retry.0 << memory.stuck_times.min(16);
@@ -130,8 +133,8 @@ fn stick(memory: &mut VmMemory, now_ms: u64, control: &ControlConfig) {
     memory.stuck_times = memory.stuck_times.saturating_add(1);
 }
 
-/// Whether the guest reads back what it had to give up: swap, and pages of files. It may do so for hours without a
-/// single allocation that waits.
+/// Whether the guest refaults pages from swap and files that it had to give up. This can last for hours without a
+/// stalled allocation.
 fn refaults(
     facts: &VmFacts,
     sample: &VmSample,
@@ -148,7 +151,7 @@ fn refaults(
         .major_faults
         .unwrap_or_default()
         .saturating_sub(before.major_faults.unwrap_or_default());
-    // A page from swap is a major fault as well: counted once.
+    // A page from swap is also a major fault, and is counted once.
     let read_back = swapped_in.max(Bytes(faults.saturating_mul(FAULT_BYTES)));
     let per_s = read_back.0 as f64 / (minutes * 60.0);
     memory.refaulting = if per_s > facts.configured.scale(REFAULT_PART_PER_S).0 as f64 {
@@ -168,8 +171,8 @@ pub(super) fn refaulting(memory: &VmMemory) -> bool {
     memory.refaulting >= REFAULTING_SAMPLES
 }
 
-/// A guest that fell silent under its balloon is believed to have stalled. That teaches as much as suffering does, once
-/// for each silence.
+/// A guest that stopped responding because of its balloon is assumed to have stalled. This counts like suffering, once
+/// per silence.
 pub(super) fn learn_from_silence(
     facts: &VmFacts,
     memory: &mut VmMemory,
@@ -178,19 +181,19 @@ pub(super) fn learn_from_silence(
 ) {
     if !memory.silenced {
         memory.silenced = true;
-        // It lived with what it had at its last answer, so it is what it was left with since that is too little.
+        // It worked with its memory at the last response, so the memory left to it since then is too little.
         let has = facts.configured - memory.target.max(memory.last.ballooned);
         learn(facts, has, memory, now_ms, control);
     }
 }
 
-/// What the guest's programs use.
+/// Memory that the guest's programs use.
 pub(super) fn used(facts: &VmFacts, sample: &VmSample) -> Option<Bytes> {
     let has = facts.configured - sample.ballooned;
     sample.guest.map(|claims| has - claims.available)
 }
 
-/// Whether memory comes back faster than it should after some was taken, and how large steps may be.
+/// Whether memory is repopulated faster than it should be after some was taken, and the resulting step size.
 fn harm(sample: &VmSample, memory: &mut VmMemory, minutes: f64, control: &ControlConfig) {
     let (Some(now), Some(before)) = (sample.reclaim, memory.last.reclaim) else {
         memory.harmed = false;
@@ -232,10 +235,10 @@ fn suffering(facts: &VmFacts, sample: &VmSample, memory: &mut VmMemory, control:
     };
     let killed = rose(claims.oom_kills, before.oom_kills);
     let short = claims.available < suffer_below(has, control);
-    // Two signals that agree need no second sample.
+    // If two signals agree, no second sample is needed.
     let stalls = memory.stalled >= STALLED_SAMPLES
         || memory.stalled > 0 && claims.available < keeps(has, control);
-    // Without a balloon the guest is simply full, and there is nothing to give back.
+    // Without a balloon, the guest is simply full, and no memory can be returned.
     memory.suffering = (killed || short || stalls) && sample.ballooned > Bytes::ZERO;
     if memory.suffering && !was {
         memory.learned_used = None;
@@ -243,7 +246,7 @@ fn suffering(facts: &VmFacts, sample: &VmSample, memory: &mut VmMemory, control:
     }
 }
 
-/// A guest that suffers proves that it needs more than it has. It is remembered for longer each time.
+/// A suffering guest needs more memory than it has. The learned minimum is kept longer each time.
 fn learn(facts: &VmFacts, has: Bytes, memory: &mut VmMemory, now_ms: u64, control: &ControlConfig) {
     if memory.taken_at_ms > 0 && now_ms < memory.taken_at_ms + control.block_max.0 {
         memory.reversals = (memory.reversals + 1).min(REVERSALS_MAX);
@@ -271,13 +274,13 @@ fn trust(facts: &VmFacts, sample: &VmSample, memory: &mut VmMemory, control: &Co
     };
 }
 
-/// The most that can be resident when the guest's claim about its balloon is true. The VMM's own memory and figures
-/// taken one after the other blur it.
+/// Maximum resident memory if the guest's claim about its balloon is true. The tolerance covers the VMM's own memory
+/// and figures that are read at different times.
 pub(super) fn possible(facts: &VmFacts, sample: &VmSample) -> Bytes {
     facts.configured - sample.ballooned + Bytes::mib(64).max(facts.configured.scale(0.02))
 }
 
-/// Whether a balloon that should grow does, and how fast.
+/// Whether a balloon that should grow does so, and its rate.
 fn movement(facts: &VmFacts, sample: &VmSample, memory: &mut VmMemory, control: &ControlConfig) {
     let near = dead_band(facts.configured, control);
     let grown = sample.ballooned - memory.last.ballooned;
@@ -287,7 +290,7 @@ fn movement(facts: &VmFacts, sample: &VmSample, memory: &mut VmMemory, control: 
             .at_ms
             .max(memory.asked_at_ms.min(sample.at_ms - 1));
         let rate = grown.0 as f64 * 1000.0 / (sample.at_ms - from_ms) as f64;
-        // Bad news at once, good news slowly: a promise is made of it.
+        // A lower rate counts at once, a higher one gradually, because reservations depend on it.
         let weight = if rate < memory.rate_per_s { 0.5 } else { 0.1 };
         memory.rate_per_s += if memory.rate_per_s == 0.0 {
             rate
@@ -297,7 +300,7 @@ fn movement(facts: &VmFacts, sample: &VmSample, memory: &mut VmMemory, control: 
     }
     if sample.ballooned + near >= memory.target {
         memory.moving_since_ms = None;
-        // It arrived where it was sent, and did not just stand where it was pinned.
+        // The balloon reached its target by moving, not because its target was pinned to its size.
         if sample.ballooned > memory.asked_from + near {
             memory.stuck_times = 0;
         }
@@ -317,7 +320,7 @@ fn movement(facts: &VmFacts, sample: &VmSample, memory: &mut VmMemory, control: 
     if moved < expected && control.safety.has(SafetyRule::Stuck) {
         stick(memory, sample.at_ms, control);
     }
-    // The rate is that of the last stretch, so that a guest that was fast once is not fast for ever.
+    // The rate refers to the last interval, so that a formerly fast guest is not considered fast forever.
     memory.moving_since_ms = Some(sample.at_ms);
     memory.moving_from = sample.ballooned;
 }

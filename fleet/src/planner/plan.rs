@@ -9,23 +9,23 @@ use super::PlannerMemory;
 use crate::admission::HostHeadroom;
 use crate::model::{Bytes, Fraction, HostState, Interlock, Ledger, PriorityClass, VmId};
 
-/// Targets that differ by less are the same: VMMs round them to their pages.
+/// Targets that differ by less count as equal, because VMMs round them to pages.
 pub(super) const TARGET_GRAIN: Bytes = Bytes::mib(1);
 
-/// What to do next on one host, and why.
+/// The next actions on one host, with reasons.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Plan {
     /// When it was made, ms on the planner's clock.
     pub at_ms: u64,
-    /// How the host was judged.
+    /// The assessment of the host.
     pub host: HostExplanation,
-    /// The books it was made from.
+    /// The ledger on which it is based.
     pub ledger: Ledger,
-    /// What to do, in this order: everything that frees memory stands before everything that grants it.
+    /// The actions, in order: all actions that free memory precede all that grant it.
     pub actions: Vec<Action>,
-    /// One for each VM, by name, whether anything is done with it or not.
+    /// One explanation per VM, by name, including VMs without actions.
     pub explanations: Vec<Explanation>,
-    /// What the next plan needs to know of this one.
+    /// The state for the next plan.
     #[serde(skip)]
     pub memory: PlannerMemory,
 }
@@ -34,54 +34,54 @@ pub struct Plan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
-    /// Frees memory, or changes nothing about it.
+    /// Frees memory, or does not affect it.
     Free,
     /// Grants memory that was free when the plan was made.
     Grant,
 }
 
-/// One thing to do with one VM.
+/// One action on one VM.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Action {
-    /// With which VM.
+    /// The VM.
     pub vm: VmId,
-    /// When.
+    /// The phase.
     pub phase: Phase,
-    /// What.
+    /// The kind.
     pub kind: ActionKind,
     /// The reason.
     pub reason: Reason,
-    /// What must still be true when it is carried out.
+    /// Conditions for its execution.
     pub requires: Precondition,
 }
 
-/// What can be done. All values are absolute, so doing it twice is doing it once.
+/// The kinds of actions. All values are absolute, so actions are idempotent.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ActionKind {
-    /// Ask for a balloon of this size.
+    /// Request a balloon of this size.
     Balloon {
-        /// The size asked for so far.
+        /// The previously requested size.
         from: Bytes,
-        /// The size to ask for.
+        /// The size to request.
         to: Bytes,
     },
-    /// Tell the guest how to report free memory.
+    /// Set the guest's reporting policy.
     Reporting {
-        /// In this way.
+        /// The policy.
         policy: ReportingPolicy,
     },
-    /// Hold the VM's control group to this much memory (`memory.max`); no limit when absent.
+    /// Limit the VM's control group (`memory.max`); if absent, remove the limit.
     MemoryMax {
         /// The limit.
         limit: Option<Bytes>,
     },
-    /// Squeeze the VM's control group above this much memory (`memory.high`).
+    /// Throttle the VM's control group above this amount of memory (`memory.high`).
     MemoryHigh {
         /// The limit.
         limit: Option<Bytes>,
     },
-    /// Let the VM's control group have so much swap (`memory.swap.max`).
+    /// Limit the swap of the VM's control group (`memory.swap.max`).
     SwapMax {
         /// The limit.
         limit: Bytes,
@@ -111,7 +111,7 @@ impl ActionKind {
     }
 }
 
-/// What must be true when an action is carried out. Where it is not, the action is dropped: the next plan knows better.
+/// The preconditions of an action. If one is not met, the action is dropped, and the next plan decides with newer data.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Precondition {
     /// The VM is still the same machine.
@@ -120,11 +120,11 @@ pub struct Precondition {
     pub valid_until_ms: u64,
     /// For a grant: memory available on the host, the reserve included.
     pub host_available_min: Bytes,
-    /// For a balloon: the size asked for is still this, or already the new one.
+    /// For a balloon: the requested size is still this, or already the new one.
     pub balloon_target: Option<Bytes>,
 }
 
-/// The world as the executor finds it.
+/// The current state, as seen by the executor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Present {
     /// The VM's epoch.
@@ -133,42 +133,42 @@ pub struct Present {
     pub now_ms: u64,
     /// Memory available on the host.
     pub host_available: Bytes,
-    /// The balloon's size that was last asked for.
+    /// The last requested size of the balloon.
     pub balloon_target: Bytes,
 }
 
-/// Why an action is not carried out any more.
+/// Reasons why an action is no longer executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Block {
-    /// Another machine stands behind the name.
+    /// The name refers to another machine.
     #[error("the VM was replaced since the plan was made")]
     Replaced,
-    /// Too late.
+    /// The plan has expired.
     #[error("the plan is too old")]
     TooOld,
-    /// The memory that was to be granted is gone.
+    /// The memory to grant is no longer available.
     #[error("{needed} are needed, but the host has only {available} available")]
     HostShort {
-        /// What is there.
+        /// The available memory.
         available: Bytes,
-        /// What has to be there.
+        /// The required memory.
         needed: Bytes,
     },
-    /// Somebody else moved the balloon.
+    /// Another client moved the balloon.
     #[error("the balloon's target is {found}, the plan was made for {expected}")]
     Moved {
-        /// What it is.
+        /// The current target.
         found: Bytes,
-        /// What it should be.
+        /// The expected target.
         expected: Bytes,
     },
-    /// It is already so.
+    /// The action has already been executed.
     #[error("no action remains")]
     Done,
 }
 
 impl Plan {
-    /// The host as admission and placement see it.
+    /// The host's data for admission and placement.
     pub fn headroom(&self) -> HostHeadroom {
         HostHeadroom {
             ledger: self.ledger,
@@ -199,10 +199,10 @@ impl fmt::Display for Action {
 }
 
 impl Action {
-    /// Whether the action may still be carried out.
+    /// Checks whether the action may still be executed.
     ///
     /// # Errors
-    /// What stands against it; [`Block::Done`] when it has been carried out before.
+    /// The obstacle; [`Block::Done`] if the action has already been executed.
     pub fn check(&self, present: &Present) -> Result<(), Block> {
         let requires = &self.requires;
         if present.epoch != requires.epoch {
@@ -260,51 +260,51 @@ pub enum Reason {
     Fresh,
     /// The last sample is too old.
     Stale,
-    /// No answer after memory was taken: the guest may be stalled by it.
+    /// No response after memory was taken, which may have stalled the guest.
     StallSuspected,
-    /// Migration, snapshot or the like.
+    /// Migration, snapshot or a similar operation.
     Interlock,
-    /// No balloon, or none that may be moved.
+    /// No balloon, or one that must not be changed.
     Unmanaged,
-    /// The class never gives.
+    /// Memory is never taken from this class.
     Critical,
     /// The host is short of memory.
     Shortage,
     /// A VM that was refused needs memory that this one does not.
     Newcomer,
-    /// What guests may call in at once is not covered.
+    /// The burst is not covered by available memory.
     BurstCover,
     /// The guest has nothing left that could be taken without harm.
     NothingToTake,
-    /// Others had enough to give.
+    /// Other VMs had enough to give.
     OthersGave,
     /// The difference is too small.
     DeadBand,
-    /// It was moved the other way a moment ago.
+    /// Its balloon recently moved in the other direction.
     Blocked,
     /// The balloon does not move.
     Stuck,
-    /// The guest says it gave what the host did not get.
+    /// The guest claims a balloon that did not return memory to the host.
     Lying,
-    /// Memory comes back faster than it should: taking does harm.
+    /// Memory is repopulated faster than it should be: taking does harm.
     Harm,
     /// The guest stalls, swaps, kills or is about to.
     Suffering,
     /// The guest is short of memory but not suffering.
     Need,
-    /// The guest has all it may have.
+    /// The guest has its maximum.
     AtMaximum,
-    /// What it needs is not free yet.
+    /// The memory that it needs is not free yet.
     NoBudget,
-    /// Memory is plenty.
+    /// Memory is plentiful.
     Relax,
     /// It had less than its minimum.
     BelowMinimum,
     /// It had more than its maximum.
     AboveMaximum,
-    /// The guest's way of reporting follows the host's state.
+    /// The guest's reporting policy follows the host's state.
     ReportingLever,
-    /// The host stayed red although the balloons were asked for all they have.
+    /// The host stayed red although all balloon memory was requested.
     LastResort,
     /// The emergency is over.
     Recovered,
@@ -317,41 +317,41 @@ impl Reason {
     }
 }
 
-/// What is done about a VM's memory.
+/// A decision about a VM's memory.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Decision {
     /// Nothing.
     #[default]
     Keep,
-    /// So much is taken.
+    /// This amount is taken.
     Take(Bytes),
-    /// So much is given.
+    /// This amount is given.
     Give(Bytes),
 }
 
-/// Why a VM's memory is what it is, with every figure that was looked at.
+/// Explains the decision on a VM, with all figures used.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Explanation {
-    /// Which VM.
+    /// The VM.
     pub vm: VmId,
-    /// What is done.
+    /// The decision.
     pub decision: Decision,
-    /// The rule that won.
+    /// The decisive rule.
     pub reason: Reason,
     /// The balloon's target before.
     pub target_before: Bytes,
     /// The balloon's target after.
     pub target_after: Bytes,
-    /// The smallest and the largest target it may have.
+    /// Minimum and maximum of its target.
     pub target_range: (Bytes, Bytes),
-    /// The balloon as the guest claims it.
+    /// The balloon as claimed by the guest.
     pub ballooned: Bytes,
     /// Host memory it occupies.
     pub resident: Bytes,
-    /// What it may call in without asking.
+    /// Memory that it may take without a request (callable).
     pub callable: Bytes,
-    /// Available memory as the guest claims it, less what is being taken; absent without claims.
+    /// Available memory as claimed by the guest, minus memory that is being taken; absent without claims.
     pub guest_available: Option<Bytes>,
     /// Available memory that it keeps.
     pub guest_keeps: Bytes,
@@ -363,9 +363,9 @@ pub struct Explanation {
     pub stuck: bool,
     /// Whether its claims are believed.
     pub trusted: bool,
-    /// Why it is left alone.
+    /// Why it must not be changed.
     pub interlock: Option<Interlock>,
-    /// Nothing is taken from it for so long, ms.
+    /// Time for which nothing is taken from it, ms.
     pub take_blocked_ms: u64,
 }
 
@@ -394,37 +394,37 @@ impl fmt::Display for Explanation {
     }
 }
 
-/// How the host was judged.
+/// The assessment of the host.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
 pub struct HostExplanation {
     /// The state before.
     pub state_before: HostState,
     /// The state now.
     pub state: HostState,
-    /// Available memory above the reserve, as a part of the usable memory.
+    /// Available memory above the reserve, as a fraction of the usable memory.
     pub free: Fraction,
-    /// Available memory above the reserve that the plan works towards.
+    /// The goal for available memory above the reserve.
     pub goal: Bytes,
     /// Whether the host's memory pressure is believed to come from something other than its VMs.
     pub pressure_elsewhere: bool,
-    /// What is missing to it, after what is under way.
+    /// Memory missing to reach the goal, after pending memory has arrived.
     pub shortage: Bytes,
-    /// What balloons that are growing will still bring.
+    /// Memory that growing balloons will still return.
     pub pending: Bytes,
-    /// What is taken by this plan.
+    /// Memory taken by this plan.
     pub taken: Bytes,
-    /// What is given by this plan.
+    /// Memory given by this plan.
     pub granted: Bytes,
-    /// What suffering guests lack and could not be given.
+    /// Memory that suffering guests lack and did not get.
     pub owed: Bytes,
-    /// What newcomers need that were refused a moment ago, as far as guests can give it.
+    /// Needs of recently refused VMs, as far as guests can return the memory.
     pub wanted: Bytes,
-    /// What balloons could bring without harm; from caches too when the host is orange or red.
+    /// Memory that balloons could return without harm; includes caches if the host is orange or red.
     pub freeable: Bytes,
-    /// And what of it would come within the reaction time, at the speed that was measured.
+    /// The part of it that would return within the reaction time, at the measured speed.
     pub freeable_soon: Bytes,
-    /// How often available memory covers the burst.
+    /// Ratio of available memory to the burst.
     pub burst_coverage: f64,
-    /// How far the last resorts have gone; 0 is not at all.
+    /// Number of last-resort steps taken.
     pub last_resort: u8,
 }

@@ -1,4 +1,4 @@
-//! The first lever: how guests report free memory. It costs them least, because what it takes is free.
+//! The first measure: the guests' reporting policy. It costs guests least, because it takes only free memory.
 
 use crate::config::{Config, ReportingConfig};
 use crate::model::{FeatureLevel, HostState};
@@ -6,10 +6,10 @@ use crate::model::{FeatureLevel, HostState};
 use super::view::View;
 use super::{ActionKind, Reporting};
 
-/// Percentage points below `churn_percent` at which a guest is no churner any more.
+/// Percentage points below `churn_percent` at which a guest stops counting as churning.
 const CHURN_BAND: u64 = 20;
 
-/// The way of reporting that a VM should be asked for, if that is another one than it was asked for last.
+/// The reporting policy for a VM, if it differs from the last requested one.
 pub(super) fn lever(view: &View<'_>, state: HostState, config: &Config) -> Option<Reporting> {
     let reclaim = view.sample.reclaim?;
     let free = view.facts.level >= FeatureLevel::L2
@@ -28,7 +28,7 @@ pub(super) fn lever(view: &View<'_>, state: HostState, config: &Config) -> Optio
     (view.memory.reporting != Some(way)).then_some(way)
 }
 
-/// The action that asks for it.
+/// The action that requests it.
 pub(super) fn action(way: Reporting, reporting: &ReportingConfig) -> ActionKind {
     ActionKind::Reporting {
         policy: match way {
@@ -47,7 +47,7 @@ fn churns(view: &View<'_>, reporting: &ReportingConfig) -> bool {
         Some(Reporting::Calm) => reporting.churn_percent.saturating_sub(CHURN_BAND),
         _ => reporting.churn_percent,
     };
-    // What was discarded once and is still away does not make a churner, so a little must have gone round first.
+    // Memory that was discarded once and is still absent is not churn, so a minimum must have been discarded first.
     reclaim.discarded > view.facts.configured
         && reclaim.repopulated.ratio(reclaim.discarded) * 100.0 > limit as f64
 }

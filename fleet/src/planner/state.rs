@@ -9,14 +9,14 @@ use super::view::View;
 
 /// Available memory beyond the burst that ends the state that a burst began, as a factor on the burst.
 pub(super) const BURST_LEAVE: f64 = 1.25;
-/// How long a state is held by pressure that is below the value that began it, ms.
+/// How long pressure below the value that began a state can hold it, ms.
 const HELD_MS: u64 = 300_000;
-/// Pressure that no VM shows is another's after this time, ms.
+/// After this time, pressure without a sign of it in any VM counts as foreign, ms.
 const FOREIGN_MS: u64 = 600_000;
 
-/// The next state: the worst that any of the three signals asks for. Free memory and burst have dead bands of their own:
-/// each asks for a state from `enter` on, and goes on asking until `leave` if the host is in that state or a worse one.
-/// What pressure asks for is in `pressed`.
+/// The next state: the worst that any of the three signals demands. Free memory and burst have separate dead bands:
+/// each demands a state from `enter` on, and until `leave` if the host is in that state or a worse one. `pressed` is
+/// the state that pressure demands.
 pub(super) fn next(
     before: HostState,
     pressed: HostState,
@@ -46,11 +46,11 @@ fn short(state: HostState, free: Fraction, stays: bool, thresholds: &Thresholds)
         .is_some_and(|band| free < band.enter || stays && free <= band.leave)
 }
 
-/// The state that memory pressure asks for. It begins at its value and ends at half of it, or when it has been below its
-/// value for [`HELD_MS`]: a host that is busy with other things may have a little pressure for ever.
+/// The state that memory pressure demands. A state begins at its value, and ends at half of it or after [`HELD_MS`]
+/// below its value, because a host that is busy with other work may have a little pressure forever.
 ///
-/// Pressure without any sign of it in a VM or in the host's swap, on a host with memory to spare, is not the VMs':
-/// after [`FOREIGN_MS`] of it, in which taking from them has not helped, it counts no more.
+/// Pressure on a host with spare memory, without any sign of it in a VM or in the host's swap, is not caused by VMs.
+/// After [`FOREIGN_MS`], during which taking memory has not helped, it is ignored.
 pub(super) fn pressed_by(
     memory: &mut PressureMemory,
     inventory: &Inventory,
@@ -78,7 +78,7 @@ pub(super) fn pressed_by(
 }
 
 impl PressureMemory {
-    /// Whether pressure is believed to come from elsewhere.
+    /// Whether pressure is considered foreign.
     pub(super) fn is_foreign(&self, now_ms: u64) -> bool {
         self.foreign_since_ms
             .is_some_and(|since_ms| now_ms >= since_ms + FOREIGN_MS)
@@ -126,7 +126,7 @@ mod tests {
     use super::*;
     use crate::model::{Amount, Pressure};
 
-    /// The state after one plan of a host with this much free and this pressure.
+    /// The state after one plan of a host with this much free memory and this pressure.
     fn at(before: HostState, free_percent: u64, some_avg10: f64) -> HostState {
         let mut memory = PressureMemory {
             above_at_ms: HostState::VARIANTS[1..]
@@ -193,7 +193,7 @@ mod tests {
             assert_eq!(state == HostState::Red, now_ms < FOREIGN_MS, "{now_ms}");
         }
         assert!(memory.is_foreign(FOREIGN_MS));
-        // A host that runs short is red whoever presses it.
+        // A host that runs out of memory is red, regardless of the source of pressure.
         assert_eq!(
             after(&mut memory, state, FOREIGN_MS + 2000, 4, 30.0),
             HostState::Red

@@ -1,8 +1,8 @@
-//! Taking: which balloons grow, and by how much.
+//! Takes memory: decides which balloons grow, and by how much.
 //!
-//! The lowest class gives all it can in this plan before the next one gives anything. Within a class the part of each
-//! VM goes with what it has to spare, weighed by idleness and against shares. A step bounds what one plan takes from
-//! one VM, so that the next sample can tell whether it did harm.
+//! The lowest class gives all it can in this plan before the next class gives anything. Within a class, each VM's part
+//! is proportional to its spare memory, weighted by idleness and inversely by shares. A step limits how much one plan
+//! takes from one VM, so that the next sample shows whether it did harm.
 
 use strum::VariantArray as _;
 
@@ -13,19 +13,19 @@ use super::observe::TURNS_MAX;
 use super::view::View;
 use super::{Reason, Squeezed};
 
-/// What is missing, and on whose account.
+/// The missing memory, and its reason.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Demand {
     pub(super) now_ms: u64,
     pub(super) state: HostState,
     pub(super) shortage: Bytes,
-    /// Why it is missing.
+    /// The reason.
     pub(super) reason: Reason,
-    /// Callable memory that has to become firm, so that what guests call in at once is there.
+    /// Callable memory that must become firm, so that the burst is covered.
     pub(super) firm: Bytes,
 }
 
-/// Takes at most `shortage`, but for one dead band, and returns what was taken.
+/// Takes at most `shortage` plus one dead band, and returns the amount taken.
 pub(super) fn take(views: &mut [View<'_>], demand: &Demand, control: &ControlConfig) -> Bytes {
     let mut taken = Bytes::ZERO;
     for &class in PriorityClass::VARIANTS {
@@ -42,8 +42,8 @@ pub(super) fn take(views: &mut [View<'_>], demand: &Demand, control: &ControlCon
     taken
 }
 
-/// Takes free memory that occupies nothing. It brings the host no memory now; it keeps the guests from calling in all of
-/// it at the same moment.
+/// Takes free memory that is not resident. This does not return memory to the host now, but keeps the guests from
+/// taking all of it at the same time.
 fn firm_up(views: &mut [View<'_>], demand: &Demand, control: &ControlConfig) {
     let under_way: Bytes = views
         .iter()
@@ -56,7 +56,7 @@ fn firm_up(views: &mut [View<'_>], demand: &Demand, control: &ControlConfig) {
             .filter(|view| view.facts.policy.class == class)
         {
             let spared = view.spared(demand.state, demand.now_ms, control);
-            // One step for each sample: the next one tells how the guest took it.
+            // One step per sample: the next sample shows how the guest reacted.
             let seen = view.sample.at_ms > view.memory.asked_at_ms;
             if view.to != view.target || spared.is_some() || !seen {
                 continue;
@@ -76,19 +76,19 @@ fn firm_up(views: &mut [View<'_>], demand: &Demand, control: &ControlConfig) {
     }
 }
 
-/// Somebody who can give.
+/// A VM that can give memory.
 struct Giver {
     index: usize,
-    /// Growth of the balloon that brings nothing.
+    /// Growth of the balloon that returns no host memory.
     absent: Bytes,
-    /// Most it brings.
+    /// Maximum host memory that it returns.
     gain: Bytes,
     weight: f64,
 }
 
-/// Shares `missing` out in proportion to the givers' weights, nobody above what it can bring. Those that reach their
-/// bound first are served first, so that one pass finds the shares of the rest and the sum is exact; parts below the
-/// dead band are rounded up to it, which makes the sum too large by at most one dead band.
+/// Distributes `missing` in proportion to the givers' weights, none above its maximum. Givers that reach their maximum
+/// first are processed first, so that one pass yields the exact parts of the rest. Parts below the dead band are
+/// rounded up to it, so the sum is too large by at most one dead band.
 fn take_from_class(
     views: &mut [View<'_>],
     class: PriorityClass,
@@ -120,7 +120,7 @@ fn take_from_class(
         }
         let part = rest.scale((giver.weight / weight).min(1.0));
         weight = (weight - giver.weight).max(f64::MIN_POSITIVE);
-        // The share is rounded up: a byte that is left over would cost somebody a whole dead band.
+        // The part is rounded up, because a remaining byte would cost another VM a whole dead band.
         let gain = (part + Bytes(1))
             .max(view.dead_band(control))
             .min(giver.gain);
@@ -141,7 +141,7 @@ fn giver(index: usize, view: &View<'_>, demand: &Demand, control: &ControlConfig
     }
     let room = view.target_max(demand.state, control) - view.target;
     let absent = view.absent();
-    // What is already on its way counts: never more than one step is under way, however often plans are made.
+    // Pending memory counts, so that at most one step is in progress, regardless of how often plans are made.
     let step = view.step(demand.state, control) - view.pending_gain(control);
     let gain = (room - absent).min(step);
     (gain >= view.dead_band(control)).then(|| Giver {
@@ -152,7 +152,7 @@ fn giver(index: usize, view: &View<'_>, demand: &Demand, control: &ControlConfig
     })
 }
 
-/// Says why nothing was taken from those that gave nothing.
+/// Records why nothing was taken from a VM.
 fn explain_rest(view: &mut View<'_>, demand: &Demand, control: &ControlConfig) {
     if view.to != view.target || view.reason != Reason::NoNeed {
         return;
@@ -171,11 +171,11 @@ fn explain_rest(view: &mut View<'_>, demand: &Demand, control: &ControlConfig) {
     };
 }
 
-/// Moves balloons that hold less than the VM's maximum demands. The operator's limit needs no shortage.
+/// Grows a balloon that is smaller than the VM's maximum requires. The operator's limit applies without a shortage.
 pub(super) fn hold_to_maximum(view: &mut View<'_>, now_ms: u64, control: &ControlConfig) {
     let known = view.off_limits().is_none() && !view.stale(now_ms, control);
     let moves = !view.memory.stuck && view.memory.turns_ms.len() < TURNS_MAX;
-    // One step for each sample: the next one tells how the guest took it.
+    // One step per sample: the next sample shows how the guest reacted.
     let seen = view.sample.at_ms > view.memory.asked_at_ms;
     if view.target < view.low && known && moves && seen {
         let step = view.step(HostState::Red, control);
@@ -185,8 +185,7 @@ pub(super) fn hold_to_maximum(view: &mut View<'_>, now_ms: u64, control: &Contro
     }
 }
 
-/// A stuck balloon is asked for no more than it holds: should it come loose, it must not run on towards a target that
-/// was right minutes ago.
+/// Sets a stuck balloon's target to its size: if it moves again, it must not continue towards an outdated target.
 pub(super) fn pin_stuck(view: &mut View<'_>) {
     let held = view.sample.ballooned.max(view.low);
     if view.memory.stuck && view.off_limits().is_none() && held < view.target {

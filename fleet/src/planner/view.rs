@@ -1,4 +1,4 @@
-//! One VM as a plan sees it: facts and memory, and the figures that the rules decide on.
+//! One VM during planning: facts and memory, and the figures on which the rules decide.
 
 use crate::config::{Config, ControlConfig, SafetyRule};
 use crate::model::{Bytes, FeatureLevel, HostState, Interlock, PriorityClass, VmFacts, VmSample};
@@ -6,7 +6,7 @@ use crate::model::{Bytes, FeatureLevel, HostState, Interlock, PriorityClass, VmF
 use super::observe::{TURNS_MAX, dead_band, keeps, possible, refaulting, used};
 use super::{Reason, VmMemory};
 
-/// A VM in the making of a plan. `to` and `reason` are what the rules set.
+/// A VM during planning. The rules set `to` and `reason`.
 #[derive(Debug)]
 pub(super) struct View<'a> {
     pub(super) facts: &'a VmFacts,
@@ -18,28 +18,28 @@ pub(super) struct View<'a> {
     pub(super) low: Bytes,
     /// The largest target that leaves it its minimum.
     pub(super) high: Bytes,
-    /// Available memory as it will be when the balloon has reached `target`; absent without a word from the guest.
+    /// Available memory as it will be when the balloon has reached `target`; absent without claims from the guest.
     pub(super) available: Option<Bytes>,
     /// Unused memory, likewise.
     pub(super) free: Option<Bytes>,
     /// Available memory that it keeps.
     pub(super) keeps: Bytes,
-    /// The target it shall have.
+    /// The new target.
     pub(super) to: Bytes,
     /// The rule that set it.
     pub(super) reason: Reason,
-    /// Host memory that growing the balloon to `to` brings.
+    /// Host memory that growing the balloon to `to` returns.
     pub(super) gain: Bytes,
 }
 
-/// What guests could give without harm.
+/// Memory that guests could give without harm.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Freeable {
-    /// Host memory, all in all.
+    /// Host memory in total.
     pub(super) gain: Bytes,
-    /// And what of it would come within the reaction time.
+    /// The part of it that would return within the reaction time.
     pub(super) soon: Bytes,
-    /// What a balloon takes on the way there that occupies no host memory: it can no longer be called in.
+    /// Memory that a balloon takes in the process although it is not resident: it is no longer callable.
     pub(super) firm: Bytes,
 }
 
@@ -74,7 +74,7 @@ impl<'a> View<'a> {
         }
     }
 
-    /// What the manager may not touch at all, and why.
+    /// The reason why the manager must not change the VM, if any.
     pub(super) fn off_limits(&self) -> Option<Reason> {
         if self.facts.interlock.is_some() {
             Some(Reason::Interlock)
@@ -92,7 +92,7 @@ impl<'a> View<'a> {
         self.facts.interlock.is_some_and(Interlock::in_other_hands)
     }
 
-    /// No answer for so long that nothing is known any more.
+    /// True if the VM has not responded for so long that its state is unknown.
     pub(super) fn stale(&self, now_ms: u64, control: &ControlConfig) -> bool {
         control.safety.has(SafetyRule::Stale)
             && (self.facts.missed_samples >= control.misses_max
@@ -102,7 +102,7 @@ impl<'a> View<'a> {
                     && self.available.is_none())
     }
 
-    /// Why nothing may be taken, if so.
+    /// The reason why nothing may be taken, if any.
     pub(super) fn spared(
         &self,
         state: HostState,
@@ -137,21 +137,21 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Whether it was given something a moment ago. In red the rest is as short as it can be: guests that were given
-    /// often would otherwise all rest for minutes, while the host runs out.
+    /// Whether it was recently given memory. In red, the rest has its minimum length: otherwise guests that often
+    /// received memory would all rest for minutes while the host runs out.
     fn rests(&self, state: HostState, now_ms: u64, control: &ControlConfig) -> bool {
         let until_ms = self.memory.take_blocked_until_ms;
         let given_ms = self.memory.granted_at_ms + control.block_take.0;
         now_ms < until_ms && (state < HostState::Red || now_ms < given_ms)
     }
 
-    /// Whether the balloon still holds more than it was asked to: what was given has not arrived.
+    /// Whether the balloon is still larger than requested, so that given memory has not arrived.
     fn shrinking(&self, control: &ControlConfig) -> bool {
         self.sample.ballooned > self.target + self.dead_band(control)
     }
 
-    /// The largest target that can be asked for without harm. Free memory goes first; droppable caches from orange on;
-    /// of a guest that tells nothing of itself, something only from orange on.
+    /// The largest target that does no harm. Free memory is taken first, droppable caches from orange on. From a guest
+    /// without claims, memory is taken only from orange on.
     pub(super) fn target_max(&self, state: HostState, control: &ControlConfig) -> Bytes {
         let high = if control.safety.has(SafetyRule::GiveBack) {
             self.high.min(self.facts.configured - self.learned_min())
@@ -177,7 +177,7 @@ impl<'a> View<'a> {
         (self.target + room).min(high).max(self.target)
     }
 
-    /// Memory it proved to need, as far as its programs still use what they used then.
+    /// The learned minimum, reduced if its programs use less than at that time.
     fn learned_min(&self) -> Bytes {
         let memory = &self.memory;
         match (memory.learned_used, used(self.facts, &self.sample)) {
@@ -186,13 +186,13 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Of what the balloon would take next, the part that occupies no host memory: taking it brings nothing.
+    /// The part of the memory that the balloon would take next that is not resident: taking it returns nothing.
     pub(super) fn absent(&self) -> Bytes {
         let callable = self.facts.callable() - (self.target - self.sample.ballooned);
         self.free.unwrap_or(callable).min(callable)
     }
 
-    /// Host memory that a balloon on its way will still bring.
+    /// Host memory that a moving balloon will still return.
     pub(super) fn pending_gain(&self, control: &ControlConfig) -> Bytes {
         let missing = self.target - self.sample.ballooned;
         let memory = &self.memory;
@@ -206,14 +206,14 @@ impl<'a> View<'a> {
             .min(missing)
     }
 
-    /// How idle it is: 1 when its memory changes, up to 4 when nothing moves. Idle memory costs most to keep, so it goes
-    /// first among equals (the idle tax of Waldspurger 2002, with a rate of three quarters).
+    /// Its idleness: from 1 if its memory changes to 4 if nothing changes. Among equals, idle memory is taken first
+    /// (the idle memory tax of Waldspurger 2002, with a rate of three quarters).
     pub(super) fn idleness(&self) -> f64 {
         let per_min = self.memory.activity_per_min / self.sample.resident.0.max(1) as f64;
         1.0 / (0.25 + 0.75 * (per_min / 0.05).min(1.0))
     }
 
-    /// What it could give without harm to a host in this state.
+    /// Memory that it could give without harm in this host state.
     pub(super) fn freeable(
         &self,
         state: HostState,
@@ -229,7 +229,7 @@ impl<'a> View<'a> {
         if gain == Bytes::ZERO {
             return Freeable::default();
         }
-        // What never moved is believed to be as slow as a balloon may be without being stuck.
+        // A balloon that never moved is assumed to have the minimum rate of one that is not stuck.
         let rate = self.memory.rate_per_s.max(control.stuck_rate.0 as f64);
         let soon = gain.min(Bytes((rate * control.react.0 as f64 / 1000.0) as u64));
         Freeable {
@@ -239,12 +239,12 @@ impl<'a> View<'a> {
         }
     }
 
-    /// Its weight when memory is taken: much that is idle, and few shares.
+    /// Its weight when memory is taken: high if much is idle and its shares are few.
     pub(super) fn take_weight(&self, gain: Bytes) -> f64 {
         gain.0 as f64 * self.idleness() / f64::from(self.facts.policy.shares.max(1))
     }
 
-    /// Most that is taken at once.
+    /// Maximum amount taken at once.
     pub(super) fn step(&self, state: HostState, control: &ControlConfig) -> Bytes {
         let factor = match state {
             HostState::Red => 4.0,
@@ -262,12 +262,13 @@ impl<'a> View<'a> {
         dead_band(self.facts.configured, control)
     }
 
-    /// Host memory that giving `to` lets the guest use: what it really holds counts, not what was asked for.
+    /// Host memory that the guest can use after its target becomes `to`. The balloon's actual size counts, not the
+    /// requested one.
     pub(super) fn grant(&self, to: Bytes) -> Bytes {
         self.sample.ballooned.min(self.target) - to
     }
 
-    /// What its control group is held to when it lies.
+    /// The limit of its control group if it lies.
     pub(super) fn enforced_limit(&self) -> Bytes {
         possible(self.facts, &self.sample).max(self.facts.policy.min)
     }

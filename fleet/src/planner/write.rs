@@ -9,7 +9,7 @@ use super::{
     Precondition, Reason, Remembered, reporting, take,
 };
 
-/// Plans are carried out within so many planning intervals or not at all.
+/// Number of planning intervals for which a plan is valid.
 const VALID_PLANS: u64 = 2;
 
 /// Everything needed to write an action.
@@ -95,7 +95,7 @@ impl Writer<'_> {
         }
     }
 
-    /// A liar is held to what it claims, so that it harms nobody else.
+    /// Limits a lying VM to the memory that it claims to use, so that it harms only itself.
     fn enforce(&mut self, view: &mut View<'_>) {
         if view.in_other_hands() {
             return;
@@ -137,7 +137,7 @@ impl Writer<'_> {
     }
 }
 
-/// What the next plans need to know of a balloon that was moved.
+/// Records a move of a balloon for the next plans.
 fn remember_move(view: &mut View<'_>, grant: Bytes, now_ms: u64, control: &ControlConfig) {
     let pending = view.pending_gain(control);
     let memory = &mut view.memory;
@@ -153,7 +153,7 @@ fn remember_move(view: &mut View<'_>, grant: Bytes, now_ms: u64, control: &Contr
     } else {
         memory.asked_gain = pending.min(view.to - view.sample.ballooned);
         if view.reason != Reason::Stuck {
-            // After a silence `learned_min` keeps the guest safe, and knows when it needs less.
+            // After a silence, `learned_min` protects the guest, and decreases when the guest needs less.
             let reversals = match view.reason {
                 Reason::StallSuspected => 0,
                 _ => memory.reversals,

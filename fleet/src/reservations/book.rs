@@ -9,12 +9,13 @@ use super::{Moment, Reservation, ReservationPhase};
 use crate::config::Millis;
 use crate::model::Bytes;
 
-/// Most reservations held at once; more would be a client gone wild.
+/// Maximum number of reservations; more would be caused by a faulty client.
 const RESERVATIONS_MAX: usize = 4096;
-/// A VM that was running and is not seen for so long is gone. Longer than an agent's restart takes to find it again.
+/// A VM that has not been seen for this long has ended. The time exceeds the time that a restarted agent needs to find
+/// it again.
 const GONE_AFTER: Millis = Millis::seconds(30);
 
-/// Why a reservation was not changed.
+/// Reasons why a reservation was not changed.
 #[derive(Debug, Error)]
 pub enum ReservationError {
     /// The name is taken by another VM.
@@ -22,24 +23,24 @@ pub enum ReservationError {
     Held {
         /// The VM.
         vm: String,
-        /// Memory of the VM it was made for.
+        /// Memory of the VM for which it was made.
         held: Bytes,
     },
-    /// There is none.
+    /// There is no such reservation.
     #[error("there is no reservation {key:?}")]
     Unknown {
         /// The requested value.
         key: String,
     },
-    /// Too many.
+    /// There are too many reservations.
     #[error("the limit of {RESERVATIONS_MAX} reservations is reached")]
     Full,
-    /// It could not be made to last.
+    /// It could not be saved.
     #[error("the reservations cannot be saved")]
     Save(#[source] FileError),
 }
 
-/// What is there of the VM of a reservation.
+/// The observed state of a reservation's VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SeenVm {
     /// Memory it has resident.
@@ -64,10 +65,10 @@ pub struct Reservations {
 }
 
 impl Reservations {
-    /// Opens the book in `state_dir`, with what it held when it was last written.
+    /// Opens the book in `state_dir` with the reservations last written.
     ///
     /// # Errors
-    /// There is a book and it cannot be read: starting without it would sell memory twice.
+    /// The book exists but cannot be read. Starting without it would reserve memory twice.
     pub fn open(state_dir: &Path, now: Moment) -> Result<Self, ReservationError> {
         let path = state_dir.join("reservations.json");
         let read = read(&path, now).map_err(ReservationError::Save)?;
@@ -100,7 +101,7 @@ impl Reservations {
             .position(|entry| entry.id == key || entry.vm == key)
     }
 
-    /// Enters a reservation that was admitted. Asking again for the same VM of the same size is answered with what it has.
+    /// Records an admitted reservation. A repeated request for the same VM and size returns the existing reservation.
     ///
     /// # Errors
     /// The name is taken, the book is full or cannot be saved.
@@ -142,7 +143,7 @@ impl Reservations {
         )
     }
 
-    /// Enters a reservation that was asked for through the store, under the id it has there.
+    /// Records a reservation that was requested through the store, with its id there.
     ///
     /// # Errors
     /// The name is taken, the book is full or cannot be saved.
@@ -191,7 +192,7 @@ impl Reservations {
             seen_ms: now.ms,
         });
         if let Err(error) = self.save() {
-            // What is not on disk was not promised.
+            // Without being on disk, it is not granted.
             self.entries.pop();
             self.clocks.pop();
             return Err(error);
@@ -199,7 +200,7 @@ impl Reservations {
         Ok(reservation)
     }
 
-    /// The VMM was started.
+    /// Records that the VMM was started.
     ///
     /// # Errors
     /// There is no such reservation, or it cannot be saved.
@@ -226,10 +227,11 @@ impl Reservations {
         Ok(entry)
     }
 
-    /// Gives a reservation back.
+    /// Releases a reservation.
     ///
     /// # Errors
-    /// There is none, or the book cannot be saved; it is given back all the same, and comes back only with a restart.
+    /// There is no such reservation, or the book cannot be saved. In the latter case it is released nevertheless, and
+    /// reappears only after a restart.
     pub fn release(&mut self, key: &str) -> Result<Reservation, ReservationError> {
         let index = self
             .position(key)
@@ -242,11 +244,11 @@ impl Reservations {
         Ok(entry)
     }
 
-    /// Follows what is there now: VMs that appeared make theirs `running`, deadlines that passed and VMs that went drop
-    /// theirs. Returns what was dropped.
+    /// Updates the reservations: those of VMs that appeared become `running`; expired ones and those of ended VMs are
+    /// dropped. Returns the dropped reservations.
     ///
     /// # Errors
-    /// The change cannot be saved; it is made all the same, and tried again with the next one.
+    /// The change cannot be saved. It is made nevertheless, and saved with the next one.
     pub fn follow(
         &mut self,
         now: Moment,
@@ -292,7 +294,7 @@ impl Reservations {
         Ok(dropped)
     }
 
-    /// Memory promised and not used yet. A running VM counts for `settle` after it appeared.
+    /// Memory reserved and not used yet. A running VM counts for `settle` after it appeared.
     pub fn outstanding(
         &self,
         now: Moment,
@@ -302,7 +304,7 @@ impl Reservations {
         self.outstanding_of(false, now, settle, seen)
     }
 
-    /// What is promised of the pool of huge pages and not taken yet.
+    /// Memory of the pool of huge pages that is reserved and not taken yet.
     pub fn outstanding_pool(
         &self,
         now: Moment,
@@ -325,7 +327,7 @@ impl Reservations {
             .sum()
     }
 
-    /// All reservations with what each still counts for.
+    /// All reservations with the memory that each still reserves.
     pub fn outstanding_each(
         &self,
         now: Moment,

@@ -1,4 +1,4 @@
-//! The book on disk.
+//! The file with the reservations.
 
 use std::fs;
 use std::io;
@@ -10,27 +10,27 @@ use thiserror::Error;
 use super::{Moment, Reservation};
 use crate::state_file::{boot_id, replace};
 
-/// Form of the file; another one is refused rather than misread.
+/// Version of the file; another one is rejected rather than misread.
 const VERSION: u32 = 1;
 
-/// Why the file could not be used.
+/// Reasons why the file could not be used.
 #[derive(Debug, Error)]
 pub enum FileError {
-    /// The system refused.
+    /// The system reported an error.
     #[error("Cannot use {}", path.display())]
     System {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: io::Error,
     },
-    /// It holds something else.
+    /// Its content is invalid.
     #[error("{} is not a list of reservations", path.display())]
     Form {
         /// The file.
         path: PathBuf,
-        /// What the parser said.
+        /// The parser's error.
         #[source]
         source: serde_json::Error,
     },
@@ -44,7 +44,7 @@ pub enum FileError {
     },
 }
 
-/// When a reservation's present phase began and when it is dropped, ms since the machine started.
+/// When a reservation's current phase began and when it is dropped, ms since the machine started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Times {
     pub(super) since_ms: u64,
@@ -54,7 +54,7 @@ pub(super) struct Times {
 #[derive(Serialize, Deserialize)]
 struct Saved {
     version: u32,
-    /// Which start of the machine `times` are of.
+    /// The boot of the machine to which `times` refer.
     #[serde(default)]
     boot: String,
     reservations: Vec<Reservation>,
@@ -63,8 +63,8 @@ struct Saved {
     times: Vec<Times>,
 }
 
-/// The reservations with their times. Those of another start of the machine, or of an older agent, begin their present
-/// phase now.
+/// The reservations with their times. The current phase of reservations from another boot of the machine, or from an
+/// older agent, begins now.
 pub(super) fn read(path: &Path, now: Moment) -> Result<Vec<(Reservation, Times)>, FileError> {
     let text = match fs::read_to_string(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),

@@ -1,4 +1,4 @@
-//! Promises of memory to VMs that are not there yet, or have not grown into what they were promised.
+//! Reservations of memory for VMs that do not run yet or have not used all of it yet.
 //!
 //! ```text
 //!            confirm             the VM is seen            settled
@@ -7,9 +7,9 @@
 //!    └────────► dropped ◄──┴────────────────────────┘            release drops it in any state
 //! ```
 //!
-//! A promise counts in full until its VM is seen, then less what the VM has resident, and nothing any more once the VM had
-//! time to grow: from then on the measured burst of all VMs covers it. Every change is on disk before it is answered, so
-//! that a restarted agent sells nothing twice.
+//! A reservation counts in full until its VM is seen, and then minus the VM's resident memory. After the VM had time to
+//! grow, it no longer counts, because the measured burst of all VMs covers it. Every change is on disk before the
+//! response, so that a restarted agent reserves nothing twice.
 
 mod book;
 mod file;
@@ -24,16 +24,16 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::Bytes;
 
-/// One moment on two clocks. Deadlines go by the first; the second is for people, and may jump.
+/// One moment on two clocks. Deadlines use the first; the second is for display, and may jump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Moment {
-    /// ms since the machine started; the same for one agent and the next.
+    /// ms since the machine started; valid across restarts of the agent.
     pub ms: u64,
     /// Wall time, ms since the Unix epoch.
     pub unix_ms: u64,
 }
 
-/// How far a reservation is.
+/// Phase of a reservation.
 #[derive(
     Clone,
     Copy,
@@ -49,16 +49,16 @@ pub struct Moment {
 #[serde(rename_all = "lowercase")]
 #[strum(serialize_all = "lowercase")]
 pub enum ReservationPhase {
-    /// Made; nobody has said that a VM was started.
+    /// Made; the start of the VM has not been confirmed.
     Promised,
-    /// The VMM was started and is not seen yet.
+    /// The VMM was started and has not been seen yet.
     Starting,
-    /// The VM is seen.
+    /// The VM has been seen.
     Running,
 }
 
 impl ReservationPhase {
-    /// The name in answers and metrics.
+    /// The name in responses and metrics.
     pub fn name(self) -> &'static str {
         self.into()
     }
@@ -73,19 +73,19 @@ pub struct Reservation {
     pub vm: String,
     /// Memory of the VM.
     pub configured: Bytes,
-    /// Memory that is promised.
+    /// Memory that is reserved.
     pub promised: Bytes,
-    /// How far it is.
+    /// Its phase.
     pub phase: ReservationPhase,
-    /// Who made it.
+    /// The user who made it.
     pub owner_uid: u32,
-    /// Whether it was asked for through the store, on behalf of a VM that somebody elsewhere placed here.
+    /// Whether it was requested through the store, for a VM placed here by a remote client.
     #[serde(default)]
     pub remote: bool,
-    /// Whether it is of the pool of huge pages.
+    /// Whether it is from the pool of huge pages.
     #[serde(default)]
     pub huge_pages: bool,
-    /// When the present phase began, ms since the Unix epoch.
+    /// When the current phase began, ms since the Unix epoch.
     pub since_unix_ms: u64,
     /// When it is dropped unless the next phase is reached, ms since the Unix epoch; absent while running.
     pub deadline_unix_ms: Option<u64>,

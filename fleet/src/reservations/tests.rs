@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! Promises through their life, and over a restart.
+//! Tests reservations through all phases and across a restart.
 
 use tempfile::TempDir;
 
@@ -138,7 +138,7 @@ fn wall_clock_that_jumps_neither_shortens_nor_lengthens_a_promise() {
     .unwrap();
     assert!(book.follow(moment(3000, ahead), nobody).unwrap().is_empty());
     assert_eq!(book.outstanding(moment(3000, ahead), HOLD, nobody), GIB);
-    // The next agent of the same start of the machine goes by the same clock.
+    // The next agent in the same boot uses the same clock.
     let mut book = Reservations::open(folder.path(), moment(50_000, back)).unwrap();
     assert!(
         book.follow(moment(60_000, back), nobody)

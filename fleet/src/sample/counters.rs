@@ -12,23 +12,23 @@ pub const DURATION_BUCKETS_SECONDS: [f64; 9] =
 /// Requests of one endpoint with one result.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct RequestCount {
-    /// How many.
+    /// Number of requests.
     pub count: u64,
-    /// What they took together, seconds.
+    /// Their total duration, seconds.
     pub sum_seconds: f64,
-    /// How many stayed at or below each of [`DURATION_BUCKETS_SECONDS`].
+    /// Number of requests with a duration of at most each of [`DURATION_BUCKETS_SECONDS`].
     pub buckets: [u64; DURATION_BUCKETS_SECONDS.len()],
 }
 
 /// Counts of all requests, shared by every VM's thread.
 #[derive(Debug, Default)]
 pub struct RequestCounters {
-    // Held for a few additions, and never while a request runs. Keys come from the code, so the map stays small.
+    // Locked only for a few additions, never during a request. Keys come from the code, so the map stays small.
     counts: Mutex<BTreeMap<(&'static str, &'static str), RequestCount>>,
 }
 
 impl RequestCounters {
-    /// Counts one request; `failure` is a word for what went wrong.
+    /// Counts one request; `failure` is a word for the error.
     pub(crate) fn record(
         &self,
         op: &'static str,

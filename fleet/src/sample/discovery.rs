@@ -1,6 +1,6 @@
 //! Finds API sockets by patterns, and names the VMs behind them.
 //!
-//! A VM is named by what the pattern's wildcards matched, which is what tells its socket from the others:
+//! A VM's name is the text that the pattern's wildcards matched, which distinguishes its socket from others:
 //! `/run/vms/*/api.sock` names `/run/vms/web-1/api.sock` `web-1`, `/run/ch/*.sock` names `/run/ch/db.sock` `db`.
 
 use std::collections::BTreeMap;
@@ -11,7 +11,7 @@ use std::path::{Component, Path, PathBuf};
 use api::SocketFile;
 use thiserror::Error;
 
-/// Most VMs one agent looks after. A pattern that matches more is a mistake, and each VM costs a thread.
+/// Maximum number of VMs per agent. A pattern that matches more is a mistake, and each VM needs a thread.
 pub const VMS_MAX: usize = 4096;
 
 /// A pattern that cannot be used.
@@ -26,7 +26,7 @@ pub enum PatternError {
         #[source]
         source: glob::PatternError,
     },
-    /// Would depend on where the agent was started.
+    /// A relative pattern, which would depend on the agent's working directory.
     #[error("The socket pattern {pattern:?} must start with /")]
     Relative {
         /// The pattern.
@@ -34,7 +34,7 @@ pub enum PatternError {
     },
 }
 
-/// Which file a socket is: another one under the same path is another VMM.
+/// Identity of a socket file: another file at the same path is another VMM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketIdentity {
     device: u64,
@@ -43,7 +43,7 @@ pub struct SocketIdentity {
 }
 
 impl SocketIdentity {
-    /// The file, for whoever connects to it.
+    /// The file, for connecting to it.
     pub(crate) fn file(self) -> SocketFile {
         SocketFile {
             device: self.device,
@@ -65,19 +65,19 @@ impl fmt::Display for SocketIdentity {
 /// A socket that was found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Found {
-    /// The VM's name, unique among those found together.
+    /// The VM's name, unique within one scan.
     pub name: String,
     /// Its API socket.
     pub socket: PathBuf,
-    /// Which file that is.
+    /// Its identity.
     pub identity: SocketIdentity,
-    /// The user who owns it.
+    /// Its owner.
     pub owner: u32,
-    /// Why it is not served, whoever listens there.
+    /// The reason why it is not served, regardless of the listener.
     pub fault: Option<&'static str>,
 }
 
-/// The patterns to look for.
+/// The patterns to search for.
 #[derive(Clone, Debug, Default)]
 pub struct Discovery {
     patterns: Vec<String>,
@@ -87,7 +87,7 @@ impl Discovery {
     /// Checks the patterns.
     ///
     /// # Errors
-    /// One is not absolute or no pattern at all.
+    /// A pattern is relative or invalid.
     pub fn new(patterns: &[String]) -> Result<Self, PatternError> {
         for pattern in patterns {
             glob::Pattern::new(pattern).map_err(|source| PatternError::Syntax {
@@ -107,7 +107,7 @@ impl Discovery {
 
     /// The name a socket at this path would get; `None` when no pattern matches it.
     pub fn name(&self, socket: &Path) -> Option<String> {
-        // As the file system does it: no wildcard matches a slash.
+        // As in a shell, no wildcard matches a slash.
         let options = glob::MatchOptions {
             require_literal_separator: true,
             ..glob::MatchOptions::new()
@@ -120,7 +120,7 @@ impl Discovery {
         })
     }
 
-    /// Looks once. Sorted by name; what cannot be looked at is left out.
+    /// Scans once. The result is sorted by name and omits files that cannot be inspected.
     pub fn scan(&self) -> Vec<Found> {
         let mut by_name = BTreeMap::new();
         for pattern in &self.patterns {
@@ -140,7 +140,7 @@ impl Discovery {
                     .get(&name)
                     .is_some_and(|other: &Found| other.socket != socket)
                 {
-                    // Two patterns give the same name: the path itself is the only name that is left.
+                    // If two patterns yield the same name, the path is used as the name.
                     name = socket.display().to_string();
                 }
                 by_name.insert(
@@ -157,7 +157,7 @@ impl Discovery {
     }
 }
 
-/// What the file is, without its name; `None` when it is no socket, nor a link to one.
+/// Inspects the file, except for its name; `None` if it is neither a socket nor a link to one.
 fn look(pattern: &str, socket: &Path) -> Option<Found> {
     let metadata = socket.symlink_metadata().ok()?;
     let is_link = metadata.is_symlink();
@@ -185,8 +185,8 @@ fn look(pattern: &str, socket: &Path) -> Option<Found> {
     })
 }
 
-/// Whether a folder that a wildcard chose, or one below, is a link: whoever may make files there could name any socket.
-/// What stands before the first wildcard is the operator's own word.
+/// Whether a folder that a wildcard matched, or one below it, is a link: a user who can create files there could refer
+/// to any socket. The part before the first wildcard is the operator's own choice.
 fn leads_through_link(pattern: &str, socket: &Path) -> bool {
     let plain = Path::new(pattern)
         .components()
@@ -199,7 +199,7 @@ fn leads_through_link(pattern: &str, socket: &Path) -> bool {
         .any(Path::is_symlink)
 }
 
-/// The first component of the path that a wildcard matched; the file's stem where there is none.
+/// The first component of the path that a wildcard matched; if there is none, the file's stem.
 fn name_of(pattern: &str, socket: &Path) -> String {
     let wild = Path::new(pattern)
         .components()
@@ -294,7 +294,7 @@ mod tests {
                 named("real", false)
             ]
         );
-        // What the operator wrote may lead anywhere.
+        // The operator's own part of the path may contain links.
         let found = scan(format!("{}/folder/*.sock", root.display()));
         assert_eq!(found.len(), 1);
         assert_eq!(found[0].fault, None);

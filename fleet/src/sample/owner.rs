@@ -1,8 +1,8 @@
-//! Identifies the process behind a socket without a request, because a request to a stranger may do harm.
+//! Identifies the process behind a socket without sending a request, because a request to another program may do harm.
 //!
-//! A pattern can match sockets of other programs. A vhost-user back end, for example, serves one connection: one that is
-//! opened to ask for its VM takes the place of the guest's. The kernel tells the process of a listening socket, and its
-//! command line tells whether that is a VMM.
+//! A pattern can match sockets of other programs. A vhost-user back end, for example, serves one connection, so a query
+//! would take the guest's place. The kernel's files show the process of a listening socket, and its command line shows
+//! whether it is a VMM.
 
 use std::cell::OnceCell;
 use std::collections::BTreeMap;
@@ -18,9 +18,9 @@ const LISTENS: &str = "00010000";
 #[derive(Debug)]
 pub(crate) struct SocketOwners<'a> {
     proc: &'a Path,
-    /// Several listen at one path if it was bound anew, or stands for another file in another mount namespace.
+    /// Several sockets have the same path if it was bound again, or is another file in another mount namespace.
     inodes: BTreeMap<PathBuf, Vec<String>>,
-    /// Processes by what their descriptors link to; a look at all of them is dear, so it waits until it is needed.
+    /// Processes by the targets of their descriptors. Reading all of them is expensive, so it is done only when needed.
     pids: OnceCell<BTreeMap<String, Vec<String>>>,
 }
 
@@ -50,8 +50,8 @@ impl<'a> SocketOwners<'a> {
             .flatten()
     }
 
-    /// The process that listens at `socket`, if it is known and is no VMM. A process that cannot be looked at gets the benefit
-    /// of the doubt.
+    /// The process that listens at `socket`, if it is known and not a VMM. A process that cannot be inspected is
+    /// assumed to be a VMM.
     pub(crate) fn stranger(&self, socket: &Path) -> Option<String> {
         let lines: Vec<(&String, Vec<u8>)> = self
             .holders(socket)
@@ -68,8 +68,9 @@ impl<'a> SocketOwners<'a> {
         ))
     }
 
-    /// The process that runs the VM behind `socket`. The kernel names who began to listen there, `listener`. Where that is
-    /// not the VMM, because the VMM inherited the socket, it is the one process with that socket that holds a VM.
+    /// The process that runs the VM behind `socket`. The kernel reports the process that began to listen, `listener`.
+    /// If that is not the VMM, because the VMM inherited the socket, the result is the only process with that socket
+    /// that holds a VM.
     pub(crate) fn vmm(&self, socket: &Path, listener: i32) -> i32 {
         let mut vmms: Vec<i32> = self
             .holders(socket)
@@ -80,7 +81,7 @@ impl<'a> SocketOwners<'a> {
         vmms.dedup();
         match vmms.as_slice() {
             [vmm] => *vmm,
-            // Nobody, as before the VM is made, or it cannot be told which.
+            // There is no such process, as before the VM is created, or it is ambiguous.
             _ => listener,
         }
     }
@@ -106,7 +107,7 @@ impl<'a> SocketOwners<'a> {
     }
 }
 
-/// Whether a command line, its arguments ended by zeros, is that of a VMM with this API.
+/// Whether a command line, with arguments terminated by zeros, is that of a VMM with this API.
 fn is_vmm(line: &[u8]) -> bool {
     let mut arguments = line.split(|byte| *byte == 0);
     let program = arguments.next().unwrap_or_default();
@@ -114,7 +115,7 @@ fn is_vmm(line: &[u8]) -> bool {
         .rsplit(|byte| *byte == b'/')
         .next()
         .unwrap_or_default();
-    // An empty line is that of a process that is ending, or of the kernel.
+    // A process that is ending, or a kernel thread, has an empty command line.
     line.is_empty()
         || name.starts_with(b"cloud-hypervisor")
         || arguments.any(|argument| argument.starts_with(b"--api-socket"))
@@ -142,7 +143,7 @@ mod tests {
         let line =
             format!("0000000000000000: 00000002 00000000 {LISTENS} 0001 01 11 /run/a.sock\n");
         fs::write(proc.join("net/unix"), line).unwrap();
-        // The launcher keeps the socket, and so does the VMM.
+        // Both the launcher and the VMM hold the socket.
         process(proc, "100", "11", "/usr/bin/launcher\0");
         process(
             proc,
@@ -218,7 +219,7 @@ mod tests {
             stranger("/run/c.sock").as_deref(),
             Some("process 103 (/usr/bin/spdk_tgt)")
         );
-        // It does not listen; and nobody is known to; and nothing is known of the path.
+        // A socket that does not listen, one without a known listener, and an unknown path.
         assert_eq!(stranger("/run/d.sock"), None);
         assert_eq!(stranger("/run/e.sock"), None);
         assert_eq!(stranger("/run/f.sock"), None);

@@ -1,8 +1,8 @@
 //! One round of queries to a VMM, at the level that it supports.
 //!
-//! Level 0 is `vm.info`, which every Cloud Hypervisor has, with the resident memory taken from the VMM's process. Level 1
-//! adds `vm.balloon-stats`, level 2 `vm.reclaim-stats`. A VMM that answers 404 does not have the endpoint; any other
-//! failure says nothing about it, because plain Cloud Hypervisor answers 500 for a guest without a driver.
+//! Level 0 is `vm.info`, which every Cloud Hypervisor has, with the resident memory taken from the VMM's process. Level
+//! 1 adds `vm.balloon-stats`, level 2 `vm.reclaim-stats`. If a VMM returns 404, it lacks the endpoint. Any other error
+//! is inconclusive, because plain Cloud Hypervisor returns 500 for a guest without a driver.
 
 use std::path::Path;
 use std::time::Instant;
@@ -20,44 +20,45 @@ use crate::model::{
 /// HTTP status of a VMM that does not know an endpoint or has no VM.
 const NOT_FOUND: u16 = 404;
 
-/// What one round brought.
+/// The result of one round.
 #[derive(Clone, Debug, PartialEq)]
 pub struct VmReading {
     /// The VMM's process, by its id in this process's pid namespace.
     pub pid: i32,
-    /// The same so that it cannot be mistaken; absent when it cannot be looked up.
+    /// An unambiguous handle of the process; absent if it cannot be looked up.
     pub process: Option<Process>,
-    /// Whether its memory comes out of the host's pool of huge pages, which is no part of the memory managed here.
+    /// Whether its memory is in the host's pool of huge pages, which is not managed.
     pub huge_pages: bool,
-    /// What it has of that pool.
+    /// Its use of that pool.
     pub pool: PoolUse,
-    /// What the interface tells.
+    /// The level of its interface.
     pub level: FeatureLevel,
     /// Memory of the VM with everything plugged in.
     pub configured: Bytes,
     /// Whether it has a balloon device.
     pub has_balloon: bool,
-    /// Why it must be left alone, if it must.
+    /// The reason why it must not be changed, if any.
     pub interlock: Option<Interlock>,
     /// The figures.
     pub sample: VmSample,
-    /// Bytes the guest named on the reporting and inflate queues since its boot; they begin anew when it does.
+    /// Bytes that the guest named on the reporting and inflate queues since its boot.
     pub requested: Bytes,
 }
 
-/// What a VM has of the host's pool of huge pages.
+/// A VM's use of the host's pool of huge pages.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct PoolUse {
-    /// What it holds.
+    /// Memory that it holds.
     pub held: Bytes,
-    /// What it can hold, as its VMM says.
+    /// Memory that it can hold, as reported by its VMM.
     pub configured: Bytes,
-    /// The size of its pages, where it is not the host's default.
+    /// The size of its pages, if not the host's default.
     pub page: Option<Bytes>,
 }
 
 impl PoolUse {
-    /// What it may still take of the free pages of `pool`. One that claims more than there is takes nothing from others.
+    /// Memory that it may still take of the free pages of `pool`. A claim beyond the pool's size does not reduce the
+    /// memory of others.
     pub(crate) fn callable(&self, pool: &HugePool) -> Bytes {
         let counts =
             self.page.is_none_or(|page| page == pool.page) && self.configured <= pool.total;
@@ -69,15 +70,15 @@ impl PoolUse {
     }
 }
 
-/// Most memory that a VMM needs for itself, generously: one with more than that has memory of a guest in it.
+/// A generous maximum of a VMM's own memory: a process with more contains guest memory.
 const OWN_MEMORY_MAX: Bytes = Bytes::mib(256);
 
 impl VmReading {
-    /// Takes over what the kernel tells of the VMM's process.
+    /// Merges the kernel's figures of the VMM's process.
     fn fill_from_process(&mut self, memory: ProcessMemory) {
-        // A file in a file system of huge pages is none that the configuration tells. A few such pages take nobody out of
-        // the books of the other memory, nor does the word of a VMM whose memory is elsewhere: it would be in no books, and
-        // neither ballooned nor limited.
+        // The configuration does not show that a file is in a file system of huge pages. A few huge pages, or the mere
+        // claim of a VMM whose memory is elsewhere, do not remove a VM from the accounts of other memory: it would then
+        // be in no account, and neither ballooned nor limited.
         self.huge_pages =
             memory.huge > memory.resident || self.huge_pages && memory.resident <= OWN_MEMORY_MAX;
         if self.huge_pages && self.pool.configured == Bytes::ZERO {
@@ -86,12 +87,12 @@ impl VmReading {
         let resident = if self.level < FeatureLevel::L2 {
             memory.resident + memory.huge
         } else {
-            // Its word is more exact, but cannot hide what the kernel counts. It may tell of more: memory of a shared file
-            // that its process has not mapped, and at most what it may take anyway.
+            // The VMM's figure is more exact, but cannot hide memory that the kernel counts. It may be higher, because
+            // of a shared file that the process has not mapped, but at most the memory that the VM may take anyway.
             self.sample.resident.max(memory.resident - OWN_MEMORY_MAX)
         };
         self.sample.resident = resident.min(self.configured);
-        // Nothing is in two places at once.
+        // Memory cannot be both resident and swapped.
         let rest = self.configured - self.sample.resident;
         self.sample.swapped = self.sample.swapped.min(rest);
         self.pool.held = memory.huge;
@@ -100,7 +101,7 @@ impl VmReading {
 
 #[cfg(test)]
 impl VmReading {
-    /// Of a VM of 4 GiB with a balloon and nothing special.
+    /// A reading of a VM of 4 GiB with a balloon and otherwise defaults.
     pub(crate) fn of_4_gib(sample: VmSample) -> Self {
         Self {
             pid: 1,
@@ -117,7 +118,7 @@ impl VmReading {
     }
 }
 
-/// Why a round brought nothing.
+/// Reasons why a round failed.
 #[derive(Debug, Error)]
 pub enum SampleFailure {
     /// A request failed.
@@ -129,33 +130,33 @@ pub enum SampleFailure {
         #[source]
         source: ClientError,
     },
-    /// The answer is not of the form known.
+    /// The response has an unexpected format.
     #[error("unexpected response to {op}")]
     Form {
         /// The endpoint.
         op: &'static str,
-        /// What the parser said.
+        /// The parser's error.
         #[source]
         source: serde_json::Error,
     },
-    /// How much memory it occupies cannot be read. That is unknown, not 0.
+    /// Its resident memory cannot be read. It is unknown, not 0.
     #[error("the memory of process {pid} cannot be read")]
     Resident {
         /// The process.
         pid: i32,
-        /// What the system said.
+        /// The error from the system.
         #[source]
         source: std::io::Error,
     },
-    /// Somebody else listens than the user whose socket it is.
+    /// The listener is not the owner of the socket.
     #[error("the socket belongs to user {owner}, and a process of user {listener} listens there")]
     Owner {
-        /// Who owns the file.
+        /// The owner of the file.
         owner: u32,
-        /// Who listens.
+        /// The user who listens.
         listener: u32,
     },
-    /// The VMM runs and has no VM.
+    /// The VMM runs, but has no VM.
     #[error("the VMM has no VM")]
     NoVm,
 }
@@ -187,8 +188,8 @@ pub(crate) fn failure_kind(error: &ClientError) -> &'static str {
     }
 }
 
-/// The part of `vm.info` that counts here. Read on its own, because a newer VMM's configuration may hold values that
-/// this version does not know, and none of them matters.
+/// The relevant part of `vm.info`. It is parsed separately, because a newer VMM's configuration may contain irrelevant
+/// values that this version does not know.
 #[derive(Debug, Deserialize)]
 pub(crate) struct Info {
     config: InfoConfig,
@@ -234,7 +235,8 @@ struct InfoBalloon {
 }
 
 impl InfoMemory {
-    /// A VM with some of its memory there counts as one with all of it: its parts cannot be told apart from outside.
+    /// A VM with some of its memory in huge pages counts as having all of it there, because its zones cannot be
+    /// distinguished from outside.
     fn is_huge(&self) -> bool {
         self.hugepages || self.zones.iter().flatten().any(|zone| zone.hugepages)
     }
@@ -244,12 +246,12 @@ impl InfoMemory {
         self.own() + zones.map(InfoZone::configured).sum::<Bytes>()
     }
 
-    /// What is there of the memory that belongs to no zone.
+    /// RAM that belongs to no zone.
     fn own(&self) -> Bytes {
         Bytes(self.size) + Bytes(self.hotplugged_size.unwrap_or(0))
     }
 
-    /// What of it is in huge pages.
+    /// The part of it in huge pages.
     fn pool(&self) -> PoolUse {
         let zones = || self.zones.iter().flatten().filter(|zone| zone.hugepages);
         let own = if self.hugepages {
@@ -273,14 +275,14 @@ impl InfoZone {
     }
 }
 
-/// Where the kernel tells of the VMM's process.
+/// Paths of the kernel's files about the VMM's process.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ProcessFiles<'a> {
     pub(crate) proc: &'a Path,
     pub(crate) pid: i32,
 }
 
-/// What to ask for, and where.
+/// The parameters of a round.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Round<'a> {
     pub(crate) client: &'a Client,
@@ -290,13 +292,13 @@ pub(crate) struct Round<'a> {
     pub(crate) at_ms: u64,
     /// Whether the guest follows a reporting policy, if that is known.
     pub(crate) policy_in_effect: Option<bool>,
-    /// A guest's figures older than this are asked for anew.
+    /// If a guest's figures are older than this, new ones are requested.
     pub(crate) guest_age_ms_max: u64,
-    /// What the guest said last. A guest that falls silent is one whose figures grow old, not one that never had any.
+    /// The guest's last claims. If a guest stops responding, its claims become outdated, but remain known.
     pub(crate) claims_before: Option<GuestClaims>,
 }
 
-/// Asks everything else once. Endpoints that turn out to be missing are struck off `level_max`.
+/// Sends all other queries once. If an endpoint is missing, `level_max` is reduced.
 pub(crate) fn read_vm(
     round: Round<'_>,
     info: &Info,
@@ -324,7 +326,7 @@ pub(crate) fn read_vm(
     let process = round.process;
     match ProcessMemory::read(process.proc, process.pid) {
         Ok(memory) => reading.fill_from_process(memory),
-        // What a VMM tells of itself is all that is known then.
+        // In this case, only the VMM's own data is known.
         Err(_) if reading.level == FeatureLevel::L2 => {}
         Err(source) => {
             let pid = process.pid;
@@ -346,7 +348,7 @@ pub(crate) fn read_vm(
     Ok(reading)
 }
 
-/// Has the guest asked for its figures. What it does not answer does not spoil what the host measured.
+/// Requests the guest's figures. If it does not respond, the host's measurements remain valid.
 fn ask_guest(
     round: Round<'_>,
     reading: &mut VmReading,
@@ -377,7 +379,7 @@ fn policy_in_effect(round: Round<'_>) -> bool {
         .is_ok_and(|thresholds| thresholds.reporting_policy.in_effect)
 }
 
-/// The first question, and who answered it.
+/// The first query, and the process that responded.
 pub(crate) fn read_info(
     client: &Client,
     counters: &RequestCounters,
@@ -392,7 +394,7 @@ pub(crate) fn read_info(
     }
 }
 
-/// A VMM without a VM answers 404, upstream's older ones 500 with a chain that says so.
+/// A VMM without a VM returns 404; older versions of upstream return 500 with this reason in the chain.
 fn means_no_vm(error: &ClientError) -> bool {
     match error {
         ClientError::Server(error) if error.status == NOT_FOUND => true,
@@ -463,7 +465,7 @@ fn fill_from_reclaim(reading: &mut VmReading, stats: &ReclaimStats, at_ms: u64) 
     });
 }
 
-/// The guest's figures; `None` unless it told the two that decisions need.
+/// The guest's figures; `None` unless it sent both that decisions need.
 fn claims(stats: &api::BalloonStats, at_ms: u64) -> Option<GuestClaims> {
     Some(GuestClaims {
         at_ms,
@@ -476,17 +478,17 @@ fn claims(stats: &api::BalloonStats, at_ms: u64) -> Option<GuestClaims> {
     })
 }
 
-/// What came of asking an endpoint that a VMM may lack.
+/// The result of a query to an endpoint that a VMM may lack.
 enum Answer {
     /// A body.
     Body(String),
-    /// The VMM does not know it.
+    /// The VMM lacks it.
     Absent,
-    /// The VMM has nothing to say now.
+    /// The VMM has no data now.
     Nothing,
 }
 
-/// Asks an endpoint that a VMM may lack. Only a wire that broke is a failure of the round.
+/// Queries an endpoint that a VMM may lack. Only a broken connection fails the round.
 fn optional(round: Round<'_>, op: &'static str) -> Result<Answer, SampleFailure> {
     match request(round, op) {
         Ok(Some(body)) => Ok(Answer::Body(body)),
@@ -524,7 +526,7 @@ fn parse<T: serde::de::DeserializeOwned>(op: &'static str, body: &str) -> Result
     serde_json::from_str(body).map_err(|source| SampleFailure::Form { op, source })
 }
 
-/// What a VMM has said with these two answers: its memory and the sample.
+/// The reading from these two responses of a VMM: its memory and the sample.
 #[cfg(any(test, fuzzing))]
 pub(crate) fn figures(info: &str, stats: &str) -> Option<(Bytes, VmSample)> {
     let info: Info = parse("vm.info", info).ok()?;
@@ -596,7 +598,7 @@ mod tests {
         let mut reading = reading(FeatureLevel::L2, true);
         reading.fill_from_process(memory(2, 1));
         assert!(!reading.huge_pages);
-        // What a VMM needs for itself proves nothing.
+        // The VMM's own memory does not count.
         let mut reading = self::reading(FeatureLevel::L2, true);
         reading.fill_from_process(ProcessMemory {
             resident: OWN_MEMORY_MAX,
@@ -621,7 +623,7 @@ mod tests {
         let size = 4_u64 << 30;
         let plain = format!(r#"{{"size":{size}}}"#);
         assert_eq!(callable(&plain, 0), Bytes::ZERO);
-        // All of its memory is in a file that its configuration says nothing of.
+        // All of its memory is in a file that its configuration does not mention.
         assert_eq!(callable(&plain, 1), Bytes::gib(3));
         let huge = format!(r#"{{"size":{size},"hugepages":true}}"#);
         assert_eq!(callable(&huge, 0), Bytes::gib(4));
@@ -630,7 +632,8 @@ mod tests {
             r#"{{"size":0,"zones":[{{"size":{size}}},{{"size":{size},"hugepages":true,"hugepage_size":2097152}}]}}"#
         );
         assert_eq!(callable(&zones, 1), Bytes::gib(3));
-        // Pages of another size are not those that are known to be free, and nobody can take more than there is.
+        // The free pages are of the default size, so pages of another size do not reduce them, and no VM can take more
+        // than the pool has.
         let large = format!(r#"{{"size":{size},"hugepages":true,"hugepage_size":1073741824}}"#);
         assert_eq!(callable(&large, 0), Bytes::ZERO);
         let impossible = format!(r#"{{"size":{},"hugepages":true}}"#, size * 5);

@@ -1,13 +1,14 @@
-//! The managers that ours is compared with, written from descriptions of their rules, with their defaults.
+//! Other memory managers for comparison, implemented from descriptions of their rules, with their defaults.
 //!
 //! - MOM: the ballooning rules of oVirt's Memory Overcommitment Manager: all guests shrink by at most 5 % while the mean
 //!   of the host's free memory is below 20 %, else all grow by at most 5 %; page cache counts as used.
-//! - Proxmox VE's automatic ballooning: the host is kept at 80 %; at most 100 MiB a guest and round; the surplus over the
-//!   minimum is shared by shares; guests' free memory only decides who is served first.
-//! - xapi's squeezed: memory over the minimum is shared in proportion to the range, out of what domains do not own;
-//!   those that shrink first, those that grow when the others have arrived; who does not move is left alone.
+//! - Proxmox VE's automatic ballooning: the host is kept at 80 %; at most 100 MiB per guest and round; the surplus over
+//!   the minimum is distributed by shares; guests' free memory only decides the order.
+//! - xapi's squeezed: memory over the minimum is distributed in proportion to the range, from memory that domains do
+//!   not own. Domains that shrink go first; others grow when the shrinking is done. A domain that does not move is
+//!   ignored.
 //!
-//! Each gets free page reporting as well, whether or not its own system has it, so that only the rules differ.
+//! Each gets free page reporting as well, even if its own system lacks it, so that only the rules differ.
 
 use std::collections::VecDeque;
 
@@ -15,7 +16,7 @@ use crate::model::{Bytes, Inventory, VmFacts};
 
 use super::manager::{Manager, Order};
 
-/// All three decide this often, ms.
+/// Interval of decisions of all three, ms.
 const INTERVAL_MS: u64 = 10_000;
 
 fn current(vm: &VmFacts) -> Bytes {
@@ -26,7 +27,7 @@ fn free(vm: &VmFacts) -> Option<Bytes> {
     vm.sample?.guest.map(|guest| guest.free)
 }
 
-/// Asks for a guest's memory to become `size`.
+/// Requests that a guest's memory becomes `size`.
 fn resize(place: usize, vm: &VmFacts, size: Bytes, orders: &mut Vec<Order>) {
     let size = size.max(vm.policy.min).min(vm.policy.max);
     orders.push(Order::Balloon(place, vm.configured - size));
@@ -38,15 +39,15 @@ pub(super) struct Mom {
     host_free: VecDeque<f64>,
 }
 
-/// Part of the host's memory that is kept free, and of a guest's when the host is at that.
+/// Fraction of the host's memory that is kept free, and of a guest's memory once the host has reached that.
 const MOM_FREE: f64 = 0.20;
-/// Below this guests are made to swap.
+/// Below this fraction, guests are forced to swap.
 const MOM_HARD: f64 = 0.05;
-/// Most that changes at once.
+/// Maximum change at once.
 const MOM_STEP: f64 = 0.05;
-/// Changes below this part are not made.
+/// Minimum change, as a fraction.
 const MOM_DEAD_BAND: f64 = 0.0025;
-/// Samples in its history.
+/// Number of samples in its history.
 const MOM_HISTORY: usize = 10;
 
 impl Manager for Mom {
@@ -86,13 +87,13 @@ impl Manager for Mom {
 /// Proxmox VE.
 pub(super) struct Proxmox;
 
-/// The host is kept this full.
+/// Target for the host's use.
 const PVE_TARGET: f64 = 0.80;
-/// Differences below this are left.
+/// Smaller differences are ignored.
 const PVE_DEAD_BAND: Bytes = Bytes::mib(10);
-/// Most that changes at once.
+/// Maximum change at once.
 const PVE_STEP: Bytes = Bytes::mib(100);
-/// Part of the minimum below which a guest counts as short.
+/// Fraction of the minimum below which a guest counts as short of memory.
 const PVE_SHORT: f64 = 0.25;
 
 impl Manager for Proxmox {
@@ -126,7 +127,7 @@ impl Manager for Proxmox {
     }
 }
 
-/// Shares the surplus out among these guests; false when nothing could be moved.
+/// Distributes the surplus among these guests; false if nothing could be moved.
 fn pve_share(
     places: &[usize],
     inventory: &Inventory,
@@ -141,7 +142,7 @@ fn pve_share(
     let mut rest = if grow { surplus + goal } else { surplus - goal };
     let mut open: Vec<usize> = places.to_vec();
     let mut desired = vec![Bytes::ZERO; inventory.vms.len()];
-    // Those that reach a limit keep it, and the rest is shared among the others.
+    // Guests that reach a limit stay there, and the rest is distributed among the others.
     while !open.is_empty() {
         let shares: f64 = open
             .iter()
@@ -187,13 +188,13 @@ fn pve_share(
 /// xapi's squeezed.
 #[derive(Default)]
 pub(super) struct Squeezed {
-    /// By guest: what it last had, and when that last changed.
+    /// By guest: its last memory, and when that last changed.
     progress: Vec<(Bytes, u64)>,
 }
 
-/// Memory of the host that is left alone.
+/// Memory of the host that is not distributed.
 const SQUEEZED_HOST: Bytes = Bytes::mib(72);
-/// A domain that does not move for so long is left alone, ms. Seen at the next round.
+/// A domain that does not move for this long is ignored, ms. Evaluated in the next round.
 const SQUEEZED_STUCK_MS: u64 = 5000;
 
 impl Manager for Squeezed {
@@ -205,7 +206,7 @@ impl Manager for Squeezed {
         self.progress
             .resize(inventory.vms.len(), (Bytes::ZERO, inventory.now_ms));
         let owned: Bytes = inventory.vms.iter().map(current).sum();
-        // Under Xen a domain owns what it has, touched or not.
+        // Under Xen, a domain owns its memory, touched or not.
         let host = inventory.host.total - owned;
         let mut over_min = Bytes::ZERO;
         let mut range = Bytes::ZERO;
@@ -239,7 +240,7 @@ impl Manager for Squeezed {
             .map(|(p, _)| p)
             .collect();
         for (place, vm) in inventory.vms.iter().enumerate() {
-            // First those that shrink; who grows waits until they have arrived.
+            // Domains that shrink go first; growing ones wait until the shrinking is done.
             if active[place] && (shrink.is_empty() || shrink.contains(&place)) {
                 resize(place, vm, wanted(vm), orders);
             }

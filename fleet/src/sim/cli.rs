@@ -1,4 +1,4 @@
-//! `ch-fleet simulate`: reads scenarios, runs them, tells what came out.
+//! Implements `ch-fleet simulate`: reads scenarios, runs them, and reports the results.
 
 use std::fs;
 use std::io::{self, Write};
@@ -8,25 +8,25 @@ use crate::config::SafetyRule;
 
 use super::{Report, Scenario, SimError, simulate, svg};
 
-/// What the command line says.
+/// Options of the command line.
 #[derive(Clone, Debug, Default)]
 pub struct SimulateOptions {
     /// Scenario files.
     pub scenarios: Vec<PathBuf>,
-    /// Another seed than that of the file.
+    /// A seed that replaces the file's.
     pub seed: Option<u64>,
-    /// Safety rules to switch off, to see what they are good for.
+    /// Safety rules to switch off, to show their effect.
     pub without: Vec<SafetyRule>,
-    /// Tell as JSON instead of tables.
+    /// Report as JSON instead of tables.
     pub json: bool,
-    /// Where to write the plot.
+    /// Output file of the plot.
     pub plot: Option<PathBuf>,
 }
 
-/// Runs scenarios and writes what came out; true when everything held that they say must hold.
+/// Runs scenarios and writes the results; true if all of their expectations are met.
 ///
 /// # Errors
-/// [`SimError`] when a scenario cannot be run or its outcome cannot be written.
+/// [`SimError`] if a scenario cannot be run or its outcome cannot be written.
 pub fn run_cli(options: &SimulateOptions, out: &mut dyn Write) -> Result<bool, SimError> {
     let mut holds = true;
     for path in &options.scenarios {

@@ -1,9 +1,9 @@
-//! Many hosts with a store between them: VMs arrive and are placed, hosts die and their VMs are placed anew, the store
-//! stalls and nobody learns anything new.
+//! Many hosts with a shared store: VMs arrive and are placed, hosts fail and their VMs are placed again, and the store
+//! stalls so that no data is updated.
 //!
-//! Hosts run by themselves between two exchanges. At an exchange each host publishes, unless the store stalls; then what
-//! waits is placed with what was published, the chosen host's agent decides again with what is true, and a no there
-//! means the next candidate. That is how the agents do it.
+//! Hosts run independently between two exchanges. At an exchange, each host publishes its data, unless the store
+//! stalls. Then waiting VMs are placed by the published data. The chosen host's agent decides again by its current
+//! data, and if it refuses, the next candidate is tried. The real agents work the same way.
 
 use std::collections::VecDeque;
 
@@ -23,41 +23,41 @@ use super::scenario::{ManagerKind, Scenario};
 const EXCHANGE: Millis = Millis::seconds(10);
 /// A dead host's lease ends after this time.
 const LEASE: Millis = Millis::seconds(10);
-/// From admission until a VM has touched its minimum; so long its promise stands.
+/// Time from admission until a VM has touched its minimum, for which its reservation counts.
 const START: Millis = Millis::seconds(60);
-/// Placements tried at one exchange; what is left waits for the next one.
+/// Maximum number of placements per exchange; the rest waits for the next one.
 const PLACEMENTS_MAX: usize = 2000;
 
-/// What happened between hosts.
+/// Events between hosts.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub struct FleetOutcome {
-    /// Hosts in the beginning.
+    /// Number of hosts at the start.
     pub hosts: u32,
-    /// VMs in the beginning.
+    /// Number of VMs at the start.
     pub vms: u64,
-    /// Hosts that died.
+    /// Number of failed hosts.
     pub died: u32,
-    /// VMs that wanted a place: new ones and those of dead hosts.
+    /// Number of VMs to place: new ones and those of failed hosts.
     pub wanted: u64,
-    /// VMs that found one.
+    /// Number of VMs placed.
     pub placed: u64,
-    /// Times that a host's agent said no to what was published as fitting.
+    /// Number of refusals by a host's agent although the VM fit by the published data.
     pub refused_by_agent: u64,
-    /// Times that no host was a candidate.
+    /// Number of times that no host was a candidate.
     pub no_candidate: u64,
-    /// VMs that wait in the end.
+    /// Number of VMs waiting at the end.
     pub waiting: u64,
-    /// The longest that a VM waited which found a place, s.
+    /// Maximum wait of a VM that was placed, s.
     pub waited_s_max: u64,
 }
 
-/// A run with what happened between hosts.
+/// A run with its events between hosts.
 pub(super) struct FleetRun {
     pub(super) run: Run,
     pub(super) outcome: FleetOutcome,
 }
 
-/// Whether anything happens between hosts.
+/// Whether the scenario has events between hosts.
 pub(super) fn wanted(scenario: &Scenario) -> bool {
     let trouble = &scenario.trouble;
     trouble.hosts_die.0 > 0.0
@@ -65,7 +65,7 @@ pub(super) fn wanted(scenario: &Scenario) -> bool {
         || !trouble.store_stalls.is_empty()
 }
 
-/// Somebody who waits for a place.
+/// A VM that waits for a host.
 struct Waiting {
     group: u16,
     since_ms: u64,
@@ -76,16 +76,16 @@ struct Fleet<'a> {
     scenario: &'a Scenario,
     hosts: Vec<Host>,
     published: Vec<HostCapacity>,
-    /// What each host promised, and until when.
+    /// Each host's reservations, and their end.
     promises: Vec<VecDeque<(u64, Bytes)>>,
     waiting: VecDeque<Waiting>,
     random: SplitMix64,
     outcome: FleetOutcome,
-    /// Arrivals that are due, in parts of a VM.
+    /// Arrivals that are due, as a fractional number of VMs.
     arrivals: f64,
 }
 
-/// Runs ours on all hosts together.
+/// Runs this project's manager on all hosts together.
 pub(super) fn run(scenario: &Scenario) -> FleetRun {
     let hosts: Vec<Host> = (0..u64::from(scenario.hosts.count))
         .into_par_iter()
@@ -123,7 +123,7 @@ impl Fleet<'_> {
         }
         self.let_hosts_die(now_ms);
         self.let_vms_arrive(now_ms);
-        // Without the store nobody can reserve on another host.
+        // Without the store, no reservation on another host is possible.
         if !stalled {
             self.place_waiting(now_ms);
         }
@@ -241,7 +241,7 @@ impl Fleet<'_> {
             let promised: Bytes = self.promises[number].iter().map(|(_, bytes)| *bytes).sum();
             let answer = host.plan().filter(|_| host.alive).and_then(|plan| {
                 let mut headroom = plan.headroom();
-                // What was promised since that plan was made counts as well.
+                // Reservations made since that plan count as well.
                 headroom.ledger.firm_free -= promised - headroom.ledger.promised;
                 headroom.ledger.promised = promised;
                 admit(&request, &headroom, config).ok()

@@ -1,10 +1,10 @@
-//! The guests of one host, as columns of numbers: a million of them have to move on in a moment.
+//! The guests of one host, stored as columns of numbers, because a million of them must be simulated quickly.
 //!
-//! A guest's memory is in one of five places, whose sum is its configured size: used by its programs, in its page cache,
-//! free but still resident on the host, free and absent, or in the balloon. Loads move memory between the first three;
-//! free page reporting makes resident free memory absent; the balloon takes free memory first, then cache, and never
-//! what programs use. A guest stalls when its programs need memory that it does not have, when cache it cannot do without
-//! is missing, and when the host itself runs out.
+//! A guest's memory is in one of five places, whose sum is its configured size: used by its programs, in its page
+//! cache, free but still resident on the host, free and absent, or in the balloon. Loads move memory between the first
+//! three; free page reporting makes resident free memory absent; the balloon takes free memory first, then cache, and
+//! never what programs use. A guest stalls if its programs need memory that it does not have, if required cache is
+//! missing, or if the host itself runs out of memory.
 //!
 //! All amounts are MiB as `f32`, which are exact to a tenth of a page cluster at the sizes of guests.
 
@@ -12,21 +12,21 @@ use crate::placement::SplitMix64;
 
 use super::scenario::{Character, GuestGroup, Load};
 
-/// Memory a guest's kernel keeps free, as a part of its size.
+/// Memory that a guest's kernel keeps free, as a fraction of its size.
 const WATERMARK: f32 = 0.02;
-/// Part of the resident free memory that is reported in a second: mainline reports a sixteenth every two seconds.
+/// Fraction of the resident free memory that is reported per second: mainline reports a sixteenth every two seconds.
 const REPORT_RELAXED: f32 = 1.0 / 32.0;
-/// The same when the guest was asked to be eager.
+/// The same with the eager policy.
 const REPORT_EAGER: f32 = 0.2;
 /// MiB per second.
 const INFLATE: f32 = 1024.0;
 const INFLATE_SLOW: f32 = 20.0;
 const DEFLATE: f32 = 2048.0;
-/// How much of a second is lost when all of the cache that cannot be done without is missing.
+/// Fraction of time that is lost if all of the required cache is missing.
 const COLD_CACHE: f32 = 0.5;
-/// Seconds until a killed guest is up again.
+/// Seconds until a killed guest runs again.
 const RESTART_S: f32 = 30.0;
-/// MiB per second that a guest's programs can newly touch.
+/// MiB per second that a guest's programs can touch for the first time.
 const TOUCH: f32 = 1024.0;
 
 /// The columns.
@@ -39,17 +39,17 @@ pub(super) struct Guests {
     pub(super) free_resident: Vec<f32>,
     pub(super) balloon: Vec<f32>,
     pub(super) target: Vec<f32>,
-    /// Host memory it is held to; infinite without a limit.
+    /// Limit of its host memory; infinite without a limit.
     pub(super) limit: Vec<f32>,
     pub(super) eager: Vec<bool>,
     pub(super) paused: Vec<bool>,
-    /// Seconds until it runs; negative when it runs.
+    /// Seconds until it runs; negative if it runs.
     pub(super) down_s: Vec<f32>,
-    /// Seconds stalled for lack of memory, in all.
+    /// Total seconds stalled for lack of memory.
     pub(super) stalled_s: Vec<f32>,
-    /// Stalled in the last tick, as a part of it.
+    /// Stalled fraction of the last tick.
     pub(super) stalling: Vec<f32>,
-    /// What `/proc/vmstat` would count.
+    /// The count that `/proc/vmstat` would show.
     pub(super) stall_events: Vec<u32>,
     pub(super) discarded: Vec<f32>,
     pub(super) repopulated: Vec<f32>,
@@ -110,7 +110,7 @@ impl Guests {
         (self.configured[i] - self.resident(i) - self.balloon[i]).max(0.0)
     }
 
-    /// What it says its balloon holds.
+    /// The balloon's size that it claims.
     pub(super) fn claimed(&self, i: usize, character: Character) -> f32 {
         if character == Character::Lying {
             self.target[i]
@@ -119,7 +119,7 @@ impl Guests {
         }
     }
 
-    /// The host killed it: everything it had is free, and another machine comes up under its name.
+    /// The host killed it: all of its memory is free, and another machine starts under its name.
     pub(super) fn kill(&mut self, i: usize) {
         (self.used[i], self.cache[i], self.free_resident[i]) = (0.0, 0.0, 0.0);
         (self.balloon[i], self.target[i]) = (0.0, 0.0);
@@ -128,8 +128,8 @@ impl Guests {
         self.limit[i] = f32::INFINITY;
     }
 
-    /// One step of `dt` seconds at the time `t`. `starved` is the part of the step that the host's own lack of memory
-    /// costs every guest.
+    /// One step of `dt` seconds at the time `t`. `starved` is the fraction of the step that every guest loses because
+    /// the host lacks memory.
     pub(super) fn tick(
         &mut self,
         i: usize,
@@ -141,7 +141,7 @@ impl Guests {
     ) {
         if self.down_s[i] >= 0.0 {
             self.down_s[i] -= dt;
-            // Being restarted is being stalled; waiting for the first start is not.
+            // A restart counts as stalled time; waiting for the first start does not.
             self.stalling[i] = f32::from(u8::from(self.epoch[i] > 1));
             self.stalled_s[i] += self.stalling[i] * dt;
             return;
@@ -187,7 +187,7 @@ impl Guests {
         let absent = self.absent(i);
         let free = (self.free_resident[i] + absent - watermark).max(0.0);
         let grows = missing.min(rate * dt).min(most).min(free + self.cache[i]);
-        // Free memory goes as it comes, resident or not; then the cache is dropped.
+        // Free memory is taken first, resident or not; then the cache is dropped.
         let from_free = grows.min(free);
         let share = self.free_resident[i] / (self.free_resident[i] + absent).max(1e-3);
         let resident = (from_free * share).min(self.free_resident[i]);
@@ -197,13 +197,13 @@ impl Guests {
         self.balloon[i] += grows;
     }
 
-    /// What the programs want, as a part of the guest's memory.
+    /// Demand of the programs, as a fraction of the guest's memory.
     fn demand(&mut self, i: usize, load: &Load, t: f32, dt: f32) -> f32 {
         match *load {
             Load::Steady { level } => level.0 as f32,
             Load::Walk { low, high, period } => {
                 let (low, high) = (low.0 as f32, high.0 as f32);
-                // Goes towards a value drawn by lot, and draws another one when it is there.
+                // Moves towards a random value, and draws a new one on arrival.
                 let goal = self.phase[i];
                 let way = dt * 1000.0 / period.0.max(1) as f32;
                 let missing = goal - self.level[i];
@@ -227,7 +227,7 @@ impl Guests {
                 } else {
                     self.phase[i] * period
                 };
-                // A burst comes at the end of its period, so that all is quiet in the beginning.
+                // A burst is at the end of its period, so that the simulation starts quietly.
                 let into = (t + shift) % period;
                 let bursts = into >= period - lasts.0 as f32 / 1000.0;
                 if bursts { high.0 as f32 } else { low.0 as f32 }
@@ -243,7 +243,7 @@ impl Guests {
         }
     }
 
-    /// Pseudo-random number in 0…1 (xorshift32), one state a guest so that hosts can be computed in any order.
+    /// Pseudo-random number in 0…1 (xorshift32), one state per guest, so that hosts can be computed in any order.
     fn draw(&mut self, i: usize) -> f32 {
         let mut x = self.random[i];
         x ^= x << 13;
@@ -253,7 +253,7 @@ impl Guests {
         (x >> 8) as f32 / (1 << 24) as f32
     }
 
-    /// Gives the programs what they want as far as it goes; returns what they lack.
+    /// Gives the programs the memory that they demand, as far as possible; returns the missing amount.
     fn use_memory(&mut self, i: usize, wanted: f32, dt: f32) -> f32 {
         let has = self.configured[i] - self.balloon[i] - self.configured[i] * WATERMARK;
         let gets = wanted.min(has.max(0.0));
@@ -271,17 +271,17 @@ impl Guests {
         (wanted - has).max(0.0)
     }
 
-    /// Absent memory becomes resident; what was discarded before comes back first.
+    /// Makes absent memory resident, previously discarded memory first.
     fn populate(&mut self, i: usize, bytes: f32) {
         let back = bytes.min((self.discarded[i] - self.repopulated[i]).max(0.0));
         self.repopulated[i] += back;
     }
 
-    /// Lets the cache grow into free memory; returns which part of the indispensable cache is missing.
+    /// Grows the cache into free memory; returns the missing fraction of the required cache.
     fn fill_cache(&mut self, i: usize, kind: &GuestGroup, dt: f32) -> f32 {
         let hot = self.configured[i] * kind.hot_cache.0 as f32;
         let missing = (hot - self.cache[i]).max(0.0);
-        // What is needed is read back at the speed of a disk.
+        // Required cache is read back at the speed of a disk.
         let wish = (mib(kind.cache_fill.0) + missing.min(200.0)) * dt;
         let free = self.free_resident[i] + self.absent(i) - self.configured[i] * WATERMARK;
         let grows = wish.min(free.max(0.0));
@@ -307,7 +307,7 @@ impl Guests {
         self.discarded[i] += reported;
     }
 
-    /// A limit on its control group swaps it out; that costs the guest itself.
+    /// Applies the limit of its control group by swapping, which costs only this guest.
     fn hold_to_limit(&mut self, i: usize) -> f32 {
         let over = self.resident(i) - self.limit[i];
         if over <= 0.0 {

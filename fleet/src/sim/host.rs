@@ -1,4 +1,4 @@
-//! One simulated host in a closed loop: guests move, are sampled, and a manager acts on what the samples say.
+//! One simulated host in a closed loop: guests change, are sampled, and a manager acts on the samples.
 
 use crate::config::Config;
 use crate::model::{
@@ -14,15 +14,15 @@ use super::managers;
 use super::outcome::{Outcome, Point};
 use super::scenario::{Character, GuestGroup, ManagerKind, Scenario};
 
-/// Lack of memory, as a part of the host's, that stalls every guest all the time.
+/// Lack of memory, as a fraction of the host's, that stalls every guest all the time.
 const STARVED_FULL: f32 = 0.01;
-/// And from which the kernel kills.
+/// Lack of memory from which the kernel kills.
 const KILL_BEYOND: f32 = 0.03;
-/// Free memory below which tasks begin to wait, as a part of the host's.
+/// Free memory below which tasks begin to wait, as a fraction of the host's.
 const PRESSED_BELOW: f32 = 0.02;
-/// A point of the record every so often, ms.
+/// Interval of the recorded points, ms.
 const RECORD_MS: u64 = 10_000;
-/// Counted as guest reports answered at this speed; the simulation has no latency of its own, µs.
+/// Assumed completion time of guest reports, µs; the simulation does not model it.
 const REPORT_US: u64 = 100;
 
 /// A host.
@@ -43,7 +43,7 @@ pub(super) struct Host {
     pressure: f64,
     lost: f64,
     random: SplitMix64,
-    /// Which way each balloon was last moved, and how often that changed.
+    /// The last direction of each balloon, and the number of changes of direction.
     turns: Vec<(i8, u16)>,
     pub(super) outcome: Outcome,
     /// Dead hosts do nothing.
@@ -95,7 +95,7 @@ impl Host {
         host
     }
 
-    /// Puts one more guest on the host.
+    /// Adds a guest to the host.
     pub(super) fn add(
         &mut self,
         group: u16,
@@ -111,7 +111,7 @@ impl Host {
         policy.min = kind.memory.part(kind.min);
         policy.class = kind.class;
         self.inventory.vms.push(VmFacts {
-            // Names in the order of places, so that nobody has to sort.
+            // Names are in the order of indices, so that no sorting is needed.
             id: VmId::from(format!("vm{place:06}")),
             epoch: 1,
             level: FeatureLevel::L2,
@@ -126,7 +126,7 @@ impl Host {
         });
     }
 
-    /// Goes on until `until_ms`.
+    /// Runs until `until_ms`.
     pub(super) fn run(&mut self, until_ms: u64) {
         while self.alive && self.inventory.now_ms < until_ms {
             self.tick();
@@ -137,7 +137,7 @@ impl Host {
         self.manager.plan()
     }
 
-    /// What VMs that are still to start were promised.
+    /// Sets the memory reserved for VMs that have not started yet.
     pub(super) fn promise(&mut self, promised: Bytes) {
         self.inventory.promised = promised;
     }
@@ -202,7 +202,7 @@ impl Host {
         };
     }
 
-    /// Asks those guests whose turn it is.
+    /// Samples the guests whose turn it is.
     fn sample(&mut self, now_ms: u64) {
         let rounds = (self.sample_ms / self.tick_ms).max(1);
         let turn = now_ms / self.tick_ms % rounds;
@@ -307,7 +307,7 @@ fn sample_of(guests: &Guests, i: usize, character: Character, now_ms: u64) -> Vm
     let claimed = guests.claimed(i, character);
     let has = guests.configured[i] - claimed;
     let (free, cache) = if character == Character::Lying {
-        // It is always well, whatever it uses.
+        // It always reports enough available memory, regardless of its use.
         (has * 0.5, 0.0)
     } else {
         let free = (has - guests.used[i] - guests.cache[i]).max(0.0);

@@ -1,9 +1,9 @@
-//! What every memory manager of a simulated host can do, ours and those it is compared with.
+//! The interface of memory managers of a simulated host: ours and those for comparison.
 
 use crate::model::{Bytes, HostState, Inventory};
 use crate::planner::Plan;
 
-/// What a manager can have done to a guest, by the guest's place.
+/// A manager's request for a guest, by the guest's index.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Order {
     Balloon(usize, Bytes),
@@ -14,17 +14,17 @@ pub(super) enum Order {
     Kill(usize),
 }
 
-/// A manager. It is called on its own interval, with what is known then.
+/// A manager. It is called at its own interval, with the current data.
 pub(super) trait Manager: Send {
     /// Time between two calls, ms.
     fn interval_ms(&self) -> u64;
-    /// Decides. The inventory is handed out for change so that nobody has to copy it; it comes back as it was.
+    /// Decides. The inventory is mutable only to avoid a copy; it is unchanged afterwards.
     fn act(&mut self, inventory: &mut Inventory, orders: &mut Vec<Order>);
-    /// The state it sees the host in, where it has states.
+    /// The host's state as assessed by it, if it has states.
     fn state(&self) -> HostState {
         HostState::Green
     }
-    /// Its last plan, where it makes plans.
+    /// Its last plan, if it makes plans.
     fn plan(&self) -> Option<&Plan> {
         None
     }

@@ -1,10 +1,10 @@
 //! The closed loop on virtual time: the manager acts on guests, and guests react.
 //!
 //! The planner, the checks before an action, admission and placement are those of the agent. Only the guests, the hosts
-//! and the store are made up: [`scenario`] says which, and everything by chance comes from the scenario's seed, so a run
-//! can be had again. Beside ours the rules of other managers run in the same scenarios.
+//! and the store are simulated, as described by [`scenario`]. All randomness comes from the scenario's seed, so a run
+//! can be repeated. The rules of other managers run in the same scenarios for comparison.
 //!
-//! What a simulation shows is how rules behave with such guests; it does not show that guests are such.
+//! A simulation shows how the rules behave with such guests, not that real guests behave this way.
 
 mod baselines;
 mod cli;
@@ -31,34 +31,34 @@ pub use search::Capacity;
 
 use host::Host;
 
-/// Why a scenario cannot be run.
+/// Reasons why a scenario cannot be run.
 #[derive(Debug, thiserror::Error)]
 pub enum SimError {
     /// The file cannot be read.
     #[error("cannot read scenario {path}")]
     Read {
-        /// Which.
+        /// Its path.
         path: String,
         /// The reason.
         #[source]
         source: std::io::Error,
     },
-    /// The file says nothing that makes sense.
+    /// The file is not a valid scenario.
     #[error("cannot parse the scenario")]
     Syntax(#[from] toml::de::Error),
     /// The configuration in it contradicts itself.
     #[error("the configuration of the scenario is invalid")]
     Config(#[from] crate::config::ConfigError),
-    /// Time must go on.
+    /// A duration that must not be zero.
     #[error("time.{0} must not be zero")]
     NoTime(&'static str),
     /// Too many guests for one host of the simulation.
     #[error("{0} guests per host exceed the limit of the simulation")]
     TooMany(u64),
-    /// What came out cannot be written.
+    /// The outcome cannot be written.
     #[error("{path} cannot be written")]
     Write {
-        /// Which.
+        /// Its path.
         path: String,
         /// The reason.
         #[source]
@@ -66,14 +66,14 @@ pub enum SimError {
     },
 }
 
-/// Most guests of a scenario on one host: names have six digits.
+/// Maximum number of guests per host, because names have six digits.
 const GUESTS_MAX: u64 = 100_000;
 
 impl Scenario {
     /// Reads a scenario.
     ///
     /// # Errors
-    /// [`SimError`] says what is wrong with it.
+    /// [`SimError`] with the reason.
     pub fn from_toml(text: &str) -> Result<Self, SimError> {
         let scenario: Self = toml::from_str(text)?;
         scenario.config.check()?;
@@ -95,7 +95,7 @@ impl Scenario {
     }
 }
 
-/// Runs the scenario under one manager; every host by itself, as many at a time as there are processors.
+/// Runs the scenario under one manager. Hosts are independent, and as many run at a time as there are processors.
 pub fn run(scenario: &Scenario, manager: ManagerKind) -> Run {
     let outcomes: Vec<Outcome> = (0..u64::from(scenario.hosts.count))
         .into_par_iter()
@@ -119,7 +119,7 @@ pub fn run(scenario: &Scenario, manager: ManagerKind) -> Run {
     }
 }
 
-/// Runs everything that the scenario asks for.
+/// Runs all parts of the scenario.
 pub fn simulate(scenario: &Scenario) -> Report {
     let fleet = fleet::wanted(scenario).then(|| fleet::run(scenario));
     let capacities: Vec<Capacity> = match scenario.search {

@@ -7,18 +7,18 @@ use crate::model::HostState;
 
 use super::scenario::{Check, ManagerKind};
 
-/// Sums over hosts and time, from the end of settling on.
+/// Sums over hosts and time, after the settling time.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct Outcome {
     /// Guest time, s.
     pub guest_s: f64,
-    /// Of it, stalled for lack of memory, in the guest or on the host, s.
+    /// Part of it that was stalled for lack of memory, in the guest or on the host, s.
     pub stalled_s: f64,
-    /// Of it, because the host had none, s.
+    /// Part of it that was stalled because the host had no memory, s.
     pub starved_s: f64,
     /// Guests that the host's kernel killed.
     pub killed: u64,
-    /// Guests that were killed on purpose, as the last resort.
+    /// Guests that were killed deliberately, as the last resort.
     pub sacrificed: u64,
     /// Requests to balloons.
     pub requests: u64,
@@ -28,11 +28,11 @@ pub struct Outcome {
     pub seconds: f64,
     /// Host time by state, s.
     pub state_s: [f64; HostState::VARIANTS.len()],
-    /// Part of the guests' memory that was in balloons when it was most.
+    /// Peak fraction of the guests' memory in balloons.
     pub ballooned_peak: f64,
-    /// Used part of the host, summed over time.
+    /// Used fraction of the host, summed over time.
     pub used_sum: f64,
-    /// The course of things. Of the first host.
+    /// The time series of the first host.
     #[serde(skip)]
     pub points: Vec<Point>,
 }
@@ -44,26 +44,26 @@ pub struct Point {
     pub at_s: u64,
     /// Host memory that guests occupy, GiB.
     pub resident_gib: f64,
-    /// In balloons, GiB.
+    /// Memory in balloons, GiB.
     pub ballooned_gib: f64,
-    /// Part of the guests that stall.
+    /// Fraction of the guests that stall.
     pub stalled: f64,
-    /// The host's state as the manager sees it.
+    /// The host's state as assessed by the manager.
     pub state: HostState,
 }
 
 impl Outcome {
-    /// Part of the guests' time that was stalled.
+    /// Fraction of the guests' time that was stalled.
     pub fn stalled(&self) -> f64 {
         self.stalled_s / self.guest_s.max(1.0)
     }
 
-    /// Changes of direction in an hour of the balloon that changed it most often.
+    /// Changes of direction per hour of the balloon that changed it most often.
     pub fn reversals_per_hour(&self, hosts: u32) -> f64 {
         self.reversals_worst as f64 * 3600.0 * f64::from(hosts) / self.seconds.max(1.0)
     }
 
-    /// Mean used part of the hosts.
+    /// Mean used fraction of the hosts.
     pub fn used(&self) -> f64 {
         self.used_sum / self.seconds.max(1.0)
     }
@@ -92,84 +92,84 @@ impl Outcome {
 /// A run of one manager.
 #[derive(Clone, Debug, Serialize)]
 pub struct Run {
-    /// Whose.
+    /// The manager.
     pub manager: ManagerKind,
     /// Guests on each host.
     pub guests: u32,
-    /// How it went.
+    /// Its outcome.
     pub outcome: Outcome,
 }
 
-/// What did not hold.
+/// An expectation that was not met.
 #[derive(Clone, Debug, PartialEq, Serialize, thiserror::Error)]
 pub enum CheckFault {
     /// Too much guest time was stalled.
     #[error("guests stalled for {found:.4} of their time; the limit is {allowed:.4}")]
     Stalled {
-        /// What came out.
+        /// The measured value.
         found: f64,
-        /// What may.
+        /// The allowed value.
         allowed: f64,
     },
     /// Guests were killed.
     #[error("{found} guests were killed, {allowed} may be")]
     Killed {
-        /// What came out.
+        /// The measured value.
         found: u64,
-        /// What may.
+        /// The allowed value.
         allowed: u64,
     },
-    /// A balloon went to and fro.
+    /// A balloon oscillated.
     #[error("a balloon reversed {found:.1} times per hour; the limit is {allowed:.1}")]
     LimitCycle {
-        /// What came out.
+        /// The measured value.
         found: f64,
-        /// What may.
+        /// The allowed value.
         allowed: f64,
     },
-    /// Nothing much was taken.
+    /// Too little was taken.
     #[error("balloons held up to {found:.3} of the guests' memory; {wanted:.3} was expected")]
     Idle {
-        /// What came out.
+        /// The measured value.
         found: f64,
-        /// What should.
+        /// The required value.
         wanted: f64,
     },
-    /// Far too much was taken.
+    /// Too much was taken.
     #[error("balloons held up to {found:.3} of the guests' memory; the limit is {allowed:.3}")]
     Greedy {
-        /// What came out.
+        /// The measured value.
         found: f64,
-        /// What may.
+        /// The allowed value.
         allowed: f64,
     },
     /// The host was red for too long.
     #[error("hosts were red for {found:.4} of the time; the limit is {allowed:.4}")]
     Red {
-        /// What came out.
+        /// The measured value.
         found: f64,
-        /// What may.
+        /// The allowed value.
         allowed: f64,
     },
     /// Too many requests.
     #[error("{found:.1} balloon requests per guest and hour; the limit is {allowed:.1}")]
     Busy {
-        /// What came out.
+        /// The measured value.
         found: f64,
-        /// What may.
+        /// The allowed value.
         allowed: f64,
     },
-    /// Not enough more than the others.
+    /// Too little gain over the other managers.
     #[error("{found:.3} more guests than the best other manager; {wanted:.3} was expected")]
     Gain {
-        /// What came out.
+        /// The measured value.
         found: f64,
-        /// What should.
+        /// The required value.
         wanted: f64,
     },
 }
 
-/// Everything about this run of ours that does not hold.
+/// All expectations that this run of our manager did not meet.
 pub(super) fn faults(outcome: &Outcome, hosts: u32, check: &Check) -> Vec<CheckFault> {
     let mut faults = Vec::new();
     let (found, allowed) = (outcome.stalled(), check.stalled_max.0);

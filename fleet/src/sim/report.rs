@@ -12,7 +12,7 @@ use super::outcome::{CheckFault, Run, faults};
 use super::scenario::{ManagerKind, Scenario};
 use super::{Capacity, FleetOutcome, Point};
 
-/// Everything that came out of a scenario.
+/// The results of a scenario.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// The scenario.
@@ -25,11 +25,11 @@ pub struct Report {
     pub hosts: u32,
     /// Each manager with the scenario's guests.
     pub runs: Vec<Run>,
-    /// Each manager with as many guests as it can carry, if that was asked for.
+    /// The capacity of each manager, if the scenario has a search.
     pub capacities: Vec<Capacity>,
-    /// What happened between hosts, if anything could.
+    /// Events between hosts, if the scenario has any.
     pub fleet: Option<FleetOutcome>,
-    /// What does not hold for ours.
+    /// Expectations that our manager did not meet.
     pub faults: Vec<CheckFault>,
 }
 
@@ -65,7 +65,7 @@ impl Report {
         }
     }
 
-    /// How many more guests ours carries than the best of the others, as a part of theirs.
+    /// Additional guests that our manager carries compared with the best of the others, as a fraction of theirs.
     pub fn gain(&self) -> Option<f64> {
         gain(&self.capacities)
     }
@@ -162,7 +162,7 @@ impl fmt::Display for Report {
 const WIDTH: f64 = 900.0;
 const LEFT: f64 = 60.0;
 const TOP: f64 = 70.0;
-/// Height of a panel, and from one to the next.
+/// Height of a panel, and distance between panels.
 const PANEL: f64 = 160.0;
 const STEP: f64 = 210.0;
 const COLOURS: [&str; 5] = ["#0b7285", "#c92a2a", "#e67700", "#5f3dc4", "#495057"];
@@ -175,7 +175,7 @@ const PANELS: [(&str, Figure); 3] = [
     ("stalled guests, %", |point| 100.0 * point.stalled),
 ];
 
-/// A plot of the runs' first hosts: occupied memory, balloons, and stalled guests, one line a manager.
+/// A plot of the runs' first hosts: occupied memory, balloons, and stalled guests, one line per manager.
 pub fn svg(title: &str, runs: &[Run]) -> String {
     let (width, height) = (LEFT + WIDTH + 20.0, TOP + STEP * PANELS.len() as f64);
     let mut sheet = Sheet::new(title, LEFT, width, height);

@@ -1,4 +1,4 @@
-//! Scenario files: hosts, guests of every character, what goes wrong, and what must hold in the end.
+//! Scenario files: hosts, guests of every character, faults, and expectations.
 
 use serde::{Deserialize, Serialize};
 
@@ -9,17 +9,17 @@ use crate::model::{Bytes, Fraction, PriorityClass};
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Scenario {
-    /// What it is called.
+    /// Its name.
     pub name: String,
     /// What it shows.
     #[serde(default)]
     pub about: String,
-    /// All chance comes from here.
+    /// Seed of all randomness.
     #[serde(default)]
     pub seed: u64,
-    /// How long it lasts.
+    /// Its duration.
     pub lasts: Millis,
-    /// What counts only from here on: starting is not what is compared.
+    /// Time after which measurements count, so that the start phase is excluded.
     #[serde(default)]
     pub settle: Millis,
     /// The hosts.
@@ -27,21 +27,21 @@ pub struct Scenario {
     /// The steps of virtual time.
     #[serde(default)]
     pub time: Steps,
-    /// Who runs on each host.
+    /// The guests on each host.
     pub guests: Vec<GuestGroup>,
-    /// What goes wrong.
+    /// The faults.
     #[serde(default)]
     pub trouble: Trouble,
-    /// Who manages the memory.
+    /// The manager of the memory.
     #[serde(default = "ours")]
     pub managers: Vec<ManagerKind>,
-    /// Find out how many guests each manager can carry.
+    /// Search for the number of guests that each manager can carry.
     #[serde(default)]
     pub search: Option<Search>,
-    /// What must hold for ours.
+    /// Expectations for our manager.
     #[serde(default)]
     pub check: Check,
-    /// The safety rule that the scenario is about: with it everything holds, without it something does not.
+    /// The safety rule that the scenario demonstrates: with it, all expectations are met; without it, some are not.
     #[serde(default)]
     pub shows: Option<SafetyRule>,
     /// The planner's configuration.
@@ -57,12 +57,12 @@ fn ours() -> Vec<ManagerKind> {
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Hosts {
-    /// How many.
+    /// Their number.
     #[serde(default = "one")]
     pub count: u32,
     /// Memory of each.
     pub memory: Bytes,
-    /// What the host itself uses.
+    /// Memory that the host itself uses.
     #[serde(default)]
     pub overhead: Bytes,
 }
@@ -75,11 +75,11 @@ fn one() -> u32 {
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Steps {
-    /// Guests and hosts move on by this.
+    /// Time step of guests and hosts.
     pub tick: Millis,
-    /// Guests are asked this often.
+    /// Interval between samples of guests.
     pub sample: Millis,
-    /// Ours plans this often; the others keep the interval that they are described with.
+    /// Interval between our manager's plans; the others use the intervals in their descriptions.
     pub plan: Millis,
 }
 
@@ -97,69 +97,69 @@ impl Default for Steps {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Character {
-    /// Does what it is told, at 1 GiB per second, and reports free pages.
+    /// Follows its target at 1 GiB per second, and reports free pages.
     #[default]
     Ideal,
-    /// Does it at 20 MiB per second.
+    /// Follows its target at 20 MiB per second.
     Slow,
     /// Never inflates.
     Stuck,
-    /// Inflates a tenth of its memory, and then no more.
+    /// Inflates to a tenth of its memory, and then stops.
     HalfStuck,
-    /// Says that it inflated and keeps using the memory.
+    /// Claims that it inflated, and keeps using the memory.
     Lying,
     /// Reports no free pages.
     Hardened,
-    /// Stops answering when its balloon makes it short of memory.
+    /// Stops responding when its balloon makes it short of memory.
     Wedging,
 }
 
-/// How a guest's own use of memory goes.
+/// A guest's use of memory over time.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(tag = "shape", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Load {
-    /// Always the same.
+    /// Constant use.
     Steady {
-        /// Part of its memory.
+        /// Fraction of its memory.
         level: Fraction,
     },
-    /// Wanders between two values.
+    /// Moves randomly between two values.
     Walk {
         /// The lower one.
         low: Fraction,
         /// The upper one.
         high: Fraction,
-        /// About how long a way takes.
+        /// Approximate duration of a move.
         period: Millis,
     },
-    /// High for a while, then low for a while; all guests of a group together when `together`.
+    /// Alternates between high and low; all guests of a group simultaneously if `together`.
     Burst {
-        /// Between bursts.
+        /// Use between bursts.
         low: Fraction,
-        /// In bursts.
+        /// Use during bursts.
         high: Fraction,
-        /// From burst to burst.
+        /// Time from one burst to the next.
         period: Millis,
-        /// How long each one is.
+        /// Duration of a burst.
         lasts: Millis,
-        /// Whether all burst at once.
+        /// Whether all guests burst at the same time.
         #[serde(default)]
         together: bool,
     },
     /// Grows until it is full.
     Grow {
-        /// In the beginning.
+        /// Initial use.
         from: Fraction,
-        /// In the end.
+        /// Final use.
         to: Fraction,
-        /// How long it takes.
+        /// Duration of the growth.
         over: Millis,
     },
-    /// Allocates and frees all the time.
+    /// Allocates and frees continuously.
     Churn {
         /// The mean.
         level: Fraction,
-        /// How far up and down.
+        /// Amplitude.
         swing: Fraction,
     },
 }
@@ -168,7 +168,7 @@ pub enum Load {
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct GuestGroup {
-    /// How many on each host. In a search: their weight.
+    /// Their number on each host; in a search, their weight.
     pub count: u32,
     /// Configured memory of each.
     pub memory: Bytes,
@@ -177,22 +177,22 @@ pub struct GuestGroup {
     pub character: Character,
     /// How the guest uses memory.
     pub load: Load,
-    /// Page cache that the guest cannot do without, as a part of its memory.
+    /// Page cache that the guest requires, as a fraction of its memory.
     #[serde(default)]
     pub hot_cache: Fraction,
-    /// How fast its cache grows, bytes a second: files that are read once.
+    /// Growth rate of its cache per second, from files that are read once.
     #[serde(default)]
     pub cache_fill: Bytes,
-    /// Memory it is guaranteed.
+    /// Guaranteed memory.
     #[serde(default = "half")]
     pub min: Fraction,
-    /// How much it matters.
+    /// Priority class.
     #[serde(default)]
     pub class: PriorityClass,
-    /// When the first one starts.
+    /// Start time of the first one.
     #[serde(default)]
     pub start: Millis,
-    /// And the others one after the other, this much later each.
+    /// Delay between the starts of successive guests.
     #[serde(default)]
     pub stagger: Millis,
 }
@@ -205,19 +205,19 @@ fn half() -> Fraction {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Trouble {
-    /// Hosts that die, spread evenly over the time, as a part of all.
+    /// Fraction of hosts that fail, spread evenly over the time.
     pub hosts_die: Fraction,
     /// The store stalls at each of these times.
     pub store_stalls: Vec<Millis>,
-    /// And for so long.
+    /// Duration of each stall.
     pub store_stall_lasts: Millis,
-    /// VMs that arrive in a minute and have to be placed, as a part of all.
+    /// VMs to place that arrive per minute, as a fraction of all.
     pub arrivals_per_min: Fraction,
-    /// Samples that are lost, as a part of all.
+    /// Fraction of samples that are lost.
     pub samples_lost: Fraction,
 }
 
-/// Who manages the memory.
+/// The manager of the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize, strum::IntoStaticStr)]
 #[serde(rename_all = "kebab-case")]
 pub enum ManagerKind {
@@ -232,7 +232,7 @@ pub enum ManagerKind {
     /// xapi's squeezed.
     #[strum(serialize = "squeezed")]
     Squeezed,
-    /// Nobody: free page reporting alone.
+    /// No manager: free page reporting alone.
     #[strum(serialize = "reporting only")]
     None,
 }
@@ -244,37 +244,37 @@ impl ManagerKind {
     }
 }
 
-/// `[search]`: how many guests can be carried with so few stalls.
+/// `[search]`: searches for the number of guests that can be carried within the limit on stalls.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Search {
-    /// From this number on.
+    /// Minimum number of guests.
     pub from: u32,
-    /// To this one.
+    /// Maximum number of guests.
     pub to: u32,
-    /// Stalled guest time, as a part of all guest time, that is allowed. No guest may be killed.
+    /// Maximum stalled fraction of all guest time. No guest may be killed.
     pub stalled_max: Fraction,
 }
 
-/// `[check]`: what must hold for ours.
+/// `[check]`: expectations for our manager.
 #[derive(Clone, Copy, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Check {
-    /// Stalled guest time, as a part of all guest time.
+    /// Maximum stalled fraction of all guest time.
     pub stalled_max: Fraction,
-    /// Guests killed by the host.
+    /// Maximum number of guests killed by the host.
     pub killed_max: u64,
-    /// Changes of direction of one balloon in an hour, worst of all balloons: more is a limit cycle.
+    /// Maximum changes of direction per hour, for the worst balloon; more is a limit cycle.
     pub reversals_per_hour_max: f64,
-    /// More guests than the best of the others, as a part of theirs. Only with a search.
+    /// Minimum of additional guests compared with the best of the others, as a fraction of theirs. Only with a search.
     pub more_guests_min: Fraction,
-    /// The guests' balloons together must hold this part of their memory at least once.
+    /// Minimum peak fraction of the guests' memory in balloons.
     pub ballooned_peak_min: Fraction,
-    /// And never more than this part.
+    /// Maximum fraction of the guests' memory in balloons.
     pub ballooned_peak_max: Fraction,
-    /// Time in red, as a part of all.
+    /// Maximum fraction of time in red.
     pub red_max: Fraction,
-    /// Balloon requests, as a mean for each guest and hour.
+    /// Maximum mean of balloon requests per guest and hour.
     pub requests_per_guest_hour_max: f64,
 }
 
@@ -314,7 +314,7 @@ impl Scenario {
         let (mut placed, mut weight) = (0, 0);
         for group in &mut scaled.guests {
             weight += u64::from(group.count);
-            // Rounding the running sum leaves no guest over.
+            // Rounding the running sum makes the total exact.
             let until = (u64::from(total) * weight / weights) as u32;
             group.count = until - placed;
             placed = until;

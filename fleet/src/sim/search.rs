@@ -1,24 +1,24 @@
-//! Searches for the largest number of guests that a manager can hold.
+//! Searches for the largest number of guests that a manager can carry.
 
 use serde::Serialize;
 
 use super::scenario::{ManagerKind, Scenario, Search};
 use super::{Run, run};
 
-/// The most guests a manager carried within the limits.
+/// The largest number of guests that a manager carried within the limits.
 #[derive(Clone, Debug, Serialize)]
 pub struct Capacity {
-    /// Whose.
+    /// The manager.
     pub manager: ManagerKind,
-    /// Guests on each host; 0 when even the smallest number was too many.
+    /// Guests on each host; 0 if even the smallest number was too many.
     pub guests: u32,
-    /// How they fared.
+    /// The run with this number.
     pub run: Run,
 }
 
-/// The largest number up to which every number that is tried holds. Numbers are tried upwards, a tenth more each time,
-/// then by halves in between: stalls need not grow with every single guest, and a lucky number above a bad one is not
-/// what an operator can build on.
+/// The largest number such that all tried numbers up to it succeed. Numbers are tried upwards in steps of a tenth, and
+/// then by bisection. Stalls need not grow with every single guest, and a number that succeeds above one that fails is
+/// not reliable.
 pub(super) fn capacity(scenario: &Scenario, manager: ManagerKind, search: &Search) -> Capacity {
     let attempt = |guests: u32| {
         let run = run(&scenario.scaled(guests), manager);

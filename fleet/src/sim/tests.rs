@@ -1,4 +1,4 @@
-//! The scenarios of this crate: what they say must hold does, and each safety rule is needed.
+//! Tests the scenarios of this crate: their expectations are met, and each safety rule is needed.
 
 use std::path::PathBuf;
 
@@ -22,7 +22,7 @@ fn scenarios() -> Vec<(PathBuf, Scenario)> {
         .collect()
 }
 
-/// What a test can afford: the large fleets are for the command line.
+/// Whether a scenario is small enough for a test; large fleets are run from the command line.
 fn small(scenario: &Scenario) -> bool {
     scenario.hosts.count <= 64
 }
@@ -30,7 +30,7 @@ fn small(scenario: &Scenario) -> bool {
 #[test]
 fn scenarios_hold_what_they_say() {
     for (path, mut scenario) in scenarios().into_iter().filter(|(_, s)| small(s)) {
-        // The search is the command line's; a test runs ours.
+        // Searches are run from the command line; a test runs only our manager.
         scenario.search = None;
         scenario.managers = vec![ManagerKind::Ours];
         let report = simulate(&scenario);
@@ -57,7 +57,7 @@ fn scenario_without_the_rule_that_it_shows_fails() {
 
 #[test]
 fn same_seed_gives_the_same_run() {
-    // Its guests wander by lot.
+    // Its guests move randomly.
     let wanders = |scenario: &Scenario| scenario.name == "everyone";
     let (_, scenario) = scenarios().into_iter().find(|(_, s)| wanders(s)).unwrap();
     let mut other = scenario.clone();
@@ -90,7 +90,8 @@ fn plot_has_a_line_for_each_manager_and_figure() {
     assert_eq!(svg("a < b", &runs).matches("<polyline").count(), 6);
 }
 
-/// Guests that fall silent when their balloon leaves them short, on a host that has too little for all of them.
+/// Guests that stop responding when their balloon leaves them short of memory, on a host with too little memory for
+/// all.
 fn pressed_until_silent(guests: u32, host_gib: u32) -> Scenario {
     Scenario::from_toml(&format!(
         r#"

@@ -1,11 +1,11 @@
 #![allow(clippy::unwrap_used)]
-//! What every store must do: one list of demands for the store in memory and for etcd.
+//! Conformance tests of stores: the same requirements for the store in memory and for etcd.
 
 use std::time::{Duration, Instant};
 
 use super::{Committed, LeaseId, Revision, Store, StoreError, Txn, Write};
 
-/// Machines that run tests are shared.
+/// A generous deadline, because test machines are shared.
 fn soon() -> Instant {
     Instant::now() + Duration::from_secs(30)
 }
@@ -28,7 +28,7 @@ fn txn(expect: &[(&str, Revision)], writes: Vec<Write>) -> Txn {
     }
 }
 
-/// `wait_out` lets so much time pass for the store.
+/// `wait_out` lets time pass for the store.
 pub(super) fn check(store: &dyn Store, prefix: &str, wait_out: impl Fn(Duration)) {
     changes_happen_only_as_expected(store, &format!("{prefix}/txn/"));
     pages_are_one_list(store, &format!("{prefix}/pages/"));
@@ -50,7 +50,7 @@ fn changes_happen_only_as_expected(store: &dyn Store, prefix: &str) {
     assert_eq!(listing.changed(&a), made);
     assert_eq!(listing.get(&b).unwrap().value, b"1");
     assert_eq!(listing.changed("/no/such/key"), Revision(0));
-    // One of two expectations that fails lets nothing happen.
+    // If one of two expectations fails, nothing is written.
     let half = txn(
         &[(&a, made), (&b, Revision(0))],
         vec![put(&a, "2", None), Write::Delete { key: b.clone() }],
@@ -128,6 +128,6 @@ fn changes_are_told(store: &dyn Store, prefix: &str) {
         store.commit(&write, soon()).unwrap();
         assert!(waiting.join().unwrap().unwrap());
     });
-    // What happened before one began to wait is told as well.
+    // Changes made before the wait began are reported as well.
     assert!(store.await_change(prefix, before, soon()).unwrap());
 }

@@ -1,9 +1,9 @@
 //! etcd 3.4 and later, over the JSON interface that every member serves on its client port.
 //!
-//! JSON over HTTP needs no generated code and no runtime, and is fast enough by far: a host asks its store a few times in
-//! ten seconds. Connections are not kept: one that died while it was idle would leave it open whether a change was made.
-//! Reads go from member to member until one answers. A change goes on to the next member only if it cannot have reached
-//! the one before.
+//! JSON over HTTP needs no generated code and no async runtime, and is fast enough, because a host queries its store
+//! only a few times in ten seconds. Connections are not reused: if an idle connection had died, it would be unknown
+//! whether a change was made. Reads try one member after another until one responds. A change is sent to the next
+//! member only if it cannot have reached the previous one.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::net::IpAddr;
@@ -22,24 +22,25 @@ use super::etcd_wire as wire;
 use super::{Committed, LeaseId, Listing, Revision, Store, StoreError, Txn};
 use crate::secret_file::{SECRET_BYTES_MAX, read_secret};
 
-/// Keys asked for at once; a page of 512 keys of some KiB stays far below etcd's own limits.
+/// Number of keys per page; 512 keys of some KiB stay far below etcd's own limits.
 const PAGE_KEYS: usize = 512;
-/// Longest answer: a page of values of etcd's largest size would be longer, and is nothing we write.
+/// Maximum length of a response. A page of values of etcd's maximum size would exceed it, but we never write such
+/// values.
 const ANSWER_BYTES_MAX: u64 = 64 << 20;
-/// A member that does not answer in this time is given up, if there is another one and time is left.
+/// Time limit of an attempt with one member, if there is another member and time is left.
 const ATTEMPT: Duration = Duration::from_millis(1000);
-/// The least that an attempt is worth.
+/// Minimum time for an attempt.
 const ATTEMPT_MIN: Duration = Duration::from_millis(50);
-/// Longest line of a stream of changes.
+/// Maximum length of a line in a stream of changes.
 const LINE_BYTES_MAX: u64 = 16 << 20;
 
-/// Most that is read of an answer that is none of success.
+/// Maximum length that is read of an error response.
 const FAILURE_BYTES_MAX: u64 = 4096;
 
-/// Why a text is no endpoint.
+/// Reasons why a string is not an endpoint.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum EndpointError {
-    /// Something else than HTTP.
+    /// A scheme other than HTTP or HTTPS.
     #[error("{0:?} must start with http:// or https://")]
     Scheme(String),
     /// There is no host.
@@ -47,17 +48,17 @@ pub enum EndpointError {
     Host(String),
 }
 
-/// Where a member serves its clients: `http://host:port` or `https://host:port`.
+/// The client URL of a member: `http://host:port` or `https://host:port`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Endpoint(String);
 
 impl Endpoint {
-    /// Whether TLS is spoken there.
+    /// Whether it uses TLS.
     pub fn has_tls(&self) -> bool {
         self.0.starts_with("https:")
     }
 
-    /// Whether what is sent there stays on this machine or is encrypted.
+    /// Whether data sent to it is encrypted or stays on this machine.
     pub fn is_private(&self) -> bool {
         let place = self.0.trim_start_matches("http://");
         let host = place.rsplit_once(':').map_or(place, |(host, _)| host);
@@ -84,7 +85,7 @@ impl FromStr for Endpoint {
     }
 }
 
-/// Whom etcd takes a client for.
+/// Credentials of an etcd user.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Login {
     /// Name of the user.
@@ -99,34 +100,34 @@ pub struct EtcdStore {
     agent: ureq::Agent,
     endpoints: Vec<Endpoint>,
     login: Option<Login>,
-    /// What the last login brought. Held for a copy only.
+    /// The token of the last login. Locked only to copy it.
     token: Mutex<Option<String>>,
-    /// The member that is asked first; the next one when it did not answer.
+    /// The member that is tried first; moves to the next one if it does not respond.
     first: AtomicUsize,
 }
 
-/// What became of one attempt with one member.
+/// The result of one attempt with one member.
 enum Attempt {
-    /// It has certainly not reached the member.
+    /// The request has certainly not reached the member.
     NotSent(String),
-    /// It may have.
+    /// The request may have reached the member.
     NoAnswer(String),
-    /// The member could not do it now, or does not say whether it did.
+    /// The member could not execute it now, or the result is unknown.
     Unable(String),
-    /// The login is over; nothing was done.
+    /// The login has expired; nothing was done.
     LoginOver(String),
-    /// It was answered, and the answer is final.
+    /// The member responded with a final error.
     Final(StoreError),
 }
 
 impl EtcdStore {
-    /// A store with these members. `member` is the one that is asked first, counted round: clients that begin with
-    /// different ones spread over all.
+    /// A store with these members. `member` is the index of the member that is tried first, modulo their number, so
+    /// that clients with different values spread over all members.
     pub fn new(endpoints: Vec<Endpoint>, member: usize) -> Self {
         Self::with_access(endpoints, member, TlsConfig::default(), None)
     }
 
-    /// The same with whom to believe, what to show, and as whom to log in.
+    /// The same with trusted CAs, a client certificate, and credentials.
     pub fn with_access(
         endpoints: Vec<Endpoint>,
         member: usize,
@@ -138,7 +139,7 @@ impl EtcdStore {
             .http_status_as_error(false)
             .max_redirects(0)
             .max_idle_connections(0)
-            // Members are asked directly, whatever the environment says of proxies.
+            // Members are contacted directly, regardless of proxy settings in the environment.
             .proxy(None)
             .user_agent(concat!("ch-fleet/", env!("CARGO_PKG_VERSION")))
             .build();
@@ -151,16 +152,16 @@ impl EtcdStore {
         }
     }
 
-    /// Whoever asks next begins with another member than this one. Threads that fail together move on by one all the
-    /// same.
+    /// Makes the next request start with another member. If several threads fail at the same time, the index still
+    /// advances by only one.
     fn pass_over(&self, member: usize) {
         let next = member.wrapping_add(1);
         let order = Ordering::Relaxed;
-        // Somebody else has passed it over already.
+        // Another thread has already done so.
         let _ = self.first.compare_exchange(member, next, order, order);
     }
 
-    /// Asks a member, logged in if that is wanted. A login that is over is renewed once.
+    /// Sends a request to a member, with a login if configured. An expired login is renewed once.
     fn call(
         &self,
         endpoint: &Endpoint,
@@ -188,7 +189,7 @@ impl EtcdStore {
         self.post(endpoint, path, body, Some(&token), left())
     }
 
-    /// A new token. Whatever goes wrong here, the request itself was not sent.
+    /// Requests a new token. If this fails, the request itself was not sent.
     fn log_in(
         &self,
         endpoint: &Endpoint,
@@ -213,7 +214,7 @@ impl EtcdStore {
         };
         let told = read_first_json::<wire::AuthAnswer>(body)
             .map_err(|error| Attempt::NotSent(format!("{}: {error}", endpoint.0)))?;
-        // It becomes a header.
+        // The token becomes part of a header.
         let good = |c: char| c.is_ascii_graphic();
         if told.token.is_empty()
             || told.token.len() as u64 > SECRET_BYTES_MAX
@@ -263,7 +264,7 @@ impl EtcdStore {
         })
     }
 
-    /// What an administrator asks of the first member, for tests.
+    /// Sends an administrator's request to the first member, for tests.
     #[cfg(test)]
     pub(super) fn administer(&self, path: &str, body: &Value) -> Result<(), String> {
         match self.call(&self.endpoints[0], path, body, Duration::from_secs(10)) {
@@ -278,7 +279,8 @@ impl EtcdStore {
         }
     }
 
-    /// Asks member after member. `again` says whether a request that may have arrived may be sent to another one too.
+    /// Sends a request to one member after another. `again` determines whether a request that may have arrived may be
+    /// sent to another member.
     fn ask<T>(
         &self,
         (path, body): (&str, &Value),
@@ -290,7 +292,7 @@ impl EtcdStore {
         let count = self.endpoints.len();
         for turn in 0.. {
             let left = until.saturating_duration_since(Instant::now());
-            // Each member is asked twice at most: what two rounds do not bring takes longer than a call should.
+            // Each member is tried at most twice, so that a call does not take too long.
             if turn >= 2 * count || (turn > 0 && left < ATTEMPT_MIN) {
                 break;
             }
@@ -312,7 +314,7 @@ impl EtcdStore {
             self.pass_over(member);
             match attempt {
                 Attempt::NotSent(text) => why = text,
-                // Just logged in, and already over again.
+                // The new login has already expired.
                 Attempt::LoginOver(why) => return Err(StoreError::Refused { why }),
                 Attempt::NoAnswer(text) | Attempt::Unable(text) if again => why = text,
                 Attempt::NoAnswer(why) | Attempt::Unable(why) => {
@@ -325,7 +327,7 @@ impl EtcdStore {
     }
 }
 
-/// Whether a request that failed this way can have reached the member.
+/// Classifies a failed request: whether it can have reached the member.
 fn attempt_of(endpoint: &Endpoint, error: &ureq::Error) -> Attempt {
     let text = format!("{}: {error}", endpoint.0);
     let not_sent = match error {
@@ -343,10 +345,10 @@ fn attempt_of(endpoint: &Endpoint, error: &ureq::Error) -> Attempt {
     }
 }
 
-/// What an answer says that is none of success: as JSON, or as plain text from before the JSON interface.
+/// The reason in an error response: JSON, or plain text if the JSON interface did not process the request.
 fn read_failure(body: ureq::Body) -> wire::Failure {
     let mut text = Vec::new();
-    // What came is better than nothing.
+    // A partial body is better than none.
     let _ = body
         .into_reader()
         .take(FAILURE_BYTES_MAX)
@@ -361,7 +363,7 @@ fn read_failure(body: ureq::Body) -> wire::Failure {
     }
 }
 
-/// The first JSON value of a body: streams have more, and some members end theirs untidily.
+/// The first JSON value of a body. Streams have more values, and some members do not terminate theirs cleanly.
 fn read_first_json<T: DeserializeOwned>(body: ureq::Body) -> io::Result<T> {
     let reader = BufReader::new(body.into_reader().take(ANSWER_BYTES_MAX));
     let mut values = serde_json::Deserializer::from_reader(reader).into_iter::<T>();
@@ -377,7 +379,7 @@ impl Store for EtcdStore {
         let mut listing = Listing::default();
         loop {
             let last = listing.pairs.last().map(|pair| pair.key.as_str());
-            // Every page at the revision of the first: together they are one moment.
+            // All pages use the revision of the first, so that the listing is consistent.
             let request = wire::range(prefix, last, listing.revision, PAGE_KEYS);
             let answer: wire::RangeAnswer =
                 self.ask(("/v3/kv/range", &request), until, true, read_first_json)?;
@@ -458,7 +460,7 @@ impl Store for EtcdStore {
         let left = until.saturating_duration_since(Instant::now());
         let body = match self.call(endpoint, "/v3/watch", &request, left.max(ATTEMPT_MIN)) {
             Ok(body) => body,
-            // No stream began in all the time: as good as nothing happening, as far as is known.
+            // No stream began within the time, so no change is known.
             Err(_) if Instant::now() >= until => return Ok(false),
             Err(Attempt::Final(error)) => return Err(error),
             Err(Attempt::LoginOver(why)) => return Err(StoreError::Refused { why }),
@@ -487,7 +489,7 @@ impl Store for EtcdStore {
                     });
                 }
             }
-            // A watch that is cancelled, by a compaction above all, may have missed something.
+            // A cancelled watch, usually because of a compaction, may have missed changes.
             let told: wire::Streamed<wire::WatchAnswer> =
                 serde_json::from_slice(&line).unwrap_or_default();
             if told.result.canceled || !told.result.events.is_empty() {
@@ -547,7 +549,7 @@ mod tests {
 
     #[test]
     fn member_that_refuses_connections_is_not_in_doubt() {
-        // Bound and never listened to: the kernel refuses.
+        // Bound but closed, so the kernel refuses connections.
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         drop(listener);
@@ -565,7 +567,7 @@ mod tests {
         let until = Instant::now() + Duration::from_millis(300);
         let error = store.commit(&Txn::default(), until).unwrap_err();
         assert!(matches!(error, StoreError::Unknown { .. }), "{error:?}");
-        // What only reads is not in doubt, it is just not answered.
+        // A failed read leaves no doubt about the state; it only has no response.
         let until = Instant::now() + Duration::from_millis(300);
         let error = store.list("/", until).unwrap_err();
         assert!(matches!(error, StoreError::Unreachable { .. }), "{error:?}");

@@ -1,7 +1,7 @@
 //! etcd's JSON interface: requests and responses.
 //!
 //! It is the protocol-buffer interface written as JSON: keys and values in base64, every 64-bit number as a string, and
-//! everything that has its default value left out, so that a comparison that failed is an answer without `succeeded`.
+//! fields with default values omitted, so that a failed comparison is a response without `succeeded`.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -10,24 +10,24 @@ use serde_json::{Value, json};
 
 use super::{LeaseId, Pair, Revision, StoreError, Txn, Write};
 
-/// gRPC's code for "not found": what a lease that is over is answered with.
+/// gRPC's code for "not found", which is returned for an expired lease.
 pub(super) const NOT_FOUND: u32 = 5;
-/// Codes with which etcd says that nothing was done: a malformed request (3), too much of something (8, 11), a state that
-/// does not allow it (9), no permission (7, 16), no such function (12).
+/// Codes that mean that nothing was done: malformed request (3), limit exceeded (8, 11), failed precondition (9), no
+/// permission (7, 16), unimplemented (12).
 pub(super) const NOT_DONE: [u32; 7] = [3, 7, 8, 9, 11, 12, 16];
 
-/// Whether a refusal means that the token is not, or no longer, one of etcd's (16), or is from before users or rights were
-/// changed (3, `etcdserver: revision of auth store is old`).
+/// Whether an error means that etcd does not or no longer accept the token (16), or that it predates a change of users
+/// or rights (3, `etcdserver: revision of auth store is old`).
 pub(super) fn is_login_over(code: u32, message: &str) -> bool {
     code == 16 || code == 3 && message.contains("auth store is old")
 }
 
-/// Asks for a token.
+/// Requests a token.
 pub(super) fn authenticate(user: &str, password: &str) -> Value {
     json!({ "name": user, "password": password })
 }
 
-/// A token; etcd tells its header as well.
+/// A token; etcd also sends a header, which is ignored.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct AuthAnswer {
@@ -72,12 +72,12 @@ pub(super) struct TxnAnswer {
 pub(super) struct LeaseAnswer {
     #[serde(rename = "ID", deserialize_with = "number")]
     pub(super) id: u64,
-    /// Absent for a lease that is over.
+    /// Absent for an expired lease.
     #[serde(rename = "TTL", deserialize_with = "number")]
     pub(super) ttl: u64,
 }
 
-/// Answers that come as a stream are wrapped.
+/// Streamed responses are wrapped.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Streamed<T: Default> {
@@ -98,7 +98,7 @@ pub(super) struct Failure {
     pub(super) code: u32,
 }
 
-/// A 64-bit number: a string by the rules of protocol buffers, a number where somebody breaks them.
+/// A 64-bit number: a string by the rules of protocol buffers, but a number is accepted as well.
 fn number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
@@ -126,7 +126,7 @@ fn decode(text: &str) -> Result<Vec<u8>, StoreError> {
 /// The end of the range of keys that begin with `prefix`: the prefix with its last byte raised.
 fn range_end(prefix: &str) -> Vec<u8> {
     let mut end = prefix.as_bytes().to_vec();
-    // UTF-8 has no byte 0xff, so the last one can always be raised; an empty prefix means everything, as etcd writes it.
+    // UTF-8 has no byte 0xff, so the last one can always be raised; an empty prefix means all keys, in etcd's notation.
     match end.last_mut() {
         Some(last) => *last += 1,
         None => end.push(0),
@@ -134,9 +134,9 @@ fn range_end(prefix: &str) -> Vec<u8> {
     end
 }
 
-/// `/v3/kv/range`, one page of it.
+/// `/v3/kv/range`: one page.
 pub(super) fn range(prefix: &str, from: Option<&str>, at: Revision, limit: usize) -> Value {
-    // The key right behind the last one of the page before.
+    // The key immediately after the last one of the previous page.
     let start = from.map_or_else(
         || prefix.as_bytes().to_vec(),
         |last| [last.as_bytes(), &[0]].concat(),
@@ -213,12 +213,12 @@ pub(super) fn watch(prefix: &str, after: Revision) -> Value {
     }})
 }
 
-/// Whether these bytes are an answer of any kind.
+/// Whether these bytes are a valid response of any kind.
 #[cfg(any(test, fuzzing))]
 pub(super) fn reads_answer(body: &[u8]) -> bool {
     let range: Option<RangeAnswer> = serde_json::from_slice(body).ok();
     if let Some(range) = &range {
-        // A key or value that is no base64 is refused.
+        // A key or value that is not base64 is rejected.
         for found in &range.kvs {
             pair(found).ok();
         }

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 
 use super::{Committed, LeaseId, Listing, Revision, Store, StoreError, Txn};
 
-/// What was asked, for metrics.
+/// The operation, for metrics.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, strum::IntoStaticStr)]
 #[strum(serialize_all = "lowercase")]
 pub enum StoreCall {
@@ -27,25 +27,25 @@ impl StoreCall {
     }
 }
 
-/// What came of it.
+/// Counters of calls.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StoreCounters {
-    /// Calls by what was asked and what came of it: `ok`, `conflict`, or the name of the error.
+    /// Calls by operation and result: `ok`, `conflict`, or the name of the error.
     pub calls: BTreeMap<(StoreCall, &'static str), u64>,
-    /// How long the last call that was answered took, ms.
+    /// Duration of the last call with a response, ms.
     pub latency_ms: f64,
 }
 
-/// A store whose calls are counted. Waiting for changes is none: it lasts as long as nothing happens.
+/// A store whose calls are counted. Waiting for changes is not counted, because its duration depends only on changes.
 #[derive(Debug)]
 pub struct Measured {
     store: Arc<dyn Store>,
-    // Held to add one.
+    // Locked only to increment a counter.
     counters: Mutex<StoreCounters>,
 }
 
 impl Measured {
-    /// Counts what is asked of `store` through this.
+    /// Counts the calls of `store`.
     pub fn new(store: Arc<dyn Store>) -> Self {
         Self {
             store,

@@ -1,7 +1,7 @@
-//! A store in this process: for tests and simulation, on a clock that only moves when it is told to.
+//! A store in this process for tests and simulation, with a clock that advances only on request.
 //!
-//! It can be told to fail the way clusters fail: not to answer, to lose an answer, to make a change after whoever asked
-//! for it has given up.
+//! It can simulate failures of clusters: no response, a lost response, and a change that is made after the client has
+//! given up.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
@@ -12,16 +12,16 @@ use strum::VariantArray as _;
 use super::{Committed, LeaseId, Listing, Pair, Revision, Store, StoreError, Txn, Write};
 use crate::placement::SplitMix64;
 
-/// What becomes of a call.
+/// The fault of a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, strum::VariantArray)]
 pub enum Fault {
     /// Nothing is done, and that is known.
     Unreachable,
-    /// It is done, and nobody learns of it.
+    /// It is done, but the response is lost.
     LostAnswer,
-    /// It is not done, and nobody learns of it.
+    /// It is not done, and the client does not know that.
     LostRequest,
-    /// It is done when [`MemoryStore::deliver`] is called; until then nobody knows.
+    /// It is done when [`MemoryStore::deliver`] is called; the client does not know that.
     Late,
 }
 
@@ -29,7 +29,7 @@ pub enum Fault {
 struct Inner {
     revision: u64,
     pairs: BTreeMap<String, Pair>,
-    /// When each lease ends, and how long it lasts.
+    /// End and duration of each lease.
     leases: BTreeMap<LeaseId, (Duration, Duration)>,
     leases_made: i64,
     now: Duration,
@@ -39,7 +39,7 @@ struct Inner {
     down: bool,
 }
 
-/// See the module.
+/// A store in memory, see the module.
 #[derive(Debug, Default)]
 pub struct MemoryStore {
     inner: Mutex<Inner>,
@@ -47,7 +47,7 @@ pub struct MemoryStore {
 }
 
 impl MemoryStore {
-    /// Moves the clock: leases that were not kept alive end.
+    /// Advances the clock; leases that were not kept alive end.
     pub fn advance(&self, by: Duration) {
         let mut inner = self.lock();
         inner.now += by;
@@ -64,26 +64,26 @@ impl MemoryStore {
         self.changed.notify_all();
     }
 
-    /// What becomes of the next call that changes something; several stand in line.
+    /// Sets the fault of the next call that changes something; several faults are queued.
     pub fn inject(&self, fault: Fault) {
         self.lock().faults.push_back(fault);
     }
 
-    /// Lets one in `one_in` calls that change something fail in one of all ways, by lot.
+    /// Makes one in `one_in` calls that change something fail with a random fault.
     pub fn fail_by_lot(&self, seed: u64, one_in: u64) {
         self.lock().chance = (one_in > 0).then_some((SplitMix64(seed), one_in));
     }
 
-    /// Answers nobody until it is called again with false.
+    /// Sets whether the store responds to no call.
     pub fn set_down(&self, down: bool) {
         self.lock().down = down;
     }
 
-    /// Makes the changes that were [`Fault::Late`], those of them that can still be made.
+    /// Makes the [`Fault::Late`] changes that are still possible.
     pub fn deliver(&self) {
         let mut inner = self.lock();
         for txn in std::mem::take(&mut inner.late) {
-            // Whoever asked for it has given up; nobody is there to be told.
+            // The client has given up, so the result is dropped.
             let _ = inner.commit(&txn);
         }
         self.changed.notify_all();
@@ -232,7 +232,7 @@ impl Store for MemoryStore {
         until: Instant,
     ) -> Result<bool, StoreError> {
         let mut inner = self.reached()?;
-        // Removed keys leave no trace below the prefix, so any later change counts; a hint may be wrong.
+        // Removed keys leave no trace below the prefix, so any later change counts; hints may be wrong.
         while inner.revision <= after.0 {
             if self.changed.wait_until(&mut inner, until).timed_out() {
                 return Ok(false);

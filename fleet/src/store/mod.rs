@@ -1,13 +1,13 @@
-//! What several hosts share: keys with values, changed only together with a comparison, and leases that let them go.
+//! The store that several hosts share: keys with values, conditional changes, and leases.
 //!
-//! The trait is as narrow as placement and membership need it to be, so that a test can stand in for a cluster. A key is
-//! tied to a lease or to nothing; a lease that nobody keeps alive takes its keys with it, and that is how the promises of a
-//! host that died come back. A change is a list of writes that happens as a whole or not at all, and only if the named keys
-//! are as they were when they were read: [`Txn::expect`].
+//! The trait has only the operations that placement and membership need, so that a test can replace the cluster. A key
+//! can be tied to a lease. When a lease is no longer kept alive, its keys are removed; this releases the reservations
+//! of a failed host. A change is a list of writes that is applied atomically, and only if the named keys have not
+//! changed since they were read: [`Txn::expect`].
 //!
-//! Every call has an end: it returns by the time it is told, with an answer or with an error. The one error that needs
-//! care is [`StoreError::Unknown`]: the change may have been made, or may even be made later. Whoever gets it reads again
-//! and looks for what it wrote; nobody repeats a change blindly.
+//! Every call returns by its deadline, with a result or an error. One error needs care: after [`StoreError::Unknown`],
+//! the change may have been made, or may be made later. The caller must then read again and check for its own writes,
+//! and must not simply repeat the change.
 
 mod etcd;
 mod etcd_wire;
@@ -42,7 +42,7 @@ pub struct LeaseId(pub i64);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Revision(pub u64);
 
-/// One key and what stands behind it.
+/// One key and its value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pair {
     /// The key.
@@ -73,7 +73,7 @@ impl Listing {
             .map(|index| &self.pairs[index])
     }
 
-    /// When a key was changed last: what [`Txn::expect`] wants. 0 when it is not there.
+    /// Revision of a key's last change, for [`Txn::expect`]. 0 if it does not exist.
     pub fn changed(&self, key: &str) -> Revision {
         self.get(key).map_or(Revision(0), |pair| pair.changed)
     }
@@ -82,16 +82,16 @@ impl Listing {
 /// One write.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Write {
-    /// Makes or replaces a key. Its tie to a lease is replaced as well.
+    /// Creates or replaces a key and its tie to a lease.
     Put {
         /// The key.
         key: String,
         /// Its value.
         value: Vec<u8>,
-        /// The lease it shall be tied to.
+        /// The lease to which it is tied.
         lease: Option<LeaseId>,
     },
-    /// Removes a key, if it is there.
+    /// Removes a key, if it exists.
     Delete {
         /// The key.
         key: String,
@@ -109,16 +109,16 @@ impl fmt::Debug for Write {
     }
 }
 
-/// Writes that happen together, if nothing that they depend on has changed.
+/// Writes that happen atomically if nothing that they depend on has changed.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Txn {
-    /// Keys that must have been changed last at these revisions; 0: must not be there.
+    /// Keys whose last change must be at these revisions; 0: the key must not exist.
     pub expect: Vec<(String, Revision)>,
-    /// What is written then.
+    /// The writes.
     pub writes: Vec<Write>,
 }
 
-/// What became of a [`Txn`].
+/// The result of a [`Txn`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Committed {
     /// Everything was written.
@@ -127,32 +127,32 @@ pub enum Committed {
     Conflict,
 }
 
-/// Why a call gave no answer.
+/// Reasons why a call failed.
 #[derive(Debug, Error, strum::IntoStaticStr)]
 #[strum(serialize_all = "kebab-case")]
 pub enum StoreError {
-    /// Nobody answered; nothing was changed.
+    /// No member responded; nothing was changed.
     #[error("the store cannot be reached: {why}")]
     Unreachable {
-        /// What was tried last, and what became of it.
+        /// The last attempt and its error.
         why: String,
     },
-    /// The change was sent and no answer came: it may have been made, or may be made later.
+    /// The change was sent, but there was no response: it may have been made, or may be made later.
     #[error("it is not known whether the store made the change: {why}")]
     Unknown {
-        /// What became of the answer.
+        /// What happened to the response.
         why: String,
     },
-    /// The lease is over, and its keys with it; nothing was changed.
+    /// The lease has ended, and its keys were removed; nothing was changed.
     #[error("the lease has expired")]
     LeaseOver,
-    /// The store will not do it; nothing was changed.
+    /// The store rejected the call; nothing was changed.
     #[error("the store refused: {why}")]
     Refused {
-        /// Its words.
+        /// Its reason.
         why: String,
     },
-    /// The answer is not what the store's interface promises.
+    /// The response does not conform to the store's interface.
     #[error("cannot parse the store's response: {why}")]
     Form {
         /// The reason.
@@ -167,43 +167,43 @@ impl StoreError {
     }
 }
 
-/// A store. Called from any thread; each call returns by `until`, or very little later.
+/// A store. Can be called from any thread; each call returns by `until`, or shortly after.
 pub trait Store: fmt::Debug + Send + Sync {
-    /// All keys that begin with `prefix`, as they were at one moment not before the call.
+    /// All keys that begin with `prefix`, at one moment not before the call.
     ///
     /// # Errors
-    /// Nobody answers, or not with a list.
+    /// There is no response, or not a list.
     fn list(&self, prefix: &str, until: Instant) -> Result<Listing, StoreError>;
 
-    /// Makes a change as a whole, or not at all.
+    /// Makes a change atomically.
     ///
     /// # Errors
-    /// [`StoreError::Unknown`] when it may have been made; with any other error it was not.
+    /// [`StoreError::Unknown`] if it may have been made; with any other error it was not.
     fn commit(&self, txn: &Txn, until: Instant) -> Result<Committed, StoreError>;
 
-    /// A new lease that lasts `lasts` from each time it is kept alive, rounded up to seconds.
+    /// Creates a lease that lasts `lasts`, rounded up to seconds, after each keep-alive.
     ///
     /// # Errors
-    /// No lease was had. One that nobody knows of may be there, and ends by itself.
+    /// No lease was obtained. An unknown one may exist, and ends automatically.
     fn grant(&self, lasts: Duration, until: Instant) -> Result<LeaseId, StoreError>;
 
-    /// Lets a lease last its time anew.
+    /// Renews a lease.
     ///
     /// # Errors
-    /// [`StoreError::LeaseOver`] when it is too late; with any other error it may have been kept.
+    /// [`StoreError::LeaseOver`] if it is too late; with any other error it may have been renewed.
     fn keep_alive(&self, lease: LeaseId, until: Instant) -> Result<(), StoreError>;
 
-    /// Ends a lease now. One that is over already is ended.
+    /// Ends a lease now. Succeeds if it has already ended.
     ///
     /// # Errors
-    /// It may go on until its time is over.
+    /// The lease may last until its time is over.
     fn revoke(&self, lease: LeaseId, until: Instant) -> Result<(), StoreError>;
 
-    /// Waits until something below `prefix` was changed after `after`, or until the time is over: whether something was.
-    /// A hint, not a promise: who must not miss a change lists from time to time.
+    /// Waits for a change below `prefix` after `after`, at most until `until`; returns whether there was one. The
+    /// result is only a hint: a caller that must not miss a change also lists from time to time.
     ///
     /// # Errors
-    /// It cannot be waited for now.
+    /// Waiting is not possible now.
     fn await_change(
         &self,
         prefix: &str,

@@ -1,5 +1,5 @@
 #![allow(clippy::unwrap_used)]
-//! The store in memory, and etcd where a test run names one.
+//! Tests the store in memory, and etcd if the test run provides it.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -82,7 +82,7 @@ fn late_change_fails_when_another_came_first() {
     );
 }
 
-/// etcd with one member, for as long as it is held.
+/// etcd with one member; dropping it ends it.
 struct Etcd {
     child: std::process::Child,
     _folder: tempfile::TempDir,
@@ -94,10 +94,10 @@ impl Etcd {
         Self::start_with("http", &[])
     }
 
-    /// The same over `scheme`, with these arguments besides.
+    /// The same over `scheme`, with additional arguments.
     fn start_with(scheme: &str, arguments: &[&OsStr]) -> Self {
         let folder = tempfile::TempDir::new().unwrap();
-        // Two ports that were free a moment ago.
+        // Two ports that were just free.
         let free = || {
             let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
             listener.local_addr().unwrap()
@@ -140,11 +140,11 @@ fn etcd_does_what_a_store_must() {
     while store.list("/", until).is_err() {
         assert!(Instant::now() < until, "etcd does not answer");
     }
-    // The demands themselves wait until the keys of a lease are gone.
+    // The tests themselves wait until the keys of a lease have been removed.
     conformance::check(&store, "/conformance", |_: Duration| {});
 }
 
-/// Certificates made for one test: a CA, and what it signed for the members and for their clients.
+/// Certificates for one test: a CA, and certificates that it signed for members and clients.
 struct Certificates(tempfile::TempDir);
 
 impl Certificates {
@@ -170,8 +170,8 @@ impl Certificates {
                 ca,
             );
         }
-        // Members call themselves, too, so theirs is good for both ends.
-        // etcd refuses clients of its JSON interface with a common name, which it would otherwise take for a user's.
+        // Members also connect to themselves, so their certificate is valid for both ends. etcd rejects clients of its
+        // JSON interface whose certificate has a common name, which it would otherwise interpret as a user.
         for (name, usage, subject) in [
             ("server", "serverAuth,clientAuth", "/CN=test"),
             ("client", "clientAuth", "/O=test"),
@@ -229,7 +229,7 @@ fn put(key: String) -> Txn {
     }
 }
 
-/// Waits until etcd answers.
+/// Waits until etcd responds.
 fn wait_for(store: &EtcdStore) {
     let until = Instant::now() + Duration::from_secs(60);
     while let Err(error) = store.list("/", until) {
@@ -275,7 +275,7 @@ fn etcd_with_tls_and_users_does_what_a_store_must_and_gives_each_user_its_rights
     let root = connect(&section(None));
     wait_for(&root);
     let until = || Instant::now() + Duration::from_secs(10);
-    // Who shows no certificate, and who believes another CA, is not served.
+    // Clients without a certificate, and clients that trust another CA, are not served.
     let mut stranger = section(None);
     (stranger.certificate, stranger.key) = (None, None);
     assert!(connect(&stranger).list("/", until()).is_err());
@@ -313,7 +313,7 @@ fn etcd_with_tls_and_users_does_what_a_store_must_and_gives_each_user_its_rights
     let agent = connect(&section(Some("agent")));
     conformance::check(&*agent, "/test", |_: Duration| {});
 
-    // A line in a host's book is what makes it promise: who may not write there cannot have it do so.
+    // A host reserves memory because of a line in its book, so a client without write access cannot reserve.
     let book = Keys::new("/test").unwrap().book("node-1");
     let there = || agent.list(&book, until()).unwrap().pairs.len();
     for user in [Some("reader"), Some("elsewhere"), None] {
@@ -331,7 +331,7 @@ fn etcd_with_tls_and_users_does_what_a_store_must_and_gives_each_user_its_rights
     agent.commit(&put(book.clone()), until()).unwrap();
     assert_eq!(there(), 1);
 
-    // A password that was changed ends the login, and the file is read again.
+    // A changed password ends the login, and the file is read again.
     let root = connect(&section(Some("root")));
     let changed = json!({ "name": "agent", "password": "another word" });
     root.administer("/v3/auth/user/changepw", &changed).unwrap();

@@ -1,4 +1,4 @@
-//! VMs, samples and hosts of which the tests make short histories.
+//! VMs, samples and hosts from which tests compose short histories.
 
 use fleet::config::Config;
 use fleet::model::*;
@@ -25,7 +25,7 @@ pub(crate) fn vm(name: &str, configured: Bytes, class: PriorityClass, sample: Vm
     }
 }
 
-/// A balloon that holds what it was asked for, in a guest whose available memory is all unused.
+/// A balloon of the requested size, in a guest whose available memory is all unused.
 pub(crate) fn sample(at_ms: u64, ballooned: Bytes, resident: Bytes, available: Bytes) -> VmSample {
     VmSample {
         at_ms,
@@ -42,7 +42,7 @@ pub(crate) fn sample(at_ms: u64, ballooned: Bytes, resident: Bytes, available: B
     }
 }
 
-/// A host with so much free above its reserve.
+/// A host with `free` memory above its reserve.
 pub(crate) fn inventory(now_ms: u64, free: Bytes, vms: Vec<VmFacts>) -> Inventory {
     Inventory {
         now_ms,
